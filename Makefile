@@ -1,0 +1,46 @@
+# make demo   train on real pictures, evaluate, and write runs/demo/report.html
+# make test   run the whole test suite
+#
+# Every target sets up what it needs: a virtual environment in .venv, the dependencies, and the native library.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD_TOOLS := setuptools wheel cmake ninja pybind11
+CPP_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp')
+
+.PHONY: demo test build lint format clean
+
+demo: build
+	$(BIN)/evaclip demo --out runs/demo
+
+test: build
+	$(BIN)/pytest
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+build: $(VENV)/.built
+
+$(VENV)/.tools: Makefile
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.11 or later is needed, not {v[0]}.{v[1]}" if v < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install $(BUILD_TOOLS) torch torchvision
+	touch $@
+
+# No build isolation: the library must be built with the torch that was just installed, not with a second download.
+$(VENV)/.built: $(VENV)/.tools pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+	$(BIN)/python -m pip install --no-build-isolation --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info evakernels/*.so evakernels/_build.json

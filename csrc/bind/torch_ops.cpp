@@ -1,0 +1,162 @@
+// The kernels as torch operators, on libtorch's stable ABI: what is built here runs with every later torch.
+//
+// The schemas are defined in Python (evakernels/ops); this library only adds implementations to them.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/layer_norm.h"
+
+namespace evakernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+void torch_parallel(int64_t count, int64_t grain, cpu::RangeBody body, void* context) {
+  torch::stable::parallel_for(0, count, grain,
+                              [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::Float32;
+    case ScalarType::BFloat16:
+      return DType::BFloat16;
+    case ScalarType::Half:
+      return DType::Float16;
+    default:
+      throw std::invalid_argument(std::string(name) +
+                                  ": the CPU kernels accept float32, bfloat16 and float16 only");
+  }
+}
+
+void require_same_shape(const Tensor& a, const Tensor& b, const char* names) {
+  require(a.sizes().equals(b.sizes()), std::string(names) + " must have the same shape");
+}
+
+std::vector<int64_t> leading_sizes(const Tensor& x) {
+  require(x.dim() > 0, "x must have at least one dimension");
+  return {x.sizes().begin(), x.sizes().end() - 1};
+}
+
+int64_t product(const std::vector<int64_t>& sizes) {
+  int64_t total = 1;
+  for (int64_t size : sizes) total *= size;
+  return total;
+}
+
+std::optional<Tensor> contiguous_vector(const std::optional<Tensor>& vector, int64_t width, DType dtype,
+                                        const char* name) {
+  if (!vector) return std::nullopt;
+  require(vector->dim() == 1 && vector->size(0) == width,
+          std::string(name) + " must have one element for each of the " + std::to_string(width) + " columns");
+  const DType own = dtype_of(*vector, name);
+  require(own == dtype || own == DType::Float32, std::string(name) + " must be float32 or of x's dtype");
+  return torch::stable::contiguous(*vector);
+}
+
+const void* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+Tensor new_float32(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x_any, std::optional<Tensor> weight_any,
+                                                      std::optional<Tensor> bias_any, double eps, bool rms) {
+  const Tensor x = torch::stable::contiguous(x_any);
+  const DType dtype = dtype_of(x, "x");
+  const std::vector<int64_t> leading = leading_sizes(x);
+  const int64_t width = x.size(-1);
+  const auto weight = contiguous_vector(weight_any, width, dtype, "weight");
+  const auto bias = contiguous_vector(bias_any, width, dtype, "bias");
+  const DType weight_dtype = weight ? dtype_of(*weight, "weight") : bias ? dtype_of(*bias, "bias") : dtype;
+  require(!bias || dtype_of(*bias, "bias") == weight_dtype, "bias must be of weight's dtype");
+
+  const Tensor y = torch::stable::new_empty(x, x.sizes());
+  const Tensor mean = new_float32(x, rms ? std::vector<int64_t>{0} : leading);
+  const Tensor rstd = new_float32(x, leading);
+  const LayerNormForward params = {
+      .x = x.const_data_ptr(),
+      .weight = data_or_null(weight),
+      .bias = data_or_null(bias),
+      .y = y.mutable_data_ptr(),
+      .mean = static_cast<float*>(mean.mutable_data_ptr()),
+      .rstd = static_cast<float*>(rstd.mutable_data_ptr()),
+      .rows = product(leading),
+      .width = width,
+      .eps = static_cast<float>(eps),
+      .dtype = dtype,
+      .weight_dtype = weight_dtype,
+      .rms = rms,
+  };
+  cpu::layer_norm_forward(params, cpu::active_isa(), torch_parallel);
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy_any, const Tensor& x_any,
+                                                       std::optional<Tensor> weight_any,
+                                                       const Tensor& mean_any, const Tensor& rstd_any,
+                                                       bool has_bias, bool rms) {
+  const Tensor x = torch::stable::contiguous(x_any);
+  const Tensor dy = torch::stable::contiguous(dy_any);
+  const Tensor mean = torch::stable::contiguous(mean_any);
+  const Tensor rstd = torch::stable::contiguous(rstd_any);
+  const DType dtype = dtype_of(x, "x");
+  const int64_t rows = product(leading_sizes(x));
+  const int64_t width = x.size(-1);
+  const auto weight = contiguous_vector(weight_any, width, dtype, "weight");
+  const DType weight_dtype = weight ? dtype_of(*weight, "weight") : dtype;
+  require_same_shape(dy, x, "dy and x");
+  require(dtype_of(dy, "dy") == dtype, "dy must be of x's dtype");
+  require(mean.scalar_type() == ScalarType::Float && rstd.scalar_type() == ScalarType::Float,
+          "mean and rstd must be float32");
+  require(rstd.numel() == rows && (rms || mean.numel() == rows),
+          "mean and rstd must have one element for each of the " + std::to_string(rows) + " rows");
+
+  const auto parameter_gradient = [&](bool wanted) {
+    return torch::stable::new_empty(weight ? *weight : x, {wanted ? width : 0});
+  };
+  const Tensor dx = torch::stable::new_empty(x, x.sizes());
+  const Tensor dweight = parameter_gradient(weight.has_value());
+  const Tensor dbias = parameter_gradient(has_bias);
+  const LayerNormBackward params = {
+      .dy = dy.const_data_ptr(),
+      .x = x.const_data_ptr(),
+      .weight = data_or_null(weight),
+      .mean = static_cast<const float*>(mean.const_data_ptr()),
+      .rstd = static_cast<const float*>(rstd.const_data_ptr()),
+      .dx = dx.mutable_data_ptr(),
+      .dweight = weight ? dweight.mutable_data_ptr() : nullptr,
+      .dbias = has_bias ? dbias.mutable_data_ptr() : nullptr,
+      .rows = rows,
+      .width = width,
+      .dtype = dtype,
+      .weight_dtype = weight_dtype,
+      .rms = rms,
+  };
+  cpu::layer_norm_backward(params, cpu::active_isa(), torch_parallel);
+  return {dx, dweight, dbias};
+}
+
+}  // namespace
+}  // namespace evakernels
+
+STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) {
+  m.impl("layer_norm_forward", TORCH_BOX(&evakernels::layer_norm_forward));
+  m.impl("layer_norm_backward", TORCH_BOX(&evakernels::layer_norm_backward));
+}

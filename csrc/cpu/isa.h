@@ -1,0 +1,26 @@
+// The instruction sets that the kernels are compiled for, and the one that this process uses.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace evakernels::cpu {
+
+enum class Isa { Baseline, Avx2, Avx512 };
+
+const char* name(Isa isa);
+
+// In ascending order of preference.
+std::vector<Isa> built_isas();
+
+// Those of built_isas() that this machine can run.
+std::vector<Isa> available_isas();
+
+// Throws std::invalid_argument, which lists the accepted names, unless the instruction set is available.
+Isa parse_isa(std::string_view text);
+
+// $EVAKERNELS_ISA if set, else the best available one. Decided once; throws as parse_isa does.
+Isa active_isa();
+
+}  // namespace evakernels::cpu

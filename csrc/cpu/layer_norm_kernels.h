@@ -1,0 +1,32 @@
+// The row loops of layer_norm: one table of functions for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "common/layer_norm.h"
+
+namespace evakernels::cpu {
+
+// scratch: room for two rows of floats, the calling thread's own.
+struct LayerNormKernels {
+  // Normalises rows [begin, end). weight and bias replace those of the parameters: never null, [width].
+  void (*forward)(const LayerNormForward& params, const float* weight, const float* bias, float* scratch,
+                  int64_t begin, int64_t end);
+
+  // Writes dx for rows [begin, end) and adds their share to dweight and dbias, [width] each, either may be
+  // null.
+  void (*backward)(const LayerNormBackward& params, const float* weight, float* dweight, float* dbias,
+                   float* scratch, int64_t begin, int64_t end);
+};
+
+namespace baseline {
+extern const LayerNormKernels layer_norm;
+}
+namespace avx2 {
+extern const LayerNormKernels layer_norm;
+}
+namespace avx512 {
+extern const LayerNormKernels layer_norm;
+}
+
+}  // namespace evakernels::cpu

@@ -1,0 +1,164 @@
+// Vectors of floats, as wide as the instruction set that the including file is compiled for.
+//
+// Everything lies in a namespace named after the instruction set (EVAKERNELS_ISA_NAMESPACE), so that no two
+// builds of a kernel share a symbol. For the same reason nothing here, nor in the kernels, uses inline
+// functions of namespace std.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/numerics.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float F32 __attribute__((vector_size(4 * kLanes)));
+typedef int32_t I32 __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t U32 __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t U16 __attribute__((vector_size(2 * kLanes)));
+
+// A whole vector of a row, or the last `lanes` elements of a row that is no multiple of kLanes.
+struct Whole {
+  static constexpr int lanes = kLanes;
+};
+struct Tail {
+  int lanes;
+};
+
+static inline F32 broadcast(float value) { return F32{} + value; }
+
+// __builtin_convertvector would do, but GCC builds it from halves.
+static inline U32 zero_extend(U16 bits) {
+#if defined(__AVX512F__)
+  return __builtin_bit_cast(U32, _mm512_cvtepu16_epi32(__builtin_bit_cast(__m256i, bits)));
+#elif defined(__AVX2__)
+  return __builtin_bit_cast(U32, _mm256_cvtepu16_epi32(__builtin_bit_cast(__m128i, bits)));
+#else
+  return __builtin_convertvector(bits, U32);
+#endif
+}
+
+static inline F32 widen(U16 bits, BFloat16) { return bfloat16_to_float<F32>(zero_extend(bits)); }
+
+static inline U16 narrow(F32 value, BFloat16) {
+  const U32 bits = float_to_bfloat16<U32>(value);
+#if defined(__AVX512F__)
+  return __builtin_bit_cast(U16, _mm512_cvtepi32_epi16(__builtin_bit_cast(__m512i, bits)));
+#else
+  return __builtin_convertvector(bits, U16);
+#endif
+}
+
+static inline F32 widen(U16 bits, Float16) {
+#if defined(__AVX512F__)
+  return __builtin_bit_cast(F32, _mm512_cvtph_ps(__builtin_bit_cast(__m256i, bits)));
+#elif defined(__F16C__)
+  return __builtin_bit_cast(F32, _mm256_cvtph_ps(__builtin_bit_cast(__m128i, bits)));
+#else
+  return float16_to_float<F32>(zero_extend(bits));
+#endif
+}
+
+static inline U16 narrow(F32 value, Float16) {
+#if defined(__AVX512F__)
+  return __builtin_bit_cast(U16, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  return __builtin_bit_cast(U16, _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+#else
+  return __builtin_convertvector(float_to_float16<U32>(value), U16);
+#endif
+}
+
+static inline F32 load(const float* source, Whole) {
+  F32 value;
+  __builtin_memcpy(&value, source, sizeof value);
+  return value;
+}
+
+template <class T>
+static inline F32 load(const T* source, Whole) {
+  U16 bits;
+  __builtin_memcpy(&bits, source, sizeof bits);
+  return widen(bits, T{});
+}
+
+// Lanes beyond the tail are zero.
+template <class T>
+static inline F32 load(const T* source, Tail tail) {
+  T padded[kLanes] = {};
+  __builtin_memcpy(padded, source, tail.lanes * sizeof(T));
+  return load(padded, Whole{});
+}
+
+static inline void store(float* target, F32 value, Whole) { __builtin_memcpy(target, &value, sizeof value); }
+
+template <class T>
+static inline void store(T* target, F32 value, Whole) {
+  const U16 bits = narrow(value, T{});
+  __builtin_memcpy(target, &bits, sizeof bits);
+}
+
+template <class T>
+static inline void store(T* target, F32 value, Tail tail) {
+  T padded[kLanes];
+  store(padded, value, Whole{});
+  __builtin_memcpy(target, padded, tail.lanes * sizeof(T));
+}
+
+static inline F32 zero_beyond(F32 value, Whole) { return value; }
+
+static inline F32 zero_beyond(F32 value, Tail tail) {
+  I32 lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < tail.lanes ? value : F32{};
+}
+
+static inline float horizontal_sum(F32 value) {
+  float lanes[kLanes];
+  __builtin_memcpy(lanes, &value, sizeof value);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// Calls body(offset, Whole or Tail) for the vectors of a row.
+template <class Body>
+static inline void for_each_vector(int64_t width, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) body(i, Whole{});
+  if (i < width) body(i, Tail{static_cast<int>(width - i)});
+}
+
+// Sums kCount values at once: body(offset, Whole or Tail, sums) adds one vector of a row to sums[0..kCount).
+// Four sets of sums are kept, because one would leave the adders waiting for each other.
+template <int kCount, class Body>
+static inline void sum_over_row(int64_t width, float (&totals)[kCount], const Body& body) {
+  F32 sums[4][kCount] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= width; i += 4 * kLanes) {
+    body(i, Whole{}, sums[0]);
+    body(i + kLanes, Whole{}, sums[1]);
+    body(i + 2 * kLanes, Whole{}, sums[2]);
+    body(i + 3 * kLanes, Whole{}, sums[3]);
+  }
+  for (; i + kLanes <= width; i += kLanes) body(i, Whole{}, sums[0]);
+  if (i < width) body(i, Tail{static_cast<int>(width - i)}, sums[1]);
+  for (int k = 0; k < kCount; ++k) {
+    totals[k] = horizontal_sum((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]));
+  }
+}
+
+}  // namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE

@@ -1,0 +1,51 @@
+"""The data part of a training configuration."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from evaclip.transforms import Augmentation
+
+Kind = Literal["auto", "webdataset", "csv", "folder", "synthetic"]
+Count = Annotated[int, Field(gt=0)]
+
+DEFAULT_WINDOW = 100_000
+DEFAULT_TEMPLATE = "a photo of a {}"
+_STRICT_KEYS = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class DataConfig:
+    """Where samples come from and how they are read."""
+
+    train: str = "synthetic"
+    """Tar shards (brace patterns, globs, lists with '::'), a CSV/TSV file, a folder, or 'synthetic'."""
+    kind: Kind = "auto"
+    """What `train` is; auto looks at the path."""
+    image_key: str | None = None
+    """webdataset: member suffixes by preference ('jpg;png'); csv: the column of picture paths."""
+    caption_key: str | None = None
+    """webdataset: 'txt' or 'json:FIELD', by preference ('txt;json:caption'); csv: the column of captions."""
+    csv_separator: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """None: tab if the header has one, else comma."""
+    caption_template: str = DEFAULT_TEMPLATE
+    """folder: the caption, where {} is the class name."""
+    num_samples: Count = 4096
+    """synthetic: how many samples there are."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Processes that read and decode, per training process; 0 does it in the training process."""
+    prefetch: Count = 2
+    """Batches that each worker may hold ready."""
+    shuffle_window: Annotated[int, Field(ge=0)] = DEFAULT_WINDOW
+    """Samples of the shuffled shards that are mixed with one another; 0 mixes all."""
+    jpeg_reduction: bool = False
+    """Decode large JPEGs at 1/2, 1/4 or 1/8, never below twice the model's picture size: faster, inexact."""
+    augmentation: Augmentation = Augmentation()
+    """What happens to training pictures at random."""
+
+    @model_validator(mode="after")
+    def _template_has_a_place(self) -> Self:
+        if "{}" not in self.caption_template:
+            raise ValueError(f"caption_template must contain '{{}}', got {self.caption_template!r}")
+        return self

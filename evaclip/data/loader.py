@@ -1,0 +1,189 @@
+"""Batches for training: an endless, seed-reproducible stream whose position is one integer."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain, count
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from evaclip.data.config import DEFAULT_WINDOW
+from evaclip.data.faults import FaultLog
+from evaclip.data.order import SampleOrder, mix, sample_order
+from evaclip.data.samples import BadSample, Fault, RawSample, decode_image
+from evaclip.data.source import Source
+from evaclip.data.workers import WorkerOptions, run_batches
+from evaclip.errors import UserError
+
+TrainTransform = Callable[[Image.Image, int], Tensor]
+"""(picture, seed) -> float32 [3, H, W]; a pure function of both."""
+Tokenizer = Callable[[list[str]], Tensor]
+"""n captions -> int64 [n, context_length]."""
+
+_ATTEMPTS = 100
+_REPLACEMENT, _CAPTION, _AUGMENTATION = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's part of a global batch.
+
+    Attributes:
+        images: float32 [batch_size, 3, H, W].
+        tokens: int64 [batch_size, context_length].
+        position: global samples consumed, over all processes, once this batch is used; `batches(position)`
+            goes on.
+        skipped: bad samples that were replaced in this batch.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    position: int
+    skipped: int
+
+
+class TrainLoader:
+    """Endless shuffled batches of a source, decoded and augmented by worker processes.
+
+    The global batch at position p holds the samples with the global indices [p, p + batch_size *
+    world_size), of which rank r gets the r-th part: which samples a batch holds, their order, captions and
+    augmentation depend on seed and position alone. Epochs follow one another without a gap, so a batch can
+    hold the end of one and the start of the next. A bad sample is logged and replaced by one that its
+    global index determines.
+
+    Args:
+        source: the indexed samples.
+        batch_size: samples per batch of this process.
+        transform: see TrainTransform; its seed is a hash of `seed` and the global index.
+        tokenizer: see Tokenizer. A sample with several captions gives one at random.
+        seed: of everything random.
+        workers: processes that read and decode; 0 does it in the calling process.
+        rank, world_size: this process and the number of processes.
+        window: samples that the shuffle mixes with one another; 0 mixes all.
+        prefetch: batches that each worker may hold ready.
+        decode_size: a large JPEG may be decoded at a fraction of its size as long as both sides keep this
+            many pixels; None always decodes it whole.
+        patience: seconds without a batch after which a warning is logged.
+
+    Raises:
+        UserError: the source has fewer samples than one global batch, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        batch_size: int,
+        transform: TrainTransform,
+        tokenizer: Tokenizer,
+        seed: int,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        window: int = DEFAULT_WINDOW,
+        prefetch: int = 2,
+        decode_size: int | None = None,
+        patience: float = 60.0,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"the batch size must be 1 or more, got {batch_size}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must lie in [0, world_size), got rank {rank} of {world_size}")
+        if window < 0:
+            raise UserError(f"the shuffle window must be 0 (everything) or more, got {window}")
+        if len(source) < batch_size * world_size:
+            raise UserError(
+                f"{source.description}: {len(source)} samples are too few for one global batch of"
+                f" {batch_size * world_size} ({batch_size} samples x {world_size} processes);"
+                " use a smaller batch size"
+            )
+        self.faults = FaultLog()
+        self.faults.add(source.faults)
+        self._global_batch = batch_size * world_size
+        self._options = WorkerOptions(workers, prefetch, patience)
+        self._reader = _BatchReader(
+            source,
+            sample_order(len(source), seed, window, source.shard_sizes),
+            _Slice(rank * batch_size, batch_size),
+            transform,
+            tokenizer,
+            seed,
+            decode_size,
+        )
+
+    def batches(self, position: int = 0) -> Iterator[Batch]:
+        """The batches from a position on, endlessly; any position that a batch reported, at any world size,
+        will do.
+
+        Closing the iterator ends the workers. Raises UserError if a whole row of replacements is bad too,
+        RuntimeError if a worker process dies.
+        """
+        if position < 0:
+            raise ValueError(f"the data position must be 0 or more, got {position}")
+        step = self._global_batch
+        ends = count(position + step, step)
+        for end, loaded in zip(
+            ends, run_batches(self._reader, count(position, step), self._options), strict=False
+        ):
+            self.faults.add(loaded.faults)
+            yield Batch(loaded.images, loaded.tokens, end, len(loaded.faults))
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """The part of a global batch that belongs to one process."""
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    images: Tensor
+    tokens: Tensor
+    faults: list[Fault]
+
+
+@dataclass(frozen=True)
+class _BatchReader:
+    """Loads the batch at a position; everything a worker needs."""
+
+    source: Source
+    order: SampleOrder
+    part: _Slice
+    transform: TrainTransform
+    tokenizer: Tokenizer
+    seed: int
+    decode_size: int | None
+
+    def __call__(self, position: int) -> _Loaded:
+        first = position + self.part.offset
+        global_indices = np.arange(first, first + self.part.length, dtype=np.int64)
+        samples = self.order.indices(global_indices)
+        caption_draws = mix(self.seed, _CAPTION, global_indices)
+        seeds = mix(self.seed, _AUGMENTATION, global_indices) >> np.uint64(1)
+        images, captions, faults = list[Tensor](), list[str](), list[Fault]()
+        for slot, sample in enumerate(samples.tolist()):
+            raw, picture = self._load(sample, int(global_indices[slot]), faults)
+            captions.append(raw.captions[int(caption_draws[slot]) % len(raw.captions)])
+            images.append(self.transform(picture, int(seeds[slot])))
+        return _Loaded(torch.stack(images), self.tokenizer(captions), faults)
+
+    def _load(self, sample: int, global_index: int, faults: list[Fault]) -> tuple[RawSample, Image.Image]:
+        """The sample, or the first good one of those that replace it."""
+        for candidate in chain([sample], self._replacements(global_index)):
+            try:
+                raw = self.source[candidate]
+                return raw, decode_image(raw.image, self.source.name(candidate), self.decode_size)
+            except BadSample as exc:
+                faults.append(exc.fault)
+        raise UserError(
+            f"{self.source.description}: {_ATTEMPTS} samples in a row cannot be used, the last: {faults[-1]};"
+            " `evaclip data check` lists what is wrong"
+        )
+
+    def _replacements(self, global_index: int) -> Iterator[int]:
+        for attempt in range(1, _ATTEMPTS):
+            yield int(mix(self.seed, _REPLACEMENT, global_index, attempt)[0]) % len(self.source)

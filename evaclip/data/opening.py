@@ -1,0 +1,92 @@
+"""From a path to a source."""
+
+from pathlib import Path
+
+from evaclip.data import csv_table, webdataset
+from evaclip.data.config import DEFAULT_TEMPLATE, DataConfig, Kind
+from evaclip.data.csv_table import CsvSource
+from evaclip.data.image_folder import FolderSource
+from evaclip.data.paths import expand_paths
+from evaclip.data.source import Source
+from evaclip.data.synthetic import SyntheticSource
+from evaclip.data.webdataset import WebDatasetSource
+from evaclip.errors import UserError, unknown_name
+
+_KINDS = ("auto", "webdataset", "csv", "folder", "synthetic")
+
+
+def open_source(
+    path: str,
+    kind: Kind = "auto",
+    *,
+    image_key: str | None = None,
+    caption_key: str | None = None,
+    csv_separator: str | None = None,
+    caption_template: str = DEFAULT_TEMPLATE,
+    num_samples: int = 4096,
+) -> Source:
+    """Opens and indexes a data set.
+
+    `path` names tar shards (a brace pattern, a glob, a folder of them, several joined by '::'), a CSV/TSV
+    file, a folder of class folders, or 'synthetic'. The keys are those of DataConfig; those of another kind
+    of data are not looked at. Raises UserError if there is nothing usable, and says what was found.
+    """
+    if kind not in _KINDS:
+        raise unknown_name("kind of data", kind, _KINDS)
+    if kind == "synthetic" or (kind == "auto" and path == "synthetic"):
+        return SyntheticSource(num_samples)
+    paths = expand_paths(path)
+    chosen = _guess_kind(paths[0]) if kind == "auto" else kind
+    if chosen == "webdataset":
+        shards = [shard for entry in paths for shard in _shards_in(entry)]
+        return WebDatasetSource(
+            shards, image_key or webdataset.IMAGE_KEY, caption_key or webdataset.CAPTION_KEY
+        )
+    if len(paths) > 1:
+        raise UserError(f"a {chosen} data set is one path, but {path!r} names {len(paths)}")
+    if chosen == "csv":
+        keys = (image_key or csv_table.IMAGE_KEY, caption_key or csv_table.CAPTION_KEY)
+        return CsvSource(_file(paths[0]), *keys, csv_separator)
+    return FolderSource(paths[0], caption_template)
+
+
+def open_configured(config: DataConfig) -> Source:
+    """Opens the data set that a configuration names."""
+    return open_source(
+        config.train,
+        config.kind,
+        image_key=config.image_key,
+        caption_key=config.caption_key,
+        csv_separator=config.csv_separator,
+        caption_template=config.caption_template,
+        num_samples=config.num_samples,
+    )
+
+
+def _guess_kind(path: Path) -> Kind:
+    if path.is_dir():
+        return "webdataset" if any(path.glob("*.tar")) else "folder"
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        return "csv"
+    if suffix == ".tar":
+        return "webdataset"
+    raise UserError(
+        f"{path} is neither a .tar shard, a .csv or .tsv file, a folder nor the word 'synthetic';"
+        " if it is one of these by another name, give the kind (webdataset, csv)"
+    )
+
+
+def _shards_in(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    shards = sorted(path.glob("*.tar"))
+    if not shards:
+        raise UserError(f"there are 0 .tar shards in the folder {path}")
+    return shards
+
+
+def _file(path: Path) -> Path:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; a CSV or TSV file is expected")
+    return path

@@ -1,0 +1,132 @@
+"""The order of training samples, as a pure function of seed and position.
+
+The endless stream of epochs is numbered by one global index. Within an epoch the shards are permuted, and
+the stream of their samples is cut into windows; a keyed permutation mixes the samples of each window.
+Nothing depends on the batch size, the number of workers or the number of processes, so one integer says how
+far a run has come.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+U64 = NDArray[np.uint64]
+I64 = NDArray[np.int64]
+
+_ROUNDS = 6
+_SHARDS, _WINDOWS = 1, 2
+_EPOCHS_KEPT = 4
+
+
+def mix(seed: int, *values: int | I64 | U64) -> U64:
+    """Hashes a seed and integers (arrays broadcast) to 64 bits: SplitMix64 finalisers, one per value."""
+    state = _splitmix64(np.array([seed % 2**64], np.uint64))
+    for value in values:
+        state = _splitmix64(state ^ np.atleast_1d(value).astype(np.uint64))
+    return state
+
+
+def sample_order(
+    num_samples: int, seed: int, window: int = 0, shard_sizes: Sequence[int] | None = None
+) -> "SampleOrder":
+    """The order over `num_samples` samples, stored in shards of `shard_sizes` samples (one shard if not
+    given).
+
+    `window` is the number of samples mixed with one another; 0 mixes all. Raises ValueError for a negative
+    window, no samples, or shards that do not add up.
+    """
+    sizes = [num_samples] if shard_sizes is None else list(shard_sizes)
+    if num_samples < 1 or sum(sizes) != num_samples:
+        raise ValueError(
+            f"expected shards of 1 or more samples that add up to {num_samples}, got {sum(sizes)}"
+        )
+    if window < 0:
+        raise ValueError(f"the shuffle window must be 0 (everything) or more, got {window}")
+    return SampleOrder(sizes, seed, min(window, num_samples) or num_samples)
+
+
+class SampleOrder:
+    """Maps global indices to sample indices; memory is O(shards), not O(samples)."""
+
+    def __init__(self, shard_sizes: Sequence[int], seed: int, window: int) -> None:
+        self._sizes = np.asarray(shard_sizes, np.int64)
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        self._seed = seed
+        self._window = window
+        self._shard_orders: dict[int, _ShardOrder] = {}
+        self.num_samples = int(self._sizes.sum())
+
+    def index(self, global_index: int) -> tuple[int, int]:
+        """The epoch and the sample index of one global index."""
+        return global_index // self.num_samples, int(self.indices(np.array([global_index], np.int64))[0])
+
+    def indices(self, global_indices: I64) -> I64:
+        """The sample indices [n] of global indices [n]."""
+        epochs, positions = np.divmod(global_indices, self.num_samples)
+        samples = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            samples[chosen] = self._in_epoch(int(epoch), positions[chosen])
+        return samples
+
+    def _in_epoch(self, epoch: int, positions: I64) -> I64:
+        windows = positions // self._window
+        first = windows * self._window
+        lengths = np.minimum(self._window, self.num_samples - first)
+        stream = first + _permute(positions - first, lengths, mix(self._seed, epoch, _WINDOWS, windows))
+        shards = self._shard_order(epoch)
+        slots = np.searchsorted(shards.ends, stream, side="right")
+        samples: I64 = self._starts[shards.order[slots]] + stream - (shards.ends - shards.sizes)[slots]
+        return samples
+
+    def _shard_order(self, epoch: int) -> "_ShardOrder":
+        if epoch not in self._shard_orders:
+            # Not numpy's generators: their streams may change between versions, and a position must keep
+            # its meaning.
+            order = np.argsort(mix(self._seed, epoch, _SHARDS, np.arange(len(self._sizes))), kind="stable")
+            sizes = self._sizes[order]
+            if len(self._shard_orders) >= _EPOCHS_KEPT:
+                self._shard_orders.clear()
+            self._shard_orders[epoch] = _ShardOrder(order, sizes, np.cumsum(sizes))
+        return self._shard_orders[epoch]
+
+
+class _ShardOrder(NamedTuple):
+    order: I64
+    sizes: I64
+    ends: I64
+
+
+def _permute(values: I64, lengths: I64, keys: U64) -> I64:
+    """A keyed permutation of [0, length), element by element: a Feistel network with cycle walking.
+
+    The network permutes the next power of four; values that leave the range go through it again until they
+    are back (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
+    """
+    bits = np.ceil(np.log2(np.maximum(lengths, 2))).astype(np.uint64)
+    half = (bits + np.uint64(1)) // np.uint64(2)
+    result = values.astype(np.uint64)
+    limits = lengths.astype(np.uint64)
+    walking = np.arange(len(values))
+    while len(walking):
+        result[walking] = _feistel(result[walking], half[walking], keys[walking])
+        walking = walking[result[walking] >= limits[walking]]
+    return result.astype(np.int64)
+
+
+def _feistel(values: U64, half: U64, keys: U64) -> U64:
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = values >> half, values & mask
+    for step in range(_ROUNDS):
+        left, right = right, left ^ (_splitmix64(right ^ _splitmix64(keys + np.uint64(step))) & mask)
+    return (left << half) | right
+
+
+def _splitmix64(state: U64) -> U64:
+    """Sebastiano Vigna's SplitMix64 step and finaliser."""
+    state = state + np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))

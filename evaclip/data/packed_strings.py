@@ -1,0 +1,43 @@
+"""Many strings in two flat arrays."""
+
+from collections.abc import Iterable, Sequence
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class PackedStrings(Sequence[str]):
+    """An immutable list of strings held as one UTF-8 buffer and offsets.
+
+    A Python list of strings costs 50 bytes and more per entry and, because of reference counts, is copied
+    page by page into every forked worker; these arrays are neither.
+    """
+
+    def __init__(self, text: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
+        self.text = text
+        self.ends = ends
+
+    @classmethod
+    def pack(cls, strings: Iterable[str]) -> "PackedStrings":
+        """Packs strings in order, one at a time: a generator never has two of them in memory."""
+        buffer = bytearray()
+        ends: list[int] = []
+        for string in strings:
+            buffer += string.encode("utf-8", "surrogateescape")
+            ends.append(len(buffer))
+        return cls(np.frombuffer(bytes(buffer), np.uint8), np.asarray(ends, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        start = int(self.ends[position - 1]) if position else 0
+        return self.text[start : int(self.ends[position])].tobytes().decode("utf-8", "surrogateescape")

@@ -1,0 +1,47 @@
+"""The one interface behind which every kind of data set lies."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+
+from evaclip.data.samples import Fault, RawSample
+
+
+class Source(ABC):
+    """An indexed list of samples with random access.
+
+    Attributes:
+        description: what it is and where, for messages.
+        fingerprint: hash of the indexed list (names and sizes); equal for equal data wherever it lies.
+        shard_sizes: samples per shard, in order; one entry where there are no shards.
+        faults: what was wrong with the list itself, such as damaged shards.
+        classes: names of the classes where the kind of data has them, in label order; else empty.
+    """
+
+    description: str
+    fingerprint: str
+    shard_sizes: Sequence[int]
+    faults: Sequence[Fault] = ()
+    classes: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        return sum(self.shard_sizes)
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> RawSample:
+        """Reads one sample, 0 <= index < len(self). Raises BadSample if it cannot be used."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """The sample's name for messages: file, or shard and key."""
+
+    def close(self) -> None:  # noqa: B027 - most kinds hold nothing open
+        """Releases open files; the source stays usable and opens them again on demand."""
+
+
+def hash_list(kind: str, entries: Iterable[tuple[str, object]]) -> str:
+    """The fingerprint of a list of (name, size or hash)."""
+    digest = hashlib.sha256(kind.encode())
+    for name, size in entries:
+        digest.update(f"\0{name}\0{size}".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:32]

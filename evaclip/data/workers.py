@@ -1,0 +1,180 @@
+"""Runs a data set of batches in worker processes, and says so when one dies or nothing comes."""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, Self, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from evaclip.errors import UserError
+
+_LOG = logging.getLogger("evaclip.data")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """How batches are produced.
+
+    Attributes:
+        workers: processes; 0 works in the calling process.
+        prefetch: batches that each worker may hold ready.
+        patience: seconds without a batch after which a warning is logged, and again after each such time.
+    """
+
+    workers: int = 0
+    prefetch: int = 2
+    patience: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise UserError(f"the number of data workers must be 0 or more, got {self.workers}")
+        if self.prefetch < 1:
+            raise UserError(f"the number of batches to prefetch must be 1 or more, got {self.prefetch}")
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """A UserError on its way out of a worker, where an exception would lose its plain message."""
+
+    message: str
+
+
+class _BatchFunction(Dataset[Any], Generic[T]):
+    """A function from a position to a batch, as the map-style data set that DataLoader wants."""
+
+    def __init__(self, function: Callable[[int], T]) -> None:
+        self._function = function
+
+    def __getitem__(self, position: int) -> T | _Refused:
+        try:
+            return self._function(position)
+        except UserError as exc:
+            return _Refused(str(exc))
+
+
+def run_batches(
+    function: Callable[[int], T], positions: Iterable[int], options: WorkerOptions
+) -> Iterator[T]:
+    """Yields `function(position)` for each position, in order, computed by worker processes.
+
+    The default random generators are neither read nor changed. Raises UserError if the function does,
+    RuntimeError with the worker's number and end if a worker process dies.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _BatchFunction(function),
+        batch_size=None,
+        sampler=positions,
+        num_workers=options.workers,
+        prefetch_factor=options.prefetch if options.workers else None,
+        collate_fn=_unchanged,
+        worker_init_fn=_init_worker,
+        # DataLoader draws a seed for its workers; from this generator, so that the training's own stays as
+        # it is.
+        generator=torch.Generator(),
+    )
+    batches = iter(loader)
+    processes: Sequence[BaseProcess] = getattr(batches, "_workers", ())
+    with _StallWatch(processes, options.patience) as watch:
+        while True:
+            try:
+                with watch.waiting():
+                    batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as exc:
+                if not (ended := _ended(processes)):
+                    raise
+                raise RuntimeError(ended) from exc
+            if isinstance(batch, _Refused):
+                raise UserError(batch.message)
+            yield batch
+
+
+def _unchanged(batch: T) -> T:
+    return batch
+
+
+def _init_worker(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; the trainer still wants batches until its step is done.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Rust tokenizers start one thread per core, in each worker.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _ended(processes: Sequence[BaseProcess]) -> str:
+    return "; ".join(
+        f"data worker {number} (pid {process.pid}) {_describe_exit(process.exitcode)}"
+        for number, process in enumerate(processes)
+        if not process.is_alive() and process.exitcode
+    )
+
+
+def _describe_exit(code: int) -> str:
+    if code > 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name
+    hint = {
+        "SIGKILL": ": most often the machine ran out of memory; use fewer workers or a smaller prefetch",
+        "SIGBUS": ": most often /dev/shm is full; enlarge it or use fewer workers",
+    }.get(name, "")
+    return f"was killed by {name}{hint}"
+
+
+class _StallWatch:
+    """Logs a warning while the consumer waits for a batch longer than `patience` seconds."""
+
+    def __init__(self, processes: Sequence[BaseProcess], patience: float) -> None:
+        self._processes = processes
+        self._patience = patience
+        self._waiting_since: float | None = None
+        self._batches = 0
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="evaclip-data-watch", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._processes:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        if self._processes:
+            self._thread.join()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The time in which the consumer waits for one batch."""
+        self._waiting_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waiting_since = None
+            self._batches += 1
+
+    def _watch(self) -> None:
+        warned_at = 0.0
+        while not self._closed.wait(min(self._patience / 4, 5.0)):
+            since = self._waiting_since
+            now = time.monotonic()
+            if since is not None and now - max(since, warned_at) >= self._patience:
+                warned_at = now
+                worker = self._batches % len(self._processes)
+                process = self._processes[worker]
+                _LOG.warning(
+                    "no batch for %.0f s: waiting for batch %d from data worker %d (pid %s, %s)",
+                    now - since,
+                    self._batches,
+                    worker,
+                    process.pid,
+                    "alive" if process.is_alive() else "dead",
+                )

@@ -1,0 +1,246 @@
+"""Features of pictures and texts: batched, in inference mode, under autocast if asked, cached on disk if asked."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from evaclip.data import BadSample, Source, iterate
+from evaclip.errors import UserError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Item = TypeVar("Item")
+_PROBES = 64
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ImageTextModel(Protocol):
+    """What the evaluation needs of a model: evaclip's CLIP, or any `nn.Module` with the same two methods."""
+
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor: ...
+
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor: ...
+
+
+Tokenizer = Callable[[list[str]], Tensor]
+"""Texts to int64 tokens [n, context_length]."""
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    """How features are computed.
+
+    Attributes:
+        batch_size: pictures (or texts) at once.
+        workers: processes that decode pictures; 0 decodes in this one.
+        precision: fp32, or the 16-bit type of the autocast.
+        cache: a folder in which features are kept for the next time.
+        progress: show a bar, on a terminal.
+    """
+
+    batch_size: int = 64
+    workers: int = 0
+    precision: Precision = "fp32"
+    cache: Path | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"the batch size must be 1 or more, got {self.batch_size}")
+        if self.workers < 0:
+            raise UserError(f"the number of workers must be 0 or more, got {self.workers}")
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What `encode_images` gives, in the order of the source; unreadable samples are left out.
+
+    Attributes:
+        features: [N, embed_dim] float32 on the CPU, of length 1.
+        captions: the N captions.
+        keys: the N names of the samples.
+    """
+
+    features: Tensor
+    captions: list[str]
+    keys: list[str]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def encode_images(
+    model: ImageTextModel, transform: Callable[[Any], Tensor], source: Source, options: FeatureOptions | None = None
+) -> ImageFeatures:
+    """Normalised features of all pictures of a source.
+
+    The cache, if there is one, is keyed by the weights, the data, the transform and the precision.
+
+    Raises:
+        UserError: no sample could be read, or the model gave NaN or infinity (the sample is named).
+    """
+    options = options or FeatureOptions()
+    cached = _CacheFile.of(options, model, "images", [_describe_source(source), _describe(transform)])
+    if cached and (hit := cached.load()):
+        return ImageFeatures(hit["features"], _unpack(hit["captions"]), _unpack(hit["keys"]))
+    rows, captions, keys = [], list[str](), list[str]()
+    batches = iterate(source, transform, options.batch_size, workers=options.workers)
+    with _inference(model, options.precision) as device:
+        for images, batch_captions, batch_keys in _progress(batches, len(source), "images", options):
+            rows.append(model.encode_image(images.to(device), normalize=True).float().cpu())
+            captions += batch_captions
+            keys += batch_keys
+    if not rows:
+        raise UserError(f"none of the {len(source)} samples could be read")
+    result = ImageFeatures(torch.cat(rows), captions, keys)
+    _check_finite(result.features, keys, "picture")
+    if cached:
+        cached.save({"features": result.features, "captions": _pack(captions), "keys": _pack(keys)})
+    return result
+
+
+def encode_texts(
+    model: ImageTextModel, tokenizer: Tokenizer, texts: Sequence[str], options: FeatureOptions | None = None
+) -> Tensor:
+    """Normalised features [len(texts), embed_dim] float32 on the CPU; cached by the weights, the texts and the precision.
+
+    Raises:
+        UserError: no texts, or the model gave NaN or infinity (the text is named).
+    """
+    options = options or FeatureOptions()
+    if not texts:
+        raise UserError("there are no texts to encode")
+    cached = _CacheFile.of(options, model, "texts", texts)
+    if cached and (hit := cached.load()):
+        return hit["features"]
+    batches = [list(texts[i : i + options.batch_size]) for i in range(0, len(texts), options.batch_size)]
+    rows = []
+    with _inference(model, options.precision) as device:
+        for batch in _progress(batches, len(texts), "texts", options):
+            rows.append(model.encode_text(tokenizer(batch).to(device), normalize=True).float().cpu())
+    features = torch.cat(rows)
+    _check_finite(features, texts, "text")
+    if cached:
+        cached.save({"features": features})
+    return features
+
+
+def weights_hash(model: ImageTextModel) -> str:
+    """SHA-256 (hex) over the names, types, shapes and bytes of all weights; the same for the same weights anywhere."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_module(model).state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _inference(model: ImageTextModel, precision: Precision) -> Iterator[torch.device]:
+    """Evaluation mode, no gradients, autocast; the model's mode is put back afterwards. Yields the model's device."""
+    module = _module(model)
+    device = next(module.parameters()).device
+    autocast: AbstractContextManager[object] = nullcontext()
+    if precision != "fp32":
+        autocast = torch.autocast(device.type, dtype=_AUTOCAST[precision])
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.inference_mode(), autocast:
+            yield device
+    finally:
+        module.train(was_training)
+
+
+def _module(model: ImageTextModel) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module with encode_image and encode_text, got {type(model).__name__}")
+    return model
+
+
+def _progress(batches: Iterable[Item], samples: int, what: str, options: FeatureOptions) -> Iterable[Item]:
+    console = Console(stderr=True)
+    return track(
+        batches,
+        description=f"encoding {samples:,} {what}",
+        total=-(-samples // options.batch_size),
+        console=console,
+        transient=True,
+        disable=not (options.progress and console.is_terminal),
+    )
+
+
+def _check_finite(features: Tensor, names: Sequence[str], what: str) -> None:
+    bad = (~features.isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"the model gives NaN or infinite features for {len(bad)} of {len(features)} {what}s, "
+            f"first for {names[bad[0]]!r}: its weights are broken, or need --precision fp32"
+        )
+
+
+def _describe_source(source: Source) -> str:
+    """The fingerprint covers names and sizes; some samples' contents tell by which keys pictures and captions are read."""
+    digest = hashlib.sha256(source.fingerprint.encode())
+    for index in range(0, len(source), max(1, len(source) // _PROBES)):
+        try:
+            sample = source[index]
+        except BadSample:
+            continue
+        digest.update(json.dumps(sample.captions).encode() + sample.image)
+    return digest.hexdigest()
+
+
+def _describe(transform: Callable[[Any], Tensor]) -> str:
+    text = repr(transform)
+    if re.search(r" at 0x[0-9a-f]+", text):
+        raise UserError(f"features can be cached only for a transform whose repr tells what it does, got {text}")
+    return text
+
+
+@dataclass(frozen=True)
+class _CacheFile:
+    """One safetensors file, named after the hash of all that its contents depend on."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, options: FeatureOptions, model: ImageTextModel, kind: str, inputs: Sequence[str]) -> "_CacheFile | None":
+        if options.cache is None:
+            return None
+        described = json.dumps([kind, weights_hash(model), options.precision, *inputs])
+        return cls(options.cache / f"{kind}-{hashlib.sha256(described.encode()).hexdigest()[:24]}.safetensors")
+
+    def load(self) -> dict[str, Tensor] | None:
+        """The tensors, or None if there are none or the file is damaged (it is then written anew)."""
+        try:
+            return load_file(self.path)
+        except (OSError, SafetensorError):
+            return None
+
+    def save(self, tensors: dict[str, Tensor]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_suffix(f".tmp{os.getpid()}")
+        save_file(tensors, unfinished)
+        os.replace(unfinished, self.path)
+
+
+def _pack(texts: list[str]) -> Tensor:
+    """A list of texts as bytes: safetensors holds tensors only."""
+    return torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8)
+
+
+def _unpack(data: Tensor) -> list[str]:
+    texts: list[str] = json.loads(data.numpy().tobytes())
+    return texts

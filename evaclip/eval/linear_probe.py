@@ -1,0 +1,94 @@
+"""Linear probe: logistic regression on frozen features, its regularisation chosen on a held-out part of the training set."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from evaclip.errors import UserError
+from evaclip.eval.ranking import hit_rate
+
+HELD_OUT = 0.2
+STRENGTHS = tuple(10.0**power for power in range(-2, 5))
+"""Inverse regularisation strengths C; features have length 1, so that useful values are large."""
+
+
+@dataclass(frozen=True)
+class LinearProbeResult:
+    """Accuracies in [0, 1] on the test set.
+
+    Attributes:
+        strength: the chosen C.
+        held_out: accuracy on the held-out part by C; the chosen C then saw the whole training set.
+    """
+
+    train_samples: int
+    samples: int
+    classes: int
+    top1: float
+    top5: float
+    mean_per_class: float
+    chance_top1: float
+    strength: float
+    held_out: dict[float, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, whose keys are texts."""
+        return {**asdict(self), "held_out": {f"{strength:g}": share for strength, share in self.held_out.items()}}
+
+
+def linear_probe(
+    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, classes: int, seed: int = 0, max_iter: int = 1000
+) -> LinearProbeResult:
+    """Fits on `train` and scores on `test`, each (features [N, embed_dim], labels [N] int64 in [0, classes)).
+
+    Raises:
+        UserError: fewer than two classes, or fewer than ten pictures, to train on; nothing to test on.
+    """
+    features, labels = train
+    if len(labels.unique()) < 2 or len(labels) < 10:
+        raise UserError(
+            f"a linear probe needs two classes and ten pictures to train on, got {len(labels.unique())} and {len(labels)}"
+        )
+    if not len(test[1]):
+        raise UserError("a linear probe needs pictures to test on")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    cut = round(len(order) * HELD_OUT)
+    held_out, fitted = order[:cut], order[cut:]
+    accuracy = {}
+    for strength in STRENGTHS:
+        probe = _fit(features[fitted], labels[fitted], strength, max_iter)
+        accuracy[strength] = hit_rate(_ranks(probe, features[held_out], labels[held_out], classes), 1)
+    best = max(STRENGTHS, key=lambda strength: accuracy[strength])
+    ranks = _ranks(_fit(features, labels, best, max_iter), *test, classes)
+    present = test[1].unique()
+    return LinearProbeResult(
+        train_samples=len(labels),
+        samples=len(ranks),
+        classes=classes,
+        top1=hit_rate(ranks, 1),
+        top5=hit_rate(ranks, 5),
+        mean_per_class=sum(hit_rate(ranks[test[1] == label], 1) for label in present) / len(present),
+        chance_top1=1 / classes,
+        strength=best,
+        held_out=accuracy,
+    )
+
+
+def _fit(features: Tensor, labels: Tensor, strength: float, max_iter: int) -> LogisticRegression:
+    return LogisticRegression(C=strength, max_iter=max_iter).fit(features.double().numpy(), labels.numpy())
+
+
+def _ranks(probe: LogisticRegression, features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Place of the right class among all; a class that the probe never saw comes last."""
+    decisions = probe.decision_function(features.double().numpy())
+    if decisions.ndim == 1:
+        decisions = np.stack([-decisions, decisions], 1)
+    scores = torch.full((len(labels), classes), -float("inf"), dtype=torch.float64)
+    scores[:, torch.from_numpy(probe.classes_)] = torch.from_numpy(decisions)
+    own = scores.gather(1, labels[:, None])
+    index = torch.arange(classes)
+    return ((scores > own) | ((scores == own) & (index < labels[:, None]))).sum(1)

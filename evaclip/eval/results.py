@@ -1,0 +1,188 @@
+"""What an evaluation leaves behind: one JSON file that says what was measured, on what, by what; and a table."""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from evaclip.errors import UserError
+
+Task = Literal["zero-shot", "retrieval", "linear-probe"]
+FOLDER = "evaluations"
+"""Where a run folder keeps its results."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Which weights were measured."""
+
+    name: str
+    origin: str
+    parameters: int
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What they were measured on; `unreadable` samples took no part."""
+
+    path: str
+    fingerprint: str
+    samples: int
+    unreadable: int
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("evakernels", "torch", "torchvision", "pillow", "scikit-learn"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"system": platform.platform(terse=True), "processor": _processor(), "cores": cores, "gpus": gpus}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One result with everything needed to repeat it.
+
+    Attributes:
+        title: what the data is called in tables and in the report.
+        metrics: the result's `to_dict()`.
+        prompts: the templates and their class names' number, for tasks that use them.
+        date: when it was measured, UTC, ISO 8601.
+    """
+
+    task: Task
+    title: str
+    metrics: dict[str, Any]
+    model: ModelFacts
+    data: DataFacts
+    transform: str
+    precision: str
+    device: str
+    seconds: float
+    prompts: dict[str, Any] | None = None
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    versions: dict[str, str] = field(default_factory=_versions)
+    machine: dict[str, Any] = field(default_factory=_machine)
+
+    def save(self, path: Path) -> None:
+        """Writes the JSON file, atomically."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> "Evaluation":
+        """Reads what `save` wrote; UserError for a file that it did not write."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            known = {entry.name for entry in fields(cls)}
+            values = {name: value for name, value in content.items() if name in known}
+            values["model"] = ModelFacts(**values["model"])
+            values["data"] = DataFacts(**values["data"])
+            return cls(**values)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise UserError(f"{path} is no evaluation result ({type(exc).__name__}: {exc})") from exc
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> None:
+    """A table of the result, and for classes the best and the worst of them."""
+    console = console or Console()
+    table = Table(title=f"{evaluation.task}: {evaluation.title}", title_justify="left")
+    rows = {"zero-shot": _zero_shot_rows, "retrieval": _retrieval_rows, "linear-probe": _linear_probe_rows}
+    header, *lines = rows[evaluation.task](evaluation.metrics)
+    for number, column in enumerate(header):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+    console.print(
+        f"{evaluation.model.name} ({evaluation.model.origin}), {evaluation.data.samples:,} samples of "
+        f"{evaluation.data.path}, {evaluation.precision} on {evaluation.device}, {evaluation.seconds:.1f} s",
+        style="dim",
+        soft_wrap=True,
+    )
+    if evaluation.data.unreadable:
+        console.print(f"{evaluation.data.unreadable:,} samples could not be read and took no part", style="yellow")
+
+
+def print_classes(evaluation: Evaluation, console: Console | None = None) -> None:
+    """The table of all classes of a zero-shot result, worst first."""
+    table = Table(title=f"classes of {evaluation.title}", title_justify="left")
+    for name in ("class", "samples", "top-1", "top-5", "most often taken for"):
+        table.add_column(name, justify="right" if name in ("samples", "top-1", "top-5") else "left")
+    for entry in sorted(evaluation.metrics["per_class"], key=lambda entry: (entry["top1"], entry["top5"], entry["name"])):
+        shares = (_percent(entry["top1"]), _percent(entry["top5"]))
+        table.add_row(entry["name"], f"{entry['samples']:,}", *shares, entry["mistaken_for"] or "")
+    (console or Console()).print(table)
+
+
+def _zero_shot_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (f"{metrics['samples']:,} pictures, {metrics['classes']:,} classes", "accuracy", "chance"),
+        ("top-1", _percent(metrics["top1"]), _percent(metrics["chance_top1"])),
+        ("top-5", _percent(metrics["top5"]), _percent(metrics["chance_top5"])),
+        ("mean per class", _percent(metrics["mean_per_class"]), _percent(metrics["chance_top1"])),
+    ]
+
+
+def _retrieval_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
+    cutoffs = list(metrics["text_to_image"]["recall"])
+    rows = [
+        (f"{metrics['images']:,} pictures, {metrics['captions']:,} captions",)
+        + tuple(f"R@{k}" for k in cutoffs)
+        + ("median rank", "mean rank")
+    ]
+    for name in ("text_to_image", "image_to_text"):
+        direction = metrics[name]
+        recalls = tuple(_percent(direction["recall"][k]) for k in cutoffs)
+        ranks = (f"{direction['median_rank']:,.1f}", f"{direction['mean_rank']:,.1f}")
+        rows.append((name.replace("_", " "), *recalls, *ranks))
+        rows.append(("  chance", *(_percent(direction["chance"][k]) for k in cutoffs), "", ""))
+    rows.append(("mean recall", _percent(metrics["mean_recall"]), *("" for _ in range(len(cutoffs) + 1))))
+    return rows
+
+
+def _linear_probe_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (f"{metrics['train_samples']:,} to train, {metrics['samples']:,} to test", "accuracy", "chance"),
+        ("top-1", _percent(metrics["top1"]), _percent(metrics["chance_top1"])),
+        ("top-5", _percent(metrics["top5"]), ""),
+        ("mean per class", _percent(metrics["mean_per_class"]), _percent(metrics["chance_top1"])),
+        (f"chosen C: {metrics['strength']:g}", "", ""),
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"

@@ -1,0 +1,106 @@
+"""Zero-shot classification: pictures against the mean text features of each class's prompts (arXiv 2103.00020, 3.1)."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from evaclip.errors import UserError
+from evaclip.eval.features import FeatureOptions, ImageTextModel, Tokenizer, encode_texts
+from evaclip.eval.prompts import PromptSet
+from evaclip.eval.ranking import hit_rate, target_ranks, top_items
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """One class: how many of its pictures were found, and the wrong class that they were most often taken for."""
+
+    name: str
+    samples: int
+    top1: float
+    top5: float
+    mistaken_for: str | None
+
+
+@dataclass(frozen=True)
+class ZeroShotResult:
+    """Accuracies are shares in [0, 1]; classes without pictures take no part in the mean per class.
+
+    Attributes:
+        chance_top1: the accuracy of guessing, 1 / classes.
+        chance_top5: min(1, 5 / classes).
+        per_class: the classes that have pictures, in the order of the labels.
+    """
+
+    samples: int
+    classes: int
+    top1: float
+    top5: float
+    mean_per_class: float
+    chance_top1: float
+    chance_top5: float
+    per_class: tuple[ClassResult, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def build_classifier(
+    model: ImageTextModel,
+    tokenizer: Tokenizer,
+    classnames: Sequence[str],
+    templates: Sequence[str],
+    options: FeatureOptions | None = None,
+) -> Tensor:
+    """One feature per class: every prompt encoded and normalised, their mean, normalised again.
+
+    Returns:
+        [classes, embed_dim] float32 on the CPU.
+    """
+    prompts = PromptSet(tuple(classnames), tuple(templates))
+    texts = [text for name in prompts.classnames for text in prompts.prompts(name)]
+    features = encode_texts(model, tokenizer, texts, options)
+    return normalize(features.unflatten(0, (len(prompts.classnames), len(prompts.templates))).mean(1), dim=-1)
+
+
+def evaluate(features: Tensor, labels: Tensor, classifier: Tensor, classnames: Sequence[str]) -> ZeroShotResult:
+    """Top-1, top-5 and mean-per-class accuracy of normalised picture features.
+
+    Among classes of equal score the one with the lower label counts as the better.
+
+    Args:
+        features: [N, embed_dim].
+        labels: [N] int64 in [0, classes).
+        classifier: [classes, embed_dim], from `build_classifier`.
+        classnames: their names.
+    """
+    if not len(labels):
+        raise UserError("there are no labelled pictures to classify")
+    if len(classnames) != len(classifier):
+        raise ValueError(f"expected {len(classifier)} class names, got {len(classnames)}")
+    ranks = target_ranks(features, classifier, labels)
+    predictions = top_items(features, classifier, 1)[1][:, 0]
+    per_class = tuple(
+        _class_result(int(label), classnames, ranks[labels == label], predictions[labels == label])
+        for label in labels.unique()
+    )
+    return ZeroShotResult(
+        samples=len(labels),
+        classes=len(classnames),
+        top1=hit_rate(ranks, 1),
+        top5=hit_rate(ranks, 5),
+        mean_per_class=sum(result.top1 for result in per_class) / len(per_class),
+        chance_top1=1 / len(classnames),
+        chance_top5=min(1.0, 5 / len(classnames)),
+        per_class=per_class,
+    )
+
+
+def _class_result(label: int, classnames: Sequence[str], ranks: Tensor, predictions: Tensor) -> ClassResult:
+    wrong = predictions[predictions != label]
+    mistaken_for = classnames[int(torch.bincount(wrong).argmax())] if len(wrong) else None
+    return ClassResult(classnames[label], len(ranks), hit_rate(ranks, 1), hit_rate(ranks, 5), mistaken_for)

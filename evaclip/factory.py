@@ -1,0 +1,94 @@
+"""Models, transforms and tokenizers by name."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaclip.errors import UserError, unknown_name
+from evaclip.model.clip import CLIP
+from evaclip.model.config import ALIASES, get_config, list_models, override
+from evaclip.tokenizer import Tokenizer
+from evaclip.transforms import EvalTransform, TrainTransform
+from evaclip.weights import find_weights, load_weights, read_preprocess
+
+__all__ = ["create_model", "create_model_and_transforms", "get_config", "get_tokenizer", "list_models"]
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def create_model(
+    name: str,
+    *,
+    pretrained: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    **overrides: Any,
+) -> CLIP:
+    """A model in training mode, with random or pretrained weights.
+
+    Args:
+        name: one of `list_models()`, or open_clip's name of the same model.
+        pretrained: a weights file, a checkpoint or run folder, or the tag of released weights; None for
+            random ones.
+        device: where the parameters lie; `meta` builds the model without memory or values.
+        precision: fp32, bf16 or fp16, the dtype of the parameters.
+        overrides: options of the configuration to change, such as `vision={"patch_dropout": 0.5}`.
+
+    Raises:
+        UserError: for names, options or weights that don't exist or don't fit together.
+    """
+    dtype, target = _dtype(precision), _device(device)
+    config = override(get_config(name), overrides)
+    weights = find_weights(pretrained, ALIASES.get(name, name)) if pretrained else None
+    if weights is not None:
+        config = replace(config, preprocess=read_preprocess(weights) or config.preprocess)
+    # On the meta device first: no value is computed that is overwritten afterwards.
+    with torch.device("meta"):
+        model = CLIP(config)
+    if target.type == "meta":
+        return model.to(dtype)
+    if weights is None:
+        model.to_empty(device=target).reset_parameters()
+        return model.to(dtype)
+    model.to(dtype).to_empty(device=target)
+    load_weights(model, weights)
+    return model
+
+
+def create_model_and_transforms(
+    name: str,
+    pretrained: str | Path | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    **overrides: Any,
+) -> tuple[CLIP, TrainTransform, EvalTransform]:
+    """`create_model`, and the transforms for training and for evaluation that belong to its weights."""
+    model = create_model(name, pretrained=pretrained, device=device, precision=precision, **overrides)
+    size, preprocess = model.config.vision.image_size, model.config.preprocess
+    return model, TrainTransform(size, preprocess), EvalTransform(size, preprocess)
+
+
+def get_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a model, with its context length."""
+    return Tokenizer(get_config(name).text.context_length)
+
+
+def _dtype(precision: str) -> torch.dtype:
+    if precision not in PRECISIONS:
+        raise unknown_name("precision", precision, PRECISIONS)
+    return PRECISIONS[precision]
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as exc:
+        accepted = "cpu, meta" + (
+            ", cuda, cuda:N" if torch.cuda.is_available() else "; there is no CUDA device here"
+        )
+        raise UserError(f"device {str(device)!r} can't be used; accepted: {accepted}") from exc
+    return target

@@ -1,0 +1,1 @@
+"""The model: configurations, the two towers, and their cost."""

@@ -1,0 +1,68 @@
+"""The two towers and the temperature between them."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evaclip.model.config import CLIPConfig
+from evaclip.model.text import TextTower
+from evaclip.model.vision import VisionTower
+
+INIT_LOGIT_SCALE = math.log(1 / 0.07)
+
+
+class CLIP(nn.Module):
+    """EVA-CLIP (Sun et al. 2023, arXiv 2303.15389): images and texts in one space.
+
+    All that a forward pass depends on is in the configuration, the parameters and the arguments.
+
+    Attributes:
+        visual, text: the towers.
+        logit_scale: 0-D, the logarithm of the factor of the cosine similarities.
+        config: what the model was built from.
+    """
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = VisionTower(config.vision, config.embed_dim)
+        self.text = TextTower(config.text, config.embed_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(INIT_LOGIT_SCALE))
+
+    def reset_parameters(self) -> None:
+        """Start values for training from scratch, as after construction."""
+        self.visual.reset_parameters()
+        self.text.reset_parameters()
+        nn.init.constant_(self.logit_scale, INIT_LOGIT_SCALE)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block of both towers in the backward pass instead of keeping its activations."""
+        self.visual.grad_checkpointing = enable
+        self.text.grad_checkpointing = enable
+
+    def encode_image(
+        self, images: Tensor, normalize: bool = False, *, token_index: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings `[B, embed_dim]` of images `[B, 3, image_size, image_size]`, of length 1 if `normalize`.
+
+        Args:
+            images: as the preprocessing gives them.
+            normalize: divide by the L2 norm.
+            token_index: int64 `[B, K]`, the patches to keep; see `VisionTower.forward`.
+        """
+        features = self.visual(images, token_index)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+        """Embeddings `[B, embed_dim]` of token ids `[B, N]`, of length 1 if `normalize`."""
+        features = self.text(tokens)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def forward(
+        self, images: Tensor, tokens: Tensor, *, token_index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`(image_features, text_features, logit_scale.exp())`, features `[B, embed_dim]` of length 1."""
+        image_features = self.encode_image(images, normalize=True, token_index=token_index)
+        return image_features, self.encode_text(tokens, normalize=True), self.logit_scale.exp()

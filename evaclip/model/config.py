@@ -1,0 +1,266 @@
+"""What a model is made of: frozen dataclasses, and the shipped configurations as JSON files.
+
+A configuration file holds only what differs from the defaults here, which are those of EVA02-CLIP (Sun et al.
+2023, arXiv 2303.15389).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal, TypeVar, get_args
+
+from evaclip.errors import UserError, unknown_name
+
+Mlp = Literal["gelu", "swiglu"]
+NormKind = Literal["layer_norm", "rms_norm"]
+Interpolation = Literal["bicubic", "bilinear"]
+Resize = Literal["shortest", "squash"]
+
+# Names under which the same models are known elsewhere: those of open_clip, and of the model cards.
+ALIASES = {
+    "EVA01-g-14": "EVA01-CLIP-g-14",
+    "EVA01-g-14-plus": "EVA01-CLIP-g-14-plus",
+    "EVA02-B-16": "EVA02-CLIP-B-16",
+    "EVA02-L-14": "EVA02-CLIP-L-14",
+    "EVA02-L-14-336": "EVA02-CLIP-L-14-336",
+    "EVA02-E-14": "EVA02-CLIP-bigE-14",
+    "EVA02-E-14-plus": "EVA02-CLIP-bigE-14-plus",
+    "EVA-CLIP-8B-448": "EVA-CLIP-8B-plus",
+}
+
+
+_RATES = ("drop_path", "patch_dropout")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What an image goes through before the model sees it; stored beside the weights.
+
+    `mean` and `std` are per RGB channel on the scale 0..1. `resize` is how evaluation makes an image square:
+    shortest side and centre crop, or squashed.
+    """
+
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    interpolation: Interpolation = "bicubic"
+    resize: Resize = "shortest"
+
+    def __post_init__(self) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            _check(
+                isinstance(values, Sequence) and len(values) == 3,
+                f"preprocess.{name} is {values!r}; expected 3 numbers, one per RGB channel",
+            )
+            object.__setattr__(self, name, tuple(float(value) for value in values))
+        _check(min(self.std) > 0, f"preprocess.std is {self.std}; expected positive numbers")
+        _check_choice("preprocess.interpolation", self.interpolation, Interpolation)
+        _check_choice("preprocess.resize", self.resize, Resize)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower. Sizes in pixels, `width` and `hidden` in channels.
+
+    Attributes:
+        mlp_ratio: hidden width of the MLP is `int(width * mlp_ratio)`.
+        sub_norm: a norm before the output projection of attention and of the SwiGLU MLP; q, k and v are then
+            three matrices, otherwise one.
+        post_norm: the norm is applied to the output of a sub-layer, inside the residual branch, not to its
+            input.
+        rope: rotary position embedding on the patches, in addition to the learned absolute one.
+        pt_hw_seq_len: grid side that rotary positions are stretched to, whatever the actual grid is.
+        qkv_bias: biases on q and v (never on k) and on the final projection.
+        layer_scale_init: start value of the learned factor per channel of each residual branch; None for no
+            factor.
+        drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
+        patch_dropout: share of the patches that training leaves out (FLIP, Li et al. 2022).
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp_ratio: float = 2.6667
+    mlp: Mlp = "swiglu"
+    norm: NormKind = "layer_norm"
+    norm_eps: float = 1e-6
+    sub_norm: bool = True
+    post_norm: bool = False
+    rope: bool = True
+    rope_theta: float = 10000.0
+    pt_hw_seq_len: int = 16
+    qkv_bias: bool = True
+    layer_scale_init: float | None = None
+    drop_path: float = 0.0
+    patch_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_fields("vision", self)
+        _check_choice("vision.mlp", self.mlp, Mlp)
+        _check_choice("vision.norm", self.norm, NormKind)
+        _check_heads("vision", self.width, self.heads)
+        _check(
+            self.image_size % self.patch_size == 0,
+            f"vision.image_size {self.image_size} isn't a multiple of patch_size {self.patch_size}",
+        )
+        _check(
+            not self.rope or self.head_dim % 4 == 0,
+            f"vision.rope needs width / heads to be a multiple of 4; it is {self.head_dim}",
+        )
+        _check(
+            not self.sub_norm or (self.mlp == "swiglu" and self.norm == "layer_norm"),
+            f"vision.sub_norm needs mlp=swiglu and norm=layer_norm; given {self.mlp} and {self.norm}",
+        )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches in an image, without the class token."""
+        return self.grid**2
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def hidden(self) -> int:
+        """Hidden channels of the MLP."""
+        return int(self.width * self.mlp_ratio)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text tower: a causal pre-norm transformer (CLIP, Radford et al. 2021). Lengths in tokens."""
+
+    context_length: int = 77
+    vocab_size: int = 49408
+    width: int = 512
+    layers: int = 12
+    heads: int = 8
+    mlp_ratio: float = 4.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _check_fields("text", self)
+        _check_heads("text", self.width, self.heads)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def hidden(self) -> int:
+        """Hidden channels of the MLP."""
+        return int(self.width * self.mlp_ratio)
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Both towers, the width of the space they share, and the preprocessing of images."""
+
+    embed_dim: int = 512
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    preprocess: Preprocess = field(default_factory=Preprocess)
+
+    def __post_init__(self) -> None:
+        _check_fields("model", self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as plain data; `override(CLIPConfig(), ...)` makes them a configuration again."""
+        return asdict(self)
+
+
+Config = TypeVar("Config")
+
+
+def override(config: Config, changes: Mapping[str, Any], path: str = "") -> Config:
+    """A copy of a dataclass with some fields changed; a mapping changes fields of a nested dataclass.
+
+    Args:
+        config: a frozen dataclass.
+        changes: new values by field name, such as `{"embed_dim": 256, "vision": {"layers": 2}}`.
+        path: where `config` stands in the whole configuration, for error messages.
+
+    Raises:
+        UserError: for a field that doesn't exist or a value that isn't accepted.
+    """
+    known = [f.name for f in fields(config)]  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for name, value in changes.items():
+        if name not in known:
+            raise unknown_name("model option", path + name, [path + k for k in known])
+        current = getattr(config, name)
+        if is_dataclass(current) and isinstance(value, Mapping):
+            value = override(current, value, f"{path}{name}.")
+        elif is_dataclass(current) != is_dataclass(value):
+            raise UserError(f"model option {path}{name} is {value!r}; expected {_kind(current)}")
+        values[name] = value
+    return replace(config, **values)  # type: ignore[type-var]
+
+
+def list_models() -> list[str]:
+    """Names of the shipped configurations."""
+    folder = files("evaclip") / "configs"
+    return sorted(
+        entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json")
+    )
+
+
+@cache
+def get_config(name: str) -> CLIPConfig:
+    """The configuration called `name`; names of open_clip are accepted too.
+
+    Raises:
+        UserError: for an unknown name, with the nearest known ones.
+    """
+    known = list_models()
+    stem = ALIASES.get(name, name)
+    if stem not in known:
+        raise unknown_name("model", name, [*known, *ALIASES])
+    text = (files("evaclip") / "configs" / f"{stem}.json").read_text(encoding="utf-8")
+    return override(CLIPConfig(), json.loads(text))
+
+
+def _kind(value: Any) -> str:
+    return "a mapping of its options" if is_dataclass(value) else f"a value such as {value!r}"
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _check_fields(part: str, config: Any) -> None:
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(entry.default, bool):
+            accepted, expected = isinstance(value, bool), "true or false"
+        elif entry.name in _RATES:
+            accepted, expected = number and 0 <= value < 1, "0 <= rate < 1"
+        elif isinstance(entry.default, int):
+            accepted, expected = number and isinstance(value, int) and value > 0, "a positive integer"
+        elif isinstance(entry.default, float) or entry.default is None:
+            accepted, expected = (number and value > 0) or value is entry.default, "a positive number"
+        else:
+            continue
+        _check(accepted, f"{part}.{entry.name} is {value!r}; expected {expected}")
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise unknown_name(name, str(value), get_args(choices))
+
+
+def _check_heads(part: str, width: int, heads: int) -> None:
+    _check(width % heads == 0, f"{part}.width {width} isn't a multiple of heads {heads}")

@@ -1,0 +1,60 @@
+"""One norm, three places to put it: alone, behind a residual add, and inside the residual branch."""
+
+import torch
+from torch import Tensor, nn
+
+from evaclip.model.config import NormKind
+from evakernels import (
+    add_layer_norm,
+    add_rms_norm,
+    layer_norm,
+    layer_norm_add,
+    rms_norm,
+    rms_norm_add,
+)
+
+
+class Norm(nn.Module):
+    """LayerNorm, or RMSNorm (which has no bias), over the last dimension of `[..., width]`.
+
+    The two residual forms take `layer_scale` `[width]` and `row_scale` `[B]`, which multiply the branch.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, width: int, kind: NormKind = "layer_norm", eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.rms = kind == "rms_norm"
+        self.weight = nn.Parameter(torch.ones(width))
+        self.register_parameter("bias", None if self.rms else nn.Parameter(torch.zeros(width)))
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0."""
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`norm(x)`."""
+        if self.rms:
+            return rms_norm(x, self.weight, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def of_sum(
+        self, residual: Tensor, branch: Tensor, layer_scale: Tensor | None, row_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`(norm(x), x)`, `x = residual + row_scale * layer_scale * branch`, in one pass (pre-norm)."""
+        scales = {"layer_scale": layer_scale, "row_scale": row_scale}
+        if self.rms:
+            return add_rms_norm(residual, branch, self.weight, eps=self.eps, **scales)
+        return add_layer_norm(residual, branch, self.weight, self.bias, eps=self.eps, **scales)
+
+    def of_branch(
+        self, residual: Tensor, branch: Tensor, layer_scale: Tensor | None, row_scale: Tensor | None
+    ) -> Tensor:
+        """`residual + row_scale * layer_scale * norm(branch)`, in one pass (post-norm)."""
+        scales = {"layer_scale": layer_scale, "row_scale": row_scale}
+        if self.rms:
+            return rms_norm_add(residual, branch, self.weight, eps=self.eps, **scales)
+        return layer_norm_add(residual, branch, self.weight, self.bias, eps=self.eps, **scales)

@@ -1,0 +1,103 @@
+"""`report.html`: one file with everything inside, in the reader's light or dark theme."""
+
+from html import escape
+from importlib.resources import files
+
+from evaclip.eval.gallery import Found, Gallery, Query, Section
+from evaclip.report.charts import accuracy_svg, loss_svg, percent, times_chance
+from evaclip.report.run_data import Bar, BarGroup, RunData
+
+KIND = "Report of a training run"
+NO_EVALUATIONS = "Nothing has been evaluated yet: `evaclip eval zero-shot RUN_DIR --data PATH` adds a result."
+LOSS_NOTE = (
+    "The contrastive loss of each logged step (pale) and its running mean. The dashed line is the loss of guessing which "
+    "of the batch's texts belongs to a picture."
+)
+ACCURACY_NOTE = "Every number stands beside what guessing would reach on the same data."
+GALLERY_NOTE = "Each row is a text and the pictures nearest to it, best first."
+
+
+def render_page(run: RunData) -> str:
+    """The whole page as text."""
+    css = (files("evaclip.report") / "style.css").read_text(encoding="utf-8")
+    body = [
+        f'<p class="kind">{KIND}</p><h1>{escape(run.name)}</h1>',
+        f'<p class="summary">{escape(run.summary)}</p>',
+        _tiles(run.groups),
+        f"<h2>Training</h2><p>{escape(LOSS_NOTE)}</p>",
+        loss_svg(run.curve),
+        "<h2>Accuracy against chance</h2>",
+        _accuracy(run.groups),
+        *(_gallery(gallery) for gallery in run.galleries),
+        "<h2>Facts of the run</h2>",
+        _facts(run),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(run.name)}: {KIND.lower()}</title>\n<style>\n{css}</style>\n</head>\n"
+        "<body><main>\n" + "\n".join(body) + "\n</main></body>\n</html>\n"
+    )
+
+
+def headline_bars(groups: tuple[BarGroup, ...]) -> list[tuple[BarGroup, Bar]]:
+    """The main bar of each of the first four evaluations."""
+    return [(group, bar) for group in groups for bar in group.bars if bar.main][:4]
+
+
+def _tiles(groups: tuple[BarGroup, ...]) -> str:
+    tiles = [
+        f'<div class="tile"><div class="label">{escape(group.title)}, {escape(bar.label)}</div>'
+        f'<div class="value">{percent(bar.value)}</div>'
+        f'<div class="note">{times_chance(bar)} chance</div></div>'
+        for group, bar in headline_bars(groups)
+    ]
+    return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
+
+
+def _accuracy(groups: tuple[BarGroup, ...]) -> str:
+    if not groups:
+        return f"<p>{escape(NO_EVALUATIONS)}</p>"
+    legend = '<div class="legend"><span><i class="bar"></i>accuracy</span><span><i class="tick"></i>chance</span></div>'
+    return f"<p>{escape(ACCURACY_NOTE)}</p>{legend}{accuracy_svg(groups)}"
+
+
+def _gallery(gallery: Gallery) -> str:
+    legend = (
+        '<div class="legend"><span><i class="frame"></i>the picture that this text belongs to</span>'
+        f"<span>{gallery.pictures:,} pictures searched</span></div>"
+    )
+    sections = "".join(_section(section, gallery.pictures) for section in gallery.sections)
+    return f"<h2>{escape(gallery.title)}</h2><p>{escape(GALLERY_NOTE)}</p>{legend}{sections}"
+
+
+def _section(section: Section, pictures: int) -> str:
+    rows = "".join(_query(query, pictures) for query in section.queries)
+    return f"<h3>{escape(section.title)}</h3><p>{escape(section.note)}</p>{rows}"
+
+
+def _query(query: Query, pictures: int) -> str:
+    place = "first" if query.rank == 1 else f"place {query.rank:,} of {pictures:,}"
+    kind = "rank first" if query.rank == 1 else "rank"
+    found = "".join(_picture(item) for item in query.found)
+    return (
+        f'<div class="query"><div><div class="text">{escape(query.text)}</div>'
+        f'<div class="{kind}">{place}</div></div><div class="found">{found}</div></div>'
+    )
+
+
+def _picture(found: Found) -> str:
+    kind = ' class="correct"' if found.correct else ""
+    what = "the right picture" if found.correct else "another picture"
+    return f'<img{kind} src="{escape(found.image)}" alt="{what}" title="{escape(found.key)}">'
+
+
+def _facts(run: RunData) -> str:
+    lists = "".join(
+        f"<section><h3>{escape(heading)}</h3><dl>"
+        + "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in pairs)
+        + "</dl></section>"
+        for heading, pairs in run.facts.items()
+    )
+    config = f"<details><summary>The whole configuration</summary><pre>{escape(run.config)}</pre></details>"
+    return f'<div class="facts">{lists}</div>{config}'

@@ -1,0 +1,187 @@
+"""Everything that a report shows, read from a run folder and brought into the form in which it is shown."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evaclip.errors import UserError
+from evaclip.eval import gallery, results
+from evaclip.eval.gallery import Gallery
+from evaclip.eval.results import Evaluation
+from evaclip.train.progress import LOG_FILE, read_log
+
+CONFIG_FILE = "config.yaml"
+_SMOOTHING = 0.02
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """Logged losses over the samples seen.
+
+    Attributes:
+        smooth: the running mean of `loss`, over a window of 2 % of the run.
+        guessing: the loss of a model that knows nothing, or None where that is no single number.
+    """
+
+    samples: list[int]
+    loss: list[float]
+    smooth: list[float]
+    batch_size: int
+    guessing: float | None
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One accuracy in [0, 1] beside what guessing gives; the `main` one of a group stands out."""
+
+    label: str
+    value: float
+    chance: float
+    main: bool = False
+
+
+@dataclass(frozen=True)
+class BarGroup:
+    """The accuracies of one evaluation."""
+
+    title: str
+    detail: str
+    bars: tuple[Bar, ...]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run as the report shows it.
+
+    Attributes:
+        facts: (name, value) pairs by heading.
+        config: the whole configuration as YAML text.
+    """
+
+    name: str
+    summary: str
+    curve: LossCurve
+    groups: tuple[BarGroup, ...]
+    galleries: tuple[Gallery, ...]
+    facts: dict[str, list[tuple[str, str]]]
+    config: str
+
+
+def read_run(folder: Path) -> RunData:
+    """Reads `log.jsonl`, `config.yaml`, `evaluations/` and `galleries/` of a run folder.
+
+    Raises:
+        UserError: it is no run folder, or nothing was logged yet.
+    """
+    for name in (LOG_FILE, CONFIG_FILE):
+        if not (folder / name).is_file():
+            raise UserError(f"{str(folder)!r} is no run folder: it has no {name}; `evaclip train` writes one")
+    config_text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
+    config = yaml.safe_load(config_text)
+    records = [record for record in read_log(folder / LOG_FILE) if record.get("loss") is not None]
+    if not records:
+        raise UserError(f"{folder / LOG_FILE} holds no losses yet: train for some steps first")
+    evaluations = [Evaluation.load(path) for path in sorted((folder / results.FOLDER).glob("*.json"))]
+    evaluations.sort(key=lambda evaluation: (_ORDER[evaluation.task], evaluation.date))
+    galleries = tuple(Gallery.load(path) for path in sorted((folder / gallery.FOLDER).glob("*.json")))
+    groups = tuple(group for evaluation in evaluations for group in _bar_groups(evaluation))
+    facts = _facts(config, records, evaluations)
+    curve = loss_curve(records, config["batch_size"], config["loss"]["name"])
+    return RunData(folder.name, _summary(config, records, evaluations), curve, groups, galleries, facts, config_text)
+
+
+_ORDER = {"zero-shot": 0, "retrieval": 1, "linear-probe": 2}
+
+
+def loss_curve(records: Sequence[dict[str, Any]], batch_size: int, loss_name: str) -> LossCurve:
+    """The losses of a log's records, with their running mean."""
+    losses = [record["loss"] for record in records]
+    window = max(1, round(len(losses) * _SMOOTHING))
+    smooth = [sum(part) / len(part) for part in _trailing(losses, window)]
+    guessing = math.log(batch_size) if loss_name == "clip" else None
+    return LossCurve([record["samples"] for record in records], losses, smooth, batch_size, guessing)
+
+
+def _trailing(values: list[float], window: int) -> Iterator[list[float]]:
+    for end in range(1, len(values) + 1):
+        yield values[max(0, end - window) : end]
+
+
+def _bar_groups(evaluation: Evaluation) -> Iterator[BarGroup]:
+    metrics = evaluation.metrics
+    if evaluation.task == "retrieval":
+        pictures = f"{metrics['images']:,} pictures, {metrics['captions']:,} captions"
+        for name, title in (("text_to_image", "text finds picture"), ("image_to_text", "picture finds text")):
+            direction = metrics[name]
+            bars = [Bar(f"within {k}", direction["recall"][k], direction["chance"][k]) for k in direction["recall"]]
+            first = Bar("first", bars[0].value, bars[0].chance, main=True)
+            yield BarGroup(f"{evaluation.title}: {title}", pictures, (first, *bars[1:]))
+        return
+    detail = f"{metrics['samples']:,} pictures, {metrics['classes']:,} classes"
+    chance = metrics["chance_top1"]
+    bars = [Bar("top-1", metrics["top1"], chance, main=True), Bar("top-5", metrics["top5"], min(1.0, 5 * chance))]
+    kind = "zero-shot" if evaluation.task == "zero-shot" else "linear probe"
+    yield BarGroup(f"{evaluation.title}: {kind}", detail, tuple(bars))
+
+
+def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], evaluations: Sequence[Evaluation]) -> str:
+    last = records[-1]
+    parts = [config["model"]["name"]]
+    if evaluations:
+        parts.append(f"{evaluations[-1].model.parameters / 1e6:.1f} M parameters")
+    parts.append(f"{last['samples']:,} image-text pairs in {duration(last['seconds'])}")
+    if evaluations:
+        machine = evaluations[-1].machine
+        parts.append(", ".join(machine["gpus"]) or f"{machine['cores']} CPU cores, no GPU")
+    return " · ".join(parts)
+
+
+def _facts(
+    config: dict[str, Any], records: Sequence[dict[str, Any]], evaluations: Sequence[Evaluation]
+) -> dict[str, list[tuple[str, str]]]:
+    last = records[-1]
+    rates = sorted(record["samples_per_second"] for record in records)
+    facts = {
+        "Training": [
+            ("model", config["model"]["name"]),
+            ("data", config["data"]["train"]),
+            ("steps", f"{last['step']:,} of {config['batch_size']:,} pairs"),
+            ("pairs seen", f"{last['samples']:,} ({last['epoch']:.1f} epochs)"),
+            ("time", duration(last["seconds"])),
+            ("speed", f"{rates[len(rates) // 2]:,.0f} pairs/s (median), MFU {last['mfu']:.0%}"),
+            ("optimizer", f"{config['optim']['name']}, peak rate {config['optim']['lr']:g}"),
+            ("precision", config["precision"]),
+            ("skipped steps", f"{last['skipped']:,}"),
+            ("final loss", f"{last['loss']:.3f}"),
+        ]
+    }
+    if evaluations:
+        latest = max(evaluations, key=lambda evaluation: evaluation.date)
+        machine = latest.machine
+        facts["Evaluation"] = [
+            ("weights", latest.model.origin),
+            ("parameters", f"{latest.model.parameters:,}"),
+            ("SHA-256", latest.model.weights_sha256[:16]),
+            ("date", datetime.fromisoformat(latest.date).strftime("%d %B %Y, %H:%M UTC")),
+            ("time", duration(sum(evaluation.seconds for evaluation in evaluations))),
+        ]
+        facts["Machine"] = [
+            ("processor", f"{machine['processor']}, {machine['cores']} cores"),
+            ("GPU", ", ".join(machine["gpus"]) or "none"),
+            ("system", machine["system"]),
+            *latest.versions.items(),
+        ]
+    return facts
+
+
+def duration(seconds: float) -> str:
+    """'42 s', '6 min 10 s' or '3 h 5 min'."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

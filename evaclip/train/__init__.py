@@ -1,0 +1,1 @@
+"""Training: configuration, recipes, the optimizer step and the loop around it."""

@@ -1,0 +1,152 @@
+"""Everything that a run is made of, built from its configuration."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evaclip.data import Source, TrainLoader, open_configured
+from evaclip.errors import UserError
+from evaclip.factory import create_model, get_tokenizer
+from evaclip.model.clip import CLIP
+from evaclip.model.flops import flops_per_sample
+from evaclip.train import rng
+from evaclip.train.config import ModelConfig, TrainConfig
+from evaclip.train.distributed import World
+from evaclip.train.ema import Ema
+from evaclip.train.evaluation import Evaluation
+from evaclip.train.loss import SIGLIP_INITIAL_SCALE, ContrastiveLoss
+from evaclip.train.optimizer import build_optimizer, parameter_groups
+from evaclip.train.schedule import total_steps
+from evaclip.train.step import StepOptions, TrainStep
+from evaclip.train.throughput import BACKWARD_FACTOR, peak_flops
+from evaclip.transforms import EvalTransform, TrainTransform
+
+_JPEG_MARGIN = 2
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop works with.
+
+    Attributes:
+        flops_per_sample: model FLOPs of a training step per sample, forward and backward.
+        peak_flops: FLOP/s of all devices together.
+        epoch_samples: samples that count as one epoch.
+    """
+
+    config: TrainConfig
+    world: World
+    model: CLIP
+    source: Source
+    loader: TrainLoader
+    step: TrainStep
+    ema: Ema | None
+    evaluation: Evaluation | None
+    total_steps: int
+    epoch_samples: int
+    flops_per_sample: float
+    peak_flops: float
+
+
+def build(config: TrainConfig, world: World) -> Parts:
+    """Builds model, data, optimizer and evaluation.
+
+    Raises:
+        UserError: a name or path does not exist, or the numbers do not fit one another.
+    """
+    per_process = _per_process(config, world)
+    source = open_configured(config.data)
+    # All processes draw the same start weights, and different random numbers from then on.
+    rng.seed_all(config.seed, 0)
+    model = build_model(config, world.device)
+    world.broadcast_(list(model.parameters()))
+    rng.seed_all(config.seed, 1 + world.rank)
+    loss = ContrastiveLoss(config.loss, world.group).to(world.device)
+    optimizer = build_optimizer(parameter_groups(model, loss, config.optim), config.optim)
+    options = StepOptions(config.precision, config.accumulation, config.optim.grad_clip_norm, config.seed)
+    tokenizer = get_tokenizer(config.model.name)
+    epoch_samples = config.schedule.epoch_samples or len(source)
+    return Parts(
+        config=config,
+        world=world,
+        model=model,
+        source=source,
+        loader=_loader(config, world, source, model, tokenizer, per_process),
+        step=TrainStep(model, loss, optimizer, options, world),
+        ema=None if config.ema_decay is None else Ema(model, config.ema_decay),
+        evaluation=_evaluation(config, world, model, tokenizer),
+        total_steps=total_steps(config.schedule, config.batch_size, len(source)),
+        epoch_samples=epoch_samples,
+        flops_per_sample=BACKWARD_FACTOR * flops_per_sample(model.config, 1 - model.visual.patch_dropout),
+        peak_flops=world.size * peak_flops(world.device, config.precision),
+    )
+
+
+def build_model(config: TrainConfig, device: torch.device) -> CLIP:
+    """The model in training precision, on the device."""
+    precision = config.precision if config.precision in ("bf16", "fp16") else "fp32"
+    model: CLIP = create_model(
+        config.model.name,
+        pretrained=config.model.pretrained,
+        device=device,
+        precision=precision,
+        **_model_options(config.model),
+    )
+    model.set_grad_checkpointing(config.model.grad_checkpointing)
+    if config.loss.name == "siglip" and config.model.pretrained is None:
+        torch.nn.init.constant_(model.logit_scale, SIGLIP_INITIAL_SCALE)
+    return model
+
+
+def _model_options(config: ModelConfig) -> dict[str, Any]:
+    options = dict(config.options)
+    if config.patch_dropout is not None:
+        options["vision"] = {**options.get("vision", {}), "patch_dropout": config.patch_dropout}
+    return options
+
+
+def _per_process(config: TrainConfig, world: World) -> int:
+    parts = world.size * config.accumulation
+    if config.batch_size % parts:
+        raise UserError(
+            f"batch_size={config.batch_size} is no multiple of {parts} "
+            f"({world.size} processes x accumulation {config.accumulation})"
+        )
+    return config.batch_size // world.size
+
+
+def _loader(
+    config: TrainConfig,
+    world: World,
+    source: Source,
+    model: CLIP,
+    tokenizer: Callable[[list[str]], Tensor],
+    per_process: int,
+) -> TrainLoader:
+    size, preprocess = model.config.vision.image_size, model.config.preprocess
+    data = config.data
+    return TrainLoader(
+        source,
+        batch_size=per_process,
+        transform=TrainTransform(size, preprocess, data.augmentation),
+        tokenizer=tokenizer,
+        seed=config.seed,
+        workers=data.workers,
+        rank=world.rank,
+        world_size=world.size,
+        window=data.shuffle_window,
+        prefetch=data.prefetch,
+        decode_size=_JPEG_MARGIN * size if data.jpeg_reduction else None,
+    )
+
+
+def _evaluation(
+    config: TrainConfig, world: World, model: CLIP, tokenizer: Callable[[list[str]], Tensor]
+) -> Evaluation | None:
+    if config.eval.data is None or not world.is_main:
+        return None
+    transform = EvalTransform(model.config.vision.image_size, model.config.preprocess)
+    return Evaluation(config.eval.data, config.eval, tokenizer, transform, config.precision)

@@ -1,0 +1,212 @@
+"""Checkpoint folders: written all or nothing, checked before use, thinned out by rule."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from evaclip.errors import UserError
+
+FORMAT = 1
+MODEL_FILE = "model.safetensors"
+EMA_FILE = "ema.safetensors"
+STATE_FILE = "state.pt"
+_META_FILE = "meta.json"
+_LATEST_FILE = "latest"
+_UNFINISHED = ".unfinished-"
+_FOLDER = re.compile(r"step_(\d{8,})")
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint folder whose contents are not what was written; the message says what is wrong."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What goes into one checkpoint.
+
+    Attributes:
+        model: the weights, under the model's own names.
+        ema: the averaged weights under the same names, or None.
+        descriptions: JSON files that lie beside the weights, by file name.
+        state: everything else that resuming needs; tensors and plain values only.
+        meta: facts for people and for choosing among checkpoints.
+    """
+
+    model: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor] | None
+    descriptions: Mapping[str, Any]
+    state: Mapping[str, Any]
+    meta: Mapping[str, Any]
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def save(root: Path, step: int, content: Content) -> Path:
+    """Writes the folder of `step` under another name, flushes it to the disk, renames it, and points `latest` at it."""
+    unfinished = root / f"{_UNFINISHED}{folder_name(step)}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    _save_tensors(content.model, unfinished / MODEL_FILE)
+    if content.ema is not None:
+        _save_tensors(content.ema, unfinished / EMA_FILE)
+    for name, value in content.descriptions.items():
+        _write_json(unfinished / name, value)
+    torch.save(dict(content.state), unfinished / STATE_FILE)
+    files = {path.name: _fingerprint(path) for path in sorted(unfinished.iterdir())}
+    _write_json(unfinished / _META_FILE, {"format": FORMAT, "step": step, **content.meta, "files": files})
+    for path in unfinished.iterdir():
+        _flush(path)
+    _flush(unfinished)
+    final = root / folder_name(step)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(unfinished, final)
+    _point_latest_at(root, final.name)
+    return final
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The facts of a checkpoint, after a check of every file's size and SHA-256.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, short or changed, or the format is unknown.
+    """
+    try:
+        meta = json.loads((folder / _META_FILE).read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise DamagedCheckpoint(f"{_META_FILE} cannot be read ({exc.strerror})") from exc
+    except ValueError as exc:
+        raise DamagedCheckpoint(f"{_META_FILE} is not JSON") from exc
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise DamagedCheckpoint(f"its format is not {FORMAT}, the one this version reads")
+    for name, expected in meta["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedCheckpoint(f"{name} is missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise DamagedCheckpoint(f"{name} has {path.stat().st_size} bytes, {expected['bytes']} were written")
+        if _fingerprint(path) != expected:
+            raise DamagedCheckpoint(f"the contents of {name} have changed since they were written")
+    return meta
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """What `Content.state` held, with tensors on the CPU; no code of the file is run."""
+    state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    return state
+
+
+def choose(
+    root: Path, say: Callable[[str], None], accept: Callable[[dict[str, Any]], bool] = lambda meta: True
+) -> Path | None:
+    """The newest checkpoint under `root` that is whole and accepted; says which damaged ones it passed over."""
+    for folder in reversed(list_folders(root)):
+        try:
+            meta = read_meta(folder)
+        except DamagedCheckpoint as exc:
+            say(f"skipped the checkpoint {folder}: {exc}")
+            continue
+        if accept(meta):
+            return folder
+    return None
+
+
+def find(request: str, root: Path, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that `--resume REQUEST` means.
+
+    Args:
+        request: none; auto (the newest whole one, if any); latest (the one `latest` names, which must be whole); or
+            the path of a checkpoint folder.
+
+    Raises:
+        UserError: it was asked for by name and does not exist or is damaged.
+    """
+    if request == "none":
+        return None
+    if request == "auto":
+        return choose(root, say)
+    folder = _latest(root) if request == "latest" else Path(request)
+    if not folder.is_dir():
+        raise UserError(f"there is no checkpoint folder {str(folder)!r}; --resume takes auto, latest, none or a folder")
+    try:
+        read_meta(folder)
+    except DamagedCheckpoint as exc:
+        raise UserError(f"the checkpoint {str(folder)!r} is damaged: {exc}; --resume auto takes an older one") from exc
+    return folder
+
+
+def list_folders(root: Path) -> list[Path]:
+    """Checkpoint folders, oldest step first."""
+    return [folder for _, folder in sorted(_steps(root))]
+
+
+def prune(root: Path, keep: int, keep_every: int | None) -> None:
+    """Deletes all but the newest `keep` checkpoints and those at multiples of `keep_every` steps."""
+    for step, folder in sorted(_steps(root))[:-keep]:
+        if keep_every is None or step % keep_every:
+            shutil.rmtree(folder)
+
+
+def discard_after(root: Path, step: int) -> None:
+    """Deletes the checkpoints of later steps, and folders that were never finished."""
+    for later, folder in _steps(root):
+        if later > step:
+            shutil.rmtree(folder)
+    for leftover in root.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(leftover)
+    if (root / folder_name(step)).is_dir():
+        _point_latest_at(root, folder_name(step))
+
+
+def _steps(root: Path) -> Iterator[tuple[int, Path]]:
+    if root.is_dir():
+        for folder in list(root.iterdir()):
+            if (match := _FOLDER.fullmatch(folder.name)) and folder.is_dir():
+                yield int(match[1]), folder
+
+
+def _latest(root: Path) -> Path:
+    try:
+        return root / (root / _LATEST_FILE).read_text(encoding="utf-8").strip()
+    except OSError as exc:
+        raise UserError(f"there is no checkpoint to resume under {str(root)!r}") from exc
+
+
+def _point_latest_at(root: Path, name: str) -> None:
+    pointer = root / f"{_UNFINISHED}{_LATEST_FILE}"
+    pointer.write_text(name + "\n", encoding="utf-8")
+    _flush(pointer)
+    os.replace(pointer, root / _LATEST_FILE)
+    _flush(root)
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

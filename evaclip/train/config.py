@@ -1,0 +1,199 @@
+"""The one description of a training run: a tree of frozen dataclasses, checked by pydantic."""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Field, TypeAdapter, model_validator
+from pydantic.dataclasses import dataclass
+
+from evaclip.data.config import DataConfig
+
+Precision = Literal["fp32", "amp_bf16", "amp_fp16", "bf16", "fp16"]
+Count = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+_STRICT_KEYS = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class ModelConfig:
+    """Which model is trained, and from what weights it starts."""
+
+    name: str = "EVA02-CLIP-B-16"
+    pretrained: str | None = None
+    """A weights file or a checkpoint folder; none starts from random weights."""
+    patch_dropout: Share | None = None
+    """Share of the patch tokens that are left out in training; none keeps the model's own value."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the architecture that differ from the named model's, such as `vision: {drop_path: 0.1}`."""
+    grad_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class TowerConfig:
+    """What differs between the towers; none takes the value of the whole optimizer."""
+
+    lr: Rate | None = None
+    weight_decay: Rate | None = None
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The learning rate falls by this factor with each block away from the output."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class OptimConfig:
+    """The optimizer; the moments' defaults are those of the released EVA-CLIP models."""
+
+    name: Literal["adamw", "lamb"] = "adamw"
+    lr: Rate = 5e-4
+    """Peak rate of whatever a tower does not override: logit_scale, and towers without a rate."""
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    eps: Annotated[float, Field(gt=0)] = 1e-6
+    weight_decay: Rate = 0.05
+    visual: TowerConfig = TowerConfig()
+    text: TowerConfig = TowerConfig()
+    grad_clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Bound on the L2 norm of all gradients together."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class ScheduleConfig:
+    """How long the run is, and the learning rate's course over it."""
+
+    name: Literal["cosine", "constant"] = "cosine"
+    steps: Count | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    epoch_samples: Count | None = None
+    """Samples that make one epoch; none takes the size of the data."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    final_factor: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the peak rate at which the cosine ends."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"set either steps or epochs, got steps={self.steps} and epochs={self.epochs}")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class LossConfig:
+    """The contrastive loss over the whole batch of all processes."""
+
+    name: Literal["clip", "siglip"] = "clip"
+    label_smoothing: Share = 0.0
+
+    @model_validator(mode="after")
+    def _smoothing_needs_softmax(self) -> Self:
+        if self.name == "siglip" and self.label_smoothing:
+            raise ValueError(f"label_smoothing={self.label_smoothing} needs name=clip; siglip accepts only 0")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class NonfiniteConfig:
+    """What happens when the loss or a gradient is not a number."""
+
+    max_skipped: Count = 20
+    """Steps in a row that may be skipped before `action` is taken."""
+    action: Literal["stop", "rollback"] = "stop"
+    """Stop with an error, or return to the last good checkpoint and leave the bad stretch of data out."""
+    max_rollbacks: Count = 3
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class CheckpointConfig:
+    """When checkpoints are written and how many stay. The last step always writes one."""
+
+    every_steps: Count | None = None
+    every_minutes: Annotated[float, Field(gt=0)] | None = 30.0
+    every_epochs: Count | None = None
+    keep: Count = 3
+    keep_every: Count | None = None
+    """Steps whose multiples are kept for good."""
+    allow_data_change: bool = False
+    """Resume although the data is no longer what the checkpoint was trained on."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class LogConfig:
+    """What is reported while training."""
+
+    every_steps: Count = 10
+    tensorboard: bool = True
+    progress: Literal["auto", "rich", "plain", "none"] = "auto"
+    """auto: a live display on a terminal, plain lines elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class EvalConfig:
+    """Zero-shot classification among the distinct captions of an evaluation set."""
+
+    data: DataConfig | None = None
+    """The evaluation set; none evaluates nothing."""
+    every_steps: Count | None = None
+    """Also evaluate while training; the end of the run always does."""
+    first: Annotated[int, Field(ge=0)] = 0
+    """Samples of the set that are left out before the first one used."""
+    samples: Count | None = None
+    """How many are used; none uses all."""
+    templates: tuple[str, ...] = ("{}",)
+    """Prompts in which `{}` stands for the caption; their embeddings are averaged."""
+    batch_size: Count = 64
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class TrainConfig:
+    """A whole run."""
+
+    name: str
+    """The run's folder inside `output`."""
+    batch_size: Count
+    """Samples of one optimizer step, over all processes: the contrastive batch."""
+    data: DataConfig
+    schedule: ScheduleConfig
+    output: str = "runs"
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: str = "auto"
+    precision: Precision = "fp32"
+    """amp_*: parameters in fp32, autocast to the 16-bit type; bf16, fp16: parameters themselves in 16 bits."""
+    accumulation: Count = 1
+    """Chunks that each process passes through the model one after the other, with one exact loss."""
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    loss: LossConfig = LossConfig()
+    ema_decay: Share | None = None
+    """Keep a moving average of the weights, and evaluate it; none keeps none."""
+    nonfinite: NonfiniteConfig = NonfiniteConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _chunks_divide_the_batch(self) -> Self:
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size={self.batch_size} is no multiple of accumulation={self.accumulation}")
+        return self
+
+
+ADAPTER: TypeAdapter[TrainConfig] = TypeAdapter(TrainConfig)
+
+_NOT_THE_RESULT = ("name", "output", "device", "log", "checkpoint", "eval", "nonfinite")
+
+
+def to_tree(config: TrainConfig) -> dict[str, Any]:
+    """Nested dicts and lists, as YAML and JSON hold them."""
+    tree: dict[str, Any] = ADAPTER.dump_python(config, mode="json")
+    return tree
+
+
+def training_tree(config: TrainConfig) -> dict[str, Any]:
+    """The part of the configuration that decides what weights come out."""
+    return {key: value for key, value in to_tree(config).items() if key not in _NOT_THE_RESULT}
+
+
+def config_hash(config: TrainConfig) -> str:
+    """Equal for two configurations exactly when they train the same weights."""
+    return hashlib.sha256(json.dumps(training_tree(config), sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,132 @@
+"""Data parallelism over the processes that torchrun starts: plain all-reduces, no wrapper around the model."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from evaclip.errors import UserError
+
+_BUCKET_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together.
+
+    Attributes:
+        group: of all processes, for tensors on `device`; None for one process.
+        control: of all processes, for tensors on the CPU, so that agreeing never waits for the device.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+    control: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def mean_(self, tensor: Tensor) -> Tensor:
+        """The mean over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+            tensor /= self.size
+        return tensor
+
+    def average_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Replaces gradients by their mean over all processes, a bucket of several at a time."""
+        if self.size == 1:
+            return
+        for bucket in _buckets(gradients):
+            flat = self.mean_(torch.cat([gradient.reshape(-1) for gradient in bucket]))
+            parts = flat.split([gradient.numel() for gradient in bucket])
+            for gradient, part in zip(bucket, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether it is set in any process."""
+        if self.size == 1:
+            return flags
+        votes = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
+        return tuple(bool(vote) for vote in votes.tolist())
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in the main one; an empty list in the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values, group=self.control)
+        return values or []
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's value, in all."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, group=self.control)
+        return values[0]
+
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrites the tensors by the main process's."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0, group=self.group)
+
+    def close(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def connect(device_name: str) -> World:
+    """Joins the processes that torchrun started, or returns a world of one.
+
+    Args:
+        device_name: a torch device, or auto for a GPU if there is one.
+
+    Raises:
+        UserError: the device does not exist.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    device = _device(device_name, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else None)
+    if size == 1:
+        return World(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(device, dist.get_rank(), size, dist.group.WORLD, dist.new_group(backend="gloo"))
+
+
+def _device(name: str, local_rank: int | None) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None and local_rank is not None:
+            device = torch.device("cuda", local_rank)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as exc:
+        reason = str(exc).splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used ({reason}); accepted: auto, cpu, cuda, cuda:N") from exc
+    return device
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Groups neighbours of one dtype up to the bucket size: few large messages instead of many small ones."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or size + tensor.nbytes > _BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket

@@ -1,0 +1,55 @@
+"""Exponential moving average of the weights."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Follows a model's parameters: `average += (1 - decay) * (parameter - average)`.
+
+    The average is held in fp32 at least, because 16-bit sums lose such small steps. Early on the decay is lower,
+    `(1 + steps) / (10 + steps)`, so that the random start is soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._parameters = dict(model.named_parameters())
+        self._average = {name: _at_least_fp32(value).clone() for name, value in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self, steps: int) -> None:
+        """Call after each optimizer step; `steps` counts the steps so far, this one included."""
+        decay = min(self.decay, (1 + steps) / (10 + steps))
+        current = [_at_least_fp32(value) for value in self._parameters.values()]
+        torch._foreach_lerp_(list(self._average.values()), current, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model holds the averaged weights inside this context, its own again afterwards."""
+        own = {name: value.detach().clone() for name, value in self._parameters.items()}
+        self._write(self._average)
+        try:
+            yield
+        finally:
+            self._write(own)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights under the model's own names."""
+        return dict(self._average)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, value in self._average.items():
+            value.copy_(state[name])
+
+    @torch.no_grad()
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(values[name])
+
+
+def _at_least_fp32(value: Tensor) -> Tensor:
+    return value.detach().to(torch.promote_types(value.dtype, torch.float32))

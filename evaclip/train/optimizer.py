@@ -1,0 +1,77 @@
+"""Parameter groups with per-tower learning rate, weight decay and layer decay; AdamW and LAMB on top of them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evaclip.train.config import OptimConfig, TowerConfig
+
+Group = dict[str, Any]
+
+_NEVER_DECAYED = ("pos_embed", "cls_token", "positional_embedding")
+
+
+def parameter_groups(model: nn.Module, loss: nn.Module, config: OptimConfig) -> list[Group]:
+    """Groups of equal learning rate and weight decay, over the trainable parameters of the model and the loss.
+
+    A tower's rate at depth d is `lr * layer_decay ** (depth + 1 - d)`: embeddings have d = 0, block i has d = i + 1, and
+    what comes after the blocks d = depth + 1. Biases, norms, scales and position embeddings are not decayed. What
+    belongs to no tower (logit_scale, logit_bias) has the optimizer's own rate.
+
+    Returns:
+        groups with `params`, `name`, `lr`, `peak_lr` and `weight_decay`.
+    """
+    towers = {"visual": config.visual, "text": config.text}
+    groups: dict[str, Group] = {}
+    for name, parameter in _trainable(model, loss):
+        tower, _, inner = name.partition(".")
+        decayed = parameter.ndim > 1 and inner.rpartition(".")[2] not in _NEVER_DECAYED
+        label = "decay" if decayed else "no_decay"
+        if tower in towers:
+            options = towers[tower]
+            lr, layer = _layer_rate(getattr(model, tower), inner, options, config.lr)
+            decay = config.weight_decay if options.weight_decay is None else options.weight_decay
+            label = f"{tower}.{layer}{label}"
+        else:
+            lr, decay, label = config.lr, config.weight_decay, f"{tower}.{label}"
+        group = groups.setdefault(
+            label, {"name": label, "lr": lr, "peak_lr": lr, "weight_decay": decay if decayed else 0.0, "params": []}
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer over these groups; both kinds skip a step on the device when their `found_inf` is 1."""
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    from evakernels.optim import Lamb
+
+    return Lamb(groups, lr=config.lr, betas=config.betas, eps=config.eps, variant="deepspeed")
+
+
+def set_lr_factor(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Sets every group's rate to this share of its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restores the moments of a checkpoint; rates and decays stay those of the present configuration."""
+    present = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": present})
+
+
+def _layer_rate(tower: Any, name: str, options: TowerConfig, default_lr: float) -> tuple[float, str]:
+    lr = default_lr if options.lr is None else options.lr
+    if options.layer_decay == 1.0:
+        return lr, ""
+    layer = tower.layer_id(name)
+    return lr * options.layer_decay ** (tower.num_layer_ids - 1 - layer), f"layer{layer:02d}."
+
+
+def _trainable(model: nn.Module, loss: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for module in (model, loss):
+        yield from ((name, value) for name, value in module.named_parameters() if value.requires_grad)

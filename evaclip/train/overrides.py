@@ -1,0 +1,141 @@
+"""From a recipe, a YAML file and `--set a.b=c` to one checked configuration, and back to YAML."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import ValidationError
+
+from evaclip.errors import UserError
+from evaclip.train.config import ADAPTER, TrainConfig, to_tree
+
+Tree = dict[str, Any]
+
+
+def resolve(base: TrainConfig, changes: Iterable[Tree]) -> TrainConfig:
+    """Applies each of `changes` to `base`, the later over the earlier.
+
+    Raises:
+        UserError: a key does not exist, or a value is not accepted.
+    """
+    tree = to_tree(base)
+    for change in changes:
+        _check_keys(TrainConfig, change, ())
+        tree = _merge(tree, change)
+    return validate(tree)
+
+
+def validate(tree: Mapping[str, Any]) -> TrainConfig:
+    """Checks a tree of plain values.
+
+    Raises:
+        UserError: names the key, the value that was given and what is accepted.
+    """
+    _check_keys(TrainConfig, tree, ())
+    try:
+        return ADAPTER.validate_python(tree)
+    except ValidationError as exc:
+        raise UserError("; ".join(map(_describe, exc.errors()))) from exc
+
+
+def load_yaml(path: str | Path) -> Tree:
+    """Reads a configuration, which may hold only some of the keys."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise UserError(f"cannot read the configuration {str(path)!r}: {exc.strerror}") from exc
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        raise UserError(f"{str(path)!r} is not YAML: {exc}") from exc
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{str(path)!r} must hold keys and values, it holds a {type(tree).__name__}")
+    return tree
+
+
+def dump_yaml(config: TrainConfig) -> str:
+    """The complete configuration, which `load_yaml` reads back to an equal one."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False)
+
+
+def parse_assignment(text: str) -> Tree:
+    """`a.b=value`, with the value as YAML writes it, as a nested dict."""
+    path, separator, value = text.partition("=")
+    if not separator or not path.strip():
+        raise UserError(f"--set takes key=value, such as optim.lr=1e-3; got {text!r}")
+    try:
+        return nest(path.strip(), yaml.safe_load(value))
+    except yaml.YAMLError as exc:
+        raise UserError(f"the value in --set {text!r} is not YAML") from exc
+
+
+def nest(path: str, value: Any) -> Tree:
+    """`nest("a.b", 1)` is `{"a": {"b": 1}}`."""
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    tree: Tree = value
+    return tree
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Lines `key: old -> new` for each leaf that differs."""
+    lines = []
+    for key in {**before, **after}:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: {old} -> {new}")
+    return lines
+
+
+def _merge(base: Tree, change: Mapping[str, Any]) -> Tree:
+    merged = dict(base)
+    for key, value in change.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _check_keys(cls: type, tree: Mapping[str, Any], path: tuple[str, ...]) -> None:
+    hints = get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key, value in tree.items():
+        if key not in known:
+            raise _unknown_key((*path, str(key)), known)
+        inner = _dataclass_in(hints[key])
+        if inner is not None and isinstance(value, Mapping):
+            _check_keys(inner, value, (*path, key))
+
+
+def _unknown_key(path: tuple[str, ...], known: list[str]) -> UserError:
+    *parents, key = path
+    near = get_close_matches(key, known, n=1, cutoff=0.5)
+    if near:
+        hint = f"did you mean {'.'.join([*parents, near[0]])!r}?"
+    else:
+        hint = f"{'.'.join(parents) or 'the configuration'} has: {', '.join(known)}"
+    return UserError(f"unknown configuration key {'.'.join(path)!r}; {hint}")
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    if get_origin(hint) in (Union, UnionType):
+        return next(filter(None, map(_dataclass_in, get_args(hint))), None)
+    return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
+
+
+def _describe(error: Any) -> str:
+    """One pydantic error as `path=value: what is accepted`."""
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "missing":
+        return f"{path} is not set"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    value = error["input"]
+    if error["type"] == "value_error" and not isinstance(value, str | int | float):
+        return f"{path}: {message}" if path else message
+    return f"{path}={value!r}: {message}"

@@ -1,0 +1,246 @@
+"""Where a run reports: the terminal, a JSON-lines file and TensorBoard."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from evaclip.errors import UserError
+from evaclip.train.config import LogConfig
+
+LOG_FILE = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One logged step.
+
+    Attributes:
+        step: optimizer steps so far.
+        samples: samples so far, over all processes.
+        epoch: `samples` in passes over the data.
+        lr: the optimizer's own rate at this step.
+        logit_scale: the factor on the similarities, exponentiated.
+        skipped: steps so far whose update was left out because something was not finite.
+        samples_per_second: over all processes, since the last record.
+        data_wait: share of that time spent waiting for data.
+        mfu: model FLOP/s over the device's peak.
+        seconds: since this process began to train.
+    """
+
+    step: int
+    samples: int
+    epoch: float
+    loss: float
+    lr: float
+    logit_scale: float
+    grad_norm: float
+    skipped: int
+    samples_per_second: float
+    data_wait: float
+    mfu: float
+    seconds: float
+
+
+class Sink(Protocol):
+    """Something that is told what happens."""
+
+    def record(self, record: Record) -> None: ...
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Report:
+    """Passes everything on to all sinks; a context manager."""
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self._sinks = sinks
+
+    def record(self, record: Record) -> None:
+        for sink in self._sinks:
+            sink.record(record)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        for sink in self._sinks:
+            sink.evaluation(step, metrics)
+
+    def say(self, message: str) -> None:
+        for sink in self._sinks:
+            sink.say(message)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+def open_report(config: LogConfig, folder: Path | None, start_step: int, total_steps: int) -> Report:
+    """The sinks that `config` asks for.
+
+    Args:
+        folder: of the run; None reports to the terminal only.
+        start_step: what the files hold of later steps is dropped, so that a resumed run does not log a step twice.
+    """
+    sinks: list[Sink] = []
+    live = config.progress == "rich" or (config.progress == "auto" and sys.stdout.isatty())
+    if config.progress != "none":
+        sinks.append(LiveDisplay(start_step, total_steps) if live else PlainLines(total_steps))
+    if folder is not None:
+        sinks.append(JsonLines(folder / LOG_FILE, start_step))
+        if config.tensorboard:
+            sinks.append(TensorBoard(folder / "tensorboard", start_step))
+    return Report(sinks)
+
+
+class PlainLines:
+    """One line per record on standard output."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total = total_steps
+
+    def record(self, record: Record) -> None:
+        left = (self._total - record.step) * record.samples / max(1, record.step)
+        eta = left / record.samples_per_second if record.samples_per_second else 0.0
+        line = f"step {record.step}/{self._total}  {summary(record)}  eta {_duration(eta)}"
+        print(line, flush=True)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        print(f"step {step}/{self._total}  {_metrics_line(metrics)}", flush=True)
+
+    def say(self, message: str) -> None:
+        print(message, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class LiveDisplay:
+    """A bar with the latest numbers, below the messages."""
+
+    def __init__(self, start_step: int, total_steps: int) -> None:
+        self._progress = Progress(
+            TextColumn("[bold]train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[summary]}"),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=Console(),
+        )
+        self._task = self._progress.add_task("train", total=total_steps, completed=start_step, summary="")
+        self._progress.start()
+
+    def record(self, record: Record) -> None:
+        self._progress.update(self._task, completed=record.step, summary=summary(record))
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.say(f"step {step}: {_metrics_line(metrics)}")
+
+    def say(self, message: str) -> None:
+        self._progress.console.print(message, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class JsonLines:
+    """A file with one JSON object per record: `Record`'s fields, or `step` and `eval`."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        _drop_later_records(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def record(self, record: Record) -> None:
+        # JSON has no NaN.
+        self._write({name: value if math.isfinite(value) else None for name, value in asdict(record).items()})
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._write({"step": step, "eval": dict(metrics)})
+
+    def say(self, message: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, value: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(value) + "\n")
+        self._file.flush()
+
+
+class TensorBoard:
+    """Curves over the step."""
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as exc:
+            raise UserError("log.tensorboard needs `pip install tensorboard`; false logs without it") from exc
+        self._writer: Any = SummaryWriter(str(folder), purge_step=start_step + 1)
+
+    def record(self, record: Record) -> None:
+        for name, value in asdict(record).items():
+            if name != "step":
+                self._writer.add_scalar(f"train/{name}", value, record.step)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(f"eval/{name}", value, step)
+
+    def say(self, message: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def summary(record: Record) -> str:
+    """The numbers that a person watches."""
+    skipped = f"  skipped {record.skipped}" if record.skipped else ""
+    return (
+        f"loss {record.loss:.4f}  lr {record.lr:.2e}  {record.samples_per_second:,.1f} samples/s  "
+        f"data wait {record.data_wait:.0%}  MFU {record.mfu:.1%}{skipped}"
+    )
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines log; a last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _drop_later_records(path: Path, step: int) -> None:
+    kept = [record for record in read_log(path) if record["step"] <= step]
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _metrics_line(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {_number(value)}" for name, value in metrics.items())
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.2%}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,73 @@
+"""The folder of a run: what lies where, and who may write into it."""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaclip.errors import UserError
+from evaclip.train import checkpoint
+from evaclip.train.config import TrainConfig
+from evaclip.train.overrides import dump_yaml
+from evaclip.train.progress import LOG_FILE
+
+_CONFIG_FILE = "config.yaml"
+_TENSORBOARD = "tensorboard"
+_CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`OUTPUT/NAME` with config.yaml, log.jsonl, tensorboard/ and checkpoints/."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / _CHECKPOINTS
+
+    @property
+    def log(self) -> Path:
+        return self.path / LOG_FILE
+
+    def save_config(self, config: TrainConfig) -> None:
+        """Writes the complete configuration."""
+        unfinished = self.path / f".{_CONFIG_FILE}.tmp"
+        unfinished.write_text(dump_yaml(config), encoding="utf-8")
+        os.replace(unfinished, self.path / _CONFIG_FILE)
+
+
+def prepare(
+    config: TrainConfig, resume: str, overwrite: bool, say: Callable[[str], None]
+) -> tuple[RunFolder, Path | None]:
+    """Makes the folder ready, and finds the checkpoint to go on from.
+
+    Raises:
+        UserError: a run of this name exists and neither `resume` nor `overwrite` says what to do with it, or the
+            checkpoint that was asked for cannot be used.
+    """
+    folder = RunFolder(Path(config.output) / config.name)
+    if overwrite and resume != "none":
+        raise UserError(f"--overwrite starts anew and --resume {resume} goes on: choose one")
+    start = checkpoint.find(resume, folder.checkpoints, say)
+    if (folder.path / _CONFIG_FILE).exists() and resume == "none" and not overwrite:
+        raise UserError(
+            f"the run {str(folder.path)!r} exists: --resume auto goes on with it, --overwrite deletes it, "
+            "--set name=NAME chooses another"
+        )
+    if overwrite:
+        _delete_run(folder)
+    if resume == "auto" and start is None:
+        say(f"no checkpoint under {folder.checkpoints}: starting from the beginning")
+    folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    folder.save_config(config)
+    return folder, start
+
+
+def _delete_run(folder: RunFolder) -> None:
+    # Only what a run writes: the folder may hold notes of its owner.
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    shutil.rmtree(folder.path / _TENSORBOARD, ignore_errors=True)
+    folder.log.unlink(missing_ok=True)
+    (folder.path / _CONFIG_FILE).unlink(missing_ok=True)

@@ -1,0 +1,114 @@
+"""What of a run a checkpoint holds, and how it comes back."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from evaclip.errors import UserError
+from evaclip.train import checkpoint, rng
+from evaclip.train.build import Parts
+from evaclip.train.config import config_hash, training_tree
+from evaclip.train.optimizer import load_moments
+from evaclip.train.overrides import differences
+from evaclip.weights import PREPROCESS_FILE, describe_preprocess
+
+MODEL_CONFIG_FILE = "model.json"
+
+
+@dataclass
+class Position:
+    """How far a run has come.
+
+    Attributes:
+        step: optimizer steps done.
+        samples: position in the stream of training samples, over all processes.
+        rollbacks: returns to an earlier checkpoint so far.
+    """
+
+    step: int = 0
+    samples: int = 0
+    rollbacks: int = 0
+
+
+def take(parts: Parts, position: Position) -> checkpoint.Content | None:
+    """The checkpoint of this moment, in the main process; every process must call it."""
+    states = parts.world.gather(rng.capture(parts.world.device))
+    if not parts.world.is_main:
+        return None
+    tree = training_tree(parts.config)
+    state = {
+        "step": position.step,
+        "samples": position.samples,
+        "train_step": parts.step.state_dict(),
+        "rng": states,
+        "fingerprint": parts.source.fingerprint,
+        "config": tree,
+    }
+    return checkpoint.Content(
+        model=parts.model.state_dict(),
+        ema=parts.ema.state_dict() if parts.ema else None,
+        descriptions={
+            PREPROCESS_FILE: describe_preprocess(parts.model.config),
+            MODEL_CONFIG_FILE: {"name": parts.config.model.name, **parts.model.config.to_dict()},
+        },
+        state=state,
+        meta={
+            "samples": position.samples,
+            "skipped_in_a_row": int(parts.step.skipped_in_a_row),
+            "config_hash": config_hash(parts.config),
+            "torch": torch.__version__,
+        },
+    )
+
+
+def is_good(meta: dict[str, Any]) -> bool:
+    """Whether the checkpoint was taken while training was sound, so that going back to it helps."""
+    return meta["skipped_in_a_row"] == 0
+
+
+def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
+    """Restores weights, moments, loss scale, random states and counters.
+
+    Returns:
+        the position, and lines on what is no longer as it was when the checkpoint was written.
+
+    Raises:
+        UserError: the data or the model is another one.
+    """
+    state = checkpoint.load_state(folder)
+    remarks = [f"changed since the checkpoint: {line}" for line in differences(state["config"], training_tree(parts.config))]
+    if state["fingerprint"] != parts.source.fingerprint:
+        remarks.append(_data_changed(parts))
+    try:
+        parts.model.load_state_dict(load_file(folder / checkpoint.MODEL_FILE))
+        parts.step.load_state_dict(state["train_step"], load_moments)
+    except (RuntimeError, ValueError, KeyError) as exc:
+        raise UserError(f"the checkpoint {str(folder)!r} does not fit the model or optimizer: {exc}") from exc
+    if parts.ema:
+        parts.ema.load_state_dict(_averages(folder, parts, remarks))
+    if len(state["rng"]) == parts.world.size:
+        rng.restore(state["rng"][parts.world.rank], parts.world.device)
+    else:
+        remarks.append(f"{len(state['rng'])} processes wrote the checkpoint, {parts.world.size} go on: new random states")
+    return Position(state["step"], state["samples"]), remarks
+
+
+def _data_changed(parts: Parts) -> str:
+    if not parts.config.checkpoint.allow_data_change:
+        raise UserError(
+            f"the training data ({parts.source.description}) is not what the checkpoint was trained on; "
+            "checkpoint.allow_data_change=true goes on nevertheless, from the same position"
+        )
+    return "the training data has changed since the checkpoint"
+
+
+def _averages(folder: Path, parts: Parts, remarks: list[str]) -> dict[str, Tensor]:
+    path = folder / checkpoint.EMA_FILE
+    if path.exists():
+        return load_file(path)
+    remarks.append("the checkpoint has no averaged weights: the average starts from its weights")
+    return dict(parts.model.state_dict())

@@ -1,0 +1,210 @@
+"""One optimizer step: features, one loss over the whole batch, exact gradients, a guarded update."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evaclip.train import rng
+from evaclip.train.config import Precision
+from evaclip.train.distributed import World
+from evaclip.train.loss_scale import LossScale
+from evaclip.train.token_sampling import token_index
+
+MAX_LOG_SCALE = math.log(100.0)
+_AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How a step is done.
+
+    Attributes:
+        accumulation: chunks that each process passes through the model one after the other.
+        grad_clip_norm: bound on the L2 norm of all gradients, or None.
+        seed: of the token dropout.
+    """
+
+    precision: Precision = "fp32"
+    accumulation: int = 1
+    grad_clip_norm: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """0-D tensors on the device, so that reading them is the caller's choice.
+
+    Attributes:
+        loss: mean over the batch of all processes.
+        grad_norm: L2 norm of all gradients before clipping.
+        found_inf: 1 if the loss or a gradient was not finite and the update was left out, else 0.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    found_inf: Tensor
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    rows: slice
+    images: Tensor
+    tokens: Tensor
+    token_index: Tensor | None
+
+
+class TrainStep:
+    """Trains `model` on one batch per call.
+
+    With `accumulation` > 1 the loss still sees every pair of the batch: features of all chunks are computed without a
+    graph, one loss gives the gradient of each feature and of logit_scale, then each chunk is computed again and
+    its features' gradients are passed backward. Both passes use the same kept tokens and the same random states, so
+    that the result equals that of the whole batch at once.
+
+    A loss or gradient that is not finite makes the optimizer skip its update on the device, through the `found_inf`
+    attribute that torch's fused optimizers and evakernels' LAMB obey; nothing waits for the device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        options: StepOptions,
+        world: World,
+    ) -> None:
+        self.model = model
+        self.loss = loss
+        self.optimizer: Any = optimizer
+        self.options = options
+        self.world = world
+        self.parameters: list[Tensor] = [
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        ]
+        self.loss_scale = LossScale(world.device, enabled=options.precision == "amp_fp16")
+        self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=world.device)
+
+    def __call__(self, images: Tensor, tokens: Tensor, step: int) -> StepResult:
+        """
+        Args:
+            images: [b, 3, height, width] float32 on the device, this process's rows of the batch.
+            tokens: [b, context_length] int64 on the device.
+            step: number of the step from 0; decides which tokens are kept.
+        """
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        chunks = list(self._chunks(images, tokens, step))
+        loss = self._backward(chunks) if len(chunks) == 1 else self._backward_in_chunks(chunks)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        self.world.average_gradients(gradients)
+        loss = self.world.mean_(loss.detach().clone())
+        grad_norm = self._unscale_and_clip(gradients)
+        return StepResult(loss, grad_norm, self._update(loss, grad_norm))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "loss": self.loss.state_dict(),
+            "loss_scale": self.loss_scale.state_dict(),
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], load_moments: Callable[[Any, dict[str, Any]], None]) -> None:
+        load_moments(self.optimizer, state["optimizer"])
+        self.loss.load_state_dict(state["loss"])
+        self.loss_scale.load_state_dict(state["loss_scale"])
+        self.skipped.copy_(state["skipped"])
+        self.skipped_in_a_row.copy_(state["skipped_in_a_row"])
+
+    def _chunks(self, images: Tensor, tokens: Tensor, step: int) -> Iterator[_Chunk]:
+        count = len(images)
+        kept = self._kept_tokens(count, step)
+        size = count // self.options.accumulation
+        for start in range(0, count, size):
+            rows = slice(start, start + size)
+            yield _Chunk(rows, images[rows], tokens[rows], None if kept is None else kept[rows])
+
+    def _kept_tokens(self, count: int, step: int) -> Tensor | None:
+        visual: Any = self.model.visual
+        if not visual.patch_dropout:
+            return None
+        start = self.world.rank * count
+        return token_index(
+            (self.options.seed, step),
+            range(start, start + count),
+            visual.num_patches,
+            visual.num_kept_patches(),
+            self.world.device,
+        )
+
+    def _backward(self, chunks: list[_Chunk]) -> Tensor:
+        loss = self._loss(*self._features(chunks[0]))
+        (loss * self.loss_scale.scale).backward()
+        return loss
+
+    def _backward_in_chunks(self, chunks: list[_Chunk]) -> Tensor:
+        states, features = [], []
+        for chunk in chunks:
+            states.append(rng.capture(self.world.device))
+            with torch.no_grad():
+                features.append(self._features(chunk))
+        image_features, text_features = (torch.cat(part).requires_grad_() for part in zip(*features, strict=True))
+        loss = self._loss(image_features, text_features)
+        (loss * self.loss_scale.scale).backward()
+        for chunk, state in zip(chunks, states, strict=True):
+            rng.restore(state, self.world.device)
+            gradients = (image_features.grad[chunk.rows], text_features.grad[chunk.rows])
+            torch.autograd.backward(self._features(chunk), gradients)
+        return loss
+
+    def _features(self, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+        # One autocast region per pass: its cache of cast weights would carry the graph-free casts of the first pass
+        # of accumulation over into the second.
+        with self._autocast():
+            features = self.model(chunk.images, chunk.tokens, token_index=chunk.token_index)
+        return features[0], features[1]
+
+    def _loss(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        logit_scale: Tensor = self.model.logit_scale
+        loss: Tensor = self.loss(
+            _at_least_fp32(image_features), _at_least_fp32(text_features), _at_least_fp32(logit_scale).exp()
+        )
+        return loss
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        dtype = _AUTOCAST.get(self.options.precision)
+        return torch.autocast(self.world.device.type, dtype=dtype) if dtype else nullcontext()
+
+    @torch.no_grad()
+    def _unscale_and_clip(self, gradients: list[Tensor]) -> Tensor:
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.promote_types(gradients[0].dtype, torch.float32))
+        scale = self.loss_scale.scale
+        grad_norm = torch.stack(norms).norm() / scale
+        factor = 1 / scale
+        if self.options.grad_clip_norm is not None:
+            factor = factor * (self.options.grad_clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+        if self.options.grad_clip_norm is not None or self.loss_scale.enabled:
+            torch._foreach_mul_(gradients, factor)
+        return grad_norm
+
+    @torch.no_grad()
+    def _update(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        found_inf = (~(loss.isfinite() & grad_norm.isfinite())).float()
+        self.optimizer.found_inf = found_inf
+        self.optimizer.step()
+        self.loss_scale.update(found_inf)
+        self.skipped += found_inf.long()
+        self.skipped_in_a_row.copy_(torch.where(found_inf > 0, self.skipped_in_a_row + 1, 0))
+        self.model.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
+        return found_inf
+
+
+def _at_least_fp32(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))

@@ -1,0 +1,230 @@
+"""The loop: fetch, step, report, evaluate, save; stopping, resuming and going back when it must."""
+
+import time
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from evaclip.data import Batch
+from evaclip.train import checkpoint, snapshot
+from evaclip.train.build import Parts, build
+from evaclip.train.config import TrainConfig
+from evaclip.train.distributed import World, connect
+from evaclip.train.evaluation import Metrics
+from evaclip.train.meter import Meter
+from evaclip.train.optimizer import set_lr_factor
+from evaclip.train.progress import Record, Report, open_report
+from evaclip.train.run_folder import RunFolder, prepare
+from evaclip.train.schedule import lr_factor
+from evaclip.train.signals import StopSignals
+from evaclip.train.snapshot import Position
+from evaclip.train.step import StepResult
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        steps: optimizer steps done in all.
+        metrics: of the last evaluation; empty if there was none.
+        stopped_by: exit code of the signal that ended it early, or None.
+    """
+
+    folder: Path
+    steps: int
+    metrics: Metrics
+    stopped_by: int | None = None
+
+
+def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False) -> Outcome:
+    """Runs a training to its end, or until Ctrl-C or SIGTERM.
+
+    Args:
+        resume: none, auto, latest or the path of a checkpoint folder; see `checkpoint.find`.
+        overwrite: delete what an earlier run of the same name left.
+
+    Raises:
+        UserError: the configuration cannot be run, or the run exists already.
+        TrainingDiverged: see `NonfiniteConfig`.
+    """
+    world = connect(config.device)
+    with closing(world):
+        messages: list[str] = []
+        prepared = prepare(config, resume, overwrite, messages.append) if world.is_main else None
+        folder, start = world.from_main(prepared)
+        parts = build(config, world)
+        position = Position()
+        if start is not None:
+            position, remarks = snapshot.put_back(start, parts)
+            messages += [f"resuming from {start} at step {position.step}", *remarks]
+        with _report(parts, folder, position.step) as report:
+            for message in messages:
+                report.say(message)
+            return Trainer(parts, folder, report, position).run()
+
+
+def _report(parts: Parts, folder: RunFolder, start_step: int) -> Report:
+    if not parts.world.is_main:
+        return Report([])
+    return open_report(parts.config.log, folder.path, start_step, parts.total_steps)
+
+
+class Trainer:
+    """Drives the parts of one run from a position to the end."""
+
+    def __init__(self, parts: Parts, folder: RunFolder, report: Report, position: Position) -> None:
+        self.parts = parts
+        self.config = parts.config
+        self.world: World = parts.world
+        self.folder = folder
+        self.report = report
+        self.position = position
+        self.meter = Meter()
+        self.metrics: Metrics = {}
+        self._evaluated_at: int | None = None
+        self._saved_at: int | None = None
+        self._saved_time = time.monotonic()
+
+    def run(self) -> Outcome:
+        with StopSignals() as signals, closing(self.parts.loader.batches(self.position.samples)) as batches:
+            stopped = self._loop(batches, signals)
+        if self._saved_at != self.position.step:
+            self._save()
+        if stopped:
+            self.report.say(f"stopped by a signal; --resume auto goes on from step {self.position.step}")
+            return Outcome(self.folder.path, self.position.step, self.metrics, signals.exit_code)
+        if self._evaluated_at != self.position.step:
+            self._evaluate()
+        return Outcome(self.folder.path, self.position.step, self.metrics)
+
+    def _loop(self, batches: Iterator[Batch], signals: StopSignals) -> bool:
+        """Steps until the end; True if a signal stopped it before."""
+        while self.position.step < self.parts.total_steps:
+            before = self.position.samples
+            result = self._step(self.meter.fetch(batches))
+            stop, time_is_up = self.world.any(signals.received is not None, self._time_is_up())
+            if self._is_due(self.config.log.every_steps) or self._is_last():
+                self._log(result)
+            if self._is_due(self.config.eval.every_steps):
+                self._evaluate()
+            if stop:
+                return True
+            if time_is_up or self._is_due(self.config.checkpoint.every_steps) or self._epoch_ended(before):
+                self._save()
+        return False
+
+    def _step(self, batch: Batch) -> StepResult:
+        position, parts = self.position, self.parts
+        set_lr_factor(parts.step.optimizer, self._lr_factor())
+        images = batch.images.to(self.world.device, non_blocking=True)
+        tokens = batch.tokens.to(self.world.device, non_blocking=True)
+        result = parts.step(images, tokens, position.step)
+        position.step += 1
+        position.samples = batch.position
+        self.meter.count(self.config.batch_size)
+        if parts.ema:
+            parts.ema.update(position.step)
+        return result
+
+    def _log(self, result: StepResult) -> None:
+        step = self.parts.step
+        loss, grad_norm, skipped, in_a_row, log_scale = torch.stack(
+            [
+                value.detach().double()
+                for value in (
+                    result.loss,
+                    result.grad_norm,
+                    step.skipped,
+                    step.skipped_in_a_row,
+                    self.parts.model.logit_scale,
+                )
+            ]
+        ).tolist()
+        rates = self.meter.read()
+        flops = rates.samples_per_second * self.parts.flops_per_sample
+        self.report.record(
+            Record(
+                step=self.position.step,
+                samples=self.position.samples,
+                epoch=self.position.samples / self.parts.epoch_samples,
+                loss=loss,
+                lr=self.config.optim.lr * self._lr_factor(self.position.step - 1),
+                logit_scale=2.718281828459045**log_scale,
+                grad_norm=grad_norm,
+                skipped=int(skipped),
+                samples_per_second=rates.samples_per_second,
+                data_wait=rates.data_wait,
+                mfu=flops / self.parts.peak_flops,
+                seconds=self.meter.seconds,
+            )
+        )
+        if in_a_row >= self.config.nonfinite.max_skipped:
+            self._recover(int(in_a_row))
+
+    def _recover(self, in_a_row: int) -> None:
+        policy = self.config.nonfinite
+        problem = f"the loss or a gradient was not finite in {in_a_row} steps in a row, up to step {self.position.step}"
+        if policy.action == "stop":
+            raise TrainingDiverged(f"{problem}; nonfinite.action=rollback would return to the last good checkpoint")
+        if self.position.rollbacks >= policy.max_rollbacks:
+            raise TrainingDiverged(f"{problem}, after {policy.max_rollbacks} returns to a checkpoint already")
+        root = self.folder.checkpoints
+        good = checkpoint.choose(root, self.report.say, snapshot.is_good) if self.world.is_main else None
+        good = self.world.from_main(good)
+        if good is None:
+            raise TrainingDiverged(f"{problem}, and there is no good checkpoint to return to")
+        restored, _ = snapshot.put_back(good, self.parts)
+        # The data goes on from here: what led to the failure would lead to it again.
+        self.position.step = restored.step
+        self.position.rollbacks += 1
+        if self.world.is_main:
+            checkpoint.discard_after(root, restored.step)
+        self._saved_at = restored.step
+        self.report.say(f"{problem}: went back to {good.name}, leaving out the data in between")
+
+    def _evaluate(self) -> None:
+        self._evaluated_at = self.position.step
+        evaluation, ema = self.parts.evaluation, self.parts.ema
+        if evaluation is not None:
+            with ema.applied() if ema else nullcontext():
+                self.metrics = evaluation(self.parts.model)
+            self.report.evaluation(self.position.step, self.metrics)
+        self.meter.restart()
+
+    def _save(self) -> None:
+        content = snapshot.take(self.parts, self.position)
+        if content is not None:
+            checkpoint.save(self.folder.checkpoints, self.position.step, content)
+            checkpoint.prune(self.folder.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+        self._saved_at = self.position.step
+        self._saved_time = time.monotonic()
+        self.meter.restart()
+
+    def _lr_factor(self, step: int | None = None) -> float:
+        step = self.position.step if step is None else step
+        return lr_factor(step, self.parts.total_steps, self.config.schedule)
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.position.step % every == 0
+
+    def _is_last(self) -> bool:
+        return self.position.step == self.parts.total_steps
+
+    def _time_is_up(self) -> bool:
+        minutes = self.config.checkpoint.every_minutes
+        return minutes is not None and time.monotonic() - self._saved_time >= 60 * minutes
+
+    def _epoch_ended(self, before: int) -> bool:
+        every = self.config.checkpoint.every_epochs
+        if every is None:
+            return False
+        size = every * self.parts.epoch_samples
+        return before // size != self.position.samples // size

@@ -1,0 +1,101 @@
+"""Putting weights into a model, all or nothing."""
+
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evaclip.errors import UserError
+from evaclip.weights.files import load_state_dict
+from evaclip.weights.layouts import to_original
+
+_log = logging.getLogger(__name__)
+
+_POS_EMBED = "visual.pos_embed"
+_INDEX = re.compile(r"\b(blocks|resblocks)\.(\d+)\.")
+
+
+def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> None:
+    """Copies weights into `model`, whose device and dtypes stay.
+
+    The position embedding of another image size is resized, as the authors did from 224 to 336 pixels; this
+    is logged.
+
+    Args:
+        model: a `CLIP`; not on the meta device.
+        source: a weights file or a state dict, in any layout that `load_state_dict` knows.
+
+    Raises:
+        UserError: naming every missing, unexpected and misshapen parameter; the model is then unchanged.
+    """
+    state = to_original(source) if isinstance(source, Mapping) else load_state_dict(source)
+    expected = model.state_dict()
+    if _POS_EMBED in state and _POS_EMBED in expected:
+        state[_POS_EMBED] = _fitted(state[_POS_EMBED], expected[_POS_EMBED].shape[1])
+    problems = _differences(state, expected)
+    if problems:
+        origin = "the weights" if isinstance(source, Mapping) else f"the weights {str(source)!r}"
+        raise UserError(f"{origin} don't fit the model: {'; '.join(problems)}")
+    model.load_state_dict(state)
+
+
+def resize_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:
+    """A position embedding `[1, 1 + g*g, C]` for a grid of `grid x grid` patches; the class token's stays.
+
+    Bicubic without antialiasing, as the released models were adapted to other sizes. Libraries that antialias
+    get other numbers.
+    """
+    cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    old = math.isqrt(patches.shape[1])
+    image = patches.float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    resized = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False, antialias=False)
+    return torch.cat([cls, resized.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
+
+
+def _fitted(pos_embed: Tensor, tokens: int) -> Tensor:
+    patches = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 else 0
+    if patches < 1 or patches == tokens - 1 or math.isqrt(patches) ** 2 != patches:
+        return pos_embed
+    _log.info("resizing the position embedding from %d to %d patches", patches, tokens - 1)
+    return resize_pos_embed(pos_embed, math.isqrt(tokens - 1))
+
+
+def _differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    missing = expected.keys() - state.keys()
+    unexpected = state.keys() - expected.keys()
+    shared = [name for name in expected if name in state]
+    misshapen = [
+        f"{name} {list(state[name].shape)} instead of {list(expected[name].shape)}"
+        for name in shared
+        if state[name].shape != expected[name].shape
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    return [f"{kind}: {', '.join(summarize(names))}" for kind, names in kinds.items() if names]
+
+
+def summarize(names: Iterable[str]) -> list[str]:
+    """Names that differ only in their block as one, such as `visual.blocks.{0-11}.norm1.weight`."""
+    blocks: dict[str, list[int]] = {}
+    for name in names:
+        match = _INDEX.search(name)
+        pattern = _INDEX.sub(r"\1.{}.", name, count=1)
+        blocks.setdefault(pattern, []).extend([int(match[2])] if match else [])
+    return sorted(
+        pattern.replace("{}", "{" + _ranges(found) + "}", 1) if found else pattern
+        for pattern, found in blocks.items()
+    )
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

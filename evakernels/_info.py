@@ -1,0 +1,60 @@
+"""What is installed and what is live, for error reports and for `evaclip doctor`."""
+
+import importlib
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from evakernels import _native
+
+
+def info() -> dict[str, Any]:
+    """Versions, the state of the native library, and the GPUs, as plain values that JSON can hold.
+
+    Returns:
+        `evakernels`, `python`, `torch`, `triton`: versions, None where not installed.
+        `native`: `loaded`, and `reason` if not; `version`, `compiler`, `isas_built`, `isas_available` and the `isa` in
+        use (None if unknown), with `isa_error` if EVAKERNELS_ISA asks for one that this machine can't run.
+        `cuda`: `available`, the `version` that torch was built for, `devices` by name.
+    """
+    return {
+        "evakernels": _version("evakernels"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "native": _native_info(),
+        "cuda": _cuda_info(),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _native_info() -> dict[str, Any]:
+    state: dict[str, Any] = {"loaded": _native.LOADED, "reason": _native.REASON, "isa": None, "isa_error": None}
+    try:
+        # By name, because the module exists only where it was built.
+        compiled = importlib.import_module("evakernels._C")
+    except ImportError:
+        return state
+    try:
+        state["isa"] = compiled.active_isa()
+    except ValueError as exc:
+        state["isa_error"] = str(exc)
+    return state | dict(compiled.build_info())
+
+
+def _cuda_info() -> dict[str, Any]:
+    available = torch.cuda.is_available()
+    count = torch.cuda.device_count() if available else 0
+    return {
+        "available": available,
+        "version": torch.version.cuda,
+        "devices": [torch.cuda.get_device_name(index) for index in range(count)],
+    }

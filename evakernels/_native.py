@@ -1,0 +1,46 @@
+"""The compiled library: loads it once, or keeps the reason why that is impossible."""
+
+import json
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).parent
+_LIBRARY = _FOLDER / "_ops.so"
+_BUILD_RECORD = _FOLDER / "_build.json"
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+def _why_not_built() -> str:
+    try:
+        reason = json.loads(_BUILD_RECORD.read_text())["reason"]
+    except FileNotFoundError:
+        reason = None
+    return f"not built: {reason}" if reason else f"not built: {_LIBRARY} does not exist"
+
+
+def _load() -> str | None:
+    if not _LIBRARY.exists():
+        return _why_not_built()
+    try:
+        torch.ops.load_library(_LIBRARY)
+    except OSError as exc:
+        return f"{_LIBRARY.name} can't be loaded under torch {torch.__version__}: {exc}"
+    return None
+
+
+REASON: str | None = _load()
+"""Why the compiled library is not loaded; None if it is."""
+
+LOADED: bool = REASON is None
+
+
+def implemented(op_name: str, device_type: str) -> bool:
+    """Whether the compiled library has a kernel for `evakernels_native::<op_name>` on this type of device."""
+    key = _DISPATCH_KEYS.get(device_type.lower())
+    if not LOADED or key is None:
+        return False
+    try:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"evakernels_native::{op_name}", key)
+    except RuntimeError:  # no such operator
+        return False

@@ -1,0 +1,120 @@
+"""Which implementation serves a call, and the reasons why another can't.
+
+Every op has a `reference` implementation in plain PyTorch; further backends are registered beside it. A call takes the
+first backend in `PREFERENCE` that can serve it. `use_backend` overrides the choice, `explain` prints it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+PREFERENCE = ("cpu", "reference")
+"""Backend names, the preferred one first."""
+
+Reasons = Callable[..., list[str]]
+"""Maps the arguments of a call to the reasons why a backend can't serve it; an empty list means that it can."""
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for can't serve the call; the message lists the reasons."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One op on one backend."""
+
+    backend: str
+    function: Callable[..., Any]
+    reasons: Reasons
+
+
+_implementations: dict[str, dict[str, Implementation]] = {}
+_forced: str | None = None
+
+
+def register(op: str, backend: str, function: Callable[..., Any], reasons: Reasons = lambda *args: []) -> None:
+    """Adds an implementation of `op`. Raises `ValueError` for a backend that `PREFERENCE` doesn't rank."""
+    if backend not in PREFERENCE:
+        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(PREFERENCE)}")
+    _implementations.setdefault(op, {})[backend] = Implementation(backend, function, reasons)
+
+
+def select(op: str, args: tuple[Any, ...]) -> Implementation:
+    """The implementation that serves `op(*args)`. Raises `BackendError` when a forced backend can't."""
+    candidates = _implementations[op]
+    if _forced is not None:
+        reasons = _why_not(op, _forced, args)
+        if reasons:
+            raise BackendError(f"backend {_forced!r} can't serve {op}: " + "; ".join(reasons))
+        return candidates[_forced]
+    for backend in PREFERENCE:
+        implementation = candidates.get(backend)
+        if implementation is not None and not implementation.reasons(*args):
+            return implementation
+    raise BackendError(f"no backend serves {op}: {_report(op, args)}")
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Makes every op use `backend` inside the `with` block, in the whole process.
+
+    The override is read when an op runs, so it also holds inside compiled functions; a backward pass must run inside
+    the block to be served by the same backend. Raises `ValueError` for an unknown name; the ops raise `BackendError`
+    with the reasons when the backend can't serve a call.
+    """
+    global _forced
+    if backend not in PREFERENCE:
+        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(PREFERENCE)}")
+    previous, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def explain(op: str, *args: Any) -> str:
+    """Which backend serves `torch.ops.evakernels.<op>(*args)`, and why the others don't, one line each.
+
+    `op` is an op's name or its family's (`"layer_norm"` stands for `"layer_norm_forward"`). Without arguments only
+    what holds for every call is told. Raises `ValueError` for an unknown op.
+    """
+    name = op if op in _implementations else f"{op}_forward"
+    if name not in _implementations:
+        raise ValueError(f"unknown op {op!r}; known: {', '.join(sorted(_implementations))}")
+    return _report(name, args)
+
+
+def ops() -> dict[str, list[str]]:
+    """Every registered op with the backends that implement it."""
+    return {op: [b for b in PREFERENCE if b in found] for op, found in sorted(_implementations.items())}
+
+
+def _why_not(op: str, backend: str, args: tuple[Any, ...]) -> list[str]:
+    implementation = _implementations[op].get(backend)
+    if implementation is None:
+        return [f"{op} has no {backend} implementation"]
+    return implementation.reasons(*args)
+
+
+def _report(op: str, args: tuple[Any, ...]) -> str:
+    lines, chosen = [], False
+    for backend in PREFERENCE:
+        reasons = _why_not(op, backend, args)
+        usable = not reasons and not chosen
+        chosen = chosen or usable
+        verdict = "serves the call" if usable else "; ".join(reasons) or "usable, but a preferred backend serves the call"
+        lines.append(f"{op} on {backend}: {verdict}")
+    return "\n".join(lines)
+
+
+def first_tensor(args: tuple[Any, ...]) -> torch.Tensor | None:
+    """The first tensor among the arguments of an op, looking into lists; it tells device and dtype of the call."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            return arg
+        if isinstance(arg, list | tuple) and arg and isinstance(arg[0], torch.Tensor):
+            return arg[0]
+    return None

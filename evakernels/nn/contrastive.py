@@ -1,0 +1,38 @@
+"""The contrastive losses as modules."""
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from evakernels.ops.contrastive import clip_loss, siglip_loss
+
+
+class ClipLoss(nn.Module):
+    """`evakernels.clip_loss` over the batch of all processes of `group`."""
+
+    def __init__(self, label_smoothing: float = 0.0, group: ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.label_smoothing = label_smoothing
+        self.group = group
+
+    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+        """Features `[b, D]` and the exponentiated scale to a 0-D float32 loss."""
+        return clip_loss(
+            image_features, text_features, logit_scale, label_smoothing=self.label_smoothing, group=self.group
+        )
+
+    def extra_repr(self) -> str:
+        return f"label_smoothing={self.label_smoothing}"
+
+
+class SigLipLoss(nn.Module):
+    """`evakernels.siglip_loss` over the batch of all processes of `group`."""
+
+    def __init__(self, group: ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor
+    ) -> Tensor:
+        """Features `[b, D]`, the exponentiated scale and the bias to a 0-D float32 loss."""
+        return siglip_loss(image_features, text_features, logit_scale, logit_bias, group=self.group)

@@ -1,0 +1,33 @@
+"""The ops: schema, argument checks, fake, autograd and public docstring, one file per family."""
+
+from evakernels.ops.contrastive import clip_loss, contrastive_statistics, siglip_loss
+from evakernels.ops.lamb import lamb_apply, lamb_update
+from evakernels.ops.layer_norm import (
+    add_layer_norm,
+    add_rms_norm,
+    layer_norm,
+    layer_norm_add,
+    rms_norm,
+    rms_norm_add,
+)
+from evakernels.ops.rope_attention import rope_attention
+from evakernels.ops.swiglu import swiglu
+from evakernels.ops.token_dropout import sample_token_index, token_dropout
+
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "clip_loss",
+    "contrastive_statistics",
+    "lamb_apply",
+    "lamb_update",
+    "layer_norm",
+    "layer_norm_add",
+    "rms_norm",
+    "rms_norm_add",
+    "rope_attention",
+    "sample_token_index",
+    "siglip_loss",
+    "swiglu",
+    "token_dropout",
+]

@@ -1,0 +1,33 @@
+"""Argument checks that several ops share. Each raises with what was given and what is accepted."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def floating(op: str, **tensors: Tensor | None) -> None:
+    """Every tensor has a floating-point dtype that the ops take."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in FLOATS:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: float64, float32, bfloat16, float16")
+
+
+def same_device(op: str, **tensors: Tensor | None) -> None:
+    """All tensors are on one device."""
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"{op}: tensors on different devices: {', '.join(f'{n} on {d}' for n, d in devices.items())}")
+
+
+def shape(op: str, name: str, tensor: Tensor | None, expected: tuple[int, ...], meaning: str) -> None:
+    """`tensor`, when given, has exactly the shape `expected`; `meaning` names its dimensions."""
+    if tensor is not None and tuple(tensor.shape) != expected:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; expected {meaning} = {expected}")
+
+
+def parameter_dtype(op: str, x: Tensor, **tensors: Tensor | None) -> None:
+    """Per-channel parameters have the dtype of `x` or float32 (mixed precision)."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in (x.dtype, torch.float32):
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: {x.dtype} (as x) or torch.float32")

@@ -1,0 +1,84 @@
+"""How an op comes into being: one schema, a fake, a reference, and whatever the compiled library adds.
+
+The schema stands here once and serves two namespaces: `evakernels`, whose ops pick a backend when they run, and
+`evakernels_native`, whose kernels the compiled library fills in. Because the choice is made inside the op, it is one
+opaque boundary for `torch.compile`, and `use_backend` also holds in compiled code.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from evakernels import _native, backends
+
+_library = torch.library.Library("evakernels", "DEF")
+_native_library = torch.library.Library("evakernels_native", "DEF")
+
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def define(
+    name: str, signature: str, *, reference: Callable[..., Any], fake: Callable[..., Any] | None
+) -> torch._ops.OpOverload:
+    """Defines `torch.ops.evakernels.<name>` and returns it.
+
+    `signature` is the schema without the name, `reference` its meaning, `fake` the same on tensors without data
+    (`None` for an op that only writes into its arguments).
+    """
+    _library.define(f"{name}{signature}")
+    _native_library.define(f"{name}{signature}")
+
+    def run(*args: Any) -> Any:
+        return backends.select(name, args).function(*args)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"evakernels::{name}", fake or _returns_nothing, lib=_library)
+    backends.register(name, "reference", reference)
+    backends.register(name, "cpu", getattr(torch.ops.evakernels_native, name).default, _native_reasons(name))
+    return getattr(torch.ops.evakernels, name).default
+
+
+def differentiable(
+    forward: torch._ops.OpOverload,
+    backward: torch._ops.OpOverload,
+    *,
+    setup_context: Callable[..., None],
+    formula: Callable[..., Any],
+) -> None:
+    """Gives `forward` the gradient `formula`, which calls `backward`; a second derivative is refused."""
+    torch.library.register_autograd(forward, formula, setup_context=setup_context, lib=_library)
+    family = forward.name().removeprefix("evakernels::").removesuffix("_forward")
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"evakernels: {family} has no second derivative; differentiate the reference instead")
+
+    torch.library.register_autograd(backward, refuse, lib=_library)
+
+
+def optional_gradient(gradient: torch.Tensor, present: bool) -> torch.Tensor | None:
+    """Ops return an empty tensor in the place of a gradient that doesn't exist; autograd wants None there."""
+    return gradient if present else None
+
+
+def _returns_nothing(*args: Any) -> None:
+    return None
+
+
+def _native_reasons(name: str) -> backends.Reasons:
+    def reasons(*args: Any) -> list[str]:
+        if not _native.LOADED:
+            return [f"the compiled library is not loaded: {_native.REASON}"]
+        if not _native.implemented(name, "CPU"):
+            return [f"{name} has no compiled CPU kernel"]
+        tensor = backends.first_tensor(args)
+        if tensor is None:
+            return []
+        found = []
+        if tensor.device.type != "cpu":
+            found.append(f"the tensors are on {tensor.device}, not on a CPU")
+        if tensor.dtype not in _NATIVE_DTYPES:
+            found.append(f"{tensor.dtype} is not one of float32, bfloat16, float16")
+        return found
+
+    return reasons

@@ -1,0 +1,231 @@
+"""InfoNCE and SigLIP over the batch of all processes, without a matrix of logits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from evakernels.ops import _check
+from evakernels.ops._collectives import gather_partials, gather_rows, rank_and_size, scale_gradient
+from evakernels.ops._register import define, differentiable
+from evakernels.reference import contrastive as reference
+from evakernels.reference._numerics import accumulation_dtype
+
+
+def contrastive_statistics(
+    image: Tensor, text: Tensor, logit_scale: Tensor, offset: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What contrastive losses and in-batch accuracies need of the logits `logit_scale * image @ text^T`, in O(m + B).
+
+    Args:
+        image: `[m, D]`, float64, float32, bfloat16 or float16; normalised or not.
+        text: `[B, D]`, in the dtype of `image`.
+        logit_scale: `[]` or `[1]`, already exponentiated.
+        offset: row `offset + i` of `text` belongs to row i of `image`.
+
+    Returns:
+        `(row_lse [m], col_lse [B], positive [m], row_max [m], col_max [B])`: the log-sum-exp over the texts of each
+        image and over the images of each text, the logit of each pair, and the largest logit of each image and text.
+        All are float32 (float64 for float64 input), also under autocast; the first three have gradients. An image's
+        top-1 text is its own where `positive >= row_max`.
+
+    Raises:
+        TypeError: for a dtype that isn't accepted. ValueError: for shapes, devices or an offset that don't fit together.
+    """
+    op = "contrastive_statistics"
+    logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image)
+    _check_features(op, image, text, ("image", "text"))
+    if not 0 <= offset <= text.shape[0] - image.shape[0]:
+        raise ValueError(f"{op}: offset is {offset}; accepted: 0 to B - m = {text.shape[0] - image.shape[0]}")
+    statistics: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _forward(image, text, logit_scale, offset)
+    return statistics
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """Symmetric InfoNCE (CLIP, Radford et al. 2021): the mean of the cross-entropies image to text and text to image.
+
+    Args:
+        image_features, text_features: `[b, D]`, row i of one belonging to row i of the other; float64, float32,
+            bfloat16 or float16; normalised or not.
+        logit_scale: `[]` or `[1]`, already exponentiated.
+        label_smoothing: as in `torch.nn.functional.cross_entropy`.
+        group: the processes whose batches make up the global batch, `b` the same on each; None for this one alone.
+            The text features are gathered once, and no rank computes another's logits.
+
+    Returns:
+        0-D, float32 (float64 for float64 input), also under autocast. With a group the value is that of the global batch
+        on every rank, and the gradient is world_size times this rank's contribution, so that the mean over ranks that
+        data-parallel training takes gives every parameter, logit_scale included, its gradient on the global batch.
+
+    Raises:
+        TypeError: for a dtype that isn't accepted. ValueError: for shapes or devices that don't fit together, batches
+            that differ between ranks, a label_smoothing outside [0, 1], or a group that this process isn't in.
+    """
+    op = "clip_loss"
+    logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image_features)
+    _check_batch(op, image_features, text_features)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{op}: label_smoothing is {label_smoothing}; accepted: 0 to 1")
+    rank, world_size = rank_and_size(op, group)
+    text = gather_rows(op, "text_features", text_features, group)
+    batch = text.shape[0]
+    row_lse, col_lse, positive, _, _ = _forward(image_features, text, logit_scale, rank * image_features.shape[0])
+    loss_of_rows = (row_lse.sum() / 2 - (1 - label_smoothing) * positive.sum()) / batch
+    if label_smoothing > 0:
+        loss_of_rows = loss_of_rows - label_smoothing * _logit_sum(image_features, text, logit_scale) / batch**2
+    partials = gather_partials(op, torch.cat([col_lse, loss_of_rows[None]]), group)
+    loss = partials[:, -1].sum() + partials[:, :-1].logsumexp(0).sum() / (2 * batch)
+    return scale_gradient(loss, world_size)
+
+
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    *,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """The sigmoid loss (SigLIP, Zhai et al. 2023): a binary classification of every image-text combination.
+
+    Takes, returns and raises what `clip_loss` does; `logit_bias` is `[]` or `[1]` and added to every logit. The sum
+    over all combinations is divided by the global batch size.
+    """
+    op = "siglip_loss"
+    logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image_features)
+    logit_bias = _checked_scalar(op, "logit_bias", logit_bias, image_features)
+    _check_batch(op, image_features, text_features)
+    rank, world_size = rank_and_size(op, group)
+    text = gather_rows(op, "text_features", text_features, group)
+    total = _siglip_forward(image_features, text, logit_scale, logit_bias, rank * image_features.shape[0])
+    return scale_gradient(gather_partials(op, total, group).sum() / text.shape[0], world_size)
+
+
+def _logit_sum(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """The sum of all logits, from the sums of the features."""
+    dtype = accumulation_dtype(image)
+    return logit_scale.to(dtype) * (image.sum(0, dtype=dtype) * text.sum(0, dtype=dtype)).sum()
+
+
+def _check_batch(op: str, image: Tensor, text: Tensor) -> None:
+    _check_features(op, image, text, ("image_features", "text_features"))
+    _check.shape(op, "text_features", text, tuple(image.shape), "the shape of image_features")
+
+
+def _check_features(op: str, image: Tensor, text: Tensor, names: tuple[str, str]) -> None:
+    _check.floating(op, **dict(zip(names, (image, text), strict=True)))
+    _check.same_device(op, **dict(zip(names, (image, text), strict=True)))
+    if image.dtype != text.dtype:
+        raise TypeError(f"{op}: {names[1]} is {text.dtype}; accepted: {image.dtype} (as {names[0]})")
+    for name, tensor in zip(names, (image, text), strict=True):
+        if tensor.dim() != 2 or tensor.shape[0] == 0:
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; expected [batch, D] with batch > 0")
+    _check.shape(op, names[1], text, (text.shape[0], image.shape[1]), f"[batch, D of {names[0]}]")
+
+
+def _checked_scalar(op: str, name: str, scalar: Tensor, like: Tensor) -> Tensor:
+    if not isinstance(scalar, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(scalar).__name__}; accepted: a tensor with one element")
+    if scalar.numel() != 1:
+        raise ValueError(f"{op}: {name} has shape {tuple(scalar.shape)}; expected one element")
+    _check.floating(op, **{name: scalar})
+    _check.same_device(op, features=like, **{name: scalar})
+    return scalar.reshape(())
+
+
+# --- ops ---------------------------------------------------------------------------------------------------------------
+
+
+def _forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int) -> Any:
+    of_row = image.new_empty(image.shape[0], dtype=accumulation_dtype(image))
+    of_col = image.new_empty(text.shape[0], dtype=of_row.dtype)
+    return of_row, of_col, torch.empty_like(of_row), torch.empty_like(of_row), torch.empty_like(of_col)
+
+
+def _backward_fake(
+    drow_lse: Tensor,
+    dcol_lse: Tensor,
+    dpositive: Tensor,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    offset: int,
+) -> Any:
+    return _empty_gradients(image, text, logit_scale)
+
+
+def _empty_gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    image, text, logit_scale, ctx.offset = inputs
+    row_lse, col_lse, _, row_max, col_max = output
+    ctx.mark_non_differentiable(row_max, col_max)
+    ctx.save_for_backward(image, text, logit_scale, row_lse, col_lse)
+
+
+def _gradient(ctx: Any, drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tensor, *_: Tensor) -> Any:
+    return *_backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset), None
+
+
+_forward = define(
+    "contrastive_forward",
+    "(Tensor image, Tensor text, Tensor logit_scale, int offset)"
+    " -> (Tensor row_lse, Tensor col_lse, Tensor positive, Tensor row_max, Tensor col_max)",
+    reference=reference.contrastive_forward,
+    fake=_forward_fake,
+)
+_backward = define(
+    "contrastive_backward",
+    "(Tensor drow_lse, Tensor dcol_lse, Tensor dpositive, Tensor image, Tensor text, Tensor logit_scale, Tensor row_lse,"
+    " Tensor col_lse, int offset) -> (Tensor dimage, Tensor dtext, Tensor dlogit_scale)",
+    reference=reference.contrastive_backward,
+    fake=_backward_fake,
+)
+differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)
+
+
+def _siglip_forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Any:
+    return image.new_empty((), dtype=accumulation_dtype(image))
+
+
+def _siglip_backward_fake(
+    dloss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int
+) -> Any:
+    return _empty_gradients(image, text, logit_scale, logit_bias)
+
+
+def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.offset = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _siglip_gradient(ctx: Any, dloss: Tensor) -> Any:
+    return *_siglip_backward(dloss, *ctx.saved_tensors, ctx.offset), None
+
+
+_siglip_forward = define(
+    "siglip_forward",
+    "(Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, int offset) -> Tensor loss",
+    reference=reference.siglip_forward,
+    fake=_siglip_forward_fake,
+)
+_siglip_backward = define(
+    "siglip_backward",
+    "(Tensor dloss, Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, int offset)"
+    " -> (Tensor dimage, Tensor dtext, Tensor dlogit_scale, Tensor dlogit_bias)",
+    reference=reference.siglip_backward,
+    fake=_siglip_backward_fake,
+)
+differentiable(_siglip_forward, _siglip_backward, setup_context=_siglip_setup, formula=_siglip_gradient)

@@ -1,0 +1,144 @@
+"""Attention with the rotary position embedding inside."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evakernels.ops import _check
+from evakernels.ops._autocast import matmul_inputs
+from evakernels.ops._register import define, differentiable
+from evakernels.reference import rope_attention as reference
+from evakernels.reference._numerics import accumulation_dtype
+from evakernels.reference._token_index import check_dtype
+
+MAX_PREFIX = 16
+"""The most tokens (class token and registers) that may stand unrotated before the patches."""
+
+
+def rope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    token_index: Tensor | None = None,
+    num_prefix: int = 0,
+    causal: bool = False,
+    interleaved: bool = True,
+    scale: float | None = None,
+) -> Tensor:
+    """Multi-head attention whose queries and keys are rotated on the way in (RoPE, Su et al. 2021).
+
+    The rotated queries and keys never exist outside the op; backward starts from `q`, `k` and `v` as given.
+
+    Args:
+        q, k, v: `[B, N, H, D]` in one dtype; views of one packed projection are fine.
+        cos, sin: `[P, D/2]`, or `[H, P, D/2]` with angles of each head: one entry per rotated pair. None: no rotation.
+            They get no gradient. `evakernels.nn.axial_rope` makes those of EVA.
+        token_index: int64 `[B, N - num_prefix]`: token `num_prefix + i` of sample b takes table row
+            `token_index[b, i]` (token dropout, see `token_dropout`). None: it takes row i, and P is `N - num_prefix`.
+        num_prefix: this many leading tokens (class token, registers) aren't rotated; 0 to 16.
+        causal: a query sees no later key.
+        interleaved: the pairs are (2i, 2i+1), as in EVA and in timm's "cat" layout; False: (i, i + D/2), "rotate half".
+        scale: factor of the scores; `D ** -0.5` by default.
+
+    Returns:
+        `[B, N, H, D]`, contiguous, in the dtype of `q`. Scores and softmax are float32 (float64 for float64 input).
+        Under autocast `q`, `k` and `v` are cast as for `torch.nn.functional.scaled_dot_product_attention`.
+
+    Raises:
+        TypeError: for a dtype that isn't accepted. ValueError: for shapes, devices or options that don't fit together.
+        IndexError: on a CPU, for a `token_index` outside the table; elsewhere it isn't checked, as that would make the
+            host wait for the device.
+    """
+    q, k, v = matmul_inputs(q, k, v)
+    _check_attention(q, k, v)
+    _check_rotation(q, cos, sin, token_index, num_prefix)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out: Tensor = _forward(q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale)[0]
+    return out
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+    op = "rope_attention"
+    if q.dim() != 4:
+        raise ValueError(f"{op}: q has shape {tuple(q.shape)}; expected [B, N, H, D]")
+    _check.floating(op, q=q, k=k, v=v)
+    _check.same_device(op, q=q, k=k, v=v)
+    for name, tensor in (("k", k), ("v", v)):
+        _check.shape(op, name, tensor, tuple(q.shape), "the shape of q")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: {q.dtype} (as q)")
+
+
+def _check_rotation(
+    q: Tensor, cos: Tensor | None, sin: Tensor | None, token_index: Tensor | None, num_prefix: int
+) -> None:
+    op, (batch, tokens, heads, head_dim) = "rope_attention", q.shape
+    if not 0 <= num_prefix <= MAX_PREFIX or num_prefix > tokens:
+        raise ValueError(f"{op}: num_prefix is {num_prefix}; accepted: 0 to {MAX_PREFIX}, and at most N = {tokens}")
+    if cos is None and sin is None:
+        if token_index is not None:
+            raise ValueError(f"{op}: token_index without cos and sin; it selects rows of these tables")
+        return
+    if cos is None or sin is None:
+        raise ValueError(f"{op}: {'sin' if cos is None else 'cos'} without the other; give both or neither")
+    if head_dim % 2:
+        raise ValueError(f"{op}: head_dim {head_dim} is odd; a rotation needs pairs of channels")
+    _check.floating(op, cos=cos, sin=sin)
+    _check.same_device(op, q=q, cos=cos, sin=sin, token_index=token_index)
+    if cos.requires_grad or sin.requires_grad:
+        raise ValueError(f"{op}: cos or sin requires a gradient, but the tables get none; pass them detached")
+    patches = tokens - num_prefix
+    rows = patches if token_index is None or cos.dim() < 2 else cos.shape[-2]
+    if cos.dim() == 3:
+        _check.shape(op, "cos", cos, (heads, rows, head_dim // 2), "[H, P, D/2]")
+    else:
+        _check.shape(op, "cos", cos, (rows, head_dim // 2), "[P, D/2]")
+    _check.shape(op, "sin", sin, tuple(cos.shape), "the shape of cos")
+    check_dtype(op, token_index)
+    _check.shape(op, "token_index", token_index, (batch, patches), "[B, N - num_prefix]")
+
+
+# --- ops ---------------------------------------------------------------------------------------------------------------
+
+
+def _forward_fake(q: Tensor, *_: Any) -> Any:
+    batch, tokens, heads, _ = q.shape
+    lse = q.new_empty(batch, heads, tokens, dtype=accumulation_dtype(q))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, cos, sin, token_index, *ctx.options = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, cos, sin, token_index)
+
+
+def _gradient(ctx: Any, dout: Tensor, _: Tensor) -> Any:
+    return *_backward(dout, *ctx.saved_tensors, *ctx.options), *[None] * 7
+
+
+_forward = define(
+    "rope_attention_forward",
+    "(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? token_index, int num_prefix, bool causal,"
+    " bool interleaved, float scale) -> (Tensor out, Tensor lse)",
+    reference=reference.rope_attention_forward,
+    fake=_forward_fake,
+)
+_backward = define(
+    "rope_attention_backward",
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cos, Tensor? sin,"
+    " Tensor? token_index, int num_prefix, bool causal, bool interleaved, float scale)"
+    " -> (Tensor dq, Tensor dk, Tensor dv)",
+    reference=reference.rope_attention_backward,
+    fake=_backward_fake,
+)
+differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)

@@ -1,0 +1,106 @@
+"""The gated product of a SwiGLU MLP, with the LayerNorm that may follow it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evakernels.ops import _check
+from evakernels.ops._register import define, differentiable, optional_gradient
+from evakernels.reference import swiglu as reference
+from evakernels.reference._numerics import accumulation_dtype
+
+
+def swiglu(
+    gate: Tensor,
+    up: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """`silu(gate) * up` (Shazeer 2020), followed by a LayerNorm over the last dimension when `norm_weight` is given.
+
+    The LayerNorm between the product and the last projection is the sub-LN of EVA-02 (Fang et al. 2023; Wang et al.
+    2022). Backward keeps `gate` and `up` and computes the product again.
+
+    Args:
+        gate, up: `[..., F]` in one dtype; halves of one packed projection are fine.
+        norm_weight, norm_bias: `[F]`, in the dtype of `gate` or float32; None for no norm, or none of its bias.
+        eps: added to the variance.
+
+    Returns:
+        `[..., F]`, contiguous, in the dtype of `gate`; inside it is float32 (float64 for float64 input). That holds
+        under autocast too. There torch leaves silu and the product as they are and on CUDA gives the norm in float32,
+        for the linear after it to round; here the rounding comes at once, so that linear reads half as many bytes.
+
+    Raises:
+        TypeError: for a dtype that isn't accepted. ValueError: for shapes or devices that don't fit together.
+    """
+    _check_inputs(gate, up, norm_weight, norm_bias)
+    out: Tensor = _forward(gate, up, norm_weight, norm_bias, eps)[0]
+    return out
+
+
+def _check_inputs(gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None) -> None:
+    op = "swiglu"
+    if gate.dim() == 0:
+        raise ValueError(f"{op}: gate is a scalar; expected [..., F]")
+    if norm_bias is not None and norm_weight is None:
+        raise ValueError(f"{op}: norm_bias without norm_weight; give both or neither")
+    _check.floating(op, gate=gate, up=up)
+    if up.dtype != gate.dtype:
+        raise TypeError(f"{op}: up is {up.dtype}; accepted: {gate.dtype} (as gate)")
+    _check.parameter_dtype(op, gate, norm_weight=norm_weight, norm_bias=norm_bias)
+    _check.same_device(op, gate=gate, up=up, norm_weight=norm_weight, norm_bias=norm_bias)
+    _check.shape(op, "up", up, tuple(gate.shape), "the shape of gate")
+    _check.shape(op, "norm_weight", norm_weight, (gate.shape[-1],), "[F]")
+    _check.shape(op, "norm_bias", norm_bias, (gate.shape[-1],), "[F]")
+
+
+# --- ops ---------------------------------------------------------------------------------------------------------------
+
+
+def _forward_fake(gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float) -> Any:
+    rows = 0 if norm_weight is None else gate.shape[:-1]
+    mean, rstd = (gate.new_empty(rows, dtype=accumulation_dtype(gate)) for _ in range(2))
+    return torch.empty_like(gate, memory_format=torch.contiguous_format), mean, rstd
+
+
+def _backward_fake(
+    dout: Tensor, gate: Tensor, up: Tensor, norm_weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool
+) -> Any:
+    dgate, dup = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
+    dweight = mean.new_empty(0) if norm_weight is None else torch.empty_like(norm_weight)
+    return dgate, dup, dweight, torch.empty_like(dweight) if has_bias else mean.new_empty(0)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    gate, up, norm_weight, norm_bias, _ = inputs
+    _, mean, rstd = output
+    ctx.has_bias = norm_bias is not None
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(gate, up, norm_weight, mean, rstd)
+
+
+def _gradient(ctx: Any, dout: Tensor, *_: Tensor) -> Any:
+    gate, up, norm_weight, mean, rstd = ctx.saved_tensors
+    dgate, dup, dweight, dbias = _backward(dout, gate, up, norm_weight, mean, rstd, ctx.has_bias)
+    has_norm = norm_weight is not None
+    return dgate, dup, optional_gradient(dweight, has_norm), optional_gradient(dbias, ctx.has_bias), None
+
+
+_forward = define(
+    "swiglu_forward",
+    "(Tensor gate, Tensor up, Tensor? norm_weight, Tensor? norm_bias, float eps)"
+    " -> (Tensor out, Tensor mean, Tensor rstd)",
+    reference=reference.swiglu_forward,
+    fake=_forward_fake,
+)
+_backward = define(
+    "swiglu_backward",
+    "(Tensor dout, Tensor gate, Tensor up, Tensor? norm_weight, Tensor mean, Tensor rstd, bool has_bias)"
+    " -> (Tensor dgate, Tensor dup, Tensor dweight, Tensor dbias)",
+    reference=reference.swiglu_backward,
+    fake=_backward_fake,
+)
+differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)

@@ -1,0 +1,152 @@
+"""Token dropout: which patches are kept, and the gather that keeps them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evakernels.ops import _check
+from evakernels.ops._register import define, differentiable, optional_gradient
+from evakernels.reference import token_dropout as reference
+from evakernels.reference._token_index import check_dtype
+
+
+def token_dropout(
+    patches: Tensor,
+    token_index: Tensor | None = None,
+    *,
+    prefix: Tensor | None = None,
+    pos_embed: Tensor | None = None,
+) -> Tensor:
+    """Keeps the patches that `token_index` names (FLIP, Li et al. 2022), with position embedding and prefix in one pass.
+
+    Args:
+        patches: `[B, N, C]`.
+        token_index: int64 `[B, K]`, distinct within a row, in any order; the tokens come out in this order. None keeps
+            all (K = N). `sample_token_index` draws it; `rope_attention` takes it to rotate by the original positions.
+        prefix: `[P, C]`, class token and registers, put before the patches of every sample.
+        pos_embed: `[P + N, C]`, added to the tokens (rows of kept tokens only), the prefix's rows first.
+
+    Returns:
+        `[B, P + K, C]`, contiguous. The dtype is the widest of the inputs', as torch's own `cat` and `+` give it.
+
+    Raises:
+        TypeError: for a dtype that isn't accepted. ValueError: for shapes or devices that don't fit together.
+        IndexError: on a CPU, for a `token_index` that is out of range or names a token twice. Elsewhere neither is
+            checked, as that would make the host wait for the device; a token that stands twice then gets the gradient
+            of one of its copies only.
+    """
+    _check_inputs(patches, token_index, prefix, pos_embed)
+    out: Tensor = _forward(patches, token_index, prefix, pos_embed)
+    return out
+
+
+def sample_token_index(
+    batch: int,
+    num_tokens: int,
+    num_keep: int,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draws which tokens each sample keeps: every set of `num_keep` out of `num_tokens` is as likely as any other.
+
+    Args:
+        batch: number of samples; their sets are independent.
+        num_tokens, num_keep: 1 <= num_keep <= num_tokens.
+        generator: source of the randomness; the default generator of the device if None.
+        device: of the result; that of the generator if None.
+
+    Returns:
+        int64 `[batch, num_keep]`, ascending in each row. The host doesn't wait for the device.
+
+    Raises:
+        ValueError: for a `num_keep` outside 1 to `num_tokens`.
+    """
+    if not 1 <= num_keep <= num_tokens:
+        raise ValueError(f"sample_token_index: num_keep is {num_keep}; accepted: 1 to num_tokens = {num_tokens}")
+    if device is None and generator is not None:
+        device = generator.device
+    keys = torch.rand(batch, num_tokens, generator=generator, device=device)
+    return keys.topk(num_keep, sorted=False).indices.sort().values
+
+
+def _check_inputs(
+    patches: Tensor, token_index: Tensor | None, prefix: Tensor | None, pos_embed: Tensor | None
+) -> None:
+    op = "token_dropout"
+    if patches.dim() != 3:
+        raise ValueError(f"{op}: patches has shape {tuple(patches.shape)}; expected [B, N, C]")
+    batch, num_tokens, channels = patches.shape
+    _check.floating(op, patches=patches, prefix=prefix, pos_embed=pos_embed)
+    _check.same_device(op, patches=patches, token_index=token_index, prefix=prefix, pos_embed=pos_embed)
+    check_dtype(op, token_index)
+    if token_index is not None:
+        kept = token_index.shape[-1] if token_index.dim() else 0
+        _check.shape(op, "token_index", token_index, (batch, kept), "[B, K]")
+    num_prefix = 0
+    if prefix is not None:
+        num_prefix = prefix.shape[0] if prefix.dim() else 0
+        _check.shape(op, "prefix", prefix, (num_prefix, channels), "[P, C]")
+    _check.shape(op, "pos_embed", pos_embed, (num_prefix + num_tokens, channels), "[P + N, C]")
+
+
+# --- ops ---------------------------------------------------------------------------------------------------------------
+
+
+def _forward_fake(
+    patches: Tensor, token_index: Tensor | None, prefix: Tensor | None, pos_embed: Tensor | None
+) -> Tensor:
+    batch, num_tokens, channels = patches.shape
+    kept = num_tokens if token_index is None else token_index.shape[1]
+    num_prefix, dtype = 0 if prefix is None else prefix.shape[0], patches.dtype
+    for addend in (prefix, pos_embed):
+        dtype = dtype if addend is None else torch.promote_types(dtype, addend.dtype)
+    return patches.new_empty(batch, num_prefix + kept, channels, dtype=dtype)
+
+
+def _backward_fake(
+    dout: Tensor, token_index: Tensor | None, num_prefix: int, num_tokens: int, has_pos_embed: bool
+) -> Any:
+    batch, _, channels = dout.shape
+    pos_embed_shape = (num_prefix + num_tokens, channels) if has_pos_embed else (0,)
+    shapes = (batch, num_tokens, channels), (num_prefix, channels), pos_embed_shape
+    return tuple(dout.new_empty(shape) for shape in shapes)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    patches, token_index, prefix, pos_embed = inputs
+    ctx.num_tokens = patches.shape[1]
+    ctx.num_prefix = 0 if prefix is None else prefix.shape[0]
+    ctx.dtypes = [None if t is None else t.dtype for t in (patches, prefix, pos_embed)]
+    ctx.save_for_backward(token_index)
+
+
+def _gradient(ctx: Any, dout: Tensor) -> Any:
+    (token_index,) = ctx.saved_tensors
+    patches_dtype, prefix_dtype, pos_embed_dtype = ctx.dtypes
+    dpatches, dprefix, dpos_embed = _backward(
+        dout, token_index, ctx.num_prefix, ctx.num_tokens, pos_embed_dtype is not None
+    )
+    return (
+        dpatches.to(patches_dtype),
+        None,
+        None if prefix_dtype is None else dprefix.to(prefix_dtype),
+        None if pos_embed_dtype is None else dpos_embed.to(pos_embed_dtype),
+    )
+
+
+_forward = define(
+    "token_dropout_forward",
+    "(Tensor patches, Tensor? token_index, Tensor? prefix, Tensor? pos_embed) -> Tensor",
+    reference=reference.token_dropout_forward,
+    fake=_forward_fake,
+)
+_backward = define(
+    "token_dropout_backward",
+    "(Tensor dout, Tensor? token_index, SymInt num_prefix, SymInt num_tokens, bool has_pos_embed)"
+    " -> (Tensor dpatches, Tensor dprefix, Tensor dpos_embed)",
+    reference=reference.token_dropout_backward,
+    fake=_backward_fake,
+)
+differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)

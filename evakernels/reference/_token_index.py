@@ -1,0 +1,33 @@
+"""Token indices, as token dropout and its attention use them."""
+
+import torch
+from torch import Tensor
+
+
+def check_dtype(op: str, token_index: Tensor | None) -> None:
+    """Raises `TypeError` for indices that aren't int64."""
+    if token_index is not None and token_index.dtype != torch.int64:
+        raise TypeError(f"{op}: token_index is {token_index.dtype}; accepted: torch.int64")
+
+
+def check_range(op: str, token_index: Tensor, num_tokens: int) -> None:
+    """Raises `IndexError` for a value outside `0 .. num_tokens - 1`.
+
+    Only on a CPU: elsewhere the question would make the host wait for the device.
+    """
+    if token_index.device.type != "cpu" or token_index.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(token_index))
+    if low < 0 or high >= num_tokens:
+        raise IndexError(f"{op}: token_index has values from {low} to {high}; accepted: 0 to {num_tokens - 1}")
+
+
+def check_unique(op: str, token_index: Tensor, num_tokens: int) -> None:
+    """Raises `IndexError` for a row [B, K] that names a token twice, on a CPU; the values are in range."""
+    if token_index.device.type != "cpu":
+        return
+    seen = torch.zeros(token_index.shape[0], num_tokens, dtype=torch.bool).scatter_(1, token_index, True)
+    distinct = seen.sum(1)
+    if bool((distinct < token_index.shape[1]).any()):
+        sample = int(distinct.argmin())
+        raise IndexError(f"{op}: token_index names a token twice in sample {sample}; the tokens of a sample are distinct")

@@ -1,0 +1,141 @@
+"""The contrastive losses over logits `s = logit_scale * image @ text^T`, computed in tiles of rows.
+
+    statistics  lse_j s_ij, lse_i s_ij, s_i,offset+i                InfoNCE (van den Oord et al. 2018; Radford et al. 2021)
+    siglip      sum_ij -log sigmoid(z_ij (s_ij + logit_bias))       z = 1 on the pairs, -1 elsewhere (Zhai et al. 2023)
+
+Row i of `image` [m, D] belongs to row offset + i of `text` [B, D]. One tile of logits serves both directions, and
+neither the [m, B] matrix nor anything of its size exists at any time. Logits and sums are float32 (float64 for float64
+input); 16-bit features are widened first, for a CPU has no 16-bit product with a float32 result.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evakernels.reference._numerics import accumulation_dtype
+
+TILE_ELEMENTS = 1 << 22
+"""Most logits that exist at a time (16 MiB in float32), but never less than one row."""
+
+
+def contrastive_forward(
+    image: Tensor, text: Tensor, logit_scale: Tensor, offset: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    image, text, scale = _widened(image, text, logit_scale)
+    row_lse, positive, row_max = (image.new_empty(image.shape[0]) for _ in range(3))
+    col_max = text.new_full((text.shape[0],), -torch.inf)
+    col_sum = torch.zeros_like(col_max)
+    for rows in _row_tiles(image, text):
+        logits = _matmul(scale * image[rows], text.T)
+        row_lse[rows] = logits.logsumexp(1)
+        row_max[rows] = logits.amax(1)
+        positive[rows] = logits.diagonal(offset + rows.start)
+        col_max, col_sum = _add_to_columns(col_max, col_sum, logits)
+    return row_lse, col_sum.log() + _finite(col_max), positive, row_max, col_max
+
+
+def contrastive_backward(
+    drow_lse: Tensor,
+    dcol_lse: Tensor,
+    dpositive: Tensor,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = _Gradients(image, text, logit_scale)
+    for rows, logits in gradients.tiles():
+        through_rows = (logits - row_lse[rows, None]).exp_().mul_(drow_lse[rows, None])
+        dlogits = (logits - col_lse).exp_().mul_(dcol_lse).add_(through_rows)
+        dlogits.diagonal(offset + rows.start).add_(dpositive[rows])
+        gradients.add(rows, dlogits)
+    return gradients.result()
+
+
+def siglip_forward(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
+    image, text, scale = _widened(image, text, logit_scale)
+    total = image.new_zeros(())
+    for rows in _row_tiles(image, text):
+        logits = _matmul(scale * image[rows], text.T) + logit_bias
+        _negate_pairs(logits, offset + rows.start)
+        # The loss of a logit x that should be negative is softplus(x) = -log sigmoid(-x).
+        total -= F.logsigmoid(-logits).sum()
+    return total
+
+
+def siglip_backward(
+    dloss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradients = _Gradients(image, text, logit_scale)
+    dbias = torch.zeros_like(gradients.dscale)
+    for rows, logits in gradients.tiles():
+        # Negating the pairs before and after the sigmoid gives sigmoid(x) - 1 on them without its cancellation.
+        dlogits = _negate_pairs(logits + logit_bias, offset + rows.start).sigmoid_()
+        dlogits = _negate_pairs(dlogits, offset + rows.start).mul_(dloss)
+        dbias += dlogits.sum()
+        gradients.add(rows, dlogits)
+    return *gradients.result(), dbias.to(logit_bias.dtype)
+
+
+class _Gradients:
+    """Recomputes the logits tile by tile and sums what their gradients give for the features and the scale."""
+
+    def __init__(self, image: Tensor, text: Tensor, logit_scale: Tensor) -> None:
+        self.dtypes = image.dtype, text.dtype, logit_scale.dtype
+        self.image, self.text, self.scale = _widened(image, text, logit_scale)
+        self.dimage, self.dtext = torch.empty_like(self.image), torch.zeros_like(self.text)
+        self.dscale = torch.zeros_like(self.scale)
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        for rows in _row_tiles(self.image, self.text):
+            yield rows, _matmul(self.scale * self.image[rows], self.text.T)
+
+    def add(self, rows: slice, dlogits: Tensor) -> None:
+        image = self.image[rows]
+        dscaled_image = _matmul(dlogits, self.text)
+        self.dimage[rows] = self.scale * dscaled_image
+        self.dtext += _matmul(dlogits.T, self.scale * image)
+        self.dscale += (image * dscaled_image).sum()
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        image, text, scale = self.dtypes
+        return self.dimage.to(image), self.dtext.to(text), self.dscale.to(scale)
+
+
+def _widened(image: Tensor, text: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(image)
+    return image.to(dtype), text.to(dtype), logit_scale.to(dtype)
+
+
+def _row_tiles(image: Tensor, text: Tensor) -> Iterator[slice]:
+    """The height depends on the shapes alone, so that sums are formed in one order on any number of threads."""
+    rows, height = image.shape[0], max(1, TILE_ELEMENTS // text.shape[0])
+    for start in range(0, rows, height):
+        yield slice(start, min(start + height, rows))
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    # Autocast reaches into ops: left on, it would round the operands to 16 bits.
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
+def _add_to_columns(col_max: Tensor, col_sum: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Takes a tile into the running log-sum-exp of the columns, `log(col_sum) + col_max`."""
+    new_max = torch.maximum(col_max, logits.amax(0))
+    shift = _finite(new_max)
+    return new_max, col_sum * (col_max - shift).exp() + (logits - shift).exp_().sum(0)
+
+
+def _finite(maximum: Tensor) -> Tensor:
+    """What to subtract before exp: subtracting an infinite maximum would turn infinite logits into NaN."""
+    return maximum.where(maximum.isfinite(), 0)
+
+
+def _negate_pairs(logits: Tensor, offset: int) -> Tensor:
+    logits.diagonal(offset).neg_()
+    return logits

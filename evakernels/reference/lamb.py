@@ -1,0 +1,99 @@
+"""LAMB (You et al. 2020, arXiv 1904.00962), two phases over lists of tensors.
+
+    phase 1   m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;  norms of w and of the direction u
+    phase 2   w = w - lr * ratio * u
+
+    deepspeed   u = m / (sqrt(v) + eps) + decay * w;    ratio = correction * clip(|w| / |u|, 0.01, 10)
+    nvlamb      u = m' / (sqrt(v') + eps) + decay * w;  ratio = |w| / |u|, 1 for a tensor without decay
+
+with m' = m / (1 - beta1^t), v' = v / (1 - beta2^t), correction = sqrt(1 - beta2^t) / (1 - beta1^t), and |w| / |u|
+replaced by 1 where either norm is 0. All is computed in float32 (float64 for float64 parameters), whatever the
+parameters and moments are stored in. Nothing waits for the device.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from evakernels.reference._numerics import accumulation_dtype
+
+DEEPSPEED_RATIO = (0.01, 10.0)
+
+
+def lamb_update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    weight_decays: list[float],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    nvlamb: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> Tensor:
+    norms = []
+    for w, g, m, v, t, decay in zip(params, grads, exp_avgs, exp_avg_sqs, steps, weight_decays, strict=True):
+        g = g.to(accumulation_dtype(w))
+        if grad_scale is not None:
+            g = g / grad_scale
+        _write(m, beta1 * m.to(g.dtype) + (1 - beta1) * g, found_inf)
+        _write(v, beta2 * v.to(g.dtype) + (1 - beta2) * g.square(), found_inf)
+        _write(t, t + 1, found_inf)
+        u = _direction(w, m, v, t, decay, beta1, beta2, eps, nvlamb)
+        norms.append(torch.stack([w.to(g.dtype).square().sum(), u.square().sum()]))
+    return torch.stack(norms)
+
+
+def lamb_apply(
+    params: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    squared_norms: Tensor,
+    lrs: list[float],
+    weight_decays: list[float],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    nvlamb: bool,
+    found_inf: Tensor | None,
+) -> None:
+    ratios = _trust_ratios(squared_norms)
+    for i, (w, m, v, t, lr, decay) in enumerate(
+        zip(params, exp_avgs, exp_avg_sqs, steps, lrs, weight_decays, strict=True)
+    ):
+        u = _direction(w, m, v, t, decay, beta1, beta2, eps, nvlamb)
+        if not nvlamb:
+            u *= ratios[i].clamp(*DEEPSPEED_RATIO) * _bias(beta2, t, u).sqrt() / _bias(beta1, t, u)
+        elif decay != 0:
+            u *= ratios[i]
+        _write(w, w.to(u.dtype) - lr * u, found_inf)
+
+
+def _direction(
+    w: Tensor, m: Tensor, v: Tensor, t: Tensor, decay: float, beta1: float, beta2: float, eps: float, nvlamb: bool
+) -> Tensor:
+    # Both phases form it from the moments as stored, so that the norms are those of the step that is made.
+    w = w.to(accumulation_dtype(w))
+    m, v = m.to(w.dtype), v.to(w.dtype)
+    if nvlamb:
+        m, v = m / _bias(beta1, t, w), v / _bias(beta2, t, w)
+    return m / (v.sqrt() + eps) + decay * w
+
+
+def _bias(beta: float, t: Tensor, like: Tensor) -> Tensor:
+    """1 - beta^t, to full precision also for beta close to 1."""
+    return -torch.expm1(t.to(like.dtype) * (math.log(beta) if beta > 0 else -math.inf))
+
+
+def _trust_ratios(squared_norms: Tensor) -> Tensor:
+    w, u = squared_norms.sqrt().unbind(1)
+    return torch.where((w > 0) & (u > 0), w / u, 1.0)
+
+
+def _write(target: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
+    target.copy_(value if found_inf is None else torch.where(found_inf > 0, target, value))

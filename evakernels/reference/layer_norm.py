@@ -1,0 +1,167 @@
+"""LayerNorm and RMSNorm, plain and joined with the residual connection around them.
+
+    plain       y = norm(x)                                                        (Ba et al. 2016; Zhang, Sennrich 2019)
+    add + norm  x = residual + row_scale * layer_scale * branch;  y = norm(x)       pre-norm blocks
+    norm + add  x = residual + row_scale * layer_scale * norm(branch)               post-norm blocks
+
+`row_scale` [B] is the drop-path factor of each sample (0 or 1/keep), `layer_scale` [C] that of each channel. Sums and
+statistics are float32 (float64 for float64 input).
+"""
+
+import torch
+from torch import Tensor
+
+from evakernels.reference._numerics import accumulation_dtype
+
+
+def layer_norm_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    normalized, mean, rstd = _normalize(x, eps, rms)
+    return _affine(normalized, weight, bias).to(x.dtype), mean, rstd
+
+
+def layer_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool, rms: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight, dbias = _norm_gradients(dy, x, weight, mean, rstd, has_bias, rms)
+    return dx.to(x.dtype), dweight, dbias
+
+
+def add_layer_norm_forward(
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    eps: float,
+    rms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # The norm sees the sum before it is rounded: one rounding less than an add followed by a norm.
+    total = _accumulate(residual) + _scaled(_accumulate(branch), layer_scale, row_scale)
+    normalized, mean, rstd = _normalize(total, eps, rms)
+    y = _affine(normalized, weight, bias)
+    return y.to(residual.dtype), total.to(residual.dtype), mean, rstd
+
+
+def add_layer_norm_backward(
+    dy: Tensor,
+    dx: Tensor,
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    has_bias: bool,
+    rms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # An unscaled branch has the gradient of the residual: its place stays empty.
+    through_norm, dweight, dbias = _norm_gradients(dy, x, weight, mean, rstd, has_bias, rms)
+    dtotal = _accumulate(dx) + through_norm
+    dresidual = dtotal.to(x.dtype)
+    if layer_scale is None and row_scale is None:
+        return dresidual, dtotal.new_empty(0), dweight, dbias, dtotal.new_empty(0)
+    dbranch, dlayer_scale = _scale_gradients(dtotal, branch, layer_scale, row_scale)
+    return dresidual, dbranch.to(branch.dtype), dweight, dbias, dlayer_scale
+
+
+def layer_norm_add_forward(
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    eps: float,
+    rms: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    normalized, mean, rstd = _normalize(branch, eps, rms)
+    total = _accumulate(residual) + _scaled(_affine(normalized, weight, bias), layer_scale, row_scale)
+    return total.to(residual.dtype), mean, rstd
+
+
+def layer_norm_add_backward(
+    dx: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    rms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    normed = _affine(_standardize(branch, mean, rstd, rms), weight, bias)
+    dnormed, dlayer_scale = _scale_gradients(_accumulate(dx), normed, layer_scale, row_scale)
+    dbranch, dweight, dbias = _norm_gradients(dnormed, branch, weight, mean, rstd, bias is not None, rms)
+    return dbranch.to(branch.dtype), dweight, dbias, dlayer_scale
+
+
+def _accumulate(x: Tensor) -> Tensor:
+    return x.to(accumulation_dtype(x))
+
+
+def _normalize(x: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor, Tensor]:
+    x = _accumulate(x)
+    if rms:
+        mean, centred = x.new_empty(0), x
+    else:
+        mean = x.mean(-1)
+        centred = x - mean.unsqueeze(-1)
+    rstd = torch.rsqrt(centred.square().mean(-1) + eps)
+    return centred * rstd.unsqueeze(-1), mean, rstd
+
+
+def _standardize(x: Tensor, mean: Tensor, rstd: Tensor, rms: bool) -> Tensor:
+    x = _accumulate(x)
+    return (x if rms else x - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+
+
+def _affine(normalized: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        normalized = normalized * weight
+    return normalized if bias is None else normalized + bias
+
+
+def _norm_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool, rms: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx in accumulation precision, dweight and dbias in theirs (empty where there is no such parameter)."""
+    dy, normalized = _accumulate(dy), _standardize(x, mean, rstd, rms)
+    dnormalized = dy if weight is None else dy * weight
+    dx = dnormalized - normalized * (dnormalized * normalized).mean(-1, keepdim=True)
+    if not rms:
+        dx = dx - dnormalized.mean(-1, keepdim=True)
+    dtype = x.dtype if weight is None else weight.dtype
+    dweight = dy.new_empty(0) if weight is None else _row_sum(dy * normalized)
+    dbias = _row_sum(dy) if has_bias else dy.new_empty(0)
+    return dx * rstd.unsqueeze(-1), dweight.to(dtype), dbias.to(dtype)
+
+
+def _scaled(branch: Tensor, layer_scale: Tensor | None, row_scale: Tensor | None) -> Tensor:
+    if layer_scale is not None:
+        branch = branch * layer_scale
+    return branch if row_scale is None else branch * _per_sample(row_scale, branch)
+
+
+def _scale_gradients(
+    dscaled: Tensor, branch: Tensor, layer_scale: Tensor | None, row_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the scaled branch for the branch and for layer_scale (empty where there is none)."""
+    if row_scale is not None:
+        dscaled = dscaled * _per_sample(row_scale, dscaled)
+    if layer_scale is None:
+        return dscaled, dscaled.new_empty(0)
+    dlayer_scale = _row_sum(dscaled * _accumulate(branch))
+    return dscaled * layer_scale, dlayer_scale.to(layer_scale.dtype)
+
+
+def _row_sum(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).sum(0)
+
+
+def _per_sample(row_scale: Tensor, like: Tensor) -> Tensor:
+    return row_scale.view(-1, *[1] * (like.dim() - 1))

@@ -1,0 +1,112 @@
+"""Attention with the rotary embedding inside (Su et al. 2021; axial in 2-D as in EVA-02, Fang et al. 2023).
+
+    q' = rotate(q), k' = rotate(k)      pair (a, b) of token n  ->  (a cos - b sin, a sin + b cos)
+    s = scale * q' k'^T                 keys after the query count as -inf when causal
+    out = softmax(s) v,  lse = log(sum(exp(s)))
+
+A pair is one complex number here and its rotation one complex product, so the inverse rotation, which carries the
+gradients of q' and k' back to q and k, is the product with the conjugate. Everything between the inputs and the results
+is float32 (float64 for float64 input). The scores exist as a whole: [B, H, N, N].
+"""
+
+import torch
+from torch import Tensor
+
+from evakernels.reference._numerics import accumulation_dtype
+from evakernels.reference._token_index import check_range
+
+
+def rope_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    token_index: Tensor | None,
+    num_prefix: int,
+    causal: bool,
+    interleaved: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    rotation = _rotation(q, cos, sin, token_index, num_prefix)
+    q_rotated, k_rotated = (_rotate(_heads_first(x), rotation, interleaved) for x in (q, k))
+    scores = _scores(q_rotated, k_rotated, scale, causal)
+    highest = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(highest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    out = torch.matmul(weights, _heads_first(v)).div_(total)
+    lse = highest.add_(total.log_()).squeeze(-1)
+    return _heads_last(out, q.dtype), lse
+
+
+def rope_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    token_index: Tensor | None,
+    num_prefix: int,
+    causal: bool,
+    interleaved: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rotation = _rotation(q, cos, sin, token_index, num_prefix)
+    q_rotated, k_rotated = (_rotate(_heads_first(x), rotation, interleaved) for x in (q, k))
+    weights = _scores(q_rotated, k_rotated, scale, causal).sub_(lse.unsqueeze(-1)).exp_()
+    dout = _heads_first(dout)
+    dv = torch.matmul(weights.mT, dout)
+    # The mean of dweights under the softmax is that of dout * out over the channels (Dao et al. 2022).
+    mean = (dout * _heads_first(out)).sum(-1, keepdim=True)
+    dscores = torch.matmul(dout, _heads_first(v).mT).sub_(mean).mul_(weights).mul_(scale)
+    back = None if rotation is None else rotation.conj()
+    dq = _rotate(torch.matmul(dscores, k_rotated), back, interleaved)
+    dk = _rotate(torch.matmul(dscores.mT, q_rotated), back, interleaved)
+    return _heads_last(dq, q.dtype), _heads_last(dk, q.dtype), _heads_last(dv, q.dtype)
+
+
+def _rotation(
+    q: Tensor, cos: Tensor | None, sin: Tensor | None, token_index: Tensor | None, num_prefix: int
+) -> Tensor | None:
+    """cos + i sin of every pair, broadcastable to [B, H, N, D / 2]; 1 for the prefix tokens."""
+    if cos is None or sin is None:
+        return None
+    dtype = accumulation_dtype(q)
+    rows = torch.complex(cos.to(dtype), sin.to(dtype))
+    if token_index is not None:
+        check_range("rope_attention", token_index, rows.shape[-2])
+        rows = rows[..., token_index, :].movedim(-3, 0)  # [B, (H,) K, D / 2]
+    if cos.dim() == 2:
+        rows = rows.unsqueeze(-3)
+    prefix = rows.new_ones(1).expand(*rows.shape[:-2], num_prefix, rows.shape[-1])
+    return torch.cat((prefix, rows), -2)
+
+
+def _rotate(x: Tensor, rotation: Tensor | None, interleaved: bool) -> Tensor:
+    """Every pair of `x` [B, H, N, D] times its rotation."""
+    if rotation is None:
+        return x
+    if interleaved:  # pairs (2i, 2i + 1)
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * rotation).flatten(-2)
+    rotated = torch.complex(*x.chunk(2, -1)) * rotation  # pairs (i, i + D / 2)
+    return torch.cat((rotated.real, rotated.imag), -1)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
+    scores = torch.matmul(q, k.mT).mul_(scale)
+    if causal:
+        tokens = torch.arange(q.shape[-2], device=q.device)
+        scores.masked_fill_(tokens > tokens.unsqueeze(1), float("-inf"))
+    return scores
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """[B, N, H, D] to a contiguous [B, H, N, D] in accumulation precision."""
+    return x.transpose(1, 2).contiguous().to(accumulation_dtype(x))
+
+
+def _heads_last(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).transpose(1, 2).contiguous()

@@ -1,0 +1,50 @@
+"""The gated product of a SwiGLU MLP (Shazeer 2020), alone or with the LayerNorm that follows it in EVA-02 (sub-LN).
+
+    hidden = silu(gate) * up;  out = hidden, or LayerNorm(hidden) when there is a norm_weight
+
+The hidden values are never rounded: the norm sees them in float32 (float64 for float64 input), and backward computes
+them again from gate and up.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evakernels.reference._numerics import accumulation_dtype
+from evakernels.reference.layer_norm import layer_norm_backward, layer_norm_forward
+
+
+def swiglu_forward(
+    gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = _hidden(*_accumulate(gate, up))
+    if norm_weight is None:
+        return _contiguous(hidden, gate.dtype), hidden.new_empty(0), hidden.new_empty(0)
+    out, mean, rstd = layer_norm_forward(hidden, norm_weight, norm_bias, eps, False)
+    return _contiguous(out, gate.dtype), mean, rstd
+
+
+def swiglu_backward(
+    dout: Tensor, gate: Tensor, up: Tensor, norm_weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = gate.dtype
+    dhidden, gate, up = _accumulate(dout, gate, up)
+    dweight = dbias = dhidden.new_empty(0)
+    if norm_weight is not None:
+        dhidden, dweight, dbias = layer_norm_backward(
+            dhidden, _hidden(gate, up), norm_weight, mean, rstd, has_bias, False
+        )
+    dgate = torch.ops.aten.silu_backward(dhidden * up, gate)
+    return _contiguous(dgate, dtype), _contiguous(dhidden * F.silu(gate), dtype), dweight, dbias
+
+
+def _hidden(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def _accumulate(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.to(accumulation_dtype(t)) for t in tensors)
+
+
+def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).contiguous()

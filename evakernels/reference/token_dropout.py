@@ -1,0 +1,59 @@
+"""The entrance of a vision tower: keep some of the patches, add their position embeddings, put the prefix before them.
+
+    out[b, :P] = prefix + pos_embed[:P]
+    out[b, P + i] = patches[b, token_index[b, i]] + pos_embed[P + token_index[b, i]]
+
+Keeping a random part of the patches is FLIP's way to cheaper training (Li et al. 2022). The indices of a sample are
+distinct, so backward is a copy into zeros: no sum depends on an order.
+"""
+
+import torch
+from torch import Tensor
+
+from evakernels.reference._numerics import accumulation_dtype
+from evakernels.reference._token_index import check_range, check_unique
+
+
+def token_dropout_forward(
+    patches: Tensor, token_index: Tensor | None, prefix: Tensor | None, pos_embed: Tensor | None
+) -> Tensor:
+    batch, num_tokens, channels = patches.shape
+    num_prefix = 0 if prefix is None else prefix.shape[0]
+    tokens = patches
+    if token_index is not None:
+        check_range("token_dropout", token_index, num_tokens)
+        check_unique("token_dropout", token_index, num_tokens)
+        rows = _flat_rows(token_index, num_tokens)
+        tokens = patches.reshape(-1, channels).index_select(0, rows).view(batch, -1, channels)
+    if pos_embed is not None:
+        positions = pos_embed[num_prefix:]
+        tokens = tokens + (positions if token_index is None else positions[token_index])
+        prefix = None if prefix is None else prefix + pos_embed[:num_prefix]
+    parts = [tokens] if prefix is None else [prefix.expand(batch, -1, -1), tokens]
+    return torch.cat(parts, 1)
+
+
+def token_dropout_backward(
+    dout: Tensor, token_index: Tensor | None, num_prefix: int, num_tokens: int, has_pos_embed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, channels = dout.shape
+    dtokens = dout[:, num_prefix:]
+    if token_index is None:
+        dpatches = dtokens.clone(memory_format=torch.contiguous_format)
+    else:
+        rows = _flat_rows(token_index, num_tokens)
+        dpatches = dout.new_zeros(batch * num_tokens, channels).index_copy_(0, rows, dtokens.reshape(-1, channels))
+        dpatches = dpatches.view(batch, num_tokens, channels)
+    dprefix = _batch_sum(dout[:, :num_prefix])
+    dpos_embed = torch.cat((dprefix, _batch_sum(dpatches))) if has_pos_embed else dout.new_empty(0)
+    return dpatches, dprefix, dpos_embed
+
+
+def _flat_rows(token_index: Tensor, num_tokens: int) -> Tensor:
+    """Row numbers in a [B * num_tokens, C] view."""
+    first = torch.arange(token_index.shape[0], device=token_index.device).mul_(num_tokens)
+    return (token_index + first.unsqueeze(1)).flatten()
+
+
+def _batch_sum(x: Tensor) -> Tensor:
+    return x.sum(0, dtype=accumulation_dtype(x)).to(x.dtype)

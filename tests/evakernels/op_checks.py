@@ -1,0 +1,85 @@
+"""The checks that every op must pass, so that each family's test only has to bring its inputs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def assert_opcheck(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> None:
+    """All of opcheck's utilities: schema, fake against real, autograd registration, AOT dispatch with dynamic shapes."""
+    results = torch.library.opcheck(op, args)
+    assert set(results.values()) == {"SUCCESS"}, results
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference, in float64."""
+    if actual.numel() == 0:
+        return 0.0
+    return (actual.double() - expected.double()).abs().max().item()
+
+
+def with_gradients(
+    function: Callable[..., Any], inputs: Sequence[Tensor | None], seed: int = 0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of `function(*inputs)` and the gradients of all inputs for one fixed random cotangent an output.
+
+    The cotangents are drawn in float64 and cast, so that runs in different dtypes see the same ones.
+    """
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
+    outputs = function(*leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    generator = torch.Generator().manual_seed(seed)
+    cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+    present = [leaf for leaf in leaves if leaf is not None]
+    gradients = torch.autograd.grad(outputs, present, cotangents)
+    return [o.detach() for o in outputs], list(gradients)
+
+
+def assert_as_accurate_as_torch(
+    ours: Callable[..., Any],
+    theirs: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    dtype: torch.dtype,
+) -> None:
+    """The error rule: against float64 inputs rounded to `dtype`, at most 2x torch's error forward and 3x backward.
+
+    `theirs` computes the same thing from PyTorch's own functions; run in float64 it is the truth, run in `dtype` it is
+    the yardstick. Both are given the same rounded inputs.
+    """
+    rounded = [None if t is None else t.to(dtype) for t in inputs]
+    exact = with_gradients(theirs, [None if t is None else t.double() for t in rounded])
+    yardstick = with_gradients(theirs, rounded)
+    result = with_gradients(ours, rounded)
+    for kind, factor, got, peer, truth in zip(("output", "gradient"), (2, 3), result, yardstick, exact, strict=True):
+        for i, (g, p, t) in enumerate(zip(got, peer, truth, strict=True)):
+            assert g.shape == t.shape, (kind, i, g.shape, t.shape)
+            # One unit in the last place of the largest value: what rounding the exact result may cost.
+            slack = torch.finfo(dtype).eps * t.abs().max().item() if t.numel() else 0.0
+            limit = factor * error(p, t) + slack
+            assert error(g, t) <= limit, f"{kind} {i} in {dtype}: error {error(g, t):.3g}, torch's {error(p, t):.3g}"
+
+
+def assert_deterministic(function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> None:
+    """Two runs are bit-equal, forward and backward."""
+    first, second = with_gradients(function, inputs), with_gradients(function, inputs)
+    for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True):
+        assert torch.equal(a, b)
+
+
+def assert_compiles(function: Callable[..., Any], inputs: Sequence[Tensor | None], dynamic: bool = False) -> None:
+    """`torch.compile(fullgraph=True)` gives the same values and gradients. aot_eager: tracing without the C++ compile."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    eager, traced = with_gradients(function, inputs), with_gradients(compiled, inputs)
+    for a, b in zip(eager[0] + eager[1], traced[0] + traced[1], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def assert_gradcheck(function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> None:
+    """The gradients against finite differences, in float64."""
+    leaves = tuple(None if t is None else t.double().detach().requires_grad_() for t in inputs)
+    assert torch.autograd.gradcheck(function, leaves)

@@ -1,0 +1,187 @@
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from op_checks import (
+    DTYPES,
+    assert_as_accurate_as_torch,
+    assert_compiles,
+    assert_deterministic,
+    assert_gradcheck,
+    assert_opcheck,
+)
+
+import evakernels
+
+EPS = 1e-6
+OPS = torch.ops.evakernels
+NORMS = ["layer", "rms"]
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def torch_norm(kind, x, weight, bias):
+    if kind == "rms":
+        return F.rms_norm(x, x.shape[-1:], weight, EPS)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
+
+
+def plain(kind):
+    """Our function and torch's, over (x, weight, bias); RMSNorm ignores the bias slot (None)."""
+
+    def ours(x, weight, bias):
+        return evakernels.rms_norm(x, weight, EPS) if kind == "rms" else evakernels.layer_norm(x, weight, bias, EPS)
+
+    return ours, lambda x, weight, bias: torch_norm(kind, x, weight, bias)
+
+
+def scaled(branch, layer_scale, row_scale):
+    branch = branch if layer_scale is None else branch * layer_scale
+    return branch if row_scale is None else branch * row_scale.to(branch.dtype)[:, None, None]
+
+
+def add_then_norm(kind, row_scale):
+    def ours(residual, branch, weight, bias, layer_scale):
+        options = {"layer_scale": layer_scale, "row_scale": row_scale, "eps": EPS}
+        if kind == "rms":
+            return evakernels.add_rms_norm(residual, branch, weight, **options)
+        return evakernels.add_layer_norm(residual, branch, weight, bias, **options)
+
+    def theirs(residual, branch, weight, bias, layer_scale):
+        x = residual + scaled(branch, layer_scale, row_scale)
+        return torch_norm(kind, x, weight, bias), x
+
+    return ours, theirs
+
+
+def norm_then_add(kind, row_scale):
+    def ours(residual, branch, weight, bias, layer_scale):
+        options = {"layer_scale": layer_scale, "row_scale": row_scale, "eps": EPS}
+        if kind == "rms":
+            return evakernels.rms_norm_add(residual, branch, weight, **options)
+        return evakernels.layer_norm_add(residual, branch, weight, bias, **options)
+
+    def theirs(residual, branch, weight, bias, layer_scale):
+        return residual + scaled(torch_norm(kind, branch, weight, bias), layer_scale, row_scale)
+
+    return ours, theirs
+
+
+def parameters(kind, width, affine):
+    weight = randn(width, seed=1) if affine else None
+    return weight, randn(width, seed=2) if affine and kind == "layer" else None
+
+
+def cases():
+    """Every form, norm and combination of optional arguments: name, pair of functions, inputs at width C."""
+    for kind, affine in itertools.product(NORMS, [True, False]):
+        yield f"plain-{kind}-{affine}", plain(kind), (randn(2, 3, 7), *parameters(kind, 7, affine))
+    for form, kind, ls, rs in itertools.product([add_then_norm, norm_then_add], NORMS, [True, False], [True, False]):
+        row_scale = torch.tensor([0.0, 1.25]) if rs else None
+        layer_scale = randn(7, seed=5) if ls else None
+        inputs = (randn(2, 3, 7), randn(2, 3, 7, seed=4), *parameters(kind, 7, True), layer_scale)
+        yield f"{form.__name__}-{kind}-{ls}-{rs}", form(kind, row_scale), inputs
+
+
+CASES = [pytest.param(pair, inputs, id=name) for name, pair, inputs in cases()]
+
+
+@pytest.mark.parametrize("pair, inputs", CASES)
+def test_gradcheck(pair, inputs):
+    assert_gradcheck(pair[0], inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pair, inputs", CASES)
+def test_as_accurate_as_torch(pair, inputs, dtype):
+    assert_as_accurate_as_torch(*pair, inputs, dtype)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("pair, inputs", CASES)
+def test_compiles_without_graph_break(pair, inputs, dynamic):
+    assert_compiles(pair[0], inputs, dynamic)
+
+
+@pytest.mark.parametrize("pair, inputs", CASES)
+def test_two_runs_are_bit_equal(pair, inputs):
+    assert_deterministic(pair[0], [None if t is None else t.float() for t in inputs])
+
+
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_opcheck(dtype, rms):
+    x, branch = (randn(2, 3, 8, seed=s).to(dtype).requires_grad_() for s in (0, 1))
+    weight, bias, layer_scale = (randn(8, seed=s).to(dtype).requires_grad_() for s in (2, 3, 4))
+    row_scale = torch.tensor([0.0, 2.0], dtype=dtype)
+    bias = None if rms else bias
+    assert_opcheck(OPS.layer_norm_forward.default, (x, weight, bias, EPS, rms))
+    assert_opcheck(OPS.add_layer_norm_forward.default, (x, branch, weight, bias, layer_scale, row_scale, EPS, rms))
+    assert_opcheck(OPS.layer_norm_add_forward.default, (x, branch, weight, bias, layer_scale, row_scale, EPS, rms))
+    with torch.no_grad():
+        dy = torch.ones_like(x)
+        _, mean, rstd = OPS.layer_norm_forward(x, weight, bias, EPS, rms)
+        has_bias = bias is not None
+        assert_opcheck(OPS.layer_norm_backward.default, (dy, x.detach(), weight.detach(), mean, rstd, has_bias, rms))
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_the_dtypes_of_torch(kind, dtype):
+    ours, theirs = plain(kind)
+    weight, bias = parameters(kind, 8, True)
+    weight, bias = weight.float(), None if bias is None else bias.float()
+    for x in (randn(3, 8).float(), randn(3, 8).to(dtype)):
+        with torch.autocast("cpu", dtype=dtype):
+            y = ours(x, weight, bias)
+        assert y.dtype == x.dtype  # CPU autocast leaves norms alone
+        expected = theirs(x.float(), weight, bias)
+        torch.testing.assert_close(y.float(), expected, atol=4e-2 if x.dtype == dtype else 1e-5, rtol=1e-2)
+
+
+def test_residual_stream_may_be_wider_than_the_branch():
+    residual, branch = randn(2, 3, 8).float(), randn(2, 3, 8, seed=1).bfloat16().requires_grad_()
+    y, x = evakernels.add_layer_norm(residual, branch)
+    assert y.dtype == x.dtype == torch.float32
+    (y.sum() + x.square().sum()).backward()
+    assert branch.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(branch.grad, (2 * x).bfloat16(), atol=1e-1, rtol=1e-2)
+
+
+def test_a_dropped_sample_keeps_its_residual_and_passes_no_gradient():
+    residual, branch = randn(2, 3, 8).float(), randn(2, 3, 8, seed=1).float().requires_grad_()
+    x = evakernels.layer_norm_add(residual, branch, row_scale=torch.tensor([0.0, 1.0]))
+    x.sum().backward()
+    assert torch.equal(x[0], residual[0])
+    assert not branch.grad[0].any()
+
+
+def test_a_second_derivative_is_refused():
+    x = randn(3, 8).requires_grad_()
+    (gradient,) = torch.autograd.grad(evakernels.layer_norm(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="layer_norm has no second derivative"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "call, exception, message",
+    [
+        (lambda: evakernels.layer_norm(torch.ones(2, 4, dtype=torch.int64)), TypeError, "int64; accepted: float64"),
+        (lambda: evakernels.layer_norm(torch.ones(2, 4), torch.ones(3)), ValueError, r"weight has shape \(3,\)"),
+        (lambda: evakernels.layer_norm(torch.ones(2, 4), bias=torch.ones(4)), ValueError, "bias without weight"),
+        (lambda: evakernels.layer_norm(torch.ones(2, 4), torch.ones(4, device="meta")), ValueError, "weight on meta"),
+        (lambda: evakernels.rms_norm(torch.ones(2, 4), torch.ones(4).half()), TypeError, "weight is torch.float16"),
+        (lambda: evakernels.add_layer_norm(torch.ones(2, 4), torch.ones(2, 5)), ValueError, r"branch has shape \(2, 5\)"),
+        (
+            lambda: evakernels.layer_norm_add(torch.ones(2, 4), torch.ones(2, 4), row_scale=torch.ones(3)),
+            ValueError,
+            r"row_scale has shape \(3,\); expected \[B\] = \(2,\)",
+        ),
+    ],
+)
+def test_wrong_input_says_what_is_accepted(call, exception, message):
+    with pytest.raises(exception, match=message):
+        call()
