@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BUILD_TOOLS := setuptools wheel cmake ninja pybind11
+BUILD_TOOLS := setuptools cmake ninja pybind11
 CPP_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp')
 
 .PHONY: demo test build lint format clean

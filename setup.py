@@ -1,7 +1,8 @@
 """Builds the native library with CMake and ninja, or records why it could not be built.
 
-EVAKERNELS_NATIVE says what to do: "auto" (default) builds where the tools are there and installs the pure Python
-package where they are not, "on" makes their absence an error, "off" never builds. A failing build is always an error.
+EVAKERNELS_NATIVE says what to do: "auto" (default) builds where the tools are there and installs the pure
+Python package where they are not, "on" makes their absence an error, "off" never builds. A build that fails
+is always an error.
 """
 
 import importlib.util

@@ -201,7 +201,8 @@ def _move(image: Image.Image, options: Augmentation, background: Color, generato
     shift = [round(_uniform((-reach, reach), generator)) for _ in range(2)]
     zoom = _uniform(options.zoom, generator)
     fill = list(map(float, background))
-    return F.affine(image, angle, shift, zoom, [0.0], InterpolationMode.BILINEAR, fill)
+    moved: Image.Image = F.affine(image, angle, shift, zoom, [0.0], InterpolationMode.BILINEAR, fill)
+    return moved
 
 
 def _recolor(image: Image.Image, options: Augmentation, generator: Generator) -> Image.Image:
@@ -220,8 +221,9 @@ def _recolor(image: Image.Image, options: Augmentation, generator: Generator) ->
 
 
 def _to_tensor(image: Image.Image, preprocess: Preprocess) -> Tensor:
-    tensor = F.to_tensor(image.convert("RGB"))
-    return F.normalize(tensor, list(preprocess.mean), list(preprocess.std), inplace=True)
+    pixels: Tensor = F.to_tensor(image.convert("RGB"))
+    F.normalize(pixels, list(preprocess.mean), list(preprocess.std), inplace=True)
+    return pixels
 
 
 def _random_color(generator: Generator) -> Color:

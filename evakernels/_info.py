@@ -15,8 +15,9 @@ def info() -> dict[str, Any]:
 
     Returns:
         `evakernels`, `python`, `torch`, `triton`: versions, None where not installed.
-        `native`: `loaded`, and `reason` if not; `version`, `compiler`, `isas_built`, `isas_available` and the `isa` in
-        use (None if unknown), with `isa_error` if EVAKERNELS_ISA asks for one that this machine can't run.
+        `native`: `loaded`, and the `reason` if not; where it was built also its `version`, `compiler`,
+            `isas_built` and `isas_available`; the `isa` in use, or the `isa_error` if EVAKERNELS_ISA asks for one
+            that this machine can't run.
         `cuda`: `available`, the `version` that torch was built for, `devices` by name.
     """
     return {
@@ -37,7 +38,12 @@ def _version(distribution: str) -> str | None:
 
 
 def _native_info() -> dict[str, Any]:
-    state: dict[str, Any] = {"loaded": _native.LOADED, "reason": _native.REASON, "isa": None, "isa_error": None}
+    state: dict[str, Any] = {
+        "loaded": _native.LOADED,
+        "reason": _native.REASON,
+        "isa": None,
+        "isa_error": None,
+    }
     try:
         # By name, because the module exists only where it was built.
         compiled = importlib.import_module("evakernels._C")

@@ -108,8 +108,7 @@ void layer_norm_forward(const LayerNormForward& params, Isa isa, ParallelFor par
   const FloatVector weight(params.weight, params.weight_dtype, params.width, 1.0f);
   const FloatVector bias(params.bias, params.weight_dtype, params.width, 0.0f);
   run_parallel(parallel_for, params.rows, tasks_grain(params.width), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(2 * params.width);
-    kernels.forward(params, weight.data(), bias.data(), scratch.data(), begin, end);
+    kernels.forward(params, weight.data(), bias.data(), begin, end);
   });
 }
 
@@ -121,12 +120,10 @@ void layer_norm_backward(const LayerNormBackward& params, Isa isa, ParallelFor p
   ChunkedSum dweight(params.dweight, params.weight_dtype, chunks, params.width);
   ChunkedSum dbias(params.dbias, params.weight_dtype, chunks, params.width);
   run_parallel(parallel_for, chunks, tasks_grain(chunk_rows * params.width), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(2 * params.width);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t first = chunk * chunk_rows;
       const int64_t last = std::min(first + chunk_rows, params.rows);
-      kernels.backward(params, weight.data(), dweight.row(chunk), dbias.row(chunk), scratch.data(), first,
-                       last);
+      kernels.backward(params, weight.data(), dweight.row(chunk), dbias.row(chunk), first, last);
     }
   });
   dweight.write_total(parallel_for);

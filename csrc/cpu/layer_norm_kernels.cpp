@@ -9,23 +9,15 @@
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 namespace {
 
-// The row as floats: itself, or a copy in scratch, so that 16-bit values are converted once and not in every
-// pass.
-const float* as_floats(const float* row, float*, int64_t) { return row; }
-
 template <class T>
-const float* as_floats(const T* row, float* scratch, int64_t width) {
-  for_each_vector(width, [&](int64_t i, auto part) { store(scratch + i, load(row + i, part), part); });
-  return scratch;
-}
-
-float row_mean(const float* x, int64_t width) {
+float row_mean(const T* x, int64_t width) {
   float sum[1];
   sum_over_row(width, sum, [&](int64_t i, auto part, F32* sums) { sums[0] += load(x + i, part); });
   return sum[0] / static_cast<float>(width);
 }
 
-float row_variance(const float* x, float mean, int64_t width) {
+template <class T>
+float row_variance(const T* x, float mean, int64_t width) {
   float sum[1];
   sum_over_row(width, sum, [&](int64_t i, auto part, F32* sums) {
     const F32 deviation = zero_beyond(load(x + i, part) - mean, part);
@@ -35,11 +27,11 @@ float row_variance(const float* x, float mean, int64_t width) {
 }
 
 template <class T>
-void forward_rows(const LayerNormForward& params, const float* weight, const float* bias, float* scratch,
-                  int64_t begin, int64_t end) {
+void forward_rows(const LayerNormForward& params, const float* weight, const float* bias, int64_t begin,
+                  int64_t end) {
   const int64_t width = params.width;
   for (int64_t row = begin; row < end; ++row) {
-    const float* x = as_floats(static_cast<const T*>(params.x) + row * width, scratch, width);
+    const T* x = static_cast<const T*>(params.x) + row * width;
     T* y = static_cast<T*>(params.y) + row * width;
     const float mean = params.rms ? 0.0f : row_mean(x, width);
     const float rstd = 1.0f / __builtin_sqrtf(row_variance(x, mean, width) + params.eps);
@@ -54,11 +46,11 @@ void forward_rows(const LayerNormForward& params, const float* weight, const flo
 
 template <class T>
 void backward_rows(const LayerNormBackward& params, const float* weight, float* dweight, float* dbias,
-                   float* scratch, int64_t begin, int64_t end) {
+                   int64_t begin, int64_t end) {
   const int64_t width = params.width;
   for (int64_t row = begin; row < end; ++row) {
-    const float* x = as_floats(static_cast<const T*>(params.x) + row * width, scratch, width);
-    const float* dy = as_floats(static_cast<const T*>(params.dy) + row * width, scratch + width, width);
+    const T* x = static_cast<const T*>(params.x) + row * width;
+    const T* dy = static_cast<const T*>(params.dy) + row * width;
     T* dx = static_cast<T*>(params.dx) + row * width;
     const float mean = params.rms ? 0.0f : params.mean[row];
     const float rstd = params.rstd[row];
@@ -83,27 +75,27 @@ void backward_rows(const LayerNormBackward& params, const float* weight, float* 
   }
 }
 
-void forward(const LayerNormForward& params, const float* weight, const float* bias, float* scratch,
-             int64_t begin, int64_t end) {
+void forward(const LayerNormForward& params, const float* weight, const float* bias, int64_t begin,
+             int64_t end) {
   switch (params.dtype) {
     case DType::Float32:
-      return forward_rows<float>(params, weight, bias, scratch, begin, end);
+      return forward_rows<float>(params, weight, bias, begin, end);
     case DType::BFloat16:
-      return forward_rows<BFloat16>(params, weight, bias, scratch, begin, end);
+      return forward_rows<BFloat16>(params, weight, bias, begin, end);
     case DType::Float16:
-      return forward_rows<Float16>(params, weight, bias, scratch, begin, end);
+      return forward_rows<Float16>(params, weight, bias, begin, end);
   }
 }
 
 void backward(const LayerNormBackward& params, const float* weight, float* dweight, float* dbias,
-              float* scratch, int64_t begin, int64_t end) {
+              int64_t begin, int64_t end) {
   switch (params.dtype) {
     case DType::Float32:
-      return backward_rows<float>(params, weight, dweight, dbias, scratch, begin, end);
+      return backward_rows<float>(params, weight, dweight, dbias, begin, end);
     case DType::BFloat16:
-      return backward_rows<BFloat16>(params, weight, dweight, dbias, scratch, begin, end);
+      return backward_rows<BFloat16>(params, weight, dweight, dbias, begin, end);
     case DType::Float16:
-      return backward_rows<Float16>(params, weight, dweight, dbias, scratch, begin, end);
+      return backward_rows<Float16>(params, weight, dweight, dbias, begin, end);
   }
 }
 

@@ -7,16 +7,15 @@
 
 namespace evakernels::cpu {
 
-// scratch: room for two rows of floats, the calling thread's own.
 struct LayerNormKernels {
   // Normalises rows [begin, end). weight and bias replace those of the parameters: never null, [width].
-  void (*forward)(const LayerNormForward& params, const float* weight, const float* bias, float* scratch,
-                  int64_t begin, int64_t end);
+  void (*forward)(const LayerNormForward& params, const float* weight, const float* bias, int64_t begin,
+                  int64_t end);
 
   // Writes dx for rows [begin, end) and adds their share to dweight and dbias, [width] each, either may be
   // null.
   void (*backward)(const LayerNormBackward& params, const float* weight, float* dweight, float* dbias,
-                   float* scratch, int64_t begin, int64_t end);
+                   int64_t begin, int64_t end);
 };
 
 namespace baseline {

@@ -1,12 +1,16 @@
 """Image-text data: sources, the order of samples, and loaders for training and evaluation."""
 
-from evaclip.data.config import DataConfig
-from evaclip.data.evaluation import EvalBatch, iterate
-from evaclip.data.loader import Batch, TrainLoader
-from evaclip.data.opening import open_configured, open_source
-from evaclip.data.order import SampleOrder, sample_order
-from evaclip.data.samples import BadSample, Fault, FaultKind, RawSample
-from evaclip.data.source import Source
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evaclip.data.config import DataConfig
+    from evaclip.data.evaluation import EvalBatch, iterate
+    from evaclip.data.loader import Batch, TrainLoader
+    from evaclip.data.opening import open_configured, open_source
+    from evaclip.data.order import SampleOrder, sample_order
+    from evaclip.data.samples import BadSample, Fault, FaultKind, RawSample
+    from evaclip.data.source import Source
 
 __all__ = [
     "BadSample",
@@ -24,3 +28,25 @@ __all__ = [
     "open_source",
     "sample_order",
 ]
+
+_MODULES = {
+    "config": ("DataConfig",),
+    "evaluation": ("EvalBatch", "iterate"),
+    "loader": ("Batch", "TrainLoader"),
+    "opening": ("open_configured", "open_source"),
+    "order": ("SampleOrder", "sample_order"),
+    "samples": ("BadSample", "Fault", "FaultKind", "RawSample"),
+    "source": ("Source",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: the command line imports this package and shouldn't wait for torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'evaclip.data' has no attribute {name!r}")
+    return getattr(import_module(f"evaclip.data.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

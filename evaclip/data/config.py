@@ -1,13 +1,13 @@
 """The data part of a training configuration."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from evaclip.data.kinds import Kind
 from evaclip.transforms import Augmentation
 
-Kind = Literal["auto", "webdataset", "csv", "folder", "synthetic"]
 Count = Annotated[int, Field(gt=0)]
 
 DEFAULT_WINDOW = 100_000

@@ -96,15 +96,16 @@ def load_concepts(skin_tones: bool = False) -> list[Concept]:
     drawn = set.intersection(*(set(style_drawings(style)) for style in STYLES))
     keys = sorted(key for key in drawn & found.keys() if skin_tones or not _SKIN_TONES & set(key.split("-")))
     main_names = {key: _main_name(key, found[key][1]["en"]) for key in keys}
-    taken = {name.casefold() for name in main_names.values()}
+    owners = {clean_name(found[key][1]["en"]).casefold(): key for key in keys}
+    owners |= {name.casefold(): key for key, name in main_names.items()}
     concepts = []
     for key in keys:
         character, entry = found[key]
-        others = {clean_name(alias): None for alias in (entry["en"], *entry.get("alias", ()))}
-        others = {
-            name: None for name in others if len(name) >= _SHORTEST_ALIAS and name.casefold() not in taken
-        }
-        concepts.append(Concept(key, character, (main_names[key], *others)))
+        names = {main_names[key].casefold(): main_names[key]}
+        for name in map(clean_name, (entry["en"], *entry.get("alias", ()))):
+            if len(name) >= _SHORTEST_ALIAS and owners.get(name.casefold(), key) == key:
+                names.setdefault(name.casefold(), name)
+        concepts.append(Concept(key, character, tuple(names.values())))
     return concepts
 
 

@@ -1,6 +1,6 @@
 """Batches for training: an endless, seed-reproducible stream whose position is one integer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import chain, count
 
@@ -113,7 +113,7 @@ class TrainLoader:
             decode_size,
         )
 
-    def batches(self, position: int = 0) -> Iterator[Batch]:
+    def batches(self, position: int = 0) -> Generator[Batch, None, None]:
         """The batches from a position on, endlessly; any position that a batch reported, at any world size,
         will do.
 
@@ -168,7 +168,11 @@ class _BatchReader:
         for slot, sample in enumerate(samples.tolist()):
             raw, picture = self._load(sample, int(global_indices[slot]), faults)
             captions.append(raw.captions[int(caption_draws[slot]) % len(raw.captions)])
-            images.append(self.transform(picture, int(seeds[slot])))
+            try:
+                images.append(self.transform(picture, int(seeds[slot])))
+            except Exception as exc:
+                exc.add_note(f"while transforming {raw.key} of {self.source.description}")
+                raise
         return _Loaded(torch.stack(images), self.tokenizer(captions), faults)
 
     def _load(self, sample: int, global_index: int, faults: list[Fault]) -> tuple[RawSample, Image.Image]:

@@ -3,16 +3,15 @@
 from pathlib import Path
 
 from evaclip.data import csv_table, webdataset
-from evaclip.data.config import DEFAULT_TEMPLATE, DataConfig, Kind
+from evaclip.data.config import DEFAULT_TEMPLATE, DataConfig
 from evaclip.data.csv_table import CsvSource
 from evaclip.data.image_folder import FolderSource
+from evaclip.data.kinds import KINDS, Kind
 from evaclip.data.paths import expand_paths
 from evaclip.data.source import Source
 from evaclip.data.synthetic import SyntheticSource
 from evaclip.data.webdataset import WebDatasetSource
 from evaclip.errors import UserError, unknown_name
-
-_KINDS = ("auto", "webdataset", "csv", "folder", "synthetic")
 
 
 def open_source(
@@ -31,8 +30,8 @@ def open_source(
     file, a folder of class folders, or 'synthetic'. The keys are those of DataConfig; those of another kind
     of data are not looked at. Raises UserError if there is nothing usable, and says what was found.
     """
-    if kind not in _KINDS:
-        raise unknown_name("kind of data", kind, _KINDS)
+    if kind not in KINDS:
+        raise unknown_name("kind of data", kind, KINDS)
     if kind == "synthetic" or (kind == "auto" and path == "synthetic"):
         return SyntheticSource(num_samples)
     paths = expand_paths(path)

@@ -49,7 +49,8 @@ def expand_braces(pattern: str) -> list[str]:
     if choices is None:
         raise UserError(f"{match[0]!r} in {pattern!r} is neither a list {{a,b}} nor a range {{000..123}}")
     head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [text for choice in choices for text in expand_braces(head + choice + tail)]
+    # The innermost pair goes first, so what stands beside it in a list comes once per choice.
+    return list(dict.fromkeys(text for choice in choices for text in expand_braces(head + choice + tail)))
 
 
 def _choices(inside: str) -> list[str] | None:

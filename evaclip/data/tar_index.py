@@ -64,9 +64,12 @@ class TarIndex:
 def build_index(path: Path) -> TarIndex:
     """Reads the headers of a tar. Damage ends the index before the damaged sample; it is not an error.
 
-    Raises UserError for a file that is no plain tar.
+    Raises UserError for a file that cannot be read or is no plain tar.
     """
-    groups, damage = _scan(path)
+    try:
+        groups, damage = _scan(path)
+    except OSError as exc:
+        raise UserError(f"cannot read the shard {path}: {exc.strerror}") from exc
     members = [(suffix, member) for group in groups.values() for suffix, member in group.items()]
     keys = PackedStrings.pack(groups)
     suffixes = PackedStrings.pack(suffix for suffix, _ in members)
@@ -80,33 +83,32 @@ def build_index(path: Path) -> TarIndex:
 
 
 def _scan(path: Path) -> tuple[dict[str, dict[str, Member]], str]:
+    """The members by sample key and suffix, and the damage."""
     groups: dict[str, dict[str, Member]] = {}
     file_size = path.stat().st_size
     if file_size == 0:
         return groups, "the file has 0 bytes"
-    key = ""
     with path.open("rb") as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for info in tar:
                     folder, _, name = info.name.rpartition("/")
-                    if not info.isfile() or name.startswith(("._", "__")):
-                        continue
                     stem, _, suffix = name.partition(".")
                     key = f"{folder}/{stem}" if folder else stem
-                    groups.setdefault(key, {})[suffix.lower()] = Member(info.offset_data, info.size)
                     if info.offset_data + info.size > file_size:
-                        raise tarfile.ReadError(f"{info.name} is cut off at byte {file_size}")
+                        groups.pop(key, None)
+                        return groups, f"{info.name} is cut off at byte {file_size}"
+                    if info.isfile() and not name.startswith(("._", "__")):
+                        groups.setdefault(key, {})[suffix.lower()] = Member(info.offset_data, info.size)
                 end = tar.offset
         except tarfile.TarError as exc:
             if not groups:
                 raise UserError(f"{path} is not a plain tar shard: {_why_no_tar(path, str(exc))}") from exc
-            groups.pop(key)
             return groups, str(exc)
         file.seek(end)
         tail = file.read(tarfile.RECORDSIZE)
-    # tarfile stops without a word at a header it cannot read and at a lone block of zeros: only zeros are a
-    # proper end.
+    # tarfile stops without a word at a header that it cannot read and at a lone block of zeros: only zeros
+    # are a proper end.
     if len(tail) < tarfile.BLOCKSIZE:
         return groups, f"no end-of-archive mark at byte {end}"
     if any(tail):
@@ -143,7 +145,7 @@ class IndexCache:
         self._unstored: dict[Path, TarIndex] = {}
 
     def get(self, path: Path) -> TarIndex:
-        """The index of a shard, built if it is not cached. Raises UserError for a file that is no plain tar."""
+        """The index of a shard, built if it is not cached. Raises UserError as `build_index` does."""
         if path in self._unstored:
             return self._unstored[path]
         if path not in self._recent:

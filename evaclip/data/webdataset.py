@@ -36,6 +36,7 @@ class WebDatasetSource(Source):
         self._indexes = IndexCache()
         self._handles: OrderedDict[int, int] = OrderedDict()
         facts = [(len(index), index.damage, index.digest) for index in self._indexes.get_all(self._paths)]
+        self._digests = [digest for _, _, digest in facts]
         self.description = f"{len(paths)} shards, the first {paths[0]}" if len(paths) > 1 else str(paths[0])
         self.shard_sizes = [size for size, _, _ in facts]
         self.faults = [
@@ -45,7 +46,7 @@ class WebDatasetSource(Source):
         ]
         self.fingerprint = hash_list(
             "webdataset",
-            ((path.name, digest) for path, (_, _, digest) in zip(self._paths, facts, strict=True)),
+            ((path.name, digest) for path, digest in zip(self._paths, self._digests, strict=True)),
         )
         self._ends = list(accumulate(self.shard_sizes))
         if not self._ends[-1]:
@@ -55,6 +56,9 @@ class WebDatasetSource(Source):
     def __getitem__(self, index: int) -> RawSample:
         shard, position = self._locate(index)
         table = self._indexes.get(self._paths[shard])
+        if table.digest != self._digests[shard]:
+            detail = f"sample {position}: the shard changed after it was indexed"
+            raise BadSample(FaultKind.UNREADABLE, str(self._paths[shard]), detail)
         members = table.members(position)
         image = next((members[suffix] for suffix in self._image_suffixes if suffix in members), None)
         if image is None:

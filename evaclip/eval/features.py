@@ -1,4 +1,4 @@
-"""Features of pictures and texts: batched, in inference mode, under autocast if asked, cached on disk if asked."""
+"""Features of pictures and texts: batched, in inference mode, under autocast and cached on disk if asked."""
 
 import hashlib
 import json
@@ -82,7 +82,10 @@ class ImageFeatures:
 
 
 def encode_images(
-    model: ImageTextModel, transform: Callable[[Any], Tensor], source: Source, options: FeatureOptions | None = None
+    model: ImageTextModel,
+    transform: Callable[[Any], Tensor],
+    source: Source,
+    options: FeatureOptions | None = None,
 ) -> ImageFeatures:
     """Normalised features of all pictures of a source.
 
@@ -114,7 +117,9 @@ def encode_images(
 def encode_texts(
     model: ImageTextModel, tokenizer: Tokenizer, texts: Sequence[str], options: FeatureOptions | None = None
 ) -> Tensor:
-    """Normalised features [len(texts), embed_dim] float32 on the CPU; cached by the weights, the texts and the precision.
+    """Normalised features [len(texts), embed_dim] float32 on the CPU.
+
+    The cache, if there is one, is keyed by the weights, the texts and the precision.
 
     Raises:
         UserError: no texts, or the model gave NaN or infinity (the text is named).
@@ -126,10 +131,11 @@ def encode_texts(
     if cached and (hit := cached.load()):
         return hit["features"]
     batches = [list(texts[i : i + options.batch_size]) for i in range(0, len(texts), options.batch_size)]
-    rows = []
     with _inference(model, options.precision) as device:
-        for batch in _progress(batches, len(texts), "texts", options):
-            rows.append(model.encode_text(tokenizer(batch).to(device), normalize=True).float().cpu())
+        rows = [
+            model.encode_text(tokenizer(batch).to(device), normalize=True).float().cpu()
+            for batch in _progress(batches, len(texts), "texts", options)
+        ]
     features = torch.cat(rows)
     _check_finite(features, texts, "text")
     if cached:
@@ -138,7 +144,7 @@ def encode_texts(
 
 
 def weights_hash(model: ImageTextModel) -> str:
-    """SHA-256 (hex) over the names, types, shapes and bytes of all weights; the same for the same weights anywhere."""
+    """SHA-256 (hex) over the names, types, shapes and bytes of all weights; the same anywhere."""
     digest = hashlib.sha256()
     for name, tensor in sorted(_module(model).state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -148,7 +154,7 @@ def weights_hash(model: ImageTextModel) -> str:
 
 @contextmanager
 def _inference(model: ImageTextModel, precision: Precision) -> Iterator[torch.device]:
-    """Evaluation mode, no gradients, autocast; the model's mode is put back afterwards. Yields the model's device."""
+    """Evaluation mode (until the end), no gradients, autocast; yields the model's device."""
     module = _module(model)
     device = next(module.parameters()).device
     autocast: AbstractContextManager[object] = nullcontext()
@@ -165,7 +171,9 @@ def _inference(model: ImageTextModel, precision: Precision) -> Iterator[torch.de
 
 def _module(model: ImageTextModel) -> nn.Module:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module with encode_image and encode_text, got {type(model).__name__}")
+        raise TypeError(
+            f"expected a torch.nn.Module with encode_image and encode_text, got {type(model).__name__}"
+        )
     return model
 
 
@@ -191,7 +199,7 @@ def _check_finite(features: Tensor, names: Sequence[str], what: str) -> None:
 
 
 def _describe_source(source: Source) -> str:
-    """The fingerprint covers names and sizes; some samples' contents tell by which keys pictures and captions are read."""
+    # The fingerprint covers names and sizes only; which member is the caption shows in the samples.
     digest = hashlib.sha256(source.fingerprint.encode())
     for index in range(0, len(source), max(1, len(source) // _PROBES)):
         try:
@@ -205,7 +213,9 @@ def _describe_source(source: Source) -> str:
 def _describe(transform: Callable[[Any], Tensor]) -> str:
     text = repr(transform)
     if re.search(r" at 0x[0-9a-f]+", text):
-        raise UserError(f"features can be cached only for a transform whose repr tells what it does, got {text}")
+        raise UserError(
+            f"features can be cached only for a transform whose repr tells what it does, got {text}"
+        )
     return text
 
 
@@ -216,11 +226,15 @@ class _CacheFile:
     path: Path
 
     @classmethod
-    def of(cls, options: FeatureOptions, model: ImageTextModel, kind: str, inputs: Sequence[str]) -> "_CacheFile | None":
+    def of(
+        cls, options: FeatureOptions, model: ImageTextModel, kind: str, inputs: Sequence[str]
+    ) -> "_CacheFile | None":
         if options.cache is None:
             return None
         described = json.dumps([kind, weights_hash(model), options.precision, *inputs])
-        return cls(options.cache / f"{kind}-{hashlib.sha256(described.encode()).hexdigest()[:24]}.safetensors")
+        return cls(
+            options.cache / f"{kind}-{hashlib.sha256(described.encode()).hexdigest()[:24]}.safetensors"
+        )
 
     def load(self) -> dict[str, Tensor] | None:
         """The tensors, or None if there are none or the file is damaged (it is then written anew)."""
@@ -233,7 +247,7 @@ class _CacheFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(f".tmp{os.getpid()}")
         save_file(tensors, unfinished)
-        os.replace(unfinished, self.path)
+        unfinished.replace(self.path)
 
 
 def _pack(texts: list[str]) -> Tensor:

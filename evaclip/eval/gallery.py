@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ THUMBNAIL = 80
 
 @dataclass(frozen=True)
 class Found:
-    """One picture that a query found: its sample, whether it is the right one, and a WebP file as a data URI."""
+    """One picture that a query found: its sample, whether it is the right one, and a WebP data URI."""
 
     key: str
     correct: bool
@@ -83,22 +82,25 @@ def build_gallery(
         seed: of the random draw.
     """
     ranks = target_ranks(pairs.text_features, pairs.image_features, pairs.image_of_text)
-    drawn = torch.randperm(len(ranks), generator=torch.Generator().manual_seed(seed))[:queries]
-    scores = top_items(pairs.text_features, pairs.image_features, 2)[0]
-    margin = torch.where(ranks == 0, scores[:, 0] - scores[:, -1], -torch.inf)
-    best = margin.argsort(descending=True, stable=True)[:queries]
-    best = best[ranks[best] == 0]
+    drawn = torch.randperm(len(ranks), generator=torch.Generator().manual_seed(seed))[:queries].tolist()
+    best = _answered_best(pairs, ranks)[:queries]
 
     def answer(index: int) -> Query:
-        found = top_items(pairs.text_features[index : index + 1], pairs.image_features, per_query)[1][0].tolist()
+        found = top_items(pairs.text_features[index : index + 1], pairs.image_features, per_query)[1][
+            0
+        ].tolist()
         own = int(pairs.image_of_text[index])
         shown = tuple(Found(pairs.key(item), item == own, thumbnail(pairs.picture(item))) for item in found)
         return Query(pairs.texts[index], int(ranks[index]) + 1, shown)
 
-    sections = [Section("Drawn at random", f"Queries drawn with seed {seed}, not selected.", _answers(answer, drawn))]
-    if len(best):
+    sections = [
+        Section(
+            "Drawn at random", f"Queries drawn with seed {seed}, not selected.", tuple(map(answer, drawn))
+        )
+    ]
+    if best:
         note = "The right picture first, and by the widest margin."
-        sections.append(Section("Answered best", note, _answers(answer, best)))
+        sections.append(Section("Answered best", note, tuple(map(answer, best))))
     return Gallery(title, len(pairs.image_features), tuple(sections))
 
 
@@ -118,10 +120,18 @@ def open_thumbnail(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
 
-def _answers(answer: Callable[[int], Query], indices: Tensor) -> tuple[Query, ...]:
-    return tuple(answer(int(index)) for index in indices)
+def _answered_best(pairs: EncodedPairs, ranks: Tensor) -> list[int]:
+    """Texts whose picture comes first, by the distance to the second; of each picture's texts the best."""
+    scores = top_items(pairs.text_features, pairs.image_features, 2)[0]
+    order = (scores[:, 0] - scores[:, -1]).argsort(descending=True, stable=True)
+    best: dict[int, int] = {}
+    for text in order[ranks[order] == 0].tolist():
+        best.setdefault(int(pairs.image_of_text[text]), text)
+    return list(best.values())
 
 
 def _section(content: dict[str, Any]) -> Section:
-    queries = (Query(q["text"], q["rank"], tuple(Found(**found) for found in q["found"])) for q in content["queries"])
+    queries = (
+        Query(q["text"], q["rank"], tuple(Found(**found) for found in q["found"])) for q in content["queries"]
+    )
     return Section(content["title"], content["note"], tuple(queries))

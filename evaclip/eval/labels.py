@@ -1,5 +1,6 @@
 """From the captions of a labelled source to class indices."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,34 +18,59 @@ class Labels:
     classnames: tuple[str, ...]
 
 
-def assign_labels(captions: Sequence[str], keys: Sequence[str], classnames: Sequence[str] | None = None) -> Labels:
+def assign_labels(
+    captions: Sequence[str],
+    keys: Sequence[str],
+    classnames: Sequence[str] | None = None,
+    folders: Sequence[str] = (),
+) -> Labels:
     """Reads each caption as the class of its sample.
 
-    A caption is either a whole number, the place of the class in `classnames` from 0 (as `.cls` members hold it), or the
-    name of the class itself. Captions may all be numbers although no names are given; the numbers then are the names.
+    A caption is either a whole number, the place of the class in `classnames` from 0 (as `.cls` members hold
+    it), or the name of the class itself. Where no names are given, such numbers are the names.
 
     Args:
         captions: one per sample.
         keys: the names of the samples, for the errors.
-        classnames: in the order of the labels; None takes the distinct captions, sorted.
+        classnames: in the order of the labels; None takes `folders`, or else the distinct captions, sorted.
+        folders: the source's own names of all classes, in label order, if it has any. They may differ from
+            `classnames` (as those of ImageNet do) if there are as many: the n-th folder holds the n-th class.
 
     Raises:
         UserError: a caption that is no class, with the sample and the nearest names.
     """
     if classnames is None:
-        distinct = set(captions)
-        numbers = all(caption.isdecimal() for caption in distinct)
-        classnames = sorted(distinct, key=lambda name: (int(name) if numbers else 0, name))
-    index_of = {name: index for index, name in enumerate(classnames)}
-    indices = [_index(caption, key, index_of) for caption, key in zip(captions, keys, strict=True)]
+        classnames = folders or _distinct(captions)
+    known = classnames
+    if folders and not set(folders) <= set(classnames):
+        if len(folders) != len(classnames):
+            raise UserError(
+                f"there are {len(classnames)} class names for {len(folders)} folders of other names"
+                f" (such as {folders[0]!r}): give one name per folder, in their sorted order"
+            )
+        known = folders
+    index_of = {name: index for index, name in enumerate(known)}
+    # Two classes may have the same name, as in ImageNet; only numbers and folders tell those apart.
+    unclear = sorted(name for name, count in Counter(known).items() if count > 1 and name in set(captions))
+    if unclear:
+        raise UserError(f"several classes are called {unclear[0]!r}: label the samples by number or by folder")
+    indices = [
+        _index(caption, key, index_of, len(classnames)) for caption, key in zip(captions, keys, strict=True)
+    ]
     return Labels(torch.tensor(indices, dtype=torch.int64), tuple(classnames))
 
 
-def _index(caption: str, key: str, index_of: dict[str, int]) -> int:
+def _distinct(captions: Sequence[str]) -> list[str]:
+    names = set(captions)
+    numbers = all(name.isdecimal() for name in names)
+    return sorted(names, key=lambda name: (int(name) if numbers else 0, name))
+
+
+def _index(caption: str, key: str, index_of: dict[str, int], classes: int) -> int:
     if caption in index_of:
         return index_of[caption]
     if caption.isdecimal():
-        if int(caption) < len(index_of):
+        if int(caption) < classes:
             return int(caption)
-        raise UserError(f"sample {key!r} has label {caption}, but there are {len(index_of)} classes (0..{len(index_of) - 1})")
+        raise UserError(f"sample {key!r} has label {caption}, but the {classes} classes are 0..{classes - 1}")
     raise unknown_name(f"class of sample {key!r}:", caption, index_of)

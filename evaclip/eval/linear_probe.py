@@ -1,4 +1,4 @@
-"""Linear probe: logistic regression on frozen features, its regularisation chosen on a held-out part of the training set."""
+"""Linear probe: logistic regression on frozen features, its strength chosen on held-out training data."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -37,11 +37,19 @@ class LinearProbeResult:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, whose keys are texts."""
-        return {**asdict(self), "held_out": {f"{strength:g}": share for strength, share in self.held_out.items()}}
+        return {
+            **asdict(self),
+            "held_out": {f"{strength:g}": share for strength, share in self.held_out.items()},
+        }
 
 
 def linear_probe(
-    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, classes: int, seed: int = 0, max_iter: int = 1000
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    *,
+    classes: int,
+    seed: int = 0,
+    max_iter: int = 1000,
 ) -> LinearProbeResult:
     """Fits on `train` and scores on `test`, each (features [N, embed_dim], labels [N] int64 in [0, classes)).
 
@@ -49,9 +57,10 @@ def linear_probe(
         UserError: fewer than two classes, or fewer than ten pictures, to train on; nothing to test on.
     """
     features, labels = train
-    if len(labels.unique()) < 2 or len(labels) < 10:
+    present = len(_present(labels))
+    if present < 2 or len(labels) < 10:
         raise UserError(
-            f"a linear probe needs two classes and ten pictures to train on, got {len(labels.unique())} and {len(labels)}"
+            f"a linear probe needs two classes and ten pictures to train on, got {present} and {len(labels)}"
         )
     if not len(test[1]):
         raise UserError("a linear probe needs pictures to test on")
@@ -64,18 +73,23 @@ def linear_probe(
         accuracy[strength] = hit_rate(_ranks(probe, features[held_out], labels[held_out], classes), 1)
     best = max(STRENGTHS, key=lambda strength: accuracy[strength])
     ranks = _ranks(_fit(features, labels, best, max_iter), *test, classes)
-    present = test[1].unique()
     return LinearProbeResult(
         train_samples=len(labels),
         samples=len(ranks),
         classes=classes,
         top1=hit_rate(ranks, 1),
         top5=hit_rate(ranks, 5),
-        mean_per_class=sum(hit_rate(ranks[test[1] == label], 1) for label in present) / len(present),
+        mean_per_class=float(np.mean([hit_rate(ranks[test[1] == label], 1) for label in _present(test[1])])),
         chance_top1=1 / classes,
         strength=best,
         held_out=accuracy,
     )
+
+
+def _present(labels: Tensor) -> list[int]:
+    """The classes that occur."""
+    classes: list[int] = torch.bincount(labels).nonzero().flatten().tolist()
+    return classes
 
 
 def _fit(features: Tensor, labels: Tensor, strength: float, max_iter: int) -> LogisticRegression:

@@ -1,4 +1,4 @@
-"""Pictures with all their captions, from a source that may list a picture several times, or with several captions."""
+"""Pictures with all their captions, however a source lists them."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -76,8 +76,8 @@ def encode_pairs(
 ) -> EncodedPairs:
     """Encodes each distinct picture once and each of its captions.
 
-    Samples whose picture files have the same bytes are one picture with the captions of all of them, so that a table
-    with one row per caption is understood as well as samples with a list of captions.
+    Samples whose picture files have the same bytes are one picture with the captions of all of them, so that
+    a table with one row per caption is understood as well as samples with a list of captions.
 
     Raises:
         UserError: nothing could be read.
@@ -101,7 +101,7 @@ def encode_pairs(
 
 
 def _captions_by_picture(source: Source) -> tuple[dict[int, list[str]], int]:
-    """Distinct captions by the index of the first sample with that picture, and the number of unusable samples."""
+    """Captions by the index of the first sample with that picture, and how many samples are unusable."""
     first: dict[bytes, int] = {}
     captions: dict[int, list[str]] = {}
     unreadable = 0

@@ -1,4 +1,4 @@
-"""Class names and prompt templates: ImageNet's, from the data file of the open_clip_torch distribution, or a user's."""
+"""Class names and prompt templates: ImageNet's, which open_clip_torch carries as data, or a user's."""
 
 import importlib.util
 import json
@@ -41,17 +41,11 @@ def load_classnames(given: str | Path) -> tuple[str, ...]:
     """`imagenet`, or a file with one class name a line (or a JSON list), in the order of the labels.
 
     Raises:
-        UserError: no such file, an empty name (with its line), or a name that is given twice.
+        UserError: no such file, or an empty name (with its line).
     """
     if str(given) == IMAGENET:
         return imagenet_classnames()
-    entries = _read_list(Path(given), "class names")
-    first: dict[str, str] = {}
-    for where, name in entries:
-        if name in first:
-            raise UserError(f"{given}, {where}: class {name!r} is named twice (first in {first[name]})")
-        first[name] = where
-    return tuple(first)
+    return tuple(name for _, name in _read_list(Path(given), "class names"))
 
 
 def load_templates(given: str | Path) -> tuple[str, ...]:
@@ -78,12 +72,15 @@ def _read_list(path: Path, what: str) -> list[tuple[str, str]]:
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8 text"
         raise UserError(
-            f"cannot read {what} from {str(path)!r}: {reason}; give a file with one a line, a JSON list, or 'imagenet'"
+            f"cannot read {what} from {str(path)!r}: {reason}; "
+            "give a file with one a line, a JSON list, or 'imagenet'"
         ) from exc
     if path.suffix == ".json":
         entries = _parse_json(path, text)
     else:
-        entries = [(f"line {number}", line.strip()) for number, line in enumerate(text.rstrip().splitlines(), 1)]
+        entries = [
+            (f"line {number}", line.strip()) for number, line in enumerate(text.rstrip().splitlines(), 1)
+        ]
     for where, entry in entries:
         if not entry:
             raise UserError(f"{path}, {where}: empty; every line must hold one of the {what}")
@@ -107,18 +104,20 @@ def _parse_json(path: Path, text: str) -> list[tuple[str, str]]:
 
 @cache
 def _open_clip_data() -> ModuleType:
-    """The data file as a module of its own: the open_clip package, and all that it imports, stays unloaded."""
+    """The data file as a module of its own: the open_clip package, and all it imports, stays unloaded."""
     try:
         distribution = metadata.distribution("open_clip_torch")
     except metadata.PackageNotFoundError as exc:
         raise UserError(
-            "ImageNet's class names and templates come from the open_clip_torch distribution, which is not installed; "
-            "install it with: pip install 'evakernels[clip]'"
+            "ImageNet's class names and templates come from open_clip_torch, which is not installed: "
+            "pip install 'evakernels[clip]'"
         ) from exc
     path = Path(str(distribution.locate_file("open_clip/zero_shot_metadata.py")))
     spec = importlib.util.spec_from_file_location("evaclip.eval._imagenet_prompts", path)
     if spec is None or spec.loader is None or not path.is_file():
-        raise UserError(f"open_clip_torch {distribution.version} has no {path.name}; evaclip needs open_clip_torch>=3.3")
+        raise UserError(
+            f"open_clip_torch {distribution.version} has no {path.name}; evaclip needs open_clip_torch>=3.3"
+        )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

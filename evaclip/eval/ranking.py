@@ -1,8 +1,8 @@
-"""Exact ranks and top-k lists between two sets of features, in blocks: memory never grows with queries x items.
+"""Exact ranks and top-k lists between two sets of features, in blocks: memory never grows with both numbers.
 
-Scores are computed in float64 and compared in float32, so that equal features give equal scores whatever the block size.
-Among equal scores the item with the lower index comes first: a model that gives every item the same score is ranked
-like a fixed list, and so reaches exactly chance on average.
+Scores are computed in float64 and compared in float32, so that equal features give equal scores whatever the
+block size. Of equal scores the one with the lower index comes first: a model that gives all items one score
+is ranked like a fixed list, and so reaches exactly chance on average.
 """
 
 from collections.abc import Iterator
@@ -27,9 +27,13 @@ def target_ranks(queries: Tensor, items: Tensor, targets: Tensor, *, block: int 
     """
     _check_features(queries, items)
     if targets.shape != queries.shape[:1]:
-        raise ValueError(f"expected one target for each of {len(queries)} queries, got {tuple(targets.shape)}")
-    if len(targets) and not (0 <= int(targets.min()) and int(targets.max()) < len(items)):
-        raise ValueError(f"targets must lie in [0, {len(items)}), got {int(targets.min())}..{int(targets.max())}")
+        raise ValueError(
+            f"expected one target for each of {len(queries)} queries, got {tuple(targets.shape)}"
+        )
+    if len(targets) and (int(targets.min()) < 0 or int(targets.max()) >= len(items)):
+        raise ValueError(
+            f"targets must lie in [0, {len(items)}), got {int(targets.min())}..{int(targets.max())}"
+        )
     ranks = torch.zeros(len(queries), dtype=torch.int64)
     for rows in _slices(len(queries), block):
         query, target = queries[rows].double(), targets[rows, None]
@@ -38,7 +42,7 @@ def target_ranks(queries: Tensor, items: Tensor, targets: Tensor, *, block: int 
             scores = (query @ items[columns].double().T).float()
             index = torch.arange(columns.start, columns.stop)
             ahead = (scores > target_score) | ((scores == target_score) & (index < target))
-            # Summed in another order, the target's own score may differ in its last bit: it never counts against itself.
+            # Summed in another order, the target's score may differ in its last bit: it never beats itself.
             ranks[rows] += (ahead & (index != target)).sum(1)
     return ranks
 
@@ -87,6 +91,8 @@ def _slices(length: int, block: int) -> Iterator[slice]:
 
 def _check_features(queries: Tensor, items: Tensor) -> None:
     if queries.ndim != 2 or items.ndim != 2 or queries.shape[1] != items.shape[1]:
-        raise ValueError(f"expected features [Q, D] and [M, D], got {tuple(queries.shape)} and {tuple(items.shape)}")
+        raise ValueError(
+            f"expected features [Q, D] and [M, D], got {tuple(queries.shape)} and {tuple(items.shape)}"
+        )
     if not len(items):
         raise ValueError("there are no items to rank")

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: one JSON file that says what was measured, on what, by what; and a table."""
+"""What an evaluation leaves behind: a JSON file that says what was measured, on what and how; and a table."""
 
 import json
 import os
@@ -113,17 +113,17 @@ def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(unfinished, path)
+    unfinished.replace(path)
 
 
 def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> None:
     """A table of the result, and for classes the best and the worst of them."""
     console = console or Console()
-    table = Table(title=f"{evaluation.task}: {evaluation.title}", title_justify="left")
     rows = {"zero-shot": _zero_shot_rows, "retrieval": _retrieval_rows, "linear-probe": _linear_probe_rows}
-    header, *lines = rows[evaluation.task](evaluation.metrics)
-    for number, column in enumerate(header):
-        table.add_column(column, justify="left" if number == 0 else "right")
+    (size, *header), *lines = rows[evaluation.task](evaluation.metrics)
+    table = Table("", title=f"{evaluation.task}: {evaluation.title}\n{size}", title_justify="left")
+    for column in header:
+        table.add_column(column, justify="right")
     for line in lines:
         table.add_row(*line)
     console.print(table)
@@ -134,7 +134,9 @@ def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> 
         soft_wrap=True,
     )
     if evaluation.data.unreadable:
-        console.print(f"{evaluation.data.unreadable:,} samples could not be read and took no part", style="yellow")
+        console.print(
+            f"{evaluation.data.unreadable:,} samples could not be read and took no part", style="yellow"
+        )
 
 
 def print_classes(evaluation: Evaluation, console: Console | None = None) -> None:
@@ -142,7 +144,9 @@ def print_classes(evaluation: Evaluation, console: Console | None = None) -> Non
     table = Table(title=f"classes of {evaluation.title}", title_justify="left")
     for name in ("class", "samples", "top-1", "top-5", "most often taken for"):
         table.add_column(name, justify="right" if name in ("samples", "top-1", "top-5") else "left")
-    for entry in sorted(evaluation.metrics["per_class"], key=lambda entry: (entry["top1"], entry["top5"], entry["name"])):
+    for entry in sorted(
+        evaluation.metrics["per_class"], key=lambda entry: (entry["top1"], entry["top5"], entry["name"])
+    ):
         shares = (_percent(entry["top1"]), _percent(entry["top5"]))
         table.add_row(entry["name"], f"{entry['samples']:,}", *shares, entry["mistaken_for"] or "")
     (console or Console()).print(table)
@@ -159,11 +163,8 @@ def _zero_shot_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def _retrieval_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
     cutoffs = list(metrics["text_to_image"]["recall"])
-    rows = [
-        (f"{metrics['images']:,} pictures, {metrics['captions']:,} captions",)
-        + tuple(f"R@{k}" for k in cutoffs)
-        + ("median rank", "mean rank")
-    ]
+    what = f"{metrics['images']:,} pictures, {metrics['captions']:,} captions"
+    rows: list[tuple[str, ...]] = [(what, *(f"R@{k}" for k in cutoffs), "median rank", "mean rank")]
     for name in ("text_to_image", "image_to_text"):
         direction = metrics[name]
         recalls = tuple(_percent(direction["recall"][k]) for k in cutoffs)

@@ -1,7 +1,7 @@
-"""Retrieval in both directions, with any number of captions per picture, in blocks (never all scores at once).
+"""Retrieval both ways, with any number of captions per picture, in blocks (never all scores at once).
 
-The protocol of the Karpathy splits (Flickr30K, COCO): a picture is found if *any* of its captions lies within the first k;
-the recall of the other direction is the average over all captions.
+The protocol of the Karpathy splits (Flickr30K, COCO): a picture counts as a hit if *any* of its captions lies
+within the first k; the recall of the other direction is the average over all captions.
 """
 
 from dataclasses import asdict, dataclass
@@ -46,13 +46,16 @@ class RetrievalResult:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, whose keys are texts."""
-        return {**asdict(self), **{name: _json(getattr(self, name)) for name in ("image_to_text", "text_to_image")}}
+        return {
+            **asdict(self),
+            **{name: _json(getattr(self, name)) for name in ("image_to_text", "text_to_image")},
+        }
 
 
 def evaluate(
     image_features: Tensor, text_features: Tensor, image_of_text: Tensor, *, block: int = BLOCK
 ) -> RetrievalResult:
-    """Recall at 1, 5 and 10 both ways. Among equal scores the lower index counts as the better (see `ranking`).
+    """Recall at 1, 5 and 10 both ways. Of equal scores the lower index counts as the better (see `ranking`).
 
     Args:
         image_features: [N, embed_dim], normalised.
@@ -62,7 +65,9 @@ def evaluate(
     """
     images, captions = len(image_features), len(text_features)
     if image_of_text.shape != (captions,):
-        raise ValueError(f"expected one picture index for each of {captions} captions, got {tuple(image_of_text.shape)}")
+        raise ValueError(
+            f"expected one picture index for each of {captions} captions, got {tuple(image_of_text.shape)}"
+        )
     captions_per_image = torch.bincount(image_of_text, minlength=images)
     if len(captions_per_image) > images:
         raise ValueError(f"picture indices must lie in [0, {images}), got {len(captions_per_image) - 1}")
@@ -80,7 +85,10 @@ def evaluate(
 
 
 def _json(direction: DirectionResult) -> dict[str, Any]:
-    by_cutoff = {name: {str(k): share for k, share in getattr(direction, name).items()} for name in ("recall", "chance")}
+    by_cutoff = {
+        name: {str(k): share for k, share in getattr(direction, name).items()}
+        for name in ("recall", "chance")
+    }
     return {**asdict(direction), **by_cutoff}
 
 
@@ -110,7 +118,7 @@ def _direction(ranks: Tensor, chance: dict[int, float]) -> DirectionResult:
 
 
 def _chance_of_any(captions_per_image: Tensor, captions: int, k: int) -> float:
-    """Mean over pictures of 1 - C(captions - own, k) / C(captions, k): at least one own caption among k drawn."""
+    """Mean of 1 - C(captions - own, k) / C(captions, k): at least one own caption among k drawn."""
     own = captions_per_image.double()
     missed = torch.ones_like(own)
     for drawn in range(min(k, captions)):

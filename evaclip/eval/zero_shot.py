@@ -1,4 +1,4 @@
-"""Zero-shot classification: pictures against the mean text features of each class's prompts (arXiv 2103.00020, 3.1)."""
+"""Zero-shot classification: pictures against each class's mean prompt (arXiv 2103.00020, section 3.1)."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +16,7 @@ from evaclip.eval.ranking import hit_rate, target_ranks, top_items
 
 @dataclass(frozen=True)
 class ClassResult:
-    """One class: how many of its pictures were found, and the wrong class that they were most often taken for."""
+    """One class: the share of its pictures that were found, and the class they were most often taken for."""
 
     name: str
     samples: int
@@ -64,10 +64,12 @@ def build_classifier(
     prompts = PromptSet(tuple(classnames), tuple(templates))
     texts = [text for name in prompts.classnames for text in prompts.prompts(name)]
     features = encode_texts(model, tokenizer, texts, options)
-    return normalize(features.unflatten(0, (len(prompts.classnames), len(prompts.templates))).mean(1), dim=-1)
+    return normalize(features.view(len(prompts.classnames), len(prompts.templates), -1).mean(1), dim=-1)
 
 
-def evaluate(features: Tensor, labels: Tensor, classifier: Tensor, classnames: Sequence[str]) -> ZeroShotResult:
+def evaluate(
+    features: Tensor, labels: Tensor, classifier: Tensor, classnames: Sequence[str]
+) -> ZeroShotResult:
     """Top-1, top-5 and mean-per-class accuracy of normalised picture features.
 
     Among classes of equal score the one with the lower label counts as the better.
@@ -85,8 +87,8 @@ def evaluate(features: Tensor, labels: Tensor, classifier: Tensor, classnames: S
     ranks = target_ranks(features, classifier, labels)
     predictions = top_items(features, classifier, 1)[1][:, 0]
     per_class = tuple(
-        _class_result(int(label), classnames, ranks[labels == label], predictions[labels == label])
-        for label in labels.unique()
+        _class_result(label, classnames, ranks[labels == label], predictions[labels == label])
+        for label in torch.bincount(labels).nonzero().flatten().tolist()
     )
     return ZeroShotResult(
         samples=len(labels),

@@ -42,7 +42,11 @@ class Norm(nn.Module):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
     def of_sum(
-        self, residual: Tensor, branch: Tensor, layer_scale: Tensor | None, row_scale: Tensor | None
+        self,
+        residual: Tensor,
+        branch: Tensor,
+        layer_scale: Tensor | None = None,
+        row_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`(norm(x), x)`, `x = residual + row_scale * layer_scale * branch`, in one pass (pre-norm)."""
         scales = {"layer_scale": layer_scale, "row_scale": row_scale}
@@ -51,7 +55,11 @@ class Norm(nn.Module):
         return add_layer_norm(residual, branch, self.weight, self.bias, eps=self.eps, **scales)
 
     def of_branch(
-        self, residual: Tensor, branch: Tensor, layer_scale: Tensor | None, row_scale: Tensor | None
+        self,
+        residual: Tensor,
+        branch: Tensor,
+        layer_scale: Tensor | None = None,
+        row_scale: Tensor | None = None,
     ) -> Tensor:
         """`residual + row_scale * layer_scale * norm(branch)`, in one pass (post-norm)."""
         scales = {"layer_scale": layer_scale, "row_scale": row_scale}

@@ -1,6 +1,5 @@
 """The text tower: the causal transformer of CLIP (Radford et al. 2021), with exact GELU."""
 
-from collections import OrderedDict
 from typing import ClassVar
 
 import torch
@@ -25,8 +24,22 @@ class TextAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
-        return self.out_proj(rope_attention(q, k, v, causal=True).flatten(2))
+        q, k, v = qkv.view(*x.shape[:2], 3, self.heads, -1).unbind(2)
+        out: Tensor = self.out_proj(rope_attention(q, k, v, causal=True).flatten(2))
+        return out
+
+
+class TextMlp(nn.Module):
+    """MLP with exact GELU. `[B, N, width]` -> same."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.width, config.hidden)
+        self.c_proj = nn.Linear(config.hidden, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.c_proj(F.gelu(self.c_fc(x)))
+        return out
 
 
 class TextBlock(nn.Module):
@@ -37,35 +50,26 @@ class TextBlock(nn.Module):
         self.ln_1 = Norm(config.width, eps=config.norm_eps)
         self.attn = TextAttention(config)
         self.ln_2 = Norm(config.width, eps=config.norm_eps)
-        self.mlp = nn.Sequential(
-            OrderedDict(
-                c_fc=nn.Linear(config.width, config.hidden),
-                gelu=nn.GELU(),
-                c_proj=nn.Linear(config.hidden, config.width),
-            )
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y, x = self.ln_2.of_sum(x, self.attn(self.ln_1(x)), None, None)
-        return x + self.mlp(y)
+        self.mlp = TextMlp(config)
 
     def reset_parameters(self, layers: int) -> None:
-        """Normal weights whose width falls with the depth of the tower, biases 0."""
-        width = self.attn.out_proj.in_features
-        branch_std = (width * 2 * layers) ** -0.5
-        nn.init.normal_(self.attn.in_proj_weight, std=width**-0.5)
-        nn.init.normal_(self.attn.out_proj.weight, std=branch_std)
-        nn.init.normal_(self.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(self.mlp.c_proj.weight, std=branch_std)
-        for bias in (
-            self.attn.in_proj_bias,
-            self.attn.out_proj.bias,
-            self.mlp.c_fc.bias,
-            self.mlp.c_proj.bias,
-        ):
+        """Normal weights that shrink with the width, and where a branch ends with the layers; bias 0."""
+        attn, mlp = self.attn, self.mlp
+        width = attn.out_proj.in_features
+        branch_std = (2 * layers * width) ** -0.5
+        nn.init.normal_(attn.in_proj_weight, std=width**-0.5)
+        nn.init.normal_(attn.out_proj.weight, std=branch_std)
+        nn.init.normal_(mlp.c_fc.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(mlp.c_proj.weight, std=branch_std)
+        for bias in (attn.in_proj_bias, attn.out_proj.bias, mlp.c_fc.bias, mlp.c_proj.bias):
             nn.init.zeros_(bias)
         self.ln_1.reset_parameters()
         self.ln_2.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, x = self.ln_2.of_sum(x, self.attn(self.ln_1(x)))
+        branch: Tensor = self.mlp(y)
+        return x + branch
 
 
 class Transformer(nn.Module):
@@ -97,6 +101,7 @@ class TextTower(Tower):
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=self.config.width**-0.5)
         for block in self.transformer.resblocks:
+            assert isinstance(block, TextBlock)
             block.reset_parameters(self.layers)
         self.ln_final.reset_parameters()
 
@@ -105,13 +110,16 @@ class TextTower(Tower):
 
         The embedding is that of the first occurrence of the largest id in each row, which is the end token;
         what comes after it has no influence.
+
+        Raises:
+            TypeError: for ids that aren't integers. ValueError: for a wrong shape.
         """
         self._check(tokens)
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         x = self.run_blocks(self.transformer.resblocks, x)
-        ends = tokens.argmax(dim=-1)
-        at_end = x[torch.arange(x.shape[0], device=x.device), ends]
-        return self.ln_final(at_end) @ self.text_projection
+        rows = torch.arange(x.shape[0], device=x.device)
+        at_end: Tensor = self.ln_final(x[rows, tokens.argmax(dim=-1)])
+        return at_end @ self.text_projection
 
     def _check(self, tokens: Tensor) -> None:
         longest = self.config.context_length

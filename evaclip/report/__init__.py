@@ -13,7 +13,7 @@ def write_report(run_folder: Path, output: Path | None = None) -> tuple[Path, Pa
     """Writes `report.html` and `report.png` from what a run folder holds.
 
     Args:
-        run_folder: has `log.jsonl` and `config.yaml`, and `evaluations/` and `galleries/` if something was evaluated.
+        run_folder: has `log.jsonl` and `config.yaml`; `evaluations/` and `galleries/` once it was evaluated.
         output: another folder for the two files.
 
     Returns:
@@ -33,9 +33,9 @@ def write_report(run_folder: Path, output: Path | None = None) -> tuple[Path, Pa
     html, png = folder / HTML_FILE, folder / PNG_FILE
     unfinished = folder / f".report.{os.getpid()}.tmp"
     unfinished.write_text(render_page(run), encoding="utf-8")
-    os.replace(unfinished, html)
+    unfinished.replace(html)
     write_poster(run, unfinished)
-    os.replace(unfinished, png)
+    unfinished.replace(png)
     return html, png
 
 

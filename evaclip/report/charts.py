@@ -1,7 +1,7 @@
 """The report's charts, drawn once with matplotlib for both of its forms: the poster and the page.
 
-Every colour has one meaning and one hexadecimal value; in the page that value is replaced by a CSS variable of the same
-name, so that the charts follow the reader's light or dark theme.
+Every colour has one meaning and one hexadecimal value; in the page that value becomes a CSS variable of the
+same name, so that the charts follow the reader's light or dark theme.
 """
 
 import io
@@ -36,7 +36,7 @@ class Palette:
 
 PALETTE = Palette()
 
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "axes.edgecolor": PALETTE.line,
@@ -82,6 +82,8 @@ def draw_loss(axes: Axes, curve: LossCurve) -> None:
     """Loss over samples: each logged value, their running mean, and the loss of guessing."""
     axes.plot(curve.samples, curve.loss, color=PALETTE.accent_soft, linewidth=0.9)
     axes.plot(curve.samples, curve.smooth, color=PALETTE.accent, linewidth=2.0, solid_capstyle="round")
+    if len(curve.samples) == 1:
+        axes.plot(curve.samples, curve.loss, "o", color=PALETTE.accent)
     top = max(curve.loss)
     if curve.guessing is not None:
         axes.axhline(curve.guessing, color=PALETTE.chance, linewidth=1.0, dashes=(4, 3))
@@ -126,7 +128,9 @@ def draw_accuracy(axes: Axes, groups: Sequence[BarGroup]) -> None:
     ticks: list[tuple[float, str]] = []
     for group in groups:
         axes.text(0, y + 0.62, group.title, fontweight="bold", va="center")
-        axes.text(scale * 1.32, y + 0.62, group.detail, color=PALETTE.muted, va="center", ha="right", fontsize=8.5)
+        axes.text(
+            scale * 1.32, y + 0.62, group.detail, color=PALETTE.muted, va="center", ha="right", fontsize=8.5
+        )
         y += _TITLE_ROWS
         for bar in group.bars:
             _draw_bar(axes, y, bar, scale)
@@ -165,9 +169,9 @@ def _draw_bar(axes: Axes, y: float, bar: Bar, scale: float) -> None:
 
 
 def times_chance(bar: Bar) -> str:
-    """'118 × chance', in words that fit its size."""
+    """How many times chance, with the digits that its size deserves."""
     ratio = bar.value / bar.chance
-    return f"{ratio:,.0f} ×" if ratio >= 10 else f"{ratio:.1f} ×"
+    return f"{ratio:,.0f} \N{MULTIPLICATION SIGN}" if ratio >= 10 else f"{ratio:.1f} \N{MULTIPLICATION SIGN}"
 
 
 def percent(share: float) -> str:
@@ -193,7 +197,12 @@ def _themed_svg(figure: Figure) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1)
+    svg = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"',
+        r"\1",
+        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1),
+        count=1,
+    )
     svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
     svg = re.sub(r"(font: (?:bold |\d+ )?[\d.]+px) [^;\"]*", r"\1 var(--sans)", svg)
     colours: dict[str, Any] = asdict(PALETTE)

@@ -10,8 +10,8 @@ from evaclip.report.run_data import Bar, BarGroup, RunData
 KIND = "Report of a training run"
 NO_EVALUATIONS = "Nothing has been evaluated yet: `evaclip eval zero-shot RUN_DIR --data PATH` adds a result."
 LOSS_NOTE = (
-    "The contrastive loss of each logged step (pale) and its running mean. The dashed line is the loss of guessing which "
-    "of the batch's texts belongs to a picture."
+    "The contrastive loss of each logged step (pale) and its running mean. The dashed line is the loss of "
+    "guessing which of the batch's texts belongs to a picture."
 )
 ACCURACY_NOTE = "Every number stands beside what guessing would reach on the same data."
 GALLERY_NOTE = "Each row is a text and the pictures nearest to it, best first."
@@ -58,8 +58,8 @@ def _tiles(groups: tuple[BarGroup, ...]) -> str:
 def _accuracy(groups: tuple[BarGroup, ...]) -> str:
     if not groups:
         return f"<p>{escape(NO_EVALUATIONS)}</p>"
-    legend = '<div class="legend"><span><i class="bar"></i>accuracy</span><span><i class="tick"></i>chance</span></div>'
-    return f"<p>{escape(ACCURACY_NOTE)}</p>{legend}{accuracy_svg(groups)}"
+    keys = '<span><i class="bar"></i>accuracy</span><span><i class="tick"></i>chance</span>'
+    return f'<p>{escape(ACCURACY_NOTE)}</p><div class="legend">{keys}</div>{accuracy_svg(groups)}'
 
 
 def _gallery(gallery: Gallery) -> str:

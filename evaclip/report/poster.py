@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from textwrap import shorten, wrap
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -11,7 +12,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from evaclip.eval.gallery import Query, Section, open_thumbnail
-from evaclip.report.charts import PALETTE, ROW, STYLE, bar_rows, draw_accuracy, draw_loss, percent, times_chance
+from evaclip.report.charts import (
+    PALETTE,
+    ROW,
+    STYLE,
+    bar_rows,
+    draw_accuracy,
+    draw_loss,
+    percent,
+    times_chance,
+)
 from evaclip.report.page import KIND, headline_bars
 from evaclip.report.run_data import RunData
 
@@ -40,7 +50,7 @@ class _Sheet:
             (left / WIDTH, bottom / self._height, width / WIDTH, height / self._height), facecolor="none"
         )
 
-    def text(self, below: float, text: str, left: float = MARGIN, **style: object) -> None:
+    def text(self, below: float, text: str, left: float = MARGIN, **style: Any) -> None:
         self.figure.text(left / WIDTH, 1 - (self._top + below) / self._height, text, va="top", **style)
 
 
@@ -58,7 +68,9 @@ def write_poster(run: RunData, path: Path) -> None:
         draw_loss(sheet.axes(_LOSS - 0.4, left=MARGIN + 0.35, width=WIDTH - 2 * MARGIN - 0.8), run.curve)
         sheet.skip(_LOSS + _GAP)
         if run.groups:
-            _draw_title(sheet, "Accuracy against chance", "the orange line is what guessing reaches on the same data")
+            _draw_title(
+                sheet, "Accuracy against chance", "the orange line is what guessing reaches on the same data"
+            )
             height = ROW * bar_rows(run.groups)
             draw_accuracy(sheet.axes(height, left=MARGIN + 0.75, width=WIDTH - 2 * MARGIN - 0.75), run.groups)
             sheet.skip(height + _GAP)
@@ -97,10 +109,20 @@ def _draw_tiles(sheet: _Sheet, run: RunData) -> None:
         axes.set_axis_off()
         axes.set_xlim(0, width)
         axes.set_ylim(0, _TILES)
-        box = FancyBboxPatch((0.1, 0.1), width - 0.2, _TILES - 0.2, boxstyle="round,pad=0.1", fc=PALETTE.panel, ec="none")
+        box = FancyBboxPatch(
+            (0.1, 0.1), width - 0.2, _TILES - 0.2, boxstyle="round,pad=0.1", fc=PALETTE.panel, ec="none"
+        )
         axes.add_patch(box)
         lines = wrap(f"{group.title}, {bar.label}", int(width * 13.5), max_lines=2, placeholder="…")
-        axes.text(0.2, _TILES - 0.16, "\n".join(lines), fontsize=8.5, color=PALETTE.muted, va="top", linespacing=1.35)
+        axes.text(
+            0.2,
+            _TILES - 0.16,
+            "\n".join(lines),
+            fontsize=8.5,
+            color=PALETTE.muted,
+            va="top",
+            linespacing=1.35,
+        )
         axes.text(0.2, 0.56, percent(bar.value), fontsize=22, fontweight="bold", va="center")
         axes.text(0.2, 0.22, f"{times_chance(bar)} chance", fontsize=8.5, color=PALETTE.muted, va="center")
     sheet.skip(_TILES + _GAP)
@@ -109,7 +131,7 @@ def _draw_tiles(sheet: _Sheet, run: RunData) -> None:
 def _draw_galleries(sheet: _Sheet, run: RunData) -> None:
     column_gap = 0.45
     for gallery in run.galleries:
-        note = f"the pictures nearest to each text, best first, of {gallery.pictures:,}; a green frame marks the right one"
+        note = f"the nearest pictures of {gallery.pictures:,}, best first; a green frame marks the right one"
         _draw_title(sheet, gallery.title, note)
         width = (WIDTH - 2 * MARGIN - column_gap) / 2
         for column, section in enumerate(gallery.sections):
@@ -144,7 +166,9 @@ def _draw_queries(axes: Axes, queries: tuple[Query, ...]) -> None:
         for number, found in enumerate(query.found[:shown]):
             left = text_width + number * (size + gap)
             picture = np.asarray(open_thumbnail(found.image).convert("RGB"))
-            axes.imshow(picture, extent=(left, left + size, top + 0.06 + size, top + 0.06), aspect="auto", zorder=1)
+            axes.imshow(
+                picture, extent=(left, left + size, top + 0.06 + size, top + 0.06), aspect="auto", zorder=1
+            )
             axes.add_patch(_frame(left, top + 0.06, size, found.correct))
     axes.set_xlim(0, width)
     axes.set_ylim(len(queries) * _QUERY, 0)

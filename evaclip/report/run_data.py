@@ -7,15 +7,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from evaclip.errors import UserError
 from evaclip.eval import gallery, results
 from evaclip.eval.gallery import Gallery
+from evaclip.eval.load import RUN_CONFIG_FILE
 from evaclip.eval.results import Evaluation
+from evaclip.train.overrides import load_yaml
 from evaclip.train.progress import LOG_FILE, read_log
 
-CONFIG_FILE = "config.yaml"
 _SMOOTHING = 0.02
 
 
@@ -78,11 +77,10 @@ def read_run(folder: Path) -> RunData:
     Raises:
         UserError: it is no run folder, or nothing was logged yet.
     """
-    for name in (LOG_FILE, CONFIG_FILE):
+    for name in (LOG_FILE, RUN_CONFIG_FILE):
         if not (folder / name).is_file():
             raise UserError(f"{str(folder)!r} is no run folder: it has no {name}; `evaclip train` writes one")
-    config_text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
-    config = yaml.safe_load(config_text)
+    config, text = load_yaml(folder / RUN_CONFIG_FILE), (folder / RUN_CONFIG_FILE).read_text(encoding="utf-8")
     records = [record for record in read_log(folder / LOG_FILE) if record.get("loss") is not None]
     if not records:
         raise UserError(f"{folder / LOG_FILE} holds no losses yet: train for some steps first")
@@ -92,7 +90,7 @@ def read_run(folder: Path) -> RunData:
     groups = tuple(group for evaluation in evaluations for group in _bar_groups(evaluation))
     facts = _facts(config, records, evaluations)
     curve = loss_curve(records, config["batch_size"], config["loss"]["name"])
-    return RunData(folder.name, _summary(config, records, evaluations), curve, groups, galleries, facts, config_text)
+    return RunData(folder.name, _summary(config, records, evaluations), curve, groups, galleries, facts, text)
 
 
 _ORDER = {"zero-shot": 0, "retrieval": 1, "linear-probe": 2}
@@ -118,18 +116,26 @@ def _bar_groups(evaluation: Evaluation) -> Iterator[BarGroup]:
         pictures = f"{metrics['images']:,} pictures, {metrics['captions']:,} captions"
         for name, title in (("text_to_image", "text finds picture"), ("image_to_text", "picture finds text")):
             direction = metrics[name]
-            bars = [Bar(f"within {k}", direction["recall"][k], direction["chance"][k]) for k in direction["recall"]]
+            bars = [
+                Bar(f"within {k}", direction["recall"][k], direction["chance"][k])
+                for k in direction["recall"]
+            ]
             first = Bar("first", bars[0].value, bars[0].chance, main=True)
             yield BarGroup(f"{evaluation.title}: {title}", pictures, (first, *bars[1:]))
         return
     detail = f"{metrics['samples']:,} pictures, {metrics['classes']:,} classes"
     chance = metrics["chance_top1"]
-    bars = [Bar("top-1", metrics["top1"], chance, main=True), Bar("top-5", metrics["top5"], min(1.0, 5 * chance))]
+    bars = [
+        Bar("top-1", metrics["top1"], chance, main=True),
+        Bar("top-5", metrics["top5"], min(1.0, 5 * chance)),
+    ]
     kind = "zero-shot" if evaluation.task == "zero-shot" else "linear probe"
     yield BarGroup(f"{evaluation.title}: {kind}", detail, tuple(bars))
 
 
-def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], evaluations: Sequence[Evaluation]) -> str:
+def _summary(
+    config: dict[str, Any], records: Sequence[dict[str, Any]], evaluations: Sequence[Evaluation]
+) -> str:
     last = records[-1]
     parts = [config["model"]["name"]]
     if evaluations:
@@ -164,7 +170,7 @@ def _facts(
         latest = max(evaluations, key=lambda evaluation: evaluation.date)
         machine = latest.machine
         facts["Evaluation"] = [
-            ("weights", latest.model.origin),
+            ("weights", "/".join(Path(latest.model.origin).parts[-2:])),
             ("parameters", f"{latest.model.parameters:,}"),
             ("SHA-256", latest.model.weights_sha256[:16]),
             ("date", datetime.fromisoformat(latest.date).strftime("%d %B %Y, %H:%M UTC")),

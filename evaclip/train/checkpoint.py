@@ -23,7 +23,7 @@ STATE_FILE = "state.pt"
 _META_FILE = "meta.json"
 _LATEST_FILE = "latest"
 _UNFINISHED = ".unfinished-"
-_FOLDER = re.compile(r"step_(\d{8,})")
+_FOLDER = re.compile(r"step_(\d{8})")
 
 
 class DamagedCheckpoint(Exception):
@@ -70,9 +70,12 @@ def save(root: Path, step: int, content: Content) -> Path:
         _flush(path)
     _flush(unfinished)
     final = root / folder_name(step)
-    shutil.rmtree(final, ignore_errors=True)
+    replaced = root / f"{_UNFINISHED}replaced"
+    if final.exists():
+        os.rename(final, replaced)
     os.rename(unfinished, final)
     _point_latest_at(root, final.name)
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
@@ -95,7 +98,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
         if not path.is_file():
             raise DamagedCheckpoint(f"{name} is missing")
         if path.stat().st_size != expected["bytes"]:
-            raise DamagedCheckpoint(f"{name} has {path.stat().st_size} bytes, {expected['bytes']} were written")
+            raise DamagedCheckpoint(
+                f"{name} has {path.stat().st_size} bytes, {expected['bytes']} were written"
+            )
         if _fingerprint(path) != expected:
             raise DamagedCheckpoint(f"the contents of {name} have changed since they were written")
     return meta
@@ -110,8 +115,13 @@ def load_state(folder: Path) -> dict[str, Any]:
 def choose(
     root: Path, say: Callable[[str], None], accept: Callable[[dict[str, Any]], bool] = lambda meta: True
 ) -> Path | None:
-    """The newest checkpoint under `root` that is whole and accepted; says which damaged ones it passed over."""
-    for folder in reversed(list_folders(root)):
+    """The newest checkpoint under `root` that is whole and accepted; says which damaged ones it passed over.
+
+    Checkpoints of later steps than the one that `latest` names are not newer: the run went back before them.
+    """
+    for _, folder in sorted(_steps(root), reverse=True):
+        if folder.name > _latest_name(root, default=folder.name):
+            continue
         try:
             meta = read_meta(folder)
         except DamagedCheckpoint as exc:
@@ -136,37 +146,43 @@ def find(request: str, root: Path, say: Callable[[str], None]) -> Path | None:
         return None
     if request == "auto":
         return choose(root, say)
-    folder = _latest(root) if request == "latest" else Path(request)
+    folder = root / _latest_name(root, default="latest") if request == "latest" else Path(request)
     if not folder.is_dir():
-        raise UserError(f"there is no checkpoint folder {str(folder)!r}; --resume takes auto, latest, none or a folder")
+        raise UserError(
+            f"there is no checkpoint folder {str(folder)!r}; --resume takes auto, latest, none or a folder"
+        )
     try:
         read_meta(folder)
     except DamagedCheckpoint as exc:
-        raise UserError(f"the checkpoint {str(folder)!r} is damaged: {exc}; --resume auto takes an older one") from exc
+        raise UserError(
+            f"the checkpoint {str(folder)!r} is damaged: {exc}; --resume auto takes an older one"
+        ) from exc
     return folder
 
 
-def list_folders(root: Path) -> list[Path]:
-    """Checkpoint folders, oldest step first."""
-    return [folder for _, folder in sorted(_steps(root))]
-
-
-def prune(root: Path, keep: int, keep_every: int | None) -> None:
-    """Deletes all but the newest `keep` checkpoints and those at multiples of `keep_every` steps."""
-    for step, folder in sorted(_steps(root))[:-keep]:
-        if keep_every is None or step % keep_every:
+def prune(root: Path, step: int, keep: int, keep_every: int | None) -> None:
+    """Of the checkpoints up to `step`, deletes all but the newest `keep` and those at multiples of `keep_every`."""
+    earlier = sorted((at, folder) for at, folder in _steps(root) if at <= step)
+    for at, folder in earlier[:-keep]:
+        if keep_every is None or at % keep_every:
             shutil.rmtree(folder)
 
 
-def discard_after(root: Path, step: int) -> None:
-    """Deletes the checkpoints of later steps, and folders that were never finished."""
-    for later, folder in _steps(root):
-        if later > step:
-            shutil.rmtree(folder)
+def go_back_to(folder: Path) -> None:
+    """Makes `folder` the latest checkpoint, and deletes those of later steps."""
+    for _, other in list(_steps(folder.parent)):
+        if other.name > folder.name:
+            shutil.rmtree(other)
+    _point_latest_at(folder.parent, folder.name)
+
+
+def remove_unfinished(root: Path) -> None:
+    """Deletes what a process left that died while it was saving."""
     for leftover in root.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(leftover)
-    if (root / folder_name(step)).is_dir():
-        _point_latest_at(root, folder_name(step))
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def _steps(root: Path) -> Iterator[tuple[int, Path]]:
@@ -176,11 +192,11 @@ def _steps(root: Path) -> Iterator[tuple[int, Path]]:
                 yield int(match[1]), folder
 
 
-def _latest(root: Path) -> Path:
+def _latest_name(root: Path, default: str) -> str:
     try:
-        return root / (root / _LATEST_FILE).read_text(encoding="utf-8").strip()
-    except OSError as exc:
-        raise UserError(f"there is no checkpoint to resume under {str(root)!r}") from exc
+        return (root / _LATEST_FILE).read_text(encoding="utf-8").strip()
+    except OSError:
+        return default
 
 
 def _point_latest_at(root: Path, name: str) -> None:

@@ -49,7 +49,8 @@ class OptimConfig:
     name: Literal["adamw", "lamb"] = "adamw"
     lr: Rate = 5e-4
     """Peak rate of whatever a tower does not override: logit_scale, and towers without a rate."""
-    betas: tuple[Share, Share] = (0.9, 0.98)
+    beta1: Share = 0.9
+    beta2: Share = 0.98
     eps: Annotated[float, Field(gt=0)] = 1e-6
     weight_decay: Rate = 0.05
     visual: TowerConfig = TowerConfig()
@@ -174,7 +175,9 @@ class TrainConfig:
     @model_validator(mode="after")
     def _chunks_divide_the_batch(self) -> Self:
         if self.batch_size % self.accumulation:
-            raise ValueError(f"batch_size={self.batch_size} is no multiple of accumulation={self.accumulation}")
+            raise ValueError(
+                f"batch_size={self.batch_size} is no multiple of accumulation={self.accumulation}"
+            )
         return self
 
 

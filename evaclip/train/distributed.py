@@ -85,6 +85,11 @@ class World:
             dist.destroy_process_group()
 
 
+def process_count() -> int:
+    """Processes that torchrun started, this one included; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def connect(device_name: str) -> World:
     """Joins the processes that torchrun started, or returns a world of one.
 
@@ -94,7 +99,7 @@ def connect(device_name: str) -> World:
     Raises:
         UserError: the device does not exist.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = process_count()
     device = _device(device_name, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else None)
     if size == 1:
         return World(device)
@@ -114,7 +119,9 @@ def _device(name: str, local_rank: int | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as exc:
         reason = str(exc).splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used ({reason}); accepted: auto, cpu, cuda, cuda:N") from exc
+        raise UserError(
+            f"device {name!r} cannot be used ({reason}); accepted: auto, cpu, cuda, cuda:N"
+        ) from exc
     return device
 
 

@@ -15,10 +15,14 @@ class Rates(NamedTuple):
 
 
 class Meter:
-    """Measures training only: `restart` after anything that is not, such as saving."""
+    """Rates are those of training only: `restart` after anything that is not, such as saving.
 
-    def __init__(self) -> None:
-        self._begin = time.monotonic()
+    Args:
+        seconds: that the run took before this process went on with it.
+    """
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._begin = time.monotonic() - seconds
         self.restart()
 
     def restart(self) -> None:
@@ -46,5 +50,5 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        """Since the meter was made."""
+        """That the run has taken so far."""
         return time.monotonic() - self._begin

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from evakernels.optim import Lamb
 from torch import Tensor, nn
 
 from evaclip.train.config import OptimConfig, TowerConfig
@@ -37,7 +38,8 @@ def parameter_groups(model: nn.Module, loss: nn.Module, config: OptimConfig) -> 
         else:
             lr, decay, label = config.lr, config.weight_decay, f"{tower}.{label}"
         group = groups.setdefault(
-            label, {"name": label, "lr": lr, "peak_lr": lr, "weight_decay": decay if decayed else 0.0, "params": []}
+            label,
+            {"name": label, "lr": lr, "peak_lr": lr, "weight_decay": decay if decayed else 0.0, "params": []},
         )
         group["params"].append(parameter)
     return list(groups.values())
@@ -45,11 +47,10 @@ def parameter_groups(model: nn.Module, loss: nn.Module, config: OptimConfig) -> 
 
 def build_optimizer(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer over these groups; both kinds skip a step on the device when their `found_inf` is 1."""
+    betas = (config.beta1, config.beta2)
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-    from evakernels.optim import Lamb
-
-    return Lamb(groups, lr=config.lr, betas=config.betas, eps=config.eps, variant="deepspeed")
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    return Lamb(groups, lr=config.lr, betas=betas, eps=config.eps, variant="deepspeed")
 
 
 def set_lr_factor(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -12,8 +12,7 @@ from pydantic import ValidationError
 
 from evaclip.errors import UserError
 from evaclip.train.config import ADAPTER, TrainConfig, to_tree
-
-Tree = dict[str, Any]
+from evaclip.train.tree import Tree, merge, nest
 
 
 def resolve(base: TrainConfig, changes: Iterable[Tree]) -> TrainConfig:
@@ -25,7 +24,7 @@ def resolve(base: TrainConfig, changes: Iterable[Tree]) -> TrainConfig:
     tree = to_tree(base)
     for change in changes:
         _check_keys(TrainConfig, change, ())
-        tree = _merge(tree, change)
+        tree = merge(tree, change)
     return validate(tree)
 
 
@@ -71,34 +70,6 @@ def parse_assignment(text: str) -> Tree:
         return nest(path.strip(), yaml.safe_load(value))
     except yaml.YAMLError as exc:
         raise UserError(f"the value in --set {text!r} is not YAML") from exc
-
-
-def nest(path: str, value: Any) -> Tree:
-    """`nest("a.b", 1)` is `{"a": {"b": 1}}`."""
-    for key in reversed(path.split(".")):
-        value = {key: value}
-    tree: Tree = value
-    return tree
-
-
-def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Lines `key: old -> new` for each leaf that differs."""
-    lines = []
-    for key in {**before, **after}:
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            lines.append(f"{prefix}{key}: {old} -> {new}")
-    return lines
-
-
-def _merge(base: Tree, change: Mapping[str, Any]) -> Tree:
-    merged = dict(base)
-    for key, value in change.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
-    return merged
 
 
 def _check_keys(cls: type, tree: Mapping[str, Any], path: tuple[str, ...]) -> None:

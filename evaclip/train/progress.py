@@ -33,7 +33,7 @@ class Record:
         samples_per_second: over all processes, since the last record.
         data_wait: share of that time spent waiting for data.
         mfu: model FLOP/s over the device's peak.
-        seconds: since this process began to train.
+        seconds: that the run has taken so far, over all processes that went on with it.
     """
 
     step: int
@@ -83,7 +83,9 @@ class Report:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         for sink in self._sinks:
             sink.close()
 

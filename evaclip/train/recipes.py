@@ -17,7 +17,6 @@ from evaclip.train.config import (
     LogConfig,
     ModelConfig,
     OptimConfig,
-    Precision,
     ScheduleConfig,
     TowerConfig,
     TrainConfig,
@@ -43,3 +42,111 @@ def get_recipe(name: str) -> TrainConfig:
     if name not in RECIPES:
         raise unknown_name("recipe", name, RECIPES)
     return RECIPES[name]()
+
+
+def describe_recipes() -> dict[str, str]:
+    """Each recipe's name and the first line of its docstring."""
+    return {name: (function.__doc__ or "").partition("\n")[0] for name, function in RECIPES.items()}
+
+
+@recipe
+def tiny() -> TrainConfig:
+    """A small model on drawn shapes: shows in half a minute on a CPU that everything works."""
+    samples, held_out = 4096, 512
+    drawn = DataConfig(train="synthetic", num_samples=samples, workers=0)
+    return TrainConfig(
+        name="tiny",
+        batch_size=32,
+        data=drawn,
+        model=ModelConfig(name="tiny"),
+        optim=OptimConfig(lr=1e-3, grad_clip_norm=1.0),
+        schedule=ScheduleConfig(steps=180, warmup_steps=10),
+        log=LogConfig(every_steps=10),
+        eval=EvalConfig(data=replace(drawn, num_samples=samples + held_out), first=samples),
+    )
+
+
+@recipe
+def emoji() -> TrainConfig:
+    """Twemoji drawings and their names, from the shards that `evaclip data emoji data/emoji` writes."""
+    return TrainConfig(
+        name="emoji",
+        batch_size=256,
+        data=DataConfig(train="data/emoji/twemoji-*.tar", caption_key="json:captions", workers=2),
+        model=ModelConfig(name="emoji"),
+        optim=OptimConfig(lr=1e-3, weight_decay=0.1, grad_clip_norm=1.0),
+        schedule=ScheduleConfig(epochs=100, warmup_steps=50),
+        precision="amp_bf16",
+        log=LogConfig(every_steps=20),
+        eval=EvalConfig(data=DataConfig(train="data/emoji/openmoji-*.tar"), batch_size=128),
+    )
+
+
+@recipe
+def eva01_g_14_plus() -> TrainConfig:
+    """EVA01-CLIP-g/14+: Merged-2B, 11B samples, batches of 114,688."""
+    return _published(
+        "EVA01-CLIP-g-14-plus", 114_688, 95_900, TowerConfig(lr=4e-4, layer_decay=0.85), patch_dropout=0.5
+    )
+
+
+@recipe
+def eva02_b_16() -> TrainConfig:
+    """EVA02-CLIP-B/16: Merged-2B, 8B samples, batches of 131,072."""
+    visual, text = TowerConfig(lr=2e-4, layer_decay=0.75), TowerConfig(lr=2e-5, layer_decay=0.75)
+    return _published("EVA02-CLIP-B-16", 131_072, 64_000, visual, text)
+
+
+@recipe
+def eva02_l_14() -> TrainConfig:
+    """EVA02-CLIP-L/14: Merged-2B, 4B samples, batches of 131,072."""
+    return _published("EVA02-CLIP-L-14", 131_072, 32_000, TowerConfig(lr=4e-4, layer_decay=0.85))
+
+
+@recipe
+def eva02_l_14_336() -> TrainConfig:
+    """EVA02-CLIP-L/14 at 336 pixels: 2B further samples from the 224-pixel model, batches of 61,440."""
+    visual, text = TowerConfig(lr=4e-4, layer_decay=0.75), TowerConfig(lr=4e-5, layer_decay=0.65)
+    return _published("EVA02-CLIP-L-14-336", 61_440, 32_800, visual, text)
+
+
+@recipe
+def eva02_e_14() -> TrainConfig:
+    """EVA02-CLIP-E/14: LAION-2B, 4B samples, batches of 115,200."""
+    return _published(
+        "EVA02-CLIP-bigE-14", 115_200, 35_200, TowerConfig(lr=4e-4, layer_decay=0.9), patch_dropout=0.5
+    )
+
+
+@recipe
+def eva02_e_14_plus() -> TrainConfig:
+    """EVA02-CLIP-E/14+: LAION-2B, 9B samples, batches of 144,000, bf16."""
+    config = _published(
+        "EVA02-CLIP-bigE-14-plus", 144_000, 62_500, TowerConfig(lr=4e-4, layer_decay=0.9), patch_dropout=0.5
+    )
+    return replace(config, precision="amp_bf16")
+
+
+_TEXT = TowerConfig(lr=4e-5, layer_decay=0.75)
+
+
+def _published(
+    model: str,
+    batch_size: int,
+    steps: int,
+    visual: TowerConfig,
+    text: TowerConfig = _TEXT,
+    *,
+    patch_dropout: float = 0.0,
+) -> TrainConfig:
+    return TrainConfig(
+        name=model,
+        seed=4096,
+        batch_size=batch_size,
+        precision="amp_fp16",
+        data=DataConfig(train="", kind="webdataset", workers=8),
+        model=ModelConfig(name=model, patch_dropout=patch_dropout, grad_checkpointing=True),
+        optim=OptimConfig(name="lamb", lr=5e-4, visual=visual, text=text, grad_clip_norm=5.0),
+        schedule=ScheduleConfig(steps=steps, epoch_samples=40_000_000, warmup_steps=2000),
+        checkpoint=CheckpointConfig(every_steps=1000, keep_every=10_000),
+    )

@@ -61,6 +61,7 @@ def prepare(
     if resume == "auto" and start is None:
         say(f"no checkpoint under {folder.checkpoints}: starting from the beginning")
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    checkpoint.remove_unfinished(folder.checkpoints)
     folder.save_config(config)
     return folder, start
 

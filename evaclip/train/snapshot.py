@@ -13,7 +13,7 @@ from evaclip.train import checkpoint, rng
 from evaclip.train.build import Parts
 from evaclip.train.config import config_hash, training_tree
 from evaclip.train.optimizer import load_moments
-from evaclip.train.overrides import differences
+from evaclip.train.tree import differences
 from evaclip.weights import PREPROCESS_FILE, describe_preprocess
 
 MODEL_CONFIG_FILE = "model.json"
@@ -26,11 +26,13 @@ class Position:
     Attributes:
         step: optimizer steps done.
         samples: position in the stream of training samples, over all processes.
-        rollbacks: returns to an earlier checkpoint so far.
+        seconds: time that the run has taken, over all processes that went on with it.
+        rollbacks: returns of this process to an earlier checkpoint.
     """
 
     step: int = 0
     samples: int = 0
+    seconds: float = 0.0
     rollbacks: int = 0
 
 
@@ -43,6 +45,7 @@ def take(parts: Parts, position: Position) -> checkpoint.Content | None:
     state = {
         "step": position.step,
         "samples": position.samples,
+        "seconds": position.seconds,
         "train_step": parts.step.state_dict(),
         "rng": states,
         "fingerprint": parts.source.fingerprint,
@@ -80,7 +83,10 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
         UserError: the data or the model is another one.
     """
     state = checkpoint.load_state(folder)
-    remarks = [f"changed since the checkpoint: {line}" for line in differences(state["config"], training_tree(parts.config))]
+    remarks = [
+        f"changed since the checkpoint: {line}"
+        for line in differences(state["config"], training_tree(parts.config))
+    ]
     if state["fingerprint"] != parts.source.fingerprint:
         remarks.append(_data_changed(parts))
     try:
@@ -93,8 +99,10 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
     if len(state["rng"]) == parts.world.size:
         rng.restore(state["rng"][parts.world.rank], parts.world.device)
     else:
-        remarks.append(f"{len(state['rng'])} processes wrote the checkpoint, {parts.world.size} go on: new random states")
-    return Position(state["step"], state["samples"]), remarks
+        remarks.append(
+            f"{len(state['rng'])} processes wrote the checkpoint, {parts.world.size} go on: new random states"
+        )
+    return Position(state["step"], state["samples"], state["seconds"]), remarks
 
 
 def _data_changed(parts: Parts) -> str:

@@ -116,7 +116,9 @@ class TrainStep:
             "skipped_in_a_row": self.skipped_in_a_row,
         }
 
-    def load_state_dict(self, state: dict[str, Any], load_moments: Callable[[Any, dict[str, Any]], None]) -> None:
+    def load_state_dict(
+        self, state: dict[str, Any], load_moments: Callable[[Any, dict[str, Any]], None]
+    ) -> None:
         load_moments(self.optimizer, state["optimizer"])
         self.loss.load_state_dict(state["loss"])
         self.loss_scale.load_state_dict(state["loss_scale"])
@@ -155,7 +157,9 @@ class TrainStep:
             states.append(rng.capture(self.world.device))
             with torch.no_grad():
                 features.append(self._features(chunk))
-        image_features, text_features = (torch.cat(part).requires_grad_() for part in zip(*features, strict=True))
+        image_features, text_features = (
+            torch.cat(part).requires_grad_() for part in zip(*features, strict=True)
+        )
         loss = self._loss(image_features, text_features)
         (loss * self.loss_scale.scale).backward()
         for chunk, state in zip(chunks, states, strict=True):
@@ -184,7 +188,9 @@ class TrainStep:
 
     @torch.no_grad()
     def _unscale_and_clip(self, gradients: list[Tensor]) -> Tensor:
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.promote_types(gradients[0].dtype, torch.float32))
+        norms = torch._foreach_norm(
+            gradients, 2, dtype=torch.promote_types(gradients[0].dtype, torch.float32)
+        )
         scale = self.loss_scale.scale
         grad_norm = torch.stack(norms).norm() / scale
         factor = 1 / scale

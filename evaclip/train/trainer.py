@@ -1,5 +1,6 @@
 """The loop: fetch, step, report, evaluate, save; stopping, resuming and going back when it must."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -87,17 +88,18 @@ class Trainer:
         self.folder = folder
         self.report = report
         self.position = position
-        self.meter = Meter()
+        self.meter = Meter(position.seconds)
         self.metrics: Metrics = {}
         self._evaluated_at: int | None = None
         self._saved_at: int | None = None
         self._saved_time = time.monotonic()
 
     def run(self) -> Outcome:
-        with StopSignals() as signals, closing(self.parts.loader.batches(self.position.samples)) as batches:
-            stopped = self._loop(batches, signals)
-        if self._saved_at != self.position.step:
-            self._save()
+        with StopSignals() as signals:
+            with closing(self.parts.loader.batches(self.position.samples)) as batches:
+                stopped = self._loop(batches, signals)
+            if self._saved_at != self.position.step:
+                self._save()
         if stopped:
             self.report.say(f"stopped by a signal; --resume auto goes on from step {self.position.step}")
             return Outcome(self.folder.path, self.position.step, self.metrics, signals.exit_code)
@@ -157,7 +159,7 @@ class Trainer:
                 epoch=self.position.samples / self.parts.epoch_samples,
                 loss=loss,
                 lr=self.config.optim.lr * self._lr_factor(self.position.step - 1),
-                logit_scale=2.718281828459045**log_scale,
+                logit_scale=math.exp(log_scale),
                 grad_norm=grad_norm,
                 skipped=int(skipped),
                 samples_per_second=rates.samples_per_second,
@@ -173,7 +175,9 @@ class Trainer:
         policy = self.config.nonfinite
         problem = f"the loss or a gradient was not finite in {in_a_row} steps in a row, up to step {self.position.step}"
         if policy.action == "stop":
-            raise TrainingDiverged(f"{problem}; nonfinite.action=rollback would return to the last good checkpoint")
+            raise TrainingDiverged(
+                f"{problem}; nonfinite.action=rollback would return to the last good checkpoint"
+            )
         if self.position.rollbacks >= policy.max_rollbacks:
             raise TrainingDiverged(f"{problem}, after {policy.max_rollbacks} returns to a checkpoint already")
         root = self.folder.checkpoints
@@ -186,8 +190,8 @@ class Trainer:
         self.position.step = restored.step
         self.position.rollbacks += 1
         if self.world.is_main:
-            checkpoint.discard_after(root, restored.step)
-        self._saved_at = restored.step
+            checkpoint.go_back_to(good)
+        self._saved_at = None
         self.report.say(f"{problem}: went back to {good.name}, leaving out the data in between")
 
     def _evaluate(self) -> None:
@@ -200,10 +204,12 @@ class Trainer:
         self.meter.restart()
 
     def _save(self) -> None:
+        self.position.seconds = self.meter.seconds
         content = snapshot.take(self.parts, self.position)
         if content is not None:
             checkpoint.save(self.folder.checkpoints, self.position.step, content)
-            checkpoint.prune(self.folder.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+            rule = self.config.checkpoint
+            checkpoint.prune(self.folder.checkpoints, self.position.step, rule.keep, rule.keep_every)
         self._saved_at = self.position.step
         self._saved_time = time.monotonic()
         self.meter.restart()

@@ -1,7 +1,10 @@
 """Weights files: what a path or a name stands for, and reading it."""
 
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -53,17 +56,28 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     if path.suffix not in _SUFFIXES:
         raise UserError(f"{str(path)!r} isn't a weights file; expected one of {', '.join(_SUFFIXES)}")
     try:
-        if path.suffix == ".safetensors":
-            return to_original(load_file(path))
-        # Memory mapping needs the zip format, which torch.save has written since 1.6.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = _read(path)
     except FileNotFoundError:
         raise UserError(f"there is no weights file {str(path)!r}") from None
-    except UserError as exc:
-        raise UserError(f"{path}: {exc}") from None
+    except UnpicklingError as exc:
+        raise UserError(
+            f"{str(path)!r} is damaged, or holds other things than tensors and plain values"
+        ) from exc
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as exc:
         raise UserError(f"{str(path)!r} can't be read as weights: {exc}") from exc
-    return to_original(content)
+    if not isinstance(content, Mapping):
+        raise UserError(f"{str(path)!r} holds a {type(content).__name__}; expected tensors by name")
+    try:
+        return to_original(content)
+    except UserError as exc:
+        raise UserError(f"{str(path)!r}: {exc}") from None
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    # Memory mapping needs the zip format, which torch.save has written since 1.6.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def _in_folder(folder: Path) -> Path:

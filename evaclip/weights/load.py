@@ -52,7 +52,7 @@ def resize_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:
     """
     cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
     old = math.isqrt(patches.shape[1])
-    image = patches.float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    image = patches.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False, antialias=False)
     return torch.cat([cls, resized.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
 

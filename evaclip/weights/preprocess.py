@@ -27,10 +27,13 @@ def read_preprocess(weights: Path) -> Preprocess | None:
         return None
     try:
         options = json.loads(path.read_text(encoding="utf-8"))
-        # The size follows from the model; it is written for those who read the file without one.
-        options.pop(_SIZE, None)
+    except ValueError as exc:
+        raise UserError(f"{path} isn't JSON: {exc}") from exc
+    if not isinstance(options, dict):
+        raise UserError(f"{path} holds a {type(options).__name__}; expected an object with the preprocessing")
+    # The size follows from the model; it is written for those who read the file without one.
+    options.pop(_SIZE, None)
+    try:
         return override(Preprocess(), options)
-    except (ValueError, AttributeError) as exc:
-        raise UserError(f"{path} isn't a JSON object with the preprocessing: {exc}") from exc
     except UserError as exc:
         raise UserError(f"{path}: {exc}") from exc

@@ -33,6 +33,8 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.RMSNorm):
     """`torch.nn.RMSNorm` over the last dimension, computed by `evakernels.rms_norm`."""
 
+    eps: float
+
     def __init__(
         self,
         width: int,

@@ -13,15 +13,15 @@ def axial_rope(
     theta: float = 10000.0,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The 2-D rotary embedding of EVA-02 (Fang et al. 2023): the first half of the pairs turns with the patch's row, the
-    second half with its column.
+    """The 2-D rotary embedding of EVA-02 (Fang et al. 2023), as tables for `rope_attention`.
 
-    Pair j of a half turns by `position * theta ** (-4 * j / head_dim)`. Positions are scaled so that a grid of any size
-    spans `reference_size` cells: cell i of n lies at `i / n * reference_size`. So a model keeps its angles' range when
-    its resolution changes.
+    The first half of the pairs turns with the patch's row, the second half with its column. Pair j of a half
+    turns by `position * theta ** (-4 * j / head_dim)`. Positions are scaled so that a grid of any size spans
+    `reference_size` cells: cell i of n lies at `i / n * reference_size`. So a model keeps its angles' range
+    when its resolution changes.
 
-    An attention module computes the tables once for its grid, keeps them as non-persistent buffers, shared by all
-    layers, and passes them as `rope_attention(q, k, v, cos, sin, num_prefix=1)`.
+    An attention module computes the tables once for its grid, keeps them as non-persistent buffers, shared by
+    all layers, and passes them as `rope_attention(q, k, v, cos, sin, num_prefix=1)`.
 
     Args:
         grid_h, grid_w: patches along each axis; they are numbered row by row.
@@ -39,7 +39,7 @@ def axial_rope(
         raise ValueError(f"axial_rope: the grid is {grid_h} x {grid_w}; accepted: at least 1 x 1")
     if head_dim < 4 or head_dim % 4:
         raise ValueError(f"axial_rope: head_dim is {head_dim}; accepted: multiples of 4")
-    # float64 up to the last rounding: the tables are then the same on every device and whatever the default dtype is.
+    # float64 up to the last rounding, so that the tables don't depend on the device or the default dtype.
     pairs = torch.arange(head_dim // 4, dtype=torch.float64, device=device)
     frequencies = theta ** (-4 * pairs / head_dim)
 

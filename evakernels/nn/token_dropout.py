@@ -6,7 +6,7 @@ from evakernels.ops import sample_token_index, token_dropout
 
 
 class PatchDropout(nn.Module):
-    """Drops the share `rate` of every sample's patches in training (FLIP, Li et al. 2022); keeps all in evaluation.
+    """Drops the share `rate` of every sample's patches in training; keeps all in evaluation (Li et al. 2022).
 
     The kept tokens aren't rescaled and stay in the order of the grid.
 
@@ -35,8 +35,8 @@ class PatchDropout(nn.Module):
             pos_embed: `[P + N, C]`, the prefix's rows first.
 
         Returns:
-            Tokens `[B, P + K, C]`, and the indices `[B, K]` of the kept patches for `rope_attention`; None when all are
-            kept. The indices are drawn from the default generator of the device.
+            Tokens `[B, P + K, C]`, and the indices `[B, K]` of the kept patches for `rope_attention`; None
+            when all are kept. The indices are drawn from the default generator of the device.
         """
         token_index = None
         if self.training and self.rate > 0:

@@ -1,8 +1,9 @@
 """Collectives with gradients, for losses over the batch of all processes.
 
-The rule: a loss has the value over the global batch on every rank, and its gradient is world_size times this rank's
-contribution. Averaged over ranks, as data-parallel training does, the contributions add up to the exact gradient.
-Sums over ranks are formed in rank order, so that every rank gets the same bits.
+The rule: a loss has the value over the global batch on every rank, and its gradient is world_size times this
+rank's contribution. Averaged over ranks, as data-parallel training does, the contributions add up to the
+exact gradient. Partial results are gathered and then reduced by every rank in rank order, so that all get the
+same bits.
 """
 
 from typing import Any
@@ -13,19 +14,26 @@ from torch import Tensor
 
 
 def rank_and_size(op: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """This process's place in `group`; (0, 1) for None. Raises `ValueError` without `init_process_group` or a place."""
+    """This process's place in `group`; (0, 1) for None.
+
+    Raises `ValueError` before `init_process_group`, or when the process isn't in the group.
+    """
     if group is None:
         return 0, 1
     if not (dist.is_available() and dist.is_initialized()):
-        raise ValueError(f"{op}: group given, but torch.distributed is not initialized; call init_process_group first")
+        raise ValueError(
+            f"{op}: group given, but torch.distributed is not initialized; call init_process_group first"
+        )
     rank = dist.get_rank(group)
     if rank < 0:
-        raise ValueError(f"{op}: this process is not a member of group; accepted: None or a group that contains it")
+        raise ValueError(
+            f"{op}: this process is not a member of group; accepted: None or a group that contains it"
+        )
     return rank, dist.get_world_size(group)
 
 
 def gather_rows(op: str, name: str, rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The rows of all ranks, in rank order; the gradients of all ranks are summed into the rank that owns the row.
+    """The rows of all ranks, in rank order; the owner of a row gets the sum of all ranks' gradients of it.
 
     Raises `ValueError`, on every rank, where the shapes differ: a collective would hang or mix up the rows.
     """
@@ -35,12 +43,12 @@ def gather_rows(op: str, name: str, rows: Tensor, group: dist.ProcessGroup | Non
     if any(shape != shapes[0] for shape in shapes):
         listed = ", ".join(f"{shape} on rank {rank}" for rank, shape in enumerate(shapes))
         raise ValueError(f"{op}: {name} has shape {listed}; expected the same shape on every rank")
-    gathered: Tensor = _GatherRows.apply(rows, group)
+    gathered: Tensor = _GatherRows.apply(rows, group)  # type: ignore[no-untyped-call]
     return gathered
 
 
 def gather_partials(op: str, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """`x` of all ranks as `[world_size, *x.shape]`; only this rank's part has a gradient, which stays on this rank."""
+    """`x` of all ranks as `[world_size, *x.shape]`; this rank's part alone has a gradient, and keeps it."""
     rank, world_size = rank_and_size(op, group)
     if world_size == 1:
         return x[None]

@@ -16,7 +16,7 @@ from evakernels.reference._numerics import accumulation_dtype
 def contrastive_statistics(
     image: Tensor, text: Tensor, logit_scale: Tensor, offset: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What contrastive losses and in-batch accuracies need of the logits `logit_scale * image @ text^T`, in O(m + B).
+    """What losses and in-batch accuracies need of the logits `logit_scale * image @ text^T`, in O(m + B).
 
     Args:
         image: `[m, D]`, float64, float32, bfloat16 or float16; normalised or not.
@@ -25,19 +25,23 @@ def contrastive_statistics(
         offset: row `offset + i` of `text` belongs to row i of `image`.
 
     Returns:
-        `(row_lse [m], col_lse [B], positive [m], row_max [m], col_max [B])`: the log-sum-exp over the texts of each
-        image and over the images of each text, the logit of each pair, and the largest logit of each image and text.
-        All are float32 (float64 for float64 input), also under autocast; the first three have gradients. An image's
-        top-1 text is its own where `positive >= row_max`.
+        `(row_lse [m], col_lse [B], positive [m], row_max [m], col_max [B])`: the log-sum-exp over the texts
+        of each image and over the images of each text, the logit of each pair, and the largest logit of each
+        image and text. All are float32 (float64 for float64 input), also under autocast; the first three have
+        gradients. An image's top-1 text is its own where `positive >= row_max`.
 
     Raises:
-        TypeError: for a dtype that isn't accepted. ValueError: for shapes, devices or an offset that don't fit together.
+        TypeError: for a dtype that isn't accepted. ValueError: for shapes, devices or an offset that don't
+            fit together.
     """
     op = "contrastive_statistics"
     logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image)
     _check_features(op, image, text, ("image", "text"))
-    if not 0 <= offset <= text.shape[0] - image.shape[0]:
-        raise ValueError(f"{op}: offset is {offset}; accepted: 0 to B - m = {text.shape[0] - image.shape[0]}")
+    spare = text.shape[0] - image.shape[0]
+    if spare < 0:
+        raise ValueError(f"{op}: image has {image.shape[0]} rows and text {text.shape[0]}; expected m <= B")
+    if not 0 <= offset <= spare:
+        raise ValueError(f"{op}: offset is {offset}; accepted: 0 to B - m = {spare}")
     statistics: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _forward(image, text, logit_scale, offset)
     return statistics
 
@@ -50,24 +54,26 @@ def clip_loss(
     label_smoothing: float = 0.0,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Symmetric InfoNCE (CLIP, Radford et al. 2021): the mean of the cross-entropies image to text and text to image.
+    """Symmetric InfoNCE (Radford et al. 2021): the mean of two cross-entropies, over texts and over images.
 
     Args:
-        image_features, text_features: `[b, D]`, row i of one belonging to row i of the other; float64, float32,
-            bfloat16 or float16; normalised or not.
+        image_features, text_features: `[b, D]`, row i of one belonging to row i of the other; float64,
+            float32, bfloat16 or float16; normalised or not.
         logit_scale: `[]` or `[1]`, already exponentiated.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
-        group: the processes whose batches make up the global batch, `b` the same on each; None for this one alone.
-            The text features are gathered once, and no rank computes another's logits.
+        group: the processes whose batches make up the global batch, `b` the same on each; None for this one
+            alone. The text features are gathered once, and no rank computes another's logits.
 
     Returns:
-        0-D, float32 (float64 for float64 input), also under autocast. With a group the value is that of the global batch
-        on every rank, and the gradient is world_size times this rank's contribution, so that the mean over ranks that
-        data-parallel training takes gives every parameter, logit_scale included, its gradient on the global batch.
+        0-D, float32 (float64 for float64 input), also under autocast. With a group the value is that of the
+        global batch on every rank, and the gradient is world_size times this rank's contribution, so that the
+        mean over ranks that data-parallel training takes gives every parameter, logit_scale included, its
+        gradient on the global batch.
 
     Raises:
-        TypeError: for a dtype that isn't accepted. ValueError: for shapes or devices that don't fit together, batches
-            that differ between ranks, a label_smoothing outside [0, 1], or a group that this process isn't in.
+        TypeError: for a dtype that isn't accepted. ValueError: for shapes or devices that don't fit together,
+            batches that differ between ranks, a label_smoothing outside [0, 1], or a group that this process
+            isn't in.
     """
     op = "clip_loss"
     logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image_features)
@@ -76,13 +82,16 @@ def clip_loss(
         raise ValueError(f"{op}: label_smoothing is {label_smoothing}; accepted: 0 to 1")
     rank, world_size = rank_and_size(op, group)
     text = gather_rows(op, "text_features", text_features, group)
-    batch = text.shape[0]
-    row_lse, col_lse, positive, _, _ = _forward(image_features, text, logit_scale, rank * image_features.shape[0])
-    loss_of_rows = (row_lse.sum() / 2 - (1 - label_smoothing) * positive.sum()) / batch
+    rows, batch = image_features.shape[0], text.shape[0]
+    row_lse, col_lse, target, _, _ = _forward(image_features, text, logit_scale, rank * rows)
     if label_smoothing > 0:
-        loss_of_rows = loss_of_rows - label_smoothing * _logit_sum(image_features, text, logit_scale) / batch**2
-    partials = gather_partials(op, torch.cat([col_lse, loss_of_rows[None]]), group)
-    loss = partials[:, -1].sum() + partials[:, :-1].logsumexp(0).sum() / (2 * batch)
+        mean_logit = _logit_sum(image_features, text, logit_scale) / (rows * batch)
+        target = (1 - label_smoothing) * target + label_smoothing * mean_logit
+    # The differences are small and the terms are not: summing the terms first would lose digits.
+    partials = gather_partials(op, torch.cat([col_lse, target, row_lse - target]), group)
+    of_columns, targets, of_rows = torch.split(partials, [batch, rows, rows], dim=1)
+    of_columns = of_columns.logsumexp(0) - targets.flatten()
+    loss = (of_columns.sum() + of_rows.sum()) / (2 * batch)
     return scale_gradient(loss, world_size)
 
 
@@ -96,8 +105,8 @@ def siglip_loss(
 ) -> Tensor:
     """The sigmoid loss (SigLIP, Zhai et al. 2023): a binary classification of every image-text combination.
 
-    Takes, returns and raises what `clip_loss` does; `logit_bias` is `[]` or `[1]` and added to every logit. The sum
-    over all combinations is divided by the global batch size.
+    Takes, returns and raises what `clip_loss` does; `logit_bias` is `[]` or `[1]` and added to every logit.
+    The sum over all combinations is divided by the global batch size.
     """
     op = "siglip_loss"
     logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image_features)
@@ -127,7 +136,9 @@ def _check_features(op: str, image: Tensor, text: Tensor, names: tuple[str, str]
         raise TypeError(f"{op}: {names[1]} is {text.dtype}; accepted: {image.dtype} (as {names[0]})")
     for name, tensor in zip(names, (image, text), strict=True):
         if tensor.dim() != 2 or tensor.shape[0] == 0:
-            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; expected [batch, D] with batch > 0")
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(tensor.shape)}; expected [batch, D] with batch > 0"
+            )
     _check.shape(op, names[1], text, (text.shape[0], image.shape[1]), f"[batch, D of {names[0]}]")
 
 
@@ -141,7 +152,7 @@ def _checked_scalar(op: str, name: str, scalar: Tensor, like: Tensor) -> Tensor:
     return scalar.reshape(())
 
 
-# --- ops ---------------------------------------------------------------------------------------------------------------
+# --- ops ----------------------------------------------------------------------------------------------------
 
 
 def _forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int) -> Any:
@@ -188,15 +199,17 @@ _forward = define(
 )
 _backward = define(
     "contrastive_backward",
-    "(Tensor drow_lse, Tensor dcol_lse, Tensor dpositive, Tensor image, Tensor text, Tensor logit_scale, Tensor row_lse,"
-    " Tensor col_lse, int offset) -> (Tensor dimage, Tensor dtext, Tensor dlogit_scale)",
+    "(Tensor drow_lse, Tensor dcol_lse, Tensor dpositive, Tensor image, Tensor text, Tensor logit_scale,"
+    " Tensor row_lse, Tensor col_lse, int offset) -> (Tensor dimage, Tensor dtext, Tensor dlogit_scale)",
     reference=reference.contrastive_backward,
     fake=_backward_fake,
 )
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)
 
 
-def _siglip_forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Any:
+def _siglip_forward_fake(
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int
+) -> Any:
     return image.new_empty((), dtype=accumulation_dtype(image))
 
 

@@ -1,4 +1,4 @@
-"""LAMB in two calls for all tensors of a model, whatever their groups; between the calls norms may be reduced."""
+"""LAMB in two calls for all tensors of a model, whatever their groups; between them norms may be reduced."""
 
 import difflib
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def lamb_update(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> Tensor:
-    """The first phase of LAMB (You et al. 2020): moments and step counts, in place, and the norms of the trust ratio.
+    """The first phase of LAMB (You et al. 2020): moments and step counts, in place, and the norms it needs.
 
     Args:
         params, grads: n tensors, any shapes, dense; float64, float32, bfloat16 or float16, also mixed.
@@ -39,19 +39,19 @@ def lamb_update(
         weight_decays: n numbers.
         betas: decay rates of the two moments, in [0, 1).
         eps: added to the root of the second moment.
-        variant: `"deepspeed"`: bias correction multiplies the whole step, the trust ratio is clipped to [0.01, 10] and
-            applies to every tensor. `"nvlamb"`: the paper's and apex's form, with corrected moments and a trust ratio
-            that is not clipped and applies to tensors with weight decay only.
+        variant: `"deepspeed"`: bias correction multiplies the whole step, the trust ratio is clipped to
+            [0.01, 10] and applies to every tensor. `"nvlamb"`: the paper's and apex's form, with corrected
+            moments and a trust ratio that is not clipped and applies to tensors with weight decay only.
         grad_scale: one element; the gradients are divided by it (`grads` itself stays as it is).
-        found_inf: one element; above 0 nothing is written. Like grad_scale it is read on the device, without a wait.
+        found_inf: one element; above 0 nothing is written. It is read on the device, as is grad_scale.
 
     Returns:
-        `[n, 2]` squared norms of each parameter and of its direction, for `lamb_apply`, float32 (float64 when a
-        parameter is float64). Where each rank holds a shard of every tensor, sum them over the ranks.
+        `[n, 2]` squared norms of each parameter and of its direction, for `lamb_apply`, float32 (float64 when
+        a parameter is float64). Where each rank holds a shard of every tensor, sum them over the ranks.
 
     Raises:
-        TypeError: for a dtype or layout that isn't accepted. ValueError: for lists, shapes or devices that don't fit
-            together, or an unknown variant.
+        TypeError: for a dtype or layout that isn't accepted. ValueError: for lists, shapes or devices that
+            don't fit together, or an unknown variant.
     """
     op = "lamb_update"
     _check_tensors(op, params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
@@ -143,13 +143,17 @@ def _check_options(
         _check_length(op, name, values, params)
     for i, step in enumerate(steps):
         if step.dtype != torch.float32 or step.dim() > 0:
-            raise TypeError(f"{op}: steps[{i}] is {step.dtype} {tuple(step.shape)}; accepted: 0-D float32 tensors")
+            raise TypeError(
+                f"{op}: steps[{i}] is {step.dtype} {tuple(step.shape)}; accepted: 0-D float32 tensors"
+            )
         _check.same_device(op, **{"params[0]": params[0], f"steps[{i}]": step})
 
 
 def _check_length(op: str, name: str, values: Sequence[Any], params: Tensors) -> None:
     if len(values) != len(params):
-        raise ValueError(f"{op}: {name} has {len(values)} entries; expected one for each of the {len(params)} params")
+        raise ValueError(
+            f"{op}: {name} has {len(values)} entries; expected one for each of the {len(params)} params"
+        )
 
 
 def _check_flags(op: str, param: Tensor, **flags: Tensor | None) -> None:
@@ -159,7 +163,7 @@ def _check_flags(op: str, param: Tensor, **flags: Tensor | None) -> None:
     _check.same_device(op, **{"params[0]": param}, **flags)
 
 
-# --- ops ---------------------------------------------------------------------------------------------------------------
+# --- ops ----------------------------------------------------------------------------------------------------
 
 
 def _update_fake(params: list[Tensor], *_: Any) -> Tensor:
@@ -169,15 +173,16 @@ def _update_fake(params: list[Tensor], *_: Any) -> Tensor:
 _update = define(
     "lamb_update",
     "(Tensor[] params, Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_sqs, Tensor(c!)[] steps,"
-    " float[] weight_decays, float beta1, float beta2, float eps, bool nvlamb, Tensor? grad_scale, Tensor? found_inf)"
-    " -> Tensor squared_norms",
+    " float[] weight_decays, float beta1, float beta2, float eps, bool nvlamb, Tensor? grad_scale,"
+    " Tensor? found_inf) -> Tensor squared_norms",
     reference=reference.lamb_update,
     fake=_update_fake,
 )
 _apply = define(
     "lamb_apply",
-    "(Tensor(a!)[] params, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] steps, Tensor squared_norms, float[] lrs,"
-    " float[] weight_decays, float beta1, float beta2, float eps, bool nvlamb, Tensor? found_inf) -> ()",
+    "(Tensor(a!)[] params, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] steps, Tensor squared_norms,"
+    " float[] lrs, float[] weight_decays, float beta1, float beta2, float eps, bool nvlamb,"
+    " Tensor? found_inf) -> ()",
     reference=reference.lamb_apply,
     fake=None,
 )

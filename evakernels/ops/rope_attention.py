@@ -35,23 +35,26 @@ def rope_attention(
 
     Args:
         q, k, v: `[B, N, H, D]` in one dtype; views of one packed projection are fine.
-        cos, sin: `[P, D/2]`, or `[H, P, D/2]` with angles of each head: one entry per rotated pair. None: no rotation.
-            They get no gradient. `evakernels.nn.axial_rope` makes those of EVA.
+        cos, sin: `[P, D/2]`, or `[H, P, D/2]` with angles of each head: one entry per rotated pair. None: no
+            rotation. They get no gradient. `evakernels.nn.axial_rope` makes those of EVA.
         token_index: int64 `[B, N - num_prefix]`: token `num_prefix + i` of sample b takes table row
-            `token_index[b, i]` (token dropout, see `token_dropout`). None: it takes row i, and P is `N - num_prefix`.
+            `token_index[b, i]` (see `token_dropout`). None: it takes row i, and P is `N - num_prefix`.
         num_prefix: this many leading tokens (class token, registers) aren't rotated; 0 to 16.
         causal: a query sees no later key.
-        interleaved: the pairs are (2i, 2i+1), as in EVA and in timm's "cat" layout; False: (i, i + D/2), "rotate half".
+        interleaved: the pairs are (2i, 2i+1), as in EVA and in timm's "cat" layout; False: (i, i + D/2),
+            "rotate half".
         scale: factor of the scores; `D ** -0.5` by default.
 
     Returns:
-        `[B, N, H, D]`, contiguous, in the dtype of `q`. Scores and softmax are float32 (float64 for float64 input).
-        Under autocast `q`, `k` and `v` are cast as for `torch.nn.functional.scaled_dot_product_attention`.
+        `[B, N, H, D]`, contiguous, in the dtype of `q`. Scores and softmax are float32 (float64 for float64
+        input). Under autocast `q`, `k` and `v` are cast as for
+        `torch.nn.functional.scaled_dot_product_attention`.
 
     Raises:
-        TypeError: for a dtype that isn't accepted. ValueError: for shapes, devices or options that don't fit together.
-        IndexError: on a CPU, for a `token_index` outside the table; elsewhere it isn't checked, as that would make the
-            host wait for the device.
+        TypeError: for a dtype that isn't accepted. ValueError: for shapes, devices or options that don't fit
+            together.
+        IndexError: on a CPU, for a `token_index` outside the table; elsewhere it isn't checked, as that would
+            make the host wait for the device.
     """
     q, k, v = matmul_inputs(q, k, v)
     _check_attention(q, k, v)
@@ -78,13 +81,16 @@ def _check_rotation(
 ) -> None:
     op, (batch, tokens, heads, head_dim) = "rope_attention", q.shape
     if not 0 <= num_prefix <= MAX_PREFIX or num_prefix > tokens:
-        raise ValueError(f"{op}: num_prefix is {num_prefix}; accepted: 0 to {MAX_PREFIX}, and at most N = {tokens}")
+        raise ValueError(
+            f"{op}: num_prefix is {num_prefix}; accepted: 0 to {MAX_PREFIX}, and at most N = {tokens}"
+        )
     if cos is None and sin is None:
         if token_index is not None:
             raise ValueError(f"{op}: token_index without cos and sin; it selects rows of these tables")
         return
     if cos is None or sin is None:
-        raise ValueError(f"{op}: {'sin' if cos is None else 'cos'} without the other; give both or neither")
+        given, missing = ("sin", "cos") if cos is None else ("cos", "sin")
+        raise ValueError(f"{op}: {given} without {missing}; give both or neither")
     if head_dim % 2:
         raise ValueError(f"{op}: head_dim {head_dim} is odd; a rotation needs pairs of channels")
     _check.floating(op, cos=cos, sin=sin)
@@ -102,16 +108,16 @@ def _check_rotation(
     _check.shape(op, "token_index", token_index, (batch, patches), "[B, N - num_prefix]")
 
 
-# --- ops ---------------------------------------------------------------------------------------------------------------
+# --- ops ----------------------------------------------------------------------------------------------------
 
 
-def _forward_fake(q: Tensor, *_: Any) -> Any:
+def _forward_fake(q: Tensor, *rest: Any) -> Any:
     batch, tokens, heads, _ = q.shape
     lse = q.new_empty(batch, heads, tokens, dtype=accumulation_dtype(q))
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
-def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:
+def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
@@ -128,8 +134,8 @@ def _gradient(ctx: Any, dout: Tensor, _: Tensor) -> Any:
 
 _forward = define(
     "rope_attention_forward",
-    "(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? token_index, int num_prefix, bool causal,"
-    " bool interleaved, float scale) -> (Tensor out, Tensor lse)",
+    "(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? token_index, int num_prefix,"
+    " bool causal, bool interleaved, float scale) -> (Tensor out, Tensor lse)",
     reference=reference.rope_attention_forward,
     fake=_forward_fake,
 )

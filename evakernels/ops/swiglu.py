@@ -18,20 +18,21 @@ def swiglu(
     norm_bias: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """`silu(gate) * up` (Shazeer 2020), followed by a LayerNorm over the last dimension when `norm_weight` is given.
+    """`silu(gate) * up` (Shazeer 2020), followed by a LayerNorm when `norm_weight` is given.
 
-    The LayerNorm between the product and the last projection is the sub-LN of EVA-02 (Fang et al. 2023; Wang et al.
-    2022). Backward keeps `gate` and `up` and computes the product again.
+    A LayerNorm between the product and the last projection of an MLP is the sub-LN of EVA-02 (Fang et al.
+    2023; Wang et al. 2022). Backward keeps `gate` and `up` and computes the product again.
 
     Args:
         gate, up: `[..., F]` in one dtype; halves of one packed projection are fine.
-        norm_weight, norm_bias: `[F]`, in the dtype of `gate` or float32; None for no norm, or none of its bias.
+        norm_weight, norm_bias: `[F]`, in the dtype of `gate` or float32; None for no norm, or no bias.
         eps: added to the variance.
 
     Returns:
-        `[..., F]`, contiguous, in the dtype of `gate`; inside it is float32 (float64 for float64 input). That holds
-        under autocast too. There torch leaves silu and the product as they are and on CUDA gives the norm in float32,
-        for the linear after it to round; here the rounding comes at once, so that linear reads half as many bytes.
+        `[..., F]`, contiguous, in the dtype of `gate`; inside it is float32 (float64 for float64 input). That
+        holds under autocast too. There torch leaves silu and the product as they are and on CUDA gives the
+        norm in float32, for the linear after it to round; here the rounding comes at once, so that linear
+        reads half as many bytes.
 
     Raises:
         TypeError: for a dtype that isn't accepted. ValueError: for shapes or devices that don't fit together.
@@ -57,21 +58,30 @@ def _check_inputs(gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_bia
     _check.shape(op, "norm_bias", norm_bias, (gate.shape[-1],), "[F]")
 
 
-# --- ops ---------------------------------------------------------------------------------------------------------------
+# --- ops ----------------------------------------------------------------------------------------------------
 
 
-def _forward_fake(gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float) -> Any:
+def _forward_fake(
+    gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
+) -> Any:
     rows = 0 if norm_weight is None else gate.shape[:-1]
     mean, rstd = (gate.new_empty(rows, dtype=accumulation_dtype(gate)) for _ in range(2))
     return torch.empty_like(gate, memory_format=torch.contiguous_format), mean, rstd
 
 
 def _backward_fake(
-    dout: Tensor, gate: Tensor, up: Tensor, norm_weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool
+    dout: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    norm_weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    has_bias: bool,
 ) -> Any:
     dgate, dup = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
-    dweight = mean.new_empty(0) if norm_weight is None else torch.empty_like(norm_weight)
-    return dgate, dup, dweight, torch.empty_like(dweight) if has_bias else mean.new_empty(0)
+    if norm_weight is None:
+        return dgate, dup, mean.new_empty(0), mean.new_empty(0)
+    return dgate, dup, torch.empty_like(norm_weight), norm_weight.new_empty(gate.shape[-1] if has_bias else 0)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

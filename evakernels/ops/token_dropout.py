@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from evakernels.ops import _check
-from evakernels.ops._register import define, differentiable, optional_gradient
+from evakernels.ops._register import define, differentiable
 from evakernels.reference import token_dropout as reference
 from evakernels.reference._token_index import check_dtype
 
@@ -18,23 +18,26 @@ def token_dropout(
     prefix: Tensor | None = None,
     pos_embed: Tensor | None = None,
 ) -> Tensor:
-    """Keeps the patches that `token_index` names (FLIP, Li et al. 2022), with position embedding and prefix in one pass.
+    """Keeps the patches that `token_index` names, adds their position embeddings and prepends the prefix.
+
+    Dropping a random part of the patches is FLIP's way to cheaper training (Li et al. 2022).
 
     Args:
         patches: `[B, N, C]`.
-        token_index: int64 `[B, K]`, distinct within a row, in any order; the tokens come out in this order. None keeps
-            all (K = N). `sample_token_index` draws it; `rope_attention` takes it to rotate by the original positions.
+        token_index: int64 `[B, K]`, distinct within a row, in any order; the tokens come out in this order.
+            None keeps all (K = N). `sample_token_index` draws it; `rope_attention` takes it to rotate by the
+            original positions.
         prefix: `[P, C]`, class token and registers, put before the patches of every sample.
         pos_embed: `[P + N, C]`, added to the tokens (rows of kept tokens only), the prefix's rows first.
 
     Returns:
-        `[B, P + K, C]`, contiguous. The dtype is the widest of the inputs', as torch's own `cat` and `+` give it.
+        `[B, P + K, C]`, contiguous, in the widest dtype of the inputs, as from torch's own `cat` and `+`.
 
     Raises:
         TypeError: for a dtype that isn't accepted. ValueError: for shapes or devices that don't fit together.
-        IndexError: on a CPU, for a `token_index` that is out of range or names a token twice. Elsewhere neither is
-            checked, as that would make the host wait for the device; a token that stands twice then gets the gradient
-            of one of its copies only.
+        IndexError: on a CPU, for a `token_index` that is out of range or names a token twice. Elsewhere
+            neither is checked, as that would make the host wait for the device; a token that stands twice
+            then gets the gradient of one of its copies only.
     """
     _check_inputs(patches, token_index, prefix, pos_embed)
     out: Tensor = _forward(patches, token_index, prefix, pos_embed)
@@ -49,7 +52,7 @@ def sample_token_index(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Draws which tokens each sample keeps: every set of `num_keep` out of `num_tokens` is as likely as any other.
+    """Draws which tokens each sample keeps, every set of `num_keep` out of `num_tokens` equally likely.
 
     Args:
         batch: number of samples; their sets are independent.
@@ -64,7 +67,9 @@ def sample_token_index(
         ValueError: for a `num_keep` outside 1 to `num_tokens`.
     """
     if not 1 <= num_keep <= num_tokens:
-        raise ValueError(f"sample_token_index: num_keep is {num_keep}; accepted: 1 to num_tokens = {num_tokens}")
+        raise ValueError(
+            f"sample_token_index: num_keep is {num_keep}; accepted: 1 to num_tokens = {num_tokens}"
+        )
     if device is None and generator is not None:
         device = generator.device
     keys = torch.rand(batch, num_tokens, generator=generator, device=device)
@@ -91,7 +96,7 @@ def _check_inputs(
     _check.shape(op, "pos_embed", pos_embed, (num_prefix + num_tokens, channels), "[P + N, C]")
 
 
-# --- ops ---------------------------------------------------------------------------------------------------------------
+# --- ops ----------------------------------------------------------------------------------------------------
 
 
 def _forward_fake(

@@ -16,9 +16,10 @@ from evakernels.reference._numerics import accumulation_dtype
 class Lamb(Optimizer):
     """LAMB (You et al. 2020, arXiv 1904.00962); all tensors of all groups go through one op call a phase.
 
-    The step count is on the device and nothing waits for it. `found_inf` and `grad_scale`, one-element tensors set as
-    attributes (`torch.amp.GradScaler` does so), skip the step and divide the gradients on the device; a skipped step
-    isn't counted. Moments are float32 for 16-bit parameters too, and stay so in `load_state_dict`.
+    The step count is on the device and nothing waits for it. `found_inf` and `grad_scale`, one-element
+    tensors set as attributes (`torch.amp.GradScaler` does so), skip the step and divide the gradients on the
+    device; a skipped step isn't counted. Moments are float32 for 16-bit parameters too, and stay so in
+    `load_state_dict`.
 
     Args:
         params: parameters or groups; a group may set every option below for itself.
@@ -29,7 +30,7 @@ class Lamb(Optimizer):
         variant: `"deepspeed"` or `"nvlamb"`; see `evakernels.lamb_update`.
 
     Raises:
-        TypeError, ValueError: for options out of range, and in `step` for gradients that are sparse or complex.
+        TypeError, ValueError: for options out of range, and in `step` for sparse or complex gradients.
     """
 
     _step_supports_amp_scaling = True
@@ -53,9 +54,9 @@ class Lamb(Optimizer):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the moments in the dtypes they were saved in; see `torch.optim.Optimizer.load_state_dict`."""
+        """Restores the moments in the dtypes they were saved in; otherwise as the base class."""
         super().load_state_dict(state_dict)
-        # The base class has rounded the moments to the dtype of 16-bit parameters and left the steps where they were.
+        # The base class has rounded the moments to the dtype of the parameters and not moved the steps.
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for param, saved_id in zip(params, saved_ids, strict=True):
@@ -63,8 +64,8 @@ class Lamb(Optimizer):
                 self.state[param][name] = value.to(param.device, copy=True)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Makes one step; parameters without a gradient are left alone. Returns what `closure` returns, if given."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Makes one step, but not for parameters without a gradient; returns what `closure` returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -81,7 +82,7 @@ class Lamb(Optimizer):
         return loss
 
     def _batches(self) -> dict[tuple[Any, ...], "_Batch"]:
-        """The tensors that go through one call: all, unless groups differ in more than rate and decay, or in device."""
+        """The tensors of each call: all in one unless groups differ in more than rate and decay."""
         batches: dict[tuple[Any, ...], _Batch] = defaultdict(_Batch)
         for group in self.param_groups:
             for param in group["params"]:

@@ -1,11 +1,12 @@
 """The contrastive losses over logits `s = logit_scale * image @ text^T`, computed in tiles of rows.
 
-    statistics  lse_j s_ij, lse_i s_ij, s_i,offset+i                InfoNCE (van den Oord et al. 2018; Radford et al. 2021)
-    siglip      sum_ij -log sigmoid(z_ij (s_ij + logit_bias))       z = 1 on the pairs, -1 elsewhere (Zhai et al. 2023)
+    statistics  lse_j s_ij, lse_i s_ij, s_i,offset+i            InfoNCE (Radford et al. 2021)
+    siglip      sum_ij -log sigmoid(z_ij (s_ij + logit_bias))   z = 1 on the pairs, else -1 (Zhai et al. 2023)
 
-Row i of `image` [m, D] belongs to row offset + i of `text` [B, D]. One tile of logits serves both directions, and
-neither the [m, B] matrix nor anything of its size exists at any time. Logits and sums are float32 (float64 for float64
-input); 16-bit features are widened first, for a CPU has no 16-bit product with a float32 result.
+Row i of `image` [m, D] belongs to row offset + i of `text` [B, D]. One tile of logits serves both directions,
+and neither the [m, B] matrix nor anything of its size exists at any time. Logits and sums are float32
+(float64 for float64 input); 16-bit features are widened first, for a CPU has no 16-bit product with a float32
+result.
 """
 
 from collections.abc import Iterator
@@ -56,7 +57,9 @@ def contrastive_backward(
     return gradients.result()
 
 
-def siglip_forward(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
+def siglip_forward(
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int
+) -> Tensor:
     image, text, scale = _widened(image, text, logit_scale)
     total = image.new_zeros(())
     for rows in _row_tiles(image, text):
@@ -73,7 +76,7 @@ def siglip_backward(
     gradients = _Gradients(image, text, logit_scale)
     dbias = torch.zeros_like(gradients.dscale)
     for rows, logits in gradients.tiles():
-        # Negating the pairs before and after the sigmoid gives sigmoid(x) - 1 on them without its cancellation.
+        # Negating the pairs before and after the sigmoid gives them sigmoid(x) - 1 without its cancellation.
         dlogits = _negate_pairs(logits + logit_bias, offset + rows.start).sigmoid_()
         dlogits = _negate_pairs(dlogits, offset + rows.start).mul_(dloss)
         dbias += dlogits.sum()
@@ -82,7 +85,7 @@ def siglip_backward(
 
 
 class _Gradients:
-    """Recomputes the logits tile by tile and sums what their gradients give for the features and the scale."""
+    """Recomputes the logits tile by tile and sums what their gradients give for features and scale."""
 
     def __init__(self, image: Tensor, text: Tensor, logit_scale: Tensor) -> None:
         self.dtypes = image.dtype, text.dtype, logit_scale.dtype
@@ -112,7 +115,7 @@ def _widened(image: Tensor, text: Tensor, logit_scale: Tensor) -> tuple[Tensor, 
 
 
 def _row_tiles(image: Tensor, text: Tensor) -> Iterator[slice]:
-    """The height depends on the shapes alone, so that sums are formed in one order on any number of threads."""
+    """The height depends on the shapes alone: sums are formed in one order on any number of threads."""
     rows, height = image.shape[0], max(1, TILE_ELEMENTS // text.shape[0])
     for start in range(0, rows, height):
         yield slice(start, min(start + height, rows))

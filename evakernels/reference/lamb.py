@@ -6,9 +6,9 @@
     deepspeed   u = m / (sqrt(v) + eps) + decay * w;    ratio = correction * clip(|w| / |u|, 0.01, 10)
     nvlamb      u = m' / (sqrt(v') + eps) + decay * w;  ratio = |w| / |u|, 1 for a tensor without decay
 
-with m' = m / (1 - beta1^t), v' = v / (1 - beta2^t), correction = sqrt(1 - beta2^t) / (1 - beta1^t), and |w| / |u|
-replaced by 1 where either norm is 0. All is computed in float32 (float64 for float64 parameters), whatever the
-parameters and moments are stored in. Nothing waits for the device.
+with m' = m / (1 - beta1^t), v' = v / (1 - beta2^t), correction = sqrt(1 - beta2^t) / (1 - beta1^t), and
+|w| / |u| replaced by 1 where either norm is 0. All is computed in float32 (float64 for float64 parameters),
+whatever the parameters and moments are stored in. Nothing waits for the device.
 """
 
 import math
@@ -75,7 +75,15 @@ def lamb_apply(
 
 
 def _direction(
-    w: Tensor, m: Tensor, v: Tensor, t: Tensor, decay: float, beta1: float, beta2: float, eps: float, nvlamb: bool
+    w: Tensor,
+    m: Tensor,
+    v: Tensor,
+    t: Tensor,
+    decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    nvlamb: bool,
 ) -> Tensor:
     # Both phases form it from the moments as stored, so that the norms are those of the step that is made.
     w = w.to(accumulation_dtype(w))

@@ -4,9 +4,9 @@
     s = scale * q' k'^T                 keys after the query count as -inf when causal
     out = softmax(s) v,  lse = log(sum(exp(s)))
 
-A pair is one complex number here and its rotation one complex product, so the inverse rotation, which carries the
-gradients of q' and k' back to q and k, is the product with the conjugate. Everything between the inputs and the results
-is float32 (float64 for float64 input). The scores exist as a whole: [B, H, N, N].
+A pair is one complex number here and its rotation one complex product, so the inverse rotation, which carries
+the gradients of q' and k' back to q and k, is the product with the conjugate. Everything between the inputs
+and the results is float32 (float64 for float64 input). The scores exist as a whole: [B, H, N, N].
 """
 
 import torch
@@ -62,7 +62,8 @@ def rope_attention_backward(
     # The mean of dweights under the softmax is that of dout * out over the channels (Dao et al. 2022).
     mean = (dout * _heads_first(out)).sum(-1, keepdim=True)
     dscores = torch.matmul(dout, _heads_first(v).mT).sub_(mean).mul_(weights).mul_(scale)
-    back = None if rotation is None else rotation.conj()
+    # Not conj(): its lazy flag is lost when the op runs in an AOT-compiled graph without gradients.
+    back = None if rotation is None else rotation.conj_physical()
     dq = _rotate(torch.matmul(dscores, k_rotated), back, interleaved)
     dk = _rotate(torch.matmul(dscores.mT, q_rotated), back, interleaved)
     return _heads_last(dq, q.dtype), _heads_last(dk, q.dtype), _heads_last(dv, q.dtype)
@@ -90,7 +91,8 @@ def _rotate(x: Tensor, rotation: Tensor | None, interleaved: bool) -> Tensor:
     if rotation is None:
         return x
     if interleaved:  # pairs (2i, 2i + 1)
-        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * rotation).flatten(-2)
+        pairs = torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * rotation).flatten(-2)
     rotated = torch.complex(*x.chunk(2, -1)) * rotation  # pairs (i, i + D / 2)
     return torch.cat((rotated.real, rotated.imag), -1)
 

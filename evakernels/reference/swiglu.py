@@ -1,9 +1,10 @@
-"""The gated product of a SwiGLU MLP (Shazeer 2020), alone or with the LayerNorm that follows it in EVA-02 (sub-LN).
+"""The gated product of a SwiGLU MLP (Shazeer 2020), alone or with the LayerNorm that follows it in EVA-02
+(sub-LN).
 
     hidden = silu(gate) * up;  out = hidden, or LayerNorm(hidden) when there is a norm_weight
 
-The hidden values are never rounded: the norm sees them in float32 (float64 for float64 input), and backward computes
-them again from gate and up.
+The hidden values are never rounded: the norm sees them in float32 (float64 for float64 input), and backward
+computes them again from gate and up.
 """
 
 import torch
@@ -25,12 +26,19 @@ def swiglu_forward(
 
 
 def swiglu_backward(
-    dout: Tensor, gate: Tensor, up: Tensor, norm_weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool
+    dout: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    norm_weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = gate.dtype
     dhidden, gate, up = _accumulate(dout, gate, up)
-    dweight = dbias = dhidden.new_empty(0)
-    if norm_weight is not None:
+    if norm_weight is None:
+        dweight, dbias = dhidden.new_empty(0), dhidden.new_empty(0)
+    else:
         dhidden, dweight, dbias = layer_norm_backward(
             dhidden, _hidden(gate, up), norm_weight, mean, rstd, has_bias, False
         )

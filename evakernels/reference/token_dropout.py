@@ -1,10 +1,11 @@
-"""The entrance of a vision tower: keep some of the patches, add their position embeddings, put the prefix before them.
+"""The entrance of a vision tower: keep some of the patches, add their position embeddings, put the prefix
+before them.
 
     out[b, :P] = prefix + pos_embed[:P]
     out[b, P + i] = patches[b, token_index[b, i]] + pos_embed[P + token_index[b, i]]
 
-Keeping a random part of the patches is FLIP's way to cheaper training (Li et al. 2022). The indices of a sample are
-distinct, so backward is a copy into zeros: no sum depends on an order.
+Keeping a random part of the patches is FLIP's way to cheaper training (Li et al. 2022). The indices of a
+sample are distinct, so backward is a copy into zeros: no sum depends on an order.
 """
 
 import torch
@@ -42,7 +43,9 @@ def token_dropout_backward(
         dpatches = dtokens.clone(memory_format=torch.contiguous_format)
     else:
         rows = _flat_rows(token_index, num_tokens)
-        dpatches = dout.new_zeros(batch * num_tokens, channels).index_copy_(0, rows, dtokens.reshape(-1, channels))
+        dpatches = dout.new_zeros(batch * num_tokens, channels).index_copy_(
+            0, rows, dtokens.reshape(-1, channels)
+        )
         dpatches = dpatches.view(batch, num_tokens, channels)
     dprefix = _batch_sum(dout[:, :num_prefix])
     dpos_embed = torch.cat((dprefix, _batch_sum(dpatches))) if has_pos_embed else dout.new_empty(0)

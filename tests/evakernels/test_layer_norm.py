@@ -33,7 +33,11 @@ def plain(kind):
     """Our function and torch's, over (x, weight, bias); RMSNorm ignores the bias slot (None)."""
 
     def ours(x, weight, bias):
-        return evakernels.rms_norm(x, weight, EPS) if kind == "rms" else evakernels.layer_norm(x, weight, bias, EPS)
+        return (
+            evakernels.rms_norm(x, weight, EPS)
+            if kind == "rms"
+            else evakernels.layer_norm(x, weight, bias, EPS)
+        )
 
     return ours, lambda x, weight, bias: torch_norm(kind, x, weight, bias)
 
@@ -79,7 +83,9 @@ def cases():
     """Every form, norm and combination of optional arguments: name, pair of functions, inputs at width C."""
     for kind, affine in itertools.product(NORMS, [True, False]):
         yield f"plain-{kind}-{affine}", plain(kind), (randn(2, 3, 7), *parameters(kind, 7, affine))
-    for form, kind, ls, rs in itertools.product([add_then_norm, norm_then_add], NORMS, [True, False], [True, False]):
+    for form, kind, ls, rs in itertools.product(
+        [add_then_norm, norm_then_add], NORMS, [True, False], [True, False]
+    ):
         row_scale = torch.tensor([0.0, 1.25]) if rs else None
         layer_scale = randn(7, seed=5) if ls else None
         inputs = (randn(2, 3, 7), randn(2, 3, 7, seed=4), *parameters(kind, 7, True), layer_scale)
@@ -119,13 +125,19 @@ def test_opcheck(dtype, rms):
     row_scale = torch.tensor([0.0, 2.0], dtype=dtype)
     bias = None if rms else bias
     assert_opcheck(OPS.layer_norm_forward.default, (x, weight, bias, EPS, rms))
-    assert_opcheck(OPS.add_layer_norm_forward.default, (x, branch, weight, bias, layer_scale, row_scale, EPS, rms))
-    assert_opcheck(OPS.layer_norm_add_forward.default, (x, branch, weight, bias, layer_scale, row_scale, EPS, rms))
+    assert_opcheck(
+        OPS.add_layer_norm_forward.default, (x, branch, weight, bias, layer_scale, row_scale, EPS, rms)
+    )
+    assert_opcheck(
+        OPS.layer_norm_add_forward.default, (x, branch, weight, bias, layer_scale, row_scale, EPS, rms)
+    )
     with torch.no_grad():
         dy = torch.ones_like(x)
         _, mean, rstd = OPS.layer_norm_forward(x, weight, bias, EPS, rms)
         has_bias = bias is not None
-        assert_opcheck(OPS.layer_norm_backward.default, (dy, x.detach(), weight.detach(), mean, rstd, has_bias, rms))
+        assert_opcheck(
+            OPS.layer_norm_backward.default, (dy, x.detach(), weight.detach(), mean, rstd, has_bias, rms)
+        )
 
 
 @pytest.mark.parametrize("kind", NORMS)
@@ -169,12 +181,36 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.parametrize(
     "call, exception, message",
     [
-        (lambda: evakernels.layer_norm(torch.ones(2, 4, dtype=torch.int64)), TypeError, "int64; accepted: float64"),
-        (lambda: evakernels.layer_norm(torch.ones(2, 4), torch.ones(3)), ValueError, r"weight has shape \(3,\)"),
-        (lambda: evakernels.layer_norm(torch.ones(2, 4), bias=torch.ones(4)), ValueError, "bias without weight"),
-        (lambda: evakernels.layer_norm(torch.ones(2, 4), torch.ones(4, device="meta")), ValueError, "weight on meta"),
-        (lambda: evakernels.rms_norm(torch.ones(2, 4), torch.ones(4).half()), TypeError, "weight is torch.float16"),
-        (lambda: evakernels.add_layer_norm(torch.ones(2, 4), torch.ones(2, 5)), ValueError, r"branch has shape \(2, 5\)"),
+        (
+            lambda: evakernels.layer_norm(torch.ones(2, 4, dtype=torch.int64)),
+            TypeError,
+            "int64; accepted: float64",
+        ),
+        (
+            lambda: evakernels.layer_norm(torch.ones(2, 4), torch.ones(3)),
+            ValueError,
+            r"weight has shape \(3,\)",
+        ),
+        (
+            lambda: evakernels.layer_norm(torch.ones(2, 4), bias=torch.ones(4)),
+            ValueError,
+            "bias without weight",
+        ),
+        (
+            lambda: evakernels.layer_norm(torch.ones(2, 4), torch.ones(4, device="meta")),
+            ValueError,
+            "weight on meta",
+        ),
+        (
+            lambda: evakernels.rms_norm(torch.ones(2, 4), torch.ones(4).half()),
+            TypeError,
+            "weight is torch.float16",
+        ),
+        (
+            lambda: evakernels.add_layer_norm(torch.ones(2, 4), torch.ones(2, 5)),
+            ValueError,
+            r"branch has shape \(2, 5\)",
+        ),
         (
             lambda: evakernels.layer_norm_add(torch.ones(2, 4), torch.ones(2, 4), row_scale=torch.ones(3)),
             ValueError,

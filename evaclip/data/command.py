@@ -1,0 +1,176 @@
+"""`evaclip data`: build the emoji shards, check a data set, measure how fast it is read."""
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evaclip.cli import leaf
+from evaclip.data.kinds import KINDS
+from evaclip.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from evaclip.data import Source
+    from evaclip.data.check import CheckReport
+
+_STYLES = ("twemoji", "openmoji")
+_NAMED_FAULTS = 5
+
+
+def add_commands(subparsers: Any) -> None:
+    """Adds `data` with its verbs to the command line."""
+    parser = subparsers.add_parser("data", help="build, check and time data sets")
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_emoji(verbs)
+    _add_check(verbs)
+    _add_bench(verbs)
+
+
+def _add_emoji(verbs: Any) -> None:
+    parser = leaf(
+        verbs,
+        "emoji",
+        help="build shards of captioned emoji pictures from installed packages",
+        examples=[
+            "evaclip data emoji data/emoji",
+            "evaclip data emoji data/emoji --style twemoji --skin-tones",
+        ],
+    )
+    parser.add_argument("out", metavar="OUT", help="folder that the shards are written to")
+    parser.add_argument("--style", choices=(*_STYLES, "both"), default="both", help="default: both")
+    parser.add_argument("--size", type=int, default=96, help="side of the pictures in pixels (default: 96)")
+    parser.add_argument("--skin-tones", action="store_true", help="include the skin-tone variants")
+    parser.set_defaults(run=_run_emoji)
+
+
+def _add_check(verbs: Any) -> None:
+    parser = leaf(
+        verbs,
+        "check",
+        help="read every sample and list what is wrong; exit code 1 if anything is",
+        examples=[
+            "evaclip data check 'data/emoji/twemoji-{00000..00003}.tar'",
+            "evaclip data check pairs.csv",
+        ],
+    )
+    _add_source_options(parser)
+    parser.set_defaults(run=_run_check)
+
+
+def _add_bench(verbs: Any) -> None:
+    parser = leaf(
+        verbs,
+        "bench",
+        help="measure how fast batches are read, decoded and augmented",
+        examples=["evaclip data bench 'data/cc3m/{00000..00331}.tar' --workers 8 --batch-size 256"],
+    )
+    _add_source_options(parser)
+    parser.add_argument("--batch-size", type=int, default=64, help="samples per batch (default: 64)")
+    parser.add_argument("--image-size", type=int, default=224, help="side of the tensors (default: 224)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="how long to measure (default: 10)")
+    parser.set_defaults(run=_run_bench)
+
+
+def _add_source_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "path", metavar="PATH", help="tar shards, CSV/TSV file, folder, or the word synthetic"
+    )
+    parser.add_argument("--kind", choices=KINDS, default="auto", help="what PATH is (default: auto)")
+    parser.add_argument("--image-key", help="member suffixes ('jpg;png') or the column of picture paths")
+    parser.add_argument("--caption-key", help="'txt', 'json:FIELD' or the column of captions")
+    parser.add_argument("--csv-separator", help="default: tab if the header has one, else comma")
+    parser.add_argument(
+        "--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)"
+    )
+
+
+def _open(args: argparse.Namespace) -> "Source":
+    from evaclip.data import open_source
+
+    return open_source(
+        args.path,
+        args.kind,
+        image_key=args.image_key,
+        caption_key=args.caption_key,
+        csv_separator=args.csv_separator,
+    )
+
+
+def _run_emoji(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from evaclip.data import emoji
+
+    styles = _STYLES if args.style == "both" else (args.style,)
+    folder = Path(args.out)
+    began = time.perf_counter()
+    shards = emoji.build_emoji(folder, styles, args.size, args.skin_tones)
+    console = Console()
+    for style, paths in shards.items():
+        console.print(f"{style}: {len(paths)} shards {folder}/{style}-*.tar", soft_wrap=True, highlight=False)
+    console.print(f"done in {time.perf_counter() - began:.1f} s; the licences are in {folder / 'LICENSES'}")
+
+
+def _run_check(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from evaclip.data.check import check
+
+    source = _open(args)
+    console = Console()
+    report = check(source, args.workers, console)
+    size = report.image_bytes / 1e6
+    console.print(
+        f"{source.description}: {report.samples} samples, {size:.1f} MB of pictures", soft_wrap=True
+    )
+    console.print(f"fingerprint {source.fingerprint}")
+    if report.bad:
+        console.print(_fault_table(report))
+        raise SystemExit(1)
+    console.print("no faults")
+
+
+def _fault_table(report: "CheckReport") -> "Table":
+    from rich.table import Table
+
+    table = Table("fault", "count", "the first of them")
+    for kind, faults in report.faults.items():
+        named = "\n".join(str(fault).removeprefix(f"{kind}: ") for fault in faults[:_NAMED_FAULTS])
+        table.add_row(kind, str(len(faults)), named)
+    return table
+
+
+def _run_bench(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from evaclip.data import bench
+    from evaclip.transforms import train_transform
+
+    if args.seconds <= 0:
+        raise UserError(f"--seconds must be more than 0, got {args.seconds}")
+    console = Console()
+    began = time.perf_counter()
+    source = _open(args)
+    opened = time.perf_counter() - began
+    transform = train_transform(args.image_size)
+    stages = bench.time_stages(source, transform)
+    throughput = bench.time_loader(source, transform, args.batch_size, args.workers, args.seconds)
+    table = Table("stage", "ms per sample, one process")
+    table.add_row("read", f"{stages.read_ms:.2f}")
+    table.add_row("decode", f"{stages.decode_ms:.2f}")
+    table.add_row("transform", f"{stages.transform_ms:.2f}")
+    console.print(table)
+    table = Table("workers", "batch size", "samples/s", "MB/s", "first batch, s", "opening, s")
+    table.add_row(
+        str(args.workers),
+        str(args.batch_size),
+        f"{throughput.samples_per_second:.0f}",
+        f"{throughput.samples_per_second * stages.image_bytes / 1e6:.1f}",
+        f"{throughput.first_batch_seconds:.2f}",
+        f"{opened:.2f}",
+    )
+    console.print(table)

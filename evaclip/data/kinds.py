@@ -1,0 +1,6 @@
+"""The kinds of data."""
+
+from typing import Literal, get_args
+
+Kind = Literal["auto", "webdataset", "csv", "folder", "synthetic"]
+KINDS: tuple[str, ...] = get_args(Kind)

@@ -1,0 +1,182 @@
+"""The whole story in one command: real shards, training, evaluation on a style never seen, and the report."""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evaclip.errors import UserError
+
+if TYPE_CHECKING:
+    from evaclip.train.config import TrainConfig
+    from evaclip.train.trainer import Outcome
+
+RECIPE = "emoji"
+STYLES = ("twemoji", "openmoji")
+BUDGET_MINUTES = 7.0
+RUN_FOLDER = Path("runs/demo")
+DATA_FOLDER = Path("data/emoji")
+
+_TITLES = {"openmoji": "OpenMoji, a style never seen", "twemoji": "Twemoji, the drawings trained on"}
+_SPEED_STEPS = 12
+
+
+def run_demo(
+    out: Path,
+    *,
+    data: Path = DATA_FOLDER,
+    minutes: float = BUDGET_MINUTES,
+    say: Callable[[str], None] = print,
+) -> tuple[Path, Path]:
+    """Trains on Twemoji's drawings and measures on OpenMoji's drawings of the same concepts.
+
+    Args:
+        out: the folder of the run; an earlier demo in it is replaced.
+        data: where the shards lie; they are drawn if they do not.
+        minutes: what the training may take; it is shortened to that where the machine is slow.
+        say: is told what happens.
+
+    Returns:
+        The paths of `report.html` and `report.png`.
+
+    Raises:
+        UserError: a package of the demo is missing, or `out` holds a run of another kind.
+    """
+    from evaclip.report import write_report
+    from evaclip.train.trainer import train
+
+    if minutes <= 0:
+        raise UserError(f"the budget must be more than 0 minutes, got {minutes:g}")
+    _check_replaceable(out)
+    draw_shards(data, say)
+    config = fit_to_budget(demo_config(out, data), minutes, say)
+    _stop_if_asked(train(config, overwrite=True))
+    evaluate_run(out, data)
+    return write_report(out)
+
+
+def draw_shards(data: Path, say: Callable[[str], None] = print) -> None:
+    """Makes sure that `data` holds the shards of both styles."""
+    from evaclip.data.emoji import build_emoji
+
+    # The list of classes is written after the shards: where it is, they are complete.
+    if (data / "classes.txt").is_file() and all(any(data.glob(f"{style}-*.tar")) for style in STYLES):
+        say(f"the shards in {data} are there already")
+        return
+    say(f"drawing the pictures of {' and '.join(STYLES)} into {data}")
+    build_emoji(data, STYLES)
+
+
+def demo_config(out: Path, data: Path) -> "TrainConfig":
+    """The recipe, reading from `data` and writing to `out`; the evaluation is left to the demo."""
+    from evaclip.train.config import EvalConfig
+    from evaclip.train.recipes import get_recipe
+
+    config = get_recipe(RECIPE)
+    shards = replace(config.data, train=str(data / "twemoji-*.tar"))
+    return replace(config, name=out.name, output=str(out.parent), data=shards, eval=EvalConfig())
+
+
+def fit_to_budget(config: "TrainConfig", minutes: float, say: Callable[[str], None] = print) -> "TrainConfig":
+    """The configuration with as many steps as `minutes` allow on this machine, but no more than planned."""
+    from evaclip.data import open_configured
+    from evaclip.train.schedule import total_steps
+
+    planned = total_steps(config.schedule, config.batch_size, len(open_configured(config.data)))
+    affordable = int(_steps_per_second(config) * 60 * minutes)
+    if affordable >= planned:
+        return config
+    steps = max(1, affordable)
+    say(f"{planned:,} steps would take longer than {minutes:g} minutes here: training for {steps:,}")
+    schedule = config.schedule
+    warmup = schedule.warmup_steps * steps // planned
+    return replace(config, schedule=replace(schedule, steps=steps, epochs=None, warmup_steps=warmup))
+
+
+def _steps_per_second(config: "TrainConfig") -> float:
+    """Measured by the first steps of the same run, elsewhere."""
+    from evaclip.train.config import LogConfig
+    from evaclip.train.progress import LOG_FILE, read_log
+    from evaclip.train.trainer import train
+
+    schedule = replace(config.schedule, steps=_SPEED_STEPS, epochs=None)
+    log = LogConfig(every_steps=_SPEED_STEPS // 2, tensorboard=False, progress="none")
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = train(replace(config, output=folder, schedule=schedule, log=log))
+        _stop_if_asked(outcome)
+        last: dict[str, Any] = read_log(outcome.folder / LOG_FILE)[-1]
+    return float(last["samples_per_second"]) / config.batch_size
+
+
+def evaluate_run(run: Path, data: Path) -> None:
+    """Zero-shot classification of both styles and retrieval on the unseen one; printed and kept."""
+    import torch
+
+    from evaclip.data import open_source
+    from evaclip.eval.load import load_model
+    from evaclip.eval.prompts import load_classnames
+    from evaclip.eval.results import print_evaluation
+    from evaclip.eval.runs import Setting, run_retrieval, run_zero_shot, store
+
+    loaded = load_model(str(run), device="cuda" if torch.cuda.is_available() else "cpu")
+    classnames = load_classnames(data / "classes.txt")
+    for style in reversed(STYLES):
+        path = str(data / f"{style}-*.tar")
+        evaluation = run_zero_shot(
+            Setting(loaded, path, open_source(path), _TITLES[style]), classnames, ["{}"]
+        )
+        print_evaluation(evaluation)
+        store(run, evaluation)
+    path = str(data / "openmoji-*.tar")
+    all_names = open_source(path, caption_key="json:captions")
+    retrieval, gallery = run_retrieval(Setting(loaded, path, all_names, _TITLES["openmoji"]))
+    print_evaluation(retrieval)
+    store(run, retrieval, gallery)
+
+
+def _stop_if_asked(outcome: "Outcome") -> None:
+    if outcome.stopped_by is not None:
+        raise SystemExit(outcome.stopped_by)
+
+
+def _check_replaceable(out: Path) -> None:
+    from evaclip.eval.load import RUN_CONFIG_FILE
+    from evaclip.train.overrides import load_yaml
+
+    path = out / RUN_CONFIG_FILE
+    if path.is_file() and load_yaml(path).get("model", {}).get("name") != RECIPE:
+        raise UserError(
+            f"{str(out)!r} holds another run, which the demo would replace: choose another folder by --out"
+        )
+
+
+def add_commands(subparsers: Any) -> None:
+    """Adds `evaclip demo`."""
+    from evaclip.cli import leaf
+
+    parser = leaf(
+        subparsers,
+        "demo",
+        help="train on real pictures, evaluate on a style never seen, and write a report",
+        examples=["evaclip demo", "evaclip demo --out runs/demo --budget-minutes 3"],
+    )
+    folders = (("--out", RUN_FOLDER, "the run and its report"), ("--data", DATA_FOLDER, "the shards"))
+    for name, folder, what in folders:
+        parser.add_argument(
+            name, type=Path, default=folder, metavar="FOLDER", help=f"for {what} (default: {folder})"
+        )
+    parser.add_argument(
+        "--budget-minutes",
+        type=float,
+        default=BUDGET_MINUTES,
+        metavar="N",
+        help=f"how long the training may take (default: {BUDGET_MINUTES:g})",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    for path in run_demo(args.out, data=args.data, minutes=args.budget_minutes):
+        print(path)

@@ -1,0 +1,180 @@
+"""`evaclip eval zero-shot | retrieval | linear-probe`."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evaclip.data import Source
+    from evaclip.eval.gallery import Gallery
+    from evaclip.eval.results import Evaluation
+    from evaclip.eval.runs import Setting
+
+_MODEL_HELP = "a run folder, a checkpoint folder, or NAME[:WEIGHTS]"
+_DATA_HELP = "tar shards (pattern or folder), a CSV/TSV file, or a folder of class folders"
+
+
+def add_commands(subparsers: Any) -> None:
+    """Adds `evaclip eval` and its three tasks."""
+    from evaclip.cli import leaf
+
+    group = subparsers.add_parser("eval", help="measure a model", description="Measure a model.")
+    tasks = group.add_subparsers(title="tasks", metavar="TASK", required=True, parser_class=type(group))
+    zero_shot = leaf(
+        tasks,
+        "zero-shot",
+        help="classify pictures by their classes' names, with no training",
+        examples=[
+            "evaclip eval zero-shot runs/demo --data 'emoji/openmoji-*.tar' --classes emoji/classes.txt",
+            "evaclip eval zero-shot EVA02-CLIP-B-16:b16.pt --data val --classes imagenet",
+            "evaclip eval zero-shot runs/a --data 'cifar/{00..03}.tar' --caption-key cls --classes names.txt",
+        ],
+    )
+    _add_common(zero_shot)
+    zero_shot.add_argument(
+        "--classes",
+        metavar="FILE",
+        help="class names, one a line or a JSON list, in label order, or 'imagenet' "
+        "(default: the folders' names, or the distinct captions)",
+    )
+    zero_shot.add_argument(
+        "--templates",
+        metavar="FILE",
+        default="{}",
+        help="one a line, or a JSON list, each with {}; 'imagenet' for its 80; "
+        "or one template itself (default: '{}')",
+    )
+    zero_shot.add_argument(
+        "--show-classes", action="store_true", help="print the accuracy of every class, worst first"
+    )
+    zero_shot.set_defaults(run=_run_zero_shot)
+    retrieval = leaf(
+        tasks,
+        "retrieval",
+        help="find pictures by text and texts by picture, all captions of a picture counted",
+        examples=[
+            "evaclip eval retrieval runs/demo --data 'emoji/openmoji-*.tar'",
+            "evaclip eval retrieval EVA02-CLIP-B-16:weights.pt --data coco/test.csv   # one row per caption",
+            "evaclip eval retrieval runs/a --data 'flickr/{0..3}.tar' --caption-key json:captions",
+        ],
+    )
+    _add_common(retrieval)
+    retrieval.set_defaults(run=_run_retrieval)
+    probe = leaf(
+        tasks,
+        "linear-probe",
+        help="train a linear classifier on frozen features",
+        examples=[
+            "evaclip eval linear-probe runs/demo --train flowers/train --data flowers/test --cache features"
+        ],
+    )
+    _add_common(probe)
+    probe.add_argument("--train", metavar="PATH", required=True, help=f"to train on: {_DATA_HELP}")
+    probe.add_argument("--classes", metavar="FILE", help="class names in label order, or 'imagenet'")
+    probe.set_defaults(run=_run_linear_probe)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", metavar="PATH", required=True, help=_DATA_HELP)
+    data.add_argument("--kind", default="auto", help="auto, webdataset, csv or folder (default: auto)")
+    data.add_argument("--image-key", metavar="KEY", help="member suffixes, or the column, of the pictures")
+    data.add_argument(
+        "--caption-key",
+        metavar="KEY",
+        help="'txt', 'cls', 'json:FIELD', or the column, of captions or labels",
+    )
+    data.add_argument(
+        "--title", metavar="TEXT", help="what the data is called in tables and reports (default: its path)"
+    )
+    compute = parser.add_argument_group("computation")
+    compute.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="pictures at once (default: 64)"
+    )
+    compute.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="processes that decode (default: 2)"
+    )
+    compute.add_argument("--device", help="cpu, cuda, cuda:N (default: cuda where there is one)")
+    compute.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="autocast (default: fp32)"
+    )
+    compute.add_argument(
+        "--cache", type=Path, metavar="FOLDER", help="keep features here, and use what is kept"
+    )
+    compute.add_argument(
+        "--no-average", action="store_true", help="the weights themselves, not their moving average"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the result, with all that it depends on, here"
+    )
+
+
+def _run_zero_shot(args: argparse.Namespace) -> None:
+    from evaclip.eval.prompts import load_templates
+    from evaclip.eval.results import print_classes
+    from evaclip.eval.runs import run_zero_shot
+
+    templates = load_templates(args.templates)
+    setting = _setting(args)
+    evaluation = run_zero_shot(setting, _classnames(args), templates)
+    if args.show_classes:
+        print_classes(evaluation)
+    _report(args, setting, evaluation)
+
+
+def _run_retrieval(args: argparse.Namespace) -> None:
+    from evaclip.eval.runs import run_retrieval
+
+    setting = _setting(args)
+    _report(args, setting, *run_retrieval(setting))
+
+
+def _run_linear_probe(args: argparse.Namespace) -> None:
+    from evaclip.eval.runs import run_linear_probe
+
+    train = _open(args, args.train)
+    setting = _setting(args)
+    _report(args, setting, run_linear_probe(setting, train, _classnames(args)))
+
+
+def _setting(args: argparse.Namespace) -> "Setting":
+    # Everything that can be wrong with the data and the numbers is found before the model is loaded.
+    import torch
+
+    from evaclip.eval.features import FeatureOptions
+    from evaclip.eval.load import load_model
+    from evaclip.eval.runs import Setting
+
+    options = FeatureOptions(args.batch_size, args.workers, args.precision, args.cache)
+    source = _open(args, args.data)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_model(args.model, device=device, average=not args.no_average)
+    return Setting(loaded, args.data, source, args.title or args.data, options)
+
+
+def _open(args: argparse.Namespace, path: str) -> "Source":
+    from evaclip.data import open_source
+
+    keys = {"image_key": args.image_key, "caption_key": args.caption_key}
+    return open_source(path, args.kind, caption_template="{}", **keys)
+
+
+def _classnames(args: argparse.Namespace) -> tuple[str, ...] | None:
+    from evaclip.eval.prompts import load_classnames
+
+    return load_classnames(args.classes) if args.classes else None
+
+
+def _report(
+    args: argparse.Namespace, setting: "Setting", evaluation: "Evaluation", gallery: "Gallery | None" = None
+) -> None:
+    from evaclip.eval.results import print_evaluation
+    from evaclip.eval.runs import store
+
+    print_evaluation(evaluation)
+    if args.json:
+        evaluation.save(args.json)
+    if setting.loaded.run:
+        print(f"kept for the report of the run: {store(setting.loaded.run, evaluation, gallery)}")

@@ -1,0 +1,122 @@
+"""Whole evaluations: from a loaded model and a data set to a result that can be stored."""
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from evaclip.data import Source
+from evaclip.eval import linear_probe, retrieval, zero_shot
+from evaclip.eval.features import FeatureOptions, encode_images, weights_hash
+from evaclip.eval.gallery import FOLDER as GALLERIES
+from evaclip.eval.gallery import Gallery, build_gallery
+from evaclip.eval.labels import assign_labels
+from evaclip.eval.load import LoadedModel
+from evaclip.eval.pairs import encode_pairs
+from evaclip.eval.results import FOLDER as EVALUATIONS
+from evaclip.eval.results import DataFacts, Evaluation, ModelFacts, Task
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is common to all evaluations.
+
+    Attributes:
+        loaded: the model.
+        path: where the data lies, as the user wrote it.
+        source: the data, opened.
+        title: what the data is called in tables and reports.
+        options: how features are computed.
+    """
+
+    loaded: LoadedModel
+    path: str
+    source: Source
+    title: str
+    options: FeatureOptions = field(default_factory=FeatureOptions)
+
+
+def run_zero_shot(setting: Setting, classnames: Sequence[str] | None, templates: Sequence[str]) -> Evaluation:
+    """Zero-shot classification of a source whose captions are class names or label numbers.
+
+    Args:
+        classnames: in the order of the labels; None takes the source's own, or else the distinct captions.
+        templates: each with the placeholder `{}`.
+    """
+    started = time.monotonic()
+    loaded, options = setting.loaded, setting.options
+    images = encode_images(loaded.model, loaded.transform, setting.source, options)
+    labels = assign_labels(images.captions, images.keys, classnames, setting.source.classes)
+    classifier = zero_shot.build_classifier(
+        loaded.model, loaded.tokenizer, labels.classnames, templates, options
+    )
+    result = zero_shot.evaluate(images.features, labels.indices, classifier, labels.classnames)
+    prompts = {"classes": len(labels.classnames), "templates": list(templates)}
+    return _evaluation("zero-shot", setting, result.to_dict(), started, len(images), prompts)
+
+
+def run_retrieval(setting: Setting) -> tuple[Evaluation, Gallery]:
+    """Retrieval both ways over all pictures and captions of a source, and a gallery of what was found."""
+    started = time.monotonic()
+    loaded = setting.loaded
+    pairs = encode_pairs(loaded.model, loaded.tokenizer, loaded.transform, setting.source, setting.options)
+    result = retrieval.evaluate(pairs.image_features, pairs.text_features, pairs.image_of_text)
+    readable = len(setting.source) - pairs.unreadable
+    evaluation = _evaluation("retrieval", setting, result.to_dict(), started, readable)
+    return evaluation, build_gallery(f"{setting.title}: texts and what they find", pairs)
+
+
+def run_linear_probe(setting: Setting, train: Source, classnames: Sequence[str] | None) -> Evaluation:
+    """A linear probe trained on the features of `train` and tested on those of the setting's source."""
+    started = time.monotonic()
+    loaded, options = setting.loaded, setting.options
+    fitted = encode_images(loaded.model, loaded.transform, train, options)
+    tested = encode_images(loaded.model, loaded.transform, setting.source, options)
+    train_labels = assign_labels(fitted.captions, fitted.keys, classnames, train.classes)
+    test_labels = assign_labels(tested.captions, tested.keys, train_labels.classnames, setting.source.classes)
+    result = linear_probe.linear_probe(
+        (fitted.features, train_labels.indices),
+        (tested.features, test_labels.indices),
+        classes=len(train_labels.classnames),
+    )
+    return _evaluation("linear-probe", setting, result.to_dict(), started, len(tested))
+
+
+def store(run: Path, evaluation: Evaluation, gallery: Gallery | None = None) -> Path:
+    """Keeps a result in the folder of its run, for its report; one of the same name is replaced."""
+    name = f"{evaluation.task}-{re.sub(r'[^a-z0-9]+', '-', evaluation.title.lower()).strip('-')}.json"
+    evaluation.save(run / EVALUATIONS / name)
+    if gallery:
+        gallery.save(run / GALLERIES / name)
+    return run / EVALUATIONS / name
+
+
+def _evaluation(
+    task: Task,
+    setting: Setting,
+    metrics: dict[str, object],
+    started: float,
+    samples: int,
+    prompts: dict[str, object] | None = None,
+) -> Evaluation:
+    loaded, source = setting.loaded, setting.source
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    return Evaluation(
+        task=task,
+        title=setting.title,
+        metrics=metrics,
+        model=ModelFacts(loaded.name, loaded.origin, parameters, weights_hash(loaded.model)),
+        data=DataFacts(setting.path, source.fingerprint, samples, len(source) - samples),
+        transform=repr(loaded.transform),
+        precision=setting.options.precision,
+        device=_device_name(next(loaded.model.parameters()).device),
+        seconds=time.monotonic() - started,
+        prompts=prompts,
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

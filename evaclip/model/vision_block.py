@@ -1,0 +1,186 @@
+"""The transformer block of the vision tower, with all options that distinguish the models."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evaclip.model.config import VisionConfig
+from evaclip.model.norm import Norm
+from evakernels import rope_attention
+from evakernels.nn import SwiGLU
+
+INIT_STD = 0.02
+
+
+def vision_norm(config: VisionConfig, width: int) -> Norm:
+    """The kind of norm that the tower has."""
+    return Norm(width, config.norm, config.norm_eps)
+
+
+def reset_linear(linear: nn.Linear, factor: float = 1.0) -> None:
+    """Truncated normal weights times `factor`, bias 0."""
+    nn.init.trunc_normal_(linear.weight, std=INIT_STD)
+    with torch.no_grad():
+        linear.weight.mul_(factor)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with rotary positions. `[B, N, width]` -> same.
+
+    There are biases on q and v, but none on k: it would shift all scores of a query alike, without effect.
+    """
+
+    q_bias: nn.Parameter | None
+    v_bias: nn.Parameter | None
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.heads = config.heads
+        if config.sub_norm:
+            self.q_proj = nn.Linear(width, width, bias=False)
+            self.k_proj = nn.Linear(width, width, bias=False)
+            self.v_proj = nn.Linear(width, width, bias=False)
+            self.inner_attn_ln = vision_norm(config, width)
+        else:
+            self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.sub_norm = config.sub_norm
+        for name in ("q_bias", "v_bias"):
+            self.register_parameter(name, nn.Parameter(torch.zeros(width)) if config.qkv_bias else None)
+        self.proj = nn.Linear(width, width)
+
+    def reset_parameters(self, branch_factor: float) -> None:
+        """Start values; the output projection is smaller by `branch_factor`."""
+        if self.sub_norm:
+            for linear in (self.q_proj, self.k_proj, self.v_proj):
+                reset_linear(linear)
+            self.inner_attn_ln.reset_parameters()
+        else:
+            reset_linear(self.qkv)
+        for bias in (self.q_bias, self.v_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+        reset_linear(self.proj, branch_factor)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+        token_index: Tensor | None = None,
+    ) -> Tensor:
+        """`cos` and `sin` as in `RotaryTable`, `token_index` the patches that `x` holds; None for all."""
+        q, k, v = self._project(x)
+        # The class token, in front of the patches, has no place in the image and isn't rotated.
+        out = rope_attention(q, k, v, cos, sin, token_index=token_index, num_prefix=1).flatten(2)
+        if self.sub_norm:
+            out = self.inner_attn_ln(out)
+        projected: Tensor = self.proj(out)
+        return projected
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        heads = (*x.shape[:2], self.heads, -1)
+        if self.sub_norm:
+            q = F.linear(x, self.q_proj.weight, self.q_bias)
+            v = F.linear(x, self.v_proj.weight, self.v_bias)
+            return q.view(heads), self.k_proj(x).view(heads), v.view(heads)
+        bias = None
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return tuple(part.view(heads) for part in F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1))
+
+
+class GeluMlp(nn.Module):
+    """MLP with exact GELU. `[B, N, width]` -> same."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.hidden)
+        self.fc2 = nn.Linear(config.hidden, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+def _mlp(config: VisionConfig) -> SwiGLU | GeluMlp:
+    if config.mlp == "swiglu":
+        return SwiGLU(config.width, config.hidden, sub_ln=config.sub_norm, eps=config.norm_eps)
+    return GeluMlp(config)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with its norm before or after it. `[B, N, width]` -> same.
+
+    Args:
+        config: of the tower.
+        index: which block this is, from 0.
+    """
+
+    gamma_1: nn.Parameter | None
+    gamma_2: nn.Parameter | None
+
+    def __init__(self, config: VisionConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.post_norm = config.post_norm
+        self.drop_path = config.drop_path * index / max(config.layers - 1, 1)
+        self.layer_scale_init = config.layer_scale_init
+        self.norm1 = vision_norm(config, config.width)
+        self.attn = Attention(config)
+        self.norm2 = vision_norm(config, config.width)
+        self.mlp = _mlp(config)
+        for name in ("gamma_1", "gamma_2"):
+            scaled = config.layer_scale_init is not None
+            self.register_parameter(name, nn.Parameter(torch.empty(config.width)) if scaled else None)
+
+    def reset_parameters(self) -> None:
+        """Start values; the deeper the block, the smaller the last matrix of each branch."""
+        branch_factor = 1 / math.sqrt(2 * (self.index + 1))
+        self.norm1.reset_parameters()
+        self.attn.reset_parameters(branch_factor)
+        self.norm2.reset_parameters()
+        self._reset_mlp(branch_factor)
+        for scale in (self.gamma_1, self.gamma_2):
+            if scale is not None and self.layer_scale_init is not None:
+                nn.init.constant_(scale, self.layer_scale_init)
+
+    def _reset_mlp(self, branch_factor: float) -> None:
+        last = self.mlp.w3 if isinstance(self.mlp, SwiGLU) else self.mlp.fc2
+        for module in self.mlp.children():
+            if isinstance(module, nn.Linear):
+                reset_linear(module, branch_factor if module is last else 1.0)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+        token_index: Tensor | None = None,
+    ) -> Tensor:
+        """`cos`, `sin` and `token_index` as in `Attention`."""
+        if self.post_norm:
+            x = self.norm1.of_branch(x, self.attn(x, cos, sin, token_index), self.gamma_1, self._row_scale(x))
+            return self.norm2.of_branch(x, self.mlp(x), self.gamma_2, self._row_scale(x))
+        branch: Tensor = self.attn(self.norm1(x), cos, sin, token_index)
+        y, x = self.norm2.of_sum(x, branch, self.gamma_1, self._row_scale(x))
+        branch = self.mlp(y)
+        row_scale = self._row_scale(x)
+        if self.gamma_2 is not None:
+            branch = branch * self.gamma_2
+        if row_scale is not None:
+            branch = branch * row_scale[:, None, None]
+        return x + branch
+
+    def _row_scale(self, x: Tensor) -> Tensor | None:
+        """Stochastic depth (Huang et al. 2016): 0 where the branch is skipped, else 1 / keep. `[B]`."""
+        if not self.training or self.drop_path == 0:
+            return None
+        keep = 1 - self.drop_path
+        return torch.rand(x.shape[0], device=x.device).lt(keep).to(x.dtype) / keep

@@ -1,0 +1,90 @@
+"""`evaclip train`."""
+
+import argparse
+from typing import Any
+
+from evaclip.cli import leaf
+from evaclip.train import aliases
+
+_EXAMPLES = (
+    "evaclip train                                   # what recipes there are",
+    "evaclip train tiny",
+    "evaclip train eva02-b-16 --print-config > my.yaml",
+    "evaclip train eva02-b-16 --config my.yaml --set optim.lr=1e-3 data.workers=4 --dry-run",
+    "evaclip train eva02-b-16 --config my.yaml --resume auto",
+    "torchrun --nproc-per-node 8 -m evaclip.cli train eva02-b-16 --config my.yaml",
+)
+
+
+def add_commands(subparsers: Any) -> None:
+    """Adds `train` to the command line."""
+    parser = leaf(subparsers, "train", help="train a model from a recipe", examples=_EXAMPLES)
+    parser.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="where the configuration starts; none lists them"
+    )
+    parser.add_argument("--config", metavar="YAML", help="a file whose keys replace the recipe's")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace single keys, after all else",
+    )
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--resume",
+        default="none",
+        metavar="WHAT",
+        help="auto: from the newest whole checkpoint, if any; latest; the path of a checkpoint; none (the default)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the whole configuration and do nothing else"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="build everything, run one step, save nothing")
+    aliases.add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Does what the command line asks for; a run that a signal ended exits with 130 or 143."""
+    # Imported here so that `evaclip --help` does not wait for torch.
+    from evaclip.train import recipes
+    from evaclip.train.overrides import dump_yaml
+
+    if args.recipe is None:
+        for name, description in recipes.describe_recipes().items():
+            print(f"{name:16} {description}")
+        return
+    config = configure(args)
+    if args.print_config:
+        print(dump_yaml(config), end="")
+        return
+    if args.dry_run:
+        from evaclip.train.dry_run import dry_run
+
+        dry_run(config)
+        return
+    from evaclip.train.trainer import train
+
+    for note in aliases.notes(args):
+        print(note)
+    outcome = train(config, resume=args.resume, overwrite=args.overwrite)
+    if outcome.stopped_by is not None:
+        raise SystemExit(outcome.stopped_by)
+
+
+def configure(args: argparse.Namespace) -> Any:
+    """The `TrainConfig` of a command line: the recipe, then the file, then the aliases, then `--set`."""
+    from evaclip.train.distributed import process_count
+    from evaclip.train.overrides import load_yaml, parse_assignment, resolve
+    from evaclip.train.recipes import get_recipe
+
+    config = get_recipe(args.recipe)
+    if args.config:
+        config = resolve(config, [load_yaml(args.config)])
+    changes = aliases.changes(args, config.accumulation, process_count())
+    if args.device:
+        changes.append({"device": args.device})
+    return resolve(config, [*changes, *map(parse_assignment, args.set)])

@@ -1,0 +1,203 @@
+"""The build: with a compiler, without one, and with a broken one."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from evakernels import _native
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("setup.py", "CMakeLists.txt", "pyproject.toml", "MANIFEST.in", "LICENSE", "csrc")
+PACKAGES = ("evakernels", "evaclip")
+ABSENT = "no-such-compiler"
+
+# Runs in a folder that holds an unpacked wheel.
+REPORT = """
+import json, torch, evakernels
+from evakernels._info import info
+y = evakernels.layer_norm(torch.arange(8.0).reshape(2, 4))
+print(json.dumps({"folder": evakernels.__file__, "native": info()["native"], "y": y.tolist()}))
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of what the build reads, without what earlier builds left."""
+    target = tmp_path / "project"
+    target.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target / name)
+        else:
+            shutil.copy(ROOT / name, target / name)
+    for name in PACKAGES:
+        ignored = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+        shutil.copytree(ROOT / name, target / name, ignore=ignored)
+    return target
+
+
+def build(project: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Builds a wheel into `project`/dist."""
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+        "-w",
+        "dist",
+        ".",
+    ]
+    clean = {name: value for name, value in os.environ.items() if name not in ("CXX", "EVAKERNELS_NATIVE")}
+    return subprocess.run(pip, cwd=project, env=clean | environment, capture_output=True, text=True)
+
+
+def run_setup(project: Path, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """One command of setup.py, which is quicker than a wheel."""
+    python = [sys.executable, "setup.py", command]
+    return subprocess.run(python, cwd=project, env=os.environ | environment, capture_output=True, text=True)
+
+
+def only_wheel(project: Path, result: subprocess.CompletedProcess[str]) -> Path:
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = (project / "dist").glob("*.whl")
+    return wheel
+
+
+def report_of(wheel: Path, folder: Path) -> dict:
+    """What `REPORT` says when it is run on the wheel's files."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    result = subprocess.run(
+        [sys.executable, "-c", REPORT],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": "."},
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert Path(report["folder"]).is_relative_to(folder), "the report is not of this wheel"
+    return report
+
+
+def names_in(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def test_library_is_loaded_where_it_can_be_built() -> None:
+    if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler")
+    assert _native.LOADED, _native.REASON
+
+
+@pytest.mark.slow
+def test_wheel_without_compiler_is_pure_python(project: Path, tmp_path: Path) -> None:
+    wheel = only_wheel(project, build(project, CXX=ABSENT))
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = names_in(wheel)
+    assert {"evakernels/py.typed", "evakernels/_build.json", "evaclip/py.typed", "evaclip/cli.py"} <= names
+    assert not [name for name in names if name.endswith((".so", ".cpp"))]
+    report = report_of(wheel, tmp_path / "unpacked")
+    assert report["native"]["loaded"] is False
+    assert report["native"]["reason"] == f"not built: no C++ compiler found (looked for {ABSENT})"
+    assert report["y"][0] == pytest.approx([-1.3416, -0.4472, 0.4472, 1.3416], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_wheel_with_native_library(project: Path, tmp_path: Path) -> None:
+    if not _native.LOADED:
+        pytest.skip(f"the native library can't be built here: {_native.REASON}")
+    wheel = only_wheel(project, build(project, EVAKERNELS_NATIVE="on"))
+    assert "-none-any" not in wheel.name
+    names = names_in(wheel)
+    configs = {f"evaclip/configs/{path.name}" for path in (ROOT / "evaclip/configs").glob("*.json")}
+    assert {"evakernels/_ops.so", "evakernels/_build.json", "evakernels/py.typed"} | configs <= names
+    assert [name for name in names if re.fullmatch(r"evakernels/_C\..*\.so", name)]
+    assert not [name for name in names if name.startswith(("csrc", "tests", "build"))]
+    unpacked = tmp_path / "unpacked"
+    native = report_of(wheel, unpacked)["native"]
+    assert native["loaded"] is True
+    assert native["reason"] is None
+    assert native["isa"] == native["isas_available"][-1]
+    assert native["version"] == wheel.name.split("-")[1]
+    assert_runs_under_any_python(unpacked / "evakernels/_ops.so")
+    assert_instruction_sets_share_no_symbol(project)
+
+
+def assert_runs_under_any_python(library: Path) -> None:
+    symbols = subprocess.run(["nm", "-D", library], capture_output=True, text=True, check=True).stdout
+    assert "torch_parallel_for" in symbols
+    assert not re.findall(r" U _?Py\w+", symbols)
+    # C++ symbols of libtorch would tie the library to one release.
+    assert not re.findall(r" U _ZN\w*(?:2at|3c10|5torch)\w*", symbols)
+
+
+def assert_instruction_sets_share_no_symbol(project: Path) -> None:
+    """A weak symbol in these objects could make baseline code call an AVX-512 copy."""
+    objects = list((project / "build").glob("cmake-*/CMakeFiles/kernels_*.dir/csrc/cpu/*.o"))
+    assert objects
+    for path in objects:
+        symbols = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
+        assert not re.findall(r"^\w* [uvVwW] .*", symbols, flags=re.MULTILINE), path
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"EVAKERNELS_NATIVE": "on", "CXX": ABSENT}, "EVAKERNELS_NATIVE=on, but no C++ compiler found"),
+        ({"EVAKERNELS_NATIVE": "maybe"}, "EVAKERNELS_NATIVE='maybe'; accepted are auto, on, off"),
+    ],
+)
+def test_refused_build(project: Path, environment: dict[str, str], message: str) -> None:
+    result = run_setup(project, "build", **environment)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_broken_compiler_fails_the_build(project: Path) -> None:
+    result = run_setup(project, "build", CXX="/bin/false")
+    assert result.returncode != 0
+    assert "compiler" in result.stdout + result.stderr
+
+
+def test_switched_off_build_removes_a_stale_library(project: Path) -> None:
+    stale = [project / "evakernels/_ops.so", project / "evakernels/_C.cpython-311-x86_64-linux-gnu.so"]
+    for path in stale:
+        path.touch()
+    result = run_setup(project, "editable_wheel", EVAKERNELS_NATIVE="off")
+    assert result.returncode == 0, result.stderr
+    assert not [path for path in stale if path.exists()]
+    record = json.loads((project / "evakernels/_build.json").read_text())
+    assert record == {"native": False, "reason": "switched off by EVAKERNELS_NATIVE=off"}
+
+
+def test_headers_keep_to_their_side() -> None:
+    """Kernels know neither torch nor Python; the operators use the stable part of libtorch only."""
+    for folder in ("common", "cpu"):
+        for path in (ROOT / "csrc" / folder).iterdir():
+            assert not re.findall(r'#include [<"](torch|ATen|c10|pybind11|Python)', path.read_text()), path
+    included = re.findall(
+        r"#include <((?:torch|ATen|c10)/\S+)>", (ROOT / "csrc/bind/torch_ops.cpp").read_text()
+    )
+    assert included
+    assert all(name.startswith(("torch/csrc/stable/", "torch/headeronly/")) for name in included)
+
+
+def test_makefile_installs_what_the_build_requires() -> None:
+    requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    (tools,) = re.findall(r"^BUILD_TOOLS := (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    named = {re.split(r"[<>=!~ ]", requirement)[0] for requirement in requires}
+    assert named - {"torch"} <= set(tools.split())

@@ -1,0 +1,36 @@
+"""Numbered samples whose pictures, captions and tensors tell their number."""
+
+import io
+import json
+
+import torch
+from PIL import Image
+
+
+def picture(number: int, size: int = 8, kind: str = "png") -> bytes:
+    """An image file whose colour tells its number (lossless for PNG, below 65536)."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size), (number // 256, number % 256, 7)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def sample(number: int) -> tuple[str, dict[str, bytes]]:
+    """A sample in img2dataset's layout."""
+    facts = {"caption": f"caption {number}", "captions": [f"caption {number}", f"caption {number + 1000}"]}
+    members = {
+        "png": picture(number),
+        "txt": f"caption {number}\n".encode(),
+        "json": json.dumps(facts).encode(),
+    }
+    return f"{number:06d}", members
+
+
+def number_transform(image: Image.Image, seed: int = 0) -> torch.Tensor:
+    """[3, 1, 1]: the sample's number, the draw of its seed, and a constant."""
+    red, green, _ = image.convert("RGB").getpixel((0, 0))
+    return torch.tensor([red * 256 + green, seed % 10007, 1.0]).reshape(3, 1, 1)
+
+
+def number_tokens(captions: list[str]) -> torch.Tensor:
+    """[n, 1]: the number in each caption."""
+    return torch.tensor([[int(caption.split()[-1])] for caption in captions])

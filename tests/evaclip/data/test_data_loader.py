@@ -1,0 +1,298 @@
+import itertools
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from data_samples import number_tokens, number_transform, picture, sample
+
+from evaclip.data import TrainLoader, iterate, open_source
+from evaclip.data.shard_writer import write_shard
+from evaclip.errors import UserError
+
+
+def make_loader(source, batch_size=8, **options) -> TrainLoader:
+    options = {"seed": 3, "window": 20, **options}
+    return TrainLoader(
+        source, batch_size=batch_size, transform=number_transform, tokenizer=number_tokens, **options
+    )
+
+
+def take(loader: TrainLoader, batches: int, position: int = 0) -> list:
+    stream = loader.batches(position)
+    taken = list(itertools.islice(stream, batches))
+    stream.close()
+    return taken
+
+
+def numbers(batches: list) -> list[int]:
+    """The numbers of the samples, read from the pictures."""
+    return torch.cat([batch.images[:, 0, 0, 0] for batch in batches]).int().tolist()
+
+
+def damaged(number: int, **changes) -> tuple[str, dict[str, bytes]]:
+    key, members = sample(number)
+    return key, {name: content for name, content in {**members, **changes}.items() if content is not None}
+
+
+def test_batches_hold_what_the_interface_says(shards):
+    first, second = take(make_loader(open_source(shards)), 2)
+    assert (first.images.shape, first.images.dtype) == ((8, 3, 1, 1), torch.float32)
+    assert (first.tokens.shape, first.tokens.dtype) == ((8, 1), torch.int64)
+    assert (first.position, second.position, first.skipped) == (8, 16, 0)
+    assert numbers([first]) == first.tokens[:, 0].tolist()
+
+
+def test_every_epoch_holds_every_sample_once(shards):
+    batches = take(make_loader(open_source(shards)), 24)
+    epochs = [numbers(batches[start : start + 8]) for start in (0, 8, 16)]
+    assert all(sorted(epoch) == list(range(64)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_the_stream_is_the_same_for_any_number_of_workers_and_processes(shards):
+    """One process, four workers, two processes with a worker each: epoch ends, captions and augmentation."""
+    source = open_source(shards, caption_key="json:captions")
+    alone = take(make_loader(source, 8), 10)
+    with_workers = take(make_loader(source, 8, workers=4), 10)
+    ranks = [take(make_loader(source, 4, workers=1, rank=rank, world_size=2), 10) for rank in range(2)]
+    for one, other, left, right in zip(alone, with_workers, *ranks, strict=True):
+        for name in ("images", "tokens"):
+            expected = getattr(one, name)
+            assert torch.equal(expected, getattr(other, name))
+            assert torch.equal(expected, torch.cat([getattr(left, name), getattr(right, name)]))
+        assert one.position == other.position == left.position == right.position
+
+
+def test_a_position_in_the_middle_of_an_epoch_goes_on_bit_for_bit(shards):
+    source = open_source(shards, caption_key="json:captions")
+    straight = take(make_loader(source), 20)
+    resumed = take(make_loader(source, workers=2), 9, position=straight[10].position)
+    for expected, batch in zip(straight[11:], resumed, strict=True):
+        assert torch.equal(expected.images, batch.images)
+        assert torch.equal(expected.tokens, batch.tokens)
+        assert expected.position == batch.position
+
+
+def test_a_position_holds_for_another_batch_size_and_world_size(shards):
+    source = open_source(shards)
+    expected = numbers(take(make_loader(source, 8), 12))
+    position = take(make_loader(source, 8), 3)[-1].position
+    ranks = [take(make_loader(source, 6, rank=rank, world_size=3), 2, position) for rank in range(3)]
+    regrouped = [batch for group in zip(*ranks, strict=True) for batch in group]
+    assert numbers(regrouped) == expected[24 : 24 + 36]
+
+
+def test_augmentation_and_captions_change_from_epoch_to_epoch(shards):
+    batches = take(make_loader(open_source(shards, caption_key="json:captions")), 16)
+    draws = [{}, {}]
+    for epoch, batch in ((i // 8, batch) for i, batch in enumerate(batches)):
+        for image, tokens in zip(batch.images, batch.tokens, strict=True):
+            draws[epoch][int(image[0])] = (int(image[1]), int(tokens[0]) // 1000)
+    augmentations = [(draws[0][i][0], draws[1][i][0]) for i in range(64)]
+    captions = [(draws[0][i][1], draws[1][i][1]) for i in range(64)]
+    assert all(first != second for first, second in augmentations)
+    assert 16 < sum(first != second for first, second in captions) < 48
+    assert 40 < sum(sum(pair) for pair in captions) < 88
+
+
+def test_another_seed_gives_another_order(shards):
+    source = open_source(shards)
+    assert numbers(take(make_loader(source, seed=1), 8)) != numbers(take(make_loader(source, seed=2), 8))
+
+
+def test_bad_samples_are_replaced_counted_and_named(tmp_path, caplog):
+    faults = {3: {"png": picture(3)[:30]}, 8: {"txt": None, "json": None}, 11: {"png": None}}
+    write_shard(tmp_path / "a.tar", (damaged(i, **faults.get(i, {})) for i in range(16)))
+    source = open_source(str(tmp_path / "a.tar"))
+    loader = make_loader(source)
+    with caplog.at_level(logging.WARNING, "evaclip.data"):
+        batches = take(loader, 4)
+    assert [len(batch.images) for batch in batches] == [8] * 4
+    assert not {3, 8, 11} & set(numbers(batches))
+    assert sum(batch.skipped for batch in batches) == sum(loader.faults.counts.values()) >= 6
+    assert set(loader.faults.counts) == {"corrupt image", "missing caption", "missing image"}
+    for name in ("corrupt image: ", "a.tar:000003", "missing caption: ", "a.tar:000008", "a.tar:000011"):
+        assert name in caplog.text
+    again = take(make_loader(source, workers=2), 4)
+    assert numbers(again) == numbers(batches)
+    assert [batch.skipped for batch in again] == [batch.skipped for batch in batches]
+
+
+def test_samples_beside_a_bad_one_keep_their_places(tmp_path, shards):
+    sound = numbers(take(make_loader(open_source(shards)), 8))
+    path = tmp_path / "01.tar"
+    write_shard(path, (damaged(i, **({"txt": None, "json": None} if i == 33 else {})) for i in range(20, 50)))
+    replaced = numbers(take(make_loader(open_source(shards)), 8))
+    assert [new for old, new in zip(sound, replaced, strict=True) if old != 33] == [
+        n for n in sound if n != 33
+    ]
+
+
+def test_the_log_is_not_flooded(tmp_path, caplog):
+    faulty = {"txt": None, "json": None}
+    write_shard(tmp_path / "a.tar", (damaged(i, **(faulty if i % 2 else {})) for i in range(64)))
+    loader = make_loader(open_source(str(tmp_path / "a.tar")), 64)
+    with caplog.at_level(logging.WARNING, "evaclip.data"):
+        take(loader, 4)
+    assert loader.faults.counts["missing caption"] > 128
+    assert len(caplog.records) == 20
+    assert "evaclip data check" in caplog.records[-1].getMessage()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_bad_samples_is_an_error(tmp_path, workers):
+    write_shard(tmp_path / "a.tar", (damaged(i, png=b"rubbish") for i in range(8)))
+    loader = make_loader(open_source(str(tmp_path / "a.tar")), workers=workers)
+    with pytest.raises(
+        UserError, match=r"^\S*a\.tar: 100 samples in a row cannot be used, the last: corrupt image"
+    ):
+        take(loader, 1)
+
+
+def test_damaged_shards_are_named_at_the_start(shards, tmp_path, caplog):
+    path = tmp_path / "01.tar"
+    path.write_bytes(path.read_bytes()[:50_000])
+    with caplog.at_level(logging.WARNING, "evaclip.data"):
+        loader = make_loader(open_source(shards))
+    assert "damaged shard: " in caplog.text
+    assert "01.tar" in caplog.text
+    assert loader.faults.counts["damaged shard"] == 1
+
+
+def test_too_few_samples_for_the_global_batch(shards):
+    source = open_source(shards)
+    with pytest.raises(
+        UserError, match=r"64 samples are too few for one global batch of 66 \(33 samples x 2 proc"
+    ):
+        make_loader(source, 33, world_size=2)
+    assert len(take(make_loader(source, 32, world_size=2), 3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch size must be 1 or more, got 0"),
+        ({"batch_size": -4}, "batch size must be 1 or more, got -4"),
+        ({"workers": -1}, "workers must be 0 or more, got -1"),
+        ({"window": -1}, "window must be 0 .* got -1"),
+        ({"prefetch": 0}, "prefetch must be 1 or more, got 0"),
+        ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
+    ],
+)
+def test_impossible_numbers(shards, options, message):
+    with pytest.raises((UserError, ValueError), match=message):
+        make_loader(open_source(shards), **options)
+
+
+def test_a_negative_position_is_refused(shards):
+    with pytest.raises(ValueError, match="0 or more, got -8"):
+        next(make_loader(open_source(shards)).batches(-8))
+
+
+def test_the_default_generators_stay_as_they_are(shards):
+    before = torch.get_rng_state()
+    take(make_loader(open_source(shards), workers=1), 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_closing_the_stream_ends_the_workers(shards):
+    stream = make_loader(open_source(shards), workers=2).batches()
+    next(stream)
+    assert len(multiprocessing.active_children()) == 2
+    stream.close()
+    assert not multiprocessing.active_children()
+
+
+def kill_yourself(image, seed):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_dead_worker_is_named(shards):
+    loader = TrainLoader(
+        open_source(shards), batch_size=8, transform=kill_yourself, tokenizer=number_tokens, seed=0, workers=1
+    )
+    with pytest.raises(RuntimeError, match=r"data worker 0 \(pid \d+\) was killed by SIGKILL: .*memory"):
+        take(loader, 1)
+
+
+class SlowTransform:
+    """Waits until a file appears."""
+
+    def __init__(self, gate: Path) -> None:
+        self.gate = gate
+
+    def __call__(self, image, seed):
+        deadline = time.monotonic() + 20
+        while not self.gate.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return number_transform(image, seed)
+
+
+def test_waiting_is_reported_while_it_lasts(shards, tmp_path, caplog):
+    gate = tmp_path / "gate"
+
+    class OpensTheGate(logging.Handler):
+        def emit(self, record):
+            gate.touch()
+
+    loader = TrainLoader(
+        open_source(shards),
+        batch_size=2,
+        transform=SlowTransform(gate),
+        tokenizer=number_tokens,
+        seed=0,
+        workers=1,
+        patience=0.2,
+    )
+    handler = OpensTheGate()
+    logging.getLogger("evaclip.data").addHandler(handler)
+    try:
+        batches = take(loader, 1)
+    finally:
+        logging.getLogger("evaclip.data").removeHandler(handler)
+    assert len(batches) == 1
+    assert "waiting for batch 0 from data worker 0 (pid" in caplog.text
+
+
+def broken_transform(image, seed):
+    raise AttributeError("no such thing")
+
+
+def test_a_mistake_in_the_transform_is_no_bad_sample(shards):
+    loader = TrainLoader(
+        open_source(shards), batch_size=8, transform=broken_transform, tokenizer=number_tokens, seed=0
+    )
+    with pytest.raises(AttributeError, match="no such thing") as caught:
+        take(loader, 1)
+    assert caught.value.__notes__[0].startswith("while transforming 0000")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_sees_every_sample_once_and_in_order(shards, workers):
+    batches = list(iterate(open_source(shards, caption_key="json:captions"), number_transform, 10, workers))
+    assert [len(keys) for _, _, keys in batches] == [10] * 6 + [4]
+    assert [key for _, _, keys in batches for key in keys] == [f"{i:06d}" for i in range(64)]
+    assert [caption for _, captions, _ in batches for caption in captions] == [
+        f"caption {i}" for i in range(64)
+    ]
+    assert torch.cat([images[:, 0, 0, 0] for images, _, _ in batches]).tolist() == list(range(64))
+
+
+def test_evaluation_leaves_bad_samples_out(tmp_path, caplog):
+    bad = {0, 1, 2, 3, 9}
+    write_shard(
+        tmp_path / "a.tar", (damaged(i, **({"png": b"rubbish"} if i in bad else {})) for i in range(12))
+    )
+    batches = list(iterate(open_source(str(tmp_path / "a.tar")), number_transform, 4))
+    assert [batch.keys for batch in batches] == [
+        [f"{i:06d}" for i in group] for group in ((4, 5, 6, 7), (8, 10, 11))
+    ]
+    assert "a.tar:000009" in caplog.text
+    with pytest.raises(UserError, match="batch size must be 1 or more, got 0"):
+        next(iterate(open_source(str(tmp_path / "a.tar")), number_transform, 0))

@@ -1,0 +1,103 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evaclip.data.order import mix, sample_order
+
+shard_lists = st.lists(st.integers(1, 40), min_size=1, max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shard_lists, st.integers(0, 300), st.integers(0, 2**64 - 1), st.integers(0, 50))
+def test_every_epoch_is_a_permutation(sizes, window, seed, epoch):
+    total = sum(sizes)
+    order = sample_order(total, seed, window, sizes)
+    indices = order.indices(np.arange(epoch * total, (epoch + 1) * total))
+    assert sorted(indices.tolist()) == list(range(total))
+
+
+@settings(max_examples=40, deadline=None)
+@given(shard_lists, st.integers(0, 300), st.integers(0, 10_000))
+def test_one_index_at_a_time_agrees_with_many(sizes, window, start):
+    order = sample_order(sum(sizes), 3, window, sizes)
+    many = order.indices(np.arange(start, start + 20)).tolist()
+    assert [order.index(start + i) for i in range(20)] == [
+        ((start + i) // sum(sizes), many[i]) for i in range(20)
+    ]
+
+
+def test_the_order_never_changes_between_versions():
+    """A checkpoint holds a position only, so the order itself is a file format."""
+    order = sample_order(10, seed=1, window=4, shard_sizes=[3, 5, 2])
+    assert order.indices(np.arange(20)).tolist() == [
+        3,
+        5,
+        4,
+        6,
+        7,
+        0,
+        1,
+        2,
+        9,
+        8,
+        2,
+        0,
+        8,
+        1,
+        3,
+        5,
+        9,
+        4,
+        7,
+        6,
+    ]
+
+
+def test_seeds_and_epochs_give_different_orders():
+    first, second = (sample_order(100, seed, 0).indices(np.arange(200)).reshape(2, 100) for seed in (0, 1))
+    assert (first[0] != first[1]).mean() > 0.9
+    assert (first[0] != second[0]).mean() > 0.9
+
+
+def test_a_window_reads_few_shards():
+    sizes = [100] * 50
+    order = sample_order(5000, 0, window=200, shard_sizes=sizes)
+    for first in range(0, 5000, 200):
+        assert len(set((order.indices(np.arange(first, first + 200)) // 100).tolist())) <= 3
+
+
+def test_shards_are_visited_in_another_order_each_epoch():
+    order = sample_order(60, 0, window=1, shard_sizes=[1] * 60)
+    assert order.indices(np.arange(60)).tolist() != order.indices(np.arange(60, 120)).tolist()
+
+
+def test_each_sample_is_as_likely_as_any_other_in_each_place():
+    draws = 1500
+    order = sample_order(6, seed=5)
+    table = order.indices(np.arange(6 * draws)).reshape(draws, 6)
+    for place in range(6):
+        counts = np.bincount(table[:, place], minlength=6)
+        assert abs(counts - draws / 6).max() < 5 * (draws / 6) ** 0.5
+
+
+def test_memory_does_not_grow_with_the_number_of_samples():
+    order = sample_order(2_000_000_000_000, seed=0, window=0)
+    indices = order.indices(np.arange(10**15, 10**15 + 1000))
+    assert len(set(indices.tolist())) == 1000
+    assert indices.min() >= 0
+    assert indices.max() < 2_000_000_000_000
+
+
+@pytest.mark.parametrize(("samples", "window", "sizes"), [(0, 0, None), (5, -1, None), (5, 0, [2, 2])])
+def test_impossible_orders_are_refused(samples, window, sizes):
+    with pytest.raises(ValueError, match=r"0|-1|4"):
+        sample_order(samples, 0, window, sizes)
+
+
+def test_mix_depends_on_every_value():
+    hashes = {
+        int(mix(*values)[0])
+        for values in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0), (2**64 - 1, 5)]
+    }
+    assert len(hashes) == 6

@@ -1,0 +1,176 @@
+import pytest
+from data_samples import picture
+
+from evaclip.data import BadSample, FaultKind, open_source
+from evaclip.data.order import mix
+from evaclip.data.packed_strings import PackedStrings
+from evaclip.data.paths import expand_braces, expand_paths
+from evaclip.data.samples import decode_image
+from evaclip.errors import UserError
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(picture(1))
+    return tmp_path
+
+
+def write(path, text: str, encoding: str = "utf-8") -> str:
+    path.write_text(text, encoding=encoding)
+    return str(path)
+
+
+@pytest.mark.parametrize("separator", ["\t", ","])
+def test_a_table_with_the_usual_columns(pictures, separator):
+    rows = [("filepath", "id", "title"), ("a.png", "1", "a cat"), ("b.png", "2", "ein Hund\u00e9")]
+    path = write(pictures / "pairs.csv", "".join(separator.join(row) + "\n" for row in rows))
+    source = open_source(path)
+    assert [(raw.key, raw.caption) for raw in (source[0], source[1])] == [
+        ("a.png", "a cat"),
+        ("b.png", "ein Hundé"),
+    ]
+    assert source[0].image == picture(1)
+
+
+def test_other_columns_another_separator_quotes_and_absolute_paths(pictures):
+    text = f'url;text\n"{pictures / "a.png"}";"one; ""two""\nthree"\n'
+    path = write(pictures / "pairs.txt", text, "utf-8-sig")
+    source = open_source(path, "csv", image_key="url", caption_key="text", csv_separator=";")
+    assert source[0].caption == 'one; "two"\nthree'
+
+
+def test_rows_with_faults(pictures):
+    (pictures / "void.png").touch()
+    rows = [
+        "filepath,title",
+        "a.png,",
+        "gone.png,text",
+        ",text",
+        "b.png",
+        "",
+        ".,text",
+        "void.png,text",
+        "a.png,good",
+    ]
+    source = open_source(write(pictures / "pairs.csv", "\n".join(rows)))
+    kinds = []
+    for index in range(len(source) - 1):
+        with pytest.raises(BadSample) as caught:
+            source[index]
+        kinds.append(caught.value.fault.kind)
+    caption, image, unreadable = FaultKind.MISSING_CAPTION, FaultKind.MISSING_IMAGE, FaultKind.UNREADABLE
+    assert kinds == [caption, image, image, caption, unreadable, image]
+    assert source[len(source) - 1].caption == "good"
+
+
+def test_tables_that_cannot_be_used(pictures):
+    with pytest.raises(UserError, match=r"unknown column of .* 'filepath'; did you mean 'file_path'"):
+        open_source(write(pictures / "a.csv", "file_path,title\na.png,x\n"))
+    with pytest.raises(UserError, match="0 rows"):
+        open_source(write(pictures / "b.csv", "filepath,title\n"))
+    with pytest.raises(UserError, match="empty: a header row"):
+        open_source(write(pictures / "c.csv", ""))
+    with pytest.raises(UserError, match="not UTF-8"):
+        open_source(write(pictures / "d.csv", "filepath,title\na.png,é\n", "latin-1"))
+    with pytest.raises(UserError, match=r"a csv data set is one path, but .* names 2"):
+        open_source(f"{pictures}/{{a,b}}.csv")
+
+
+def test_the_fingerprint_of_a_table_follows_its_rows(pictures):
+    path = write(pictures / "a.csv", "filepath,title\na.png,x\n")
+    before = open_source(path).fingerprint
+    assert open_source(path).fingerprint == before
+    write(pictures / "a.csv", "filepath,title\na.png,y\n")
+    assert open_source(path).fingerprint != before
+
+
+def test_a_folder_of_classes(tmp_path):
+    for name in ("tabby_cat/1.png", "dog/deep/2.JPG", "dog/3.png", "dog/notes.txt"):
+        file = tmp_path / "root" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(picture(1))
+    source = open_source(str(tmp_path / "root"), caption_template="a drawing of a {}, cropped")
+    assert list(source.classes) == ["dog", "tabby cat"]
+    assert [source[i].key for i in range(3)] == ["dog/3.png", "dog/deep/2.JPG", "tabby_cat/1.png"]
+    assert source[2].caption == "a drawing of a tabby cat, cropped"
+
+
+def test_a_folder_without_pictures(tmp_path):
+    (tmp_path / "dog").mkdir()
+    with pytest.raises(UserError, match=r"0 pictures \(\.jpeg, .*\) in the 1 class folders of"):
+        open_source(str(tmp_path))
+
+
+def test_synthetic_pictures_follow_their_captions():
+    source = open_source("synthetic", num_samples=200)
+    assert len(source) == 200
+    assert len(set(source.classes)) == 64
+    red_circle = source.classes.index("a red circle on white")
+    one, other = source[red_circle], source[red_circle + 64]
+    assert one.caption == other.caption == "a red circle on white"
+    assert one.image != other.image
+    assert one.image == open_source("synthetic", num_samples=1000)[red_circle].image
+    for raw in (one, other):
+        colours = {colour for _, colour in decode_image(raw.image, raw.key).getcolors()}
+        assert colours == {(250, 250, 250), (220, 40, 40)}
+    with pytest.raises(UserError, match="must be 1 or more, got 0"):
+        open_source("synthetic", num_samples=0)
+
+
+def test_paths_that_are_not_data(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.tar does not exist"):
+        open_source(str(tmp_path / "nowhere.tar"))
+    with pytest.raises(UserError, match=r"notes\.md is neither"):
+        open_source(write(tmp_path / "notes.md", "hello"))
+    with pytest.raises(UserError, match="names no file"):
+        open_source("")
+    with pytest.raises(UserError, match="no file matches"):
+        open_source(str(tmp_path / "*.tar"))
+    with pytest.raises(UserError, match="is remote"):
+        open_source("s3://bucket/{00..10}.tar")
+    with pytest.raises(UserError, match="did you mean 'webdataset'"):
+        open_source("x.tar", "webdatset")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("x{08..11}", ["x08", "x09", "x10", "x11"]),
+        ("x{9..11}", ["x9", "x10", "x11"]),
+        ("{a,b}{1..2}", ["a1", "a2", "b1", "b2"]),
+        ("{a,b{1..2}}", ["a", "b1", "b2"]),
+        ("{2..0}", ["2", "1", "0"]),
+        ("plain", ["plain"]),
+    ],
+)
+def test_braces(pattern, expected):
+    assert expand_braces(pattern) == expected
+
+
+def test_braces_that_are_no_pattern():
+    with pytest.raises(UserError, match=r"'\{abc\}' in 'x\{abc\}' is neither"):
+        expand_braces("x{abc}")
+
+
+def test_file_names_with_glob_characters_are_files_first(tmp_path):
+    file = tmp_path / "a[1].tar"
+    file.touch()
+    assert expand_paths(str(file)) == [file]
+
+
+def test_packed_strings_are_a_sequence():
+    strings = ["", "é", "abc", "\udcff", ""]
+    packed = PackedStrings.pack(iter(strings))
+    assert list(packed) == strings
+    assert packed[-2] == "\udcff"
+    assert packed[1:3] == ["é", "abc"]
+    assert len(PackedStrings.pack([])) == 0
+    with pytest.raises(IndexError):
+        packed[5]
+
+
+def test_packed_strings_cost_little():
+    count = 20_000
+    packed = PackedStrings.pack(f"{int(mix(0, i)[0]) % 10**6:06d}.jpg" for i in range(count))
+    assert packed.text.nbytes + packed.ends.nbytes == count * (10 + 8)

@@ -1,0 +1,161 @@
+import logging
+import os
+import tarfile
+
+import pytest
+from data_samples import sample
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from evaclip.data import tar_index
+from evaclip.data.shard_writer import write_shard
+from evaclip.data.tar_index import IndexCache, build_index
+from evaclip.errors import UserError
+
+
+@pytest.fixture
+def shard(tmp_path):
+    path = tmp_path / "shard.tar"
+    write_shard(path, map(sample, range(12)))
+    return path
+
+
+def test_offsets_lead_to_the_contents(shard):
+    index = build_index(shard)
+    assert list(index.keys) == [f"{number:06d}" for number in range(12)]
+    data = shard.read_bytes()
+    for number in range(12):
+        members = index.members(number)
+        assert list(members) == ["png", "txt", "json"]
+        assert {name: data[m.offset : m.offset + m.size] for name, m in members.items()} == sample(number)[1]
+    assert index.damage == ""
+
+
+def test_members_need_not_be_adjacent_and_folders_count(tmp_path):
+    path = tmp_path / "mixed.tar"
+    entries = [
+        ("a/1.PNG", b"x"),
+        ("b/1.png", b"yy"),
+        ("a/1.txt", b"t"),
+        ("a/._1.png", b"mac"),
+        ("b/1.seg.png", b"s"),
+    ]
+    with tarfile.open(path, "w") as tar:
+        for name, content in entries:
+            (tmp_path / "content").write_bytes(content)
+            tar.add(tmp_path / "content", name)
+    index = build_index(path)
+    assert list(index.keys) == ["a/1", "b/1"]
+    assert [list(index.members(i)) for i in range(2)] == [["png", "txt"], ["png", "seg.png"]]
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_truncated_tar_is_indexed_up_to_the_damage(shard, data):
+    whole = shard.read_bytes()
+    full = build_index(shard)
+    content_end = full.members(11)["json"].offset + full.members(11)["json"].size
+    cut = data.draw(st.integers(512, content_end), label="cut")
+    damaged = shard.with_name("damaged.tar")
+    damaged.write_bytes(whole[:cut])
+    index = build_index(damaged)
+    assert index.damage
+    for number in range(len(index)):
+        assert index.keys[number] == full.keys[number]
+        assert index.members(number).items() <= full.members(number).items()
+        assert all(member.offset + member.size <= cut for member in index.members(number).values())
+    complete = sum(full.members(i)["json"].offset + full.members(i)["json"].size <= cut for i in range(12))
+    assert complete <= len(index) <= complete + 1
+
+
+@pytest.mark.parametrize(
+    "rubbish", [b"\xff" * 512, b"\0" * 512], ids=["unreadable header", "lone zero block"]
+)
+def test_a_broken_header_in_the_middle_is_noticed(shard, rubbish):
+    header = build_index(shard).members(5)["png"].offset - 512
+    data = bytearray(shard.read_bytes())
+    data[header : header + 512] = rubbish
+    shard.write_bytes(data)
+    index = build_index(shard)
+    assert len(index) == 5
+    assert "unreadable from byte" in index.damage
+
+
+def test_what_is_no_tar_is_refused(tmp_path):
+    text = tmp_path / "text.tar"
+    text.write_text("not a tar\n" * 200)
+    with pytest.raises(UserError, match=r"text\.tar is not a plain tar shard"):
+        build_index(text)
+    packed = tmp_path / "packed.tar"
+    with tarfile.open(packed, "w:gz") as tar:
+        tar.add(text, "1.txt")
+    with pytest.raises(UserError, match="compressed with gzip"):
+        build_index(packed)
+    with pytest.raises(UserError, match=r"cannot read .*missing\.tar"):
+        build_index(tmp_path / "missing.tar")
+
+
+def test_a_file_without_bytes_is_a_damaged_shard_without_samples(tmp_path):
+    (tmp_path / "empty.tar").touch()
+    index = build_index(tmp_path / "empty.tar")
+    assert len(index) == 0
+    assert "0 bytes" in index.damage
+
+
+def test_the_second_time_comes_from_the_cache(shard, cache_folder, monkeypatch):
+    first = IndexCache().get(shard)
+    assert len(list(cache_folder.iterdir())) == 1
+    monkeypatch.setattr(tar_index, "build_index", lambda path: pytest.fail("built again"))
+    second = IndexCache().get(shard)
+    assert second.digest == first.digest
+    assert list(second.keys) == list(first.keys)
+    assert [second.members(i) for i in range(12)] == [first.members(i) for i in range(12)]
+
+
+def test_a_changed_shard_is_indexed_again(shard):
+    assert len(IndexCache().get(shard)) == 12
+    stat = shard.stat()
+    write_shard(shard, map(sample, range(12, 24)))
+    assert shard.stat().st_size == stat.st_size
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert IndexCache().get(shard).keys[0] == "000012"
+    write_shard(shard, map(sample, range(3)))
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert len(IndexCache().get(shard)) == 3
+
+
+def test_a_damaged_cache_file_is_replaced(shard, cache_folder):
+    IndexCache().get(shard)
+    (file,) = cache_folder.iterdir()
+    sound = file.read_bytes()
+    for damaged in (b"", b"rubbish", sound[: len(sound) // 2], sound[:-200] + b"\0" * 200):
+        file.write_bytes(damaged)
+        assert len(IndexCache().get(shard)) == 12
+        assert file.read_bytes() == sound
+
+
+def test_a_folder_that_cannot_be_used_costs_nothing_but_time(shard, tmp_path, monkeypatch, caplog):
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file where the folder should be")
+    cache = IndexCache(blocked / "cache", capacity=1)
+    with caplog.at_level(logging.DEBUG, "evaclip.data"):
+        index = cache.get(shard)
+    assert "not cached" in caplog.text
+    monkeypatch.setattr(tar_index, "build_index", lambda path: pytest.fail("built again"))
+    assert cache.get(shard) is index
+
+
+def test_memory_holds_the_most_recent_indexes_only(tmp_path, monkeypatch):
+    paths = [tmp_path / f"{i}.tar" for i in range(3)]
+    for path in paths:
+        write_shard(path, map(sample, range(2)))
+    cache = IndexCache(capacity=2)
+    first, second, third = cache.get_all(paths)
+    loads = []
+    load = tar_index._load
+    monkeypatch.setattr(tar_index, "_load", lambda file, stamp: loads.append(file) or load(file, stamp))
+    assert cache.get(paths[1]) is second
+    assert cache.get(paths[2]) is third
+    assert not loads
+    assert cache.get(paths[0]) is not first
+    assert len(loads) == 1

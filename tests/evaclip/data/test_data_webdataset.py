@@ -1,0 +1,229 @@
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_samples import picture, sample
+from PIL import Image
+
+from evaclip.data import BadSample, FaultKind, open_source
+from evaclip.data.samples import decode_image
+from evaclip.data.shard_writer import write_shard, write_shards
+from evaclip.errors import UserError
+
+OPEN_FILES = Path("/proc/self/fd")
+
+
+def kind_of_fault(source, index: int) -> FaultKind:
+    with pytest.raises(BadSample) as caught:
+        decode_image(source[index].image, source.name(index))
+    assert f"{index:06d}" in str(caught.value.fault)
+    return caught.value.fault.kind
+
+
+def test_samples_of_all_shards_in_order(shards):
+    source = open_source(shards)
+    assert len(source) == 64
+    assert source.shard_sizes == [20, 30, 14]
+    for number in (0, 19, 20, 49, 50, 63):
+        raw = source[number]
+        assert (raw.key, raw.caption, raw.image) == (f"{number:06d}", f"caption {number}", picture(number))
+    for wrong in (-1, 64):
+        with pytest.raises(IndexError):
+            source[wrong]
+    assert not source.faults
+
+
+def test_patterns_lists_globs_and_folders_name_the_same_shards(shards, tmp_path):
+    expected = open_source(shards).fingerprint
+    listed = "::".join(str(tmp_path / f"{i:02d}.tar") for i in range(3))
+    for path in (
+        listed,
+        str(tmp_path / "*.tar"),
+        str(tmp_path),
+        f"{tmp_path}/00.tar::{tmp_path}/{{01,02}}.tar",
+    ):
+        assert open_source(path).fingerprint == expected
+
+
+def test_the_fingerprint_follows_names_and_sizes(shards, tmp_path):
+    before = open_source(shards).fingerprint
+    assert open_source(f"{tmp_path}/{{01,00,02}}.tar").fingerprint != before
+    write_shard(tmp_path / "02.tar", map(sample, range(51, 65)))
+    assert open_source(shards).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("caption_key", "captions"),
+    [
+        ("txt", ("caption 3",)),
+        ("json:caption", ("caption 3",)),
+        ("json:captions", ("caption 3", "caption 1003")),
+        ("json:nothing;txt", ("caption 3",)),
+        ("cls;json:captions", ("caption 3", "caption 1003")),
+    ],
+)
+def test_captions_by_key(shards, caption_key, captions):
+    assert open_source(shards, caption_key=caption_key)[3].captions == captions
+
+
+def test_images_by_key(tmp_path):
+    members = {"jpg": picture(1, kind="jpeg"), "webp": picture(2, kind="webp"), "txt": b"two pictures"}
+    write_shard(tmp_path / "a.tar", [("000000", members)])
+    path = str(tmp_path / "a.tar")
+    assert open_source(path)[0].image == members["jpg"]
+    assert open_source(path, image_key="webp;jpg")[0].image == members["webp"]
+    assert kind_of_fault(open_source(path, image_key="png"), 0) is FaultKind.MISSING_IMAGE
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({"txt": None, "json": None}, FaultKind.MISSING_CAPTION),
+        ({"txt": b" \n", "json": b'{"caption": null}'}, FaultKind.MISSING_CAPTION),
+        ({"txt": b"\xff\xfe", "json": None}, FaultKind.MISSING_CAPTION),
+        ({"txt": None, "json": b"{broken"}, FaultKind.MISSING_CAPTION),
+        ({"txt": None, "json": b'["a list"]'}, FaultKind.MISSING_CAPTION),
+        ({"png": None}, FaultKind.MISSING_IMAGE),
+        ({"png": b""}, FaultKind.MISSING_IMAGE),
+        ({"png": picture(1)[:40]}, FaultKind.CORRUPT_IMAGE),
+        ({"png": picture(1)[:45] + b"\0\0\0" + picture(1)[48:]}, FaultKind.CORRUPT_IMAGE),
+        ({"png": b"<html>404</html>"}, FaultKind.CORRUPT_IMAGE),
+    ],
+)
+def test_faults_by_kind(tmp_path, change, kind):
+    key, members = sample(0)
+    members = {name: content for name, content in {**members, **change}.items() if content is not None}
+    write_shard(tmp_path / "a.tar", [(key, members), sample(1)])
+    source = open_source(str(tmp_path / "a.tar"))
+    assert kind_of_fault(source, 0) is kind
+    assert source[1].caption == "caption 1"
+
+
+def test_a_decompression_bomb_is_not_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 63)
+    write_shard(tmp_path / "a.tar", [sample(0)])
+    assert kind_of_fault(open_source(str(tmp_path / "a.tar")), 0) is FaultKind.OVERSIZED_IMAGE
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert kind_of_fault(open_source(str(tmp_path / "a.tar")), 0) is FaultKind.OVERSIZED_IMAGE
+
+
+def test_transparency_and_mode_are_kept_and_exif_is_not_applied():
+    buffer = io.BytesIO()
+    Image.new("RGBA", (4, 4), (10, 20, 30, 40)).save(buffer, "png")
+    assert decode_image(buffer.getvalue(), "x").getpixel((0, 0)) == (10, 20, 30, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.new("L", (8, 4)).save(buffer, "jpeg", exif=exif)
+    image = decode_image(buffer.getvalue(), "x")
+    assert (image.size, image.mode) == ((8, 4), "L")
+
+
+def test_jpegs_are_reduced_on_demand_and_never_below_the_size_asked_for():
+    buffer = io.BytesIO()
+    Image.new("RGB", (400, 320)).save(buffer, "jpeg")
+    sizes = {limit: decode_image(buffer.getvalue(), "x", limit).size for limit in (None, 40, 81, 320, 1000)}
+    assert sizes == {None: (400, 320), 40: (50, 40), 81: (200, 160), 320: (400, 320), 1000: (400, 320)}
+
+
+def test_a_truncated_shard_is_used_up_to_the_damage(shards, tmp_path):
+    path = tmp_path / "01.tar"
+    path.write_bytes(path.read_bytes()[:50_000])
+    source = open_source(shards)
+    (fault,) = source.faults
+    assert fault.kind is FaultKind.DAMAGED_SHARD
+    assert "01.tar" in str(fault)
+    assert 34 < len(source) < 64
+    assert [source[i].caption for i in (0, 20, len(source) - 1)] == ["caption 0", "caption 20", "caption 63"]
+
+
+def test_nothing_usable_is_an_error_that_says_what_was_there(tmp_path):
+    (tmp_path / "empty.tar").touch()
+    with pytest.raises(UserError, match=r"0 samples in 1 shard.*empty\.tar.*0 bytes"):
+        open_source(str(tmp_path / "empty.tar"))
+    write_shard(tmp_path / "hollow.tar", [])
+    with pytest.raises(UserError, match=r"0 samples in 2 shard"):
+        open_source(f"{tmp_path}/{{empty,hollow}}.tar")
+    with pytest.raises(UserError, match=r"2 of 3 files are missing: .*b\.tar"):
+        open_source(f"{tmp_path}/{{empty,b,c}}.tar")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=r"0 \.tar shards in the folder"):
+        open_source(str(tmp_path / "folder"), "webdataset")
+    with pytest.raises(UserError, match="caption key 'json' must be"):
+        open_source(str(tmp_path / "hollow.tar"), caption_key="json")
+
+
+def test_open_files_stay_bounded_and_close(tmp_path):
+    write_shards(tmp_path, "s", map(sample, range(150)), 1)
+    source = open_source(str(tmp_path / "*.tar"))
+    before = len(list(OPEN_FILES.iterdir()))
+    assert [source[i].caption for i in range(150)] == [f"caption {i}" for i in range(150)]
+    assert len(list(OPEN_FILES.iterdir())) - before <= 64
+    source.close()
+    assert len(list(OPEN_FILES.iterdir())) == before
+    assert source[7].caption == "caption 7"
+
+
+def test_a_source_can_be_pickled_with_files_open(shards):
+    source = open_source(shards)
+    source[0]
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy[25].image == source[25].image
+    assert copy.fingerprint == source.fingerprint
+
+
+def test_a_shard_that_changes_under_the_reader_gives_no_wrong_data(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaclip.data.tar_index.IndexCache._keep", lambda self, path, index, stored: index)
+    source = open_source(shards)
+    write_shard(tmp_path / "00.tar", map(sample, range(100, 110)))
+    with pytest.raises(BadSample) as caught:
+        source[3]
+    assert caught.value.fault.kind is FaultKind.UNREADABLE
+    os.truncate(tmp_path / "01.tar", 600)
+    with pytest.raises(BadSample) as caught:
+        source[40]
+    assert "changed" in str(caught.value.fault)
+
+
+def test_equal_samples_give_equal_shards(tmp_path):
+    for name in ("a", "b"):
+        write_shard(tmp_path / f"{name}.tar", map(sample, range(3)))
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+
+
+def test_fewer_shards_replace_more(tmp_path):
+    write_shards(tmp_path, "s", map(sample, range(10)), 2)
+    (tmp_path / "s-extra.tar").touch()
+    assert [path.name for path in write_shards(tmp_path, "s", map(sample, range(3)), 2)] == [
+        "s-00000.tar",
+        "s-00001.tar",
+    ]
+    assert sorted(path.name for path in tmp_path.glob("*.tar")) == [
+        "s-00000.tar",
+        "s-00001.tar",
+        "s-extra.tar",
+    ]
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path):
+    def broken():
+        yield sample(0)
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        write_shard(tmp_path / "a.tar", broken())
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]
+
+
+def test_real_captions_survive(tmp_path):
+    text = "Ein Café, 東京 🗼"
+    write_shard(
+        tmp_path / "a.tar", [("0", {"png": picture(0), "json": json.dumps({"caption": text}).encode()})]
+    )
+    source = open_source(str(tmp_path / "a.tar"))
+    assert source[0].caption == text
+    assert np.array(decode_image(source[0].image, "x")).shape == (8, 8, 3)

@@ -1,0 +1,137 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from eval_fakes import COLORS, ColorModel, ToTensor, png, tokenize_colors, write_tar
+
+from evaclip.data import open_source
+from evaclip.errors import UserError
+from evaclip.eval.features import FeatureOptions, encode_images, encode_texts, weights_hash
+
+OPTIONS = FeatureOptions(batch_size=3, progress=False)
+
+
+def test_features_are_normalised_and_in_order(color_model: ColorModel, color_shard: Path) -> None:
+    images = encode_images(color_model, ToTensor(), open_source(str(color_shard)), OPTIONS)
+    assert images.captions == list(COLORS)
+    assert images.keys == [f"{number:03d}" for number in range(len(COLORS))]
+    expected = torch.tensor(list(COLORS.values())).float() / 255 - 0.5
+    assert torch.allclose(images.features, expected / expected.norm(dim=1, keepdim=True), atol=1e-6)
+    assert torch.allclose(encode_texts(color_model, tokenize_colors, list(COLORS), OPTIONS), images.features)
+
+
+def test_the_models_mode_is_put_back_and_no_gradient_kept(color_model: ColorModel) -> None:
+    color_model.train()
+    features = encode_texts(color_model, tokenize_colors, ["red"], OPTIONS)
+    assert color_model.modes == [False]
+    assert color_model.training
+    assert not features.requires_grad
+
+
+def test_unreadable_samples_are_left_out(tmp_path: Path, color_model: ColorModel) -> None:
+    samples = {
+        "a": {"png": png((255, 0, 0)), "txt": b"red"},
+        "b": {"png": b"no picture", "txt": b"green"},
+        "c": {"png": png((0, 0, 255)), "txt": b"blue"},
+    }
+    source = open_source(str(write_tar(tmp_path / "x.tar", samples)))
+    images = encode_images(color_model, ToTensor(), source, OPTIONS)
+    assert images.keys == ["a", "c"]
+    assert images.features.shape == (2, 3)
+
+
+def test_nothing_readable_is_an_error(tmp_path: Path, color_model: ColorModel) -> None:
+    shard = write_tar(tmp_path / "x.tar", {"b": {"png": b"no picture", "txt": b"green"}})
+    with pytest.raises(UserError, match="none of the 1 samples could be read"):
+        encode_images(color_model, ToTensor(), open_source(str(shard)), OPTIONS)
+    with pytest.raises(UserError, match="no texts"):
+        encode_texts(color_model, tokenize_colors, [], OPTIONS)
+
+
+def test_the_cache_spares_the_model_and_gives_the_same(
+    tmp_path: Path, color_model: ColorModel, color_shard: Path
+) -> None:
+    options = replace(OPTIONS, cache=tmp_path / "cache")
+    source = open_source(str(color_shard))
+    first = encode_images(color_model, ToTensor(), source, options)
+    texts = encode_texts(color_model, tokenize_colors, ["red", "blue"], options)
+    calls = color_model.calls
+    again = encode_images(color_model, ToTensor(), source, options)
+    assert torch.equal(again.features, first.features)
+    assert (again.captions, again.keys) == (first.captions, first.keys)
+    assert torch.equal(encode_texts(color_model, tokenize_colors, ["red", "blue"], options), texts)
+    assert color_model.calls == calls
+
+
+def test_the_cache_knows_weights_data_transform_and_precision_apart(
+    tmp_path: Path, color_model: ColorModel, color_shard: Path
+) -> None:
+    options = replace(OPTIONS, cache=tmp_path / "cache")
+
+    class Other(ToTensor):
+        def __repr__(self) -> str:
+            return "Other()"
+
+    by_name, by_label = open_source(str(color_shard)), open_source(str(color_shard), caption_key="cls")
+    encode_images(color_model, ToTensor(), by_name, options)
+    encode_images(color_model, Other(), by_name, options)
+    encode_images(color_model, ToTensor(), by_name, replace(options, precision="bf16"))
+    assert encode_images(color_model, ToTensor(), by_label, options).captions[:2] == ["0", "1"]
+    with torch.no_grad():
+        color_model.scale[0] = 2
+    encode_images(color_model, ToTensor(), by_name, options)
+    assert len(list((tmp_path / "cache").iterdir())) == 5
+
+
+def test_a_damaged_cache_file_is_written_anew(tmp_path: Path, color_model: ColorModel) -> None:
+    options = replace(OPTIONS, cache=tmp_path)
+    expected = encode_texts(color_model, tokenize_colors, ["red"], options)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:20])
+    assert torch.equal(encode_texts(color_model, tokenize_colors, ["red"], options), expected)
+    assert encode_texts(color_model, tokenize_colors, ["red"], options).shape == (1, 3)
+
+
+def test_a_transform_that_tells_nothing_is_not_cached(
+    tmp_path: Path, color_model: ColorModel, color_shard: Path
+) -> None:
+    with pytest.raises(UserError, match="repr tells what it does"):
+        encode_images(
+            color_model,
+            lambda image: ToTensor()(image),
+            open_source(str(color_shard)),
+            replace(OPTIONS, cache=tmp_path),
+        )
+
+
+def test_autocast_runs_the_model_in_16_bits() -> None:
+    model = ColorModel()
+    model.linear = torch.nn.Linear(3, 3)
+    seen = []
+    model._features = lambda color, normalized: seen.append(model.linear(color).dtype) or color
+    features = encode_texts(model, tokenize_colors, ["red"], replace(OPTIONS, precision="bf16"))
+    assert seen == [torch.bfloat16]
+    assert features.dtype == torch.float32
+
+
+def test_features_that_are_not_finite_name_their_sample(color_model: ColorModel) -> None:
+    with torch.no_grad():
+        color_model.scale[0] = float("nan")
+    with pytest.raises(UserError, match="for 2 of 2 texts, first for 'red'"):
+        encode_texts(color_model, tokenize_colors, ["red", "blue"], OPTIONS)
+
+
+def test_weights_hash_depends_on_values_and_types_only(color_model: ColorModel) -> None:
+    assert weights_hash(color_model) == weights_hash(ColorModel())
+    half = ColorModel().half()
+    with torch.no_grad():
+        color_model.scale[1] += 1e-6
+    assert len({weights_hash(color_model), weights_hash(ColorModel()), weights_hash(half)}) == 3
+
+
+def test_wrong_numbers_are_told() -> None:
+    with pytest.raises(UserError, match="batch size must be 1 or more, got 0"):
+        FeatureOptions(batch_size=0)
+    with pytest.raises(UserError, match="workers must be 0 or more, got -1"):
+        FeatureOptions(workers=-1)

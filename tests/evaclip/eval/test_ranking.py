@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from evaclip.eval.ranking import hit_rate, target_ranks, top_items
+
+
+def features(rows: int, dim: int, seed: int) -> torch.Tensor:
+    values = torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(values, dim=-1)
+
+
+def brute_force_order(queries: torch.Tensor, items: torch.Tensor) -> list[list[int]]:
+    scores = (queries.double() @ items.double().T).float().tolist()
+    return [sorted(range(len(row)), key=lambda index: (-row[index], index)) for row in scores]
+
+
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_ranks_equal_a_full_sort(block: int) -> None:
+    queries, items = features(23, 5, 0), features(41, 5, 1)
+    targets = torch.arange(23) * 41 // 23
+    expected = [
+        order.index(target)
+        for order, target in zip(brute_force_order(queries, items), targets.tolist(), strict=True)
+    ]
+    assert target_ranks(queries, items, targets, block=block).tolist() == expected
+
+
+@pytest.mark.parametrize("block", [1, 3, 100])
+def test_equal_items_rank_in_index_order_whatever_the_block(block: int) -> None:
+    items = features(4, 16, 2).repeat_interleave(3, 0)[torch.tensor([0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11])]
+    queries = items + 0.01 * features(12, 16, 3)
+    expected = [order.index(i) for i, order in enumerate(brute_force_order(queries, items))]
+    assert target_ranks(queries, items, torch.arange(12), block=block).tolist() == expected
+    assert sorted(expected) == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_a_model_without_knowledge_reaches_exactly_chance() -> None:
+    same = torch.ones(40, 8)
+    ranks = target_ranks(same, same, torch.arange(40))
+    assert ranks.tolist() == list(range(40))
+    assert hit_rate(ranks, 1) == 1 / 40
+
+
+@pytest.mark.parametrize("block", [2, 9, 50])
+def test_top_items_equal_a_full_sort(block: int) -> None:
+    queries, items = features(11, 4, 4), features(30, 4, 5).repeat(2, 1)
+    scores, indices = top_items(queries, items, 6, block=block)
+    assert indices.tolist() == [order[:6] for order in brute_force_order(queries, items)]
+    assert torch.allclose(scores, (queries @ items.T).gather(1, indices))
+
+
+def test_top_items_returns_all_where_there_are_fewer() -> None:
+    scores, indices = top_items(features(3, 4, 0), features(2, 4, 1), 5)
+    assert scores.shape == indices.shape == (3, 2)
+
+
+def test_wrong_shapes_and_targets_are_named() -> None:
+    with pytest.raises(ValueError, match=r"got \(3, 4\) and \(2, 5\)"):
+        target_ranks(torch.ones(3, 4), torch.ones(2, 5), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"\[0, 2\), got 0\.\.2"):
+        target_ranks(torch.ones(3, 4), torch.ones(2, 4), torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match="one target for each of 3 queries"):
+        target_ranks(torch.ones(3, 4), torch.ones(2, 4), torch.tensor([0, 1]))

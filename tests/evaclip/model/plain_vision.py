@@ -1,0 +1,94 @@
+"""The vision tower once more, from a state dict and the equations alone, in plain PyTorch."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evaclip import VisionConfig
+
+
+def plain_vision(
+    state: Mapping[str, Tensor], config: VisionConfig, images: Tensor, token_index: Tensor | None = None
+) -> Tensor:
+    """What `VisionTower` should return for `images`; `token_index` [B, K] are the patches that are kept."""
+    x = F.conv2d(
+        images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=config.patch_size
+    )
+    x = x.flatten(2).transpose(1, 2)
+    x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], dim=1) + state["pos_embed"]
+    angles = plain_angles(config).to(x.dtype).expand(len(x), -1, -1)
+    if token_index is not None:
+        rows = torch.arange(len(x))[:, None]
+        x = torch.cat([x[:, :1], x[:, 1:][rows, token_index]], dim=1)
+        angles = angles[rows, token_index]
+    for index in range(config.layers):
+        block = {k.removeprefix(f"blocks.{index}."): v for k, v in state.items()}
+        x = _block(block, config, x, angles)
+    return F.linear(_norm(state, "norm", config, x)[:, 0], state["head.weight"], state.get("head.bias"))
+
+
+def plain_angles(config: VisionConfig) -> Tensor:
+    """Angle of each channel of a head, [patches, head_dim], written out one by one."""
+    bands = config.head_dim // 4
+    table = torch.zeros(config.num_patches, config.head_dim, dtype=torch.float64)
+    for row in range(config.grid):
+        for column in range(config.grid):
+            for band in range(bands):
+                frequency = config.rope_theta ** (-band / bands) * config.pt_hw_seq_len / config.grid
+                patch = table[row * config.grid + column]
+                patch[2 * band : 2 * band + 2] = row * frequency
+                patch[2 * bands + 2 * band : 2 * bands + 2 * band + 2] = column * frequency
+    return table
+
+
+def _norm(state: Mapping[str, Tensor], name: str, config: VisionConfig, x: Tensor) -> Tensor:
+    weight = state[f"{name}.weight"]
+    if config.norm == "rms_norm":
+        return F.rms_norm(x, weight.shape, weight, config.norm_eps)
+    return F.layer_norm(x, weight.shape, weight, state[f"{name}.bias"], config.norm_eps)
+
+
+def _block(state: Mapping[str, Tensor], config: VisionConfig, x: Tensor, angles: Tensor) -> Tensor:
+    for norm, gamma, branch in (("norm1", "gamma_1", _attention), ("norm2", "gamma_2", _mlp)):
+        if config.post_norm:
+            y = _norm(state, norm, config, branch(state, config, x, angles))
+        else:
+            y = branch(state, config, _norm(state, norm, config, x), angles)
+        x = x + state.get(gamma, 1) * y
+    return x
+
+
+def _attention(state: Mapping[str, Tensor], config: VisionConfig, x: Tensor, angles: Tensor) -> Tensor:
+    if "attn.qkv.weight" in state:
+        q, k, v = F.linear(x, state["attn.qkv.weight"]).chunk(3, dim=-1)
+    else:
+        q, k, v = (F.linear(x, state[f"attn.{name}_proj.weight"]) for name in "qkv")
+    if "attn.q_bias" in state:
+        q, v = q + state["attn.q_bias"], v + state["attn.v_bias"]
+    q, k, v = (t.unflatten(-1, (config.heads, -1)).transpose(1, 2) for t in (q, k, v))
+    if config.rope:
+        q, k = _rotate(q, angles), _rotate(k, angles)
+    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    if config.sub_norm:
+        out = _norm(state, "attn.inner_attn_ln", config, out)
+    return F.linear(out, state["attn.proj.weight"], state["attn.proj.bias"])
+
+
+def _rotate(t: Tensor, angles: Tensor) -> Tensor:
+    cls, patches = t[:, :, :1], t[:, :, 1:]
+    even, odd = patches[..., 0::2], patches[..., 1::2]
+    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+    angles = angles[:, None]
+    return torch.cat([cls, patches * angles.cos() + turned * angles.sin()], dim=2)
+
+
+def _mlp(state: Mapping[str, Tensor], config: VisionConfig, x: Tensor, _: Tensor) -> Tensor:
+    def linear(name: str, t: Tensor) -> Tensor:
+        return F.linear(t, state[f"mlp.{name}.weight"], state[f"mlp.{name}.bias"])
+
+    if config.mlp == "gelu":
+        return linear("fc2", F.gelu(linear("fc1", x)))
+    hidden = F.silu(linear("w1", x)) * linear("w2", x)
+    return linear("w3", _norm(state, "mlp.ffn_ln", config, hidden) if config.sub_norm else hidden)

@@ -1,0 +1,112 @@
+"""Models, transforms and tokenizers by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import random_images, small_model
+from PIL import Image
+from safetensors.torch import save_file
+
+import evaclip
+from evaclip import CLIP, create_model, create_model_and_transforms, get_config, get_tokenizer
+from evaclip.errors import UserError
+from evaclip.weights import describe_preprocess
+
+
+def _checkpoint(folder: Path, model: CLIP) -> Path:
+    folder.mkdir(parents=True)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "preprocess.json").write_text(json.dumps(describe_preprocess(model.config)))
+    return folder
+
+
+@pytest.mark.parametrize("form", ["file", "folder", "pointer", "run"])
+def test_a_checkpoint_restores_weights_and_preprocessing(form: str, tmp_path: Path) -> None:
+    preprocess = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "resize": "squash"}
+    model = create_model("tiny", preprocess=preprocess).eval()
+    folder = _checkpoint(tmp_path / "checkpoints" / "step_00000007", model)
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000007\n")
+    source = {
+        "file": folder / "model.safetensors",
+        "folder": folder,
+        "pointer": tmp_path / "checkpoints" / "latest",
+        "run": tmp_path,
+    }[form]
+    again, train, evaluate = create_model_and_transforms("tiny", pretrained=str(source))
+    assert again.config == model.config
+    assert train.preprocess == evaluate.preprocess == model.config.preprocess
+    assert evaluate.size == 32
+    with torch.no_grad():
+        assert torch.equal(again.eval().encode_image(random_images(2)), model.encode_image(random_images(2)))
+
+
+def test_transforms_fit_the_model() -> None:
+    model, train, evaluate = create_model_and_transforms("tiny")
+    image = Image.new("RGB", (50, 40), (200, 10, 30))
+    batch = torch.stack([train(image, 3), evaluate(image)])
+    assert model(batch, get_tokenizer("tiny")(["a", "b"]))[0].shape == (2, 128)
+
+
+def test_tokenizer_has_the_context_length_of_the_model() -> None:
+    assert get_tokenizer("tiny")("a cat").shape == (1, 16)
+    assert get_tokenizer("EVA02-B-16")("a cat").shape == (1, 77)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_precision_is_that_of_the_parameters(precision: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    exact = small_model()
+    folder = _checkpoint(tmp_path / "step", exact)
+    for pretrained in (None, folder):
+        model = create_model("tiny", pretrained=pretrained, precision=precision).eval()
+        assert {p.dtype for p in model.parameters()} == {dtype}
+    with torch.no_grad():
+        rough = model.encode_image(random_images(2), normalize=True)
+        assert rough.dtype == dtype
+        expected = exact.encode_image(random_images(2), normalize=True)
+    assert (rough.float() - expected).abs().max() < 0.03
+
+
+def test_same_seed_gives_the_same_weights() -> None:
+    states = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        states.append(create_model("tiny").state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_position_embedding_fits_another_image_size(tmp_path: Path) -> None:
+    folder = _checkpoint(tmp_path / "step", small_model())
+    model = create_model("tiny", pretrained=folder, vision={"image_size": 48})
+    assert model.visual.pos_embed.shape == (1, 37, 128)
+    assert model.encode_image(random_images(1, 48)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "tinny"}, "unknown model 'tinny'; did you mean 'tiny'"),
+        ({"precision": "fp8"}, "unknown precision 'fp8'; did you mean"),
+        ({"precision": "float32"}, "unknown precision 'float32'"),
+        ({"device": "gpu"}, "device 'gpu' can't be used; accepted: cpu"),
+        ({"layers": 3}, "unknown model option 'layers'"),
+        ({"pretrained": "nowhere/at/all"}, "no weights file or checkpoint folder 'nowhere/at/all'"),
+        ({"pretrained": "weights.pt"}, "no weights file or checkpoint folder 'weights.pt'"),
+        ({"pretrained": "eva_clip"}, "tiny has no released weights"),
+        ({"name": "EVA02-L-14", "pretrained": "merged2b_s4b"}, "did you mean 'merged2b_s4b_b131k'"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        create_model(**{"name": "tiny", "device": "meta", **arguments})
+
+
+def test_public_names_exist() -> None:
+    for name in evaclip.__all__:
+        assert getattr(evaclip, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'create_modle'"):
+        evaclip.create_modle  # noqa: B018
+    assert get_config("tiny") is evaclip.get_config("tiny")

@@ -1,0 +1,95 @@
+"""Configurations: names, options, and what is said about wrong ones."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from evaclip import CLIPConfig, Preprocess, VisionConfig, get_config, list_models
+from evaclip.errors import UserError
+from evaclip.model.config import ALIASES, override
+
+EVA_CLIP = {
+    "EVA01-CLIP-B-16",
+    "EVA01-CLIP-g-14",
+    "EVA01-CLIP-g-14-plus",
+    "EVA02-CLIP-B-16",
+    "EVA02-CLIP-L-14",
+    "EVA02-CLIP-L-14-336",
+    "EVA02-CLIP-bigE-14",
+    "EVA02-CLIP-bigE-14-plus",
+    "EVA-CLIP-8B",
+    "EVA-CLIP-8B-plus",
+    "EVA-CLIP-18B",
+}
+
+
+def test_ships_all_models() -> None:
+    assert set(list_models()) == EVA_CLIP | {"tiny", "emoji"}
+
+
+def test_every_alias_leads_to_a_model() -> None:
+    for alias, name in ALIASES.items():
+        assert get_config(alias) == get_config(name)
+
+
+def test_options_survive_the_way_through_plain_data() -> None:
+    for name in list_models():
+        config = get_config(name)
+        assert override(CLIPConfig(), config.to_dict()) == config
+
+
+def test_override_changes_nested_options_only() -> None:
+    config = override(get_config("tiny"), {"embed_dim": 64, "vision": {"layers": 1}})
+    assert (config.embed_dim, config.vision.layers) == (64, 1)
+    assert dataclasses.replace(config.vision, layers=3) == get_config("tiny").vision
+
+
+def test_hidden_width_is_truncated() -> None:
+    assert get_config("EVA02-CLIP-L-14").vision.hidden == 2730
+    assert get_config("EVA02-CLIP-B-16").vision.hidden == 2048
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"visual": {}}, "unknown model option 'visual'"),
+        ({"vision": {"widht": 3}}, "did you mean 'vision.width'"),
+        ({"vision": 3}, "expected a mapping"),
+        ({"vision": {"mlp": "gel"}}, "did you mean 'gelu'"),
+        ({"vision": {"rope": "yes"}}, "vision.rope is 'yes'; expected true or false"),
+        ({"vision": {"patch_dropout": 1.0}}, "vision.patch_dropout is 1.0; expected 0 <= rate < 1"),
+        ({"vision": {"layers": 0}}, "vision.layers is 0; expected a positive integer"),
+        ({"vision": {"layers": True}}, "expected a positive integer"),
+        ({"vision": {"heads": 5}}, "vision.width 128 isn't a multiple of heads 5"),
+        ({"vision": {"image_size": 30}}, "vision.image_size 30 isn't a multiple of patch_size 8"),
+        ({"vision": {"width": 132, "heads": 66}}, "multiple of 4; it is 2"),
+        ({"vision": {"norm": "rms_norm"}}, "sub_norm needs"),
+        ({"text": {"norm_eps": -1.0}}, "text.norm_eps is -1.0; expected a positive number"),
+        ({"preprocess": {"std": [1, 1]}}, "expected 3 numbers"),
+        ({"preprocess": {"std": [1, 1, 0]}}, "expected positive numbers"),
+        ({"preprocess": {"resize": "crop"}}, "unknown preprocess.resize"),
+    ],
+)
+def test_wrong_options_are_named(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        override(get_config("tiny"), changes)
+
+
+def test_unknown_model_gets_the_nearest_name() -> None:
+    with pytest.raises(UserError, match="did you mean 'EVA02-B-16'"):
+        get_config("EVA02-B16")
+
+
+def test_configurations_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        get_config("tiny").vision.layers = 5  # type: ignore[misc]
+    assert hash(VisionConfig()) == hash(VisionConfig())
+    assert Preprocess() == Preprocess(mean=[0.48145466, 0.4578275, 0.40821073])  # type: ignore[arg-type]
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = "import sys, evaclip; print('torch' in sys.modules, 'create_model' in dir(evaclip))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]

@@ -1,0 +1,115 @@
+"""Every option of the vision tower, and the text tower's pooling, against plain PyTorch."""
+
+from typing import Any
+
+import pytest
+import torch
+from models import NO_ROPE, random_images, random_tokens, small_model
+from plain_vision import plain_vision
+
+from evaclip import CLIP
+from evaclip.model.norm import Norm
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "eva02": {},
+    "eva02-other-grid": {"image_size": 40, "pt_hw_seq_len": 7, "rope_theta": 100.0},
+    "eva01": NO_ROPE,
+    "eva01-layer-scale": {**NO_ROPE, "layer_scale_init": 0.1},
+    "enormous": {**NO_ROPE, "post_norm": True, "layer_scale_init": 0.3},
+    "8B": {**NO_ROPE, "norm": "rms_norm", "qkv_bias": False},
+    "18B": {**NO_ROPE, "norm": "rms_norm", "qkv_bias": False, "post_norm": True},
+    "rope-alone": {**NO_ROPE, "rope": True, "mlp": "swiglu"},
+}
+
+
+def _check(model: CLIP, token_index: torch.Tensor | None = None) -> None:
+    config = model.config.vision
+    images = random_images(3, config.image_size)
+    with torch.no_grad():
+        expected = plain_vision(model.visual.state_dict(), config, images, token_index)
+        actual = model.encode_image(images, token_index=token_index)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_all_tokens(name: str) -> None:
+    _check(small_model(**OPTIONS[name]))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_kept_tokens_stay_where_they_are_in_the_image(name: str) -> None:
+    model = small_model(**OPTIONS[name])
+    generator = torch.Generator().manual_seed(3)
+    _check(model, torch.stack([torch.randperm(16, generator=generator)[:7] for _ in range(3)]))
+
+
+def test_norms_have_the_eps_of_their_tower() -> None:
+    model = small_model()
+    assert {m.eps for m in model.visual.modules() if isinstance(m, Norm)} == {1e-6}
+    assert {m.eps for m in model.text.modules() if isinstance(m, Norm)} == {1e-5}
+    assert {m.mlp.ffn_ln.eps for m in model.visual.blocks} == {1e-6}
+
+
+def test_padding_after_the_end_has_no_influence() -> None:
+    model, tokens = small_model(), random_tokens(4)
+    other = tokens.clone()
+    ends = tokens.argmax(dim=-1)
+    for row, end in enumerate(ends.tolist()):
+        other[row, end + 1 :] = 5
+    with torch.no_grad():
+        first, second = model.encode_text(tokens), model.encode_text(other)
+        shorter = model.encode_text(tokens[:, : int(ends.max()) + 1])
+    torch.testing.assert_close(first, second, atol=0, rtol=0)
+    torch.testing.assert_close(first, shorter, atol=1e-6, rtol=1e-5)
+
+
+def test_pooling_is_at_the_first_end_token() -> None:
+    model, tokens = small_model(), random_tokens(2)
+    tokens[:, 3] = 49407
+    changed = tokens.clone()
+    changed[:, 4:] = 49407
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_text(tokens), model.encode_text(changed), atol=0, rtol=0)
+
+
+def test_text_is_causal() -> None:
+    model, tokens = small_model(), random_tokens(2)
+    tokens[:, 5], changed = 49407, tokens.clone()
+    changed[:, 2] = 17
+    with torch.no_grad():
+        assert not torch.allclose(model.encode_text(tokens), model.encode_text(changed), atol=1e-4)
+
+
+def test_normalized_features_have_length_one() -> None:
+    model = small_model()
+    with torch.no_grad():
+        image, text, scale = model(random_images(3), random_tokens(3))
+    for features in (image, text):
+        torch.testing.assert_close(features.norm(dim=-1), torch.ones(3))
+    torch.testing.assert_close(scale, model.logit_scale.detach().exp())
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (torch.zeros(2, 3, 32, 31), ValueError, r"\(2, 3, 32, 31\); expected \[batch, 3, 32, 32\]"),
+        (torch.zeros(3, 32, 32), ValueError, "expected"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), TypeError, "torch.uint8"),
+    ],
+)
+def test_wrong_images(images: torch.Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        small_model().encode_image(images)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        (torch.zeros(2, 17, dtype=torch.int64), ValueError, r"\(2, 17\); expected \[batch, 1..16\]"),
+        (torch.zeros(16, dtype=torch.int64), ValueError, "expected"),
+        (torch.zeros(2, 16), TypeError, "torch.float32"),
+    ],
+)
+def test_wrong_tokens(tokens: torch.Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        small_model().encode_text(tokens)

@@ -1,0 +1,192 @@
+"""Training behaviour: dropout of patches and branches, recomputation, independence of models, compilation."""
+
+import copy
+
+import pytest
+import torch
+from models import NO_ROPE, random_images, random_tokens, small_model
+from torch import Tensor, nn
+
+from evaclip import CLIP
+from evakernels import clip_loss, sample_token_index
+
+
+def _gradients(model: CLIP, token_index: Tensor | None = None) -> dict[str, Tensor]:
+    model.zero_grad()
+    clip_loss(*model(random_images(4), random_tokens(4), token_index=token_index)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, gradient in first.items():
+        torch.testing.assert_close(gradient, second[name], atol=0, rtol=0, msg=name)
+
+
+def test_every_parameter_learns() -> None:
+    model = small_model(layer_scale_init=0.5).train()
+    assert _gradients(model).keys() == dict(model.named_parameters()).keys()
+
+
+def test_patch_dropout_draws_from_the_default_generator_in_training_only() -> None:
+    model = small_model(patch_dropout=0.5)
+    images = random_images(4)
+    assert (model.visual.num_patches, model.visual.num_kept_patches()) == (16, 8)
+    with torch.no_grad():
+        full = model.encode_image(images)
+        model.train()
+        torch.manual_seed(5)
+        dropped = model.encode_image(images)
+        torch.manual_seed(5)
+        index = sample_token_index(4, 16, 8)
+        model.eval()
+        assert torch.equal(model.encode_image(images, token_index=index), dropped)
+        assert not torch.allclose(full, dropped, atol=1e-4)
+        model.train()
+        model.visual.patch_dropout = 0.0
+        assert torch.equal(model.encode_image(images), full)
+
+
+@pytest.mark.parametrize(("rate", "kept"), [(0.0, 16), (0.3, 11), (0.99, 1)])
+def test_number_of_kept_patches(rate: float, kept: int) -> None:
+    assert small_model(patch_dropout=rate).visual.num_kept_patches() == kept
+
+
+def test_drop_path_leaves_out_or_scales_whole_branches() -> None:
+    model = small_model(drop_path=0.5, layers=2).train()
+    rates = [block.drop_path for block in model.visual.blocks]
+    assert rates == [0.0, 0.5]
+    block = model.visual.blocks[1]
+    x = torch.randn(64, 5, 128, generator=torch.Generator().manual_seed(0))
+    model.eval()
+    with torch.no_grad():
+        branch = block.attn(block.norm1(x))
+        outcomes = [x + factor * branch for factor in (0.0, 2.0)]
+        outcomes = [y + factor * block.mlp(block.norm2(y)) for y in outcomes for factor in (0.0, 2.0)]
+        model.train()
+        torch.manual_seed(0)
+        out = block(x)
+    close = torch.stack([(out - y).abs().amax(dim=(1, 2)) < 1e-4 for y in outcomes])
+    assert (close.sum(dim=0) == 1).all()
+    assert (close.sum(dim=1) > 6).all()
+
+
+@pytest.mark.parametrize("vision", [{}, {**NO_ROPE, "post_norm": True}])
+def test_gradients_are_the_same_with_checkpointing(vision: dict[str, object]) -> None:
+    model = small_model(**vision, patch_dropout=0.5, drop_path=0.3).train()
+    torch.manual_seed(1)
+    kept = _gradients(model)
+    model.set_grad_checkpointing()
+    torch.manual_seed(1)
+    _assert_same(kept, _gradients(model))
+
+
+def test_checkpointing_keeps_fewer_activations() -> None:
+    sizes = {}
+    for enable in (False, True):
+        model = small_model().train()
+        model.set_grad_checkpointing(enable)
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t
+        ):
+            model(random_images(4), random_tokens(4))
+        sizes[enable] = sum(saved)
+    assert sizes[True] < 0.5 * sizes[False]
+
+
+def test_recomputation_after_a_second_forward_uses_its_own_tokens() -> None:
+    model = small_model().train()
+    model.set_grad_checkpointing()
+    indices = [sample_token_index(4, 16, 6, generator=torch.Generator().manual_seed(s)) for s in (0, 1)]
+    alone = [_gradients(model, index) for index in indices]
+    model.zero_grad()
+    losses = [clip_loss(*model(random_images(4), random_tokens(4), token_index=index)) for index in indices]
+    losses[0].backward()
+    _assert_same(alone[0], {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    model.zero_grad()
+    losses[1].backward()
+    _assert_same(alone[1], {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+def test_models_with_and_without_rope_do_not_disturb_each_other() -> None:
+    def build() -> list[CLIP]:
+        models = [small_model(1, patch_dropout=0.5), small_model(2, **NO_ROPE), small_model(3, image_size=40)]
+        for model in models:
+            model.train().set_grad_checkpointing()
+        return models
+
+    def loss(model: CLIP, seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return clip_loss(*model(random_images(4, model.config.vision.image_size), random_tokens(4)))
+
+    alone = []
+    for seed, model in enumerate(build()):
+        loss(model, seed).backward()
+        alone.append({n: p.grad for n, p in model.named_parameters()})
+    together = build()
+    losses = [loss(model, seed) for seed, model in enumerate(together)]
+    for value in reversed(losses):
+        value.backward()
+    for expected, model in zip(alone, together, strict=True):
+        _assert_same(expected, {n: p.grad for n, p in model.named_parameters()})
+
+
+@pytest.mark.parametrize(
+    "vision", [{"patch_dropout": 0.5}, {**NO_ROPE, "post_norm": True, "drop_path": 0.2, "layers": 2}]
+)
+def test_compiles_without_a_graph_break(vision: dict[str, object]) -> None:
+    model = small_model(**vision).train()
+    images, tokens = random_images(2), random_tokens(2)
+    compiled = torch.compile(_loss, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(2)
+    expected = _gradients_of(model, _loss(model, images, tokens))
+    torch.manual_seed(2)
+    actual = _gradients_of(model, compiled(model, images, tokens))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_compiles_with_checkpointing() -> None:
+    model = small_model(layers=1, text={"layers": 1}).train()
+    model.set_grad_checkpointing()
+    images, tokens = random_images(2), random_tokens(2)
+    expected = _gradients_of(model, _loss(model, images, tokens))
+    compiled = torch.compile(_loss, fullgraph=True, backend="aot_eager")
+    actual = _gradients_of(model, compiled(model, images, tokens))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def _loss(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
+    return clip_loss(*model(images, tokens))
+
+
+def _gradients_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_stays_close_to_float32(dtype: torch.dtype) -> None:
+    model = small_model(patch_dropout=0.5, drop_path=0.2, layer_scale_init=1.0).train()
+    index = sample_token_index(4, 16, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    exact = model.encode_image(random_images(4), normalize=True, token_index=index)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype):
+        rough = model.encode_image(random_images(4), normalize=True, token_index=index)
+    assert (exact - rough.float()).abs().max() < 0.03
+    rough.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.visual.parameters())
+
+
+def test_copies_are_independent() -> None:
+    model = small_model()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+        assert model.encode_image(random_images(1)).any()
+        assert not other.encode_image(random_images(1)).any()

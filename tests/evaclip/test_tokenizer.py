@@ -1,0 +1,105 @@
+"""The tokenizer against open_clip's, on written and on random texts."""
+
+import pickle
+from importlib import metadata
+
+import open_clip
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evaclip import tokenizer as module
+from evaclip.errors import UserError
+from evaclip.tokenizer import Tokenizer
+
+PEER = open_clip.SimpleTokenizer()
+
+WRITTEN = [
+    "",
+    " \t\n ",
+    "a photo of a cat",
+    "It's we'll I'VE can't '",
+    "1234567890 3.14 ½ ² Ⅷ ١٢٣",
+    "&amp;lt;b&amp;gt; &lt;p&gt; &#39;quoted&#39; &nbsp;&hearts; &amp;amp;amp;",
+    "rÃ©sumÃ© â€œquotesâ€\x9d naïve",
+    "日本語のテキスト 中文 한국어 العربية हिन्दी",
+    "😀 👩‍🎓 🏳️‍🌈 👍🏽 ❤️",
+    "<start_of_text> in the middle <end_of_text> and <END_OF_TEXT>",
+    "<<end_of_text>> <end_of_text <\u017ftart_of_text>",
+    "\x00\x1b[31m\x85\u2028\u200b\ufeff control",
+    "İstanbul \u017f ß ẞ K ΑΣ",
+    "unbelievable-hyphenated/slashed_underscored #hashtag @user http://a.b/c?d=e",
+    "long " * 200,
+    "x" * 3000,
+]
+
+PIECES = st.one_of(
+    st.text(max_size=12),
+    st.text(st.characters(max_codepoint=0x2FF), max_size=12),
+    st.sampled_from([*WRITTEN, "'s", "'LL", "&amp;", "&#x1F600;", "<end_of_text>", "<start_of_text>", "  "]),
+)
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_ids_equal_those_of_open_clip(text: str) -> None:
+    tokenizer = Tokenizer()
+    assert tokenizer.encode(text) == PEER.encode(text)
+    assert torch.equal(tokenizer(text), PEER(text))
+
+
+@settings(max_examples=800, deadline=None, derandomize=True)
+@given(st.lists(PIECES, max_size=8).map("".join), st.integers(2, 90))
+def test_ids_equal_those_of_open_clip_on_random_texts(text: str, length: int) -> None:
+    assert torch.equal(Tokenizer()(text, length), PEER(text, length)), repr(text)
+
+
+def test_rows_are_start_words_end_zeros() -> None:
+    rows = Tokenizer()(["a photo of a cat", ""])
+    assert rows.dtype == torch.int64
+    assert rows.shape == (2, 77)
+    assert rows[0, :7].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert rows[1, :2].tolist() == [49406, 49407]
+    assert not rows[0, 7:].any()
+    assert not rows[1, 2:].any()
+
+
+def test_long_text_ends_with_the_end_token() -> None:
+    row = Tokenizer(8)("one two three four five six seven eight nine")[0]
+    assert row.shape == (8,)
+    assert row[-1] == 49407
+    assert (row[:-1] != 49407).all()
+
+
+def test_every_id_can_occur() -> None:
+    vocabulary = Tokenizer()._bpe.get_vocab()
+    assert sorted(vocabulary.values()) == list(range(Tokenizer.vocab_size))
+    assert vocabulary["cat</w>"] == 2368
+    assert (vocabulary[module.START], vocabulary[module.END]) == (Tokenizer.start_id, Tokenizer.end_id)
+
+
+def test_can_be_sent_to_another_process() -> None:
+    tokenizer = Tokenizer(20)
+    assert torch.equal(pickle.loads(pickle.dumps(tokenizer))(WRITTEN), tokenizer(WRITTEN))
+
+
+def test_wrong_input() -> None:
+    with pytest.raises(UserError, match="context_length is 1; expected 2 or more"):
+        Tokenizer(1)
+    with pytest.raises(TypeError, match="int; expected str"):
+        Tokenizer()([3])  # type: ignore[list-item]
+
+
+def test_missing_distribution_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> metadata.Distribution:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", absent)
+    with pytest.raises(UserError, match="pip install open_clip_torch"):
+        module.vocabulary_file()
+
+
+def test_missing_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FILE", "absent.txt.gz")
+    with pytest.raises(UserError, match=r"has no file absent\.txt\.gz"):
+        module.vocabulary_file()

@@ -1,0 +1,180 @@
+"""Transforms against open_clip's, and that randomness comes from the seed alone."""
+
+import dataclasses
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from open_clip.transform import image_transform
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+from evaclip import Augmentation, Preprocess, eval_transform, train_transform
+from evaclip.errors import UserError
+from evaclip.transforms import TrainTransform, crop_box
+
+SIZES = [(300, 200), (48, 224), (224, 224), (37, 500)]
+MODES = ["RGB", "L", "CMYK", "P", "RGBA"]
+STRONG = Augmentation(
+    scale=(0.3, 1.0),
+    rotation=20,
+    translation=0.1,
+    zoom=(0.8, 1.2),
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.4,
+    hue=0.1,
+    grayscale=0.3,
+    random_background=True,
+)
+PLAIN = Preprocess(mean=(0, 0, 0), std=(1, 1, 1))
+
+
+def _picture(size: tuple[int, int], mode: str = "RGB", seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def _drawing(size: int = 64) -> Image.Image:
+    """A red square in the middle of nothing."""
+    image = Image.new("RGBA", (size, size), (0, 0, 0, 0))
+    image.paste((255, 0, 0, 255), (size // 4, size // 4, 3 * size // 4, 3 * size // 4))
+    return image
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("resize", ["shortest", "squash"])
+def test_evaluation_gives_the_bits_of_open_clip(mode: str, size: tuple[int, int], resize: str) -> None:
+    image = _picture(size, mode)
+    ours = eval_transform(112, resize=resize)(image)
+    assert ours.shape == (3, 112, 112)
+    assert torch.equal(ours, image_transform(112, is_train=False, resize_mode=resize)(image))
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_options_reach_the_transform(interpolation: str) -> None:
+    image, mean, std = _picture((90, 70)), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    theirs = image_transform(48, is_train=False, mean=mean, std=std, interpolation=interpolation)
+    assert torch.equal(eval_transform(48, mean, std, interpolation=interpolation)(image), theirs(image))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", SIZES)
+def test_training_gives_the_bits_of_open_clip(mode: str, size: tuple[int, int]) -> None:
+    image, theirs, ours = _picture(size, mode), image_transform(64, is_train=True), train_transform(64)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        assert torch.equal(ours(image, seed), theirs(image))
+
+
+@pytest.mark.parametrize(("width", "height"), [(100, 80), (10, 400), (400, 10), (1, 1), (90, 120)])
+def test_crop_boxes_are_those_of_torchvision(width: int, height: int) -> None:
+    image = Image.new("RGB", (width, height))
+    for seed in range(20):
+        scale, ratio = (0.2, 1.0), (0.5, 1.9)
+        ours = crop_box(height, width, scale, ratio, torch.Generator().manual_seed(seed))
+        torch.manual_seed(seed)
+        assert ours == tuple(RandomResizedCrop.get_params(image, list(scale), list(ratio)))
+
+
+@pytest.mark.parametrize("augmentation", [Augmentation(), STRONG])
+def test_result_is_a_function_of_the_seed(augmentation: Augmentation) -> None:
+    image, transform = _picture((80, 60)), train_transform(32, augmentation=augmentation)
+    alone = [transform(image, seed) for seed in range(24)]
+    state = torch.get_rng_state()
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda seed: transform(image, seed), range(24)))
+    sent = pickle.loads(pickle.dumps(transform))
+    torch.manual_seed(99)
+    for seed, expected in enumerate(alone):
+        assert torch.equal(together[seed], expected)
+        assert torch.equal(sent(image, seed), expected)
+    torch.set_rng_state(state)
+    transform(image, 1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len({tensor.numpy().tobytes() for tensor in alone}) > 12
+
+
+def test_without_a_seed_torch_decides() -> None:
+    image, transform = _picture((80, 60)), train_transform(32, scale=(0.2, 0.5))
+    torch.manual_seed(3)
+    first = transform(image)
+    second = transform(image)
+    torch.manual_seed(3)
+    assert torch.equal(transform(image), first)
+    assert not torch.equal(first, second)
+
+
+def test_transparent_pictures_lie_on_white() -> None:
+    for transform in (eval_transform(64, PLAIN.mean, PLAIN.std), TrainTransform(64, PLAIN)):
+        tensor = transform(_drawing())
+        assert tensor[:, 0, 0].tolist() == [1, 1, 1]
+        assert tensor[:, 32, 32].tolist() == [1, 0, 0]
+
+
+def test_transparent_palette_lies_on_white() -> None:
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([0, 0, 0, 0, 255, 0])
+    image.info["transparency"] = 0
+    assert (eval_transform(8, PLAIN.mean, PLAIN.std)(image) == 1).all()
+
+
+def test_random_background_differs_and_fills_what_moves_in() -> None:
+    options = Augmentation(scale=(1, 1), ratio=(1, 1), random_background=True, rotation=40, zoom=(0.5, 0.5))
+    transform = TrainTransform(64, PLAIN, options)
+    corners = set()
+    for seed in range(8):
+        tensor = transform(_drawing(), seed)
+        assert torch.equal(tensor[:, 0, 0], tensor[:, 63, 63])
+        assert tensor[0, 32, 32] == 1
+        corners.add(tuple(tensor[:, 0, 0].tolist()))
+    assert len(corners) > 6
+
+
+@pytest.mark.parametrize(
+    "field", ["rotation", "translation", "zoom", "brightness", "contrast", "saturation", "hue", "grayscale"]
+)
+def test_each_option_has_an_effect_of_its_own(field: str) -> None:
+    values = {"rotation": 20.0, "zoom": (0.7, 0.8), "grayscale": 1.0}
+    still = Augmentation(scale=(1, 1), ratio=(1, 1))
+    image = _picture((40, 40))
+    plain = TrainTransform(32, PLAIN, still)(image, 5)
+    changed = TrainTransform(32, PLAIN, dataclasses.replace(still, **{field: values.get(field, 0.3)}))(
+        image, 5
+    )
+    assert not torch.equal(changed, plain)
+    if field == "grayscale":
+        assert torch.equal(changed[0], changed[1])
+    if field in ("rotation", "translation", "zoom"):
+        assert changed[:, 0, 0].tolist() == [1, 1, 1] or changed[:, -1, -1].tolist() == [1, 1, 1]
+
+
+def test_brightness_stays_within_its_bounds() -> None:
+    transform = TrainTransform(8, PLAIN, Augmentation(scale=(1, 1), brightness=0.5))
+    image = Image.new("RGB", (8, 8), (100, 100, 100))
+    means = [transform(image, seed).mean().item() * 255 for seed in range(200)]
+    assert 49 <= min(means) < 60
+    assert 140 < max(means) <= 150
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": (0.9, 0.5)}, r"augmentation.scale is 0.9..0.5; expected 0 < smallest <= largest"),
+        ({"scale": (0.5, 1.2)}, "can't exceed the image"),
+        ({"ratio": (0, 1)}, "augmentation.ratio"),
+        ({"hue": 0.6}, r"augmentation.hue is 0.6; expected 0..0.5"),
+        ({"grayscale": -0.1}, "augmentation.grayscale"),
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Augmentation(**options)  # type: ignore[arg-type]
+
+
+def test_description_tells_what_is_done() -> None:
+    assert repr(eval_transform(32)) != repr(eval_transform(32, resize="squash"))
+    assert repr(eval_transform(32)) == repr(eval_transform(32))

@@ -1,0 +1,56 @@
+"""Runs and models small enough that a step takes milliseconds."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaclip.factory import create_model
+from evaclip.model.clip import CLIP
+from evaclip.train.config import TrainConfig
+from evaclip.train.overrides import parse_assignment, validate
+
+OPTIONS: dict[str, Any] = {
+    "embed_dim": 16,
+    "vision": {"width": 16, "layers": 2, "heads": 2, "image_size": 16, "patch_size": 4},
+    "text": {"width": 16, "layers": 1, "heads": 2},
+}
+
+
+@pytest.fixture
+def small_model() -> CLIP:
+    import torch
+
+    torch.manual_seed(0)
+    model = create_model("tiny", **OPTIONS)
+    # The head starts so small that its features are all alike; tests need features that differ.
+    with torch.no_grad():
+        model.visual.head.weight.mul_(1000)
+    return model
+
+
+@pytest.fixture
+def run_config(tmp_path: Path) -> Callable[..., TrainConfig]:
+    """Makes the configuration of a run of 6 steps; arguments are assignments as in `--set`."""
+
+    def make(*assignments: str) -> TrainConfig:
+        from evaclip.train.tree import merge
+
+        tree: dict[str, Any] = {
+            "name": "run",
+            "output": str(tmp_path),
+            "batch_size": 8,
+            "device": "cpu",
+            "data": {"train": "synthetic", "num_samples": 40, "workers": 0},
+            "model": {"name": "tiny", "options": OPTIONS},
+            "optim": {"lr": 1e-3},
+            "schedule": {"steps": 6},
+            "checkpoint": {"every_minutes": None},
+            "log": {"every_steps": 1, "tensorboard": False, "progress": "plain"},
+        }
+        for assignment in assignments:
+            tree = merge(tree, parse_assignment(assignment))
+        return validate(tree)
+
+    return make

@@ -1,0 +1,142 @@
+"""Checkpoints: all or nothing, checked, thinned out."""
+
+import json
+import os
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from evaclip.errors import UserError
+from evaclip.train import checkpoint
+from evaclip.train.checkpoint import Content, DamagedCheckpoint
+from evaclip.weights import find_weights
+
+
+def content(value: float, *, good: bool = True) -> Content:
+    return Content(
+        model={"weight": torch.full((3,), value)},
+        ema={"weight": torch.full((3,), value + 1)},
+        descriptions={"preprocess.json": {"image_size": 8}},
+        state={"step": int(value), "nested": {"tensor": torch.ones(2), "list": [1, "a", (2.0, None)]}},
+        meta={"good": good},
+    )
+
+
+def save(root: Path, *steps: int) -> list[Path]:
+    return [checkpoint.save(root, step, content(step)) for step in steps]
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_everything_comes_back(tmp_path: Path) -> None:
+    (folder,) = save(tmp_path, 7)
+    assert folder == tmp_path / "step_00000007"
+    assert names(folder) == ["ema.safetensors", "meta.json", "model.safetensors", "preprocess.json", "state.pt"]
+    assert names(tmp_path) == ["latest", "step_00000007"]
+    meta = checkpoint.read_meta(folder)
+    assert (meta["step"], meta["good"]) == (7, True)
+    state = checkpoint.load_state(folder)
+    assert state["nested"]["list"] == [1, "a", (2.0, None)]
+    assert find_weights(tmp_path / "latest", "tiny") == folder / "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *product(["model.safetensors", "state.pt", "preprocess.json"], ["truncated", "changed", "missing"]),
+        *product(["meta.json"], ["truncated", "missing"]),
+    ],
+)
+def test_damage_is_detected_and_the_previous_one_is_used(tmp_path: Path, name: str, damage: str) -> None:
+    older, newer = save(tmp_path, 1, 2)
+    path = newer / name
+    data = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(DamagedCheckpoint, match=name):
+        checkpoint.read_meta(newer)
+    said: list[str] = []
+    assert checkpoint.find("auto", tmp_path, said.append) == older
+    assert len(said) == 1
+    assert str(newer) in said[0]
+    with pytest.raises(UserError, match="damaged.*--resume auto"):
+        checkpoint.find("latest", tmp_path, said.append)
+
+
+def test_what_is_asked_for_is_found(tmp_path: Path) -> None:
+    older, newer = save(tmp_path, 1, 2)
+    for request, expected in {"none": None, "auto": newer, "latest": newer, str(older): older}.items():
+        assert checkpoint.find(request, tmp_path, pytest.fail) == expected
+    assert checkpoint.find("auto", tmp_path / "nowhere", pytest.fail) is None
+    with pytest.raises(UserError, match="no checkpoint folder 'nonsense'.*auto, latest"):
+        checkpoint.find("nonsense", tmp_path, pytest.fail)
+    with pytest.raises(UserError, match="no checkpoint folder"):
+        checkpoint.find("latest", tmp_path / "nowhere", pytest.fail)
+
+
+def test_a_crash_while_saving_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (older,) = save(tmp_path, 1)
+
+    def crash(source: object, target: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", crash)
+        with pytest.raises(OSError, match="no space"):
+            save(tmp_path, 2)
+    assert checkpoint.find("auto", tmp_path, pytest.fail) == older
+    assert len(names(tmp_path)) == 3
+    checkpoint.remove_unfinished(tmp_path)
+    assert names(tmp_path) == ["latest", "step_00000001"]
+
+
+def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    checkpoint.save(tmp_path, 1, content(5))
+    assert checkpoint.load_state(tmp_path / "step_00000001")["step"] == 5
+    assert names(tmp_path) == ["latest", "step_00000001"]
+
+
+def test_pruning_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
+    save(tmp_path, *range(10, 80, 10))
+    checkpoint.prune(tmp_path, 60, keep=2, keep_every=30)
+    assert names(tmp_path) == ["latest", "step_00000030", "step_00000050", "step_00000060", "step_00000070"]
+
+
+def test_going_back_makes_later_ones_not_newer(tmp_path: Path) -> None:
+    older, _ = save(tmp_path, 1, 2)
+    checkpoint.go_back_to(older)
+    assert names(tmp_path) == ["latest", "step_00000001"]
+    save(tmp_path, 9)
+    (tmp_path / "latest").write_text("step_00000001\n")
+    assert checkpoint.find("auto", tmp_path, pytest.fail) == older
+
+
+def test_choice_can_be_restricted(tmp_path: Path) -> None:
+    (older,) = save(tmp_path, 1)
+    checkpoint.save(tmp_path, 2, content(2, good=False))
+    assert checkpoint.choose(tmp_path, pytest.fail, lambda meta: bool(meta["good"])) == older
+
+
+def test_state_is_not_unpickled(tmp_path: Path) -> None:
+    (folder,) = save(tmp_path, 1)
+    torch.save({"code": Path("x")}, folder / "state.pt")
+    with pytest.raises(Exception, match="weights_only"):
+        checkpoint.load_state(folder)
+
+
+def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
+    (folder,) = save(tmp_path, 1)
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, "format": 99}))
+    with pytest.raises(DamagedCheckpoint, match="format"):
+        checkpoint.read_meta(folder)

@@ -1,0 +1,119 @@
+"""Reports: the log file, the lines, TensorBoard."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from evaclip.train.config import LogConfig
+from evaclip.train.meter import Meter
+from evaclip.train.progress import LOG_FILE, Record, open_report, read_log
+from evaclip.train.signals import StopSignals
+
+RECORD = Record(
+    step=5,
+    samples=40,
+    epoch=0.4,
+    loss=2.5,
+    lr=1e-3,
+    logit_scale=14.3,
+    grad_norm=1.0,
+    skipped=0,
+    samples_per_second=100.0,
+    data_wait=0.25,
+    mfu=0.375,
+    seconds=1.0,
+)
+
+
+def report_steps(folder: Path, steps: list[int], start: int = 0) -> None:
+    config = LogConfig(tensorboard=False, progress="none")
+    with open_report(config, folder, start, 20) as report:
+        for step in steps:
+            report.record(replace(RECORD, step=step))
+            report.evaluation(step, {"top1": step / 10})
+
+
+def test_log_holds_one_object_per_event(tmp_path: Path) -> None:
+    report_steps(tmp_path, [1, 2])
+    records = read_log(tmp_path / LOG_FILE)
+    assert [record["step"] for record in records] == [1, 1, 2, 2]
+    assert records[0]["loss"] == 2.5
+    assert records[3] == {"step": 2, "eval": {"top1": 0.2}}
+
+
+def test_a_resumed_run_logs_no_step_twice(tmp_path: Path) -> None:
+    report_steps(tmp_path, [1, 2, 3])
+    path = tmp_path / LOG_FILE
+    path.write_text(path.read_text() + '{"step": 4, "lo')
+    report_steps(tmp_path, [3, 4], start=2)
+    assert [record["step"] for record in read_log(path)] == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_what_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
+    with open_report(LogConfig(tensorboard=False, progress="none"), tmp_path, 0, 20) as report:
+        report.record(replace(RECORD, loss=math.nan, grad_norm=math.inf))
+    line = (tmp_path / LOG_FILE).read_text()
+    record = json.loads(line, parse_constant=pytest.fail)
+    assert record["loss"] is None
+    assert record["grad_norm"] is None
+
+
+@pytest.mark.parametrize("progress", ["plain", "rich", "auto"])
+def test_the_terminal_shows_what_matters(
+    progress: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with open_report(LogConfig(progress=progress), None, 0, 20) as report:  # type: ignore[arg-type]
+        report.say("resuming [from] somewhere")
+        report.record(replace(RECORD, skipped=3))
+        report.evaluation(5, {"top1": 0.5, "samples": 512})
+    text = capsys.readouterr().out
+    for part in ("resuming [from] somewhere", "loss 2.5000", "100.0 samples/s", "data wait 25%", "MFU 37.5%",
+                 "skipped 3", "eta", "5/20", "top1 50.00%", "samples 512"):  # fmt: skip
+        assert part in text
+
+
+def test_plain_lines_tell_the_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    with open_report(LogConfig(progress="plain"), None, 0, 5 + 9000) as report:
+        report.record(RECORD)
+    # 9000 steps of 8 samples at 100 samples/s.
+    assert "eta 12:00" in capsys.readouterr().out
+
+
+def test_tensorboard_gets_the_curves(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with open_report(LogConfig(progress="none"), tmp_path, 0, 20) as report:
+        report.record(RECORD)
+        report.evaluation(5, {"top1": 0.5})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(5, 2.5)]
+    assert [(event.step, event.value) for event in events.Scalars("eval/top1")] == [(5, 0.5)]
+
+
+def test_meter_separates_waiting_from_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 1.0, 4.0, 10.0, 10.0, 11.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    meter = Meter(seconds=100.0)
+    assert meter.fetch(iter(["batch"])) == "batch"
+    meter.count(50)
+    assert meter.read() == (5.0, 0.3)
+    assert meter.seconds == 111.0
+
+
+def test_the_first_signal_is_remembered_and_handlers_come_back() -> None:
+    import os
+    import signal
+
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as signals:
+        assert signals.received is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        assert signals.exit_code == 143
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -1,0 +1,50 @@
+"""The learning rate's course and the length of a run."""
+
+import math
+
+import pytest
+
+from evaclip.train.config import ScheduleConfig
+from evaclip.train.schedule import lr_factor, total_steps
+
+
+def test_warm_up_then_half_cosine_to_zero() -> None:
+    config = ScheduleConfig(steps=110, warmup_steps=10)
+    factors = [lr_factor(step, 110, config) for step in range(111)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[10] == pytest.approx(1.0)
+    assert factors[60] == pytest.approx(0.5)
+    assert factors[35] == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    assert factors[110] == pytest.approx(0.0)
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+
+
+def test_cosine_ends_at_the_final_factor() -> None:
+    config = ScheduleConfig(steps=100, final_factor=0.2)
+    assert lr_factor(0, 100, config) == 1.0
+    assert lr_factor(50, 100, config) == pytest.approx(0.6)
+    assert lr_factor(100, 100, config) == pytest.approx(0.2)
+
+
+def test_constant_stays_after_warm_up() -> None:
+    config = ScheduleConfig(name="constant", steps=10, warmup_steps=4)
+    assert [lr_factor(step, 10, config) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_warm_up_may_be_the_whole_run() -> None:
+    config = ScheduleConfig(steps=4, warmup_steps=4)
+    assert lr_factor(3, 4, config) == 1.0
+    assert math.isfinite(lr_factor(4, 4, config))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (ScheduleConfig(steps=7), 7),
+        (ScheduleConfig(epochs=2), 25),
+        (ScheduleConfig(epochs=0.5), 7),
+        (ScheduleConfig(epochs=3, epoch_samples=16), 6),
+    ],
+)
+def test_length(config: ScheduleConfig, expected: int) -> None:
+    assert total_steps(config, batch_size=8, data_samples=100) == expected

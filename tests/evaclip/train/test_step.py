@@ -1,0 +1,177 @@
+"""One optimizer step: exact accumulation, guarded updates, precision."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from evaclip.model.clip import CLIP
+from evaclip.train.config import LossConfig, OptimConfig
+from evaclip.train.distributed import World
+from evaclip.train.loss import ContrastiveLoss
+from evaclip.train.optimizer import build_optimizer, parameter_groups
+from evaclip.train.step import StepOptions, TrainStep
+from evaclip.train.token_sampling import token_index
+
+BATCH = 8
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(BATCH, 3, 16, 16, generator=generator)
+    tokens = torch.randint(1, 40_000, (BATCH, 16), generator=generator)
+    tokens[:, 7] = 49_407
+    return images, tokens
+
+
+def make_step(
+    model: CLIP, options: StepOptions | None = None, loss: LossConfig | None = None, **optim: Any
+) -> TrainStep:
+    config = OptimConfig(**{"lr": 1e-2, **optim})
+    module = ContrastiveLoss(loss or LossConfig())
+    optimizer = build_optimizer(parameter_groups(model, module, config), config)
+    return TrainStep(model, module, optimizer, options or StepOptions(), World(torch.device("cpu")))
+
+
+def gradients(step: TrainStep) -> dict[str, Tensor]:
+    modules: dict[str, nn.Module] = {"model": step.model, "loss": step.loss}
+    return {
+        f"{kind}.{name}": value.grad.clone()
+        for kind, module in modules.items()
+        for name, value in module.named_parameters()
+        if value.grad is not None
+    }
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_accumulation_equals_the_whole_batch(
+    small_model: CLIP, batch: tuple[Tensor, Tensor], loss: Any, checkpointing: bool
+) -> None:
+    small_model.double().visual.patch_dropout = 0.5
+    small_model.set_grad_checkpointing(checkpointing)
+    found = []
+    for accumulation in (1, 4):
+        step = make_step(copy.deepcopy(small_model), StepOptions(accumulation=accumulation), LossConfig(name=loss))
+        result = step(batch[0].double(), batch[1], step=3)
+        found.append((result, gradients(step)))
+    (whole, whole_gradients), (chunked, chunked_gradients) = found
+    assert whole_gradients.keys() == chunked_gradients.keys()
+    assert "model.logit_scale" in whole_gradients
+    assert whole_gradients["model.logit_scale"].abs() > 1e-4
+    torch.testing.assert_close(chunked.loss, whole.loss, rtol=1e-12, atol=0)
+    for name, expected in whole_gradients.items():
+        torch.testing.assert_close(chunked_gradients[name], expected, rtol=1e-7, atol=1e-12, msg=name)
+
+
+def test_both_passes_of_accumulation_draw_the_same(
+    small_model: CLIP, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for block in small_model.visual.blocks:
+        block.drop_path = 0.5
+    small_model.visual.patch_dropout = 0.5
+    outputs: list[Tensor] = []
+    original = type(small_model).forward
+
+    def spy(self: CLIP, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        outputs.append(result[0].detach().clone())
+        return result
+
+    monkeypatch.setattr(type(small_model), "forward", spy)
+    make_step(small_model, StepOptions(accumulation=2))(*batch, step=0)
+    first_a, first_b, second_a, second_b = outputs
+    torch.testing.assert_close(second_a, first_a, rtol=0, atol=0)
+    torch.testing.assert_close(second_b, first_b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(
+    small_model: CLIP, batch: tuple[Tensor, Tensor], optimizer: Any, where: str
+) -> None:
+    step = make_step(small_model, StepOptions(grad_clip_norm=1.0), name=optimizer)
+    images, tokens = batch
+    step(images, tokens, step=0)
+    before = copy.deepcopy(small_model.state_dict())
+    moments = copy.deepcopy(step.optimizer.state_dict()["state"])
+    if where == "loss":
+        bad = images.clone()
+        bad[0, 0, 0, 0] = math.nan
+        result = step(bad, tokens, step=1)
+    else:
+        handle = small_model.text.ln_final.weight.register_hook(lambda gradient: gradient * math.inf)
+        result = step(images, tokens, step=1)
+        handle.remove()
+    assert result.found_inf == 1
+    for name, value in small_model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    for index, state in step.optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, moments[index][key]), key
+    step(images, tokens, step=2)
+    assert (int(step.skipped), int(step.skipped_in_a_row)) == (1, 0)
+    assert not torch.equal(small_model.visual.head.weight, before["visual.head.weight"])
+
+
+def test_skipped_steps_in_a_row_are_counted(small_model: CLIP, batch: tuple[Tensor, Tensor]) -> None:
+    step = make_step(small_model)
+    for number in range(3):
+        step(batch[0] * math.nan, batch[1], number)
+    assert (int(step.skipped), int(step.skipped_in_a_row)) == (3, 3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "amp_fp16", "bf16", "fp16"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_every_precision_trains(
+    small_model: CLIP, batch: tuple[Tensor, Tensor], precision: Any, accumulation: int
+) -> None:
+    if not precision.startswith("amp"):
+        small_model.to({"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    options = StepOptions(precision=precision, accumulation=accumulation, grad_clip_norm=1.0)
+    step = make_step(small_model, options)
+    step.loss_scale.scale.clamp_(max=1024.0)
+    losses = [step(*batch, number).loss for number in range(8)]
+    assert losses[0].dtype == torch.float32
+    assert int(step.skipped) == 0
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_loss_scale_does_not_change_the_gradients(small_model: CLIP, batch: tuple[Tensor, Tensor]) -> None:
+    plain = make_step(copy.deepcopy(small_model), StepOptions(precision="amp_fp16"))
+    plain.loss_scale.scale.fill_(1.0)
+    scaled = make_step(copy.deepcopy(small_model), StepOptions(precision="amp_fp16"))
+    scaled.loss_scale.scale.fill_(512.0)
+    results = [step(*batch, 0) for step in (plain, scaled)]
+    assert results[1].found_inf == 0
+    torch.testing.assert_close(results[1].grad_norm, results[0].grad_norm, rtol=1e-2, atol=0)
+
+
+def test_clipping_bounds_the_norm(small_model: CLIP, batch: tuple[Tensor, Tensor]) -> None:
+    step = make_step(small_model, StepOptions(grad_clip_norm=0.01))
+    result = step(*batch, 0)
+    norm = torch.stack([gradient.norm() for gradient in gradients(step).values()]).norm()
+    assert result.grad_norm > 0.1
+    torch.testing.assert_close(norm, torch.tensor(0.01), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("start", "bound"), [(100.0, math.log(100)), (-1.0, 0.0)])
+def test_logit_scale_is_clamped(small_model: CLIP, batch: tuple[Tensor, Tensor], start: float, bound: float) -> None:
+    torch.nn.init.constant_(small_model.logit_scale, start)
+    make_step(small_model, lr=1e-6)(*batch, 0)
+    assert small_model.logit_scale.item() == pytest.approx(bound)
+
+
+def test_kept_tokens_do_not_depend_on_the_number_of_processes() -> None:
+    cpu = torch.device("cpu")
+    whole = token_index((7, 3), range(0, 600), 16, 8, cpu)
+    parts = [token_index((7, 3), range(start, start + 200), 16, 8, cpu) for start in (0, 200, 400)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert whole.shape == (600, 8)
+    assert not torch.equal(whole[:256], whole[256:512])
+    assert not torch.equal(token_index((7, 4), range(0, 600), 16, 8, cpu), whole)
+    assert not torch.equal(token_index((8, 3), range(0, 600), 16, 8, cpu), whole)

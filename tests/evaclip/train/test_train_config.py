@@ -1,0 +1,170 @@
+"""The configuration tree: what it accepts, what it says about the rest."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaclip.errors import UserError
+from evaclip.train.config import TrainConfig, config_hash
+from evaclip.train.overrides import dump_yaml, load_yaml, parse_assignment, resolve, validate
+from evaclip.train.recipes import RECIPES, get_recipe
+from evaclip.train.tree import differences, merge, nest
+
+Make = Callable[..., TrainConfig]
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("optim.lrr=1", "'optim.lrr'; did you mean 'optim.lr'?"),
+        ("optim.visual.layerdecay=1", "did you mean 'optim.visual.layer_decay'?"),
+        ("bathc_size=8", "did you mean 'batch_size'?"),
+        ("data.augmentation.sacle=1", "did you mean 'data.augmentation.scale'?"),
+        ("eval.data.trian=x", "did you mean 'eval.data.train'?"),
+        ("checkpoint.qqqq=1", "checkpoint has: every_steps"),
+        ("qqqqqqqq=1", "the configuration has: name"),
+    ],
+)
+def test_unknown_keys_are_errors_with_the_nearest(run_config: Make, assignment: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve(run_config(), [parse_assignment(assignment)])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("batch_size=-8", "batch_size=-8: input should be greater than 0"),
+        ("optim.lr=fast", "optim.lr='fast': input should be a valid number"),
+        ("optim.name=sgd", "optim.name='sgd': input should be 'adamw' or 'lamb'"),
+        ("precision=fp8", "precision='fp8': input should be 'fp32', 'amp_bf16'"),
+        ("ema_decay=1.0", "ema_decay=1.0: input should be less than 1"),
+        ("accumulation=3", "batch_size=8 is no multiple of accumulation=3"),
+        ("schedule.epochs=2", "schedule: set either steps or epochs, got steps=6 and epochs=2"),
+        ("optim=5", "optim=5"),
+        ("data.train=null", "data.train=None: input should be a valid string"),
+    ],
+)
+def test_bad_values_name_the_key_the_value_and_what_is_accepted(
+    run_config: Make, assignment: str, message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve(run_config(), [parse_assignment(assignment)])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_label_smoothing_is_refused_for_siglip(run_config: Make) -> None:
+    with pytest.raises(UserError, match="label_smoothing=0.1 needs name=clip"):
+        run_config("loss.name=siglip", "loss.label_smoothing=0.1")
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(UserError, match="batch_size is not set"):
+        validate({"name": "x", "data": {}, "schedule": {"steps": 1}})
+
+
+def test_later_changes_win_and_the_rest_stays(run_config: Make) -> None:
+    config = resolve(run_config(), [nest("optim.lr", 1e-2), {"optim": {"lr": "5e-3", "eps": 1e-7}}])
+    assert (config.optim.lr, config.optim.eps, config.batch_size) == (5e-3, 1e-7, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("optim.lr=1e-3", 1e-3),
+        ("optim.lr=0.001", 1e-3),
+        ("optim.visual.lr=null", None),
+        ("name=123", "123"),
+        ("eval.templates=['a {}', 'the {}']", ("a {}", "the {}")),
+        ("checkpoint.allow_data_change=true", True),
+    ],
+)
+def test_values_are_read_as_yaml(run_config: Make, text: str, expected: Any) -> None:
+    value: Any = resolve(run_config(), [parse_assignment(text)])
+    for key in text.partition("=")[0].split("."):
+        value = getattr(value, key)
+    assert value == expected
+
+
+@pytest.mark.parametrize("text", ["optim.lr", "=3", "a=[1"])
+def test_assignments_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(UserError, match="--set"):
+        parse_assignment(text)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_recipes_survive_yaml(name: str, tmp_path: Path) -> None:
+    config = get_recipe(name)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(config))
+    assert validate(load_yaml(path)) == config
+    assert config.model.name == get_recipe(name).model.name
+
+
+def test_a_file_may_hold_some_keys(run_config: Make, tmp_path: Path) -> None:
+    path = tmp_path / "part.yaml"
+    path.write_text("optim:\n  lr: 0.5\n")
+    assert resolve(run_config(), [load_yaml(path)]).optim.lr == 0.5
+    path.write_text("")
+    assert load_yaml(path) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("- 1\n", "must hold keys and values"), ("a: [", "is not YAML"), (None, "No such file")]
+)
+def test_files_that_are_no_configuration(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_yaml(path)
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="unknown recipe 'eva02-b16'.*'eva02-b-16'"):
+        get_recipe("eva02-b16")
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "samples", "visual", "text", "dropout"),
+    [
+        ("eva01-g-14-plus", 114_688, 11e9, (4e-4, 0.85), (4e-5, 0.75), 0.5),
+        ("eva02-b-16", 131_072, 8.39e9, (2e-4, 0.75), (2e-5, 0.75), 0.0),
+        ("eva02-l-14", 131_072, 4.19e9, (4e-4, 0.85), (4e-5, 0.75), 0.0),
+        ("eva02-l-14-336", 61_440, 2.02e9, (4e-4, 0.75), (4e-5, 0.65), 0.0),
+        ("eva02-e-14", 115_200, 4.06e9, (4e-4, 0.9), (4e-5, 0.75), 0.5),
+        ("eva02-e-14-plus", 144_000, 9e9, (4e-4, 0.9), (4e-5, 0.75), 0.5),
+    ],
+)
+def test_published_numbers(
+    name: str, batch: int, samples: float, visual: tuple[float, float], text: tuple[float, float], dropout: float
+) -> None:
+    config = get_recipe(name)
+    optim = config.optim
+    assert config.batch_size == batch
+    assert config.schedule.steps is not None
+    assert config.schedule.steps * batch == pytest.approx(samples, rel=5e-3)
+    assert (optim.visual.lr, optim.visual.layer_decay) == visual
+    assert (optim.text.lr, optim.text.layer_decay) == text
+    assert (optim.name, optim.lr, optim.beta1, optim.beta2, optim.eps) == ("lamb", 5e-4, 0.9, 0.98, 1e-6)
+    assert (optim.weight_decay, optim.grad_clip_norm, config.schedule.warmup_steps) == (0.05, 5.0, 2000)
+    assert config.model.patch_dropout == dropout
+    assert config.model.grad_checkpointing
+    assert config.precision == ("amp_bf16" if name == "eva02-e-14-plus" else "amp_fp16")
+
+
+def test_hash_tells_what_changes_the_weights(run_config: Make) -> None:
+    same = run_config("log.every_steps=3", "name=other", "checkpoint.keep=9")
+    assert config_hash(same) == config_hash(run_config())
+    assert config_hash(run_config("optim.lr=2e-3")) != config_hash(run_config())
+    assert config_hash(run_config("data.augmentation.hue=0.1")) != config_hash(run_config())
+
+
+def test_trees() -> None:
+    assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}, "d": {"e": 4}}) == {"a": {"b": 3, "c": 2}, "d": {"e": 4}}
+    assert merge({"a": None}, {"a": {"b": 1}}) == {"a": {"b": 1}}
+    lines = differences({"a": {"b": 1}, "c": 1}, {"a": {"b": 2}, "c": 1, "d": 0})
+    assert lines == ["a.b: 1 -> 2", "d: None -> 0"]

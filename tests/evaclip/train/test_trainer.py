@@ -1,0 +1,228 @@
+"""Whole runs: what they leave behind, and what they do when something goes wrong."""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from evaclip.data import Batch, TrainLoader
+from evaclip.errors import UserError
+from evaclip.factory import create_model
+from evaclip.train.config import TrainConfig
+from evaclip.train.progress import read_log
+from evaclip.train.trainer import TrainingDiverged, train
+
+Make = Callable[..., TrainConfig]
+Change = Callable[[int, Batch], Batch]
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir() if path.is_dir())
+
+
+@pytest.fixture
+def change_batches(monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], None]:
+    """Passes every batch that the loader yields through a function of its number in the run and itself."""
+
+    def install(change: Change) -> None:
+        original = TrainLoader.batches
+
+        def batches(self: TrainLoader, position: int = 0) -> Iterator[Batch]:
+            for batch in original(self, position):
+                yield change(batch.position // len(batch.images), batch)
+
+        monkeypatch.setattr(TrainLoader, "batches", batches)
+
+    return install
+
+
+def nan_in(*numbers: int) -> Change:
+    def change(number: int, batch: Batch) -> Batch:
+        if number in numbers:
+            batch.images.fill_(math.nan)
+        return batch
+
+    return change
+
+
+def test_a_run_leaves_what_it_should(run_config: Make) -> None:
+    config = run_config(
+        "ema_decay=0.9", "log.tensorboard=true", "eval={data: {num_samples: 64, workers: 0}, first: 40, every_steps: 4}"
+    )
+    outcome = train(config)
+    assert (outcome.steps, outcome.stopped_by) == (6, None)
+    folder = outcome.folder
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints", "config.yaml", "log.jsonl", "tensorboard",
+    ]  # fmt: skip
+    records = read_log(folder / "log.jsonl")
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+    assert [record["samples"] for record in steps] == [8, 16, 24, 32, 40, 48]
+    assert steps[4]["epoch"] == 1.0
+    assert all(record["mfu"] > 0 and record["samples_per_second"] > 0 for record in steps)
+    assert [record["step"] for record in records if "eval" in record] == [4, 6]
+    metrics = outcome.metrics
+    assert (metrics["samples"], metrics["classes"]) == (24, 24)
+    assert metrics["chance_top1"] == pytest.approx(1 / 24)
+    checkpoint = folder / "checkpoints" / "step_00000006"
+    assert json.loads((checkpoint / "preprocess.json").read_text())["image_size"] == 16
+    model = create_model("tiny", pretrained=folder, **config.model.options)
+    averaged = create_model("tiny", pretrained=checkpoint / "ema.safetensors", **config.model.options)
+    assert not torch.equal(model.visual.head.weight, averaged.visual.head.weight)
+
+
+def test_an_existing_run_is_not_overwritten_unless_asked(run_config: Make, tmp_path: Path) -> None:
+    config = run_config()
+    train(config)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists: --resume auto goes on with it, --overwrite deletes it"):
+        train(config)
+    with pytest.raises(UserError, match="choose one"):
+        train(config, resume="auto", overwrite=True)
+    train(run_config("schedule.steps=3"), overwrite=True)
+    assert checkpoints(tmp_path / "run") == ["step_00000003"]
+    assert len(read_log(tmp_path / "run" / "log.jsonl")) == 3
+    assert (tmp_path / "run" / "notes.txt").exists()
+
+
+def test_checkpoints_come_by_step_and_epoch_and_are_thinned_out(run_config: Make, tmp_path: Path) -> None:
+    train(run_config("checkpoint.every_steps=2", "checkpoint.keep=2", "checkpoint.keep_every=2", "schedule.steps=7"))
+    assert checkpoints(tmp_path / "run") == [f"step_{step:08d}" for step in (2, 4, 6, 7)]
+    train(run_config("checkpoint.every_epochs=1", "schedule.epoch_samples=16", "name=epochs", "checkpoint.keep=1"))
+    assert checkpoints(tmp_path / "epochs") == ["step_00000006"]
+    train(run_config("checkpoint.every_epochs=1", "name=five", "checkpoint.keep=9"))
+    assert checkpoints(tmp_path / "five") == ["step_00000005", "step_00000006"]
+
+
+def test_checkpoints_come_by_time(run_config: Make, tmp_path: Path) -> None:
+    train(run_config("checkpoint.every_minutes=1e-9", "checkpoint.keep=99"))
+    assert len(checkpoints(tmp_path / "run")) == 6
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_resumes(
+    run_config: Make, change_batches: Callable[[Change], None], number: int, code: int, capsys: Any
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        original = TrainLoader.batches
+
+        def batches(self: TrainLoader, position: int = 0) -> Iterator[Batch]:
+            for batch in original(self, position):
+                if batch.position == 24:
+                    os.kill(os.getpid(), number)
+                yield batch
+
+        patch.setattr(TrainLoader, "batches", batches)
+        outcome = train(run_config())
+    assert (outcome.stopped_by, outcome.steps) == (code, 3)
+    assert checkpoints(outcome.folder) == ["step_00000003"]
+    assert "--resume auto goes on from step 3" in capsys.readouterr().out
+    resumed = train(run_config(), resume="auto")
+    assert (resumed.stopped_by, resumed.steps) == (None, 6)
+    straight = train(run_config("name=straight"))
+    weights = [load_file(o.folder / "checkpoints/step_00000006/model.safetensors") for o in (resumed, straight)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_a_truncated_checkpoint_is_passed_over_aloud(run_config: Make, tmp_path: Path, capsys: Any) -> None:
+    train(run_config("checkpoint.every_steps=2"))
+    newest = tmp_path / "run" / "checkpoints" / "step_00000006"
+    data = (newest / "state.pt").read_bytes()
+    (newest / "state.pt").write_bytes(data[:-100])
+    capsys.readouterr()
+    outcome = train(run_config("checkpoint.every_steps=2"), resume="auto")
+    text = capsys.readouterr().out
+    assert f"skipped the checkpoint {newest}: state.pt has {len(data) - 100} bytes, {len(data)} were written" in text
+    assert "resuming from" in text
+    assert "step_00000004 at step 4" in text
+    assert outcome.steps == 6
+    assert [record["step"] for record in read_log(outcome.folder / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_nan_for_a_while_is_skipped_and_counted(run_config: Make, change_batches: Callable[[Change], None]) -> None:
+    change_batches(nan_in(3, 4))
+    outcome = train(run_config("nonfinite.max_skipped=3"))
+    records = read_log(outcome.folder / "log.jsonl")
+    assert [record["skipped"] for record in records] == [0, 0, 1, 2, 2, 2]
+    assert [record["loss"] is None for record in records] == [False, False, True, True, False, False]
+    weights = load_file(outcome.folder / "checkpoints" / "step_00000006" / "model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_nan_for_long_stops_the_run(run_config: Make, change_batches: Callable[[Change], None]) -> None:
+    change_batches(nan_in(2, 3, 4, 5, 6))
+    with pytest.raises(TrainingDiverged, match=r"in 3 steps in a row, up to step 4.*nonfinite.action=rollback"):
+        train(run_config("nonfinite.max_skipped=3"))
+
+
+def test_nan_for_long_goes_back_and_leaves_the_data_out(
+    run_config: Make, change_batches: Callable[[Change], None], capsys: Any
+) -> None:
+    change_batches(nan_in(4, 5, 6))
+    config = run_config(
+        "nonfinite={max_skipped: 2, action: rollback}", "checkpoint={every_steps: 1, keep: 9}", "schedule.steps=8"
+    )
+    outcome = train(config)
+    assert "went back to step_00000003, leaving out the data in between" in capsys.readouterr().out
+    records = read_log(outcome.folder / "log.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 4, 5, 6, 7, 8]
+    assert records[-1]["samples"] == 80
+    assert checkpoints(outcome.folder) == [f"step_{step:08d}" for step in range(1, 9)]
+    assert records[-1]["loss"] is not None
+
+
+def test_going_back_has_a_limit(run_config: Make, change_batches: Callable[[Change], None]) -> None:
+    change_batches(nan_in(*range(3, 99)))
+    policy = "nonfinite={max_skipped: 1, action: rollback, max_rollbacks: 2}"
+    with pytest.raises(TrainingDiverged, match="after 2 returns"):
+        train(run_config(policy, "checkpoint.every_steps=1"))
+    with pytest.raises(TrainingDiverged, match="no good checkpoint"):
+        train(run_config(policy, "name=other"))
+
+
+def test_other_data_is_refused_unless_allowed(run_config: Make, capsys: Any) -> None:
+    train(run_config())
+    other = ("data.num_samples=48", "schedule.steps=8")
+    with pytest.raises(UserError, match="not what the checkpoint was trained on.*allow_data_change"):
+        train(run_config(*other), resume="auto")
+    outcome = train(run_config(*other, "checkpoint.allow_data_change=true"), resume="auto")
+    assert outcome.steps == 8
+    text = capsys.readouterr().out
+    assert "changed since the checkpoint: data.num_samples: 40 -> 48" in text
+    assert "changed since the checkpoint: schedule.steps: 6 -> 8" in text
+
+
+def test_another_model_is_refused(run_config: Make) -> None:
+    train(run_config())
+    with pytest.raises(UserError, match="does not fit the model"):
+        train(run_config("model.options.text.layers=2"), resume="auto")
+
+
+def test_resume_auto_without_a_checkpoint_starts_at_the_beginning(run_config: Make, capsys: Any) -> None:
+    assert train(run_config(), resume="auto").steps == 6
+    assert "starting from the beginning" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("data.train=", "data.train is not set"),
+        ("data.train=/no/such/file.tar", "/no/such/file.tar does not exist"),
+        ("batch_size=64", "40 samples are too few for one global batch of 64"),
+        ("model.name=EVA02-B16", "unknown model 'EVA02-B16'.*'EVA02-B-16'"),
+        ("device=tpu", "device 'tpu' cannot be used.*accepted: auto, cpu"),
+        ("eval={data: {num_samples: 8}, first: 8}", "eval.first=8.*has 8"),
+        ("model.pretrained=nowhere.pt", "nowhere.pt"),
+    ],
+)
+def test_what_cannot_be_run_is_said_in_one_line(run_config: Make, assignment: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train(run_config(assignment))

@@ -1,0 +1,92 @@
+"""Every layout of a state dict leads to the same names."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from evaclip import create_model
+from evaclip.errors import UserError
+from evaclip.weights import to_open_clip, to_original
+
+State = dict[str, Tensor]
+GELU = {"mlp": "gelu", "sub_norm": False, "rope": False}
+
+
+def _state(**vision: Any) -> State:
+    return create_model("tiny", vision={"layers": 2, **vision}, text={"layers": 1}).state_dict()
+
+
+def _flat_text(state: State) -> State:
+    return {name.removeprefix("text."): tensor for name, tensor in state.items()}
+
+
+def _with_rotary(state: State) -> State:
+    tables = {
+        f"visual.{place}rope.freqs_{kind}": torch.zeros(16, 64)
+        for place in ("", "blocks.0.attn.")
+        for kind in ("cos", "sin")
+    }
+    return {**state, **tables}
+
+
+LAYOUTS: dict[str, Callable[[State], dict[str, Any]]] = {
+    "original": lambda state: state,
+    "open_clip": to_open_clip,
+    "flat text": _flat_text,
+    "rotary tables": _with_rotary,
+    "parallel": lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+    "model": lambda state: {"model": state, "epoch": 3},
+    "module": lambda state: {"module": state, "optimizer": {"lr": 0.1}},
+    "open_clip checkpoint": lambda state: {
+        "epoch": 1,
+        "state_dict": {f"module.{name}": tensor for name, tensor in to_open_clip(state).items()},
+    },
+    "all at once": lambda state: {
+        "module": {f"module.{name}": tensor for name, tensor in _flat_text(_with_rotary(state)).items()}
+    },
+}
+
+
+@pytest.mark.parametrize("vision", [{}, GELU, {"sub_norm": False}, {**GELU, "layer_scale_init": 0.1}])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_are_equal(layout: str, vision: dict[str, Any]) -> None:
+    state = _state(**vision)
+    found = to_original(LAYOUTS[layout](state))
+    assert found.keys() == state.keys()
+    assert all(found[name] is state[name] for name in state)
+
+
+def test_names_of_open_clip() -> None:
+    names = set(to_open_clip(_state()))
+    block = {
+        n.removeprefix("visual.trunk.blocks.1.") for n in names if n.startswith("visual.trunk.blocks.1.")
+    }
+    both = ("weight", "bias")
+    assert block == {
+        *(f"{module}.{kind}" for module in ("norm1", "norm2", "attn.norm", "attn.proj") for kind in both),
+        *(f"mlp.{module}.{kind}" for module in ("fc1_g", "fc1_x", "norm", "fc2") for kind in both),
+        *("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight"),
+        *("attn.q_proj.bias", "attn.v_proj.bias"),
+    }
+    assert {"visual.trunk.head.weight", "text.text_projection", "logit_scale"} <= names
+
+
+def test_plain_mlp_keeps_its_names_in_open_clip() -> None:
+    names = set(to_open_clip(_state(**GELU)))
+    assert {"visual.trunk.blocks.0.mlp.fc2.weight", "visual.trunk.blocks.0.attn.q_bias"} <= names
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, "the weights hold nothing"),
+        ({"model": {}}, "the weights hold nothing"),
+        ({"epoch": 3, "a": torch.zeros(1)}, "other things under epoch"),
+    ],
+)
+def test_what_is_no_state_dict(state: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        to_original(state)

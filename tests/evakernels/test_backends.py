@@ -1,0 +1,146 @@
+import re
+
+import pytest
+import torch
+
+import evakernels
+from evakernels import _native, backends
+
+OP = "layer_norm_forward"
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The backends that served `layer_norm_forward`, in order; the reference computes, whoever is asked."""
+    served = []
+    compute = backends._implementations[OP]["reference"].function
+
+    def recorded(backend):
+        def function(*args):
+            served.append(backend)
+            return compute(*args)
+
+        return function
+
+    def float32_only(x, *_):
+        return [] if x.dtype == torch.float32 else [f"{x.dtype} is not float32", "it is a test"]
+
+    fakes = {
+        "cpu": backends.Implementation("cpu", recorded("cpu"), float32_only),
+        "reference": backends.Implementation("reference", recorded("reference"), lambda *_: []),
+    }
+    monkeypatch.setitem(backends._implementations, OP, fakes)
+    return served
+
+
+def test_the_preferred_backend_serves_what_it_can_and_the_reference_the_rest(calls):
+    evakernels.layer_norm(torch.ones(2, 4))
+    evakernels.layer_norm(torch.ones(2, 4).double())
+    assert calls == ["cpu", "reference"]
+
+
+def test_use_backend_overrides_the_choice(calls):
+    with evakernels.use_backend("reference"):
+        evakernels.layer_norm(torch.ones(2, 4))
+    evakernels.layer_norm(torch.ones(2, 4))
+    assert calls == ["reference", "cpu"]
+
+
+def test_a_forced_backend_that_cannot_serve_the_call_gives_all_its_reasons(calls):
+    message = "backend 'cpu' can't serve layer_norm_forward: torch.float64 is not float32; it is a test"
+    with evakernels.use_backend("cpu"), pytest.raises(evakernels.BackendError, match=message):
+        evakernels.layer_norm(torch.ones(2, 4).double())
+    assert calls == []
+
+
+def test_nested_overrides_end_with_their_block_after_an_exception_too(calls):
+    x = torch.ones(2, 4)
+    with evakernels.use_backend("cpu"):
+        with pytest.raises(ValueError, match="bias without weight"), evakernels.use_backend("reference"):
+            evakernels.layer_norm(evakernels.layer_norm(x), bias=x)
+        evakernels.layer_norm(x)
+    with evakernels.use_backend("reference"), evakernels.use_backend("cpu"):
+        evakernels.layer_norm(x)
+    assert calls == ["reference", "cpu", "cpu"]
+    assert backends._forced is None
+
+
+def test_forcing_the_reference_holds_inside_a_compiled_function(calls):
+    """Also when the function was compiled before, without the override."""
+    compiled = torch.compile(lambda x: evakernels.layer_norm(x), fullgraph=True, backend="aot_eager")
+    x = torch.ones(2, 4)
+    compiled(x)
+    with evakernels.use_backend("reference"):
+        compiled(x)
+    compiled(x)
+    assert calls == ["cpu", "reference", "cpu"]
+
+
+def test_forcing_the_reference_holds_in_a_backward_pass_inside_the_block(calls, monkeypatch):
+    op, served = "layer_norm_backward", []
+    compute = backends._implementations[op]["reference"].function
+    fakes = {
+        name: backends.Implementation(
+            name, lambda *args, n=name: served.append(n) or compute(*args), lambda *_: []
+        )
+        for name in ("cpu", "reference")
+    }
+    monkeypatch.setitem(backends._implementations, op, fakes)
+    x = torch.ones(2, 4, requires_grad=True)
+    with evakernels.use_backend("reference"):
+        evakernels.layer_norm(x).sum().backward()
+    evakernels.layer_norm(x).sum().backward()
+    assert served == ["reference", "cpu"]
+
+
+def test_explain_tells_who_serves_a_call_and_why_others_do_not(calls):
+    served = evakernels.explain("layer_norm", torch.ones(2, 4), None, None, 1e-6, False)
+    assert served.splitlines() == [
+        f"{OP} on cpu: serves the call",
+        f"{OP} on reference: usable, but a preferred backend serves the call",
+    ]
+    refused = evakernels.explain(OP, torch.ones(2, 4).double(), None, None, 1e-6, False)
+    assert refused.splitlines() == [
+        f"{OP} on cpu: torch.float64 is not float32; it is a test",
+        f"{OP} on reference: serves the call",
+    ]
+
+
+def test_the_compiled_library_refuses_what_it_has_no_kernel_for(monkeypatch):
+    """With the real reasons, whether or not the library is built here."""
+    monkeypatch.setattr(_native, "LOADED", False)
+    monkeypatch.setattr(_native, "REASON", "not built: no compiler")
+    assert "the compiled library is not loaded: not built: no compiler" in evakernels.explain("layer_norm")
+    monkeypatch.setattr(_native, "LOADED", True)
+    monkeypatch.setattr(_native, "implemented", lambda op, device: op == OP)
+    assert "layer_norm_backward has no compiled CPU kernel" in evakernels.explain("layer_norm_backward")
+    reasons = evakernels.explain("layer_norm", torch.ones(2, 4, device="meta", dtype=torch.float64))
+    assert "the tensors are on meta, not on a CPU" in reasons
+    assert "torch.float64 is not one of float32, bfloat16, float16" in reasons
+
+
+def test_without_any_usable_backend_the_error_lists_all(monkeypatch):
+    for backend in backends.PREFERENCE:
+        refusing = backends.Implementation(backend, lambda: None, lambda *_, b=backend: [f"{b} is tired"])
+        monkeypatch.setitem(
+            backends._implementations, OP, backends._implementations[OP] | {backend: refusing}
+        )
+    with pytest.raises(
+        evakernels.BackendError, match=r"no backend serves layer_norm_forward(.|\n)*cpu is tired"
+    ):
+        evakernels.layer_norm(torch.ones(2, 4))
+
+
+def test_unknown_names_are_errors_that_list_the_known_ones():
+    known = re.escape("unknown backend 'tpu'; known: " + ", ".join(backends.PREFERENCE))
+    with pytest.raises(ValueError, match=known), evakernels.use_backend("tpu"):
+        pass
+    with pytest.raises(ValueError, match=known):
+        backends.register(OP, "tpu", lambda: None)
+    with pytest.raises(ValueError, match=r"unknown op 'layernorm'; known: .*layer_norm_forward"):
+        evakernels.explain("layernorm")
+
+
+def test_every_op_has_a_reference():
+    assert all("reference" in found for found in backends.ops().values())
+    assert {"layer_norm_forward", "rope_attention_backward", "swiglu_forward"} <= backends.ops().keys()

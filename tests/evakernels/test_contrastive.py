@@ -1,0 +1,314 @@
+import multiprocessing
+import re
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from op_checks import (
+    DTYPES,
+    assert_as_accurate_as_torch,
+    assert_compiles,
+    assert_deterministic,
+    assert_gradcheck,
+    assert_opcheck,
+)
+from open_clip import loss as open_clip_loss
+
+import evakernels
+from evakernels.nn import ClipLoss, SigLipLoss
+from evakernels.reference import contrastive as reference
+
+OPS = torch.ops.evakernels
+OFFSET = 2
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def scalar(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def logits_of(image, text, logit_scale):
+    return logit_scale * image @ text.T
+
+
+def cross_entropies(image, text, logit_scale, label_smoothing=0.0):
+    logits, labels = logits_of(image, text, logit_scale), torch.arange(image.shape[0])
+    both = [F.cross_entropy(s, labels, label_smoothing=label_smoothing) for s in (logits, logits.T)]
+    return (both[0] + both[1]) / 2
+
+
+def sigmoid_losses(image, text, logit_scale, logit_bias):
+    logits = logits_of(image, text, logit_scale) + logit_bias
+    labels = 2 * torch.eye(image.shape[0], dtype=logits.dtype) - 1
+    return -F.logsigmoid(labels * logits).sum() / image.shape[0]
+
+
+def statistics_of_matrix(image, text, logit_scale):
+    logits = logits_of(image, text, logit_scale)
+    return logits.logsumexp(1), logits.logsumexp(0), logits.diagonal(OFFSET)
+
+
+def differentiable_statistics(image, text, logit_scale):
+    return evakernels.contrastive_statistics(image, text, logit_scale, OFFSET)[:3]
+
+
+def smoothed(label_smoothing):
+    return (
+        lambda *inputs: evakernels.clip_loss(*inputs, label_smoothing=label_smoothing),
+        lambda *inputs: cross_entropies(*inputs, label_smoothing),
+    )
+
+
+# Name, our function and plain PyTorch's, inputs. Seven rows make three full tiles of two and a part.
+SQUARE = (randn(7, 5), randn(7, 5, seed=1), scalar(1.7))
+CASES = [
+    pytest.param(
+        (differentiable_statistics, statistics_of_matrix),
+        (randn(4, 5), randn(7, 5, seed=1), scalar(1.7)),
+        id="statistics",
+    ),
+    pytest.param(smoothed(0.0), SQUARE, id="clip"),
+    pytest.param(smoothed(0.3), SQUARE, id="clip-smoothed"),
+    pytest.param((evakernels.siglip_loss, sigmoid_losses), (*SQUARE, scalar(-1.0)), id="siglip"),
+]
+
+
+@pytest.fixture(params=["one tile", "many tiles"])
+def tiles(request, monkeypatch):
+    if request.param == "many tiles":
+        monkeypatch.setattr(reference, "TILE_ELEMENTS", 2 * 7)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize(("pair", "inputs"), CASES)
+def test_gradcheck(pair, inputs):
+    assert_gradcheck(pair[0], inputs)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize(("pair", "inputs"), CASES)
+def test_equals_the_matrix_in_float64(pair, inputs):
+    ours, theirs = pair
+    torch.testing.assert_close(ours(*inputs), theirs(*inputs), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("pair", "inputs"), CASES)
+def test_as_accurate_as_torch(pair, inputs, dtype):
+    assert_as_accurate_as_torch(*pair, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_trained_scale_is_as_accurate_as_torch(smoothing, dtype):
+    image, noise = (F.normalize(randn(300, 32, seed=s), dim=1) for s in (0, 1))
+    text = F.normalize(image + 0.5 * noise, dim=1)
+    assert_as_accurate_as_torch(*smoothed(smoothing), (image, text, scalar(100.0)), dtype)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("pair", "inputs"), CASES)
+def test_compiles_without_graph_break(pair, inputs, dynamic):
+    assert_compiles(pair[0], inputs, dynamic)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize(("pair", "inputs"), CASES)
+def test_two_runs_are_bit_equal(pair, inputs):
+    assert_deterministic(pair[0], [t.float() for t in inputs])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_opcheck(dtype):
+    inputs = [
+        t.to(dtype).requires_grad_() for t in (randn(3, 4), randn(6, 4, seed=1), scalar(2.0), scalar(-1.0))
+    ]
+    assert_opcheck(OPS.contrastive_forward.default, (*inputs[:3], OFFSET))
+    assert_opcheck(OPS.siglip_forward.default, (*inputs, OFFSET))
+    with torch.no_grad():
+        inputs = [t.detach() for t in inputs]
+        row_lse, col_lse, positive, _, _ = OPS.contrastive_forward(*inputs[:3], OFFSET)
+        cotangents = (torch.ones_like(row_lse), torch.ones_like(col_lse), torch.ones_like(positive))
+        assert_opcheck(OPS.contrastive_backward.default, (*cotangents, *inputs[:3], row_lse, col_lse, OFFSET))
+        assert_opcheck(OPS.siglip_backward.default, (torch.ones((), dtype=row_lse.dtype), *inputs, OFFSET))
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_clip_loss_equals_open_clip(label_smoothing):
+    image, text = (F.normalize(randn(50, 16, seed=s), dim=1).float() for s in (0, 1))
+    scale = torch.tensor(1 / 0.07)
+    if label_smoothing:
+        expected = cross_entropies(image, text, scale, label_smoothing)  # open_clip's has no smoothing
+    else:
+        expected = open_clip_loss.ClipLoss()(image, text, scale)
+    torch.testing.assert_close(ClipLoss(label_smoothing)(image, text, scale), expected, rtol=0, atol=1e-6)
+
+
+def test_siglip_loss_equals_open_clip():
+    image, text = (F.normalize(randn(50, 16, seed=s), dim=1).float() for s in (0, 1))
+    scale, bias = torch.tensor(10.0), torch.tensor(-10.0)
+    expected = open_clip_loss.SigLipLoss()(image, text, scale, bias)
+    torch.testing.assert_close(SigLipLoss()(image, text, scale, bias), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("tiles")
+def test_maxima_give_the_accuracies_in_the_batch():
+    image, text, scale = SQUARE
+    image = text + 0.8 * image
+    _, _, positive, row_max, col_max = evakernels.contrastive_statistics(image, text, scale)
+    logits, labels = logits_of(image, text, scale), torch.arange(7)
+    assert torch.equal(positive >= row_max, logits.argmax(1) == labels)
+    assert torch.equal(positive >= col_max, logits.argmax(0) == labels)
+    assert 0 < (positive >= row_max).sum() < 7
+
+
+def test_a_scale_of_shape_one_gets_a_gradient_of_its_shape():
+    scale, bias = torch.tensor([5.0], requires_grad=True), torch.tensor([-1.0], requires_grad=True)
+    image, text, _ = (t.float() for t in SQUARE)
+    loss = ClipLoss()(image, text, scale) + SigLipLoss()(image, text, scale, bias)
+    loss.backward()
+    assert loss.shape == ()
+    assert scale.grad.shape == bias.grad.shape == (1,)
+
+
+def test_autocast_leaves_the_loss_in_float32():
+    inputs = [t.float() for t in (*SQUARE, scalar(-1.0))]
+    for function, arguments in ((evakernels.clip_loss, inputs[:3]), (evakernels.siglip_loss, inputs)):
+        leaves, plain = ([t.clone().requires_grad_() for t in arguments] for _ in range(2))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = function(*leaves)
+            loss.backward()
+        expected = function(*plain)
+        expected.backward()
+        assert loss.dtype == torch.float32
+        assert torch.equal(loss, expected)
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(leaves, plain, strict=True))
+
+
+@pytest.mark.usefixtures("tiles")
+def test_infinite_logits_give_infinite_statistics_and_nan_spreads():
+    image, text, scale = torch.full((7, 1), -1e20), torch.full((7, 1), 1e20), torch.tensor(1.0)
+    row_lse, col_lse, *_ = evakernels.contrastive_statistics(image, text, scale)
+    assert row_lse.isneginf().all()
+    assert col_lse.isneginf().all()
+    image[1] = 1e20
+    row_lse, col_lse, _, row_max, _ = evakernels.contrastive_statistics(image, text, scale)
+    assert torch.equal(row_lse.isposinf(), torch.arange(7) == 1)
+    assert row_max[1] == torch.inf
+    assert col_lse.isposinf().all()
+    image[1, 0] = torch.nan
+    assert evakernels.clip_loss(image, text, scale).isnan()
+    assert evakernels.siglip_loss(image, text, scale, scale).isnan()
+
+
+def test_a_second_derivative_is_refused():
+    image, text, scale = (t.clone().requires_grad_() for t in SQUARE)
+    (gradient,) = torch.autograd.grad(evakernels.clip_loss(image, text, scale), image, create_graph=True)
+    with pytest.raises(RuntimeError, match="contrastive has no second derivative"):
+        gradient.sum().backward()
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process in bytes (getrusage's would include the parent's before exec)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))
+
+
+def extra_memory(batch: int) -> int:
+    """Bytes by which forward and backward of both losses raise the peak of a fresh process."""
+    image, text = (F.normalize(torch.randn(batch, 64), dim=1).requires_grad_() for _ in range(2))
+    scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
+    for rows in (
+        slice(0, 64),
+        slice(None),
+    ):  # the small batch first: what a first call allocates is not the losses'
+        before = peak_memory()
+        evakernels.clip_loss(image[rows], text[rows], scale, label_smoothing=0.1).backward()
+        evakernels.siglip_loss(image[rows], text[rows], scale, bias).backward()
+    return peak_memory() - before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+def test_a_large_batch_needs_no_matrix():
+    batch = 16384  # the matrix would have 1 GiB
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        extra = pool.submit(extra_memory, batch).result()
+    assert 4 * reference.TILE_ELEMENTS < extra < 200 * 2**20
+
+
+ONES, SCALE = torch.ones(3, 4), torch.tensor(1.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "exception", "message"),
+    [
+        (
+            lambda: evakernels.clip_loss(ONES.long(), ONES, SCALE),
+            TypeError,
+            "image_features is torch.int64; accepted",
+        ),
+        (
+            lambda: evakernels.clip_loss(ONES, ONES.half(), SCALE),
+            TypeError,
+            "text_features is torch.float16; accepted",
+        ),
+        (
+            lambda: evakernels.clip_loss(ONES, torch.ones(2, 4), SCALE),
+            ValueError,
+            r"text_features has shape \(2, 4\); expected the shape of image_features = \(3, 4\)",
+        ),
+        (
+            lambda: evakernels.clip_loss(ONES[0], ONES[0], SCALE),
+            ValueError,
+            r"shape \(4,\); expected \[batch, D\]",
+        ),
+        (lambda: evakernels.clip_loss(ONES[:0], ONES[:0], SCALE), ValueError, "batch > 0"),
+        (
+            lambda: evakernels.clip_loss(ONES, ONES, torch.ones(2)),
+            ValueError,
+            r"logit_scale has shape \(2,\)",
+        ),
+        (
+            lambda: evakernels.clip_loss(ONES, ONES, 2.0),
+            TypeError,
+            "logit_scale is a float; accepted: a tensor",
+        ),
+        (lambda: evakernels.clip_loss(ONES, ONES.to("meta"), SCALE), ValueError, "text_features on meta"),
+        (lambda: evakernels.clip_loss(ONES, ONES, SCALE, label_smoothing=2), ValueError, "accepted: 0 to 1"),
+        (
+            lambda: evakernels.clip_loss(ONES, ONES, SCALE, group=object()),
+            ValueError,
+            "call init_process_group first",
+        ),
+        (
+            lambda: evakernels.siglip_loss(ONES, ONES, SCALE, torch.ones(3)),
+            ValueError,
+            r"logit_bias has shape \(3,\)",
+        ),
+        (
+            lambda: evakernels.contrastive_statistics(ONES, torch.ones(5, 3), SCALE),
+            ValueError,
+            r"text has shape \(5, 3\); expected \[batch, D of image\] = \(5, 4\)",
+        ),
+        (
+            lambda: evakernels.contrastive_statistics(ONES, ONES, SCALE, 1),
+            ValueError,
+            "offset is 1; accepted: 0 to",
+        ),
+        (
+            lambda: evakernels.contrastive_statistics(ONES, ONES[:2], SCALE),
+            ValueError,
+            "image has 3 rows and text 2",
+        ),
+    ],
+)
+def test_wrong_input_says_what_is_accepted(call, exception, message):
+    with pytest.raises(exception, match=message):
+        call()

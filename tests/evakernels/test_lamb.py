@@ -1,0 +1,377 @@
+import copy
+
+import pytest
+import timm.optim
+import torch
+from op_checks import assert_opcheck
+from torch import nn
+
+import evakernels
+from evakernels.optim import Lamb
+
+OPS = torch.ops.evakernels
+VARIANTS = ["deepspeed", "nvlamb"]
+BETAS, EPS = (0.9, 0.98), 1e-6
+SHAPES = [(4, 3), (5,), (), (2, 3, 2)]
+LRS, DECAYS = [0.1, 0.02, 0.3, 0.05], [0.05, 0.0, 0.0, 0.2]
+
+
+def tensors(seed: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
+
+
+def optimizer_of(params: list[torch.Tensor], variant: str, lrs=LRS, decays=DECAYS) -> Lamb:
+    """Every parameter in a group of its own, as layer-wise learning rates make it."""
+    params = [nn.Parameter(p.clone()) for p in params]
+    groups = [
+        {"params": [p], "lr": lr, "weight_decay": d} for p, lr, d in zip(params, lrs, decays, strict=True)
+    ]
+    return Lamb(groups, betas=BETAS, eps=EPS, variant=variant)
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def step(optimizer: torch.optim.Optimizer, grads: list[torch.Tensor]) -> None:
+    for param, grad in zip(parameters(optimizer), grads, strict=True):
+        param.grad = grad.to(param.dtype)
+    optimizer.step()
+
+
+def deepspeed_by_hand(params, all_grads):
+    """The formula in plain numbers, one tensor after another."""
+    for w, lr, decay, grads in zip(params, LRS, DECAYS, zip(*all_grads, strict=True), strict=True):
+        m, v = torch.zeros_like(w), torch.zeros_like(w)
+        for t, g in enumerate(grads, start=1):
+            m, v = 0.9 * m + 0.1 * g, 0.98 * v + 0.02 * g**2
+            u = m / (v**0.5 + EPS) + decay * w
+            w_norm, u_norm = (w**2).sum() ** 0.5, (u**2).sum() ** 0.5
+            ratio = min(max((w_norm / u_norm).item(), 0.01), 10.0) if w_norm * u_norm > 0 else 1.0
+            w = w - lr * (1 - 0.98**t) ** 0.5 / (1 - 0.9**t) * ratio * u
+        yield w
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_deepspeed_equals_the_formula(dtype, tolerance):
+    params, all_grads = tensors(0), [tensors(seed) for seed in range(1, 6)]
+    optimizer = optimizer_of([p.to(dtype) for p in params], "deepspeed")
+    for grads in all_grads:
+        step(optimizer, grads)
+    for got, expected in zip(parameters(optimizer), deepspeed_by_hand(params, all_grads), strict=True):
+        torch.testing.assert_close(got.detach().double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_nvlamb_equals_timm(dtype, tolerance):
+    ours = optimizer_of(tensors(0, dtype), "nvlamb")
+    groups = copy.deepcopy([{k: g[k] for k in ("params", "lr", "weight_decay")} for g in ours.param_groups])
+    theirs = timm.optim.Lamb(groups, betas=BETAS, eps=EPS, max_grad_norm=None)
+    for seed in range(1, 6):
+        step(ours, tensors(seed, dtype))
+        step(theirs, tensors(seed, dtype))
+    for got, expected in zip(parameters(ours), parameters(theirs), strict=True):
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("size", "ratio"), [(1e-6, 0.01), (1e6, 10.0)])
+def test_the_ratio_is_clipped_in_deepspeed_only(size, ratio):
+    start = torch.full((4,), size, dtype=torch.float64)
+    for variant in VARIANTS:
+        optimizer = optimizer_of([start], variant, [0.1], [1e-9])
+        step(optimizer, [torch.ones(4, dtype=torch.float64)])
+        moved = (start - parameters(optimizer)[0].detach()) / 0.1
+        if variant == "deepspeed":
+            # At step 1 the direction is 0.1 / sqrt(0.02) and the correction its inverse.
+            torch.testing.assert_close(moved, torch.full_like(start, ratio), rtol=2e-3, atol=0)
+        else:
+            torch.testing.assert_close(moved, start, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_zero_norm_gives_the_ratio_one(variant):
+    zero, one = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    optimizer = optimizer_of([zero, one], variant, [0.1, 0.1], [0.5, 0.0])
+    step(optimizer, [one, zero])  # a parameter without norm, a direction without norm
+    moved, kept = parameters(optimizer)
+    torch.testing.assert_close(moved.detach(), -0.1 * one, rtol=1e-4, atol=0)
+    assert torch.equal(kept, one)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shards_reduce_their_norms_between_the_phases(variant):
+    def run(shards):
+        """Both phases, on each shard with the norms of all."""
+        states = [
+            [[w], [g], [torch.zeros_like(w)], [torch.zeros_like(w)], [torch.zeros(())]] for w, g in shards
+        ]
+        options = {"betas": BETAS, "eps": EPS, "variant": variant}
+        norms = sum(evakernels.lamb_update(*state, [0.1], **options) for state in states)
+        for w, _, m, v, t in states:
+            evakernels.lamb_apply(w, m, v, t, norms, [0.3], [0.1], **options)
+        return torch.cat([state[0][0] for state in states])
+
+    w, g = (torch.randn(9, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    pieces = [slice(0, 2), slice(2, 2), slice(2, 9)]  # one rank holds nothing of this tensor
+    torch.testing.assert_close(
+        run([(w[p].clone(), g[p]) for p in pieces]), run([(w.clone(), g)]), rtol=1e-13, atol=0
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_rounds_only_what_is_stored(param_dtype, state_dtype, variant):
+    params, grads = tensors(0, param_dtype), tensors(1, param_dtype)
+    state = [[torch.zeros_like(p, dtype=state_dtype) for p in params] for _ in range(2)]
+    exact = (
+        [p.double() for p in params],
+        [g.double() for g in grads],
+        *([s.double() for s in half] for half in state),
+    )
+    options = {"betas": BETAS, "eps": EPS, "variant": variant}
+    for w, g, m, v in ((params, grads, *state), exact):
+        steps = [torch.zeros(()) for _ in w]
+        norms = evakernels.lamb_update(w, g, m, v, steps, DECAYS, **options)
+        evakernels.lamb_apply(w, m, v, steps, norms, LRS, DECAYS, **options)
+    for got, expected in zip(params, exact[0], strict=True):
+        # The state is rounded before it is used; its error moves the parameter by a share of its step.
+        slack = torch.finfo(param_dtype).eps + 0.3 * torch.finfo(state_dtype).eps
+        torch.testing.assert_close(got.double(), expected, rtol=slack, atol=slack)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("first", [True, False])
+def test_found_inf_skips_the_step_and_does_not_count_it(variant, first):
+    skipped, plain = (optimizer_of(tensors(0), variant) for _ in range(2))
+    bad = [g * torch.inf for g in tensors(9)]
+    for k in (1, 2):
+        if first or k == 2:
+            skipped.found_inf = torch.tensor(1.0)
+            step(skipped, bad)
+        skipped.found_inf = torch.tensor(0.0)
+        for optimizer in (skipped, plain):
+            step(optimizer, tensors(k))
+    for a, b in zip(parameters(skipped), parameters(plain), strict=True):
+        assert torch.equal(a, b)
+        assert skipped.state[a]["step"] == plain.state[b]["step"] == 2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_grad_scale_divides_the_gradients(variant):
+    scaled, plain = (optimizer_of(tensors(0), variant) for _ in range(2))
+    scaled.grad_scale = torch.tensor(8.0)
+    grads = [8 * g for g in tensors(1)]
+    step(scaled, grads)
+    step(plain, tensors(1))
+    for a, b, g in zip(parameters(scaled), parameters(plain), grads, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a.grad, g)
+
+
+def test_grad_scaler_drives_it_without_reading_the_flag():
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer, plain = (optimizer_of(tensors(0, torch.float32), "deepspeed") for _ in range(2))
+    before = [p.clone() for p in parameters(optimizer)]
+    for factor in (torch.inf, 1.0):
+        optimizer.zero_grad()
+        loss = sum(
+            (p * g).sum() for p, g in zip(parameters(optimizer), tensors(1, torch.float32), strict=True)
+        )
+        scaler.scale(factor * loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if factor == torch.inf:
+            assert all(torch.equal(a, b) for a, b in zip(parameters(optimizer), before, strict=True))
+            assert scaler.get_scale() == 2.0
+    step(plain, tensors(1))
+    for a, b in zip(parameters(optimizer), parameters(plain), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resume_is_bit_exact(variant, dtype, tmp_path):
+    straight, first = (optimizer_of(tensors(0, dtype), variant) for _ in range(2))
+    for seed in range(1, 4):
+        step(straight, tensors(seed))
+        step(first, tensors(seed))
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = optimizer_of(parameters(first), variant)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for seed in range(4, 7):
+        step(straight, tensors(seed))
+        step(second, tensors(seed))
+    for a, b in zip(parameters(straight), parameters(second), strict=True):
+        assert torch.equal(a, b)
+        assert second.state[b]["exp_avg"].dtype == torch.float32
+    assert second.state_dict()["param_groups"] == straight.state_dict()["param_groups"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_runs_are_bit_equal(variant):
+    runs = [optimizer_of(tensors(0, torch.float32), variant) for _ in range(2)]
+    for optimizer in runs:
+        for seed in (1, 2):
+            step(optimizer, tensors(seed))
+    assert all(torch.equal(a, b) for a, b in zip(*map(parameters, runs), strict=True))
+
+
+def test_a_parameter_without_gradient_is_left_alone():
+    optimizer = optimizer_of(tensors(0), "deepspeed")
+    used, unused = parameters(optimizer)[:2]
+    before = unused.clone()
+    optimizer.step()
+    assert not optimizer.state
+    used.grad = torch.ones_like(used)
+    optimizer.step()
+    assert torch.equal(unused, before)
+    assert list(optimizer.state) == [used]
+
+
+def test_one_call_a_phase_for_all_groups_and_one_more_for_other_betas(monkeypatch):
+    from evakernels.optim import lamb as module
+
+    calls = []
+    monkeypatch.setattr(module, "lamb_apply", lambda params, *args, **options: calls.append(len(params)))
+    optimizer = optimizer_of(tensors(0), "deepspeed")
+    step(optimizer, tensors(1))
+    assert calls == [4]
+    optimizer.param_groups[0]["betas"] = (0.5, 0.5)
+    step(optimizer, tensors(1))
+    assert calls == [4, 1, 3]
+
+
+def test_the_closure_runs_with_gradients_and_its_loss_is_returned():
+    optimizer = optimizer_of(tensors(0), "deepspeed")
+    before = [p.clone() for p in parameters(optimizer)]
+
+    def closure():
+        loss = sum(p.square().sum() for p in parameters(optimizer))
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure)
+    torch.testing.assert_close(loss.detach(), sum(p.square().sum() for p in before).detach())
+    assert not any(torch.equal(a, b) for a, b in zip(before, parameters(optimizer), strict=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_learns(variant):
+    generator = torch.Generator().manual_seed(0)
+    x, target = torch.randn(64, 8, generator=generator), torch.randn(8, 3, generator=generator)
+    weight = nn.Parameter(0.1 * torch.randn(8, 3, generator=generator))
+    optimizer = Lamb([weight], lr=0.02, variant=variant)
+    losses = []
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = (x @ weight - x @ target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 1e-2 * losses[0]
+
+
+def test_a_step_is_seen_by_a_graph_that_saved_the_parameter():
+    weight = nn.Parameter(torch.ones(3))
+    loss = weight.square().sum()
+    weight.grad = torch.ones(3)
+    Lamb([weight]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("nvlamb", [True, False])
+@pytest.mark.parametrize("flagged", [True, False])
+def test_opcheck(nvlamb, flagged):
+    params, grads = tensors(0, torch.float32), tensors(1, torch.bfloat16)
+    moments = [[torch.rand(p.shape, dtype=torch.bfloat16) for p in params] for _ in range(2)]
+    steps = [torch.ones(()) for _ in params]
+    grad_scale, found_inf = (torch.tensor(2.0), torch.tensor(0.0)) if flagged else (None, None)
+    options = (*BETAS, EPS, nvlamb)
+    assert_opcheck(
+        OPS.lamb_update.default, (params, grads, *moments, steps, DECAYS, *options, grad_scale, found_inf)
+    )
+    norms = torch.rand(len(params), 2)
+    assert_opcheck(OPS.lamb_apply.default, (params, *moments, steps, norms, LRS, DECAYS, *options, found_inf))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiles_without_graph_break(variant):
+    def both_phases(params, grads, exp_avgs, exp_avg_sqs, steps):
+        options = {"betas": BETAS, "eps": EPS, "variant": variant}
+        norms = evakernels.lamb_update(params, grads, exp_avgs, exp_avg_sqs, steps, DECAYS, **options)
+        evakernels.lamb_apply(params, exp_avgs, exp_avg_sqs, steps, norms, LRS, DECAYS, **options)
+        return norms
+
+    def run(function):
+        lists = [*(tensors(seed) for seed in (0, 1)), *([t.abs() for t in tensors(seed)] for seed in (2, 3))]
+        lists.append([torch.ones(()) for _ in SHAPES])
+        return [function(*lists), *(t for tensors_ in lists for t in tensors_)]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(both_phases, fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(both_phases), run(compiled), strict=True):
+        assert torch.equal(a, b)
+
+
+def with_gradient(param: torch.Tensor, grad: torch.Tensor) -> Lamb:
+    param = nn.Parameter(param)
+    param.grad = grad
+    return Lamb([param])
+
+
+def update(**changes):
+    one = {name: [torch.ones(3)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
+    arguments = {**one, "steps": [torch.zeros(())], "weight_decays": [0.0], **changes}
+    return evakernels.lamb_update(**arguments, betas=BETAS, eps=EPS)
+
+
+ONE = [nn.Parameter(torch.ones(3))]
+
+
+@pytest.mark.parametrize(
+    ("call", "exception", "message"),
+    [
+        (lambda: Lamb(ONE, lr=-1.0), ValueError, "Lamb: lr is -1.0; accepted: 0 or more"),
+        (lambda: Lamb(ONE, lr=float("nan")), ValueError, "lr is nan"),
+        (lambda: Lamb(ONE, lr=torch.tensor(0.1)), TypeError, "lr is a tensor; accepted: a number"),
+        (lambda: Lamb(ONE, eps=-1e-6), ValueError, "eps is -1e-06"),
+        (lambda: Lamb([{"params": ONE, "weight_decay": -0.1}]), ValueError, "weight_decay is -0.1"),
+        (lambda: Lamb(ONE, betas=(0.9, 1.0)), ValueError, r"betas are \(0.9, 1.0\)"),
+        (
+            lambda: Lamb(ONE, variant="nvlam"),
+            ValueError,
+            "accepted: 'deepspeed', 'nvlamb'; did you mean 'nvlamb'",
+        ),
+        (
+            with_gradient(torch.ones(3, 2), torch.eye(3, 2).to_sparse()).step,
+            TypeError,
+            r"grads\[0\] is torch.sparse_coo; accepted: dense",
+        ),
+        (
+            with_gradient(torch.ones(3) + 0j, torch.ones(3) + 0j).step,
+            TypeError,
+            r"params\[0\] is torch.complex64",
+        ),
+        (lambda: update(params=[]), ValueError, "params is empty"),
+        (lambda: update(grads=[]), ValueError, "grads has 0 entries; expected one for each of the 1 params"),
+        (lambda: update(exp_avgs=[torch.ones(4)]), ValueError, r"exp_avgs\[0\] has shape \(4,\)"),
+        (lambda: update(grads=[torch.ones(3, device="meta")]), ValueError, r"grads\[0\] on meta"),
+        (lambda: update(weight_decays=[0.0, 0.0]), ValueError, "weight_decays has 2 entries"),
+        (
+            lambda: update(steps=[torch.tensor(1)]),
+            TypeError,
+            r"steps\[0\] is torch.int64 \(\); accepted: 0-D float32",
+        ),
+        (
+            lambda: update(found_inf=torch.zeros(2)),
+            ValueError,
+            r"found_inf has shape \(2,\); expected one element",
+        ),
+    ],
+)
+def test_wrong_input_says_what_is_accepted(call, exception, message):
+    with pytest.raises(exception, match=message):
+        call()

@@ -1,0 +1,366 @@
+"""The compiled layer_norm: every instruction set that this machine can run, against torch's own."""
+
+import math
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from op_checks import DTYPES, assert_as_accurate_as_torch
+from torch import Tensor
+
+import evakernels  # noqa: F401  (defines the schemas)
+from evakernels import _native
+
+_C = pytest.importorskip("evakernels._C", reason="the native library is not built")
+
+EPS = 1e-6
+ISAS = _C.build_info()["isas_available"]
+HALVES = (torch.bfloat16, torch.float16)
+native = torch.ops.evakernels_native
+
+
+def launch_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, rms: bool = False, isa: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.full_like(x, math.nan)
+    mean, rstd = torch.full((2, x.shape[:-1].numel()), math.nan)
+    _C.layer_norm_forward(x, weight, bias, y, None if rms else mean, rstd, eps=EPS, rms=rms, isa=isa)
+    return y, mean, rstd
+
+
+def launch_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    rms: bool = False,
+    isa: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = torch.full_like(x, math.nan)
+    dweight, dbias = torch.full((2, x.shape[-1]), math.nan, dtype=x.dtype if weight is None else weight.dtype)
+    _C.layer_norm_backward(dy, x, weight, None if rms else mean, rstd, dx, dweight, dbias, rms=rms, isa=isa)
+    return dx, dweight, dbias
+
+
+class Launchers(torch.autograd.Function):
+    """The bare launchers as a function that autograd can differentiate."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool, isa: str
+    ) -> Tensor:
+        # Leaves that require gradients can't be exported through DLPack.
+        x, weight, bias = (None if t is None else t.detach() for t in (x, weight, bias))
+        y, mean, rstd = launch_forward(x, weight, bias, rms=rms, isa=isa)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.rms, ctx.isa, ctx.has_bias = rms, isa, bias is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        x, weight, mean, rstd = ctx.saved_tensors
+        dx, dweight, dbias = launch_backward(dy, x, weight, mean, rstd, rms=ctx.rms, isa=ctx.isa)
+        return dx, None if weight is None else dweight, dbias if ctx.has_bias else None, None, None
+
+
+def norm_inputs(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """x with a mean away from zero, weight, bias."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator) * 2 + 1.5
+    return x, torch.randn(shape[-1], generator=generator), torch.randn(shape[-1], generator=generator)
+
+
+def assert_accurate(
+    isa: str, dtype: torch.dtype, inputs: tuple[Tensor | None, ...], rms: bool = False
+) -> None:
+    def theirs(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        if rms:
+            return F.rms_norm(x, x.shape[-1:], weight, EPS)
+        return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
+
+    def ours(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        return Launchers.apply(x, weight, bias, rms, isa)
+
+    assert_as_accurate_as_torch(ours, theirs, inputs, dtype)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 768), (37, 1), (37, 7), (5, 37), (2, 19, 768), (20, 1408), (9, 2730), (9, 5120), (2000, 24)],
+    ids=str,
+)
+def test_error_rule(isa: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    inputs = norm_inputs(*shape)
+    assert_accurate(isa, dtype, inputs)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_error_rule_rms(isa: str, dtype: torch.dtype) -> None:
+    x, weight, _ = norm_inputs(21, 90)
+    assert_accurate(isa, dtype, (x, weight), rms=True)
+    assert_accurate(isa, dtype, (x,), rms=True)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("given", ["x", "x weight", "x bias"])
+def test_optional_parameters(isa: str, given: str) -> None:
+    x, weight, bias = norm_inputs(33, 50)
+    inputs = (x, weight if "weight" in given else None, bias if "bias" in given else None)
+    assert_accurate(isa, torch.float32, inputs)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_float32_parameters_of_a_half_row(isa: str, dtype: torch.dtype) -> None:
+    x, weight, bias = norm_inputs(33, 50)
+    x = x.to(dtype)
+    y, mean, rstd = launch_forward(x, weight, bias, isa=isa)
+    exact = F.layer_norm(x.double(), (50,), weight.double(), bias.double(), EPS)
+    torch.testing.assert_close(y, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    dy = torch.randn_like(x)
+    _, dweight, dbias = launch_backward(dy, x, weight, mean, rstd, isa=isa)
+    assert dweight.dtype == torch.float32
+    torch.testing.assert_close(dbias, dy.double().sum(0).float(), rtol=1e-5, atol=1e-5)
+    normalised = F.layer_norm(x.double(), (50,), eps=EPS)
+    torch.testing.assert_close(dweight, (dy.double() * normalised).sum(0).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_large_mean_keeps_its_variance(isa: str) -> None:
+    # One pass over sums of squares would lose all digits here.
+    x = torch.randn(3, 771, generator=torch.Generator().manual_seed(0)) + 4096.0
+    y, _, _ = launch_forward(x, None, None, isa=isa)
+    exact = F.layer_norm(x.double(), (771,), eps=EPS)
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_rounding_is_torchs_for_every_value(isa: str, dtype: torch.dtype) -> None:
+    # A row of zeros makes y the rounded bias.
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()
+    values = every[every.isfinite()].sort().values.unique()
+    middle = (values[:-1].double() + values[1:].double()).div(2).float()
+    infinity = torch.tensor(math.inf)
+    beyond = torch.tensor([65519.9, 65520.0, 65536.0, 1e30, 3.4e38, math.inf, math.nan, 1e-30, -1e-45])
+    bias = torch.cat(
+        [
+            values,
+            middle,
+            torch.nextafter(middle, infinity),
+            torch.nextafter(middle, -infinity),
+            beyond,
+            -beyond,
+        ]
+    )
+    y, _, _ = launch_forward(torch.zeros(1, bias.numel(), dtype=dtype), None, bias, isa=isa)
+    expected = bias.to(dtype)[None]
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_reading_is_exact_for_every_value(isa: str, dtype: torch.dtype) -> None:
+    # With one row, dbias is dy as floats.
+    dy = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[None]
+    x = torch.zeros_like(dy)
+    weight = torch.ones(dy.shape[-1])
+    _, _, dbias = launch_backward(dy, x, weight, torch.zeros(1), torch.ones(1), isa=isa)
+    expected = dy[0].float()
+    assert torch.equal(dbias.isnan(), expected.isnan())
+    assert torch.equal(dbias.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_spread_as_in_torch(isa: str, dtype: torch.dtype, bad: float) -> None:
+    x, weight, bias = (t.to(dtype) for t in norm_inputs(5, 67))
+    x[1, 3] = bad
+    x[3, 66] = bad  # in the part of the row that fills no vector
+    leaf = x.clone().requires_grad_()
+    parameters = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
+    expected = F.layer_norm(leaf, (67,), *parameters, EPS)
+    expected_gradients = torch.autograd.grad(expected, [leaf, *parameters], torch.ones_like(x))
+    y, mean, rstd = launch_forward(x, weight, bias, isa=isa)
+    gradients = launch_backward(torch.ones_like(x), x, weight, mean, rstd, isa=isa)
+    assert y[1].isnan().all()
+    assert y[2].isfinite().all()
+    for ours, theirs in zip([y, *gradients], [expected, *expected_gradients], strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+
+
+def test_bfloat16_nan_with_a_full_mantissa_stays_nan() -> None:
+    # Rounding by adding to the bits would turn this one into minus zero.
+    bias = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    for isa in ISAS:
+        y, _, _ = launch_forward(torch.zeros(1, 2, dtype=torch.bfloat16), None, bias, isa=isa)
+        assert y.isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (4, 0)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_empty(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.zeros(shape, dtype=dtype)
+    weight = torch.ones(shape[-1], dtype=dtype)
+    y, mean, rstd = native.layer_norm_forward(x, weight, weight, EPS, False)
+    assert y.shape == x.shape
+    assert mean.shape == rstd.shape == x.shape[:-1]
+    dx, dweight, dbias = native.layer_norm_backward(y, x, weight, mean, rstd, True, False)
+    assert dx.shape == x.shape
+    assert torch.equal(dweight, torch.zeros_like(weight))
+    assert torch.equal(dbias, torch.zeros_like(weight))
+
+
+def test_result_does_not_depend_on_the_number_of_threads() -> None:
+    x, weight, bias = norm_inputs(1500, 133)
+    dy = torch.randn_like(x)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            y, mean, rstd = native.layer_norm_forward(x, weight, bias, EPS, False)
+            results.append(
+                (y, mean, rstd, *native.layer_norm_backward(dy, x, weight, mean, rstd, True, False))
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("rms", [False, True])
+def test_torch_op_equals_launcher(rms: bool) -> None:
+    x, weight, bias = norm_inputs(4, 6, 50)
+    weight = weight[:, None].expand(-1, 2)[:, 0]  # not contiguous
+    strided = x.transpose(0, 1).contiguous().transpose(0, 1)
+    dy = torch.randn(50).expand(4, 6, 50)
+    y, mean, rstd = native.layer_norm_forward(strided, weight, bias, EPS, rms)
+    dx, dweight, dbias = native.layer_norm_backward(dy, strided, weight, mean, rstd, True, rms)
+    expected = launch_forward(x, weight.contiguous(), bias, rms=rms)
+    expected_gradients = launch_backward(dy.contiguous(), x, weight.contiguous(), *expected[1:], rms=rms)
+    assert mean.shape == ((0,) if rms else (4, 6))
+    assert torch.equal(y, expected[0])
+    for ours, theirs in zip((dx, dweight, dbias), expected_gradients, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_torch_op_leaves_out_gradients_that_are_not_wanted() -> None:
+    x, weight, _ = norm_inputs(3, 8)
+    _, mean, rstd = native.layer_norm_forward(x, weight, None, EPS, False)
+    _, dweight, dbias = native.layer_norm_backward(x, x, weight, mean, rstd, False, False)
+    assert dweight.shape == (8,)
+    assert dbias.shape == (0,)
+    _, dweight, _ = native.layer_norm_backward(x, x, None, mean, rstd, False, False)
+    assert dweight.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(2, 8).double(), None, None), "float32, bfloat16 and float16"),
+        ((torch.zeros(()), None, None), "at least one dimension"),
+        ((torch.zeros(2, 8), torch.zeros(7), None), "8 columns"),
+        ((torch.zeros(2, 8), torch.zeros(8).half(), None), "weight must be float32 or of x's dtype"),
+        ((torch.zeros(2, 8).half(), torch.zeros(8).half(), torch.zeros(8)), "of weight's dtype"),
+    ],
+)
+def test_torch_op_refuses(arguments: tuple[Tensor | None, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        native.layer_norm_forward(*arguments, EPS, False)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_launcher_takes_numpy_arrays(dtype: type) -> None:
+    x = np.random.default_rng(0).standard_normal((6, 20)).astype(dtype)
+    y, mean, rstd = np.empty_like(x), np.empty(6, np.float32), np.empty(6, np.float32)
+    _C.layer_norm_forward(x, None, None, y, mean, rstd, eps=EPS)
+    expected, _, _ = launch_forward(torch.from_numpy(x), None, None)
+    assert np.array_equal(y, expected.numpy())
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "error", "message"),
+    [
+        ([1.0], np.zeros(1, np.float32), TypeError, "x must be a NumPy array"),
+        (np.zeros((2, 4)), np.zeros((2, 4)), TypeError, "x has buffer format 'd'"),
+        (torch.zeros(2, 4).double(), torch.zeros(2, 4), TypeError, "x has an unsupported dtype"),
+        (torch.zeros(4, 2).t(), torch.zeros(2, 4), ValueError, "x must be dense"),
+        (np.zeros((4, 2), np.float32).T, torch.zeros(2, 4), ValueError, "x must be dense"),
+        (torch.zeros(2, 4), torch.zeros(2, 5), ValueError, r"y has shape \[2, 5\], but must have \[2, 4\]"),
+        (torch.zeros(2, 4), torch.zeros(2, 4).half(), TypeError, "y is float16, but must be float32"),
+        (torch.zeros(2, 4), _frozen(np.zeros((2, 4), np.float32)), ValueError, "y is read-only"),
+        (torch.zeros(3, 4), torch.zeros(3, 4), ValueError, "one element for each row"),
+    ],
+)
+def test_launcher_refuses(x: Any, y: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        _C.layer_norm_forward(x, None, None, y, torch.zeros(2), torch.zeros(2))
+
+
+def test_unknown_instruction_set() -> None:
+    x = torch.zeros(2, 4)
+    with pytest.raises(ValueError, match="unknown instruction set 'avx9'; available: baseline"):
+        launch_forward(x, None, None, isa="avx9")
+
+
+def test_instruction_set_that_this_machine_lacks() -> None:
+    lacking = set(_C.build_info()["isas_built"]) - set(ISAS)
+    if not lacking:
+        pytest.skip("this machine runs every instruction set that was built")
+    for isa in lacking:
+        with pytest.raises(ValueError, match=f"lacks the instruction set '{isa}'"):
+            launch_forward(torch.zeros(2, 4), None, None, isa=isa)
+
+
+def _python(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    return result.stdout.strip()
+
+
+def test_environment_chooses_the_instruction_set() -> None:
+    assert (
+        _python("from evakernels import _C; print(_C.active_isa())", EVAKERNELS_ISA="baseline") == "baseline"
+    )
+
+
+def test_environment_with_a_wrong_name() -> None:
+    code = (
+        "import torch, evakernels\n"
+        "from evakernels._info import info\n"
+        "print(info()['native']['isa_error'])\n"
+        "try: evakernels.layer_norm(torch.ones(1, 4))\n"
+        "except ValueError as exc: print(exc)\n"
+    )
+    lines = _python(code, EVAKERNELS_ISA="sse9").splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert "EVAKERNELS_ISA: unknown instruction set 'sse9'; available: baseline" in line
+
+
+def test_registration_is_seen() -> None:
+    assert _native.LOADED
+    assert _native.REASON is None
+    assert _native.implemented("layer_norm_forward", "cpu")
+    assert not _native.implemented("layer_norm_forward", "cuda")
+    assert not _native.implemented("layer_norm_forward", "mps")
+    assert not _native.implemented("no_such_op", "cpu")

@@ -1,0 +1,144 @@
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import RotaryEmbeddingCat
+from timm.layers import SwiGLU as TimmSwiGLU
+
+from evakernels import nn, rope_attention
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (nn.LayerNorm(8), torch.nn.LayerNorm(8, eps=1e-6)),
+        (nn.LayerNorm(8, 1e-5, bias=False), torch.nn.LayerNorm(8, eps=1e-5, bias=False)),
+        (nn.RMSNorm(8), torch.nn.RMSNorm(8, eps=1e-6)),
+    ],
+    ids=["layer_norm", "layer_norm-without-bias", "rms_norm"],
+)
+def test_norms_take_the_place_of_those_of_torch(ours, theirs):
+    state = {name: randn(8, seed=i) for i, name in enumerate(theirs.state_dict())}
+    ours.load_state_dict(state)
+    theirs.load_state_dict(state)
+    assert isinstance(ours, type(theirs))
+    torch.testing.assert_close(ours(randn(2, 3, 8)), theirs(randn(2, 3, 8)))
+
+
+@pytest.mark.parametrize("module", [nn.LayerNorm(8), nn.RMSNorm(8), nn.SwiGLU(8, 12)])
+def test_modules_run_the_ops(module, monkeypatch):
+    """The forward of the base class would pass the numerical tests too."""
+    called = []
+    for name in ("layer_norm", "rms_norm"):
+        monkeypatch.setattr(f"evakernels.nn.layer_norm.{name}", lambda x, *_: called.append(x) or x)
+    monkeypatch.setattr("evakernels.nn.swiglu.swiglu", lambda gate, *_: called.append(gate) or gate)
+    module(randn(2, 8))
+    assert len(called) == 1
+
+
+def test_swiglu_is_the_mlp_of_eva():
+    """timm's SwiGLU names its projections fc1_g, fc1_x and fc2, and its sub-LN norm."""
+    names = {"w1": "fc1_g", "w2": "fc1_x", "ffn_ln": "norm", "w3": "fc2"}
+    theirs = TimmSwiGLU(6, 14, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))
+    ours = nn.SwiGLU(6, 14)
+    state = {name: randn(*value.shape, seed=i) for i, (name, value) in enumerate(ours.state_dict().items())}
+    ours.load_state_dict(state)
+    renamed = {
+        f"{names[module]}.{kind}": value
+        for name, value in state.items()
+        for module, kind in [name.split(".")]
+    }
+    theirs.load_state_dict(renamed)
+    x = randn(2, 3, 6)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_swiglu_without_sub_ln_and_biases():
+    module = nn.SwiGLU(6, 14, sub_ln=False, bias=False)
+    assert list(module.state_dict()) == ["w1.weight", "w2.weight", "w3.weight"]
+    x = randn(2, 6)
+    expected = (F.silu(x @ module.w1.weight.T) * (x @ module.w2.weight.T)) @ module.w3.weight.T
+    torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize("module", [nn.LayerNorm, nn.RMSNorm, lambda *a, **k: nn.SwiGLU(*a, 12, **k)])
+def test_modules_are_built_where_they_are_told(module):
+    built = module(8, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in built.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_patch_dropout_keeps_prefix_and_part_of_the_patches_in_training():
+    module = nn.PatchDropout(0.5)
+    patches, prefix, pos_embed = randn(3, 9, 4), randn(2, 4, seed=1), randn(11, 4, seed=2)
+    tokens, index = module(patches, prefix=prefix, pos_embed=pos_embed)
+    assert tokens.shape == (3, 2 + 4, 4)
+    assert index.shape == (3, 4)
+    full = torch.cat((prefix.expand(3, -1, -1), patches), 1) + pos_embed
+    assert torch.equal(tokens[:, :2], full[:, :2])
+    assert torch.equal(tokens[:, 2:], full[:, 2:].gather(1, index[..., None].expand(-1, -1, 4)))
+    assert not torch.equal(index, module(patches)[1])
+
+
+@pytest.mark.parametrize(("rate", "training"), [(0.5, False), (0.0, True)])
+def test_patch_dropout_keeps_all_in_evaluation_and_at_rate_zero(rate, training):
+    patches = randn(3, 9, 4)
+    tokens, index = nn.PatchDropout(rate).train(training)(patches)
+    assert index is None
+    assert torch.equal(tokens, patches)
+
+
+@pytest.mark.parametrize(
+    ("rate", "patches", "kept"), [(0.5, 196, 98), (0.5, 9, 4), (0.75, 10, 2), (0.99, 9, 1)]
+)
+def test_patch_dropout_rounds_down_but_keeps_one(rate, patches, kept):
+    module = nn.PatchDropout(rate)
+    assert module.num_kept(patches) == module(randn(1, patches, 2))[0].shape[1] == kept
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0])
+def test_patch_dropout_refuses_an_impossible_rate(rate):
+    with pytest.raises(ValueError, match=f"rate is {rate}; accepted: 0 <= rate < 1"):
+        nn.PatchDropout(rate)
+
+
+@pytest.mark.parametrize(("grid", "head_dim"), [((14, 14), 64), ((24, 24), 64), ((3, 5), 88)])
+def test_axial_rope_is_the_table_of_timm(grid, head_dim):
+    peer = RotaryEmbeddingCat(head_dim, in_pixels=False, feat_shape=list(grid), ref_feat_shape=[16, 16])
+    sin, cos = (t[:, ::2] for t in peer.get_embed().chunk(2, -1))  # timm stores each angle twice
+    actual = nn.axial_rope(*grid, head_dim)
+    assert [t.dtype for t in actual] == [torch.float32] * 2
+    torch.testing.assert_close(actual, (cos, sin), atol=2e-6, rtol=0)
+
+
+def test_axial_rope_turns_by_row_first_and_by_column_second():
+    cos, sin = nn.axial_rope(2, 4, 8, reference_size=16, theta=100.0)
+    angle = torch.tensor([8.0, 0.8, 12.0, 1.2])  # row 1 of 2 and column 3 of 4, in 16 cells; 100 ** -(j / 2)
+    torch.testing.assert_close(cos[1 * 4 + 3], angle.cos())
+    torch.testing.assert_close(sin[1 * 4 + 3], angle.sin())
+
+
+def test_scores_depend_on_relative_positions_only():
+    """A patch and its neighbour give the same score anywhere on the grid."""
+    cos, sin = nn.axial_rope(4, 4, 16)
+    q = randn(1, 1, 1, 16).expand(1, 16, 1, 16).contiguous()
+    k, values = randn(1, 1, 1, 16, seed=1).expand_as(q).contiguous(), torch.eye(16).view(1, 16, 1, 16)
+    weights = rope_attention(q, k, values, cos, sin)[0, :, 0]
+    step = [(weights[i, j + 1] / weights[i, j]).item() for i, j in ((0, 1), (4, 5), (9, 10), (13, 14))]
+    torch.testing.assert_close(step, [step[0]] * 4, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 4, 8), "the grid is 0 x 4; accepted: at least 1 x 1"),
+        ((4, 4, 6), "head_dim is 6; accepted: multiples of 4"),
+    ],
+)
+def test_axial_rope_says_what_is_accepted(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        nn.axial_rope(*arguments)

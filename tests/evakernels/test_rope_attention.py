@@ -1,0 +1,282 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from op_checks import (
+    DTYPES,
+    assert_as_accurate_as_torch,
+    assert_compiles,
+    assert_deterministic,
+    assert_gradcheck,
+    assert_opcheck,
+)
+from timm.layers import apply_rot_embed_cat
+
+import evakernels
+from evakernels.nn import axial_rope
+
+OPS = torch.ops.evakernels
+BATCH, HEADS, HEAD_DIM, PATCHES = 2, 3, 8, 6
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def tables(kind):
+    """cos and sin: none, one table for all heads, or one a head."""
+    if kind == "none":
+        return None, None
+    angles = randn(HEADS, PATCHES, HEAD_DIM // 2, seed=1) * 3
+    angles = angles if kind == "heads" else angles[0]
+    return angles.cos().float(), angles.sin().float()
+
+
+def packed(num_prefix=1, patches=PATCHES, dtype=torch.float64):
+    return randn(BATCH, num_prefix + patches, 3, HEADS, HEAD_DIM).to(dtype)
+
+
+def rotate(x, cos, sin, token_index, num_prefix, interleaved):
+    """The rotation by its definition, [B, H, N, D], as EVA does it: in the precision of the table, then
+    rounded."""
+    if cos is None:
+        return x
+    if token_index is not None:
+        cos, sin = (t[..., token_index, :] for t in (cos, sin))
+        cos, sin = (t.transpose(0, 1) if t.dim() == 4 else t.unsqueeze(1) for t in (cos, sin))
+    cos, sin = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (cos, sin))
+    prefix, patches = x[:, :, :num_prefix], x[:, :, num_prefix:]
+    a, b = (patches[..., ::2], patches[..., 1::2]) if interleaved else patches.chunk(2, -1)
+    turned = (a * cos - b * sin, a * sin + b * cos)
+    turned = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    return torch.cat((prefix, turned.to(x.dtype)), 2)
+
+
+def pair(kind="shared", token_index=None, num_prefix=1, causal=False, interleaved=True, scale=None):
+    """Our function and torch's, over one packed projection [B, N, 3, H, D]."""
+    cos, sin = tables(kind)
+
+    def ours(qkv):
+        options = {"num_prefix": num_prefix, "causal": causal, "interleaved": interleaved, "scale": scale}
+        return evakernels.rope_attention(*qkv.unbind(2), cos, sin, token_index=token_index, **options)
+
+    def theirs(qkv):
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+        q, k = (rotate(t, cos, sin, token_index, num_prefix, interleaved) for t in (q, k))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
+
+    return ours, theirs
+
+
+KEPT = torch.tensor([[5, 0, 3], [1, 4, 2]])
+CASES = [
+    pytest.param(pair("none", num_prefix=0, causal=True), packed(0), id="text"),
+    pytest.param(pair(), packed(), id="shared"),
+    pytest.param(pair(num_prefix=0), packed(0), id="no-prefix"),
+    pytest.param(pair(num_prefix=5, causal=True, scale=0.7), packed(5), id="registers-causal-scaled"),
+    pytest.param(pair(interleaved=False), packed(), id="rotate-half"),
+    pytest.param(pair("heads"), packed(), id="table-a-head"),
+    pytest.param(pair(token_index=KEPT), packed(patches=3), id="dropout"),
+    pytest.param(pair("heads", KEPT, interleaved=False), packed(patches=3), id="dropout-table-a-head"),
+]
+
+
+@pytest.mark.parametrize(("pair", "qkv"), CASES)
+def test_gradcheck(pair, qkv):
+    assert_gradcheck(pair[0], [qkv])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("pair", "qkv"), CASES)
+def test_as_accurate_as_torch(pair, qkv, dtype):
+    assert_as_accurate_as_torch(*pair, [qkv], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sharpness", [1, 8])
+def test_as_accurate_as_torch_at_the_size_of_a_tower(dtype, sharpness):
+    """A longer row, also with scores so large that the softmax is nearly one-hot."""
+    cos, sin = axial_rope(8, 8, 64)
+    index = evakernels.sample_token_index(2, 64, 32, generator=torch.Generator().manual_seed(0))
+
+    def ours(q, k, v):
+        return evakernels.rope_attention(q, k, v, cos, sin, token_index=index, num_prefix=1)
+
+    def theirs(q, k, v):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        q, k = (rotate(t, cos, sin, index, 1, True) for t in (q, k))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    inputs = [randn(2, 33, 2, 64, seed=s) for s in range(3)]
+    inputs[0] *= sharpness
+    assert_as_accurate_as_torch(ours, theirs, inputs, dtype)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("pair", "qkv"), CASES)
+def test_compiles_without_graph_break(pair, qkv, dynamic):
+    assert_compiles(pair[0], [qkv.float()], dynamic)
+
+
+@pytest.mark.parametrize(("pair", "qkv"), CASES)
+def test_two_runs_are_bit_equal(pair, qkv):
+    assert_deterministic(pair[0], [qkv.bfloat16()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("token_index", [None, KEPT])
+def test_opcheck(dtype, token_index):
+    cos, sin = tables("shared")
+    qkv = packed(patches=PATCHES if token_index is None else 3, dtype=dtype)
+    q, k, v = (t.requires_grad_() for t in qkv.unbind(2))
+    rest = (cos, sin, token_index, 1, True, True, 0.5)
+    assert_opcheck(OPS.rope_attention_forward.default, (q, k, v, *rest))
+    with torch.no_grad():
+        q, k, v = qkv.unbind(2)
+        out, lse = OPS.rope_attention_forward(q, k, v, *rest)
+        assert_opcheck(OPS.rope_attention_backward.default, (torch.ones_like(out), q, k, v, out, lse, *rest))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
+)
+def test_lse_is_the_natural_logarithm_of_the_softmax_denominator(dtype, expected):
+    q, k, v = packed(0, dtype=dtype).unbind(2)
+    _, lse = OPS.rope_attention_forward(q, k, v, None, None, None, 0, False, True, 0.5)
+    assert lse.dtype == expected
+    scores = 0.5 * torch.einsum("bnhd,bmhd->bhnm", q.to(expected), k.to(expected))
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rotation_is_that_of_timm(interleaved):
+    """timm rotates by tables [N, D] that repeat each angle for both members of a pair, sin before cos."""
+    cos, sin = tables("shared")
+    q, k, v = packed(dtype=torch.float32).unbind(2)
+    repeat = (lambda t: t.repeat_interleave(2, -1)) if interleaved else (lambda t: t.repeat(1, 2))
+    table = torch.cat((repeat(sin), repeat(cos)), -1)
+
+    def rotated(x):
+        x = x.transpose(1, 2)
+        return torch.cat((x[:, :, :1], apply_rot_embed_cat(x[:, :, 1:], table, half=not interleaved)), 2)
+
+    expected = F.scaled_dot_product_attention(rotated(q), rotated(k), v.transpose(1, 2)).transpose(1, 2)
+    actual = evakernels.rope_attention(q, k, v, cos, sin, num_prefix=1, interleaved=interleaved)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_kept_tokens_attend_as_in_the_full_grid_when_the_others_are_masked():
+    cos, sin = tables("shared")
+    qkv = packed(dtype=torch.float32)
+    index = KEPT.sort(1).values
+    rows = torch.cat((torch.zeros(BATCH, 1, dtype=torch.int64), 1 + index), 1)
+    kept = torch.stack([sample[row] for sample, row in zip(qkv, rows, strict=True)])
+    actual = evakernels.rope_attention(*kept.unbind(2), cos, sin, token_index=index, num_prefix=1)
+    q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+    mask = torch.zeros(BATCH, 1, 1, 1 + PATCHES, dtype=torch.bool).scatter_(3, rows[:, None, None], True)
+    q, k = (rotate(t, cos, sin, None, 1, True) for t in (q, k))
+    full = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    torch.testing.assert_close(actual, torch.stack([x[row] for x, row in zip(full, rows, strict=True)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_as_for_torch(dtype):
+    ours, theirs = pair()
+    qkv = packed(dtype=torch.float32).requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        actual, expected = ours(qkv), theirs(qkv)
+    assert actual.dtype == expected.dtype == dtype
+    torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
+    (gradient,) = torch.autograd.grad(actual.float().square().sum(), qkv)
+    assert gradient.dtype == torch.float32
+
+
+def test_results_are_contiguous_and_inputs_untouched():
+    """Also for inputs whose heads already come first in memory, which need no copy on the way in."""
+    inputs = [randn(BATCH, HEADS, 6, HEAD_DIM, seed=s).float() for s in range(3)]
+    before = [t.clone() for t in inputs]
+    q, k, v = (t.transpose(1, 2).requires_grad_() for t in inputs)
+    out = evakernels.rope_attention(q, k, v, causal=True)
+    assert out.is_contiguous()
+    gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert all(g.is_contiguous() for g in gradients)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+
+def test_a_second_derivative_is_refused():
+    qkv = packed().requires_grad_()
+    (gradient,) = torch.autograd.grad(pair()[0](qkv).square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="rope_attention has no second derivative"):
+        gradient.sum().backward()
+
+
+def call(q=None, k=None, v=None, cos=None, sin=None, **options):
+    x = torch.ones(2, 5, 3, 8)
+    given = (x if t is None else t for t in (q, k, v))
+    return evakernels.rope_attention(*given, cos, sin, **options)
+
+
+TABLE = torch.ones(4, 4)
+INDEX = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exception", "message"),
+    [
+        ({"q": torch.ones(2, 5, 24)}, ValueError, r"q has shape \(2, 5, 24\); expected \[B, N, H, D\]"),
+        ({"q": torch.ones(2, 5, 3, 8).long()}, TypeError, "q is torch.int64; accepted: float64"),
+        ({"k": torch.ones(2, 5, 3, 4)}, ValueError, r"k has shape \(2, 5, 3, 4\); expected the shape of q"),
+        ({"v": torch.ones(2, 5, 3, 8).half()}, TypeError, "v is torch.float16; accepted: torch.float32"),
+        ({"num_prefix": 17}, ValueError, "num_prefix is 17; accepted: 0 to 16"),
+        ({"num_prefix": 6}, ValueError, "num_prefix is 6; .* at most N = 5"),
+        ({"token_index": INDEX}, ValueError, "token_index without cos and sin"),
+        ({"cos": TABLE}, ValueError, "cos without sin"),
+        ({"sin": TABLE}, ValueError, "sin without cos"),
+        ({"cos": TABLE, "sin": TABLE}, ValueError, r"cos has shape \(4, 4\); expected \[P, D/2\] = \(5, 4\)"),
+        ({"cos": TABLE, "sin": TABLE[:3], "num_prefix": 1}, ValueError, r"sin has shape \(3, 4\)"),
+        (
+            {"cos": TABLE.expand(2, 4, 4), "sin": TABLE, "num_prefix": 1},
+            ValueError,
+            r"expected \[H, P, D/2\] = \(3, 4, 4\)",
+        ),
+        (
+            {"cos": torch.ones(4, 8), "sin": TABLE, "num_prefix": 1},
+            ValueError,
+            r"expected \[P, D/2\] = \(4, 4\)",
+        ),
+        (
+            {"cos": TABLE.clone().requires_grad_(), "sin": TABLE, "num_prefix": 1},
+            ValueError,
+            "the tables get none",
+        ),
+        ({"cos": TABLE.to("meta"), "sin": TABLE, "num_prefix": 1}, ValueError, "cos on meta"),
+        (
+            {"cos": TABLE, "sin": TABLE, "num_prefix": 1, "token_index": INDEX.int()},
+            TypeError,
+            "token_index is torch.int32; accepted: torch.int64",
+        ),
+        (
+            {"cos": TABLE, "sin": TABLE, "num_prefix": 1, "token_index": INDEX[:, :3]},
+            ValueError,
+            r"token_index has shape \(2, 3\); expected \[B, N - num_prefix\] = \(2, 4\)",
+        ),
+        (
+            {"cos": TABLE, "sin": TABLE, "num_prefix": 1, "token_index": INDEX + 1},
+            IndexError,
+            "token_index has values from 1 to 4; accepted: 0 to 3",
+        ),
+        (
+            {"cos": TABLE, "sin": TABLE, "num_prefix": 1, "token_index": INDEX - 1},
+            IndexError,
+            "token_index has values from -1 to 2; accepted: 0 to 3",
+        ),
+    ],
+)
+def test_wrong_input_says_what_is_accepted(arguments, exception, message):
+    with pytest.raises(exception, match=message):
+        call(**arguments)
+
+
+def test_an_odd_head_dim_cannot_be_rotated():
+    x = torch.ones(1, 2, 1, 3)
+    with pytest.raises(ValueError, match="head_dim 3 is odd"):
+        evakernels.rope_attention(x, x, x, torch.ones(2, 1), torch.ones(2, 1))

@@ -1,0 +1,210 @@
+import itertools
+import math
+
+import pytest
+import torch
+from op_checks import (
+    DTYPES,
+    assert_as_accurate_as_torch,
+    assert_compiles,
+    assert_deterministic,
+    assert_gradcheck,
+    assert_opcheck,
+)
+
+import evakernels
+
+OPS = torch.ops.evakernels
+BATCH, TOKENS, CHANNELS, PREFIX = 2, 6, 5, 2
+KEPT = torch.tensor([[5, 0, 3], [1, 4, 2]])
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def pair(token_index):
+    """Our function and torch's, over (patches, prefix, pos_embed)."""
+
+    def ours(patches, prefix, pos_embed):
+        return evakernels.token_dropout(patches, token_index, prefix=prefix, pos_embed=pos_embed)
+
+    def theirs(patches, prefix, pos_embed):
+        batch, _, channels = patches.shape
+        x = patches if prefix is None else torch.cat((prefix.expand(batch, -1, -1), patches), 1)
+        x = x if pos_embed is None else x + pos_embed
+        if token_index is None:
+            return x.clone()
+        num_prefix = 0 if prefix is None else prefix.shape[0]
+        kept = x[:, num_prefix:].gather(1, token_index[..., None].expand(-1, -1, channels))
+        return torch.cat((x[:, :num_prefix], kept), 1)
+
+    return ours, theirs
+
+
+def cases():
+    for dropped, with_prefix, with_pos_embed in itertools.product([True, False], repeat=3):
+        prefix = randn(PREFIX, CHANNELS, seed=1) if with_prefix else None
+        rows = TOKENS + (PREFIX if with_prefix else 0)
+        pos_embed = randn(rows, CHANNELS, seed=2) if with_pos_embed else None
+        given = (randn(BATCH, TOKENS, CHANNELS), prefix, pos_embed)
+        names = zip(("dropped", "prefix", "pos_embed"), (dropped, with_prefix, with_pos_embed), strict=True)
+        name = "-".join(name for name, present in names if present) or "plain"
+        yield pytest.param(KEPT if dropped else None, given, id=name)
+
+
+CASES = list(cases())
+
+
+@pytest.mark.parametrize(("token_index", "inputs"), CASES)
+def test_gradcheck(token_index, inputs):
+    assert_gradcheck(pair(token_index)[0], inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("token_index", "inputs"), CASES)
+def test_as_accurate_as_torch(token_index, inputs, dtype):
+    assert_as_accurate_as_torch(*pair(token_index), inputs, dtype)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("token_index", "inputs"), CASES)
+def test_compiles_without_graph_break(token_index, inputs, dynamic):
+    assert_compiles(pair(token_index)[0], inputs, dynamic)
+
+
+@pytest.mark.parametrize(("token_index", "inputs"), CASES)
+def test_two_runs_are_bit_equal(token_index, inputs):
+    assert_deterministic(pair(token_index)[0], [None if t is None else t.bfloat16() for t in inputs])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("token_index", "inputs"), CASES)
+def test_opcheck(token_index, inputs, dtype):
+    patches, prefix, pos_embed = (None if t is None else t.to(dtype).requires_grad_() for t in inputs)
+    assert_opcheck(OPS.token_dropout_forward.default, (patches, token_index, prefix, pos_embed))
+    dout = torch.ones_like(OPS.token_dropout_forward(patches, token_index, prefix, pos_embed))
+    num_prefix = 0 if prefix is None else PREFIX
+    rest = (token_index, num_prefix, TOKENS, pos_embed is not None)
+    assert_opcheck(OPS.token_dropout_backward.default, (dout, *rest))
+
+
+def test_dropped_tokens_get_a_zero_gradient():
+    patches = randn(BATCH, TOKENS, CHANNELS).requires_grad_()
+    evakernels.token_dropout(patches, KEPT).sum().backward()
+    expected = torch.zeros(BATCH, TOKENS).scatter_(1, KEPT, 1.0)
+    assert torch.equal(patches.grad, expected.double().unsqueeze(-1).expand_as(patches))
+
+
+@pytest.mark.parametrize("token_index", [None, KEPT])
+def test_the_result_is_a_copy(token_index):
+    patches = randn(BATCH, TOKENS, CHANNELS)
+    assert evakernels.token_dropout(patches, token_index).data_ptr() != patches.data_ptr()
+
+
+@pytest.mark.parametrize("token_index", [None, KEPT])
+def test_parameters_may_be_wider_than_the_patches(token_index):
+    """As under autocast, where the patches are 16-bit and the parameters float32: the widest dtype, as
+    torch's own."""
+    ours, theirs = pair(token_index)
+    patches = randn(BATCH, TOKENS, CHANNELS).bfloat16().requires_grad_()
+    prefix, pos_embed = (
+        randn(n, CHANNELS, seed=n).float().requires_grad_() for n in (PREFIX, PREFIX + TOKENS)
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual, expected = ours(patches, prefix, pos_embed), theirs(patches, prefix, pos_embed)
+    assert actual.dtype == expected.dtype == torch.float32
+    assert torch.equal(actual, expected)
+    leaves = (patches, prefix, pos_embed)
+    actual, expected = (torch.autograd.grad(x.square().sum(), leaves) for x in (actual, expected))
+    assert [g.dtype for g in actual] == [torch.bfloat16, torch.float32, torch.float32]
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_second_derivative_is_refused():
+    patches = randn(BATCH, TOKENS, CHANNELS).requires_grad_()
+    out = evakernels.token_dropout(patches, KEPT).square().sum()
+    (gradient,) = torch.autograd.grad(out, patches, create_graph=True)
+    with pytest.raises(RuntimeError, match="token_dropout has no second derivative"):
+        gradient.sum().backward()
+
+
+PATCHES = torch.ones(2, 6, 5)
+
+
+@pytest.mark.parametrize(
+    ("patches", "token_index", "options", "exception", "message"),
+    [
+        (torch.ones(6, 5), None, {}, ValueError, r"patches has shape \(6, 5\); expected \[B, N, C\]"),
+        (PATCHES.long(), None, {}, TypeError, "patches is torch.int64"),
+        (PATCHES, KEPT.int(), {}, TypeError, "token_index is torch.int32; accepted: torch.int64"),
+        (PATCHES, KEPT[:1], {}, ValueError, r"token_index has shape \(1, 3\); expected \[B, K\] = \(2, 3\)"),
+        (PATCHES, KEPT[0], {}, ValueError, r"token_index has shape \(3,\); expected \[B, K\]"),
+        (PATCHES, KEPT + 1, {}, IndexError, "token_index has values from 1 to 6; accepted: 0 to 5"),
+        (PATCHES, KEPT - 1, {}, IndexError, "token_index has values from -1 to 4; accepted: 0 to 5"),
+        (PATCHES, torch.tensor([[0, 1], [3, 3]]), {}, IndexError, "names a token twice in sample 1"),
+        (
+            PATCHES,
+            None,
+            {"prefix": torch.ones(5)},
+            ValueError,
+            r"prefix has shape \(5,\); expected \[P, C\] = \(5, 5\)",
+        ),
+        (PATCHES, None, {"prefix": torch.ones(1, 4)}, ValueError, r"prefix has shape \(1, 4\)"),
+        (PATCHES, None, {"pos_embed": torch.ones(7, 5)}, ValueError, r"expected \[P \+ N, C\] = \(6, 5\)"),
+        (PATCHES, None, {"prefix": torch.ones(1, 5, device="meta")}, ValueError, "prefix on meta"),
+    ],
+)
+def test_wrong_input_says_what_is_accepted(patches, token_index, options, exception, message):
+    with pytest.raises(exception, match=message):
+        evakernels.token_dropout(patches, token_index, **options)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_keep"), [(9, 1), (9, 4), (9, 9), (577, 288)])
+def test_sampled_rows_are_ascending_and_distinct(num_tokens, num_keep):
+    index = evakernels.sample_token_index(16, num_tokens, num_keep)
+    assert index.shape == (16, num_keep)
+    assert index.dtype == torch.int64
+    assert index.min() >= 0
+    assert index.max() < num_tokens
+    assert (index.diff(dim=1) > 0).all()
+
+
+def test_every_set_of_tokens_is_equally_likely():
+    """Chi-square over all 20 sets of 3 out of 6; the bound is 5 standard deviations above the mean."""
+    draws, sets = 20_000, {kept: i for i, kept in enumerate(itertools.combinations(range(6), 3))}
+    index = evakernels.sample_token_index(draws, 6, 3, generator=torch.Generator().manual_seed(0))
+    observed = torch.zeros(len(sets))
+    for kept in index.tolist():
+        observed[sets[tuple(kept)]] += 1
+    expected, freedom = draws / len(sets), len(sets) - 1
+    statistic = ((observed - expected) ** 2 / expected).sum().item()
+    assert statistic < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_sampling_is_reproducible_from_its_generator():
+    def draw(seed):
+        return evakernels.sample_token_index(4, 50, 25, generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
+    torch.manual_seed(3)
+    first = evakernels.sample_token_index(4, 50, 25)
+    torch.manual_seed(3)
+    assert torch.equal(first, evakernels.sample_token_index(4, 50, 25))
+
+
+def test_sampling_follows_the_device():
+    assert evakernels.sample_token_index(4, 50, 25, device="meta").device.type == "meta"
+    assert evakernels.sample_token_index(4, 50, 25, generator=torch.Generator("cpu")).device.type == "cpu"
+
+
+def test_sampling_compiles_without_graph_break():
+    compiled = torch.compile(evakernels.sample_token_index, fullgraph=True, backend="aot_eager")
+    assert (compiled(4, 50, 25).diff(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("num_keep", [0, 7, -1])
+def test_an_impossible_number_of_kept_tokens_is_an_error(num_keep):
+    with pytest.raises(ValueError, match=f"num_keep is {num_keep}; accepted: 1 to num_tokens = 6"):
+        evakernels.sample_token_index(2, 6, num_keep)
