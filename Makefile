@@ -1,7 +1,7 @@
 # make demo   train on real pictures, evaluate, and write runs/demo/report.html
 # make test   run the whole test suite
 #
-# Every target sets up what it needs: a virtual environment in .venv, the dependencies, and the native library.
+# Every target sets up what it needs: a virtual environment in .venv, the dependencies, the native library.
 
 PYTHON ?= python3
 VENV := .venv
@@ -31,13 +31,13 @@ format: build
 build: $(VENV)/.built
 
 $(VENV)/.tools: Makefile
-	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.11 or later is needed, not {v[0]}.{v[1]}" if v < (3, 11) else 0)'
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install $(BUILD_TOOLS) torch torchvision
 	touch $@
 
-# No build isolation: the library must be built with the torch that was just installed, not with a second download.
+# No build isolation: the torch that was just installed serves the build, not a second download.
 $(VENV)/.built: $(VENV)/.tools pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	$(BIN)/python -m pip install --no-build-isolation --editable '.[test]'
 	touch $@

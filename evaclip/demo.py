@@ -124,9 +124,7 @@ def evaluate_run(run: Path, data: Path) -> None:
     classnames = load_classnames(data / "classes.txt")
     for style in reversed(STYLES):
         path = str(data / f"{style}-*.tar")
-        evaluation = run_zero_shot(
-            Setting(loaded, path, open_source(path), _TITLES[style]), classnames, ["{}"]
-        )
+        evaluation = run_zero_shot(Setting(loaded, path, open_source(path), _TITLES[style]), classnames, ["{}"])
         print_evaluation(evaluation)
         store(run, evaluation)
     path = str(data / "openmoji-*.tar")
@@ -147,9 +145,7 @@ def _check_replaceable(out: Path) -> None:
 
     path = out / RUN_CONFIG_FILE
     if path.is_file() and load_yaml(path).get("model", {}).get("name") != RECIPE:
-        raise UserError(
-            f"{str(out)!r} holds another run, which the demo would replace: choose another folder by --out"
-        )
+        raise UserError(f"{str(out)!r} holds another run, which the demo would replace: choose another folder by --out")
 
 
 def add_commands(subparsers: Any) -> None:
@@ -164,9 +160,7 @@ def add_commands(subparsers: Any) -> None:
     )
     folders = (("--out", RUN_FOLDER, "the run and its report"), ("--data", DATA_FOLDER, "the shards"))
     for name, folder, what in folders:
-        parser.add_argument(
-            name, type=Path, default=folder, metavar="FOLDER", help=f"for {what} (default: {folder})"
-        )
+        parser.add_argument(name, type=Path, default=folder, metavar="FOLDER", help=f"for {what} (default: {folder})")
     parser.add_argument(
         "--budget-minutes",
         type=float,

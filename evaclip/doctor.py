@@ -22,8 +22,9 @@ def add_commands(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints one table for the system, one for the packages and one for the ops."""
-    from evakernels._info import info
     from rich.console import Console
+
+    from evakernels._info import info
 
     console = Console()
     console.print(_table("System", ("what", "state"), system_rows(info())))
@@ -47,7 +48,7 @@ def system_rows(facts: dict[str, Any]) -> list[Row]:
 
 def package_rows() -> list[Row]:
     """Each package that the distribution asks for: its version, or how to install it."""
-    rows = []
+    rows: list[Row] = []
     for extra, names in _requirements().items():
         remedy = f"not installed: pip install '{_DISTRIBUTION}[{extra}]'" if extra else "not installed"
         rows += [(name, _version(name) or remedy, extra or "core") for name in names]
@@ -58,7 +59,7 @@ def backend_rows() -> list[Row]:
     """Each op: the backend that is live, and why each other one is not."""
     from evakernels.backends import explain, ops
 
-    rows = []
+    rows: list[Row] = []
     for op in ops():
         live, others = "none", []
         for line in explain(op).splitlines():

@@ -87,8 +87,6 @@ def _device(device: str | torch.device) -> torch.device:
         target = torch.device(device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as exc:
-        accepted = "cpu, meta" + (
-            ", cuda, cuda:N" if torch.cuda.is_available() else "; there is no CUDA device here"
-        )
+        accepted = "cpu, meta" + (", cuda, cuda:N" if torch.cuda.is_available() else "; there is no CUDA device here")
         raise UserError(f"device {str(device)!r} can't be used; accepted: {accepted}") from exc
     return target

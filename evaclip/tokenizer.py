@@ -27,9 +27,7 @@ VOCAB_SIZE = 49408
 _DISTRIBUTION = "open_clip_torch"
 _FILE = "bpe_simple_vocab_16e6.txt.gz"
 _NUM_MERGES = VOCAB_SIZE - 2 * 256 - 2
-_WORD = regex.compile(
-    rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE
-)
+_WORD = regex.compile(rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE)
 
 
 class Tokenizer:
@@ -108,9 +106,7 @@ def _byte_pair_encoder() -> BpeTokenizer:
     words = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges), START, END]
     vocabulary = {word: index for index, word in enumerate(words)}
     if len(vocabulary) != VOCAB_SIZE:
-        raise UserError(
-            f"{vocabulary_file()} gives {len(vocabulary)} tokens instead of {VOCAB_SIZE}: reinstall it"
-        )
+        raise UserError(f"{vocabulary_file()} gives {len(vocabulary)} tokens instead of {VOCAB_SIZE}: reinstall it")
     tokenizer = BpeTokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.add_special_tokens([START, END])
@@ -138,7 +134,5 @@ def _byte_letters() -> list[str]:
 
 def _checked_length(context_length: int) -> int:
     if context_length < 2:
-        raise UserError(
-            f"context_length is {context_length}; expected 2 or more, for the start and the end token"
-        )
+        raise UserError(f"context_length is {context_length}; expected 2 or more, for the start and the end token")
     return context_length

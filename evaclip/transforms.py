@@ -164,9 +164,7 @@ def eval_transform(
     return EvalTransform(size, Preprocess(_triple(mean), _triple(std), interpolation, resize))
 
 
-def crop_box(
-    height: int, width: int, scale: Range, ratio: Range, generator: Generator
-) -> tuple[int, int, int, int]:
+def crop_box(height: int, width: int, scale: Range, ratio: Range, generator: Generator) -> tuple[int, int, int, int]:
     """A random part of an image as `(top, left, height, width)`, of random area and proportions.
 
     Draws the same numbers in the same order as torchvision's `RandomResizedCrop`.

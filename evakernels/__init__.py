@@ -1,7 +1,46 @@
-"""Fused kernels for vision-language models: one schema and one reference per op, any number of backends."""
+"""Fused ops for vision-language models: one schema and one reference per op, any number of backends."""
 
+from evakernels import nn, optim
+from evakernels._info import info
 from evakernels.backends import BackendError, explain, use_backend
-from evakernels.ops import *  # noqa: F403
-from evakernels.ops import __all__ as _ops
+from evakernels.ops import (
+    add_layer_norm,
+    add_rms_norm,
+    clip_loss,
+    contrastive_statistics,
+    lamb_apply,
+    lamb_update,
+    layer_norm,
+    layer_norm_add,
+    rms_norm,
+    rms_norm_add,
+    rope_attention,
+    sample_token_index,
+    siglip_loss,
+    swiglu,
+    token_dropout,
+)
 
-__all__ = ["BackendError", "explain", "use_backend", *_ops]
+__all__ = [
+    "BackendError",
+    "add_layer_norm",
+    "add_rms_norm",
+    "clip_loss",
+    "contrastive_statistics",
+    "explain",
+    "info",
+    "lamb_apply",
+    "lamb_update",
+    "layer_norm",
+    "layer_norm_add",
+    "nn",
+    "optim",
+    "rms_norm",
+    "rms_norm_add",
+    "rope_attention",
+    "sample_token_index",
+    "siglip_loss",
+    "swiglu",
+    "token_dropout",
+    "use_backend",
+]

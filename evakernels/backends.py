@@ -78,13 +78,13 @@ def use_backend(backend: str) -> Iterator[None]:
 def explain(op: str, *args: Any) -> str:
     """Which backend serves `torch.ops.evakernels.<op>(*args)`, and why the others don't, one line each.
 
-    `op` is an op's name or its family's (`"layer_norm"` stands for `"layer_norm_forward"`). Without arguments only
-    what holds for every call is told. Raises `ValueError` for an unknown op.
+    `op` is an op's name, or that of its family: `"layer_norm"` stands for `"layer_norm_forward"`. Leading arguments are
+    enough: without any, only what holds for every call is told. Raises `ValueError` for an unknown op.
     """
-    name = op if op in _implementations else f"{op}_forward"
-    if name not in _implementations:
+    names = [op] if op in _implementations else [name for name in _implementations if name.startswith(f"{op}_")]
+    if not names:
         raise ValueError(f"unknown op {op!r}; known: {', '.join(sorted(_implementations))}")
-    return _report(name, args)
+    return _report(names[0], args)
 
 
 def ops() -> dict[str, list[str]]:
@@ -105,7 +105,7 @@ def _report(op: str, args: tuple[Any, ...]) -> str:
         reasons = _why_not(op, backend, args)
         usable = not reasons and not chosen
         chosen = chosen or usable
-        verdict = "serves the call" if usable else "; ".join(reasons) or "usable, but a preferred backend serves the call"
+        verdict = "serves the call" if usable else "; ".join(reasons) or "usable, but not preferred here"
         lines.append(f"{op} on {backend}: {verdict}")
     return "\n".join(lines)
 

@@ -170,8 +170,9 @@ PYBIND11_MODULE(_C, m) {
         "mean"_a.none(true), "rstd"_a, py::kw_only(), "eps"_a = 1e-6f, "rms"_a = false, "isa"_a = py::none(),
         R"(Writes y, mean and rstd of x [..., width], on the calling thread.
 
-x and y: float32, bfloat16 (DLPack only) or float16, dense. weight, bias: [width] of x's dtype or float32, or None.
-mean, rstd: float32, one element a row; mean may be None if rms. isa: "baseline", "avx2", "avx512" or None.)");
+x and y: float32, bfloat16 (DLPack only) or float16, dense. weight, bias: [width] of x's dtype or float32,
+or None. mean, rstd: float32, one element a row; mean may be None if rms.
+isa: "baseline", "avx2", "avx512", or None for the active one.)");
   m.def("layer_norm_backward", &layer_norm_backward, "dy"_a, "x"_a, "weight"_a.none(true),
         "mean"_a.none(true), "rstd"_a, "dx"_a, "dweight"_a.none(true), "dbias"_a.none(true), py::kw_only(),
         "rms"_a = false, "isa"_a = py::none(),

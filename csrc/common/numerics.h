@@ -46,7 +46,7 @@ static inline U float_to_float16(F value) {
   const U infinite = U{} + 0x7C00u;
   const U quiet_nan = infinite | 0x200u;
   const U overflowed = magnitude > 0x7F800000u ? quiet_nan : infinite;
-  return sign | (magnitude < 0x477FF000u ? finite : overflowed);
+  return sign | (magnitude < 0x47800000u ? finite : overflowed);
 }
 
 }  // namespace evakernels

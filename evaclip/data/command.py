@@ -75,9 +75,7 @@ def _add_bench(verbs: Any) -> None:
 
 
 def _add_source_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "path", metavar="PATH", help="tar shards, CSV/TSV file, folder, or the word synthetic"
-    )
+    parser.add_argument("path", metavar="PATH", help="tar shards, CSV/TSV file, folder, or the word synthetic")
     parser.add_argument("--kind", choices=KINDS, default="auto", help="what PATH is (default: auto)")
     parser.add_argument("--image-key", help="member suffixes ('jpg;png') or the column of picture paths")
     parser.add_argument("--caption-key", help="'txt', 'json:FIELD' or the column of captions")
@@ -123,9 +121,7 @@ def _run_check(args: argparse.Namespace) -> None:
     console = Console()
     report = check(source, args.workers, console)
     size = report.image_bytes / 1e6
-    console.print(
-        f"{source.description}: {report.samples} samples, {size:.1f} MB of pictures", soft_wrap=True
-    )
+    console.print(f"{source.description}: {report.samples} samples, {size:.1f} MB of pictures", soft_wrap=True)
     console.print(f"fingerprint {source.fingerprint}")
     if report.bad:
         console.print(_fault_table(report))

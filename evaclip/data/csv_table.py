@@ -31,12 +31,8 @@ class CsvSource(Source):
         self._folder = path.parent
         try:
             separator = separator or _guess_separator(path)
-            self._images = PackedStrings.pack(
-                row[0] for row in _read_rows(path, separator, (image_key, caption_key))
-            )
-            self._captions = PackedStrings.pack(
-                row[1] for row in _read_rows(path, separator, (image_key, caption_key))
-            )
+            self._images = PackedStrings.pack(row[0] for row in _read_rows(path, separator, (image_key, caption_key)))
+            self._captions = PackedStrings.pack(row[1] for row in _read_rows(path, separator, (image_key, caption_key)))
         except UnicodeDecodeError as exc:
             raise UserError(f"{path} is not UTF-8 text: {exc}") from exc
         if not len(self._images):
@@ -80,9 +76,7 @@ def _read_rows(path: Path, separator: str, columns: tuple[str, ...]) -> Iterator
         try:
             header = next(reader, None)
             if header is None:
-                raise UserError(
-                    f"{path} is empty: a header row with the columns {' and '.join(columns)} is needed"
-                )
+                raise UserError(f"{path} is empty: a header row with the columns {' and '.join(columns)} is needed")
             places = [_column(path, header, name) for name in columns]
             for row in filter(None, reader):
                 yield tuple(row[place] if place < len(row) else "" for place in places)

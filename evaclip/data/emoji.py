@@ -118,9 +118,7 @@ def render_png(file: str, size: int) -> bytes:
     """Renders a drawing (`.svg` or `.svg.gz`) to a square RGBA PNG of `size` pixels, transparency kept."""
     content = Path(file).read_bytes()
     text = (gzip.decompress(content) if file.endswith(".gz") else content).decode("utf-8")
-    png: bytes = _installed("resvg_py").svg_to_bytes(
-        svg_string=text, width=size, height=size, skip_system_fonts=True
-    )
+    png: bytes = _installed("resvg_py").svg_to_bytes(svg_string=text, width=size, height=size, skip_system_fonts=True)
     return png
 
 
@@ -148,9 +146,7 @@ def build_emoji(
             samples = progress.track(_samples(concepts, style, pictures), task_id=task)
             shards[style] = write_shards(folder, style, samples, SAMPLES_PER_SHARD)
     _write_text(folder / "classes.txt", "".join(f"{concept.names[0]}\n" for concept in concepts))
-    classes = [
-        {"key": concept.key, "character": concept.character, "names": concept.names} for concept in concepts
-    ]
+    classes = [{"key": concept.key, "character": concept.character, "names": concept.names} for concept in concepts]
     _write_text(folder / "classes.json", json.dumps(classes, ensure_ascii=False, indent=1))
     licences = [STYLES[style].licence for style in styles] + [_NAMES_LICENCE, _CHANGES]
     _write_text(folder / "LICENSES", "".join(f"{licence}\n" for licence in licences))
@@ -194,6 +190,4 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    )
+    return Progress(TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

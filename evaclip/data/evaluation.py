@@ -32,9 +32,7 @@ class EvalBatch(NamedTuple):
     keys: list[str]
 
 
-def iterate(
-    source: Source, transform: EvalTransform, batch_size: int, workers: int = 0
-) -> Iterator[EvalBatch]:
+def iterate(source: Source, transform: EvalTransform, batch_size: int, workers: int = 0) -> Iterator[EvalBatch]:
     """Yields every usable sample once, in order.
 
     Bad samples are logged and left out, so a batch can be smaller than `batch_size`; an empty one is not
@@ -45,9 +43,7 @@ def iterate(
     faults = FaultLog()
     faults.add(source.faults)
     reader = _BatchReader(source, transform, batch_size)
-    for images, captions, keys, bad in run_batches(
-        reader, range(0, len(source), batch_size), WorkerOptions(workers)
-    ):
+    for images, captions, keys, bad in run_batches(reader, range(0, len(source), batch_size), WorkerOptions(workers)):
         faults.add(bad)
         if keys:
             yield EvalBatch(torch.stack(images), captions, keys)

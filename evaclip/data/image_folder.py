@@ -22,16 +22,11 @@ class FolderSource(Source):
     def __init__(self, root: Path, template: str = DEFAULT_TEMPLATE) -> None:
         folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
         files = [
-            file
-            for folder in folders
-            for file in sorted(folder.rglob("*"))
-            if file.suffix.lower() in IMAGE_SUFFIXES
+            file for folder in folders for file in sorted(folder.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES
         ]
         if not files:
             suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise UserError(
-                f"there are 0 pictures ({suffixes}) in the {len(folders)} class folders of {root}"
-            )
+            raise UserError(f"there are 0 pictures ({suffixes}) in the {len(folders)} class folders of {root}")
         self.description = str(root)
         self._root = root
         self._template = template

@@ -124,9 +124,7 @@ class TrainLoader:
             raise ValueError(f"the data position must be 0 or more, got {position}")
         step = self._global_batch
         ends = count(position + step, step)
-        for end, loaded in zip(
-            ends, run_batches(self._reader, count(position, step), self._options), strict=False
-        ):
+        for end, loaded in zip(ends, run_batches(self._reader, count(position, step), self._options), strict=False):
             self.faults.add(loaded.faults)
             yield Batch(loaded.images, loaded.tokens, end, len(loaded.faults))
 

@@ -38,9 +38,7 @@ def open_source(
     chosen = _guess_kind(paths[0]) if kind == "auto" else kind
     if chosen == "webdataset":
         shards = [shard for entry in paths for shard in _shards_in(entry)]
-        return WebDatasetSource(
-            shards, image_key or webdataset.IMAGE_KEY, caption_key or webdataset.CAPTION_KEY
-        )
+        return WebDatasetSource(shards, image_key or webdataset.IMAGE_KEY, caption_key or webdataset.CAPTION_KEY)
     if len(paths) > 1:
         raise UserError(f"a {chosen} data set is one path, but {path!r} names {len(paths)}")
     if chosen == "csv":

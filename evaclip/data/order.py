@@ -39,9 +39,7 @@ def sample_order(
     """
     sizes = [num_samples] if shard_sizes is None else list(shard_sizes)
     if num_samples < 1 or sum(sizes) != num_samples:
-        raise ValueError(
-            f"expected shards of 1 or more samples that add up to {num_samples}, got {sum(sizes)}"
-        )
+        raise ValueError(f"expected shards of 1 or more samples that add up to {num_samples}, got {sum(sizes)}")
     if window < 0:
         raise ValueError(f"the shuffle window must be 0 (everything) or more, got {window}")
     return SampleOrder(sizes, seed, min(window, num_samples) or num_samples)

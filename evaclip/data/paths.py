@@ -34,9 +34,7 @@ def expand_paths(pattern: str) -> list[Path]:
     missing = [path for path in paths if not path.exists()]
     if missing:
         subject = f"{missing[0]} does not exist"
-        raise UserError(
-            subject if len(paths) == 1 else f"{len(missing)} of {len(paths)} files are missing: {subject}"
-        )
+        raise UserError(subject if len(paths) == 1 else f"{len(missing)} of {len(paths)} files are missing: {subject}")
     return paths
 
 

@@ -72,7 +72,5 @@ def decode_image(data: bytes, name: str, at_least: int | None = None) -> Image.I
         raise BadSample(FaultKind.OVERSIZED_IMAGE, name, str(exc)) from exc
     except MemoryError:
         raise
-    except (
-        Exception
-    ) as exc:  # the decoders raise almost anything on damaged data: struct.error, IndexError, ...
+    except Exception as exc:  # the decoders raise almost anything on damaged data: struct.error, IndexError, ...
         raise BadSample(FaultKind.CORRUPT_IMAGE, name, f"{type(exc).__name__}: {exc}") from exc

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import tarfile
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from evaclip.errors import UserError
 _LOG = logging.getLogger("evaclip.data")
 _FORMAT = 1
 _THREADS = 8
+_SECONDS_BETWEEN_REPORTS = 10.0
 _COMPRESSION_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -155,9 +157,14 @@ class IndexCache:
 
     def get_all(self, paths: Sequence[Path]) -> Iterator[TarIndex]:
         """The indexes of many shards in order, several being read at once. Raises as `get` does."""
+        told = time.monotonic()
         with ThreadPoolExecutor(_THREADS) as pool:
-            for path, (index, stored) in zip(paths, pool.map(self._load_or_build, paths), strict=True):
+            results = zip(paths, pool.map(self._load_or_build, paths), strict=True)
+            for number, (path, (index, stored)) in enumerate(results, 1):
                 yield self._keep(path, index, stored)
+                if time.monotonic() - told >= _SECONDS_BETWEEN_REPORTS:
+                    told = time.monotonic()
+                    _LOG.info("indexed %d of %d shards", number, len(paths))
 
     def _keep(self, path: Path, index: TarIndex, stored: bool) -> TarIndex:
         if stored:

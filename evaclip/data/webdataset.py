@@ -27,9 +27,7 @@ class WebDatasetSource(Source):
     is listed in `faults`. Raises UserError if a file is no plain tar or no sample is left.
     """
 
-    def __init__(
-        self, paths: Sequence[Path], image_key: str = IMAGE_KEY, caption_key: str = CAPTION_KEY
-    ) -> None:
+    def __init__(self, paths: Sequence[Path], image_key: str = IMAGE_KEY, caption_key: str = CAPTION_KEY) -> None:
         self._paths = list(paths)
         self._image_suffixes = image_key.split(";")
         self._captions = [_CaptionField(text) for text in caption_key.split(";")]

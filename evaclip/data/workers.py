@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, Self, TypeVar
 
@@ -62,9 +63,7 @@ class _BatchFunction(Dataset[Any], Generic[T]):
             return _Refused(str(exc))
 
 
-def run_batches(
-    function: Callable[[int], T], positions: Iterable[int], options: WorkerOptions
-) -> Iterator[T]:
+def run_batches(function: Callable[[int], T], positions: Iterable[int], options: WorkerOptions) -> Iterator[T]:
     """Yields `function(position)` for each position, in order, computed by worker processes.
 
     The default random generators are neither read nor changed. Raises UserError if the function does,
@@ -105,10 +104,19 @@ def _unchanged(batch: T) -> T:
 
 
 def _init_worker(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the trainer still wants batches until its step is done.
+    # Ctrl-C, and a job scheduler's SIGTERM, reach the whole process group. The trainer wants to end its step and
+    # save, and a worker that died meanwhile would break that off: only the parent may end a worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_parent, args=(parent_process(),), daemon=True).start()
     # Rust tokenizers start one thread per core, in each worker.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _obey_parent(parent: BaseProcess) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+        pass
+    os._exit(0)
 
 
 def _ended(processes: Sequence[BaseProcess]) -> str:

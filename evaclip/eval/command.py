@@ -40,13 +40,10 @@ def add_commands(subparsers: Any) -> None:
     zero_shot.add_argument(
         "--templates",
         metavar="FILE",
-        default="{}",
-        help="one a line, or a JSON list, each with {}; 'imagenet' for its 80; "
-        "or one template itself (default: '{}')",
+        help="one a line, or a JSON list, each with {}; 'imagenet' for its 80; or one template itself "
+        "(default: 'imagenet' with its classes, else '{}')",
     )
-    zero_shot.add_argument(
-        "--show-classes", action="store_true", help="print the accuracy of every class, worst first"
-    )
+    zero_shot.add_argument("--show-classes", action="store_true", help="print the accuracy of every class, worst first")
     zero_shot.set_defaults(run=_run_zero_shot)
     retrieval = leaf(
         tasks,
@@ -64,9 +61,7 @@ def add_commands(subparsers: Any) -> None:
         tasks,
         "linear-probe",
         help="train a linear classifier on frozen features",
-        examples=[
-            "evaclip eval linear-probe runs/demo --train flowers/train --data flowers/test --cache features"
-        ],
+        examples=["evaclip eval linear-probe runs/demo --train flowers/train --data flowers/test --cache features"],
     )
     _add_common(probe)
     probe.add_argument("--train", metavar="PATH", required=True, help=f"to train on: {_DATA_HELP}")
@@ -86,37 +81,27 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help="'txt', 'cls', 'json:FIELD', or the column, of captions or labels",
     )
     data.add_argument(
-        "--title", metavar="TEXT", help="what the data is called in tables and reports (default: its path)"
+        "--title", metavar="TEXT", help="what the data is called in tables and reports (default: the end of its path)"
     )
     compute = parser.add_argument_group("computation")
-    compute.add_argument(
-        "--batch-size", type=int, default=64, metavar="N", help="pictures at once (default: 64)"
-    )
-    compute.add_argument(
-        "--workers", type=int, default=2, metavar="N", help="processes that decode (default: 2)"
-    )
+    compute.add_argument("--batch-size", type=int, default=64, metavar="N", help="pictures at once (default: 64)")
+    compute.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode (default: 2)")
     compute.add_argument("--device", help="cpu, cuda, cuda:N (default: cuda where there is one)")
     compute.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="autocast (default: fp32)"
     )
-    compute.add_argument(
-        "--cache", type=Path, metavar="FOLDER", help="keep features here, and use what is kept"
-    )
-    compute.add_argument(
-        "--no-average", action="store_true", help="the weights themselves, not their moving average"
-    )
+    compute.add_argument("--cache", type=Path, metavar="FOLDER", help="keep features here, and use what is kept")
+    compute.add_argument("--no-average", action="store_true", help="the weights themselves, not their moving average")
     output = parser.add_argument_group("output")
-    output.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the result, with all that it depends on, here"
-    )
+    output.add_argument("--json", type=Path, metavar="FILE", help="write the result, with all that it depends on, here")
 
 
 def _run_zero_shot(args: argparse.Namespace) -> None:
-    from evaclip.eval.prompts import load_templates
+    from evaclip.eval.prompts import IMAGENET, PLACEHOLDER, load_templates
     from evaclip.eval.results import print_classes
     from evaclip.eval.runs import run_zero_shot
 
-    templates = load_templates(args.templates)
+    templates = load_templates(args.templates or (IMAGENET if args.classes == IMAGENET else PLACEHOLDER))
     setting = _setting(args)
     evaluation = run_zero_shot(setting, _classnames(args), templates)
     if args.show_classes:
@@ -151,7 +136,8 @@ def _setting(args: argparse.Namespace) -> "Setting":
     source = _open(args, args.data)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(args.model, device=device, average=not args.no_average)
-    return Setting(loaded, args.data, source, args.title or args.data, options)
+    title = args.title or "/".join(Path(args.data).parts[-2:]).replace("//", "/")
+    return Setting(loaded, args.data, source, title, options)
 
 
 def _open(args: argparse.Namespace, path: str) -> "Source":

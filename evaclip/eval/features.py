@@ -171,9 +171,7 @@ def _inference(model: ImageTextModel, precision: Precision) -> Iterator[torch.de
 
 def _module(model: ImageTextModel) -> nn.Module:
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"expected a torch.nn.Module with encode_image and encode_text, got {type(model).__name__}"
-        )
+        raise TypeError(f"expected a torch.nn.Module with encode_image and encode_text, got {type(model).__name__}")
     return model
 
 
@@ -213,9 +211,7 @@ def _describe_source(source: Source) -> str:
 def _describe(transform: Callable[[Any], Tensor]) -> str:
     text = repr(transform)
     if re.search(r" at 0x[0-9a-f]+", text):
-        raise UserError(
-            f"features can be cached only for a transform whose repr tells what it does, got {text}"
-        )
+        raise UserError(f"features can be cached only for a transform whose repr tells what it does, got {text}")
     return text
 
 
@@ -232,9 +228,7 @@ class _CacheFile:
         if options.cache is None:
             return None
         described = json.dumps([kind, weights_hash(model), options.precision, *inputs])
-        return cls(
-            options.cache / f"{kind}-{hashlib.sha256(described.encode()).hexdigest()[:24]}.safetensors"
-        )
+        return cls(options.cache / f"{kind}-{hashlib.sha256(described.encode()).hexdigest()[:24]}.safetensors")
 
     def load(self) -> dict[str, Tensor] | None:
         """The tensors, or None if there are none or the file is damaged (it is then written anew)."""

@@ -71,9 +71,7 @@ class Gallery:
             raise UserError(f"{path} is no gallery ({type(exc).__name__}: {exc})") from exc
 
 
-def build_gallery(
-    title: str, pairs: EncodedPairs, *, queries: int = 8, per_query: int = 8, seed: int = 0
-) -> Gallery:
+def build_gallery(title: str, pairs: EncodedPairs, *, queries: int = 8, per_query: int = 8, seed: int = 0) -> Gallery:
     """Two sections: queries drawn at random, and those answered best.
 
     Args:
@@ -86,18 +84,12 @@ def build_gallery(
     best = _answered_best(pairs, ranks)[:queries]
 
     def answer(index: int) -> Query:
-        found = top_items(pairs.text_features[index : index + 1], pairs.image_features, per_query)[1][
-            0
-        ].tolist()
+        found = top_items(pairs.text_features[index : index + 1], pairs.image_features, per_query)[1][0].tolist()
         own = int(pairs.image_of_text[index])
         shown = tuple(Found(pairs.key(item), item == own, thumbnail(pairs.picture(item))) for item in found)
         return Query(pairs.texts[index], int(ranks[index]) + 1, shown)
 
-    sections = [
-        Section(
-            "Drawn at random", f"Queries drawn with seed {seed}, not selected.", tuple(map(answer, drawn))
-        )
-    ]
+    sections = [Section("Drawn at random", f"Queries drawn with seed {seed}, not selected.", tuple(map(answer, drawn)))]
     if best:
         note = "The right picture first, and by the widest margin."
         sections.append(Section("Answered best", note, tuple(map(answer, best))))
@@ -131,7 +123,5 @@ def _answered_best(pairs: EncodedPairs, ranks: Tensor) -> list[int]:
 
 
 def _section(content: dict[str, Any]) -> Section:
-    queries = (
-        Query(q["text"], q["rank"], tuple(Found(**found) for found in q["found"])) for q in content["queries"]
-    )
+    queries = (Query(q["text"], q["rank"], tuple(Found(**found) for found in q["found"])) for q in content["queries"])
     return Section(content["title"], content["note"], tuple(queries))

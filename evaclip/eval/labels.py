@@ -53,10 +53,8 @@ def assign_labels(
     # Two classes may have the same name, as in ImageNet; only numbers and folders tell those apart.
     unclear = sorted(name for name, count in Counter(known).items() if count > 1 and name in set(captions))
     if unclear:
-        raise UserError(f"several classes are called {unclear[0]!r}: label the samples by number or by folder")
-    indices = [
-        _index(caption, key, index_of, len(classnames)) for caption, key in zip(captions, keys, strict=True)
-    ]
+        raise UserError(f"several classes are called {unclear[0]!r}: label by number or by folder")
+    indices = [_index(caption, key, index_of, len(classnames)) for caption, key in zip(captions, keys, strict=True)]
     return Labels(torch.tensor(indices, dtype=torch.int64), tuple(classnames))
 
 

@@ -53,9 +53,7 @@ def load_model(given: str, *, device: str = "cpu", average: bool = True) -> Load
         return _load_checkpoint(path, device, average)
     name, _, weights = given.partition(":")
     if ALIASES.get(name, name) not in list_models() and len(path.parts) > 1:
-        raise UserError(
-            f"there is no folder {given!r}; give a run folder, a checkpoint folder or NAME[:WEIGHTS]"
-        )
+        raise UserError(f"there is no folder {given!r}; give a run folder, a checkpoint folder or NAME[:WEIGHTS]")
     model = create_model(name, pretrained=weights or None, device=device)
     return _loaded(name, weights or "random weights", model)
 

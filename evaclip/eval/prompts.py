@@ -72,15 +72,12 @@ def _read_list(path: Path, what: str) -> list[tuple[str, str]]:
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8 text"
         raise UserError(
-            f"cannot read {what} from {str(path)!r}: {reason}; "
-            "give a file with one a line, a JSON list, or 'imagenet'"
+            f"cannot read {what} from {str(path)!r}: {reason}; give a file with one a line, a JSON list, or 'imagenet'"
         ) from exc
     if path.suffix == ".json":
         entries = _parse_json(path, text)
     else:
-        entries = [
-            (f"line {number}", line.strip()) for number, line in enumerate(text.rstrip().splitlines(), 1)
-        ]
+        entries = [(f"line {number}", line.strip()) for number, line in enumerate(text.rstrip().splitlines(), 1)]
     for where, entry in entries:
         if not entry:
             raise UserError(f"{path}, {where}: empty; every line must hold one of the {what}")

@@ -27,13 +27,9 @@ def target_ranks(queries: Tensor, items: Tensor, targets: Tensor, *, block: int 
     """
     _check_features(queries, items)
     if targets.shape != queries.shape[:1]:
-        raise ValueError(
-            f"expected one target for each of {len(queries)} queries, got {tuple(targets.shape)}"
-        )
+        raise ValueError(f"expected one target for each of {len(queries)} queries, got {tuple(targets.shape)}")
     if len(targets) and (int(targets.min()) < 0 or int(targets.max()) >= len(items)):
-        raise ValueError(
-            f"targets must lie in [0, {len(items)}), got {int(targets.min())}..{int(targets.max())}"
-        )
+        raise ValueError(f"targets must lie in [0, {len(items)}), got {int(targets.min())}..{int(targets.max())}")
     ranks = torch.zeros(len(queries), dtype=torch.int64)
     for rows in _slices(len(queries), block):
         query, target = queries[rows].double(), targets[rows, None]
@@ -91,8 +87,6 @@ def _slices(length: int, block: int) -> Iterator[slice]:
 
 def _check_features(queries: Tensor, items: Tensor) -> None:
     if queries.ndim != 2 or items.ndim != 2 or queries.shape[1] != items.shape[1]:
-        raise ValueError(
-            f"expected features [Q, D] and [M, D], got {tuple(queries.shape)} and {tuple(items.shape)}"
-        )
+        raise ValueError(f"expected features [Q, D] and [M, D], got {tuple(queries.shape)} and {tuple(items.shape)}")
     if not len(items):
         raise ValueError("there are no items to rank")

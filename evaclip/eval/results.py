@@ -121,7 +121,8 @@ def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> 
     console = console or Console()
     rows = {"zero-shot": _zero_shot_rows, "retrieval": _retrieval_rows, "linear-probe": _linear_probe_rows}
     (size, *header), *lines = rows[evaluation.task](evaluation.metrics)
-    table = Table("", title=f"{evaluation.task}: {evaluation.title}\n{size}", title_justify="left")
+    console.print(f"{evaluation.task}: {evaluation.title}, {size}", style="bold", markup=False, soft_wrap=True)
+    table = Table("")
     for column in header:
         table.add_column(column, justify="right")
     for line in lines:
@@ -134,9 +135,7 @@ def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> 
         soft_wrap=True,
     )
     if evaluation.data.unreadable:
-        console.print(
-            f"{evaluation.data.unreadable:,} samples could not be read and took no part", style="yellow"
-        )
+        console.print(f"{evaluation.data.unreadable:,} samples could not be read and took no part", style="yellow")
 
 
 def print_classes(evaluation: Evaluation, console: Console | None = None) -> None:

@@ -86,8 +86,7 @@ def evaluate(
 
 def _json(direction: DirectionResult) -> dict[str, Any]:
     by_cutoff = {
-        name: {str(k): share for k, share in getattr(direction, name).items()}
-        for name in ("recall", "chance")
+        name: {str(k): share for k, share in getattr(direction, name).items()} for name in ("recall", "chance")
     }
     return {**asdict(direction), **by_cutoff}
 

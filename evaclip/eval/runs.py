@@ -50,9 +50,7 @@ def run_zero_shot(setting: Setting, classnames: Sequence[str] | None, templates:
     loaded, options = setting.loaded, setting.options
     images = encode_images(loaded.model, loaded.transform, setting.source, options)
     labels = assign_labels(images.captions, images.keys, classnames, setting.source.classes)
-    classifier = zero_shot.build_classifier(
-        loaded.model, loaded.tokenizer, labels.classnames, templates, options
-    )
+    classifier = zero_shot.build_classifier(loaded.model, loaded.tokenizer, labels.classnames, templates, options)
     result = zero_shot.evaluate(images.features, labels.indices, classifier, labels.classnames)
     prompts = {"classes": len(labels.classnames), "templates": list(templates)}
     return _evaluation("zero-shot", setting, result.to_dict(), started, len(images), prompts)

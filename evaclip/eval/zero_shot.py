@@ -67,9 +67,7 @@ def build_classifier(
     return normalize(features.view(len(prompts.classnames), len(prompts.templates), -1).mean(1), dim=-1)
 
 
-def evaluate(
-    features: Tensor, labels: Tensor, classifier: Tensor, classnames: Sequence[str]
-) -> ZeroShotResult:
+def evaluate(features: Tensor, labels: Tensor, classifier: Tensor, classnames: Sequence[str]) -> ZeroShotResult:
     """Top-1, top-5 and mean-per-class accuracy of normalised picture features.
 
     Among classes of equal score the one with the lower label counts as the better.

@@ -42,9 +42,7 @@ class CLIP(nn.Module):
         self.visual.grad_checkpointing = enable
         self.text.grad_checkpointing = enable
 
-    def encode_image(
-        self, images: Tensor, normalize: bool = False, *, token_index: Tensor | None = None
-    ) -> Tensor:
+    def encode_image(self, images: Tensor, normalize: bool = False, *, token_index: Tensor | None = None) -> Tensor:
         """Embeddings `[B, embed_dim]` of images `[B, 3, image_size, image_size]`, of length 1 if `normalize`.
 
         Args:

@@ -211,9 +211,7 @@ def override(config: Config, changes: Mapping[str, Any], path: str = "") -> Conf
 def list_models() -> list[str]:
     """Names of the shipped configurations."""
     folder = files("evaclip") / "configs"
-    return sorted(
-        entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json")
-    )
+    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
 @cache

@@ -12,9 +12,7 @@ def flops_per_sample(config: CLIPConfig, token_keep: float = 1.0) -> int:
         config: of the model.
         token_keep: share of the patches that patch dropout keeps.
     """
-    return vision_flops(config.vision, config.embed_dim, token_keep) + text_flops(
-        config.text, config.embed_dim
-    )
+    return vision_flops(config.vision, config.embed_dim, token_keep) + text_flops(config.text, config.embed_dim)
 
 
 def vision_flops(config: VisionConfig, embed_dim: int, token_keep: float = 1.0) -> int:

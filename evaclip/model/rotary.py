@@ -29,9 +29,7 @@ class RotaryTable(nn.Module):
         """Computes the table on `device`."""
         config = self._config
         size, theta = config.pt_hw_seq_len, config.rope_theta
-        table = axial_rope(
-            config.grid, config.grid, config.head_dim, reference_size=size, theta=theta, device=device
-        )
+        table = axial_rope(config.grid, config.grid, config.head_dim, reference_size=size, theta=theta, device=device)
         for name, values in zip(("cos", "sin"), table, strict=True):
             self.register_buffer(name, values, persistent=False)
 
@@ -40,9 +38,7 @@ class RotaryTable(nn.Module):
         stand_in = torch.empty(0, device=self.cos.device)
         try:
             device = fn(stand_in).device
-        except (
-            NotImplementedError
-        ):  # Nothing can be copied from the meta device, but the table can be computed.
+        except NotImplementedError:  # Nothing can be copied from the meta device, but the table can be computed.
             device = fn(torch.empty(0, device="cpu")).device
         self.fill(device)
         return self

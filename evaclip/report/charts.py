@@ -128,9 +128,7 @@ def draw_accuracy(axes: Axes, groups: Sequence[BarGroup]) -> None:
     ticks: list[tuple[float, str]] = []
     for group in groups:
         axes.text(0, y + 0.62, group.title, fontweight="bold", va="center")
-        axes.text(
-            scale * 1.32, y + 0.62, group.detail, color=PALETTE.muted, va="center", ha="right", fontsize=8.5
-        )
+        axes.text(scale * 1.32, y + 0.62, group.detail, color=PALETTE.muted, va="center", ha="right", fontsize=8.5)
         y += _TITLE_ROWS
         for bar in group.bars:
             _draw_bar(axes, y, bar, scale)

@@ -68,9 +68,7 @@ def write_poster(run: RunData, path: Path) -> None:
         draw_loss(sheet.axes(_LOSS - 0.4, left=MARGIN + 0.35, width=WIDTH - 2 * MARGIN - 0.8), run.curve)
         sheet.skip(_LOSS + _GAP)
         if run.groups:
-            _draw_title(
-                sheet, "Accuracy against chance", "the orange line is what guessing reaches on the same data"
-            )
+            _draw_title(sheet, "Accuracy against chance", "the orange line is what guessing reaches on the same data")
             height = ROW * bar_rows(run.groups)
             draw_accuracy(sheet.axes(height, left=MARGIN + 0.75, width=WIDTH - 2 * MARGIN - 0.75), run.groups)
             sheet.skip(height + _GAP)
@@ -166,9 +164,7 @@ def _draw_queries(axes: Axes, queries: tuple[Query, ...]) -> None:
         for number, found in enumerate(query.found[:shown]):
             left = text_width + number * (size + gap)
             picture = np.asarray(open_thumbnail(found.image).convert("RGB"))
-            axes.imshow(
-                picture, extent=(left, left + size, top + 0.06 + size, top + 0.06), aspect="auto", zorder=1
-            )
+            axes.imshow(picture, extent=(left, left + size, top + 0.06 + size, top + 0.06), aspect="auto", zorder=1)
             axes.add_patch(_frame(left, top + 0.06, size, found.correct))
     axes.set_xlim(0, width)
     axes.set_ylim(len(queries) * _QUERY, 0)

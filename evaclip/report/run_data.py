@@ -116,10 +116,7 @@ def _bar_groups(evaluation: Evaluation) -> Iterator[BarGroup]:
         pictures = f"{metrics['images']:,} pictures, {metrics['captions']:,} captions"
         for name, title in (("text_to_image", "text finds picture"), ("image_to_text", "picture finds text")):
             direction = metrics[name]
-            bars = [
-                Bar(f"within {k}", direction["recall"][k], direction["chance"][k])
-                for k in direction["recall"]
-            ]
+            bars = [Bar(f"within {k}", direction["recall"][k], direction["chance"][k]) for k in direction["recall"]]
             first = Bar("first", bars[0].value, bars[0].chance, main=True)
             yield BarGroup(f"{evaluation.title}: {title}", pictures, (first, *bars[1:]))
         return
@@ -133,9 +130,7 @@ def _bar_groups(evaluation: Evaluation) -> Iterator[BarGroup]:
     yield BarGroup(f"{evaluation.title}: {kind}", detail, tuple(bars))
 
 
-def _summary(
-    config: dict[str, Any], records: Sequence[dict[str, Any]], evaluations: Sequence[Evaluation]
-) -> str:
+def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], evaluations: Sequence[Evaluation]) -> str:
     last = records[-1]
     parts = [config["model"]["name"]]
     if evaluations:

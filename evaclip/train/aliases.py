@@ -36,7 +36,7 @@ _PRECISIONS = {
     "pure_bf16": "bf16",
     "pure_fp16": "fp16",
 }
-_EXACT = "the loss here is always that of the whole batch, with exact gradients and without a matrix of the batch's size"
+_EXACT = "the loss here is always that of the whole batch, exact, and without a matrix of the batch's size"
 
 ALIASES = (
     Alias("--train-data", "data.train"),

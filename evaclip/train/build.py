@@ -59,9 +59,7 @@ def build(config: TrainConfig, world: World) -> Parts:
     """
     per_process = _per_process(config, world)
     if not config.data.train:
-        raise UserError(
-            "data.train is not set: name your data, such as --train-data 'shards/{00000..00099}.tar'"
-        )
+        raise UserError("data.train is not set: name your data, such as --train-data 'shards/{00000..00099}.tar'")
     source = open_configured(config.data)
     # All processes draw the same start weights, and different random numbers from then on.
     rng.seed_all(config.seed, 0)

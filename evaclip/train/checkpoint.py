@@ -72,8 +72,8 @@ def save(root: Path, step: int, content: Content) -> Path:
     final = root / folder_name(step)
     replaced = root / f"{_UNFINISHED}replaced"
     if final.exists():
-        os.rename(final, replaced)
-    os.rename(unfinished, final)
+        final.rename(replaced)
+    unfinished.rename(final)
     _point_latest_at(root, final.name)
     shutil.rmtree(replaced, ignore_errors=True)
     return final
@@ -98,9 +98,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         if not path.is_file():
             raise DamagedCheckpoint(f"{name} is missing")
         if path.stat().st_size != expected["bytes"]:
-            raise DamagedCheckpoint(
-                f"{name} has {path.stat().st_size} bytes, {expected['bytes']} were written"
-            )
+            raise DamagedCheckpoint(f"{name} has {path.stat().st_size} bytes, {expected['bytes']} were written")
         if _fingerprint(path) != expected:
             raise DamagedCheckpoint(f"the contents of {name} have changed since they were written")
     return meta
@@ -148,15 +146,11 @@ def find(request: str, root: Path, say: Callable[[str], None]) -> Path | None:
         return choose(root, say)
     folder = root / _latest_name(root, default="latest") if request == "latest" else Path(request)
     if not folder.is_dir():
-        raise UserError(
-            f"there is no checkpoint folder {str(folder)!r}; --resume takes auto, latest, none or a folder"
-        )
+        raise UserError(f"there is no checkpoint folder {str(folder)!r}; --resume takes auto, latest, none or a folder")
     try:
         read_meta(folder)
     except DamagedCheckpoint as exc:
-        raise UserError(
-            f"the checkpoint {str(folder)!r} is damaged: {exc}; --resume auto takes an older one"
-        ) from exc
+        raise UserError(f"the checkpoint {str(folder)!r} is damaged: {exc}; --resume auto takes an older one") from exc
     return folder
 
 
@@ -203,7 +197,7 @@ def _point_latest_at(root: Path, name: str) -> None:
     pointer = root / f"{_UNFINISHED}{_LATEST_FILE}"
     pointer.write_text(name + "\n", encoding="utf-8")
     _flush(pointer)
-    os.replace(pointer, root / _LATEST_FILE)
+    pointer.replace(root / _LATEST_FILE)
     _flush(root)
 
 

@@ -19,9 +19,7 @@ _EXAMPLES = (
 def add_commands(subparsers: Any) -> None:
     """Adds `train` to the command line."""
     parser = leaf(subparsers, "train", help="train a model from a recipe", examples=_EXAMPLES)
-    parser.add_argument(
-        "recipe", nargs="?", metavar="RECIPE", help="where the configuration starts; none lists them"
-    )
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="where the configuration starts; none lists them")
     parser.add_argument("--config", metavar="YAML", help="a file whose keys replace the recipe's")
     parser.add_argument(
         "--set",
@@ -39,9 +37,7 @@ def add_commands(subparsers: Any) -> None:
         help="auto: from the newest whole checkpoint, if any; latest; the path of a checkpoint; none (the default)",
     )
     parser.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name")
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the whole configuration and do nothing else"
-    )
+    parser.add_argument("--print-config", action="store_true", help="print the whole configuration and do nothing else")
     parser.add_argument("--dry-run", action="store_true", help="build everything, run one step, save nothing")
     aliases.add_arguments(parser)
     parser.set_defaults(run=run)

@@ -175,9 +175,7 @@ class TrainConfig:
     @model_validator(mode="after")
     def _chunks_divide_the_batch(self) -> Self:
         if self.batch_size % self.accumulation:
-            raise ValueError(
-                f"batch_size={self.batch_size} is no multiple of accumulation={self.accumulation}"
-            )
+            raise ValueError(f"batch_size={self.batch_size} is no multiple of accumulation={self.accumulation}")
         return self
 
 

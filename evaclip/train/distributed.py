@@ -119,9 +119,7 @@ def _device(name: str, local_rank: int | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as exc:
         reason = str(exc).splitlines()[0]
-        raise UserError(
-            f"device {name!r} cannot be used ({reason}); accepted: auto, cpu, cuda, cuda:N"
-        ) from exc
+        raise UserError(f"device {name!r} cannot be used ({reason}); accepted: auto, cpu, cuda, cuda:N") from exc
     return device
 
 

@@ -55,9 +55,7 @@ class Evaluation:
         names = sorted(set(images.captions))
         number = {name: i for i, name in enumerate(names)}
         labels = torch.tensor([number[caption] for caption in images.captions])
-        classifier = build_classifier(
-            clip, self._tokenizer, names, self._templates, replace(self._options, workers=0)
-        )
+        classifier = build_classifier(clip, self._tokenizer, names, self._templates, replace(self._options, workers=0))
         result = evaluate(images.features, labels, classifier, names)
         return {
             "zero_shot_top1": result.top1,

@@ -4,10 +4,10 @@ import math
 from typing import Any
 
 import torch
-from evakernels.nn import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 
 from evaclip.train.config import LossConfig
+from evakernels.nn import ClipLoss, SigLipLoss
 
 SIGLIP_INITIAL_SCALE = math.log(10.0)
 SIGLIP_INITIAL_BIAS = -10.0

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from evakernels.optim import Lamb
 from torch import Tensor, nn
 
 from evaclip.train.config import OptimConfig, TowerConfig
+from evakernels.optim import Lamb
 
 Group = dict[str, Any]
 
@@ -17,8 +17,8 @@ _NEVER_DECAYED = ("pos_embed", "cls_token", "positional_embedding")
 def parameter_groups(model: nn.Module, loss: nn.Module, config: OptimConfig) -> list[Group]:
     """Groups of equal learning rate and weight decay, over the trainable parameters of the model and the loss.
 
-    A tower's rate at depth d is `lr * layer_decay ** (depth + 1 - d)`: embeddings have d = 0, block i has d = i + 1, and
-    what comes after the blocks d = depth + 1. Biases, norms, scales and position embeddings are not decayed. What
+    A tower's rate at depth d is `lr * layer_decay ** (depth + 1 - d)`: embeddings have d = 0, block i has d = i + 1,
+    what comes after the blocks has d = depth + 1. Biases, norms, scales and position embeddings are not decayed. What
     belongs to no tower (logit_scale, logit_bias) has the optimizer's own rate.
 
     Returns:

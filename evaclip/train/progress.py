@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -83,9 +82,7 @@ class Report:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for sink in self._sinks:
             sink.close()
 
@@ -231,7 +228,7 @@ def _drop_later_records(path: Path, step: int) -> None:
     kept = [record for record in read_log(path) if record["step"] <= step]
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(unfinished, path)
+    unfinished.replace(path)
 
 
 def _metrics_line(metrics: Mapping[str, float]) -> str:

@@ -1,7 +1,7 @@
 """Named starting points: each recipe is a function that returns a complete configuration.
 
-The published ones hold the hyper-parameters of the EVA-CLIP release (Sun et al. 2023, arXiv 2303.15389): LAMB, 2000 steps
-of warm-up and a cosine to 0, weight decay 0.05, gradients clipped at 5, activation checkpointing. They do not set
+The published ones hold the hyper-parameters of the EVA-CLIP release (Sun et al. 2023, arXiv 2303.15389): LAMB, 2000
+steps of warm-up and a cosine to 0, weight decay 0.05, gradients clipped at 5, activation checkpointing. They do not set
 `data.train` or `model.pretrained`: give your shards and the weights that the towers start from. Adam's moments are
 (0.9, 0.98, 1e-6), the values in force when the models were trained. Samples are what the model cards state.
 """
@@ -113,9 +113,7 @@ def eva02_l_14_336() -> TrainConfig:
 @recipe
 def eva02_e_14() -> TrainConfig:
     """EVA02-CLIP-E/14: LAION-2B, 4B samples, batches of 115,200."""
-    return _published(
-        "EVA02-CLIP-bigE-14", 115_200, 35_200, TowerConfig(lr=4e-4, layer_decay=0.9), patch_dropout=0.5
-    )
+    return _published("EVA02-CLIP-bigE-14", 115_200, 35_200, TowerConfig(lr=4e-4, layer_decay=0.9), patch_dropout=0.5)
 
 
 @recipe

@@ -1,6 +1,5 @@
 """The folder of a run: what lies where, and who may write into it."""
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,17 +30,28 @@ class RunFolder:
     def log(self) -> Path:
         return self.path / LOG_FILE
 
-    def save_config(self, config: TrainConfig) -> None:
-        """Writes the complete configuration."""
+    def create(self, config: TrainConfig, overwrite: bool) -> None:
+        """Makes the folder, without what an earlier run left if `overwrite`, and writes the whole configuration."""
+        if overwrite:
+            self._delete_run()
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        checkpoint.remove_unfinished(self.checkpoints)
         unfinished = self.path / f".{_CONFIG_FILE}.tmp"
         unfinished.write_text(dump_yaml(config), encoding="utf-8")
-        os.replace(unfinished, self.path / _CONFIG_FILE)
+        unfinished.replace(self.path / _CONFIG_FILE)
+
+    def _delete_run(self) -> None:
+        # Only what a run writes: the folder may hold notes of its owner.
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        shutil.rmtree(self.path / _TENSORBOARD, ignore_errors=True)
+        self.log.unlink(missing_ok=True)
+        (self.path / _CONFIG_FILE).unlink(missing_ok=True)
 
 
-def prepare(
+def locate(
     config: TrainConfig, resume: str, overwrite: bool, say: Callable[[str], None]
 ) -> tuple[RunFolder, Path | None]:
-    """Makes the folder ready, and finds the checkpoint to go on from.
+    """The folder of a run and the checkpoint to go on from; changes nothing.
 
     Raises:
         UserError: a run of this name exists and neither `resume` nor `overwrite` says what to do with it, or the
@@ -56,19 +66,6 @@ def prepare(
             f"the run {str(folder.path)!r} exists: --resume auto goes on with it, --overwrite deletes it, "
             "--set name=NAME chooses another"
         )
-    if overwrite:
-        _delete_run(folder)
     if resume == "auto" and start is None:
         say(f"no checkpoint under {folder.checkpoints}: starting from the beginning")
-    folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    checkpoint.remove_unfinished(folder.checkpoints)
-    folder.save_config(config)
     return folder, start
-
-
-def _delete_run(folder: RunFolder) -> None:
-    # Only what a run writes: the folder may hold notes of its owner.
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)
-    shutil.rmtree(folder.path / _TENSORBOARD, ignore_errors=True)
-    folder.log.unlink(missing_ok=True)
-    (folder.path / _CONFIG_FILE).unlink(missing_ok=True)

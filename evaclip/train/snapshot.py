@@ -70,7 +70,7 @@ def take(parts: Parts, position: Position) -> checkpoint.Content | None:
 
 def is_good(meta: dict[str, Any]) -> bool:
     """Whether the checkpoint was taken while training was sound, so that going back to it helps."""
-    return meta["skipped_in_a_row"] == 0
+    return bool(meta["skipped_in_a_row"] == 0)
 
 
 def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
@@ -84,8 +84,7 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
     """
     state = checkpoint.load_state(folder)
     remarks = [
-        f"changed since the checkpoint: {line}"
-        for line in differences(state["config"], training_tree(parts.config))
+        f"changed since the checkpoint: {line}" for line in differences(state["config"], training_tree(parts.config))
     ]
     if state["fingerprint"] != parts.source.fingerprint:
         remarks.append(_data_changed(parts))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evaclip.model.clip import CLIP
 from evaclip.train import rng
 from evaclip.train.config import Precision
 from evaclip.train.distributed import World
@@ -72,7 +73,7 @@ class TrainStep:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: CLIP,
         loss: nn.Module,
         optimizer: torch.optim.Optimizer,
         options: StepOptions,
@@ -83,9 +84,7 @@ class TrainStep:
         self.optimizer: Any = optimizer
         self.options = options
         self.world = world
-        self.parameters: list[Tensor] = [
-            parameter for group in optimizer.param_groups for parameter in group["params"]
-        ]
+        self.parameters: list[Tensor] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.loss_scale = LossScale(world.device, enabled=options.precision == "amp_fp16")
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=world.device)
@@ -116,9 +115,7 @@ class TrainStep:
             "skipped_in_a_row": self.skipped_in_a_row,
         }
 
-    def load_state_dict(
-        self, state: dict[str, Any], load_moments: Callable[[Any, dict[str, Any]], None]
-    ) -> None:
+    def load_state_dict(self, state: dict[str, Any], load_moments: Callable[[Any, dict[str, Any]], None]) -> None:
         load_moments(self.optimizer, state["optimizer"])
         self.loss.load_state_dict(state["loss"])
         self.loss_scale.load_state_dict(state["loss_scale"])
@@ -134,7 +131,7 @@ class TrainStep:
             yield _Chunk(rows, images[rows], tokens[rows], None if kept is None else kept[rows])
 
     def _kept_tokens(self, count: int, step: int) -> Tensor | None:
-        visual: Any = self.model.visual
+        visual = self.model.visual
         if not visual.patch_dropout:
             return None
         start = self.world.rank * count
@@ -157,14 +154,12 @@ class TrainStep:
             states.append(rng.capture(self.world.device))
             with torch.no_grad():
                 features.append(self._features(chunk))
-        image_features, text_features = (
-            torch.cat(part).requires_grad_() for part in zip(*features, strict=True)
-        )
+        image_features, text_features = (torch.cat(part).requires_grad_() for part in zip(*features, strict=True))
         loss = self._loss(image_features, text_features)
         (loss * self.loss_scale.scale).backward()
         for chunk, state in zip(chunks, states, strict=True):
             rng.restore(state, self.world.device)
-            gradients = (image_features.grad[chunk.rows], text_features.grad[chunk.rows])
+            gradients = [_gradient(features)[chunk.rows] for features in (image_features, text_features)]
             torch.autograd.backward(self._features(chunk), gradients)
         return loss
 
@@ -176,7 +171,7 @@ class TrainStep:
         return features[0], features[1]
 
     def _loss(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        logit_scale: Tensor = self.model.logit_scale
+        logit_scale = self.model.logit_scale
         loss: Tensor = self.loss(
             _at_least_fp32(image_features), _at_least_fp32(text_features), _at_least_fp32(logit_scale).exp()
         )
@@ -188,11 +183,9 @@ class TrainStep:
 
     @torch.no_grad()
     def _unscale_and_clip(self, gradients: list[Tensor]) -> Tensor:
-        norms = torch._foreach_norm(
-            gradients, 2, dtype=torch.promote_types(gradients[0].dtype, torch.float32)
-        )
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.promote_types(gradients[0].dtype, torch.float32))
         scale = self.loss_scale.scale
-        grad_norm = torch.stack(norms).norm() / scale
+        grad_norm: Tensor = torch.stack(norms).norm() / scale
         factor = 1 / scale
         if self.options.grad_clip_norm is not None:
             factor = factor * (self.options.grad_clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
@@ -210,6 +203,11 @@ class TrainStep:
         self.skipped_in_a_row.copy_(torch.where(found_inf > 0, self.skipped_in_a_row + 1, 0))
         self.model.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
         return found_inf
+
+
+def _gradient(value: Tensor) -> Tensor:
+    assert value.grad is not None
+    return value.grad
 
 
 def _at_least_fp32(value: Tensor) -> Tensor:

@@ -3,15 +3,14 @@
 import hashlib
 
 import torch
-from evakernels import sample_token_index
 from torch import Tensor
+
+from evakernels import sample_token_index
 
 _BLOCK = 256
 
 
-def token_index(
-    key: tuple[int, ...], rows: range, num_tokens: int, num_keep: int, device: torch.device
-) -> Tensor:
+def token_index(key: tuple[int, ...], rows: range, num_tokens: int, num_keep: int, device: torch.device) -> Tensor:
     """Kept tokens of these rows of the batch of all processes.
 
     Rows are drawn in fixed blocks, each from a generator of its own: every process draws just the blocks that its rows

@@ -18,7 +18,7 @@ from evaclip.train.evaluation import Metrics
 from evaclip.train.meter import Meter
 from evaclip.train.optimizer import set_lr_factor
 from evaclip.train.progress import Record, Report, open_report
-from evaclip.train.run_folder import RunFolder, prepare
+from evaclip.train.run_folder import RunFolder, locate
 from evaclip.train.schedule import lr_factor
 from evaclip.train.signals import StopSignals
 from evaclip.train.snapshot import Position
@@ -59,13 +59,15 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False)
     world = connect(config.device)
     with closing(world):
         messages: list[str] = []
-        prepared = prepare(config, resume, overwrite, messages.append) if world.is_main else None
-        folder, start = world.from_main(prepared)
+        located = locate(config, resume, overwrite, messages.append) if world.is_main else None
+        folder, start = world.from_main(located)
         parts = build(config, world)
         position = Position()
         if start is not None:
             position, remarks = snapshot.put_back(start, parts)
             messages += [f"resuming from {start} at step {position.step}", *remarks]
+        if world.is_main:
+            folder.create(config, overwrite)
         with _report(parts, folder, position.step) as report:
             for message in messages:
                 report.say(message)
@@ -175,9 +177,7 @@ class Trainer:
         policy = self.config.nonfinite
         problem = f"the loss or a gradient was not finite in {in_a_row} steps in a row, up to step {self.position.step}"
         if policy.action == "stop":
-            raise TrainingDiverged(
-                f"{problem}; nonfinite.action=rollback would return to the last good checkpoint"
-            )
+            raise TrainingDiverged(f"{problem}; nonfinite.action=rollback would return to the last good checkpoint")
         if self.position.rollbacks >= policy.max_rollbacks:
             raise TrainingDiverged(f"{problem}, after {policy.max_rollbacks} returns to a checkpoint already")
         root = self.folder.checkpoints

@@ -60,9 +60,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"there is no weights file {str(path)!r}") from None
     except UnpicklingError as exc:
-        raise UserError(
-            f"{str(path)!r} is damaged, or holds other things than tensors and plain values"
-        ) from exc
+        raise UserError(f"{str(path)!r} is damaged, or holds other things than tensors and plain values") from exc
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as exc:
         raise UserError(f"{str(path)!r} can't be read as weights: {exc}") from exc
     if not isinstance(content, Mapping):

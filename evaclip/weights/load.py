@@ -86,8 +86,7 @@ def summarize(names: Iterable[str]) -> list[str]:
         pattern = _INDEX.sub(r"\1.{}.", name, count=1)
         blocks.setdefault(pattern, []).extend([int(match[2])] if match else [])
     return sorted(
-        pattern.replace("{}", "{" + _ranges(found) + "}", 1) if found else pattern
-        for pattern, found in blocks.items()
+        pattern.replace("{}", "{" + _ranges(found) + "}", 1) if found else pattern for pattern, found in blocks.items()
     )
 
 

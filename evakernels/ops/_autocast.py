@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 
+def is_on(device: str) -> bool:
+    """Whether autocast is on for this type of device; it doesn't exist for some, such as meta."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def matmul_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the autocast dtype when autocast is on for their device, as for `torch.matmul`."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not is_on(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
@@ -20,6 +25,6 @@ def matmul_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def norm_input(x: Tensor) -> Tensor:
     """`x` in float32 when autocast is on for CUDA, as for `torch.nn.functional.layer_norm`; otherwise as it is."""
-    if x.device.type == "cuda" and torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:
+    if x.device.type == "cuda" and is_on("cuda") and x.dtype != torch.float64:
         return x.float()
     return x

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from evakernels import _native, backends
+from evakernels.ops import _autocast
 
 _library = torch.library.Library("evakernels", "DEF")
 _native_library = torch.library.Library("evakernels_native", "DEF")
@@ -30,13 +31,20 @@ def define(
     _native_library.define(f"{name}{signature}")
 
     def run(*args: Any) -> Any:
-        return backends.select(name, args).function(*args)
+        function = backends.select(name, args).function
+        tensor = backends.first_tensor(args)
+        if tensor is None or not _autocast.is_on(tensor.device.type):
+            return function(*args)
+        # The public function has made autocast's casts already; left on, it would reach into the implementation.
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(*args)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"evakernels::{name}", fake or _returns_nothing, lib=_library)
     backends.register(name, "reference", reference)
     backends.register(name, "cpu", getattr(torch.ops.evakernels_native, name).default, _native_reasons(name))
-    return getattr(torch.ops.evakernels, name).default
+    op: torch._ops.OpOverload = getattr(torch.ops.evakernels, name).default
+    return op
 
 
 def differentiable(

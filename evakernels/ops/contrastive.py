@@ -152,7 +152,7 @@ def _checked_scalar(op: str, name: str, scalar: Tensor, like: Tensor) -> Tensor:
     return scalar.reshape(())
 
 
-# --- ops ----------------------------------------------------------------------------------------------------
+# --- ops ------------------------------------------------------------------------------------------------------------
 
 
 def _forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int) -> Any:

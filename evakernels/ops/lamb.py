@@ -163,7 +163,7 @@ def _check_flags(op: str, param: Tensor, **flags: Tensor | None) -> None:
     _check.same_device(op, **{"params[0]": param}, **flags)
 
 
-# --- ops ----------------------------------------------------------------------------------------------------
+# --- ops ------------------------------------------------------------------------------------------------------------
 
 
 def _update_fake(params: list[Tensor], *_: Any) -> Tensor:

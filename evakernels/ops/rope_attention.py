@@ -81,9 +81,7 @@ def _check_rotation(
 ) -> None:
     op, (batch, tokens, heads, head_dim) = "rope_attention", q.shape
     if not 0 <= num_prefix <= MAX_PREFIX or num_prefix > tokens:
-        raise ValueError(
-            f"{op}: num_prefix is {num_prefix}; accepted: 0 to {MAX_PREFIX}, and at most N = {tokens}"
-        )
+        raise ValueError(f"{op}: num_prefix is {num_prefix}; accepted: 0 to {MAX_PREFIX}, and at most N = {tokens}")
     if cos is None and sin is None:
         if token_index is not None:
             raise ValueError(f"{op}: token_index without cos and sin; it selects rows of these tables")
@@ -108,7 +106,7 @@ def _check_rotation(
     _check.shape(op, "token_index", token_index, (batch, patches), "[B, N - num_prefix]")
 
 
-# --- ops ----------------------------------------------------------------------------------------------------
+# --- ops ------------------------------------------------------------------------------------------------------------
 
 
 def _forward_fake(q: Tensor, *rest: Any) -> Any:

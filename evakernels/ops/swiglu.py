@@ -58,12 +58,10 @@ def _check_inputs(gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_bia
     _check.shape(op, "norm_bias", norm_bias, (gate.shape[-1],), "[F]")
 
 
-# --- ops ----------------------------------------------------------------------------------------------------
+# --- ops ------------------------------------------------------------------------------------------------------------
 
 
-def _forward_fake(
-    gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
-) -> Any:
+def _forward_fake(gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float) -> Any:
     rows = 0 if norm_weight is None else gate.shape[:-1]
     mean, rstd = (gate.new_empty(rows, dtype=accumulation_dtype(gate)) for _ in range(2))
     return torch.empty_like(gate, memory_format=torch.contiguous_format), mean, rstd

@@ -67,18 +67,14 @@ def sample_token_index(
         ValueError: for a `num_keep` outside 1 to `num_tokens`.
     """
     if not 1 <= num_keep <= num_tokens:
-        raise ValueError(
-            f"sample_token_index: num_keep is {num_keep}; accepted: 1 to num_tokens = {num_tokens}"
-        )
+        raise ValueError(f"sample_token_index: num_keep is {num_keep}; accepted: 1 to num_tokens = {num_tokens}")
     if device is None and generator is not None:
         device = generator.device
     keys = torch.rand(batch, num_tokens, generator=generator, device=device)
     return keys.topk(num_keep, sorted=False).indices.sort().values
 
 
-def _check_inputs(
-    patches: Tensor, token_index: Tensor | None, prefix: Tensor | None, pos_embed: Tensor | None
-) -> None:
+def _check_inputs(patches: Tensor, token_index: Tensor | None, prefix: Tensor | None, pos_embed: Tensor | None) -> None:
     op = "token_dropout"
     if patches.dim() != 3:
         raise ValueError(f"{op}: patches has shape {tuple(patches.shape)}; expected [B, N, C]")
@@ -96,7 +92,7 @@ def _check_inputs(
     _check.shape(op, "pos_embed", pos_embed, (num_prefix + num_tokens, channels), "[P + N, C]")
 
 
-# --- ops ----------------------------------------------------------------------------------------------------
+# --- ops ------------------------------------------------------------------------------------------------------------
 
 
 def _forward_fake(

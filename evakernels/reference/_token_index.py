@@ -19,9 +19,7 @@ def check_range(op: str, token_index: Tensor, num_tokens: int) -> None:
         return
     low, high = (int(bound) for bound in torch.aminmax(token_index))
     if low < 0 or high >= num_tokens:
-        raise IndexError(
-            f"{op}: token_index has values from {low} to {high}; accepted: 0 to {num_tokens - 1}"
-        )
+        raise IndexError(f"{op}: token_index has values from {low} to {high}; accepted: 0 to {num_tokens - 1}")
 
 
 def check_unique(op: str, token_index: Tensor, num_tokens: int) -> None:

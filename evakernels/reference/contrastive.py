@@ -29,7 +29,7 @@ def contrastive_forward(
     col_max = text.new_full((text.shape[0],), -torch.inf)
     col_sum = torch.zeros_like(col_max)
     for rows in _row_tiles(image, text):
-        logits = _matmul(scale * image[rows], text.T)
+        logits = (scale * image[rows]) @ text.T
         row_lse[rows] = logits.logsumexp(1)
         row_max[rows] = logits.amax(1)
         positive[rows] = logits.diagonal(offset + rows.start)
@@ -63,7 +63,7 @@ def siglip_forward(
     image, text, scale = _widened(image, text, logit_scale)
     total = image.new_zeros(())
     for rows in _row_tiles(image, text):
-        logits = _matmul(scale * image[rows], text.T) + logit_bias
+        logits = (scale * image[rows]) @ text.T + logit_bias
         _negate_pairs(logits, offset + rows.start)
         # The loss of a logit x that should be negative is softplus(x) = -log sigmoid(-x).
         total -= F.logsigmoid(-logits).sum()
@@ -95,13 +95,13 @@ class _Gradients:
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         for rows in _row_tiles(self.image, self.text):
-            yield rows, _matmul(self.scale * self.image[rows], self.text.T)
+            yield rows, (self.scale * self.image[rows]) @ self.text.T
 
     def add(self, rows: slice, dlogits: Tensor) -> None:
         image = self.image[rows]
-        dscaled_image = _matmul(dlogits, self.text)
+        dscaled_image = dlogits @ self.text
         self.dimage[rows] = self.scale * dscaled_image
-        self.dtext += _matmul(dlogits.T, self.scale * image)
+        self.dtext += dlogits.T @ (self.scale * image)
         self.dscale += (image * dscaled_image).sum()
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,12 +119,6 @@ def _row_tiles(image: Tensor, text: Tensor) -> Iterator[slice]:
     rows, height = image.shape[0], max(1, TILE_ELEMENTS // text.shape[0])
     for start in range(0, rows, height):
         yield slice(start, min(start + height, rows))
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    # Autocast reaches into ops: left on, it would round the operands to 16 bits.
-    with torch.autocast(a.device.type, enabled=False):
-        return a @ b
 
 
 def _add_to_columns(col_max: Tensor, col_sum: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

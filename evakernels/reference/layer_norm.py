@@ -1,8 +1,8 @@
 """LayerNorm and RMSNorm, plain and joined with the residual connection around them.
 
-    plain       y = norm(x)                                                        (Ba et al. 2016; Zhang, Sennrich 2019)
-    add + norm  x = residual + row_scale * layer_scale * branch;  y = norm(x)       pre-norm blocks
-    norm + add  x = residual + row_scale * layer_scale * norm(branch)               post-norm blocks
+    plain       y = norm(x)                                                      Ba et al. 2016; Zhang, Sennrich 2019
+    add + norm  x = residual + row_scale * layer_scale * branch;  y = norm(x)     pre-norm blocks
+    norm + add  x = residual + row_scale * layer_scale * norm(branch)             post-norm blocks
 
 `row_scale` [B] is the drop-path factor of each sample (0 or 1/keep), `layer_scale` [C] that of each channel. Sums and
 statistics are float32 (float64 for float64 input).
@@ -18,14 +18,14 @@ def layer_norm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     normalized, mean, rstd = _normalize(x, eps, rms)
-    return _affine(normalized, weight, bias).to(x.dtype), mean, rstd
+    return _result(_affine(normalized, weight, bias), x.dtype), mean, rstd
 
 
 def layer_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool, rms: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, dweight, dbias = _norm_gradients(dy, x, weight, mean, rstd, has_bias, rms)
-    return dx.to(x.dtype), dweight, dbias
+    return _result(dx, x.dtype), dweight, dbias
 
 
 def add_layer_norm_forward(
@@ -42,7 +42,7 @@ def add_layer_norm_forward(
     total = _accumulate(residual) + _scaled(_accumulate(branch), layer_scale, row_scale)
     normalized, mean, rstd = _normalize(total, eps, rms)
     y = _affine(normalized, weight, bias)
-    return y.to(residual.dtype), total.to(residual.dtype), mean, rstd
+    return _result(y, residual.dtype), _result(total, residual.dtype), mean, rstd
 
 
 def add_layer_norm_backward(
@@ -61,11 +61,11 @@ def add_layer_norm_backward(
     # An unscaled branch has the gradient of the residual: its place stays empty.
     through_norm, dweight, dbias = _norm_gradients(dy, x, weight, mean, rstd, has_bias, rms)
     dtotal = _accumulate(dx) + through_norm
-    dresidual = dtotal.to(x.dtype)
+    dresidual = _result(dtotal, x.dtype)
     if layer_scale is None and row_scale is None:
         return dresidual, dtotal.new_empty(0), dweight, dbias, dtotal.new_empty(0)
     dbranch, dlayer_scale = _scale_gradients(dtotal, branch, layer_scale, row_scale)
-    return dresidual, dbranch.to(branch.dtype), dweight, dbias, dlayer_scale
+    return dresidual, _result(dbranch, branch.dtype), dweight, dbias, dlayer_scale
 
 
 def layer_norm_add_forward(
@@ -80,7 +80,7 @@ def layer_norm_add_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     normalized, mean, rstd = _normalize(branch, eps, rms)
     total = _accumulate(residual) + _scaled(_affine(normalized, weight, bias), layer_scale, row_scale)
-    return total.to(residual.dtype), mean, rstd
+    return _result(total, residual.dtype), mean, rstd
 
 
 def layer_norm_add_backward(
@@ -97,11 +97,15 @@ def layer_norm_add_backward(
     normed = _affine(_standardize(branch, mean, rstd, rms), weight, bias)
     dnormed, dlayer_scale = _scale_gradients(_accumulate(dx), normed, layer_scale, row_scale)
     dbranch, dweight, dbias = _norm_gradients(dnormed, branch, weight, mean, rstd, bias is not None, rms)
-    return dbranch.to(branch.dtype), dweight, dbias, dlayer_scale
+    return _result(dbranch, branch.dtype), dweight, dbias, dlayer_scale
 
 
 def _accumulate(x: Tensor) -> Tensor:
     return x.to(accumulation_dtype(x))
+
+
+def _result(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).contiguous()
 
 
 def _normalize(x: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,9 +113,9 @@ def _normalize(x: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor, Tensor
     if rms:
         mean, centred = x.new_empty(0), x
     else:
-        mean = x.mean(-1)
+        mean = x.mean(-1).contiguous()
         centred = x - mean.unsqueeze(-1)
-    rstd = torch.rsqrt(centred.square().mean(-1) + eps)
+    rstd = torch.rsqrt(centred.square().mean(-1) + eps).contiguous()
     return centred * rstd.unsqueeze(-1), mean, rstd
 
 

@@ -43,9 +43,7 @@ def token_dropout_backward(
         dpatches = dtokens.clone(memory_format=torch.contiguous_format)
     else:
         rows = _flat_rows(token_index, num_tokens)
-        dpatches = dout.new_zeros(batch * num_tokens, channels).index_copy_(
-            0, rows, dtokens.reshape(-1, channels)
-        )
+        dpatches = dout.new_zeros(batch * num_tokens, channels).index_copy_(0, rows, dtokens.reshape(-1, channels))
         dpatches = dpatches.view(batch, num_tokens, channels)
     dprefix = _batch_sum(dout[:, :num_prefix])
     dpos_embed = torch.cat((dprefix, _batch_sum(dpatches))) if has_pos_embed else dout.new_empty(0)

@@ -22,6 +22,7 @@ WRITTEN = [
     "It's we'll I'VE can't '",
     "1234567890 3.14 ½ ² Ⅷ ١٢٣",
     "&amp;lt;b&amp;gt; &lt;p&gt; &#39;quoted&#39; &nbsp;&hearts; &amp;amp;amp;",
+    "<b> &amp;amp; &amp;lt;i&amp;gt; &amp;amp;hearts;",
     "rÃ©sumÃ© â€œquotesâ€\x9d naïve",
     "日本語のテキスト 中文 한국어 العربية हिन्दी",
     "😀 👩‍🎓 🏳️‍🌈 👍🏽 ❤️",
@@ -48,7 +49,7 @@ def test_ids_equal_those_of_open_clip(text: str) -> None:
     assert torch.equal(tokenizer(text), PEER(text))
 
 
-@settings(max_examples=800, deadline=None, derandomize=True)
+@settings(max_examples=500, deadline=None, derandomize=True)
 @given(st.lists(PIECES, max_size=8).map("".join), st.integers(2, 90))
 def test_ids_equal_those_of_open_clip_on_random_texts(text: str, length: int) -> None:
     assert torch.equal(Tokenizer()(text, length), PEER(text, length)), repr(text)

@@ -142,9 +142,7 @@ def test_each_option_has_an_effect_of_its_own(field: str) -> None:
     still = Augmentation(scale=(1, 1), ratio=(1, 1))
     image = _picture((40, 40))
     plain = TrainTransform(32, PLAIN, still)(image, 5)
-    changed = TrainTransform(32, PLAIN, dataclasses.replace(still, **{field: values.get(field, 0.3)}))(
-        image, 5
-    )
+    changed = TrainTransform(32, PLAIN, dataclasses.replace(still, **{field: values.get(field, 0.3)}))(image, 5)
     assert not torch.equal(changed, plain)
     if field == "grayscale":
         assert torch.equal(changed[0], changed[1])

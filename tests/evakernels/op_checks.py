@@ -81,7 +81,10 @@ def assert_compiles(
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     eager, traced = with_gradients(function, inputs), with_gradients(compiled, inputs)
-    for a, b in zip(eager[0] + eager[1], traced[0] + traced[1], strict=True):
+    with torch.no_grad():
+        inference = compiled(*inputs)
+    inference = [inference] if isinstance(inference, Tensor) else list(inference)
+    for a, b in zip(eager[0] + eager[1] + eager[0], traced[0] + traced[1] + inference, strict=True):
         torch.testing.assert_close(a, b)
 
 

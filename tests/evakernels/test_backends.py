@@ -80,9 +80,7 @@ def test_forcing_the_reference_holds_in_a_backward_pass_inside_the_block(calls, 
     op, served = "layer_norm_backward", []
     compute = backends._implementations[op]["reference"].function
     fakes = {
-        name: backends.Implementation(
-            name, lambda *args, n=name: served.append(n) or compute(*args), lambda *_: []
-        )
+        name: backends.Implementation(name, lambda *args, n=name: served.append(n) or compute(*args), lambda *_: [])
         for name in ("cpu", "reference")
     }
     monkeypatch.setitem(backends._implementations, op, fakes)
@@ -97,7 +95,7 @@ def test_explain_tells_who_serves_a_call_and_why_others_do_not(calls):
     served = evakernels.explain("layer_norm", torch.ones(2, 4), None, None, 1e-6, False)
     assert served.splitlines() == [
         f"{OP} on cpu: serves the call",
-        f"{OP} on reference: usable, but a preferred backend serves the call",
+        f"{OP} on reference: usable, but not preferred here",
     ]
     refused = evakernels.explain(OP, torch.ones(2, 4).double(), None, None, 1e-6, False)
     assert refused.splitlines() == [
@@ -122,12 +120,8 @@ def test_the_compiled_library_refuses_what_it_has_no_kernel_for(monkeypatch):
 def test_without_any_usable_backend_the_error_lists_all(monkeypatch):
     for backend in backends.PREFERENCE:
         refusing = backends.Implementation(backend, lambda: None, lambda *_, b=backend: [f"{b} is tired"])
-        monkeypatch.setitem(
-            backends._implementations, OP, backends._implementations[OP] | {backend: refusing}
-        )
-    with pytest.raises(
-        evakernels.BackendError, match=r"no backend serves layer_norm_forward(.|\n)*cpu is tired"
-    ):
+        monkeypatch.setitem(backends._implementations, OP, backends._implementations[OP] | {backend: refusing})
+    with pytest.raises(evakernels.BackendError, match=r"no backend serves layer_norm_forward(.|\n)*cpu is tired"):
         evakernels.layer_norm(torch.ones(2, 4))
 
 

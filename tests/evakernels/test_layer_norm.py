@@ -221,3 +221,18 @@ def test_a_second_derivative_is_refused():
 def test_wrong_input_says_what_is_accepted(call, exception, message):
     with pytest.raises(exception, match=message):
         call()
+
+
+@pytest.mark.parametrize("rms", [False, True])
+def test_permuted_strides_give_contiguous_results(rms):
+    x, branch = (randn(3, 2, 8, seed=s).transpose(0, 1).requires_grad_() for s in (0, 1))
+    weight = randn(8, seed=2).requires_grad_()
+    assert_opcheck(OPS.layer_norm_forward.default, (x, weight, None, EPS, rms))
+    assert_opcheck(OPS.add_layer_norm_forward.default, (x, branch, weight, None, None, None, EPS, rms))
+    assert_opcheck(OPS.layer_norm_add_forward.default, (x, branch, weight, None, None, None, EPS, rms))
+
+
+def test_runs_on_the_meta_device_under_any_autocast():
+    q = torch.empty(2, 5, 3, 8, device="meta")
+    with torch.autocast("cpu"):
+        assert evakernels.layer_norm(q).shape == evakernels.rope_attention(q, q, q).shape == q.shape

@@ -53,9 +53,7 @@ class Launchers(torch.autograd.Function):
     """The bare launchers as a function that autograd can differentiate."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool, isa: str
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool, isa: str) -> Tensor:
         # Leaves that require gradients can't be exported through DLPack.
         x, weight, bias = (None if t is None else t.detach() for t in (x, weight, bias))
         y, mean, rstd = launch_forward(x, weight, bias, rms=rms, isa=isa)
@@ -77,9 +75,7 @@ def norm_inputs(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.randn(shape[-1], generator=generator), torch.randn(shape[-1], generator=generator)
 
 
-def assert_accurate(
-    isa: str, dtype: torch.dtype, inputs: tuple[Tensor | None, ...], rms: bool = False
-) -> None:
+def assert_accurate(isa: str, dtype: torch.dtype, inputs: tuple[Tensor | None, ...], rms: bool = False) -> None:
     def theirs(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         if rms:
             return F.rms_norm(x, x.shape[-1:], weight, EPS)
@@ -232,9 +228,7 @@ def test_result_does_not_depend_on_the_number_of_threads() -> None:
         for count in (1, 2, 3, 5):
             torch.set_num_threads(count)
             y, mean, rstd = native.layer_norm_forward(x, weight, bias, EPS, False)
-            results.append(
-                (y, mean, rstd, *native.layer_norm_backward(dy, x, weight, mean, rstd, True, False))
-            )
+            results.append((y, mean, rstd, *native.layer_norm_backward(dy, x, weight, mean, rstd, True, False)))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -338,9 +332,7 @@ def _python(code: str, **environment: str) -> str:
 
 
 def test_environment_chooses_the_instruction_set() -> None:
-    assert (
-        _python("from evakernels import _C; print(_C.active_isa())", EVAKERNELS_ISA="baseline") == "baseline"
-    )
+    assert _python("from evakernels import _C; print(_C.active_isa())", EVAKERNELS_ISA="baseline") == "baseline"
 
 
 def test_environment_with_a_wrong_name() -> None:

@@ -48,11 +48,7 @@ def test_swiglu_is_the_mlp_of_eva():
     ours = nn.SwiGLU(6, 14)
     state = {name: randn(*value.shape, seed=i) for i, (name, value) in enumerate(ours.state_dict().items())}
     ours.load_state_dict(state)
-    renamed = {
-        f"{names[module]}.{kind}": value
-        for name, value in state.items()
-        for module, kind in [name.split(".")]
-    }
+    renamed = {f"{names[module]}.{kind}": value for name, value in state.items() for module, kind in [name.split(".")]}
     theirs.load_state_dict(renamed)
     x = randn(2, 3, 6)
     torch.testing.assert_close(ours(x), theirs(x))
@@ -92,9 +88,7 @@ def test_patch_dropout_keeps_all_in_evaluation_and_at_rate_zero(rate, training):
     assert torch.equal(tokens, patches)
 
 
-@pytest.mark.parametrize(
-    ("rate", "patches", "kept"), [(0.5, 196, 98), (0.5, 9, 4), (0.75, 10, 2), (0.99, 9, 1)]
-)
+@pytest.mark.parametrize(("rate", "patches", "kept"), [(0.5, 196, 98), (0.5, 9, 4), (0.25, 9, 6), (0.99, 9, 1)])
 def test_patch_dropout_rounds_down_but_keeps_one(rate, patches, kept):
     module = nn.PatchDropout(rate)
     assert module.num_kept(patches) == module(randn(1, patches, 2))[0].shape[1] == kept

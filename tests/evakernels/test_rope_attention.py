@@ -15,7 +15,7 @@ import evakernels
 from evakernels.nn import axial_rope
 
 OPS = torch.ops.evakernels
-BATCH, HEADS, HEAD_DIM, PATCHES = 2, 3, 8, 6
+BATCH, HEADS, HEAD_DIM, PATCHES = 2, 3, 4, 6
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -136,15 +136,21 @@ def test_opcheck(dtype, token_index):
         assert_opcheck(OPS.rope_attention_backward.default, (torch.ones_like(out), q, k, v, out, lse, *rest))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
-)
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
 def test_lse_is_the_natural_logarithm_of_the_softmax_denominator(dtype, expected):
     q, k, v = packed(0, dtype=dtype).unbind(2)
     _, lse = OPS.rope_attention_forward(q, k, v, None, None, None, 0, False, True, 0.5)
     assert lse.dtype == expected
     scores = 0.5 * torch.einsum("bnhd,bmhd->bhnm", q.to(expected), k.to(expected))
     torch.testing.assert_close(lse, scores.logsumexp(-1))
+
+
+def test_lse_has_no_gradient():
+    """It is saved for backward; a gradient through it would silently be lost."""
+    q, k, v = packed(0).requires_grad_().unbind(2)
+    out, lse = OPS.rope_attention_forward(q, k, v, None, None, None, 0, False, True, 0.5)
+    assert out.requires_grad
+    assert not lse.requires_grad
 
 
 @pytest.mark.parametrize("interleaved", [True, False])

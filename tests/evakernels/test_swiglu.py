@@ -70,9 +70,7 @@ def test_opcheck(inputs, dtype):
     gate, up, weight = (None if t is None else t.detach() for t in (gate, up, weight))
     out, mean, rstd = OPS.swiglu_forward(gate, up, weight, bias, EPS)
     has_bias = bias is not None
-    assert_opcheck(
-        OPS.swiglu_backward.default, (torch.ones_like(out), gate, up, weight, mean, rstd, has_bias)
-    )
+    assert_opcheck(OPS.swiglu_backward.default, (torch.ones_like(out), gate, up, weight, mean, rstd, has_bias))
 
 
 def test_halves_of_a_packed_projection_are_served_in_place():

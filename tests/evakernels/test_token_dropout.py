@@ -108,9 +108,7 @@ def test_parameters_may_be_wider_than_the_patches(token_index):
     torch's own."""
     ours, theirs = pair(token_index)
     patches = randn(BATCH, TOKENS, CHANNELS).bfloat16().requires_grad_()
-    prefix, pos_embed = (
-        randn(n, CHANNELS, seed=n).float().requires_grad_() for n in (PREFIX, PREFIX + TOKENS)
-    )
+    prefix, pos_embed = (randn(n, CHANNELS, seed=n).float().requires_grad_() for n in (PREFIX, PREFIX + TOKENS))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual, expected = ours(patches, prefix, pos_embed), theirs(patches, prefix, pos_embed)
     assert actual.dtype == expected.dtype == torch.float32

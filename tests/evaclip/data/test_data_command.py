@@ -98,9 +98,7 @@ def test_bench_mistakes(shards):
         evaclip("data", "bench", shards, "--batch-size", "65", "--workers", "0")
 
 
-@pytest.mark.parametrize(
-    ("style", "expected"), [("both", ("twemoji", "openmoji")), ("openmoji", ("openmoji",))]
-)
+@pytest.mark.parametrize(("style", "expected"), [("both", ("twemoji", "openmoji")), ("openmoji", ("openmoji",))])
 def test_emoji_passes_its_options_on(tmp_path, monkeypatch, capsys, style, expected):
     calls = []
 

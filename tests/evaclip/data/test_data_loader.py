@@ -3,6 +3,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -17,9 +18,7 @@ from evaclip.errors import UserError
 
 def make_loader(source, batch_size=8, **options) -> TrainLoader:
     options = {"seed": 3, "window": 20, **options}
-    return TrainLoader(
-        source, batch_size=batch_size, transform=number_transform, tokenizer=number_tokens, **options
-    )
+    return TrainLoader(source, batch_size=batch_size, transform=number_transform, tokenizer=number_tokens, **options)
 
 
 def take(loader: TrainLoader, batches: int, position: int = 0) -> list:
@@ -129,9 +128,7 @@ def test_samples_beside_a_bad_one_keep_their_places(tmp_path, shards):
     path = tmp_path / "01.tar"
     write_shard(path, (damaged(i, **({"txt": None, "json": None} if i == 33 else {})) for i in range(20, 50)))
     replaced = numbers(take(make_loader(open_source(shards)), 8))
-    assert [new for old, new in zip(sound, replaced, strict=True) if old != 33] == [
-        n for n in sound if n != 33
-    ]
+    assert [new for old, new in zip(sound, replaced, strict=True) if old != 33] == [n for n in sound if n != 33]
 
 
 def test_the_log_is_not_flooded(tmp_path, caplog):
@@ -149,9 +146,7 @@ def test_the_log_is_not_flooded(tmp_path, caplog):
 def test_nothing_but_bad_samples_is_an_error(tmp_path, workers):
     write_shard(tmp_path / "a.tar", (damaged(i, png=b"rubbish") for i in range(8)))
     loader = make_loader(open_source(str(tmp_path / "a.tar")), workers=workers)
-    with pytest.raises(
-        UserError, match=r"^\S*a\.tar: 100 samples in a row cannot be used, the last: corrupt image"
-    ):
+    with pytest.raises(UserError, match=r"^\S*a\.tar: 100 samples in a row cannot be used, the last: corrupt image"):
         take(loader, 1)
 
 
@@ -167,9 +162,7 @@ def test_damaged_shards_are_named_at_the_start(shards, tmp_path, caplog):
 
 def test_too_few_samples_for_the_global_batch(shards):
     source = open_source(shards)
-    with pytest.raises(
-        UserError, match=r"64 samples are too few for one global batch of 66 \(33 samples x 2 proc"
-    ):
+    with pytest.raises(UserError, match=r"64 samples are too few for one global batch of 66 \(33 samples x 2 proc"):
         make_loader(source, 33, world_size=2)
     assert len(take(make_loader(source, 32, world_size=2), 3)) == 3
 
@@ -207,6 +200,22 @@ def test_closing_the_stream_ends_the_workers(shards):
     assert len(multiprocessing.active_children()) == 2
     stream.close()
     assert not multiprocessing.active_children()
+
+
+def test_only_the_parent_ends_a_worker(shards):
+    """Ctrl-C and a scheduler's SIGTERM go to the whole process group, while the trainer wants to save."""
+    expected = numbers(take(make_loader(open_source(shards)), 12))
+    stream = make_loader(open_source(shards), workers=1, prefetch=1).batches()
+    taken = [next(stream)]
+    (worker,) = multiprocessing.active_children()
+    for name in ("INT", "TERM"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    taken += itertools.islice(stream, 11)
+    assert numbers(taken) == expected
+    worker.terminate()
+    worker.join(5)
+    assert not worker.is_alive()
+    stream.close()
 
 
 def kill_yourself(image, seed):
@@ -265,9 +274,7 @@ def broken_transform(image, seed):
 
 
 def test_a_mistake_in_the_transform_is_no_bad_sample(shards):
-    loader = TrainLoader(
-        open_source(shards), batch_size=8, transform=broken_transform, tokenizer=number_tokens, seed=0
-    )
+    loader = TrainLoader(open_source(shards), batch_size=8, transform=broken_transform, tokenizer=number_tokens, seed=0)
     with pytest.raises(AttributeError, match="no such thing") as caught:
         take(loader, 1)
     assert caught.value.__notes__[0].startswith("while transforming 0000")
@@ -278,21 +285,15 @@ def test_evaluation_sees_every_sample_once_and_in_order(shards, workers):
     batches = list(iterate(open_source(shards, caption_key="json:captions"), number_transform, 10, workers))
     assert [len(keys) for _, _, keys in batches] == [10] * 6 + [4]
     assert [key for _, _, keys in batches for key in keys] == [f"{i:06d}" for i in range(64)]
-    assert [caption for _, captions, _ in batches for caption in captions] == [
-        f"caption {i}" for i in range(64)
-    ]
+    assert [caption for _, captions, _ in batches for caption in captions] == [f"caption {i}" for i in range(64)]
     assert torch.cat([images[:, 0, 0, 0] for images, _, _ in batches]).tolist() == list(range(64))
 
 
 def test_evaluation_leaves_bad_samples_out(tmp_path, caplog):
     bad = {0, 1, 2, 3, 9}
-    write_shard(
-        tmp_path / "a.tar", (damaged(i, **({"png": b"rubbish"} if i in bad else {})) for i in range(12))
-    )
+    write_shard(tmp_path / "a.tar", (damaged(i, **({"png": b"rubbish"} if i in bad else {})) for i in range(12)))
     batches = list(iterate(open_source(str(tmp_path / "a.tar")), number_transform, 4))
-    assert [batch.keys for batch in batches] == [
-        [f"{i:06d}" for i in group] for group in ((4, 5, 6, 7), (8, 10, 11))
-    ]
+    assert [batch.keys for batch in batches] == [[f"{i:06d}" for i in group] for group in ((4, 5, 6, 7), (8, 10, 11))]
     assert "a.tar:000009" in caplog.text
     with pytest.raises(UserError, match="batch size must be 1 or more, got 0"):
         next(iterate(open_source(str(tmp_path / "a.tar")), number_transform, 0))

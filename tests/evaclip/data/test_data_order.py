@@ -22,9 +22,7 @@ def test_every_epoch_is_a_permutation(sizes, window, seed, epoch):
 def test_one_index_at_a_time_agrees_with_many(sizes, window, start):
     order = sample_order(sum(sizes), 3, window, sizes)
     many = order.indices(np.arange(start, start + 20)).tolist()
-    assert [order.index(start + i) for i in range(20)] == [
-        ((start + i) // sum(sizes), many[i]) for i in range(20)
-    ]
+    assert [order.index(start + i) for i in range(20)] == [((start + i) // sum(sizes), many[i]) for i in range(20)]
 
 
 def test_the_order_never_changes_between_versions():
@@ -96,8 +94,5 @@ def test_impossible_orders_are_refused(samples, window, sizes):
 
 
 def test_mix_depends_on_every_value():
-    hashes = {
-        int(mix(*values)[0])
-        for values in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0), (2**64 - 1, 5)]
-    }
+    hashes = {int(mix(*values)[0]) for values in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0), (2**64 - 1, 5)]}
     assert len(hashes) == 6

@@ -68,9 +68,19 @@ def test_a_truncated_tar_is_indexed_up_to_the_damage(shard, data):
     assert complete <= len(index) <= complete + 1
 
 
-@pytest.mark.parametrize(
-    "rubbish", [b"\xff" * 512, b"\0" * 512], ids=["unreadable header", "lone zero block"]
-)
+def test_where_a_truncation_lies_decides_what_is_left(shard):
+    whole = shard.read_bytes()
+    members = build_index(shard).members(4)
+    in_a_member = members["json"].offset + 5
+    at_a_header = members["json"].offset - 512
+    for cut, left, damage in ((in_a_member, 4, "000004.json is cut off"), (at_a_header, 5, "no end-of-archive")):
+        shard.write_bytes(whole[:cut])
+        index = build_index(shard)
+        assert len(index) == left
+        assert damage in index.damage
+
+
+@pytest.mark.parametrize("rubbish", [b"\xff" * 512, b"\0" * 512], ids=["unreadable header", "lone zero block"])
 def test_a_broken_header_in_the_middle_is_noticed(shard, rubbish):
     header = build_index(shard).members(5)["png"].offset - 512
     data = bytearray(shard.read_bytes())
@@ -143,6 +153,13 @@ def test_a_folder_that_cannot_be_used_costs_nothing_but_time(shard, tmp_path, mo
     assert "not cached" in caplog.text
     monkeypatch.setattr(tar_index, "build_index", lambda path: pytest.fail("built again"))
     assert cache.get(shard) is index
+
+
+def test_slow_indexing_reports_how_far_it_is(shard, monkeypatch, caplog):
+    monkeypatch.setattr(tar_index, "_SECONDS_BETWEEN_REPORTS", 0.0)
+    with caplog.at_level(logging.INFO, "evaclip.data"):
+        list(IndexCache().get_all([shard, shard]))
+    assert [record.getMessage() for record in caplog.records] == ["indexed 1 of 2 shards", "indexed 2 of 2 shards"]
 
 
 def test_memory_holds_the_most_recent_indexes_only(tmp_path, monkeypatch):

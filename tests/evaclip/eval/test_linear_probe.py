@@ -29,6 +29,12 @@ def test_the_strength_is_the_best_on_held_out_data_alone() -> None:
     assert other_test.top1 < result.top1
 
 
+def test_held_out_data_takes_no_part_in_the_fit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(60, 80, generator=generator), torch.randint(2, (60,), generator=generator)
+    assert max(linear_probe(noise, noise, classes=2).held_out.values()) < 0.9
+
+
 def test_two_classes_and_a_class_never_trained_on() -> None:
     features, labels = clusters(40, 2, 0.1, 0)
     unseen = torch.nn.functional.normalize(torch.eye(3, 12)[2:], dim=-1)

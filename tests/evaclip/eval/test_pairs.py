@@ -21,9 +21,7 @@ def test_a_table_with_one_row_per_caption(tmp_path: Path) -> None:
     for name in ("red", "blue"):
         (tmp_path / f"{name}.png").write_bytes(png(COLORS[name]))
     table = tmp_path / "captions.csv"
-    table.write_text(
-        "filepath,title\nred.png,red\nblue.png,a blue\nred.png,some red\nred.png,red\ngone.png,x\n"
-    )
+    table.write_text("filepath,title\nred.png,red\nblue.png,a blue\nred.png,some red\nred.png,red\ngone.png,x\n")
     pairs = pairs_of(table)
     assert pairs.indices == [0, 1]
     assert pairs.texts == ["red", "some red", "a blue"]

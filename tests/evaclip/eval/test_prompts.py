@@ -59,9 +59,7 @@ def test_templates_come_from_a_file_or_are_one_themselves(tmp_path: Path) -> Non
         ("a.json", '["cat",\n', "a.json, line 2: not valid JSON"),
     ],
 )
-def test_a_wrong_list_of_names_is_told_with_its_line(
-    tmp_path: Path, name: str, content: str, message: str
-) -> None:
+def test_a_wrong_list_of_names_is_told_with_its_line(tmp_path: Path, name: str, content: str, message: str) -> None:
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(UserError, match=message):

@@ -19,19 +19,26 @@ def test_ranks_equal_a_full_sort(block: int) -> None:
     queries, items = features(23, 5, 0), features(41, 5, 1)
     targets = torch.arange(23) * 41 // 23
     expected = [
-        order.index(target)
-        for order, target in zip(brute_force_order(queries, items), targets.tolist(), strict=True)
+        order.index(target) for order, target in zip(brute_force_order(queries, items), targets.tolist(), strict=True)
     ]
     assert target_ranks(queries, items, targets, block=block).tolist() == expected
 
 
 @pytest.mark.parametrize("block", [1, 3, 100])
 def test_equal_items_rank_in_index_order_whatever_the_block(block: int) -> None:
-    items = features(4, 16, 2).repeat_interleave(3, 0)[torch.tensor([0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11])]
-    queries = items + 0.01 * features(12, 16, 3)
+    items = features(4, 777, 2).repeat_interleave(3, 0)[torch.tensor([0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11])]
+    queries = items + 0.01 * features(12, 777, 3)
     expected = [order.index(i) for i, order in enumerate(brute_force_order(queries, items))]
     assert target_ranks(queries, items, torch.arange(12), block=block).tolist() == expected
     assert sorted(expected) == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_a_target_never_beats_itself_by_rounding() -> None:
+    for seed in range(20):
+        # Large and small numbers that cancel: each order of addition gives another sum.
+        half = features(1, 150, seed) * 10.0 ** (torch.arange(150) * 37 % 30)
+        item = torch.cat([half, -half.flip(1)], 1)
+        assert target_ranks(torch.ones(1, 300), item, torch.tensor([0])).tolist() == [0]
 
 
 def test_a_model_without_knowledge_reaches_exactly_chance() -> None:

@@ -16,9 +16,7 @@ def test_the_classifier_is_the_normalised_mean_of_normalised_prompts() -> None:
     def tokenizer(texts: list[str]) -> torch.Tensor:
         return torch.tensor([[len(text), 40 + text.count("e") * 50, 300] for text in texts])
 
-    classifier = build_classifier(
-        model, tokenizer, ["green", "blue"], templates, FeatureOptions(2, progress=False)
-    )
+    classifier = build_classifier(model, tokenizer, ["green", "blue"], templates, FeatureOptions(2, progress=False))
     for row, name in zip(classifier, ["green", "blue"], strict=True):
         prompts = [template.replace("{}", name) for template in templates]
         one_by_one = [model.encode_text(tokenizer([prompt]), normalize=True)[0] for prompt in prompts]

@@ -13,9 +13,7 @@ def plain_vision(
     state: Mapping[str, Tensor], config: VisionConfig, images: Tensor, token_index: Tensor | None = None
 ) -> Tensor:
     """What `VisionTower` should return for `images`; `token_index` [B, K] are the patches that are kept."""
-    x = F.conv2d(
-        images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=config.patch_size
-    )
+    x = F.conv2d(images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=config.patch_size)
     x = x.flatten(2).transpose(1, 2)
     x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], dim=1) + state["pos_embed"]
     angles = plain_angles(config).to(x.dtype).expand(len(x), -1, -1)

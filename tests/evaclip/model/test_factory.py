@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import random_images, small_model
 from PIL import Image
 from safetensors.torch import save_file
+from small_models import random_images, small_model
 
 import evaclip
 from evaclip import CLIP, create_model, create_model_and_transforms, get_config, get_tokenizer

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import NO_ROPE, random_images, random_tokens, small_model
 from plain_vision import plain_vision
+from small_models import NO_ROPE, random_images, random_tokens, small_model
 
 from evaclip import CLIP
 from evaclip.model.norm import Norm

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from models import random_images, stir
+from small_models import random_images, stir
 from torch import nn
 
 from evaclip import CLIP, CLIPConfig, create_model, get_config, get_tokenizer
@@ -38,16 +38,14 @@ def _same(name: str, layers: int | None) -> CLIPConfig:
 @pytest.mark.parametrize(
     ("name", "layers"),
     [
-        ("EVA02-B-16", None),
+        pytest.param("EVA02-B-16", None, marks=pytest.mark.slow),
         ("EVA02-L-14", 2),
         ("EVA02-L-14-336", 1),
         ("EVA01-g-14", 2),
-        ("EVA02-E-14", 2),
+        pytest.param("EVA02-E-14", 2, marks=pytest.mark.slow),
     ],
 )
-def test_features_equal_those_of_open_clip(
-    name: str, layers: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_features_equal_those_of_open_clip(name: str, layers: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     peer = _peer(name, layers, monkeypatch)
     model = _loaded(_same(name, layers), peer)
     images = random_images(1, model.config.vision.image_size)

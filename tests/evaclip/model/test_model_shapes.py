@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import random_images, random_tokens, small_model
+from small_models import random_images, random_tokens, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import evakernels
@@ -64,9 +64,7 @@ def test_formula_agrees_with_torch(vision: dict[str, object], monkeypatch: pytes
     assert counter.get_total_flops() == 3 * flops_per_sample(model.config)
 
 
-def _torch_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object, **__: object
-) -> torch.Tensor:
+def _torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return ((q @ k.mT) @ v).transpose(1, 2).contiguous()
 

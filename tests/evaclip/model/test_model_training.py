@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import NO_ROPE, random_images, random_tokens, small_model
+from small_models import NO_ROPE, random_images, random_tokens, small_model
 from torch import Tensor, nn
 
 from evaclip import CLIP
@@ -87,9 +87,7 @@ def test_checkpointing_keeps_fewer_activations() -> None:
         model = small_model().train()
         model.set_grad_checkpointing(enable)
         saved: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t
-        ):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
             model(random_images(4), random_tokens(4))
         sizes[enable] = sum(saved)
     assert sizes[True] < 0.5 * sizes[False]
@@ -132,6 +130,7 @@ def test_models_with_and_without_rope_do_not_disturb_each_other() -> None:
         _assert_same(expected, {n: p.grad for n, p in model.named_parameters()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "vision", [{"patch_dropout": 0.5}, {**NO_ROPE, "post_norm": True, "drop_path": 0.2, "layers": 2}]
 )

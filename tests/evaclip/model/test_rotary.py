@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import random_images, small_model
 from plain_vision import plain_angles
+from small_models import random_images, small_model
 
 from evaclip import CLIP, VisionConfig, create_model, get_config
 from evaclip.model.rotary import RotaryTable

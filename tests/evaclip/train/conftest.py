@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
 from evaclip.train.config import TrainConfig
 from evaclip.train.overrides import parse_assignment, validate
+from evaclip.train.tree import merge
 
 OPTIONS: dict[str, Any] = {
     "embed_dim": 16,
@@ -18,10 +20,14 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    # Threads cost more than they give at this size, far more on a busy machine.
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def small_model() -> CLIP:
-    import torch
-
     torch.manual_seed(0)
     model = create_model("tiny", **OPTIONS)
     # The head starts so small that its features are all alike; tests need features that differ.
@@ -35,8 +41,6 @@ def run_config(tmp_path: Path) -> Callable[..., TrainConfig]:
     """Makes the configuration of a run of 6 steps; arguments are assignments as in `--set`."""
 
     def make(*assignments: str) -> TrainConfig:
-        from evaclip.train.tree import merge
-
         tree: dict[str, Any] = {
             "name": "run",
             "output": str(tmp_path),

@@ -1,7 +1,6 @@
 """Checkpoints: all or nothing, checked, thinned out."""
 
 import json
-import os
 from itertools import product
 from pathlib import Path
 
@@ -68,7 +67,7 @@ def test_damage_is_detected_and_the_previous_one_is_used(tmp_path: Path, name: s
     assert checkpoint.find("auto", tmp_path, said.append) == older
     assert len(said) == 1
     assert str(newer) in said[0]
-    with pytest.raises(UserError, match="damaged.*--resume auto"):
+    with pytest.raises(UserError, match=r"damaged.*--resume auto"):
         checkpoint.find("latest", tmp_path, said.append)
 
 
@@ -77,7 +76,7 @@ def test_what_is_asked_for_is_found(tmp_path: Path) -> None:
     for request, expected in {"none": None, "auto": newer, "latest": newer, str(older): older}.items():
         assert checkpoint.find(request, tmp_path, pytest.fail) == expected
     assert checkpoint.find("auto", tmp_path / "nowhere", pytest.fail) is None
-    with pytest.raises(UserError, match="no checkpoint folder 'nonsense'.*auto, latest"):
+    with pytest.raises(UserError, match=r"no checkpoint folder 'nonsense'.*auto, latest"):
         checkpoint.find("nonsense", tmp_path, pytest.fail)
     with pytest.raises(UserError, match="no checkpoint folder"):
         checkpoint.find("latest", tmp_path / "nowhere", pytest.fail)
@@ -90,7 +89,7 @@ def test_a_crash_while_saving_leaves_the_earlier_one(tmp_path: Path, monkeypatch
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", crash)
+        patch.setattr(Path, "rename", crash)
         with pytest.raises(OSError, match="no space"):
             save(tmp_path, 2)
     assert checkpoint.find("auto", tmp_path, pytest.fail) == older

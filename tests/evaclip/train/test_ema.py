@@ -39,9 +39,14 @@ def test_applied_shows_the_average_and_puts_back_even_on_an_error() -> None:
     average = ema.state_dict()["weight"].clone()
     nn.init.ones_(model.weight)
     own = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match="inside"), ema.applied():
-        assert torch.equal(model.weight, average)
-        raise RuntimeError("inside")
+
+    def use() -> None:
+        with ema.applied():
+            assert torch.equal(model.weight, average)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        use()
     assert torch.equal(model.weight, own["weight"])
 
 

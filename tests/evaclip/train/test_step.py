@@ -71,7 +71,8 @@ def test_accumulation_equals_the_whole_batch(
 def test_both_passes_of_accumulation_draw_the_same(
     small_model: CLIP, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for block in small_model.visual.blocks:
+    blocks: Any = small_model.visual.blocks
+    for block in blocks:
         block.drop_path = 0.5
     small_model.visual.patch_dropout = 0.5
     outputs: list[Tensor] = []
@@ -141,6 +142,32 @@ def test_every_precision_trains(
     assert losses[-1] < losses[0] - 0.1
 
 
+def test_amp_runs_the_model_in_16_bits_and_the_loss_in_32(small_model: CLIP, batch: tuple[Tensor, Tensor]) -> None:
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        image_features, text_features, _ = small_model(*batch)
+    expected = ContrastiveLoss(LossConfig())(
+        image_features.float(), text_features.float(), small_model.logit_scale.exp()
+    )
+    found = {
+        precision: make_step(copy.deepcopy(small_model), StepOptions(precision=precision))(*batch, 0).loss
+        for precision in ("fp32", "amp_bf16")
+    }
+    assert torch.equal(found["amp_bf16"], expected.detach())
+    assert not torch.equal(found["amp_bf16"], found["fp32"])
+
+
+def test_accumulation_equals_the_whole_batch_under_amp(small_model: CLIP, batch: tuple[Tensor, Tensor]) -> None:
+    small_model.visual.patch_dropout = 0.5
+    found = []
+    for accumulation in (1, 4):
+        step = make_step(copy.deepcopy(small_model), StepOptions(precision="amp_bf16", accumulation=accumulation))
+        step(*batch, step=3)
+        found.append(gradients(step))
+    assert found[0].keys() == found[1].keys()
+    for name, expected in found[0].items():
+        assert (found[1][name] - expected).norm() <= 0.03 * expected.norm() + 1e-6, name
+
+
 def test_loss_scale_does_not_change_the_gradients(small_model: CLIP, batch: tuple[Tensor, Tensor]) -> None:
     plain = make_step(copy.deepcopy(small_model), StepOptions(precision="amp_fp16"))
     plain.loss_scale.scale.fill_(1.0)
@@ -168,10 +195,10 @@ def test_logit_scale_is_clamped(small_model: CLIP, batch: tuple[Tensor, Tensor],
 
 def test_kept_tokens_do_not_depend_on_the_number_of_processes() -> None:
     cpu = torch.device("cpu")
-    whole = token_index((7, 3), range(0, 600), 16, 8, cpu)
+    whole = token_index((7, 3), range(600), 16, 8, cpu)
     parts = [token_index((7, 3), range(start, start + 200), 16, 8, cpu) for start in (0, 200, 400)]
     assert torch.equal(torch.cat(parts), whole)
     assert whole.shape == (600, 8)
     assert not torch.equal(whole[:256], whole[256:512])
-    assert not torch.equal(token_index((7, 4), range(0, 600), 16, 8, cpu), whole)
-    assert not torch.equal(token_index((8, 3), range(0, 600), 16, 8, cpu), whole)
+    assert not torch.equal(token_index((7, 4), range(600), 16, 8, cpu), whole)
+    assert not torch.equal(token_index((8, 3), range(600), 16, 8, cpu), whole)

@@ -26,7 +26,8 @@ def test_an_open_clip_command_line() -> None:
         *("--epochs", "32", "--warmup", "2000", "--lr", "1e-3", "--wd", "0.2", "--beta1", "0.8", "--beta2", "0.95"),
         *("--eps", "1e-8", "--grad-clip-norm", "1.0", "--precision", "amp_bfloat16", "--workers", "6"),
         *("--model", "EVA02-B-16", "--pretrained", "w.pt", "--force-patch-dropout", "0.5", "--grad-checkpointing"),
-        *("--name", "n", "--logs", "out", "--seed", "3", "--save-frequency", "2", "--siglip", "--lr-scheduler", "const"),
+        *("--name", "n", "--logs", "out", "--seed", "3", "--save-frequency", "2", "--siglip"),
+        *("--lr-scheduler", "const"),
         *("--csv-img-key", "i", "--csv-caption-key", "c", "--csv-separator", ",", "--log-every-n-steps", "7"),
     )
     assert config.data.train == "shards/{000..009}.tar"

@@ -57,7 +57,7 @@ def test_bad_values_name_the_key_the_value_and_what_is_accepted(
 
 
 def test_label_smoothing_is_refused_for_siglip(run_config: Make) -> None:
-    with pytest.raises(UserError, match="label_smoothing=0.1 needs name=clip"):
+    with pytest.raises(UserError, match=r"label_smoothing=0\.1 needs name=clip"):
         run_config("loss.name=siglip", "loss.label_smoothing=0.1")
 
 
@@ -124,7 +124,7 @@ def test_files_that_are_no_configuration(tmp_path: Path, content: str | None, me
 
 
 def test_unknown_recipe_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="unknown recipe 'eva02-b16'.*'eva02-b-16'"):
+    with pytest.raises(UserError, match=r"unknown recipe 'eva02-b16'.*'eva02-b-16'"):
         get_recipe("eva02-b16")
 
 

@@ -191,7 +191,7 @@ def test_going_back_has_a_limit(run_config: Make, change_batches: Callable[[Chan
 def test_other_data_is_refused_unless_allowed(run_config: Make, capsys: Any) -> None:
     train(run_config())
     other = ("data.num_samples=48", "schedule.steps=8")
-    with pytest.raises(UserError, match="not what the checkpoint was trained on.*allow_data_change"):
+    with pytest.raises(UserError, match=r"not what the checkpoint was trained on.*allow_data_change"):
         train(run_config(*other), resume="auto")
     outcome = train(run_config(*other, "checkpoint.allow_data_change=true"), resume="auto")
     assert outcome.steps == 8
@@ -214,7 +214,7 @@ def test_resume_auto_without_a_checkpoint_starts_at_the_beginning(run_config: Ma
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("data.train=", "data.train is not set"),
+        ("data.train=''", "data.train is not set"),
         ("data.train=/no/such/file.tar", "/no/such/file.tar does not exist"),
         ("batch_size=64", "40 samples are too few for one global batch of 64"),
         ("model.name=EVA02-B16", "unknown model 'EVA02-B16'.*'EVA02-B-16'"),
@@ -223,6 +223,9 @@ def test_resume_auto_without_a_checkpoint_starts_at_the_beginning(run_config: Ma
         ("model.pretrained=nowhere.pt", "nowhere.pt"),
     ],
 )
-def test_what_cannot_be_run_is_said_in_one_line(run_config: Make, assignment: str, message: str) -> None:
+def test_what_cannot_be_run_is_said_and_leaves_nothing(
+    run_config: Make, tmp_path: Path, assignment: str, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         train(run_config(assignment))
+    assert not (tmp_path / "run").exists()

@@ -61,9 +61,7 @@ def test_layouts_are_equal(layout: str, vision: dict[str, Any]) -> None:
 
 def test_names_of_open_clip() -> None:
     names = set(to_open_clip(_state()))
-    block = {
-        n.removeprefix("visual.trunk.blocks.1.") for n in names if n.startswith("visual.trunk.blocks.1.")
-    }
+    block = {n.removeprefix("visual.trunk.blocks.1.") for n in names if n.startswith("visual.trunk.blocks.1.")}
     both = ("weight", "bias")
     assert block == {
         *(f"{module}.{kind}" for module in ("norm1", "norm2", "attn.norm", "attn.proj") for kind in both),

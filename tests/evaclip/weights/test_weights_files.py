@@ -54,9 +54,7 @@ class _Stranger:
     pass
 
 
-@pytest.mark.parametrize(
-    "kind", ["missing", "suffix", "code", "tensor", "cut", "cut.safetensors", "no state"]
-)
+@pytest.mark.parametrize("kind", ["missing", "suffix", "code", "tensor", "cut", "cut.safetensors", "no state"])
 def test_unreadable_files(kind: str, tmp_path: Path) -> None:
     path = tmp_path / (kind if kind == "cut.safetensors" else f"{kind}.pt")
     message = "can't be read as weights"

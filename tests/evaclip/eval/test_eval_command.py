@@ -1,0 +1,132 @@
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from eval_fakes import COLORS, png, write_tar
+from safetensors.torch import load_file
+
+from evaclip.errors import UserError
+from evaclip.eval.command import add_commands
+from evaclip.eval.load import load_model
+from evaclip.report import write_report
+from evaclip.train.config import EvalConfig, LogConfig
+from evaclip.train.recipes import get_recipe
+from evaclip.train.trainer import train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps that also kept a moving average."""
+    recipe = get_recipe("tiny")
+    config = replace(
+        recipe,
+        output=str(tmp_path_factory.mktemp("runs")),
+        batch_size=8,
+        schedule=replace(recipe.schedule, steps=4),
+        ema_decay=0.5,
+        eval=EvalConfig(),
+        log=LogConfig(every_steps=1, tensorboard=False, progress="none"),
+    )
+    return train(config).folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def evaclip(*words: object) -> None:
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers())
+    args = parser.parse_args([str(word) for word in words])
+    args.run(args)
+
+
+def test_zero_shot_prints_stores_and_writes(run: Path, color_shard: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names, out = run / "names.txt", run / "result.json"
+    names.write_text("\n".join(COLORS))
+    common = ("--data", color_shard, "--classes", names, "--title", "Eight Colours!", "--workers", 0)
+    evaclip("eval", "zero-shot", run, *common, "--templates", "a {} square", "--show-classes", "--json", out)
+    printed = capsys.readouterr().out
+    assert "zero-shot: Eight Colours!" in printed
+    assert "12.50 %" in printed
+    stored = json.loads(out.read_text())
+    assert (run / "evaluations" / "zero-shot-eight-colours.json").read_text() == out.read_text()
+    assert stored["metrics"]["samples"] == stored["metrics"]["classes"] == 8
+    assert stored["prompts"] == {"classes": 8, "templates": ["a {} square"]}
+    assert stored["model"]["origin"].endswith("ema.safetensors")
+    evaclip("eval", "zero-shot", run, *common, "--caption-key", "cls", "--templates", "a {} square")
+    by_label = json.loads((run / "evaluations" / "zero-shot-eight-colours.json").read_text())
+    assert by_label["metrics"] == stored["metrics"]
+
+
+def test_retrieval_leaves_what_the_report_needs(run: Path, color_shard: Path) -> None:
+    evaclip("eval", "retrieval", run / "checkpoints" / "step_00000004", "--data", color_shard, "--workers", 0)
+    (result,) = (run / "evaluations").iterdir()
+    assert json.loads(result.read_text())["metrics"]["images"] == 8
+    html, png_file = write_report(run)
+    assert "pictures searched" in html.read_text()
+    assert png_file.stat().st_size > 20_000
+
+
+def test_linear_probe_on_folders(run: Path, tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for color in ("red", "blue"):
+            folder = tmp_path / part / color
+            folder.mkdir(parents=True)
+            for number in range(6):
+                channel = 180 + 10 * number + (part == "test")
+                picture = (channel, 0, 0) if color == "red" else (0, 0, channel)
+                (folder / f"{number}.png").write_bytes(png(picture, 32))
+    out = tmp_path / "probe.json"
+    common = ("--train", tmp_path / "train", "--data", tmp_path / "test", "--cache", tmp_path / "cache")
+    evaclip("eval", "linear-probe", run, *common, "--workers", 0, "--json", out)
+    assert json.loads(out.read_text())["metrics"]["top1"] == 1.0
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_the_average_is_loaded_unless_refused(run: Path) -> None:
+    checkpoint = run / "checkpoints" / "step_00000004"
+    for average, file in ((True, "ema.safetensors"), (False, "model.safetensors")):
+        loaded = load_model(str(run), average=average)
+        expected = load_file(checkpoint / file)["visual.head.weight"]
+        assert torch.equal(loaded.model.state_dict()["visual.head.weight"], expected)
+        assert loaded.origin.endswith(file)
+        assert loaded.run == run
+    assert loaded.name == "tiny"
+    assert loaded.transform.size == loaded.model.config.vision.image_size
+
+
+def test_a_checkpoint_outside_a_run_and_a_name_are_loaded(run: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(run / "checkpoints" / "step_00000004", tmp_path / "alone"))
+    alone = load_model(str(checkpoint), average=False)
+    assert alone.run is None
+    named = load_model(f"tiny:{checkpoint / 'model.safetensors'}")
+    assert torch.equal(named.model.text.text_projection, alone.model.text.text_projection)
+    assert load_model("tiny").origin == "random weights"
+
+
+def test_wrong_models_are_told(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no folder 'runs/none'; give a run folder"):
+        load_model("runs/none")
+    with pytest.raises(UserError, match="did you mean 'tiny'"):
+        load_model("tinny")
+    (run / "checkpoints" / "step_00000004" / "model.json").unlink()
+    with pytest.raises(UserError, match="give it as NAME:"):
+        load_model(str(run))
+    with pytest.raises(UserError, match=r"has no model\.safetensors"):
+        load_model(str(tmp_path))
+
+
+def test_wrong_data_is_told_before_the_model_is_looked_for(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "x.tar", {"a": {"png": png((0, 0, 0)), "txt": b"black"}})
+    with pytest.raises(UserError, match=r"none\.tar"):
+        evaclip("eval", "zero-shot", "no-model", "--data", tmp_path / "none.tar")
+    with pytest.raises(UserError, match="batch size must be 1 or more, got 0"):
+        evaclip("eval", "retrieval", "no-model", "--data", shard, "--batch-size", 0)
+    with pytest.raises(UserError, match=r"lacks the placeholder|cannot read templates"):
+        evaclip("eval", "zero-shot", "no-model", "--data", shard, "--templates", "a photo")

@@ -1,0 +1,68 @@
+"""Two processes give what one gives."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from evaclip.train.config import TrainConfig
+from evaclip.train.distributed import World, _buckets
+from evaclip.train.overrides import dump_yaml
+from evaclip.train.progress import read_log
+from evaclip.train.trainer import train
+
+LAST = "checkpoints/step_00000004/model.safetensors"
+
+
+def run_two(config: TrainConfig, folder: Path, *arguments: str) -> str:
+    path = folder / "config.yaml"
+    path.write_text(dump_yaml(config))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+        "-m", "evaclip.cli", "train", "tiny", "--config", str(path), *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_two_processes_equal_one(loss: str, run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    common = [
+        f"loss.name={loss}", "accumulation=2", "model.patch_dropout=0.5", "schedule.steps=4", "optim.name=lamb",
+        "optim.grad_clip_norm=0.5", "eval={data: {num_samples: 64, workers: 0}, samples: 16}",
+    ]  # fmt: skip
+    one = train(run_config(*common, "name=one")).folder
+    output = run_two(run_config(*common, "name=two"), tmp_path)
+    assert output.count("step 1/4") == 1
+    two = tmp_path / "two"
+    expected, found = load_file(one / LAST), load_file(two / LAST)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    logs = [[r for r in read_log(run / "log.jsonl") if "loss" in r] for run in (one, two)]
+    for left, right in zip(*logs, strict=True):
+        assert right["loss"] == pytest.approx(left["loss"], rel=1e-5)
+        assert right["grad_norm"] == pytest.approx(left["grad_norm"], rel=1e-4)
+        assert right["samples"] == left["samples"]
+
+
+def test_a_world_of_one_changes_nothing() -> None:
+    world = World(torch.device("cpu"))
+    assert world.is_main
+    assert world.any(True, False) == (True, False)
+    assert world.gather(3) == [3]
+    assert world.from_main("x") == "x"
+    assert world.mean_(torch.tensor(2.0)) == 2.0
+
+
+def test_buckets_hold_neighbours_of_one_type_up_to_the_limit() -> None:
+    big = torch.empty(5 * 2**20)
+    tensors = [torch.empty(3), big, big, torch.empty(2, dtype=torch.bfloat16), torch.empty(1, dtype=torch.bfloat16)]
+    assert [[t.numel() for t in bucket] for bucket in _buckets(tensors)] == [[3, 5 * 2**20], [5 * 2**20], [2, 1]]
+    assert list(_buckets([])) == []

@@ -1,0 +1,92 @@
+"""`evaclip train` on the command line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from evaclip.cli import main
+from evaclip.train.config import TrainConfig
+from evaclip.train.overrides import dump_yaml, validate
+from evaclip.train.recipes import RECIPES, get_recipe
+
+
+@pytest.fixture
+def config_file(run_config: Callable[..., TrainConfig], tmp_path: Path) -> str:
+    path = tmp_path / "my.yaml"
+    path.write_text(dump_yaml(run_config()))
+    return str(path)
+
+
+def test_without_a_recipe_all_are_listed(capsys: Any) -> None:
+    assert main(["train"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(RECIPES)
+    assert all(line.endswith(".") for line in lines)
+
+
+def test_print_config_is_complete_and_later_words_win(capsys: Any, tmp_path: Path) -> None:
+    part = tmp_path / "part.yaml"
+    part.write_text("optim: {lr: 1.0, eps: 0.5}\nseed: 7\n")
+    arguments = ["train", "tiny", "--config", str(part), "--lr", "2.0", "--set", "seed=8", "log.every_steps=3"]
+    assert main([*arguments, "--device", "cpu", "--print-config"]) == 0
+    config = validate(yaml.safe_load(capsys.readouterr().out))
+    assert (config.optim.lr, config.optim.eps, config.seed) == (2.0, 0.5, 8)
+    assert (config.log.every_steps, config.device) == (3, "cpu")
+    assert config.schedule == get_recipe("tiny").schedule
+
+
+def test_a_dry_run_shows_the_plan_and_saves_nothing(
+    config_file: str, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    arguments = ["--set", "model.patch_dropout=0.5", "accumulation=2", "optim.visual.layer_decay=0.9"]
+    assert main(["train", "tiny", "--config", config_file, "--dry-run", *arguments]) == 0
+    text = capsys.readouterr().out
+    for part in ("8 = 1 processes x 2 chunks x 4", "8 of 16", "6 steps, 48 samples, 1.20 epochs", "first step", "loss"):
+        assert part in text
+    assert [path.name for path in tmp_path.iterdir()] == ["my.yaml"]
+
+
+def test_a_run_from_a_file_and_notes_on_aliases(config_file: str, capsys: Any, tmp_path: Path) -> None:
+    assert main(["train", "tiny", "--config", config_file, "--local-loss", "--name", "named"]) == 0
+    assert "--local-loss: the loss here is always" in capsys.readouterr().out
+    records = [json.loads(line) for line in (tmp_path / "named" / "log.jsonl").read_text().splitlines()]
+    assert len(records) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tinny"], "error: unknown recipe 'tinny'; did you mean 'tiny'?"),
+        (["tiny", "--set", "optim.lrr=1"], "error: unknown configuration key 'optim.lrr'; did you mean 'optim.lr'?"),
+        (["tiny", "--batch-size", "-4"], "error: batch_size=-4: input should be greater than 0"),
+        (["tiny", "--config", "missing.yaml"], "error: cannot read the configuration 'missing.yaml'"),
+        (["eva02-b-16"], "error: data.train is not set"),
+        (["tiny", "--resume", "latest", "--name", "never-made"], "error: there is no checkpoint folder"),
+        (["tiny", "--bogus"], "error: unrecognized arguments: --bogus"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(arguments: list[str], message: str, capsys: Any) -> None:
+    code: Any
+    try:
+        code = main(["train", *arguments])
+    except SystemExit as exc:
+        code = exc.code
+    errors = capsys.readouterr().err.splitlines()
+    assert code == 2
+    assert len(errors) == 1
+    assert errors[0].startswith(message)
+
+
+def test_a_signal_is_the_exit_code(config_file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from evaclip.train import trainer
+
+    outcome = trainer.Outcome(tmp_path, 3, {}, stopped_by=143)
+    monkeypatch.setattr(trainer, "train", lambda *args, **kwargs: outcome)
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "tiny", "--config", config_file])
+    assert caught.value.code == 143

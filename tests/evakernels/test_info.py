@@ -1,0 +1,27 @@
+"""`info()` on this machine; tests/packaging covers it without the native library."""
+
+import json
+import platform
+
+import torch
+
+from evakernels import _native
+from evakernels._info import info
+
+
+def test_info_is_plain_and_true() -> None:
+    found = info()
+    assert json.loads(json.dumps(found)) == found
+    assert found["python"] == platform.python_version()
+    assert found["torch"] == torch.__version__
+    assert found["native"]["loaded"] == _native.LOADED
+    assert found["native"]["reason"] == _native.REASON
+    assert found["cuda"]["available"] == torch.cuda.is_available()
+    assert len(found["cuda"]["devices"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def test_info_says_which_instruction_set_runs() -> None:
+    native = info()["native"]
+    if native["loaded"]:
+        assert native["isa"] == native["isas_available"][-1]
+        assert set(native["isas_available"]) <= set(native["isas_built"])
