@@ -33,7 +33,7 @@ def leaf(subparsers: Any, name: str, *, help: str, examples: Sequence[str] = ())
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     # Imported here so that `import evaclip.cli` stays cheap for those who only want `leaf`.
-    from evaclip import doctor, report
+    from evaclip import demo, doctor, report
     from evaclip.data import command as data
     from evaclip.eval import command as evaluate
     from evaclip.train import command as train
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(
         title="commands", metavar="COMMAND", required=True, parser_class=_Parser
     )
-    for module in (train, evaluate, data, report, doctor):
+    for module in (train, evaluate, data, demo, report, doctor):
         module.add_commands(subparsers)
     return parser
 

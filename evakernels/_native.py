@@ -23,7 +23,7 @@ def _load() -> str | None:
     if not _LIBRARY.exists():
         return _why_not_built()
     try:
-        torch.ops.load_library(_LIBRARY)  # type: ignore[no-untyped-call]
+        torch.ops.load_library(_LIBRARY)
     except OSError as exc:
         return f"{_LIBRARY.name} can't be loaded under torch {torch.__version__}: {exc}"
     return None

@@ -211,7 +211,7 @@ def _store(file: Path, stamp: NDArray[np.int64], index: TarIndex) -> None:
 
 def _load(file: Path, stamp: NDArray[np.int64]) -> TarIndex | None:
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             if not np.array_equal(stored["stamp"], stamp):
                 return None
             return TarIndex(

@@ -47,7 +47,7 @@ def add_commands(subparsers: Any) -> None:
         subparsers,
         "report",
         help="write report.html and report.png of a run",
-        examples=["evaclip report runs/demo", "evaclip report runs/demo --output /tmp/report"],
+        examples=["evaclip report runs/demo", "evaclip report runs/demo --output docs/report"],
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the folder of a run")
     parser.add_argument("--output", metavar="FOLDER", type=Path, help="where to write it (default: RUN_DIR)")

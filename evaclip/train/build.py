@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evaclip.data import Source, TrainLoader, open_configured
 from evaclip.errors import UserError
-from evaclip.factory import create_model, get_tokenizer
+from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
 from evaclip.model.flops import flops_per_sample
 from evaclip.train import rng
@@ -22,6 +22,7 @@ from evaclip.train.optimizer import build_optimizer, parameter_groups
 from evaclip.train.schedule import total_steps
 from evaclip.train.step import StepOptions, TrainStep
 from evaclip.train.throughput import BACKWARD_FACTOR, peak_flops
+from evaclip.tokenizer import Tokenizer
 from evaclip.transforms import EvalTransform, TrainTransform
 
 _JPEG_MARGIN = 2
@@ -69,7 +70,7 @@ def build(config: TrainConfig, world: World) -> Parts:
     loss = ContrastiveLoss(config.loss, world.group).to(world.device)
     optimizer = build_optimizer(parameter_groups(model, loss, config.optim), config.optim)
     options = StepOptions(config.precision, config.accumulation, config.optim.grad_clip_norm, config.seed)
-    tokenizer = get_tokenizer(config.model.name)
+    tokenizer = Tokenizer(model.config.text.context_length)
     epoch_samples = config.schedule.epoch_samples or len(source)
     return Parts(
         config=config,

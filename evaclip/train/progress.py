@@ -29,6 +29,7 @@ class Record:
         lr: the optimizer's own rate at this step.
         logit_scale: the factor on the similarities, exponentiated.
         skipped: steps so far whose update was left out because something was not finite.
+        bad_samples: samples so far that could not be used and were replaced, in the main process's part.
         samples_per_second: over all processes, since the last record.
         data_wait: share of that time spent waiting for data.
         mfu: model FLOP/s over the device's peak.
@@ -43,6 +44,7 @@ class Record:
     logit_scale: float
     grad_norm: float
     skipped: int
+    bad_samples: int
     samples_per_second: float
     data_wait: float
     mfu: float
@@ -210,9 +212,10 @@ class TensorBoard:
 def summary(record: Record) -> str:
     """The numbers that a person watches."""
     skipped = f"  skipped {record.skipped}" if record.skipped else ""
+    bad = f"  bad samples {record.bad_samples}" if record.bad_samples else ""
     return (
         f"loss {record.loss:.4f}  lr {record.lr:.2e}  {record.samples_per_second:,.1f} samples/s  "
-        f"data wait {record.data_wait:.0%}  MFU {record.mfu:.1%}{skipped}"
+        f"data wait {record.data_wait:.0%}  MFU {record.mfu:.1%}{skipped}{bad}"
     )
 
 

@@ -59,7 +59,7 @@ def tiny() -> TrainConfig:
         batch_size=32,
         data=drawn,
         model=ModelConfig(name="tiny"),
-        optim=OptimConfig(lr=1e-3, grad_clip_norm=1.0),
+        optim=OptimConfig(lr=5e-4, grad_clip_norm=1.0),
         schedule=ScheduleConfig(steps=180, warmup_steps=10),
         log=LogConfig(every_steps=10),
         eval=EvalConfig(data=replace(drawn, num_samples=samples + held_out), first=samples),

@@ -26,12 +26,14 @@ class Position:
     Attributes:
         step: optimizer steps done.
         samples: position in the stream of training samples, over all processes.
+        bad_samples: samples of this process's part that could not be used and were replaced.
         seconds: time that the run has taken, over all processes that went on with it.
         rollbacks: returns of this process to an earlier checkpoint.
     """
 
     step: int = 0
     samples: int = 0
+    bad_samples: int = 0
     seconds: float = 0.0
     rollbacks: int = 0
 
@@ -45,6 +47,7 @@ def take(parts: Parts, position: Position) -> checkpoint.Content | None:
     state = {
         "step": position.step,
         "samples": position.samples,
+        "bad_samples": position.bad_samples,
         "seconds": position.seconds,
         "train_step": parts.step.state_dict(),
         "rng": states,
@@ -101,7 +104,7 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
         remarks.append(
             f"{len(state['rng'])} processes wrote the checkpoint, {parts.world.size} go on: new random states"
         )
-    return Position(state["step"], state["samples"], state["seconds"]), remarks
+    return Position(state["step"], state["samples"], state["bad_samples"], state["seconds"]), remarks
 
 
 def _data_changed(parts: Parts) -> str:

@@ -133,6 +133,7 @@ class Trainer:
         result = parts.step(images, tokens, position.step)
         position.step += 1
         position.samples = batch.position
+        position.bad_samples += batch.skipped
         self.meter.count(self.config.batch_size)
         if parts.ema:
             parts.ema.update(position.step)
@@ -164,6 +165,7 @@ class Trainer:
                 logit_scale=math.exp(log_scale),
                 grad_norm=grad_norm,
                 skipped=int(skipped),
+                bad_samples=self.position.bad_samples,
                 samples_per_second=rates.samples_per_second,
                 data_wait=rates.data_wait,
                 mfu=flops / self.parts.peak_flops,

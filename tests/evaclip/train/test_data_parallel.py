@@ -32,6 +32,7 @@ def run_two(config: TrainConfig, folder: Path, *arguments: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["clip", "siglip"])
 def test_two_processes_equal_one(loss: str, run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     common = [

@@ -21,6 +21,7 @@ RECORD = Record(
     logit_scale=14.3,
     grad_norm=1.0,
     skipped=0,
+    bad_samples=0,
     samples_per_second=100.0,
     data_wait=0.25,
     mfu=0.375,
@@ -68,11 +69,11 @@ def test_the_terminal_shows_what_matters(
     monkeypatch.setenv("COLUMNS", "200")
     with open_report(LogConfig(progress=progress), None, 0, 20) as report:  # type: ignore[arg-type]
         report.say("resuming [from] somewhere")
-        report.record(replace(RECORD, skipped=3))
+        report.record(replace(RECORD, skipped=3, bad_samples=7))
         report.evaluation(5, {"top1": 0.5, "samples": 512})
     text = capsys.readouterr().out
     for part in ("resuming [from] somewhere", "loss 2.5000", "100.0 samples/s", "data wait 25%", "MFU 37.5%",
-                 "skipped 3", "eta", "5/20", "top1 50.00%", "samples 512"):  # fmt: skip
+                 "skipped 3", "bad samples 7", "eta", "5/20", "top1 50.00%", "samples 512"):  # fmt: skip
         assert part in text
 
 

@@ -49,6 +49,7 @@ def kill_after(config: TrainConfig, step: int, folder: Path) -> str:
     return "".join(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_kill_and_resume_is_bit_exact(
     variant: str, run_config: Callable[..., TrainConfig], tmp_path: Path, capsys: Any

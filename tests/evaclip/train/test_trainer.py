@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,14 @@ def test_going_back_has_a_limit(run_config: Make, change_batches: Callable[[Chan
         train(run_config(policy, "checkpoint.every_steps=1"))
     with pytest.raises(TrainingDiverged, match="no good checkpoint"):
         train(run_config(policy, "name=other"))
+
+
+def test_bad_samples_are_counted(run_config: Make, change_batches: Callable[[Change], None], tmp_path: Path) -> None:
+    change_batches(lambda number, batch: replace(batch, skipped=number))
+    train(run_config("schedule.steps=3", "checkpoint.every_steps=1"))
+    (tmp_path / "run/checkpoints/step_00000003/state.pt").unlink()
+    train(run_config("schedule.steps=3"), resume="auto")
+    assert [record["bad_samples"] for record in read_log(tmp_path / "run" / "log.jsonl")] == [1, 3, 6]
 
 
 def test_other_data_is_refused_unless_allowed(run_config: Make, capsys: Any) -> None:
