@@ -39,9 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     from evaclip.train import command as train
 
     parser = _Parser(prog="evaclip", description="Train, evaluate and inspect EVA-CLIP models.")
-    subparsers = parser.add_subparsers(
-        title="commands", metavar="COMMAND", required=True, parser_class=_Parser
-    )
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     for module in (train, evaluate, data, demo, report, doctor):
         module.add_commands(subparsers)
     return parser

@@ -97,8 +97,9 @@ def fit_to_budget(config: "TrainConfig", minutes: float, say: Callable[[str], No
 
 def _steps_per_second(config: "TrainConfig") -> float:
     """Measured by the first steps of the same run, elsewhere."""
+    from evaclip.run_files import LOG_FILE
     from evaclip.train.config import LogConfig
-    from evaclip.train.progress import LOG_FILE, read_log
+    from evaclip.train.progress import read_log
     from evaclip.train.trainer import train
 
     schedule = replace(config.schedule, steps=_SPEED_STEPS, epochs=None)
@@ -140,10 +141,10 @@ def _stop_if_asked(outcome: "Outcome") -> None:
 
 
 def _check_replaceable(out: Path) -> None:
-    from evaclip.eval.load import RUN_CONFIG_FILE
+    from evaclip.run_files import CONFIG_FILE
     from evaclip.train.overrides import load_yaml
 
-    path = out / RUN_CONFIG_FILE
+    path = out / CONFIG_FILE
     if path.is_file() and load_yaml(path).get("model", {}).get("name") != RECIPE:
         raise UserError(f"{str(out)!r} holds another run, which the demo would replace: choose another folder by --out")
 

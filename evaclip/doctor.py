@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     """Prints one table for the system, one for the packages and one for the ops."""
     from rich.console import Console
 
-    from evakernels._info import info
+    from evakernels import info
 
     console = Console()
     console.print(_table("System", ("what", "state"), system_rows(info())))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageFilter
 from torch import Generator, Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
@@ -22,6 +22,8 @@ Range = tuple[float, float]
 
 WHITE: Color = (255, 255, 255)
 _CROP_ATTEMPTS = 10
+_OUTLINE_GAIN = 4
+_OUTLINE_STRENGTH = (0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Augmentation:
         brightness, contrast, saturation: each is changed by a factor in `[1 - value, 1 + value]`.
         hue: largest shift of the hue, as a share of the colour circle, at most 0.5.
         grayscale: probability of losing the colours.
-        random_background: a random colour behind transparent pictures, instead of white.
+        background: probability of a random colour behind a transparent picture, instead of white.
+        outline: probability of darkened edges, as if contours were drawn, by a strength of 0.5 to 1.
     """
 
     scale: Range = (0.9, 1.0)
@@ -50,7 +53,8 @@ class Augmentation:
     saturation: float = 0.0
     hue: float = 0.0
     grayscale: float = 0.0
-    random_background: bool = False
+    background: float = 0.0
+    outline: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("scale", "ratio", "zoom"):
@@ -61,7 +65,7 @@ class Augmentation:
         if self.scale[1] > 1:
             raise UserError(f"augmentation.scale is {self.scale}; a crop can't exceed the image (1.0)")
         limits = {"rotation": 180.0, "translation": 1.0, "hue": 0.5, "grayscale": 1.0}
-        limits |= dict.fromkeys(("brightness", "contrast", "saturation"), 1.0)
+        limits |= dict.fromkeys(("brightness", "contrast", "saturation", "background", "outline"), 1.0)
         for name, limit in limits.items():
             if not 0 <= getattr(self, name) <= limit:
                 raise UserError(f"augmentation.{name} is {getattr(self, name)}; expected 0..{limit:g}")
@@ -106,7 +110,7 @@ class TrainTransform:
             seed = int(torch.randint(2**63 - 1, ()))
         generator = torch.Generator().manual_seed(seed)
         options = self.augmentation
-        background = _random_color(generator) if options.random_background else WHITE
+        background = _random_color(generator) if _happens(options.background, generator) else WHITE
         image = _on_background(image, background)
         mode = InterpolationMode(self.preprocess.interpolation)
         box = crop_box(image.height, image.width, options.scale, options.ratio, generator)
@@ -213,9 +217,19 @@ def _recolor(image: Image.Image, options: Augmentation, generator: Generator) ->
     for adjust, strength, center in changes:
         if strength:
             image = adjust(image, _uniform((center - strength, center + strength), generator))
-    if options.grayscale and _uniform((0.0, 1.0), generator) < options.grayscale:
+    if _happens(options.grayscale, generator):
         image = F.to_grayscale(image, num_output_channels=3)
+    if _happens(options.outline, generator):
+        image = _outlined(image, _uniform(_OUTLINE_STRENGTH, generator))
     return image
+
+
+def _outlined(image: Image.Image, strength: float) -> Image.Image:
+    """Darkens a picture where its brightness differs from that of the neighbourhood."""
+    gray = image.convert("L")
+    edges = ImageChops.difference(gray, gray.filter(ImageFilter.BoxBlur(1)))
+    edges = edges.point([min(255, round(strength * _OUTLINE_GAIN * level)) for level in range(256)])
+    return ImageChops.subtract(image, Image.merge("RGB", (edges, edges, edges)))
 
 
 def _to_tensor(image: Image.Image, preprocess: Preprocess) -> Tensor:
@@ -227,6 +241,10 @@ def _to_tensor(image: Image.Image, preprocess: Preprocess) -> Tensor:
 def _random_color(generator: Generator) -> Color:
     red, green, blue = torch.randint(256, (3,), generator=generator).tolist()
     return red, green, blue
+
+
+def _happens(probability: float, generator: Generator) -> bool:
+    return probability > 0 and _uniform((0.0, 1.0), generator) < probability
 
 
 def _uniform(bounds: Range, generator: Generator) -> float:

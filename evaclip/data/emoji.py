@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from evaclip.data.atomic import replacing
+from evaclip.atomic import replacing
 from evaclip.data.shard_writer import write_shards
 from evaclip.errors import UserError, unknown_name
 

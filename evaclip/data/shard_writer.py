@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 
-from evaclip.data.atomic import replacing
+from evaclip.atomic import replacing
 
 WritableSample = tuple[str, Mapping[str, bytes]]
 """(key, {extension: content})."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from evaclip.data.atomic import replacing
+from evaclip.atomic import replacing
 from evaclip.data.packed_strings import PackedStrings
 from evaclip.errors import UserError
 

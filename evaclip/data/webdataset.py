@@ -142,5 +142,7 @@ class _CaptionField:
             parsed = json.loads(text)
             values = parsed.get(self._field) if isinstance(parsed, dict) else None
         listed = values if isinstance(values, list) else [values]
-        stripped = (value.strip() for value in listed if isinstance(value, str))
+        # A number is a caption too: class labels often are.
+        texts = (str(value) for value in listed if isinstance(value, str | int) and not isinstance(value, bool))
+        stripped = (text.strip() for text in texts)
         return tuple(caption for caption in stripped if caption)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from evaclip.atomic import replacing
 from evaclip.data import BadSample, Source, iterate
 from evaclip.errors import UserError
 
@@ -239,9 +239,8 @@ class _CacheFile:
 
     def save(self, tensors: dict[str, Tensor]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(f".tmp{os.getpid()}")
-        save_file(tensors, unfinished)
-        unfinished.replace(self.path)
+        with replacing(self.path) as temporary:
+            save_file(tensors, temporary)
 
 
 def _pack(texts: list[str]) -> Tensor:

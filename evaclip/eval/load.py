@@ -9,13 +9,10 @@ from evaclip.errors import UserError
 from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
 from evaclip.model.config import ALIASES, list_models
+from evaclip.run_files import CONFIG_FILE, EMA_FILE, MODEL_CONFIG_FILE
 from evaclip.tokenizer import Tokenizer
-from evaclip.train.checkpoint import EMA_FILE
-from evaclip.train.snapshot import MODEL_CONFIG_FILE
 from evaclip.transforms import EvalTransform
 from evaclip.weights import find_weights
-
-RUN_CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -65,8 +62,8 @@ def _load_checkpoint(folder: Path, device: str, average: bool) -> LoadedModel:
         weights = checkpoint / EMA_FILE
     options = _model_options(checkpoint / MODEL_CONFIG_FILE)
     name = str(options.pop("name"))
-    run = folder if (folder / RUN_CONFIG_FILE).is_file() else checkpoint.parent.parent
-    is_run = (run / RUN_CONFIG_FILE).is_file()
+    run = folder if (folder / CONFIG_FILE).is_file() else checkpoint.parent.parent
+    is_run = (run / CONFIG_FILE).is_file()
     model = create_model(name, pretrained=weights, device=device, **options)
     return _loaded(name, str(weights), model, run if is_run else None)
 

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from evaclip.atomic import write_text
 from evaclip.errors import UserError
 
 Task = Literal["zero-shot", "retrieval", "linear-probe"]
@@ -111,9 +112,7 @@ class Evaluation:
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    unfinished.replace(path)
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> None:

@@ -1,7 +1,6 @@
 """The report of a run: `report.html` and `report.png`, each complete in itself."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ def write_report(run_folder: Path, output: Path | None = None) -> tuple[Path, Pa
         UserError: it is no run folder, or nothing was logged yet.
     """
     # Imported here: the command line should not wait for matplotlib.
+    from evaclip.atomic import replacing, write_text
     from evaclip.report.page import render_page
     from evaclip.report.poster import write_poster
     from evaclip.report.run_data import read_run
@@ -31,11 +31,9 @@ def write_report(run_folder: Path, output: Path | None = None) -> tuple[Path, Pa
     folder = output or run_folder
     folder.mkdir(parents=True, exist_ok=True)
     html, png = folder / HTML_FILE, folder / PNG_FILE
-    unfinished = folder / f".report.{os.getpid()}.tmp"
-    unfinished.write_text(render_page(run), encoding="utf-8")
-    unfinished.replace(html)
-    write_poster(run, unfinished)
-    unfinished.replace(png)
+    write_text(html, render_page(run))
+    with replacing(png) as temporary:
+        write_poster(run, temporary)
     return html, png
 
 

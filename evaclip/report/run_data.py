@@ -10,10 +10,10 @@ from typing import Any
 from evaclip.errors import UserError
 from evaclip.eval import gallery, results
 from evaclip.eval.gallery import Gallery
-from evaclip.eval.load import RUN_CONFIG_FILE
 from evaclip.eval.results import Evaluation
+from evaclip.run_files import CONFIG_FILE, LOG_FILE
 from evaclip.train.overrides import load_yaml
-from evaclip.train.progress import LOG_FILE, read_log
+from evaclip.train.progress import read_log
 
 _SMOOTHING = 0.02
 
@@ -77,10 +77,10 @@ def read_run(folder: Path) -> RunData:
     Raises:
         UserError: it is no run folder, or nothing was logged yet.
     """
-    for name in (LOG_FILE, RUN_CONFIG_FILE):
+    for name in (LOG_FILE, CONFIG_FILE):
         if not (folder / name).is_file():
             raise UserError(f"{str(folder)!r} is no run folder: it has no {name}; `evaclip train` writes one")
-    config, text = load_yaml(folder / RUN_CONFIG_FILE), (folder / RUN_CONFIG_FILE).read_text(encoding="utf-8")
+    config, text = load_yaml(folder / CONFIG_FILE), (folder / CONFIG_FILE).read_text(encoding="utf-8")
     records = [record for record in read_log(folder / LOG_FILE) if record.get("loss") is not None]
     if not records:
         raise UserError(f"{folder / LOG_FILE} holds no losses yet: train for some steps first")

@@ -12,6 +12,7 @@ from evaclip.errors import UserError
 from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
 from evaclip.model.flops import flops_per_sample
+from evaclip.tokenizer import Tokenizer
 from evaclip.train import rng
 from evaclip.train.config import ModelConfig, TrainConfig
 from evaclip.train.distributed import World
@@ -22,7 +23,6 @@ from evaclip.train.optimizer import build_optimizer, parameter_groups
 from evaclip.train.schedule import total_steps
 from evaclip.train.step import StepOptions, TrainStep
 from evaclip.train.throughput import BACKWARD_FACTOR, peak_flops
-from evaclip.tokenizer import Tokenizer
 from evaclip.transforms import EvalTransform, TrainTransform
 
 _JPEG_MARGIN = 2

@@ -15,13 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from evaclip.errors import UserError
+from evaclip.run_files import EMA_FILE, LATEST_FILE, META_FILE, MODEL_FILE, STATE_FILE
 
 FORMAT = 1
-MODEL_FILE = "model.safetensors"
-EMA_FILE = "ema.safetensors"
-STATE_FILE = "state.pt"
-_META_FILE = "meta.json"
-_LATEST_FILE = "latest"
 _UNFINISHED = ".unfinished-"
 _FOLDER = re.compile(r"step_(\d{8})")
 
@@ -65,7 +61,7 @@ def save(root: Path, step: int, content: Content) -> Path:
         _write_json(unfinished / name, value)
     torch.save(dict(content.state), unfinished / STATE_FILE)
     files = {path.name: _fingerprint(path) for path in sorted(unfinished.iterdir())}
-    _write_json(unfinished / _META_FILE, {"format": FORMAT, "step": step, **content.meta, "files": files})
+    _write_json(unfinished / META_FILE, {"format": FORMAT, "step": step, **content.meta, "files": files})
     for path in unfinished.iterdir():
         _flush(path)
     _flush(unfinished)
@@ -86,11 +82,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
         DamagedCheckpoint: a file is missing, short or changed, or the format is unknown.
     """
     try:
-        meta = json.loads((folder / _META_FILE).read_text(encoding="utf-8"))
+        meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
     except OSError as exc:
-        raise DamagedCheckpoint(f"{_META_FILE} cannot be read ({exc.strerror})") from exc
+        raise DamagedCheckpoint(f"{META_FILE} cannot be read ({exc.strerror})") from exc
     except ValueError as exc:
-        raise DamagedCheckpoint(f"{_META_FILE} is not JSON") from exc
+        raise DamagedCheckpoint(f"{META_FILE} is not JSON") from exc
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise DamagedCheckpoint(f"its format is not {FORMAT}, the one this version reads")
     for name, expected in meta["files"].items():
@@ -188,16 +184,16 @@ def _steps(root: Path) -> Iterator[tuple[int, Path]]:
 
 def _latest_name(root: Path, default: str) -> str:
     try:
-        return (root / _LATEST_FILE).read_text(encoding="utf-8").strip()
+        return (root / LATEST_FILE).read_text(encoding="utf-8").strip()
     except OSError:
         return default
 
 
 def _point_latest_at(root: Path, name: str) -> None:
-    pointer = root / f"{_UNFINISHED}{_LATEST_FILE}"
+    pointer = root / f"{_UNFINISHED}{LATEST_FILE}"
     pointer.write_text(name + "\n", encoding="utf-8")
     _flush(pointer)
-    pointer.replace(root / _LATEST_FILE)
+    pointer.replace(root / LATEST_FILE)
     _flush(root)
 
 

@@ -12,10 +12,10 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from evaclip.atomic import write_text
 from evaclip.errors import UserError
+from evaclip.run_files import LOG_FILE, TENSORBOARD_FOLDER
 from evaclip.train.config import LogConfig
-
-LOG_FILE = "log.jsonl"
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def open_report(config: LogConfig, folder: Path | None, start_step: int, total_s
     if folder is not None:
         sinks.append(JsonLines(folder / LOG_FILE, start_step))
         if config.tensorboard:
-            sinks.append(TensorBoard(folder / "tensorboard", start_step))
+            sinks.append(TensorBoard(folder / TENSORBOARD_FOLDER, start_step))
     return Report(sinks)
 
 
@@ -229,9 +229,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def _drop_later_records(path: Path, step: int) -> None:
     kept = [record for record in read_log(path) if record["step"] <= step]
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    unfinished.replace(path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _metrics_line(metrics: Mapping[str, float]) -> str:

@@ -5,15 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from evaclip.atomic import write_text
 from evaclip.errors import UserError
+from evaclip.run_files import CHECKPOINTS_FOLDER, CONFIG_FILE, LOG_FILE, TENSORBOARD_FOLDER
 from evaclip.train import checkpoint
 from evaclip.train.config import TrainConfig
 from evaclip.train.overrides import dump_yaml
-from evaclip.train.progress import LOG_FILE
-
-_CONFIG_FILE = "config.yaml"
-_TENSORBOARD = "tensorboard"
-_CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / _CHECKPOINTS
+        return self.path / CHECKPOINTS_FOLDER
 
     @property
     def log(self) -> Path:
@@ -36,16 +33,14 @@ class RunFolder:
             self._delete_run()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_unfinished(self.checkpoints)
-        unfinished = self.path / f".{_CONFIG_FILE}.tmp"
-        unfinished.write_text(dump_yaml(config), encoding="utf-8")
-        unfinished.replace(self.path / _CONFIG_FILE)
+        write_text(self.path / CONFIG_FILE, dump_yaml(config))
 
     def _delete_run(self) -> None:
         # Only what a run writes: the folder may hold notes of its owner.
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-        shutil.rmtree(self.path / _TENSORBOARD, ignore_errors=True)
+        shutil.rmtree(self.path / TENSORBOARD_FOLDER, ignore_errors=True)
         self.log.unlink(missing_ok=True)
-        (self.path / _CONFIG_FILE).unlink(missing_ok=True)
+        (self.path / CONFIG_FILE).unlink(missing_ok=True)
 
 
 def locate(
@@ -61,7 +56,7 @@ def locate(
     if overwrite and resume != "none":
         raise UserError(f"--overwrite starts anew and --resume {resume} goes on: choose one")
     start = checkpoint.find(resume, folder.checkpoints, say)
-    if (folder.path / _CONFIG_FILE).exists() and resume == "none" and not overwrite:
+    if (folder.path / CONFIG_FILE).exists() and resume == "none" and not overwrite:
         raise UserError(
             f"the run {str(folder.path)!r} exists: --resume auto goes on with it, --overwrite deletes it, "
             "--set name=NAME chooses another"

@@ -9,14 +9,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from evaclip.errors import UserError
+from evaclip.run_files import EMA_FILE, MODEL_CONFIG_FILE, MODEL_FILE, PREPROCESS_FILE
 from evaclip.train import checkpoint, rng
 from evaclip.train.build import Parts
 from evaclip.train.config import config_hash, training_tree
 from evaclip.train.optimizer import load_moments
 from evaclip.train.tree import differences
-from evaclip.weights import PREPROCESS_FILE, describe_preprocess
-
-MODEL_CONFIG_FILE = "model.json"
+from evaclip.weights import describe_preprocess
 
 
 @dataclass
@@ -92,7 +91,7 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
     if state["fingerprint"] != parts.source.fingerprint:
         remarks.append(_data_changed(parts))
     try:
-        parts.model.load_state_dict(load_file(folder / checkpoint.MODEL_FILE))
+        parts.model.load_state_dict(load_file(folder / MODEL_FILE))
         parts.step.load_state_dict(state["train_step"], load_moments)
     except (RuntimeError, ValueError, KeyError) as exc:
         raise UserError(f"the checkpoint {str(folder)!r} does not fit the model or optimizer: {exc}") from exc
@@ -117,7 +116,7 @@ def _data_changed(parts: Parts) -> str:
 
 
 def _averages(folder: Path, parts: Parts, remarks: list[str]) -> dict[str, Tensor]:
-    path = folder / checkpoint.EMA_FILE
+    path = folder / EMA_FILE
     if path.exists():
         return load_file(path)
     remarks.append("the checkpoint has no averaged weights: the average starts from its weights")

@@ -46,7 +46,7 @@ def _matmul_type(precision: Precision) -> torch.dtype:
 
 
 def _measure_peak(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
-    a = torch.ones(size, size, device=device, dtype=dtype)
+    a = torch.randn(size, size, device=device).to(dtype)
     _timed_product(a)
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:

@@ -15,6 +15,7 @@ from evaclip.train.build import Parts, build
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World, connect
 from evaclip.train.evaluation import Metrics
+from evaclip.train.host_memory import keep_freed_memory
 from evaclip.train.meter import Meter
 from evaclip.train.optimizer import set_lr_factor
 from evaclip.train.progress import Record, Report, open_report
@@ -57,6 +58,8 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False)
         TrainingDiverged: see `NonfiniteConfig`.
     """
     world = connect(config.device)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     with closing(world):
         messages: list[str] = []
         located = locate(config, resume, overwrite, messages.append) if world.is_main else None

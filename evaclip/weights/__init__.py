@@ -3,10 +3,9 @@
 from evaclip.weights.files import find_weights, load_state_dict
 from evaclip.weights.layouts import to_open_clip, to_original
 from evaclip.weights.load import load_weights
-from evaclip.weights.preprocess import PREPROCESS_FILE, describe_preprocess, read_preprocess
+from evaclip.weights.preprocess import describe_preprocess, read_preprocess
 
 __all__ = [
-    "PREPROCESS_FILE",
     "describe_preprocess",
     "find_weights",
     "load_state_dict",

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from evaclip.errors import UserError
+from evaclip.run_files import CHECKPOINTS_FOLDER, LATEST_FILE, MODEL_FILE
 from evaclip.weights.layouts import to_original
 from evaclip.weights.released import download
 
-_CHECKPOINT_FILE = "model.safetensors"
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
@@ -33,7 +33,7 @@ def find_weights(source: str | Path, model: str) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return _in_folder(path)
-    if path.name == "latest" and path.is_file():
+    if path.name == LATEST_FILE and path.is_file():
         return _in_folder(_pointed_at(path))
     if path.is_file():
         return path
@@ -79,15 +79,15 @@ def _read(path: Path) -> Any:
 
 
 def _in_folder(folder: Path) -> Path:
-    pointer = folder / "checkpoints" / "latest"
+    pointer = folder / CHECKPOINTS_FOLDER / LATEST_FILE
     if pointer.is_file():
         folder = _pointed_at(pointer)
-    if not (folder / _CHECKPOINT_FILE).is_file():
+    if not (folder / MODEL_FILE).is_file():
         raise UserError(
-            f"the folder {str(folder)!r} has no {_CHECKPOINT_FILE}; expected a checkpoint such as "
+            f"the folder {str(folder)!r} has no {MODEL_FILE}; expected a checkpoint such as "
             "runs/NAME/checkpoints/step_00000100, or a run that has one"
         )
-    return folder / _CHECKPOINT_FILE
+    return folder / MODEL_FILE
 
 
 def _pointed_at(pointer: Path) -> Path:

@@ -6,8 +6,8 @@ from typing import Any
 
 from evaclip.errors import UserError
 from evaclip.model.config import CLIPConfig, Preprocess, override
+from evaclip.run_files import PREPROCESS_FILE
 
-PREPROCESS_FILE = "preprocess.json"
 _SIZE = "image_size"
 
 

@@ -31,8 +31,6 @@ class SigLipLoss(nn.Module):
         super().__init__()
         self.group = group
 
-    def forward(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor
-    ) -> Tensor:
+    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
         """Features `[b, D]`, the exponentiated scale and the bias to a 0-D float32 loss."""
         return siglip_loss(image_features, text_features, logit_scale, logit_bias, group=self.group)

@@ -21,14 +21,10 @@ def rank_and_size(op: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
     if group is None:
         return 0, 1
     if not (dist.is_available() and dist.is_initialized()):
-        raise ValueError(
-            f"{op}: group given, but torch.distributed is not initialized; call init_process_group first"
-        )
+        raise ValueError(f"{op}: group given, but torch.distributed is not initialized; call init_process_group first")
     rank = dist.get_rank(group)
     if rank < 0:
-        raise ValueError(
-            f"{op}: this process is not a member of group; accepted: None or a group that contains it"
-        )
+        raise ValueError(f"{op}: this process is not a member of group; accepted: None or a group that contains it")
     return rank, dist.get_world_size(group)
 
 

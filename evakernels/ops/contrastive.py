@@ -136,9 +136,7 @@ def _check_features(op: str, image: Tensor, text: Tensor, names: tuple[str, str]
         raise TypeError(f"{op}: {names[1]} is {text.dtype}; accepted: {image.dtype} (as {names[0]})")
     for name, tensor in zip(names, (image, text), strict=True):
         if tensor.dim() != 2 or tensor.shape[0] == 0:
-            raise ValueError(
-                f"{op}: {name} has shape {tuple(tensor.shape)}; expected [batch, D] with batch > 0"
-            )
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; expected [batch, D] with batch > 0")
     _check.shape(op, names[1], text, (text.shape[0], image.shape[1]), f"[batch, D of {names[0]}]")
 
 
@@ -207,9 +205,7 @@ _backward = define(
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)
 
 
-def _siglip_forward_fake(
-    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int
-) -> Any:
+def _siglip_forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Any:
     return image.new_empty((), dtype=accumulation_dtype(image))
 
 

@@ -134,26 +134,20 @@ def _check_tensors(op: str, params: Tensors, **lists: Tensors) -> None:
             _check.shape(op, label, tensor, tuple(param.shape), f"the shape of params[{i}]")
 
 
-def _check_options(
-    op: str, params: Tensors, steps: Tensors, numbers: dict[str, Sequence[float]], variant: str
-) -> None:
+def _check_options(op: str, params: Tensors, steps: Tensors, numbers: dict[str, Sequence[float]], variant: str) -> None:
     check_variant(op, variant)
     _check_length(op, "steps", steps, params)
     for name, values in numbers.items():
         _check_length(op, name, values, params)
     for i, step in enumerate(steps):
         if step.dtype != torch.float32 or step.dim() > 0:
-            raise TypeError(
-                f"{op}: steps[{i}] is {step.dtype} {tuple(step.shape)}; accepted: 0-D float32 tensors"
-            )
+            raise TypeError(f"{op}: steps[{i}] is {step.dtype} {tuple(step.shape)}; accepted: 0-D float32 tensors")
         _check.same_device(op, **{"params[0]": params[0], f"steps[{i}]": step})
 
 
 def _check_length(op: str, name: str, values: Sequence[Any], params: Tensors) -> None:
     if len(values) != len(params):
-        raise ValueError(
-            f"{op}: {name} has {len(values)} entries; expected one for each of the {len(params)} params"
-        )
+        raise ValueError(f"{op}: {name} has {len(values)} entries; expected one for each of the {len(params)} params")
 
 
 def _check_flags(op: str, param: Tensor, **flags: Tensor | None) -> None:

@@ -57,9 +57,7 @@ def contrastive_backward(
     return gradients.result()
 
 
-def siglip_forward(
-    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int
-) -> Tensor:
+def siglip_forward(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
     image, text, scale = _widened(image, text, logit_scale)
     total = image.new_zeros(())
     for rows in _row_tiles(image, text):

@@ -47,12 +47,13 @@ def swiglu_backward(
 def _norm_backward(
     dout: Tensor, hidden: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # torch's own kernel makes one pass where the formula written out makes eleven.
+    # torch's kernel makes one pass where the formula written out makes eleven. It wants a bias, but doesn't read it.
+    scale = weight.to(hidden.dtype)
     statistics = mean.unsqueeze(-1), rstd.unsqueeze(-1)
     dhidden, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        dout, hidden, hidden.shape[-1:], *statistics, weight.to(hidden.dtype), None, [True, True, has_bias]
+        dout, hidden, hidden.shape[-1:], *statistics, scale, scale, [True, True, has_bias]
     )
-    return dhidden, dweight.to(weight.dtype), dbias.to(weight.dtype) if has_bias else mean.new_empty(0)
+    return dhidden, dweight.to(weight.dtype), dbias.to(weight.dtype) if has_bias else weight.new_empty(0)
 
 
 def _hidden(gate: Tensor, up: Tensor) -> Tensor:

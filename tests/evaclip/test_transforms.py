@@ -27,7 +27,8 @@ STRONG = Augmentation(
     saturation=0.4,
     hue=0.1,
     grayscale=0.3,
-    random_background=True,
+    background=1.0,
+    outline=1.0,
 )
 PLAIN = Preprocess(mean=(0, 0, 0), std=(1, 1, 1))
 
@@ -123,7 +124,7 @@ def test_transparent_palette_lies_on_white() -> None:
 
 
 def test_random_background_differs_and_fills_what_moves_in() -> None:
-    options = Augmentation(scale=(1, 1), ratio=(1, 1), random_background=True, rotation=40, zoom=(0.5, 0.5))
+    options = Augmentation(scale=(1, 1), ratio=(1, 1), background=1.0, rotation=40, zoom=(0.5, 0.5))
     transform = TrainTransform(64, PLAIN, options)
     corners = set()
     for seed in range(8):
@@ -176,3 +177,13 @@ def test_wrong_options_are_named(options: dict[str, object], message: str) -> No
 def test_description_tells_what_is_done() -> None:
     assert repr(eval_transform(32)) != repr(eval_transform(32, resize="squash"))
     assert repr(eval_transform(32)) == repr(eval_transform(32))
+
+
+def test_outline_darkens_edges_and_nothing_else() -> None:
+    options = Augmentation(scale=(1, 1), ratio=(1, 1), outline=1.0)
+    plain = TrainTransform(64, PLAIN, Augmentation(scale=(1, 1), ratio=(1, 1)))(_drawing(), 0)
+    outlined = TrainTransform(64, PLAIN, options)(_drawing(), 0)
+    edge, inside = (slice(None), 16, 32), (slice(None), 32, 32)
+    assert torch.equal(outlined[inside], plain[inside])
+    assert outlined[edge].sum() < plain[edge].sum() - 0.3
+    assert (outlined <= plain).all()

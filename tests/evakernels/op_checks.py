@@ -10,7 +10,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def assert_opcheck(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> None:
-    """All of opcheck's utilities: schema, fake against real, autograd registration, AOT dispatch with dynamic shapes."""
+    """All of opcheck's utilities: schema, fake against real, autograd registration, AOT with dynamic shapes."""
     results = torch.library.opcheck(op, args)
     assert set(results.values()) == {"SUCCESS"}, results
 
@@ -54,17 +54,13 @@ def assert_as_accurate_as_torch(
     exact = with_gradients(theirs, [None if t is None else t.double() for t in rounded])
     yardstick = with_gradients(theirs, rounded)
     result = with_gradients(ours, rounded)
-    for kind, factor, got, peer, truth in zip(
-        ("output", "gradient"), (2, 3), result, yardstick, exact, strict=True
-    ):
+    for kind, factor, got, peer, truth in zip(("output", "gradient"), (2, 3), result, yardstick, exact, strict=True):
         for i, (g, p, t) in enumerate(zip(got, peer, truth, strict=True)):
             assert g.shape == t.shape, (kind, i, g.shape, t.shape)
             # One unit in the last place of the largest value: what rounding the exact result may cost.
             slack = torch.finfo(dtype).eps * t.abs().max().item() if t.numel() else 0.0
             limit = factor * error(p, t) + slack
-            assert error(g, t) <= limit, (
-                f"{kind} {i} in {dtype}: error {error(g, t):.3g}, torch's {error(p, t):.3g}"
-            )
+            assert error(g, t) <= limit, f"{kind} {i} in {dtype}: error {error(g, t):.3g}, torch's {error(p, t):.3g}"
 
 
 def assert_deterministic(function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> None:
@@ -74,10 +70,8 @@ def assert_deterministic(function: Callable[..., Any], inputs: Sequence[Tensor |
         assert torch.equal(a, b)
 
 
-def assert_compiles(
-    function: Callable[..., Any], inputs: Sequence[Tensor | None], dynamic: bool = False
-) -> None:
-    """`torch.compile(fullgraph=True)` gives the same values and gradients. aot_eager: tracing without the C++ compile."""
+def assert_compiles(function: Callable[..., Any], inputs: Sequence[Tensor | None], dynamic: bool = False) -> None:
+    """`torch.compile(fullgraph=True)` gives the same values and gradients. aot_eager traces without compiling C++."""
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     eager, traced = with_gradients(function, inputs), with_gradients(compiled, inputs)

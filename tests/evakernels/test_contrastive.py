@@ -126,9 +126,7 @@ def test_two_runs_are_bit_equal(pair, inputs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_opcheck(dtype):
-    inputs = [
-        t.to(dtype).requires_grad_() for t in (randn(3, 4), randn(6, 4, seed=1), scalar(2.0), scalar(-1.0))
-    ]
+    inputs = [t.to(dtype).requires_grad_() for t in (randn(3, 4), randn(6, 4, seed=1), scalar(2.0), scalar(-1.0))]
     assert_opcheck(OPS.contrastive_forward.default, (*inputs[:3], OFFSET))
     assert_opcheck(OPS.siglip_forward.default, (*inputs, OFFSET))
     with torch.no_grad():

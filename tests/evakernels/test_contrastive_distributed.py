@@ -26,9 +26,7 @@ class TwoTowers(nn.Module):
 
     def loss(self, name: str, images: torch.Tensor, texts: torch.Tensor, group: dist.ProcessGroup | None):
         kind, smoothing = LOSSES[name]
-        features = [
-            torch.nn.functional.normalize(x @ w, dim=1) for x, w in ((images, self.image), (texts, self.text))
-        ]
+        features = [torch.nn.functional.normalize(x @ w, dim=1) for x, w in ((images, self.image), (texts, self.text))]
         if kind is SigLipLoss:
             return SigLipLoss(group)(*features, self.scale.exp(), self.bias)
         return ClipLoss(smoothing, group)(*features, self.scale.exp())
@@ -130,10 +128,7 @@ def test_half_precision_features_are_gathered_as_they_are(ranks):
 
 def test_unequal_batches_are_named_on_every_rank(ranks):
     for rank in range(WORLD):
-        assert (
-            "text_features has shape [4, 5] on rank 0, [3, 5] on rank 1, [2, 5] on rank 2"
-            in ranks[rank]["unequal"]
-        )
+        assert "text_features has shape [4, 5] on rank 0, [3, 5] on rank 1, [2, 5] on rank 2" in ranks[rank]["unequal"]
 
 
 def test_a_process_outside_the_group_is_told_so(ranks):

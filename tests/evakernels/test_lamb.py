@@ -24,9 +24,7 @@ def tensors(seed: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]
 def optimizer_of(params: list[torch.Tensor], variant: str, lrs=LRS, decays=DECAYS) -> Lamb:
     """Every parameter in a group of its own, as layer-wise learning rates make it."""
     params = [nn.Parameter(p.clone()) for p in params]
-    groups = [
-        {"params": [p], "lr": lr, "weight_decay": d} for p, lr, d in zip(params, lrs, decays, strict=True)
-    ]
+    groups = [{"params": [p], "lr": lr, "weight_decay": d} for p, lr, d in zip(params, lrs, decays, strict=True)]
     return Lamb(groups, betas=BETAS, eps=EPS, variant=variant)
 
 
@@ -103,9 +101,7 @@ def test_a_zero_norm_gives_the_ratio_one(variant):
 def test_shards_reduce_their_norms_between_the_phases(variant):
     def run(shards):
         """Both phases, on each shard with the norms of all."""
-        states = [
-            [[w], [g], [torch.zeros_like(w)], [torch.zeros_like(w)], [torch.zeros(())]] for w, g in shards
-        ]
+        states = [[[w], [g], [torch.zeros_like(w)], [torch.zeros_like(w)], [torch.zeros(())]] for w, g in shards]
         options = {"betas": BETAS, "eps": EPS, "variant": variant}
         norms = sum(evakernels.lamb_update(*state, [0.1], **options) for state in states)
         for w, _, m, v, t in states:
@@ -114,9 +110,7 @@ def test_shards_reduce_their_norms_between_the_phases(variant):
 
     w, g = (torch.randn(9, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     pieces = [slice(0, 2), slice(2, 2), slice(2, 9)]  # one rank holds nothing of this tensor
-    torch.testing.assert_close(
-        run([(w[p].clone(), g[p]) for p in pieces]), run([(w.clone(), g)]), rtol=1e-13, atol=0
-    )
+    torch.testing.assert_close(run([(w[p].clone(), g[p]) for p in pieces]), run([(w.clone(), g)]), rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -176,9 +170,7 @@ def test_grad_scaler_drives_it_without_reading_the_flag():
     before = [p.clone() for p in parameters(optimizer)]
     for factor in (torch.inf, 1.0):
         optimizer.zero_grad()
-        loss = sum(
-            (p * g).sum() for p, g in zip(parameters(optimizer), tensors(1, torch.float32), strict=True)
-        )
+        loss = sum((p * g).sum() for p, g in zip(parameters(optimizer), tensors(1, torch.float32), strict=True))
         scaler.scale(factor * loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -290,9 +282,7 @@ def test_opcheck(nvlamb, flagged):
     steps = [torch.ones(()) for _ in params]
     grad_scale, found_inf = (torch.tensor(2.0), torch.tensor(0.0)) if flagged else (None, None)
     options = (*BETAS, EPS, nvlamb)
-    assert_opcheck(
-        OPS.lamb_update.default, (params, grads, *moments, steps, DECAYS, *options, grad_scale, found_inf)
-    )
+    assert_opcheck(OPS.lamb_update.default, (params, grads, *moments, steps, DECAYS, *options, grad_scale, found_inf))
     norms = torch.rand(len(params), 2)
     assert_opcheck(OPS.lamb_apply.default, (params, *moments, steps, norms, LRS, DECAYS, *options, found_inf))
 

@@ -33,11 +33,7 @@ def plain(kind):
     """Our function and torch's, over (x, weight, bias); RMSNorm ignores the bias slot (None)."""
 
     def ours(x, weight, bias):
-        return (
-            evakernels.rms_norm(x, weight, EPS)
-            if kind == "rms"
-            else evakernels.layer_norm(x, weight, bias, EPS)
-        )
+        return evakernels.rms_norm(x, weight, EPS) if kind == "rms" else evakernels.layer_norm(x, weight, bias, EPS)
 
     return ours, lambda x, weight, bias: torch_norm(kind, x, weight, bias)
 
@@ -83,9 +79,7 @@ def cases():
     """Every form, norm and combination of optional arguments: name, pair of functions, inputs at width C."""
     for kind, affine in itertools.product(NORMS, [True, False]):
         yield f"plain-{kind}-{affine}", plain(kind), (randn(2, 3, 7), *parameters(kind, 7, affine))
-    for form, kind, ls, rs in itertools.product(
-        [add_then_norm, norm_then_add], NORMS, [True, False], [True, False]
-    ):
+    for form, kind, ls, rs in itertools.product([add_then_norm, norm_then_add], NORMS, [True, False], [True, False]):
         row_scale = torch.tensor([0.0, 1.25]) if rs else None
         layer_scale = randn(7, seed=5) if ls else None
         inputs = (randn(2, 3, 7), randn(2, 3, 7, seed=4), *parameters(kind, 7, True), layer_scale)
@@ -95,24 +89,24 @@ def cases():
 CASES = [pytest.param(pair, inputs, id=name) for name, pair, inputs in cases()]
 
 
-@pytest.mark.parametrize("pair, inputs", CASES)
+@pytest.mark.parametrize(("pair", "inputs"), CASES)
 def test_gradcheck(pair, inputs):
     assert_gradcheck(pair[0], inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pair, inputs", CASES)
+@pytest.mark.parametrize(("pair", "inputs"), CASES)
 def test_as_accurate_as_torch(pair, inputs, dtype):
     assert_as_accurate_as_torch(*pair, inputs, dtype)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("pair, inputs", CASES)
+@pytest.mark.parametrize(("pair", "inputs"), CASES)
 def test_compiles_without_graph_break(pair, inputs, dynamic):
     assert_compiles(pair[0], inputs, dynamic)
 
 
-@pytest.mark.parametrize("pair, inputs", CASES)
+@pytest.mark.parametrize(("pair", "inputs"), CASES)
 def test_two_runs_are_bit_equal(pair, inputs):
     assert_deterministic(pair[0], [None if t is None else t.float() for t in inputs])
 
@@ -125,19 +119,13 @@ def test_opcheck(dtype, rms):
     row_scale = torch.tensor([0.0, 2.0], dtype=dtype)
     bias = None if rms else bias
     assert_opcheck(OPS.layer_norm_forward.default, (x, weight, bias, EPS, rms))
-    assert_opcheck(
-        OPS.add_layer_norm_forward.default, (x, branch, weight, bias, layer_scale, row_scale, EPS, rms)
-    )
-    assert_opcheck(
-        OPS.layer_norm_add_forward.default, (x, branch, weight, bias, layer_scale, row_scale, EPS, rms)
-    )
+    assert_opcheck(OPS.add_layer_norm_forward.default, (x, branch, weight, bias, layer_scale, row_scale, EPS, rms))
+    assert_opcheck(OPS.layer_norm_add_forward.default, (x, branch, weight, bias, layer_scale, row_scale, EPS, rms))
     with torch.no_grad():
         dy = torch.ones_like(x)
         _, mean, rstd = OPS.layer_norm_forward(x, weight, bias, EPS, rms)
         has_bias = bias is not None
-        assert_opcheck(
-            OPS.layer_norm_backward.default, (dy, x.detach(), weight.detach(), mean, rstd, has_bias, rms)
-        )
+        assert_opcheck(OPS.layer_norm_backward.default, (dy, x.detach(), weight.detach(), mean, rstd, has_bias, rms))
 
 
 @pytest.mark.parametrize("kind", NORMS)
@@ -179,7 +167,7 @@ def test_a_second_derivative_is_refused():
 
 
 @pytest.mark.parametrize(
-    "call, exception, message",
+    ("call", "exception", "message"),
     [
         (
             lambda: evakernels.layer_norm(torch.ones(2, 4, dtype=torch.int64)),

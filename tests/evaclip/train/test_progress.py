@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from evaclip.run_files import LOG_FILE
 from evaclip.train.config import LogConfig
 from evaclip.train.meter import Meter
-from evaclip.train.progress import LOG_FILE, Record, open_report, read_log
+from evaclip.train.progress import Record, open_report, read_log
 from evaclip.train.signals import StopSignals
 
 RECORD = Record(

@@ -1,0 +1,18 @@
+"""What the files of a run are called: the trainer writes them, evaluation and report read them.
+
+RUN/config.yaml  log.jsonl  tensorboard/  checkpoints/latest  checkpoints/step_00000100/
+step_.../model.safetensors  ema.safetensors  model.json  preprocess.json  state.pt  meta.json
+"""
+
+CONFIG_FILE = "config.yaml"
+LOG_FILE = "log.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+CHECKPOINTS_FOLDER = "checkpoints"
+LATEST_FILE = "latest"
+
+MODEL_FILE = "model.safetensors"
+EMA_FILE = "ema.safetensors"
+MODEL_CONFIG_FILE = "model.json"
+PREPROCESS_FILE = "preprocess.json"
+STATE_FILE = "state.pt"
+META_FILE = "meta.json"
