@@ -20,6 +20,7 @@ RUN_FOLDER = Path("runs/demo")
 DATA_FOLDER = Path("data/emoji")
 
 _TITLES = {"openmoji": "OpenMoji, a style never seen", "twemoji": "Twemoji, the drawings trained on"}
+_PICTURE_SIZE = 64  # the model sees 48 pixels, and zooms in by a tenth at most
 _SPEED_STEPS = 12
 
 
@@ -66,7 +67,7 @@ def draw_shards(data: Path, say: Callable[[str], None] = print) -> None:
         say(f"the shards in {data} are there already")
         return
     say(f"drawing the pictures of {' and '.join(STYLES)} into {data}")
-    build_emoji(data, STYLES)
+    build_emoji(data, STYLES, size=_PICTURE_SIZE)
 
 
 def demo_config(out: Path, data: Path) -> "TrainConfig":

@@ -21,6 +21,7 @@ from evaclip.train.config import (
     TowerConfig,
     TrainConfig,
 )
+from evaclip.transforms import Augmentation
 
 Recipe = Callable[[], TrainConfig]
 
@@ -69,13 +70,26 @@ def tiny() -> TrainConfig:
 @recipe
 def emoji() -> TrainConfig:
     """Twemoji drawings and their names, from the shards that `evaclip data emoji data/emoji` writes."""
+    # One drawing a concept: what carries over to another style has to come from the augmentation.
+    augmentation = Augmentation(
+        scale=(0.8, 1.0),
+        rotation=15.0,
+        translation=0.1,
+        zoom=(0.6, 1.1),
+        brightness=0.3,
+        contrast=0.5,
+        saturation=0.8,
+        grayscale=0.15,
+        background=0.3,
+        outline=0.5,
+    )
     return TrainConfig(
         name="emoji",
         batch_size=256,
-        data=DataConfig(train="data/emoji/twemoji-*.tar", caption_key="json:captions", workers=2),
-        model=ModelConfig(name="emoji"),
-        optim=OptimConfig(lr=1e-3, weight_decay=0.1, grad_clip_norm=1.0),
-        schedule=ScheduleConfig(epochs=100, warmup_steps=50),
+        data=DataConfig(train="data/emoji/twemoji-*.tar", workers=2, augmentation=augmentation),
+        model=ModelConfig(name="emoji", patch_dropout=0.5),
+        optim=OptimConfig(lr=2e-3, weight_decay=0.1, grad_clip_norm=1.0),
+        schedule=ScheduleConfig(steps=1000, warmup_steps=50),
         precision="amp_bf16",
         log=LogConfig(every_steps=20),
         eval=EvalConfig(data=DataConfig(train="data/emoji/openmoji-*.tar"), batch_size=128),
