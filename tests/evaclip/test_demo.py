@@ -1,7 +1,6 @@
 import io
 import json
 import tarfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,8 +97,11 @@ def test_the_speed_is_measured_by_training(data: Path, tmp_path: Path) -> None:
 
 def test_shards_that_are_missing_are_drawn(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[Path, tuple[str, ...]]] = []
-    recorder: Callable[..., None] = lambda folder, styles: drawn.append((folder, styles))  # noqa: E731
-    monkeypatch.setattr("evaclip.data.emoji.build_emoji", recorder)
+
+    def record(folder: Path, styles: tuple[str, ...], size: int) -> None:
+        drawn.append((folder, styles))
+
+    monkeypatch.setattr("evaclip.data.emoji.build_emoji", record)
     demo.draw_shards(data)
     assert drawn == []
     (data / "classes.txt").unlink()
