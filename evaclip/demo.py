@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 RECIPE = "emoji"
 STYLES = ("twemoji", "openmoji")
-BUDGET_MINUTES = 7.0
+BUDGET_MINUTES = 8.0
 RUN_FOLDER = Path("runs/demo")
 DATA_FOLDER = Path("data/emoji")
 

@@ -86,8 +86,8 @@ def emoji() -> TrainConfig:
     return TrainConfig(
         name="emoji",
         batch_size=256,
-        data=DataConfig(train="data/emoji/twemoji-*.tar", workers=2, augmentation=augmentation),
-        model=ModelConfig(name="emoji", patch_dropout=0.5),
+        data=DataConfig(train="data/emoji/twemoji-*.tar", workers=1, augmentation=augmentation),
+        model=ModelConfig(name="emoji"),
         optim=OptimConfig(lr=2e-3, weight_decay=0.1, grad_clip_norm=1.0),
         schedule=ScheduleConfig(steps=1000, warmup_steps=50),
         precision="amp_bf16",

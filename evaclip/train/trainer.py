@@ -15,7 +15,7 @@ from evaclip.train.build import Parts, build
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World, connect
 from evaclip.train.evaluation import Metrics
-from evaclip.train.host_memory import keep_freed_memory
+from evaclip.train.host import keep_freed_memory, leave_cores_to_workers
 from evaclip.train.meter import Meter
 from evaclip.train.optimizer import set_lr_factor
 from evaclip.train.progress import Record, Report, open_report
@@ -60,6 +60,7 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False)
     world = connect(config.device)
     if world.device.type == "cpu":
         keep_freed_memory()
+        leave_cores_to_workers(config.data.workers)
     with closing(world):
         messages: list[str] = []
         located = locate(config, resume, overwrite, messages.append) if world.is_main else None
