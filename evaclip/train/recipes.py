@@ -85,13 +85,14 @@ def emoji() -> TrainConfig:
     )
     return TrainConfig(
         name="emoji",
-        batch_size=256,
+        batch_size=128,
         data=DataConfig(train="data/emoji/twemoji-*.tar", workers=1, augmentation=augmentation),
         model=ModelConfig(name="emoji"),
-        optim=OptimConfig(lr=2e-3, weight_decay=0.1, grad_clip_norm=1.0),
-        schedule=ScheduleConfig(steps=1000, warmup_steps=50),
+        # Measured on OpenMoji after 128,000 samples: 4.4 %; lr 1e-3 2.5 %, 2e-4 3.6 %; 256 pairs at lr 2e-3 1.3 %.
+        optim=OptimConfig(lr=3e-4, weight_decay=0.1, grad_clip_norm=1.0),
+        schedule=ScheduleConfig(steps=3000, warmup_steps=150),
         precision="amp_bf16",
-        log=LogConfig(every_steps=20),
+        log=LogConfig(every_steps=50),
         eval=EvalConfig(data=DataConfig(train="data/emoji/openmoji-*.tar"), batch_size=128),
     )
 

