@@ -1,5 +1,6 @@
 # make demo   train on real pictures, evaluate, and write runs/demo/report.html
 # make test   run the whole test suite
+# make gpu-check   on a machine with a GPU: every op against float64 and its peers; keeps the result
 #
 # Every target sets up what it needs: a virtual environment in .venv, the dependencies, the native library.
 
@@ -9,13 +10,17 @@ BIN := $(VENV)/bin
 BUILD_TOOLS := setuptools cmake ninja pybind11
 CPP_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test build lint format clean
+.PHONY: demo test gpu-check build lint format clean
 
 demo: build
 	$(BIN)/evaclip demo --out runs/demo
 
 test: build
 	$(BIN)/pytest
+
+gpu-check: build
+	$(BIN)/python -m benchmarks all --device cuda --dtype float32 --dtype bfloat16 --dtype float16 --check \
+		--json benchmarks/results
 
 lint: build
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ from typing import Any
 from evaclip.errors import UserError
 
 
-class _Parser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     """Reports a wrong command line in the same form as every other mistake."""
 
     def error(self, message: str) -> Any:
@@ -38,16 +38,21 @@ def build_parser() -> argparse.ArgumentParser:
     from evaclip.eval import command as evaluate
     from evaclip.train import command as train
 
-    parser = _Parser(prog="evaclip", description="Train, evaluate and inspect EVA-CLIP models.")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+    parser = CommandParser(prog="evaclip", description="Train, evaluate and inspect EVA-CLIP models.")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
     for module in (train, evaluate, data, demo, report, doctor):
         module.add_commands(subparsers)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; 0 on success, 1 for a failure, 2 for wrong input, 130 for Ctrl-C."""
-    args = build_parser().parse_args(argv)
+    """Runs one command of `evaclip`."""
+    return run_command(build_parser(), argv)
+
+
+def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """Runs the command that `argv` names; 0 on success, 1 for a failure, 2 for wrong input, 130 for Ctrl-C."""
+    args = parser.parse_args(argv)
     try:
         args.run(args)
     except KeyboardInterrupt:

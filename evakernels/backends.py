@@ -46,7 +46,7 @@ def select(op: str, args: tuple[Any, ...]) -> Implementation:
     """The implementation that serves `op(*args)`. Raises `BackendError` when a forced backend can't."""
     candidates = _implementations[op]
     if _forced is not None:
-        reasons = _why_not(op, _forced, args)
+        reasons = why_not(op, _forced, *args)
         if reasons:
             raise BackendError(f"backend {_forced!r} can't serve {op}: " + "; ".join(reasons))
         return candidates[_forced]
@@ -92,7 +92,8 @@ def ops() -> dict[str, list[str]]:
     return {op: [b for b in PREFERENCE if b in found] for op, found in sorted(_implementations.items())}
 
 
-def _why_not(op: str, backend: str, args: tuple[Any, ...]) -> list[str]:
+def why_not(op: str, backend: str, *args: Any) -> list[str]:
+    """The reasons why `backend` can't serve `op(*args)`; without arguments, those that hold for every call."""
     implementation = _implementations[op].get(backend)
     if implementation is None:
         return [f"{op} has no {backend} implementation"]
@@ -102,7 +103,7 @@ def _why_not(op: str, backend: str, args: tuple[Any, ...]) -> list[str]:
 def _report(op: str, args: tuple[Any, ...]) -> str:
     lines, chosen = [], False
     for backend in PREFERENCE:
-        reasons = _why_not(op, backend, args)
+        reasons = why_not(op, backend, *args)
         usable = not reasons and not chosen
         chosen = chosen or usable
         verdict = "serves the call" if usable else "; ".join(reasons) or "usable, but not preferred here"

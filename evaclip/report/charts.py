@@ -1,57 +1,14 @@
-"""The report's charts, drawn once with matplotlib for both of its forms: the poster and the page.
+"""The report's charts, drawn once with matplotlib for both of its forms: the poster and the page."""
 
-Every colour has one meaning and one hexadecimal value; in the page that value becomes a CSS variable of the
-same name, so that the charts follow the reader's light or dark theme.
-"""
-
-import io
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from evaclip.report.run_data import Bar, BarGroup, LossCurve
-
-
-@dataclass(frozen=True)
-class Palette:
-    """Colours by meaning."""
-
-    ink: str = "#1b1f24"
-    muted: str = "#656d76"
-    line: str = "#d5d9de"
-    accent: str = "#2757c4"
-    accent_soft: str = "#a9bfee"
-    chance: str = "#c2571a"
-    hit: str = "#1a8a4f"
-    paper: str = "#fefefe"
-    panel: str = "#f4f5f7"
-
-
-PALETTE = Palette()
-
-STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.edgecolor": PALETTE.line,
-    "axes.labelcolor": PALETTE.muted,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": PALETTE.ink,
-    "xtick.color": PALETTE.muted,
-    "ytick.color": PALETTE.muted,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "evaclip",
-}
+from evaclip.report.theme import PALETTE, STYLE, themed_svg
 
 ROW = 0.36
 """Height of one bar's row in inches: the chart grows with what it shows."""
@@ -62,7 +19,7 @@ def loss_svg(curve: LossCurve) -> str:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.4), layout="constrained")
         draw_loss(figure.subplots(), curve)
-        return _themed_svg(figure)
+        return themed_svg(figure, "Line plot: the contrastive loss over the image-text pairs seen")
 
 
 def accuracy_svg(groups: Sequence[BarGroup]) -> str:
@@ -70,7 +27,7 @@ def accuracy_svg(groups: Sequence[BarGroup]) -> str:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 0.5 + ROW * bar_rows(groups)), layout="constrained")
         draw_accuracy(figure.subplots(), groups)
-        return _themed_svg(figure)
+        return themed_svg(figure, "Bars: every accuracy beside its chance level")
 
 
 def bar_rows(groups: Sequence[BarGroup]) -> float:
@@ -186,24 +143,3 @@ def short_number(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g}{suffix}"
     return f"{value:.3g}"
-
-
-def _themed_svg(figure: Figure) -> str:
-    FigureCanvasSVG(figure)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(
-        r'(<svg[^>]*?) width="[^"]*"',
-        r"\1",
-        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1),
-        count=1,
-    )
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
-    svg = re.sub(r"(font: (?:bold |\d+ )?[\d.]+px) [^;\"]*", r"\1 var(--sans)", svg)
-    colours: dict[str, Any] = asdict(PALETTE)
-    for name, value in colours.items():
-        svg = svg.replace(value, f"var(--{name.replace('_', '-')})")
-    return svg

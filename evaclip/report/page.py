@@ -6,6 +6,7 @@ from importlib.resources import files
 from evaclip.eval.gallery import Found, Gallery, Query, Section
 from evaclip.report.charts import accuracy_svg, loss_svg, percent, times_chance
 from evaclip.report.run_data import Bar, BarGroup, RunData
+from evaclip.report.theme import document
 
 KIND = "Report of a training run"
 NO_EVALUATIONS = "Nothing has been evaluated yet: `evaclip eval zero-shot RUN_DIR --data PATH` adds a result."
@@ -32,12 +33,7 @@ def render_page(run: RunData) -> str:
         "<h2>Facts of the run</h2>",
         _facts(run),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(run.name)}: {KIND.lower()}</title>\n<style>\n{css}</style>\n</head>\n"
-        "<body><main>\n" + "\n".join(body) + "\n</main></body>\n</html>\n"
-    )
+    return document(f"{run.name}: {KIND.lower()}", "\n".join(body), css)
 
 
 def headline_bars(groups: tuple[BarGroup, ...]) -> list[tuple[BarGroup, Bar]]:

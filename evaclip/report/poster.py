@@ -12,18 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from evaclip.eval.gallery import Query, Section, open_thumbnail
-from evaclip.report.charts import (
-    PALETTE,
-    ROW,
-    STYLE,
-    bar_rows,
-    draw_accuracy,
-    draw_loss,
-    percent,
-    times_chance,
-)
+from evaclip.report.charts import ROW, bar_rows, draw_accuracy, draw_loss, percent, times_chance
 from evaclip.report.page import KIND, headline_bars
 from evaclip.report.run_data import RunData
+from evaclip.report.theme import PALETTE, STYLE
 
 WIDTH = 12.0
 MARGIN = 0.55

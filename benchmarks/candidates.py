@@ -1,0 +1,98 @@
+"""Who is measured on an operation: this library on each of its backends, plain PyTorch, and the peers."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+import evakernels
+from benchmarks.operation import Function, Kind, Operation, peers_of
+from benchmarks.shapes import Shape
+from evaclip.errors import unknown_name
+from evakernels.backends import PREFERENCE, why_not
+
+OURS, EAGER, COMPILE = "evakernels", "torch eager", "torch.compile"
+NOBODY = "none"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One implementation of an operation.
+
+    Attributes:
+        name: `evakernels <backend>`, `torch eager`, `torch.compile`, or the peer's.
+        version: of the distribution that it comes from.
+        build: makes the function for a shape.
+        context: the surroundings in which it must be called.
+    """
+
+    name: str
+    kind: Kind
+    version: str
+    build: Callable[[Shape], Function]
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+def candidates(
+    op: Operation, device: str, backends: Sequence[str] = (), peers: Sequence[str] = ()
+) -> tuple[list[Candidate], dict[str, str]]:
+    """Everybody who can be measured on `op`, and those who can't, with the reason.
+
+    Args:
+        op: the operation.
+        device: the device type.
+        backends: backends of this library; by default all that implement the op.
+        peers: names of peers, `torch.compile` among them; by default all. `none` for none. `torch eager` is always
+            there: it is what the others are compared with.
+    """
+    found, absent = _ours(op, backends)
+    found.append(Candidate(EAGER, "baseline", torch.__version__, lambda shape: op.eager))
+    if not peers or COMPILE in peers:
+        found.append(Candidate(COMPILE, "peer", torch.__version__, lambda shape: _compiled(op.eager)))
+    for peer in peers_of(op.name):
+        if peers and peer.name not in peers:
+            continue
+        reason = peer.absence(device)
+        if reason is not None:
+            absent[peer.name] = reason
+        else:
+            found.append(Candidate(peer.name, "peer", peer.version or "", peer.build))
+    return found, absent
+
+
+def _ours(op: Operation, backends: Sequence[str]) -> tuple[list[Candidate], dict[str, str]]:
+    version = evakernels.info()["evakernels"] or ""
+    if op.registered is None:
+        chosen = Candidate(OURS, "ours", version, lambda shape: op.ours)
+        reference = _on_backend(op, "reference", version)
+        return [c for c, backend in ((chosen, ""), (reference, "reference")) if not backends or backend in backends], {}
+    reasons = {
+        backend: why_not(op.registered, backend) for backend in PREFERENCE if not backends or backend in backends
+    }
+    found = [_on_backend(op, backend, version) for backend, why in reasons.items() if not why]
+    absent = {f"{OURS} {backend}": "; ".join(why) for backend, why in reasons.items() if why}
+    return found, absent
+
+
+def _on_backend(op: Operation, backend: str, version: str) -> Candidate:
+    context = partial(evakernels.use_backend, backend)
+    return Candidate(f"{OURS} {backend}", "ours", version, lambda shape: op.ours, context)
+
+
+def check_names(chosen: Sequence[Operation], backends: Sequence[str], peers: Sequence[str]) -> None:
+    """Raises `UserError` for a backend or peer that no operation of `chosen` knows."""
+    known = [peer.name for op in chosen for peer in peers_of(op.name)]
+    for kind, given, accepted in (("backend", backends, PREFERENCE), ("peer", peers, [*known, COMPILE, NOBODY])):
+        for name in given:
+            if name not in accepted:
+                raise unknown_name(kind, name, accepted)
+
+
+def _compiled(function: Function) -> Function:
+    def fresh(**inputs: Any) -> Any:  # a code object's compiled forms are counted against torch's limit: one for each
+        return function(**inputs)
+
+    return torch.compile(fresh, fullgraph=True, dynamic=False)

@@ -1,0 +1,274 @@
+"""Whole models: each tower, and a training step's forward and backward pass through both towers and the loss.
+
+Plain PyTorch is open_clip's model: timm's EVA and open_clip's text tower, built from the same configuration and called
+with the same parameters. The models themselves hold no values: parameters are inputs like any other.
+"""
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import evakernels
+from benchmarks.cases._open_clip import PlainClip
+from benchmarks.cases.contrastive import clip_loss
+from benchmarks.operation import Cost, Draw, Inputs, Operation, Work, operation
+from benchmarks.shapes import Shape, short_names
+from evaclip import CLIPConfig, create_model
+from evaclip.errors import UserError
+from evaclip.model.config import override
+from evaclip.model.flops import text_flops, vision_flops
+from evaclip.weights import to_open_clip
+
+MODEL_OPERATIONS = ("encode_image", "encode_text", "clip_step")
+"""Names of the operations of this file: those that are whole models."""
+
+_NOISE = 0.02
+"""Added to the start values of training, under which biases are zero and the towers end in almost nothing."""
+
+_VISION, _TEXT = "visual.", "text."
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model or a part of it, without values of its own.
+
+    Attributes:
+        module: on the meta device, but for tables that must be exact.
+        names: of its parameters, in the order in which they are given.
+        buffers: those that follow the dtype of the parameters.
+    """
+
+    module: nn.Module
+    names: tuple[str, ...]
+    buffers: dict[str, Tensor]
+
+    def __call__(self, parameters: list[Tensor], *args: Tensor) -> Any:
+        """Runs the module with these parameters."""
+        tensors = dict(zip(self.names, parameters, strict=True))
+        for name, values in self.buffers.items():
+            tensors[name] = values.to(parameters[0].dtype)
+        return functional_call(self.module, tensors, args)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same model here and in plain PyTorch."""
+
+    ours: Network
+    plain: Network
+
+
+# --- inputs ---------------------------------------------------------------------------------------------------------
+
+
+def _image_inputs(shape: Shape, draw: Draw) -> Inputs:
+    return {**_model(shape, draw, _VISION, draw.dtype), "samples": _images(shape, draw)}
+
+
+def _text_inputs(shape: Shape, draw: Draw) -> Inputs:
+    return {**_model(shape, draw, _TEXT, draw.dtype), "samples": _texts(shape, draw)}
+
+
+def _step_inputs(shape: Shape, draw: Draw) -> Inputs:
+    """Parameters in float32: with images of 16 bits, autocast does the rest, as in training."""
+    images, texts = _images(shape, draw), _texts(shape, draw)
+    return {**_model(shape, draw, "", torch.float32), "images": images, "texts": texts}
+
+
+def _model(shape: Shape, draw: Draw, part: str, dtype: torch.dtype) -> Inputs:
+    """Both networks of a part of the model, and its parameters: as in use, the same for every set of samples."""
+    pixels = _pixels(shape)
+    parameters = _parameters(shape.model, pixels, draw.device)
+    own = [values.detach().to(dtype) for name, values in parameters.items() if name.startswith(part)]
+    return {"pair": _pair(shape.model, pixels, draw.device, part), "parameters": own}
+
+
+def _pixels(shape: Shape) -> int:
+    """The side of the images, that of the model for a shape of the text tower.
+
+    Raises:
+        UserError: patches are dropped, which the two models would draw differently.
+    """
+    if shape.drop:
+        raise UserError(f"shape {shape.name!r}: whole models are measured without dropped patches")
+    return shape.pixels or shape.config.vision.image_size
+
+
+def _images(shape: Shape, draw: Draw) -> Tensor:
+    return draw.normal(shape.batch, 3, _pixels(shape), _pixels(shape))
+
+
+def _texts(shape: Shape, draw: Draw) -> Tensor:
+    """Captions of full length; the largest number ends each of them."""
+    config = shape.config.text
+    texts = draw.integers(config.vocab_size - 1, shape.batch, config.context_length)
+    texts[:, -1] = config.vocab_size - 1
+    return texts
+
+
+@lru_cache(maxsize=1)
+def _parameters(model: str, pixels: int, device: torch.device) -> dict[str, Tensor]:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        built = create_model(short_names()[model], device=device, vision={"image_size": pixels})
+        with torch.no_grad():
+            for parameter in built.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=_NOISE)
+    return dict(built.named_parameters())
+
+
+# --- networks -------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _pair(model: str, pixels: int, device: torch.device, part: str) -> Pair:
+    """Both networks of a tower, or of the whole model where `part` is empty."""
+    ours = create_model(short_names()[model], device="meta", vision={"image_size": pixels}).eval()
+    if ours.visual.rope is not None:
+        ours.visual.rope.fill(device)
+    plain = PlainClip(ours.config, device).eval()
+    plain_part = f"{part}trunk." if part == _VISION else part
+    return Pair(
+        Network(_submodule(ours, part), _names(ours.state_dict(), part), {}),
+        Network(
+            module := _submodule(plain, plain_part),
+            _names(to_open_clip(ours.state_dict()), plain_part),
+            dict(module.named_buffers()),
+        ),
+    )
+
+
+def _submodule(model: nn.Module, part: str) -> nn.Module:
+    return model.get_submodule(part.removesuffix("."))
+
+
+def _names(state: dict[str, Tensor], part: str) -> tuple[str, ...]:
+    """Names within a part of a model, in the order of the state."""
+    return tuple(name.removeprefix(part) for name in state if name.startswith(part))
+
+
+# --- what is measured -----------------------------------------------------------------------------------------------
+
+
+def _encode_ours(pair: Pair, parameters: list[Tensor], samples: Tensor) -> Tensor:
+    features: Tensor = pair.ours(parameters, samples)
+    return features
+
+
+def _encode_plain(pair: Pair, parameters: list[Tensor], samples: Tensor) -> Tensor:
+    features: Tensor = pair.plain(parameters, samples)
+    return features
+
+
+def _step_ours(pair: Pair, parameters: list[Tensor], images: Tensor, texts: Tensor) -> Tensor:
+    with _autocast(parameters, images):
+        return evakernels.clip_loss(*pair.ours(parameters, images, texts))
+
+
+def _step_plain(pair: Pair, parameters: list[Tensor], images: Tensor, texts: Tensor) -> Tensor:
+    with _autocast(parameters, images):
+        return clip_loss(*pair.plain(parameters, images, texts))
+
+
+def _autocast(parameters: list[Tensor], images: Tensor) -> torch.autocast:
+    """Autocast to the dtype of the images where the parameters have another one."""
+    return torch.autocast(images.device.type, dtype=images.dtype, enabled=images.dtype != parameters[0].dtype)
+
+
+# --- cost -----------------------------------------------------------------------------------------------------------
+
+
+def _image_work(shape: Shape, itemsize: int) -> Work:
+    """Bytes are those of the tower's parameters, the images and the features."""
+    config = _config(shape)
+    parameters = _count(shape, _VISION)
+    pixels = 3 * config.vision.image_size**2
+    values = parameters + shape.batch * (pixels + config.embed_dim)
+    return Work(Cost(shape.batch * vision_flops(config.vision, config.embed_dim), values * itemsize))
+
+
+def _text_work(shape: Shape, itemsize: int) -> Work:
+    """Bytes are those of the tower's parameters, the token ids and the features; embeddings of absent tokens too."""
+    config = _config(shape)
+    ids = 8 * shape.batch * config.text.context_length
+    values = _count(shape, _TEXT) + shape.batch * config.embed_dim
+    return Work(Cost(shape.batch * text_flops(config.text, config.embed_dim), values * itemsize + ids))
+
+
+def _step_work(shape: Shape, itemsize: int) -> Work:
+    """Both towers and the loss; backward twice that, but without gradients of the images.
+
+    Bytes are those of the parameters, in float32, of images and token ids, and backward those of the gradients too.
+    What lies between is neither input nor output.
+    """
+    config, batch = _config(shape), shape.batch
+    towers = vision_flops(config.vision, config.embed_dim) + text_flops(config.text, config.embed_dim)
+    forward = batch * towers + 2 * batch**2 * config.embed_dim
+    pixels = 3 * config.vision.image_size**2
+    embedding = 2 * batch * config.vision.width * pixels
+    parameters = 4 * _count(shape, "")
+    given = parameters + batch * (pixels * itemsize + 8 * config.text.context_length)
+    return Work(Cost(forward, given), Cost(2 * forward - embedding, given + parameters))
+
+
+def _config(shape: Shape) -> CLIPConfig:
+    return override(shape.config, {"vision": {"image_size": _pixels(shape)}})
+
+
+def _count(shape: Shape, part: str) -> int:
+    return _counts(shape.model, _pixels(shape), part)
+
+
+@cache
+def _counts(model: str, pixels: int, part: str) -> int:
+    built = create_model(short_names()[model], device="meta", vision={"image_size": pixels})
+    return sum(values.numel() for name, values in built.named_parameters() if name.startswith(part))
+
+
+operation(
+    Operation(
+        name="encode_image",
+        summary="the vision tower, weights in the dtype measured",
+        inputs=_image_inputs,
+        eager=_encode_plain,
+        ours=_encode_ours,
+        work=_image_work,
+        shapes={
+            "cpu": ("eva02-b16@224 b1",),
+            "cuda": ("eva02-b16@224 b256", "eva02-l14@224 b128", "eva02-l14@336 b32", "eva02-bige14@224 b16"),
+        },
+    )
+)
+operation(
+    Operation(
+        name="encode_text",
+        summary="the text tower, weights in the dtype measured",
+        inputs=_text_inputs,
+        eager=_encode_plain,
+        ours=_encode_ours,
+        work=_text_work,
+        shapes={
+            "cpu": ("eva02-b16:text b1",),
+            "cuda": ("eva02-b16:text b256", "eva02-l14:text b128", "eva02-bige14:text b16"),
+        },
+    )
+)
+operation(
+    Operation(
+        name="clip_step",
+        summary="both towers and the CLIP loss, weights in float32 and autocast to the dtype measured",
+        inputs=_step_inputs,
+        eager=_step_plain,
+        ours=_step_ours,
+        work=_step_work,
+        shapes={
+            "cpu": ("emoji@48 b32",),  # larger ones take torch.compile minutes
+            "cuda": ("eva02-b16@224 b64", "eva02-b16@224 b256", "eva02-l14@224 b128", "eva02-l14@336 b32"),
+        },
+        gradients=("parameters",),
+    )
+)

@@ -1,0 +1,90 @@
+"""Token dropout: the entrance of a vision tower, where a part of the patches is kept."""
+
+import torch
+from torch import Tensor
+
+import evakernels
+from benchmarks.cases._patches import kept_patches
+from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, operation, peer
+from benchmarks.shapes import Shape
+
+_SHAPES = {
+    "cpu": (
+        "eva02-b16@224 b1 drop50",
+        "eva02-b16@224 b8",
+        "eva02-b16@224 b8 drop50",
+        "eva02-l14@224 b8 drop50",
+        "eva02-l14@336 b8 drop50",
+    ),
+    "cuda": (
+        "eva02-b16@224 b64 drop50",
+        "eva02-b16@224 b512",
+        "eva02-b16@224 b512 drop50",
+        "eva02-l14@224 b256 drop50",
+        "eva02-l14@336 b128 drop50",
+        "eva02-bige14@224 b128 drop50",
+    ),
+}
+
+
+def _inputs(shape: Shape, draw: Draw) -> Inputs:
+    token_index = kept_patches("token_dropout", shape, draw)
+    return {
+        "patches": draw.normal(shape.batch, shape.patches, shape.width),
+        "token_index": token_index,
+        "prefix": draw.normal(1, shape.width),
+        "pos_embed": draw.normal(1 + shape.patches, shape.width),
+    }
+
+
+def _work(shape: Shape, itemsize: int) -> Work:
+    """Forward reads the patches that are kept, not the others; backward writes zeros for those too.
+
+    The indices are too small to count.
+    """
+    row = shape.width * itemsize
+    kept, parameters = shape.batch * shape.kept_patches * row, (2 + shape.patches) * row
+    tokens = shape.batch * shape.tokens * row
+    forward = Cost(0, kept + parameters + tokens)
+    return Work(forward, Cost(0, tokens + shape.batch * shape.patches * row + parameters))
+
+
+def _eager(patches: Tensor, token_index: Tensor | None, prefix: Tensor, pos_embed: Tensor) -> Tensor:
+    tokens = patches + pos_embed[1:]
+    if token_index is not None:
+        tokens = tokens.gather(1, token_index.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+    return torch.cat(((prefix + pos_embed[:1]).expand(patches.shape[0], -1, -1), tokens), 1)
+
+
+def _ours(patches: Tensor, token_index: Tensor | None, prefix: Tensor, pos_embed: Tensor) -> Tensor:
+    return evakernels.token_dropout(patches, token_index, prefix=prefix, pos_embed=pos_embed)
+
+
+operation(
+    Operation(
+        name="token_dropout",
+        summary="the patches that are kept, plus their positions, behind the class token",
+        inputs=_inputs,
+        eager=_eager,
+        ours=_ours,
+        work=_work,
+        shapes=_SHAPES,
+        gradients=("patches", "prefix", "pos_embed"),
+        registered="token_dropout_forward",
+    )
+)
+
+
+@peer("token_dropout", "torch indexing")
+def indexing(shape: Shape) -> Function:
+    """Advanced indexing instead of a gather, behind class token and positions: what open_clip's PatchDropout does."""
+
+    def drop(patches: Tensor, token_index: Tensor | None, prefix: Tensor, pos_embed: Tensor) -> Tensor:
+        batch = patches.shape[0]
+        tokens = torch.cat((prefix.expand(batch, -1, -1), patches), 1) + pos_embed
+        if token_index is None:
+            return tokens
+        rows = torch.arange(batch, device=patches.device).unsqueeze(1)
+        return torch.cat((tokens[:, :1], tokens[:, 1:][rows, token_index]), 1)
+
+    return drop

@@ -1,0 +1,208 @@
+"""The command line: what to measure, in which form to show it, and what to compare."""
+
+import argparse
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks.operation import Operation, get_operation, operations
+from benchmarks.results import Results, read_results
+from benchmarks.suite import DEFAULT_DTYPES, DTYPES, Plan, run
+from evaclip.cli import CommandParser, leaf, run_command
+from evaclip.errors import UserError
+
+_EXAMPLES = {
+    "list": ["python -m benchmarks list", "python -m benchmarks list --device cuda"],
+    "op": [
+        "python -m benchmarks op layer_norm",
+        "python -m benchmarks op rope_attention --shape 'eva02-l14@336 b4' --dtype bfloat16 --peer torch.compile",
+        "python -m benchmarks op layer_norm --plugin my_norm.py --plot report/",
+    ],
+    "model": ["python -m benchmarks model clip_step --shape 'eva02-b16@224 b2'"],
+    "all": ["python -m benchmarks all --json run.json --plot report/"],
+    "compare": ["python -m benchmarks compare before.json after.json"],
+    "report": ["python -m benchmarks report run.json --out report/"],
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 on success, 1 for a regression or a broken error rule, 2 for wrong input."""
+    return run_command(_build_parser(), argv)
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="python -m benchmarks",
+        description="Measure ops and models: time, memory, error, and the share of this machine's roofline.",
+    )
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
+    _add(verbs, "list", "show what can be measured here, and who is absent", _list)
+    op = _add(verbs, "op", "measure one or more operations", _measure_named)
+    op.add_argument("names", nargs="+", metavar="NAME", help="an operation, as `list` names them")
+    model = _add(verbs, "model", "measure whole models", _measure_named)
+    model.add_argument("names", nargs="+", metavar="NAME", help="encode_image, encode_text or clip_step")
+    everything = _add(verbs, "all", "measure everything", _measure_all)
+    for verb in (op, model, everything):
+        _add_measuring(verb)
+    compare = _add(verbs, "compare", "find what became slower between two results", _compare)
+    compare.add_argument("before", type=Path, help="a result of --json")
+    compare.add_argument("after", type=Path, help="a result of --json")
+    compare.add_argument(
+        "--threshold", type=float, default=0.1, metavar="SHARE", help="changes that count (default: %(default)s)"
+    )
+    report = _add(verbs, "report", "write the pages and plots of a result", _report)
+    report.add_argument("result", type=Path, help="a result of --json")
+    report.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to")
+    return parser
+
+
+def _add(verbs: Any, name: str, help: str, action: Any) -> argparse.ArgumentParser:
+    parser = leaf(verbs, name, help=help, examples=_EXAMPLES[name])
+    if name in ("list", "op", "model", "all"):
+        parser.add_argument("--device", choices=sorted(DEFAULT_DTYPES), default="cpu", help="default: %(default)s")
+        parser.add_argument("--plugin", type=Path, action="append", default=[], metavar="FILE", help="adds candidates")
+    parser.set_defaults(run=action)
+    return parser
+
+
+def _add_measuring(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what to measure (each may be given several times)")
+    several: dict[str, Any] = {"action": "append", "default": []}
+    what.add_argument(
+        "--shape", **several, metavar="NAME", help="such as 'eva02-l14@224 b8' (default: a list for each)"
+    )
+    what.add_argument("--dtype", **several, choices=list(DTYPES), help="default: those usual on the device")
+    what.add_argument("--mode", **several, choices=["forward", "training"], help="default: both")
+    what.add_argument("--backend", **several, metavar="NAME", help="of this library (default: all)")
+    what.add_argument("--peer", **several, metavar="NAME", help="default: all; 'none' for none")
+    how = parser.add_argument_group("how")
+    how.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's own number)")
+    how.add_argument(
+        "--passes", type=int, default=Plan.passes, metavar="N", help="over all cases (default: %(default)s)"
+    )
+    how.add_argument(
+        "--seconds", type=float, default=Plan.seconds, metavar="S", help="a candidate and pass (default: %(default)s)"
+    )
+    how.add_argument("--profile", type=Path, metavar="FOLDER", help="also leave a trace of each candidate there")
+    how.add_argument("--check", action="store_true", help="exit 1 if an op of this library fails, or errs too much")
+    results = parser.add_argument_group("what to leave")
+    results.add_argument(
+        "--json", type=Path, metavar="FILE", help="everything, for `compare` and `report`; a folder will do"
+    )
+    results.add_argument("--csv", type=Path, metavar="FILE", help="one line a row")
+    results.add_argument("--plot", type=Path, metavar="FOLDER", help="pages and plots")
+
+
+def _list(args: argparse.Namespace) -> None:
+    from benchmarks.table import print_operations
+
+    _load(args.plugin)
+    print_operations(list(operations().values()), args.device)
+
+
+def _measure_named(args: argparse.Namespace) -> None:
+    _load(args.plugin)
+    _measure([get_operation(name) for name in args.names], args)
+
+
+def _measure_all(args: argparse.Namespace) -> None:
+    _load(args.plugin)
+    _measure(list(operations().values()), args)
+
+
+def _measure(chosen: list[Operation], args: argparse.Namespace) -> None:
+    from benchmarks.table import print_table
+
+    plan = _plan(args)
+    with _progress_bar() as progress:
+        results = run(chosen, plan, progress)
+    print_table(results)
+    if args.json:
+        results.write_json(args.json)
+    if args.csv:
+        results.write_csv(args.csv)
+    if args.plot:
+        _write_report(results, args.plot)
+    if args.profile:
+        _profile(chosen, plan, results, args.profile)
+    if args.check:
+        _check_errors(results)
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    if args.passes < 1 or args.seconds <= 0:
+        raise UserError(f"--passes must be at least 1 and --seconds above 0, got {args.passes} and {args.seconds:g}")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise UserError(f"--threads must be at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    several = {name: tuple(getattr(args, name[:-1])) for name in ("shapes", "dtypes", "modes", "backends", "peers")}
+    return Plan(args.device, **several, passes=args.passes, seconds=args.seconds)
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[int, int, str], None]]:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring the machine")
+        yield lambda done, total, title: bar.update(task, completed=done, total=total, description=title)
+
+
+def _profile(chosen: list[Operation], plan: Plan, results: Results, folder: Path) -> None:
+    from benchmarks.candidates import candidates
+    from benchmarks.profiling import profile_case
+    from benchmarks.suite import list_cases
+
+    measured = {row.key for row in results.rows if row.failure is None}
+    for case in list_cases(chosen, plan):
+        for candidate in candidates(case.op, plan.device, plan.backends, plan.peers)[0]:
+            if (*case.key, candidate.name) in measured:
+                print(profile_case(case, candidate, folder))
+
+
+def _check_errors(results: Results) -> None:
+    """The end of `--check`: exit code 1 and a line for each row of this library that failed or is too inexact."""
+    wrong = [
+        f"{' '.join(row.key)}: {row.failure or f'error {row.error:.2e}, PyTorch {row.baseline_error:.2e}'}"
+        for row in results.rows
+        if row.kind == "ours" and (row.failure or row.breaks_error_rule)
+    ]
+    if wrong:
+        print("\n".join(["failed, or less exact than the rule allows:", *wrong]))
+        raise SystemExit(1)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from benchmarks.compare import compare, print_comparison
+
+    comparison = compare(read_results(args.before), read_results(args.after), args.threshold)
+    print_comparison(comparison)
+    if comparison.regressions:
+        raise SystemExit(1)
+
+
+def _report(args: argparse.Namespace) -> None:
+    _write_report(read_results(args.result), args.out)
+
+
+def _write_report(results: Results, folder: Path) -> None:
+    from benchmarks.report import write_report
+
+    print(write_report(results, folder))
+
+
+def _load(plugins: Sequence[Path]) -> None:
+    """Registers the operations that ship, and runs the user's files, which register theirs."""
+    importlib.import_module("benchmarks.cases")
+    for path in plugins:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if not path.is_file() or spec is None or spec.loader is None:
+            raise UserError(f"--plugin {str(path)!r} isn't a Python file")
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -1,0 +1,294 @@
+"""What became slower, larger, less exact or impossible between two results, with the noise of the machine taken out.
+
+Noise on a shared machine has one sign: others can only make a call take longer. So the fastest round of a pass stands
+for the pass, and a run's passes tell how well that repeats. A row counts as slower if
+
+- even the fastest pass after is slower than every pass before, and
+- the fastest pass after takes longer than the fastest before by more than the threshold, on top of the distance
+  between the two fastest passes of either run.
+
+Before that the machine's own drift is divided out: how plain PyTorch changed, which is measured in the same rounds. It
+is taken from the same case and from the median of all cases, and the more forgiving of both is used, because the
+baseline is noisy too.
+"""
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.results import Machine, Results, Row
+from benchmarks.table import make_console
+from evaclip.errors import UserError
+
+What = Literal["slower", "faster", "fails", "works again", "less exact", "peak memory", "saved memory"]
+BETTER = ("faster", "works again")
+ERROR_GROWTH = 2.0
+"""Times the error may grow."""
+MEMORY_GROWTH = 1.1
+"""Times the memory may grow; it is counted, so there is no noise in it."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that changed in one row.
+
+    Attributes:
+        row: the row of the later result.
+        before, after: the values that differ: ms of the fastest round, relative error, or bytes.
+        change: after over before, the machine's drift divided out of times.
+        bound: the change that noise and threshold explain.
+    """
+
+    what: What
+    row: Row
+    before: float | None = None
+    after: float | None = None
+    change: float | None = None
+    bound: float | None = None
+
+
+@dataclass
+class Comparison:
+    """Two results side by side.
+
+    Attributes:
+        other_setup: what makes the machines different, such as `name`; empty for the same machine. Differences between
+            machines are not regressions.
+        drift: time of plain PyTorch after over before, the median of all cases; 1 between different machines.
+        compared: rows that both results measured.
+        bounds: for each of them the slow-down that would have been noticed.
+        regressions: what became worse in this library's rows.
+        others: what else differs: improvements, and rows of PyTorch and of the peers.
+        only_before, only_after: rows that one result lacks.
+        notes: why to be careful.
+    """
+
+    before: Machine
+    after: Machine
+    threshold: float
+    other_setup: tuple[str, ...] = ()
+    drift: float = 1.0
+    compared: int = 0
+    bounds: list[float] = field(default_factory=list)
+    regressions: list[Difference] = field(default_factory=list)
+    others: list[Difference] = field(default_factory=list)
+    only_before: list[Row] = field(default_factory=list)
+    only_after: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def compare(before: Results, after: Results, threshold: float = 0.1) -> Comparison:
+    """Finds what changed from one result to the other.
+
+    Args:
+        before, after: results of the same operations.
+        threshold: share that a time may change without counting.
+
+    Raises:
+        UserError: the threshold isn't above 0, or no row is in both results.
+    """
+    if not 0 < threshold < math.inf:
+        raise UserError(f"the threshold must be a share above 0 such as 0.1, got {threshold:g}")
+    earlier = {row.key: row for row in before.rows}
+    later = {row.key: row for row in after.rows}
+    pairs = [(earlier[key], row) for key, row in later.items() if key in earlier]
+    if not pairs:
+        raise UserError("the two results have no row in common: another operation, shape, dtype, device or candidate")
+    found = Comparison(before.machine, after.machine, threshold, _other_setup(before.machine, after.machine))
+    found.only_before = [row for key, row in earlier.items() if key not in later]
+    found.only_after = [row for key, row in later.items() if key not in earlier]
+    found.notes = _notes(before.machine, after.machine, pairs)
+    drifts = {} if found.other_setup else _drifts(pairs)
+    found.drift = statistics.median(drifts.values()) if drifts else 1.0
+    for old, new in pairs:
+        _add_pair(found, old, new, drifts)
+    return found
+
+
+def _add_pair(found: Comparison, old: Row, new: Row, drifts: Mapping[tuple[str, ...], float]) -> None:
+    differences = list(_exact_differences(old, new))
+    if _measured(old) and _measured(new):
+        found.compared += 1
+        found.bounds.append(_bound(old, new, found.threshold))
+        own = drifts.get(new.case, found.drift) if new.kind != "baseline" else found.drift
+        differences += _time_differences(old, new, (own, found.drift), found.threshold)
+    for difference in differences:
+        regression = new.kind == "ours" and difference.what not in BETTER and not found.other_setup
+        (found.regressions if regression else found.others).append(difference)
+
+
+def _time_differences(old: Row, new: Row, drifts: tuple[float, float], threshold: float) -> Iterator[Difference]:
+    first, second = min(_passes(old)), min(_passes(new))
+    difference = Difference("slower", new, first, second)
+    slower = second / first / max(drifts)
+    if slower > _bound(old, new, threshold):
+        yield replace(difference, change=slower, bound=_bound(old, new, threshold))
+    faster = second / first / min(drifts)
+    if 1 / faster > _bound(new, old, threshold):
+        yield replace(difference, what="faster", change=faster, bound=1 / _bound(new, old, threshold))
+
+
+def _bound(reference: Row, other: Row, threshold: float) -> float:
+    """How many times slower than `reference` the fastest pass of `other` may be without being called slower."""
+    passes = _passes(reference)
+    repeats = max(_repeatability(passes), _repeatability(_passes(other)))
+    return max(max(passes) / min(passes), (1 + threshold) * repeats)
+
+
+def _repeatability(passes: Sequence[float]) -> float:
+    """The second fastest pass over the fastest."""
+    fastest, *slower = sorted(passes)
+    return slower[0] / fastest if slower else 1.0
+
+
+def _passes(row: Row) -> list[float]:
+    """The fastest round of each pass, in ms."""
+    return [min(one_pass) for one_pass in row.samples_ms if one_pass]
+
+
+def _measured(row: Row) -> bool:
+    return row.failure is None and any(row.samples_ms)
+
+
+def _drifts(pairs: Sequence[tuple[Row, Row]]) -> dict[tuple[str, ...], float]:
+    """How plain PyTorch's time changed, for each case."""
+    return {
+        new.case: min(_passes(new)) / min(_passes(old))
+        for old, new in pairs
+        if new.kind == "baseline" and _measured(old) and _measured(new)
+    }
+
+
+def _exact_differences(old: Row, new: Row) -> Iterator[Difference]:
+    """What has no noise: failures, errors on the same inputs, memory."""
+    if old.failure is None and new.failure is not None:
+        yield Difference("fails", new)
+    if new.failure is not None:
+        return
+    if old.failure is not None:
+        yield Difference("works again", new)
+        return
+    if _error_grew(old.error, new.error):
+        yield _growth("less exact", new, old.error or 0.0, new.error or 0.0, ERROR_GROWTH)
+    memories: list[tuple[What, int | None, int | None]] = [
+        ("peak memory", old.peak_bytes, new.peak_bytes),
+        ("saved memory", old.saved_bytes, new.saved_bytes),
+    ]
+    for what, first, second in memories:
+        if first is not None and second is not None and second > MEMORY_GROWTH * first:
+            yield _growth(what, new, first, second, MEMORY_GROWTH)
+
+
+def _error_grew(before: float | None, after: float | None) -> bool:
+    if before is None or after is None or math.isnan(before):
+        return False
+    return not after <= ERROR_GROWTH * before  # true for NaN
+
+
+def _growth(what: What, row: Row, before: float, after: float, bound: float) -> Difference:
+    return Difference(what, row, before, after, after / before if before else math.inf, bound)
+
+
+def _other_setup(before: Machine, after: Machine) -> tuple[str, ...]:
+    """What keeps times from being comparable."""
+    names = ("device", "name", "threads") if before.device == "cpu" else ("device", "name")
+    return tuple(name for name in names if getattr(before, name) != getattr(after, name))
+
+
+def _notes(before: Machine, after: Machine, pairs: Sequence[tuple[Row, Row]]) -> list[str]:
+    notes = [f"before: {note}" for note in before.notes] + [f"after: {note}" for note in after.notes]
+    torches = [machine.versions.get("torch", "unknown") for machine in (before, after)]
+    if torches[0] != torches[1]:
+        notes.append(f"PyTorch {torches[0]} became {torches[1]}: drift is measured on it, so times are less certain")
+    if any(len(_passes(row)) == 1 for pair in pairs for row in pair):
+        notes.append("a single pass over the suite says nothing about noise: measure with --passes 3 or more")
+    return notes
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Prints the differences: first what became worse in this library, then the rest."""
+    console = make_console()
+    for name, machine in (("before", comparison.before), ("after ", comparison.after)):
+        console.print(f"{name}  {machine.name}, commit {machine.commit or 'unknown'}, {machine.date}", markup=False)
+    for note in comparison.notes:
+        console.print(Text(f"! {note}", "bold yellow"))
+    console.print(_summary(comparison), markup=False)
+    _print_differences(console, "regressions", comparison.regressions, "bold red")
+    _print_differences(console, _rest_title(comparison), comparison.others, "bold")
+    for name, rows in (("before", comparison.only_before), ("after", comparison.only_after)):
+        for row in rows:
+            console.print(Text(f"only {name}: {' · '.join(row.key)}", "dim"))
+    console.print(_verdict(comparison))
+
+
+def _summary(comparison: Comparison) -> str:
+    if not comparison.bounds:
+        return "no row has times in both"
+    noticed = sorted(comparison.bounds)[math.ceil(0.9 * len(comparison.bounds)) - 1] - 1
+    drift = "" if comparison.other_setup else f"; the machine's drift was {comparison.drift - 1:+.0%}"
+    return (
+        f"{comparison.compared} rows have times in both{drift}; "
+        f"in 9 of 10 rows a slow-down of {noticed:.0%} would have been noticed"
+    )
+
+
+def _rest_title(comparison: Comparison) -> str:
+    if comparison.other_setup:
+        return f"differences between machines (another {' and '.join(comparison.other_setup)})"
+    return "other differences"
+
+
+def _verdict(comparison: Comparison) -> Text:
+    if comparison.other_setup:
+        return Text("a comparison of machines: nothing is called a regression")
+    if comparison.regressions:
+        rows = len({difference.row.key for difference in comparison.regressions})
+        return Text(f"{len(comparison.regressions)} regressions in {rows} rows", "bold red")
+    return Text("no regressions", "bold green")
+
+
+def _print_differences(console: Console, title: str, differences: Sequence[Difference], style: str) -> None:
+    if not differences:
+        return
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    for name in ("what", "operation", "candidate"):
+        table.add_column(name, overflow="fold")
+    for name in ("before", "after", "change", "noise"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for difference in sorted(differences, key=lambda one: (one.what, -(one.change or 0))):
+        table.add_row(*map(Text, _cells(difference)))
+    console.print()
+    console.print(Text(title, style))
+    console.print(table)
+    for difference in differences:
+        if difference.what == "fails":
+            console.print(Text(f"{' · '.join(difference.row.key)}: {difference.row.failure}", "red"))
+
+
+def _cells(difference: Difference) -> Iterator[str]:
+    row = difference.row
+    yield difference.what
+    yield f"{row.op} {row.mode} {row.shape} {row.dtype}"
+    yield row.candidate
+    for value in (difference.before, difference.after):
+        yield "" if value is None else _value(difference.what, value)
+    timed = difference.what in ("slower", "faster")
+    yield "" if difference.change is None else _percent(difference.change)
+    yield _percent(difference.bound) if timed and difference.bound is not None else ""
+
+
+def _value(what: What, value: float) -> str:
+    if what == "less exact":
+        return f"{value:.2e}"
+    return f"{value / 2**20:.4g} MiB" if "memory" in what else f"{value:.4g} ms"
+
+
+def _percent(change: float) -> str:
+    return f"{change - 1:+.0%}" if change < 10 else f"{change:.3g}x"

@@ -1,0 +1,168 @@
+"""The machine: what it is, what it can do at most, and whether it was left alone while it was measured."""
+
+import ctypes
+import datetime
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import cpuinfo
+import psutil
+import torch
+
+from benchmarks.gpu_state import notes as gpu_notes
+from benchmarks.gpu_state import read_state
+from benchmarks.results import Machine
+
+_DEFAULT_CACHE = 32 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # numbers of glibc's malloc.h
+BUSY_SHARE = 0.1
+"""Share of the processors that others may use before the run is called disturbed."""
+DRIFT = 0.1
+"""Relative change of the machine's ceilings during a run before it is called unsteady."""
+
+
+def describe(device: torch.device, dtypes: Iterable[torch.dtype], packages: Iterable[str]) -> Machine:
+    """The machine with its measured ceilings; a few seconds on a CPU.
+
+    Args:
+        device: where to measure.
+        dtypes: for which the rate of a matrix product is needed.
+        packages: distributions whose versions the result shall name.
+    """
+    copy, matmul = ceilings(device, dtypes)
+    return Machine(
+        device=device.type,
+        name=_device_name(device),
+        threads=torch.get_num_threads(),
+        copy_gbps=copy,
+        matmul_tflops=matmul,
+        cache_bytes=_cache_bytes(device),
+        versions=_versions(packages),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        commit=_commit(),
+        command="python -m benchmarks " + " ".join(sys.argv[1:]),
+    )
+
+
+def ceilings(device: torch.device, dtypes: Iterable[torch.dtype]) -> tuple[float, dict[str, float]]:
+    """GB/s of a large copy, read and written bytes counted, and TFLOP/s of a large matrix product by dtype."""
+    elements, size = (1 << 28, 8192) if device.type == "cuda" else (1 << 26, 1536)
+    source = torch.randn(elements, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / _best(partial(target.copy_, source), device) / 1e9
+    del source, target
+    rates = {}
+    for dtype in dtypes:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / _best(partial(torch.matmul, a, b), device) / 1e12
+    return copy, rates
+
+
+def _best(call: Callable[[], object], device: torch.device, seconds: float = 0.4, least: int = 5) -> float:
+    """Seconds of the fastest call; the first one, which also touches fresh memory, doesn't count."""
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) <= least or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep what is freed, for the rest of the process.
+
+    By default it maps large blocks anew each time, and the page faults of a temporary cost more than many an op: the
+    same call took 1.0 or 7.5 ms from pass to pass (layer_norm's reference, AMD EPYC, 2026-11-24).
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+class Watch:
+    """Notices what disturbs a run: other processes, ceilings that fall or rise, a GPU that is throttled."""
+
+    def __init__(self, machine: Machine, device: torch.device) -> None:
+        self._machine, self._device = machine, device
+        self._start = _busy_seconds()
+        self._gpu = read_state(device)
+
+    def notes(self) -> list[str]:
+        """What made the numbers since the start doubtful; empty if nothing did.
+
+        Measures the ceilings again, and fills in the machine's clocks.
+        """
+        others = self._others()
+        dtypes = [getattr(torch, name) for name in self._machine.matmul_tflops]
+        copy, matmul = ceilings(self._device, dtypes)
+        changes = {"copy": copy / self._machine.copy_gbps - 1}
+        for dtype, rate in matmul.items():
+            changes[f"{dtype} matrix product"] = rate / self._machine.matmul_tflops[dtype] - 1
+        notes = [
+            f"unsteady: the {what} ceiling was {abs(change):.0%} {'higher' if change > 0 else 'lower'} after the run"
+            for what, change in changes.items()
+            if abs(change) > DRIFT
+        ]
+        if others > BUSY_SHARE:
+            notes.insert(0, f"busy: other processes used {others:.0%} of the processors during the run")
+        now = read_state(self._device)
+        self._machine.clocks = now.clocks if now else {}
+        return notes + gpu_notes(self._gpu, now)
+
+    def _others(self) -> float:
+        total, own, wall = (now - then for now, then in zip(_busy_seconds(), self._start, strict=True))
+        return max(0.0, total - own) / (wall * (os.cpu_count() or 1))
+
+
+def _busy_seconds() -> tuple[float, float, float]:
+    """Seconds that all processors worked, that this process and its children worked, and of the clock."""
+    times = psutil.cpu_times()
+    idle = times.idle + getattr(times, "iowait", 0.0)
+    own = os.times()
+    return sum(times) - idle - getattr(times, "guest", 0.0), sum(own[:4]), time.monotonic()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return str(cpuinfo.get_cpu_info().get("brand_raw", platform.machine()))
+
+
+def _cache_bytes(device: torch.device) -> int:
+    """The last level of cache; py-cpuinfo doesn't see the third level on all processors, Linux does."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = [path.read_text() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size.strip().removesuffix("K")) << 10 for size in sizes), default=_DEFAULT_CACHE)
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in sorted({"torch", "evakernels", "triton", *packages}):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _commit() -> str:
+    def git(*args: str) -> str:
+        folder = Path(__file__).parent
+        return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -1,0 +1,202 @@
+"""Measures one case, an operation on a shape in a dtype and mode, with all candidates side by side."""
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import accuracy, memory
+from benchmarks.candidates import EAGER, Candidate
+from benchmarks.operation import Cost, Draw, Function, Inputs, Operation
+from benchmarks.results import Machine, Row
+from benchmarks.shapes import Shape
+from benchmarks.timing import Rotation, Timer
+
+_MAX_SETS = 64
+
+
+@dataclass
+class Case:
+    """An operation on a shape, in one dtype and mode, on one device.
+
+    It keeps what was built and its rows, so that it can be measured again in later passes over the suite.
+    """
+
+    op: Operation
+    shape: Shape
+    mode: str
+    dtype: torch.dtype
+    device: torch.device
+    rows: dict[str, Row] = field(default_factory=dict)
+    functions: dict[str, Function] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """One line that names it."""
+        return f"{self.op.name}, {self.mode}, {self.shape.name}, {_name(self.dtype)}"
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What its rows have in common; see `Row.case`."""
+        return (self.op.name, self.mode, self.shape.name, _name(self.dtype), self.device.type)
+
+    def draw(self, seed: int = 0) -> Inputs:
+        """A set of inputs: the same for the same seed."""
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.title} {seed}".encode()))
+        inputs = self.op.inputs(self.shape, Draw(self.dtype, self.device, generator))
+        if self.mode == "training":
+            for leaf in accuracy.gradient_leaves(self.op, inputs):
+                leaf.requires_grad_()
+        return inputs
+
+
+def measure(case: Case, contestants: Sequence[Candidate], machine: Machine, timer: Timer, seconds: float) -> None:
+    """One pass: measures every candidate of the case, interleaved, and adds to its rows.
+
+    The first pass also builds the candidates and takes first calls, memory and errors. A candidate that fails gets its
+    error as its row and takes no part in later passes.
+    """
+    one_pass = max((len(row.samples_ms) for row in case.rows.values()), default=0)
+    if not case.rows:
+        _prepare(case, contestants, machine, timer)
+    alive = [candidate for candidate in contestants if case.rows[candidate.name].failure is None]
+    sets = _draw_sets(case, machine, first_seed=one_pass * _MAX_SETS)
+    ready = []
+    for candidate in alive:
+        rotation = Rotation([make_call(case, candidate, inputs) for inputs in sets], candidate.context)
+        if _guarded(case, candidate, partial(_touch, rotation)):
+            ready.append((candidate, rotation))
+    samples = timer.rounds([rotation for _, rotation in ready], seconds)
+    for (candidate, _), values in zip(ready, samples, strict=True):
+        case.rows[candidate.name].samples_ms.append(values)
+    for index, reason in timer.launched.items():
+        machine.notes.append(f"{case.title}: {ready[index][0].name} is timed with its launches ({reason})")
+
+
+def _prepare(case: Case, contestants: Sequence[Candidate], machine: Machine, timer: Timer) -> None:
+    truth = _truth(case)
+    for candidate in contestants:
+        case.rows[candidate.name] = _empty_row(case, candidate, machine)
+        _guarded(case, candidate, partial(_first, case, candidate, timer, truth))
+    baseline = case.rows[EAGER].error if EAGER in case.rows else None
+    for row in case.rows.values():
+        row.baseline_error = baseline
+
+
+def _first(case: Case, candidate: Candidate, timer: Timer, truth: list[Tensor]) -> None:
+    row = case.rows[candidate.name]
+    function = case.functions[candidate.name] = candidate.build(case.shape)
+    with candidate.context():
+        row.first_call_ms = 1e3 * timer.first_call(make_call(case, candidate, case.draw()))
+        row.error = accuracy.relative_error(_results(case, function, case.draw()), truth)
+        _take_memory(case, candidate, row)
+
+
+def _empty_row(case: Case, candidate: Candidate, machine: Machine) -> Row:
+    work = case.op.work(case.shape, case.dtype.itemsize)
+    passes = [work.forward] + ([work.backward] if case.mode == "training" and work.backward else [])
+    return Row(
+        op=case.op.name,
+        mode=case.mode,
+        shape=case.shape.name,
+        dtype=_name(case.dtype),
+        device=case.device.type,
+        candidate=candidate.name,
+        kind=candidate.kind,
+        version=candidate.version,
+        sizes={"batch": case.shape.batch, "tokens": case.shape.tokens},
+        flops=sum(cost.flops for cost in passes),
+        bytes=sum(cost.bytes for cost in passes),
+        floor_ms=sum(floor_ms(cost, _name(case.dtype), machine) for cost in passes),
+    )
+
+
+def floor_ms(cost: Cost, dtype: str, machine: Machine) -> float:
+    """The roofline: the longer of moving the bytes at the copy rate and multiplying at the matrix rate."""
+    moving = cost.bytes / (machine.copy_gbps * 1e9)
+    multiplying = cost.flops / (machine.matmul_tflops[dtype] * 1e12)
+    return 1e3 * max(moving, multiplying)
+
+
+def make_call(case: Case, candidate: Candidate, inputs: Inputs) -> Callable[[], object]:
+    """One call of a candidate that was built, on a set of inputs; to be made in the candidate's context."""
+    function = case.functions[candidate.name]
+    if case.mode == "forward":
+
+        def forward() -> object:
+            with torch.no_grad():
+                return function(**inputs)
+
+        return forward
+    leaves = accuracy.gradient_leaves(case.op, inputs)
+    upstream: list[Tensor] = []
+
+    def training() -> object:
+        outputs = accuracy.tensors(function(**inputs))
+        if not upstream:
+            upstream.extend(_upstream(case, outputs))
+        return torch.autograd.grad(outputs, leaves, upstream)
+
+    return training
+
+
+def _upstream(case: Case, outputs: Sequence[Tensor]) -> list[Tensor]:
+    generator = torch.Generator(case.device).manual_seed(1)
+    drawn = (torch.randn(output.shape, generator=generator, device=case.device) for output in outputs)
+    # Rounded to the dtype first, so that float64 gets the very same gradients.
+    return [values.to(case.dtype).to(output.dtype) for values, output in zip(drawn, outputs, strict=True)]
+
+
+def _results(case: Case, function: Function, inputs: Inputs) -> list[Tensor]:
+    """What errors are taken of: the outputs, or in training the gradients."""
+    if case.mode == "forward":
+        return accuracy.forward_outputs(function, inputs)
+    outputs = accuracy.tensors(function(**inputs))
+    return list(torch.autograd.grad(outputs, accuracy.gradient_leaves(case.op, inputs), _upstream(case, outputs)))
+
+
+def _truth(case: Case) -> list[Tensor]:
+    return _results(case, case.op.eager, accuracy.as_double(case.draw()))
+
+
+def _take_memory(case: Case, candidate: Candidate, row: Row) -> None:
+    call = make_call(case, candidate, case.draw())
+    call()  # the first call also draws the gradients of the outputs
+    row.peak_bytes = memory.peak_bytes(call, case.device)
+    if case.mode == "training":
+        inputs = case.draw()
+        given = [tensor for value in inputs.values() for tensor in accuracy.tensors(value)]
+        row.saved_bytes = memory.saved_bytes(lambda: case.functions[candidate.name](**inputs), given)
+
+
+def _draw_sets(case: Case, machine: Machine, first_seed: int) -> list[Inputs]:
+    """Sets of inputs that are together twice as large as the cache."""
+    first = case.draw(first_seed)
+    size = sum(tensor.nbytes for value in first.values() for tensor in accuracy.tensors(value))
+    count = min(_MAX_SETS, -(-2 * machine.cache_bytes // max(size, 1)))
+    return [first, *(case.draw(first_seed + index) for index in range(1, count))]
+
+
+def _touch(rotation: Rotation) -> None:
+    with rotation.context():
+        for call in rotation.calls:
+            call()
+
+
+def _guarded(case: Case, candidate: Candidate, action: Callable[[], Any]) -> bool:
+    """Runs `action`; a failure is written into the candidate's row. Tells whether it went well."""
+    try:
+        action()
+    except Exception as exc:
+        text = " ".join(str(exc).split())
+        case.rows[candidate.name].failure = f"{type(exc).__name__}: {text}"[:300]
+        return False
+    return True
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

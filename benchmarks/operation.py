@@ -1,0 +1,175 @@
+"""What can be measured: an operation with its inputs, its cost by formula, and everybody who offers it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.shapes import Shape
+from evaclip.errors import UserError, unknown_name
+
+Inputs = dict[str, Any]
+Outputs = Any
+"""A tensor, or a tuple of tensors."""
+Function = Callable[..., Outputs]
+Kind = Literal["ours", "baseline", "peer"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one pass must do at least.
+
+    Attributes:
+        flops: floating-point operations of the matrix products; one multiply-add counts as two.
+        bytes: each input read once and each output written once.
+    """
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """The cost of the forward pass, and that of the backward pass if there is one."""
+
+    forward: Cost
+    backward: Cost | None = None
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Draws the inputs of an operation: normal random numbers, never zeros, the same for the same seed."""
+
+    dtype: torch.dtype
+    device: torch.device
+    generator: torch.Generator
+
+    def normal(self, *size: int, scale: float = 1.0, mean: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal numbers of the given size, in the dtype that is measured unless another is named."""
+        values = torch.randn(size, generator=self.generator, device=self.device)
+        return values.mul_(scale).add_(mean).to(dtype or self.dtype)
+
+    def integers(self, high: int, *size: int) -> Tensor:
+        """Integers from 0 to `high` - 1."""
+        return torch.randint(high, size, generator=self.generator, device=self.device)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One op.
+
+    Attributes:
+        name: what it is called on the command line, and the title of its page.
+        summary: one line: what it computes.
+        inputs: draws the keyword arguments that every candidate is called with.
+        eager: the same thing in plain PyTorch. It is what every candidate's speed and error are compared with; on
+            float64 inputs it is the truth.
+        ours: this library's function.
+        work: the cost by formula, given the bytes of one element.
+        shapes: default shapes by device type.
+        gradients: names of the inputs whose gradients the training pass computes; none for an op without backward.
+        registered: the op whose backends are measured one by one, such as `layer_norm_forward`; None for a composition
+            of several ops, which is measured with the backends that are chosen for it, and on the references.
+    """
+
+    name: str
+    summary: str
+    inputs: Callable[[Shape, Draw], Inputs]
+    eager: Function
+    ours: Function
+    work: Callable[[Shape, int], Work]
+    shapes: Mapping[str, Sequence[str]]
+    gradients: tuple[str, ...] = ()
+    registered: str | None = None
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """`forward` runs without autograd; `training` is forward and backward."""
+        return ("forward", "training") if self.gradients else ("forward",)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Somebody else's implementation of an operation.
+
+    Attributes:
+        name: how it is shown.
+        build: makes the function for a shape; imports what it needs.
+        package: the distribution it comes from; None for torch itself and for one's own files.
+        devices: the device types it runs on.
+    """
+
+    name: str
+    build: Callable[[Shape], Function]
+    package: str | None
+    devices: tuple[str, ...]
+
+    def absence(self, device: str) -> str | None:
+        """Why it can't be measured here; None if it can."""
+        if device not in self.devices:
+            return f"runs on {' and '.join(self.devices)} only"
+        if self.package is not None and self.version is None:
+            return f"not installed: pip install {self.package}"
+        return None
+
+    @property
+    def version(self) -> str | None:
+        """The version of its distribution; None if it isn't installed."""
+        try:
+            return metadata.version(self.package or "torch")
+        except metadata.PackageNotFoundError:
+            return None
+
+
+@dataclass
+class _Registry:
+    operations: dict[str, Operation] = field(default_factory=dict)
+    peers: dict[str, list[Peer]] = field(default_factory=dict)
+
+
+_registry = _Registry()
+
+
+def operation(op: Operation) -> Operation:
+    """Registers an operation."""
+    _registry.operations[op.name] = op
+    return op
+
+
+def peer(
+    op: str, name: str | None = None, *, package: str | None = None, devices: Sequence[str] = ("cpu", "cuda")
+) -> Callable[[Callable[[Shape], Function]], Callable[[Shape], Function]]:
+    """Registers the decorated builder as a peer of the operation `op`.
+
+    The builder takes a `Shape` and returns the function that is called with the operation's inputs by keyword. It is
+    shown as `name`, or else as `package`.
+    """
+    shown = name or package
+    if shown is None:
+        raise UserError(f"a peer of {op!r} has neither a name nor a package")
+
+    def register(build: Callable[[Shape], Function]) -> Callable[[Shape], Function]:
+        _registry.peers.setdefault(op, []).append(Peer(shown, build, package, tuple(devices)))
+        return build
+
+    return register
+
+
+def operations() -> dict[str, Operation]:
+    """All operations by name."""
+    return dict(_registry.operations)
+
+
+def get_operation(name: str) -> Operation:
+    """The operation called `name`. Raises `UserError` with the nearest names if there is none."""
+    if name not in _registry.operations:
+        raise unknown_name("operation", name, _registry.operations)
+    return _registry.operations[name]
+
+
+def peers_of(op: str) -> list[Peer]:
+    """Everybody registered for an operation, in the order of registration."""
+    return list(_registry.peers.get(op, ()))

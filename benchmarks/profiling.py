@@ -1,0 +1,135 @@
+"""Where the time of a call goes: a trace of a few calls, and on a GPU the kernels' counters where ncu is installed.
+
+ncu runs `python -m benchmarks.profiling OPERATION SHAPE MODE DTYPE CANDIDATE`: one call between the marks of the CUDA
+profiler.
+"""
+
+import gzip
+import importlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.candidates import Candidate, candidates
+from benchmarks.measure import Case, make_call
+from benchmarks.operation import get_operation
+from benchmarks.shapes import parse_shape
+from benchmarks.suite import DTYPES
+from evaclip.atomic import replacing
+from evaclip.errors import unknown_name
+
+_WARM_UPS, _CALLS = 3, 3
+
+
+def profile_case(case: Case, candidate: Candidate, folder: Path) -> Path:
+    """Traces a few calls; the trace opens in Perfetto and in chrome://tracing.
+
+    Each call is a range named `<operation>: <candidate>`, on a GPU for NVTX too. There, if ncu is installed, its report
+    is left beside the trace; without the permission to read counters ncu leaves none, and says so.
+
+    Returns:
+        The trace, `<operation>-<candidate>-<shape>-<mode>-<dtype>.json.gz` in `folder`, which is made if need be.
+
+    Raises:
+        Exception: whatever the candidate raises, if it can't do this case.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{_file_name(case, candidate)}.json.gz"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if case.device.type == "cuda" else [])
+    profiler = profile(activities=activities, record_shapes=True, profile_memory=True)
+    with _warm_call(case, candidate) as call, profiler:
+        for _ in range(_CALLS):
+            with _range(case, candidate):
+                call()
+        _wait(case)
+    with tempfile.TemporaryDirectory() as scratch, replacing(path) as temporary:
+        plain = Path(scratch, "trace.json")
+        profiler.export_chrome_trace(str(plain))
+        temporary.write_bytes(gzip.compress(plain.read_bytes()))
+    if case.device.type == "cuda" and shutil.which("ncu"):
+        subprocess.run(ncu_command(case, candidate, folder), cwd=Path(__file__).parents[1], check=False)
+    return path
+
+
+def ncu_command(case: Case, candidate: Candidate, folder: Path) -> list[str]:
+    """Runs one call of a candidate under Nsight Compute with all of its counters; the report goes to `folder`.
+
+    The process that it starts knows the operations and peers that ship, none of `--plugin`.
+    """
+    report = folder.resolve() / f"{_file_name(case, candidate)}.ncu-rep"
+    # Marks rather than NVTX ranges: those belong to one thread, and autograd runs the backward pass in another.
+    ncu = ["ncu", "--profile-from-start", "off", "--set", "full", "--force-overwrite", "--export", str(report)]
+    dtype = str(case.dtype).removeprefix("torch.")
+    return [
+        *ncu,
+        *(sys.executable, "-m", "benchmarks.profiling"),
+        *(case.op.name, case.shape.name, case.mode, dtype, candidate.name),
+    ]
+
+
+def main(arguments: Sequence[str], device: str = "cuda") -> None:
+    """Makes one call of a candidate between the marks of the CUDA profiler.
+
+    Args:
+        arguments: names of operation, shape, mode, dtype and candidate.
+        device: where.
+
+    Raises:
+        UserError: a name is unknown.
+    """
+    importlib.import_module("benchmarks.cases")
+    op, shape, mode, dtype, name = arguments
+    case = Case(get_operation(op), parse_shape(shape), mode, DTYPES[dtype], torch.device(device))
+    found = {candidate.name: candidate for candidate in candidates(case.op, device)[0]}
+    if name not in found:
+        raise unknown_name("candidate", name, found)
+    with _warm_call(case, found[name]) as call, _marks(case), _range(case, found[name]):
+        call()
+
+
+@contextmanager
+def _warm_call(case: Case, candidate: Candidate) -> Iterator[Callable[[], object]]:
+    """A call that was made before, in the candidate's context."""
+    case.functions[candidate.name] = candidate.build(case.shape)
+    call = make_call(case, candidate, case.draw())
+    with candidate.context():
+        for _ in range(_WARM_UPS):
+            call()
+        _wait(case)
+        yield call
+
+
+@contextmanager
+def _range(case: Case, candidate: Candidate) -> Iterator[None]:
+    name = f"{case.op.name}: {candidate.name}"
+    with record_function(name), torch.cuda.nvtx.range(name) if case.device.type == "cuda" else nullcontext():
+        yield
+
+
+@contextmanager
+def _marks(case: Case) -> Iterator[None]:
+    with torch.cuda.profiler.profile() if case.device.type == "cuda" else nullcontext():
+        yield
+        _wait(case)
+
+
+def _wait(case: Case) -> None:
+    if case.device.type == "cuda":
+        torch.cuda.synchronize(case.device)
+
+
+def _file_name(case: Case, candidate: Candidate) -> str:
+    dtype = str(case.dtype).removeprefix("torch.")
+    return re.sub(r"[^\w@.-]+", "_", f"{case.op.name}-{candidate.name}-{case.shape.name}-{case.mode}-{dtype}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,140 @@
+"""The pages' sortable tables."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from benchmarks.candidates import OURS
+from benchmarks.columns import (
+    COLUMNS,
+    ERROR,
+    ERROR_RATIO,
+    MEDIAN,
+    NOTHING,
+    ROOFLINE,
+    SPEEDUP,
+    Column,
+    percent,
+    significant,
+)
+from benchmarks.contests import Contest, verdict
+from benchmarks.report.drawing import Paint
+from benchmarks.report.roofline import page_name
+from benchmarks.results import Row
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a cell shows, HTML, and what its column is sorted by; None sorts last."""
+
+    html: str
+    value: float | str | None
+    kind: str = ""
+
+
+def summary_table(found: Sequence[Contest], paint: Paint) -> str:
+    """One line for each contest: this library's best, plain PyTorch and the best peer."""
+    headings = [
+        ("operation", ""),
+        ("mode", ""),
+        ("shape", ""),
+        ("dtype", ""),
+        ("ours, ms", "the fastest backend"),
+        ("eager, ms", "torch eager"),
+        ("best peer, ms", "torch.compile is one of them"),
+        (SPEEDUP.title, SPEEDUP.meaning),
+        (ROOFLINE.title, ROOFLINE.meaning),
+    ]
+    return _table("cases", headings, (_summary_line(contest, paint) for contest in found), texts=4)
+
+
+def _summary_line(contest: Contest, paint: Paint) -> list[Cell]:
+    ours = contest.ours
+    speedup = contest.speedup(ours) if ours else None
+    roofline = ours.roofline if ours else None
+    colour = {"faster": "good", "slower": "bad"}.get(verdict(contest) or "", "")
+    return [
+        Cell(f'<a href="{page_name(contest.op)}">{escape(contest.op)}</a>', contest.op),
+        *(Cell(escape(text), text) for text in (contest.mode, contest.shape, contest.dtype)),
+        _best(contest, "ours", ours, paint),
+        _best(contest, "baseline", contest.eager, paint),
+        _best(contest, "peer", contest.peer, paint),
+        Cell(NOTHING if speedup is None else significant(speedup), speedup, colour),
+        Cell(NOTHING if roofline is None else percent(roofline), roofline),
+    ]
+
+
+def _best(contest: Contest, kind: str, row: Row | None, paint: Paint) -> Cell:
+    if row is None:
+        failed = any(other.kind == kind for other in contest.rows)
+        return Cell("failed", None, "bad") if failed else Cell(NOTHING, None)
+    name = row.candidate.removeprefix(f"{OURS} ")
+    label = "" if kind == "baseline" else f"<small>{escape(name)}</small> {_dot(row, paint)}"
+    text = label + significant(row.median_ms or 0.0)
+    return Cell(text, row.median_ms, "best" if row.median_ms == contest.fastest_ms else "")
+
+
+def rows_table(found: Sequence[Contest], paint: Paint) -> str:
+    """Every row of one operation with all its numbers."""
+    texts = [("candidate", ""), ("mode", ""), ("shape", ""), ("dtype", "")]
+    headings = [*texts, *((column.title, column.meaning) for column in COLUMNS), ("version", "of the candidate")]
+    lines = (_row_line(contest, row, paint) for contest in found for row in contest.rows)
+    return _table("rows", headings, lines, texts=len(texts))
+
+
+def _row_line(contest: Contest, row: Row, paint: Paint) -> list[Cell]:
+    texts = (row.mode, row.shape, row.dtype)
+    return [
+        Cell(_dot(row, paint) + escape(row.candidate), row.candidate),
+        *(Cell(escape(text), text) for text in texts),
+        *(_number(contest, row, column) for column in COLUMNS),
+        Cell(escape(row.version), row.version),
+    ]
+
+
+def _number(contest: Contest, row: Row, column: Column) -> Cell:
+    if row.failure is not None:
+        return Cell("failed", None, "bad") if column is MEDIAN else Cell(NOTHING, None)
+    kind = ""
+    if column is MEDIAN and row.median_ms == contest.fastest_ms:
+        kind = "best"
+    elif column in (ERROR, ERROR_RATIO) and row.breaks_error_rule:
+        kind = "bad"
+    return Cell(column.show(contest, row), column.value(contest, row), kind)
+
+
+def _dot(row: Row, paint: Paint) -> str:
+    return f'<i style="--colour: var(--{paint.names[row.candidate]})"></i>'
+
+
+def _table(name: str, headings: Sequence[tuple[str, str]], lines: Iterable[list[Cell]], texts: int) -> str:
+    """A table whose first `texts` columns hold text; the first one names its line."""
+    head = "".join(
+        f'<th scope="col"{_class("text" if index < texts else "")}>'
+        f'<button type="button"{_title(meaning)}>{escape(title)}</button></th>'
+        for index, (title, meaning) in enumerate(headings)
+    )
+    body = "\n".join(f"<tr>{_line(cells, texts)}</tr>" for cells in lines)
+    return (
+        f'<input class="filter" type="search" placeholder="Only rows with …" aria-label="Only rows with these words" '
+        f'aria-controls="{name}">\n<div class="scroll" tabindex="0" role="region" aria-label="Table of {name}">'
+        f'<table id="{name}"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    )
+
+
+def _line(cells: Sequence[Cell], texts: int) -> str:
+    parts = []
+    for index, cell in enumerate(cells):
+        tag, scope = ("th", ' scope="row"') if index == 0 else ("td", "")
+        value = "" if cell.value is None else f' data-value="{escape(str(cell.value))}"'
+        kinds = _class(f"{'text' if index < texts else ''} {cell.kind}".strip())
+        parts.append(f"<{tag}{scope}{kinds}{value}>{cell.html}</{tag}>")
+    return "".join(parts)
+
+
+def _class(names: str) -> str:
+    return f' class="{names}"' if names else ""
+
+
+def _title(meaning: str) -> str:
+    return f' title="{escape(meaning)}"' if meaning else ""

@@ -1,0 +1,207 @@
+"""What a run leaves: rows, the machine they were measured on, and the file that holds both."""
+
+import csv
+import io
+import json
+import re
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from evaclip.atomic import write_text
+from evaclip.errors import UserError
+
+FORMAT = 1
+"""Version of the file format."""
+
+ERROR_RULE = {"forward": 2.0, "training": 3.0}
+"""How many times the error of plain PyTorch in the same dtype an op may have at most."""
+
+
+@dataclass
+class Row:
+    """One candidate on one operation, mode, shape and dtype.
+
+    Attributes:
+        kind: `ours`, `baseline` (plain PyTorch) or `peer`.
+        version: of the distribution that the candidate comes from.
+        samples_ms: time of one call in milliseconds: a list for each pass over the whole suite, of one value a round.
+        first_call_ms: the first call, compilation and tuning included.
+        flops, bytes: what the mode must do at least, by formula.
+        floor_ms: the least time that this machine's measured ceilings allow for that.
+        peak_bytes: the most memory that a call held beyond its inputs.
+        saved_bytes: what the forward pass keeps for the backward pass, inputs not counted.
+        error, baseline_error: relative RMS error against float64, the candidate's and that of plain PyTorch in the
+            same dtype: of the outputs, or in training of the gradients; the worst one.
+        failure: why there is no measurement.
+    """
+
+    op: str
+    mode: str
+    shape: str
+    dtype: str
+    device: str
+    candidate: str
+    kind: str
+    version: str
+    sizes: dict[str, int] = field(default_factory=dict)
+    samples_ms: list[list[float]] = field(default_factory=list)
+    first_call_ms: float | None = None
+    flops: float = 0.0
+    bytes: float = 0.0
+    floor_ms: float | None = None
+    peak_bytes: int | None = None
+    saved_bytes: int | None = None
+    error: float | None = None
+    baseline_error: float | None = None
+    failure: str | None = None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What makes rows of two runs the same measurement."""
+        return (self.op, self.mode, self.shape, self.dtype, self.device, self.candidate)
+
+    @property
+    def case(self) -> tuple[str, ...]:
+        """What candidates that were measured side by side share."""
+        return (self.op, self.mode, self.shape, self.dtype, self.device)
+
+    @property
+    def times(self) -> list[float]:
+        """All samples, sorted."""
+        return sorted(value for one_pass in self.samples_ms for value in one_pass)
+
+    @property
+    def median_ms(self) -> float | None:
+        """Median time of a call."""
+        return statistics.median(self.times) if self.samples_ms else None
+
+    def quantile_ms(self, share: float) -> float | None:
+        """The time that `share` of the calls stay below, to the nearest sample."""
+        times = self.times
+        return times[round(share * (len(times) - 1))] if times else None
+
+    @property
+    def gigabytes_per_second(self) -> float | None:
+        """Bytes by formula over the median time."""
+        return self._rate(self.bytes, 1e9)
+
+    @property
+    def tflops(self) -> float | None:
+        """FLOPs by formula over the median time, in 10^12 a second."""
+        return self._rate(self.flops, 1e12) if self.flops else None
+
+    @property
+    def roofline(self) -> float | None:
+        """The floor over the median time: 1 is as fast as this machine allows."""
+        median = self.median_ms
+        return self.floor_ms / median if self.floor_ms and median else None
+
+    @property
+    def breaks_error_rule(self) -> bool:
+        """Whether the error is larger than the rule allows, or no number at all."""
+        if self.error is None or self.baseline_error is None:
+            return False
+        return not self.error <= ERROR_RULE[self.mode] * self.baseline_error  # true for NaN
+
+    def _rate(self, amount: float, unit: float) -> float | None:
+        median = self.median_ms
+        return amount / (median / 1e3) / unit if median else None
+
+
+@dataclass
+class Machine:
+    """Where and when a run was made, and what the machine can do.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        name: of the processor or the GPU.
+        threads: CPU threads that PyTorch used.
+        copy_gbps: rate of a large copy, bytes read plus bytes written, in 10^9 a second.
+        matmul_tflops: rate of a large matrix product, by dtype, in 10^12 a second.
+        cache_bytes: last level of cache; inputs are rotated beyond it.
+        versions: of Python, torch and whatever else was measured.
+        commit: of this repository, with `+` when files were changed.
+        notes: what makes the numbers doubtful: a busy or throttled machine.
+        clocks: the GPU's clocks in MHz, power in W and temperature in °C at the end of the run.
+    """
+
+    device: str
+    name: str
+    threads: int
+    copy_gbps: float
+    matmul_tflops: dict[str, float]
+    cache_bytes: int
+    versions: dict[str, str] = field(default_factory=dict)
+    date: str = ""
+    commit: str = ""
+    command: str = ""
+    notes: list[str] = field(default_factory=list)
+    clocks: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Results:
+    """A run: the machine, the rows, and the peers that were absent, each with the reason."""
+
+    machine: Machine
+    rows: list[Row]
+    absent: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def file_name(self) -> str:
+        """A name for the file of machine, day and commit: `nvidia-h100-80gb-hbm3-2026-11-24-1ba15733d153.json`."""
+        parts = (self.machine.name, self.machine.date[:10], self.machine.commit)
+        return "-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in parts if part) + ".json"
+
+    def write_json(self, path: Path) -> None:
+        """Writes everything, atomically; into a folder under `file_name`."""
+        target = path / self.file_name if path.is_dir() else path
+        write_text(target, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+
+    def write_csv(self, path: Path) -> None:
+        """Writes one line a row, with the derived numbers instead of the samples."""
+        write_text(path, to_csv(self.rows))
+
+
+def read_results(path: Path) -> Results:
+    """Reads what `Results.write_json` wrote.
+
+    Raises:
+        UserError: the file is missing, no JSON, or of another format.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise UserError(f"can't read {path}: {exc}") from exc
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise UserError(f"{path} isn't a benchmark result of format {FORMAT}")
+    try:
+        rows = [Row(**row) for row in data["rows"]]
+        return Results(Machine(**data["machine"]), rows, data["absent"])
+    except (KeyError, TypeError) as exc:
+        raise UserError(f"{path} isn't a whole benchmark result: {exc}") from exc
+
+
+_DERIVED = ("median_ms", "p20_ms", "p80_ms", "gigabytes_per_second", "tflops", "roofline")
+_PLAIN = [f.name for f in fields(Row) if f.name not in ("sizes", "samples_ms")]
+
+
+def to_csv(rows: Iterable[Row]) -> str:
+    """One line a row, numbers in full."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*_PLAIN, *_DERIVED], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        derived: dict[str, Any] = {
+            "median_ms": row.median_ms,
+            "p20_ms": row.quantile_ms(0.2),
+            "p80_ms": row.quantile_ms(0.8),
+            "gigabytes_per_second": row.gigabytes_per_second,
+            "tflops": row.tflops,
+            "roofline": row.roofline,
+        }
+        writer.writerow({name: getattr(row, name) for name in _PLAIN} | derived)
+    return text.getvalue()

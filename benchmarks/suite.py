@@ -1,0 +1,105 @@
+"""Runs many cases in several passes, so that a disturbance of minutes falls on all of them alike."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks import machine as machines
+from benchmarks.candidates import candidates, check_names
+from benchmarks.measure import Case, measure
+from benchmarks.operation import Operation, peers_of
+from benchmarks.results import Results
+from benchmarks.shapes import Shape, parse_shape
+from benchmarks.timing import CpuTimer, Timer
+from evaclip.errors import UserError
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+DEFAULT_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
+Progress = Callable[[int, int, str], None]
+"""Is told how many measurements are done, how many there are, and which comes next."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure and how long.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        shapes: names of shapes; by default those of each operation.
+        dtypes, modes, backends, peers: by default all that make sense on the device.
+        passes: how often the whole suite is gone through.
+        seconds: time for each candidate in each pass.
+    """
+
+    device: str = "cpu"
+    shapes: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
+    passes: int = 3
+    seconds: float = 0.15
+
+
+def run(operations: Sequence[Operation], plan: Plan, progress: Progress = lambda done, total, title: None) -> Results:
+    """Measures the operations by the plan; the machine's ceilings before and after.
+
+    Raises:
+        UserError: a shape, dtype, backend or peer is unknown, or the device isn't there.
+    """
+    check_names(operations, plan.backends, plan.peers)
+    device = _device(plan.device)
+    machines.keep_freed_memory()
+    timer = _timer(device)
+    cases = list_cases(operations, plan)
+    packages = {peer.package for op in operations for peer in peers_of(op.name) if peer.package}
+    machine = machines.describe(device, dict.fromkeys(case.dtype for case in cases), packages)
+    watch = machines.Watch(machine, device)
+    contestants = {op.name: candidates(op, plan.device, plan.backends, plan.peers) for op in operations}
+    total = len(cases) * plan.passes
+    for done in range(total):
+        case = cases[done % len(cases)]
+        progress(done, total, case.title)
+        measure(case, contestants[case.op.name][0], machine, timer, plan.seconds)
+    progress(total, total, "")
+    machine.notes += watch.notes()
+    absent = {name: why for _, missing in contestants.values() for name, why in missing.items()}
+    return Results(machine, [row for case in cases for row in case.rows.values()], absent)
+
+
+def list_cases(operations: Sequence[Operation], plan: Plan) -> list[Case]:
+    """The cases of a plan, in order."""
+    for name in plan.dtypes:
+        if name not in DTYPES:
+            raise UserError(f"unknown dtype {name!r}; accepted: {', '.join(DTYPES)}")
+    return [
+        Case(op, shape, mode, DTYPES[dtype], torch.device(plan.device))
+        for op in operations
+        for shape in _shapes(op, plan)
+        for dtype in plan.dtypes or DEFAULT_DTYPES[plan.device]
+        for mode in op.modes
+        if not plan.modes or mode in plan.modes
+    ]
+
+
+def _shapes(op: Operation, plan: Plan) -> list[Shape]:
+    return [parse_shape(name) for name in plan.shapes or op.shapes[plan.device]]
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("no GPU here: torch.cuda.is_available() is False; --device cpu measures the processor")
+    return torch.device(name)
+
+
+def _timer(device: torch.device) -> Timer:
+    if device.type == "cuda":
+        from benchmarks.timing_cuda import CudaTimer
+
+        return CudaTimer(device)
+    return CpuTimer()

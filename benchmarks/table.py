@@ -1,0 +1,142 @@
+"""The terminal's tables: results, and what can be measured."""
+
+import os
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.candidates import candidates
+from benchmarks.columns import (
+    BANDWIDTH,
+    COLUMNS,
+    ERROR,
+    ERROR_RATIO,
+    FIRST,
+    MEDIAN,
+    NOTHING,
+    P20,
+    P80,
+    SPEEDUP,
+    Column,
+    machine_facts,
+)
+from benchmarks.contests import Contest, contests, panels
+from benchmarks.operation import Operation
+from benchmarks.results import Machine, Results, Row
+
+PIPED_WIDTH = 120
+_LEAVE_OUT = (FIRST, P20, P80, BANDWIDTH, ERROR_RATIO)
+"""What a narrow terminal goes without, one after the other."""
+_STYLES = {"ours": "bold cyan", "baseline": "", "peer": "magenta"}
+
+
+def print_table(results: Results) -> None:
+    """Prints everything that was measured: one table for each operation, mode and dtype.
+
+    Columns that a table has no values for are left out; in a narrow terminal also the less important ones.
+    """
+    console = make_console()
+    _print_machine(console, results.machine)
+    for group in panels(contests(results.rows)).values():
+        _print_group(console, group)
+    _print_notes(console, results.machine.notes)
+    _print_absent(console, results.absent)
+
+
+def print_operations(operations: Sequence[Operation], device: str) -> None:
+    """Prints the operations, their default shapes, who can be measured on `device`, and who is absent and why."""
+    console = make_console()
+    for op in operations:
+        found, absent = candidates(op, device)
+        line = Text.assemble((op.name, "bold"), "  ", op.summary, (f"  ({', '.join(op.modes)})", "dim"))
+        facts = Table.grid(padding=(0, 2))
+        facts.add_column(width=10, style="dim")
+        facts.add_column()
+        facts.add_row("  shapes", ", ".join(op.shapes[device]))
+        facts.add_row("  candidates", Text(", ").join(Text(one.name, _STYLES[one.kind]) for one in found))
+        for name, reason in absent.items():
+            facts.add_row("  absent", f"{name}: {reason}")
+        console.print(line, facts, "", sep="\n")
+
+
+def make_console() -> Console:
+    """Standard output, wide enough for a table also where it is no terminal."""
+    console = Console(highlight=False)
+    if console.is_terminal or "COLUMNS" in os.environ:
+        return console
+    return Console(highlight=False, width=PIPED_WIDTH)
+
+
+def _print_machine(console: Console, machine: Machine) -> None:
+    facts = machine_facts(machine)
+    name, command = facts.pop("device"), facts.pop("command", "")
+    console.print(Text(name, "bold"))
+    console.print(" · ".join(f"{what} {text}" for what, text in facts.items()), markup=False)
+    console.print(
+        " · ".join(f"{what} {version}" for what, version in machine.versions.items()), style="dim", markup=False
+    )
+    console.print(command, style="dim", markup=False)
+    _print_notes(console, machine.notes)
+
+
+def _print_notes(console: Console, notes: Iterable[str]) -> None:
+    """Before the tables and after them: the lines before may have scrolled away."""
+    for note in notes:
+        console.print(Text(f"! {note}", "bold yellow"))
+
+
+def _print_absent(console: Console, absent: dict[str, str]) -> None:
+    for name, reason in absent.items():
+        console.print(Text.assemble((f"absent: {name}", "dim"), (f", {reason}", "dim")))
+
+
+def _print_group(console: Console, group: list[Contest]) -> None:
+    columns = _used_columns(group)
+    for column in (None, *_LEAVE_OUT):
+        columns = [kept for kept in columns if kept is not column]
+        table = _group_table(group, columns)
+        if Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= console.width:
+            break
+    first = group[0]
+    console.print()
+    console.print(Text.assemble((first.op, "bold"), f" · {first.mode} · {first.dtype}"))
+    console.print(table)
+    for contest in group:
+        for row in contest.rows:
+            if row.failure is not None:
+                console.print(Text(f"{row.candidate}, {row.shape}: {row.failure}", "red"))
+
+
+def _used_columns(group: list[Contest]) -> list[Column]:
+    rows = [(contest, row) for contest in group for row in contest.measured]
+    return [column for column in COLUMNS if any(column.value(*row) is not None for row in rows)]
+
+
+def _group_table(group: list[Contest], columns: list[Column]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    table.add_column("shape, candidate")
+    for column in columns:
+        table.add_column(column.title.replace(" ", "\n"), justify="right", no_wrap=True)
+    for contest in group:
+        table.add_row(Text(contest.shape, "bold"))
+        for row in contest.rows:
+            table.add_row(Text(f"  {row.candidate}", _STYLES[row.kind]), *_cells(contest, row, columns))
+    return table
+
+
+def _cells(contest: Contest, row: Row, columns: list[Column]) -> list[Text]:
+    if row.failure is not None:
+        return [Text("failed", "red") if column is MEDIAN else Text(NOTHING) for column in columns]
+    return [Text(column.show(contest, row), _style(contest, row, column)) for column in columns]
+
+
+def _style(contest: Contest, row: Row, column: Column) -> str:
+    if column in (ERROR, ERROR_RATIO) and row.breaks_error_rule:
+        return "bold red"
+    if column is SPEEDUP and row.kind == "ours":
+        return "green" if (contest.speedup(row) or 0) > 1 else "yellow"
+    return "bold" if column is MEDIAN else ""

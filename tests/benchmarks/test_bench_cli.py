@@ -1,0 +1,120 @@
+"""The command line, run on a tiny operation."""
+
+import json
+from pathlib import Path
+
+import pytest
+from bench_fakes import machine, registered, row, tanh, tanh_operation
+
+from benchmarks import cli
+from benchmarks import machine as machines
+from benchmarks.operation import operations, peers_of
+from benchmarks.results import Results, read_results
+
+QUICK = ["--shape", "tiny b2", "--dtype", "float32", "--mode", "forward", "--passes", "1", "--seconds", "0.001"]
+
+
+@pytest.fixture(autouse=True)
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose ceilings need not be measured."""
+    monkeypatch.setattr(machines, "ceilings", lambda device, dtypes: (10.0, {"float32": 0.1}))
+
+
+def test_an_operation_is_measured_shown_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [f"--{kind}={tmp_path / ('run.' + kind)}" for kind in ("json", "csv")]
+    with registered(tanh_operation(), mine=tanh):
+        assert cli.main(["op", "tanh", *QUICK, "--peer", "mine", *files, "--plot", str(tmp_path / "report")]) == 0
+    text = capsys.readouterr().out
+    assert "torch eager" in text
+    assert "mine" in text
+    assert [row.candidate for row in read_results(tmp_path / "run.json").rows][-1] == "mine"
+    assert len((tmp_path / "run.csv").read_text().splitlines()) == 5
+    assert (tmp_path / "report" / "index.html").is_file()
+
+
+def test_everything_is_what_is_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with registered(tanh_operation(name="one")), registered(tanh_operation(name="two")):
+        monkeypatch.setattr(cli, "operations", lambda: {n: op for n, op in operations().items() if n in ("one", "two")})
+        assert cli.main(["all", *QUICK, "--peer", "none", "--json", str(tmp_path / "run.json")]) == 0
+    assert {row.op for row in read_results(tmp_path / "run.json").rows} == {"one", "two"}
+
+
+def test_a_file_of_ones_own_adds_a_candidate(tmp_path: Path) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        "from benchmarks import peer\n\n@peer('tanh', 'mine')\ndef build(shape):\n    return lambda x: x.tanh()\n"
+    )
+    with registered(tanh_operation()):
+        arguments = ["op", "tanh", *QUICK, "--plugin", str(plugin), "--peer", "mine"]
+        assert cli.main([*arguments, "--json", str(tmp_path / "run.json")]) == 0
+        assert [peer.name for peer in peers_of("tanh")] == ["mine"]
+    assert read_results(tmp_path / "run.json").rows[-1].candidate == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["op", "tanhh"], "unknown operation 'tanhh'; did you mean 'tanh'"),
+        (["op", "tanh", "--shape", "x"], "unknown shape 'x'"),
+        (["op", "tanh", "--peer", "nobody"], "unknown peer 'nobody'"),
+        (["op", "tanh", "--passes", "0"], "--passes must be at least 1"),
+        (["op", "tanh", "--threads", "0"], "--threads must be at least 1, got 0"),
+        (["op", "tanh", "--plugin", "missing.py"], "--plugin 'missing.py' isn't a Python file"),
+        (["op", "tanh", "--dtype", "float31"], "invalid choice: 'float31'"),
+        (["compare", "missing.json", "missing.json"], "can't read missing.json"),
+        (["report", "missing.json", "--out", "x"], "can't read missing.json"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with registered(tanh_operation()):
+        try:
+            code = cli.main(arguments)
+        except SystemExit as exc:
+            code = int(exc.code or 0)
+    error = capsys.readouterr().err
+    assert code == 2
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("factor", "code"), [(1.0, 0), (1.01, 1), (float("nan"), 1)])
+def test_check_refuses_what_is_inexact(factor: float, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with registered(tanh_operation(ours=lambda x: factor * x.tanh())):
+        arguments = ["op", "tanh", *QUICK, "--peer", "none", "--check"]
+        try:
+            found = cli.main(arguments)
+        except SystemExit as exc:
+            found = int(exc.code or 0)
+    assert found == code
+    assert ("tanh forward tiny@32 b2 float32 cpu evakernels: error" in capsys.readouterr().out) == bool(code)
+
+
+def test_report_reads_what_was_kept(tmp_path: Path) -> None:
+    Results(machine(), [row(), row(candidate="torch eager", kind="baseline")]).write_json(tmp_path / "run.json")
+    assert cli.main(["report", str(tmp_path / "run.json"), "--out", str(tmp_path / "pages")]) == 0
+    assert (tmp_path / "pages" / "index.html").is_file()
+
+
+@pytest.mark.parametrize(("times", "code"), [([2.0] * 3, 0), ([3.0] * 3, 1)])
+def test_compare_tells_by_its_exit_code(tmp_path: Path, times: list[float], code: int) -> None:
+    baseline = row(candidate="torch eager", kind="baseline", samples_ms=[[2.0] * 3] * 3)
+    for name, samples in (("before", [2.0] * 3), ("after", times)):
+        Results(machine(), [row(samples_ms=[samples] * 3), baseline]).write_json(tmp_path / f"{name}.json")
+    try:
+        found = cli.main(["compare", str(tmp_path / "before.json"), str(tmp_path / "after.json")])
+    except SystemExit as exc:
+        found = int(exc.code or 0)
+    assert found == code
+
+
+def test_list_shows_operations_and_who_is_absent(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list"]) == 0
+    text = capsys.readouterr().out
+    for part in ("layer_norm", "rope_attention", "clip_step", "eva02-b16@224 b1", "not installed"):
+        assert part in text
+
+
+def test_json_names_the_command(tmp_path: Path) -> None:
+    with registered(tanh_operation()):
+        cli.main(["op", "tanh", *QUICK, "--peer", "none", "--json", str(tmp_path / "run.json")])
+    assert json.loads((tmp_path / "run.json").read_text())["machine"]["command"].startswith("python -m benchmarks")

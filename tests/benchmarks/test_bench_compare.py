@@ -1,0 +1,229 @@
+"""What `compare` calls a regression, and what it takes for noise; the times come from a model of a shared machine."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from bench_fakes import machine, row
+
+from benchmarks.compare import Comparison, compare, print_comparison
+from benchmarks.results import Results, Row
+from evaclip.errors import UserError
+
+OPS = ("layer_norm", "swiglu", "rope_attention", "clip_loss", "lamb")
+SHAPES = ("eva02-b16@224 b1", "eva02-b16@224 b8")
+MODES = ("forward", "training")
+CANDIDATES = (("torch eager", "baseline"), ("evakernels cpu", "ours"), ("evakernels reference", "ours"))
+PASSES, ROUNDS = 3, 12
+Plant = Callable[[Row], float]
+
+
+def simulate(seed: int, drift: float = 1.0, plant: Plant = lambda row: 1.0) -> Results:
+    """A run on a shared machine.
+
+    Its speed wanders by 2 % from pass to pass, a call differs by 2 % from process to process, one case in ten is
+    disturbed for a whole pass, and every third round is: each time by up to 60 %, more or less for one candidate or
+    the other.
+    """
+    rng = random.Random(seed)
+    results = Results(machine(), [])
+    for op in OPS:
+        for mode in MODES:
+            for shape in SHAPES:
+                results.rows += _case(rng, [row(op=op, mode=mode, shape=shape)], drift, plant)
+    return results
+
+
+def _case(rng: random.Random, template: Sequence[Row], drift: float, plant: Plant) -> list[Row]:
+    rows = [
+        replace(template[0], candidate=name, kind=kind, samples_ms=[], error=1e-7, peak_bytes=1000, saved_bytes=500)
+        for name, kind in CANDIDATES
+    ]
+    own = [drift * plant(one) * (1 + index) * rng.gauss(1, 0.02) for index, one in enumerate(rows)]
+    for _ in range(PASSES):
+        speed = rng.gauss(1, 0.02)
+        disturbed = rng.random() < 0.1
+        for one, base in zip(rows, own, strict=True):
+            whole = 1 + 0.6 * rng.random() * disturbed
+            rounds = [1 + 0.6 * rng.random() * (rng.random() < 1 / 3) for _ in range(ROUNDS)]
+            one.samples_ms.append([base * speed * whole * once * rng.gauss(1, 0.01) for once in rounds])
+    return rows
+
+
+def in_op(name: str, factor: float) -> Plant:
+    """Makes this library's CPU kernel of one op slower."""
+    return lambda row: factor if (row.op, row.candidate) == (name, "evakernels cpu") else 1.0
+
+
+def changed(**changes: Any) -> Comparison:
+    """One row of this library, before and after a change, beside an unchanged baseline."""
+    baseline = row(candidate="torch eager", kind="baseline")
+    old = row(error=1e-7, peak_bytes=1000, saved_bytes=500)
+    return compare(Results(machine(), [baseline, old]), Results(machine(), [baseline, replace(old, **changes)]))
+
+
+def whats(comparison: Comparison) -> list[str]:
+    """What became worse."""
+    return [difference.what for difference in comparison.regressions]
+
+
+def test_two_runs_of_the_same_code_differ_by_noise_only() -> None:
+    alarms = [len(compare(simulate(2 * seed), simulate(2 * seed + 1)).regressions) for seed in range(200)]
+    assert sum(alarms) <= 4  # of 8000 rows
+
+
+def test_an_op_slower_by_20_percent_is_found() -> None:
+    for seed in range(50):
+        found = compare(simulate(2 * seed), simulate(2 * seed + 1, plant=in_op("swiglu", 1.2)))
+        slower = [(one.row.op, one.row.candidate) for one in found.regressions if one.what == "slower"]
+        assert ("swiglu", "evakernels cpu") in slower
+
+
+@pytest.mark.parametrize("drift", [1.3, 1 / 1.3])
+def test_the_drift_of_the_whole_machine_is_no_regression(drift: float) -> None:
+    for seed in range(50):
+        found = compare(simulate(2 * seed), simulate(2 * seed + 1, drift=drift))
+        assert found.regressions == []
+        assert found.drift == pytest.approx(drift, rel=0.05)
+
+
+@pytest.mark.parametrize("drift", [1.3, 1 / 1.3])
+def test_a_slower_op_is_found_under_drift(drift: float) -> None:
+    for seed in range(20):
+        found = compare(simulate(2 * seed), simulate(2 * seed + 1, drift, in_op("swiglu", 1.2)))
+        assert "swiglu" in {one.row.op for one in found.regressions}
+
+
+def test_a_baseline_that_became_faster_does_not_make_the_others_slower() -> None:
+    def plant(row: Row) -> float:
+        return 0.7 if row.kind == "baseline" and row.op == "lamb" else 1.0
+
+    assert compare(simulate(0), simulate(1, plant=plant)).regressions == []
+
+
+def test_a_faster_op_is_told_but_no_regression() -> None:
+    found = compare(simulate(0), simulate(1, plant=in_op("swiglu", 0.5)))
+    assert found.regressions == []
+    faster = [one for one in found.others if one.what == "faster"]
+    assert {(one.row.op, one.row.candidate) for one in faster} == {("swiglu", "evakernels cpu")}
+    assert all(one.change == pytest.approx(0.5, rel=0.15) for one in faster)
+
+
+def test_a_slower_peer_is_context() -> None:
+    def plant(row: Row) -> float:
+        return 2.0 if row.candidate == "evakernels reference" else 1.0
+
+    before, after = simulate(0), simulate(1, plant=plant)
+    for results in (before, after):
+        for one in results.rows:
+            one.kind = "peer" if one.candidate == "evakernels reference" else one.kind
+    found = compare(before, after)
+    assert found.regressions == []
+    assert sum(one.what == "slower" for one in found.others) == 20
+
+
+def test_the_threshold_decides() -> None:
+    before = Results(machine(), [row(samples_ms=[[1.0], [1.0], [1.0]])])
+    after = Results(machine(), [row(samples_ms=[[1.15], [1.15], [1.15]])])
+    assert whats(compare(before, after, 0.1)) == ["slower"]
+    assert whats(compare(before, after, 0.2)) == []
+
+
+def test_passes_that_do_not_repeat_hide_a_change() -> None:
+    steady, unsteady, one_slow = [[1.0], [1.0], [1.0]], [[1.0], [1.2], [1.2]], [[1.0], [1.0], [1.3]]
+    slower = [[1.25], [1.25], [1.25]]
+    for before, expected in ((steady, ["slower"]), (unsteady, []), (one_slow, [])):
+        found = compare(Results(machine(), [row(samples_ms=before)]), Results(machine(), [row(samples_ms=slower)]))
+        assert whats(found) == expected
+
+
+def test_a_new_failure_is_a_regression() -> None:
+    assert whats(changed(failure="RuntimeError: no kernel", samples_ms=[])) == ["fails"]
+
+
+def test_an_old_failure_is_none() -> None:
+    broken = row(failure="RuntimeError: no kernel", samples_ms=[])
+    before = Results(machine(), [broken])
+    assert compare(before, Results(machine(), [broken])).regressions == []
+    found = compare(before, Results(machine(), [row()]))
+    assert (found.regressions, [one.what for one in found.others]) == ([], ["works again"])
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"error": 1.9e-7}, []),
+        ({"error": 2.1e-7}, ["less exact"]),
+        ({"error": float("nan")}, ["less exact"]),
+        ({"peak_bytes": 1090}, []),
+        ({"peak_bytes": 1110}, ["peak memory"]),
+        ({"saved_bytes": 600}, ["saved memory"]),
+        ({"saved_bytes": 100, "peak_bytes": 10, "error": 0.0}, []),
+        ({"saved_bytes": None, "peak_bytes": None, "error": None}, []),
+    ],
+)
+def test_errors_and_memory_may_not_grow(change: dict[str, Any], expected: list[str]) -> None:
+    assert whats(changed(**change)) == expected
+
+
+@pytest.mark.parametrize("setup", [{"name": "Another CPU"}, {"threads": 8}])
+def test_another_machine_has_no_regressions(setup: dict[str, Any]) -> None:
+    before = simulate(0)
+    after = replace(simulate(1, drift=2.0, plant=in_op("swiglu", 2.0)), machine=machine(**setup))
+    after.rows[1] = replace(after.rows[1], failure="RuntimeError: too large", samples_ms=[])
+    found = compare(before, after)
+    assert found.other_setup == tuple(setup)
+    assert found.regressions == []
+    assert found.drift == 1.0
+    slower = [one.change for one in found.others if one.row.op == "swiglu" and one.row.candidate == "evakernels cpu"]
+    assert slower == [pytest.approx(4, rel=0.2)] * 4
+    assert sum(one.what == "fails" for one in found.others) == 1
+
+
+def test_rows_of_one_result_only_are_listed() -> None:
+    before = Results(machine(), [row(), row(op="old")])
+    found = compare(before, Results(machine(), [row(), row(op="new")]))
+    assert [one.op for one in found.only_before] == ["old"]
+    assert [one.op for one in found.only_after] == ["new"]
+
+
+def test_notes_tell_why_to_be_careful() -> None:
+    before = Results(machine(versions={"torch": "2.11"}, notes=["busy"]), [row(samples_ms=[[1.0]])])
+    after = Results(machine(versions={"torch": "2.12"}, notes=["throttled"]), [row(samples_ms=[[1.0]])])
+    notes = compare(before, after).notes
+    assert notes[:2] == ["before: busy", "after: throttled"]
+    assert notes[2].startswith("PyTorch 2.11 became 2.12")
+    assert notes[3].startswith("a single pass")
+    assert changed().notes == []
+
+
+def test_wrong_input_is_refused() -> None:
+    results = Results(machine(), [row()])
+    for threshold in (0.0, -0.1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="above 0"):
+            compare(results, results, threshold)
+    with pytest.raises(UserError, match="no row in common"):
+        compare(results, Results(machine(), [row(device="cuda")]))
+
+
+def test_the_output_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:
+    after = simulate(1, plant=in_op("swiglu", 1.5))
+    after.rows[4] = replace(after.rows[4], failure="RuntimeError: no [kernel]", samples_ms=[])
+    after.rows[7] = replace(after.rows[7], peak_bytes=3 << 20)
+    print_comparison(compare(simulate(0), after))
+    output = capsys.readouterr().out
+    assert "\x1b" not in output
+    assert "5 regressions in 5 rows" not in output
+    assert "6 regressions in 6 rows" in output
+    assert "RuntimeError: no [kernel]" in output
+    assert "3 MiB" in output
+    assert "swiglu training eva02-b16@224 b8 float32" in output
+
+
+def test_the_output_of_nothing_and_of_another_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    print_comparison(changed())
+    assert "no regressions" in capsys.readouterr().out
+    print_comparison(compare(simulate(0), replace(simulate(1), machine=machine(name="Other"))))
+    assert "nothing is called a regression" in capsys.readouterr().out

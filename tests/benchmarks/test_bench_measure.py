@@ -1,0 +1,179 @@
+"""One case with all candidates, errors and memory; real measurements of a tiny operation, whose times nobody judges."""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+import pytest
+import torch
+from bench_fakes import machine, registered, tanh, tanh_operation
+from torch import Tensor
+
+from benchmarks import accuracy, memory
+from benchmarks.candidates import Candidate, candidates
+from benchmarks.measure import Case, floor_ms, measure
+from benchmarks.operation import Cost
+from benchmarks.results import Row
+from benchmarks.shapes import parse_shape
+from benchmarks.timing import MIN_ROUNDS, CpuTimer, Rotation
+
+CPU = torch.device("cpu")
+
+
+class CountingTimer:
+    """Calls everything once and says that it took a millisecond."""
+
+    def __init__(self) -> None:
+        self.rotations: list[int] = []
+        self.launched: dict[int, str] = {}
+
+    def first_call(self, call: Any) -> float:
+        call()
+        return 0.5
+
+    def rounds(self, rotations: Sequence[Rotation], seconds: float) -> list[list[float]]:
+        self.rotations = [len(rotation.calls) for rotation in rotations]
+        return [[1.0, 1.0] for _ in rotations]
+
+
+def rows_of(mode: str = "forward", passes: int = 1, **peers: Any) -> dict[str, Row]:
+    with registered(tanh_operation(), **peers) as op:
+        case = Case(op, parse_shape("tiny b2"), mode, torch.float32, CPU)
+        contestants, _ = candidates(op, "cpu", peers=list(peers) or ["none"])
+        for _ in range(passes):
+            measure(case, contestants, machine(), CountingTimer(), 0.01)
+    return case.rows
+
+
+def test_every_candidate_gets_a_row() -> None:
+    rows = rows_of(passes=3, mine=tanh)
+    assert list(rows) == ["evakernels", "evakernels reference", "torch eager", "mine"]
+    assert [row.kind for row in rows.values()] == ["ours", "ours", "baseline", "peer"]
+    for row in rows.values():
+        assert row.failure is None
+        assert row.samples_ms == [[1.0, 1.0]] * 3
+        assert row.first_call_ms == 500.0
+        assert row.bytes == 16
+        assert row.floor_ms == pytest.approx(16 / 10e9 * 1e3)
+
+
+def test_training_adds_the_backward_pass() -> None:
+    row = rows_of("training")["evakernels"]
+    assert row.flops == 32
+    assert row.floor_ms == pytest.approx((16 / 10e9 + 32 / 0.1e12) * 1e3)
+    # tanh keeps its output: 2 samples of the tiny model's width in float32.
+    assert row.saved_bytes == 2 * parse_shape("tiny b2").width * 4
+    assert row.error is not None
+    assert 0 < row.error < 1e-6
+
+
+def test_a_candidate_that_fails_leaves_its_error() -> None:
+    def broken(x: Tensor) -> Tensor:
+        raise RuntimeError("out of\nluck")
+
+    rows = rows_of(passes=2, broken=broken)
+    assert rows["broken"].failure == "RuntimeError: out of luck"
+    assert rows["broken"].samples_ms == []
+    assert rows["evakernels"].samples_ms == [[1.0, 1.0]] * 2
+
+
+def test_a_wrong_result_shows_in_the_error() -> None:
+    rows = rows_of("training", wrong=lambda x: 1.01 * x.tanh(), nan=lambda x: x.tanh() * float("nan"))
+    assert rows["wrong"].error == pytest.approx(0.01, rel=1e-3)
+    assert rows["wrong"].baseline_error == rows["torch eager"].error
+    assert rows["nan"].error is not None
+    assert rows["nan"].error != rows["nan"].error
+
+
+def test_a_result_of_another_shape_is_a_failure() -> None:
+    assert "shape (2,) came back" in str(rows_of(flat=lambda x: x.sum(1))["flat"].failure)
+
+
+def test_inputs_go_round_beyond_the_cache() -> None:
+    with registered(tanh_operation()) as op:
+        case = Case(op, parse_shape("tiny b2"), "forward", torch.float32, CPU)
+        timer = CountingTimer()
+        one_set = 2 * case.shape.width * 4
+        contestants, _ = candidates(op, "cpu", peers=["none"])
+        measure(case, contestants, machine(cache_bytes=5 * one_set), timer, 0.01)
+    assert timer.rotations == [10] * 3
+
+
+def test_inputs_are_the_same_for_the_same_seed_and_never_zero() -> None:
+    case = Case(tanh_operation(), parse_shape("tiny b2"), "forward", torch.bfloat16, CPU)
+    assert torch.equal(case.draw(1)["x"], case.draw(1)["x"])
+    assert not torch.equal(case.draw(1)["x"], case.draw(2)["x"])
+    assert case.draw()["x"].dtype is torch.bfloat16
+    assert case.draw()["x"].count_nonzero() > 0
+
+
+def test_the_context_surrounds_every_call() -> None:
+    inside: list[bool] = []
+    seen: list[bool] = []
+
+    @contextmanager
+    def context() -> Any:
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def watched(x: Tensor) -> Tensor:
+        seen.append(bool(inside))
+        return x.tanh()
+
+    case = Case(tanh_operation(), parse_shape("tiny b2"), "training", torch.float32, CPU)
+    candidate = Candidate("watched", "ours", "1", lambda shape: watched, context)
+    measure(case, [candidate], machine(), CpuTimer(), 0.001)
+    assert case.rows["watched"].failure is None
+    assert seen
+    assert all(seen)
+
+
+def test_floor_is_the_longer_of_moving_and_multiplying() -> None:
+    assert floor_ms(Cost(flops=1e9, bytes=1e6), "float32", machine()) == pytest.approx(10.0)
+    assert floor_ms(Cost(flops=1e9, bytes=1e6), "bfloat16", machine()) == pytest.approx(5.0)
+    assert floor_ms(Cost(flops=0, bytes=1e9), "float32", machine()) == pytest.approx(100.0)
+
+
+def test_cpu_timer_measures_each_candidate_in_every_round() -> None:
+    calls: list[str] = []
+    rotations = [Rotation([lambda name=name: calls.append(name)]) for name in "ab"]  # type: ignore[misc]
+    samples = CpuTimer().rounds(rotations, 0.0)
+    assert [len(values) for values in samples] == [MIN_ROUNDS, MIN_ROUNDS]
+    assert all(value > 0 for values in samples for value in values)
+    turns = [name for name, _ in groupby(calls)]
+    assert len(turns) >= MIN_ROUNDS, "one candidate was measured after the other, not in turns"
+
+
+def test_peak_memory_counts_what_is_held_at_once() -> None:
+    x = torch.randn(1000)
+
+    def chain() -> Tensor:
+        return ((x + 1) * 2).exp()  # two intermediates at a time
+
+    assert 8000 <= memory.peak_bytes(chain, CPU) < 9000
+
+
+def test_saved_bytes_leave_inputs_out() -> None:
+    x = torch.randn(1000, requires_grad=True)
+    assert memory.saved_bytes(lambda: x * x, [x]) == 0
+    assert memory.saved_bytes(lambda: x.exp(), [x]) == 4000
+
+
+def test_double_keeps_gradients_integers_and_lists() -> None:
+    x, index = torch.ones(2, requires_grad=True), torch.ones(2, dtype=torch.long)
+    double = accuracy.as_double({"x": x, "list": [x.detach()], "index": index, "eps": 1e-6})
+    assert double["x"].dtype is torch.float64
+    assert double["x"].requires_grad
+    assert double["list"][0].dtype is torch.float64
+    assert double["index"].dtype is torch.long
+    assert double["eps"] == 1e-6
+
+
+def test_relative_error_is_the_worst_tensor() -> None:
+    truth = [torch.ones(4), torch.ones(4)]
+    assert accuracy.relative_error([torch.ones(4), torch.full((4,), 1.5)], truth) == pytest.approx(0.5)
+    assert accuracy.relative_error([torch.ones(4), torch.full((4,), float("nan"))], truth) != 0
+    with pytest.raises(ValueError, match="1 tensors came back where 2 were expected"):
+        accuracy.relative_error([torch.ones(4)], truth)

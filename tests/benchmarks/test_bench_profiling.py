@@ -1,0 +1,103 @@
+"""A trace is a real one of this processor; of ncu only the command line and what it runs."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bench_fakes import registered, tanh_operation
+
+from benchmarks import profiling
+from benchmarks.candidates import EAGER, Candidate, candidates
+from benchmarks.measure import Case
+from benchmarks.operation import Operation
+from benchmarks.profiling import main, ncu_command, profile_case
+from benchmarks.shapes import parse_shape
+from evaclip.errors import UserError
+
+SHAPE = "eva02-b16@224 b1"
+
+
+def a_case(op: Operation, mode: str = "training", device: str = "cpu") -> tuple[Case, Candidate]:
+    """A case, and plain PyTorch on it."""
+    case = Case(op, parse_shape(SHAPE), mode, torch.float32, torch.device(device))
+    return case, next(one for one in candidates(op, device)[0] if one.name == EAGER)
+
+
+def events(path: Path) -> list[dict[str, Any]]:
+    """The events of a trace."""
+    trace: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
+    return list(trace["traceEvents"])
+
+
+def test_the_trace_holds_the_range_and_what_ran_in_it(tmp_path: Path) -> None:
+    case, candidate = a_case(tanh_operation())
+    path = profile_case(case, candidate, tmp_path / "traces")
+    assert path == tmp_path / "traces" / "tanh-torch_eager-eva02-b16@224_b1-training-float32.json.gz"
+    assert [path] == list(path.parent.iterdir())
+    found = events(path)
+    ranges = [one for one in found if one.get("name") == "tanh: torch eager"]
+    assert len(ranges) == 3
+    for name in ("aten::tanh", "aten::tanh_backward"):
+        starts = [one["ts"] for one in found if one.get("name") == name]
+        assert len(starts) == 3
+        assert all(span["ts"] <= at <= span["ts"] + span["dur"] for span, at in zip(ranges, starts, strict=True))
+
+
+def test_the_candidates_context_surrounds_the_calls(tmp_path: Path) -> None:
+    case, _ = a_case(tanh_operation(), "forward")
+    seen = []
+    candidate = Candidate(
+        "odd/name",
+        "peer",
+        "1",
+        lambda shape: lambda x: seen.append(torch.is_inference_mode_enabled()),
+        torch.inference_mode,
+    )
+    path = profile_case(case, candidate, tmp_path)
+    assert path.parent == tmp_path
+    assert seen == [True] * 6
+
+
+def test_a_candidate_that_fails_leaves_no_file(tmp_path: Path) -> None:
+    case, _ = a_case(tanh_operation(ours=lambda x: 1 / 0), "forward")
+    broken = next(one for one in candidates(case.op, "cpu")[0] if one.kind == "ours")
+    with pytest.raises(ZeroDivisionError):
+        profile_case(case, broken, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ncu_runs_one_call_of_the_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ncu_command(*a_case(tanh_operation(), device="cuda"), Path("out"))
+    ncu, child = command[: command.index(sys.executable)], command[command.index(sys.executable) + 1 :]
+    assert ncu[:3] == ["ncu", "--profile-from-start", "off"]
+    assert ncu[-1] == str(tmp_path / "out" / "tanh-torch_eager-eva02-b16@224_b1-training-float32.ncu-rep")
+    assert child == ["-m", "benchmarks.profiling", "tanh", SHAPE, "training", "float32", "torch eager"]
+
+
+def test_what_ncu_runs_makes_one_call_after_warming_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    def ours(x: torch.Tensor) -> torch.Tensor:
+        log.append("call")
+        return x.tanh()
+
+    marks = profiling._marks
+
+    def logged(case: Case) -> Any:
+        log.append("marks")
+        return marks(case)
+
+    monkeypatch.setattr(profiling, "_marks", logged)
+    with registered(tanh_operation(ours=ours)):
+        main(["tanh", SHAPE, "forward", "float32", "evakernels"], device="cpu")
+    assert log == ["call", "call", "call", "marks", "call"]
+
+
+def test_an_unknown_candidate_is_named() -> None:
+    with registered(tanh_operation()), pytest.raises(UserError, match="did you mean 'torch eager'"):
+        main(["tanh", SHAPE, "forward", "float32", "torch eagre"], device="cpu")

@@ -1,0 +1,299 @@
+"""The pages, pictures and the Markdown table, against the rows that they were made from."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from bench_fakes import machine, row
+from bench_report_fakes import FAILURE, SHAPES, results
+from PIL import Image
+
+from benchmarks.contests import contests, panels, verdict
+from benchmarks.report import write_report
+from benchmarks.report.charts import sweeps
+from benchmarks.report.colours import COLOURS, colour_names
+from benchmarks.report.markdown import to_markdown
+from benchmarks.report.roofline import page_name
+from benchmarks.results import Results
+
+PAGES = ("index.html", "layer_norm.html", "rope_attention.html")
+CASES = 2 * 4 * 2 * 2
+
+
+class _Page(HTMLParser):
+    """Collects text, addresses, ids, plots and tables; complains about tags that are closed in the wrong order."""
+
+    _VOID = ("meta", "input", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.plots: list[str] = []
+        self.titles: list[str] = []
+        self.tables: list[list[list[tuple[str, str | None]]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._collect(tag, dict(attrs))
+        if tag not in self._VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._collect(tag, dict(attrs))
+
+    def _collect(self, tag: str, values: dict[str, str | None]) -> None:
+        self.addresses += [values[key] or "" for key in ("src", "href", "xlink:href") if key in values]
+        self.ids += [values["id"] or ""] if "id" in values else []
+        self.plots += [values["aria-label"] or ""] if tag == "svg" and "aria-label" in values else []
+        self.titles += [""] if tag == "title" else []
+        self.tables += [[]] if tag == "table" else []
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append(("", values.get("data-value")))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+        if "title" in self.open:
+            self.titles[-1] += data
+        if self.open and {"td", "th"} & set(self.open):
+            text, value = self.tables[-1][-1][-1]
+            self.tables[-1][-1][-1] = (text + data, value)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("report") / "pages"
+    assert write_report(results(), where) == where / "index.html"
+    return where
+
+
+def read(folder: Path, name: str) -> _Page:
+    return _Page((folder / name).read_text(encoding="utf-8"))
+
+
+def test_nothing_is_missing_and_nothing_left_over(folder: Path) -> None:
+    pictures = {"roofline.png", "layer_norm.png", "rope_attention.png"}
+    assert {path.name for path in folder.iterdir()} == {*PAGES, *pictures, "summary.md"}
+    for name in pictures:
+        with Image.open(folder / name) as picture:
+            picture.load()
+            assert picture.format == "PNG"
+            assert picture.width == 1650
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_are_whole_and_need_nothing_from_outside(folder: Path, name: str) -> None:
+    text = (folder / name).read_text(encoding="utf-8")
+    page = _Page(text)
+    assert page.open == []
+    assert page.addresses
+    for address in page.addresses:
+        assert address.startswith("#") or (folder / address).is_file(), address
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+    assert not re.search(r"<(link|iframe|img)\b", text)
+    assert len(set(page.plots)) == len(page.plots) > 0
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_plots_follow_the_theme(folder: Path, name: str) -> None:
+    text = (folder / name).read_text(encoding="utf-8")
+    for plot in re.findall(r"<svg role.*?</svg>", text, re.DOTALL):
+        assert set(re.findall(r"#[0-9a-f]{6}\b", plot)) <= {"#000000"}
+    _, dark = text.split("prefers-color-scheme: dark", 1)
+    for variable in set(re.findall(r"var\(--([\w-]+)\)", text)) - {"colour", "sans", "mono"}:
+        assert f"--{variable}: {COLOURS[variable]};" in text, variable
+        assert f"--{variable}: " in dark, variable
+
+
+def test_the_overview_has_a_line_for_each_case(folder: Path) -> None:
+    page = read(folder, "index.html")
+    (table,) = page.tables
+    assert len(table) == 1 + CASES
+    assert [text for text, _ in table[1]] == [
+        "layer_norm",
+        "forward",
+        SHAPES[0],
+        "float32",
+        "cpu 0.0500",
+        "0.100",
+        "torch.compile 0.0800",
+        "2.00",
+        "50 %",
+    ]
+    assert float(table[1][4][1] or "") == pytest.approx(0.05)
+    assert float(table[1][7][1] or "") == pytest.approx(2.0)
+    assert {row[0][0] for row in table[1:]} == {"layer_norm", "rope_attention"}
+    assert {"layer_norm.html", "rope_attention.html"} <= set(page.addresses)
+
+
+def test_the_overview_says_where_and_how_well_it_was_measured(folder: Path) -> None:
+    page = read(folder, "index.html")
+    text = " ".join(" ".join(page.words).split())
+    for expected in (
+        "Fake CPU",
+        "1 CPU threads · torch 2.99 · commit abcdef123456 · 2026-01-02",
+        "busy: other processes used 40% of the processors during the run",
+        "10.0 GB/s",
+        "16 of 32 cases",
+        "slower in 16",
+        "far <away> runs on cuda only",
+        "Without matrix products, so only below: layer_norm.",
+        f"rope_attention, training, {SHAPES[0]}, float32: some peer {FAILURE}",
+        "python -m benchmarks all",
+    ):
+        assert expected in text, expected
+
+
+def test_the_roofline_shows_every_operation_with_matrix_products(folder: Path) -> None:
+    page = read(folder, "index.html")
+    assert page.plots[0] == "Roofline: achieved TFLOP/s over FLOPs a byte for rope_attention"
+    # 16 cases: the best of ours, torch eager and the best peer; each once in the roofline and in the strips.
+    titles = [title for title in page.titles if title.startswith("rope_attention")]
+    assert len(titles) == 16 * (3 + 2 + 3)
+    assert len([title for title in page.titles if title.startswith("layer_norm")]) == 16 * (2 + 3)
+    first = f"rope_attention, forward, {SHAPES[0]}, float32\ntorch.compile: 0.0800 ms, 1.25 ×"  # noqa: RUF001
+    assert f"{first} torch eager, 0.0246 TFLOP/s, 31 % of the roofline" in titles
+
+
+def test_an_operations_page_has_every_row_with_its_errors(folder: Path) -> None:
+    (table,) = read(folder, "layer_norm.html").tables
+    assert len(table) == 1 + 16 * 5
+    head = [text for text, _ in table[0]]
+    line = dict(zip(head, table[2], strict=True))
+    shown = {name: text for name, (text, _) in line.items()}
+    assert shown == {
+        "candidate": "evakernels reference",
+        "mode": "forward",
+        "shape": SHAPES[0],
+        "dtype": "float32",
+        "ms": "0.400",
+        "p20": "0.380",
+        "p80": "0.420",
+        "GB/s": "0.250",
+        "TFLOP/s": "–",  # noqa: RUF001
+        "roofline": "6.2 %",
+        "× eager": "0.250",  # noqa: RUF001
+        "peak MiB": "4.00",
+        "saved MiB": "–",  # noqa: RUF001
+        "error": "4.0e-06",
+        "× eager's": "4.00",  # noqa: RUF001
+        "first ms": "123",
+        "version": "0.1.0",
+    }
+    assert line["TFLOP/s"][1] is None
+    assert float(line["error"][1] or "") == 4e-6
+
+
+def test_failures_are_told(folder: Path) -> None:
+    page = read(folder, "rope_attention.html")
+    failed = [line for line in page.tables[0] if line[4][0] == "failed"]
+    assert len(failed) == 8
+    assert all(value is None for _, value in failed[0][4:16])
+    assert " ".join(page.words).count(FAILURE) == 8 + 8  # in the list, and over the bars
+
+
+def test_errors_beyond_the_rule_stand_out(folder: Path) -> None:
+    text = (folder / "layer_norm.html").read_text(encoding="utf-8")
+    bad = re.findall(r'<td class="bad" data-value="[^"]*">([^<]*)</td>', text)
+    assert bad == ["4.0e-06", "4.00"] * 16
+
+
+def test_bars_and_lines_are_there_for_what_was_measured(folder: Path) -> None:
+    plots = read(folder, "layer_norm.html").plots
+    assert [plot for plot in plots if plot.startswith("Bars")] == [
+        f"Bars: time of all candidates, {mode}, {dtype}"
+        for dtype in ("float32", "bfloat16")
+        for mode in ("forward", "training")
+    ]
+    assert [plot for plot in plots if "bfloat16" in plot and plot.startswith("Lines")] == [
+        "Lines: time against batch, eva02-b16@224, forward, bfloat16",
+        "Lines: peak memory against batch, eva02-b16@224, forward, bfloat16",
+        "Lines: time against batch, eva02-b16@224, training, bfloat16",
+        "Lines: peak memory against batch, eva02-b16@224, training, bfloat16",
+        "Lines: saved for backward against batch, eva02-b16@224, training, bfloat16",
+        "Lines: time against tokens, eva02-b16, vision b4, forward, bfloat16",
+        "Lines: peak memory against tokens, eva02-b16, vision b4, forward, bfloat16",
+        "Lines: time against tokens, eva02-b16, vision b4, training, bfloat16",
+        "Lines: peak memory against tokens, eva02-b16, vision b4, training, bfloat16",
+        "Lines: saved for backward against tokens, eva02-b16, vision b4, training, bfloat16",
+    ]
+
+
+def test_lines_join_shapes_that_differ_in_one_size_only() -> None:
+    names = ["eva02-b16@224 b8", "eva02-b16@224 b2", "eva02-l14@224 b4", "eva02-b16@224 b4 drop50", "unheard b2"]
+    found = sweeps([row(shape=name) for name in names])
+    assert [(sweep.size, [contest.shape for contest in sweep.contests]) for sweep in found] == [
+        ("batch", ["eva02-b16@224 b2", "eva02-b16@224 b8"])
+    ]
+
+
+def test_the_markdown_table_has_a_line_for_each_case(folder: Path) -> None:
+    text = (folder / "summary.md").read_text(encoding="utf-8")
+    assert text == to_markdown(results())
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + CASES
+    assert len({line.count("|") for line in lines}) == 1
+    times = "0.0500 | 0.100 | 0.0800 (torch.compile) | 2.00 ×"  # noqa: RUF001
+    assert lines[2] == f"| layer_norm | forward | {SHAPES[0]} | float32 | {times} | 50 % |"
+    assert "> busy: other processes used 40% of the processors during the run" in text
+    assert "- not measured: far <away> (runs on cuda only)" in text
+    assert "**Fake CPU**" in text
+    broken = Results(machine(), [row(failure="x"), row(candidate="torch eager", kind="baseline")])
+    assert "| failed | 2.00 | – | – | – |" in to_markdown(broken)  # noqa: RUF001
+
+
+def test_a_candidate_has_one_colour_whatever_else_is_shown() -> None:
+    several = [row(candidate=f"peer {index}", kind="peer") for index in range(6)]
+    everybody = [*several, *results().rows]
+    names = colour_names(everybody)
+    assert names == colour_names(reversed(everybody))
+    assert names["evakernels cpu"] == "accent"
+    assert names["evakernels reference"] == "ours-reference"
+    assert names["torch eager"] == "eager"
+    assert names["torch.compile"] == "compile"
+    assert len({names[f"peer {index}"] for index in range(6)}) == 6
+    assert set(names.values()) <= set(COLOURS)
+    assert len(set(COLOURS.values())) == len(COLOURS)
+
+
+def test_faster_and_slower_mean_that_the_spreads_do_not_touch() -> None:
+    def found(ours: list[float], eager: list[float]) -> str | None:
+        (contest,) = contests(
+            [row(samples_ms=[ours]), row(samples_ms=[eager], candidate="torch eager", kind="baseline")]
+        )
+        return verdict(contest)
+
+    assert found([1.0, 1.1], [2.0, 2.1]) == "faster"
+    assert found([2.0, 2.1], [1.0, 1.1]) == "slower"
+    assert found([1.0, 1.5], [1.4, 2.0]) == "level"
+    assert verdict(contests([row(failure="x")])[0]) is None
+
+
+def test_panels_hold_the_shapes_of_an_operation_mode_and_dtype() -> None:
+    found = panels(contests(results().rows))
+    assert len(found) == 8
+    assert [contest.shape for contest in found["layer_norm", "training", "bfloat16"]] == list(SHAPES)
+
+
+def test_a_result_in_which_everything_failed_still_has_its_pages(tmp_path: Path) -> None:
+    where = write_report(Results(machine(), [row(failure="no luck", samples_ms=[], op="my/op")]), tmp_path)
+    assert "Nothing could be measured." in where.read_text(encoding="utf-8")
+    assert page_name("my/op") == "my_op.html"
+    assert "no luck" in (tmp_path / "my_op.html").read_text(encoding="utf-8")
+    assert not (tmp_path / "roofline.png").exists()
+
+
+def test_two_reports_of_one_result_are_the_same(tmp_path: Path) -> None:
+    small = Results(results().machine, results().rows[:5])
+    first, second = (write_report(small, tmp_path / name) for name in "ab")
+    for path in first.parent.iterdir():
+        assert path.read_bytes() == (second.parent / path.name).read_bytes(), path.name

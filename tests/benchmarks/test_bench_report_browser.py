@@ -1,0 +1,151 @@
+"""The pages in a real browser: plots that are drawn, tables that sort, nothing that sticks out on a phone."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bench_report_fakes import results
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from benchmarks.report import write_report
+from benchmarks.results import Results
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no browser: chromium, chromium-browser or google-chrome isn't in PATH"
+)
+PAGES = ("index.html", "rope_attention.html")
+QUIET = [
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-sync",
+    "--no-first-run",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of one operation with matrix products."""
+    everything = results()
+    rows = [row for row in everything.rows if row.op == "rope_attention" and row.dtype == "float32"]
+    return write_report(Results(everything.machine, rows), tmp_path_factory.mktemp("browser")).parent
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET, timeout=60_000)
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page that may load files only, and whose errors fail the test."""
+    complaints: list[str] = []
+    with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
+        opened = context.new_page()
+        opened.on("console", lambda message: complaints.append(message.text))
+        opened.on("pageerror", lambda error: complaints.append(str(error)))
+        opened.on("request", lambda request: request.url.startswith("file:") or complaints.append(request.url))
+        yield opened
+    assert complaints == []
+
+
+def column(page: Page, table: str, number: int) -> list[str]:
+    """The texts of a column, from the top."""
+    return page.locator(f"#{table} tbody tr > :nth-child({number})").all_inner_texts()
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_plots_are_drawn(page: Page, folder: Path, name: str, scheme: str) -> None:
+    page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+    page.goto((folder / name).as_uri())
+    plots = page.locator("svg[role=img]").all()
+    assert len(plots) >= 3
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    for plot in plots:
+        box = plot.bounding_box()
+        assert box is not None
+        assert min(box["width"], box["height"]) > 100
+        facts = plot.evaluate(
+            """plot => {
+                const drawn = [...plot.querySelectorAll("path, use")].filter(e => !e.closest("defs"));
+                const size = e => { const box = e.getBoundingClientRect(); return box.width + box.height; };
+                const text = plot.querySelector("text");
+                return [drawn.filter(e => size(e) > 0).length, getComputedStyle(text).fill, size(text)];
+            }"""
+        )
+        assert facts[0] >= 5
+        assert facts[1] != background
+        assert facts[2] > 0
+    assert background == ("rgb(20, 23, 28)" if scheme == "dark" else "rgb(254, 254, 254)")
+
+
+@pytest.mark.parametrize(("name", "table", "number"), [("index.html", "cases", 5), ("rope_attention.html", "rows", 5)])
+def test_a_click_sorts_by_number_and_another_one_reverses(
+    page: Page, folder: Path, name: str, table: str, number: int
+) -> None:
+    page.goto((folder / name).as_uri())
+    heading = page.locator(f"#{table} thead th:nth-child({number})")
+    before = column(page, table, number)
+
+    def numbers() -> list[float]:
+        texts = [text.split()[-1] for text in column(page, table, number)]
+        return [float(text) if text != "failed" else float("inf") for text in texts]
+
+    heading.get_by_role("button").click()
+    assert heading.get_attribute("aria-sort") == "ascending"
+    ascending = numbers()
+    assert ascending == sorted(ascending)
+    assert len(set(ascending)) > 3
+    assert column(page, table, number) != before
+    heading.get_by_role("button").click()
+    assert heading.get_attribute("aria-sort") == "descending"
+    measured = [value for value in ascending if value != float("inf")]
+    failed = [float("inf")] * (len(ascending) - len(measured))
+    assert numbers() == measured[::-1] + failed
+
+
+def test_texts_sort_as_texts_and_only_one_heading_is_marked(page: Page, folder: Path) -> None:
+    page.goto((folder / "rope_attention.html").as_uri())
+    page.locator("#rows thead").get_by_role("button", name="ms", exact=True).click()
+    page.locator("#rows thead").get_by_role("button", name="candidate").click()
+    names = column(page, "rows", 1)
+    assert names == sorted(names)
+    assert page.locator("#rows th[aria-sort]").count() == 1
+
+
+def test_the_field_above_a_table_leaves_the_rows_with_its_words(page: Page, folder: Path) -> None:
+    page.goto((folder / "rope_attention.html").as_uri())
+    page.get_by_role("searchbox").fill("TRAINING compile")
+    visible = page.locator("#rows tbody tr:visible")
+    assert visible.count() == 4
+    assert all("torch.compile" in text and "training" in text for text in visible.all_inner_texts())
+    page.get_by_role("searchbox").fill("")
+    assert visible.count() == page.locator("#rows tbody tr").count() == 4 * 8
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_sticks_out(page: Page, folder: Path, name: str, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 844})
+    page.goto((folder / name).as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    wide = page.locator("svg[role=img], nav, .tiles, .notes, .scroll, h1").evaluate_all(
+        "parts => parts.filter(part => part.getBoundingClientRect().right > innerWidth).map(part => part.outerHTML)"
+    )
+    assert wide == []
+
+
+def test_a_point_says_what_it_is_and_leads_to_its_page(page: Page, folder: Path) -> None:
+    page.goto((folder / "index.html").as_uri())
+    point = page.locator("svg[role=img] use:has(> title)").last
+    assert "rope_attention" in (point.locator("title").text_content() or "")
+    point.click()
+    page.wait_for_url("**/rope_attention.html", timeout=5000)
+    assert page.locator("h1").inner_text() == "rope_attention"

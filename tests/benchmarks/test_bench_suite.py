@@ -1,0 +1,152 @@
+"""Who takes part, what is run, and what the machine says of itself."""
+
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from bench_fakes import machine, registered, tanh, tanh_operation
+
+from benchmarks import machine as machines
+from benchmarks import suite
+from benchmarks.candidates import candidates
+from benchmarks.cases import layer_norm  # noqa: F401  registers the operations
+from benchmarks.operation import get_operation, peer
+from benchmarks.suite import Plan, list_cases, run
+from evaclip.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose ceilings need not be measured."""
+    monkeypatch.setattr(machines, "ceilings", lambda device, dtypes: (10.0, {"float32": 0.1, "bfloat16": 0.2}))
+
+
+def test_our_backends_are_measured_one_by_one() -> None:
+    found, absent = candidates(get_operation("layer_norm"), "cpu", peers=["none"])
+    assert [candidate.name for candidate in found] == ["evakernels cpu", "evakernels reference", "torch eager"]
+    assert absent == {}
+
+
+def test_a_backend_that_does_not_exist_is_absent_with_the_reason() -> None:
+    op = tanh_operation(registered="swiglu_forward")
+    found, absent = candidates(op, "cpu", backends=["cpu"], peers=["none"])
+    assert [candidate.name for candidate in found] == ["torch eager"]
+    assert absent == {"evakernels cpu": "swiglu_forward has no compiled CPU kernel"}
+
+
+def test_absent_peers_say_why() -> None:
+    _, absent = candidates(get_operation("layer_norm"), "cpu")
+    assert absent["liger-kernel"] == "runs on cuda only"
+    _, absent = candidates(get_operation("layer_norm"), "cuda")
+    assert absent["quack-kernels"] == "not installed: pip install quack-kernels"
+
+
+def test_peers_can_be_chosen() -> None:
+    with registered(tanh_operation(), one=tanh, two=tanh) as op:
+        names = [[c.name for c in candidates(op, "cpu", peers=peers)[0]][2:] for peers in ([], ["two"], ["none"])]
+    assert names == [["torch eager", "torch.compile", "one", "two"], ["torch eager", "two"], ["torch eager"]]
+
+
+def test_a_peer_needs_a_name() -> None:
+    with pytest.raises(UserError, match="neither a name nor a package"):
+        peer("layer_norm")
+
+
+def test_unknown_operations_are_told() -> None:
+    with pytest.raises(UserError, match="did you mean 'layer_norm'"):
+        get_operation("layernorm")
+
+
+def test_a_plan_is_the_product_of_its_choices() -> None:
+    plan = Plan(shapes=("tiny b2", "tiny b4"), dtypes=("float16",), modes=("training",))
+    titles = [case.title for case in list_cases([tanh_operation()], plan)]
+    assert titles == [f"tanh, training, tiny@{32} b{batch}, float16" for batch in (2, 4)]
+    assert len(list_cases([tanh_operation()], Plan())) == 4
+    assert len(list_cases([tanh_operation(gradients=())], Plan())) == 2
+
+
+def test_a_run_has_one_sample_list_a_pass(steady: None) -> None:
+    seen: list[tuple[int, int]] = []
+    with registered(tanh_operation()) as op:
+        results = run(
+            [op],
+            Plan(dtypes=("float32",), peers=("none",), passes=2, seconds=0.001),
+            lambda done, total, title: seen.append((done, total)),
+        )
+    assert [row.candidate for row in results.rows] == ["evakernels", "evakernels reference", "torch eager"] * 2
+    assert all(len(row.samples_ms) == 2 and row.failure is None for row in results.rows)
+    assert seen == [(done, 4) for done in range(5)]
+    assert results.machine.copy_gbps == 10.0
+    assert results.machine.versions["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (Plan(shapes=("nothing b1",)), "unknown model 'nothing'"),
+        (Plan(dtypes=("float31",)), "unknown dtype 'float31'; accepted: float32"),
+        (Plan(backends=("gpu",)), "unknown backend 'gpu'"),
+        (Plan(peers=("appex",)), "did you mean 'apex'"),
+        (Plan(device="cuda"), "no GPU here"),
+    ],
+)
+def test_wrong_plans_are_refused(plan: Plan, message: str) -> None:
+    if plan.device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match=message):
+        run([get_operation("layer_norm")], plan)
+
+
+def test_ceilings_are_plausible() -> None:
+    copy, matmul = machines.ceilings(CPU, [torch.float32])
+    assert 0.1 < copy < 5000
+    assert 1e-4 < matmul["float32"] < 1000
+
+
+def test_the_machine_says_what_it_is(steady: None) -> None:
+    described = machines.describe(CPU, [torch.float32], ["numpy", "no-such-distribution"])
+    assert described.name
+    assert described.threads == torch.get_num_threads()
+    assert described.cache_bytes >= 1 << 18
+    assert {"python", "torch", "numpy"} <= set(described.versions)
+    assert "no-such-distribution" not in described.versions
+
+
+def test_a_quiet_run_has_no_notes(monkeypatch: pytest.MonkeyPatch, steady: None) -> None:
+    monkeypatch.setattr(machines, "_busy_seconds", lambda: (100.0, 50.0, 10.0))
+    watch = machines.Watch(machine(), CPU)
+    monkeypatch.setattr(machines, "_busy_seconds", lambda: (110.0, 60.0, 20.0))
+    assert watch.notes() == []
+
+
+def test_a_busy_run_says_so(monkeypatch: pytest.MonkeyPatch, steady: None) -> None:
+    monkeypatch.setattr(machines.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(machines, "_busy_seconds", lambda: (100.0, 50.0, 10.0))
+    watch = machines.Watch(machine(), CPU)
+    monkeypatch.setattr(machines, "_busy_seconds", lambda: (116.0, 60.0, 20.0))
+    assert watch.notes() == ["busy: other processes used 30% of the processors during the run"]
+
+
+def test_ceilings_that_move_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = machines.Watch(machine(), CPU)
+    monkeypatch.setattr(machines, "ceilings", lambda device, dtypes: (8.0, {"float32": 0.12, "bfloat16": 0.2}))
+    monkeypatch.setattr(machines, "BUSY_SHARE", 2.0)
+    assert watch.notes() == [
+        "unsteady: the copy ceiling was 20% lower after the run",
+        "unsteady: the float32 matrix product ceiling was 20% higher after the run",
+    ]
+
+
+def test_busy_seconds_are_those_of_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    times: Any = psutil.cpu_times()
+    monkeypatch.setattr(machines.psutil, "cpu_times", lambda: times)
+    total, own, _ = machines._busy_seconds()
+    assert total == pytest.approx(times.user + times.nice + times.system + times.irq + times.softirq + times.steal)
+    assert own > 0
+
+
+def test_the_timer_fits_the_device() -> None:
+    assert type(suite._timer(CPU)).__name__ == "CpuTimer"

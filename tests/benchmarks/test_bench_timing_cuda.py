@@ -1,0 +1,216 @@
+"""What the GPU's timer captures, replays and divides by; a fake GPU with a clock of its own stands in."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import timing_cuda
+from benchmarks.timing import MAX_ROUNDS, MIN_ROUNDS, Rotation
+from benchmarks.timing_cuda import CudaTimer, schedule
+
+
+class FakeGraph:
+    """Keeps the work that was launched while it captured."""
+
+    def __init__(self, gpu: "FakeCuda") -> None:
+        self.gpu, self.work, self.live = gpu, [], True
+        gpu.graphs.append(self)
+
+    def replay(self) -> None:
+        assert self.live
+        self.gpu.log.append("replay")
+        for milliseconds in self.work:
+            self.gpu.now += milliseconds
+
+    def reset(self) -> None:
+        self.live = False
+
+
+class FakeEvent:
+    """A moment of the fake GPU."""
+
+    def __init__(self, gpu: "FakeCuda") -> None:
+        self.gpu, self.at = gpu, 0.0
+
+    def record(self) -> None:
+        self.at = self.gpu.now
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return end.at - self.at
+
+
+class FakeCuda:
+    """As much of torch.cuda as the timer uses: streams, events, graphs, and the mode that forbids waiting."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.log: list[str] = []
+        self.graphs: list[FakeGraph] = []
+        self.capturing: FakeGraph | None = None
+        self.pools = 0
+        self.used_pools: list[int] = []
+        self.mode: int | str = 0
+        self.current: Any = SimpleNamespace(wait_stream=lambda other: None)
+        self.device = nullcontext
+        self.CUDAGraph = lambda: FakeGraph(self)
+        self.Event = lambda enable_timing: FakeEvent(self)
+        self.Stream = lambda device: SimpleNamespace(wait_stream=lambda other: None)
+
+    def launch(self, milliseconds: float) -> None:
+        """A kernel."""
+        if self.capturing is not None:
+            self.capturing.work.append(milliseconds)
+        else:
+            self.now += milliseconds
+
+    def wait(self) -> None:
+        """An op of PyTorch that waits for the GPU."""
+        if self.mode == "error":
+            raise RuntimeError("called a synchronizing operation")
+
+    def wait_unseen(self) -> None:
+        """An op of somebody else that waits for the GPU."""
+        if self.capturing is not None:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        former, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = former
+
+    @contextmanager
+    def graph(self, graph: FakeGraph, pool: int, stream: Any) -> Iterator[None]:
+        assert self.current is stream  # warmed up where it is captured
+        self.used_pools.append(pool)
+        self.capturing, self.current = graph, stream
+        try:
+            yield
+        finally:
+            self.capturing = None
+
+    def graph_pool_handle(self) -> int:
+        self.pools += 1
+        return self.pools
+
+    def current_stream(self) -> Any:
+        return self.current
+
+    def synchronize(self, device: object) -> None:
+        self.log.append("synchronize")
+
+    def get_sync_debug_mode(self) -> int | str:
+        return self.mode
+
+    def set_sync_debug_mode(self, mode: int | str) -> None:
+        self.mode = mode
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """A fake GPU in the place of torch.cuda."""
+    cuda = FakeCuda()
+    monkeypatch.setattr(timing_cuda, "torch", SimpleNamespace(cuda=cuda))
+    return cuda
+
+
+def rotation(gpu: FakeCuda, *milliseconds: float, also: Callable[[], None] = lambda: None) -> Rotation:
+    """A candidate whose calls on its sets of inputs take so long, and do something else too."""
+
+    def call(duration: float) -> None:
+        gpu.launch(duration)
+        also()
+
+    return Rotation([lambda duration=duration: call(duration) for duration in milliseconds])
+
+
+def test_a_sample_is_the_time_of_one_call(gpu: FakeCuda) -> None:
+    timer = CudaTimer("cuda")
+    samples = timer.rounds([rotation(gpu, 0.1, 0.1, 0.4), rotation(gpu, 3.0)], seconds=0.1)
+    assert timer.launched == {}
+    assert [{round(value, 9) for value in values} for values in samples] == [{0.2}, {3.0}]
+    assert len(samples[0]) == len(samples[1]) == round(100 / 6)
+
+
+def test_every_set_of_inputs_is_in_the_graph_and_graphs_are_freed(gpu: FakeCuda) -> None:
+    CudaTimer("cuda").rounds([rotation(gpu, 0.1, 0.2, 0.3), rotation(gpu, 1.0)], seconds=0.01)
+    assert [graph.work for graph in gpu.graphs] == [[0.1, 0.2, 0.3], [1.0]]
+    assert not any(graph.live for graph in gpu.graphs)
+    assert len(set(gpu.used_pools)) == 1
+
+
+def test_rounds_start_with_another_candidate_each(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[float] = []
+    sample = CudaTimer._sample
+
+    def logged(self: CudaTimer, work: Any, repeats: int) -> float:
+        order.append(work.graph.work[0])
+        return sample(self, work, repeats)
+
+    monkeypatch.setattr(CudaTimer, "_sample", logged)
+    CudaTimer("cuda").rounds([rotation(gpu, 1.0), rotation(gpu, 2.0)], seconds=0.01)
+    assert order[-2 * MIN_ROUNDS :][:6] == [1.0, 2.0, 2.0, 1.0, 1.0, 2.0]
+
+
+def test_capture_happens_in_the_candidates_context(gpu: FakeCuda) -> None:
+    inside = []
+
+    @contextmanager
+    def backend() -> Iterator[None]:
+        inside.append(True)
+        yield
+        inside.pop()
+
+    captured = rotation(gpu, 1.0, also=lambda: seen.append(bool(inside)))
+    seen: list[bool] = []
+    CudaTimer("cuda").rounds([Rotation(captured.calls, backend)], seconds=0.01)
+    assert seen
+    assert all(seen)
+
+
+@pytest.mark.parametrize("kind", ["wait", "wait_unseen"])
+def test_what_cannot_be_captured_is_launched_and_told(gpu: FakeCuda, kind: str) -> None:
+    timer = CudaTimer("cuda")
+    samples = timer.rounds([rotation(gpu, 0.5, 1.5, also=getattr(gpu, kind)), rotation(gpu, 2.0)], seconds=0.01)
+    assert set(samples[0]) == {1.0}
+    assert set(samples[1]) == {2.0}
+    assert list(timer.launched) == [0]
+    assert timer.launched[0].startswith("RuntimeError: ")
+    assert "\n" not in timer.launched[0]
+    assert gpu.mode == 0
+    timer.rounds([rotation(gpu, 2.0)], seconds=0.01)
+    assert timer.launched == {}
+
+
+def test_a_broken_capture_leaves_nothing_behind_but_its_pool(gpu: FakeCuda) -> None:
+    before = gpu.current
+    timer = CudaTimer("cuda")
+    timer.rounds([rotation(gpu, 1.0, also=gpu.wait_unseen), rotation(gpu, 1.0)], seconds=0.01)
+    assert gpu.current is before
+    assert gpu.used_pools[0] != gpu.used_pools[1]
+    assert timer._broken == [gpu.graphs[0]]
+
+
+def test_a_first_call_waits_for_the_gpu_before_and_after(gpu: FakeCuda) -> None:
+    CudaTimer("cuda").first_call(lambda: gpu.log.append("call"))
+    assert gpu.log == ["synchronize", "call", "synchronize"]
+
+
+@pytest.mark.parametrize(
+    ("replay_ms", "seconds", "repeats", "count"),
+    [
+        ([0.1, 1.0, 5.0], 0.2, [10, 1, 1], 20),
+        ([0.3], 0.0, [4], MIN_ROUNDS),
+        ([0.0], 10.0, [10_000], MAX_ROUNDS),
+    ],
+)
+def test_schedule(replay_ms: list[float], seconds: float, repeats: list[int], count: int) -> None:
+    assert schedule(replay_ms, seconds) == (repeats, count)
