@@ -46,7 +46,7 @@ def significant(value: float, digits: int = 3) -> str:
 
 def mebibytes(size: float) -> str:
     """Bytes in MiB; what is less than a hundredth is not told apart."""
-    return "" if 0 < size < 0.01 * 2**20 else significant(size / 2**20)
+    return "<0.01" if 0 < size < 0.01 * 2**20 else significant(size / 2**20)
 
 
 def percent(share: float) -> str:
