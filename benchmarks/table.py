@@ -54,7 +54,7 @@ def print_operations(operations: Sequence[Operation], device: str) -> None:
         found, absent = candidates(op, device)
         line = Text.assemble((op.name, "bold"), "  ", op.summary, (f"  ({', '.join(op.modes)})", "dim"))
         facts = Table.grid(padding=(0, 2))
-        facts.add_column(width=10, style="dim")
+        facts.add_column(min_width=12, style="dim")
         facts.add_column()
         facts.add_row("  shapes", ", ".join(op.shapes[device]))
         facts.add_row("  candidates", Text(", ").join(Text(one.name, _STYLES[one.kind]) for one in found))

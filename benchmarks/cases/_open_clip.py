@@ -72,6 +72,8 @@ def _plain_vision(config: VisionConfig, embed_dim: int) -> nn.Module:
         use_rot_pos_emb=config.rope,
         use_post_norm=config.post_norm,
     )
+    if not config.qkv_bias:
+        model.head = nn.Linear(config.width, embed_dim, bias=False)
     return model
 
 

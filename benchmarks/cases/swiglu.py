@@ -24,8 +24,9 @@ _SHAPES = {
         "eva02-l14@336 b128",
     ),
 }
+_PRODUCT_SHAPES = _SHAPES | {"cpu": ("eva02-b16@224 b8", "eva02-l14@224 b4")}
 _MLP_SHAPES = {
-    "cpu": ("eva02-b16@224 b1", "eva02-b16@224 b2", "eva02-l14@112 b1", "eva02-l14@224 b1"),
+    "cpu": ("eva02-b16@224 b1", "eva02-b16@224 b2", "eva02-l14@224 b1"),
     "cuda": _SHAPES["cuda"],
 }
 
@@ -121,7 +122,7 @@ operation(
         eager=_product_eager,
         ours=_product_ours,
         work=_product_work,
-        shapes=_SHAPES,
+        shapes=_PRODUCT_SHAPES,
         gradients=("gate", "up"),
         registered="swiglu_forward",
     )

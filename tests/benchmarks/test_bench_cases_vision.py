@@ -1,26 +1,24 @@
 """The operations of attention, SwiGLU and token dropout: what they compute, what they cost, and who is compared."""
 
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from bench_case_checks import TOLERANCE, assert_exact, build, draw, gradients, outputs, pretend_installed
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count
 
 import benchmarks.cases  # noqa: F401  registers the operations
 import evakernels
-from benchmarks.accuracy import as_double, gradient_leaves, relative_error, tensors
-from benchmarks.operation import Draw, Function, Inputs, Operation, Outputs, get_operation, peers_of
-from benchmarks.shapes import Shape, parse_shape
+from benchmarks.accuracy import relative_error
+from benchmarks.operation import Outputs, get_operation, peers_of
+from benchmarks.shapes import parse_shape
 from evaclip.errors import UserError
 
-CPU = torch.device("cpu")
 ATTENTION = ("rope_attention", "causal_attention")
 
 
@@ -45,38 +43,6 @@ SMALL = {
     "token_dropout": ("tiny b2", "tiny b2 drop50"),
 }
 CASES = [(op, shape) for op in OPERATIONS for shape in SMALL.get(op, ("tiny b2",))]
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
-
-
-def draw(op: Operation, shape: Shape, dtype: torch.dtype = torch.float32) -> Inputs:
-    return op.inputs(shape, Draw(dtype, CPU, torch.Generator().manual_seed(0)))
-
-
-def outputs(function: Function, inputs: Inputs) -> list[Tensor]:
-    with torch.no_grad():
-        return tensors(function(**inputs))
-
-
-def gradients(op: Operation, function: Function, inputs: Inputs) -> list[Tensor]:
-    leaves = gradient_leaves(op, inputs)
-    for leaf in leaves:
-        leaf.requires_grad_()
-    out = tensors(function(**inputs))
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(o.shape, generator=generator).bfloat16().to(o.dtype) for o in out]
-    return list(torch.autograd.grad(out, leaves, upstream))
-
-
-def assert_exact(
-    op: Operation, function: Function, shape: Shape, dtype: torch.dtype = torch.float32, training: bool = True
-) -> None:
-    """Outputs and gradients of `function` against float64."""
-    inputs = draw(op, shape, dtype)
-    exact = as_double(inputs)
-    assert relative_error(outputs(function, inputs), outputs(op.eager, exact)) <= TOLERANCE[dtype]
-    if training:
-        truth = gradients(op, op.eager, exact)
-        assert relative_error(gradients(op, function, inputs), truth) <= TOLERANCE[dtype]
 
 
 # --- what they compute ----------------------------------------------------------------------------------------------
@@ -228,11 +194,6 @@ HERE = [
 ]
 
 
-def build(op: str, peer: str, shape: Shape) -> Function:
-    (found,) = (candidate for candidate in peers_of(op) if candidate.name == peer)
-    return found.build(shape)
-
-
 def test_the_peers_that_come_with_the_tests_are_all_here() -> None:
     assert {name for op, _, name in HERE if op == "rope_attention"} == {"sdpa flash", "sdpa math", "timm"}
     assert {name for op, _, name in HERE if op == "causal_attention"} == {"sdpa flash", "sdpa math"}
@@ -330,15 +291,7 @@ STAND_INS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    for path, members in STAND_INS.items():
-        parts = path.split(".")
-        for depth in range(1, len(parts) + 1):
-            name = ".".join(parts[:depth])
-            if name not in STAND_INS:
-                monkeypatch.setitem(sys.modules, name, ModuleType(name))
-        module = ModuleType(path)
-        vars(module).update(members)
-        monkeypatch.setitem(sys.modules, path, module)
+    pretend_installed(monkeypatch, STAND_INS)
 
 
 ELSEWHERE = [

@@ -108,8 +108,8 @@ def test_operations_are_listed_with_who_is_there_and_who_is_not(capsys: pytest.C
         print_operations([tanh_operation()], "cpu")
     text = capsys.readouterr().out
     assert "tanh  hyperbolic tangent  (forward, training)" in text
-    assert "tiny b2" in text
-    assert "evakernels, evakernels reference, torch eager, torch.compile, mine" in text
+    assert "  shapes      tiny b2" in text
+    assert "  candidates  evakernels, evakernels reference, torch eager, torch.compile, mine" in text
     assert "elsewhere: runs on cuda only" in text
 
 
