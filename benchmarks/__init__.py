@@ -13,7 +13,7 @@
 and `python -m benchmarks op layer_norm --plugin that_file.py` measures it beside the others.
 """
 
-from benchmarks.operation import Cost, Draw, Operation, Work, operation, peer
+from benchmarks.operation import Cost, Draw, Operation, Work, peer, register
 from benchmarks.shapes import Shape
 
-__all__ = ["Cost", "Draw", "Operation", "Shape", "Work", "operation", "peer"]
+__all__ = ["Cost", "Draw", "Operation", "Shape", "Work", "peer", "register"]

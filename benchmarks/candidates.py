@@ -1,5 +1,6 @@
 """Who is measured on an operation: this library on each of its backends, plain PyTorch, and the peers."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -94,6 +95,7 @@ def check_names(chosen: Sequence[Operation], backends: Sequence[str], peers: Seq
 def _compiled(function: Function) -> Function:
     # What earlier runs left on disk would make the first call look cheap.
     torch.compiler.config.force_disable_caches = True
+    warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
 
     def fresh(**inputs: Any) -> Any:  # a code object's compiled forms are counted against torch's limit: one for each
         return function(**inputs)

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,7 +122,7 @@ def _measure(chosen: list[Operation], args: argparse.Namespace) -> None:
     from benchmarks.table import print_table
 
     plan = _plan(args)
-    with _progress_bar() as progress:
+    with _progress() as progress:
         results = run(chosen, plan, progress)
     print_table(results)
     if args.json:
@@ -148,11 +149,21 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Callable[[int, int, str], None]]:
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on a terminal, a line for every tenth elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _tell_tenths
+        return
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("measuring the machine")
         yield lambda done, total, title: bar.update(task, completed=done, total=total, description=title)
+
+
+def _tell_tenths(done: int, total: int, title: str) -> None:
+    if title and done * 10 // total != (done - 1) * 10 // total:
+        print(f"{done:,} of {total:,} measurements done; next is {title}", file=sys.stderr, flush=True)
 
 
 def _profile(chosen: list[Operation], plan: Plan, results: Results, folder: Path) -> None:

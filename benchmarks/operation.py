@@ -133,7 +133,7 @@ class _Registry:
 _registry = _Registry()
 
 
-def operation(op: Operation) -> Operation:
+def register(op: Operation) -> Operation:
     """Registers an operation."""
     _registry.operations[op.name] = op
     return op
@@ -151,11 +151,11 @@ def peer(
     if shown is None:
         raise UserError(f"a peer of {op!r} has neither a name nor a package")
 
-    def register(build: Callable[[Shape], Function]) -> Callable[[Shape], Function]:
+    def add(build: Callable[[Shape], Function]) -> Callable[[Shape], Function]:
         _registry.peers.setdefault(op, []).append(Peer(shown, build, package, tuple(devices)))
         return build
 
-    return register
+    return add
 
 
 def operations() -> dict[str, Operation]:

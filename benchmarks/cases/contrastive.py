@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import evakernels
-from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, operation, peer
+from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, peer, register
 from benchmarks.shapes import Shape
 
 # Start values of training: CLIP's temperature, and the temperature and bias of SigLIP (Zhai et al. 2023).
@@ -81,7 +81,7 @@ def _widened(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-operation(
+register(
     Operation(
         name="clip_loss",
         summary="symmetric InfoNCE over a batch of pairs",
@@ -94,7 +94,7 @@ operation(
         registered="contrastive_forward",
     )
 )
-operation(
+register(
     Operation(
         name="siglip_loss",
         summary="sigmoid loss over all combinations of a batch of pairs",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import evakernels
-from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, operation, peer
+from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, peer, register
 from benchmarks.shapes import Shape, short_names
 from evaclip import create_model
 
@@ -93,7 +93,7 @@ def _update_moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Ten
     exp_avg_sq.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
 
 
-operation(
+register(
     Operation(
         name="lamb_step",
         summary="one LAMB step over all parameters of a model, moments in float32",

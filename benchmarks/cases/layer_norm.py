@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import evakernels
-from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, operation, peer
+from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, peer, register
 from benchmarks.shapes import Shape
 
 EPS = 1e-6
@@ -77,7 +77,7 @@ def _norm_add_ours(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tenso
     return evakernels.layer_norm_add(residual, branch, weight, bias, eps=EPS)
 
 
-operation(
+register(
     Operation(
         name="layer_norm",
         summary="LayerNorm over the channels",
@@ -90,7 +90,7 @@ operation(
         registered="layer_norm_forward",
     )
 )
-operation(
+register(
     Operation(
         name="add_layer_norm",
         summary="residual add, then LayerNorm of the sum; both are returned",
@@ -103,7 +103,7 @@ operation(
         registered="add_layer_norm_forward",
     )
 )
-operation(
+register(
     Operation(
         name="layer_norm_add",
         summary="LayerNorm of a branch, then the residual add (post-norm)",

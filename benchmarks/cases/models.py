@@ -15,7 +15,7 @@ from torch.func import functional_call
 import evakernels
 from benchmarks.cases._open_clip import PlainClip
 from benchmarks.cases.contrastive import clip_loss
-from benchmarks.operation import Cost, Draw, Inputs, Operation, Work, operation
+from benchmarks.operation import Cost, Draw, Inputs, Operation, Work, register
 from benchmarks.shapes import Shape, short_names
 from evaclip import CLIPConfig, create_model
 from evaclip.errors import UserError
@@ -229,7 +229,7 @@ def _counts(model: str, pixels: int, part: str) -> int:
     return sum(values.numel() for name, values in built.named_parameters() if name.startswith(part))
 
 
-operation(
+register(
     Operation(
         name="encode_image",
         summary="the vision tower, weights in the dtype measured",
@@ -243,7 +243,7 @@ operation(
         },
     )
 )
-operation(
+register(
     Operation(
         name="encode_text",
         summary="the text tower, weights in the dtype measured",
@@ -257,7 +257,7 @@ operation(
         },
     )
 )
-operation(
+register(
     Operation(
         name="clip_step",
         summary="both towers and the CLIP loss, weights in float32 and autocast to the dtype measured",

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import evakernels
 from benchmarks.cases._patches import kept_patches
-from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, operation, peer
+from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, peer, register
 from benchmarks.shapes import Shape
 from evaclip.model.config import VisionConfig
 
@@ -124,7 +124,7 @@ def _causal_ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return evakernels.rope_attention(q, k, v, causal=True)
 
 
-operation(
+register(
     Operation(
         name="rope_attention",
         summary="attention with the axial rotary embedding inside, token dropout included",
@@ -137,7 +137,7 @@ operation(
         registered="rope_attention_forward",
     )
 )
-operation(
+register(
     Operation(
         name="causal_attention",
         summary="causal attention without a rotary embedding, as in the text tower",

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import evakernels
-from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, operation, peer
+from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, peer, register
 from benchmarks.shapes import Shape
 
 EPS = 1e-6
@@ -114,7 +114,7 @@ def _mlp_with(product: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Fu
     return mlp
 
 
-operation(
+register(
     Operation(
         name="silu_mul",
         summary="silu(gate) * up",
@@ -127,7 +127,7 @@ operation(
         registered="swiglu_forward",
     )
 )
-operation(
+register(
     Operation(
         name="swiglu",
         summary="silu(gate) * up, then LayerNorm over the hidden channels (sub-LN)",
@@ -140,7 +140,7 @@ operation(
         registered="swiglu_forward",
     )
 )
-operation(
+register(
     Operation(
         name="swiglu_mlp",
         summary="the whole MLP of EVA-02: two projections, gated product with sub-LN, and the projection back",

@@ -5,7 +5,7 @@ from torch import Tensor
 
 import evakernels
 from benchmarks.cases._patches import kept_patches
-from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, operation, peer
+from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, peer, register
 from benchmarks.shapes import Shape
 
 _SHAPES = {
@@ -59,7 +59,7 @@ def _ours(patches: Tensor, token_index: Tensor | None, prefix: Tensor, pos_embed
     return evakernels.token_dropout(patches, token_index, prefix=prefix, pos_embed=pos_embed)
 
 
-operation(
+register(
     Operation(
         name="token_dropout",
         summary="the patches that are kept, plus their positions, behind the class token",

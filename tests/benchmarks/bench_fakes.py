@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, _registry, operation, peer
+from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, _registry, peer, register
 from benchmarks.results import Machine, Row
 from benchmarks.shapes import Shape
 
@@ -39,7 +39,7 @@ def tanh_operation(**changes: Any) -> Operation:
 @contextmanager
 def registered(op: Operation, **peers: Function) -> Iterator[Operation]:
     """The operation with its peers, forgotten afterwards."""
-    operation(op)
+    register(op)
     for name, function in peers.items():
         peer(op.name, name)(lambda shape, function=function: function)
     try:
