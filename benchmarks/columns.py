@@ -76,13 +76,17 @@ BANDWIDTH = Column(
 )
 RATE = Column("TFLOP/s", lambda contest, row: row.tflops, significant, "FLOPs of matrix products over the median")
 ROOFLINE = Column("roofline", lambda contest, row: row.roofline, percent, "least possible time over the median")
-SPEEDUP = Column(f"{TIMES} eager", Contest.speedup, significant, "median of torch eager over this median: above 1 is faster")
+SPEEDUP = Column(
+    f"{TIMES} eager", Contest.speedup, significant, "median of torch eager over this median: above 1 is faster"
+)
 PEAK = Column("peak MiB", lambda contest, row: row.peak_bytes, mebibytes, "most memory held beyond the inputs")
 SAVED = Column("saved MiB", lambda contest, row: row.saved_bytes, mebibytes, "memory kept for the backward pass")
 ERROR = Column(
     "error", lambda contest, row: row.error, scientific, "relative RMS error against float64, the worst tensor"
 )
-ERROR_RATIO = Column(f"{TIMES} eager's", _error_ratio, significant, "that error over the error of torch eager in the same dtype")
+ERROR_RATIO = Column(
+    f"{TIMES} eager's", _error_ratio, significant, "that error over the error of torch eager in the same dtype"
+)
 FIRST = Column("first ms", lambda contest, row: row.first_call_ms, significant, "the first call, compilation included")
 
 COLUMNS = (MEDIAN, P20, P80, BANDWIDTH, RATE, ROOFLINE, SPEEDUP, PEAK, SAVED, ERROR, ERROR_RATIO, FIRST)

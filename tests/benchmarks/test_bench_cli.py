@@ -110,7 +110,7 @@ def test_compare_tells_by_its_exit_code(tmp_path: Path, times: list[float], code
 def test_list_shows_operations_and_who_is_absent(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["list"]) == 0
     text = capsys.readouterr().out
-    for part in ("layer_norm", "rope_attention", "clip_step", "eva02-b16@224 b1", "not installed"):
+    for part in ("layer_norm", "rope_attention", "clip_step", "eva02-b16@224 b1", "runs on cuda only"):
         assert part in text
 
 
