@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import evakernels
+from benchmarks.candidates import compiled
 from benchmarks.cases._patches import kept_patches
 from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, peer, register
 from benchmarks.shapes import Shape
@@ -206,20 +207,18 @@ def flex(shape: Shape, causal: bool) -> Attention:
         tokens = shape.tokens
         return create_block_mask(lambda b, h, query, key: query >= key, None, None, tokens, tokens, device=device)
 
-    def fresh(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> Tensor:
+    def flex_only(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> Tensor:
         out = flex_attention(q, k, v, block_mask=block_mask)
         assert isinstance(out, Tensor)  # not a tuple: no log-sum-exp was asked for
         return out
 
-    compiled = torch.compile(fresh, fullgraph=True, dynamic=False)
+    compiled_flex = compiled(flex_only)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if (
-            q.requires_grad and q.device.type == "cpu"
-        ):  # it says so itself, but the compiler buries that in its own words
+        if q.requires_grad and q.device.type == "cpu":  # it says so itself, buried in the words of the compiler
             raise NotImplementedError("FlexAttention has no backward pass on a CPU")
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out: Tensor = compiled(q, k, v, mask(q.device))
+        out: Tensor = compiled_flex(q=q, k=k, v=v, block_mask=mask(q.device))
         return out.transpose(1, 2).contiguous()
 
     return attend
