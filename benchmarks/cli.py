@@ -206,6 +206,7 @@ def _report(args: argparse.Namespace) -> None:
 def _write_report(results: Results, folder: Path) -> None:
     from benchmarks.report import write_report
 
+    _load([])  # pages say what each operation does
     print(write_report(results, folder))
 
 

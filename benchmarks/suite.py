@@ -68,7 +68,7 @@ def run(operations: Sequence[Operation], plan: Plan, progress: Progress = lambda
         measure(case, contestants[case.op.name][0], machine, timer, plan.seconds)
     progress(total, total, "")
     machine.notes += watch.notes()
-    absent = {name: why for _, missing in contestants.values() for name, why in missing.items()}
+    absent = {f"{op}: {name}": why for op, (_, missing) in contestants.items() for name, why in missing.items()}
     return Results(machine, [row for case in cases for row in case.rows.values()], absent)
 
 

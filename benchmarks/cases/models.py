@@ -132,13 +132,11 @@ def _pair(model: str, pixels: int, device: torch.device, part: str) -> Pair:
         ours.visual.rope.fill(device)
     plain = PlainClip(ours.config, device).eval()
     plain_part = f"{part}trunk." if part == _VISION else part
+    our_module, plain_module = _submodule(ours, part), _submodule(plain, plain_part)
+    plain_names = _names(to_open_clip(ours.state_dict()), plain_part)
     return Pair(
-        Network(_submodule(ours, part), _names(ours.state_dict(), part), {}),
-        Network(
-            module := _submodule(plain, plain_part),
-            _names(to_open_clip(ours.state_dict()), plain_part),
-            dict(module.named_buffers()),
-        ),
+        Network(our_module, _names(ours.state_dict(), part), {}),
+        Network(plain_module, plain_names, dict(plain_module.named_buffers())),
     )
 
 

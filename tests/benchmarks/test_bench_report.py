@@ -109,8 +109,9 @@ def test_plots_follow_the_theme(folder: Path, name: str) -> None:
     for plot in re.findall(r"<svg role.*?</svg>", text, re.DOTALL):
         assert set(re.findall(r"#[0-9a-f]{6}\b", plot)) <= {"#000000"}
     _, dark = text.split("prefers-color-scheme: dark", 1)
-    for variable in set(re.findall(r"var\(--([\w-]+)\)", text)) - {"colour", "sans", "mono"}:
-        assert f"--{variable}: {COLOURS[variable]};" in text, variable
+    assert set(re.findall(r"var\(--([\w-]+)\)", text)) <= {*COLOURS, "colour", "sans", "mono"}
+    for variable, value in COLOURS.items():
+        assert f"--{variable}: {value};" in text, variable
         assert f"--{variable}: " in dark, variable
 
 
