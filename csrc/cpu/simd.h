@@ -125,6 +125,32 @@ static inline F32 zero_beyond(F32 value, Tail tail) {
   return lane < tail.lanes ? value : F32{};
 }
 
+// e^x to about one unit in the last place. Below -87.3 it is 0 and above 88.37 infinity; NaN stays NaN.
+//
+// x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 is subtracted in two parts, so that n times the first is exact.
+// e^r is its Taylor polynomial of degree 7, whose remainder (5e-9 of the value) lies below float32's
+// resolution.
+static inline F32 exp(F32 x) {
+  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  constexpr float kRoundToInteger = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction
+  const F32 clamped = x > 88.37f ? broadcast(88.37f) : (x < -87.3f ? broadcast(-87.3f) : x);
+  const F32 n = (clamped * kLog2E + kRoundToInteger) - kRoundToInteger;
+  const F32 r = (clamped - n * kLn2High) - n * kLn2Low;
+  F32 series = broadcast(1.0f / 5040);
+  series = series * r + 1.0f / 720;
+  series = series * r + 1.0f / 120;
+  series = series * r + 1.0f / 24;
+  series = series * r + 1.0f / 6;
+  series = series * r + 0.5f;
+  series = series * r + 1.0f;
+  series = series * r + 1.0f;
+  const I32 exponent = __builtin_convertvector(n, I32) + 127;
+  const F32 value = series * __builtin_bit_cast(F32, exponent << 23);
+  return x > 88.37f ? broadcast(__builtin_inff()) : (x < -87.3f ? F32{} : value);
+}
+
+static inline F32 sigmoid(F32 x) { return 1.0f / (1.0f + exp(-x)); }
+
 static inline float horizontal_sum(F32 value) {
   float lanes[kLanes];
   __builtin_memcpy(lanes, &value, sizeof value);
