@@ -75,7 +75,7 @@ class Tiles {
       const int64_t count = std::min(height_, rows() - start);
       cpu::scale_image(image_rows(start, count, nullptr, nullptr), cpu::active_isa(), torch_parallel);
       const Tensor logits = rows_of(logits_, 0, count);
-      multiply_into(logits, rows_of(scaled_, 0, count), torch::stable::transpose(text_, 0, 1));
+      multiply_into(logits, rows_of(scaled_, 0, count), transposed(text_));
       body(LogitTile{floats_of(logits), count, columns(), offset_ + start}, start);
     }
   }
@@ -115,7 +115,7 @@ class Gradients : public Tiles {
   void add(const LogitTile& tile, int64_t start) {
     const Tensor dlogits = rows_of(logits_, 0, tile.rows);
     const Tensor scaled = rows_of(scaled_, 0, tile.rows);
-    add_product(dtext_, torch::stable::transpose(dlogits, 0, 1), scaled);
+    add_product(dtext_, transposed(dlogits), scaled);
     multiply_into(scaled, dlogits, text_);
     std::vector<float> dot_products(tile.rows);
     cpu::finish_image(image_rows(start, tile.rows, &dimage_, dot_products.data()), cpu::active_isa(),

@@ -15,18 +15,10 @@ namespace {
 constexpr float kSpread = 60.0f;
 constexpr float kInfinity = __builtin_inff();
 
-inline F32 larger(F32 a, F32 b) { return a > b ? a : b; }
 inline F32 smaller(F32 a, F32 b) { return a < b ? a : b; }
 
 // What to subtract before exp: subtracting an infinite maximum would turn infinite logits into NaN.
 inline F32 finite(F32 x) { return (x < kInfinity) & (x > -kInfinity) ? x : F32{}; }
-
-inline F32 fill_beyond(F32 value, float, Whole) { return value; }
-inline F32 fill_beyond(F32 value, float fill, Tail tail) {
-  I32 lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return lane < tail.lanes ? value : broadcast(fill);
-}
 
 // The smallest and the largest of some numbers; NaN is passed over.
 struct Range {
@@ -41,16 +33,8 @@ struct Range {
   void add(const float* values, int64_t count) {
     for_each_vector(count, [&](int64_t i, auto part) { add(load(values + i, part), part); });
   }
-  float lowest() const {
-    float result = low[0];
-    for (int i = 1; i < kLanes; ++i) result = low[i] < result ? low[i] : result;
-    return result;
-  }
-  float highest() const {
-    float result = high[0];
-    for (int i = 1; i < kLanes; ++i) result = high[i] > result ? high[i] : result;
-    return result;
-  }
+  float lowest() const { return -horizontal_max(-low); }
+  float highest() const { return horizontal_max(high); }
   // False when a bound is infinite: the difference is then infinite or NaN.
   bool is_narrow() const { return highest() - lowest() <= kSpread; }
 };

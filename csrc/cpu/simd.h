@@ -117,13 +117,21 @@ static inline void store(T* target, F32 value, Tail tail) {
   __builtin_memcpy(target, padded, tail.lanes * sizeof(T));
 }
 
-static inline F32 zero_beyond(F32 value, Whole) { return value; }
+static inline F32 fill_beyond(F32 value, float, Whole) { return value; }
 
-static inline F32 zero_beyond(F32 value, Tail tail) {
+static inline F32 fill_beyond(F32 value, float fill, Tail tail) {
   I32 lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return lane < tail.lanes ? value : F32{};
+  return lane < tail.lanes ? value : broadcast(fill);
 }
+
+template <class Part>
+static inline F32 zero_beyond(F32 value, Part part) {
+  return fill_beyond(value, 0.0f, part);
+}
+
+// b where a is NaN.
+static inline F32 larger(F32 a, F32 b) { return a > b ? a : b; }
 
 // e^x to about one unit in the last place. Below -87.3 it is 0 and above 88.37 infinity; NaN stays NaN.
 //
@@ -158,6 +166,12 @@ static inline float horizontal_sum(F32 value) {
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
   return lanes[0];
+}
+
+static inline float horizontal_max(F32 value) {
+  float result = value[0];
+  for (int i = 1; i < kLanes; ++i) result = value[i] > result ? value[i] : result;
+  return result;
 }
 
 // Calls body(offset, Whole or Tail) for the vectors of a row.
