@@ -47,8 +47,8 @@ def rope_attention(
 
     Returns:
         `[B, N, H, D]`, contiguous, in the dtype of `q`. Scores and softmax are float32 (float64 for float64
-        input). Under autocast `q`, `k` and `v` are cast as for
-        `torch.nn.functional.scaled_dot_product_attention`.
+        input); scores of bfloat16 input may have 16 significant bits instead of 24. Under autocast `q`, `k` and
+        `v` are cast as for `torch.nn.functional.scaled_dot_product_attention`.
 
     Raises:
         TypeError: for a dtype that isn't accepted. ValueError: for shapes, devices or options that don't fit
