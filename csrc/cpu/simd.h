@@ -117,13 +117,47 @@ static inline void store(T* target, F32 value, Tail tail) {
   __builtin_memcpy(target, padded, tail.lanes * sizeof(T));
 }
 
-static inline F32 zero_beyond(F32 value, Whole) { return value; }
+static inline F32 fill_beyond(F32 value, float, Whole) { return value; }
 
-static inline F32 zero_beyond(F32 value, Tail tail) {
+static inline F32 fill_beyond(F32 value, float fill, Tail tail) {
   I32 lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return lane < tail.lanes ? value : F32{};
+  return lane < tail.lanes ? value : broadcast(fill);
 }
+
+template <class Part>
+static inline F32 zero_beyond(F32 value, Part part) {
+  return fill_beyond(value, 0.0f, part);
+}
+
+// b where a is NaN.
+static inline F32 larger(F32 a, F32 b) { return a > b ? a : b; }
+
+// e^x to about one unit in the last place. Below -87.3 it is 0 and above 88.37 infinity; NaN stays NaN.
+//
+// x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 is subtracted in two parts, so that n times the first is exact.
+// e^r is its Taylor polynomial of degree 7, whose remainder (5e-9 of the value) lies below float32's
+// resolution.
+static inline F32 exp(F32 x) {
+  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  constexpr float kRoundToInteger = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction
+  const F32 clamped = x > 88.37f ? broadcast(88.37f) : (x < -87.3f ? broadcast(-87.3f) : x);
+  const F32 n = (clamped * kLog2E + kRoundToInteger) - kRoundToInteger;
+  const F32 r = (clamped - n * kLn2High) - n * kLn2Low;
+  F32 series = broadcast(1.0f / 5040);
+  series = series * r + 1.0f / 720;
+  series = series * r + 1.0f / 120;
+  series = series * r + 1.0f / 24;
+  series = series * r + 1.0f / 6;
+  series = series * r + 0.5f;
+  series = series * r + 1.0f;
+  series = series * r + 1.0f;
+  const I32 exponent = __builtin_convertvector(n, I32) + 127;
+  const F32 value = series * __builtin_bit_cast(F32, exponent << 23);
+  return x > 88.37f ? broadcast(__builtin_inff()) : (x < -87.3f ? F32{} : value);
+}
+
+static inline F32 sigmoid(F32 x) { return 1.0f / (1.0f + exp(-x)); }
 
 static inline float horizontal_sum(F32 value) {
   float lanes[kLanes];
@@ -132,6 +166,12 @@ static inline float horizontal_sum(F32 value) {
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
   return lanes[0];
+}
+
+static inline float horizontal_max(F32 value) {
+  float result = value[0];
+  for (int i = 1; i < kLanes; ++i) result = value[i] > result ? value[i] : result;
+  return result;
 }
 
 // Calls body(offset, Whole or Tail) for the vectors of a row.

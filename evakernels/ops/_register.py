@@ -20,17 +20,25 @@ _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def define(
-    name: str, signature: str, *, reference: Callable[..., Any], fake: Callable[..., Any] | None
+    name: str,
+    signature: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any] | None,
+    check: Callable[..., None] | None = None,
 ) -> torch._ops.OpOverload:
     """Defines `torch.ops.evakernels.<name>` and returns it.
 
     `signature` is the schema without the name, `reference` its meaning, `fake` the same on tensors without data
-    (`None` for an op that only writes into its arguments).
+    (`None` for an op that only writes into its arguments). `check` raises for values that no implementation accepts; it
+    sees them when the op runs, which a check in front of the op can't under `torch.compile`.
     """
     _library.define(f"{name}{signature}")
     _native_library.define(f"{name}{signature}")
 
     def run(*args: Any) -> Any:
+        if check is not None:
+            check(*args)
         function = backends.select(name, args).function
         tensor = backends.first_tensor(args)
         if tensor is None or not _autocast.is_on(tensor.device.type):

@@ -10,7 +10,7 @@ from evakernels.ops._autocast import matmul_inputs
 from evakernels.ops._register import define, differentiable
 from evakernels.reference import rope_attention as reference
 from evakernels.reference._numerics import accumulation_dtype
-from evakernels.reference._token_index import check_dtype
+from evakernels.reference._token_index import check_dtype, check_range
 
 MAX_PREFIX = 16
 """The most tokens (class token and registers) that may stand unrotated before the patches."""
@@ -47,8 +47,8 @@ def rope_attention(
 
     Returns:
         `[B, N, H, D]`, contiguous, in the dtype of `q`. Scores and softmax are float32 (float64 for float64
-        input). Under autocast `q`, `k` and `v` are cast as for
-        `torch.nn.functional.scaled_dot_product_attention`.
+        input); scores of bfloat16 input may have 16 significant bits instead of 24. Under autocast `q`, `k` and
+        `v` are cast as for `torch.nn.functional.scaled_dot_product_attention`.
 
     Raises:
         TypeError: for a dtype that isn't accepted. ValueError: for shapes, devices or options that don't fit
@@ -119,6 +119,13 @@ def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) ->
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
+def _check_values(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, token_index: Tensor | None, *rest: Any
+) -> None:
+    if cos is not None and token_index is not None:
+        check_range("rope_attention", token_index, cos.shape[-2])
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, cos, sin, token_index, *ctx.options = inputs
     out, lse = output
@@ -136,6 +143,7 @@ _forward = define(
     " bool causal, bool interleaved, float scale) -> (Tensor out, Tensor lse)",
     reference=reference.rope_attention_forward,
     fake=_forward_fake,
+    check=_check_values,
 )
 _backward = define(
     "rope_attention_backward",
@@ -144,5 +152,6 @@ _backward = define(
     " -> (Tensor dq, Tensor dk, Tensor dv)",
     reference=reference.rope_attention_backward,
     fake=_backward_fake,
+    check=lambda dout, q, k, v, out, lse, *rest: _check_values(q, k, v, *rest),
 )
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)

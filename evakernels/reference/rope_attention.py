@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from evakernels.reference._numerics import accumulation_dtype
-from evakernels.reference._token_index import check_range
 
 
 def rope_attention_forward(
@@ -78,7 +77,6 @@ def _rotation(
     dtype = accumulation_dtype(q)
     rows = torch.complex(cos.to(dtype), sin.to(dtype))
     if token_index is not None:
-        check_range("rope_attention", token_index, rows.shape[-2])
         rows = rows[..., token_index, :].movedim(-3, 0)  # [B, (H,) K, D / 2]
     if cos.dim() == 2:
         rows = rows.unsqueeze(-3)

@@ -112,6 +112,52 @@ def test_a_trained_scale_is_as_accurate_as_torch(smoothing, dtype):
     assert_as_accurate_as_torch(*smoothed(smoothing), (image, text, scalar(100.0)), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pair", [smoothed(0.1), (evakernels.siglip_loss, sigmoid_losses)], ids=["clip", "siglip"])
+def test_several_tiles_of_an_odd_size_are_as_accurate_as_torch(pair, dtype):
+    inputs = [F.normalize(randn(1043, 37, seed=s), dim=1) for s in (0, 1)]
+    scalars = [scalar(10.0)] if pair[1] is not sigmoid_losses else [scalar(10.0), scalar(-10.0)]
+    assert_as_accurate_as_torch(*pair, [*inputs, *scalars], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_and_columns_far_below_the_others_are_as_accurate_as_torch(dtype):
+    """The largest logits of rows and of columns lie 200 apart, where no common shift serves all."""
+    image, text = randn(150, 3), randn(600, 3, seed=1)
+    image[:, 0] = torch.where(torch.arange(150) % 2 == 0, 100, -100)
+    text[:, 0] = 1
+
+    def ours(*inputs):
+        return evakernels.contrastive_statistics(*inputs, OFFSET)[:3]
+
+    for inputs in ((image, text), (text[:148], image)):
+        assert_as_accurate_as_torch(ours, statistics_of_matrix, (*inputs, scalar(1.0)), dtype)
+
+
+def test_the_number_of_threads_does_not_change_a_bit():
+    inputs = [F.normalize(randn(1043, 37, seed=s), dim=1).float() for s in (0, 1)]
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        leaves = [t.clone().requires_grad_() for t in (*inputs, torch.tensor(10.0), torch.tensor(-10.0))]
+        loss = evakernels.clip_loss(*leaves[:3]) + evakernels.siglip_loss(*leaves)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_inputs_may_be_strided():
+    image, text, scale = (t.float() for t in SQUARE)
+    leaves = [t.clone().requires_grad_() for t in (image, text, scale)]
+    strided = [image.T.contiguous().T.requires_grad_(), text.repeat(1, 2)[:, :5].requires_grad_(), scale.clone()]
+    strided[2].requires_grad_()
+    expected, actual = (evakernels.clip_loss(*given) for given in (leaves, strided))
+    assert torch.equal(actual, expected)
+    gradients = (torch.autograd.grad(loss, given) for loss, given in ((expected, leaves), (actual, strided)))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(("pair", "inputs"), CASES)
 def test_compiles_without_graph_break(pair, inputs, dynamic):
@@ -201,6 +247,11 @@ def test_infinite_logits_give_infinite_statistics_and_nan_spreads():
     assert row_max[1] == torch.inf
     assert col_lse.isposinf().all()
     image[1, 0] = torch.nan
+    row_lse, col_lse, _, row_max, col_max = evakernels.contrastive_statistics(image, text, scale)
+    assert torch.equal(row_lse.isnan(), torch.arange(7) == 1)
+    assert torch.equal(row_max.isnan(), torch.arange(7) == 1)
+    assert col_lse.isnan().all()
+    assert col_max.isnan().all()
     assert evakernels.clip_loss(image, text, scale).isnan()
     assert evakernels.siglip_loss(image, text, scale, scale).isnan()
 

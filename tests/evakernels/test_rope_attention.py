@@ -111,6 +111,68 @@ def test_as_accurate_as_torch_at_the_size_of_a_tower(dtype, sharpness):
     assert_as_accurate_as_torch(ours, theirs, inputs, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "causal"), [(37, True), (88, False)])
+def test_several_chunks_of_an_odd_size_are_as_accurate_as_torch(head_dim, causal, dtype):
+    """More scores than are computed at a time; bfloat16 products where the machine has them."""
+    cos, sin = (None, None) if causal else axial_rope(20, 15, head_dim)
+
+    def ours(q, k, v):
+        return evakernels.rope_attention(q, k, v, cos, sin, num_prefix=1, causal=causal)
+
+    def theirs(q, k, v):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        q, k = (rotate(t, cos, sin, None, 1, True) for t in (q, k))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+
+    # Values with a mean: their products with dout, less the mean of these, cancel.
+    inputs = [randn(2, 301, 7, head_dim, seed=s) + (s == 2) for s in range(3)]
+    assert_as_accurate_as_torch(ours, theirs, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_does_not_change_a_bit(dtype):
+    cos, sin = axial_rope(20, 15, 32)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        qkv = randn(2, 301, 3, 7, 32).to(dtype).requires_grad_()
+        out = evakernels.rope_attention(*qkv.unbind(2), cos, sin, num_prefix=1)
+        results.append([out, *torch.autograd.grad(out.square().sum(), qkv)])
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_inputs_may_be_strided_in_every_dimension():
+    cos, sin = tables("shared")
+    inputs = [t.float() for t in packed().unbind(2)]
+    strided = [t.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0) for t in inputs]
+    results = []
+    for given in (inputs, strided):
+        leaves = [t.detach().requires_grad_() for t in given]
+        out = evakernels.rope_attention(*leaves, cos.T.contiguous().T, sin, num_prefix=1)
+        results.append([out, *torch.autograd.grad(out, leaves, out.transpose(0, 3).contiguous().transpose(0, 3))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_nan_in_a_query_stays_in_its_row():
+    q, k, v = (t.float() for t in packed().unbind(2))
+    q[0, 1, 2, 0] = torch.nan
+    out, lse = OPS.rope_attention_forward(q, k, v, None, None, None, 0, False, True, 0.5)
+    expected = torch.zeros(out.shape, dtype=torch.bool)
+    expected[0, 1, 2] = True
+    assert torch.equal(out.isnan(), expected)
+    assert torch.equal(lse.isnan(), expected[..., 0].transpose(1, 2))
+
+
+def test_a_batch_may_be_empty():
+    q, k, v = (t[:0].detach().requires_grad_() for t in packed(dtype=torch.float32).unbind(2))
+    out = evakernels.rope_attention(q, k, v, *tables("shared"), num_prefix=1)
+    out.sum().backward()
+    assert out.shape == q.grad.shape == q.shape
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(("pair", "qkv"), CASES)
 def test_compiles_without_graph_break(pair, qkv, dynamic):

@@ -1,0 +1,228 @@
+// The contrastive losses as torch operators: torch's matrix products around one pass over each tile of
+// logits.
+//
+// 16-bit features are widened: torch has no product of them with a float32 result on a CPU. (MKL has one for
+// bfloat16, but on a Zen 5 it was no faster than the float32 product.)
+#include <algorithm>
+#include <limits>
+
+#include "bind/torch_products.h"
+#include "cpu/contrastive.h"
+
+namespace evakernels {
+namespace {
+
+// Rows of a tile: enough for the products to run at full rate. At most 2^26 logits (256 MiB) exist at a time.
+constexpr int64_t kTileRows = 512;
+constexpr int64_t kTileElements = int64_t{1} << 26;
+
+float* floats_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+Tensor as_float32(const Tensor& tensor) {
+  return torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Float));
+}
+
+float scalar_of(const Tensor& tensor, const char* name) {
+  require(tensor.numel() == 1, std::string(name) + " must have one element");
+  return *static_cast<const float*>(as_float32(tensor).const_data_ptr());
+}
+
+// A vector of `count` floats that the caller gave, dense.
+Tensor float_vector(const Tensor& tensor, int64_t count, const char* name) {
+  require(tensor.scalar_type() == ScalarType::Float && tensor.numel() == count,
+          std::string(name) + " must be float32 with " + std::to_string(count) + " elements");
+  return torch::stable::contiguous(tensor);
+}
+
+Tensor scalar_like(double value, const Tensor& like) {
+  const Tensor result = new_float32(like, {});
+  *floats_of(result) = static_cast<float>(value);
+  return torch::stable::to(result, like.scalar_type());
+}
+
+Tensor rows_of(Tensor& matrix, int64_t start, int64_t count) {
+  return torch::stable::narrow(matrix, 0, start, count);
+}
+
+// Computes logit_scale * image @ text^T tile by tile, and the gradients of the features from those of the
+// logits.
+class Tiles {
+ public:
+  Tiles(const Tensor& image, const Tensor& text, const Tensor& logit_scale, int64_t offset)
+      : dtype_(dtype_of(image, "image")), offset_(offset) {
+    require(image.dim() == 2 && text.dim() == 2 && image.size(1) == text.size(1),
+            "image and text must be matrices of one width");
+    require(dtype_of(text, "text") == dtype_, "text must be of image's dtype");
+    require(offset >= 0 && image.size(0) > 0 && offset + image.size(0) <= text.size(0),
+            "every image must have its text");
+    image_ = torch::stable::contiguous(image);
+    text_ = as_float32(text);
+    scale_ = scalar_of(logit_scale, "logit_scale");
+    height_ = std::min({rows(), kTileRows, std::max<int64_t>(1, kTileElements / columns())});
+    scaled_ = new_float32(text_, {height_, width()});
+    logits_ = new_float32(text_, {height_, columns()});
+  }
+
+  int64_t rows() const { return image_.size(0); }
+  int64_t columns() const { return text_.size(0); }
+  int64_t width() const { return text_.size(1); }
+  Tensor vector(int64_t count) const { return new_float32(text_, {count}); }
+
+  // Calls body(tile, its first row).
+  template <class Body>
+  void for_each(const Body& body) {
+    for (int64_t start = 0; start < rows(); start += height_) {
+      const int64_t count = std::min(height_, rows() - start);
+      cpu::scale_image(image_rows(start, count, nullptr, nullptr), cpu::active_isa(), torch_parallel);
+      const Tensor logits = rows_of(logits_, 0, count);
+      multiply_into(logits, rows_of(scaled_, 0, count), transposed(text_));
+      body(LogitTile{floats_of(logits), count, columns(), offset_ + start}, start);
+    }
+  }
+
+ protected:
+  ImageRows image_rows(int64_t start, int64_t count, const Tensor* dimage, float* dot_products) const {
+    const int64_t bytes = start * width() * (dtype_ == DType::Float32 ? 4 : 2);
+    return {
+        .image = static_cast<const char*>(image_.const_data_ptr()) + bytes,
+        .scaled = floats_of(scaled_),
+        .dimage = dimage ? static_cast<char*>(dimage->mutable_data_ptr()) + bytes : nullptr,
+        .dot_products = dot_products,
+        .rows = count,
+        .width = width(),
+        .scale = scale_,
+        .dtype = dtype_,
+    };
+  }
+
+  DType dtype_;
+  int64_t offset_;
+  Tensor image_, text_, scaled_, logits_;
+  float scale_;
+  int64_t height_;
+};
+
+class Gradients : public Tiles {
+ public:
+  Gradients(const Tensor& image, const Tensor& text, const Tensor& logit_scale, int64_t offset)
+      : Tiles(image, text, logit_scale, offset),
+        like_scale_(logit_scale),
+        text_dtype_(text.scalar_type()),
+        dimage_(torch::stable::new_empty(image_, image_.sizes())),
+        dtext_(torch::stable::new_zeros(text_, text_.sizes())) {}
+
+  // Takes in a tile that now holds the gradient of its logits.
+  void add(const LogitTile& tile, int64_t start) {
+    const Tensor dlogits = rows_of(logits_, 0, tile.rows);
+    const Tensor scaled = rows_of(scaled_, 0, tile.rows);
+    add_product(dtext_, transposed(dlogits), scaled);
+    multiply_into(scaled, dlogits, text_);
+    std::vector<float> dot_products(tile.rows);
+    cpu::finish_image(image_rows(start, tile.rows, &dimage_, dot_products.data()), cpu::active_isa(),
+                      torch_parallel);
+    for (float product : dot_products) dscale_ += product;
+  }
+
+  std::tuple<Tensor, Tensor, Tensor> result() const {
+    return {dimage_, torch::stable::to(dtext_, text_dtype_), scalar_like(dscale_, like_scale_)};
+  }
+
+ private:
+  Tensor like_scale_;
+  ScalarType text_dtype_;
+  Tensor dimage_, dtext_;
+  double dscale_ = 0;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_forward(const Tensor& image,
+                                                                       const Tensor& text,
+                                                                       const Tensor& logit_scale,
+                                                                       int64_t offset) {
+  Tiles tiles(image, text, logit_scale, offset);
+  const Tensor row_lse = tiles.vector(tiles.rows());
+  const Tensor positive = tiles.vector(tiles.rows());
+  const Tensor row_max = tiles.vector(tiles.rows());
+  const Tensor col_lse = tiles.vector(tiles.columns());
+  const Tensor col_max = tiles.vector(tiles.columns());
+  std::vector<float> col_sum(tiles.columns());
+  std::fill_n(floats_of(col_max), tiles.columns(), -std::numeric_limits<float>::infinity());
+  tiles.for_each([&](const LogitTile& tile, int64_t start) {
+    const ContrastiveForward params = {
+        .tile = tile,
+        .row_lse = floats_of(row_lse) + start,
+        .row_max = floats_of(row_max) + start,
+        .positive = floats_of(positive) + start,
+        .col_max = floats_of(col_max),
+        .col_sum = col_sum.data(),
+    };
+    cpu::contrastive_forward(params, cpu::active_isa(), torch_parallel);
+  });
+  cpu::finish_columns(col_sum.data(), floats_of(col_max), floats_of(col_lse), tiles.columns());
+  return {row_lse, col_lse, positive, row_max, col_max};
+}
+
+std::tuple<Tensor, Tensor, Tensor> contrastive_backward(const Tensor& drow_lse_any,
+                                                        const Tensor& dcol_lse_any,
+                                                        const Tensor& dpositive_any, const Tensor& image,
+                                                        const Tensor& text, const Tensor& logit_scale,
+                                                        const Tensor& row_lse_any, const Tensor& col_lse_any,
+                                                        int64_t offset) {
+  Gradients gradients(image, text, logit_scale, offset);
+  const int64_t rows = gradients.rows(), columns = gradients.columns();
+  const Tensor drow_lse = float_vector(drow_lse_any, rows, "drow_lse");
+  const Tensor dcol_lse = float_vector(dcol_lse_any, columns, "dcol_lse");
+  const Tensor dpositive = float_vector(dpositive_any, rows, "dpositive");
+  const Tensor row_lse = float_vector(row_lse_any, rows, "row_lse");
+  const Tensor col_lse = float_vector(col_lse_any, columns, "col_lse");
+  gradients.for_each([&](const LogitTile& tile, int64_t start) {
+    const ContrastiveBackward params = {
+        .tile = tile,
+        .drow_lse = floats_of(drow_lse) + start,
+        .dcol_lse = floats_of(dcol_lse),
+        .dpositive = floats_of(dpositive) + start,
+        .row_lse = floats_of(row_lse) + start,
+        .col_lse = floats_of(col_lse),
+    };
+    cpu::contrastive_backward(params, cpu::active_isa(), torch_parallel);
+    gradients.add(tile, start);
+  });
+  return gradients.result();
+}
+
+Tensor siglip_forward(const Tensor& image, const Tensor& text, const Tensor& logit_scale,
+                      const Tensor& logit_bias, int64_t offset) {
+  Tiles tiles(image, text, logit_scale, offset);
+  const float bias = scalar_of(logit_bias, "logit_bias");
+  double total = 0;
+  tiles.for_each([&](const LogitTile& tile, int64_t) {
+    const SiglipTile params = {.tile = tile, .bias = bias, .dloss = 0};
+    total += cpu::siglip_forward(params, cpu::active_isa(), torch_parallel);
+  });
+  return scalar_like(total, tiles.vector(0));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_backward(const Tensor& dloss, const Tensor& image,
+                                                           const Tensor& text, const Tensor& logit_scale,
+                                                           const Tensor& logit_bias, int64_t offset) {
+  Gradients gradients(image, text, logit_scale, offset);
+  const float bias = scalar_of(logit_bias, "logit_bias");
+  const float scale = scalar_of(dloss, "dloss");
+  double dbias = 0;
+  gradients.for_each([&](const LogitTile& tile, int64_t start) {
+    const SiglipTile params = {.tile = tile, .bias = bias, .dloss = scale};
+    dbias += cpu::siglip_backward(params, cpu::active_isa(), torch_parallel);
+    gradients.add(tile, start);
+  });
+  auto [dimage, dtext, dscale] = gradients.result();
+  return {dimage, dtext, dscale, scalar_like(dbias, logit_bias)};
+}
+
+}  // namespace
+}  // namespace evakernels
+
+STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) {
+  m.impl("contrastive_forward", TORCH_BOX(&evakernels::contrastive_forward));
+  m.impl("contrastive_backward", TORCH_BOX(&evakernels::contrastive_backward));
+  m.impl("siglip_forward", TORCH_BOX(&evakernels::siglip_forward));
+  m.impl("siglip_backward", TORCH_BOX(&evakernels::siglip_backward));
+}

@@ -1,0 +1,36 @@
+// torch's matrix products, for the bindings of ops that need some.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include "bind/torch_arguments.h"
+
+namespace evakernels {
+
+// out = a @ b.
+inline void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+
+// sum += a @ b.
+inline void add_product(const Tensor& sum, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(sum.get(), sum.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
+// The same for stacks of matrices.
+inline void multiply_stacks_into(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(out.get(), a.get(), b.get()));
+}
+
+// out = a @ b - subtrahend.
+inline void multiply_stacks_less(const Tensor& out, const Tensor& a, const Tensor& b,
+                                 const Tensor& subtrahend) {
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_baddbmm_out(out.get(), subtrahend.get(), a.get(), b.get(), -1.0, 1.0));
+}
+
+inline Tensor transposed(const Tensor& matrices) {
+  return torch::stable::transpose(matrices, matrices.dim() - 2, matrices.dim() - 1);
+}
+
+}  // namespace evakernels

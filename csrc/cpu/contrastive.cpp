@@ -1,0 +1,157 @@
+#include "cpu/contrastive.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "cpu/contrastive_kernels.h"
+#include "cpu/rows.h"
+
+namespace evakernels::cpu {
+namespace {
+
+const ContrastiveKernels& kernels_for(Isa isa) {
+#ifdef EVAKERNELS_X86
+  if (isa == Isa::Avx512) return avx512::contrastive;
+  if (isa == Isa::Avx2) return avx2::contrastive;
+#endif
+  return baseline::contrastive;
+}
+
+// Calls body(block, first column, one past the last) for the column blocks of a tile.
+template <class Body>
+void for_each_block(const LogitTile& tile, ParallelFor parallel_for, const Body& body) {
+  const int64_t blocks = ceil_div(tile.columns, kBlockColumns);
+  const int64_t grain = tasks_grain(tile.rows * std::min(kBlockColumns, tile.columns));
+  run_parallel(parallel_for, blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kBlockColumns;
+      body(block, first, std::min(first + kBlockColumns, tile.columns));
+    }
+  });
+}
+
+// The sum over the tile of what the blocks return, in the order of the blocks.
+template <class Body>
+double sum_of_blocks(const LogitTile& tile, ParallelFor parallel_for, const Body& body) {
+  std::vector<double> sums(ceil_div(tile.columns, kBlockColumns));
+  for_each_block(tile, parallel_for,
+                 [&](int64_t block, int64_t begin, int64_t end) { sums[block] = body(begin, end); });
+  double total = 0;
+  for (double sum : sums) total += sum;
+  return total;
+}
+
+float log_sum_exp(float sum, float highest) {
+  return std::log(sum) + (std::isfinite(highest) ? highest : 0.0f);
+}
+
+// The maxima of the loops pass over NaN; the sums show it.
+float maximum(float sum, float highest) { return std::isnan(sum) ? sum : highest; }
+
+// The sums of every column block, one row of the tile after the other within a block.
+class BlockSums {
+ public:
+  explicit BlockSums(const LogitTile& tile)
+      : rows_(tile.rows), blocks_(ceil_div(tile.columns, kBlockColumns)), values_(3 * rows_ * blocks_) {}
+
+  RowSums of(int64_t block) {
+    float* highest = values_.data() + 3 * block * rows_;
+    return {highest, highest + rows_, highest + 2 * rows_};
+  }
+
+  void finish(int64_t row, float* row_lse, float* row_max) {
+    float highest = -std::numeric_limits<float>::infinity();
+    for (int64_t block = 0; block < blocks_; ++block) highest = std::max(highest, of(block).highest[row]);
+    const float shift = std::isfinite(highest) ? highest : 0.0f;
+    float total = 0;
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const RowSums sums = of(block);
+      total += sums.sum[row] * std::exp(sums.shift[row] - shift);
+    }
+    *row_lse = log_sum_exp(total, highest);
+    *row_max = maximum(total, highest);
+  }
+
+ private:
+  int64_t rows_;
+  int64_t blocks_;
+  std::vector<float> values_;
+};
+
+// Where a pair's probability is almost 1 its gradient is the small rest beside dpositive, so that it needs
+// exponentials without the error of a common shift.
+std::vector<float> gradients_of_pairs(const ContrastiveBackward& params) {
+  const LogitTile& tile = params.tile;
+  std::vector<float> gradients(tile.rows);
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    const int64_t column = tile.pair + row;
+    const float logit = tile.logits[row * tile.columns + column];
+    const float through_row = params.drow_lse[row] * std::exp(logit - params.row_lse[row]);
+    const float through_column = params.dcol_lse[column] * std::exp(logit - params.col_lse[column]);
+    gradients[row] = through_row + through_column + params.dpositive[row];
+  }
+  return gradients;
+}
+
+}  // namespace
+
+void contrastive_forward(const ContrastiveForward& params, Isa isa, ParallelFor parallel_for) {
+  const ContrastiveKernels& kernels = kernels_for(isa);
+  const LogitTile& tile = params.tile;
+  BlockSums sums(tile);
+  for_each_block(tile, parallel_for, [&](int64_t block, int64_t begin, int64_t end) {
+    kernels.forward(params, sums.of(block), begin, end);
+  });
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    sums.finish(row, params.row_lse + row, params.row_max + row);
+    params.positive[row] = tile.logits[row * tile.columns + tile.pair + row];
+  }
+}
+
+void finish_columns(const float* col_sum, float* col_max, float* col_lse, int64_t columns) {
+  for (int64_t i = 0; i < columns; ++i) {
+    col_lse[i] = log_sum_exp(col_sum[i], col_max[i]);
+    col_max[i] = maximum(col_sum[i], col_max[i]);
+  }
+}
+
+void contrastive_backward(const ContrastiveBackward& params, Isa isa, ParallelFor parallel_for) {
+  const ContrastiveKernels& kernels = kernels_for(isa);
+  const LogitTile& tile = params.tile;
+  const std::vector<float> pairs = gradients_of_pairs(params);
+  for_each_block(tile, parallel_for,
+                 [&](int64_t, int64_t begin, int64_t end) { kernels.backward(params, begin, end); });
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    tile.logits[row * tile.columns + tile.pair + row] = pairs[row];
+  }
+}
+
+double siglip_forward(const SiglipTile& params, Isa isa, ParallelFor parallel_for) {
+  const ContrastiveKernels& kernels = kernels_for(isa);
+  return sum_of_blocks(params.tile, parallel_for, [&](int64_t begin, int64_t end) {
+    return kernels.siglip_forward(params, begin, end);
+  });
+}
+
+double siglip_backward(const SiglipTile& params, Isa isa, ParallelFor parallel_for) {
+  const ContrastiveKernels& kernels = kernels_for(isa);
+  return sum_of_blocks(params.tile, parallel_for, [&](int64_t begin, int64_t end) {
+    return kernels.siglip_backward(params, begin, end);
+  });
+}
+
+void scale_image(const ImageRows& params, Isa isa, ParallelFor parallel_for) {
+  const ContrastiveKernels& kernels = kernels_for(isa);
+  run_parallel(parallel_for, params.rows, tasks_grain(params.width),
+               [&](int64_t begin, int64_t end) { kernels.scale_image(params, begin, end); });
+}
+
+void finish_image(const ImageRows& params, Isa isa, ParallelFor parallel_for) {
+  const ContrastiveKernels& kernels = kernels_for(isa);
+  run_parallel(parallel_for, params.rows, tasks_grain(params.width),
+               [&](int64_t begin, int64_t end) { kernels.finish_image(params, begin, end); });
+}
+
+}  // namespace evakernels::cpu

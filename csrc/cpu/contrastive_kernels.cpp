@@ -1,0 +1,316 @@
+// Compiled once for each instruction set.
+//
+// The exponential is by far the dearest part, so one serves both directions where that is possible: rows and
+// columns of a block are summed relative to one common shift, as long as no row or column lies so far below
+// it that its terms would vanish. Else each is summed relative to its own, which holds for any input.
+#include "cpu/contrastive_kernels.h"
+
+#include "cpu/simd.h"
+
+namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
+namespace {
+
+// How far a row's or column's largest logit may lie below the shift of its block. exp gives 0 below -87.3:
+// what is lost is smaller than that row's largest term by e^-27.
+constexpr float kSpread = 60.0f;
+constexpr float kInfinity = __builtin_inff();
+
+inline F32 smaller(F32 a, F32 b) { return a < b ? a : b; }
+
+// What to subtract before exp: subtracting an infinite maximum would turn infinite logits into NaN.
+inline F32 finite(F32 x) { return (x < kInfinity) & (x > -kInfinity) ? x : F32{}; }
+
+// The smallest and the largest of some numbers; NaN is passed over.
+struct Range {
+  F32 low = broadcast(kInfinity);
+  F32 high = broadcast(-kInfinity);
+
+  template <class Part>
+  void add(F32 value, Part part) {
+    low = smaller(fill_beyond(value, kInfinity, part), low);
+    high = larger(fill_beyond(value, -kInfinity, part), high);
+  }
+  void add(const float* values, int64_t count) {
+    for_each_vector(count, [&](int64_t i, auto part) { add(load(values + i, part), part); });
+  }
+  float lowest() const { return -horizontal_max(-low); }
+  float highest() const { return horizontal_max(high); }
+  // False when a bound is infinite: the difference is then infinite or NaN.
+  bool is_narrow() const { return highest() - lowest() <= kSpread; }
+};
+
+// Rows [first, last) of a tile and one column block.
+struct Block {
+  float* logits;
+  int64_t stride;
+  int64_t rows;
+  int64_t width;
+
+  float* row(int64_t i) const { return logits + i * stride; }
+};
+
+// Calls body(block, its first row) for the blocks that columns [begin, end) of a tile consist of.
+template <class Body>
+inline void for_each_row_block(const LogitTile& tile, int64_t begin, int64_t end, const Body& body) {
+  for (int64_t first = 0; first < tile.rows; first += kBlockRows) {
+    const int64_t left = tile.rows - first;
+    const int64_t rows = left < kBlockRows ? left : kBlockRows;
+    body(Block{tile.logits + first * tile.columns + begin, tile.columns, rows, end - begin}, first);
+  }
+}
+
+// --- forward -----------------------------------------------------------------------------------------------
+
+void find_maxima(const Block& block, float* row_max, float* col_max) {
+  for_each_vector(block.width,
+                  [&](int64_t i, auto part) { store(col_max + i, broadcast(-kInfinity), part); });
+  for (int64_t row = 0; row < block.rows; ++row) {
+    const float* logits = block.row(row);
+    Range range;
+    for_each_vector(block.width, [&](int64_t i, auto part) {
+      const F32 s = load(logits + i, part);
+      range.high = larger(fill_beyond(s, -kInfinity, part), range.high);
+      store(col_max + i, larger(s, load(col_max + i, part)), part);
+    });
+    row_max[row] = range.highest();
+  }
+}
+
+// Sums of exp(logit - shift), one shift for the block.
+void sum_together(const Block& block, float shift, float* row_sum, float* col_sum) {
+  for (int64_t row = 0; row < block.rows; ++row) {
+    const float* logits = block.row(row);
+    float sum[1];
+    sum_over_row(block.width, sum, [&](int64_t i, auto part, F32* sums) {
+      const F32 e = zero_beyond(exp(load(logits + i, part) - shift), part);
+      store(col_sum + i, load(col_sum + i, part) + e, part);
+      sums[0] += e;
+    });
+    row_sum[row] = sum[0];
+  }
+}
+
+// The same relative to the maximum of each row and of each column.
+void sum_apart(const Block& block, const float* row_max, const float* col_max, float* row_sum,
+               float* col_sum) {
+  for (int64_t row = 0; row < block.rows; ++row) {
+    const float* logits = block.row(row);
+    const F32 row_shift = finite(broadcast(row_max[row]));
+    float sum[1];
+    sum_over_row(block.width, sum, [&](int64_t i, auto part, F32* sums) {
+      const F32 s = load(logits + i, part);
+      const F32 col_shift = finite(load(col_max + i, part));
+      store(col_sum + i, load(col_sum + i, part) + exp(s - col_shift), part);
+      sums[0] += zero_beyond(exp(s - row_shift), part);
+    });
+    row_sum[row] = sum[0];
+  }
+}
+
+// Takes a block's sums of columns, which are relative to `shift`, into those of the tiles so far.
+void add_to_columns(int64_t width, const float* highest, const float* shift, const float* sum, float* col_max,
+                    float* col_sum) {
+  for_each_vector(width, [&](int64_t i, auto part) {
+    const F32 old_max = load(col_max + i, part);
+    const F32 new_max = larger(load(highest + i, part), old_max);
+    const F32 new_shift = finite(new_max);
+    const F32 old_sum = load(col_sum + i, part) * exp(old_max - new_shift);
+    store(col_sum + i, old_sum + load(sum + i, part) * exp(load(shift + i, part) - new_shift), part);
+    store(col_max + i, new_max, part);
+  });
+}
+
+void forward(const ContrastiveForward& params, const RowSums& row_sums, int64_t begin, int64_t end) {
+  for_each_row_block(params.tile, begin, end, [&](const Block& block, int64_t first) {
+    float* row_max = row_sums.highest + first;
+    float* row_shift = row_sums.shift + first;
+    float* row_sum = row_sums.sum + first;
+    float col_max[kBlockColumns], col_shift[kBlockColumns], col_sum[kBlockColumns] = {};
+    find_maxima(block, row_max, col_max);
+    Range maxima;
+    maxima.add(row_max, block.rows);
+    maxima.add(col_max, block.width);
+    if (maxima.is_narrow()) {
+      const float shift = maxima.highest();
+      for (int64_t i = 0; i < block.rows; ++i) row_shift[i] = shift;
+      for (int64_t i = 0; i < block.width; ++i) col_shift[i] = shift;
+      sum_together(block, shift, row_sum, col_sum);
+    } else {
+      for (int64_t i = 0; i < block.rows; ++i) row_shift[i] = row_max[i];
+      for (int64_t i = 0; i < block.width; ++i) col_shift[i] = col_max[i];
+      sum_apart(block, row_max, col_max, row_sum, col_sum);
+    }
+    add_to_columns(block.width, col_max, col_shift, col_sum, params.col_max + begin, params.col_sum + begin);
+  });
+}
+
+// --- backward ----------------------------------------------------------------------------------------------
+
+// factor = gradient * exp(shift - lse).
+void factors(const float* gradient, const float* lse, float shift, int64_t count, float* factor) {
+  for_each_vector(count, [&](int64_t i, auto part) {
+    store(factor + i, load(gradient + i, part) * exp(shift - load(lse + i, part)), part);
+  });
+}
+
+void backward(const ContrastiveBackward& params, int64_t begin, int64_t end) {
+  const float* dcol = params.dcol_lse + begin;
+  const float* col_lse = params.col_lse + begin;
+  for_each_row_block(params.tile, begin, end, [&](const Block& block, int64_t first) {
+    const float* drow = params.drow_lse + first;
+    const float* row_lse = params.row_lse + first;
+    Range range;
+    range.add(row_lse, block.rows);
+    range.add(col_lse, block.width);
+    if (range.is_narrow()) {
+      const float shift = range.highest();
+      float of_row[kBlockRows], of_col[kBlockColumns];
+      factors(drow, row_lse, shift, block.rows, of_row);
+      factors(dcol, col_lse, shift, block.width, of_col);
+      for (int64_t row = 0; row < block.rows; ++row) {
+        float* logits = block.row(row);
+        for_each_vector(block.width, [&](int64_t i, auto part) {
+          store(logits + i, exp(load(logits + i, part) - shift) * (of_row[row] + load(of_col + i, part)),
+                part);
+        });
+      }
+      return;
+    }
+    for (int64_t row = 0; row < block.rows; ++row) {
+      float* logits = block.row(row);
+      for_each_vector(block.width, [&](int64_t i, auto part) {
+        const F32 s = load(logits + i, part);
+        const F32 through_row = exp(s - row_lse[row]) * drow[row];
+        store(logits + i, through_row + exp(s - load(col_lse + i, part)) * load(dcol + i, part), part);
+      });
+    }
+  });
+}
+
+// --- siglip ------------------------------------------------------------------------------------------------
+
+// log(1 + t) for t in [0, 1]: the series of 2 artanh(z) with z = t / (2 + t) <= 1 / 3, whose remainder lies
+// below float32's resolution.
+inline F32 log1p(F32 t) {
+  const F32 z = t / (2.0f + t), square = z * z;
+  F32 series = broadcast(1.0f / 15);
+  series = series * square + 1.0f / 13;
+  series = series * square + 1.0f / 11;
+  series = series * square + 1.0f / 9;
+  series = series * square + 1.0f / 7;
+  series = series * square + 1.0f / 5;
+  series = series * square + 1.0f / 3;
+  series = series * square + 1.0f;
+  return 2.0f * z * series;
+}
+
+// log(1 + e^x), the loss of a logit x that should be negative.
+inline F32 softplus(F32 x) {
+  const F32 positive = x < 0.0f ? F32{} : x;  // keeps NaN
+  return positive + log1p(exp(x < 0.0f ? x : -x));
+}
+
+inline void negate_pair(const LogitTile& tile, float* logits, int64_t row, int64_t begin, int64_t end) {
+  const int64_t column = tile.pair + row;
+  if (column >= begin && column < end) logits[column - begin] = -logits[column - begin];
+}
+
+// Adds the bias and turns the sign of the pairs: afterwards every logit should be negative.
+inline void prepare_row(const SiglipTile& params, float* logits, int64_t row, int64_t begin, int64_t end) {
+  for_each_vector(end - begin, [&](int64_t i, auto part) {
+    store(logits + i, load(logits + i, part) + params.bias, part);
+  });
+  negate_pair(params.tile, logits, row, begin, end);
+}
+
+double siglip_forward(const SiglipTile& params, int64_t begin, int64_t end) {
+  double total = 0;
+  for_each_row_block(params.tile, begin, end, [&](const Block& block, int64_t first) {
+    for (int64_t row = 0; row < block.rows; ++row) {
+      float* logits = block.row(row);
+      prepare_row(params, logits, first + row, begin, end);
+      float sum[1];
+      sum_over_row(block.width, sum, [&](int64_t i, auto part, F32* sums) {
+        sums[0] += zero_beyond(softplus(load(logits + i, part)), part);
+      });
+      total += sum[0];
+    }
+  });
+  return total;
+}
+
+// Negating the pairs before and after the sigmoid gives them sigmoid(x) - 1 without its cancellation.
+double siglip_backward(const SiglipTile& params, int64_t begin, int64_t end) {
+  double total = 0;
+  for_each_row_block(params.tile, begin, end, [&](const Block& block, int64_t first) {
+    for (int64_t row = 0; row < block.rows; ++row) {
+      float* logits = block.row(row);
+      prepare_row(params, logits, first + row, begin, end);
+      for_each_vector(block.width, [&](int64_t i, auto part) {
+        store(logits + i, sigmoid(load(logits + i, part)) * params.dloss, part);
+      });
+      negate_pair(params.tile, logits, first + row, begin, end);
+      float sum[1];
+      sum_over_row(block.width, sum,
+                   [&](int64_t i, auto part, F32* sums) { sums[0] += load(logits + i, part); });
+      total += sum[0];
+    }
+  });
+  return total;
+}
+
+// --- features ----------------------------------------------------------------------------------------------
+
+template <class T>
+void scale_rows(const ImageRows& params, int64_t begin, int64_t end) {
+  const T* image = static_cast<const T*>(params.image) + begin * params.width;
+  float* scaled = params.scaled + begin * params.width;
+  for_each_vector((end - begin) * params.width, [&](int64_t i, auto part) {
+    store(scaled + i, load(image + i, part) * params.scale, part);
+  });
+}
+
+template <class T>
+void finish_rows(const ImageRows& params, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T* image = static_cast<const T*>(params.image) + row * params.width;
+    const float* gradient = params.scaled + row * params.width;
+    T* dimage = static_cast<T*>(params.dimage) + row * params.width;
+    sum_over_row(params.width, *reinterpret_cast<float (*)[1]>(params.dot_products + row),
+                 [&](int64_t i, auto part, F32* sums) {
+                   const F32 g = load(gradient + i, part);
+                   store(dimage + i, g * params.scale, part);
+                   sums[0] += g * load(image + i, part);
+                 });
+  }
+}
+
+void scale_image(const ImageRows& params, int64_t begin, int64_t end) {
+  switch (params.dtype) {
+    case DType::Float32:
+      return scale_rows<float>(params, begin, end);
+    case DType::BFloat16:
+      return scale_rows<BFloat16>(params, begin, end);
+    case DType::Float16:
+      return scale_rows<Float16>(params, begin, end);
+  }
+}
+
+void finish_image(const ImageRows& params, int64_t begin, int64_t end) {
+  switch (params.dtype) {
+    case DType::Float32:
+      return finish_rows<float>(params, begin, end);
+    case DType::BFloat16:
+      return finish_rows<BFloat16>(params, begin, end);
+    case DType::Float16:
+      return finish_rows<Float16>(params, begin, end);
+  }
+}
+
+}  // namespace
+
+const ContrastiveKernels contrastive = {
+    forward, backward, siglip_forward, siglip_backward, scale_image, finish_image,
+};
+
+}  // namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE

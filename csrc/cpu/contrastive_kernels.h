@@ -1,0 +1,44 @@
+// The loops of the contrastive losses: one table of functions for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "common/contrastive.h"
+
+namespace evakernels::cpu {
+
+// A tile is worked on in blocks that the L2 cache holds (256 KiB): each is read from memory once and then
+// again from the cache.
+constexpr int64_t kBlockColumns = 512;
+constexpr int64_t kBlockRows = 128;
+
+// Of one column block and every row of the tile: the sum of exp(logit - shift), [rows] each.
+struct RowSums {
+  float* highest;
+  float* shift;
+  float* sum;
+};
+
+struct ContrastiveKernels {
+  // Columns [begin, end), kBlockColumns at most.
+  void (*forward)(const ContrastiveForward& params, const RowSums& row_sums, int64_t begin, int64_t end);
+  void (*backward)(const ContrastiveBackward& params, int64_t begin, int64_t end);
+  double (*siglip_forward)(const SiglipTile& params, int64_t begin, int64_t end);
+  double (*siglip_backward)(const SiglipTile& params, int64_t begin, int64_t end);
+
+  // Rows [begin, end).
+  void (*scale_image)(const ImageRows& params, int64_t begin, int64_t end);
+  void (*finish_image)(const ImageRows& params, int64_t begin, int64_t end);
+};
+
+namespace baseline {
+extern const ContrastiveKernels contrastive;
+}
+namespace avx2 {
+extern const ContrastiveKernels contrastive;
+}
+namespace avx512 {
+extern const ContrastiveKernels contrastive;
+}
+
+}  // namespace evakernels::cpu

@@ -1,0 +1,30 @@
+// The loops of rope_attention: one table of functions for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "common/rope_attention.h"
+
+namespace evakernels::cpu {
+
+// All work on rows [begin, end); row r is token r % N of head r / N of the chunk.
+struct RopeAttentionKernels {
+  void (*pack)(const PackHeads& params, int64_t begin, int64_t end);
+  void (*unpack)(const PackHeads& params, int64_t begin, int64_t end);
+  void (*weights)(const AttentionWeights& params, float* scratch, int64_t begin,
+                  int64_t end);  // scratch: [N]
+  void (*gradients)(const AttentionGradients& params, int64_t begin, int64_t end);
+  void (*dots)(const HeadDots& params, int64_t begin, int64_t end);
+};
+
+namespace baseline {
+extern const RopeAttentionKernels rope_attention;
+}
+namespace avx2 {
+extern const RopeAttentionKernels rope_attention;
+}
+namespace avx512 {
+extern const RopeAttentionKernels rope_attention;
+}
+
+}  // namespace evakernels::cpu

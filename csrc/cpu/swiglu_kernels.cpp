@@ -1,0 +1,165 @@
+// Compiled once for each instruction set.
+//
+// With a norm, a row's intermediate values stay in a scratch row of floats, which the L1 cache holds: gate
+// and up are read once, and the exponential, the dearest part, is taken once.
+#include "cpu/swiglu_kernels.h"
+
+#include "cpu/simd.h"
+
+namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
+namespace {
+
+template <class T>
+const T* row_of(const SwigluRows& matrix, int64_t row) {
+  return static_cast<const T*>(matrix.data) + row * matrix.stride;
+}
+
+template <class T>
+void product_rows(const SwigluForward& params, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T* gate = row_of<T>(params.gate, row);
+    const T* up = row_of<T>(params.up, row);
+    T* out = static_cast<T*>(params.out) + row * params.width;
+    for_each_vector(params.width, [&](int64_t i, auto part) {
+      const F32 g = load(gate + i, part);
+      store(out + i, g * sigmoid(g) * load(up + i, part), part);
+    });
+  }
+}
+
+template <class T>
+void normalised_rows(const SwigluForward& params, const float* weight, const float* bias, float* hidden,
+                     int64_t begin, int64_t end) {
+  const int64_t width = params.width;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* gate = row_of<T>(params.gate, row);
+    const T* up = row_of<T>(params.up, row);
+    T* out = static_cast<T*>(params.out) + row * width;
+
+    float sum[1];
+    sum_over_row(width, sum, [&](int64_t i, auto part, F32* sums) {
+      const F32 g = load(gate + i, part);
+      const F32 value = g * sigmoid(g) * load(up + i, part);
+      store(hidden + i, value, part);
+      sums[0] += value;
+    });
+    const float mean = sum[0] / static_cast<float>(width);
+    sum_over_row(width, sum, [&](int64_t i, auto part, F32* sums) {
+      const F32 deviation = zero_beyond(load(hidden + i, part) - mean, part);
+      sums[0] += deviation * deviation;
+    });
+    const float rstd = 1.0f / __builtin_sqrtf(sum[0] / static_cast<float>(width) + params.eps);
+    for_each_vector(width, [&](int64_t i, auto part) {
+      const F32 normalised = (load(hidden + i, part) - mean) * rstd;
+      store(out + i, normalised * load(weight + i, part) + load(bias + i, part), part);
+    });
+    params.mean[row] = mean;
+    params.rstd[row] = rstd;
+  }
+}
+
+// The gradients of gate and up from that of hidden; s = sigmoid(g).
+template <class T, class Part>
+inline void store_gradients(T* dgate, T* dup, F32 dhidden, F32 g, F32 u, F32 s, Part part) {
+  store(dgate, dhidden * u * s * (1.0f + g * (1.0f - s)), part);
+  store(dup, dhidden * g * s, part);
+}
+
+template <class T>
+void product_rows_backward(const SwigluBackward& params, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t start = row * params.width;
+    const T* dout = static_cast<const T*>(params.dout) + start;
+    const T* gate = row_of<T>(params.gate, row);
+    const T* up = row_of<T>(params.up, row);
+    for_each_vector(params.width, [&](int64_t i, auto part) {
+      const F32 g = load(gate + i, part);
+      store_gradients(static_cast<T*>(params.dgate) + start + i, static_cast<T*>(params.dup) + start + i,
+                      load(dout + i, part), g, load(up + i, part), sigmoid(g), part);
+    });
+  }
+}
+
+template <class T>
+void normalised_rows_backward(const SwigluBackward& params, const float* weight, float* dweight, float* dbias,
+                              float* scratch, int64_t begin, int64_t end) {
+  const int64_t width = params.width;
+  float* sigmoids = scratch;
+  float* normalised = scratch + width;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t start = row * width;
+    const T* dout = static_cast<const T*>(params.dout) + start;
+    const T* gate = row_of<T>(params.gate, row);
+    const T* up = row_of<T>(params.up, row);
+    const float mean = params.mean[row];
+    const float rstd = params.rstd[row];
+
+    float sum[2];  // of the gradient with respect to the normalised row: as it is, and times that row
+    sum_over_row(width, sum, [&](int64_t i, auto part, F32* sums) {
+      const F32 g = load(gate + i, part);
+      const F32 s = sigmoid(g);
+      const F32 value = (g * s * load(up + i, part) - mean) * rstd;
+      store(sigmoids + i, s, part);
+      store(normalised + i, value, part);
+      const F32 gradient = load(dout + i, part) * load(weight + i, part);
+      sums[0] += gradient;
+      sums[1] += gradient * value;
+    });
+    const float shift = sum[0] / static_cast<float>(width);
+    const float slope = sum[1] / static_cast<float>(width);
+
+    for_each_vector(width, [&](int64_t i, auto part) {
+      const F32 upstream = load(dout + i, part);
+      const F32 value = load(normalised + i, part);
+      const F32 dhidden = (upstream * load(weight + i, part) - shift - value * slope) * rstd;
+      store_gradients(static_cast<T*>(params.dgate) + start + i, static_cast<T*>(params.dup) + start + i,
+                      dhidden, load(gate + i, part), load(up + i, part), load(sigmoids + i, part), part);
+      if (dweight) store(dweight + i, load(dweight + i, part) + upstream * value, part);
+      if (dbias) store(dbias + i, load(dbias + i, part) + upstream, part);
+    });
+  }
+}
+
+template <class T>
+void forward_rows(const SwigluForward& params, const float* weight, const float* bias, float* scratch,
+                  int64_t begin, int64_t end) {
+  if (weight == nullptr) return product_rows<T>(params, begin, end);
+  normalised_rows<T>(params, weight, bias, scratch, begin, end);
+}
+
+template <class T>
+void backward_rows(const SwigluBackward& params, const float* weight, float* dweight, float* dbias,
+                   float* scratch, int64_t begin, int64_t end) {
+  if (weight == nullptr) return product_rows_backward<T>(params, begin, end);
+  normalised_rows_backward<T>(params, weight, dweight, dbias, scratch, begin, end);
+}
+
+void forward(const SwigluForward& params, const float* weight, const float* bias, float* scratch,
+             int64_t begin, int64_t end) {
+  switch (params.dtype) {
+    case DType::Float32:
+      return forward_rows<float>(params, weight, bias, scratch, begin, end);
+    case DType::BFloat16:
+      return forward_rows<BFloat16>(params, weight, bias, scratch, begin, end);
+    case DType::Float16:
+      return forward_rows<Float16>(params, weight, bias, scratch, begin, end);
+  }
+}
+
+void backward(const SwigluBackward& params, const float* weight, float* dweight, float* dbias, float* scratch,
+              int64_t begin, int64_t end) {
+  switch (params.dtype) {
+    case DType::Float32:
+      return backward_rows<float>(params, weight, dweight, dbias, scratch, begin, end);
+    case DType::BFloat16:
+      return backward_rows<BFloat16>(params, weight, dweight, dbias, scratch, begin, end);
+    case DType::Float16:
+      return backward_rows<Float16>(params, weight, dweight, dbias, scratch, begin, end);
+  }
+}
+
+}  // namespace
+
+const SwigluKernels swiglu = {forward, backward};
+
+}  // namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE
