@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from evaclip.factory import create_model, create_model_and_transforms, get_tokenizer
     from evaclip.model.clip import CLIP
     from evaclip.model.config import CLIPConfig, Preprocess, TextConfig, VisionConfig, get_config, list_models
+    from evaclip.model.savings import Savings
     from evaclip.transforms import Augmentation, eval_transform, train_transform
     from evaclip.weights import load_state_dict, load_weights
 
@@ -15,6 +16,7 @@ __all__ = [
     "Augmentation",
     "CLIPConfig",
     "Preprocess",
+    "Savings",
     "TextConfig",
     "VisionConfig",
     "create_model",
@@ -39,6 +41,7 @@ _MODULES = {
         "get_config",
         "list_models",
     ),
+    "evaclip.model.savings": ("Savings",),
     "evaclip.transforms": ("Augmentation", "eval_transform", "train_transform"),
     "evaclip.weights": ("load_state_dict", "load_weights"),
 }

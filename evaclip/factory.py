@@ -9,6 +9,7 @@ import torch
 from evaclip.errors import UserError, unknown_name
 from evaclip.model.clip import CLIP
 from evaclip.model.config import ALIASES, get_config, list_models, override
+from evaclip.model.savings import Savings
 from evaclip.tokenizer import Tokenizer
 from evaclip.transforms import EvalTransform, TrainTransform
 from evaclip.weights import find_weights, load_weights, read_preprocess
@@ -24,6 +25,7 @@ def create_model(
     pretrained: str | Path | None = None,
     device: str | torch.device = "cpu",
     precision: str = "fp32",
+    savings: Savings | None = None,
     **overrides: Any,
 ) -> CLIP:
     """A model in training mode, with random or pretrained weights.
@@ -34,6 +36,7 @@ def create_model(
             random ones.
         device: where the parameters lie; `meta` builds the model without memory or values.
         precision: fp32, bf16 or fp16, the dtype of the parameters.
+        savings: what the model leaves out without changing a result; by default all that costs nothing.
         overrides: options of the configuration to change, such as `vision={"patch_dropout": 0.5}`.
 
     Raises:
@@ -46,7 +49,7 @@ def create_model(
         config = replace(config, preprocess=read_preprocess(weights) or config.preprocess)
     # On the meta device first: no value is computed that is overwritten afterwards.
     with torch.device("meta"):
-        model = CLIP(config)
+        model = CLIP(config, savings)
     if target.type == "meta":
         return model.to(dtype)
     if weights is None:
@@ -63,10 +66,11 @@ def create_model_and_transforms(
     *,
     device: str | torch.device = "cpu",
     precision: str = "fp32",
+    savings: Savings | None = None,
     **overrides: Any,
 ) -> tuple[CLIP, TrainTransform, EvalTransform]:
     """`create_model`, and the transforms for training and for evaluation that belong to its weights."""
-    model = create_model(name, pretrained=pretrained, device=device, precision=precision, **overrides)
+    model = create_model(name, pretrained=pretrained, device=device, precision=precision, savings=savings, **overrides)
     size, preprocess = model.config.vision.image_size, model.config.preprocess
     return model, TrainTransform(size, preprocess), EvalTransform(size, preprocess)
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaclip.model.config import CLIPConfig
+from evaclip.model.savings import Savings
 from evaclip.model.text import TextTower
 from evaclip.model.vision import VisionTower
 
@@ -18,17 +19,22 @@ class CLIP(nn.Module):
 
     All that a forward pass depends on is in the configuration, the parameters and the arguments.
 
+    Args:
+        config: of both towers.
+        savings: what they leave out without changing a result.
+
     Attributes:
         visual, text: the towers.
         logit_scale: 0-D, the logarithm of the factor of the cosine similarities.
         config: what the model was built from.
     """
 
-    def __init__(self, config: CLIPConfig) -> None:
+    def __init__(self, config: CLIPConfig, savings: Savings | None = None) -> None:
         super().__init__()
         self.config = config
-        self.visual = VisionTower(config.vision, config.embed_dim)
-        self.text = TextTower(config.text, config.embed_dim)
+        savings = savings or Savings()
+        self.visual = VisionTower(config.vision, config.embed_dim, savings)
+        self.text = TextTower(config.text, config.embed_dim, savings)
         self.logit_scale = nn.Parameter(torch.tensor(INIT_LOGIT_SCALE))
 
     def reset_parameters(self) -> None:
@@ -37,10 +43,9 @@ class CLIP(nn.Module):
         self.text.reset_parameters()
         nn.init.constant_(self.logit_scale, INIT_LOGIT_SCALE)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block of both towers in the backward pass instead of keeping its activations."""
-        self.visual.grad_checkpointing = enable
-        self.text.grad_checkpointing = enable
+    def set_savings(self, savings: Savings) -> None:
+        """Changes what both towers leave out, from the next forward pass on."""
+        self.visual.savings = self.text.savings = savings
 
     def encode_image(self, images: Tensor, normalize: bool = False, *, token_index: Tensor | None = None) -> Tensor:
         """Embeddings `[B, embed_dim]` of images `[B, 3, image_size, image_size]`, of length 1 if `normalize`.

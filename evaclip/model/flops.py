@@ -1,36 +1,49 @@
 """What a forward pass costs, from the configuration alone."""
 
 from evaclip.model.config import CLIPConfig, TextConfig, VisionConfig
+from evaclip.model.savings import Savings
+
+PLAIN = Savings(pack_text=False, pooled_last_block=False, early_drop=False)
+"""Nothing is left out: the cost that a model is known by."""
 
 
-def flops_per_sample(config: CLIPConfig, token_keep: float = 1.0) -> int:
+def flops_per_sample(
+    config: CLIPConfig, token_keep: float = 1.0, savings: Savings = PLAIN, text_tokens: int | None = None
+) -> int:
     """Floating-point operations of one image-text pair, forward, in matrix products and attention; 2 per MAC.
 
-    A backward pass costs twice as much again. The text counts with its full context length.
+    A backward pass costs twice as much again, but for the patch embedding, whose input needs no gradient.
 
     Args:
         config: of the model.
         token_keep: share of the patches that patch dropout keeps.
+        savings: what isn't computed; see docs/savings.md for the difference that each one makes.
+        text_tokens: length of the caption, from the start token to the end token; None for the full context.
     """
-    return vision_flops(config.vision, config.embed_dim, token_keep) + text_flops(config.text, config.embed_dim)
+    image = vision_flops(config.vision, config.embed_dim, token_keep, savings)
+    return image + text_flops(config.text, config.embed_dim, savings, text_tokens)
 
 
-def vision_flops(config: VisionConfig, embed_dim: int, token_keep: float = 1.0) -> int:
-    """Floating-point operations of one image; all patches are embedded, the blocks see those kept."""
-    tokens = 1 + max(1, int(config.num_patches * token_keep))
-    embedding = config.num_patches * config.width * 3 * config.patch_size**2
+def vision_flops(config: VisionConfig, embed_dim: int, token_keep: float = 1.0, savings: Savings = PLAIN) -> int:
+    """Floating-point operations of one image."""
+    kept = max(1, int(config.num_patches * token_keep))
+    embedded = kept if savings.early_drop else config.num_patches
+    embedding = embedded * config.width * 3 * config.patch_size**2
     mlp_matrices = 3 if config.mlp == "swiglu" else 2
-    block = _block_macs(tokens, config.width, mlp_matrices * config.hidden)
-    return 2 * (embedding + config.layers * block + config.width * embed_dim)
+    blocks = _block_macs(config, 1 + kept, mlp_matrices * config.hidden, savings)
+    return 2 * (embedding + blocks + config.width * embed_dim)
 
 
-def text_flops(config: TextConfig, embed_dim: int) -> int:
-    """Floating-point operations of one text."""
-    block = _block_macs(config.context_length, config.width, 2 * config.hidden)
-    return 2 * (config.layers * block + config.width * embed_dim)
+def text_flops(config: TextConfig, embed_dim: int, savings: Savings = PLAIN, text_tokens: int | None = None) -> int:
+    """Floating-point operations of one text; `text_tokens` matters where texts are packed."""
+    tokens = text_tokens if savings.pack_text and text_tokens is not None else config.context_length
+    return 2 * (_block_macs(config, tokens, 2 * config.hidden, savings) + config.width * embed_dim)
 
 
-def _block_macs(tokens: int, width: int, mlp_columns: int) -> int:
-    projections = 4 * tokens * width**2
-    scores_and_values = 2 * tokens**2 * width
-    return projections + scores_and_values + tokens * width * mlp_columns
+def _block_macs(config: VisionConfig | TextConfig, tokens: int, mlp_columns: int, savings: Savings) -> int:
+    """Of all blocks of a tower. The pooled last one needs keys and values of all tokens, the rest of one token."""
+    width, layers = config.width, config.layers
+    keys_and_values = 2 * tokens * width**2
+    a_query = 2 * width**2 + 2 * tokens * width + width * mlp_columns
+    queries = (layers - 1) * tokens + 1 if savings.pooled_last_block else layers * tokens
+    return layers * keys_and_values + queries * a_query

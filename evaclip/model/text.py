@@ -6,14 +6,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evaclip.model.captions import Layout
 from evaclip.model.config import TextConfig
 from evaclip.model.norm import Norm
+from evaclip.model.pooled import attend_once
+from evaclip.model.recompute import ResidualBlock
+from evaclip.model.savings import Savings
 from evaclip.model.tower import Tower
 from evakernels import rope_attention
 
 
+def cut_padding(tokens: Tensor) -> Tensor:
+    """Token ids `[B, N]` up to the batch's last end token, `[B, M]`: the same embeddings for less work.
+
+    The text tower saves more than that by itself. This is for a model under `torch.compile`, where it can't: call
+    it in front of the compiled code. On a device the host waits.
+    """
+    return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1] if len(tokens) else tokens
+
+
 class TextAttention(nn.Module):
-    """Causal multi-head self-attention, one packed projection with bias. `[B, N, width]` -> same."""
+    """Causal multi-head self-attention, one packed projection with bias. `[T, width]` -> same."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -22,15 +35,35 @@ class TextAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * config.width))
         self.out_proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.view(*x.shape[:2], 3, self.heads, -1).unbind(2)
-        out: Tensor = self.out_proj(rope_attention(q, k, v, causal=True).flatten(2))
-        return out
+    def forward(self, x: Tensor, layout: Layout, pooled: bool = False) -> Tensor:
+        """`layout` says whose the rows of `x` are; `pooled` asks for the end tokens' rows only, `[B, width]`."""
+        out = self._at_ends(x, layout) if pooled else self._everywhere(x, layout)
+        projected: Tensor = self.out_proj(out)
+        return projected
+
+    def _everywhere(self, x: Tensor, layout: Layout) -> Tensor:
+        # Attention is a small part of the work at these lengths. What stands in the grid's empty cells is seen by
+        # no token in front of it.
+        q, k, v = self._heads(layout.spread(F.linear(x, self.in_proj_weight, self.in_proj_bias)))
+        return layout.gather(rope_attention(q, k, v, causal=True).flatten(2))
+
+    def _at_ends(self, x: Tensor, layout: Layout) -> Tensor:
+        width = x.shape[-1]
+        q_weight, kv_weight = self.in_proj_weight.split([width, 2 * width])
+        q_bias, kv_bias = self.in_proj_bias.split([width, 2 * width])
+        q = F.linear(layout.at_ends(x), q_weight, q_bias).unflatten(-1, (self.heads, -1))
+        k, v = self._heads(layout.spread(F.linear(x, kv_weight, kv_bias)))
+        return attend_once(q, k, v, layout.before_ends())
+
+    def _heads(self, grid: Tensor) -> tuple[Tensor, ...]:
+        """`[B, N, parts * width]` -> each part, `[B, N, heads, head_dim]`."""
+        parts = grid.shape[-1] // self.out_proj.in_features
+        heads: tuple[Tensor, ...] = grid.unflatten(-1, (parts, self.heads, -1)).unbind(2)
+        return heads
 
 
 class TextMlp(nn.Module):
-    """MLP with exact GELU. `[B, N, width]` -> same."""
+    """MLP with exact GELU. `[T, width]` -> same."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -42,8 +75,8 @@ class TextMlp(nn.Module):
         return out
 
 
-class TextBlock(nn.Module):
-    """Pre-norm block of attention and MLP. `[B, N, width]` -> same."""
+class TextBlock(ResidualBlock):
+    """Pre-norm block of attention and MLP. `[T, width]` -> same, or the end tokens' rows only, `[B, width]`."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -51,6 +84,7 @@ class TextBlock(nn.Module):
         self.attn = TextAttention(config)
         self.ln_2 = Norm(config.width, eps=config.norm_eps)
         self.mlp = TextMlp(config)
+        self.kept_columns = config.hidden
 
     def reset_parameters(self, layers: int) -> None:
         """Normal weights that shrink with the width, and where a branch ends with the layers; bias 0."""
@@ -66,10 +100,18 @@ class TextBlock(nn.Module):
         self.ln_1.reset_parameters()
         self.ln_2.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        y, x = self.ln_2.of_sum(x, self.attn(self.ln_1(x)))
-        branch: Tensor = self.mlp(y)
-        return x + branch
+    def attend(self, x: Tensor, layout: Layout, pooled: bool = False) -> Tensor:
+        """`layout` and `pooled` as in `TextAttention`."""
+        branch: Tensor = self.attn(self.ln_1(x), layout, pooled)
+        return branch
+
+    def residual(self, x: Tensor, layout: Layout, pooled: bool = False) -> Tensor:
+        return layout.at_ends(x) if pooled else x
+
+    def mix(self, x: Tensor, branch: Tensor) -> Tensor:
+        y, x = self.ln_2.of_sum(x, branch)
+        out: Tensor = x + self.mlp(y)
+        return out
 
 
 class Transformer(nn.Module):
@@ -85,8 +127,8 @@ class TextTower(Tower):
 
     embeddings: ClassVar[tuple[str, ...]] = ("positional_embedding", "token_embedding")
 
-    def __init__(self, config: TextConfig, embed_dim: int) -> None:
-        super().__init__(config.layers)
+    def __init__(self, config: TextConfig, embed_dim: int, savings: Savings) -> None:
+        super().__init__(config.layers, savings)
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
@@ -115,11 +157,26 @@ class TextTower(Tower):
             TypeError: for ids that aren't integers. ValueError: for a wrong shape.
         """
         self._check(tokens)
-        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        x = self.run_blocks(self.transformer.resblocks, x)
-        rows = torch.arange(x.shape[0], device=x.device)
-        at_end: Tensor = self.ln_final(x[rows, tokens.argmax(dim=-1)])
-        return at_end @ self.text_projection
+        layout = Layout.packed(tokens) if self._packs(tokens) else Layout.padded(tokens)
+        x = self.run_blocks(self.transformer.resblocks, self._embed(tokens, layout), layout)
+        at_ends = x if self.savings.pooled_last_block else layout.at_ends(x)
+        embeddings: Tensor = self.ln_final(at_ends) @ self.text_projection
+        return embeddings
+
+    def _packs(self, tokens: Tensor) -> bool:
+        # How many tokens there are is known from the data alone, and a graph can't ask for it.
+        return self.savings.pack_text and not torch.compiler.is_compiling() and not tokens.is_meta and len(tokens) > 0
+
+    def _embed(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """Rows `[T, width]`."""
+        tokens = tokens[:, : layout.length]
+        if layout.rows is None:
+            embedded: Tensor = self.token_embedding(tokens) + self.positional_embedding[: layout.length]
+            return embedded.flatten(0, 1)
+        # As embeddings both: the gradient of an index is a sum of threads in any order on a CPU, this one isn't.
+        positions = F.embedding(layout.positions(), self.positional_embedding)
+        packed: Tensor = self.token_embedding(tokens.flatten()[layout.rows]) + positions
+        return packed
 
     def _check(self, tokens: Tensor) -> None:
         longest = self.config.context_length

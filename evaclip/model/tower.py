@@ -1,11 +1,12 @@
 """What both towers share: running their blocks, and the depth that a parameter belongs to."""
 
 import re
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from evaclip.model.recompute import ResidualBlock, run_block
+from evaclip.model.savings import Savings
 
 _BLOCK = re.compile(r"\b(?:blocks|resblocks)\.(\d+)\.")
 
@@ -15,16 +16,16 @@ class Tower(nn.Module):
 
     Attributes:
         layers: number of blocks.
-        grad_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        savings: what is left out; may be changed at any time.
     """
 
     embeddings: ClassVar[tuple[str, ...]]
     """First parts of the names of the parameters in front of the first block."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, savings: Savings) -> None:
         super().__init__()
         self.layers = layers
-        self.grad_checkpointing = False
+        self.savings = savings
 
     @property
     def num_layer_ids(self) -> int:
@@ -42,11 +43,15 @@ class Tower(nn.Module):
         block = _BLOCK.search(name)
         return int(block[1]) + 1 if block else self.layers + 1
 
-    def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor, *context: Any) -> Tensor:
-        """`x` through all blocks; each is called as `block(x, *context)`."""
-        for block in blocks:
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, *context, use_reentrant=False)
-            else:
-                x = block(x, *context)
+    def run_blocks(self, blocks: nn.ModuleList, x: Tensor, *context: Any) -> Tensor:
+        """`x` through all blocks; each is called as `block(x, *context, pooled)`.
+
+        `pooled` asks a block for the one token of each sample that the tower uses. It is true for the last block,
+        if that saving is on.
+        """
+        recompute = self.savings.recompute if self.training else "none"
+        for index, block in enumerate(blocks):
+            assert isinstance(block, ResidualBlock)
+            pooled = self.savings.pooled_last_block and index == len(blocks) - 1
+            x = run_block(block, recompute, x, *context, pooled)
         return x

@@ -2,10 +2,13 @@
 
 from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, empty, nn
 
 from evaclip.model.config import VisionConfig
 from evaclip.model.rotary import RotaryTable
+from evaclip.model.savings import Savings
 from evaclip.model.tower import Tower
 from evaclip.model.vision_block import INIT_STD, Block, reset_linear, vision_norm
 from evakernels import sample_token_index, token_dropout
@@ -24,6 +27,15 @@ class PatchEmbed(nn.Module):
         patches: Tensor = self.proj(images.to(self.proj.weight.dtype))
         return patches.flatten(2).transpose(1, 2)
 
+    def of_kept(self, images: Tensor, token_index: Tensor) -> Tensor:
+        """Only the patches `token_index` `[B, K]`, `[B, K, width]`: one matrix product instead of the convolution."""
+        side = self.proj.kernel_size[0]
+        grid = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [B, 3, rows, side, columns, side]
+        rows, columns = token_index // grid.shape[4], token_index % grid.shape[4]
+        samples = torch.arange(len(images), device=images.device).unsqueeze(1)
+        pixels = grid.permute(0, 2, 4, 1, 3, 5)[samples, rows, columns].flatten(2)
+        return F.linear(pixels.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
+
 
 class VisionTower(Tower):
     """Images -> one embedding per image, taken at the class token.
@@ -35,8 +47,8 @@ class VisionTower(Tower):
 
     embeddings: ClassVar[tuple[str, ...]] = ("patch_embed", "pos_embed", "cls_token")
 
-    def __init__(self, config: VisionConfig, embed_dim: int) -> None:
-        super().__init__(config.layers)
+    def __init__(self, config: VisionConfig, embed_dim: int, savings: Savings) -> None:
+        super().__init__(config.layers, savings)
         self.config = config
         self.num_patches = config.num_patches
         self.patch_dropout = config.patch_dropout
@@ -80,15 +92,23 @@ class VisionTower(Tower):
         if token_index is None and self.training and self.patch_dropout > 0:
             keep = self.num_kept_patches()
             token_index = sample_token_index(images.shape[0], self.num_patches, keep, device=images.device)
-        patches = self.patch_embed(images)
-        x = token_dropout(patches, token_index, prefix=self.cls_token[0], pos_embed=self.pos_embed[0])
+        x = self._embed(images, token_index)
         if self.rope is None:
-            x = self.run_blocks(self.blocks, x)
+            x = self.run_blocks(self.blocks, x, None, None, None)
         else:
             x = self.run_blocks(self.blocks, x, self.rope.cos, self.rope.sin, token_index)
         # The norm works on each token by itself, and only the class token is used.
         embeddings: Tensor = self.head(self.norm(x[:, 0]))
         return embeddings
+
+    def _embed(self, images: Tensor, token_index: Tensor | None) -> Tensor:
+        """Class token and kept patches with their positions, `[B, 1 + K, width]`."""
+        prefix, pos_embed = self.cls_token[0], self.pos_embed[0]
+        if token_index is None or not self.savings.early_drop:
+            return token_dropout(self.patch_embed(images), token_index, prefix=prefix, pos_embed=pos_embed)
+        first, positions = pos_embed.split([1, self.num_patches])
+        patches = self.patch_embed.of_kept(images, token_index) + F.embedding(token_index, positions)
+        return torch.cat(((prefix + first).expand(len(images), -1, -1), patches), 1)
 
     def _check(self, images: Tensor) -> None:
         size = self.config.image_size

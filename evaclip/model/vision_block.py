@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from evaclip.model.config import VisionConfig
 from evaclip.model.norm import Norm
+from evaclip.model.pooled import attend_once, rotate_patches
+from evaclip.model.recompute import ResidualBlock
 from evakernels import rope_attention
 from evakernels.nn import SwiGLU
 
@@ -72,26 +74,42 @@ class Attention(nn.Module):
         cos: Tensor | None = None,
         sin: Tensor | None = None,
         token_index: Tensor | None = None,
+        pooled: bool = False,
     ) -> Tensor:
-        """`cos` and `sin` as in `RotaryTable`, `token_index` the patches that `x` holds; None for all."""
-        q, k, v = self._project(x)
+        """`cos` and `sin` as in `RotaryTable`, `token_index` the patches that `x` holds; None for all.
+
+        `pooled` asks for the class token only, `[B, 1, width]`.
+        """
+        q, k, v = self._project(x, pooled)
         # The class token, in front of the patches, has no place in the image and isn't rotated.
-        out = rope_attention(q, k, v, cos, sin, token_index=token_index, num_prefix=1).flatten(2)
+        if pooled:
+            if cos is not None and sin is not None:
+                k = rotate_patches(k, cos, sin, token_index)
+            out = attend_once(q.squeeze(1), k, v).unsqueeze(1)
+        else:
+            out = rope_attention(q, k, v, cos, sin, token_index=token_index, num_prefix=1).flatten(2)
         if self.sub_norm:
             out = self.inner_attn_ln(out)
         projected: Tensor = self.proj(out)
         return projected
 
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        heads = (*x.shape[:2], self.heads, -1)
+    def _project(self, x: Tensor, pooled: bool) -> tuple[Tensor, ...]:
+        """q, k, v, `[B, N, heads, head_dim]`; of q only the class token if `pooled`."""
+        width, queried = x.shape[-1], x[:, :1] if pooled else x
+        parts: tuple[Tensor, ...]
         if self.sub_norm:
-            q = F.linear(x, self.q_proj.weight, self.q_bias)
-            v = F.linear(x, self.v_proj.weight, self.v_bias)
-            return q.view(heads), self.k_proj(x).view(heads), v.view(heads)
-        bias = None
-        if self.q_bias is not None and self.v_bias is not None:
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        return tuple(part.view(heads) for part in F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1))
+            q = F.linear(queried, self.q_proj.weight, self.q_bias)
+            parts = q, self.k_proj(x), F.linear(x, self.v_proj.weight, self.v_bias)
+        elif pooled:
+            q_weight, kv_weight = self.qkv.weight.split([width, 2 * width])
+            bias = None if self.v_bias is None else torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
+            parts = F.linear(queried, q_weight, self.q_bias), *F.linear(x, kv_weight, bias).chunk(2, dim=-1)
+        else:
+            bias = None
+            if self.q_bias is not None and self.v_bias is not None:
+                bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+            parts = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
+        return tuple(part.unflatten(-1, (self.heads, -1)) for part in parts)
 
 
 class GeluMlp(nn.Module):
@@ -113,8 +131,8 @@ def _mlp(config: VisionConfig) -> SwiGLU | GeluMlp:
     return GeluMlp(config)
 
 
-class Block(nn.Module):
-    """Attention and MLP, each with its norm before or after it. `[B, N, width]` -> same.
+class Block(ResidualBlock):
+    """Attention and MLP, each with its norm before or after it. `[B, N, width]` -> same, or the class token only.
 
     Args:
         config: of the tower.
@@ -137,6 +155,8 @@ class Block(nn.Module):
         for name in ("gamma_1", "gamma_2"):
             scaled = config.layer_scale_init is not None
             self.register_parameter(name, nn.Parameter(torch.empty(config.width)) if scaled else None)
+        # The MLP's last product is needed again by a norm or a factor that follows it.
+        self.kept_columns = None if self.post_norm or self.gamma_2 is not None else config.hidden
 
     def reset_parameters(self) -> None:
         """Start values; the deeper the block, the smaller the last matrix of each branch."""
@@ -157,19 +177,34 @@ class Block(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
 
-    def forward(
+    def attend(
         self,
         x: Tensor,
         cos: Tensor | None = None,
         sin: Tensor | None = None,
         token_index: Tensor | None = None,
+        pooled: bool = False,
     ) -> Tensor:
-        """`cos`, `sin` and `token_index` as in `Attention`."""
+        """The arguments are those of `Attention`."""
+        branch: Tensor = self.attn(x if self.post_norm else self.norm1(x), cos, sin, token_index, pooled)
+        return branch
+
+    def residual(
+        self,
+        x: Tensor,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+        token_index: Tensor | None = None,
+        pooled: bool = False,
+    ) -> Tensor:
+        return x[:, :1] if pooled else x
+
+    def mix(self, x: Tensor, branch: Tensor) -> Tensor:
+        row_scale = self._row_scale(x)
         if self.post_norm:
-            x = self.norm1.of_branch(x, self.attn(x, cos, sin, token_index), self.gamma_1, self._row_scale(x))
+            x = self.norm1.of_branch(x, branch, self.gamma_1, row_scale)
             return self.norm2.of_branch(x, self.mlp(x), self.gamma_2, self._row_scale(x))
-        branch: Tensor = self.attn(self.norm1(x), cos, sin, token_index)
-        y, x = self.norm2.of_sum(x, branch, self.gamma_1, self._row_scale(x))
+        y, x = self.norm2.of_sum(x, branch, self.gamma_1, row_scale)
         branch = self.mlp(y)
         row_scale = self._row_scale(x)
         if self.gamma_2 is not None:

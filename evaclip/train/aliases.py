@@ -56,7 +56,7 @@ ALIASES = (
     Alias("--model", "model.name"),
     Alias("--pretrained", "model.pretrained"),
     Alias("--force-patch-dropout", "model.patch_dropout"),
-    Alias("--grad-checkpointing", "model.grad_checkpointing", constant=True),
+    Alias("--grad-checkpointing", "model.savings.recompute", constant="block"),
     Alias("--opt", "optim.name"),
     Alias("--lr", "optim.lr"),
     Alias("--visual-lr", "optim.visual.lr"),

@@ -96,9 +96,9 @@ def build_model(config: TrainConfig, device: torch.device) -> CLIP:
         pretrained=config.model.pretrained,
         device=device,
         precision=precision,
+        savings=config.model.savings,
         **_model_options(config.model),
     )
-    model.set_grad_checkpointing(config.model.grad_checkpointing)
     if config.loss.name == "siglip" and config.model.pretrained is None:
         torch.nn.init.constant_(model.logit_scale, SIGLIP_INITIAL_SCALE)
     return model

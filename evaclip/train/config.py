@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
 from evaclip.data.config import DataConfig
+from evaclip.model.savings import Savings
 
 Precision = Literal["fp32", "amp_bf16", "amp_fp16", "bf16", "fp16"]
 Count = Annotated[int, Field(gt=0)]
@@ -28,8 +29,8 @@ class ModelConfig:
     """Share of the patch tokens that are left out in training; none keeps the model's own value."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the architecture that differ from the named model's, such as `vision: {drop_path: 0.1}`."""
-    grad_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    savings: Savings = Savings()
+    """What the model leaves out, and computes again instead of keeping it; no result depends on it."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)

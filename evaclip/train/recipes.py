@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from evaclip.data.config import DataConfig
 from evaclip.errors import unknown_name
+from evaclip.model.savings import Savings
 from evaclip.train.config import (
     CheckpointConfig,
     EvalConfig,
@@ -158,7 +159,7 @@ def _published(
         batch_size=batch_size,
         precision="amp_fp16",
         data=DataConfig(train="", kind="webdataset", workers=8),
-        model=ModelConfig(name=model, patch_dropout=patch_dropout, grad_checkpointing=True),
+        model=ModelConfig(name=model, patch_dropout=patch_dropout, savings=Savings(recompute="block")),
         optim=OptimConfig(name="lamb", lr=5e-4, visual=visual, text=text, grad_clip_norm=5.0),
         schedule=ScheduleConfig(steps=steps, epoch_samples=40_000_000, warmup_steps=2000),
         checkpoint=CheckpointConfig(every_steps=1000, keep_every=10_000),

@@ -7,7 +7,7 @@ import torch
 from small_models import NO_ROPE, random_images, random_tokens, small_model
 from torch import Tensor, nn
 
-from evaclip import CLIP
+from evaclip import CLIP, Savings
 from evakernels import clip_loss, sample_token_index
 
 
@@ -76,7 +76,7 @@ def test_gradients_are_the_same_with_checkpointing(vision: dict[str, object]) ->
     model = small_model(**vision, patch_dropout=0.5, drop_path=0.3).train()
     torch.manual_seed(1)
     kept = _gradients(model)
-    model.set_grad_checkpointing()
+    model.set_savings(Savings(recompute="block"))
     torch.manual_seed(1)
     _assert_same(kept, _gradients(model))
 
@@ -85,7 +85,7 @@ def test_checkpointing_keeps_fewer_activations() -> None:
     sizes = {}
     for enable in (False, True):
         model = small_model().train()
-        model.set_grad_checkpointing(enable)
+        model.set_savings(Savings(recompute="block" if enable else "none"))
         saved: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
             model(random_images(4), random_tokens(4))
@@ -95,7 +95,7 @@ def test_checkpointing_keeps_fewer_activations() -> None:
 
 def test_recomputation_after_a_second_forward_uses_its_own_tokens() -> None:
     model = small_model().train()
-    model.set_grad_checkpointing()
+    model.set_savings(Savings(recompute="block"))
     indices = [sample_token_index(4, 16, 6, generator=torch.Generator().manual_seed(s)) for s in (0, 1)]
     alone = [_gradients(model, index) for index in indices]
     model.zero_grad()
@@ -111,7 +111,7 @@ def test_models_with_and_without_rope_do_not_disturb_each_other() -> None:
     def build() -> list[CLIP]:
         models = [small_model(1, patch_dropout=0.5), small_model(2, **NO_ROPE), small_model(3, image_size=40)]
         for model in models:
-            model.train().set_grad_checkpointing()
+            model.train().set_savings(Savings(recompute="block"))
         return models
 
     def loss(model: CLIP, seed: int) -> Tensor:
@@ -148,7 +148,7 @@ def test_compiles_without_a_graph_break(vision: dict[str, object]) -> None:
 
 def test_compiles_with_checkpointing() -> None:
     model = small_model(layers=1, text={"layers": 1}).train()
-    model.set_grad_checkpointing()
+    model.set_savings(Savings(recompute="block"))
     images, tokens = random_images(2), random_tokens(2)
     expected = _gradients_of(model, _loss(model, images, tokens))
     compiled = torch.compile(_loss, fullgraph=True, backend="aot_eager")

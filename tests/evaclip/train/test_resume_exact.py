@@ -24,7 +24,7 @@ VARIANTS = {
     "adamw_workers_ema": ["optim.name=adamw", "data.workers=2", "ema_decay=0.9", "optim.grad_clip_norm=1.0"],
     "lamb_accumulation_dropout": [
         "optim.name=lamb", "accumulation=2", "model.patch_dropout=0.5", "model.options.vision.drop_path=0.3",
-        "precision=amp_fp16", "optim.visual.layer_decay=0.8", "model.grad_checkpointing=true", "loss.name=siglip",
+        "precision=amp_fp16", "optim.visual.layer_decay=0.8", "model.savings.recompute=block", "loss.name=siglip",
     ],
 }  # fmt: skip
 

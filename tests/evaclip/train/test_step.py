@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from evaclip.model.clip import CLIP
+from evaclip.model.savings import Savings
 from evaclip.train.config import LossConfig, OptimConfig
 from evaclip.train.distributed import World
 from evaclip.train.loss import ContrastiveLoss
@@ -48,12 +49,12 @@ def gradients(step: TrainStep) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("loss", ["clip", "siglip"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "activations", "block"])
 def test_accumulation_equals_the_whole_batch(
-    small_model: CLIP, batch: tuple[Tensor, Tensor], loss: Any, checkpointing: bool
+    small_model: CLIP, batch: tuple[Tensor, Tensor], loss: Any, recompute: Any
 ) -> None:
     small_model.double().visual.patch_dropout = 0.5
-    small_model.set_grad_checkpointing(checkpointing)
+    small_model.set_savings(Savings(recompute=recompute))
     found = []
     for accumulation in (1, 4):
         step = make_step(copy.deepcopy(small_model), StepOptions(accumulation=accumulation), LossConfig(name=loss))

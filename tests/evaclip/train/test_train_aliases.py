@@ -42,7 +42,7 @@ def test_an_open_clip_command_line() -> None:
     assert (config.precision, config.loss.name, config.seed) == ("amp_bf16", "siglip", 3)
     model = config.model
     assert (model.name, model.pretrained, model.patch_dropout) == ("EVA02-B-16", "w.pt", 0.5)
-    assert model.grad_checkpointing
+    assert model.savings.recompute == "block"
     assert (config.name, config.output) == ("n", "out")
     assert (config.checkpoint.every_epochs, config.log.every_steps) == (2, 7)
 

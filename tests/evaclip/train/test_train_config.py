@@ -152,7 +152,7 @@ def test_published_numbers(
     assert (optim.name, optim.lr, optim.beta1, optim.beta2, optim.eps) == ("lamb", 5e-4, 0.9, 0.98, 1e-6)
     assert (optim.weight_decay, optim.grad_clip_norm, config.schedule.warmup_steps) == (0.05, 5.0, 2000)
     assert config.model.patch_dropout == dropout
-    assert config.model.grad_checkpointing
+    assert config.model.savings.recompute == "block"
     assert config.precision == ("amp_bf16" if name == "eva02-e-14-plus" else "amp_fp16")
 
 

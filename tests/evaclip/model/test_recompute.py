@@ -1,0 +1,90 @@
+"""What each policy of recomputation keeps, computes again, and that it survives compilation."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from live_memory import kept_bytes
+from small_models import NO_ROPE, random_images, random_tokens, small_model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from evaclip import CLIP, Savings
+from evakernels import clip_loss
+
+E = {**NO_ROPE, "post_norm": True}
+
+
+def _loss(model: CLIP, images: Tensor, tokens: Tensor) -> Tensor:
+    return clip_loss(*model(images, tokens))
+
+
+def _gradients(model: CLIP, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _kept(policy: Any, **vision: Any) -> int:
+    model = small_model(layers=4, **vision).train()
+    model.set_savings(Savings(pooled_last_block=False, recompute=policy))
+    images = random_images(4)
+    return kept_bytes(model.visual, lambda: model.visual(images))
+
+
+def test_bytes_kept_by_a_block() -> None:
+    # Per token and block, in channels: the block's input, the attention's output and its branch, gate and up; two
+    # numbers for each head and norm are left out. Another 3 % are the embeddings.
+    tokens, layers, width, hidden, item = 4 * 17, 4, 128, 384, 4
+    expected = tokens * layers * (3 * width + 2 * hidden) * item
+    assert _kept("activations") == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(("vision", "activations", "block"), [({}, 0.6, 0.15), (E, 0.7, 0.2)])
+def test_policies_keep_less(vision: dict[str, Any], activations: float, block: float) -> None:
+    everything = _kept("none", **vision)
+    assert _kept("activations", **vision) < activations * everything
+    assert _kept("block", **vision) < block * everything
+
+
+class _Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("vision", [{"layers": 3}, {**E, "layers": 3}, {**NO_ROPE, "layers": 3}])
+def test_activations_repeats_the_projections_alone(vision: dict[str, Any]) -> None:
+    """Of the matrix products only those in front of attention are done twice; attention itself is not."""
+    counts = {}
+    for policy in ("none", "activations"):
+        model = small_model(**vision).train()
+        model.set_savings(Savings(pooled_last_block=False, recompute=policy))  # type: ignore[arg-type]
+        with _Calls() as calls:
+            model.visual(random_images(2)).sum().backward()
+        counts[policy] = calls.counts
+    products = {policy: count["aten::mm"] + count["aten::addmm"] for policy, count in counts.items()}
+    projections = 3 if model.config.vision.sub_norm else 1
+    assert products["activations"] - products["none"] == 3 * projections
+    forward = "evakernels::rope_attention_forward"
+    assert counts["activations"][forward] == counts["none"][forward] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vision", [{"patch_dropout": 0.5, "layers": 2}, {**E, "drop_path": 0.2, "layers": 2}])
+def test_compiles_without_a_graph_break(vision: dict[str, Any]) -> None:
+    model = small_model(**vision, text={"layers": 1}).train()
+    model.set_savings(Savings(recompute="activations"))
+    images, tokens = random_images(2), random_tokens(2)
+    compiled = torch.compile(_loss, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(2)
+    expected = _gradients(model, _loss(model, images, tokens))
+    torch.manual_seed(2)
+    actual = _gradients(model, compiled(model, images, tokens))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, atol=1e-6, rtol=1e-4, msg=name)

@@ -1,0 +1,195 @@
+"""What a model leaves out changes neither its embeddings nor its gradients."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from small_models import NO_ROPE, random_images, random_tokens, small_model
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from evaclip import CLIP, Savings
+from evaclip.errors import UserError
+from evaclip.model import vision
+from evaclip.model.captions import Layout
+from evaclip.model.flops import PLAIN, flops_per_sample
+from evaclip.model.text import cut_padding
+from evakernels import clip_loss, sample_token_index
+
+SAVINGS = {
+    "pack_text": replace(PLAIN, pack_text=True),
+    "pooled_last_block": replace(PLAIN, pooled_last_block=True),
+    "early_drop": replace(PLAIN, early_drop=True),
+    "all": Savings(),
+    "activations": replace(PLAIN, recompute="activations"),
+    "all-activations": Savings(recompute="activations"),
+    "all-block": Savings(recompute="block"),
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "B": {"layers": 3},
+    "B-drop-path": {"layers": 2, "drop_path": 0.5, "layer_scale_init": 0.5},
+    "one-block": {"layers": 1},
+    "E": {**NO_ROPE, "post_norm": True, "layers": 2, "drop_path": 0.5},
+    "8B": {**NO_ROPE, "norm": "rms_norm", "qkv_bias": False, "layers": 2},
+    "18B": {**NO_ROPE, "norm": "rms_norm", "qkv_bias": False, "post_norm": True, "layers": 2},
+    "g": {**NO_ROPE, "layers": 2, "layer_scale_init": 0.5},
+}
+
+
+def _results(model: CLIP, savings: Savings, *, drop: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+    dtype = next(model.parameters()).dtype
+    index = sample_token_index(4, 16, 7, generator=torch.Generator().manual_seed(5)) if drop else None
+    model.set_savings(savings)
+    model.zero_grad()
+    torch.manual_seed(3)
+    outputs = model(random_images(4).to(dtype), random_tokens(4), token_index=index)
+    clip_loss(*outputs).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return [x.detach() for x in outputs], gradients
+
+
+def _assert_equal(model: CLIP, savings: Savings, *, drop: bool, tolerance: float) -> None:
+    expected, expected_gradients = _results(model, PLAIN, drop=drop)
+    actual, gradients = _results(model, savings, drop=drop)
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+    assert gradients.keys() == expected_gradients.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in expected_gradients.items():
+        # The temperature's gradient is what is left of a sum of terms around 1.
+        scale = 1.0 if name == "logit_scale" else max(gradient.abs().max().item(), 1e-3)
+        torch.testing.assert_close(gradients[name], gradient, atol=tolerance * scale, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("saving", SAVINGS)
+def test_results_are_equal(saving: str, name: str, drop: bool) -> None:
+    model = small_model(**MODELS[name]).train()
+    # Rounding in float32 is 6e-8; the longest sums here have some hundred terms.
+    _assert_equal(model, SAVINGS[saving], drop=drop, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("name", ["B-drop-path", "E", "18B"])
+@pytest.mark.parametrize("saving", SAVINGS)
+def test_results_are_equal_in_float64(saving: str, name: str) -> None:
+    _assert_equal(small_model(**MODELS[name]).train().double(), SAVINGS[saving], drop=True, tolerance=1e-11)
+
+
+@pytest.mark.parametrize("recompute", ["none", "activations", "block"])
+def test_results_are_close_under_autocast(recompute: Any) -> None:
+    model = small_model().train()
+    exact, exact_gradients = _results(model, PLAIN, drop=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, plain_gradients = _results(model, PLAIN, drop=True)
+        saving, gradients = _results(model, Savings(recompute=recompute), drop=True)
+    for rough, rougher, expected in zip(saving, plain, exact, strict=True):
+        assert (rough - expected).norm() <= 2 * (rougher - expected).norm() + 1e-6
+    for name, expected in exact_gradients.items():
+        error, usual = (g[name] - expected for g in (gradients, plain_gradients))
+        assert error.norm() <= 3 * usual.norm() + 1e-2 * expected.norm(), name
+
+
+def test_evaluation_is_equal() -> None:
+    model = small_model(layers=2)
+    images, tokens = random_images(3), random_tokens(3)
+    outputs = []
+    with torch.no_grad():
+        for savings in (PLAIN, Savings(recompute="activations")):
+            model.set_savings(savings)
+            outputs.append(model(images, tokens))
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)
+
+
+def test_savings_are_given_at_construction() -> None:
+    savings = Savings(pack_text=False, recompute="block")
+    model = CLIP(small_model().config, savings)
+    assert model.visual.savings == model.text.savings == savings
+    assert CLIP(small_model().config).text.savings == Savings()
+    with pytest.raises(UserError, match="did you mean 'block'"):
+        Savings(recompute="blocks")  # type: ignore[arg-type]
+
+
+def test_packed_rows_are_the_tokens_up_to_each_end() -> None:
+    tokens = torch.tensor([[9, 5, 99, 0], [9, 99, 0, 0], [9, 5, 5, 99], [0, 0, 0, 0]])
+    layout = Layout.packed(tokens)
+    assert (layout.batch, layout.length) == (4, 4)
+    assert layout.positions().tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3, 0]
+    rows = tokens.flatten()[layout.rows].unsqueeze(1)
+    assert layout.at_ends(rows).squeeze(1).tolist() == [99, 99, 99, 0]
+    grid = layout.spread(rows)
+    assert torch.equal(grid.squeeze(2), tokens)
+    assert torch.equal(layout.gather(grid), rows)
+    assert layout.before_ends().sum(dim=1).tolist() == [3, 2, 4, 1]
+
+
+def test_packing_has_gradients() -> None:
+    layout = Layout.packed(random_tokens(3))
+    rows = torch.randn(len(layout.positions()), 2, dtype=torch.float64, requires_grad=True)
+    grid = torch.randn(3, layout.length, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layout.spread, (rows,))
+    assert torch.autograd.gradcheck(layout.gather, (grid,))
+
+
+def test_packing_accepts_what_the_tower_accepts() -> None:
+    model = small_model()
+    tokens = random_tokens(3)
+    with torch.no_grad():
+        expected = model.encode_text(tokens)
+        torch.testing.assert_close(model.encode_text(tokens.int()), expected, atol=0, rtol=0)
+        torch.testing.assert_close(model.encode_text(tokens[:1]), expected[:1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.encode_text(cut_padding(tokens)), expected, atol=0, rtol=0)
+        assert model.encode_text(tokens[:0]).shape == (0, 128)
+        assert model.to("meta").encode_text(tokens.to("meta")).shape == (3, 128)
+
+
+def test_cut_padding_keeps_the_longest_caption() -> None:
+    tokens = torch.tensor([[9, 5, 99, 0, 0], [9, 99, 0, 0, 0]])
+    assert torch.equal(cut_padding(tokens), tokens[:, :3])
+    assert cut_padding(tokens[:0]).shape == (0, 5)
+
+
+def test_the_convolution_is_not_run_on_dropped_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    monkeypatch.setattr(vision.PatchEmbed, "forward", None)
+    index = sample_token_index(2, 16, 3)
+    assert model.encode_image(random_images(2), token_index=index).shape == (2, 128)
+
+
+@pytest.mark.parametrize("vision_options", [{"layers": 2}, {**NO_ROPE, "layers": 2}, {"layers": 1}])
+@pytest.mark.parametrize("saving", ["nothing", "pack_text", "pooled_last_block", "early_drop", "all"])
+def test_operations_agree_with_the_formula(
+    saving: str, vision_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model(**vision_options)
+    savings = {"nothing": PLAIN, **SAVINGS}[saving]
+    model.set_savings(savings)
+    tokens = torch.zeros(3, 16, dtype=torch.int64)
+    tokens[:, 9] = 49407
+    for place in ("vision_block.rope_attention", "text.rope_attention"):
+        monkeypatch.setattr(f"evaclip.model.{place}", _torch_attention)
+    for place in ("vision_block.attend_once", "text.attend_once"):
+        monkeypatch.setattr(f"evaclip.model.{place}", _torch_attend_once)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(random_images(3), tokens, token_index=sample_token_index(3, 16, 8))
+    expected = flops_per_sample(model.config, 0.5, savings, text_tokens=10)
+    assert counter.get_total_flops() == 3 * expected
+
+
+def _torch_attention(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
+    # The counter knows torch's own products only.
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return ((q @ k.mT) @ v).transpose(1, 2).contiguous()
+
+
+def _torch_attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    return _torch_attention(q.unsqueeze(1), k, v).flatten(1)
+
+
+@pytest.mark.slow
+def test_compiled_for_captions_of_any_length() -> None:
+    model = small_model(text={"layers": 2}).train()
+    compiled = torch.compile(model.encode_text, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (11, 16, 7):
+        tokens = random_tokens(4)[:, :length].clone()
+        tokens[:, -1] = 49407
+        torch.testing.assert_close(compiled(cut_padding(tokens)), model.encode_text(tokens), atol=1e-5, rtol=0)
