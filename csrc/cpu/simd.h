@@ -159,6 +159,16 @@ static inline F32 exp(F32 x) {
 
 static inline F32 sigmoid(F32 x) { return 1.0f / (1.0f + exp(-x)); }
 
+// The value rounded to float: keeps the compiler from fusing the product behind it with a sum that follows.
+static inline F32 rounded(F32 value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#endif
+  return value;
+}
+
 static inline float horizontal_sum(F32 value) {
   float lanes[kLanes];
   __builtin_memcpy(lanes, &value, sizeof value);

@@ -101,7 +101,7 @@ void normalised_rows_backward(const SwigluBackward& params, const float* weight,
       const F32 value = (g * s * load(up + i, part) - mean) * rstd;
       store(sigmoids + i, s, part);
       store(normalised + i, value, part);
-      const F32 gradient = load(dout + i, part) * load(weight + i, part);
+      const F32 gradient = rounded(load(dout + i, part) * load(weight + i, part));
       sums[0] += gradient;
       sums[1] += gradient * value;
     });
@@ -111,7 +111,8 @@ void normalised_rows_backward(const SwigluBackward& params, const float* weight,
     for_each_vector(width, [&](int64_t i, auto part) {
       const F32 upstream = load(dout + i, part);
       const F32 value = load(normalised + i, part);
-      const F32 dhidden = (upstream * load(weight + i, part) - shift - value * slope) * rstd;
+      // Where a gradient cancels, as in a row of one element, its rounding would be left over, times rstd.
+      const F32 dhidden = (rounded(upstream * load(weight + i, part)) - shift - value * slope) * rstd;
       store_gradients(static_cast<T*>(params.dgate) + start + i, static_cast<T*>(params.dup) + start + i,
                       dhidden, load(gate + i, part), load(up + i, part), load(sigmoids + i, part), part);
       if (dweight) store(dweight + i, load(dweight + i, part) + upstream * value, part);

@@ -31,10 +31,10 @@ def test_our_backends_are_measured_one_by_one() -> None:
 
 
 def test_a_backend_that_does_not_exist_is_absent_with_the_reason() -> None:
-    op = tanh_operation(registered="swiglu_forward")
+    op = tanh_operation(registered="token_dropout_forward")
     found, absent = candidates(op, "cpu", backends=["cpu"], peers=["none"])
     assert [candidate.name for candidate in found] == ["torch eager"]
-    assert absent == {"evakernels cpu": "swiglu_forward has no compiled CPU kernel"}
+    assert absent == {"evakernels cpu": "token_dropout_forward has no compiled CPU kernel"}
 
 
 def test_absent_peers_say_why() -> None:
