@@ -11,7 +11,8 @@ import evakernels
 
 NATIVE = evakernels.info()["native"]
 OTHER_ISAS = [isa for isa in NATIVE.get("isas_available", []) if isa != NATIVE["isa"]]
-FILES = [f"test_{op}.py" for op in ("contrastive", "lamb", "layer_norm", "rope_attention", "swiglu", "token_dropout")]  # fmt: skip
+OPS = ("contrastive", "lamb", "layer_norm", "rope_attention", "swiglu", "token_dropout")
+FILES = [f"test_{op}.py" for op in OPS]
 CHOICE = "accurate or odd_shapes or formula or error_rule"
 RUN = "import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', {choice!r}, *{files!r}]))"
 
