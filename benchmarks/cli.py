@@ -17,7 +17,7 @@ from benchmarks.operation import Operation, get_operation, operations
 from benchmarks.results import Results, read_results
 from benchmarks.suite import DEFAULT_DTYPES, DTYPES, Plan, run
 from evaclip.cli import CommandParser, leaf, run_command
-from evaclip.errors import UserError
+from evaclip.errors import UserError, unknown_name
 
 _EXAMPLES = {
     "list": ["python -m benchmarks list", "python -m benchmarks list --device cuda"],
@@ -47,7 +47,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _add(verbs, "list", "show what can be measured here, and who is absent", _list)
     op = _add(verbs, "op", "measure one or more operations", _measure_named)
     op.add_argument("names", nargs="+", metavar="NAME", help="an operation, as `list` names them")
-    model = _add(verbs, "model", "measure whole models", _measure_named)
+    model = _add(verbs, "model", "measure whole models", _measure_models)
     model.add_argument("names", nargs="+", metavar="NAME", help="encode_image, encode_text or clip_step")
     everything = _add(verbs, "all", "measure everything", _measure_all)
     for verb in (op, model, everything):
@@ -111,6 +111,15 @@ def _list(args: argparse.Namespace) -> None:
 def _measure_named(args: argparse.Namespace) -> None:
     _load(args.plugin)
     _measure([get_operation(name) for name in args.names], args)
+
+
+def _measure_models(args: argparse.Namespace) -> None:
+    from benchmarks.cases.models import MODEL_OPERATIONS
+
+    for name in args.names:
+        if name not in MODEL_OPERATIONS:
+            raise unknown_name("model operation", name, MODEL_OPERATIONS)
+    _measure_named(args)
 
 
 def _measure_all(args: argparse.Namespace) -> None:

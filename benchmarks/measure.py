@@ -87,12 +87,13 @@ def _prepare(case: Case, contestants: Sequence[Candidate], machine: Machine, tim
         row.baseline_error = baseline
 
 
-def _first(case: Case, candidate: Candidate, timer: Timer, truth: list[Tensor]) -> None:
+def _first(case: Case, candidate: Candidate, timer: Timer, truth: list[Tensor] | None) -> None:
     row = case.rows[candidate.name]
     function = case.functions[candidate.name] = candidate.build(case.shape)
     with candidate.context():
         row.first_call_ms = 1e3 * timer.first_call(make_call(case, candidate, case.draw()))
-        row.error = accuracy.relative_error(_results(case, function, case.draw()), truth)
+        if truth is not None:
+            row.error = accuracy.relative_error(_results(case, function, case.draw()), truth)
         _take_memory(case, candidate, row)
 
 
@@ -159,8 +160,12 @@ def _results(case: Case, function: Function, inputs: Inputs) -> list[Tensor]:
     return list(torch.autograd.grad(outputs, accuracy.gradient_leaves(case.op, inputs), _upstream(case, outputs)))
 
 
-def _truth(case: Case) -> list[Tensor]:
-    return _results(case, case.op.eager, accuracy.as_double(case.draw()))
+def _truth(case: Case) -> list[Tensor] | None:
+    """The results in float64; None where memory doesn't hold them: the rows then have no error."""
+    try:
+        return _results(case, case.op.eager, accuracy.as_double(case.draw()))
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _take_memory(case: Case, candidate: Candidate, row: Row) -> None:

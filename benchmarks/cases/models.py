@@ -190,10 +190,10 @@ def _image_work(shape: Shape, itemsize: int) -> Work:
 
 
 def _text_work(shape: Shape, itemsize: int) -> Work:
-    """Bytes are those of the tower's parameters, the token ids and the features; embeddings of absent tokens too."""
+    """Bytes are those of the tower's parameters, the token ids and the features."""
     config = _config(shape)
     ids = 8 * shape.batch * config.text.context_length
-    values = _count(shape, _TEXT) + shape.batch * config.embed_dim
+    values = _count(shape, _TEXT) - _unread(shape) + shape.batch * config.embed_dim
     return Work(Cost(shape.batch * text_flops(config.text, config.embed_dim), values * itemsize + ids))
 
 
@@ -208,9 +208,15 @@ def _step_work(shape: Shape, itemsize: int) -> Work:
     forward = batch * towers + 2 * batch**2 * config.embed_dim
     pixels = 3 * config.vision.image_size**2
     embedding = 2 * batch * config.vision.width * pixels
-    parameters = 4 * _count(shape, "")
-    given = parameters + batch * (pixels * itemsize + 8 * config.text.context_length)
-    return Work(Cost(forward, given), Cost(2 * forward - embedding, given + parameters))
+    gradients = 4 * _count(shape, "")
+    given = gradients - 4 * _unread(shape) + batch * (pixels * itemsize + 8 * config.text.context_length)
+    return Work(Cost(forward, given), Cost(2 * forward - embedding, given + gradients))
+
+
+def _unread(shape: Shape) -> int:
+    """Values of the token embedding that no caption can ask for: it has a row for each token of the vocabulary."""
+    text = shape.config.text
+    return max(0, text.vocab_size - shape.batch * text.context_length) * text.width
 
 
 def _config(shape: Shape) -> CLIPConfig:

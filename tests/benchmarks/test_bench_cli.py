@@ -55,6 +55,7 @@ def test_a_file_of_ones_own_adds_a_candidate(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["op", "tanhh"], "unknown operation 'tanhh'; did you mean 'tanh'"),
+        (["model", "tanh"], "unknown model operation 'tanh'; known: clip_step, encode_image, encode_text"),
         (["op", "tanh", "--shape", "x"], "unknown shape 'x'"),
         (["op", "tanh", "--peer", "nobody"], "unknown peer 'nobody'"),
         (["op", "tanh", "--passes", "0"], "--passes must be at least 1"),

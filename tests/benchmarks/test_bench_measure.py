@@ -90,6 +90,18 @@ def test_a_result_of_another_shape_is_a_failure() -> None:
     assert "shape (2,) came back" in str(rows_of(flat=lambda x: x.sum(1))["flat"].failure)
 
 
+def test_without_memory_for_float64_there_is_no_error() -> None:
+    def eager(x: Tensor) -> Tensor:
+        if x.dtype is torch.float64:
+            raise torch.OutOfMemoryError
+        return x.tanh()
+
+    with registered(tanh_operation(eager=eager)) as op:
+        case = Case(op, parse_shape("tiny b2"), "forward", torch.float32, CPU)
+        measure(case, candidates(op, "cpu", peers=["none"])[0], machine(), CountingTimer(), 0.01)
+    assert [(row.failure, row.error, row.baseline_error) for row in case.rows.values()] == [(None, None, None)] * 3
+
+
 def test_inputs_go_round_beyond_the_cache() -> None:
     with registered(tanh_operation()) as op:
         case = Case(op, parse_shape("tiny b2"), "forward", torch.float32, CPU)
