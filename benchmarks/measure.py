@@ -64,7 +64,12 @@ def measure(case: Case, contestants: Sequence[Candidate], machine: Machine, time
     if not case.rows:
         _prepare(case, contestants, machine, timer)
     alive = [candidate for candidate in contestants if case.rows[candidate.name].failure is None]
-    sets = _draw_sets(case, machine, first_seed=one_pass * _MAX_SETS)
+    try:
+        sets = _draw_sets(case, machine, first_seed=one_pass * _MAX_SETS)
+    except torch.OutOfMemoryError as exc:
+        for candidate in alive:
+            _fail(case, candidate, exc)
+        return
     ready = []
     for candidate in alive:
         rotation = Rotation([make_call(case, candidate, inputs) for inputs in sets], candidate.context)
@@ -197,10 +202,14 @@ def _guarded(case: Case, candidate: Candidate, action: Callable[[], Any]) -> boo
     try:
         action()
     except Exception as exc:
-        text = " ".join(str(exc).split())
-        case.rows[candidate.name].failure = f"{type(exc).__name__}: {text}"[:300]
+        _fail(case, candidate, exc)
         return False
     return True
+
+
+def _fail(case: Case, candidate: Candidate, exc: Exception) -> None:
+    text = " ".join(str(exc).split())
+    case.rows[candidate.name].failure = f"{type(exc).__name__}: {text}"[:300]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -100,19 +100,21 @@ class Peer:
         build: makes the function for a shape; imports what it needs.
         package: the distribution it comes from; None for torch itself and for one's own files.
         devices: the device types it runs on.
+        install: how to get it; None for `pip install` of the package.
     """
 
     name: str
     build: Callable[[Shape], Function]
     package: str | None
     devices: tuple[str, ...]
+    install: str | None = None
 
     def absence(self, device: str) -> str | None:
         """Why it can't be measured here; None if it can."""
         if device not in self.devices:
             return f"runs on {' and '.join(self.devices)} only"
         if self.package is not None and self.version is None:
-            return f"not installed: pip install {self.package}"
+            return f"not installed: {self.install or f'pip install {self.package}'}"
         return None
 
     @property
@@ -130,6 +132,8 @@ class _Registry:
     peers: dict[str, list[Peer]] = field(default_factory=dict)
 
 
+NVIDIA_APEX = "from the source of https://github.com/NVIDIA/apex; the package of that name on PyPI is another"
+
 _registry = _Registry()
 
 
@@ -140,7 +144,12 @@ def register(op: Operation) -> Operation:
 
 
 def peer(
-    op: str, name: str | None = None, *, package: str | None = None, devices: Sequence[str] = ("cpu", "cuda")
+    op: str,
+    name: str | None = None,
+    *,
+    package: str | None = None,
+    devices: Sequence[str] = ("cpu", "cuda"),
+    install: str | None = None,
 ) -> Callable[[Callable[[Shape], Function]], Callable[[Shape], Function]]:
     """Registers the decorated builder as a peer of the operation `op`.
 
@@ -152,7 +161,7 @@ def peer(
         raise UserError(f"a peer of {op!r} has neither a name nor a package")
 
     def add(build: Callable[[Shape], Function]) -> Callable[[Shape], Function]:
-        _registry.peers.setdefault(op, []).append(Peer(shown, build, package, tuple(devices)))
+        _registry.peers.setdefault(op, []).append(Peer(shown, build, package, tuple(devices), install))
         return build
 
     return add

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import evakernels
-from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, peer, register
+from benchmarks.operation import NVIDIA_APEX, Cost, Draw, Function, Inputs, Operation, Work, peer, register
 from benchmarks.shapes import Shape, short_names
 from evaclip import create_model
 
@@ -158,7 +158,7 @@ def timm(shape: Shape) -> Function:
     return step
 
 
-@peer("lamb_step", package="apex", devices=("cuda",))
+@peer("lamb_step", package="apex", devices=("cuda",), install=NVIDIA_APEX)
 def apex(shape: Shape) -> Function:
     """NVIDIA apex's LAMB, the kernel behind `FusedLAMB`, without the gradients' norm that `FusedLAMB` always takes.
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import evakernels
-from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, peer, register
+from benchmarks.operation import NVIDIA_APEX, Cost, Draw, Function, Inputs, Operation, Work, peer, register
 from benchmarks.shapes import Shape
 
 EPS = 1e-6
@@ -134,7 +134,7 @@ def quack(shape: Shape) -> Function:
     return lambda x, weight, bias: layernorm(x, weight, bias, EPS)
 
 
-@peer("layer_norm", package="apex", devices=("cuda",))
+@peer("layer_norm", package="apex", devices=("cuda",), install=NVIDIA_APEX)
 def apex(shape: Shape) -> Function:
     """NVIDIA apex's fused LayerNorm."""
     from apex.normalization.fused_layer_norm import fused_layer_norm_affine

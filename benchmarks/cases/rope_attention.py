@@ -27,7 +27,6 @@ _ROPE_SHAPES = {
     "cpu": (
         "eva02-b16@224 b1",
         "eva02-b16@224 b4",
-        "eva02-l14@112 b1",
         "eva02-l14@224 b1",
         "eva02-l14@224 b1 drop50",
         "eva02-l14@336 b1",
@@ -45,7 +44,7 @@ _ROPE_SHAPES = {
     ),
 }
 _CAUSAL_SHAPES = {
-    "cpu": ("eva02-b16:text b1", "eva02-b16:text b8", "eva02-l14:text b8"),
+    "cpu": ("eva02-b16:text b1", "eva02-b16:text b8"),
     "cuda": ("eva02-b16:text b512", "eva02-l14:text b256", "eva02-l14:text b1024", "eva-18b:text b256"),
 }
 

@@ -15,7 +15,7 @@ from benchmarks.shapes import Shape
 EPS = 1e-6
 
 _SHAPES = {
-    "cpu": ("eva02-b16@224 b1", "eva02-b16@224 b8", "eva02-l14@112 b4", "eva02-l14@224 b4", "eva02-l14@336 b4"),
+    "cpu": ("eva02-b16@224 b1", "eva02-b16@224 b8", "eva02-l14@224 b4", "eva02-l14@336 b4"),
     "cuda": (
         "eva02-b16@224 b64",
         "eva02-b16@224 b512",
@@ -24,7 +24,7 @@ _SHAPES = {
         "eva02-l14@336 b128",
     ),
 }
-_PRODUCT_SHAPES = _SHAPES | {"cpu": ("eva02-b16@224 b1", "eva02-b16@224 b8", "eva02-l14@224 b4")}
+_PRODUCT_SHAPES = _SHAPES | {"cpu": ("eva02-b16@224 b1", "eva02-b16@224 b8")}
 _MLP_SHAPES = {
     "cpu": ("eva02-b16@224 b1", "eva02-b16@224 b2", "eva02-l14@224 b1"),
     "cuda": _SHAPES["cuda"],

@@ -11,7 +11,6 @@ from benchmarks.shapes import Shape
 _SHAPES = {
     "cpu": (
         "eva02-b16@224 b1 drop50",
-        "eva02-b16@224 b8",
         "eva02-b16@224 b8 drop50",
         "eva02-l14@336 b8 drop50",
     ),

@@ -102,6 +102,14 @@ def test_without_memory_for_float64_there_is_no_error() -> None:
     assert [(row.failure, row.error, row.baseline_error) for row in case.rows.values()] == [(None, None, None)] * 3
 
 
+def test_without_memory_for_the_inputs_every_row_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_sets(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("benchmarks.measure._draw_sets", no_sets)
+    assert {row.failure for row in rows_of().values()} == {"OutOfMemoryError: no room"}
+
+
 def test_inputs_go_round_beyond_the_cache() -> None:
     with registered(tanh_operation()) as op:
         case = Case(op, parse_shape("tiny b2"), "forward", torch.float32, CPU)

@@ -42,6 +42,7 @@ def test_absent_peers_say_why() -> None:
     assert absent["liger-kernel"] == "runs on cuda only"
     _, absent = candidates(get_operation("layer_norm"), "cuda")
     assert absent["quack-kernels"] == "not installed: pip install quack-kernels"
+    assert absent["apex"].startswith("not installed: from the source of https://github.com/NVIDIA/apex")
 
 
 def test_peers_can_be_chosen() -> None:
