@@ -27,6 +27,7 @@ _ROPE_SHAPES = {
     "cpu": (
         "eva02-b16@224 b1",
         "eva02-b16@224 b4",
+        "eva02-l14@112 b1",
         "eva02-l14@224 b1",
         "eva02-l14@224 b1 drop50",
         "eva02-l14@336 b1",

@@ -24,7 +24,7 @@ _SHAPES = {
         "eva02-l14@336 b128",
     ),
 }
-_PRODUCT_SHAPES = _SHAPES | {"cpu": ("eva02-b16@224 b1", "eva02-b16@224 b8")}
+_PRODUCT_SHAPES = _SHAPES | {"cpu": ("eva02-b16@224 b1", "eva02-b16@224 b8", "eva02-l14@224 b4")}
 _MLP_SHAPES = {
     "cpu": ("eva02-b16@224 b1", "eva02-b16@224 b2", "eva02-l14@224 b1"),
     "cuda": _SHAPES["cuda"],
