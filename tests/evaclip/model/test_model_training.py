@@ -181,6 +181,15 @@ def test_autocast_stays_close_to_float32(dtype: torch.dtype) -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.visual.parameters())
 
 
+def test_linears_that_share_an_input_share_its_cast() -> None:
+    block = small_model().train().visual.blocks[0]
+    x = torch.randn(2, 17, 128)
+    with torch.profiler.profile(record_shapes=True) as profile, torch.autocast("cpu", torch.bfloat16):
+        block(x)
+    casts = [e for e in profile.events() if e.name == "aten::_to_copy" and e.input_shapes[0] == [2, 17, 128]]
+    assert len(casts) == 2
+
+
 def test_copies_are_independent() -> None:
     model = small_model()
     other = copy.deepcopy(model)
