@@ -30,6 +30,14 @@ def reset_linear(linear: nn.Linear, factor: float = 1.0) -> None:
         nn.init.zeros_(linear.bias)
 
 
+def cast_once(x: Tensor) -> Tensor:
+    """`x` in the dtype of autocast, if it is on: the linears that read `x` would each make a cast of their own."""
+    device = x.device.type
+    if x.dtype != torch.float32 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with rotary positions. `[B, N, width]` -> same.
 
@@ -186,7 +194,8 @@ class Block(ResidualBlock):
         pooled: bool = False,
     ) -> Tensor:
         """The arguments are those of `Attention`."""
-        branch: Tensor = self.attn(x if self.post_norm else self.norm1(x), cos, sin, token_index, pooled)
+        y = x if self.post_norm else self.norm1(x)
+        branch: Tensor = self.attn(cast_once(y), cos, sin, token_index, pooled)
         return branch
 
     def residual(
@@ -203,9 +212,9 @@ class Block(ResidualBlock):
         row_scale = self._row_scale(x)
         if self.post_norm:
             x = self.norm1.of_branch(x, branch, self.gamma_1, row_scale)
-            return self.norm2.of_branch(x, self.mlp(x), self.gamma_2, self._row_scale(x))
+            return self.norm2.of_branch(x, self.mlp(cast_once(x)), self.gamma_2, self._row_scale(x))
         y, x = self.norm2.of_sum(x, branch, self.gamma_1, row_scale)
-        branch = self.mlp(y)
+        branch = self.mlp(cast_once(y))
         row_scale = self._row_scale(x)
         if self.gamma_2 is not None:
             branch = branch * self.gamma_2

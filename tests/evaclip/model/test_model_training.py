@@ -1,11 +1,13 @@
 """Training behaviour: dropout of patches and branches, recomputation, independence of models, compilation."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from small_models import NO_ROPE, random_images, random_tokens, small_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from evaclip import CLIP, Savings
 from evakernels import clip_loss, sample_token_index
@@ -179,6 +181,27 @@ def test_autocast_stays_close_to_float32(dtype: torch.dtype) -> None:
     assert (exact - rough.float()).abs().max() < 0.03
     rough.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.visual.parameters())
+
+
+class _Casts(TorchDispatchMode):
+    """Shapes of what is cast from float32 to bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and kwargs["dtype"] == torch.bfloat16:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def test_linears_that_share_an_input_share_its_cast() -> None:
+    block = small_model().train().visual.blocks[0]
+    x = torch.randn(2, 17, 128)
+    with _Casts() as casts, torch.autocast("cpu", torch.bfloat16):
+        block(x)
+    assert casts.shapes.count((2, 17, 128)) == 2
 
 
 def test_copies_are_independent() -> None:
