@@ -67,12 +67,27 @@ def test_equals_the_reference(variant, flags):
 def test_every_mix_of_dtypes(dtypes):
     ours, theirs = lists(dtypes, [1061, 5]), lists(dtypes, [1061, 5])
     norms, expected_norms = step(ours, "cpu"), step(theirs, "reference")
-    # A value next to the middle of two stored ones may fall to either side, and a moment's rounding moves the norm.
     torch.testing.assert_close(norms, expected_norms, rtol=1e-3, atol=0)
     for name, got, expected in zip(BUFFERS, ours, theirs, strict=False):
+        # A value next to the middle of two stored ones may fall to either side; a moment that did moves its
+        # parameter by that share of a step, which is some hundredths.
+        slack = 0.02 * max(torch.finfo(dtype).eps for dtype in dtypes[2:]) if name == "params" else 0.0
         for a, b in zip(got, expected, strict=True):
             unit = torch.finfo(a.dtype).eps
-            torch.testing.assert_close(a, b, rtol=1.01 * unit + 1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                a, b, rtol=1.01 * unit + 1e-5, atol=1e-6 + slack, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_norms_are_those_of_the_moments_as_stored(variant, dtype):
+    params, grads, *moments = lists((torch.float32, torch.float32, dtype, dtype))
+    options = {"betas": (0.9, 0.98), "eps": 1e-6, "variant": variant}
+    decays = [0.05] * len(params)
+    norms = evakernels.lamb_update(params, grads, *moments, decays, **options)
+    again = evakernels.lamb_update(params, grads, *moments, decays, **options, found_inf=torch.tensor(1.0))
+    assert torch.equal(norms, again)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
