@@ -4,7 +4,7 @@ Every op has a `reference` implementation in plain PyTorch; further backends are
 first backend in `PREFERENCE` that can serve it. `use_backend` overrides the choice, `explain` prints it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -111,11 +111,15 @@ def _report(op: str, args: tuple[Any, ...]) -> str:
     return "\n".join(lines)
 
 
-def first_tensor(args: tuple[Any, ...]) -> torch.Tensor | None:
-    """The first tensor among the arguments of an op, looking into lists; it tells device and dtype of the call."""
+def tensors(args: Sequence[Any]) -> Iterator[torch.Tensor]:
+    """All tensors among the arguments of an op, those in lists too."""
     for arg in args:
         if isinstance(arg, torch.Tensor):
-            return arg
-        if isinstance(arg, list | tuple) and arg and isinstance(arg[0], torch.Tensor):
-            return arg[0]
-    return None
+            yield arg
+        elif isinstance(arg, list | tuple):
+            yield from (item for item in arg if isinstance(item, torch.Tensor))
+
+
+def first_tensor(args: tuple[Any, ...]) -> torch.Tensor | None:
+    """The first tensor among the arguments of an op; it tells the device of the call."""
+    return next(tensors(args), None)

@@ -133,6 +133,17 @@ static inline F32 zero_beyond(F32 value, Part part) {
 // b where a is NaN.
 static inline F32 larger(F32 a, F32 b) { return a > b ? a : b; }
 
+static inline F32 sqrt(F32 value) {
+#if defined(__AVX512F__)
+  return __builtin_bit_cast(F32, _mm512_sqrt_ps(__builtin_bit_cast(__m512, value)));
+#elif defined(__AVX2__)
+  return __builtin_bit_cast(F32, _mm256_sqrt_ps(__builtin_bit_cast(__m256, value)));
+#else
+  for (int i = 0; i < kLanes; ++i) value[i] = __builtin_sqrtf(value[i]);
+  return value;
+#endif
+}
+
 // e^x to about one unit in the last place. Below -87.3 it is 0 and above 88.37 infinity; NaN stays NaN.
 //
 // x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 is subtracted in two parts, so that n times the first is exact.

@@ -6,7 +6,7 @@ opaque boundary for `torch.compile`, and `use_backend` also holds in compiled co
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,7 +16,7 @@ from evakernels.ops import _autocast
 _library = torch.library.Library("evakernels", "DEF")
 _native_library = torch.library.Library("evakernels_native", "DEF")
 
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NATIVE_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def define(
@@ -50,7 +50,7 @@ def define(
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"evakernels::{name}", fake or _returns_nothing, lib=_library)
     backends.register(name, "reference", reference)
-    backends.register(name, "cpu", getattr(torch.ops.evakernels_native, name).default, _native_reasons(name))
+    backends.register(name, "cpu", _native_function(name), _native_reasons(name))
     op: torch._ops.OpOverload = getattr(torch.ops.evakernels, name).default
     return op
 
@@ -81,6 +81,21 @@ def _returns_nothing(*args: Any) -> None:
     return None
 
 
+def _native_function(name: str) -> Callable[..., Any]:
+    op = getattr(torch.ops.evakernels_native, name).default
+    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    if not written:
+        return cast(Callable[..., Any], op)
+
+    def run(*args: Any) -> Any:
+        result = op(*args)
+        # The kernel writes through pointers; autograd must see that what it may have saved has changed.
+        torch.autograd.graph.increment_version(backends.tensors([args[i] for i in written]))
+        return result
+
+    return run
+
+
 def _native_reasons(name: str) -> backends.Reasons:
     def reasons(*args: Any) -> list[str]:
         if not _native.LOADED:
@@ -93,8 +108,8 @@ def _native_reasons(name: str) -> backends.Reasons:
         found = []
         if tensor.device.type != "cpu":
             found.append(f"the tensors are on {tensor.device}, not on a CPU")
-        if tensor.dtype not in _NATIVE_DTYPES:
-            found.append(f"{tensor.dtype} is not one of float32, bfloat16, float16")
+        dtypes = {t.dtype for t in backends.tensors(args)} - _NATIVE_DTYPES
+        found += [f"{d} is not one of float32, bfloat16, float16" for d in dtypes if d.is_floating_point]
         return found
 
     return reasons

@@ -126,12 +126,27 @@ def _check_tensors(op: str, params: Tensors, **lists: Tensors) -> None:
     for name, tensors in {"params": params, **lists}.items():
         _check_length(op, name, tensors, params)
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-            label = f"{name}[{i}]"
-            if tensor.layout != torch.strided:
-                raise TypeError(f"{op}: {label} is {tensor.layout}; accepted: dense tensors")
-            _check.floating(op, **{label: tensor})
-            _check.same_device(op, **{"params[0]": params[0], label: tensor})
-            _check.shape(op, label, tensor, tuple(param.shape), f"the shape of params[{i}]")
+            if not _fits(tensor, param, params[0].device):
+                _refuse(op, f"{name}[{i}]", tensor, params, i)
+
+
+def _fits(tensor: Tensor, param: Tensor, device: torch.device) -> bool:
+    # For lists of small tensors the checks are most of a step's time, so the messages are made only when needed.
+    return (
+        tensor.layout == torch.strided
+        and tensor.dtype in _check.FLOATS
+        and tensor.device == device
+        and tensor.shape == param.shape
+    )
+
+
+def _refuse(op: str, label: str, tensor: Tensor, params: Tensors, i: int) -> None:
+    """Raises with the first reason why `_fits` says no."""
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {label} is {tensor.layout}; accepted: dense tensors")
+    _check.floating(op, **{label: tensor})
+    _check.same_device(op, **{"params[0]": params[0], label: tensor})
+    _check.shape(op, label, tensor, tuple(params[i].shape), f"the shape of params[{i}]")
 
 
 def _check_options(op: str, params: Tensors, steps: Tensors, numbers: dict[str, Sequence[float]], variant: str) -> None:
@@ -142,7 +157,8 @@ def _check_options(op: str, params: Tensors, steps: Tensors, numbers: dict[str, 
     for i, step in enumerate(steps):
         if step.dtype != torch.float32 or step.dim() > 0:
             raise TypeError(f"{op}: steps[{i}] is {step.dtype} {tuple(step.shape)}; accepted: 0-D float32 tensors")
-        _check.same_device(op, **{"params[0]": params[0], f"steps[{i}]": step})
+        if step.device != params[0].device:
+            _check.same_device(op, **{"params[0]": params[0], f"steps[{i}]": step})
 
 
 def _check_length(op: str, name: str, values: Sequence[Any], params: Tensors) -> None:

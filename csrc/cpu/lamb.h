@@ -1,0 +1,15 @@
+// LAMB over a list of tensors of any sizes and dtypes, on the CPU.
+#pragma once
+
+#include "common/lamb.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace evakernels::cpu {
+
+// The squared norms depend on the shapes alone, never on the number of threads.
+void lamb_update(const LambUpdate& params, Isa isa, ParallelFor parallel_for);
+
+void lamb_apply(const LambApply& params, Isa isa, ParallelFor parallel_for);
+
+}  // namespace evakernels::cpu

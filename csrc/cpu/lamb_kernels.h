@@ -1,0 +1,51 @@
+// The element loops of lamb: one table of functions for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "common/lamb.h"
+
+namespace evakernels::cpu {
+
+// How a tensor's moments change: m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2, where g is the
+// gradient times grad_factor.
+struct LambMoments {
+  float beta1, one_minus_beta1;
+  float beta2, one_minus_beta2;
+  float grad_factor;
+};
+
+// u = m_scale m / (sqrt(v_scale v) + eps) + weight_decay w
+struct LambDirection {
+  float m_scale;
+  float v_scale;
+  float eps;
+  float weight_decay;
+};
+
+struct LambSquaredNorms {
+  double param;
+  double direction;
+};
+
+struct LambKernels {
+  // Elements [begin, end): the moments (null: they stay as they are), and their share of the norms.
+  LambSquaredNorms (*update)(const LambTensor& tensor, const LambMoments* moments,
+                             const LambDirection& direction, int64_t begin, int64_t end);
+
+  // Elements [begin, end): w -= factor * u
+  void (*apply)(const LambTensor& tensor, const LambDirection& direction, float factor, int64_t begin,
+                int64_t end);
+};
+
+namespace baseline {
+extern const LambKernels lamb;
+}
+namespace avx2 {
+extern const LambKernels lamb;
+}
+namespace avx512 {
+extern const LambKernels lamb;
+}
+
+}  // namespace evakernels::cpu

@@ -1,0 +1,171 @@
+"""The compiled lamb against its reference: lists of any sizes, dtypes and layouts."""
+
+from itertools import product
+
+import pytest
+import torch
+
+import evakernels
+from evakernels import _native
+
+pytestmark = pytest.mark.skipif(not _native.LOADED, reason="the native library is not built")
+
+VARIANTS = ["deepspeed", "nvlamb"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FLOAT32 = (torch.float32,) * 4
+# Around the kernel's block (1,024) and chunk (16,384), and nothing at all.
+SIZES = [1, 7, 37, 0, 1024, 1061, 16384, 3 * 16384 + 5]
+BUFFERS = ("params", "grads", "exp_avgs", "exp_avg_sqs")
+
+
+def lists(dtypes=FLOAT32, sizes=SIZES):
+    """params, grads, exp_avgs, exp_avg_sqs as after some steps, and the steps."""
+    generator = torch.Generator().manual_seed(0)
+    scales = (1.0, 0.1, 0.05, 0.01)
+    buffers = [
+        [(scale * torch.randn(size, generator=generator)).to(dtype) for size in sizes]
+        for scale, dtype in zip(scales, dtypes, strict=True)
+    ]
+    buffers[3] = [v.abs() for v in buffers[3]]
+    return [*buffers, [torch.tensor(float(3 + i)) for i in range(len(sizes))]]
+
+
+def step(state, backend, variant="deepspeed", scale=None, found_inf=None):
+    """Both phases; returns the squared norms."""
+    params, grads, exp_avgs, exp_avg_sqs, steps = state
+    options = {"betas": (0.9, 0.98), "eps": 1e-6, "variant": variant}
+    if found_inf is not None:
+        options["found_inf"] = torch.tensor(found_inf)
+    decays = [0.0 if i == 1 else 0.05 for i in range(len(params))]
+    lrs = [0.01 * (i + 1) for i in range(len(params))]
+    scale = None if scale is None else torch.tensor(scale)
+    moments = exp_avgs, exp_avg_sqs, steps
+    with evakernels.use_backend(backend):
+        norms = evakernels.lamb_update(params, grads, *moments, decays, grad_scale=scale, **options)
+        evakernels.lamb_apply(params, *moments, norms, lrs, decays, **options)
+    return norms
+
+
+def everything(state, norms):
+    return [norms, *(t for tensors in state for t in tensors)]
+
+
+@pytest.mark.parametrize("flags", [{}, {"scale": 3.0}, {"scale": 8.0, "found_inf": 0.0}, {"found_inf": 1.0}])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_the_reference(variant, flags):
+    ours, theirs = lists(), lists()
+    norms, expected_norms = step(ours, "cpu", variant, **flags), step(theirs, "reference", variant, **flags)
+    torch.testing.assert_close(norms, expected_norms, rtol=2e-6, atol=0)
+    for name, got, expected in zip((*BUFFERS, "steps"), ours, theirs, strict=True):
+        # A rounding unit of the numbers that were added: params are about 1, moments below 0.1.
+        slack = 2e-7 if name == "params" else 2e-8
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=slack, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("dtypes", list(product(DTYPES, repeat=4)), ids=str)
+def test_every_mix_of_dtypes(dtypes):
+    ours, theirs = lists(dtypes, [1061, 5]), lists(dtypes, [1061, 5])
+    norms, expected_norms = step(ours, "cpu"), step(theirs, "reference")
+    torch.testing.assert_close(norms, expected_norms, rtol=1e-3, atol=0)
+    for name, got, expected in zip(BUFFERS, ours, theirs, strict=False):
+        # A value next to the middle of two stored ones may fall to either side; a moment that did moves its
+        # parameter by that share of a step, which is some hundredths.
+        slack = 0.02 * max(torch.finfo(dtype).eps for dtype in dtypes[2:]) if name == "params" else 0.0
+        for a, b in zip(got, expected, strict=True):
+            unit = torch.finfo(a.dtype).eps
+            torch.testing.assert_close(
+                a, b, rtol=1.01 * unit + 1e-5, atol=1e-6 + slack, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_norms_are_those_of_the_moments_as_stored(variant, dtype):
+    params, grads, *moments = lists((torch.float32, torch.float32, dtype, dtype))
+    options = {"betas": (0.9, 0.98), "eps": 1e-6, "variant": variant}
+    decays = [0.05] * len(params)
+    norms = evakernels.lamb_update(params, grads, *moments, decays, **options)
+    again = evakernels.lamb_update(params, grads, *moments, decays, **options, found_inf=torch.tensor(1.0))
+    assert torch.equal(norms, again)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_norms_are_as_accurate_as_torchs(variant):
+    size = 100_003
+    ours, theirs, exact = (lists(sizes=[size]) for _ in range(3))
+    exact[:4] = ([t.double() for t in tensors] for tensors in exact[:4])
+    truth = step(exact, "reference", variant)
+    error, torchs = ((step(s, b, variant) / truth - 1).abs() for s, b in ((ours, "cpu"), (theirs, "reference")))
+    assert (error <= 2 * torchs + torch.finfo(torch.float32).eps).all(), (error, torchs)
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_that_are_not_dense(name, dtype):
+    dense, strided = (lists((dtype,) * 4, [60]) for _ in range(2))
+    for state in (dense, strided):
+        state[:4] = ([t.view(6, 10) for t in tensors] for tensors in state[:4])
+    (tensor,) = strided[BUFFERS.index(name)]
+    storage = torch.full((10, 12), 7.0, dtype=dtype)
+    view = storage.T[::2]
+    strided[BUFFERS.index(name)] = [view.copy_(tensor)]
+    for a, b in zip(everything(dense, step(dense, "cpu")), everything(strided, step(strided, "cpu")), strict=True):
+        assert torch.equal(a, b)
+    assert (storage.T[1::2] == 7.0).all()
+
+
+def test_an_expanded_gradient():
+    state, same = lists(sizes=[12]), lists(sizes=[12])
+    state[1], same[1] = [torch.tensor(0.5).expand(12)], [torch.full((12,), 0.5)]
+    for a, b in zip(everything(state, step(state, "cpu")), everything(same, step(same, "cpu")), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_number_of_threads_changes_nothing():
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        state = lists()
+        results.append(everything(state, step(state, "cpu")))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bad_gradient_spoils_its_own_tensor_only(value):
+    bad, good = lists(), lists()
+    bad[1][5][3] = value
+    step(bad, "cpu")
+    step(good, "cpu")
+    assert not bad[0][5].isfinite().all()
+    for i in range(len(SIZES)):
+        assert i == 5 or torch.equal(bad[0][i], good[0][i])
+
+
+def test_zero_over_zero_without_eps_stays_where_it_is():
+    params, _, exp_avgs, exp_avg_sqs, steps = lists(sizes=[5])
+    options = {"betas": (0.9, 0.98), "eps": 0.0}
+    norms = evakernels.lamb_update(params, params, exp_avgs, exp_avg_sqs, steps, [0.0], **options)
+    assert norms.isfinite().all()
+
+
+@pytest.mark.parametrize("where", range(4))
+def test_float64_anywhere_in_the_lists_goes_to_the_reference(where):
+    state = lists(sizes=[3, 4])
+    state[where][1] = state[where][1].double()
+    with pytest.raises(evakernels.BackendError, match="float64 is not one of float32, bfloat16, float16"):
+        step(state, "cpu")
+    params, grads, exp_avgs, exp_avg_sqs, steps = state
+    options = {"betas": (0.9, 0.98), "eps": 1e-6}
+    norms = evakernels.lamb_update(params, grads, exp_avgs, exp_avg_sqs, steps, [0.0, 0.0], **options)
+    assert norms.isfinite().all()
+
+
+def test_flags_of_any_dtype():
+    stepped, untouched = lists(sizes=[5]), lists(sizes=[5])
+    step(stepped, "cpu", found_inf=True)
+    for got, expected in zip(stepped, untouched, strict=True):
+        assert torch.equal(got[0], expected[0])
