@@ -98,4 +98,23 @@ class ChunkedSum {
 // How many rows a chunk has whose share of such sums is built by one task.
 inline int64_t rows_per_chunk(int64_t rows) { return std::max(kMinRowsPerChunk, ceil_div(rows, kMaxChunks)); }
 
+// The chunks of a matrix.
+struct RowChunks {
+  RowChunks(int64_t rows, int64_t width)
+      : rows(rows), width(width), rows_each(rows_per_chunk(rows)), count(ceil_div(rows, rows_each)) {}
+
+  // Runs body(chunk, first row, row behind the last) for every chunk.
+  template <class Body>
+  void run(ParallelFor parallel_for, const Body& body) const {
+    run_parallel(parallel_for, count, tasks_grain(rows_each * width), [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const int64_t first = chunk * rows_each;
+        body(chunk, first, std::min(first + rows_each, rows));
+      }
+    });
+  }
+
+  int64_t rows, width, rows_each, count;
+};
+
 }  // namespace evakernels::cpu
