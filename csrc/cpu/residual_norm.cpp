@@ -1,7 +1,6 @@
 #include "cpu/residual_norm.h"
 
 #include <algorithm>
-#include <vector>
 
 #include "cpu/residual_norm_kernels.h"
 #include "cpu/rows.h"
@@ -45,27 +44,27 @@ ChunkedSum chunked_sum(const ParameterGradient& gradient, const RowChunks& chunk
   return {gradient.data, gradient.dtype, chunks.count, chunks.width};
 }
 
-void store_all(const ParameterGradient& gradient, const std::vector<float>& values) {
-  for (size_t i = 0; i < values.size(); ++i) store_as(gradient.dtype, gradient.data, i, values[i]);
+void store_all(const ParameterGradient& gradient, const AlignedFloats& values) {
+  for (int64_t i = 0; i < values.size(); ++i) store_as(gradient.dtype, gradient.data, i, values[i]);
 }
 
 // With g = row_scale * dx and n the normalised row: the branch is scaled by s = layer_scale after weight w
 // and bias b, so that sums over rows give dw = s * sum(g n), db = s * sum(g) and ds = w * sum(g n) + b *
 // sum(g).
 void write_gradients(const ResidualNormGradients& gradients, const ResidualNormVectors& vectors,
-                     const std::vector<float>& sum, const std::vector<float>& sum_normalised) {
-  const size_t width = sum.size();
-  std::vector<float> values(width);
+                     const AlignedFloats& sum, const AlignedFloats& sum_normalised) {
+  const int64_t width = sum.size();
+  AlignedFloats values(width);
   if (gradients.weight.data) {
-    for (size_t i = 0; i < width; ++i) values[i] = vectors.layer_scale[i] * sum_normalised[i];
+    for (int64_t i = 0; i < width; ++i) values[i] = vectors.layer_scale[i] * sum_normalised[i];
     store_all(gradients.weight, values);
   }
   if (gradients.bias.data) {
-    for (size_t i = 0; i < width; ++i) values[i] = vectors.layer_scale[i] * sum[i];
+    for (int64_t i = 0; i < width; ++i) values[i] = vectors.layer_scale[i] * sum[i];
     store_all(gradients.bias, values);
   }
   if (gradients.layer_scale.data) {
-    for (size_t i = 0; i < width; ++i) {
+    for (int64_t i = 0; i < width; ++i) {
       values[i] = vectors.weight[i] * sum_normalised[i] + vectors.bias[i] * sum[i];
     }
     store_all(gradients.layer_scale, values);
@@ -79,7 +78,7 @@ void add_norm_forward(const AddNormForward& params, Isa isa, ParallelFor paralle
   const int64_t width = params.shape.width;
   const FloatParameters parameters(params.parameters, params.shape);
   run_parallel(parallel_for, params.shape.rows, tasks_grain(width), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(width);
+    AlignedFloats scratch(width);
     kernels.add_norm_forward(params, parameters.vectors(), scratch.data(), begin, end);
   });
 }
@@ -115,11 +114,11 @@ void norm_add_backward(const NormAddBackward& params, Isa isa, ParallelFor paral
   const ResidualNormVectors vectors = parameters.vectors();
   const ResidualNormGradients& gradients = params.gradients;
   const int64_t width = params.shape.width;
-  std::vector<float> scaled_weight(width);
+  AlignedFloats scaled_weight(width);
   for (int64_t i = 0; i < width; ++i) scaled_weight[i] = vectors.weight[i] * vectors.layer_scale[i];
 
   const bool wanted = gradients.weight.data || gradients.bias.data || gradients.layer_scale.data;
-  std::vector<float> total(wanted ? width : 0), total_normalised(wanted ? width : 0);
+  AlignedFloats total(wanted ? width : 0), total_normalised(wanted ? width : 0);
   const RowChunks chunks(params.shape.rows, params.shape.width);
   ChunkedSum sum = chunked_sum({wanted ? total.data() : nullptr, DType::Float32}, chunks);
   ChunkedSum sum_normalised =

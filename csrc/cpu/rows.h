@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
+#include <new>
 
 #include "common/dtype.h"
 #include "common/numerics.h"
@@ -25,17 +25,40 @@ inline int64_t tasks_grain(int64_t elements_per_item) {
   return std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, elements_per_item));
 }
 
+// Floats that begin at a cache line, as torch's tensors do. A vector of 64 bytes that straddles two lines
+// costs twice; std::vector aligns to 16 bytes only.
+class AlignedFloats {
+ public:
+  explicit AlignedFloats(int64_t size, float value = 0.0f)
+      : data_(static_cast<float*>(::operator new(size * sizeof(float), kAlignment))), size_(size) {
+    std::fill(begin(), end(), value);
+  }
+  ~AlignedFloats() { ::operator delete(data_, kAlignment); }
+  AlignedFloats(const AlignedFloats&) = delete;
+  AlignedFloats& operator=(const AlignedFloats&) = delete;
+
+  float* data() { return data_; }
+  const float* data() const { return data_; }
+  float* begin() { return data_; }
+  float* end() { return data_ + size_; }
+  float& operator[](int64_t i) { return data_[i]; }
+  float operator[](int64_t i) const { return data_[i]; }
+  int64_t size() const { return size_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+
+  float* data_;
+  int64_t size_;
+};
+
 // A parameter vector as floats: the caller's own buffer where it already is that, else a converted copy.
 class FloatVector {
  public:
-  FloatVector(const void* data, DType dtype, int64_t width, float missing) {
-    if (data != nullptr && dtype == DType::Float32) {
-      data_ = static_cast<const float*>(data);
-      return;
-    }
-    copy_.resize(width, missing);
-    data_ = copy_.data();
-    if (data == nullptr) return;
+  FloatVector(const void* data, DType dtype, int64_t width, float missing)
+      : copy_(is_floats(data, dtype) ? 0 : width, missing), data_(copy_.data()) {
+    if (is_floats(data, dtype)) data_ = static_cast<const float*>(data);
+    if (data == nullptr || dtype == DType::Float32) return;
     const auto* bits = static_cast<const uint16_t*>(data);
     for (int64_t i = 0; i < width; ++i) {
       const uint32_t lane = bits[i];
@@ -48,7 +71,9 @@ class FloatVector {
   const float* data() const { return data_; }
 
  private:
-  std::vector<float> copy_;
+  static bool is_floats(const void* data, DType dtype) { return data != nullptr && dtype == DType::Float32; }
+
+  AlignedFloats copy_;
   const float* data_;
 };
 
@@ -78,7 +103,7 @@ class ChunkedSum {
   void write_total(ParallelFor parallel_for) {
     if (target_ == nullptr) return;
     run_parallel(parallel_for, width_, tasks_grain(chunks_), [&](int64_t begin, int64_t end) {
-      std::vector<float> total(end - begin);
+      AlignedFloats total(end - begin);
       for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
         const float* partial = row(chunk) + begin;
         for (int64_t i = 0; i < end - begin; ++i) total[i] += partial[i];
@@ -92,7 +117,7 @@ class ChunkedSum {
   DType dtype_;
   int64_t chunks_;
   int64_t width_;
-  std::vector<float> rows_;
+  AlignedFloats rows_;
 };
 
 // How many rows a chunk has whose share of such sums is built by one task.

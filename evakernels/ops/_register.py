@@ -20,12 +20,18 @@ _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def define(
-    name: str, signature: str, *, reference: Callable[..., Any], fake: Callable[..., Any] | None
+    name: str,
+    signature: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any] | None,
+    check: Callable[..., None] | None = None,
 ) -> torch._ops.OpOverload:
     """Defines `torch.ops.evakernels.<name>` and returns it.
 
     `signature` is the schema without the name, `reference` its meaning, `fake` the same on tensors without data
-    (`None` for an op that only writes into its arguments).
+    (`None` for an op that only writes into its arguments). `check`, which takes the arguments, raises for values that
+    the compiled kernel refuses. It is asked when the kernel fails: C++ can't choose the type of a Python exception.
     """
     _library.define(f"{name}{signature}")
     _native_library.define(f"{name}{signature}")
@@ -42,7 +48,8 @@ def define(
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"evakernels::{name}", fake or _returns_nothing, lib=_library)
     backends.register(name, "reference", reference)
-    backends.register(name, "cpu", getattr(torch.ops.evakernels_native, name).default, _native_reasons(name))
+    native = getattr(torch.ops.evakernels_native, name).default
+    backends.register(name, "cpu", native if check is None else _checked(native, check), _native_reasons(name))
     op: torch._ops.OpOverload = getattr(torch.ops.evakernels, name).default
     return op
 
@@ -73,6 +80,17 @@ def _returns_nothing(*args: Any) -> None:
     return None
 
 
+def _checked(native: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        try:
+            return native(*args)
+        except (ValueError, RuntimeError):
+            check(*args)
+            raise
+
+    return run
+
+
 def _native_reasons(name: str) -> backends.Reasons:
     def reasons(*args: Any) -> list[str]:
         if not _native.LOADED:
@@ -85,8 +103,10 @@ def _native_reasons(name: str) -> backends.Reasons:
         found = []
         if tensor.device.type != "cpu":
             found.append(f"the tensors are on {tensor.device}, not on a CPU")
-        if tensor.dtype not in _NATIVE_DTYPES:
-            found.append(f"{tensor.dtype} is not one of float32, bfloat16, float16")
+        # The dtype of a list is that of its first tensor; single tensors may differ.
+        dtypes = dict.fromkeys([tensor.dtype, *(arg.dtype for arg in args if isinstance(arg, torch.Tensor))])
+        wrong = [dtype for dtype in dtypes if dtype.is_floating_point and dtype not in _NATIVE_DTYPES]
+        found += [f"{dtype} is not one of float32, bfloat16, float16" for dtype in wrong]
         return found
 
     return reasons

@@ -142,6 +142,7 @@ _forward = define(
     "(Tensor patches, Tensor? token_index, Tensor? prefix, Tensor? pos_embed) -> Tensor",
     reference=reference.token_dropout_forward,
     fake=_forward_fake,
+    check=reference.check_index,
 )
 _backward = define(
     "token_dropout_backward",

@@ -22,8 +22,7 @@ def token_dropout_forward(
     num_prefix = 0 if prefix is None else prefix.shape[0]
     tokens = patches
     if token_index is not None:
-        check_range("token_dropout", token_index, num_tokens)
-        check_unique("token_dropout", token_index, num_tokens)
+        check_index(patches, token_index)
         rows = _flat_rows(token_index, num_tokens)
         tokens = patches.reshape(-1, channels).index_select(0, rows).view(batch, -1, channels)
     if pos_embed is not None:
@@ -48,6 +47,13 @@ def token_dropout_backward(
     dprefix = _batch_sum(dout[:, :num_prefix])
     dpos_embed = torch.cat((dprefix, _batch_sum(dpatches))) if has_pos_embed else dout.new_empty(0)
     return dpatches, dprefix, dpos_embed
+
+
+def check_index(patches: Tensor, token_index: Tensor | None, *_: Tensor | None) -> None:
+    """Raises `IndexError`, on a CPU, for an index out of range or twice in a sample. Takes what the forward takes."""
+    if token_index is not None:
+        check_range("token_dropout", token_index, patches.shape[1])
+        check_unique("token_dropout", token_index, patches.shape[1])
 
 
 def _flat_rows(token_index: Tensor, num_tokens: int) -> Tensor:
