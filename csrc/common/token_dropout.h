@@ -30,7 +30,7 @@ struct TokenDropoutShape {
 
 struct TokenDropoutForward {
   PatchTensor patches;
-  const int64_t* token_index;  // [batch, kept_tokens], distinct in a row; null: all, in order
+  const int64_t* token_index;  // [batch, kept_tokens], distinct in a row; null: the first ones
   const void* prefix;          // [prefix_tokens, channels], prefix_dtype
   const void* pos_embed;       // [prefix_tokens + tokens, channels], pos_embed_dtype; null: zeros
   void* out;                   // [batch, prefix_tokens + kept_tokens, channels], out_dtype
@@ -42,7 +42,7 @@ struct TokenDropoutForward {
 
 struct TokenDropoutBackward {
   const void* dout;            // [batch, prefix_tokens + kept_tokens, channels]
-  const int64_t* token_index;  // [batch, kept_tokens], distinct in a row; null: all, in order
+  const int64_t* token_index;  // [batch, kept_tokens], distinct in a row; null: the first ones
   void* dpatches;              // [batch, tokens, channels]; zero where a token was dropped
   void* dprefix;               // [prefix_tokens, channels]
   void* dpos_embed;            // [prefix_tokens + tokens, channels]; null: not wanted

@@ -18,7 +18,7 @@ const TokenDropoutKernels& kernels_for(Isa isa) {
 }
 
 // Where each token lies among the kept ones of its sample, -1 where it was dropped: [batch, tokens]. Empty
-// when all are kept.
+// without an index.
 std::vector<int32_t> places(const int64_t* token_index, const TokenDropoutShape& shape) {
   if (token_index == nullptr) return {};
   std::vector<int32_t> place(shape.batch * shape.tokens, -1);

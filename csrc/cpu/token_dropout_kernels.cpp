@@ -139,7 +139,8 @@ void patch_backward(const TokenDropoutBackward& params, const int32_t* place, fl
   clear(sum, shape.channels * sizeof(float));
   for (int64_t sample = 0; sample < shape.batch; ++sample) {
     T* dpatch = static_cast<T*>(params.dpatches) + (sample * shape.tokens + token) * shape.channels;
-    const int64_t i = place ? place[sample * shape.tokens + token] : token;
+    const int64_t in_order = token < shape.kept_tokens ? token : -1;
+    const int64_t i = place ? place[sample * shape.tokens + token] : in_order;
     if (i < 0) {
       clear(dpatch, bytes);
       continue;

@@ -22,7 +22,7 @@ struct TokenDropoutKernels {
 
   // Positions [begin, end), those of the prefix first: the gradients of a patch in all samples and the sums
   // over the samples. place: where a token lies in its sample of dout, -1 where it was dropped,
-  // [batch, tokens]; null: all, in order. sum: channels floats.
+  // [batch, tokens]; null: the first ones were kept. sum: channels floats.
   void (*backward)(const TokenDropoutBackward& params, const int32_t* place, float* sum, int64_t begin,
                    int64_t end);
 };

@@ -185,7 +185,7 @@ def test_no_samples_no_tokens_none_kept():
             assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("dtypes", itertools.product(DTYPES, repeat=3))
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=3)))
 @pytest.mark.parametrize("layout", ["token by token", "channel by channel"])
 def test_every_mix_of_dtypes(dtypes, layout):
     inputs = [t.to(dtype) for t, dtype in zip(wide_inputs(2, 6, 70), dtypes, strict=True)]
