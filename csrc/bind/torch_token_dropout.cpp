@@ -98,13 +98,15 @@ std::tuple<Tensor, Tensor, Tensor> token_dropout_backward(const Tensor& dout_any
           "dout must have a row for each prefix token and each kept patch");
 
   const std::vector<int64_t> table = {prefix_tokens + tokens, channels};
-  const Tensor dpatches = torch::stable::new_empty(dout, {batch, tokens, channels});
+  // Without an index the gradient of the patches is a part of dout: its place stays empty.
+  const std::vector<int64_t> patches = {batch, tokens, channels};
+  const Tensor dpatches = torch::stable::new_empty(dout, token_index ? patches : std::vector<int64_t>{0});
   const Tensor dprefix = torch::stable::new_empty(dout, {prefix_tokens, channels});
   const Tensor dpos_embed = torch::stable::new_empty(dout, has_pos_embed ? table : std::vector<int64_t>{0});
   const TokenDropoutBackward params = {
       .dout = dout.const_data_ptr(),
       .token_index = index_or_null(token_index),
-      .dpatches = dpatches.mutable_data_ptr(),
+      .dpatches = token_index ? dpatches.mutable_data_ptr() : nullptr,
       .dprefix = dprefix.mutable_data_ptr(),
       .dpos_embed = has_pos_embed ? dpos_embed.mutable_data_ptr() : nullptr,
       .shape = shape,

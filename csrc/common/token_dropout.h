@@ -43,7 +43,7 @@ struct TokenDropoutForward {
 struct TokenDropoutBackward {
   const void* dout;            // [batch, prefix_tokens + kept_tokens, channels]
   const int64_t* token_index;  // [batch, kept_tokens], distinct in a row; null: the first ones
-  void* dpatches;              // [batch, tokens, channels]; zero where a token was dropped
+  void* dpatches;              // [batch, tokens, channels]; zero where a token was dropped; null: not wanted
   void* dprefix;               // [prefix_tokens, channels]
   void* dpos_embed;            // [prefix_tokens + tokens, channels]; null: not wanted
   TokenDropoutShape shape;

@@ -15,14 +15,22 @@ static inline float row_mean(const T* x, int64_t width) {
   return sum[0] / static_cast<float>(width);
 }
 
-template <class T>
-static inline float row_rstd(const T* x, float mean, float eps, int64_t width) {
+// Calls meanwhile(offset) for every vector: the pass over a row that is in the cache is the time to fetch
+// another.
+template <class T, class Body>
+static inline float row_rstd(const T* x, float mean, float eps, int64_t width, const Body& meanwhile) {
   float sum[1];
   sum_over_row(width, sum, [&](int64_t i, auto part, F32* sums) {
+    meanwhile(i);
     const F32 deviation = zero_beyond(load(x + i, part) - mean, part);
     sums[0] += deviation * deviation;
   });
   return 1.0f / __builtin_sqrtf(sum[0] / static_cast<float>(width) + eps);
+}
+
+template <class T>
+static inline float row_rstd(const T* x, float mean, float eps, int64_t width) {
+  return row_rstd(x, mean, eps, width, [](int64_t) {});
 }
 
 // The backward pass of a norm for one row: with g the gradient of the normalised row, that of x is

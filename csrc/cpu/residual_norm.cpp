@@ -22,11 +22,14 @@ class FloatParameters {
   FloatParameters(const ResidualNormParameters& parameters, const ResidualNormShape& shape)
       : weight_(parameters.weight.data, parameters.weight.dtype, shape.width, 1.0f),
         bias_(parameters.bias.data, parameters.bias.dtype, shape.width, 0.0f),
-        layer_scale_(parameters.layer_scale.data, parameters.layer_scale.dtype, shape.width, 1.0f),
+        has_layer_scale_(parameters.layer_scale.data != nullptr),
+        layer_scale_(parameters.layer_scale.data, parameters.layer_scale.dtype,
+                     has_layer_scale_ ? shape.width : 0, 1.0f),
         row_scale_(parameters.row_scale.data, parameters.row_scale.dtype, samples(shape), 1.0f) {}
 
   ResidualNormVectors vectors() const {
-    return {weight_.data(), bias_.data(), layer_scale_.data(), row_scale_.data()};
+    const float* layer_scale = has_layer_scale_ ? layer_scale_.data() : nullptr;
+    return {weight_.data(), bias_.data(), layer_scale, row_scale_.data()};
   }
 
  private:
@@ -36,6 +39,7 @@ class FloatParameters {
 
   FloatVector weight_;
   FloatVector bias_;
+  bool has_layer_scale_;
   FloatVector layer_scale_;
   FloatVector row_scale_;
 };
@@ -48,6 +52,10 @@ void store_all(const ParameterGradient& gradient, const AlignedFloats& values) {
   for (int64_t i = 0; i < values.size(); ++i) store_as(gradient.dtype, gradient.data, i, values[i]);
 }
 
+float layer_scale_at(const ResidualNormVectors& vectors, int64_t i) {
+  return vectors.layer_scale ? vectors.layer_scale[i] : 1.0f;
+}
+
 // With g = row_scale * dx and n the normalised row: the branch is scaled by s = layer_scale after weight w
 // and bias b, so that sums over rows give dw = s * sum(g n), db = s * sum(g) and ds = w * sum(g n) + b *
 // sum(g).
@@ -56,11 +64,11 @@ void write_gradients(const ResidualNormGradients& gradients, const ResidualNormV
   const int64_t width = sum.size();
   AlignedFloats values(width);
   if (gradients.weight.data) {
-    for (int64_t i = 0; i < width; ++i) values[i] = vectors.layer_scale[i] * sum_normalised[i];
+    for (int64_t i = 0; i < width; ++i) values[i] = layer_scale_at(vectors, i) * sum_normalised[i];
     store_all(gradients.weight, values);
   }
   if (gradients.bias.data) {
-    for (int64_t i = 0; i < width; ++i) values[i] = vectors.layer_scale[i] * sum[i];
+    for (int64_t i = 0; i < width; ++i) values[i] = layer_scale_at(vectors, i) * sum[i];
     store_all(gradients.bias, values);
   }
   if (gradients.layer_scale.data) {
@@ -115,7 +123,7 @@ void norm_add_backward(const NormAddBackward& params, Isa isa, ParallelFor paral
   const ResidualNormGradients& gradients = params.gradients;
   const int64_t width = params.shape.width;
   AlignedFloats scaled_weight(width);
-  for (int64_t i = 0; i < width; ++i) scaled_weight[i] = vectors.weight[i] * vectors.layer_scale[i];
+  for (int64_t i = 0; i < width; ++i) scaled_weight[i] = vectors.weight[i] * layer_scale_at(vectors, i);
 
   const bool wanted = gradients.weight.data || gradients.bias.data || gradients.layer_scale.data;
   AlignedFloats total(wanted ? width : 0), total_normalised(wanted ? width : 0);

@@ -21,28 +21,68 @@ T* output_row(void* matrix, int64_t row, const ResidualNormShape& shape) {
   return matrix ? static_cast<T*>(matrix) + row * shape.width : nullptr;
 }
 
+// Fetches a row of both inputs into the cache while the kernel works on the row before. In the backward
+// passes, which read more, the same was slower by up to 30 % (EPYC 9005, one core, November 2026).
+template <class R, class B>
+struct NextRow {
+  const R* residual;
+  const B* branch;
+
+  void operator()(int64_t i) const {
+    __builtin_prefetch(residual + i);
+    __builtin_prefetch(branch + i);
+  }
+};
+
+// Where the sum lies before it is rounded: in x itself if x is float.
+inline float* unrounded(float* x, float*) { return x; }
+template <class R>
+float* unrounded(R*, float* scratch) {
+  return scratch;
+}
+
+template <class Part>
+inline void store_rounded(float*, F32, Part) {}
+template <class R, class Part>
+inline void store_rounded(R* x, F32 value, Part part) {
+  store(x, value, part);
+}
+
+// Times layer_scale, if there is one, and the factor of the sample. A vector of ones in its place would push
+// other rows out of the L1 cache: 4 to 8 % of the time at widths of 1024 and 1792.
+template <class Part>
+inline F32 scale(F32 value, const float* layer_scale, float sample_scale, Part part) {
+  if (layer_scale) value *= load(layer_scale, part);
+  return value * sample_scale;
+}
+
+const float* offset(const float* vector, int64_t i) { return vector ? vector + i : nullptr; }
+
 // R is the element type of the residual, B that of the branch.
 template <class R, class B>
-void add_norm_rows(const AddNormForward& params, const ResidualNormVectors& vectors, float* total,
+void add_norm_rows(const AddNormForward& params, const ResidualNormVectors& vectors, float* scratch,
                    int64_t begin, int64_t end) {
   const ResidualNormShape& shape = params.shape;
   for (int64_t row = begin; row < end; ++row) {
     const R* residual = input_row<R>(params.residual, row, shape);
     const B* branch = input_row<B>(params.branch, row, shape);
     R* x = output_row<R>(params.x, row, shape);
+    float* total = unrounded(x, scratch);
     R* y = output_row<R>(params.y, row, shape);
     const float sample_scale = vectors.row_scale[row / shape.rows_per_sample];
 
     float sum[1];
     sum_over_row(shape.width, sum, [&](int64_t i, auto part, F32* sums) {
-      const F32 scaled = load(branch + i, part) * load(vectors.layer_scale + i, part) * sample_scale;
+      const F32 scaled = scale(load(branch + i, part), offset(vectors.layer_scale, i), sample_scale, part);
       const F32 value = load(residual + i, part) + scaled;
       store(total + i, value, part);
-      store(x + i, value, part);
+      store_rounded(x + i, value, part);
       sums[0] += zero_beyond(value, part);
     });
     const float mean = shape.rms ? 0.0f : sum[0] / static_cast<float>(shape.width);
-    const float rstd = row_rstd(total, mean, params.eps, shape.width);
+    const int64_t ahead = row + 1 < end ? shape.width : 0;
+    const NextRow<R, B> next = {residual + ahead, branch + ahead};
+    const float rstd = row_rstd(total, mean, params.eps, shape.width, next);
     for_each_vector(shape.width, [&](int64_t i, auto part) {
       const F32 normalised = (load(total + i, part) - mean) * rstd;
       store(y + i, normalised * load(vectors.weight + i, part) + load(vectors.bias + i, part), part);
@@ -63,11 +103,13 @@ void norm_add_rows(const NormAddForward& params, const ResidualNormVectors& vect
     const float sample_scale = vectors.row_scale[row / shape.rows_per_sample];
 
     const float mean = shape.rms ? 0.0f : row_mean(branch, shape.width);
-    const float rstd = row_rstd(branch, mean, params.eps, shape.width);
+    const int64_t ahead = row + 1 < end ? shape.width : 0;
+    const NextRow<R, B> next = {residual + ahead, branch + ahead};
+    const float rstd = row_rstd(branch, mean, params.eps, shape.width, next);
     for_each_vector(shape.width, [&](int64_t i, auto part) {
       const F32 normalised = (load(branch + i, part) - mean) * rstd;
       const F32 normed = normalised * load(vectors.weight + i, part) + load(vectors.bias + i, part);
-      const F32 scaled = normed * load(vectors.layer_scale + i, part) * sample_scale;
+      const F32 scaled = scale(normed, offset(vectors.layer_scale, i), sample_scale, part);
       store(x + i, load(residual + i, part) + scaled, part);
     });
     if (!shape.rms) params.mean[row] = mean;
@@ -104,9 +146,10 @@ void add_norm_rows_backward(const AddNormBackward& params, const ResidualNormVec
       if (sums.weight) add_to(sums.weight + i, upstream * normalised, part);
       if (sums.bias) add_to(sums.bias + i, upstream, part);
       if (dbranch) {
-        const F32 dscaled = dtotal * sample_scale;
-        store(dbranch + i, dscaled * load(vectors.layer_scale + i, part), part);
-        if (sums.layer_scale) add_to(sums.layer_scale + i, dscaled * load(branch + i, part), part);
+        store(dbranch + i, scale(dtotal, offset(vectors.layer_scale, i), sample_scale, part), part);
+        if (sums.layer_scale) {
+          add_to(sums.layer_scale + i, dtotal * sample_scale * load(branch + i, part), part);
+        }
       }
     });
   }

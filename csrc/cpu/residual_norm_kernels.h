@@ -8,11 +8,11 @@
 
 namespace evakernels::cpu {
 
-// The parameters as floats; ones and zeros stand for missing ones.
+// The parameters as floats. Ones and zeros stand for missing ones, but for layer_scale.
 struct ResidualNormVectors {
   const float* weight;       // [width]
   const float* bias;         // [width]
-  const float* layer_scale;  // [width]
+  const float* layer_scale;  // [width]; null: ones
   const float* row_scale;    // [samples]
 };
 

@@ -17,7 +17,7 @@ constexpr int64_t kElementsPerTask = 16384;
 // Rows are summed into dweight and dbias in chunks whose number depends on the shape alone: enough to keep
 // many cores busy, few enough that the partial sums stay small.
 constexpr int64_t kMaxChunks = 64;
-constexpr int64_t kMinRowsPerChunk = 16;
+constexpr int64_t kMinRowsPerChunk = 32;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -29,10 +29,10 @@ inline int64_t tasks_grain(int64_t elements_per_item) {
 // costs twice; std::vector aligns to 16 bytes only.
 class AlignedFloats {
  public:
-  explicit AlignedFloats(int64_t size, float value = 0.0f)
-      : data_(static_cast<float*>(::operator new(size * sizeof(float), kAlignment))), size_(size) {
-    std::fill(begin(), end(), value);
-  }
+  // Not initialised.
+  explicit AlignedFloats(int64_t size)
+      : data_(static_cast<float*>(::operator new(size * sizeof(float), kAlignment))), size_(size) {}
+  AlignedFloats(int64_t size, float value) : AlignedFloats(size) { std::fill(begin(), end(), value); }
   ~AlignedFloats() { ::operator delete(data_, kAlignment); }
   AlignedFloats(const AlignedFloats&) = delete;
   AlignedFloats& operator=(const AlignedFloats&) = delete;
@@ -98,14 +98,21 @@ class ChunkedSum {
   ChunkedSum(void* target, DType dtype, int64_t chunks, int64_t width)
       : target_(target), dtype_(dtype), chunks_(chunks), width_(width), rows_(target ? chunks * width : 0) {}
 
-  float* row(int64_t chunk) { return target_ ? rows_.data() + chunk * width_ : nullptr; }
+  // The row of a chunk, set to zero: for the task that fills it, which so finds it in its cache. Null when no
+  // sum is wanted.
+  float* row(int64_t chunk) {
+    if (target_ == nullptr) return nullptr;
+    float* sum = rows_.data() + chunk * width_;
+    std::fill(sum, sum + width_, 0.0f);
+    return sum;
+  }
 
   void write_total(ParallelFor parallel_for) {
     if (target_ == nullptr) return;
     run_parallel(parallel_for, width_, tasks_grain(chunks_), [&](int64_t begin, int64_t end) {
-      AlignedFloats total(end - begin);
+      AlignedFloats total(end - begin, 0.0f);
       for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-        const float* partial = row(chunk) + begin;
+        const float* partial = rows_.data() + chunk * width_ + begin;
         for (int64_t i = 0; i < end - begin; ++i) total[i] += partial[i];
       }
       for (int64_t i = begin; i < end; ++i) store_as(dtype_, target_, i, total[i - begin]);

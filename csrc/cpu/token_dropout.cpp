@@ -60,7 +60,8 @@ void token_dropout_backward(const TokenDropoutBackward& params, Isa isa, Paralle
   const TokenDropoutKernels& kernels = kernels_for(isa);
   const TokenDropoutShape& shape = params.shape;
   const std::vector<int32_t> place = places(params.token_index, shape);
-  const int64_t positions = shape.prefix_tokens + shape.tokens;
+  const bool prefix_only = params.dpatches == nullptr && params.dpos_embed == nullptr;
+  const int64_t positions = shape.prefix_tokens + (prefix_only ? 0 : shape.tokens);
   const int64_t grain = tasks_grain(shape.batch * shape.channels);
   run_parallel(parallel_for, positions, grain, [&](int64_t begin, int64_t end) {
     AlignedFloats sum(shape.channels);

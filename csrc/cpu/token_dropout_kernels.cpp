@@ -138,16 +138,17 @@ void patch_backward(const TokenDropoutBackward& params, const int32_t* place, fl
   const int64_t bytes = shape.channels * sizeof(T);
   clear(sum, shape.channels * sizeof(float));
   for (int64_t sample = 0; sample < shape.batch; ++sample) {
-    T* dpatch = static_cast<T*>(params.dpatches) + (sample * shape.tokens + token) * shape.channels;
+    const int64_t patch = sample * shape.tokens + token;
+    T* dpatch = params.dpatches ? static_cast<T*>(params.dpatches) + patch * shape.channels : nullptr;
     const int64_t in_order = token < shape.kept_tokens ? token : -1;
-    const int64_t i = place ? place[sample * shape.tokens + token] : in_order;
+    const int64_t i = place ? place[patch] : in_order;
     if (i < 0) {
-      clear(dpatch, bytes);
+      if (dpatch) clear(dpatch, bytes);
       continue;
     }
     const int64_t row = sample * rows + shape.prefix_tokens + i;
     const T* gradient = static_cast<const T*>(params.dout) + row * shape.channels;
-    __builtin_memcpy(dpatch, gradient, bytes);
+    if (dpatch) __builtin_memcpy(dpatch, gradient, bytes);
     if (params.dpos_embed) add_to(sum, gradient, shape.channels);
   }
   store_sum<T>(params.dpos_embed, shape.prefix_tokens + token, sum, shape.channels);

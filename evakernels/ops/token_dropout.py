@@ -111,7 +111,8 @@ def _backward_fake(
 ) -> Any:
     batch, _, channels = dout.shape
     pos_embed_shape = (num_prefix + num_tokens, channels) if has_pos_embed else (0,)
-    shapes = (batch, num_tokens, channels), (num_prefix, channels), pos_embed_shape
+    patches_shape = (0,) if token_index is None else (batch, num_tokens, channels)
+    shapes = patches_shape, (num_prefix, channels), pos_embed_shape
     return tuple(dout.new_empty(shape) for shape in shapes)
 
 
@@ -129,6 +130,8 @@ def _gradient(ctx: Any, dout: Tensor) -> Any:
     dpatches, dprefix, dpos_embed = _backward(
         dout, token_index, ctx.num_prefix, ctx.num_tokens, pos_embed_dtype is not None
     )
+    if token_index is None:
+        dpatches = dout[:, ctx.num_prefix :]
     return (
         dpatches.to(patches_dtype),
         None,

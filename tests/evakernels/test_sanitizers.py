@@ -63,6 +63,8 @@ def test_kernels_are_clean(driver: str, compiler: str, tmp_path: Path) -> None:
     ]
     program = tmp_path / "driver"
     subprocess.run([*common, *sources, *objects, "-o", program], check=True)
-    result = subprocess.run([program], capture_output=True, text=True)
+    # The stack frames of that check hold vectors of 64 bytes at half their alignment under GCC 12.
+    environment = os.environ | {"ASAN_OPTIONS": "detect_stack_use_after_return=0"}
+    result = subprocess.run([program], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "checks" in result.stdout

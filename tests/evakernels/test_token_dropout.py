@@ -98,6 +98,14 @@ def test_dropped_tokens_get_a_zero_gradient():
     assert torch.equal(patches.grad, expected.double().unsqueeze(-1).expand_as(patches))
 
 
+def test_where_all_patches_are_kept_their_gradient_is_not_copied():
+    patches, prefix, pos_embed = (t.float().requires_grad_() for t in wide_inputs(2, 6, 5))
+    out = evakernels.token_dropout(patches, prefix=prefix, pos_embed=pos_embed)
+    dout = torch.ones_like(out)
+    (gradient,) = torch.autograd.grad(out, patches, dout)
+    assert gradient.data_ptr() == dout[:, PREFIX:].data_ptr()
+
+
 @pytest.mark.parametrize("token_index", [None, KEPT])
 def test_the_result_is_a_copy(token_index):
     patches = randn(BATCH, TOKENS, CHANNELS)
