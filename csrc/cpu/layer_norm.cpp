@@ -1,7 +1,5 @@
 #include "cpu/layer_norm.h"
 
-#include <algorithm>
-
 #include "cpu/layer_norm_kernels.h"
 #include "cpu/rows.h"
 
@@ -30,16 +28,11 @@ void layer_norm_forward(const LayerNormForward& params, Isa isa, ParallelFor par
 void layer_norm_backward(const LayerNormBackward& params, Isa isa, ParallelFor parallel_for) {
   const LayerNormKernels& kernels = kernels_for(isa);
   const FloatVector weight(params.weight, params.weight_dtype, params.width, 1.0f);
-  const int64_t chunk_rows = rows_per_chunk(params.rows);
-  const int64_t chunks = ceil_div(params.rows, chunk_rows);
-  ChunkedSum dweight(params.dweight, params.weight_dtype, chunks, params.width);
-  ChunkedSum dbias(params.dbias, params.weight_dtype, chunks, params.width);
-  run_parallel(parallel_for, chunks, tasks_grain(chunk_rows * params.width), [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t first = chunk * chunk_rows;
-      const int64_t last = std::min(first + chunk_rows, params.rows);
-      kernels.backward(params, weight.data(), dweight.row(chunk), dbias.row(chunk), first, last);
-    }
+  const RowChunks chunks(params.rows, params.width);
+  ChunkedSum dweight(params.dweight, params.weight_dtype, chunks.count, params.width);
+  ChunkedSum dbias(params.dbias, params.weight_dtype, chunks.count, params.width);
+  chunks.run(parallel_for, [&](int64_t chunk, int64_t first, int64_t last) {
+    kernels.backward(params, weight.data(), dweight.row(chunk), dbias.row(chunk), first, last);
   });
   dweight.write_total(parallel_for);
   dbias.write_total(parallel_for);

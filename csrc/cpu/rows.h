@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
+#include <new>
 
 #include "common/dtype.h"
 #include "common/numerics.h"
@@ -17,7 +17,7 @@ constexpr int64_t kElementsPerTask = 16384;
 // Rows are summed into dweight and dbias in chunks whose number depends on the shape alone: enough to keep
 // many cores busy, few enough that the partial sums stay small.
 constexpr int64_t kMaxChunks = 64;
-constexpr int64_t kMinRowsPerChunk = 16;
+constexpr int64_t kMinRowsPerChunk = 32;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -25,17 +25,40 @@ inline int64_t tasks_grain(int64_t elements_per_item) {
   return std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, elements_per_item));
 }
 
+// Floats that begin at a cache line, as torch's tensors do. A vector of 64 bytes that straddles two lines
+// costs twice; std::vector aligns to 16 bytes only.
+class AlignedFloats {
+ public:
+  // Not initialised.
+  explicit AlignedFloats(int64_t size)
+      : data_(static_cast<float*>(::operator new(size * sizeof(float), kAlignment))), size_(size) {}
+  AlignedFloats(int64_t size, float value) : AlignedFloats(size) { std::fill(begin(), end(), value); }
+  ~AlignedFloats() { ::operator delete(data_, kAlignment); }
+  AlignedFloats(const AlignedFloats&) = delete;
+  AlignedFloats& operator=(const AlignedFloats&) = delete;
+
+  float* data() { return data_; }
+  const float* data() const { return data_; }
+  float* begin() { return data_; }
+  float* end() { return data_ + size_; }
+  float& operator[](int64_t i) { return data_[i]; }
+  float operator[](int64_t i) const { return data_[i]; }
+  int64_t size() const { return size_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+
+  float* data_;
+  int64_t size_;
+};
+
 // A parameter vector as floats: the caller's own buffer where it already is that, else a converted copy.
 class FloatVector {
  public:
-  FloatVector(const void* data, DType dtype, int64_t width, float missing) {
-    if (data != nullptr && dtype == DType::Float32) {
-      data_ = static_cast<const float*>(data);
-      return;
-    }
-    copy_.resize(width, missing);
-    data_ = copy_.data();
-    if (data == nullptr) return;
+  FloatVector(const void* data, DType dtype, int64_t width, float missing)
+      : copy_(is_floats(data, dtype) ? 0 : width, missing), data_(copy_.data()) {
+    if (is_floats(data, dtype)) data_ = static_cast<const float*>(data);
+    if (data == nullptr || dtype == DType::Float32) return;
     const auto* bits = static_cast<const uint16_t*>(data);
     for (int64_t i = 0; i < width; ++i) {
       const uint32_t lane = bits[i];
@@ -48,7 +71,9 @@ class FloatVector {
   const float* data() const { return data_; }
 
  private:
-  std::vector<float> copy_;
+  static bool is_floats(const void* data, DType dtype) { return data != nullptr && dtype == DType::Float32; }
+
+  AlignedFloats copy_;
   const float* data_;
 };
 
@@ -73,14 +98,21 @@ class ChunkedSum {
   ChunkedSum(void* target, DType dtype, int64_t chunks, int64_t width)
       : target_(target), dtype_(dtype), chunks_(chunks), width_(width), rows_(target ? chunks * width : 0) {}
 
-  float* row(int64_t chunk) { return target_ ? rows_.data() + chunk * width_ : nullptr; }
+  // The row of a chunk, set to zero: for the task that fills it, which so finds it in its cache. Null when no
+  // sum is wanted.
+  float* row(int64_t chunk) {
+    if (target_ == nullptr) return nullptr;
+    float* sum = rows_.data() + chunk * width_;
+    std::fill(sum, sum + width_, 0.0f);
+    return sum;
+  }
 
   void write_total(ParallelFor parallel_for) {
     if (target_ == nullptr) return;
     run_parallel(parallel_for, width_, tasks_grain(chunks_), [&](int64_t begin, int64_t end) {
-      std::vector<float> total(end - begin);
+      AlignedFloats total(end - begin, 0.0f);
       for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-        const float* partial = row(chunk) + begin;
+        const float* partial = rows_.data() + chunk * width_ + begin;
         for (int64_t i = 0; i < end - begin; ++i) total[i] += partial[i];
       }
       for (int64_t i = begin; i < end; ++i) store_as(dtype_, target_, i, total[i - begin]);
@@ -92,10 +124,29 @@ class ChunkedSum {
   DType dtype_;
   int64_t chunks_;
   int64_t width_;
-  std::vector<float> rows_;
+  AlignedFloats rows_;
 };
 
 // How many rows a chunk has whose share of such sums is built by one task.
 inline int64_t rows_per_chunk(int64_t rows) { return std::max(kMinRowsPerChunk, ceil_div(rows, kMaxChunks)); }
+
+// The chunks of a matrix.
+struct RowChunks {
+  RowChunks(int64_t rows, int64_t width)
+      : rows(rows), width(width), rows_each(rows_per_chunk(rows)), count(ceil_div(rows, rows_each)) {}
+
+  // Runs body(chunk, first row, row behind the last) for every chunk.
+  template <class Body>
+  void run(ParallelFor parallel_for, const Body& body) const {
+    run_parallel(parallel_for, count, tasks_grain(rows_each * width), [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const int64_t first = chunk * rows_each;
+        body(chunk, first, std::min(first + rows_each, rows));
+      }
+    });
+  }
+
+  int64_t rows, width, rows_each, count;
+};
 
 }  // namespace evakernels::cpu

@@ -1,7 +1,6 @@
 #include "cpu/swiglu.h"
 
 #include <algorithm>
-#include <vector>
 
 #include "cpu/rows.h"
 #include "cpu/swiglu_kernels.h"
@@ -25,7 +24,7 @@ void swiglu_forward(const SwigluForward& params, Isa isa, ParallelFor parallel_f
   const FloatVector weight(params.norm_weight, params.weight_dtype, norm ? params.width : 0, 1.0f);
   const FloatVector bias(params.norm_bias, params.weight_dtype, norm ? params.width : 0, 0.0f);
   run_parallel(parallel_for, params.rows, tasks_grain(params.width), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(norm ? kSwigluScratch * params.width : 0);
+    AlignedFloats scratch(norm ? kSwigluScratch * params.width : 0);
     kernels.forward(params, norm ? weight.data() : nullptr, bias.data(), scratch.data(), begin, end);
   });
 }
@@ -39,7 +38,7 @@ void swiglu_backward(const SwigluBackward& params, Isa isa, ParallelFor parallel
   ChunkedSum dweight(params.dweight, params.weight_dtype, chunks, params.width);
   ChunkedSum dbias(params.dbias, params.weight_dtype, chunks, params.width);
   run_parallel(parallel_for, chunks, tasks_grain(chunk_rows * params.width), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(norm ? kSwigluScratch * params.width : 0);
+    AlignedFloats scratch(norm ? kSwigluScratch * params.width : 0);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t first = chunk * chunk_rows;
       const int64_t last = std::min(first + chunk_rows, params.rows);

@@ -16,7 +16,7 @@ from evakernels.ops import _autocast
 _library = torch.library.Library("evakernels", "DEF")
 _native_library = torch.library.Library("evakernels_native", "DEF")
 
-_NATIVE_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def define(
@@ -108,8 +108,8 @@ def _native_reasons(name: str) -> backends.Reasons:
         found = []
         if tensor.device.type != "cpu":
             found.append(f"the tensors are on {tensor.device}, not on a CPU")
-        dtypes = {t.dtype for t in backends.tensors(args)} - _NATIVE_DTYPES
-        found += [f"{d} is not one of float32, bfloat16, float16" for d in dtypes if d.is_floating_point]
+        dtypes = dict.fromkeys(t.dtype for t in backends.tensors(args) if t.dtype.is_floating_point)
+        found += [f"{dtype} is not one of float32, bfloat16, float16" for dtype in dtypes if dtype not in _NATIVE_DTYPES]
         return found
 
     return reasons

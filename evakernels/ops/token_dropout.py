@@ -8,7 +8,7 @@ from torch import Tensor
 from evakernels.ops import _check
 from evakernels.ops._register import define, differentiable
 from evakernels.reference import token_dropout as reference
-from evakernels.reference._token_index import check_dtype
+from evakernels.ops._token_index import check_dtype, check_range, check_unique
 
 
 def token_dropout(
@@ -111,8 +111,15 @@ def _backward_fake(
 ) -> Any:
     batch, _, channels = dout.shape
     pos_embed_shape = (num_prefix + num_tokens, channels) if has_pos_embed else (0,)
-    shapes = (batch, num_tokens, channels), (num_prefix, channels), pos_embed_shape
+    patches_shape = (0,) if token_index is None else (batch, num_tokens, channels)
+    shapes = patches_shape, (num_prefix, channels), pos_embed_shape
     return tuple(dout.new_empty(shape) for shape in shapes)
+
+
+def _check_values(patches: Tensor, token_index: Tensor | None, *_: Tensor | None) -> None:
+    if token_index is not None:
+        check_range("token_dropout", token_index, patches.shape[1])
+        check_unique("token_dropout", token_index, patches.shape[1])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -129,6 +136,8 @@ def _gradient(ctx: Any, dout: Tensor) -> Any:
     dpatches, dprefix, dpos_embed = _backward(
         dout, token_index, ctx.num_prefix, ctx.num_tokens, pos_embed_dtype is not None
     )
+    if token_index is None:
+        dpatches = dout[:, ctx.num_prefix :]
     return (
         dpatches.to(patches_dtype),
         None,
@@ -142,6 +151,7 @@ _forward = define(
     "(Tensor patches, Tensor? token_index, Tensor? prefix, Tensor? pos_embed) -> Tensor",
     reference=reference.token_dropout_forward,
     fake=_forward_fake,
+    check=_check_values,
 )
 _backward = define(
     "token_dropout_backward",

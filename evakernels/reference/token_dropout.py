@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from evakernels.reference._numerics import accumulation_dtype
-from evakernels.reference._token_index import check_range, check_unique
 
 
 def token_dropout_forward(
@@ -22,8 +21,6 @@ def token_dropout_forward(
     num_prefix = 0 if prefix is None else prefix.shape[0]
     tokens = patches
     if token_index is not None:
-        check_range("token_dropout", token_index, num_tokens)
-        check_unique("token_dropout", token_index, num_tokens)
         rows = _flat_rows(token_index, num_tokens)
         tokens = patches.reshape(-1, channels).index_select(0, rows).view(batch, -1, channels)
     if pos_embed is not None:
@@ -37,16 +34,15 @@ def token_dropout_forward(
 def token_dropout_backward(
     dout: Tensor, token_index: Tensor | None, num_prefix: int, num_tokens: int, has_pos_embed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    # Where every patch is kept, their gradient is a part of dout: its place stays empty.
     batch, _, channels = dout.shape
-    dtokens = dout[:, num_prefix:]
-    if token_index is None:
-        dpatches = dtokens.clone(memory_format=torch.contiguous_format)
-    else:
+    dtokens, dpatches = dout[:, num_prefix:], dout.new_empty(0)
+    if token_index is not None:
         rows = _flat_rows(token_index, num_tokens)
         dpatches = dout.new_zeros(batch * num_tokens, channels).index_copy_(0, rows, dtokens.reshape(-1, channels))
-        dpatches = dpatches.view(batch, num_tokens, channels)
+        dtokens = dpatches = dpatches.view(batch, num_tokens, channels)
     dprefix = _batch_sum(dout[:, :num_prefix])
-    dpos_embed = torch.cat((dprefix, _batch_sum(dpatches))) if has_pos_embed else dout.new_empty(0)
+    dpos_embed = torch.cat((dprefix, _batch_sum(dtokens))) if has_pos_embed else dout.new_empty(0)
     return dpatches, dprefix, dpos_embed
 
 

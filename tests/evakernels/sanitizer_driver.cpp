@@ -5,29 +5,11 @@
 #include <vector>
 
 #include "cpu/layer_norm.h"
+#include "sanitizer_buffers.h"
 
 using namespace evakernels;
 
 namespace {
-
-int64_t item_size(DType dtype) { return dtype == DType::Float32 ? 4 : 2; }
-
-// `count` ones.
-std::vector<unsigned char> ones(DType dtype, int64_t count) {
-  const uint32_t one = dtype == DType::Float32 ? 0x3F800000u : dtype == DType::BFloat16 ? 0x3F80u : 0x3C00u;
-  std::vector<unsigned char> bytes;
-  bytes.reserve(count * item_size(dtype));
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t byte = 0; byte < item_size(dtype); ++byte) bytes.push_back(one >> (8 * byte));
-  }
-  return bytes;
-}
-
-// Two halves, so that a chunk's range does not begin at zero.
-void halves(int64_t count, int64_t, cpu::RangeBody body, void* context) {
-  if (count > 1) body(0, count / 2, context);
-  if (count > 0) body(count / 2, count, context);
-}
 
 // Every output of a row of ones is known: y = bias = 1, dx = 0, dweight = 0, dbias = rows.
 bool check(cpu::Isa isa, DType dtype, DType weight_dtype, int64_t rows, int64_t width) {

@@ -10,9 +10,11 @@ from op_checks import (
     assert_deterministic,
     assert_gradcheck,
     assert_opcheck,
+    with_gradients,
 )
 
 import evakernels
+from evakernels import _native
 
 OPS = torch.ops.evakernels
 BATCH, TOKENS, CHANNELS, PREFIX = 2, 6, 5, 2
@@ -96,6 +98,14 @@ def test_dropped_tokens_get_a_zero_gradient():
     assert torch.equal(patches.grad, expected.double().unsqueeze(-1).expand_as(patches))
 
 
+def test_where_all_patches_are_kept_their_gradient_is_not_copied():
+    patches, prefix, pos_embed = (t.float().requires_grad_() for t in wide_inputs(2, 6, 5))
+    out = evakernels.token_dropout(patches, prefix=prefix, pos_embed=pos_embed)
+    dout = torch.ones_like(out)
+    (gradient,) = torch.autograd.grad(out, patches, dout)
+    assert gradient.data_ptr() == dout[:, PREFIX:].data_ptr()
+
+
 @pytest.mark.parametrize("token_index", [None, KEPT])
 def test_the_result_is_a_copy(token_index):
     patches = randn(BATCH, TOKENS, CHANNELS)
@@ -156,6 +166,98 @@ PATCHES = torch.ones(2, 6, 5)
 def test_wrong_input_says_what_is_accepted(patches, token_index, options, exception, message):
     with pytest.raises(exception, match=message):
         evakernels.token_dropout(patches, token_index, **options)
+
+
+def wide_inputs(batch: int, tokens: int, channels: int):
+    return randn(batch, tokens, channels), randn(2, channels, seed=1), randn(2 + tokens, channels, seed=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 9, 7), (2, 5, 37), (3, 10, 100)], ids=str)
+def test_odd_shapes(shape, dtype):
+    batch, tokens, _ = shape
+    index = torch.stack([torch.randperm(tokens)[: tokens // 2 + 1] for _ in range(batch)])
+    for token_index in (None, index):
+        assert_as_accurate_as_torch(*pair(token_index), wide_inputs(*shape), dtype)
+
+
+def test_no_samples_no_tokens_none_kept():
+    for shape, index in (
+        ((0, 4, 5), torch.zeros(0, 3, dtype=torch.int64)),
+        ((2, 0, 5), None),
+        ((2, 4, 5), torch.zeros(2, 0, dtype=torch.int64)),
+    ):
+        inputs = [t.float() for t in wide_inputs(*shape)]
+        ours, theirs = (with_gradients(function, inputs) for function in pair(index))
+        for actual, expected in zip(ours[0] + ours[1], theirs[0] + theirs[1], strict=True):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=3)))
+@pytest.mark.parametrize("layout", ["token by token", "channel by channel"])
+def test_every_mix_of_dtypes(dtypes, layout):
+    inputs = [t.to(dtype) for t, dtype in zip(wide_inputs(2, 6, 70), dtypes, strict=True)]
+    if layout == "channel by channel":
+        inputs[0] = inputs[0].transpose(1, 2).contiguous().transpose(1, 2)
+    actual = evakernels.token_dropout(inputs[0], KEPT, prefix=inputs[1], pos_embed=inputs[2])
+    expected = pair(KEPT)[1](*(t.float() for t in inputs))
+    dtype = dtypes[0] if len(set(dtypes)) == 1 else torch.float32
+    assert actual.dtype == dtype
+    # torch rounds the sum of two 16-bit tensors before a float32 prefix widens the result.
+    eps = max(torch.finfo(d).eps for d in dtypes)
+    torch.testing.assert_close(actual.float(), expected, rtol=eps, atol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 31, 32, 70])
+@pytest.mark.parametrize("token_index", [None, KEPT])
+def test_patches_in_any_layout(channels, token_index):
+    """As a convolution leaves them, as slices of something larger, and the same for all samples."""
+    patches, prefix, pos_embed = (t.float() for t in wide_inputs(2, 6, channels))
+    by_channel = patches.transpose(1, 2).contiguous().transpose(1, 2)
+    sparse = torch.zeros(2, 12, 2 * channels)[:, ::2, ::2]
+    sparse.copy_(patches)
+    slices = torch.zeros(2, 9, channels + 3)[:, 3:, 3:]
+    slices.copy_(patches)
+    expected = evakernels.token_dropout(patches, token_index, prefix=prefix, pos_embed=pos_embed)
+    for view in (by_channel, sparse, slices):
+        actual = evakernels.token_dropout(view, token_index, prefix=prefix, pos_embed=pos_embed)
+        assert actual.is_contiguous()
+        assert torch.equal(actual, expected)
+    same = evakernels.token_dropout(patches[:1].expand(2, -1, -1), token_index)
+    assert torch.equal(same, evakernels.token_dropout(patches[:1].repeat(2, 1, 1), token_index))
+
+
+def test_a_dropped_patch_may_hold_anything():
+    patches = randn(BATCH, TOKENS, CHANNELS).float()
+    kept = torch.zeros(BATCH, TOKENS, dtype=torch.bool).scatter_(1, KEPT, True)
+    patches[~kept] = float("nan")
+    assert evakernels.token_dropout(patches, KEPT).isfinite().all()
+    patches[0, KEPT[0, 1]] = float("inf")
+    assert evakernels.token_dropout(patches, KEPT)[0, 1].isinf().all()
+
+
+def test_the_number_of_threads_changes_no_bit():
+    inputs = [t.bfloat16() for t in wide_inputs(16, 40, 64)]
+    index = evakernels.sample_token_index(16, 40, 20, generator=torch.Generator().manual_seed(0))
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(list(itertools.chain(*with_gradients(pair(index)[0], inputs))))
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not _native.implemented("token_dropout_forward", "cpu"), reason="no compiled kernel")
+@pytest.mark.parametrize("wrong", [KEPT + 1, KEPT - 1, torch.tensor([[0, 1, 2], [3, 3, 4]])])
+def test_the_kernels_refuse_a_wrong_index_themselves(wrong):
+    native = torch.ops.evakernels_native
+    with pytest.raises((ValueError, RuntimeError), match="token_index"):
+        native.token_dropout_forward(PATCHES, wrong, None, None)
+    with pytest.raises((ValueError, RuntimeError), match="token_index"):
+        native.token_dropout_backward(PATCHES[:, :3], wrong, 0, 6, True)
 
 
 @pytest.mark.parametrize(("num_tokens", "num_keep"), [(9, 1), (9, 4), (9, 9), (577, 288)])

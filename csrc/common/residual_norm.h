@@ -1,0 +1,98 @@
+// Parameters of the launchers that join a norm with the residual connection around it. All buffers are dense.
+//
+//   add + norm   x = residual + scaled(branch),        y = norm(x)
+//   norm + add   x = residual + scaled(norm(branch))
+//
+// scaled multiplies by layer_scale, one factor a column, and by row_scale, one a sample (an even share of the
+// rows).
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace evakernels {
+
+// A vector of factors or addends; null: it isn't there.
+struct ParameterVector {
+  const void* data;
+  DType dtype;
+};
+
+// A gradient to write, in the dtype of its parameter; null: not wanted.
+struct ParameterGradient {
+  void* data;
+  DType dtype;
+};
+
+struct ResidualNormParameters {
+  ParameterVector weight;       // [width]
+  ParameterVector bias;         // [width]
+  ParameterVector layer_scale;  // [width]
+  ParameterVector row_scale;    // [rows / rows_per_sample]
+};
+
+struct ResidualNormGradients {
+  ParameterGradient weight;       // [width]
+  ParameterGradient bias;         // [width]
+  ParameterGradient layer_scale;  // [width]
+};
+
+struct ResidualNormShape {
+  int64_t rows;
+  int64_t width;
+  int64_t rows_per_sample;
+  DType dtype;         // of the residual, the sum x and their gradients
+  DType branch_dtype;  // of the branch and its gradient
+  bool rms;            // no mean is subtracted
+};
+
+struct AddNormForward {
+  const void* residual;  // [rows, width]
+  const void* branch;    // [rows, width]
+  void* y;               // [rows, width], dtype of the residual
+  void* x;               // [rows, width]
+  float* mean;           // [rows]; not written when rms
+  float* rstd;           // [rows]
+  float eps;
+  ResidualNormParameters parameters;
+  ResidualNormShape shape;
+};
+
+struct AddNormBackward {
+  const void* dy;      // [rows, width], dtype of the residual
+  const void* dx;      // [rows, width]: the gradient that reaches the sum beside that of the norm
+  const void* x;       // [rows, width]
+  const void* branch;  // [rows, width]; read for the gradient of layer_scale only
+  const float* mean;   // [rows]; not read when rms
+  const float* rstd;   // [rows]
+  void* dresidual;     // [rows, width]
+  void* dbranch;       // [rows, width]; null: not wanted
+  ResidualNormParameters parameters;
+  ResidualNormGradients gradients;
+  ResidualNormShape shape;
+};
+
+struct NormAddForward {
+  const void* residual;  // [rows, width]
+  const void* branch;    // [rows, width]
+  void* x;               // [rows, width]
+  float* mean;           // [rows]; not written when rms
+  float* rstd;           // [rows]
+  float eps;
+  ResidualNormParameters parameters;
+  ResidualNormShape shape;
+};
+
+struct NormAddBackward {
+  const void* dx;      // [rows, width]
+  const void* branch;  // [rows, width]
+  const float* mean;   // [rows]; not read when rms
+  const float* rstd;   // [rows]
+  void* dbranch;       // [rows, width]
+  ResidualNormParameters parameters;
+  ResidualNormGradients gradients;
+  ResidualNormShape shape;
+};
+
+}  // namespace evakernels

@@ -1,0 +1,71 @@
+#include "cpu/token_dropout.h"
+
+#include <stdexcept>
+#include <vector>
+
+#include "cpu/rows.h"
+#include "cpu/token_dropout_kernels.h"
+
+namespace evakernels::cpu {
+namespace {
+
+const TokenDropoutKernels& kernels_for(Isa isa) {
+#ifdef EVAKERNELS_X86
+  if (isa == Isa::Avx512) return avx512::token_dropout;
+  if (isa == Isa::Avx2) return avx2::token_dropout;
+#endif
+  return baseline::token_dropout;
+}
+
+// Where each token lies among the kept ones of its sample, -1 where it was dropped: [batch, tokens]. Empty
+// without an index.
+std::vector<int32_t> places(const int64_t* token_index, const TokenDropoutShape& shape) {
+  if (token_index == nullptr) return {};
+  std::vector<int32_t> place(shape.batch * shape.tokens, -1);
+  for (int64_t sample = 0; sample < shape.batch; ++sample) {
+    int32_t* own = place.data() + sample * shape.tokens;
+    for (int64_t i = 0; i < shape.kept_tokens; ++i) {
+      const int64_t token = token_index[sample * shape.kept_tokens + i];
+      if (token < 0 || token >= shape.tokens) throw std::invalid_argument("token_index is out of range");
+      if (own[token] >= 0) throw std::invalid_argument("token_index names a token twice");
+      own[token] = static_cast<int32_t>(i);
+    }
+  }
+  return place;
+}
+
+}  // namespace
+
+void token_dropout_forward(const TokenDropoutForward& params, Isa isa, ParallelFor parallel_for) {
+  const TokenDropoutKernels& kernels = kernels_for(isa);
+  const TokenDropoutShape& shape = params.shape;
+  const FloatVector prefix(params.prefix, params.prefix_dtype, shape.prefix_tokens * shape.channels, 0.0f);
+  if (params.patches.channel_stride == 1) {
+    const int64_t rows = shape.batch * (shape.prefix_tokens + shape.kept_tokens);
+    run_parallel(parallel_for, rows, tasks_grain(shape.channels), [&](int64_t begin, int64_t end) {
+      kernels.forward_rows(params, prefix.data(), begin, end);
+    });
+    return;
+  }
+  const int64_t tiles = shape.batch * ceil_div(shape.channels, kTileChannels);
+  const int64_t tile_size = shape.kept_tokens * kTileChannels;
+  run_parallel(parallel_for, tiles, tasks_grain(tile_size), [&](int64_t begin, int64_t end) {
+    AlignedFloats scratch(tile_size);
+    kernels.forward_tiles(params, prefix.data(), scratch.data(), begin, end);
+  });
+}
+
+void token_dropout_backward(const TokenDropoutBackward& params, Isa isa, ParallelFor parallel_for) {
+  const TokenDropoutKernels& kernels = kernels_for(isa);
+  const TokenDropoutShape& shape = params.shape;
+  const std::vector<int32_t> place = places(params.token_index, shape);
+  const bool prefix_only = params.dpatches == nullptr && params.dpos_embed == nullptr;
+  const int64_t positions = shape.prefix_tokens + (prefix_only ? 0 : shape.tokens);
+  const int64_t grain = tasks_grain(shape.batch * shape.channels);
+  run_parallel(parallel_for, positions, grain, [&](int64_t begin, int64_t end) {
+    AlignedFloats sum(shape.channels);
+    kernels.backward(params, params.token_index ? place.data() : nullptr, sum.data(), begin, end);
+  });
+}
+
+}  // namespace evakernels::cpu

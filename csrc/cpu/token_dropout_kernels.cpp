@@ -1,0 +1,202 @@
+// Compiled once for each instruction set.
+#include "cpu/token_dropout_kernels.h"
+
+#include "cpu/dtype_dispatch.h"
+#include "cpu/simd.h"
+
+namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
+namespace {
+
+// A part of one row of out: its first `count` channels from `channel` on.
+struct Segment {
+  int64_t channel;
+  int64_t count;
+};
+
+template <class P>
+const P* position_row(const TokenDropoutForward& params, int64_t position) {
+  return static_cast<const P*>(params.pos_embed) + position * params.shape.channels;
+}
+
+template <class T>
+T* out_row(const TokenDropoutForward& params, int64_t sample, int64_t row) {
+  const TokenDropoutShape& shape = params.shape;
+  const int64_t rows = shape.prefix_tokens + shape.kept_tokens;
+  return static_cast<T*>(params.out) + (sample * rows + row) * shape.channels;
+}
+
+int64_t kept_token(const TokenDropoutForward& params, int64_t sample, int64_t i) {
+  return params.token_index ? params.token_index[sample * params.shape.kept_tokens + i] : i;
+}
+
+// O is the element type of out, P that of pos_embed, T that of the patches.
+template <class O, class P, class T>
+void write_segment(O* out, const T* token, const P* position, int64_t count) {
+  if (position == nullptr) {
+    for_each_vector(count, [&](int64_t i, auto part) { store(out + i, load(token + i, part), part); });
+    return;
+  }
+  for_each_vector(count, [&](int64_t i, auto part) {
+    store(out + i, load(token + i, part) + load(position + i, part), part);
+  });
+}
+
+template <class O, class P, class T>
+void write_position(const TokenDropoutForward& params, O* out, const T* token, int64_t position,
+                    Segment segment) {
+  const P* addend = params.pos_embed ? position_row<P>(params, position) + segment.channel : nullptr;
+  write_segment(out + segment.channel, token, addend, segment.count);
+}
+
+template <class O, class P, class T>
+void rows_of(const TokenDropoutForward& params, const float* prefix, int64_t begin, int64_t end) {
+  const TokenDropoutShape& shape = params.shape;
+  const PatchTensor& patches = params.patches;
+  const int64_t rows = shape.prefix_tokens + shape.kept_tokens;
+  const Segment whole = {0, shape.channels};
+  for (int64_t n = begin; n < end; ++n) {
+    const int64_t sample = n / rows, row = n % rows;
+    O* out = out_row<O>(params, sample, row);
+    if (row < shape.prefix_tokens) {
+      write_position<O, P>(params, out, prefix + row * shape.channels, row, whole);
+      continue;
+    }
+    const int64_t token = kept_token(params, sample, row - shape.prefix_tokens);
+    const T* patch =
+        static_cast<const T*>(patches.data) + sample * patches.sample_stride + token * patches.token_stride;
+    write_position<O, P>(params, out, patch, shape.prefix_tokens + token, whole);
+  }
+}
+
+// Reads the kept patches channel by channel, each channel's patches side by side, into rows of kTileChannels.
+template <class T>
+void turn_round(const TokenDropoutForward& params, int64_t sample, Segment segment, T* tile) {
+  const PatchTensor& patches = params.patches;
+  const T* first = static_cast<const T*>(patches.data) + sample * patches.sample_stride +
+                   segment.channel * patches.channel_stride;
+  for (int64_t c = 0; c < segment.count; ++c) {
+    const T* channel = first + c * patches.channel_stride;
+    for (int64_t i = 0; i < params.shape.kept_tokens; ++i) {
+      tile[i * kTileChannels + c] = channel[kept_token(params, sample, i)];
+    }
+  }
+}
+
+template <class O, class P, class T>
+void tiles_of(const TokenDropoutForward& params, const float* prefix, T* tile, int64_t begin, int64_t end) {
+  const TokenDropoutShape& shape = params.shape;
+  const int64_t tiles = (shape.channels + kTileChannels - 1) / kTileChannels;
+  for (int64_t n = begin; n < end; ++n) {
+    const int64_t sample = n / tiles, channel = n % tiles * kTileChannels;
+    const int64_t left = shape.channels - channel;
+    const Segment segment = {channel, left < kTileChannels ? left : kTileChannels};
+    turn_round(params, sample, segment, tile);
+    for (int64_t row = 0; row < shape.prefix_tokens; ++row) {
+      const float* token = prefix + row * shape.channels + channel;
+      write_position<O, P>(params, out_row<O>(params, sample, row), token, row, segment);
+    }
+    for (int64_t i = 0; i < shape.kept_tokens; ++i) {
+      const int64_t position = shape.prefix_tokens + kept_token(params, sample, i);
+      O* out = out_row<O>(params, sample, shape.prefix_tokens + i);
+      write_position<O, P>(params, out, tile + i * kTileChannels, position, segment);
+    }
+  }
+}
+
+template <class T>
+void add_to(float* sum, const T* row, int64_t width) {
+  for_each_vector(
+      width, [&](int64_t i, auto part) { store(sum + i, load(sum + i, part) + load(row + i, part), part); });
+}
+
+template <class T>
+void store_sum(void* target, int64_t position, const float* sum, int64_t width) {
+  if (target == nullptr) return;
+  T* row = static_cast<T*>(target) + position * width;
+  for_each_vector(width, [&](int64_t i, auto part) { store(row + i, load(sum + i, part), part); });
+}
+
+void clear(void* row, int64_t bytes) { __builtin_memset(row, 0, bytes); }
+
+template <class T>
+void prefix_backward(const TokenDropoutBackward& params, float* sum, int64_t position) {
+  const TokenDropoutShape& shape = params.shape;
+  const int64_t rows = shape.prefix_tokens + shape.kept_tokens;
+  clear(sum, shape.channels * sizeof(float));
+  for (int64_t sample = 0; sample < shape.batch; ++sample) {
+    const int64_t row = sample * rows + position;
+    add_to(sum, static_cast<const T*>(params.dout) + row * shape.channels, shape.channels);
+  }
+  store_sum<T>(params.dprefix, position, sum, shape.channels);
+  store_sum<T>(params.dpos_embed, position, sum, shape.channels);
+}
+
+template <class T>
+void patch_backward(const TokenDropoutBackward& params, const int32_t* place, float* sum, int64_t token) {
+  const TokenDropoutShape& shape = params.shape;
+  const int64_t rows = shape.prefix_tokens + shape.kept_tokens;
+  const int64_t bytes = shape.channels * sizeof(T);
+  clear(sum, shape.channels * sizeof(float));
+  for (int64_t sample = 0; sample < shape.batch; ++sample) {
+    const int64_t patch = sample * shape.tokens + token;
+    T* dpatch = params.dpatches ? static_cast<T*>(params.dpatches) + patch * shape.channels : nullptr;
+    const int64_t in_order = token < shape.kept_tokens ? token : -1;
+    const int64_t i = place ? place[patch] : in_order;
+    if (i < 0) {
+      if (dpatch) clear(dpatch, bytes);
+      continue;
+    }
+    const int64_t row = sample * rows + shape.prefix_tokens + i;
+    const T* gradient = static_cast<const T*>(params.dout) + row * shape.channels;
+    if (dpatch) __builtin_memcpy(dpatch, gradient, bytes);
+    if (params.dpos_embed) add_to(sum, gradient, shape.channels);
+  }
+  store_sum<T>(params.dpos_embed, shape.prefix_tokens + token, sum, shape.channels);
+}
+
+// Calls body with the element types of out, pos_embed and patches.
+template <class Body>
+void with_element_types(const TokenDropoutForward& params, const Body& body) {
+  with_element_type(params.out_dtype, [&]<class O>(O out) {
+    // A 16-bit result has inputs of its own dtype only: it is the widest of theirs.
+    if constexpr (sizeof(O) == 2) {
+      body(out, O{}, O{});
+    } else {
+      with_element_type(params.pos_embed_dtype, [&](auto pos_embed) {
+        with_element_type(params.patches.dtype, [&](auto patches) { body(out, pos_embed, patches); });
+      });
+    }
+  });
+}
+
+void forward_rows(const TokenDropoutForward& params, const float* prefix, int64_t begin, int64_t end) {
+  with_element_types(
+      params, [&]<class O, class P, class T>(O, P, T) { rows_of<O, P, T>(params, prefix, begin, end); });
+}
+
+void forward_tiles(const TokenDropoutForward& params, const float* prefix, float* scratch, int64_t begin,
+                   int64_t end) {
+  with_element_types(params, [&]<class O, class P, class T>(O, P, T) {
+    tiles_of<O, P, T>(params, prefix, reinterpret_cast<T*>(scratch), begin, end);
+  });
+}
+
+void backward(const TokenDropoutBackward& params, const int32_t* place, float* sum, int64_t begin,
+              int64_t end) {
+  const int64_t prefix_tokens = params.shape.prefix_tokens;
+  with_element_type(params.dtype, [&]<class T>(T) {
+    for (int64_t position = begin; position < end; ++position) {
+      if (position < prefix_tokens) {
+        prefix_backward<T>(params, sum, position);
+      } else {
+        patch_backward<T>(params, place, sum, position - prefix_tokens);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+const TokenDropoutKernels token_dropout = {forward_rows, forward_tiles, backward};
+
+}  // namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE
