@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 import evakernels
-from benchmarks.operation import Function, Kind, Operation, peers_of
+from benchmarks.operation import Function, Kind, Operation, peers_of, version_of
 from benchmarks.shapes import Shape
 from evaclip.errors import unknown_name
 from evakernels.backends import PREFERENCE, why_not
 
-OURS, EAGER, COMPILE = "evakernels", "torch eager", "torch.compile"
+OURS, COMPILE = "evakernels", "torch.compile"
 NOBODY = "none"
 
 
@@ -24,7 +24,7 @@ class Candidate:
     """One implementation of an operation.
 
     Attributes:
-        name: `evakernels <backend>`, `torch eager`, `torch.compile`, or the peer's.
+        name: `evakernels <backend>`, `torch.compile`, or that of the baseline or the peer.
         version: of the distribution that it comes from.
         build: makes the function for a shape.
         context: the surroundings in which it must be called.
@@ -46,11 +46,12 @@ def candidates(
         op: the operation.
         device: the device type.
         backends: backends of this library; by default all that implement the op.
-        peers: names of peers, `torch.compile` among them; by default all. `none` for none. `torch eager` is always
-            there: it is what the others are compared with.
+        peers: names of peers, `torch.compile` among them; by default all. `none` for none. The operation's baseline is
+            always there: it is what the others are compared with.
     """
     found, absent = _ours(op, backends)
-    found.append(Candidate(EAGER, "baseline", torch.__version__, lambda shape: op.eager))
+    version = version_of(op.baseline.package) or ""
+    found.append(Candidate(op.baseline.name, "baseline", version, lambda shape: op.eager))
     if not peers or COMPILE in peers:
         found.append(Candidate(COMPILE, "peer", torch.__version__, lambda shape: compiled(op.eager)))
     for peer in peers_of(op.name):
@@ -67,15 +68,28 @@ def candidates(
 def _ours(op: Operation, backends: Sequence[str]) -> tuple[list[Candidate], dict[str, str]]:
     version = evakernels.info()["evakernels"] or ""
     if op.registered is None:
-        chosen = Candidate(OURS, "ours", version, lambda shape: op.ours)
-        reference = _on_backend(op, "reference", version)
-        return [c for c, backend in ((chosen, ""), (reference, "reference")) if not backends or backend in backends], {}
+        return _composed(op, backends, version), {}
     reasons = {
         backend: why_not(op.registered, backend) for backend in PREFERENCE if not backends or backend in backends
     }
     found = [_on_backend(op, backend, version) for backend, why in reasons.items() if not why]
     absent = {f"{OURS} {backend}": "; ".join(why) for backend, why in reasons.items() if why}
     return found, absent
+
+
+def _composed(op: Operation, backends: Sequence[str], version: str) -> list[Candidate]:
+    """A composition of ops with the backends that each of them chooses, and with the references."""
+    found = []
+    if set(backends) != {"reference"}:
+        ways = {OURS: op.ours, **{f"{OURS} {name}": function for name, function in op.variants.items()}}
+        found += [Candidate(name, "ours", version, partial(_given, function)) for name, function in ways.items()]
+    if not backends or "reference" in backends:
+        found.append(_on_backend(op, "reference", version))
+    return found
+
+
+def _given(function: Function, shape: Shape) -> Function:
+    return function
 
 
 def _on_backend(op: Operation, backend: str, version: str) -> Candidate:
@@ -85,7 +99,7 @@ def _on_backend(op: Operation, backend: str, version: str) -> Candidate:
 
 def check_names(chosen: Sequence[Operation], backends: Sequence[str], peers: Sequence[str]) -> None:
     """Raises `UserError` for a backend or peer that no operation of `chosen` knows."""
-    known = [peer.name for op in chosen for peer in peers_of(op.name)]
+    known = [name for op in chosen for name in (op.baseline.name, *(peer.name for peer in peers_of(op.name)))]
     for kind, given, accepted in (("backend", backends, PREFERENCE), ("peer", peers, [*known, COMPILE, NOBODY])):
         for name in given:
             if name not in accepted:

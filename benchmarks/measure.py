@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import accuracy, memory
-from benchmarks.candidates import EAGER, Candidate
+from benchmarks.candidates import Candidate
 from benchmarks.operation import Cost, Draw, Function, Inputs, Operation
 from benchmarks.results import Machine, Row
 from benchmarks.shapes import Shape
@@ -87,7 +87,7 @@ def _prepare(case: Case, contestants: Sequence[Candidate], machine: Machine, tim
     for candidate in contestants:
         case.rows[candidate.name] = _empty_row(case, candidate, machine)
         _guarded(case, candidate, partial(_first, case, candidate, timer, truth))
-    baseline = case.rows[EAGER].error if EAGER in case.rows else None
+    baseline = next((row.error for row in case.rows.values() if row.kind == "baseline"), None)
     for row in case.rows.values():
         row.baseline_error = baseline
 

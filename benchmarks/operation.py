@@ -58,6 +58,17 @@ class Draw:
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """Who `Operation.eager` is: how it is shown, and the distribution it comes from."""
+
+    name: str
+    package: str
+
+
+TORCH_EAGER = Baseline("torch eager", "torch")
+
+
+@dataclass(frozen=True)
 class Operation:
     """One op.
 
@@ -68,6 +79,8 @@ class Operation:
         eager: the same thing in plain PyTorch. It is what every candidate's speed and error are compared with; on
             float64 inputs it is the truth.
         ours: this library's function.
+        baseline: who `eager` is.
+        variants: other ways to call this library's function, by name.
         work: the cost by formula, given the bytes of one element.
         shapes: default shapes by device type.
         gradients: names of the inputs whose gradients the training pass computes; none for an op without backward.
@@ -84,6 +97,8 @@ class Operation:
     shapes: Mapping[str, Sequence[str]]
     gradients: tuple[str, ...] = ()
     registered: str | None = None
+    baseline: Baseline = TORCH_EAGER
+    variants: Mapping[str, Function] = field(default_factory=dict)
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -120,10 +135,7 @@ class Peer:
     @property
     def version(self) -> str | None:
         """The version of its distribution; None if it isn't installed."""
-        try:
-            return metadata.version(self.package or "torch")
-        except metadata.PackageNotFoundError:
-            return None
+        return version_of(self.package or "torch")
 
 
 @dataclass
@@ -165,6 +177,14 @@ def peer(
         return build
 
     return add
+
+
+def version_of(package: str) -> str | None:
+    """The version of a distribution; None if it isn't installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def operations() -> dict[str, Operation]:

@@ -22,8 +22,12 @@ class PlainClip(nn.Module):
             self.logit_scale = nn.Parameter(torch.empty(()))
         self._fill_tables(config.vision, device)
 
-    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of length 1, and the temperature."""
+    def forward(
+        self, images: Tensor, texts: Tensor, token_index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of length 1, and the temperature; of the patches `token_index` `[B, K]` alone, if it is given."""
+        trunk: Any = self.visual["trunk"]
+        trunk.patch_drop = None if token_index is None else partial(_keep_patches, token_index)
         image_features = F.normalize(self.visual["trunk"](images), dim=-1)
         return image_features, F.normalize(self.text(texts), dim=-1), self.logit_scale.exp()
 
@@ -46,6 +50,13 @@ class PlainClip(nn.Module):
         for block in trunk.blocks:
             if getattr(block.attn, "k_bias", None) is not None:
                 block.attn.k_bias = torch.zeros(config.width, device=device)
+
+
+def _keep_patches(token_index: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What timm's patch dropout does behind the class token, with patches that were drawn elsewhere."""
+    prefix, patches = tokens[:, :1], tokens[:, 1:]
+    kept = patches.gather(1, token_index.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+    return torch.cat((prefix, kept), dim=1), token_index
 
 
 def _plain_vision(config: VisionConfig, embed_dim: int) -> nn.Module:

@@ -5,7 +5,8 @@ with the same parameters. The models themselves hold no values: parameters are i
 """
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,21 +15,27 @@ from torch.func import functional_call
 
 import evakernels
 from benchmarks.cases._open_clip import PlainClip
+from benchmarks.cases._patches import kept_patches
 from benchmarks.cases.contrastive import clip_loss
-from benchmarks.operation import Cost, Draw, Inputs, Operation, Work, register
+from benchmarks.operation import Baseline, Cost, Draw, Inputs, Operation, Work, register
 from benchmarks.shapes import Shape, short_names
-from evaclip import CLIPConfig, create_model
+from evaclip import CLIPConfig, Savings, create_model
 from evaclip.errors import UserError
 from evaclip.model.config import override
 from evaclip.model.flops import text_flops, vision_flops
+from evaclip.tokenizer import Tokenizer
 from evaclip.weights import to_open_clip
 
 MODEL_OPERATIONS = ("encode_image", "encode_text", "clip_step")
 """Names of the operations of this file: those that are whole models."""
 
+_CAPTIONS = Path(__file__).parents[1] / "captions.txt"
 _NOISE = 0.02
 """Added to the start values of training, under which biases are zero and the towers end in almost nothing."""
 
+OPEN_CLIP = Baseline("open_clip", "open_clip_torch")
+
+_DEFAULT, _RECOMPUTE = Savings(), Savings(recompute="activations")
 _VISION, _TEXT = "visual.", "text."
 
 
@@ -46,12 +53,13 @@ class Network:
     names: tuple[str, ...]
     buffers: dict[str, Tensor]
 
-    def __call__(self, parameters: list[Tensor], *args: Tensor) -> Any:
-        """Runs the module with these parameters."""
+    def __call__(self, parameters: list[Tensor], *args: Tensor, token_index: Tensor | None = None) -> Any:
+        """Runs the module with these parameters, on the patches of `token_index` if there is one."""
         tensors = dict(zip(self.names, parameters, strict=True))
         for name, values in self.buffers.items():
             tensors[name] = values.to(parameters[0].dtype)
-        return functional_call(self.module, tensors, args)
+        options = {} if token_index is None else {"token_index": token_index}
+        return functional_call(self.module, tensors, args, options)
 
 
 @dataclass(frozen=True)
@@ -66,17 +74,27 @@ class Pair:
 
 
 def _image_inputs(shape: Shape, draw: Draw) -> Inputs:
-    return {**_model(shape, draw, _VISION, draw.dtype), "samples": _images(shape, draw)}
+    return {**_model(_whole(shape), draw, _VISION, draw.dtype), "samples": _images(shape, draw)}
 
 
 def _text_inputs(shape: Shape, draw: Draw) -> Inputs:
-    return {**_model(shape, draw, _TEXT, draw.dtype), "samples": _texts(shape, draw)}
+    return {**_model(_whole(shape), draw, _TEXT, draw.dtype), "samples": _texts(shape, draw)}
+
+
+def _whole(shape: Shape) -> Shape:
+    if shape.drop:
+        raise UserError(f"shape {shape.name!r}: patches are dropped in training only; clip_step measures that")
+    return shape
 
 
 def _step_inputs(shape: Shape, draw: Draw) -> Inputs:
     """Parameters in float32: with images of 16 bits, autocast does the rest, as in training."""
-    images, texts = _images(shape, draw), _texts(shape, draw)
-    return {**_model(shape, draw, "", torch.float32), "images": images, "texts": texts}
+    return {
+        **_model(shape, draw, "", torch.float32),
+        "images": _images(shape, draw),
+        "texts": _texts(shape, draw),
+        "token_index": kept_patches("clip_step", shape, draw),
+    }
 
 
 def _model(shape: Shape, draw: Draw, part: str, dtype: torch.dtype) -> Inputs:
@@ -88,13 +106,7 @@ def _model(shape: Shape, draw: Draw, part: str, dtype: torch.dtype) -> Inputs:
 
 
 def _pixels(shape: Shape) -> int:
-    """The side of the images, that of the model for a shape of the text tower.
-
-    Raises:
-        UserError: patches are dropped, which the two models would draw differently.
-    """
-    if shape.drop:
-        raise UserError(f"shape {shape.name!r}: whole models are measured without dropped patches")
+    """The side of the images, that of the model for a shape of the text tower."""
     return shape.pixels or shape.config.vision.image_size
 
 
@@ -103,11 +115,14 @@ def _images(shape: Shape, draw: Draw) -> Tensor:
 
 
 def _texts(shape: Shape, draw: Draw) -> Tensor:
-    """Captions of full length; the largest number ends each of them."""
-    config = shape.config.text
-    texts = draw.integers(config.vocab_size - 1, shape.batch, config.context_length)
-    texts[:, -1] = config.vocab_size - 1
-    return texts
+    """Captions of photographs, as in use: most of a row is padding."""
+    captions = _captions(shape.config.text.context_length).to(draw.device)
+    return captions[draw.integers(len(captions), shape.batch)]
+
+
+@cache
+def _captions(context_length: int) -> Tensor:
+    return Tokenizer(context_length)(_CAPTIONS.read_text().splitlines())
 
 
 @lru_cache(maxsize=1)
@@ -127,12 +142,15 @@ def _parameters(model: str, pixels: int, device: torch.device) -> dict[str, Tens
 @cache
 def _pair(model: str, pixels: int, device: torch.device, part: str) -> Pair:
     """Both networks of a tower, or of the whole model where `part` is empty."""
-    ours = create_model(short_names()[model], device="meta", vision={"image_size": pixels}).eval()
+    ours = create_model(short_names()[model], device="meta", vision={"image_size": pixels})
     if ours.visual.rope is not None:
         ours.visual.rope.fill(device)
-    plain = PlainClip(ours.config, device).eval()
+    plain = PlainClip(ours.config, device)
     plain_part = f"{part}trunk." if part == _VISION else part
-    our_module, plain_module = _submodule(ours, part), _submodule(plain, plain_part)
+    # Only whole models are trained.
+    our_module, plain_module = (
+        _submodule(model, own).train(part == "") for model, own in ((ours, part), (plain, plain_part))
+    )
     plain_names = _names(to_open_clip(ours.state_dict()), plain_part)
     return Pair(
         Network(our_module, _names(ours.state_dict(), part), {}),
@@ -162,14 +180,24 @@ def _encode_plain(pair: Pair, parameters: list[Tensor], samples: Tensor) -> Tens
     return features
 
 
-def _step_ours(pair: Pair, parameters: list[Tensor], images: Tensor, texts: Tensor) -> Tensor:
+def _step_ours(
+    pair: Pair,
+    parameters: list[Tensor],
+    images: Tensor,
+    texts: Tensor,
+    token_index: Tensor | None,
+    savings: Savings = _DEFAULT,
+) -> Tensor:
+    pair.ours.module.set_savings(savings)
     with _autocast(parameters, images):
-        return evakernels.clip_loss(*pair.ours(parameters, images, texts))
+        return evakernels.clip_loss(*pair.ours(parameters, images, texts, token_index=token_index))
 
 
-def _step_plain(pair: Pair, parameters: list[Tensor], images: Tensor, texts: Tensor) -> Tensor:
+def _step_plain(
+    pair: Pair, parameters: list[Tensor], images: Tensor, texts: Tensor, token_index: Tensor | None
+) -> Tensor:
     with _autocast(parameters, images):
-        return clip_loss(*pair.plain(parameters, images, texts))
+        return clip_loss(*pair.plain(parameters, images, texts, token_index=token_index))
 
 
 def _autocast(parameters: list[Tensor], images: Tensor) -> torch.autocast:
@@ -204,7 +232,8 @@ def _step_work(shape: Shape, itemsize: int) -> Work:
     What lies between is neither input nor output.
     """
     config, batch = _config(shape), shape.batch
-    towers = vision_flops(config.vision, config.embed_dim) + text_flops(config.text, config.embed_dim)
+    keep = shape.kept_patches / shape.patches
+    towers = vision_flops(config.vision, config.embed_dim, keep) + text_flops(config.text, config.embed_dim)
     forward = batch * towers + 2 * batch**2 * config.embed_dim
     pixels = 3 * config.vision.image_size**2
     embedding = 2 * batch * config.vision.width * pixels
@@ -240,6 +269,7 @@ register(
         inputs=_image_inputs,
         eager=_encode_plain,
         ours=_encode_ours,
+        baseline=OPEN_CLIP,
         work=_image_work,
         shapes={
             "cpu": ("eva02-b16@224 b1",),
@@ -254,6 +284,7 @@ register(
         inputs=_text_inputs,
         eager=_encode_plain,
         ours=_encode_ours,
+        baseline=OPEN_CLIP,
         work=_text_work,
         shapes={
             "cpu": ("eva02-b16:text b1",),
@@ -268,6 +299,8 @@ register(
         inputs=_step_inputs,
         eager=_step_plain,
         ours=_step_ours,
+        baseline=OPEN_CLIP,
+        variants={"recompute activations": partial(_step_ours, savings=_RECOMPUTE)},
         work=_step_work,
         shapes={
             "cpu": ("emoji@48 b32",),  # larger ones take torch.compile minutes

@@ -109,7 +109,7 @@ def _native_reasons(name: str) -> backends.Reasons:
         if tensor.device.type != "cpu":
             found.append(f"the tensors are on {tensor.device}, not on a CPU")
         dtypes = dict.fromkeys(t.dtype for t in backends.tensors(args) if t.dtype.is_floating_point)
-        found += [f"{dtype} is not one of float32, bfloat16, float16" for dtype in dtypes if dtype not in _NATIVE_DTYPES]
+        found += [f"{d} is not one of float32, bfloat16, float16" for d in dtypes if d not in _NATIVE_DTYPES]
         return found
 
     return reasons

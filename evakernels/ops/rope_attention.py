@@ -8,9 +8,9 @@ from torch import Tensor
 from evakernels.ops import _check
 from evakernels.ops._autocast import matmul_inputs
 from evakernels.ops._register import define, differentiable
+from evakernels.ops._token_index import check_dtype, check_range
 from evakernels.reference import rope_attention as reference
 from evakernels.reference._numerics import accumulation_dtype
-from evakernels.ops._token_index import check_dtype, check_range
 
 MAX_PREFIX = 16
 """The most tokens (class token and registers) that may stand unrotated before the patches."""

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from evakernels.ops import _check
 from evakernels.ops._register import define, differentiable
-from evakernels.reference import token_dropout as reference
 from evakernels.ops._token_index import check_dtype, check_range, check_unique
+from evakernels.reference import token_dropout as reference
 
 
 def token_dropout(

@@ -11,7 +11,7 @@ import torch
 from bench_fakes import registered, tanh_operation
 
 from benchmarks import profiling
-from benchmarks.candidates import EAGER, Candidate, candidates
+from benchmarks.candidates import Candidate, candidates
 from benchmarks.measure import Case
 from benchmarks.operation import Operation
 from benchmarks.profiling import main, ncu_command, profile_case
@@ -24,7 +24,7 @@ SHAPE = "eva02-b16@224 b1"
 def a_case(op: Operation, mode: str = "training", device: str = "cpu") -> tuple[Case, Candidate]:
     """A case, and plain PyTorch on it."""
     case = Case(op, parse_shape(SHAPE), mode, torch.float32, torch.device(device))
-    return case, next(one for one in candidates(op, device)[0] if one.name == EAGER)
+    return case, next(one for one in candidates(op, device)[0] if one.kind == "baseline")
 
 
 def events(path: Path) -> list[dict[str, Any]]:
