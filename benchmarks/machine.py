@@ -1,6 +1,5 @@
 """The machine: what it is, what it can do at most, and whether it was left alone while it was measured."""
 
-import ctypes
 import datetime
 import os
 import platform
@@ -21,7 +20,6 @@ from benchmarks.gpu_state import read_state
 from benchmarks.results import Machine
 
 _DEFAULT_CACHE = 32 << 20
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # numbers of glibc's malloc.h
 BUSY_SHARE = 0.1
 """Share of the processors that others may use before the run is called disturbed."""
 DRIFT = 0.1
@@ -76,18 +74,6 @@ def _best(call: Callable[[], object], device: torch.device, seconds: float = 0.4
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times[1:])
-
-
-def keep_freed_memory() -> None:
-    """Makes glibc keep what is freed, for the rest of the process.
-
-    By default it maps large blocks anew each time, and the page faults of a temporary cost more than many an op: the
-    same call took 1.0 or 7.5 ms from pass to pass (layer_norm's reference, AMD EPYC, 2026-11-24).
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 class Watch:

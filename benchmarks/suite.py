@@ -13,6 +13,7 @@ from benchmarks.results import Results
 from benchmarks.shapes import Shape, parse_shape
 from benchmarks.timing import CpuTimer, Timer
 from evaclip.errors import UserError
+from evaclip.train.host import keep_freed_memory
 
 DTYPES = {
     "float32": torch.float32,
@@ -54,7 +55,7 @@ def run(operations: Sequence[Operation], plan: Plan, progress: Progress = lambda
     """
     check_names(operations, plan.backends, plan.peers)
     device = _device(plan.device)
-    machines.keep_freed_memory()
+    keep_freed_memory()
     timer = _timer(device)
     cases = list_cases(operations, plan)
     packages = {peer.package for op in operations for peer in peers_of(op.name) if peer.package}
