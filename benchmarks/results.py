@@ -159,11 +159,19 @@ class Results:
     def write_json(self, path: Path) -> None:
         """Writes everything, atomically; into a folder under `file_name`."""
         target = path / self.file_name if path.is_dir() else path
-        write_text(target, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        head = {"format": FORMAT, "machine": asdict(self.machine), "absent": self.absent}
+        rows = ",\n".join(json.dumps(_shortened(row)) for row in self.rows)
+        write_text(target, json.dumps(head, indent=1).removesuffix("\n}") + f',\n "rows": [\n{rows}\n ]\n}}\n')
 
     def write_csv(self, path: Path) -> None:
         """Writes one line a row, with the derived numbers instead of the samples."""
         write_text(path, to_csv(self.rows))
+
+
+def _shortened(row: Row) -> dict[str, Any]:
+    """A row for the file: its times with four digits, which is more than they repeat to."""
+    times = [[float(f"{value:.4g}") for value in one_pass] for one_pass in row.samples_ms]
+    return asdict(row) | {"samples_ms": times}
 
 
 def read_results(path: Path) -> Results:
