@@ -14,6 +14,7 @@ from benchmarks.cases import layer_norm  # noqa: F401  registers the operations
 from benchmarks.operation import get_operation, peer
 from benchmarks.suite import Plan, list_cases, run
 from evaclip.errors import UserError
+from evakernels import backends
 
 CPU = torch.device("cpu")
 
@@ -30,11 +31,12 @@ def test_our_backends_are_measured_one_by_one() -> None:
     assert absent == {}
 
 
-def test_a_backend_that_does_not_exist_is_absent_with_the_reason() -> None:
-    op = tanh_operation(registered="token_dropout_forward")
+def test_a_backend_that_does_not_exist_is_absent_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends._implementations, "tanh_forward", {})
+    op = tanh_operation(registered="tanh_forward")
     found, absent = candidates(op, "cpu", backends=["cpu"], peers=["none"])
     assert [candidate.name for candidate in found] == ["torch eager"]
-    assert absent == {"evakernels cpu": "token_dropout_forward has no compiled CPU kernel"}
+    assert absent == {"evakernels cpu": "tanh_forward has no cpu implementation"}
 
 
 def test_absent_peers_say_why() -> None:
