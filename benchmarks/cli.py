@@ -204,7 +204,7 @@ def _compare(args: argparse.Namespace) -> None:
 
     comparison = compare(read_results(args.before), read_results(args.after), args.threshold)
     print_comparison(comparison)
-    if comparison.regressions:
+    if comparison.regressions or comparison.shifts:
         raise SystemExit(1)
 
 

@@ -7,7 +7,7 @@ with the same parameters. The models themselves hold no values: parameters are i
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from benchmarks.cases._patches import kept_patches
 from benchmarks.cases.contrastive import clip_loss
 from benchmarks.operation import Baseline, Cost, Draw, Inputs, Operation, Work, register
 from benchmarks.shapes import Shape, short_names
-from evaclip import CLIPConfig, Savings, create_model
+from evaclip import CLIP, CLIPConfig, Savings, create_model
 from evaclip.errors import UserError
 from evaclip.model.config import override
 from evaclip.model.flops import text_flops, vision_flops
@@ -60,6 +60,12 @@ class Network:
             tensors[name] = values.to(parameters[0].dtype)
         options = {} if token_index is None else {"token_index": token_index}
         return functional_call(self.module, tensors, args, options)
+
+    def hold(self, parameters: list[Tensor]) -> None:
+        """Leaves these parameters in the module: a backward pass that computes again looks for them there."""
+        for name, values in zip(self.names, parameters, strict=True):
+            owner, _, last = name.rpartition(".")
+            self.module.get_submodule(owner)._parameters[last] = cast(nn.Parameter, values)
 
 
 @dataclass(frozen=True)
@@ -188,7 +194,9 @@ def _step_ours(
     token_index: Tensor | None,
     savings: Savings = _DEFAULT,
 ) -> Tensor:
-    pair.ours.module.set_savings(savings)
+    cast(CLIP, pair.ours.module).set_savings(savings)
+    if savings.recompute != "none":
+        pair.ours.hold(parameters)
     with _autocast(parameters, images):
         return evakernels.clip_loss(*pair.ours(parameters, images, texts, token_index=token_index))
 

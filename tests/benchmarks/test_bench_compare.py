@@ -199,6 +199,43 @@ def test_notes_tell_why_to_be_careful() -> None:
     assert changed().notes == []
 
 
+def test_a_single_row_is_a_suspect_and_two_are_a_regression() -> None:
+    def in_shapes(*shapes: str) -> Plant:
+        return lambda row: (
+            2.0
+            if (row.op, row.mode, row.candidate) == ("lamb", "forward", "evakernels cpu") and row.shape in shapes
+            else 1.0
+        )
+
+    one = compare(simulate(0), simulate(1, plant=in_shapes(SHAPES[0])))
+    assert [(found.row.op, found.row.shape) for found in one.suspects] == [("lamb", SHAPES[0])]
+    assert not one.regressions
+    assert not one.shifts
+    both = compare(simulate(0), simulate(1, plant=in_shapes(*SHAPES)))
+    assert {found.row.shape for found in both.regressions} == set(SHAPES)
+    assert not both.suspects
+
+
+def test_a_slow_down_within_the_noise_of_every_row_shows_in_the_operation() -> None:
+    def noisy(seed: int, factor: float) -> Results:
+        rng, results = random.Random(seed), Results(machine(), [])
+        for case in range(12):
+            for name, kind in CANDIDATES:
+                base = rng.gauss(1, 0.02) * (factor if kind == "ours" else 1)
+                passes = [[base * (1, 1.4, 1.4)[number]] * ROUNDS for number in range(PASSES)]
+                results.rows.append(row(candidate=name, kind=kind, shape=f"eva02-b16@224 b{case}", samples_ms=passes))
+        return results
+
+    slower = compare(noisy(0, 1.0), noisy(1, 1.2))
+    assert not slower.regressions
+    assert [(shift.op, shift.candidate, shift.rows) for shift in slower.shifts] == [
+        ("layer_norm", "evakernels cpu", 12),
+        ("layer_norm", "evakernels reference", 12),
+    ]
+    assert all(1.15 < shift.change < 1.25 and shift.error < 0.03 for shift in slower.shifts)
+    assert not compare(noisy(0, 1.0), noisy(1, 1.0)).shifts
+
+
 def test_wrong_input_is_refused() -> None:
     results = Results(machine(), [row()])
     for threshold in (0.0, -0.1, float("nan"), float("inf")):
@@ -215,8 +252,8 @@ def test_the_output_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:
     print_comparison(compare(simulate(0), after))
     output = capsys.readouterr().out
     assert "\x1b" not in output
-    assert "5 regressions in 5 rows" not in output
-    assert "6 regressions in 6 rows" in output
+    assert "regressions of layer_norm, swiglu" in output
+    assert "swiglu is slower with evakernels cpu: +5" in output
     assert "RuntimeError: no [kernel]" in output
     assert "3 MiB" in output
     assert "swiglu training eva02-b16@224 b8 float32" in output

@@ -145,7 +145,9 @@ def test_compiles_without_a_graph_break(vision: dict[str, object]) -> None:
     torch.manual_seed(2)
     actual = _gradients_of(model, compiled(model, images, tokens))
     for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+        # Captions are packed in eager mode and padded in a graph: the same sums in another order.
+        slack = 2e-5 * float(gradient.abs().max())
+        torch.testing.assert_close(actual[name], gradient, atol=slack, rtol=0, msg=name)
 
 
 def test_compiles_with_checkpointing() -> None:
