@@ -26,7 +26,10 @@ _EXAMPLES = {
         "python -m benchmarks op rope_attention --shape 'eva02-l14@336 b4' --dtype bfloat16 --peer torch.compile",
         "python -m benchmarks op layer_norm --plugin my_norm.py --plot report/",
     ],
-    "model": ["python -m benchmarks model clip_step --shape 'eva02-b16@224 b2'"],
+    "model": [
+        "python -m benchmarks model --peer open_clip",
+        "python -m benchmarks model clip_step --shape 'eva02-b16@224 b16 drop50' --mode training",
+    ],
     "all": ["python -m benchmarks all --json run.json --plot report/"],
     "compare": ["python -m benchmarks compare before.json after.json"],
     "report": ["python -m benchmarks report run.json --out report/"],
@@ -48,7 +51,7 @@ def _build_parser() -> argparse.ArgumentParser:
     op = _add(verbs, "op", "measure one or more operations", _measure_named)
     op.add_argument("names", nargs="+", metavar="NAME", help="an operation, as `list` names them")
     model = _add(verbs, "model", "measure whole models", _measure_models)
-    model.add_argument("names", nargs="+", metavar="NAME", help="encode_image, encode_text or clip_step")
+    model.add_argument("names", nargs="*", metavar="NAME", help="encode_image, encode_text, clip_step (default: all)")
     everything = _add(verbs, "all", "measure everything", _measure_all)
     for verb in (op, model, everything):
         _add_measuring(verb)
@@ -116,6 +119,7 @@ def _measure_named(args: argparse.Namespace) -> None:
 def _measure_models(args: argparse.Namespace) -> None:
     from benchmarks.cases.models import MODEL_OPERATIONS
 
+    args.names = args.names or MODEL_OPERATIONS
     for name in args.names:
         if name not in MODEL_OPERATIONS:
             raise unknown_name("model operation", name, MODEL_OPERATIONS)

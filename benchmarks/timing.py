@@ -22,6 +22,8 @@ class Rotation:
 
 
 MIN_ROUNDS, MAX_ROUNDS = 8, 40
+ROUNDS_OF_SECONDS = 5
+"""Rounds where one call takes a second or more."""
 _WINDOW_MS = 2.0
 """What one sample lasts at least: far above the clock's resolution and the loop's own cost."""
 _ESTIMATES = 3
@@ -63,7 +65,7 @@ class CpuTimer:
 
     def rounds(self, rotations: Sequence[Rotation], seconds: float) -> list[list[float]]:
         """See `Timer.rounds`."""
-        once = [min(_sample(rotation, 1, offset) for offset in range(_ESTIMATES)) for rotation in rotations]
+        once = [_estimate(rotation) for rotation in rotations]
         repeats, count = schedule(once, _WINDOW_MS, seconds)
         return interleave(
             len(rotations), count, lambda index, current: _sample(rotations[index], repeats[index], current)
@@ -80,7 +82,8 @@ def schedule(once_ms: Sequence[float], window_ms: float, seconds: float) -> tupl
     """
     repeats = [max(1, math.ceil(window_ms / max(once, 1e-4))) for once in once_ms]
     slowest = max((count * once for count, once in zip(repeats, once_ms, strict=True)), default=1.0)
-    return repeats, min(MAX_ROUNDS, max(MIN_ROUNDS, round(1e3 * seconds / max(slowest, 1e-4))))
+    least = ROUNDS_OF_SECONDS if slowest >= 1e3 else MIN_ROUNDS
+    return repeats, min(MAX_ROUNDS, max(least, round(1e3 * seconds / max(slowest, 1e-4))))
 
 
 def interleave(candidates: int, rounds: int, sample: Callable[[int, int], float]) -> list[list[float]]:
@@ -91,6 +94,14 @@ def interleave(candidates: int, rounds: int, sample: Callable[[int, int], float]
             index = (current + step) % candidates
             samples[index].append(sample(index, current))
     return samples
+
+
+def _estimate(rotation: Rotation) -> float:
+    """About how many milliseconds a call takes; a long one is believed at once."""
+    times = [_sample(rotation, 1, 0)]
+    while len(times) < _ESTIMATES and sum(times) < 1e3:
+        times.append(_sample(rotation, 1, len(times)))
+    return min(times)
 
 
 def _sample(rotation: Rotation, repeats: int, offset: int) -> float:
