@@ -178,9 +178,7 @@ def _take_memory(case: Case, candidate: Candidate, row: Row) -> None:
     call()  # the first call also draws the gradients of the outputs
     row.peak_bytes = memory.peak_bytes(call, case.device)
     if case.mode == "training":
-        inputs = case.draw()
-        given = [tensor for value in inputs.values() for tensor in accuracy.tensors(value)]
-        row.saved_bytes = memory.saved_bytes(lambda: case.functions[candidate.name](**inputs), given)
+        row.saved_bytes = memory.saved_bytes(partial(case.functions[candidate.name], **case.draw()), case.device)
 
 
 def _draw_sets(case: Case, machine: Machine, first_seed: int) -> list[Inputs]:

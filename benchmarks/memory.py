@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import accuracy
 
 # The profiler otherwise announces its start and stop on stderr, once for every row.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -25,31 +26,37 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device) - before)
+    held = peak = 0
+    for change in _allocations(call):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def saved_bytes(forward: Callable[[], object], device: torch.device) -> int:
+    """The bytes that stay allocated for the backward pass after `forward`: what only autograd's graph holds.
+
+    They are counted where they are allocated and not as autograd saves them, so that what a recomputation policy keeps
+    in places of its own counts too. What was there before, such as inputs, doesn't.
+    """
+
+    def graph() -> list[object]:
+        return [output.grad_fn for output in accuracy.tensors(forward())]
+
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        held = graph()
+        after = torch.cuda.memory_allocated(device)
+        del held
+        return int(after - before)
+    return sum(_allocations(graph))
+
+
+def _allocations(call: Callable[[], object]) -> list[int]:
+    """Bytes allocated, and freed as negative numbers, on the CPU until the end of `call`, in order."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         result = call()
     del result
     events: Any = profiler.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    held = peak = 0
-    for _, change in changes:
-        held += change
-        peak = max(peak, held)
-    return int(peak)
-
-
-def saved_bytes(forward: Callable[[], object], inputs: list[Tensor]) -> int:
-    """The bytes that autograd keeps from `forward` for the backward pass; storages of `inputs` don't count."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()
-    total = sum(kept.values())
-    del result
-    return total
+    return [int(change) for _, change in changes]

@@ -151,8 +151,7 @@ def test_the_step_that_recomputes_is_the_same_step() -> None:
     inputs = draw(op, shape)
     again = op.variants["recompute activations"]
     assert relative_error(gradients(op, again, inputs), gradients(op, op.ours, inputs)) <= 1e-6
-    given = [*inputs["parameters"], inputs["images"]]
-    kept = [saved_bytes(partial(function, **inputs), given) for function in (again, op.ours)]
+    kept = [saved_bytes(partial(function, **inputs), torch.device("cpu")) for function in (again, op.ours)]
     assert kept[0] < 0.7 * kept[1]
 
 

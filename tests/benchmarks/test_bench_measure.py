@@ -9,6 +9,7 @@ import pytest
 import torch
 from bench_fakes import machine, registered, tanh, tanh_operation
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks import accuracy, memory
 from benchmarks.candidates import Candidate, candidates
@@ -177,8 +178,22 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
 
 def test_saved_bytes_leave_inputs_out() -> None:
     x = torch.randn(1000, requires_grad=True)
-    assert memory.saved_bytes(lambda: x * x, [x]) == 0
-    assert memory.saved_bytes(lambda: x.exp(), [x]) == 4000
+    assert memory.saved_bytes(lambda: x * x, CPU) == 0
+    assert memory.saved_bytes(lambda: x.exp(), CPU) == 4000
+    assert memory.saved_bytes(lambda: x.exp() + 1, CPU) == 4000  # the output isn't kept
+
+
+def test_saved_bytes_count_what_a_recomputation_keeps() -> None:
+    x = torch.randn(1000, requires_grad=True)
+
+    def chain(x: Tensor) -> Tensor:
+        return x.exp().sin().exp()
+
+    assert memory.saved_bytes(lambda: chain(x), CPU) == 8000
+    assert (
+        memory.saved_bytes(lambda: checkpoint(chain, x.exp(), use_reentrant=False, preserve_rng_state=False), CPU)
+        == 4000
+    )
 
 
 def test_double_keeps_gradients_integers_and_lists() -> None:
