@@ -1,6 +1,7 @@
 """The compiled library: loads it once, or keeps the reason why that is impossible."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ REASON: str | None = _load()
 LOADED: bool = REASON is None
 
 
+@cache  # asked at every call of an op
 def implemented(op_name: str, device_type: str) -> bool:
     """Whether the compiled library has a kernel for `evakernels_native::<op_name>` on this type of device."""
     key = _DISPATCH_KEYS.get(device_type.lower())

@@ -28,11 +28,6 @@ static inline float row_rstd(const T* x, float mean, float eps, int64_t width, c
   return 1.0f / __builtin_sqrtf(sum[0] / static_cast<float>(width) + eps);
 }
 
-template <class T>
-static inline float row_rstd(const T* x, float mean, float eps, int64_t width) {
-  return row_rstd(x, mean, eps, width, [](int64_t) {});
-}
-
 // The backward pass of a norm for one row: with g the gradient of the normalised row, that of x is
 // (g - shift - normalised * slope) * rstd. g is rounded before it is summed and before the sums are
 // subtracted: in a row of one element they cancel, and rstd, then 1 / sqrt(eps), would make what is left of a
