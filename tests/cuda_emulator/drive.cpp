@@ -77,10 +77,10 @@ std::string name_of(const Case& c, const char* what) {
          ", dtype " + std::to_string(static_cast<int>(c.dtype));
 }
 
-void compare(const Buffer& actual, const std::vector<double>& expected, const std::string& what) {
-  const double eps = actual.dtype() == DType::Float32    ? 1e-5
-                     : actual.dtype() == DType::BFloat16 ? 8e-3
-                                                         : 1e-3;
+// To the precision of `dtype`.
+void compare(const Buffer& actual, const std::vector<double>& expected, const std::string& what,
+             DType dtype) {
+  const double eps = dtype == DType::Float32 ? 1e-5 : dtype == DType::BFloat16 ? 8e-3 : 1e-3;
   double worst = 0.0, largest = 1.0;
   for (double value : expected) largest = std::fmax(largest, std::fabs(value));
   for (size_t i = 0; i < expected.size(); ++i) {
