@@ -13,7 +13,7 @@ namespace {
 // SUMS over the rows: of dy times the normalised row, of dy, and, where there is a layer_scale, of the
 // gradient of the scaled branch times the branch.
 template <int SUMS>
-constexpr RowLimits kLimits = {SUMS == 2 ? 32 : 16, 256};
+constexpr RowLimits kLimits = {SUMS == 2 ? 24 : 16, SUMS == 2 ? 224 : 192};
 
 template <int SUMS, class Residual, class Branch, class L>
 __global__ void __launch_bounds__(L::kThreads, L::kBlocks)

@@ -13,7 +13,7 @@ namespace {
 // Over the rows, of g = row_scale * dx and of g times the normalised row.
 constexpr int kSums = 2;
 
-constexpr RowLimits kLimits = {32, 256};
+constexpr RowLimits kLimits = {32, 192};
 
 template <class Residual, class Branch, class L>
 __global__ void __launch_bounds__(L::kThreads, L::kBlocks)

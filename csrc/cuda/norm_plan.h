@@ -25,9 +25,9 @@ struct Layout {
   static constexpr int E = E_;
   static constexpr int V = V_;
   static constexpr int kThreads = THREADS;
-  // Of a multiprocessor. Without this the compiler spills in streaming kernels to make room for twice as
-  // many.
-  static constexpr int kBlocks = V == 0 ? 4 : 1;
+  // Of a multiprocessor, at least: with 16-bit elements the registers of twelve warps, which keep enough
+  // loads on their way; in streaming kernels the compiler would else spill to make room for twice as many.
+  static constexpr int kBlocks = V == 0 ? 4 : E < 8 ? 1 : std::max(1, 384 / THREADS);
 };
 
 // The elements of a thread where E at a time are accessed: fewer where the accesses themselves take
