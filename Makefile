@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUILD_TOOLS := setuptools cmake ninja pybind11
-CPP_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp')
+CPP_FILES := $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 .PHONY: demo test gpu-check build lint format clean
 

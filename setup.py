@@ -3,6 +3,9 @@
 EVAKERNELS_NATIVE says what to do: "auto" (default) builds where the tools are there and installs the pure
 Python package where they are not, "on" makes their absence an error, "off" never builds. A build that fails
 is always an error.
+
+EVAKERNELS_CUDA says the same of the kernels for GPUs, which nvcc compiles; EVAKERNELS_CUDA_ARCHS for which GPUs, as
+CMake spells them ("90-real"; the usual ones if not set).
 """
 
 import importlib.util
@@ -47,17 +50,41 @@ def what_is_missing() -> str | None:
     return f"needed for the build, but not found: {', '.join(missing)}" if missing else None
 
 
+def mode_of(variable: str) -> str:
+    """What the environment says about a part of the build."""
+    mode = os.environ.get(variable, "auto")
+    if mode not in MODES:
+        raise SystemExit(f"error: {variable}={mode!r}; accepted are {', '.join(MODES)}")
+    return mode
+
+
 def why_not_native() -> str | None:
     """The reason to leave the native library out; None to build it."""
-    mode = os.environ.get("EVAKERNELS_NATIVE", "auto")
-    if mode not in MODES:
-        raise SystemExit(f"error: EVAKERNELS_NATIVE={mode!r}; accepted are {', '.join(MODES)}")
+    mode = mode_of("EVAKERNELS_NATIVE")
     if mode == "off":
         return "switched off by EVAKERNELS_NATIVE=off"
     reason = what_is_missing()
     if reason and mode == "on":
         raise SystemExit(f"error: EVAKERNELS_NATIVE=on, but {reason}")
     return reason
+
+
+def why_not_cuda() -> str | None:
+    """The reason to leave the kernels for GPUs out; None to build them."""
+    mode = mode_of("EVAKERNELS_CUDA")
+    if mode == "off":
+        return "switched off by EVAKERNELS_CUDA=off"
+    reason = NOT_NATIVE or (None if find_tool(os.environ.get("CUDACXX", "nvcc")) else "no CUDA compiler found (nvcc)")
+    if reason and mode == "on":
+        raise SystemExit(f"error: EVAKERNELS_CUDA=on, but {reason}")
+    return reason
+
+
+def cuda_options() -> list[str]:
+    """What CMake must know about the kernels for GPUs."""
+    archs = os.environ.get("EVAKERNELS_CUDA_ARCHS")
+    options = [f"-DEVAKERNELS_CUDA={'OFF' if NOT_CUDA else 'ON'}"]
+    return [*options, f"-DEVAKERNELS_CUDA_ARCHS={archs.replace(',', ';')}"] if archs else options
 
 
 class BuildPython(build_py):
@@ -70,7 +97,13 @@ class BuildPython(build_py):
             # What an earlier build left in the source tree would be loaded in spite of the decision.
             for stale in [*folder.glob("_C.*.so"), *folder.glob(LIBRARY)]:
                 stale.unlink()
-        (folder / RECORD).write_text(json.dumps({"native": NOT_NATIVE is None, "reason": NOT_NATIVE}) + "\n")
+        record = {
+            "native": NOT_NATIVE is None,
+            "reason": NOT_NATIVE,
+            "cuda": NOT_CUDA is None,
+            "cuda_reason": NOT_CUDA,
+        }
+        (folder / RECORD).write_text(json.dumps(record) + "\n")
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
         return [*super().get_outputs(include_bytecode), str(Path(self.build_lib) / PACKAGE / RECORD)]
@@ -91,6 +124,7 @@ class BuildNative(build_ext):
                 f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-DEVAKERNELS_VERSION={self.distribution.get_version()}",
+                *cuda_options(),
             ],
             check=True,
         )
@@ -106,6 +140,7 @@ class BuildNative(build_ext):
 
 
 NOT_NATIVE = why_not_native()
+NOT_CUDA = why_not_cuda()
 
 setup(
     ext_modules=[] if NOT_NATIVE else [Extension(f"{PACKAGE}._C", sources=[])],

@@ -16,8 +16,8 @@ def info() -> dict[str, Any]:
     Returns:
         `evakernels`, `python`, `torch`, `triton`: versions, None where not installed.
         `native`: `loaded`, and the `reason` if not; the `isa` in use, or the `isa_error` if EVAKERNELS_ISA asks for
-            one that this machine can't run; where it was built also `version`, `compiler`, `isas_built` and
-            `isas_available`.
+            one that this machine can't run; where it was built also `version`, `compiler`, `isas_built`,
+            `isas_available`, and `cuda_archs`, the GPUs that it has kernels for (none without nvcc).
         `cuda`: `available`, the `version` that torch was built for, `devices` by name.
     """
     return {

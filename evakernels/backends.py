@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-PREFERENCE = ("cpu", "reference")
+PREFERENCE = ("cuda", "cpu", "reference")
 """Backend names, the preferred one first."""
 
 Reasons = Callable[..., list[str]]

@@ -5,7 +5,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <iterator>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -26,10 +28,16 @@ std::vector<std::string> names(const std::vector<cpu::Isa>& isas) {
   return result;
 }
 
+std::vector<std::string> words(const char* text) {
+  std::istringstream stream(text);
+  return {std::istream_iterator<std::string>(stream), {}};
+}
+
 py::dict build_info() {
   return py::dict("version"_a = EVAKERNELS_VERSION, "compiler"_a = EVAKERNELS_COMPILER,
                   "isas_built"_a = names(cpu::built_isas()),
-                  "isas_available"_a = names(cpu::available_isas()));
+                  "isas_available"_a = names(cpu::available_isas()),
+                  "cuda_archs"_a = words(EVAKERNELS_CUDA_ARCHS));
 }
 
 cpu::Isa isa_or_active(const std::optional<std::string>& isa) {
@@ -162,7 +170,8 @@ void layer_norm_backward(const py::object& dy_array, const py::object& x_array,
 PYBIND11_MODULE(_C, m) {
   using namespace evakernels;
   m.doc() = "What was built, what this machine can run, and the launchers on raw buffers.";
-  m.def("build_info", &build_info, "Version, compiler, and instruction sets built and available.");
+  m.def("build_info", &build_info,
+        "Version, compiler, instruction sets built and available, GPUs built for.");
   m.def(
       "active_isa", [] { return std::string(cpu::name(cpu::active_isa())); },
       "The instruction set in use: $EVAKERNELS_ISA, else the best; ValueError if that one is unavailable.");

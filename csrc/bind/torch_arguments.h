@@ -39,7 +39,7 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
       return DType::Float16;
     default:
       throw std::invalid_argument(std::string(name) +
-                                  ": the CPU kernels accept float32, bfloat16 and float16 only");
+                                  ": the compiled kernels accept float32, bfloat16 and float16 only");
   }
 }
 

@@ -1,6 +1,7 @@
 // layer_norm as torch operators.
-#include "bind/torch_arguments.h"
+#include "bind/launch.h"
 #include "cpu/layer_norm.h"
+#include "cuda/layer_norm.h"
 
 namespace evakernels {
 namespace {
@@ -33,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x_any, std::
       .weight_dtype = weight_dtype,
       .rms = rms,
   };
-  cpu::layer_norm_forward(params, cpu::active_isa(), torch_parallel);
+  launch<cpu::layer_norm_forward, cuda::layer_norm_forward>("layer_norm_forward", x, params);
   return {y, mean, rstd};
 }
 
@@ -78,14 +79,15 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy_any, con
       .weight_dtype = weight_dtype,
       .rms = rms,
   };
-  cpu::layer_norm_backward(params, cpu::active_isa(), torch_parallel);
+  launch<cpu::layer_norm_backward, cuda::layer_norm_backward, cuda::layer_norm_backward_workspace>(
+      "layer_norm_backward", x, params);
   return {dx, dweight, dbias};
 }
 
 }  // namespace
 }  // namespace evakernels
 
-STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) {
+EVAKERNELS_IMPLEMENT(m, {
   m.impl("layer_norm_forward", TORCH_BOX(&evakernels::layer_norm_forward));
   m.impl("layer_norm_backward", TORCH_BOX(&evakernels::layer_norm_backward));
-}
+})

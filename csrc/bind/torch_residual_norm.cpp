@@ -1,6 +1,7 @@
 // The norms joined with a residual connection, as torch operators.
-#include "bind/torch_arguments.h"
+#include "bind/launch.h"
 #include "cpu/residual_norm.h"
+#include "cuda/residual_norm.h"
 
 namespace evakernels {
 namespace {
@@ -100,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(
       .parameters = parameters.view(),
       .shape = shape,
   };
-  cpu::add_norm_forward(params, cpu::active_isa(), torch_parallel);
+  launch<cpu::add_norm_forward, cuda::add_norm_forward>("add_layer_norm_forward", residual, params);
   return {y, x, mean, rstd};
 }
 
@@ -125,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_add_forward(
       .parameters = parameters.view(),
       .shape = shape,
   };
-  cpu::norm_add_forward(params, cpu::active_isa(), torch_parallel);
+  launch<cpu::norm_add_forward, cuda::norm_add_forward>("layer_norm_add_forward", residual, params);
   return {x, mean, rstd};
 }
 
@@ -166,7 +167,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
                     view_of_gradient(dlayer_scale, layer_scale.has_value())},
       .shape = shape,
   };
-  cpu::add_norm_backward(params, cpu::active_isa(), torch_parallel);
+  launch<cpu::add_norm_backward, cuda::add_norm_backward, cuda::add_norm_backward_workspace>(
+      "add_layer_norm_backward", x, params);
   return {dresidual, dbranch, dweight, dbias, dlayer_scale};
 }
 
@@ -196,16 +198,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_add_backward(
                     view_of_gradient(dlayer_scale, layer_scale.has_value())},
       .shape = shape,
   };
-  cpu::norm_add_backward(params, cpu::active_isa(), torch_parallel);
+  launch<cpu::norm_add_backward, cuda::norm_add_backward, cuda::norm_add_backward_workspace>(
+      "layer_norm_add_backward", dx, params);
   return {dbranch, dweight, dbias, dlayer_scale};
 }
 
 }  // namespace
 }  // namespace evakernels
 
-STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) {
+EVAKERNELS_IMPLEMENT(m, {
   m.impl("add_layer_norm_forward", TORCH_BOX(&evakernels::add_layer_norm_forward));
   m.impl("add_layer_norm_backward", TORCH_BOX(&evakernels::add_layer_norm_backward));
   m.impl("layer_norm_add_forward", TORCH_BOX(&evakernels::layer_norm_add_forward));
   m.impl("layer_norm_add_backward", TORCH_BOX(&evakernels::layer_norm_add_backward));
-}
+})

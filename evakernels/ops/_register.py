@@ -17,6 +17,7 @@ _library = torch.library.Library("evakernels", "DEF")
 _native_library = torch.library.Library("evakernels_native", "DEF")
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NATIVE_DEVICES = {"cuda": "a GPU", "cpu": "a CPU"}
 
 
 def define(
@@ -50,7 +51,8 @@ def define(
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"evakernels::{name}", fake or _returns_nothing, lib=_library)
     backends.register(name, "reference", reference)
-    backends.register(name, "cpu", _native_function(name), _native_reasons(name))
+    for device in _NATIVE_DEVICES:
+        backends.register(name, device, _native_function(name), _native_reasons(name, device))
     op: torch._ops.OpOverload = getattr(torch.ops.evakernels, name).default
     return op
 
@@ -96,18 +98,18 @@ def _native_function(name: str) -> Callable[..., Any]:
     return run
 
 
-def _native_reasons(name: str) -> backends.Reasons:
+def _native_reasons(name: str, device: str) -> backends.Reasons:
     def reasons(*args: Any) -> list[str]:
         if not _native.LOADED:
             return [f"the compiled library is not loaded: {_native.REASON}"]
-        if not _native.implemented(name, "CPU"):
-            return [f"{name} has no compiled CPU kernel"]
+        if not _native.implemented(name, device):
+            return [f"{name} has no compiled {device.upper()} kernel"]
         tensor = backends.first_tensor(args)
         if tensor is None:
             return []
         found = []
-        if tensor.device.type != "cpu":
-            found.append(f"the tensors are on {tensor.device}, not on a CPU")
+        if tensor.device.type != device:
+            found.append(f"the tensors are on {tensor.device}, not on {_NATIVE_DEVICES[device]}")
         dtypes = dict.fromkeys(t.dtype for t in backends.tensors(args) if t.dtype.is_floating_point)
         found += [f"{d} is not one of float32, bfloat16, float16" for d in dtypes if d not in _NATIVE_DTYPES]
         return found

@@ -94,11 +94,13 @@ def test_forcing_the_reference_holds_in_a_backward_pass_inside_the_block(calls, 
 def test_explain_tells_who_serves_a_call_and_why_others_do_not(calls):
     served = evakernels.explain("layer_norm", torch.ones(2, 4), None, None, 1e-6, False)
     assert served.splitlines() == [
+        f"{OP} on cuda: {OP} has no cuda implementation",
         f"{OP} on cpu: serves the call",
         f"{OP} on reference: usable, but not preferred here",
     ]
     refused = evakernels.explain(OP, torch.ones(2, 4).double(), None, None, 1e-6, False)
     assert refused.splitlines() == [
+        f"{OP} on cuda: {OP} has no cuda implementation",
         f"{OP} on cpu: torch.float64 is not float32; it is a test",
         f"{OP} on reference: serves the call",
     ]

@@ -58,7 +58,8 @@ def build(project: Path, **environment: str) -> subprocess.CompletedProcess[str]
         "dist",
         ".",
     ]
-    clean = {name: value for name, value in os.environ.items() if name not in ("CXX", "EVAKERNELS_NATIVE")}
+    chosen = ("CXX", "CUDACXX", "EVAKERNELS_CUDA", "EVAKERNELS_NATIVE")
+    clean = {name: value for name, value in os.environ.items() if name not in chosen}
     return subprocess.run(pip, cwd=project, env=clean | environment, capture_output=True, text=True)
 
 
@@ -157,6 +158,8 @@ def assert_instruction_sets_share_no_symbol(project: Path) -> None:
     ("environment", "message"),
     [
         ({"EVAKERNELS_NATIVE": "on", "CXX": ABSENT}, "EVAKERNELS_NATIVE=on, but no C++ compiler found"),
+        ({"EVAKERNELS_CUDA": "on", "CUDACXX": ABSENT}, "EVAKERNELS_CUDA=on, but no CUDA compiler found"),
+        ({"EVAKERNELS_CUDA": "yes"}, "EVAKERNELS_CUDA='yes'; accepted are auto, on, off"),
         ({"EVAKERNELS_NATIVE": "maybe"}, "EVAKERNELS_NATIVE='maybe'; accepted are auto, on, off"),
     ],
 )
@@ -181,12 +184,13 @@ def test_switched_off_build_removes_a_stale_library(project: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert not [path for path in stale if path.exists()]
     record = json.loads((project / "evakernels/_build.json").read_text())
-    assert record == {"native": False, "reason": "switched off by EVAKERNELS_NATIVE=off"}
+    reason = "switched off by EVAKERNELS_NATIVE=off"
+    assert record == {"native": False, "reason": reason, "cuda": False, "cuda_reason": reason}
 
 
 def test_headers_keep_to_their_side() -> None:
     """Kernels know neither torch nor Python; the operators use the stable part of libtorch only."""
-    for folder in ("common", "cpu"):
+    for folder in ("common", "cpu", "cuda"):
         for path in (ROOT / "csrc" / folder).iterdir():
             assert not re.findall(r'#include [<"](torch|ATen|c10|pybind11|Python)', path.read_text()), path
     bindings = "".join(path.read_text() for path in (ROOT / "csrc/bind").glob("torch_*"))

@@ -1,0 +1,86 @@
+// From a binding to the kernels: those for the CPU, or those for the GPU that the tensors are on.
+//
+// EVAKERNELS_CUDA: the kernels of csrc/cuda are part of this build. EVAKERNELS_EMULATED: they are emulated on
+// the CPU and serve its tensors, in place of its own kernels; that is a build for tests.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include "bind/torch_arguments.h"
+#include "cpu/isa.h"
+#include "cuda/stream.h"
+
+// A function of libtorch_cuda. Weak, so that this library also loads beside a libtorch without CUDA.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                                   void** stream);
+
+namespace evakernels {
+
+#ifdef EVAKERNELS_CUDA
+constexpr bool kCudaIsBuilt = true;
+#else
+constexpr bool kCudaIsBuilt = false;
+#endif
+#ifdef EVAKERNELS_EMULATED
+constexpr bool kCudaIsEmulated = true;
+#else
+constexpr bool kCudaIsEmulated = false;
+#endif
+
+inline cuda::Stream current_stream(int32_t device) {
+  require(aoti_torch_get_current_cuda_stream != nullptr, "this build of torch has no CUDA");
+  cuda::Stream stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+
+// Calls run(stream) with the device of `tensor` as the current one, and raises the error that it returns.
+template <class Run>
+void run_on_gpu(const char* op, const Tensor& tensor, const Run& run) {
+  cuda::Error error = nullptr;
+  if constexpr (kCudaIsEmulated) {
+    error = run(nullptr);
+  } else {
+    const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
+    error = cuda::use_device(tensor.get_device_index());
+    if (!error) error = run(current_stream(tensor.get_device_index()));
+  }
+  if (error) throw std::runtime_error(std::string(op) + ": CUDA error: " + error);
+}
+
+// The launchers are template arguments: those of a device that this build leaves out are never called, so
+// they need not be linked.
+template <auto Cpu, auto Cuda, class Params>
+void launch(const char* op, const Tensor& tensor, const Params& params) {
+  if constexpr (kCudaIsBuilt) {
+    if (kCudaIsEmulated || tensor.is_cuda()) {
+      return run_on_gpu(op, tensor, [&](cuda::Stream stream) { return Cuda(params, stream); });
+    }
+  }
+  if constexpr (!kCudaIsEmulated) Cpu(params, cpu::active_isa(), torch_parallel);
+}
+
+// For launchers whose CUDA kernels keep floats in between, as many as Workspace says.
+template <auto Cpu, auto Cuda, auto Workspace, class Params>
+void launch(const char* op, const Tensor& tensor, const Params& params) {
+  if constexpr (kCudaIsBuilt) {
+    if (kCudaIsEmulated || tensor.is_cuda()) {
+      return run_on_gpu(op, tensor, [&](cuda::Stream stream) {
+        const Tensor workspace = new_float32(tensor, {Workspace(params)});
+        return Cuda(params, static_cast<float*>(workspace.mutable_data_ptr()), stream);
+      });
+    }
+  }
+  if constexpr (!kCudaIsEmulated) Cpu(params, cpu::active_isa(), torch_parallel);
+}
+
+}  // namespace evakernels
+
+// Registers an op's functions, given as statements on the library m, for every device that this build serves.
+#if defined(EVAKERNELS_CUDA) && !defined(EVAKERNELS_EMULATED)
+#define EVAKERNELS_IMPLEMENT(m, ...)                   \
+  STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) \
+  __VA_ARGS__ STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CUDA, m) __VA_ARGS__
+#else
+#define EVAKERNELS_IMPLEMENT(m, ...) STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) __VA_ARGS__
+#endif

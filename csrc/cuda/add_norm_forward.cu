@@ -1,0 +1,88 @@
+// x = residual + layer_scale * row_scale * branch, y = norm(x), of the sum before it is rounded.
+//
+// Each element of the inputs is read once and each of the outputs written once; the sum is kept in registers.
+#include "cuda/norm_launch.h"
+#include "cuda/norm_parameters.cuh"
+#include "cuda/norm_rows.cuh"
+#include "cuda/residual_norm.h"
+
+namespace evakernels::cuda {
+namespace {
+
+template <class Residual, class Branch, class L>
+__global__ void __launch_bounds__(L::kThreads, L::kBlocks)
+    add_norm_forward_kernel(const AddNormForward params) {
+  constexpr int E = L::E, V = L::V;
+  const ResidualNormShape& shape = params.shape;
+  const int vectors = static_cast<int>(shape.width / E);
+  RowSums row_sums;
+  for (int64_t row = first_row(); row < shape.rows; row += row_step()) {
+    const float row_scale = row_scale_of(params.parameters, row, shape.rows_per_sample);
+    RowPart<Residual, E, V> residual;
+    RowPart<Branch, E, V> branch;
+    residual.point_to(params.residual, row, shape.width);
+    branch.point_to(params.branch, row, shape.width);
+    for_each_vector<V>(vectors, [&](int vector, int slot) {
+      residual.fetch(vector, slot);
+      branch.fetch(vector, slot);
+    });
+
+    float held[V > 0 ? V : 1][E];
+    const auto add = [&](int vector, int slot, float (&values)[E]) {
+      branch.get(vector, slot, values);
+      multiply_by(params.parameters.layer_scale, vector, values);
+      float own[E];
+      residual.get(vector, slot, own);
+#pragma unroll
+      for (int i = 0; i < E; ++i) values[i] = own[i] + values[i] * row_scale;
+    };
+    const auto get_total = [&](int vector, int slot, float (&values)[E]) {
+      if constexpr (V == 0) {
+        add(vector, slot, values);
+      } else {
+#pragma unroll
+        for (int i = 0; i < E; ++i) values[i] = held[slot][i];
+      }
+    };
+    for_each_vector<V>(vectors, [&](int vector, int slot) {
+      add(vector, slot, held[slot]);
+      const int64_t first = row * shape.width + int64_t{vector} * E;
+      store_floats(static_cast<Residual*>(params.x) + first, held[slot]);
+    });
+
+    const RowStatistics statistics =
+        row_statistics<E, V>(shape.width, params.eps, shape.rms, row_sums, get_total);
+    write_statistics(statistics, row, shape.rms, params.mean, params.rstd);
+    for_each_vector<V>(vectors, [&](int vector, int slot) {
+      float values[E];
+      get_total(vector, slot, values);
+#pragma unroll
+      for (int i = 0; i < E; ++i) values[i] = (values[i] - statistics.mean) * statistics.rstd;
+      transform(params.parameters, vector, values);
+      const int64_t first = row * shape.width + int64_t{vector} * E;
+      store_floats(static_cast<Residual*>(params.y) + first, values);
+    });
+  }
+}
+
+}  // namespace
+
+Error add_norm_forward(const AddNormForward& params, Stream stream) {
+  const ResidualNormShape& shape = params.shape;
+  const ResidualNormParameters& parameters = params.parameters;
+  return launch_forward(
+      params, stream,
+      {{params.residual, shape.dtype},
+       {params.branch, shape.branch_dtype},
+       {params.y, shape.dtype},
+       {params.x, shape.dtype},
+       buffer_of(parameters.weight),
+       buffer_of(parameters.bias),
+       buffer_of(parameters.layer_scale)},
+      [](auto types, auto layout) {
+        using Types = decltype(types);
+        return add_norm_forward_kernel<typename Types::Residual, typename Types::Branch, decltype(layout)>;
+      });
+}
+
+}  // namespace evakernels::cuda

@@ -1,0 +1,98 @@
+"""What the GPU kernels take of a multiprocessor: registers and shared memory, as nvcc reports them.
+
+    python csrc/cuda/budget.py     compiles all kernels and writes budget.json
+
+A kernel that takes more than before runs in fewer copies at a time and is slower, which no test of its results shows;
+one that spills registers reads and writes memory that it should not. tests/evakernels/test_cuda_budget.py compares.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = Path(__file__).parent
+BUDGET = FOLDER / "budget.json"
+ARCHS = ("sm_80", "sm_90", "sm_100")
+
+KERNEL = re.compile(
+    r"Compiling entry function '(?P<name>\S+)' for '\S+'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+class Usage(NamedTuple):
+    """Of one kernel on one architecture, in registers a thread and bytes."""
+
+    registers: int
+    shared: int
+    stack: int
+    spilled: int
+
+
+def readable(symbols: list[str]) -> list[str]:
+    """`norm_add_backward<BFloat16, BFloat16, 8, 4>` for each mangled name."""
+    names = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
+    result = []
+    for name in names.splitlines():
+        short = re.sub(r"\(anonymous namespace\)::|evakernels::(cuda::)?", "", name)
+        short = re.sub(r"Layout<(\d+), (\d+), \d+> ?", r"\1, \2", short)
+        result.append(re.sub(r"^void |_kernel(?=<)|\(.*\)$", "", short))
+    return result
+
+
+def compile_for(arch: str, source: Path) -> dict[str, Usage]:
+    """The usage of every kernel of a source file."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["nvcc", "-std=c++20", "-O3", f"-arch={arch}", f"-I{FOLDER.parent}", "-Xptxas", "-v", "-cubin"]
+        command += ["-o", str(Path(folder) / "kernels.cubin"), str(source)]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = list(KERNEL.finditer(log))
+    usages = {}
+    for name, match in zip(readable([m["name"] for m in found]), found, strict=True):
+        shared = re.search(r"(\d+) bytes smem", match["rest"])
+        spilled = int(match["stores"]) + int(match["loads"])
+        usages[name] = Usage(int(match["registers"]), int(shared[1]) if shared else 0, int(match["stack"]), spilled)
+    return usages
+
+
+def measure() -> dict[str, dict[str, Usage]]:
+    """The usage by architecture and kernel."""
+    usages: dict[str, dict[str, Usage]] = {arch: {} for arch in ARCHS}
+    jobs = [(arch, source) for source in sorted(FOLDER.glob("*.cu")) for arch in ARCHS]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for (arch, source), found in zip(jobs, pool.map(lambda job: compile_for(*job), jobs), strict=True):
+            # Kernels of headers may be in several files, with other types that have the same name.
+            usages[arch] |= {f"{source.stem}: {name}": usage for name, usage in found.items()}
+    return usages
+
+
+def write(usages: dict[str, dict[str, Usage]]) -> None:
+    """One line for each kernel: [registers, shared memory] for each architecture."""
+    kernels = sorted(usages[ARCHS[0]])
+    lines = [f"    {json.dumps(k)}: {json.dumps([usages[arch][k][:2] for arch in ARCHS])}" for k in kernels]
+    head = f'{{\n  "archs": {json.dumps(ARCHS)},\n  "registers and shared memory": {{\n'
+    BUDGET.write_text(head + ",\n".join(lines) + "\n  }\n}\n")
+
+
+def read() -> dict[str, dict[str, tuple[int, int]]]:
+    """Registers and shared memory by architecture and kernel."""
+    stored = json.loads(BUDGET.read_text())
+    return {
+        arch: {kernel: tuple(values[i]) for kernel, values in stored["registers and shared memory"].items()}
+        for i, arch in enumerate(stored["archs"])
+    }
+
+
+if __name__ == "__main__":
+    found = measure()
+    for arch, usages in found.items():
+        for kernel, usage in usages.items():
+            if usage.spilled or usage.stack:
+                print(f"{arch} {kernel}: {usage}")
+    write(found)

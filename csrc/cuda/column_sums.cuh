@@ -1,0 +1,141 @@
+// Sums over all rows, one for each column: gradients of weights.
+//
+// Each block adds up its rows, in registers, and writes one partial sum a column; a small second kernel adds
+// the partial sums. The order of every addition is fixed by the sizes and the GPU, so two runs are bit-equal.
+#pragma once
+
+#include "cuda/norm_plan.h"
+#include "cuda/norm_rows.cuh"
+
+namespace evakernels::cuda {
+
+// Of COUNT sums; partials is [COUNT, blocks, width], or null: none is wanted.
+template <int COUNT, int E, int V>
+class ColumnSums {
+ public:
+  __device__ __forceinline__ ColumnSums(float* partials, int64_t width) : partials_(partials), width_(width) {
+    if constexpr (V == 0) {
+      if (!partials) return;
+      for_each_vector<V>(vectors(), [&](int vector, int) {
+        const float zeros[E] = {};
+        for (int n = 0; n < COUNT; ++n) store_floats(partial(n) + int64_t{vector} * E, zeros);
+      });
+    } else {
+#pragma unroll
+      for (int n = 0; n < COUNT; ++n) {
+#pragma unroll
+        for (int slot = 0; slot < V; ++slot) {
+#pragma unroll
+          for (int i = 0; i < E; ++i) sums_[n][slot][i] = 0.0f;
+        }
+      }
+    }
+  }
+
+  // A column is always the same thread's, so that with V = 0 the block's partial sums can lie in memory.
+  __device__ __forceinline__ void add(int n, int vector, int slot, const float (&values)[E]) {
+    if constexpr (V == 0) {
+      if (!partials_) return;
+      float* const sum = partial(n) + int64_t{vector} * E;
+      float total[E];
+      load_floats(sum, total);
+#pragma unroll
+      for (int i = 0; i < E; ++i) total[i] += values[i];
+      store_floats(sum, total);
+    } else {
+#pragma unroll
+      for (int i = 0; i < E; ++i) sums_[n][slot][i] += values[i];
+    }
+  }
+
+  __device__ __forceinline__ void write() {
+    if constexpr (V > 0) {
+      if (!partials_) return;
+#pragma unroll
+      for (int n = 0; n < COUNT; ++n) {
+        if (blockDim.y > 1) add_rows_of_block(sums_[n]);
+        if (threadIdx.y + 1 < blockDim.y) continue;
+        for_each_vector<V>(vectors(), [&](int vector, int slot) {
+          store_floats(partial(n) + int64_t{vector} * E, sums_[n][slot]);
+        });
+      }
+    }
+  }
+
+ private:
+  struct Scratch {
+    float sums[V * E * kWarpSize];  // a row of one warp
+  };
+
+  __device__ __forceinline__ int vectors() const { return static_cast<int>(width_ / E); }
+
+  __device__ __forceinline__ float* partial(int n) const {
+    return partials_ + (int64_t{n} * gridDim.x + blockIdx.x) * width_;
+  }
+
+  // The block's rows in turn; the last one is left with the total.
+  __device__ __forceinline__ void add_rows_of_block(float (&sums)[V > 0 ? V : 1][E]) {
+    float* const total = shared_memory<Scratch>().sums;
+    const int count = vectors();
+    for (unsigned turn = 0; turn < blockDim.y; ++turn) {
+      if (turn == threadIdx.y) {
+        for_each_vector<V>(count, [&](int vector, int slot) {
+#pragma unroll
+          for (int i = 0; i < E; ++i) {
+            // In this order the lanes of a warp meet no two columns of one bank.
+            float& column = total[i * count + vector];
+            if (turn > 0) sums[slot][i] += column;
+            column = sums[slot][i];
+          }
+        });
+      }
+      __syncthreads();
+    }
+  }
+
+  float* partials_;
+  int64_t width_;
+  float sums_[COUNT][V > 0 ? V : 1][E];
+};
+
+constexpr unsigned kPartialsAtOnce = 32;
+
+template <int COUNT>
+struct TotalsScratch {
+  float sums[COUNT][kPartialsAtOnce][kWarpSize];
+};
+
+// Each block has as many columns as a warp has lanes. finish(column, totals) writes what is wanted of them.
+template <int COUNT, class Finish>
+__global__ void __launch_bounds__(kWarpSize* kPartialsAtOnce)
+    column_totals_kernel(const float* partials, int64_t partial_rows, int64_t width, Finish finish) {
+  const int64_t column = int64_t{blockIdx.x} * kWarpSize + threadIdx.x;
+  TotalsScratch<COUNT>& scratch = shared_memory<TotalsScratch<COUNT>>();
+  for (int n = 0; n < COUNT; ++n) {
+    float sum = 0.0f;
+    if (column < width) {
+      for (int64_t row = threadIdx.y; row < partial_rows; row += kPartialsAtOnce) {
+        sum += load_once(partials + (n * partial_rows + row) * width + column);
+      }
+    }
+    scratch.sums[n][threadIdx.y][threadIdx.x] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.y > 0 || column >= width) return;
+  float totals[COUNT];
+  for (int n = 0; n < COUNT; ++n) {
+    totals[n] = 0.0f;
+    for (unsigned i = 0; i < kPartialsAtOnce; ++i) totals[n] += scratch.sums[n][i][threadIdx.x];
+  }
+  finish(column, totals);
+}
+
+template <int COUNT, class Finish>
+Error launch_column_totals(const float* partials, int64_t partial_rows, int64_t width, const Finish& finish,
+                           Stream stream) {
+  const unsigned blocks = static_cast<unsigned>((width + kWarpSize - 1) / kWarpSize);
+  return launch(column_totals_kernel<COUNT, Finish>, {blocks, 1, 1}, {kWarpSize, kPartialsAtOnce, 1}, stream,
+                partials, partial_rows, width, finish);
+}
+
+}  // namespace evakernels::cuda

@@ -1,0 +1,149 @@
+// What device code includes: CUDA's own headers under nvcc; else, for tests, an emulation on the CPU
+// (tests/cuda_emulator). Only what is spelled differently in these two stands here.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "common/dtype.h"
+#include "cuda/stream.h"
+
+#ifdef EVAKERNELS_EMULATED
+#include "common/numerics.h"
+#include "cuda_emulator.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+namespace evakernels::cuda {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kWholeWarp = ~0u;
+
+#ifdef EVAKERNELS_EMULATED
+
+template <class... Parameters>
+Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream,
+             const std::type_identity_t<Parameters>&... arguments) {
+  return cuda_emulator::launch(grid, block, [&] { kernel(arguments...); });
+}
+
+// How many blocks run at the same time.
+template <class Kernel>
+int resident_blocks(Kernel*, int) {
+  return cuda_emulator::kMultiprocessors * cuda_emulator::kBlocksPerMultiprocessor;
+}
+
+// The block's one T in shared memory. Give each use a type of its own.
+template <class T>
+T& shared_memory() {
+  static const char key = 0;
+  return *static_cast<T*>(cuda_emulator::shared_memory(&key, sizeof(T), alignof(T)));
+}
+
+template <class Word>
+Word load(const Word* from, int line = __builtin_LINE()) {
+  cuda_emulator::require_aligned(from, sizeof(Word), line);
+  Word word;
+  std::memcpy(&word, from, sizeof word);
+  return word;
+}
+
+template <class Word>
+Word load_once(const Word* from, int line = __builtin_LINE()) {
+  return load(from, line);
+}
+
+template <class Word>
+void store(Word* to, Word word, int line = __builtin_LINE()) {
+  cuda_emulator::require_aligned(to, sizeof(Word), line);
+  std::memcpy(to, &word, sizeof word);
+}
+
+inline float to_float(BFloat16 value) { return bfloat16_to_float<float>(uint32_t{value.bits}); }
+inline float to_float(Float16 value) { return float16_to_float<float>(uint32_t{value.bits}); }
+
+inline uint32_t round_pair(float low, float high, BFloat16) {
+  return float_to_bfloat16<uint32_t>(low) | float_to_bfloat16<uint32_t>(high) << 16;
+}
+inline uint32_t round_pair(float low, float high, Float16) {
+  return float_to_float16<uint32_t>(low) | float_to_float16<uint32_t>(high) << 16;
+}
+
+#else
+
+inline Error error_of(cudaError_t code) {
+  if (code == cudaSuccess) return nullptr;
+  cudaGetLastError();  // Else the next check of somebody else would find it.
+  return cudaGetErrorString(code);
+}
+
+template <class... Parameters>
+Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream,
+             std::type_identity_t<Parameters>... arguments) {
+  void* pointers[] = {&arguments...};
+  return error_of(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, 0,
+                                   static_cast<cudaStream_t>(stream)));
+}
+
+// How many blocks run at the same time on the current device; 0 if that can't be told.
+template <class Kernel>
+int resident_blocks(Kernel* kernel, int threads) {
+  int device = 0, multiprocessors = 0, blocks = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    return 0;
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0) != cudaSuccess) return 0;
+  return multiprocessors * blocks;
+}
+
+// The block's one T in shared memory. Give each use a type of its own.
+template <class T>
+__device__ __forceinline__ T& shared_memory() {
+  __shared__ T memory;
+  return memory;
+}
+
+template <class Word>
+__device__ __forceinline__ Word load(const Word* from) {
+  return *from;
+}
+
+// Of what no later kernel reads from the cache, so that it stays free for what others do.
+template <class Word>
+__device__ __forceinline__ Word load_once(const Word* from) {
+  return __ldcs(from);
+}
+
+template <class Word>
+__device__ __forceinline__ void store(Word* to, Word word) {
+  *to = word;
+}
+
+__device__ __forceinline__ float to_float(BFloat16 value) {
+  return __uint_as_float(uint32_t{value.bits} << 16);
+}
+__device__ __forceinline__ float to_float(Float16 value) {
+  return __half2float(__ushort_as_half(value.bits));
+}
+
+// To the nearest, ties to even; one instruction for both.
+__device__ __forceinline__ uint32_t round_pair(float low, float high, BFloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+__device__ __forceinline__ uint32_t round_pair(float low, float high, Float16) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+
+#endif
+
+}  // namespace evakernels::cuda

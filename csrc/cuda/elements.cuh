@@ -1,0 +1,121 @@
+// Elements of a dtype in memory, read and written several at a time.
+#pragma once
+
+#include "cuda/device.h"
+
+namespace evakernels::cuda {
+
+constexpr int kWidestAccess = 16;  // bytes
+
+template <int BYTES>
+struct WordOf;
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct WordOf<2> {
+  using type = uint16_t;
+};
+
+constexpr int smaller(int a, int b) { return a < b ? a : b; }
+
+// E elements of type T as they lie in memory: one word, or several where one would be too wide.
+template <class T, int E>
+struct Packed {
+  static constexpr int kBytes = smaller(kWidestAccess, E* int{sizeof(T)});
+  static constexpr int kWords = E * int{sizeof(T)} / kBytes;
+  using Word = typename WordOf<kBytes>::type;
+
+  Word words[kWords];
+
+  static __device__ __forceinline__ Packed load(const T* from) {
+    Packed packed;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) packed.words[i] = cuda::load(reinterpret_cast<const Word*>(from) + i);
+    return packed;
+  }
+
+  static __device__ __forceinline__ Packed load_once(const T* from) {
+    Packed packed;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i)
+      packed.words[i] = cuda::load_once(reinterpret_cast<const Word*>(from) + i);
+    return packed;
+  }
+
+  __device__ __forceinline__ void store(T* to) const {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) cuda::store(reinterpret_cast<Word*>(to) + i, words[i]);
+  }
+
+  __device__ __forceinline__ void unpack(float (&values)[E]) const {
+    if constexpr (std::is_same_v<T, float>) {
+      memcpy(values, words, sizeof values);
+    } else {
+      T elements[E];
+      memcpy(elements, words, sizeof elements);
+#pragma unroll
+      for (int i = 0; i < E; ++i) values[i] = to_float(elements[i]);
+    }
+  }
+
+  static __device__ __forceinline__ Packed pack(const float (&values)[E]) {
+    Packed packed;
+    if constexpr (std::is_same_v<T, float>) {
+      memcpy(packed.words, values, sizeof values);
+    } else if constexpr (E == 1) {
+      packed.words[0] = static_cast<uint16_t>(round_pair(values[0], 0.0f, T{}));
+    } else {
+      uint32_t pairs[E / 2];
+#pragma unroll
+      for (int i = 0; i < E / 2; ++i) pairs[i] = round_pair(values[2 * i], values[2 * i + 1], T{});
+      memcpy(packed.words, pairs, sizeof pairs);
+    }
+    return packed;
+  }
+};
+
+template <class T, int E>
+__device__ __forceinline__ void load_floats(const T* from, float (&values)[E]) {
+  Packed<T, E>::load(from).unpack(values);
+}
+
+template <class T, int E>
+__device__ __forceinline__ void store_floats(T* to, const float (&values)[E]) {
+  Packed<T, E>::pack(values).store(to);
+}
+
+// Elements [first, first + E) of a vector whose dtype is known at run time.
+template <int E>
+__device__ __forceinline__ void load_floats(const void* vector, DType dtype, int64_t first,
+                                            float (&values)[E]) {
+  if (dtype == DType::Float32) {
+    load_floats(static_cast<const float*>(vector) + first, values);
+  } else if (dtype == DType::BFloat16) {
+    load_floats(static_cast<const BFloat16*>(vector) + first, values);
+  } else {
+    load_floats(static_cast<const Float16*>(vector) + first, values);
+  }
+}
+
+__device__ __forceinline__ void store_float(void* vector, DType dtype, int64_t position, float value) {
+  const float values[1] = {value};
+  if (dtype == DType::Float32) {
+    store_floats(static_cast<float*>(vector) + position, values);
+  } else if (dtype == DType::BFloat16) {
+    store_floats(static_cast<BFloat16*>(vector) + position, values);
+  } else {
+    store_floats(static_cast<Float16*>(vector) + position, values);
+  }
+}
+
+}  // namespace evakernels::cuda

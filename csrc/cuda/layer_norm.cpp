@@ -1,0 +1,66 @@
+// The plain norm is that with a residual connection, without the residual.
+#include "cuda/layer_norm.h"
+
+#include "cuda/residual_norm.h"
+
+namespace evakernels::cuda {
+namespace {
+
+template <class Params>
+ResidualNormShape shape_of(const Params& params) {
+  return {
+      .rows = params.rows,
+      .width = params.width,
+      .rows_per_sample = 1,
+      .dtype = params.dtype,
+      .branch_dtype = params.dtype,
+      .rms = params.rms,
+  };
+}
+
+NormAddBackward as_norm_add(const LayerNormBackward& params) {
+  return {
+      .dx = params.dy,
+      .branch = params.x,
+      .mean = params.mean,
+      .rstd = params.rstd,
+      .dbranch = params.dx,
+      .parameters = {.weight = {params.weight, params.weight_dtype},
+                     .bias = {},
+                     .layer_scale = {},
+                     .row_scale = {}},
+      .gradients = {.weight = {params.dweight, params.weight_dtype},
+                    .bias = {params.dbias, params.weight_dtype},
+                    .layer_scale = {}},
+      .shape = shape_of(params),
+  };
+}
+
+}  // namespace
+
+Error layer_norm_forward(const LayerNormForward& params, Stream stream) {
+  const NormAddForward norm_add = {
+      .residual = nullptr,
+      .branch = params.x,
+      .x = params.y,
+      .mean = params.mean,
+      .rstd = params.rstd,
+      .eps = params.eps,
+      .parameters = {.weight = {params.weight, params.weight_dtype},
+                     .bias = {params.bias, params.weight_dtype},
+                     .layer_scale = {},
+                     .row_scale = {}},
+      .shape = shape_of(params),
+  };
+  return norm_add_forward(norm_add, stream);
+}
+
+Error layer_norm_backward(const LayerNormBackward& params, float* workspace, Stream stream) {
+  return norm_add_backward(as_norm_add(params), workspace, stream);
+}
+
+int64_t layer_norm_backward_workspace(const LayerNormBackward& params) {
+  return norm_add_backward_workspace(as_norm_add(params));
+}
+
+}  // namespace evakernels::cuda

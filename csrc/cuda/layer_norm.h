@@ -1,0 +1,15 @@
+// LayerNorm and RMSNorm over the last dimension, on a GPU. See residual_norm.h on streams and workspaces.
+#pragma once
+
+#include "common/layer_norm.h"
+#include "cuda/stream.h"
+
+namespace evakernels::cuda {
+
+Error layer_norm_forward(const LayerNormForward& params, Stream stream);
+
+// The result depends on the shape and the GPU alone.
+Error layer_norm_backward(const LayerNormBackward& params, float* workspace, Stream stream);
+int64_t layer_norm_backward_workspace(const LayerNormBackward& params);
+
+}  // namespace evakernels::cuda

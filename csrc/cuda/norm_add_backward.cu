@@ -1,0 +1,134 @@
+// The gradient of x = residual + layer_scale * row_scale * norm(branch), but for that of the residual, which
+// is the one of x.
+//
+// Each element of dx and of the branch is read once and each of dbranch written once.
+#include "cuda/column_sums.cuh"
+#include "cuda/norm_launch.h"
+#include "cuda/norm_parameters.cuh"
+#include "cuda/residual_norm.h"
+
+namespace evakernels::cuda {
+namespace {
+
+// Over the rows, of g = row_scale * dx and of g times the normalised row.
+constexpr int kSums = 2;
+
+constexpr RowLimits kLimits = {32, 192};
+
+template <class Residual, class Branch, class L>
+__global__ void __launch_bounds__(L::kThreads, L::kBlocks)
+    norm_add_backward_kernel(const NormAddBackward params, float* partials) {
+  constexpr int E = L::E, V = L::V;
+  const ResidualNormShape& shape = params.shape;
+  const int vectors = static_cast<int>(shape.width / E);
+  const int64_t step = row_step(), ahead = step * shape.width;
+  ColumnSums<kSums, E, V> column_sums(partials, shape.width);
+  RowSums row_sums;
+  const auto gradient_of = [&](int64_t row) {
+    return gradient_of_row(row, params.mean, params.rstd, shape.rms);
+  };
+  // The gradient of the normalised row, before row_scale.
+  const auto through_weight = [&](int vector, const float (&upstream)[E], float (&g)[E]) {
+    load_weight(params.parameters.weight, vector, g);
+    multiply_by(params.parameters.layer_scale, vector, g);
+#pragma unroll
+    for (int i = 0; i < E; ++i) g[i] = __fmul_rn(upstream[i], g[i]);
+  };
+
+  int64_t row = first_row();
+  if (row < shape.rows) {
+    RowPart<Residual, E, V> dx;
+    RowPart<Branch, E, V> branch;
+    dx.point_to(params.dx, row, shape.width);
+    branch.point_to(params.branch, row, shape.width);
+    for_each_vector<V>(vectors, [&](int vector, int slot) {
+      dx.fetch(vector, slot);
+      branch.fetch(vector, slot);
+    });
+    RowGradient next = gradient_of(row);
+    for (; row < shape.rows; row += step) {
+      const bool more = row + step < shape.rows;
+      RowGradient gradient = next;
+      if (more) next = gradient_of(row + step);
+      const float row_scale = row_scale_of(params.parameters, row, shape.rows_per_sample);
+      complete<E, V>(gradient, shape.width, shape.rms, row_sums,
+                     [&](int vector, int slot, float (&g)[E], float (&x)[E]) {
+                       float upstream[E];
+                       dx.get(vector, slot, upstream);
+                       through_weight(vector, upstream, g);
+                       branch.get(vector, slot, x);
+                     });
+
+      for_each_vector<V>(vectors, [&](int vector, int slot) {
+        float upstream[E], x[E], g[E];
+        dx.get(vector, slot, upstream);
+        branch.get(vector, slot, x);
+        // The next row is on its way into the registers that this one leaves.
+        if (more) {
+          dx.fetch(vector, slot, ahead);
+          branch.fetch(vector, slot, ahead);
+        }
+        through_weight(vector, upstream, g);
+        float scaled[E], scaled_normalised[E];
+#pragma unroll
+        for (int i = 0; i < E; ++i) {
+          const float normalised = gradient.normalised(x[i]);
+          g[i] = gradient.of_x(g[i], normalised) * row_scale;
+          scaled[i] = upstream[i] * row_scale;
+          scaled_normalised[i] = scaled[i] * normalised;
+        }
+        store_floats(static_cast<Branch*>(params.dbranch) + row * shape.width + int64_t{vector} * E, g);
+        column_sums.add(0, vector, slot, scaled);
+        column_sums.add(1, vector, slot, scaled_normalised);
+      });
+      dx.advance(ahead);
+      branch.advance(ahead);
+    }
+  }
+  column_sums.write();
+}
+
+// With weight w, bias b, layer_scale s, and the sums of g and of g n: dw = s * sum(g n), db = s * sum(g) and
+// ds = w * sum(g n) + b * sum(g).
+struct WriteGradients {
+  ResidualNormParameters parameters;
+  ResidualNormGradients gradients;
+
+  __device__ void operator()(int64_t column, const float (&sums)[kSums]) const {
+    const float layer_scale = parameter_at(parameters.layer_scale, column, 1.0f);
+    write_gradient(gradients.weight, column, layer_scale * sums[1]);
+    write_gradient(gradients.bias, column, layer_scale * sums[0]);
+    const float weight = parameter_at(parameters.weight, column, 1.0f),
+                bias = parameter_at(parameters.bias, column, 0.0f);
+    write_gradient(gradients.layer_scale, column, weight * sums[1] + bias * sums[0]);
+  }
+};
+
+constexpr auto kKernelOf = [](auto types, auto layout) {
+  using Types = decltype(types);
+  return norm_add_backward_kernel<typename Types::Residual, typename Types::Branch, decltype(layout)>;
+};
+
+std::vector<Buffer> buffers_of(const NormAddBackward& params) {
+  return {{params.dx, params.shape.dtype},
+          {params.branch, params.shape.branch_dtype},
+          {params.dbranch, params.shape.branch_dtype},
+          buffer_of(params.parameters.weight),
+          buffer_of(params.parameters.layer_scale)};
+}
+
+}  // namespace
+
+int64_t norm_add_backward_workspace(const NormAddBackward& params) {
+  return backward_workspace<kLimits>(params, kSums, buffers_of(params), kKernelOf);
+}
+
+Error norm_add_backward(const NormAddBackward& params, float* workspace, Stream stream) {
+  return launch_backward<kLimits>(
+      params, workspace, stream, buffers_of(params), kKernelOf, [&](const float* partials, int64_t blocks) {
+        const WriteGradients finish = {params.parameters, params.gradients};
+        return launch_column_totals<kSums>(partials, blocks, params.shape.width, finish, stream);
+      });
+}
+
+}  // namespace evakernels::cuda

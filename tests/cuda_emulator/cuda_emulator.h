@@ -1,0 +1,102 @@
+// Runs CUDA kernels on the CPU, for tests. Each thread of a block is a fiber; the fibers of a block run one
+// at a time, in an order drawn from EVAKERNELS_EMULATOR_SEED, each until it waits for others or ends.
+//
+// What it notices by itself: a deadlock, threads of one block at different barriers, warp functions that name
+// lanes which have exited or stand elsewhere, loads and stores that are not aligned. Shared memory is filled
+// with NaN before each block, so that what was not written shows in the results; so does a missing barrier,
+// under some order. With the compiler's sanitizers it also notices races (for certain, in any order) and
+// accesses out of bounds.
+//
+// What it can't notice: races between blocks, which run one after another, and anything about speed.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+namespace cuda_emulator {
+
+// The GPU that is played: small, so that blocks take several turns in small tests too.
+constexpr int kMultiprocessors = 3;
+constexpr int kBlocksPerMultiprocessor = 1;
+constexpr int kMaxThreads = 1024;
+
+const uint3& thread_index();
+const uint3& block_index();
+const dim3& block_size();
+const dim3& grid_size();
+
+// Ends the launch with an error. Returns to the calling thread, which goes on until it next waits.
+void fail(const char* what, int line);
+
+void synchronize_block(int line);
+
+// What lane `source` brought, when all lanes of the mask have come.
+uint64_t exchange(unsigned mask, uint64_t value, int source, const char* what, int line);
+int lane();
+
+// The block's copy of a variable in shared memory, which `key` stands for.
+void* shared_memory(const void* key, size_t size, size_t alignment);
+
+// Null, or what went wrong.
+const char* launch(dim3 grid, dim3 block, const std::function<void()>& kernel);
+
+inline void require_aligned(const void* pointer, size_t alignment, int line) {
+  if (reinterpret_cast<uintptr_t>(pointer) % alignment != 0) fail("a misaligned access", line);
+}
+
+template <class T>
+T shuffle(unsigned mask, T value, int source, const char* what, int line) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  bits = exchange(mask, bits, source, what, line);
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+}  // namespace cuda_emulator
+
+#define threadIdx (cuda_emulator::thread_index())
+#define blockIdx (cuda_emulator::block_index())
+#define blockDim (cuda_emulator::block_size())
+#define gridDim (cuda_emulator::grid_size())
+
+inline void __syncthreads(int line = __builtin_LINE()) { cuda_emulator::synchronize_block(line); }
+
+inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) {
+  cuda_emulator::exchange(mask, 0, cuda_emulator::lane(), "__syncwarp", line);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int distance, int line = __builtin_LINE()) {
+  return cuda_emulator::shuffle(mask, value, cuda_emulator::lane() ^ distance, "__shfl_xor_sync", line);
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int line = __builtin_LINE()) {
+  return cuda_emulator::shuffle(mask, value, source, "__shfl_sync", line);
+}
+
+// Rounded before anything is added to it, as every product is that is compiled without FMA instructions.
+inline float __fmul_rn(float a, float b) { return a * b; }
