@@ -72,18 +72,26 @@ def measure() -> dict[str, dict[str, Usage]]:
     return usages
 
 
+def nvcc_release() -> str:
+    """`13.0`: another release gives other numbers."""
+    report = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+\.\d+)", report)
+    return found[1] if found else "unknown"
+
+
 def write(usages: dict[str, dict[str, Usage]]) -> None:
     """One line for each kernel: [registers, shared memory] for each architecture."""
     kernels = sorted(usages[ARCHS[0]])
     lines = [f"    {json.dumps(k)}: {json.dumps([usages[arch][k][:2] for arch in ARCHS])}" for k in kernels]
-    head = f'{{\n  "archs": {json.dumps(ARCHS)},\n  "registers and shared memory": {{\n'
+    head = f'{{\n  "nvcc": "{nvcc_release()}",\n  "archs": {json.dumps(ARCHS)},\n'
+    head += '  "registers and shared memory": {\n'
     BUDGET.write_text(head + ",\n".join(lines) + "\n  }\n}\n")
 
 
-def read() -> dict[str, dict[str, tuple[int, int]]]:
-    """Registers and shared memory by architecture and kernel."""
+def read() -> tuple[str, dict[str, dict[str, tuple[int, int]]]]:
+    """The release of nvcc, and with it registers and shared memory by architecture and kernel."""
     stored = json.loads(BUDGET.read_text())
-    return {
+    return stored["nvcc"], {
         arch: {kernel: tuple(values[i]) for kernel, values in stored["registers and shared memory"].items()}
         for i, arch in enumerate(stored["archs"])
     }

@@ -17,12 +17,14 @@ def test_kernels_keep_to_their_budget() -> None:
     assert spec.loader is not None
     budget = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(budget)
-    allowed, found = budget.read(), budget.measure()
+    (release, allowed), found = budget.read(), budget.measure()
+    same_compiler = release == budget.nvcc_release()
     remedy = f"if that is meant to be so: python {SCRIPT.relative_to(SCRIPT.parents[2])}"
     assert {arch: set(kernels) for arch, kernels in found.items()} == {a: set(k) for a, k in allowed.items()}, remedy
     for arch, kernels in found.items():
         for kernel, usage in kernels.items():
             registers, shared = allowed[arch][kernel]
             assert usage.spilled == usage.stack == 0, (arch, kernel, usage)
-            assert usage.registers <= registers, (arch, kernel, usage, remedy)
             assert usage.shared <= shared, (arch, kernel, usage, remedy)
+            if same_compiler:
+                assert usage.registers <= registers, (arch, kernel, usage, remedy)
