@@ -49,7 +49,7 @@ def candidates(
         peers: names of peers, `torch.compile` among them; by default all. `none` for none. The operation's baseline is
             always there: it is what the others are compared with.
     """
-    found, absent = _ours(op, backends)
+    found, absent = _ours(op, device, backends)
     version = version_of(op.baseline.package) or ""
     found.append(Candidate(op.baseline.name, "baseline", version, lambda shape: op.eager))
     if not peers or COMPILE in peers:
@@ -65,13 +65,12 @@ def candidates(
     return found, absent
 
 
-def _ours(op: Operation, backends: Sequence[str]) -> tuple[list[Candidate], dict[str, str]]:
+def _ours(op: Operation, device: str, backends: Sequence[str]) -> tuple[list[Candidate], dict[str, str]]:
     version = evakernels.info()["evakernels"] or ""
     if op.registered is None:
         return _composed(op, backends, version), {}
-    reasons = {
-        backend: why_not(op.registered, backend) for backend in PREFERENCE if not backends or backend in backends
-    }
+    here = [backend for backend in PREFERENCE if backend in (device, "reference")]
+    reasons = {backend: why_not(op.registered, backend) for backend in here if not backends or backend in backends}
     found = [_on_backend(op, backend, version) for backend, why in reasons.items() if not why]
     absent = {f"{OURS} {backend}": "; ".join(why) for backend, why in reasons.items() if why}
     return found, absent
