@@ -8,6 +8,13 @@
 
 namespace evakernels::cuda {
 
+// What __launch_bounds__ is told: a block of THREADS, though most have fewer. So no thread takes more
+// registers than leave room for as many on a multiprocessor, which hide the latency of the memory.
+template <class L, int THREADS>
+constexpr int kThreadsFor = L::V == 0 ? L::kThreads : THREADS;
+template <class L>
+constexpr int kBlocksFor = L::V == 0 ? L::kBlocks : 1;
+
 // Calls body(kernel, plan). kernel_of(T{}, Layout{}) names the kernel.
 template <RowLimits LIMITS, class Params, class KernelOf, class Body>
 Error with_norm_kernel(const Params& params, const std::vector<Buffer>& buffers, const KernelOf& kernel_of,

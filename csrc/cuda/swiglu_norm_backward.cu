@@ -12,10 +12,14 @@ namespace {
 // Over the rows: of dout times the normalised row, and of dout.
 constexpr int kSums = 2;
 
-constexpr RowLimits kLimits = {16, 512};
+constexpr RowLimits kLimits = {16, 384};
+
+// Those with the most elements a thread need registers for them.
+template <class L>
+constexpr int kThreads = kThreadsFor<L, (L::V * L::E == kLimits.elements ? kLimits.threads : 512)>;
 
 template <class T, class L>
-__global__ void __launch_bounds__(L::kThreads, L::kBlocks)
+__global__ void __launch_bounds__(kThreads<L>, kBlocksFor<L>)
     swiglu_norm_backward_kernel(const SwigluBackward params, float* partials) {
   constexpr int E = L::E, V = L::V;
   const int64_t width = params.width, step = row_step();

@@ -12,7 +12,10 @@ namespace {
 constexpr RowLimits kLimits = {32, 256};
 
 template <class T, class L>
-__global__ void __launch_bounds__(L::kThreads, L::kBlocks)
+constexpr int kThreads = kThreadsFor<L, 1024 / int{sizeof(T)}>;
+
+template <class T, class L>
+__global__ void __launch_bounds__(kThreads<T, L>, kBlocksFor<L>)
     swiglu_norm_forward_kernel(const SwigluForward params) {
   constexpr int E = L::E, V = L::V;
   const int vectors = static_cast<int>(params.width / E);

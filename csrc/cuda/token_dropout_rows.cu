@@ -10,6 +10,7 @@ namespace evakernels::cuda {
 namespace {
 
 constexpr int kRows = 8;    // of a block
+constexpr int kBlocks = 4;  // of a multiprocessor, at least; for more of them the compiler would spill
 constexpr int kAtOnce = 4;  // vectors of a thread that are on their way together
 
 template <class Types, int E>
@@ -50,7 +51,8 @@ __device__ __forceinline__ void write_token(const TokenDropoutForward& params,
 }
 
 template <class Types, int E>
-__global__ void __launch_bounds__(kWarpSize* kRows) token_rows_kernel(const TokenDropoutForward params) {
+__global__ void __launch_bounds__(kRows* kWarpSize, kBlocks)
+    token_rows_kernel(const TokenDropoutForward params) {
   const TokenDropoutShape& shape = params.shape;
   const int64_t rows = shape.prefix_tokens + shape.kept_tokens;
   const int64_t row = int64_t{blockIdx.x} * kRows + threadIdx.y;

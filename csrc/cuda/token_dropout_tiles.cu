@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kRows = kWarpSize;  // of out
 constexpr int kWarps = 8;
+constexpr int kBlocks = 4;  // of a multiprocessor, at least; for more of them the compiler would spill
 
 // E channels a lane. One word more a row than there are channels: then neither way do lanes of a warp meet in
 // one bank.
@@ -38,7 +39,8 @@ __device__ __forceinline__ void fill(Tile<T, E>& tile, const T* patches, int64_t
 }
 
 template <class Types, int E>
-__global__ void __launch_bounds__(kWarpSize* kWarps) token_tiles_kernel(const TokenDropoutForward params) {
+__global__ void __launch_bounds__(kWarps* kWarpSize, kBlocks)
+    token_tiles_kernel(const TokenDropoutForward params) {
   using T = typename Types::Patch;
   using O = typename Types::Out;
   Tile<T, E>& tile = shared_memory<Tile<T, E>>();

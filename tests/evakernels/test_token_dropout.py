@@ -241,7 +241,10 @@ def test_shapes_of_models_give_the_formula(shape, layout, dtype):
         for has_pos_embed in (True, False):
             given = inputs if has_pos_embed else [*inputs[:2], None]
             ours, theirs = pair(token_index)
-            actual, expected = with_gradients(ours, given), with_gradients(theirs, [None if t is None else t.double() for t in given])
+            actual, expected = (
+                with_gradients(ours, given),
+                with_gradients(theirs, [None if t is None else t.double() for t in given]),
+            )
             for a, e in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
                 eps = torch.finfo(dtype).eps
                 torch.testing.assert_close(a.double(), e, rtol=eps, atol=eps * batch)
