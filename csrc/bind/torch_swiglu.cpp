@@ -1,6 +1,7 @@
 // swiglu as torch operators.
-#include "bind/torch_arguments.h"
+#include "bind/launch.h"
 #include "cpu/swiglu.h"
+#include "cuda/swiglu.h"
 
 namespace evakernels {
 namespace {
@@ -66,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> swiglu_forward(const Tensor& gate, const Tens
       .dtype = dtype,
       .weight_dtype = weight_dtype,
   };
-  cpu::swiglu_forward(params, cpu::active_isa(), torch_parallel);
+  launch<cpu::swiglu_forward, cuda::swiglu_forward>("swiglu_forward", gate, params);
   return {out, mean, rstd};
 }
 
@@ -111,14 +112,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> swiglu_backward(const Tensor& dout_an
       .dtype = dtype,
       .weight_dtype = weight ? dtype_of(*weight, "norm_weight") : dtype,
   };
-  cpu::swiglu_backward(params, cpu::active_isa(), torch_parallel);
+  launch<cpu::swiglu_backward, cuda::swiglu_backward, cuda::swiglu_backward_workspace>("swiglu_backward",
+                                                                                       gate, params);
   return {dgate, dup, dweight, dbias};
 }
 
 }  // namespace
 }  // namespace evakernels
 
-STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) {
+EVAKERNELS_IMPLEMENT(m, {
   m.impl("swiglu_forward", TORCH_BOX(&evakernels::swiglu_forward));
   m.impl("swiglu_backward", TORCH_BOX(&evakernels::swiglu_backward));
-}
+})

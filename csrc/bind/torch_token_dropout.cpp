@@ -1,6 +1,7 @@
 // token_dropout as torch operators.
-#include "bind/torch_arguments.h"
+#include "bind/launch.h"
 #include "cpu/token_dropout.h"
+#include "cuda/token_dropout.h"
 
 namespace evakernels {
 namespace {
@@ -74,7 +75,7 @@ Tensor token_dropout_forward(const Tensor& patches_any, std::optional<Tensor> to
       .pos_embed_dtype = pos_embed_dtype,
       .out_dtype = dtype_of(out, "out"),
   };
-  cpu::token_dropout_forward(params, cpu::active_isa(), torch_parallel);
+  launch<cpu::token_dropout_forward, cuda::token_dropout_forward>("token_dropout_forward", patches, params);
   return out;
 }
 
@@ -112,14 +113,15 @@ std::tuple<Tensor, Tensor, Tensor> token_dropout_backward(const Tensor& dout_any
       .shape = shape,
       .dtype = dtype_of(dout, "dout"),
   };
-  cpu::token_dropout_backward(params, cpu::active_isa(), torch_parallel);
+  launch<cpu::token_dropout_backward, cuda::token_dropout_backward, cuda::token_dropout_backward_workspace>(
+      "token_dropout_backward", dout, params);
   return {dpatches, dprefix, dpos_embed};
 }
 
 }  // namespace
 }  // namespace evakernels
 
-STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) {
+EVAKERNELS_IMPLEMENT(m, {
   m.impl("token_dropout_forward", TORCH_BOX(&evakernels::token_dropout_forward));
   m.impl("token_dropout_backward", TORCH_BOX(&evakernels::token_dropout_backward));
-}
+})

@@ -63,6 +63,10 @@ void store(Word* to, Word word, int line = __builtin_LINE()) {
   std::memcpy(to, &word, sizeof word);
 }
 
+// Ends the launch with an error: for arguments that only the kernel sees. `what` is told where that is
+// possible.
+inline void refuse(const char* what, int line = __builtin_LINE()) { cuda_emulator::fail(what, line); }
+
 inline float to_float(BFloat16 value) { return bfloat16_to_float<float>(uint32_t{value.bits}); }
 inline float to_float(Float16 value) { return float16_to_float<float>(uint32_t{value.bits}); }
 
@@ -122,6 +126,10 @@ template <class Word>
 __device__ __forceinline__ void store(Word* to, Word word) {
   *to = word;
 }
+
+// Ends the launch with an error: for arguments that only the kernel sees. `what` is told where that is
+// possible.
+__device__ __forceinline__ void refuse(const char*) { __trap(); }
 
 __device__ __forceinline__ float to_float(BFloat16 value) {
   return __uint_as_float(uint32_t{value.bits} << 16);

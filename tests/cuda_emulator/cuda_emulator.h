@@ -100,3 +100,5 @@ T __shfl_sync(unsigned mask, T value, int source, int line = __builtin_LINE()) {
 
 // Rounded before anything is added to it, as every product is that is compiled without FMA instructions.
 inline float __fmul_rn(float a, float b) { return a * b; }
+
+inline float __fdividef(float a, float b) { return a / b; }

@@ -1,151 +1,12 @@
 // Runs the launchers of csrc/cuda on buffers of its own and compares with sums in double: for what can't run
 // under Python, as the thread sanitizer. Prints what is wrong; returns 1 if anything is.
-#include <cmath>
-#include <cstdio>
-#include <string>
-#include <vector>
+#include "drive.h"
 
-#include "common/numerics.h"
 #include "cuda/layer_norm.h"
 #include "cuda/residual_norm.h"
 
+namespace evakernels::drive {
 namespace {
-
-using namespace evakernels;
-
-constexpr double kEps = 1e-6;
-
-int failures = 0;
-
-void check(bool good, const std::string& what) {
-  if (good) return;
-  ++failures;
-  std::printf("wrong: %s\n", what.c_str());
-}
-
-// Numbers in [-1, 1), the same in every run.
-double next_number() {
-  static uint64_t state = 1;
-  state = state * 6364136223846793005u + 1442695040888963407u;
-  return static_cast<double>(state >> 33) / (1u << 30) - 1.0;
-}
-
-// A buffer of any dtype, no byte longer than it must be.
-class Buffer {
- public:
-  Buffer(DType dtype, int64_t size) : dtype_(dtype), bytes_(size * (dtype == DType::Float32 ? 4 : 2), 0xFF) {}
-
-  static Buffer random(DType dtype, int64_t size) {
-    Buffer buffer(dtype, size);
-    for (int64_t i = 0; i < size; ++i) buffer.set(i, static_cast<float>(next_number()));
-    return buffer;
-  }
-
-  void* data() { return bytes_.data(); }
-  float* floats() { return reinterpret_cast<float*>(bytes_.data()); }
-  DType dtype() const { return dtype_; }
-
-  double at(int64_t i) const {
-    if (dtype_ == DType::Float32) return reinterpret_cast<const float*>(bytes_.data())[i];
-    const uint32_t bits = reinterpret_cast<const uint16_t*>(bytes_.data())[i];
-    return dtype_ == DType::BFloat16 ? bfloat16_to_float<float>(bits) : float16_to_float<float>(bits);
-  }
-
- private:
-  void set(int64_t i, float value) {
-    if (dtype_ == DType::Float32) {
-      floats()[i] = value;
-    } else {
-      const uint32_t bits =
-          dtype_ == DType::BFloat16 ? float_to_bfloat16<uint32_t>(value) : float_to_float16<uint32_t>(value);
-      reinterpret_cast<uint16_t*>(bytes_.data())[i] = static_cast<uint16_t>(bits);
-    }
-  }
-
-  DType dtype_;
-  std::vector<unsigned char> bytes_;
-};
-
-struct Case {
-  int64_t rows;
-  int64_t width;
-  DType dtype;
-};
-
-std::string name_of(const Case& c, const char* what) {
-  return std::string(what) + " of " + std::to_string(c.rows) + " rows of " + std::to_string(c.width) +
-         ", dtype " + std::to_string(static_cast<int>(c.dtype));
-}
-
-// To the precision of `dtype`.
-void compare(const Buffer& actual, const std::vector<double>& expected, const std::string& what,
-             DType dtype) {
-  const double eps = dtype == DType::Float32 ? 1e-5 : dtype == DType::BFloat16 ? 8e-3 : 1e-3;
-  double worst = 0.0, largest = 1.0;
-  for (double value : expected) largest = std::fmax(largest, std::fabs(value));
-  for (size_t i = 0; i < expected.size(); ++i) {
-    const double error = std::fabs(actual.at(static_cast<int64_t>(i)) - expected[i]);
-    if (!(error <= worst)) worst = error;  // NaN is the worst
-  }
-  check(worst <= eps * largest, what + ": error " + std::to_string(worst));
-}
-
-struct Statistics {
-  double mean = 0.0;
-  double rstd = 0.0;
-};
-
-Statistics statistics_of(const std::vector<double>& x, int64_t row, int64_t width) {
-  double mean = 0.0, squares = 0.0;
-  for (int64_t i = 0; i < width; ++i) mean += x[row * width + i] / width;
-  for (int64_t i = 0; i < width; ++i) squares += std::pow(x[row * width + i] - mean, 2);
-  return {mean, 1.0 / std::sqrt(squares / width + kEps)};
-}
-
-std::vector<double> values_of(const Buffer& buffer, int64_t size) {
-  std::vector<double> values(size);
-  for (int64_t i = 0; i < size; ++i) values[i] = buffer.at(i);
-  return values;
-}
-
-// The gradient of norm(x) * weight for the gradient dy, and the sums for the gradients of weight and bias.
-struct NormGradient {
-  std::vector<double> dx, dweight, dbias;
-
-  NormGradient(const std::vector<double>& dy, const std::vector<double>& x, const Buffer& weight,
-               int64_t rows, int64_t width)
-      : dx(rows * width), dweight(width), dbias(width) {
-    for (int64_t row = 0; row < rows; ++row) {
-      const Statistics s = statistics_of(x, row, width);
-      const auto normalised = [&](int64_t i) { return (x[row * width + i] - s.mean) * s.rstd; };
-      double shift = 0.0, slope = 0.0;
-      for (int64_t i = 0; i < width; ++i) {
-        const double g = dy[row * width + i] * weight.at(i);
-        shift += g / width;
-        slope += g * normalised(i) / width;
-        dweight[i] += dy[row * width + i] * normalised(i);
-        dbias[i] += dy[row * width + i];
-      }
-      for (int64_t i = 0; i < width; ++i) {
-        dx[row * width + i] = (dy[row * width + i] * weight.at(i) - shift - normalised(i) * slope) * s.rstd;
-      }
-    }
-  }
-};
-
-std::vector<double> norm_of(const std::vector<double>& x, const Buffer& weight, const Buffer& bias,
-                            int64_t rows, int64_t width) {
-  std::vector<double> y(rows * width);
-  for (int64_t row = 0; row < rows; ++row) {
-    const Statistics s = statistics_of(x, row, width);
-    for (int64_t i = 0; i < width; ++i) {
-      y[row * width + i] = (x[row * width + i] - s.mean) * s.rstd * weight.at(i) + bias.at(i);
-    }
-  }
-  return y;
-}
-
-void run(cuda::Error error, const std::string& what) { check(!error, what + ": " + (error ? error : "")); }
 
 void drive_layer_norm(const Case& c) {
   const int64_t size = c.rows * c.width;
@@ -223,8 +84,11 @@ void drive_add_norm(const Case& c) {
 }
 
 }  // namespace
+}  // namespace evakernels::drive
 
 int main() {
+  using namespace evakernels;
+  using namespace evakernels::drive;
   constexpr DType kHalf = DType::BFloat16;
   // Several rows a warp and a block; several warps; unaligned; a row in memory only.
   const Case cases[] = {{29, 64, DType::Float32}, {14, 264, kHalf},          {5, 1408, kHalf},
@@ -233,6 +97,8 @@ int main() {
   for (const Case& c : cases) {
     drive_layer_norm(c);
     drive_add_norm(c);
+    drive_swiglu(c);
+    drive_token_dropout(c);
   }
   if (failures == 0) std::printf("all right\n");
   return failures == 0 ? 0 : 1;

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from op_suite import CHOICE, ROOT, build_library, copy_with_library, gcc, run_ops, sanitizer_runtimes
 
-OPS = ("layer_norm", "residual_norm", "norm_widths")
-CHECKS = f"{CHOICE} or every_mix or no_rows or one_element or strided or finite or bit_equal"
+OPS = ("layer_norm", "residual_norm", "norm_widths", "swiglu", "token_dropout")
+CHECKS = f"{CHOICE} or every_mix or no_rows or one_element or strided or finite or bit_equal or any_layout or refuses"
 OPTIMISED = "-O1 -g -fno-strict-aliasing"
 SANITIZERS = {
     "none": "",
@@ -64,6 +64,28 @@ def test_the_emulated_kernels_are_what_runs(tests: Path) -> None:
     call = [sys.executable, "-c", code]
     result = subprocess.run(call, cwd=tests, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert "layer_norm_forward: CUDA error: a breakdown, as asked for" in result.stderr
+
+
+def test_a_wrong_index_ends_the_launch(tests: Path) -> None:
+    """Of patches in either order. Ops on a CPU check it beforehand; on a GPU nobody but the kernels does."""
+    code = """if True:
+        import torch, evakernels
+        patches, index = torch.ones(2, 6, 4), torch.tensor([[0, 1], [5, 6]])
+        for view in (patches, patches.transpose(1, 2).contiguous().transpose(1, 2)):
+            try:
+                torch.ops.evakernels_native.token_dropout_forward(view, index, None, None)
+            except RuntimeError as error:
+                print(error)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(tests.parent)},
+        cwd=tests,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.count("token_index is out of range") == 2, result.stdout
 
 
 def test_ops_are_clean_under_the_address_sanitizer(tmp_path: Path) -> None:

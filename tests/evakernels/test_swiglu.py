@@ -8,6 +8,7 @@ from op_checks import (
     assert_deterministic,
     assert_gradcheck,
     assert_opcheck,
+    with_gradients,
 )
 
 import evakernels
@@ -30,14 +31,15 @@ def theirs(gate, up, weight, bias):
     return hidden if weight is None else F.layer_norm(hidden, hidden.shape[-1:], weight, bias, EPS)
 
 
-def inputs(norm):
+def inputs(norm, rows=(2, 3), width=HIDDEN):
     """gate, up, and the norm's weight and bias as the variant has them."""
-    weight = None if norm == "plain" else randn(HIDDEN, seed=2)
-    bias = randn(HIDDEN, seed=3) if norm == "norm" else None
-    return randn(2, 3, HIDDEN), randn(2, 3, HIDDEN, seed=1), weight, bias
+    weight = None if norm == "plain" else randn(width, seed=2)
+    bias = randn(width, seed=3) if norm == "norm" else None
+    return randn(*rows, width), randn(*rows, width, seed=1), weight, bias
 
 
-CASES = [pytest.param(inputs(norm), id=norm) for norm in ("plain", "norm", "norm-without-bias")]
+NORMS = ("plain", "norm", "norm-without-bias")
+CASES = [pytest.param(inputs(norm), id=norm) for norm in NORMS]
 
 
 @pytest.mark.parametrize("inputs", CASES)
@@ -84,6 +86,76 @@ def test_halves_of_a_packed_projection_are_served_in_place():
     torch.testing.assert_close(gradients, expected)
     assert out.is_contiguous()
     assert all(g.is_contiguous() for g in gradients)
+
+
+# Those of models, and those where kernels change the way they lay a row over threads; no kernel keeps the last two in
+# registers.
+WIDTHS = (1, 2, 250, 512, 2048, 2730, 4100, 8199, 16_390)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS[:2])
+def test_every_width_keeps_the_error_rule(norm, dtype, width):
+    assert_as_accurate_as_torch(ours, theirs, inputs(norm, (7,), width), dtype)
+
+
+@pytest.mark.parametrize("width", [8, 36, 2048, 2730])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS[:2])
+def test_strided_rows_and_odd_addresses_change_no_value(norm, dtype, width):
+    """Halves of a packed projection, parts of wider rows, rows that begin anywhere, and one row for all."""
+    gate, up, weight, bias = (None if t is None else t.to(dtype) for t in inputs(norm, (5,), width))
+    packed = torch.cat((gate, up), -1)
+    wider = torch.cat((gate, up, gate[:, :3]), -1)
+    shifted = torch.cat((gate.new_zeros(1), gate.flatten(), up.flatten()))
+    views = [packed.chunk(2, -1), (wider[:, :width], wider[:, width : 2 * width])]
+    views.append(tuple(t.view(5, width) for t in shifted[1:].split(5 * width)))
+    expected = results(gate, up, weight, bias)
+    for view in views:
+        for actual, right in zip(results(*view, weight, bias), expected, strict=True):
+            torch.testing.assert_close(actual, right, rtol=2 * torch.finfo(dtype).eps, atol=2e-5)
+    same = results(gate[:1].expand(5, -1), up, weight, bias)
+    for actual, right in zip(same, results(gate[:1].repeat(5, 1), up, weight, bias), strict=True):
+        torch.testing.assert_close(actual, right, rtol=2 * torch.finfo(dtype).eps, atol=2e-5)
+
+
+def results(gate, up, weight, bias):
+    """The output and all gradients, of inputs that are taken as they lie in memory."""
+    leaves = [t.detach().requires_grad_() for t in (gate, up, weight, bias) if t is not None]
+    out = ours(*leaves, *[None] * (4 - len(leaves)))
+    dout = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
+    return out, *torch.autograd.grad(out, leaves, dout)
+
+
+@pytest.mark.parametrize("rows", [(0,), (2, 0)])
+@pytest.mark.parametrize("norm", NORMS)
+def test_no_rows_give_zero_parameter_gradients(norm, rows):
+    out, (_, _, *of_parameters) = with_gradients(ours, [None if t is None else t.float() for t in inputs(norm, rows)])
+    assert out[0].shape == (*rows, HIDDEN)
+    assert all(torch.equal(g, torch.zeros(HIDDEN)) for g in of_parameters)
+
+
+@pytest.mark.parametrize("norm", NORMS[:2])
+def test_no_columns(norm):
+    outputs, gradients = with_gradients(ours, [None if t is None else t.float() for t in inputs(norm, (3,), 0)])
+    assert all(t.numel() == 0 for t in outputs + gradients)
+
+
+def test_a_row_of_one_element_passes_no_gradient_through_its_norm():
+    gate, up, weight, bias = (t.float() for t in inputs("norm", (50,), 1))
+    _, (dgate, dup, *_) = with_gradients(ours, (gate, up, weight, bias))
+    assert dgate.abs().max() < 1e-3
+    assert dup.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_gates_stay_finite(dtype):
+    gate = torch.tensor([[-1e4, -200.0, -90.0, 0.0, 90.0, 200.0, 1e4, 1.0]]).to(dtype)
+    (out,), (dgate, dup) = with_gradients(evakernels.swiglu, (gate, torch.ones_like(gate)))
+    torch.testing.assert_close(out, F.silu(gate))
+    assert dgate.isfinite().all()
+    assert dup.isfinite().all()
 
 
 def test_results_are_contiguous_for_transposed_inputs():

@@ -227,6 +227,29 @@ def test_patches_in_any_layout(channels, token_index):
     assert torch.equal(same, evakernels.token_dropout(patches[:1].repeat(2, 1, 1), token_index))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["token by token", "channel by channel"])
+@pytest.mark.parametrize("shape", [(2, 70, 768), (3, 40, 74), (40, 9, 264)], ids=str)
+def test_shapes_of_models_give_the_formula(shape, layout, dtype):
+    """More rows, channels and samples than a block of any kernel has."""
+    batch, tokens, _ = shape
+    inputs = [t.to(dtype) for t in wide_inputs(*shape)]
+    if layout == "channel by channel":
+        inputs[0] = inputs[0].transpose(1, 2).contiguous().transpose(1, 2)
+    index = evakernels.sample_token_index(batch, tokens, tokens // 2, generator=torch.Generator().manual_seed(0))
+    for token_index in (None, index):
+        for has_pos_embed in (True, False):
+            given = inputs if has_pos_embed else [*inputs[:2], None]
+            ours, theirs = pair(token_index)
+            actual, expected = (
+                with_gradients(ours, given),
+                with_gradients(theirs, [None if t is None else t.double() for t in given]),
+            )
+            for a, e in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
+                eps = torch.finfo(dtype).eps
+                torch.testing.assert_close(a.double(), e, rtol=eps, atol=eps * batch)
+
+
 def test_a_dropped_patch_may_hold_anything():
     patches = randn(BATCH, TOKENS, CHANNELS).float()
     kept = torch.zeros(BATCH, TOKENS, dtype=torch.bool).scatter_(1, KEPT, True)

@@ -1,0 +1,151 @@
+// The gradient of out = norm(silu(gate) * up). The product is computed again. Each byte of dout, gate and up
+// is read once and each of dgate and dup written once.
+#include "cuda/column_sums.cuh"
+#include "cuda/norm_parameters.cuh"
+#include "cuda/swiglu.cuh"
+#include "cuda/swiglu.h"
+#include "cuda/swiglu_launch.h"
+
+namespace evakernels::cuda {
+namespace {
+
+// Over the rows: of dout times the normalised row, and of dout.
+constexpr int kSums = 2;
+
+constexpr RowLimits kLimits = {16, 384};
+
+// Those with the most elements a thread need registers for them.
+template <class L>
+constexpr int kThreads = kThreadsFor<L, (L::V * L::E == kLimits.elements ? kLimits.threads : 512)>;
+
+template <class T, class L>
+__global__ void __launch_bounds__(kThreads<L>, kBlocksFor<L>)
+    swiglu_norm_backward_kernel(const SwigluBackward params, float* partials) {
+  constexpr int E = L::E, V = L::V;
+  const int64_t width = params.width, step = row_step();
+  const int vectors = static_cast<int>(width / E);
+  ColumnSums<kSums, E, V> column_sums(partials, width);
+  RowSums row_sums;
+  const auto through_weight = [&](int vector, const float (&upstream)[E], float (&g)[E]) {
+    load_weight({params.norm_weight, params.weight_dtype}, vector, g);
+#pragma unroll
+    for (int i = 0; i < E; ++i) g[i] = __fmul_rn(upstream[i], g[i]);
+  };
+
+  int64_t row = first_row();
+  if (row < params.rows) {
+    RowPart<T, E, V> dout, gate, up;
+    dout.point_to(params.dout, row, width);
+    gate.point_to(params.gate.data, row, params.gate.stride);
+    up.point_to(params.up.data, row, params.up.stride);
+    const auto fetch = [&](int vector, int slot, int64_t rows_ahead) {
+      dout.fetch(vector, slot, rows_ahead * width);
+      gate.fetch(vector, slot, rows_ahead * params.gate.stride);
+      up.fetch(vector, slot, rows_ahead * params.up.stride);
+    };
+    for_each_vector<V>(vectors, [&](int vector, int slot) { fetch(vector, slot, 0); });
+    RowGradient next = gradient_of_row(row, params.mean, params.rstd, false);
+    for (; row < params.rows; row += step) {
+      const bool more = row + step < params.rows;
+      RowGradient gradient = next;
+      if (more) next = gradient_of_row(row + step, params.mean, params.rstd, false);
+      float sigmoids[V > 0 ? V : 1][E];
+      complete<E, V>(gradient, width, false, row_sums,
+                     [&](int vector, int slot, float (&g)[E], float (&product)[E]) {
+                       float upstream[E], own[E];
+                       dout.get(vector, slot, upstream);
+                       through_weight(vector, upstream, g);
+                       gate.get(vector, slot, own);
+                       up.get(vector, slot, product);
+#pragma unroll
+                       for (int i = 0; i < E; ++i) {
+                         sigmoids[slot][i] = sigmoid(own[i]);
+                         product[i] = gated(own[i], sigmoids[slot][i], product[i]);
+                       }
+                     });
+
+      for_each_vector<V>(vectors, [&](int vector, int slot) {
+        float upstream[E], g[E], u[E], to_product[E];
+        dout.get(vector, slot, upstream);
+        gate.get(vector, slot, g);
+        up.get(vector, slot, u);
+        // The next row is on its way into the registers that this one leaves.
+        if (more) fetch(vector, slot, step);
+        through_weight(vector, upstream, to_product);
+        float times_normalised[E];
+#pragma unroll
+        for (int i = 0; i < E; ++i) {
+          const float s = V > 0 ? sigmoids[slot][i] : sigmoid(g[i]);
+          const float normalised = gradient.normalised(gated(g[i], s, u[i]));
+          times_normalised[i] = upstream[i] * normalised;
+          const GatedGradient own =
+              gradient_of_gated(gradient.of_x(to_product[i], normalised), g[i], s, u[i]);
+          g[i] = own.gate;
+          u[i] = own.up;
+        }
+        const int64_t first = row * width + int64_t{vector} * E;
+        store_floats(static_cast<T*>(params.dgate) + first, g);
+        store_floats(static_cast<T*>(params.dup) + first, u);
+        column_sums.add(0, vector, slot, times_normalised);
+        column_sums.add(1, vector, slot, upstream);
+      });
+      dout.advance(step * width);
+      gate.advance(step * params.gate.stride);
+      up.advance(step * params.up.stride);
+    }
+  }
+  column_sums.write();
+}
+
+struct WriteGradients {
+  ParameterGradient weight;
+  ParameterGradient bias;
+
+  __device__ void operator()(int64_t column, const float (&sums)[kSums]) const {
+    write_gradient(weight, column, sums[0]);
+    write_gradient(bias, column, sums[1]);
+  }
+};
+
+// Calls body(kernel, plan, blocks) with as many blocks as run at the same time, or fewer if the rows are few:
+// each block leaves partial sums behind.
+template <class Body>
+Error with_backward(const SwigluBackward& params, const Body& body) {
+  const auto kernel_of = [](auto element, auto layout) {
+    return swiglu_norm_backward_kernel<decltype(element), decltype(layout)>;
+  };
+  const std::vector<Buffer> buffers = {
+      {params.dout, params.dtype},    {params.gate.data, params.dtype},
+      {params.up.data, params.dtype}, {params.dgate, params.dtype},
+      {params.dup, params.dtype},     {params.norm_weight, params.weight_dtype}};
+  return with_norm_kernel<kLimits>(params, buffers, kernel_of, [&](auto kernel, const RowPlan& plan) {
+    const int resident = resident_blocks(kernel, static_cast<int>(plan.block.x * plan.block.y));
+    return body(kernel, plan, std::min<int64_t>(blocks_for(params.rows, plan), std::max(1, resident)));
+  });
+}
+
+}  // namespace
+
+int64_t swiglu_norm_backward_workspace(const SwigluBackward& params) {
+  int64_t size = 0;
+  with_backward(params, [&](auto, const RowPlan&, int64_t blocks) -> Error {
+    size = kSums * blocks * params.width;
+    return nullptr;
+  });
+  return size;
+}
+
+Error swiglu_norm_backward(const SwigluBackward& params, float* workspace, Stream stream) {
+  return with_backward(params, [&](auto kernel, const RowPlan& plan, int64_t blocks) -> Error {
+    if (blocks > 0) {
+      const Error error =
+          launch(kernel, {static_cast<unsigned>(blocks), 1, 1}, plan.block, stream, params, workspace);
+      if (error) return error;
+    }
+    const WriteGradients finish = {{params.dweight, params.weight_dtype},
+                                   {params.dbias, params.weight_dtype}};
+    return launch_column_totals<kSums>(workspace, blocks, params.width, finish, stream);
+  });
+}
+
+}  // namespace evakernels::cuda

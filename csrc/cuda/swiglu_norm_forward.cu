@@ -1,0 +1,85 @@
+// out = norm(silu(gate) * up). Each byte of the inputs is read once and each byte of out written once; the
+// product is kept in registers, unrounded.
+#include "cuda/norm_parameters.cuh"
+#include "cuda/norm_rows.cuh"
+#include "cuda/swiglu.cuh"
+#include "cuda/swiglu.h"
+#include "cuda/swiglu_launch.h"
+
+namespace evakernels::cuda {
+namespace {
+
+constexpr RowLimits kLimits = {32, 256};
+
+template <class T, class L>
+constexpr int kThreads = kThreadsFor<L, 1024 / int{sizeof(T)}>;
+
+template <class T, class L>
+__global__ void __launch_bounds__(kThreads<T, L>, kBlocksFor<L>)
+    swiglu_norm_forward_kernel(const SwigluForward params) {
+  constexpr int E = L::E, V = L::V;
+  const int vectors = static_cast<int>(params.width / E);
+  const ResidualNormParameters parameters = {
+      {params.norm_weight, params.weight_dtype}, {params.norm_bias, params.weight_dtype}, {}, {}};
+  RowSums row_sums;
+  for (int64_t row = first_row(); row < params.rows; row += row_step()) {
+    RowPart<T, E, V> gate, up;
+    gate.point_to(params.gate.data, row, params.gate.stride);
+    up.point_to(params.up.data, row, params.up.stride);
+    for_each_vector<V>(vectors, [&](int vector, int slot) {
+      gate.fetch(vector, slot);
+      up.fetch(vector, slot);
+    });
+
+    float held[V > 0 ? V : 1][E];
+    const auto multiply = [&](int vector, int slot, float (&values)[E]) {
+      float g[E];
+      gate.get(vector, slot, g);
+      up.get(vector, slot, values);
+#pragma unroll
+      for (int i = 0; i < E; ++i) values[i] = gated(g[i], sigmoid(g[i]), values[i]);
+    };
+    const auto get_product = [&](int vector, int slot, float (&values)[E]) {
+      if constexpr (V == 0) {
+        multiply(vector, slot, values);
+      } else {
+#pragma unroll
+        for (int i = 0; i < E; ++i) values[i] = held[slot][i];
+      }
+    };
+    if constexpr (V > 0) {
+      for_each_vector<V>(vectors, [&](int vector, int slot) { multiply(vector, slot, held[slot]); });
+    }
+
+    const RowStatistics statistics =
+        row_statistics<E, V>(params.width, params.eps, false, row_sums, get_product);
+    write_statistics(statistics, row, false, params.mean, params.rstd);
+    for_each_vector<V>(vectors, [&](int vector, int slot) {
+      float values[E];
+      get_product(vector, slot, values);
+#pragma unroll
+      for (int i = 0; i < E; ++i) values[i] = (values[i] - statistics.mean) * statistics.rstd;
+      transform(parameters, vector, values);
+      store_floats(static_cast<T*>(params.out) + row * params.width + int64_t{vector} * E, values);
+    });
+  }
+}
+
+}  // namespace
+
+Error swiglu_norm_forward(const SwigluForward& params, Stream stream) {
+  const auto kernel_of = [](auto element, auto layout) {
+    return swiglu_norm_forward_kernel<decltype(element), decltype(layout)>;
+  };
+  const std::vector<Buffer> buffers = {{params.gate.data, params.dtype},
+                                       {params.up.data, params.dtype},
+                                       {params.out, params.dtype},
+                                       {params.norm_weight, params.weight_dtype},
+                                       {params.norm_bias, params.weight_dtype}};
+  return with_norm_kernel<kLimits>(params, buffers, kernel_of, [&](auto kernel, const RowPlan& plan) {
+    const int64_t blocks = std::min<int64_t>(blocks_for(params.rows, plan), std::numeric_limits<int>::max());
+    return launch(kernel, {static_cast<unsigned>(blocks), 1, 1}, plan.block, stream, params);
+  });
+}
+
+}  // namespace evakernels::cuda

@@ -1,0 +1,151 @@
+// out = silu(gate) * up without a norm: every element by itself. Each byte of the inputs is read once and
+// each byte of the outputs written once.
+#include <limits>
+
+#include "cuda/norm_rows.cuh"
+#include "cuda/swiglu.cuh"
+#include "cuda/swiglu.h"
+
+namespace evakernels::cuda {
+namespace {
+
+constexpr unsigned kThreads = 128;
+constexpr int64_t kDenseWidth = 4096;
+
+// Of a thread, of one matrix: 32 bytes, enough on their way to hide the latency of the memory.
+template <class T, int E>
+constexpr int kVectors = smaller(8, 32 / (E * int{sizeof(T)}));
+
+// The matrices as the kernels see them: dense ones as rows of kDenseWidth, the last of which may be shorter.
+struct Shape {
+  int64_t size;  // of all rows together
+  int64_t width;
+  SwigluRows gate;
+  SwigluRows up;
+};
+
+template <class Params>
+Shape shape_of(const Params& params) {
+  Shape shape = {params.rows * params.width, params.width, params.gate, params.up};
+  if (params.rows == 1 || (params.gate.stride == params.width && params.up.stride == params.width)) {
+    shape.width = shape.gate.stride = shape.up.stride = kDenseWidth;
+  }
+  return shape;
+}
+
+// Calls body(row, first, vectors) for the block's parts of rows: so many vectors from the element `first` on.
+// blockIdx.x counts rows, blockIdx.y the even parts of one.
+template <int E, class Body>
+__device__ __forceinline__ void for_each_part(const Shape& shape, const Body& body) {
+  const int64_t rows = (shape.size + shape.width - 1) / shape.width;
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const int64_t left = shape.size - row * shape.width;
+    const int64_t vectors = (left < shape.width ? left : shape.width) / E;
+    const int64_t part = (vectors + gridDim.y - 1) / gridDim.y;
+    const int64_t begin = blockIdx.y * part;
+    const int64_t rest = vectors - begin;
+    body(row, begin * E, static_cast<int>(rest < part ? rest : part));
+  }
+}
+
+// The part of one matrix that is a thread's.
+template <class T, int E>
+using Part = RowPart<T, E, kVectors<T, E>>;
+
+template <class T, int E>
+__global__ void __launch_bounds__(kThreads) swiglu_product_forward_kernel(const Shape shape, void* out) {
+  for_each_part<E>(shape, [&](int64_t row, int64_t first, int vectors) {
+    Part<T, E> gate, up;
+    gate.point_to(shape.gate.data, row, shape.gate.stride);
+    up.point_to(shape.up.data, row, shape.up.stride);
+    for_each_vector<kVectors<T, E>>(vectors, [&](int vector, int slot) {
+      gate.fetch(vector, slot, first);
+      up.fetch(vector, slot, first);
+    });
+    T* const target = static_cast<T*>(out) + row * shape.width + first;
+    for_each_vector<kVectors<T, E>>(vectors, [&](int vector, int slot) {
+      float g[E], u[E];
+      gate.get(vector, slot, g);
+      up.get(vector, slot, u);
+#pragma unroll
+      for (int i = 0; i < E; ++i) u[i] = gated(g[i], sigmoid(g[i]), u[i]);
+      store_floats(target + int64_t{vector} * E, u);
+    });
+  });
+}
+
+template <class T, int E>
+__global__ void __launch_bounds__(kThreads)
+    swiglu_product_backward_kernel(const Shape shape, const void* dout, void* dgate, void* dup) {
+  for_each_part<E>(shape, [&](int64_t row, int64_t first, int vectors) {
+    Part<T, E> gate, up, upstream;
+    gate.point_to(shape.gate.data, row, shape.gate.stride);
+    up.point_to(shape.up.data, row, shape.up.stride);
+    upstream.point_to(dout, row, shape.width);
+    for_each_vector<kVectors<T, E>>(vectors, [&](int vector, int slot) {
+      gate.fetch(vector, slot, first);
+      up.fetch(vector, slot, first);
+      upstream.fetch(vector, slot, first);
+    });
+    const int64_t start = row * shape.width + first;
+    for_each_vector<kVectors<T, E>>(vectors, [&](int vector, int slot) {
+      float g[E], u[E], d[E];
+      gate.get(vector, slot, g);
+      up.get(vector, slot, u);
+      upstream.get(vector, slot, d);
+#pragma unroll
+      for (int i = 0; i < E; ++i) {
+        const GatedGradient gradient = gradient_of_gated(d[i], g[i], sigmoid(g[i]), u[i]);
+        g[i] = gradient.gate;
+        u[i] = gradient.up;
+      }
+      store_floats(static_cast<T*>(dgate) + start + int64_t{vector} * E, g);
+      store_floats(static_cast<T*>(dup) + start + int64_t{vector} * E, u);
+    });
+  });
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Launches kernel_of(T{}, Constant<E>{}) with as many threads as the even parts of a row need.
+template <class KernelOf, class... Pointers>
+Error launch_product(const Shape& shape, DType dtype, Stream stream, const KernelOf& kernel_of,
+                     Pointers... pointers) {
+  return with_element_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    constexpr int kWide = kWidestAccess / int{sizeof(T)};
+    const int64_t step = std::gcd(common_step(shape.width, shape.gate, shape.up), shape.size);
+    const int elements = aligned_elements(
+        kWide, step, {{shape.gate.data, dtype}, {shape.up.data, dtype}, Buffer{pointers, dtype}...});
+    return with_elements<kWide>(elements, [&](auto E) {
+      constexpr int V = kVectors<T, E()>;
+      const int64_t vectors = shape.width / E();
+      const int64_t parts = ceil_div(vectors, V * kThreads);
+      const int64_t threads = ceil_div(ceil_div(ceil_div(vectors, parts), V), kWarpSize) * kWarpSize;
+      const int64_t rows =
+          std::min<int64_t>(ceil_div(shape.size, shape.width), std::numeric_limits<int>::max());
+      const dim3 grid = {static_cast<unsigned>(rows), static_cast<unsigned>(parts), 1};
+      return launch(kernel_of(element, E), grid, {static_cast<unsigned>(threads), 1, 1}, stream, shape,
+                    pointers...);
+    });
+  });
+}
+
+}  // namespace
+
+Error swiglu_product_forward(const SwigluForward& params, Stream stream) {
+  const auto kernel_of = [](auto element, auto E) {
+    return swiglu_product_forward_kernel<decltype(element), E()>;
+  };
+  return launch_product(shape_of(params), params.dtype, stream, kernel_of, params.out);
+}
+
+Error swiglu_product_backward(const SwigluBackward& params, Stream stream) {
+  const auto kernel_of = [](auto element, auto E) {
+    return swiglu_product_backward_kernel<decltype(element), E()>;
+  };
+  return launch_product(shape_of(params), params.dtype, stream, kernel_of, params.dout, params.dgate,
+                        params.dup);
+}
+
+}  // namespace evakernels::cuda

@@ -1,0 +1,156 @@
+// Buffers, and what is expected of the norms, for the programs that drive launchers of csrc/cuda without
+// Python.
+#pragma once
+
+#include <cmath>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "common/dtype.h"
+#include "common/numerics.h"
+#include "cuda/stream.h"
+
+namespace evakernels::drive {
+
+constexpr double kEps = 1e-6;
+
+inline int failures = 0;
+
+inline void check(bool good, const std::string& what) {
+  if (good) return;
+  ++failures;
+  std::printf("wrong: %s\n", what.c_str());
+}
+
+// Numbers in [-1, 1), the same in every run.
+inline double next_number() {
+  static uint64_t state = 1;
+  state = state * 6364136223846793005u + 1442695040888963407u;
+  return static_cast<double>(state >> 33) / (1u << 30) - 1.0;
+}
+
+// A buffer of any dtype, no byte longer than it must be.
+class Buffer {
+ public:
+  Buffer(DType dtype, int64_t size) : dtype_(dtype), bytes_(size * (dtype == DType::Float32 ? 4 : 2), 0xFF) {}
+
+  static Buffer random(DType dtype, int64_t size) {
+    Buffer buffer(dtype, size);
+    for (int64_t i = 0; i < size; ++i) buffer.set(i, static_cast<float>(next_number()));
+    return buffer;
+  }
+
+  void* data() { return bytes_.data(); }
+  float* floats() { return reinterpret_cast<float*>(bytes_.data()); }
+  DType dtype() const { return dtype_; }
+
+  double at(int64_t i) const {
+    if (dtype_ == DType::Float32) return reinterpret_cast<const float*>(bytes_.data())[i];
+    const uint32_t bits = reinterpret_cast<const uint16_t*>(bytes_.data())[i];
+    return dtype_ == DType::BFloat16 ? bfloat16_to_float<float>(bits) : float16_to_float<float>(bits);
+  }
+
+ private:
+  void set(int64_t i, float value) {
+    if (dtype_ == DType::Float32) {
+      floats()[i] = value;
+    } else {
+      const uint32_t bits =
+          dtype_ == DType::BFloat16 ? float_to_bfloat16<uint32_t>(value) : float_to_float16<uint32_t>(value);
+      reinterpret_cast<uint16_t*>(bytes_.data())[i] = static_cast<uint16_t>(bits);
+    }
+  }
+
+  DType dtype_;
+  std::vector<unsigned char> bytes_;
+};
+
+struct Case {
+  int64_t rows;
+  int64_t width;
+  DType dtype;
+};
+
+inline std::string name_of(const Case& c, const char* what) {
+  return std::string(what) + " of " + std::to_string(c.rows) + " rows of " + std::to_string(c.width) +
+         ", dtype " + std::to_string(static_cast<int>(c.dtype));
+}
+
+// To the precision of `dtype`.
+inline void compare(const Buffer& actual, const std::vector<double>& expected, const std::string& what,
+                    DType dtype) {
+  const double eps = dtype == DType::Float32 ? 1e-5 : dtype == DType::BFloat16 ? 8e-3 : 1e-3;
+  double worst = 0.0, largest = 1.0;
+  for (double value : expected) largest = std::fmax(largest, std::fabs(value));
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const double error = std::fabs(actual.at(static_cast<int64_t>(i)) - expected[i]);
+    if (!(error <= worst)) worst = error;  // NaN is the worst
+  }
+  check(worst <= eps * largest, what + ": error " + std::to_string(worst));
+}
+
+struct Statistics {
+  double mean = 0.0;
+  double rstd = 0.0;
+};
+
+inline Statistics statistics_of(const std::vector<double>& x, int64_t row, int64_t width) {
+  double mean = 0.0, squares = 0.0;
+  for (int64_t i = 0; i < width; ++i) mean += x[row * width + i] / width;
+  for (int64_t i = 0; i < width; ++i) squares += std::pow(x[row * width + i] - mean, 2);
+  return {mean, 1.0 / std::sqrt(squares / width + kEps)};
+}
+
+inline std::vector<double> values_of(const Buffer& buffer, int64_t size) {
+  std::vector<double> values(size);
+  for (int64_t i = 0; i < size; ++i) values[i] = buffer.at(i);
+  return values;
+}
+
+// The gradient of norm(x) * weight for the gradient dy, and the sums for the gradients of weight and bias.
+struct NormGradient {
+  std::vector<double> dx, dweight, dbias;
+
+  NormGradient(const std::vector<double>& dy, const std::vector<double>& x, const Buffer& weight,
+               int64_t rows, int64_t width)
+      : dx(rows * width), dweight(width), dbias(width) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const Statistics s = statistics_of(x, row, width);
+      const auto normalised = [&](int64_t i) { return (x[row * width + i] - s.mean) * s.rstd; };
+      double shift = 0.0, slope = 0.0;
+      for (int64_t i = 0; i < width; ++i) {
+        const double g = dy[row * width + i] * weight.at(i);
+        shift += g / width;
+        slope += g * normalised(i) / width;
+        dweight[i] += dy[row * width + i] * normalised(i);
+        dbias[i] += dy[row * width + i];
+      }
+      for (int64_t i = 0; i < width; ++i) {
+        dx[row * width + i] = (dy[row * width + i] * weight.at(i) - shift - normalised(i) * slope) * s.rstd;
+      }
+    }
+  }
+};
+
+inline std::vector<double> norm_of(const std::vector<double>& x, const Buffer& weight, const Buffer& bias,
+                                   int64_t rows, int64_t width) {
+  std::vector<double> y(rows * width);
+  for (int64_t row = 0; row < rows; ++row) {
+    const Statistics s = statistics_of(x, row, width);
+    for (int64_t i = 0; i < width; ++i) {
+      y[row * width + i] = (x[row * width + i] - s.mean) * s.rstd * weight.at(i) + bias.at(i);
+    }
+  }
+  return y;
+}
+
+inline void run(cuda::Error error, const std::string& what) {
+  check(!error, what + ": " + (error ? error : ""));
+}
+
+// Each runs the kernels of an op on one matrix.
+void drive_swiglu(const Case& c);
+void drive_token_dropout(const Case& c);
+
+}  // namespace evakernels::drive

@@ -1,0 +1,96 @@
+#include "cuda/swiglu.h"
+#include "drive.h"
+
+namespace evakernels::drive {
+namespace {
+
+double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
+
+// Gate and up as halves of one packed matrix, or each by itself.
+struct Inputs {
+  Buffer gate_buffer, up_buffer;
+  SwigluRows gate, up;
+
+  Inputs(const Case& c, bool packed)
+      : gate_buffer(Buffer::random(c.dtype, c.rows * c.width * (packed ? 2 : 1))),
+        up_buffer(Buffer::random(c.dtype, packed ? 0 : c.rows * c.width)) {
+    const int64_t bytes = c.width * (c.dtype == DType::Float32 ? 4 : 2);
+    gate = {gate_buffer.data(), packed ? 2 * c.width : c.width};
+    up = {packed ? static_cast<char*>(gate_buffer.data()) + bytes : up_buffer.data(), gate.stride};
+    for (int64_t i = 0; i < c.rows * c.width; ++i) {
+      const int64_t at = i / c.width * gate.stride + i % c.width;
+      gates.push_back(gate_buffer.at(at));
+      ups.push_back(packed ? gate_buffer.at(at + c.width) : up_buffer.at(at));
+      product.push_back(gates.back() * sigmoid(gates.back()) * ups.back());
+    }
+  }
+
+  std::vector<double> gates, ups, product;
+};
+
+void drive(const Case& c, bool packed, bool with_norm) {
+  const int64_t size = c.rows * c.width;
+  const std::string name =
+      std::string(packed ? "packed " : "") + (with_norm ? "swiglu with a norm" : "swiglu");
+  const auto called = [&](const char* what) { return name_of(c, (name + ", " + what).c_str()); };
+  Inputs in(c, packed);
+  Buffer weight = Buffer::random(DType::Float32, c.width), bias = Buffer::random(DType::Float32, c.width);
+  Buffer out(c.dtype, size), mean(DType::Float32, c.rows), rstd(DType::Float32, c.rows);
+  const void* const norm_weight = with_norm ? weight.data() : nullptr;
+  const SwigluForward forward = {.gate = in.gate,
+                                 .up = in.up,
+                                 .norm_weight = norm_weight,
+                                 .norm_bias = with_norm ? bias.data() : nullptr,
+                                 .out = out.data(),
+                                 .mean = mean.floats(),
+                                 .rstd = rstd.floats(),
+                                 .rows = c.rows,
+                                 .width = c.width,
+                                 .eps = kEps,
+                                 .dtype = c.dtype,
+                                 .weight_dtype = DType::Float32};
+  run(cuda::swiglu_forward(forward, nullptr), called("forward"));
+  compare(out, with_norm ? norm_of(in.product, weight, bias, c.rows, c.width) : in.product, called("out"),
+          c.dtype);
+
+  Buffer dout = Buffer::random(c.dtype, size), dgate(c.dtype, size), dup(c.dtype, size);
+  Buffer dweight(DType::Float32, c.width), dbias(DType::Float32, c.width);
+  const SwigluBackward backward = {.dout = dout.data(),
+                                   .gate = in.gate,
+                                   .up = in.up,
+                                   .norm_weight = norm_weight,
+                                   .mean = mean.floats(),
+                                   .rstd = rstd.floats(),
+                                   .dgate = dgate.data(),
+                                   .dup = dup.data(),
+                                   .dweight = with_norm ? dweight.data() : nullptr,
+                                   .dbias = with_norm ? dbias.data() : nullptr,
+                                   .rows = c.rows,
+                                   .width = c.width,
+                                   .dtype = c.dtype,
+                                   .weight_dtype = DType::Float32};
+  Buffer workspace(DType::Float32, cuda::swiglu_backward_workspace(backward));
+  run(cuda::swiglu_backward(backward, workspace.floats(), nullptr), called("backward"));
+  const NormGradient of_norm(values_of(dout, size), in.product, weight, c.rows, c.width);
+  std::vector<double> expected_dgate(size), expected_dup(size);
+  for (int64_t i = 0; i < size; ++i) {
+    const double g = in.gates[i], s = sigmoid(g), upstream = with_norm ? of_norm.dx[i] : dout.at(i);
+    expected_dgate[i] = upstream * in.ups[i] * s * (1.0 + g * (1.0 - s));
+    expected_dup[i] = upstream * g * s;
+  }
+  compare(dgate, expected_dgate, called("dgate"), c.dtype);
+  compare(dup, expected_dup, called("dup"), c.dtype);
+  if (!with_norm) return;
+  compare(dweight, of_norm.dweight, called("dweight"), DType::Float32);
+  compare(dbias, of_norm.dbias, called("dbias"), DType::Float32);
+}
+
+}  // namespace
+
+void drive_swiglu(const Case& c) {
+  for (const bool packed : {false, true}) {
+    for (const bool with_norm : {false, true}) drive(c, packed, with_norm);
+  }
+}
+
+}  // namespace evakernels::drive

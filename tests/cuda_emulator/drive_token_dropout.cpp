@@ -1,0 +1,90 @@
+#include "cuda/token_dropout.h"
+#include "drive.h"
+
+namespace evakernels::drive {
+namespace {
+
+constexpr int64_t kBatch = 3;
+constexpr int64_t kPrefix = 2;
+
+// Every second token of each sample, the last ones first, so that samples differ.
+std::vector<int64_t> every_second(int64_t tokens) {
+  std::vector<int64_t> index;
+  for (int64_t sample = 0; sample < kBatch; ++sample) {
+    for (int64_t i = 0; i < tokens / 2; ++i) index.push_back(tokens - 1 - 2 * i - (sample + tokens) % 2);
+  }
+  return index;
+}
+
+// A row of out for each prefix token and each kept one; the row of pos_embed that belongs to each.
+int64_t position_of(const std::vector<int64_t>& index, int64_t kept, int64_t sample, int64_t row) {
+  return row < kPrefix ? row : kPrefix + index[sample * kept + row - kPrefix];
+}
+
+void drive(const Case& c, bool by_channel) {
+  const int64_t tokens = 2 * c.rows + 6, channels = c.width;
+  const std::vector<int64_t> index = every_second(tokens);
+  const int64_t kept = tokens / 2, rows = kPrefix + kept;
+  const auto called = [&](const char* what) {
+    return name_of(c, (std::string("token_dropout") + (by_channel ? " by channel, " : ", ") + what).c_str());
+  };
+  const TokenDropoutShape shape = {kBatch, tokens, kept, kPrefix, channels};
+  Buffer patches = Buffer::random(c.dtype, kBatch * tokens * channels);
+  Buffer prefix = Buffer::random(c.dtype, kPrefix * channels);
+  Buffer pos_embed = Buffer::random(c.dtype, (kPrefix + tokens) * channels);
+  Buffer out(c.dtype, kBatch * rows * channels);
+  const PatchTensor view = {patches.data(), tokens * channels, by_channel ? 1 : channels,
+                            by_channel ? tokens : 1, c.dtype};
+  const TokenDropoutForward forward = {.patches = view,
+                                       .token_index = index.data(),
+                                       .prefix = prefix.data(),
+                                       .pos_embed = pos_embed.data(),
+                                       .out = out.data(),
+                                       .shape = shape,
+                                       .prefix_dtype = c.dtype,
+                                       .pos_embed_dtype = c.dtype,
+                                       .out_dtype = c.dtype};
+  run(cuda::token_dropout_forward(forward, nullptr), called("forward"));
+  Buffer dout = Buffer::random(c.dtype, kBatch * rows * channels);
+  std::vector<double> expected(kBatch * rows * channels), dpatches(kBatch * tokens * channels);
+  std::vector<double> dprefix(kPrefix * channels), dpos_embed((kPrefix + tokens) * channels);
+  for (int64_t i = 0; i < static_cast<int64_t>(expected.size()); ++i) {
+    const int64_t channel = i % channels, row = i / channels % rows, sample = i / channels / rows;
+    const int64_t position = position_of(index, kept, sample, row), token = position - kPrefix;
+    const int64_t patch =
+        sample * view.sample_stride + token * view.token_stride + channel * view.channel_stride;
+    const double own = row < kPrefix ? prefix.at(row * channels + channel) : patches.at(patch);
+    expected[i] = own + pos_embed.at(position * channels + channel);
+    dpos_embed[position * channels + channel] += dout.at(i);
+    if (row < kPrefix) {
+      dprefix[row * channels + channel] += dout.at(i);
+    } else {
+      dpatches[(sample * tokens + token) * channels + channel] = dout.at(i);
+    }
+  }
+  compare(out, expected, called("out"), c.dtype);
+
+  Buffer to_patches(c.dtype, kBatch * tokens * channels), to_prefix(c.dtype, kPrefix * channels);
+  Buffer to_pos_embed(c.dtype, (kPrefix + tokens) * channels);
+  const TokenDropoutBackward backward = {.dout = dout.data(),
+                                         .token_index = index.data(),
+                                         .dpatches = to_patches.data(),
+                                         .dprefix = to_prefix.data(),
+                                         .dpos_embed = to_pos_embed.data(),
+                                         .shape = shape,
+                                         .dtype = c.dtype};
+  Buffer workspace(DType::Float32, cuda::token_dropout_backward_workspace(backward));
+  run(cuda::token_dropout_backward(backward, workspace.floats(), nullptr), called("backward"));
+  compare(to_patches, dpatches, called("dpatches"), c.dtype);
+  compare(to_prefix, dprefix, called("dprefix"), c.dtype);
+  compare(to_pos_embed, dpos_embed, called("dpos_embed"), c.dtype);
+}
+
+}  // namespace
+
+void drive_token_dropout(const Case& c) {
+  drive(c, false);
+  drive(c, true);
+}
+
+}  // namespace evakernels::drive
