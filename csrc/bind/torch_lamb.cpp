@@ -1,6 +1,7 @@
 // lamb as torch operators.
-#include "bind/torch_arguments.h"
+#include "bind/launch.h"
 #include "cpu/lamb.h"
+#include "cuda/lamb.h"
 
 namespace evakernels {
 namespace {
@@ -32,10 +33,15 @@ class DenseList {
   std::vector<DType> dtypes_;
 };
 
-float value_or(const std::optional<Tensor>& flag, float missing) {
-  if (!flag) return missing;
+// As float32, on the device that it is on: the host doesn't wait for its value.
+std::optional<Tensor> flag_of(const std::optional<Tensor>& flag) {
+  if (!flag) return std::nullopt;
   require(flag->numel() == 1, "grad_scale and found_inf must have one element");
-  return *static_cast<const float*>(torch::stable::to(*flag, ScalarType::Float).const_data_ptr());
+  return torch::stable::to(*flag, ScalarType::Float);
+}
+
+const float* value_of(const std::optional<Tensor>& flag) {
+  return static_cast<const float*>(data_or_null(flag));
 }
 
 struct Lists {
@@ -75,7 +81,9 @@ Tensor lamb_update(std::vector<Tensor> params, std::vector<Tensor> grads, std::v
                    std::vector<double> weight_decays, double beta1, double beta2, double eps, bool nvlamb,
                    std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
   require(!params.empty(), "params is empty");
-  const Tensor squared_norms = new_float32(params[0], {static_cast<int64_t>(params.size()), 2});
+  const Tensor like = params[0];
+  const Tensor squared_norms = new_float32(like, {static_cast<int64_t>(params.size()), 2});
+  const auto scale = flag_of(grad_scale), skip = flag_of(found_inf);
   Lists lists = {
       {std::move(params), "params"},
       {std::move(exp_avgs), "exp_avgs"},
@@ -95,10 +103,10 @@ Tensor lamb_update(std::vector<Tensor> params, std::vector<Tensor> grads, std::v
       .count = static_cast<int64_t>(tensors.size()),
       .options = {beta1, beta2, eps, nvlamb},
       .squared_norms = static_cast<float*>(squared_norms.mutable_data_ptr()),
-      .grad_scale = value_or(grad_scale, 1.0f),
-      .skip = value_or(found_inf, 0.0f) > 0,
+      .grad_scale = value_of(scale),
+      .found_inf = value_of(skip),
   };
-  cpu::lamb_update(update, cpu::active_isa(), torch_parallel);
+  launch<cpu::lamb_update, cuda::lamb_update, cuda::lamb_update_workspace>("lamb_update", like, update);
   lists.exp_avgs.return_copies();
   lists.exp_avg_sqs.return_copies();
   return squared_norms;
@@ -108,7 +116,9 @@ void lamb_apply(std::vector<Tensor> params, std::vector<Tensor> exp_avgs, std::v
                 std::vector<Tensor> steps, const Tensor& squared_norms_any, std::vector<double> lrs,
                 std::vector<double> weight_decays, double beta1, double beta2, double eps, bool nvlamb,
                 std::optional<Tensor> found_inf) {
-  if (value_or(found_inf, 0.0f) > 0) return;
+  require(!params.empty(), "params is empty");
+  const Tensor like = params[0];
+  const auto skip = flag_of(found_inf);
   Lists lists = {
       {std::move(params), "params"},
       {std::move(exp_avgs), "exp_avgs"},
@@ -127,15 +137,16 @@ void lamb_apply(std::vector<Tensor> params, std::vector<Tensor> exp_avgs, std::v
       .count = static_cast<int64_t>(tensors.size()),
       .options = {beta1, beta2, eps, nvlamb},
       .squared_norms = static_cast<const float*>(squared_norms.const_data_ptr()),
+      .found_inf = value_of(skip),
   };
-  cpu::lamb_apply(apply, cpu::active_isa(), torch_parallel);
+  launch<cpu::lamb_apply, cuda::lamb_apply, cuda::lamb_apply_workspace>("lamb_apply", like, apply);
   lists.params.return_copies();
 }
 
 }  // namespace
 }  // namespace evakernels
 
-STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) {
+EVAKERNELS_IMPLEMENT(m, {
   m.impl("lamb_update", TORCH_BOX(&evakernels::lamb_update));
   m.impl("lamb_apply", TORCH_BOX(&evakernels::lamb_apply));
-}
+})

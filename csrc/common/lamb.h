@@ -1,4 +1,6 @@
-// Parameters of the lamb launchers: the two phases of the optimizer over all tensors of a model.
+// Parameters of the lamb launchers: the two phases of the optimizer over all tensors of a model. Only the
+// structs and arrays of them lie in the host's memory for sure; buffers, steps, norms and flags lie where the
+// kernels run.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +8,9 @@
 #include "common/dtype.h"
 
 namespace evakernels {
+
+// The limits of the trust ratio in the DeepSpeed variant.
+constexpr double kLowestRatio = 0.01, kHighestRatio = 10.0;
 
 struct LambBuffer {
   void* data;
@@ -35,9 +40,9 @@ struct LambUpdate {
   const LambTensor* tensors;  // [count]
   int64_t count;
   LambOptions options;
-  float* squared_norms;  // [count, 2], of the parameter and of its direction
-  float grad_scale;      // the gradients are divided by it
-  bool skip;             // nothing but squared_norms is written
+  float* squared_norms;     // [count, 2], of the parameter and of its direction
+  const float* grad_scale;  // the gradients are divided by it; null: by 1
+  const float* found_inf;   // above 0 nothing but squared_norms is written; null: 0
 };
 
 struct LambApply {
@@ -45,6 +50,7 @@ struct LambApply {
   int64_t count;
   LambOptions options;
   const float* squared_norms;  // [count, 2]
+  const float* found_inf;      // above 0 nothing is written; null: 0
 };
 
 }  // namespace evakernels

@@ -13,8 +13,6 @@ namespace {
 // The unit of work, and of the sums that build a norm: it depends on nothing.
 constexpr int64_t kChunk = 16384;
 
-constexpr double kLowestRatio = 0.01, kHighestRatio = 10.0;  // of the DeepSpeed variant
-
 const LambKernels& kernels_for(Isa isa) {
 #ifdef EVAKERNELS_X86
   if (isa == Isa::Avx512) return avx512::lamb;
@@ -56,6 +54,8 @@ class Chunks {
   int64_t elements_ = 0;
 };
 
+bool is_set(const float* found_inf) { return found_inf && *found_inf > 0.0f; }
+
 // 1 - beta^step, to full precision also for beta close to 1.
 double bias(double beta, const LambTensor& tensor) { return -std::expm1(*tensor.step * std::log(beta)); }
 
@@ -95,17 +95,18 @@ void lamb_update(const LambUpdate& params, Isa isa, ParallelFor parallel_for) {
       .beta2 = static_cast<float>(params.options.beta2),
       .one_minus_beta2 = static_cast<float>(1.0 - params.options.beta2),
       // Division by a power of two, as loss scales are, is exact this way too, and twice as cheap.
-      .grad_factor = static_cast<float>(1.0 / params.grad_scale),
+      .grad_factor = static_cast<float>(1.0 / (params.grad_scale ? *params.grad_scale : 1.0f)),
   };
-  if (!params.skip) {
+  const bool skip = is_set(params.found_inf);
+  if (!skip) {
     for (int64_t i = 0; i < params.count; ++i) *params.tensors[i].step += 1.0f;
   }
   const std::vector<LambDirection> directions = directions_of(params.tensors, params.count, params.options);
   const Chunks chunks(params.tensors, params.count);
   std::vector<LambSquaredNorms> partial(chunks.count());
   chunks.for_each(parallel_for, [&](int64_t tensor, int64_t chunk, int64_t begin, int64_t end) {
-    partial[chunk] = kernels.update(params.tensors[tensor], params.skip ? nullptr : &moments,
-                                    directions[tensor], begin, end);
+    partial[chunk] =
+        kernels.update(params.tensors[tensor], skip ? nullptr : &moments, directions[tensor], begin, end);
   });
   for (int64_t i = 0; i < params.count; ++i) {
     LambSquaredNorms total = {};
@@ -119,6 +120,7 @@ void lamb_update(const LambUpdate& params, Isa isa, ParallelFor parallel_for) {
 }
 
 void lamb_apply(const LambApply& params, Isa isa, ParallelFor parallel_for) {
+  if (is_set(params.found_inf)) return;
   const LambKernels& kernels = kernels_for(isa);
   const std::vector<LambDirection> directions = directions_of(params.tensors, params.count, params.options);
   std::vector<float> factors(params.count);

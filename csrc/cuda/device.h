@@ -67,6 +67,16 @@ void store(Word* to, Word word, int line = __builtin_LINE()) {
 // possible.
 inline void refuse(const char* what, int line = __builtin_LINE()) { cuda_emulator::fail(what, line); }
 
+template <class T>
+T* in_global_memory(T* pointer) {
+  return pointer;
+}
+
+template <class Word>
+void store_in_global_memory(Word* to, Word word, int line = __builtin_LINE()) {
+  store(to, word, line);
+}
+
 inline float to_float(BFloat16 value) { return bfloat16_to_float<float>(uint32_t{value.bits}); }
 inline float to_float(Float16 value) { return float16_to_float<float>(uint32_t{value.bits}); }
 
@@ -130,6 +140,19 @@ __device__ __forceinline__ void store(Word* to, Word word) {
 // Ends the launch with an error: for arguments that only the kernel sees. `what` is told where that is
 // possible.
 __device__ __forceinline__ void refuse(const char*) { __trap(); }
+
+// These two tell the compiler what it doesn't know of a pointer that was itself read from memory. To store
+// through what the first one returns won't do: it makes nvcc 13 cut a word into pieces.
+template <class T>
+__device__ __forceinline__ T* in_global_memory(T* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
+template <class Word>
+__device__ __forceinline__ void store_in_global_memory(Word* to, Word word) {
+  __stwb(to, word);
+}
 
 __device__ __forceinline__ float to_float(BFloat16 value) {
   return __uint_as_float(uint32_t{value.bits} << 16);

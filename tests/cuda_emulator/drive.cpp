@@ -100,6 +100,7 @@ int main() {
     drive_swiglu(c);
     drive_token_dropout(c);
   }
+  drive_lamb();
   if (failures == 0) std::printf("all right\n");
   return failures == 0 ? 0 : 1;
 }

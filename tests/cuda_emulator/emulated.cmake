@@ -25,7 +25,7 @@ add_torch_library(${TORCH_SOURCES} $<TARGET_OBJECTS:emulated_kernels> $<TARGET_O
 target_compile_definitions(_ops PRIVATE EVAKERNELS_CUDA EVAKERNELS_EMULATED)
 target_link_options(_ops PRIVATE ${SANITIZE})
 
-add_executable(drive EXCLUDE_FROM_ALL ${EMULATOR}/drive.cpp ${EMULATOR}/drive_swiglu.cpp
+add_executable(drive EXCLUDE_FROM_ALL ${EMULATOR}/drive.cpp ${EMULATOR}/drive_lamb.cpp ${EMULATOR}/drive_swiglu.cpp
                                       ${EMULATOR}/drive_token_dropout.cpp
                                       $<TARGET_OBJECTS:emulated_kernels> $<TARGET_OBJECTS:emulator>)
 target_include_directories(drive PRIVATE csrc)

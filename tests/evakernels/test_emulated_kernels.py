@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 from op_suite import CHOICE, ROOT, build_library, copy_with_library, gcc, run_ops, sanitizer_runtimes
 
-OPS = ("layer_norm", "residual_norm", "norm_widths", "swiglu", "token_dropout")
-CHECKS = f"{CHOICE} or every_mix or no_rows or one_element or strided or finite or bit_equal or any_layout or refuses"
+OPS = ("layer_norm", "residual_norm", "norm_widths", "lamb", "native_lamb", "swiglu", "token_dropout")
+CHECKS = (
+    f"{CHOICE} or every_mix or no_rows or one_element or strided or finite or bit_equal or lamb or any_layout or refuses"
+)
 OPTIMISED = "-O1 -g -fno-strict-aliasing"
 SANITIZERS = {
     "none": "",
@@ -191,6 +193,21 @@ FAULTS = {
         "      __syncthreads();\n    }\n    const int warps",
     ),
     "alignment": ("none", "misaligned", "norm_plan.h", "width % elements == 0", "width > 0"),
+    "barrier of the norms": (
+        "thread",
+        "data race",
+        "lamb.cu",
+        "  __syncthreads();\n  if (threadIdx.x >= 2) return;",
+        "  if (threadIdx.x >= 2) return;",
+    ),
+    "alignment of one buffer": ("none", "misaligned", "lamb_table.cuh", "common ? head : kNoVectors", "head"),
+    "one edge too many": (
+        "address",
+        "heap-buffer-overflow",
+        "lamb_table.cuh",
+        "edges = size - vectors * kVector;",
+        "edges = size - vectors * kVector + 1;",
+    ),
     "one too far": (
         "address",
         "heap-buffer-overflow",
