@@ -120,7 +120,7 @@ def test_wheel_without_compiler_is_pure_python(project: Path, tmp_path: Path) ->
 def test_wheel_with_native_library(project: Path, tmp_path: Path) -> None:
     if not _native.LOADED:
         pytest.skip(f"the native library can't be built here: {_native.REASON}")
-    wheel = only_wheel(project, build(project, EVAKERNELS_NATIVE="on"))
+    wheel = only_wheel(project, build(project, EVAKERNELS_NATIVE="on", EVAKERNELS_CUDA_ARCHS="90-real"))
     assert "-none-any" not in wheel.name
     names = names_in(wheel)
     configs = {f"evaclip/configs/{path.name}" for path in (ROOT / "evaclip/configs").glob("*.json")}
