@@ -106,7 +106,7 @@ def _native_reasons(name: str, device: str) -> backends.Reasons:
             return [f"{name} has no compiled {device.upper()} kernel"]
         tensor = backends.first_tensor(args)
         if tensor is None:
-            return []
+            return [] if device != "cuda" or torch.cuda.is_available() else ["there is no GPU here"]
         found = []
         if tensor.device.type != device:
             found.append(f"the tensors are on {tensor.device}, not on {_NATIVE_DEVICES[device]}")
