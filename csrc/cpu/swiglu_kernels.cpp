@@ -98,7 +98,8 @@ void normalised_rows_backward(const SwigluBackward& params, const float* weight,
     sum_over_row(width, sum, [&](int64_t i, auto part, F32* sums) {
       const F32 g = load(gate + i, part);
       const F32 s = sigmoid(g);
-      const F32 value = (g * s * load(up + i, part) - mean) * rstd;
+      // The very product whose mean forward took: in a row of one element they cancel.
+      const F32 value = (rounded(g * s * load(up + i, part)) - mean) * rstd;
       store(sigmoids + i, s, part);
       store(normalised + i, value, part);
       const F32 gradient = rounded(load(dout + i, part) * load(weight + i, part));

@@ -63,6 +63,11 @@ void store(Word* to, Word word, int line = __builtin_LINE()) {
   std::memcpy(to, &word, sizeof word);
 }
 
+template <class Word>
+void store_whole(Word* to, Word word, int line = __builtin_LINE()) {
+  store(to, word, line);
+}
+
 // Ends the launch with an error: for arguments that only the kernel sees. `what` is told where that is
 // possible.
 inline void refuse(const char* what, int line = __builtin_LINE()) { cuda_emulator::fail(what, line); }
@@ -135,6 +140,20 @@ __device__ __forceinline__ Word load_once(const Word* from) {
 template <class Word>
 __device__ __forceinline__ void store(Word* to, Word word) {
   *to = word;
+}
+
+// To global memory, in one instruction; in some kernels the compiler splits what `store` does.
+template <class Word>
+__device__ __forceinline__ void store_whole(Word* to, Word word) {
+  if constexpr (sizeof(Word) == sizeof(uint4)) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(word.x), "r"(word.y), "r"(word.z),
+                 "r"(word.w)
+                 : "memory");
+  } else if constexpr (sizeof(Word) == sizeof(uint2)) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(word.x), "r"(word.y) : "memory");
+  } else {
+    *to = word;
+  }
 }
 
 // Ends the launch with an error: for arguments that only the kernel sees. `what` is told where that is

@@ -57,6 +57,11 @@ struct Packed {
     for (int i = 0; i < kWords; ++i) cuda::store(reinterpret_cast<Word*>(to) + i, words[i]);
   }
 
+  __device__ __forceinline__ void store_whole(T* to) const {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) cuda::store_whole(reinterpret_cast<Word*>(to) + i, words[i]);
+  }
+
   __device__ __forceinline__ void unpack(float (&values)[E]) const {
     if constexpr (std::is_same_v<T, float>) {
       memcpy(values, words, sizeof values);

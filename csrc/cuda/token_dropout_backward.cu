@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(kWarpSize* kWarps)
       const int64_t sample = first + n * kWarps;
       if (sample >= shape.batch) continue;
       if (is_patch && params.dpatches) {
-        gradients[n].store(static_cast<T*>(params.dpatches) +
-                           (sample * shape.tokens + token) * shape.channels + channel);
+        gradients[n].store_whole(static_cast<T*>(params.dpatches) +
+                                 (sample * shape.tokens + token) * shape.channels + channel);
       }
       float values[E];
       gradients[n].unpack(values);
@@ -102,8 +102,9 @@ __global__ void __launch_bounds__(kWarpSize* kWarps)
   add_warps(sums);
   if (threadIdx.y > 0 || !inside) return;
   const int64_t target = position * shape.channels + channel;
-  if (!is_patch) store_floats(static_cast<T*>(params.dprefix) + target, sums);
-  if (params.dpos_embed) store_floats(static_cast<T*>(params.dpos_embed) + target, sums);
+  const auto total = Packed<T, E>::pack(sums);
+  if (!is_patch) total.store_whole(static_cast<T*>(params.dprefix) + target);
+  if (params.dpos_embed) total.store_whole(static_cast<T*>(params.dpos_embed) + target);
 }
 
 Error launch_places(const TokenDropoutBackward& params, int32_t* place, Stream stream) {

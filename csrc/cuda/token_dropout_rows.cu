@@ -21,7 +21,7 @@ __device__ __forceinline__ void write_prefix(const TokenDropoutForward& params, 
     float values[E];
     load_floats(params.prefix, params.prefix_dtype, row * channels + channel, values);
     add_position<typename Types::Position>(params, row, channel, values);
-    store_floats(out + channel, values);
+    Packed<typename Types::Out, E>::pack(values).store_whole(out + channel);
   }
 }
 
@@ -45,7 +45,7 @@ __device__ __forceinline__ void write_token(const TokenDropoutForward& params,
       float values[E];
       packed[n].unpack(values);
       add_position<typename Types::Position>(params, position, channel, values);
-      store_floats(out + channel, values);
+      Packed<typename Types::Out, E>::pack(values).store_whole(out + channel);
     }
   }
 }

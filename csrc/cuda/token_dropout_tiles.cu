@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlocks)
       }
       const int64_t position = is_prefix ? row : shape.prefix_tokens + token;
       add_position<typename Types::Position>(params, position, channel, values);
-      store_floats(static_cast<O*>(params.out) + (sample * rows + row) * channels + channel, values);
+      O* const out = static_cast<O*>(params.out) + (sample * rows + row) * channels + channel;
+      Packed<O, E>::pack(values).store_whole(out);
     }
     __syncthreads();
   }

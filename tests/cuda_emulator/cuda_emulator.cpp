@@ -94,8 +94,9 @@ struct Machine {
   void* scheduler_sanitizer = nullptr;
   const std::function<void()>* kernel = nullptr;
   std::map<const void*, Shared> shared;
-  char order[2];         // what a barrier orders, in turn
-  char order_of_blocks;  // what begins after the end of what
+  char order[2];  // what a barrier orders, in turn
+  // What a block begins after, and what comes after its end: no thread of it begins after the end of another.
+  char order_of_starts, order_of_ends;
   bool failed = false;
   char message[256];
   Policy policy = Policy::FavourWarps;
@@ -186,9 +187,9 @@ void run_thread() {
 #ifdef EVAKERNELS_ASAN
   __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
 #endif
-  acquire(&machine.order_of_blocks);
+  acquire(&machine.order_of_starts);
   (*machine.kernel)();
-  release(&machine.order_of_blocks);
+  release(&machine.order_of_ends);
   machine.current->state = State::Done;
   --machine.alive;
   open_barrier_if_all_are_there();
@@ -261,7 +262,7 @@ void run_block() {
   for (Warp& warp : machine.warps) warp.meetings.clear();
   draw_priorities();
   for (int i = 0; i < machine.threads; ++i) prepare(machine.fibers[i], i);
-  release(&machine.order_of_blocks);
+  release(&machine.order_of_starts);
   while (!machine.ready.empty() && !machine.failed) {
     const size_t position = choose();
     Fiber& fiber = machine.fibers[machine.ready[position]];
@@ -269,7 +270,7 @@ void run_block() {
     machine.ready.pop_back();
     to_fiber(fiber);
   }
-  acquire(&machine.order_of_blocks);
+  acquire(&machine.order_of_ends);
   if (machine.alive > 0 && !machine.failed) report_deadlock();
 }
 

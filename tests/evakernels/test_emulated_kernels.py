@@ -191,6 +191,14 @@ FAULTS = {
         "    }\n    __syncthreads();\n    const int warps",
         "      __syncthreads();\n    }\n    const int warps",
     ),
+    "tile": ("thread", "data race", "token_dropout_tiles.cu", "    }\n    __syncthreads();\n\n", "    }\n\n"),
+    "sums over samples": (
+        "thread",
+        "data race",
+        "token_dropout_backward.cu",
+        "sums[i];\n  __syncthreads();\n",
+        "sums[i];\n",
+    ),
     "alignment": ("none", "misaligned", "norm_plan.h", "width % elements == 0", "width > 0"),
     "barrier of the norms": (
         "thread",
