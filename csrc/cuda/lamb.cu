@@ -1,7 +1,8 @@
 // LAMB: one launch a phase over all tensors, whatever their number, sizes and dtypes.
 //
 // A block has one chunk of one tensor. Update leaves the sums of each chunk, and a small kernel adds up those
-// of each tensor. The order of every addition is fixed, so two runs are bit-equal.
+// of each tensor. The order of every addition is fixed, so two runs are bit-equal. For each element of
+// float32 update moves 24 bytes and apply 16: each buffer is read once, and what changes is written once.
 //
 // Four buffers of three dtypes each would make 81 kernels of one. So the dtypes are those of the table: a
 // thread fetches what it needs as bits, all of it before it makes floats of any. It reads them, and the

@@ -35,7 +35,7 @@ def lamb_update(
     Args:
         params, grads: n tensors, any shapes, dense; float64, float32, bfloat16 or float16, also mixed.
         exp_avgs, exp_avg_sqs: the moments, in the shapes of `params` and any of these dtypes. Written.
-        steps: n 0-D float32 tensors, the number of steps made; counted up. Written.
+        steps: n different 0-D float32 tensors, the number of steps made; counted up. Written.
         weight_decays: n numbers.
         betas: decay rates of the two moments, in [0, 1).
         eps: added to the root of the second moment.

@@ -76,6 +76,18 @@ def test_more_tensors_than_one_launch_brings_to_the_device(variant):
     assert_states_close(ours, theirs, lr_of_last=7.0)
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-5, 1e5])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ratios_at_their_limits_and_beyond(variant, size):
+    ours, theirs = lists(sizes=[37, 1061]), lists(sizes=[37, 1061])
+    for state in (ours, theirs):
+        state[0] = [size * param for param in state[0]]
+    step(ours, "cpu", variant)
+    step(theirs, "reference", variant)
+    for a, b in zip(ours[0], theirs[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * b.abs().max().item())
+
+
 @pytest.mark.parametrize(
     "offsets", [(1, 1, 1, 1), (2, 2, 2, 2), (7, 3, 3, 3), (4, 4, 4, 4), (0, 1, 2, 3), (0, 0, 0, 2)]
 )
