@@ -77,11 +77,6 @@ T* in_global_memory(T* pointer) {
   return pointer;
 }
 
-template <class Word>
-void store_in_global_memory(Word* to, Word word, int line = __builtin_LINE()) {
-  store(to, word, line);
-}
-
 inline float to_float(BFloat16 value) { return bfloat16_to_float<float>(uint32_t{value.bits}); }
 inline float to_float(Float16 value) { return float16_to_float<float>(uint32_t{value.bits}); }
 
@@ -160,17 +155,12 @@ __device__ __forceinline__ void store_whole(Word* to, Word word) {
 // possible.
 __device__ __forceinline__ void refuse(const char*) { __trap(); }
 
-// These two tell the compiler what it doesn't know of a pointer that was itself read from memory. To store
-// through what the first one returns won't do: it makes nvcc 13 cut a word into pieces.
+// Tells the compiler what it doesn't know of a pointer that was itself read from memory. To store through the
+// result won't do: it makes nvcc 13 cut a word into pieces; `store_whole` doesn't need it.
 template <class T>
 __device__ __forceinline__ T* in_global_memory(T* pointer) {
   __builtin_assume(__isGlobal(pointer));
   return pointer;
-}
-
-template <class Word>
-__device__ __forceinline__ void store_in_global_memory(Word* to, Word word) {
-  __stwb(to, word);
 }
 
 __device__ __forceinline__ float to_float(BFloat16 value) {

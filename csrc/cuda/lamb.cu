@@ -74,9 +74,7 @@ class Held {
     with_type(buffer.dtype, [&](auto type) {
       using T = decltype(type);
       const auto packed = Packed<T, E>::pack(values);
-      static_assert(packed.kWords == 1);
-      store_in_global_memory(reinterpret_cast<typename Packed<T, E>::Word*>(at<T>(buffer, first)),
-                             packed.words[0]);
+      packed.store_whole(at<T>(buffer, first));
       packed.unpack(values);
     });
   }

@@ -90,7 +90,7 @@ def test_halves_of_a_packed_projection_are_served_in_place():
 
 # Those of models, and those where kernels change the way they lay a row over threads; no kernel keeps the last two in
 # registers.
-WIDTHS = (2, 250, 512, 2048, 2730, 4100, 8199, 16_390)
+WIDTHS = (1, 2, 250, 512, 2048, 2730, 4100, 8199, 16_390)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
