@@ -107,9 +107,11 @@ def _native_reasons(name: str, device: str) -> backends.Reasons:
         tensor = backends.first_tensor(args)
         if tensor is None:
             return [] if device != "cuda" or torch.cuda.is_available() else ["there is no GPU here"]
+        found = []
         if tensor.device.type != device:
-            return [f"the tensors are on {tensor.device}, not on {_NATIVE_DEVICES[device]}"]
+            found.append(f"the tensors are on {tensor.device}, not on {_NATIVE_DEVICES[device]}")
         dtypes = dict.fromkeys(t.dtype for t in backends.tensors(args) if t.dtype.is_floating_point)
-        return [f"{d} is not one of float32, bfloat16, float16" for d in dtypes if d not in _NATIVE_DTYPES]
+        found += [f"{d} is not one of float32, bfloat16, float16" for d in dtypes if d not in _NATIVE_DTYPES]
+        return found
 
     return reasons
