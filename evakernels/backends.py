@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-PREFERENCE = ("cuda", "cpu", "reference")
+PREFERENCE = ("cuda", "triton", "cpu", "reference")
 """Backend names, the preferred one first."""
 
 Reasons = Callable[..., list[str]]

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from evakernels import _native, backends
+from evakernels import _native, backends, triton
 from evakernels.ops import _autocast
 
 _library = torch.library.Library("evakernels", "DEF")
@@ -51,6 +51,7 @@ def define(
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"evakernels::{name}", fake or _returns_nothing, lib=_library)
     backends.register(name, "reference", reference)
+    triton.register(name)
     for device in _NATIVE_DEVICES:
         backends.register(name, device, _native_function(name), _native_reasons(name, device))
     op: torch._ops.OpOverload = getattr(torch.ops.evakernels, name).default

@@ -95,12 +95,14 @@ def test_explain_tells_who_serves_a_call_and_why_others_do_not(calls):
     served = evakernels.explain("layer_norm", torch.ones(2, 4), None, None, 1e-6, False)
     assert served.splitlines() == [
         f"{OP} on cuda: {OP} has no cuda implementation",
+        f"{OP} on triton: {OP} has no triton implementation",
         f"{OP} on cpu: serves the call",
         f"{OP} on reference: usable, but not preferred here",
     ]
     refused = evakernels.explain(OP, torch.ones(2, 4).double(), None, None, 1e-6, False)
     assert refused.splitlines() == [
         f"{OP} on cuda: {OP} has no cuda implementation",
+        f"{OP} on triton: {OP} has no triton implementation",
         f"{OP} on cpu: torch.float64 is not float32; it is a test",
         f"{OP} on reference: serves the call",
     ]

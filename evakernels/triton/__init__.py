@@ -1,0 +1,71 @@
+"""Kernels in Triton, one file per op family: the portable path for GPUs without the CUDA build.
+
+A family's file holds its kernels and, under the name of each op that it serves, the function that launches them. The
+files are imported by the first call that they could serve: importing evakernels doesn't import Triton.
+
+Under `TRITON_INTERPRET=1` Triton runs its kernels on the CPU, slowly. They then serve CPU tensors, which is how they
+are tested without a GPU.
+"""
+
+import importlib
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from evakernels import backends
+
+FAMILIES = {"swiglu": ("swiglu_forward", "swiglu_backward")}
+"""The ops that each file here serves."""
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton reads this when a kernel is defined, so it holds for the whole process."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FAMILY_OF = {op: family for family, ops in FAMILIES.items() for op in ops}
+
+
+def register(op: str) -> None:
+    """Makes the Triton kernels of `op`, if there are any, one of its backends."""
+    if op in _FAMILY_OF:
+        backends.register(op, "triton", lambda *args: _function(op)(*args), lambda *args: _reasons(op, args))
+
+
+@cache
+def _function(op: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(_module(op), op)
+    return function
+
+
+def _module(op: str) -> Any:
+    if INTERPRETED:
+        importlib.import_module(f"{__name__}._interpreter")
+    return importlib.import_module(f"{__name__}.{_FAMILY_OF[op]}")
+
+
+@cache  # asked at every call of an op
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def _reasons(op: str, args: tuple[Any, ...]) -> list[str]:
+    """Why Triton can't serve a call: what holds for every op, and what the family's own `reasons` adds."""
+    if not _installed():
+        return ["triton is not installed"]
+    if not args:
+        return [] if INTERPRETED or torch.cuda.is_available() else ["there is no GPU here"]
+    found = []
+    tensor = backends.first_tensor(args)
+    device = "cpu" if INTERPRETED else "cuda"
+    if tensor is not None and tensor.device.type != device:
+        where = "a CPU, where Triton's interpreter works" if INTERPRETED else "a GPU"
+        found.append(f"the tensors are on {tensor.device}, not on {where}")
+    dtypes = dict.fromkeys(t.dtype for t in backends.tensors(args) if t.dtype.is_floating_point)
+    found += [f"{d} is not one of float32, bfloat16, float16" for d in dtypes if d not in _DTYPES]
+    if not found:
+        own = getattr(_module(op), "reasons", None)
+        found += own(op, *args) if own else []
+    return found

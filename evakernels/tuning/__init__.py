@@ -1,0 +1,71 @@
+"""Launch configurations of the Triton kernels, as data: one JSON file for each GPU.
+
+`config` is a pure look-up: nothing is tuned at import or at the first call. A file named after a compute capability
+(`sm_90.json`) serves the GPUs that have no file of their own; its numbers were chosen by what compiles without spilling
+registers, not by time.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+
+
+def config(op: str, shape: Mapping[str, int], tensor: Tensor) -> dict[str, int]:
+    """The keyword arguments that `op`'s kernel is launched with for a call of this shape, in the tensor's dtype.
+
+    The entry whose shape is nearest is taken: the one with the smallest sum of |log ratio| over the sizes.
+    """
+    return dict(_nearest(op, tuple(sorted(shape.items())), tensor.dtype.itemsize, gpu_of(tensor)))
+
+
+def gpu_of(tensor: Tensor) -> tuple[str, int]:
+    """Name and compute capability (major and minor in one number) of the tensor's GPU; where kernels are interpreted,
+    those of an H100."""
+    return _gpu(tensor.device.index) if tensor.is_cuda else ("", 90)
+
+
+@cache
+def _gpu(device: int) -> tuple[str, int]:
+    major, minor = torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_name(device), 10 * major + minor
+
+
+@cache
+def _nearest(op: str, shape: tuple[tuple[str, int], ...], itemsize: int, gpu: tuple[str, int]) -> Mapping[str, int]:
+    wanted = dict(shape) | {"itemsize": itemsize}
+    entries: list[dict[str, Any]] = table(*gpu)[op]
+
+    def distance(entry: dict[str, Any]) -> float:
+        return sum(abs(math.log(size / max(1, wanted[name]))) for name, size in entry["shape"].items())
+
+    found: Mapping[str, int] = min(entries, key=distance)["config"]
+    return found
+
+
+@cache
+def table(name: str, capability: int) -> dict[str, Any]:
+    """The file of a GPU: that of its name, else of the highest capability that doesn't exceed its own."""
+    own = FOLDER / f"{file_name(name)}.json"
+    if name and own.exists():
+        return _read(own)
+    shared = {int(path.stem.removeprefix("sm_")): path for path in FOLDER.glob("sm_*.json")}
+    fitting = [known for known in shared if known <= capability] or [min(shared)]
+    return _read(shared[max(fitting)])
+
+
+def file_name(gpu: str) -> str:
+    """`nvidia_h100_80gb_hbm3` for "NVIDIA H100 80GB HBM3"."""
+    return "_".join(gpu.lower().split())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
