@@ -18,7 +18,10 @@ import torch
 
 from evakernels import backends
 
-FAMILIES = {"swiglu": ("swiglu_forward", "swiglu_backward")}
+FAMILIES = {
+    "rope_attention": ("rope_attention_forward", "rope_attention_backward"),
+    "swiglu": ("swiglu_forward", "swiglu_backward"),
+}
 """The ops that each file here serves."""
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
