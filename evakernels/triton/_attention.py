@@ -49,10 +49,10 @@ def _start(width, index):
 @triton.jit
 def _zeros(ROWS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr):
     pieces = ()
-    WIDTH: tl.constexpr = D // 2 if PAIRS else D
+    WIDTH: tl.constexpr = D // 2 if PAIRS is not None else D
     for i in tl.static_range(_count(WIDTH)):
         zeros = tl.zeros([ROWS, _width(WIDTH, i)], tl.float32)
-        pieces += (zeros, zeros) if PAIRS else (zeros,)
+        pieces += (zeros, zeros) if PAIRS is not None else (zeros,)
     return pieces
 
 
@@ -188,7 +188,7 @@ def _angles(table, rows, inside, START: tl.constexpr, WIDTH: tl.constexpr, D: tl
 @triton.jit
 def _load_head(source, rows, inside, table, D: tl.constexpr, PAIRS: tl.constexpr):
     """Rows of q or k as the scores want them."""
-    if PAIRS:
+    if PAIRS is not None:
         return _load_pairs(source, rows, inside, table, D, PAIRS)
     else:
         return _load(source, rows, inside, D)
@@ -197,7 +197,7 @@ def _load_head(source, rows, inside, table, D: tl.constexpr, PAIRS: tl.constexpr
 @triton.jit
 def _store_head(target, rows, inside, table, pieces, D: tl.constexpr, PAIRS: tl.constexpr):
     """Rows of dq or dk."""
-    if PAIRS:
+    if PAIRS is not None:
         _store_pairs(target, rows, inside, table, pieces, D, PAIRS)
     else:
         _store(target, rows, inside, pieces, D)
@@ -317,14 +317,12 @@ def _forward_tile(
     inside = rows < limit
     queries = _load_head(q, rows, inside, own_table, D, PAIRS)
     highest = tl.full([rows.shape[0]], float("-inf"), tl.float32)
-    state = (highest, tl.zeros_like(highest), _zeros(rows.shape[0], D, ""))
+    state = (highest, tl.zeros_like(highest), _zeros(rows.shape[0], D, None))
     if PREFIX:
-        keys = tl.arange(0, PREFIX)
-        state = _attend(state, rows, queries, keys, start, k, v, None, scale, D, PAIRS, CAUSAL, PREFIX == 1)
+        state = _attend(state, rows, queries, tl.arange(0, PREFIX), start, k, v, None, scale, D, PAIRS, CAUSAL, PREFIX == 1)
     end = tl.minimum(tokens, tl.max(rows, 0) + 1) if CAUSAL else tokens
     for first in range(start, end, STEP):
-        keys = first + tl.arange(0, STEP)
-        state = _attend(state, rows, queries, keys, tokens, k, v, table, scale, D, PAIRS, CAUSAL, EVEN)
+        state = _attend(state, rows, queries, first + tl.arange(0, STEP), tokens, k, v, table, scale, D, PAIRS, CAUSAL, EVEN)
     highest, total, sums = state
     _store(out, rows, inside, _scaled(sums, (1.0 / total)[:, None]), D)
     tl.store(lse + rows, (highest + tl.log2(total)) * LN2, mask=inside)
@@ -446,15 +444,13 @@ def _query_tile(
     logs = tl.load(lse + rows, mask=inside, other=0.0) * LOG2E
     sums = _zeros(rows.shape[0], D, PAIRS)
     if PREFIX:
-        keys = tl.arange(0, PREFIX)
         sums = _query_step(
-            sums, rows, queries, douts, logs, means, keys, start, k, v, None, scale, D, PAIRS, CAUSAL, PREFIX == 1
+            sums, rows, queries, douts, logs, means, tl.arange(0, PREFIX), start, k, v, None, scale, D, PAIRS, CAUSAL, PREFIX == 1
         )
     end = tl.minimum(tokens, tl.max(rows, 0) + 1) if CAUSAL else tokens
     for first in range(start, end, STEP):
-        keys = first + tl.arange(0, STEP)
         sums = _query_step(
-            sums, rows, queries, douts, logs, means, keys, tokens, k, v, table, scale, D, PAIRS, CAUSAL, EVEN
+            sums, rows, queries, douts, logs, means, first + tl.arange(0, STEP), tokens, k, v, table, scale, D, PAIRS, CAUSAL, EVEN
         )
     _store_head(dq, rows, inside, own_table, _scaled(sums, scale * LN2), D, PAIRS)
 
@@ -517,14 +513,12 @@ def _key_tile(
     inside = rows < limit
     keys = _load_head(k, rows, inside, own_table, D, PAIRS)
     values = _load(v, rows, inside, D)
-    sums = (_zeros(rows.shape[0], D, PAIRS), _zeros(rows.shape[0], D, ""))
+    sums = (_zeros(rows.shape[0], D, PAIRS), _zeros(rows.shape[0], D, None))
     if PREFIX:
-        queries = tl.arange(0, PREFIX)
-        sums = _key_step(sums, rows, keys, values, queries, start, dout, q, lse, delta, None, scale, D, PAIRS, CAUSAL)
+        sums = _key_step(sums, rows, keys, values, tl.arange(0, PREFIX), start, dout, q, lse, delta, None, scale, D, PAIRS, CAUSAL)
     begin = tl.maximum(start, tl.min(rows, 0)) if CAUSAL else start
     for first in range(begin, tokens, STEP):
-        queries = first + tl.arange(0, STEP)
-        sums = _key_step(sums, rows, keys, values, queries, tokens, dout, q, lse, delta, table, scale, D, PAIRS, CAUSAL)
+        sums = _key_step(sums, rows, keys, values, first + tl.arange(0, STEP), tokens, dout, q, lse, delta, table, scale, D, PAIRS, CAUSAL)
     _store_head(dk, rows, inside, own_table, _scaled(sums[0], scale * LN2), D, PAIRS)
     _store(dv, rows, inside, sums[1], D)
 

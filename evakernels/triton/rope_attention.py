@@ -65,7 +65,7 @@ class Launch:
         self.vector = math.gcd(8, *strides)
         self.strides = [s // self.vector for s in strides]
         self.strides += lse.stride()[:2] if offsets is None else (0, lse.stride(0))
-        self.pairs = "" if cos is None else "interleaved" if interleaved else "halves"
+        self.pairs = None if cos is None else "interleaved" if interleaved else "halves"
         self.grid, head_stride = None, 0
         if cos is not None:
             cos, sin = cos.contiguous(), sin.contiguous()
