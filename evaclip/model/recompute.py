@@ -58,7 +58,8 @@ def _policy(keep: bool) -> CheckpointPolicy:
 
 
 def _is_attention(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return _policy(op is torch.ops.evakernels.rope_attention_forward.default)
+    ops = torch.ops.evakernels
+    return _policy(op in (ops.rope_attention_forward.default, ops.packed_attention_forward.default))
 
 
 def _is_kept_product(columns: int | None, _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -13,7 +13,7 @@ from evaclip.model.pooled import attend_once
 from evaclip.model.recompute import ResidualBlock
 from evaclip.model.savings import Savings
 from evaclip.model.tower import Tower
-from evakernels import rope_attention
+from evakernels import packed_attention, rope_attention
 
 
 def cut_padding(tokens: Tensor) -> Tensor:
@@ -42,10 +42,12 @@ class TextAttention(nn.Module):
         return projected
 
     def _everywhere(self, x: Tensor, layout: Layout) -> Tensor:
-        # Attention is a small part of the work at these lengths. What stands in the grid's empty cells is seen by
-        # no token in front of it.
-        q, k, v = self._heads(layout.spread(F.linear(x, self.in_proj_weight, self.in_proj_bias)))
-        return layout.gather(rope_attention(q, k, v, causal=True).flatten(2))
+        q, k, v = self._heads(F.linear(x, self.in_proj_weight, self.in_proj_bias))
+        if layout.rows is None:
+            # What stands behind a caption's end is seen by no token in front of it.
+            grid = (part.unflatten(0, (layout.batch, layout.length)) for part in (q, k, v))
+            return rope_attention(*grid, causal=True).flatten(0, 1).flatten(1)
+        return packed_attention(q, k, v, layout.offsets, max_length=layout.length).flatten(1)
 
     def _at_ends(self, x: Tensor, layout: Layout) -> Tensor:
         width = x.shape[-1]
@@ -55,10 +57,10 @@ class TextAttention(nn.Module):
         k, v = self._heads(layout.spread(F.linear(x, kv_weight, kv_bias)))
         return attend_once(q, k, v, layout.before_ends())
 
-    def _heads(self, grid: Tensor) -> tuple[Tensor, ...]:
-        """`[B, N, parts * width]` -> each part, `[B, N, heads, head_dim]`."""
-        parts = grid.shape[-1] // self.out_proj.in_features
-        heads: tuple[Tensor, ...] = grid.unflatten(-1, (parts, self.heads, -1)).unbind(2)
+    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """`[..., parts * width]` -> each part, `[..., heads, head_dim]`."""
+        parts = x.shape[-1] // self.out_proj.in_features
+        heads: tuple[Tensor, ...] = x.unflatten(-1, (parts, self.heads, -1)).unbind(-3)
         return heads
 
 

@@ -11,6 +11,7 @@ def axial_rope(
     *,
     reference_size: float = 16,
     theta: float = 10000.0,
+    compact: bool = False,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The 2-D rotary embedding of EVA-02 (Fang et al. 2023), as tables for `rope_attention`.
@@ -28,17 +29,23 @@ def axial_rope(
         head_dim: a multiple of 4.
         reference_size: grid size of the pre-training, in cells; the grid's own size means no scaling.
         theta: base of the frequencies.
+        compact: return the angles of the rows and those of the columns rather than those of every patch, a table
+            that a GPU keeps in its smallest cache. The grid must be square.
 
     Returns:
-        `(cos, sin)`, float32 `[grid_h * grid_w, head_dim / 2]`: one entry per rotated pair.
+        `(cos, sin)`, float32 `[grid_h * grid_w, head_dim / 2]`: one entry per rotated pair. If `compact`:
+        `[2, grid_h, head_dim / 4]`.
 
     Raises:
-        ValueError: for an empty grid or a head_dim that isn't a multiple of 4.
+        ValueError: for an empty grid, a head_dim that isn't a multiple of 4, or a compact table of a grid that isn't
+            square.
     """
     if grid_h < 1 or grid_w < 1:
         raise ValueError(f"axial_rope: the grid is {grid_h} x {grid_w}; accepted: at least 1 x 1")
     if head_dim < 4 or head_dim % 4:
         raise ValueError(f"axial_rope: head_dim is {head_dim}; accepted: multiples of 4")
+    if compact and grid_h != grid_w:
+        raise ValueError(f"axial_rope: the grid is {grid_h} x {grid_w}; a compact table takes a square one")
     # float64 up to the last rounding, so that the tables don't depend on the device or the default dtype.
     pairs = torch.arange(head_dim // 4, dtype=torch.float64, device=device)
     frequencies = theta ** (-4 * pairs / head_dim)
@@ -47,7 +54,10 @@ def axial_rope(
         positions = torch.arange(size, dtype=torch.float64, device=device) * (reference_size / size)
         return positions.unsqueeze(1) * frequencies
 
-    rows = angles(grid_h).unsqueeze(1).expand(-1, grid_w, -1)
-    columns = angles(grid_w).unsqueeze(0).expand(grid_h, -1, -1)
-    table = torch.cat((rows, columns), -1).flatten(0, 1)
+    rows, columns = angles(grid_h), angles(grid_w)
+    if compact:
+        table = torch.stack((rows, columns))
+    else:
+        spread = rows.unsqueeze(1).expand(-1, grid_w, -1), columns.unsqueeze(0).expand(grid_h, -1, -1)
+        table = torch.cat(spread, -1).flatten(0, 1)
     return table.cos().float(), table.sin().float()

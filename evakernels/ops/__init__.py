@@ -10,6 +10,7 @@ from evakernels.ops.layer_norm import (
     rms_norm,
     rms_norm_add,
 )
+from evakernels.ops.packed_attention import packed_attention
 from evakernels.ops.rope_attention import rope_attention
 from evakernels.ops.swiglu import swiglu
 from evakernels.ops.token_dropout import sample_token_index, token_dropout
@@ -23,6 +24,7 @@ __all__ = [
     "lamb_update",
     "layer_norm",
     "layer_norm_add",
+    "packed_attention",
     "rms_norm",
     "rms_norm_add",
     "rope_attention",

@@ -31,3 +31,15 @@ def parameter_dtype(op: str, x: Tensor, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in (x.dtype, torch.float32):
             raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: {x.dtype} (as x) or torch.float32")
+
+
+def heads(op: str, layout: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Queries, keys and values agree in all; `layout` names their dimensions."""
+    if q.dim() != layout.count(",") + 1:
+        raise ValueError(f"{op}: q has shape {tuple(q.shape)}; expected {layout}")
+    floating(op, q=q, k=k, v=v)
+    same_device(op, q=q, k=k, v=v)
+    for name, tensor in (("k", k), ("v", v)):
+        shape(op, name, tensor, tuple(q.shape), "the shape of q")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: {q.dtype} (as q)")

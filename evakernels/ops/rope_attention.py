@@ -35,8 +35,10 @@ def rope_attention(
 
     Args:
         q, k, v: `[B, N, H, D]` in one dtype; views of one packed projection are fine.
-        cos, sin: `[P, D/2]`, or `[H, P, D/2]` with angles of each head: one entry per rotated pair. None: no
-            rotation. They get no gradient. `evakernels.nn.axial_rope` makes those of EVA.
+        cos, sin: `[P, D/2]`, or `[H, P, D/2]` with angles of each head: one entry per rotated pair. Or the compact
+            `[2, G, D/4]` of a square grid, P = G * G: the token of table row r has its first D/4 pairs from
+            `[0, r // G]` and the others from `[1, r % G]`. None: no rotation. They get no gradient.
+            `evakernels.nn.axial_rope` makes those of EVA.
         token_index: int64 `[B, N - num_prefix]`: token `num_prefix + i` of sample b takes table row
             `token_index[b, i]` (see `token_dropout`). None: it takes row i, and P is `N - num_prefix`.
         num_prefix: this many leading tokens (class token, registers) aren't rotated; 0 to 16.
@@ -57,23 +59,11 @@ def rope_attention(
             make the host wait for the device.
     """
     q, k, v = matmul_inputs(q, k, v)
-    _check_attention(q, k, v)
+    _check.heads("rope_attention", "[B, N, H, D]", q, k, v)
     _check_rotation(q, cos, sin, token_index, num_prefix)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out: Tensor = _forward(q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale)[0]
     return out
-
-
-def _check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
-    op = "rope_attention"
-    if q.dim() != 4:
-        raise ValueError(f"{op}: q has shape {tuple(q.shape)}; expected [B, N, H, D]")
-    _check.floating(op, q=q, k=k, v=v)
-    _check.same_device(op, q=q, k=k, v=v)
-    for name, tensor in (("k", k), ("v", v)):
-        _check.shape(op, name, tensor, tuple(q.shape), "the shape of q")
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: {q.dtype} (as q)")
 
 
 def _check_rotation(
@@ -97,13 +87,24 @@ def _check_rotation(
         raise ValueError(f"{op}: cos or sin requires a gradient, but the tables get none; pass them detached")
     patches = tokens - num_prefix
     rows = patches if token_index is None or cos.dim() < 2 else cos.shape[-2]
-    if cos.dim() == 3:
+    if reference.is_compact(cos, head_dim):
+        _check_compact(cos, patches if token_index is None else None, head_dim)
+    elif cos.dim() == 3:
         _check.shape(op, "cos", cos, (heads, rows, head_dim // 2), "[H, P, D/2]")
     else:
         _check.shape(op, "cos", cos, (rows, head_dim // 2), "[P, D/2]")
     _check.shape(op, "sin", sin, tuple(cos.shape), "the shape of cos")
     check_dtype(op, token_index)
     _check.shape(op, "token_index", token_index, (batch, patches), "[B, N - num_prefix]")
+
+
+def _check_compact(cos: Tensor, patches: int | None, head_dim: int) -> None:
+    op, grid = "rope_attention", cos.shape[1]
+    if head_dim % 4:
+        raise ValueError(f"{op}: head_dim {head_dim} has no compact table; it takes multiples of 4")
+    _check.shape(op, "cos", cos, (2, grid, head_dim // 4), "[2, G, D/4]")
+    if patches is not None and patches != grid * grid:
+        raise ValueError(f"{op}: the compact table is of {grid} x {grid} patches; given: N - num_prefix = {patches}")
 
 
 # --- ops ------------------------------------------------------------------------------------------------------------
@@ -123,7 +124,8 @@ def _check_values(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, token_index: Tensor | None, *rest: Any
 ) -> None:
     if cos is not None and token_index is not None:
-        check_range("rope_attention", token_index, cos.shape[-2])
+        rows = cos.shape[-2]
+        check_range("rope_attention", token_index, rows**2 if reference.is_compact(cos, q.shape[-1]) else rows)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

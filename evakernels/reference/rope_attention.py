@@ -76,12 +76,26 @@ def _rotation(
         return None
     dtype = accumulation_dtype(q)
     rows = torch.complex(cos.to(dtype), sin.to(dtype))
+    compact = is_compact(cos, q.shape[-1])
+    if compact:
+        rows = _of_grid(*rows)
     if token_index is not None:
         rows = rows[..., token_index, :].movedim(-3, 0)  # [B, (H,) K, D / 2]
-    if cos.dim() == 2:
+    if cos.dim() == 2 or compact:
         rows = rows.unsqueeze(-3)
     prefix = rows.new_ones(1).expand(*rows.shape[:-2], num_prefix, rows.shape[-1])
     return torch.cat((prefix, rows), -2)
+
+
+def is_compact(table: Tensor, head_dim: int) -> bool:
+    """Whether it is that of the rows and that of the columns of a square grid, [2, G, D / 4]."""
+    return table.dim() == 3 and table.shape[2] == head_dim // 4
+
+
+def _of_grid(of_rows: Tensor, of_columns: Tensor) -> Tensor:
+    """[G * G, D / 2] of the patches, numbered row by row: each has its row's pairs, then its column's."""
+    size = len(of_rows)
+    return torch.cat((of_rows.repeat_interleave(size, 0), of_columns.repeat(size, 1)), -1)
 
 
 def _rotate(x: Tensor, rotation: Tensor | None, interleaved: bool) -> Tensor:

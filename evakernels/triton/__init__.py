@@ -19,6 +19,7 @@ import torch
 from evakernels import backends
 
 FAMILIES = {
+    "packed_attention": ("packed_attention_forward", "packed_attention_backward"),
     "rope_attention": ("rope_attention_forward", "rope_attention_backward"),
     "swiglu": ("swiglu_forward", "swiglu_backward"),
 }

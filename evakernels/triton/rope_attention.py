@@ -1,13 +1,15 @@
-"""Attention with the rotary embedding inside; the kernels are those of `_attention`."""
+"""Attention with the rotary embedding inside: launches the kernels of `_attention`, also for packed sequences."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from evakernels.triton._attention import forward_kernel, key_kernel, query_kernel
+from evakernels.reference.rope_attention import is_compact
+from evakernels.triton._attention import PREFIX_ROWS, forward_kernel, key_kernel, query_kernel
 from evakernels.triton._launch import on_device_of
 from evakernels.tuning import config
 
@@ -15,86 +17,163 @@ MAX_HEAD_DIM = 128
 """A program holds its rows in registers."""
 
 
-def reasons(op: str, *args: Any) -> list[str]:
-    q, scale = args["backward" in op], args[-1]
-    found = []
-    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
-        found.append(f"head_dim {q.shape[-1]} is not in 1 to {MAX_HEAD_DIM}")
-    if isinstance(scale, float) and not scale > 0:
-        found.append(f"scale {scale} is not positive")
+def reasons(op: str, first: Tensor, *rest: Any) -> list[str]:
+    head_dim, found = first.shape[-1], []
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        found.append(f"head_dim {head_dim} is not one of 1 to {MAX_HEAD_DIM}")
+    if rest and isinstance(rest[-1], float) and not rest[-1] > 0:
+        found.append(f"scale {rest[-1]} is not positive")
     return found
 
 
-def rope_attention_forward(q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale):
-    q, k, v = (_dense_vectors(x) for x in (q, k, v))
-    batch, tokens, heads, D = q.shape
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse
-    launch = Launch(q, k, v, lse, cos, sin, token_index, None, tokens, num_prefix, causal, interleaved, scale)
-    launch(forward_kernel, "rope_attention_forward", q, k, v, out, lse)
-    return out, lse
+@dataclass(frozen=True)
+class Attention:
+    """What the kernels of a call have in common.
 
+    Attributes:
+        q, k, v: `[B, N, H, D]`, or packed `[T, H, D]`.
+        tokens: N, or the length of the longest sequence.
+        offsets: of a packed batch, where its sequences begin and the last one ends.
+        cos, sin, token_index, num_prefix, interleaved: as for `evakernels.rope_attention`.
+    """
 
-def rope_attention_backward(dout, q, k, v, out, lse, cos, sin, token_index, num_prefix, causal, interleaved, scale):
-    q, k, v = (_dense_vectors(x) for x in (q, k, v))
-    batch, tokens, heads, D = q.shape
-    dq, dk, dv = (torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(3))
-    if out.numel() == 0:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    tokens: int
+    causal: bool
+    scale: float
+    offsets: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    token_index: Tensor | None = None
+    num_prefix: int = 0
+    interleaved: bool = True
+
+    def forward(self, op: str, lse: Tensor) -> Tensor:
+        """Returns the output and fills `lse`."""
+        out = torch.empty_like(self.q, memory_format=torch.contiguous_format)
+        if out.numel() > 0:
+            self._launch(forward_kernel, op, self.q, self.k, self.v, out, lse)
+        return out
+
+    def backward(self, op: str, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns dq, dk and dv."""
+        dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
+        dq, dk, dv = (torch.empty_like(out) for _ in range(3))
+        if out.numel() > 0:
+            delta = torch.empty_like(lse)
+            given = dout, self.q, self.k, self.v
+            self._launch(query_kernel, op, *given, out, lse, delta, dq)
+            self._launch(key_kernel, op, *given, lse, delta, dk, dv)
         return dq, dk, dv
-    dout, out, delta = dout.contiguous(), out.contiguous(), torch.empty_like(lse)
-    launch = Launch(q, k, v, lse, cos, sin, token_index, None, tokens, num_prefix, causal, interleaved, scale)
-    launch(query_kernel, "rope_attention_dq", dout, q, k, v, out, lse, delta, dq)
-    launch(key_kernel, "rope_attention_dkdv", dout, q, k, v, lse, delta, dk, dv)
-    return dq, dk, dv
 
-
-def _dense_vectors(x):
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-class Launch:
-    def __init__(self, q, k, v, lse, cos, sin, token_index, offsets, tokens, num_prefix, causal, interleaved, scale):
-        self.tokens, self.num_prefix, self.causal, self.scale = tokens, num_prefix, causal, scale
-        self.offsets = offsets
-        self.q = q
-        self.batch = q.shape[0] if offsets is None else len(offsets) - 1
-        self.heads, self.D = q.shape[-2:]
-        strides = [s for x in (q, k, v) for s in ((x.stride(0) if offsets is None else 0), *x.stride()[-3:-1])]
-        self.vector = math.gcd(8, *strides)
-        self.strides = [s // self.vector for s in strides]
-        self.strides += lse.stride()[:2] if offsets is None else (0, lse.stride(0))
-        self.pairs = None if cos is None else "interleaved" if interleaved else "halves"
-        self.grid, head_stride = None, 0
-        if cos is not None:
-            cos, sin = cos.contiguous(), sin.contiguous()
-            if cos.shape[-1] == self.D // 4:
-                self.grid = cos.shape[1]
-            elif cos.dim() == 3:
-                head_stride = cos.stride(0)
-            token_index = None if token_index is None else token_index.contiguous()
-        self.tables = cos, sin, token_index
-        self.strides.append(head_stride)
-
-    def __call__(self, kernel, op, *tensors):
-        tokens = self.tokens
-        chosen = config(op, {"head_dim": self.D, "tokens": tokens}, self.q)
-        rows, step = chosen["ROWS"], chosen["STEP"]
-        prefix = self.prefix(rows, step)
-        start = self.num_prefix if prefix else 0
-        tiles = triton.cdiv(tokens - start, rows) + bool(prefix)
-        even = {} if kernel is key_kernel else {"EVEN": self.offsets is None and (tokens - start) % step == 0}
+    def _launch(self, kernel: Any, op: str, *tensors: Tensor) -> None:
+        head_dim = self.q.shape[-1]
+        chosen = config(op, {"head_dim": head_dim, "tokens": self.tokens}, self.q)
+        prefix = self._prefix(chosen["ROWS"], chosen["STEP"])
+        walked = self.tokens - (self.num_prefix if prefix else 0)
+        tiles = triton.cdiv(walked, chosen["ROWS"]) + (prefix > 0)
+        vector, strides = self._strides()
+        tables, sizes = self._tables()
         with on_device_of(self.q):
-            return kernel[(self.batch * self.heads * tiles,)](
-                *tensors, *self.tables, self.offsets, *self.strides, self.grid, tiles, self.heads, tokens, self.num_prefix,
-                self.scale * math.log2(math.e), D=self.D, PAIRS=self.pairs, CAUSAL=self.causal, **even, PREFIX=prefix, VECTOR=self.vector, **chosen)
+            kernel[(tiles * self.heads * self.samples,)](
+                *tensors,
+                *tables,
+                self.offsets,
+                *strides,
+                *sizes,
+                *(tiles, self.heads, self.tokens, self.num_prefix, self.scale * math.log2(math.e)),
+                D=head_dim,
+                PAIRS=None if self.cos is None else "interleaved" if self.interleaved else "halves",
+                CAUSAL=self.causal,
+                EVEN=not self.causal and self.offsets is None and walked % chosen["STEP"] == 0,
+                PREFIX=prefix,
+                VECTOR=vector,
+                **chosen,
+            )
 
-    def prefix(self, rows, step):
-        p, tokens = self.num_prefix, self.tokens
-        if p == 0:
+    @property
+    def heads(self) -> int:
+        return self.q.shape[-2]
+
+    @property
+    def samples(self) -> int:
+        return self.q.shape[0] if self.offsets is None else self.offsets.shape[0] - 1
+
+    def _prefix(self, rows: int, step: int) -> int:
+        """Rows of a prefix that stands apart; 0 where it had better go with the patches, for less work in all."""
+        together = _padded(self.tokens, rows) * _padded(self.tokens, step)
+        patches = self.tokens - self.num_prefix
+        apart = (_padded(patches, rows) + PREFIX_ROWS.value) * (_padded(patches, step) + PREFIX_ROWS.value)
+        if self.num_prefix == 0 or together <= apart:
             return 0
-        up = lambda n, t: triton.cdiv(n, t) * t
-        together = up(tokens, rows) * up(tokens, step)
-        apart = (up(tokens - p, rows) + 16) * (up(tokens - p, step) + 16)
-        return 0 if together <= apart else 1 if p == 1 else 16
+        return 1 if self.num_prefix == 1 else PREFIX_ROWS.value
+
+    def _strides(self) -> tuple[int, list[int]]:
+        """A number of elements, and the strides of q, k, v and the log-sum-exps: those of the heads in that unit.
+
+        A power of two that divides all of them tells Triton how many elements it may load at once; by itself it sees
+        only what divides by 16, and 88 channels don't.
+        """
+        strides = [(x.stride(0) if self.offsets is None else 0, *x.stride()[-3:-1]) for x in (self.q, self.k, self.v)]
+        vector = math.gcd(16, *(s for three in strides for s in three))
+        rows = self.q.shape[-3]
+        of_lse = [self.heads * rows if self.offsets is None else 0, rows]
+        return vector, [s // vector for three in strides for s in three] + of_lse
+
+    def _tables(self) -> tuple[list[Tensor | None], tuple[int, int | None]]:
+        """cos, sin and token_index; the stride between the tables of two heads, and the grid of a compact table."""
+        tables = [None if x is None else x.contiguous() for x in (self.cos, self.sin, self.token_index)]
+        cos = tables[0]
+        if cos is None or cos.dim() == 2:
+            return tables, (0, None)
+        return tables, (0, cos.shape[1]) if is_compact(cos, self.q.shape[-1]) else (cos.stride(0), None)
+
+
+def dense_heads(*heads: Tensor) -> tuple[Tensor, ...]:
+    """With dense vectors: views where they are, else copies."""
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in heads)
+
+
+def _padded(tokens: int, tile: int) -> int:
+    return triton.cdiv(tokens, tile) * tile
+
+
+def rope_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    token_index: Tensor | None,
+    num_prefix: int,
+    causal: bool,
+    interleaved: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = q.shape
+    rotation = cos, sin, token_index, num_prefix, interleaved
+    lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
+    call = Attention(*dense_heads(q, k, v), tokens, causal, scale, None, *rotation)
+    return call.forward("rope_attention_forward", lse), lse
+
+
+def rope_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    token_index: Tensor | None,
+    num_prefix: int,
+    causal: bool,
+    interleaved: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rotation = cos, sin, token_index, num_prefix, interleaved
+    call = Attention(*dense_heads(q, k, v), q.shape[1], causal, scale, None, *rotation)
+    return call.backward("rope_attention_backward", dout, out, lse)

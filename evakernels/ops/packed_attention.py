@@ -1,0 +1,112 @@
+"""Attention within the sequences of a packed batch."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evakernels.ops import _check
+from evakernels.ops._autocast import matmul_inputs
+from evakernels.ops._register import define, differentiable
+from evakernels.reference import packed_attention as reference
+from evakernels.reference._numerics import accumulation_dtype
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    *,
+    max_length: int,
+    causal: bool = True,
+    scale: float | None = None,
+) -> Tensor:
+    """Multi-head attention of sequences that lie one behind the other, without padding between them.
+
+    A token sees the tokens of its own sequence. This is what text needs, whose sequences differ in length.
+
+    Args:
+        q, k, v: `[T, H, D]` in one dtype, the tokens of all sequences; views of one packed projection are fine.
+        offsets: int32 or int64 `[B + 1]`, from 0 to T: sequence b has the tokens `offsets[b]` to
+            `offsets[b + 1] - 1`. It may be empty.
+        max_length: no sequence is longer. It is an argument so that the host needn't wait for the device.
+        causal: a query sees no later key.
+        scale: factor of the scores; `D ** -0.5` by default.
+
+    Returns:
+        `[T, H, D]`, contiguous, in the dtype of `q`. Precision and autocast are as for `rope_attention`.
+
+    Raises:
+        TypeError: for a dtype that isn't accepted. ValueError: for shapes, devices or options that don't fit
+            together; on a CPU also for offsets that don't, elsewhere they aren't checked.
+    """
+    op = "packed_attention"
+    q, k, v = matmul_inputs(q, k, v)
+    _check.heads(op, "[T, H, D]", q, k, v)
+    _check.same_device(op, q=q, offsets=offsets)
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: offsets is {offsets.dtype}; accepted: torch.int32, torch.int64")
+    if offsets.dim() != 1 or len(offsets) == 0:
+        raise ValueError(f"{op}: offsets has shape {tuple(offsets.shape)}; expected [B + 1]")
+    if max_length < 0:
+        raise ValueError(f"{op}: max_length is {max_length}; accepted: at least 0")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out: Tensor = _forward(q, k, v, offsets, max_length, causal, scale)[0]
+    return out
+
+
+# --- ops ------------------------------------------------------------------------------------------------------------
+
+
+def _forward_fake(q: Tensor, *rest: Any) -> Any:
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _check_values(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, *rest: Any) -> None:
+    """Only on a CPU: elsewhere the question would make the host wait for the device."""
+    if offsets.device.type != "cpu":
+        return
+    op, first, last = "packed_attention", int(offsets[0]), int(offsets[-1])
+    if first != 0 or last != q.shape[0]:
+        raise ValueError(f"{op}: offsets go from {first} to {last}; expected 0 to T = {q.shape[0]}")
+    if len(offsets) > 1:
+        shortest, longest = (int(bound) for bound in torch.aminmax(offsets.diff()))
+        if shortest < 0 or longest > max_length:
+            found = f"the sequences have lengths from {shortest} to {longest}"
+            raise ValueError(f"{op}: {found}; accepted: 0 to max_length = {max_length}")
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, offsets, *ctx.options = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, offsets)
+
+
+def _gradient(ctx: Any, dout: Tensor, _: Tensor) -> Any:
+    return *_backward(dout, *ctx.saved_tensors, *ctx.options), *[None] * 4
+
+
+_forward = define(
+    "packed_attention_forward",
+    "(Tensor q, Tensor k, Tensor v, Tensor offsets, SymInt max_length, bool causal, float scale)"
+    " -> (Tensor out, Tensor lse)",
+    reference=reference.packed_attention_forward,
+    fake=_forward_fake,
+    check=_check_values,
+)
+_backward = define(
+    "packed_attention_backward",
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor offsets, SymInt max_length,"
+    " bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
+    reference=reference.packed_attention_backward,
+    fake=_backward_fake,
+    check=lambda dout, q, k, v, out, lse, *rest: _check_values(q, k, v, *rest),
+)
+differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)

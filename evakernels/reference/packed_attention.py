@@ -1,0 +1,79 @@
+"""Attention within the sequences of a packed batch: that of `rope_attention`, for all sequences of a length at once.
+
+When causal, a sequence may be followed by anything, as no token of it sees that. Then lengths are rounded up, so that
+a batch has few of them; copies of a sequence's last token fill the cells behind it, and get no gradient.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from evakernels.reference._numerics import accumulation_dtype
+
+CAUSAL_LENGTHS = 16
+"""What the lengths of causal sequences are rounded up to a multiple of."""
+
+_UNROTATED = (None, None, None, 0)
+
+
+def packed_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q))
+    for rows, inside in _batches(offsets, causal):
+        given = (_grid(x, rows) for x in (q, k, v))
+        result = torch.ops.evakernels.rope_attention_forward(*given, *_UNROTATED, causal, False, scale)
+        _fill(out, rows, inside, result[0])
+        _fill(lse, rows, inside, result[1].transpose(1, 2))
+    return out, lse.T.contiguous()
+
+
+def packed_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets: Tensor,
+    max_length: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    for rows, inside in _batches(offsets, causal):
+        cotangent = _grid(dout, rows).mul_(inside[..., None, None])
+        given = cotangent, *(_grid(x, rows) for x in (q, k, v, out)), _grid(lse.T, rows).transpose(1, 2).contiguous()
+        found = torch.ops.evakernels.rope_attention_backward(*given, *_UNROTATED, causal, False, scale)
+        for gradient, result in zip(gradients, found, strict=True):
+            _fill(gradient, rows, inside, result)
+    dq, dk, dv = gradients
+    return dq, dk, dv
+
+
+def _batches(offsets: Tensor, causal: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of the sequences of each length: their rows `[B, N]`, and which of these cells are theirs."""
+    firsts, lengths = offsets[:-1].long(), offsets.long().diff()
+    step = CAUSAL_LENGTHS if causal else 1
+    rounded = (lengths + step - 1) // step * step
+    for size in rounded.unique().tolist():
+        if size > 0:
+            those = rounded == size
+            first, length = firsts[those].unsqueeze(1), lengths[those].unsqueeze(1)
+            cells = torch.arange(min(size, int(length.max())), device=offsets.device)
+            yield first + torch.minimum(cells, length - 1), cells < length
+
+
+def _grid(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows `[T, ...]` -> `[B, N, ...]`."""
+    return x.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
+
+def _fill(x: Tensor, rows: Tensor, inside: Tensor, grid: Tensor) -> None:
+    """The inverse, into `x`: of the cells that are `inside`."""
+    if inside.all():
+        x.index_copy_(0, rows.flatten(), grid.flatten(0, 1))
+    else:
+        x.index_copy_(0, rows[inside], grid[inside])

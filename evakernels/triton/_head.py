@@ -1,0 +1,217 @@
+"""The rows of an attention head as tiles in registers: loads with the rotary embedding, products, stores without it.
+
+A head of `D` channels is a tuple of pieces whose widths are powers of two and sum up to `D`, rounded up to 16: 80 is 64
+and 16. Rotated queries and keys are pieces of `D / 2` channels, the first and the second members of the pairs. Both are
+permuted alike, which scores don't notice, so their members are never brought back in order.
+"""
+
+import triton
+import triton.language as tl
+
+# --- pieces ---------------------------------------------------------------------------------------------------------
+
+
+@triton.constexpr_function
+def _count(width):
+    """The number of pieces."""
+    return (-(-width // 16)).bit_count()
+
+
+@triton.constexpr_function
+def _width(width, index):
+    """That of a piece, the widest first."""
+    rest = -(-width // 16) * 16
+    for _ in range(index):
+        rest -= 1 << (rest.bit_length() - 1)
+    return 1 << (rest.bit_length() - 1)
+
+
+@triton.constexpr_function
+def _start(width, index):
+    """The first channel of a piece."""
+    return sum(_width(width, i) for i in range(index))
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr):
+    pieces = ()
+    WIDTH: tl.constexpr = D // 2 if PAIRS is not None else D
+    for i in tl.static_range(_count(WIDTH)):
+        piece = tl.zeros([ROWS, _width(WIDTH, i)], tl.float32)
+        pieces += (piece, piece) if PAIRS is not None else (piece,)
+    return pieces
+
+
+@triton.jit
+def scaled(pieces, factor):
+    found = ()
+    for i in tl.static_range(len(pieces)):
+        found += (pieces[i] * factor,)
+    return found
+
+
+@triton.jit
+def products(a, b):
+    """a b^T of two heads' rows: [rows of a, rows of b], float32."""
+    if b[0].shape[0] == 1:
+        found = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1, keep_dims=True)
+        for i in tl.static_range(1, len(a)):
+            found += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 1, keep_dims=True)
+    else:
+        found = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+        for i in tl.static_range(1, len(a)):
+            found = tl.dot(a[i], tl.trans(b[i]), found, input_precision="ieee")
+    return found
+
+
+@triton.jit
+def added(sums, weights, pieces):
+    """sums + weights pieces, piece by piece."""
+    found = ()
+    for i in tl.static_range(len(pieces)):
+        if weights.shape[1] == 1:
+            found += (sums[i] + weights * pieces[i].to(tl.float32),)
+        else:
+            found += (tl.dot(weights.to(pieces[i].dtype), pieces[i], sums[i], input_precision="ieee"),)
+    return found
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _mask(inside, columns, FULL: tl.constexpr, END: tl.constexpr):
+    """Of the elements in rows that are `inside` and columns in front of END; FULL: all of these are."""
+    return inside[:, None] if FULL else inside[:, None] & (columns < END)[None, :]
+
+
+@triton.jit
+def load(source, rows, inside, D: tl.constexpr):
+    """The rows of a head. `source`: where its first row is, and from one to the next."""
+    pieces = ()
+    for i in tl.static_range(_count(D)):
+        columns = _start(D, i) + tl.arange(0, _width(D, i))
+        at = source[0] + rows[:, None] * source[1] + columns[None, :]
+        pieces += (tl.load(at, mask=_mask(inside, columns, _start(D, i) + _width(D, i) <= D, D), other=0.0),)
+    return pieces
+
+
+@triton.jit
+def store(target, rows, inside, pieces, D: tl.constexpr):
+    for i in tl.static_range(_count(D)):
+        columns = _start(D, i) + tl.arange(0, _width(D, i))
+        at = target[0] + rows[:, None] * target[1] + columns[None, :]
+        mask = _mask(inside, columns, _start(D, i) + _width(D, i) <= D, D)
+        tl.store(at, pieces[i].to(target[0].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_head(source, rows, inside, table, options):
+    """Rows of q or k as the scores want them."""
+    D, PAIRS, _ = options
+    if PAIRS is None:
+        return load(source, rows, inside, D)
+    else:
+        pieces = ()
+        for i in tl.static_range(_count(D // 2)):
+            pieces += _load_pair(source, rows, inside, table, options, i)
+        return pieces
+
+
+@triton.jit
+def store_head(target, rows, inside, table, pieces, options):
+    """Rows of dq or dk."""
+    D, PAIRS, _ = options
+    if PAIRS is None:
+        store(target, rows, inside, pieces, D)
+    else:
+        for i in tl.static_range(_count(D // 2)):
+            _store_pair(target, rows, inside, table, pieces[2 * i], pieces[2 * i + 1], options, i)
+
+
+@triton.jit
+def _load_pair(source, rows, inside, table, options, PIECE: tl.constexpr):
+    """First and second members of a piece of the pairs, rotated if there is a table."""
+    D, PAIRS, _ = options
+    START: tl.constexpr = _start(D // 2, PIECE)
+    WIDTH: tl.constexpr = _width(D // 2, PIECE)
+    at = source[0] + rows[:, None] * source[1]
+    if PAIRS == "interleaved":
+        columns = 2 * START + tl.arange(0, 2 * WIDTH)
+        both = tl.load(at + columns[None, :], mask=_mask(inside, columns, START + WIDTH <= D // 2, D), other=0.0)
+        first, second = tl.split(tl.reshape(both, (rows.shape[0], WIDTH, 2)))
+    else:
+        columns = START + tl.arange(0, WIDTH)
+        mask = _mask(inside, columns, START + WIDTH <= D // 2, D // 2)
+        first = tl.load(at + columns[None, :], mask=mask, other=0.0)
+        second = tl.load(at + (columns + D // 2)[None, :], mask=mask, other=0.0)
+    if table is not None:
+        cos, sin = _angles(table, rows, inside, START, WIDTH, D)
+        a, b = first.to(tl.float32), second.to(tl.float32)
+        first, second = (a * cos - b * sin).to(first.dtype), (a * sin + b * cos).to(first.dtype)
+    return first, second
+
+
+@triton.jit
+def _store_pair(target, rows, inside, table, first, second, options, PIECE: tl.constexpr):
+    """The inverse: gradients of rotated rows as those of the rows."""
+    D, PAIRS, _ = options
+    START: tl.constexpr = _start(D // 2, PIECE)
+    WIDTH: tl.constexpr = _width(D // 2, PIECE)
+    at = target[0] + rows[:, None] * target[1]
+    dtype = target[0].dtype.element_ty
+    if table is not None:
+        cos, sin = _angles(table, rows, inside, START, WIDTH, D)
+        first, second = first * cos + second * sin, second * cos - first * sin
+    if PAIRS == "interleaved":
+        columns = 2 * START + tl.arange(0, 2 * WIDTH)
+        both = tl.reshape(tl.join(first.to(dtype), second.to(dtype)), (rows.shape[0], 2 * WIDTH))
+        tl.store(at + columns[None, :], both, mask=_mask(inside, columns, START + WIDTH <= D // 2, D))
+    else:
+        columns = START + tl.arange(0, WIDTH)
+        mask = _mask(inside, columns, START + WIDTH <= D // 2, D // 2)
+        tl.store(at + columns[None, :], first.to(dtype), mask=mask)
+        tl.store(at + (columns + D // 2)[None, :], second.to(dtype), mask=mask)
+
+
+@triton.jit
+def _angles(table, rows, inside, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """cos and sin of the pairs from START on; 1 and 0 for a token of the prefix."""
+    cos, sin, token_index, num_prefix, grid = table
+    inside &= rows >= num_prefix
+    patches = rows - num_prefix
+    if token_index is not None:
+        patches = tl.load(token_index + patches, mask=inside, other=0).to(tl.int32)
+    columns = START + tl.arange(0, WIDTH)
+    if grid is None:
+        at = patches[:, None] * (D // 2) + columns[None, :]
+    else:  # the patch's row turns the first half of the pairs, its column the second
+        by_row = (patches // grid * (D // 4))[:, None] + columns[None, :]
+        by_column = ((grid + patches % grid - 1) * (D // 4))[:, None] + columns[None, :]
+        at = tl.where((columns < D // 4)[None, :], by_row, by_column)
+        if D % 16 == 0:
+            at = tl.max_contiguous(tl.multiple_of(at, (1, 4)), (1, 4))
+    mask = _mask(inside, columns, START + WIDTH <= D // 2, D // 2)
+    return (
+        tl.load(cos + at, mask=mask, other=1.0).to(tl.float32),
+        tl.load(sin + at, mask=mask, other=0.0).to(tl.float32),
+    )
+
+
+@triton.jit
+def visible(scores, queries, keys, limit, CAUSAL: tl.constexpr, EVEN: tl.constexpr):
+    """`scores` with -inf for keys that a query doesn't see. `queries` and `keys` broadcast to them."""
+    if CAUSAL:
+        scores = tl.where(keys <= queries, scores, float("-inf"))
+    elif not EVEN:
+        scores = tl.where(keys < limit, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def dots(a, b):
+    """The dot product of each row of `a` with that of `b`."""
+    found = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
+    for i in tl.static_range(1, len(a)):
+        found += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 1)
+    return found

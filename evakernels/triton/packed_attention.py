@@ -1,0 +1,32 @@
+"""Attention within the sequences of a packed batch; the kernels are those of `_attention`."""
+
+import torch
+from torch import Tensor
+
+from evakernels.triton.rope_attention import Attention, dense_heads, reasons
+
+__all__ = ["packed_attention_backward", "packed_attention_forward", "reasons"]
+
+
+def packed_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    call = Attention(*dense_heads(q, k, v), max_length, causal, scale, offsets.contiguous())
+    return call.forward("packed_attention_forward", lse), lse
+
+
+def packed_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets: Tensor,
+    max_length: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    call = Attention(*dense_heads(q, k, v), max_length, causal, scale, offsets.contiguous())
+    return call.backward("packed_attention_backward", dout, out, lse)
