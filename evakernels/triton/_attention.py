@@ -86,11 +86,24 @@ def _before(tokens, limit, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _forward_step(state, queries, rows, keys, limit, k, v, table, scale, options, EVEN: tl.constexpr):
-    D, _, CAUSAL = options
+def _forward_step(
+    state,
+    queries,
+    rows,
+    keys,
+    limit,
+    k,
+    v,
+    table,
+    scale,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     highest, total, out = state
     inside = _before(keys, limit, EVEN)
-    scores = products(queries, load_head(k, keys, inside, table, options))
+    scores = products(queries, load_head(k, keys, inside, table, D, PAIRS))
     scores = visible(scores, rows[:, None], keys[None, :], limit, CAUSAL, EVEN)
     new = tl.maximum(highest, tl.max(scores, 1) * scale)
     weights = tl.exp2(scores * scale - new[:, None])
@@ -107,25 +120,26 @@ def _forward_tile(
     table,
     walk,
     scale,
-    options,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    CAUSAL: tl.constexpr,
     EVEN: tl.constexpr,
     PREFIX: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    D, _, CAUSAL = options
     q, k, v, out, lse = head
     start, end, walked = walk
     rows = base + tl.arange(0, ROWS)
     inside = rows < limit
-    queries = load_head(q, rows, inside, table, options)
+    queries = load_head(q, rows, inside, table, D, PAIRS)
     state = (tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32), zeros(ROWS, D, None))
     if PREFIX:
         keys = tl.arange(0, PREFIX)
-        state = _forward_step(state, queries, rows, keys, start, k, v, None, scale, options, PREFIX == 1)
+        state = _forward_step(state, queries, rows, keys, start, k, v, None, scale, D, PAIRS, CAUSAL, PREFIX == 1)
     for first in range(start, tl.minimum(end, base + ROWS) if CAUSAL else end, STEP):
         tokens = first + tl.arange(0, STEP)
-        state = _forward_step(state, queries, rows, tokens, end, k, v, walked, scale, options, EVEN)
+        state = _forward_step(state, queries, rows, tokens, end, k, v, walked, scale, D, PAIRS, CAUSAL, EVEN)
     highest, total, sums = state
     store(out, rows, inside, scaled(sums, (1.0 / total)[:, None]), D)
     tl.store(lse + rows, (highest + tl.log2(total)) * LN2, mask=inside)
@@ -179,22 +193,34 @@ def forward_kernel(
     table = _table(cos, sin, token_index, num_prefix, grid, place, tokens, table_head)
     tile, count, start = place[0], place[4], num_prefix if PREFIX else 0
     walk = (start, count, table)
-    options = (D, PAIRS, CAUSAL)
     if PREFIX and tile == tiles - 1:
-        _forward_tile(head, 0, start, None, walk, scale, options, EVEN, PREFIX, PREFIX_ROWS, STEP // 2)
+        _forward_tile(head, 0, start, None, walk, scale, D, PAIRS, CAUSAL, EVEN, PREFIX, PREFIX_ROWS, STEP // 2)
     elif start + tile * ROWS < count:
-        _forward_tile(head, start + tile * ROWS, count, table, walk, scale, options, EVEN, PREFIX, ROWS, STEP)
+        _forward_tile(head, start + tile * ROWS, count, table, walk, scale, D, PAIRS, CAUSAL, EVEN, PREFIX, ROWS, STEP)
 
 
 # --- backward -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _query_step(dq, own, rows, keys, limit, k, v, table, scale, options, EVEN: tl.constexpr):
-    D, _, CAUSAL = options
+def _query_step(
+    dq,
+    own,
+    rows,
+    keys,
+    limit,
+    k,
+    v,
+    table,
+    scale,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     queries, douts, lse, delta = own
     inside = _before(keys, limit, EVEN)
-    pieces = load_head(k, keys, inside, table, options)
+    pieces = load_head(k, keys, inside, table, D, PAIRS)
     scores = visible(products(queries, pieces), rows[:, None], keys[None, :], limit, CAUSAL, EVEN)
     weights = tl.exp2(scores * scale - lse[:, None])
     dscores = weights * (products(douts, load(v, keys, inside, D)) - delta[:, None])
@@ -209,18 +235,19 @@ def _query_tile(
     table,
     walk,
     scale,
-    options,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    CAUSAL: tl.constexpr,
     EVEN: tl.constexpr,
     PREFIX: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    D, PAIRS, CAUSAL = options
     dout, q, k, v, out, lse, delta, dq = head
     start, end, walked = walk
     rows = base + tl.arange(0, ROWS)
     inside = rows < limit
-    queries = load_head(q, rows, inside, table, options)
+    queries = load_head(q, rows, inside, table, D, PAIRS)
     douts = load(dout, rows, inside, D)
     # The mean of the weights' gradients is that of dout * out over the channels.
     means = dots(douts, load(out, rows, inside, D))
@@ -229,11 +256,11 @@ def _query_tile(
     sums = zeros(ROWS, D, PAIRS)
     if PREFIX:
         keys = tl.arange(0, PREFIX)
-        sums = _query_step(sums, own, rows, keys, start, k, v, None, scale, options, PREFIX == 1)
+        sums = _query_step(sums, own, rows, keys, start, k, v, None, scale, D, PAIRS, CAUSAL, PREFIX == 1)
     for first in range(start, tl.minimum(end, base + ROWS) if CAUSAL else end, STEP):
         tokens = first + tl.arange(0, STEP)
-        sums = _query_step(sums, own, rows, tokens, end, k, v, walked, scale, options, EVEN)
-    store_head(dq, rows, inside, table, scaled(sums, scale * LN2), options)
+        sums = _query_step(sums, own, rows, tokens, end, k, v, walked, scale, D, PAIRS, CAUSAL, EVEN)
+    store_head(dq, rows, inside, table, scaled(sums, scale * LN2), D, PAIRS)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -290,20 +317,34 @@ def query_kernel(
     table = _table(cos, sin, token_index, num_prefix, grid, place, tokens, table_head)
     tile, count, start = place[0], place[4], num_prefix if PREFIX else 0
     walk = (start, count, table)
-    options = (D, PAIRS, CAUSAL)
     if PREFIX and tile == tiles - 1:
-        _query_tile(head, 0, start, None, walk, scale, options, EVEN, PREFIX, PREFIX_ROWS, STEP // 2)
+        _query_tile(head, 0, start, None, walk, scale, D, PAIRS, CAUSAL, EVEN, PREFIX, PREFIX_ROWS, STEP // 2)
     elif start + tile * ROWS < count:
-        _query_tile(head, start + tile * ROWS, count, table, walk, scale, options, EVEN, PREFIX, ROWS, STEP)
+        _query_tile(head, start + tile * ROWS, count, table, walk, scale, D, PAIRS, CAUSAL, EVEN, PREFIX, ROWS, STEP)
 
 
 @triton.jit
-def _key_step(sums, own, rows, queries, limit, dout, q, lse, delta, table, scale, options, EVEN: tl.constexpr):
-    D, _, CAUSAL = options
+def _key_step(
+    sums,
+    own,
+    rows,
+    queries,
+    limit,
+    dout,
+    q,
+    lse,
+    delta,
+    table,
+    scale,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     dk, dv = sums
     keys, values = own
     inside = _before(queries, limit, EVEN)
-    pieces = load_head(q, queries, inside, table, options)
+    pieces = load_head(q, queries, inside, table, D, PAIRS)
     scores = visible(products(keys, pieces), queries[None, :], rows[:, None], limit, CAUSAL, True)
     # What lies behind the last query weighs nothing.
     logs = tl.load(lse + queries, mask=inside, other=float("inf")) * LOG2E
@@ -322,26 +363,29 @@ def _key_tile(
     table,
     walk,
     scale,
-    options,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    CAUSAL: tl.constexpr,
     EVEN: tl.constexpr,
     PREFIX: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    D, PAIRS, CAUSAL = options
     dout, q, k, v, lse, delta, dk, dv = head
     start, end, walked = walk
     rows = base + tl.arange(0, ROWS)
     inside = rows < limit
-    own = (load_head(k, rows, inside, table, options), load(v, rows, inside, D))
+    own = (load_head(k, rows, inside, table, D, PAIRS), load(v, rows, inside, D))
     sums = (zeros(ROWS, D, PAIRS), zeros(ROWS, D, None))
     if PREFIX:
         queries = tl.arange(0, PREFIX)
-        sums = _key_step(sums, own, rows, queries, start, dout, q, lse, delta, None, scale, options, PREFIX == 1)
+        sums = _key_step(
+            sums, own, rows, queries, start, dout, q, lse, delta, None, scale, D, PAIRS, CAUSAL, PREFIX == 1
+        )
     for first in range(tl.maximum(start, base) if CAUSAL else start, end, STEP):
         tokens = first + tl.arange(0, STEP)
-        sums = _key_step(sums, own, rows, tokens, end, dout, q, lse, delta, walked, scale, options, EVEN)
-    store_head(dk, rows, inside, table, scaled(sums[0], scale * LN2), options)
+        sums = _key_step(sums, own, rows, tokens, end, dout, q, lse, delta, walked, scale, D, PAIRS, CAUSAL, EVEN)
+    store_head(dk, rows, inside, table, scaled(sums[0], scale * LN2), D, PAIRS)
     store(dv, rows, inside, sums[1], D)
 
 
@@ -399,8 +443,7 @@ def key_kernel(
     table = _table(cos, sin, token_index, num_prefix, grid, place, tokens, table_head)
     tile, count, start = place[0], place[4], num_prefix if PREFIX else 0
     walk = (start, count, table)
-    options = (D, PAIRS, CAUSAL)
     if PREFIX and tile == tiles - 1:
-        _key_tile(head, 0, start, None, walk, scale, options, EVEN, PREFIX, PREFIX_ROWS, STEP // 2)
+        _key_tile(head, 0, start, None, walk, scale, D, PAIRS, CAUSAL, EVEN, PREFIX, PREFIX_ROWS, STEP // 2)
     elif start + tile * ROWS < count:
-        _key_tile(head, start + tile * ROWS, count, table, walk, scale, options, EVEN, PREFIX, ROWS, STEP)
+        _key_tile(head, start + tile * ROWS, count, table, walk, scale, D, PAIRS, CAUSAL, EVEN, PREFIX, ROWS, STEP)

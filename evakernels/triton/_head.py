@@ -106,33 +106,30 @@ def store(target, rows, inside, pieces, D: tl.constexpr):
 
 
 @triton.jit
-def load_head(source, rows, inside, table, options):
+def load_head(source, rows, inside, table, D: tl.constexpr, PAIRS: tl.constexpr):
     """Rows of q or k as the scores want them."""
-    D, PAIRS, _ = options
     if PAIRS is None:
         return load(source, rows, inside, D)
     else:
         pieces = ()
         for i in tl.static_range(_count(D // 2)):
-            pieces += _load_pair(source, rows, inside, table, options, i)
+            pieces += _load_pair(source, rows, inside, table, D, PAIRS, i)
         return pieces
 
 
 @triton.jit
-def store_head(target, rows, inside, table, pieces, options):
+def store_head(target, rows, inside, table, pieces, D: tl.constexpr, PAIRS: tl.constexpr):
     """Rows of dq or dk."""
-    D, PAIRS, _ = options
     if PAIRS is None:
         store(target, rows, inside, pieces, D)
     else:
         for i in tl.static_range(_count(D // 2)):
-            _store_pair(target, rows, inside, table, pieces[2 * i], pieces[2 * i + 1], options, i)
+            _store_pair(target, rows, inside, table, pieces[2 * i], pieces[2 * i + 1], D, PAIRS, i)
 
 
 @triton.jit
-def _load_pair(source, rows, inside, table, options, PIECE: tl.constexpr):
+def _load_pair(source, rows, inside, table, D: tl.constexpr, PAIRS: tl.constexpr, PIECE: tl.constexpr):
     """First and second members of a piece of the pairs, rotated if there is a table."""
-    D, PAIRS, _ = options
     START: tl.constexpr = _start(D // 2, PIECE)
     WIDTH: tl.constexpr = _width(D // 2, PIECE)
     at = source[0] + rows[:, None] * source[1]
@@ -153,9 +150,8 @@ def _load_pair(source, rows, inside, table, options, PIECE: tl.constexpr):
 
 
 @triton.jit
-def _store_pair(target, rows, inside, table, first, second, options, PIECE: tl.constexpr):
+def _store_pair(target, rows, inside, table, first, second, D: tl.constexpr, PAIRS: tl.constexpr, PIECE: tl.constexpr):
     """The inverse: gradients of rotated rows as those of the rows."""
-    D, PAIRS, _ = options
     START: tl.constexpr = _start(D // 2, PIECE)
     WIDTH: tl.constexpr = _width(D // 2, PIECE)
     at = target[0] + rows[:, None] * target[1]

@@ -166,6 +166,7 @@ def test_operations_agree_with_the_formula(
         monkeypatch.setattr(f"evaclip.model.{place}", _torch_attention)
     for place in ("vision_block.attend_once", "text.attend_once"):
         monkeypatch.setattr(f"evaclip.model.{place}", _torch_attend_once)
+    monkeypatch.setattr("evaclip.model.text.packed_attention", _torch_packed_attention)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(random_images(3), tokens, token_index=sample_token_index(3, 16, 8))
     expected = flops_per_sample(model.config, 0.5, savings, text_tokens=10)
@@ -176,6 +177,12 @@ def _torch_attention(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) 
     # The counter knows torch's own products only.
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return ((q @ k.mT) @ v).transpose(1, 2).contiguous()
+
+
+def _torch_packed_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int) -> Tensor:
+    """For captions of one length."""
+    grid = (t.unflatten(0, (len(offsets) - 1, max_length)) for t in (q, k, v))
+    return _torch_attention(*grid).flatten(0, 1)
 
 
 def _torch_attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
