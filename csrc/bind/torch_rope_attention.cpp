@@ -39,16 +39,18 @@ Tensor with_dense_vectors(const Tensor& heads) {
 class Tables {
  public:
   Tables(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-         const std::optional<Tensor>& token_index, int64_t num_prefix, bool interleaved)
+         const std::optional<Tensor>& token_index, int64_t head_dim, int64_t num_prefix, bool interleaved)
       : num_prefix_(num_prefix), interleaved_(interleaved) {
     require(cos.has_value() == sin.has_value(), "cos and sin must be given both or neither");
     if (!cos) return;
     require_same_shape(*cos, *sin, "cos and sin");
-    require(cos->dim() == 2 || cos->dim() == 3, "cos must be [P, D/2] or [H, P, D/2]");
-    const int64_t half = cos->size(-1), entries = cos->numel() / std::max<int64_t>(half, 1);
-    head_stride_ = cos->dim() == 3 ? cos->size(1) * half * 2 : 0;
-    cos_ = expanded(*cos, entries, half, 1.0f);
-    sin_ = expanded(*sin, entries, half, -1.0f);
+    require(cos->dim() == 2 || cos->dim() == 3, "cos must be [P, D/2], [H, P, D/2] or [2, G, D/4]");
+    const bool compact = cos->dim() == 3 && cos->size(2) == head_dim / 4;
+    require(compact ? cos->size(0) == 2 : cos->size(-1) == head_dim / 2,
+            "cos must have an entry for each pair");
+    head_stride_ = cos->dim() == 3 && !compact ? cos->size(1) * head_dim : 0;
+    cos_ = expanded(*cos, compact, 1.0f);
+    sin_ = expanded(*sin, compact, -1.0f);
     if (token_index) token_index_ = torch::stable::contiguous(*token_index);
   }
 
@@ -66,14 +68,20 @@ class Tables {
 
  private:
   // first_sign: that of the first element of a pair.
-  std::vector<float> expanded(const Tensor& table, int64_t entries, int64_t half, float first_sign) const {
+  std::vector<float> expanded(const Tensor& table, bool compact, float first_sign) const {
     const Tensor dense = torch::stable::contiguous(torch::stable::to(table, ScalarType::Float));
     const auto* source = static_cast<const float*>(dense.const_data_ptr());
+    const int64_t width = table.size(-1), grid = table.size(-2);
+    const int64_t half = compact ? 2 * width : width;
+    const int64_t entries = compact ? grid * grid : table.numel() / std::max<int64_t>(width, 1);
     std::vector<float> target(entries * half * 2);
     for (int64_t entry = 0; entry < entries; ++entry) {
+      // A compact table has the pairs of a patch's row, then those of its column.
+      const float* first = source + (compact ? entry / grid : entry) * width;
+      const float* second = source + (grid + entry % grid) * width - width;
+      float* row = target.data() + entry * half * 2;
       for (int64_t pair = 0; pair < half; ++pair) {
-        const float value = source[entry * half + pair];
-        float* row = target.data() + entry * half * 2;
+        const float value = pair < width ? first[pair] : second[pair];
         row[interleaved_ ? 2 * pair : pair] = first_sign * value;
         row[interleaved_ ? 2 * pair + 1 : pair + half] = value;
       }
@@ -229,7 +237,7 @@ std::tuple<Tensor, Tensor> rope_attention_forward(const Tensor& q_any, const Ten
                                                   bool causal, bool interleaved, double scale) {
   require_heads(q_any, k_any, v_any);
   const Tensor q = with_dense_vectors(q_any), k = with_dense_vectors(k_any), v = with_dense_vectors(v_any);
-  const Tables tables(cos, sin, token_index, num_prefix, interleaved);
+  const Tables tables(cos, sin, token_index, q.size(3), num_prefix, interleaved);
   const Chunks chunks(q, k, v, tables, causal, scale);
   const Tensor out = torch::stable::new_empty(q, q.sizes());
   const Tensor lse = new_float32(q, {q.size(0), q.size(2), q.size(1)});
@@ -268,7 +276,7 @@ std::tuple<Tensor, Tensor, Tensor> rope_attention_backward(
   const Tensor q = with_dense_vectors(q_any), k = with_dense_vectors(k_any), v = with_dense_vectors(v_any);
   const Tensor dout = with_dense_vectors(dout_any), out = with_dense_vectors(out_any);
   const Tensor lse = torch::stable::contiguous(lse_any);
-  const Tables tables(cos, sin, token_index, num_prefix, interleaved);
+  const Tables tables(cos, sin, token_index, q.size(3), num_prefix, interleaved);
   const Chunks chunks(q, k, v, tables, causal, scale);
   const Tensor dq = torch::stable::new_empty(q, q.sizes());
   const Tensor dk = torch::stable::new_empty(q, q.sizes());

@@ -79,8 +79,8 @@ def _before(tokens, limit, EVEN: tl.constexpr):
 
 
 # A `_tile` function does the work of a program, for the tokens from `base` on and in front of `limit`, which `table`
-# rotates. `walk` is the way from one token to another and the table that rotates these; a prefix may lie in front of
-# it. A `_step` is one step of the way.
+# rotates. It walks over the tokens from `start` to `end`, which `walked` rotates; in front of them may be a prefix that
+# stands apart. A `_step` is one step of that walk.
 
 # --- forward --------------------------------------------------------------------------------------------------------
 
@@ -118,7 +118,9 @@ def _forward_tile(
     base,
     limit,
     table,
-    walk,
+    start,
+    end,
+    walked,
     scale,
     D: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -129,7 +131,6 @@ def _forward_tile(
     STEP: tl.constexpr,
 ):
     q, k, v, out, lse = head
-    start, end, walked = walk
     rows = base + tl.arange(0, ROWS)
     inside = rows < limit
     queries = load_head(q, rows, inside, table, D, PAIRS)
@@ -192,11 +193,28 @@ def forward_kernel(
     head = (q, k, v, out, lse)
     table = _table(cos, sin, token_index, num_prefix, grid, place, tokens, table_head)
     tile, count, start = place[0], place[4], num_prefix if PREFIX else 0
-    walk = (start, count, table)
     if PREFIX and tile == tiles - 1:
-        _forward_tile(head, 0, start, None, walk, scale, D, PAIRS, CAUSAL, EVEN, PREFIX, PREFIX_ROWS, STEP // 2)
+        _forward_tile(
+            head, 0, start, None, start, count, table, scale, D, PAIRS, CAUSAL, EVEN, PREFIX, PREFIX_ROWS, STEP // 2
+        )
     elif start + tile * ROWS < count:
-        _forward_tile(head, start + tile * ROWS, count, table, walk, scale, D, PAIRS, CAUSAL, EVEN, PREFIX, ROWS, STEP)
+        _forward_tile(
+            head,
+            start + tile * ROWS,
+            count,
+            table,
+            start,
+            count,
+            table,
+            scale,
+            D,
+            PAIRS,
+            CAUSAL,
+            EVEN,
+            PREFIX,
+            ROWS,
+            STEP,
+        )
 
 
 # --- backward -------------------------------------------------------------------------------------------------------
@@ -233,7 +251,9 @@ def _query_tile(
     base,
     limit,
     table,
-    walk,
+    start,
+    end,
+    walked,
     scale,
     D: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -244,7 +264,6 @@ def _query_tile(
     STEP: tl.constexpr,
 ):
     dout, q, k, v, out, lse, delta, dq = head
-    start, end, walked = walk
     rows = base + tl.arange(0, ROWS)
     inside = rows < limit
     queries = load_head(q, rows, inside, table, D, PAIRS)
@@ -316,11 +335,28 @@ def query_kernel(
     head = (dout, q, k, v, out, lse, delta, dq)
     table = _table(cos, sin, token_index, num_prefix, grid, place, tokens, table_head)
     tile, count, start = place[0], place[4], num_prefix if PREFIX else 0
-    walk = (start, count, table)
     if PREFIX and tile == tiles - 1:
-        _query_tile(head, 0, start, None, walk, scale, D, PAIRS, CAUSAL, EVEN, PREFIX, PREFIX_ROWS, STEP // 2)
+        _query_tile(
+            head, 0, start, None, start, count, table, scale, D, PAIRS, CAUSAL, EVEN, PREFIX, PREFIX_ROWS, STEP // 2
+        )
     elif start + tile * ROWS < count:
-        _query_tile(head, start + tile * ROWS, count, table, walk, scale, D, PAIRS, CAUSAL, EVEN, PREFIX, ROWS, STEP)
+        _query_tile(
+            head,
+            start + tile * ROWS,
+            count,
+            table,
+            start,
+            count,
+            table,
+            scale,
+            D,
+            PAIRS,
+            CAUSAL,
+            EVEN,
+            PREFIX,
+            ROWS,
+            STEP,
+        )
 
 
 @triton.jit
@@ -361,7 +397,9 @@ def _key_tile(
     base,
     limit,
     table,
-    walk,
+    start,
+    end,
+    walked,
     scale,
     D: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -372,7 +410,6 @@ def _key_tile(
     STEP: tl.constexpr,
 ):
     dout, q, k, v, lse, delta, dk, dv = head
-    start, end, walked = walk
     rows = base + tl.arange(0, ROWS)
     inside = rows < limit
     own = (load_head(k, rows, inside, table, D, PAIRS), load(v, rows, inside, D))
@@ -442,8 +479,25 @@ def key_kernel(
     head = (dout, q, k, v, lse, delta, dk, dv)
     table = _table(cos, sin, token_index, num_prefix, grid, place, tokens, table_head)
     tile, count, start = place[0], place[4], num_prefix if PREFIX else 0
-    walk = (start, count, table)
     if PREFIX and tile == tiles - 1:
-        _key_tile(head, 0, start, None, walk, scale, D, PAIRS, CAUSAL, EVEN, PREFIX, PREFIX_ROWS, STEP // 2)
+        _key_tile(
+            head, 0, start, None, start, count, table, scale, D, PAIRS, CAUSAL, EVEN, PREFIX, PREFIX_ROWS, STEP // 2
+        )
     elif start + tile * ROWS < count:
-        _key_tile(head, start + tile * ROWS, count, table, walk, scale, D, PAIRS, CAUSAL, EVEN, PREFIX, ROWS, STEP)
+        _key_tile(
+            head,
+            start + tile * ROWS,
+            count,
+            table,
+            start,
+            count,
+            table,
+            scale,
+            D,
+            PAIRS,
+            CAUSAL,
+            EVEN,
+            PREFIX,
+            ROWS,
+            STEP,
+        )

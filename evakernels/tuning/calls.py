@@ -58,3 +58,36 @@ def _swiglu(draw: Draw, width: int) -> tuple[Tensor, ...]:
     width = 2 * width // 3
     gate, up = draw(ELEMENTS // width, 2 * width).chunk(2, -1)
     return gate, up, draw(width), draw(width)
+
+
+HEADS = 16
+
+
+def rope_attention_forward(draw: Draw, head_dim: int, tokens: int) -> Iterator[tuple[Any, ...]]:
+    qkv, tables = _heads(draw, head_dim, tokens)
+    yield *qkv, *tables, None, 1, False, True, head_dim**-0.5
+    yield *qkv, None, None, None, 0, True, True, head_dim**-0.5
+
+
+def rope_attention_backward(draw: Draw, head_dim: int, tokens: int) -> Iterator[tuple[Any, ...]]:
+    for q, k, v, *rest in rope_attention_forward(draw, head_dim, tokens):
+        lse = draw.statistic(q.shape[0], HEADS, tokens)
+        yield draw(*q.shape), q, k, v, draw(*q.shape), lse, *rest
+
+
+def packed_attention_forward(draw: Draw, head_dim: int, tokens: int) -> Iterator[tuple[Any, ...]]:
+    (q, k, v), _ = _heads(draw, head_dim, tokens)
+    offsets = torch.arange(0, q.shape[0] * tokens + 1, tokens, device=draw.device)
+    yield *(x.flatten(0, 1) for x in (q, k, v)), offsets, tokens, True, head_dim**-0.5
+
+
+def packed_attention_backward(draw: Draw, head_dim: int, tokens: int) -> Iterator[tuple[Any, ...]]:
+    for q, k, v, *rest in packed_attention_forward(draw, head_dim, tokens):
+        yield draw(*q.shape), q, k, v, draw(*q.shape), draw.statistic(HEADS, len(q)), *rest
+
+
+def _heads(draw: Draw, head_dim: int, tokens: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
+    """q, k and v, views of one packed projection, and the tables of all tokens but the class token."""
+    batch = ELEMENTS // (tokens * HEADS * head_dim)
+    tables = draw.statistic(tokens - 1, head_dim // 2), draw.statistic(tokens - 1, head_dim // 2)
+    return draw(batch, tokens, 3, HEADS, head_dim).unbind(2), tables

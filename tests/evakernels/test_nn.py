@@ -116,6 +116,12 @@ def test_axial_rope_turns_by_row_first_and_by_column_second():
     torch.testing.assert_close(sin[1 * 4 + 3], angle.sin())
 
 
+def test_a_compact_table_has_the_same_angles():
+    full, compact = nn.axial_rope(3, 3, 8), nn.axial_rope(3, 3, 8, compact=True)
+    for table, (rows, columns) in zip(full, compact, strict=True):
+        assert torch.equal(table[1 * 3 + 2], torch.cat((rows[1], columns[2])))
+
+
 def test_scores_depend_on_relative_positions_only():
     """A patch and its neighbour give the same score anywhere on the grid."""
     cos, sin = nn.axial_rope(4, 4, 16)
@@ -124,6 +130,11 @@ def test_scores_depend_on_relative_positions_only():
     weights = rope_attention(q, k, values, cos, sin)[0, :, 0]
     step = [(weights[i, j + 1] / weights[i, j]).item() for i, j in ((0, 1), (4, 5), (9, 10), (13, 14))]
     torch.testing.assert_close(step, [step[0]] * 4, atol=1e-5, rtol=1e-5)
+
+
+def test_a_compact_table_is_of_a_square_grid():
+    with pytest.raises(ValueError, match="the grid is 2 x 4; a compact table takes a square one"):
+        nn.axial_rope(2, 4, 8, compact=True)
 
 
 @pytest.mark.parametrize(

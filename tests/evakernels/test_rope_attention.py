@@ -15,7 +15,7 @@ import evakernels
 from evakernels.nn import axial_rope
 
 OPS = torch.ops.evakernels
-BATCH, HEADS, HEAD_DIM, PATCHES = 2, 3, 4, 6
+BATCH, HEADS, HEAD_DIM, PATCHES, GRID = 2, 3, 4, 6, 3
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -23,9 +23,12 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def tables(kind):
-    """cos and sin: none, one table for all heads, or one a head."""
+    """cos and sin: none, one table for all heads, one a head, or the compact one of a grid of 3 x 3."""
     if kind == "none":
         return None, None
+    if kind == "compact":
+        angles = randn(2, GRID, HEAD_DIM // 4, seed=1) * 3
+        return angles.cos().float(), angles.sin().float()
     angles = randn(HEADS, PATCHES, HEAD_DIM // 2, seed=1) * 3
     angles = angles if kind == "heads" else angles[0]
     return angles.cos().float(), angles.sin().float()
@@ -51,9 +54,16 @@ def rotate(x, cos, sin, token_index, num_prefix, interleaved):
     return torch.cat((prefix, turned.to(x.dtype)), 2)
 
 
+def expanded(table):
+    """A compact table as one of all patches: the row's angles in front of the column's."""
+    places = [(i, j) for i in range(table.shape[1]) for j in range(table.shape[1])]
+    return torch.stack([torch.cat((table[0, i], table[1, j])) for i, j in places])
+
+
 def pair(kind="shared", token_index=None, num_prefix=1, causal=False, interleaved=True, scale=None):
     """Our function and torch's, over one packed projection [B, N, 3, H, D]."""
     cos, sin = tables(kind)
+    full = (expanded(cos), expanded(sin)) if kind == "compact" else (cos, sin)
 
     def ours(qkv):
         options = {"num_prefix": num_prefix, "causal": causal, "interleaved": interleaved, "scale": scale}
@@ -61,7 +71,7 @@ def pair(kind="shared", token_index=None, num_prefix=1, causal=False, interleave
 
     def theirs(qkv):
         q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
-        q, k = (rotate(t, cos, sin, token_index, num_prefix, interleaved) for t in (q, k))
+        q, k = (rotate(t, *full, token_index, num_prefix, interleaved) for t in (q, k))
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
 
     return ours, theirs
@@ -77,7 +87,35 @@ CASES = [
     pytest.param(pair("heads"), packed(), id="table-a-head"),
     pytest.param(pair(token_index=KEPT), packed(patches=3), id="dropout"),
     pytest.param(pair("heads", KEPT, interleaved=False), packed(patches=3), id="dropout-table-a-head"),
+    pytest.param(pair("compact"), packed(patches=GRID**2), id="compact"),
+    pytest.param(pair("compact", KEPT + 3, interleaved=False), packed(patches=3), id="dropout-compact"),
 ]
+
+# Sizes around the tiles of the kernels: a prefix that stands apart from a full tile, of one token and of several;
+# one that doesn't; head dimensions that are no powers of two.
+TILED = [
+    pytest.param(64, 1, {}, id="65-tokens"),
+    pytest.param(64, 4, {"interleaved": False}, id="68-tokens"),
+    pytest.param(70, 1, {"causal": True}, id="71-tokens-causal"),
+    pytest.param(64, 3, {"causal": True}, id="67-tokens-causal"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("patches", "num_prefix", "options"), TILED)
+def test_sizes_around_a_tile_are_as_accurate_as_torch(patches, num_prefix, options, dtype):
+    angles = randn(patches, 44, seed=1)
+    cos, sin = angles.cos().float(), angles.sin().float()
+
+    def ours(qkv):
+        return evakernels.rope_attention(*qkv.unbind(2), cos, sin, num_prefix=num_prefix, **options)
+
+    def theirs(qkv):
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+        q, k = (rotate(t, cos, sin, None, num_prefix, options.get("interleaved", True)) for t in (q, k))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=options.get("causal", False)).transpose(1, 2)
+
+    assert_as_accurate_as_torch(ours, theirs, [randn(1, num_prefix + patches, 3, 1, 88)], dtype)
 
 
 @pytest.mark.parametrize(("pair", "qkv"), CASES)
@@ -355,6 +393,26 @@ INDEX = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
 def test_wrong_input_says_what_is_accepted(arguments, exception, message):
     with pytest.raises(exception, match=message):
         call(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("shape", "patches", "message"),
+    [
+        ((2, 3, 2), 4, "the compact table is of 3 x 3 patches; given: N - num_prefix = 4"),
+        ((3, 2, 2), 4, r"cos has shape \(3, 2, 2\); expected \[2, G, D/4\] = \(2, 2, 2\)"),
+    ],
+)
+def test_a_compact_table_must_fit(shape, patches, message):
+    x, table = torch.ones(1, patches, 1, 8), torch.ones(shape)
+    with pytest.raises(ValueError, match=message):
+        evakernels.rope_attention(x, x, x, table, table)
+
+
+def test_a_compact_table_bounds_the_token_index():
+    x, table = torch.ones(1, 2, 1, 8), torch.ones(2, 3, 2)
+    evakernels.rope_attention(x, x, x, table, table, token_index=torch.tensor([[0, 8]]))
+    with pytest.raises(IndexError, match="token_index has values from 0 to 9; accepted: 0 to 8"):
+        evakernels.rope_attention(x, x, x, table, table, token_index=torch.tensor([[0, 9]]))
 
 
 def test_an_odd_head_dim_cannot_be_rotated():

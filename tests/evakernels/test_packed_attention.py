@@ -1,0 +1,180 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from op_checks import (
+    DTYPES,
+    assert_as_accurate_as_torch,
+    assert_compiles,
+    assert_deterministic,
+    assert_gradcheck,
+    assert_opcheck,
+)
+
+import evakernels
+
+OPS = torch.ops.evakernels
+HEADS, HEAD_DIM = 2, 8
+LENGTHS = {"several": [3, 1, 0, 17, 3], "one": [5], "none": [0]}
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def offsets_of(lengths, dtype=torch.int64):
+    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(dtype)
+
+
+def pair(lengths, causal=True, scale=None, dtype=torch.int64):
+    """Our function and torch's on each sequence, over one packed projection [T, 3, H, D]."""
+    offsets = offsets_of(lengths, dtype)
+    longest = max(lengths)
+
+    def ours(qkv):
+        return evakernels.packed_attention(*qkv.unbind(1), offsets, max_length=longest, causal=causal, scale=scale)
+
+    def theirs(qkv):
+        def attend(sequence):
+            q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in sequence.unbind(1))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)[0].transpose(0, 1)
+
+        return torch.cat([attend(s) if len(s) else s[:, 0] for s in qkv.split(lengths)])
+
+    return ours, theirs
+
+
+def packed(lengths, heads=HEADS, head_dim=HEAD_DIM):
+    return randn(sum(lengths), 3, heads, head_dim)
+
+
+CASES = [
+    pytest.param(pair(LENGTHS["several"]), packed(LENGTHS["several"]), id="causal"),
+    pytest.param(pair(LENGTHS["several"], causal=False, scale=0.7), packed(LENGTHS["several"]), id="both-sides"),
+    pytest.param(pair(LENGTHS["one"], dtype=torch.int32), packed(LENGTHS["one"]), id="batch-of-one"),
+]
+
+
+@pytest.mark.parametrize(("pair", "qkv"), CASES)
+def test_gradcheck(pair, qkv):
+    assert_gradcheck(pair[0], [qkv])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("pair", "qkv"), CASES)
+def test_as_accurate_as_torch(pair, qkv, dtype):
+    assert_as_accurate_as_torch(*pair, [qkv], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_as_accurate_as_torch_at_the_size_of_a_tower(dtype):
+    lengths = [77, 1, 30, 64]
+    assert_as_accurate_as_torch(*pair(lengths), [packed(lengths, heads=1, head_dim=64)], dtype)
+
+
+def test_a_sequence_is_that_of_rope_attention():
+    lengths = [5, 9]
+    q, k, v = packed(lengths).float().unbind(1)
+    out = evakernels.packed_attention(q, k, v, offsets_of(lengths), max_length=9)
+    alone = [
+        evakernels.rope_attention(q[None, s], k[None, s], v[None, s], causal=True)[0] for s in (slice(5), slice(5, 14))
+    ]
+    torch.testing.assert_close(out, torch.cat(alone))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_sequence_is_not_touched_by_others(causal):
+    lengths = [4, 17, 2]
+    qkv = packed(lengths).float()
+    offsets = offsets_of(lengths)
+    other = qkv.clone()
+    other[4:21] = torch.nan
+    out, touched = (
+        evakernels.packed_attention(*x.unbind(1), offsets, max_length=17, causal=causal) for x in (qkv, other)
+    )
+    assert torch.equal(out[:4], touched[:4])
+    assert torch.equal(out[21:], touched[21:])
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0]])
+def test_a_batch_may_be_empty(lengths):
+    q = torch.ones(0, HEADS, HEAD_DIM, requires_grad=True)
+    out = evakernels.packed_attention(q, q, q, offsets_of([0, *lengths])[1:], max_length=0)
+    out.sum().backward()
+    assert out.shape == q.grad.shape == q.shape
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("pair", "qkv"), CASES)
+def test_compiles_without_graph_break(pair, qkv, dynamic):
+    assert_compiles(pair[0], [qkv.float()], dynamic)
+
+
+@pytest.mark.parametrize(("pair", "qkv"), CASES)
+def test_two_runs_are_bit_equal(pair, qkv):
+    assert_deterministic(pair[0], [qkv.bfloat16()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_opcheck(dtype):
+    lengths = LENGTHS["several"]
+    qkv = packed(lengths).to(dtype)
+    rest = (offsets_of(lengths), 17, True, 0.5)
+    assert_opcheck(OPS.packed_attention_forward.default, (*(t.requires_grad_() for t in qkv.unbind(1)), *rest))
+    with torch.no_grad():
+        q, k, v = qkv.unbind(1)
+        out, lse = OPS.packed_attention_forward(q, k, v, *rest)
+        assert_opcheck(OPS.packed_attention_backward.default, (torch.ones_like(out), q, k, v, out, lse, *rest))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_lse_is_the_natural_logarithm_of_the_softmax_denominator(causal):
+    q, k, v = packed([5]).unbind(1)
+    _, lse = OPS.packed_attention_forward(q, k, v, offsets_of([5]), 5, causal, 0.5)
+    scores = 0.5 * torch.einsum("nhd,mhd->hnm", q, k)
+    if causal:
+        scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_as_for_torch(dtype):
+    ours, theirs = pair([5, 2])
+    qkv = packed([5, 2]).float().requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        actual, expected = ours(qkv), theirs(qkv)
+    assert actual.dtype == expected.dtype == dtype
+    torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
+    (gradient,) = torch.autograd.grad(actual.float().square().sum(), qkv)
+    assert gradient.dtype == torch.float32
+
+
+def test_a_second_derivative_is_refused():
+    qkv = packed([3]).requires_grad_()
+    (gradient,) = torch.autograd.grad(pair([3])[0](qkv).square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="packed_attention has no second derivative"):
+        gradient.sum().backward()
+
+
+X = torch.ones(5, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exception", "message"),
+    [
+        ({"q": torch.ones(5, 24)}, ValueError, r"q has shape \(5, 24\); expected \[T, H, D\]"),
+        ({"k": torch.ones(5, 3, 4)}, ValueError, r"k has shape \(5, 3, 4\); expected the shape of q"),
+        ({"v": X.half()}, TypeError, "v is torch.float16; accepted: torch.float32"),
+        ({"offsets": torch.tensor([0.0, 5.0])}, TypeError, "offsets is torch.float32; accepted: torch.int32"),
+        ({"offsets": torch.tensor([[0, 5]])}, ValueError, r"offsets has shape \(1, 2\); expected \[B \+ 1\]"),
+        ({"offsets": torch.tensor([0, 5], device="meta")}, ValueError, "offsets on meta"),
+        ({"offsets": torch.tensor([0, 4])}, ValueError, "offsets go from 0 to 4; expected 0 to T = 5"),
+        ({"offsets": torch.tensor([1, 5])}, ValueError, "offsets go from 1 to 5; expected 0 to T = 5"),
+        ({"offsets": torch.tensor([0, 6, 5])}, ValueError, "lengths from -1 to 6; accepted: 0 to max_length = 5"),
+        ({"max_length": 4}, ValueError, "lengths from 5 to 5; accepted: 0 to max_length = 4"),
+        ({"max_length": -1}, ValueError, "max_length is -1; accepted: at least 0"),
+    ],
+)
+def test_wrong_input_says_what_is_accepted(arguments, exception, message):
+    given = {"q": X, "k": X, "v": X, "offsets": torch.tensor([0, 5]), "max_length": 5} | arguments
+    with pytest.raises(exception, match=message):
+        evakernels.packed_attention(**given)
