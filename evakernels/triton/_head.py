@@ -1,8 +1,8 @@
 """The rows of an attention head as tiles in registers: loads with the rotary embedding, products, stores without it.
 
-A head of `D` channels is a tuple of pieces whose widths are powers of two and sum up to `D`, rounded up to 16: 80 is 64
-and 16. Rotated queries and keys are pieces of `D / 2` channels, the first and the second members of the pairs. Both are
-permuted alike, which scores don't notice, so their members are never brought back in order.
+A head of `D` channels is a tuple of pieces whose widths are powers of two: one that suffices, or two that come closer
+to `D`, as 64 and 16 for 80. Rotated queries and keys are pieces of `D / 2` channels, the first and the second members
+of the pairs. Both are permuted alike, which scores don't notice, so the pairs are never put together again.
 """
 
 import triton
@@ -12,24 +12,27 @@ import triton.language as tl
 
 
 @triton.constexpr_function
+def _widths(width):
+    """Of the pieces: a power of two that suffices, or its half and a smaller one."""
+    whole = triton.next_power_of_2(max(width, 16))
+    rest = triton.next_power_of_2(max(width - whole // 2, 16))
+    return (whole // 2, rest) if width > 16 and rest < whole // 2 else (whole,)
+
+
+@triton.constexpr_function
 def _count(width):
-    """The number of pieces."""
-    return (-(-width // 16)).bit_count()
+    return len(_widths(width))
 
 
 @triton.constexpr_function
 def _width(width, index):
-    """That of a piece, the widest first."""
-    rest = -(-width // 16) * 16
-    for _ in range(index):
-        rest -= 1 << (rest.bit_length() - 1)
-    return 1 << (rest.bit_length() - 1)
+    return _widths(width)[index]
 
 
 @triton.constexpr_function
 def _start(width, index):
     """The first channel of a piece."""
-    return sum(_width(width, i) for i in range(index))
+    return sum(_widths(width)[:index])
 
 
 @triton.jit
