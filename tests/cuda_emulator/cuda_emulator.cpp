@@ -4,6 +4,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <cstdlib>
@@ -84,7 +85,7 @@ struct Machine {
   uint64_t blocks_run = 0;
   std::vector<Fiber> fibers{kMaxThreads};
   std::vector<Warp> warps{kMaxThreads / kWarpSize};
-  std::vector<int> ready;
+  std::vector<int> ready;  // a heap by priority, unless anyone may be next
   int threads = 0;
   int alive = 0;
   int at_barrier = 0;
@@ -170,9 +171,14 @@ void to_fiber(Fiber& fiber) {
 
 int number_of(const Fiber& fiber) { return static_cast<int>(&fiber - machine.fibers.data()); }
 
+struct RunsLater {
+  bool operator()(int a, int b) const { return machine.fibers[a].priority < machine.fibers[b].priority; }
+};
+
 void make_ready(Fiber& fiber) {
   fiber.state = State::Ready;
   machine.ready.push_back(number_of(fiber));
+  if (machine.policy != Policy::Any) std::push_heap(machine.ready.begin(), machine.ready.end(), RunsLater());
 }
 
 void open_barrier_if_all_are_there() {
@@ -231,16 +237,21 @@ void draw_priorities() {
   }
 }
 
-// The position in `ready` of the thread to run.
-size_t choose() {
-  if (machine.policy == Policy::Any) return draw() % machine.ready.size();
-  if (draw() % 1024 == 0) draw_priorities();
-  size_t best = 0;
-  for (size_t i = 1; i < machine.ready.size(); ++i) {
-    const auto priority = [](size_t at) { return machine.fibers[machine.ready[at]].priority; };
-    if (priority(i) > priority(best)) best = i;
+// The thread to run, which is no longer among the ready ones.
+Fiber& take_ready() {
+  std::vector<int>& ready = machine.ready;
+  if (machine.policy == Policy::Any) {
+    std::swap(ready[draw() % ready.size()], ready.back());
+  } else {
+    if (draw() % 1024 == 0) {
+      draw_priorities();
+      std::make_heap(ready.begin(), ready.end(), RunsLater());
+    }
+    std::pop_heap(ready.begin(), ready.end(), RunsLater());
   }
-  return best;
+  Fiber& next = machine.fibers[ready.back()];
+  ready.pop_back();
+  return next;
 }
 
 void report_deadlock() {
@@ -263,13 +274,7 @@ void run_block() {
   draw_priorities();
   for (int i = 0; i < machine.threads; ++i) prepare(machine.fibers[i], i);
   release(&machine.order_of_starts);
-  while (!machine.ready.empty() && !machine.failed) {
-    const size_t position = choose();
-    Fiber& fiber = machine.fibers[machine.ready[position]];
-    machine.ready[position] = machine.ready.back();
-    machine.ready.pop_back();
-    to_fiber(fiber);
-  }
+  while (!machine.ready.empty() && !machine.failed) to_fiber(take_ready());
   acquire(&machine.order_of_ends);
   if (machine.alive > 0 && !machine.failed) report_deadlock();
 }
