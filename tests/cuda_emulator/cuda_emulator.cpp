@@ -13,7 +13,7 @@
 #include <new>
 #include <vector>
 
-#ifdef EVAKERNELS_TSAN
+#ifdef EVAKERNELS_WATCH_THREAD
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
@@ -22,7 +22,7 @@ void __tsan_acquire(void* address);
 void __tsan_release(void* address);
 }
 #endif
-#ifdef EVAKERNELS_ASAN
+#ifdef EVAKERNELS_WATCH_ADDRESS
 extern "C" {
 void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t size);
 void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, size_t* size);
@@ -109,7 +109,7 @@ std::mutex one_launch_at_a_time;
 
 // For the thread sanitizer: what was done before release comes before what is done after acquire.
 void release(void* address) {
-#ifdef EVAKERNELS_TSAN
+#ifdef EVAKERNELS_WATCH_THREAD
   __tsan_release(address);
 #else
   (void)address;
@@ -117,7 +117,7 @@ void release(void* address) {
 }
 
 void acquire(void* address) {
-#ifdef EVAKERNELS_TSAN
+#ifdef EVAKERNELS_WATCH_THREAD
   __tsan_acquire(address);
 #else
   (void)address;
@@ -140,31 +140,31 @@ __attribute__((naked, noinline)) void switch_stacks(void** /*save*/, void* /*loa
 
 void to_scheduler() {
   Fiber& self = *machine.current;
-#ifdef EVAKERNELS_TSAN
+#ifdef EVAKERNELS_WATCH_THREAD
   constexpr unsigned kOrdersNothing = 1;
   __tsan_switch_to_fiber(machine.scheduler_sanitizer, kOrdersNothing);
 #endif
-#ifdef EVAKERNELS_ASAN
+#ifdef EVAKERNELS_WATCH_ADDRESS
   __sanitizer_start_switch_fiber(self.state == State::Done ? nullptr : &self.sanitizer, nullptr, 0);
 #endif
   switch_stacks(&self.stack_pointer, machine.scheduler_stack_pointer);
-#ifdef EVAKERNELS_ASAN
+#ifdef EVAKERNELS_WATCH_ADDRESS
   __sanitizer_finish_switch_fiber(self.sanitizer, nullptr, nullptr);
 #endif
 }
 
 void to_fiber(Fiber& fiber) {
   machine.current = &fiber;
-#ifdef EVAKERNELS_TSAN
+#ifdef EVAKERNELS_WATCH_THREAD
   constexpr unsigned kOrdersNothing = 1;
   __tsan_switch_to_fiber(fiber.sanitizer, kOrdersNothing);
 #endif
-#ifdef EVAKERNELS_ASAN
+#ifdef EVAKERNELS_WATCH_ADDRESS
   void* fake_stack = nullptr;
   __sanitizer_start_switch_fiber(&fake_stack, fiber.stack, kStackBytes);
 #endif
   switch_stacks(&machine.scheduler_stack_pointer, fiber.stack_pointer);
-#ifdef EVAKERNELS_ASAN
+#ifdef EVAKERNELS_WATCH_ADDRESS
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
 }
@@ -190,7 +190,7 @@ void open_barrier_if_all_are_there() {
 }
 
 void run_thread() {
-#ifdef EVAKERNELS_ASAN
+#ifdef EVAKERNELS_WATCH_ADDRESS
   __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
 #endif
   acquire(&machine.order_of_starts);
@@ -216,7 +216,7 @@ void prepare(Fiber& fiber, int number) {
   fiber.index = {n % block.x, n / block.x % block.y, n / (block.x * block.y)};
   fiber.barriers = fiber.meetings = 0;
   if (!fiber.stack) fiber.stack = new_stack();
-#ifdef EVAKERNELS_TSAN
+#ifdef EVAKERNELS_WATCH_THREAD
   if (!fiber.sanitizer) fiber.sanitizer = __tsan_create_fiber(0);
 #endif
   // What switch_stacks takes from a stack: six registers and where to go on.
@@ -391,7 +391,7 @@ const char* launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   if (machine.threads < 1 || machine.threads > kMaxThreads || blocks == 0)
     return "invalid configuration argument";
-#ifdef EVAKERNELS_TSAN
+#ifdef EVAKERNELS_WATCH_THREAD
   machine.scheduler_sanitizer = __tsan_get_current_fiber();
 #endif
   // No vector grows in one thread and shrinks in another, which would look like a race.
