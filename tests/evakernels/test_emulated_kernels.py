@@ -245,6 +245,11 @@ def test_the_driver_has_no_complaint(emulated: Path, variant: str) -> None:
         assert complaint(emulated / f"drive_{variant}", seed) == ""
 
 
+@pytest.mark.parametrize("variant", ["coverage", "address", "thread"])
+def test_what_is_planted_is_the_only_fault(emulated: Path, tmp_path: Path, variant: str) -> None:
+    assert complaint(build_faulty(emulated, tmp_path, variant, "norm_rows.cuh", LAST_SUM, LAST_SUM + " ")) == ""
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_seen(emulated: Path, tmp_path: Path, fault: str) -> None:
     variant, said, *change = FAULTS[fault]
