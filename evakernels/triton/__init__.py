@@ -31,11 +31,11 @@ _FAMILY_OF = {op: family for family, ops in FAMILIES.items() for op in ops}
 def register(op: str) -> None:
     """Makes the Triton kernels of `op`, if there are any, one of its backends."""
     if op in _FAMILY_OF:
-        backends.register(op, "triton", lambda *args: _function(op)(*args), lambda *args: _reasons(op, args))
+        backends.register(op, "triton", lambda *args: launcher(op)(*args), lambda *args: _reasons(op, args))
 
 
 @cache
-def _function(op: str) -> Callable[..., Any]:
+def launcher(op: str) -> Callable[..., Any]:
     function: Callable[..., Any] = getattr(_module(op), op)
     return function
 

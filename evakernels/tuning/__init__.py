@@ -23,7 +23,8 @@ def config(op: str, shape: Mapping[str, int], tensor: Tensor) -> dict[str, int]:
 
     The entry whose shape is nearest is taken: the one with the smallest sum of |log ratio| over the sizes.
     """
-    return dict(_nearest(op, tuple(sorted(shape.items())), tensor.dtype.itemsize, gpu_of(tensor)))
+    found = _nearest(op, tuple(sorted(shape.items())), tensor.dtype.itemsize, gpu_of(tensor))
+    return {**found, "enable_fp_fusion": True}  # Triton 3.10 changes the default
 
 
 def gpu_of(tensor: Tensor) -> tuple[str, int]:
