@@ -28,7 +28,7 @@ from evakernels.tuning.calls import Draw, calls
 
 DUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 EVERY_DTYPE = 90
-"""The GPU for which all dtypes and all calls are compiled; for the others bfloat16 and the first call, which has most."""
+"""The GPU for which all dtypes and all calls are compiled; for the others only bfloat16, and the first call."""
 
 
 @dataclass(frozen=True)
