@@ -12,17 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from evakernels.triton._launch import dense, on_device_of, persistent_programs, rows_of
+from evakernels.triton._launch import dense, on_device_of, persistent_programs, rows_of, too_wide
 from evakernels.triton._rows import load_channels, load_tile, row_mean, store_partial_sum, store_tile, tile_at
 from evakernels.tuning import config
 
 MAX_WIDTH = 1 << 13
-"""A row, its gradient and the sums over rows are held in registers."""
+"""Up to which registers hold a row, and in backward its gradient and the sums over rows."""
 
 
 def reasons(op: str, *args: Any) -> list[str]:
-    width = args[0].shape[-1]
-    return [f"rows of {width} channels are longer than {MAX_WIDTH}"] if width > MAX_WIDTH else []
+    return too_wide(args[0].shape[-1], MAX_WIDTH // 2 if op == "add_layer_norm_backward" else MAX_WIDTH)
 
 
 @triton.jit

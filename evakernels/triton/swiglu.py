@@ -11,17 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from evakernels.triton._launch import dense, on_device_of, persistent_programs, rows_of
+from evakernels.triton._launch import dense, on_device_of, persistent_programs, rows_of, too_wide
 from evakernels.triton._rows import load_channels, load_tile, row_mean, store_partial_sum, store_tile, tile_at
 from evakernels.tuning import config
 
 MAX_WIDTH = {"swiglu_forward": 1 << 13, "swiglu_backward": 1 << 12}
-"""A row and what else is needed to the end are held in registers."""
+"""Up to which registers hold a row, and in backward its gradients and the sums over rows."""
 
 
 def reasons(op: str, *args: Any) -> list[str]:
-    width, limit = args[0].shape[-1], MAX_WIDTH[op]
-    return [f"rows of {width} channels are longer than {limit}"] if width > limit else []
+    return too_wide(args[0].shape[-1], MAX_WIDTH[op])
 
 
 @triton.jit

@@ -36,9 +36,12 @@ def forward_kernel(
 ):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     channel = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    exists, inside = row < rows, channel < WIDTH
-    sample, place = row // (PREFIX + kept), row % (PREFIX + kept)
-    in_prefix, token = place < PREFIX, place - PREFIX
+    exists = row < rows
+    inside = channel < WIDTH
+    sample = row // (PREFIX + kept)
+    place = row % (PREFIX + kept)
+    in_prefix = exists & (place < PREFIX)
+    token = place - PREFIX
     if token_index is not None:
         token = tl.load(token_index + sample * kept + token, mask=exists & (place >= PREFIX), other=-1)
     is_patch = exists & (place >= PREFIX) & (token >= 0) & (token < tokens)
@@ -47,10 +50,10 @@ def forward_kernel(
     )
     values = values.to(tl.float32)
     if prefix is not None:
-        values += tl.load(prefix + place * WIDTH + channel, mask=in_prefix & exists & inside, other=0.0).to(tl.float32)
+        values += tl.load(prefix + place * WIDTH + channel, mask=in_prefix & inside, other=0.0).to(tl.float32)
     if pos_embed is not None:
         position = tl.where(in_prefix, place, PREFIX + token)
-        has_position = (in_prefix & exists) | is_patch
+        has_position = in_prefix | is_patch
         values += tl.load(pos_embed + position * WIDTH + channel, mask=has_position & inside, other=0.0).to(tl.float32)
     values = tl.where(in_prefix | is_patch, values, float("nan"))  # an index that is out of range shows
     tl.store(out + row * WIDTH + channel, values.to(out.dtype.element_ty), mask=exists & inside)
@@ -71,7 +74,7 @@ def backward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    position = tl.program_id(0)
+    position = (tl.program_id(0) + tl.arange(0, 1)).to(tl.int64)[:, None]
     token = position - PREFIX
     channel = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     inside = channel < WIDTH
