@@ -53,6 +53,11 @@ class Launch:
     products: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     @property
+    def programs(self) -> int:
+        """Of the whole grid."""
+        return int(np.prod(self.grid))
+
+    @property
     def loaded(self) -> int:
         """Bytes of all loads."""
         return sum(traffic.loaded for traffic in self.tensors.values())

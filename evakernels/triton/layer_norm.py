@@ -74,7 +74,7 @@ def scaled(values, layer_scale, row_scale, row, channel, exists, sample_rows, WI
     if layer_scale is not None:
         values *= load_channels(layer_scale, channel, WIDTH)
     if row_scale is not None:
-        values *= tl.load(row_scale + row // sample_rows, mask=exists, other=0.0).to(tl.float32)
+        values *= tl.load(row_scale + row.to(tl.int32) // sample_rows, mask=exists, other=0.0).to(tl.float32)
     return values
 
 
@@ -117,18 +117,20 @@ def backward_kernel(
         d = load_tile(dout, row, channel, inside, WIDTH)
         normed = load_tile(x, row, channel, inside, X_STRIDE)
         if row_scale is not None:
-            sample_scale = tl.load(row_scale + row // sample_rows, mask=exists, other=0.0).to(tl.float32)
+            sample_scale = tl.load(row_scale + row.to(tl.int32) // sample_rows, mask=exists, other=0.0).to(tl.float32)
         if mean is not None:
             normed -= tl.load(mean + row, mask=exists, other=0.0)  # outside of the row d is zero
         scale = tl.load(rstd + row, mask=exists, other=0.0)
         normed *= scale
+        if weight is not None:
+            weights = load_channels(weight, channel, WIDTH)
         if SCALE_NORMED:
             if row_scale is not None:
                 d *= sample_scale
             if layer_scale is not None:
                 result = normed
                 if weight is not None:
-                    result *= load_channels(weight, channel, WIDTH)
+                    result *= weights
                 if bias is not None:
                     result += load_channels(bias, channel, WIDTH)
                 scale_sum += d * result
@@ -137,7 +139,7 @@ def backward_kernel(
             bias_sum += d
         if weight is not None:
             weight_sum += d * normed
-            d *= load_channels(weight, channel, WIDTH)
+            d *= weights
         along = row_mean(d * normed, WIDTH)
         if mean is not None:
             d -= row_mean(d, WIDTH)

@@ -34,11 +34,11 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     channel = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     exists = row < rows
     inside = channel < WIDTH
-    sample = row // (PREFIX + kept)
+    sample = (row // (PREFIX + kept)).to(tl.int64)
     place = row % (PREFIX + kept)
     in_prefix = exists & (place < PREFIX)
     token = place - PREFIX
@@ -56,7 +56,7 @@ def forward_kernel(
         has_position = in_prefix | is_patch
         values += tl.load(pos_embed + position * WIDTH + channel, mask=has_position & inside, other=0.0).to(tl.float32)
     values = tl.where(in_prefix | is_patch, values, float("nan"))  # an index that is out of range shows
-    tl.store(out + row * WIDTH + channel, values.to(out.dtype.element_ty), mask=exists & inside)
+    tl.store(out + row.to(tl.int64) * WIDTH + channel, values.to(out.dtype.element_ty), mask=exists & inside)
 
 
 @triton.jit

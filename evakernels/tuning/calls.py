@@ -111,7 +111,7 @@ def token_dropout_backward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
     patches, token_index = _patches(draw, width)
     (_, tokens, width), kept = patches.shape, token_index.shape[1]
     yield draw(BATCH, 1 + kept, width), token_index, 1, tokens, True
-    yield draw(BATCH, 1 + kept, width), token_index, 0, tokens, False
+    yield draw(BATCH, kept, width), token_index, 0, tokens, False
     yield draw(BATCH, 1 + tokens, width), None, 1, tokens, True
 
 

@@ -27,8 +27,8 @@ from evakernels.tuning.calls import Draw, calls
 from evakernels.tuning.search import kernels_of
 
 DUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-EVERY_DTYPE = 90
-"""The GPU for which all dtypes and all calls are compiled; for the others only bfloat16, and the first call."""
+THOROUGH = 90
+"""The GPU for which float32 is compiled too, and the calls that lack something; what they take is less, or the same."""
 
 
 @dataclass(frozen=True)
@@ -85,20 +85,27 @@ def usages(capability: int) -> Iterator[Usage]:
     driver.set_active(AbsentGPU(capability))
     tuning.gpu_of = lambda tensor: ("", capability)
     measured = {}
-    everything = capability == EVERY_DTYPE
-    dtypes = [torch.bfloat16, torch.float16, torch.float32] if everything else [torch.bfloat16]
     for op, entries in tuning.table("", capability).items():
-        for entry in entries:
-            for dtype in dtypes:
-                if dtype.itemsize != entry["shape"].get("itemsize", dtype.itemsize):
-                    continue
-                arguments_of_calls = calls(op, entry["shape"], Draw("meta", dtype))
-                for arguments in arguments_of_calls if everything else islice(arguments_of_calls, 1):
-                    for kernel in compiled(op, arguments):
-                        where = capability, op, entry["shape"], str(dtype).removeprefix("torch.")
-                        if kernel.hash not in measured:
-                            measured[kernel.hash] = registers_and_stack(kernel.asm["cubin"])
-                        yield Usage(*where, kernel.metadata.name, *measured[kernel.hash], kernel.metadata.shared)
+        for shape, dtype, arguments in calls_of(op, entries, thorough=capability == THOROUGH):
+            for kernel in compiled(op, arguments):
+                if kernel.hash not in measured:
+                    measured[kernel.hash] = registers_and_stack(kernel.asm["cubin"])
+                name, shared = kernel.metadata.name, kernel.metadata.shared
+                yield Usage(capability, op, shape, str(dtype), name, *measured[kernel.hash], shared)
+
+
+def calls_of(op: str, entries: list[Any], *, thorough: bool) -> Iterator[tuple[dict[str, int], torch.dtype, Any]]:
+    """Shape, dtype and arguments: of each entry the first call, which has all that may be present."""
+    for number, entry in enumerate(entries):
+        for dtype in (torch.bfloat16, torch.float32) if thorough else (torch.bfloat16,):
+            # An entry for one size of elements is compiled for that one, whichever GPU it is for.
+            itemsize = entry["shape"].get("itemsize", dtype.itemsize)
+            if thorough and itemsize != dtype.itemsize:
+                continue
+            dtype = dtype if itemsize == dtype.itemsize else torch.float32
+            several = thorough and number == 0 and dtype == torch.bfloat16
+            for arguments in islice(calls(op, entry["shape"], Draw("meta", dtype)), None if several else 1):
+                yield entry["shape"], dtype, arguments
 
 
 if __name__ == "__main__":
