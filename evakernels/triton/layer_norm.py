@@ -17,11 +17,16 @@ from evakernels.triton._rows import load_channels, load_tile, row_mean, store_pa
 from evakernels.tuning import config
 
 MAX_WIDTH = 1 << 13
-"""Up to which registers hold a row, and in backward its gradient and the sums over rows."""
+"""Up to which registers hold a row, and in backward its gradient and two sums over rows; half of it with three."""
+
+_LAYER_SCALE = {"add_layer_norm_backward": 5, "layer_norm_add_backward": 4}
+"""Which argument it is."""
 
 
 def reasons(op: str, *args: Any) -> list[str]:
-    return too_wide(args[0].shape[-1], MAX_WIDTH // 2 if op == "add_layer_norm_backward" else MAX_WIDTH)
+    place = _LAYER_SCALE.get(op, len(args))
+    has_layer_scale = place < len(args) and args[place] is not None
+    return too_wide(args[0].shape[-1], MAX_WIDTH // 2 if has_layer_scale else MAX_WIDTH)
 
 
 @triton.jit

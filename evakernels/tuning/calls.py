@@ -123,11 +123,15 @@ def _patches(draw: Draw, width: int) -> tuple[Tensor, Tensor]:
     return draw(BATCH, tokens, width), token_index
 
 
-def _norm(draw: Draw, width: int) -> tuple[Tensor, ...]:
-    """Two activations, weight, bias, layer_scale and row_scale; width as the 768 channels of EVA02-B."""
+def _norm(draw: Draw, width: int) -> tuple[Any, ...]:
+    """Two activations, weight, bias, layer_scale and row_scale; width as the 768 channels of EVA02-B.
+
+    Backward refuses a layer_scale beside the longest rows.
+    """
+    layer_scale = draw(3 * width // 4) if width <= 4096 else None
     width = 3 * width // 4
     size = BATCH, ELEMENTS // BATCH // width, width
-    return draw(*size), draw(*size), draw(width), draw(width), draw(width), draw.statistic(BATCH)
+    return draw(*size), draw(*size), draw(width), draw(width), layer_scale, draw.statistic(BATCH)
 
 
 def _statistics(draw: Draw, width: int) -> tuple[Tensor, Tensor]:
