@@ -94,6 +94,15 @@ def test_parameters_are_loaded_once_a_tile(op):
             assert launch.tensors[name].loaded <= tiles * launch.tensors[name].loaded_once
 
 
+@pytest.mark.parametrize("wrong", [-1, 4])
+def test_an_index_out_of_range_reads_nothing_and_gives_nan(wrong):
+    patches, token_index = torch.ones(2, 4, 8), torch.tensor([[0, 3], [1, wrong]])
+    (launch,), out = launches_of("token_dropout_forward", (patches, token_index, None, torch.ones(4, 8)))
+    assert out[1, 1].isnan().all()
+    assert out.isnan().sum() == 8
+    assert launch.tensors["patches"].loaded == 3 * 8 * 4
+
+
 def test_what_lies_outside_of_the_arguments_is_refused():
     import triton
     import triton.language as tl
