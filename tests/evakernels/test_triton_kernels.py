@@ -17,17 +17,17 @@ BEFORE = "with evakernels.use_backend('triton')"
 FILES = {"layer_norm": ("layer_norm", "residual_norm")}
 """Test files of a family, where it has others than its own."""
 
-# Rows that are longer than registers hold are refused.
-SERVED = "not several_tiles and not 4100 and not 8199 and not 16390"
+# Rows that are longer than registers hold are refused. The interpreter is slow: of float16 the first test will do.
+CHOSEN = f"({CHOICE}) and not several_tiles and not 4100 and not 8199 and not 16390 and (accurate or not dtype2)"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ops(family: str) -> None:
-    run_ops(BEFORE, f"({CHOICE}) and {SERVED}", ops=FILES.get(family, [family]), TRITON_INTERPRET="1")
+    run_ops(BEFORE, CHOSEN, ops=FILES.get(family, [family]), TRITON_INTERPRET="1")
 
 
 def test_widths_of_models() -> None:
-    run_ops(BEFORE, "1408 or 2730", ops=["norm_widths"], TRITON_INTERPRET="1")
+    run_ops(BEFORE, "(1408 or 2730) and not dtype2", ops=["norm_widths"], TRITON_INTERPRET="1")
 
 
 def test_traffic() -> None:
