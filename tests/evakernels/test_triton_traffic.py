@@ -1,9 +1,9 @@
-"""Bytes that the Triton kernels move, counted in the interpreter: every element of an activation once."""
+"""What the Triton kernels read and write, counted in the interpreter: every element of an activation once."""
 
 import pytest
 import torch
 
-from evakernels import tuning
+from evakernels import backends, tuning
 from evakernels.triton import FAMILIES, INTERPRETED, launcher
 from evakernels.tuning import calls
 
@@ -101,6 +101,20 @@ def test_an_index_out_of_range_reads_nothing_and_gives_nan(wrong):
     assert out[1, 1].isnan().all()
     assert out.isnan().sum() == 8
     assert launch.tensors["patches"].loaded == 3 * 8 * 4
+
+
+def test_rows_that_registers_dont_hold_are_refused_with_a_reason():
+    def why_not(op, width, *rest):
+        return backends.why_not(op, "triton", torch.empty(1, width), *rest)
+
+    assert why_not("layer_norm_forward", 8193) == ["rows of 8193 channels are longer than 8192"]
+    assert why_not("swiglu_backward", 4097) == ["rows of 4097 channels are longer than 4096"]
+    x, scale = torch.empty(1, 5120), torch.empty(5120)
+    assert why_not("add_layer_norm_backward", 5120, x, x, x, None, None) == []
+    assert why_not("add_layer_norm_backward", 5120, x, x, x, None, scale) == [
+        "rows of 5120 channels are longer than 4096"
+    ]
+    assert why_not("layer_norm_add_backward", 5120, x, None, None, scale) != []
 
 
 def test_what_lies_outside_of_the_arguments_is_refused():
