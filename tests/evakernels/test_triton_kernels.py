@@ -12,13 +12,14 @@ pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (it exists for Linux only)"),
 ]
 
-
 BEFORE = "with evakernels.use_backend('triton')"
 FILES = {"layer_norm": ("layer_norm", "residual_norm")}
 """Test files of a family, where it has others than its own."""
 
-# Rows that are longer than registers hold are refused. The interpreter is slow: of float16 the first test will do.
-CHOSEN = f"({CHOICE}) and not several_tiles and not 4100 and not 8199 and not 16390 and (accurate or not dtype2)"
+# Rows that are longer than registers hold are refused. The interpreter is slow: no residual of (40, 30, 24), and of
+# float16 the first test only.
+SERVED = "not several_tiles and not 4100 and not 8199 and not 16390 and not (30 and 24)"
+CHOSEN = f"({CHOICE}) and {SERVED} and (accurate or not dtype2)"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
