@@ -15,8 +15,9 @@ CPP_FILES := $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu
 demo: build
 	$(BIN)/evaclip demo --out runs/demo
 
+# A process for each processor, each with one thread: torch's own would only take each other's processor.
 test: build
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
 gpu-check: build
 	$(BIN)/python -m benchmarks all --device cuda --dtype float32 --dtype bfloat16 --dtype float16 --check \

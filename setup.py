@@ -87,6 +87,13 @@ def cuda_options() -> list[str]:
     return [*options, f"-DEVAKERNELS_CUDA_ARCHS={archs.replace(',', ';')}"] if archs else options
 
 
+def forget_environment(build: Path) -> None:
+    """The paths of a former environment's torch or ninja must not survive. CMake's --fresh removes the objects too."""
+    (build / "CMakeCache.txt").unlink(missing_ok=True)
+    for compilers in (build / "CMakeFiles").glob("[0-9]*.*"):
+        shutil.rmtree(compilers)
+
+
 class BuildPython(build_py):
     """Adds the record of what was decided, which `evakernels.info()` reports."""
 
@@ -116,10 +123,10 @@ class BuildNative(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         cmake = find_tool("cmake")
-        # --fresh: the paths of a former environment's torch or ninja must not survive; the objects do.
+        forget_environment(build)
         subprocess.run(
             [
-                *(cmake, "--fresh", "-G", "Ninja", "-S", ROOT, "-B", build),
+                *(cmake, "-G", "Ninja", "-S", ROOT, "-B", build),
                 f"-DCMAKE_CXX_COMPILER={find_compiler()}",
                 f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
                 f"-DPython_EXECUTABLE={sys.executable}",

@@ -1,25 +1,28 @@
 """What the GPU kernels take of a multiprocessor: registers and shared memory, as nvcc reports them.
 
-    python csrc/cuda/budget.py     compiles all kernels and writes budget.json
+    python csrc/cuda/budget.py     builds the library and writes budget.json
 
 A kernel that takes more than before runs in fewer copies at a time and is slower, which no test of its results shows;
 one that spills registers reads and writes memory that it should not. tests/evakernels/test_cuda_budget.py compares.
 """
 
 import json
+import os
 import re
 import subprocess
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parents[1]
+BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+REPORTS = "CMakeFiles/cuda_kernels.dir/csrc/cuda/*.cu.o.usage"
 BUDGET = FOLDER / "budget.json"
 ARCHS = ("sm_80", "sm_90", "sm_100")
 
 KERNEL = re.compile(
-    r"Compiling entry function '(?P<name>\S+)' for '\S+'.*?"
+    r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\S+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
     r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.DOTALL,
@@ -46,29 +49,33 @@ def readable(symbols: list[str]) -> list[str]:
     return result
 
 
-def compile_for(arch: str, source: Path) -> dict[str, Usage]:
-    """The usage of every kernel of a source file."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", "-std=c++20", "-O3", f"-arch={arch}", f"-I{FOLDER.parent}", "-Xptxas", "-v", "-cubin"]
-        command += ["-o", str(Path(folder) / "kernels.cubin"), str(source)]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    found = list(KERNEL.finditer(log))
-    usages = {}
+def usages_in(report: str) -> dict[str, dict[str, Usage]]:
+    """The usage by architecture and kernel that nvcc tells of for a source file."""
+    found = list(KERNEL.finditer(report))
+    usages: dict[str, dict[str, Usage]] = {arch: {} for arch in ARCHS}
     for name, match in zip(readable([m["name"] for m in found]), found, strict=True):
         shared = re.search(r"(\d+) bytes smem", match["rest"])
         spilled = int(match["stores"]) + int(match["loads"])
-        usages[name] = Usage(int(match["registers"]), int(shared[1]) if shared else 0, int(match["stack"]), spilled)
+        usage = Usage(int(match["registers"]), int(shared[1]) if shared else 0, int(match["stack"]), spilled)
+        usages[match["arch"]][name] = usage
     return usages
 
 
 def measure() -> dict[str, dict[str, Usage]]:
-    """The usage by architecture and kernel."""
+    """The usage by architecture and kernel, in the library as setup.py builds it for the usual GPUs."""
+    for path in BUILD.glob(REPORTS):
+        if not (FOLDER / path.name.removesuffix(".o.usage")).exists():
+            path.unlink()
+    build = [sys.executable, "setup.py", "build_ext"]
+    chosen = {"EVAKERNELS_NATIVE": "on", "EVAKERNELS_CUDA": "on", "EVAKERNELS_CUDA_ARCHS": ""}
+    done = subprocess.run(build, cwd=ROOT, env=os.environ | chosen, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
     usages: dict[str, dict[str, Usage]] = {arch: {} for arch in ARCHS}
-    jobs = [(arch, source) for source in sorted(FOLDER.glob("*.cu")) for arch in ARCHS]
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        for (arch, source), found in zip(jobs, pool.map(lambda job: compile_for(*job), jobs), strict=True):
+    for path in sorted(BUILD.glob(REPORTS)):
+        for arch, found in usages_in(path.read_text()).items():
             # Kernels of headers may be in several files, with other types that have the same name.
-            usages[arch] |= {f"{source.stem}: {name}": usage for name, usage in found.items()}
+            usages[arch] |= {f"{path.name.removesuffix('.cu.o.usage')}: {name}": usage for name, usage in found.items()}
     return usages
 
 

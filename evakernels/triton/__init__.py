@@ -19,9 +19,18 @@ import torch
 from evakernels import backends
 
 FAMILIES = {
+    "layer_norm": (
+        "layer_norm_forward",
+        "layer_norm_backward",
+        "add_layer_norm_forward",
+        "add_layer_norm_backward",
+        "layer_norm_add_forward",
+        "layer_norm_add_backward",
+    ),
     "packed_attention": ("packed_attention_forward", "packed_attention_backward"),
     "rope_attention": ("rope_attention_forward", "rope_attention_backward"),
     "swiglu": ("swiglu_forward", "swiglu_backward"),
+    "token_dropout": ("token_dropout_forward", "token_dropout_backward"),
 }
 """The ops that each file here serves."""
 

@@ -1,6 +1,7 @@
 """The cases as pytest-benchmark sees them."""
 
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -28,7 +29,9 @@ def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
         "layer_norm and not layer_norm_add and not add_layer_norm and forward and b16 and b1- and float32 and eager"
     )
     command = [sys.executable, "-m", "pytest", "benchmarks", "-p", "no:cacheprovider", "-k", keywords, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    # Beside other tests pytest-benchmark would measure nothing.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow

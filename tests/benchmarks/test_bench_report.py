@@ -17,6 +17,8 @@ from benchmarks.report.markdown import to_markdown
 from benchmarks.report.roofline import page_name
 from benchmarks.results import Results
 
+pytestmark = pytest.mark.xdist_group("report")
+
 PAGES = ("index.html", "layer_norm.html", "rope_attention.html")
 CASES = 2 * 4 * 2 * 2
 

@@ -4,6 +4,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <cstdlib>
@@ -12,7 +13,7 @@
 #include <new>
 #include <vector>
 
-#ifdef EVAKERNELS_TSAN
+#ifdef EVAKERNELS_WATCH_THREAD
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
@@ -21,7 +22,7 @@ void __tsan_acquire(void* address);
 void __tsan_release(void* address);
 }
 #endif
-#ifdef EVAKERNELS_ASAN
+#ifdef EVAKERNELS_WATCH_ADDRESS
 extern "C" {
 void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t size);
 void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, size_t* size);
@@ -84,7 +85,7 @@ struct Machine {
   uint64_t blocks_run = 0;
   std::vector<Fiber> fibers{kMaxThreads};
   std::vector<Warp> warps{kMaxThreads / kWarpSize};
-  std::vector<int> ready;
+  std::vector<int> ready;  // a heap by priority, unless anyone may be next
   int threads = 0;
   int alive = 0;
   int at_barrier = 0;
@@ -108,7 +109,7 @@ std::mutex one_launch_at_a_time;
 
 // For the thread sanitizer: what was done before release comes before what is done after acquire.
 void release(void* address) {
-#ifdef EVAKERNELS_TSAN
+#ifdef EVAKERNELS_WATCH_THREAD
   __tsan_release(address);
 #else
   (void)address;
@@ -116,7 +117,7 @@ void release(void* address) {
 }
 
 void acquire(void* address) {
-#ifdef EVAKERNELS_TSAN
+#ifdef EVAKERNELS_WATCH_THREAD
   __tsan_acquire(address);
 #else
   (void)address;
@@ -139,40 +140,45 @@ __attribute__((naked, noinline)) void switch_stacks(void** /*save*/, void* /*loa
 
 void to_scheduler() {
   Fiber& self = *machine.current;
-#ifdef EVAKERNELS_TSAN
+#ifdef EVAKERNELS_WATCH_THREAD
   constexpr unsigned kOrdersNothing = 1;
   __tsan_switch_to_fiber(machine.scheduler_sanitizer, kOrdersNothing);
 #endif
-#ifdef EVAKERNELS_ASAN
+#ifdef EVAKERNELS_WATCH_ADDRESS
   __sanitizer_start_switch_fiber(self.state == State::Done ? nullptr : &self.sanitizer, nullptr, 0);
 #endif
   switch_stacks(&self.stack_pointer, machine.scheduler_stack_pointer);
-#ifdef EVAKERNELS_ASAN
+#ifdef EVAKERNELS_WATCH_ADDRESS
   __sanitizer_finish_switch_fiber(self.sanitizer, nullptr, nullptr);
 #endif
 }
 
 void to_fiber(Fiber& fiber) {
   machine.current = &fiber;
-#ifdef EVAKERNELS_TSAN
+#ifdef EVAKERNELS_WATCH_THREAD
   constexpr unsigned kOrdersNothing = 1;
   __tsan_switch_to_fiber(fiber.sanitizer, kOrdersNothing);
 #endif
-#ifdef EVAKERNELS_ASAN
+#ifdef EVAKERNELS_WATCH_ADDRESS
   void* fake_stack = nullptr;
   __sanitizer_start_switch_fiber(&fake_stack, fiber.stack, kStackBytes);
 #endif
   switch_stacks(&machine.scheduler_stack_pointer, fiber.stack_pointer);
-#ifdef EVAKERNELS_ASAN
+#ifdef EVAKERNELS_WATCH_ADDRESS
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
 }
 
 int number_of(const Fiber& fiber) { return static_cast<int>(&fiber - machine.fibers.data()); }
 
+struct RunsLater {
+  bool operator()(int a, int b) const { return machine.fibers[a].priority < machine.fibers[b].priority; }
+};
+
 void make_ready(Fiber& fiber) {
   fiber.state = State::Ready;
   machine.ready.push_back(number_of(fiber));
+  if (machine.policy != Policy::Any) std::push_heap(machine.ready.begin(), machine.ready.end(), RunsLater());
 }
 
 void open_barrier_if_all_are_there() {
@@ -184,7 +190,7 @@ void open_barrier_if_all_are_there() {
 }
 
 void run_thread() {
-#ifdef EVAKERNELS_ASAN
+#ifdef EVAKERNELS_WATCH_ADDRESS
   __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
 #endif
   acquire(&machine.order_of_starts);
@@ -210,7 +216,7 @@ void prepare(Fiber& fiber, int number) {
   fiber.index = {n % block.x, n / block.x % block.y, n / (block.x * block.y)};
   fiber.barriers = fiber.meetings = 0;
   if (!fiber.stack) fiber.stack = new_stack();
-#ifdef EVAKERNELS_TSAN
+#ifdef EVAKERNELS_WATCH_THREAD
   if (!fiber.sanitizer) fiber.sanitizer = __tsan_create_fiber(0);
 #endif
   // What switch_stacks takes from a stack: six registers and where to go on.
@@ -231,16 +237,21 @@ void draw_priorities() {
   }
 }
 
-// The position in `ready` of the thread to run.
-size_t choose() {
-  if (machine.policy == Policy::Any) return draw() % machine.ready.size();
-  if (draw() % 1024 == 0) draw_priorities();
-  size_t best = 0;
-  for (size_t i = 1; i < machine.ready.size(); ++i) {
-    const auto priority = [](size_t at) { return machine.fibers[machine.ready[at]].priority; };
-    if (priority(i) > priority(best)) best = i;
+// The thread to run, which is no longer among the ready ones.
+Fiber& take_ready() {
+  std::vector<int>& ready = machine.ready;
+  if (machine.policy == Policy::Any) {
+    std::swap(ready[draw() % ready.size()], ready.back());
+  } else {
+    if (draw() % 1024 == 0) {
+      draw_priorities();
+      std::make_heap(ready.begin(), ready.end(), RunsLater());
+    }
+    std::pop_heap(ready.begin(), ready.end(), RunsLater());
   }
-  return best;
+  Fiber& next = machine.fibers[ready.back()];
+  ready.pop_back();
+  return next;
 }
 
 void report_deadlock() {
@@ -263,13 +274,7 @@ void run_block() {
   draw_priorities();
   for (int i = 0; i < machine.threads; ++i) prepare(machine.fibers[i], i);
   release(&machine.order_of_starts);
-  while (!machine.ready.empty() && !machine.failed) {
-    const size_t position = choose();
-    Fiber& fiber = machine.fibers[machine.ready[position]];
-    machine.ready[position] = machine.ready.back();
-    machine.ready.pop_back();
-    to_fiber(fiber);
-  }
+  while (!machine.ready.empty() && !machine.failed) to_fiber(take_ready());
   acquire(&machine.order_of_ends);
   if (machine.alive > 0 && !machine.failed) report_deadlock();
 }
@@ -386,7 +391,7 @@ const char* launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   if (machine.threads < 1 || machine.threads > kMaxThreads || blocks == 0)
     return "invalid configuration argument";
-#ifdef EVAKERNELS_TSAN
+#ifdef EVAKERNELS_WATCH_THREAD
   machine.scheduler_sanitizer = __tsan_get_current_fiber();
 #endif
   // No vector grows in one thread and shrinks in another, which would look like a race.

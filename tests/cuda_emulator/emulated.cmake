@@ -1,33 +1,44 @@
-# _ops.so with the kernels of csrc/cuda in the emulator, and a program that drives them without Python.
-# EVAKERNELS_SANITIZE: the options of a sanitizer for the kernels, which the emulator itself is built without.
-set(EVAKERNELS_SANITIZE "" CACHE STRING "Compiler options of a sanitizer")
+# The kernels of csrc/cuda in the emulator, once for each way to watch them: in VARIANT/_ops.so, and in drive_VARIANT,
+# a program that drives them without Python. All else is compiled once, and not watched.
+set(VARIANTS coverage address thread)
+set(WATCH_coverage --coverage)
+set(WATCH_address -fsanitize=address,undefined -fno-sanitize-recover=all)
+set(WATCH_thread -fsanitize=thread)
 set(EMULATOR ${CMAKE_CURRENT_LIST_DIR})
-separate_arguments(SANITIZE UNIX_COMMAND "${EVAKERNELS_SANITIZE}")
-
-set_source_files_properties(${CUDA_SOURCES} PROPERTIES LANGUAGE CXX)
-add_library(emulated_kernels OBJECT ${CUDA_SOURCES})
-target_compile_definitions(emulated_kernels PRIVATE EVAKERNELS_EMULATED)
-target_include_directories(emulated_kernels PRIVATE csrc ${EMULATOR})
-# Device code is full of nvcc's #pragma unroll; -x: it would take .cu files for linker scripts.
-target_compile_options(emulated_kernels PRIVATE -x c++ -Wall -Wextra -Wno-unknown-pragmas ${SANITIZE})
-
-add_library(emulator OBJECT ${EMULATOR}/cuda_emulator.cpp)
-# No function of the C library, which sanitizers watch.
-target_compile_options(emulator PRIVATE -Wall -Wextra -O2 -fno-builtin -fno-tree-loop-distribute-patterns)
-if(EVAKERNELS_SANITIZE MATCHES "thread")
-  target_compile_definitions(emulator PRIVATE EVAKERNELS_TSAN)
-elseif(EVAKERNELS_SANITIZE MATCHES "address")
-  target_compile_definitions(emulator PRIVATE EVAKERNELS_ASAN)
-endif()
 
 list(TRANSFORM CUDA_OPS REPLACE ".+" "csrc/bind/torch_\\0.cpp" OUTPUT_VARIABLE TORCH_SOURCES)
-add_torch_library(${TORCH_SOURCES} $<TARGET_OBJECTS:emulated_kernels> $<TARGET_OBJECTS:emulator>)
-target_compile_definitions(_ops PRIVATE EVAKERNELS_CUDA EVAKERNELS_EMULATED)
-target_link_options(_ops PRIVATE ${SANITIZE})
+add_library(bindings OBJECT ${TORCH_SOURCES})
+compile_with_torch(bindings)
+target_compile_definitions(bindings PRIVATE EVAKERNELS_CUDA EVAKERNELS_EMULATED)
 
-add_executable(drive EXCLUDE_FROM_ALL ${EMULATOR}/drive.cpp ${EMULATOR}/drive_lamb.cpp ${EMULATOR}/drive_swiglu.cpp
-                                      ${EMULATOR}/drive_token_dropout.cpp
-                                      $<TARGET_OBJECTS:emulated_kernels> $<TARGET_OBJECTS:emulator>)
-target_include_directories(drive PRIVATE csrc)
-target_compile_options(drive PRIVATE -Wall -Wextra)
-target_link_options(drive PRIVATE ${SANITIZE})
+add_library(driver OBJECT ${EMULATOR}/drive.cpp ${EMULATOR}/drive_lamb.cpp ${EMULATOR}/drive_swiglu.cpp
+                          ${EMULATOR}/drive_token_dropout.cpp)
+target_include_directories(driver PRIVATE csrc)
+target_compile_options(driver PRIVATE -Wall -Wextra -O1)
+
+set_source_files_properties(${CUDA_SOURCES} PROPERTIES LANGUAGE CXX)
+foreach(variant IN LISTS VARIANTS)
+  set(watch ${WATCH_${variant}})
+  add_library(kernels_${variant} OBJECT ${CUDA_SOURCES})
+  target_compile_definitions(kernels_${variant} PRIVATE EVAKERNELS_EMULATED)
+  target_include_directories(kernels_${variant} PRIVATE csrc ${EMULATOR})
+  # Device code is full of nvcc's #pragma unroll; -x: it would take .cu files for linker scripts.
+  target_compile_options(kernels_${variant} PRIVATE -x c++ -Wall -Wextra -Wno-unknown-pragmas -g1 ${watch})
+
+  add_library(emulator_${variant} OBJECT ${EMULATOR}/cuda_emulator.cpp)
+  # No function of the C library, which sanitizers watch.
+  target_compile_options(emulator_${variant} PRIVATE -Wall -Wextra -O2 -fno-builtin -fno-tree-loop-distribute-patterns)
+  string(TOUPPER EVAKERNELS_WATCH_${variant} told)
+  target_compile_definitions(emulator_${variant} PRIVATE ${told})
+
+  set(objects $<TARGET_OBJECTS:kernels_${variant}> $<TARGET_OBJECTS:emulator_${variant}>)
+  add_library(ops_${variant} MODULE $<TARGET_OBJECTS:bindings> ${objects})
+  set_target_properties(ops_${variant} PROPERTIES OUTPUT_NAME _ops LIBRARY_OUTPUT_DIRECTORY ${variant}
+                                                  LINKER_LANGUAGE CXX)
+  link_with_torch(ops_${variant})
+  target_link_options(ops_${variant} PRIVATE ${watch})
+
+  add_executable(drive_${variant} $<TARGET_OBJECTS:driver> ${objects})
+  set_target_properties(drive_${variant} PROPERTIES LINKER_LANGUAGE CXX)
+  target_link_options(drive_${variant} PRIVATE ${watch})
+endforeach()

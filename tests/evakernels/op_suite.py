@@ -1,11 +1,14 @@
 """Runs the ops' accuracy tests in a process of their own, on what this process can't switch to."""
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 OPS = ("contrastive", "lamb", "layer_norm", "residual_norm", "rope_attention", "swiglu", "token_dropout")
@@ -21,6 +24,8 @@ def run_ops(
     **environment: str,
 ) -> None:
     """The chosen tests of the ops, under the `with` statement `before` if it is given, from `folder`."""
+    # Threads that wait for others asleep, as other tests may need the processor.
+    environment = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"} | environment
     call = RUN.format(choice=choice, files=[f"test_{op}.py" for op in ops])
     code = f"import evakernels\n{before}:\n    {call}" if before else call
     result = subprocess.run(
@@ -34,24 +39,41 @@ def run_ops(
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
 
 
-def build_library(build: Path, target: str = "_ops", source: Path = ROOT, **options: object) -> Path:
-    """Builds `target` with CMake, whose options these are, and returns the folder that it lies in."""
-    tools = {name: Path(sys.executable).with_name(name) for name in ("cmake", "ninja")}
-    cmake, ninja = (str(path) if path.exists() else name for name, path in tools.items())
-    options = {"CMAKE_MAKE_PROGRAM": ninja, "Python_EXECUTABLE": sys.executable} | options
+def tool(name: str) -> str:
+    """The program beside this Python, where pip puts it, or on PATH."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else name
+
+
+def build_library(build: Path, target: str = "all", **options: object) -> None:
+    """Builds `target` in the folder `build` with CMake, whose options these are."""
+    options = {"CMAKE_MAKE_PROGRAM": tool("ninja"), "Python_EXECUTABLE": sys.executable} | options
     arguments = [f"-D{name}={value}" for name, value in options.items()]
-    for command in (["-G", "Ninja", "-S", source, "-B", build, *arguments], ["--build", build, "--target", target]):
-        result = subprocess.run([cmake, *command], capture_output=True, text=True, check=False)
+    for command in (["-G", "Ninja", "-S", ROOT, "-B", build, *arguments], ["--build", build, "--target", target]):
+        result = subprocess.run([tool("cmake"), *command], capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
-    return build
 
 
-def copy_with_library(top: Path, **options: object) -> Path:
-    """A copy of the ops and their tests in `top`, with a library of its own. Returns the folder of the tests."""
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` filled, in the first of all the processes that run tests and ask for it."""
+    top = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        top = top.parent
+    folder, made = top / name, top / f"{name}.made"
+    with (top / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            make(folder)
+            made.touch()
+    return folder
+
+
+def copy_with_library(top: Path, library: Path) -> Path:
+    """A copy of the ops and their tests in `top`, with another library. Returns the folder of the tests."""
     shutil.copytree(ROOT / "evakernels", top / "evakernels", ignore=shutil.ignore_patterns("*.so"))
     shutil.copytree(ROOT / "tests/evakernels", top / "tests")
     (top / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
-    shutil.copy(build_library(top / "build", **options) / "_ops.so", top / "evakernels")
+    shutil.copy(library, top / "evakernels")
     return top / "tests"
 
 

@@ -8,6 +8,8 @@ from torch import nn
 
 from evakernels.nn import ClipLoss, SigLipLoss
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 WORLD = 3
 ROWS = 4
 LOSSES = {"clip": (ClipLoss, 0.0), "clip-smoothed": (ClipLoss, 0.2), "siglip": (SigLipLoss, None)}

@@ -10,6 +10,7 @@ SCRIPT = Path(__file__).parents[2] / "csrc/cuda/budget.py"
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("build")
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_kernels_keep_to_their_budget() -> None:
     spec = importlib.util.spec_from_file_location("budget", SCRIPT)

@@ -8,6 +8,7 @@ checks see something.
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,19 +16,18 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from op_suite import CHOICE, ROOT, build_library, copy_with_library, gcc, run_ops, sanitizer_runtimes
+from op_suite import CHOICE, ROOT, build_library, copy_with_library, gcc, made_once, run_ops, sanitizer_runtimes, tool
 
 OPS = ("layer_norm", "residual_norm", "norm_widths", "lamb", "native_lamb", "swiglu", "token_dropout")
 MORE = ("every_mix", "no_rows", "one_element", "strided", "finite", "bit_equal", "lamb", "any_layout", "refuses")
 CHECKS = " or ".join((CHOICE, *MORE))
-OPTIMISED = "-O1 -g -fno-strict-aliasing"
-SANITIZERS = {
-    "none": "",
-    "address": "-fsanitize=address,undefined -fno-sanitize-recover=all",
-    "thread": "-fsanitize=thread",
-    "coverage": "--coverage -O0",
-}
 LEAST_COVERAGE = 0.95
+OBJECTS = "CMakeFiles/kernels_{}.dir/csrc/cuda"
+SANITIZER_OPTIONS = {
+    # Its copies of stack frames would be made and thrown away with every fiber.
+    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    "TSAN_OPTIONS": "atexit_sleep_ms=0 halt_on_error=1",
+}
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,26 +36,66 @@ pytestmark = [
 ]
 
 
-def options(sanitizer: str) -> dict[str, object]:
-    return {
-        "EVAKERNELS_EMULATED": "ON",
-        "EVAKERNELS_SANITIZE": SANITIZERS[sanitizer],
-        "CMAKE_BUILD_TYPE": "None",
-        "CMAKE_CXX_COMPILER": gcc(),
-        "CMAKE_CXX_FLAGS": OPTIMISED,
-    }
-
-
 @pytest.fixture(scope="module")
-def tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all that emulated.cmake tells of is built."""
+
+    def make(build: Path) -> None:
+        options = {"CMAKE_CXX_COMPILER": gcc(), "CMAKE_BUILD_TYPE": "None", "CMAKE_CXX_FLAGS": "-fno-strict-aliasing"}
+        build_library(build, EVAKERNELS_EMULATED="ON", **options)
+
+    return made_once(tmp_path_factory, "emulated", make)
+
+
+@pytest.fixture
+def tests(emulated: Path, tmp_path: Path) -> Path:
     """A copy of the ops' tests, with a library in which the emulated kernels serve the CPU."""
-    return copy_with_library(tmp_path_factory.mktemp("emulated"), **options("none"))
+    return copy_with_library(tmp_path, emulated / "coverage/_ops.so")
 
 
-# Of each of the emulator's three ways to choose the next thread.
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_ops(tests: Path, seed: int) -> None:
-    run_ops(choice=CHECKS, folder=tests, ops=OPS, PYTHONPATH=str(tests.parent), EVAKERNELS_EMULATOR_SEED=str(seed))
+def counts_in(build: Path, folder: Path) -> dict[str, str]:
+    """The environment in which lines that are run are counted in `folder`, and not beside the objects in `build`."""
+    return {"GCOV_PREFIX": str(folder), "GCOV_PREFIX_STRIP": str(len(build.parts) - 1)}
+
+
+def line_coverage(build: Path, counts: Path) -> dict[Path, float]:
+    """The share of the lines of each file of device code that were run."""
+    runs: dict[Path, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    for notes in (build / OBJECTS.format("coverage")).glob("*.gcno"):
+        copy = shutil.copy(notes, counts / OBJECTS.format("coverage"))
+        report = subprocess.run(["gcov", "--json-format", "--stdout", copy], capture_output=True, check=True).stdout
+        for file in json.loads(report)["files"]:
+            path = (build / file["file"]).resolve()
+            if path.parent.name == "cuda":
+                for line in file["lines"]:
+                    runs[path][line["line_number"]] += line["count"]
+    return {path: sum(count > 0 for count in lines.values()) / len(lines) for path, lines in runs.items()}
+
+
+# Of the emulator's three ways to choose the next thread; the address sanitizer's test takes the one that is left.
+@pytest.mark.parametrize("seed", [0, 2])
+def test_ops_run_nearly_every_line_of_device_code(emulated: Path, tests: Path, tmp_path: Path, seed: int) -> None:
+    environment = {"PYTHONPATH": str(tests.parent), "EVAKERNELS_EMULATOR_SEED": str(seed)}
+    counts = tmp_path / "counts"
+    run_ops(choice=CHECKS, folder=tests, ops=OPS, **environment, **counts_in(emulated, counts))
+    coverage = line_coverage(emulated, counts)
+    report = "\n".join(f"{share:.0%} {path.name}" for path, share in sorted(coverage.items()))
+    print(report)
+    assert len(coverage) >= 8, report
+    assert min(coverage.values()) >= LEAST_COVERAGE, report
+
+
+def test_ops_are_clean_under_the_address_sanitizer(emulated: Path, tmp_path: Path) -> None:
+    watched = copy_with_library(tmp_path, emulated / "address/_ops.so")
+    run_ops(
+        choice=CHECKS,
+        folder=watched,
+        ops=OPS,
+        PYTHONPATH=str(watched.parent),
+        LD_PRELOAD=" ".join(sanitizer_runtimes(str(gcc()))),
+        EVAKERNELS_EMULATOR_SEED="1",
+        ASAN_OPTIONS=SANITIZER_OPTIONS["ASAN_OPTIONS"],
+    )
 
 
 def test_the_emulated_kernels_are_what_runs(tests: Path) -> None:
@@ -89,84 +129,52 @@ def test_a_wrong_index_ends_the_launch(tests: Path) -> None:
     assert result.stdout.count("token_index is out of range") == 2, result.stdout
 
 
-def test_ops_are_clean_under_the_address_sanitizer(tmp_path: Path) -> None:
-    watched = copy_with_library(tmp_path, **options("address"))
-    run_ops(
-        choice=CHECKS,
-        folder=watched,
-        ops=OPS,
-        PYTHONPATH=str(watched.parent),
-        LD_PRELOAD=" ".join(sanitizer_runtimes(str(gcc()))),
-        ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0",
-    )
+def complaint(driver: Path, seed: int = 1) -> str:
+    """What the program or the sanitizer says; nothing if all is right."""
+    # The thread sanitizer of older compilers can't run where addresses are drawn at random.
+    command = [*(["setarch", "-R"] if shutil.which("setarch") else []), driver]
+    environment = os.environ | SANITIZER_OPTIONS | counts_in(driver.parent, driver.with_suffix(".counts"))
+    environment["EVAKERNELS_EMULATOR_SEED"] = str(seed)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    return "" if result.returncode == 0 else f"exit code {result.returncode}: {result.stdout}{result.stderr}"
 
 
-def line_coverage(build: Path) -> dict[Path, float]:
-    """The share of the lines of each file of device code that were run."""
-    runs: dict[Path, dict[int, int]] = defaultdict(lambda: defaultdict(int))
-    for counts in build.glob("CMakeFiles/emulated_kernels.dir/csrc/cuda/*.gcda"):
-        report = subprocess.run(["gcov", "--json-format", "--stdout", counts], capture_output=True, check=True).stdout
-        for file in json.loads(report)["files"]:
-            path = (build / file["file"]).resolve()
-            if path.parent.name == "cuda":
-                for line in file["lines"]:
-                    runs[path][line["line_number"]] += line["count"]
-    return {path: sum(count > 0 for count in lines.values()) / len(lines) for path, lines in runs.items()}
+def build_faulty(build: Path, folder: Path, variant: str, file: str, right: str, wrong: str) -> Path:
+    """The driver of a variant with one object compiled while `right`, which stands once in the file, is `wrong`."""
+    text = (ROOT / "csrc/cuda" / file).read_text()
+    assert text.count(right) == 1, (file, right)
+    changed = folder / "csrc/cuda" / file
+    changed.parent.mkdir(parents=True)
+    changed.write_text(text.replace(right, wrong))
+    unit = COMPILED_IN.get(file, file)
+    true, faulty = f"{OBJECTS.format(variant)}/{unit}.o", str(folder / "faulty.o")
+    ninja = [tool("ninja"), "-t", "commands", f"drive_{variant}"]
+    commands = subprocess.run(ninja, cwd=build, capture_output=True, text=True, check=True).stdout.splitlines()
+    (compiling,) = (shlex.split(command) for command in commands if f"-o {true} " in command)
+    if unit == file:
+        compiling[-1] = str(changed)
+    # The folder of the changed file comes before that of the right one, and the faulty object before those that hold
+    # other copies of its templates.
+    compiling[1:1] = [f"-I{folder / 'csrc'}"]
+    linking = [word for word in shlex.split(commands[-1]) if word not in (":", "&&", true) and word[:4] != "-Wl,"]
+    linking[1:1] = [faulty]
+    linking[-1] = str(folder / "drive")
+    for call in ([word.replace(true, faulty) for word in compiling], linking):
+        result = subprocess.run(call, cwd=build, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr[-5000:]
+    return folder / "drive"
 
 
-def test_the_ops_tests_run_nearly_every_line_of_device_code(tmp_path: Path) -> None:
-    copy = copy_with_library(tmp_path, **options("coverage"))
-    run_ops(choice=CHECKS, folder=copy, ops=OPS, PYTHONPATH=str(copy.parent))
-    coverage = line_coverage(tmp_path / "build")
-    report = "\n".join(f"{share:.0%} {path.name}" for path, share in sorted(coverage.items()))
-    print(report)
-    assert len(coverage) >= 8, report
-    assert min(coverage.values()) >= LEAST_COVERAGE, report
-
-
-class Driver:
-    """The program that runs the kernels without Python, built from a copy of the sources that may be changed."""
-
-    def __init__(self, folder: Path, sanitizer: str) -> None:
-        self.source, self.build, self.sanitizer = folder / "source", folder / "build", sanitizer
-        for name in ("csrc", "tests/cuda_emulator"):
-            shutil.copytree(ROOT / name, self.source / name)
-        shutil.copy(ROOT / "CMakeLists.txt", self.source)
-
-    def complaint(self, seed: int = 1) -> str:
-        """What the program or the sanitizer says; nothing if all is right."""
-        build_library(self.build, "drive", self.source, **options(self.sanitizer))
-        # The thread sanitizer of older compilers can't run where addresses are drawn at random.
-        command = [*(["setarch", "-R"] if shutil.which("setarch") else []), self.build / "drive"]
-        environment = os.environ | {
-            "EVAKERNELS_EMULATOR_SEED": str(seed),
-            "TSAN_OPTIONS": "atexit_sleep_ms=0 halt_on_error=1",
-            # Its copies of stack frames would be made and thrown away with every fiber.
-            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-        }
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-        return "" if result.returncode == 0 else f"exit code {result.returncode}: {result.stdout}{result.stderr}"
-
-    def planted(self, file: str, right: str, wrong: str, seed: int = 1) -> str:
-        """The complaint while `right`, which stands once in the file, is replaced by `wrong`."""
-        path = self.source / "csrc/cuda" / file
-        text = path.read_text()
-        assert text.count(right) == 1, (file, right)
-        path.write_text(text.replace(right, wrong))
-        try:
-            return self.complaint(seed)
-        finally:
-            path.write_text(text)
-
-
-@pytest.fixture(scope="module")
-def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Driver:
-    return Driver(tmp_path_factory.mktemp("driver"), request.param)
-
-
+# The file that a changed header is compiled in, which the others are linked with as they are.
+COMPILED_IN = {
+    "norm_rows.cuh": "add_norm_forward.cu",
+    "norm_plan.h": "add_norm_forward.cu",
+    "column_sums.cuh": "swiglu_norm_backward.cu",
+    "lamb_table.cuh": "lamb.cu",
+}
 LAST_SUM = "    __syncthreads();\n    const int warps"
 FAULTS = {
-    # name: the sanitizer that sees it, what is said, the file, what is right there and what is planted
+    # name: the variant that shows it, what is said, the file, what is right there and what is planted
     "barrier": ("thread", "data race", "norm_rows.cuh", LAST_SUM, LAST_SUM.replace("__syncthreads();", "")),
     "reuse": ("thread", "data race", "norm_rows.cuh", "turn_ ^= 1;", ""),
     "rows of a block": (
@@ -176,16 +184,22 @@ FAULTS = {
         "      }\n      __syncthreads();\n    }",
         "      }\n    }",
     ),
-    "barrier, by its result": ("none", "wrong", "norm_rows.cuh", LAST_SUM, LAST_SUM.replace("__syncthreads();", "")),
+    "barrier, by its result": (
+        "coverage",
+        "wrong",
+        "norm_rows.cuh",
+        LAST_SUM,
+        LAST_SUM.replace("__syncthreads();", ""),
+    ),
     "uninitialised": (
-        "none",
+        "coverage",
         "error nan",
         "column_sums.cuh",
         "    scratch.sums[n][threadIdx.y][threadIdx.x] = sum;",
         "    if (sum != 0.0f) scratch.sums[n][threadIdx.y][threadIdx.x] = sum;",
     ),
     "uneven barrier": (
-        "none",
+        "coverage",
         "deadlock",
         "norm_rows.cuh",
         "    }\n    __syncthreads();\n    const int warps",
@@ -199,7 +213,7 @@ FAULTS = {
         "sums[i];\n  __syncthreads();\n",
         "sums[i];\n",
     ),
-    "alignment": ("none", "misaligned", "norm_plan.h", "width % elements == 0", "width > 0"),
+    "alignment": ("coverage", "misaligned", "norm_plan.h", "width % elements == 0", "width > 0"),
     "barrier of the norms": (
         "thread",
         "data race",
@@ -207,7 +221,7 @@ FAULTS = {
         "  __syncthreads();\n  if (threadIdx.x >= 2) return;",
         "  if (threadIdx.x >= 2) return;",
     ),
-    "alignment of one buffer": ("none", "misaligned", "lamb_table.cuh", "common ? head : kNoVectors", "head"),
+    "alignment of one buffer": ("coverage", "misaligned", "lamb_table.cuh", "common ? head : kNoVectors", "head"),
     "one edge too many": (
         "address",
         "heap-buffer-overflow",
@@ -225,13 +239,18 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("driver", ["none", "address", "thread"], indirect=True)
-def test_the_driver_has_no_complaint(driver: Driver) -> None:
+@pytest.mark.parametrize("variant", ["coverage", "address", "thread"])
+def test_the_driver_has_no_complaint(emulated: Path, variant: str) -> None:
     for seed in range(3):
-        assert driver.complaint(seed) == ""
+        assert complaint(emulated / f"drive_{variant}", seed) == ""
 
 
-@pytest.mark.parametrize(("driver", "fault"), [(FAULTS[name][0], name) for name in FAULTS], indirect=["driver"])
-def test_a_planted_fault_is_seen(driver: Driver, fault: str) -> None:
-    _, said, *change = FAULTS[fault]
-    assert said in driver.planted(*change)
+@pytest.mark.parametrize("variant", ["coverage", "address", "thread"])
+def test_what_is_planted_is_the_only_fault(emulated: Path, tmp_path: Path, variant: str) -> None:
+    assert complaint(build_faulty(emulated, tmp_path, variant, "norm_rows.cuh", LAST_SUM, LAST_SUM + " ")) == ""
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(emulated: Path, tmp_path: Path, fault: str) -> None:
+    variant, said, *change = FAULTS[fault]
+    assert said in complaint(build_faulty(emulated, tmp_path, variant, *change))

@@ -20,15 +20,15 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
 import evakernels.triton
 from evakernels import tuning
 from evakernels.tuning.calls import Draw, calls
+from evakernels.tuning.search import kernels_of
 
 DUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-EVERY_DTYPE = 90
-"""The GPU for which all dtypes and all calls are compiled; for the others bfloat16 and the first call, which has most."""
+THOROUGH = 90
+"""The GPU for which float32 is compiled too, and the calls that lack something; what they take is less, or the same."""
 
 
 @dataclass(frozen=True)
@@ -61,24 +61,14 @@ class AbsentGPU:
         return 0
 
 
-def compiled_by(launcher: Any, arguments: tuple[Any, ...]) -> list[Any]:
-    """The kernels that a call of the launcher would launch."""
-    kernels = []
-
-    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernels.append(run(self, *args, grid=grid, warmup=True, **options))
-        return kernels[-1]
-
-    run, JITFunction.run = JITFunction.run, compile_only
+def compiled(op: str, arguments: tuple[Any, ...]) -> list[Any]:
+    """The kernels that a call of the op would launch."""
     try:
-        launcher(*arguments)
+        return kernels_of(evakernels.triton.launcher(op), arguments, compile_only=True)
     except Exception as error:
         sizes = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in arguments]
-        error.add_note(f"{launcher.__name__} of {sizes} on {driver.active.get_current_target()}")
+        error.add_note(f"{op} of {sizes} on {driver.active.get_current_target()}")
         raise
-    finally:
-        JITFunction.run = run
-    return kernels
 
 
 def registers_and_stack(cubin: bytes) -> tuple[int, int]:
@@ -95,21 +85,27 @@ def usages(capability: int) -> Iterator[Usage]:
     driver.set_active(AbsentGPU(capability))
     tuning.gpu_of = lambda tensor: ("", capability)
     measured = {}
-    everything = capability == EVERY_DTYPE
-    dtypes = [torch.bfloat16, torch.float16, torch.float32] if everything else [torch.bfloat16]
     for op, entries in tuning.table("", capability).items():
-        launcher = evakernels.triton.launcher(op)
-        for entry in entries:
-            for dtype in dtypes:
-                if dtype.itemsize != entry["shape"].get("itemsize", dtype.itemsize):
-                    continue
-                arguments_of_calls = calls(op, entry["shape"], Draw("meta", dtype))
-                for arguments in arguments_of_calls if everything else islice(arguments_of_calls, 1):
-                    for kernel in compiled_by(launcher, arguments):
-                        where = capability, op, entry["shape"], str(dtype).removeprefix("torch.")
-                        if kernel.hash not in measured:
-                            measured[kernel.hash] = registers_and_stack(kernel.asm["cubin"])
-                        yield Usage(*where, kernel.metadata.name, *measured[kernel.hash], kernel.metadata.shared)
+        for shape, dtype, arguments in calls_of(op, entries, thorough=capability == THOROUGH):
+            for kernel in compiled(op, arguments):
+                if kernel.hash not in measured:
+                    measured[kernel.hash] = registers_and_stack(kernel.asm["cubin"])
+                name, shared = kernel.metadata.name, kernel.metadata.shared
+                yield Usage(capability, op, shape, str(dtype), name, *measured[kernel.hash], shared)
+
+
+def calls_of(op: str, entries: list[Any], *, thorough: bool) -> Iterator[tuple[dict[str, int], torch.dtype, Any]]:
+    """Shape, dtype and arguments: of each entry the first call, which has all that may be present."""
+    for number, entry in enumerate(entries):
+        for dtype in (torch.bfloat16, torch.float32) if thorough else (torch.bfloat16,):
+            # An entry for one size of elements is compiled for that one, whichever GPU it is for.
+            itemsize = entry["shape"].get("itemsize", dtype.itemsize)
+            if thorough and itemsize != dtype.itemsize:
+                continue
+            dtype = dtype if itemsize == dtype.itemsize else torch.float32
+            several = thorough and number == 0 and dtype == torch.bfloat16
+            for arguments in islice(calls(op, entry["shape"], Draw("meta", dtype)), None if several else 1):
+                yield entry["shape"], dtype, arguments
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ def project(tmp_path: Path) -> Path:
     return target
 
 
-def build(project: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Builds a wheel into `project`/dist."""
+def build(project: Path, target: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Builds a wheel into `target`."""
     pip = [
         sys.executable,
         "-m",
@@ -55,7 +55,7 @@ def build(project: Path, **environment: str) -> subprocess.CompletedProcess[str]
         "--no-deps",
         "--no-index",
         "-w",
-        "dist",
+        target,
         ".",
     ]
     chosen = ("CXX", "CUDACXX", "EVAKERNELS_CUDA", "EVAKERNELS_NATIVE")
@@ -69,9 +69,9 @@ def run_setup(project: Path, command: str, **environment: str) -> subprocess.Com
     return subprocess.run(python, cwd=project, env=os.environ | environment, capture_output=True, text=True)
 
 
-def only_wheel(project: Path, result: subprocess.CompletedProcess[str]) -> Path:
+def only_wheel(target: Path, result: subprocess.CompletedProcess[str]) -> Path:
     assert result.returncode == 0, result.stdout + result.stderr
-    (wheel,) = (project / "dist").glob("*.whl")
+    (wheel,) = target.glob("*.whl")
     return wheel
 
 
@@ -105,7 +105,7 @@ def test_library_is_loaded_where_it_can_be_built() -> None:
 
 @pytest.mark.slow
 def test_wheel_without_compiler_is_pure_python(project: Path, tmp_path: Path) -> None:
-    wheel = only_wheel(project, build(project, CXX=ABSENT))
+    wheel = only_wheel(tmp_path / "dist", build(project, tmp_path / "dist", CXX=ABSENT))
     assert wheel.name.endswith("-py3-none-any.whl")
     names = names_in(wheel)
     assert {"evakernels/py.typed", "evakernels/_build.json", "evaclip/py.typed", "evaclip/cli.py"} <= names
@@ -117,15 +117,21 @@ def test_wheel_without_compiler_is_pure_python(project: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_wheel_with_native_library(project: Path, tmp_path: Path) -> None:
+@pytest.mark.xdist_group("build")
+def test_wheel_with_native_library(tmp_path: Path) -> None:
+    """From the project's own folder: what was compiled there is not compiled again."""
     if not _native.LOADED:
         pytest.skip(f"the native library can't be built here: {_native.REASON}")
-    wheel = only_wheel(project, build(project, EVAKERNELS_NATIVE="on", EVAKERNELS_CUDA_ARCHS="90-real"))
+    # What setuptools leaves, and would take from an earlier run, stays out of it.
+    settings = tmp_path / "settings.cfg"
+    settings.write_text(f"[build]\nbuild_base={tmp_path}/build\n[egg_info]\negg_base={tmp_path}\n")
+    target = tmp_path / "dist"
+    wheel = only_wheel(target, build(ROOT, target, EVAKERNELS_NATIVE="on", DIST_EXTRA_CONFIG=str(settings)))
     assert "-none-any" not in wheel.name
     names = names_in(wheel)
     configs = {f"evaclip/configs/{path.name}" for path in (ROOT / "evaclip/configs").glob("*.json")}
     assert {"evakernels/_ops.so", "evakernels/_build.json", "evakernels/py.typed"} | configs <= names
-    assert [name for name in names if re.fullmatch(r"evakernels/_C\..*\.so", name)]
+    assert len([name for name in names if re.fullmatch(r"evakernels/_C\..*\.so", name)]) == 1
     assert not [name for name in names if name.startswith(("csrc", "tests", "build"))]
     unpacked = tmp_path / "unpacked"
     native = report_of(wheel, unpacked)["native"]
@@ -134,7 +140,9 @@ def test_wheel_with_native_library(project: Path, tmp_path: Path) -> None:
     assert native["isa"] == native["isas_available"][-1]
     assert native["version"] == wheel.name.split("-")[1]
     assert_runs_under_any_python(unpacked / "evakernels/_ops.so")
-    assert_instruction_sets_share_no_symbol(project)
+    objects = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+    assert_instruction_sets_share_no_symbol(objects)
+    assert_nothing_outside_of_csrc_is_compiled(objects)
 
 
 def assert_runs_under_any_python(library: Path) -> None:
@@ -145,13 +153,31 @@ def assert_runs_under_any_python(library: Path) -> None:
     assert not re.findall(r" U _ZN\w*(?:2at|3c10|5torch)\w*", symbols)
 
 
-def assert_instruction_sets_share_no_symbol(project: Path) -> None:
+def assert_instruction_sets_share_no_symbol(build: Path) -> None:
     """A weak symbol in these objects could make baseline code call an AVX-512 copy."""
-    objects = list((project / "build").glob("cmake-*/CMakeFiles/kernels_*.dir/csrc/cpu/*.o"))
+    objects = list(build.glob("CMakeFiles/kernels_*.dir/csrc/cpu/*.o"))
     assert objects
     for path in objects:
         symbols = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
         assert not re.findall(r"^\w* [uvVwW] .*", symbols, flags=re.MULTILINE), path
+
+
+def assert_nothing_outside_of_csrc_is_compiled(build: Path) -> None:
+    """A source distribution has no other sources."""
+    ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    assert ninja is not None
+    result = subprocess.run([ninja, "-t", "deps"], cwd=build, capture_output=True, text=True, check=True)
+    read = {(build / line.strip()).resolve() for line in result.stdout.splitlines() if line.startswith(" ")}
+    own = {path for path in read if path.is_relative_to(ROOT) and not path.is_relative_to(sys.prefix)}
+    assert own
+    assert not [path for path in own if not path.is_relative_to(ROOT / "csrc")]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_the_gpus_to_compile_for_are_the_chosen_ones(project: Path) -> None:
+    result = run_setup(project, "build", EVAKERNELS_CUDA="on", EVAKERNELS_CUDA_ARCHS="90-real,91-unreal")
+    assert result.returncode != 0
+    assert "91-unreal" in result.stdout + result.stderr
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from evaclip.train.config import EvalConfig, LogConfig
 from evaclip.train.recipes import get_recipe
 from evaclip.train.trainer import train
 
+pytestmark = pytest.mark.xdist_group("evaluation")
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
