@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evakernels.reference._numerics import accumulation_dtype
 
-CAUSAL_LENGTHS = 16
+CAUSAL_LENGTHS = 32
 """What the lengths of causal sequences are rounded up to a multiple of."""
 
 _UNROTATED = (None, None, None, 0)

@@ -33,3 +33,7 @@ def test_widths_of_models() -> None:
 
 def test_traffic() -> None:
     run_ops(choice="test_", ops=["triton_traffic"], TRITON_INTERPRET="1")
+
+
+def test_attention() -> None:
+    run_ops(choice="test_", ops=["triton_attention"], TRITON_INTERPRET="1")
