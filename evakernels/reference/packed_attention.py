@@ -68,7 +68,8 @@ def _batches(offsets: Tensor, causal: bool) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _grid(x: Tensor, rows: Tensor) -> Tensor:
     """Rows `[T, ...]` -> `[B, N, ...]`."""
-    return x.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+    grid: Tensor = x.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+    return grid
 
 
 def _fill(x: Tensor, rows: Tensor, inside: Tensor, grid: Tensor) -> None:

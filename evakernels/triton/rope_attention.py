@@ -108,7 +108,7 @@ class Attention:
         apart = (_padded(patches, rows) + PREFIX_ROWS.value) * (_padded(patches, step) + PREFIX_ROWS.value)
         if self.num_prefix == 0 or together <= apart:
             return 0
-        return 1 if self.num_prefix == 1 else PREFIX_ROWS.value
+        return 1 if self.num_prefix == 1 else int(PREFIX_ROWS.value)
 
     def _strides(self) -> tuple[int, list[int]]:
         """A number of elements, and the strides of q, k, v and the log-sum-exps: those of the heads in that unit.
@@ -131,13 +131,14 @@ class Attention:
         return tables, (0, cos.shape[1]) if is_compact(cos, self.q.shape[-1]) else (cos.stride(0), None)
 
 
-def dense_heads(*heads: Tensor) -> tuple[Tensor, ...]:
-    """With dense vectors: views where they are, else copies."""
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in heads)
+def dense_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With dense vectors: as they are where that holds, else copies."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return q, k, v
 
 
 def _padded(tokens: int, tile: int) -> int:
-    return triton.cdiv(tokens, tile) * tile
+    return -(-tokens // tile) * tile
 
 
 def rope_attention_forward(
@@ -153,9 +154,8 @@ def rope_attention_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = q.shape
-    rotation = cos, sin, token_index, num_prefix, interleaved
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
-    call = Attention(*dense_heads(q, k, v), tokens, causal, scale, None, *rotation)
+    call = Attention(*dense_heads(q, k, v), tokens, causal, scale, None, cos, sin, token_index, num_prefix, interleaved)
     return call.forward("rope_attention_forward", lse), lse
 
 
@@ -174,6 +174,7 @@ def rope_attention_backward(
     interleaved: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rotation = cos, sin, token_index, num_prefix, interleaved
-    call = Attention(*dense_heads(q, k, v), q.shape[1], causal, scale, None, *rotation)
+    call = Attention(
+        *dense_heads(q, k, v), q.shape[1], causal, scale, None, cos, sin, token_index, num_prefix, interleaved
+    )
     return call.backward("rope_attention_backward", dout, out, lse)
