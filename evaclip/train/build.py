@@ -94,6 +94,8 @@ def build_model(config: TrainConfig, device: torch.device) -> CLIP:
     model: CLIP = create_model(
         config.model.name,
         pretrained=config.model.pretrained,
+        pretrained_image=config.model.pretrained_image,
+        pretrained_text=config.model.pretrained_text,
         device=device,
         precision=precision,
         savings=config.model.savings,

@@ -16,7 +16,8 @@ from evaclip.weights.layouts import to_original
 
 _log = logging.getLogger(__name__)
 
-_POS_EMBED = "visual.pos_embed"
+_POS_EMBED, _PATCH_KERNEL = "pos_embed", "patch_embed.proj.weight"
+_IMAGE = "visual."
 _INDEX = re.compile(r"\b(blocks|resblocks)\.(\d+)\.")
 
 
@@ -33,15 +34,41 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
     Raises:
         UserError: naming every missing, unexpected and misshapen parameter; the model is then unchanged.
     """
+    model.load_state_dict(_fitting(model, source))
+
+
+def materialize(model: nn.Module, source: Path, device: torch.device) -> None:
+    """Gives a model on the meta device its weights: no memory is taken beside that of the weights themselves.
+
+    Tensors that need no conversion are views of the mapped file; they are copied when they are first written to.
+    The rest is as for `load_weights`.
+    """
+    state = _fitting(model, source)
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    for name in list(state):
+        state[name] = state[name].to(device, dtypes[name])
+    model.load_state_dict(state, assign=True)
+
+
+def _fitting(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of `source`, which have the names and shapes of the model's."""
     state = to_original(source) if isinstance(source, Mapping) else load_state_dict(source)
     expected = model.state_dict()
-    if _POS_EMBED in state and _POS_EMBED in expected:
-        state[_POS_EMBED] = _fitted(state[_POS_EMBED], expected[_POS_EMBED].shape[1])
-    problems = _differences(state, expected)
+    fit_image_size(state, expected, _IMAGE)
+    problems = differences(state, expected)
     if problems:
         origin = "the weights" if isinstance(source, Mapping) else f"the weights {str(source)!r}"
         raise UserError(f"{origin} don't fit the model: {'; '.join(problems)}")
-    model.load_state_dict(state)
+    return state
+
+
+def fit_image_size(state: dict[str, Tensor], expected: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Resizes the position embedding and the patch kernel among `state` to those of the model, and logs it."""
+    pos_embed, kernel = prefix + _POS_EMBED, prefix + _PATCH_KERNEL
+    if pos_embed in state and pos_embed in expected:
+        state[pos_embed] = _fitted(state[pos_embed], expected[pos_embed].shape[1])
+    if kernel in state and kernel in expected:
+        state[kernel] = _fitted_kernel(state[kernel], expected[kernel].shape)
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:
@@ -57,6 +84,15 @@ def resize_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:
     return torch.cat([cls, resized.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
 
 
+def _fitted_kernel(kernel: Tensor, shape: torch.Size) -> Tensor:
+    if kernel.ndim != 4 or kernel.shape == shape or kernel.shape[:2] != shape[:2]:
+        return kernel
+    _log.info("resizing the patch kernel from %d to %d pixels", kernel.shape[-1], shape[-1])
+    # Bicubic as the position embedding, without regard to its norm: so the released B/16 came from patches of 14.
+    resized = F.interpolate(kernel.float(), size=shape[2:], mode="bicubic", align_corners=False, antialias=False)
+    return resized.to(kernel.dtype)
+
+
 def _fitted(pos_embed: Tensor, tokens: int) -> Tensor:
     patches = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 else 0
     if patches < 1 or patches == tokens - 1 or math.isqrt(patches) ** 2 != patches:
@@ -65,7 +101,8 @@ def _fitted(pos_embed: Tensor, tokens: int) -> Tensor:
     return resize_pos_embed(pos_embed, math.isqrt(tokens - 1))
 
 
-def _differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+def differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """What keeps `state` from being loaded, by kind; names that differ in their block only are put together."""
     missing = expected.keys() - state.keys()
     unexpected = state.keys() - expected.keys()
     shared = [name for name in expected if name in state]
