@@ -10,11 +10,20 @@ from evaclip.errors import UserError, unknown_name
 from evaclip.model.clip import CLIP
 from evaclip.model.config import ALIASES, get_config, list_models, override
 from evaclip.model.savings import Savings
+from evaclip.model.vision_model import VisionModel
+from evaclip.model.vision_names import RELEASES, split_name, vision_config
 from evaclip.tokenizer import Tokenizer
 from evaclip.transforms import EvalTransform, TrainTransform
 from evaclip.weights import find_weights, materialize, read_preprocess, start_image_tower, start_text_tower
 
-__all__ = ["create_model", "create_model_and_transforms", "get_config", "get_tokenizer", "list_models"]
+__all__ = [
+    "create_model",
+    "create_model_and_transforms",
+    "create_vision_model",
+    "get_config",
+    "get_tokenizer",
+    "list_models",
+]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -67,6 +76,50 @@ def create_model(
             start_text_tower(model.text, find_weights(pretrained_text, name))
         return model.to(dtype)
     materialize(model.to(dtype), weights, target)
+    return model
+
+
+def create_vision_model(
+    name: str,
+    *,
+    pretrained: bool | str | Path = False,
+    num_classes: int | None = None,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    savings: Savings | None = None,
+    **overrides: Any,
+) -> VisionModel:
+    """An image model of the EVA series in training mode, with random or pretrained weights.
+
+    Args:
+        name: timm's name, such as `eva02_base_patch14_448.mim_in22k_ft_in1k`; without a tag the model's first.
+        pretrained: True for the weights that the tag stands for; or a file, or `hf-hub:OWNER/NAME`, in timm's layout
+            or the authors'.
+        num_classes: of the classifier; None for that of the weights, 0 for none. A classifier of another size than
+            that of the weights gets start values.
+        device, precision, savings: as for `create_model`.
+        overrides: options of `VisionConfig` to change, such as `image_size=(448, 672)`.
+
+    Raises:
+        UserError: for names, options or weights that don't exist or don't fit together.
+    """
+    dtype, target = _dtype(precision), _device(device)
+    model_name, tag = split_name(name)
+    tag = tag or next(iter(RELEASES[model_name]))
+    release = RELEASES[model_name][tag]
+    config = override(vision_config(model_name), overrides)
+    classes = release.num_classes if num_classes is None else num_classes
+    with torch.device("meta"):
+        model = VisionModel(config, release.num_classes if pretrained else classes, release.preprocess, savings)
+    if target.type == "meta":
+        return model.to(dtype)
+    if not pretrained:
+        model.to_empty(device=target).reset_parameters()
+        return model.to(dtype)
+    source = f"hf-hub:timm/{model_name}.{tag}" if pretrained is True else pretrained
+    materialize(model.to(dtype), find_weights(source, name), target)
+    if classes != release.num_classes:
+        model.reset_classifier(classes)
     return model
 
 

@@ -55,7 +55,7 @@ class Attention(nn.Module):
             self.q_proj = nn.Linear(width, width, bias=False)
             self.k_proj = nn.Linear(width, width, bias=False)
             self.v_proj = nn.Linear(width, width, bias=False)
-            self.inner_attn_ln = vision_norm(config, width)
+            self.inner_attn_ln = vision_norm(config, width) if config.attn_sub_norm else None
         else:
             self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.sub_norm = config.sub_norm
@@ -68,7 +68,8 @@ class Attention(nn.Module):
         if self.sub_norm:
             for linear in (self.q_proj, self.k_proj, self.v_proj):
                 reset_linear(linear)
-            self.inner_attn_ln.reset_parameters()
+            if self.inner_attn_ln is not None:
+                self.inner_attn_ln.reset_parameters()
         else:
             reset_linear(self.qkv)
         for bias in (self.q_bias, self.v_bias):
@@ -96,7 +97,7 @@ class Attention(nn.Module):
             out = attend_once(q.squeeze(1), k, v).unsqueeze(1)
         else:
             out = rope_attention(q, k, v, cos, sin, token_index=token_index, num_prefix=1).flatten(2)
-        if self.sub_norm:
+        if self.sub_norm and self.inner_attn_ln is not None:
             out = self.inner_attn_ln(out)
         projected: Tensor = self.proj(out)
         return projected

@@ -144,7 +144,7 @@ def _loader(
         world_size=world.size,
         window=data.shuffle_window,
         prefetch=data.prefetch,
-        decode_size=_JPEG_MARGIN * size if data.jpeg_reduction else None,
+        decode_size=_JPEG_MARGIN * max(model.config.vision.image_shape) if data.jpeg_reduction else None,
     )
 
 

@@ -24,7 +24,8 @@ def convert(source: Path, target: Path, layout: str, model: str | None = None) -
         source: what `load_state_dict` reads.
         target: `.safetensors`, or `.pt`, `.pth`, `.bin` for a file of `torch.save`.
         layout: one of `FORMATS`.
-        model: name of the configuration; None finds it by the shapes. Only `original` needs to know it.
+        model: name of the configuration. `original` needs to know it, and finds it by the shapes for None; so does
+            `timm` of an `eva_large_*`.
 
     Raises:
         UserError: for files or names that don't fit together; nothing is written then.
@@ -71,6 +72,6 @@ def _with_rotary_tables(state: Mapping[str, Tensor], model: str | None) -> dict[
 _LAYOUTS: dict[str, Callable[[dict[str, Tensor], str | None], dict[str, Tensor]]] = {
     "original": _with_rotary_tables,
     "open_clip": lambda state, model: to_open_clip(state),
-    "timm": lambda state, model: to_timm(state),
+    "timm": lambda state, model: to_timm(state, joint_bias=(model or "").startswith("eva_large")),
     "safetensors": lambda state, model: state,
 }

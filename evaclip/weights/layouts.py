@@ -5,7 +5,7 @@ tower, which are timm's with a prefix; old files have the text tower without a p
 names or the whole dictionary. No tensor is ever changed.
 
 A file may hold an image tower alone, under the names of the whole model without `visual.`: those of masked image
-modelling, which CLIP training starts from, and timm's.
+modelling, which CLIP training starts from, and timm's. Some of timm's put several tensors into one; see `packing`.
 """
 
 import re
@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from evaclip.errors import UserError
+from evaclip.weights.packing import pack, unpack
 
 _WRAPPERS = ("model", "module", "state_dict")
 _PARALLEL = "module."
@@ -51,6 +52,7 @@ def to_original(state: Mapping[str, Any]) -> dict[str, Tensor]:
     old = _OPEN_CLIP if any(name.startswith(_OPEN_CLIP) for name in flat) else ""
     if not old and not is_image_tower(flat):
         return flat
+    flat = unpack(flat)
     names = {theirs: ours for ours, theirs in _block_names(flat).items()}
     return {_renamed(name, old, _ORIGINAL if old else "", names): tensor for name, tensor in flat.items()}
 
@@ -63,14 +65,20 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     if is_image_tower(state):
         raise UserError("the weights are those of an image tower alone; open_clip's layout has a text tower too")
-    names = _block_names(state)
-    return {_renamed(name, _ORIGINAL, _OPEN_CLIP, names): tensor for name, tensor in state.items()}
+    packed = pack(state)
+    names = _block_names(packed)
+    return {_renamed(name, _ORIGINAL, _OPEN_CLIP, names): tensor for name, tensor in packed.items()}
 
 
-def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The image tower of a model here, or an image tower alone, under timm's names."""
-    names, old = _block_names(state), "" if is_image_tower(state) else _ORIGINAL
-    return {_renamed(name, old, "", names): tensor for name, tensor in state.items() if name.startswith(old)}
+def to_timm(state: Mapping[str, Tensor], joint_bias: bool = False) -> dict[str, Tensor]:
+    """The image tower of a model here, or an image tower alone, under timm's names.
+
+    `joint_bias` is for `eva_large_*`, whose q, k and v have one bias there.
+    """
+    old = "" if is_image_tower(state) else _ORIGINAL
+    packed = pack({name: tensor for name, tensor in state.items() if name.startswith(old)}, joint_bias)
+    names = _block_names(packed)
+    return {_renamed(name, old, "", names): tensor for name, tensor in packed.items()}
 
 
 def is_image_tower(names: Iterable[str]) -> bool:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaclip.errors import UserError
+from evaclip.model.clip import CLIP
+from evaclip.model.vision_model import VisionModel
 from evaclip.weights.files import load_state_dict
 from evaclip.weights.layouts import to_original
 
@@ -18,6 +20,8 @@ _log = logging.getLogger(__name__)
 
 _POS_EMBED, _PATCH_KERNEL = "pos_embed", "patch_embed.proj.weight"
 _IMAGE = "visual."
+# What masked image modelling has beside the model.
+_OF_PRETRAINING = re.compile(r"(lm_head|mask_token)(\.|$)")
 _INDEX = re.compile(r"\b(blocks|resblocks)\.(\d+)\.")
 
 
@@ -54,7 +58,11 @@ def _fitting(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> dic
     """The weights of `source`, which have the names and shapes of the model's."""
     state = to_original(source) if isinstance(source, Mapping) else load_state_dict(source)
     expected = model.state_dict()
-    fit_image_size(state, expected, _IMAGE)
+    if isinstance(model, VisionModel):
+        state = {name: t for name, t in state.items() if not _OF_PRETRAINING.match(name)}
+        fit_image_size(state, expected, model.config.grid)
+    elif isinstance(model, CLIP):
+        fit_image_size(state, expected, model.config.vision.grid, _IMAGE)
     problems = differences(state, expected)
     if problems:
         origin = "the weights" if isinstance(source, Mapping) else f"the weights {str(source)!r}"
@@ -62,17 +70,19 @@ def _fitting(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> dic
     return state
 
 
-def fit_image_size(state: dict[str, Tensor], expected: Mapping[str, Tensor], prefix: str = "") -> None:
+def fit_image_size(
+    state: dict[str, Tensor], expected: Mapping[str, Tensor], grid: tuple[int, int], prefix: str = ""
+) -> None:
     """Resizes the position embedding and the patch kernel among `state` to those of the model, and logs it."""
     pos_embed, kernel = prefix + _POS_EMBED, prefix + _PATCH_KERNEL
-    if pos_embed in state and pos_embed in expected:
-        state[pos_embed] = _fitted(state[pos_embed], expected[pos_embed].shape[1])
+    if pos_embed in state:
+        state[pos_embed] = _fitted(state[pos_embed], grid)
     if kernel in state and kernel in expected:
         state[kernel] = _fitted_kernel(state[kernel], expected[kernel].shape)
 
 
-def resize_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:
-    """A position embedding `[1, 1 + g*g, C]` for a grid of `grid x grid` patches; the class token's stays.
+def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A position embedding `[1, 1 + g*g, C]` for a grid of rows and columns of patches; the class token's stays.
 
     Bicubic without antialiasing, as the released models were adapted to other sizes. Libraries that antialias
     get other numbers.
@@ -80,7 +90,7 @@ def resize_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:
     cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
     old = math.isqrt(patches.shape[1])
     image = patches.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    resized = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False, antialias=False)
+    resized = F.interpolate(image, size=grid, mode="bicubic", align_corners=False, antialias=False)
     return torch.cat([cls, resized.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
 
 
@@ -93,12 +103,13 @@ def _fitted_kernel(kernel: Tensor, shape: torch.Size) -> Tensor:
     return resized.to(kernel.dtype)
 
 
-def _fitted(pos_embed: Tensor, tokens: int) -> Tensor:
+def _fitted(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     patches = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 else 0
-    if patches < 1 or patches == tokens - 1 or math.isqrt(patches) ** 2 != patches:
+    old = math.isqrt(max(patches, 0))
+    if patches < 1 or (old, old) == grid or old**2 != patches:
         return pos_embed
-    _log.info("resizing the position embedding from %d to %d patches", patches, tokens - 1)
-    return resize_pos_embed(pos_embed, math.isqrt(tokens - 1))
+    _log.info("resizing the position embedding from %d to %d patches", patches, math.prod(grid))
+    return resize_pos_embed(pos_embed, grid)
 
 
 def differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from evaclip.errors import UserError
+from evaclip.model.vision import VisionTower
 from evaclip.weights.files import read_tensors
 from evaclip.weights.layouts import is_image_tower, to_original
 from evaclip.weights.load import differences, fit_image_size, summarize
@@ -40,7 +41,7 @@ _HF_LAYER_NAMES = {
 }
 
 
-def start_image_tower(tower: nn.Module, source: Path | Mapping[str, Tensor]) -> None:
+def start_image_tower(tower: VisionTower, source: Path | Mapping[str, Tensor]) -> None:
     """Copies the image tower of `source` into `tower`, a `VisionTower`.
 
     Position embedding and patch kernel are resized to the tower's, as the authors did (bicubic, no antialiasing). The
@@ -55,7 +56,7 @@ def start_image_tower(tower: nn.Module, source: Path | Mapping[str, Tensor]) -> 
     if "norm.weight" not in state:  # A model that was fine-tuned on the mean of its patches.
         state = {re.sub(r"^fc_norm\.", "norm.", name): tensor for name, tensor in state.items()}
     state = {name: tensor for name, tensor in state.items() if not _IMAGE_SKIPPED.match(name)}
-    fit_image_size(state, tower.state_dict())
+    fit_image_size(state, tower.state_dict(), tower.config.grid)
     _start(tower, state, "image tower", source, ("head.",))
 
 

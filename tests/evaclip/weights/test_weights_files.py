@@ -111,7 +111,7 @@ def test_blocks_with_gaps_are_listed_as_ranges() -> None:
 @pytest.mark.parametrize(("old", "new"), [(16, 24), (16, 14), (4, 6)])
 def test_position_embedding_is_resized_without_antialiasing(old: int, new: int) -> None:
     pos_embed = torch.randn(1, 1 + old * old, 8)
-    resized = resize_pos_embed(pos_embed, new)
+    resized = resize_pos_embed(pos_embed, (new, new))
     theirs = resample_abs_pos_embed(pos_embed, [new, new], num_prefix_tokens=1, antialias=False)
     torch.testing.assert_close(resized, theirs)
     assert torch.equal(resized[:, 0], pos_embed[:, 0])
@@ -127,7 +127,7 @@ def test_resizing_is_said(caplog: pytest.LogCaptureFixture) -> None:
         load_weights(model, state)
     assert "from 16 to 36 patches" in caplog.text
     assert state["visual.pos_embed"].shape == (1, 17, 128)
-    assert torch.equal(model.visual.pos_embed.data, resize_pos_embed(state["visual.pos_embed"], 6))
+    assert torch.equal(model.visual.pos_embed.data, resize_pos_embed(state["visual.pos_embed"], (6, 6)))
 
 
 def test_folder_without_weights_is_named(tmp_path: Path) -> None:
