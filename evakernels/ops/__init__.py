@@ -1,5 +1,6 @@
 """The ops: schema, argument checks, fake, autograd and public docstring, one file per family."""
 
+from evakernels.ops._register import decompositions
 from evakernels.ops.contrastive import clip_loss, contrastive_statistics, siglip_loss
 from evakernels.ops.lamb import lamb_apply, lamb_update
 from evakernels.ops.layer_norm import (
@@ -19,6 +20,7 @@ __all__ = [
     "add_rms_norm",
     "clip_loss",
     "contrastive_statistics",
+    "decompositions",
     "lamb_apply",
     "lamb_update",
     "layer_norm",

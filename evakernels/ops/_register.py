@@ -16,6 +16,8 @@ from evakernels.ops import _autocast
 _library = torch.library.Library("evakernels", "DEF")
 _native_library = torch.library.Library("evakernels_native", "DEF")
 
+_references: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NATIVE_DEVICES = {"cuda": "a GPU", "cpu": "a CPU"}
 
@@ -55,7 +57,17 @@ def define(
     for device in _NATIVE_DEVICES:
         backends.register(name, device, _native_function(name), _native_reasons(name, device))
     op: torch._ops.OpOverload = getattr(torch.ops.evakernels, name).default
+    _references[op] = reference
     return op
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
+    """What every op means in torch's own operators, for `torch.export`'s `run_decompositions`.
+
+    A program that went through it runs without this library, on devices and runtimes that know nothing of it.
+    """
+    # The references write into tensors of their own, which such a program may not do.
+    return {op: torch.func.functionalize(reference) for op, reference in _references.items()}
 
 
 def differentiable(

@@ -31,14 +31,15 @@ def ours(name: str, peer: nn.Module, depth: int = 2, num_classes: int = 7, **opt
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_outputs_and_names_equal_those_of_timm(name: str) -> None:
-    depth = 2 if "tiny" in name else 1
-    peer = peer_of(name, depth)
+    config, tiny = vision_config(name), "tiny" in name
+    depth, side = (2, config.image_shape[0]) if tiny else (1, 8 * config.patch_size)
+    peer = peer_of(name, depth, img_size=side)
     if name.startswith("eva_large"):  # The one bias that models here don't have changes no result.
         with torch.no_grad():
             for block in peer.blocks:
                 block.attn.qkv.bias[1024:2048] = 0
-    model = ours(name, peer, depth)
-    images = random_images(1, vision_config(name).image_shape[0])
+    model = ours(name, peer, depth, image_size=side)
+    images = random_images(1, side)
     with torch.no_grad():
         for mine, theirs in (
             (model(images), peer(images)),
@@ -78,9 +79,9 @@ def test_number_of_parameters_at_full_depth(name: str) -> None:
 
 def test_gradients_equal_those_of_timm() -> None:
     name = "eva02_base_patch14_224"
-    peer = peer_of(name)
-    model = ours(name, peer)
-    images = random_images(2, 224)
+    peer = peer_of(name, depth=1, img_size=112)
+    model = ours(name, peer, depth=1, image_size=112)
+    images = random_images(2, 112)
     for m in (peer, model):
         m(images).log_softmax(-1)[:, 0].sum().backward()
     gradients = to_timm({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
