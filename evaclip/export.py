@@ -39,4 +39,3 @@ def _run(args: argparse.Namespace) -> None:
     model = create_model(args.model, pretrained=args.pretrained).eval()
     export(model, args.tower, args.target, normalize=args.normalize)
     print(f"wrote {args.target}")
-

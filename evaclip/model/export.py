@@ -51,9 +51,8 @@ def exported(model: CLIP, tower: Literal["image", "text"], normalize: bool = Fal
         device = model.text.positional_embedding.device
         example = torch.zeros(2, model.config.text.context_length, dtype=torch.int64, device=device)
     encoder = _Encoder(model, tower, normalize).eval()
-    with torch.no_grad():
-        program = torch.export.export(encoder, (example,), dynamic_shapes=({0: Dim("batch")},))
-        return program.run_decompositions(evakernels.decompositions())
+    with torch.no_grad(), evakernels.as_torch_operators():
+        return torch.export.export(encoder, (example,), dynamic_shapes=({0: Dim("batch")},))
 
 
 class _Encoder(nn.Module):
@@ -70,7 +69,7 @@ class _Encoder(nn.Module):
 def _save_onnx(program: ExportedProgram, target: Path) -> None:
     try:
         onnx = torch.onnx.export(
-            program, input_names=["inputs"], output_names=["embeddings"], opset_version=_OPSET, dynamo=True
+            program, input_names=["inputs"], output_names=["embeddings"], opset_version=_OPSET, verbose=False
         )
     except ImportError as exc:
         raise UserError("writing ONNX needs onnx and onnxscript: pip install 'evakernels[export]'") from exc

@@ -1,6 +1,6 @@
 """The ops: schema, argument checks, fake, autograd and public docstring, one file per family."""
 
-from evakernels.ops._register import decompositions
+from evakernels.ops._register import as_torch_operators
 from evakernels.ops.contrastive import clip_loss, contrastive_statistics, siglip_loss
 from evakernels.ops.lamb import lamb_apply, lamb_update
 from evakernels.ops.layer_norm import (
@@ -18,9 +18,9 @@ from evakernels.ops.token_dropout import sample_token_index, token_dropout
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "as_torch_operators",
     "clip_loss",
     "contrastive_statistics",
-    "decompositions",
     "lamb_apply",
     "lamb_update",
     "layer_norm",

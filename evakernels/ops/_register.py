@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from evakernels import _native, backends, triton
 from evakernels.ops import _autocast
@@ -61,13 +62,14 @@ def define(
     return op
 
 
-def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
-    """What every op means in torch's own operators, for `torch.export`'s `run_decompositions`.
+class as_torch_operators(TorchFunctionMode):
+    """In its `with` block every op runs as its reference, in torch's own operators, and leaves no trace of its name.
 
-    A program that went through it runs without this library, on devices and runtimes that know nothing of it.
+    For `torch.export` and other tools that look into a program: what they write runs without this library.
     """
-    # The references write into tensors of their own, which such a program may not do.
-    return {op: torch.func.functionalize(reference) for op, reference in _references.items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _references.get(func, func)(*args, **(kwargs or {}))
 
 
 def differentiable(
