@@ -19,7 +19,7 @@ Interpolation = Literal["bicubic", "bilinear"]
 Resize = Literal["shortest", "squash"]
 Pool = Literal["token", "mean"]
 
-# Names under which the same models are known elsewhere: those of open_clip, and of the model cards.
+# Names under which the same models are known elsewhere: those of open_clip, of the model cards, and of the hub.
 ALIASES = {
     "EVA01-g-14": "EVA01-CLIP-g-14",
     "EVA01-g-14-plus": "EVA01-CLIP-g-14-plus",
@@ -29,6 +29,16 @@ ALIASES = {
     "EVA02-E-14": "EVA02-CLIP-bigE-14",
     "EVA02-E-14-plus": "EVA02-CLIP-bigE-14-plus",
     "EVA-CLIP-8B-448": "EVA-CLIP-8B-plus",
+    "BAAI/EVA-CLIP-8B": "EVA-CLIP-8B",
+    "BAAI/EVA-CLIP-8B-448": "EVA-CLIP-8B-plus",
+    "BAAI/EVA-CLIP-18B": "EVA-CLIP-18B",
+    "timm/eva_giant_patch14_clip_224.laion400m_s11b_b41k": "EVA01-CLIP-g-14",
+    "timm/eva_giant_patch14_plus_clip_224.merged2b_s11b_b114k": "EVA01-CLIP-g-14-plus",
+    "timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k": "EVA02-CLIP-B-16",
+    "timm/eva02_large_patch14_clip_224.merged2b_s4b_b131k": "EVA02-CLIP-L-14",
+    "timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k": "EVA02-CLIP-L-14-336",
+    "timm/eva02_enormous_patch14_clip_224.laion2b_s4b_b115k": "EVA02-CLIP-bigE-14",
+    "timm/eva02_enormous_patch14_plus_clip_224.laion2b_s9b_b144k": "EVA02-CLIP-bigE-14-plus",
 }
 
 

@@ -158,7 +158,11 @@ def test_tags_are_those_of_open_clip() -> None:
 
     from evaclip.model.config import ALIASES
 
+    repositories = {file.repository for tags in released.RELEASED.values() for file in tags.values()}
+    assert {alias for alias in ALIASES if "/" in alias} == repositories - {"QuanSun/EVA-CLIP"}
     for alias, name in ALIASES.items():
+        if "/" in alias:
+            assert alias in {file.repository for file in released.RELEASED[name].values()}
         for tag in open_clip.list_pretrained_tags_by_model(alias):
             config = open_clip.get_pretrained_cfg(alias, tag)
             assert released.RELEASED[name][tag].repository == config["hf_hub"].rstrip("/")
