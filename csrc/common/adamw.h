@@ -1,4 +1,5 @@
-// Parameters of the adamw launcher: one step over all tensors of a model. The flags lie where the kernels run.
+// Parameters of the adamw launcher: one step over all tensors of a model. The flags lie where the kernels
+// run.
 #pragma once
 
 #include "common/optimizer.h"

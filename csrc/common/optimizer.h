@@ -1,5 +1,5 @@
-// What the optimizers step over: the tensors of a model, of any sizes and dtypes. Only arrays of these structs
-// lie in the host's memory for sure; buffers, steps and flags lie where the kernels run.
+// What the optimizers step over: the tensors of a model, of any sizes and dtypes. Only arrays of these
+// structs lie in the host's memory for sure; buffers, steps and flags lie where the kernels run.
 #pragma once
 
 #include <cstdint>

@@ -22,8 +22,8 @@ inline F32 direction_of(F32 w, F32 m, F32 v, const LambDirection& d) {
   return m * d.m_scale / (sqrt(v * d.v_scale) + d.eps) + w * d.weight_decay;
 }
 
-LambSquaredNorms update(const OptimizedTensor& tensor, const LambMoments* moments, const LambDirection& direction,
-                        int64_t begin, int64_t end) {
+LambSquaredNorms update(const OptimizedTensor& tensor, const LambMoments* moments,
+                        const LambDirection& direction, int64_t begin, int64_t end) {
   Scratch scratch[4];
   LambSquaredNorms norms = {};
   for (int64_t first = begin; first < end; first += kBlock) {

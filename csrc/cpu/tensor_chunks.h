@@ -57,8 +57,8 @@ inline void count_steps(const OptimizedTensor* tensors, int64_t count) {
   for (int64_t i = 0; i < count; ++i) *tensors[i].step += 1.0f;
 }
 
-// What gradients are multiplied with. Division by a power of two, as loss scales are, is exact this way too, and
-// twice as cheap.
+// What gradients are multiplied with. Division by a power of two, as loss scales are, is exact this way too,
+// and twice as cheap.
 inline float factor_of_gradients(const float* grad_scale) {
   return static_cast<float>(1.0 / (grad_scale ? *grad_scale : 1.0f));
 }

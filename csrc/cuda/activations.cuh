@@ -9,8 +9,8 @@ namespace evakernels::cuda {
 // divisor it gives 0, where silu and its derivative are below the normal numbers.
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
 
-// x P(x), where P is the normal distribution. Its tail 1 - P(z) is 2^(-1 + a polynomial of z) for z >= 0: one of
-// degree 8, fitted so that z times the error of the tail is below 1.6e-8 everywhere. That is closer than
+// x P(x), where P is the normal distribution. Its tail 1 - P(z) is 2^(-1 + a polynomial of z) for z >= 0: one
+// of degree 8, fitted so that z times the error of the tail is below 1.6e-8 everywhere. That is closer than
 // 0.5 + 0.5 erff(x / sqrt(2)), which cancels for negative x, for half of its instructions.
 struct ExactGelu {
   static constexpr float kDensityAtZero = 0.398942280f;  // 1 / sqrt(2 pi)
@@ -28,7 +28,8 @@ struct ExactGelu {
   }
 
  private:
-  // From here on the tail is 0, and an infinity times it would be no number. Not by fmin, which would lose a NaN.
+  // From here on the tail is 0, and an infinity times it would be no number. Not by fmin, which would lose a
+  // NaN.
   static __device__ __forceinline__ float magnitude(float x) { return fabsf(x) > 16.0f ? 16.0f : fabsf(x); }
 
   static __device__ __forceinline__ float tail(float z) {
@@ -47,9 +48,7 @@ struct TanhGelu {
   static constexpr float kLinear = 1.595769122f;  // 2 sqrt(2 / pi)
   static constexpr float kCubic = kLinear * 0.044715f;
 
-  static __device__ __forceinline__ float of(float x) {
-    return x * sigmoid(x * (kLinear + kCubic * x * x));
-  }
+  static __device__ __forceinline__ float of(float x) { return x * sigmoid(x * (kLinear + kCubic * x * x)); }
 
   static __device__ __forceinline__ float derivative(float x) {
     const float s = sigmoid(x * (kLinear + kCubic * x * x));

@@ -1,7 +1,7 @@
 // AdamW: one launch over all tensors, whatever their number, sizes, dtypes, rates and decays.
 //
-// A block has one chunk of one tensor. Each buffer is read once, and all but the gradient are written once: 28
-// bytes for each element of float32.
+// A block has one chunk of one tensor. Each buffer is read once, and all but the gradient are written once:
+// 28 bytes for each element of float32.
 #include <cmath>
 
 #include "cuda/adamw.h"
@@ -65,8 +65,8 @@ __device__ __forceinline__ void update(const AdamwEntry& entry, const StepOption
       });
 }
 
-// Four buffers under way take more registers than four blocks leave to each thread; three are enough to hide the
-// latency of the memory.
+// Four buffers under way take more registers than four blocks leave to each thread; three are enough to hide
+// the latency of the memory.
 constexpr int kAdamwBlocks = 3;
 
 __global__ void __launch_bounds__(kThreads, kAdamwBlocks)

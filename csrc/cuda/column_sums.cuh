@@ -9,8 +9,8 @@
 
 namespace evakernels::cuda {
 
-// Of COUNT sums; partials is [COUNT, blocks, width], or null: none is wanted. Where a block has a part of each
-// row, partials points to the first of its `columns`.
+// Of COUNT sums; partials is [COUNT, blocks, width], or null: none is wanted. Where a block has a part of
+// each row, partials points to the first of its `columns`.
 template <int COUNT, int E, int V>
 class ColumnSums {
  public:

@@ -2,14 +2,14 @@
 // again. Each byte is read once and each byte of out and dx written once.
 //
 // A block has a strip of columns and goes down the rows, with the bias of its columns in registers, and the
-// sums for their gradient. Without a bias there are no columns: what is dense is taken as rows of kDenseWidth.
-#include "cuda/gelu.h"
-
+// sums for their gradient. Without a bias there are no columns: what is dense is taken as rows of
+// kDenseWidth.
 #include <numeric>
 
 #include "cuda/activations.cuh"
 #include "cuda/column_sums.cuh"
 #include "cuda/dispatch.h"
+#include "cuda/gelu.h"
 #include "cuda/norm_parameters.cuh"
 
 namespace evakernels::cuda {

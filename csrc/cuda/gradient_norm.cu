@@ -1,5 +1,5 @@
-// The norm of all tensors together: a block sums up one chunk of one tensor, and a block of a second kernel the
-// chunks. Each byte is read once. The order of every addition is fixed, so two runs are bit-equal.
+// The norm of all tensors together: a block sums up one chunk of one tensor, and a block of a second kernel
+// the chunks. Each byte is read once. The order of every addition is fixed, so two runs are bit-equal.
 #include "cuda/gradient_norm.h"
 #include "cuda/tensor_chunks.cuh"
 

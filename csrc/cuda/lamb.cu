@@ -57,8 +57,7 @@ struct LambRule {
     entry.direction.weight_decay = static_cast<float>(tensor.weight_decay);
     entry.factor = 0.0f;
     if (!squared_norms) return;
-    entry.factor =
-        static_cast<float>(factor_of(tensor, squared_norms + 2 * position, nvlamb, bias1, bias2));
+    entry.factor = static_cast<float>(factor_of(tensor, squared_norms + 2 * position, nvlamb, bias1, bias2));
   }
 };
 
@@ -198,8 +197,7 @@ Error lamb_update(const LambUpdate& params, float* workspace, Stream stream) {
   Error error = launch_table(params.tensors, params.count, rule, entries, stream);
   if (!error && chunks > 0) {
     const StepOptions options = {moment_rates(params.options.beta1, params.options.beta2),
-                                 static_cast<float>(params.options.eps), params.grad_scale,
-                                 params.found_inf};
+                                 static_cast<float>(params.options.eps), params.grad_scale, params.found_inf};
     error = launch(lamb_update_kernel, {static_cast<unsigned>(chunks), 1, 1}, {kThreads, 1, 1}, stream,
                    entries, params.count, options, partials);
   }

@@ -105,7 +105,8 @@ struct StepOptions {
   const float* grad_scale;
   const float* found_inf;
 
-  // The gradient is divided by the scale through its reciprocal, to the same bits where that is a power of two.
+  // The gradient is divided by the scale through its reciprocal, to the same bits where that is a power of
+  // two.
   __device__ __forceinline__ float factor_of_gradients() const {
     return grad_scale ? 1.0f / load(grad_scale) : 1.0f;
   }

@@ -2,8 +2,8 @@
 //
 // It gets there as the arguments of small kernels, which write it down. Arguments are copied by the launch:
 // the host neither waits for a transfer nor keeps memory alive for one, and a CUDA graph has a copy of its
-// own. The same kernels work out what depends on step counts, norms and flags, none of which the host knows: the
-// optimizer's rule.
+// own. The same kernels work out what depends on step counts, norms and flags, none of which the host knows:
+// the optimizer's rule.
 #pragma once
 
 #include "common/optimizer.h"

@@ -34,15 +34,13 @@ void drive(const Case& c, bool with_bias, bool tanh) {
 
   Buffer out(c.dtype, size), dx(c.dtype, size), dbias(DType::Float32, c.width);
   const void* const added = with_bias ? bias.data() : nullptr;
-  const GeluForward forward = {x.data(), added,   out.data(),     c.rows,
-                               c.width,  c.dtype, DType::Float32, tanh};
+  const GeluForward forward = {x.data(), added, out.data(), c.rows, c.width, c.dtype, DType::Float32, tanh};
   run(cuda::gelu_forward(forward, nullptr), called("forward"));
   compare(out, expected, called("out"), c.dtype);
 
-  const GeluBackward backward = {dout.data(), x.data(), added,
-                                 dx.data(),   with_bias ? dbias.data() : nullptr,
-                                 c.rows,      c.width,  c.dtype,
-                                 DType::Float32, tanh};
+  const GeluBackward backward = {
+      dout.data(), x.data(), added,   dx.data(),      with_bias ? dbias.data() : nullptr,
+      c.rows,      c.width,  c.dtype, DType::Float32, tanh};
   Buffer workspace(DType::Float32, cuda::gelu_backward_workspace(backward));
   run(cuda::gelu_backward(backward, workspace.floats(), nullptr), called("backward"));
   compare(dx, expected_dx, called("dx"), c.dtype);
