@@ -54,13 +54,23 @@ register(
 @peer("adamw_step", "torch fused")
 def torch_fused(shape: Shape) -> Function:
     """PyTorch's own kernel, behind `torch.optim.AdamW(fused=True)`: one call for each weight decay."""
-    options = {"lr": LR, "beta1": BETAS[0], "beta2": BETAS[1], "eps": EPS, "amsgrad": False, "maximize": False}
 
     def step(params: Tensors, steps: Tensors, **lists: Tensors) -> Tensors:
         torch._foreach_add_(steps, 1)
-        for decay, tensors in by_decay(params, **lists):
-            # All are at the same step.
-            torch._fused_adamw_(*tensors, [], steps[: len(tensors[0])], weight_decay=decay, **options)
+        for decay, (group, *others) in by_decay(params, **lists):
+            torch._fused_adamw_(
+                group,
+                *others,
+                max_exp_avg_sqs=[],
+                state_steps=steps[: len(group)],  # all are at the same one
+                lr=LR,
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                weight_decay=decay,
+                eps=EPS,
+                amsgrad=False,
+                maximize=False,
+            )
         return params
 
     return step

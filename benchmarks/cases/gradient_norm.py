@@ -21,7 +21,8 @@ def _work(shape: Shape, itemsize: int) -> Work:
 def _eager(grads: Tensors) -> Tensor:
     """As `torch.nn.utils.get_total_norm`, but with sums of 16-bit numbers in float32."""
     dtype = torch.promote_types(grads[0].dtype, torch.float32)
-    return torch.stack(torch._foreach_norm(grads, 2, dtype=dtype)).norm()
+    total: Tensor = torch.stack(torch._foreach_norm(grads, 2, dtype=dtype)).norm()
+    return total
 
 
 def _ours(grads: Tensors) -> Tensor:

@@ -17,7 +17,8 @@ from evakernels.reference._numerics import accumulation_dtype
 def gelu_forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     if bias is None:
         return F.gelu(x.contiguous(), approximate=_approximate(tanh))
-    return torch.ops.aten.gelu_(_sum(x, bias), approximate=_approximate(tanh)).to(x.dtype)
+    out: Tensor = torch.ops.aten.gelu_(_sum(x, bias), approximate=_approximate(tanh))
+    return out.to(x.dtype)
 
 
 def gelu_backward(dout: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
