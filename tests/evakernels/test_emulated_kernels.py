@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from op_suite import CHOICE, ROOT, build_library, copy_with_library, gcc, made_once, run_ops, sanitizer_runtimes, tool
 
-OPS = ("adamw", "gelu", "gradient_norm", "layer_norm", "residual_norm", "norm_widths", "lamb", "native_lamb", "swiglu")
-OPS += ("token_dropout",)
+OPS = ("adamw", "gelu", "gradient_norm", "lamb", "native_lamb")
+OPS += ("layer_norm", "residual_norm", "norm_widths", "swiglu", "token_dropout")
 MORE = ("every_mix", "no_rows", "one_element", "strided", "finite", "bit_equal", "lamb", "any_layout", "refuses")
 CHECKS = " or ".join((CHOICE, *MORE))
 LEAST_COVERAGE = 0.95
@@ -171,7 +171,8 @@ COMPILED_IN = {
     "norm_rows.cuh": "add_norm_forward.cu",
     "norm_plan.h": "add_norm_forward.cu",
     "column_sums.cuh": "swiglu_norm_backward.cu",
-    "lamb_table.cuh": "lamb.cu",
+    "tensor_chunks.cuh": "lamb.cu",
+    "tensor_table.cuh": "lamb.cu",
 }
 LAST_SUM = "    __syncthreads();\n    const int warps"
 FAULTS = {
