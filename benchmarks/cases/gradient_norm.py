@@ -4,18 +4,19 @@ import torch
 from torch import Tensor
 
 import evakernels
-from benchmarks.cases._optimizer import SHAPES, Tensors, sizes_of
+from benchmarks.cases import _optimizer
+from benchmarks.cases._optimizer import SHAPES, Tensors
 from benchmarks.operation import NVIDIA_APEX, Cost, Draw, Function, Inputs, Operation, Work, peer, register
 from benchmarks.shapes import Shape
 
 
 def _inputs(shape: Shape, draw: Draw) -> Inputs:
-    return {"grads": [draw.normal(*size, scale=1e-3) for size in sizes_of(shape.model)]}
+    return {"grads": [draw.normal(*size, scale=1e-3) for size in _optimizer.sizes_of(shape.model)]}
 
 
 def _work(shape: Shape, itemsize: int) -> Work:
     """Reads every gradient once."""
-    return Work(Cost(0, sum(size.numel() for size in sizes_of(shape.model)) * itemsize))
+    return Work(Cost(0, sum(size.numel() for size in _optimizer.sizes_of(shape.model)) * itemsize))
 
 
 def _eager(grads: Tensors) -> Tensor:
