@@ -10,8 +10,8 @@
 namespace evakernels::cuda {
 
 // Of COUNT sums; partials is [COUNT, blocks, width], or null: none is wanted. Where a block has a part of
-// each row, partials points to the first of its `columns`.
-template <int COUNT, int E, int V>
+// each row, with STRIPS, partials points to the first of its `columns`.
+template <int COUNT, int E, int V, bool STRIPS = false>
 class ColumnSums {
  public:
   __device__ __forceinline__ ColumnSums(float* partials, int64_t width)
@@ -72,7 +72,9 @@ class ColumnSums {
     float sums[V * E * kWarpSize];  // a row of one warp
   };
 
-  __device__ __forceinline__ int vectors() const { return static_cast<int>(columns_ / E); }
+  __device__ __forceinline__ int vectors() const {
+    return static_cast<int>((STRIPS ? columns_ : width_) / E);
+  }
 
   __device__ __forceinline__ float* partial(int n) const {
     return partials_ + (int64_t{n} * gridDim.x + blockIdx.x) * width_;

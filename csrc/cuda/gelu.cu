@@ -117,8 +117,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
   constexpr int V = kVectors<T, E>;
   const Strip<E> strip(shape);
   const BiasPart<E, V> bias_part(bias, strip);
-  ColumnSums<1, E, V> sums(partials ? partials + strip.first() : nullptr, shape.width,
-                           int64_t{strip.vectors()} * E);
+  ColumnSums<1, E, V, true> sums(partials ? partials + strip.first() : nullptr, shape.width,
+                                 int64_t{strip.vectors()} * E);
   for (int64_t row = first_row(); row < strip.rows(); row += row_step()) {
     const int vectors = strip.vectors_of(row);
     RowPart<T, E, V> part, upstream;
