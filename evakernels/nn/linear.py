@@ -27,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not (x.is_cpu and weight.is_cpu and is_plain(args) and _is_served(x, weight, bias)):
         return F.linear(x, weight, bias)
     if wants_gradient(args):
-        y: Tensor = _Linear.apply(x, weight, bias)
+        y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return y
     return _product(x, weight, bias)
 
