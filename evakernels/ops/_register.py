@@ -21,10 +21,9 @@ from evakernels.ops._eager import is_plain, wants_gradient
 _library = torch.library.Library("evakernels", "DEF")
 _native_library = torch.library.Library("evakernels_native", "DEF")
 
-    op: torch._ops.OpOverload = getattr(torch.ops.evakernels, name).default
-    _references[op] = reference
-    return Op(op, run)
+_NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _NATIVE_DEVICES = {"cuda": "a GPU", "cpu": "a CPU"}
+_references: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 
 class Op:
