@@ -121,7 +121,7 @@ def parse_shape(name: str) -> Shape:
     if match["text"]:
         return Shape(model, "text", 0, batch)
     vision = get_config(short_names()[model]).vision
-    pixels = int(match["pixels"] or vision.image_size)
+    pixels = int(match["pixels"] or vision.image_shape[0])
     if pixels == 0 or pixels % vision.patch_size:
         raise UserError(f"shape {name!r}: {pixels} pixels can't be cut into patches of {vision.patch_size}")
     return Shape(model, "vision", pixels, batch, drop)

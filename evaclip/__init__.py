@@ -4,10 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evaclip.factory import create_model, create_model_and_transforms, get_tokenizer
+    from evaclip.factory import create_model, create_model_and_transforms, create_vision_model, get_tokenizer
     from evaclip.model.clip import CLIP
     from evaclip.model.config import CLIPConfig, Preprocess, TextConfig, VisionConfig, get_config, list_models
     from evaclip.model.savings import Savings
+    from evaclip.model.vision_model import VisionModel
     from evaclip.transforms import Augmentation, eval_transform, train_transform
     from evaclip.weights import load_state_dict, load_weights
 
@@ -19,8 +20,10 @@ __all__ = [
     "Savings",
     "TextConfig",
     "VisionConfig",
+    "VisionModel",
     "create_model",
     "create_model_and_transforms",
+    "create_vision_model",
     "eval_transform",
     "get_config",
     "get_tokenizer",
@@ -31,7 +34,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "evaclip.factory": ("create_model", "create_model_and_transforms", "get_tokenizer"),
+    "evaclip.factory": ("create_model", "create_model_and_transforms", "create_vision_model", "get_tokenizer"),
     "evaclip.model.clip": ("CLIP",),
     "evaclip.model.config": (
         "CLIPConfig",
@@ -42,6 +45,7 @@ _MODULES = {
         "list_models",
     ),
     "evaclip.model.savings": ("Savings",),
+    "evaclip.model.vision_model": ("VisionModel",),
     "evaclip.transforms": ("Augmentation", "eval_transform", "train_transform"),
     "evaclip.weights": ("load_state_dict", "load_weights"),
 }

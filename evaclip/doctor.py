@@ -8,7 +8,7 @@ from typing import Any
 from evaclip.cli import leaf
 
 _DISTRIBUTION = "evakernels"
-_EXTRAS = ("", "clip", "demo")
+_EXTRAS = ("", "clip", "demo", "export")
 _REQUIREMENT = re.compile(r"""^(?P<name>[\w.-]+)[^;]*(;.*extra\s*==\s*["'](?P<extra>\w+)["'])?""")
 
 Row = tuple[str, ...]

@@ -78,29 +78,30 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """PIL image of any mode and size -> float32 `[3, size, size]`, normalised.
+    """PIL image of any mode and size -> float32 `[3, height, width]`, normalised.
 
     Transparent pictures are laid on white; all others give the same bits as open_clip's transform.
     """
 
-    size: int
+    size: int | tuple[int, int]
     preprocess: Preprocess = field(default_factory=Preprocess)
 
     def __call__(self, image: Image.Image) -> Tensor:
         image = _on_background(image, WHITE)
         mode = InterpolationMode(self.preprocess.interpolation)
-        if self.preprocess.resize == "squash":
-            image = F.resize(image, [self.size, self.size], mode)
-        else:
-            image = F.center_crop(F.resize(image, [self.size], mode), [self.size, self.size])
+        shape = _shape(self.size)
+        resized = [int(side / self.preprocess.crop) for side in shape]
+        if self.preprocess.resize == "shortest":
+            resized = resized[:1] if resized[0] == resized[1] else _covering(image, resized)
+        image = F.center_crop(F.resize(image, resized, mode), shape)
         return _to_tensor(image, self.preprocess)
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """PIL image of any mode and size -> float32 `[3, size, size]`, augmented and normalised."""
+    """PIL image of any mode and size -> float32 `[3, height, width]`, augmented and normalised."""
 
-    size: int
+    size: int | tuple[int, int]
     preprocess: Preprocess = field(default_factory=Preprocess)
     augmentation: Augmentation = field(default_factory=Augmentation)
 
@@ -114,10 +115,20 @@ class TrainTransform:
         image = _on_background(image, background)
         mode = InterpolationMode(self.preprocess.interpolation)
         box = crop_box(image.height, image.width, options.scale, options.ratio, generator)
-        image = F.resized_crop(image, *box, [self.size, self.size], mode).convert("RGB")
+        image = F.resized_crop(image, *box, _shape(self.size), mode).convert("RGB")
         if options.moves:
             image = _move(image, options, background, generator)
         return _to_tensor(_recolor(image, options, generator), self.preprocess)
+
+
+def _shape(size: int | tuple[int, int]) -> list[int]:
+    return list(size) if isinstance(size, tuple) else [size, size]
+
+
+def _covering(image: Image.Image, shape: Sequence[int]) -> list[int]:
+    """The smallest size of the image's own proportions that covers a rectangle."""
+    factor = max(shape[0] / image.height, shape[1] / image.width)
+    return [max(shape[0], round(image.height * factor)), max(shape[1], round(image.width * factor))]
 
 
 def train_transform(

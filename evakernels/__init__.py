@@ -4,10 +4,14 @@ from evakernels import nn, optim
 from evakernels._info import info
 from evakernels.backends import BackendError, explain, use_backend
 from evakernels.ops import (
+    adamw_update,
     add_layer_norm,
     add_rms_norm,
+    as_torch_operators,
     clip_loss,
     contrastive_statistics,
+    gelu,
+    gradient_norm,
     lamb_apply,
     lamb_update,
     layer_norm,
@@ -24,11 +28,15 @@ from evakernels.ops import (
 
 __all__ = [
     "BackendError",
+    "adamw_update",
     "add_layer_norm",
     "add_rms_norm",
+    "as_torch_operators",
     "clip_loss",
     "contrastive_statistics",
     "explain",
+    "gelu",
+    "gradient_norm",
     "info",
     "lamb_apply",
     "lamb_update",

@@ -1,5 +1,27 @@
 """The operations that ship, one file per op family, each with its peers. Importing this package registers them all."""
 
-from benchmarks.cases import contrastive, lamb, layer_norm, models, rope_attention, swiglu, token_dropout
+from benchmarks.cases import (
+    adamw,
+    contrastive,
+    gelu,
+    gradient_norm,
+    lamb,
+    layer_norm,
+    models,
+    rope_attention,
+    swiglu,
+    token_dropout,
+)
 
-__all__ = ["contrastive", "lamb", "layer_norm", "models", "rope_attention", "swiglu", "token_dropout"]
+__all__ = [
+    "adamw",
+    "contrastive",
+    "gelu",
+    "gradient_norm",
+    "lamb",
+    "layer_norm",
+    "models",
+    "rope_attention",
+    "swiglu",
+    "token_dropout",
+]

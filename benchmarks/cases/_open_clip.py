@@ -39,7 +39,7 @@ class PlainClip(nn.Module):
         trunk: Any = self.visual["trunk"]
         text.attn_mask = text.build_causal_mask().to(device)
         if config.rope:
-            side, reference = [config.grid] * 2, [config.pt_hw_seq_len] * 2
+            side, reference = list(config.grid), [config.pt_hw_seq_len] * 2
             trunk.rope = RotaryEmbeddingCat(
                 config.head_dim,
                 temperature=config.rope_theta,

@@ -4,6 +4,7 @@ Plain PyTorch is open_clip's model: timm's EVA and open_clip's text tower, built
 with the same parameters. The models themselves hold no values: parameters are inputs like any other.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -113,7 +114,7 @@ def _model(shape: Shape, draw: Draw, part: str, dtype: torch.dtype) -> Inputs:
 
 def _pixels(shape: Shape) -> int:
     """The side of the images, that of the model for a shape of the text tower."""
-    return shape.pixels or shape.config.vision.image_size
+    return shape.pixels or shape.config.vision.image_shape[0]
 
 
 def _images(shape: Shape, draw: Draw) -> Tensor:
@@ -220,7 +221,7 @@ def _image_work(shape: Shape, itemsize: int) -> Work:
     """Bytes are those of the tower's parameters, the images and the features."""
     config = _config(shape)
     parameters = _count(shape, _VISION)
-    pixels = 3 * config.vision.image_size**2
+    pixels = 3 * math.prod(config.vision.image_shape)
     values = parameters + shape.batch * (pixels + config.embed_dim)
     return Work(Cost(shape.batch * vision_flops(config.vision, config.embed_dim), values * itemsize))
 
@@ -243,7 +244,7 @@ def _step_work(shape: Shape, itemsize: int) -> Work:
     keep = shape.kept_patches / shape.patches
     towers = vision_flops(config.vision, config.embed_dim, keep) + text_flops(config.text, config.embed_dim)
     forward = batch * towers + 2 * batch**2 * config.embed_dim
-    pixels = 3 * config.vision.image_size**2
+    pixels = 3 * math.prod(config.vision.image_shape)
     embedding = 2 * batch * config.vision.width * pixels
     gradients = 4 * _count(shape, "")
     given = gradients - 4 * _unread(shape) + batch * (pixels * itemsize + 8 * config.text.context_length)

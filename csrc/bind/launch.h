@@ -48,27 +48,38 @@ void run_on_gpu(const char* op, const Tensor& tensor, const Run& run) {
   if (error) throw std::runtime_error(std::string(op) + ": CUDA error: " + error);
 }
 
+// For ops without CPU kernels. These are registered where there are GPU kernels only.
+template <auto Cuda, class Params>
+void launch_on_gpu(const char* op, const Tensor& tensor, const Params& params) {
+  run_on_gpu(op, tensor, [&](cuda::Stream stream) { return Cuda(params, stream); });
+}
+
+// For launchers whose kernels keep floats in between, as many as Workspace says.
+template <auto Cuda, auto Workspace, class Params>
+void launch_on_gpu(const char* op, const Tensor& tensor, const Params& params) {
+  run_on_gpu(op, tensor, [&](cuda::Stream stream) {
+    const Tensor workspace = new_float32(tensor, {Workspace(params)});
+    return Cuda(params, static_cast<float*>(workspace.mutable_data_ptr()), stream);
+  });
+}
+
 // The launchers are template arguments: those of a device that this build leaves out are never called, so
 // they need not be linked.
 template <auto Cpu, auto Cuda, class Params>
 void launch(const char* op, const Tensor& tensor, const Params& params) {
   if constexpr (kCudaIsBuilt) {
     if (kCudaIsEmulated || tensor.is_cuda()) {
-      return run_on_gpu(op, tensor, [&](cuda::Stream stream) { return Cuda(params, stream); });
+      return launch_on_gpu<Cuda>(op, tensor, params);
     }
   }
   if constexpr (!kCudaIsEmulated) Cpu(params, cpu::active_isa(), torch_parallel);
 }
 
-// For launchers whose CUDA kernels keep floats in between, as many as Workspace says.
 template <auto Cpu, auto Cuda, auto Workspace, class Params>
 void launch(const char* op, const Tensor& tensor, const Params& params) {
   if constexpr (kCudaIsBuilt) {
     if (kCudaIsEmulated || tensor.is_cuda()) {
-      return run_on_gpu(op, tensor, [&](cuda::Stream stream) {
-        const Tensor workspace = new_float32(tensor, {Workspace(params)});
-        return Cuda(params, static_cast<float*>(workspace.mutable_data_ptr()), stream);
-      });
+      return launch_on_gpu<Cuda, Workspace>(op, tensor, params);
     }
   }
   if constexpr (!kCudaIsEmulated) Cpu(params, cpu::active_isa(), torch_parallel);
@@ -83,4 +94,11 @@ void launch(const char* op, const Tensor& tensor, const Params& params) {
   __VA_ARGS__ STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CUDA, m) __VA_ARGS__
 #else
 #define EVAKERNELS_IMPLEMENT(m, ...) STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) __VA_ARGS__
+#endif
+
+// The same for an op without CPU kernels.
+#ifdef EVAKERNELS_EMULATED
+#define EVAKERNELS_IMPLEMENT_ON_GPU(m, ...) STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) __VA_ARGS__
+#else
+#define EVAKERNELS_IMPLEMENT_ON_GPU(m, ...) STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CUDA, m) __VA_ARGS__
 #endif

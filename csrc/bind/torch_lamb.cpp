@@ -1,80 +1,11 @@
 // lamb as torch operators.
 #include "bind/launch.h"
+#include "bind/tensor_lists.h"
 #include "cpu/lamb.h"
 #include "cuda/lamb.h"
 
 namespace evakernels {
 namespace {
-
-// The tensors of a list as dense buffers; a tensor that isn't dense is served by a copy.
-class DenseList {
- public:
-  DenseList(std::vector<Tensor> tensors, const char* name) : tensors_(std::move(tensors)) {
-    for (const Tensor& tensor : tensors_) {
-      dense_.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
-      dtypes_.push_back(dtype_of(tensor, name));
-    }
-  }
-
-  size_t count() const { return dense_.size(); }
-  int64_t size(size_t i) const { return dense_[i].numel(); }
-  LambBuffer buffer(size_t i) const { return {dense_[i].mutable_data_ptr(), dtypes_[i]}; }
-
-  // To be called when the buffers were written.
-  void return_copies() {
-    for (size_t i = 0; i < count(); ++i) {
-      if (!tensors_[i].is_contiguous()) torch::stable::copy_(tensors_[i], dense_[i]);
-    }
-  }
-
- private:
-  std::vector<Tensor> tensors_;
-  std::vector<Tensor> dense_;
-  std::vector<DType> dtypes_;
-};
-
-// As float32, on the device that it is on: the host doesn't wait for its value.
-std::optional<Tensor> flag_of(const std::optional<Tensor>& flag) {
-  if (!flag) return std::nullopt;
-  require(flag->numel() == 1, "grad_scale and found_inf must have one element");
-  return torch::stable::to(*flag, ScalarType::Float);
-}
-
-const float* value_of(const std::optional<Tensor>& flag) {
-  return static_cast<const float*>(data_or_null(flag));
-}
-
-struct Lists {
-  DenseList params, exp_avgs, exp_avg_sqs;
-  const std::vector<Tensor>& steps;
-  const std::vector<double>& weight_decays;
-};
-
-std::vector<LambTensor> tensors_of(const Lists& lists) {
-  const size_t count = lists.params.count();
-  require(lists.exp_avgs.count() == count && lists.exp_avg_sqs.count() == count &&
-              lists.steps.size() == count && lists.weight_decays.size() == count,
-          "the lists must be equally long");
-  std::vector<LambTensor> tensors(count);
-  for (size_t i = 0; i < count; ++i) {
-    const int64_t size = lists.params.size(i);
-    require(lists.exp_avgs.size(i) == size && lists.exp_avg_sqs.size(i) == size,
-            "the moments must have the shapes of the parameters");
-    require(lists.steps[i].scalar_type() == ScalarType::Float && lists.steps[i].numel() == 1,
-            "steps must be float32 of one element");
-    tensors[i] = {
-        .param = lists.params.buffer(i),
-        .grad = {},
-        .exp_avg = lists.exp_avgs.buffer(i),
-        .exp_avg_sq = lists.exp_avg_sqs.buffer(i),
-        .step = static_cast<float*>(lists.steps[i].mutable_data_ptr()),
-        .size = size,
-        .lr = 0.0,
-        .weight_decay = lists.weight_decays[i],
-    };
-  }
-  return tensors;
-}
 
 Tensor lamb_update(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
                    std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps,
@@ -92,12 +23,8 @@ Tensor lamb_update(std::vector<Tensor> params, std::vector<Tensor> grads, std::v
       weight_decays,
   };
   const DenseList gradients(std::move(grads), "grads");
-  std::vector<LambTensor> tensors = tensors_of(lists);
-  require(gradients.count() == tensors.size(), "grads must be as many as params");
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    require(gradients.size(i) == tensors[i].size, "grads must have the shapes of the parameters");
-    tensors[i].grad = gradients.buffer(i);
-  }
+  std::vector<OptimizedTensor> tensors = tensors_of(lists);
+  set_grads(tensors, gradients);
   const LambUpdate update = {
       .tensors = tensors.data(),
       .count = static_cast<int64_t>(tensors.size()),
@@ -126,9 +53,8 @@ void lamb_apply(std::vector<Tensor> params, std::vector<Tensor> exp_avgs, std::v
       steps,
       weight_decays,
   };
-  std::vector<LambTensor> tensors = tensors_of(lists);
-  require(lrs.size() == tensors.size(), "lrs must be as many as params");
-  for (size_t i = 0; i < tensors.size(); ++i) tensors[i].lr = lrs[i];
+  std::vector<OptimizedTensor> tensors = tensors_of(lists);
+  set_lrs(tensors, lrs);
   const Tensor squared_norms =
       torch::stable::contiguous(torch::stable::to(squared_norms_any, ScalarType::Float));
   require(squared_norms.numel() == 2 * static_cast<int64_t>(tensors.size()), "squared_norms must be [n, 2]");

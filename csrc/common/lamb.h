@@ -1,33 +1,13 @@
-// Parameters of the lamb launchers: the two phases of the optimizer over all tensors of a model. Only the
-// structs and arrays of them lie in the host's memory for sure; buffers, steps, norms and flags lie where the
-// kernels run.
+// Parameters of the lamb launchers: the two phases of the optimizer over all tensors of a model. Norms and
+// flags lie where the kernels run.
 #pragma once
 
-#include <cstdint>
-
-#include "common/dtype.h"
+#include "common/optimizer.h"
 
 namespace evakernels {
 
 // The limits of the trust ratio in the DeepSpeed variant.
 constexpr double kLowestRatio = 0.01, kHighestRatio = 10.0;
-
-struct LambBuffer {
-  void* data;
-  DType dtype;
-};
-
-// The buffers of one parameter, dense, `size` elements each.
-struct LambTensor {
-  LambBuffer param;       // written by apply
-  LambBuffer grad;        // read by update; not there in apply
-  LambBuffer exp_avg;     // written by update
-  LambBuffer exp_avg_sq;  // written by update
-  float* step;            // the number of steps made; counted up by update
-  int64_t size;
-  double lr;  // for apply
-  double weight_decay;
-};
 
 struct LambOptions {
   double beta1;
@@ -36,8 +16,9 @@ struct LambOptions {
   bool nvlamb;
 };
 
+// Reads params, writes the moments and counts the steps up.
 struct LambUpdate {
-  const LambTensor* tensors;  // [count]
+  const OptimizedTensor* tensors;  // [count]
   int64_t count;
   LambOptions options;
   float* squared_norms;     // [count, 2], of the parameter and of its direction
@@ -45,8 +26,9 @@ struct LambUpdate {
   const float* found_inf;   // above 0 nothing but squared_norms is written; null: 0
 };
 
+// Reads the moments and steps, writes params.
 struct LambApply {
-  const LambTensor* tensors;  // [count]
+  const OptimizedTensor* tensors;  // [count]
   int64_t count;
   LambOptions options;
   const float* squared_norms;  // [count, 2]

@@ -5,13 +5,10 @@
 #include <vector>
 
 #include "cpu/lamb_kernels.h"
-#include "cpu/rows.h"
+#include "cpu/tensor_chunks.h"
 
 namespace evakernels::cpu {
 namespace {
-
-// The unit of work, and of the sums that build a norm: it depends on nothing.
-constexpr int64_t kChunk = 16384;
 
 const LambKernels& kernels_for(Isa isa) {
 #ifdef EVAKERNELS_X86
@@ -21,54 +18,16 @@ const LambKernels& kernels_for(Isa isa) {
   return baseline::lamb;
 }
 
-// The chunks of all tensors, in one row: threads get equal shares of it, whatever the sizes of the tensors.
-class Chunks {
- public:
-  Chunks(const LambTensor* tensors, int64_t count) : tensors_(tensors), first_(count + 1) {
-    for (int64_t i = 0; i < count; ++i) {
-      first_[i + 1] = first_[i] + ceil_div(tensors[i].size, kChunk);
-      elements_ += tensors[i].size;
-    }
-  }
-
-  int64_t count() const { return first_.back(); }
-  int64_t first_of(int64_t tensor) const { return first_[tensor]; }
-
-  // Calls body(tensor, chunk, begin, end) in parallel, with the range of the tensor's elements.
-  template <class Body>
-  void for_each(ParallelFor parallel_for, const Body& body) const {
-    if (count() == 0) return;
-    run_parallel(parallel_for, count(), tasks_grain(elements_ / count()), [&](int64_t from, int64_t to) {
-      int64_t tensor = std::upper_bound(first_.begin(), first_.end(), from) - first_.begin() - 1;
-      for (int64_t chunk = from; chunk < to; ++chunk) {
-        while (chunk >= first_[tensor + 1]) ++tensor;
-        const int64_t begin = (chunk - first_[tensor]) * kChunk;
-        body(tensor, chunk, begin, std::min(begin + kChunk, tensors_[tensor].size));
-      }
-    });
-  }
-
- private:
-  const LambTensor* tensors_;
-  std::vector<int64_t> first_;
-  int64_t elements_ = 0;
-};
-
-bool is_set(const float* found_inf) { return found_inf && *found_inf > 0.0f; }
-
-// 1 - beta^step, to full precision also for beta close to 1.
-double bias(double beta, const LambTensor& tensor) { return -std::expm1(*tensor.step * std::log(beta)); }
-
-LambDirection direction_of(const LambTensor& tensor, const LambOptions& options) {
+LambDirection direction_of(const OptimizedTensor& tensor, const LambOptions& options) {
   return {
-      .m_scale = options.nvlamb ? static_cast<float>(1.0 / bias(options.beta1, tensor)) : 1.0f,
-      .v_scale = options.nvlamb ? static_cast<float>(1.0 / bias(options.beta2, tensor)) : 1.0f,
+      .m_scale = options.nvlamb ? static_cast<float>(1.0 / bias_of(options.beta1, tensor)) : 1.0f,
+      .v_scale = options.nvlamb ? static_cast<float>(1.0 / bias_of(options.beta2, tensor)) : 1.0f,
       .eps = static_cast<float>(options.eps),
       .weight_decay = static_cast<float>(tensor.weight_decay),
   };
 }
 
-std::vector<LambDirection> directions_of(const LambTensor* tensors, int64_t count,
+std::vector<LambDirection> directions_of(const OptimizedTensor* tensors, int64_t count,
                                          const LambOptions& options) {
   std::vector<LambDirection> directions;
   directions.reserve(count);
@@ -77,11 +36,11 @@ std::vector<LambDirection> directions_of(const LambTensor* tensors, int64_t coun
 }
 
 // What the direction is multiplied with: the rate, the trust ratio, and the bias correction.
-double factor_of(const LambTensor& tensor, const LambOptions& options, const float* squared_norms) {
+double factor_of(const OptimizedTensor& tensor, const LambOptions& options, const float* squared_norms) {
   const double param = std::sqrt(squared_norms[0]), direction = std::sqrt(squared_norms[1]);
   const double ratio = param > 0 && direction > 0 ? param / direction : 1.0;
   if (options.nvlamb) return tensor.weight_decay != 0 ? tensor.lr * ratio : tensor.lr;
-  const double correction = std::sqrt(bias(options.beta2, tensor)) / bias(options.beta1, tensor);
+  const double correction = std::sqrt(bias_of(options.beta2, tensor)) / bias_of(options.beta1, tensor);
   return tensor.lr * correction * std::clamp(ratio, kLowestRatio, kHighestRatio);
 }
 
@@ -89,18 +48,10 @@ double factor_of(const LambTensor& tensor, const LambOptions& options, const flo
 
 void lamb_update(const LambUpdate& params, Isa isa, ParallelFor parallel_for) {
   const LambKernels& kernels = kernels_for(isa);
-  const LambMoments moments = {
-      .beta1 = static_cast<float>(params.options.beta1),
-      .one_minus_beta1 = static_cast<float>(1.0 - params.options.beta1),
-      .beta2 = static_cast<float>(params.options.beta2),
-      .one_minus_beta2 = static_cast<float>(1.0 - params.options.beta2),
-      // Division by a power of two, as loss scales are, is exact this way too, and twice as cheap.
-      .grad_factor = static_cast<float>(1.0 / (params.grad_scale ? *params.grad_scale : 1.0f)),
-  };
+  const LambMoments moments = {moment_rates(params.options.beta1, params.options.beta2),
+                               factor_of_gradients(params.grad_scale)};
   const bool skip = is_set(params.found_inf);
-  if (!skip) {
-    for (int64_t i = 0; i < params.count; ++i) *params.tensors[i].step += 1.0f;
-  }
+  if (!skip) count_steps(params.tensors, params.count);
   const std::vector<LambDirection> directions = directions_of(params.tensors, params.count, params.options);
   const Chunks chunks(params.tensors, params.count);
   std::vector<LambSquaredNorms> partial(chunks.count());

@@ -1,56 +1,10 @@
 // Compiled once for each instruction set.
-//
-// Four buffers of three dtypes each would make 81 loops of one. So the loops know floats only, and work on
-// blocks small enough for the L1 cache: float buffers in place, others widened into a scratch block first.
 #include "cpu/lamb_kernels.h"
 
-#include "cpu/simd.h"
+#include "cpu/tensor_blocks.h"
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 namespace {
-
-constexpr int64_t kBlock = 1024;
-
-struct alignas(64) Scratch {
-  float values[kBlock];
-};
-
-template <class T>
-float* widened(const LambBuffer& buffer, int64_t begin, int64_t size, float* scratch) {
-  const T* source = static_cast<const T*>(buffer.data) + begin;
-  for_each_vector(size, [&](int64_t i, auto part) { store(scratch + i, load(source + i, part), part); });
-  return scratch;
-}
-
-// Elements [begin, begin + size) as floats.
-float* as_floats(const LambBuffer& buffer, int64_t begin, int64_t size, Scratch& scratch) {
-  switch (buffer.dtype) {
-    case DType::BFloat16:
-      return widened<BFloat16>(buffer, begin, size, scratch.values);
-    case DType::Float16:
-      return widened<Float16>(buffer, begin, size, scratch.values);
-    default:
-      return static_cast<float*>(buffer.data) + begin;
-  }
-}
-
-template <class T>
-void narrowed(const LambBuffer& buffer, int64_t begin, int64_t size, const float* values) {
-  T* target = static_cast<T*>(buffer.data) + begin;
-  for_each_vector(size, [&](int64_t i, auto part) { store(target + i, load(values + i, part), part); });
-}
-
-// Stores what `as_floats` gave, unless that is the buffer itself.
-void write_back(const LambBuffer& buffer, int64_t begin, int64_t size, const float* values) {
-  switch (buffer.dtype) {
-    case DType::BFloat16:
-      return narrowed<BFloat16>(buffer, begin, size, values);
-    case DType::Float16:
-      return narrowed<Float16>(buffer, begin, size, values);
-    default:
-      return;
-  }
-}
 
 // What a load gives after a store.
 inline F32 as_stored(F32 value, DType dtype) {
@@ -68,8 +22,8 @@ inline F32 direction_of(F32 w, F32 m, F32 v, const LambDirection& d) {
   return m * d.m_scale / (sqrt(v * d.v_scale) + d.eps) + w * d.weight_decay;
 }
 
-LambSquaredNorms update(const LambTensor& tensor, const LambMoments* moments, const LambDirection& direction,
-                        int64_t begin, int64_t end) {
+LambSquaredNorms update(const OptimizedTensor& tensor, const LambMoments* moments,
+                        const LambDirection& direction, int64_t begin, int64_t end) {
   Scratch scratch[4];
   LambSquaredNorms norms = {};
   for (int64_t first = begin; first < end; first += kBlock) {
@@ -82,9 +36,7 @@ LambSquaredNorms update(const LambTensor& tensor, const LambMoments* moments, co
     sum_over_row(size, sum, [&](int64_t i, auto part, F32* sums) {
       F32 average = load(m + i, part), average_sq = load(v + i, part);
       if (moments) {
-        const F32 gradient = load(g + i, part) * moments->grad_factor;
-        average = average * moments->beta1 + gradient * moments->one_minus_beta1;
-        average_sq = average_sq * moments->beta2 + gradient * gradient * moments->one_minus_beta2;
+        change_moments(load(g + i, part) * moments->grad_factor, moments->rates, average, average_sq);
         average = as_stored(average, tensor.exp_avg.dtype);
         average_sq = as_stored(average_sq, tensor.exp_avg_sq.dtype);
         store(m + i, average, part);
@@ -105,7 +57,7 @@ LambSquaredNorms update(const LambTensor& tensor, const LambMoments* moments, co
   return norms;
 }
 
-void apply(const LambTensor& tensor, const LambDirection& direction, float factor, int64_t begin,
+void apply(const OptimizedTensor& tensor, const LambDirection& direction, float factor, int64_t begin,
            int64_t end) {
   Scratch scratch[3];
   for (int64_t first = begin; first < end; first += kBlock) {

@@ -7,11 +7,9 @@
 
 namespace evakernels::cpu {
 
-// How a tensor's moments change: m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2, where g is the
-// gradient times grad_factor.
+// How a tensor's moments change with its gradient times grad_factor.
 struct LambMoments {
-  float beta1, one_minus_beta1;
-  float beta2, one_minus_beta2;
+  MomentRates rates;
   float grad_factor;
 };
 
@@ -30,11 +28,11 @@ struct LambSquaredNorms {
 
 struct LambKernels {
   // Elements [begin, end): the moments (null: they stay as they are), and their share of the norms.
-  LambSquaredNorms (*update)(const LambTensor& tensor, const LambMoments* moments,
+  LambSquaredNorms (*update)(const OptimizedTensor& tensor, const LambMoments* moments,
                              const LambDirection& direction, int64_t begin, int64_t end);
 
   // Elements [begin, end): w -= factor * u
-  void (*apply)(const LambTensor& tensor, const LambDirection& direction, float factor, int64_t begin,
+  void (*apply)(const OptimizedTensor& tensor, const LambDirection& direction, float factor, int64_t begin,
                 int64_t end);
 };
 

@@ -9,11 +9,16 @@
 
 namespace evakernels::cuda {
 
-// Of COUNT sums; partials is [COUNT, blocks, width], or null: none is wanted.
-template <int COUNT, int E, int V>
+// Of COUNT sums; partials is [COUNT, blocks, width], or null: none is wanted. Where a block has a part of
+// each row, with STRIPS, partials points to the first of its `columns`.
+template <int COUNT, int E, int V, bool STRIPS = false>
 class ColumnSums {
  public:
-  __device__ __forceinline__ ColumnSums(float* partials, int64_t width) : partials_(partials), width_(width) {
+  __device__ __forceinline__ ColumnSums(float* partials, int64_t width)
+      : ColumnSums(partials, width, width) {}
+
+  __device__ __forceinline__ ColumnSums(float* partials, int64_t width, int64_t columns)
+      : partials_(partials), width_(width), columns_(columns) {
     if constexpr (V == 0) {
       if (!partials) return;
       for_each_vector<V>(vectors(), [&](int vector, int) {
@@ -67,7 +72,9 @@ class ColumnSums {
     float sums[V * E * kWarpSize];  // a row of one warp
   };
 
-  __device__ __forceinline__ int vectors() const { return static_cast<int>(width_ / E); }
+  __device__ __forceinline__ int vectors() const {
+    return static_cast<int>((STRIPS ? columns_ : width_) / E);
+  }
 
   __device__ __forceinline__ float* partial(int n) const {
     return partials_ + (int64_t{n} * gridDim.x + blockIdx.x) * width_;
@@ -95,6 +102,7 @@ class ColumnSums {
 
   float* partials_;
   int64_t width_;
+  int64_t columns_;
   float sums_[COUNT][V > 0 ? V : 1][E];
 };
 

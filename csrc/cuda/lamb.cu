@@ -3,123 +3,70 @@
 // A block has one chunk of one tensor. Update leaves the sums of each chunk, and a small kernel adds up those
 // of each tensor. The order of every addition is fixed, so two runs are bit-equal. For each element of
 // float32 update moves 24 bytes and apply 16: each buffer is read once, and what changes is written once.
-//
-// Four buffers of three dtypes each would make 81 kernels of one. So the dtypes are those of the table: a
-// thread fetches what it needs as bits, all of it before it makes floats of any. It reads them, and the
-// pointers, from the table each time: from a copy the compiler would make 81 loops after all.
 #include <cmath>
 
+#include "common/lamb.h"
 #include "cuda/lamb.h"
-#include "cuda/lamb_table.cuh"
-#include "cuda/norm_rows.cuh"
+#include "cuda/tensor_chunks.cuh"
 
 namespace evakernels::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kBlocks = 4;  // of a multiprocessor, at least
+// u = m_scale m / (sqrt(v_scale v) + eps) + weight_decay w
+struct LambDirection {
+  float m_scale;
+  float v_scale;
+  float weight_decay;
 
-// How many vectors of E elements a thread has under way, of each buffer.
-template <int E>
-constexpr int kSlots = E == 1 ? 4 : 2;
-
-template <class Body>
-__device__ __forceinline__ void with_type(DType dtype, const Body& body) {
-  if (dtype == DType::Float32) {
-    body(float{});
-  } else if (dtype == DType::BFloat16) {
-    body(BFloat16{});
-  } else {
-    body(Float16{});
+  __device__ __forceinline__ float of(float w, float m, float v, float eps) const {
+    return m * m_scale / (sqrtf(v * v_scale) + eps) + w * weight_decay;
   }
-}
-
-template <class T>
-__device__ __forceinline__ T* at(const LambBuffer& buffer, int64_t first) {
-  return static_cast<T*>(buffer.data) + first;
-}
-
-// E elements of a buffer as they lie in memory; those of 16 bits fill the first half.
-template <int E>
-class Held {
- public:
-  __device__ __forceinline__ void fetch(const LambBuffer& buffer, int64_t first) {
-    if (buffer.dtype == DType::Float32) {
-      hold(Packed<float, E>::load(in_global_memory(at<const float>(buffer, first))));
-    } else {
-      hold(Packed<BFloat16, E>::load(in_global_memory(at<const BFloat16>(buffer, first))));
-    }
-  }
-
-  // Of what isn't read again soon, so that more of the rest stays in the cache.
-  __device__ __forceinline__ void fetch_once(const LambBuffer& buffer, int64_t first) {
-    if (buffer.dtype == DType::Float32) {
-      hold(Packed<float, E>::load_once(at<const float>(buffer, first)));
-    } else {
-      hold(Packed<BFloat16, E>::load_once(at<const BFloat16>(buffer, first)));
-    }
-  }
-
-  __device__ __forceinline__ void get(DType dtype, float (&values)[E]) const {
-    with_type(dtype, [&](auto type) {
-      Packed<decltype(type), E> packed;
-      memcpy(&packed, &bits_, sizeof packed);
-      packed.unpack(values);
-    });
-  }
-
-  // Stores the values, and makes them what a load gives from now on.
-  static __device__ __forceinline__ void put(const LambBuffer& buffer, int64_t first, float (&values)[E]) {
-    with_type(buffer.dtype, [&](auto type) {
-      using T = decltype(type);
-      const auto packed = Packed<T, E>::pack(values);
-      packed.store_whole(at<T>(buffer, first));
-      packed.unpack(values);
-    });
-  }
-
- private:
-  template <class T>
-  __device__ __forceinline__ void hold(const Packed<T, E>& packed) {
-    memcpy(&bits_, &packed, sizeof packed);
-  }
-
-  Packed<float, E> bits_;
 };
 
-// Calls fetch(slot, i) for kSlots numbers i below count that are this thread's, then use(slot, i) for the
-// same, and so on with the next ones.
-template <int E, class Fetch, class Use>
-__device__ __forceinline__ void for_each_group(int count, const Fetch& fetch, const Use& use) {
-  for (int first = threadIdx.x; first < count; first += kSlots<E> * kThreads) {
-#pragma unroll
-    for (int slot = 0; slot < kSlots<E>; ++slot) {
-      if (first + slot * kThreads < count) fetch(slot, first + slot * kThreads);
-    }
-#pragma unroll
-    for (int slot = 0; slot < kSlots<E>; ++slot) {
-      if (first + slot * kThreads < count) use(slot, first + slot * kThreads);
-    }
-  }
+struct LambEntry : TableEntry {
+  LambDirection direction;
+  float factor;  // of u in the step
+};
+
+// What u is multiplied with: the rate, the trust ratio, and the bias correction.
+__device__ __forceinline__ double factor_of(const OptimizedTensor& tensor, const float* squared_norms,
+                                            bool nvlamb, double bias1, double bias2) {
+  const double param = sqrtf(squared_norms[0]), direction = sqrtf(squared_norms[1]);
+  const double ratio = param > 0.0 && direction > 0.0 ? param / direction : 1.0;
+  if (nvlamb) return tensor.weight_decay != 0.0 ? tensor.lr * ratio : tensor.lr;
+  // Not by fmin and fmax, which would lose a NaN.
+  const double clipped = ratio < kLowestRatio ? kLowestRatio : ratio > kHighestRatio ? kHighestRatio : ratio;
+  return tensor.lr * clipped * sqrt(bias2) / bias1;
 }
 
-// How the moments change: m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2.
-struct Moments {
-  float beta1, one_minus_beta1;
-  float beta2, one_minus_beta2;
-  float eps;
-  const float* grad_scale;
+struct LambRule {
+  using Entry = LambEntry;
+
   const float* found_inf;
+  const float* squared_norms;  // null: the phase is update, which counts the step
+  double log_beta1;
+  double log_beta2;
+  bool nvlamb;
+
+  __device__ __forceinline__ void complete(LambEntry& entry, int64_t position) const {
+    const OptimizedTensor& tensor = entry.tensor;
+    const float step = squared_norms ? load(tensor.step) : count_step(tensor.step, found_inf);
+    const double bias1 = bias_of(log_beta1, step), bias2 = bias_of(log_beta2, step);
+    entry.direction.m_scale = nvlamb ? static_cast<float>(1.0 / bias1) : 1.0f;
+    entry.direction.v_scale = nvlamb ? static_cast<float>(1.0 / bias2) : 1.0f;
+    entry.direction.weight_decay = static_cast<float>(tensor.weight_decay);
+    entry.factor = 0.0f;
+    if (!squared_norms) return;
+    entry.factor = static_cast<float>(factor_of(tensor, squared_norms + 2 * position, nvlamb, bias1, bias2));
+  }
 };
 
-// The gradient is divided by the scale through its reciprocal, to the same bits where that is a power of two.
 // `changes`: else the moments stay as they are.
 template <int E, class Position>
-__device__ __forceinline__ void update(const LambEntry& entry, const Moments& moments, bool changes,
+__device__ __forceinline__ void update(const LambEntry& entry, const StepOptions& options, bool changes,
                                        float grad_factor, int count, const Position& position,
                                        float (&sums)[2]) {
-  const LambTensor& tensor = entry.tensor;
+  const OptimizedTensor& tensor = entry.tensor;
   const LambDirection direction = entry.direction;
   Held<E> w[kSlots<E>], g[kSlots<E>], m[kSlots<E>], v[kSlots<E>];
   for_each_group<E>(
@@ -140,10 +87,7 @@ __device__ __forceinline__ void update(const LambEntry& entry, const Moments& mo
           g[slot].get(tensor.grad.dtype, gradient);
 #pragma unroll
           for (int k = 0; k < E; ++k) {
-            gradient[k] *= grad_factor;
-            average[k] = average[k] * moments.beta1 + gradient[k] * moments.one_minus_beta1;
-            average_sq[k] =
-                average_sq[k] * moments.beta2 + gradient[k] * gradient[k] * moments.one_minus_beta2;
+            options.change_moments(gradient[k] * grad_factor, average[k], average_sq[k]);
           }
           Held<E>::put(tensor.exp_avg, position(i), average);
           Held<E>::put(tensor.exp_avg_sq, position(i), average_sq);
@@ -151,7 +95,7 @@ __device__ __forceinline__ void update(const LambEntry& entry, const Moments& mo
         w[slot].get(tensor.param.dtype, param);
 #pragma unroll
         for (int k = 0; k < E; ++k) {
-          const float u = direction.of(param[k], average[k], average_sq[k], moments.eps);
+          const float u = direction.of(param[k], average[k], average_sq[k], options.eps);
           sums[0] += param[k] * param[k];
           sums[1] += u * u;
         }
@@ -160,16 +104,16 @@ __device__ __forceinline__ void update(const LambEntry& entry, const Moments& mo
 
 // partials is [chunks, 2].
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    lamb_update_kernel(const LambEntry* entries, int64_t count, const Moments moments, float* partials) {
+    lamb_update_kernel(const LambEntry* entries, int64_t count, const StepOptions options, float* partials) {
   const int64_t chunk = blockIdx.x;
   const LambEntry& entry = entry_of(entries, count, chunk);
-  const LambRange range(entry, chunk);
-  const bool changes = !is_set(moments.found_inf);
-  const float grad_factor = moments.grad_scale ? 1.0f / load(moments.grad_scale) : 1.0f;
+  const ChunkRange range(entry, chunk);
+  const bool changes = !is_set(options.found_inf);
+  const float grad_factor = options.factor_of_gradients();
   float sums[2] = {0.0f, 0.0f};
   update<kVector>(
-      entry, moments, changes, grad_factor, range.vectors, [&](int i) { return range.vector(i); }, sums);
-  update<1>(entry, moments, changes, grad_factor, range.edges, [&](int i) { return range.edge(i); }, sums);
+      entry, options, changes, grad_factor, range.vectors, [&](int i) { return range.vector(i); }, sums);
+  update<1>(entry, options, changes, grad_factor, range.edges, [&](int i) { return range.edge(i); }, sums);
   RowSums sum_over_block;
   sum_over_block(sums);
   if (threadIdx.x > 0) return;
@@ -177,39 +121,20 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   partials[2 * chunk + 1] = sums[1];
 }
 
-struct NormScratch {
-  double sums[2][kWarps];
-};
-
-// A block has one tensor. Its chunks may be thousands, which float32 would add with a visible error.
+// A block has one tensor.
 __global__ void __launch_bounds__(kThreads)
     lamb_norms_kernel(const LambEntry* entries, int64_t chunks, const float* partials, float* squared_norms) {
   const int64_t tensor = blockIdx.x;
   const int64_t first = entries[tensor].first_chunk;
   const int64_t last = tensor + 1 < gridDim.x ? entries[tensor + 1].first_chunk : chunks;
-  double sums[2] = {0.0, 0.0};
-  for (int64_t chunk = first + threadIdx.x; chunk < last; chunk += kThreads) {
-    sums[0] += load_once(partials + 2 * chunk);
-    sums[1] += load_once(partials + 2 * chunk + 1);
-  }
-  double (&of_warps)[2][kWarps] = shared_memory<NormScratch>().sums;
-  for (int n = 0; n < 2; ++n) {
-    for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-      sums[n] += __shfl_xor_sync(kWholeWarp, sums[n], distance);
-    }
-    if (threadIdx.x % kWarpSize == 0) of_warps[n][threadIdx.x / kWarpSize] = sums[n];
-  }
-  __syncthreads();
-  if (threadIdx.x >= 2) return;
-  double total = 0.0;
-  for (int warp = 0; warp < kWarps; ++warp) total += of_warps[threadIdx.x][warp];
-  squared_norms[2 * tensor + threadIdx.x] = static_cast<float>(total);
+  const float total = total_of<2>(partials, first, last);
+  if (threadIdx.x < 2) squared_norms[2 * tensor + threadIdx.x] = total;
 }
 
 template <int E, class Position>
 __device__ __forceinline__ void apply(const LambEntry& entry, float eps, int count,
                                       const Position& position) {
-  const LambTensor& tensor = entry.tensor;
+  const OptimizedTensor& tensor = entry.tensor;
   const LambDirection direction = entry.direction;
   const float factor = entry.factor;
   Held<E> w[kSlots<E>], m[kSlots<E>], v[kSlots<E>];
@@ -240,53 +165,41 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   // Backwards: what update wrote last may still be in the cache.
   const int64_t chunk = gridDim.x - 1 - blockIdx.x;
   const LambEntry& entry = entry_of(entries, count, chunk);
-  const LambRange range(entry, chunk);
+  const ChunkRange range(entry, chunk);
   apply<kVector>(entry, eps, range.vectors, [&](int i) { return range.vector(i); });
   apply<1>(entry, eps, range.edges, [&](int i) { return range.edge(i); });
 }
 
-int64_t table_floats(int64_t count) { return count * int64_t{sizeof(LambEntry) / sizeof(float)}; }
-
-LambBatch batch_of(const LambOptions& options, const float* found_inf, const float* squared_norms) {
-  LambBatch batch = {};
-  batch.found_inf = found_inf;
-  batch.squared_norms = squared_norms;
-  batch.log_beta1 = std::log(options.beta1);
-  batch.log_beta2 = std::log(options.beta2);
-  batch.nvlamb = options.nvlamb;
-  return batch;
-}
-
-Moments moments_of(const LambUpdate& params) {
+LambRule rule_of(const LambOptions& options, const float* found_inf, const float* squared_norms) {
   return {
-      .beta1 = static_cast<float>(params.options.beta1),
-      .one_minus_beta1 = static_cast<float>(1.0 - params.options.beta1),
-      .beta2 = static_cast<float>(params.options.beta2),
-      .one_minus_beta2 = static_cast<float>(1.0 - params.options.beta2),
-      .eps = static_cast<float>(params.options.eps),
-      .grad_scale = params.grad_scale,
-      .found_inf = params.found_inf,
+      .found_inf = found_inf,
+      .squared_norms = squared_norms,
+      .log_beta1 = std::log(options.beta1),
+      .log_beta2 = std::log(options.beta2),
+      .nvlamb = options.nvlamb,
   };
 }
 
 }  // namespace
 
 int64_t lamb_update_workspace(const LambUpdate& params) {
-  return table_floats(params.count) + 2 * chunks_of(params.tensors, params.count);
+  return table_floats<LambEntry>(params.count) + 2 * chunks_of(params.tensors, params.count);
 }
 
-int64_t lamb_apply_workspace(const LambApply& params) { return table_floats(params.count); }
+int64_t lamb_apply_workspace(const LambApply& params) { return table_floats<LambEntry>(params.count); }
 
 Error lamb_update(const LambUpdate& params, float* workspace, Stream stream) {
   if (params.count == 0) return nullptr;
   const int64_t chunks = chunks_of(params.tensors, params.count);
   LambEntry* const entries = reinterpret_cast<LambEntry*>(workspace);
-  float* const partials = workspace + table_floats(params.count);
-  LambBatch batch = batch_of(params.options, params.found_inf, nullptr);
-  Error error = launch_table(params.tensors, params.count, batch, entries, stream);
+  float* const partials = workspace + table_floats<LambEntry>(params.count);
+  const LambRule rule = rule_of(params.options, params.found_inf, nullptr);
+  Error error = launch_table(params.tensors, params.count, rule, entries, stream);
   if (!error && chunks > 0) {
+    const StepOptions options = {moment_rates(params.options.beta1, params.options.beta2),
+                                 static_cast<float>(params.options.eps), params.grad_scale, params.found_inf};
     error = launch(lamb_update_kernel, {static_cast<unsigned>(chunks), 1, 1}, {kThreads, 1, 1}, stream,
-                   entries, params.count, moments_of(params), partials);
+                   entries, params.count, options, partials);
   }
   if (error) return error;
   return launch(lamb_norms_kernel, {static_cast<unsigned>(params.count), 1, 1}, {kThreads, 1, 1}, stream,
@@ -297,8 +210,8 @@ Error lamb_apply(const LambApply& params, float* workspace, Stream stream) {
   const int64_t chunks = chunks_of(params.tensors, params.count);
   if (chunks == 0) return nullptr;
   LambEntry* const entries = reinterpret_cast<LambEntry*>(workspace);
-  LambBatch batch = batch_of(params.options, params.found_inf, params.squared_norms);
-  const Error error = launch_table(params.tensors, params.count, batch, entries, stream);
+  const LambRule rule = rule_of(params.options, params.found_inf, params.squared_norms);
+  const Error error = launch_table(params.tensors, params.count, rule, entries, stream);
   if (error) return error;
   return launch(lamb_apply_kernel, {static_cast<unsigned>(chunks), 1, 1}, {kThreads, 1, 1}, stream, entries,
                 params.count, static_cast<float>(params.options.eps), params.found_inf);

@@ -4,14 +4,11 @@
 #include <numeric>
 
 #include "common/swiglu.h"
+#include "cuda/activations.cuh"
 #include "cuda/dispatch.h"
 #include "cuda/norm_plan.h"
 
 namespace evakernels::cuda {
-
-// __fdividef errs by 2 units in the last place, for a fraction of the division's instructions; for a large
-// divisor it gives 0, where silu and its derivative are below the normal numbers.
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
 
 // Rounded before anything is added, so that backward finds the very value whose mean forward took.
 __device__ __forceinline__ float gated(float gate, float sigmoid_of_gate, float up) {

@@ -17,8 +17,9 @@ Mlp = Literal["gelu", "swiglu"]
 NormKind = Literal["layer_norm", "rms_norm"]
 Interpolation = Literal["bicubic", "bilinear"]
 Resize = Literal["shortest", "squash"]
+Pool = Literal["token", "mean"]
 
-# Names under which the same models are known elsewhere: those of open_clip, and of the model cards.
+# Names under which the same models are known elsewhere: those of open_clip, of the model cards, and of the hub.
 ALIASES = {
     "EVA01-g-14": "EVA01-CLIP-g-14",
     "EVA01-g-14-plus": "EVA01-CLIP-g-14-plus",
@@ -28,6 +29,16 @@ ALIASES = {
     "EVA02-E-14": "EVA02-CLIP-bigE-14",
     "EVA02-E-14-plus": "EVA02-CLIP-bigE-14-plus",
     "EVA-CLIP-8B-448": "EVA-CLIP-8B-plus",
+    "BAAI/EVA-CLIP-8B": "EVA-CLIP-8B",
+    "BAAI/EVA-CLIP-8B-448": "EVA-CLIP-8B-plus",
+    "BAAI/EVA-CLIP-18B": "EVA-CLIP-18B",
+    "timm/eva_giant_patch14_clip_224.laion400m_s11b_b41k": "EVA01-CLIP-g-14",
+    "timm/eva_giant_patch14_plus_clip_224.merged2b_s11b_b114k": "EVA01-CLIP-g-14-plus",
+    "timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k": "EVA02-CLIP-B-16",
+    "timm/eva02_large_patch14_clip_224.merged2b_s4b_b131k": "EVA02-CLIP-L-14",
+    "timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k": "EVA02-CLIP-L-14-336",
+    "timm/eva02_enormous_patch14_clip_224.laion2b_s4b_b115k": "EVA02-CLIP-bigE-14",
+    "timm/eva02_enormous_patch14_plus_clip_224.laion2b_s9b_b144k": "EVA02-CLIP-bigE-14-plus",
 }
 
 
@@ -38,14 +49,15 @@ _RATES = ("drop_path", "patch_dropout")
 class Preprocess:
     """What an image goes through before the model sees it; stored beside the weights.
 
-    `mean` and `std` are per RGB channel on the scale 0..1. `resize` is how evaluation makes an image square:
-    shortest side and centre crop, or squashed.
+    `mean` and `std` are per RGB channel on the scale 0..1. `resize` is how evaluation gives an image its size:
+    shortest side and centre crop, or squashed; `crop` is the share of the side that the centre crop keeps.
     """
 
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     interpolation: Interpolation = "bicubic"
     resize: Resize = "shortest"
+    crop: float = 1.0
 
     def __post_init__(self) -> None:
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -57,6 +69,7 @@ class Preprocess:
         _check(min(self.std) > 0, f"preprocess.std is {self.std}; expected positive numbers")
         _check_choice("preprocess.interpolation", self.interpolation, Interpolation)
         _check_choice("preprocess.resize", self.resize, Resize)
+        _check(0 < self.crop <= 1, f"preprocess.crop is {self.crop}; expected 0 < share <= 1")
 
 
 @dataclass(frozen=True)
@@ -64,9 +77,11 @@ class VisionConfig:
     """The vision tower. Sizes in pixels, `width` and `hidden` in channels.
 
     Attributes:
+        image_size: side of a square image, or height and width.
         mlp_ratio: hidden width of the MLP is `int(width * mlp_ratio)`.
         sub_norm: a norm before the output projection of attention and of the SwiGLU MLP; q, k and v are then
             three matrices, otherwise one.
+        attn_sub_norm: false where `sub_norm` leaves the norm in attention out, as in EVA-02 before CLIP training.
         post_norm: the norm is applied to the output of a sub-layer, inside the residual branch, not to its
             input.
         rope: rotary position embedding on the patches, in addition to the learned absolute one.
@@ -76,9 +91,10 @@ class VisionConfig:
             factor.
         drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
         patch_dropout: share of the patches that training leaves out (FLIP, Li et al. 2022).
+        pool: what the head sees: the class token, or the mean of the patches.
     """
 
-    image_size: int = 224
+    image_size: int | tuple[int, int] = 224
     patch_size: int = 16
     width: int = 768
     layers: int = 12
@@ -88,6 +104,7 @@ class VisionConfig:
     norm: NormKind = "layer_norm"
     norm_eps: float = 1e-6
     sub_norm: bool = True
+    attn_sub_norm: bool = True
     post_norm: bool = False
     rope: bool = True
     rope_theta: float = 10000.0
@@ -96,14 +113,18 @@ class VisionConfig:
     layer_scale_init: float | None = None
     drop_path: float = 0.0
     patch_dropout: float = 0.0
+    pool: Pool = "token"
 
     def __post_init__(self) -> None:
+        if isinstance(self.image_size, list | tuple):
+            object.__setattr__(self, "image_size", _pair(self.image_size))
         _check_fields("vision", self)
+        _check_choice("vision.pool", self.pool, Pool)
         _check_choice("vision.mlp", self.mlp, Mlp)
         _check_choice("vision.norm", self.norm, NormKind)
         _check_heads("vision", self.width, self.heads)
         _check(
-            self.image_size % self.patch_size == 0,
+            all(side % self.patch_size == 0 for side in self.image_shape),
             f"vision.image_size {self.image_size} isn't a multiple of patch_size {self.patch_size}",
         )
         _check(
@@ -116,14 +137,21 @@ class VisionConfig:
         )
 
     @property
-    def grid(self) -> int:
-        """Patches along one side of the image."""
-        return self.image_size // self.patch_size
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of an image."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = self.image_shape
+        return height // self.patch_size, width // self.patch_size
 
     @property
     def num_patches(self) -> int:
         """Patches in an image, without the class token."""
-        return self.grid**2
+        rows, columns = self.grid
+        return rows * columns
 
     @property
     def head_dim(self) -> int:
@@ -229,6 +257,13 @@ def get_config(name: str) -> CLIPConfig:
     return override(CLIPConfig(), json.loads(text))
 
 
+def _pair(sizes: Sequence[Any]) -> tuple[int, int]:
+    good = len(sizes) == 2 and all(isinstance(size, int) and size > 0 for size in sizes)
+    _check(good, f"vision.image_size is {sizes!r}; expected a positive integer, or height and width")
+    height, width = sizes
+    return height, width
+
+
 def _kind(value: Any) -> str:
     return "a mapping of its options" if is_dataclass(value) else f"a value such as {value!r}"
 
@@ -242,6 +277,8 @@ def _check_fields(part: str, config: Any) -> None:
     for entry in fields(config):
         value = getattr(config, entry.name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, tuple):
+            continue
         if isinstance(entry.default, bool):
             accepted, expected = isinstance(value, bool), "true or false"
         elif entry.name in _RATES:

@@ -29,7 +29,7 @@ class RotaryTable(nn.Module):
         """Computes the table on `device`."""
         config = self._config
         size, theta = config.pt_hw_seq_len, config.rope_theta
-        table = axial_rope(config.grid, config.grid, config.head_dim, reference_size=size, theta=theta, device=device)
+        table = axial_rope(*config.grid, config.head_dim, reference_size=size, theta=theta, device=device)
         for name, values in zip(("cos", "sin"), table, strict=True):
             self.register_buffer(name, values, persistent=False)
 

@@ -14,6 +14,7 @@ from evaclip.model.recompute import ResidualBlock
 from evaclip.model.savings import Savings
 from evaclip.model.tower import Tower
 from evakernels import packed_attention, rope_attention
+from evakernels.nn import Linear, linear
 
 
 def cut_padding(tokens: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ class TextAttention(nn.Module):
         self.heads = config.heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * config.width, config.width))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * config.width))
-        self.out_proj = nn.Linear(config.width, config.width)
+        self.out_proj = Linear(config.width, config.width)
 
     def forward(self, x: Tensor, layout: Layout, pooled: bool = False) -> Tensor:
         """`layout` says whose the rows of `x` are; `pooled` asks for the end tokens' rows only, `[B, width]`."""
@@ -42,7 +43,7 @@ class TextAttention(nn.Module):
         return projected
 
     def _everywhere(self, x: Tensor, layout: Layout) -> Tensor:
-        q, k, v = self._heads(F.linear(x, self.in_proj_weight, self.in_proj_bias))
+        q, k, v = self._heads(linear(x, self.in_proj_weight, self.in_proj_bias))
         if layout.rows is None:
             # What stands behind a caption's end is seen by no token in front of it.
             grid = (part.unflatten(0, (layout.batch, layout.length)) for part in (q, k, v))
@@ -53,8 +54,8 @@ class TextAttention(nn.Module):
         width = x.shape[-1]
         q_weight, kv_weight = self.in_proj_weight.split([width, 2 * width])
         q_bias, kv_bias = self.in_proj_bias.split([width, 2 * width])
-        q = F.linear(layout.at_ends(x), q_weight, q_bias).unflatten(-1, (self.heads, -1))
-        k, v = self._heads(layout.spread(F.linear(x, kv_weight, kv_bias)))
+        q = linear(layout.at_ends(x), q_weight, q_bias).unflatten(-1, (self.heads, -1))
+        k, v = self._heads(layout.spread(linear(x, kv_weight, kv_bias)))
         return attend_once(q, k, v, layout.before_ends())
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -69,8 +70,8 @@ class TextMlp(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.width, config.hidden)
-        self.c_proj = nn.Linear(config.hidden, config.width)
+        self.c_fc = Linear(config.width, config.hidden)
+        self.c_proj = Linear(config.hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.c_proj(F.gelu(self.c_fc(x)))

@@ -43,15 +43,15 @@ class Tower(nn.Module):
         block = _BLOCK.search(name)
         return int(block[1]) + 1 if block else self.layers + 1
 
-    def run_blocks(self, blocks: nn.ModuleList, x: Tensor, *context: Any) -> Tensor:
+    def run_blocks(self, blocks: nn.ModuleList, x: Tensor, *context: Any, pooled_last: bool = True) -> Tensor:
         """`x` through all blocks; each is called as `block(x, *context, pooled)`.
 
         `pooled` asks a block for the one token of each sample that the tower uses. It is true for the last block,
-        if that saving is on.
+        if that saving is on and `pooled_last` says that no other token is used.
         """
         recompute = self.savings.recompute if self.training else "none"
         for index, block in enumerate(blocks):
             assert isinstance(block, ResidualBlock)
-            pooled = self.savings.pooled_last_block and index == len(blocks) - 1
+            pooled = pooled_last and self.savings.pooled_last_block and index == len(blocks) - 1
             x = run_block(block, recompute, x, *context, pooled)
         return x

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, empty, nn
 
 from evaclip.model.config import VisionConfig
+from evaclip.model.norm import Norm
 from evaclip.model.rotary import RotaryTable
 from evaclip.model.savings import Savings
 from evaclip.model.tower import Tower
@@ -38,7 +39,12 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTower(Tower):
-    """Images -> one embedding per image, taken at the class token.
+    """Images -> one embedding per image, taken at the class token, or from the mean of the patches.
+
+    Args:
+        config: of the tower.
+        embed_dim: width of the embedding; 0 for no head, whose input is then the result.
+        savings: what is left out without changing a result.
 
     Attributes:
         num_patches: patches in an image.
@@ -57,8 +63,11 @@ class VisionTower(Tower):
         self.pos_embed = nn.Parameter(empty(1, 1 + config.num_patches, config.width))
         self.rope = RotaryTable(config) if config.rope else None
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.layers))
-        self.norm = vision_norm(config, config.width)
-        self.head = nn.Linear(config.width, embed_dim, bias=config.qkv_bias)
+        # Behind the mean of the patches the last norm has another name.
+        of_tokens = config.pool == "token"
+        self.norm = vision_norm(config, config.width) if of_tokens else None
+        self.fc_norm = None if of_tokens else vision_norm(config, config.width)
+        self.head = nn.Linear(config.width, embed_dim, bias=config.qkv_bias) if embed_dim else None
         self.register_load_state_dict_post_hook(_table_follows_weights)  # type: ignore[no-untyped-call]
         self.reset_parameters()
 
@@ -70,15 +79,27 @@ class VisionTower(Tower):
         for block in self.blocks:
             assert isinstance(block, Block)
             block.reset_parameters()
-        self.norm.reset_parameters()
-        reset_linear(self.head, _HEAD_INIT_FACTOR)
+        self.last_norm.reset_parameters()
+        self.reset_head()
+
+    def reset_head(self) -> None:
+        """Start values of the head alone."""
+        if self.head is not None:
+            reset_linear(self.head, _HEAD_INIT_FACTOR)
+
+    @property
+    def last_norm(self) -> Norm:
+        """The norm in front of the head."""
+        norm = self.norm or self.fc_norm
+        assert norm is not None
+        return norm
 
     def num_kept_patches(self) -> int:
         """Patches that training keeps at the present rate of patch dropout, at least one."""
         return max(1, int(self.num_patches * (1 - self.patch_dropout)))
 
     def forward(self, images: Tensor, token_index: Tensor | None = None) -> Tensor:
-        """Embeddings `[B, embed_dim]` of images `[B, 3, image_size, image_size]`.
+        """Embeddings `[B, embed_dim]` of images `[B, 3, height, width]`.
 
         Args:
             images: normalised; cast to the dtype of the weights.
@@ -88,18 +109,32 @@ class VisionTower(Tower):
         Raises:
             TypeError: for images that aren't floating-point. ValueError: for images of another size.
         """
+        return self.embed_tokens(self.tokens(images, token_index, pooled=self.config.pool == "token"))
+
+    def tokens(self, images: Tensor, token_index: Tensor | None = None, *, pooled: bool = False) -> Tensor:
+        """What the last block gives, `[B, 1 + K, width]`, class token first, without the last norm.
+
+        `pooled` says that only the class token will be used, and lets the last block leave out the rest.
+        """
+        x, context = self.start(images, token_index)
+        return self.run_blocks(self.blocks, x, *context, pooled_last=pooled)
+
+    def start(self, images: Tensor, token_index: Tensor | None = None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """What the first block gets: tokens `[B, 1 + K, width]`, and the other arguments of every block."""
         self._check(images)
         if token_index is None and self.training and self.patch_dropout > 0:
             keep = self.num_kept_patches()
             token_index = sample_token_index(images.shape[0], self.num_patches, keep, device=images.device)
         x = self._embed(images, token_index)
         if self.rope is None:
-            x = self.run_blocks(self.blocks, x, None, None, None)
-        else:
-            x = self.run_blocks(self.blocks, x, self.rope.cos, self.rope.sin, token_index)
-        # The norm works on each token by itself, and only the class token is used.
-        embeddings: Tensor = self.head(self.norm(x[:, 0]))
-        return embeddings
+            return x, (None, None, None)
+        return x, (self.rope.cos, self.rope.sin, token_index)
+
+    def embed_tokens(self, x: Tensor) -> Tensor:
+        """The embedding, from what `tokens` gives."""
+        # A norm works on each token by itself: the class token's is the only one that is needed.
+        pooled: Tensor = self.last_norm(x[:, 0] if self.config.pool == "token" else x[:, 1:].mean(1))
+        return pooled if self.head is None else self.head(pooled)
 
     def _embed(self, images: Tensor, token_index: Tensor | None) -> Tensor:
         """Class token and kept patches with their positions, `[B, 1 + K, width]`."""
@@ -111,9 +146,9 @@ class VisionTower(Tower):
         return torch.cat(((prefix + first).expand(len(images), -1, -1), patches), 1)
 
     def _check(self, images: Tensor) -> None:
-        size = self.config.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
-            raise ValueError(f"images have shape {tuple(images.shape)}; expected [batch, 3, {size}, {size}]")
+        height, width = self.config.image_shape
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
+            raise ValueError(f"images have shape {tuple(images.shape)}; expected [batch, 3, {height}, {width}]")
         if not images.is_floating_point():
             raise TypeError(f"images are {images.dtype}; expected normalised floating-point pixels")
 

@@ -11,7 +11,7 @@ from evaclip.model.norm import Norm
 from evaclip.model.pooled import attend_once, rotate_patches
 from evaclip.model.recompute import ResidualBlock
 from evakernels import rope_attention
-from evakernels.nn import SwiGLU
+from evakernels.nn import Linear, SwiGLU, linear
 
 INIT_STD = 0.02
 
@@ -21,13 +21,13 @@ def vision_norm(config: VisionConfig, width: int) -> Norm:
     return Norm(width, config.norm, config.norm_eps)
 
 
-def reset_linear(linear: nn.Linear, factor: float = 1.0) -> None:
+def reset_linear(layer: nn.Linear, factor: float = 1.0) -> None:
     """Truncated normal weights times `factor`, bias 0."""
-    nn.init.trunc_normal_(linear.weight, std=INIT_STD)
+    nn.init.trunc_normal_(layer.weight, std=INIT_STD)
     with torch.no_grad():
-        linear.weight.mul_(factor)
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)
+        layer.weight.mul_(factor)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 def cast_once(x: Tensor) -> Tensor:
@@ -52,23 +52,24 @@ class Attention(nn.Module):
         width = config.width
         self.heads = config.heads
         if config.sub_norm:
-            self.q_proj = nn.Linear(width, width, bias=False)
-            self.k_proj = nn.Linear(width, width, bias=False)
-            self.v_proj = nn.Linear(width, width, bias=False)
-            self.inner_attn_ln = vision_norm(config, width)
+            self.q_proj = Linear(width, width, bias=False)
+            self.k_proj = Linear(width, width, bias=False)
+            self.v_proj = Linear(width, width, bias=False)
+            self.inner_attn_ln = vision_norm(config, width) if config.attn_sub_norm else None
         else:
-            self.qkv = nn.Linear(width, 3 * width, bias=False)
+            self.qkv = Linear(width, 3 * width, bias=False)
         self.sub_norm = config.sub_norm
         for name in ("q_bias", "v_bias"):
             self.register_parameter(name, nn.Parameter(torch.zeros(width)) if config.qkv_bias else None)
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def reset_parameters(self, branch_factor: float) -> None:
         """Start values; the output projection is smaller by `branch_factor`."""
         if self.sub_norm:
-            for linear in (self.q_proj, self.k_proj, self.v_proj):
-                reset_linear(linear)
-            self.inner_attn_ln.reset_parameters()
+            for layer in (self.q_proj, self.k_proj, self.v_proj):
+                reset_linear(layer)
+            if self.inner_attn_ln is not None:
+                self.inner_attn_ln.reset_parameters()
         else:
             reset_linear(self.qkv)
         for bias in (self.q_bias, self.v_bias):
@@ -96,7 +97,7 @@ class Attention(nn.Module):
             out = attend_once(q.squeeze(1), k, v).unsqueeze(1)
         else:
             out = rope_attention(q, k, v, cos, sin, token_index=token_index, num_prefix=1).flatten(2)
-        if self.sub_norm:
+        if self.sub_norm and self.inner_attn_ln is not None:
             out = self.inner_attn_ln(out)
         projected: Tensor = self.proj(out)
         return projected
@@ -106,17 +107,17 @@ class Attention(nn.Module):
         width, queried = x.shape[-1], x[:, :1] if pooled else x
         parts: tuple[Tensor, ...]
         if self.sub_norm:
-            q = F.linear(queried, self.q_proj.weight, self.q_bias)
-            parts = q, self.k_proj(x), F.linear(x, self.v_proj.weight, self.v_bias)
+            q = linear(queried, self.q_proj.weight, self.q_bias)
+            parts = q, self.k_proj(x), linear(x, self.v_proj.weight, self.v_bias)
         elif pooled:
             q_weight, kv_weight = self.qkv.weight.split([width, 2 * width])
             bias = None if self.v_bias is None else torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
-            parts = F.linear(queried, q_weight, self.q_bias), *F.linear(x, kv_weight, bias).chunk(2, dim=-1)
+            parts = linear(queried, q_weight, self.q_bias), *linear(x, kv_weight, bias).chunk(2, dim=-1)
         else:
             bias = None
             if self.q_bias is not None and self.v_bias is not None:
                 bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-            parts = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
+            parts = linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
         return tuple(part.unflatten(-1, (self.heads, -1)) for part in parts)
 
 
@@ -125,8 +126,8 @@ class GeluMlp(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.width, config.hidden)
-        self.fc2 = nn.Linear(config.hidden, config.width)
+        self.fc1 = Linear(config.width, config.hidden)
+        self.fc2 = Linear(config.hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))

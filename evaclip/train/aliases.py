@@ -55,6 +55,8 @@ ALIASES = (
     Alias("--precision", "precision", words=_PRECISIONS),
     Alias("--model", "model.name"),
     Alias("--pretrained", "model.pretrained"),
+    Alias("--pretrained-image", "model.pretrained_image"),
+    Alias("--pretrained-text", "model.pretrained_text"),
     Alias("--force-patch-dropout", "model.patch_dropout"),
     Alias("--grad-checkpointing", "model.savings.recompute", constant="block"),
     Alias("--opt", "optim.name"),

@@ -94,6 +94,8 @@ def build_model(config: TrainConfig, device: torch.device) -> CLIP:
     model: CLIP = create_model(
         config.model.name,
         pretrained=config.model.pretrained,
+        pretrained_image=config.model.pretrained_image,
+        pretrained_text=config.model.pretrained_text,
         device=device,
         precision=precision,
         savings=config.model.savings,
@@ -142,7 +144,7 @@ def _loader(
         world_size=world.size,
         window=data.shuffle_window,
         prefetch=data.prefetch,
-        decode_size=_JPEG_MARGIN * size if data.jpeg_reduction else None,
+        decode_size=_JPEG_MARGIN * max(model.config.vision.image_shape) if data.jpeg_reduction else None,
     )
 
 

@@ -24,13 +24,23 @@ class ModelConfig:
 
     name: str = "EVA02-CLIP-B-16"
     pretrained: str | None = None
-    """A weights file or a checkpoint folder; none starts from random weights."""
+    """Weights of the whole model: a file, a checkpoint folder, `hf-hub:OWNER/NAME`, a tag; none: random ones."""
+    pretrained_image: str | None = None
+    """Weights that the image tower starts from, such as those of masked image modelling."""
+    pretrained_text: str | None = None
+    """Weights that the text tower starts from, of a CLIP model of any library."""
     patch_dropout: Share | None = None
     """Share of the patch tokens that are left out in training; none keeps the model's own value."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the architecture that differ from the named model's, such as `vision: {drop_path: 0.1}`."""
     savings: Savings = Savings()
     """What the model leaves out, and computes again instead of keeping it; no result depends on it."""
+
+    @model_validator(mode="after")
+    def _whole_or_parts(self) -> Self:
+        if self.pretrained and (self.pretrained_image or self.pretrained_text):
+            raise ValueError("set either pretrained, for the whole model, or pretrained_image and pretrained_text")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evaclip.train.build import Parts, build
-from evaclip.train.config import TrainConfig
+from evaclip.train.config import ModelConfig, TrainConfig
 from evaclip.train.distributed import connect
 from evaclip.train.optimizer import set_lr_factor
 from evaclip.train.schedule import lr_factor
@@ -45,7 +45,7 @@ def _plan(parts: Parts) -> list[tuple[str, str]]:
     chunk = config.batch_size // world.size // config.accumulation
     return [
         ("model", f"{config.model.name}: {_count(model)} parameters ({sizes})"),
-        ("weights from", config.model.pretrained or "random start values"),
+        ("weights from", _weights(config.model)),
         ("data", f"{parts.source.description}: {len(parts.source):,} samples"),
         (
             "batch",
@@ -80,6 +80,12 @@ def _table(rows: list[tuple[str, str]]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _weights(model: ModelConfig) -> str:
+    towers = {"image tower": model.pretrained_image, "text tower": model.pretrained_text}
+    parts = [f"{tower}: {source}" for tower, source in towers.items() if source]
+    return model.pretrained or "; ".join(parts) or "random start values"
 
 
 def _count(module: torch.nn.Module) -> str:

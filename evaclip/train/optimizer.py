@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from evaclip.train.config import OptimConfig, TowerConfig
-from evakernels.optim import Lamb
+from evakernels.optim import AdamW, Lamb
 
 Group = dict[str, Any]
 
@@ -46,10 +46,14 @@ def parameter_groups(model: nn.Module, loss: nn.Module, config: OptimConfig) -> 
 
 
 def build_optimizer(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer over these groups; both kinds skip a step on the device when their `found_inf` is 1."""
+    """The optimizer over these groups.
+
+    Both kinds divide the gradients by their attribute `grad_scale`, and skip a step when their `found_inf` is 1, on the
+    device.
+    """
     betas = (config.beta1, config.beta2)
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+        return AdamW(groups, lr=config.lr, betas=betas, eps=config.eps)
     return Lamb(groups, lr=config.lr, betas=betas, eps=config.eps, variant="deepspeed")
 
 

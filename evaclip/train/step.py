@@ -15,6 +15,7 @@ from evaclip.train.config import Precision
 from evaclip.train.distributed import World
 from evaclip.train.loss_scale import LossScale
 from evaclip.train.token_sampling import token_index
+from evakernels import gradient_norm
 
 MAX_LOG_SCALE = math.log(100.0)
 _AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
@@ -68,7 +69,8 @@ class TrainStep:
     that the result equals that of the whole batch at once.
 
     A loss or gradient that is not finite makes the optimizer skip its update on the device, through the `found_inf`
-    attribute that torch's fused optimizers and evakernels' LAMB obey; nothing waits for the device.
+    attribute that evakernels' optimizers obey; nothing waits for the device. The loss scale and the bound on the norm
+    reach them as one divisor of the gradients, `grad_scale`; the gradients themselves stay as they are.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class TrainStep:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self.world.average_gradients(gradients)
         loss = self.world.mean_(loss.detach().clone())
-        grad_norm = self._unscale_and_clip(gradients)
+        grad_norm = self._set_divisor(gradients)
         return StepResult(loss, grad_norm, self._update(loss, grad_norm))
 
     def state_dict(self) -> dict[str, Any]:
@@ -182,15 +184,13 @@ class TrainStep:
         return torch.autocast(self.world.device.type, dtype=dtype) if dtype else nullcontext()
 
     @torch.no_grad()
-    def _unscale_and_clip(self, gradients: list[Tensor]) -> Tensor:
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.promote_types(gradients[0].dtype, torch.float32))
+    def _set_divisor(self, gradients: list[Tensor]) -> Tensor:
         scale = self.loss_scale.scale
-        grad_norm: Tensor = torch.stack(norms).norm() / scale
-        factor = 1 / scale
+        grad_norm = gradient_norm(gradients) / scale
+        divisor = scale
         if self.options.grad_clip_norm is not None:
-            factor = factor * (self.options.grad_clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
-        if self.options.grad_clip_norm is not None or self.loss_scale.enabled:
-            torch._foreach_mul_(gradients, factor)
+            divisor = scale * (grad_norm / self.options.grad_clip_norm).clamp(min=1.0)
+        self.optimizer.grad_scale = divisor
         return grad_norm
 
     @torch.no_grad()

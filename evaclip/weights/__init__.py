@@ -1,16 +1,21 @@
 """Reading weights: files of every known layout, released models, and their preprocessing."""
 
 from evaclip.weights.files import find_weights, load_state_dict
-from evaclip.weights.layouts import to_open_clip, to_original
-from evaclip.weights.load import load_weights
+from evaclip.weights.layouts import to_open_clip, to_original, to_timm
+from evaclip.weights.load import load_weights, materialize
 from evaclip.weights.preprocess import describe_preprocess, read_preprocess
+from evaclip.weights.towers import start_image_tower, start_text_tower
 
 __all__ = [
     "describe_preprocess",
     "find_weights",
     "load_state_dict",
     "load_weights",
+    "materialize",
     "read_preprocess",
+    "start_image_tower",
+    "start_text_tower",
     "to_open_clip",
     "to_original",
+    "to_timm",
 ]

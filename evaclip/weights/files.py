@@ -1,5 +1,6 @@
-"""Weights files: what a path or a name stands for, and reading it."""
+"""Weights files: what a path or a name stands for, reading and writing them."""
 
+import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,28 +9,34 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from evaclip.atomic import replacing
 from evaclip.errors import UserError
 from evaclip.run_files import CHECKPOINTS_FOLDER, LATEST_FILE, MODEL_FILE
-from evaclip.weights.layouts import to_original
-from evaclip.weights.released import download
+from evaclip.weights.hub import HUB, download, download_released
+from evaclip.weights.layouts import to_original, unwrapped
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+_INDEX = ".index.json"
+"""How the name of a file ends that tells which tensor lies in which file."""
 
 
 def find_weights(source: str | Path, model: str) -> Path:
     """The weights file that `source` stands for.
 
     Args:
-        source: a weights file, a checkpoint folder (or the pointer `checkpoints/latest` to one), a run folder
-            (its latest checkpoint), or the tag of released weights.
+        source: a weights file, the index of one in several parts, a checkpoint folder (or the pointer
+            `checkpoints/latest` to one), a run folder (its latest checkpoint), a repository or a file of the
+            Hugging Face hub (`hf-hub:OWNER/NAME[/FILE][@REVISION]`), or the tag of released weights.
         model: name of the configuration whose released weights are meant.
 
     Raises:
         UserError: for a source that is none of these.
     """
+    if str(source).startswith(HUB):
+        return download(str(source))
     path = Path(source).expanduser()
     if path.is_dir():
         return _in_folder(path)
@@ -39,22 +46,60 @@ def find_weights(source: str | Path, model: str) -> Path:
         return path
     if isinstance(source, Path) or path.suffix in _SUFFIXES or len(path.parts) > 1:
         raise UserError(f"there is no weights file or checkpoint folder {str(source)!r}")
-    return download(model, str(source))
+    return download_released(model, str(source))
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a weights file on the CPU, under the names that models here use.
 
-    Reads `.safetensors`, and `.pt`, `.pth`, `.bin` of `torch.save`, without running any code of theirs. All
-    layouts of EVA-CLIP are known: the authors', open_clip's, with wrappers of training programs, with a flat
-    text tower.
+    Reads `.safetensors`, and `.pt`, `.pth`, `.bin` of `torch.save`, without running any code of theirs, and the
+    `.index.json` of weights in several parts. The tensors are views of the mapped file where its format allows.
+    All layouts of EVA-CLIP are known: the authors', open_clip's, timm's, with wrappers of training programs, with a
+    flat text tower.
 
     Raises:
         UserError: for a file that is missing, damaged or no state dict.
     """
+    return to_original(read_tensors(path))
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a weights file under the names that they have there, less what training programs put around.
+
+    Raises:
+        UserError: as `load_state_dict`.
+    """
     path = Path(path)
+    parts = _parts(path) if path.name.endswith(_INDEX) else [path]
+    tensors: dict[str, Tensor] = {}
+    for part in parts:
+        try:
+            tensors |= unwrapped(_content(part))
+        except UserError as exc:
+            message = str(exc)
+            raise exc if str(part) in message else UserError(f"{str(part)!r}: {message}") from None
+    return tensors
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a `.safetensors` file, or one of `torch.save`; it appears complete or not at all.
+
+    Raises:
+        UserError: for another suffix.
+    """
     if path.suffix not in _SUFFIXES:
-        raise UserError(f"{str(path)!r} isn't a weights file; expected one of {', '.join(_SUFFIXES)}")
+        raise UserError(f"{str(path)!r} can't be written; expected one of {', '.join(_SUFFIXES)}")
+    dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        if path.suffix == ".safetensors":
+            save_file(dense, temporary, metadata={"format": "pt"})
+        else:
+            torch.save(dense, temporary)
+
+
+def _content(path: Path) -> Mapping[str, Any]:
+    if path.suffix not in _SUFFIXES:
+        raise UserError(f"{str(path)!r} isn't a weights file; expected one of {', '.join((*_SUFFIXES, _INDEX))}")
     try:
         content = _read(path)
     except FileNotFoundError:
@@ -62,13 +107,15 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     except UnpicklingError as exc:
         raise UserError(f"{str(path)!r} is damaged, or holds other things than tensors and plain values") from exc
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as exc:
+        if "TorchScript" in str(exc):
+            raise UserError(
+                f"{str(path)!r} is a TorchScript program, which would have to be run to be read; use the same "
+                "weights as a state dict, such as hf-hub:timm/vit_base_patch16_clip_224.openai"
+            ) from exc
         raise UserError(f"{str(path)!r} can't be read as weights: {exc}") from exc
     if not isinstance(content, Mapping):
         raise UserError(f"{str(path)!r} holds a {type(content).__name__}; expected tensors by name")
-    try:
-        return to_original(content)
-    except UserError as exc:
-        raise UserError(f"{str(path)!r}: {exc}") from None
+    return content
 
 
 def _read(path: Path) -> Any:
@@ -78,16 +125,34 @@ def _read(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
+def _parts(index: Path) -> list[Path]:
+    """The files that an index names; all of them exist."""
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    except FileNotFoundError:
+        raise UserError(f"there is no weights file {str(index)!r}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise UserError(f"{str(index)!r} can't be read: expected JSON with files by tensor in weight_map") from exc
+    parts = [index.parent / Path(name).name for name in sorted(set(files))]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise UserError(f"{str(index)!r} names {', '.join(missing)}, which {index.parent} doesn't have")
+    return parts
+
+
 def _in_folder(folder: Path) -> Path:
     pointer = folder / CHECKPOINTS_FOLDER / LATEST_FILE
     if pointer.is_file():
         folder = _pointed_at(pointer)
-    if not (folder / MODEL_FILE).is_file():
-        raise UserError(
-            f"the folder {str(folder)!r} has no {MODEL_FILE}; expected a checkpoint such as "
-            "runs/NAME/checkpoints/step_00000100, or a run that has one"
-        )
-    return folder / MODEL_FILE
+    if (folder / MODEL_FILE).is_file():
+        return folder / MODEL_FILE
+    indices = sorted(folder.glob(f"*{_INDEX}"))
+    if len(indices) == 1:
+        return indices[0]
+    raise UserError(
+        f"the folder {str(folder)!r} has no {MODEL_FILE}; expected a checkpoint such as "
+        "runs/NAME/checkpoints/step_00000100, or a run that has one"
+    )
 
 
 def _pointed_at(pointer: Path) -> Path:

@@ -1,8 +1,11 @@
 """The names that the same weights have in different files.
 
 Models here use the names of the original EVA-CLIP release. open_clip has its own for the parts of the vision
-tower; old files have the text tower without a prefix; training programs wrap the names or the whole
-dictionary. No tensor is ever changed.
+tower, which are timm's with a prefix; old files have the text tower without a prefix; training programs wrap the
+names or the whole dictionary. No tensor is ever changed.
+
+A file may hold an image tower alone, under the names of the whole model without `visual.`: those of masked image
+modelling, which CLIP training starts from, and timm's. Some of timm's put several tensors into one; see `packing`.
 """
 
 import re
@@ -12,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from evaclip.errors import UserError
+from evaclip.weights.packing import pack, unpack
 
 _WRAPPERS = ("model", "module", "state_dict")
 _PARALLEL = "module."
@@ -44,18 +48,42 @@ def to_original(state: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         UserError: for contents that are no state dict.
     """
-    flat = _without_parallel_prefix(_unwrapped(state))
-    flat = {_with_text_prefix(name): tensor for name, tensor in flat.items() if not _ROTARY.search(name)}
-    if not any(name.startswith(_OPEN_CLIP) for name in flat):
+    flat = {_with_text_prefix(name): tensor for name, tensor in unwrapped(state).items() if not _ROTARY.search(name)}
+    old = _OPEN_CLIP if any(name.startswith(_OPEN_CLIP) for name in flat) else ""
+    if not old and not is_image_tower(flat):
         return flat
+    flat = unpack(flat)
     names = {theirs: ours for ours, theirs in _block_names(flat).items()}
-    return {_renamed(name, _OPEN_CLIP, _ORIGINAL, names): tensor for name, tensor in flat.items()}
+    return {_renamed(name, old, _ORIGINAL if old else "", names): tensor for name, tensor in flat.items()}
 
 
 def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a model here under open_clip's names; `to_original` is its inverse."""
-    names = _block_names(state)
-    return {_renamed(name, _ORIGINAL, _OPEN_CLIP, names): tensor for name, tensor in state.items()}
+    """The state dict of a model here under open_clip's names; `to_original` is its inverse.
+
+    Raises:
+        UserError: for an image tower alone.
+    """
+    if is_image_tower(state):
+        raise UserError("the weights are those of an image tower alone; open_clip's layout has a text tower too")
+    packed = pack(state)
+    names = _block_names(packed)
+    return {_renamed(name, _ORIGINAL, _OPEN_CLIP, names): tensor for name, tensor in packed.items()}
+
+
+def to_timm(state: Mapping[str, Tensor], joint_bias: bool = False) -> dict[str, Tensor]:
+    """The image tower of a model here, or an image tower alone, under timm's names.
+
+    `joint_bias` is for `eva_large_*`, whose q, k and v have one bias there.
+    """
+    old = "" if is_image_tower(state) else _ORIGINAL
+    packed = pack({name: tensor for name, tensor in state.items() if name.startswith(old)}, joint_bias)
+    names = _block_names(packed)
+    return {_renamed(name, old, "", names): tensor for name, tensor in packed.items()}
+
+
+def is_image_tower(names: Iterable[str]) -> bool:
+    """Whether these are the names of an image tower alone."""
+    return any(name.startswith("blocks.") for name in names)
 
 
 def _block_names(names: Iterable[str]) -> dict[str, str]:
@@ -83,7 +111,12 @@ def _renamed_in_block(name: str, block_names: Mapping[str, str]) -> str:
     return name
 
 
-def _unwrapped(state: Mapping[str, Any]) -> dict[str, Tensor]:
+def unwrapped(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict without the wrappers of training programs.
+
+    Raises:
+        UserError: for contents that are no state dict.
+    """
     for key in _WRAPPERS:
         if isinstance(state.get(key), Mapping):
             state = state[key]
@@ -93,7 +126,7 @@ def _unwrapped(state: Mapping[str, Any]) -> dict[str, Tensor]:
         found = f"other things under {', '.join(strangers[:5])}" if strangers else "nothing"
         wrappers = " or ".join(_WRAPPERS)
         raise UserError(f"the weights hold {found}; expected tensors by name, or those under {wrappers}")
-    return dict(state)
+    return _without_parallel_prefix(dict(state))
 
 
 def _without_parallel_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,12 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaclip.errors import UserError
+from evaclip.model.clip import CLIP
+from evaclip.model.vision_model import VisionModel
 from evaclip.weights.files import load_state_dict
 from evaclip.weights.layouts import to_original
 
 _log = logging.getLogger(__name__)
 
-_POS_EMBED = "visual.pos_embed"
+_POS_EMBED, _PATCH_KERNEL = "pos_embed", "patch_embed.proj.weight"
+_IMAGE = "visual."
+# What masked image modelling has beside the model.
+_OF_PRETRAINING = re.compile(r"(lm_head|mask_token)(\.|$)")
 _INDEX = re.compile(r"\b(blocks|resblocks)\.(\d+)\.")
 
 
@@ -33,19 +38,51 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
     Raises:
         UserError: naming every missing, unexpected and misshapen parameter; the model is then unchanged.
     """
+    model.load_state_dict(_fitting(model, source))
+
+
+def materialize(model: nn.Module, source: Path, device: torch.device) -> None:
+    """Gives a model on the meta device its weights: no memory is taken beside that of the weights themselves.
+
+    Tensors that need no conversion are views of the mapped file; they are copied when they are first written to.
+    The rest is as for `load_weights`.
+    """
+    state = _fitting(model, source)
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    for name in list(state):
+        state[name] = state[name].to(device, dtypes[name])
+    model.load_state_dict(state, assign=True)
+
+
+def _fitting(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of `source`, which have the names and shapes of the model's."""
     state = to_original(source) if isinstance(source, Mapping) else load_state_dict(source)
     expected = model.state_dict()
-    if _POS_EMBED in state and _POS_EMBED in expected:
-        state[_POS_EMBED] = _fitted(state[_POS_EMBED], expected[_POS_EMBED].shape[1])
-    problems = _differences(state, expected)
+    if isinstance(model, VisionModel):
+        state = {name: t for name, t in state.items() if not _OF_PRETRAINING.match(name)}
+        fit_image_size(state, expected, model.config.grid)
+    elif isinstance(model, CLIP):
+        fit_image_size(state, expected, model.config.vision.grid, _IMAGE)
+    problems = differences(state, expected)
     if problems:
         origin = "the weights" if isinstance(source, Mapping) else f"the weights {str(source)!r}"
         raise UserError(f"{origin} don't fit the model: {'; '.join(problems)}")
-    model.load_state_dict(state)
+    return state
 
 
-def resize_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:
-    """A position embedding `[1, 1 + g*g, C]` for a grid of `grid x grid` patches; the class token's stays.
+def fit_image_size(
+    state: dict[str, Tensor], expected: Mapping[str, Tensor], grid: tuple[int, int], prefix: str = ""
+) -> None:
+    """Resizes the position embedding and the patch kernel among `state` to those of the model, and logs it."""
+    pos_embed, kernel = prefix + _POS_EMBED, prefix + _PATCH_KERNEL
+    if pos_embed in state:
+        state[pos_embed] = _fitted(state[pos_embed], grid)
+    if kernel in state and kernel in expected:
+        state[kernel] = _fitted_kernel(state[kernel], expected[kernel].shape)
+
+
+def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A position embedding `[1, 1 + g*g, C]` for a grid of rows and columns of patches; the class token's stays.
 
     Bicubic without antialiasing, as the released models were adapted to other sizes. Libraries that antialias
     get other numbers.
@@ -53,19 +90,30 @@ def resize_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:
     cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
     old = math.isqrt(patches.shape[1])
     image = patches.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    resized = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False, antialias=False)
+    resized = F.interpolate(image, size=grid, mode="bicubic", align_corners=False, antialias=False)
     return torch.cat([cls, resized.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
 
 
-def _fitted(pos_embed: Tensor, tokens: int) -> Tensor:
+def _fitted_kernel(kernel: Tensor, shape: torch.Size) -> Tensor:
+    if kernel.ndim != 4 or kernel.shape == shape or kernel.shape[:2] != shape[:2]:
+        return kernel
+    _log.info("resizing the patch kernel from %d to %d pixels", kernel.shape[-1], shape[-1])
+    # Bicubic as the position embedding, without regard to its norm: so the released B/16 came from patches of 14.
+    resized = F.interpolate(kernel.float(), size=shape[2:], mode="bicubic", align_corners=False, antialias=False)
+    return resized.to(kernel.dtype)
+
+
+def _fitted(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     patches = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 else 0
-    if patches < 1 or patches == tokens - 1 or math.isqrt(patches) ** 2 != patches:
+    old = math.isqrt(max(patches, 0))
+    if patches < 1 or (old, old) == grid or old**2 != patches:
         return pos_embed
-    _log.info("resizing the position embedding from %d to %d patches", patches, tokens - 1)
-    return resize_pos_embed(pos_embed, math.isqrt(tokens - 1))
+    _log.info("resizing the position embedding from %d to %d patches", patches, math.prod(grid))
+    return resize_pos_embed(pos_embed, grid)
 
 
-def _differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+def differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """What keeps `state` from being loaded, by kind; names that differ in their block only are put together."""
     missing = expected.keys() - state.keys()
     unexpected = state.keys() - expected.keys()
     shared = [name for name in expected if name in state]

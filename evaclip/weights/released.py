@@ -1,9 +1,6 @@
 """The released EVA-CLIP weights and where the Hugging Face hub has them."""
 
 from dataclasses import dataclass
-from pathlib import Path
-
-from evaclip.errors import UserError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -57,26 +54,3 @@ RELEASED: dict[str, dict[str, HubFile]] = {
     "EVA-CLIP-8B-plus": {"eva_clip": HubFile("BAAI/EVA-CLIP-8B-448", "EVA_CLIP_8B_psz14_plus_s0.6B.pt")},
     "EVA-CLIP-18B": {"eva_clip": HubFile("BAAI/EVA-CLIP-18B", "EVA_CLIP_18B_psz14_s6B.fp16.pt")},
 }
-
-
-def download(model: str, tag: str) -> Path:
-    """The local file of released weights, downloaded unless it is in the hub's cache.
-
-    Raises:
-        UserError: for a tag that the model doesn't have, or when the hub can't be reached.
-    """
-    tags = RELEASED.get(model, {})
-    if not tags:
-        raise UserError(f"no weights {tag!r}: it is no file or folder, and {model} has no released weights")
-    if tag not in tags:
-        raise unknown_name(f"file, folder or tag of released {model} weights", tag, tags)
-    from huggingface_hub import hf_hub_download
-
-    file = tags[tag]
-    try:
-        return Path(hf_hub_download(file.repository, file.name))
-    except Exception as exc:  # The hub's client raises those of several libraries; all mean the same here.
-        raise UserError(
-            f"can't get {file.name} of {file.repository} from the Hugging Face hub ({type(exc).__name__}); "
-            "where there is no network, download the file elsewhere and give its path"
-        ) from exc

@@ -2,8 +2,9 @@
 
 from evakernels.nn.contrastive import ClipLoss, SigLipLoss
 from evakernels.nn.layer_norm import LayerNorm, RMSNorm
+from evakernels.nn.linear import Linear, linear
 from evakernels.nn.rope_attention import axial_rope
 from evakernels.nn.swiglu import SwiGLU
 from evakernels.nn.token_dropout import PatchDropout
 
-__all__ = ["ClipLoss", "LayerNorm", "PatchDropout", "RMSNorm", "SigLipLoss", "SwiGLU", "axial_rope"]
+__all__ = ["ClipLoss", "LayerNorm", "Linear", "PatchDropout", "RMSNorm", "SigLipLoss", "SwiGLU", "axial_rope", "linear"]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from evakernels.nn.layer_norm import LayerNorm
+from evakernels.nn.linear import Linear
 from evakernels.ops import swiglu
 
 
@@ -30,10 +31,10 @@ class SwiGLU(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.w1 = nn.Linear(width, hidden, bias=bias, device=device, dtype=dtype)
-        self.w2 = nn.Linear(width, hidden, bias=bias, device=device, dtype=dtype)
+        self.w1 = Linear(width, hidden, bias=bias, device=device, dtype=dtype)
+        self.w2 = Linear(width, hidden, bias=bias, device=device, dtype=dtype)
         self.ffn_ln = LayerNorm(hidden, eps, device=device, dtype=dtype) if sub_ln else None
-        self.w3 = nn.Linear(hidden, width, bias=bias, device=device, dtype=dtype)
+        self.w3 = Linear(hidden, width, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w1(x), self.w2(x)

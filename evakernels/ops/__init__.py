@@ -1,6 +1,10 @@
 """The ops: schema, argument checks, fake, autograd and public docstring, one file per family."""
 
+from evakernels.ops._register import as_torch_operators
+from evakernels.ops.adamw import adamw_update
 from evakernels.ops.contrastive import clip_loss, contrastive_statistics, siglip_loss
+from evakernels.ops.gelu import gelu
+from evakernels.ops.gradient_norm import gradient_norm
 from evakernels.ops.lamb import lamb_apply, lamb_update
 from evakernels.ops.layer_norm import (
     add_layer_norm,
@@ -16,10 +20,14 @@ from evakernels.ops.swiglu import swiglu
 from evakernels.ops.token_dropout import sample_token_index, token_dropout
 
 __all__ = [
+    "adamw_update",
     "add_layer_norm",
     "add_rms_norm",
+    "as_torch_operators",
     "clip_loss",
     "contrastive_statistics",
+    "gelu",
+    "gradient_norm",
     "lamb_apply",
     "lamb_update",
     "layer_norm",

@@ -22,7 +22,7 @@ def same_device(op: str, **tensors: Tensor | None) -> None:
 
 def shape(op: str, name: str, tensor: Tensor | None, expected: tuple[int, ...], meaning: str) -> None:
     """`tensor`, when given, has exactly the shape `expected`; `meaning` names its dimensions."""
-    if tensor is not None and tuple(tensor.shape) != expected:
+    if tensor is not None and tensor.shape != expected:
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; expected {meaning} = {expected}")
 
 

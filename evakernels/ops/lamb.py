@@ -4,16 +4,15 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from evakernels.ops import _check
+from evakernels.ops import _check, _tensor_lists
 from evakernels.ops._register import define
+from evakernels.ops._tensor_lists import Tensors
 from evakernels.reference import lamb as reference
 from evakernels.reference._numerics import accumulation_dtype
 
 VARIANTS = ("deepspeed", "nvlamb")
-Tensors = Sequence[Tensor]
 
 
 def lamb_update(
@@ -54,9 +53,11 @@ def lamb_update(
             don't fit together, or an unknown variant.
     """
     op = "lamb_update"
-    _check_tensors(op, params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-    _check_options(op, params, steps, {"weight_decays": weight_decays}, variant)
-    _check_flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
+    check_variant(op, variant)
+    _tensor_lists.tensors(op, params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
+    _tensor_lists.steps(op, params, steps)
+    _tensor_lists.numbers(op, params, weight_decays=weight_decays)
+    _tensor_lists.flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
     squared_norms: Tensor = _update(
         params,
         grads,
@@ -92,11 +93,13 @@ def lamb_apply(
     Takes and raises what `lamb_update` does, and `lrs`, n learning rates. Only `params` are written.
     """
     op = "lamb_apply"
-    _check_tensors(op, params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-    _check_options(op, params, steps, {"lrs": lrs, "weight_decays": weight_decays}, variant)
+    check_variant(op, variant)
+    _tensor_lists.tensors(op, params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
+    _tensor_lists.steps(op, params, steps)
+    _tensor_lists.numbers(op, params, lrs=lrs, weight_decays=weight_decays)
     _check.floating(op, squared_norms=squared_norms)
     _check.shape(op, "squared_norms", squared_norms, (len(params), 2), "[n, 2]")
-    _check_flags(op, params[0], found_inf=found_inf)
+    _tensor_lists.flags(op, params[0], found_inf=found_inf)
     _apply(
         params,
         exp_avgs,
@@ -118,59 +121,6 @@ def check_variant(op: str, variant: str) -> None:
         near = difflib.get_close_matches(variant, VARIANTS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{op}: variant is {variant!r}; accepted: {', '.join(map(repr, VARIANTS))}{hint}")
-
-
-def _check_tensors(op: str, params: Tensors, **lists: Tensors) -> None:
-    if not params:
-        raise ValueError(f"{op}: params is empty; expected at least one tensor")
-    for name, tensors in {"params": params, **lists}.items():
-        _check_length(op, name, tensors, params)
-        for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-            if not _fits(tensor, param, params[0].device):
-                _refuse(op, f"{name}[{i}]", tensor, params, i)
-
-
-def _fits(tensor: Tensor, param: Tensor, device: torch.device) -> bool:
-    # For lists of small tensors the checks are most of a step's time, so the messages are made only when needed.
-    return (
-        tensor.layout == torch.strided
-        and tensor.dtype in _check.FLOATS
-        and tensor.device == device
-        and tensor.shape == param.shape
-    )
-
-
-def _refuse(op: str, label: str, tensor: Tensor, params: Tensors, i: int) -> None:
-    """Raises with the first reason why `_fits` says no."""
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{op}: {label} is {tensor.layout}; accepted: dense tensors")
-    _check.floating(op, **{label: tensor})
-    _check.same_device(op, **{"params[0]": params[0], label: tensor})
-    _check.shape(op, label, tensor, tuple(params[i].shape), f"the shape of params[{i}]")
-
-
-def _check_options(op: str, params: Tensors, steps: Tensors, numbers: dict[str, Sequence[float]], variant: str) -> None:
-    check_variant(op, variant)
-    _check_length(op, "steps", steps, params)
-    for name, values in numbers.items():
-        _check_length(op, name, values, params)
-    for i, step in enumerate(steps):
-        if step.dtype != torch.float32 or step.dim() > 0:
-            raise TypeError(f"{op}: steps[{i}] is {step.dtype} {tuple(step.shape)}; accepted: 0-D float32 tensors")
-        if step.device != params[0].device:
-            _check.same_device(op, **{"params[0]": params[0], f"steps[{i}]": step})
-
-
-def _check_length(op: str, name: str, values: Sequence[Any], params: Tensors) -> None:
-    if len(values) != len(params):
-        raise ValueError(f"{op}: {name} has {len(values)} entries; expected one for each of the {len(params)} params")
-
-
-def _check_flags(op: str, param: Tensor, **flags: Tensor | None) -> None:
-    for name, flag in flags.items():
-        if flag is not None and flag.numel() != 1:
-            raise ValueError(f"{op}: {name} has shape {tuple(flag.shape)}; expected one element")
-    _check.same_device(op, **{"params[0]": param}, **flags)
 
 
 # --- ops ------------------------------------------------------------------------------------------------------------

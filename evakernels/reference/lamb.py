@@ -11,12 +11,11 @@ with m' = m / (1 - beta1^t), v' = v / (1 - beta2^t), correction = sqrt(1 - beta2
 whatever the parameters and moments are stored in. Nothing waits for the device.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from evakernels.reference._numerics import accumulation_dtype
+from evakernels.reference._optimizer import bias, changed_moments, write
 
 DEEPSPEED_RATIO = (0.01, 10.0)
 
@@ -38,11 +37,10 @@ def lamb_update(
     norms = []
     for w, g, m, v, t, decay in zip(params, grads, exp_avgs, exp_avg_sqs, steps, weight_decays, strict=True):
         g = g.to(accumulation_dtype(w))
-        if grad_scale is not None:
-            g = g / grad_scale
-        _write(m, beta1 * m.to(g.dtype) + (1 - beta1) * g, found_inf)
-        _write(v, beta2 * v.to(g.dtype) + (1 - beta2) * g.square(), found_inf)
-        _write(t, t + 1, found_inf)
+        average, average_sq = changed_moments(g, m, v, beta1, beta2, grad_scale)
+        write(m, average, found_inf)
+        write(v, average_sq, found_inf)
+        write(t, t + 1, found_inf)
         u = _direction(w, m, v, t, decay, beta1, beta2, eps, nvlamb)
         norms.append(torch.stack([w.to(g.dtype).square().sum(), u.square().sum()]))
     return torch.stack(norms)
@@ -68,10 +66,10 @@ def lamb_apply(
     ):
         u = _direction(w, m, v, t, decay, beta1, beta2, eps, nvlamb)
         if not nvlamb:
-            u *= ratios[i].clamp(*DEEPSPEED_RATIO) * _bias(beta2, t, u).sqrt() / _bias(beta1, t, u)
+            u *= ratios[i].clamp(*DEEPSPEED_RATIO) * bias(beta2, t, u).sqrt() / bias(beta1, t, u)
         elif decay != 0:
             u *= ratios[i]
-        _write(w, w.to(u.dtype) - lr * u, found_inf)
+        write(w, w.to(u.dtype) - lr * u, found_inf)
 
 
 def _direction(
@@ -89,19 +87,10 @@ def _direction(
     w = w.to(accumulation_dtype(w))
     m, v = m.to(w.dtype), v.to(w.dtype)
     if nvlamb:
-        m, v = m / _bias(beta1, t, w), v / _bias(beta2, t, w)
+        m, v = m / bias(beta1, t, w), v / bias(beta2, t, w)
     return m / (v.sqrt() + eps) + decay * w
-
-
-def _bias(beta: float, t: Tensor, like: Tensor) -> Tensor:
-    """1 - beta^t, to full precision also for beta close to 1."""
-    return -torch.expm1(t.to(like.dtype) * (math.log(beta) if beta > 0 else -math.inf))
 
 
 def _trust_ratios(squared_norms: Tensor) -> Tensor:
     w, u = squared_norms.sqrt().unbind(1)
     return torch.where((w > 0) & (u > 0), w / u, 1.0)
-
-
-def _write(target: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
-    target.copy_(value if found_inf is None else torch.where(found_inf > 0, target, value))

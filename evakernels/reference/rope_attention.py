@@ -4,9 +4,8 @@
     s = scale * q' k'^T                 keys after the query count as -inf when causal
     out = softmax(s) v,  lse = log(sum(exp(s)))
 
-A pair is one complex number here and its rotation one complex product, so the inverse rotation, which carries
-the gradients of q' and k' back to q and k, is the product with the conjugate. Everything between the inputs
-and the results is float32 (float64 for float64 input). The scores exist as a whole: [B, H, N, N].
+The inverse rotation, which carries the gradients of q' and k' back to q and k, has the opposite sine. Everything
+between the inputs and the results is float32 (float64 for float64 input). The scores exist as a whole: [B, H, N, N].
 """
 
 import torch
@@ -61,8 +60,7 @@ def rope_attention_backward(
     # The mean of dweights under the softmax is that of dout * out over the channels (Dao et al. 2022).
     mean = (dout * _heads_first(out)).sum(-1, keepdim=True)
     dscores = torch.matmul(dout, _heads_first(v).mT).sub_(mean).mul_(weights).mul_(scale)
-    # Not conj(): its lazy flag is lost when the op runs in an AOT-compiled graph without gradients.
-    back = None if rotation is None else rotation.conj_physical()
+    back = None if rotation is None else (rotation[0], -rotation[1])
     dq = _rotate(torch.matmul(dscores, k_rotated), back, interleaved)
     dk = _rotate(torch.matmul(dscores.mT, q_rotated), back, interleaved)
     return _heads_last(dq, q.dtype), _heads_last(dk, q.dtype), _heads_last(dv, q.dtype)
@@ -70,21 +68,24 @@ def rope_attention_backward(
 
 def _rotation(
     q: Tensor, cos: Tensor | None, sin: Tensor | None, token_index: Tensor | None, num_prefix: int
-) -> Tensor | None:
-    """cos + i sin of every pair, broadcastable to [B, H, N, D / 2]; 1 for the prefix tokens."""
+) -> tuple[Tensor, Tensor] | None:
+    """cos and sin of every pair, broadcastable to [B, H, N, D / 2]; those of no rotation for the prefix tokens."""
     if cos is None or sin is None:
         return None
-    dtype = accumulation_dtype(q)
-    rows = torch.complex(cos.to(dtype), sin.to(dtype))
-    compact = is_compact(cos, q.shape[-1])
-    if compact:
-        rows = _of_grid(*rows)
-    if token_index is not None:
-        rows = rows[..., token_index, :].movedim(-3, 0)  # [B, (H,) K, D / 2]
-    if cos.dim() == 2 or compact:
-        rows = rows.unsqueeze(-3)
-    prefix = rows.new_ones(1).expand(*rows.shape[:-2], num_prefix, rows.shape[-1])
-    return torch.cat((prefix, rows), -2)
+
+    def of_tokens(table: Tensor, of_prefix: float) -> Tensor:
+        rows = table.to(accumulation_dtype(q))
+        if is_compact(table, q.shape[-1]):
+            rows = _of_grid(*rows)
+        per_head = rows.dim() == 3
+        if token_index is not None:
+            rows = rows[..., token_index, :].movedim(-3, 0)  # [B, (H,) K, D / 2]
+        if not per_head:
+            rows = rows.unsqueeze(-3)
+        prefix = rows.new_full((1,), of_prefix).expand(*rows.shape[:-2], num_prefix, rows.shape[-1])
+        return torch.cat((prefix, rows), -2)
+
+    return of_tokens(cos, 1.0), of_tokens(sin, 0.0)
 
 
 def is_compact(table: Tensor, head_dim: int) -> bool:
@@ -98,15 +99,15 @@ def _of_grid(of_rows: Tensor, of_columns: Tensor) -> Tensor:
     return torch.cat((of_rows.repeat_interleave(size, 0), of_columns.repeat(size, 1)), -1)
 
 
-def _rotate(x: Tensor, rotation: Tensor | None, interleaved: bool) -> Tensor:
-    """Every pair of `x` [B, H, N, D] times its rotation."""
+def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
+    """Every pair of `x` [B, H, N, D], turned."""
     if rotation is None:
         return x
-    if interleaved:  # pairs (2i, 2i + 1)
-        pairs = torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
-        return torch.view_as_real(pairs * rotation).flatten(-2)
-    rotated = torch.complex(*x.chunk(2, -1)) * rotation  # pairs (i, i + D / 2)
-    return torch.cat((rotated.real, rotated.imag), -1)
+    cos, sin = rotation
+    # Pairs (2i, 2i + 1), or (i, i + D / 2). Not as complex numbers, which ONNX doesn't have.
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, -1)
+    turned = a * cos - b * sin, a * sin + b * cos
+    return torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""The losses, LAMB and whole models: what they compute, what they cost, and who is compared."""
+"""The losses, the optimizers and whole models: what they compute, what they cost, and who is compared."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.accuracy import as_double, relative_error, tensors
-from benchmarks.cases import lamb, models
+from benchmarks.cases import _optimizer, models
 from benchmarks.cases._open_clip import PlainClip
 from benchmarks.cases.models import MODEL_OPERATIONS
 from benchmarks.memory import saved_bytes
@@ -40,12 +40,16 @@ OPERATIONS = {
     "clip_loss": Traffic(("logit_scale",), outputs=False),
     "siglip_loss": Traffic(("logit_scale", "logit_bias"), outputs=False),
     "lamb_step": Traffic(written=("exp_avgs", "exp_avg_sqs", "steps")),
+    "adamw_step": Traffic(written=("exp_avgs", "exp_avg_sqs", "steps")),
+    "gradient_norm": Traffic(outputs=False),
     "encode_image": Traffic(),
     "encode_text": Traffic(),
     "clip_step": Traffic(("token_index",), outputs=False),
 }
 SMALL = {
     "lamb_step": ("tiny b1",),
+    "adamw_step": ("tiny b1",),
+    "gradient_norm": ("tiny b1",),
     "encode_image": ("tiny b2", "tiny@40 b1"),
     "encode_text": ("tiny:text b2", "tiny b1"),
     "clip_step": ("tiny b3", "tiny b2 drop50"),
@@ -57,15 +61,15 @@ TOLERANCES = {"clip_step": {torch.float32: 5e-5, torch.bfloat16: 0.15}}
 
 @pytest.fixture(autouse=True)
 def _few_parameters(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """LAMB over a handful of tensors instead of millions of embeddings."""
+    """Optimizers over a handful of tensors instead of millions of embeddings."""
     if "whole_model" not in request.fixturenames:
         sizes = tuple(map(torch.Size, [(50, 16), (16,), (), (3, 5, 2), (1, 4, 8)]))
-        monkeypatch.setattr(lamb, "_sizes", lambda model: sizes)
+        monkeypatch.setattr(_optimizer, "sizes_of", lambda model: sizes)
 
 
 @pytest.fixture
 def whole_model() -> None:
-    """LAMB over all parameters of the model, as it is measured."""
+    """Optimizers over all parameters of the model, as it is measured."""
 
 
 # --- what they compute ----------------------------------------------------------------------------------------------
@@ -107,6 +111,14 @@ def test_lamb_moves_parameters_and_state_alike() -> None:
     ratios = torch.stack([move.norm() for move in expected]) / sizes
     torch.testing.assert_close(ratios[matrices], torch.full_like(ratios[matrices], 0.01))
     assert (ratios[~matrices] > 0.1).all()  # neither decayed nor brought to the size of the parameter
+
+
+def test_adamw_moves_parameters_and_state_alike() -> None:
+    op, shape = get_operation("adamw_step"), parse_shape("tiny b1")
+    ours, plain = draw(op, shape), as_double(draw(op, shape))
+    assert relative_error(_moved(op.ours, ours), _moved(op.eager, plain)) <= 5e-5
+    for name in ("exp_avgs", "exp_avg_sqs", "steps"):
+        assert relative_error(ours[name], plain[name]) <= 1e-6, name
 
 
 @pytest.mark.usefixtures("whole_model")
@@ -287,7 +299,8 @@ HERE = [(op, peer.name) for op in OPERATIONS for peer in peers_of(op) if peer.ab
 
 
 def test_the_peers_that_come_with_the_tests_are_all_here() -> None:
-    assert HERE == [("clip_loss", "open_clip_torch"), ("siglip_loss", "open_clip_torch"), ("lamb_step", "timm")]
+    expected = [("clip_loss", "open_clip_torch"), ("siglip_loss", "open_clip_torch"), ("lamb_step", "timm")]
+    assert [*expected, ("adamw_step", "torch fused")] == HERE
 
 
 @pytest.mark.parametrize(("name", "peer"), HERE)
@@ -362,6 +375,34 @@ def _multi_tensor_lamb(
         p.sub_(lr * ratio * g)
 
 
+def _multi_tensor_adam(
+    chunk: int,
+    overflow: Tensor,
+    lists: list[list[Tensor]],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    step: int,
+    mode: int,
+    bias_correction: int,
+    weight_decay: float,
+) -> None:
+    """The kernel's arithmetic; mode 1 is AdamW."""
+    assert (mode, bias_correction) == (1, 1)
+    for g, p, m, v in zip(*lists, strict=True):
+        m.mul_(beta1).add_(g, alpha=1 - beta1)
+        v.mul_(beta2).add_(g.square(), alpha=1 - beta2)
+        p.sub_(lr * (m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + epsilon) + weight_decay * p))
+
+
+def _multi_tensor_l2norm(
+    chunk: int, overflow: Tensor, lists: list[list[Tensor]], per_tensor: bool
+) -> tuple[Tensor, Tensor]:
+    norms = torch.stack([values.float().norm() for values in lists[0]])
+    return norms.norm().view(1), norms if per_tensor else norms.new_empty(0)
+
+
 def _multi_tensor_applier(op: Any, overflow: Tensor, lists: list[list[Tensor]], *args: Any) -> Any:
     return op(2048 * 32, overflow, lists, *args)
 
@@ -371,7 +412,11 @@ STAND_INS: dict[str, dict[str, Any]] = {
     "inf_cl": {"cal_flash_loss": _flash_loss},
     "cut_cross_entropy": {"linear_cross_entropy": _linear_cross_entropy},
     "liger_kernel.transformers.fused_linear_cross_entropy": {"LigerFusedLinearCrossEntropyLoss": _LigerLoss},
-    "amp_C": {"multi_tensor_lamb": _multi_tensor_lamb},
+    "amp_C": {
+        "multi_tensor_lamb": _multi_tensor_lamb,
+        "multi_tensor_adam": _multi_tensor_adam,
+        "multi_tensor_l2norm": _multi_tensor_l2norm,
+    },
     "apex.multi_tensor_apply": {"multi_tensor_applier": _multi_tensor_applier},
 }
 ELSEWHERE = [
@@ -379,7 +424,11 @@ ELSEWHERE = [
     ("clip_loss", "cut-cross-entropy"),
     ("clip_loss", "liger-kernel"),
     ("lamb_step", "apex"),
+    ("adamw_step", "apex"),
+    ("gradient_norm", "apex"),
 ]
+
+OPTIMIZER_PEERS = [("lamb_step", "timm"), ("lamb_step", "apex"), ("adamw_step", "torch fused"), ("adamw_step", "apex")]
 
 
 @pytest.fixture
@@ -400,17 +449,17 @@ def test_peers_of_the_gpu_are_asked_for_the_same_thing(name: str, peer: str) -> 
 
 
 @pytest.mark.usefixtures("_stand_ins")
-@pytest.mark.parametrize("peer", ["timm", "apex"])
-def test_peers_of_lamb_make_the_same_step(peer: str) -> None:
-    op, shape = get_operation("lamb_step"), parse_shape("tiny b1")
+@pytest.mark.parametrize(("name", "peer"), OPTIMIZER_PEERS)
+def test_peers_of_optimizers_make_the_same_step(name: str, peer: str) -> None:
+    op, shape = get_operation(name), parse_shape("tiny b1")
     inputs = as_double(draw(op, shape))
     expected = _moved(op.eager, as_double(draw(op, shape)))
-    assert relative_error(_moved(build("lamb_step", peer, shape), inputs), expected) <= 1e-10
+    assert relative_error(_moved(build(name, peer, shape), inputs), expected) <= 1e-10
 
 
 @pytest.mark.usefixtures("_stand_ins")
-@pytest.mark.parametrize("peer", ["timm", "apex"])
-def test_peers_that_know_one_dtype_only_say_so(peer: str) -> None:
-    op, shape = get_operation("lamb_step"), parse_shape("tiny b1")
+@pytest.mark.parametrize(("name", "peer"), OPTIMIZER_PEERS)
+def test_peers_that_know_one_dtype_only_say_so(name: str, peer: str) -> None:
+    op, shape = get_operation(name), parse_shape("tiny b1")
     with pytest.raises(TypeError, match=r"no moments in torch.float32 for parameters in torch.bfloat16"):
-        outputs(build("lamb_step", peer, shape), draw(op, shape, torch.bfloat16))
+        outputs(build(name, peer, shape), draw(op, shape, torch.bfloat16))

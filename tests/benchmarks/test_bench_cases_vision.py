@@ -32,6 +32,7 @@ class Traffic(NamedTuple):
 OPERATIONS = {
     "rope_attention": Traffic(("cos", "sin", "token_index"), ("q", "k", "v", "out")),
     "causal_attention": Traffic((), ("q", "k", "v", "out")),
+    "gelu": Traffic(("bias",), ("x",)),
     "silu_mul": Traffic((), ("gate", "up")),
     "swiglu": Traffic(("norm_weight", "norm_bias"), ("gate", "up")),
     "swiglu_mlp": Traffic(("norm_weight", "norm_bias", "b1", "b2", "b3"), ("x", "w1", "w2", "w3")),

@@ -97,9 +97,11 @@ int main() {
   for (const Case& c : cases) {
     drive_layer_norm(c);
     drive_add_norm(c);
+    drive_gelu(c);
     drive_swiglu(c);
     drive_token_dropout(c);
   }
+  drive_adamw();
   drive_lamb();
   if (failures == 0) std::printf("all right\n");
   return failures == 0 ? 0 : 1;

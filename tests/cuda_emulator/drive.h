@@ -150,9 +150,11 @@ inline void run(cuda::Error error, const std::string& what) {
 }
 
 // Each runs the kernels of an op on one matrix.
+void drive_gelu(const Case& c);
 void drive_swiglu(const Case& c);
 void drive_token_dropout(const Case& c);
 // And on a list of tensors.
+void drive_adamw();
 void drive_lamb();
 
 }  // namespace evakernels::drive

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OPS = ("contrastive", "lamb", "layer_norm", "residual_norm", "rope_attention", "swiglu", "token_dropout")
+OPS = ("adamw", "contrastive", "lamb", "layer_norm", "residual_norm", "rope_attention", "swiglu", "token_dropout")
 CHOICE = "accurate or odd_shapes or formula or error_rule"
 RUN = "import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', {choice!r}, *{files!r}]))"
 

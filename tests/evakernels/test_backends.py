@@ -1,10 +1,14 @@
 import re
+import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import evakernels
 from evakernels import _native, backends
+
+layer_norm_family = sys.modules["evakernels.ops.layer_norm"]
 
 OP = "layer_norm_forward"
 
@@ -142,3 +146,23 @@ def test_unknown_names_are_errors_that_list_the_known_ones():
 def test_every_op_has_a_reference():
     assert all("reference" in found for found in backends.ops().values())
     assert {"layer_norm_forward", "rope_attention_backward", "swiglu_forward"} <= backends.ops().keys()
+
+
+def test_only_a_call_that_nobody_watches_goes_past_the_dispatcher(monkeypatch):
+    """A dispatch mode sees the op; without one a plain call reaches the implementation, with a gradient or without."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    op = torch.ops.evakernels.layer_norm_forward.default
+    x = torch.ones(2, 4)
+    with Watch():
+        evakernels.layer_norm(x)
+        evakernels.layer_norm(x.clone().requires_grad_())
+    assert seen.count(op) == 2
+    monkeypatch.setattr(layer_norm_family._forward, "overload", None)
+    evakernels.layer_norm(x)
+    evakernels.layer_norm(x.clone().requires_grad_()).sum().backward()

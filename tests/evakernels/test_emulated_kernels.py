@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 from op_suite import CHOICE, ROOT, build_library, copy_with_library, gcc, made_once, run_ops, sanitizer_runtimes, tool
 
-OPS = ("layer_norm", "residual_norm", "norm_widths", "lamb", "native_lamb", "swiglu", "token_dropout")
+OPS = ("adamw", "gelu", "gradient_norm", "lamb", "native_lamb")
+OPS += ("layer_norm", "residual_norm", "norm_widths", "swiglu", "token_dropout")
 MORE = ("every_mix", "no_rows", "one_element", "strided", "finite", "bit_equal", "lamb", "any_layout", "refuses")
 CHECKS = " or ".join((CHOICE, *MORE))
 LEAST_COVERAGE = 0.95
@@ -170,7 +171,8 @@ COMPILED_IN = {
     "norm_rows.cuh": "add_norm_forward.cu",
     "norm_plan.h": "add_norm_forward.cu",
     "column_sums.cuh": "swiglu_norm_backward.cu",
-    "lamb_table.cuh": "lamb.cu",
+    "tensor_chunks.cuh": "lamb.cu",
+    "tensor_table.cuh": "lamb.cu",
 }
 LAST_SUM = "    __syncthreads();\n    const int warps"
 FAULTS = {
@@ -217,18 +219,20 @@ FAULTS = {
     "barrier of the norms": (
         "thread",
         "data race",
-        "lamb.cu",
-        "  __syncthreads();\n  if (threadIdx.x >= 2) return;",
-        "  if (threadIdx.x >= 2) return;",
+        "tensor_chunks.cuh",
+        "  __syncthreads();\n  if (threadIdx.x >= N) return 0.0f;",
+        "  if (threadIdx.x >= N) return 0.0f;",
     ),
-    "alignment of one buffer": ("coverage", "misaligned", "lamb_table.cuh", "common ? head : kNoVectors", "head"),
+    "alignment of one buffer": ("coverage", "misaligned", "tensor_table.cuh", "common ? head : kNoVectors", "head"),
     "one edge too many": (
         "address",
         "heap-buffer-overflow",
-        "lamb_table.cuh",
+        "tensor_table.cuh",
         "edges = size - vectors * kVector;",
         "edges = size - vectors * kVector + 1;",
     ),
+    "part of a step": ("coverage", "wrong", "adamw.cu", "entry.kept - entry.rate", "entry.kept + entry.rate"),
+    "a strip's columns": ("coverage", "wrong", "gelu.cu", "partials + strip.first()", "partials"),
     "one too far": (
         "address",
         "heap-buffer-overflow",

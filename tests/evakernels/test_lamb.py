@@ -4,6 +4,7 @@ import pytest
 import timm.optim
 import torch
 from op_checks import assert_opcheck
+from optimizer_checks import SHAPES, parameters, step, tensors
 from torch import nn
 
 import evakernels
@@ -12,13 +13,7 @@ from evakernels.optim import Lamb
 OPS = torch.ops.evakernels
 VARIANTS = ["deepspeed", "nvlamb"]
 BETAS, EPS = (0.9, 0.98), 1e-6
-SHAPES = [(4, 3), (5,), (), (2, 3, 2)]
 LRS, DECAYS = [0.1, 0.02, 0.3, 0.05], [0.05, 0.0, 0.0, 0.2]
-
-
-def tensors(seed: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
 
 
 def optimizer_of(params: list[torch.Tensor], variant: str, lrs=LRS, decays=DECAYS) -> Lamb:
@@ -26,16 +21,6 @@ def optimizer_of(params: list[torch.Tensor], variant: str, lrs=LRS, decays=DECAY
     params = [nn.Parameter(p.clone()) for p in params]
     groups = [{"params": [p], "lr": lr, "weight_decay": d} for p, lr, d in zip(params, lrs, decays, strict=True)]
     return Lamb(groups, betas=BETAS, eps=EPS, variant=variant)
-
-
-def parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def step(optimizer: torch.optim.Optimizer, grads: list[torch.Tensor]) -> None:
-    for param, grad in zip(parameters(optimizer), grads, strict=True):
-        param.grad = grad.to(param.dtype)
-    optimizer.step()
 
 
 def deepspeed_by_hand(params, all_grads):

@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from optimizer_checks import BUFFERS, DTYPES, FLOAT32, SIZES, assert_states_close, everything, lists
 
 import evakernels
 from evakernels import _native
@@ -11,23 +12,6 @@ from evakernels import _native
 pytestmark = pytest.mark.skipif(not _native.LOADED, reason="the native library is not built")
 
 VARIANTS = ["deepspeed", "nvlamb"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FLOAT32 = (torch.float32,) * 4
-# Around the CPU kernel's block (1,024) and chunk (16,384), of which the GPU's (8,192) is a half; and nothing at all.
-SIZES = [1, 7, 37, 0, 1024, 1061, 16384, 3 * 16384 + 5]
-BUFFERS = ("params", "grads", "exp_avgs", "exp_avg_sqs")
-
-
-def lists(dtypes=FLOAT32, sizes=SIZES):
-    """params, grads, exp_avgs, exp_avg_sqs as after some steps, and the steps."""
-    generator = torch.Generator().manual_seed(0)
-    scales = (1.0, 0.1, 0.05, 0.01)
-    buffers = [
-        [(scale * torch.randn(size, generator=generator)).to(dtype) for size in sizes]
-        for scale, dtype in zip(scales, dtypes, strict=True)
-    ]
-    buffers[3] = [v.abs() for v in buffers[3]]
-    return [*buffers, [torch.tensor(float(3 + i)) for i in range(len(sizes))]]
 
 
 def step(state, backend, variant="deepspeed", scale=None, found_inf=None):
@@ -44,18 +28,6 @@ def step(state, backend, variant="deepspeed", scale=None, found_inf=None):
         norms = evakernels.lamb_update(params, grads, *moments, decays, grad_scale=scale, **options)
         evakernels.lamb_apply(params, *moments, norms, lrs, decays, **options)
     return norms
-
-
-def everything(state, norms):
-    return [norms, *(t for tensors in state for t in tensors)]
-
-
-def assert_states_close(ours, theirs, lr_of_last=0.1):
-    for name, got, expected in zip((*BUFFERS, "steps"), ours, theirs, strict=True):
-        # A rounding unit of the numbers that were added: params are about 1, moments below 0.1.
-        slack = 2e-6 * lr_of_last if name == "params" else 2e-8
-        for a, b in zip(got, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=2e-6, atol=slack, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("flags", [{}, {"scale": 3.0}, {"scale": 8.0, "found_inf": 0.0}, {"found_inf": 1.0}])

@@ -29,15 +29,15 @@ def plain_vision(
 
 def plain_angles(config: VisionConfig) -> Tensor:
     """Angle of each channel of a head, [patches, head_dim], written out one by one."""
-    bands = config.head_dim // 4
+    bands, (rows, columns) = config.head_dim // 4, config.grid
     table = torch.zeros(config.num_patches, config.head_dim, dtype=torch.float64)
-    for row in range(config.grid):
-        for column in range(config.grid):
+    for row in range(rows):
+        for column in range(columns):
             for band in range(bands):
-                frequency = config.rope_theta ** (-band / bands) * config.pt_hw_seq_len / config.grid
-                patch = table[row * config.grid + column]
-                patch[2 * band : 2 * band + 2] = row * frequency
-                patch[2 * bands + 2 * band : 2 * bands + 2 * band + 2] = column * frequency
+                frequency = config.rope_theta ** (-band / bands) * config.pt_hw_seq_len
+                patch = table[row * columns + column]
+                patch[2 * band : 2 * band + 2] = row * frequency / rows
+                patch[2 * bands + 2 * band : 2 * bands + 2 * band + 2] = column * frequency / columns
     return table
 
 

@@ -179,12 +179,21 @@ def test_loss_scale_does_not_change_the_gradients(small_model: CLIP, batch: tupl
     torch.testing.assert_close(results[1].grad_norm, results[0].grad_norm, rtol=1e-2, atol=0)
 
 
-def test_clipping_bounds_the_norm(small_model: CLIP, batch: tuple[Tensor, Tensor]) -> None:
-    step = make_step(small_model, StepOptions(grad_clip_norm=0.01))
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize("precision", ["fp32", "amp_fp16"])
+def test_clipping_bounds_the_norm(
+    small_model: CLIP, batch: tuple[Tensor, Tensor], precision: Any, optimizer: Any
+) -> None:
+    """Of what reaches the moments: the gradients themselves stay as they are, times the loss scale."""
+    step = make_step(small_model, StepOptions(precision=precision, grad_clip_norm=0.01), name=optimizer)
+    step.loss_scale.scale.clamp_(max=1024.0)
+    scale = step.loss_scale.scale.clone()
     result = step(*batch, 0)
-    norm = torch.stack([gradient.norm() for gradient in gradients(step).values()]).norm()
+    norm = torch.stack([gradient.norm() for gradient in gradients(step).values()]).norm() / scale
+    averages = [state["exp_avg"].norm() for state in step.optimizer.state.values()]
     assert result.grad_norm > 0.1
-    torch.testing.assert_close(norm, torch.tensor(0.01), rtol=1e-3, atol=0)
+    torch.testing.assert_close(result.grad_norm, norm, rtol=1e-3, atol=0)
+    torch.testing.assert_close(torch.stack(averages).norm() / (1 - 0.9), torch.tensor(0.01), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize(("start", "bound"), [(100.0, math.log(100)), (-1.0, 0.0)])

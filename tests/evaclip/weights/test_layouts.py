@@ -56,7 +56,7 @@ def test_layouts_are_equal(layout: str, vision: dict[str, Any]) -> None:
     state = _state(**vision)
     found = to_original(LAYOUTS[layout](state))
     assert found.keys() == state.keys()
-    assert all(found[name] is state[name] for name in state)
+    assert all(torch.equal(found[name], state[name]) for name in state)
 
 
 def test_names_of_open_clip() -> None:

@@ -1,0 +1,93 @@
+"""One step of AdamW over all parameters of a model, each function given lists of tensors as in the case of LAMB."""
+
+import torch
+
+import evakernels
+from benchmarks.cases._optimizer import (
+    BETAS,
+    EPS,
+    LR,
+    SHAPES,
+    STEPS,
+    Tensors,
+    by_decay,
+    decays_of,
+    draw_inputs,
+    update_moments,
+    work_of,
+)
+from benchmarks.operation import NVIDIA_APEX, Function, Operation, peer, register
+from benchmarks.shapes import Shape
+
+
+def _ours(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors) -> Tensors:
+    state, lrs = (exp_avgs, exp_avg_sqs, steps), [LR] * len(params)
+    evakernels.adamw_update(params, grads, *state, lrs, decays_of(params), betas=BETAS, eps=EPS)
+    return params
+
+
+def _eager(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors) -> Tensors:
+    """One tensor after the other."""
+    tensors = zip(params, grads, exp_avgs, exp_avg_sqs, steps, decays_of(params), strict=True)
+    for param, grad, exp_avg, exp_avg_sq, step, decay in tensors:
+        update_moments(grad.to(exp_avg.dtype), exp_avg, exp_avg_sq, step)
+        update = exp_avg / (1 - BETAS[0] ** step)
+        update /= (exp_avg_sq / (1 - BETAS[1] ** step)).sqrt_().add_(EPS)
+        param.mul_(1 - LR * decay).add_(update, alpha=-LR)
+    return params
+
+
+register(
+    Operation(
+        name="adamw_step",
+        summary="one AdamW step over all parameters of a model, moments in float32",
+        inputs=draw_inputs,
+        eager=_eager,
+        ours=_ours,
+        work=work_of,
+        shapes=SHAPES,
+        registered="adamw_update",
+    )
+)
+
+
+@peer("adamw_step", "torch fused")
+def torch_fused(shape: Shape) -> Function:
+    """PyTorch's own kernel, behind `torch.optim.AdamW(fused=True)`: one call for each weight decay."""
+
+    def step(params: Tensors, steps: Tensors, **lists: Tensors) -> Tensors:
+        torch._foreach_add_(steps, 1)
+        for decay, (group, *others) in by_decay(params, **lists):
+            torch._fused_adamw_(
+                group,
+                *others,
+                max_exp_avg_sqs=[],
+                state_steps=steps[: len(group)],  # all are at the same one
+                lr=LR,
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                weight_decay=decay,
+                eps=EPS,
+                amsgrad=False,
+                maximize=False,
+            )
+        return params
+
+    return step
+
+
+@peer("adamw_step", package="apex", devices=("cuda",), install=NVIDIA_APEX)
+def apex(shape: Shape) -> Function:
+    """NVIDIA apex's AdamW, the kernel behind `FusedAdam`: one call for each weight decay."""
+    import amp_C
+    from apex.multi_tensor_apply import multi_tensor_applier
+
+    def step(params: Tensors, steps: Tensors, **lists: Tensors) -> Tensors:
+        overflow = torch.zeros(1, dtype=torch.int, device=params[0].device)
+        for decay, (group, grads, *moments) in by_decay(params, **lists):
+            # AdamW 1, bias correction 1.
+            options = (LR, *BETAS, EPS, STEPS + 1, 1, 1, decay)
+            multi_tensor_applier(amp_C.multi_tensor_adam, overflow, [grads, group, *moments], *options)
+        return params
+
+    return step

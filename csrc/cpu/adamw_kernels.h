@@ -1,0 +1,34 @@
+// The element loop of adamw: one table of functions for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "common/adamw.h"
+
+namespace evakernels::cpu {
+
+// w = kept w - rate m / (v_factor sqrt(v) + eps)
+struct AdamwFactors {
+  float kept;
+  float rate;
+  float v_factor;
+  float eps;
+};
+
+struct AdamwKernels {
+  // Elements [begin, end); the gradient is multiplied with grad_factor.
+  void (*update)(const OptimizedTensor& tensor, const MomentRates& rates, float grad_factor,
+                 const AdamwFactors& factors, int64_t begin, int64_t end);
+};
+
+namespace baseline {
+extern const AdamwKernels adamw;
+}
+namespace avx2 {
+extern const AdamwKernels adamw;
+}
+namespace avx512 {
+extern const AdamwKernels adamw;
+}
+
+}  // namespace evakernels::cpu

@@ -1,0 +1,13 @@
+// AdamW over a list of tensors of any sizes and dtypes, on a GPU. See residual_norm.h on streams and
+// workspaces, lamb.h on the arrays of tensors.
+#pragma once
+
+#include "common/adamw.h"
+#include "cuda/stream.h"
+
+namespace evakernels::cuda {
+
+Error adamw_update(const AdamwUpdate& params, float* workspace, Stream stream);
+int64_t adamw_update_workspace(const AdamwUpdate& params);
+
+}  // namespace evakernels::cuda

@@ -1,0 +1,15 @@
+// gelu(x + bias) and its gradients, on a GPU. See residual_norm.h on streams and workspaces.
+#pragma once
+
+#include "common/gelu.h"
+#include "cuda/stream.h"
+
+namespace evakernels::cuda {
+
+Error gelu_forward(const GeluForward& params, Stream stream);
+
+// The result depends on the shape and the GPU alone.
+Error gelu_backward(const GeluBackward& params, float* workspace, Stream stream);
+int64_t gelu_backward_workspace(const GeluBackward& params);
+
+}  // namespace evakernels::cuda

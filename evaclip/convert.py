@@ -1,0 +1,39 @@
+"""`evaclip convert`: weights under the names of another library."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from evaclip.cli import leaf
+
+_FORMATS = ("original", "open_clip", "timm", "safetensors")
+
+
+def add_commands(subparsers: Any) -> None:
+    """Adds `convert` to the command line."""
+    parser = leaf(
+        subparsers,
+        "convert",
+        help="write weights under the names of another library; no value changes",
+        examples=[
+            "evaclip convert EVA02_CLIP_B_psz16_s8B.pt b16.safetensors --to open_clip",
+            "evaclip convert runs/demo demo.pt --to original --model emoji",
+            "evaclip convert hf-hub:timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k b16.pt --to original",
+        ],
+    )
+    parser.add_argument(
+        "source", metavar="IN", help="weights file, checkpoint or run folder, or hf-hub:OWNER/NAME[/FILE]"
+    )
+    parser.add_argument("target", metavar="OUT", type=Path, help="file to write: .safetensors, .pt, .pth or .bin")
+    parser.add_argument("--to", choices=_FORMATS, required=True, help="whose names; timm has the image tower only")
+    parser.add_argument("--model", help="name of the model (default: found by the shapes)")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    # Imported here so that `evaclip --help` doesn't wait for torch.
+    from evaclip.weights.convert import convert
+    from evaclip.weights.files import find_weights
+
+    convert(find_weights(args.source, args.model or ""), args.target, args.to, args.model)
+    print(f"wrote {args.target}")

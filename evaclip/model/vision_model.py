@@ -1,0 +1,100 @@
+"""The image models of the EVA series by themselves: what CLIP training starts from, and classifiers."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from evaclip.errors import UserError
+from evaclip.model.config import Pool, Preprocess, VisionConfig
+from evaclip.model.savings import Savings
+from evaclip.model.vision import VisionTower
+from evaclip.model.vision_block import Block
+
+
+class VisionModel(VisionTower):
+    """An EVA image model with its classifier (EVA, Fang et al. 2022; EVA-02, Fang et al. 2023).
+
+    The methods are those of timm's models; the names of parameters are the authors'.
+
+    Args:
+        config: of the transformer.
+        num_classes: of the classifier; 0 for none.
+        preprocess: what images go through before the model sees them.
+        savings: what is left out without changing a result.
+
+    Attributes:
+        num_classes: of the classifier.
+        num_features: channels of a token.
+    """
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        num_classes: int = 0,
+        preprocess: Preprocess | None = None,
+        savings: Savings | None = None,
+    ) -> None:
+        super().__init__(config, num_classes, savings or Savings())
+        self.num_classes = num_classes
+        self.num_features = config.width
+        self.preprocess = preprocess or Preprocess()
+
+    def forward_features(self, images: Tensor, token_index: Tensor | None = None) -> Tensor:
+        """Tokens `[B, 1 + K, width]`, class token first; behind the last norm, unless that follows the pooling."""
+        tokens = self.tokens(images, token_index)
+        return tokens if self.norm is None else self.norm(tokens)
+
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """From what `forward_features` gives: logits `[B, num_classes]`, or the classifier's input."""
+        x = tokens[:, 0] if self.config.pool == "token" else tokens[:, 1:].mean(1)
+        if self.fc_norm is not None:
+            x = self.fc_norm(x)
+        return x if pre_logits or self.head is None else self.head(x)
+
+    def forward_intermediates(
+        self, images: Tensor, indices: int | Sequence[int] | None = None, *, norm: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What `forward_features` gives, and the patches behind some blocks as images `[B, width, rows, columns]`.
+
+        Args:
+            images: as for `forward`.
+            indices: which blocks; a number stands for the last so many, None for all. Negative ones count from the end.
+            norm: whether the last norm is applied to them, where it isn't behind the pooling.
+
+        Raises:
+            UserError: for a block that doesn't exist.
+        """
+        wanted = self._blocks(indices)
+        x, context = self.start(images)
+        found: dict[int, Tensor] = {}
+        for index, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            x = block(x, *context, False)
+            if index in wanted:
+                patches = (x if self.norm is None or not norm else self.norm(x))[:, 1:]
+                found[index] = patches.transpose(1, 2).unflatten(2, self.config.grid)
+        return x if self.norm is None else self.norm(x), [found[index] for index in wanted]
+
+    def reset_classifier(self, num_classes: int, pool: Pool | None = None) -> None:
+        """Gives the model another classifier with start values, and another way of pooling if one is named.
+
+        Raises:
+            UserError: for a way of pooling that would take the last norm from where it was trained.
+        """
+        if pool is not None and pool != self.config.pool:
+            raise UserError(f"pool is {pool!r}, but the model's last norm was trained for {self.config.pool!r}")
+        self.num_classes, like = num_classes, self.pos_embed
+        self.head = None
+        if num_classes:
+            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            self.reset_head()
+
+    def _blocks(self, indices: int | Sequence[int] | None) -> list[int]:
+        count = self.layers
+        if indices is None:
+            return list(range(count))
+        if isinstance(indices, int):
+            indices = range(-indices, 0)
+        if any(not -count <= index < count for index in indices):
+            raise UserError(f"indices are {list(indices)}; expected blocks from {-count} to {count - 1}")
+        return [index % count for index in indices]

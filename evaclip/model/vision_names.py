@@ -1,0 +1,125 @@
+"""The image models of the EVA series under timm's names, and the weights that were released for them."""
+
+import re
+from dataclasses import dataclass
+
+from evaclip.errors import UserError, unknown_name
+from evaclip.model.config import Preprocess, VisionConfig
+
+_PLAIN = {"mlp": "gelu", "sub_norm": False, "rope": False}
+_SIZES: dict[str, dict[str, object]] = {
+    "eva_large": {"width": 1024, "layers": 24, "heads": 16, "mlp_ratio": 4.0, **_PLAIN},
+    "eva_giant": {"width": 1408, "layers": 40, "heads": 16, "mlp_ratio": 4.3637, **_PLAIN},
+    "eva02_tiny": {"width": 192, "heads": 3, "sub_norm": False},
+    "eva02_small": {"width": 384, "heads": 6, "sub_norm": False},
+    "eva02_base": {},
+    "eva02_large": {"width": 1024, "layers": 24, "heads": 16},
+    "eva02_enormous": {
+        "width": 1792,
+        "layers": 64,
+        "heads": 16,
+        "mlp_ratio": 15360 / 1792,
+        "post_norm": True,
+        **_PLAIN,
+    },
+}
+_NAME = re.compile(r"(?P<size>eva\w*?_[a-z]+)_patch(?P<patch>\d+)(?P<clip>_clip)?_(?P<image>\d+)")
+
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_CENTRE = Preprocess(crop=0.9)
+_WHOLE = Preprocess()
+_SQUASH = Preprocess(resize="squash")
+_SQUASH_IMAGENET = Preprocess(resize="squash", **_IMAGENET)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Release:
+    """Weights on the hub, `timm/NAME.TAG`, and what belongs to them."""
+
+    num_classes: int
+    preprocess: Preprocess
+
+
+RELEASES: dict[str, dict[str, Release]] = {
+    "eva_giant_patch14_224": {"clip_ft_in1k": Release(1000, _CENTRE)},
+    "eva_giant_patch14_336": {
+        "clip_ft_in1k": Release(1000, _SQUASH),
+        "m30m_ft_in22k_in1k": Release(1000, _SQUASH_IMAGENET),
+    },
+    "eva_giant_patch14_560": {"m30m_ft_in22k_in1k": Release(1000, _SQUASH_IMAGENET)},
+    "eva_giant_patch14_clip_224": {
+        "laion400m": Release(1024, _CENTRE),
+        "merged2b": Release(1024, _CENTRE),
+    },
+    "eva_large_patch14_196": {
+        "in22k_ft_in1k": Release(1000, _WHOLE),
+        "in22k_ft_in22k_in1k": Release(1000, _WHOLE),
+    },
+    "eva_large_patch14_336": {
+        "in22k_ft_in1k": Release(1000, _SQUASH),
+        "in22k_ft_in22k_in1k": Release(1000, _SQUASH),
+    },
+    "eva02_tiny_patch14_224": {"mim_in22k": Release(0, _CENTRE)},
+    "eva02_tiny_patch14_336": {"mim_in22k_ft_in1k": Release(1000, _WHOLE)},
+    "eva02_small_patch14_224": {"mim_in22k": Release(0, _CENTRE)},
+    "eva02_small_patch14_336": {"mim_in22k_ft_in1k": Release(1000, _WHOLE)},
+    "eva02_base_patch14_224": {"mim_in22k": Release(0, _CENTRE)},
+    "eva02_base_patch14_448": {
+        "mim_in22k_ft_in1k": Release(1000, _WHOLE),
+        "mim_in22k_ft_in22k": Release(21841, _SQUASH),
+        "mim_in22k_ft_in22k_in1k": Release(1000, _SQUASH),
+    },
+    "eva02_base_patch16_clip_224": {"merged2b": Release(512, _CENTRE)},
+    "eva02_large_patch14_224": {
+        "mim_in22k": Release(0, _CENTRE),
+        "mim_m38m": Release(0, _CENTRE),
+    },
+    "eva02_large_patch14_448": {
+        "mim_in22k_ft_in1k": Release(1000, _WHOLE),
+        "mim_in22k_ft_in22k": Release(21841, _SQUASH),
+        "mim_in22k_ft_in22k_in1k": Release(1000, _SQUASH),
+        "mim_m38m_ft_in1k": Release(1000, _WHOLE),
+        "mim_m38m_ft_in22k": Release(21841, _SQUASH),
+        "mim_m38m_ft_in22k_in1k": Release(1000, _SQUASH),
+    },
+    "eva02_large_patch14_clip_224": {"merged2b": Release(768, _CENTRE)},
+    "eva02_large_patch14_clip_336": {"merged2b": Release(768, _WHOLE)},
+    "eva02_enormous_patch14_clip_224": {
+        "laion2b": Release(1024, _CENTRE),
+        "laion2b_plus": Release(1024, _CENTRE),
+    },
+}
+"""Model -> tag -> release."""
+
+
+def split_name(name: str) -> tuple[str, str | None]:
+    """Model and tag of `NAME` or `NAME.TAG`.
+
+    Raises:
+        UserError: for a model or a tag that doesn't exist.
+    """
+    model, _, tag = name.partition(".")
+    if model not in RELEASES:
+        raise unknown_name("vision model", model, RELEASES)
+    if tag and tag not in RELEASES[model]:
+        raise unknown_name(f"tag of {model}", tag, RELEASES[model])
+    return model, tag or None
+
+
+def vision_config(model: str) -> VisionConfig:
+    """The configuration of a model.
+
+    Raises:
+        UserError: for a name that isn't of this form.
+    """
+    match = _NAME.fullmatch(model)
+    if match is None or match["size"] not in _SIZES:
+        raise UserError(f"unknown vision model {model!r}")
+    is_clip = match["clip"] is not None
+    return VisionConfig(
+        image_size=int(match["image"]),
+        patch_size=int(match["patch"]),
+        pool="token" if is_clip else "mean",
+        attn_sub_norm=is_clip,
+        **_SIZES[match["size"]],  # type: ignore[arg-type]
+    )

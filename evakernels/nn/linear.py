@@ -1,0 +1,101 @@
+"""Matrix products of a linear layer, from the faster of torch's two libraries for CPUs."""
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evakernels.ops._autocast import is_on
+from evakernels.ops._eager import is_plain, wants_gradient
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, which it takes the place of, with another library where that is faster.
+
+    Args:
+        x: `[..., in]`.
+        weight: `[out, in]`.
+        bias: `[out]`.
+
+    Returns:
+        `[..., out]`. On a CPU in eager mode, in float32 on AMD's processors and in bfloat16 where oneDNN has it,
+        the product and the sum with the bias are one call of oneDNN. Otherwise this is torch's function.
+    """
+    args = (x, weight, bias)
+    if not (x.is_cpu and weight.is_cpu and is_plain(args) and _is_served(x, weight, bias)):
+        return F.linear(x, weight, bias)
+    if wants_gradient(args):
+        y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return y
+    return _product(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear`, computed by `evakernels.nn.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        dx_wanted, dweight_wanted, dbias_wanted = ctx.needs_input_grad
+        rows = dy.flatten(0, -2)
+        return (
+            linear(dy, weight.t()) if dx_wanted else None,
+            _weight_gradient(rows, x.flatten(0, -2)) if dweight_wanted else None,
+            rows.sum(0) if dbias_wanted else None,
+        )
+
+
+def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    # oneDNN wants the longer side as the columns of the result; otherwise MKL is as fast.
+    return linear(dy.t(), x.t()) if x.shape[1] > dy.shape[1] else dy.t() @ x
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+def _is_served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    dtype = x.dtype
+    return (
+        dtype in _served_dtypes()
+        and weight.dtype == dtype
+        and (bias is None or bias.dtype == dtype)
+        and x.dim() >= 2
+        and weight.dim() == 2
+        and x.shape[-1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
+        and x.numel() * weight.shape[0] >= _MIN_MACS
+        and torch._C._get_mkldnn_enabled()
+        and not is_on("cpu")
+    )
+
+
+_MIN_MACS = 1 << 24
+"""Smaller products take less time than it would save."""
+
+
+@cache
+def _served_dtypes() -> frozenset[torch.dtype]:
+    """In bfloat16 torch asks oneDNN itself, but gives the bias a pass of its own. In float32 it asks MKL, which
+    isn't at its best on AMD's processors."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return frozenset()
+    found = set()
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        found.add(torch.bfloat16)
+    if str(torch.cpu.get_capabilities().get("cpu_name", "")).startswith("AMD"):
+        found.add(torch.float32)
+    return frozenset(found)

@@ -1,0 +1,70 @@
+"""Checks of the lists of tensors that the optimizers' ops take."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evakernels.ops import _check
+
+Tensors = Sequence[Tensor]
+
+
+def tensors(op: str, params: Tensors, **lists: Tensors) -> None:
+    """`params` and the lists beside it hold dense floating-point tensors of the same shapes on one device."""
+    if not params:
+        raise ValueError(f"{op}: params is empty; expected at least one tensor")
+    for name, given in {"params": params, **lists}.items():
+        _length(op, name, given, params)
+        for i, (tensor, param) in enumerate(zip(given, params, strict=True)):
+            if not _fits(tensor, param, params[0].device):
+                _refuse(op, f"{name}[{i}]", tensor, params, i)
+
+
+def _fits(tensor: Tensor, param: Tensor, device: torch.device) -> bool:
+    # For lists of small tensors the checks are most of a step's time, so the messages are made only when needed.
+    return (
+        tensor.layout == torch.strided
+        and tensor.dtype in _check.FLOATS
+        and tensor.device == device
+        and tensor.shape == param.shape
+    )
+
+
+def _refuse(op: str, label: str, tensor: Tensor, params: Tensors, i: int) -> None:
+    """Raises with the first reason why `_fits` says no."""
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {label} is {tensor.layout}; accepted: dense tensors")
+    _check.floating(op, **{label: tensor})
+    _check.same_device(op, **{"params[0]": params[0], label: tensor})
+    _check.shape(op, label, tensor, tuple(params[i].shape), f"the shape of params[{i}]")
+
+
+def numbers(op: str, params: Tensors, **lists: Sequence[float]) -> None:
+    """There is one number for each of `params`."""
+    for name, values in lists.items():
+        _length(op, name, values, params)
+
+
+def steps(op: str, params: Tensors, given: Tensors) -> None:
+    """The step counts, one for each of `params`, are 0-D float32 tensors on their device."""
+    _length(op, "steps", given, params)
+    for i, step in enumerate(given):
+        if step.dtype != torch.float32 or step.dim() > 0:
+            raise TypeError(f"{op}: steps[{i}] is {step.dtype} {tuple(step.shape)}; accepted: 0-D float32 tensors")
+        if step.device != params[0].device:
+            _check.same_device(op, **{"params[0]": params[0], f"steps[{i}]": step})
+
+
+def _length(op: str, name: str, values: Sequence[Any], params: Tensors) -> None:
+    if len(values) != len(params):
+        raise ValueError(f"{op}: {name} has {len(values)} entries; expected one for each of the {len(params)} params")
+
+
+def flags(op: str, param: Tensor, **given: Tensor | None) -> None:
+    """Each flag that is given has one element, on the device of `param`."""
+    for name, flag in given.items():
+        if flag is not None and flag.numel() != 1:
+            raise ValueError(f"{op}: {name} has shape {tuple(flag.shape)}; expected one element")
+    _check.same_device(op, **{"params[0]": param}, **given)

@@ -1,0 +1,61 @@
+"""AdamW in one call for all tensors of a model, whatever their groups."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from evakernels.ops import _tensor_lists
+from evakernels.ops._register import define
+from evakernels.ops._tensor_lists import Tensors
+from evakernels.reference import adamw as reference
+
+
+def adamw_update(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensors,
+    lrs: Sequence[float],
+    weight_decays: Sequence[float],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One step of AdamW (Loshchilov and Hutter 2019), in place: what `torch.optim.AdamW` computes.
+
+    Args:
+        params, grads: n tensors, any shapes, dense; float64, float32, bfloat16 or float16, also mixed. `params`
+            are written.
+        exp_avgs, exp_avg_sqs: the moments, in the shapes of `params` and any of these dtypes. Written.
+        steps: n different 0-D float32 tensors, the number of steps made; counted up. Written.
+        lrs: n learning rates.
+        weight_decays: n numbers; a step takes `lr * weight_decay` of a parameter away.
+        betas: decay rates of the two moments, in [0, 1).
+        eps: added to the root of the second moment.
+        grad_scale: one element; the gradients are divided by it (`grads` itself stays as it is). A loss scale
+            and a bound on the norm (`gradient_norm`) are both such a divisor.
+        found_inf: one element; above 0 nothing is written. It is read on the device, as is grad_scale.
+
+    Raises:
+        TypeError: for a dtype or layout that isn't accepted. ValueError: for lists, shapes or devices that
+            don't fit together.
+    """
+    op = "adamw_update"
+    _tensor_lists.tensors(op, params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
+    _tensor_lists.steps(op, params, steps)
+    _tensor_lists.numbers(op, params, lrs=lrs, weight_decays=weight_decays)
+    _tensor_lists.flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
+    _update(params, grads, exp_avgs, exp_avg_sqs, steps, lrs, weight_decays, *betas, eps, grad_scale, found_inf)
+
+
+_update = define(
+    "adamw_update",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps,"
+    " float[] lrs, float[] weight_decays, float beta1, float beta2, float eps, Tensor? grad_scale,"
+    " Tensor? found_inf) -> ()",
+    reference=reference.adamw_update,
+    fake=None,
+)

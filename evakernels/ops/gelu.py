@@ -1,0 +1,81 @@
+"""GELU, with the bias of the linear layer in front of it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evakernels.ops import _check
+from evakernels.ops._register import define, differentiable, optional_gradient
+from evakernels.reference import gelu as reference
+
+APPROXIMATIONS = ("none", "tanh")
+
+
+def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
+    """`gelu(x + bias)` (Hendrycks and Gimpel 2016), element by element.
+
+    `bias` is that of the linear layer that gives `x`, which then runs without: on a GPU its gradient is summed
+    up in the pass that computes that of `x`. Backward keeps `x`, not the sum, and computes the sum again. On a
+    CPU torch's own functions serve the call, and a bias in the linear is the faster one.
+
+    Args:
+        x: `[..., F]`.
+        bias: `[F]`, in the dtype of `x` or float32; None for none.
+        approximate: `"none"`: x times the normal distribution function; `"tanh"`: the approximation by a tanh.
+
+    Returns:
+        `[..., F]`, contiguous, in the dtype of `x`, under autocast too, as torch's own.
+
+    Raises:
+        TypeError: for a dtype that isn't accepted. ValueError: for shapes or devices that don't fit together, or
+            an unknown approximation.
+    """
+    op = "gelu"
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x is a scalar; expected [..., F]")
+    if approximate not in APPROXIMATIONS:
+        raise ValueError(f"{op}: approximate is {approximate!r}; accepted: {', '.join(map(repr, APPROXIMATIONS))}")
+    _check.floating(op, x=x)
+    _check.parameter_dtype(op, x, bias=bias)
+    _check.same_device(op, x=x, bias=bias)
+    _check.shape(op, "bias", bias, (x.shape[-1],), "[F]")
+    out: Tensor = _forward(x, bias, approximate == "tanh")
+    return out
+
+
+# --- ops ------------------------------------------------------------------------------------------------------------
+
+
+def _forward_fake(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _backward_fake(dout: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> Any:
+    return _forward_fake(x, bias, tanh), x.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bias, ctx.tanh = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _gradient(ctx: Any, dout: Tensor) -> Any:
+    x, bias = ctx.saved_tensors
+    dx, dbias = _backward(dout, x, bias, ctx.tanh)
+    return dx, optional_gradient(dbias, bias is not None), None
+
+
+_forward = define(
+    "gelu_forward",
+    "(Tensor x, Tensor? bias, bool tanh) -> Tensor out",
+    reference=reference.gelu_forward,
+    fake=_forward_fake,
+)
+_backward = define(
+    "gelu_backward",
+    "(Tensor dout, Tensor x, Tensor? bias, bool tanh) -> (Tensor dx, Tensor dbias)",
+    reference=reference.gelu_backward,
+    fake=_backward_fake,
+)
+differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)

@@ -1,0 +1,52 @@
+"""The norm of all gradients together, which stays on the device."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evakernels.ops import _check
+from evakernels.ops._register import define
+from evakernels.reference import gradient_norm as reference
+from evakernels.reference._numerics import accumulation_dtype
+
+
+def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of all `grads` as one vector, in one call; what `torch.nn.utils.get_total_norm` computes.
+
+    Nothing waits for the device. `max(norm / bound, 1)` as the `grad_scale` of `adamw_update` or `lamb_update`
+    clips the gradients (Pascanu et al. 2013) without a pass over them.
+
+    Args:
+        grads: at least one tensor, any shapes, dense; float64, float32, bfloat16 or float16, also mixed.
+
+    Returns:
+        0-D, float32 (float64 when a gradient is float64). Squares are summed in that dtype, so a float32 norm
+        is infinite from 2^64 on.
+
+    Raises:
+        TypeError: for a dtype or layout that isn't accepted. ValueError: for an empty list or several devices.
+    """
+    op = "gradient_norm"
+    if not grads:
+        raise ValueError(f"{op}: grads is empty; expected at least one tensor")
+    for i, grad in enumerate(grads):
+        if grad.layout != torch.strided:
+            raise TypeError(f"{op}: grads[{i}] is {grad.layout}; accepted: dense tensors")
+        _check.floating(op, **{f"grads[{i}]": grad})
+    _check.same_device(op, **{f"grads[{i}]": grad for i, grad in enumerate(grads)})
+    norm: Tensor = _norm(grads)
+    return norm
+
+
+def _fake(grads: list[Tensor]) -> Any:
+    return grads[0].new_empty((), dtype=accumulation_dtype(*grads))
+
+
+_norm = define(
+    "gradient_norm",
+    "(Tensor[] grads) -> Tensor norm",
+    reference=reference.gradient_norm,
+    fake=_fake,
+)

@@ -1,0 +1,122 @@
+"""What the optimizers on the library's ops share."""
+
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from evakernels.reference._numerics import accumulation_dtype
+
+
+@dataclass
+class Batch:
+    """The tensors of one call, with what their groups say of each."""
+
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    exp_avgs: list[Tensor] = field(default_factory=list)
+    exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)
+    lrs: list[float] = field(default_factory=list)
+    weight_decays: list[float] = field(default_factory=list)
+
+    @property
+    def state(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        return self.exp_avgs, self.exp_avg_sqs, self.steps
+
+    def add(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        assert param.grad is not None
+        self.params.append(param)
+        self.grads.append(param.grad)
+        self.exp_avgs.append(state["exp_avg"])
+        self.exp_avg_sqs.append(state["exp_avg_sq"])
+        self.steps.append(state["step"])
+        self.lrs.append(group["lr"])
+        self.weight_decays.append(group["weight_decay"])
+
+
+class DeviceOptimizer(Optimizer):
+    """An optimizer with two moments, whose step is one call an op over all tensors of all groups.
+
+    The step count is on the device and nothing waits for it. `found_inf` and `grad_scale`, one-element tensors set as
+    attributes (`torch.amp.GradScaler` does so), skip the step and divide the gradients on the device; a skipped step
+    isn't counted. Moments are float32 for 16-bit parameters too, and those of a state dict stay in the dtype that they
+    were saved in.
+    """
+
+    shared_options: ClassVar[tuple[str, ...]] = ("betas", "eps")
+    """What is the same for all tensors of a call; groups that differ in them have a call of their own."""
+
+    _step_supports_amp_scaling = True
+
+    @abstractmethod
+    def step_batch(
+        self, batch: Batch, options: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Makes the step of these tensors; `options` are the shared ones."""
+
+    def check_options(self, options: dict[str, Any]) -> None:
+        """Raises for options of a group that are out of range."""
+        name = type(self).__name__
+        for option in ("lr", "eps", "weight_decay"):
+            if isinstance(options[option], Tensor):
+                raise TypeError(f"{name}: {option} is a tensor; accepted: a number")
+            if not options[option] >= 0.0:
+                raise ValueError(f"{name}: {option} is {options[option]}; accepted: 0 or more")
+        if len(options["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in options["betas"]):
+            raise ValueError(f"{name}: betas are {options['betas']}; accepted: two numbers from 0 to below 1")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; see `torch.optim.Optimizer.add_param_group`."""
+        self.check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the moments in the dtypes they were saved in; otherwise as the base class."""
+        super().load_state_dict(state_dict)
+        # The base class has rounded the moments to the dtype of the parameters and not moved the steps.
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for param, saved_id in zip(params, saved_ids, strict=True):
+            for name, value in state_dict["state"].get(saved_id, {}).items():
+                self.state[param][name] = value.to(param.device, copy=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Makes one step, but not for parameters without a gradient; returns what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for (device, *shared), batch in self._batches().items():
+            options = dict(zip(self.shared_options, shared, strict=True))
+            self.step_batch(batch, options, self._flag("grad_scale", device), self._flag("found_inf", device))
+        return loss
+
+    def _batches(self) -> dict[tuple[Any, ...], Batch]:
+        """The tensors of each call: all in one unless groups differ in more than rate and decay."""
+        batches: dict[tuple[Any, ...], Batch] = defaultdict(Batch)
+        for group in self.param_groups:
+            shared = {**group, "betas": tuple(group["betas"])}  # of any sequence, something hashable
+            for param in group["params"]:
+                if param.grad is not None:
+                    key = param.device, *(shared[option] for option in self.shared_options)
+                    batches[key].add(param, self._state_of(param), group)
+        return batches
+
+    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), device=param.device)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(param, dtype=accumulation_dtype(param))
+        return state
+
+    def _flag(self, name: str, device: torch.device) -> Tensor | None:
+        flag: Tensor | None = getattr(self, name, None)
+        return None if flag is None else flag.to(device, non_blocking=True)

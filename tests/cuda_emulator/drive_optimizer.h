@@ -1,0 +1,83 @@
+// The tensors that the optimizers' launchers are driven on.
+#pragma once
+
+#include <utility>
+
+#include "common/optimizer.h"
+#include "drive.h"
+
+namespace evakernels::drive {
+
+constexpr double kRate = 0.1, kDecay = 0.05, kGradScale = 4.0;
+constexpr double kBeta1 = 0.9, kBeta2 = 0.98;
+constexpr float kStepsMade = 3.0f;
+
+struct OptimizerCase {
+  int64_t size;
+  int64_t offset;  // of the parameter and the gradient in their memory
+  DType dtype;     // of these
+};
+
+// One tensor: its buffers, and what they held at the beginning.
+class OptimizerState {
+ public:
+  explicit OptimizerState(const OptimizerCase& c)
+      : case_(c),
+        w_(Buffer::random(c.dtype, c.offset + c.size)),
+        g_(Buffer::random(c.dtype, c.offset + c.size)),
+        m_(Buffer::random(DType::Float32, c.size)),
+        v_(Buffer::random(DType::Float32, c.size)) {
+    for (int64_t i = 0; i < c.size; ++i) v_.floats()[i] = std::fabs(v_.floats()[i]);
+  }
+
+  OptimizedTensor tensor() {
+    const int64_t skipped = case_.offset * (case_.dtype == DType::Float32 ? 4 : 2);
+    const auto part = [&](Buffer& buffer) -> TensorBuffer {
+      return {static_cast<char*>(buffer.data()) + skipped, buffer.dtype()};
+    };
+    return {part(w_), part(g_), {m_.data(), DType::Float32}, {v_.data(), DType::Float32}, &step_, case_.size,
+            kRate,    kDecay};
+  }
+
+  int64_t size() const { return case_.size; }
+  double param(int64_t i) const { return w_.at(case_.offset + i); }
+  double gradient(int64_t i) const { return g_.at(case_.offset + i); }
+
+  // The moments after a step, before it is made.
+  std::pair<double, double> moments(int64_t i) const {
+    const double g = gradient(i) / kGradScale;
+    return {kBeta1 * m_.at(i) + (1.0 - kBeta1) * g, kBeta2 * v_.at(i) + (1.0 - kBeta2) * g * g};
+  }
+
+  void check_result(const std::vector<double>& expected, const std::string& optimizer) const {
+    Buffer result(DType::Float32, case_.size);
+    for (int64_t i = 0; i < case_.size; ++i) result.floats()[i] = static_cast<float>(param(i));
+    const std::string name = optimizer + ", a parameter of " + std::to_string(case_.size);
+    compare(result, expected, name, case_.dtype);
+    check(step_ == kStepsMade + 1.0f, name + ": its step");
+  }
+
+ private:
+  OptimizerCase case_;
+  Buffer w_, g_, m_, v_;
+  float step_ = kStepsMade;
+};
+
+// Vectors only, edges only, nothing, several chunks, one that begins anywhere.
+inline std::vector<OptimizerState> optimizer_states() {
+  const OptimizerCase cases[] = {{3, 0, DType::Float32},    {8192, 0, DType::Float32},
+                                 {0, 0, DType::Float32},    {3 * 8192 + 5, 0, DType::BFloat16},
+                                 {1037, 1, DType::Float16}, {600, 4, DType::Float32}};
+  return {std::begin(cases), std::end(cases)};
+}
+
+inline std::vector<OptimizedTensor> tensors_of(std::vector<OptimizerState>& states) {
+  std::vector<OptimizedTensor> tensors;
+  for (OptimizerState& state : states) tensors.push_back(state.tensor());
+  return tensors;
+}
+
+// 1 - beta^t in the step that is made.
+inline double bias_of(double beta) { return 1.0 - std::pow(beta, kStepsMade + 1.0); }
+
+}  // namespace evakernels::drive

@@ -1,0 +1,160 @@
+"""The image models of the EVA series against timm's, with the same random weights."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from small_models import random_images, stir
+from torch import nn
+
+from evaclip import create_vision_model
+from evaclip.errors import UserError
+from evaclip.model.vision_model import VisionModel
+from evaclip.model.vision_names import RELEASES, split_name, vision_config
+from evaclip.weights import load_weights, to_timm
+
+UNKNOWN = "eva02_base_patch14_225"
+
+
+def peer_of(name: str, depth: int = 2, num_classes: int = 7, **options: object) -> nn.Module:
+    model: nn.Module = timm.create_model(name, depth=depth, num_classes=num_classes, **options).eval()
+    stir(model, std=0.02)
+    return model
+
+
+def ours(name: str, peer: nn.Module, depth: int = 2, num_classes: int = 7, **options: object) -> VisionModel:
+    model = create_vision_model(name, num_classes=num_classes, layers=depth, **options).eval()
+    load_weights(model, peer.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_outputs_and_names_equal_those_of_timm(name: str) -> None:
+    config, tiny = vision_config(name), "tiny" in name
+    depth, side = (2, config.image_shape[0]) if tiny else (1, 8 * config.patch_size)
+    peer = peer_of(name, depth, img_size=side)
+    if name.startswith("eva_large"):  # The one bias that models here don't have changes no result.
+        with torch.no_grad():
+            for block in peer.blocks:
+                block.attn.qkv.bias[1024:2048] = 0
+    model = ours(name, peer, depth, image_size=side)
+    images = random_images(1, side)
+    with torch.no_grad():
+        for mine, theirs in (
+            (model(images), peer(images)),
+            (model.forward_features(images), peer.forward_features(images)),
+        ):
+            assert theirs.std() > 0.01
+            assert (mine - theirs).abs().max() <= 1e-5 * max(1.0, theirs.abs().max().item())
+    state, back = peer.state_dict(), to_timm(model.state_dict(), joint_bias=name.startswith("eva_large"))
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+def test_every_name_of_timm_is_known() -> None:
+    assert set(RELEASES) == set(timm.list_models("eva*"))
+    for name in timm.list_pretrained("eva*"):
+        model, tag = split_name(name)
+        assert tag is not None
+        release, theirs = RELEASES[model][tag], timm.get_pretrained_cfg(name)
+        assert release.num_classes == theirs.num_classes
+        assert theirs.input_size[1:] == vision_config(model).image_shape
+        assert release.preprocess.mean == pytest.approx(theirs.mean)
+        assert release.preprocess.std == pytest.approx(theirs.std)
+        assert (release.preprocess.resize == "squash") == (theirs.crop_mode == "squash")
+        assert release.preprocess.crop == theirs.crop_pct
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_number_of_parameters_at_full_depth(name: str) -> None:
+    with torch.device("meta"):
+        peer = timm.create_model(name, num_classes=7)
+    model = create_vision_model(name, num_classes=7, device="meta")
+    expected = sum(p.numel() for p in peer.parameters())
+    if name.startswith("eva_large"):
+        expected -= 24 * 1024  # the bias of k
+    assert sum(p.numel() for p in model.parameters()) == expected
+
+
+def test_gradients_equal_those_of_timm() -> None:
+    name = "eva02_base_patch14_224"
+    peer = peer_of(name, depth=1, img_size=112)
+    model = ours(name, peer, depth=1, image_size=112)
+    images = random_images(2, 112)
+    for m in (peer, model):
+        m(images).log_softmax(-1)[:, 0].sum().backward()
+    gradients = to_timm({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, parameter in peer.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=2e-5, rtol=1e-3)
+
+
+def test_features_and_head_are_timms() -> None:
+    name = "eva02_tiny_patch14_224"
+    peer = peer_of(name, depth=3)
+    model = ours(name, peer, depth=3)
+    images = random_images(2, 224)
+    with torch.no_grad():
+        tokens, theirs = model.forward_features(images), peer.forward_features(images)
+        for pre_logits in (False, True):
+            expected = peer.forward_head(theirs, pre_logits=pre_logits)
+            torch.testing.assert_close(model.forward_head(tokens, pre_logits), expected, atol=1e-5, rtol=1e-5)
+        last, maps = model.forward_intermediates(images, [0, -1])
+        their_last, their_maps = peer.forward_intermediates(images, indices=[0, 2])
+        torch.testing.assert_close(last, their_last, atol=1e-5, rtol=1e-5)
+        for mine, expected in zip(maps, their_maps, strict=True):
+            torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
+        assert [m.shape for m in model.forward_intermediates(images, 2)[1]] == [(2, 192, 16, 16)] * 2
+    with pytest.raises(UserError, match=r"indices are \[3\]; expected blocks from -3 to 2"):
+        model.forward_intermediates(images, [3])
+
+
+def test_images_that_are_not_square() -> None:
+    """Positions are resized as the authors do, rotary tables are those of the new grid."""
+    name, shape = "eva02_tiny_patch14_224", (112, 196)
+    peer = peer_of(name, img_size=shape)
+    model = ours(name, peer, image_size=shape)
+    images = torch.randn(2, 3, *shape)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), peer(images), atol=1e-5, rtol=1e-5)
+    square = peer_of(name)
+    load_weights(model, square.state_dict())
+    resized = timm.layers.resample_abs_pos_embed(square.pos_embed, [8, 14], num_prefix_tokens=1, antialias=False)
+    torch.testing.assert_close(model.pos_embed, resized)
+    with pytest.raises(ValueError, match=r"expected \[batch, 3, 112, 196\]"):
+        model(random_images(1, 224))
+    with pytest.raises(UserError, match=r"image_size is \(112, 0\)"):
+        create_vision_model(name, image_size=(112, 0))
+
+
+def test_classifier_of_another_size(tmp_path: Path) -> None:
+    name = "eva02_tiny_patch14_336.mim_in22k_ft_in1k"
+    peer = peer_of("eva02_tiny_patch14_336", depth=1, num_classes=1000)
+    torch.save(peer.state_dict(), tmp_path / "weights.pt")
+    whole = create_vision_model(name, pretrained=tmp_path / "weights.pt", layers=1)
+    assert torch.equal(whole.head.weight, peer.head.weight)
+    other = create_vision_model(name, pretrained=tmp_path / "weights.pt", layers=1, num_classes=5)
+    assert other.head.weight.shape == (5, 192)
+    assert torch.equal(other.blocks[0].mlp.w3.weight, peer.blocks[0].mlp.fc2.weight)
+    bare = create_vision_model(name, pretrained=tmp_path / "weights.pt", layers=1, num_classes=0).eval()
+    with torch.no_grad():
+        peer.reset_classifier(0)
+        images = random_images(1, 336)
+        torch.testing.assert_close(bare(images), peer(images), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="pool is 'token', but the model's last norm was trained for 'mean'"):
+        bare.reset_classifier(3, "token")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "eva02_base_patch14_225",
+            "unknown vision model 'eva02_base_patch14_225'; did you mean 'eva02_base_patch14_224'",
+        ),
+        ("eva02_base_patch14_448.mim", "unknown tag of eva02_base_patch14_448 'mim'"),
+    ],
+)
+def test_unknown_names(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        create_vision_model(name)

@@ -1,0 +1,75 @@
+"""Exported towers against the model that they come from."""
+
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+
+from evaclip import create_model
+from evaclip.cli import main
+from evaclip.errors import UserError
+from evaclip.model.clip import CLIP
+from evaclip.model.export import export, exported
+
+
+@pytest.fixture(scope="module")
+def model() -> CLIP:
+    torch.manual_seed(0)
+    model = create_model("tiny", vision={"layers": 2}, text={"layers": 2}).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def example(model: CLIP, tower: str, batch: int) -> torch.Tensor:
+    if tower == "image":
+        return torch.randn(batch, 3, *model.config.vision.image_shape)
+    return torch.randint(1, 400, (batch, model.config.text.context_length))
+
+
+def embeddings(model: CLIP, tower: str, inputs: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        encode = model.encode_image if tower == "image" else model.encode_text
+        return encode(inputs, normalize=True)
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_both_programs_equal_the_model_for_any_batch(model: CLIP, tower: str, tmp_path: Path) -> None:
+    for suffix in (".pt2", ".onnx"):
+        export(model, tower, tmp_path / f"tower{suffix}", normalize=True)
+    program = torch.export.load(tmp_path / "tower.pt2")
+    operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not [name for name in operators if "evakernels" in name]
+    session = onnxruntime.InferenceSession(tmp_path / "tower.onnx")
+    for batch in (1, 3):
+        inputs = example(model, tower, batch)
+        expected = embeddings(model, tower, inputs)
+        torch.testing.assert_close(program.module()(inputs), expected, atol=1e-5, rtol=0)
+        (found,) = session.run(None, {"inputs": inputs.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-5, rtol=0)
+
+
+def test_the_ops_are_back_afterwards(model: CLIP) -> None:
+    before = embeddings(model, "image", torch.ones(1, 3, 32, 32))
+    exported(model, "image")
+    assert torch.equal(embeddings(model, "image", torch.ones(1, 3, 32, 32)), before)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "text.pt2"
+    assert main(["export", "tiny", str(target), "--tower", "text"]) == 0
+    assert f"wrote {target}" in capsys.readouterr().out
+    assert main(["export", "tiny", str(tmp_path / "text.tflite"), "--tower", "text"]) == 2
+    assert "expected .pt2 or .onnx" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["text.pt2"]
+
+
+def test_missing_packages_are_named(model: CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ModuleNotFoundError("No module named 'onnxscript'")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(UserError, match=r"pip install 'evakernels\[export\]'"):
+        export(model, "text", tmp_path / "text.onnx")
+    assert not list(tmp_path.iterdir())

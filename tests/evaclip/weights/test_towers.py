@@ -1,0 +1,159 @@
+"""Starting a CLIP model from the weights of other models."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models import eva
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from evaclip import CLIP, create_model
+from evaclip.errors import UserError
+from evaclip.weights import start_image_tower, start_text_tower, to_open_clip, to_timm
+
+State = dict[str, Tensor]
+
+
+def stirred(seed: int = 1, **vision: object) -> CLIP:
+    """A small model without a parameter that has its start value."""
+    model = create_model("tiny", vision={"layers": 2, **vision}, text={"layers": 2})
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def bare(state: State) -> State:
+    """The image tower of a model, as files of masked image modelling have it."""
+    tower = {name.removeprefix("visual."): t for name, t in state.items() if name.startswith("visual.")}
+    return {**tower, "mask_token": torch.zeros(1, 1, 8), "lm_head.weight": torch.zeros(5, 8)}
+
+
+@pytest.mark.parametrize("layout", ["whole", "open_clip", "timm", "masked image modelling"])
+def test_image_tower(layout: str) -> None:
+    source, model = stirred(1).state_dict(), stirred(2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    layouts = {"whole": dict, "open_clip": to_open_clip, "timm": to_timm, "masked image modelling": bare}
+    start_image_tower(model.visual, layouts[layout](source))
+    for name, tensor in model.state_dict().items():
+        own = not name.startswith("visual.") or name.startswith("visual.head.")
+        assert torch.equal(tensor, before[name] if own else source[name]), name
+
+
+def test_image_tower_of_timm_with_the_mean_of_patches(tmp_path: Path) -> None:
+    """timm's own model, fine-tuned form: a classifier, and the last norm behind the mean."""
+    peer = eva.Eva(
+        img_size=32,
+        patch_size=8,
+        embed_dim=128,
+        depth=2,
+        num_heads=2,
+        mlp_ratio=3,
+        swiglu_mlp=True,
+        scale_mlp=True,
+        scale_attn_inner=True,
+        qkv_fused=False,
+        use_rot_pos_emb=True,
+        ref_feat_shape=(16, 16),
+        num_classes=5,
+        global_pool="avg",
+    )
+    model = create_model("tiny", vision={"layers": 2, "width": 128, "heads": 2})
+    torch.save(peer.state_dict(), tmp_path / "timm.pt")
+    start_image_tower(model.visual, tmp_path / "timm.pt")
+    assert torch.equal(model.visual.norm.weight, peer.fc_norm.weight)
+    assert torch.equal(model.visual.blocks[1].mlp.w3.weight, peer.blocks[1].mlp.fc2.weight)
+    assert torch.equal(model.visual.blocks[1].attn.q_bias, peer.blocks[1].attn.q_proj.bias)
+
+
+def test_other_image_and_patch_sizes_are_resized_as_the_authors_did(caplog: pytest.LogCaptureFixture) -> None:
+    source, model = stirred(1, image_size=28, patch_size=7), stirred(2, image_size=32, patch_size=8)
+    large = stirred(3, image_size=48, patch_size=8)
+    with caplog.at_level(logging.INFO, logger="evaclip"):
+        start_image_tower(model.visual, source.state_dict())
+        start_image_tower(large.visual, source.state_dict())
+    assert "patch kernel from 7 to 8 pixels" in caplog.text
+    assert "position embedding from 16 to 36 patches" in caplog.text
+    kernel = source.visual.patch_embed.proj.weight
+    assert torch.equal(model.visual.patch_embed.proj.weight, F.interpolate(kernel, size=(8, 8), mode="bicubic"))
+    assert torch.equal(model.visual.pos_embed, source.visual.pos_embed)
+
+
+def test_what_a_source_lacks_is_named_and_keeps_its_start_values(caplog: pytest.LogCaptureFixture) -> None:
+    model = stirred(2)
+    kept = model.visual.blocks[0].attn.inner_attn_ln.weight.clone()
+    state = {name: t for name, t in stirred(1).state_dict().items() if "inner_attn_ln" not in name}
+    start_image_tower(model.visual, state)
+    expected = "lack blocks.{0-1}.attn.inner_attn_ln.bias, blocks.{0-1}.attn.inner_attn_ln.weight of the image tower"
+    assert expected in caplog.text
+    assert torch.equal(model.visual.blocks[0].attn.inner_attn_ln.weight, kept)
+
+
+def test_what_does_not_fit_is_named_and_nothing_changes() -> None:
+    model = stirred(2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {**stirred(1).state_dict(), "visual.blocks.1.extra": torch.zeros(1), "visual.norm.bias": torch.zeros(3)}
+    with pytest.raises(UserError, match=r"image tower: unexpected: blocks\.\{1\}\.extra; of another shape: norm\.bias"):
+        start_image_tower(model.visual, state)
+    with pytest.raises(UserError, match="have no text tower"):
+        start_text_tower(model.text, bare(stirred(1).state_dict()))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("layout", ["text.", ""])
+def test_text_tower(layout: str) -> None:
+    source, model = stirred(1).state_dict(), stirred(2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    start_text_tower(model.text, {name.replace("text.", layout, 1): tensor for name, tensor in source.items()})
+    for name, tensor in model.state_dict().items():
+        own = not name.startswith("text.") or name == "text.text_projection"
+        assert torch.equal(tensor, before[name] if own else source[name]), name
+
+
+def test_text_tower_of_transformers(tmp_path: Path) -> None:
+    """Its own model, in its own file; both then compute the same."""
+    model = create_model("tiny", text={"layers": 2}).eval()
+    text = model.config.text
+    config = CLIPTextConfig(
+        vocab_size=text.vocab_size,
+        hidden_size=text.width,
+        intermediate_size=4 * text.width,
+        num_hidden_layers=2,
+        num_attention_heads=text.heads,
+        max_position_embeddings=text.context_length,
+        hidden_act="gelu",
+        layer_norm_eps=text.norm_eps,
+    )
+    torch.manual_seed(0)
+    peer = CLIPTextModel(config).eval()
+    for parameter in peer.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    names = {
+        name if name.startswith("text_model.") else f"text_model.{name}": t for name, t in peer.state_dict().items()
+    }
+    torch.save(
+        {**names, "logit_scale": torch.ones(()), "vision_model.x": torch.ones(1)}, tmp_path / "pytorch_model.bin"
+    )
+    start_text_tower(model.text, tmp_path / "pytorch_model.bin")
+    tokens = torch.randint(1, 400, (2, 7))
+    tokens[:, -1] = text.vocab_size - 1
+    with torch.no_grad():
+        model.text.text_projection.copy_(torch.eye(text.width, model.config.embed_dim))
+        theirs = peer(tokens).last_hidden_state[:, -1]
+        torch.testing.assert_close(model.encode_text(tokens)[:, : text.width], theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_both_towers_from_files(tmp_path: Path) -> None:
+    source = stirred(1)
+    torch.save(bare(source.state_dict()), tmp_path / "image.pt")
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "text.pt")
+    parts = {"pretrained_image": tmp_path / "image.pt", "pretrained_text": tmp_path / "text.pt"}
+    model = create_model("tiny", vision={"layers": 2}, text={"layers": 2}, precision="bf16", **parts)
+    assert torch.equal(model.visual.pos_embed, source.visual.pos_embed.bfloat16())
+    assert torch.equal(model.text.ln_final.weight, source.text.ln_final.weight.bfloat16())
+    with pytest.raises(UserError, match="either pretrained, for the whole model, or pretrained_image"):
+        create_model("tiny", pretrained=tmp_path / "text.pt", **parts)

@@ -1,0 +1,136 @@
+"""Weights from a hub: huggingface_hub's own client against a server on loopback."""
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub_server import Hub, serving
+from huggingface_hub import constants
+from safetensors.torch import save
+
+from evaclip import create_model, load_state_dict
+from evaclip.errors import UserError
+from evaclip.weights import find_weights, to_open_clip
+
+REPOSITORY = "timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k"
+MODEL_FILE = "open_clip_model.safetensors"
+SOURCE = f"hf-hub:{REPOSITORY}"
+
+
+def state() -> dict[str, Any]:
+    torch.manual_seed(0)
+    return to_open_clip(create_model("tiny", vision={"layers": 1}, text={"layers": 1}).state_dict())
+
+
+def ask(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Does what HF_ENDPOINT does when the client is imported, and lets it wait for nothing."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with one model, and an empty cache."""
+    with serving(Hub({(REPOSITORY, MODEL_FILE): save(state())})) as served:
+        ask(served.url, monkeypatch)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield served
+
+
+@pytest.mark.parametrize(
+    ("source", "model"),
+    [
+        (SOURCE, "tiny"),
+        (f"{SOURCE}/{MODEL_FILE}", "tiny"),
+        (f"{SOURCE}@main", "tiny"),
+        ("merged2b_s8b_b131k", "EVA02-CLIP-B-16"),
+    ],
+)
+def test_repository_file_revision_and_tag(hub: Hub, source: str, model: str) -> None:
+    expected = create_model("tiny", vision={"layers": 1}, text={"layers": 1}).state_dict()
+    assert load_state_dict(find_weights(source, model)).keys() == expected.keys()
+
+
+def test_the_cache_serves_the_second_time_and_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = find_weights(SOURCE, "tiny")
+    downloads = [request for request in hub.requests if request[0] == "GET"]
+    assert len(downloads) == 1
+    assert find_weights(SOURCE, "tiny") == path
+    assert [request for request in hub.requests if request[0] == "GET"] == downloads
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    before = len(hub.requests)
+    assert find_weights(SOURCE, "tiny") == path
+    assert len(hub.requests) == before
+    with pytest.raises(UserError, match=r"can't get .* of a/b .*isn't in the cache.*give its path"):
+        find_weights("hf-hub:a/b", "tiny")
+
+
+def test_a_broken_download_goes_on_where_it_stopped(hub: Hub) -> None:
+    hub.break_after = len(hub.files[REPOSITORY, MODEL_FILE]) // 2
+    path = find_weights(SOURCE, "tiny")
+    assert load_state_dict(path)
+    ranges = [asked for method, _, asked in hub.requests if method == "GET"]
+    assert len(ranges) == 2
+    assert ranges[0] is None
+    assert int(ranges[1].removeprefix("bytes=").removesuffix("-")) > 0
+
+
+def test_a_wrong_checksum_is_an_error_and_the_file_is_removed(hub: Hub) -> None:
+    hub.damaged = True
+    with pytest.raises(UserError, match=r"arrived damaged and was removed: its SHA-256 is \w{64}, the hub says \w{64}"):
+        find_weights(SOURCE, "tiny")
+    hub.damaged = False
+    assert load_state_dict(find_weights(SOURCE, "tiny"))
+
+
+def test_weights_in_several_parts(hub: Hub) -> None:
+    whole = state()
+    names = sorted(whole)
+    parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, held in parts.items():
+        hub.files["someone/sharded", file] = save({name: whole[name] for name in held})
+    index = {"weight_map": {name: file for file, held in parts.items() for name in held}}
+    hub.files["someone/sharded", "model.safetensors.index.json"] = json.dumps(index).encode()
+    path = find_weights("hf-hub:someone/sharded", "tiny")
+    loaded = to_open_clip(load_state_dict(path))
+    assert loaded.keys() == whole.keys()
+    assert all(torch.equal(loaded[name], whole[name]) for name in names)
+    path.with_name("model-2.safetensors").unlink()
+    with pytest.raises(UserError, match=r"names model-2\.safetensors, which .* doesn't have"):
+        load_state_dict(path)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (f"{SOURCE}/none.pt", r"timm/eva02\S+ on the Hugging Face hub has no file none\.pt"),
+        ("hf-hub:nobody/nothing", r"can't get open_clip_model\.safetensors of nobody/nothing .*RepositoryNotFound"),
+        ("hf-hub:nothing", r"'hf-hub:nothing' isn't a name on the hub; expected hf-hub:OWNER/NAME"),
+    ],
+)
+def test_what_the_hub_does_not_have(hub: Hub, source: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find_weights(source, "tiny")
+
+
+def test_a_repository_without_weights(hub: Hub) -> None:
+    hub.files["someone/notes", "README.md"] = b"nothing"
+    with pytest.raises(
+        UserError, match=r"someone/notes on the hub has none of .*name a file: hf-hub:someone/notes/FILE"
+    ):
+        find_weights("hf-hub:someone/notes", "tiny")
+
+
+def test_a_hub_that_cannot_be_reached(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{free.getsockname()[1]}"
+    ask(closed, monkeypatch)
+    with pytest.raises(UserError, match=r"can't get EVA02_CLIP_B_psz16_s8B\.pt of QuanSun/EVA-CLIP .*give its path"):
+        create_model("EVA02-B-16", pretrained="eva_clip")

@@ -1,0 +1,50 @@
+"""Lists of tensors for the optimizers' tests, and steps on them."""
+
+import torch
+from torch import nn
+
+SHAPES = [(4, 3), (5,), (), (2, 3, 2)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FLOAT32 = (torch.float32,) * 4
+# Around the CPU kernel's block (1,024) and chunk (16,384), of which the GPU's (8,192) is a half; and nothing at all.
+SIZES = [1, 7, 37, 0, 1024, 1061, 16384, 3 * 16384 + 5]
+BUFFERS = ("params", "grads", "exp_avgs", "exp_avg_sqs")
+
+
+def tensors(seed: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def step(optimizer: torch.optim.Optimizer, grads: list[torch.Tensor]) -> None:
+    for param, grad in zip(parameters(optimizer), grads, strict=True):
+        param.grad = grad.to(param.dtype)
+    optimizer.step()
+
+
+def lists(dtypes=FLOAT32, sizes=SIZES):
+    """params, grads, exp_avgs, exp_avg_sqs as after some steps, and the steps."""
+    generator = torch.Generator().manual_seed(0)
+    scales = (1.0, 0.1, 0.05, 0.01)
+    buffers = [
+        [(scale * torch.randn(size, generator=generator)).to(dtype) for size in sizes]
+        for scale, dtype in zip(scales, dtypes, strict=True)
+    ]
+    buffers[3] = [v.abs() for v in buffers[3]]
+    return [*buffers, [torch.tensor(float(3 + i)) for i in range(len(sizes))]]
+
+
+def everything(state, *more):
+    return [*more, *(t for tensors_ in state for t in tensors_)]
+
+
+def assert_states_close(ours, theirs, lr_of_last=0.1):
+    for name, got, expected in zip((*BUFFERS, "steps"), ours, theirs, strict=True):
+        # A rounding unit of the numbers that were added: params are about 1, moments below 0.1.
+        slack = 2e-6 * lr_of_last if name == "params" else 2e-8
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=slack, msg=lambda m, n=name: f"{n}: {m}")

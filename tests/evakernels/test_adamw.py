@@ -1,0 +1,368 @@
+"""AdamW: the op on every backend, and the optimizer beside torch's own."""
+
+from itertools import product
+
+import pytest
+import torch
+from op_checks import assert_opcheck
+from optimizer_checks import (
+    BUFFERS,
+    DTYPES,
+    FLOAT32,
+    SHAPES,
+    SIZES,
+    assert_states_close,
+    everything,
+    lists,
+    parameters,
+    step,
+    tensors,
+)
+from torch import nn
+
+import evakernels
+from evakernels import _native
+from evakernels.optim import AdamW
+
+UPDATE = torch.ops.evakernels.adamw_update.default
+BETAS, EPS = (0.9, 0.98), 1e-6
+LRS, DECAYS = [0.1, 0.02, 0.3, 0.05], [0.05, 0.0, 0.0, 0.2]
+NATIVE = pytest.mark.skipif(not _native.LOADED, reason="the native library is not built")
+
+
+# --- the op ---------------------------------------------------------------------------------------------------------
+
+
+def update(state, backend="cpu", scale=None, found_inf=None, eps=EPS):
+    """One step in place on the lists; every tensor has a rate of its own, the second no decay."""
+    count = len(state[0])
+    lrs, decays = [0.01 * (i + 1) for i in range(count)], [0.0 if i == 1 else 0.05 for i in range(count)]
+    flags = {"grad_scale": scale, "found_inf": found_inf}
+    flags = {name: None if value is None else torch.tensor(value) for name, value in flags.items()}
+    with evakernels.use_backend(backend):
+        evakernels.adamw_update(*state, lrs, decays, betas=BETAS, eps=eps, **flags)
+
+
+def by_torch(state, scale=1.0):
+    """The same from torch's optimizer in float64."""
+    params, grads, exp_avgs, exp_avg_sqs, steps = state
+    leaves = [nn.Parameter(p.double()) for p in params]
+    groups = [
+        {"params": [p], "lr": 0.01 * (i + 1), "weight_decay": 0.0 if i == 1 else 0.05} for i, p in enumerate(leaves)
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPS)
+    for leaf, g, m, v, t in zip(leaves, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        leaf.grad = g.double() / scale
+        optimizer.state[leaf] = {"step": t.clone(), "exp_avg": m.double(), "exp_avg_sq": v.double()}
+    optimizer.step()
+    moments = [[optimizer.state[leaf][name] for leaf in leaves] for name in ("exp_avg", "exp_avg_sq", "step")]
+    return [[leaf.detach() for leaf in leaves], [g.double() for g in grads], *moments]
+
+
+@pytest.mark.parametrize("scale", [None, 8.0, 3.0])
+def test_the_reference_equals_the_formula_of_torch(scale):
+    state = lists(sizes=[3, 1061])
+    state[:4] = ([t.double() for t in buffers] for buffers in state[:4])
+    expected = by_torch(state, scale or 1.0)
+    update(state, "reference", scale)
+    for a, b in zip(everything(state), everything(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+
+@NATIVE
+@pytest.mark.parametrize("flags", [{}, {"scale": 3.0}, {"scale": 8.0, "found_inf": 0.0}])
+def test_kernels_equal_the_formula_of_torch(flags):
+    state = lists()
+    expected = by_torch(state, flags.get("scale", 1.0))
+    update(state, **flags)
+    assert_states_close(state, [[t.float() for t in buffers] for buffers in expected])
+
+
+@NATIVE
+def test_kernels_are_as_accurate_as_torch():
+    state, peer = lists(sizes=[100_003]), lists(sizes=[100_003])
+    exact = by_torch(state)
+    update(state)
+    params, grads, exp_avgs, exp_avg_sqs, steps = peer
+    torch._fused_adamw_(
+        params, grads, exp_avgs, exp_avg_sqs, [], steps, lr=0.01, beta1=BETAS[0], beta2=BETAS[1], weight_decay=0.05,
+        eps=EPS, amsgrad=False, maximize=False,
+    )  # fmt: skip
+    for name, got, theirs, truth in zip(BUFFERS, state, peer, exact, strict=False):
+        error, torchs = ((t[0].double() - truth[0]).abs().max().item() for t in (got, theirs))
+        assert error <= 2 * torchs, (name, error, torchs)
+
+
+@NATIVE
+def test_more_tensors_than_one_launch_brings_to_the_device_change_no_formula():
+    sizes = [i % 3 for i in range(700)]
+    ours, theirs = lists(sizes=sizes), lists(sizes=sizes)
+    update(ours)
+    update(theirs, "reference")
+    assert_states_close(ours, theirs, lr_of_last=7.0)
+
+
+@NATIVE
+@pytest.mark.parametrize("dtypes", list(product(DTYPES, repeat=4)), ids=str)
+def test_every_mix_of_dtypes(dtypes):
+    ours, theirs = lists(dtypes, [1061, 5]), lists(dtypes, [1061, 5])
+    update(ours)
+    update(theirs, "reference")
+    for name, got, expected in zip(BUFFERS, ours, theirs, strict=False):
+        for a, b in zip(got, expected, strict=True):
+            # A value next to the middle of two stored ones may fall to either side.
+            unit = torch.finfo(a.dtype).eps
+            torch.testing.assert_close(a, b, rtol=1.01 * unit + 1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("offsets", [(1, 1, 1, 1), (7, 3, 3, 3), (4, 4, 4, 4), (0, 0, 0, 2)])
+@pytest.mark.parametrize("dtypes", [FLOAT32, (torch.bfloat16, torch.float16, torch.float32, torch.float32)], ids=str)
+def test_strided_parts_of_a_flat_buffer(dtypes, offsets):
+    """As sharded training makes them: they begin anywhere, and nothing around them is written."""
+    sizes = [2, 1061, 2 * 8192 + 3]
+    plain, parts, flat = lists(dtypes, sizes), lists(dtypes, sizes), []
+    for buffers, offset in zip(parts[:4], offsets, strict=True):
+        for i, tensor in enumerate(buffers):
+            flat.append(torch.full((offset + len(tensor) + 9,), 7.0, dtype=tensor.dtype))
+            buffers[i] = flat[-1][offset : offset + len(tensor)].copy_(tensor)
+    for state in (parts, plain):
+        evakernels.adamw_update(*state, [0.1] * 3, [0.05] * 3, betas=BETAS, eps=EPS)
+    for a, b in zip(everything(parts), everything(plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=torch.finfo(a.dtype).eps)
+    for i, buffer in enumerate(flat):
+        begin = offsets[i // len(sizes)]
+        assert (buffer[:begin] == 7.0).all()
+        assert (buffer[begin + sizes[i % len(sizes)] :] == 7.0).all()
+
+
+@NATIVE
+@pytest.mark.parametrize("name", BUFFERS)
+def test_tensors_that_are_strided(name):
+    dense, strided = (lists(sizes=[60]) for _ in range(2))
+    for state in (dense, strided):
+        state[:4] = ([t.view(6, 10) for t in buffers] for buffers in state[:4])
+    storage = torch.full((10, 12), 7.0)
+    strided[BUFFERS.index(name)] = [storage.T[::2].copy_(strided[BUFFERS.index(name)][0])]
+    for state in (dense, strided):
+        update(state)
+    for a, b in zip(everything(dense), everything(strided), strict=True):
+        assert torch.equal(a, b)
+    assert (storage.T[1::2] == 7.0).all()
+
+
+@NATIVE
+def test_the_number_of_threads_changes_nothing():
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append(lists())
+        update(results[-1])
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*map(everything, results), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=NATIVE)])
+@pytest.mark.parametrize("scale", [None, float("nan")])
+def test_found_inf_writes_nothing_that_is_not_finite(backend, scale):
+    state, before = lists(sizes=[0, 5, 1061]), lists(sizes=[0, 5, 1061])
+    for one in (state, before):
+        one[1][1][2] = torch.inf
+        one[4][1].zero_()
+    update(state, backend, scale, found_inf=1.0)
+    assert all(torch.equal(a, b) for a, b in zip(everything(state), everything(before), strict=True))
+
+
+@NATIVE
+def test_a_gradient_that_is_not_finite_spoils_its_own_tensor_only():
+    bad, good = lists(), lists()
+    bad[1][5][3] = torch.nan
+    for state in (bad, good):
+        update(state)
+    assert not bad[0][5].isfinite().all()
+    assert all(i == 5 or torch.equal(bad[0][i], good[0][i]) for i in range(len(SIZES)))
+
+
+@NATIVE
+@pytest.mark.parametrize("where", range(4))
+def test_float64_anywhere_in_the_lists_goes_to_the_reference(where):
+    state = lists(sizes=[3, 4])
+    state[where][1] = state[where][1].double()
+    with pytest.raises(evakernels.BackendError, match="float64 is not one of float32, bfloat16, float16"):
+        update(state)
+    evakernels.adamw_update(*state, [0.1] * 2, [0.0] * 2, betas=BETAS, eps=EPS)
+
+
+@pytest.mark.parametrize("flagged", [True, False])
+def test_opcheck(flagged):
+    params, grads = tensors(0, torch.float32), tensors(1, torch.bfloat16)
+    moments = [[torch.rand(p.shape, dtype=torch.bfloat16) for p in params] for _ in range(2)]
+    steps = [torch.ones(()) for _ in params]
+    flags = (torch.tensor(2.0), torch.tensor(0.0)) if flagged else (None, None)
+    assert_opcheck(UPDATE, (params, grads, *moments, steps, LRS, DECAYS, *BETAS, EPS, *flags))
+
+
+def test_compiles_without_graph_break():
+    def clipped_step(params, grads, exp_avgs, exp_avg_sqs, steps):
+        norm = evakernels.gradient_norm(grads)
+        flags = {"grad_scale": norm.clamp(min=1.0), "found_inf": (~norm.isfinite()).float()}
+        evakernels.adamw_update(params, grads, exp_avgs, exp_avg_sqs, steps, LRS, DECAYS, betas=BETAS, eps=EPS, **flags)
+        return norm
+
+    def run(function):
+        state = [*(tensors(seed) for seed in (0, 1)), *([t.abs() for t in tensors(seed)] for seed in (2, 3))]
+        state.append([torch.ones(()) for _ in SHAPES])
+        return [function(*state), *everything(state)]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(clipped_step, fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(clipped_step), run(compiled), strict=True):
+        assert torch.equal(a, b)
+
+
+# --- the optimizer --------------------------------------------------------------------------------------------------
+
+
+def optimizer_of(params, kind=AdamW, **options) -> torch.optim.Optimizer:
+    """Every parameter in a group of its own, as layer-wise learning rates make it."""
+    leaves = [nn.Parameter(p.detach().clone()) for p in params]
+    groups = [{"params": [p], "lr": lr, "weight_decay": d} for p, lr, d in zip(leaves, LRS, DECAYS, strict=True)]
+    return kind(groups, betas=BETAS, eps=EPS, **options)
+
+
+def assert_same_state(ours, theirs, tolerance):
+    for a, b in zip(parameters(ours), parameters(theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        for name, value in theirs.state[b].items():
+            torch.testing.assert_close(ours.state[a][name], value, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_optimizer_equals_torchs(fused, dtype, tolerance):
+    ours, theirs = optimizer_of(tensors(0, dtype)), optimizer_of(tensors(0, dtype), torch.optim.AdamW, fused=fused)
+    for seed in range(1, 6):
+        for optimizer in (ours, theirs):
+            step(optimizer, tensors(seed, dtype))
+    assert_same_state(ours, theirs, tolerance)
+
+
+def test_the_defaults_are_torchs():
+    (ours,), (theirs,) = (kind([nn.Parameter(torch.ones(3))]).param_groups for kind in (AdamW, torch.optim.AdamW))
+    assert {name: value for name, value in ours.items() if name != "params"}.items() <= theirs.items()
+
+
+@pytest.mark.parametrize("kinds", [(AdamW, torch.optim.AdamW), (torch.optim.AdamW, AdamW), (AdamW, AdamW)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_dicts_are_exchanged_with_torch(kinds, dtype, tmp_path):
+    if dtype == torch.bfloat16 and kinds == (AdamW, torch.optim.AdamW):
+        pytest.skip("torch rounds float32 moments to the dtype of the parameters")
+    first_kind, second_kind = kinds
+    straight, first = optimizer_of(tensors(0, dtype), first_kind), optimizer_of(tensors(0, dtype), first_kind)
+    for seed in (1, 2, 3):
+        for optimizer in (straight, first):
+            step(optimizer, tensors(seed))
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = optimizer_of(parameters(first), second_kind)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for p, q in zip(parameters(first), parameters(second), strict=True):
+        for name, value in first.state[p].items():
+            assert torch.equal(second.state[q][name], value)
+            assert second.state[q][name].dtype == value.dtype
+    for seed in (4, 5, 6):
+        for optimizer in (straight, second):
+            step(optimizer, tensors(seed))
+    assert_same_state(straight, second, 0 if first_kind is second_kind else 1e-6 if dtype == torch.float32 else 0.02)
+
+
+def test_clipping_on_the_device_equals_torchs():
+    ours, theirs = optimizer_of(tensors(0)), optimizer_of(tensors(0), torch.optim.AdamW)
+    for seed in (1, 2):
+        grads = tensors(seed)
+        ours.grad_scale = (evakernels.gradient_norm(grads) / 0.5).clamp(min=1.0)
+        step(ours, grads)
+        assert all(torch.equal(p.grad, g) for p, g in zip(parameters(ours), grads, strict=True))
+        for p, g in zip(parameters(theirs), tensors(seed), strict=True):
+            p.grad = g
+        torch.nn.utils.clip_grad_norm_(parameters(theirs), 0.5)
+        theirs.step()
+    assert_same_state(ours, theirs, 1e-5)  # torch adds 1e-6 to the norm
+
+
+def test_grad_scaler_drives_it_without_reading_the_flag():
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer, plain = (optimizer_of(tensors(0, torch.float32)) for _ in range(2))
+    for factor in (torch.inf, 1.0):
+        optimizer.zero_grad()
+        loss = sum((p * g).sum() for p, g in zip(parameters(optimizer), tensors(1, torch.float32), strict=True))
+        scaler.scale(factor * loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    step(plain, tensors(1))
+    assert_same_state(optimizer, plain, 1e-6)
+
+
+def test_one_call_for_all_groups_and_one_more_for_other_betas(monkeypatch):
+    from evakernels.optim import adamw as module
+
+    calls = []
+    monkeypatch.setattr(module, "adamw_update", lambda params, *args, **options: calls.append(len(params)))
+    optimizer = optimizer_of(tensors(0))
+    step(optimizer, tensors(1))
+    optimizer.param_groups[0]["betas"] = [0.5, 0.5]
+    step(optimizer, tensors(1))
+    assert calls == [4, 1, 3]
+
+
+def test_moments_of_16_bit_parameters_are_float32():
+    optimizer = optimizer_of(tensors(0, torch.bfloat16))
+    step(optimizer, tensors(1))
+    assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
+
+
+def test_a_step_is_seen_by_a_graph_that_saved_the_parameter():
+    weight = nn.Parameter(torch.ones(3))
+    loss = weight.square().sum()
+    weight.grad = torch.ones(3)
+    AdamW([weight]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+ONE = [nn.Parameter(torch.ones(3))]
+
+
+def with_gradient(grad: torch.Tensor) -> AdamW:
+    param = nn.Parameter(torch.ones(grad.shape))
+    param.grad = grad
+    return AdamW([param])
+
+
+def call(**changes):
+    one = {name: [torch.ones(3)] for name in BUFFERS}
+    arguments = {**one, "steps": [torch.zeros(())], "lrs": [0.1], "weight_decays": [0.0], **changes}
+    return evakernels.adamw_update(**arguments, betas=BETAS, eps=EPS)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "exception", "message"),
+    [
+        (lambda: AdamW(ONE, lr=-1.0), ValueError, "AdamW: lr is -1.0; accepted: 0 or more"),
+        (lambda: AdamW(ONE, lr=torch.tensor(0.1)), TypeError, "AdamW: lr is a tensor; accepted: a number"),
+        (lambda: AdamW(ONE, betas=(0.9, 1.0)), ValueError, r"AdamW: betas are \(0.9, 1.0\)"),
+        (lambda: AdamW([{"params": ONE, "amsgrad": True}]), ValueError, "AdamW: amsgrad is True; accepted: False"),
+        (
+            lambda: AdamW(ONE).load_state_dict(torch.optim.AdamW(ONE, maximize=True).state_dict()),
+            ValueError,
+            "AdamW: maximize is True; accepted: False",
+        ),
+        (with_gradient(torch.eye(3).to_sparse()).step, TypeError, r"grads\[0\] is torch.sparse_coo; accepted: dense"),
+        (lambda: call(params=[]), ValueError, "adamw_update: params is empty"),
+        (lambda: call(lrs=[0.1, 0.2]), ValueError, "lrs has 2 entries; expected one for each of the 1 params"),
+        (lambda: call(exp_avgs=[torch.ones(4)]), ValueError, r"exp_avgs\[0\] has shape \(4,\)"),
+        (lambda: call(steps=[torch.tensor(1)]), TypeError, r"steps\[0\] is torch.int64 \(\)"),
+        (lambda: call(found_inf=torch.zeros(2)), ValueError, r"found_inf has shape \(2,\); expected one element"),
+    ],
+)
+def test_wrong_input_says_what_is_accepted(wrong, exception, message):
+    with pytest.raises(exception, match=message):
+        wrong()

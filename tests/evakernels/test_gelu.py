@@ -1,0 +1,183 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from op_checks import (
+    DTYPES,
+    assert_as_accurate_as_torch,
+    assert_compiles,
+    assert_deterministic,
+    assert_gradcheck,
+    assert_opcheck,
+    with_gradients,
+)
+
+import evakernels
+
+OPS = torch.ops.evakernels
+WIDTH = 7
+APPROXIMATIONS = ["none", "tanh"]
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def pair(approximate):
+    """Ours, and the same from PyTorch's own functions."""
+
+    def ours(x, bias):
+        return evakernels.gelu(x, bias, approximate)
+
+    def theirs(x, bias):
+        return F.gelu(x if bias is None else x + bias, approximate=approximate)
+
+    return ours, theirs
+
+
+def inputs(bias, rows=(2, 3), width=WIDTH):
+    return 2 * randn(*rows, width), randn(width, seed=1) if bias else None
+
+
+EVERY = pytest.mark.parametrize("approximate", APPROXIMATIONS)
+BIAS = pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+
+
+@EVERY
+@BIAS
+def test_gradcheck(bias, approximate):
+    assert_gradcheck(pair(approximate)[0], inputs(bias))
+
+
+@EVERY
+@BIAS
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_break(bias, approximate, dynamic):
+    assert_compiles(pair(approximate)[0], inputs(bias), dynamic)
+
+
+@BIAS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_opcheck(bias, dtype):
+    x, b = (None if t is None else t.to(dtype).requires_grad_() for t in inputs(bias))
+    assert_opcheck(OPS.gelu_forward.default, (x, b, False))
+    x, b = (None if t is None else t.detach() for t in (x, b))
+    assert_opcheck(OPS.gelu_backward.default, (torch.ones_like(x), x, b, True))
+
+
+# Around the number of columns that a block of the GPU's kernels takes (2,048 and 4,096), and what is odd.
+SIZES = [((7,), 64), ((5,), 250), ((3,), 4100), ((2, 3), 2056), ((70,), 36), ((1,), 1)]
+
+
+@EVERY
+@BIAS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_size_keeps_the_error_rule(bias, approximate, dtype):
+    for rows, width in SIZES:
+        assert_as_accurate_as_torch(*pair(approximate), inputs(bias, rows, width), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("limits", [(-1.0, 1.0), (-6.0, -1.0), (-12.0, -4.0), (0.0, 12.0)], ids=str)
+def test_both_tails_are_as_accurate_as_torch(limits, dtype):
+    """Where the values are small, so that an error relative to the largest is one relative to all."""
+    x = torch.linspace(*limits, 4096, dtype=torch.float64)
+    for approximate in APPROXIMATIONS:
+        assert_as_accurate_as_torch(*pair(approximate), (x, None), dtype)
+
+
+@EVERY
+def test_two_runs_are_bit_equal(approximate):
+    assert_deterministic(pair(approximate)[0], [t.bfloat16() for t in inputs(True, (300,), 40)])
+
+
+@BIAS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_rows_and_odd_addresses_change_no_value(bias, dtype):
+    x, b = (None if t is None else t.to(dtype) for t in inputs(bias, (5,), 40))
+    wider, shifted = torch.cat((x, x[:, :3]), -1), torch.cat((x.new_zeros(1), x.flatten()))
+    expected = with_gradients(evakernels.gelu, (x, b))
+    for view in (wider[:, :40], shifted[1:].view(5, 40), x.T.contiguous().T):
+        leaves = [t.detach().requires_grad_() for t in (view, b) if t is not None]
+        out = evakernels.gelu(*leaves)
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        actual = [out.detach()], list(torch.autograd.grad(out, leaves, cotangent.to(dtype)))
+        assert out.is_contiguous()
+        torch.testing.assert_close(actual, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [(0,), (2, 0)])
+def test_no_rows_give_a_bias_gradient_of_zero(rows):
+    out, (dx, dbias) = with_gradients(evakernels.gelu, [t.float() for t in inputs(True, rows)])
+    assert out[0].shape == dx.shape == (*rows, WIDTH)
+    assert torch.equal(dbias, torch.zeros(WIDTH))
+    assert evakernels.gelu(torch.ones(rows)).shape == rows
+
+
+@BIAS
+def test_no_columns(bias):
+    outputs, gradients = with_gradients(
+        evakernels.gelu, [None if t is None else t.float() for t in inputs(bias, (3,), 0)]
+    )
+    assert all(t.numel() == 0 for t in outputs + gradients)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_values_stay_finite(approximate, dtype):
+    x = torch.tensor([-3e4, -200.0, -17.0, -0.0, 0.0, 17.0, 200.0, 3e4]).to(dtype)
+    (out,), (dx,) = with_gradients(pair(approximate)[0], (x, None))
+    assert torch.equal(out, x.clamp(min=0))
+    assert dx.isfinite().all()
+
+
+@EVERY
+def test_what_is_not_finite_is_not_lost(approximate):
+    x = torch.tensor([torch.nan, torch.inf, 1.0])
+    (out,), (dx,) = with_gradients(pair(approximate)[0], (x, None))
+    assert out[0].isnan()
+    assert not out[1].isfinite()
+    assert dx[0].isnan()
+
+
+def test_a_row_of_its_own_without_leading_dimensions():
+    x, bias = (t.float() for t in inputs(True, ()))
+    for actual, expected in zip(*(with_gradients(f, (x, bias)) for f in pair("none")), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_the_dtype_of_the_linear(dtype):
+    x, layer = randn(3, WIDTH).float(), torch.nn.Linear(WIDTH, 5)
+    with torch.autocast("cpu", dtype=dtype):
+        expected = F.gelu(layer(x))
+        folded = evakernels.gelu(F.linear(x, layer.weight), layer.bias)
+    assert folded.dtype == expected.dtype == dtype
+    torch.testing.assert_close(folded, expected, rtol=0.02, atol=0.01)
+    folded.float().sum().backward()
+    assert layer.bias.grad.dtype == torch.float32
+
+
+def test_a_second_derivative_is_refused():
+    x = randn(3, 8).requires_grad_()
+    (gradient,) = torch.autograd.grad(evakernels.gelu(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="gelu has no second derivative"):
+        gradient.sum().backward()
+
+
+ONES = torch.ones(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exception", "message"),
+    [
+        ((torch.tensor(1.0),), ValueError, r"x is a scalar; expected \[..., F\]"),
+        ((ONES.long(),), TypeError, "x is torch.int64; accepted: float64"),
+        ((ONES, torch.ones(3)), ValueError, r"bias has shape \(3,\); expected \[F\] = \(4,\)"),
+        ((ONES, torch.ones(4).half()), TypeError, r"bias is torch.float16; accepted: torch.float32"),
+        ((ONES, torch.ones(4, device="meta")), ValueError, "bias on meta"),
+        ((ONES, None, "erf"), ValueError, "approximate is 'erf'; accepted: 'none', 'tanh'"),
+    ],
+)
+def test_wrong_input_says_what_is_accepted(arguments, exception, message):
+    with pytest.raises(exception, match=message):
+        evakernels.gelu(*arguments)

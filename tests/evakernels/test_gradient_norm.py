@@ -1,0 +1,76 @@
+import pytest
+import torch
+from op_checks import DTYPES, assert_opcheck
+from optimizer_checks import SIZES, lists
+
+import evakernels
+
+NORM = torch.ops.evakernels.gradient_norm.default
+
+
+def gradients(dtype: torch.dtype = torch.float32, sizes=SIZES) -> list[torch.Tensor]:
+    return lists((torch.float32, dtype, torch.float32, torch.float32), sizes)[1]
+
+
+def exact(grads: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([g.double().flatten() for g in grads]).square().sum().sqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+def test_as_accurate_as_torch(dtype):
+    grads = gradients(dtype)
+    truth, norm = exact(grads), evakernels.gradient_norm(grads)
+    torchs = torch.nn.utils.get_total_norm([g.to(norm.dtype) for g in grads])
+    assert norm.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert norm.shape == ()
+    assert abs(norm - truth) <= 2 * abs(torchs - truth) + 4 * torch.finfo(norm.dtype).eps * truth
+
+
+def test_long_sums_stay_accurate():
+    """torch's own norm on a CPU is wrong in the fourth digit here."""
+    grad = gradients(sizes=[3_000_001])
+    assert abs(evakernels.gradient_norm(grad) / exact(grad) - 1) <= 1e-6
+
+
+def test_dtypes_and_addresses_may_be_mixed_without_changing_the_formula():
+    grads = [gradients(dtype)[i] for i, dtype in enumerate((*DTYPES, *DTYPES, torch.float32))]
+    grads.append(torch.cat([torch.full((3,), 1e6), gradients()[5]])[3:])
+    grads.append(torch.arange(24.0).view(4, 6).T[::2])
+    grads.append(torch.tensor(3.0))
+    torch.testing.assert_close(evakernels.gradient_norm(grads).double(), exact(grads), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("sizes", [[0], [0, 0], [1], [i % 3 for i in range(700)]])
+def test_odd_shapes(sizes):
+    grads = gradients(sizes=sizes)
+    torch.testing.assert_close(evakernels.gradient_norm(grads).double(), exact(grads), rtol=1e-6, atol=0)
+
+
+def test_two_runs_are_bit_equal():
+    assert torch.equal(*(evakernels.gradient_norm(gradients(torch.bfloat16)) for _ in range(2)))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_not_lost(value):
+    grads = gradients()
+    grads[5][1060] = value
+    assert not evakernels.gradient_norm(grads).isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_opcheck(dtype):
+    assert_opcheck(NORM, (gradients(dtype, [3, 0, 5]),))
+
+
+@pytest.mark.parametrize(
+    ("grads", "exception", "message"),
+    [
+        ([], ValueError, "gradient_norm: grads is empty; expected at least one tensor"),
+        ([torch.eye(3).to_sparse()], TypeError, r"grads\[0\] is torch.sparse_coo; accepted: dense"),
+        ([torch.ones(2), torch.ones(2).long()], TypeError, r"grads\[1\] is torch.int64"),
+        ([torch.ones(2), torch.ones(2, device="meta")], ValueError, r"grads\[1\] on meta"),
+    ],
+)
+def test_wrong_input_says_what_is_accepted(grads, exception, message):
+    with pytest.raises(exception, match=message):
+        evakernels.gradient_norm(grads)

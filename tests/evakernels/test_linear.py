@@ -1,0 +1,91 @@
+"""The products of linear layers, whichever library makes them."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from op_checks import assert_as_accurate_as_torch, assert_compiles, assert_deterministic
+from torch.utils.flop_counter import FlopCounterMode
+
+from evakernels.nn import Linear, linear
+
+_module = sys.modules[linear.__module__]
+
+
+@pytest.fixture
+def direct(monkeypatch):
+    """The calls that oneDNN served, on every machine that has it and for small products too."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(_module, "_MIN_MACS", 0)
+    monkeypatch.setattr(_module, "_served_dtypes", lambda: frozenset({torch.float32}))
+    calls, product = [], _module._product
+    monkeypatch.setattr(_module, "_product", lambda *args: calls.append(args) or product(*args))
+    return calls
+
+
+def _inputs(rows, inner, columns, bias=True):
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(2, rows, inner, generator=generator)
+    weight = torch.randn(columns, inner, generator=generator)
+    return [x, weight, torch.randn(columns, generator=generator) if bias else None]
+
+
+@pytest.mark.parametrize(("inner", "columns"), [(40, 70), (70, 40)], ids=["widens", "narrows"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_linear_is_as_accurate_as_that_of_torch(direct, inner, columns, bias):
+    inputs = _inputs(33, inner, columns, bias)
+    assert_as_accurate_as_torch(linear, F.linear, inputs, torch.float32)
+    assert_deterministic(linear, inputs)
+    assert direct
+
+
+def test_rows_that_are_apart_and_columns_that_are(direct):
+    x, weight, bias = _inputs(33, 40, 70)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x[:, :1], weight, bias), F.linear(x[:, :1], weight, bias))
+        torch.testing.assert_close(linear(x.transpose(1, 2), weight[:, :33]), F.linear(x.mT, weight[:, :33]))
+    assert len(direct) == 2
+
+
+def test_linear_has_a_second_derivative(direct):
+    leaves = [t.requires_grad_() for t in _inputs(3, 5, 4)]
+
+    def second(function):
+        (dx,) = torch.autograd.grad(function(*leaves).square().sum(), leaves[0], create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), leaves)
+
+    for ours, theirs in zip(second(linear), second(F.linear), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert direct
+
+
+def test_who_watches_sees_the_product_of_torch(direct):
+    inputs = _inputs(3, 5, 4)
+    assert_compiles(linear, inputs)
+    called = len(direct)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        linear(*inputs)
+    assert counter.get_total_flops() == 2 * 2 * 3 * 5 * 4
+    assert len(direct) == called
+
+
+def test_autocast_and_other_dtypes_are_left_to_torch(direct):
+    x, weight, bias = _inputs(3, 5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, bias).dtype == torch.bfloat16
+    assert linear(x.double(), weight.double(), bias.double()).dtype == torch.float64
+    with pytest.raises(RuntimeError):
+        linear(x, weight.t(), bias)
+    assert not direct
+
+
+def test_a_changed_weight_is_seen(direct):
+    module = Linear(5, 4)
+    x = torch.randn(3, 5)
+    with torch.no_grad():
+        module(x)
+        module.weight.data.copy_(torch.ones(4, 5))
+        torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias))
+    assert len(direct) == 2
