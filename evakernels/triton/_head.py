@@ -1,8 +1,9 @@
 """The rows of an attention head as tiles in registers: loads with the rotary embedding, products, stores without it.
 
-A head of `D` channels is a tuple of pieces whose widths are powers of two: one that suffices, or two that come closer
-to `D`, as 64 and 16 for 80. Rotated queries and keys are pieces of `D / 2` channels, the first and the second members
-of the pairs. Both are permuted alike, which scores don't notice, so the pairs are never put together again.
+A head of `D` channels is a tuple of pieces: the first and the second members of the pairs where it is rotated, else all
+channels in one. Rotated queries and keys are permuted alike, which scores don't notice, so the pairs are never put
+together again. A piece is as wide as the next power of two. (Two narrower ones, as 64 and 16 for 80, took so many
+registers that the gradients' kernels spilled.)
 """
 
 import triton
@@ -12,37 +13,18 @@ import triton.language as tl
 
 
 @triton.constexpr_function
-def _widths(width):
-    """Of the pieces: a power of two that suffices, or its half and a smaller one."""
-    whole = triton.next_power_of_2(max(width, 16))
-    rest = triton.next_power_of_2(max(width - whole // 2, 16))
-    return (whole // 2, rest) if width > 16 and rest < whole // 2 else (whole,)
-
-
-@triton.constexpr_function
-def _count(width):
-    return len(_widths(width))
-
-
-@triton.constexpr_function
-def _width(width, index):
-    return _widths(width)[index]
-
-
-@triton.constexpr_function
-def _start(width, index):
-    """The first channel of a piece."""
-    return sum(_widths(width)[:index])
+def _width(channels):
+    """Of a piece; tensor cores want 16 columns."""
+    return triton.next_power_of_2(max(channels, 16))
 
 
 @triton.jit
 def zeros(ROWS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr):
-    pieces = ()
-    WIDTH: tl.constexpr = D // 2 if PAIRS is not None else D
-    for i in tl.static_range(_count(WIDTH)):
-        piece = tl.zeros([ROWS, _width(WIDTH, i)], tl.float32)
-        pieces += (piece, piece) if PAIRS is not None else (piece,)
-    return pieces
+    if PAIRS is None:
+        return (tl.zeros([ROWS, _width(D)], tl.float32),)
+    else:
+        members = tl.zeros([ROWS, _width(D // 2)], tl.float32)
+        return members, members
 
 
 @triton.jit
@@ -83,105 +65,83 @@ def added(sums, weights, pieces):
 
 
 @triton.jit
-def _mask(inside, columns, FULL: tl.constexpr, END: tl.constexpr):
-    """Of the elements in rows that are `inside` and columns in front of END; FULL: all of these are."""
-    return inside[:, None] if FULL else inside[:, None] & (columns < END)[None, :]
+def _mask(inside, columns, END: tl.constexpr):
+    """Of the elements in rows that are `inside` and columns in front of END."""
+    return inside[:, None] if columns.shape[0] == END else inside[:, None] & (columns < END)[None, :]
 
 
 @triton.jit
 def load(source, rows, inside, D: tl.constexpr):
     """The rows of a head. `source`: where its first row is, and from one to the next."""
-    pieces = ()
-    for i in tl.static_range(_count(D)):
-        columns = _start(D, i) + tl.arange(0, _width(D, i))
-        at = source[0] + rows[:, None] * source[1] + columns[None, :]
-        pieces += (tl.load(at, mask=_mask(inside, columns, _start(D, i) + _width(D, i) <= D, D), other=0.0),)
-    return pieces
+    columns = tl.arange(0, _width(D))
+    at = source[0] + rows[:, None] * source[1] + columns[None, :]
+    return (tl.load(at, mask=_mask(inside, columns, D), other=0.0),)
 
 
 @triton.jit
 def store(target, rows, inside, pieces, D: tl.constexpr):
-    for i in tl.static_range(_count(D)):
-        columns = _start(D, i) + tl.arange(0, _width(D, i))
-        at = target[0] + rows[:, None] * target[1] + columns[None, :]
-        mask = _mask(inside, columns, _start(D, i) + _width(D, i) <= D, D)
-        tl.store(at, pieces[i].to(target[0].dtype.element_ty), mask=mask)
+    columns = tl.arange(0, _width(D))
+    at = target[0] + rows[:, None] * target[1] + columns[None, :]
+    tl.store(at, pieces[0].to(target[0].dtype.element_ty), mask=_mask(inside, columns, D))
 
 
 @triton.jit
 def load_head(source, rows, inside, table, D: tl.constexpr, PAIRS: tl.constexpr):
-    """Rows of q or k as the scores want them."""
+    """Rows of q or k as the scores want them: in pairs, rotated if there is a table."""
     if PAIRS is None:
         return load(source, rows, inside, D)
     else:
-        pieces = ()
-        for i in tl.static_range(_count(D // 2)):
-            pieces += _load_pair(source, rows, inside, table, D, PAIRS, i)
-        return pieces
+        WIDTH: tl.constexpr = _width(D // 2)
+        at = source[0] + rows[:, None] * source[1]
+        if PAIRS == "interleaved":
+            columns = tl.arange(0, 2 * WIDTH)
+            both = tl.load(at + columns[None, :], mask=_mask(inside, columns, D), other=0.0)
+            first, second = tl.split(tl.reshape(both, (rows.shape[0], WIDTH, 2)))
+        else:
+            columns = tl.arange(0, WIDTH)
+            mask = _mask(inside, columns, D // 2)
+            first = tl.load(at + columns[None, :], mask=mask, other=0.0)
+            second = tl.load(at + (columns + D // 2)[None, :], mask=mask, other=0.0)
+        if table is not None:
+            cos, sin = _angles(table, rows, inside, D)
+            a, b = first.to(tl.float32), second.to(tl.float32)
+            first, second = (a * cos - b * sin).to(first.dtype), (a * sin + b * cos).to(first.dtype)
+        return first, second
 
 
 @triton.jit
 def store_head(target, rows, inside, table, pieces, D: tl.constexpr, PAIRS: tl.constexpr):
-    """Rows of dq or dk."""
+    """Rows of dq or dk: the inverse, gradients of rotated rows as those of the rows."""
     if PAIRS is None:
         store(target, rows, inside, pieces, D)
     else:
-        for i in tl.static_range(_count(D // 2)):
-            _store_pair(target, rows, inside, table, pieces[2 * i], pieces[2 * i + 1], D, PAIRS, i)
+        WIDTH: tl.constexpr = _width(D // 2)
+        at = target[0] + rows[:, None] * target[1]
+        dtype = target[0].dtype.element_ty
+        first, second = pieces
+        if table is not None:
+            cos, sin = _angles(table, rows, inside, D)
+            first, second = first * cos + second * sin, second * cos - first * sin
+        if PAIRS == "interleaved":
+            columns = tl.arange(0, 2 * WIDTH)
+            both = tl.reshape(tl.join(first.to(dtype), second.to(dtype)), (rows.shape[0], 2 * WIDTH))
+            tl.store(at + columns[None, :], both, mask=_mask(inside, columns, D))
+        else:
+            columns = tl.arange(0, WIDTH)
+            mask = _mask(inside, columns, D // 2)
+            tl.store(at + columns[None, :], first.to(dtype), mask=mask)
+            tl.store(at + (columns + D // 2)[None, :], second.to(dtype), mask=mask)
 
 
 @triton.jit
-def _load_pair(source, rows, inside, table, D: tl.constexpr, PAIRS: tl.constexpr, PIECE: tl.constexpr):
-    """First and second members of a piece of the pairs, rotated if there is a table."""
-    START: tl.constexpr = _start(D // 2, PIECE)
-    WIDTH: tl.constexpr = _width(D // 2, PIECE)
-    at = source[0] + rows[:, None] * source[1]
-    if PAIRS == "interleaved":
-        columns = 2 * START + tl.arange(0, 2 * WIDTH)
-        both = tl.load(at + columns[None, :], mask=_mask(inside, columns, START + WIDTH <= D // 2, D), other=0.0)
-        first, second = tl.split(tl.reshape(both, (rows.shape[0], WIDTH, 2)))
-    else:
-        columns = START + tl.arange(0, WIDTH)
-        mask = _mask(inside, columns, START + WIDTH <= D // 2, D // 2)
-        first = tl.load(at + columns[None, :], mask=mask, other=0.0)
-        second = tl.load(at + (columns + D // 2)[None, :], mask=mask, other=0.0)
-    if table is not None:
-        cos, sin = _angles(table, rows, inside, START, WIDTH, D)
-        a, b = first.to(tl.float32), second.to(tl.float32)
-        first, second = (a * cos - b * sin).to(first.dtype), (a * sin + b * cos).to(first.dtype)
-    return first, second
-
-
-@triton.jit
-def _store_pair(target, rows, inside, table, first, second, D: tl.constexpr, PAIRS: tl.constexpr, PIECE: tl.constexpr):
-    """The inverse: gradients of rotated rows as those of the rows."""
-    START: tl.constexpr = _start(D // 2, PIECE)
-    WIDTH: tl.constexpr = _width(D // 2, PIECE)
-    at = target[0] + rows[:, None] * target[1]
-    dtype = target[0].dtype.element_ty
-    if table is not None:
-        cos, sin = _angles(table, rows, inside, START, WIDTH, D)
-        first, second = first * cos + second * sin, second * cos - first * sin
-    if PAIRS == "interleaved":
-        columns = 2 * START + tl.arange(0, 2 * WIDTH)
-        both = tl.reshape(tl.join(first.to(dtype), second.to(dtype)), (rows.shape[0], 2 * WIDTH))
-        tl.store(at + columns[None, :], both, mask=_mask(inside, columns, START + WIDTH <= D // 2, D))
-    else:
-        columns = START + tl.arange(0, WIDTH)
-        mask = _mask(inside, columns, START + WIDTH <= D // 2, D // 2)
-        tl.store(at + columns[None, :], first.to(dtype), mask=mask)
-        tl.store(at + (columns + D // 2)[None, :], second.to(dtype), mask=mask)
-
-
-@triton.jit
-def _angles(table, rows, inside, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """cos and sin of the pairs from START on; 1 and 0 for a token of the prefix."""
+def _angles(table, rows, inside, D: tl.constexpr):
+    """cos and sin of the pairs; 1 and 0 for a token of the prefix."""
     cos, sin, token_index, num_prefix, grid = table
     inside &= rows >= num_prefix
     patches = rows - num_prefix
     if token_index is not None:
         patches = tl.load(token_index + patches, mask=inside, other=0).to(tl.int32)
-    columns = START + tl.arange(0, WIDTH)
+    columns = tl.arange(0, _width(D // 2))
     if grid is None:
         at = patches[:, None] * (D // 2) + columns[None, :]
     else:  # the patch's row turns the first half of the pairs, its column the second
@@ -190,7 +150,7 @@ def _angles(table, rows, inside, START: tl.constexpr, WIDTH: tl.constexpr, D: tl
         at = tl.where((columns < D // 4)[None, :], by_row, by_column)
         if D % 16 == 0:
             at = tl.max_contiguous(tl.multiple_of(at, (1, 4)), (1, 4))
-    mask = _mask(inside, columns, START + WIDTH <= D // 2, D // 2)
+    mask = _mask(inside, columns, D // 2)
     return (
         tl.load(cos + at, mask=mask, other=1.0).to(tl.float32),
         tl.load(sin + at, mask=mask, other=0.0).to(tl.float32),
