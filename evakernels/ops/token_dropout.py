@@ -36,9 +36,10 @@ def token_dropout(
     Raises:
         TypeError: for a dtype that isn't accepted. ValueError: for shapes or devices that don't fit together.
         IndexError: on a CPU, for a `token_index` that is out of range or names a token twice. Elsewhere
-            neither is checked beforehand, as that would make the host wait for the device. The kernels for
-            GPUs end in a CUDA error then, as torch's own gather does for what is out of range; with the
-            reference a token that stands twice gets the gradient of one of its copies only.
+            neither is checked beforehand, as that would make the host wait for the device. The CUDA kernels
+            end in a CUDA error then, as torch's own gather does for what is out of range. Triton's give NaN
+            for what is out of range; with them and the reference a token that stands twice gets the gradient
+            of one of its copies only.
     """
     _check_inputs(patches, token_index, prefix, pos_embed)
     out: Tensor = _forward(patches, token_index, prefix, pos_embed)

@@ -18,7 +18,18 @@ import torch
 
 from evakernels import backends
 
-FAMILIES = {"swiglu": ("swiglu_forward", "swiglu_backward")}
+FAMILIES = {
+    "layer_norm": (
+        "layer_norm_forward",
+        "layer_norm_backward",
+        "add_layer_norm_forward",
+        "add_layer_norm_backward",
+        "layer_norm_add_forward",
+        "layer_norm_add_backward",
+    ),
+    "swiglu": ("swiglu_forward", "swiglu_backward"),
+    "token_dropout": ("token_dropout_forward", "token_dropout_backward"),
+}
 """The ops that each file here serves."""
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,11 +42,11 @@ _FAMILY_OF = {op: family for family, ops in FAMILIES.items() for op in ops}
 def register(op: str) -> None:
     """Makes the Triton kernels of `op`, if there are any, one of its backends."""
     if op in _FAMILY_OF:
-        backends.register(op, "triton", lambda *args: _function(op)(*args), lambda *args: _reasons(op, args))
+        backends.register(op, "triton", lambda *args: launcher(op)(*args), lambda *args: _reasons(op, args))
 
 
 @cache
-def _function(op: str) -> Callable[..., Any]:
+def launcher(op: str) -> Callable[..., Any]:
     function: Callable[..., Any] = getattr(_module(op), op)
     return function
 

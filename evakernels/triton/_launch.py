@@ -17,6 +17,12 @@ def multiprocessors(tensor: Tensor) -> int:
     return _multiprocessors(tensor.device.index) if tensor.is_cuda else 3
 
 
+def persistent_programs(tensor: Tensor, tiles: int, num_warps: int) -> int:
+    """Programs that walk over all tiles: as many as run at a time with 128 registers a thread, which is 16 warps a
+    multiprocessor."""
+    return min(tiles, multiprocessors(tensor) * max(1, 16 // num_warps))
+
+
 @cache
 def _multiprocessors(device: int) -> int:
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
@@ -27,3 +33,13 @@ def rows_of(tensor: Tensor) -> Tensor:
     """`[..., F]` as `[rows, F]` with dense rows: a view where the rows are equally far apart, else a copy."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous; most parameters are."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def too_wide(width: int, limit: int) -> list[str]:
+    """The reason, if it is one, why kernels that hold whole rows can't serve this width."""
+    return [f"rows of {width} channels are longer than {limit}"] if width > limit else []

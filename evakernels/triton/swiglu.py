@@ -1,4 +1,4 @@
-"""silu(gate) * up, alone or with the LayerNorm after it: one program a row, each byte read and written once.
+"""silu(gate) * up, alone or with the LayerNorm after it: a program has whole rows, each byte is read and written once.
 
 Backward walks over the rows with as many programs as the GPU runs at a time, so that the sums over rows, which give
 the norm's weight and bias their gradients, are one row of partial sums a program. They are added in a fixed order.
@@ -11,21 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from evakernels.triton._launch import multiprocessors, on_device_of, rows_of
+from evakernels.triton._launch import dense, on_device_of, persistent_programs, rows_of, too_wide
+from evakernels.triton._rows import load_channels, load_tile, row_mean, store_partial_sum, store_tile, tile_at
 from evakernels.tuning import config
 
-MAX_WIDTH = 1 << 15
-"""A row is held in registers."""
+MAX_WIDTH = {"swiglu_forward": 1 << 13, "swiglu_backward": 1 << 12}
+"""Up to which registers hold a row, and in backward its gradients and the sums over rows."""
 
 
 def reasons(op: str, *args: Any) -> list[str]:
-    width = args[0].shape[-1]
-    return [f"rows of {width} elements are longer than {MAX_WIDTH}"] if width > MAX_WIDTH else []
-
-
-@triton.jit
-def _row(pointer, row, stride, columns, inside):
-    return tl.load(pointer + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+    return too_wide(args[0].shape[-1], MAX_WIDTH[op])
 
 
 @triton.jit
@@ -37,29 +32,27 @@ def forward_kernel(
     out,
     mean,
     rstd,
-    gate_stride: tl.int64,
-    up_stride: tl.int64,
-    width: tl.int64,
+    rows,
     eps: tl.float32,
-    HAS_NORM: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    GATE_STRIDE: tl.constexpr,
+    UP_STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    g = _row(gate, row, gate_stride, columns, inside)
-    values = g * tl.sigmoid(g) * _row(up, row, up_stride, columns, inside)
-    if HAS_NORM:
-        row_mean = tl.sum(values, 0) / width
-        centred = tl.where(inside, values - row_mean, 0.0)
-        row_rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
-        values = centred * row_rstd * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            values += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-        tl.store(mean + row, row_mean)
-        tl.store(rstd + row, row_rstd)
-    tl.store(out + row * width + columns, values.to(out.dtype.element_ty), mask=inside)
+    row, channel, inside = tile_at(tl.program_id(0), rows, WIDTH, ROWS, BLOCK)
+    g = load_tile(gate, row, channel, inside, GATE_STRIDE)
+    values = g * tl.sigmoid(g) * load_tile(up, row, channel, inside, UP_STRIDE)
+    if weight is not None:
+        centre = row_mean(values, WIDTH)
+        values = tl.where(inside, values - centre, 0.0)
+        scale = 1.0 / tl.sqrt(row_mean(values * values, WIDTH) + eps)
+        values = values * scale * load_channels(weight, channel, WIDTH)
+        if bias is not None:
+            values += load_channels(bias, channel, WIDTH)
+        tl.store(mean + row, centre, mask=row < rows)
+        tl.store(rstd + row, scale, mask=row < rows)
+    store_tile(out, values, row, channel, inside, WIDTH)
 
 
 @triton.jit
@@ -74,40 +67,39 @@ def backward_kernel(
     dup,
     dweight,
     dbias,
-    gate_stride: tl.int64,
-    up_stride: tl.int64,
     rows,
-    width: tl.int64,
-    HAS_NORM: tl.constexpr,
+    GATE_STRIDE: tl.constexpr,
+    UP_STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    weight_sum = tl.zeros([BLOCK], tl.float32)
-    bias_sum = tl.zeros([BLOCK], tl.float32)
-    if HAS_NORM:
-        scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        d = _row(dout, row, width, columns, inside)
-        g = _row(gate, row, gate_stride, columns, inside)
-        u = _row(up, row, up_stride, columns, inside)
+    channel = tl.arange(0, BLOCK)[None, :]
+    if weight is not None:
+        weights = load_channels(weight, channel, WIDTH)
+        weight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+        bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row, channel, inside = tile_at(tile, rows, WIDTH, ROWS, BLOCK)
+        d = load_tile(dout, row, channel, inside, WIDTH)
+        g = load_tile(gate, row, channel, inside, GATE_STRIDE)
+        u = load_tile(up, row, channel, inside, UP_STRIDE)
         sigmoid = tl.sigmoid(g)
         silu = g * sigmoid
-        if HAS_NORM:
-            row_rstd = tl.load(rstd + row)
-            normed = tl.where(inside, (silu * u - tl.load(mean + row)) * row_rstd, 0.0)
+        if weight is not None:
+            scale = tl.load(rstd + row, mask=row < rows, other=0.0)
+            centre = tl.load(mean + row, mask=row < rows, other=0.0)
+            normed = (silu * u - centre) * scale  # outside of the row d is zero
             weight_sum += d * normed
             bias_sum += d
-            d *= scale
-            d = (d - tl.sum(d, 0) / width - normed * (tl.sum(d * normed, 0) / width)) * row_rstd
-        at = row * width + columns
+            d *= weights
+            d = (d - row_mean(d, WIDTH) - normed * row_mean(d * normed, WIDTH)) * scale
         dsilu = sigmoid * (1.0 + g * (1.0 - sigmoid))
-        tl.store(dgate + at, (d * u * dsilu).to(dgate.dtype.element_ty), mask=inside)
-        tl.store(dup + at, (d * silu).to(dup.dtype.element_ty), mask=inside)
-    if HAS_NORM:
-        at = tl.program_id(0) * width + columns
-        tl.store(dweight + at, weight_sum, mask=inside)
-        tl.store(dbias + at, bias_sum, mask=inside)
+        store_tile(dgate, d * u * dsilu, row, channel, inside, WIDTH)
+        store_tile(dup, d * silu, row, channel, inside, WIDTH)
+    if weight is not None:
+        store_partial_sum(dweight, weight_sum, channel, WIDTH)
+        store_partial_sum(dbias, bias_sum, channel, WIDTH)
 
 
 def swiglu_forward(
@@ -120,14 +112,16 @@ def swiglu_forward(
     mean, rstd = (gate.new_empty(statistics, dtype=torch.float32) for _ in range(2))
     if out.numel() == 0:
         return out, mean, rstd
+    block = triton.next_power_of_2(width)
+    options = config("swiglu_forward", {"width": block}, gate)
     with on_device_of(gate):
-        forward_kernel[(rows,)](
-            *(gate_rows, up_rows, norm_weight, norm_bias, out, mean, rstd),
-            *(gate_rows.stride(0), up_rows.stride(0), width, eps),
-            HAS_NORM=norm_weight is not None,
-            HAS_BIAS=norm_bias is not None,
-            BLOCK=triton.next_power_of_2(width),
-            **config("swiglu_forward", {"width": width}, gate),
+        forward_kernel[(triton.cdiv(rows, options["ROWS"]),)](
+            *(gate_rows, up_rows, dense(norm_weight), dense(norm_bias), out, mean, rstd, rows, eps),
+            GATE_STRIDE=gate_rows.stride(0),
+            UP_STRIDE=up_rows.stride(0),
+            WIDTH=width,
+            BLOCK=block,
+            **options,
         )
     return out, mean, rstd
 
@@ -138,16 +132,19 @@ def swiglu_backward(
     gate_rows, up_rows = rows_of(gate), rows_of(up)
     rows, width = gate_rows.shape
     dgate, dup = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
-    programs = min(rows, 2 * multiprocessors(gate))
+    block = triton.next_power_of_2(width)
+    options = config("swiglu_backward", {"width": block}, gate)
+    programs = persistent_programs(gate, triton.cdiv(rows, options["ROWS"]), options["num_warps"])
     sums = gate.new_empty(2, programs if norm_weight is not None else 0, width, dtype=torch.float32)
     if gate.numel() > 0:
         with on_device_of(gate):
             backward_kernel[(programs,)](
-                *(dout.contiguous(), gate_rows, up_rows, norm_weight, mean, rstd, dgate, dup, sums[0], sums[1]),
-                *(gate_rows.stride(0), up_rows.stride(0), rows, width),
-                HAS_NORM=norm_weight is not None,
-                BLOCK=triton.next_power_of_2(width),
-                **config("swiglu_backward", {"width": width}, gate),
+                *(dense(dout), gate_rows, up_rows, dense(norm_weight), mean, rstd, dgate, dup, *sums, rows),
+                GATE_STRIDE=gate_rows.stride(0),
+                UP_STRIDE=up_rows.stride(0),
+                WIDTH=width,
+                BLOCK=block,
+                **options,
             )
     if norm_weight is None:
         return dgate, dup, mean.new_empty(0), mean.new_empty(0)

@@ -7,7 +7,8 @@ registers, not by time.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,27 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent
 
+_forced: dict[str, Mapping[str, int]] = {}
+
 
 def config(op: str, shape: Mapping[str, int], tensor: Tensor) -> dict[str, int]:
     """The keyword arguments that `op`'s kernel is launched with for a call of this shape, in the tensor's dtype.
 
-    The entry whose shape is nearest is taken: the one with the smallest sum of |log ratio| over the sizes.
+    The entry whose shape is nearest is taken: the one with the smallest sum of |log ratio| over its sizes;
+    among equals, the one that names more of them.
     """
-    return dict(_nearest(op, tuple(sorted(shape.items())), tensor.dtype.itemsize, gpu_of(tensor)))
+    found = _forced.get(op) or _nearest(op, tuple(sorted(shape.items())), tensor.dtype.itemsize, gpu_of(tensor))
+    return {**found, "enable_fp_fusion": True}  # Triton 3.10 changes the default
+
+
+@contextmanager
+def forced(op: str, config: Mapping[str, int]) -> Iterator[None]:
+    """Within the `with` block every call of `op` is launched with this configuration."""
+    _forced[op] = config
+    try:
+        yield
+    finally:
+        del _forced[op]
 
 
 def gpu_of(tensor: Tensor) -> tuple[str, int]:
@@ -43,8 +58,9 @@ def _nearest(op: str, shape: tuple[tuple[str, int], ...], itemsize: int, gpu: tu
     wanted = dict(shape) | {"itemsize": itemsize}
     entries: list[dict[str, Any]] = table(*gpu)[op]
 
-    def distance(entry: dict[str, Any]) -> float:
-        return sum(abs(math.log(size / max(1, wanted[name]))) for name, size in entry["shape"].items())
+    def distance(entry: dict[str, Any]) -> tuple[float, int]:
+        sizes = entry["shape"].items()
+        return sum(abs(math.log(size / max(1, wanted[name]))) for name, size in sizes), -len(sizes)
 
     found: Mapping[str, int] = min(entries, key=distance)["config"]
     return found
@@ -55,10 +71,10 @@ def table(name: str, capability: int) -> dict[str, Any]:
     """The file of a GPU: that of its name, else of the highest capability that doesn't exceed its own."""
     own = FOLDER / f"{file_name(name)}.json"
     if name and own.exists():
-        return _read(own)
+        return read(own)
     shared = {int(path.stem.removeprefix("sm_")): path for path in FOLDER.glob("sm_*.json")}
     fitting = [known for known in shared if known <= capability] or [min(shared)]
-    return _read(shared[max(fitting)])
+    return read(shared[max(fitting)])
 
 
 def file_name(gpu: str) -> str:
@@ -66,6 +82,7 @@ def file_name(gpu: str) -> str:
     return "_".join(gpu.lower().split())
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """The entries of a file by op."""
     content: dict[str, Any] = json.loads(path.read_text())
     return content

@@ -1,0 +1,44 @@
+"""What the kernels over rows share: a tile of ROWS rows, each of WIDTH channels in a block of the next power of two.
+
+Sums and statistics are float32. A row's place in memory is a 64-bit number. Width and strides are known when a kernel
+is compiled, so that rows which begin at any multiple of 4 or 8 bytes are still read in pieces of that size.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_at(tile, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Numbers of the tile's rows [ROWS, 1] and channels [1, BLOCK], and which of its elements exist."""
+    row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    channel = tl.arange(0, BLOCK)[None, :]
+    return row, channel, (row < rows) & (channel < WIDTH)
+
+
+@triton.jit
+def load_tile(pointer, row, channel, inside, STRIDE: tl.constexpr):
+    return tl.load(pointer + row * STRIDE + channel, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(pointer, values, row, channel, inside, WIDTH: tl.constexpr):
+    tl.store(pointer + row * WIDTH + channel, values.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_channels(pointer, channel, WIDTH: tl.constexpr):
+    return tl.load(pointer + channel, mask=channel < WIDTH, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def row_mean(values, WIDTH: tl.constexpr):
+    """[ROWS, 1]; values outside of the row are zero."""
+    return tl.sum(values, 1)[:, None] / WIDTH
+
+
+@triton.jit
+def store_partial_sum(pointer, values, channel, WIDTH: tl.constexpr):
+    """The sum over the tile's rows, as this program's row of [programs, WIDTH]."""
+    total = tl.sum(values, 0)[None, :]
+    tl.store(pointer + tl.program_id(0) * WIDTH + channel, total, mask=channel < WIDTH)

@@ -1,0 +1,340 @@
+"""LayerNorm and RMSNorm, plain and joined with the residual add before or after: one kernel forward, one backward.
+
+What a form or a call doesn't have is None, and the kernel is compiled without it. Backward walks over the rows with as
+many programs as the GPU runs at a time; each keeps its sums over rows in registers and writes them as one row of
+partial sums, which are added in a fixed order.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from evakernels.triton._launch import dense, on_device_of, persistent_programs, rows_of, too_wide
+from evakernels.triton._rows import load_channels, load_tile, row_mean, store_partial_sum, store_tile, tile_at
+from evakernels.tuning import config
+
+MAX_WIDTH = 1 << 13
+"""Up to which registers hold a row, and in backward its gradient and two sums over rows; half of it with three."""
+
+_LAYER_SCALE = {"add_layer_norm_backward": 5, "layer_norm_add_backward": 4}
+"""Which argument it is."""
+
+
+def reasons(op: str, *args: Any) -> list[str]:
+    place = _LAYER_SCALE.get(op, len(args))
+    has_layer_scale = place < len(args) and args[place] is not None
+    return too_wide(args[0].shape[-1], MAX_WIDTH // 2 if has_layer_scale else MAX_WIDTH)
+
+
+@triton.jit
+def forward_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    layer_scale,
+    row_scale,
+    total,
+    out,
+    mean,
+    rstd,
+    rows,
+    sample_rows,
+    eps: tl.float32,
+    X_STRIDE: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row, channel, inside = tile_at(tl.program_id(0), rows, WIDTH, ROWS, BLOCK)
+    exists = row < rows
+    values = load_tile(x, row, channel, inside, X_STRIDE)
+    if residual is not None:
+        before = load_tile(residual, row, channel, inside, RESIDUAL_STRIDE)
+    if total is not None:  # the add comes before the norm, which sees the sum before it is rounded
+        values = before + scaled(values, layer_scale, row_scale, row, channel, exists, sample_rows, WIDTH)
+        store_tile(total, values, row, channel, inside, WIDTH)
+    if mean is not None:
+        centre = row_mean(values, WIDTH)
+        tl.store(mean + row, centre, mask=exists)
+        values = tl.where(inside, values - centre, 0.0)
+    scale = 1.0 / tl.sqrt(row_mean(values * values, WIDTH) + eps)
+    tl.store(rstd + row, scale, mask=exists)
+    values *= scale
+    if weight is not None:
+        values *= load_channels(weight, channel, WIDTH)
+    if bias is not None:
+        values += load_channels(bias, channel, WIDTH)
+    if residual is not None and total is None:  # the add comes after the norm
+        values = before + scaled(values, layer_scale, row_scale, row, channel, exists, sample_rows, WIDTH)
+    store_tile(out, values, row, channel, inside, WIDTH)
+
+
+@triton.jit
+def scaled(values, layer_scale, row_scale, row, channel, exists, sample_rows, WIDTH: tl.constexpr):
+    if layer_scale is not None:
+        values *= load_channels(layer_scale, channel, WIDTH)
+    if row_scale is not None:
+        values *= tl.load(row_scale + row.to(tl.int32) // sample_rows, mask=exists, other=0.0).to(tl.float32)
+    return values
+
+
+@triton.jit
+def backward_kernel(
+    dout,
+    dtotal,
+    x,
+    branch,
+    weight,
+    bias,
+    layer_scale,
+    row_scale,
+    mean,
+    rstd,
+    dx,
+    dbranch,
+    dweight,
+    dbias,
+    dlayer_scale,
+    rows,
+    sample_rows,
+    X_STRIDE: tl.constexpr,
+    BRANCH_STRIDE: tl.constexpr,
+    SCALE_NORMED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    channel = tl.arange(0, BLOCK)[None, :]
+    if weight is not None:
+        weight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    if dbias is not None:
+        bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    if layer_scale is not None:
+        scale_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row, channel, inside = tile_at(tile, rows, WIDTH, ROWS, BLOCK)
+        exists = row < rows
+        d = load_tile(dout, row, channel, inside, WIDTH)
+        normed = load_tile(x, row, channel, inside, X_STRIDE)
+        if row_scale is not None:
+            sample_scale = tl.load(row_scale + row.to(tl.int32) // sample_rows, mask=exists, other=0.0).to(tl.float32)
+        if mean is not None:
+            normed -= tl.load(mean + row, mask=exists, other=0.0)  # outside of the row d is zero
+        scale = tl.load(rstd + row, mask=exists, other=0.0)
+        normed *= scale
+        if weight is not None:
+            weights = load_channels(weight, channel, WIDTH)
+        if SCALE_NORMED:
+            if row_scale is not None:
+                d *= sample_scale
+            if layer_scale is not None:
+                result = normed
+                if weight is not None:
+                    result *= weights
+                if bias is not None:
+                    result += load_channels(bias, channel, WIDTH)
+                scale_sum += d * result
+                d *= load_channels(layer_scale, channel, WIDTH)
+        if dbias is not None:
+            bias_sum += d
+        if weight is not None:
+            weight_sum += d * normed
+            d *= weights
+        along = row_mean(d * normed, WIDTH)
+        if mean is not None:
+            d -= row_mean(d, WIDTH)
+        d = (d - normed * along) * scale
+        if dtotal is not None:
+            d += load_tile(dtotal, row, channel, inside, WIDTH)
+        store_tile(dx, d, row, channel, inside, WIDTH)
+        if dbranch is not None:
+            if row_scale is not None:
+                d *= sample_scale
+            if layer_scale is not None:
+                scale_sum += d * load_tile(branch, row, channel, inside, BRANCH_STRIDE)
+                d *= load_channels(layer_scale, channel, WIDTH)
+            store_tile(dbranch, d, row, channel, inside, WIDTH)
+    if weight is not None:
+        store_partial_sum(dweight, weight_sum, channel, WIDTH)
+    if dbias is not None:
+        store_partial_sum(dbias, bias_sum, channel, WIDTH)
+    if layer_scale is not None:
+        store_partial_sum(dlayer_scale, scale_sum, channel, WIDTH)
+
+
+class Parameters(NamedTuple):
+    weight: Tensor | None
+    bias: Tensor | None
+    layer_scale: Tensor | None = None
+    row_scale: Tensor | None = None
+
+
+def layer_norm_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return out, *_forward("layer_norm_forward", x, None, Parameters(weight, bias), eps, rms, None, out)
+
+
+def add_layer_norm_forward(
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    eps: float,
+    rms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, total = (torch.empty_like(residual, memory_format=torch.contiguous_format) for _ in range(2))
+    parameters = Parameters(weight, bias, layer_scale, row_scale)
+    return out, total, *_forward("add_layer_norm_forward", branch, residual, parameters, eps, rms, total, out)
+
+
+def layer_norm_add_forward(
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    eps: float,
+    rms: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    parameters = Parameters(weight, bias, layer_scale, row_scale)
+    return out, *_forward("layer_norm_add_forward", branch, residual, parameters, eps, rms, None, out)
+
+
+def _forward(
+    op: str,
+    x: Tensor,
+    residual: Tensor | None,
+    parameters: Parameters,
+    eps: float,
+    rms: bool,
+    total: Tensor | None,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Writes `total` and `out`; returns mean and rstd."""
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    mean = rstd.new_empty(0) if rms else torch.empty_like(rstd)
+    if x.numel() == 0:
+        return mean, rstd
+    x_rows, residual_rows = rows_of(x), rows_of(out if residual is None else residual)
+    rows, width = x_rows.shape
+    block = triton.next_power_of_2(width)
+    options = config(op, {"width": block}, out)
+    with on_device_of(x):
+        forward_kernel[(triton.cdiv(rows, options["ROWS"]),)](
+            *(x_rows, None if residual is None else residual_rows, *map(dense, parameters)),
+            *(total, out, None if rms else mean, rstd, rows, rows // len(x), eps),
+            X_STRIDE=x_rows.stride(0),
+            RESIDUAL_STRIDE=residual_rows.stride(0),
+            WIDTH=width,
+            BLOCK=block,
+            **options,
+        )
+    return mean, rstd
+
+
+def layer_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool, rms: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    statistics = None if rms else mean, rstd
+    sums = _backward(
+        "layer_norm_backward", (dy, None), x, None, Parameters(weight, None), statistics, has_bias, dx, None
+    )
+    return dx, *sums[:2]
+
+
+def add_layer_norm_backward(
+    dy: Tensor,
+    dx: Tensor,
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    has_bias: bool,
+    rms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    op, parameters = "add_layer_norm_backward", Parameters(weight, None, layer_scale, row_scale)
+    statistics = None if rms else mean, rstd
+    dresidual = torch.empty_like(x)
+    kept = None if layer_scale is None else branch
+    if layer_scale is None and row_scale is None:
+        sums = _backward(op, (dy, dx), x, kept, parameters, statistics, has_bias, dresidual, None)
+        return dresidual, rstd.new_empty(0), *sums
+    dbranch = torch.empty_like(x, dtype=branch.dtype)
+    sums = _backward(op, (dy, dx), x, kept, parameters, statistics, has_bias, dresidual, dbranch)
+    return dresidual, dbranch, *sums
+
+
+def layer_norm_add_backward(
+    dx: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    rms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    op, parameters = "layer_norm_add_backward", Parameters(weight, bias, layer_scale, row_scale)
+    statistics = None if rms else mean, rstd
+    dbranch = torch.empty_like(branch, memory_format=torch.contiguous_format)
+    sums = _backward(op, (dx, None), branch, None, parameters, statistics, bias is not None, dbranch, None)
+    return dbranch, *sums
+
+
+def _backward(
+    op: str,
+    upstream: tuple[Tensor, Tensor | None],
+    x: Tensor,
+    branch: Tensor | None,
+    parameters: Parameters,
+    statistics: tuple[Tensor | None, Tensor],
+    has_bias: bool,
+    dx: Tensor,
+    dbranch: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Writes `dx` and `dbranch`; returns the gradients of weight, bias and layer_scale, empty where there is none."""
+    dout, dtotal = upstream
+    x_rows, branch_rows = rows_of(x), rows_of(x if branch is None else branch)
+    rows, width = x_rows.shape
+    block = triton.next_power_of_2(width)
+    options = config(op, {"width": block}, x)
+    programs = persistent_programs(x, triton.cdiv(rows, options["ROWS"]), options["num_warps"])
+    weight, _, layer_scale, _ = parameters
+    present = weight is not None, has_bias, layer_scale is not None
+    sums = [x.new_empty(programs, width, dtype=torch.float32) if there else None for there in present]
+    if x.numel() > 0:
+        with on_device_of(x):
+            backward_kernel[(programs,)](
+                *(dense(dout), dense(dtotal), x_rows, None if branch is None else branch_rows),
+                *(*map(dense, parameters), *statistics),
+                *(dx, dbranch, *sums, rows, rows // len(x)),
+                X_STRIDE=x_rows.stride(0),
+                BRANCH_STRIDE=branch_rows.stride(0),
+                SCALE_NORMED=dtotal is None,
+                WIDTH=width,
+                BLOCK=block,
+                **options,
+            )
+    of_norm = x.dtype if weight is None else weight.dtype
+    dtypes = of_norm, of_norm, torch.float32 if layer_scale is None else layer_scale.dtype
+    dweight, dbias, dlayer_scale = (
+        x.new_empty(0, dtype=dtype) if partial is None else partial.sum(0).to(dtype)
+        for partial, dtype in zip(sums, dtypes, strict=True)
+    )
+    return dweight, dbias, dlayer_scale

@@ -1,0 +1,159 @@
+"""Token dropout: the gather of the kept patches with position embedding and prefix, and its backward.
+
+Backward first finds where each token lies among the kept ones of its sample, so that every row of the gradients knows
+what it is: each element is written once, and nothing is added atomically. A program has one position of all samples, so
+it also has all that the position's embedding sums.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from evakernels.triton._launch import dense, on_device_of
+from evakernels.tuning import config
+
+MAX_BLOCK = 1 << 10
+"""Channels of a program."""
+
+
+@triton.jit
+def forward_kernel(
+    patches,
+    token_index,
+    prefix,
+    pos_embed,
+    out,
+    rows,
+    kept,
+    tokens,
+    SAMPLE_STRIDE: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr,
+    PREFIX: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    channel = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    exists = row < rows
+    inside = channel < WIDTH
+    sample = (row // (PREFIX + kept)).to(tl.int64)
+    place = row % (PREFIX + kept)
+    in_prefix = exists & (place < PREFIX)
+    token = place - PREFIX
+    if token_index is not None:
+        token = tl.load(token_index + sample * kept + token, mask=exists & (place >= PREFIX), other=-1)
+    is_patch = exists & (place >= PREFIX) & (token >= 0) & (token < tokens)
+    values = tl.load(
+        patches + sample * SAMPLE_STRIDE + token * TOKEN_STRIDE + channel, mask=is_patch & inside, other=0.0
+    )
+    values = values.to(tl.float32)
+    if prefix is not None:
+        values += tl.load(prefix + place * WIDTH + channel, mask=in_prefix & inside, other=0.0).to(tl.float32)
+    if pos_embed is not None:
+        position = tl.where(in_prefix, place, PREFIX + token)
+        has_position = in_prefix | is_patch
+        values += tl.load(pos_embed + position * WIDTH + channel, mask=has_position & inside, other=0.0).to(tl.float32)
+    values = tl.where(in_prefix | is_patch, values, float("nan"))  # an index that is out of range shows
+    tl.store(out + row.to(tl.int64) * WIDTH + channel, values.to(out.dtype.element_ty), mask=exists & inside)
+
+
+@triton.jit
+def backward_kernel(
+    dout,
+    places,
+    dpatches,
+    dprefix,
+    dpos_embed,
+    batch,
+    kept,
+    tokens,
+    PREFIX: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    position = (tl.program_id(0) + tl.arange(0, 1)).to(tl.int64)[:, None]
+    token = position - PREFIX
+    channel = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = channel < WIDTH
+    sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(0, batch, ROWS):
+        sample = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        exists = sample < batch
+        row = position + tl.zeros_like(sample)
+        if places is not None:
+            place = tl.load(places + sample * tokens + token, mask=exists & (token >= 0), other=-1)
+            row = tl.where(token >= 0, tl.where(place >= 0, PREFIX + place, -1), row)
+        at = (sample * (PREFIX + kept) + row) * WIDTH + channel
+        d = tl.load(dout + at, mask=exists & (row >= 0) & inside, other=0.0)
+        if dpatches is not None:
+            at = (sample * tokens + token) * WIDTH + channel
+            tl.store(dpatches + at, d, mask=exists & (token >= 0) & inside)
+        sums += d.to(tl.float32)
+    total = tl.sum(sums, 0)[None, :].to(dout.dtype.element_ty)
+    if PREFIX > 0:
+        tl.store(dprefix + position * WIDTH + channel, total, mask=(token < 0) & inside)
+    if dpos_embed is not None:
+        tl.store(dpos_embed + position * WIDTH + channel, total, mask=inside)
+
+
+def token_dropout_forward(
+    patches: Tensor, token_index: Tensor | None, prefix: Tensor | None, pos_embed: Tensor | None
+) -> Tensor:
+    batch, tokens, width = patches.shape
+    kept = tokens if token_index is None else token_index.shape[1]
+    num_prefix, dtype = 0 if prefix is None else prefix.shape[0], patches.dtype
+    for addend in (prefix, pos_embed):
+        dtype = dtype if addend is None else torch.promote_types(dtype, addend.dtype)
+    out = patches.new_empty(batch, num_prefix + kept, width, dtype=dtype)
+    if out.numel() == 0:
+        return out
+    # What a convolution leaves lies channel by channel.
+    patches = patches if patches.stride(2) == 1 else patches.contiguous()
+    rows, block = batch * (num_prefix + kept), min(triton.next_power_of_2(width), MAX_BLOCK)
+    options = config("token_dropout_forward", {"width": block}, out)
+    with on_device_of(patches):
+        forward_kernel[(triton.cdiv(rows, options["ROWS"]), triton.cdiv(width, block))](
+            *(patches, dense(token_index), dense(prefix), dense(pos_embed), out, rows, kept, tokens),
+            SAMPLE_STRIDE=patches.stride(0),
+            TOKEN_STRIDE=patches.stride(1),
+            PREFIX=num_prefix,
+            WIDTH=width,
+            BLOCK=block,
+            **options,
+        )
+    return out
+
+
+def token_dropout_backward(
+    dout: Tensor, token_index: Tensor | None, num_prefix: int, num_tokens: int, has_pos_embed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, rows, width = dout.shape
+    dprefix = dout.new_empty(num_prefix, width)
+    dpos_embed = dout.new_empty(num_prefix + num_tokens, width) if has_pos_embed else dout.new_empty(0)
+    dpatches = dout.new_empty(0) if token_index is None else dout.new_empty(batch, num_tokens, width)
+    positions = num_prefix + (num_tokens if has_pos_embed or token_index is not None else 0)
+    if positions == 0 or width == 0:
+        return dpatches, dprefix, dpos_embed
+    places = None if token_index is None else _places(token_index, num_tokens)
+    block = min(triton.next_power_of_2(width), MAX_BLOCK)
+    options = config("token_dropout_backward", {"width": block}, dout)
+    with on_device_of(dout):
+        backward_kernel[(positions, triton.cdiv(width, block))](
+            *(dout.contiguous(), places, None if places is None else dpatches, dprefix),
+            *(dpos_embed if has_pos_embed else None, batch, rows - num_prefix, num_tokens),
+            PREFIX=num_prefix,
+            WIDTH=width,
+            BLOCK=block,
+            **options,
+        )
+    return dpatches, dprefix, dpos_embed
+
+
+def _places(token_index: Tensor, num_tokens: int) -> Tensor:
+    """`[B, N]`: where each token is among the kept ones of its sample, -1 where it was dropped."""
+    batch, kept = token_index.shape
+    in_order = torch.arange(kept, device=token_index.device, dtype=torch.int32).expand(batch, kept)
+    return in_order.new_full((batch, num_tokens), -1).scatter_(1, token_index, in_order)

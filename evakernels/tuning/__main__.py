@@ -1,0 +1,64 @@
+"""Launch configurations of the Triton kernels: shows what is shipped, or measures on this machine's GPU.
+
+python -m evakernels.tuning show
+python -m evakernels.tuning run --op layer_norm_backward
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import torch
+
+from evakernels import tuning
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 on success, 2 where nothing can be measured."""
+    known = sorted({op for path in tuning.FOLDER.glob("*.json") for op in tuning.read(path)})
+    parser = argparse.ArgumentParser(prog="python -m evakernels.tuning", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help in (("show", "print the shipped configurations"), ("run", "measure, and write this GPU's file")):
+        command = commands.add_parser(name, help=help)
+        command.add_argument("--op", action="append", choices=known, metavar="OP", help="default: all")
+    arguments = parser.parse_args(argv)
+    ops = arguments.op or known
+    return show(ops) if arguments.command == "show" else run(ops)
+
+
+def show(ops: Sequence[str]) -> int:
+    rows = [("GPU", "op", "shape", "configuration")]
+    for path in sorted(tuning.FOLDER.glob("*.json")):
+        for op, entries in tuning.read(path).items():
+            pairs = [
+                [" ".join(f"{k}={v}" for k, v in entry[part].items()) for part in ("shape", "config")]
+                for entry in entries
+            ]
+            rows += [(path.stem, op, shape, config) for shape, config in pairs if op in ops]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def run(ops: Sequence[str]) -> int:
+    if find_spec("triton") is None or not torch.cuda.is_available():
+        missing = "there is no GPU here" if find_spec("triton") else "triton is not installed"
+        print(f"configurations are chosen by time, and nothing can be measured: {missing}", file=sys.stderr)
+        return 2
+    from evakernels.tuning import search
+
+    gpu, capability = tuning.gpu_of(torch.empty(0, device="cuda"))
+    found = {}
+    for op in ops:
+        found[op] = search.tuned(op, tuning.table(gpu, capability)[op], search.median_time)
+        for entry in found[op]:
+            print(op, entry["shape"], entry["config"], flush=True)
+        path = search.write(gpu, found, capability)  # what is found stays, should a later op fail
+    print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

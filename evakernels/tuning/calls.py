@@ -1,0 +1,139 @@
+"""Calls of each op at the sizes of a configuration: what the search times, and what the tests compile.
+
+A function here is named like its op, takes the sizes that the op's configurations are looked up by, and yields the
+arguments of calls. The first is the one that models make, with all that may be present; the others differ in what is
+absent. Tensors are those of a large batch.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ELEMENTS = 1 << 26
+"""Of an activation: more than any GPU's L2 cache holds."""
+
+BATCH, EPS = 64, 1e-6
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Draws the tensors of a call; on the device `meta` they take no memory."""
+
+    device: str
+    dtype: torch.dtype
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+    def statistic(self, *shape: int) -> Tensor:
+        return torch.rand(shape, device=self.device) + 0.5
+
+
+def calls(op: str, shape: dict[str, int], draw: Draw) -> Iterator[tuple[Any, ...]]:
+    """The arguments of the calls of `op` at these sizes."""
+    sizes = {name: size for name, size in shape.items() if name != "itemsize"}
+    function: Callable[..., Iterator[tuple[Any, ...]]] = globals()[op]
+    return function(draw, **sizes)
+
+
+def swiglu_forward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
+    gate, up, weight, bias = _swiglu(draw, width)
+    yield gate, up, weight, bias, EPS
+    yield gate, up, weight, None, EPS
+    yield gate, up, None, None, EPS
+
+
+def swiglu_backward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
+    gate, up, weight, _ = _swiglu(draw, width)
+    dout, mean, rstd = draw(*gate.shape), draw.statistic(len(gate)), draw.statistic(len(gate))
+    yield dout, gate, up, weight, mean, rstd, True
+    yield dout, gate, up, None, mean[:0], rstd[:0], False
+
+
+def _swiglu(draw: Draw, width: int) -> tuple[Tensor, ...]:
+    """Halves of a packed projection, whose rows begin at any even address, as at the 2730 channels of EVA02-L."""
+    width = 2 * (width // 3)
+    gate, up = draw(ELEMENTS // width, 2 * width).chunk(2, -1)
+    return gate, up, draw(width), draw(width)
+
+
+def layer_norm_forward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
+    x, _, weight, bias, _, _ = _norm(draw, width)
+    yield x, weight, bias, EPS, False
+    yield x, weight, None, EPS, True
+    yield x, None, None, EPS, False
+
+
+def layer_norm_backward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
+    x, dy, weight, _, mean, rstd = *_norm(draw, width)[:4], *_statistics(draw, width)
+    yield dy, x, weight, mean, rstd, True, False
+    yield dy, x, weight, mean[:0], rstd, False, True
+    yield dy, x, None, mean, rstd, False, False
+
+
+def add_layer_norm_forward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
+    residual, branch, weight, bias, layer_scale, row_scale = _norm(draw, width)
+    yield residual, branch, weight, bias, layer_scale, row_scale, EPS, False
+    yield residual, branch, weight, bias, None, None, EPS, False
+    yield residual, branch, weight, None, None, None, EPS, True
+
+
+def add_layer_norm_backward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
+    x, branch, weight, _, layer_scale, row_scale = _norm(draw, width)
+    dy, dx, mean, rstd = draw(*x.shape), draw(*x.shape), *_statistics(draw, width)
+    yield dy, dx, x, branch, weight, layer_scale, row_scale, mean, rstd, True, False
+    yield dy, dx, x, branch[:0], weight, None, None, mean, rstd, True, False
+    yield dy, dx, x, branch[:0], weight, None, None, mean[:0], rstd, False, True
+
+
+layer_norm_add_forward = add_layer_norm_forward
+
+
+def layer_norm_add_backward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
+    dx, branch, weight, bias, layer_scale, row_scale = _norm(draw, width)
+    mean, rstd = _statistics(draw, width)
+    yield dx, branch, weight, bias, layer_scale, row_scale, mean, rstd, False
+    yield dx, branch, weight, bias, None, None, mean, rstd, False
+    yield dx, branch, weight, None, None, None, mean[:0], rstd, True
+
+
+def token_dropout_forward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
+    patches, token_index = _patches(draw, width)
+    _, tokens, width = patches.shape
+    yield patches, token_index, draw(1, width), draw(1 + tokens, width)
+    yield patches, None, draw(1, width), draw(1 + tokens, width)
+
+
+def token_dropout_backward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
+    patches, token_index = _patches(draw, width)
+    (_, tokens, width), kept = patches.shape, token_index.shape[1]
+    yield draw(BATCH, 1 + kept, width), token_index, 1, tokens, True
+    yield draw(BATCH, kept, width), token_index, 0, tokens, False
+    yield draw(BATCH, 1 + tokens, width), None, 1, tokens, True
+
+
+def _patches(draw: Draw, width: int) -> tuple[Tensor, Tensor]:
+    """Patches, and the half of them that is kept."""
+    width = 3 * width // 4
+    tokens = ELEMENTS // BATCH // width
+    token_index = torch.rand(BATCH, tokens, device=draw.device).argsort(1)[:, : tokens // 2].sort(1).values
+    return draw(BATCH, tokens, width), token_index
+
+
+def _norm(draw: Draw, width: int) -> tuple[Any, ...]:
+    """Two activations, weight, bias, layer_scale and row_scale; width as the 768 channels of EVA02-B.
+
+    Backward refuses a layer_scale beside the longest rows.
+    """
+    layer_scale = draw(3 * width // 4) if width <= 4096 else None
+    width = 3 * width // 4
+    size = BATCH, ELEMENTS // BATCH // width, width
+    return draw(*size), draw(*size), draw(width), draw(width), layer_scale, draw.statistic(BATCH)
+
+
+def _statistics(draw: Draw, width: int) -> tuple[Tensor, Tensor]:
+    size = BATCH, ELEMENTS // BATCH // (3 * width // 4)
+    return draw.statistic(*size), draw.statistic(*size)

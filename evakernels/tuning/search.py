@@ -1,0 +1,114 @@
+"""The search for launch configurations: what is shipped, changed step by step for as long as it becomes faster."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+from triton.runtime.jit import JITFunction
+from triton.testing import do_bench
+
+import evakernels.triton
+from evakernels.tuning import FOLDER, file_name, forced, table
+from evakernels.tuning.calls import Draw, calls
+
+Config = dict[str, int]
+TimeOf = Callable[[Config], float | None]
+"""The time of a configuration in any unit; None for one that can't be used."""
+
+GAIN = 0.99
+"""A configuration is faster if it takes less than this share of the time: less is within the noise."""
+
+MOST = {"num_warps": 16, "num_stages": 5}
+
+DTYPE_OF = {2: torch.bfloat16, 4: torch.float32}
+
+
+def neighbours(config: Config) -> Iterator[Config]:
+    """Configurations that differ in one value, or in one value and the number of warps, by a step up or down."""
+    steps: dict[str, list[int]] = {}
+    for name, value in config.items():
+        up, down = (value + 1, value - 1) if name == "num_stages" else (2 * value, value // 2)
+        steps[name] = [v for v in (up, down) if 1 <= v <= MOST.get(name, v)]
+    for name, values in steps.items():
+        for value in values:
+            yield config | {name: value}
+            if name != "num_warps":
+                yield from (config | {name: value, "num_warps": warps} for warps in steps["num_warps"])
+
+
+def search(start: Config, time_of: TimeOf) -> Config:
+    """The best that is reached from `start`, each time by the best step.
+
+    Raises:
+        ValueError: `start` itself can't be used.
+    """
+    best, shortest = start, time_of(start)
+    if shortest is None:
+        raise ValueError(f"the configuration to start from can't be used: {start}")
+    seen = [start]
+    while True:
+        candidates = [candidate for candidate in neighbours(best) if candidate not in seen]
+        seen += candidates
+        times = [(time, i) for i, candidate in enumerate(candidates) if (time := time_of(candidate)) is not None]
+        if not times or min(times)[0] >= GAIN * shortest:
+            return best
+        shortest, best = min(times)[0], candidates[min(times)[1]]
+
+
+def tuned(op: str, entries: list[dict[str, Any]], timer: Callable[[Callable[[], Any]], float]) -> list[dict[str, Any]]:
+    """The entries of an op with the configurations that are fastest on this GPU."""
+    launcher, result = evakernels.triton.launcher(op), []
+    for entry in entries:
+        dtype = DTYPE_OF[entry["shape"].get("itemsize", 2)]
+        arguments = next(calls(op, entry["shape"], Draw("cuda", dtype)))
+
+        def time_of(config: Config, arguments: tuple[Any, ...] = arguments) -> float | None:
+            with forced(op, config):
+                try:
+                    if any(kernel.n_spills > 0 for kernel in kernels_of(launcher, arguments)):
+                        return None
+                    return timer(lambda: launcher(*arguments))
+                except (CompilationError, OutOfResources, PTXASError):
+                    return None
+
+        result.append({"shape": entry["shape"], "config": search(entry["config"], time_of)})
+    return result
+
+
+def median_time(call: Callable[[], Any]) -> float:
+    """Milliseconds on the GPU, with an L2 cache that holds nothing of it at the beginning."""
+    time: float = do_bench(call, return_mode="median")
+    return time
+
+
+def kernels_of(launcher: Callable[..., Any], arguments: tuple[Any, ...], *, compile_only: bool = False) -> list[Any]:
+    """The compiled kernels that a call of the launcher launches, or would if it didn't only compile them."""
+    kernels = []
+
+    def recorded(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernels.append(run(self, *args, grid=grid, warmup=warmup or compile_only, **options))
+        return kernels[-1]
+
+    run, JITFunction.run = JITFunction.run, recorded
+    try:
+        launcher(*arguments)
+    finally:
+        JITFunction.run = run
+    return kernels
+
+
+def write(gpu: str, tuned_ops: Mapping[str, list[dict[str, Any]]], capability: int, folder: Path = FOLDER) -> Path:
+    """Writes the file of a GPU, whole or not at all: the ops that were tuned, and the others as they were."""
+    path = folder / f"{file_name(gpu)}.json"
+    lines = []
+    for op, entries in (table(gpu, capability) | dict(tuned_ops)).items():
+        lines.append(f'  "{op}": [\n' + ",\n".join(f"    {json.dumps(entry)}" for entry in entries) + "\n  ]")
+    draft = path.with_suffix(f".{os.getpid()}")
+    draft.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    draft.replace(path)
+    return path

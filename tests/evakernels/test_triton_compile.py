@@ -1,0 +1,41 @@
+"""Every shipped configuration of the Triton kernels compiles for its GPUs, spills no register and can be launched."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from evakernels import tuning
+
+SCRIPT = Path(__file__).with_name("triton_compile.py")
+
+SHARED_MEMORY = {80: 163, 90: 227, 100: 227, 120: 99}
+"""What a block may take, in KiB, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
+
+PERSISTENT = ("layer_norm_backward", "add_layer_norm_backward", "layer_norm_add_backward", "swiglu_backward")
+"""As many of their programs run at a time as `persistent_programs` launches, if registers allow."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (it exists for Linux only)")
+@pytest.mark.parametrize("capabilities", [(90,), (80, 100, 120)], ids=str)
+def test_every_configuration_compiles_and_fits(capabilities: tuple[int, ...]) -> None:
+    # Kernels can't be compiled in a process that interprets them.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(SCRIPT.parents[2])
+    call = [sys.executable, SCRIPT, *map(str, capabilities)]
+    result = subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-5000:]
+    usages = json.loads(result.stdout)
+    for capability in capabilities:
+        compiled = {(u["op"], *u["shape"].items()) for u in usages if u["capability"] == capability}
+        entries = {(op, *e["shape"].items()) for op, found in tuning.table("", capability).items() for e in found}
+        assert compiled == entries
+    # As strings, of which pytest shows each in full.
+    assert [str(u) for u in usages if u["stack"] > 0] == []
+    assert [str(u) for u in usages if u["shared"] > 1024 * SHARED_MEMORY[u["capability"]]] == []
+    assert [str(u) for u in usages if u["op"] in PERSISTENT and u["registers"] > 128] == []

@@ -1,0 +1,188 @@
+"""Launch configurations: the look-up, what is shipped, and the search for better ones."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from evakernels import tuning
+from evakernels.triton import FAMILIES
+from evakernels.tuning.__main__ import main
+
+ENTRIES = [
+    {"shape": {"width": 512}, "config": {"ROWS": 4}},
+    {"shape": {"width": 4096}, "config": {"ROWS": 2}},
+    {"shape": {"width": 4096, "itemsize": 4}, "config": {"ROWS": 1}},
+]
+SHARED = sorted(tuning.FOLDER.glob("sm_*.json"))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Tables of its own: sm_80, sm_90 and one GPU by name."""
+    for name, rows in (("sm_80", 8), ("sm_90", 9), ("nvidia_a10g", 10)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"op": [{"shape": {}, "config": {"ROWS": rows}}]}))
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    clear()
+    yield tmp_path
+    clear()
+
+
+def clear() -> None:
+    tuning.table.cache_clear()
+    tuning._nearest.cache_clear()
+
+
+def lookup(monkeypatch, width, dtype):
+    monkeypatch.setattr(tuning, "table", lambda name, capability: {"op": ENTRIES})
+    tuning._nearest.cache_clear()
+    found = tuning.config("op", {"width": width}, torch.empty(0, dtype=dtype))
+    tuning._nearest.cache_clear()
+    return found["ROWS"]
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "rows"),
+    [
+        (1, torch.bfloat16, 4),
+        (1440, torch.bfloat16, 4),
+        (1456, torch.bfloat16, 2),
+        (10**6, torch.float16, 2),
+        (4096, torch.float32, 1),
+    ],
+)
+def test_the_nearest_shape_is_taken(monkeypatch, width, dtype, rows):
+    assert lookup(monkeypatch, width, dtype) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "rows"),
+    [
+        ("NVIDIA A10G", 86, 10),
+        ("NVIDIA L4", 89, 8),
+        ("NVIDIA H100 80GB HBM3", 90, 9),
+        ("NVIDIA GeForce RTX 5090", 120, 9),
+        ("Tesla V100", 70, 8),
+        ("", 100, 9),
+    ],
+)
+def test_a_gpu_without_a_file_takes_that_of_the_next_lower_capability(folder, name, capability, rows):
+    assert tuning.table(name, capability)["op"][0]["config"] == {"ROWS": rows}
+
+
+def test_a_forced_configuration_is_for_one_op_and_one_block():
+    width, tensor = {"width": 512}, torch.empty(0)
+    shipped = tuning.config("swiglu_forward", width, tensor)
+    with tuning.forced("swiglu_forward", {"ROWS": 64}):
+        assert tuning.config("swiglu_forward", width, tensor)["ROWS"] == 64
+        assert tuning.config("swiglu_backward", width, tensor)["ROWS"] != 64
+    assert tuning.config("swiglu_forward", width, tensor) == shipped
+
+
+@pytest.mark.parametrize("path", SHARED, ids=lambda path: path.stem)
+def test_every_op_is_shipped_and_every_entry_is_found(path):
+    capability, content = int(path.stem.removeprefix("sm_")), tuning.read(path)
+    assert sorted(content) == sorted(op for ops in FAMILIES.values() for op in ops)
+    for op, entries in content.items():
+        for entry in entries:
+            shape = dict(entry["shape"])
+            itemsize = shape.pop("itemsize", 2)
+            found = tuning._nearest(op, tuple(sorted(shape.items())), itemsize, ("", capability))
+            assert found == entry["config"], (op, entry)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_show_prints_what_is_shipped(folder, capsys):
+    assert main(["show"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["GPU", "op", "shape", "configuration"]] + [
+        [name, "op", f"ROWS={rows}"] for name, rows in (("nvidia_a10g", 10), ("sm_80", 8), ("sm_90", 9))
+    ]
+
+
+def test_run_needs_a_gpu(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["run", "--op", "swiglu_forward"]) == 2
+    assert "nothing can be measured: there is no GPU here" in capsys.readouterr().err
+
+
+def test_an_unknown_op_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--op", "softmax"])
+    assert "invalid choice: 'softmax'" in capsys.readouterr().err
+
+
+def test_the_look_up_needs_no_triton():
+    code = "import sys; from evakernels.tuning import config; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- the search -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def search():
+    pytest.importorskip("triton")
+    from evakernels.tuning import search
+
+    return search
+
+
+def test_the_search_finds_the_best_and_steps_around_what_cant_be_used(search):
+    asked = []
+
+    def time_of(config):
+        asked.append(config)
+        rows, warps = config["ROWS"], config["num_warps"]
+        if rows / warps > 0.5:
+            return None
+        return abs(rows - 8) + abs(warps - 16) + config["num_stages"]
+
+    best = search.search({"ROWS": 1, "num_warps": 2, "num_stages": 2}, time_of)
+    assert best == {"ROWS": 8, "num_warps": 16, "num_stages": 1}
+    assert len(asked) == len({tuple(config.values()) for config in asked})
+
+
+def test_what_is_within_the_noise_changes_nothing(search):
+    start = {"ROWS": 2, "num_warps": 4}
+    assert search.search(start, lambda config: 1.0 if config == start else 0.995) == start
+
+
+def test_a_start_that_cant_be_used_is_an_error(search):
+    with pytest.raises(ValueError, match="can't be used"):
+        search.search({"ROWS": 1, "num_warps": 4}, lambda config: None)
+
+
+def test_a_measured_file_has_all_ops_and_is_looked_up_by_the_name(search, folder):
+    entries = [{"shape": {"width": 512}, "config": {"ROWS": 32}}]
+    path = search.write("NVIDIA H100 80GB HBM3", {"other": entries}, 90, folder)
+    assert path.name == "nvidia_h100_80gb_hbm3.json"
+    clear()
+    assert tuning.table("NVIDIA H100 80GB HBM3", 90) == tuning.read(folder / "sm_90.json") | {"other": entries}
+    assert len(list(folder.iterdir())) == 4
+
+
+def test_tuning_an_op_times_its_own_call(search, monkeypatch):
+    """With kernels that exist on paper only: 16 warps spill, and more rows are faster."""
+
+    def kernels_of(launcher, arguments):
+        config = tuning.config("op", {}, torch.empty(0))
+        return [type("Kernel", (), {"n_spills": 4 * (config["num_warps"] == 16)})]
+
+    def timer(call):
+        call()
+        return 1 / tuning.config("op", {}, torch.empty(0))["num_warps"]
+
+    called = []
+    monkeypatch.setattr(search.evakernels.triton, "launcher", lambda op: lambda *arguments: called.append(arguments))
+    monkeypatch.setattr(search, "calls", lambda op, shape, draw: iter([(op, shape, draw.device, draw.dtype)]))
+    monkeypatch.setattr(search, "kernels_of", kernels_of)
+    shape = {"width": 512, "itemsize": 4}
+    result = search.tuned("op", [{"shape": shape, "config": {"num_warps": 2}}], timer)
+    assert result == [{"shape": shape, "config": {"num_warps": 8}}]
+    assert set(called[0][2:]) == {"cuda", torch.float32}
