@@ -60,6 +60,29 @@ def _swiglu(draw: Draw, width: int) -> tuple[Tensor, ...]:
     return gate, up, draw(width), draw(width)
 
 
+def contrastive_forward(draw: Draw, depth: int) -> Iterator[tuple[Any, ...]]:
+    image, text, scale, _ = _pairs(draw, depth)
+    yield image, text, scale, 0
+
+
+def contrastive_backward(draw: Draw, depth: int) -> Iterator[tuple[Any, ...]]:
+    image, text, scale, _ = _pairs(draw, depth)
+    of_row = draw.statistic(len(image))
+    yield of_row, of_row, of_row, image, text, scale, of_row, of_row, 0
+
+
+def siglip_forward(draw: Draw, depth: int) -> Iterator[tuple[Any, ...]]:
+    yield *_pairs(draw, depth), 0
+
+
+siglip_value = siglip_forward
+
+
+def _pairs(draw: Draw, depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch = 1 << 15
+    return draw(batch, depth), draw(batch, depth), draw.statistic(), draw.statistic()
+
+
 def layer_norm_forward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
     x, _, weight, bias, _, _ = _norm(draw, width)
     yield x, weight, bias, EPS, False
