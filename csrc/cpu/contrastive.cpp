@@ -133,9 +133,8 @@ void contrastive_backward(const ContrastiveBackward& params, Isa isa, ParallelFo
 
 SiglipSums siglip_value(const SiglipTile& params, Isa isa, ParallelFor parallel_for) {
   const ContrastiveKernels& kernels = kernels_for(isa);
-  return sum_of_blocks(params.tile, parallel_for, [&](int64_t begin, int64_t end) {
-    return kernels.siglip_value(params, begin, end);
-  });
+  return sum_of_blocks(params.tile, parallel_for,
+                       [&](int64_t begin, int64_t end) { return kernels.siglip_value(params, begin, end); });
 }
 
 SiglipSums siglip_forward(const SiglipTile& params, Isa isa, ParallelFor parallel_for) {

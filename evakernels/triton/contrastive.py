@@ -26,7 +26,7 @@ from evakernels.triton import INTERPRETED
 from evakernels.triton._launch import on_device_of
 from evakernels.tuning import config
 
-CHUNK_BYTES = 1 << (17 if INTERPRETED else 28)
+CHUNK_BYTES = 1 << (13 if INTERPRETED else 28)
 """What the partial sums of forward or the gradients of the logits take at a time; where kernels are interpreted, so
 little that small tests take several turns."""
 

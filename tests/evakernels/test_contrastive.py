@@ -105,11 +105,15 @@ def test_as_accurate_as_torch(pair, inputs, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_a_trained_scale_is_as_accurate_as_torch(smoothing, dtype):
+@pytest.mark.parametrize(
+    ("pair", "scalars"),
+    [(smoothed(0.0), [100.0]), (smoothed(0.1), [100.0]), ((evakernels.siglip_loss, sigmoid_losses), [100.0, -20.0])],
+    ids=["clip", "clip-smoothed", "siglip"],
+)
+def test_a_trained_scale_is_as_accurate_as_torch(pair, scalars, dtype):
     image, noise = (F.normalize(randn(300, 32, seed=s), dim=1) for s in (0, 1))
     text = F.normalize(image + 0.5 * noise, dim=1)
-    assert_as_accurate_as_torch(*smoothed(smoothing), (image, text, scalar(100.0)), dtype)
+    assert_as_accurate_as_torch(*pair, (image, text, *map(scalar, scalars)), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -261,7 +265,10 @@ def test_infinite_logits_give_infinite_statistics_and_nan_spreads():
 @pytest.mark.parametrize("name", ["contrastive", "siglip"])
 def test_a_second_derivative_is_refused(name):
     image, text, scale = (t.clone().requires_grad_() for t in SQUARE)
-    loss = evakernels.siglip_loss(image, text, scale, scale) if name == "siglip" else evakernels.clip_loss(image, text, scale)
+    if name == "siglip":
+        loss = evakernels.siglip_loss(image, text, scale, scale)
+    else:
+        loss = evakernels.clip_loss(image, text, scale)
     (gradient,) = torch.autograd.grad(loss, image, create_graph=True)
     with pytest.raises(RuntimeError, match=f"{name} has no second derivative"):
         gradient.sum().backward()
