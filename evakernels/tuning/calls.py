@@ -17,6 +17,9 @@ ELEMENTS = 1 << 26
 
 BATCH, EPS = 64, 1e-6
 
+PAIRS = 1 << 15
+"""Of image and text: the batch of a contrastive loss."""
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -79,8 +82,7 @@ siglip_value = siglip_forward
 
 
 def _pairs(draw: Draw, depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch = 1 << 15
-    return draw(batch, depth), draw(batch, depth), draw.statistic(), draw.statistic()
+    return draw(PAIRS, depth), draw(PAIRS, depth), draw.statistic(), draw.statistic()
 
 
 def layer_norm_forward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
