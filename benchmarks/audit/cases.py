@@ -8,6 +8,7 @@ from torch import Tensor
 import benchmarks.cases  # noqa: F401  (registers the operations)
 import evakernels
 from benchmarks.audit.build import Case
+from benchmarks.cases.lamb import parameter_sizes
 from benchmarks.cases.layer_norm import EPS
 from benchmarks.operation import Cost, Draw, Inputs, Operation, Work, get_operation
 from benchmarks.shapes import Shape, parse_shape
@@ -33,6 +34,8 @@ SHAPES = {
 }
 """The operations, and the shapes that are usual for each."""
 DTYPES = ("bfloat16", "float32")
+MOST_ELEMENTS = 50_000
+"""Of a tensor in a step of LAMB."""
 
 
 def _scaled_inputs(op: Operation, shape: Shape, draw: Draw) -> Inputs:
@@ -74,10 +77,29 @@ def _by_channel() -> Operation:
     return replace(plain, name="token_dropout by channel", inputs=inputs)
 
 
+def _few_tensors() -> Operation:
+    """A step over the smaller tensors: a larger one is more of the same chunks."""
+    plain = get_operation("lamb_step")
+
+    def inputs(shape: Shape, draw: Draw) -> Inputs:
+        drawn = plain.inputs(shape, draw)
+        few = [i for i, tensor in enumerate(drawn["params"]) if tensor.numel() <= MOST_ELEMENTS]
+        return {name: [tensors[i] for i in few] for name, tensors in drawn.items()}
+
+    def work(shape: Shape, itemsize: int) -> Work:
+        sizes = [size.numel() for size in parameter_sizes(shape.model)]
+        share = sum(size for size in sizes if size <= MOST_ELEMENTS) / sum(sizes)
+        return Work(Cost(0, share * plain.work(shape, itemsize).forward.bytes))
+
+    return replace(plain, inputs=inputs, work=work)
+
+
 def operation(name: str) -> Operation:
     """The operation of that name. Raises `UserError` with the nearest names if there is none."""
     if name not in SHAPES:
         raise unknown_name("audited operation", name, SHAPES)
+    if name == "lamb_step":
+        return _few_tensors()
     if name == "add_layer_norm scaled":
         return _scaled("add_layer_norm", backward=6)
     if name == "layer_norm_add scaled":

@@ -29,14 +29,15 @@ _SHAPES = {
 
 
 @cache
-def _sizes(model: str) -> tuple[torch.Size, ...]:
+def parameter_sizes(model: str) -> tuple[torch.Size, ...]:
+    """Of all parameters of a model."""
     parameters = create_model(short_names()[model], device="meta").parameters()
     return tuple(parameter.shape for parameter in parameters)
 
 
 def _inputs(shape: Shape, draw: Draw) -> Inputs:
     """Parameters and gradients in the dtype measured, moments in float32. Batch and tower don't matter."""
-    sizes = _sizes(shape.model)
+    sizes = parameter_sizes(shape.model)
     moments = [[draw.normal(*size, scale=1e-3, dtype=torch.float32) for size in sizes] for _ in range(2)]
     return {
         "params": [draw.normal(*size, scale=0.02) for size in sizes],
@@ -58,7 +59,7 @@ def _work(shape: Shape, itemsize: int) -> Work:
     A tensor's norm must be known before any of it is written. Where a tensor is larger than the cache, its moments and
     itself are read a second time for that, 40 bytes in all; the formula counts each input once, as everywhere.
     """
-    sizes = _sizes(shape.model)
+    sizes = parameter_sizes(shape.model)
     parameters, steps = sum(size.numel() for size in sizes), len(sizes)
     return Work(Cost(0, parameters * (3 * itemsize + 4 * 4) + steps * 2 * 4))
 
