@@ -28,7 +28,8 @@ constexpr unsigned kWholeWarp = ~0u;
 template <class... Parameters>
 Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream,
              const std::type_identity_t<Parameters>&... arguments) {
-  return cuda_emulator::launch(grid, block, [&] { kernel(arguments...); });
+  const auto call = [&] { kernel(arguments...); };
+  return cuda_emulator::launch(reinterpret_cast<const void*>(kernel), grid, block, std::ref(call));
 }
 
 // How many blocks run at the same time.
@@ -46,10 +47,7 @@ T& shared_memory() {
 
 template <class Word>
 Word load(const Word* from, int line = __builtin_LINE()) {
-  cuda_emulator::require_aligned(from, sizeof(Word), line);
-  Word word;
-  std::memcpy(&word, from, sizeof word);
-  return word;
+  return cuda_emulator::is_aligned(from, sizeof(Word), line) ? *from : Word{};
 }
 
 template <class Word>
@@ -59,8 +57,7 @@ Word load_once(const Word* from, int line = __builtin_LINE()) {
 
 template <class Word>
 void store(Word* to, Word word, int line = __builtin_LINE()) {
-  cuda_emulator::require_aligned(to, sizeof(Word), line);
-  std::memcpy(to, &word, sizeof word);
+  if (cuda_emulator::is_aligned(to, sizeof(Word), line)) *to = word;
 }
 
 template <class Word>

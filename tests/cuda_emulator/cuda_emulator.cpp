@@ -90,7 +90,7 @@ struct Machine {
   int alive = 0;
   int at_barrier = 0;
   int barrier_line = 0;
-  Fiber* current = nullptr;
+  Fiber* current = nullptr;  // null: no kernel runs
   void* scheduler_stack_pointer = nullptr;
   void* scheduler_sanitizer = nullptr;
   const std::function<void()>* kernel = nullptr;
@@ -105,6 +105,7 @@ struct Machine {
 };
 
 Machine machine;
+Observer* observer = nullptr;
 std::mutex one_launch_at_a_time;
 
 // For the thread sanitizer: what was done before release comes before what is done after acquire.
@@ -275,7 +276,9 @@ void run_block() {
   for (int i = 0; i < machine.threads; ++i) prepare(machine.fibers[i], i);
   release(&machine.order_of_starts);
   while (!machine.ready.empty() && !machine.failed) to_fiber(take_ready());
+  machine.current = nullptr;
   acquire(&machine.order_of_ends);
+  if (observer) observer->block_ends(machine.fibers[0].barriers);
   if (machine.alive > 0 && !machine.failed) report_deadlock();
 }
 
@@ -291,6 +294,18 @@ const uint3& block_index() { return machine.block_index; }
 const dim3& block_size() { return machine.block; }
 const dim3& grid_size() { return machine.grid; }
 int lane() { return number_of(*machine.current) % kWarpSize; }
+
+void watch(Observer* watcher) { observer = watcher; }
+int running_thread() { return machine.current ? number_of(*machine.current) : -1; }
+unsigned meetings_so_far() { return machine.current->barriers + machine.current->meetings; }
+
+bool is_private(const void* address) {
+  const auto lies_in = [&](const void* begin, size_t size) {
+    return reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(begin) < size;
+  };
+  return lies_in(machine.current->stack, kStackBytes) || lies_in(&machine, sizeof machine) ||
+         lies_in(machine.fibers.data(), machine.fibers.size() * sizeof(Fiber));
+}
 
 void fail(const char* what, int line) {
   if (machine.failed) return;
@@ -374,10 +389,11 @@ void* shared_memory(const void* key, size_t size, size_t alignment) {
     if (is_new) release(&variable);
   }
   acquire(&variable);
+  if (observer) observer->uses_shared_memory(variable.data, size);
   return variable.data;
 }
 
-const char* launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
+const char* launch(const void* address, dim3 grid, dim3 block, const std::function<void()>& kernel) {
   const std::lock_guard lock(one_launch_at_a_time);
   if (std::getenv("EVAKERNELS_EMULATOR_BREAKDOWN")) return "a breakdown, as asked for";
   machine.failed = false;
@@ -394,6 +410,7 @@ const char* launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
 #ifdef EVAKERNELS_WATCH_THREAD
   machine.scheduler_sanitizer = __tsan_get_current_fiber();
 #endif
+  if (observer) observer->launch_begins(address, grid, block);
   // No vector grows in one thread and shrinks in another, which would look like a race.
   machine.ready.reserve(kMaxThreads);
   for (Warp& warp : machine.warps) warp.meetings.reserve(kWarpSize);

@@ -59,11 +59,28 @@ int lane();
 // The block's copy of a variable in shared memory, which `key` stands for.
 void* shared_memory(const void* key, size_t size, size_t alignment);
 
-// Null, or what went wrong.
-const char* launch(dim3 grid, dim3 block, const std::function<void()>& kernel);
+// Null, or what went wrong. `kernel` calls the function at `address`.
+const char* launch(const void* address, dim3 grid, dim3 block, const std::function<void()>& kernel);
 
-inline void require_aligned(const void* pointer, size_t alignment, int line) {
-  if (reinterpret_cast<uintptr_t>(pointer) % alignment != 0) fail("a misaligned access", line);
+// Who watches launches (audit.cpp).
+struct Observer {
+  virtual void launch_begins(const void* kernel, dim3 grid, dim3 block) = 0;
+  virtual void block_ends(unsigned barriers) = 0;
+  virtual void uses_shared_memory(const void* data, size_t size) = 0;
+};
+void watch(Observer* observer);
+
+// The running thread: its number in the block, -1 where no kernel runs; how often it has met others; and
+// whether memory is its own stack, or the emulator's.
+int running_thread();
+unsigned meetings_so_far();
+bool is_private(const void* address);
+
+// Else the launch ends with an error.
+inline bool is_aligned(const void* pointer, size_t alignment, int line) {
+  if (reinterpret_cast<uintptr_t>(pointer) % alignment == 0) return true;
+  fail("a misaligned access", line);
+  return false;
 }
 
 template <class T>

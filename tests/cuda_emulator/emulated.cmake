@@ -42,3 +42,17 @@ foreach(variant IN LISTS VARIANTS)
   set_target_properties(drive_${variant} PROPERTIES LINKER_LANGUAGE CXX)
   target_link_options(drive_${variant} PRIVATE ${watch})
 endforeach()
+
+# The same of the kernels that a compiler instruments for the thread sanitizer, but with functions of our own in its
+# place: they count what the kernels ask of memory. With the Python module, whose launchers these kernels serve too.
+add_library(emulator_audit OBJECT ${EMULATOR}/cuda_emulator.cpp ${EMULATOR}/audit.cpp ${EMULATOR}/memory.cpp)
+target_include_directories(emulator_audit PRIVATE csrc)
+target_compile_options(emulator_audit PRIVATE -Wall -Wextra -O2)
+set(objects $<TARGET_OBJECTS:kernels_thread> $<TARGET_OBJECTS:emulator_audit>)
+add_library(ops_audit MODULE $<TARGET_OBJECTS:bindings> ${objects})
+set_target_properties(ops_audit PROPERTIES OUTPUT_NAME _ops LIBRARY_OUTPUT_DIRECTORY audit LINKER_LANGUAGE CXX)
+link_with_torch(ops_audit)
+
+add_python_module(csrc/cpu/isa.cpp ${objects})
+set_target_properties(_C PROPERTIES LIBRARY_OUTPUT_DIRECTORY audit)
+target_compile_definitions(_C PRIVATE EVAKERNELS_CUDA EVAKERNELS_EMULATED)

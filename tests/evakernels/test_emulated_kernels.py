@@ -16,7 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from op_suite import CHOICE, ROOT, build_library, copy_with_library, gcc, made_once, run_ops, sanitizer_runtimes, tool
+from op_suite import CHOICE, ROOT, build_emulated, copy_with_library, gcc, run_ops, sanitizer_runtimes, tool
 
 OPS = ("adamw", "gelu", "gradient_norm", "lamb", "native_lamb")
 OPS += ("layer_norm", "residual_norm", "norm_widths", "swiglu", "token_dropout")
@@ -39,13 +39,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all that emulated.cmake tells of is built."""
-
-    def make(build: Path) -> None:
-        options = {"CMAKE_CXX_COMPILER": gcc(), "CMAKE_BUILD_TYPE": "None", "CMAKE_CXX_FLAGS": "-fno-strict-aliasing"}
-        build_library(build, EVAKERNELS_EMULATED="ON", **options)
-
-    return made_once(tmp_path_factory, "emulated", make)
+    return build_emulated(tmp_path_factory)
 
 
 @pytest.fixture
