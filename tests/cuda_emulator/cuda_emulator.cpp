@@ -59,6 +59,7 @@ struct Fiber {
   unsigned barriers = 0;
   unsigned meetings = 0;
   uint32_t priority = 0;
+  std::vector<Copy> copies;
 };
 
 struct Warp {
@@ -95,7 +96,9 @@ struct Machine {
   void* scheduler_sanitizer = nullptr;
   const std::function<void()>* kernel = nullptr;
   std::map<const void*, Shared> shared;
-  char order[2];  // what a barrier orders, in turn
+  size_t dynamic_bytes = 0;
+  std::map<size_t, Shared> dynamic;  // by size
+  char order[2];                     // what a barrier orders, in turn
   // What a block begins after, and what comes after its end: no thread of it begins after the end of another.
   char order_of_starts, order_of_ends;
   bool failed = false;
@@ -196,6 +199,7 @@ void run_thread() {
 #endif
   acquire(&machine.order_of_starts);
   (*machine.kernel)();
+  if (!machine.current->copies.empty()) fail("a thread ends before the copies that it began", 0);
   release(&machine.order_of_ends);
   machine.current->state = State::Done;
   --machine.alive;
@@ -216,6 +220,7 @@ void prepare(Fiber& fiber, int number) {
   const unsigned n = static_cast<unsigned>(number);
   fiber.index = {n % block.x, n / block.x % block.y, n / (block.x * block.y)};
   fiber.barriers = fiber.meetings = 0;
+  fiber.copies.clear();
   if (!fiber.stack) fiber.stack = new_stack();
 #ifdef EVAKERNELS_WATCH_THREAD
   if (!fiber.sanitizer) fiber.sanitizer = __tsan_create_fiber(0);
@@ -332,7 +337,12 @@ void synchronize_block(int line) {
   acquire(order);
 }
 
-uint64_t exchange(unsigned mask, uint64_t value, int source, const char* what, int line) {
+namespace {
+
+// A lane's way through a warp function: what lane `source` brought, when all lanes of the mask have come. The
+// last one calls `work`, if there is any.
+uint64_t meet(unsigned mask, uint64_t value, int source, void (*work)(const uint64_t*), const char* what,
+              int line) {
   Fiber& self = *machine.current;
   const int number = number_of(self), first = number - number % kWarpSize, own = number % kWarpSize;
   Warp& warp = machine.warps[number / kWarpSize];
@@ -362,6 +372,7 @@ uint64_t exchange(unsigned mask, uint64_t value, int source, const char* what, i
   void* order = &warp.order[self.meetings++ % 2];
   release(order);
   if (meeting->arrived == expected) {
+    if (work) work(meeting->values.data());
     for (int i = 0; i < kWarpSize; ++i) {
       if (!(expected >> i & 1)) continue;
       machine.fibers[first + i].received = meeting->values[meeting->sources[i]];
@@ -375,12 +386,39 @@ uint64_t exchange(unsigned mask, uint64_t value, int source, const char* what, i
   return self.received;
 }
 
-void* shared_memory(const void* key, size_t size, size_t alignment) {
-  const auto found = machine.shared.find(key);
-  const bool is_new = found == machine.shared.end();
-  // Kept for ever, each in a piece of the heap of its own, which AddressSanitizer fences.
-  Shared& variable = is_new ? machine.shared[key] : found->second;
-  if (is_new) variable = {std::aligned_alloc(alignment, size), size, 0};
+}  // namespace
+
+uint64_t exchange(unsigned mask, uint64_t value, int source, const char* what, int line) {
+  return meet(mask, value, source, nullptr, what, line);
+}
+
+void work_together(uint64_t value, void (*work)(const uint64_t* values), const char* what, int line) {
+  if (machine.threads % kWarpSize != 0) fail("a warp function that needs a whole warp", line);
+  if (!machine.failed) meet(~0u, value, 0, work, what, line);
+}
+
+void begin_copy(const Copy& copy) { machine.current->copies.push_back(copy); }
+
+bool next_copy(Copy& copy) {
+  std::vector<Copy>& copies = machine.current->copies;
+  if (copies.empty()) return false;
+  copy = copies.back();
+  copies.pop_back();
+  return true;
+}
+
+namespace {
+
+// Kept for ever, each in a piece of the heap of its own, which AddressSanitizer fences.
+template <class Key>
+void* memory_for(std::map<Key, Shared>& memories, Key key, size_t size, size_t alignment) {
+  const auto found = memories.find(key);
+  const bool is_new = found == memories.end();
+  Shared& variable = is_new ? memories[key] : found->second;
+  if (is_new) {
+    const size_t whole = (size + alignment - 1) / alignment * alignment;
+    variable = {std::aligned_alloc(alignment, whole), size, 0};
+  }
   if (variable.block != machine.blocks_run) {
     variable.block = machine.blocks_run;
     // By hand: a memset would look like a write of this thread.
@@ -393,19 +431,31 @@ void* shared_memory(const void* key, size_t size, size_t alignment) {
   return variable.data;
 }
 
-const char* launch(const void* address, dim3 grid, dim3 block, const std::function<void()>& kernel) {
+}  // namespace
+
+void* shared_memory(const void* key, size_t size, size_t alignment) {
+  return memory_for(machine.shared, key, size, alignment);
+}
+
+void* dynamic_shared_memory() {
+  return memory_for(machine.dynamic, machine.dynamic_bytes, machine.dynamic_bytes, 16);
+}
+
+const char* launch(const void* address, dim3 grid, dim3 block, size_t dynamic_bytes,
+                   const std::function<void()>& kernel) {
   const std::lock_guard lock(one_launch_at_a_time);
   if (std::getenv("EVAKERNELS_EMULATOR_BREAKDOWN")) return "a breakdown, as asked for";
   machine.failed = false;
   machine.grid = grid;
   machine.block = block;
   machine.threads = static_cast<int>(block.x * block.y * block.z);
+  machine.dynamic_bytes = dynamic_bytes;
   machine.kernel = &kernel;
   machine.policy = static_cast<Policy>(seed() % 3);
   machine.random = (seed() + 1) * 0x9E3779B97F4A7C15u ^ machine.blocks_run;
   if (machine.random == 0) machine.random = 1;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  if (machine.threads < 1 || machine.threads > kMaxThreads || blocks == 0)
+  if (machine.threads < 1 || machine.threads > kMaxThreads || blocks == 0 || dynamic_bytes > kMaxSharedMemory)
     return "invalid configuration argument";
 #ifdef EVAKERNELS_WATCH_THREAD
   machine.scheduler_sanitizer = __tsan_get_current_fiber();

@@ -19,9 +19,10 @@ import pytest
 from op_suite import CHOICE, ROOT, build_emulated, copy_with_library, gcc, run_ops, sanitizer_runtimes, tool
 
 OPS = ("adamw", "gelu", "gradient_norm", "lamb", "native_lamb")
-OPS += ("layer_norm", "residual_norm", "norm_widths", "swiglu", "token_dropout")
+OPS += ("layer_norm", "residual_norm", "norm_widths", "rope_attention", "swiglu", "token_dropout")
 MORE = ("every_mix", "no_rows", "one_element", "strided", "finite", "bit_equal", "lamb", "any_layout", "refuses")
-CHECKS = " or ".join((CHOICE, *MORE))
+# Not the tests that are about the size of other kernels' chunks.
+CHECKS = f"({' or '.join((CHOICE, *MORE))}) and not several_chunks"
 LEAST_COVERAGE = 0.95
 OBJECTS = "CMakeFiles/kernels_{}.dir/csrc/cuda"
 SANITIZER_OPTIONS = {
@@ -167,6 +168,7 @@ COMPILED_IN = {
     "column_sums.cuh": "swiglu_norm_backward.cu",
     "tensor_chunks.cuh": "lamb.cu",
     "tensor_table.cuh": "lamb.cu",
+    "rope_attention.cuh": "rope_attention_forward.cu",
 }
 LAST_SUM = "    __syncthreads();\n    const int warps"
 FAULTS = {
@@ -210,6 +212,29 @@ FAULTS = {
         "sums[i];\n",
     ),
     "alignment": ("coverage", "misaligned", "norm_plan.h", "width % elements == 0", "width > 0"),
+    "barrier of a stage": (
+        "thread",
+        "data race",
+        "rope_attention.cuh",
+        "    if (stage >= 0) {\n      __syncthreads();\n",
+        "    if (stage >= 0) {\n",
+    ),
+    "wait for copies": ("coverage", "error nan", "rope_attention.cuh", "    wait_for_copies();\n", ""),
+    "rows of the gradient before": (
+        "thread",
+        "data race",
+        "rope_attention_backward.cu",
+        "tile * kTile, kTile);\n    __syncwarp();\n  };",
+        "tile * kTile, kTile);\n  };",
+    ),
+    "a prefix token too many": (
+        "coverage",
+        "wrong: out of",
+        "rope_attention.cuh",
+        "slot < prefix ? slot",
+        "slot <= prefix ? slot",
+    ),
+    "empty slots": ("coverage", "wrong: lse", "rope_attention_forward.cu", "values[i] = -INFINITY", "values[i] = 0.0f"),
     "barrier of the norms": (
         "thread",
         "data race",
