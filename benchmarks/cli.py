@@ -33,7 +33,13 @@ _EXAMPLES = {
     "all": ["python -m benchmarks all --json run.json --plot report/"],
     "compare": ["python -m benchmarks compare before.json after.json"],
     "report": ["python -m benchmarks report run.json --out report/"],
+    "audit": [
+        "python -m benchmarks audit layer_norm swiglu",
+        "python -m benchmarks audit token_dropout --shape 'eva02-l14@336 b8 drop50' --dtype bfloat16 --json audit.json",
+    ],
 }
+
+_BOTH = "default: both"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +70,11 @@ def _build_parser() -> argparse.ArgumentParser:
     report = _add(verbs, "report", "write the pages and plots of a result", _report)
     report.add_argument("result", type=Path, help="a result of --json")
     report.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to")
+    audit = _add(verbs, "audit", "count what the GPU kernels ask of memory, in an emulator", _audit)
+    audit.add_argument("names", nargs="*", metavar="NAME", help="an audited operation (default: all)")
+    _add_choice(audit)
+    audit.add_argument("--direction", action="append", default=[], choices=["forward", "backward"], help=_BOTH)
+    audit.add_argument("--json", type=Path, metavar="FILE", help="all that was counted")
     return parser
 
 
@@ -76,14 +87,19 @@ def _add(verbs: Any, name: str, help: str, action: Any) -> argparse.ArgumentPars
     return parser
 
 
+def _add_choice(parser: Any) -> None:
+    several: dict[str, Any] = {"action": "append", "default": []}
+    parser.add_argument(
+        "--shape", **several, metavar="NAME", help="such as 'eva02-l14@224 b8' (default: a list for each)"
+    )
+    parser.add_argument("--dtype", **several, choices=list(DTYPES), help="default: those usual on the device")
+
+
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to measure (each may be given several times)")
     several: dict[str, Any] = {"action": "append", "default": []}
-    what.add_argument(
-        "--shape", **several, metavar="NAME", help="such as 'eva02-l14@224 b8' (default: a list for each)"
-    )
-    what.add_argument("--dtype", **several, choices=list(DTYPES), help="default: those usual on the device")
-    what.add_argument("--mode", **several, choices=["forward", "training"], help="default: both")
+    _add_choice(what)
+    what.add_argument("--mode", **several, choices=["forward", "training"], help=_BOTH)
     what.add_argument("--backend", **several, metavar="NAME", help="of this library (default: all)")
     what.add_argument("--peer", **several, metavar="NAME", help="default: all; 'none' for none")
     how = parser.add_argument_group("how")
@@ -214,6 +230,17 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     _write_report(read_results(args.result), args.out)
+
+
+def _audit(args: argparse.Namespace) -> None:
+    from benchmarks.audit.build import count_all
+    from benchmarks.audit.cases import list_cases
+    from benchmarks.audit.table import print_audit, write_json
+
+    counts = count_all(list_cases(args.names, args.shape, args.dtype, args.direction))
+    print_audit(counts)
+    if args.json:
+        write_json(counts, args.json)
 
 
 def _write_report(results: Results, folder: Path) -> None:

@@ -46,3 +46,8 @@ def implemented(op_name: str, device_type: str) -> bool:
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"evakernels_native::{op_name}", key)
     except RuntimeError:  # no such operator
         return False
+
+
+def runs_gpu_kernels(device_type: str) -> bool:
+    """Whether kernels for GPUs serve this type of device: a CPU only in a build for tests, which emulates them."""
+    return device_type == "cuda" or implemented("emulated", device_type)

@@ -24,6 +24,7 @@ SHAPES = {
 
 @cache
 def sizes_of(model: str) -> tuple[torch.Size, ...]:
+    """Of all parameters of a model."""
     parameters = create_model(short_names()[model], device="meta").parameters()
     return tuple(parameter.shape for parameter in parameters)
 

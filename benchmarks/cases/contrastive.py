@@ -22,7 +22,9 @@ _SHAPES = {
         "eva02-b16@224 b16384",
         "eva02-b16@224 b32768",
         "eva02-b16@224 b65536",
+        "eva02-l14@224 b32768",
         "eva02-bige14@224 b16384",
+        "eva02-bige14@224 b131072",
     ),
 }
 
@@ -53,7 +55,8 @@ def _siglip_inputs(shape: Shape, draw: Draw) -> Inputs:
 def _work(shape: Shape, itemsize: int) -> Work:
     """One product of the features forward, two backward: the gradients of either side.
 
-    Who doesn't keep the B x B matrix needs a third one backward to form it again, so the floor is that of keeping it.
+    Who doesn't keep the B x B matrix needs a third one backward to form it again, so the floor is that of keeping it;
+    the sigmoid loss needs none, for its gradients can be formed with its value.
     Bytes are those of the features and of their gradients; no scalar counts, and no matrix of logits, for it is neither
     input nor output.
     """

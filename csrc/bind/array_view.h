@@ -1,42 +1,87 @@
-// A view of a dense CPU array that Python hands over: anything with the buffer protocol (NumPy) or DLPack
-// (torch, JAX).
+// The arrays that Python hands over in a call: anything with the buffer protocol (NumPy) or DLPack (torch,
+// JAX, CuPy).
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <deque>
 #include <string>
 #include <vector>
 
-#include "common/dtype.h"
+#include "bind/array.h"
 
 namespace evakernels {
 
-enum class Access { Read, Write };
+// As DLPack numbers them.
+struct Device {
+  int32_t type = 1;
+  int32_t number = 0;
 
-// Holds the array alive and unchanged in place for as long as the view exists.
+  bool is_gpu() const { return type == 2; }
+  bool operator==(const Device&) const = default;
+};
+
+enum class Access { Read, Write };
+enum class Content { Numbers, Indices };  // float32, bfloat16 or float16; int64
+
+// Holds an array alive and unchanged in place for as long as the view exists.
 class ArrayView {
  public:
-  // Throws TypeError or ValueError, naming the argument, unless it is a dense CPU array of a supported dtype.
-  ArrayView(const pybind11::object& array, Access access, std::string name);
+  // Throws TypeError or ValueError, naming the argument, unless it is an array of such content on a CPU, or
+  // on a GPU that this build has kernels for. What was put on the stream comes after what fills the array.
+  ArrayView(const pybind11::object& array, const char* name, Access access, Content content,
+            uintptr_t stream);
 
-  void* data() const { return data_; }
-  DType dtype() const { return dtype_; }
-  const std::vector<int64_t>& shape() const { return shape_; }
-  int64_t size() const;
-
-  void require_dtype(DType dtype) const;
-  void require_shape(const std::vector<int64_t>& shape) const;
+  Array array() const { return {name_, data_, dtype_, shape_, strides_, true}; }
+  const Device& device() const { return device_; }
+  bool is_dense() const;
 
  private:
-  void view_buffer(const pybind11::buffer& buffer, Access access);
-  void view_dlpack(const pybind11::object& array);
+  void view_buffer(const pybind11::buffer& buffer, Access access, Content content);
+  void view_dlpack(const pybind11::object& array, Content content, uintptr_t stream);
 
-  std::string name_;
+  const char* name_;
   void* data_ = nullptr;
   DType dtype_ = DType::Float32;
   std::vector<int64_t> shape_;
+  std::vector<int64_t> strides_;  // in elements
+  Device device_;
   pybind11::object owner_;
+};
+
+// Those of one call: all on one device, and dense unless said otherwise. They live as long as this does.
+class Arrays {
+ public:
+  explicit Arrays(uintptr_t stream) : stream_(stream) {}
+
+  Array read(const pybind11::object& array, const char* name) { return dense(array, name, Access::Read); }
+  Array write(const pybind11::object& array, const char* name) { return dense(array, name, Access::Write); }
+  Array read_strided(const pybind11::object& array, const char* name) {
+    return view(array, name, Access::Read, Content::Numbers).array();
+  }
+
+  // None is an array that doesn't exist.
+  Array read_if(const pybind11::object& array, const char* name) {
+    return array.is_none() ? no_array(name) : read(array, name);
+  }
+  Array write_if(const pybind11::object& array, const char* name) {
+    return array.is_none() ? no_array(name) : write(array, name);
+  }
+  Array read_index_if(const pybind11::object& array, const char* name) {
+    return array.is_none() ? no_array(name) : dense(array, name, Access::Read, Content::Indices);
+  }
+
+  Device device() const { return views_.empty() ? Device{} : views_.front().device(); }
+  uintptr_t stream() const { return stream_; }
+
+ private:
+  Array dense(const pybind11::object& array, const char* name, Access access,
+              Content content = Content::Numbers);
+  const ArrayView& view(const pybind11::object& array, const char* name, Access access, Content content);
+
+  uintptr_t stream_;
+  std::deque<ArrayView> views_;
 };
 
 }  // namespace evakernels

@@ -1,11 +1,9 @@
 // From a binding to the kernels: those for the CPU, or those for the GPU that the tensors are on.
-//
-// EVAKERNELS_CUDA: the kernels of csrc/cuda are part of this build. EVAKERNELS_EMULATED: they are emulated on
-// the CPU and serve its tensors, in place of its own kernels; that is a build for tests.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include "bind/build.h"
 #include "bind/torch_arguments.h"
 #include "cpu/isa.h"
 #include "cuda/stream.h"
@@ -15,17 +13,6 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
                                                                                    void** stream);
 
 namespace evakernels {
-
-#ifdef EVAKERNELS_CUDA
-constexpr bool kCudaIsBuilt = true;
-#else
-constexpr bool kCudaIsBuilt = false;
-#endif
-#ifdef EVAKERNELS_EMULATED
-constexpr bool kCudaIsEmulated = true;
-#else
-constexpr bool kCudaIsEmulated = false;
-#endif
 
 inline cuda::Stream current_stream(int32_t device) {
   require(aoti_torch_get_current_cuda_stream != nullptr, "this build of torch has no CUDA");

@@ -12,17 +12,13 @@
 #include <tuple>
 #include <vector>
 
-#include "common/dtype.h"
+#include "bind/array.h"
 #include "cpu/parallel.h"
 
 namespace evakernels {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
 
 inline void torch_parallel(int64_t count, int64_t grain, cpu::RangeBody body, void* context) {
   torch::stable::parallel_for(0, count, grain,
@@ -52,24 +48,43 @@ inline std::vector<int64_t> leading_sizes(const Tensor& x) {
   return {x.sizes().begin(), x.sizes().end() - 1};
 }
 
-inline int64_t product(const std::vector<int64_t>& sizes) {
-  int64_t total = 1;
-  for (int64_t size : sizes) total *= size;
-  return total;
+inline Sizes sizes_of(const Tensor& tensor) { return {tensor.sizes().data(), tensor.sizes().size()}; }
+
+inline Sizes strides_of(const Tensor& tensor) { return {tensor.strides().data(), tensor.strides().size()}; }
+
+// Valid as long as the tensor is.
+inline Array array_of(const Tensor& tensor, const char* name) {
+  return {name,
+          const_cast<void*>(tensor.const_data_ptr()),
+          dtype_of(tensor, name),
+          sizes_of(tensor),
+          strides_of(tensor),
+          true};
 }
 
-inline std::optional<Tensor> contiguous_vector(const std::optional<Tensor>& vector, int64_t width,
-                                               DType dtype, const char* name) {
-  if (!vector) return std::nullopt;
-  require(vector->dim() == 1 && vector->size(0) == width,
-          std::string(name) + " must have one element for each of the " + std::to_string(width) + " columns");
-  const DType own = dtype_of(*vector, name);
-  require(own == dtype || own == DType::Float32, std::string(name) + " must be float32 or of x's dtype");
-  return torch::stable::contiguous(*vector);
+inline Array array_of(const std::optional<Tensor>& tensor, const char* name) {
+  return tensor ? array_of(*tensor, name) : no_array(name);
+}
+
+// For tensors of no elements that stand for none.
+inline Array array_if(bool exists, const Tensor& tensor, const char* name) {
+  return exists ? array_of(tensor, name) : no_array(name);
+}
+
+inline std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& tensor) {
+  if (!tensor) return std::nullopt;
+  return torch::stable::contiguous(*tensor);
 }
 
 inline const void* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+// The gradient of a parameter of a norm, of the dtype of `otherwise` if there is none; no elements unless
+// wanted.
+inline Tensor new_gradient(const std::optional<Tensor>& parameter, const Tensor& otherwise, bool wanted) {
+  const Tensor& like = parameter ? *parameter : otherwise;
+  return torch::stable::new_empty(like, {wanted ? like.size(-1) : 0});
 }
 
 inline Tensor new_float32(const Tensor& like, const std::vector<int64_t>& sizes) {

@@ -189,32 +189,46 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_backward(const Tensor& drow_lse_a
   return gradients.result();
 }
 
-Tensor siglip_forward(const Tensor& image, const Tensor& text, const Tensor& logit_scale,
-                      const Tensor& logit_bias, int64_t offset) {
+Tensor siglip_value(const Tensor& image, const Tensor& text, const Tensor& logit_scale,
+                    const Tensor& logit_bias, int64_t offset) {
   Tiles tiles(image, text, logit_scale, offset);
   const float bias = scalar_of(logit_bias, "logit_bias");
   double total = 0;
   tiles.for_each([&](const LogitTile& tile, int64_t) {
-    const SiglipTile params = {.tile = tile, .bias = bias, .dloss = 0};
-    total += cpu::siglip_forward(params, cpu::active_isa(), torch_parallel);
+    total += cpu::siglip_value({.tile = tile, .bias = bias}, cpu::active_isa(), torch_parallel).loss;
   });
   return scalar_like(total, tiles.vector(0));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_backward(const Tensor& dloss, const Tensor& image,
-                                                           const Tensor& text, const Tensor& logit_scale,
-                                                           const Tensor& logit_bias, int64_t offset) {
-  Gradients gradients(image, text, logit_scale, offset);
+// The gradients are float32: backward multiplies them and rounds once.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_forward(const Tensor& image, const Tensor& text,
+                                                                  const Tensor& logit_scale,
+                                                                  const Tensor& logit_bias, int64_t offset) {
+  require(dtype_of(image, "image") == dtype_of(text, "text"), "text must be of image's dtype");
+  Gradients gradients(as_float32(image), as_float32(text), as_float32(logit_scale), offset);
   const float bias = scalar_of(logit_bias, "logit_bias");
-  const float scale = scalar_of(dloss, "dloss");
-  double dbias = 0;
+  SiglipSums total;
   gradients.for_each([&](const LogitTile& tile, int64_t start) {
-    const SiglipTile params = {.tile = tile, .bias = bias, .dloss = scale};
-    dbias += cpu::siglip_backward(params, cpu::active_isa(), torch_parallel);
+    const SiglipSums sums =
+        cpu::siglip_forward({.tile = tile, .bias = bias}, cpu::active_isa(), torch_parallel);
+    total.loss += sums.loss;
+    total.dbias += sums.dbias;
     gradients.add(tile, start);
   });
   auto [dimage, dtext, dscale] = gradients.result();
-  return {dimage, dtext, dscale, scalar_like(dbias, logit_bias)};
+  return {scalar_like(total.loss, dscale), dimage, dtext, dscale, scalar_like(total.dbias, dscale)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_backward(const Tensor& dloss, const Tensor& image,
+                                                           const Tensor& text, const Tensor& logit_scale,
+                                                           const Tensor& logit_bias, const Tensor& dimage,
+                                                           const Tensor& dtext, const Tensor& dlogit_scale,
+                                                           const Tensor& dlogit_bias) {
+  const auto gradient = [&](const Tensor& unscaled, const Tensor& input) {
+    return torch::stable::to(product_of_elements(unscaled, dloss), input.scalar_type());
+  };
+  return {gradient(dimage, image), gradient(dtext, text), gradient(dlogit_scale, logit_scale),
+          gradient(dlogit_bias, logit_bias)};
 }
 
 }  // namespace
@@ -223,6 +237,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_backward(const Tensor& dloss, 
 STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) {
   m.impl("contrastive_forward", TORCH_BOX(&evakernels::contrastive_forward));
   m.impl("contrastive_backward", TORCH_BOX(&evakernels::contrastive_backward));
+  m.impl("siglip_value", TORCH_BOX(&evakernels::siglip_value));
   m.impl("siglip_forward", TORCH_BOX(&evakernels::siglip_forward));
   m.impl("siglip_backward", TORCH_BOX(&evakernels::siglip_backward));
 }

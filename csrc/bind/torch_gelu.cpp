@@ -9,7 +9,8 @@ Tensor gelu_forward(const Tensor& x_any, std::optional<Tensor> bias_any, bool ta
   const DType dtype = dtype_of(x_any, "x");
   const int64_t rows = product(leading_sizes(x_any)), width = x_any.size(-1);
   const Tensor x = torch::stable::contiguous(x_any);
-  const auto bias = contiguous_vector(bias_any, width, dtype, "bias");
+  const auto bias = contiguous_or_none(bias_any);
+  const Array bias_array = array_of(bias, "bias");
   const Tensor out = torch::stable::new_empty(x, x.sizes());
   const GeluForward params = {
       .x = x.const_data_ptr(),
@@ -18,7 +19,7 @@ Tensor gelu_forward(const Tensor& x_any, std::optional<Tensor> bias_any, bool ta
       .rows = rows,
       .width = width,
       .dtype = dtype,
-      .bias_dtype = bias ? dtype_of(*bias, "bias") : dtype,
+      .bias_dtype = parameter_dtype(array_of(x, "x"), {&bias_array}),
       .tanh = tanh,
   };
   launch_on_gpu<cuda::gelu_forward>("gelu_forward", x, params);
@@ -32,7 +33,8 @@ std::tuple<Tensor, Tensor> gelu_backward(const Tensor& dout_any, const Tensor& x
   require(dtype_of(dout_any, "dout") == dtype, "dout must be of x's dtype");
   const int64_t rows = product(leading_sizes(x_any)), width = x_any.size(-1);
   const Tensor dout = torch::stable::contiguous(dout_any), x = torch::stable::contiguous(x_any);
-  const auto bias = contiguous_vector(bias_any, width, dtype, "bias");
+  const auto bias = contiguous_or_none(bias_any);
+  const Array bias_array = array_of(bias, "bias");
   const Tensor dx = torch::stable::new_empty(x, x.sizes());
   const Tensor dbias = torch::stable::new_empty(bias ? *bias : x, {bias ? width : 0});
   const GeluBackward params = {
@@ -44,7 +46,7 @@ std::tuple<Tensor, Tensor> gelu_backward(const Tensor& dout_any, const Tensor& x
       .rows = rows,
       .width = width,
       .dtype = dtype,
-      .bias_dtype = bias ? dtype_of(*bias, "bias") : dtype,
+      .bias_dtype = parameter_dtype(array_of(x, "x"), {&bias_array}),
       .tanh = tanh,
   };
   launch_on_gpu<cuda::gelu_backward, cuda::gelu_backward_workspace>("gelu_backward", x, params);

@@ -29,6 +29,13 @@ inline void multiply_stacks_less(const Tensor& out, const Tensor& a, const Tenso
       aoti_torch_cpu_baddbmm_out(out.get(), subtrahend.get(), a.get(), b.get(), -1.0, 1.0));
 }
 
+// a * b, the dtype that of torch.
+inline Tensor product_of_elements(const Tensor& a, const Tensor& b) {
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mul_Tensor(a.get(), b.get(), &result));
+  return Tensor(result);
+}
+
 inline Tensor transposed(const Tensor& matrices) {
   return torch::stable::transpose(matrices, matrices.dim() - 2, matrices.dim() - 1);
 }

@@ -13,6 +13,7 @@
 //   16,  77,  8, 64        8.4 / 8.6 / 7.5      13.0 / 13.0 / 4.1    (causal, not rotated)
 #include <algorithm>
 
+#include "bind/attention_arguments.h"
 #include "bind/torch_products.h"
 #include "cpu/rope_attention.h"
 
@@ -26,25 +27,14 @@ constexpr int64_t kChunkElements = int64_t{1} << 20;
 constexpr int64_t kMinTokens = 32;
 constexpr int64_t kMinHeadDim = 32;
 
-HeadsView view_of(const Tensor& heads) {
-  return {const_cast<void*>(heads.const_data_ptr()), heads.stride(0), heads.stride(1), heads.stride(2)};
-}
-
-// With dense vectors; else a dense copy.
-Tensor with_dense_vectors(const Tensor& heads) {
-  return heads.stride(3) == 1 ? heads : torch::stable::contiguous(heads);
-}
-
 // cos and sin with one entry for each element, see Rotation.
 class Tables {
  public:
   Tables(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
          const std::optional<Tensor>& token_index, int64_t head_dim, int64_t num_prefix, bool interleaved)
       : num_prefix_(num_prefix), interleaved_(interleaved) {
-    require(cos.has_value() == sin.has_value(), "cos and sin must be given both or neither");
+    require_tables(cos, sin);
     if (!cos) return;
-    require_same_shape(*cos, *sin, "cos and sin");
-    require(cos->dim() == 2 || cos->dim() == 3, "cos must be [P, D/2], [H, P, D/2] or [2, G, D/4]");
     const bool compact = cos->dim() == 3 && cos->size(2) == head_dim / 4;
     require(compact ? cos->size(0) == 2 : cos->size(-1) == head_dim / 2,
             "cos must have an entry for each pair");
@@ -104,14 +94,13 @@ class Tables {
 // first, and the sum of both has 16 bits. The other products' results would be rounded anyway.
 class Chunks {
  public:
-  Chunks(const Tensor& q, const Tensor& k, const Tensor& v, const Tables& tables, bool causal, double scale)
+  Chunks(const Tensor& q, const Tables& tables, bool causal, double scale)
       : tables_(tables),
         causal_(causal),
         scale_(static_cast<float>(scale)),
         dtype_(dtype_of(q, "q")),
         shape_{q.size(1), q.size(2), q.size(3)},
         heads_(q.size(0) * q.size(2)) {
-    require(dtype_of(k, "k") == dtype_ && dtype_of(v, "v") == dtype_, "k and v must be of q's dtype");
     split_ = dtype_ == DType::BFloat16 && shape_.tokens >= kMinTokens && shape_.head_dim >= kMinHeadDim &&
              cpu::has_bfloat16_products(cpu::active_isa());
     const int64_t fitting = kChunkElements / std::max<int64_t>(1, shape_.tokens * shape_.tokens);
@@ -224,12 +213,6 @@ class Chunks {
   Tensor like_;
 };
 
-void require_heads(const Tensor& q, const Tensor& k, const Tensor& v) {
-  require(q.dim() == 4, "q must be [B, N, H, D]");
-  require_same_shape(q, k, "q and k");
-  require_same_shape(q, v, "q and v");
-}
-
 std::tuple<Tensor, Tensor> rope_attention_forward(const Tensor& q_any, const Tensor& k_any,
                                                   const Tensor& v_any, std::optional<Tensor> cos,
                                                   std::optional<Tensor> sin,
@@ -238,7 +221,7 @@ std::tuple<Tensor, Tensor> rope_attention_forward(const Tensor& q_any, const Ten
   require_heads(q_any, k_any, v_any);
   const Tensor q = with_dense_vectors(q_any), k = with_dense_vectors(k_any), v = with_dense_vectors(v_any);
   const Tables tables(cos, sin, token_index, q.size(3), num_prefix, interleaved);
-  const Chunks chunks(q, k, v, tables, causal, scale);
+  const Chunks chunks(q, tables, causal, scale);
   const Tensor out = torch::stable::new_empty(q, q.sizes());
   const Tensor lse = new_float32(q, {q.size(0), q.size(2), q.size(1)});
   if (chunks.is_empty()) return {out, lse};
@@ -266,18 +249,12 @@ std::tuple<Tensor, Tensor, Tensor> rope_attention_backward(
     const Tensor& out_any, const Tensor& lse_any, std::optional<Tensor> cos, std::optional<Tensor> sin,
     std::optional<Tensor> token_index, int64_t num_prefix, bool causal, bool interleaved, double scale) {
   require_heads(q_any, k_any, v_any);
-  require_heads(q_any, dout_any, out_any);
-  require(
-      dtype_of(dout_any, "dout") == dtype_of(q_any, "q") && dtype_of(out_any, "out") == dtype_of(q_any, "q"),
-      "dout and out must be of q's dtype");
-  require(lse_any.scalar_type() == ScalarType::Float &&
-              lse_any.numel() == q_any.size(0) * q_any.size(1) * q_any.size(2),
-          "lse must be float32 [B, H, N]");
+  require_results(q_any, dout_any, out_any, lse_any);
   const Tensor q = with_dense_vectors(q_any), k = with_dense_vectors(k_any), v = with_dense_vectors(v_any);
   const Tensor dout = with_dense_vectors(dout_any), out = with_dense_vectors(out_any);
   const Tensor lse = torch::stable::contiguous(lse_any);
   const Tables tables(cos, sin, token_index, q.size(3), num_prefix, interleaved);
-  const Chunks chunks(q, k, v, tables, causal, scale);
+  const Chunks chunks(q, tables, causal, scale);
   const Tensor dq = torch::stable::new_empty(q, q.sizes());
   const Tensor dk = torch::stable::new_empty(q, q.sizes());
   const Tensor dv = torch::stable::new_empty(q, q.sizes());

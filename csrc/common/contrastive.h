@@ -36,9 +36,14 @@ struct ContrastiveBackward {
 };
 
 struct SiglipTile {
-  LogitTile tile;  // backward: becomes the gradient of the logits
+  LogitTile tile;  // becomes the gradient of the logits, where that is wanted
   float bias;
-  float dloss;
+};
+
+// Of a tile: its share of the loss and of the bias's gradient.
+struct SiglipSums {
+  double loss = 0;
+  double dbias = 0;
 };
 
 // Rows of image features on their way into the matrix product and back.

@@ -1,5 +1,6 @@
-// Parameters of the rope_attention launchers: what stands between the matrix products of an attention. The
-// products work on a chunk of consecutive heads, packed; head h of sample b is number b * heads + h.
+// Parameters of the rope_attention launchers. Those of the CPU: what stands between the matrix products of an
+// attention. The products work on a chunk of consecutive heads, packed; head h of sample b is number
+// b * heads + h.
 #pragma once
 
 #include <cstdint>
@@ -82,6 +83,53 @@ struct HeadDots {
   int64_t first;
   int64_t count;
   DType dtype;
+};
+
+// --- GPU: the whole op -------------------------------------------------------------------------------------
+
+// One entry for each pair of elements.
+struct RotaryTables {
+  const float* cos;  // [P, D/2] or [H, P, D/2]; null: no rotation
+  const float* sin;
+  const int64_t* token_index;  // [B, N - num_prefix], rows of the tables; null: in order
+  int64_t rows;                // P
+  int64_t head_stride;         // 0: all heads share a table
+  bool interleaved;            // pairs are neighbours, else half a vector apart
+};
+
+struct AttentionShape {
+  int64_t batch;
+  int64_t tokens;
+  int64_t heads;
+  int64_t head_dim;
+  int64_t num_prefix;  // tokens in front that aren't rotated
+  float scale;
+  bool causal;
+  DType dtype;
+};
+
+struct RopeAttentionForward {
+  HeadsView q;
+  HeadsView k;
+  HeadsView v;
+  void* out;   // [B, N, H, D]
+  float* lse;  // [B, H, N]
+  RotaryTables tables;
+  AttentionShape shape;
+};
+
+struct RopeAttentionBackward {
+  HeadsView dout;
+  HeadsView q;
+  HeadsView k;
+  HeadsView v;
+  HeadsView out;
+  const float* lse;  // [B, H, N]
+  void* dq;          // [B, N, H, D], as are dk and dv
+  void* dk;
+  void* dv;
+  RotaryTables tables;
+  AttentionShape shape;
 };
 
 }  // namespace evakernels

@@ -34,12 +34,15 @@ void for_each_block(const LogitTile& tile, ParallelFor parallel_for, const Body&
 
 // The sum over the tile of what the blocks return, in the order of the blocks.
 template <class Body>
-double sum_of_blocks(const LogitTile& tile, ParallelFor parallel_for, const Body& body) {
-  std::vector<double> sums(ceil_div(tile.columns, kBlockColumns));
+SiglipSums sum_of_blocks(const LogitTile& tile, ParallelFor parallel_for, const Body& body) {
+  std::vector<SiglipSums> sums(ceil_div(tile.columns, kBlockColumns));
   for_each_block(tile, parallel_for,
                  [&](int64_t block, int64_t begin, int64_t end) { sums[block] = body(begin, end); });
-  double total = 0;
-  for (double sum : sums) total += sum;
+  SiglipSums total;
+  for (const SiglipSums& sum : sums) {
+    total.loss += sum.loss;
+    total.dbias += sum.dbias;
+  }
   return total;
 }
 
@@ -128,17 +131,16 @@ void contrastive_backward(const ContrastiveBackward& params, Isa isa, ParallelFo
   }
 }
 
-double siglip_forward(const SiglipTile& params, Isa isa, ParallelFor parallel_for) {
+SiglipSums siglip_value(const SiglipTile& params, Isa isa, ParallelFor parallel_for) {
+  const ContrastiveKernels& kernels = kernels_for(isa);
+  return sum_of_blocks(params.tile, parallel_for,
+                       [&](int64_t begin, int64_t end) { return kernels.siglip_value(params, begin, end); });
+}
+
+SiglipSums siglip_forward(const SiglipTile& params, Isa isa, ParallelFor parallel_for) {
   const ContrastiveKernels& kernels = kernels_for(isa);
   return sum_of_blocks(params.tile, parallel_for, [&](int64_t begin, int64_t end) {
     return kernels.siglip_forward(params, begin, end);
-  });
-}
-
-double siglip_backward(const SiglipTile& params, Isa isa, ParallelFor parallel_for) {
-  const ContrastiveKernels& kernels = kernels_for(isa);
-  return sum_of_blocks(params.tile, parallel_for, [&](int64_t begin, int64_t end) {
-    return kernels.siglip_backward(params, begin, end);
   });
 }
 

@@ -15,11 +15,11 @@ void finish_columns(const float* col_sum, float* col_max, float* col_lse, int64_
 
 void contrastive_backward(const ContrastiveBackward& params, Isa isa, ParallelFor parallel_for);
 
-// Returns the tile's share of the loss.
-double siglip_forward(const SiglipTile& params, Isa isa, ParallelFor parallel_for);
+// Without a gradient.
+SiglipSums siglip_value(const SiglipTile& params, Isa isa, ParallelFor parallel_for);
 
-// Returns the tile's share of the bias's gradient.
-double siglip_backward(const SiglipTile& params, Isa isa, ParallelFor parallel_for);
+// With that of the logits in their place.
+SiglipSums siglip_forward(const SiglipTile& params, Isa isa, ParallelFor parallel_for);
 
 // scaled = scale * image.
 void scale_image(const ImageRows& params, Isa isa, ParallelFor parallel_for);

@@ -204,15 +204,21 @@ inline F32 log1p(F32 t) {
   return 2.0f * z * series;
 }
 
-// log(1 + e^x), the loss of a logit x that should be negative.
-inline F32 softplus(F32 x) {
+// Of a logit x that should be negative: its loss log(1 + e^x), from e^-|x|.
+inline F32 softplus(F32 x, F32 power) {
   const F32 positive = x < 0.0f ? F32{} : x;  // keeps NaN
-  return positive + log1p(exp(x < 0.0f ? x : -x));
+  return positive + log1p(power);
 }
 
-inline void negate_pair(const LogitTile& tile, float* logits, int64_t row, int64_t begin, int64_t end) {
+inline F32 power_of(F32 x) { return exp(x < 0.0f ? x : -x); }
+
+// Returns what the pair's value was; 0 where it lies in other columns.
+inline float negate_pair(const LogitTile& tile, float* logits, int64_t row, int64_t begin, int64_t end) {
   const int64_t column = tile.pair + row;
-  if (column >= begin && column < end) logits[column - begin] = -logits[column - begin];
+  if (column < begin || column >= end) return 0;
+  const float value = logits[column - begin];
+  logits[column - begin] = -value;
+  return value;
 }
 
 // Adds the bias and turns the sign of the pairs: afterwards every logit should be negative.
@@ -223,37 +229,41 @@ inline void prepare_row(const SiglipTile& params, float* logits, int64_t row, in
   negate_pair(params.tile, logits, row, begin, end);
 }
 
-double siglip_forward(const SiglipTile& params, int64_t begin, int64_t end) {
-  double total = 0;
+SiglipSums siglip_value(const SiglipTile& params, int64_t begin, int64_t end) {
+  SiglipSums total;
   for_each_row_block(params.tile, begin, end, [&](const Block& block, int64_t first) {
     for (int64_t row = 0; row < block.rows; ++row) {
       float* logits = block.row(row);
       prepare_row(params, logits, first + row, begin, end);
       float sum[1];
       sum_over_row(block.width, sum, [&](int64_t i, auto part, F32* sums) {
-        sums[0] += zero_beyond(softplus(load(logits + i, part)), part);
+        const F32 x = load(logits + i, part);
+        sums[0] += zero_beyond(softplus(x, power_of(x)), part);
       });
-      total += sum[0];
+      total.loss += sum[0];
     }
   });
   return total;
 }
 
 // Negating the pairs before and after the sigmoid gives them sigmoid(x) - 1 without its cancellation.
-double siglip_backward(const SiglipTile& params, int64_t begin, int64_t end) {
-  double total = 0;
+SiglipSums siglip_forward(const SiglipTile& params, int64_t begin, int64_t end) {
+  SiglipSums total;
   for_each_row_block(params.tile, begin, end, [&](const Block& block, int64_t first) {
     for (int64_t row = 0; row < block.rows; ++row) {
       float* logits = block.row(row);
       prepare_row(params, logits, first + row, begin, end);
-      for_each_vector(block.width, [&](int64_t i, auto part) {
-        store(logits + i, sigmoid(load(logits + i, part)) * params.dloss, part);
+      float sum[2];
+      sum_over_row(block.width, sum, [&](int64_t i, auto part, F32* sums) {
+        const F32 x = load(logits + i, part);
+        const F32 power = power_of(x);
+        const F32 gradient = (x < 0.0f ? power : broadcast(1.0f)) / (1.0f + power);
+        store(logits + i, gradient, part);
+        sums[0] += zero_beyond(softplus(x, power), part);
+        sums[1] += zero_beyond(gradient, part);
       });
-      negate_pair(params.tile, logits, first + row, begin, end);
-      float sum[1];
-      sum_over_row(block.width, sum,
-                   [&](int64_t i, auto part, F32* sums) { sums[0] += load(logits + i, part); });
-      total += sum[0];
+      total.loss += sum[0];
+      total.dbias += sum[1] - 2.0 * negate_pair(params.tile, logits, first + row, begin, end);
     }
   });
   return total;
@@ -310,7 +320,7 @@ void finish_image(const ImageRows& params, int64_t begin, int64_t end) {
 }  // namespace
 
 const ContrastiveKernels contrastive = {
-    forward, backward, siglip_forward, siglip_backward, scale_image, finish_image,
+    forward, backward, siglip_value, siglip_forward, scale_image, finish_image,
 };
 
 }  // namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE

@@ -23,8 +23,8 @@ struct ContrastiveKernels {
   // Columns [begin, end), kBlockColumns at most.
   void (*forward)(const ContrastiveForward& params, const RowSums& row_sums, int64_t begin, int64_t end);
   void (*backward)(const ContrastiveBackward& params, int64_t begin, int64_t end);
-  double (*siglip_forward)(const SiglipTile& params, int64_t begin, int64_t end);
-  double (*siglip_backward)(const SiglipTile& params, int64_t begin, int64_t end);
+  SiglipSums (*siglip_value)(const SiglipTile& params, int64_t begin, int64_t end);
+  SiglipSums (*siglip_forward)(const SiglipTile& params, int64_t begin, int64_t end);
 
   // Rows [begin, end).
   void (*scale_image)(const ImageRows& params, int64_t begin, int64_t end);

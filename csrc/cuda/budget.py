@@ -1,16 +1,20 @@
-"""What the GPU kernels take of a multiprocessor: registers and shared memory, as nvcc reports them.
+"""What the GPU kernels take of a multiprocessor, as nvcc reports it, and how wide they access memory, as disassembled.
 
     python csrc/cuda/budget.py     builds the library and writes budget.json
 
-A kernel that takes more than before runs in fewer copies at a time and is slower, which no test of its results shows;
-one that spills registers reads and writes memory that it should not. tests/evakernels/test_cuda_budget.py compares.
+A kernel that takes more registers or shared memory than before runs in fewer copies at a time and is slower, which no
+test of its results shows; one that spills registers reads and writes memory that it should not; and the compiler may
+cut a load or store of 16 bytes into pieces. tests/evakernels/test_cuda_budget.py compares.
 """
 
+import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +24,7 @@ BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
 REPORTS = "CMakeFiles/cuda_kernels.dir/csrc/cuda/*.cu.o.usage"
 BUDGET = FOLDER / "budget.json"
 ARCHS = ("sm_80", "sm_90", "sm_100")
+DISASSEMBLED = "sm_90"
 
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\S+)'.*?"
@@ -27,6 +32,8 @@ KERNEL = re.compile(
     r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.DOTALL,
 )
+FUNCTION = re.compile(r"\s*Function : (\S+)")
+ACCESS = re.compile(r"\b(LDG|STG)((?:\.\w+)*)")
 
 
 class Usage(NamedTuple):
@@ -36,6 +43,15 @@ class Usage(NamedTuple):
     shared: int
     stack: int
     spilled: int
+
+
+class Accesses(NamedTuple):
+    """Instructions of a kernel that access global memory: of 16 bytes a thread, and of fewer."""
+
+    wide_loads: int = 0
+    other_loads: int = 0
+    wide_stores: int = 0
+    other_stores: int = 0
 
 
 def readable(symbols: list[str]) -> list[str]:
@@ -79,6 +95,40 @@ def measure() -> dict[str, dict[str, Usage]]:
     return usages
 
 
+def disassembler() -> str | None:
+    """NVIDIA's cuobjdump: that on PATH, or Triton's; None without any."""
+    spec = importlib.util.find_spec("triton")
+    folders = [Path(folder) / "backends/nvidia/bin" for folder in (spec and spec.submodule_search_locations) or []]
+    return shutil.which("cuobjdump", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, folders)]))
+
+
+def accesses_in(machine_code: str) -> dict[str, Accesses]:
+    """The accesses of every kernel of a disassembled source file."""
+    counts: dict[str, Counter[str]] = {}
+    current: Counter[str] = Counter()
+    for line in machine_code.splitlines():
+        if begins := FUNCTION.match(line):
+            current = counts[begins[1]] = Counter()
+        elif found := ACCESS.search(line):
+            current[found[1] + (" wide" if "128" in found[2].split(".") else " other")] += 1
+    kinds = ("LDG wide", "LDG other", "STG wide", "STG other")
+    accesses = [Accesses(*(own[kind] for kind in kinds)) for own in counts.values()]
+    return dict(zip(readable(list(counts)), accesses, strict=True))
+
+
+def measure_accesses(tool: str) -> dict[str, Accesses]:
+    """The accesses by kernel on DISASSEMBLED, in the library that `measure` built."""
+    # It calls a program that lies beside it.
+    environment = os.environ | {"PATH": os.pathsep.join([str(Path(tool).parent), os.environ.get("PATH", "")])}
+    accesses = {}
+    for path in sorted(BUILD.glob(REPORTS)):
+        call = [tool, "-sass", "-arch", DISASSEMBLED, path.with_suffix("")]
+        code = subprocess.run(call, env=environment, capture_output=True, text=True, check=True).stdout
+        source = path.name.removesuffix(".cu.o.usage")
+        accesses |= {f"{source}: {name}": found for name, found in accesses_in(code).items()}
+    return accesses
+
+
 def nvcc_release() -> str:
     """`13.0`: another release gives other numbers."""
     report = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
@@ -86,13 +136,18 @@ def nvcc_release() -> str:
     return found[1] if found else "unknown"
 
 
-def write(usages: dict[str, dict[str, Usage]]) -> None:
-    """One line for each kernel: [registers, shared memory] for each architecture."""
+def write(usages: dict[str, dict[str, Usage]], accesses: dict[str, Accesses]) -> None:
+    """One line for each kernel: [registers, shared memory] for each architecture, and one of its accesses."""
     kernels = sorted(usages[ARCHS[0]])
-    lines = [f"    {json.dumps(k)}: {json.dumps([usages[arch][k][:2] for arch in ARCHS])}" for k in kernels]
-    head = f'{{\n  "nvcc": "{nvcc_release()}",\n  "archs": {json.dumps(ARCHS)},\n'
-    head += '  "registers and shared memory": {\n'
-    BUDGET.write_text(head + ",\n".join(lines) + "\n  }\n}\n")
+    sections = {
+        "registers and shared memory": {kernel: [usages[arch][kernel][:2] for arch in ARCHS] for kernel in kernels},
+        "accesses": {kernel: accesses[kernel] for kernel in kernels},
+    }
+    parts = [f'  "nvcc": "{nvcc_release()}"', f'  "archs": {json.dumps(ARCHS)}']
+    for name, values in sections.items():
+        lines = [f"    {json.dumps(kernel)}: {json.dumps(value)}" for kernel, value in values.items()]
+        parts.append(f'  "{name}": {{\n' + ",\n".join(lines) + "\n  }")
+    BUDGET.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def read() -> tuple[str, dict[str, dict[str, tuple[int, int]]]]:
@@ -104,10 +159,18 @@ def read() -> tuple[str, dict[str, dict[str, tuple[int, int]]]]:
     }
 
 
+def read_accesses() -> dict[str, Accesses]:
+    """The accesses on DISASSEMBLED, by kernel."""
+    return {kernel: Accesses(*counts) for kernel, counts in json.loads(BUDGET.read_text())["accesses"].items()}
+
+
 if __name__ == "__main__":
+    tool = disassembler()
+    if tool is None:
+        sys.exit("no cuobjdump found: pip install triton brings it")
     found = measure()
     for arch, usages in found.items():
         for kernel, usage in usages.items():
             if usage.spilled or usage.stack:
                 print(f"{arch} {kernel}: {usage}")
-    write(found)
+    write(found, measure_accesses(tool))

@@ -26,16 +26,20 @@ constexpr unsigned kWholeWarp = ~0u;
 #ifdef EVAKERNELS_EMULATED
 
 template <class... Parameters>
-Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream,
-             const std::type_identity_t<Parameters>&... arguments) {
-  return cuda_emulator::launch(grid, block, [&] { kernel(arguments...); });
+Error launch_with_memory(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream,
+                         const std::type_identity_t<Parameters>&... arguments) {
+  const auto call = [&] { kernel(arguments...); };
+  return cuda_emulator::launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
+                               std::ref(call));
 }
 
 // How many blocks run at the same time.
 template <class Kernel>
-int resident_blocks(Kernel*, int) {
+int resident_blocks(Kernel*, int, size_t = 0) {
   return cuda_emulator::kMultiprocessors * cuda_emulator::kBlocksPerMultiprocessor;
 }
+
+inline size_t max_shared_memory() { return cuda_emulator::kMaxSharedMemory; }
 
 // The block's one T in shared memory. Give each use a type of its own.
 template <class T>
@@ -44,12 +48,15 @@ T& shared_memory() {
   return *static_cast<T*>(cuda_emulator::shared_memory(&key, sizeof(T), alignof(T)));
 }
 
+// The shared memory that the launch asked for, at a multiple of 16 bytes.
+template <class T>
+T* dynamic_shared_memory() {
+  return static_cast<T*>(cuda_emulator::dynamic_shared_memory());
+}
+
 template <class Word>
 Word load(const Word* from, int line = __builtin_LINE()) {
-  cuda_emulator::require_aligned(from, sizeof(Word), line);
-  Word word;
-  std::memcpy(&word, from, sizeof word);
-  return word;
+  return cuda_emulator::is_aligned(from, sizeof(Word), line) ? *from : Word{};
 }
 
 template <class Word>
@@ -59,8 +66,7 @@ Word load_once(const Word* from, int line = __builtin_LINE()) {
 
 template <class Word>
 void store(Word* to, Word word, int line = __builtin_LINE()) {
-  cuda_emulator::require_aligned(to, sizeof(Word), line);
-  std::memcpy(to, &word, sizeof word);
+  if (cuda_emulator::is_aligned(to, sizeof(Word), line)) *to = word;
 }
 
 template <class Word>
@@ -78,6 +84,8 @@ T* in_global_memory(T* pointer) {
 }
 
 inline float exp2_approximated(float x) { return std::exp2(x); }
+
+inline void hide_origin(unsigned&) {}
 
 inline float to_float(BFloat16 value) { return bfloat16_to_float<float>(uint32_t{value.bits}); }
 inline float to_float(Float16 value) { return float16_to_float<float>(uint32_t{value.bits}); }
@@ -97,23 +105,44 @@ inline Error error_of(cudaError_t code) {
   return cudaGetErrorString(code);
 }
 
+// Without leave a kernel gets 48 KB of dynamic shared memory at most.
+template <class Kernel>
+cudaError_t allow_shared_memory(Kernel* kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+// shared_bytes: of the memory that dynamic_shared_memory gives.
 template <class... Parameters>
-Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream,
-             std::type_identity_t<Parameters>... arguments) {
+Error launch_with_memory(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                         Stream stream, std::type_identity_t<Parameters>... arguments) {
+  const cudaError_t allowed = allow_shared_memory(kernel, shared_bytes);
+  if (allowed != cudaSuccess) return error_of(allowed);
   void* pointers[] = {&arguments...};
-  return error_of(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, 0,
+  return error_of(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared_bytes,
                                    static_cast<cudaStream_t>(stream)));
 }
 
 // How many blocks run at the same time on the current device; 0 if that can't be told.
 template <class Kernel>
-int resident_blocks(Kernel* kernel, int threads) {
+int resident_blocks(Kernel* kernel, int threads, size_t shared_bytes = 0) {
   int device = 0, multiprocessors = 0, blocks = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 0;
   if (cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
     return 0;
-  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0) != cudaSuccess) return 0;
+  if (allow_shared_memory(kernel, shared_bytes) != cudaSuccess) return 0;
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes) != cudaSuccess)
+    return 0;
   return multiprocessors * blocks;
+}
+
+// What a block of the current device may have at most; 0 if that can't be told.
+inline size_t max_shared_memory() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+    return 0;
+  return static_cast<size_t>(bytes);
 }
 
 // The block's one T in shared memory. Give each use a type of its own.
@@ -121,6 +150,13 @@ template <class T>
 __device__ __forceinline__ T& shared_memory() {
   __shared__ T memory;
   return memory;
+}
+
+// The shared memory that the launch asked for, at a multiple of 16 bytes.
+template <class T>
+__device__ __forceinline__ T* dynamic_shared_memory() {
+  extern __shared__ uint4 dynamic_memory[];
+  return reinterpret_cast<T*>(dynamic_memory);
 }
 
 template <class Word>
@@ -172,6 +208,9 @@ __device__ __forceinline__ float exp2_approximated(float x) {
   return result;
 }
 
+// Lets the compiler not know where the value comes from, so that it can't move what depends on it.
+__device__ __forceinline__ void hide_origin(unsigned& value) { asm volatile("" : "+r"(value)); }
+
 __device__ __forceinline__ float to_float(BFloat16 value) {
   return __uint_as_float(uint32_t{value.bits} << 16);
 }
@@ -194,5 +233,11 @@ __device__ __forceinline__ uint32_t round_pair(float low, float high, Float16) {
 }
 
 #endif
+
+template <class... Parameters>
+Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream,
+             const std::type_identity_t<Parameters>&... arguments) {
+  return launch_with_memory(kernel, grid, block, 0, stream, arguments...);
+}
 
 }  // namespace evakernels::cuda

@@ -2,14 +2,14 @@
 
 The rule: a loss has the value over the global batch on every rank, and its gradient is world_size times this
 rank's contribution. Averaged over ranks, as data-parallel training does, the contributions add up to the
-exact gradient. Partial results are gathered and then reduced by every rank in rank order, so that all get the
-same bits.
+exact gradient. An all-reduce gives all ranks the same bits, so the value is the same on each.
 """
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -28,33 +28,41 @@ def rank_and_size(op: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
     return rank, dist.get_world_size(group)
 
 
-def gather_rows(op: str, name: str, rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The rows of all ranks, in rank order; the owner of a row gets the sum of all ranks' gradients of it.
+def gather_rows(op: str, name: str, rows: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
+    """The rows of all ranks, in rank order, and the place of this rank's first; ranks may have different numbers.
 
-    Raises `ValueError`, on every rank, where the shapes differ: a collective would hang or mix up the rows.
+    The owner of a row gets the sum of all ranks' gradients of it. Raises `ValueError`, on every rank, where the
+    widths differ: a collective would hang or mix up the rows.
     """
-    if rank_and_size(op, group)[1] == 1:
-        return rows
-    shapes = _all_gather(torch.tensor(rows.shape, device=rows.device), group).tolist()
-    if any(shape != shapes[0] for shape in shapes):
-        listed = ", ".join(f"{shape} on rank {rank}" for rank, shape in enumerate(shapes))
-        raise ValueError(f"{op}: {name} has shape {listed}; expected the same shape on every rank")
-    gathered: Tensor = _GatherRows.apply(rows, group)  # type: ignore[no-untyped-call]
-    return gathered
-
-
-def gather_partials(op: str, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """`x` of all ranks as `[world_size, *x.shape]`; this rank's part alone has a gradient, and keeps it."""
     rank, world_size = rank_and_size(op, group)
     if world_size == 1:
-        return x[None]
-    parts = _all_gather(x.detach(), group)
-    return torch.cat([parts[:rank], x[None], parts[rank + 1 :]])
+        return rows, 0
+    shapes = _all_gather(torch.tensor(rows.shape, device=rows.device), group).tolist()
+    if any(shape[1:] != shapes[0][1:] for shape in shapes):
+        listed = ", ".join(f"{shape} on rank {rank}" for rank, shape in enumerate(shapes))
+        raise ValueError(f"{op}: {name} has shape {listed}; expected rows of the same width on every rank")
+    counts = [shape[0] for shape in shapes]
+    gathered: Tensor = _GatherRows.apply(rows, counts, group)  # type: ignore[no-untyped-call]
+    return gathered, sum(counts[:rank])
 
 
-def scale_gradient(x: Tensor, factor: int) -> Tensor:
-    """`x`, whose gradient is `factor` times as large."""
-    return x if factor == 1 else x.detach() + factor * (x - x.detach())
+def logsumexp_of_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Of each element of `x` over the ranks, without a gradient."""
+    highest = x.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+    # Subtracting an infinite maximum would turn infinite numbers into NaN.
+    shift = highest.where(highest.isfinite(), 0)
+    total = (x - shift).exp_()
+    dist.all_reduce(total, group=group)
+    return total.log_().add_(shift)
+
+
+def sum_of_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum of `x` over the ranks; this rank's part alone has a gradient, world_size times the sum's."""
+    if group is None:
+        return x
+    total: Tensor = _SumOfRanks.apply(x, group)  # type: ignore[no-untyped-call]
+    return total
 
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -64,14 +72,37 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
+    """Ranks with fewer rows than others send zeros behind them, for collectives want equal parts."""
+
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        return _all_gather(rows, group).flatten(0, 1)
+    def forward(ctx: Any, rows: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Tensor:
+        ctx.counts, ctx.group, ctx.own = counts, group, len(rows)
+        parts = _all_gather(_lengthened(rows, max(counts)), group)
+        if min(counts) == max(counts):
+            return parts.flatten(0, 1)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        height = max(ctx.counts)
+        parts = [_lengthened(part, height) for part in gradient.contiguous().split(ctx.counts)]
+        own = torch.empty_like(parts[0])
+        dist.reduce_scatter(own, parts, group=ctx.group)
+        return own[: ctx.own], None, None
+
+
+def _lengthened(rows: Tensor, height: int) -> Tensor:
+    return rows if len(rows) == height else F.pad(rows, (0, 0, 0, height - len(rows)))
+
+
+class _SumOfRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.factor = dist.get_world_size(group)
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        parts = list(gradient.contiguous().chunk(dist.get_world_size(ctx.group)))
-        own = torch.empty_like(parts[0])
-        dist.reduce_scatter(own, parts, group=ctx.group)
-        return own, None
+        return ctx.factor * gradient, None

@@ -53,12 +53,14 @@ def define(
     reference: Callable[..., Any],
     fake: Callable[..., Any] | None,
     check: Callable[..., None] | None = None,
+    gpu_reasons: backends.Reasons | None = None,
 ) -> Op:
     """Defines `torch.ops.evakernels.<name>` and returns what calls it.
 
     `signature` is the schema without the name, `reference` its meaning, `fake` the same on tensors without data
     (`None` for an op that only writes into its arguments). `check` raises for values that no implementation accepts; it
-    sees them when the op runs, which a check in front of the op can't under `torch.compile`.
+    sees them when the op runs, which a check in front of the op can't under `torch.compile`. `gpu_reasons`, given the
+    arguments, tells why the compiled kernels for GPUs can't serve them.
     """
     _library.define(f"{name}{signature}")
     _native_library.define(f"{name}{signature}")
@@ -79,7 +81,7 @@ def define(
     backends.register(name, "reference", reference)
     triton.register(name)
     for device in _NATIVE_DEVICES:
-        backends.register(name, device, _native_function(name), _native_reasons(name, device))
+        backends.register(name, device, _native_function(name), _native_reasons(name, device, gpu_reasons))
     op: torch._ops.OpOverload = getattr(torch.ops.evakernels, name).default
     _references[op] = reference
     return Op(op, run)
@@ -150,7 +152,7 @@ def _native_function(name: str) -> Callable[..., Any]:
     return run
 
 
-def _native_reasons(name: str, device: str) -> backends.Reasons:
+def _native_reasons(name: str, device: str, gpu_reasons: backends.Reasons | None) -> backends.Reasons:
     def reasons(*args: Any) -> list[str]:
         if not _native.LOADED:
             return [f"the compiled library is not loaded: {_native.REASON}"]
@@ -170,6 +172,8 @@ def _native_reasons(name: str, device: str) -> backends.Reasons:
             return [] if device != "cuda" or torch.cuda.is_available() else ["there is no GPU here"]
         if first.device.type != device:
             found.insert(0, f"the tensors are on {first.device}, not on {_NATIVE_DEVICES[device]}")
+        if gpu_reasons is not None and _native.runs_gpu_kernels(device):
+            found += gpu_reasons(*args)
         return list(dict.fromkeys(found)) if found else found
 
     return reasons

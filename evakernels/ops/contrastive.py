@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from evakernels.ops import _check
-from evakernels.ops._collectives import gather_partials, gather_rows, rank_and_size, scale_gradient
+from evakernels.ops._collectives import gather_rows, logsumexp_of_ranks, rank_and_size, sum_of_ranks
 from evakernels.ops._register import define, differentiable
 from evakernels.reference import contrastive as reference
 from evakernels.reference._numerics import accumulation_dtype
@@ -61,8 +62,8 @@ def clip_loss(
             float32, bfloat16 or float16; normalised or not.
         logit_scale: `[]` or `[1]`, already exponentiated.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
-        group: the processes whose batches make up the global batch, `b` the same on each; None for this one
-            alone. The text features are gathered once, and no rank computes another's logits.
+        group: the processes whose batches make up the global batch, each with a `b` of its own; None for this
+            one alone. The text features are gathered once, and no rank computes another's logits.
 
     Returns:
         0-D, float32 (float64 for float64 input), also under autocast. With a group the value is that of the
@@ -72,27 +73,23 @@ def clip_loss(
 
     Raises:
         TypeError: for a dtype that isn't accepted. ValueError: for shapes or devices that don't fit together,
-            batches that differ between ranks, a label_smoothing outside [0, 1], or a group that this process
-            isn't in.
+            a D that differs between ranks, a label_smoothing outside [0, 1], or a group that this process isn't
+            in.
     """
     op = "clip_loss"
     logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image_features)
     _check_batch(op, image_features, text_features)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing is {label_smoothing}; accepted: 0 to 1")
-    rank, world_size = rank_and_size(op, group)
-    text = gather_rows(op, "text_features", text_features, group)
-    rows, batch = image_features.shape[0], text.shape[0]
-    row_lse, col_lse, target, _, _ = _forward(image_features, text, logit_scale, rank * rows)
+    text, offset = gather_rows(op, "text_features", text_features, group)
+    row_lse, col_lse, target, _, _ = _forward(image_features, text, logit_scale, offset)
     if label_smoothing > 0:
-        mean_logit = _logit_sum(image_features, text, logit_scale) / (rows * batch)
+        mean_logit = _logit_sum(image_features, text, logit_scale) / (len(row_lse) * len(col_lse))
         target = (1 - label_smoothing) * target + label_smoothing * mean_logit
-    # The differences are small and the terms are not: summing the terms first would lose digits.
-    partials = gather_partials(op, torch.cat([col_lse, target, row_lse - target]), group)
-    of_columns, targets, of_rows = torch.split(partials, [batch, rows, rows], dim=1)
-    of_columns = of_columns.logsumexp(0) - targets.flatten()
-    loss = (of_columns.sum() + of_rows.sum()) / (2 * batch)
-    return scale_gradient(loss, world_size)
+    if rank_and_size(op, group)[1] == 1:
+        return _sum_of_pairs(row_lse, col_lse, target) / (2 * len(col_lse))
+    loss: Tensor = _GlobalLoss.apply(row_lse, col_lse, target, offset, group)  # type: ignore[no-untyped-call]
+    return loss
 
 
 def siglip_loss(
@@ -112,10 +109,39 @@ def siglip_loss(
     logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image_features)
     logit_bias = _checked_scalar(op, "logit_bias", logit_bias, image_features)
     _check_batch(op, image_features, text_features)
-    rank, world_size = rank_and_size(op, group)
-    text = gather_rows(op, "text_features", text_features, group)
-    total = _siglip_forward(image_features, text, logit_scale, logit_bias, rank * image_features.shape[0])
-    return scale_gradient(gather_partials(op, total, group).sum() / text.shape[0], world_size)
+    text, offset = gather_rows(op, "text_features", text_features, group)
+    inputs = image_features, text, logit_scale, logit_bias
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        total = _siglip_forward(*inputs, offset)[0]
+    else:
+        total = _siglip_value(*inputs, offset)
+    return sum_of_ranks(total, group) / len(text)
+
+
+class _GlobalLoss(torch.autograd.Function):
+    """InfoNCE from the statistics of every rank's rows. All ranks get its value, each the gradient of its own part."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, row_lse: Tensor, col_lse: Tensor, target: Tensor, offset: int, group: ProcessGroup | None
+    ) -> Tensor:
+        of_columns = logsumexp_of_ranks(col_lse, group)
+        ctx.save_for_backward((col_lse - of_columns).exp_())
+        ctx.rows, ctx.factor = len(target), dist.get_world_size(group) / (2 * len(col_lse))
+        total = _sum_of_pairs(row_lse, of_columns[offset : offset + len(target)], target)
+        return sum_of_ranks(total, group) / (2 * len(col_lse))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        (share,) = ctx.saved_tensors
+        each = ctx.factor * gradient
+        of_rows = each.expand(ctx.rows)
+        return of_rows, each * share, -2 * of_rows, None, None
+
+
+def _sum_of_pairs(row_lse: Tensor, col_lse: Tensor, target: Tensor) -> Tensor:
+    """The differences are small and the terms are not: summing the terms first would lose digits."""
+    return ((row_lse - target) + (col_lse - target)).sum()
 
 
 def _logit_sum(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
@@ -205,35 +231,49 @@ _backward = define(
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)
 
 
-def _siglip_forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Any:
+def _siglip_value_fake(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Any:
     return image.new_empty((), dtype=accumulation_dtype(image))
 
 
+def _siglip_forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Any:
+    loss = _siglip_value_fake(image, text, logit_scale, logit_bias, offset)
+    return loss, *(loss.new_empty(x.shape) for x in (image, text, logit_scale, logit_bias))
+
+
 def _siglip_backward_fake(
-    dloss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int
+    dloss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, *gradients: Tensor
 ) -> Any:
     return _empty_gradients(image, text, logit_scale, logit_bias)
 
 
-def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.offset = inputs
-    ctx.save_for_backward(*tensors)
+def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    gradients = output[1:]
+    ctx.mark_non_differentiable(*gradients)
+    ctx.save_for_backward(*inputs[:4], *gradients)
 
 
-def _siglip_gradient(ctx: Any, dloss: Tensor) -> Any:
-    return *_siglip_backward(dloss, *ctx.saved_tensors, ctx.offset), None
+def _siglip_gradient(ctx: Any, dloss: Tensor, *_: Tensor) -> Any:
+    return *_siglip_backward(dloss, *ctx.saved_tensors), None
 
 
+_siglip_value = define(
+    "siglip_value",
+    "(Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, int offset) -> Tensor loss",
+    reference=reference.siglip_value,
+    fake=_siglip_value_fake,
+)
 _siglip_forward = define(
     "siglip_forward",
-    "(Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, int offset) -> Tensor loss",
+    "(Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, int offset)"
+    " -> (Tensor loss, Tensor dimage, Tensor dtext, Tensor dlogit_scale, Tensor dlogit_bias)",
     reference=reference.siglip_forward,
     fake=_siglip_forward_fake,
 )
 _siglip_backward = define(
     "siglip_backward",
-    "(Tensor dloss, Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, int offset)"
-    " -> (Tensor dimage, Tensor dtext, Tensor dlogit_scale, Tensor dlogit_bias)",
+    "(Tensor dloss, Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias,"
+    " Tensor dimage, Tensor dtext, Tensor dlogit_scale, Tensor dlogit_bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.siglip_backward,
     fake=_siglip_backward_fake,
 )

@@ -3,6 +3,9 @@
     statistics  lse_j s_ij, lse_i s_ij, s_i,offset+i            InfoNCE (Radford et al. 2021)
     siglip      sum_ij -log sigmoid(z_ij (s_ij + logit_bias))   z = 1 on the pairs, else -1 (Zhai et al. 2023)
 
+A gradient of the first needs the log-sum-exps of all rows and columns, so backward makes the logits again. One of the
+second needs its own logit alone: `siglip_forward` returns the gradients with the loss, and backward multiplies them.
+
 Row i of `image` [m, D] belongs to row offset + i of `text` [B, D]. One tile of logits serves both directions,
 and neither the [m, B] matrix nor anything of its size exists at any time. Logits and sums are float32
 (float64 for float64 input); 16-bit features are widened first, for a CPU has no 16-bit product with a float32
@@ -57,7 +60,7 @@ def contrastive_backward(
     return gradients.result()
 
 
-def siglip_forward(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
+def siglip_value(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
     image, text, scale = _widened(image, text, logit_scale)
     total = image.new_zeros(())
     for rows in _row_tiles(image, text):
@@ -68,22 +71,38 @@ def siglip_forward(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias:
     return total
 
 
-def siglip_backward(
-    dloss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def siglip_forward(
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     gradients = _Gradients(image, text, logit_scale)
-    dbias = torch.zeros_like(gradients.dscale)
+    total, dbias = (torch.zeros_like(gradients.dscale) for _ in range(2))
     for rows, logits in gradients.tiles():
+        _negate_pairs(logits.add_(logit_bias), offset + rows.start)
+        total -= F.logsigmoid(-logits).sum()
         # Negating the pairs before and after the sigmoid gives them sigmoid(x) - 1 without its cancellation.
-        dlogits = _negate_pairs(logits + logit_bias, offset + rows.start).sigmoid_()
-        dlogits = _negate_pairs(dlogits, offset + rows.start).mul_(dloss)
+        dlogits = _negate_pairs(logits.sigmoid_(), offset + rows.start)
         dbias += dlogits.sum()
         gradients.add(rows, dlogits)
-    return *gradients.result(), dbias.to(logit_bias.dtype)
+    return total, gradients.dimage, gradients.dtext, gradients.dscale, dbias
+
+
+def siglip_backward(
+    dloss: Tensor,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    dimage: Tensor,
+    dtext: Tensor,
+    dlogit_scale: Tensor,
+    dlogit_bias: Tensor,
+) -> tuple[Tensor, ...]:
+    gradients = zip((image, text, logit_scale, logit_bias), (dimage, dtext, dlogit_scale, dlogit_bias), strict=True)
+    return tuple((dloss * gradient).to(input.dtype) for input, gradient in gradients)
 
 
 class _Gradients:
-    """Recomputes the logits tile by tile and sums what their gradients give for features and scale."""
+    """Computes the logits tile by tile and sums what their gradients give for features and scale."""
 
     def __init__(self, image: Tensor, text: Tensor, logit_scale: Tensor) -> None:
         self.dtypes = image.dtype, text.dtype, logit_scale.dtype

@@ -105,7 +105,7 @@ def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor] | None, interleaved: bool
         return x
     cos, sin = rotation
     # Pairs (2i, 2i + 1), or (i, i + D / 2). Not as complex numbers, which ONNX doesn't have.
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, -1)
+    a, b = x.unflatten(-1, (x.shape[-1] // 2, 2)).unbind(-1) if interleaved else x.chunk(2, -1)
     turned = a * cos - b * sin, a * sin + b * cos
     return torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
 

@@ -19,6 +19,13 @@ import torch
 from evakernels import backends
 
 FAMILIES = {
+    "contrastive": (
+        "contrastive_forward",
+        "contrastive_backward",
+        "siglip_value",
+        "siglip_forward",
+        "siglip_backward",
+    ),
     "layer_norm": (
         "layer_norm_forward",
         "layer_norm_backward",

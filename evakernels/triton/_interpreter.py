@@ -3,6 +3,9 @@
 The interpreter of Triton 3.6 to 3.9 keeps bfloat16 as its 16 bits: it multiplies, adds and compares them as integers,
 and truncates where a GPU rounds. Here they become float32 for every calculation and are rounded to the nearest, ties to
 even, where the result is bfloat16 again, as on a GPU.
+
+It also replaces the language's functions by its own at every call of a nested function, which takes most of its time.
+Here it does so once.
 """
 
 from typing import Any
@@ -69,6 +72,22 @@ def binary_op(self: Any, left: TensorHandle, right: TensorHandle, operation: Any
     return TensorHandle(result, tl.int1) if result.dtype == bool else TensorHandle(rounded(result), tl.bfloat16)
 
 
+patch_lang = interpreter._patch_lang
+
+
+class _Patched:
+    def restore(self) -> None:
+        """Leaves the language as it is, for the kernel that called."""
+
+
+def patch_once(function: Any) -> Any:
+    languages = [module for module in function.__globals__.values() if module is tl or module is tl.core]
+    # What the interpreter puts in the place of a function of the language doesn't count as one.
+    is_patched = languages and not any(tl.core.is_builtin(language.load) for language in languages)
+    return _Patched() if is_patched else patch_lang(function)
+
+
+interpreter._patch_lang = patch_once
 InterpreterBuilder.cast_impl = cast_impl
 InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
 InterpreterBuilder.create_dot = create_dot

@@ -17,6 +17,9 @@ ELEMENTS = 1 << 26
 
 BATCH, HEADS, EPS = 64, 16, 1e-6
 
+PAIRS = 1 << 15
+"""Of image and text: the batch of a contrastive loss."""
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -58,6 +61,28 @@ def _swiglu(draw: Draw, width: int) -> tuple[Tensor, ...]:
     width = 2 * (width // 3)
     gate, up = draw(ELEMENTS // width, 2 * width).chunk(2, -1)
     return gate, up, draw(width), draw(width)
+
+
+def contrastive_forward(draw: Draw, depth: int) -> Iterator[tuple[Any, ...]]:
+    image, text, scale, _ = _pairs(draw, depth)
+    yield image, text, scale, 0
+
+
+def contrastive_backward(draw: Draw, depth: int) -> Iterator[tuple[Any, ...]]:
+    image, text, scale, _ = _pairs(draw, depth)
+    of_row = draw.statistic(len(image))
+    yield of_row, of_row, of_row, image, text, scale, of_row, of_row, 0
+
+
+def siglip_forward(draw: Draw, depth: int) -> Iterator[tuple[Any, ...]]:
+    yield *_pairs(draw, depth), 0
+
+
+siglip_value = siglip_forward
+
+
+def _pairs(draw: Draw, depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return draw(PAIRS, depth), draw(PAIRS, depth), draw.statistic(), draw.statistic()
 
 
 def layer_norm_forward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:

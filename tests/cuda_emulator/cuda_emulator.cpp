@@ -59,6 +59,7 @@ struct Fiber {
   unsigned barriers = 0;
   unsigned meetings = 0;
   uint32_t priority = 0;
+  std::vector<Copy> copies;
 };
 
 struct Warp {
@@ -90,12 +91,14 @@ struct Machine {
   int alive = 0;
   int at_barrier = 0;
   int barrier_line = 0;
-  Fiber* current = nullptr;
+  Fiber* current = nullptr;  // null: no kernel runs
   void* scheduler_stack_pointer = nullptr;
   void* scheduler_sanitizer = nullptr;
   const std::function<void()>* kernel = nullptr;
   std::map<const void*, Shared> shared;
-  char order[2];  // what a barrier orders, in turn
+  size_t dynamic_bytes = 0;
+  std::map<size_t, Shared> dynamic;  // by size
+  char order[2];                     // what a barrier orders, in turn
   // What a block begins after, and what comes after its end: no thread of it begins after the end of another.
   char order_of_starts, order_of_ends;
   bool failed = false;
@@ -105,6 +108,7 @@ struct Machine {
 };
 
 Machine machine;
+Observer* observer = nullptr;
 std::mutex one_launch_at_a_time;
 
 // For the thread sanitizer: what was done before release comes before what is done after acquire.
@@ -195,6 +199,7 @@ void run_thread() {
 #endif
   acquire(&machine.order_of_starts);
   (*machine.kernel)();
+  if (!machine.current->copies.empty()) fail("a thread ends before the copies that it began", 0);
   release(&machine.order_of_ends);
   machine.current->state = State::Done;
   --machine.alive;
@@ -215,6 +220,7 @@ void prepare(Fiber& fiber, int number) {
   const unsigned n = static_cast<unsigned>(number);
   fiber.index = {n % block.x, n / block.x % block.y, n / (block.x * block.y)};
   fiber.barriers = fiber.meetings = 0;
+  fiber.copies.clear();
   if (!fiber.stack) fiber.stack = new_stack();
 #ifdef EVAKERNELS_WATCH_THREAD
   if (!fiber.sanitizer) fiber.sanitizer = __tsan_create_fiber(0);
@@ -275,7 +281,9 @@ void run_block() {
   for (int i = 0; i < machine.threads; ++i) prepare(machine.fibers[i], i);
   release(&machine.order_of_starts);
   while (!machine.ready.empty() && !machine.failed) to_fiber(take_ready());
+  machine.current = nullptr;
   acquire(&machine.order_of_ends);
+  if (observer) observer->block_ends(machine.fibers[0].barriers);
   if (machine.alive > 0 && !machine.failed) report_deadlock();
 }
 
@@ -291,6 +299,18 @@ const uint3& block_index() { return machine.block_index; }
 const dim3& block_size() { return machine.block; }
 const dim3& grid_size() { return machine.grid; }
 int lane() { return number_of(*machine.current) % kWarpSize; }
+
+void watch(Observer* watcher) { observer = watcher; }
+int running_thread() { return machine.current ? number_of(*machine.current) : -1; }
+unsigned meetings_so_far() { return machine.current->barriers + machine.current->meetings; }
+
+bool is_private(const void* address) {
+  const auto lies_in = [&](const void* begin, size_t size) {
+    return reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(begin) < size;
+  };
+  return lies_in(machine.current->stack, kStackBytes) || lies_in(&machine, sizeof machine) ||
+         lies_in(machine.fibers.data(), machine.fibers.size() * sizeof(Fiber));
+}
 
 void fail(const char* what, int line) {
   if (machine.failed) return;
@@ -317,7 +337,12 @@ void synchronize_block(int line) {
   acquire(order);
 }
 
-uint64_t exchange(unsigned mask, uint64_t value, int source, const char* what, int line) {
+namespace {
+
+// A lane's way through a warp function: what lane `source` brought, when all lanes of the mask have come. The
+// last one calls `work`, if there is any.
+uint64_t meet(unsigned mask, uint64_t value, int source, void (*work)(const uint64_t*), const char* what,
+              int line) {
   Fiber& self = *machine.current;
   const int number = number_of(self), first = number - number % kWarpSize, own = number % kWarpSize;
   Warp& warp = machine.warps[number / kWarpSize];
@@ -347,6 +372,7 @@ uint64_t exchange(unsigned mask, uint64_t value, int source, const char* what, i
   void* order = &warp.order[self.meetings++ % 2];
   release(order);
   if (meeting->arrived == expected) {
+    if (work) work(meeting->values.data());
     for (int i = 0; i < kWarpSize; ++i) {
       if (!(expected >> i & 1)) continue;
       machine.fibers[first + i].received = meeting->values[meeting->sources[i]];
@@ -360,12 +386,39 @@ uint64_t exchange(unsigned mask, uint64_t value, int source, const char* what, i
   return self.received;
 }
 
-void* shared_memory(const void* key, size_t size, size_t alignment) {
-  const auto found = machine.shared.find(key);
-  const bool is_new = found == machine.shared.end();
-  // Kept for ever, each in a piece of the heap of its own, which AddressSanitizer fences.
-  Shared& variable = is_new ? machine.shared[key] : found->second;
-  if (is_new) variable = {std::aligned_alloc(alignment, size), size, 0};
+}  // namespace
+
+uint64_t exchange(unsigned mask, uint64_t value, int source, const char* what, int line) {
+  return meet(mask, value, source, nullptr, what, line);
+}
+
+void work_together(uint64_t value, void (*work)(const uint64_t* values), const char* what, int line) {
+  if (machine.threads % kWarpSize != 0) fail("a warp function that needs a whole warp", line);
+  if (!machine.failed) meet(~0u, value, 0, work, what, line);
+}
+
+void begin_copy(const Copy& copy) { machine.current->copies.push_back(copy); }
+
+bool next_copy(Copy& copy) {
+  std::vector<Copy>& copies = machine.current->copies;
+  if (copies.empty()) return false;
+  copy = copies.back();
+  copies.pop_back();
+  return true;
+}
+
+namespace {
+
+// Kept for ever, each in a piece of the heap of its own, which AddressSanitizer fences.
+template <class Key>
+void* memory_for(std::map<Key, Shared>& memories, Key key, size_t size, size_t alignment) {
+  const auto found = memories.find(key);
+  const bool is_new = found == memories.end();
+  Shared& variable = is_new ? memories[key] : found->second;
+  if (is_new) {
+    const size_t whole = (size + alignment - 1) / alignment * alignment;
+    variable = {std::aligned_alloc(alignment, whole), size, 0};
+  }
   if (variable.block != machine.blocks_run) {
     variable.block = machine.blocks_run;
     // By hand: a memset would look like a write of this thread.
@@ -374,26 +427,40 @@ void* shared_memory(const void* key, size_t size, size_t alignment) {
     if (is_new) release(&variable);
   }
   acquire(&variable);
+  if (observer) observer->uses_shared_memory(variable.data, size);
   return variable.data;
 }
 
-const char* launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
+}  // namespace
+
+void* shared_memory(const void* key, size_t size, size_t alignment) {
+  return memory_for(machine.shared, key, size, alignment);
+}
+
+void* dynamic_shared_memory() {
+  return memory_for(machine.dynamic, machine.dynamic_bytes, machine.dynamic_bytes, 16);
+}
+
+const char* launch(const void* address, dim3 grid, dim3 block, size_t dynamic_bytes,
+                   const std::function<void()>& kernel) {
   const std::lock_guard lock(one_launch_at_a_time);
   if (std::getenv("EVAKERNELS_EMULATOR_BREAKDOWN")) return "a breakdown, as asked for";
   machine.failed = false;
   machine.grid = grid;
   machine.block = block;
   machine.threads = static_cast<int>(block.x * block.y * block.z);
+  machine.dynamic_bytes = dynamic_bytes;
   machine.kernel = &kernel;
   machine.policy = static_cast<Policy>(seed() % 3);
   machine.random = (seed() + 1) * 0x9E3779B97F4A7C15u ^ machine.blocks_run;
   if (machine.random == 0) machine.random = 1;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  if (machine.threads < 1 || machine.threads > kMaxThreads || blocks == 0)
+  if (machine.threads < 1 || machine.threads > kMaxThreads || blocks == 0 || dynamic_bytes > kMaxSharedMemory)
     return "invalid configuration argument";
 #ifdef EVAKERNELS_WATCH_THREAD
   machine.scheduler_sanitizer = __tsan_get_current_fiber();
 #endif
+  if (observer) observer->launch_begins(address, grid, block);
   // No vector grows in one thread and shrinks in another, which would look like a race.
   machine.ready.reserve(kMaxThreads);
   for (Warp& warp : machine.warps) warp.meetings.reserve(kWarpSize);

@@ -41,6 +41,7 @@ namespace cuda_emulator {
 constexpr int kMultiprocessors = 3;
 constexpr int kBlocksPerMultiprocessor = 1;
 constexpr int kMaxThreads = 1024;
+constexpr size_t kMaxSharedMemory = 99 * 1024;  // of a block
 
 const uint3& thread_index();
 const uint3& block_index();
@@ -56,14 +57,47 @@ void synchronize_block(int line);
 uint64_t exchange(unsigned mask, uint64_t value, int source, const char* what, int line);
 int lane();
 
+// All lanes of a warp bring a value each. The last to come calls work(values) for all of them, before any
+// goes on.
+void work_together(uint64_t value, void (*work)(const uint64_t* values), const char* what, int line);
+
 // The block's copy of a variable in shared memory, which `key` stands for.
 void* shared_memory(const void* key, size_t size, size_t alignment);
+// And the part whose size the launch tells.
+void* dynamic_shared_memory();
 
-// Null, or what went wrong.
-const char* launch(dim3 grid, dim3 block, const std::function<void()>& kernel);
+// 16 bytes, or zeros if `from` is null, on their way to shared memory.
+struct Copy {
+  void* to;
+  const void* from;
+};
+// A thread's copies, which take place when it waits for them.
+void begin_copy(const Copy& copy);
+bool next_copy(Copy& copy);
 
-inline void require_aligned(const void* pointer, size_t alignment, int line) {
-  if (reinterpret_cast<uintptr_t>(pointer) % alignment != 0) fail("a misaligned access", line);
+// Null, or what went wrong. `kernel` calls the function at `address`.
+const char* launch(const void* address, dim3 grid, dim3 block, size_t dynamic_bytes,
+                   const std::function<void()>& kernel);
+
+// Who watches launches (audit.cpp).
+struct Observer {
+  virtual void launch_begins(const void* kernel, dim3 grid, dim3 block) = 0;
+  virtual void block_ends(unsigned barriers) = 0;
+  virtual void uses_shared_memory(const void* data, size_t size) = 0;
+};
+void watch(Observer* observer);
+
+// The running thread: its number in the block, -1 where no kernel runs; how often it has met others; and
+// whether memory is its own stack, or the emulator's.
+int running_thread();
+unsigned meetings_so_far();
+bool is_private(const void* address);
+
+// Else the launch ends with an error.
+inline bool is_aligned(const void* pointer, size_t alignment, int line) {
+  if (reinterpret_cast<uintptr_t>(pointer) % alignment == 0) return true;
+  fail("a misaligned access", line);
+  return false;
 }
 
 template <class T>
@@ -98,6 +132,9 @@ template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int line = __builtin_LINE()) {
   return cuda_emulator::shuffle(mask, value, source, "__shfl_sync", line);
 }
+
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 
 // Rounded before anything is added to it, as every product is that is compiled without FMA instructions.
 inline float __fmul_rn(float a, float b) { return a * b; }

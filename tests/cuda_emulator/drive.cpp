@@ -103,6 +103,7 @@ int main() {
   }
   drive_adamw();
   drive_lamb();
+  drive_rope_attention();
   if (failures == 0) std::printf("all right\n");
   return failures == 0 ? 0 : 1;
 }

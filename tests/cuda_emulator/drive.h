@@ -153,8 +153,9 @@ inline void run(cuda::Error error, const std::string& what) {
 void drive_gelu(const Case& c);
 void drive_swiglu(const Case& c);
 void drive_token_dropout(const Case& c);
-// And on a list of tensors.
+// And on inputs of their own.
 void drive_adamw();
 void drive_lamb();
+void drive_rope_attention();
 
 }  // namespace evakernels::drive

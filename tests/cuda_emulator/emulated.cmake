@@ -7,12 +7,13 @@ set(WATCH_thread -fsanitize=thread)
 set(EMULATOR ${CMAKE_CURRENT_LIST_DIR})
 
 list(TRANSFORM CUDA_OPS REPLACE ".+" "csrc/bind/torch_\\0.cpp" OUTPUT_VARIABLE TORCH_SOURCES)
-add_library(bindings OBJECT ${TORCH_SOURCES})
+add_library(bindings OBJECT ${TORCH_SOURCES} ${EMULATOR}/emulated.cpp)
 compile_with_torch(bindings)
 target_compile_definitions(bindings PRIVATE EVAKERNELS_CUDA EVAKERNELS_EMULATED)
 
 add_library(driver OBJECT ${EMULATOR}/drive.cpp ${EMULATOR}/drive_adamw.cpp ${EMULATOR}/drive_gelu.cpp
-                          ${EMULATOR}/drive_lamb.cpp ${EMULATOR}/drive_swiglu.cpp ${EMULATOR}/drive_token_dropout.cpp)
+                          ${EMULATOR}/drive_lamb.cpp ${EMULATOR}/drive_rope_attention.cpp
+                          ${EMULATOR}/drive_swiglu.cpp ${EMULATOR}/drive_token_dropout.cpp)
 target_include_directories(driver PRIVATE csrc)
 target_compile_options(driver PRIVATE -Wall -Wextra -O1)
 
@@ -25,7 +26,8 @@ foreach(variant IN LISTS VARIANTS)
   # Device code is full of nvcc's #pragma unroll; -x: it would take .cu files for linker scripts.
   target_compile_options(kernels_${variant} PRIVATE -x c++ -Wall -Wextra -Wno-unknown-pragmas -g1 ${watch})
 
-  add_library(emulator_${variant} OBJECT ${EMULATOR}/cuda_emulator.cpp)
+  add_library(emulator_${variant} OBJECT ${EMULATOR}/cuda_emulator.cpp ${EMULATOR}/tensor_cores.cpp)
+  target_include_directories(emulator_${variant} PRIVATE csrc)
   # No function of the C library, which sanitizers watch.
   target_compile_options(emulator_${variant} PRIVATE -Wall -Wextra -O2 -fno-builtin -fno-tree-loop-distribute-patterns)
   string(TOUPPER EVAKERNELS_WATCH_${variant} told)
@@ -42,3 +44,18 @@ foreach(variant IN LISTS VARIANTS)
   set_target_properties(drive_${variant} PROPERTIES LINKER_LANGUAGE CXX)
   target_link_options(drive_${variant} PRIVATE ${watch})
 endforeach()
+
+# The same of the kernels that a compiler instruments for the thread sanitizer, but with functions of our own in its
+# place: they count what the kernels ask of memory. With the Python module, whose launchers these kernels serve too.
+add_library(emulator_audit OBJECT ${EMULATOR}/cuda_emulator.cpp ${EMULATOR}/tensor_cores.cpp
+                                  ${EMULATOR}/audit.cpp ${EMULATOR}/memory.cpp)
+target_include_directories(emulator_audit PRIVATE csrc)
+target_compile_options(emulator_audit PRIVATE -Wall -Wextra -O2)
+set(objects $<TARGET_OBJECTS:kernels_thread> $<TARGET_OBJECTS:emulator_audit>)
+add_library(ops_audit MODULE $<TARGET_OBJECTS:bindings> ${objects})
+set_target_properties(ops_audit PROPERTIES OUTPUT_NAME _ops LIBRARY_OUTPUT_DIRECTORY audit LINKER_LANGUAGE CXX)
+link_with_torch(ops_audit)
+
+add_python_module(csrc/cpu/isa.cpp ${objects})
+set_target_properties(_C PROPERTIES LIBRARY_OUTPUT_DIRECTORY audit)
+target_compile_definitions(_C PRIVATE EVAKERNELS_CUDA EVAKERNELS_EMULATED)

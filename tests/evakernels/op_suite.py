@@ -68,6 +68,16 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     return folder
 
 
+def build_emulated(factory: pytest.TempPathFactory) -> Path:
+    """Where all that tests/cuda_emulator/emulated.cmake tells of is built."""
+
+    def make(build: Path) -> None:
+        options = {"CMAKE_CXX_COMPILER": gcc(), "CMAKE_BUILD_TYPE": "None", "CMAKE_CXX_FLAGS": "-fno-strict-aliasing"}
+        build_library(build, EVAKERNELS_EMULATED="ON", **options)
+
+    return made_once(factory, "emulated", make)
+
+
 def copy_with_library(top: Path, library: Path) -> Path:
     """A copy of the ops and their tests in `top`, with another library. Returns the folder of the tests."""
     shutil.copytree(ROOT / "evakernels", top / "evakernels", ignore=shutil.ignore_patterns("*.so"))

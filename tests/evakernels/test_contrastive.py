@@ -105,11 +105,15 @@ def test_as_accurate_as_torch(pair, inputs, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_a_trained_scale_is_as_accurate_as_torch(smoothing, dtype):
+@pytest.mark.parametrize(
+    ("pair", "scalars"),
+    [(smoothed(0.0), [100.0]), (smoothed(0.1), [100.0]), ((evakernels.siglip_loss, sigmoid_losses), [100.0, -20.0])],
+    ids=["clip", "clip-smoothed", "siglip"],
+)
+def test_a_trained_scale_is_as_accurate_as_torch(pair, scalars, dtype):
     image, noise = (F.normalize(randn(300, 32, seed=s), dim=1) for s in (0, 1))
     text = F.normalize(image + 0.5 * noise, dim=1)
-    assert_as_accurate_as_torch(*smoothed(smoothing), (image, text, scalar(100.0)), dtype)
+    assert_as_accurate_as_torch(*pair, (image, text, *map(scalar, scalars)), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -177,10 +181,12 @@ def test_opcheck(dtype):
     assert_opcheck(OPS.siglip_forward.default, (*inputs, OFFSET))
     with torch.no_grad():
         inputs = [t.detach() for t in inputs]
+        assert_opcheck(OPS.siglip_value.default, (*inputs, OFFSET))
         row_lse, col_lse, positive, _, _ = OPS.contrastive_forward(*inputs[:3], OFFSET)
         cotangents = (torch.ones_like(row_lse), torch.ones_like(col_lse), torch.ones_like(positive))
         assert_opcheck(OPS.contrastive_backward.default, (*cotangents, *inputs[:3], row_lse, col_lse, OFFSET))
-        assert_opcheck(OPS.siglip_backward.default, (torch.ones((), dtype=row_lse.dtype), *inputs, OFFSET))
+        dloss, *gradients = OPS.siglip_forward(*inputs, OFFSET)
+        assert_opcheck(OPS.siglip_backward.default, (dloss, *inputs, *gradients))
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
@@ -203,7 +209,7 @@ def test_siglip_loss_equals_open_clip():
 
 @pytest.mark.usefixtures("tiles")
 def test_maxima_give_the_accuracies_in_the_batch():
-    image, text, scale = SQUARE
+    image, text, scale = (t.float() for t in SQUARE)
     image = text + 0.8 * image
     _, _, positive, row_max, col_max = evakernels.contrastive_statistics(image, text, scale)
     logits, labels = logits_of(image, text, scale), torch.arange(7)
@@ -256,11 +262,24 @@ def test_infinite_logits_give_infinite_statistics_and_nan_spreads():
     assert evakernels.siglip_loss(image, text, scale, scale).isnan()
 
 
-def test_a_second_derivative_is_refused():
+@pytest.mark.parametrize("name", ["contrastive", "siglip"])
+def test_a_second_derivative_is_refused(name):
     image, text, scale = (t.clone().requires_grad_() for t in SQUARE)
-    (gradient,) = torch.autograd.grad(evakernels.clip_loss(image, text, scale), image, create_graph=True)
-    with pytest.raises(RuntimeError, match="contrastive has no second derivative"):
+    if name == "siglip":
+        loss = evakernels.siglip_loss(image, text, scale, scale)
+    else:
+        loss = evakernels.clip_loss(image, text, scale)
+    (gradient,) = torch.autograd.grad(loss, image, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{name} has no second derivative"):
         gradient.sum().backward()
+
+
+def test_siglip_without_gradients_has_the_same_value():
+    inputs = [t.float() for t in (*SQUARE, scalar(-1.0))]
+    alone = evakernels.siglip_loss(*inputs)
+    trained = evakernels.siglip_loss(*[t.requires_grad_() for t in inputs])
+    assert not alone.requires_grad
+    torch.testing.assert_close(alone, trained.detach(), rtol=1e-6, atol=0)
 
 
 def peak_memory() -> int:

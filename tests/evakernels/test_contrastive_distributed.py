@@ -1,19 +1,30 @@
-"""The losses over the batches of 2 and 3 processes against one process with the whole batch."""
+"""The losses over the batches of 2 and 4 processes against one process with the whole batch, and what they cost."""
+
+import importlib.util
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from evakernels import backends
 from evakernels.nn import ClipLoss, SigLipLoss
+from evakernels.reference import contrastive as reference
 
 pytestmark = pytest.mark.xdist_group("processes")
 
-WORLD = 3
+WORLD = 4
 ROWS = 4
+WIDTH = 5
 LOSSES = {"clip": (ClipLoss, 0.0), "clip-smoothed": (ClipLoss, 0.2), "siglip": (SigLipLoss, None)}
-SIZES = (2, 3)
+SIZES = (2, WORLD)
+EVEN, UNEVEN = [ROWS] * WORLD, [3, 1, 4, 2]
 
 
 class TwoTowers(nn.Module):
@@ -22,7 +33,7 @@ class TwoTowers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        for name, shape in (("image", (6, 5)), ("text", (6, 5)), ("scale", ()), ("bias", (1,))):
+        for name, shape in (("image", (6, WIDTH)), ("text", (6, WIDTH)), ("scale", ()), ("bias", (1,))):
             value = torch.randn(shape, generator=generator, dtype=torch.float64)
             self.register_parameter(name, nn.Parameter(value))
 
@@ -44,10 +55,10 @@ def gradients(model: TwoTowers) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def data_parallel_step(name: str, group: dist.ProcessGroup) -> dict[str, torch.Tensor]:
+def data_parallel_step(name: str, group: dist.ProcessGroup, rows: list[int]) -> dict[str, torch.Tensor]:
     """Loss and gradients as data-parallel training forms them: the mean of the ranks' gradients."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    images, texts = (x[rank * ROWS : (rank + 1) * ROWS] for x in batch(size * ROWS))
+    images, texts = (x.split(rows[:size])[rank] for x in batch(sum(rows[:size])))
     model = TwoTowers()
     loss = model.loss(name, images, texts, group)
     loss.backward()
@@ -55,6 +66,88 @@ def data_parallel_step(name: str, group: dist.ProcessGroup) -> dict[str, torch.T
         dist.all_reduce(gradient, group=group)
         gradient /= size
     return {"loss": loss.detach(), **gradients(model)}
+
+
+@dataclass
+class Cost:
+    """What one process computes and sends: of the matrix products, and in bytes."""
+
+    flops: int = 0
+    sent: float = 0
+
+
+class Sent(TorchDispatchMode):
+    """Adds up the bytes that a process sends at least, the collectives' parts going round in a ring."""
+
+    def __init__(self, cost: Cost) -> None:
+        super().__init__()
+        self.cost = cost
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            output, *inputs = args
+            self.cost.sent += self.parts(func._schema.name, output, *inputs)
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def parts(name: str, output: list, *inputs) -> float:
+        size = dist.get_world_size()
+        if name == "c10d::allreduce_":
+            return 2 * (size - 1) / size * output[0].nbytes
+        if name == "c10d::allgather_":
+            return (size - 1) * inputs[0][0].nbytes
+        if name == "c10d::reduce_scatter_":
+            return (size - 1) * output[0].nbytes
+        if name == "c10d::scatter_":
+            return (size - 1) * output[0].nbytes if inputs[0] else 0
+        raise AssertionError(f"{name} isn't counted")
+
+
+def count_flops_of_ops(cost: Cost) -> None:
+    """A counter sees an op from outside alone, so each gets one around its reference."""
+
+    def counted(function):
+        def call(*args):
+            with FlopCounterMode(display=False) as counter:
+                result = function(*args)
+            cost.flops += counter.get_total_flops()
+            return result
+
+        return call
+
+    for op in ("contrastive_forward", "contrastive_backward", "siglip_forward"):
+        backends.register(op, "reference", counted(getattr(reference, op)))
+
+
+def open_clip_loss() -> ModuleType:
+    """The file alone: with all of open_clip, four processes would take their time."""
+    package = importlib.util.find_spec("open_clip").submodule_search_locations[0]
+    spec = importlib.util.spec_from_file_location("open_clip_loss", Path(package) / "loss.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def costs() -> dict[str, dict[str, float]]:
+    """Of forward and backward on float32 features: our losses, and open_clip's with all that it can save."""
+    rank, world = dist.get_rank(), dist.group.WORLD
+    generator = torch.Generator().manual_seed(rank)
+    scale, bias = torch.tensor(5.0), torch.tensor(-2.0)
+    theirs = open_clip_loss().ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=WORLD)
+    losses = {
+        "clip": lambda *features: ClipLoss(group=world)(*features, scale),
+        "siglip": lambda *features: SigLipLoss(group=world)(*features, scale, bias),
+        "open_clip": lambda *features: theirs(*features, scale),
+    }
+    found = {}
+    for name, loss in losses.items():
+        features = [torch.randn(ROWS, WIDTH, generator=generator).requires_grad_() for _ in range(2)]
+        cost = Cost()
+        count_flops_of_ops(cost)
+        with backends.use_backend("reference"), FlopCounterMode(display=False) as outside, Sent(cost):
+            loss(*features).backward()
+        found[name] = asdict(cost) | {"flops": cost.flops + outside.get_total_flops()}
+    return found
 
 
 def message_of(call) -> str:
@@ -70,22 +163,23 @@ def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     groups = {size: dist.new_group(list(range(size))) for size in (1, *SIZES)}
     results = {}
-    for size in SIZES:
-        for name in LOSSES:
+    for name in LOSSES:
+        results[name, "uneven"] = data_parallel_step(name, groups[WORLD], UNEVEN)
+        for size in SIZES:
             if rank < size:
-                results[name, size] = data_parallel_step(name, groups[size])
+                results[name, size] = data_parallel_step(name, groups[size], EVEN)
     model, (images, texts) = TwoTowers(), batch(ROWS)
     if rank == 0:
         results["alone"] = model.loss("clip", images, texts, groups[1]).detach()
     else:
         results["outside"] = message_of(lambda: model.loss("clip", images, texts, groups[1]))
-    results["unequal"] = message_of(
-        lambda: model.loss("clip", images[: ROWS - rank], texts[: ROWS - rank], dist.group.WORLD)
-    )
+    narrow = images[:, : 6 - rank], texts[:, : 6 - rank]
+    results["unequal"] = message_of(lambda: ClipLoss(group=dist.group.WORLD)(*narrow, model.scale))
     half = [x.to(torch.bfloat16).requires_grad_() for x in (images, texts)]
     loss = ClipLoss(group=dist.group.WORLD)(*half, torch.tensor(1.0))
     loss.backward()
     results["half"] = loss.detach(), half[1].grad
+    results["costs"] = costs()
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -93,21 +187,22 @@ def work(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each of three gloo processes found."""
+    """What each of four gloo processes found."""
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(work, (str(folder),), nprocs=WORLD)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, "uneven"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_value_and_mean_of_gradients_are_those_of_the_whole_batch(ranks, name, size):
+    rows = UNEVEN if size == "uneven" else EVEN[:size]
     model = TwoTowers()
-    loss = model.loss(name, *batch(size * ROWS), None)
+    loss = model.loss(name, *batch(sum(rows)), None)
     loss.backward()
     expected = {"loss": loss.detach(), **gradients(model)}
     assert expected.keys() >= {"loss", "image", "text", "scale"}
-    for rank in range(size):
+    for rank in range(len(rows)):
         torch.testing.assert_close(ranks[rank][name, size], expected, rtol=1e-12, atol=1e-12)
         assert torch.equal(ranks[rank][name, size]["loss"], ranks[0][name, size]["loss"])
 
@@ -128,9 +223,22 @@ def test_half_precision_features_are_gathered_as_they_are(ranks):
         torch.testing.assert_close(gradient, WORLD * own, rtol=2e-2, atol=2e-3)
 
 
-def test_unequal_batches_are_named_on_every_rank(ranks):
+def test_half_the_features_travel_and_a_third_or_half_of_the_products_is_saved(ranks):
+    """Beside open_clip's loss with `local_loss` and `gather_with_grad`; a product is that of this rank's logits."""
+    product = 2 * ROWS * WORLD * ROWS * WIDTH
+    features = (WORLD - 1) * ROWS * WIDTH * 4  # of one side, of this rank to all others
+    shapes, number = (WORLD - 1) * 2 * 8, 2 * (WORLD - 1) / WORLD * 4
+    for rank in ranks:
+        assert rank["costs"] == {
+            "open_clip": {"flops": 6 * product, "sent": 4 * features},
+            "clip": {"flops": 4 * product, "sent": 2 * features + shapes + (2 * WORLD * ROWS + 1) * number},
+            "siglip": {"flops": 3 * product, "sent": 2 * features + shapes + number},
+        }
+
+
+def test_unequal_widths_are_named_on_every_rank(ranks):
     for rank in range(WORLD):
-        assert "text_features has shape [4, 5] on rank 0, [3, 5] on rank 1, [2, 5] on rank 2" in ranks[rank]["unequal"]
+        assert "text_features has shape [4, 6] on rank 0, [4, 5] on rank 1, [4, 4] on rank 2" in ranks[rank]["unequal"]
 
 
 def test_a_process_outside_the_group_is_told_so(ranks):

@@ -1,12 +1,42 @@
-"""nvcc compiles every GPU kernel for each GPU, within the registers and the shared memory that are budgeted."""
+"""nvcc compiles every GPU kernel for each GPU, within its budget and with memory accesses as wide as they are meant.
+
+In one test, so that the kernels are compiled once.
+"""
 
 import importlib.util
+import re
 import shutil
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "csrc/cuda/budget.py"
+# So many elements at a time of the first type: `norm_add_forward<BFloat16, BFloat16, 8, 3>` has 8 of 2 bytes.
+ELEMENTS = re.compile(r"<(?:\d+, )?(?:TokenTypes<)?(BFloat16|Float16|float)\b[^>]*?>?, (\d+)(?:, \d+)?>$")
+ALWAYS_WIDE = ("lamb_update_kernel", "lamb_apply_kernel")
+
+
+def is_wide(kernel: str) -> bool:
+    """Whether a kernel accesses its large buffers by 16 bytes a thread."""
+    found = ELEMENTS.search(kernel)
+    return kernel.endswith(ALWAYS_WIDE) or (
+        found is not None and int(found[2]) * (4 if found[1] == "float" else 2) == 16
+    )
+
+
+def check_accesses(budget: ModuleType, found: dict[str, Any], same_compiler: bool, remedy: str) -> None:
+    allowed = budget.read_accesses()
+    wide = [kernel for kernel in found if is_wide(kernel)]
+    assert len(wide) >= 60, wide
+    for kernel in wide:
+        accesses = found[kernel]
+        assert accesses.wide_loads > 0, (kernel, accesses)
+        assert accesses.wide_stores > 0, (kernel, accesses)
+        if same_compiler:
+            assert accesses.other_loads <= allowed[kernel].other_loads, (kernel, accesses, allowed[kernel], remedy)
+            assert accesses.other_stores <= allowed[kernel].other_stores, (kernel, accesses, allowed[kernel], remedy)
 
 
 @pytest.mark.slow
@@ -29,3 +59,7 @@ def test_kernels_keep_to_their_budget() -> None:
             assert usage.shared <= shared, (arch, kernel, usage, remedy)
             if same_compiler:
                 assert usage.registers <= registers, (arch, kernel, usage, remedy)
+    tool = budget.disassembler()
+    if tool is None:
+        pytest.skip("registers and shared memory are within the budget; no cuobjdump to look at memory accesses")
+    check_accesses(budget, budget.measure_accesses(tool), same_compiler, remedy)

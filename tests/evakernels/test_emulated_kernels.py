@@ -16,12 +16,13 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from op_suite import CHOICE, ROOT, build_library, copy_with_library, gcc, made_once, run_ops, sanitizer_runtimes, tool
+from op_suite import CHOICE, ROOT, build_emulated, copy_with_library, gcc, run_ops, sanitizer_runtimes, tool
 
 OPS = ("adamw", "gelu", "gradient_norm", "lamb", "native_lamb")
-OPS += ("layer_norm", "residual_norm", "norm_widths", "swiglu", "token_dropout")
+OPS += ("layer_norm", "residual_norm", "norm_widths", "rope_attention", "swiglu", "token_dropout")
 MORE = ("every_mix", "no_rows", "one_element", "strided", "finite", "bit_equal", "lamb", "any_layout", "refuses")
-CHECKS = " or ".join((CHOICE, *MORE))
+# Not the tests that are about the size of other kernels' chunks.
+CHECKS = f"({' or '.join((CHOICE, *MORE))}) and not several_chunks"
 LEAST_COVERAGE = 0.95
 OBJECTS = "CMakeFiles/kernels_{}.dir/csrc/cuda"
 SANITIZER_OPTIONS = {
@@ -39,13 +40,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all that emulated.cmake tells of is built."""
-
-    def make(build: Path) -> None:
-        options = {"CMAKE_CXX_COMPILER": gcc(), "CMAKE_BUILD_TYPE": "None", "CMAKE_CXX_FLAGS": "-fno-strict-aliasing"}
-        build_library(build, EVAKERNELS_EMULATED="ON", **options)
-
-    return made_once(tmp_path_factory, "emulated", make)
+    return build_emulated(tmp_path_factory)
 
 
 @pytest.fixture
@@ -173,6 +168,7 @@ COMPILED_IN = {
     "column_sums.cuh": "swiglu_norm_backward.cu",
     "tensor_chunks.cuh": "lamb.cu",
     "tensor_table.cuh": "lamb.cu",
+    "rope_attention.cuh": "rope_attention_forward.cu",
 }
 LAST_SUM = "    __syncthreads();\n    const int warps"
 FAULTS = {
@@ -216,6 +212,29 @@ FAULTS = {
         "sums[i];\n",
     ),
     "alignment": ("coverage", "misaligned", "norm_plan.h", "width % elements == 0", "width > 0"),
+    "barrier of a stage": (
+        "thread",
+        "data race",
+        "rope_attention.cuh",
+        "    if (stage >= 0) {\n      __syncthreads();\n",
+        "    if (stage >= 0) {\n",
+    ),
+    "wait for copies": ("coverage", "error nan", "rope_attention.cuh", "    wait_for_copies();\n", ""),
+    "rows of the gradient before": (
+        "thread",
+        "data race",
+        "rope_attention_backward.cu",
+        "tile * kTile, kTile);\n    __syncwarp();\n  };",
+        "tile * kTile, kTile);\n  };",
+    ),
+    "a prefix token too many": (
+        "coverage",
+        "wrong: out of",
+        "rope_attention.cuh",
+        "slot < prefix ? slot",
+        "slot <= prefix ? slot",
+    ),
+    "empty slots": ("coverage", "wrong: lse", "rope_attention_forward.cu", "values[i] = -INFINITY", "values[i] = 0.0f"),
     "barrier of the norms": (
         "thread",
         "data race",

@@ -295,14 +295,14 @@ def _frozen(array: np.ndarray) -> np.ndarray:
     ("x", "y", "error", "message"),
     [
         ([1.0], np.zeros(1, np.float32), TypeError, "x must be a NumPy array"),
-        (np.zeros((2, 4)), np.zeros((2, 4)), TypeError, "x has buffer format 'd'"),
+        (np.zeros((2, 4)), torch.zeros(2, 4), TypeError, "x has buffer format 'd'"),
         (torch.zeros(2, 4).double(), torch.zeros(2, 4), TypeError, "x has an unsupported dtype"),
         (torch.zeros(4, 2).t(), torch.zeros(2, 4), ValueError, "x must be dense"),
         (np.zeros((4, 2), np.float32).T, torch.zeros(2, 4), ValueError, "x must be dense"),
         (torch.zeros(2, 4), torch.zeros(2, 5), ValueError, r"y has shape \[2, 5\], but must have \[2, 4\]"),
-        (torch.zeros(2, 4), torch.zeros(2, 4).half(), TypeError, "y is float16, but must be float32"),
+        (torch.zeros(2, 4), torch.zeros(2, 4).half(), ValueError, "y is float16, but must be float32"),
         (torch.zeros(2, 4), _frozen(np.zeros((2, 4), np.float32)), ValueError, "y is read-only"),
-        (torch.zeros(3, 4), torch.zeros(3, 4), ValueError, "one element for each row"),
+        (torch.zeros(3, 4), torch.zeros(3, 4), ValueError, "one element for each of the 3 rows"),
     ],
 )
 def test_launcher_refuses(x: Any, y: Any, error: type[Exception], message: str) -> None:

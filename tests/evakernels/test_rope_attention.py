@@ -12,6 +12,7 @@ from op_checks import (
 from timm.layers import apply_rot_embed_cat
 
 import evakernels
+from evakernels import _native, backends
 from evakernels.nn import axial_rope
 
 OPS = torch.ops.evakernels
@@ -166,6 +167,37 @@ def test_several_chunks_of_an_odd_size_are_as_accurate_as_torch(head_dim, causal
     # Values with a mean: their products with dout, less the mean of these, cancel.
     inputs = [randn(2, 301, 7, head_dim, seed=s) + (s == 2) for s in range(3)]
     assert_as_accurate_as_torch(ours, theirs, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "num_prefix", "options"),
+    [
+        # A kernel may lay out any of these in another way: vectors, tiles of tokens, parts of what is too long.
+        pytest.param((1, 17, 3, 64), 1, {"interleaved": False}, id="halves"),
+        pytest.param((2, 49, 1, 88), 1, {"causal": True}, id="causal"),
+        pytest.param((1, 20, 2, 88), 4, {"interleaved": False}, id="odd-halves"),
+        pytest.param((1, 65, 1, 112), 16, {"scale": -0.1}, id="many-registers-negative-scale"),
+        pytest.param((1, 209, 1, 128), 1, {"causal": True}, id="long-causal"),
+        pytest.param((1, 209, 3, 32), 1, {}, id="long"),
+    ],
+)
+def test_shapes_of_towers_are_as_accurate_as_torch(shape, num_prefix, options, dtype):
+    patches, heads, head_dim = shape[1] - num_prefix, *shape[2:]
+    angles = randn(heads, patches, head_dim // 2, seed=3) * 3
+    cos, sin = angles.cos().float(), angles.sin().float()
+
+    def ours(qkv):
+        return evakernels.rope_attention(*qkv.unbind(2), cos, sin, num_prefix=num_prefix, **options)
+
+    def theirs(qkv):
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+        q, k = (rotate(t, cos, sin, None, num_prefix, options.get("interleaved", True)) for t in (q, k))
+        causal, scale = options.get("causal", False), options.get("scale")
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
+
+    batch, tokens = shape[:2]
+    assert_as_accurate_as_torch(ours, theirs, [randn(batch, tokens, 3, heads, head_dim)], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -413,6 +445,24 @@ def test_a_compact_table_bounds_the_token_index():
     evakernels.rope_attention(x, x, x, table, table, token_index=torch.tensor([[0, 8]]))
     with pytest.raises(IndexError, match="token_index has values from 0 to 9; accepted: 0 to 8"):
         evakernels.rope_attention(x, x, x, table, table, token_index=torch.tensor([[0, 9]]))
+
+
+@pytest.mark.parametrize(
+    ("q", "reason"),
+    [
+        (torch.ones(1, 5, 2, 64), "tensor cores round float32; the GPU kernels serve bfloat16 and float16"),
+        (torch.ones(1, 5, 2, 256).half(), "head_dim 256; the GPU kernels serve up to 128"),
+        (torch.ones(1, 4097, 1, 1).half(), "4097 tokens; the GPU kernels serve up to 4096"),
+        (torch.ones(1, 4096, 1, 128).half(), None),
+    ],
+)
+def test_the_gpu_kernels_say_what_they_do_not_serve(q, reason, monkeypatch):
+    """With the real reasons, whether or not they are built here."""
+    monkeypatch.setattr(_native, "LOADED", True)
+    monkeypatch.setattr(_native, "implemented", lambda op, device: op.startswith("rope_attention"))
+    for op in ("rope_attention_forward", "rope_attention_backward"):
+        found = backends.why_not(op, "cuda", q)
+        assert found[1:] == ([] if reason is None else [reason])
 
 
 def test_an_odd_head_dim_cannot_be_rotated():

@@ -94,6 +94,19 @@ def test_parameters_are_loaded_once_a_tile(op):
             assert launch.tensors[name].loaded <= tiles * launch.tensors[name].loaded_once
 
 
+@pytest.mark.parametrize("op", [op for op in FAMILIES["contrastive"] if op != "siglip_backward"])
+def test_contrastive_kernels_make_the_logits_once_and_store_their_gradients_alone(op, monkeypatch):
+    monkeypatch.setattr(calls, "PAIRS", 256)
+    (arguments,) = calls.calls(op, {"depth": 128}, calls.Draw("cpu", torch.bfloat16))
+    launches, _ = launches_of(op, arguments)
+    assert sum(launch.flops for launch in launches) == 2 * 256 * 256 * 128
+    gradients = sum(launch.tensors["dlogits"].stored for launch in launches if "dlogits" in launch.tensors)
+    assert gradients == (2 * 256 * 256 if op in ("contrastive_backward", "siglip_forward") else 0)
+    # Forward: of each tile a pair of numbers a row and a column, and what they add up to.
+    tiles, chunks = 256 // 128, 2
+    assert sum(launch.stored for launch in launches) - gradients <= 8 * 256 * (2 * tiles + chunks + 2) + 4 * 256
+
+
 @pytest.mark.parametrize("wrong", [-1, 4])
 def test_an_index_out_of_range_reads_nothing_and_gives_nan(wrong):
     patches, token_index = torch.ones(2, 4, 8), torch.tensor([[0, 3], [1, wrong]])

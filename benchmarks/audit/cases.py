@@ -1,0 +1,121 @@
+"""What is audited: the operations of the benchmarks that have kernels for GPUs, and inputs that those don't draw."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+import benchmarks.cases  # noqa: F401  (registers the operations)
+import evakernels
+from benchmarks.audit.build import Case
+from benchmarks.cases._optimizer import sizes_of
+from benchmarks.cases.layer_norm import EPS
+from benchmarks.operation import Cost, Draw, Inputs, Operation, Work, get_operation
+from benchmarks.shapes import Shape, parse_shape
+from evaclip.errors import unknown_name
+
+WIDTHS = ("eva02-b16@224 b1", "eva02-l14@224 b1", "eva01-g14@224 b1", "eva02-bige14@224 b1", "eva-18b@224 b1")
+"""Of 768, 1024, 1408, 1792 and 5120 channels, 197 or 257 rows: as many as keep partial sums below a twentieth."""
+HIDDEN = ("eva02-b16@224 b1", "eva02-l14@224 b1")
+"""Of 2048 and 2730 hidden channels."""
+DROPPED = ("eva02-b16@224 b8 drop50", "eva01-g14@224 b8 drop50")
+
+SHAPES = {
+    "layer_norm": WIDTHS,
+    "add_layer_norm": WIDTHS,
+    "add_layer_norm scaled": WIDTHS,
+    "layer_norm_add": WIDTHS,
+    "layer_norm_add scaled": WIDTHS,
+    "silu_mul": HIDDEN,
+    "swiglu": HIDDEN,
+    "token_dropout": DROPPED,
+    "token_dropout by channel": DROPPED,
+    "lamb_step": ("tiny@32 b1",),
+}
+"""The operations, and the shapes that are usual for each."""
+DTYPES = ("bfloat16", "float32")
+MOST_ELEMENTS = 50_000
+"""Of a tensor in a step of LAMB."""
+
+
+def _scaled_inputs(op: Operation, shape: Shape, draw: Draw) -> Inputs:
+    return op.inputs(shape, draw) | {
+        "layer_scale": draw.normal(shape.width, scale=0.1, mean=1.0),
+        "row_scale": draw.normal(shape.batch, scale=0.1, mean=1.0),
+    }
+
+
+def _scaled(name: str, backward: int) -> Operation:
+    """A norm with a residual connection, layer scale and stochastic depth; `backward` counts passes over [B, N, C]."""
+    plain, function = get_operation(name), getattr(evakernels, name)
+
+    def work(shape: Shape, itemsize: int) -> Work:
+        unit = shape.batch * shape.tokens * shape.width * itemsize
+        return Work(plain.work(shape, itemsize).forward, Cost(0, backward * unit))
+
+    return replace(
+        plain,
+        name=f"{name} scaled",
+        inputs=lambda shape, draw: _scaled_inputs(plain, shape, draw),
+        ours=lambda **inputs: function(**inputs, eps=EPS),
+        work=work,
+        gradients=(*plain.gradients, "layer_scale"),
+    )
+
+
+def _by_channel() -> Operation:
+    """Token dropout of patches as a convolution leaves them: those of a channel side by side."""
+    plain = get_operation("token_dropout")
+
+    def turned(patches: Tensor) -> Tensor:
+        return patches.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def inputs(shape: Shape, draw: Draw) -> Inputs:
+        drawn = plain.inputs(shape, draw)
+        return drawn | {"patches": turned(drawn["patches"])}
+
+    return replace(plain, name="token_dropout by channel", inputs=inputs)
+
+
+def _few_tensors() -> Operation:
+    """A step over the smaller tensors: a larger one is more of the same chunks."""
+    plain = get_operation("lamb_step")
+
+    def inputs(shape: Shape, draw: Draw) -> Inputs:
+        drawn = plain.inputs(shape, draw)
+        few = [i for i, tensor in enumerate(drawn["params"]) if tensor.numel() <= MOST_ELEMENTS]
+        return {name: [tensors[i] for i in few] for name, tensors in drawn.items()}
+
+    def work(shape: Shape, itemsize: int) -> Work:
+        sizes = [size.numel() for size in sizes_of(shape.model)]
+        share = sum(size for size in sizes if size <= MOST_ELEMENTS) / sum(sizes)
+        return Work(Cost(0, share * plain.work(shape, itemsize).forward.bytes))
+
+    return replace(plain, inputs=inputs, work=work)
+
+
+def operation(name: str) -> Operation:
+    """The operation of that name. Raises `UserError` with the nearest names if there is none."""
+    if name not in SHAPES:
+        raise unknown_name("audited operation", name, SHAPES)
+    if name == "lamb_step":
+        return _few_tensors()
+    if name == "add_layer_norm scaled":
+        return _scaled("add_layer_norm", backward=6)
+    if name == "layer_norm_add scaled":
+        return _scaled("layer_norm_add", backward=3)
+    return _by_channel() if name == "token_dropout by channel" else get_operation(name)
+
+
+def list_cases(
+    names: Sequence[str] = (), shapes: Sequence[str] = (), dtypes: Sequence[str] = (), directions: Sequence[str] = ()
+) -> list[Case]:
+    """All cases that are asked for; of everything that isn't named, what is usual."""
+    cases = []
+    for name in names or SHAPES:
+        has_backward = bool(operation(name).gradients)
+        for shape in [parse_shape(shape).name for shape in shapes] or SHAPES[name]:
+            for dtype in dtypes or DTYPES:
+                both = ("forward", "backward") if has_backward else ("forward",)
+                cases += [(name, shape, dtype, way) for way in both if not directions or way in directions]
+    return cases

@@ -1,0 +1,21 @@
+// Attention with the rotary embedding inside, on a GPU with tensor cores (compute capability 8.0 and later).
+// See residual_norm.h on streams.
+//
+// 16-bit dtypes only, head_dim up to kMaxHeadDim, up to kMaxTokens tokens. A token_index that is out of range
+// ends the launch with an error, as torch's own gather does.
+#pragma once
+
+#include "common/rope_attention.h"
+#include "cuda/stream.h"
+
+namespace evakernels::cuda {
+
+constexpr int kMaxHeadDim = 128;
+constexpr int kMaxTokens = 4096;
+
+Error rope_attention_forward(const RopeAttentionForward& params, Stream stream);
+
+// The result depends on the shape and the GPU alone.
+Error rope_attention_backward(const RopeAttentionBackward& params, Stream stream);
+
+}  // namespace evakernels::cuda

@@ -1,0 +1,443 @@
+"""The contrastive losses over tiles of logits that live in registers, or in backward in bounded chunks of rows.
+
+Forward is one product. A program writes the pair (largest logit, sum of exp relative to it) of each row and column of
+its tile; a second kernel adds up the pairs of all tiles in a fixed order. One exponential serves both directions: rows
+are summed relative to their own largest logit, and what a row adds to the columns is weighted by how far that lies
+below the tile's. Only where the largest logit of some column lies so far below the tile's that its terms could vanish,
+the tile takes a second exponential, relative to the columns' own. So there is no bound that the logits must keep, and
+nothing to find out before or after.
+
+The gradient of a logit needs the log-sum-exps of both directions, so backward makes that product again: one kernel
+writes the gradients of a chunk of logits, and cuBLAS makes the other two products of it, four in all. SigLIP has no
+log-sum-exps: one pass gives its loss and the gradients of its logits, so that three do.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from evakernels.reference import contrastive as reference
+from evakernels.triton import INTERPRETED
+from evakernels.triton._launch import on_device_of
+from evakernels.tuning import config
+
+CHUNK_BYTES = 1 << (13 if INTERPRETED else 28)
+"""What the partial sums of forward or the gradients of the logits take at a time; where kernels are interpreted, so
+little that small tests take several turns."""
+
+MIN_CHUNK = 128 if INTERPRETED else 2048
+"""Rows of such a chunk at least: with fewer, the products would wait for the sum of the texts' gradient in memory."""
+
+SPREAD = tl.constexpr(60.0)
+"""How far apart the largest logits may lie for one exponential. exp gives 0 below -87: what is lost is smaller than
+the largest term by e^-27."""
+
+UNIT = tl.constexpr(16384.0)
+"""To about this, a power of two, the largest gradient of a logit is scaled: float16 has nothing below 6e-8."""
+
+BAND = tl.constexpr(8)
+"""Rows of tiles that are worked on together: the features that they share stay in the L2 cache."""
+
+
+@triton.jit
+def _place(row_tiles, column_tiles):
+    """The tile of this program. Programs of one band differ in their rows first."""
+    program = tl.program_id(0)
+    first = program // (BAND * column_tiles) * BAND
+    height = tl.minimum(row_tiles - first, BAND)
+    inside = program % (BAND * column_tiles)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def _positions(first, count, BLOCK: tl.constexpr):
+    """Positions from `first` on; and the same, with the last one in place of those beyond it."""
+    positions = first + tl.arange(0, BLOCK)
+    return positions, tl.minimum(positions, count - 1)
+
+
+@triton.jit
+def _products(
+    image,
+    text,
+    rows,
+    columns,
+    depth,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    inner = tl.arange(0, BLOCK_K)
+    image += rows[:, None].to(tl.int64) * depth + inner[None, :]
+    text += columns[None, :].to(tl.int64) * depth + inner[:, None]
+    products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for _ in range(0, depth, BLOCK_K):
+        products = tl.dot(tl.load(image), tl.load(text), products, input_precision="ieee")
+        image += BLOCK_K
+        text += BLOCK_K
+    return products
+
+
+@triton.jit
+def _has_pairs(row_tile, column_tile, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    pair, column = row_tile * BLOCK_M + offset, column_tile * BLOCK_N
+    return (pair < column + BLOCK_N) & (column < pair + BLOCK_M)
+
+
+@triton.jit
+def _finite(maximum):
+    """What to subtract before exp: subtracting an infinite maximum would turn infinite logits into NaN."""
+    return tl.where((maximum < float("inf")) & (maximum > float("-inf")), maximum, 0.0)
+
+
+# --- InfoNCE --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def statistics_kernel(
+    image,
+    text,
+    scale,
+    positive,
+    row_max,
+    row_sum,
+    col_max,
+    col_sum,
+    rows: tl.int32,
+    columns: tl.int32,
+    depth: tl.int32,
+    offset: tl.int32,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row_tile, column_tile = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N))
+    row, image_row = _positions(row_tile * BLOCK_M, rows, BLOCK_M)
+    column, text_row = _positions(column_tile * BLOCK_N, columns, BLOCK_N)
+    logits = _products(image, text, image_row, text_row, depth, BLOCK_M, BLOCK_N, BLOCK_K)
+    logits *= tl.load(scale).to(tl.float32)
+    if _has_pairs(row_tile, column_tile, offset, BLOCK_M, BLOCK_N):
+        own = tl.sum(tl.where(column[None, :] == (row + offset)[:, None], logits, 0.0), 1)
+        first = column_tile * BLOCK_N
+        inside = (row < rows) & (row + offset >= first) & (row + offset < first + BLOCK_N)
+        tl.store(positive + row, own, mask=inside)
+    logits = tl.where((row < rows)[:, None] & (column < columns)[None, :], logits, float("-inf"))
+    of_rows, of_columns = tl.max(logits, 1), tl.max(logits, 0)
+    common = tl.max(of_rows, 0)
+    if common - tl.min(tl.where(column < columns, of_columns, float("inf")), 0) <= SPREAD:
+        terms = tl.exp(logits - _finite(of_rows)[:, None])
+        sum_of_rows = tl.sum(terms, 1)
+        sum_of_columns = tl.sum(terms * tl.exp(of_rows - common)[:, None], 0) * tl.exp(common - of_columns)
+    else:
+        sum_of_rows = tl.sum(tl.exp(logits - _finite(of_rows)[:, None]), 1)
+        sum_of_columns = tl.sum(tl.exp(logits - _finite(of_columns)[None, :]), 0)
+    at = rows.to(tl.int64) * column_tile + row
+    tl.store(row_max + at, of_rows, mask=row < rows)
+    tl.store(row_sum + at, sum_of_rows, mask=row < rows)
+    at = columns.to(tl.int64) * row_tile + column
+    tl.store(col_max + at, of_columns, mask=column < columns)
+    tl.store(col_sum + at, sum_of_columns, mask=column < columns)
+
+
+@triton.jit
+def merge_kernel(
+    maxima, sums, highest, total, parts: tl.int32, count: tl.int32, FINAL: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Adds up sums of exp, each relative to its largest logit; the final ones become log-sum-exps."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    both = tl.zeros([BLOCK], tl.float32)
+    for part in range(parts):
+        place = count.to(tl.int64) * part + at
+        new = tl.load(maxima + place, mask=inside, other=0.0)
+        larger = tl.maximum(top, new)
+        shift = _finite(larger)
+        both = both * tl.exp(top - shift) + tl.load(sums + place, mask=inside, other=1.0) * tl.exp(new - shift)
+        top = larger
+    if FINAL:
+        # The maxima pass over NaN; the sums show it.
+        tl.store(highest + at, tl.where(both == both, top, both), mask=inside)
+        tl.store(total + at, tl.log(both) + _finite(top), mask=inside)
+    else:
+        tl.store(highest + at, top, mask=inside)
+        tl.store(total + at, both, mask=inside)
+
+
+@triton.jit
+def gradient_kernel(
+    drow_lse,
+    dcol_lse,
+    dpositive,
+    image,
+    text,
+    scale,
+    row_lse,
+    col_lse,
+    dlogits,
+    rows: tl.int32,
+    columns: tl.int32,
+    depth: tl.int32,
+    offset: tl.int32,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row_tile, column_tile = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N))
+    row, image_row = _positions(row_tile * BLOCK_M, rows, BLOCK_M)
+    column, text_row = _positions(column_tile * BLOCK_N, columns, BLOCK_N)
+    products = _products(image, text, image_row, text_row, depth, BLOCK_M, BLOCK_N, BLOCK_K)
+    logits = products * tl.load(scale).to(tl.float32)
+    of_rows, of_columns = tl.load(row_lse + image_row), tl.load(col_lse + text_row)
+    drow, dcol = tl.load(drow_lse + image_row), tl.load(dcol_lse + text_row)
+    top = tl.maximum(tl.max(of_rows, 0), tl.max(of_columns, 0))
+    lowest = tl.minimum(tl.min(of_rows, 0), tl.min(of_columns, 0))
+    if _has_pairs(row_tile, column_tile, offset, BLOCK_M, BLOCK_N) | (top - lowest > SPREAD):
+        # Where a pair's probability is almost 1 its gradient is the small rest beside dpositive, so that it needs
+        # exponentials without the error of a common shift.
+        gradient = drow[:, None] * tl.exp(logits - of_rows[:, None])
+        gradient += dcol[None, :] * tl.exp(logits - of_columns[None, :])
+        is_pair = column[None, :] == (row + offset)[:, None]
+        gradient += tl.where(is_pair, tl.load(dpositive + image_row)[:, None], 0.0)
+    else:
+        weights = (drow * tl.exp(top - of_rows))[:, None] + (dcol * tl.exp(top - of_columns))[None, :]
+        gradient = tl.exp(logits - top) * weights
+    at = dlogits + row[:, None].to(tl.int64) * columns + column[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    tl.store(at, gradient.to(dlogits.dtype.element_ty), mask=inside)
+
+
+def contrastive_forward(
+    image: Tensor, text: Tensor, logit_scale: Tensor, offset: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, columns = image.shape[0], text.shape[0]
+    launch = _launch("contrastive_forward", image)
+    image, text = _padded(image, launch), _padded(text, launch)
+    row_tile, column_tile = launch["BLOCK_M"], launch["BLOCK_N"]
+    positive, row_max, row_lse = (image.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    col_max, col_lse = (image.new_empty(columns, dtype=torch.float32) for _ in range(2))
+    chunks = list(_chunks(rows, 8 * columns // min(row_tile, column_tile) + 8, MIN_CHUNK))
+    of_columns = image.new_empty(2, len(chunks), columns, dtype=torch.float32)
+    with on_device_of(image):
+        for chunk, sums in zip(chunks, of_columns.unbind(1), strict=True):
+            count = chunk.stop - chunk.start
+            by_row = image.new_empty(2, triton.cdiv(columns, column_tile), count, dtype=torch.float32)
+            by_column = image.new_empty(2, triton.cdiv(count, row_tile), columns, dtype=torch.float32)
+            statistics_kernel[_grid(count, columns, launch)](
+                *(image[chunk], text, logit_scale, positive[chunk], *by_row, *by_column),
+                *(count, *text.shape, offset + chunk.start),
+                **launch,
+            )
+            _merge(by_row, row_max[chunk], row_lse[chunk], final=True)
+            _merge(by_column, *sums, final=False)
+        _merge(of_columns, col_max, col_lse, final=True)
+    return row_lse, col_lse, positive, row_max, col_max
+
+
+def contrastive_backward(
+    drow_lse: Tensor,
+    dcol_lse: Tensor,
+    dpositive: Tensor,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    unit = _unit_of(drow_lse, dcol_lse, dpositive)
+    drow_lse, dcol_lse, dpositive = (gradient * unit for gradient in (drow_lse, dcol_lse, dpositive))
+    gradients = _Gradients("contrastive_backward", image, text, logit_scale, unit, image.dtype)
+    with on_device_of(image):
+        for chunk, dlogits, grid in gradients.chunks():
+            gradient_kernel[grid](
+                *(drow_lse[chunk], dcol_lse, dpositive[chunk], gradients.image[chunk], gradients.text, logit_scale),
+                *(row_lse[chunk], col_lse, dlogits),
+                *(len(dlogits), *gradients.text.shape, offset + chunk.start),
+                **gradients.launch,
+            )
+            gradients.add(chunk, dlogits)
+    dimage, dtext, dscale = gradients.result()
+    return dimage, dtext, dscale.to(logit_scale.dtype)
+
+
+def _merge(parts: Tensor, highest: Tensor, total: Tensor, *, final: bool) -> None:
+    grid = (triton.cdiv(total.numel(), 256),)
+    merge_kernel[grid](*parts, highest, total, *parts.shape[1:], FINAL=final, BLOCK=256, num_warps=4)
+
+
+def _unit_of(*gradients: Tensor) -> Tensor:
+    """The power of two that scales the largest of the gradients to less than UNIT."""
+    peak = torch.stack([gradient.abs().amax() for gradient in gradients]).amax()
+    exponent = 14 - torch.frexp(peak).exponent
+    return torch.ldexp(torch.ones_like(peak), exponent.clamp(-100, 100))
+
+
+# --- SigLIP ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x in [0, 1], as 2 artanh(x / (2 + x)): log itself would lose the digits of a small x."""
+    z = x / (2.0 + x)
+    square = z * z
+    series = square * (1.0 / 15.0) + 1.0 / 13.0
+    series = series * square + 1.0 / 11.0
+    series = series * square + 1.0 / 9.0
+    series = series * square + 1.0 / 7.0
+    series = series * square + 1.0 / 5.0
+    series = series * square + 1.0 / 3.0
+    series = series * square + 1.0
+    return 2.0 * z * series
+
+
+@triton.jit
+def siglip_kernel(
+    image,
+    text,
+    scale,
+    bias,
+    losses,
+    dbias,
+    dlogits,
+    rows: tl.int32,
+    columns: tl.int32,
+    depth: tl.int32,
+    offset: tl.int32,
+    HAS_GRADIENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row_tile, column_tile = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N))
+    row, image_row = _positions(row_tile * BLOCK_M, rows, BLOCK_M)
+    column, text_row = _positions(column_tile * BLOCK_N, columns, BLOCK_N)
+    products = _products(image, text, image_row, text_row, depth, BLOCK_M, BLOCK_N, BLOCK_K)
+    logits = products * tl.load(scale).to(tl.float32) + tl.load(bias).to(tl.float32)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    is_pair = column[None, :] == (row + offset)[:, None]
+    # With the pairs' sign turned every logit should be negative, and the loss of x is log(1 + e^x). Turning the sign of
+    # the gradient as well gives the pairs sigmoid(x) - 1 without its cancellation.
+    x = tl.where(is_pair, -logits, logits)
+    power = tl.exp(-tl.abs(x))
+    loss = tl.where(x > 0.0, x, 0.0) + _log1p(power)
+    tl.store(losses + tl.program_id(0), tl.sum(tl.sum(tl.where(inside, loss, 0.0), 1), 0))
+    if HAS_GRADIENT:
+        gradient = tl.where(x < 0.0, power, 1.0) / (1.0 + power)
+        gradient = tl.where(is_pair, -gradient, gradient)
+        tl.store(dbias + tl.program_id(0), tl.sum(tl.sum(tl.where(inside, gradient, 0.0), 1), 0))
+        at = dlogits + row[:, None].to(tl.int64) * columns + column[None, :]
+        tl.store(at, (gradient * UNIT).to(dlogits.dtype.element_ty), mask=inside)
+
+
+def siglip_value(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
+    launch = _launch("siglip_value", image)
+    image, text = _padded(image, launch), _padded(text, launch)
+    (programs,) = _grid(image.shape[0], text.shape[0], launch)
+    losses = image.new_empty(programs, dtype=torch.float32)
+    with on_device_of(image):
+        siglip_kernel[(programs,)](
+            *(image, text, logit_scale, logit_bias, losses, None, None),
+            *(image.shape[0], text.shape[0], image.shape[1], offset),
+            HAS_GRADIENT=False,
+            **launch,
+        )
+    return _total(losses)
+
+
+def siglip_forward(
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    unit = image.new_full((), UNIT.value, dtype=torch.float32)
+    gradients = _Gradients("siglip_forward", image, text, logit_scale, unit, torch.float32)
+    sums = []
+    with on_device_of(image):
+        for chunk, dlogits, grid in gradients.chunks():
+            sums.append(image.new_empty(2, *grid, dtype=torch.float32))
+            siglip_kernel[grid](
+                *(gradients.image[chunk], gradients.text, logit_scale, logit_bias, *sums[-1], dlogits),
+                *(len(dlogits), *gradients.text.shape, offset + chunk.start),
+                HAS_GRADIENT=True,
+                **gradients.launch,
+            )
+            gradients.add(chunk, dlogits)
+    losses, dbias = torch.cat(sums, 1)
+    return _total(losses), *gradients.result(), _total(dbias)
+
+
+siglip_backward = reference.siglip_backward
+
+
+def _total(parts: Tensor) -> Tensor:
+    return parts.sum(dtype=torch.float64).float()
+
+
+# --- both -----------------------------------------------------------------------------------------------------------
+
+
+class _Gradients:
+    """What chunks of the logits' gradients, which are `unit` times too large, give the features and the scale."""
+
+    def __init__(
+        self, op: str, image: Tensor, text: Tensor, logit_scale: Tensor, unit: Tensor, dtype: torch.dtype
+    ) -> None:
+        self.launch, self.unit = _launch(op, image), unit
+        self.image, self.text = _padded(image, self.launch), _padded(text, self.launch)
+        self.factor = logit_scale.float() / unit
+        self.dimage = torch.empty_like(image, dtype=dtype, memory_format=torch.contiguous_format)
+        self.dtext = torch.zeros_like(self.text, dtype=torch.float32)
+        self.dscale = torch.zeros_like(unit)
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor, tuple[int]]]:
+        """The rows of a chunk, where its gradients belong, and the grid of the kernel that writes them."""
+        columns = len(self.text)
+        for chunk in _chunks(len(self.image), columns * self.image.itemsize, MIN_CHUNK):
+            count = chunk.stop - chunk.start
+            yield chunk, self.image.new_empty(count, columns), _grid(count, columns, self.launch)
+
+    def add(self, chunk: slice, dlogits: Tensor) -> None:
+        image, depth = self.image[chunk], self.dimage.shape[1]
+        product = _product(dlogits, self.text)
+        self.dscale += (product * image).sum()
+        torch.mul(product[:, :depth], self.factor, out=self.dimage[chunk])
+        _add_product(self.dtext, dlogits.T, image)
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        dtext = (self.dtext[:, : self.dimage.shape[1]] * self.factor).to(self.dimage.dtype)
+        return self.dimage, dtext, self.dscale / self.unit
+
+
+def _chunks(rows: int, row_bytes: int, multiple: int) -> Iterator[slice]:
+    """Chunks of a multiple of rows, at least one, that take CHUNK_BYTES at most."""
+    height = max(1, CHUNK_BYTES // (row_bytes * multiple)) * multiple
+    for start in range(0, rows, height):
+        yield slice(start, min(start + height, rows))
+
+
+def _launch(op: str, image: Tensor) -> dict[str, int]:
+    return config(op, {"depth": image.shape[1]}, image)
+
+
+def _padded(features: Tensor, launch: dict[str, int]) -> Tensor:
+    """The features with zeros behind them, so that blocks divide the depth and rows begin where words do."""
+    return F.pad(features, (0, -features.shape[1] % launch["BLOCK_K"])).contiguous()
+
+
+def _grid(rows: int, columns: int, launch: dict[str, int]) -> tuple[int]:
+    return (triton.cdiv(rows, launch["BLOCK_M"]) * triton.cdiv(columns, launch["BLOCK_N"]),)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """In float32. A CPU, where kernels are interpreted, has no such product of 16-bit numbers."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Any:
+    if a.is_cuda:
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    return total.addmm_(a.float(), b.float())

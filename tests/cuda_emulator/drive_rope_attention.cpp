@@ -1,0 +1,227 @@
+#include "cuda/rope_attention.h"
+#include "drive.h"
+
+namespace evakernels::drive {
+namespace {
+
+enum class Tables { None, Shared, OfHeads };
+
+struct Attention {
+  AttentionShape shape;
+  Tables tables;
+  bool interleaved;
+  bool indexed;
+  bool packed;  // q, k and v in one [B, N, 3, H, D]
+
+  int64_t vectors() const { return shape.batch * shape.tokens * shape.heads; }
+  int64_t size() const { return vectors() * shape.head_dim; }
+  int64_t patches() const { return shape.tokens - shape.num_prefix; }
+  int64_t table_rows() const { return patches() + (indexed ? 3 : 0); }
+  std::string name(const char* what) const {
+    return std::string(what) + " of " + std::to_string(shape.tokens) + " tokens, head_dim " +
+           std::to_string(shape.head_dim) + ", dtype " + std::to_string(static_cast<int>(shape.dtype));
+  }
+};
+
+// A [B, N, H, D], by itself or as one of several that lie side by side.
+struct Heads {
+  Buffer* buffer;
+  HeadsView view;
+
+  Heads(const Attention& a, Buffer& of, int number, int count) : buffer(&of) {
+    const int64_t token = a.shape.heads * a.shape.head_dim * count;
+    view = {static_cast<char*>(of.data()) + number * a.shape.heads * a.shape.head_dim * 2,
+            a.shape.tokens * token, token, a.shape.head_dim};
+    first_ = number * a.shape.heads * a.shape.head_dim;
+  }
+
+  double at(int64_t b, int64_t n, int64_t h, int64_t i) const {
+    return buffer->at(first_ + b * view.batch_stride + n * view.token_stride + h * view.head_stride + i);
+  }
+
+ private:
+  int64_t first_;
+};
+
+using Matrix = std::vector<double>;  // [N, D] or [N, N]
+
+// Everything of one head, in double.
+struct Expected {
+  Matrix out, lse, dq, dk, dv;
+};
+
+class Rotations {
+ public:
+  explicit Rotations(const Attention& a)
+      : a_(a), cos_(DType::Float32, size(a)), sin_(DType::Float32, size(a)) {
+    for (int64_t i = 0; i < size(a); ++i) {
+      const double angle = 3 * next_number();
+      cos_.floats()[i] = static_cast<float>(std::cos(angle));
+      sin_.floats()[i] = static_cast<float>(std::sin(angle));
+    }
+    for (int64_t i = 0; i < a.shape.batch * a.patches(); ++i) index_.push_back(i * 5 % a.table_rows());
+  }
+
+  RotaryTables tables() {
+    if (a_.tables == Tables::None) return {};
+    return {.cos = cos_.floats(),
+            .sin = sin_.floats(),
+            .token_index = a_.indexed ? index_.data() : nullptr,
+            .rows = a_.table_rows(),
+            .head_stride = a_.tables == Tables::OfHeads ? a_.table_rows() * a_.shape.head_dim / 2 : 0,
+            .interleaved = a_.interleaved};
+  }
+
+  void rotate(double* vector, int64_t b, int64_t n, int64_t h, double sign) const {
+    if (a_.tables == Tables::None || n < a_.shape.num_prefix) return;
+    const int64_t half = a_.shape.head_dim / 2, patch = n - a_.shape.num_prefix;
+    const int64_t row = a_.indexed ? index_[b * a_.patches() + patch] : patch;
+    const int64_t first = ((a_.tables == Tables::OfHeads ? h * a_.table_rows() : 0) + row) * half;
+    for (int64_t i = 0; i < half; ++i) {
+      double& x = vector[a_.interleaved ? 2 * i : i];
+      double& y = vector[a_.interleaved ? 2 * i + 1 : i + half];
+      const double c = cos_.at(first + i), s = sign * sin_.at(first + i), before = x;
+      x = x * c - y * s;
+      y = before * s + y * c;
+    }
+  }
+
+ private:
+  static int64_t size(const Attention& a) { return a.shape.heads * a.table_rows() * a.shape.head_dim / 2; }
+
+  const Attention& a_;
+  Buffer cos_, sin_;
+  std::vector<int64_t> index_;
+};
+
+// a (times b, if it is to be transposed): [N, M] of [N, K] and [M, K].
+Matrix product(const Matrix& a, const Matrix& b, int64_t n, int64_t m, int64_t k) {
+  Matrix result(n * m);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < m; ++j) {
+      for (int64_t l = 0; l < k; ++l) result[i * m + j] += a[i * k + l] * b[j * k + l];
+    }
+  }
+  return result;
+}
+
+Matrix transposed(const Matrix& a, int64_t rows, int64_t columns) {
+  Matrix result(a.size());
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) result[j * rows + i] = a[i * columns + j];
+  }
+  return result;
+}
+
+Expected attend(const Attention& a, const Rotations& rotations, const Heads (&in)[4], int64_t b, int64_t h) {
+  const int64_t N = a.shape.tokens, D = a.shape.head_dim;
+  const auto read = [&](const Heads& heads, bool turned) {
+    Matrix rows(N * D);
+    for (int64_t n = 0; n < N; ++n) {
+      for (int64_t i = 0; i < D; ++i) rows[n * D + i] = heads.at(b, n, h, i);
+      if (turned) rotations.rotate(&rows[n * D], b, n, h, 1.0);
+    }
+    return rows;
+  };
+  const Matrix q = read(in[0], true), k = read(in[1], true), v = read(in[2], false),
+               dout = read(in[3], false);
+  Matrix weights = product(q, k, N, N, D);
+  Expected e;
+  e.lse.resize(N);
+  for (int64_t n = 0; n < N; ++n) {
+    double total = 0.0;
+    for (int64_t m = 0; m < N; ++m) {
+      double& weight = weights[n * N + m];
+      weight = a.shape.causal && m > n ? 0.0 : std::exp(a.shape.scale * weight);
+      total += weight;
+    }
+    for (int64_t m = 0; m < N; ++m) weights[n * N + m] /= total;
+    e.lse[n] = std::log(total);
+  }
+  e.out = product(weights, transposed(v, N, D), N, D, N);
+  e.dv = product(transposed(weights, N, N), transposed(dout, N, D), N, D, N);
+  Matrix scores = product(dout, v, N, N, D);
+  for (int64_t n = 0; n < N; ++n) {
+    double mean = 0.0;
+    for (int64_t i = 0; i < D; ++i) mean += dout[n * D + i] * e.out[n * D + i];
+    for (int64_t m = 0; m < N; ++m) {
+      double& score = scores[n * N + m];
+      score = weights[n * N + m] * (score - mean) * a.shape.scale;
+    }
+  }
+  e.dq = product(scores, transposed(k, N, D), N, D, N);
+  e.dk = product(transposed(scores, N, N), transposed(q, N, D), N, D, N);
+  for (int64_t n = 0; n < N; ++n) {
+    rotations.rotate(&e.dq[n * D], b, n, h, -1.0);
+    rotations.rotate(&e.dk[n * D], b, n, h, -1.0);
+  }
+  return e;
+}
+
+// One head's rows into those of all, [B, N, H, D].
+void place(const Attention& a, const Matrix& head, Matrix& all, int64_t b, int64_t h) {
+  const int64_t D = a.shape.head_dim;
+  all.resize(a.size());
+  for (int64_t n = 0; n < a.shape.tokens; ++n) {
+    for (int64_t i = 0; i < D; ++i) {
+      all[((b * a.shape.tokens + n) * a.shape.heads + h) * D + i] = head[n * D + i];
+    }
+  }
+}
+
+void drive(const Attention& a) {
+  const DType dtype = a.shape.dtype;
+  Buffer first = Buffer::random(dtype, a.size() * (a.packed ? 3 : 1));
+  Buffer k = Buffer::random(dtype, a.packed ? 0 : a.size()),
+         v = Buffer::random(dtype, a.packed ? 0 : a.size());
+  Buffer dout = Buffer::random(dtype, a.size()), out(dtype, a.size()), lse(DType::Float32, a.vectors());
+  const int count = a.packed ? 3 : 1;
+  const Heads in[4] = {Heads(a, first, 0, count), Heads(a, a.packed ? first : k, a.packed ? 1 : 0, count),
+                       Heads(a, a.packed ? first : v, a.packed ? 2 : 0, count), Heads(a, dout, 0, 1)};
+  Rotations rotations(a);
+  Matrix all_out, all_lse, all_dq, all_dk, all_dv;
+  for (int64_t b = 0; b < a.shape.batch; ++b) {
+    for (int64_t h = 0; h < a.shape.heads; ++h) {
+      const Expected e = attend(a, rotations, in, b, h);
+      place(a, e.out, all_out, b, h);
+      all_lse.insert(all_lse.end(), e.lse.begin(), e.lse.end());
+      place(a, e.dq, all_dq, b, h);
+      place(a, e.dk, all_dk, b, h);
+      place(a, e.dv, all_dv, b, h);
+    }
+  }
+  run(cuda::rope_attention_forward(
+          {in[0].view, in[1].view, in[2].view, out.data(), lse.floats(), rotations.tables(), a.shape},
+          nullptr),
+      a.name("rope_attention_forward"));
+  compare(out, all_out, a.name("out"), dtype);
+  compare(lse, all_lse, a.name("lse"), dtype);
+  Buffer dq(dtype, a.size()), dk(dtype, a.size()), dv(dtype, a.size());
+  run(cuda::rope_attention_backward(
+          {in[3].view, in[0].view, in[1].view, in[2].view, Heads(a, out, 0, 1).view, lse.floats(), dq.data(),
+           dk.data(), dv.data(), rotations.tables(), a.shape},
+          nullptr),
+      a.name("rope_attention_backward"));
+  compare(dq, all_dq, a.name("dq"), dtype);
+  compare(dk, all_dk, a.name("dk"), dtype);
+  compare(dv, all_dv, a.name("dv"), dtype);
+}
+
+}  // namespace
+
+void drive_rope_attention() {
+  constexpr DType kBFloat16 = DType::BFloat16, kFloat16 = DType::Float16;
+  // Prefix and patches that fill their tile; pairs half a vector apart; access by element; text; more tiles
+  // than warps; stages.
+  const Attention cases[] = {
+      {{1, 17, 2, 64, 1, 0.125f, false, kBFloat16}, Tables::Shared, true, true, true},
+      {{2, 37, 1, 32, 5, 0.2f, true, kFloat16}, Tables::OfHeads, false, false, true},
+      {{1, 20, 3, 18, 1, -0.2f, false, kBFloat16}, Tables::OfHeads, false, true, false},
+      {{1, 33, 1, 112, 0, 0.1f, true, kBFloat16}, Tables::None, true, false, false},
+      {{3, 97, 1, 8, 1, 0.3f, true, kBFloat16}, Tables::Shared, true, false, true},
+      {{1, 145, 1, 128, 1, 0.1f, false, kFloat16}, Tables::Shared, true, false, true},
+  };
+  for (const Attention& a : cases) drive(a);
+}
+
+}  // namespace evakernels::drive

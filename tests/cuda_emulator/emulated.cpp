@@ -1,0 +1,8 @@
+// Lets evakernels/_native.py know what it has loaded.
+#include <torch/csrc/stable/library.h>
+
+namespace {
+void nothing() {}
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) { m.impl("emulated", TORCH_BOX(&nothing)); }

@@ -1,0 +1,187 @@
+"""The launchers on raw buffers: to the bit what the torch operators give, on whatever kernels these have."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import evakernels  # noqa: F401  (defines the schemas)
+
+_C = pytest.importorskip("evakernels._C", reason="the native library is not built")
+
+DTYPES = [torch.float32, torch.bfloat16]
+EPS = 1e-6
+native = torch.ops.evakernels_native
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+
+
+def like(tensors: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """Arrays to write into; None for a gradient that doesn't exist, in whose place there are no elements."""
+    return [torch.full_like(tensor, torch.nan) if tensor.numel() else None for tensor in tensors]
+
+
+def assert_same(written: list[Tensor | None], expected: tuple[Tensor, ...]) -> None:
+    for ours, theirs in zip(written, expected, strict=True):
+        assert theirs.numel() == 0 if ours is None else torch.equal(ours, theirs)
+
+
+def mean_or_none(mean: Tensor) -> Tensor | None:
+    return mean if mean.numel() else None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rms", [False, True])
+def test_layer_norm(dtype: torch.dtype, rms: bool) -> None:
+    x, dy, weight, bias = normal(3, 5, 50, dtype=dtype), normal(3, 5, 50, dtype=dtype, seed=1), normal(50), normal(50)
+    expected = native.layer_norm_forward(x, weight, bias, EPS, rms)
+    outputs = like(expected)
+    _C.layer_norm_forward(x, weight, bias, *outputs, eps=EPS, rms=rms)
+    assert_same(outputs, expected)
+    expected = native.layer_norm_backward(dy, x, weight, *expected[1:], True, rms)
+    gradients = like(expected)
+    _C.layer_norm_backward(dy, x, weight, *outputs[1:], *gradients, rms=rms)
+    assert_same(gradients, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_add_layer_norm(dtype: torch.dtype, rms: bool, scaled: bool) -> None:
+    residual, branch, dy, dx = (normal(3, 5, 40, dtype=dtype, seed=seed) for seed in range(4))
+    affine = (normal(40), normal(40, seed=1))
+    scales = (normal(40, seed=2), normal(3)) if scaled else (None, None)
+    expected = native.add_layer_norm_forward(residual, branch, *affine, *scales, EPS, rms)
+    outputs = like(expected)
+    _C.add_layer_norm_forward(residual, branch, *affine, *scales, *outputs, eps=EPS, rms=rms)
+    assert_same(outputs, expected)
+    _, x, mean, rstd = expected
+    expected = native.add_layer_norm_backward(dy, dx, x, branch, affine[0], *scales, mean, rstd, True, rms)
+    gradients = like(expected)
+    _C.add_layer_norm_backward(dy, dx, x, branch, affine[0], *scales, *outputs[2:], *gradients, rms=rms)
+    assert_same(gradients, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_layer_norm_add(dtype: torch.dtype, scaled: bool) -> None:
+    residual, branch, dx = (normal(3, 5, 40, dtype=dtype, seed=seed) for seed in range(3))
+    parameters = (normal(40), normal(40, seed=1), *((normal(40, seed=2), normal(3)) if scaled else (None, None)))
+    expected = native.layer_norm_add_forward(residual, branch, *parameters, EPS, False)
+    outputs = like(expected)
+    _C.layer_norm_add_forward(residual, branch, *parameters, *outputs, eps=EPS)
+    assert_same(outputs, expected)
+    expected = native.layer_norm_add_backward(dx, branch, *parameters, *expected[1:], False)
+    gradients = like(expected)
+    _C.layer_norm_add_backward(dx, branch, *parameters, *outputs[1:], *gradients)
+    assert_same(gradients, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normed", [False, True])
+def test_swiglu_of_a_packed_projection(dtype: torch.dtype, normed: bool) -> None:
+    gate, up = normal(2, 7, 48, dtype=dtype).chunk(2, -1)
+    dout = normal(2, 7, 24, dtype=dtype)
+    weight, bias = (normal(24), normal(24, seed=1)) if normed else (None, None)
+    expected = native.swiglu_forward(gate, up, weight, bias, EPS)
+    outputs = like(expected)
+    _C.swiglu_forward(gate, up, weight, bias, *outputs, eps=EPS)
+    assert_same(outputs, expected)
+    expected = native.swiglu_backward(dout, gate, up, weight, *expected[1:], normed)
+    gradients = like(expected)
+    _C.swiglu_backward(dout, gate, up, weight, *outputs[1:], *gradients)
+    assert_same(gradients, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("by_channel", [False, True])
+def test_token_dropout(dtype: torch.dtype, by_channel: bool) -> None:
+    patches, prefix, pos_embed = normal(2, 6, 10, dtype=dtype), normal(1, 10, dtype=dtype), normal(7, 10, dtype=dtype)
+    if by_channel:
+        patches = patches.transpose(1, 2).contiguous().transpose(1, 2)
+    token_index = torch.tensor([[4, 0, 5], [1, 2, 3]])
+    expected = native.token_dropout_forward(patches, token_index, prefix, pos_embed)
+    (out,) = like((expected,))
+    _C.token_dropout_forward(patches, token_index.numpy(), prefix, pos_embed, out)
+    assert_same([out], (expected,))
+    dout = normal(2, 4, 10, dtype=dtype)
+    expected = native.token_dropout_backward(dout, token_index, 1, 6, True)
+    gradients = like(expected)
+    _C.token_dropout_backward(dout, token_index, 1, 6, *gradients)
+    assert_same(gradients, expected)
+
+
+@pytest.mark.parametrize("nvlamb", [False, True])
+def test_lamb(nvlamb: bool) -> None:
+    def lists() -> list[list[Tensor]]:
+        params, grads, moments, squares = ([normal(size, seed=seed) for size in (5, 3000)] for seed in range(4))
+        return [params, grads, moments, [square.square() for square in squares], [torch.tensor(3.0), torch.tensor(3.0)]]
+
+    decays, lrs, betas = [0.05, 0.0], [0.1, 0.2], (0.9, 0.98)
+    scale, found_inf = torch.tensor(4.0), torch.tensor(0.0)
+    (params, grads, *state), theirs = lists(), lists()
+    norms = torch.empty(2, 2)
+    options = {"beta1": betas[0], "beta2": betas[1], "eps": EPS, "nvlamb": nvlamb, "found_inf": found_inf}
+    _C.lamb_update(params, grads, *state, decays, norms, grad_scale=scale, **options)
+    expected = native.lamb_update(*theirs, decays, *betas, EPS, nvlamb, scale, found_inf)
+    assert torch.equal(norms, expected)
+    _C.lamb_apply(params, *state, norms, lrs, decays, **options)
+    params_of_theirs, _, *state_of_theirs = theirs
+    native.lamb_apply(params_of_theirs, *state_of_theirs, expected, lrs, decays, *betas, EPS, nvlamb, found_inf)
+    for ours, other in zip([params, *state], [params_of_theirs, *state_of_theirs], strict=True):
+        assert_same(ours, tuple(other))
+
+
+X, ROWS = torch.zeros(2, 4), torch.zeros(2)
+INDEX = torch.zeros(1, 2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: _C.swiglu_forward(X.T, X.T, None, None, torch.zeros(4, 2), None, None),
+            ValueError,
+            "must have dense rows",
+        ),
+        (lambda: _C.swiglu_forward(X, X, ROWS, None, X, ROWS, ROWS), ValueError, "norm_weight must have one element"),
+        (lambda: _C.swiglu_forward(X, X, X[0], None, X, None, None), ValueError, "mean and rstd are needed"),
+        (
+            lambda: _C.token_dropout_forward(X[None], INDEX.int(), None, None, X[None]),
+            TypeError,
+            "token_index has an unsupported dtype; accepted are int64",
+        ),
+        (
+            lambda: _C.token_dropout_forward(X[None], np.zeros((1, 2), np.int32), None, None, X[None]),
+            TypeError,
+            "token_index has buffer format 'i'",
+        ),
+        (
+            lambda: _C.token_dropout_forward(X[None], INDEX, None, X[:1], X[None]),
+            ValueError,
+            "pos_embed must have a row for each prefix token and each patch",
+        ),
+        (
+            lambda: _C.layer_norm_add_forward(X, X, None, None, None, X[0], X, ROWS, ROWS),
+            ValueError,
+            "row_scale must have 2 elements",
+        ),
+        (
+            lambda: _C.lamb_update([X], [X], [X], [], [], [], X, beta1=0.9, beta2=0.98, eps=EPS),
+            ValueError,
+            "the lists must be equally long",
+        ),
+        (
+            lambda: _C.layer_norm_forward(X.to("meta"), None, None, X, ROWS, ROWS),
+            Exception,  # torch's own
+            "meta",
+        ),
+    ],
+)
+def test_refuses(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
