@@ -51,8 +51,12 @@ struct TanhGelu {
   static __device__ __forceinline__ float of(float x) { return x * sigmoid(x * (kLinear + kCubic * x * x)); }
 
   static __device__ __forceinline__ float derivative(float x) {
-    const float s = sigmoid(x * (kLinear + kCubic * x * x));
-    return s + x * s * (1.0f - s) * (kLinear + 3.0f * kCubic * x * x);
+    const float u = x * (kLinear + kCubic * x * x);
+    const float e = expf(-u);
+    const float s = __fdividef(1.0f, 1.0f + e);
+    // 1 - s, which would cancel where s is close to 1; e overflows only where it isn't.
+    const float rest = u > 0.0f ? e * s : 1.0f - s;
+    return s + x * s * rest * (kLinear + 3.0f * kCubic * x * x);
   }
 };
 

@@ -245,7 +245,8 @@ def test_wrong_input_is_refused() -> None:
         compare(results, Results(machine(), [row(device="cuda")]))
 
 
-def test_the_output_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_output_says_it_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     after = simulate(1, plant=in_op("swiglu", 1.5))
     after.rows[4] = replace(after.rows[4], failure="RuntimeError: no [kernel]", samples_ms=[])
     after.rows[7] = replace(after.rows[7], peak_bytes=3 << 20)

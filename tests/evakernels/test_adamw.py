@@ -90,7 +90,9 @@ def test_kernels_are_as_accurate_as_torch():
     )  # fmt: skip
     for name, got, theirs, truth in zip(BUFFERS, state, peer, exact, strict=False):
         error, torchs = ((t[0].double() - truth[0]).abs().max().item() for t in (got, theirs))
-        assert error <= 2 * torchs, (name, error, torchs)
+        # One unit in the last place of the largest value, as in op_checks.
+        slack = torch.finfo(torch.float32).eps * truth[0].abs().max().item()
+        assert error <= 2 * torchs + slack, (name, error, torchs)
 
 
 @NATIVE
