@@ -1,8 +1,8 @@
 """Launch configurations of the Triton kernels, as data: one JSON file for each GPU.
 
 `config` is a pure look-up: nothing is tuned at import or at the first call. A file named after a compute capability
-(`sm_90.json`) serves the GPUs that have no file of their own; its numbers were chosen by what compiles without spilling
-registers, not by time.
+(`sm_90.json`) holds the ops for which GPUs from there on differ from those before; its numbers were chosen by what
+compiles without spilling registers, not by time.
 """
 
 import json
@@ -68,13 +68,14 @@ def _nearest(op: str, shape: tuple[tuple[str, int], ...], itemsize: int, gpu: tu
 
 @cache
 def table(name: str, capability: int) -> dict[str, Any]:
-    """The file of a GPU: that of its name, else of the highest capability that doesn't exceed its own."""
+    """The entries of a GPU by op: of its name's file, else of the highest capability, up to its own, that has any."""
+    shared = {int(path.stem.removeprefix("sm_")): path for path in FOLDER.glob("sm_*.json")}
+    fitting = [known for known in sorted(shared) if known <= capability] or [min(shared)]
+    files = [shared[known] for known in fitting]
     own = FOLDER / f"{file_name(name)}.json"
     if name and own.exists():
-        return read(own)
-    shared = {int(path.stem.removeprefix("sm_")): path for path in FOLDER.glob("sm_*.json")}
-    fitting = [known for known in shared if known <= capability] or [min(shared)]
-    return read(shared[max(fitting)])
+        files.append(own)
+    return {op: entries for file in files for op, entries in read(file).items()}
 
 
 def file_name(gpu: str) -> str:
