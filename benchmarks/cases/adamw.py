@@ -57,10 +57,12 @@ def torch_fused(shape: Shape) -> Function:
 
     def step(params: Tensors, steps: Tensors, **lists: Tensors) -> Tensors:
         torch._foreach_add_(steps, 1)
-        for decay, (group, *others) in by_decay(params, **lists):
+        for decay, (group, grads, exp_avgs, exp_avg_sqs) in by_decay(params, **lists):
             torch._fused_adamw_(
                 group,
-                *others,
+                grads,
+                exp_avgs,
+                exp_avg_sqs,
                 max_exp_avg_sqs=[],
                 state_steps=steps[: len(group)],  # all are at the same one
                 lr=LR,

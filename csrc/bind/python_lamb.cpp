@@ -31,8 +31,8 @@ float* norms_of(const Array& array, size_t count) {
 
 // Everything but gradients and rates. What a phase doesn't write may be read-only.
 std::vector<OptimizedTensor> tensors_of(Arrays& arrays, const List& params, const List& exp_avgs,
-                                   const List& exp_avg_sqs, const List& steps,
-                                   const std::vector<double>& weight_decays) {
+                                        const List& exp_avg_sqs, const List& steps,
+                                        const std::vector<double>& weight_decays) {
   const size_t count = params.size();
   require(exp_avgs.size() == count && exp_avg_sqs.size() == count && steps.size() == count &&
               weight_decays.size() == count,
@@ -60,7 +60,8 @@ void lamb_update(const List& params, const List& grads, const List& exp_avgs, co
                  double beta1, double beta2, double eps, bool nvlamb, const py::object& grad_scale,
                  const py::object& found_inf, const IsaName& isa, uintptr_t stream) {
   Arrays arrays(stream);
-  std::vector<OptimizedTensor> tensors = tensors_of(arrays, params, exp_avgs, exp_avg_sqs, steps, weight_decays);
+  std::vector<OptimizedTensor> tensors =
+      tensors_of(arrays, params, exp_avgs, exp_avg_sqs, steps, weight_decays);
   require(grads.size() == tensors.size(), "the lists must be equally long");
   for (size_t i = 0; i < tensors.size(); ++i) {
     tensors[i].grad = buffer_of(arrays.read(grads[i], "grads"), tensors[i].size);
@@ -82,7 +83,8 @@ void lamb_apply(const List& params, const List& exp_avgs, const List& exp_avg_sq
                 const std::vector<double>& weight_decays, double beta1, double beta2, double eps, bool nvlamb,
                 const py::object& found_inf, const IsaName& isa, uintptr_t stream) {
   Arrays arrays(stream);
-  std::vector<OptimizedTensor> tensors = tensors_of(arrays, params, exp_avgs, exp_avg_sqs, steps, weight_decays);
+  std::vector<OptimizedTensor> tensors =
+      tensors_of(arrays, params, exp_avgs, exp_avg_sqs, steps, weight_decays);
   require(lrs.size() == tensors.size(), "the lists must be equally long");
   for (size_t i = 0; i < tensors.size(); ++i) tensors[i].lr = lrs[i];
   const LambApply apply = {
