@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from evaclip.errors import UserError
 from evaclip.eval.load import load_model
 
@@ -29,6 +31,13 @@ def load(model_name: str, pretrained: str, cache_dir: str | None, device: Any) -
     return loaded.model, loaded.transform, loaded.tokenizer
 
 
+def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[float]:
+    """For each k the share of rows of `output` [N, C] in which the class `target` [N] is among the first k."""
+    best = output.topk(max(topk), dim=1).indices
+    hits = best == target.unsqueeze(1)
+    return [float(hits[:, :k].any(1).float().mean()) for k in topk]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs clip_benchmark with `argv`, or with the arguments of the process.
 
@@ -37,8 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     try:
         from clip_benchmark import cli, models
+        from clip_benchmark.metrics import zeroshot_classification
     except ImportError as exc:
-        raise UserError(f"clip_benchmark can't be imported ({exc}); install it by: pip install clip-benchmark") from exc
+        raise UserError(
+            f"clip_benchmark can't be imported ({exc}); install it by: pip install clip-benchmark requests"
+        ) from exc
+    # Version 1.6.2 takes the float of an array with one element, which NumPy refuses since 2.4.
+    zeroshot_classification.accuracy = accuracy
     models.TYPE2FUNC[MODEL_TYPE] = load
     if MODEL_TYPE not in models.MODEL_TYPES:
         models.MODEL_TYPES.append(MODEL_TYPE)

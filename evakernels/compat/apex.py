@@ -74,10 +74,12 @@ class _FusedNorm(nn.Module):
             return self._normalised(input, trailing)
 
     def _normalised(self, x: Tensor, trailing: int) -> Tensor:
-        parameters = [getattr(self, name) for name in self._parameter_names()]
-        norm = layer_norm if len(parameters) == 2 else rms_norm
-        rows = x.flatten(x.dim() - trailing)
-        return norm(rows, *(None if p is None else p.flatten() for p in parameters), eps=self.eps).view(x.shape)
+        parameters = [
+            None if p is None else p.flatten().to(torch.promote_types(p.dtype, x.dtype))
+            for p in (getattr(self, name) for name in self._parameter_names())
+        ]
+        norm: Callable[..., Tensor] = layer_norm if len(parameters) == 2 else rms_norm
+        return norm(x.flatten(x.dim() - trailing), *parameters, eps=self.eps).view(x.shape)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.normalized_shape)}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
