@@ -1,5 +1,6 @@
 """A model small enough to check by hand: a picture of one colour has the feature of the colour's name."""
 
+import argparse
 import io
 import tarfile
 from pathlib import Path
@@ -9,6 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torchvision.transforms.functional import to_tensor
+
+from evaclip.eval.command import add_commands
 
 COLORS = {
     "red": (255, 0, 0),
@@ -74,3 +77,11 @@ def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     return path
+
+
+def evaclip(*words: object) -> None:
+    """One command, as on the command line."""
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers())
+    args = parser.parse_args([str(word) for word in words])
+    args.run(args)

@@ -1,4 +1,3 @@
-import argparse
 import json
 import shutil
 from dataclasses import replace
@@ -6,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_fakes import COLORS, png, write_tar
+from eval_fakes import COLORS, evaclip, png, write_tar
 from safetensors.torch import load_file
 
 from evaclip.errors import UserError
-from evaclip.eval.command import add_commands
 from evaclip.eval.load import load_model
 from evaclip.report import write_report
 from evaclip.train.config import EvalConfig, LogConfig
@@ -39,13 +37,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
-
-
-def evaclip(*words: object) -> None:
-    parser = argparse.ArgumentParser()
-    add_commands(parser.add_subparsers())
-    args = parser.parse_args([str(word) for word in words])
-    args.run(args)
 
 
 def test_zero_shot_prints_stores_and_writes(run: Path, color_shard: Path, capsys: pytest.CaptureFixture[str]) -> None:

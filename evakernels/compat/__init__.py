@@ -1,0 +1,1 @@
+"""What other libraries offer, under their names and with their signatures, on this library's ops."""

@@ -1,0 +1,205 @@
+"""apex's names: norms beside torch's, optimizers beside torch's and timm's, state in apex's layout."""
+
+import copy
+
+import pytest
+import timm.optim
+import torch
+from optimizer_checks import parameters, step, tensors
+from torch import nn
+
+from evakernels.compat import apex
+
+DECAYS = [0.05, 0.0, 0.01, 0.2]
+RATES = [0.1, 0.02, 0.3, 0.05]
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- norms ----------------------------------------------------------------------------------------------------------
+
+
+def of_torch(shape, rms):
+    return nn.RMSNorm(shape, eps=1e-5) if rms else nn.LayerNorm(shape)
+
+
+def pair(cls, shape, **options):
+    ours, theirs = cls(shape, **options), of_torch(shape, "RMS" in cls.__name__)
+    state = {name: randn(*value.shape, seed=i) for i, (name, value) in enumerate(theirs.state_dict().items())}
+    theirs.load_state_dict(state)
+    if options.get("elementwise_affine", True):
+        ours.load_state_dict(state)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("shape", [12, (12,), (3, 4)], ids=str)
+@pytest.mark.parametrize(
+    "cls", [apex.FusedLayerNorm, apex.FusedRMSNorm, apex.MixedFusedLayerNorm, apex.MixedFusedRMSNorm]
+)
+def test_norms_equal_those_of_torch(cls, shape):
+    ours, theirs = pair(cls, shape)
+    inputs = [randn(5, *((shape,) if isinstance(shape, int) else shape), seed=9).requires_grad_() for _ in range(2)]
+    for module, x in zip((ours, theirs), inputs, strict=True):
+        module(x).pow(3).sum().backward()
+    torch.testing.assert_close(ours(inputs[0]), theirs(inputs[1]))
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    for ours_p, theirs_p in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours_p.grad, theirs_p.grad)
+
+
+@pytest.mark.parametrize("cls", [apex.FusedLayerNorm, apex.FusedRMSNorm])
+def test_norms_without_weights(cls):
+    module = cls(12, elementwise_affine=False, memory_efficient=True)
+    assert not list(module.parameters())
+    x = randn(5, 12)
+    torch.testing.assert_close(module(x), of_torch(12, cls is apex.FusedRMSNorm)(x))
+
+
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixed_norms_give_the_dtype_of_the_weight(dtype, weight):
+    ours, theirs = pair(apex.MixedFusedLayerNorm, 12)
+    ours.to(weight)
+    theirs.to(weight).float()
+    x = randn(5, 12, seed=9).to(dtype)
+    with torch.autocast("cpu", dtype=torch.float16):
+        got = ours(x)
+    assert got.dtype == weight
+    torch.testing.assert_close(got, theirs(x.float()).to(weight))
+
+
+def test_plain_norms_follow_autocast():
+    module = apex.FusedLayerNorm(12)
+    assert module(randn(5, 12).bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module(randn(5, 12)).dtype == torch.bfloat16
+
+
+def test_norms_name_what_is_wrong():
+    with pytest.raises(ValueError, match=r"FusedLayerNorm: input has shape \(2, 5\); expected \[..., 3, 4\]"):
+        apex.FusedLayerNorm((3, 4))(randn(2, 5))
+    with pytest.raises(RuntimeError, match="MixedFusedRMSNorm: elementwise_affine is False"):
+        apex.MixedFusedRMSNorm(4, elementwise_affine=False)
+    with pytest.raises(TypeError, match="MixedFusedLayerNorm: unknown arguments bias; accepted: memory_efficient"):
+        apex.MixedFusedLayerNorm(4, bias=False)
+
+
+# --- optimizers -----------------------------------------------------------------------------------------------------
+
+
+def groups(dtype=torch.float64):
+    params = [nn.Parameter(p) for p in tensors(0, dtype)]
+    return [{"params": [p], "lr": lr, "weight_decay": d} for p, lr, d in zip(params, RATES, DECAYS, strict=True)]
+
+
+def assert_same_path(ours, theirs, steps=5, **tolerance):
+    for seed in range(1, steps + 1):
+        step(ours, tensors(seed))
+        step(theirs, tensors(seed))
+    for got, expected in zip(parameters(ours), parameters(theirs), strict=True):
+        torch.testing.assert_close(got, expected.to(got.dtype), **tolerance)
+
+
+@pytest.mark.parametrize("adam_w_mode", [True, False])
+def test_adam_is_that_of_torch(adam_w_mode):
+    theirs = (torch.optim.AdamW if adam_w_mode else torch.optim.Adam)(groups())
+    assert_same_path(apex.FusedAdam(groups(), adam_w_mode=adam_w_mode), theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_nvlamb": True}, {"grad_averaging": False}, {"max_grad_norm": 1.0}])
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_lamb_is_that_of_timm(bias_correction, options):
+    names = {"use_nvlamb": "always_adapt"}
+    shared = {"bias_correction": bias_correction, "max_grad_norm": None, **options}
+    theirs = timm.optim.Lamb(groups(), **{names.get(name, name): value for name, value in shared.items()})
+    assert_same_path(apex.FusedLAMB(groups(), **shared), theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_adam_without_bias_correction():
+    (w,), (g,) = ([t] for t in (randn(7).double(), randn(7, seed=1).double()))
+    optimizer = apex.FusedAdam([nn.Parameter(w.clone())], lr=0.1, bias_correction=False)
+    expected, m, v = w.clone(), 0.0, 0.0
+    for _ in range(3):
+        step(optimizer, [g])
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        expected -= 0.1 * m / (v.sqrt() + 1e-8)
+    torch.testing.assert_close(parameters(optimizer)[0].detach(), expected, rtol=1e-12, atol=1e-12)
+    assert optimizer.state_dict()["param_groups"][0]["step"] == 3
+
+
+def test_lamb_with_decay_in_the_gradient():
+    """With one tensor and one step: the ratio times the sign of the gradient that decay has changed."""
+    w, g = randn(9).double(), randn(9, seed=1).double()
+    optimizer = apex.FusedLAMB(
+        [nn.Parameter(w.clone())], lr=0.1, weight_decay=0.5, adam_w_mode=False, max_grad_norm=0, eps=0
+    )
+    step(optimizer, [g])
+    direction = (g + 0.5 * w).sign()
+    expected = w - 0.1 * w.norm() / direction.norm() * direction
+    torch.testing.assert_close(parameters(optimizer)[0].detach(), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("make", [apex.FusedAdam, apex.FusedLAMB, lambda g: apex.FusedLAMB(g, use_nvlamb=True)])
+def test_steps_of_a_scaler(make):
+    """A loss scale is divided out, before the norm is bounded; an overflow changes nothing and isn't counted."""
+    plain, scaled = make(groups(torch.float32)), make(groups(torch.float32))
+    for seed, overflow in ((1, False), (2, True), (3, False)):
+        if not overflow:
+            step(plain, tensors(seed))
+        scaled.grad_scale, scaled.found_inf = torch.tensor(8.0), torch.tensor(float(overflow))
+        step(scaled, [8 * g for g in tensors(seed)])
+    for got, expected in zip(parameters(scaled), parameters(plain), strict=True):
+        torch.testing.assert_close(got, expected)
+    assert [group["step"] for group in scaled.state_dict()["param_groups"]] == [2] * 4
+
+
+def test_master_weights_keep_what_bfloat16_would_lose():
+    ours = apex.FusedAdam(groups(torch.bfloat16), lr=1e-4, master_weights=True, capturable=True)
+    theirs = torch.optim.AdamW(groups(torch.bfloat16), lr=1e-4)
+    with torch.no_grad():
+        for p in parameters(theirs):
+            p.data = p.data.float()
+    for seed in range(1, 6):
+        grads = [g.bfloat16() for g in tensors(seed)]
+        step(ours, grads)
+        step(theirs, grads)
+    for got, expected in zip(parameters(ours), parameters(theirs), strict=True):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.state[got]["master_param"], expected.detach(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(got.detach(), expected.detach().bfloat16())
+
+
+@pytest.mark.parametrize("cls", [apex.FusedAdam, apex.FusedLAMB])
+def test_state_is_that_of_apex(cls):
+    optimizer = cls(groups(torch.float32))
+    for seed in (1, 2):
+        step(optimizer, tensors(seed))
+    state = optimizer.state_dict()
+    assert {frozenset(of_param) for of_param in state["state"].values()} == {frozenset({"exp_avg", "exp_avg_sq"})}
+    assert [group["step"] for group in state["param_groups"]] == [2] * 4
+
+    other = cls(
+        [{**g, "params": [nn.Parameter(p.detach().clone()) for p in g["params"]]} for g in optimizer.param_groups]
+    )
+    other.load_state_dict(copy.deepcopy(state))
+    for one in (optimizer, other):
+        step(one, tensors(3))
+    for got, expected in zip(parameters(other), parameters(optimizer), strict=True):
+        assert torch.equal(got, expected)
+    assert "step" not in optimizer.param_groups[0]
+
+
+def test_gradients_are_set_to_none_or_to_zero():
+    for set_grad_none in (True, False):
+        optimizer = apex.FusedAdam(groups(), set_grad_none=set_grad_none)
+        step(optimizer, tensors(1))
+        optimizer.zero_grad()
+        assert all((p.grad is None) is set_grad_none for p in parameters(optimizer))
+
+
+@pytest.mark.parametrize("cls", [apex.FusedAdam, apex.FusedLAMB])
+def test_amsgrad_is_refused(cls):
+    with pytest.raises(RuntimeError, match=f"{cls.__name__}: amsgrad is True; accepted: False"):
+        cls(groups(), amsgrad=True)
