@@ -1,5 +1,6 @@
 // gelu as torch operators.
 #include "bind/launch.h"
+#include "cpu/gelu.h"
 #include "cuda/gelu.h"
 
 namespace evakernels {
@@ -22,7 +23,7 @@ Tensor gelu_forward(const Tensor& x_any, std::optional<Tensor> bias_any, bool ta
       .bias_dtype = parameter_dtype(array_of(x, "x"), {&bias_array}),
       .tanh = tanh,
   };
-  launch_on_gpu<cuda::gelu_forward>("gelu_forward", x, params);
+  launch<cpu::gelu_forward, cuda::gelu_forward>("gelu_forward", x, params);
   return out;
 }
 
@@ -49,14 +50,14 @@ std::tuple<Tensor, Tensor> gelu_backward(const Tensor& dout_any, const Tensor& x
       .bias_dtype = parameter_dtype(array_of(x, "x"), {&bias_array}),
       .tanh = tanh,
   };
-  launch_on_gpu<cuda::gelu_backward, cuda::gelu_backward_workspace>("gelu_backward", x, params);
+  launch<cpu::gelu_backward, cuda::gelu_backward, cuda::gelu_backward_workspace>("gelu_backward", x, params);
   return {dx, dbias};
 }
 
 }  // namespace
 }  // namespace evakernels
 
-EVAKERNELS_IMPLEMENT_ON_GPU(m, {
+EVAKERNELS_IMPLEMENT(m, {
   m.impl("gelu_forward", TORCH_BOX(&evakernels::gelu_forward));
   m.impl("gelu_backward", TORCH_BOX(&evakernels::gelu_backward));
 })
