@@ -16,19 +16,19 @@ inline F32 with_sign_of(F32 x, F32 size) {
 // x P(x), where P is the normal distribution.
 struct ExactGelu {
   static F32 of(F32 x) {
-    const F32 z = bounded(magnitude(x));
-    return (x > 0.0f ? x : F32{}) - z * tail(z);
+    const F32 z = at_most(magnitude(x), kNoTail);
+    return at_least(x, 0.0f) - z * tail(z);
   }
 
   static F32 derivative(F32 x) {
-    const F32 z = bounded(magnitude(x));
+    const F32 z = at_most(magnitude(x), kNoTail);
     const F32 slope = z * kNormalDensityAtZero * exp2_of_negative(-kHalfLog2E * z * z);
     return 0.5f + with_sign_of(x, 0.5f - tail(z) + slope);
   }
 
  private:
-  // From here on the tail is 0, and an infinity times it would be no number.
-  static F32 bounded(F32 z) { return z > 16.0f ? broadcast(16.0f) : z; }
+  static constexpr float kNoTail =
+      16.0f;  // from here on it is 0, and an infinity times it would be no number
 
   static F32 tail(F32 z) {
     F32 exponent = broadcast(kLog2NormalTail.coefficients[0]);
