@@ -72,8 +72,8 @@ inline Array array_if(bool exists, const Tensor& tensor, const char* name) {
   return exists ? array_of(tensor, name) : no_array(name);
 }
 
-// torch::stable::contiguous and new_empty look their operators up by name: a microsecond each, of the five
-// that a small norm takes.
+// torch::stable::contiguous and new_empty look their operators up by name: 0.7 us each (AMD EPYC, Zen 4), and
+// a call of an op needs six of them.
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }

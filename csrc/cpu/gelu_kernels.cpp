@@ -27,8 +27,8 @@ struct ExactGelu {
   }
 
  private:
-  static constexpr float kNoTail =
-      16.0f;  // from here on it is 0, and an infinity times it would be no number
+  // From here on the tail is 0, and an infinity times it would be no number.
+  static constexpr float kNoTail = 16.0f;
 
   static F32 tail(F32 z) {
     F32 exponent = broadcast(kLog2NormalTail.coefficients[0]);
@@ -37,7 +37,7 @@ struct ExactGelu {
   }
 };
 
-// 0.5 x (1 + tanh(u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), which is x sigmoid(2 u).
+// x sigmoid(2 u).
 struct TanhGelu {
   static F32 of(F32 x) { return x * sigmoid(twice_u(x)); }
 

@@ -37,7 +37,7 @@ struct ExactGelu {
   }
 };
 
-// 0.5 x (1 + tanh(u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), which is x sigmoid(2 u).
+// x sigmoid(2 u).
 struct TanhGelu {
   static __device__ __forceinline__ float of(float x) { return x * sigmoid(twice_u(x)); }
 
