@@ -24,22 +24,35 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Implementation:
-    """One op on one backend."""
+    """One op on one backend. A call whose tensors are on another type of device than `device` isn't for it."""
 
     backend: str
     function: Callable[..., Any]
     reasons: Reasons
+    device: str | None = None
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}
 _forced: str | None = None
 
 
-def register(op: str, backend: str, function: Callable[..., Any], reasons: Reasons = lambda *args: []) -> None:
-    """Adds an implementation of `op`. Raises `ValueError` for a backend that `PREFERENCE` doesn't rank."""
+def register(
+    op: str,
+    backend: str,
+    function: Callable[..., Any],
+    reasons: Reasons = lambda *args: [],
+    device: str | None = None,
+) -> None:
+    """Adds an implementation of `op`, for one type of device or, with None, for all.
+
+    `reasons` tells of a wrong device too; `device` spares most calls the question.
+
+    Raises:
+        ValueError: for a backend that `PREFERENCE` doesn't rank.
+    """
     if backend not in PREFERENCE:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(PREFERENCE)}")
-    _implementations.setdefault(op, {})[backend] = Implementation(backend, function, reasons)
+    _implementations.setdefault(op, {})[backend] = Implementation(backend, function, reasons, device)
 
 
 def select(op: str, args: tuple[Any, ...]) -> Implementation:
@@ -50,9 +63,13 @@ def select(op: str, args: tuple[Any, ...]) -> Implementation:
         if reasons:
             raise BackendError(f"backend {_forced!r} can't serve {op}: " + "; ".join(reasons))
         return candidates[_forced]
+    tensor = first_tensor(args)
+    devices = (None,) if tensor is None else (None, tensor.device.type)
     for backend in PREFERENCE:
         implementation = candidates.get(backend)
-        if implementation is not None and not implementation.reasons(*args):
+        if implementation is None or (tensor is not None and implementation.device not in devices):
+            continue
+        if not implementation.reasons(*args):
             return implementation
     raise BackendError(f"no backend serves {op}: {_report(op, args)}")
 
@@ -122,4 +139,4 @@ def tensors(args: Sequence[Any]) -> Iterator[torch.Tensor]:
 
 def first_tensor(args: tuple[Any, ...]) -> torch.Tensor | None:
     """The first tensor among the arguments of an op; it tells the device of the call."""
-    return next(tensors(args), None)
+    return args[0] if args and isinstance(args[0], torch.Tensor) else next(tensors(args), None)

@@ -12,7 +12,7 @@ inline HeadsView view_of(const Tensor& heads) {
 
 // With dense vectors; else a dense copy.
 inline Tensor with_dense_vectors(const Tensor& heads) {
-  return heads.stride(3) == 1 ? heads : torch::stable::contiguous(heads);
+  return heads.stride(3) == 1 ? heads : as_contiguous(heads);
 }
 
 inline void require_tables(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin) {

@@ -13,7 +13,7 @@ class DenseList {
  public:
   DenseList(std::vector<Tensor> tensors, const char* name) : tensors_(std::move(tensors)) {
     for (const Tensor& tensor : tensors_) {
-      dense_.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+      dense_.push_back(as_contiguous(tensor));
       dtypes_.push_back(dtype_of(tensor, name));
     }
   }

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -71,9 +72,33 @@ inline Array array_if(bool exists, const Tensor& tensor, const char* name) {
   return exists ? array_of(tensor, name) : no_array(name);
 }
 
+// torch::stable::contiguous and new_empty look their operators up by name: 0.7 us each (AMD EPYC, Zen 4), and
+// a call of an op needs six of them.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// Uninitialised and contiguous, of the dtype of `like` if none is given.
+inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                         std::optional<ScalarType> dtype = std::nullopt) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t axis = sizes.size(); axis-- > 1;) {
+    strides[axis - 1] = strides[axis] * std::max<int64_t>(1, sizes[axis]);
+  }
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const auto value = torch::stable::detail::from(dtype.value_or(like.scalar_type()));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(value), device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
 inline std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& tensor) {
   if (!tensor) return std::nullopt;
-  return torch::stable::contiguous(*tensor);
+  return as_contiguous(*tensor);
 }
 
 inline const void* data_or_null(const std::optional<Tensor>& tensor) {
@@ -84,11 +109,11 @@ inline const void* data_or_null(const std::optional<Tensor>& tensor) {
 // wanted.
 inline Tensor new_gradient(const std::optional<Tensor>& parameter, const Tensor& otherwise, bool wanted) {
   const Tensor& like = parameter ? *parameter : otherwise;
-  return torch::stable::new_empty(like, {wanted ? like.size(-1) : 0});
+  return new_tensor(like, {wanted ? like.size(-1) : 0});
 }
 
 inline Tensor new_float32(const Tensor& like, const std::vector<int64_t>& sizes) {
-  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+  return new_tensor(like, sizes, ScalarType::Float);
 }
 
 }  // namespace evakernels

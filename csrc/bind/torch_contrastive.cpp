@@ -19,7 +19,7 @@ constexpr int64_t kTileElements = int64_t{1} << 26;
 float* floats_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
 Tensor as_float32(const Tensor& tensor) {
-  return torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Float));
+  return as_contiguous(torch::stable::to(tensor, ScalarType::Float));
 }
 
 float scalar_of(const Tensor& tensor, const char* name) {
@@ -31,7 +31,7 @@ float scalar_of(const Tensor& tensor, const char* name) {
 Tensor float_vector(const Tensor& tensor, int64_t count, const char* name) {
   require(tensor.scalar_type() == ScalarType::Float && tensor.numel() == count,
           std::string(name) + " must be float32 with " + std::to_string(count) + " elements");
-  return torch::stable::contiguous(tensor);
+  return as_contiguous(tensor);
 }
 
 Tensor scalar_like(double value, const Tensor& like) {
@@ -55,7 +55,7 @@ class Tiles {
     require(dtype_of(text, "text") == dtype_, "text must be of image's dtype");
     require(offset >= 0 && image.size(0) > 0 && offset + image.size(0) <= text.size(0),
             "every image must have its text");
-    image_ = torch::stable::contiguous(image);
+    image_ = as_contiguous(image);
     text_ = as_float32(text);
     scale_ = scalar_of(logit_scale, "logit_scale");
     height_ = std::min({rows(), kTileRows, std::max<int64_t>(1, kTileElements / columns())});
@@ -108,7 +108,7 @@ class Gradients : public Tiles {
       : Tiles(image, text, logit_scale, offset),
         like_scale_(logit_scale),
         text_dtype_(text.scalar_type()),
-        dimage_(torch::stable::new_empty(image_, image_.sizes())),
+        dimage_(new_tensor(image_, image_.sizes())),
         dtext_(torch::stable::new_zeros(text_, text_.sizes())) {}
 
   // Takes in a tile that now holds the gradient of its logits.

@@ -55,8 +55,7 @@ void lamb_apply(std::vector<Tensor> params, std::vector<Tensor> exp_avgs, std::v
   };
   std::vector<OptimizedTensor> tensors = tensors_of(lists);
   set_lrs(tensors, lrs);
-  const Tensor squared_norms =
-      torch::stable::contiguous(torch::stable::to(squared_norms_any, ScalarType::Float));
+  const Tensor squared_norms = as_contiguous(torch::stable::to(squared_norms_any, ScalarType::Float));
   require(squared_norms.numel() == 2 * static_cast<int64_t>(tensors.size()), "squared_norms must be [n, 2]");
   const LambApply apply = {
       .tensors = tensors.data(),

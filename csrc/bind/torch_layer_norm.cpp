@@ -9,10 +9,10 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x_any, std::optional<Tensor> weight_any,
                                                       std::optional<Tensor> bias_any, double eps, bool rms) {
-  const Tensor x = torch::stable::contiguous(x_any);
+  const Tensor x = as_contiguous(x_any);
   const auto weight = contiguous_or_none(weight_any), bias = contiguous_or_none(bias_any);
   const std::vector<int64_t> leading = leading_sizes(x);
-  const Tensor y = torch::stable::new_empty(x, x.sizes());
+  const Tensor y = new_tensor(x, x.sizes());
   const Tensor mean = new_float32(x, rms ? std::vector<int64_t>{0} : leading);
   const Tensor rstd = new_float32(x, leading);
   const LayerNormForward params = layer_norm_forward_params(
@@ -26,10 +26,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy_any, con
                                                        std::optional<Tensor> weight_any,
                                                        const Tensor& mean_any, const Tensor& rstd_any,
                                                        bool has_bias, bool rms) {
-  const Tensor x = torch::stable::contiguous(x_any), dy = torch::stable::contiguous(dy_any);
-  const Tensor mean = torch::stable::contiguous(mean_any), rstd = torch::stable::contiguous(rstd_any);
+  const Tensor x = as_contiguous(x_any), dy = as_contiguous(dy_any);
+  const Tensor mean = as_contiguous(mean_any), rstd = as_contiguous(rstd_any);
   const auto weight = contiguous_or_none(weight_any);
-  const Tensor dx = torch::stable::new_empty(x, x.sizes());
+  const Tensor dx = new_tensor(x, x.sizes());
   const Tensor dweight = new_gradient(weight, x, weight.has_value());
   const Tensor dbias = new_gradient(weight, x, has_bias);
   const LayerNormBackward params = layer_norm_backward_params(

@@ -57,11 +57,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(
     const Tensor& residual_any, const Tensor& branch_any, std::optional<Tensor> weight,
     std::optional<Tensor> bias, std::optional<Tensor> layer_scale, std::optional<Tensor> row_scale,
     double eps, bool rms) {
-  const Tensor residual = torch::stable::contiguous(residual_any);
-  const Tensor branch = torch::stable::contiguous(branch_any);
+  const Tensor residual = as_contiguous(residual_any);
+  const Tensor branch = as_contiguous(branch_any);
   const Parameters parameters(weight, bias, layer_scale, row_scale);
-  const Tensor y = torch::stable::new_empty(residual, residual.sizes());
-  const Tensor x = torch::stable::new_empty(residual, residual.sizes());
+  const Tensor y = new_tensor(residual, residual.sizes());
+  const Tensor x = new_tensor(residual, residual.sizes());
   const auto [mean, rstd] = new_statistics(residual, rms);
   const AddNormForward params = add_norm_forward_params(
       array_of(residual, "residual"), array_of(branch, "branch"), parameters.arrays(), array_of(y, "y"),
@@ -74,10 +74,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_add_forward(
     const Tensor& residual_any, const Tensor& branch_any, std::optional<Tensor> weight,
     std::optional<Tensor> bias, std::optional<Tensor> layer_scale, std::optional<Tensor> row_scale,
     double eps, bool rms) {
-  const Tensor residual = torch::stable::contiguous(residual_any);
-  const Tensor branch = torch::stable::contiguous(branch_any);
+  const Tensor residual = as_contiguous(residual_any);
+  const Tensor branch = as_contiguous(branch_any);
   const Parameters parameters(weight, bias, layer_scale, row_scale);
-  const Tensor x = torch::stable::new_empty(residual, residual.sizes());
+  const Tensor x = new_tensor(residual, residual.sizes());
   const auto [mean, rstd] = new_statistics(residual, rms);
   const NormAddForward params = norm_add_forward_params(
       array_of(residual, "residual"), array_of(branch, "branch"), parameters.arrays(), array_of(x, "x"),
@@ -90,14 +90,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
     const Tensor& dy_any, const Tensor& dx_any, const Tensor& x_any, const Tensor& branch_any,
     std::optional<Tensor> weight, std::optional<Tensor> layer_scale, std::optional<Tensor> row_scale,
     const Tensor& mean_any, const Tensor& rstd_any, bool has_bias, bool rms) {
-  const Tensor dy = torch::stable::contiguous(dy_any), dx = torch::stable::contiguous(dx_any);
-  const Tensor x = torch::stable::contiguous(x_any), branch = torch::stable::contiguous(branch_any);
-  const Tensor mean = torch::stable::contiguous(mean_any), rstd = torch::stable::contiguous(rstd_any);
+  const Tensor dy = as_contiguous(dy_any), dx = as_contiguous(dx_any);
+  const Tensor x = as_contiguous(x_any), branch = as_contiguous(branch_any);
+  const Tensor mean = as_contiguous(mean_any), rstd = as_contiguous(rstd_any);
   const Parameters parameters(weight, std::nullopt, layer_scale, row_scale);
 
   const bool scaled = layer_scale || row_scale;
-  const Tensor dresidual = torch::stable::new_empty(x, x.sizes());
-  const Tensor dbranch = scaled ? torch::stable::new_empty(branch, x.sizes()) : new_float32(x, {0});
+  const Tensor dresidual = new_tensor(x, x.sizes());
+  const Tensor dbranch = scaled ? new_tensor(branch, x.sizes()) : new_float32(x, {0});
   const Gradients gradients(weight, has_bias, layer_scale, x, rstd);
   const AddNormBackward params = add_norm_backward_params(
       array_of(dy, "dy"), array_of(dx, "dx"), array_of(x, "x"), array_of(branch, "branch"),
@@ -112,11 +112,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_add_backward(
     const Tensor& dx_any, const Tensor& branch_any, std::optional<Tensor> weight, std::optional<Tensor> bias,
     std::optional<Tensor> layer_scale, std::optional<Tensor> row_scale, const Tensor& mean_any,
     const Tensor& rstd_any, bool rms) {
-  const Tensor dx = torch::stable::contiguous(dx_any), branch = torch::stable::contiguous(branch_any);
-  const Tensor mean = torch::stable::contiguous(mean_any), rstd = torch::stable::contiguous(rstd_any);
+  const Tensor dx = as_contiguous(dx_any), branch = as_contiguous(branch_any);
+  const Tensor mean = as_contiguous(mean_any), rstd = as_contiguous(rstd_any);
   const Parameters parameters(weight, bias, layer_scale, row_scale);
 
-  const Tensor dbranch = torch::stable::new_empty(branch, branch.sizes());
+  const Tensor dbranch = new_tensor(branch, branch.sizes());
   const Gradients gradients(weight, bias.has_value(), layer_scale, branch, rstd);
   const NormAddBackward params = norm_add_backward_params(
       array_of(dx, "dx"), array_of(branch, "branch"), parameters.arrays(), array_if(!rms, mean, "mean"),

@@ -41,7 +41,7 @@ class Tables {
     head_stride_ = cos->dim() == 3 && !compact ? cos->size(1) * head_dim : 0;
     cos_ = expanded(*cos, compact, 1.0f);
     sin_ = expanded(*sin, compact, -1.0f);
-    if (token_index) token_index_ = torch::stable::contiguous(*token_index);
+    if (token_index) token_index_ = as_contiguous(*token_index);
   }
 
   Rotation rotation(bool backwards) const {
@@ -59,7 +59,7 @@ class Tables {
  private:
   // first_sign: that of the first element of a pair.
   std::vector<float> expanded(const Tensor& table, bool compact, float first_sign) const {
-    const Tensor dense = torch::stable::contiguous(torch::stable::to(table, ScalarType::Float));
+    const Tensor dense = as_contiguous(torch::stable::to(table, ScalarType::Float));
     const auto* source = static_cast<const float*>(dense.const_data_ptr());
     const int64_t width = table.size(-1), grid = table.size(-2);
     const int64_t half = compact ? 2 * width : width;
@@ -184,7 +184,7 @@ class Chunks {
 
  private:
   Tensor new_packed(const std::vector<int64_t>& sizes) const {
-    return torch::stable::new_empty(like_, sizes, split_ ? ScalarType::BFloat16 : ScalarType::Float);
+    return new_tensor(like_, sizes, split_ ? ScalarType::BFloat16 : ScalarType::Float);
   }
 
   PackHeads packing(const Tensor& heads, const Tensor& packed, int64_t first, bool rotated, bool backwards,
@@ -222,7 +222,7 @@ std::tuple<Tensor, Tensor> rope_attention_forward(const Tensor& q_any, const Ten
   const Tensor q = with_dense_vectors(q_any), k = with_dense_vectors(k_any), v = with_dense_vectors(v_any);
   const Tables tables(cos, sin, token_index, q.size(3), num_prefix, interleaved);
   const Chunks chunks(q, tables, causal, scale);
-  const Tensor out = torch::stable::new_empty(q, q.sizes());
+  const Tensor out = new_tensor(q, q.sizes());
   const Tensor lse = new_float32(q, {q.size(0), q.size(2), q.size(1)});
   if (chunks.is_empty()) return {out, lse};
 
@@ -252,12 +252,12 @@ std::tuple<Tensor, Tensor, Tensor> rope_attention_backward(
   require_results(q_any, dout_any, out_any, lse_any);
   const Tensor q = with_dense_vectors(q_any), k = with_dense_vectors(k_any), v = with_dense_vectors(v_any);
   const Tensor dout = with_dense_vectors(dout_any), out = with_dense_vectors(out_any);
-  const Tensor lse = torch::stable::contiguous(lse_any);
+  const Tensor lse = as_contiguous(lse_any);
   const Tables tables(cos, sin, token_index, q.size(3), num_prefix, interleaved);
   const Chunks chunks(q, tables, causal, scale);
-  const Tensor dq = torch::stable::new_empty(q, q.sizes());
-  const Tensor dk = torch::stable::new_empty(q, q.sizes());
-  const Tensor dv = torch::stable::new_empty(q, q.sizes());
+  const Tensor dq = new_tensor(q, q.sizes());
+  const Tensor dk = new_tensor(q, q.sizes());
+  const Tensor dv = new_tensor(q, q.sizes());
   if (chunks.is_empty()) return {dq, dk, dv};
 
   Tensor all[] = {chunks.new_vectors(), chunks.new_vectors(), chunks.new_vectors(),

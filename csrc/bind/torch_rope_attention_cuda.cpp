@@ -29,7 +29,7 @@ class Tables {
     if (!cos) return;
     cos_ = dense(*cos);
     sin_ = dense(*sin);
-    if (token_index) token_index_ = torch::stable::contiguous(*token_index);
+    if (token_index) token_index_ = as_contiguous(*token_index);
   }
 
   RotaryTables tables() const {
@@ -46,7 +46,7 @@ class Tables {
 
  private:
   static Tensor dense(const Tensor& table) {
-    return torch::stable::contiguous(torch::stable::to(table, ScalarType::Float));
+    return as_contiguous(torch::stable::to(table, ScalarType::Float));
   }
 
   std::optional<Tensor> cos_, sin_, token_index_;
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> rope_attention_forward(const Tensor& q_any, const Ten
   require_fitting(q_any);
   const Tensor q = with_dense_vectors(q_any), k = with_dense_vectors(k_any), v = with_dense_vectors(v_any);
   const Tables tables(cos, sin, token_index, interleaved);
-  const Tensor out = torch::stable::new_empty(q, q.sizes());
+  const Tensor out = new_tensor(q, q.sizes());
   const Tensor lse = new_float32(q, {q.size(0), q.size(2), q.size(1)});
   const RopeAttentionForward params = {
       .q = view_of(q),
@@ -91,11 +91,11 @@ std::tuple<Tensor, Tensor, Tensor> rope_attention_backward(
   require_results(q_any, dout_any, out_any, lse_any);
   const Tensor q = with_dense_vectors(q_any), k = with_dense_vectors(k_any), v = with_dense_vectors(v_any);
   const Tensor dout = with_dense_vectors(dout_any), out = with_dense_vectors(out_any);
-  const Tensor lse = torch::stable::contiguous(lse_any);
+  const Tensor lse = as_contiguous(lse_any);
   const Tables tables(cos, sin, token_index, interleaved);
-  const Tensor dq = torch::stable::new_empty(q, q.sizes());
-  const Tensor dk = torch::stable::new_empty(q, q.sizes());
-  const Tensor dv = torch::stable::new_empty(q, q.sizes());
+  const Tensor dq = new_tensor(q, q.sizes());
+  const Tensor dk = new_tensor(q, q.sizes());
+  const Tensor dv = new_tensor(q, q.sizes());
   const RopeAttentionBackward params = {
       .dout = view_of(dout),
       .q = view_of(q),

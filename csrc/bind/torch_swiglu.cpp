@@ -9,7 +9,7 @@ namespace {
 
 // The kernels know even rows; others are served by a dense copy.
 Tensor with_even_rows(const Tensor& tensor) {
-  return has_even_rows(sizes_of(tensor), strides_of(tensor)) ? tensor : torch::stable::contiguous(tensor);
+  return has_even_rows(sizes_of(tensor), strides_of(tensor)) ? tensor : as_contiguous(tensor);
 }
 
 std::tuple<Tensor, Tensor, Tensor> swiglu_forward(const Tensor& gate_any, const Tensor& up_any,
@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor> swiglu_forward(const Tensor& gate_any, const 
   const std::vector<int64_t> leading = leading_sizes(gate_any);
   const Tensor gate = with_even_rows(gate_any), up = with_even_rows(up_any);
   const auto weight = contiguous_or_none(weight_any), bias = contiguous_or_none(bias_any);
-  const Tensor out = torch::stable::new_empty(gate, gate.sizes());
+  const Tensor out = new_tensor(gate, gate.sizes());
   const std::vector<int64_t> statistics = weight ? leading : std::vector<int64_t>{0};
   const Tensor mean = new_float32(gate, statistics), rstd = new_float32(gate, statistics);
   const SwigluForward params = swiglu_forward_params(
@@ -34,13 +34,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> swiglu_backward(const Tensor& dout_an
                                                            std::optional<Tensor> weight_any,
                                                            const Tensor& mean_any, const Tensor& rstd_any,
                                                            bool has_bias) {
-  const Tensor dout = torch::stable::contiguous(dout_any);
+  const Tensor dout = as_contiguous(dout_any);
   const Tensor gate = with_even_rows(gate_any), up = with_even_rows(up_any);
-  const Tensor mean = torch::stable::contiguous(mean_any), rstd = torch::stable::contiguous(rstd_any);
+  const Tensor mean = as_contiguous(mean_any), rstd = as_contiguous(rstd_any);
   const auto weight = contiguous_or_none(weight_any);
   const bool normed = weight.has_value();
-  const Tensor dgate = torch::stable::new_empty(gate, gate.sizes());
-  const Tensor dup = torch::stable::new_empty(gate, gate.sizes());
+  const Tensor dgate = new_tensor(gate, gate.sizes());
+  const Tensor dup = new_tensor(gate, gate.sizes());
   const Tensor dweight = new_gradient(weight, mean, normed),
                dbias = new_gradient(weight, mean, normed && has_bias);
   const SwigluBackward params = swiglu_backward_params(

@@ -10,7 +10,7 @@ namespace {
 // Strides that the kernels don't know are made dense.
 Tensor readable_patches(const Tensor& patches) {
   require(patches.dim() == 3, "patches must be [B, N, C]");
-  return has_readable_patches(strides_of(patches)) ? patches : torch::stable::contiguous(patches);
+  return has_readable_patches(strides_of(patches)) ? patches : as_contiguous(patches);
 }
 
 std::optional<Tensor> dense_index(const std::optional<Tensor>& token_index) {
@@ -38,7 +38,7 @@ Tensor token_dropout_forward(const Tensor& patches_any, std::optional<Tensor> to
   const TokenDropoutShape shape = inputs.shape();
   const std::vector<int64_t> sizes = {shape.batch, shape.prefix_tokens + shape.kept_tokens, shape.channels};
   const bool same = inputs.out_dtype() == dtype_of(patches, "patches");
-  const Tensor out = same ? torch::stable::new_empty(patches, sizes) : new_float32(patches, sizes);
+  const Tensor out = same ? new_tensor(patches, sizes) : new_float32(patches, sizes);
   const TokenDropoutForward params = token_dropout_forward_params(inputs, array_of(out, "out"));
   launch<cpu::token_dropout_forward, cuda::token_dropout_forward>("token_dropout_forward", patches, params);
   return out;
@@ -50,16 +50,16 @@ std::tuple<Tensor, Tensor, Tensor> token_dropout_backward(const Tensor& dout_any
                                                           bool has_pos_embed) {
   require(dout_any.dim() == 3, "dout must be [B, P + K, C]");
   require(prefix_tokens >= 0 && tokens >= 0, "num_prefix and num_tokens must not be negative");
-  const Tensor dout = torch::stable::contiguous(dout_any);
+  const Tensor dout = as_contiguous(dout_any);
   const int64_t batch = dout.size(0), channels = dout.size(2);
   const auto token_index = dense_index(token_index_any);
   const bool dropped = token_index.has_value();
   const std::vector<int64_t> none = {0}, patches = {batch, tokens, channels};
   const std::vector<int64_t> table = {prefix_tokens + tokens, channels};
   // Without an index the gradient of the patches is a part of dout: its place stays empty.
-  const Tensor dpatches = torch::stable::new_empty(dout, dropped ? patches : none);
-  const Tensor dprefix = torch::stable::new_empty(dout, {prefix_tokens, channels});
-  const Tensor dpos_embed = torch::stable::new_empty(dout, has_pos_embed ? table : none);
+  const Tensor dpatches = new_tensor(dout, dropped ? patches : none);
+  const Tensor dprefix = new_tensor(dout, {prefix_tokens, channels});
+  const Tensor dpos_embed = new_tensor(dout, has_pos_embed ? table : none);
   const TokenDropoutBackward params = token_dropout_backward_params(
       array_of(dout, "dout"), array_of_index(token_index), prefix_tokens, tokens,
       array_if(dropped, dpatches, "dpatches"), array_of(dprefix, "dprefix"),

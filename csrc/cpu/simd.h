@@ -144,17 +144,44 @@ static inline F32 sqrt(F32 value) {
 #endif
 }
 
-// e^x to about one unit in the last place. Below -87.3 it is 0 and above 88.37 infinity; NaN stays NaN.
-//
-// x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 is subtracted in two parts, so that n times the first is exact.
-// e^r is its Taylor polynomial of degree 7, whose remainder (5e-9 of the value) lies below float32's
-// resolution.
-static inline F32 exp(F32 x) {
-  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  constexpr float kRoundToInteger = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction
-  const F32 clamped = x > 88.37f ? broadcast(88.37f) : (x < -87.3f ? broadcast(-87.3f) : x);
-  const F32 n = (clamped * kLog2E + kRoundToInteger) - kRoundToInteger;
-  const F32 r = (clamped - n * kLn2High) - n * kLn2Low;
+// NaN stays NaN.
+static inline F32 at_most(F32 x, float limit) {
+#if defined(__AVX512F__)
+  return __builtin_bit_cast(F32, _mm512_min_ps(broadcast(limit), x));
+#elif defined(__AVX2__)
+  return __builtin_bit_cast(F32, _mm256_min_ps(broadcast(limit), x));
+#else
+  return x > limit ? broadcast(limit) : x;
+#endif
+}
+
+static inline F32 at_least(F32 x, float limit) {
+#if defined(__AVX512F__)
+  return __builtin_bit_cast(F32, _mm512_max_ps(broadcast(limit), x));
+#elif defined(__AVX2__)
+  return __builtin_bit_cast(F32, _mm256_max_ps(broadcast(limit), x));
+#else
+  return x < limit ? broadcast(limit) : x;
+#endif
+}
+
+// value 2^n for whole n: with AVX-512 for any, else for -126 to 127.
+static inline F32 multiplied_by_power(F32 value, F32 n) {
+#if defined(__AVX512F__)
+  return __builtin_bit_cast(F32, _mm512_scalef_ps(value, n));
+#else
+  return value * __builtin_bit_cast(F32, (__builtin_convertvector(n, I32) + 127) << 23);
+#endif
+}
+
+static inline F32 nearest_integer(F32 x) {
+  constexpr float kNoFraction = 12582912.0f;  // 1.5 * 2^23: a sum with it has no bits for a fraction
+  return (x + kNoFraction) - kNoFraction;
+}
+
+// 2^n e^r for |r| <= ln 2 / 2, to about one unit in the last place: e^r is its Taylor polynomial of degree 7,
+// whose remainder (5e-9 of the value) lies below float32's resolution.
+static inline F32 exp_of_parts(F32 n, F32 r) {
   F32 series = broadcast(1.0f / 5040);
   series = series * r + 1.0f / 720;
   series = series * r + 1.0f / 120;
@@ -163,9 +190,40 @@ static inline F32 exp(F32 x) {
   series = series * r + 0.5f;
   series = series * r + 1.0f;
   series = series * r + 1.0f;
-  const I32 exponent = __builtin_convertvector(n, I32) + 127;
-  const F32 value = series * __builtin_bit_cast(F32, exponent << 23);
-  return x > 88.37f ? broadcast(__builtin_inff()) : (x < -87.3f ? F32{} : value);
+  return multiplied_by_power(series, n);
+}
+
+// e^x. NaN stays NaN. What would be subnormal is 0 on some instruction sets, and what is above e^88.37
+// infinity.
+static inline F32 exp(F32 x) {
+  // ln 2 is subtracted in two parts, so that n times the first is exact.
+  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+#if defined(__AVX512F__)
+  constexpr float kLow = -104.0f, kHigh = 89.0f;
+#else
+  constexpr float kLow = -87.3f, kHigh = 88.37f;
+#endif
+  const F32 clamped = at_least(at_most(x, kHigh), kLow);
+  const F32 n = nearest_integer(clamped * kLog2E);
+  const F32 value = exp_of_parts(n, (clamped - n * kLn2High) - n * kLn2Low);
+#if defined(__AVX512F__)
+  return value;
+#else
+  return x > kHigh ? broadcast(__builtin_inff()) : (x < kLow ? F32{} : value);
+#endif
+}
+
+// 2^x for x from -2^22 to 0. NaN stays NaN; what would be subnormal is 0 on some instruction sets.
+static inline F32 exp2_of_negative(F32 x) {
+  constexpr float kLn2 = 0.693147181f;
+#if defined(__AVX512F__)
+  const F32 n = nearest_integer(x);
+  return exp_of_parts(n, (x - n) * kLn2);
+#else
+  const F32 clamped = at_least(x, -126.0f);
+  const F32 n = nearest_integer(clamped);
+  return x < -126.0f ? F32{} : exp_of_parts(n, (clamped - n) * kLn2);
+#endif
 }
 
 static inline F32 sigmoid(F32 x) { return 1.0f / (1.0f + exp(-x)); }

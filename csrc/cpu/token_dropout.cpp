@@ -63,8 +63,8 @@ void token_dropout_backward(const TokenDropoutBackward& params, Isa isa, Paralle
   const int64_t positions = shape.prefix_tokens + (prefix_only ? 0 : shape.tokens);
   const int64_t grain = tasks_grain(shape.batch * shape.channels);
   run_parallel(parallel_for, positions, grain, [&](int64_t begin, int64_t end) {
-    AlignedFloats sum(shape.channels);
-    kernels.backward(params, params.token_index ? place.data() : nullptr, sum.data(), begin, end);
+    AlignedFloats sums(kSumPositions * shape.channels);
+    kernels.backward(params, params.token_index ? place.data() : nullptr, sums.data(), begin, end);
   });
 }
 

@@ -118,40 +118,47 @@ void store_sum(void* target, int64_t position, const float* sum, int64_t width) 
 
 void clear(void* row, int64_t bytes) { __builtin_memset(row, 0, bytes); }
 
+// Adds one row of dout to the sum of its position, and writes the gradient of its patch if that is wanted.
 template <class T>
-void prefix_backward(const TokenDropoutBackward& params, float* sum, int64_t position) {
+void row_backward(const TokenDropoutBackward& params, const int32_t* place, float* sum, int64_t sample,
+                  int64_t position) {
   const TokenDropoutShape& shape = params.shape;
   const int64_t rows = shape.prefix_tokens + shape.kept_tokens;
-  clear(sum, shape.channels * sizeof(float));
-  for (int64_t sample = 0; sample < shape.batch; ++sample) {
-    const int64_t row = sample * rows + position;
-    add_to(sum, static_cast<const T*>(params.dout) + row * shape.channels, shape.channels);
+  const T* dout = static_cast<const T*>(params.dout) + sample * rows * shape.channels;
+  if (position < shape.prefix_tokens) return add_to(sum, dout + position * shape.channels, shape.channels);
+
+  const int64_t bytes = shape.channels * sizeof(T);
+  const int64_t token = position - shape.prefix_tokens;
+  const int64_t patch = sample * shape.tokens + token;
+  T* dpatch = params.dpatches ? static_cast<T*>(params.dpatches) + patch * shape.channels : nullptr;
+  const int64_t in_order = token < shape.kept_tokens ? token : -1;
+  const int64_t i = place ? place[patch] : in_order;
+  if (i < 0) {
+    if (dpatch) clear(dpatch, bytes);
+    return;
   }
-  store_sum<T>(params.dprefix, position, sum, shape.channels);
-  store_sum<T>(params.dpos_embed, position, sum, shape.channels);
+  const T* gradient = dout + (shape.prefix_tokens + i) * shape.channels;
+  if (dpatch) __builtin_memcpy(dpatch, gradient, bytes);
+  if (params.dpos_embed) add_to(sum, gradient, shape.channels);
 }
 
+// Goes through the samples once for several positions, whose rows lie side by side in each.
 template <class T>
-void patch_backward(const TokenDropoutBackward& params, const int32_t* place, float* sum, int64_t token) {
+void positions_backward(const TokenDropoutBackward& params, const int32_t* place, float* sums, int64_t first,
+                        int64_t last) {
   const TokenDropoutShape& shape = params.shape;
-  const int64_t rows = shape.prefix_tokens + shape.kept_tokens;
-  const int64_t bytes = shape.channels * sizeof(T);
-  clear(sum, shape.channels * sizeof(float));
+  const int64_t width = shape.channels;
+  clear(sums, (last - first) * width * sizeof(float));
   for (int64_t sample = 0; sample < shape.batch; ++sample) {
-    const int64_t patch = sample * shape.tokens + token;
-    T* dpatch = params.dpatches ? static_cast<T*>(params.dpatches) + patch * shape.channels : nullptr;
-    const int64_t in_order = token < shape.kept_tokens ? token : -1;
-    const int64_t i = place ? place[patch] : in_order;
-    if (i < 0) {
-      if (dpatch) clear(dpatch, bytes);
-      continue;
+    for (int64_t position = first; position < last; ++position) {
+      row_backward<T>(params, place, sums + (position - first) * width, sample, position);
     }
-    const int64_t row = sample * rows + shape.prefix_tokens + i;
-    const T* gradient = static_cast<const T*>(params.dout) + row * shape.channels;
-    if (dpatch) __builtin_memcpy(dpatch, gradient, bytes);
-    if (params.dpos_embed) add_to(sum, gradient, shape.channels);
   }
-  store_sum<T>(params.dpos_embed, shape.prefix_tokens + token, sum, shape.channels);
+  for (int64_t position = first; position < last; ++position) {
+    const float* sum = sums + (position - first) * width;
+    if (position < shape.prefix_tokens) store_sum<T>(params.dprefix, position, sum, width);
+    store_sum<T>(params.dpos_embed, position, sum, width);
+  }
 }
 
 // Calls body with the element types of out, pos_embed and patches.
@@ -181,16 +188,12 @@ void forward_tiles(const TokenDropoutForward& params, const float* prefix, float
   });
 }
 
-void backward(const TokenDropoutBackward& params, const int32_t* place, float* sum, int64_t begin,
+void backward(const TokenDropoutBackward& params, const int32_t* place, float* sums, int64_t begin,
               int64_t end) {
-  const int64_t prefix_tokens = params.shape.prefix_tokens;
   with_element_type(params.dtype, [&]<class T>(T) {
-    for (int64_t position = begin; position < end; ++position) {
-      if (position < prefix_tokens) {
-        prefix_backward<T>(params, sum, position);
-      } else {
-        patch_backward<T>(params, place, sum, position - prefix_tokens);
-      }
+    for (int64_t first = begin; first < end; first += kSumPositions) {
+      const int64_t last = first + kSumPositions < end ? first + kSumPositions : end;
+      positions_backward<T>(params, place, sums, first, last);
     }
   });
 }

@@ -10,6 +10,10 @@ namespace evakernels::cpu {
 // Patches that lie channel by channel are turned round in tiles of this many channels.
 constexpr int64_t kTileChannels = 32;
 
+// Backward sums over the samples for this many positions at a time: what lies side by side is fetched before
+// it is asked for, and the sums stay in the cache.
+constexpr int64_t kSumPositions = 8;
+
 struct TokenDropoutKernels {
   // Rows [begin, end) of out, counted through the batch, when the channels of a patch lie side by side.
   // prefix: as floats.
@@ -22,8 +26,8 @@ struct TokenDropoutKernels {
 
   // Positions [begin, end), those of the prefix first: the gradients of a patch in all samples and the sums
   // over the samples. place: where a token lies in its sample of dout, -1 where it was dropped,
-  // [batch, tokens]; null: the first ones were kept. sum: channels floats.
-  void (*backward)(const TokenDropoutBackward& params, const int32_t* place, float* sum, int64_t begin,
+  // [batch, tokens]; null: the first ones were kept. sums: kSumPositions * channels floats.
+  void (*backward)(const TokenDropoutBackward& params, const int32_t* place, float* sums, int64_t begin,
                    int64_t end);
 };
 

@@ -15,9 +15,9 @@ def floating(op: str, **tensors: Tensor | None) -> None:
 
 def same_device(op: str, **tensors: Tensor | None) -> None:
     """All tensors are on one device."""
-    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    if len(set(devices.values())) > 1:
-        raise ValueError(f"{op}: tensors on different devices: {', '.join(f'{n} on {d}' for n, d in devices.items())}")
+    if len({tensor.device for tensor in tensors.values() if tensor is not None}) > 1:
+        found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items() if tensor is not None)
+        raise ValueError(f"{op}: tensors on different devices: {found}")
 
 
 def shape(op: str, name: str, tensor: Tensor | None, expected: tuple[int, ...], meaning: str) -> None:

@@ -81,7 +81,7 @@ def define(
     backends.register(name, "reference", reference)
     triton.register(name)
     for device in _NATIVE_DEVICES:
-        backends.register(name, device, _native_function(name), _native_reasons(name, device, gpu_reasons))
+        backends.register(name, device, _native_function(name), _native_reasons(name, device, gpu_reasons), device)
     op: torch._ops.OpOverload = getattr(torch.ops.evakernels, name).default
     _references[op] = reference
     return Op(op, run)

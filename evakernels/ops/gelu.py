@@ -15,9 +15,8 @@ APPROXIMATIONS = ("none", "tanh")
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
     """`gelu(x + bias)` (Hendrycks and Gimpel 2016), element by element.
 
-    `bias` is that of the linear layer that gives `x`, which then runs without: on a GPU its gradient is summed
-    up in the pass that computes that of `x`. Backward keeps `x`, not the sum, and computes the sum again. On a
-    CPU torch's own functions serve the call, and a bias in the linear is the faster one.
+    `bias` is that of the linear layer that gives `x`, which then runs without: its gradient is summed up in the
+    pass that computes that of `x`. Backward keeps `x`, not the sum, and computes the sum again.
 
     Args:
         x: `[..., F]`.

@@ -51,7 +51,8 @@ _FAMILY_OF = {op: family for family, ops in FAMILIES.items() for op in ops}
 def register(op: str) -> None:
     """Makes the Triton kernels of `op`, if there are any, one of its backends."""
     if op in _FAMILY_OF:
-        backends.register(op, "triton", lambda *args: launcher(op)(*args), lambda *args: _reasons(op, args))
+        device = "cpu" if INTERPRETED else "cuda"
+        backends.register(op, "triton", lambda *args: launcher(op)(*args), lambda *args: _reasons(op, args), device)
 
 
 @cache

@@ -70,6 +70,20 @@ def assert_deterministic(function: Callable[..., Any], inputs: Sequence[Tensor |
         assert torch.equal(a, b)
 
 
+def assert_threads_change_no_bit(function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> None:
+    """One thread and three give the same, forward and backward."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            outputs, gradients = with_gradients(function, inputs)
+            results.append(outputs + gradients)
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 def assert_compiles(function: Callable[..., Any], inputs: Sequence[Tensor | None], dynamic: bool = False) -> None:
     """`torch.compile(fullgraph=True)` gives the same values and gradients. aot_eager traces without compiling C++."""
     torch._dynamo.reset()

@@ -8,6 +8,7 @@ from op_checks import (
     assert_deterministic,
     assert_gradcheck,
     assert_opcheck,
+    assert_threads_change_no_bit,
     with_gradients,
 )
 
@@ -88,6 +89,11 @@ def test_both_tails_are_as_accurate_as_torch(limits, dtype):
 @EVERY
 def test_two_runs_are_bit_equal(approximate):
     assert_deterministic(pair(approximate)[0], [t.bfloat16() for t in inputs(True, (300,), 40)])
+
+
+@BIAS
+def test_the_number_of_threads_changes_no_bit(bias):
+    assert_threads_change_no_bit(pair("none")[0], [t if t is None else t.float() for t in inputs(bias, (300,), 257)])
 
 
 @BIAS

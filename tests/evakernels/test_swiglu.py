@@ -1,5 +1,3 @@
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +8,7 @@ from op_checks import (
     assert_deterministic,
     assert_gradcheck,
     assert_opcheck,
+    assert_threads_change_no_bit,
     with_gradients,
 )
 
@@ -59,15 +58,7 @@ def test_as_accurate_as_torch(inputs, dtype):
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_number_of_threads_changes_no_bit(norm):
     many_rows = [None if t is None else t.float() for t in inputs(norm, rows=(300,), width=257)]
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            results.append(list(itertools.chain(*with_gradients(ours, many_rows))))
-    finally:
-        torch.set_num_threads(threads)
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+    assert_threads_change_no_bit(ours, many_rows)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

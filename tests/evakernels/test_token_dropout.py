@@ -10,6 +10,7 @@ from op_checks import (
     assert_deterministic,
     assert_gradcheck,
     assert_opcheck,
+    assert_threads_change_no_bit,
     with_gradients,
 )
 
@@ -262,15 +263,7 @@ def test_a_dropped_patch_may_hold_anything():
 def test_the_number_of_threads_changes_no_bit():
     inputs = [t.bfloat16() for t in wide_inputs(16, 40, 64)]
     index = evakernels.sample_token_index(16, 40, 20, generator=torch.Generator().manual_seed(0))
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            results.append(list(itertools.chain(*with_gradients(pair(index)[0], inputs))))
-    finally:
-        torch.set_num_threads(threads)
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+    assert_threads_change_no_bit(pair(index)[0], inputs)
 
 
 @pytest.mark.skipif(not _native.implemented("token_dropout_backward", "cpu"), reason="no compiled kernel")
