@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evaclip.model.captions import Layout
 from evaclip.model.config import CLIPConfig
 from evaclip.model.savings import Savings
 from evaclip.model.text import TextTower
@@ -58,14 +59,18 @@ class CLIP(nn.Module):
         features = self.visual(images, token_index)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
-        """Embeddings `[B, embed_dim]` of token ids `[B, N]`, of length 1 if `normalize`."""
-        features = self.text(tokens)
+    def encode_text(self, tokens: Tensor, normalize: bool = False, *, layout: Layout | None = None) -> Tensor:
+        """Embeddings `[B, embed_dim]` of token ids `[B, N]`, of length 1 if `normalize`; `layout` as in `TextTower`."""
+        features = self.text(tokens, layout)
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(
-        self, images: Tensor, tokens: Tensor, *, token_index: Tensor | None = None
+        self, images: Tensor, tokens: Tensor, *, token_index: Tensor | None = None, layout: Layout | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`(image_features, text_features, logit_scale.exp())`, features `[B, embed_dim]` of length 1."""
+        """`(image_features, text_features, logit_scale.exp())`, features `[B, embed_dim]` of length 1.
+
+        `token_index` and `layout` as for the towers.
+        """
         image_features = self.encode_image(images, normalize=True, token_index=token_index)
-        return image_features, self.encode_text(tokens, normalize=True), self.logit_scale.exp()
+        text_features = self.encode_text(tokens, normalize=True, layout=layout)
+        return image_features, text_features, self.logit_scale.exp()

@@ -20,8 +20,10 @@ class ResidualBlock(nn.Module):
     kept_columns: int | None
     """Width of the matrix products in `mix` that "activations" keeps; None for all."""
 
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
-        """The block's output; `context` as for `attend`."""
+    def forward(self, x: Tensor, *context: Any, keep_products: bool = False) -> Tensor:
+        """The block's output; `context` as for `attend`. `keep_products` computes all but products again."""
+        if keep_products:
+            return _keeping_products(self, x, *context)
         return self.mix(self.residual(x, *context), self.attend(x, *context))
 
     @abstractmethod
@@ -39,17 +41,20 @@ class ResidualBlock(nn.Module):
 
 def run_block(block: ResidualBlock, recompute: Recompute, x: Tensor, *context: Any) -> Tensor:
     """`block(x, *context)`, keeping for the backward pass what `recompute` says."""
-    if recompute == "none":
-        out: Tensor = block(x, *context)
-    elif recompute == "block":
-        out = checkpoint(block, x, *context, use_reentrant=False)
+    # All policies call the block as a module: whoever hooks into that, as sharding does, must learn of it.
+    if recompute == "block":
+        out: Tensor = checkpoint(block, x, *context, use_reentrant=False)
     else:
-        # Two regions, because a region that is computed again stops in front of its last product: so neither
-        # the attention's output projection nor the MLP's runs a second time.
-        branch = checkpoint(block.attend, x, *context, use_reentrant=False, context_fn=_keep_attention)
-        keep = partial(create_selective_checkpoint_contexts, partial(_is_kept_product, block.kept_columns))
-        residual = block.residual(x, *context)
-        out = checkpoint(block.mix, residual, branch, use_reentrant=False, context_fn=keep)
+        out = block(x, *context, keep_products=recompute == "activations")
+    return out
+
+
+def _keeping_products(block: ResidualBlock, x: Tensor, *context: Any) -> Tensor:
+    # Two regions, because a region that is computed again stops in front of its last product: so neither
+    # the attention's output projection nor the MLP's runs a second time.
+    branch = checkpoint(block.attend, x, *context, use_reentrant=False, context_fn=_keep_attention)
+    keep = partial(create_selective_checkpoint_contexts, partial(_is_kept_product, block.kept_columns))
+    out: Tensor = checkpoint(block.mix, block.residual(x, *context), branch, use_reentrant=False, context_fn=keep)
     return out
 
 

@@ -150,17 +150,21 @@ class TextTower(Tower):
             block.reset_parameters(self.layers)
         self.ln_final.reset_parameters()
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:
         """Embeddings `[B, embed_dim]` of token ids `[B, N]`, N at most the context length.
 
         The embedding is that of the first occurrence of the largest id in each row, which is the end token;
         what comes after it has no influence.
 
+        Args:
+            layout: of these tokens, where it is known already; None finds it out.
+
         Raises:
             TypeError: for ids that aren't integers. ValueError: for a wrong shape.
         """
         self._check(tokens)
-        layout = Layout.packed(tokens) if self._packs(tokens) else Layout.padded(tokens)
+        if layout is None:
+            layout = Layout.packed(tokens) if self._packs(tokens) else Layout.padded(tokens)
         x = self.run_blocks(self.transformer.resblocks, self._embed(tokens, layout), layout)
         at_ends = x if self.savings.pooled_last_block else layout.at_ends(x)
         embeddings: Tensor = self.ln_final(at_ends) @ self.text_projection

@@ -88,3 +88,15 @@ def test_compiles_without_a_graph_break(vision: dict[str, Any]) -> None:
     actual = _gradients(model, compiled(model, images, tokens))
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("policy", ["none", "activations", "block"])
+def test_blocks_are_called_as_modules(policy: Any) -> None:
+    """Sharding hooks into the calls of blocks: one that goes past a hook finds no weights."""
+    model = small_model(layers=3).train()
+    model.set_savings(Savings(recompute=policy))
+    called: list[int] = []
+    for index, block in enumerate(model.visual.blocks):
+        block.register_forward_hook(lambda *_, index=index: called.append(index))
+    model.visual(random_images(2))
+    assert called == [0, 1, 2]

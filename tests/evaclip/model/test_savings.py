@@ -121,6 +121,15 @@ def test_packed_rows_are_the_tokens_up_to_each_end() -> None:
     assert layout.before_ends().sum(dim=1).tolist() == [3, 2, 4, 1]
 
 
+@pytest.mark.parametrize("find", [Layout.packed, Layout.padded])
+def test_a_layout_that_is_known_already(find: Any) -> None:
+    model, tokens = small_model(), random_tokens(4)
+    with torch.no_grad():
+        expected = model(random_images(4), tokens)
+        given = model(random_images(4), tokens, layout=find(tokens))
+    torch.testing.assert_close(given, expected, atol=1e-5, rtol=0)
+
+
 def test_packing_has_gradients() -> None:
     layout = Layout.packed(random_tokens(3))
     rows = torch.randn(len(layout.positions()), 2, dtype=torch.float64, requires_grad=True)
