@@ -1,5 +1,6 @@
 """Models, transforms and tokenizers by name."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def create_model(
     device: str | torch.device = "cpu",
     precision: str = "fp32",
     savings: Savings | None = None,
+    prepare: Callable[[CLIP], None] | None = None,
     **overrides: Any,
 ) -> CLIP:
     """A model in training mode, with random or pretrained weights.
@@ -51,6 +53,7 @@ def create_model(
         device: where the parameters lie; `meta` builds the model without memory or values.
         precision: fp32, bf16 or fp16, the dtype of the parameters.
         savings: what the model leaves out without changing a result; by default all that costs nothing.
+        prepare: called with the model before it has memory or values, such as to shard it.
         overrides: options of the configuration to change, such as `vision={"patch_dropout": 0.5}`.
 
     Raises:
@@ -66,6 +69,8 @@ def create_model(
     # On the meta device first: no value is computed that is overwritten afterwards.
     with torch.device("meta"):
         model = CLIP(config, savings)
+    if prepare is not None:
+        prepare(model)
     if target.type == "meta":
         return model.to(dtype)
     if weights is None:

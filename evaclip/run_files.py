@@ -1,7 +1,7 @@
 """What the files of a run are called: the trainer writes them, evaluation and report read them.
 
 RUN/config.yaml  log.jsonl  tensorboard/  checkpoints/latest  checkpoints/step_00000100/
-step_.../model.safetensors  ema.safetensors  model.json  preprocess.json  state.pt  meta.json
+step_.../model.safetensors  ema.safetensors  optimizer/  model.json  preprocess.json  state.pt  meta.json
 """
 
 CONFIG_FILE = "config.yaml"
@@ -12,6 +12,7 @@ LATEST_FILE = "latest"
 
 MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
+OPTIMIZER_FOLDER = "optimizer"
 MODEL_CONFIG_FILE = "model.json"
 PREPROCESS_FILE = "preprocess.json"
 STATE_FILE = "state.pt"

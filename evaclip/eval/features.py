@@ -163,7 +163,8 @@ def _inference(model: ImageTextModel, precision: Precision) -> Iterator[torch.de
     was_training = module.training
     module.eval()
     try:
-        with torch.inference_mode(), autocast:
+        # Not inference_mode: what a sharded model gathers in it could never take part in training again.
+        with torch.no_grad(), autocast:
             yield device
     finally:
         module.train(was_training)

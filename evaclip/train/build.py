@@ -1,7 +1,9 @@
 """Everything that a run is made of, built from its configuration."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from evaclip.train.evaluation import Evaluation
 from evaclip.train.loss import SIGLIP_INITIAL_SCALE, ContrastiveLoss
 from evaclip.train.optimizer import build_optimizer, parameter_groups
 from evaclip.train.schedule import total_steps
+from evaclip.train.sharding import WholeRandomNumbers, shard
 from evaclip.train.step import StepOptions, TrainStep
 from evaclip.train.throughput import BACKWARD_FACTOR, peak_flops
 from evaclip.transforms import EvalTransform, TrainTransform
@@ -64,8 +67,7 @@ def build(config: TrainConfig, world: World) -> Parts:
     source = open_configured(config.data)
     # All processes draw the same start weights, and different random numbers from then on.
     rng.seed_all(config.seed, 0)
-    model = build_model(config, world.device)
-    world.broadcast_(list(model.parameters()))
+    model = build_model(config, world)
     rng.seed_all(config.seed, 1 + world.rank)
     loss = ContrastiveLoss(config.loss, world.group).to(world.device)
     optimizer = build_optimizer(parameter_groups(model, loss, config.optim), config.optim)
@@ -88,19 +90,25 @@ def build(config: TrainConfig, world: World) -> Parts:
     )
 
 
-def build_model(config: TrainConfig, device: torch.device) -> CLIP:
-    """The model in training precision, on the device."""
+def build_model(config: TrainConfig, world: World) -> CLIP:
+    """The model in training precision, on the device, and sharded if the configuration says so."""
     precision = config.precision if config.precision in ("bf16", "fp16") else "fp32"
-    model: CLIP = create_model(
-        config.model.name,
-        pretrained=config.model.pretrained,
-        pretrained_image=config.model.pretrained_image,
-        pretrained_text=config.model.pretrained_text,
-        device=device,
-        precision=precision,
-        savings=config.model.savings,
-        **_model_options(config.model),
-    )
+    sharded = config.parallel.mode != "replicate" and world.size > 1
+    prepare = partial(shard, config=config.parallel, precision=config.precision, world=world)
+    with WholeRandomNumbers() if sharded else nullcontext():
+        model: CLIP = create_model(
+            config.model.name,
+            pretrained=config.model.pretrained,
+            pretrained_image=config.model.pretrained_image,
+            pretrained_text=config.model.pretrained_text,
+            device=world.device,
+            precision=precision,
+            savings=config.model.savings,
+            prepare=prepare if sharded else None,
+            **_model_options(config.model),
+        )
+    if not sharded:
+        world.broadcast_(list(model.parameters()))
     if config.loss.name == "siglip" and config.model.pretrained is None:
         torch.nn.init.constant_(model.logit_scale, SIGLIP_INITIAL_SCALE)
     return model
@@ -151,7 +159,7 @@ def _loader(
 def _evaluation(
     config: TrainConfig, world: World, model: CLIP, tokenizer: Callable[[list[str]], Tensor]
 ) -> Evaluation | None:
-    if config.eval.data is None or not world.is_main:
+    if config.eval.data is None:
         return None
     transform = EvalTransform(model.config.vision.image_size, model.config.preprocess)
-    return Evaluation(config.eval.data, config.eval, tokenizer, transform, config.precision)
+    return Evaluation(config.eval.data, config.eval, tokenizer, transform, config.precision, world)

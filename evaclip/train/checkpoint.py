@@ -7,18 +7,21 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+import torch.distributed as dist
 from torch import Tensor
 
 from evaclip.errors import UserError
-from evaclip.run_files import EMA_FILE, LATEST_FILE, META_FILE, MODEL_FILE, STATE_FILE
+from evaclip.run_files import EMA_FILE, LATEST_FILE, META_FILE, MODEL_FILE, OPTIMIZER_FOLDER, STATE_FILE
+from evaclip.train import tensor_files
 
-FORMAT = 1
+FORMAT = 2
 _UNFINISHED = ".unfinished-"
+_PARTS = ".parts"
 _FOLDER = re.compile(r"step_(\d{8})")
 
 
@@ -33,6 +36,7 @@ class Content:
     Attributes:
         model: the weights, under the model's own names.
         ema: the averaged weights under the same names, or None.
+        moments: of the optimizer, tensors of at least one dimension.
         descriptions: JSON files that lie beside the weights, by file name.
         state: everything else that resuming needs; tensors and plain values only.
         meta: facts for people and for choosing among checkpoints.
@@ -40,6 +44,7 @@ class Content:
 
     model: Mapping[str, Tensor]
     ema: Mapping[str, Tensor] | None
+    moments: Mapping[str, Tensor]
     descriptions: Mapping[str, Any]
     state: Mapping[str, Any]
     meta: Mapping[str, Any]
@@ -49,30 +54,85 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save(root: Path, step: int, content: Content) -> Path:
-    """Writes the folder of `step` under another name, flushes it to the disk, renames it, and points `latest` at it."""
+def save(root: Path, step: int, content: Content, group: Any = None) -> Path:
+    """Writes the folder of `step` under another name, flushes it to the disk, renames it, and points `latest` at it.
+
+    Args:
+        group: the processes that hold the tensors of `content` together, all of which call this; None if this one
+            holds them whole.
+
+    Raises:
+        OSError: it can't be written, in every process; what was there before is still there.
+    """
     unfinished = root / f"{_UNFINISHED}{folder_name(step)}"
+    final = root / folder_name(step)
+    is_main = group is None or dist.get_rank(group) == 0
+    try:
+        _in_main(partial(_start_folder, unfinished), is_main, group)
+        _write_tensors(unfinished, content, group)
+        _in_main(partial(_finish_folder, unfinished, final, step, content), is_main, group)
+    except OSError:
+        if is_main:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return final
+
+
+def _write_tensors(unfinished: Path, content: Content, group: Any) -> None:
+    moments = f"{OPTIMIZER_FOLDER}/moments.safetensors" if group is None else OPTIMIZER_FOLDER
+    for name, tensors in {MODEL_FILE: content.model, EMA_FILE: content.ema, moments: content.moments}.items():
+        if tensors is None:
+            continue
+        if group is None:
+            tensor_files.write_whole(tensors, unfinished / name)
+        else:
+            tensor_files.write_parts(tensors, _parts(unfinished / name), group)
+
+
+def _parts(path: Path) -> Path:
+    """Where the parts of a file are put before they are joined; the moments stay in parts."""
+    return path.with_name(path.name + _PARTS) if path.suffix else path
+
+
+def _in_main(action: Callable[[], None], is_main: bool, group: Any) -> None:
+    """Does it in the main process, and raises in all when it fails there."""
+    problem: list[str | None] = [None]
+    try:
+        if is_main:
+            action()
+    except OSError as exc:
+        if group is None:
+            raise
+        problem = [str(exc)]
+    if group is not None:
+        dist.broadcast_object_list(problem, group_src=0, group=group)
+    if problem[0] is not None:
+        raise OSError(problem[0])
+
+
+def _start_folder(unfinished: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    _save_tensors(content.model, unfinished / MODEL_FILE)
-    if content.ema is not None:
-        _save_tensors(content.ema, unfinished / EMA_FILE)
+    (unfinished / OPTIMIZER_FOLDER).mkdir(parents=True)
+
+
+def _finish_folder(unfinished: Path, final: Path, step: int, content: Content) -> None:
+    for parts in unfinished.glob(f"*.safetensors{_PARTS}"):
+        tensor_files.join(parts, parts.with_suffix(""))
+        shutil.rmtree(parts)
     for name, value in content.descriptions.items():
         _write_json(unfinished / name, value)
     torch.save(dict(content.state), unfinished / STATE_FILE)
-    files = {path.name: _fingerprint(path) for path in sorted(unfinished.iterdir())}
+    paths = sorted(path for path in unfinished.rglob("*") if path.is_file())
+    files = {str(path.relative_to(unfinished)): _fingerprint(path) for path in paths}
     _write_json(unfinished / META_FILE, {"format": FORMAT, "step": step, **content.meta, "files": files})
-    for path in unfinished.iterdir():
+    for path in (*unfinished.rglob("*"), unfinished):
         _flush(path)
-    _flush(unfinished)
-    final = root / folder_name(step)
-    replaced = root / f"{_UNFINISHED}replaced"
+    replaced = final.parent / f"{_UNFINISHED}replaced"
     if final.exists():
         final.rename(replaced)
     unfinished.rename(final)
-    _point_latest_at(root, final.name)
+    _point_latest_at(final.parent, final.name)
     shutil.rmtree(replaced, ignore_errors=True)
-    return final
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -195,10 +255,6 @@ def _point_latest_at(root: Path, name: str) -> None:
     _flush(pointer)
     pointer.replace(root / LATEST_FILE)
     _flush(root)
-
-
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def _write_json(path: Path, value: Any) -> None:

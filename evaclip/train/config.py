@@ -116,6 +116,28 @@ class NonfiniteConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class ParallelConfig:
+    """What the processes of a run share among them; no result depends on it by more than rounding."""
+
+    mode: Literal["replicate", "shard", "hybrid"] = "replicate"
+    """replicate: each has everything; shard: parameters, gradients and moments are cut over all; hybrid: over groups
+    of `shard_size`, which hold copies of each other."""
+    shard_size: Count | None = None
+    """Processes that share one copy under hybrid, such as those of one node."""
+    reshard: bool = True
+    """Gather a block's parameters once more for the backward pass (ZeRO-3) instead of keeping them (ZeRO-2)."""
+
+    @model_validator(mode="after")
+    def _size_is_for_hybrid(self) -> Self:
+        if (self.shard_size is not None) != (self.mode == "hybrid"):
+            raise ValueError(
+                f"mode=hybrid needs a shard_size and no other mode has one, "
+                f"got mode={self.mode} and shard_size={self.shard_size}"
+            )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class CheckpointConfig:
     """When checkpoints are written and how many stay. The last step always writes one."""
 
@@ -125,6 +147,8 @@ class CheckpointConfig:
     keep: Count = 3
     keep_every: Count | None = None
     """Steps whose multiples are kept for good."""
+    background: bool = True
+    """Write from a copy in host memory, while the training goes on."""
     allow_data_change: bool = False
     """Resume although the data is no longer what the checkpoint was trained on."""
 
@@ -173,6 +197,7 @@ class TrainConfig:
     """amp_*: parameters in fp32, autocast to the 16-bit type; bf16, fp16: parameters themselves in 16 bits."""
     accumulation: Count = 1
     """Chunks that each process passes through the model one after the other, with one exact loss."""
+    parallel: ParallelConfig = ParallelConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     loss: LossConfig = LossConfig()
@@ -192,7 +217,7 @@ class TrainConfig:
 
 ADAPTER: TypeAdapter[TrainConfig] = TypeAdapter(TrainConfig)
 
-_NOT_THE_RESULT = ("name", "output", "device", "log", "checkpoint", "eval", "nonfinite")
+_NOT_THE_RESULT = ("name", "output", "device", "parallel", "log", "checkpoint", "eval", "nonfinite")
 
 
 def to_tree(config: TrainConfig) -> dict[str, Any]:

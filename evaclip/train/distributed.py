@@ -21,6 +21,7 @@ class World:
     Attributes:
         group: of all processes, for tensors on `device`; None for one process.
         control: of all processes, for tensors on the CPU, so that agreeing never waits for the device.
+        saving: as `control`, for a thread beside the training.
     """
 
     device: torch.device
@@ -28,6 +29,7 @@ class World:
     size: int = 1
     group: Any = None
     control: Any = None
+    saving: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -65,6 +67,13 @@ class World:
         values: list[Any] | None = [None] * self.size if self.is_main else None
         dist.gather_object(value, values, group=self.control)
         return values or []
+
+    def gather_everywhere(self, value: Any) -> list[Any]:
+        """The values of all processes, in all."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def from_main(self, value: Any) -> Any:
         """The main process's value, in all."""
@@ -106,7 +115,8 @@ def connect(device_name: str) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(device, dist.get_rank(), size, dist.group.WORLD, dist.new_group(backend="gloo"))
+    control, saving = (dist.new_group(backend="gloo") for _ in range(2))
+    return World(device, dist.get_rank(), size, dist.group.WORLD, control, saving)
 
 
 def _device(name: str, local_rank: int | None) -> torch.device:

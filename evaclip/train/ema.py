@@ -6,6 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from evaclip.train.sharding import forget_gathered
+from evaclip.weights import part_of
+
 
 class Ema:
     """Follows a model's parameters: `average += (1 - decay) * (parameter - average)`.
@@ -16,6 +19,7 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
+        self._model = model
         self._parameters = dict(model.named_parameters())
         self._average = {name: _at_least_fp32(value).clone() for name, value in self._parameters.items()}
 
@@ -31,10 +35,12 @@ class Ema:
         """The model holds the averaged weights inside this context, its own again afterwards."""
         own = {name: value.detach().clone() for name, value in self._parameters.items()}
         self._write(self._average)
+        forget_gathered(self._model)
         try:
             yield
         finally:
             self._write(own)
+            forget_gathered(self._model)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights under the model's own names."""
@@ -43,7 +49,7 @@ class Ema:
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for name, value in self._average.items():
-            value.copy_(state[name])
+            value.copy_(part_of(state[name], value))
 
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor]) -> None:

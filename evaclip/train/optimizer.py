@@ -63,12 +63,6 @@ def set_lr_factor(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["peak_lr"] * factor
 
 
-def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Restores the moments of a checkpoint; rates and decays stay those of the present configuration."""
-    present = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state["state"], "param_groups": present})
-
-
 def _layer_rate(tower: Any, name: str, options: TowerConfig, default_lr: float) -> tuple[float, str]:
     lr = default_lr if options.lr is None else options.lr
     if options.layer_decay == 1.0:

@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from evaclip.errors import UserError
-from evaclip.run_files import EMA_FILE, MODEL_CONFIG_FILE, MODEL_FILE, PREPROCESS_FILE
-from evaclip.train import checkpoint, rng
+from evaclip.run_files import EMA_FILE, MODEL_CONFIG_FILE, MODEL_FILE, OPTIMIZER_FOLDER, PREPROCESS_FILE
+from evaclip.train import checkpoint, moments, rng
 from evaclip.train.build import Parts
 from evaclip.train.config import config_hash, training_tree
-from evaclip.train.optimizer import load_moments
+from evaclip.train.sharding import forget_gathered
 from evaclip.train.tree import differences
-from evaclip.weights import describe_preprocess
+from evaclip.weights import describe_preprocess, is_sharded, put
 
 
 @dataclass
@@ -38,17 +38,20 @@ class Position:
 
 
 def take(parts: Parts, position: Position) -> checkpoint.Content | None:
-    """The checkpoint of this moment, in the main process; every process must call it."""
+    """The checkpoint of this moment, in the processes that write it; every process must call it."""
     states = parts.world.gather(rng.capture(parts.world.device))
-    if not parts.world.is_main:
+    if not (parts.world.is_main or is_sharded(parts.model)):
         return None
+    step = parts.step
     tree = training_tree(parts.config)
+    tensors, scalars = moments.take(parts.model, step.loss, step.optimizer)
     state = {
         "step": position.step,
         "samples": position.samples,
         "bad_samples": position.bad_samples,
         "seconds": position.seconds,
-        "train_step": parts.step.state_dict(),
+        "train_step": step.state_dict(),
+        "moments": scalars,
         "rng": states,
         "fingerprint": parts.source.fingerprint,
         "config": tree,
@@ -56,6 +59,7 @@ def take(parts: Parts, position: Position) -> checkpoint.Content | None:
     return checkpoint.Content(
         model=parts.model.state_dict(),
         ema=parts.ema.state_dict() if parts.ema else None,
+        moments=tensors,
         descriptions={
             PREPROCESS_FILE: describe_preprocess(parts.model.config),
             MODEL_CONFIG_FILE: {"name": parts.config.model.name, **parts.model.config.to_dict()},
@@ -63,7 +67,7 @@ def take(parts: Parts, position: Position) -> checkpoint.Content | None:
         state=state,
         meta={
             "samples": position.samples,
-            "skipped_in_a_row": int(parts.step.skipped_in_a_row),
+            "skipped_in_a_row": int(step.skipped_in_a_row),
             "config_hash": config_hash(parts.config),
             "torch": torch.__version__,
         },
@@ -91,10 +95,13 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
     if state["fingerprint"] != parts.source.fingerprint:
         remarks.append(_data_changed(parts))
     try:
-        parts.model.load_state_dict(load_file(folder / MODEL_FILE))
-        parts.step.load_state_dict(state["train_step"], load_moments)
-    except (RuntimeError, ValueError, KeyError) as exc:
+        put(parts.model, load_file(folder / MODEL_FILE))
+        parts.step.load_state_dict(state["train_step"])
+        step = parts.step
+        moments.put_back(parts.model, step.loss, step.optimizer, folder / OPTIMIZER_FOLDER, state["moments"])
+    except (UserError, RuntimeError, ValueError, KeyError) as exc:
         raise UserError(f"the checkpoint {str(folder)!r} does not fit the model or optimizer: {exc}") from exc
+    forget_gathered(parts.model)
     if parts.ema:
         parts.ema.load_state_dict(_averages(folder, parts, remarks))
     if len(state["rng"]) == parts.world.size:
@@ -120,4 +127,4 @@ def _averages(folder: Path, parts: Parts, remarks: list[str]) -> dict[str, Tenso
     if path.exists():
         return load_file(path)
     remarks.append("the checkpoint has no averaged weights: the average starts from its weights")
-    return dict(parts.model.state_dict())
+    return load_file(folder / MODEL_FILE)

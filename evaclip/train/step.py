@@ -1,20 +1,23 @@
 """One optimizer step: features, one loss over the whole batch, exact gradients, a guarded update."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from evaclip.model.clip import CLIP
 from evaclip.train import rng
 from evaclip.train.config import Precision
 from evaclip.train.distributed import World
 from evaclip.train.loss_scale import LossScale
+from evaclip.train.sharding import synchronize_gradients
 from evaclip.train.token_sampling import token_index
+from evaclip.weights import is_sharded
 from evakernels import gradient_norm
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -87,6 +90,8 @@ class TrainStep:
         self.options = options
         self.world = world
         self.parameters: list[Tensor] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        # Shards are gathered in the 16-bit type, so that there is nothing left to cast.
+        self._is_sharded = is_sharded(model)
         self.loss_scale = LossScale(world.device, enabled=options.precision == "amp_fp16")
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=world.device)
@@ -103,22 +108,22 @@ class TrainStep:
         chunks = list(self._chunks(images, tokens, step))
         loss = self._backward(chunks) if len(chunks) == 1 else self._backward_in_chunks(chunks)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        self.world.average_gradients(gradients)
+        # Those of shards are averaged already.
+        self.world.average_gradients([gradient for gradient in gradients if not isinstance(gradient, DTensor)])
         loss = self.world.mean_(loss.detach().clone())
         grad_norm = self._set_divisor(gradients)
         return StepResult(loss, grad_norm, self._update(loss, grad_norm))
 
     def state_dict(self) -> dict[str, Any]:
+        """All but the weights and the optimizer's moments."""
         return {
-            "optimizer": self.optimizer.state_dict(),
             "loss": self.loss.state_dict(),
             "loss_scale": self.loss_scale.state_dict(),
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
         }
 
-    def load_state_dict(self, state: dict[str, Any], load_moments: Callable[[Any, dict[str, Any]], None]) -> None:
-        load_moments(self.optimizer, state["optimizer"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loss.load_state_dict(state["loss"])
         self.loss_scale.load_state_dict(state["loss_scale"])
         self.skipped.copy_(state["skipped"])
@@ -160,6 +165,7 @@ class TrainStep:
         loss = self._loss(image_features, text_features)
         (loss * self.loss_scale.scale).backward()
         for chunk, state in zip(chunks, states, strict=True):
+            synchronize_gradients(self.model, chunk is chunks[-1])
             rng.restore(state, self.world.device)
             gradients = [_gradient(features)[chunk.rows] for features in (image_features, text_features)]
             torch.autograd.backward(self._features(chunk), gradients)
@@ -180,7 +186,7 @@ class TrainStep:
         return loss
 
     def _autocast(self) -> AbstractContextManager[object]:
-        dtype = _AUTOCAST.get(self.options.precision)
+        dtype = None if self._is_sharded else _AUTOCAST.get(self.options.precision)
         return torch.autocast(self.world.device.type, dtype=dtype) if dtype else nullcontext()
 
     @torch.no_grad()

@@ -20,10 +20,13 @@ from evaclip.train.meter import Meter
 from evaclip.train.optimizer import set_lr_factor
 from evaclip.train.progress import Record, Report, open_report
 from evaclip.train.run_folder import RunFolder, locate
+from evaclip.train.saver import Saver
 from evaclip.train.schedule import lr_factor
+from evaclip.train.sharding import forget_gathered
 from evaclip.train.signals import StopSignals
 from evaclip.train.snapshot import Position
 from evaclip.train.step import StepResult
+from evaclip.weights import is_sharded
 
 
 class TrainingDiverged(RuntimeError):
@@ -98,10 +101,12 @@ class Trainer:
         self.metrics: Metrics = {}
         self._evaluated_at: int | None = None
         self._saved_at: int | None = None
+        group = self.world.saving if is_sharded(parts.model) else None
+        self._saver = Saver(folder.checkpoints, self.config.checkpoint, group, report.say)
         self._saved_time = time.monotonic()
 
     def run(self) -> Outcome:
-        with StopSignals() as signals:
+        with StopSignals() as signals, closing(self._saver):
             with closing(self.parts.loader.batches(self.position.samples)) as batches:
                 stopped = self._loop(batches, signals)
             if self._saved_at != self.position.step:
@@ -186,6 +191,7 @@ class Trainer:
             raise TrainingDiverged(f"{problem}; nonfinite.action=rollback would return to the last good checkpoint")
         if self.position.rollbacks >= policy.max_rollbacks:
             raise TrainingDiverged(f"{problem}, after {policy.max_rollbacks} returns to a checkpoint already")
+        self._saver.finish()
         root = self.folder.checkpoints
         good = checkpoint.choose(root, self.report.say, snapshot.is_good) if self.world.is_main else None
         good = self.world.from_main(good)
@@ -206,6 +212,7 @@ class Trainer:
         if evaluation is not None:
             with ema.applied() if ema else nullcontext():
                 self.metrics = evaluation(self.parts.model)
+            forget_gathered(self.parts.model)
             self.report.evaluation(self.position.step, self.metrics)
         self.meter.restart()
 
@@ -213,9 +220,7 @@ class Trainer:
         self.position.seconds = self.meter.seconds
         content = snapshot.take(self.parts, self.position)
         if content is not None:
-            checkpoint.save(self.folder.checkpoints, self.position.step, content)
-            rule = self.config.checkpoint
-            checkpoint.prune(self.folder.checkpoints, self.position.step, rule.keep, rule.keep_every)
+            self._saver.start(self.position.step, content)
         self._saved_at = self.position.step
         self._saved_time = time.monotonic()
         self.meter.restart()

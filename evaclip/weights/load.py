@@ -15,6 +15,7 @@ from evaclip.model.clip import CLIP
 from evaclip.model.vision_model import VisionModel
 from evaclip.weights.files import load_state_dict
 from evaclip.weights.layouts import to_original
+from evaclip.weights.shards import is_sharded, put
 
 _log = logging.getLogger(__name__)
 
@@ -38,16 +39,19 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
     Raises:
         UserError: naming every missing, unexpected and misshapen parameter; the model is then unchanged.
     """
-    model.load_state_dict(_fitting(model, source))
+    put(model, _fitting(model, source))
 
 
 def materialize(model: nn.Module, source: Path, device: torch.device) -> None:
     """Gives a model on the meta device its weights: no memory is taken beside that of the weights themselves.
 
-    Tensors that need no conversion are views of the mapped file; they are copied when they are first written to.
-    The rest is as for `load_weights`.
+    Tensors that need no conversion are views of the mapped file; they are copied when they are first written to, or at
+    once where the model is sharded. The rest is as for `load_weights`.
     """
     state = _fitting(model, source)
+    if is_sharded(model):
+        put(model.to_empty(device=device), state)
+        return
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     for name in list(state):
         state[name] = state[name].to(device, dtypes[name])

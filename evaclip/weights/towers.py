@@ -18,6 +18,7 @@ from evaclip.model.vision import VisionTower
 from evaclip.weights.files import read_tensors
 from evaclip.weights.layouts import is_image_tower, to_original
 from evaclip.weights.load import differences, fit_image_size, summarize
+from evaclip.weights.shards import put
 
 _log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def _start(
     missing = expected.keys() - state.keys()
     if missing:
         _log.warning("%s lack %s of the %s; they keep their start values", origin, _listed(missing), kind)
-    tower.load_state_dict(state, strict=False)
+    put(tower, state, strict=False)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """The norm of all gradients together, which stays on the device."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from evakernels.ops import _check
 from evakernels.ops._register import define
+from evakernels.ops._shards import groups_of, local, sum_over
 from evakernels.reference import gradient_norm as reference
 from evakernels.reference._numerics import accumulation_dtype
 
@@ -19,7 +21,8 @@ def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
     clips the gradients (Pascanu et al. 2013) without a pass over them.
 
     Args:
-        grads: at least one tensor, any shapes, dense; float64, float32, bfloat16 or float16, also mixed.
+        grads: at least one tensor, any shapes, dense; float64, float32, bfloat16 or float16, also mixed. Of
+            DTensors every process gives its part, and gets the norm of the whole.
 
     Returns:
         0-D, float32 (float64 when a gradient is float64). Squares are summed in that dtype, so a float32 norm
@@ -36,8 +39,21 @@ def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
             raise TypeError(f"{op}: grads[{i}] is {grad.layout}; accepted: dense tensors")
         _check.floating(op, **{f"grads[{i}]": grad})
     _check.same_device(op, **{f"grads[{i}]": grad for i, grad in enumerate(grads)})
-    norm: Tensor = _norm(grads)
-    return norm
+    parts: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+    for grad in grads:
+        parts[groups_of(grad)].append(local(grad))
+    if parts.keys() == {()}:
+        norm: Tensor = _norm(grads)
+        return norm
+    return _norm_of_shards(parts)
+
+
+def _norm_of_shards(parts: dict[tuple[Any, ...], list[Tensor]]) -> Tensor:
+    norms = [_norm(part) for part in parts.values()]
+    squares = [norm.double().square() for norm in norms]
+    for square, groups in zip(squares, parts, strict=True):
+        sum_over(square, groups)
+    return torch.stack(squares).sum().sqrt().to(norms[0].dtype)
 
 
 def _fake(grads: list[Tensor]) -> Any:

@@ -10,13 +10,19 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from evakernels.ops._shards import groups_of, local
 from evakernels.reference._numerics import accumulation_dtype
 
 
 @dataclass
 class Batch:
-    """The tensors of one call, with what their groups say of each."""
+    """The tensors of one call, with what their groups say of each; of sharded ones, what this process holds.
 
+    Attributes:
+        shards: the process groups over which the tensors are cut.
+    """
+
+    shards: tuple[Any, ...] = ()
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     exp_avgs: list[Tensor] = field(default_factory=list)
@@ -31,10 +37,10 @@ class Batch:
 
     def add(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         assert param.grad is not None
-        self.params.append(param)
-        self.grads.append(param.grad)
-        self.exp_avgs.append(state["exp_avg"])
-        self.exp_avg_sqs.append(state["exp_avg_sq"])
+        self.params.append(local(param))
+        self.grads.append(local(param.grad))
+        self.exp_avgs.append(local(state["exp_avg"]))
+        self.exp_avg_sqs.append(local(state["exp_avg_sq"]))
         self.steps.append(state["step"])
         self.lrs.append(group["lr"])
         self.weight_decays.append(group["weight_decay"])
@@ -42,6 +48,9 @@ class Batch:
 
 class DeviceOptimizer(Optimizer):
     """An optimizer with two moments, whose step is one call an op over all tensors of all groups.
+
+    Parameters may be DTensors, as `fully_shard` makes them: each process updates what it holds, and the moments are
+    DTensors too.
 
     The step count is on the device and nothing waits for it. `found_inf` and `grad_scale`, one-element tensors set as
     attributes (`torch.amp.GradScaler` does so), skip the step and divide the gradients on the device; a skipped step
@@ -93,19 +102,21 @@ class DeviceOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for (device, *shared), batch in self._batches().items():
+        for (device, _, *shared), batch in self._batches().items():
             options = dict(zip(self.shared_options, shared, strict=True))
             self.step_batch(batch, options, self._flag("grad_scale", device), self._flag("found_inf", device))
         return loss
 
     def _batches(self) -> dict[tuple[Any, ...], Batch]:
-        """The tensors of each call: all in one unless groups differ in more than rate and decay."""
+        """The tensors of each call: all in one unless groups differ in more than rate and decay, or in their shards."""
         batches: dict[tuple[Any, ...], Batch] = defaultdict(Batch)
         for group in self.param_groups:
             shared = {**group, "betas": tuple(group["betas"])}  # of any sequence, something hashable
             for param in group["params"]:
                 if param.grad is not None:
-                    key = param.device, *(shared[option] for option in self.shared_options)
+                    shards = groups_of(param)
+                    key = param.device, shards, *(shared[option] for option in self.shared_options)
+                    batches[key].shards = shards
                     batches[key].add(param, self._state_of(param), group)
         return batches
 

@@ -5,12 +5,16 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from evakernels.ops._shards import sum_over
 from evakernels.ops.lamb import check_variant, lamb_apply, lamb_update
 from evakernels.optim._device_optimizer import Batch, DeviceOptimizer
 
 
 class Lamb(DeviceOptimizer):
     """LAMB (You et al. 2020, arXiv 1904.00962); all tensors of all groups go through one op call a phase.
+
+    The trust ratio is that of the whole tensor also where `fully_shard` has cut it up: between the phases the squared
+    norms of all tensors are summed over the processes, one all-reduce of two numbers a tensor.
 
     The step count is on the device and nothing waits for it. `found_inf` and `grad_scale`, one-element
     tensors set as attributes (`torch.amp.GradScaler` does so), skip the step and divide the gradients on the
@@ -55,4 +59,5 @@ class Lamb(DeviceOptimizer):
         norms = lamb_update(
             batch.params, batch.grads, *batch.state, batch.weight_decays, grad_scale=grad_scale, **options
         )
+        sum_over(norms, batch.shards)
         lamb_apply(batch.params, *batch.state, norms, batch.lrs, batch.weight_decays, **options)

@@ -17,6 +17,7 @@ def content(value: float, *, good: bool = True) -> Content:
     return Content(
         model={"weight": torch.full((3,), value)},
         ema={"weight": torch.full((3,), value + 1)},
+        moments={"weight.exp_avg": torch.full((3,), value + 2)},
         descriptions={"preprocess.json": {"image_size": 8}},
         state={"step": int(value), "nested": {"tensor": torch.ones(2), "list": [1, "a", (2.0, None)]}},
         meta={"good": good},
@@ -34,7 +35,8 @@ def names(root: Path) -> list[str]:
 def test_everything_comes_back(tmp_path: Path) -> None:
     (folder,) = save(tmp_path, 7)
     assert folder == tmp_path / "step_00000007"
-    assert names(folder) == ["ema.safetensors", "meta.json", "model.safetensors", "preprocess.json", "state.pt"]
+    files = ["ema.safetensors", "meta.json", "model.safetensors", "optimizer", "preprocess.json", "state.pt"]
+    assert names(folder) == files
     assert names(tmp_path) == ["latest", "step_00000007"]
     meta = checkpoint.read_meta(folder)
     assert (meta["step"], meta["good"]) == (7, True)
@@ -46,7 +48,10 @@ def test_everything_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        *product(["model.safetensors", "state.pt", "preprocess.json"], ["truncated", "changed", "missing"]),
+        *product(
+            ["model.safetensors", "optimizer/moments.safetensors", "state.pt", "preprocess.json"],
+            ["truncated", "changed", "missing"],
+        ),
         *product(["meta.json"], ["truncated", "missing"]),
     ],
 )
@@ -93,7 +98,14 @@ def test_a_crash_while_saving_leaves_the_earlier_one(tmp_path: Path, monkeypatch
         with pytest.raises(OSError, match="no space"):
             save(tmp_path, 2)
     assert checkpoint.find("auto", tmp_path, pytest.fail) == older
-    assert len(names(tmp_path)) == 3
+    assert names(tmp_path) == ["latest", "step_00000001"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    (older,) = save(tmp_path, 1)
+    (tmp_path / ".unfinished-step_00000002" / "optimizer").mkdir(parents=True)
+    (tmp_path / ".unfinished-latest").touch()
+    assert checkpoint.find("auto", tmp_path, pytest.fail) == older
     checkpoint.remove_unfinished(tmp_path)
     assert names(tmp_path) == ["latest", "step_00000001"]
 

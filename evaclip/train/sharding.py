@@ -1,0 +1,99 @@
+"""Fully sharded training: torch's `fully_shard` around every block of both towers.
+
+Each process keeps its rows of every parameter, gradient and moment, and a block is whole only while it is used.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from evaclip.errors import UserError
+from evaclip.model.clip import CLIP
+from evaclip.model.recompute import ResidualBlock
+from evaclip.train.config import ParallelConfig, Precision
+from evaclip.train.distributed import World
+from evaclip.weights import part_of
+
+_COMPUTED_IN = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
+_aten = torch.ops.aten
+_RANDOM = (_aten.normal_.default, _aten.uniform_.default)
+
+
+def shard(model: CLIP, config: ParallelConfig, precision: Precision, world: World) -> None:
+    """Makes every block of both towers, and what is left of each tower, a group of its own.
+
+    The parameters become DTensors under the same names. The temperature stays whole in every process: a number
+    can't be cut. Under amp_bf16 and amp_fp16 parameters are gathered and used in 16 bits, gradients are summed in
+    float32 and the towers return float32; tables that are no parameters stay as they are.
+
+    Args:
+        model: on the meta device, so that no process ever holds it whole.
+
+    Raises:
+        UserError: `config.shard_size` doesn't divide the number of processes.
+    """
+    mesh = _mesh(config, world)
+    dtype = _COMPUTED_IN.get(precision)
+    # A block's arguments are left alone: among them are the rotary tables, which must stay float32.
+    in_block = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    around = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32 if dtype else None
+    )
+    for tower in (model.visual, model.text):
+        for block in tower.modules():
+            if isinstance(block, ResidualBlock):
+                fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard, mp_policy=in_block)
+        # Each tower is a root, so that either may be called alone.
+        fully_shard(tower, mesh=mesh, reshard_after_forward=config.reshard, mp_policy=around)
+
+
+def synchronize_gradients(model: nn.Module, wanted: bool) -> None:
+    """Whether the next backward pass sums the gradients of shards over the processes, or keeps its own sums."""
+    for tower in model.children():
+        if isinstance(tower, FSDPModule):
+            tower.set_requires_gradient_sync(wanted)
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Drops parameters that are still whole from a forward pass, after which no backward pass came.
+
+    Call it when the shards have been written to, or what was gathered before would be used once more.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+class WholeRandomNumbers(TorchDispatchMode):
+    """Inside, a random start value of a sharded parameter is drawn for the whole tensor and each keeps its part.
+
+    So a model starts from the same values on any number of processes. The random states must agree.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _RANDOM or not isinstance(args[0], DTensor):
+            return func(*args, **kwargs)
+        target = args[0]
+        whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+        func(whole, *args[1:], **kwargs)
+        target.copy_(part_of(whole, target))
+        return target
+
+
+def _mesh(config: ParallelConfig, world: World) -> DeviceMesh:
+    if config.mode == "shard":
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    size = config.shard_size
+    assert size is not None
+    if world.size % size:
+        raise UserError(f"parallel.shard_size={size} is no divisor of the {world.size} processes")
+    return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))

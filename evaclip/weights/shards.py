@@ -1,0 +1,44 @@
+"""Whole tensors and models whose parameters are cut up over processes (DTensors)."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+
+def put(module: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
+    """`module.load_state_dict(state)` for a state of whole tensors, of which each process takes its part."""
+    own = module.state_dict()
+    module.load_state_dict({n: part_of(t, own[n]) if n in own else t for n, t in state.items()}, strict=strict)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a parameter is cut up."""
+    return any(_is_cut(parameter) for parameter in module.parameters())
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor cut up like `like`; as it is if that isn't. Of a mapped file only the part is read."""
+    if not _is_cut(like):
+        return whole
+    from torch.distributed.tensor import DTensor, Shard
+
+    assert isinstance(like, DTensor)
+    mesh, local = like.device_mesh, whole
+    for dim, placement in enumerate(like.placements):
+        if isinstance(placement, Shard):
+            parts = local.chunk(mesh.size(dim), placement.dim)
+            index = mesh.get_local_rank(dim)
+            local = parts[index] if index < len(parts) else local.narrow(placement.dim, 0, 0)
+    part: DTensor = DTensor.from_local(
+        local.to(like.device), mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return part
+
+
+def _is_cut(tensor: Tensor) -> bool:
+    # The import takes half a second, and nobody has a DTensor who hasn't made it.
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)

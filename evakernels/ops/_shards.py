@@ -1,0 +1,41 @@
+"""Parameters that `fully_shard` has cut up: what this process holds of them, and who holds the rest."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that lies in this process, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    # The import takes longer than many a step, and nobody has a DTensor who hasn't made it.
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def groups_of(tensor: Tensor) -> tuple[Any, ...]:
+    """The process groups over which a tensor is cut: a sum over its elements is one over this process's, then these.
+
+    Raises:
+        TypeError: for a DTensor that holds sums still to be made.
+    """
+    if not is_sharded(tensor):
+        return ()
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    if any(placement.is_partial() for placement in placements):
+        raise TypeError(f"a DTensor is placed as {placements}; accepted: Shard and Replicate")
+    return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if placement.is_shard())
+
+
+def sum_over(values: Tensor, groups: tuple[Any, ...]) -> None:
+    """Replaces values by their sums over the processes of all groups."""
+    for group in groups:
+        torch.distributed.all_reduce(values, group=group)

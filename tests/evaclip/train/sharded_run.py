@@ -1,0 +1,31 @@
+"""What several processes do in the tests of sharding: trainings, one after the other, in one start of torchrun.
+
+torchrun ... sharded_run.py CONFIG.yaml [--resume auto] -- CONFIG.yaml ...
+"""
+
+import sys
+import warnings
+from contextlib import closing
+from unittest.mock import patch
+
+import torch
+
+from evaclip.train import trainer
+from evaclip.train.distributed import World, connect
+from evaclip.train.overrides import load_yaml, validate
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    with closing(connect("cpu")) as world:
+        # The trainer closes its world, which the next run needs still.
+        kept = patch.object(World, "close")
+        with patch.object(trainer, "connect", lambda device: world), kept:
+            for argument in sys.argv[1:]:
+                name, _, resume = argument.partition(":")
+                trainer.train(validate(load_yaml(name)), resume=resume)
+
+
+if __name__ == "__main__":
+    main()

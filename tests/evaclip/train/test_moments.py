@@ -1,0 +1,53 @@
+"""The optimizer's state goes to the disk and comes back by name."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evaclip.errors import UserError
+from evaclip.model.clip import CLIP
+from evaclip.train import moments, tensor_files
+from evaclip.train.config import LossConfig, OptimConfig
+from evaclip.train.loss import ContrastiveLoss
+from evaclip.train.optimizer import build_optimizer, parameter_groups
+
+LOSS = ContrastiveLoss(LossConfig(name="siglip"))
+
+
+def stepped(model: CLIP, config: OptimConfig) -> torch.optim.Optimizer:
+    optimizer = build_optimizer(parameter_groups(model, LOSS, config), config)
+    for parameter in [*model.parameters(), *LOSS.parameters()]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def saved(model: CLIP, optimizer: torch.optim.Optimizer, folder: Path) -> Any:
+    tensors, scalars = moments.take(model, LOSS, optimizer)
+    tensor_files.write_whole(tensors, folder / "moments.safetensors")
+    return scalars
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_moments_come_back_and_rates_stay(small_model: CLIP, name: Any, tmp_path: Path) -> None:
+    first = stepped(small_model, OptimConfig(name=name, lr=1e-2))
+    scalars = saved(small_model, first, tmp_path)
+    # Other groups, in another order.
+    config = OptimConfig(name=name, lr=2e-2, weight_decay=0.3, visual={"layer_decay": 0.5})  # type: ignore[arg-type]
+    second = build_optimizer(parameter_groups(small_model, LOSS, config), config)
+    moments.put_back(small_model, LOSS, second, tmp_path, scalars)
+    for parameter in (*small_model.parameters(), *LOSS.parameters()):
+        for kind, value in first.state[parameter].items():
+            assert torch.equal(second.state[parameter][kind], value)
+            assert second.state[parameter][kind].dtype == value.dtype
+    assert max(group["peak_lr"] for group in second.param_groups) == 2e-2
+
+
+def test_moments_of_another_model_are_refused(small_model: CLIP, tmp_path: Path) -> None:
+    optimizer = stepped(small_model, OptimConfig())
+    scalars = saved(small_model, optimizer, tmp_path)
+    del small_model.visual.head
+    with pytest.raises(UserError, match=r"no parameter visual\.head\.bias"):
+        moments.put_back(small_model, LOSS, optimizer, tmp_path, scalars)

@@ -1,0 +1,130 @@
+"""Sharded over processes, a training is what it is in one."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
+
+from evaclip.train.config import ParallelConfig, TrainConfig
+from evaclip.train.overrides import dump_yaml
+from evaclip.train.progress import read_log
+from evaclip.train.trainer import train
+from evaclip.weights import part_of
+
+SCRIPT = Path(__file__).with_name("sharded_run.py")
+STEPS = 50
+COMMON = (
+    "batch_size=16", "optim.name=lamb", "optim.grad_clip_norm=0.5", "model.patch_dropout=0.5", "ema_decay=0.9",
+    "data.num_samples=96",
+)  # fmt: skip
+MODES = {
+    "replicate": ["parallel.mode=replicate"],
+    "shard": ["parallel.mode=shard", "model.savings.recompute=block"],
+    "hybrid": ["parallel={mode: hybrid, shard_size: 2, reshard: false}", "model.savings.recompute=activations"],
+}
+EVAL = "eval={data: {num_samples: 112, workers: 0}, first: 96, samples: 13, batch_size: 3}"
+
+
+def run(processes: int, folder: Path, *runs: tuple[TrainConfig, str]) -> None:
+    """Trains in several processes, one configuration after the other."""
+    arguments = []
+    for i, (config, resume) in enumerate(runs):
+        path = folder / f"config{i}.yaml"
+        path.write_text(dump_yaml(config))
+        arguments.append(f"{path}:{resume}")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone",
+        str(SCRIPT), *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=540, check=False)
+    assert result.returncode == 0, result.stderr[-5000:]
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["loss"] for record in read_log(folder / "log.jsonl") if "loss" in record]
+
+
+@pytest.mark.slow
+def test_four_processes_equal_one(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """The same losses, weights, averages and evaluation, with accumulation, in all modes."""
+    common = [*COMMON, f"schedule.steps={STEPS}", EVAL]
+    one = train(run_config(*common, "accumulation=8", "name=one"))
+    configs = [run_config(*common, "accumulation=2", *mode, f"name={name}") for name, mode in MODES.items()]
+    run(4, tmp_path, *((config, "none") for config in configs))
+    last = f"checkpoints/step_{STEPS:08d}"
+    for name in MODES:
+        folder = tmp_path / name
+        assert losses(folder) == pytest.approx(losses(one.folder), rel=1e-5), name
+        for file in ("model.safetensors", "ema.safetensors"):
+            expected, found = load_file(one.folder / last / file), load_file(folder / last / file)
+            for key, value in expected.items():
+                torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4, msg=f"{name} {file} {key}")
+        (evaluation,) = [record["eval"] for record in read_log(folder / "log.jsonl") if "eval" in record]
+        assert evaluation == pytest.approx(one.metrics)
+        assert evaluation["samples"] == 13
+
+
+@pytest.mark.slow
+def test_other_numbers_of_processes_go_on(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """4 processes, then 2, then 3, then one that isn't sharded: one loss curve."""
+    common = [*COMMON, "batch_size=12", "checkpoint.every_steps=5"]
+    straight = train(run_config(*common, "schedule.steps=20", "name=straight")).folder
+
+    def part(steps: int, mode: str) -> TrainConfig:
+        # A constant rate: the schedule would otherwise depend on where the run is to end.
+        return run_config(*common, f"schedule={{steps: {steps}, name: constant}}", "name=parts", *MODES[mode])
+
+    straight = train(run_config(*common, "schedule={steps: 20, name: constant}", "name=constant")).folder
+    run(4, tmp_path, (part(5, "hybrid"), "none"))
+    run(2, tmp_path, (part(10, "shard"), "auto"))
+    run(3, tmp_path, (part(15, "shard"), "auto"))
+    train(part(20, "shard"), resume="auto")
+    assert losses(tmp_path / "parts") == pytest.approx(losses(straight), rel=1e-5)
+    records = [read_log(path / "log.jsonl")[-1] for path in (straight, tmp_path / "parts")]
+    assert records[0].get("samples") == records[1].get("samples")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["amp_bf16", "bf16"])
+def test_sixteen_bits(precision: str, run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """The first losses are those of one process but for rounding; parameters have the dtype that they should."""
+    common = [*COMMON, "schedule.steps=3", f"precision={precision}", "optim.lr=1e-4"]
+    one = train(run_config(*common, "name=one")).folder
+    run(2, tmp_path, (run_config(*common, *MODES["shard"], "name=two"), "none"))
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=2e-2)
+    weights = load_file(tmp_path / "two" / "checkpoints/step_00000003/model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16 if precision == "bf16" else torch.float32}
+
+
+@pytest.fixture
+def alone() -> Iterator[Any]:
+    """A process group of one."""
+    torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_parts_are_what_torch_would_cut(alone: None) -> None:
+    mesh = init_device_mesh("cpu", (1, 1))
+    like = DTensor.from_local(torch.zeros(5, 3), mesh, [Replicate(), Shard(0)])
+    whole = torch.randn(5, 3)
+    part = part_of(whole, like)
+    assert isinstance(part, DTensor)
+    assert part.placements == like.placements
+    assert torch.equal(part.to_local(), whole)
+    assert part_of(whole, torch.zeros(5, 3)) is whole
+
+
+def test_shard_size_belongs_to_hybrid() -> None:
+    with pytest.raises(ValueError, match="hybrid needs a shard_size"):
+        ParallelConfig(mode="hybrid")
+    with pytest.raises(ValueError, match="no other mode has one"):
+        ParallelConfig(mode="shard", shard_size=2)
