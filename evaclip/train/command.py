@@ -12,7 +12,7 @@ _EXAMPLES = (
     "evaclip train eva02-b-16 --print-config > my.yaml",
     "evaclip train eva02-b-16 --config my.yaml --set optim.lr=1e-3 data.workers=4 --dry-run",
     "evaclip train eva02-b-16 --config my.yaml --resume auto",
-    "torchrun --nproc-per-node 8 -m evaclip.cli train eva02-b-16 --config my.yaml",
+    "torchrun --nproc-per-node 8 -m evaclip train eva02-b-16 --config my.yaml",
 )
 
 

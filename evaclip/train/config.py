@@ -113,6 +113,29 @@ class NonfiniteConfig:
     action: Literal["stop", "rollback"] = "stop"
     """Stop with an error, or return to the last good checkpoint and leave the bad stretch of data out."""
     max_rollbacks: Count = 3
+    """Returns to a checkpoint that one process of a run makes, for spikes too."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class SpikeConfig:
+    """Return to the last good checkpoint when the loss jumps, and leave the data of the jump out."""
+
+    deviations: Annotated[float, Field(gt=0)] | None = None
+    """Standard deviations above the median that are still ordinary, such as 8; none looks for no spikes."""
+    patience: Count = 3
+    """Logged records in a row that make a spike."""
+    window: Count = 50
+    """Logged records that the loss is compared with."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class WatchdogConfig:
+    """What happens when a process fetches data, makes a step or saves for too long."""
+
+    seconds: Annotated[float, Field(gt=0)] | None = 1800.0
+    """Then it says so, with the stacks of its threads; none never does."""
+    abort: bool = False
+    """And ends, so that torchrun starts all processes anew."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
@@ -204,6 +227,8 @@ class TrainConfig:
     ema_decay: Share | None = None
     """Keep a moving average of the weights, and evaluate it; none keeps none."""
     nonfinite: NonfiniteConfig = NonfiniteConfig()
+    spikes: SpikeConfig = SpikeConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
@@ -217,7 +242,18 @@ class TrainConfig:
 
 ADAPTER: TypeAdapter[TrainConfig] = TypeAdapter(TrainConfig)
 
-_NOT_THE_RESULT = ("name", "output", "device", "parallel", "log", "checkpoint", "eval", "nonfinite")
+_NOT_THE_RESULT = (
+    "name",
+    "output",
+    "device",
+    "parallel",
+    "log",
+    "checkpoint",
+    "eval",
+    "nonfinite",
+    "spikes",
+    "watchdog",
+)
 
 
 def to_tree(config: TrainConfig) -> dict[str, Any]:

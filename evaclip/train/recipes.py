@@ -37,14 +37,22 @@ def recipe(function: Recipe) -> Recipe:
 
 
 def get_recipe(name: str) -> TrainConfig:
-    """The configuration of a recipe.
+    """The configuration of a recipe, which may also be called by its model; case and `_` for `-` don't matter.
 
     Raises:
         UserError: there is no recipe of this name; the nearest ones are named.
     """
-    if name not in RECIPES:
-        raise unknown_name("recipe", name, RECIPES)
-    return RECIPES[name]()
+    wanted = _spelling(name)
+    if wanted in RECIPES:
+        return RECIPES[wanted]()
+    for function in RECIPES.values():
+        if _spelling((config := function()).model.name) == wanted:
+            return config
+    raise unknown_name("recipe", name, RECIPES)
+
+
+def _spelling(name: str) -> str:
+    return name.lower().replace("_", "-")
 
 
 def describe_recipes() -> dict[str, str]:

@@ -37,8 +37,11 @@ class Position:
     rollbacks: int = 0
 
 
-def take(parts: Parts, position: Position) -> checkpoint.Content | None:
-    """The checkpoint of this moment, in the processes that write it; every process must call it."""
+def take(parts: Parts, position: Position, *, calm: bool) -> checkpoint.Content | None:
+    """The checkpoint of this moment, in the processes that write it; every process must call it.
+
+    `calm` says that the loss is what it was before.
+    """
     states = parts.world.gather(rng.capture(parts.world.device))
     if not (parts.world.is_main or is_sharded(parts.model)):
         return None
@@ -68,6 +71,7 @@ def take(parts: Parts, position: Position) -> checkpoint.Content | None:
         meta={
             "samples": position.samples,
             "skipped_in_a_row": int(step.skipped_in_a_row),
+            "calm": calm,
             "config_hash": config_hash(parts.config),
             "torch": torch.__version__,
         },
@@ -76,7 +80,7 @@ def take(parts: Parts, position: Position) -> checkpoint.Content | None:
 
 def is_good(meta: dict[str, Any]) -> bool:
     """Whether the checkpoint was taken while training was sound, so that going back to it helps."""
-    return bool(meta["skipped_in_a_row"] == 0)
+    return bool(meta["skipped_in_a_row"] == 0 and meta["calm"])
 
 
 def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:

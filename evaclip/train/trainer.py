@@ -25,12 +25,14 @@ from evaclip.train.schedule import lr_factor
 from evaclip.train.sharding import forget_gathered
 from evaclip.train.signals import StopSignals
 from evaclip.train.snapshot import Position
+from evaclip.train.spikes import SpikeDetector
 from evaclip.train.step import StepResult
+from evaclip.train.watchdog import Watchdog
 from evaclip.weights import is_sharded
 
 
 class TrainingDiverged(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
+    """Too many steps in a row had a loss or gradient that is not finite, or the loss jumped too often."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,14 @@ class Trainer:
         self._evaluated_at: int | None = None
         self._saved_at: int | None = None
         group = self.world.saving if is_sharded(parts.model) else None
+        spikes = self.config.spikes
+        self._spikes = SpikeDetector(spikes.deviations, spikes.patience, spikes.window)
+        self._watchdog = Watchdog(self.world.rank, self.config.watchdog.seconds, self.config.watchdog.abort)
         self._saver = Saver(folder.checkpoints, self.config.checkpoint, group, report.say)
         self._saved_time = time.monotonic()
 
     def run(self) -> Outcome:
-        with StopSignals() as signals, closing(self._saver):
+        with closing(self._watchdog), StopSignals() as signals, closing(self._saver):
             with closing(self.parts.loader.batches(self.position.samples)) as batches:
                 stopped = self._loop(batches, signals)
             if self._saved_at != self.position.step:
@@ -122,8 +127,11 @@ class Trainer:
         """Steps until the end; True if a signal stopped it before."""
         while self.position.step < self.parts.total_steps:
             before = self.position.samples
-            result = self._step(self.meter.fetch(batches))
-            stop, time_is_up = self.world.any(signals.received is not None, self._time_is_up())
+            with self._watchdog.phase("data"):
+                batch = self.meter.fetch(batches)
+            with self._watchdog.phase("step"):
+                result = self._step(batch)
+                stop, time_is_up = self.world.any(signals.received is not None, self._time_is_up())
             if self._is_due(self.config.log.every_steps) or self._is_last():
                 self._log(result)
             if self._is_due(self.config.eval.every_steps):
@@ -182,13 +190,17 @@ class Trainer:
             )
         )
         if in_a_row >= self.config.nonfinite.max_skipped:
-            self._recover(int(in_a_row))
+            problem = f"the loss or a gradient was not finite in {int(in_a_row)} steps in a row"
+            if self.config.nonfinite.action == "stop":
+                problem = f"{problem}, up to step {self.position.step}"
+                raise TrainingDiverged(f"{problem}; nonfinite.action=rollback would return to the last good checkpoint")
+            self._go_back(problem)
+        elif self._spikes.saw(loss):
+            self._go_back(f"the loss was {loss:.4g}, far above what it was before")
 
-    def _recover(self, in_a_row: int) -> None:
+    def _go_back(self, problem: str) -> None:
         policy = self.config.nonfinite
-        problem = f"the loss or a gradient was not finite in {in_a_row} steps in a row, up to step {self.position.step}"
-        if policy.action == "stop":
-            raise TrainingDiverged(f"{problem}; nonfinite.action=rollback would return to the last good checkpoint")
+        problem = f"{problem}, up to step {self.position.step}"
         if self.position.rollbacks >= policy.max_rollbacks:
             raise TrainingDiverged(f"{problem}, after {policy.max_rollbacks} returns to a checkpoint already")
         self._saver.finish()
@@ -210,7 +222,7 @@ class Trainer:
         self._evaluated_at = self.position.step
         evaluation, ema = self.parts.evaluation, self.parts.ema
         if evaluation is not None:
-            with ema.applied() if ema else nullcontext():
+            with self._watchdog.phase("evaluation"), ema.applied() if ema else nullcontext():
                 self.metrics = evaluation(self.parts.model)
             forget_gathered(self.parts.model)
             self.report.evaluation(self.position.step, self.metrics)
@@ -218,9 +230,10 @@ class Trainer:
 
     def _save(self) -> None:
         self.position.seconds = self.meter.seconds
-        content = snapshot.take(self.parts, self.position)
-        if content is not None:
-            self._saver.start(self.position.step, content)
+        with self._watchdog.phase("saving"):
+            content = snapshot.take(self.parts, self.position, calm=self._spikes.is_calm)
+            if content is not None:
+                self._saver.start(self.position.step, content)
         self._saved_at = self.position.step
         self._saved_time = time.monotonic()
         self.meter.restart()

@@ -168,3 +168,9 @@ def test_trees() -> None:
     assert merge({"a": None}, {"a": {"b": 1}}) == {"a": {"b": 1}}
     lines = differences({"a": {"b": 1}, "c": 1}, {"a": {"b": 2}, "c": 1, "d": 0})
     assert lines == ["a.b: 1 -> 2", "d: None -> 0"]
+
+
+def test_a_recipe_may_be_called_by_its_model() -> None:
+    expected = get_recipe("eva02-e-14-plus")
+    for name in ("EVA02-CLIP-bigE-14-plus", "eva02_clip_bigE_14_plus", "EVA02_E_14_plus"):
+        assert get_recipe(name) == expected

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from evaclip.data import Batch, TrainLoader
 from evaclip.errors import UserError
 from evaclip.factory import create_model
 from evaclip.train.config import TrainConfig
 from evaclip.train.progress import read_log
+from evaclip.train.step import StepResult, TrainStep
 from evaclip.train.trainer import TrainingDiverged, train
 
 Make = Callable[..., TrainConfig]
@@ -187,6 +189,27 @@ def test_going_back_has_a_limit(run_config: Make, change_batches: Callable[[Chan
         train(run_config(policy, "checkpoint.every_steps=1"))
     with pytest.raises(TrainingDiverged, match="no good checkpoint"):
         train(run_config(policy, "name=other"))
+
+
+def test_a_spike_goes_back_and_leaves_the_data_out(
+    run_config: Make, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    original = TrainStep.__call__
+    calls = []
+
+    def spiking(self: TrainStep, images: Tensor, tokens: Tensor, step: int) -> StepResult:
+        calls.append(step)
+        result = original(self, images, tokens, step)
+        return replace(result, loss=result.loss + (100 if 8 <= len(calls) <= 9 else 0))
+
+    monkeypatch.setattr(TrainStep, "__call__", spiking)
+    spikes = "spikes={deviations: 20, patience: 2, window: 8}"
+    outcome = train(run_config(spikes, "checkpoint={every_steps: 1, keep: 99}", "schedule.steps=10"))
+    assert "far above what it was before, up to step 9: went back to step_00000007" in capsys.readouterr().out
+    records = read_log(outcome.folder / "log.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 8, 9, 10]
+    assert records[-1]["samples"] == 12 * 8
+    assert checkpoints(outcome.folder) == [f"step_{step:08d}" for step in range(1, 11)]
 
 
 def test_bad_samples_are_counted(run_config: Make, change_batches: Callable[[Change], None], tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""Says which process is stuck, where and since when; on request ends it, so that torchrun starts all anew."""
+
+import faulthandler
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXIT_CODE = 70
+"""Of a process that the watchdog ended: EX_SOFTWARE."""
+
+
+class Watchdog:
+    """Watches that a phase of the training (fetching data, a step, saving) ends in time.
+
+    Every process has one. When a process hangs, the others soon wait for it in a step, so that the one that reports
+    another phase is the one to look at.
+
+    Args:
+        rank: of this process.
+        seconds: a phase may take; None watches nothing.
+        abort: end the process then, with `EXIT_CODE`.
+    """
+
+    def __init__(self, rank: int, seconds: float | None, abort: bool) -> None:
+        self._rank = rank
+        self._seconds = seconds
+        self._abort = abort
+        self._phase: tuple[str, float] | None = None
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        if seconds is not None:
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What is done inside."""
+        before, self._phase = self._phase, (name, time.monotonic())
+        try:
+            yield
+        finally:
+            self._phase = before and (before[0], time.monotonic())
+
+    def close(self) -> None:
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        assert self._seconds is not None
+        told: tuple[str, float] | None = None
+        while not self._closed.wait(self._seconds / 10):
+            phase = self._phase
+            if phase is None or phase is told or time.monotonic() - phase[1] < self._seconds:
+                continue
+            told = phase
+            print(
+                f"watchdog: process {self._rank} ({socket.gethostname()}, pid {os.getpid()}) has been in "
+                f"'{phase[0]}' for {time.monotonic() - phase[1]:.0f} s; where its threads are:",
+                file=sys.stderr,
+                flush=True,
+            )
+            faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+            if self._abort:
+                os._exit(EXIT_CODE)

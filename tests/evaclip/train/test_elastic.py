@@ -1,0 +1,57 @@
+"""torchrun starts all processes anew when one dies, and the run ends as if nothing had been."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from evaclip.train.config import TrainConfig
+from evaclip.train.overrides import dump_yaml
+from evaclip.train.progress import read_log
+from evaclip.train.trainer import train
+
+STEPS = 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["replicate", "shard"])
+def test_a_killed_process_changes_nothing(mode: str, run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    common = [f"schedule={{steps: {STEPS}, name: constant}}", "checkpoint.every_steps=3", "optim.name=lamb"]
+    straight = train(run_config(*common, "name=straight")).folder
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(run_config(*common, f"parallel.mode={mode}")))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
+        "-m", "evaclip", "train", "tiny", "--config", str(path), "--resume", "auto",
+    ]  # fmt: skip
+    # Without the first, restarts meet the addresses of the processes that died.
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+    killed = False
+    lines = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as torchrun:
+        assert torchrun.stdout is not None
+        for line in torchrun.stdout:
+            lines.append(line)
+            if line.startswith("step 7/") and not killed:
+                killed = True
+                _second(torchrun.pid).send_signal(signal.SIGKILL)
+        assert torchrun.wait(timeout=120) == 0, "".join(lines)
+    assert killed
+    records = [record for record in read_log(tmp_path / "run" / "log.jsonl") if "loss" in record]
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    expected = [record["loss"] for record in read_log(straight / "log.jsonl") if "loss" in record]
+    assert [record["loss"] for record in records] == pytest.approx(expected, rel=1e-5)
+
+
+def _second(torchrun: int) -> psutil.Process:
+    """The process of rank 1."""
+    workers = [child for child in psutil.Process(torchrun).children() if child.environ().get("RANK") == "1"]
+    return workers[0]
