@@ -16,11 +16,23 @@ _STRICT_KEYS = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class PartConfig:
+    """One data set of a mixture; the other keys are those of the whole."""
+
+    train: str
+    """As `DataConfig.train`."""
+    weight: Annotated[float, Field(gt=0)]
+    """Share of the samples, over the sum of all weights; at least 1 in 1,000."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class DataConfig:
     """Where samples come from and how they are read."""
 
     train: str = "synthetic"
     """Tar shards (brace patterns, globs, lists with '::'), a CSV/TSV file, a folder, or 'synthetic'."""
+    mixture: dict[str, PartConfig] = Field(default_factory=dict)
+    """Data sets by name, mixed sample by sample in these proportions; `train` must be empty then."""
     kind: Kind = "auto"
     """What `train` is; auto looks at the path."""
     image_key: str | None = None
@@ -43,6 +55,12 @@ class DataConfig:
     """Decode large JPEGs at 1/2, 1/4 or 1/8, never below twice the model's picture size: faster, inexact."""
     augmentation: Augmentation = Augmentation()
     """What happens to training pictures at random."""
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        if self.mixture and self.train:
+            raise ValueError(f"mixture names the data sets, so train must be '', got train={self.train!r}")
+        return self
 
     @model_validator(mode="after")
     def _template_has_a_place(self) -> Self:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from evaclip.data.config import DEFAULT_WINDOW
 from evaclip.data.faults import FaultLog
+from evaclip.data.mixture import MixedOrder, MixtureSource
 from evaclip.data.order import SampleOrder, mix, sample_order
 from evaclip.data.samples import BadSample, Fault, RawSample, decode_image
 from evaclip.data.source import Source
@@ -105,7 +106,7 @@ class TrainLoader:
         self._options = WorkerOptions(workers, prefetch, patience)
         self._reader = _BatchReader(
             source,
-            sample_order(len(source), seed, window, source.shard_sizes),
+            _order(source, seed, window),
             _Slice(rank * batch_size, batch_size),
             transform,
             tokenizer,
@@ -129,6 +130,12 @@ class TrainLoader:
             yield Batch(loaded.images, loaded.tokens, end, len(loaded.faults))
 
 
+def _order(source: Source, seed: int, window: int) -> SampleOrder | MixedOrder:
+    if isinstance(source, MixtureSource):
+        return source.order(seed, window)
+    return sample_order(len(source), seed, window, source.shard_sizes)
+
+
 @dataclass(frozen=True)
 class _Slice:
     """The part of a global batch that belongs to one process."""
@@ -149,7 +156,7 @@ class _BatchReader:
     """Loads the batch at a position; everything a worker needs."""
 
     source: Source
-    order: SampleOrder
+    order: SampleOrder | MixedOrder
     part: _Slice
     transform: TrainTransform
     tokenizer: Tokenizer

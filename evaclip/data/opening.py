@@ -7,6 +7,7 @@ from evaclip.data.config import DEFAULT_TEMPLATE, DataConfig
 from evaclip.data.csv_table import CsvSource
 from evaclip.data.image_folder import FolderSource
 from evaclip.data.kinds import KINDS, Kind
+from evaclip.data.mixture import MixtureSource
 from evaclip.data.paths import expand_paths
 from evaclip.data.source import Source
 from evaclip.data.synthetic import SyntheticSource
@@ -48,9 +49,16 @@ def open_source(
 
 
 def open_configured(config: DataConfig) -> Source:
-    """Opens the data set that a configuration names."""
+    """Opens the data set, or the mixture of several, that a configuration names."""
+    if not config.mixture:
+        return _open(config.train, config)
+    parts = [_open(part.train, config) for part in config.mixture.values()]
+    return MixtureSource(parts, [part.weight for part in config.mixture.values()])
+
+
+def _open(path: str, config: DataConfig) -> Source:
     return open_source(
-        config.train,
+        path,
         config.kind,
         image_key=config.image_key,
         caption_key=config.caption_key,

@@ -62,7 +62,7 @@ def build(config: TrainConfig, world: World) -> Parts:
         UserError: a name or path does not exist, or the numbers do not fit one another.
     """
     per_process = _per_process(config, world)
-    if not config.data.train:
+    if not (config.data.train or config.data.mixture):
         raise UserError("data.train is not set: name your data, such as --train-data 'shards/{00000..00099}.tar'")
     source = open_configured(config.data)
     # All processes draw the same start weights, and different random numbers from then on.

@@ -1,0 +1,94 @@
+"""Several data sets in given proportions, with one position."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from data_samples import number_tokens, number_transform
+
+from evaclip.data import DataConfig, TrainLoader, open_configured
+from evaclip.data.config import PartConfig
+from evaclip.data.mixture import MixtureSource, counts_of
+from evaclip.data.synthetic import SyntheticSource
+from evaclip.errors import UserError
+
+SIZES = (70, 40, 30)
+WEIGHTS = (6.0, 3.0, 1.0)
+
+
+def mixture(weights=WEIGHTS, sizes=SIZES) -> MixtureSource:
+    return MixtureSource([SyntheticSource(size) for size in sizes], weights)
+
+
+def drawn(count: int, seed: int = 0, start: int = 0) -> np.ndarray:
+    return mixture().order(seed, 0).indices(np.arange(start, start + count))
+
+
+def parts(samples: np.ndarray) -> np.ndarray:
+    return np.searchsorted(np.cumsum(SIZES), samples, side="right")
+
+
+def test_proportions_are_exact_and_every_stretch_is_mixed():
+    chosen = parts(drawn(4000))
+    for period in chosen.reshape(4, 1000):
+        assert np.bincount(period).tolist() == [600, 300, 100]
+    for stretch in chosen.reshape(40, 100):
+        assert np.all(np.bincount(stretch, minlength=3) > 0)
+
+
+def test_each_part_goes_through_epochs_of_its_own():
+    samples = drawn(4000)
+    for number, size in enumerate(SIZES):
+        own = samples[parts(samples) == number]
+        whole = own[: len(own) // size * size].reshape(-1, size)
+        assert len(whole) >= 10
+        assert all(len(set(epoch)) == size for epoch in whole)
+
+
+def test_a_position_means_the_same_from_wherever_one_starts():
+    samples = drawn(3000)
+    assert np.array_equal(drawn(700, start=1650), samples[1650:2350])
+    assert not np.array_equal(drawn(3000, seed=1), samples)
+
+
+def test_batches_do_not_depend_on_processes():
+    def batches(size: int, world_size: int, count: int):
+        loaders = [
+            TrainLoader(
+                mixture(), batch_size=size, transform=lambda image, seed: number_transform(image, seed),
+                tokenizer=lambda captions: number_tokens([f"0 {len(caption)}" for caption in captions]),
+                seed=3, rank=rank, world_size=world_size,
+            ).batches(20)
+            for rank in range(world_size)
+        ]  # fmt: skip
+        return [image.sum().item() for _ in range(count) for loader in loaders for image in next(loader).images]
+
+    assert batches(8, 1, 6) == batches(4, 2, 6) == batches(2, 2, 12)
+
+
+def test_counts_add_up():
+    assert counts_of([1, 1, 1]) == [334, 333, 333]
+    assert counts_of([0.8, 0.2]) == [800, 200]
+    assert Counter(counts_of([1] * 7)) == {143: 6, 142: 1}
+
+
+def test_samples_and_names_are_those_of_the_parts():
+    source = mixture()
+    assert len(source) == 140
+    assert source[75].key == source.parts[1][5].key
+    assert source.name(139) == source.parts[2].name(29)
+    assert source.fingerprint != mixture(weights=(5, 4, 1)).fingerprint
+    with pytest.raises(IndexError):
+        source[140]
+
+
+def test_configured():
+    pieces = {name: PartConfig(train="synthetic", weight=weight) for name, weight in (("a", 4), ("b", 1))}
+    source = open_configured(DataConfig(train="", mixture=pieces, num_samples=50))
+    assert isinstance(source, MixtureSource)
+    assert source.counts == [800, 200]
+    assert source.description.startswith("80 % ")
+    with pytest.raises(ValueError, match="train must be ''"):
+        DataConfig(mixture=pieces)
+    with pytest.raises(UserError, match="accepted is 1 in 1000"):
+        mixture(weights=(1, 1, 1e-5))
