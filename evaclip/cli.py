@@ -33,14 +33,14 @@ def leaf(subparsers: Any, name: str, *, help: str, examples: Sequence[str] = ())
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     # Imported here so that `import evaclip.cli` stays cheap for those who only want `leaf`.
-    from evaclip import convert, demo, doctor, export, report
+    from evaclip import convert, demo, doctor, export, report, watch
     from evaclip.data import command as data
     from evaclip.eval import command as evaluate
     from evaclip.train import command as train
 
     parser = CommandParser(prog="evaclip", description="Train, evaluate and inspect EVA-CLIP models.")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
-    for module in (train, evaluate, data, convert, export, demo, report, doctor):
+    for module in (train, watch, evaluate, data, convert, export, demo, report, doctor):
         module.add_commands(subparsers)
     return parser
 

@@ -28,11 +28,13 @@ class Record:
         epoch: `samples` in passes over the data.
         lr: the optimizer's own rate at this step.
         logit_scale: the factor on the similarities, exponentiated.
+        grad_norm, grad_norm_visual, grad_norm_text: L2 norms of all gradients and of each tower's, before clipping.
         skipped: steps so far whose update was left out because something was not finite.
         bad_samples: samples so far that could not be used and were replaced, in the main process's part.
         samples_per_second: over all processes, since the last record.
         data_wait: share of that time spent waiting for data.
         mfu: model FLOP/s over the device's peak.
+        memory_gib: most memory held so far: that of the GPU's allocator, or of the main process where there is none.
         seconds: that the run has taken so far, over all processes that went on with it.
     """
 
@@ -43,11 +45,14 @@ class Record:
     lr: float
     logit_scale: float
     grad_norm: float
+    grad_norm_visual: float
+    grad_norm_text: float
     skipped: int
     bad_samples: int
     samples_per_second: float
     data_wait: float
     mfu: float
+    memory_gib: float
     seconds: float
 
 

@@ -3,8 +3,8 @@
 The published ones hold the hyper-parameters of the EVA-CLIP release (Sun et al. 2023, arXiv 2303.15389): LAMB, 2000
 steps of warm-up and a cosine to 0, weight decay 0.05, gradients clipped at 5, activation checkpointing. They do not set
 `data.train`, `model.pretrained_image` or `model.pretrained_text`: give your shards and the weights that the towers
-start from. Merged-2B is a `data.mixture` of LAION-2B and COYO-700M, 80 to 20. Adam's moments are (0.9, 0.98, 1e-6), the values in force when the models were trained. Samples are what the
-model cards state.
+start from. Merged-2B is a `data.mixture` of LAION-2B and COYO-700M, 80 to 20. Adam's moments are (0.9, 0.98, 1e-6), the
+values in force when the models were trained. Samples are what the model cards state.
 """
 
 from collections.abc import Callable

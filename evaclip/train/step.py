@@ -20,6 +20,7 @@ from evaclip.train.token_sampling import token_index
 from evaclip.weights import is_sharded
 from evakernels import gradient_norm
 
+TOWERS = ("visual", "text")
 MAX_LOG_SCALE = math.log(100.0)
 _AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
@@ -47,11 +48,13 @@ class StepResult:
     Attributes:
         loss: mean over the batch of all processes.
         grad_norm: L2 norm of all gradients before clipping.
+        tower_norms: that of each tower's, by name.
         found_inf: 1 if the loss or a gradient was not finite and the update was left out, else 0.
     """
 
     loss: Tensor
     grad_norm: Tensor
+    tower_norms: dict[str, Tensor]
     found_inf: Tensor
 
 
@@ -90,6 +93,9 @@ class TrainStep:
         self.options = options
         self.world = world
         self.parameters: list[Tensor] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        towers = {name: list(getattr(model, name).parameters()) for name in TOWERS}
+        known = {id(parameter) for parameters in towers.values() for parameter in parameters}
+        self._parts = {**towers, "rest": [value for value in self.parameters if id(value) not in known]}
         # Shards are gathered in the 16-bit type, so that there is nothing left to cast.
         self._is_sharded = is_sharded(model)
         self.loss_scale = LossScale(world.device, enabled=options.precision == "amp_fp16")
@@ -111,8 +117,12 @@ class TrainStep:
         # Those of shards are averaged already.
         self.world.average_gradients([gradient for gradient in gradients if not isinstance(gradient, DTensor)])
         loss = self.world.mean_(loss.detach().clone())
-        grad_norm = self._set_divisor(gradients)
-        return StepResult(loss, grad_norm, self._update(loss, grad_norm))
+        tower_norms = self._tower_norms()
+        grad_norm = self._set_divisor(list(tower_norms.values()))
+        found_inf = self._update(loss, grad_norm)
+        # A tower that isn't trained has no gradients.
+        norms = {name: tower_norms.get(name, torch.zeros_like(grad_norm)) for name in TOWERS}
+        return StepResult(loss, grad_norm, norms, found_inf)
 
     def state_dict(self) -> dict[str, Any]:
         """All but the weights and the optimizer's moments."""
@@ -190,9 +200,18 @@ class TrainStep:
         return torch.autocast(self.world.device.type, dtype=dtype) if dtype else nullcontext()
 
     @torch.no_grad()
-    def _set_divisor(self, gradients: list[Tensor]) -> Tensor:
+    def _tower_norms(self) -> dict[str, Tensor]:
+        """Norms of the gradients of each tower, and of what belongs to none."""
+        return {
+            name: gradient_norm(gradients) / self.loss_scale.scale
+            for name, parameters in self._parts.items()
+            if (gradients := [p.grad for p in parameters if p.grad is not None])
+        }
+
+    @torch.no_grad()
+    def _set_divisor(self, norms: list[Tensor]) -> Tensor:
         scale = self.loss_scale.scale
-        grad_norm = gradient_norm(gradients) / scale
+        grad_norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         divisor = scale
         if self.options.grad_clip_norm is not None:
             divisor = scale * (grad_norm / self.options.grad_clip_norm).clamp(min=1.0)

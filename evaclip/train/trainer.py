@@ -15,7 +15,7 @@ from evaclip.train.build import Parts, build
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World, connect
 from evaclip.train.evaluation import Metrics
-from evaclip.train.host import keep_freed_memory, leave_cores_to_workers
+from evaclip.train.host import keep_freed_memory, leave_cores_to_workers, peak_memory
 from evaclip.train.meter import Meter
 from evaclip.train.optimizer import set_lr_factor
 from evaclip.train.progress import Record, Report, open_report
@@ -158,18 +158,17 @@ class Trainer:
 
     def _log(self, result: StepResult) -> None:
         step = self.parts.step
-        loss, grad_norm, skipped, in_a_row, log_scale = torch.stack(
-            [
-                value.detach().double()
-                for value in (
-                    result.loss,
-                    result.grad_norm,
-                    step.skipped,
-                    step.skipped_in_a_row,
-                    self.parts.model.logit_scale,
-                )
-            ]
-        ).tolist()
+        measured = (
+            result.loss,
+            result.grad_norm,
+            *result.tower_norms.values(),
+            step.skipped,
+            step.skipped_in_a_row,
+            self.parts.model.logit_scale,
+        )
+        # One copy to the host, which waits for the device.
+        values = torch.stack([value.detach().double() for value in measured]).tolist()
+        loss, grad_norm, visual_norm, text_norm, skipped, in_a_row, log_scale = values
         rates = self.meter.read()
         flops = rates.samples_per_second * self.parts.flops_per_sample
         self.report.record(
@@ -181,11 +180,14 @@ class Trainer:
                 lr=self.config.optim.lr * self._lr_factor(self.position.step - 1),
                 logit_scale=math.exp(log_scale),
                 grad_norm=grad_norm,
+                grad_norm_visual=visual_norm,
+                grad_norm_text=text_norm,
                 skipped=int(skipped),
                 bad_samples=self.position.bad_samples,
                 samples_per_second=rates.samples_per_second,
                 data_wait=rates.data_wait,
                 mfu=flops / self.parts.peak_flops,
+                memory_gib=peak_memory(self.world.device) / 2**30,
                 seconds=self.meter.seconds,
             )
         )

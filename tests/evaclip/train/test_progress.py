@@ -21,11 +21,14 @@ RECORD = Record(
     lr=1e-3,
     logit_scale=14.3,
     grad_norm=1.0,
+    grad_norm_visual=0.8,
+    grad_norm_text=0.6,
     skipped=0,
     bad_samples=0,
     samples_per_second=100.0,
     data_wait=0.25,
     mfu=0.375,
+    memory_gib=1.5,
     seconds=1.0,
 )
 

@@ -212,3 +212,22 @@ def test_kept_tokens_do_not_depend_on_the_number_of_processes() -> None:
     assert not torch.equal(whole[:256], whole[256:512])
     assert not torch.equal(token_index((7, 4), range(600), 16, 8, cpu), whole)
     assert not torch.equal(token_index((8, 3), range(600), 16, 8, cpu), whole)
+
+
+def test_norms_of_the_towers(small_model: CLIP, batch: tuple[Tensor, Tensor]) -> None:
+    step = make_step(small_model)
+    result = step(*batch, 0)
+    for name, norm in result.tower_norms.items():
+        parts = [p.grad.norm() for p in getattr(small_model, name).parameters() if p.grad is not None]
+        torch.testing.assert_close(norm, torch.stack(parts).norm(), rtol=1e-5, atol=0)
+    scale = small_model.logit_scale.grad
+    assert scale is not None
+    whole = torch.stack([*result.tower_norms.values(), scale.abs()]).norm()
+    torch.testing.assert_close(result.grad_norm, whole, rtol=1e-5, atol=0)
+
+
+def test_a_frozen_tower_has_no_norm(small_model: CLIP, batch: tuple[Tensor, Tensor]) -> None:
+    small_model.text.requires_grad_(False)
+    result = make_step(small_model)(*batch, 0)
+    assert result.tower_norms["text"] == 0
+    assert result.tower_norms["visual"] > 0
