@@ -36,11 +36,12 @@ def build_parser() -> argparse.ArgumentParser:
     from evaclip import convert, demo, doctor, export, report, watch
     from evaclip.data import command as data
     from evaclip.eval import command as evaluate
+    from evaclip.plan import command as plan
     from evaclip.train import command as train
 
     parser = CommandParser(prog="evaclip", description="Train, evaluate and inspect EVA-CLIP models.")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
-    for module in (train, watch, evaluate, data, convert, export, demo, report, doctor):
+    for module in (train, watch, plan, evaluate, data, convert, export, demo, report, doctor):
         module.add_commands(subparsers)
     return parser
 

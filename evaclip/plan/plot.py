@@ -1,0 +1,65 @@
+"""The savings as a picture: stacked bars of memory and of time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from evaclip.plan.memory import OPTIMIZER
+from evaclip.plan.phases import WORKING
+from evaclip.plan.recorder import CASTS, COMMUNICATION, GRADIENTS, PARAMETERS
+from evaclip.plan.savings import Rung
+from evaclip.plan.time_tables import kinds, middle
+from evaclip.report.theme import PALETTE, STYLE
+
+_GIB = 2**30
+_GROUPS = {
+    "parameters": (PARAMETERS, CASTS),
+    "gradients": (GRADIENTS,),
+    "optimizer state": (OPTIMIZER,),
+    "activations": (),
+    "loss": ("loss",),
+    "communication": (COMMUNICATION,),
+    "working memory, inputs": (WORKING, "inputs", "features"),
+}
+_COLOURS = ("#2757c4", "#6f92de", "#a9bfee", "#1a8a4f", "#c2571a", "#8a6fc4", "#d5d9de")
+
+
+def save_plot(rungs: Sequence[Rung], path: Path, limit_gib: float) -> None:
+    """Writes the picture; its format follows from the file's name.
+
+    Args:
+        limit_gib: memory of the GPU, drawn as a line.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, 1.6 + 0.42 * len(rungs)), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        memory = {name: [_of_group(rung, name) / _GIB for rung in rungs] for name in _GROUPS}
+        _bars(left, rungs, memory, "GiB of one GPU at its peak")
+        left.axvline(limit_gib, color=PALETTE.ink, linewidth=0.9, linestyle=":")
+        times = {name: [middle(rung.time.terms[name]) for rung in rungs] for name in rungs[0].time.terms}
+        _bars(right, rungs, times, "seconds of a step, without overlap")
+        figure.savefig(path, dpi=150)
+
+
+def _of_group(rung: Rung, name: str) -> int:
+    def belongs(kind: str) -> bool:
+        return kind in _GROUPS[name] or (name == "activations" and kind.startswith("activations"))
+
+    return sum(size for kind, size in kinds(rung).items() if belongs(kind))
+
+
+def _bars(axes: Axes, rungs: Sequence[Rung], parts: dict[str, list[float]], label: str) -> None:
+    rows, starts = range(len(rungs)), [0.0] * len(rungs)
+    for (name, values), colour in zip(parts.items(), _COLOURS, strict=False):
+        axes.barh(rows, values, left=starts, height=0.62, color=colour, label=name)
+        starts = [start + value for start, value in zip(starts, values, strict=True)]
+    for row, total in zip(rows, starts, strict=True):
+        axes.text(total, row, f" {total:.3g}", va="center")
+    axes.set_yticks(rows, [("+ " if index else "") + rung.name for index, rung in enumerate(rungs)])
+    axes.set_ylim(len(rungs) - 0.4, -0.6)
+    axes.set_xlim(0, 1.12 * max(starts))
+    axes.set_xlabel(label)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")

@@ -1,0 +1,140 @@
+"""How long a step takes, as a range: each kernel by the roofline, communication by its bytes."""
+
+from dataclasses import dataclass
+
+from evaclip.model.flops import flops_per_sample
+from evaclip.plan.gpus import PER_NODE, Gpu
+from evaclip.plan.job import Job
+from evaclip.plan.loss import loss_costs
+from evaclip.plan.memory import Memory
+from evaclip.plan.operators import Cost
+from evaclip.plan.phases import Costs
+
+BACKWARD_FACTOR = 3
+COMMUNICATION = ("gather", "scatter", "reduce", "gather of texts", "scatter of texts")
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """Shares of the data sheet's rates that are reached; (slow, fast). No measurement on a GPU stands behind them."""
+
+    products: tuple[float, float] = (0.50, 0.75)
+    attention: tuple[float, float] = (0.25, 0.50)
+    memory: tuple[float, float] = (0.60, 0.85)
+    links: tuple[float, float] = (0.60, 0.90)
+    overlap: tuple[float, float] = (0.0, 1.0)
+    """How much of the communication goes on beside computation."""
+
+
+ASSUMPTIONS = Assumptions()
+
+
+@dataclass(frozen=True)
+class Time:
+    """Of one step on one GPU; ranges are (slow, fast), in seconds.
+
+    Attributes:
+        terms: of `forward`, `backward`, `recomputation`, `loss`, `optimizer` and `communication`.
+        step: the whole.
+        flops: floating-point operations by stage and term.
+        model_flops: those that the model is known by, forward and backward, nothing left out but dropped patches.
+    """
+
+    terms: dict[str, tuple[float, float]]
+    step: tuple[float, float]
+    flops: dict[str, dict[str, int]]
+    model_flops: int
+
+    def gpu_hours(self, job: Job) -> tuple[float, float]:
+        """Of all samples of the job."""
+        assert job.samples is not None
+        steps = job.samples / job.global_batch
+        slow, fast = (seconds * steps * job.gpus / 3600 for seconds in self.step)
+        return slow, fast
+
+    def utilization(self, job: Job, gpu: Gpu) -> tuple[float, float]:
+        """MFU: what share of the GPU's peak the model's own operations are."""
+        rate = 1e12 * (gpu.single_tflops if job.precision == "fp32" else gpu.half_tflops)
+        slow, fast = (self.model_flops / seconds / rate for seconds in self.step)
+        return slow, fast
+
+
+def plan_time(job: Job, memory: Memory, gpu: Gpu, assumptions: Assumptions = ASSUMPTIONS) -> Time:
+    """The time of a step, from what its trace has computed and moved."""
+    costs = memory.steps.costs(job.accumulation) + loss_costs(job) + _optimizer(job, memory) + _mean(job, memory)
+    both = [_terms(job, gpu, costs, assumptions, place) for place in (0, 1)]
+    terms = {name: (both[0][name], both[1][name]) for name in both[0]}
+    steps = [_whole(both[place], assumptions.overlap[place]) for place in (0, 1)]
+    return Time(terms, (steps[0], steps[1]), _flops(costs), _model_flops(job))
+
+
+def seconds_of(cost: Cost, gpu: Gpu, assumptions: Assumptions, place: int) -> float:
+    """Of one call: as long as the slower of its operations and its bytes takes."""
+    moving = cost.bytes / (1e9 * gpu.memory_gbps * assumptions.memory[place])
+    if not cost.flops:
+        return moving
+    rate = 1e12 * (gpu.single_tflops if cost.bits > 16 else gpu.half_tflops)
+    share = assumptions.attention if cost.term == "attention" else assumptions.products
+    return max(moving, cost.flops / (rate * share[place]))
+
+
+def seconds_of_collective(cost: Cost, job: Job, gpu: Gpu, assumptions: Assumptions, place: int) -> float:
+    """Of a ring: each GPU sends all but its own part once, in an all-reduce twice."""
+    copies, everybody = job.gpus // job.shards, cost.term.endswith("of texts") or job.mode == "replicate"
+    size = job.gpus if everybody else copies if cost.term == "reduce" else job.shards
+    if size == 1:
+        return 0.0
+    # Groups that hold one GPU of each node share its network; a group of whole nodes has it for itself.
+    in_a_node = PER_NODE if not everybody and cost.term == "reduce" and job.shards >= PER_NODE else 1
+    spans_nodes = size * in_a_node > PER_NODE
+    rate = min(gpu.node_gbps, gpu.network_gbps[place] / in_a_node) if spans_nodes else gpu.node_gbps
+    turns = 2 if cost.term == "reduce" else 1
+    return turns * cost.bytes * (size - 1) / size / (1e9 * rate * assumptions.links[place])
+
+
+def _terms(job: Job, gpu: Gpu, costs: Costs, assumptions: Assumptions, place: int) -> dict[str, float]:
+    terms = dict.fromkeys(("forward", "backward", "recomputation", "loss", "optimizer", "communication"), 0.0)
+    for (stage, cost), calls in costs.items():
+        if cost.term in COMMUNICATION:
+            terms["communication"] += calls * seconds_of_collective(cost, job, gpu, assumptions, place)
+        else:
+            terms[stage] += calls * seconds_of(cost, gpu, assumptions, place)
+    return terms
+
+
+def _whole(terms: dict[str, float], overlap: float) -> float:
+    """What communication there is beside the towers' work costs nothing, as far as it overlaps."""
+    beside = terms["forward"] + terms["backward"] + terms["recomputation"]
+    hidden = overlap * min(beside, terms["communication"])
+    return sum(terms.values()) - hidden
+
+
+def _flops(costs: Costs) -> dict[str, dict[str, int]]:
+    flops: dict[str, dict[str, int]] = {}
+    for (stage, cost), calls in costs.items():
+        if cost.flops:
+            of_stage = flops.setdefault(stage, {})
+            of_stage[cost.term] = of_stage.get(cost.term, 0) + calls * cost.flops
+    return flops
+
+
+def _model_flops(job: Job) -> int:
+    return BACKWARD_FACTOR * job.local_batch * flops_per_sample(job.config, 1 - job.token_dropout)
+
+
+def _optimizer(job: Job, memory: Memory) -> Costs:
+    """AdamW reads four tensors and writes three; LAMB reads three of them again for the step itself."""
+    state = {"fp32": 4, "bf16": 2}[job.state_dtype]
+    weight = 2 if job.precision in ("bf16", "fp16") else 4
+    moved = 3 * weight + 4 * state
+    if job.optimizer == "lamb":
+        moved += 2 * weight + 2 * state - weight
+    return Costs({("optimizer", Cost("elementwise", False, 32, 0, moved * memory.parameters)): 1})
+
+
+def _mean(job: Job, memory: Memory) -> Costs:
+    """Under replication the trainer itself takes the mean of the gradients."""
+    if job.mode != "replicate" or job.gpus == 1:
+        return Costs()
+    size = 2 if job.precision in ("bf16", "fp16") else 4
+    return Costs({("backward", Cost("reduce", False, 0, 0, size * memory.parameters)): 1})

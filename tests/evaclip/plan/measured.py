@@ -1,0 +1,86 @@
+"""What a real training step on this CPU allocates, as torch's own allocator reports it."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from evaclip import CLIP, create_model
+from evaclip.plan.job import Job
+from evaclip.plan.recorder import local
+from evaclip.plan.trace import caption_lengths, caption_tokens
+from evaclip.train.config import LossConfig, OptimConfig
+from evaclip.train.distributed import World
+from evaclip.train.loss import ContrastiveLoss
+from evaclip.train.optimizer import build_optimizer, parameter_groups
+from evaclip.train.sharding import shard
+from evaclip.train.step import StepOptions, TrainStep
+from evakernels import clip_loss
+
+
+def batch_of(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and tokens of one GPU, with captions as the plan assumes them."""
+    vision, text = job.config.vision, job.config.text
+    lengths = caption_lengths(job.chunk, job.caption_tokens, text.context_length) * job.accumulation
+    return torch.randn(job.local_batch, 3, *vision.image_shape), caption_tokens(lengths, text)
+
+
+def peak_of_step(job: Job) -> int:
+    """Bytes at the highest moment of the second step of `job` in this process, of all that the run has allocated."""
+    images, tokens = batch_of(job)
+    vision = {**job.options.get("vision", {}), "patch_dropout": job.token_dropout}
+    precision = job.precision if job.precision in ("bf16", "fp16") else "fp32"
+    model = create_model(job.model, savings=job.savings, precision=precision, **{**job.options, "vision": vision})
+    loss = ContrastiveLoss(LossConfig())
+    config = OptimConfig(name=job.optimizer)
+    optimizer = build_optimizer(parameter_groups(model, loss, config), config)
+    step = TrainStep(model, loss, optimizer, StepOptions(job.precision, job.accumulation), World(torch.device("cpu")))
+    step(images, tokens, 0)
+    model.zero_grad()
+    known = [*model.parameters(), *model.buffers(), images, tokens]
+    known += [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.untyped_storage().nbytes() for value in known) + highest(lambda: step(images, tokens, 1))
+
+
+def highest(run: Any) -> int:
+    """The most bytes that `run()` has allocated on top of what there was."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    total = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+def sharded_model(job: Job) -> CLIP:
+    """The model of `job`, cut over the processes of the present group, with start values."""
+    vision = {**job.options.get("vision", {}), "patch_dropout": job.token_dropout}
+    model = create_model(job.model, device="meta", savings=job.savings, **{**job.options, "vision": vision})
+    shard(model, *job.sharding())
+    model.to_empty(device="cpu").reset_parameters()
+    return model
+
+
+def peak_of_sharded_step(job: Job) -> int:
+    """The same as `peak_of_step`, without moments, of one of `job.gpus` processes, the others of which aren't there.
+
+    What arrives from them is not initialised, but what is allocated for it is real.
+    """
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=job.gpus)
+    try:
+        model = sharded_model(job)
+        images, tokens = batch_of(job)
+
+        def step() -> None:
+            clip_loss(*model(images, tokens)).backward()
+
+        step()
+        model.zero_grad()
+        known = [images, tokens, *model.buffers(), *(local(parameter) for parameter in model.parameters())]
+        return sum(value.untyped_storage().nbytes() for value in known) + highest(step)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,55 @@
+"""`evaclip plan` as it is typed."""
+
+import json
+from typing import Any
+
+import pytest
+
+from evaclip.cli import main
+from evaclip.plan.gpus import get_gpu, gpus
+
+
+def plan(capsys: Any, *arguments: str) -> str:
+    assert main(["plan", *arguments]) == 0
+    text: str = capsys.readouterr().out
+    return text
+
+
+def test_shows_what_a_gpu_holds(capsys: Any) -> None:
+    text = plan(capsys, "--model", "tiny", "--gpus", "2", "--global-batch", "64", "--parallel", "replicate")
+    for word in ("parameters", "optimizer state", "tensors", "fits"):
+        assert word in text
+
+
+def test_json_holds_the_same(capsys: Any) -> None:
+    arguments = ("--recipe", "eva02-b-16", "--gpus", "64", "--gpu", "h100-80g", "--json")
+    memory = json.loads(plan(capsys, *arguments))["memory"]
+    assert memory["peak"] == sum(memory["kinds"].values())
+    assert memory["of_the_gpu"] == get_gpu("h100-80g").memory
+
+
+def test_what_does_not_fit_is_said(capsys: Any) -> None:
+    text = plan(capsys, "--model", "EVA02-CLIP-bigE-14-plus", "--gpu", "rtx-4090", "--global-batch", "8")
+    assert "misses by" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "2"], "name a --model or a --recipe"),
+        (["--model", "EVA02-CLIP-B-1"], "did you mean"),
+        (["--model", "tiny", "--gpu", "a100"], "did you mean 'a100-80g'"),
+        (["--recipe", "eva02"], "unknown recipe"),
+        (["--model", "tiny", "--recompute", "blocks"], "did you mean 'block'"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: Any) -> None:
+    assert main(["plan", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_gpus_are_complete() -> None:
+    for gpu in gpus().values():
+        assert gpu.source
+        assert 0 < gpu.network_gbps[0] <= gpu.network_gbps[1] <= 8 * gpu.node_gbps
+        assert gpu.single_tflops < gpu.half_tflops

@@ -1,0 +1,201 @@
+"""The planned memory is that of real steps, and that of a deep model follows from a shallow one."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from measured import peak_of_sharded_step, peak_of_step
+
+from evaclip import Savings, TextConfig
+from evaclip.errors import UserError
+from evaclip.plan import loss
+from evaclip.plan.job import Job
+from evaclip.plan.memory import OPTIMIZER, plan_memory
+from evaclip.plan.recorder import GRADIENTS, PARAMETERS, Recorder
+from evaclip.plan.trace import caption_lengths, caption_tokens
+from evakernels.triton import contrastive
+
+B = {"vision": {"width": 384, "heads": 6, "layers": 7}, "text": {"width": 256, "heads": 4, "layers": 6}}
+E = {
+    "vision": {"width": 256, "heads": 4, "layers": 7, "mlp_ratio": 6.0},
+    "text": {"width": 256, "heads": 4, "layers": 6},
+}
+ONE = {"gpus": 1, "global_batch": 16, "mode": "replicate"}
+STEPS: dict[str, dict[str, Any]] = {
+    "B": {"model": "EVA02-CLIP-B-16", "options": B, "precision": "fp32"},
+    "B-amp-padded": {"model": "EVA02-CLIP-B-16", "options": B, "savings": Savings(pack_text=False)},
+    "B-activations": {
+        "model": "EVA02-CLIP-B-16",
+        "options": B,
+        "token_dropout": 0.5,
+        "savings": Savings(recompute="activations"),
+    },
+    "B-bf16": {"model": "EVA02-CLIP-B-16", "options": B, "precision": "bf16", "savings": Savings(recompute="block")},
+    "E-block": {
+        "model": "EVA02-CLIP-bigE-14",
+        "options": E,
+        "token_dropout": 0.5,
+        "savings": Savings(recompute="block"),
+    },
+    "E-activations": {"model": "EVA02-CLIP-bigE-14", "options": E, "savings": Savings(recompute="activations")},
+    "E-chunks": {
+        "model": "EVA02-CLIP-bigE-14",
+        "options": E,
+        "precision": "fp32",
+        "accumulation": 2,
+        "optimizer": "adamw",
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STEPS)
+def test_peak_of_a_real_step(name: str) -> None:
+    job = Job(**ONE, **STEPS[name])
+    assert plan_memory(job).peak.total == pytest.approx(peak_of_step(job), rel=0.02)
+
+
+SHARDED: dict[str, dict[str, Any]] = {
+    "block": {"gpus": 2, "token_dropout": 0.5, "savings": Savings(recompute="block")},
+    "keep": {"gpus": 2, "reshard": False},
+    "fp32": {"gpus": 2, "precision": "fp32", "savings": Savings(recompute="activations")},
+    "four": {"gpus": 4, "savings": Savings(recompute="block")},
+    "hybrid": {"gpus": 4, "mode": "hybrid", "shard_size": 2, "savings": Savings(recompute="block")},
+    "many": {"gpus": 144, "savings": Savings(recompute="block")},
+    "many-hybrid": {"gpus": 144, "mode": "hybrid", "shard_size": 8, "savings": Savings(recompute="activations")},
+}
+
+
+def _sharded_job(name: str) -> Job:
+    case = SHARDED[name]
+    # Few words: what a CPU's operators allocate inside themselves for a large embedding isn't there on a GPU.
+    options = {**E, "text": {**E["text"], "vocab_size": 1000}}
+    return Job(model="EVA02-CLIP-bigE-14", options=options, global_batch=16 * case["gpus"], **case)
+
+
+def _planned(job: Job) -> int:
+    peaks = [moment.total - moment.bytes[OPTIMIZER] - moment.bytes["loss"] for moment in plan_memory(job).moments]
+    return max(peaks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARDED)
+def test_peak_of_a_real_sharded_step(name: str) -> None:
+    job = _sharded_job(name)
+    assert _planned(job) == pytest.approx(peak_of_sharded_step(job), rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_peak_of_real_processes(processes: int, tmp_path: Path) -> None:
+    jobs = [job for job in map(_sharded_job, SHARDED) if job.gpus == processes]
+    for job, measured in zip(jobs, _measured(jobs, processes, tmp_path), strict=True):
+        assert _planned(job) == pytest.approx(measured, rel=0.05), job
+
+
+def _measured(jobs: list[Job], processes: int, folder: Path) -> list[int]:
+    path = folder / "jobs.json"
+    path.write_text(json.dumps([asdict(job) for job in jobs]))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone",
+        str(Path(__file__).parent / "sharded_peak.py"), str(path),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
+    assert result.returncode == 0, result.stderr
+    line = next(line for line in result.stdout.splitlines() if line.startswith("peaks"))
+    peaks: list[int] = json.loads(line.removeprefix("peaks"))
+    return peaks
+
+
+DEEP: dict[str, dict[str, Any]] = {
+    "shard": {"savings": Savings(recompute="block")},
+    "keep": {"reshard": False, "savings": Savings(recompute="activations")},
+    "hybrid": {"mode": "hybrid", "shard_size": 8},
+    "replicate": {"mode": "replicate", "savings": Savings(recompute="block")},
+    "replicate-none": {"mode": "replicate", "token_dropout": 0.5},
+    "chunks": {"accumulation": 4, "savings": Savings(recompute="block")},
+    "fp32": {"precision": "fp32", "mode": "replicate", "accumulation": 2},
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("model", ["EVA02-CLIP-L-14", "EVA02-CLIP-bigE-14"])
+def test_five_blocks_tell_of_nine(name: str, model: str) -> None:
+    job = Job(model=model, gpus=16, global_batch=16 * 64, **DEEP[name])
+    job = replace(job, options={"vision": {"layers": 9}, "text": {"layers": 8}})
+    few, all_of_them = plan_memory(job), plan_memory(job, blocks=9)
+    assert few.parameters == all_of_them.parameters
+    assert [moment.phase for moment in few.moments] == [moment.phase for moment in all_of_them.moments]
+    for one, other in zip(few.moments, all_of_them.moments, strict=True):
+        assert one.total == pytest.approx(other.total, rel=2e-3), one.phase
+
+
+def test_the_5b_model_is_planned_whole() -> None:
+    job = Job.of_recipe("eva02-e-14-plus", gpus=1, global_batch=8, mode="replicate")
+    memory = plan_memory(job)
+    assert memory.parameters == 5_044_889_089
+    assert memory.steps.start[PARAMETERS] == 4 * 5_044_889_089
+    assert memory.steps.start[OPTIMIZER] == 8 * 5_044_889_089
+    assert memory.moments[-1].bytes[GRADIENTS] == pytest.approx(4 * 5_044_889_089, rel=1e-4)
+
+
+def test_state_in_16_bits_is_half() -> None:
+    job = Job(model="tiny", **ONE)
+    fp32, bf16 = (plan_memory(replace(job, state_dtype=dtype)) for dtype in ("fp32", "bf16"))
+    assert fp32.peak.bytes[OPTIMIZER] == 2 * bf16.peak.bytes[OPTIMIZER] > 0
+
+
+def test_a_storage_counts_once_until_nothing_refers_to_it() -> None:
+    recorder = Recorder()
+    with recorder:
+        x = torch.ones(1000)
+        view = x.view(10, 100)[2:]
+        assert sum(change for _, change in recorder.recording.changes) == 4000
+        del x
+        assert sum(change for _, change in recorder.recording.changes) == 4000
+        view.untyped_storage().resize_(400)
+        assert sum(change for _, change in recorder.recording.changes) == 400
+        del view
+        assert sum(change for _, change in recorder.recording.changes) == 0
+
+
+@pytest.mark.parametrize(("count", "mean"), [(1, 15), (2, 46), (100, 15), (1000, 77), (64, 3)])
+def test_captions_have_the_mean_length(count: int, mean: int) -> None:
+    lengths = caption_lengths(count, mean, 77)
+    assert len(lengths) == count
+    assert sum(lengths) == pytest.approx(count * mean, abs=count)
+    assert all(2 <= length <= 77 for length in lengths)
+    ends = caption_tokens(lengths, TextConfig()).argmax(1) + 1
+    assert ends.tolist() == lengths
+
+
+def test_the_loss_is_planned_for_the_kernels_there_are() -> None:
+    if not contrastive.INTERPRETED:
+        assert (loss.CHUNK_BYTES, loss.MIN_CHUNK) == (contrastive.CHUNK_BYTES, contrastive.MIN_CHUNK)
+    job = Job(model="EVA02-CLIP-B-16", gpus=64, global_batch=65_536)
+    texts, logits = 65_536 * 512 * 4, 1024 * 65_536 * 4
+    assert loss.loss_bytes(job)["loss"] == pytest.approx(3 * texts + logits, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gpus": 3, "global_batch": 16}, "no multiple of 3"),
+        ({"mode": "hybrid"}, "shard_size"),
+        ({"gpus": 4, "global_batch": 16, "mode": "hybrid", "shard_size": 3}, "doesn't divide 4 GPUs"),
+        ({"precision": "amp_b16"}, "did you mean 'amp_bf16'"),
+        ({"token_dropout": 1.0}, "expected 0 <= share < 1"),
+        ({"caption_tokens": 78}, "expected 2 to 77"),
+        ({"gpus": 0}, "expected at least 1"),
+    ],
+)
+def test_jobs_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Job(model="EVA02-CLIP-B-16", **options)

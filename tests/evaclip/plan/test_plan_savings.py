@@ -1,0 +1,126 @@
+"""What savings are worth, what fits, and the picture of it."""
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from evaclip import Savings, create_model
+from evaclip.plan.fit import Option, chunkings, fit, largest, policies, room, smallest
+from evaclip.plan.gpus import Gpu, get_gpu
+from evaclip.plan.job import Job
+from evaclip.plan.memory import plan_memory
+from evaclip.plan.plot import save_plot
+from evaclip.plan.savings import NOTHING, Rung, ladder
+from evaclip.plan.unfused import as_usual
+
+A100 = get_gpu("a100-80g")
+JOB = Job(
+    model="EVA02-CLIP-B-16",
+    gpus=8,
+    global_batch=8 * 256,
+    token_dropout=0.5,
+    savings=Savings(recompute="activations"),
+    samples=10**9,
+)
+
+
+@pytest.fixture(scope="module")
+def rungs() -> list[Rung]:
+    return ladder(JOB, A100)
+
+
+def test_the_ladder_ends_with_the_job(rungs: list[Rung]) -> None:
+    assert rungs[0].name == NOTHING
+    assert rungs[-1].job == JOB
+    assert rungs[-1].memory.peak.total == plan_memory(JOB).peak.total
+    names = " ".join(rung.name for rung in rungs)
+    for saving in ("amp_bf16", "fused", "packed", "pooled", "dropout 0.5", "activations", "shard"):
+        assert saving in names
+
+
+def test_each_saving_saves(rungs: list[Rung]) -> None:
+    for before, after in pairwise(rungs):
+        less_memory = after.memory.peak.total < before.memory.peak.total
+        less_time = sum(after.time.step) < sum(before.time.step)
+        assert less_memory or less_time, after.name
+
+
+def test_savings_that_the_job_lacks_are_left_out() -> None:
+    job = replace(JOB, gpus=1, global_batch=64, mode="replicate", token_dropout=0.0, precision="fp32", samples=None)
+    job = replace(job, savings=Savings(pack_text=False, pooled_last_block=False))
+    assert [rung.name for rung in ladder(job, A100)] == [NOTHING, "fused ops, loss in tiles"]
+
+
+def test_a_plot_is_drawn(rungs: list[Rung], tmp_path: Path) -> None:
+    save_plot(rungs, tmp_path / "savings.png", A100.memory_gib)
+    image = Image.open(tmp_path / "savings.png")
+    assert image.width > 1000
+    assert len(image.convert("RGB").getcolors(maxcolors=1 << 20)) > 50
+
+
+@pytest.mark.parametrize(
+    ("model", "vision"),
+    [("EVA02-CLIP-B-16", {}), ("EVA02-CLIP-bigE-14", {"image_size": 56}), ("EVA-CLIP-18B", {"image_size": 56})],
+)
+def test_the_usual_operators_give_the_same(model: str, vision: dict[str, Any]) -> None:
+    vision = {"width": 64, "heads": 4, "layers": 2, "patch_dropout": 0.5, **vision}
+    text = {"width": 64, "heads": 4, "layers": 2, "vocab_size": 100}
+    clip = create_model(model, vision=vision, text=text).train()
+    tokens = torch.randint(1, 99, (3, 77))
+    tokens[:, 20] = 99
+    images = torch.randn(3, 3, *clip.config.vision.image_shape)
+    index = torch.stack([torch.randperm(clip.visual.num_patches)[:5].sort().values for _ in range(3)])
+    expected = clip(images, tokens, token_index=index)
+    with as_usual():
+        actual = clip(images, tokens, token_index=index)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_chunks_divide_the_batch() -> None:
+    assert chunkings(1000) == [1, 2, 4, 8, 20, 40, 100, 200, 500, 1000]
+    assert chunkings(1) == [1]
+    assert chunkings(7) == [1, 7]
+
+
+def _small(memory_gib: float) -> Gpu:
+    return replace(A100, memory_gib=memory_gib)
+
+
+def test_the_largest_batch_fits_and_no_larger() -> None:
+    job = replace(JOB, accumulation=1)
+    found = largest(job, _small(8))
+    assert found is not None
+    assert found.fits
+    more = replace(job, global_batch=int(1.03 * found.job.chunk + 1) * job.gpus)
+    assert plan_memory(found.job).peak.total <= room(_small(8)) < plan_memory(more).peak.total
+
+
+def test_nothing_fits_a_gpu_that_is_too_small() -> None:
+    assert largest(JOB, _small(4.1)) is None
+    assert smallest(replace(JOB, gpus=1, mode="replicate"), _small(4.1)) is None
+
+
+def test_policies_use_as_few_chunks_as_fit() -> None:
+    options = list(policies(JOB, _small(7)))
+    assert [option.job.savings.recompute for option in options] == ["none", "activations", "block"]
+    for option in options:
+        assert option.fits
+        fewer = [number for number in chunkings(JOB.local_batch) if number < option.job.accumulation]
+        if fewer:
+            before = plan_memory(replace(option.job, accumulation=fewer[-1]))
+            assert before.peak.total > room(_small(7))
+
+
+def test_the_cheapest_and_the_smallest() -> None:
+    found = fit(JOB, _small(9))
+    fitting = [option for option in found.options if option.fits]
+    assert found.cheapest is not None
+    assert sum(found.cheapest.time.step) == min(sum(option.time.step) for option in fitting)
+    assert isinstance(found.smallest, Option)
+    assert found.smallest.job.gpus <= JOB.gpus
+    assert found.smallest.job.global_batch == JOB.global_batch
