@@ -35,7 +35,7 @@ class Tables {
       : num_prefix_(num_prefix), interleaved_(interleaved) {
     require_tables(cos, sin);
     if (!cos) return;
-    const bool compact = cos->dim() == 3 && cos->size(2) == head_dim / 4;
+    const bool compact = is_compact(*cos, head_dim);
     require(compact ? cos->size(0) == 2 : cos->size(-1) == head_dim / 2,
             "cos must have an entry for each pair");
     head_stride_ = cos->dim() == 3 && !compact ? cos->size(1) * head_dim : 0;

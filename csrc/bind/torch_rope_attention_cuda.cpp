@@ -16,6 +16,7 @@ AttentionShape shape_of(const Tensor& q, int64_t num_prefix, bool causal, double
       .scale = static_cast<float>(scale),
       .causal = causal,
       .dtype = dtype_of(q, "q"),
+      .offsets = {},
   };
 }
 
@@ -23,10 +24,13 @@ AttentionShape shape_of(const Tensor& q, int64_t num_prefix, bool causal, double
 class Tables {
  public:
   Tables(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-         const std::optional<Tensor>& token_index, bool interleaved)
+         const std::optional<Tensor>& token_index, int64_t head_dim, bool interleaved)
       : interleaved_(interleaved) {
     require_tables(cos, sin);
     if (!cos) return;
+    is_compact_ = is_compact(*cos, head_dim);
+    require(is_compact_ ? cos->size(0) == 2 : cos->size(-1) == head_dim / 2,
+            "cos must have an entry for each pair");
     cos_ = dense(*cos);
     sin_ = dense(*sin);
     if (token_index) token_index_ = as_contiguous(*token_index);
@@ -34,12 +38,14 @@ class Tables {
 
   RotaryTables tables() const {
     if (!cos_) return {};
+    const int64_t rows = cos_->size(-2);
     return {
         .cos = static_cast<const float*>(cos_->const_data_ptr()),
         .sin = static_cast<const float*>(sin_->const_data_ptr()),
         .token_index = static_cast<const int64_t*>(data_or_null(token_index_)),
-        .rows = cos_->size(-2),
-        .head_stride = cos_->dim() == 3 ? cos_->size(1) * cos_->size(2) : 0,
+        .rows = is_compact_ ? rows * rows : rows,
+        .head_stride = cos_->dim() == 3 && !is_compact_ ? rows * cos_->size(2) : 0,
+        .grid = is_compact_ ? rows : 0,
         .interleaved = interleaved_,
     };
   }
@@ -50,6 +56,7 @@ class Tables {
   }
 
   std::optional<Tensor> cos_, sin_, token_index_;
+  bool is_compact_ = false;
   bool interleaved_;
 };
 
@@ -66,7 +73,7 @@ std::tuple<Tensor, Tensor> rope_attention_forward(const Tensor& q_any, const Ten
   require_heads(q_any, k_any, v_any);
   require_fitting(q_any);
   const Tensor q = with_dense_vectors(q_any), k = with_dense_vectors(k_any), v = with_dense_vectors(v_any);
-  const Tables tables(cos, sin, token_index, interleaved);
+  const Tables tables(cos, sin, token_index, q.size(3), interleaved);
   const Tensor out = new_tensor(q, q.sizes());
   const Tensor lse = new_float32(q, {q.size(0), q.size(2), q.size(1)});
   const RopeAttentionForward params = {
@@ -92,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> rope_attention_backward(
   const Tensor q = with_dense_vectors(q_any), k = with_dense_vectors(k_any), v = with_dense_vectors(v_any);
   const Tensor dout = with_dense_vectors(dout_any), out = with_dense_vectors(out_any);
   const Tensor lse = as_contiguous(lse_any);
-  const Tables tables(cos, sin, token_index, interleaved);
+  const Tables tables(cos, sin, token_index, q.size(3), interleaved);
   const Tensor dq = new_tensor(q, q.sizes());
   const Tensor dk = new_tensor(q, q.sizes());
   const Tensor dv = new_tensor(q, q.sizes());

@@ -89,25 +89,37 @@ struct HeadDots {
 
 // One entry for each pair of elements.
 struct RotaryTables {
-  const float* cos;  // [P, D/2] or [H, P, D/2]; null: no rotation
+  const float* cos;  // [P, D/2], [H, P, D/2] or, compact, [2, G, D/4]; null: no rotation
   const float* sin;
   const int64_t* token_index;  // [B, N - num_prefix], rows of the tables; null: in order
-  int64_t rows;                // P
+  int64_t rows;                // P, in the compact form G * G
   int64_t head_stride;         // 0: all heads share a table
-  bool interleaved;            // pairs are neighbours, else half a vector apart
+  // G of the compact form: row r has its first pairs from [0, r / G], the others from [1, r % G]. 0: not
+  // compact.
+  int64_t grid;
+  bool interleaved;  // pairs are neighbours, else half a vector apart
+};
+
+// Of a packed batch: sequence b has the tokens offsets[b] to offsets[b + 1] - 1 of `tokens`.
+struct SequenceOffsets {
+  const void* data;  // [B + 1]; null: every sample has tokens of its own, as many as the others
+  bool is_int64;     // else int32
+  int64_t tokens;
 };
 
 struct AttentionShape {
-  int64_t batch;
-  int64_t tokens;
+  int64_t batch;   // or the sequences of a packed batch
+  int64_t tokens;  // of each; of a packed batch no sequence has more
   int64_t heads;
   int64_t head_dim;
   int64_t num_prefix;  // tokens in front that aren't rotated
   float scale;
   bool causal;
   DType dtype;
+  SequenceOffsets offsets;
 };
 
+// Of a packed batch the tensors are [T, H, D] and lse is [H, T]; there is no rotation and no batch_stride.
 struct RopeAttentionForward {
   HeadsView q;
   HeadsView k;

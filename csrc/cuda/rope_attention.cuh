@@ -1,5 +1,5 @@
-// What forward and backward of rope_attention share: how a head lies in shared memory, and how its tokens get
-// there, rotated on the way.
+// What forward and backward of rope_attention and packed_attention share: how a head lies in shared memory,
+// and how its tokens get there, rotated on the way.
 //
 // Slots. A head's tokens take slots: the prefix tokens the first 16, if there are any, and the patches those
 // that follow. So patches fill tiles of 16 slots exactly where their number is a multiple of 16 (256 of 257
@@ -12,6 +12,9 @@
 // which lie in shared memory for all warps: all of them where they fit, else a stage of them after another.
 // Rows in shared memory are 16 bytes longer than their elements, so that the rows of a matrix lie in
 // different banks.
+//
+// The sequences of a packed batch differ in length. The launch knows the bound only, so the blocks of a
+// shorter one that have nothing left end at once.
 #pragma once
 
 #include <algorithm>
@@ -26,12 +29,16 @@ namespace evakernels::cuda {
 
 // What registers allow: 12 warps of a multiprocessor with 168 a thread, or 8 with 255. They are one block's,
 // or half of them if two fit into shared memory: one computes while the other loads.
-template <int D>
-constexpr int kMaxWarps = D <= 64 ? 12 : 8;
+template <class T, int D>
+constexpr int kMaxWarps = D <= 64 && sizeof(T) == 2 ? 12 : 8;
+
+// Elements of an access of 16 bytes.
+template <class T>
+constexpr int kWide = kWidestAccess / int{sizeof(T)};
 
 // How a launch divides the work. Tiles are of 16 slots.
 struct AttentionPlan {
-  int tiles;        // of a head
+  int tiles;        // of a head, at most
   int stage_tiles;  // that lie in shared memory at a time
   int part_tiles;   // that a block owns
   int parts;        // blocks of a head
@@ -45,8 +52,9 @@ struct Slots {
   int prefix;
   int tokens;
 
-  __device__ __forceinline__ explicit Slots(const AttentionShape& shape)
-      : prefix(static_cast<int>(shape.num_prefix)), tokens(static_cast<int>(shape.tokens)) {}
+  __host__ __device__ __forceinline__ int tiles() const {
+    return (prefix > 0) + (tokens - prefix + kTile - 1) / kTile;
+  }
 
   // The slot's token; -1 if it is empty.
   __device__ __forceinline__ int token(int slot) const {
@@ -84,28 +92,56 @@ struct HeadNumber {
     return number;
   }
 
-  template <class T>
-  __device__ __forceinline__ Tokens<const T> tokens_of(const HeadsView& view) const {
-    const T* data = static_cast<const T*>(view.data);
-    return {data + sample * view.batch_stride + head * view.head_stride, view.token_stride};
+  // Of the sequence in a packed batch.
+  __device__ __forceinline__ int64_t first_token(const SequenceOffsets& offsets) const {
+    return offset(offsets, sample);
   }
 
-  // Of a contiguous [B, N, H, D].
+  __device__ __forceinline__ int tokens(const AttentionShape& shape) const {
+    const SequenceOffsets& offsets = shape.offsets;
+    if (!offsets.data) return static_cast<int>(shape.tokens);
+    const int64_t first = offset(offsets, sample), end = offset(offsets, int64_t{sample} + 1);
+    if (first >= 0 && first <= end && end <= offsets.tokens && end - first <= shape.tokens) {
+      return static_cast<int>(end - first);
+    }
+    refuse("offsets are out of range, or a sequence is longer than max_length");
+    return 0;
+  }
+
+  template <class T>
+  __device__ __forceinline__ Tokens<const T> tokens_of(const HeadsView& view,
+                                                       const AttentionShape& shape) const {
+    const T* data = static_cast<const T*>(view.data) + head * view.head_stride;
+    const SequenceOffsets& offsets = shape.offsets;
+    return {data + (offsets.data ? first_token(offsets) * view.token_stride : sample * view.batch_stride),
+            view.token_stride};
+  }
+
+  // Of a contiguous [B, N, H, D], or [T, H, D].
   template <class T>
   __device__ __forceinline__ Tokens<T> tokens_of(void* tensor, const AttentionShape& shape) const {
-    const int64_t first = (sample * shape.tokens * shape.heads + head) * shape.head_dim;
-    return {static_cast<T*>(tensor) + first, shape.heads * shape.head_dim};
+    const int64_t token = shape.offsets.data ? first_token(shape.offsets) : sample * shape.tokens;
+    return {static_cast<T*>(tensor) + (token * shape.heads + head) * shape.head_dim,
+            shape.heads * shape.head_dim};
   }
 
-  // Where it begins in a [B, H, N].
+  // Where it begins in a [B, H, N], or [H, T].
   __device__ __forceinline__ int64_t first_row(const AttentionShape& shape) const {
+    if (shape.offsets.data) return head * shape.offsets.tokens + first_token(shape.offsets);
     return (sample * shape.heads + head) * shape.tokens;
+  }
+
+ private:
+  static __device__ __forceinline__ int64_t offset(const SequenceOffsets& offsets, int64_t number) {
+    return offsets.is_int64 ? load(static_cast<const int64_t*>(offsets.data) + number)
+                            : load(static_cast<const int32_t*>(offsets.data) + number);
   }
 };
 
 // --- rotation ----------------------------------------------------------------------------------------------
 
-// Of the tokens of one head: pairs (a, b) become (a cos - b sin, a sin + b cos).
+// Of the tokens of one head: pairs (a, b) become (a cos - b sin, a sin + b cos). COMPACT: the tables are.
+template <bool COMPACT>
 struct HeadRotation {
   const AttentionShape& shape;
   const RotaryTables& tables;
@@ -115,8 +151,8 @@ struct HeadRotation {
     return token >= static_cast<int>(shape.num_prefix);
   }
 
-  // Where the angles of a token that turns begin in the tables.
-  __device__ __forceinline__ int64_t angles_of(int token) const {
+  // Of the tables, for a token that turns.
+  __device__ __forceinline__ int64_t row_of(int token) const {
     int64_t row = token - shape.num_prefix;
     if (tables.token_index) {
       row = tables.token_index[number.sample * (shape.tokens - shape.num_prefix) + row];
@@ -125,7 +161,7 @@ struct HeadRotation {
         row = 0;
       }
     }
-    return number.head * tables.head_stride + row * (shape.head_dim / 2);
+    return row;
   }
 
   // Turns the vector's pairs whose first elements are among [i, i + E), where any are. sign -1: backwards.
@@ -135,7 +171,7 @@ struct HeadRotation {
       if (tables.interleaved) {
         float values[E], c[E / 2], s[E / 2];
         load_floats(vector + i, values);
-        load_angles(angles_of(token) + i / 2, c, s);
+        load_angles(token, i / 2, c, s);
 #pragma unroll
         for (int n = 0; n < E / 2; ++n) turn_pair(values[2 * n], values[2 * n + 1], c[n], sign * s[n]);
         store_floats(vector + i, values);
@@ -149,7 +185,7 @@ struct HeadRotation {
     float a[E], b[E], c[E], s[E];
     load_floats(vector + i, a);
     load_floats(partners, b);
-    load_angles(angles_of(token) + (tables.interleaved ? i / 2 : i), c, s);
+    load_angles(token, tables.interleaved ? i / 2 : i, c, s);
 #pragma unroll
     for (int n = 0; n < E; ++n) turn_pair(a[n], b[n], c[n], sign * s[n]);
     store_floats(vector + i, a);
@@ -157,10 +193,26 @@ struct HeadRotation {
   }
 
  private:
+  // Of E pairs from `pair` on.
   template <int E>
-  __device__ __forceinline__ void load_angles(int64_t first, float (&c)[E], float (&s)[E]) const {
-    load_floats(tables.cos + first, c);
-    load_floats(tables.sin + first, s);
+  __device__ __forceinline__ void load_angles(int token, int pair, float (&c)[E], float (&s)[E]) const {
+    const int64_t row = row_of(token);
+    if constexpr (COMPACT) {
+      const int quarter = static_cast<int>(shape.head_dim / 4);
+      const unsigned grid = static_cast<unsigned>(tables.grid), patch = static_cast<unsigned>(row);
+      // Less the pairs before its own, that the column's line begins with.
+      const int of_row = patch / grid * quarter, of_column = (grid + patch % grid - 1) * quarter;
+#pragma unroll
+      for (int n = 0; n < E; ++n) {
+        const int at = (pair + n < quarter ? of_row : of_column) + pair + n;
+        c[n] = load(tables.cos + at);
+        s[n] = load(tables.sin + at);
+      }
+    } else {
+      const int64_t first = number.head * tables.head_stride + row * (shape.head_dim / 2) + pair;
+      load_floats(tables.cos + first, c);
+      load_floats(tables.sin + first, s);
+    }
   }
 
   static __device__ __forceinline__ void turn_pair(float& a, float& b, float c, float s) {
@@ -185,10 +237,10 @@ struct Team {
   }
 };
 
-// A head in shared memory, as rows of D elements and 8 more.
+// A head in shared memory, as rows of D elements and 16 bytes more.
 template <class T, int D>
 struct Head {
-  static constexpr int kRow = D + 8;
+  static constexpr int kRow = D + kWide<T>;
   static constexpr int kTileElements = kTile * kRow;
   static constexpr int kSteps = D / kTile;
 
@@ -196,19 +248,21 @@ struct Head {
   const RotaryTables& tables;
   const AttentionPlan& plan;
   HeadNumber number;
+  int tokens;
 
   __device__ __forceinline__ Head(const AttentionShape& of, const RotaryTables& by, const AttentionPlan& how)
-      : shape(of), tables(by), plan(how), number(of, how.parts) {}
+      : shape(of), tables(by), plan(how), number(of, how.parts), tokens(number.tokens(of)) {}
 
-  __device__ __forceinline__ Slots slots() const { return Slots(shape); }
+  __device__ __forceinline__ Slots slots() const { return {static_cast<int>(shape.num_prefix), tokens}; }
+  __device__ __forceinline__ int tiles() const { return slots().tiles(); }
   __device__ __forceinline__ int width() const { return static_cast<int>(shape.head_dim); }
 
   // Slots [first, first + count) on their way into `rows`: to be waited for.
   __device__ __forceinline__ void copy(T* rows, const HeadsView& view, const Team& team, int first,
                                        int count) const {
-    const Tokens<const T> from = number.computed_here().tokens_of<T>(view);
+    const Tokens<const T> from = number.computed_here().tokens_of<T>(view, shape);
     if (plan.wide) {
-      for_each_group<8>(team, first, count, [&](int token, int row, int i) {
+      for_each_group<kWide<T>>(team, first, count, [&](int token, int row, int i) {
         const bool exists = token >= 0 && i < width();
         copy_async(rows + row * kRow + i, exists ? from.at(token) + i : from.data, exists);
       });
@@ -224,12 +278,12 @@ struct Head {
   __device__ __forceinline__ void turn(Element* rows, float sign, const Team& team, int first,
                                        int count) const {
     if (!tables.cos) return;
-    const HeadRotation rotation = {shape, tables, number.computed_here()};
-    const auto turn_group = [&](auto E, int token, int row, int i) {
-      if (token < 0 || i >= width() || !rotation.turns(token)) return;
-      rotation.template turn<decltype(E)::value>(rows + row * kRow, token, i, sign);
-    };
-    for_each_group_of_any(team, first, count, turn_group);
+    // One after the other, so that the registers of both aren't needed at a time.
+    if (tables.grid > 0) {
+      turn_by<true>(rows, sign, team, first, count);
+    } else {
+      turn_by<false>(rows, sign, team, first, count);
+    }
   }
 
   // Slots [first, first + count) of `rows`, rounded to T, to where they belong in a contiguous [B, N, H, D].
@@ -244,10 +298,21 @@ struct Head {
       load_floats(rows + row * kRow + i, values);
       Packed<T, kElements>::pack(values).store_whole(to.at(token) + i);
     };
-    for_each_group_of_any(team, first, count, store_group);
+    for_each_group_of_any<2>(team, first, count, store_group);
   }
 
  private:
+  template <bool COMPACT, class Element>
+  __device__ __forceinline__ void turn_by(Element* rows, float sign, const Team& team, int first,
+                                          int count) const {
+    const HeadRotation<COMPACT> rotation = {shape, tables, number.computed_here()};
+    const auto turn_group = [&](auto E, int token, int row, int i) {
+      if (token < 0 || i >= width() || !rotation.turns(token)) return;
+      rotation.template turn<decltype(E)::value>(rows + row * kRow, token, i, sign);
+    };
+    for_each_group_of_any<COMPACT ? 1 : 2>(team, first, count, turn_group);
+  }
+
   // Calls body(token, row, element) for groups of E elements of `count` slots from `first` on. UNROLLED: of
   // so many groups a thread loads the angles before it waits for any.
   template <int E, int UNROLLED = 1, class Body>
@@ -261,11 +326,13 @@ struct Head {
   }
 
   // Calls body(Constant<E>{}, token, row, element) with the E that can be accessed at a time.
-  template <class Body>
+  template <int UNROLLED, class Body>
   __device__ __forceinline__ void for_each_group_of_any(const Team& team, int first, int count,
                                                         const Body& body) const {
     if (plan.wide) {
-      for_each_group<8, 2>(team, first, count, [&](auto... at) { body(Constant<8>{}, at...); });
+      constexpr int kElements = kWide<T>;
+      for_each_group<kElements, UNROLLED>(team, first, count,
+                                          [&](auto... at) { body(Constant<kElements>{}, at...); });
     } else {
       for_each_group<1>(team, first, count, [&](auto... at) { body(Constant<1>{}, at...); });
     }
@@ -284,20 +351,23 @@ struct Vectors {
 template <class T, int D, int OWN>
 struct Stages {
   static constexpr int kTileElements = Head<T, D>::kTileElements;
+  static constexpr int kOwnElements = OWN * kTileElements + kScratch<T>;
 
   const Head<T, D>& head;
   T* turned;
   T* plain;
-  T* own;   // the warp's
-  T* rest;  // behind all of these
+  T* own;      // the warp's
+  T* scratch;  // for its left factors
+  T* rest;     // behind all of these
 
   __device__ __forceinline__ explicit Stages(const Head<T, D>& of)
       : head(of),
         turned(dynamic_shared_memory<T>()),
         plain(turned + of.plan.stage_tiles * kTileElements),
-        own(plain +
-            (of.plan.stage_tiles + OWN * (static_cast<int>(threadIdx.x) / kWarpSize)) * kTileElements),
-        rest(plain + (of.plan.stage_tiles + OWN * of.plan.warps) * kTileElements) {}
+        own(plain + of.plan.stage_tiles * kTileElements +
+            static_cast<int>(threadIdx.x) / kWarpSize * kOwnElements),
+        scratch(own + OWN * kTileElements),
+        rest(plain + of.plan.stage_tiles * kTileElements + of.plan.warps * kOwnElements) {}
 
   // Walks over the tiles [begin, end) of `others`: calls walk(is_first, stage, from, to) for what of them is
   // in shared memory, from tile `stage` on. Before the first call the warp's own tile is there too, if it has
@@ -318,7 +388,7 @@ struct Stages {
   __device__ __forceinline__ void fetch(const Vectors& others, const Vectors& owned, int stage,
                                         int own_tile) const {
     const Team block = Team::block(), warp = Team::warp();
-    const int first = stage * kTile, count = min(head.plan.stage_tiles, head.plan.tiles - stage) * kTile;
+    const int first = stage * kTile, count = min(head.plan.stage_tiles, head.tiles() - stage) * kTile;
     if (stage >= 0) {
       __syncthreads();
       head.copy(turned, others.turned, block, first, count);
@@ -352,6 +422,54 @@ __device__ __forceinline__ bool counts(const Slots& slots, bool causal, int quer
   return slots.token(key) >= 0 && !(causal && key > query);
 }
 
+// The two vectors of each of a warp's 16 slots. Registers hold the first where HELD.
+template <class T, int D, bool HELD>
+struct OwnTiles {
+  static constexpr int kSteps = D / kTile;
+
+  T* rows;
+  LeftTile<T> held[HELD ? kSteps : 1];
+
+  __device__ __forceinline__ explicit OwnTiles(T* own) : rows(own) {}
+
+  // When the rows are there.
+  __device__ __forceinline__ void hold() {
+    if constexpr (HELD) {
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) held[k] = loaded(0, k);
+    }
+  }
+
+  // Changes the signs of the first vectors.
+  __device__ __forceinline__ void negate() {
+    if constexpr (HELD) {
+#pragma unroll
+      for (LeftTile<T>& tile : held) {
+#pragma unroll
+        for (uint32_t& word : tile.words) word ^= 0x80008000u;
+      }
+    } else {
+      for (int i = threadIdx.x % kWarpSize; i < Head<T, D>::kTileElements; i += kWarpSize) rows[i] = -rows[i];
+      __syncwarp();
+    }
+  }
+
+  __device__ __forceinline__ LeftTile<T> turned(int k) const {
+    if constexpr (HELD) {
+      return held[k];
+    } else {
+      return loaded(0, k);
+    }
+  }
+  __device__ __forceinline__ LeftTile<T> plain(int k) const { return loaded(1, k); }
+
+ private:
+  __device__ __forceinline__ LeftTile<T> loaded(int which, int k) const {
+    return load_tile(static_cast<const T*>(rows) + which * Head<T, D>::kTileElements + k * kTile,
+                     Head<T, D>::kRow);
+  }
+};
+
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
@@ -362,6 +480,15 @@ struct AttentionMemory {
   size_t tile;   // of the two tensors that are walked over
   size_t warp;   // for what it owns
   size_t slots;  // of a tile, for all tiles
+
+  // OWN: vectors of each slot that a warp owns. floats: of each slot, for all of them.
+  template <class T, int D, int OWN>
+  static AttentionMemory of_stages(int floats) {
+    using BlockStages = Stages<T, D, OWN>;
+    return {.tile = 2 * BlockStages::kTileElements * sizeof(T),
+            .warp = BlockStages::kOwnElements * sizeof(T),
+            .slots = kTile * floats * sizeof(float)};
+  }
 
   size_t of_block(const AttentionPlan& plan) const {
     return plan.stage_tiles * tile + plan.warps * warp + plan.tiles * slots;
@@ -386,16 +513,12 @@ inline int warps_for(int tiles, int most) {
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-inline int tiles_of(const AttentionShape& shape) {
-  const int patches = static_cast<int>(shape.tokens - shape.num_prefix);
-  return (shape.num_prefix > 0) + ceil_div(patches, kTile);
-}
-
 template <class Kernel>
 Error plan_attention(Kernel* kernel, const AttentionShape& shape, const AttentionMemory& memory,
                      int most_warps, AttentionPlan& plan) {
   const size_t limit = max_shared_memory(), half = (limit - 1024) / 2;  // CUDA takes 1 KB a block for itself
-  plan.tiles = plan.part_tiles = plan.stage_tiles = tiles_of(shape);
+  plan.tiles = plan.part_tiles = plan.stage_tiles =
+      Slots{static_cast<int>(shape.num_prefix), static_cast<int>(shape.tokens)}.tiles();
   for (const bool two : {true, false}) {
     plan.warps = warps_for(plan.tiles, two ? most_warps / 2 : most_warps);
     if (memory.of_block(plan) > (two ? half : limit)) continue;
@@ -424,7 +547,7 @@ Error plan_attention(Kernel* kernel, const AttentionShape& shape, const Attentio
 // Whether all tensors can be accessed 16 bytes at a time.
 inline bool is_wide(const AttentionShape& shape, const RotaryTables& tables,
                     const std::vector<HeadsView>& views, const std::vector<const void*>& outputs) {
-  constexpr int kElements = 8;
+  const int kElements = kWidestAccess / size_of(shape.dtype);
   bool wide = shape.head_dim % (tables.cos && !tables.interleaved ? 2 * kElements : kElements) == 0;
   const auto aligned = [&](const void* data) {
     return reinterpret_cast<uintptr_t>(data) % kWidestAccess == 0;
@@ -438,12 +561,12 @@ inline bool is_wide(const AttentionShape& shape, const RotaryTables& tables,
 }
 
 // D: what the kernel is compiled for.
-template <int D, class Params>
+template <class T, int D, class Params>
 Error launch_attention(void (*kernel)(Params, AttentionPlan), const Params& params,
                        const AttentionMemory& memory, bool wide, Stream stream) {
   const AttentionShape& shape = params.shape;
   AttentionPlan plan;
-  if (const Error error = plan_attention(kernel, shape, memory, kMaxWarps<D>, plan)) return error;
+  if (const Error error = plan_attention(kernel, shape, memory, kMaxWarps<T, D>, plan)) return error;
   plan.wide = wide;
   const dim3 grid = {static_cast<unsigned>(shape.batch * shape.heads * plan.parts), 1, 1};
   const dim3 block = {static_cast<unsigned>(plan.warps * kWarpSize), 1, 1};
@@ -459,8 +582,7 @@ Error with_attention_types(const AttentionShape& shape, const Body& body) {
     if (shape.head_dim <= 112) return body(element, Constant<112>{});
     return body(element, Constant<kMaxHeadDim>{});
   };
-  if (shape.dtype == DType::Float32) return "float32 isn't for tensor cores";
-  return shape.dtype == DType::BFloat16 ? with_type(BFloat16{}) : with_type(Float16{});
+  return with_element_type(shape.dtype, with_type);
 }
 
 }  // namespace evakernels::cuda

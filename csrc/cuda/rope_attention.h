@@ -1,8 +1,9 @@
-// Attention with the rotary embedding inside, on a GPU with tensor cores (compute capability 8.0 and later).
-// See residual_norm.h on streams.
+// Attention with the rotary embedding inside, and that of packed batches, on a GPU with tensor cores (compute
+// capability 8.0 and later). See residual_norm.h on streams.
 //
-// 16-bit dtypes only, head_dim up to kMaxHeadDim, up to kMaxTokens tokens. A token_index that is out of range
-// ends the launch with an error, as torch's own gather does.
+// head_dim up to kMaxHeadDim, up to kMaxTokens tokens a sequence. The products of float32 are float32,
+// without tensor cores. A token_index or offsets that are out of range end the launch with an error, as
+// torch's own gather does.
 #pragma once
 
 #include "common/rope_attention.h"

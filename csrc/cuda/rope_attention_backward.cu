@@ -32,39 +32,9 @@ struct OwnSums {
   Sums plain[KEYS ? D / kTile : 1] = {};
 };
 
-// The two vectors of each of a warp's 16 slots. Registers hold the first where there are enough.
+// Registers hold one of the two vectors of a slot where there are enough.
 template <class T, int D>
-struct OwnTiles {
-  static constexpr bool kHeld = D <= 64;
-  static constexpr int kSteps = D / kTile;
-
-  const T* rows;
-  Operand held[kHeld ? kSteps : 1];
-
-  __device__ __forceinline__ explicit OwnTiles(const T* own) : rows(own) {}
-
-  // When the rows are there.
-  __device__ __forceinline__ void hold() {
-    if constexpr (kHeld) {
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) held[k] = loaded(0, k);
-    }
-  }
-
-  __device__ __forceinline__ Operand turned(int k) const {
-    if constexpr (kHeld) {
-      return held[k];
-    } else {
-      return loaded(0, k);
-    }
-  }
-  __device__ __forceinline__ Operand plain(int k) const { return loaded(1, k); }
-
- private:
-  __device__ __forceinline__ Operand loaded(int which, int k) const {
-    return load_tile(rows + which * Head<T, D>::kTileElements + k * kTile, Head<T, D>::kRow);
-  }
-};
+using OwnVectors = OwnTiles<T, D, D <= 64 && sizeof(T) == 2>;
 
 // Of each slot: the log-sum-exp of its query, to base 2, and the mean of its weights' gradients under the
 // weights, which is that of dout * out over the channels (Dao et al. 2022).
@@ -75,9 +45,10 @@ struct QueryScalars {
 
 // Adds what tile `other`, with its two vectors, gives to the sums of tile `own`.
 template <class T, int D, bool KEYS>
-__device__ __forceinline__ void add_tile(OwnSums<D, KEYS>& sums, const OwnTiles<T, D>& tiles, const T* turned,
-                                         const T* plain, const QueryScalars& scalars, const Head<T, D>& head,
-                                         int own, int other) {
+__device__ __forceinline__ void add_tile(OwnSums<D, KEYS>& sums, const OwnVectors<T, D>& tiles,
+                                         const T* turned, const T* plain, const QueryScalars& scalars,
+                                         const Stages<T, D, 2>& stages, int own, int other) {
+  const Head<T, D>& head = stages.head;
   constexpr int kRow = Head<T, D>::kRow, kSteps = Head<T, D>::kSteps;
   const float factor = head.shape.scale * kLog2E;
   Sums weights = {}, gradients = {};
@@ -100,31 +71,16 @@ __device__ __forceinline__ void add_tile(OwnSums<D, KEYS>& sums, const OwnTiles<
     if (masked && !counts(head.slots(), head.shape.causal, query, key)) weight = 0.0f;
     gradients.values[i] = weight * (gradients.values[i] - scalars.mean[query]);
   }
-  const Operand score_gradients = rounded<T>(gradients);
+  const LeftTile<T> score_gradients = as_left(gradients, stages.scratch);
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
     multiply_add<T>(sums.turned[k], score_gradients, load_right_tile(turned + k * kTile, kRow));
   }
   if constexpr (KEYS) {
-    const Operand own_weights = rounded<T>(weights);
+    const LeftTile<T> own_weights = as_left(weights, stages.scratch);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       multiply_add<T>(sums.plain[k], own_weights, load_right_tile(plain + k * kTile, kRow));
-    }
-  }
-}
-
-// Sums of a warp's 16 slots times `factor` as floats in shared memory.
-template <class T, int D>
-__device__ __forceinline__ void put_sums(const Sums (&sums)[D / kTile], float factor, float* rows) {
-  const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int k = 0; k < D / kTile; ++k) {
-#pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      const float pair[2] = {sums[k].values[i] * factor, sums[k].values[i + 1] * factor};
-      const int column = k * kTile + column_in_tile(lane, i);
-      store_floats(rows + row_in_tile(lane, i) * Head<T, D>::kRow + column, pair);
     }
   }
 }
@@ -146,20 +102,22 @@ template <class T, int D>
 __device__ __forceinline__ void find_scalars(const QueryScalars& scalars, const RopeAttentionBackward& params,
                                              const Head<T, D>& head) {
   const float* const lse = params.lse + head.number.first_row(params.shape);
-  const auto dout = head.number.template tokens_of<T>(params.dout),
-             out = head.number.template tokens_of<T>(params.out);
-  for (int slot = threadIdx.x; slot < head.plan.tiles * kTile; slot += blockDim.x) {
+  const auto dout = head.number.template tokens_of<T>(params.dout, params.shape),
+             out = head.number.template tokens_of<T>(params.out, params.shape);
+  for (int slot = threadIdx.x; slot < head.tiles() * kTile; slot += blockDim.x) {
     const int token = head.slots().token(slot);
     // So that the weights of an empty slot are 0.
     scalars.lse[slot] = token < 0 ? INFINITY : lse[token] * kLog2E;
     scalars.mean[slot] = token < 0        ? 0.0f
-                         : head.plan.wide ? dot<T, 8>(dout.at(token), out.at(token), head.width())
+                         : head.plan.wide ? dot<T, kWide<T>>(dout.at(token), out.at(token), head.width())
                                           : dot<T, 1>(dout.at(token), out.at(token), head.width());
   }
 }
 
-template <class T, int D>
-__global__ void __launch_bounds__(kMaxWarps<D>* kWarpSize)
+// KEYS: the gradients of keys and values, QUERIES: those of queries. In float32 nvcc would spill registers if
+// a kernel gave both.
+template <class T, int D, bool KEYS, bool QUERIES>
+__global__ void __launch_bounds__(kMaxWarps<T, D>* kWarpSize)
     rope_attention_backward_kernel(const __grid_constant__ RopeAttentionBackward params,
                                    const __grid_constant__ AttentionPlan plan) {
   const AttentionShape& shape = params.shape;
@@ -167,32 +125,33 @@ __global__ void __launch_bounds__(kMaxWarps<D>* kWarpSize)
   const Stages<T, D, 2> stages(head);
   float* const floats = reinterpret_cast<float*>(stages.rest);
   const QueryScalars scalars = {floats, floats + plan.tiles * kTile};
-  find_scalars(scalars, params, head);
-
   const Vectors keys = {params.k, params.v}, queries = {params.q, params.dout};
   const int begin = static_cast<int>(blockIdx.x % static_cast<unsigned>(plan.parts)) * plan.part_tiles;
-  const int end = min(begin + plan.part_tiles, plan.tiles);
+  const int end = min(begin + plan.part_tiles, head.tiles());
+  if (begin >= end) return;
+  find_scalars(scalars, params, head);
   const auto put_out = [&](const Sums(&sums)[D / kTile], float times, bool turned, void* to, int tile) {
     float* const rows = reinterpret_cast<float*>(stages.own);
     const Team warp = Team::warp();
-    put_sums<T, D>(sums, times, rows);
+#pragma unroll
+    for (int k = 0; k < D / kTile; ++k) put_sums(sums[k], times, rows + k * kTile, Head<T, D>::kRow);
     __syncwarp();
     if (turned) head.turn(rows, -1.0f, warp, tile * kTile, kTile);
     __syncwarp();
     head.store(rows, to, warp, tile * kTile, kTile);
     __syncwarp();
   };
-  // KEYS: the warps own keys and walk over queries; else the other way round.
-  const auto pass = [&](auto KEYS, const Vectors& owned, const Vectors& others, const auto& finish) {
-    constexpr bool kKeys = decltype(KEYS)::value;
+  // OF_KEYS: the warps own keys and walk over queries; else the other way round.
+  const auto pass = [&](auto OF_KEYS, const Vectors& owned, const Vectors& others, const auto& finish) {
+    constexpr bool kKeys = decltype(OF_KEYS)::value;
     for (int round = begin; round < end; round += plan.warps) {
       const int tile = round + static_cast<int>(threadIdx.x) / kWarpSize;
       const bool owns = tile < end;
       const bool loaded = round > begin && plan.stage_tiles == plan.tiles;
       // Causal: queries from the own key on, or keys up to the own query.
       const int from = kKeys && head.shape.causal ? round : 0;
-      const int to = !kKeys && head.shape.causal ? min(round + plan.warps, end) : plan.tiles;
-      OwnTiles<T, D> tiles(stages.own);
+      const int to = !kKeys && head.shape.causal ? min(round + plan.warps, end) : head.tiles();
+      OwnVectors<T, D> tiles(stages.own);
       OwnSums<D, kKeys> sums;
       stages.walk_over(
           others, owned, owns ? tile : -1, from, to, loaded, [&](bool is_first, int stage, int at, int stop) {
@@ -203,18 +162,22 @@ __global__ void __launch_bounds__(kMaxWarps<D>* kWarpSize)
 #pragma unroll 1
             for (; at < stop; ++at) {
               const int offset = (at - stage) * stages.kTileElements;
-              add_tile(sums, tiles, stages.turned + offset, stages.plain + offset, scalars, head, tile, at);
+              add_tile(sums, tiles, stages.turned + offset, stages.plain + offset, scalars, stages, tile, at);
             }
           });
       if (owns) finish(sums, tile);
     }
   };
-  pass(std::true_type{}, keys, queries, [&](const auto& sums, int tile) {
-    put_out(sums.turned, shape.scale, true, params.dk, tile);
-    put_out(sums.plain, 1.0f, false, params.dv, tile);
-  });
-  pass(std::false_type{}, queries, keys,
-       [&](const auto& sums, int tile) { put_out(sums.turned, shape.scale, true, params.dq, tile); });
+  if constexpr (KEYS) {
+    pass(std::true_type{}, keys, queries, [&](const auto& sums, int tile) {
+      put_out(sums.turned, shape.scale, true, params.dk, tile);
+      put_out(sums.plain, 1.0f, false, params.dv, tile);
+    });
+  }
+  if constexpr (QUERIES) {
+    pass(std::false_type{}, queries, keys,
+         [&](const auto& sums, int tile) { put_out(sums.turned, shape.scale, true, params.dq, tile); });
+  }
 }
 
 }  // namespace
@@ -224,12 +187,18 @@ Error rope_attention_backward(const RopeAttentionBackward& params, Stream stream
   if (shape.batch * shape.heads * shape.tokens * shape.head_dim == 0) return nullptr;
   return with_attention_types(shape, [&](auto element, auto D) {
     using T = decltype(element);
-    constexpr size_t kTileBytes = Head<T, D()>::kTileElements * sizeof(T);
-    const AttentionMemory memory = {
-        .tile = 2 * kTileBytes, .warp = 2 * kTileBytes, .slots = 2 * kTile * sizeof(float)};
+    const auto memory = AttentionMemory::of_stages<T, D(), 2>(2);
     const bool wide = is_wide(shape, params.tables, {params.q, params.k, params.v, params.dout, params.out},
                               {params.dq, params.dk, params.dv});
-    return launch_attention<D()>(rope_attention_backward_kernel<T, D()>, params, memory, wide, stream);
+    const auto launch_walks = [&](auto* kernel) {
+      return launch_attention<T, D()>(kernel, params, memory, wide, stream);
+    };
+    if constexpr (std::is_same_v<T, float>) {
+      const Error error = launch_walks(rope_attention_backward_kernel<T, D(), true, false>);
+      return error ? error : launch_walks(rope_attention_backward_kernel<T, D(), false, true>);
+    } else {
+      return launch_walks(rope_attention_backward_kernel<T, D(), true, true>);
+    }
   });
 }
 

@@ -90,29 +90,23 @@ struct OnlineSoftmax {
   }
 };
 
-// A warp's queries, with their signs changed where `flip` has bits.
+// Queries of 16 bits stay in registers.
 template <class T, int D>
-__device__ __forceinline__ void load_queries(Operand (&q)[D / kTile], const T* rows, uint32_t flip) {
-#pragma unroll
-  for (int k = 0; k < D / kTile; ++k) {
-    q[k] = load_tile(rows + k * kTile, Head<T, D>::kRow);
-#pragma unroll
-    for (uint32_t& word : q[k].words) word ^= flip;
-  }
-}
+using OwnQueries = OwnTiles<T, D, sizeof(T) == 2>;
 
 // Adds KT tiles of keys, from `key_tile` on, to the softmax of a warp's queries.
 template <int KT, class T, int D>
-__device__ __forceinline__ void attend_to(OnlineSoftmax<T, D>& softmax, const Operand (&q)[D / kTile],
-                                          const T* keys, const T* values, const Head<T, D>& head,
+__device__ __forceinline__ void attend_to(OnlineSoftmax<T, D>& softmax, const OwnQueries<T, D>& queries,
+                                          const T* keys, const T* values, const Stages<T, D, 1>& stages,
                                           int query_tile, int key_tile, float factor) {
+  const Head<T, D>& head = stages.head;
   constexpr int kRow = Head<T, D>::kRow, kSteps = Head<T, D>::kSteps;
   Sums scores[KT] = {};
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
     for (int t = 0; t < KT; ++t) {
-      multiply_add<T>(scores[t], q[k], load_tile(keys + t * kTile * kRow + k * kTile, kRow));
+      multiply_add<T>(scores[t], queries.turned(k), load_tile(keys + t * kTile * kRow + k * kTile, kRow));
     }
   }
 #pragma unroll
@@ -129,7 +123,7 @@ __device__ __forceinline__ void attend_to(OnlineSoftmax<T, D>& softmax, const Op
   softmax.weigh(scores, factor);
 #pragma unroll
   for (int t = 0; t < KT; ++t) {
-    const Operand weights = rounded<T>(scores[t]);
+    const LeftTile<T> weights = as_left(scores[t], stages.scratch);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       multiply_add<T>(softmax.out[k], weights, load_right_tile(values + t * kTile * kRow + k * kTile, kRow));
@@ -141,7 +135,6 @@ __device__ __forceinline__ void attend_to(OnlineSoftmax<T, D>& softmax, const Op
 template <class T, int D>
 __device__ __forceinline__ void store_results(OnlineSoftmax<T, D>& softmax, const Head<T, D>& head, T* own,
                                               void* out, float* lse, int tile) {
-  constexpr int kRow = Head<T, D>::kRow;
   const Team warp = Team::warp();
   float row_lse[2];
   softmax.finish(row_lse);
@@ -152,12 +145,7 @@ __device__ __forceinline__ void store_results(OnlineSoftmax<T, D>& softmax, cons
   }
 #pragma unroll
   for (int k = 0; k < D / kTile; ++k) {
-    const Operand pairs = rounded<T>(softmax.out[k]);
-#pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      T* const to = own + row_in_tile(warp.thread, i) * kRow + k * kTile + column_in_tile(warp.thread, i);
-      store(reinterpret_cast<uint32_t*>(to), pairs.words[i / 2]);
-    }
+    put_sums(softmax.out[k], 1.0f, own + k * kTile, Head<T, D>::kRow);
   }
   __syncwarp();
   head.store(own, out, warp, tile * kTile, kTile);
@@ -165,35 +153,35 @@ __device__ __forceinline__ void store_results(OnlineSoftmax<T, D>& softmax, cons
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(kMaxWarps<D>* kWarpSize)
+__global__ void __launch_bounds__(kMaxWarps<T, D>* kWarpSize)
     rope_attention_forward_kernel(const __grid_constant__ RopeAttentionForward params,
                                   const __grid_constant__ AttentionPlan plan) {
   const AttentionShape& shape = params.shape;
   const Head<T, D> head(shape, params.tables, plan);
   const Stages<T, D, 1> stages(head);
   // The softmax looks for the highest score first: with a negative factor that would be the lowest.
-  const uint32_t flip = shape.scale < 0.0f ? 0x80008000u : 0u;
   const float factor = fmaxf(fabsf(shape.scale) * kLog2E, FLT_MIN);
 
   const int begin = static_cast<int>(blockIdx.x % static_cast<unsigned>(plan.parts)) * plan.part_tiles;
-  const int end = min(begin + plan.part_tiles, plan.tiles);
+  const int end = min(begin + plan.part_tiles, head.tiles());
   for (int round = begin; round < end; round += plan.warps) {
     const int tile = round + static_cast<int>(threadIdx.x) / kWarpSize;
     const bool owns = tile < end;
     const bool loaded = round > begin && plan.stage_tiles == plan.tiles;
-    const int last = head.shape.causal ? min(round + plan.warps, end) : plan.tiles;
+    const int last = head.shape.causal ? min(round + plan.warps, end) : head.tiles();
     const Vectors keys = {params.k, params.v}, queries = {params.q, params.q};
-    Operand q[Head<T, D>::kSteps];
+    OwnQueries<T, D> own(stages.own);
     OnlineSoftmax<T, D> softmax;
     stages.walk_over(keys, queries, owns ? tile : -1, 0, last, loaded,
                      [&](bool is_first, int stage, int from, int to) {
                        if (!owns) return;
-                       if (is_first) load_queries<T, D>(q, stages.own, flip);
+                       if (is_first) own.hold();
+                       if (is_first && shape.scale < 0.0f) own.negate();
                        if (head.shape.causal) to = min(to, tile + 1);
                        const auto attend = [&](auto KT, int at) {
                          const int offset = (at - stage) * stages.kTileElements;
-                         attend_to<decltype(KT)::value>(softmax, q, stages.turned + offset,
-                                                        stages.plain + offset, head, tile, at, factor);
+                         attend_to<decltype(KT)::value>(softmax, own, stages.turned + offset,
+                                                        stages.plain + offset, stages, tile, at, factor);
                        };
 #pragma unroll 1
                        for (; from + kKeyTiles <= to; from += kKeyTiles) attend(Constant<kKeyTiles>{}, from);
@@ -213,10 +201,9 @@ Error rope_attention_forward(const RopeAttentionForward& params, Stream stream) 
   if (shape.batch * shape.heads * shape.tokens * shape.head_dim == 0) return nullptr;
   return with_attention_types(shape, [&](auto element, auto D) {
     using T = decltype(element);
-    constexpr size_t kTileBytes = Head<T, D()>::kTileElements * sizeof(T);
-    const AttentionMemory memory = {.tile = 2 * kTileBytes, .warp = kTileBytes, .slots = 0};
+    const auto memory = AttentionMemory::of_stages<T, D(), 1>(0);
     const bool wide = is_wide(shape, params.tables, {params.q, params.k, params.v}, {params.out});
-    return launch_attention<D()>(rope_attention_forward_kernel<T, D()>, params, memory, wide, stream);
+    return launch_attention<T, D()>(rope_attention_forward_kernel<T, D()>, params, memory, wide, stream);
   });
 }
 

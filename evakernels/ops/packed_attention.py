@@ -8,6 +8,7 @@ from torch import Tensor
 from evakernels.ops import _check
 from evakernels.ops._autocast import matmul_inputs
 from evakernels.ops._register import define, differentiable
+from evakernels.ops.rope_attention import gpu_reasons
 from evakernels.reference import packed_attention as reference
 from evakernels.reference._numerics import accumulation_dtype
 
@@ -82,6 +83,21 @@ def _check_values(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: 
             raise ValueError(f"{op}: {found}; accepted: 0 to max_length = {max_length}")
 
 
+def _forward_gpu_reasons(
+    q: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    offsets: Tensor | None = None,
+    max_length: int = 0,
+    *_: Any,
+) -> list[str]:
+    return gpu_reasons(min(max_length, q.shape[0]), q.shape[2]) if q.dim() == 3 else []
+
+
+def _backward_gpu_reasons(dout: Tensor, *rest: Any) -> list[str]:
+    return _forward_gpu_reasons(dout, *rest[:2], None, *rest[6:])
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, offsets, *ctx.options = inputs
     out, lse = output
@@ -100,6 +116,7 @@ _forward = define(
     reference=reference.packed_attention_forward,
     fake=_forward_fake,
     check=_check_values,
+    gpu_reasons=_forward_gpu_reasons,
 )
 _backward = define(
     "packed_attention_backward",
@@ -108,5 +125,6 @@ _backward = define(
     reference=reference.packed_attention_backward,
     fake=_backward_fake,
     check=lambda dout, q, k, v, out, lse, *rest: _check_values(q, k, v, *rest),
+    gpu_reasons=_backward_gpu_reasons,
 )
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)

@@ -130,18 +130,19 @@ def _check_values(
         check_range("rope_attention", token_index, rows**2 if reference.is_compact(cos, q.shape[-1]) else rows)
 
 
-def _gpu_reasons(q: Tensor, cos: Tensor | None) -> list[str]:
-    """`q` is any of the op's tensors [B, N, H, D]."""
+def gpu_reasons(longest: int, head_dim: int) -> list[str]:
+    """Why the GPU kernels can't serve sequences of up to `longest` tokens."""
     found = []
-    if q.dtype == torch.float32:
-        found.append("tensor cores round float32; the GPU kernels serve bfloat16 and float16")
-    if q.dim() == 4 and q.shape[1] > _MAX_GPU_TOKENS:
-        found.append(f"{q.shape[1]} tokens; the GPU kernels serve up to {_MAX_GPU_TOKENS}")
-    if q.dim() == 4 and q.shape[3] > _MAX_GPU_HEAD_DIM:
-        found.append(f"head_dim {q.shape[3]}; the GPU kernels serve up to {_MAX_GPU_HEAD_DIM}")
-    if cos is not None and q.dim() == 4 and reference.is_compact(cos, q.shape[3]):
-        found.append("the tables are compact; the GPU kernels serve those of every position")
+    if longest > _MAX_GPU_TOKENS:
+        found.append(f"{longest} tokens; the GPU kernels serve up to {_MAX_GPU_TOKENS}")
+    if head_dim > _MAX_GPU_HEAD_DIM:
+        found.append(f"head_dim {head_dim}; the GPU kernels serve up to {_MAX_GPU_HEAD_DIM}")
     return found
+
+
+def _gpu_reasons(q: Tensor, *rest: Any) -> list[str]:
+    """`q` is any of the op's tensors [B, N, H, D]."""
+    return gpu_reasons(q.shape[1], q.shape[3]) if q.dim() == 4 else []
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -162,7 +163,7 @@ _forward = define(
     reference=reference.rope_attention_forward,
     fake=_forward_fake,
     check=_check_values,
-    gpu_reasons=lambda q, k=None, v=None, cos=None, *rest: _gpu_reasons(q, cos),
+    gpu_reasons=_gpu_reasons,
 )
 _backward = define(
     "rope_attention_backward",
@@ -172,6 +173,6 @@ _backward = define(
     reference=reference.rope_attention_backward,
     fake=_backward_fake,
     check=lambda dout, q, k, v, out, lse, *rest: _check_values(q, k, v, *rest),
-    gpu_reasons=lambda dout, q=None, k=None, v=None, out=None, lse=None, cos=None, *rest: _gpu_reasons(dout, cos),
+    gpu_reasons=_gpu_reasons,
 )
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)

@@ -1,10 +1,12 @@
+#include <algorithm>
+
 #include "cuda/rope_attention.h"
 #include "drive.h"
 
 namespace evakernels::drive {
 namespace {
 
-enum class Tables { None, Shared, OfHeads };
+enum class Tables { None, Shared, OfHeads, Compact };
 
 struct Attention {
   AttentionShape shape;
@@ -12,11 +14,36 @@ struct Attention {
   bool interleaved;
   bool indexed;
   bool packed;  // q, k and v in one [B, N, 3, H, D]
+  // Of a packed batch, whose shape has batch and tokens of 0; empty for one whose samples are equally long.
+  std::vector<int64_t> offsets;
 
-  int64_t vectors() const { return shape.batch * shape.tokens * shape.heads; }
+  bool has_sequences() const { return !offsets.empty(); }
+  int64_t samples() const { return has_sequences() ? static_cast<int64_t>(offsets.size()) - 1 : shape.batch; }
+  int64_t first_token(int64_t b) const { return has_sequences() ? offsets[b] : b * shape.tokens; }
+  int64_t tokens(int64_t b) const { return has_sequences() ? offsets[b + 1] - offsets[b] : shape.tokens; }
+  int64_t first_row(int64_t b, int64_t h) const {
+    return has_sequences() ? h * offsets.back() + offsets[b] : (b * shape.heads + h) * shape.tokens;
+  }
+  // As the launchers take it.
+  AttentionShape whole_shape() const {
+    AttentionShape whole = shape;
+    if (!has_sequences()) return whole;
+    whole.batch = samples();
+    for (int64_t b = 0; b < samples(); ++b) whole.tokens = std::max(whole.tokens, tokens(b));
+    whole.offsets = {offsets.data(), true, offsets.back()};
+    return whole;
+  }
+
+  int64_t vectors() const {
+    return (has_sequences() ? offsets.back() : shape.batch * shape.tokens) * shape.heads;
+  }
   int64_t size() const { return vectors() * shape.head_dim; }
   int64_t patches() const { return shape.tokens - shape.num_prefix; }
-  int64_t table_rows() const { return patches() + (indexed ? 3 : 0); }
+  // Compact: of a grid with two patches a side more than it must have.
+  int64_t grid() const {
+    return tables == Tables::Compact ? 2 + static_cast<int64_t>(std::sqrt(patches())) : 0;
+  }
+  int64_t table_rows() const { return grid() > 0 ? grid() * grid() : patches() + (indexed ? 3 : 0); }
   std::string name(const char* what) const {
     return std::string(what) + " of " + std::to_string(shape.tokens) + " tokens, head_dim " +
            std::to_string(shape.head_dim) + ", dtype " + std::to_string(static_cast<int>(shape.dtype));
@@ -30,13 +57,13 @@ struct Heads {
 
   Heads(const Attention& a, Buffer& of, int number, int count) : buffer(&of) {
     const int64_t token = a.shape.heads * a.shape.head_dim * count;
-    view = {static_cast<char*>(of.data()) + number * a.shape.heads * a.shape.head_dim * 2,
-            a.shape.tokens * token, token, a.shape.head_dim};
     first_ = number * a.shape.heads * a.shape.head_dim;
+    view = {static_cast<char*>(of.data()) + first_ * (of.dtype() == DType::Float32 ? 4 : 2),
+            a.shape.tokens * token, token, a.shape.head_dim};
   }
 
-  double at(int64_t b, int64_t n, int64_t h, int64_t i) const {
-    return buffer->at(first_ + b * view.batch_stride + n * view.token_stride + h * view.head_stride + i);
+  double at(int64_t token, int64_t h, int64_t i) const {
+    return buffer->at(first_ + token * view.token_stride + h * view.head_stride + i);
   }
 
  private:
@@ -69,6 +96,7 @@ class Rotations {
             .token_index = a_.indexed ? index_.data() : nullptr,
             .rows = a_.table_rows(),
             .head_stride = a_.tables == Tables::OfHeads ? a_.table_rows() * a_.shape.head_dim / 2 : 0,
+            .grid = a_.grid(),
             .interleaved = a_.interleaved};
   }
 
@@ -77,17 +105,25 @@ class Rotations {
     const int64_t half = a_.shape.head_dim / 2, patch = n - a_.shape.num_prefix;
     const int64_t row = a_.indexed ? index_[b * a_.patches() + patch] : patch;
     const int64_t first = ((a_.tables == Tables::OfHeads ? h * a_.table_rows() : 0) + row) * half;
+    const auto angle = [&](int64_t i) {
+      const int64_t quarter = half / 2, grid = a_.grid();
+      if (grid == 0) return first + i;
+      return i < quarter ? row / grid * quarter + i : (grid + row % grid) * quarter + i - quarter;
+    };
     for (int64_t i = 0; i < half; ++i) {
       double& x = vector[a_.interleaved ? 2 * i : i];
       double& y = vector[a_.interleaved ? 2 * i + 1 : i + half];
-      const double c = cos_.at(first + i), s = sign * sin_.at(first + i), before = x;
+      const double c = cos_.at(angle(i)), s = sign * sin_.at(angle(i)), before = x;
       x = x * c - y * s;
       y = before * s + y * c;
     }
   }
 
  private:
-  static int64_t size(const Attention& a) { return a.shape.heads * a.table_rows() * a.shape.head_dim / 2; }
+  static int64_t size(const Attention& a) {
+    if (a.grid() > 0) return 2 * a.grid() * a.shape.head_dim / 4;
+    return a.shape.heads * a.table_rows() * a.shape.head_dim / 2;
+  }
 
   const Attention& a_;
   Buffer cos_, sin_;
@@ -114,11 +150,11 @@ Matrix transposed(const Matrix& a, int64_t rows, int64_t columns) {
 }
 
 Expected attend(const Attention& a, const Rotations& rotations, const Heads (&in)[4], int64_t b, int64_t h) {
-  const int64_t N = a.shape.tokens, D = a.shape.head_dim;
+  const int64_t N = a.tokens(b), D = a.shape.head_dim;
   const auto read = [&](const Heads& heads, bool turned) {
     Matrix rows(N * D);
     for (int64_t n = 0; n < N; ++n) {
-      for (int64_t i = 0; i < D; ++i) rows[n * D + i] = heads.at(b, n, h, i);
+      for (int64_t i = 0; i < D; ++i) rows[n * D + i] = heads.at(a.first_token(b) + n, h, i);
       if (turned) rotations.rotate(&rows[n * D], b, n, h, 1.0);
     }
     return rows;
@@ -162,9 +198,9 @@ Expected attend(const Attention& a, const Rotations& rotations, const Heads (&in
 void place(const Attention& a, const Matrix& head, Matrix& all, int64_t b, int64_t h) {
   const int64_t D = a.shape.head_dim;
   all.resize(a.size());
-  for (int64_t n = 0; n < a.shape.tokens; ++n) {
+  for (int64_t n = 0; n < a.tokens(b); ++n) {
     for (int64_t i = 0; i < D; ++i) {
-      all[((b * a.shape.tokens + n) * a.shape.heads + h) * D + i] = head[n * D + i];
+      all[((a.first_token(b) + n) * a.shape.heads + h) * D + i] = head[n * D + i];
     }
   }
 }
@@ -179,27 +215,27 @@ void drive(const Attention& a) {
   const Heads in[4] = {Heads(a, first, 0, count), Heads(a, a.packed ? first : k, a.packed ? 1 : 0, count),
                        Heads(a, a.packed ? first : v, a.packed ? 2 : 0, count), Heads(a, dout, 0, 1)};
   Rotations rotations(a);
-  Matrix all_out, all_lse, all_dq, all_dk, all_dv;
-  for (int64_t b = 0; b < a.shape.batch; ++b) {
+  Matrix all_out, all_lse(a.vectors()), all_dq, all_dk, all_dv;
+  for (int64_t b = 0; b < a.samples(); ++b) {
     for (int64_t h = 0; h < a.shape.heads; ++h) {
       const Expected e = attend(a, rotations, in, b, h);
       place(a, e.out, all_out, b, h);
-      all_lse.insert(all_lse.end(), e.lse.begin(), e.lse.end());
+      std::copy(e.lse.begin(), e.lse.end(), all_lse.begin() + a.first_row(b, h));
       place(a, e.dq, all_dq, b, h);
       place(a, e.dk, all_dk, b, h);
       place(a, e.dv, all_dv, b, h);
     }
   }
+  const AttentionShape shape = a.whole_shape();
   run(cuda::rope_attention_forward(
-          {in[0].view, in[1].view, in[2].view, out.data(), lse.floats(), rotations.tables(), a.shape},
-          nullptr),
+          {in[0].view, in[1].view, in[2].view, out.data(), lse.floats(), rotations.tables(), shape}, nullptr),
       a.name("rope_attention_forward"));
   compare(out, all_out, a.name("out"), dtype);
   compare(lse, all_lse, a.name("lse"), dtype);
   Buffer dq(dtype, a.size()), dk(dtype, a.size()), dv(dtype, a.size());
   run(cuda::rope_attention_backward(
           {in[3].view, in[0].view, in[1].view, in[2].view, Heads(a, out, 0, 1).view, lse.floats(), dq.data(),
-           dk.data(), dv.data(), rotations.tables(), a.shape},
+           dk.data(), dv.data(), rotations.tables(), shape},
           nullptr),
       a.name("rope_attention_backward"));
   compare(dq, all_dq, a.name("dq"), dtype);
@@ -210,9 +246,9 @@ void drive(const Attention& a) {
 }  // namespace
 
 void drive_rope_attention() {
-  constexpr DType kBFloat16 = DType::BFloat16, kFloat16 = DType::Float16;
+  constexpr DType kBFloat16 = DType::BFloat16, kFloat16 = DType::Float16, kFloat32 = DType::Float32;
   // Prefix and patches that fill their tile; pairs half a vector apart; access by element; text; more tiles
-  // than warps; stages.
+  // than warps; stages. Then float32, the same way; compact tables; sequences, one of them empty.
   const Attention cases[] = {
       {{1, 17, 2, 64, 1, 0.125f, false, kBFloat16}, Tables::Shared, true, true, true},
       {{2, 37, 1, 32, 5, 0.2f, true, kFloat16}, Tables::OfHeads, false, false, true},
@@ -220,6 +256,13 @@ void drive_rope_attention() {
       {{1, 33, 1, 112, 0, 0.1f, true, kBFloat16}, Tables::None, true, false, false},
       {{3, 97, 1, 8, 1, 0.3f, true, kBFloat16}, Tables::Shared, true, false, true},
       {{1, 145, 1, 128, 1, 0.1f, false, kFloat16}, Tables::Shared, true, false, true},
+      {{1, 49, 2, 64, 1, -0.125f, false, kFloat32}, Tables::OfHeads, true, true, true},
+      {{1, 30, 1, 18, 1, 0.2f, true, kFloat32}, Tables::Shared, false, false, true},
+      {{1, 97, 1, 112, 0, 0.1f, true, kFloat32}, Tables::None, true, false, false},
+      {{1, 26, 2, 64, 1, 0.125f, false, kBFloat16}, Tables::Compact, true, true, true},
+      {{1, 26, 1, 24, 1, 0.2f, false, kFloat32}, Tables::Compact, false, false, true},
+      {{0, 0, 2, 64, 0, 0.125f, true, kBFloat16}, Tables::None, true, false, true, {0, 17, 17, 18, 60}},
+      {{0, 0, 1, 32, 0, 0.2f, false, kFloat32}, Tables::None, true, false, true, {0, 5, 30}},
   };
   for (const Attention& a : cases) drive(a);
 }

@@ -19,7 +19,7 @@ import pytest
 from op_suite import CHOICE, ROOT, build_emulated, copy_with_library, gcc, run_ops, sanitizer_runtimes, tool
 
 OPS = ("adamw", "gelu", "gradient_norm", "lamb", "native_lamb")
-OPS += ("layer_norm", "residual_norm", "norm_widths", "rope_attention", "swiglu", "token_dropout")
+OPS += ("layer_norm", "residual_norm", "norm_widths", "packed_attention", "rope_attention", "swiglu", "token_dropout")
 MORE = ("every_mix", "no_rows", "one_element", "strided", "finite", "bit_equal", "lamb", "any_layout", "refuses")
 # Not the tests that are about the size of other kernels' chunks.
 CHECKS = f"({' or '.join((CHOICE, *MORE))}) and not several_chunks"
@@ -125,6 +125,23 @@ def test_a_wrong_index_ends_the_launch(tests: Path) -> None:
     assert result.stdout.count("token_index is out of range") == 2, result.stdout
 
 
+def test_offsets_that_do_not_fit_end_the_launch(tests: Path) -> None:
+    """As a wrong index does."""
+    code = """if True:
+        import torch
+        q = torch.ones(5, 1, 8)
+        for offsets, longest in (([0, 6], 6), ([0, 4, 2], 4), ([-1, 2], 3), ([0, 5], 4)):
+            try:
+                torch.ops.evakernels_native.packed_attention_forward(q, q, q, torch.tensor(offsets), longest, True, 1.0)
+            except RuntimeError as error:
+                print(error)
+    """
+    environment = os.environ | {"PYTHONPATH": str(tests.parent)}
+    call = [sys.executable, "-c", code]
+    result = subprocess.run(call, env=environment, cwd=tests, capture_output=True, text=True, check=True)
+    assert result.stdout.count("offsets are out of range, or a sequence is longer than max_length") == 4, result.stdout
+
+
 def complaint(driver: Path, seed: int = 1) -> str:
     """What the program or the sanitizer says; nothing if all is right."""
     # The thread sanitizer of older compilers can't run where addresses are drawn at random.
@@ -169,6 +186,7 @@ COMPILED_IN = {
     "tensor_chunks.cuh": "lamb.cu",
     "tensor_table.cuh": "lamb.cu",
     "rope_attention.cuh": "rope_attention_forward.cu",
+    "tensor_core.h": "rope_attention_forward.cu",
 }
 LAST_SUM = "    __syncthreads();\n    const int warps"
 FAULTS = {
@@ -235,6 +253,27 @@ FAULTS = {
         "slot <= prefix ? slot",
     ),
     "empty slots": ("coverage", "wrong: lse", "rope_attention_forward.cu", "values[i] = -INFINITY", "values[i] = 0.0f"),
+    "left factors of a warp": (
+        "thread",
+        "data race",
+        "tensor_core.h",
+        "    __syncwarp();\n    put_sums",
+        "    put_sums",
+    ),
+    "a column's angles": (
+        "coverage",
+        "wrong: out of",
+        "rope_attention.cuh",
+        "(grid + patch % grid - 1)",
+        "(patch % grid)",
+    ),
+    "another sequence": (
+        "coverage",
+        "wrong: out of",
+        "rope_attention.cuh",
+        "first_token(offsets) * view.token_stride",
+        "sample * view.token_stride",
+    ),
     "barrier of the norms": (
         "thread",
         "data race",

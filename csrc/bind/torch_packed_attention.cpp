@@ -1,0 +1,92 @@
+// packed_attention as torch operators on a GPU: the kernels of rope_attention, whose samples are sequences
+// here.
+#include "bind/attention_arguments.h"
+#include "bind/launch.h"
+#include "cuda/rope_attention.h"
+
+namespace evakernels {
+namespace {
+
+AttentionShape shape_of(const Tensor& q, const Tensor& offsets, int64_t max_length, bool causal,
+                        double scale) {
+  const int64_t tokens = q.size(0), longest = std::min(max_length, tokens);
+  require(tokens == 0 || longest > 0, "max_length is 0, but there are tokens");
+  require(longest <= cuda::kMaxTokens && q.size(2) <= cuda::kMaxHeadDim,
+          "a sequence has more tokens, or q more channels, than the kernels serve");
+  require(offsets.dim() == 1 && offsets.size(0) > 0, "offsets must be [B + 1]");
+  const ScalarType type = offsets.scalar_type();
+  require(type == ScalarType::Int || type == ScalarType::Long, "offsets must be int32 or int64");
+  return {
+      .batch = offsets.size(0) - 1,
+      .tokens = longest,
+      .heads = q.size(1),
+      .head_dim = q.size(2),
+      .num_prefix = 0,
+      .scale = static_cast<float>(scale),
+      .causal = causal,
+      .dtype = dtype_of(q, "q"),
+      .offsets = {offsets.const_data_ptr(), type == ScalarType::Long, tokens},
+  };
+}
+
+void require_packed(const Tensor& q, const Tensor& k, const Tensor& v) {
+  require(q.dim() == 3, "q must be [T, H, D]");
+  require_vectors(q, k, v);
+}
+
+std::tuple<Tensor, Tensor> packed_attention_forward(const Tensor& q_any, const Tensor& k_any,
+                                                    const Tensor& v_any, const Tensor& offsets_any,
+                                                    int64_t max_length, bool causal, double scale) {
+  require_packed(q_any, k_any, v_any);
+  const Tensor q = with_dense_vectors(q_any), k = with_dense_vectors(k_any), v = with_dense_vectors(v_any);
+  const Tensor offsets = as_contiguous(offsets_any);
+  const Tensor out = new_tensor(q, q.sizes());
+  const Tensor lse = new_float32(q, {q.size(1), q.size(0)});
+  const RopeAttentionForward params = {
+      .q = view_of(q),
+      .k = view_of(k),
+      .v = view_of(v),
+      .out = out.mutable_data_ptr(),
+      .lse = static_cast<float*>(lse.mutable_data_ptr()),
+      .tables = {},
+      .shape = shape_of(q, offsets, max_length, causal, scale),
+  };
+  launch_on_gpu<cuda::rope_attention_forward>("packed_attention_forward", q, params);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(const Tensor& dout_any, const Tensor& q_any,
+                                                             const Tensor& k_any, const Tensor& v_any,
+                                                             const Tensor& out_any, const Tensor& lse_any,
+                                                             const Tensor& offsets_any, int64_t max_length,
+                                                             bool causal, double scale) {
+  require_packed(q_any, k_any, v_any);
+  require_results(q_any, dout_any, out_any, lse_any);
+  const Tensor q = with_dense_vectors(q_any), k = with_dense_vectors(k_any), v = with_dense_vectors(v_any);
+  const Tensor dout = with_dense_vectors(dout_any), out = with_dense_vectors(out_any);
+  const Tensor lse = as_contiguous(lse_any), offsets = as_contiguous(offsets_any);
+  const Tensor dq = new_tensor(q, q.sizes()), dk = new_tensor(q, q.sizes()), dv = new_tensor(q, q.sizes());
+  const RopeAttentionBackward params = {
+      .dout = view_of(dout),
+      .q = view_of(q),
+      .k = view_of(k),
+      .v = view_of(v),
+      .out = view_of(out),
+      .lse = static_cast<const float*>(lse.const_data_ptr()),
+      .dq = dq.mutable_data_ptr(),
+      .dk = dk.mutable_data_ptr(),
+      .dv = dv.mutable_data_ptr(),
+      .tables = {},
+      .shape = shape_of(q, offsets, max_length, causal, scale),
+  };
+  launch_on_gpu<cuda::rope_attention_backward>("packed_attention_backward", q, params);
+  return {dq, dk, dv};
+}
+
+}  // namespace
+}  // namespace evakernels
+
+EVAKERNELS_IMPLEMENT_ON_GPU(m, {
+  m.impl("packed_attention_forward", TORCH_BOX(&evakernels::packed_attention_forward));
+  m.impl("packed_attention_backward", TORCH_BOX(&evakernels::packed_attention_backward));
+})
