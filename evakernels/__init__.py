@@ -3,6 +3,7 @@
 from evakernels import nn, optim
 from evakernels._info import info
 from evakernels.backends import BackendError, explain, use_backend
+from evakernels.dropin import accelerate, restore
 from evakernels.ops import (
     adamw_update,
     add_layer_norm,
@@ -28,6 +29,7 @@ from evakernels.ops import (
 
 __all__ = [
     "BackendError",
+    "accelerate",
     "adamw_update",
     "add_layer_norm",
     "add_rms_norm",
@@ -45,6 +47,7 @@ __all__ = [
     "nn",
     "optim",
     "packed_attention",
+    "restore",
     "rms_norm",
     "rms_norm_add",
     "rope_attention",

@@ -3,8 +3,19 @@
 from evakernels.nn.contrastive import ClipLoss, SigLipLoss
 from evakernels.nn.layer_norm import LayerNorm, RMSNorm
 from evakernels.nn.linear import Linear, linear
-from evakernels.nn.rope_attention import axial_rope
+from evakernels.nn.rope_attention import RotaryAttention, axial_rope
 from evakernels.nn.swiglu import SwiGLU
 from evakernels.nn.token_dropout import PatchDropout
 
-__all__ = ["ClipLoss", "LayerNorm", "Linear", "PatchDropout", "RMSNorm", "SigLipLoss", "SwiGLU", "axial_rope", "linear"]
+__all__ = [
+    "ClipLoss",
+    "LayerNorm",
+    "Linear",
+    "PatchDropout",
+    "RMSNorm",
+    "RotaryAttention",
+    "SigLipLoss",
+    "SwiGLU",
+    "axial_rope",
+    "linear",
+]

@@ -1,7 +1,77 @@
-"""Rotation tables for `evakernels.rope_attention`."""
+"""Self-attention with rotary positions as a module, and the rotation tables for it."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from evakernels.nn.layer_norm import LayerNorm
+from evakernels.nn.linear import Linear
+from evakernels.ops import rope_attention
+
+
+class RotaryAttention(nn.Module):
+    """Multi-head self-attention whose queries and keys are rotated inside `evakernels.rope_attention`.
+
+    Args:
+        width: channels of input and output.
+        heads: divides `width`.
+        num_prefix: this many leading tokens (class token, registers) aren't rotated.
+        interleaved: which channels make a pair, as in `rope_attention`.
+        causal: a query sees no later key.
+        qkv_bias: whether the packed projection `qkv` has a bias.
+        sub_ln: whether there is a LayerNorm `norm` in front of the output projection `proj` (Wang et al. 2022).
+        eps: of that norm.
+
+    Raises:
+        ValueError: for a width that isn't a multiple of `heads`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        num_prefix: int = 1,
+        interleaved: bool = True,
+        causal: bool = False,
+        qkv_bias: bool = True,
+        sub_ln: bool = False,
+        eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"RotaryAttention: width is {width}; accepted: multiples of heads = {heads}")
+        self.heads, self.num_prefix, self.interleaved, self.causal = heads, num_prefix, interleaved, causal
+        self.qkv = Linear(width, 3 * width, bias=qkv_bias, device=device, dtype=dtype)
+        self.norm = LayerNorm(width, eps, device=device, dtype=dtype) if sub_ln else None
+        self.proj = Linear(width, width, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+        token_index: Tensor | None = None,
+    ) -> Tensor:
+        """`[B, N, width]` to the same shape; tables and index as `rope_attention` takes them, None for no rotation."""
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.qkv(x).chunk(3, dim=-1))
+        out = rope_attention(
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            token_index=token_index,
+            num_prefix=self.num_prefix,
+            causal=self.causal,
+            interleaved=self.interleaved,
+        ).flatten(2)
+        y: Tensor = self.proj(out if self.norm is None else self.norm(out))
+        return y
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, num_prefix={self.num_prefix}, interleaved={self.interleaved}, causal={self.causal}"
 
 
 def axial_rope(
@@ -21,8 +91,8 @@ def axial_rope(
     `reference_size` cells: cell i of n lies at `i / n * reference_size`. So a model keeps its angles' range
     when its resolution changes.
 
-    An attention module computes the tables once for its grid, keeps them as non-persistent buffers, shared by
-    all layers, and passes them as `rope_attention(q, k, v, cos, sin, num_prefix=1)`.
+    A model computes the tables once for its grid, keeps them as non-persistent buffers, shared by all layers, and
+    passes them to `RotaryAttention`, or as `rope_attention(q, k, v, cos, sin, num_prefix=1)`.
 
     Args:
         grid_h, grid_w: patches along each axis; they are numbered row by row.

@@ -18,8 +18,8 @@ def direct(monkeypatch):
     """The calls that oneDNN served, on every machine that has it and for small products too."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(_module, "_MIN_MACS", 0)
-    monkeypatch.setattr(_module, "_served_dtypes", lambda: frozenset({torch.float32}))
+    monkeypatch.setattr(_module, "_MIN_MACS", dict.fromkeys(_module._MIN_MACS, 0))
+    monkeypatch.setattr(_module, "served_dtypes", lambda: frozenset({torch.float32}))
     calls, product = [], _module._product
     monkeypatch.setattr(_module, "_product", lambda *args: calls.append(args) or product(*args))
     return calls

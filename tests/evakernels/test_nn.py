@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.layers import RotaryEmbeddingCat
+from timm.layers import AttentionRope, RotaryEmbeddingCat
 from timm.layers import SwiGLU as TimmSwiGLU
 
 from evakernels import nn, rope_attention
@@ -54,6 +54,36 @@ def test_swiglu_is_the_mlp_of_eva():
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+@pytest.mark.parametrize("half", [False, True], ids=["interleaved", "rotate-half"])
+@pytest.mark.parametrize("sub_ln", [False, True])
+def test_rotary_attention_is_that_of_timm(half, sub_ln):
+    norm = partial(torch.nn.LayerNorm, eps=1e-6)
+    theirs = AttentionRope(24, 2, num_prefix_tokens=2, scale_norm=sub_ln, norm_layer=norm, rotate_half=half)
+    ours = nn.RotaryAttention(24, 2, num_prefix=2, interleaved=not half, sub_ln=sub_ln)
+    ours.load_state_dict(theirs.state_dict())
+    cos, sin = nn.axial_rope(3, 2, 12)
+    spread = (lambda t: t.repeat(1, 2)) if half else (lambda t: t.repeat_interleave(2, -1))
+    x = randn(3, 8, 24)
+    torch.testing.assert_close(ours(x, cos, sin), theirs(x, torch.cat((spread(sin), spread(cos)), -1)))
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_rotary_attention_of_kept_patches_and_of_earlier_tokens():
+    x, index = randn(2, 7, 8), torch.tensor([[4, 1, 0], [2, 3, 5]])
+    cos, sin = nn.axial_rope(2, 3, 4)
+    module = nn.RotaryAttention(8, 2)
+    kept = torch.cat((x[:, :1], x[:, 1:].gather(1, index[..., None].expand(-1, -1, 8))), 1)
+    one = module(torch.cat((x[:1, :1], x[:1, 1:][:, index[0]]), 1), cos[index[0]], sin[index[0]])
+    torch.testing.assert_close(module(kept, cos, sin, index)[:1], one)
+    causal = nn.RotaryAttention(8, 2, causal=True)
+    torch.testing.assert_close(causal(x)[:, :3], causal(x[:, :3]))
+
+
+def test_rotary_attention_refuses_heads_that_do_not_divide():
+    with pytest.raises(ValueError, match="width is 10; accepted: multiples of heads = 4"):
+        nn.RotaryAttention(10, 4)
+
+
 def test_swiglu_without_sub_ln_and_biases():
     module = nn.SwiGLU(6, 14, sub_ln=False, bias=False)
     assert list(module.state_dict()) == ["w1.weight", "w2.weight", "w3.weight"]
@@ -62,7 +92,10 @@ def test_swiglu_without_sub_ln_and_biases():
     torch.testing.assert_close(module(x), expected)
 
 
-@pytest.mark.parametrize("module", [nn.LayerNorm, nn.RMSNorm, lambda *a, **k: nn.SwiGLU(*a, 12, **k)])
+@pytest.mark.parametrize(
+    "module",
+    [nn.LayerNorm, nn.RMSNorm, lambda *a, **k: nn.SwiGLU(*a, 12, **k), lambda *a, **k: nn.RotaryAttention(*a, 2, **k)],
+)
 def test_modules_are_built_where_they_are_told(module):
     built = module(8, device="meta", dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in built.parameters()} == {("meta", torch.bfloat16)}

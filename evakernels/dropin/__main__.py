@@ -1,0 +1,65 @@
+"""`python -m evakernels.dropin FOLDER...`: adds the forms that the libraries in the folders have to `forms.json`.
+
+A folder is a site-packages or an unpacked sdist or wheel. The forms of another version may only be kept when the tests
+pass with it.
+"""
+
+import ast
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from evakernels.dropin._form import FORMS, fingerprint
+from evakernels.dropin._rule import form_names
+
+
+def add(known: dict[str, dict[str, list[str]]], names: list[str], folder: Path) -> None:
+    """Adds the forms of `names` that the sources in `folder` have, a site-packages or an unpacked sdist or wheel."""
+    for name in names:
+        source, version = _source(folder, name), _version(folder, name.partition(".")[0])
+        if source is not None and version is not None:
+            of_name = known.setdefault(name, {}).setdefault(fingerprint(source), [])
+            of_name[:] = sorted({*of_name, version})
+
+
+def _version(folder: Path, library: str) -> str | None:
+    found = [
+        path
+        for path in folder.glob(f"{library}*.dist-info/METADATA")
+        if path.parent.name.startswith((f"{library}-", f"{library}_torch-"))
+    ]
+    found += folder.glob("PKG-INFO")
+    lines = found[0].read_text().splitlines() if found else []
+    return next((line.removeprefix("Version: ") for line in lines if line.startswith("Version: ")), None)
+
+
+def _source(folder: Path, name: str) -> str | None:
+    parts = name.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        for root in (folder, folder / "src"):
+            path = root.joinpath(*parts[:count]).with_suffix(".py")
+            if path.exists():
+                return _definition(path.read_text(), parts[count:])
+    return None
+
+
+def _definition(text: str, path: list[str]) -> str | None:
+    scope: Any = ast.parse(text)
+    for name in path:
+        scope = next((node for node in scope.body if getattr(node, "name", None) == name), None)
+        if scope is None:
+            return None
+    return ast.unparse(scope)
+
+
+def main(folders: list[str]) -> None:
+    """Reads the folders' sources and rewrites `forms.json`."""
+    known = json.loads(FORMS.read_text()) if FORMS.exists() else {}
+    for folder in folders:
+        add(known, form_names(), Path(folder))
+    FORMS.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

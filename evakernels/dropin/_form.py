@@ -1,0 +1,69 @@
+"""Whether a function of another library is one that this package knows: a fingerprint of its source.
+
+`forms.json` holds the fingerprints of every function that a rule stands in for, by library version. A library whose
+function reads differently, be it a newer version or a patch at run time, is detected and left alone.
+`python -m evakernels.dropin FOLDER...` adds those of more versions.
+"""
+
+import ast
+import hashlib
+import inspect
+import json
+import textwrap
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+FORMS = Path(__file__).with_name("forms.json")
+_IGNORED = frozenset({"annotation", "returns", "type_comment", "type_params", "ctx", "kind"})
+
+
+def fingerprint(source: str) -> str:
+    """Of a function's source: comments, docstrings and annotations don't count.
+
+    It is made of the syntax tree's non-empty fields, which read the same in every version of Python.
+    """
+    function = ast.parse(textwrap.dedent(source)).body[0]
+    if isinstance(function, ast.FunctionDef) and ast.get_docstring(function, clean=False) is not None:
+        function.body = function.body[1:]
+    return hashlib.sha256(repr(_plain(function)).encode()).hexdigest()[:16]
+
+
+def is_known(function: Callable[..., Any] | None, name: str) -> bool:
+    """Whether `function` is one of the known forms of `name`."""
+    return function is not None and _of(function) in _known().get(name, {})
+
+
+def forms_like(function: Callable[..., Any], names: tuple[str, ...]) -> str | None:
+    """The first of `names` of which `function` is a known form, wherever it was defined."""
+    return next((name for name in names if is_known(function, name)), None)
+
+
+def versions(library: str) -> list[str]:
+    """The versions of `library` that the forms were taken from."""
+    found = {
+        v for name, forms in _known().items() if name.startswith(f"{library}.") for vs in forms.values() for v in vs
+    }
+    return sorted(found, key=lambda v: [int(part) if part.isdigit() else 0 for part in v.split(".")])
+
+
+@cache
+def _of(function: Callable[..., Any]) -> str | None:
+    try:
+        return fingerprint(inspect.getsource(function))
+    except (OSError, TypeError, SyntaxError, IndentationError):
+        return None
+
+
+@cache
+def _known() -> dict[str, dict[str, list[str]]]:
+    known: dict[str, dict[str, list[str]]] = json.loads(FORMS.read_text())
+    return known
+
+
+def _plain(node: Any) -> Any:
+    if isinstance(node, ast.AST):
+        fields = ((name, _plain(value)) for name, value in ast.iter_fields(node) if name not in _IGNORED)
+        return type(node).__name__, [(name, value) for name, value in fields if value not in (None, [])]
+    return [_plain(item) for item in node] if isinstance(node, list) else node

@@ -1,0 +1,109 @@
+"""Where an op is worth its call: by kind of device, dtype and size.
+
+Measured on a CPU (AMD EPYC, 2 threads, torch 2.13, 2026-11-25) beside what the untouched modules run; what isn't faster
+there isn't listed. On a GPU nothing has been measured: listed are the ops that make one pass over memory of several.
+"""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from evakernels import _native, triton
+from evakernels.ops._autocast import is_on
+
+_HALF = (torch.bfloat16, torch.float16)
+_ALL = (torch.float32, *_HALF)
+
+_OPS = {
+    "layer_norm": "layer_norm_forward",
+    "rms_norm": "layer_norm_forward",
+    "add_norm": "add_layer_norm_forward",
+    "scaled_add_norm": "add_layer_norm_forward",
+    "norm_add": "layer_norm_add_forward",
+    "attention": "rope_attention_forward",
+    "attention_training": "rope_attention_forward",
+    "rope_attention": "rope_attention_forward",
+    "swiglu": "swiglu_forward",
+    "swiglu_norm": "swiglu_forward",
+    "gelu": "gelu_forward",
+    "token_dropout": "token_dropout_forward",
+    "clip_loss": "contrastive_forward",
+    "siglip_loss": "siglip_value",
+}
+"""What each entry of the tables runs."""
+
+_CPU: dict[str, dict[torch.dtype, int]] = {
+    # float32 is as fast in torch: 0.87 to 1.06 times.
+    "layer_norm": dict.fromkeys(_HALF, 1 << 18),
+    "rms_norm": dict.fromkeys(_ALL, 0),
+    "add_norm": {torch.float32: 1 << 20} | dict.fromkeys(_HALF, 1 << 18),
+    "scaled_add_norm": {torch.float32: 1 << 18} | dict.fromkeys(_HALF, 1 << 18),
+    "norm_add": {torch.float32: 1 << 18} | dict.fromkeys(_HALF, 1 << 18),
+    # Without a rotation torch's float32 attention is 1.2 times as fast, in 16 bit 1.5 to 3 times slower: below 64
+    # tokens and batch 8 only with gradients.
+    "attention": dict.fromkeys(_HALF, 1 << 18),
+    "attention_training": dict.fromkeys(_HALF, 1 << 15),
+    "rope_attention": dict.fromkeys(_ALL, 1 << 14),
+    "swiglu": {torch.float32: 0} | dict.fromkeys(_HALF, 1 << 18),
+    "swiglu_norm": dict.fromkeys(_ALL, 0),
+    # By tanh, which torch computes slowly: 2.5 to 4.9 times. Exact GELU is faster in torch.
+    "gelu": dict.fromkeys(_ALL, 0),
+    "token_dropout": dict.fromkeys(_ALL, 0),
+    # In bfloat16 torch's products are twice as fast as these in float32.
+    "clip_loss": {torch.float32: 0},
+    "siglip_loss": {torch.float32: 1 << 16},
+}
+"""Op to dtype to the least number of elements."""
+
+_GPU = {name: dict.fromkeys(_ALL, 0) for name in _CPU if "attention" not in name and name != "gelu"} | {
+    # Tensor cores take 16 bit; without a rotation torch's own attention kernels have nothing to gain.
+    "rope_attention": dict.fromkeys(_HALF, 0),
+}
+
+
+def _is_live(name: str, device: str) -> bool:
+    """Whether compiled or Triton kernels serve the op on this type of device; the reference would be slower."""
+    op = _OPS[name]
+    if _native.implemented(op, device):
+        return True
+    of_triton = any(op in ops for ops in triton.FAMILIES.values())
+    return device == "cuda" and of_triton and find_spec("triton") is not None
+
+
+_SERVED: dict[tuple[str, str, torch.dtype], int] = {
+    (name, device, dtype): least
+    for device, table in (("cpu", _CPU), ("cuda", _GPU))
+    for name, dtypes in table.items()
+    if _is_live(name, device)
+    for dtype, least in dtypes.items()
+}
+
+
+def is_served(name: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether there are sizes at which the op `name` is worth its call."""
+    return (name, device, dtype) in _SERVED
+
+
+def serves(name: str, x: Tensor, *, of_product: bool = False) -> bool:
+    """Whether the op `name` is worth a call with `x`, or with a linear layer's output for `x` if `of_product`.
+
+    Never for what isn't a plain tensor, such as a DTensor or a proxy of a tracer, nor under functorch's transforms:
+    there the untouched code runs. So it is asked before anything else about `x`.
+    """
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not _is_ordinary(x):
+        return False
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if of_product and is_on(device) else x.dtype
+    least = _SERVED.get((name, device, dtype))
+    return least is not None and (compiling or x.numel() >= least)
+
+
+def _is_ordinary(x: Tensor) -> bool:
+    """Whether `x` is one of torch's own tensors, seen by nothing but autograd."""
+    return (
+        (type(x) is Tensor or type(x) is torch.nn.Parameter)
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+    )

@@ -1,0 +1,156 @@
+"""The rules: which class each forward serves, and the reasons why a module isn't for it."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from evakernels.dropin import _form, _swap
+from evakernels.dropin._gate import is_served
+from evakernels.dropin._serve import ROLES
+
+LIBRARIES = ("torch_modules", "timm")
+
+
+def _fits(module: Any) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One forward and the class whose place it takes.
+
+    Args:
+        forward: class with the forward.
+        target: the class, `package.module.Class`; its forward must have a known form.
+        op: what runs instead, as the report names it.
+        gate: name of the op in `_gate`, or a function of the module that tells it.
+        helpers: functions that the class's forward calls and the new one stands for; their forms are known too.
+        reason: tells why this module isn't for the rule, such as an option that the forward doesn't have.
+        any_class: serve every class whose forward reads like that of `target`.
+    """
+
+    forward: type[_swap.Swapped]
+    target: str
+    op: str
+    gate: str | Callable[[Any], str]
+    helpers: tuple[str, ...] = ()
+    reason: Callable[[Any], str | None] = field(default=_fits)
+    any_class: bool = False
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The functions whose forms have to be known."""
+        return f"{self.target}.forward", *self.helpers
+
+    def unknown(self) -> str | None:
+        """Why the library that is installed isn't one that the rule knows."""
+        changed = [name for name in self.forms if not _form.is_known(_find(name), name)]
+        if not changed:
+            return None
+        library = self.target.partition(".")[0]
+        return f"unknown version {_version(library)} of {library}: {changed[0]} reads differently"
+
+    def backend(self, module: Any) -> str | None:
+        """What would serve the op where the module is now; None if nothing there is worth it."""
+        parameter = next(module.parameters(), None)
+        device = "cpu" if parameter is None else parameter.device.type
+        dtype = torch.float32 if parameter is None else parameter.dtype
+        name = self.gate if isinstance(self.gate, str) else self.gate(module)
+        if name == "linear":
+            return "oneDNN" if device == "cpu" and dtype in _linear_dtypes() else None
+        if not is_served(name, device, dtype):
+            return None
+        return "cpu" if device == "cpu" else "cuda or triton"
+
+
+def _linear_dtypes() -> frozenset[torch.dtype]:
+    from evakernels.nn.linear import served_dtypes
+
+    return served_dtypes()
+
+
+@cache
+def rules() -> tuple[Rule, ...]:
+    """All rules; their files import nothing of the libraries."""
+    return tuple(rule for name in LIBRARIES for rule in _file(name).RULES)
+
+
+def form_names() -> list[str]:
+    """Every function whose form is kept."""
+    roles = [f"{name}.forward" for library in LIBRARIES for name in _file(library).ROLES]
+    return sorted({*roles, *(name for rule in rules() for name in rule.forms)})
+
+
+def prepare() -> None:
+    """Finds the classes of the libraries that have been imported since; imports none."""
+    for library in LIBRARIES:
+        for name, role in _file(library).ROLES.items():
+            cls = _find(name)
+            if cls is not None and cls not in ROLES and _form.is_known(_find(f"{name}.forward"), f"{name}.forward"):
+                ROLES[cls] = role
+
+
+def find(cls: type) -> Rule | None:
+    """The rule for exactly this class, or for what its forward reads like."""
+    for rule in rules():
+        if cls is _find(rule.target):
+            return rule
+    if not hasattr(cls, "forward"):
+        return None
+    return next((r for r in rules() if r.any_class and _form.is_known(cls.forward, f"{r.target}.forward")), None)
+
+
+def served(cls: type) -> type | None:
+    """The class that takes the place of `cls`, or None where no rule knows it."""
+    prepare()
+    rule = find(cls)
+    if rule is None or (rule.unknown() is not None and not rule.any_class):
+        return None
+    return _swap.served_class(cls, rule.forward)
+
+
+def changed_from(cls: type) -> str | None:
+    """The name of the known class that `cls` is a subclass of."""
+    bases = cls.__mro__[1:]
+    return next((r.target.rpartition(".")[2] for b in bases for r in rules() if b is _find(r.target)), None)
+
+
+def _find(name: str) -> Any:
+    """The object of this dotted name, if its module has been imported."""
+    parts = name.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        found: Any = sys.modules.get(".".join(parts[:count]))
+        if found is not None:
+            for part in parts[count:]:
+                found = getattr(found, part, None)
+            return found
+    return None
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version({"open_clip": "open_clip_torch"}.get(library, library))
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+@cache
+def _file(name: str) -> Any:
+    return importlib.import_module(f"evakernels.dropin.{name}")
+
+
+def has_known_form(cls: Any, rule: Rule) -> bool:
+    """Whether the class is served for what its forward reads like, or is the rule's own in a known version."""
+    return (rule.any_class and _form.is_known(cls.forward, f"{rule.target}.forward")) or rule.unknown() is None
+
+
+def place(module: Any) -> str:
+    """The dtype and device of a module, for a report."""
+    parameter = next(module.parameters(), None)
+    return "" if parameter is None else f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device.type}"

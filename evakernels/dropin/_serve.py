@@ -1,0 +1,175 @@
+"""What the swapped forwards share: which child modules may be looked into, and the fused steps themselves.
+
+A fused step reads the parameters of a child module without calling it. It may do so only while the child is just what
+its role says, without hooks; otherwise the child is called, as in the untouched model.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evakernels.dropin._gate import serves
+from evakernels.ops import add_layer_norm, add_rms_norm, layer_norm_add, swiglu
+
+ROLES: dict[type, str] = {
+    nn.Identity: "identity",
+    nn.Dropout: "dropout",
+    nn.SiLU: "silu",
+    nn.LayerNorm: "layer_norm",
+    nn.RMSNorm: "rms_norm",
+}
+"""What a module of exactly this class does. The rules of a library add its classes when it is in use."""
+
+
+def role(module: Any) -> str | None:
+    """What the module does, or None if that isn't certain: another class, hooks, a forward of its own."""
+    found = ROLES.get(type(module))
+    return None if found is None or _is_watched(module) else found
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def drops(module: Any) -> bool:
+    """Whether a dropout may change its input now; True for a module that isn't known to be one."""
+    known = role(module)
+    return known != "identity" and not (known == "dropout" and (module.p == 0 or not module.training))
+
+
+# --- norms ----------------------------------------------------------------------------------------------------------
+
+
+def norm_parameters(norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, float] | None:
+    """Weight, bias and eps of a child that is a norm of the last dimension, if the ops take them with `x`."""
+    return own_norm_parameters(norm, x) if role(norm) in ("layer_norm", "rms_norm") else None
+
+
+def own_norm_parameters(norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, float] | None:
+    """The same of a module that is a norm for certain, watched or not."""
+    if getattr(norm, "_fast_norm", False):  # timm's, which under autocast computes in its dtype
+        return None
+    weight, bias, eps = norm.weight, getattr(norm, "bias", None), _eps(norm)
+    shape = getattr(norm, "normalized_shape", None)
+    if eps is None or (shape is not None and len(shape) != 1) or (weight is None and bias is not None):
+        return None
+    if weight is not None and (weight.dtype not in (x.dtype, torch.float32) or weight.shape[0] != x.shape[-1]):
+        return None
+    return weight, bias, eps
+
+
+def _eps(norm: Any) -> float | None:
+    eps: float | None = getattr(norm, "eps", None)
+    return getattr(norm, "variance_epsilon", None) if eps is None else eps
+
+
+def add_norm(
+    residual: Tensor, branch: Tensor, norm: nn.Module, scale: Any = None, drop: Any = None
+) -> tuple[Tensor, Tensor]:
+    """`(norm(x), x)` with `x = residual + drop(scale(branch))`, in one pass where that is possible.
+
+    `scale` is a layer-scale module, its parameter or None, `drop` a stochastic depth module or None.
+    """
+    factor = _factor(scale)
+    op = "add_norm" if factor is None else "scaled_add_norm"
+    if factor is not _UNKNOWN and serves(op, residual) and _fits(residual, branch, factor):
+        parameters = norm_parameters(norm, residual)
+        if parameters is not None and _is_readable(drop):
+            rows = _row_scale(drop, branch, factor)
+            weight, bias, eps = parameters
+            if role(norm) == "rms_norm":
+                return add_rms_norm(residual, branch, weight, layer_scale=factor, row_scale=rows, eps=eps)
+            return add_layer_norm(residual, branch, weight, bias, layer_scale=factor, row_scale=rows, eps=eps)
+    x = add(residual, branch, scale, drop)
+    return norm(x), x
+
+
+def norm_add(residual: Tensor, branch: Tensor, norm: nn.Module, drop: Any = None) -> Tensor:
+    """`residual + drop(norm(branch))`."""
+    if serves("norm_add", residual) and _fits(residual, branch, None):
+        parameters = norm_parameters(norm, branch)
+        if parameters is not None and _is_readable(drop) and role(norm) == "layer_norm":
+            rows = _row_scale(drop, branch, None)
+            weight, bias, eps = parameters
+            return layer_norm_add(residual, branch, weight, bias, row_scale=rows, eps=eps)
+    return add(residual, norm(branch), None, drop)
+
+
+def add(residual: Tensor, branch: Tensor, scale: Any = None, drop: Any = None) -> Tensor:
+    """`residual + drop(scale(branch))`."""
+    factor = _factor(scale)
+    # addcmul's backward would make a pass more.
+    if isinstance(factor, Tensor) and not torch.is_grad_enabled() and (drop is None or not _is_active(drop)):
+        return torch.addcmul(residual, branch, factor)
+    if scale is not None:
+        branch = scale(branch) if isinstance(scale, nn.Module) else scale * branch
+    return residual + (branch if drop is None else drop(branch))
+
+
+_UNKNOWN: Any = object()
+
+
+def _factor(scale: Any) -> Any:
+    """The factors of each channel, None for none, `_UNKNOWN` where the module has to be called."""
+    if scale is None or isinstance(scale, Tensor):
+        return scale
+    known = role(scale)
+    if known == "identity":
+        return None
+    return getattr(scale, "gamma", getattr(scale, "lambda1", _UNKNOWN)) if known == "layer_scale" else _UNKNOWN
+
+
+def _fits(residual: Tensor, branch: Tensor, factor: Tensor | None) -> bool:
+    """Whether torch's sum has the shape and the dtype of the residual, as that of the op."""
+    dtype = residual.dtype
+    if branch.shape != residual.shape or residual.dim() < 2:
+        return False
+    return dtype == torch.float32 or (branch.dtype == dtype and (factor is None or factor.dtype == dtype))
+
+
+def _is_readable(drop: Any) -> bool:
+    """Whether a stochastic depth module needs no call."""
+    return drop is None or role(drop) in ("identity", "drop_path")
+
+
+def _is_active(drop: Any) -> bool:
+    known = role(drop)
+    return not (known == "identity" or (known == "drop_path" and (drop.drop_prob == 0 or not drop.training)))
+
+
+def _row_scale(drop: Any, branch: Tensor, factor: Tensor | None) -> Tensor | None:
+    """The factor of each sample, drawn as the module draws it; None for none."""
+    if drop is None or not _is_active(drop):
+        return None
+    dtype = branch.dtype if factor is None else torch.promote_types(branch.dtype, factor.dtype)
+    keep, shape = 1 - drop.drop_prob, (branch.shape[0],) + (1,) * (branch.dim() - 1)
+    if hasattr(drop, "scale_by_keep"):
+        rows = branch.new_empty(shape, dtype=dtype).bernoulli_(keep)
+        if keep > 0 and drop.scale_by_keep:
+            rows.div_(keep)
+    else:
+        rows = (torch.rand(shape, dtype=dtype, device=branch.device) + keep).floor().div(keep)
+    return rows.flatten()
+
+
+# --- MLPs -----------------------------------------------------------------------------------------------------------
+
+
+def gated(gate: Tensor, up: Tensor, act: Any, drop: Any = None, norm: Any = None) -> Tensor:
+    """`norm(drop(act(gate) * up))`."""
+    by_silu = role(act) == "silu"
+    if by_silu and role(norm) == "layer_norm" and (drop is None or not drops(drop)) and serves("swiglu_norm", gate):
+        parameters = norm_parameters(norm, gate)
+        if parameters is not None and parameters[0] is not None and gate.dtype == up.dtype:
+            return swiglu(gate, up, *parameters)
+    fused = by_silu and serves("swiglu", gate) and gate.dtype == up.dtype
+    hidden = swiglu(gate, up) if fused else act(gate) * up
+    hidden = hidden if drop is None else drop(hidden)
+    return hidden if norm is None else norm(hidden)

@@ -1,0 +1,72 @@
+"""The swap: a module's class becomes a subclass of its own with another forward. Nothing else of it changes.
+
+Parameters, buffers, hooks and names stay, so do `isinstance` and the class's name; the way back is the same step.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from evakernels.dropin._serve import ROLES
+
+_SERVED: dict[type, type] = {}
+_ORIGINAL: dict[type, type] = {}
+
+
+class Swapped(nn.Module):
+    """Base of the classes whose forward takes the place of another; the class that it serves stands behind it."""
+
+    if TYPE_CHECKING:
+        # Its attributes are those of another library's class.
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A pickle names the original class: that can be imported."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        original = _ORIGINAL.get(type(self))
+        return reduced if original is None else (_rebuild, (original,), *reduced[2:])
+
+
+def own_class(module: nn.Module) -> type:
+    """The module's class, seen through the one that FSDP2 puts in front of it."""
+    cls = type(module)
+    return cls.__bases__[-1] if _is_wrapper(cls) else cls
+
+
+def original_class(cls: type) -> type | None:
+    """The class that `cls` serves, or None for a class that isn't of this package."""
+    return _ORIGINAL.get(cls)
+
+
+def served_class(original: type, forward: type[Swapped]) -> type:
+    """The subclass of `original` that runs `forward`'s forward, always the same one."""
+    if original not in _SERVED:
+        names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+        served = type(original.__name__, (forward, original), names)
+        _SERVED[original], _ORIGINAL[served] = served, original
+        if original in ROLES:
+            ROLES[served] = ROLES[original]
+    return _SERVED[original]
+
+
+def set_class(module: nn.Module, cls: type) -> None:
+    """Gives the module the class `cls`, behind FSDP2's if that is there."""
+    current = type(module)
+    if _is_wrapper(current):
+        kept = {name: value for name, value in vars(current).items() if name not in ("__dict__", "__weakref__")}
+        cls = type(current.__name__, (*current.__bases__[:-1], cls), kept)
+    module.__class__ = cls
+
+
+def _is_wrapper(cls: type) -> bool:
+    """Such a class is made at run time, of a class of torch.distributed and the module's own."""
+    bases = cls.__bases__
+    return len(bases) == 2 and bases[0].__module__.startswith("torch.distributed.")
+
+
+def _rebuild(original: type) -> Any:
+    """An empty module for `pickle` and `copy` to fill: swapped where this library still knows the class."""
+    from evakernels.dropin._rule import served
+
+    cls: Any = served(original) or original
+    return cls.__new__(cls)

@@ -1,0 +1,279 @@
+"""Rules for timm: the EVA family, ViT, DINOv3 and the Perception Encoder share these modules."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evakernels.dropin._gate import serves
+from evakernels.dropin._rule import Rule
+from evakernels.dropin._serve import add, add_norm, drops, gated, norm_add, role
+from evakernels.dropin._swap import Swapped
+from evakernels.dropin.torch_modules import LayerNorm as _LayerNorm
+from evakernels.dropin.torch_modules import RMSNorm, by_silu, last_dimension
+from evakernels.nn import linear
+from evakernels.ops import gelu, rope_attention, token_dropout
+from evakernels.ops.rope_attention import MAX_PREFIX
+
+ROLES = {
+    "timm.layers.norm.LayerNorm": "layer_norm",
+    "timm.layers.norm.RmsNorm": "rms_norm",
+    "timm.layers.drop.DropPath": "drop_path",
+    "timm.layers.layer_scale.LayerScale": "layer_scale",
+}
+
+
+class LayerNorm(_LayerNorm):
+    """As torch's, whose argument has another name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class GELUTanh(Swapped):
+    """GELU by tanh."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if serves("gelu", input):
+            return gelu(input, approximate="tanh")
+        y: Tensor = super().forward(input)
+        return y
+
+
+# --- MLPs -----------------------------------------------------------------------------------------------------------
+
+
+class SwiGLU(Swapped):
+    """Two projections."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = gated(self.fc1_g(x), self.fc1_x(x), self.act, self.drop1, self.norm)
+        y: Tensor = self.drop2(self.fc2(hidden))
+        return y
+
+
+class GluMlp(Swapped):
+    """One packed projection."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.fc1(x).chunk(2, dim=-1)
+        gate, up = (second, first) if self.gate_last else (first, second)
+        hidden = gated(gate, up, self.act, self.drop1, self.norm)
+        y: Tensor = self.drop2(self.fc2(hidden))
+        return y
+
+
+def _packed_by_silu(module: Any) -> str | None:
+    return by_silu(module) if module.chunk_dim == -1 else "it is made of convolutions"
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+class _Attention(Swapped):
+    """What the three attention modules share."""
+
+    def _is_fused(self, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None) -> bool:
+        unrotated = "attention_training" if torch.is_grad_enabled() else "attention"
+        op = unrotated if rope is None else "rope_attention"
+        return attn_mask is None and self.fused_attn and not drops(self.attn_drop) and serves(op, x, of_product=True)
+
+    def _project(self, x: Tensor) -> list[Tensor]:
+        """q, k, v, `[B, N, heads, head_dim]`."""
+        parts: Any
+        if self.qkv is None:
+            parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        elif getattr(self, "q_bias", None) is None:
+            parts = self.qkv(x).chunk(3, dim=-1)
+        else:
+            bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+            projected = self.qkv(x) + bias if self.qkv_bias_separate else linear(x, self.qkv.weight, bias)
+            parts = projected.chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in parts)
+        return [self.q_norm(q), self.k_norm(k), v]
+
+    def _attend(self, x: Tensor, **options: Any) -> Tensor:
+        q, k, v = self._project(x)
+        out = self.norm(rope_attention(q.type_as(v), k.type_as(v), v, **options).flatten(2))
+        gate = getattr(self, "gate", None)
+        if gate is not None:
+            out = out * gate(x).sigmoid()
+        y: Tensor = self.proj_drop(self.proj(out))
+        return y
+
+
+class Attention(_Attention):
+    """Without a rotation."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if self._is_fused(x, None, attn_mask):
+            return self._attend(x, causal=is_causal)
+        y: Tensor = super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        return y
+
+
+class RotaryAttention(_Attention):
+    """With one, by tables of all heads or of each, of all samples or of each."""
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        if self._is_fused(x, rope, attn_mask):
+            rotation = {} if rope is None else self._rotation(x, rope)
+            if rotation is not None:
+                return self._attend(x, causal=is_causal, **rotation)
+        y: Tensor = super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+        return y
+
+    def _rotation(self, x: Tensor, rope: Tensor) -> dict[str, Any] | None:
+        """`rope_attention`'s arguments for timm's table `[..., P, 2 * head_dim]`, which holds each angle twice."""
+        batch, prefix, half = x.shape[0], self.num_prefix_tokens, bool(getattr(self, "rotate_half", False))
+        patches, width = x.shape[1] - prefix, rope.shape[-1] // 2
+        if (torch.is_grad_enabled() and rope.requires_grad) or prefix > MAX_PREFIX or rope.shape[-2] != patches:
+            return None
+        table, index = rope.detach(), None
+        if table.dim() == 4:  # patch dropout gives each sample the rows of its own patches
+            if table.shape[0] != batch or table.shape[1] not in (1, self.num_heads):
+                return None
+            index = torch.arange(batch * patches, device=x.device).view(batch, patches)
+            table = table.transpose(0, 1).flatten(1, 2)
+        if table.dim() == 3 and table.shape[0] == 1:
+            table = table[0]
+        if table.dim() not in (2, 3) or (table.dim() == 3 and table.shape[0] != self.num_heads):
+            return None
+        sin, cos = table.split(width, dim=-1)
+        pairs = slice(0, width // 2) if half else slice(0, width, 2)
+        return {
+            "cos": cos[..., pairs],
+            "sin": sin[..., pairs],
+            "token_index": index,
+            "num_prefix": prefix,
+            "interleaved": not half,
+        }
+
+
+def _as_many_keys(module: Any) -> str | None:
+    groups = getattr(module, "num_kv_groups", 1)
+    return None if groups == 1 else f"{groups} query heads share a key"
+
+
+# --- blocks ---------------------------------------------------------------------------------------------------------
+
+
+class Block(Swapped):
+    """ViT's."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        branch = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+        y, x = add_norm(x, branch, self.norm2, self.ls1, self.drop_path1)
+        return add(x, self.mlp(y), self.ls2, self.drop_path2)
+
+
+class EvaBlock(Swapped):
+    """EVA's, whose layer scale is a parameter of its own."""
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        branch = self.attn(
+            self.norm1(x),
+            rope=rope,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+        )
+        y, x = add_norm(x, branch, self.norm2, self.gamma_1, self.drop_path1)
+        return add(x, self.mlp(y), self.gamma_2, self.drop_path2)
+
+
+class PostNormBlock(Swapped):
+    """Of either, with the norms behind the branches."""
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        x = norm_add(x, self.attn(x, *args, **options), self.norm1, self.drop_path1)
+        return norm_add(x, self.mlp(x), self.norm2, self.drop_path2)
+
+
+def _block_gate(module: Any) -> str:
+    scale = getattr(module, "gamma_1", getattr(module, "ls1", None))
+    return "add_norm" if scale is None or role(scale) == "identity" else "scaled_add_norm"
+
+
+# --- patch dropout --------------------------------------------------------------------------------------------------
+
+
+class PatchDropout(Swapped):
+    """The same draw; prefix and kept patches come out of one gather."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _drop_patches(self, x)[0] if _drops_patches(self, x) else super().forward(x)
+        return y
+
+
+class PatchDropoutWithIndices(Swapped):
+    """As `PatchDropout`, with the indices."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        y: tuple[Tensor, Tensor | None] = _drop_patches(self, x) if _drops_patches(self, x) else super().forward(x)
+        return y
+
+
+def _drops_patches(module: Any, x: Tensor) -> bool:
+    return module.training and module.prob > 0 and serves("token_dropout", x) and x.dim() == 3
+
+
+def _drop_patches(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    prefix = module.num_prefix_tokens
+    batch, patches = x.shape[0], x.shape[1] - prefix
+    kept = max(1, int(patches * (1.0 - module.prob)))
+    keep = torch.argsort(torch.randn(batch, patches, device=x.device), dim=-1)[:, :kept]
+    if module.ordered:
+        keep = keep.sort(dim=-1)[0]
+    rows = (
+        keep if prefix == 0 else torch.cat((torch.arange(prefix, device=x.device).expand(batch, -1), keep + prefix), 1)
+    )
+    return token_dropout(x, rows), keep
+
+
+_VIT, _EVA, _LAYERS = "timm.models.vision_transformer", "timm.models.eva", "timm.layers"
+_ROTATION = tuple(
+    f"{_LAYERS}.pos_embed_sincos.{name}"
+    for name in ("apply_rot_embed_cat", "apply_rot_embed", "rot", "rope_rotate_half")
+)
+_DROP_PATH = (f"{_LAYERS}.drop.DropPath.forward", f"{_LAYERS}.drop.drop_path")
+_DROP_PATCHES = (f"{_LAYERS}.patch_dropout.patch_dropout_forward",)
+
+RULES = (
+    Rule(LayerNorm, f"{_LAYERS}.norm.LayerNorm", "layer_norm", "layer_norm", reason=last_dimension),
+    Rule(RMSNorm, f"{_LAYERS}.norm.RmsNorm", "rms_norm", "rms_norm", reason=last_dimension),
+    Rule(GELUTanh, f"{_LAYERS}.activations.GELUTanh", "gelu", "gelu"),
+    Rule(SwiGLU, f"{_LAYERS}.mlp.SwiGLU", "swiglu", "swiglu_norm", reason=by_silu),
+    Rule(GluMlp, f"{_LAYERS}.mlp.GluMlp", "swiglu", "swiglu", reason=_packed_by_silu),
+    Rule(Attention, f"{_LAYERS}.attention.Attention", "rope_attention", "attention"),
+    Rule(
+        RotaryAttention,
+        f"{_LAYERS}.attention.AttentionRope",
+        "rope_attention",
+        "rope_attention",
+        helpers=_ROTATION,
+        reason=_as_many_keys,
+    ),
+    Rule(RotaryAttention, f"{_EVA}.EvaAttention", "rope_attention", "rope_attention", helpers=_ROTATION),
+    Rule(Block, f"{_VIT}.Block", "add_layer_norm", _block_gate, helpers=_DROP_PATH),
+    Rule(PostNormBlock, f"{_VIT}.ResPostBlock", "layer_norm_add", "norm_add", helpers=_DROP_PATH),
+    Rule(PostNormBlock, f"{_EVA}.EvaBlockPostNorm", "layer_norm_add", "norm_add", helpers=_DROP_PATH),
+    Rule(EvaBlock, f"{_EVA}.EvaBlock", "add_layer_norm", _block_gate, helpers=_DROP_PATH),
+    Rule(
+        PatchDropout,
+        f"{_LAYERS}.patch_dropout.PatchDropout",
+        "token_dropout",
+        "token_dropout",
+        helpers=_DROP_PATCHES,
+    ),
+    Rule(
+        PatchDropoutWithIndices,
+        f"{_LAYERS}.patch_dropout.PatchDropoutWithIndices",
+        "token_dropout",
+        "token_dropout",
+        helpers=_DROP_PATCHES,
+    ),
+)

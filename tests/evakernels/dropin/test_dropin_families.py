@@ -1,0 +1,101 @@
+"""Every family beside its untouched model: features, gradients, a training run."""
+
+import copy
+
+import pytest
+import torch
+from dropin_families import FAMILIES, gradients, ops_of, run
+
+import evakernels
+
+pytestmark = pytest.mark.usefixtures("everything_served")
+
+every_family = pytest.mark.parametrize("name", FAMILIES)
+both_modes = pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+
+
+def _pair(name):
+    family = FAMILIES[name]
+    untouched = family.build()
+    model = copy.deepcopy(untouched)
+    evakernels.accelerate(model)
+    return family, model, untouched
+
+
+def _assert_close(actual, expected, bound):
+    """To `bound` of the largest value: a feature near zero is a difference of larger ones."""
+    torch.testing.assert_close(
+        actual, expected, rtol=0, atol=bound * float(expected.detach().abs().max().clamp_min(1e-6))
+    )
+
+
+@every_family
+@both_modes
+def test_features_are_those_of_the_untouched_model(name, training):
+    family, model, untouched = _pair(name)
+    actual, expected = (run(family, m.train(training), 1) for m in (model, untouched))
+    _assert_close(actual, expected, 1e-5)
+
+
+@every_family
+@both_modes
+def test_features_without_gradients(name, training):
+    family, model, untouched = _pair(name)
+    with torch.no_grad():
+        actual, expected = (run(family, m.train(training), 1) for m in (model, untouched))
+    _assert_close(actual, expected, 1e-5)
+
+
+@every_family
+def test_gradients_are_those_of_the_untouched_model(name):
+    family, model, untouched = _pair(name)
+    actual, expected = (gradients(family, m.train(), 2) for m in (model, untouched))
+    assert list(actual) == list(expected)
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for key, gradient in expected.items():
+        torch.testing.assert_close(
+            actual[key], gradient, rtol=1e-4, atol=1e-5 * largest, msg=lambda m, k=key: f"{k}: {m}"
+        )
+
+
+@every_family
+def test_the_model_runs_on_the_ops(name):
+    family, model, untouched = _pair(name)
+    assert ops_of(family, model.train()) == family.ops
+    assert ops_of(family, untouched.train()) == set()
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bit_the_error_is_that_of_the_untouched_model(name, dtype):
+    family, model, untouched = _pair(name)
+    with torch.no_grad():
+        exact = run(family, untouched, 1)
+        errors = []
+        for m in (model, copy.deepcopy(untouched)):
+            cast = m.to(dtype)
+            inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in family.inputs(1).items()}
+            errors.append(float((family.features(cast, inputs).float() - exact).norm()))
+    assert errors[0] <= 1.5 * errors[1]
+
+
+@every_family
+def test_fifty_steps_of_training_follow_the_untouched_model(name):
+    family, model, untouched = _pair(name)
+    curves = []
+    for m in (model, untouched):
+        m.train()
+        optimizer = torch.optim.AdamW(m.parameters(), lr=3e-4)
+        curve = []
+        for step in range(50):
+            out = run(family, m, step % 5)
+            target = torch.randn(out.shape[-1], generator=torch.Generator().manual_seed(step % 5))
+            loss = (out.mean(tuple(range(out.dim() - 1))) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(float(loss.detach()))
+        curves.append(curve)
+    ours, theirs = map(torch.tensor, curves)
+    assert theirs[-5:].mean() < 0.9 * theirs[:5].mean()
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
