@@ -36,9 +36,9 @@ The launchers write into arrays that the caller allocated: a way to profile a ke
 and to use it on arrays that are not torch's. An array is anything with the buffer protocol or DLPack; dense unless said
 otherwise; float32, float16, or bfloat16 (through DLPack only). All arrays of a call are on one device.
 
-On the CPU a launcher runs on the calling thread alone. isa: "baseline", "avx2", "avx512", or None for the active
-one. On a GPU, if this build has kernels for it, it returns before they have run; stream: the address of the
-cudaStream_t that they are put on, 0 for the default one.
+On the CPU a launcher runs on the calling thread alone. isa: "baseline", "avx2", "avx512", "avx512_bf16", or None
+for the active one. On a GPU, if this build has kernels for it, it returns before they have run; stream: the address of
+the cudaStream_t that they are put on, 0 for the default one.
 
 Attention and the contrastive losses have no launchers: on the CPU they call the matrix products of torch. Wrong arrays
 raise a ValueError or a TypeError that names them.)";

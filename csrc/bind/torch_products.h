@@ -22,13 +22,6 @@ inline void multiply_stacks_into(const Tensor& out, const Tensor& a, const Tenso
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(out.get(), a.get(), b.get()));
 }
 
-// out = a @ b - subtrahend.
-inline void multiply_stacks_less(const Tensor& out, const Tensor& a, const Tensor& b,
-                                 const Tensor& subtrahend) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_baddbmm_out(out.get(), subtrahend.get(), a.get(), b.get(), -1.0, 1.0));
-}
-
 // a * b, the dtype that of torch.
 inline Tensor product_of_elements(const Tensor& a, const Tensor& b) {
   AtenTensorHandle result = nullptr;

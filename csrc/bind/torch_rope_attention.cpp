@@ -1,20 +1,25 @@
-// rope_attention as torch operators: torch's matrix products on a few heads at a time, and one pass over
-// their scores.
+// rope_attention as torch operators. In bfloat16, where the machine has products of it: the kernels of
+// cpu/bfloat16_attention.h. Else: torch's matrix products on a few heads at a time, in float32, and one pass
+// over their scores, which stay in the cache.
 //
-// The scores of a chunk stay in the cache, and no rotated q or k exists as a whole. At these lengths that is
-// faster than torch's flash attention. Two threads of a Zen 5, November 2026, forward and backward in ms
-// (torch's rotation and flash attention; the same through torch.compile; this), medians of 10:
+// No rotated q or k exists as a whole. Two threads of a Zen 5, November 2026, forward and backward in ms,
+// medians. float32: torch's rotation and flash attention; the same through torch.compile; this. bfloat16:
+// torch's; its products of bfloat16 with the scores computed twice, as their results are rounded; this.
 //
 //   B, N, H, D            float32               bfloat16
-//   16, 197, 12, 64        87 /  73 /  68        67 /  59 /  29
-//    8, 257, 16, 64        65 /  60 /  51        69 /  62 /  33
-//    8, 577, 16, 64       340 / 288 / 255       275 / 249 / 171
-//    8, 257, 16, 112      131 / 123 / 101        99 /  93 /  44
-//   16,  77,  8, 64        8.4 / 8.6 / 7.5      13.0 / 13.0 / 4.1    (causal, not rotated)
+//   16, 197, 12, 64        87 /  73 /  68        64 /  25 / 12.9
+//   16,  99, 12, 64                              30 / 8.8 /  3.7
+//    8, 257, 16, 64        65 /  60 /  51        65 /  26 / 13.8
+//    8, 577, 16, 64       340 / 288 / 255       294 / 122 /  62
+//    8, 257, 16, 88                              84 /  36 / 19.8
+//    8, 257, 16, 112      131 / 123 / 101       102 /  39 /  23
+//    8, 257, 16, 128                            134 /  43 /  26
+//   16,  77,  8, 64        8.4 / 8.6 / 7.5      11.6 / 3.3 /  1.2    (causal, not rotated)
 #include <algorithm>
 
 #include "bind/attention_arguments.h"
 #include "bind/torch_products.h"
+#include "cpu/bfloat16_attention.h"
 #include "cpu/rope_attention.h"
 
 namespace evakernels {
@@ -23,9 +28,7 @@ namespace {
 // The scores of a chunk: 4 MiB in float32.
 constexpr int64_t kChunkElements = int64_t{1} << 20;
 
-// Smaller products than these gain nothing from being made of bfloat16.
-constexpr int64_t kMinTokens = 32;
-constexpr int64_t kMinHeadDim = 32;
+HeadsShape shape_of(const Tensor& heads) { return {heads.size(1), heads.size(2), heads.size(3)}; }
 
 // cos and sin with one entry for each element, see Rotation.
 class Tables {
@@ -86,12 +89,7 @@ class Tables {
   bool interleaved_;
 };
 
-// Heads [first, first + count) of all samples, packed, in the dtype of the products.
-//
-// Products of bfloat16 matrices are several times faster than those of float32 where the machine has them
-// (Zen 5, one thread, 128 heads of 257 x 64: 1.4 ms against 10 ms). Their results are rounded to
-// bfloat16, which the scores can't bear; so scores are computed twice, the second time less the rounded
-// first, and the sum of both has 16 bits. The other products' results would be rounded anyway.
+// Heads [first, first + count) of all samples, packed, in float32.
 class Chunks {
  public:
   Chunks(const Tensor& q, const Tables& tables, bool causal, double scale)
@@ -99,10 +97,8 @@ class Chunks {
         causal_(causal),
         scale_(static_cast<float>(scale)),
         dtype_(dtype_of(q, "q")),
-        shape_{q.size(1), q.size(2), q.size(3)},
+        shape_(shape_of(q)),
         heads_(q.size(0) * q.size(2)) {
-    split_ = dtype_ == DType::BFloat16 && shape_.tokens >= kMinTokens && shape_.head_dim >= kMinHeadDim &&
-             cpu::has_bfloat16_products(cpu::active_isa());
     const int64_t fitting = kChunkElements / std::max<int64_t>(1, shape_.tokens * shape_.tokens);
     const int64_t threads = torch::stable::get_num_threads();
     // Which heads share a chunk doesn't touch the result: products of a stack are independent of each other.
@@ -113,14 +109,9 @@ class Chunks {
   int64_t tokens() const { return shape_.tokens; }
   int64_t heads() const { return heads_; }
   int64_t chunk() const { return chunk_; }
-  bool is_split() const { return split_; }
-  bool is_empty() const { return heads_ * shape_.tokens * shape_.head_dim == 0; }
-  DType packed_dtype() const { return split_ ? DType::BFloat16 : DType::Float32; }
 
-  Tensor new_vectors() const { return new_packed({chunk_, shape_.tokens, shape_.head_dim}); }
-  Tensor new_scores() const { return new_packed({chunk_, shape_.tokens, shape_.tokens}); }
-  // What rounding takes off scores; empty where they aren't rounded.
-  Tensor new_rest() const { return new_packed({split_ ? chunk_ : 0, shape_.tokens, shape_.tokens}); }
+  Tensor new_vectors() const { return new_float32(like_, {chunk_, shape_.tokens, shape_.head_dim}); }
+  Tensor new_scores() const { return new_float32(like_, {chunk_, shape_.tokens, shape_.tokens}); }
 
   void pack(const Tensor& source, Tensor& packed, int64_t first, bool rotated, float factor) const {
     cpu::pack_heads(packing(source, packed, first, rotated, false, factor), cpu::active_isa(),
@@ -131,38 +122,27 @@ class Chunks {
                       torch_parallel);
   }
 
-  // scores + rest = a @ b^T.
-  void score(const Tensor& scores, const Tensor& rest, const Tensor& a, const Tensor& b) const {
-    multiply_stacks_into(scores, a, transposed(b));
-    if (split_) multiply_stacks_less(rest, a, transposed(b), scores);
-  }
-
-  void weigh(const Tensor& scores, const Tensor& rest, float* lse) const {
+  void weigh(const Tensor& scores, float* lse) const {
     const AttentionWeights params = {
-        .scores = scores.mutable_data_ptr(),
-        .scores_rest = split_ ? rest.const_data_ptr() : nullptr,
+        .scores = floats(scores),
         .lse = lse,
         .rows = scores.size(0) * shape_.tokens,
         .tokens = shape_.tokens,
         .causal = causal_,
-        .dtype = packed_dtype(),
     };
     cpu::attention_weights(params, cpu::active_isa(), torch_parallel);
   }
 
-  void differentiate(const Tensor& scores, const Tensor& rest, const Tensor& gradients,
-                     const Tensor& gradients_rest, const float* lse, const float* mean) const {
+  void differentiate(const Tensor& scores, const Tensor& gradients, const float* lse,
+                     const float* mean) const {
     const AttentionGradients params = {
-        .scores = scores.mutable_data_ptr(),
-        .scores_rest = split_ ? rest.const_data_ptr() : nullptr,
-        .gradients = gradients.mutable_data_ptr(),
-        .gradients_rest = split_ ? gradients_rest.const_data_ptr() : nullptr,
+        .scores = floats(scores),
+        .gradients = floats(gradients),
         .lse = lse,
         .mean = mean,
         .rows = scores.size(0) * shape_.tokens,
         .tokens = shape_.tokens,
         .causal = causal_,
-        .dtype = packed_dtype(),
     };
     cpu::attention_gradients(params, cpu::active_isa(), torch_parallel);
   }
@@ -183,22 +163,19 @@ class Chunks {
   float scale() const { return scale_; }
 
  private:
-  Tensor new_packed(const std::vector<int64_t>& sizes) const {
-    return new_tensor(like_, sizes, split_ ? ScalarType::BFloat16 : ScalarType::Float);
-  }
+  static float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
   PackHeads packing(const Tensor& heads, const Tensor& packed, int64_t first, bool rotated, bool backwards,
                     float factor) const {
     return {
         .heads = view_of(heads),
-        .packed = packed.mutable_data_ptr(),
+        .packed = floats(packed),
         .shape = shape_,
         .rotation = rotated ? tables_.rotation(backwards) : Rotation{},
         .factor = factor,
         .first = first,
         .count = packed.size(0),
         .dtype = dtype_,
-        .packed_dtype = packed_dtype(),
     };
   }
 
@@ -209,9 +186,23 @@ class Chunks {
   HeadsShape shape_;
   int64_t heads_;
   int64_t chunk_;
-  bool split_;
   Tensor like_;
 };
+
+bool serves_bfloat16(const Tensor& q) {
+  return q.scalar_type() == ScalarType::BFloat16 &&
+         cpu::has_bfloat16_attention(cpu::active_isa(), shape_of(q));
+}
+
+AttentionOfHeads heads_of(const Tensor& q, const Tables& tables, bool causal, double scale) {
+  return {
+      .shape = shape_of(q),
+      .rotation = tables.rotation(false),
+      .count = q.size(0) * q.size(2),
+      .scale = static_cast<float>(scale),
+      .causal = causal,
+  };
+}
 
 std::tuple<Tensor, Tensor> rope_attention_forward(const Tensor& q_any, const Tensor& k_any,
                                                   const Tensor& v_any, std::optional<Tensor> cos,
@@ -224,20 +215,31 @@ std::tuple<Tensor, Tensor> rope_attention_forward(const Tensor& q_any, const Ten
   const Chunks chunks(q, tables, causal, scale);
   const Tensor out = new_tensor(q, q.sizes());
   const Tensor lse = new_float32(q, {q.size(0), q.size(2), q.size(1)});
-  if (chunks.is_empty()) return {out, lse};
+  if (q.numel() == 0) return {out, lse};
+  if (serves_bfloat16(q)) {
+    const BFloat16AttentionForward params = {
+        .q = view_of(q),
+        .k = view_of(k),
+        .v = view_of(v),
+        .out = view_of(out),
+        .lse = static_cast<float*>(lse.mutable_data_ptr()),
+        .of = heads_of(q, tables, causal, scale),
+    };
+    cpu::bfloat16_attention_forward(params, torch_parallel);
+    return {out, lse};
+  }
 
-  Tensor all[] = {chunks.new_vectors(), chunks.new_vectors(), chunks.new_vectors(), chunks.new_scores(),
-                  chunks.new_rest()};
+  Tensor all[] = {chunks.new_vectors(), chunks.new_vectors(), chunks.new_vectors(), chunks.new_scores()};
   for (int64_t first = 0; first < chunks.heads(); first += chunks.chunk()) {
     const int64_t count = std::min(chunks.chunk(), chunks.heads() - first);
     const auto part = [&](Tensor& tensor) { return torch::stable::narrow(tensor, 0, 0, count); };
     Tensor q_packed = part(all[0]), k_packed = part(all[1]), v_packed = part(all[2]);
-    const Tensor scores = part(all[3]), rest = chunks.is_split() ? part(all[4]) : all[4];
+    const Tensor scores = part(all[3]);
     chunks.pack(q, q_packed, first, true, chunks.scale());
     chunks.pack(k, k_packed, first, true, 1.0f);
     chunks.pack(v, v_packed, first, false, 1.0f);
-    chunks.score(scores, rest, q_packed, k_packed);
-    chunks.weigh(scores, rest, static_cast<float*>(lse.mutable_data_ptr()) + first * chunks.tokens());
+    multiply_stacks_into(scores, q_packed, transposed(k_packed));
+    chunks.weigh(scores, static_cast<float*>(lse.mutable_data_ptr()) + first * chunks.tokens());
     multiply_stacks_into(q_packed, scores, v_packed);
     chunks.unpack(q_packed, out, first, false, 1.0f);
   }
@@ -258,11 +260,26 @@ std::tuple<Tensor, Tensor, Tensor> rope_attention_backward(
   const Tensor dq = new_tensor(q, q.sizes());
   const Tensor dk = new_tensor(q, q.sizes());
   const Tensor dv = new_tensor(q, q.sizes());
-  if (chunks.is_empty()) return {dq, dk, dv};
+  if (q.numel() == 0) return {dq, dk, dv};
+  if (serves_bfloat16(q)) {
+    const BFloat16AttentionBackward params = {
+        .dout = view_of(dout),
+        .q = view_of(q),
+        .k = view_of(k),
+        .v = view_of(v),
+        .out = view_of(out),
+        .lse = static_cast<const float*>(lse.const_data_ptr()),
+        .dq = view_of(dq),
+        .dk = view_of(dk),
+        .dv = view_of(dv),
+        .of = heads_of(q, tables, causal, scale),
+    };
+    cpu::bfloat16_attention_backward(params, torch_parallel);
+    return {dq, dk, dv};
+  }
 
-  Tensor all[] = {chunks.new_vectors(), chunks.new_vectors(), chunks.new_vectors(),
-                  chunks.new_vectors(), chunks.new_vectors(), chunks.new_scores(),
-                  chunks.new_scores(),  chunks.new_rest(),    chunks.new_rest()};
+  Tensor all[] = {chunks.new_vectors(), chunks.new_vectors(), chunks.new_vectors(), chunks.new_vectors(),
+                  chunks.new_vectors(), chunks.new_scores(),  chunks.new_scores()};
   std::vector<float> mean(chunks.chunk() * chunks.tokens());
   for (int64_t first = 0; first < chunks.heads(); first += chunks.chunk()) {
     const int64_t count = std::min(chunks.chunk(), chunks.heads() - first);
@@ -270,17 +287,15 @@ std::tuple<Tensor, Tensor, Tensor> rope_attention_backward(
     Tensor q_packed = part(all[0]), k_packed = part(all[1]), v_packed = part(all[2]),
            dout_packed = part(all[3]);
     const Tensor result = part(all[4]), scores = part(all[5]), gradients = part(all[6]);
-    const Tensor rest = chunks.is_split() ? part(all[7]) : all[7];
-    const Tensor gradients_rest = chunks.is_split() ? part(all[8]) : all[8];
     chunks.pack(q, q_packed, first, true, chunks.scale());
     chunks.pack(k, k_packed, first, true, 1.0f);
     chunks.pack(v, v_packed, first, false, 1.0f);
     chunks.pack(dout, dout_packed, first, false, 1.0f);
     // The mean of the weights' gradients is that of dout * out over the channels (Dao et al. 2022).
     chunks.dots(dout, out, mean.data(), first, count);
-    chunks.score(scores, rest, q_packed, k_packed);
-    chunks.score(gradients, gradients_rest, dout_packed, v_packed);
-    chunks.differentiate(scores, rest, gradients, gradients_rest,
+    multiply_stacks_into(scores, q_packed, transposed(k_packed));
+    multiply_stacks_into(gradients, dout_packed, transposed(v_packed));
+    chunks.differentiate(scores, gradients,
                          static_cast<const float*>(lse.const_data_ptr()) + first * chunks.tokens(),
                          mean.data());
     multiply_stacks_into(result, transposed(scores), dout_packed);

@@ -1,6 +1,4 @@
-// Parameters of the rope_attention launchers. Those of the CPU: what stands between the matrix products of an
-// attention. The products work on a chunk of consecutive heads, packed; head h of sample b is number
-// b * heads + h.
+// Parameters of the rope_attention launchers. Head h of sample b is number b * heads + h.
 #pragma once
 
 #include <cstdint>
@@ -35,43 +33,38 @@ struct Rotation {
   bool backwards;
 };
 
+// --- CPU: what stands between torch's matrix products, which work on a chunk of consecutive heads ----------
+
 // packed = factor * rotate(heads), or the other way round.
 struct PackHeads {
   HeadsView heads;  // dtype
-  void* packed;     // [count, N, D], packed_dtype: float32, or as dtype
+  float* packed;    // [count, N, D]
   HeadsShape shape;
   Rotation rotation;
   float factor;
   int64_t first;  // of `count` heads
   int64_t count;
   DType dtype;
-  DType packed_dtype;
 };
 
-// Softmax over the last axis. float32: in place. bfloat16: of the sum of two addends, the first becomes the
-// result.
+// Softmax over the last axis, in place.
 struct AttentionWeights {
-  void* scores;             // [rows, N], dtype
-  const void* scores_rest;  // [rows, N], bfloat16; null for float32
-  float* lse;               // [rows]
-  int64_t rows;             // of all heads, one after the other
+  float* scores;  // [rows, N]
+  float* lse;     // [rows]
+  int64_t rows;   // of all heads, one after the other
   int64_t tokens;
   bool causal;
-  DType dtype;
 };
 
 // The same in backward: scores become weights, and the gradients of the weights become those of the scores.
 struct AttentionGradients {
-  void* scores;
-  const void* scores_rest;
-  void* gradients;
-  const void* gradients_rest;
+  float* scores;
+  float* gradients;
   const float* lse;   // [rows]
   const float* mean;  // [rows], of the gradients under the weights
   int64_t rows;
   int64_t tokens;
   bool causal;
-  DType dtype;
 };
 
 // The dot products of two tensors' vectors.
@@ -83,6 +76,38 @@ struct HeadDots {
   int64_t first;
   int64_t count;
   DType dtype;
+};
+
+// --- CPU: attention of whole heads in bfloat16 -------------------------------------------------------------
+
+struct AttentionOfHeads {
+  HeadsShape shape;
+  Rotation rotation;
+  int64_t count;  // of heads, those of all samples
+  float scale;
+  bool causal;
+};
+
+struct BFloat16AttentionForward {
+  HeadsView q;
+  HeadsView k;
+  HeadsView v;
+  HeadsView out;
+  float* lse;  // [count, N]
+  AttentionOfHeads of;
+};
+
+struct BFloat16AttentionBackward {
+  HeadsView dout;
+  HeadsView q;
+  HeadsView k;
+  HeadsView v;
+  HeadsView out;
+  const float* lse;  // [count, N]
+  HeadsView dq;
+  HeadsView dk;
+  HeadsView dv;
+  AttentionOfHeads of;
 };
 
 // --- GPU: the whole op -------------------------------------------------------------------------------------

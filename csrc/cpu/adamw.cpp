@@ -9,13 +9,7 @@
 namespace evakernels::cpu {
 namespace {
 
-const AdamwKernels& kernels_for(Isa isa) {
-#ifdef EVAKERNELS_X86
-  if (isa == Isa::Avx512) return avx512::adamw;
-  if (isa == Isa::Avx2) return avx2::adamw;
-#endif
-  return baseline::adamw;
-}
+const AdamwKernels& kernels_for(Isa isa) { return EVAKERNELS_OF_ISA(isa, adamw); }
 
 AdamwFactors factors_of(const OptimizedTensor& tensor, const AdamwUpdate& params) {
   return {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/adamw.h"
+#include "cpu/isa_namespaces.h"
 
 namespace evakernels::cpu {
 
@@ -21,14 +22,6 @@ struct AdamwKernels {
                  const AdamwFactors& factors, int64_t begin, int64_t end);
 };
 
-namespace baseline {
-extern const AdamwKernels adamw;
-}
-namespace avx2 {
-extern const AdamwKernels adamw;
-}
-namespace avx512 {
-extern const AdamwKernels adamw;
-}
+EVAKERNELS_FOR_EACH_ISA(extern const AdamwKernels adamw;)
 
 }  // namespace evakernels::cpu

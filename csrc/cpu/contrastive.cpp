@@ -11,13 +11,7 @@
 namespace evakernels::cpu {
 namespace {
 
-const ContrastiveKernels& kernels_for(Isa isa) {
-#ifdef EVAKERNELS_X86
-  if (isa == Isa::Avx512) return avx512::contrastive;
-  if (isa == Isa::Avx2) return avx2::contrastive;
-#endif
-  return baseline::contrastive;
-}
+const ContrastiveKernels& kernels_for(Isa isa) { return EVAKERNELS_OF_ISA(isa, contrastive); }
 
 // Calls body(block, first column, one past the last) for the column blocks of a tile.
 template <class Body>

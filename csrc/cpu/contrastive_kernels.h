@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/contrastive.h"
+#include "cpu/isa_namespaces.h"
 
 namespace evakernels::cpu {
 
@@ -31,14 +32,6 @@ struct ContrastiveKernels {
   void (*finish_image)(const ImageRows& params, int64_t begin, int64_t end);
 };
 
-namespace baseline {
-extern const ContrastiveKernels contrastive;
-}
-namespace avx2 {
-extern const ContrastiveKernels contrastive;
-}
-namespace avx512 {
-extern const ContrastiveKernels contrastive;
-}
+EVAKERNELS_FOR_EACH_ISA(extern const ContrastiveKernels contrastive;)
 
 }  // namespace evakernels::cpu

@@ -6,13 +6,7 @@
 namespace evakernels::cpu {
 namespace {
 
-const GeluKernels& kernels_for(Isa isa) {
-#ifdef EVAKERNELS_X86
-  if (isa == Isa::Avx512) return avx512::gelu;
-  if (isa == Isa::Avx2) return avx2::gelu;
-#endif
-  return baseline::gelu;
-}
+const GeluKernels& kernels_for(Isa isa) { return EVAKERNELS_OF_ISA(isa, gelu); }
 
 }  // namespace
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/gelu.h"
+#include "cpu/isa_namespaces.h"
 
 namespace evakernels::cpu {
 
@@ -15,14 +16,6 @@ struct GeluKernels {
   void (*backward)(const GeluBackward& params, const float* bias, float* dbias, int64_t begin, int64_t end);
 };
 
-namespace baseline {
-extern const GeluKernels gelu;
-}
-namespace avx2 {
-extern const GeluKernels gelu;
-}
-namespace avx512 {
-extern const GeluKernels gelu;
-}
+EVAKERNELS_FOR_EACH_ISA(extern const GeluKernels gelu;)
 
 }  // namespace evakernels::cpu

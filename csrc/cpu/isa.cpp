@@ -13,10 +13,10 @@ bool machine_has(Isa isa) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (isa == Isa::Avx2) return avx2;
-  if (isa == Isa::Avx512) {
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  }
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (isa == Isa::Avx512) return avx512;
+  if (isa == Isa::Avx512Bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   return isa == Isa::Baseline;
 }
@@ -41,6 +41,8 @@ Isa choose() {
 
 const char* name(Isa isa) {
   switch (isa) {
+    case Isa::Avx512Bf16:
+      return "avx512_bf16";
     case Isa::Avx512:
       return "avx512";
     case Isa::Avx2:
@@ -52,7 +54,7 @@ const char* name(Isa isa) {
 
 std::vector<Isa> built_isas() {
 #ifdef EVAKERNELS_X86
-  return {Isa::Baseline, Isa::Avx2, Isa::Avx512};
+  return {Isa::Baseline, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16};
 #else
   return {Isa::Baseline};
 #endif

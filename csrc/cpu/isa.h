@@ -7,7 +7,8 @@
 
 namespace evakernels::cpu {
 
-enum class Isa { Baseline, Avx2, Avx512 };
+// Avx512Bf16: what Avx512 means, and products of bfloat16.
+enum class Isa { Baseline, Avx2, Avx512, Avx512Bf16 };
 
 const char* name(Isa isa);
 

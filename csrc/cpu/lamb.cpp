@@ -10,13 +10,7 @@
 namespace evakernels::cpu {
 namespace {
 
-const LambKernels& kernels_for(Isa isa) {
-#ifdef EVAKERNELS_X86
-  if (isa == Isa::Avx512) return avx512::lamb;
-  if (isa == Isa::Avx2) return avx2::lamb;
-#endif
-  return baseline::lamb;
-}
+const LambKernels& kernels_for(Isa isa) { return EVAKERNELS_OF_ISA(isa, lamb); }
 
 LambDirection direction_of(const OptimizedTensor& tensor, const LambOptions& options) {
   return {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/lamb.h"
+#include "cpu/isa_namespaces.h"
 
 namespace evakernels::cpu {
 
@@ -36,14 +37,6 @@ struct LambKernels {
                 int64_t end);
 };
 
-namespace baseline {
-extern const LambKernels lamb;
-}
-namespace avx2 {
-extern const LambKernels lamb;
-}
-namespace avx512 {
-extern const LambKernels lamb;
-}
+EVAKERNELS_FOR_EACH_ISA(extern const LambKernels lamb;)
 
 }  // namespace evakernels::cpu

@@ -6,13 +6,7 @@
 namespace evakernels::cpu {
 namespace {
 
-const LayerNormKernels& kernels_for(Isa isa) {
-#ifdef EVAKERNELS_X86
-  if (isa == Isa::Avx512) return avx512::layer_norm;
-  if (isa == Isa::Avx2) return avx2::layer_norm;
-#endif
-  return baseline::layer_norm;
-}
+const LayerNormKernels& kernels_for(Isa isa) { return EVAKERNELS_OF_ISA(isa, layer_norm); }
 
 }  // namespace
 

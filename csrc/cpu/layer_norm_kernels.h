@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/layer_norm.h"
+#include "cpu/isa_namespaces.h"
 
 namespace evakernels::cpu {
 
@@ -18,14 +19,6 @@ struct LayerNormKernels {
                    int64_t begin, int64_t end);
 };
 
-namespace baseline {
-extern const LayerNormKernels layer_norm;
-}
-namespace avx2 {
-extern const LayerNormKernels layer_norm;
-}
-namespace avx512 {
-extern const LayerNormKernels layer_norm;
-}
+EVAKERNELS_FOR_EACH_ISA(extern const LayerNormKernels layer_norm;)
 
 }  // namespace evakernels::cpu

@@ -8,13 +8,7 @@
 namespace evakernels::cpu {
 namespace {
 
-const ResidualNormKernels& kernels_for(Isa isa) {
-#ifdef EVAKERNELS_X86
-  if (isa == Isa::Avx512) return avx512::residual_norm;
-  if (isa == Isa::Avx2) return avx2::residual_norm;
-#endif
-  return baseline::residual_norm;
-}
+const ResidualNormKernels& kernels_for(Isa isa) { return EVAKERNELS_OF_ISA(isa, residual_norm); }
 
 // The parameters as floats, for as long as a launcher runs.
 class FloatParameters {

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/residual_norm.h"
+#include "cpu/isa_namespaces.h"
 
 namespace evakernels::cpu {
 
@@ -43,14 +44,6 @@ struct ResidualNormKernels {
                             const NormAddSums& sums, int64_t begin, int64_t end);
 };
 
-namespace baseline {
-extern const ResidualNormKernels residual_norm;
-}
-namespace avx2 {
-extern const ResidualNormKernels residual_norm;
-}
-namespace avx512 {
-extern const ResidualNormKernels residual_norm;
-}
+EVAKERNELS_FOR_EACH_ISA(extern const ResidualNormKernels residual_norm;)
 
 }  // namespace evakernels::cpu

@@ -1,20 +1,12 @@
 #include "cpu/rope_attention.h"
 
-#include <vector>
-
 #include "cpu/rope_attention_kernels.h"
 #include "cpu/rows.h"
 
 namespace evakernels::cpu {
 namespace {
 
-const RopeAttentionKernels& kernels_for(Isa isa) {
-#ifdef EVAKERNELS_X86
-  if (isa == Isa::Avx512) return avx512::rope_attention;
-  if (isa == Isa::Avx2) return avx2::rope_attention;
-#endif
-  return baseline::rope_attention;
-}
+const RopeAttentionKernels& kernels_for(Isa isa) { return EVAKERNELS_OF_ISA(isa, rope_attention); }
 
 }  // namespace
 
@@ -32,10 +24,8 @@ void unpack_heads(const PackHeads& params, Isa isa, ParallelFor parallel_for) {
 
 void attention_weights(const AttentionWeights& params, Isa isa, ParallelFor parallel_for) {
   const auto weights = kernels_for(isa).weights;
-  run_parallel(parallel_for, params.rows, tasks_grain(params.tokens), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(params.tokens);
-    weights(params, scratch.data(), begin, end);
-  });
+  run_parallel(parallel_for, params.rows, tasks_grain(params.tokens),
+               [&](int64_t begin, int64_t end) { weights(params, begin, end); });
 }
 
 void attention_gradients(const AttentionGradients& params, Isa isa, ParallelFor parallel_for) {
@@ -48,14 +38,6 @@ void head_dots(const HeadDots& params, Isa isa, ParallelFor parallel_for) {
   const auto dots = kernels_for(isa).dots;
   run_parallel(parallel_for, params.count * params.shape.tokens, tasks_grain(params.shape.head_dim),
                [&](int64_t begin, int64_t end) { dots(params, begin, end); });
-}
-
-bool has_bfloat16_products([[maybe_unused]] Isa isa) {
-#ifdef EVAKERNELS_X86
-  return isa == Isa::Avx512 && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
 }
 
 }  // namespace evakernels::cpu

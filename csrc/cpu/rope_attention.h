@@ -13,7 +13,4 @@ void attention_weights(const AttentionWeights& params, Isa isa, ParallelFor para
 void attention_gradients(const AttentionGradients& params, Isa isa, ParallelFor parallel_for);
 void head_dots(const HeadDots& params, Isa isa, ParallelFor parallel_for);
 
-// Whether this process may use the machine's products of bfloat16 matrices.
-bool has_bfloat16_products(Isa isa);
-
 }  // namespace evakernels::cpu

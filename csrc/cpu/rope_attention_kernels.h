@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/rope_attention.h"
+#include "cpu/isa_namespaces.h"
 
 namespace evakernels::cpu {
 
@@ -11,20 +12,11 @@ namespace evakernels::cpu {
 struct RopeAttentionKernels {
   void (*pack)(const PackHeads& params, int64_t begin, int64_t end);
   void (*unpack)(const PackHeads& params, int64_t begin, int64_t end);
-  void (*weights)(const AttentionWeights& params, float* scratch, int64_t begin,
-                  int64_t end);  // scratch: [N]
+  void (*weights)(const AttentionWeights& params, int64_t begin, int64_t end);
   void (*gradients)(const AttentionGradients& params, int64_t begin, int64_t end);
   void (*dots)(const HeadDots& params, int64_t begin, int64_t end);
 };
 
-namespace baseline {
-extern const RopeAttentionKernels rope_attention;
-}
-namespace avx2 {
-extern const RopeAttentionKernels rope_attention;
-}
-namespace avx512 {
-extern const RopeAttentionKernels rope_attention;
-}
+EVAKERNELS_FOR_EACH_ISA(extern const RopeAttentionKernels rope_attention;)
 
 }  // namespace evakernels::cpu

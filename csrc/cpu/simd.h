@@ -52,7 +52,22 @@ static inline U32 zero_extend(U16 bits) {
 
 static inline F32 widen(U16 bits, BFloat16) { return bfloat16_to_float<F32>(zero_extend(bits)); }
 
+#if defined(__AVX512BF16__)
+// What is subnormal becomes 0.
+static inline U16 narrow_normal(F32 value) {
+  return __builtin_bit_cast(U16, _mm512_cvtneps_pbh(__builtin_bit_cast(__m512, value)));
+}
+
+static inline bool has_subnormal(F32 value) {
+  constexpr int kSubnormal = 0x20;
+  return _mm512_fpclass_ps_mask(__builtin_bit_cast(__m512, value), kSubnormal) != 0;
+}
+#endif
+
 static inline U16 narrow(F32 value, BFloat16) {
+#if defined(__AVX512BF16__)
+  if (!__builtin_expect(has_subnormal(value), 0)) return narrow_normal(value);
+#endif
   const U32 bits = float_to_bfloat16<U32>(value);
 #if defined(__AVX512F__)
   return __builtin_bit_cast(U16, _mm512_cvtepi32_epi16(__builtin_bit_cast(__m512i, bits)));
@@ -94,12 +109,30 @@ static inline F32 load(const T* source, Whole) {
   return widen(bits, T{});
 }
 
+#if defined(__AVX512F__)
+static inline uint16_t mask_of(Tail tail) { return static_cast<uint16_t>((1u << tail.lanes) - 1); }
+#endif
+
 // Lanes beyond the tail are zero.
+static inline F32 load(const float* source, Tail tail) {
+#if defined(__AVX512F__)
+  return __builtin_bit_cast(F32, _mm512_maskz_loadu_ps(mask_of(tail), source));
+#else
+  float padded[kLanes] = {};
+  __builtin_memcpy(padded, source, tail.lanes * sizeof(float));
+  return load(padded, Whole{});
+#endif
+}
+
 template <class T>
 static inline F32 load(const T* source, Tail tail) {
+#if defined(__AVX512F__)
+  return widen(__builtin_bit_cast(U16, _mm256_maskz_loadu_epi16(mask_of(tail), source)), T{});
+#else
   T padded[kLanes] = {};
   __builtin_memcpy(padded, source, tail.lanes * sizeof(T));
   return load(padded, Whole{});
+#endif
 }
 
 static inline void store(float* target, F32 value, Whole) { __builtin_memcpy(target, &value, sizeof value); }
@@ -110,11 +143,22 @@ static inline void store(T* target, F32 value, Whole) {
   __builtin_memcpy(target, &bits, sizeof bits);
 }
 
+static inline void store(float* target, F32 value, Tail tail) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(target, mask_of(tail), __builtin_bit_cast(__m512, value));
+#else
+  __builtin_memcpy(target, &value, tail.lanes * sizeof(float));
+#endif
+}
+
 template <class T>
 static inline void store(T* target, F32 value, Tail tail) {
-  T padded[kLanes];
-  store(padded, value, Whole{});
-  __builtin_memcpy(target, padded, tail.lanes * sizeof(T));
+  const U16 bits = narrow(value, T{});
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_epi16(target, mask_of(tail), __builtin_bit_cast(__m256i, bits));
+#else
+  __builtin_memcpy(target, &bits, tail.lanes * sizeof(T));
+#endif
 }
 
 static inline F32 fill_beyond(F32 value, float, Whole) { return value; }

@@ -8,13 +8,7 @@
 namespace evakernels::cpu {
 namespace {
 
-const SwigluKernels& kernels_for(Isa isa) {
-#ifdef EVAKERNELS_X86
-  if (isa == Isa::Avx512) return avx512::swiglu;
-  if (isa == Isa::Avx2) return avx2::swiglu;
-#endif
-  return baseline::swiglu;
-}
+const SwigluKernels& kernels_for(Isa isa) { return EVAKERNELS_OF_ISA(isa, swiglu); }
 
 }  // namespace
 

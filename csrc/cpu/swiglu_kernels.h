@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/swiglu.h"
+#include "cpu/isa_namespaces.h"
 
 namespace evakernels::cpu {
 
@@ -22,14 +23,6 @@ struct SwigluKernels {
                    float* scratch, int64_t begin, int64_t end);
 };
 
-namespace baseline {
-extern const SwigluKernels swiglu;
-}
-namespace avx2 {
-extern const SwigluKernels swiglu;
-}
-namespace avx512 {
-extern const SwigluKernels swiglu;
-}
+EVAKERNELS_FOR_EACH_ISA(extern const SwigluKernels swiglu;)
 
 }  // namespace evakernels::cpu

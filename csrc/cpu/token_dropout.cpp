@@ -9,13 +9,7 @@
 namespace evakernels::cpu {
 namespace {
 
-const TokenDropoutKernels& kernels_for(Isa isa) {
-#ifdef EVAKERNELS_X86
-  if (isa == Isa::Avx512) return avx512::token_dropout;
-  if (isa == Isa::Avx2) return avx2::token_dropout;
-#endif
-  return baseline::token_dropout;
-}
+const TokenDropoutKernels& kernels_for(Isa isa) { return EVAKERNELS_OF_ISA(isa, token_dropout); }
 
 // Where each token lies among the kept ones of its sample, -1 where it was dropped: [batch, tokens]. Empty
 // without an index.

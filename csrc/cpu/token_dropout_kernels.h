@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/token_dropout.h"
+#include "cpu/isa_namespaces.h"
 
 namespace evakernels::cpu {
 
@@ -31,14 +32,6 @@ struct TokenDropoutKernels {
                    int64_t end);
 };
 
-namespace baseline {
-extern const TokenDropoutKernels token_dropout;
-}
-namespace avx2 {
-extern const TokenDropoutKernels token_dropout;
-}
-namespace avx512 {
-extern const TokenDropoutKernels token_dropout;
-}
+EVAKERNELS_FOR_EACH_ISA(extern const TokenDropoutKernels token_dropout;)
 
 }  // namespace evakernels::cpu

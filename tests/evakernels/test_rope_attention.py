@@ -180,6 +180,11 @@ def test_several_chunks_of_an_odd_size_are_as_accurate_as_torch(head_dim, causal
         pytest.param((1, 65, 1, 112), 16, {"scale": -0.1}, id="many-registers-negative-scale"),
         pytest.param((1, 209, 1, 128), 1, {"causal": True}, id="long-causal"),
         pytest.param((1, 209, 3, 32), 1, {}, id="long"),
+        # One token; one more than whole panels of queries, than a block of them, and than a panel's chunk has keys.
+        pytest.param((2, 1, 1, 16), 0, {}, id="one-token"),
+        pytest.param((1, 49, 2, 80), 1, {"interleaved": False}, id="49-tokens"),
+        pytest.param((1, 97, 2, 48), 0, {"causal": True}, id="97-tokens-causal"),
+        pytest.param((1, 129, 1, 36), 1, {"causal": True}, id="129-tokens-causal"),
     ],
 )
 def test_shapes_of_towers_are_as_accurate_as_torch(shape, num_prefix, options, dtype):
@@ -218,13 +223,13 @@ def test_the_number_of_threads_does_not_change_a_bit(dtype):
     cos, sin = axial_rope(20, 15, 32)
     results = []
     before = torch.get_num_threads()
-    for threads in (1, 2):
+    for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         qkv = randn(2, 301, 3, 7, 32).to(dtype).requires_grad_()
         out = evakernels.rope_attention(*qkv.unbind(2), cos, sin, num_prefix=1)
         results.append([out, *torch.autograd.grad(out.square().sum(), qkv)])
     torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 def test_inputs_may_be_strided_in_every_dimension():
@@ -239,14 +244,29 @@ def test_inputs_may_be_strided_in_every_dimension():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_nan_in_a_query_stays_in_its_row():
-    q, k, v = (t.float() for t in packed().unbind(2))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_nan_in_a_query_stays_in_its_row(dtype):
+    q, k, v = randn(2, 35, 3, 3, 32).to(dtype).unbind(2)
     q[0, 1, 2, 0] = torch.nan
     out, lse = OPS.rope_attention_forward(q, k, v, None, None, None, 0, False, True, 0.5)
     expected = torch.zeros(out.shape, dtype=torch.bool)
     expected[0, 1, 2] = True
     assert torch.equal(out.isnan(), expected)
     assert torch.equal(lse.isnan(), expected[..., 0].transpose(1, 2))
+
+
+def test_a_causal_token_is_not_touched_by_later_ones():
+    """Nor by what another head left behind: the last vectors of the first are NaN, those of the second are not."""
+    qkv = randn(1, 50, 3, 2, 32).bfloat16()
+    touched = qkv.clone()
+    touched[0, 49, :, 0] = torch.nan
+    results = []
+    for given in (qkv, touched):
+        given.requires_grad_()
+        out = evakernels.rope_attention(*given.unbind(2), causal=True)
+        (gradient,) = torch.autograd.grad(out[:, :, 1].square().sum(), given)
+        results.append((out[0, :48, 0], out[:, :, 1], gradient[:, :, :, 1]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_batch_may_be_empty():

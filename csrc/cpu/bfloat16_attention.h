@@ -1,0 +1,17 @@
+// Attention with rotary embedding in bfloat16, on a CPU that has products of it.
+#pragma once
+
+#include "common/rope_attention.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace evakernels::cpu {
+
+// Whether the functions below serve this shape on this instruction set. They don't serve small ones, for
+// which it costs little not to round weights.
+bool has_bfloat16_attention(Isa isa, const HeadsShape& shape);
+
+void bfloat16_attention_forward(const BFloat16AttentionForward& params, ParallelFor parallel_for);
+void bfloat16_attention_backward(const BFloat16AttentionBackward& params, ParallelFor parallel_for);
+
+}  // namespace evakernels::cpu

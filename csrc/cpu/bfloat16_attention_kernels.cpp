@@ -1,0 +1,461 @@
+// Compiled for AVX-512 with its BF16 extension only.
+//
+// A head's keys and values are laid out for the products once; then kPanelRows queries at a time meet all
+// keys that they see. Scores stay in the cache, in float32; only the weights, and in backward the scores'
+// gradients, are rounded to bfloat16, for the products that follow.
+#include "cpu/bfloat16_attention_kernels.h"
+
+#include "cpu/bfloat16_products.h"
+#include "cpu/rotation.h"
+
+namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
+namespace {
+
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+constexpr int64_t kBlockPairs = kAttentionBlockRows / 2;
+
+static_assert(kMaxAttentionHeadDim <= 2 * kChunkPairs, "vectors fit into one chunk");
+static_assert(kAttentionBlockRows % kPanelRows == 0, "a block consists of panels");
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Lengths in elements of what is kept of a head. Rows of a product are written in whole blocks.
+struct Extents {
+  explicit Extents(const HeadsShape& shape)
+      : tokens(round_up(shape.tokens, 2 * kPanelRows)),
+        channel_vectors((shape.head_dim + kLanes - 1) / kLanes),
+        channels(channel_vectors * kLanes),
+        pairs((shape.head_dim + 1) / 2),
+        pair_vectors((pairs + kLanes - 1) / kLanes) {}
+
+  int64_t tokens;
+  int64_t channel_vectors;
+  int64_t channels;
+  int64_t pairs;  // of channels
+  int64_t pair_vectors;
+};
+
+// Parts of a workspace; without one, their total size.
+struct Arena {
+  float* data;
+  int64_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* part = data == nullptr ? nullptr : reinterpret_cast<T*>(data + used);
+    used += round_up(count, kLanes);
+    return part;
+  }
+};
+
+uint32_t* take_panel(Arena& arena, int64_t pairs) {
+  return arena.take<uint32_t>((pairs + kChunkPairs - 1) / kChunkPairs * kPanelChunk);
+}
+
+// --- laying out --------------------------------------------------------------------------------------------
+
+// Vectors of the caller, and what they are multiplied with on the way.
+struct Vectors {
+  HeadsView view;
+  Rotation rotation;
+  float factor;
+};
+
+Vectors plain(const HeadsView& view) { return {view, Rotation{}, 1.0f}; }
+
+// `count` tokens from `first` on as rows of a panel or a slab.
+void load_rows(const Vectors& source, const HeadsShape& shape, Position first, int64_t count,
+               uint32_t* rows) {
+  for (int64_t i = 0; i < count; ++i, ++first.token) {
+    const BFloat16* vector = first.in<BFloat16>(source.view);
+    rotate_vector(vector, reinterpret_cast<BFloat16*>(rows + i * kChunkPairs), shape, source.rotation,
+                  source.factor, first);
+  }
+}
+
+void clear_row(uint32_t* rows, int64_t row) {
+  __builtin_memset(rows + row * kChunkPairs, 0, kChunkPairs * sizeof(uint32_t));
+}
+
+void store_rows(const float* rows, const Vectors& target, const HeadsShape& shape, Position first,
+                int64_t count) {
+  const int64_t stride = Extents(shape).channels;
+  for (int64_t i = 0; i < count; ++i, ++first.token) {
+    rotate_vector(rows + i * stride, first.in<BFloat16>(target.view), shape, target.rotation, target.factor,
+                  first);
+  }
+}
+
+// Keys or values of a head. Beyond its tokens they are zero, up to a whole vector.
+struct HeadMatrix {
+  uint32_t* by_channel;  // pairs of channels x tokens; may be null
+  uint32_t* by_token;    // pairs of tokens x channels; may be null
+
+  void fill(const Vectors& source, const HeadsShape& shape, Position head, uint32_t* slab) const {
+    const Extents extents(shape);
+    for (head.token = 0; head.token < shape.tokens; head.token += kLanes) {
+      const int64_t count = smaller(kLanes, shape.tokens - head.token);
+      load_rows(source, shape, head, count, slab);
+      for (int64_t row = count; row < kLanes; ++row) clear_row(slab, row);
+      if (by_channel != nullptr) {
+        transpose_rows(slab, extents.pair_vectors, by_channel + head.token, extents.tokens);
+      }
+      if (by_token != nullptr) {
+        pair_rows(slab, kLanes, extents.channel_vectors, by_token + head.token / 2 * extents.channels,
+                  extents.channels);
+      }
+    }
+  }
+};
+
+uint32_t* take_by_channel(Arena& arena, const Extents& extents) {
+  return arena.take<uint32_t>(extents.pair_vectors * kLanes * extents.tokens);
+}
+
+uint32_t* take_by_token(Arena& arena, const Extents& extents) {
+  return arena.take<uint32_t>(extents.tokens / 2 * extents.channels);
+}
+
+// Brings nearer what load_rows will read of the next head, the same tokens as are worked on of this one. They
+// are so far apart that the machine doesn't foresee them: this saves a tenth of the time (Zen 5).
+template <int kCount>
+void prefetch_next_head(const HeadsView (&views)[kCount], const AttentionOfHeads& of, Position at,
+                        int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(BFloat16);
+  const int64_t next = at.sample * of.shape.heads + at.head + 1;
+  if (next == of.count) return;
+  at.sample = next / of.shape.heads;
+  at.head = next % of.shape.heads;
+  for (const HeadsView& view : views) {
+    for (int64_t i = 0; i < count; ++i) {
+      const BFloat16* vector = Position{at.sample, at.head, at.token + i}.in<BFloat16>(view);
+      for (int64_t channel = 0; channel < of.shape.head_dim; channel += kLine) {
+        _mm_prefetch(vector + channel, _MM_HINT_T0);
+      }
+    }
+  }
+}
+
+// --- products ----------------------------------------------------------------------------------------------
+
+// A panel of queries, and the keys that it sees.
+struct Tile {
+  int64_t first;    // query
+  int64_t rows;     // queries
+  int64_t columns;  // keys
+  int64_t vectors;  // of keys
+
+  Tile(const AttentionOfHeads& of, int64_t first, int64_t most_rows)
+      : first(first),
+        rows(smaller(most_rows, of.shape.tokens - first)),
+        columns(of.causal ? first + rows : of.shape.tokens),
+        vectors((columns + kLanes - 1) / kLanes) {}
+
+  int64_t visible(const AttentionOfHeads& of, int64_t row) const {
+    return of.causal ? smaller(first + row + 1, columns) : columns;
+  }
+};
+
+// Dot products of a panel's vectors with all keys' or values'.
+void score(const Tile& tile, const Extents& extents, const uint32_t* panel, const uint32_t* by_channel,
+           float* scores) {
+  multiply_panel({panel, 1, 0, by_channel, extents.tokens, scores, extents.tokens, tile.rows, tile.vectors,
+                  extents.pairs, false});
+}
+
+// Sums of all keys' or values' vectors by a panel's weights.
+void combine(const Tile& tile, const Extents& extents, const uint32_t* panel, const uint32_t* by_token,
+             float* sums) {
+  multiply_panel({panel, 1, kPanelChunk, by_token, extents.channels, sums, extents.channels, tile.rows,
+                  extents.channel_vectors, (tile.columns + 1) / 2, false});
+}
+
+// --- forward -----------------------------------------------------------------------------------------------
+
+// Where vector i of a row of a panel lies.
+BFloat16* panel_vector(uint32_t* panel, int64_t row, int64_t i) {
+  constexpr int64_t kChunkVectors = 2 * kChunkPairs / kLanes;
+  return reinterpret_cast<BFloat16*>(panel + i / kChunkVectors * kPanelChunk + row * kChunkPairs) +
+         i % kChunkVectors * kLanes;
+}
+
+F32 exp2_of(F32 x) { return exp2_of_negative(at_least(x, -200.0f)); }
+
+// The softmax of a row of scores, not yet divided by its denominator. Returns 1 / denominator.
+float softmax(const float* scores, int64_t visible, int64_t vectors, uint32_t* panel, int64_t row,
+              float* lse) {
+  F32 highest = broadcast(-__builtin_inff());
+  for_each_vector(visible, [&](int64_t i, auto part) {
+    highest = larger(fill_beyond(load(scores + i, Whole{}), -__builtin_inff(), part), highest);
+  });
+  const float shift = _mm512_reduce_max_ps(__builtin_bit_cast(__m512, highest)) * kLog2E;
+  F32 sum = {};
+  for_each_vector(visible, [&](int64_t i, auto part) {
+    const F32 e = zero_beyond(exp2_of(load(scores + i, Whole{}) * kLog2E - shift), part);
+    store_bits(panel_vector(panel, row, i / kLanes), narrow_normal(e));
+    sum += e;
+  });
+  for (int64_t i = (visible + kLanes - 1) / kLanes; i < vectors; ++i) {
+    store_bits(panel_vector(panel, row, i), U16{});
+  }
+  const float total = _mm512_reduce_add_ps(__builtin_bit_cast(__m512, sum));
+  *lse = shift * kLn2 + __builtin_logf(total);
+  return 1.0f / total;
+}
+
+struct ForwardBuffers {
+  uint32_t* slab;
+  HeadMatrix keys, values;
+  uint32_t* queries;
+  float* scores;
+  uint32_t* weights;
+  float* out;
+
+  ForwardBuffers(Arena& arena, const Extents& extents)
+      : slab(arena.take<uint32_t>(kLanes * kChunkPairs)),
+        keys{take_by_channel(arena, extents), nullptr},
+        values{nullptr, take_by_token(arena, extents)},
+        queries(take_panel(arena, kChunkPairs)),
+        scores(arena.take<float>(kPanelRows * extents.tokens)),
+        weights(take_panel(arena, extents.tokens / 2)),
+        out(arena.take<float>(kPanelRows * extents.channels)) {}
+};
+
+void forward_tile(const BFloat16AttentionForward& params, const ForwardBuffers& buffers, const Tile& tile,
+                  Position at, float* lse) {
+  const AttentionOfHeads& of = params.of;
+  const Extents extents(of.shape);
+  at.token = tile.first;
+  prefetch_next_head({params.q, params.k, params.v}, of, at, tile.rows);
+  load_rows({params.q, of.rotation, of.scale}, of.shape, at, tile.rows, buffers.queries);
+  score(tile, extents, buffers.queries, buffers.keys.by_channel, buffers.scores);
+  float factors[kPanelRows];
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    factors[row] = softmax(buffers.scores + row * extents.tokens, tile.visible(of, row), tile.vectors,
+                           buffers.weights, row, lse + tile.first + row);
+  }
+  combine(tile, extents, buffers.weights, buffers.values.by_token, buffers.out);
+  for (int64_t row = 0; row < tile.rows; ++row, ++at.token) {
+    scale_vector(buffers.out + row * extents.channels, at.in<BFloat16>(params.out), of.shape.head_dim,
+                 factors[row]);
+  }
+}
+
+void forward(const BFloat16AttentionForward& params, float* workspace, int64_t begin, int64_t end) {
+  const AttentionOfHeads& of = params.of;
+  Arena arena{workspace};
+  const ForwardBuffers buffers(arena, Extents(of.shape));
+  const int64_t blocks = (of.shape.tokens + kAttentionBlockRows - 1) / kAttentionBlockRows;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t head = block / blocks;
+    const Position at = position_of(of.shape, head * of.shape.tokens);
+    if (block == begin || block % blocks == 0) {
+      buffers.keys.fill({params.k, of.rotation, 1.0f}, of.shape, at, buffers.slab);
+      buffers.values.fill(plain(params.v), of.shape, at, buffers.slab);
+    }
+    const int64_t first = block % blocks * kAttentionBlockRows;
+    const int64_t last = smaller(first + kAttentionBlockRows, of.shape.tokens);
+    for (int64_t row = first; row < last; row += kPanelRows) {
+      forward_tile(params, buffers, Tile(of, row, kPanelRows), at, params.lse + head * of.shape.tokens);
+    }
+  }
+}
+
+int64_t forward_workspace(const HeadsShape& shape) {
+  Arena arena{nullptr};
+  ForwardBuffers(arena, Extents(shape));
+  return arena.used;
+}
+
+// --- backward ----------------------------------------------------------------------------------------------
+
+struct BackwardBuffers {
+  uint32_t* slab;
+  HeadMatrix keys, values;
+  // A panel's: queries, gradients of the output, scores and gradients of the weights, gradients of the
+  // scores.
+  uint32_t *queries, *dout;
+  float *scores, *dweights;
+  uint32_t* dscores;
+  float* dqueries;
+  // A block's, as pairs of queries.
+  uint32_t *weight_pairs, *dscore_pairs, *query_pairs, *dout_pairs;
+  // The head's.
+  float *dkeys, *dvalues;
+
+  BackwardBuffers(Arena& arena, const Extents& extents)
+      : slab(arena.take<uint32_t>(kLanes * kChunkPairs)),
+        keys{take_by_channel(arena, extents), take_by_token(arena, extents)},
+        values{take_by_channel(arena, extents), nullptr},
+        queries(take_panel(arena, kChunkPairs)),
+        dout(take_panel(arena, kChunkPairs)),
+        scores(arena.take<float>(kPanelRows * extents.tokens)),
+        dweights(arena.take<float>(kPanelRows * extents.tokens)),
+        dscores(take_panel(arena, extents.tokens / 2)),
+        dqueries(arena.take<float>(kPanelRows * extents.channels)),
+        weight_pairs(arena.take<uint32_t>(kBlockPairs * extents.tokens)),
+        dscore_pairs(arena.take<uint32_t>(kBlockPairs * extents.tokens)),
+        query_pairs(arena.take<uint32_t>(kBlockPairs * extents.channels)),
+        dout_pairs(arena.take<uint32_t>(kBlockPairs * extents.channels)),
+        dkeys(arena.take<float>(extents.tokens * extents.channels)),
+        dvalues(arena.take<float>(extents.tokens * extents.channels)) {}
+};
+
+// A row of scores, and what its softmax and the gradient of that take.
+struct SoftmaxRow {
+  const float* scores;
+  const float* dweights;
+  int64_t visible;
+  float shift;  // log-sum-exp, of base 2
+  float mean;   // of dweights under the weights
+
+  template <bool kMasked>
+  void vector(int64_t i, F32* weight, F32* dscore) const {
+    *weight = exp2_of(load(scores + i, Whole{}) * kLog2E - shift);
+    *dscore = *weight * (load(dweights + i, Whole{}) - mean);
+    if constexpr (kMasked) {
+      const Tail part{static_cast<int>(visible <= i ? 0 : smaller(visible - i, kLanes))};
+      *weight = zero_beyond(*weight, part);
+      *dscore = zero_beyond(*dscore, part);
+    }
+  }
+};
+
+// Where two rows of weights and their scores' gradients go.
+struct GradientRows {
+  uint32_t* panel;  // of dscores
+  int64_t row;
+  uint32_t *weight_pairs, *dscore_pairs;
+
+  template <bool kMasked>
+  void vector(const SoftmaxRow (&rows)[2], int64_t i) const {
+    F32 weights[2], dscores[2];
+    for (int k = 0; k < 2; ++k) rows[k].vector<kMasked>(i, &weights[k], &dscores[k]);
+    const U16 a = narrow(dscores[0], BFloat16{}), b = narrow(dscores[1], BFloat16{});
+    __builtin_memcpy(panel_vector(panel, row, i / kLanes), &a, sizeof a);
+    __builtin_memcpy(panel_vector(panel, row + 1, i / kLanes), &b, sizeof b);
+    store_pairs(dscore_pairs + i, interleave(a, b));
+    store_pairs(weight_pairs + i, interleave(narrow(weights[0], BFloat16{}), narrow(weights[1], BFloat16{})));
+  }
+
+  // Up to column `end` with zeros.
+  void fill(const SoftmaxRow (&rows)[2], int64_t columns, int64_t end) const {
+    int64_t i = 0;
+    for (; i + kLanes <= rows[0].visible; i += kLanes) vector<false>(rows, i);
+    for (; i < columns; i += kLanes) vector<true>(rows, i);
+    for (; i < end; i += kLanes) {
+      store_pairs(weight_pairs + i, U32{});
+      store_pairs(dscore_pairs + i, U32{});
+    }
+  }
+};
+
+class HeadBackward {
+ public:
+  HeadBackward(const BFloat16AttentionBackward& params, const BackwardBuffers& buffers, int64_t head)
+      : params_(params),
+        of_(params.of),
+        buffers_(buffers),
+        extents_(params.of.shape),
+        at_(position_of(params.of.shape, head * params.of.shape.tokens)),
+        lse_(params.lse + head * params.of.shape.tokens),
+        unrotation_(params.of.rotation) {
+    unrotation_.backwards = !unrotation_.backwards;
+  }
+
+  void run() const {
+    buffers_.keys.fill({params_.k, of_.rotation, 1.0f}, of_.shape, at_, buffers_.slab);
+    buffers_.values.fill(plain(params_.v), of_.shape, at_, buffers_.slab);
+    // From the last block on, which sees all keys, so that it begins every sum.
+    const int64_t tokens = of_.shape.tokens;
+    const int64_t last = (tokens - 1) / kAttentionBlockRows * kAttentionBlockRows;
+    for (int64_t first = last; first >= 0; first -= kAttentionBlockRows) {
+      const Tile block(of_, first, kAttentionBlockRows);
+      for (int64_t row = 0; row < block.rows; row += kPanelRows) run_tile(block, row);
+      add_over_queries(block, buffers_.weight_pairs, buffers_.dout_pairs, buffers_.dvalues, first < last);
+      add_over_queries(block, buffers_.dscore_pairs, buffers_.query_pairs, buffers_.dkeys, first < last);
+    }
+    store_rows(buffers_.dvalues, plain(params_.dv), of_.shape, at_, tokens);
+    store_rows(buffers_.dkeys, {params_.dk, unrotation_, 1.0f}, of_.shape, at_, tokens);  // q has the scale
+  }
+
+ private:
+  void run_tile(const Tile& block, int64_t start) const {
+    const Tile tile(of_, block.first + start, smaller(kPanelRows, block.rows - start));
+    Position at = at_;
+    at.token = tile.first;
+    prefetch_next_head({params_.q, params_.k, params_.v, params_.dout, params_.out}, of_, at, tile.rows);
+    load_queries({params_.q, of_.rotation, of_.scale}, tile, buffers_.queries,
+                 buffers_.query_pairs + start / 2 * extents_.channels);
+    load_queries(plain(params_.dout), tile, buffers_.dout,
+                 buffers_.dout_pairs + start / 2 * extents_.channels);
+    score(tile, extents_, buffers_.queries, buffers_.keys.by_channel, buffers_.scores);
+    score(tile, extents_, buffers_.dout, buffers_.values.by_channel, buffers_.dweights);
+    const int64_t end = round_up(block.columns, 2 * kPanelRows);
+    for (int64_t row = 0; row < tile.rows; row += 2) {
+      const int64_t pair = (start + row) / 2 * extents_.tokens;
+      const GradientRows target = {buffers_.dscores, row, buffers_.weight_pairs + pair,
+                                   buffers_.dscore_pairs + pair};
+      target.fill({softmax_row(tile, row), softmax_row(tile, row + 1)}, tile.columns, end);
+    }
+    combine(tile, extents_, buffers_.dscores, buffers_.keys.by_token, buffers_.dqueries);
+    store_rows(buffers_.dqueries, {params_.dq, unrotation_, of_.scale}, of_.shape, at, tile.rows);
+  }
+
+  // As a panel and as pairs of rows, the last of which may have one of zeros.
+  void load_queries(const Vectors& source, const Tile& tile, uint32_t* panel, uint32_t* pairs) const {
+    Position at = at_;
+    at.token = tile.first;
+    load_rows(source, of_.shape, at, tile.rows, panel);
+    if (tile.rows % 2 != 0) clear_row(panel, tile.rows);
+    pair_rows(panel, tile.rows, extents_.channel_vectors, pairs, extents_.channels);
+  }
+
+  SoftmaxRow softmax_row(const Tile& tile, int64_t row) const {
+    SoftmaxRow result = {buffers_.scores + row * extents_.tokens, buffers_.dweights + row * extents_.tokens,
+                         0, 0.0f, 0.0f};
+    if (row == tile.rows) return result;
+    Position at = at_;
+    at.token = tile.first + row;
+    result.visible = tile.visible(of_, row);
+    result.shift = lse_[at.token] * kLog2E;
+    // The mean of the weights' gradients is that of dout * out over the channels (Dao et al. 2022).
+    result.mean = dot(at.in<BFloat16>(params_.dout), at.in<BFloat16>(params_.out), of_.shape.head_dim);
+    return result;
+  }
+
+  void add_over_queries(const Tile& block, const uint32_t* over_keys, const uint32_t* over_channels,
+                        float* sums, bool add) const {
+    multiply_transposed({over_keys, extents_.tokens, kChunkPairs * extents_.tokens, over_channels,
+                         extents_.channels, sums, extents_.channels, block.columns, extents_.channel_vectors,
+                         (block.rows + 1) / 2, add});
+  }
+
+  const BFloat16AttentionBackward& params_;
+  const AttentionOfHeads& of_;
+  const BackwardBuffers& buffers_;
+  Extents extents_;
+  Position at_;  // of the head's first token
+  const float* lse_;
+  Rotation unrotation_;
+};
+
+void backward(const BFloat16AttentionBackward& params, float* workspace, int64_t begin, int64_t end) {
+  Arena arena{workspace};
+  const BackwardBuffers buffers(arena, Extents(params.of.shape));
+  for (int64_t head = begin; head < end; ++head) HeadBackward(params, buffers, head).run();
+}
+
+int64_t backward_workspace(const HeadsShape& shape) {
+  Arena arena{nullptr};
+  BackwardBuffers(arena, Extents(shape));
+  return arena.used;
+}
+
+}  // namespace
+
+const BFloat16AttentionKernels bfloat16_attention = {forward_workspace, backward_workspace, forward,
+                                                     backward};
+
+}  // namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE
