@@ -68,9 +68,10 @@ def save(root: Path, step: int, content: Content, group: Any = None) -> Path:
     final = root / folder_name(step)
     is_main = group is None or dist.get_rank(group) == 0
     try:
-        _in_main(partial(_start_folder, unfinished), is_main, group)
-        _write_tensors(unfinished, content, group)
-        _in_main(partial(_finish_folder, unfinished, final, step, content), is_main, group)
+        # The first and the last are the main process's; the others learn whether they went well.
+        _agreed(partial(_start_folder, unfinished) if is_main else _nothing, group)
+        _agreed(partial(_write_tensors, unfinished, content, group), group)
+        _agreed(partial(_finish_folder, unfinished, final, step, content) if is_main else _nothing, group)
     except OSError:
         if is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -94,20 +95,24 @@ def _parts(path: Path) -> Path:
     return path.with_name(path.name + _PARTS) if path.suffix else path
 
 
-def _in_main(action: Callable[[], None], is_main: bool, group: Any) -> None:
-    """Does it in the main process, and raises in all when it fails there."""
-    problem: list[str | None] = [None]
+def _agreed(action: Callable[[], None], group: Any) -> None:
+    """Does it, and raises in all processes when it fails in one: none may wait for one that has given up."""
+    problem: str | None = None
     try:
-        if is_main:
-            action()
+        action()
     except OSError as exc:
         if group is None:
             raise
-        problem = [str(exc)]
+        problem = str(exc)
     if group is not None:
-        dist.broadcast_object_list(problem, group_src=0, group=group)
-    if problem[0] is not None:
-        raise OSError(problem[0])
+        problems: list[str | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(problems, problem, group=group)
+        if found := [text for text in problems if text is not None]:
+            raise OSError(found[0])
+
+
+def _nothing() -> None:
+    pass
 
 
 def _start_folder(unfinished: Path) -> None:

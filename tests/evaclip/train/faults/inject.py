@@ -1,0 +1,285 @@
+"""Puts faults into short trainings of two processes, and looks at what became of them.
+
+    python tests/evaclip/train/faults/inject.py --count 200 --seed 0 --out faults.md
+
+Kinds and moments are drawn from the seed. After each fault the run must end with all its steps, the losses must be
+those of a run that nothing happened to, every sample of the two epochs must have been trained on in its place, and
+the earlier checkpoints must be whole.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from PIL import Image
+
+from evaclip.data import open_source
+from evaclip.data.order import sample_order
+from evaclip.data.shard_writer import write_shard
+from evaclip.train import checkpoint
+from evaclip.train.progress import read_log
+
+KINDS = ("kill", "SIGTERM", "full disk", "corrupt shard", "truncated checkpoint", "NaN batch")
+PROCESSES, BATCH, SAMPLES, STEPS = 2, 8, 48, 12
+TIMEOUT = 90
+"""Seconds after which a run counts as hanging."""
+_MODES = ("shard", "replicate")
+_LAST_BLOW = 0.6
+"""Seconds after the first step within which a signal strikes: the twelve steps take about that long."""
+
+
+@dataclass
+class Outcome:
+    """What became of one fault.
+
+    Attributes:
+        problems: what should not have happened.
+        starts: of torchrun.
+    """
+
+    fault: dict[str, Any]
+    mode: str
+    problems: list[str] = field(default_factory=list)
+    starts: int = 0
+    seconds: float = 0.0
+
+
+def draw(rng: random.Random) -> tuple[dict[str, Any], str]:
+    """A fault and the mode of the run that it strikes."""
+    kind = rng.choice(KINDS)
+    fault: dict[str, Any] = {"kind": kind, "rank": rng.randrange(PROCESSES)}
+    if kind in ("kill", "SIGTERM", "truncated checkpoint"):
+        fault["seconds"] = rng.uniform(0, _LAST_BLOW)
+    elif kind == "full disk":
+        fault |= {"save": rng.randrange(1, 6), "rank": 0}
+    elif kind == "NaN batch":
+        fault["batch"] = rng.randrange(STEPS)
+    else:
+        fault["sample"] = rng.randrange(SAMPLES)
+    return fault, rng.choice(_MODES)
+
+
+def write_data(folder: Path) -> Path:
+    """Three shards, whose pictures' colours are their numbers."""
+    folder.mkdir(parents=True)
+    for shard in range(3):
+        samples = []
+        for number in range(16 * shard, 16 * (shard + 1)):
+            picture = folder / "picture.png"
+            Image.new("RGB", (16, 16), (number // 256, number % 256, 7)).save(picture)
+            samples.append((f"{number:06d}", {"png": picture.read_bytes(), "txt": b"number %d" % number}))
+        write_shard(folder / f"{shard:05d}.tar", samples)
+    (folder / "picture.png").unlink()
+    return folder
+
+
+class Bench:
+    """Runs trainings in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data = write_data(folder / "data")
+        self._losses: dict[str, list[float]] = {}
+
+    def losses(self, mode: str) -> list[float]:
+        """Of a run that nothing happens to."""
+        if mode not in self._losses:
+            outcome = Outcome({"kind": "none"}, mode)
+            run = self._train(outcome, f"straight-{mode}", self.data)
+            if outcome.problems:
+                raise RuntimeError("; ".join(outcome.problems))
+            self._losses[mode] = _losses(run)
+        return self._losses[mode]
+
+    def strike(self, number: int, fault: dict[str, Any], mode: str) -> Outcome:
+        outcome = Outcome(fault, mode)
+        expected = self.losses(mode)
+        name = f"run-{number}"
+        data = self.data
+        if fault["kind"] == "corrupt shard":
+            data = self.folder / f"{name}-data"
+            shutil.copytree(self.data, data)
+            _corrupt(data, fault["sample"])
+        start = time.monotonic()
+        run = self._train(outcome, name, data)
+        outcome.seconds = time.monotonic() - start
+        if not outcome.problems:
+            self._look_at(outcome, run, expected)
+        shutil.rmtree(run, ignore_errors=True)
+        if data is not self.data:
+            shutil.rmtree(data)
+        return outcome
+
+    def _train(self, outcome: Outcome, name: str, data: Path) -> Path:
+        """Starts a run as often as it takes to end it."""
+        run = self.folder / name
+        for _ in range(3):
+            outcome.starts += 1
+            code, text = self._start(outcome, name, data)
+            if code == 0:
+                return run
+            if code is None:
+                outcome.problems.append(f"hangs: {text[-300:]}")
+                return run
+            if outcome.fault["kind"] == "truncated checkpoint" and outcome.starts == 1:
+                _truncate_newest(run / "checkpoints")
+        outcome.problems.append(f"doesn't end: {text[-300:]}")
+        return run
+
+    def _start(self, outcome: Outcome, name: str, data: Path) -> tuple[int | None, str]:
+        # A checkpoint can be truncated only when nothing runs, so the run isn't started anew by itself.
+        restarts = 0 if outcome.fault["kind"] == "truncated checkpoint" else 3
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(PROCESSES),
+            "--max-restarts", str(restarts), "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
+            str(Path(__file__).with_name("worker.py")), "tiny", "--resume", "auto", "--device", "cpu", "--set",
+            f"name={name}", f"output={self.folder}", f"data={{train: {data}, workers: 0, num_samples: 1}}",
+            f"batch_size={BATCH}", f"schedule={{steps: {STEPS}, name: constant, warmup_steps: 0}}", "eval.data=null",
+            f"parallel.mode={outcome.mode}", "optim={name: lamb, lr: 1e-3}", "log={every_steps: 1, tensorboard: false}",
+            "checkpoint={every_steps: 2, every_minutes: null, keep: 99}", f"model.options={json.dumps(_SMALL)}",
+        ]  # fmt: skip
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONWARNINGS": "ignore",
+            "FAULT_FOLDER": str(self.folder / f"{name}-seen"),
+        }  # fmt: skip
+        (self.folder / f"{name}-seen").mkdir(exist_ok=True)
+        if outcome.starts == 1:
+            environment["FAULT"] = json.dumps(outcome.fault)
+        with subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        ) as torchrun:
+            try:
+                text, _ = torchrun.communicate(timeout=TIMEOUT)
+            except subprocess.TimeoutExpired:
+                for child in psutil.Process(torchrun.pid).children(recursive=True):
+                    child.kill()
+                torchrun.kill()
+                return None, torchrun.communicate()[0]
+            return torchrun.returncode, text
+
+    def _look_at(self, outcome: Outcome, run: Path, expected: list[float]) -> None:
+        losses, kind = _losses(run), outcome.fault["kind"]
+        if len(losses) != STEPS:
+            outcome.problems.append(f"{len(losses)} steps are logged")
+        elif kind not in ("corrupt shard", "NaN batch"):
+            off = max(abs(a / b - 1) for a, b in zip(losses, expected, strict=True))
+            if not off < 1e-5:
+                outcome.problems.append(f"the losses differ by {off:.1e}")
+        elif kind == "NaN batch" and sum(map(math.isnan, losses)) != 1:
+            outcome.problems.append("not one step was skipped")
+        for folder in sorted((run / "checkpoints").glob("step_*")):
+            try:
+                checkpoint.read_meta(folder)
+            except checkpoint.DamagedCheckpoint as exc:
+                outcome.problems.append(f"{folder.name}: {exc}")
+        outcome.problems += self._wrong_samples(run, outcome)
+
+    def _wrong_samples(self, run: Path, outcome: Outcome) -> list[str]:
+        order = sample_order(SAMPLES, 0, 100_000, open_source(str(self.data)).shard_sizes)
+        problems = []
+        part = BATCH // PROCESSES
+        for rank in range(PROCESSES):
+            lines = (run.with_name(f"{run.name}-seen") / f"samples-{rank}.jsonl").read_text().splitlines()
+            # A step that was done again counts as it was done last.
+            seen = {record["step"]: record["numbers"] for record in map(json.loads, lines)}
+            for step in range(STEPS):
+                first = step * BATCH + rank * part
+                wanted = order.indices(np.arange(first, first + part)).tolist()
+                bad = outcome.fault.get("sample")
+                if [n for n in seen.get(step, []) if n != bad] != [n for n in wanted if n != bad] and bad not in wanted:
+                    problems.append(f"process {rank} step {step}: samples {seen.get(step)}, not {wanted}")
+        shutil.rmtree(run.with_name(f"{run.name}-seen"))
+        return problems
+
+
+_SMALL = {
+    "embed_dim": 16,
+    "vision": {"width": 16, "layers": 2, "heads": 2, "image_size": 16, "patch_size": 4},
+    "text": {"width": 16, "layers": 1, "heads": 2},
+}
+
+
+def _losses(run: Path) -> list[float]:
+    records = [record for record in read_log(run / "log.jsonl") if "loss" in record]
+    return [math.nan if record["loss"] is None else record["loss"] for record in records]
+
+
+def _corrupt(data: Path, sample: int) -> None:
+    """Overwrites the picture of a sample by noise, whose shard stays a tar."""
+    path = data / f"{sample // 16:05d}.tar"
+    content = bytearray(path.read_bytes())
+    start = content.index(b"\x89PNG", content.index(f"{sample:06d}.png".encode()))
+    content[start : start + 60] = bytes(random.Random(sample).randbytes(60))
+    path.write_bytes(content)
+
+
+def _truncate_newest(checkpoints: Path) -> None:
+    folders = sorted(checkpoints.glob("step_*"))
+    if len(folders) > 1:
+        path = folders[-1] / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """What happened, by kind, as Markdown."""
+    lines = [
+        "| fault | injected | ended | hangs | wrong losses or steps | samples lost or repeated | damaged checkpoints "
+        "| starts of torchrun, mean |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    by_kind: dict[str, list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        by_kind[outcome.fault["kind"]].append(outcome)
+    for kind, group in [*by_kind.items(), ("all", outcomes)]:
+        problems = [problem for outcome in group for problem in outcome.problems]
+        hangs = sum(problem.startswith(("hangs", "doesn't end")) for problem in problems)
+        samples = sum(": samples" in problem for problem in problems)
+        damaged = sum(problem.startswith("step_") for problem in problems)
+        wrong = len(problems) - hangs - samples - damaged
+        starts = sum(outcome.starts for outcome in group) / len(group)
+        numbers = (len(group), len(group) - hangs, hangs, wrong, samples, damaged, f"{starts:.2f}")
+        lines.append(f"| {kind} | {' | '.join(map(str, numbers))} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=len(KINDS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="where the table is written to")
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    outcomes = []
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder) / "bench")
+        for number in range(args.count):
+            outcomes.append(bench.strike(number, *draw(rng)))
+            last = outcomes[-1]
+            state = "; ".join(last.problems) or "fine"
+            print(f"{number + 1}/{args.count} {last.fault} {last.mode} {last.seconds:.0f} s: {state}", flush=True)
+            if args.out:
+                args.out.write_text(table(outcomes), encoding="utf-8")
+    print(table(outcomes))
+    raise SystemExit(any(outcome.problems for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    main()

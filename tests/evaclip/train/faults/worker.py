@@ -1,0 +1,116 @@
+"""One process of a training into which a fault is put; torchrun starts it in place of `evaclip train`.
+
+The fault is JSON in $FAULT. It strikes once: only processes that torchrun has not started anew, in the first start of
+the run, know it. What each process trains on is written down, step by step: the pictures of these tests have one
+colour, which is the sample's number.
+"""
+
+import errno
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaclip.cli import main
+from evaclip.data import Batch, TrainLoader
+from evaclip.train import checkpoint
+from evaclip.train.step import TrainStep
+
+RANK = os.environ["RANK"]
+FOLDER = Path(os.environ["FAULT_FOLDER"])
+
+
+def numbers(images: torch.Tensor) -> list[int]:
+    """The samples' numbers, of normalised pictures [n, 3, height, width]."""
+    mean, std = (torch.tensor(values)[None, :, None, None] for values in (_MEAN, _STD))
+    colours = ((images * std + mean) * 255).mean(dim=(2, 3)).nan_to_num().round().int()
+    return [int(red) * 256 + int(green) for red, green, _ in colours.tolist()]
+
+
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def write_down_samples() -> None:
+    original = TrainStep.__call__
+
+    def call(self: TrainStep, images: torch.Tensor, tokens: torch.Tensor, step: int) -> Any:
+        line = json.dumps({"step": step, "numbers": numbers(images)})
+        with (FOLDER / f"samples-{RANK}.jsonl").open("a") as file:
+            file.write(line + "\n")
+        return original(self, images, tokens, step)
+
+    TrainStep.__call__ = call  # type: ignore[method-assign]
+
+
+def strike_later(seconds: float, number: int) -> None:
+    """Sends this process a signal some time after its first step."""
+    original = TrainStep.__call__
+
+    def call(self: TrainStep, images: torch.Tensor, tokens: torch.Tensor, step: int) -> Any:
+        if not threads:
+            threads.append(threading.Thread(target=strike, daemon=True))
+            threads[0].start()
+        return original(self, images, tokens, step)
+
+    def strike() -> None:
+        time.sleep(seconds)
+        os.kill(os.getpid(), number)
+
+    threads: list[threading.Thread] = []
+    TrainStep.__call__ = call  # type: ignore[method-assign]
+
+
+def fill_disk(save: int) -> None:
+    """The n-th checkpoint finds no space left, at whatever comes first."""
+    original = checkpoint._write_tensors
+    calls = []
+
+    def write(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == save and RANK == "0":
+            original(*args)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(*args)
+
+    checkpoint._write_tensors = write
+
+
+def poison(batch: int) -> None:
+    """The n-th batch of this process is not a number."""
+    original: Callable[..., Iterator[Batch]] = TrainLoader.batches
+
+    def batches(self: TrainLoader, position: int = 0) -> Iterator[Batch]:
+        for index, loaded in enumerate(original(self, position)):
+            if index == batch:
+                loaded.images[0, 2] = float("nan")  # blue isn't part of the number
+            yield loaded
+
+    TrainLoader.batches = batches  # type: ignore[assignment, method-assign]
+
+
+def install(fault: dict[str, Any]) -> None:
+    if str(fault.get("rank", RANK)) != RANK:
+        return
+    if fault["kind"] in ("kill", "truncated checkpoint"):
+        strike_later(fault["seconds"], signal.SIGKILL)
+    elif fault["kind"] == "SIGTERM":
+        strike_later(fault["seconds"], signal.SIGTERM)
+    elif fault["kind"] == "full disk":
+        fill_disk(fault["save"])
+    elif fault["kind"] == "NaN batch":
+        poison(fault["batch"])
+
+
+if __name__ == "__main__":
+    write_down_samples()
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and "FAULT" in os.environ:
+        install(json.loads(os.environ["FAULT"]))
+    raise SystemExit(main(["train", *sys.argv[1:]]))

@@ -1,0 +1,35 @@
+"""A fault of each kind, put into a training; `faults/inject.py` does so as often as one likes."""
+
+import random
+from pathlib import Path
+
+import pytest
+from faults.inject import KINDS, Bench, Outcome, draw
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("faults") / "bench")
+
+
+def first_of(kind: str) -> int:
+    """The smallest seed that draws this kind."""
+    return next(seed for seed in range(1000) if draw(random.Random(seed))[0]["kind"] == kind)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("faults")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fault_changes_nothing(kind: str, bench: Bench) -> None:
+    outcome = bench.strike(0, *draw(random.Random(first_of(kind))))
+    assert outcome.problems == []
+
+
+def test_a_sample_that_was_left_out_would_be_seen(tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "bench")
+    seen = tmp_path / "bench" / "run-seen"
+    seen.mkdir()
+    for rank in range(2):
+        (seen / f"samples-{rank}.jsonl").write_text('{"step": 0, "numbers": [1, 2, 3, 4]}\n')
+    problems = bench._wrong_samples(tmp_path / "bench" / "run", Outcome({"kind": "kill"}, "shard"))
+    assert len(problems) >= 23
