@@ -62,14 +62,14 @@ def _vector(tensor, place, batch_stride, head_stride):
 
 @triton.jit
 def _table(cos, sin, token_index, num_prefix, grid, place, tokens, head_stride):
-    """What `_angles` needs for a head; None without a rotation."""
+    """What `_angles` needs for a head; () without a rotation. What is absent is (), as Triton 3.6 takes no None."""
     _, head, sample, _, _ = place
     if cos is None:
-        return None
+        return ()
     else:
-        if token_index is not None:
-            token_index += sample * (tokens - num_prefix)
-        return cos + head * head_stride, sin + head * head_stride, token_index, num_prefix, grid
+        index = () if token_index is None else (token_index + sample * (tokens - num_prefix),)
+        sides = () if grid is None else (grid,)
+        return cos + head * head_stride, sin + head * head_stride, index, num_prefix, sides
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def _forward_tile(
     state = (tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32), zeros(ROWS, D, None))
     if PREFIX:
         keys = tl.arange(0, PREFIX)
-        state = _forward_step(state, queries, rows, keys, start, k, v, None, scale, D, PAIRS, CAUSAL, PREFIX == 1)
+        state = _forward_step(state, queries, rows, keys, start, k, v, (), scale, D, PAIRS, CAUSAL, PREFIX == 1)
     for first in range(start, tl.minimum(end, base + ROWS) if CAUSAL else end, STEP):
         tokens = first + tl.arange(0, STEP)
         state = _forward_step(state, queries, rows, tokens, end, k, v, walked, scale, D, PAIRS, CAUSAL, EVEN)
@@ -195,7 +195,7 @@ def forward_kernel(
     tile, count, start = place[0], place[4], num_prefix if PREFIX else 0
     if PREFIX and tile == tiles - 1:
         _forward_tile(
-            head, 0, start, None, start, count, table, scale, D, PAIRS, CAUSAL, EVEN, PREFIX, PREFIX_ROWS, STEP // 2
+            head, 0, start, (), start, count, table, scale, D, PAIRS, CAUSAL, EVEN, PREFIX, PREFIX_ROWS, STEP // 2
         )
     elif start + tile * ROWS < count:
         _forward_tile(
@@ -275,7 +275,7 @@ def _query_tile(
     sums = zeros(ROWS, D, PAIRS)
     if PREFIX:
         keys = tl.arange(0, PREFIX)
-        sums = _query_step(sums, own, rows, keys, start, k, v, None, scale, D, PAIRS, CAUSAL, PREFIX == 1)
+        sums = _query_step(sums, own, rows, keys, start, k, v, (), scale, D, PAIRS, CAUSAL, PREFIX == 1)
     for first in range(start, tl.minimum(end, base + ROWS) if CAUSAL else end, STEP):
         tokens = first + tl.arange(0, STEP)
         sums = _query_step(sums, own, rows, tokens, end, k, v, walked, scale, D, PAIRS, CAUSAL, EVEN)
@@ -337,7 +337,7 @@ def query_kernel(
     tile, count, start = place[0], place[4], num_prefix if PREFIX else 0
     if PREFIX and tile == tiles - 1:
         _query_tile(
-            head, 0, start, None, start, count, table, scale, D, PAIRS, CAUSAL, EVEN, PREFIX, PREFIX_ROWS, STEP // 2
+            head, 0, start, (), start, count, table, scale, D, PAIRS, CAUSAL, EVEN, PREFIX, PREFIX_ROWS, STEP // 2
         )
     elif start + tile * ROWS < count:
         _query_tile(
@@ -416,9 +416,7 @@ def _key_tile(
     sums = (zeros(ROWS, D, PAIRS), zeros(ROWS, D, None))
     if PREFIX:
         queries = tl.arange(0, PREFIX)
-        sums = _key_step(
-            sums, own, rows, queries, start, dout, q, lse, delta, None, scale, D, PAIRS, CAUSAL, PREFIX == 1
-        )
+        sums = _key_step(sums, own, rows, queries, start, dout, q, lse, delta, (), scale, D, PAIRS, CAUSAL, PREFIX == 1)
     for first in range(tl.maximum(start, base) if CAUSAL else start, end, STEP):
         tokens = first + tl.arange(0, STEP)
         sums = _key_step(sums, own, rows, tokens, end, dout, q, lse, delta, walked, scale, D, PAIRS, CAUSAL, EVEN)
@@ -481,7 +479,7 @@ def key_kernel(
     tile, count, start = place[0], place[4], num_prefix if PREFIX else 0
     if PREFIX and tile == tiles - 1:
         _key_tile(
-            head, 0, start, None, start, count, table, scale, D, PAIRS, CAUSAL, EVEN, PREFIX, PREFIX_ROWS, STEP // 2
+            head, 0, start, (), start, count, table, scale, D, PAIRS, CAUSAL, EVEN, PREFIX, PREFIX_ROWS, STEP // 2
         )
     elif start + tile * ROWS < count:
         _key_tile(

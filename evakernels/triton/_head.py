@@ -102,7 +102,7 @@ def load_head(source, rows, inside, table, D: tl.constexpr, PAIRS: tl.constexpr)
             mask = _mask(inside, columns, D // 2)
             first = tl.load(at + columns[None, :], mask=mask, other=0.0)
             second = tl.load(at + (columns + D // 2)[None, :], mask=mask, other=0.0)
-        if table is not None:
+        if len(table) > 0:
             cos, sin = _angles(table, rows, inside, D)
             a, b = first.to(tl.float32), second.to(tl.float32)
             first, second = (a * cos - b * sin).to(first.dtype), (a * sin + b * cos).to(first.dtype)
@@ -119,7 +119,7 @@ def store_head(target, rows, inside, table, pieces, D: tl.constexpr, PAIRS: tl.c
         at = target[0] + rows[:, None] * target[1]
         dtype = target[0].dtype.element_ty
         first, second = pieces
-        if table is not None:
+        if len(table) > 0:
             cos, sin = _angles(table, rows, inside, D)
             first, second = first * cos + second * sin, second * cos - first * sin
         if PAIRS == "interleaved":
@@ -136,15 +136,16 @@ def store_head(target, rows, inside, table, pieces, D: tl.constexpr, PAIRS: tl.c
 @triton.jit
 def _angles(table, rows, inside, D: tl.constexpr):
     """cos and sin of the pairs; 1 and 0 for a token of the prefix."""
-    cos, sin, token_index, num_prefix, grid = table
+    cos, sin, index, num_prefix, sides = table
     inside &= rows >= num_prefix
     patches = rows - num_prefix
-    if token_index is not None:
-        patches = tl.load(token_index + patches, mask=inside, other=0).to(tl.int32)
+    if len(index) > 0:
+        patches = tl.load(index[0] + patches, mask=inside, other=0).to(tl.int32)
     columns = tl.arange(0, _width(D // 2))
-    if grid is None:
+    if len(sides) == 0:
         at = patches[:, None] * (D // 2) + columns[None, :]
     else:  # the patch's row turns the first half of the pairs, its column the second
+        grid = sides[0]
         by_row = (patches // grid * (D // 4))[:, None] + columns[None, :]
         by_column = ((grid + patches % grid - 1) * (D // 4))[:, None] + columns[None, :]
         at = tl.where((columns < D // 4)[None, :], by_row, by_column)

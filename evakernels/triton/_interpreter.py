@@ -62,6 +62,10 @@ def create_fp_to_fp(self: Any, source: TensorHandle, target: tl.dtype, rounding:
 def create_dot(self: Any, a: TensorHandle, b: TensorHandle, to: TensorHandle, *rest: Any) -> TensorHandle:
     if is_bfloat16(a) or is_bfloat16(b):
         return TensorHandle(np.matmul(values_of(a), values_of(b), dtype=to.data.dtype) + to.data, to.dtype.scalar)
+    if to.data.dtype == np.float32 and a.data.dtype == np.float32:
+        # NumPy adds up a product and its transpose in different orders, a GPU in one: scores that a kernel forms again
+        # the other way round are the same to the bit there, and here if they are rounded once.
+        return TensorHandle((np.matmul(a.data, b.data, dtype=np.float64) + to.data).astype(np.float32), to.dtype.scalar)
     return dot(self, a, b, to, *rest)
 
 

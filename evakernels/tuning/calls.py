@@ -74,6 +74,14 @@ def contrastive_backward(draw: Draw, depth: int) -> Iterator[tuple[Any, ...]]:
     yield of_row, of_row, of_row, image, text, scale, of_row, of_row, 0
 
 
+contrastive_kept_forward = contrastive_forward
+
+
+def contrastive_kept_backward(draw: Draw, depth: int) -> Iterator[tuple[Any, ...]]:
+    for *inputs, offset in contrastive_backward(draw, depth):
+        yield *inputs, draw.statistic(PAIRS, PAIRS), offset
+
+
 def siglip_forward(draw: Draw, depth: int) -> Iterator[tuple[Any, ...]]:
     yield *_pairs(draw, depth), 0
 

@@ -29,6 +29,8 @@ from evakernels.tuning.search import kernels_of
 DUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 THOROUGH = 90
 """The GPU for which float32 is compiled too, and the calls that lack something; what they take is less, or the same."""
+HEAD_DIMS = (80, 88, 112, 128)
+"""Of models, beside the 64 and 96 of the entries: for the thorough one each is compiled with the nearest entry."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def usages(capability: int) -> Iterator[Usage]:
 
 def calls_of(op: str, entries: list[Any], *, thorough: bool) -> Iterator[tuple[dict[str, int], torch.dtype, Any]]:
     """Shape, dtype and arguments: of each entry the first call, which has all that may be present."""
+    if thorough and "head_dim" in entries[0]["shape"]:
+        entries = entries + [{"shape": entries[0]["shape"] | {"head_dim": head_dim}} for head_dim in HEAD_DIMS]
     for number, entry in enumerate(entries):
         for dtype in (torch.bfloat16, torch.float32) if thorough else (torch.bfloat16,):
             # An entry for one size of elements is compiled for that one, whichever GPU it is for.
