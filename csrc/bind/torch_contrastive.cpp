@@ -27,7 +27,7 @@ float scalar_of(const Tensor& tensor, const char* name) {
   return *static_cast<const float*>(as_float32(tensor).const_data_ptr());
 }
 
-// A vector of `count` floats that the caller gave, dense.
+// `count` floats that the caller gave, dense.
 Tensor float_vector(const Tensor& tensor, int64_t count, const char* name) {
   require(tensor.scalar_type() == ScalarType::Float && tensor.numel() == count,
           std::string(name) + " must be float32 with " + std::to_string(count) + " elements");
@@ -48,8 +48,10 @@ Tensor rows_of(Tensor& matrix, int64_t start, int64_t count) {
 // logits.
 class Tiles {
  public:
-  Tiles(const Tensor& image, const Tensor& text, const Tensor& logit_scale, int64_t offset)
-      : dtype_(dtype_of(image, "image")), offset_(offset) {
+  // `keeps`: tiles lie one below the other in one matrix of logits, else each takes the place of the last.
+  Tiles(const Tensor& image, const Tensor& text, const Tensor& logit_scale, int64_t offset,
+        bool keeps = false)
+      : dtype_(dtype_of(image, "image")), offset_(offset), keeps_(keeps) {
     require(image.dim() == 2 && text.dim() == 2 && image.size(1) == text.size(1),
             "image and text must be matrices of one width");
     require(dtype_of(text, "text") == dtype_, "text must be of image's dtype");
@@ -60,22 +62,27 @@ class Tiles {
     scale_ = scalar_of(logit_scale, "logit_scale");
     height_ = std::min({rows(), kTileRows, std::max<int64_t>(1, kTileElements / columns())});
     scaled_ = new_float32(text_, {height_, width()});
-    logits_ = new_float32(text_, {height_, columns()});
+    logits_ = new_float32(text_, {keeps_ ? rows() : height_, columns()});
   }
 
   int64_t rows() const { return image_.size(0); }
   int64_t columns() const { return text_.size(0); }
   int64_t width() const { return text_.size(1); }
+  const Tensor& logits() const { return logits_; }
   Tensor vector(int64_t count) const { return new_float32(text_, {count}); }
 
-  // Calls body(tile, its first row).
+  // Calls body(tile, its first row). The logits are computed, or copied if there are any already.
   template <class Body>
-  void for_each(const Body& body) {
+  void for_each(const Body& body, const float* known = nullptr) {
     for (int64_t start = 0; start < rows(); start += height_) {
       const int64_t count = std::min(height_, rows() - start);
       cpu::scale_image(image_rows(start, count, nullptr, nullptr), cpu::active_isa(), torch_parallel);
-      const Tensor logits = rows_of(logits_, 0, count);
-      multiply_into(logits, rows_of(scaled_, 0, count), transposed(text_));
+      const Tensor logits = rows_of(logits_, keeps_ ? start : 0, count);
+      if (known) {
+        std::copy_n(known + start * columns(), count * columns(), floats_of(logits));
+      } else {
+        multiply_into(logits, rows_of(scaled_, 0, count), transposed(text_));
+      }
       body(LogitTile{floats_of(logits), count, columns(), offset_ + start}, start);
     }
   }
@@ -97,6 +104,7 @@ class Tiles {
 
   DType dtype_;
   int64_t offset_;
+  bool keeps_;
   Tensor image_, text_, scaled_, logits_;
   float scale_;
   int64_t height_;
@@ -134,11 +142,9 @@ class Gradients : public Tiles {
   double dscale_ = 0;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_forward(const Tensor& image,
-                                                                       const Tensor& text,
-                                                                       const Tensor& logit_scale,
-                                                                       int64_t offset) {
-  Tiles tiles(image, text, logit_scale, offset);
+using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Statistics statistics(Tiles& tiles) {
   const Tensor row_lse = tiles.vector(tiles.rows());
   const Tensor positive = tiles.vector(tiles.rows());
   const Tensor row_max = tiles.vector(tiles.rows());
@@ -161,12 +167,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_forward(const Ten
   return {row_lse, col_lse, positive, row_max, col_max};
 }
 
-std::tuple<Tensor, Tensor, Tensor> contrastive_backward(const Tensor& drow_lse_any,
-                                                        const Tensor& dcol_lse_any,
-                                                        const Tensor& dpositive_any, const Tensor& image,
-                                                        const Tensor& text, const Tensor& logit_scale,
-                                                        const Tensor& row_lse_any, const Tensor& col_lse_any,
-                                                        int64_t offset) {
+Statistics contrastive_forward(const Tensor& image, const Tensor& text, const Tensor& logit_scale,
+                               int64_t offset) {
+  Tiles tiles(image, text, logit_scale, offset);
+  return statistics(tiles);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_kept_forward(const Tensor& image,
+                                                                                    const Tensor& text,
+                                                                                    const Tensor& logit_scale,
+                                                                                    int64_t offset) {
+  Tiles tiles(image, text, logit_scale, offset, true);
+  return std::tuple_cat(statistics(tiles), std::make_tuple(tiles.logits()));
+}
+
+// Without `logits` they are computed again.
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& drow_lse_any, const Tensor& dcol_lse_any,
+                                            const Tensor& dpositive_any, const Tensor& image,
+                                            const Tensor& text, const Tensor& logit_scale,
+                                            const Tensor& row_lse_any, const Tensor& col_lse_any,
+                                            const float* logits, int64_t offset) {
   Gradients gradients(image, text, logit_scale, offset);
   const int64_t rows = gradients.rows(), columns = gradients.columns();
   const Tensor drow_lse = float_vector(drow_lse_any, rows, "drow_lse");
@@ -174,7 +194,7 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_backward(const Tensor& drow_lse_a
   const Tensor dpositive = float_vector(dpositive_any, rows, "dpositive");
   const Tensor row_lse = float_vector(row_lse_any, rows, "row_lse");
   const Tensor col_lse = float_vector(col_lse_any, columns, "col_lse");
-  gradients.for_each([&](const LogitTile& tile, int64_t start) {
+  const auto add = [&](const LogitTile& tile, int64_t start) {
     const ContrastiveBackward params = {
         .tile = tile,
         .drow_lse = floats_of(drow_lse) + start,
@@ -185,8 +205,27 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_backward(const Tensor& drow_lse_a
     };
     cpu::contrastive_backward(params, cpu::active_isa(), torch_parallel);
     gradients.add(tile, start);
-  });
+  };
+  gradients.for_each(add, logits);
   return gradients.result();
+}
+
+std::tuple<Tensor, Tensor, Tensor> contrastive_backward(const Tensor& drow_lse, const Tensor& dcol_lse,
+                                                        const Tensor& dpositive, const Tensor& image,
+                                                        const Tensor& text, const Tensor& logit_scale,
+                                                        const Tensor& row_lse, const Tensor& col_lse,
+                                                        int64_t offset) {
+  return backward(drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, nullptr, offset);
+}
+
+std::tuple<Tensor, Tensor, Tensor> contrastive_kept_backward(const Tensor& drow_lse, const Tensor& dcol_lse,
+                                                             const Tensor& dpositive, const Tensor& image,
+                                                             const Tensor& text, const Tensor& logit_scale,
+                                                             const Tensor& row_lse, const Tensor& col_lse,
+                                                             const Tensor& logits_any, int64_t offset) {
+  const Tensor logits = float_vector(logits_any, image.size(0) * text.size(0), "logits");
+  return backward(drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse,
+                  floats_of(logits), offset);
 }
 
 Tensor siglip_value(const Tensor& image, const Tensor& text, const Tensor& logit_scale,
@@ -237,6 +276,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_backward(const Tensor& dloss, 
 STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) {
   m.impl("contrastive_forward", TORCH_BOX(&evakernels::contrastive_forward));
   m.impl("contrastive_backward", TORCH_BOX(&evakernels::contrastive_backward));
+  m.impl("contrastive_kept_forward", TORCH_BOX(&evakernels::contrastive_kept_forward));
+  m.impl("contrastive_kept_backward", TORCH_BOX(&evakernels::contrastive_kept_backward));
   m.impl("siglip_value", TORCH_BOX(&evakernels::siglip_value));
   m.impl("siglip_forward", TORCH_BOX(&evakernels::siglip_forward));
   m.impl("siglip_backward", TORCH_BOX(&evakernels::siglip_backward));

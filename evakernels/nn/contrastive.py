@@ -3,21 +3,29 @@
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from evakernels.ops.contrastive import clip_loss, siglip_loss
+from evakernels.ops.contrastive import MEMORY_BUDGET, clip_loss, siglip_loss
 
 
 class ClipLoss(nn.Module):
     """`evakernels.clip_loss` over the batch of all processes of `group`."""
 
-    def __init__(self, label_smoothing: float = 0.0, group: ProcessGroup | None = None) -> None:
+    def __init__(
+        self, label_smoothing: float = 0.0, group: ProcessGroup | None = None, memory_budget: int = MEMORY_BUDGET
+    ) -> None:
         super().__init__()
         self.label_smoothing = label_smoothing
         self.group = group
+        self.memory_budget = memory_budget
 
     def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
         """Features `[b, D]` and the exponentiated scale to a 0-D float32 loss."""
         return clip_loss(
-            image_features, text_features, logit_scale, label_smoothing=self.label_smoothing, group=self.group
+            image_features,
+            text_features,
+            logit_scale,
+            label_smoothing=self.label_smoothing,
+            group=self.group,
+            memory_budget=self.memory_budget,
         )
 
     def extra_repr(self) -> str:

@@ -12,6 +12,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+_LEAST = 1e-290
+"""A sum of exponentials that is smaller has lost digits to float64's smallest numbers."""
+
 
 def rank_and_size(op: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
     """This process's place in `group`; (0, 1) for None.
@@ -46,15 +49,24 @@ def gather_rows(op: str, name: str, rows: Tensor, group: dist.ProcessGroup | Non
     return gathered, sum(counts[:rank])
 
 
-def logsumexp_of_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Of each element of `x` over the ranks, without a gradient."""
-    highest = x.clone()
+def logsumexp_of_ranks(x: Tensor, summand: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Of each element of the vector `x` over the ranks, and the sum of `summand` `[]`; float64, without a gradient.
+
+    Both are one all-reduce of the exponentials, which float64 holds unless an element lies beyond about 700. That
+    shows in the sums, on all ranks alike; these then ask for the largest elements and sum relative to them.
+    """
+    sums = torch.cat((x.double().exp(), summand.double()[None]))
+    dist.all_reduce(sums, group=group)
+    of_elements, total = sums[:-1], sums[-1]
+    if bool(((of_elements > _LEAST) & of_elements.isfinite()).all()):
+        return of_elements.log(), total
+    highest = x.to(torch.float64, copy=True)
     dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
     # Subtracting an infinite maximum would turn infinite numbers into NaN.
     shift = highest.where(highest.isfinite(), 0)
-    total = (x - shift).exp_()
-    dist.all_reduce(total, group=group)
-    return total.log_().add_(shift)
+    relative = (x - shift).exp_()
+    dist.all_reduce(relative, group=group)
+    return relative.log_().add_(shift), total
 
 
 def sum_of_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

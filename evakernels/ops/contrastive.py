@@ -1,4 +1,4 @@
-"""InfoNCE and SigLIP over the batch of all processes, without a matrix of logits."""
+"""InfoNCE and SigLIP over the batch of all processes, without a matrix of logits unless it is small."""
 
 from typing import Any
 
@@ -12,6 +12,9 @@ from evakernels.ops._collectives import gather_rows, logsumexp_of_ranks, rank_an
 from evakernels.ops._register import define, differentiable
 from evakernels.reference import contrastive as reference
 from evakernels.reference._numerics import accumulation_dtype
+
+MEMORY_BUDGET = 1 << 28
+"""256 MiB: the logits in float32 of 8,192 pairs, or of 2,896 on each of 8 processes."""
 
 
 def contrastive_statistics(
@@ -54,6 +57,7 @@ def clip_loss(
     *,
     label_smoothing: float = 0.0,
     group: ProcessGroup | None = None,
+    memory_budget: int = MEMORY_BUDGET,
 ) -> Tensor:
     """Symmetric InfoNCE (Radford et al. 2021): the mean of two cross-entropies, over texts and over images.
 
@@ -64,6 +68,9 @@ def clip_loss(
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
         group: the processes whose batches make up the global batch, each with a `b` of its own; None for this
             one alone. The text features are gathered once, and no rank computes another's logits.
+        memory_budget: bytes that the `[b, B]` logits of this rank may take from the forward pass to the backward pass,
+            4 an element. Where they fit, forward and backward are three matrix products; else they are four, for
+            backward makes the logits again, in chunks. 0 keeps none.
 
     Returns:
         0-D, float32 (float64 for float64 input), also under autocast. With a group the value is that of the
@@ -73,22 +80,27 @@ def clip_loss(
 
     Raises:
         TypeError: for a dtype that isn't accepted. ValueError: for shapes or devices that don't fit together,
-            a D that differs between ranks, a label_smoothing outside [0, 1], or a group that this process isn't
-            in.
+            a D that differs between ranks, a label_smoothing outside [0, 1], a negative memory_budget, or a group
+            that this process isn't in.
     """
     op = "clip_loss"
     logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image_features)
     _check_batch(op, image_features, text_features)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing is {label_smoothing}; accepted: 0 to 1")
+    if memory_budget < 0:
+        raise ValueError(f"{op}: memory_budget is {memory_budget}; accepted: at least 0")
     text, offset = gather_rows(op, "text_features", text_features, group)
-    row_lse, col_lse, target, _, _ = _forward(image_features, text, logit_scale, offset)
+    inputs = image_features, text, logit_scale
+    keeps = len(image_features) * len(text) * accumulation_dtype(text).itemsize <= memory_budget
+    forward = _kept_forward if keeps and _wants_gradient(inputs) else _forward
+    row_lse, col_lse, target, *_ = forward(*inputs, offset)
     if label_smoothing > 0:
-        mean_logit = _logit_sum(image_features, text, logit_scale) / (len(row_lse) * len(col_lse))
+        mean_logit = _logit_sum(*inputs) / (len(row_lse) * len(col_lse))
         target = (1 - label_smoothing) * target + label_smoothing * mean_logit
     if rank_and_size(op, group)[1] == 1:
         return _sum_of_pairs(row_lse, col_lse, target) / (2 * len(col_lse))
-    loss: Tensor = _GlobalLoss.apply(row_lse, col_lse, target, offset, group)  # type: ignore[no-untyped-call]
+    loss: Tensor = _GlobalLoss.apply(row_lse, col_lse, target, group)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -111,32 +123,31 @@ def siglip_loss(
     _check_batch(op, image_features, text_features)
     text, offset = gather_rows(op, "text_features", text_features, group)
     inputs = image_features, text, logit_scale, logit_bias
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        total = _siglip_forward(*inputs, offset)[0]
-    else:
-        total = _siglip_value(*inputs, offset)
+    total = _siglip_forward(*inputs, offset)[0] if _wants_gradient(inputs) else _siglip_value(*inputs, offset)
     return sum_of_ranks(total, group) / len(text)
+
+
+def _wants_gradient(inputs: tuple[Tensor, ...]) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 class _GlobalLoss(torch.autograd.Function):
     """InfoNCE from the statistics of every rank's rows. All ranks get its value, each the gradient of its own part."""
 
     @staticmethod
-    def forward(
-        ctx: Any, row_lse: Tensor, col_lse: Tensor, target: Tensor, offset: int, group: ProcessGroup | None
-    ) -> Tensor:
-        of_columns = logsumexp_of_ranks(col_lse, group)
-        ctx.save_for_backward((col_lse - of_columns).exp_())
+    def forward(ctx: Any, row_lse: Tensor, col_lse: Tensor, target: Tensor, group: ProcessGroup | None) -> Tensor:
+        of_rows = (row_lse.double() - 2 * target.double()).sum()
+        of_columns, of_rows = logsumexp_of_ranks(col_lse, of_rows, group)
+        ctx.save_for_backward((col_lse - of_columns).exp_().to(col_lse.dtype))
         ctx.rows, ctx.factor = len(target), dist.get_world_size(group) / (2 * len(col_lse))
-        total = _sum_of_pairs(row_lse, of_columns[offset : offset + len(target)], target)
-        return sum_of_ranks(total, group) / (2 * len(col_lse))
+        return ((of_rows + of_columns.sum()) / (2 * len(col_lse))).to(col_lse.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (share,) = ctx.saved_tensors
         each = ctx.factor * gradient
         of_rows = each.expand(ctx.rows)
-        return of_rows, each * share, -2 * of_rows, None, None
+        return of_rows, each * share, -2 * of_rows, None
 
 
 def _sum_of_pairs(row_lse: Tensor, col_lse: Tensor, target: Tensor) -> Tensor:
@@ -229,6 +240,51 @@ _backward = define(
     fake=_backward_fake,
 )
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)
+
+
+def _kept_forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int) -> Any:
+    statistics = _forward_fake(image, text, logit_scale, offset)
+    return *statistics, statistics[0].new_empty(image.shape[0], text.shape[0])
+
+
+def _kept_backward_fake(
+    drow_lse: Tensor,
+    dcol_lse: Tensor,
+    dpositive: Tensor,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    *rest: Any,
+) -> Any:
+    return _empty_gradients(image, text, logit_scale)
+
+
+def _kept_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    image, text, logit_scale, ctx.offset = inputs
+    row_lse, col_lse, _, row_max, col_max, logits = output
+    ctx.mark_non_differentiable(row_max, col_max, logits)
+    ctx.save_for_backward(image, text, logit_scale, row_lse, col_lse, logits)
+
+
+def _kept_gradient(ctx: Any, drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tensor, *_: Tensor) -> Any:
+    return *_kept_backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset), None
+
+
+_kept_forward = define(
+    "contrastive_kept_forward",
+    "(Tensor image, Tensor text, Tensor logit_scale, int offset)"
+    " -> (Tensor row_lse, Tensor col_lse, Tensor positive, Tensor row_max, Tensor col_max, Tensor logits)",
+    reference=reference.contrastive_kept_forward,
+    fake=_kept_forward_fake,
+)
+_kept_backward = define(
+    "contrastive_kept_backward",
+    "(Tensor drow_lse, Tensor dcol_lse, Tensor dpositive, Tensor image, Tensor text, Tensor logit_scale,"
+    " Tensor row_lse, Tensor col_lse, Tensor logits, int offset) -> (Tensor dimage, Tensor dtext, Tensor dlogit_scale)",
+    reference=reference.contrastive_kept_backward,
+    fake=_kept_backward_fake,
+)
+differentiable(_kept_forward, _kept_backward, setup_context=_kept_setup, formula=_kept_gradient)
 
 
 def _siglip_value_fake(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Any:

@@ -3,12 +3,13 @@
     statistics  lse_j s_ij, lse_i s_ij, s_i,offset+i            InfoNCE (Radford et al. 2021)
     siglip      sum_ij -log sigmoid(z_ij (s_ij + logit_bias))   z = 1 on the pairs, else -1 (Zhai et al. 2023)
 
-A gradient of the first needs the log-sum-exps of all rows and columns, so backward makes the logits again. One of the
-second needs its own logit alone: `siglip_forward` returns the gradients with the loss, and backward multiplies them.
+A gradient of the first needs the log-sum-exps of all rows and columns, so backward makes the logits again, or
+`contrastive_kept_forward` returns them for it. One of the second needs its own logit alone: `siglip_forward` returns
+the gradients with the loss, and backward multiplies them.
 
 Row i of `image` [m, D] belongs to row offset + i of `text` [B, D]. One tile of logits serves both directions,
-and neither the [m, B] matrix nor anything of its size exists at any time. Logits and sums are float32
-(float64 for float64 input); 16-bit features are widened first, for a CPU has no 16-bit product with a float32
+and unless it is kept neither the [m, B] matrix nor anything of its size exists at any time. Logits and sums are
+float32 (float64 for float64 input); 16-bit features are widened first, for a CPU has no 16-bit product with a float32
 result.
 """
 
@@ -27,12 +28,26 @@ TILE_ELEMENTS = 1 << 22
 def contrastive_forward(
     image: Tensor, text: Tensor, logit_scale: Tensor, offset: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _statistics(image, text, logit_scale, offset, None)
+
+
+def contrastive_kept_forward(
+    image: Tensor, text: Tensor, logit_scale: Tensor, offset: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logits = image.new_empty(image.shape[0], text.shape[0], dtype=accumulation_dtype(image))
+    return *_statistics(image, text, logit_scale, offset, logits), logits
+
+
+def _statistics(
+    image: Tensor, text: Tensor, logit_scale: Tensor, offset: int, kept: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of the logits, which `kept` is filled with."""
     image, text, scale = _widened(image, text, logit_scale)
     row_lse, positive, row_max = (image.new_empty(image.shape[0]) for _ in range(3))
     col_max = text.new_full((text.shape[0],), -torch.inf)
     col_sum = torch.zeros_like(col_max)
     for rows in _row_tiles(image, text):
-        logits = (scale * image[rows]) @ text.T
+        logits = torch.mm(scale * image[rows], text.T, out=None if kept is None else kept[rows])
         row_lse[rows] = logits.logsumexp(1)
         row_max[rows] = logits.amax(1)
         positive[rows] = logits.diagonal(offset + rows.start)
@@ -51,8 +66,25 @@ def contrastive_backward(
     col_lse: Tensor,
     offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return contrastive_kept_backward(
+        drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, None, offset
+    )
+
+
+def contrastive_kept_backward(
+    drow_lse: Tensor,
+    dcol_lse: Tensor,
+    dpositive: Tensor,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    kept: Tensor | None,
+    offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     gradients = _Gradients(image, text, logit_scale)
-    for rows, logits in gradients.tiles():
+    for rows, logits in gradients.tiles(kept):
         through_rows = (logits - row_lse[rows, None]).exp_().mul_(drow_lse[rows, None])
         dlogits = (logits - col_lse).exp_().mul_(dcol_lse).add_(through_rows)
         dlogits.diagonal(offset + rows.start).add_(dpositive[rows])
@@ -110,9 +142,9 @@ class _Gradients:
         self.dimage, self.dtext = torch.empty_like(self.image), torch.zeros_like(self.text)
         self.dscale = torch.zeros_like(self.scale)
 
-    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+    def tiles(self, kept: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
         for rows in _row_tiles(self.image, self.text):
-            yield rows, (self.scale * self.image[rows]) @ self.text.T
+            yield rows, (self.scale * self.image[rows]) @ self.text.T if kept is None else kept[rows]
 
     def add(self, rows: slice, dlogits: Tensor) -> None:
         image = self.image[rows]

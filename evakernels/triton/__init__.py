@@ -22,6 +22,8 @@ FAMILIES = {
     "contrastive": (
         "contrastive_forward",
         "contrastive_backward",
+        "contrastive_kept_forward",
+        "contrastive_kept_backward",
         "siglip_value",
         "siglip_forward",
         "siglip_backward",

@@ -8,8 +8,9 @@ the tile takes a second exponential, relative to the columns' own. So there is n
 nothing to find out before or after.
 
 The gradient of a logit needs the log-sum-exps of both directions, so backward makes that product again: one kernel
-writes the gradients of a chunk of logits, and cuBLAS makes the other two products of it, four in all. SigLIP has no
-log-sum-exps: one pass gives its loss and the gradients of its logits, so that three do.
+writes the gradients of a chunk of logits, and cuBLAS makes the other two products of it, four in all. Where the caller
+has the memory, forward writes the logits too and three do; in float32, as at a scale of 100 a logit of 16 bits would
+be wrong by a tenth. SigLIP has no log-sum-exps: one pass gives its loss and the gradients of its logits, in three.
 """
 
 from collections.abc import Iterator
@@ -108,6 +109,7 @@ def statistics_kernel(
     row_sum,
     col_max,
     col_sum,
+    kept,
     rows: tl.int32,
     columns: tl.int32,
     depth: tl.int32,
@@ -126,10 +128,13 @@ def statistics_kernel(
         first = column_tile * BLOCK_N
         inside = (row < rows) & (row + offset >= first) & (row + offset < first + BLOCK_N)
         tl.store(positive + row, own, mask=inside)
-    logits = tl.where((row < rows)[:, None] & (column < columns)[None, :], logits, float("-inf"))
+    tile = (row < rows)[:, None] & (column < columns)[None, :]
+    if kept is not None:
+        tl.store(kept + row[:, None].to(tl.int64) * columns + column[None, :], logits, mask=tile)
+    logits = tl.where(tile, logits, float("-inf"))
     of_rows, of_columns = tl.max(logits, 1), tl.max(logits, 0)
-    common = tl.max(of_rows, 0)
-    if common - tl.min(tl.where(column < columns, of_columns, float("inf")), 0) <= SPREAD:
+    common = tl.max(of_rows)
+    if common - tl.min(tl.where(column < columns, of_columns, float("inf"))) <= SPREAD:
         terms = tl.exp(logits - _finite(of_rows)[:, None])
         sum_of_rows = tl.sum(terms, 1)
         sum_of_columns = tl.sum(terms * tl.exp(of_rows - common)[:, None], 0) * tl.exp(common - of_columns)
@@ -179,6 +184,7 @@ def gradient_kernel(
     scale,
     row_lse,
     col_lse,
+    kept,
     dlogits,
     rows: tl.int32,
     columns: tl.int32,
@@ -191,8 +197,11 @@ def gradient_kernel(
     row_tile, column_tile = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N))
     row, image_row = _positions(row_tile * BLOCK_M, rows, BLOCK_M)
     column, text_row = _positions(column_tile * BLOCK_N, columns, BLOCK_N)
-    products = _products(image, text, image_row, text_row, depth, BLOCK_M, BLOCK_N, BLOCK_K)
-    logits = products * tl.load(scale).to(tl.float32)
+    if kept is None:
+        logits = _products(image, text, image_row, text_row, depth, BLOCK_M, BLOCK_N, BLOCK_K)
+        logits *= tl.load(scale).to(tl.float32)
+    else:
+        logits = tl.load(kept + image_row[:, None].to(tl.int64) * columns + text_row[None, :])
     of_rows, of_columns = tl.load(row_lse + image_row), tl.load(col_lse + text_row)
     drow, dcol = tl.load(drow_lse + image_row), tl.load(dcol_lse + text_row)
     top = tl.maximum(tl.max(of_rows, 0), tl.max(of_columns, 0))
@@ -215,8 +224,22 @@ def gradient_kernel(
 def contrastive_forward(
     image: Tensor, text: Tensor, logit_scale: Tensor, offset: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _statistics("contrastive_forward", image, text, logit_scale, offset, None)
+
+
+def contrastive_kept_forward(
+    image: Tensor, text: Tensor, logit_scale: Tensor, offset: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logits = image.new_empty(image.shape[0], text.shape[0], dtype=torch.float32)
+    return *_statistics("contrastive_kept_forward", image, text, logit_scale, offset, logits), logits
+
+
+def _statistics(
+    op: str, image: Tensor, text: Tensor, logit_scale: Tensor, offset: int, kept: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of the logits, which `kept` is filled with."""
     rows, columns = image.shape[0], text.shape[0]
-    launch = _launch("contrastive_forward", image)
+    launch = _launch(op, image)
     image, text = _padded(image, launch), _padded(text, launch)
     row_tile, column_tile = launch["BLOCK_M"], launch["BLOCK_N"]
     positive, row_max, row_lse = (image.new_empty(rows, dtype=torch.float32) for _ in range(3))
@@ -230,7 +253,7 @@ def contrastive_forward(
             by_column = image.new_empty(2, triton.cdiv(count, row_tile), columns, dtype=torch.float32)
             statistics_kernel[_grid(count, columns, launch)](
                 *(image[chunk], text, logit_scale, positive[chunk], *by_row, *by_column),
-                *(count, *text.shape, offset + chunk.start),
+                *(_rows(kept, chunk), count, *text.shape, offset + chunk.start),
                 **launch,
             )
             _merge(by_row, row_max[chunk], row_lse[chunk], final=True)
@@ -250,20 +273,55 @@ def contrastive_backward(
     col_lse: Tensor,
     offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    unit = _unit_of(drow_lse, dcol_lse, dpositive)
-    drow_lse, dcol_lse, dpositive = (gradient * unit for gradient in (drow_lse, dcol_lse, dpositive))
-    gradients = _Gradients("contrastive_backward", image, text, logit_scale, unit, image.dtype)
+    gradients = drow_lse, dcol_lse, dpositive
+    return _backward("contrastive_backward", gradients, image, text, logit_scale, (row_lse, col_lse, None), offset)
+
+
+def contrastive_kept_backward(
+    drow_lse: Tensor,
+    dcol_lse: Tensor,
+    dpositive: Tensor,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    logits: Tensor,
+    offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients, saved = (drow_lse, dcol_lse, dpositive), (row_lse, col_lse, logits.contiguous())
+    return _backward("contrastive_kept_backward", gradients, image, text, logit_scale, saved, offset)
+
+
+def _backward(
+    op: str,
+    upstream: tuple[Tensor, Tensor, Tensor],
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    saved: tuple[Tensor, Tensor, Tensor | None],
+    offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`saved`: the log-sum-exps of rows and columns, and the logits if they were kept."""
+    unit = _unit_of(*upstream)
+    drow_lse, dcol_lse, dpositive = (gradient * unit for gradient in upstream)
+    row_lse, col_lse, kept = saved
+    gradients = _Gradients(op, image, text, logit_scale, unit, image.dtype)
     with on_device_of(image):
         for chunk, dlogits, grid in gradients.chunks():
             gradient_kernel[grid](
                 *(drow_lse[chunk], dcol_lse, dpositive[chunk], gradients.image[chunk], gradients.text, logit_scale),
-                *(row_lse[chunk], col_lse, dlogits),
+                *(row_lse[chunk], col_lse, _rows(kept, chunk), dlogits),
                 *(len(dlogits), *gradients.text.shape, offset + chunk.start),
                 **gradients.launch,
             )
             gradients.add(chunk, dlogits)
     dimage, dtext, dscale = gradients.result()
     return dimage, dtext, dscale.to(logit_scale.dtype)
+
+
+def _rows(matrix: Tensor | None, chunk: slice) -> Tensor | None:
+    return None if matrix is None else matrix[chunk]
 
 
 def _merge(parts: Tensor, highest: Tensor, total: Tensor, *, final: bool) -> None:
@@ -326,11 +384,11 @@ def siglip_kernel(
     x = tl.where(is_pair, -logits, logits)
     power = tl.exp(-tl.abs(x))
     loss = tl.where(x > 0.0, x, 0.0) + _log1p(power)
-    tl.store(losses + tl.program_id(0), tl.sum(tl.sum(tl.where(inside, loss, 0.0), 1), 0))
+    tl.store(losses + tl.program_id(0), tl.sum(tl.where(inside, loss, 0.0)))
     if HAS_GRADIENT:
         gradient = tl.where(x < 0.0, power, 1.0) / (1.0 + power)
         gradient = tl.where(is_pair, -gradient, gradient)
-        tl.store(dbias + tl.program_id(0), tl.sum(tl.sum(tl.where(inside, gradient, 0.0), 1), 0))
+        tl.store(dbias + tl.program_id(0), tl.sum(tl.where(inside, gradient, 0.0)))
         at = dlogits + row[:, None].to(tl.int64) * columns + column[None, :]
         tl.store(at, (gradient * UNIT).to(dlogits.dtype.element_ty), mask=inside)
 

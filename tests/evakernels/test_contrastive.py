@@ -57,9 +57,9 @@ def differentiable_statistics(image, text, logit_scale):
     return evakernels.contrastive_statistics(image, text, logit_scale, OFFSET)[:3]
 
 
-def smoothed(label_smoothing):
+def smoothed(label_smoothing, **options):
     return (
-        lambda *inputs: evakernels.clip_loss(*inputs, label_smoothing=label_smoothing),
+        lambda *inputs: evakernels.clip_loss(*inputs, label_smoothing=label_smoothing, **options),
         lambda *inputs: cross_entropies(*inputs, label_smoothing),
     )
 
@@ -74,6 +74,7 @@ CASES = [
     ),
     pytest.param(smoothed(0.0), SQUARE, id="clip"),
     pytest.param(smoothed(0.3), SQUARE, id="clip-smoothed"),
+    pytest.param(smoothed(0.0, memory_budget=0), SQUARE, id="clip-not-kept"),
     pytest.param((evakernels.siglip_loss, sigmoid_losses), (*SQUARE, scalar(-1.0)), id="siglip"),
 ]
 
@@ -107,8 +108,12 @@ def test_as_accurate_as_torch(pair, inputs, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("pair", "scalars"),
-    [(smoothed(0.0), [100.0]), (smoothed(0.1), [100.0]), ((evakernels.siglip_loss, sigmoid_losses), [100.0, -20.0])],
-    ids=["clip", "clip-smoothed", "siglip"],
+    [
+        pytest.param(smoothed(0.0), [100.0], id="clip"),
+        pytest.param(smoothed(0.1), [100.0], id="clip-smoothed"),
+        pytest.param(smoothed(0.0, memory_budget=0), [100.0], id="clip-not-kept"),
+        pytest.param((evakernels.siglip_loss, sigmoid_losses), [100.0, -20.0], id="siglip"),
+    ],
 )
 def test_a_trained_scale_is_as_accurate_as_torch(pair, scalars, dtype):
     image, noise = (F.normalize(randn(300, 32, seed=s), dim=1) for s in (0, 1))
@@ -117,7 +122,11 @@ def test_a_trained_scale_is_as_accurate_as_torch(pair, scalars, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pair", [smoothed(0.1), (evakernels.siglip_loss, sigmoid_losses)], ids=["clip", "siglip"])
+@pytest.mark.parametrize(
+    "pair",
+    [smoothed(0.1), smoothed(0.1, memory_budget=0), (evakernels.siglip_loss, sigmoid_losses)],
+    ids=["clip", "clip-not-kept", "siglip"],
+)
 def test_several_tiles_of_an_odd_size_are_as_accurate_as_torch(pair, dtype):
     inputs = [F.normalize(randn(1043, 37, seed=s), dim=1) for s in (0, 1)]
     scalars = [scalar(10.0)] if pair[1] is not sigmoid_losses else [scalar(10.0), scalar(-10.0)]
@@ -151,6 +160,28 @@ def test_the_number_of_threads_does_not_change_a_bit():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize(("dtype", "itemsize"), [(torch.bfloat16, 4), (torch.float32, 4), (torch.float64, 8)])
+def test_logits_are_kept_within_the_budget_and_for_a_gradient_alone(dtype, itemsize):
+    def largest_saved(budget, **needs):
+        image, text, scale = (t.to(dtype).requires_grad_(**needs) for t in SQUARE)
+        sizes = [0]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            ClipLoss(memory_budget=budget)(image, text, scale)
+        return max(sizes)
+
+    assert largest_saved(7 * 7 * itemsize) == 7 * 7
+    assert largest_saved(7 * 7 * itemsize - 1) == 7 * 5
+    assert largest_saved(7 * 7 * itemsize, requires_grad=False) == 0
+
+
+@pytest.mark.usefixtures("tiles")
+def test_kept_logits_serve_several_backward_passes():
+    image, text, scale = (t.float().requires_grad_() for t in SQUARE)
+    loss = evakernels.clip_loss(image, text, scale)
+    first, second = (torch.autograd.grad(loss, (image, text, scale), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_inputs_may_be_strided():
     image, text, scale = (t.float() for t in SQUARE)
     leaves = [t.clone().requires_grad_() for t in (image, text, scale)]
@@ -178,6 +209,7 @@ def test_two_runs_are_bit_equal(pair, inputs):
 def test_opcheck(dtype):
     inputs = [t.to(dtype).requires_grad_() for t in (randn(3, 4), randn(6, 4, seed=1), scalar(2.0), scalar(-1.0))]
     assert_opcheck(OPS.contrastive_forward.default, (*inputs[:3], OFFSET))
+    assert_opcheck(OPS.contrastive_kept_forward.default, (*inputs[:3], OFFSET))
     assert_opcheck(OPS.siglip_forward.default, (*inputs, OFFSET))
     with torch.no_grad():
         inputs = [t.detach() for t in inputs]
@@ -185,6 +217,9 @@ def test_opcheck(dtype):
         row_lse, col_lse, positive, _, _ = OPS.contrastive_forward(*inputs[:3], OFFSET)
         cotangents = (torch.ones_like(row_lse), torch.ones_like(col_lse), torch.ones_like(positive))
         assert_opcheck(OPS.contrastive_backward.default, (*cotangents, *inputs[:3], row_lse, col_lse, OFFSET))
+        logits = OPS.contrastive_kept_forward(*inputs[:3], OFFSET)[-1]
+        saved = row_lse, col_lse, logits
+        assert_opcheck(OPS.contrastive_kept_backward.default, (*cotangents, *inputs[:3], *saved, OFFSET))
         dloss, *gradients = OPS.siglip_forward(*inputs, OFFSET)
         assert_opcheck(OPS.siglip_backward.default, (dloss, *inputs, *gradients))
 
@@ -270,7 +305,7 @@ def test_a_second_derivative_is_refused(name):
     else:
         loss = evakernels.clip_loss(image, text, scale)
     (gradient,) = torch.autograd.grad(loss, image, create_graph=True)
-    with pytest.raises(RuntimeError, match=f"{name} has no second derivative"):
+    with pytest.raises(RuntimeError, match=f"{name}.* has no second derivative"):
         gradient.sum().backward()
 
 
@@ -350,6 +385,7 @@ ONES, SCALE = torch.ones(3, 4), torch.tensor(1.0)
         ),
         (lambda: evakernels.clip_loss(ONES, ONES.to("meta"), SCALE), ValueError, "text_features on meta"),
         (lambda: evakernels.clip_loss(ONES, ONES, SCALE, label_smoothing=2), ValueError, "accepted: 0 to 1"),
+        (lambda: evakernels.clip_loss(ONES, ONES, SCALE, memory_budget=-1), ValueError, "accepted: at least 0"),
         (
             lambda: evakernels.clip_loss(ONES, ONES, SCALE, group=object()),
             ValueError,

@@ -24,6 +24,7 @@ ROWS = 4
 WIDTH = 5
 LOSSES = {"clip": (ClipLoss, 0.0), "clip-smoothed": (ClipLoss, 0.2), "siglip": (SigLipLoss, None)}
 SIZES = (2, WORLD)
+FAR = {"large": 900.0, "small": -900.0, "infinite": float("inf"), "spread": torch.linspace(-900, 900, WORLD * ROWS)}
 EVEN, UNEVEN = [ROWS] * WORLD, [3, 1, 4, 2]
 
 
@@ -70,10 +71,11 @@ def data_parallel_step(name: str, group: dist.ProcessGroup, rows: list[int]) -> 
 
 @dataclass
 class Cost:
-    """What one process computes and sends: of the matrix products, and in bytes."""
+    """What one process computes and sends: of the matrix products, in bytes, and how often it takes part in a sum."""
 
     flops: int = 0
     sent: float = 0
+    all_reduces: int = 0
 
 
 class Sent(TorchDispatchMode):
@@ -87,6 +89,7 @@ class Sent(TorchDispatchMode):
         if func.namespace == "c10d":
             output, *inputs = args
             self.cost.sent += self.parts(func._schema.name, output, *inputs)
+            self.cost.all_reduces += func._schema.name == "c10d::allreduce_"
         return func(*args, **(kwargs or {}))
 
     @staticmethod
@@ -115,7 +118,8 @@ def count_flops_of_ops(cost: Cost) -> None:
 
         return call
 
-    for op in ("contrastive_forward", "contrastive_backward", "siglip_forward"):
+    kept = "contrastive_kept_forward", "contrastive_kept_backward"
+    for op in ("contrastive_forward", "contrastive_backward", *kept, "siglip_forward"):
         backends.register(op, "reference", counted(getattr(reference, op)))
 
 
@@ -136,6 +140,7 @@ def costs() -> dict[str, dict[str, float]]:
     theirs = open_clip_loss().ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=WORLD)
     losses = {
         "clip": lambda *features: ClipLoss(group=world)(*features, scale),
+        "clip, logits not kept": lambda *features: ClipLoss(group=world, memory_budget=0)(*features, scale),
         "siglip": lambda *features: SigLipLoss(group=world)(*features, scale, bias),
         "open_clip": lambda *features: theirs(*features, scale),
     }
@@ -148,6 +153,20 @@ def costs() -> dict[str, dict[str, float]]:
             loss(*features).backward()
         found[name] = asdict(cost) | {"flops": cost.flops + outside.get_total_flops()}
     return found
+
+
+def far_features(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features whose logits' exponentials no float64 holds."""
+    images, texts = batch(WORLD * ROWS)
+    images[:, 0], texts[:, 0] = FAR[name], 1.0
+    return images, texts
+
+
+def far_loss(name: str) -> tuple[torch.Tensor, ...]:
+    rank = dist.get_rank()
+    features = [x[rank * ROWS : (rank + 1) * ROWS].requires_grad_() for x in far_features(name)]
+    loss = ClipLoss(group=dist.group.WORLD)(*features, torch.ones((), dtype=torch.float64))
+    return loss.detach(), *torch.autograd.grad(loss, features)
 
 
 def message_of(call) -> str:
@@ -180,6 +199,8 @@ def work(rank: int, folder: str) -> None:
     loss.backward()
     results["half"] = loss.detach(), half[1].grad
     results["costs"] = costs()
+    for name in FAR:
+        results["far", name] = far_loss(name)
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -224,16 +245,39 @@ def test_half_precision_features_are_gathered_as_they_are(ranks):
 
 
 def test_half_the_features_travel_and_a_third_or_half_of_the_products_is_saved(ranks):
-    """Beside open_clip's loss with `local_loss` and `gather_with_grad`; a product is that of this rank's logits."""
+    """Beside open_clip's loss with `local_loss` and `gather_with_grad`; a product is that of this rank's logits.
+
+    The text features are gathered, their gradient is scattered, and one all-reduce has a sum for each column of the
+    global batch, and one for all rows.
+    """
     product = 2 * ROWS * WORLD * ROWS * WIDTH
     features = (WORLD - 1) * ROWS * WIDTH * 4  # of one side, of this rank to all others
     shapes, number = (WORLD - 1) * 2 * 8, 2 * (WORLD - 1) / WORLD * 4
+    columns = (WORLD * ROWS + 1) * 2 * number  # float64
     for rank in ranks:
         assert rank["costs"] == {
-            "open_clip": {"flops": 6 * product, "sent": 4 * features},
-            "clip": {"flops": 4 * product, "sent": 2 * features + shapes + (2 * WORLD * ROWS + 1) * number},
-            "siglip": {"flops": 3 * product, "sent": 2 * features + shapes + number},
+            "open_clip": {"flops": 6 * product, "sent": 4 * features, "all_reduces": 0},
+            "clip": {"flops": 3 * product, "sent": 2 * features + shapes + columns, "all_reduces": 1},
+            "clip, logits not kept": {
+                "flops": 4 * product,
+                "sent": 2 * features + shapes + columns,
+                "all_reduces": 1,
+            },
+            "siglip": {"flops": 3 * product, "sent": 2 * features + shapes + number, "all_reduces": 1},
         }
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_sums_beyond_float64_are_formed_relative_to_the_largest(ranks, name):
+    features = [x.requires_grad_() for x in far_features(name)]
+    loss = ClipLoss()(*features, torch.ones((), dtype=torch.float64))
+    gradients = torch.autograd.grad(loss, features)
+    for rank in range(WORLD):
+        value, *own = ranks[rank]["far", name]
+        torch.testing.assert_close(value, loss.detach(), rtol=1e-12, atol=0, equal_nan=True)
+        for gradient, of_all in zip(own, gradients, strict=True):
+            expected = WORLD * of_all[rank * ROWS : (rank + 1) * ROWS]
+            torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
 def test_unequal_widths_are_named_on_every_rank(ranks):

@@ -99,12 +99,19 @@ def test_contrastive_kernels_make_the_logits_once_and_store_their_gradients_alon
     monkeypatch.setattr(calls, "PAIRS", 256)
     (arguments,) = calls.calls(op, {"depth": 128}, calls.Draw("cpu", torch.bfloat16))
     launches, _ = launches_of(op, arguments)
-    assert sum(launch.flops for launch in launches) == 2 * 256 * 256 * 128
-    gradients = sum(launch.tensors["dlogits"].stored for launch in launches if "dlogits" in launch.tensors)
-    assert gradients == (2 * 256 * 256 if op in ("contrastive_backward", "siglip_forward") else 0)
+    assert sum(launch.flops for launch in launches) == (0 if op == "contrastive_kept_backward" else 2 * 256 * 256 * 128)
+    matrices = {
+        name: [getattr(launch.tensors[name], way) for launch in launches if name in launch.tensors]
+        for name, way in (("dlogits", "stored"), ("kept", "stored" if op.endswith("forward") else "loaded"))
+    }
+    writes_gradients = op in ("contrastive_backward", "contrastive_kept_backward", "siglip_forward")
+    assert sum(matrices["dlogits"]) == (2 * 256 * 256 if writes_gradients else 0)
+    assert sum(matrices["kept"]) == (4 * 256 * 256 if "kept" in op else 0)
     # Forward: of each tile a pair of numbers a row and a column, and what they add up to.
     tiles, chunks = 256 // 128, 2
-    assert sum(launch.stored for launch in launches) - gradients <= 8 * 256 * (2 * tiles + chunks + 2) + 4 * 256
+    stored = sum(launch.stored for launch in launches) - sum(matrices["dlogits"])
+    stored -= sum(matrices["kept"]) if op.endswith("forward") else 0
+    assert stored <= 8 * 256 * (2 * tiles + chunks + 2) + 4 * 256
 
 
 @pytest.mark.parametrize("wrong", [-1, 4])
