@@ -63,14 +63,28 @@ def option(job: Job, gpu: Gpu) -> Option:
 def policies(job: Job, gpu: Gpu) -> Iterator[Option]:
     """Each policy of recomputation, with the fewest chunks that fit."""
     for recompute in get_args(Recompute):
-        found = None
-        for accumulation in chunkings(job.local_batch):
-            savings = replace(job.savings, recompute=recompute)
-            found = option(replace(job, savings=savings, accumulation=accumulation), gpu)
-            if found.fits:
-                break
-        if found is not None:
-            yield found
+        yield _in_chunks(replace(job, savings=replace(job.savings, recompute=recompute)), gpu)
+
+
+def _in_chunks(job: Job, gpu: Gpu) -> Option:
+    """The job with the fewest chunks that fit, or with the most that there can be."""
+
+    def at(number: int) -> Option:
+        return option(replace(job, accumulation=number), gpu)
+
+    found, numbers = at(1), chunkings(job.local_batch)[1:]
+    # One chunk needs no gradients besides its own; of two and more, the more the less.
+    if found.fits or not numbers:
+        return found
+    found = at(numbers.pop())
+    while found.fits and numbers:
+        place = len(numbers) // 2
+        tried = at(numbers[place])
+        if tried.fits:
+            found, numbers = tried, numbers[:place]
+        else:
+            numbers = numbers[place + 1 :]
+    return found
 
 
 def chunkings(batch: int, ratio: float = 1.8) -> list[int]:

@@ -23,11 +23,13 @@ class Memory:
         steps: the phases of a step, of all blocks; with accumulation of its first and its last chunk.
         moments: the highest of each phase.
         parameters: how many one GPU holds.
+        model_parameters: how many the model has.
     """
 
     steps: Steps
     moments: tuple[Moment, ...]
     parameters: int
+    model_parameters: int
 
     @property
     def peak(self) -> Moment:
@@ -53,9 +55,9 @@ def memory_of(job: Job, traced: Trace) -> Memory:
         steps = insert(steps, "end", peak=Counter({COMMUNICATION: 2 * max(_BUCKET, _largest(job))}))
     if job.accumulation == 1:
         steps = insert(steps, LOSS, peak=loss_bytes(job))
-        return Memory(steps, tuple(course(steps)), elements)
+        return Memory(steps, tuple(course(steps)), elements, traced.parameters)
     alone = Moment(LOSS, steps.start + loss_bytes(job))
-    return Memory(steps, (alone, *course(steps)), elements)
+    return Memory(steps, (alone, *course(steps)), elements, traced.parameters)
 
 
 def _besides(job: Job, elements: int) -> Bytes:

@@ -28,10 +28,10 @@ def summary(job: Job, memory: Memory, gpu: Gpu) -> Table:
     rows = [
         ("model", job.model),
         ("GPUs", f"{job.gpus} x {gpu.name}"),
-        ("batch", f"{job.global_batch:,} = {job.gpus} GPUs x {job.accumulation} chunks x {job.chunk:,}"),
+        ("batch", f"{job.global_batch:,} = {job.gpus} (GPUs) x {job.accumulation} (chunks) x {job.chunk:,}"),
         ("tokens", f"{kept} of {job.config.vision.num_patches} patches; captions of {job.caption_tokens} on average"),
         ("precision", f"{job.precision}; {job.optimizer} with moments in {job.state_dtype}"),
-        ("parameters", f"{spread}: {memory.parameters:,} on the first GPU"),
+        ("parameters", f"{memory.model_parameters:,}, {spread}: {memory.parameters:,} on the first one"),
         ("computed again", savings.recompute),
         ("captions", "packed" if savings.pack_text else "padded"),
     ]
@@ -86,6 +86,7 @@ def memory_tree(memory: Memory, gpu: Gpu) -> dict[str, Any]:
     peak = memory.peak
     return {
         "parameters": memory.parameters,
+        "model_parameters": memory.model_parameters,
         "peak": peak.total,
         "peak_phase": peak.phase,
         "kinds": {kind: size for kind, size in sorted(peak.bytes.items()) if size},

@@ -76,7 +76,7 @@ def savings_table(rungs: Sequence[Rung], gpu: Gpu) -> Table:
             changes[0] = f"{memory / (previous.memory.peak.total / _GIB) - 1:+.0%}"
             changes[1] = f"{seconds / middle(previous.time.step) - 1:+.0%}"
         hours = f"{middle(rung.time.gpu_hours(rung.job)):,.0f}" if rung.job.samples else ""
-        table.add_row(rung.name, f"{memory:,.1f}", changes[0], f"{seconds:.3g}", changes[1], hours)
+        table.add_row(rung.name, f"{memory:,.1f}", changes[0], f"{seconds:,.1f}", changes[1], hours)
         previous = rung
     return table
 
@@ -139,7 +139,9 @@ def middle(both: Range) -> float:
 
 def spread(both: Range, percent: bool = False) -> str:
     """A range in words."""
-    return " to ".join(f"{value:.0%}" if percent else f"{value:.3g}" for value in both)
+    if percent:
+        return " to ".join(f"{value:.0%}" for value in both)
+    return " to ".join(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in both)
 
 
 def _add_flops(table: Table, name: str, flops: list[int], job: Job) -> None:

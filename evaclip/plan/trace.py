@@ -60,11 +60,13 @@ class Trace(NamedTuple):
     Attributes:
         block_bytes: what one block's parameters take on one GPU, by tower.
         elements: parameters that one GPU holds outside of blocks, and in one block of each tower.
+        parameters: of the model with all its blocks.
     """
 
     recording: Recording
     block_bytes: dict[str, int]
     elements: dict[str, int]
+    parameters: int
 
 
 def trace(job: Job, blocks: int = BLOCKS) -> Trace:
@@ -77,7 +79,7 @@ def trace(job: Job, blocks: int = BLOCKS) -> Trace:
     Args:
         blocks: the towers are cut to this many blocks, if they have more.
     """
-    few = _shallow(job, blocks)
+    few, parameters = _shallow(job, blocks), sum(p.numel() for p in _build(job).parameters())
     with ExitStack() as stack:
         if few.mode != "replicate":
             stack.enter_context(_process_group(few.gpus))
@@ -101,7 +103,7 @@ def trace(job: Job, blocks: int = BLOCKS) -> Trace:
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     recorder.relabel(parameter.grad, GRADIENTS)
-        return Trace(recorder.recording, *_sizes(model))
+        return Trace(recorder.recording, *_sizes(model), parameters)
 
 
 def _shallow(job: Job, blocks: int) -> Job:

@@ -24,6 +24,7 @@ def test_shows_what_a_gpu_holds(capsys: Any) -> None:
 def test_json_holds_the_same(capsys: Any) -> None:
     arguments = ("--recipe", "eva02-b-16", "--gpus", "64", "--gpu", "h100-80g", "--json")
     memory = json.loads(plan(capsys, *arguments))["memory"]
+    assert memory["model_parameters"] == 149_691_137
     assert memory["peak"] == sum(memory["kinds"].values())
     assert memory["of_the_gpu"] == get_gpu("h100-80g").memory
 
