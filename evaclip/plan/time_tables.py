@@ -73,8 +73,8 @@ def savings_table(rungs: Sequence[Rung], gpu: Gpu) -> Table:
         memory, seconds = rung.memory.peak.total / _GIB, middle(rung.time.step)
         changes = ["", ""]
         if previous is not None:
-            changes[0] = f"{memory / (previous.memory.peak.total / _GIB) - 1:+.0%}"
-            changes[1] = f"{seconds / middle(previous.time.step) - 1:+.0%}"
+            changes[0] = f"{memory / (previous.memory.peak.total / _GIB) - 1:+.1%}"
+            changes[1] = f"{seconds / middle(previous.time.step) - 1:+.1%}"
         hours = f"{middle(rung.time.gpu_hours(rung.job)):,.0f}" if rung.job.samples else ""
         table.add_row(rung.name, f"{memory:,.1f}", changes[0], f"{seconds:,.1f}", changes[1], hours)
         previous = rung
