@@ -5,6 +5,7 @@ from collections import Counter
 from evaclip.plan.job import Job
 from evaclip.plan.operators import Cost
 from evaclip.plan.phases import Bytes, Costs
+from evakernels.ops.contrastive import MEMORY_BUDGET
 
 CHUNK_BYTES, MIN_CHUNK = 1 << 28, 2048
 """Of the logits' gradients, as in `evakernels.triton.contrastive`: the rows of one chunk, but never fewer than that."""
@@ -15,9 +16,10 @@ _FLOAT = 4
 def loss_bytes(job: Job) -> Bytes:
     """The most that the loss and its gradients take at a time, in backward.
 
-    The texts of all GPUs, their gradient, the copy of it that the reduce-scatter of a list of tensors makes, and one
-    chunk of the logits' gradients. Without this library's loss: images as well as texts, and four matrices of a row for
-    each sample of the GPU: the logits of both directions and the results of both softmaxes.
+    The texts of all GPUs, their gradient, the copy of it that the reduce-scatter of a list of tensors makes, one chunk
+    of the logits' gradients, and the logits where they are few enough to be kept. Without this library's loss: images
+    as well as texts, and four matrices of a row for each sample of the GPU: the logits of both directions and the
+    results of both softmaxes.
     """
     rows, columns, depth = job.local_batch, job.global_batch, job.config.embed_dim
     height = min(rows, max(MIN_CHUNK, CHUNK_BYTES // (_FLOAT * columns)))
@@ -27,19 +29,20 @@ def loss_bytes(job: Job) -> Bytes:
     texts = columns * depth * _FLOAT if job.gpus > 1 else 0
     own = 2 * rows * depth * _FLOAT
     statistics = (3 * rows + 4 * columns) * _FLOAT
-    return Counter({LOSS: 2 * texts + max(texts, own) + height * columns * _FLOAT + statistics})
+    logits = (height + rows * _keeps_logits(job)) * columns * _FLOAT
+    return Counter({LOSS: 2 * texts + max(texts, own) + logits + statistics})
 
 
 def loss_costs(job: Job) -> Costs:
-    """What the loss computes on one GPU: the logits twice, and from their gradient those of images and texts.
+    """What the loss computes on one GPU: the logits, twice unless they are kept, and the gradients of images and texts.
 
     Without this library's loss: the logits of both directions, and both gradients of each.
     """
     rows, columns, depth = job.local_batch, job.global_batch, job.config.embed_dim
     features, logits = (rows + columns) * depth * _FLOAT, rows * columns * _FLOAT
     product = 2 * rows * columns * depth
-    # The tiles of the logits stay in registers, but for their gradient.
-    first, second = (2, 2) if job.fused else (0, 6)
+    # The tiles of logits that aren't kept stay in registers, but for their gradient.
+    first, second = ((0, 3) if _keeps_logits(job) else (2, 2)) if job.fused else (0, 6)
     costs: Costs = Counter({("loss", Cost("products", False, 32, product, features)): first})
     costs["loss", Cost("products", False, 32, product, features + logits)] += second
     if not job.fused:
@@ -49,3 +52,7 @@ def loss_costs(job: Job) -> Costs:
         for term in ("gather", "scatter"):
             costs["loss", Cost(f"{term} of texts", False, 0, 0, columns * depth * _FLOAT)] += 1 if job.fused else 2
     return costs
+
+
+def _keeps_logits(job: Job) -> bool:
+    return job.fused and job.local_batch * job.global_batch * _FLOAT <= MEMORY_BUDGET

@@ -185,8 +185,8 @@ def test_captions_have_the_mean_length(count: int, mean: int) -> None:
 def test_the_loss_is_planned_for_the_kernels_there_are() -> None:
     if not contrastive.INTERPRETED:
         assert (loss.CHUNK_BYTES, loss.MIN_CHUNK) == (contrastive.CHUNK_BYTES, contrastive.MIN_CHUNK)
-    job = Job(model="EVA02-CLIP-B-16", gpus=64, global_batch=65_536)
-    texts, logits = 65_536 * 512 * 4, 1024 * 65_536 * 4
+    job = Job(model="EVA02-CLIP-B-16", gpus=64, global_batch=131_072)
+    texts, logits = 131_072 * 512 * 4, 2048 * 131_072 * 4
     assert loss.loss_bytes(job)["loss"] == pytest.approx(3 * texts + logits, rel=0.01)
 
 

@@ -13,7 +13,7 @@ from evaclip import Savings, create_model
 from evaclip.model.flops import flops_per_sample
 from evaclip.plan.gpus import get_gpu
 from evaclip.plan.job import Job
-from evaclip.plan.loss import loss_costs
+from evaclip.plan.loss import loss_bytes, loss_costs
 from evaclip.plan.memory import plan_memory
 from evaclip.plan.operators import Cost
 from evaclip.plan.time import Assumptions, plan_time, seconds_of, seconds_of_collective
@@ -176,12 +176,20 @@ def test_a_run_is_its_steps() -> None:
     )
 
 
-def test_products_of_the_loss() -> None:
+@pytest.mark.parametrize("kept", [True, False])
+def test_products_of_the_loss(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(model="EVA02-CLIP-B-16", gpus=4, global_batch=256)
     image, text, scale = torch.randn(64, 512), torch.randn(256, 512), torch.ones(())
     with FlopCounterMode(display=False) as counter:
-        row_lse, col_lse, positive, *_ = contrastive.contrastive_forward(image, text, scale, 0)
-        gradients = (torch.ones_like(value) for value in (row_lse, col_lse, positive))
-        contrastive.contrastive_backward(*gradients, image, text, scale, row_lse, col_lse, 0)
+        if kept:
+            *statistics, logits = contrastive.contrastive_kept_forward(image, text, scale, 0)
+        else:
+            statistics, logits = contrastive.contrastive_forward(image, text, scale, 0), None
+        row_lse, col_lse, positive = statistics[:3]
+        inputs = *(torch.ones_like(value) for value in (row_lse, col_lse, positive)), image, text, scale
+        contrastive.contrastive_kept_backward(*inputs, row_lse, col_lse, logits, 0)
+    if not kept:
+        monkeypatch.setattr("evaclip.plan.loss.MEMORY_BUDGET", 0)
     planned = sum(calls * cost.flops for (_, cost), calls in loss_costs(job).items())
     assert planned == counter.get_total_flops()
+    assert (loss_bytes(job)["loss"] > 2 * 64 * 256 * 4 + 3 * 256 * 512 * 4) == kept
