@@ -9,7 +9,6 @@ import ast
 import hashlib
 import inspect
 import json
-import textwrap
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,7 +23,9 @@ def fingerprint(source: str) -> str:
 
     It is made of the syntax tree's non-empty fields, which read the same in every version of Python.
     """
-    function = ast.parse(textwrap.dedent(source)).body[0]
+    # A docstring may stand to the left of the code, so the source of a method can't be dedented.
+    outer: Any = ast.parse("if True:\n" + source if source[:1].isspace() else source).body[0]
+    function = outer.body[0] if isinstance(outer, ast.If) else outer
     if isinstance(function, ast.FunctionDef) and ast.get_docstring(function, clean=False) is not None:
         function.body = function.body[1:]
     return hashlib.sha256(repr(_plain(function)).encode()).hexdigest()[:16]

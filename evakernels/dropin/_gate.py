@@ -23,6 +23,7 @@ _OPS = {
     "norm_add": "layer_norm_add_forward",
     "attention": "rope_attention_forward",
     "attention_training": "rope_attention_forward",
+    "multi_head": "rope_attention_forward",
     "rope_attention": "rope_attention_forward",
     "swiglu": "swiglu_forward",
     "swiglu_norm": "swiglu_forward",
@@ -44,6 +45,7 @@ _CPU: dict[str, dict[torch.dtype, int]] = {
     # tokens and batch 8 only with gradients.
     "attention": dict.fromkeys(_HALF, 1 << 18),
     "attention_training": dict.fromkeys(_HALF, 1 << 15),
+    "multi_head": dict.fromkeys(_ALL, 1 << 15),
     "rope_attention": dict.fromkeys(_ALL, 1 << 14),
     "swiglu": {torch.float32: 0} | dict.fromkeys(_HALF, 1 << 18),
     "swiglu_norm": dict.fromkeys(_ALL, 0),
@@ -56,7 +58,8 @@ _CPU: dict[str, dict[torch.dtype, int]] = {
 }
 """Op to dtype to the least number of elements."""
 
-_GPU = {name: dict.fromkeys(_ALL, 0) for name in _CPU if "attention" not in name and name != "gelu"} | {
+_PRODUCTS = ("attention", "attention_training", "multi_head", "rope_attention")
+_GPU = {name: dict.fromkeys(_ALL, 0) for name in _CPU if name not in (*_PRODUCTS, "gelu")} | {
     # Tensor cores take 16 bit; without a rotation torch's own attention kernels have nothing to gain.
     "rope_attention": dict.fromkeys(_HALF, 0),
 }

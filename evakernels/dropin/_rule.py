@@ -14,7 +14,7 @@ from evakernels.dropin import _form, _swap
 from evakernels.dropin._gate import is_served
 from evakernels.dropin._serve import ROLES
 
-LIBRARIES = ("torch_modules", "timm")
+LIBRARIES = ("torch_modules", "timm", "transformers", "open_clip")
 
 
 def _fits(module: Any) -> str | None:

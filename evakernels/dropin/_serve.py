@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from evakernels.dropin._gate import serves
 from evakernels.ops import add_layer_norm, add_rms_norm, layer_norm_add, swiglu
+from evakernels.ops._autocast import is_on
 
 ROLES: dict[type, str] = {
     nn.Identity: "identity",
@@ -131,6 +132,8 @@ def _fits(residual: Tensor, branch: Tensor, factor: Tensor | None) -> bool:
     dtype = residual.dtype
     if branch.shape != residual.shape or residual.dim() < 2:
         return False
+    if residual.is_cuda and dtype != torch.float32 and is_on("cuda"):
+        return False  # the op gives float32 then, as torch's norm, but the sum too
     return dtype == torch.float32 or (branch.dtype == dtype and (factor is None or factor.dtype == dtype))
 
 

@@ -9,10 +9,10 @@ from evakernels.dropin._gate import serves
 from evakernels.dropin._rule import Rule
 from evakernels.dropin._serve import add, add_norm, drops, gated, norm_add, role
 from evakernels.dropin._swap import Swapped
+from evakernels.dropin.torch_modules import GELU, RMSNorm, by_silu, last_dimension
 from evakernels.dropin.torch_modules import LayerNorm as _LayerNorm
-from evakernels.dropin.torch_modules import RMSNorm, by_silu, last_dimension
 from evakernels.nn import linear
-from evakernels.ops import gelu, rope_attention, token_dropout
+from evakernels.ops import rope_attention, token_dropout
 from evakernels.ops.rope_attention import MAX_PREFIX
 
 ROLES = {
@@ -28,16 +28,6 @@ class LayerNorm(_LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
-
-
-class GELUTanh(Swapped):
-    """GELU by tanh."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if serves("gelu", input):
-            return gelu(input, approximate="tanh")
-        y: Tensor = super().forward(input)
-        return y
 
 
 # --- MLPs -----------------------------------------------------------------------------------------------------------
@@ -245,7 +235,7 @@ _DROP_PATCHES = (f"{_LAYERS}.patch_dropout.patch_dropout_forward",)
 RULES = (
     Rule(LayerNorm, f"{_LAYERS}.norm.LayerNorm", "layer_norm", "layer_norm", reason=last_dimension),
     Rule(RMSNorm, f"{_LAYERS}.norm.RmsNorm", "rms_norm", "rms_norm", reason=last_dimension),
-    Rule(GELUTanh, f"{_LAYERS}.activations.GELUTanh", "gelu", "gelu"),
+    Rule(GELU, f"{_LAYERS}.activations.GELUTanh", "gelu", "gelu"),
     Rule(SwiGLU, f"{_LAYERS}.mlp.SwiGLU", "swiglu", "swiglu_norm", reason=by_silu),
     Rule(GluMlp, f"{_LAYERS}.mlp.GluMlp", "swiglu", "swiglu", reason=_packed_by_silu),
     Rule(Attention, f"{_LAYERS}.attention.Attention", "rope_attention", "attention"),

@@ -1,4 +1,4 @@
-"""Rules for torch's own modules, and for modules of any library that read like those of Llama."""
+"""Rules for torch's own modules."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from evakernels.dropin._gate import serves
 from evakernels.dropin._rule import Rule
-from evakernels.dropin._serve import gated, own_norm_parameters, role
+from evakernels.dropin._serve import own_norm_parameters, role
 from evakernels.dropin._swap import Swapped
 from evakernels.nn import linear
 from evakernels.ops import gelu, layer_norm, rms_norm
@@ -59,14 +59,6 @@ class GELU(Swapped):
         if serves("gelu", input):
             return gelu(input, approximate="tanh")
         y: Tensor = super().forward(input)
-        return y
-
-
-class GatedMLP(Swapped):
-    """`down_proj(silu(gate_proj(x)) * up_proj(x))`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.act_fn))
         return y
 
 

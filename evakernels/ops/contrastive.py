@@ -122,9 +122,17 @@ def siglip_loss(
     logit_bias = _checked_scalar(op, "logit_bias", logit_bias, image_features)
     _check_batch(op, image_features, text_features)
     text, offset = gather_rows(op, "text_features", text_features, group)
-    inputs = image_features, text, logit_scale, logit_bias
-    total = _siglip_forward(*inputs, offset)[0] if _wants_gradient(inputs) else _siglip_value(*inputs, offset)
-    return sum_of_ranks(total, group) / len(text)
+    return sum_of_ranks(siglip_sum(image_features, text, logit_scale, logit_bias, offset), group) / len(text)
+
+
+def siglip_sum(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
+    """The sum of the sigmoid loss over all combinations of the images with the texts; row i belongs to text offset + i.
+
+    What it is given isn't checked. On a process that has the texts of all, the sum of its own images' part.
+    """
+    inputs = image, text, logit_scale.reshape(()), logit_bias.reshape(())
+    total: Tensor = _siglip_forward(*inputs, offset)[0] if _wants_gradient(inputs) else _siglip_value(*inputs, offset)
+    return total
 
 
 def _wants_gradient(inputs: tuple[Tensor, ...]) -> bool:

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from dropin_families import FAMILIES, gradients, ops_of, run
+from dropin_families import FAMILIES
+from dropin_family import gradients, ops_of, run
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -391,6 +392,9 @@ def test_a_fingerprint_sees_code_only():
     same = 'def f(self, x: int) -> int:\n    """Doc."""\n    # comment\n    return x + 1\n'
     assert _form.fingerprint("    def f(self, x):\n        return x + 1") == _form.fingerprint(same)
     assert _form.fingerprint("def f(self, x):\n    return x + 2") != _form.fingerprint(same)
+    assert _form.fingerprint(
+        '    def f(self):\n        """Doc\nto the left."""\n        return 1'
+    ) != _form.fingerprint(same)
     assert _form.fingerprint("@nodes\ndef f(self, x):\n    return x + 1") != _form.fingerprint(same)
 
 

@@ -1,0 +1,278 @@
+"""Rules for open_clip: the blocks of both towers and the losses, whose towers by timm have timm's rules."""
+
+import sys
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evakernels.dropin._gate import serves
+from evakernels.dropin._rule import Rule
+from evakernels.dropin._serve import add, add_norm, drops
+from evakernels.dropin._swap import Swapped
+from evakernels.dropin.timm import LayerNorm
+from evakernels.dropin.torch_modules import last_dimension
+from evakernels.nn import linear
+from evakernels.ops import contrastive_statistics, rope_attention, token_dropout
+from evakernels.ops._autocast import is_on, matmul_inputs
+from evakernels.ops.contrastive import siglip_sum
+
+ROLES = {
+    "open_clip.transformer.LayerNorm": "layer_norm",
+    "open_clip.transformer.LayerNormFp32": "layer_norm",
+    "open_clip.transformer.LayerScale": "layer_scale",
+}
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+class MultiheadAttention(Swapped):
+    """torch's, of a sequence with itself: without its copies of the packed projection."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> Any:
+        plain = query is key is value and not need_weights and key_padding_mask is None and not is_causal
+        dropped = self.training and self.dropout > 0
+        if plain and not dropped and serves("multi_head", query, of_product=True) and self._takes(query, attn_mask):
+            return self._attend(query, attn_mask), None
+        return super().forward(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+
+    def _takes(self, x: Tensor, mask: Tensor | None) -> bool:
+        mask_fits = mask is None or (mask.dim() == 2 and mask.is_floating_point())
+        return x.dim() == 3 and mask_fits
+
+    def _attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        packed = linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in packed.chunk(3, dim=-1))
+        op = "attention_training" if torch.is_grad_enabled() else "attention"
+        causal = mask is not None and _is_causal(mask)
+        if (mask is None or causal) and serves(op, x, of_product=True):
+            out = rope_attention(q, k, v, causal=causal)
+        else:
+            q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        return linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
+
+
+def _is_causal(mask: Tensor) -> bool:
+    """Whether the mask hides later keys and nothing else; on a CPU only, where looking at it costs nothing."""
+    if not mask.is_cpu or torch.compiler.is_compiling() or mask.shape[0] != mask.shape[1]:
+        return False
+    return torch.equal(mask, _causal_mask(mask.shape[0], mask.dtype))
+
+
+@cache
+def _causal_mask(tokens: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((tokens, tokens), float("-inf"), dtype=dtype).triu_(1)
+
+
+def _packs_all(module: Any) -> str | None:
+    if not module.batch_first:
+        return "its sequences come first"
+    if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
+        return "its keys have a width or a bias of their own"
+    return None
+
+
+# --- blocks ---------------------------------------------------------------------------------------------------------
+
+
+class ResidualAttentionBlock(Swapped):
+    """With torch's attention."""
+
+    def forward(
+        self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        crosses = hasattr(self, "ln_1_kv")
+        k_x = self.ln_1_kv(k_x) if crosses and k_x is not None else None
+        v_x = self.ln_1_kv(v_x) if crosses and v_x is not None else None
+        branch = self.attention(q_x=self.ln_1(q_x), k_x=k_x, v_x=v_x, attn_mask=attn_mask)
+        y, x = add_norm(q_x, branch, self.ln_2, self.ls_1)
+        return add(x, self.mlp(y), self.ls_2)
+
+
+class CustomResidualAttentionBlock(Swapped):
+    """With open_clip's."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        branch = self.ln_attn(self.attn(self.ln_1(x), attn_mask=attn_mask))
+        y, x = add_norm(x, branch, self.ln_2, self.ls_1)
+        return add(x, self.mlp(y), self.ls_2)
+
+
+class Attention(Swapped):
+    """open_clip's own, without a mask."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        op = "attention_training" if torch.is_grad_enabled() else "attention"
+        if attn_mask is not None or drops(self.attn_drop) or not serves(op, x, of_product=True):
+            whole: Tensor = super().forward(x, attn_mask=attn_mask)
+            return whole
+        packed = linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in packed.chunk(3, dim=-1))
+        out = rope_attention(self.ln_q(q), self.ln_k(k), v)
+        if self.head_scale is not None:
+            out = out * self.head_scale.view(-1, 1)
+        y: Tensor = self.out_drop(self.out_proj(self.ln_inner(out.flatten(2))))
+        return y
+
+
+def _has_dot_products(module: Any) -> str | None:
+    return None if module.logit_scale is None else "its scores are cosines"
+
+
+class PatchDropout(Swapped):
+    """The same draw; class token and kept patches come out of one gather."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.prob == 0 or not serves("token_dropout", x):
+            whole: Tensor = super().forward(x)
+            return whole
+        prefix = 1 if self.exclude_first_token else 0
+        batch, patches = x.shape[0], x.shape[1] - prefix
+        kept = max(1, int(patches * (1 - self.prob)))
+        keep = torch.randn(batch, patches).topk(kept, dim=-1).indices + prefix
+        if prefix:
+            keep = torch.cat((keep.new_zeros(batch, 1), keep), 1)
+        return token_dropout(x, keep.to(x.device))
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------
+
+
+class ClipLoss(Swapped):
+    """From log-sum-exps instead of logits, with open_clip's own exchange between processes."""
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Any:
+        if logit_bias is not None or not _takes("clip_loss", image_features, text_features, logit_scale):
+            return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
+        dtype = _loss_dtype(image_features, logit_scale)
+        image, text, *of_all = matmul_inputs(*self._gathered(image_features, text_features))
+        if self.world_size > 1 and self.local_loss:
+            offset = len(image) * self.rank
+            rows = [
+                row_lse - positive
+                for row_lse, _, positive, *_ in (
+                    contrastive_statistics(image, of_all[1], logit_scale, offset),
+                    contrastive_statistics(text, of_all[0], logit_scale, offset),
+                )
+            ]
+        else:
+            image, text = of_all or (image, text)
+            row_lse, col_lse, positive, *_ = contrastive_statistics(image, text, logit_scale)
+            rows = [row_lse - positive, col_lse - positive]
+        loss = ((rows[0] + rows[1]).mean() / 2).to(dtype)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _gathered(self, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        """The features of this process, followed by those of all if there are several."""
+        if self.world_size == 1:
+            return image, text
+        gather = sys.modules["open_clip.loss"].gather_features
+        options = "local_loss", "gather_with_grad", "rank", "world_size", "use_horovod"
+        return image, text, *gather(image, text, **{name: getattr(self, name) for name in options})
+
+
+class SigLipLoss(Swapped):
+    """One product with the texts of all processes; every exchange of open_clip's gives that value and gradient."""
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
+        output_dict: bool = False,
+    ) -> Any:
+        if logit_bias is None or not _takes("siglip_loss", image_features, text_features, logit_scale, logit_bias):
+            return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
+        dtype = _loss_dtype(image_features, logit_scale)
+        texts, rows, rank = text_features, len(image_features), 0
+        if self.world_size > 1:
+            from torch.distributed.nn.functional import all_gather
+
+            texts, rank = torch.cat(all_gather(text_features)), self.rank
+        image, texts = matmul_inputs(image_features, texts)
+        loss = (siglip_sum(image, texts, logit_scale, logit_bias, rows * rank) / rows).to(dtype)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _takes(op: str, image: Tensor, text: Tensor, *scalars: Any) -> bool:
+    ones = all(isinstance(scalar, Tensor) and scalar.numel() == 1 for scalar in scalars)
+    return ones and serves(op, image, of_product=True) and image.dtype == text.dtype and image.shape == text.shape
+
+
+def _loss_dtype(image: Tensor, logit_scale: Tensor) -> torch.dtype:
+    """That of torch's cross-entropy of these logits."""
+    return torch.float32 if is_on(image.device.type) else torch.result_type(image, logit_scale)
+
+
+def _gate(module: Any) -> str:
+    scaled = type(module.ls_1) is not torch.nn.Identity
+    return "scaled_add_norm" if scaled else "add_norm"
+
+
+_TRANSFORMER, _LOSS = "open_clip.transformer", "open_clip.loss"
+
+RULES = (
+    Rule(
+        MultiheadAttention,
+        "torch.nn.modules.activation.MultiheadAttention",
+        "linear, rope_attention",
+        "multi_head",
+        reason=_packs_all,
+    ),
+    Rule(LayerNorm, f"{_TRANSFORMER}.LayerNorm", "layer_norm", "layer_norm", reason=last_dimension),
+    Rule(LayerNorm, f"{_TRANSFORMER}.LayerNormFp32", "layer_norm", "layer_norm", reason=last_dimension),
+    Rule(
+        ResidualAttentionBlock,
+        f"{_TRANSFORMER}.ResidualAttentionBlock",
+        "add_layer_norm",
+        _gate,
+        helpers=(f"{_TRANSFORMER}.LayerScale.forward",),
+    ),
+    Rule(
+        CustomResidualAttentionBlock,
+        f"{_TRANSFORMER}.CustomResidualAttentionBlock",
+        "add_layer_norm",
+        _gate,
+        helpers=(f"{_TRANSFORMER}.LayerScale.forward",),
+    ),
+    Rule(Attention, f"{_TRANSFORMER}.Attention", "rope_attention", "attention", reason=_has_dot_products),
+    Rule(PatchDropout, f"{_TRANSFORMER}.PatchDropout", "token_dropout", "token_dropout"),
+    Rule(
+        ClipLoss,
+        f"{_LOSS}.ClipLoss",
+        "clip_loss",
+        "clip_loss",
+        helpers=tuple(f"{_LOSS}.{n}" for n in ("ClipLoss.get_logits", "ClipLoss.get_ground_truth", "gather_features")),
+    ),
+    Rule(
+        SigLipLoss,
+        f"{_LOSS}.SigLipLoss",
+        "siglip_loss",
+        "siglip_loss",
+        helpers=tuple(f"{_LOSS}.SigLipLoss.{n}" for n in ("get_ground_truth", "get_logits", "_loss")),
+    ),
+)

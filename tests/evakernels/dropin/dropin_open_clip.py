@@ -1,0 +1,40 @@
+"""open_clip's models and losses, small, with random weights: nothing is loaded."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from dropin_family import Family, randomised
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
+from torch import Tensor, nn
+
+_TEXT = {"context_length": 12, "vocab_size": 50, "width": 64, "heads": 2, "layers": 2}
+_VISION = {"layers": 2, "width": 64, "head_width": 32, "patch_size": 8, "image_size": 32}
+_CUSTOM = {"block_type": "custom", "qk_norm": True, "scale_attn_inner": True, "scale_attn": True, "scale_fc": True}
+
+
+def _pair(seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(4, 3, 32, 32, generator=generator)
+    return {"image": image, "text": torch.randint(1, 49, (4, 12), generator=generator)}
+
+
+def _embeddings(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    image, text, *_ = model(**inputs)
+    return torch.cat((image, text))
+
+
+def _family(kind: type[nn.Module], vision: dict[str, Any], text: dict[str, Any], *ops: str) -> Family:
+    def build() -> nn.Module:
+        return kind(16, CLIPVisionCfg(**vision), CLIPTextCfg(**text))
+
+    return Family(
+        partial(randomised, build), {"layer_norm", "add_layer_norm", "rope_attention", *ops}, _pair, _embeddings
+    )
+
+
+OPEN_CLIP = {
+    "open-clip": _family(CLIP, {**_VISION, "ls_init_value": 0.5}, _TEXT),
+    "open-clip-dropout": _family(CLIP, {**_VISION, "patch_dropout": 0.4}, _TEXT, "token_dropout"),
+    "open-clip-custom": _family(CustomTextCLIP, {**_VISION, **_CUSTOM}, {**_TEXT, "ls_init_value": 0.5}),
+}
