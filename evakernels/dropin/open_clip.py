@@ -15,7 +15,7 @@ from evakernels.dropin._swap import Swapped
 from evakernels.dropin.timm import LayerNorm
 from evakernels.dropin.torch_modules import last_dimension
 from evakernels.nn import linear
-from evakernels.ops import contrastive_statistics, rope_attention, token_dropout
+from evakernels.ops import clip_loss, contrastive_statistics, rope_attention, token_dropout
 from evakernels.ops._autocast import is_on, matmul_inputs
 from evakernels.ops.contrastive import siglip_sum
 
@@ -167,22 +167,16 @@ class ClipLoss(Swapped):
     ) -> Any:
         if logit_bias is not None or not _takes("clip_loss", image_features, text_features, logit_scale):
             return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
-        dtype = _loss_dtype(image_features, logit_scale)
         image, text, *of_all = matmul_inputs(*self._gathered(image_features, text_features))
         if self.world_size > 1 and self.local_loss:
             offset = len(image) * self.rank
-            rows = [
-                row_lse - positive
-                for row_lse, _, positive, *_ in (
-                    contrastive_statistics(image, of_all[1], logit_scale, offset),
-                    contrastive_statistics(text, of_all[0], logit_scale, offset),
-                )
-            ]
+            ours = contrastive_statistics(image, of_all[1], logit_scale, offset)
+            theirs = contrastive_statistics(text, of_all[0], logit_scale, offset)
+            loss = ((ours[0] - ours[2]) + (theirs[0] - theirs[2])).mean() / 2
         else:
             image, text = of_all or (image, text)
-            row_lse, col_lse, positive, *_ = contrastive_statistics(image, text, logit_scale)
-            rows = [row_lse - positive, col_lse - positive]
-        loss = ((rows[0] + rows[1]).mean() / 2).to(dtype)
+            loss = clip_loss(image, text, logit_scale)
+        loss = loss.to(_loss_dtype(image_features, logit_scale))
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _gathered(self, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
