@@ -19,6 +19,7 @@ WIDTHS = ("eva02-b16@224 b1", "eva02-l14@224 b1", "eva01-g14@224 b1", "eva02-big
 HIDDEN = ("eva02-b16@224 b1", "eva02-l14@224 b1")
 """Of 2048 and 2730 hidden channels."""
 DROPPED = ("eva02-b16@224 b8 drop50", "eva01-g14@224 b8 drop50")
+OPTIMIZED = ("tiny@32 b1",)
 
 SHAPES = {
     "layer_norm": WIDTHS,
@@ -30,12 +31,17 @@ SHAPES = {
     "swiglu": HIDDEN,
     "token_dropout": DROPPED,
     "token_dropout by channel": DROPPED,
-    "lamb_step": ("tiny@32 b1",),
+    "gelu": ("eva02-b16:text b1", "eva01-g14@112 b1"),
+    "rope_attention": ("eva02-b16@112 b1", "eva02-l14@112 b1 drop50", "eva01-g14@112 b1", "eva02-bige14@112 b1"),
+    "causal_attention": ("eva02-b16:text b1",),
+    "lamb_step": OPTIMIZED,
+    "adamw_step": OPTIMIZED,
+    "gradient_norm": OPTIMIZED,
 }
 """The operations, and the shapes that are usual for each."""
 DTYPES = ("bfloat16", "float32")
 MOST_ELEMENTS = 50_000
-"""Of a tensor in a step of LAMB."""
+"""Of a tensor in an optimizer's step."""
 
 
 def _scaled_inputs(op: Operation, shape: Shape, draw: Draw) -> Inputs:
@@ -77,13 +83,13 @@ def _by_channel() -> Operation:
     return replace(plain, name="token_dropout by channel", inputs=inputs)
 
 
-def _few_tensors() -> Operation:
-    """A step over the smaller tensors: a larger one is more of the same chunks."""
-    plain = get_operation("lamb_step")
+def _few_tensors(name: str) -> Operation:
+    """Over the smaller tensors of a model: a larger one is more of the same chunks."""
+    plain = get_operation(name)
 
     def inputs(shape: Shape, draw: Draw) -> Inputs:
         drawn = plain.inputs(shape, draw)
-        few = [i for i, tensor in enumerate(drawn["params"]) if tensor.numel() <= MOST_ELEMENTS]
+        few = [i for i, tensor in enumerate(drawn["grads"]) if tensor.numel() <= MOST_ELEMENTS]
         return {name: [tensors[i] for i in few] for name, tensors in drawn.items()}
 
     def work(shape: Shape, itemsize: int) -> Work:
@@ -98,8 +104,8 @@ def operation(name: str) -> Operation:
     """The operation of that name. Raises `UserError` with the nearest names if there is none."""
     if name not in SHAPES:
         raise unknown_name("audited operation", name, SHAPES)
-    if name == "lamb_step":
-        return _few_tensors()
+    if SHAPES[name] == OPTIMIZED:
+        return _few_tensors(name)
     if name == "add_layer_norm scaled":
         return _scaled("add_layer_norm", backward=6)
     if name == "layer_norm_add scaled":

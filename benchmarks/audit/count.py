@@ -46,6 +46,12 @@ class Counter:
         """What was counted in the last context, by buffer."""
         return tuple(self._launch(number, buffers) for number in range(self._library.audit_launches()))
 
+    def memory(self) -> int:
+        """Bytes that went between memory and the cache in the last context."""
+        out = (ctypes.c_int64 * 2)()
+        self._library.audit_cache(out)
+        return sum(out)
+
     def _launch(self, number: int, buffers: Buffers) -> Launch:
         out = (ctypes.c_int64 * 12)()
         self._library.audit_launch(ctypes.c_int64(number), out)
@@ -116,7 +122,7 @@ def count(counter: Counter, op: Operation, shape: Shape, dtype: torch.dtype, dir
     buffers = _apart(buffers)
     sizes = {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in buffers.items()}
     name = str(dtype).removeprefix("torch.")
-    return Count(op.name, shape.name, name, direction, cost.bytes, sizes, counter.launches(buffers))
+    return Count(op.name, shape.name, name, direction, cost.bytes, counter.memory(), sizes, counter.launches(buffers))
 
 
 def _apart(buffers: Buffers) -> dict[str, list[Tensor]]:

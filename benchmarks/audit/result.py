@@ -68,6 +68,8 @@ class Count:
         op, shape, dtype: names.
         direction: forward or backward.
         floor: bytes by formula: each input read once, each output written once.
+        memory: bytes between memory and a cache of 1 MiB, as small as the GPU that is played; written ones when they
+            leave it.
         sizes: bytes of the buffers that the caller knows.
     """
 
@@ -76,6 +78,7 @@ class Count:
     dtype: str
     direction: str
     floor: float
+    memory: int
     sizes: Mapping[str, int]
     launches: tuple[Launch, ...]
 
@@ -99,6 +102,11 @@ class Count:
     def touched(self) -> float:
         """Different sectors of each kernel over the floor: the traffic if caches were perfect."""
         return SECTOR * sum(traffic.touched for traffic in self._of(self.streamed | self._small)) / self.floor
+
+    @property
+    def past_cache(self) -> float:
+        """Bytes that a small cache doesn't keep over the floor."""
+        return self.memory / self.floor
 
     @property
     def cached(self) -> float:

@@ -21,6 +21,7 @@ _MEANING = (
     "of weights and the like, which caches keep, each once a kernel",
     f"touched: different sectors over the floor ({TIMES}), the traffic of perfect caches; "
     f"cached: what small buffers are asked for again ({TIMES} the floor)",
+    f"memory: bytes past a cache of 1 MiB, as small as the GPU that is played, over the floor ({TIMES})",
     "load, store: bytes of a warp's request to a large buffer, 512 at most; "
     "ways: words that the busiest bank of shared memory gives for a request, mean and worst, 1 is no conflict",
     "barriers: of a block, in the largest kernel; warps: share of a multiprocessor's, "
@@ -47,7 +48,7 @@ def write_json(counts: Sequence[Count], file: Path) -> None:
     file.write_text(json.dumps({"what": PREDICTED, "counts": rows}, indent=1) + "\n")
 
 
-_TITLES = ("floor MB", "requested", "touched", "cached", "load", "store", "ways", "barriers", *SHARED)
+_TITLES = ("floor MB", "requested", "touched", "cached", "memory", "load", "store", "ways", "barriers", *SHARED)
 
 
 def _table(counts: list[Count]) -> Table:
@@ -61,7 +62,7 @@ def _table(counts: list[Count]) -> Table:
 
 
 def _cells(count: Count) -> list[str]:
-    ratios = [f"{ratio:.3f}" for ratio in (count.traffic, count.touched, count.cached)]
+    ratios = [f"{ratio:.3f}" for ratio in (count.traffic, count.touched, count.cached, count.past_cache)]
     requests = [f"{size:.0f}" for size in (count.bytes_a_load, count.bytes_a_store)]
     main = _largest(count)
     return [significant(count.floor / 1e6), *ratios, *requests, _ways(count), f"{main.barriers:.1f}", *_shares(main)]

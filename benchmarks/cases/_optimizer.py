@@ -51,7 +51,7 @@ def work_of(shape: Shape, itemsize: int) -> Work:
     """Reads parameter, gradient and two moments, writes parameter and moments: 28 bytes a parameter in float32.
 
     LAMB must know a tensor's norm before any of it is written. Where a tensor is larger than the cache, its moments and
-    itself are read a second time for that, 40 bytes in all; the formula counts each input once, as everywhere.
+    itself are read from memory twice for that, 40 bytes in all; the formula counts each input once, as everywhere.
     """
     sizes = sizes_of(shape.model)
     parameters, steps = sum(size.numel() for size in sizes), len(sizes)

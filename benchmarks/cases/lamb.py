@@ -26,10 +26,8 @@ from benchmarks.shapes import Shape
 
 
 def _ours(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors) -> Tensors:
-    state, decays = (exp_avgs, exp_avg_sqs, steps), decays_of(params)
-    norms = evakernels.lamb_update(params, grads, *state, decays, betas=BETAS, eps=EPS, variant="nvlamb")
-    lrs = [LR] * len(params)
-    evakernels.lamb_apply(params, *state, norms, lrs, decays, betas=BETAS, eps=EPS, variant="nvlamb")
+    state, rates = (exp_avgs, exp_avg_sqs, steps), ([LR] * len(params), decays_of(params))
+    evakernels.lamb_step(params, grads, *state, *rates, betas=BETAS, eps=EPS, variant="nvlamb")
     return params
 
 
@@ -58,7 +56,7 @@ register(
         ours=_ours,
         work=work_of,
         shapes=SHAPES,
-        registered="lamb_update",
+        registered="lamb_step",
     )
 )
 

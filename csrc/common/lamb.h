@@ -35,4 +35,13 @@ struct LambApply {
   const float* found_inf;      // above 0 nothing is written; null: 0
 };
 
+// Both phases: writes params and the moments, and counts the steps up.
+struct LambStep {
+  const OptimizedTensor* tensors;  // [count]
+  int64_t count;
+  LambOptions options;
+  const float* grad_scale;  // the gradients are divided by it; null: by 1
+  const float* found_inf;   // above 0 nothing is written; null: 0
+};
+
 }  // namespace evakernels

@@ -11,5 +11,6 @@ namespace evakernels::cpu {
 void lamb_update(const LambUpdate& params, Isa isa, ParallelFor parallel_for);
 
 void lamb_apply(const LambApply& params, Isa isa, ParallelFor parallel_for);
+void lamb_step(const LambStep& params, Isa isa, ParallelFor parallel_for);
 
 }  // namespace evakernels::cpu

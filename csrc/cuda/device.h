@@ -41,6 +41,8 @@ int resident_blocks(Kernel*, int, size_t = 0) {
 
 inline size_t max_shared_memory() { return cuda_emulator::kMaxSharedMemory; }
 
+inline size_t cache_size() { return cuda_emulator::kCacheBytes; }
+
 // The block's one T in shared memory. Give each use a type of its own.
 template <class T>
 T& shared_memory() {
@@ -142,6 +144,14 @@ inline size_t max_shared_memory() {
   if (cudaGetDevice(&device) != cudaSuccess) return 0;
   if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
     return 0;
+  return static_cast<size_t>(bytes);
+}
+
+// Of the L2 cache of the current device, in bytes; 0 if that can't be told.
+inline size_t cache_size() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device) != cudaSuccess) return 0;
   return static_cast<size_t>(bytes);
 }
 

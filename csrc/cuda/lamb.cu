@@ -55,9 +55,14 @@ struct LambRule {
     entry.direction.m_scale = nvlamb ? static_cast<float>(1.0 / bias1) : 1.0f;
     entry.direction.v_scale = nvlamb ? static_cast<float>(1.0 / bias2) : 1.0f;
     entry.direction.weight_decay = static_cast<float>(tensor.weight_decay);
-    entry.factor = 0.0f;
-    if (!squared_norms) return;
-    entry.factor = static_cast<float>(factor_of(tensor, squared_norms + 2 * position, nvlamb, bias1, bias2));
+    entry.factor = squared_norms ? factor(tensor, step, squared_norms + 2 * position) : 0.0f;
+  }
+
+  // `step`: with the one that is being made.
+  __device__ __forceinline__ float factor(const OptimizedTensor& tensor, float step,
+                                          const float* norms) const {
+    return static_cast<float>(
+        factor_of(tensor, norms, nvlamb, bias_of(log_beta1, step), bias_of(log_beta2, step)));
   }
 };
 
@@ -102,10 +107,11 @@ __device__ __forceinline__ void update(const LambEntry& entry, const StepOptions
       });
 }
 
-// partials is [chunks, 2].
+// Chunks from `first` on. partials is [chunks, 2].
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    lamb_update_kernel(const LambEntry* entries, int64_t count, const StepOptions options, float* partials) {
-  const int64_t chunk = blockIdx.x;
+    lamb_update_kernel(const LambEntry* entries, int64_t count, const StepOptions options, float* partials,
+                       int64_t first) {
+  const int64_t chunk = first + blockIdx.x;
   const LambEntry& entry = entry_of(entries, count, chunk);
   const ChunkRange range(entry, chunk);
   const bool changes = !is_set(options.found_inf);
@@ -121,14 +127,27 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   partials[2 * chunk + 1] = sums[1];
 }
 
-// A block has one tensor.
+// A block has one tensor, of those from `first_tensor` on.
+struct LambNorms {
+  LambEntry* entries;
+  int64_t count;
+  int64_t chunks;
+  const float* partials;
+  float* squared_norms;
+  bool sets_factors;  // for apply
+};
+
 __global__ void __launch_bounds__(kThreads)
-    lamb_norms_kernel(const LambEntry* entries, int64_t chunks, const float* partials, float* squared_norms) {
-  const int64_t tensor = blockIdx.x;
-  const int64_t first = entries[tensor].first_chunk;
-  const int64_t last = tensor + 1 < gridDim.x ? entries[tensor + 1].first_chunk : chunks;
-  const float total = total_of<2>(partials, first, last);
-  if (threadIdx.x < 2) squared_norms[2 * tensor + threadIdx.x] = total;
+    lamb_norms_kernel(const LambNorms norms, const LambRule rule, int64_t first_tensor) {
+  const int64_t tensor = first_tensor + blockIdx.x;
+  LambEntry& entry = norms.entries[tensor];
+  const int64_t last = tensor + 1 < norms.count ? norms.entries[tensor + 1].first_chunk : norms.chunks;
+  const float total = total_of<2>(norms.partials, entry.first_chunk, last);
+  float* const of_tensor = norms.squared_norms + 2 * tensor;
+  if (threadIdx.x < 2) of_tensor[threadIdx.x] = total;
+  if (!norms.sets_factors) return;
+  __syncthreads();
+  if (threadIdx.x == 0) entry.factor = rule.factor(entry.tensor, load(entry.tensor.step), of_tensor);
 }
 
 template <int E, class Position>
@@ -160,10 +179,11 @@ __device__ __forceinline__ void apply(const LambEntry& entry, float eps, int cou
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    lamb_apply_kernel(const LambEntry* entries, int64_t count, float eps, const float* found_inf) {
+    lamb_apply_kernel(const LambEntry* entries, int64_t count, float eps, const float* found_inf,
+                      int64_t first) {
   if (is_set(found_inf)) return;
   // Backwards: what update wrote last may still be in the cache.
-  const int64_t chunk = gridDim.x - 1 - blockIdx.x;
+  const int64_t chunk = first + gridDim.x - 1 - blockIdx.x;
   const LambEntry& entry = entry_of(entries, count, chunk);
   const ChunkRange range(entry, chunk);
   apply<kVector>(entry, eps, range.vectors, [&](int i) { return range.vector(i); });
@@ -180,6 +200,59 @@ LambRule rule_of(const LambOptions& options, const float* found_inf, const float
   };
 }
 
+// Tensors [first, last), whose chunks are [first_chunk, last_chunk).
+struct TensorGroup {
+  int64_t first, last;
+  int64_t first_chunk, last_chunk;
+
+  dim3 tensor_grid() const { return {static_cast<unsigned>(last - first), 1, 1}; }
+  dim3 chunk_grid() const { return {static_cast<unsigned>(last_chunk - first_chunk), 1, 1}; }
+};
+
+// The next tensors whose parameters and moments are `most` bytes together, or a larger one alone.
+TensorGroup next_group(const OptimizedTensor* tensors, int64_t count, const TensorGroup& before,
+                       size_t most) {
+  TensorGroup group = {before.last, before.last, before.last_chunk, before.last_chunk};
+  size_t bytes = 0;
+  for (; group.last < count; ++group.last) {
+    const OptimizedTensor& tensor = tensors[group.last];
+    for (const TensorBuffer& buffer : {tensor.param, tensor.exp_avg, tensor.exp_avg_sq}) {
+      bytes += tensor.size * (buffer.dtype == DType::Float32 ? 4 : 2);
+    }
+    if (bytes > most && group.last > group.first) break;
+    group.last_chunk += chunks_of(tensor);
+  }
+  return group;
+}
+
+// What the kernels of a call have in common, and their launches over a group of tensors.
+struct LambLaunches {
+  LambNorms norms;
+  LambRule rule;
+  StepOptions options;
+  Stream stream;
+
+  Error update(const TensorGroup& group, float* partials) const {
+    Error error = nullptr;
+    if (group.last_chunk > group.first_chunk) {
+      error = launch(lamb_update_kernel, group.chunk_grid(), {kThreads, 1, 1}, stream, norms.entries,
+                     norms.count, options, partials, group.first_chunk);
+    }
+    if (error) return error;
+    return launch(lamb_norms_kernel, group.tensor_grid(), {kThreads, 1, 1}, stream, norms, rule, group.first);
+  }
+
+  Error apply(const TensorGroup& group) const {
+    if (group.last_chunk == group.first_chunk) return nullptr;
+    return launch(lamb_apply_kernel, group.chunk_grid(), {kThreads, 1, 1}, stream, norms.entries, norms.count,
+                  options.eps, options.found_inf, group.first_chunk);
+  }
+};
+
+StepOptions step_options(const LambOptions& options, const float* grad_scale, const float* found_inf) {
+  return {moment_rates(options.beta1, options.beta2), static_cast<float>(options.eps), grad_scale, found_inf};
+}
+
 }  // namespace
 
 int64_t lamb_update_workspace(const LambUpdate& params) {
@@ -188,22 +261,22 @@ int64_t lamb_update_workspace(const LambUpdate& params) {
 
 int64_t lamb_apply_workspace(const LambApply& params) { return table_floats<LambEntry>(params.count); }
 
+int64_t lamb_step_workspace(const LambStep& params) {
+  return table_floats<LambEntry>(params.count) + 2 * (chunks_of(params.tensors, params.count) + params.count);
+}
+
 Error lamb_update(const LambUpdate& params, float* workspace, Stream stream) {
   if (params.count == 0) return nullptr;
   const int64_t chunks = chunks_of(params.tensors, params.count);
   LambEntry* const entries = reinterpret_cast<LambEntry*>(workspace);
   float* const partials = workspace + table_floats<LambEntry>(params.count);
   const LambRule rule = rule_of(params.options, params.found_inf, nullptr);
-  Error error = launch_table(params.tensors, params.count, rule, entries, stream);
-  if (!error && chunks > 0) {
-    const StepOptions options = {moment_rates(params.options.beta1, params.options.beta2),
-                                 static_cast<float>(params.options.eps), params.grad_scale, params.found_inf};
-    error = launch(lamb_update_kernel, {static_cast<unsigned>(chunks), 1, 1}, {kThreads, 1, 1}, stream,
-                   entries, params.count, options, partials);
-  }
-  if (error) return error;
-  return launch(lamb_norms_kernel, {static_cast<unsigned>(params.count), 1, 1}, {kThreads, 1, 1}, stream,
-                entries, chunks, partials, params.squared_norms);
+  if (const Error error = launch_table(params.tensors, params.count, rule, entries, stream)) return error;
+  const LambLaunches launches = {{entries, params.count, chunks, partials, params.squared_norms, false},
+                                 rule,
+                                 step_options(params.options, params.grad_scale, params.found_inf),
+                                 stream};
+  return launches.update({0, params.count, 0, chunks}, partials);
 }
 
 Error lamb_apply(const LambApply& params, float* workspace, Stream stream) {
@@ -211,10 +284,38 @@ Error lamb_apply(const LambApply& params, float* workspace, Stream stream) {
   if (chunks == 0) return nullptr;
   LambEntry* const entries = reinterpret_cast<LambEntry*>(workspace);
   const LambRule rule = rule_of(params.options, params.found_inf, params.squared_norms);
-  const Error error = launch_table(params.tensors, params.count, rule, entries, stream);
-  if (error) return error;
-  return launch(lamb_apply_kernel, {static_cast<unsigned>(chunks), 1, 1}, {kThreads, 1, 1}, stream, entries,
-                params.count, static_cast<float>(params.options.eps), params.found_inf);
+  if (const Error error = launch_table(params.tensors, params.count, rule, entries, stream)) return error;
+  const LambLaunches launches = {{.entries = entries,
+                                  .count = params.count,
+                                  .chunks = chunks,
+                                  .partials = nullptr,
+                                  .squared_norms = nullptr,
+                                  .sets_factors = false},
+                                 rule,
+                                 step_options(params.options, nullptr, params.found_inf),
+                                 stream};
+  return launches.apply({0, params.count, 0, chunks});
+}
+
+Error lamb_step(const LambStep& params, float* workspace, Stream stream) {
+  if (params.count == 0) return nullptr;
+  const int64_t chunks = chunks_of(params.tensors, params.count);
+  LambEntry* const entries = reinterpret_cast<LambEntry*>(workspace);
+  float* const partials = workspace + table_floats<LambEntry>(params.count);
+  const LambRule rule = rule_of(params.options, params.found_inf, nullptr);
+  if (const Error error = launch_table(params.tensors, params.count, rule, entries, stream)) return error;
+  const LambLaunches launches = {{entries, params.count, chunks, partials, partials + 2 * chunks, true},
+                                 rule,
+                                 step_options(params.options, params.grad_scale, params.found_inf),
+                                 stream};
+  TensorGroup group = {};
+  while (group.last < params.count) {
+    group = next_group(params.tensors, params.count, group, cache_size() / 2);
+    Error error = launches.update(group, partials);
+    if (!error) error = launches.apply(group);
+    if (error) return error;
+  }
+  return nullptr;
 }
 
 }  // namespace evakernels::cuda

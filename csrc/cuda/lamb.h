@@ -16,4 +16,9 @@ int64_t lamb_update_workspace(const LambUpdate& params);
 Error lamb_apply(const LambApply& params, float* workspace, Stream stream);
 int64_t lamb_apply_workspace(const LambApply& params);
 
+// To the same bits as both. Tensors whose parameters and moments fit into half of the L2 cache together take
+// both phases before the next ones: apply then finds in the cache what update has left.
+Error lamb_step(const LambStep& params, float* workspace, Stream stream);
+int64_t lamb_step_workspace(const LambStep& params);
+
 }  // namespace evakernels::cuda

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from evakernels.ops import adamw_update, gradient_norm, lamb_apply, lamb_update, layer_norm, rms_norm
+from evakernels.ops import adamw_update, gradient_norm, lamb_step, layer_norm, rms_norm
 from evakernels.ops._autocast import is_on
 from evakernels.optim._device_optimizer import Batch, DeviceOptimizer
 from evakernels.reference._numerics import accumulation_dtype
@@ -330,10 +330,8 @@ class FusedLAMB(_ApexOptimizer):
         state = batch.exp_avgs, batch.exp_avg_sqs, steps
         if averaging and self.adam_w_mode and not self.use_nvlamb:
             options = {**options, "variant": "nvlamb", "found_inf": found_inf}
-            norms = lamb_update(
-                batch.params, batch.grads, *state, batch.weight_decays, grad_scale=grad_scale, **options
-            )
-            lamb_apply(batch.params, *state, norms, batch.lrs, batch.weight_decays, **options)
+            tensors = batch.params, batch.grads, *state
+            lamb_step(*tensors, batch.lrs, batch.weight_decays, grad_scale=grad_scale, **options)
             return
         self._step_in_torch(batch, steps, options, averaging, grad_scale, found_inf)
 

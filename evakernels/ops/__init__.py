@@ -5,7 +5,7 @@ from evakernels.ops.adamw import adamw_update
 from evakernels.ops.contrastive import clip_loss, contrastive_statistics, siglip_loss
 from evakernels.ops.gelu import gelu
 from evakernels.ops.gradient_norm import gradient_norm
-from evakernels.ops.lamb import lamb_apply, lamb_update
+from evakernels.ops.lamb import lamb_apply, lamb_step, lamb_update
 from evakernels.ops.layer_norm import (
     add_layer_norm,
     add_rms_norm,
@@ -29,6 +29,7 @@ __all__ = [
     "gelu",
     "gradient_norm",
     "lamb_apply",
+    "lamb_step",
     "lamb_update",
     "layer_norm",
     "layer_norm_add",

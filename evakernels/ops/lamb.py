@@ -1,4 +1,4 @@
-"""LAMB in two calls for all tensors of a model, whatever their groups; between them norms may be reduced."""
+"""LAMB for all tensors of a model, whatever their groups: in one call, or in two between which norms are reduced."""
 
 import difflib
 from collections.abc import Sequence
@@ -13,6 +13,36 @@ from evakernels.reference import lamb as reference
 from evakernels.reference._numerics import accumulation_dtype
 
 VARIANTS = ("deepspeed", "nvlamb")
+
+
+def lamb_step(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensors,
+    lrs: Sequence[float],
+    weight_decays: Sequence[float],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    variant: str = "deepspeed",
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """`lamb_update` and `lamb_apply` of tensors that aren't sharded, in one call.
+
+    A GPU makes both phases of a few tensors before it turns to the next ones, so that the second finds in the cache
+    what the first has left. Takes and raises what the two do; all but `grads` and the flags are written.
+    """
+    op = "lamb_step"
+    check_variant(op, variant)
+    _tensor_lists.tensors(op, params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
+    _tensor_lists.steps(op, params, steps)
+    _tensor_lists.numbers(op, params, lrs=lrs, weight_decays=weight_decays)
+    _tensor_lists.flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
+    state, options = (exp_avgs, exp_avg_sqs, steps), (*betas, eps, variant == "nvlamb")
+    _step(params, grads, *state, lrs, weight_decays, *options, grad_scale, found_inf)
 
 
 def lamb_update(
@@ -144,5 +174,13 @@ _apply = define(
     " float[] lrs, float[] weight_decays, float beta1, float beta2, float eps, bool nvlamb,"
     " Tensor? found_inf) -> ()",
     reference=reference.lamb_apply,
+    fake=None,
+)
+_step = define(
+    "lamb_step",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps,"
+    " float[] lrs, float[] weight_decays, float beta1, float beta2, float eps, bool nvlamb, Tensor? grad_scale,"
+    " Tensor? found_inf) -> ()",
+    reference=reference.lamb_step,
     fake=None,
 )

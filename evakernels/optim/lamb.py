@@ -6,12 +6,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from evakernels.ops._shards import sum_over
-from evakernels.ops.lamb import check_variant, lamb_apply, lamb_update
+from evakernels.ops.lamb import check_variant, lamb_apply, lamb_step, lamb_update
 from evakernels.optim._device_optimizer import Batch, DeviceOptimizer
 
 
 class Lamb(DeviceOptimizer):
-    """LAMB (You et al. 2020, arXiv 1904.00962); all tensors of all groups go through one op call a phase.
+    """LAMB (You et al. 2020, arXiv 1904.00962); all tensors of all groups go through one op call.
 
     The trust ratio is that of the whole tensor also where `fully_shard` has cut it up: between the phases the squared
     norms of all tensors are summed over the processes, one all-reduce of two numbers a tensor.
@@ -55,9 +55,11 @@ class Lamb(DeviceOptimizer):
     def step_batch(
         self, batch: Batch, options: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
+        tensors, decays = (batch.params, batch.grads, *batch.state), batch.weight_decays
         options = {**options, "found_inf": found_inf}
-        norms = lamb_update(
-            batch.params, batch.grads, *batch.state, batch.weight_decays, grad_scale=grad_scale, **options
-        )
+        if not batch.shards:
+            lamb_step(*tensors, batch.lrs, decays, grad_scale=grad_scale, **options)
+            return
+        norms = lamb_update(*tensors, decays, grad_scale=grad_scale, **options)
         sum_over(norms, batch.shards)
-        lamb_apply(batch.params, *batch.state, norms, batch.lrs, batch.weight_decays, **options)
+        lamb_apply(batch.params, *batch.state, norms, batch.lrs, decays, **options)

@@ -72,6 +72,26 @@ def lamb_apply(
         write(w, w.to(u.dtype) - lr * u, found_inf)
 
 
+def lamb_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    lrs: list[float],
+    weight_decays: list[float],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    nvlamb: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    state = exp_avgs, exp_avg_sqs, steps
+    norms = lamb_update(params, grads, *state, weight_decays, beta1, beta2, eps, nvlamb, grad_scale, found_inf)
+    lamb_apply(params, *state, norms, lrs, weight_decays, beta1, beta2, eps, nvlamb, found_inf)
+
+
 def _direction(
     w: Tensor,
     m: Tensor,

@@ -32,6 +32,7 @@ COUNT = Count(
     dtype="bfloat16",
     direction="forward",
     floor=10240,
+    memory=12288,
     sizes={"x": 5120, "weight": 1024, "out 0": 5120},
     launches=(LAUNCH,),
 )
@@ -41,6 +42,7 @@ def test_large_buffers_count_each_time_and_small_ones_once() -> None:
     assert COUNT.streamed == {"x", "out 0"}
     assert COUNT.traffic == pytest.approx(32 * (160 + 160 + 32 + 1) / 10240)
     assert COUNT.touched == COUNT.traffic
+    assert COUNT.past_cache == pytest.approx(1.2)
     assert COUNT.cached == pytest.approx(32 * (320 - 32) / 10240)
     twice = replace(LAUNCH, loads={"x": Traffic(20, 10240, 320, 160)})
     again = replace(COUNT, launches=(twice,))

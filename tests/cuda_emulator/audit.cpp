@@ -7,7 +7,8 @@
 // short, or that meet, are exact.
 //
 // Global memory is all that isn't a stack, the emulator's, or this library's own. The results are given out
-// by address: who allocated the tensors knows which is which (benchmarks/audit).
+// by address: who allocated the tensors knows which is which (benchmarks/audit). Behind all requests is a
+// cache as small as the GPU that is played, which tells what they come to in memory.
 #include <dlfcn.h>
 #include <link.h>
 #include <pthread.h>
@@ -15,6 +16,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <list>
 #include <map>
 #include <unordered_map>
 #include <vector>
@@ -94,10 +96,67 @@ struct Round {
   unsigned times = 0;
 };
 
+// The L2 cache: what wasn't used for the longest time makes room. Sectors are written to memory when they
+// leave it, or at the end; one that is written as a whole isn't read first.
+class Cache {
+ public:
+  void access(uintptr_t sector, bool stores) {
+    const uintptr_t line = sector * kSector / kLine;
+    const auto bit = static_cast<uint8_t>(1u << sector % (kLine / kSector));
+    const auto found = lines_.find(line);
+    if (found != lines_.end()) {
+      order_.splice(order_.begin(), order_, found->second.place);
+    } else {
+      make_room();
+      order_.push_front(line);
+    }
+    Line& held = lines_[line];
+    held.place = order_.begin();
+    if (!stores && !(held.valid & bit)) bytes_read += kSector;
+    held.valid |= bit;
+    if (stores) held.written |= bit;
+  }
+
+  void flush() {
+    while (!order_.empty()) evict();
+  }
+
+  int64_t bytes_read = 0;
+  int64_t bytes_written = 0;
+
+ private:
+  struct Line {
+    std::list<uintptr_t>::iterator place;
+    uint8_t valid = 0;
+    uint8_t written = 0;
+  };
+
+  void make_room() {
+    if (order_.size() >= cuda_emulator::kCacheBytes / kLine) evict();
+  }
+
+  void evict() {
+    const auto found = lines_.find(order_.back());
+    bytes_written += static_cast<int64_t>(kSector) * __builtin_popcount(found->second.written);
+    lines_.erase(found);
+    order_.pop_back();
+  }
+
+  std::list<uintptr_t> order_;  // the line that was used last comes first
+  std::unordered_map<uintptr_t, Line> lines_;
+};
+
+// What a warp asks for at a time.
+struct Request {
+  uint64_t number;  // in the order of their first accesses
+  std::vector<Access> accesses;
+};
+
 class Audit : public cuda_emulator::Observer {
  public:
   void begin() {
     launches_.clear();
+    cache_ = {};
     watches_ = true;
     cuda_emulator::watch(this);
   }
@@ -105,7 +164,10 @@ class Audit : public cuda_emulator::Observer {
   void end() {
     watches_ = false;
     cuda_emulator::watch(nullptr);
+    cache_.flush();
   }
+
+  const Cache& cache() const { return cache_; }
 
   const std::vector<Launch>& launches() const { return launches_; }
 
@@ -118,8 +180,12 @@ class Audit : public cuda_emulator::Observer {
 
   void block_ends(unsigned barriers) override {
     launches_.back().barriers += barriers;
-    for (auto& [key, accesses] : global_requests_) count_global(accesses, key.stores);
-    for (const auto& [key, accesses] : shared_requests_) count_shared(accesses);
+    std::vector<std::pair<const RequestKey, Request>*> in_order;
+    for (auto& request : global_requests_) in_order.push_back(&request);
+    std::sort(in_order.begin(), in_order.end(),
+              [](const auto* a, const auto* b) { return a->second.number < b->second.number; });
+    for (auto* request : in_order) count_global(request->second.accesses, request->first.stores);
+    for (const auto& [key, request] : shared_requests_) count_shared(request.accesses);
     global_requests_.clear();
     shared_requests_.clear();
     for (auto& rounds : rounds_) rounds.clear();
@@ -160,7 +226,9 @@ class Audit : public cuda_emulator::Observer {
                               .times = round.times,
                               .part = static_cast<unsigned>(done / kWidest),
                               .stores = stores};
-      requests[key].push_back({address + done, std::min(kWidest, size - done), thread % kWarpSize});
+      Request& request = requests[key];
+      if (request.accesses.empty()) request.number = requests_begun_++;
+      request.accesses.push_back({address + done, std::min(kWidest, size - done), thread % kWarpSize});
     }
     ++round.times;
   }
@@ -216,6 +284,7 @@ class Audit : public cuda_emulator::Observer {
         Traffic& line = lines[sector * kSector / kLine][stores];
         line.sectors += 1;
         line.touched |= static_cast<uint8_t>(1u << sector % (kLine / kSector));
+        cache_.access(sector, stores);
       }
     }
     Traffic& first = lines[accesses.front().address / kLine][stores];
@@ -255,7 +324,9 @@ class Audit : public cuda_emulator::Observer {
   std::vector<Launch> launches_;
   std::map<uintptr_t, Region> shared_;
   Region host_stack_, library_;
-  std::unordered_map<RequestKey, std::vector<Access>, HashOfKey> global_requests_, shared_requests_;
+  Cache cache_;
+  uint64_t requests_begun_ = 0;
+  std::unordered_map<RequestKey, Request, HashOfKey> global_requests_, shared_requests_;
   std::array<std::unordered_map<uintptr_t, Round>, cuda_emulator::kMaxThreads>
       rounds_;                                                            // by thread and instruction
   std::array<std::vector<uintptr_t>, cuda_emulator::kMaxThreads> paths_;  // of calls, hashed, by thread
@@ -305,6 +376,12 @@ EVAKERNELS_EXPORT void audit_memory(int64_t number, uint64_t begin, uint64_t end
     if (line < begin / kLine || line * kLine >= end) continue;
     for (int direction = 0; direction < 2; ++direction) traffic[direction].add_to(out + 4 * direction);
   }
+}
+
+// Bytes that all launches together read from memory and wrote to it, past the cache: 2 numbers.
+EVAKERNELS_EXPORT void audit_cache(int64_t* out) {
+  out[0] = audit.cache().bytes_read;
+  out[1] = audit.cache().bytes_written;
 }
 
 #define EVAKERNELS_CALLER reinterpret_cast<uintptr_t>(__builtin_return_address(0))

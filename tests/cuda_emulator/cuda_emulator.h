@@ -42,6 +42,7 @@ constexpr int kMultiprocessors = 3;
 constexpr int kBlocksPerMultiprocessor = 1;
 constexpr int kMaxThreads = 1024;
 constexpr size_t kMaxSharedMemory = 99 * 1024;  // of a block
+constexpr size_t kCacheBytes = 1 << 20;         // L2, behind which is memory
 
 const uint3& thread_index();
 const uint3& block_index();

@@ -20,9 +20,25 @@ std::vector<double> expected_of(const OptimizerState& state, double* squared_nor
   return w;
 }
 
+void drive_lamb_step() {
+  std::vector<OptimizerState> states = optimizer_states();
+  const std::vector<OptimizedTensor> tensors = tensors_of(states);
+  const int64_t count = static_cast<int64_t>(tensors.size());
+  std::vector<double> norms(2 * count);
+  std::vector<std::vector<double>> expected;
+  for (int64_t i = 0; i < count; ++i) expected.push_back(expected_of(states[i], &norms[2 * i]));
+
+  const float grad_scale = kGradScale, found_inf = 0.0f;
+  const LambStep step = {tensors.data(), count, {kBeta1, kBeta2, kEps, false}, &grad_scale, &found_inf};
+  Buffer workspace(DType::Float32, cuda::lamb_step_workspace(step));
+  run(cuda::lamb_step(step, workspace.floats(), nullptr), "lamb_step");
+  for (int64_t i = 0; i < count; ++i) states[i].check_result(expected[i], "lamb_step");
+}
+
 }  // namespace
 
 void drive_lamb() {
+  drive_lamb_step();
   std::vector<OptimizerState> states = optimizer_states();
   std::vector<OptimizedTensor> tensors = tensors_of(states);
   const int64_t count = static_cast<int64_t>(tensors.size());

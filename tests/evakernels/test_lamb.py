@@ -99,6 +99,31 @@ def test_shards_reduce_their_norms_between_the_phases(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("skipped", [False, True])
+def test_one_call_is_both_phases_to_the_bit(variant, dtype, skipped):
+    """Also where a backend makes the step of a few tensors after that of others: these have one of 70,000."""
+
+    def inputs():
+        draw = torch.Generator().manual_seed(0)
+        sizes = [(70_000,), (3, 5), (0,), (9_001,), (50_000,)]
+        params, grads = ([torch.randn(size, generator=draw).to(dtype) for size in sizes] for _ in range(2))
+        moments = [[torch.rand(size, generator=draw) for size in sizes] for _ in range(2)]
+        return [params, grads, *moments, [torch.full((), 3.0) for _ in sizes]]
+
+    lrs, decays = [0.1, 0.2, 0.1, 0.3, 0.1], [0.1, 0.0, 0.1, 0.05, 0.1]
+    options = {"betas": BETAS, "eps": EPS, "variant": variant, "found_inf": torch.tensor(float(skipped))}
+    scale = torch.tensor(4.0)
+    at_once, apart = inputs(), inputs()
+    evakernels.lamb_step(*at_once, lrs, decays, grad_scale=scale, **options)
+    norms = evakernels.lamb_update(*apart, decays, grad_scale=scale, **options)
+    evakernels.lamb_apply(apart[0], *apart[2:], norms, lrs, decays, **options)
+    pairs = [pair for lists in zip(at_once, apart, strict=True) for pair in zip(*lists, strict=True)]
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert skipped == torch.equal(at_once[0][0], inputs()[0][0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_rounds_only_what_is_stored(param_dtype, state_dtype, variant):
@@ -207,11 +232,11 @@ def test_a_parameter_without_gradient_is_left_alone():
     assert list(optimizer.state) == [used]
 
 
-def test_one_call_a_phase_for_all_groups_and_one_more_for_other_betas(monkeypatch):
+def test_one_call_for_all_groups_and_one_more_for_other_betas(monkeypatch):
     from evakernels.optim import lamb as module
 
     calls = []
-    monkeypatch.setattr(module, "lamb_apply", lambda params, *args, **options: calls.append(len(params)))
+    monkeypatch.setattr(module, "lamb_step", lambda params, *args, **options: calls.append(len(params)))
     optimizer = optimizer_of(tensors(0), "deepspeed")
     step(optimizer, tensors(1))
     assert calls == [4]
@@ -270,6 +295,8 @@ def test_opcheck(nvlamb, flagged):
     assert_opcheck(OPS.lamb_update.default, (params, grads, *moments, steps, DECAYS, *options, grad_scale, found_inf))
     norms = torch.rand(len(params), 2)
     assert_opcheck(OPS.lamb_apply.default, (params, *moments, steps, norms, LRS, DECAYS, *options, found_inf))
+    step_arguments = (params, grads, *moments, steps, LRS, DECAYS, *options, grad_scale, found_inf)
+    assert_opcheck(OPS.lamb_step.default, step_arguments)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
