@@ -1,5 +1,6 @@
 // The launchers of lamb on arrays.
 #include "bind/python_launch.h"
+#include "bind/python_lists.h"
 #include "cpu/lamb.h"
 #include "cuda/lamb.h"
 
@@ -9,50 +10,10 @@ using namespace pybind11::literals;
 namespace evakernels {
 namespace {
 
-using List = std::vector<py::object>;
-
-TensorBuffer buffer_of(const Array& array, int64_t size) {
-  require(product(array.sizes) == size, std::string(array.name) + " must have the sizes of params");
-  return {array.data, array.dtype};
-}
-
-float* one_float(const Array& array) {
-  if (!array) return nullptr;
-  require_dtype(array, DType::Float32);
-  require(product(array.sizes) == 1, std::string(array.name) + " must have one element");
-  return array.floats();
-}
-
 float* norms_of(const Array& array, size_t count) {
   require_dtype(array, DType::Float32);
   require_sizes(array, {static_cast<int64_t>(count), 2});
   return array.floats();
-}
-
-// Everything but gradients and rates. What a phase doesn't write may be read-only.
-std::vector<OptimizedTensor> tensors_of(Arrays& arrays, const List& params, const List& exp_avgs,
-                                        const List& exp_avg_sqs, const List& steps,
-                                        const std::vector<double>& weight_decays) {
-  const size_t count = params.size();
-  require(exp_avgs.size() == count && exp_avg_sqs.size() == count && steps.size() == count &&
-              weight_decays.size() == count,
-          "the lists must be equally long");
-  std::vector<OptimizedTensor> tensors(count);
-  for (size_t i = 0; i < count; ++i) {
-    const Array param = arrays.write(params[i], "params");
-    const int64_t size = product(param.sizes);
-    tensors[i] = {
-        .param = buffer_of(param, size),
-        .grad = {},
-        .exp_avg = buffer_of(arrays.write(exp_avgs[i], "exp_avgs"), size),
-        .exp_avg_sq = buffer_of(arrays.write(exp_avg_sqs[i], "exp_avg_sqs"), size),
-        .step = one_float(arrays.write(steps[i], "steps")),
-        .size = size,
-        .lr = 0.0,
-        .weight_decay = weight_decays[i],
-    };
-  }
-  return tensors;
 }
 
 void lamb_update(const List& params, const List& grads, const List& exp_avgs, const List& exp_avg_sqs,
@@ -62,10 +23,7 @@ void lamb_update(const List& params, const List& grads, const List& exp_avgs, co
   Arrays arrays(stream);
   std::vector<OptimizedTensor> tensors =
       tensors_of(arrays, params, exp_avgs, exp_avg_sqs, steps, weight_decays);
-  require(grads.size() == tensors.size(), "the lists must be equally long");
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    tensors[i].grad = buffer_of(arrays.read(grads[i], "grads"), tensors[i].size);
-  }
+  set_grads(tensors, arrays, grads);
   const LambUpdate update = {
       .tensors = tensors.data(),
       .count = static_cast<int64_t>(tensors.size()),
@@ -85,8 +43,7 @@ void lamb_apply(const List& params, const List& exp_avgs, const List& exp_avg_sq
   Arrays arrays(stream);
   std::vector<OptimizedTensor> tensors =
       tensors_of(arrays, params, exp_avgs, exp_avg_sqs, steps, weight_decays);
-  require(lrs.size() == tensors.size(), "the lists must be equally long");
-  for (size_t i = 0; i < tensors.size(); ++i) tensors[i].lr = lrs[i];
+  set_lrs(tensors, lrs);
   const LambApply apply = {
       .tensors = tensors.data(),
       .count = static_cast<int64_t>(tensors.size()),
@@ -95,6 +52,25 @@ void lamb_apply(const List& params, const List& exp_avgs, const List& exp_avg_sq
       .found_inf = one_float(arrays.read_if(found_inf, "found_inf")),
   };
   launch<cpu::lamb_apply, cuda::lamb_apply, cuda::lamb_apply_workspace>("lamb_apply", arrays, isa, apply);
+}
+
+void lamb_step(const List& params, const List& grads, const List& exp_avgs, const List& exp_avg_sqs,
+               const List& steps, const std::vector<double>& lrs, const std::vector<double>& weight_decays,
+               double beta1, double beta2, double eps, bool nvlamb, const py::object& grad_scale,
+               const py::object& found_inf, const IsaName& isa, uintptr_t stream) {
+  Arrays arrays(stream);
+  std::vector<OptimizedTensor> tensors =
+      tensors_of(arrays, params, exp_avgs, exp_avg_sqs, steps, weight_decays);
+  set_grads(tensors, arrays, grads);
+  set_lrs(tensors, lrs);
+  const LambStep step = {
+      .tensors = tensors.data(),
+      .count = static_cast<int64_t>(tensors.size()),
+      .options = {beta1, beta2, eps, nvlamb},
+      .grad_scale = one_float(arrays.read_if(grad_scale, "grad_scale")),
+      .found_inf = one_float(arrays.read_if(found_inf, "found_inf")),
+  };
+  launch<cpu::lamb_step, cuda::lamb_step, cuda::lamb_step_workspace>("lamb_step", arrays, isa, step);
 }
 
 }  // namespace
@@ -113,6 +89,10 @@ float32 of one element, or None.)");
       "lrs"_a, "weight_decays"_a, py::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "nvlamb"_a = false,
       "found_inf"_a = py::none(), "isa"_a = py::none(), "stream"_a = 0,
       "Takes the step of the parameters in place. Arrays as for lamb_update, whose squared_norms it reads.");
+  m.def("lamb_step", &lamb_step, "params"_a, "grads"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "steps"_a, "lrs"_a,
+        "weight_decays"_a, py::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "nvlamb"_a = false,
+        "grad_scale"_a = py::none(), "found_inf"_a = py::none(), "isa"_a = py::none(), "stream"_a = 0,
+        "lamb_update and lamb_apply in one. Arrays as for these.");
 }
 
 }  // namespace evakernels

@@ -24,6 +24,9 @@ void register_residual_norm(pybind11::module_& m);
 void register_swiglu(pybind11::module_& m);
 void register_token_dropout(pybind11::module_& m);
 void register_lamb(pybind11::module_& m);
+void register_adamw(pybind11::module_& m);
+void register_gelu(pybind11::module_& m);
+void register_rope_attention(pybind11::module_& m);
 
 // What a launcher keeps in between, given back in the stream's order.
 class Workspace {
@@ -59,6 +62,22 @@ cuda::Error launch_on_gpu(const Params& params, int device, cuda::Stream stream)
   }
 }
 
+template <auto Cuda, auto... WorkspaceOf, class Params>
+void run_on_gpu(const char* op, const Arrays& arrays, const Params& params) {
+  const auto stream = reinterpret_cast<cuda::Stream>(arrays.stream());
+  const cuda::Error error = launch_on_gpu<Cuda, WorkspaceOf...>(params, arrays.device().number, stream);
+  if (error) throw std::runtime_error(std::string(op) + ": CUDA error: " + error);
+}
+
+// For ops without CPU kernels.
+template <auto Cuda, auto... WorkspaceOf, class Params>
+void launch_only_on_gpu(const char* op, const Arrays& arrays, const Params& params) {
+  const pybind11::gil_scoped_release unlocked;
+  const bool on_gpu = kCudaIsEmulated || arrays.device().is_gpu();
+  require(on_gpu, std::string(op) + " has kernels for GPUs only; the arrays are on a CPU");
+  if constexpr (kCudaIsBuilt) run_on_gpu<Cuda, WorkspaceOf...>(op, arrays, params);
+}
+
 // The launchers are template arguments: those of a device that this build leaves out needn't be linked. Of
 // those for GPUs whose kernels keep floats in between, WorkspaceOf says how many.
 template <auto Cpu, auto Cuda, auto... WorkspaceOf, class Params>
@@ -68,12 +87,7 @@ void launch(const char* op, const Arrays& arrays, const IsaName& isa, const Para
   require(!isa || !on_gpu, "isa is for arrays on the CPU");
   require(arrays.stream() == 0 || on_gpu, "stream is for arrays on a GPU");
   if constexpr (kCudaIsBuilt) {
-    if (on_gpu) {
-      const auto stream = reinterpret_cast<cuda::Stream>(arrays.stream());
-      const cuda::Error error = launch_on_gpu<Cuda, WorkspaceOf...>(params, arrays.device().number, stream);
-      if (error) throw std::runtime_error(std::string(op) + ": CUDA error: " + error);
-      return;
-    }
+    if (on_gpu) return run_on_gpu<Cuda, WorkspaceOf...>(op, arrays, params);
   }
   if constexpr (!kCudaIsEmulated) {
     Cpu(params, isa ? cpu::parse_isa(*isa) : cpu::active_isa(), cpu::serial_for);

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import evakernels  # noqa: F401  (defines the schemas)
+from evakernels import _native
 
 _C = pytest.importorskip("evakernels._C", reason="the native library is not built")
 
@@ -28,6 +28,15 @@ def like(tensors: tuple[Tensor, ...]) -> list[Tensor | None]:
 def assert_same(written: list[Tensor | None], expected: tuple[Tensor, ...]) -> None:
     for ours, theirs in zip(written, expected, strict=True):
         assert theirs.numel() == 0 if ours is None else torch.equal(ours, theirs)
+
+
+gpu_kernels = pytest.mark.skipif(not _native.runs_gpu_kernels("cpu"), reason="these have kernels for GPUs only")
+
+
+def states() -> list[list[Tensor]]:
+    """Parameters, gradients, moments and steps of two tensors."""
+    params, grads, moments, squares = ([normal(size, seed=seed) for size in (5, 3000)] for seed in range(4))
+    return [params, grads, moments, [square.square() for square in squares], [torch.tensor(3.0), torch.tensor(3.0)]]
 
 
 def mean_or_none(mean: Tensor) -> Tensor | None:
@@ -117,13 +126,9 @@ def test_token_dropout(dtype: torch.dtype, by_channel: bool) -> None:
 
 @pytest.mark.parametrize("nvlamb", [False, True])
 def test_lamb(nvlamb: bool) -> None:
-    def lists() -> list[list[Tensor]]:
-        params, grads, moments, squares = ([normal(size, seed=seed) for size in (5, 3000)] for seed in range(4))
-        return [params, grads, moments, [square.square() for square in squares], [torch.tensor(3.0), torch.tensor(3.0)]]
-
     decays, lrs, betas = [0.05, 0.0], [0.1, 0.2], (0.9, 0.98)
     scale, found_inf = torch.tensor(4.0), torch.tensor(0.0)
-    (params, grads, *state), theirs = lists(), lists()
+    (params, grads, *state), theirs = states(), states()
     norms = torch.empty(2, 2)
     options = {"beta1": betas[0], "beta2": betas[1], "eps": EPS, "nvlamb": nvlamb, "found_inf": found_inf}
     _C.lamb_update(params, grads, *state, decays, norms, grad_scale=scale, **options)
@@ -134,6 +139,88 @@ def test_lamb(nvlamb: bool) -> None:
     native.lamb_apply(params_of_theirs, *state_of_theirs, expected, lrs, decays, *betas, EPS, nvlamb, found_inf)
     for ours, other in zip([params, *state], [params_of_theirs, *state_of_theirs], strict=True):
         assert_same(ours, tuple(other))
+
+
+def test_lamb_in_one_call() -> None:
+    betas, rates = (0.9, 0.98), ([0.1, 0.2], [0.05, 0.0])
+    ours, theirs = states(), states()
+    _C.lamb_step(*ours, *rates, beta1=betas[0], beta2=betas[1], eps=EPS)
+    native.lamb_step(*theirs, *rates, *betas, EPS, False, None, None)
+    for a, b in zip(ours, theirs, strict=True):
+        assert_same(a, tuple(b))
+
+
+def test_adamw() -> None:
+    betas, rates = (0.9, 0.98), ([0.1, 0.2], [0.05, 0.0])
+    scale, found_inf = torch.tensor(4.0), torch.tensor(0.0)
+    ours, theirs = states(), states()
+    _C.adamw_update(*ours, *rates, beta1=betas[0], beta2=betas[1], eps=EPS, grad_scale=scale, found_inf=found_inf)
+    native.adamw_update(*theirs, *rates, *betas, EPS, scale, found_inf)
+    for a, b in zip(ours, theirs, strict=True):
+        assert_same(a, tuple(b))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tanh", [False, True])
+def test_gelu(dtype: torch.dtype, tanh: bool) -> None:
+    x, dout, bias = normal(3, 5, 40, dtype=dtype), normal(3, 5, 40, dtype=dtype, seed=1), normal(40)
+    expected = (native.gelu_forward(x, bias, tanh),)
+    outputs = like(expected)
+    _C.gelu_forward(x, bias, *outputs, tanh=tanh)
+    assert_same(outputs, expected)
+    expected = native.gelu_backward(dout, x, bias, tanh)
+    gradients = like(expected)
+    _C.gelu_backward(dout, x, bias, *gradients, tanh=tanh)
+    assert_same(gradients, expected)
+
+
+@gpu_kernels
+def test_gradient_norm() -> None:
+    grads, norm = [normal(5), normal(3000, dtype=torch.bfloat16)], torch.empty(())
+    _C.gradient_norm(grads, norm)
+    assert torch.equal(norm, native.gradient_norm(grads))
+
+
+@gpu_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("compact", [False, True])
+def test_rope_attention(dtype: torch.dtype, compact: bool) -> None:
+    q, k, v = normal(2, 5, 3, 2, 16, dtype=dtype).unbind(2)
+    angles = normal(2, 3, 4) if compact else normal(9, 8)
+    cos, sin, index = angles.cos(), angles.sin(), torch.tensor([[8, 0, 3, 4], [1, 2, 0, 7]])
+    expected = native.rope_attention_forward(q, k, v, cos, sin, index, 1, True, True, 0.3)
+    outputs = like(expected)
+    options = {"cos": cos, "sin": sin, "token_index": index, "num_prefix": 1, "causal": True, "scale": 0.3}
+    _C.rope_attention_forward(q, k, v, *outputs, **options)
+    assert_same(outputs, expected)
+    dout = normal(2, 5, 2, 16, dtype=dtype, seed=1)
+    results = dout, q, k, v, *expected
+    expected = native.rope_attention_backward(*results, cos, sin, index, 1, True, True, 0.3)
+    gradients = like(expected)
+    _C.rope_attention_backward(*results, *gradients, **options)
+    assert_same(gradients, expected)
+
+
+@gpu_kernels
+def test_packed_attention() -> None:
+    q, k, v = normal(9, 3, 2, 16, dtype=torch.bfloat16).unbind(1)
+    offsets = torch.tensor([0, 2, 2, 9])
+    expected = native.packed_attention_forward(q, k, v, offsets, 7, True, 0.3)
+    outputs = like(expected)
+    options = {"offsets": offsets, "max_length": 7, "causal": True, "scale": 0.3}
+    _C.rope_attention_forward(q, k, v, *outputs, **options)
+    assert_same(outputs, expected)
+    results = q, q, k, v, *expected
+    expected = native.packed_attention_backward(*results, offsets, 7, True, 0.3)
+    gradients = like(expected)
+    _C.rope_attention_backward(*results, *gradients, **options)
+    assert_same(gradients, expected)
+
+
+@pytest.mark.skipif(_native.runs_gpu_kernels("cpu"), reason="the kernels for GPUs serve the CPU here")
+def test_what_has_kernels_for_gpus_only_refuses_a_cpu() -> None:
+    with pytest.raises(ValueError, match="gradient_norm has kernels for GPUs only; the arrays are on a CPU"):
+        _C.gradient_norm([torch.ones(3)], torch.empty(()))
 
 
 X, ROWS = torch.zeros(2, 4), torch.zeros(2)

@@ -1,0 +1,63 @@
+// The launchers of adamw and gradient_norm on arrays.
+#include "bind/python_launch.h"
+#include "bind/python_lists.h"
+#include "cpu/adamw.h"
+#include "cuda/adamw.h"
+#include "cuda/gradient_norm.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+namespace evakernels {
+namespace {
+
+void adamw_update(const List& params, const List& grads, const List& exp_avgs, const List& exp_avg_sqs,
+                  const List& steps, const std::vector<double>& lrs, const std::vector<double>& weight_decays,
+                  double beta1, double beta2, double eps, const py::object& grad_scale,
+                  const py::object& found_inf, const IsaName& isa, uintptr_t stream) {
+  Arrays arrays(stream);
+  std::vector<OptimizedTensor> tensors =
+      tensors_of(arrays, params, exp_avgs, exp_avg_sqs, steps, weight_decays);
+  set_grads(tensors, arrays, grads);
+  set_lrs(tensors, lrs);
+  const AdamwUpdate update = {
+      .tensors = tensors.data(),
+      .count = static_cast<int64_t>(tensors.size()),
+      .beta1 = beta1,
+      .beta2 = beta2,
+      .eps = eps,
+      .grad_scale = one_float(arrays.read_if(grad_scale, "grad_scale")),
+      .found_inf = one_float(arrays.read_if(found_inf, "found_inf")),
+  };
+  launch<cpu::adamw_update, cuda::adamw_update, cuda::adamw_update_workspace>("adamw_update", arrays, isa,
+                                                                              update);
+}
+
+void gradient_norm(const List& grads, const py::object& norm, uintptr_t stream) {
+  Arrays arrays(stream);
+  std::vector<OptimizedTensor> tensors(grads.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Array grad = arrays.read(grads[i], "grads");
+    tensors[i].size = product(grad.sizes);
+    tensors[i].grad = {grad.data, grad.dtype};
+  }
+  const GradientNorm params = {
+      .tensors = tensors.data(),
+      .count = static_cast<int64_t>(tensors.size()),
+      .norm = one_float(arrays.write(norm, "norm")),
+  };
+  launch_only_on_gpu<cuda::gradient_norm, cuda::gradient_norm_workspace>("gradient_norm", arrays, params);
+}
+
+}  // namespace
+
+void register_adamw(py::module_& m) {
+  m.def("adamw_update", &adamw_update, "params"_a, "grads"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "steps"_a,
+        "lrs"_a, "weight_decays"_a, py::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "grad_scale"_a = py::none(),
+        "found_inf"_a = py::none(), "isa"_a = py::none(), "stream"_a = 0,
+        "Takes a step in place. Arrays as for lamb_update.");
+  m.def("gradient_norm", &gradient_norm, "grads"_a, "norm"_a, py::kw_only(), "stream"_a = 0,
+        "Writes the norm of a list of dense arrays, float32 of one element. On a GPU only.");
+}
+
+}  // namespace evakernels
