@@ -103,6 +103,13 @@ def test_the_emulated_kernels_are_what_runs(tests: Path) -> None:
     assert "layer_norm_forward: CUDA error: a breakdown, as asked for" in result.stderr
 
 
+def printed(code: str, tests: Path) -> str:
+    """What a Python program prints that runs on the emulated kernels."""
+    environment = os.environ | {"PYTHONPATH": str(tests.parent)}
+    call = [sys.executable, "-c", code]
+    return subprocess.run(call, env=environment, cwd=tests, capture_output=True, text=True, check=True).stdout
+
+
 def test_a_wrong_index_ends_the_launch(tests: Path) -> None:
     """Of patches in either order. Ops on a CPU check it beforehand; on a GPU nobody but the kernels does."""
     code = """if True:
@@ -114,21 +121,13 @@ def test_a_wrong_index_ends_the_launch(tests: Path) -> None:
             except RuntimeError as error:
                 print(error)
     """
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(tests.parent)},
-        cwd=tests,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert result.stdout.count("token_index is out of range") == 2, result.stdout
+    text = printed(code, tests)
+    assert text.count("token_index is out of range") == 2, text
 
 
 def test_offsets_that_do_not_fit_end_the_launch(tests: Path) -> None:
-    """As a wrong index does."""
     code = """if True:
-        import torch
+        import torch, evakernels
         q = torch.ones(5, 1, 8)
         for offsets, longest in (([0, 6], 6), ([0, 4, 2], 4), ([-1, 2], 3), ([0, 5], 4)):
             try:
@@ -136,10 +135,8 @@ def test_offsets_that_do_not_fit_end_the_launch(tests: Path) -> None:
             except RuntimeError as error:
                 print(error)
     """
-    environment = os.environ | {"PYTHONPATH": str(tests.parent)}
-    call = [sys.executable, "-c", code]
-    result = subprocess.run(call, env=environment, cwd=tests, capture_output=True, text=True, check=True)
-    assert result.stdout.count("offsets are out of range, or a sequence is longer than max_length") == 4, result.stdout
+    text = printed(code, tests)
+    assert text.count("offsets are out of range, or a sequence is longer than max_length") == 4, text
 
 
 def complaint(driver: Path, seed: int = 1) -> str:
