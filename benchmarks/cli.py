@@ -35,6 +35,7 @@ _EXAMPLES = {
     "report": ["python -m benchmarks report run.json --out report/"],
     "audit": [
         "python -m benchmarks audit layer_norm swiglu",
+        "python -m benchmarks audit --kernels triton",
         "python -m benchmarks audit token_dropout --shape 'eva02-l14@336 b8 drop50' --dtype bfloat16 --json audit.json",
     ],
 }
@@ -70,8 +71,9 @@ def _build_parser() -> argparse.ArgumentParser:
     report = _add(verbs, "report", "write the pages and plots of a result", _report)
     report.add_argument("result", type=Path, help="a result of --json")
     report.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to")
-    audit = _add(verbs, "audit", "count what the GPU kernels ask of memory, in an emulator", _audit)
+    audit = _add(verbs, "audit", "count what the GPU kernels ask of memory, emulated and interpreted", _audit)
     audit.add_argument("names", nargs="*", metavar="NAME", help="an audited operation (default: all)")
+    audit.add_argument("--kernels", choices=["cuda", "triton"], help="of which language (default: both)")
     _add_choice(audit)
     audit.add_argument("--direction", action="append", default=[], choices=["forward", "backward"], help=_BOTH)
     audit.add_argument("--json", type=Path, metavar="FILE", help="all that was counted")
@@ -233,14 +235,24 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _audit(args: argparse.Namespace) -> None:
-    from benchmarks.audit.build import count_all
-    from benchmarks.audit.cases import list_cases
-    from benchmarks.audit.table import print_audit, write_json
+    from benchmarks.audit import build, cases, triton
+    from benchmarks.audit.table import print_audit, print_triton_audit, write_json
 
-    counts = count_all(list_cases(args.names, args.shape, args.dtype, args.direction))
-    print_audit(counts)
+    known = {"cuda": cases.SHAPES, "triton": triton.SHAPES}
+    chosen = {kind: names for kind, names in known.items() if args.kernels in (None, kind)}
+    for name in args.names:
+        if not any(name in names for names in chosen.values()):
+            raise unknown_name("audited operation", name, [name for names in chosen.values() for name in names])
+    asked = {kind: [name for name in args.names or names if name in names] for kind, names in chosen.items()}
+    options = args.shape, args.dtype, args.direction
+    counts = build.count_all(cases.list_cases(asked["cuda"], *options)) if asked.get("cuda") else []
+    rows = triton.count_all(triton.list_cases(asked["triton"], *options)) if asked.get("triton") else []
+    if counts:
+        print_audit(counts)
+    if rows:
+        print_triton_audit(rows)
     if args.json:
-        write_json(counts, args.json)
+        write_json(counts, rows, args.json)
 
 
 def _write_report(results: Results, folder: Path) -> None:

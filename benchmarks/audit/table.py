@@ -12,6 +12,7 @@ from rich.text import Text
 
 from benchmarks.audit.occupancy import SHARED, occupancy, source_of
 from benchmarks.audit.result import Count, Launch
+from benchmarks.audit.triton import Row, traffic
 from benchmarks.columns import NOTHING, TIMES, percent, significant
 from benchmarks.table import make_console
 
@@ -42,10 +43,47 @@ def print_audit(counts: Sequence[Count]) -> None:
         console.print(Text(line, "dim"))
 
 
-def write_json(counts: Sequence[Count], file: Path) -> None:
+def print_triton_audit(rows: Sequence[Row]) -> None:
+    """One table of all kernels."""
+    console = make_console()
+    console.print(Text(f"Triton kernels, {PREDICTED}", "bold yellow"))
+    console.print()
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    for title in ("operation, shape, dtype, direction", "kernel"):
+        table.add_column(title)
+    for title in ("floor\nMB", "loaded\nMB", "stored\nMB", "traffic", "useful"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("read again, by the L2 cache")
+    for _, group in groupby(rows, lambda row: (row.op, row.shape, row.dtype, row.direction)):
+        kernels = list(group)
+        for row in kernels:
+            table.add_row(*_triton_cells(row, traffic(kernels)))
+    console.print(table)
+    console.print()
+    for line in _TRITON_MEANING:
+        console.print(Text(line, "dim"))
+
+
+_TRITON_MEANING = (
+    f"traffic: different bytes of all kernels of the call over the floor ({TIMES}); a second kernel reads anew",
+    "useful: multiplications in matrix products by formula over those that are made; the rest is padding of tiles",
+    f"read again: what a kernel loads more than once, and how often ({TIMES})",
+)
+
+
+def _triton_cells(row: Row, ratio: float) -> list[str]:
+    sizes = [significant(size / 1e6) for size in (row.floor, row.loaded, row.stored)]
+    again = ", ".join(f"{name.replace(', ', ' ')} {times:g}" for name, times in row.again.items())
+    useful = NOTHING if row.useful is None else percent(row.useful)
+    title = f"{row.op} {row.shape} {row.dtype} {row.direction}"
+    return [title, row.kernel, *sizes, f"{ratio:.3f}", useful, again or NOTHING]
+
+
+def write_json(counts: Sequence[Count], rows: Sequence[Row], file: Path) -> None:
     """All that was counted, and what the table shows of it."""
-    rows = [asdict(count) | {"shown": dict(zip(_TITLES, _cells(count), strict=True))} for count in counts]
-    file.write_text(json.dumps({"what": PREDICTED, "counts": rows}, indent=1) + "\n")
+    shown = [asdict(count) | {"shown": dict(zip(_TITLES, _cells(count), strict=True))} for count in counts]
+    stored = {"what": PREDICTED, "counts": shown, "triton": [asdict(row) for row in rows]}
+    file.write_text(json.dumps(stored, indent=1) + "\n")
 
 
 _TITLES = ("floor MB", "requested", "touched", "cached", "memory", "load", "store", "ways", "barriers", *SHARED)

@@ -7,7 +7,6 @@ with the same parameters. The models themselves hold no values: parameters are i
 import math
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import evakernels
+from benchmarks.cases._captions import captions
 from benchmarks.cases._open_clip import PlainClip
 from benchmarks.cases._patches import kept_patches
 from benchmarks.cases.contrastive import clip_loss
@@ -24,13 +24,11 @@ from evaclip import CLIP, CLIPConfig, Savings, create_model
 from evaclip.errors import UserError
 from evaclip.model.config import override
 from evaclip.model.flops import text_flops, vision_flops
-from evaclip.tokenizer import Tokenizer
 from evaclip.weights import to_open_clip
 
 MODEL_OPERATIONS = ("encode_image", "encode_text", "clip_step")
 """Names of the operations of this file: those that are whole models."""
 
-_CAPTIONS = Path(__file__).parents[1] / "captions.txt"
 _NOISE = 0.02
 """Added to the start values of training, under which biases are zero and the towers end in almost nothing."""
 
@@ -123,13 +121,8 @@ def _images(shape: Shape, draw: Draw) -> Tensor:
 
 def _texts(shape: Shape, draw: Draw) -> Tensor:
     """Captions of photographs, as in use: most of a row is padding."""
-    captions = _captions(shape.config.text.context_length).to(draw.device)
-    return captions[draw.integers(len(captions), shape.batch)]
-
-
-@cache
-def _captions(context_length: int) -> Tensor:
-    return Tokenizer(context_length)(_CAPTIONS.read_text().splitlines())
+    known = captions(shape.config.text.context_length).to(draw.device)
+    return known[draw.integers(len(known), shape.batch)]
 
 
 @lru_cache(maxsize=1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -159,13 +160,19 @@ register(
 def _attention_peer(
     name: str | None = None, *, package: str | None = None, devices: Sequence[str] = ("cpu", "cuda")
 ) -> Callable[[AttentionBuilder], AttentionBuilder]:
-    """Registers the decorated builder for both operations; the rotation goes before it, in plain PyTorch."""
+    """Registers the decorated builder for both operations; the rotation goes before it, fused on a GPU."""
 
     def register(build: AttentionBuilder) -> AttentionBuilder:
         @peer("rope_attention", name, package=package, devices=devices)
         def rotated(shape: Shape) -> Function:
-            attend = build(shape, False)
-            return lambda q, k, v, cos, sin, token_index: attend(*_rotate_both(q, k, cos, sin, token_index), v)
+            attend, fused = build(shape, False), compiled(_rotate_both)
+
+            def call(q: Tensor, k: Tensor, v: Tensor, **tables: Any) -> Tensor:
+                rotate = fused if q.is_cuda else _rotate_both
+                q, k = rotate(q=q, k=k, **tables)
+                return attend(q, k, v)
+
+            return call
 
         @peer("causal_attention", name, package=package, devices=devices)
         def causal(shape: Shape) -> Function:

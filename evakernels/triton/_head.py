@@ -2,8 +2,11 @@
 
 A head of `D` channels is a tuple of pieces: the first and the second members of the pairs where it is rotated, else all
 channels in one. Rotated queries and keys are permuted alike, which scores don't notice, so the pairs are never put
-together again. A piece is as wide as the next power of two. (Two narrower ones, as 64 and 16 for 80, took so many
-registers that the gradients' kernels spilled.)
+together again. A piece is as wide as the next power of two, so heads of 80, 88, 96 and 112 channels multiply as much as
+those of 128. (Two narrower ones, as 64 and 16 for 80, took so many registers that the gradients' kernels spilled; 88
+has no such parts, as tensor cores want 16 columns.) What is masked off isn't moved, and memory bounds such heads: by
+formula, 128 images of EVA01-g (88 channels, 257 tokens) are 92 us of products on an H100 in place of 63, beside 124 us
+of memory traffic (800 TFLOP/s, 3 TB/s).
 """
 
 import triton

@@ -59,7 +59,7 @@ def test_the_command_shows_that_it_predicts(
 ) -> None:
     asked = []
     monkeypatch.setattr(build, "count_all", lambda cases: asked.extend(cases) or [COUNT])
-    arguments = ["audit", "layer_norm", "--dtype", "bfloat16", "--direction", "forward"]
+    arguments = ["audit", "layer_norm", "--kernels", "cuda", "--dtype", "bfloat16", "--direction", "forward"]
     assert cli.main([*arguments, "--json", str(tmp_path / "audit.json")]) == 0
     assert asked == list_cases(["layer_norm"], [], ["bfloat16"], ["forward"])
     text = capsys.readouterr().out

@@ -333,6 +333,29 @@ def test_both_attentions_have_the_same_peers(name: str) -> None:
     assert [peer.name for peer in peers_of(name) if peer.name != "timm"] == expected
 
 
+def test_the_rotation_in_front_of_a_peer_is_fused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first argument tells that it lies on a GPU; what torch.compile is given makes of it what is expected."""
+    compiled = []
+
+    def compile(function: Callable[..., Any], **options: object) -> Callable[..., Any]:
+        assert options["fullgraph"]
+        return lambda **inputs: compiled.append(set(inputs)) or function(**inputs)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    op, sizes = get_operation("rope_attention"), parse_shape("tiny b2 drop50")
+    inputs = draw(op, sizes)
+    on_cpu = outputs(build(op.name, "sdpa math", sizes), inputs)
+    assert compiled == []
+    inputs["q"] = inputs["q"].as_subclass(_OnGPU)
+    on_gpu = outputs(build(op.name, "sdpa math", sizes), inputs)
+    assert compiled == [{"q", "k", "cos", "sin", "token_index"}]
+    assert relative_error(on_gpu, on_cpu) == 0
+
+
+class _OnGPU(Tensor):
+    is_cuda = True
+
+
 def test_sdpa_peers_run_on_their_backend() -> None:
     """Each is refused where its backend is: on a CPU there is no memory-efficient one."""
     op, shape = get_operation("rope_attention"), parse_shape("tiny b2")

@@ -1,0 +1,159 @@
+"""Causal attention within captions that lie one behind the other, as in the text tower: no padding between them."""
+
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import evakernels
+from benchmarks.candidates import compiled
+from benchmarks.cases._captions import captions
+from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, peer, register
+from benchmarks.shapes import Shape
+from evaclip.errors import UserError
+
+NAME = "packed_attention"
+
+_SHAPES = {
+    "cpu": ("eva02-b16:text b8", "eva02-b16:text b64"),
+    "cuda": ("eva02-b16:text b512", "eva02-l14:text b256", "eva02-l14:text b1024", "eva-18b:text b256"),
+}
+
+
+def lengths_of(shape: Shape) -> Tensor:
+    """Tokens of each caption up to its end, int64 `[B]`: of one caption after the other, so that the cost is known.
+
+    Raises `UserError` for a shape of the vision tower.
+    """
+    if shape.tower != "text":
+        raise UserError(f"{NAME} works on captions, and {shape.name!r} has none; expected a text shape")
+    known = captions(shape.config.text.context_length).argmax(1) + 1
+    return known[torch.arange(shape.batch) % len(known)]
+
+
+def _inputs(shape: Shape, draw: Draw) -> Inputs:
+    """q, k and v `[T, H, D]`, views of one packed projection; where captions begin, and the longest one's length."""
+    lengths = lengths_of(shape)
+    packed = draw.normal(int(lengths.sum()), 3, shape.heads, shape.head_dim)
+    offsets = F.pad(lengths.cumsum(0), (1, 0)).to(draw.device, torch.int32)
+    q, k, v = packed.unbind(1)
+    return {"q": q, "k": k, "v": v, "offsets": offsets, "max_length": int(lengths.max())}
+
+
+def _work(shape: Shape, itemsize: int) -> Work:
+    """That of `causal_attention`, for captions of these lengths."""
+    lengths = lengths_of(shape)
+    product = float(lengths.square().sum()) * shape.heads * shape.head_dim
+    unit = float(lengths.sum()) * shape.heads * shape.head_dim * itemsize
+    return Work(Cost(2 * product, 4 * unit), Cost(5 * product, 8 * unit))
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int) -> Tensor:
+    """In a grid with padding, which lies behind the captions, so that causal attention doesn't see it."""
+    batch, tokens = len(offsets) - 1, torch.arange(len(q), device=q.device)
+    caption = torch.searchsorted(offsets[1:], tokens, right=True)
+    cell = caption * max_length + tokens - offsets[caption]
+
+    def spread(x: Tensor) -> Tensor:
+        grid = x.new_zeros(batch * max_length, *x.shape[1:]).index_copy(0, cell, x)
+        return grid.view(batch, max_length, *x.shape[1:]).transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(spread(q), spread(k), spread(v), is_causal=True)
+    return out.transpose(1, 2).flatten(0, 1)[cell]
+
+
+def _ours(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int) -> Tensor:
+    return evakernels.packed_attention(q, k, v, offsets, max_length=max_length)
+
+
+register(
+    Operation(
+        name=NAME,
+        summary="causal attention of captions without padding between them",
+        inputs=_inputs,
+        eager=_eager,
+        ours=_ours,
+        work=_work,
+        shapes=_SHAPES,
+        gradients=("q", "k", "v"),
+        registered="packed_attention_forward",
+    )
+)
+
+
+@peer(NAME, "torch varlen", devices=("cuda",))
+def varlen(shape: Shape) -> Function:
+    """PyTorch's own attention of packed sequences, on FlashAttention."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 asks for is_causal, later versions for a window.
+    has_flag = "is_causal" in inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"is_causal": True} if has_flag else {"window_size": (-1, 0)}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int) -> Tensor:
+        out = varlen_attn(q, k, v, offsets, offsets, max_length, max_length, **causal)
+        assert isinstance(out, Tensor)  # not a tuple: no log-sum-exp was asked for
+        return out
+
+    return attend
+
+
+@peer(NAME, "FlexAttention", devices=("cuda",))
+def flex(shape: Shape) -> Function:
+    """PyTorch's FlexAttention, compiled, with a mask of blocks that is made once for these captions."""
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+    lengths = lengths_of(shape)
+
+    @cache
+    def mask(device: torch.device) -> BlockMask:
+        caption = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
+
+        def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (query >= key) & (caption[query] == caption[key])
+
+        return create_block_mask(sees, None, None, len(caption), len(caption), device=device)
+
+    def flex_only(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
+        out = flex_attention(q, k, v, block_mask=block_mask)
+        assert isinstance(out, Tensor)  # not a tuple: no log-sum-exp was asked for
+        return out
+
+    compiled_flex = compiled(flex_only)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out: Tensor = compiled_flex(q=q, k=k, v=v, block_mask=mask(q.device))
+        return out[0].transpose(0, 1).contiguous()
+
+    return attend
+
+
+@peer(NAME, package="flash-attn", devices=("cuda",))
+def flash_attn(shape: Shape) -> Function:
+    """FlashAttention-2."""
+    from flash_attn import flash_attn_varlen_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int) -> Tensor:
+        out: Tensor = flash_attn_varlen_func(q, k, v, offsets, offsets, max_length, max_length, causal=True)
+        return out
+
+    return attend
+
+
+@peer(NAME, package="xformers", devices=("cuda",))
+def xformers(shape: Shape) -> Function:
+    """xFormers, whose mask holds the lengths."""
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
+
+    mask = BlockDiagonalCausalMask.from_seqlens(lengths_of(shape).tolist())
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int) -> Tensor:
+        out: Tensor = memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)
+        return out[0]
+
+    return attend
