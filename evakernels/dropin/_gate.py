@@ -52,8 +52,8 @@ _CPU: dict[str, dict[torch.dtype, int]] = {
     # By tanh, which torch computes slowly: 2.5 to 4.9 times. Exact GELU is faster in torch.
     "gelu": dict.fromkeys(_ALL, 0),
     "token_dropout": dict.fromkeys(_ALL, 0),
-    # In bfloat16 torch's products are twice as fast as these in float32.
-    "clip_loss": {torch.float32: 0},
+    # In bfloat16 torch's products are twice as fast as these in float32. Of 64 pairs a step is 0.8 times as fast.
+    "clip_loss": {torch.float32: 1 << 16},
     "siglip_loss": {torch.float32: 1 << 16},
 }
 """Op to dtype to the least number of elements."""

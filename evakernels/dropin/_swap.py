@@ -20,6 +20,10 @@ class Swapped(nn.Module):
         # Its attributes are those of another library's class.
         def __getattr__(self, name: str) -> Any: ...
 
+    def __prepare_scriptable__(self) -> Any:
+        """`torch.jit.script` asks for what it shall read instead; it can't read this."""
+        raise RuntimeError("torch.jit.script can't read an accelerated model; call evakernels.restore(model) first")
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A pickle names the original class: that can be imported."""
         reduced: Any = super().__reduce_ex__(protocol)

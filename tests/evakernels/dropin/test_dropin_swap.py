@@ -194,6 +194,14 @@ def test_transforms_and_tracers_see_the_untouched_code():
     _close(torch.jit.trace(model, x, check_trace=False)(x), untouched(x))
 
 
+def test_torchscript_asks_for_the_restored_model():
+    _, model, _ = _pair("vit")
+    with pytest.raises(RuntimeError, match=r"call evakernels.restore\(model\) first"):
+        torch.jit.script(model)
+    evakernels.restore(model)
+    torch.jit.script(model)
+
+
 @pytest.fixture
 def one_process():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -1,0 +1,74 @@
+"""A pytest plugin: every model and loss that timm, open_clip and transformers build is accelerated.
+
+    PYTHONPATH=tests/evakernels/dropin/peer_tests pytest -p accelerated SDIST/tests/test_models.py ...
+
+runs those libraries' own tests against accelerated models. The ops run at every size. With `ACCELERATED=0` the same
+tests run against the untouched ones.
+"""
+
+import os
+import sys
+from collections import Counter
+from functools import wraps
+
+import open_clip
+import timm
+import torch
+import transformers
+
+import evakernels
+from evakernels.dropin import _gate
+from evakernels.nn import linear
+
+_ON = os.environ.get("ACCELERATED", "1") == "1"
+_counts: Counter[str] = Counter()
+
+
+def _accelerated(build):
+    @wraps(build)
+    def built(*args, **kwargs):
+        model = build(*args, **kwargs)
+        for part in model if isinstance(model, tuple) else (model,):
+            if isinstance(part, torch.nn.Module):
+                _counts.update(done.op for done in evakernels.accelerate(part).replaced)
+        return model
+
+    return built
+
+
+def _serve_every_size() -> None:
+    for name in _gate._OPS:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            _gate._SERVED[name, "cpu", dtype] = 0
+    module = sys.modules[linear.__module__]
+    module._MIN_MACS = dict.fromkeys(module._MIN_MACS, 0)
+
+
+def _patch(function: str, *modules) -> None:
+    original = getattr(modules[0], function)
+    for module in modules:
+        setattr(module, function, _accelerated(original))
+
+
+def _accelerate_after_post_init() -> None:
+    original = transformers.PreTrainedModel.post_init
+
+    @wraps(original)
+    def post_init(self):
+        original(self)
+        _counts.update(done.op for done in evakernels.accelerate(self).replaced)
+
+    transformers.PreTrainedModel.post_init = post_init
+
+
+if _ON:
+    _serve_every_size()
+    _patch("create_model", timm.models._factory, timm.models, timm)
+    _patch("create_model", open_clip.factory, open_clip)
+    _patch("create_loss", open_clip.factory, open_clip)
+    _accelerate_after_post_init()
+
+
+def pytest_terminal_summary(terminalreporter):
+    found = ", ".join(f"{op}: {count}" for op, count in _counts.most_common())
+    terminalreporter.write_line(f"accelerated modules: {found or 'none'}")
