@@ -11,7 +11,6 @@ import torch
 
 import evakernels
 from benchmarks.operation import Function, Kind, Operation, peers_of, version_of
-from benchmarks.shapes import Shape
 from evaclip.errors import unknown_name
 from evakernels.backends import PREFERENCE, why_not
 
@@ -33,7 +32,7 @@ class Candidate:
     name: str
     kind: Kind
     version: str
-    build: Callable[[Shape], Function]
+    build: Callable[[Any], Function]
     context: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
@@ -87,7 +86,7 @@ def _composed(op: Operation, backends: Sequence[str], version: str) -> list[Cand
     return found
 
 
-def _given(function: Function, shape: Shape) -> Function:
+def _given(function: Function, shape: Any) -> Function:
     return function
 
 

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.operation import Operation, get_operation, operations
+from benchmarks.operation import Operation, get_operation, operations, suite_operations
 from benchmarks.results import Results, read_results
 from benchmarks.suite import DEFAULT_DTYPES, DTYPES, Plan, run
 from evaclip.cli import CommandParser, leaf, run_command
@@ -29,6 +29,10 @@ _EXAMPLES = {
     "model": [
         "python -m benchmarks model --peer open_clip",
         "python -m benchmarks model clip_step --shape 'eva02-b16@224 b16 drop50' --mode training",
+    ],
+    "dropin": [
+        "python -m benchmarks dropin",
+        "python -m benchmarks dropin --shape 'timm/vit-b b8' --mode training --peer none",
     ],
     "all": ["python -m benchmarks all --json run.json --plot report/"],
     "compare": ["python -m benchmarks compare before.json after.json"],
@@ -59,8 +63,11 @@ def _build_parser() -> argparse.ArgumentParser:
     op.add_argument("names", nargs="+", metavar="NAME", help="an operation, as `list` names them")
     model = _add(verbs, "model", "measure whole models", _measure_models)
     model.add_argument("names", nargs="*", metavar="NAME", help="encode_image, encode_text, clip_step (default: all)")
+    dropin = _add(
+        verbs, "dropin", "measure other people's models before and after evakernels.accelerate", _measure_dropin
+    )
     everything = _add(verbs, "all", "measure everything", _measure_all)
-    for verb in (op, model, everything):
+    for verb in (op, model, dropin, everything):
         _add_measuring(verb)
     compare = _add(verbs, "compare", "find what became slower between two results", _compare)
     compare.add_argument("before", type=Path, help="a result of --json")
@@ -82,7 +89,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _add(verbs: Any, name: str, help: str, action: Any) -> argparse.ArgumentParser:
     parser = leaf(verbs, name, help=help, examples=_EXAMPLES[name])
-    if name in ("list", "op", "model", "all"):
+    if name in ("list", "op", "model", "dropin", "all"):
         parser.add_argument("--device", choices=sorted(DEFAULT_DTYPES), default="cpu", help="default: %(default)s")
         parser.add_argument("--plugin", type=Path, action="append", default=[], metavar="FILE", help="adds candidates")
     parser.set_defaults(run=action)
@@ -144,9 +151,18 @@ def _measure_models(args: argparse.Namespace) -> None:
     _measure_named(args)
 
 
+def _measure_dropin(args: argparse.Namespace) -> None:
+    from benchmarks.cases.dropin import DROPIN
+
+    # What the models do on the references is of no interest to anybody.
+    args.backend = args.backend or [args.device]
+    args.names = [DROPIN]
+    _measure_named(args)
+
+
 def _measure_all(args: argparse.Namespace) -> None:
     _load(args.plugin)
-    _measure(list(operations().values()), args)
+    _measure(suite_operations(), args)
 
 
 def _measure(chosen: list[Operation], args: argparse.Namespace) -> None:

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from benchmarks import accuracy, memory
 from benchmarks.candidates import Candidate
-from benchmarks.operation import Cost, Draw, Function, Inputs, Operation
+from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Sizes
 from benchmarks.results import Machine, Row
-from benchmarks.shapes import Shape
 from benchmarks.timing import Rotation, Timer
 
 _MAX_SETS = 64
@@ -27,7 +26,7 @@ class Case:
     """
 
     op: Operation
-    shape: Shape
+    shape: Sizes
     mode: str
     dtype: torch.dtype
     device: torch.device

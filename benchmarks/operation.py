@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Shape
+from benchmarks.shapes import parse_shape
 from evaclip.errors import UserError, unknown_name
 
 Inputs = dict[str, Any]
@@ -16,6 +16,19 @@ Outputs = Any
 """A tensor, or a tuple of tensors."""
 Function = Callable[..., Outputs]
 Kind = Literal["ours", "baseline", "peer"]
+
+
+class Sizes(Protocol):
+    """What every shape tells of itself; each operation knows more of its own."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -83,22 +96,26 @@ class Operation:
         variants: other ways to call this library's function, by name.
         work: the cost by formula, given the bytes of one element.
         shapes: default shapes by device type.
+        parse: the shape that a name stands for.
         gradients: names of the inputs whose gradients the training pass computes; none for an op without backward.
         registered: the op whose backends are measured one by one, such as `layer_norm_forward`; None for a composition
             of several ops, which is measured with the backends that are chosen for it, and on the references.
+        by_request: it takes so long that it is measured only when it is named.
     """
 
     name: str
     summary: str
-    inputs: Callable[[Shape, Draw], Inputs]
+    inputs: Callable[[Any, Draw], Inputs]
     eager: Function
     ours: Function
-    work: Callable[[Shape, int], Work]
+    work: Callable[[Any, int], Work]
     shapes: Mapping[str, Sequence[str]]
     gradients: tuple[str, ...] = ()
     registered: str | None = None
     baseline: Baseline = TORCH_EAGER
     variants: Mapping[str, Function] = field(default_factory=dict)
+    parse: Callable[[str], Sizes] = parse_shape
+    by_request: bool = False
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -119,7 +136,7 @@ class Peer:
     """
 
     name: str
-    build: Callable[[Shape], Function]
+    build: Callable[[Any], Function]
     package: str | None
     devices: tuple[str, ...]
     install: str | None = None
@@ -162,7 +179,7 @@ def peer(
     package: str | None = None,
     devices: Sequence[str] = ("cpu", "cuda"),
     install: str | None = None,
-) -> Callable[[Callable[[Shape], Function]], Callable[[Shape], Function]]:
+) -> Callable[[Callable[[Any], Function]], Callable[[Any], Function]]:
     """Registers the decorated builder as a peer of the operation `op`.
 
     The builder takes a `Shape` and returns the function that is called with the operation's inputs by keyword. It is
@@ -172,7 +189,7 @@ def peer(
     if shown is None:
         raise UserError(f"a peer of {op!r} has neither a name nor a package")
 
-    def add(build: Callable[[Shape], Function]) -> Callable[[Shape], Function]:
+    def add(build: Callable[[Any], Function]) -> Callable[[Any], Function]:
         _registry.peers.setdefault(op, []).append(Peer(shown, build, package, tuple(devices), install))
         return build
 
@@ -190,6 +207,11 @@ def version_of(package: str) -> str | None:
 def operations() -> dict[str, Operation]:
     """All operations by name."""
     return dict(_registry.operations)
+
+
+def suite_operations() -> list[Operation]:
+    """Those that are measured when no operation is named."""
+    return [op for op in _registry.operations.values() if not op.by_request]
 
 
 def get_operation(name: str) -> Operation:

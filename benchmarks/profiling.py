@@ -21,7 +21,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.candidates import Candidate, candidates
 from benchmarks.measure import Case, make_call
 from benchmarks.operation import get_operation
-from benchmarks.shapes import parse_shape
 from benchmarks.suite import DTYPES
 from evaclip.atomic import replacing
 from evaclip.errors import unknown_name
@@ -87,7 +86,8 @@ def main(arguments: Sequence[str], device: str = "cuda") -> None:
     """
     importlib.import_module("benchmarks.cases")
     op, shape, mode, dtype, name = arguments
-    case = Case(get_operation(op), parse_shape(shape), mode, DTYPES[dtype], torch.device(device))
+    operation = get_operation(op)
+    case = Case(operation, operation.parse(shape), mode, DTYPES[dtype], torch.device(device))
     found = {candidate.name: candidate for candidate in candidates(case.op, device)[0]}
     if name not in found:
         raise unknown_name("candidate", name, found)

@@ -8,9 +8,8 @@ import torch
 from benchmarks import machine as machines
 from benchmarks.candidates import candidates, check_names
 from benchmarks.measure import Case, measure
-from benchmarks.operation import Operation, peers_of
+from benchmarks.operation import Operation, Sizes, peers_of
 from benchmarks.results import Results
-from benchmarks.shapes import Shape, parse_shape
 from benchmarks.timing import CpuTimer, Timer
 from evaclip.errors import UserError
 from evaclip.train.host import keep_freed_memory
@@ -88,8 +87,8 @@ def list_cases(operations: Sequence[Operation], plan: Plan) -> list[Case]:
     ]
 
 
-def _shapes(op: Operation, plan: Plan) -> list[Shape]:
-    return [parse_shape(name) for name in plan.shapes or op.shapes[plan.device]]
+def _shapes(op: Operation, plan: Plan) -> list[Sizes]:
+    return [op.parse(name) for name in plan.shapes or op.shapes[plan.device]]
 
 
 def _device(name: str) -> torch.device:

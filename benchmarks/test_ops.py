@@ -16,7 +16,7 @@ import benchmarks.cases
 from benchmarks.candidates import Candidate, candidates
 from benchmarks.machine import describe
 from benchmarks.measure import Case, measure
-from benchmarks.operation import operations
+from benchmarks.operation import suite_operations
 from benchmarks.results import Machine
 from benchmarks.suite import DEFAULT_DTYPES, DTYPES, Plan, list_cases
 from benchmarks.timing import Call, Rotation
@@ -59,10 +59,10 @@ class FixtureTimer:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each candidate of each case."""
-    contestants = {op.name: candidates(op, DEVICE)[0] for op in operations().values()}
+    contestants = {op.name: candidates(op, DEVICE)[0] for op in suite_operations()}
     pairs = [
         pytest.param(case, candidate, id=f"{_name(case)}-{candidate.name}")
-        for case in list_cases(list(operations().values()), Plan(DEVICE))
+        for case in list_cases(suite_operations(), Plan(DEVICE))
         for candidate in contestants[case.op.name]
     ]
     metafunc.parametrize(("case", "candidate"), pairs)

@@ -3,6 +3,7 @@
 from benchmarks.cases import (
     adamw,
     contrastive,
+    dropin,
     gelu,
     gradient_norm,
     lamb,
@@ -17,6 +18,7 @@ from benchmarks.cases import (
 __all__ = [
     "adamw",
     "contrastive",
+    "dropin",
     "gelu",
     "gradient_norm",
     "lamb",

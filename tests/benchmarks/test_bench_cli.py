@@ -34,7 +34,7 @@ def test_an_operation_is_measured_shown_and_kept(tmp_path: Path, capsys: pytest.
 
 def test_everything_is_what_is_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with registered(tanh_operation(name="one")), registered(tanh_operation(name="two")):
-        monkeypatch.setattr(cli, "operations", lambda: {n: op for n, op in operations().items() if n in ("one", "two")})
+        monkeypatch.setattr(cli, "suite_operations", lambda: [operations()[name] for name in ("one", "two")])
         assert cli.main(["all", *QUICK, "--peer", "none", "--json", str(tmp_path / "run.json")]) == 0
     assert {row.op for row in read_results(tmp_path / "run.json").rows} == {"one", "two"}
 

@@ -1,0 +1,260 @@
+"""Other people's models before and after `evakernels.accelerate`, and through torch.compile.
+
+A model has random weights in float32; samples in bfloat16 make it run under autocast, as users do. Both sides are
+copies of one model and share its parameters.
+"""
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+import evakernels
+from benchmarks.operation import Baseline, Cost, Draw, Inputs, Operation, Work, register
+from evaclip.errors import UserError, unknown_name
+
+DROPIN = "dropin"
+_FORM = re.compile(r"(?P<model>[\w./-]+) b(?P<batch>\d+)")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One public model.
+
+    Attributes:
+        build: makes it with random weights on a device.
+        encode: its features of images, and of texts if it has a tower for them.
+        vocabulary: token ids that it knows; 0 for a model of images.
+        context: tokens of a text.
+    """
+
+    build: Callable[[torch.device], nn.Module]
+    encode: Callable[[Any, Tensor, Tensor | None], Any]
+    vocabulary: int = 0
+    context: int = 0
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model and how many samples it gets at once."""
+
+    model: str
+    batch: int
+    tokens: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name that `parse` reads."""
+        return f"{self.model} b{self.batch}"
+
+
+def parse(name: str) -> ModelShape:
+    """The shape called `name`, such as `timm/vit-b b4`.
+
+    Raises:
+        UserError: the name has another form, or the model is unknown.
+    """
+    match = _FORM.fullmatch(name.strip())
+    if match is None or int(match["batch"]) < 1:
+        raise UserError(f"unknown shape {name!r}; expected a model and a batch such as 'timm/vit-b b4'")
+    if match["model"] not in MODELS:
+        raise unknown_name("model", match["model"], MODELS)
+    return ModelShape(match["model"], int(match["batch"]))
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def _timm(name: str) -> Model:
+    def build(device: torch.device) -> nn.Module:
+        import timm
+
+        model: nn.Module = timm.create_model(name, device=device)
+        return model
+
+    return Model(build, lambda model, images, texts: model(images))
+
+
+def _open_clip(name: str) -> Model:
+    def build(device: torch.device) -> nn.Module:
+        import open_clip
+
+        model: nn.Module = open_clip.create_model(name, device=device)
+        return model
+
+    return Model(build, lambda model, images, texts: model(images, texts)[:2], 49_408, 77)
+
+
+def _transformers(kind: str, vocabulary: int, context: int) -> Model:
+    def build(device: torch.device) -> nn.Module:
+        import transformers
+
+        # The defaults of both are those of the base model, but for the patches.
+        config = getattr(transformers, f"{kind}Config")(vision_config={"patch_size": 16})
+        with device:
+            model: nn.Module = getattr(transformers, f"{kind}Model")(config)
+        return model
+
+    return Model(build, _embed, vocabulary, context)
+
+
+def _embed(model: Any, images: Tensor, texts: Tensor | None) -> Any:
+    output = model(input_ids=texts, pixel_values=images)
+    return output.image_embeds, output.text_embeds
+
+
+MODELS = {
+    "timm/eva02-b": _timm("eva02_base_patch16_clip_224"),
+    "timm/eva02-l": _timm("eva02_large_patch14_clip_224"),
+    "timm/vit-b": _timm("vit_base_patch16_224"),
+    "timm/dinov3-b": _timm("vit_base_patch16_dinov3"),
+    "open_clip/eva02-b-16": _open_clip("EVA02-B-16"),
+    "open_clip/vit-b-32": _open_clip("ViT-B-32"),
+    "transformers/clip-b-16": _transformers("CLIP", 49_408, 77),
+    "transformers/siglip-b": _transformers("Siglip", 32_000, 64),
+}
+_PIXELS = {"timm/dinov3-b": 256}
+
+
+# --- what is measured -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model as it was built, and accelerated; both have the same parameters.
+
+    Attributes:
+        trained: names of the parameters, in the order in which they are given.
+    """
+
+    before: nn.Module
+    after: nn.Module
+    trained: tuple[str, ...]
+
+
+@lru_cache(maxsize=1)
+def _pair(name: str, device: torch.device) -> Pair:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        before = MODELS[name].build(device).train()
+    _without_chance(before)
+    after = copy.deepcopy(before)
+    for (owner, key), parameter in _places(before).items():
+        after.get_submodule(owner)._parameters[key] = parameter
+    evakernels.accelerate(after)
+    return Pair(before, after, tuple(key for key, value in before.named_parameters() if value.requires_grad))
+
+
+def _places(model: nn.Module) -> dict[tuple[str, str], nn.Parameter]:
+    """Parameters by module and name within it."""
+    split = ((name.rpartition("."), parameter) for name, parameter in model.named_parameters(remove_duplicate=False))
+    return {(parts[0], parts[2]): parameter for parts, parameter in split}
+
+
+def _without_chance(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def _inputs(shape: ModelShape, draw: Draw) -> Inputs:
+    model = MODELS[shape.model]
+    pixels = _PIXELS.get(shape.model, 224)
+    pair = _pair(shape.model, draw.device)
+    texts = None
+    if model.vocabulary:
+        # The largest id is the end token, for some of them the place of the pooled output.
+        texts = draw.integers(model.vocabulary - 2, shape.batch, model.context)
+        texts[:, -1] = model.vocabulary - 1
+    return {
+        "name": shape.model,
+        "pair": pair,
+        "parameters": [pair.before.get_parameter(name).detach() for name in pair.trained],
+        "images": draw.normal(shape.batch, 3, pixels, pixels),
+        "texts": texts,
+    }
+
+
+def _before(pair: Pair, **inputs: Any) -> Any:
+    return _run(pair.before, pair.trained, **inputs)
+
+
+def _after(pair: Pair, **inputs: Any) -> Any:
+    return _run(pair.after, pair.trained, **inputs)
+
+
+def _run(
+    model: nn.Module,
+    trained: tuple[str, ...],
+    name: str,
+    parameters: list[Tensor],
+    images: Tensor,
+    texts: Tensor | None,
+) -> Any:
+    tensors = {f"model.{key}": value for key, value in zip(trained, parameters, strict=True)}
+    kept, dtype = parameters[0].dtype, images.dtype
+    if kept == torch.float64:
+        tensors |= {
+            f"model.{key}": buffer.double() for key, buffer in model.named_buffers() if buffer.is_floating_point()
+        }
+    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != kept):
+        return functional_call(_Encoder(model, MODELS[name].encode), tensors, (images, texts))
+
+
+class _Encoder(nn.Module):
+    """A model as one call, which `functional_call` wants."""
+
+    def __init__(self, model: nn.Module, encode: Callable[[Any, Tensor, Tensor | None], Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.encode = encode
+
+    def forward(self, images: Tensor, texts: Tensor | None) -> Any:
+        return self.encode(self.model, images, texts)
+
+
+def _work(shape: ModelShape, itemsize: int) -> Work:
+    """FLOPs as torch counts them in the untouched model, backward twice as many; bytes are those of the parameters."""
+    flops, parameters = _counted(shape.model)
+    read = 4.0 * parameters
+    return Work(Cost(flops * shape.batch, read), Cost(2 * flops * shape.batch, 2 * read))
+
+
+@cache
+def _counted(name: str) -> tuple[int, int]:
+    """FLOPs of one sample, and parameters."""
+    with (meta := torch.device("meta")):
+        model = MODELS[name].build(meta).eval()
+        pixels = _PIXELS.get(name, 224)
+        texts = torch.zeros(1, MODELS[name].context, dtype=torch.int64) if MODELS[name].vocabulary else None
+        images = torch.zeros(1, 3, pixels, pixels)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        MODELS[name].encode(model, images, texts)
+    return counter.get_total_flops(), sum(parameter.numel() for parameter in model.parameters())
+
+
+register(
+    Operation(
+        name=DROPIN,
+        summary="other people's models after evakernels.accelerate, weights in float32, autocast to the dtype measured",
+        inputs=_inputs,
+        eager=_before,
+        ours=_after,
+        baseline=Baseline("untouched", "torch"),
+        work=_work,
+        parse=parse,
+        shapes={
+            "cpu": tuple(f"{name} b{2 if name == 'timm/eva02-l' else 4}" for name in MODELS),
+            "cuda": tuple(f"{name} b64" for name in MODELS),
+        },
+        gradients=("parameters",),
+        by_request=True,
+    )
+)

@@ -1,0 +1,79 @@
+"""Other people's models, before and after `evakernels.accelerate`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import cli
+from benchmarks.cases import dropin
+from benchmarks.operation import Draw, get_operation, suite_operations
+from benchmarks.results import read_results
+from evaclip.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def small(device: torch.device) -> nn.Module:
+    from timm.models.eva import Eva
+
+    model: nn.Module = Eva(
+        img_size=224, patch_size=56, embed_dim=32, depth=2, num_heads=2, num_classes=5, use_rot_pos_emb=True,
+        swiglu_mlp=True, scale_mlp=True, mlp_ratio=2, proj_drop_rate=0.5,
+    )  # fmt: skip
+    return model.to(device)
+
+
+@pytest.fixture(autouse=True)
+def _small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dropin.Model(small, lambda module, images, texts: module(images))
+    monkeypatch.setitem(dropin.MODELS, "timm/small", model)
+    dropin._pair.cache_clear()
+
+
+@pytest.mark.parametrize("name", [name for name in dropin.MODELS if name != "timm/small"])
+def test_models_exist_and_are_those_that_are_meant(name: str) -> None:
+    """FLOPs of one sample, in 1e9, as their authors give them (a multiply-add as two)."""
+    flops, parameters = dropin._counted(name)
+    expected = {
+        "timm/eva02-b": (35.1, 86),
+        "timm/eva02-l": (162.0, 304),
+        "timm/vit-b": (35.1, 87),
+        "timm/dinov3-b": (47.3, 86),
+        "open_clip/eva02-b-16": (41.1, 150),
+        "open_clip/vit-b-32": (14.8, 151),
+        "transformers/clip-b-16": (41.1, 150),
+        "transformers/siglip-b": (46.4, 203),
+    }[name]
+    assert (flops / 1e9, parameters / 1e6) == pytest.approx(expected, rel=0.03)
+
+
+def test_shapes_have_names() -> None:
+    shape = dropin.parse("timm/vit-b b4")
+    assert (shape.model, shape.batch, shape.name) == ("timm/vit-b", 4, "timm/vit-b b4")
+    with pytest.raises(UserError, match="expected a model and a batch"):
+        dropin.parse("timm/vit-b")
+    with pytest.raises(UserError, match="timm/vit-b"):
+        dropin.parse("timm/vit-c b4")
+
+
+def test_both_share_parameters_and_agree() -> None:
+    op = get_operation("dropin")
+    inputs = op.inputs(dropin.parse("timm/small b2"), Draw(torch.float32, CPU, torch.Generator()))
+    before, after = inputs["pair"].before, inputs["pair"].after
+    assert [id(p) for p in before.parameters()] == [id(p) for p in after.parameters()]
+    assert type(before.blocks[0].attn) is not type(after.blocks[0].attn) or (
+        before.blocks[0].attn.forward.__func__ is not after.blocks[0].attn.forward.__func__
+    )
+    torch.testing.assert_close(op.ours(**inputs), op.eager(**inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_measured_by_request_only(tmp_path: Path) -> None:
+    assert "dropin" not in [op.name for op in suite_operations()]
+    command = ["dropin", "--shape", "timm/small b2", "--peer", "none", "--passes", "1", "--seconds", "0.01"]
+    assert cli.main([*command, "--json", str(tmp_path / "run.json")]) == 0
+    rows = read_results(tmp_path / "run.json").rows
+    assert {row.candidate for row in rows} == {"untouched", "evakernels"}
+    assert {row.mode for row in rows} == {"forward", "training"}
+    assert not [row.failure for row in rows if row.failure]
