@@ -188,9 +188,10 @@ def test_inputs_may_be_strided():
     strided = [image.T.contiguous().T.requires_grad_(), text.repeat(1, 2)[:, :5].requires_grad_(), scale.clone()]
     strided[2].requires_grad_()
     expected, actual = (evakernels.clip_loss(*given) for given in (leaves, strided))
-    assert torch.equal(actual, expected)
-    gradients = (torch.autograd.grad(loss, given) for loss, given in ((expected, leaves), (actual, strided)))
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    # Not to the bit: a product on the reference may add up in another order for another layout.
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+    gradients = [torch.autograd.grad(loss, given) for loss, given in ((expected, leaves), (actual, strided))]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
