@@ -130,6 +130,7 @@ def test_losses_make_each_logit_once(rows: list[Row]) -> None:
 def test_the_command_lists_the_kernels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # names are broken in a narrow table
     asked = []
     monkeypatch.setattr(triton, "count_all", lambda cases: asked.extend(cases) or [ROW])
     monkeypatch.setattr(build, "count_all", lambda cases: pytest.fail("no CUDA kernel was asked for"))
