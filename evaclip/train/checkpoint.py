@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ from evaclip.errors import UserError
 from evaclip.run_files import EMA_FILE, LATEST_FILE, META_FILE, MODEL_FILE, OPTIMIZER_FOLDER, STATE_FILE
 from evaclip.train import tensor_files
 
+_log = logging.getLogger(__name__)
+
 FORMAT = 2
 _UNFINISHED = ".unfinished-"
 _PARTS = ".parts"
@@ -27,6 +30,10 @@ _FOLDER = re.compile(r"step_(\d{8})")
 
 class DamagedCheckpoint(Exception):
     """A checkpoint folder whose contents are not what was written; the message says what is wrong."""
+
+
+class NotWritten(Exception):
+    """A checkpoint that could not be written, on a full disk for example; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ def save(root: Path, step: int, content: Content, group: Any = None) -> Path:
             holds them whole.
 
     Raises:
-        OSError: it can't be written, in every process; what was there before is still there.
+        NotWritten: in every process; what was there before is still there.
     """
     unfinished = root / f"{_UNFINISHED}{folder_name(step)}"
     final = root / folder_name(step)
@@ -72,7 +79,7 @@ def save(root: Path, step: int, content: Content, group: Any = None) -> Path:
         _agreed(partial(_start_folder, unfinished) if is_main else _nothing, group)
         _agreed(partial(_write_tensors, unfinished, content, group), group)
         _agreed(partial(_finish_folder, unfinished, final, step, content) if is_main else _nothing, group)
-    except OSError:
+    except NotWritten:
         if is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -100,15 +107,15 @@ def _agreed(action: Callable[[], None], group: Any) -> None:
     problem: str | None = None
     try:
         action()
-    except OSError as exc:
-        if group is None:
-            raise
-        problem = str(exc)
+    except Exception as exc:  # a full disk alone is an OSError, a SafetensorError or a RuntimeError, by who writes
+        problem = f"{type(exc).__name__}: {exc}"
+        _log.debug("a checkpoint could not be written", exc_info=exc)
+    problems = [problem]
     if group is not None:
-        problems: list[str | None] = [None] * dist.get_world_size(group)
+        problems = [None] * dist.get_world_size(group)
         dist.all_gather_object(problems, problem, group=group)
-        if found := [text for text in problems if text is not None]:
-            raise OSError(found[0])
+    if found := [text for text in problems if text is not None]:
+        raise NotWritten(found[0])
 
 
 def _nothing() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evaclip.errors import UserError
 from evaclip.train import checkpoint
-from evaclip.train.checkpoint import Content
+from evaclip.train.checkpoint import Content, NotWritten
 from evaclip.train.config import CheckpointConfig
 
 
@@ -35,7 +35,7 @@ class Saver:
         self._say = say
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
-        self._failure: OSError | None = None
+        self._failure: NotWritten | None = None
 
     def start(self, step: int, content: Content) -> None:
         """Begins to write the checkpoint of a step, after the one before is done."""
@@ -53,7 +53,7 @@ class Saver:
         try:
             pending.result()
             self._failure = None
-        except OSError as exc:
+        except NotWritten as exc:
             self._failure = exc
             self._say(f"a checkpoint could not be written: {exc}; the run goes on, the earlier ones are still there")
 

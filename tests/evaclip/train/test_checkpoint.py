@@ -1,6 +1,8 @@
 """Checkpoints: all or nothing, checked, thinned out."""
 
 import json
+import resource
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import torch
 
 from evaclip.errors import UserError
 from evaclip.train import checkpoint
-from evaclip.train.checkpoint import Content, DamagedCheckpoint
+from evaclip.train.checkpoint import Content, DamagedCheckpoint, NotWritten
 from evaclip.weights import find_weights
 
 
@@ -95,10 +97,26 @@ def test_a_crash_while_saving_leaves_the_earlier_one(tmp_path: Path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", crash)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(NotWritten, match="no space"):
             save(tmp_path, 2)
     assert checkpoint.find("auto", tmp_path, pytest.fail) == older
     assert names(tmp_path) == ["latest", "step_00000001"]
+
+
+@pytest.mark.parametrize("part", ["model", "state"])
+def test_files_that_may_not_grow_leave_the_earlier_one(tmp_path: Path, part: str) -> None:
+    """As on a full disk: safetensors, torch and Python each raise something else."""
+    (older,) = save(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = replace(content(2), **{part: {"weight": torch.zeros(100_000)}})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(NotWritten):
+            checkpoint.save(tmp_path, 2, large)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(tmp_path) == ["latest", "step_00000001"]
+    assert checkpoint.find("auto", tmp_path, pytest.fail) == older
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
