@@ -26,11 +26,26 @@ class PartConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class RemoteConfig:
+    """How remote shards are fetched; they are read from local copies."""
+
+    cache_folder: str | None = None
+    """Where the copies lie; None: evaclip/shards in $XDG_CACHE_HOME, else in ~/.cache."""
+    cache_gb: Annotated[float, Field(gt=0)] = 32.0
+    """What the copies of a machine may take, in 10^9 bytes; twice the shards of a shuffle window are enough."""
+    timeout: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds without a byte after which a try to fetch a shard fails."""
+    attempts: Count = 5
+    """Tries to fetch a shard, with longer and longer pauses between them, before its samples are replaced."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class DataConfig:
     """Where samples come from and how they are read."""
 
     train: str = "synthetic"
-    """Tar shards (brace patterns, globs, lists with '::'), a CSV/TSV file, a folder, or 'synthetic'."""
+    """Tar shards (paths, URLs or 'pipe:COMMAND', with braces, '::' between several; or a list that `evaclip data index`
+    wrote), a CSV/TSV file, a folder, or 'synthetic'."""
     mixture: dict[str, PartConfig] = Field(default_factory=dict)
     """Data sets by name, mixed sample by sample in these proportions; `train` must be empty then."""
     kind: Kind = "auto"
@@ -51,6 +66,11 @@ class DataConfig:
     """Batches that each worker may hold ready."""
     shuffle_window: Annotated[int, Field(ge=0)] = DEFAULT_WINDOW
     """Samples of the shuffled shards that are mixed with one another; 0 mixes all."""
+    canonical_nodes: Count = 1
+    """Parts that the shards are divided among, best one a machine, so that each fetches its own shards only; windows
+    are of each part. It changes the order of samples, so it stays as it is when a run goes on elsewhere."""
+    remote: RemoteConfig = RemoteConfig()
+    """Of shards that are not local files."""
     jpeg_reduction: bool = False
     """Decode large JPEGs at 1/2, 1/4 or 1/8, never below twice the model's picture size: faster, inexact."""
     augmentation: Augmentation = Augmentation()

@@ -12,7 +12,8 @@ from torch import Tensor
 from evaclip.data.config import DEFAULT_WINDOW
 from evaclip.data.faults import FaultLog
 from evaclip.data.mixture import MixedOrder, MixtureSource
-from evaclip.data.order import SampleOrder, mix, sample_order
+from evaclip.data.order import I64, SampleOrder, mix, sample_order
+from evaclip.data.prefetch import Prefetcher
 from evaclip.data.samples import BadSample, Fault, RawSample, decode_image
 from evaclip.data.source import Source
 from evaclip.data.workers import WorkerOptions, run_batches
@@ -24,6 +25,7 @@ Tokenizer = Callable[[list[str]], Tensor]
 """n captions -> int64 [n, context_length]."""
 
 _ATTEMPTS = 100
+_NEARBY = 50
 _REPLACEMENT, _CAPTION, _AUGMENTATION = 1, 2, 3
 
 
@@ -49,10 +51,10 @@ class TrainLoader:
     """Endless shuffled batches of a source, decoded and augmented by worker processes.
 
     The global batch at position p holds the samples with the global indices [p, p + batch_size *
-    world_size), of which rank r gets the r-th part: which samples a batch holds, their order, captions and
-    augmentation depend on seed and position alone. Epochs follow one another without a gap, so a batch can
-    hold the end of one and the start of the next. A bad sample is logged and replaced by one that its
-    global index determines.
+    world_size), by canonical node, of which rank r gets the r-th part: which samples a batch holds, their
+    order, captions and augmentation depend on seed and position alone. Epochs follow one another without a
+    gap, so a batch can hold the end of one and the start of the next. A bad sample is logged and replaced by
+    one that its global index determines. Shards that are read soon are fetched meanwhile, if they are remote.
 
     Args:
         source: the indexed samples.
@@ -63,6 +65,7 @@ class TrainLoader:
         workers: processes that read and decode; 0 does it in the calling process.
         rank, world_size: this process and the number of processes.
         window: samples that the shuffle mixes with one another; 0 mixes all.
+        nodes: parts that the shards are divided among, see `sample_order`; machines, in general.
         prefetch: batches that each worker may hold ready.
         decode_size: a large JPEG may be decoded at a fraction of its size as long as both sides keep this
             many pixels; None always decodes it whole.
@@ -84,6 +87,7 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         window: int = DEFAULT_WINDOW,
+        nodes: int = 1,
         prefetch: int = 2,
         decode_size: int | None = None,
         patience: float = 60.0,
@@ -94,6 +98,11 @@ class TrainLoader:
             raise ValueError(f"rank must lie in [0, world_size), got rank {rank} of {world_size}")
         if window < 0:
             raise UserError(f"the shuffle window must be 0 (everything) or more, got {window}")
+        if nodes < 1 or batch_size * world_size % nodes:
+            raise UserError(
+                f"the global batch of {batch_size * world_size} samples must be a multiple of the canonical nodes,"
+                f" got {nodes}"
+            )
         if len(source) < batch_size * world_size:
             raise UserError(
                 f"{source.description}: {len(source)} samples are too few for one global batch of"
@@ -106,13 +115,15 @@ class TrainLoader:
         self._options = WorkerOptions(workers, prefetch, patience)
         self._reader = _BatchReader(
             source,
-            _order(source, seed, window),
-            _Slice(rank * batch_size, batch_size),
+            _order(source, seed, window, nodes),
+            _Slice(rank * batch_size, batch_size, batch_size * world_size),
             transform,
             tokenizer,
             seed,
             decode_size,
+            Prefetcher(),
         )
+        self._reader.check_room(window)
 
     def batches(self, position: int = 0) -> Generator[Batch, None, None]:
         """The batches from a position on, endlessly; any position that a batch reported, at any world size,
@@ -130,18 +141,19 @@ class TrainLoader:
             yield Batch(loaded.images, loaded.tokens, end, len(loaded.faults))
 
 
-def _order(source: Source, seed: int, window: int) -> SampleOrder | MixedOrder:
+def _order(source: Source, seed: int, window: int, nodes: int) -> SampleOrder | MixedOrder:
     if isinstance(source, MixtureSource):
-        return source.order(seed, window)
-    return sample_order(len(source), seed, window, source.shard_sizes)
+        return source.order(seed, window, nodes)
+    return sample_order(len(source), seed, window, source.shard_sizes, nodes)
 
 
 @dataclass(frozen=True)
 class _Slice:
-    """The part of a global batch that belongs to one process."""
+    """The part of a global batch, of `whole` samples, that belongs to one process."""
 
     offset: int
     length: int
+    whole: int
 
 
 @dataclass(frozen=True)
@@ -162,10 +174,24 @@ class _BatchReader:
     tokenizer: Tokenizer
     seed: int
     decode_size: int | None
+    prefetcher: Prefetcher
+
+    def check_room(self, window: int) -> None:
+        """Raises UserError if the local copies of the shards that are read at a time don't fit into their cache."""
+        copies = self.source.copies(self.order.shards(self._global_indices(0))[0]) if self.source.remote else []
+        size = sum(copy.size for copy in copies)
+        if copies and size > (capacity := copies[0].cache.capacity):
+            raise UserError(
+                f"a shuffle window of {window} samples (0: all) takes {len(copies)} remote shards, {size / 1e9:.3g} GB,"
+                f" but local copies may take {capacity / 1e9:.3g} GB: raise data.remote.cache_gb, to twice as much for"
+                " the next window to be fetched meanwhile, or lower data.shuffle_window"
+            )
 
     def __call__(self, position: int) -> _Loaded:
-        first = position + self.part.offset
-        global_indices = np.arange(first, first + self.part.length, dtype=np.int64)
+        global_indices = self._global_indices(position)
+        if self.source.remote:
+            now, after = self.order.shards(global_indices)
+            self.prefetcher.want(self.source.copies([*now, *after]))
         samples = self.order.indices(global_indices)
         caption_draws = mix(self.seed, _CAPTION, global_indices)
         seeds = mix(self.seed, _AUGMENTATION, global_indices) >> np.uint64(1)
@@ -179,6 +205,12 @@ class _BatchReader:
                 exc.add_note(f"while transforming {raw.key} of {self.source.description}")
                 raise
         return _Loaded(torch.stack(images), self.tokenizer(captions), faults)
+
+    def _global_indices(self, position: int) -> I64:
+        """Of this process's part [n] of the batch. Processes take its samples by canonical node."""
+        batch = np.arange(position, position + self.part.whole, dtype=np.int64)
+        by_node = np.argsort(self.order.nodes(batch), kind="stable")
+        return batch[by_node][self.part.offset : self.part.offset + self.part.length]
 
     def _load(self, sample: int, global_index: int, faults: list[Fault]) -> tuple[RawSample, Image.Image]:
         """The sample, or the first good one of those that replace it."""
@@ -195,4 +227,6 @@ class _BatchReader:
 
     def _replacements(self, global_index: int) -> Iterator[int]:
         for attempt in range(1, _ATTEMPTS):
-            yield int(mix(self.seed, _REPLACEMENT, global_index, attempt)[0]) % len(self.source)
+            draw = int(mix(self.seed, _REPLACEMENT, global_index, attempt)[0])
+            # First of the same window, whose shards are read anyway.
+            yield self.order.nearby(global_index, draw) if attempt < _NEARBY else draw % len(self.source)

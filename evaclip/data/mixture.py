@@ -7,6 +7,7 @@ from itertools import accumulate
 import numpy as np
 
 from evaclip.data.order import I64, SampleOrder, mix, sample_order
+from evaclip.data.prefetch import Copy
 from evaclip.data.samples import RawSample
 from evaclip.data.source import Source, hash_list
 from evaclip.errors import UserError
@@ -36,6 +37,7 @@ class MixtureSource(Source):
         )
         self.description = "; ".join(shares)
         self.shard_sizes = [size for part in parts for size in part.shard_sizes]
+        self.remote = any(part.remote for part in parts)
         self.faults = [fault for part in parts for fault in part.faults]
         self.fingerprint = hash_list("mixture", zip([p.fingerprint for p in parts], self.counts, strict=True))
         self._ends = list(accumulate(map(len, parts)))
@@ -48,13 +50,22 @@ class MixtureSource(Source):
         part, position = self._locate(index)
         return part.name(position)
 
+    def copies(self, shards: Sequence[int]) -> list[Copy]:
+        found = list[Copy]()
+        ends = list(accumulate(len(part.shard_sizes) for part in self.parts))
+        for shard in shards:
+            number = bisect_right(ends, shard)
+            part = self.parts[number]
+            found += part.copies([shard - (ends[number] - len(part.shard_sizes))])
+        return found
+
     def close(self) -> None:
         for part in self.parts:
             part.close()
 
-    def order(self, seed: int, window: int) -> "MixedOrder":
-        """The order of training samples; `window` as for `sample_order`."""
-        orders = [sample_order(len(part), seed, window, part.shard_sizes) for part in self.parts]
+    def order(self, seed: int, window: int, nodes: int = 1) -> "MixedOrder":
+        """The order of training samples; `window` and `nodes` as for `sample_order`."""
+        orders = [sample_order(len(part), seed, window, part.shard_sizes, nodes) for part in self.parts]
         return MixedOrder(orders, self.counts, seed)
 
     def _locate(self, index: int) -> tuple[Source, int]:
@@ -74,6 +85,7 @@ class MixedOrder:
 
     def __init__(self, orders: Sequence[SampleOrder], counts: Sequence[int], seed: int) -> None:
         self._orders = list(orders)
+        self._first_shards = np.cumsum([0, *(order.num_shards for order in orders)])
         self._counts = np.asarray(counts, np.int64)
         self._offsets = np.cumsum([0, *(order.num_samples for order in orders)])
         self._seed = seed
@@ -81,22 +93,51 @@ class MixedOrder:
 
     def indices(self, global_indices: I64) -> I64:
         """The sample indices [n] of global indices [n]."""
-        periods, places = np.divmod(global_indices, _PERIOD)
-        samples = np.empty_like(places)
-        for period in np.unique(periods):
-            chosen = periods == period
-            samples[chosen] = self._in_period(int(period), places[chosen])
+        parts, turns = self._turns(global_indices)
+        samples = np.empty_like(turns)
+        for number, order in enumerate(self._orders):
+            chosen = parts == number
+            samples[chosen] = self._offsets[number] + order.indices(turns[chosen])
         return samples
 
-    def _in_period(self, period: int, places: I64) -> I64:
-        pattern = self._slots[np.argsort(mix(self._seed, _PATTERN, period, np.arange(_PERIOD)), kind="stable")]
-        samples = np.empty_like(places)
+    def nodes(self, global_indices: I64) -> I64:
+        """As `SampleOrder.nodes`."""
+        parts, turns = self._turns(global_indices)
+        found = np.empty_like(turns)
         for number, order in enumerate(self._orders):
-            chosen = pattern[places] == number
-            before = np.cumsum(pattern == number)[places[chosen]] - 1
-            turns = period * self._counts[number] + before
-            samples[chosen] = self._offsets[number] + order.indices(turns)
-        return samples
+            chosen = parts == number
+            found[chosen] = order.nodes(turns[chosen])
+        return found
+
+    def nearby(self, global_index: int, draw: int) -> int:
+        """As `SampleOrder.nearby`, of the same part."""
+        parts, turns = self._turns(np.array([global_index], np.int64))
+        number = int(parts[0])
+        return int(self._offsets[number]) + self._orders[number].nearby(int(turns[0]), draw)
+
+    def shards(self, global_indices: I64) -> tuple[list[int], list[int]]:
+        """As `SampleOrder.shards`, of all parts."""
+        parts, turns = self._turns(global_indices)
+        now, after = list[int](), list[int]()
+        for number, order in enumerate(self._orders):
+            if (chosen := parts == number).any():
+                for found, shards in zip((now, after), order.shards(turns[chosen]), strict=True):
+                    found += [int(self._first_shards[number]) + shard for shard in shards]
+        return now, after
+
+    def _turns(self, global_indices: I64) -> tuple[I64, I64]:
+        """The part [n] that each index takes a sample of, and which turn [n] of that part it is."""
+        periods, places = np.divmod(global_indices, _PERIOD)
+        parts, turns = np.empty_like(places), np.empty_like(places)
+        for period in np.unique(periods):
+            chosen = periods == period
+            pattern = self._slots[np.argsort(mix(self._seed, _PATTERN, period, np.arange(_PERIOD)), kind="stable")]
+            parts[chosen] = pattern[places[chosen]]
+            for number in range(len(self._orders)):
+                mine = chosen & (parts == number)
+                before = np.cumsum(pattern == number)[places[mine]] - 1
+                turns[mine] = period * self._counts[number] + before
+        return parts, turns
 
 
 def counts_of(weights: Sequence[float]) -> list[int]:

@@ -1,14 +1,19 @@
 """From a path to a source."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from evaclip.data import csv_table, webdataset
-from evaclip.data.config import DEFAULT_TEMPLATE, DataConfig
+from evaclip.data.config import DEFAULT_TEMPLATE, DataConfig, RemoteConfig
 from evaclip.data.csv_table import CsvSource
 from evaclip.data.image_folder import FolderSource
 from evaclip.data.kinds import KINDS, Kind
 from evaclip.data.mixture import MixtureSource
 from evaclip.data.paths import expand_paths
+from evaclip.data.remote import is_remote
+from evaclip.data.shard_cache import Fetching, ShardCache
+from evaclip.data.shard_list import LIST_SUFFIX, read_list
+from evaclip.data.shards import LocalShard, RemoteShard, Shard
 from evaclip.data.source import Source
 from evaclip.data.synthetic import SyntheticSource
 from evaclip.data.webdataset import WebDatasetSource
@@ -24,12 +29,14 @@ def open_source(
     csv_separator: str | None = None,
     caption_template: str = DEFAULT_TEMPLATE,
     num_samples: int = 4096,
+    remote: RemoteConfig | None = None,
 ) -> Source:
     """Opens and indexes a data set.
 
-    `path` names tar shards (a brace pattern, a glob, a folder of them, several joined by '::'), a CSV/TSV
-    file, a folder of class folders, or 'synthetic'. The keys are those of DataConfig; those of another kind
-    of data are not looked at. Raises UserError if there is nothing usable, and says what was found.
+    `path` names tar shards (a brace pattern, a glob, a folder of them, URLs, 'pipe:COMMAND', several joined by '::',
+    or a list of shards), a CSV/TSV file, a folder of class folders, or 'synthetic'. The keys are those of DataConfig;
+    those of another kind of data are not looked at. Raises UserError if there is nothing usable, and says what was
+    found.
     """
     if kind not in KINDS:
         raise unknown_name("kind of data", kind, KINDS)
@@ -38,14 +45,16 @@ def open_source(
     paths = expand_paths(path)
     chosen = _guess_kind(paths[0]) if kind == "auto" else kind
     if chosen == "webdataset":
-        shards = [shard for entry in paths for shard in _shards_in(entry)]
-        return WebDatasetSource(shards, image_key or webdataset.IMAGE_KEY, caption_key or webdataset.CAPTION_KEY)
+        keys = (image_key or webdataset.IMAGE_KEY, caption_key or webdataset.CAPTION_KEY)
+        return _open_shards(paths, ShardCache(_fetching(remote or RemoteConfig())), *keys)
     if len(paths) > 1:
         raise UserError(f"a {chosen} data set is one path, but {path!r} names {len(paths)}")
+    if is_remote(paths[0]):
+        raise UserError(f"a {chosen} data set is read from local files only: copy or mount {paths[0]!r} first")
     if chosen == "csv":
         keys = (image_key or csv_table.IMAGE_KEY, caption_key or csv_table.CAPTION_KEY)
-        return CsvSource(_file(paths[0]), *keys, csv_separator)
-    return FolderSource(paths[0], caption_template)
+        return CsvSource(_file(Path(paths[0])), *keys, csv_separator)
+    return FolderSource(Path(paths[0]), caption_template)
 
 
 def open_configured(config: DataConfig) -> Source:
@@ -65,30 +74,54 @@ def _open(path: str, config: DataConfig) -> Source:
         csv_separator=config.csv_separator,
         caption_template=config.caption_template,
         num_samples=config.num_samples,
+        remote=config.remote,
     )
 
 
-def _guess_kind(path: Path) -> Kind:
-    if path.is_dir():
-        return "webdataset" if any(path.glob("*.tar")) else "folder"
-    suffix = path.suffix.lower()
+def _fetching(config: RemoteConfig) -> Fetching:
+    folder = Path(config.cache_folder).expanduser() if config.cache_folder else None
+    return Fetching(folder, int(config.cache_gb * 1e9), config.timeout, config.attempts)
+
+
+def _open_shards(paths: Sequence[str], cache: ShardCache, image_key: str, caption_key: str) -> Source:
+    if not paths[0].endswith(LIST_SUFFIX):
+        shards = [shard for path in paths for shard in _shards_in(path, cache)]
+        return WebDatasetSource(shards, image_key, caption_key)
+    entries = [entry for path in paths for entry in read_list(path)]
+    shards = [
+        RemoteShard(entry.location, cache, entry.version)
+        if is_remote(entry.location)
+        else LocalShard(Path(entry.location))
+        for entry in entries
+    ]
+    return WebDatasetSource(shards, image_key, caption_key, [entry.facts for entry in entries])
+
+
+def _guess_kind(path: str) -> Kind:
+    if is_remote(path) or path.endswith(LIST_SUFFIX):
+        return "webdataset"
+    if Path(path).is_dir():
+        return "webdataset" if any(Path(path).glob("*.tar")) else "folder"
+    suffix = Path(path).suffix.lower()
     if suffix in (".csv", ".tsv"):
         return "csv"
     if suffix == ".tar":
         return "webdataset"
     raise UserError(
-        f"{path} is neither a .tar shard, a .csv or .tsv file, a folder nor the word 'synthetic';"
-        " if it is one of these by another name, give the kind (webdataset, csv)"
+        f"{path} is neither a .tar shard, a list of shards ({LIST_SUFFIX}), a .csv or .tsv file, a folder nor the word"
+        " 'synthetic'; if it is one of these by another name, give the kind (webdataset, csv)"
     )
 
 
-def _shards_in(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    shards = sorted(path.glob("*.tar"))
+def _shards_in(path: str, cache: ShardCache) -> list[Shard]:
+    if is_remote(path):
+        return [RemoteShard(path, cache)]
+    if not Path(path).is_dir():
+        return [LocalShard(Path(path))]
+    shards = sorted(Path(path).glob("*.tar"))
     if not shards:
         raise UserError(f"there are 0 .tar shards in the folder {path}")
-    return shards
+    return [LocalShard(shard) for shard in shards]
 
 
 def _file(path: Path) -> Path:

@@ -4,9 +4,13 @@ The endless stream of epochs is numbered by one global index. Within an epoch th
 the stream of their samples is cut into windows; a keyed permutation mixes the samples of each window.
 Nothing depends on the batch size, the number of workers or the number of processes, so one integer says how
 far a run has come.
+
+With several canonical nodes (MosaicML Streaming's term) the stream is first cut into as many parts of equal length,
+each with windows of its own, and the global indices go round them: every batch has as many samples of each part, so
+that a machine which reads one part needs only the shards of that part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,32 +33,38 @@ def mix(seed: int, *values: int | I64 | U64) -> U64:
 
 
 def sample_order(
-    num_samples: int, seed: int, window: int = 0, shard_sizes: Sequence[int] | None = None
+    num_samples: int, seed: int, window: int = 0, shard_sizes: Sequence[int] | None = None, nodes: int = 1
 ) -> "SampleOrder":
     """The order over `num_samples` samples, stored in shards of `shard_sizes` samples (one shard if not
     given).
 
-    `window` is the number of samples mixed with one another; 0 mixes all. Raises ValueError for a negative
-    window, no samples, or shards that do not add up.
+    `window` is the number of samples mixed with one another; 0 mixes all, with several canonical `nodes` all of
+    each. Raises ValueError for a negative window, less than one node, no samples, or shards that do not add up.
     """
     sizes = [num_samples] if shard_sizes is None else list(shard_sizes)
     if num_samples < 1 or sum(sizes) != num_samples:
         raise ValueError(f"expected shards of 1 or more samples that add up to {num_samples}, got {sum(sizes)}")
     if window < 0:
         raise ValueError(f"the shuffle window must be 0 (everything) or more, got {window}")
-    return SampleOrder(sizes, seed, min(window, num_samples) or num_samples)
+    if not 1 <= nodes <= num_samples:
+        raise ValueError(f"there must be 1 or more canonical nodes and at most one a sample, got {nodes}")
+    return SampleOrder(sizes, seed, min(window, num_samples) or num_samples, nodes)
 
 
 class SampleOrder:
     """Maps global indices to sample indices; memory is O(shards), not O(samples)."""
 
-    def __init__(self, shard_sizes: Sequence[int], seed: int, window: int) -> None:
+    def __init__(self, shard_sizes: Sequence[int], seed: int, window: int, nodes: int = 1) -> None:
         self._sizes = np.asarray(shard_sizes, np.int64)
         self._starts = np.cumsum(self._sizes) - self._sizes
         self._seed = seed
         self._window = window
         self._shard_orders: dict[int, _ShardOrder] = {}
         self.num_samples = int(self._sizes.sum())
+        self.num_shards = len(self._sizes)
+        # Of positions 0 to n - 1 each node gets every nodes-th.
+        self._lengths = (self.num_samples - np.arange(nodes) + nodes - 1) // nodes
+        self._firsts = np.cumsum(self._lengths) - self._lengths
 
     def index(self, global_index: int) -> tuple[int, int]:
         """The epoch and the sample index of one global index."""
@@ -69,11 +79,47 @@ class SampleOrder:
             samples[chosen] = self._in_epoch(int(epoch), positions[chosen])
         return samples
 
+    def nodes(self, global_indices: I64) -> I64:
+        """The canonical nodes [n], from 0, that the samples of global indices [n] belong to."""
+        return global_indices % self.num_samples % len(self._lengths)
+
+    def nearby(self, global_index: int, draw: int) -> int:
+        """The index of a sample of the same window, which `draw`, any number, determines."""
+        epoch, position = divmod(global_index, self.num_samples)
+        offset, node = divmod(position, len(self._lengths))
+        first = offset // self._window * self._window
+        length = min(self._window, int(self._lengths[node]) - first)
+        other = (first + draw % length) * len(self._lengths) + node
+        return int(self.indices(np.array([epoch * self.num_samples + other], np.int64))[0])
+
+    def shards(self, global_indices: I64) -> tuple[list[int], list[int]]:
+        """The shards of the windows that these indices lie in, and those of the windows that come after them."""
+        epochs, positions = np.divmod(global_indices, self.num_samples)
+        offsets, nodes = np.divmod(positions, len(self._lengths))
+        now = np.unique(np.stack([epochs, nodes, offsets // self._window], axis=1), axis=0).tolist()
+        after = []
+        for epoch, node, window in now:
+            ends = (window + 1) * self._window >= self._lengths[node]
+            after.append((epoch + 1, node, 0) if ends else (epoch, node, window + 1))
+        return self._shards_of(now), self._shards_of(after)
+
+    def _shards_of(self, windows: Iterable[tuple[int, int, int]]) -> list[int]:
+        found: dict[int, None] = {}
+        for epoch, node, window in windows:
+            first = self._firsts[node] + window * self._window
+            last = self._firsts[node] + min((window + 1) * self._window, self._lengths[node]) - 1
+            order = self._shard_order(epoch)
+            slots = np.searchsorted(order.ends, [first, last], side="right")
+            found |= dict.fromkeys(order.order[slots[0] : slots[1] + 1].tolist())
+        return list(found)
+
     def _in_epoch(self, epoch: int, positions: I64) -> I64:
-        windows = positions // self._window
+        offsets, nodes = np.divmod(positions, len(self._lengths))
+        windows = offsets // self._window
         first = windows * self._window
-        lengths = np.minimum(self._window, self.num_samples - first)
-        stream = first + _permute(positions - first, lengths, mix(self._seed, epoch, _WINDOWS, windows))
+        lengths = np.minimum(self._window, self._lengths[nodes] - first)
+        keys = mix(self._seed, epoch, _WINDOWS, windows * len(self._lengths) + nodes)
+        stream = self._firsts[nodes] + first + _permute(offsets - first, lengths, keys)
         shards = self._shard_order(epoch)
         slots = np.searchsorted(shards.ends, stream, side="right")
         samples: I64 = self._starts[shards.order[slots]] + stream - (shards.ends - shards.sizes)[slots]

@@ -4,38 +4,39 @@ import glob
 import re
 from pathlib import Path
 
+from evaclip.data.remote import is_remote
 from evaclip.errors import UserError
 
 _INNERMOST_BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://|pipe:")
 
 
-def expand_paths(pattern: str) -> list[Path]:
-    """'a-{000..012}.tar::b/*.tar' -> the files, in the order given (globs sorted).
+def expand_paths(pattern: str) -> list[str]:
+    """'a-{000..012}.tar::b/*.tar' -> the files, in the order given (globs sorted); URLs and commands as they are.
 
-    Raises UserError for a remote address, a glob without a match, or files that do not exist.
+    Raises UserError for a glob without a match, or local files that do not exist.
     """
-    paths: list[Path] = []
+    paths: list[str] = []
     for part in filter(None, (part.strip() for part in pattern.split("::"))):
-        if _REMOTE.match(part):
-            raise UserError(f"{part!r} is remote; data is read from local files only: copy or mount it first")
         for expanded in expand_braces(part):
-            expanded = str(Path(expanded).expanduser())
-            if glob.has_magic(expanded) and not Path(expanded).exists():
-                matches = sorted(glob.glob(expanded))  # noqa: PTH207 - Path.glob refuses absolute patterns
-                if not matches:
-                    raise UserError(f"no file matches {expanded!r}")
-                paths += map(Path, matches)
-            else:
-                paths.append(Path(expanded))
+            paths += [expanded] if is_remote(expanded) else _local(expanded)
     if not paths:
         raise UserError(f"the data path {pattern!r} names no file")
-    missing = [path for path in paths if not path.exists()]
+    missing = [path for path in paths if not is_remote(path) and not Path(path).exists()]
     if missing:
         subject = f"{missing[0]} does not exist"
         raise UserError(subject if len(paths) == 1 else f"{len(missing)} of {len(paths)} files are missing: {subject}")
     return paths
+
+
+def _local(pattern: str) -> list[str]:
+    pattern = str(Path(pattern).expanduser())
+    if not glob.has_magic(pattern) or Path(pattern).exists():
+        return [pattern]
+    matches = sorted(glob.glob(pattern))  # noqa: PTH207 - Path.glob refuses absolute patterns
+    if not matches:
+        raise UserError(f"no file matches {pattern!r}")
+    return matches
 
 
 def expand_braces(pattern: str) -> list[str]:

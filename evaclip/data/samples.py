@@ -13,6 +13,7 @@ class FaultKind(StrEnum):
 
     DAMAGED_SHARD = "damaged shard"
     UNREADABLE = "unreadable file"
+    UNREACHABLE = "unreachable shard"
     MISSING_IMAGE = "missing image"
     MISSING_CAPTION = "missing caption"
     CORRUPT_IMAGE = "corrupt image"

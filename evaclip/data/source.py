@@ -4,6 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
+from evaclip.data.prefetch import Copy
 from evaclip.data.samples import Fault, RawSample
 
 
@@ -16,6 +17,7 @@ class Source(ABC):
         shard_sizes: samples per shard, in order; one entry where there are no shards.
         faults: what was wrong with the list itself, such as damaged shards.
         classes: names of the classes where the kind of data has them, in label order; else empty.
+        remote: whether there are shards that are read from local copies, see `copies`.
     """
 
     description: str
@@ -23,6 +25,7 @@ class Source(ABC):
     shard_sizes: Sequence[int]
     faults: Sequence[Fault] = ()
     classes: Sequence[str] = ()
+    remote: bool = False
 
     def __len__(self) -> int:
         return sum(self.shard_sizes)
@@ -34,6 +37,10 @@ class Source(ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """The sample's name for messages: file, or shard and key."""
+
+    def copies(self, shards: Sequence[int]) -> list[Copy]:
+        """The local copies that samples of these shards are read from, in this order; none for local shards."""
+        return []
 
     def close(self) -> None:  # noqa: B027 - most kinds hold nothing open
         """Releases open files; the source stays usable and opens them again on demand."""

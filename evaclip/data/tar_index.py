@@ -8,8 +8,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,15 +65,17 @@ class TarIndex:
         return {self.suffixes[i]: Member(int(self.offsets[i]), int(self.sizes[i])) for i in span}
 
 
-def build_index(path: Path) -> TarIndex:
+def build_index(path: Path, name: str | None = None) -> TarIndex:
     """Reads the headers of a tar. Damage ends the index before the damaged sample; it is not an error.
 
-    Raises UserError for a file that cannot be read or is no plain tar.
+    Messages call the tar by `name`, or else by its path. Raises UserError for a file that cannot be read or is no plain
+    tar.
     """
+    name = name or str(path)
     try:
-        groups, damage = _scan(path)
+        groups, damage = _scan(path, name)
     except OSError as exc:
-        raise UserError(f"cannot read the shard {path}: {exc.strerror}") from exc
+        raise UserError(f"cannot read the shard {name}: {exc.strerror}") from exc
     members = [(suffix, member) for group in groups.values() for suffix, member in group.items()]
     keys = PackedStrings.pack(groups)
     suffixes = PackedStrings.pack(suffix for suffix, _ in members)
@@ -84,7 +88,7 @@ def build_index(path: Path) -> TarIndex:
     return TarIndex(keys, starts, suffixes, offsets, sizes, damage, digest.hexdigest())
 
 
-def _scan(path: Path) -> tuple[dict[str, dict[str, Member]], str]:
+def _scan(path: Path, name: str) -> tuple[dict[str, dict[str, Member]], str]:
     """The members by sample key and suffix, and the damage."""
     groups: dict[str, dict[str, Member]] = {}
     file_size = path.stat().st_size
@@ -94,18 +98,18 @@ def _scan(path: Path) -> tuple[dict[str, dict[str, Member]], str]:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for info in tar:
-                    folder, _, name = info.name.rpartition("/")
-                    stem, _, suffix = name.partition(".")
+                    folder, _, base = info.name.rpartition("/")
+                    stem, _, suffix = base.partition(".")
                     key = f"{folder}/{stem}" if folder else stem
                     if info.offset_data + info.size > file_size:
                         groups.pop(key, None)
                         return groups, f"{info.name} is cut off at byte {file_size}"
-                    if info.isfile() and not name.startswith(("._", "__")):
+                    if info.isfile() and not base.startswith(("._", "__")):
                         groups.setdefault(key, {})[suffix.lower()] = Member(info.offset_data, info.size)
                 end = tar.offset
         except tarfile.TarError as exc:
             if not groups:
-                raise UserError(f"{path} is not a plain tar shard: {_why_no_tar(path, str(exc))}") from exc
+                raise UserError(f"{name} is not a plain tar shard: {_why_no_tar(path, str(exc))}") from exc
             return groups, str(exc)
         file.seek(end)
         tail = file.read(tarfile.RECORDSIZE)
@@ -133,63 +137,88 @@ def default_cache_folder() -> Path:
     return Path(base).expanduser() / "evaclip" / "tar-index"
 
 
+class Indexed(Protocol):
+    """A shard, as far as its index goes.
+
+    Attributes:
+        identity: what the stored index is named after.
+    """
+
+    @property
+    def identity(self) -> bytes: ...
+
+    def stamp(self) -> tuple[int, int]:
+        """What a stored index must agree with; int64. Raises UserError or OSError."""
+
+    def index(self) -> TarIndex:
+        """Reads the headers. Raises UserError as `build_index` does."""
+
+
 class IndexCache:
     """Indexes of shards, on disk and, for the `capacity` most recent ones, in memory.
 
-    A file of the cache is named after the shard's path and valid for one size and modification time. A folder
-    that cannot be read or written costs time, nothing else: indexes that could not be stored stay in memory.
+    A file of the cache is named after the shard's path or URL and valid for one stamp: the size and the modification
+    time or ETag. A folder that cannot be read or written costs time, nothing else: indexes that could not be stored
+    stay in memory.
     """
 
     def __init__(self, folder: Path | None = None, capacity: int = 128) -> None:
         self._folder = folder or default_cache_folder()
         self._capacity = capacity
-        self._recent: OrderedDict[Path, TarIndex] = OrderedDict()
-        self._unstored: dict[Path, TarIndex] = {}
+        self._recent: OrderedDict[bytes, TarIndex] = OrderedDict()
+        self._unstored: dict[bytes, TarIndex] = {}
 
-    def get(self, path: Path) -> TarIndex:
+    def get(self, shard: Indexed) -> TarIndex:
         """The index of a shard, built if it is not cached. Raises UserError as `build_index` does."""
-        if path in self._unstored:
-            return self._unstored[path]
-        if path not in self._recent:
-            return self._keep(path, *self._load_or_build(path))
-        self._recent.move_to_end(path)
-        return self._recent[path]
+        key = shard.identity
+        if key in self._unstored:
+            return self._unstored[key]
+        if key not in self._recent:
+            return self._keep(key, *self._load_or_build(shard))
+        self._recent.move_to_end(key)
+        return self._recent[key]
 
-    def get_all(self, paths: Sequence[Path]) -> Iterator[TarIndex]:
+    def get_all(self, shards: Sequence[Indexed]) -> Iterator[TarIndex]:
         """The indexes of many shards in order, several being read at once. Raises as `get` does."""
         told = time.monotonic()
         with ThreadPoolExecutor(_THREADS) as pool:
-            results = zip(paths, pool.map(self._load_or_build, paths), strict=True)
-            for number, (path, (index, stored)) in enumerate(results, 1):
-                yield self._keep(path, index, stored)
+            results = zip(shards, pool.map(self._load_or_build, shards), strict=True)
+            for number, (shard, (index, stored)) in enumerate(results, 1):
+                yield self._keep(shard.identity, index, stored)
                 if time.monotonic() - told >= _SECONDS_BETWEEN_REPORTS:
                     told = time.monotonic()
-                    _LOG.info("indexed %d of %d shards", number, len(paths))
+                    _LOG.info("indexed %d of %d shards", number, len(shards))
 
-    def _keep(self, path: Path, index: TarIndex, stored: bool) -> TarIndex:
+    def forget(self, shard: Indexed) -> None:
+        """Deletes the stored index of a shard that is not what it was, so that the next opening makes a new one."""
+        with suppress(OSError):
+            self._file(shard).unlink()
+
+    def _keep(self, key: bytes, index: TarIndex, stored: bool) -> TarIndex:
         if stored:
-            self._recent[path] = index
+            self._recent[key] = index
             if len(self._recent) > self._capacity:
                 self._recent.popitem(last=False)
         else:
-            self._unstored[path] = index
+            self._unstored[key] = index
         return index
 
-    def _load_or_build(self, path: Path) -> tuple[TarIndex, bool]:
+    def _load_or_build(self, shard: Indexed) -> tuple[TarIndex, bool]:
         """The index, and whether the cache folder holds it now."""
-        stat = path.stat()
-        stamp = np.array([_FORMAT, stat.st_size, stat.st_mtime_ns], np.int64)
-        name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
-        file = self._folder / f"{name}.npz"
+        stamp = np.array([_FORMAT, *shard.stamp()], np.int64)
+        file = self._file(shard)
         if (index := _load(file, stamp)) is not None:
             return index, True
-        index = build_index(path)
+        index = shard.index()
         try:
             _store(file, stamp, index)
         except OSError as exc:
-            _LOG.debug("the index of %s is not cached: %s", path, exc)
+            _LOG.debug("the index of %s is not cached: %s", shard, exc)
             return index, False
         return index, True
+
+    def _file(self, shard: Indexed) -> Path:
+        return self._folder / f"{hashlib.sha256(shard.identity).hexdigest()[:32]}.npz"
 
 
 def _store(file: Path, stamp: NDArray[np.int64], index: TarIndex) -> None:

@@ -5,13 +5,19 @@ import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from evaclip.data.prefetch import Copy
+from evaclip.data.remote import RemoteError
 from evaclip.data.samples import BadSample, Fault, FaultKind, RawSample
+from evaclip.data.shard_list import ShardFacts, facts_of
+from evaclip.data.shards import LocalShard, RemoteShard, Shard
 from evaclip.data.source import Source, hash_list
-from evaclip.data.tar_index import IndexCache, Member
+from evaclip.data.tar_index import IndexCache, Member, TarIndex, build_index
 from evaclip.errors import UserError
 
 IMAGE_KEY = "jpg;jpeg;png;webp"
@@ -20,58 +26,66 @@ _OPEN_SHARDS = 64
 
 
 class WebDatasetSource(Source):
-    """Samples of plain tar shards, read with one `pread` per member.
+    """Samples of plain tar shards, read with one `pread` per member; of remote ones, from local copies.
 
     `image_key` lists member suffixes by preference, `caption_key` captions: 'txt' is the text of a member,
-    'json:FIELD' a string or a list of strings in a JSON member. A damaged shard counts up to the damage and
-    is listed in `faults`. Raises UserError if a file is no plain tar or no sample is left.
+    'json:FIELD' a string or a list of strings in a JSON member. With `facts`, one for each shard, nothing is read on
+    opening. A damaged shard counts up to the damage and is listed in `faults`. Raises UserError if a shard cannot be
+    had or is no plain tar, or if no sample is left.
     """
 
-    def __init__(self, paths: Sequence[Path], image_key: str = IMAGE_KEY, caption_key: str = CAPTION_KEY) -> None:
-        self._paths = list(paths)
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        image_key: str = IMAGE_KEY,
+        caption_key: str = CAPTION_KEY,
+        facts: Sequence[ShardFacts] | None = None,
+    ) -> None:
+        self._shards = list(shards)
         self._image_suffixes = image_key.split(";")
         self._captions = [_CaptionField(text) for text in caption_key.split(";")]
         self._indexes = IndexCache()
         self._handles: OrderedDict[int, int] = OrderedDict()
-        facts = [(len(index), index.damage, index.digest) for index in self._indexes.get_all(self._paths)]
-        self._digests = [digest for _, _, digest in facts]
-        self.description = f"{len(paths)} shards, the first {paths[0]}" if len(paths) > 1 else str(paths[0])
-        self.shard_sizes = [size for size, _, _ in facts]
+        self.shard_facts = list(facts or map(facts_of, self._indexes.get_all(self._shards)))
+        first = str(shards[0])
+        self.description = f"{len(shards)} shards, the first {first}" if len(shards) > 1 else first
+        self.remote = any(isinstance(shard, RemoteShard) for shard in self._shards)
+        self.shard_sizes = [fact.samples for fact in self.shard_facts]
         self.faults = [
-            Fault(FaultKind.DAMAGED_SHARD, str(path), f"{damage}; its first {size} samples are used")
-            for path, (size, damage, _) in zip(self._paths, facts, strict=True)
-            if damage
+            Fault(FaultKind.DAMAGED_SHARD, str(shard), f"{fact.damage}; its first {fact.samples} samples are used")
+            for shard, fact in zip(self._shards, self.shard_facts, strict=True)
+            if fact.damage
         ]
         self.fingerprint = hash_list(
             "webdataset",
-            ((path.name, digest) for path, digest in zip(self._paths, self._digests, strict=True)),
+            ((shard.name, fact.digest) for shard, fact in zip(self._shards, self.shard_facts, strict=True)),
         )
         self._ends = list(accumulate(self.shard_sizes))
         if not self._ends[-1]:
             reasons = "".join(f"; {fault.name}: {fault.detail}" for fault in self.faults[:1])
-            raise UserError(f"there are 0 samples in {len(paths)} shard(s), the first {paths[0]}{reasons}")
+            raise UserError(f"there are 0 samples in {len(shards)} shard(s), the first {first}{reasons}")
 
     def __getitem__(self, index: int) -> RawSample:
         shard, position = self._locate(index)
-        table = self._indexes.get(self._paths[shard])
-        if table.digest != self._digests[shard]:
-            detail = f"sample {position}: the shard changed after it was indexed"
-            raise BadSample(FaultKind.UNREADABLE, str(self._paths[shard]), detail)
-        members = table.members(position)
-        image = next((members[suffix] for suffix in self._image_suffixes if suffix in members), None)
-        if image is None:
-            found = ", ".join(members) or "nothing"
-            detail = f"no member {' or '.join(self._image_suffixes)}, only {found}"
-            raise BadSample(FaultKind.MISSING_IMAGE, self.name(index), detail)
-        if image.size == 0:
-            raise BadSample(FaultKind.MISSING_IMAGE, self.name(index), "the image member has 0 bytes")
-        captions = self._read_captions(index, shard, members)
-        return RawSample(table.keys[position], self._read(index, shard, image), captions)
+        try:
+            return self._sample(index, shard, position)
+        except RemoteError as exc:
+            name = str(self._shards[shard])
+            raise BadSample(FaultKind.UNREACHABLE, name, f"sample {position}: {exc}") from exc
 
     def name(self, index: int) -> str:
         shard, position = self._locate(index)
-        path = self._paths[shard]
-        return f"{path}:{self._indexes.get(path).keys[position]}"
+        try:
+            return f"{self._shards[shard]}:{self._table(shard, position).keys[position]}"
+        except BadSample:
+            return f"{self._shards[shard]}:sample {position}"
+
+    def copies(self, shards: Sequence[int]) -> list[Copy]:
+        return [
+            Copy(shard.cache, shard.wanted(), partial(self._check, number), self.shard_facts[number].size)
+            for number, shard in ((number, self._shards[number]) for number in shards)
+            if isinstance(shard, RemoteShard)
+        ]
 
     def close(self) -> None:
         while self._handles:
@@ -83,6 +97,44 @@ class WebDatasetSource(Source):
     def __del__(self) -> None:
         if hasattr(self, "_handles"):
             self.close()
+
+    def _sample(self, index: int, shard: int, position: int) -> RawSample:
+        table = self._table(shard, position)
+        members = table.members(position)
+        image = next((members[suffix] for suffix in self._image_suffixes if suffix in members), None)
+        if image is None:
+            found = ", ".join(members) or "nothing"
+            detail = f"no member {' or '.join(self._image_suffixes)}, only {found}"
+            raise BadSample(FaultKind.MISSING_IMAGE, self.name(index), detail)
+        if image.size == 0:
+            raise BadSample(FaultKind.MISSING_IMAGE, self.name(index), "the image member has 0 bytes")
+        captions = self._read_captions(index, shard, members)
+        return RawSample(table.keys[position], self._read(index, shard, image), captions)
+
+    def _table(self, shard: int, position: int) -> TarIndex:
+        """The index of a shard that is what it was on opening."""
+        try:
+            table = self._indexes.get(self._shards[shard])
+        except (UserError, OSError) as exc:
+            kind = FaultKind.UNREACHABLE if isinstance(self._shards[shard], RemoteShard) else FaultKind.UNREADABLE
+            raise BadSample(kind, str(self._shards[shard]), f"sample {position}: {exc}") from exc
+        if table.digest != self.shard_facts[shard].digest:
+            detail = f"sample {position}: the shard changed after it was indexed"
+            raise BadSample(FaultKind.UNREADABLE, str(self._shards[shard]), detail)
+        return table
+
+    def _check(self, number: int, path: Path) -> None:
+        """Refuses a copy that is not the shard that was indexed."""
+        shard = self._shards[number]
+        try:
+            index = build_index(path, str(shard))
+        except UserError as exc:
+            raise RemoteError(str(exc)) from exc
+        if index.digest != self.shard_facts[number].digest:
+            self._indexes.forget(shard)
+            found = f"it has {len(index)} samples now" + (f"; {index.damage}" if index.damage else "")
+            # A transfer that was cut off is worth another try.
+            raise RemoteError(f"the shard changed after it was indexed: {found}", permanent=not index.damage)
 
     def _locate(self, index: int) -> tuple[int, int]:
         if not 0 <= index < self._ends[-1]:
@@ -106,7 +158,8 @@ class WebDatasetSource(Source):
 
     def _read(self, index: int, shard: int, member: Member) -> bytes:
         try:
-            data = os.pread(self._handle(shard), member.size, member.offset)
+            with self._descriptor(shard) as descriptor:
+                data = os.pread(descriptor, member.size, member.offset)
         except OSError as exc:
             raise BadSample(FaultKind.UNREADABLE, self.name(index), str(exc)) from exc
         if len(data) != member.size:
@@ -114,13 +167,20 @@ class WebDatasetSource(Source):
             raise BadSample(FaultKind.UNREADABLE, self.name(index), detail)
         return data
 
-    def _handle(self, shard: int) -> int:
-        if shard not in self._handles:
-            self._handles[shard] = os.open(self._paths[shard], os.O_RDONLY)
+    def _descriptor(self, number: int) -> AbstractContextManager[int]:
+        shard = self._shards[number]
+        # A copy is opened for each member: one that is held open would still take room after it was deleted.
+        if isinstance(shard, RemoteShard):
+            return shard.opened(partial(self._check, number))
+        return nullcontext(self._handle(number, shard))
+
+    def _handle(self, number: int, shard: LocalShard) -> int:
+        if number not in self._handles:
+            self._handles[number] = os.open(shard.path, os.O_RDONLY)
             if len(self._handles) > _OPEN_SHARDS:
                 os.close(self._handles.popitem(last=False)[1])
-        self._handles.move_to_end(shard)
-        return self._handles[shard]
+        self._handles.move_to_end(number)
+        return self._handles[number]
 
 
 class _CaptionField:

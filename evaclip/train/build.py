@@ -151,6 +151,7 @@ def _loader(
         rank=world.rank,
         world_size=world.size,
         window=data.shuffle_window,
+        nodes=data.canonical_nodes,
         prefetch=data.prefetch,
         decode_size=_JPEG_MARGIN * max(model.config.vision.image_shape) if data.jpeg_reduction else None,
     )

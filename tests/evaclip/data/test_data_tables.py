@@ -127,8 +127,8 @@ def test_paths_that_are_not_data(tmp_path):
         open_source("")
     with pytest.raises(UserError, match="no file matches"):
         open_source(str(tmp_path / "*.tar"))
-    with pytest.raises(UserError, match="is remote"):
-        open_source("s3://bucket/{00..10}.tar")
+    with pytest.raises(UserError, match="local files only: copy or mount 's3:"):
+        open_source("s3://bucket/pairs.csv", "csv")
     with pytest.raises(UserError, match="did you mean 'webdataset'"):
         open_source("x.tar", "webdatset")
 
@@ -156,7 +156,7 @@ def test_braces_that_are_no_pattern():
 def test_file_names_with_glob_characters_are_files_first(tmp_path):
     file = tmp_path / "a[1].tar"
     file.touch()
-    assert expand_paths(str(file)) == [file]
+    assert expand_paths(str(file)) == [str(file)]
 
 
 def test_packed_strings_are_a_sequence():

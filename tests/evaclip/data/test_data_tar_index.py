@@ -7,8 +7,9 @@ from data_samples import sample
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evaclip.data import tar_index
+from evaclip.data import shards, tar_index
 from evaclip.data.shard_writer import write_shard
+from evaclip.data.shards import LocalShard
 from evaclip.data.tar_index import IndexCache, build_index
 from evaclip.errors import UserError
 
@@ -113,34 +114,34 @@ def test_a_file_without_bytes_is_a_damaged_shard_without_samples(tmp_path):
 
 
 def test_the_second_time_comes_from_the_cache(shard, cache_folder, monkeypatch):
-    first = IndexCache().get(shard)
+    first = IndexCache().get(LocalShard(shard))
     assert len(list(cache_folder.iterdir())) == 1
-    monkeypatch.setattr(tar_index, "build_index", lambda path: pytest.fail("built again"))
-    second = IndexCache().get(shard)
+    monkeypatch.setattr(shards, "build_index", lambda *args: pytest.fail("built again"))
+    second = IndexCache().get(LocalShard(shard))
     assert second.digest == first.digest
     assert list(second.keys) == list(first.keys)
     assert [second.members(i) for i in range(12)] == [first.members(i) for i in range(12)]
 
 
 def test_a_changed_shard_is_indexed_again(shard):
-    assert len(IndexCache().get(shard)) == 12
+    assert len(IndexCache().get(LocalShard(shard))) == 12
     stat = shard.stat()
     write_shard(shard, map(sample, range(12, 24)))
     assert shard.stat().st_size == stat.st_size
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert IndexCache().get(shard).keys[0] == "000012"
+    assert IndexCache().get(LocalShard(shard)).keys[0] == "000012"
     write_shard(shard, map(sample, range(3)))
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert len(IndexCache().get(shard)) == 3
+    assert len(IndexCache().get(LocalShard(shard))) == 3
 
 
 def test_a_damaged_cache_file_is_replaced(shard, cache_folder):
-    IndexCache().get(shard)
+    IndexCache().get(LocalShard(shard))
     (file,) = cache_folder.iterdir()
     sound = file.read_bytes()
     for damaged in (b"", b"rubbish", sound[: len(sound) // 2], sound[:-200] + b"\0" * 200):
         file.write_bytes(damaged)
-        assert len(IndexCache().get(shard)) == 12
+        assert len(IndexCache().get(LocalShard(shard))) == 12
         assert file.read_bytes() == sound
 
 
@@ -149,16 +150,16 @@ def test_a_folder_that_cannot_be_used_costs_nothing_but_time(shard, tmp_path, mo
     blocked.write_text("a file where the folder should be")
     cache = IndexCache(blocked / "cache", capacity=1)
     with caplog.at_level(logging.DEBUG, "evaclip.data"):
-        index = cache.get(shard)
+        index = cache.get(LocalShard(shard))
     assert "not cached" in caplog.text
-    monkeypatch.setattr(tar_index, "build_index", lambda path: pytest.fail("built again"))
-    assert cache.get(shard) is index
+    monkeypatch.setattr(shards, "build_index", lambda *args: pytest.fail("built again"))
+    assert cache.get(LocalShard(shard)) is index
 
 
 def test_slow_indexing_reports_how_far_it_is(shard, monkeypatch, caplog):
     monkeypatch.setattr(tar_index, "_SECONDS_BETWEEN_REPORTS", 0.0)
     with caplog.at_level(logging.INFO, "evaclip.data"):
-        list(IndexCache().get_all([shard, shard]))
+        list(IndexCache().get_all([LocalShard(shard)] * 2))
     assert [record.getMessage() for record in caplog.records] == ["indexed 1 of 2 shards", "indexed 2 of 2 shards"]
 
 
@@ -167,12 +168,12 @@ def test_memory_holds_the_most_recent_indexes_only(tmp_path, monkeypatch):
     for path in paths:
         write_shard(path, map(sample, range(2)))
     cache = IndexCache(capacity=2)
-    first, second, third = cache.get_all(paths)
+    first, second, third = cache.get_all(list(map(LocalShard, paths)))
     loads = []
     load = tar_index._load
     monkeypatch.setattr(tar_index, "_load", lambda file, stamp: loads.append(file) or load(file, stamp))
-    assert cache.get(paths[1]) is second
-    assert cache.get(paths[2]) is third
+    assert cache.get(LocalShard(paths[1])) is second
+    assert cache.get(LocalShard(paths[2])) is third
     assert not loads
-    assert cache.get(paths[0]) is not first
+    assert cache.get(LocalShard(paths[0])) is not first
     assert len(loads) == 1

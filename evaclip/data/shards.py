@@ -1,0 +1,98 @@
+"""The shards of a data set: local files, and remote ones that are read from local copies."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaclip.data.remote import RemoteError, Version, file_name
+from evaclip.data.shard_cache import Check, ShardCache, Wanted
+from evaclip.data.tar_index import TarIndex, build_index
+from evaclip.errors import UserError
+
+
+@dataclass(frozen=True)
+class LocalShard:
+    """A tar file of this machine."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        """The name that goes into fingerprints."""
+        return self.path.name
+
+    @property
+    def identity(self) -> bytes:
+        """What a stored index is named after."""
+        return os.fsencode(self.path.absolute())
+
+    def stamp(self) -> tuple[int, int]:
+        """What a stored index must agree with to be this shard's. Raises OSError."""
+        facts = self.path.stat()
+        return facts.st_size, facts.st_mtime_ns
+
+    def index(self) -> TarIndex:
+        """Reads the headers. Raises UserError as `build_index` does."""
+        return build_index(self.path)
+
+
+class RemoteShard:
+    """A tar elsewhere.
+
+    Args:
+        url: as `open_remote` takes it.
+        cache: holds the copy that is read.
+        version: as which the shard was indexed; None asks the server when it is needed.
+    """
+
+    def __init__(self, url: str, cache: ShardCache, version: Version | None = None) -> None:
+        self.url = url
+        self.name = file_name(url)
+        self.identity = os.fsencode(url)
+        self.cache = cache
+        self._version = version
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def version(self) -> Version:
+        """Raises RemoteError."""
+        if self._version is None:
+            self._version = self.cache.version(self.url)
+        return self._version
+
+    def stamp(self) -> tuple[int, int]:
+        """What a stored index must agree with to be this shard's. Raises UserError."""
+        try:
+            size, tag = self.version.size, self.version.tag
+        except RemoteError as exc:
+            raise UserError(f"cannot read the shard {self.url}: {exc}") from exc
+        return -1 if size is None else size, int.from_bytes(hashlib.sha256(tag.encode()).digest()[:7])
+
+    def index(self) -> TarIndex:
+        """Fetches the shard, if there is no copy, and reads the headers. Raises UserError as `build_index` does."""
+        try:
+            with self.opened() as descriptor:
+                return build_index(Path(f"/proc/self/fd/{descriptor}"), self.url)
+        except RemoteError as exc:
+            raise UserError(f"cannot read the shard {self.url}: {exc}") from exc
+
+    @contextmanager
+    def opened(self, check: Check | None = None) -> Iterator[int]:
+        """A descriptor of the copy; arguments and errors as those of `ShardCache.opened`."""
+        with self.cache.opened(self.wanted(), check) as descriptor:
+            yield descriptor
+
+    def wanted(self) -> Wanted:
+        """What the cache is asked for."""
+        return Wanted(self.url, self.version)
+
+
+Shard = LocalShard | RemoteShard

@@ -1,0 +1,370 @@
+"""Shards over HTTP, from S3 and from commands, and what goes wrong with them."""
+
+import itertools
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import fsspec
+import psutil
+import pytest
+import torch
+from data_samples import number_tokens, number_transform, sample
+from shard_server import ShardServer
+
+from evaclip.data import BadSample, FaultKind, TrainLoader, open_source
+from evaclip.data.config import RemoteConfig
+from evaclip.data.remote import RemoteError, file_name
+from evaclip.data.shard_cache import Fetching, ShardCache, Wanted
+from evaclip.data.shard_writer import write_shard
+from evaclip.errors import UserError
+
+QUICK = RemoteConfig(timeout=0.3, attempts=3)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(Fetching.__init__, "__defaults__", (None, 32 * 10**9, 60.0, 5, 0.01))
+
+
+@pytest.fixture
+def server(shards, tmp_path):
+    with ShardServer(tmp_path).running() as running:
+        yield running
+
+
+@pytest.fixture
+def copies(cache_folder) -> Path:
+    return cache_folder.parent / "shards"
+
+
+def forget_copies(copies: Path) -> None:
+    for path in copies.glob("*.tar"):
+        path.unlink()
+
+
+def make_loader(source, **options) -> TrainLoader:
+    options = {"seed": 3, "window": 20, "batch_size": 8, **options}
+    return TrainLoader(source, transform=number_transform, tokenizer=number_tokens, **options)
+
+
+def take(loader: TrainLoader, count: int, position: int = 0) -> list:
+    stream = loader.batches(position)
+    batches = list(itertools.islice(stream, count))
+    stream.close()
+    return batches
+
+
+def numbers(batches: list) -> list[int]:
+    return torch.cat([batch.images[:, 0, 0, 0] for batch in batches]).int().tolist()
+
+
+def in_group(process: psutil.Process, group: int) -> bool:
+    try:
+        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False
+
+
+def fault_of(source, index: int):
+    with pytest.raises(BadSample) as caught:
+        source[index]
+    return caught.value.fault
+
+
+@pytest.mark.parametrize("how", ["http", "command", "s3"])
+def test_remote_shards_are_what_local_ones_are(how, shards, server, tmp_path, monkeypatch):
+    path = {
+        "http": server.url("{00..02}.tar"),
+        "command": f"pipe:cat {tmp_path}/{{00..02}}.tar",
+        "s3": "s3://bucket/{00..02}.tar",
+    }[how]
+    if how == "s3":
+        shutil.copytree(tmp_path, tmp_path / "bucket", ignore=lambda *_: ["bucket", "cache"])
+        monkeypatch.setitem(fsspec.config.conf, "s3", {"anon": True, "endpoint_url": server.address})
+    local, remote = open_source(shards), open_source(path)
+    assert remote.fingerprint == local.fingerprint
+    assert [remote[i] for i in (0, 19, 20, 63)] == [local[i] for i in (0, 19, 20, 63)]
+    expected = take(make_loader(local), 10)
+    found = take(make_loader(remote, workers=2 if how == "http" else 0), 10)
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.tokens, other.tokens)
+
+
+def test_a_shard_is_fetched_once_for_all_processes_and_runs(server, copies):
+    path = server.url("{00..02}.tar")
+    take(make_loader(open_source(path), workers=3), 30)
+    # Once for its version, once for its bytes.
+    assert [server.gets(f"{i:02d}.tar") for i in range(3)] == [2, 2, 2]
+    take(make_loader(open_source(path), workers=2), 10)
+    assert [server.gets(f"{i:02d}.tar") for i in range(3)] == [3, 3, 3]
+    forget_copies(copies)
+    take(make_loader(open_source(path), workers=3), 30)
+    assert [server.gets(f"{i:02d}.tar") for i in range(3)] == [5, 5, 5]
+    assert not list(copies.glob("*.part"))
+
+
+@pytest.mark.parametrize("fault", [503, 429, "cut", "stall"])
+def test_what_may_pass_is_tried_again(fault, server, copies, caplog):
+    source = open_source(server.url("{00..02}.tar"), remote=QUICK)
+    forget_copies(copies)
+    server.faults["01.tar"] = [fault, fault]
+    with caplog.at_level(logging.WARNING, "evaclip.data"):
+        assert source[20].caption == "caption 20"
+    reason = {503: "HTTP 503", 429: "HTTP 429", "cut": "bytes came", "stall": "timed out"}[fault]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert all(server.url("01.tar") in message and reason in message for message in messages)
+    assert "try 1 of 3" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "requests"),
+    [(404, "HTTP 404", 1), (403, "HTTP 403", 1), (500, "HTTP 500", 3), ("cut", "bytes came", 3)],
+)
+def test_what_does_not_pass_is_a_fault_and_not_asked_for_again(fault, reason, requests, server, copies):
+    source = open_source(server.url("{00..02}.tar"), remote=QUICK)
+    forget_copies(copies)
+    server.faults["01.tar"] = [fault, "always"]
+    before = server.gets("01.tar")
+    for index in (20, 21, 49):
+        found = fault_of(source, index)
+        assert found.kind is FaultKind.UNREACHABLE
+        assert found.name == server.url("01.tar")
+        assert f"sample {index - 20}: " in found.detail
+        assert reason in found.detail
+    assert server.gets("01.tar") - before == requests
+    assert source[50].caption == "caption 50"
+
+
+def test_samples_of_a_shard_that_is_gone_are_replaced_counted_and_named(server, copies, caplog):
+    path = server.url("{00..02}.tar")
+    sound = numbers(take(make_loader(open_source(path)), 8))
+    source = open_source(path, remote=QUICK)
+    forget_copies(copies)
+    server.faults["00.tar"] = [404, "always"]
+    loader = make_loader(source, window=0, workers=2)
+    with caplog.at_level(logging.WARNING, "evaclip.data"):
+        batches = take(loader, 8)
+    assert [len(batch.images) for batch in batches] == [8] * 8
+    assert not set(range(20)) & set(numbers(batches))
+    assert loader.faults.counts["unreachable shard"] == sum(batch.skipped for batch in batches) >= 20
+    assert f"unreachable shard: {server.url('00.tar')} (sample " in caplog.text
+    windowed = numbers(take(make_loader(source), 8))
+    assert [new for old, new in zip(sound, windowed, strict=True) if old >= 20] == [n for n in sound if n >= 20]
+
+
+def test_replacements_come_from_the_same_window(tmp_path):
+    """Other shards would have to be fetched for one sample."""
+    start = 0
+    for shard in range(8):
+        rows = [(key, dict(members)) for key, members in map(sample, range(start, start + 10))]
+        rows[3][1]["png"] = b"rubbish"
+        write_shard(tmp_path / f"w{shard}.tar", rows)
+        start += 10
+    source = open_source(str(tmp_path / "w{0..7}.tar"))
+    loader = make_loader(source, batch_size=20)
+    for batch in take(loader, 8):
+        assert batch.skipped >= 2
+        assert len({number // 10 for number in numbers([batch])}) == 2
+
+
+def test_missing_shards_on_opening(server):
+    with pytest.raises(UserError, match=r"cannot read the shard http://\S+/07\.tar: HTTP 404 "):
+        open_source(server.url("{00,07}.tar"), remote=QUICK)
+    server.faults["00.tar"] = [500, "always"]
+    with pytest.raises(UserError, match=r"cannot read the shard http://\S+/00\.tar: HTTP 500 "):
+        open_source(server.url("{00,01}.tar"), remote=QUICK)
+    with pytest.raises(UserError, match=r"cannot read the shard http://127\.0\.0\.1:1/x\.tar: URLError: .*refused"):
+        open_source("http://127.0.0.1:1/x.tar", remote=QUICK)
+    with pytest.raises(UserError, match=r"wombat://x/y\.tar cannot be read: Protocol not known: wombat"):
+        open_source("wombat://x/y.tar")
+
+
+def test_a_tar_that_was_cut_off_before_it_was_uploaded(server, tmp_path):
+    path = tmp_path / "01.tar"
+    path.write_bytes(path.read_bytes()[:50_000])
+    source = open_source(server.url("{00..02}.tar"))
+    (fault,) = source.faults
+    assert fault.kind is FaultKind.DAMAGED_SHARD
+    assert fault.name == server.url("01.tar")
+    assert source[len(source) - 1].caption == "caption 63"
+    path.write_text("<html>no such page</html>" * 100)
+    with pytest.raises(UserError, match=r"http://\S+/01.tar is not a plain tar shard"):
+        open_source(server.url("01.tar"))
+
+
+@pytest.mark.parametrize("how", ["http", "command"])
+def test_a_shard_that_changes_gives_no_wrong_data(how, server, copies, tmp_path):
+    path = server.url("{00..02}.tar") if how == "http" else f"pipe:cat {tmp_path}/{{00..02}}.tar"
+    source = open_source(path, remote=QUICK)
+    forget_copies(copies)
+    write_shard(tmp_path / "00.tar", map(sample, range(100, 118)))
+    found = fault_of(source, 3)
+    assert found.kind is FaultKind.UNREACHABLE
+    assert "the shard changed after it was indexed: it" in found.detail
+    assert source[20].caption == "caption 20"
+    forget_copies(copies)
+    assert open_source(path)[3].caption == "caption 103"
+
+
+def test_copies_stay_within_their_bound_and_the_oldest_go_first(server, copies, tmp_path):
+    size = (tmp_path / "00.tar").stat().st_size
+    for number in range(6):
+        write_shard(tmp_path / f"n{number}.tar", map(sample, range(20 * number, 20 * number + 20)))
+    config = RemoteConfig(cache_gb=2.5 * size / 1e9)
+    source = open_source(server.url("n{0..5}.tar"), remote=config)
+    for index in range(0, 120, 10):
+        assert source[index].caption == f"caption {index}"
+        assert sum(path.stat().st_size for path in copies.iterdir()) <= 2.5 * size
+    assert len(list(copies.glob("*.tar"))) == 2
+    # n4 was read after n5, long enough ago to be seen.
+    for path in copies.glob("*.tar"):
+        os.utime(path, (time.time() - 100, time.time() - 100))
+    assert source[80].caption == "caption 80"
+    gets = server.gets("n4.tar")
+    assert source[0].caption == "caption 0"
+    assert source[85].caption == "caption 85"
+    assert server.gets("n4.tar") == gets
+    before = server.gets("n5.tar")
+    assert source[100].caption == "caption 100"
+    assert server.gets("n5.tar") == before + 1
+
+
+def test_a_window_that_does_not_fit_is_an_error_at_the_start(server):
+    source = open_source(server.url("{00..02}.tar"), remote=RemoteConfig(cache_gb=1e-4))
+    with pytest.raises(
+        UserError, match=r"window of 0 samples .* takes 3 remote shards, \S+ GB, but .* may take 0\.0001"
+    ):
+        make_loader(source, window=0)
+
+
+def test_the_next_window_is_fetched_before_it_is_read(tmp_path, copies):
+    for number in range(6):
+        write_shard(tmp_path / f"n{number}.tar", map(sample, range(20 * number, 20 * number + 20)))
+    with ShardServer(tmp_path).running() as server:
+        source = open_source(server.url("n{0..5}.tar"))
+        forget_copies(copies)
+        stream = make_loader(source, batch_size=4).batches()
+        next(stream)
+        deadline = time.monotonic() + 10
+        while len(list(copies.glob("*.tar"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        # One window is one shard here; not more is fetched than the next.
+        time.sleep(0.1)
+        assert len(list(copies.glob("*.tar"))) == 2
+        before = len(server.requests)
+        list(itertools.islice(stream, 4))
+        assert len(server.requests) == before
+        stream.close()
+
+
+def test_a_worker_that_is_killed_while_it_fetches_leaves_nothing_locked(server, copies):
+    source = open_source(server.url("{00..02}.tar"))
+    forget_copies(copies)
+    server.faults["00.tar"] = server.faults["01.tar"] = server.faults["02.tar"] = ["stall", "always"]
+    stream = make_loader(source, workers=1).batches()
+
+    def kill() -> None:
+        server.stalled.wait(20)
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(RuntimeError, match=r"data worker 0 \(pid \d+\) was killed by SIGKILL"):
+        next(stream)
+    killer.join()
+    server.faults.clear()
+    expected = list(range(64))
+    assert sorted(numbers(take(make_loader(source, workers=1), 8))) == expected
+    assert not list(copies.glob("*.part"))
+
+
+def test_a_command_that_fails_stalls_or_does_not_exist(tmp_path, copies, caplog):
+    with pytest.raises(UserError, match="exit code 3: no such bucket"):
+        open_source("pipe:echo first >&2; echo no such bucket >&2; exit 3 #.tar", remote=QUICK)
+    caplog.clear()
+    with pytest.raises(UserError, match=r"exit code 127: .*no-such-program"):
+        open_source("pipe:no-such-program", remote=QUICK)
+    assert not caplog.records
+    with pytest.raises(UserError, match=r"no byte for 0\.3 s"):
+        open_source(f"pipe:echo $$ > {tmp_path}/pid; sleep 30", remote=RemoteConfig(timeout=0.3, attempts=1))
+    group = int((tmp_path / "pid").read_text())
+    assert not [process for process in psutil.process_iter() if in_group(process, group)]
+
+
+def test_a_command_that_breaks_off_without_saying_so(shards, tmp_path, copies):
+    """The exit code of a pipeline is that of its last command."""
+    source = open_source(f"pipe:cat {shards}", remote=QUICK)
+    forget_copies(copies)
+    whole = (tmp_path / "00.tar").read_bytes()
+    (tmp_path / "00.tar").write_bytes(whole[:30_000])
+    assert "changed after it was indexed: it has 10 samples now; no end" in fault_of(source, 3).detail
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(server, tmp_path):
+    (tmp_path / "file").touch()
+    config = RemoteConfig(cache_folder=str(tmp_path / "file" / "copies"))
+    with pytest.raises(UserError, match=r"cannot be written to \S+/file/copies: Not a directory; data.remote.cache_fo"):
+        open_source(server.url("00.tar"), remote=config)
+
+
+def test_two_that_want_a_shard_fetch_it_once(server, tmp_path):
+    cache = ShardCache(Fetching(tmp_path / "copies"))
+    wanted = Wanted(server.url("00.tar"), cache.version(server.url("00.tar")))
+    server.faults["00.tar"] = ["stall", "always"]
+
+    def read() -> None:
+        with cache.opened(wanted) as descriptor:
+            sizes.append(os.fstat(descriptor).st_size)
+
+    sizes: list[int] = []
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    server.stalled.wait(20)
+    # Who only wants it ahead of time doesn't wait for the one who fetches it.
+    cache.fetch_ahead(wanted, lambda path: None)
+    server.faults.clear()
+    server.release()
+    for reader in readers:
+        reader.join(20)
+    assert len(sizes) == 3
+    assert server.gets("00.tar") == 3  # version, broken transfer, second try
+
+
+def test_a_refused_copy_is_never_seen(server, tmp_path):
+    cache = ShardCache(Fetching(tmp_path / "copies", attempts=2))
+
+    def refuse(path: Path) -> None:
+        assert path.stat().st_size > 0
+        raise RemoteError("not this one")
+
+    wanted = Wanted(server.url("00.tar"), cache.version(server.url("00.tar")))
+    with pytest.raises(RemoteError, match="not this one"), cache.opened(wanted, refuse):
+        pass
+    assert {path.suffix for path in (tmp_path / "copies").iterdir()} == {".lock"}
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://host/a/00001.tar", "00001.tar"),
+        ("https://host/00001.tar?X-Amz-Signature=1", "00001.tar"),
+        ("pipe:aws s3 cp s3://bucket/set/00001.tar -", "00001.tar"),
+        ("pipe:cat 'my shards/00001.tar' | cat", "00001.tar"),
+        ("pipe:produce 17", "pipe:produce 17"),
+    ],
+)
+def test_names_of_remote_shards(url, name):
+    assert file_name(url) == name
