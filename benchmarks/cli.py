@@ -4,6 +4,7 @@ import argparse
 import importlib
 import importlib.util
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,10 @@ _EXAMPLES = {
     "all": ["python -m benchmarks all --json run.json --plot report/"],
     "compare": ["python -m benchmarks compare before.json after.json"],
     "report": ["python -m benchmarks report run.json --out report/"],
+    "data": [
+        "python -m benchmarks data",
+        "python -m benchmarks data --shards 20 --per-shard 2000 --json data.json --plot data.png",
+    ],
     "audit": [
         "python -m benchmarks audit layer_norm swiglu",
         "python -m benchmarks audit --kernels triton",
@@ -78,6 +83,8 @@ def _build_parser() -> argparse.ArgumentParser:
     report = _add(verbs, "report", "write the pages and plots of a result", _report)
     report.add_argument("result", type=Path, help="a result of --json")
     report.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to")
+    data = _add(verbs, "data", "measure how fast shards are read, and how well their samples are mixed", _measure_data)
+    _add_data(data)
     audit = _add(verbs, "audit", "count what the GPU kernels ask of memory, emulated and interpreted", _audit)
     audit.add_argument("names", nargs="*", metavar="NAME", help="an audited operation (default: all)")
     audit.add_argument("--kernels", choices=["cuda", "triton"], help="of which language (default: both)")
@@ -127,6 +134,49 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     )
     results.add_argument("--csv", type=Path, metavar="FILE", help="one line a row")
     results.add_argument("--plot", type=Path, metavar="FOLDER", help="pages and plots")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    from benchmarks.data.rate import RatePlan
+    from benchmarks.data.shuffle import ShufflePlan
+
+    read = parser.add_argument_group("reading: shards of random bytes in a temporary folder")
+    for name, text in (
+        ("shards", "of the data set"),
+        ("per_shard", "samples"),
+        ("image_bytes", "of each sample"),
+        ("window", "samples that are mixed"),
+        ("passes", "over the data; the median counts"),
+    ):
+        default = getattr(RatePlan, name)
+        option = f"--{name.replace('_', '-')}"
+        read.add_argument(option, type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    mixed = parser.add_argument_group(
+        f"mixing: {ShufflePlan.shards} shards of {ShufflePlan.per_shard} samples, nothing is read"
+    )
+    mixed.add_argument(
+        "--batch", type=int, default=ShufflePlan.batch, metavar="N", help="samples (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all that was measured")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture, such as data.png")
+
+
+def _measure_data(args: argparse.Namespace) -> None:
+    from benchmarks.data import rate, shuffle
+    from benchmarks.data.show import DataResult, print_result, save_plot
+    from benchmarks.machine import describe
+
+    plan = rate.RatePlan(args.shards, args.per_shard, args.image_bytes, args.window, args.passes)
+    mixing = shuffle.ShufflePlan(batch=args.batch)
+    machine = describe(torch.device("cpu"), (), ("torch", "webdataset"))
+    with tempfile.TemporaryDirectory() as folder:
+        rates = rate.measure(plan, Path(folder), lambda line: print(line, file=sys.stderr, flush=True))
+    result = DataResult(machine, plan, rates, mixing, shuffle.measure(mixing))
+    print_result(result)
+    if args.json:
+        result.write_json(args.json)
+    if args.plot:
+        save_plot(result, args.plot)
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -89,7 +89,9 @@ def number_axis(axis: Any, ticks: Sequence[float] = ()) -> None:
         decades = abs(math.log10(max(axis.get_view_interval()) / min(axis.get_view_interval())))
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}" if value >= 0.001 else f"{value:.0e}"))
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:,.10g}" if value >= 0.001 or value == 0 else f"{value:.0e}")
+    )
 
 
 def grid(axes: Axes, which: str) -> None:

@@ -1,4 +1,4 @@
-"""`evaclip data`: build the emoji shards, check a data set, measure how fast it is read."""
+"""`evaclip data`: build the emoji shards, list shards, check a data set, measure how fast it is read."""
 
 import argparse
 import os
@@ -25,6 +25,7 @@ def add_commands(subparsers: Any) -> None:
     parser = subparsers.add_parser("data", help="build, check and time data sets")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_emoji(verbs)
+    _add_index(verbs)
     _add_check(verbs)
     _add_bench(verbs)
 
@@ -44,6 +45,21 @@ def _add_emoji(verbs: Any) -> None:
     parser.add_argument("--size", type=int, default=96, help="side of the pictures in pixels (default: 96)")
     parser.add_argument("--skin-tones", action="store_true", help="include the skin-tone variants")
     parser.set_defaults(run=_run_emoji)
+
+
+def _add_index(verbs: Any) -> None:
+    parser = leaf(
+        verbs,
+        "index",
+        help="read the headers of all shards once and write a list, from which any machine opens them at once",
+        examples=[
+            "evaclip data index 's3://bucket/cc3m/{00000..00331}.tar' --out cc3m.json",
+            "evaclip train eva02-b-16 --set data.train=cc3m.json",
+        ],
+    )
+    parser.add_argument("path", metavar="PATH", help="tar shards")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the list, a .json file")
+    parser.set_defaults(run=_run_index)
 
 
 def _add_check(verbs: Any) -> None:
@@ -110,6 +126,21 @@ def _run_emoji(args: argparse.Namespace) -> None:
     for style, paths in shards.items():
         console.print(f"{style}: {len(paths)} shards {folder}/{style}-*.tar", soft_wrap=True, highlight=False)
     console.print(f"done in {time.perf_counter() - began:.1f} s; the licences are in {folder / 'LICENSES'}")
+
+
+def _run_index(args: argparse.Namespace) -> None:
+    from evaclip.data import open_source
+    from evaclip.data.shard_list import LIST_SUFFIX, write_list
+    from evaclip.data.webdataset import WebDatasetSource
+
+    if not args.out.endswith(LIST_SUFFIX):
+        raise UserError(f"--out must end in {LIST_SUFFIX}, got {args.out!r}")
+    source = open_source(args.path, "webdataset")
+    assert isinstance(source, WebDatasetSource)
+    for fault in source.faults:
+        print(fault)
+    write_list(Path(args.out), source.entries())
+    print(f"{args.out}: {len(source.shard_sizes)} shards, {len(source)} samples, fingerprint {source.fingerprint}")
 
 
 def _run_check(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -59,6 +60,12 @@ class Wanted:
 
     url: str
     version: Version
+
+    @cached_property
+    def file_name(self) -> str:
+        """Of its copy."""
+        name = f"{self.url}\0{self.version.size}\0{self.version.tag}"
+        return f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.tar"
 
 
 class ShardCache:
@@ -114,8 +121,7 @@ class ShardCache:
             self._fetch(shard, check, wait=False)
 
     def _path(self, shard: Wanted) -> Path:
-        name = f"{shard.url}\0{shard.version.size}\0{shard.version.tag}"
-        return self._folder / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.tar"
+        return self._folder / shard.file_name
 
     def _fetch(self, shard: Wanted, check: Check | None, wait: bool = True) -> None:
         path = self._path(shard)

@@ -37,7 +37,7 @@ class ShardFacts:
 
 @dataclass(frozen=True)
 class Entry:
-    """A shard of a list: a local path, URL or command, its version (None: the file system tells), and its facts."""
+    """A shard of a list: a local path, URL or command; its version, if it is remote; and its facts."""
 
     location: str
     version: Version

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from evaclip.data.remote import RemoteError, Version, file_name
@@ -87,11 +88,12 @@ class RemoteShard:
     @contextmanager
     def opened(self, check: Check | None = None) -> Iterator[int]:
         """A descriptor of the copy; arguments and errors as those of `ShardCache.opened`."""
-        with self.cache.opened(self.wanted(), check) as descriptor:
+        with self.cache.opened(self.wanted, check) as descriptor:
             yield descriptor
 
+    @cached_property
     def wanted(self) -> Wanted:
-        """What the cache is asked for."""
+        """What the cache is asked for. Raises RemoteError."""
         return Wanted(self.url, self.version)
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from evaclip.data.prefetch import Copy
-from evaclip.data.remote import RemoteError
+from evaclip.data.remote import RemoteError, Version
 from evaclip.data.samples import BadSample, Fault, FaultKind, RawSample
-from evaclip.data.shard_list import ShardFacts, facts_of
+from evaclip.data.shard_list import Entry, ShardFacts, facts_of
 from evaclip.data.shards import LocalShard, RemoteShard, Shard
 from evaclip.data.source import Source, hash_list
 from evaclip.data.tar_index import IndexCache, Member, TarIndex, build_index
@@ -82,9 +82,16 @@ class WebDatasetSource(Source):
 
     def copies(self, shards: Sequence[int]) -> list[Copy]:
         return [
-            Copy(shard.cache, shard.wanted(), partial(self._check, number), self.shard_facts[number].size)
+            Copy(shard.cache, shard.wanted, partial(self._check, number), self.shard_facts[number].size)
             for number, shard in ((number, self._shards[number]) for number in shards)
             if isinstance(shard, RemoteShard)
+        ]
+
+    def entries(self) -> list[Entry]:
+        """All shards as a list of shards holds them."""
+        return [
+            Entry(str(shard), shard.version if isinstance(shard, RemoteShard) else Version(), facts)
+            for shard, facts in zip(self._shards, self.shard_facts, strict=True)
         ]
 
     def close(self) -> None:
@@ -108,8 +115,12 @@ class WebDatasetSource(Source):
             raise BadSample(FaultKind.MISSING_IMAGE, self.name(index), detail)
         if image.size == 0:
             raise BadSample(FaultKind.MISSING_IMAGE, self.name(index), "the image member has 0 bytes")
-        captions = self._read_captions(index, shard, members)
-        return RawSample(table.keys[position], self._read(index, shard, image), captions)
+        try:
+            with self._descriptor(shard) as descriptor:
+                captions = self._read_captions(index, descriptor, members)
+                return RawSample(table.keys[position], self._read(index, descriptor, image), captions)
+        except OSError as exc:
+            raise BadSample(FaultKind.UNREADABLE, self.name(index), str(exc)) from exc
 
     def _table(self, shard: int, position: int) -> TarIndex:
         """The index of a shard that is what it was on opening."""
@@ -142,11 +153,11 @@ class WebDatasetSource(Source):
         shard = bisect_right(self._ends, index)
         return shard, index - (self._ends[shard] - self.shard_sizes[shard])
 
-    def _read_captions(self, index: int, shard: int, members: Mapping[str, Member]) -> tuple[str, ...]:
+    def _read_captions(self, index: int, descriptor: int, members: Mapping[str, Member]) -> tuple[str, ...]:
         for field in self._captions:
             if field.suffix in members:
                 try:
-                    captions = field.extract(self._read(index, shard, members[field.suffix]))
+                    captions = field.extract(self._read(index, descriptor, members[field.suffix]))
                 except ValueError as exc:
                     detail = f"the {field.suffix} member is unreadable: {exc}"
                     raise BadSample(FaultKind.MISSING_CAPTION, self.name(index), detail) from exc
@@ -156,12 +167,8 @@ class WebDatasetSource(Source):
         detail = f"no text in {wanted}; members: {', '.join(members)}"
         raise BadSample(FaultKind.MISSING_CAPTION, self.name(index), detail)
 
-    def _read(self, index: int, shard: int, member: Member) -> bytes:
-        try:
-            with self._descriptor(shard) as descriptor:
-                data = os.pread(descriptor, member.size, member.offset)
-        except OSError as exc:
-            raise BadSample(FaultKind.UNREADABLE, self.name(index), str(exc)) from exc
+    def _read(self, index: int, descriptor: int, member: Member) -> bytes:
+        data = os.pread(descriptor, member.size, member.offset)
         if len(data) != member.size:
             detail = f"{len(data)} of {member.size} bytes are there: the shard changed after it was indexed"
             raise BadSample(FaultKind.UNREADABLE, self.name(index), detail)
@@ -169,7 +176,7 @@ class WebDatasetSource(Source):
 
     def _descriptor(self, number: int) -> AbstractContextManager[int]:
         shard = self._shards[number]
-        # A copy is opened for each member: one that is held open would still take room after it was deleted.
+        # A copy is opened for each sample: one that is held open would still take room after it was deleted.
         if isinstance(shard, RemoteShard):
             return shard.opened(partial(self._check, number))
         return nullcontext(self._handle(number, shard))

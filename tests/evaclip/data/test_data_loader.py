@@ -297,3 +297,21 @@ def test_evaluation_leaves_bad_samples_out(tmp_path, caplog):
     assert "a.tar:000009" in caplog.text
     with pytest.raises(UserError, match="batch size must be 1 or more, got 0"):
         next(iterate(open_source(str(tmp_path / "a.tar")), number_transform, 0))
+
+
+@pytest.mark.parametrize("nodes", [2, 4])
+def test_canonical_nodes_give_each_process_shards_of_its_own(tmp_path, nodes):
+    for shard in range(16):
+        write_shard(tmp_path / f"{shard:02d}.tar", map(sample, range(16 * shard, 16 * shard + 16)))
+    source = open_source(str(tmp_path))
+    options = {"nodes": nodes, "window": 32}
+    alone = take(make_loader(source, 16, **options), 32)
+    assert all(sorted(numbers(alone[start : start + 16])) == list(range(256)) for start in (0, 16))
+    ranks = [take(make_loader(source, 8, rank=rank, world_size=2, **options), 16) for rank in range(2)]
+    for whole, *parts in zip(alone, *ranks, strict=False):
+        assert numbers([whole]) == numbers(parts)
+    assert [len({number // 16 for number in numbers(batches)}) for batches in ranks] == [8, 8]
+    # The position means the same for any batch size.
+    assert sorted(numbers(take(make_loader(source, 32, **options), 4, 128))) == sorted(numbers(alone[8:16]))
+    with pytest.raises(UserError, match="global batch of 16 samples must be a multiple of the canonical nodes, got 3"):
+        make_loader(source, 8, rank=0, world_size=2, nodes=3)

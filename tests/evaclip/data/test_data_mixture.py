@@ -92,3 +92,16 @@ def test_configured():
         DataConfig(mixture=pieces)
     with pytest.raises(UserError, match="accepted is 1 in 1000"):
         mixture(weights=(1, 1, 1e-5))
+
+
+def test_canonical_nodes_shards_and_replacements_of_a_mixture():
+    order = mixture().order(0, 16, nodes=2)
+    whole = np.arange(4000)
+    samples, nodes = order.indices(whole), order.nodes(whole)
+    assert abs(nodes.mean() - 0.5) < 0.01
+    for number, size in enumerate(SIZES):
+        assert len(set(samples[parts(samples) == number])) == size
+    now, after = order.shards(np.arange(20))
+    assert now == after == [0, 1, 2]
+    for index in range(50):
+        assert parts(np.array([order.nearby(index, 7 * index)])) == parts(samples[index : index + 1])

@@ -96,3 +96,62 @@ def test_impossible_orders_are_refused(samples, window, sizes):
 def test_mix_depends_on_every_value():
     hashes = {int(mix(*values)[0]) for values in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0), (2**64 - 1, 5)]}
     assert len(hashes) == 6
+
+
+@settings(max_examples=60, deadline=None)
+@given(shard_lists, st.integers(0, 60), st.integers(1, 5), st.integers(0, 20))
+def test_canonical_nodes_divide_every_epoch(sizes, window, nodes, epoch):
+    total = sum(sizes)
+    nodes = min(nodes, total)
+    order = sample_order(total, 5, window, sizes, nodes)
+    positions = np.arange(epoch * total, (epoch + 1) * total)
+    indices, of_node = order.indices(positions), order.nodes(positions)
+    assert sorted(indices.tolist()) == list(range(total))
+    # Each node reads one stretch of the shuffled shards, and so shares at most its first and last shard.
+    shards = np.searchsorted(np.cumsum(sizes), indices, side="right")
+    read = [set(shards[of_node == node].tolist()) for node in range(nodes)]
+    assert sum(map(len, read)) <= len(sizes) + nodes - 1
+
+
+def test_one_canonical_node_is_the_order_without_them():
+    with_one, without = (sample_order(100, 1, 30, [40, 60], *nodes) for nodes in ((1,), ()))
+    assert np.array_equal(with_one.indices(np.arange(300)), without.indices(np.arange(300)))
+    for wrong in (0, 101):
+        with pytest.raises(ValueError, match=f"canonical nodes and at most one a sample, got {wrong}"):
+            sample_order(100, 1, 30, [40, 60], wrong)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shard_lists, st.integers(1, 60), st.integers(1, 3), st.integers(0, 500))
+def test_the_shards_that_are_read_now_and_after_are_foretold(sizes, window, nodes, start):
+    nodes = min(nodes, sum(sizes))
+    total = sum(sizes)
+    order = sample_order(total, 5, window, sizes, nodes)
+    ends = np.cumsum(sizes)
+
+    def read(indices: np.ndarray) -> set[int]:
+        return set(np.searchsorted(ends, order.indices(indices), side="right").tolist())
+
+    batch = np.arange(start, start + 4)
+    now, after = order.shards(batch)
+    assert read(batch) <= set(now)
+    # A window's length ahead, in the same epoch, lies this window or the next.
+    ahead = np.arange(start, min(start + nodes * window, (start // total + 1) * total))
+    assert read(ahead[np.isin(order.nodes(ahead), order.nodes(batch))]) <= {*now, *after}
+    # After the last window of an epoch comes the first of the next.
+    last = (start // total + 1) * total - 1
+    first = np.arange(last + 1, last + 1 + total)
+    first = first[order.nodes(first) == order.nodes(np.array([last]))]
+    assert order.shards(np.array([last]))[1] == order.shards(first[:1])[0]
+    assert read(first[:window]) == set(order.shards(first[:1])[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(shard_lists, st.integers(1, 60), st.integers(1, 3), st.integers(0, 500), st.integers(0, 2**64 - 1))
+def test_nearby_samples_are_of_the_same_window(sizes, window, nodes, index, draw):
+    nodes = min(nodes, sum(sizes))
+    order = sample_order(sum(sizes), 5, window, sizes, nodes)
+    found = order.nearby(index, draw)
+    shard = int(np.searchsorted(np.cumsum(sizes), found, side="right"))
+    assert shard in order.shards(np.array([index]))[0]
+    assert order.nearby(index, draw) == found

@@ -1,5 +1,6 @@
 """Two processes give what one gives."""
 
+import io
 import os
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from evaclip.data.shard_writer import write_shard
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World, _buckets
 from evaclip.train.overrides import dump_yaml
@@ -32,10 +35,27 @@ def run_two(config: TrainConfig, folder: Path, *arguments: str) -> str:
     return result.stdout
 
 
+def uneven_shards(folder: Path) -> str:
+    """Shards of 1, 37, 0 and 2 samples, one of which can't be read: neither processes nor workers get equal parts."""
+    folder.mkdir()
+    for shard, (first, last) in enumerate([(0, 1), (1, 38), (38, 38), (38, 40)]):
+        write_shard(folder / f"{shard:05d}.tar", map(_sample, range(first, last)))
+    return str(folder)
+
+
+def _sample(number: int) -> tuple[str, dict[str, bytes]]:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (5 * number, 200 - 5 * number, 40)).save(buffer, "png")
+    picture = buffer.getvalue()[: 40 if number == 20 else None]
+    return f"{number:06d}", {"png": picture, "txt": b"number %d" % number}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["clip", "siglip"])
 def test_two_processes_equal_one(loss: str, run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    data = {"clip": "synthetic", "siglip": uneven_shards(tmp_path / "shards")}[loss]
     common = [
+        f"data.train={data}",
         f"loss.name={loss}", "accumulation=2", "model.patch_dropout=0.5", "schedule.steps=4", "optim.name=lamb",
         "optim.grad_clip_norm=0.5", "eval={data: {num_samples: 64, workers: 0}, samples: 16}",
     ]  # fmt: skip

@@ -1,0 +1,107 @@
+"""Lists of shards, from which a data set is opened without reading it."""
+
+import argparse
+import json
+import shutil
+
+import pytest
+from data_samples import sample
+from shard_server import ShardServer
+
+from evaclip.data import BadSample, FaultKind, command, open_source, tar_index
+from evaclip.data.config import RemoteConfig
+from evaclip.data.shard_writer import write_shard
+from evaclip.errors import UserError
+
+
+def index(path: str, out) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_commands(parser.add_subparsers(required=True))
+    args = parser.parse_args(["data", "index", path, "--out", str(out)])
+    args.run(args)
+
+
+@pytest.fixture
+def server(shards, tmp_path):
+    with ShardServer(tmp_path).running() as running:
+        yield running
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_list_opens_the_data_without_a_look_at_it(
+    remote, shards, server, tmp_path, cache_folder, capsys, monkeypatch
+):
+    source = open_source(shards)
+    index(server.url("{00..02}.tar") if remote else shards, tmp_path / "list.json")
+    assert f"3 shards, 64 samples, fingerprint {source.fingerprint}" in capsys.readouterr().out
+    shutil.rmtree(cache_folder.parent)
+    server.requests.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(tar_index, "_scan", lambda *_: pytest.fail("a shard is read"))
+        listed = open_source(str(tmp_path / "list.json"))
+    assert not server.requests
+    assert (listed.fingerprint, listed.shard_sizes) == (source.fingerprint, source.shard_sizes)
+    assert [listed[i] for i in (0, 20, 63)] == [source[i] for i in (0, 20, 63)]
+    assert server.gets("00.tar") == int(remote)
+
+
+def test_a_list_moves_with_its_shards_and_can_be_remote(shards, server, tmp_path):
+    index(shards, tmp_path / "list.json")
+    assert [shard["url"] for shard in json.loads((tmp_path / "list.json").read_text())["shardlist"]] == [
+        "00.tar",
+        "01.tar",
+        "02.tar",
+    ]
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path, moved, ignore=lambda *_: ["moved", "cache"])
+    assert open_source(str(moved / "list.json")).name(63) == f"{moved}/02.tar:000063"
+    remote = open_source(server.url("moved/list.json"))
+    assert remote.name(63) == f"{server.url('moved/02.tar')}:000063"
+    assert remote[63].caption == "caption 63"
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_shards_that_changed_since_they_were_listed_are_faults(remote, shards, server, tmp_path):
+    (tmp_path / "00.tar").rename(tmp_path / "kept.tar")
+    write_shard(tmp_path / "00.tar", map(sample, range(100, 120)))
+    index(server.url("{00..02}.tar") if remote else shards, tmp_path / "list.json")
+    (tmp_path / "kept.tar").rename(tmp_path / "00.tar")
+    (tmp_path / "02.tar").unlink()
+    shutil.rmtree(tmp_path / "cache")
+    source = open_source(str(tmp_path / "list.json"), remote=RemoteConfig(attempts=1))
+    for number, reason in ((3, "changed after it was indexed"), (60, "HTTP 404" if remote else "No such file")):
+        with pytest.raises(BadSample, match=reason) as caught:
+            source[number]
+        assert caught.value.fault.kind is (FaultKind.UNREACHABLE if remote else FaultKind.UNREADABLE)
+    assert source[30].caption == "caption 30"
+
+
+def test_damage_is_listed_too(shards, tmp_path, capsys):
+    path = tmp_path / "01.tar"
+    path.write_bytes(path.read_bytes()[:50_000])
+    index(shards, tmp_path / "list.json")
+    assert "damaged shard: " in capsys.readouterr().out
+    assert open_source(str(tmp_path / "list.json")).faults == open_source(shards).faults
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "is no list of shards"),
+        ("{", "is no list of shards"),
+        ('{"kind": "other", "shardlist": []}', "its kind is 'other'"),
+        ('{"kind": "evaclip-shards-v1", "shardlist": [{"url": "a.tar"}]}', "KeyError: 'nsamples'"),
+        ('{"kind": "evaclip-shards-v1", "shardlist": []}', "there are 0 shards"),
+    ],
+)
+def test_what_is_no_list(text, message, tmp_path):
+    (tmp_path / "list.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        open_source(str(tmp_path / "list.json"))
+
+
+def test_mistakes(shards, server, tmp_path):
+    with pytest.raises(UserError, match=r"--out must end in \.json, got '\S+list'"):
+        index(shards, tmp_path / "list")
+    with pytest.raises(UserError, match=r"cannot read the list of shards \S+none\.json: HTTP 404"):
+        open_source(server.url("none.json"))
