@@ -1,5 +1,6 @@
 """The compiled library: loads it once, or keeps the reason why that is impossible."""
 
+import importlib
 import json
 from functools import cache
 from pathlib import Path
@@ -51,3 +52,17 @@ def implemented(op_name: str, device_type: str) -> bool:
 def runs_gpu_kernels(device_type: str) -> bool:
     """Whether kernels for GPUs serve this type of device: a CPU only in a build for tests, which emulates them."""
     return device_type == "cuda" or implemented("emulated", device_type)
+
+
+@cache
+def active_isa() -> str | None:
+    """The instruction set that the kernels for CPUs run on: "baseline", "avx2", "avx512" or "avx512_bf16".
+
+    None where there are none, or where EVAKERNELS_ISA asks for one that this machine lacks.
+    """
+    try:
+        # By name, because the module exists only where it was built.
+        isa: str = importlib.import_module("evakernels._C").active_isa()
+    except (ImportError, ValueError):
+        return None
+    return isa

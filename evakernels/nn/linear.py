@@ -20,8 +20,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: `[out]`.
 
     Returns:
-        `[..., out]`. On a CPU in eager mode, in float32 on AMD's processors and in bfloat16 where oneDNN has it,
-        the product and the sum with the bias are one call of oneDNN. Otherwise this is torch's function.
+        `[..., out]`. On a CPU in eager mode, in float32 on AMD's processors with AVX-512 and in bfloat16 where oneDNN
+        has it, the product and the sum with the bias are one call of oneDNN. Otherwise this is torch's function.
     """
     args = (x, weight, bias)
     if not (x.is_cpu and weight.is_cpu and is_plain(args) and _is_served(x, weight, bias)):
@@ -90,13 +90,14 @@ _MIN_MACS = {torch.float32: 1 << 24, torch.bfloat16: 1 << 31}
 
 @cache
 def served_dtypes() -> frozenset[torch.dtype]:
-    """In bfloat16 torch asks oneDNN itself, but gives the bias a pass of its own. In float32 it asks MKL, which
-    isn't at its best on AMD's processors."""
+    """In bfloat16 torch asks oneDNN itself, but gives the bias a pass of its own. In float32 it asks MKL, which isn't
+    at its best on AMD's processors with AVX-512. On those with AVX2 oneDNN is 0.67 to 1.1 times as fast (Zen 3)."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return frozenset()
     found = set()
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         found.add(torch.bfloat16)
-    if str(torch.cpu.get_capabilities().get("cpu_name", "")).startswith("AMD"):
+    machine = torch.cpu.get_capabilities()
+    if str(machine.get("cpu_name", "")).startswith("AMD") and machine.get("avx512_f", False):
         found.add(torch.float32)
     return frozenset(found)
