@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from evakernels.dropin import _form, _swap
-from evakernels.dropin._gate import is_served
+from evakernels.dropin._gate import DEVICES, is_served
 from evakernels.dropin._serve import ROLES
 
 LIBRARIES = ("torch_modules", "timm", "transformers", "open_clip")
@@ -61,6 +61,8 @@ class Rule:
         parameter = next(module.parameters(), None)
         device = "cpu" if parameter is None else parameter.device.type
         dtype = torch.float32 if parameter is None else parameter.dtype
+        if device == "meta":
+            return "of its later device"
         name = self.gate if isinstance(self.gate, str) else self.gate(module)
         if name == "linear":
             return "oneDNN" if device == "cpu" and dtype in _linear_dtypes() else None
@@ -150,7 +152,10 @@ def has_known_form(cls: Any, rule: Rule) -> bool:
     return (rule.any_class and _form.is_known(cls.forward, f"{rule.target}.forward")) or rule.unknown() is None
 
 
-def place(module: Any) -> str:
-    """The dtype and device of a module, for a report."""
+def why_not_here(module: Any) -> str:
+    """Why nothing serves a module that a rule knows where it is now."""
     parameter = next(module.parameters(), None)
-    return "" if parameter is None else f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device.type}"
+    if parameter is None:
+        return "its own is as fast"
+    device, dtype = parameter.device.type, str(parameter.dtype).removeprefix("torch.")
+    return f"its own {dtype} on {device} is as fast" if device in DEVICES else f"no kernels are for {device}"

@@ -57,7 +57,9 @@ def set_class(module: nn.Module, cls: type) -> None:
     """Gives the module the class `cls`, behind FSDP2's if that is there."""
     current = type(module)
     if _is_wrapper(current):
-        kept = {name: value for name, value in vars(current).items() if name not in ("__dict__", "__weakref__")}
+        # Its forward isn't FSDP2's: transformers' layers put one into every subclass, with that of `current` inside.
+        left = "__dict__", "__weakref__", "forward"
+        kept = {name: value for name, value in vars(current).items() if name not in left}
         cls = type(current.__name__, (*current.__bases__[:-1], cls), kept)
     module.__class__ = cls
 

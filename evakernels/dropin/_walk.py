@@ -1,5 +1,8 @@
 """`accelerate` and `restore`: the walk over a model."""
 
+from collections.abc import Callable
+from functools import cache
+
 from torch import nn
 
 from evakernels.dropin import _rule, _swap
@@ -25,9 +28,9 @@ def accelerate(model: nn.Module) -> Report:
     """
     _check("accelerate", model)
     _rule.prepare()
-    report = Report()
+    report, rule_of = Report(), cache(_rule_of)
     for name, module in model.named_modules():
-        found = _accelerate(name, module)
+        found = _accelerate(name, module, rule_of)
         if isinstance(found, Replaced):
             report.replaced.append(found)
         elif found is not None:
@@ -59,22 +62,30 @@ def _check(function: str, model: object) -> None:
         raise TypeError(f"{function}: model is a {type(model).__name__}; accepted: a torch.nn.Module")
 
 
-def _accelerate(name: str, module: nn.Module) -> Replaced | Left | None:
-    own = _swap.own_class(module)
-    cls = _swap.original_class(own) or own
+_ClassRule = tuple[_rule.Rule | None, str | None]
+
+
+def _rule_of(cls: type) -> _ClassRule:
+    """The rule that knows a class, if any, and why the class is left all the same."""
     rule = _rule.find(cls)
     if rule is None:
         known = _rule.changed_from(cls)
-        return Left(name, cls.__name__, f"a subclass of {known} changed it") if known is not None else None
-    reason = "its forward was replaced" if "forward" in module.__dict__ else None
-    if reason is None and not _rule.has_known_form(cls, rule):
-        reason = rule.unknown()
-    reason = reason or rule.reason(module)
+        return None, None if known is None else f"a subclass of {known} changed it"
+    return rule, None if _rule.has_known_form(cls, rule) else rule.unknown()
+
+
+def _accelerate(name: str, module: nn.Module, rule_of: Callable[[type], _ClassRule]) -> Replaced | Left | None:
+    own = _swap.own_class(module)
+    cls = _swap.original_class(own) or own
+    rule, reason = rule_of(cls)
+    if rule is None:
+        return None if reason is None else Left(name, cls.__name__, reason)
+    reason = "its forward was replaced" if "forward" in module.__dict__ else reason or rule.reason(module)
     if reason is not None:
         return Left(name, cls.__name__, reason)
     if own is cls:
         _swap.set_class(module, _swap.served_class(cls, rule.forward))
     backend = rule.backend(module)
     if backend is None:
-        return Left(name, cls.__name__, f"its own {_rule.place(module)} is as fast")
+        return Left(name, cls.__name__, _rule.why_not_here(module))
     return Replaced(name, cls.__name__, rule.op, backend)
