@@ -175,12 +175,39 @@ class EvaBlock(Swapped):
         return add(x, self.mlp(y), self.gamma_2, self.drop_path2)
 
 
+class RelPosBlock(Swapped):
+    """ViT's with a bias by relative position, which its attention adds."""
+
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+        branch = self.attn(self.norm1(x), shared_rel_pos=shared_rel_pos)
+        y, x = add_norm(x, branch, self.norm2, self.ls1, self.drop_path1)
+        return add(x, self.mlp(y), self.ls2, self.drop_path2)
+
+
 class PostNormBlock(Swapped):
-    """Of either, with the norms behind the branches."""
+    """Of any of them, with the norms behind the branches."""
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         x = norm_add(x, self.attn(x, *args, **options), self.norm1, self.drop_path1)
         return norm_add(x, self.mlp(x), self.norm2, self.drop_path2)
+
+
+class ParallelScalingBlock(_Attention):
+    """Attention and MLP side by side behind one projection."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if not self._is_fused(x, None, attn_mask):
+            whole: Tensor = super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+            return whole
+        hidden, *parts = self.in_proj(self.in_norm(x)).split(self.in_split, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in parts)
+        attended = rope_attention(self.q_norm(q), self.k_norm(k), v, causal=is_causal).flatten(2)
+        hidden = self.mlp_drop(self.mlp_act(hidden if self.mlp_bias is None else hidden + self.mlp_bias))
+        if self.out_proj is None:
+            y = self.attn_out_proj(attended) + self.mlp_out_proj(hidden)
+        else:
+            y = self.out_proj(torch.cat((attended, hidden), dim=-1))
+        return add(x, y, self.ls, self.drop_path)
 
 
 def _block_gate(module: Any) -> str:
@@ -225,6 +252,7 @@ def _drop_patches(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _VIT, _EVA, _LAYERS = "timm.models.vision_transformer", "timm.models.eva", "timm.layers"
+_RELATIVE = f"{_VIT}_relpos"
 _ROTATION = tuple(
     f"{_LAYERS}.pos_embed_sincos.{name}"
     for name in ("apply_rot_embed_cat", "apply_rot_embed", "rot", "rope_rotate_half")
@@ -251,6 +279,9 @@ RULES = (
     Rule(Block, f"{_VIT}.Block", "add_layer_norm", _block_gate, helpers=_DROP_PATH),
     Rule(PostNormBlock, f"{_VIT}.ResPostBlock", "layer_norm_add", "norm_add", helpers=_DROP_PATH),
     Rule(PostNormBlock, f"{_EVA}.EvaBlockPostNorm", "layer_norm_add", "norm_add", helpers=_DROP_PATH),
+    Rule(ParallelScalingBlock, f"{_VIT}.ParallelScalingBlock", "rope_attention", "attention"),
+    Rule(RelPosBlock, f"{_RELATIVE}.RelPosBlock", "add_layer_norm", _block_gate, helpers=_DROP_PATH),
+    Rule(PostNormBlock, f"{_RELATIVE}.ResPostRelPosBlock", "layer_norm_add", "norm_add", helpers=_DROP_PATH),
     Rule(EvaBlock, f"{_EVA}.EvaBlock", "add_layer_norm", _block_gate, helpers=_DROP_PATH),
     Rule(
         PatchDropout,

@@ -1,27 +1,21 @@
-"""What a swapped module keeps: names, values, hooks, and everything that torch does with modules."""
+"""What a swapped module keeps, what is left alone, and the report."""
 
 import copy
-import dataclasses
-import io
-import pickle
+import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from dropin_families import FAMILIES
-from dropin_family import gradients, ops_of, run
+from dropin_family import ops_of, run
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.func import functional_call, vmap
-from torch.utils.checkpoint import checkpoint
 
 import evakernels
+from evakernels import _native
 from evakernels.dropin import Report, _form, _gate
 
-SOME = ["eva02", "dinov3", "vit"]
-some_families = pytest.mark.parametrize("name", SOME)
 everything_served = pytest.mark.usefixtures("everything_served")
 
 
@@ -44,17 +38,6 @@ def _close(actual, expected):
 # --- what is kept and what comes back -------------------------------------------------------------------------------
 
 
-@some_families
-def test_the_state_dict_is_the_same_before_and_after(name):
-    _, model, untouched = _pair(name)
-    before, after = untouched.state_dict(), model.state_dict()
-    assert list(before) == list(after)
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    untouched.load_state_dict(after, strict=True)
-    model.load_state_dict(before, strict=True)
-    assert repr(model) == repr(untouched)
-
-
 def test_modules_and_parameters_stay_the_same_objects():
     model = FAMILIES["eva02"].build()
     modules, parameters = list(model.modules()), list(model.parameters())
@@ -65,37 +48,11 @@ def test_modules_and_parameters_stay_the_same_objects():
     assert isinstance(model.blocks[0].attn.proj, nn.Linear)
 
 
-@everything_served
-@some_families
-def test_restore_takes_it_back(name):
-    family, model, untouched = _pair(name)
-    changed = sum(a is not b for a, b in zip(_classes(model), _classes(untouched), strict=True))
-    assert evakernels.restore(model) == changed > 0
-    assert _classes(model) == _classes(untouched)
-    assert ops_of(family, model) == set()
-    assert torch.equal(run(family, model, 1), run(family, untouched, 1))
-    assert evakernels.restore(model) == 0
-
-
 def test_a_second_call_changes_nothing_and_reports_the_same():
     model = FAMILIES["eva02"].build()
     first, classes = evakernels.accelerate(model), _classes(model)
     assert evakernels.accelerate(model) == first
     assert _classes(model) == classes
-
-
-@everything_served
-@some_families
-def test_a_copy_and_a_pickle_run_on_the_ops_too(name):
-    family, model, _ = _pair(name)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    expected = run(family, model, 1)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
-        assert _classes(other) == _classes(model)
-        assert torch.equal(run(family, other, 1), expected)
-        assert ops_of(family, other) == ops_of(family, model)
 
 
 @everything_served
@@ -106,83 +63,7 @@ def test_a_copy_is_changed_on_its_own():
     assert _classes(model) == classes
 
 
-# --- what torch does with modules -----------------------------------------------------------------------------------
-
-
-@everything_served
-@some_families
-def test_a_model_may_change_its_dtype_afterwards(name):
-    family, model, untouched = _pair(name)
-    _close(run(family, model.half().float(), 1), run(family, untouched.half().float(), 1))
-    inputs = {key: value.double() for key, value in family.inputs(1).items()}
-    model, untouched = model.double(), untouched.double()
-    torch.manual_seed(0)
-    assert torch.equal(family.features(model, inputs), family.features(untouched, inputs))
-
-
-def test_a_model_may_move_to_another_device():
-    _, model, _ = _pair("eva02")
-    model = model.to("meta")
-    assert model(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 5)
-
-
-@everything_served
-@some_families
-@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-def test_it_compiles_without_a_graph_break(name, training):
-    """Patches and paths are not dropped: compiled code draws other numbers."""
-    torch._dynamo.reset()
-    family, model, _ = _pair(name)
-    for module in model.modules():
-        for rate in ("prob", "drop_prob"):
-            if hasattr(module, rate):
-                setattr(module, rate, 0.0)
-    model.train(training)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    inputs = family.inputs(1)
-    expected, actual = model(**inputs), compiled(**inputs)
-    _close(actual, expected)
-    assert ops_of(family, model) >= {"rope_attention", "add_layer_norm"}
-    if training:
-        _close(torch.autograd.grad(actual.sum(), model.cls_token), torch.autograd.grad(expected.sum(), model.cls_token))
-
-
-@everything_served
-@some_families
-def test_it_compiles_with_everything_dropped_too(name):
-    torch._dynamo.reset()
-    family, model, _ = _pair(name)
-    torch.compile(model.train(), fullgraph=True, backend="aot_eager")(**family.inputs(1)).sum().backward()
-
-
-@everything_served
-@some_families
-def test_under_autocast_the_result_is_that_of_the_untouched_model(name):
-    family, model, untouched = _pair(name)
-    exact = run(family, untouched, 1)
-    with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = run(family, model, 1), run(family, untouched, 1)
-    assert ours.dtype == theirs.dtype
-    assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm()
-
-
-@everything_served
-@some_families
-def test_checkpointing_gives_the_same_gradients(name):
-    family, model, _ = _pair(name)
-    expected = gradients(family, model.train(), 3)
-    model.set_grad_checkpointing(True)
-    actual = gradients(family, model, 3)
-    assert all(torch.equal(actual[key], expected[key]) for key in expected)
-
-
-@everything_served
-def test_a_block_under_torchs_checkpoint():
-    _, model, _ = _pair("vit")
-    x = torch.randn(2, 17, 64, requires_grad=True)
-    block = model.blocks[0]
-    whole = torch.autograd.grad(block(x).sum(), x)
-    assert torch.equal(torch.autograd.grad(checkpoint(block, x, use_reentrant=False).sum(), x)[0], whole[0])
+# --- tracers -------------------------------------------------------------------------------------------------------
 
 
 @everything_served
@@ -200,48 +81,6 @@ def test_torchscript_asks_for_the_restored_model():
         torch.jit.script(model)
     evakernels.restore(model)
     torch.jit.script(model)
-
-
-@pytest.fixture
-def one_process():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@everything_served
-@some_families
-@pytest.mark.parametrize("whole_blocks", [True, False], ids=["blocks", "every module"])
-@pytest.mark.parametrize("first", ["shard", "accelerate"])
-def test_fsdp2_before_and_after(name, whole_blocks, first, one_process):
-    # Only a call of the model itself gathers its parameters.
-    family = dataclasses.replace(FAMILIES[name], features=lambda model, inputs: model(**inputs))
-    untouched = family.build()
-    model = copy.deepcopy(untouched)
-
-    def shard():
-        for block in model.blocks:
-            for module in () if whole_blocks else (block.norm2, block.attn.proj, block.mlp):
-                fully_shard(module)
-            fully_shard(block)
-        fully_shard(model)
-
-    steps = [shard, lambda: evakernels.accelerate(model)]
-    for step in steps if first == "shard" else reversed(steps):
-        step()
-    assert isinstance(model.blocks[0], FSDPModule)
-    assert type(model.blocks[0]).__name__ == "FSDP" + type(untouched.blocks[0]).__name__
-    _close(run(family, model, 1), run(family, untouched, 1))
-    expected = gradients(family, untouched.train(), 2)
-    actual = {key: value.full_tensor() for key, value in gradients(family, model.train(), 2).items()}
-    largest = max(float(g.abs().max()) for g in expected.values())
-    for key, value in expected.items():
-        torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=1e-5 * largest)
-    assert "rope_attention" in ops_of(family, model)
-    evakernels.restore(model)
-    assert isinstance(model.blocks[0], FSDPModule)
-    assert ops_of(family, model) == set()
-    _close(run(family, model, 1), run(family, untouched, 1).detach())
 
 
 # --- children that somebody watches or has replaced -----------------------------------------------------------------
@@ -361,6 +200,27 @@ def test_what_is_as_fast_in_torch_is_left_and_said():
     assert report.replaced == []
 
 
+def test_without_avx512_less_is_served():
+    wide, narrow = _gate.cpu_table("avx512_bf16"), _gate.cpu_table("avx2")
+    assert _gate.cpu_table("avx512") is wide
+    assert _gate.cpu_table("baseline") is _gate.cpu_table(None) is narrow
+    assert torch.bfloat16 in wide["attention"].keys() - narrow["attention"].keys()
+    assert all(narrow[op].get(dtype, least) >= least for op, table in wide.items() for dtype, least in table.items())
+    isa = evakernels.info()["native"]["isa"]
+    assert _native.active_isa() == isa
+    served = {name for name, device, dtype in _gate._SERVED if (device, dtype) == ("cpu", torch.bfloat16)}
+    if isa is not None:
+        assert served == {name for name, table in _gate.cpu_table(isa).items() if torch.bfloat16 in table}
+
+
+@pytest.mark.parametrize(("avx512", "served"), [(True, {torch.float32}), (False, set())])
+def test_linear_layers_stay_torchs_on_amds_processors_without_avx512(avx512, served, monkeypatch):
+    module = sys.modules[evakernels.nn.linear.__module__]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "AMD EPYC", "avx512_f": avx512})
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert module.served_dtypes.__wrapped__() - {torch.bfloat16} == served
+
+
 def test_only_modules_are_taken():
     for function in (evakernels.accelerate, evakernels.restore):
         with pytest.raises(TypeError, match=r"model is a list; accepted: a torch.nn.Module"):
@@ -408,7 +268,6 @@ def test_a_fingerprint_sees_code_only():
 
 def test_importing_the_library_imports_none_of_the_others():
     import subprocess
-    import sys
 
     code = (
         "import sys, torch, evakernels\n"

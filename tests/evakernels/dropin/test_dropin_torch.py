@@ -1,0 +1,290 @@
+"""What torch does with modules, done to accelerated ones: a small model of each library and kind."""
+
+import copy
+import dataclasses
+import io
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from dropin_families import FAMILIES
+from dropin_family import gradients, log_ops, ops_of, run
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+import evakernels
+
+pytestmark = pytest.mark.usefixtures("everything_served")
+
+KINDS = (
+    "eva02",
+    "eva02-packed",
+    "dinov3",
+    "perception-encoder",
+    "vit",
+    "vit-swiglu",
+    "open-clip",
+    "open-clip-custom",
+    "open-clip-eva",
+    "clip",
+    "siglip",
+    "siglip2",
+    "dinov3-vit",
+    "llama",
+)
+BLOCKS = ("Block", "EncoderLayer", "DecoderLayer", "ViTLayer")
+
+every_kind = pytest.mark.parametrize("name", KINDS)
+
+
+def _pair(name):
+    """The family, called as a user does it, an accelerated model and an untouched one."""
+    family = FAMILIES[name]
+    untouched = family.build()
+    if hasattr(untouched, "forward_features"):
+        family = dataclasses.replace(family, features=lambda model, inputs: model(**inputs))
+    model = copy.deepcopy(untouched)
+    evakernels.accelerate(model)
+    return family, model, untouched
+
+
+def _blocks(model):
+    return [module for module in model.modules() if type(module).__name__.endswith(BLOCKS)]
+
+
+def _drop_nothing(model):
+    """Compiled code draws other numbers."""
+    for module in model.modules():
+        for rate in ("prob", "drop_prob"):
+            if hasattr(module, rate):
+                setattr(module, rate, 0.0)
+
+
+def _classes(model):
+    return [type(module) for module in model.modules()]
+
+
+def _close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def _assert_same_gradients(actual, expected):
+    """Compiled code gives parameters that had no part in the loss a gradient of zeros."""
+    assert all(not actual[key].any() for key in actual.keys() - expected.keys())
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for key, value in expected.items():
+        torch.testing.assert_close(
+            actual[key], value, rtol=1e-4, atol=1e-5 * largest, msg=lambda text, k=key: f"{k}: {text}"
+        )
+
+
+def _fill(model, source):
+    """With the parameters and buffers of `source`, those that no state dict has included."""
+    with torch.no_grad():
+        for new, old in (
+            (model.named_parameters(), source.named_parameters()),
+            (model.named_buffers(), source.named_buffers()),
+        ):
+            for (_, target), (_, value) in zip(new, old, strict=True):
+                target.copy_(value)
+
+
+# --- names, copies, pickles -----------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_the_state_dict_is_the_same_before_and_after(name):
+    _, model, untouched = _pair(name)
+    before, after = untouched.state_dict(), model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    untouched.load_state_dict(after, strict=True)
+    model.load_state_dict(before, strict=True)
+    assert repr(model) == repr(untouched)
+
+
+@every_kind
+def test_restore_takes_it_back(name):
+    family, model, untouched = _pair(name)
+    changed = sum(a is not b for a, b in zip(_classes(model), _classes(untouched), strict=True))
+    assert evakernels.restore(model) == changed > 0
+    assert _classes(model) == _classes(untouched)
+    assert ops_of(family, model) == set()
+    assert torch.equal(run(family, model, 1), run(family, untouched, 1))
+    assert evakernels.restore(model) == 0
+
+
+@every_kind
+def test_a_copy_and_a_pickle_run_on_the_ops_too(name):
+    family, model, _ = _pair(name)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    expected, ops = run(family, model, 1), ops_of(family, model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
+        assert _classes(other) == _classes(model)
+        assert torch.equal(run(family, other, 1), expected)
+        assert ops_of(family, other) == ops
+
+
+# --- dtypes and devices ---------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_a_model_may_change_its_dtype_afterwards(name):
+    family, model, untouched = _pair(name)
+    _close(run(family, model.half().float(), 1), run(family, untouched.half().float(), 1))
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in family.inputs(1).items()}
+    model, untouched = model.double(), untouched.double()
+    with log_ops() as ops:
+        actual = family.features(model, inputs)
+    assert torch.equal(actual, family.features(untouched, inputs))
+    assert ops == set()
+
+
+# SigLIP2 reads the shapes of its images, which have no values there, to place their embeddings.
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "siglip2"])
+def test_tensors_without_data_pass_through(name):
+    """On meta, and fake ones of a CPU: the untouched code runs."""
+    family, model, untouched = _pair(name)
+    inputs = family.inputs(1)
+    shape = family.features(untouched, inputs).shape
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, log_ops() as ops:
+        out = family.features(model, {key: mode.from_tensor(value) for key, value in inputs.items()})
+    assert (out.shape, out.device.type, ops) == (shape, "cpu", set())
+    out = family.features(model.to("meta"), {key: value.to("meta") for key, value in inputs.items()})
+    assert (out.shape, out.device.type) == (shape, "meta")
+
+
+@every_kind
+def test_a_model_built_on_meta_is_served_where_its_weights_arrive(name):
+    family, _, untouched = _pair(name)
+    model = copy.deepcopy(untouched).to("meta")
+    report = evakernels.accelerate(model)
+    assert not [left for left in report.left if "on meta" in left.reason]
+    _fill(model.to_empty(device="cpu"), untouched)
+    _close(run(family, model, 1), run(family, untouched, 1))
+    assert ops_of(family, model.train()) == family.ops
+
+
+@every_kind
+def test_under_autocast_the_result_is_that_of_the_untouched_model(name):
+    family, model, untouched = _pair(name)
+    with torch.no_grad():
+        exact = run(family, untouched, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = run(family, model, 1), run(family, untouched, 1)
+    assert ours.dtype == theirs.dtype
+    assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm()
+
+
+# --- compilers ------------------------------------------------------------------------------------------------------
+
+
+# Compilation is dear: autograd's part of it is for one of each library and attention.
+TRACED = ("eva02", "vit", "open-clip", "clip")
+
+
+@pytest.mark.parametrize("name", [*TRACED, "llama"])
+def test_it_compiles_without_a_graph_break(name):
+    torch._dynamo.reset()
+    family, model, _ = _pair(name)
+    _drop_nothing(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        _close(run(family, compiled, 1), run(family, model, 1))
+
+
+@every_kind
+def test_its_training_compiles_without_a_graph_break(name):
+    torch._dynamo.reset()
+    family, model, _ = _pair(name)
+    _drop_nothing(model.train())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if name in TRACED else "eager")
+    expected = gradients(family, model, 1)
+    actual = {key.removeprefix("_orig_mod."): value for key, value in gradients(family, compiled, 1).items()}
+    _assert_same_gradients(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["eva02", "vit"])
+def test_it_compiles_with_everything_dropped_too(name):
+    torch._dynamo.reset()
+    family, model, _ = _pair(name)
+    torch.compile(model.train(), fullgraph=True, backend="aot_eager")(**family.inputs(1)).sum().backward()
+
+
+# --- checkpointing and sharding -------------------------------------------------------------------------------------
+
+
+# open_clip calls its custom block with more arguments than that takes.
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "open-clip-custom"])
+def test_checkpointing_gives_the_same_gradients(name):
+    family, model, _ = _pair(name)
+    expected = gradients(family, model.train(), 3)
+    if hasattr(model, "gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable()
+    else:
+        model.set_grad_checkpointing(True)
+    calls = []
+    child = next(_blocks(model)[-1].children())
+    child.register_forward_hook(lambda module, args, output: calls.append(module))
+    actual = gradients(family, model, 3)
+    assert len(calls) == 2
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+def test_a_block_under_torchs_checkpoint():
+    _, model, _ = _pair("vit")
+    x = torch.randn(2, 17, 64, requires_grad=True)
+    block = model.blocks[0]
+    whole = torch.autograd.grad(block(x).sum(), x)
+    assert torch.equal(torch.autograd.grad(checkpoint(block, x, use_reentrant=False).sum(), x)[0], whole[0])
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def _shard(model, whole_blocks):
+    for block in _blocks(model):
+        for child in () if whole_blocks else block.children():
+            linears = [m for m in child.modules() if m is not child and type(m).__name__ == "Linear"]
+            for module in (linears[-1:] if "ttention" not in type(child).__name__ else []) + [child]:
+                if any(True for _ in module.parameters()):
+                    fully_shard(module)
+        fully_shard(block)
+    # It takes no parameter without dimensions, as the temperature is.
+    fully_shard(model, ignored_params={p for p in model.parameters() if p.dim() == 0})
+
+
+def _whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@every_kind
+@pytest.mark.parametrize("whole_blocks", [True, False], ids=["blocks", "every module"])
+@pytest.mark.parametrize("first", ["shard", "accelerate"])
+def test_fsdp2_before_and_after(name, whole_blocks, first, one_process):
+    family, _, untouched = _pair(name)
+    model = copy.deepcopy(untouched)
+    steps = [lambda: _shard(model, whole_blocks), lambda: evakernels.accelerate(model)]
+    for step in steps if first == "shard" else reversed(steps):
+        step()
+    block = _blocks(model)[0]
+    assert isinstance(block, FSDPModule)
+    assert type(block).__name__ == "FSDP" + type(_blocks(untouched)[0]).__name__
+    _close(run(family, model, 1), run(family, untouched, 1))
+    expected = gradients(family, untouched.train(), 2)
+    actual = {key: _whole(value) for key, value in gradients(family, model.train(), 2).items()}
+    _assert_same_gradients(actual, expected)
+    # A fused step calls a norm that is sharded on its own.
+    assert ops_of(family, model) == (family.ops if whole_blocks else family.ops - {"add_layer_norm"})
+    evakernels.restore(model)
+    assert isinstance(block, FSDPModule)
+    assert ops_of(family, model) == set()
