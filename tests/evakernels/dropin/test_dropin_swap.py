@@ -209,6 +209,7 @@ def test_without_avx512_less_is_served():
     isa = evakernels.info()["native"]["isa"]
     assert _native.active_isa() == isa
     served = {name for name, device, dtype in _gate._SERVED if (device, dtype) == ("cpu", torch.bfloat16)}
+    assert _gate.is_served("attention", "cpu", torch.bfloat16) == (isa is not None)  # in training at least
     if isa is not None:
         assert served == {name for name, table in _gate.cpu_table(isa).items() if torch.bfloat16 in table}
 
