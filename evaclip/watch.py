@@ -15,17 +15,23 @@ _COLUMNS = 60
 _ROWS = (
     ("loss", "loss", "{:.4f}"),
     ("samples/s", "samples_per_second", "{:,.1f}"),
+    ("tokens/s", "tokens_per_second", "{:,.0f}"),
     ("MFU", "mfu", "{:.1%}"),
     ("data wait", "data_wait", "{:.0%}"),
+    ("communication", "communication", "{:.0%}"),
+    ("communication, nothing beside it", "communication_exposed", "{:.0%}"),
     ("gradient norm", "grad_norm", "{:.3g}"),
     ("gradient norm, image tower", "grad_norm_visual", "{:.3g}"),
     ("gradient norm, text tower", "grad_norm_text", "{:.3g}"),
+    ("update / weights, image tower", "update_ratio_visual", "{:.2e}"),
+    ("update / weights, text tower", "update_ratio_text", "{:.2e}"),
     ("logit scale", "logit_scale", "{:.2f}"),
     ("learning rate", "lr", "{:.2e}"),
     ("memory, GiB", "memory_gib", "{:.2f}"),
     ("skipped steps", "skipped", "{:,}"),
     ("bad samples", "bad_samples", "{:,}"),
 )
+_SAMPLED = ("communication", "communication_exposed")
 
 
 def add_commands(subparsers: Any) -> None:
@@ -82,7 +88,9 @@ def render(folder: Path) -> Any:
         table.add_column(heading, justify="right" if heading == "now" else "left")
     for title, key, form in _ROWS:
         values = [record.get(key) for record in records]
-        now = values[-1] if values else None
+        # What is sampled is missing in most records.
+        known = values if key not in _SAMPLED else [value for value in values if value is not None]
+        now = known[-1] if known else None
         table.add_row(title, "" if now is None else form.format(now), sparkline(values[-_COLUMNS:]))
     for record in [record for record in log if "eval" in record][-1:]:
         for name, value in record["eval"].items():

@@ -181,6 +181,8 @@ class LogConfig:
     """What is reported while training."""
 
     every_steps: Count = 10
+    communication_every: Count | None = 10
+    """Records from one step to the next whose communication is measured, by torch's profiler; none measures none."""
     tensorboard: bool = True
     progress: Literal["auto", "rich", "plain", "none"] = "auto"
     """auto: a live display on a terminal, plain lines elsewhere."""

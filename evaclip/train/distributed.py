@@ -60,6 +60,14 @@ class World:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
         return tuple(bool(vote) for vote in votes.tolist())
 
+    def sum(self, *values: float) -> list[float]:
+        """Each value's sum over all processes, in all."""
+        if self.size == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(sums, group=self.control)
+        return sums.tolist()
+
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, in the main one; an empty list in the others."""
         if self.size == 1:

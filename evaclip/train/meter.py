@@ -1,4 +1,4 @@
-"""Time, samples and the share of waiting between two log records."""
+"""Time, samples, tokens and the share of waiting between two log records."""
 
 import time
 from collections.abc import Iterator
@@ -7,15 +7,24 @@ from typing import NamedTuple, TypeVar
 Item = TypeVar("Item")
 
 
-class Rates(NamedTuple):
-    """Since the last reading: samples per second, and the share of the time spent waiting for data."""
+class Interval(NamedTuple):
+    """What was done since the last reading.
 
-    samples_per_second: float
-    data_wait: float
+    Attributes:
+        samples: over all processes.
+        tokens: of this process.
+        seconds: that it took, above 0.
+        waited: seconds of these, spent waiting for data.
+    """
+
+    samples: int
+    tokens: int
+    seconds: float
+    waited: float
 
 
 class Meter:
-    """Rates are those of training only: `restart` after anything that is not, such as saving.
+    """Intervals are those of training only: `restart` after anything that is not, such as saving.
 
     Args:
         seconds: that the run took before this process went on with it.
@@ -30,6 +39,7 @@ class Meter:
         self._start = time.monotonic()
         self._waited = 0.0
         self._samples = 0
+        self._tokens = 0
 
     def fetch(self, batches: Iterator[Item]) -> Item:
         """The next batch; the time that it takes counts as waiting."""
@@ -38,15 +48,16 @@ class Meter:
         self._waited += time.monotonic() - before
         return batch
 
-    def count(self, samples: int) -> None:
+    def count(self, samples: int, tokens: int) -> None:
         self._samples += samples
+        self._tokens += tokens
 
-    def read(self) -> Rates:
-        """The rates of the interval, which ends here."""
+    def read(self) -> Interval:
+        """The interval, which ends here."""
         elapsed = max(time.monotonic() - self._start, 1e-9)
-        rates = Rates(self._samples / elapsed, self._waited / elapsed)
+        interval = Interval(self._samples, self._tokens, elapsed, self._waited)
         self.restart()
-        return rates
+        return interval
 
     @property
     def seconds(self) -> float:

@@ -50,12 +50,15 @@ class StepResult:
         grad_norm: L2 norm of all gradients before clipping.
         tower_norms: that of each tower's, by name.
         found_inf: 1 if the loss or a gradient was not finite and the update was left out, else 0.
+        updates: for each tower `[2]`, the L2 norm of what its weights changed by, and that over the norm of the weights
+            themselves; None where it was not asked for.
     """
 
     loss: Tensor
     grad_norm: Tensor
     tower_norms: dict[str, Tensor]
     found_inf: Tensor
+    updates: dict[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,12 +105,13 @@ class TrainStep:
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=world.device)
 
-    def __call__(self, images: Tensor, tokens: Tensor, step: int) -> StepResult:
+    def __call__(self, images: Tensor, tokens: Tensor, step: int, *, measure: bool = False) -> StepResult:
         """
         Args:
             images: [b, 3, height, width] float32 on the device, this process's rows of the batch.
             tokens: [b, context_length] int64 on the device.
             step: number of the step from 0; decides which tokens are kept.
+            measure: also tell how far the weights moved. The step stays the same, to the bit.
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -119,10 +123,11 @@ class TrainStep:
         loss = self.world.mean_(loss.detach().clone())
         tower_norms = self._tower_norms()
         grad_norm = self._set_divisor(list(tower_norms.values()))
-        found_inf = self._update(loss, grad_norm)
+        found_inf, moved = self._update(loss, grad_norm, measure)
         # A tower that isn't trained has no gradients.
         norms = {name: tower_norms.get(name, torch.zeros_like(grad_norm)) for name in TOWERS}
-        return StepResult(loss, grad_norm, norms, found_inf)
+        updates = {name: self._tower_update(name, moved) for name in TOWERS} if measure else None
+        return StepResult(loss, grad_norm, norms, found_inf, updates)
 
     def state_dict(self) -> dict[str, Any]:
         """All but the weights and the optimizer's moments."""
@@ -219,15 +224,27 @@ class TrainStep:
         return grad_norm
 
     @torch.no_grad()
-    def _update(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+    def _tower_update(self, name: str, moved: dict[Tensor, Tensor]) -> Tensor:
+        squares = [moved[parameter] for parameter in self._parts[name] if parameter in moved]
+        if not squares:
+            return torch.zeros(2, device=self.world.device)
+        weights, change = torch.stack(squares).sum(0).sqrt().unbind()
+        return torch.stack([change, change / weights])
+
+    @torch.no_grad()
+    def _update(self, loss: Tensor, grad_norm: Tensor, measure: bool) -> tuple[Tensor, dict[Tensor, Tensor]]:
         found_inf = (~(loss.isfinite() & grad_norm.isfinite())).float()
         self.optimizer.found_inf = found_inf
-        self.optimizer.step()
+        moved: dict[Tensor, Tensor] = {}
+        if measure:
+            moved = self.optimizer.measured_step()
+        else:
+            self.optimizer.step()
         self.loss_scale.update(found_inf)
         self.skipped += found_inf.long()
         self.skipped_in_a_row.copy_(torch.where(found_inf > 0, self.skipped_in_a_row + 1, 0))
         self.model.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
-        return found_inf
+        return found_inf, moved
 
 
 def _gradient(value: Tensor) -> Tensor:

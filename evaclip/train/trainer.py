@@ -12,6 +12,7 @@ import torch
 from evaclip.data import Batch
 from evaclip.train import checkpoint, snapshot
 from evaclip.train.build import Parts, build
+from evaclip.train.communication import CommunicationSampler
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World, connect
 from evaclip.train.evaluation import Metrics
@@ -27,6 +28,7 @@ from evaclip.train.signals import StopSignals
 from evaclip.train.snapshot import Position
 from evaclip.train.spikes import SpikeDetector
 from evaclip.train.step import StepResult
+from evaclip.train.throughput import tokens_computed
 from evaclip.train.watchdog import Watchdog
 from evaclip.weights import is_sharded
 
@@ -100,6 +102,7 @@ class Trainer:
         self.report = report
         self.position = position
         self.meter = Meter(position.seconds)
+        self._communication = CommunicationSampler(self.world, self.config.log.communication_every)
         self.metrics: Metrics = {}
         self._evaluated_at: int | None = None
         self._saved_at: int | None = None
@@ -132,7 +135,7 @@ class Trainer:
             with self._watchdog.phase("step"):
                 result = self._step(batch)
                 stop, time_is_up = self.world.any(signals.received is not None, self._time_is_up())
-            if self._is_due(self.config.log.every_steps) or self._is_last():
+            if result.updates is not None:
                 self._log(result)
             if self._is_due(self.config.eval.every_steps):
                 self._evaluate()
@@ -143,34 +146,44 @@ class Trainer:
         return False
 
     def _step(self, batch: Batch) -> StepResult:
-        position, parts = self.position, self.parts
+        position, parts, log_every = self.position, self.parts, self.config.log.every_steps
         set_lr_factor(parts.step.optimizer, self._lr_factor())
         images = batch.images.to(self.world.device, non_blocking=True)
         tokens = batch.tokens.to(self.world.device, non_blocking=True)
-        result = parts.step(images, tokens, position.step)
+        is_logged = (position.step + 1) % log_every == 0 or position.step + 1 == parts.total_steps
+        is_sampled = self._communication.is_due(position.step, log_every)
+        with self._communication.step() if is_sampled else nullcontext():
+            result = parts.step(images, tokens, position.step, measure=is_logged)
         position.step += 1
         position.samples = batch.position
         position.bad_samples += batch.skipped
-        self.meter.count(self.config.batch_size)
+        if is_sampled and not is_logged:
+            # The profiler's time is not the training's.
+            self.meter.restart()
+        else:
+            self.meter.count(self.config.batch_size, tokens_computed(parts.model, batch.tokens))
         if parts.ema:
             parts.ema.update(position.step)
         return result
 
     def _log(self, result: StepResult) -> None:
+        assert result.updates is not None
         step = self.parts.step
         measured = (
             result.loss,
             result.grad_norm,
             *result.tower_norms.values(),
+            *torch.cat(list(result.updates.values())),
             step.skipped,
             step.skipped_in_a_row,
             self.parts.model.logit_scale,
         )
         # One copy to the host, which waits for the device.
         values = torch.stack([value.detach().double() for value in measured]).tolist()
-        loss, grad_norm, visual_norm, text_norm, skipped, in_a_row, log_scale = values
-        rates = self.meter.read()
-        flops = rates.samples_per_second * self.parts.flops_per_sample
+        loss, grad_norm, visual_norm, text_norm, *updates, skipped, in_a_row, log_scale = values
+        interval = self.meter.read()
+        tokens, *communication = self.world.sum(interval.tokens, *self._communication.take())
+        flops = interval.samples * self.parts.flops_per_sample / interval.seconds
         self.report.record(
             Record(
                 step=self.position.step,
@@ -182,10 +195,17 @@ class Trainer:
                 grad_norm=grad_norm,
                 grad_norm_visual=visual_norm,
                 grad_norm_text=text_norm,
+                update_norm_visual=updates[0],
+                update_norm_text=updates[2],
+                update_ratio_visual=updates[1],
+                update_ratio_text=updates[3],
                 skipped=int(skipped),
                 bad_samples=self.position.bad_samples,
-                samples_per_second=rates.samples_per_second,
-                data_wait=rates.data_wait,
+                samples_per_second=interval.samples / interval.seconds,
+                tokens_per_second=tokens / interval.seconds,
+                data_wait=interval.waited / interval.seconds,
+                communication=communication[0] / self.world.size,
+                communication_exposed=communication[1] / self.world.size,
                 mfu=flops / self.parts.peak_flops,
                 memory_gib=peak_memory(self.world.device) / 2**30,
                 seconds=self.meter.seconds,

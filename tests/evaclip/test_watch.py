@@ -28,6 +28,15 @@ def test_the_present_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "zero_shot_top1, step 4" in text
 
 
+def test_what_is_sampled_stays_until_the_next_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "run", [])
+    shares = [None, 0.42, None]
+    lines = [{"step": i, "loss": None, "seconds": 1.0, "communication": share} for i, share in enumerate(shares)]
+    (tmp_path / "run" / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["watch", str(tmp_path / "run"), "--once"]) == 0
+    assert "42%" in capsys.readouterr().out
+
+
 def test_a_run_that_has_not_logged_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "run", [])
     (tmp_path / "run" / LOG_FILE).unlink()

@@ -71,6 +71,15 @@ def test_two_processes_equal_one(loss: str, run_config: Callable[..., TrainConfi
         assert right["loss"] == pytest.approx(left["loss"], rel=1e-5)
         assert right["grad_norm"] == pytest.approx(left["grad_norm"], rel=1e-4)
         assert right["samples"] == left["samples"]
+        for key in ("update_norm_visual", "update_norm_text", "update_ratio_visual", "update_ratio_text"):
+            assert right[key] == pytest.approx(left[key], rel=1e-3), key
+        tokens = [record["tokens_per_second"] / record["samples_per_second"] for record in (left, right)]
+        assert tokens[1] == pytest.approx(tokens[0])
+    # One process talks to no other; of two the first step after the first record is sampled.
+    assert [record["communication"] for record in logs[0]] == [0, 0, 0, 0]
+    assert [record["communication"] is None for record in logs[1]] == [True, False, True, True]
+    sampled = logs[1][1]
+    assert 0 < sampled["communication_exposed"] <= sampled["communication"] < 1
 
 
 def test_a_world_of_one_changes_nothing() -> None:

@@ -23,10 +23,17 @@ RECORD = Record(
     grad_norm=1.0,
     grad_norm_visual=0.8,
     grad_norm_text=0.6,
+    update_norm_visual=0.02,
+    update_norm_text=0.01,
+    update_ratio_visual=2e-4,
+    update_ratio_text=1e-4,
     skipped=0,
     bad_samples=0,
     samples_per_second=100.0,
+    tokens_per_second=3000.0,
     data_wait=0.25,
+    communication=math.nan,
+    communication_exposed=math.nan,
     mfu=0.375,
     memory_gib=1.5,
     seconds=1.0,
@@ -105,8 +112,8 @@ def test_meter_separates_waiting_from_work(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
     meter = Meter(seconds=100.0)
     assert meter.fetch(iter(["batch"])) == "batch"
-    meter.count(50)
-    assert meter.read() == (5.0, 0.3)
+    meter.count(50, 700)
+    assert meter.read() == (50, 700, 10.0, 3.0)
     assert meter.seconds == 111.0
 
 

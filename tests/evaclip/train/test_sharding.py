@@ -52,6 +52,11 @@ def losses(folder: Path) -> list[float]:
     return [record["loss"] for record in read_log(folder / "log.jsonl") if "loss" in record]
 
 
+def update_norms(folder: Path) -> list[float]:
+    records = [record for record in read_log(folder / "log.jsonl") if "loss" in record]
+    return [record[f"update_norm_{tower}"] for record in records for tower in ("visual", "text")]
+
+
 @pytest.mark.slow
 def test_four_processes_equal_one(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     """The same losses, weights, averages and evaluation, with accumulation, in all modes."""
@@ -63,6 +68,10 @@ def test_four_processes_equal_one(run_config: Callable[..., TrainConfig], tmp_pa
     for name in MODES:
         folder = tmp_path / name
         assert losses(folder) == pytest.approx(losses(one.folder), rel=1e-5), name
+        assert update_norms(folder) == pytest.approx(update_norms(one.folder), rel=2e-3), name
+        shares = [record["communication"] for record in read_log(folder / "log.jsonl") if "loss" in record]
+        assert [i for i, share in enumerate(shares) if share is not None] == list(range(1, STEPS, 10)), name
+        assert all(0 < share < 1 for share in shares if share is not None), name
         for file in ("model.safetensors", "ema.safetensors"):
             expected, found = load_file(one.folder / last / file), load_file(folder / last / file)
             for key, value in expected.items():

@@ -231,3 +231,33 @@ def test_a_frozen_tower_has_no_norm(small_model: CLIP, batch: tuple[Tensor, Tens
     result = make_step(small_model)(*batch, 0)
     assert result.tower_norms["text"] == 0
     assert result.tower_norms["visual"] > 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_how_far_the_towers_moved(small_model: CLIP, batch: tuple[Tensor, Tensor], optimizer: Any) -> None:
+    plain = make_step(copy.deepcopy(small_model), name=optimizer)
+    step = make_step(small_model, name=optimizer)
+    before = copy.deepcopy(small_model)
+    assert plain(*batch, 0).updates is None
+    result = step(*batch, 0, measure=True)
+    assert result.updates is not None
+    for name, found in result.updates.items():
+        old = [p.detach().double() for p in getattr(before, name).parameters()]
+        new = [p.detach().double() for p in getattr(small_model, name).parameters()]
+        change = torch.stack([(n - o).norm() for n, o in zip(new, old, strict=True)]).norm()
+        weights = torch.stack([o.norm() for o in old]).norm()
+        torch.testing.assert_close(found.double(), torch.stack([change, change / weights]), rtol=1e-4, atol=0)
+    for (name, value), other in zip(small_model.named_parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(value, other), name
+
+
+def test_what_is_frozen_or_skipped_does_not_move(small_model: CLIP, batch: tuple[Tensor, Tensor]) -> None:
+    small_model.text.requires_grad_(False)
+    step = make_step(small_model)
+    frozen = step(*batch, 0, measure=True).updates
+    skipped = step(batch[0] * math.nan, batch[1], 1, measure=True).updates
+    assert frozen is not None
+    assert skipped is not None
+    assert frozen["visual"].min() > 0
+    assert torch.equal(frozen["text"], torch.zeros(2))
+    assert torch.equal(skipped["visual"], torch.zeros(2))

@@ -1,9 +1,13 @@
 """What the device could do."""
 
+import dataclasses
+
 import pytest
 import torch
+from torch import Tensor, nn
 
-from evaclip.train.throughput import peak_flops
+from evaclip.model.clip import CLIP
+from evaclip.train.throughput import peak_flops, tokens_computed
 
 
 @pytest.mark.parametrize(
@@ -26,3 +30,22 @@ def test_data_sheet(monkeypatch: pytest.MonkeyPatch, name: str, half: float, sin
 
 def test_a_cpu_is_measured() -> None:
     assert 1e8 < peak_flops(torch.device("cpu"), "fp32") < 1e14
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_tokens_are_the_rows_that_reach_the_blocks(small_model: CLIP, pack: bool, dropout: float) -> None:
+    rows: list[int] = []
+
+    def count(block: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        rows.append(arguments[0].shape[:-1].numel())
+
+    small_model.set_savings(dataclasses.replace(small_model.visual.savings, pack_text=pack))
+    small_model.visual.patch_dropout = dropout
+    for blocks in (small_model.visual.blocks, small_model.text.transformer.resblocks):
+        blocks[0].register_forward_pre_hook(count)
+    tokens = torch.zeros(3, small_model.config.text.context_length, dtype=torch.int64)
+    for row, end in enumerate((2, 9, 5)):
+        tokens[row, end] = 49_407
+    small_model.train()(torch.randn(3, 3, 16, 16), tokens)
+    assert tokens_computed(small_model, tokens) == sum(rows)
