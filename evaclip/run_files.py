@@ -1,12 +1,15 @@
 """What the files of a run are called: the trainer writes them, evaluation and report read them.
 
-RUN/config.yaml  log.jsonl  tensorboard/  checkpoints/latest  checkpoints/step_00000100/
+RUN/config.yaml  log.jsonl  events.jsonl  tensorboard/  wandb/  trackio  checkpoints/latest  checkpoints/step_00000100/
 step_.../model.safetensors  ema.safetensors  optimizer/  model.json  preprocess.json  state.pt  meta.json
 """
 
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "log.jsonl"
+EVENTS_FILE = "events.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+WANDB_FOLDER = "wandb"
+TRACKIO_FILE = "trackio"
 CHECKPOINTS_FOLDER = "checkpoints"
 LATEST_FILE = "latest"
 

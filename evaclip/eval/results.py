@@ -1,20 +1,17 @@
 """What an evaluation leaves behind: a JSON file that says what was measured, on what and how; and a table."""
 
 import json
-import os
-import platform
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from evaclip.atomic import write_text
 from evaclip.errors import UserError
+from evaclip.machine import machine, versions
 
 Task = Literal["zero-shot", "retrieval", "linear-probe"]
 FOLDER = "evaluations"
@@ -41,31 +38,6 @@ class DataFacts:
     unreadable: int
 
 
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("evakernels", "torch", "torchvision", "pillow", "scikit-learn"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _machine() -> dict[str, Any]:
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"system": platform.platform(terse=True), "processor": _processor(), "cores": cores, "gpus": gpus}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """One result with everything needed to repeat it.
@@ -88,8 +60,8 @@ class Evaluation:
     seconds: float
     prompts: dict[str, Any] | None = None
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    versions: dict[str, str] = field(default_factory=_versions)
-    machine: dict[str, Any] = field(default_factory=_machine)
+    versions: dict[str, str] = field(default_factory=versions)
+    machine: dict[str, Any] = field(default_factory=machine)
 
     def save(self, path: Path) -> None:
         """Writes the JSON file, atomically."""

@@ -177,6 +177,25 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class WandbConfig:
+    """A run of Weights & Biases (extra `wandb`), under the run's own name."""
+
+    project: str
+    entity: str | None = None
+    mode: Literal["online", "offline"] | None = None
+    """none: what the variable WANDB_MODE says, or else online."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class TrackioConfig:
+    """A run of trackio (extra `trackio`), under the run's own name."""
+
+    project: str
+    space_id: str | None = None
+    """A Space of Hugging Face; none logs to a database on this machine."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class LogConfig:
     """What is reported while training."""
 
@@ -184,6 +203,8 @@ class LogConfig:
     communication_every: Count | None = 10
     """Records from one step to the next whose communication is measured, by torch's profiler; none measures none."""
     tensorboard: bool = True
+    wandb: WandbConfig | None = None
+    trackio: TrackioConfig | None = None
     progress: Literal["auto", "rich", "plain", "none"] = "auto"
     """auto: a live display on a terminal, plain lines elsewhere."""
 

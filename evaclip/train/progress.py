@@ -1,84 +1,24 @@
-"""Where a run reports: the terminal, a JSON-lines file and TensorBoard."""
+"""Where a run reports: the terminal, JSON-lines files and TensorBoard."""
 
 import json
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from evaclip.atomic import write_text
 from evaclip.errors import UserError
-from evaclip.run_files import LOG_FILE, TENSORBOARD_FOLDER
+from evaclip.machine import machine, versions
+from evaclip.run_files import EVENTS_FILE, LOG_FILE, TENSORBOARD_FOLDER
 from evaclip.train.config import LogConfig
-
-
-@dataclass(frozen=True)
-class Record:
-    """One logged step.
-
-    Attributes:
-        step: optimizer steps so far.
-        samples: samples so far, over all processes.
-        epoch: `samples` in passes over the data.
-        lr: the optimizer's own rate at this step.
-        logit_scale: the factor on the similarities, exponentiated.
-        grad_norm, grad_norm_visual, grad_norm_text: L2 norms of all gradients and of each tower's, before clipping.
-        update_norm_visual, update_norm_text: L2 norm of what each tower's weights changed by in this step.
-        update_ratio_visual, update_ratio_text: the same over the norm of the tower's weights.
-        skipped: steps so far whose update was left out because something was not finite.
-        bad_samples: samples so far that could not be used and were replaced, in the main process's part.
-        samples_per_second: over all processes, since the last record.
-        tokens_per_second: the same of tokens that enter the towers' blocks; see `throughput.tokens_computed`.
-        data_wait: share of that time spent waiting for data.
-        communication: share of a step's time in which a collective ran, of one step sampled since the last record, the
-            mean over all processes; not a number where none was.
-        communication_exposed: the part of it in which nothing else ran.
-        mfu: model FLOP/s over the device's peak.
-        memory_gib: most memory held so far: that of the GPU's allocator, or of the main process where there is none.
-        seconds: that the run has taken so far, over all processes that went on with it.
-    """
-
-    step: int
-    samples: int
-    epoch: float
-    loss: float
-    lr: float
-    logit_scale: float
-    grad_norm: float
-    grad_norm_visual: float
-    grad_norm_text: float
-    update_norm_visual: float
-    update_norm_text: float
-    update_ratio_visual: float
-    update_ratio_text: float
-    skipped: int
-    bad_samples: int
-    samples_per_second: float
-    tokens_per_second: float
-    data_wait: float
-    communication: float
-    communication_exposed: float
-    mfu: float
-    memory_gib: float
-    seconds: float
-
-
-class Sink(Protocol):
-    """Something that is told what happens."""
-
-    def record(self, record: Record) -> None: ...
-
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def say(self, message: str) -> None: ...
-
-    def close(self) -> None: ...
+from evaclip.train.sinks import Record, Sink
 
 
 class Report:
@@ -86,6 +26,10 @@ class Report:
 
     def __init__(self, sinks: list[Sink]) -> None:
         self._sinks = sinks
+
+    def add(self, sinks: list[Sink]) -> None:
+        """Tells these too from now on."""
+        self._sinks += sinks
 
     def record(self, record: Record) -> None:
         for sink in self._sinks:
@@ -104,15 +48,18 @@ class Report:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for sink in self._sinks:
-            sink.close()
+            sink.close(error)
 
 
-def open_report(config: LogConfig, folder: Path | None, start_step: int, total_steps: int) -> Report:
+def open_report(
+    config: LogConfig, folder: Path | None, start_step: int, total_steps: int, processes: int = 1
+) -> Report:
     """The sinks that `config` asks for.
 
     Args:
         folder: of the run; None reports to the terminal only.
         start_step: what the files hold of later steps is dropped, so that a resumed run does not log a step twice.
+        processes: that train together.
     """
     sinks: list[Sink] = []
     live = config.progress == "rich" or (config.progress == "auto" and sys.stdout.isatty())
@@ -120,6 +67,7 @@ def open_report(config: LogConfig, folder: Path | None, start_step: int, total_s
         sinks.append(LiveDisplay(start_step, total_steps) if live else PlainLines(total_steps))
     if folder is not None:
         sinks.append(JsonLines(folder / LOG_FILE, start_step))
+        sinks.append(Events(folder / EVENTS_FILE, start_step, processes))
         if config.tensorboard:
             sinks.append(TensorBoard(folder / TENSORBOARD_FOLDER, start_step))
     return Report(sinks)
@@ -143,7 +91,7 @@ class PlainLines:
     def say(self, message: str) -> None:
         print(message, flush=True)
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         pass
 
 
@@ -172,7 +120,7 @@ class LiveDisplay:
     def say(self, message: str) -> None:
         self._progress.console.print(message, markup=False, highlight=False)
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         self._progress.stop()
 
 
@@ -193,11 +141,43 @@ class JsonLines:
     def say(self, message: str) -> None:
         pass
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         self._file.close()
 
     def _write(self, value: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(value) + "\n")
+        self._file.flush()
+
+
+class Events:
+    """A file with one JSON object for what happened: each start and end, and every message.
+
+    Each has `time` (UTC) and `step`, and `start` (processes, machine, versions), `message`, or `end` (null, or what ended
+    the run). It is history: what a resumed run does anew stays in it.
+    """
+
+    def __init__(self, path: Path, start_step: int, processes: int) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        self._step = start_step
+        self._write("start", {"processes": processes, "machine": machine(), "versions": versions()})
+
+    def record(self, record: Record) -> None:
+        self._step = record.step
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def say(self, message: str) -> None:
+        self._write("message", message)
+
+    def close(self, error: BaseException | None = None) -> None:
+        reason = None if error is None else " ".join(f"{type(error).__name__}: {error}".split())
+        self._write("end", reason)
+        self._file.close()
+
+    def _write(self, kind: str, value: Any) -> None:
+        event = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": self._step, kind: value}
+        self._file.write(json.dumps(event) + "\n")
         self._file.flush()
 
 
@@ -223,7 +203,7 @@ class TensorBoard:
     def say(self, message: str) -> None:
         pass
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         self._writer.close()
 
 

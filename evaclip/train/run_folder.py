@@ -7,7 +7,15 @@ from pathlib import Path
 
 from evaclip.atomic import write_text
 from evaclip.errors import UserError
-from evaclip.run_files import CHECKPOINTS_FOLDER, CONFIG_FILE, LOG_FILE, TENSORBOARD_FOLDER
+from evaclip.run_files import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    EVENTS_FILE,
+    LOG_FILE,
+    TENSORBOARD_FOLDER,
+    TRACKIO_FILE,
+    WANDB_FOLDER,
+)
 from evaclip.train import checkpoint
 from evaclip.train.config import TrainConfig
 from evaclip.train.overrides import dump_yaml
@@ -15,7 +23,7 @@ from evaclip.train.overrides import dump_yaml
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`OUTPUT/NAME` with config.yaml, log.jsonl, tensorboard/ and checkpoints/."""
+    """`OUTPUT/NAME` with config.yaml, log.jsonl, events.jsonl, tensorboard/ and checkpoints/."""
 
     path: Path
 
@@ -37,10 +45,10 @@ class RunFolder:
 
     def _delete_run(self) -> None:
         # Only what a run writes: the folder may hold notes of its owner.
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        shutil.rmtree(self.path / TENSORBOARD_FOLDER, ignore_errors=True)
-        self.log.unlink(missing_ok=True)
-        (self.path / CONFIG_FILE).unlink(missing_ok=True)
+        for folder in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER, WANDB_FOLDER):
+            shutil.rmtree(self.path / folder, ignore_errors=True)
+        for file in (LOG_FILE, EVENTS_FILE, TRACKIO_FILE, CONFIG_FILE):
+            (self.path / file).unlink(missing_ok=True)
 
 
 def locate(

@@ -10,21 +10,22 @@ from pathlib import Path
 import torch
 
 from evaclip.data import Batch
-from evaclip.train import checkpoint, snapshot
+from evaclip.train import checkpoint, snapshot, trackers
 from evaclip.train.build import Parts, build
 from evaclip.train.communication import CommunicationSampler
-from evaclip.train.config import TrainConfig
+from evaclip.train.config import TrainConfig, to_tree
 from evaclip.train.distributed import World, connect
 from evaclip.train.evaluation import Metrics
 from evaclip.train.host import keep_freed_memory, leave_cores_to_workers, peak_memory
 from evaclip.train.meter import Meter
 from evaclip.train.optimizer import set_lr_factor
-from evaclip.train.progress import Record, Report, open_report
+from evaclip.train.progress import Report, open_report
 from evaclip.train.run_folder import RunFolder, locate
 from evaclip.train.saver import Saver
 from evaclip.train.schedule import lr_factor
 from evaclip.train.sharding import forget_gathered
 from evaclip.train.signals import StopSignals
+from evaclip.train.sinks import Record
 from evaclip.train.snapshot import Position
 from evaclip.train.spikes import SpikeDetector
 from evaclip.train.step import StepResult
@@ -70,6 +71,7 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False)
         leave_cores_to_workers(config.data.workers)
     with closing(world):
         messages: list[str] = []
+        trackers.require(config.log)
         located = locate(config, resume, overwrite, messages.append) if world.is_main else None
         folder, start = world.from_main(located)
         parts = build(config, world)
@@ -88,7 +90,10 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False)
 def _report(parts: Parts, folder: RunFolder, start_step: int) -> Report:
     if not parts.world.is_main:
         return Report([])
-    return open_report(parts.config.log, folder.path, start_step, parts.total_steps)
+    config = parts.config
+    report = open_report(config.log, folder.path, start_step, parts.total_steps, parts.world.size)
+    report.add(trackers.open_trackers(config.log, folder.path, config.name, to_tree(config), report.say))
+    return report
 
 
 class Trainer:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from evaclip.run_files import LOG_FILE
+from evaclip.run_files import EVENTS_FILE, LOG_FILE
 from evaclip.train.config import LogConfig
 from evaclip.train.meter import Meter
-from evaclip.train.progress import Record, open_report, read_log
+from evaclip.train.progress import open_report, read_log
 from evaclip.train.signals import StopSignals
+from evaclip.train.sinks import Record
 
 RECORD = Record(
     step=5,
@@ -71,6 +72,23 @@ def test_what_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
     record = json.loads(line, parse_constant=pytest.fail)
     assert record["loss"] is None
     assert record["grad_norm"] is None
+
+
+def test_what_happens_is_kept_over_all_starts(tmp_path: Path) -> None:
+    config = LogConfig(tensorboard=False, progress="none")
+    with pytest.raises(OSError, match="gone"), open_report(config, tmp_path, 0, 20, processes=3) as report:
+        report.record(replace(RECORD, step=7))
+        report.say("a checkpoint could not be written")
+        raise OSError("the disk\nis gone")
+    with open_report(config, tmp_path, 4, 20):
+        pass
+    events = read_log(tmp_path / EVENTS_FILE)
+    found = [(event["step"], next(key for key in ("start", "message", "end") if key in event)) for event in events]
+    assert found == [(0, "start"), (7, "message"), (7, "end"), (4, "start"), (4, "end")]
+    assert events[0]["start"]["processes"] == 3
+    assert {"python", "torch"} < set(events[0]["start"]["versions"])
+    assert events[1]["message"] == "a checkpoint could not be written"
+    assert [event["end"] for event in events if "end" in event] == ["OSError: the disk is gone", None]
 
 
 @pytest.mark.parametrize("progress", ["plain", "rich", "auto"])

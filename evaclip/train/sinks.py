@@ -1,0 +1,70 @@
+"""What a run reports, and the form of those that are told."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Record:
+    """One logged step.
+
+    Attributes:
+        step: optimizer steps so far.
+        samples: samples so far, over all processes.
+        epoch: `samples` in passes over the data.
+        lr: the optimizer's own rate at this step.
+        logit_scale: the factor on the similarities, exponentiated.
+        grad_norm, grad_norm_visual, grad_norm_text: L2 norms of all gradients and of each tower's, before clipping.
+        update_norm_visual, update_norm_text: L2 norm of what each tower's weights changed by in this step.
+        update_ratio_visual, update_ratio_text: the same over the norm of the tower's weights.
+        skipped: steps so far whose update was left out because something was not finite.
+        bad_samples: samples so far that could not be used and were replaced, in the main process's part.
+        samples_per_second: over all processes, since the last record.
+        tokens_per_second: the same of tokens that enter the towers' blocks; see `throughput.tokens_computed`.
+        data_wait: share of that time spent waiting for data.
+        communication: share of a step's time in which a collective ran, of one step sampled since the last record, the
+            mean over all processes; not a number where none was.
+        communication_exposed: the part of it in which nothing else ran.
+        mfu: model FLOP/s over the device's peak.
+        memory_gib: most memory held so far: that of the GPU's allocator, or of the main process where there is none.
+        seconds: that the run has taken so far, over all processes that went on with it.
+    """
+
+    step: int
+    samples: int
+    epoch: float
+    loss: float
+    lr: float
+    logit_scale: float
+    grad_norm: float
+    grad_norm_visual: float
+    grad_norm_text: float
+    update_norm_visual: float
+    update_norm_text: float
+    update_ratio_visual: float
+    update_ratio_text: float
+    skipped: int
+    bad_samples: int
+    samples_per_second: float
+    tokens_per_second: float
+    data_wait: float
+    communication: float
+    communication_exposed: float
+    mfu: float
+    memory_gib: float
+    seconds: float
+
+
+class Sink(Protocol):
+    """Something that is told what happens."""
+
+    def record(self, record: Record) -> None: ...
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+    def close(self, error: BaseException | None = None) -> None:
+        """`error` is what ended the run, if anything did."""
+        ...

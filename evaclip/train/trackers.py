@@ -1,0 +1,148 @@
+"""Weights & Biases and trackio, each an extra: a service that fails costs the run a line, and nothing else."""
+
+import math
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from evaclip.errors import UserError
+from evaclip.run_files import TRACKIO_FILE, WANDB_FOLDER
+from evaclip.train.config import LogConfig, TrackioConfig, WandbConfig
+from evaclip.train.sinks import Record, Sink
+
+Say = Callable[[str], None]
+
+_PATIENCE = 30.0
+"""Seconds that W&B may take to start and to end."""
+
+
+def require(config: LogConfig) -> None:
+    """Raises a UserError for a tracker that the configuration asks for and that isn't installed."""
+    for name in ("wandb", "trackio"):
+        if getattr(config, name) is not None and find_spec(name) is None:
+            raise UserError(f"log.{name} needs `pip install 'evakernels[{name}]'`; log.{name}=null logs without it")
+
+
+def open_trackers(config: LogConfig, folder: Path, name: str, tree: Mapping[str, Any], say: Say) -> list[Sink]:
+    """The trackers that `config` asks for.
+
+    Args:
+        folder: of the run. A run that goes on is the same run there; one that starts anew is another.
+        name: of the run.
+        tree: the whole configuration, which they show.
+        say: told what failed.
+    """
+    sinks: list[Sink] = []
+    if (wandb := config.wandb) is not None:
+        sinks.append(Guarded("log.wandb", lambda: Wandb(wandb, folder, name, tree), say))
+    if (trackio := config.trackio) is not None:
+        sinks.append(Guarded("log.trackio", lambda: Trackio(trackio, folder, name, tree), say))
+    return sinks
+
+
+class Guarded:
+    """A sink that is left out from its first failure on, opening included."""
+
+    def __init__(self, name: str, opened: Callable[[], Sink], say: Say) -> None:
+        self._name = name
+        self._say = say
+        self._sink: Sink | None = None
+        self._do(lambda: setattr(self, "_sink", opened()))
+
+    def record(self, record: Record) -> None:
+        if sink := self._sink:
+            self._do(lambda: sink.record(record))
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        if sink := self._sink:
+            self._do(lambda: sink.evaluation(step, metrics))
+
+    def say(self, message: str) -> None:
+        pass
+
+    def close(self, error: BaseException | None = None) -> None:
+        if sink := self._sink:
+            self._do(lambda: sink.close(error))
+
+    def _do(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as exc:
+            self._sink = None
+            reason = " ".join(str(exc).split())
+            self._say(f"{self._name} failed and is left out from now on ({type(exc).__name__}: {reason})")
+
+
+class Wandb:
+    """A run of Weights & Biases, in RUN/wandb; offline by `mode` or WANDB_MODE."""
+
+    def __init__(self, config: WandbConfig, folder: Path, name: str, tree: Mapping[str, Any]) -> None:
+        import wandb
+
+        id_file = folder / WANDB_FOLDER / "evaclip_id"
+        id_file.parent.mkdir(exist_ok=True)
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        self._run: Any = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            mode=config.mode,
+            name=name,
+            id=id_file.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=str(folder),
+            config=dict(tree),
+            settings=wandb.Settings(init_timeout=_PATIENCE, finish_timeout=_PATIENCE, console="off", quiet=True),
+        )
+        # Its own step must grow, which that of a run that goes back to a checkpoint does not.
+        self._run.define_metric("*", step_metric="train/samples")
+
+    def record(self, record: Record) -> None:
+        self._run.log(_scalars(record))
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({f"eval/{key}": value for key, value in metrics.items()})
+
+    def say(self, message: str) -> None:
+        pass
+
+    def close(self, error: BaseException | None = None) -> None:
+        self._run.finish(exit_code=0 if error is None else 1)
+
+
+class Trackio:
+    """A run of trackio: on this machine (TRACKIO_DIR), or in a Space."""
+
+    def __init__(self, config: TrackioConfig, folder: Path, name: str, tree: Mapping[str, Any]) -> None:
+        import trackio
+
+        known = folder / TRACKIO_FILE
+        self._run: Any = trackio.init(
+            project=config.project,
+            name=name,
+            space_id=config.space_id,
+            config=dict(tree),
+            resume="allow" if known.exists() else "never",
+            embed=False,
+        )
+        known.touch()
+
+    def record(self, record: Record) -> None:
+        self._run.log(_scalars(record), step=record.step)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({f"eval/{key}": value for key, value in metrics.items()}, step=step)
+
+    def say(self, message: str) -> None:
+        pass
+
+    def close(self, error: BaseException | None = None) -> None:
+        self._run.finish()
+
+
+def _scalars(record: Record) -> dict[str, float]:
+    """The record by the names that TensorBoard has for it, without what is no number."""
+    return {f"train/{key}": value for key, value in asdict(record).items() if math.isfinite(value)}

@@ -1,0 +1,92 @@
+"""Weights & Biases and trackio: what they are told, what a run does without them, and when they fail."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from test_progress import RECORD
+
+from evaclip.errors import UserError
+from evaclip.train import trackers
+from evaclip.train.config import LogConfig, TrackioConfig, TrainConfig, WandbConfig
+from evaclip.train.trainer import train
+
+WANDB = LogConfig(wandb=WandbConfig(project="p", mode="offline"))
+
+
+def log_two_steps(config: LogConfig, folder: Path, first: int) -> None:
+    messages: list[str] = []
+    (sink,) = trackers.open_trackers(config, folder, "my-run", {"optim": {"lr": 0.123}}, messages.append)
+    for step in (first, first + 1):
+        sink.record(replace(RECORD, step=step, loss=1.0 / step))
+    sink.evaluation(first + 1, {"top1": 0.5})
+    sink.close(None)
+    assert messages == []
+
+
+def test_wandb_offline(tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="the extra [wandb] is not installed")
+    for first in (1, 3):
+        log_two_steps(WANDB, tmp_path, first)
+    files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    # The same run to the service, although two processes had a part in it.
+    assert len({path.name for path in files}) == 1
+    for path in files:
+        content = path.read_bytes()
+        for expected in (b"my-run", b"train/loss", b"train/update_ratio_text", b"eval/top1", b"0.123"):
+            assert expected in content, expected
+        # Nothing was sampled: what is no number is left out.
+        assert b"train/communication" not in content
+
+
+def test_trackio_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "database"))
+    pytest.importorskip("trackio", reason="the extra [trackio] is not installed")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    config = LogConfig(trackio=TrackioConfig(project="p"))
+    for first in (1, 3):
+        log_two_steps(config, tmp_path, first)
+    assert SQLiteStorage.get_runs("p") == ["my-run"]
+    logs = SQLiteStorage.get_logs("p", "my-run")
+    losses = {log["step"]: log["train/loss"] for log in logs if "train/loss" in log}
+    assert losses == pytest.approx({1: 1, 2: 1 / 2, 3: 1 / 3, 4: 1 / 4})
+    assert [log["step"] for log in logs if log.get("eval/top1") == 0.5] == [2, 4]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_what_is_not_installed_is_said_before_anything_is_written(
+    name: str, run_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"log\.{name} needs `pip install 'evakernels\[{name}\]'`"):
+        train(run_config(f"log.{name}={{project: p}}"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("fails", ["init", "log", "finish"])
+def test_a_service_that_fails_does_not_fail_the_run(
+    fails: str, run_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def call(name: str) -> Callable[..., Any]:
+        def function(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            if name == fails:
+                raise ConnectionError("no\nroute")
+            return run
+
+        return function
+
+    calls: list[str] = []
+    run = SimpleNamespace(**{name: call(name) for name in ("log", "finish", "define_metric")})
+    fake = SimpleNamespace(init=call("init"), Settings=dict)
+    monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
+    monkeypatch.setattr(trackers, "find_spec", lambda name: object())
+    assert train(run_config("log.wandb={project: p}")).steps == 6
+    told = "log.wandb failed and is left out from now on (ConnectionError: no route)"
+    assert capsys.readouterr().out.count(told) == 1
+    assert calls.count("log") == {"init": 0, "log": 1, "finish": 6}[fails]
