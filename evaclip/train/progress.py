@@ -47,7 +47,8 @@ class Report:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for sink in self._sinks:
+        # The last ones first: those in front are still there to be told of it, should one fail.
+        for sink in reversed(self._sinks):
             sink.close(error)
 
 
@@ -152,8 +153,8 @@ class JsonLines:
 class Events:
     """A file with one JSON object for what happened: each start and end, and every message.
 
-    Each has `time` (UTC) and `step`, and `start` (processes, machine, versions), `message`, or `end` (null, or what ended
-    the run). It is history: what a resumed run does anew stays in it.
+    Each has `time` (UTC) and `step`, and `start` (processes, machine, versions), `message`, or `end` (null, or what
+    ended the run). It is history: what a resumed run does anew stays in it.
     """
 
     def __init__(self, path: Path, start_step: int, processes: int) -> None:

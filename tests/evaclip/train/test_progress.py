@@ -76,10 +76,11 @@ def test_what_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
 
 def test_what_happens_is_kept_over_all_starts(tmp_path: Path) -> None:
     config = LogConfig(tensorboard=False, progress="none")
-    with pytest.raises(OSError, match="gone"), open_report(config, tmp_path, 0, 20, processes=3) as report:
-        report.record(replace(RECORD, step=7))
-        report.say("a checkpoint could not be written")
-        raise OSError("the disk\nis gone")
+    report = open_report(config, tmp_path, 0, 20, processes=3)
+    report.record(replace(RECORD, step=7))
+    report.say("a checkpoint could not be written")
+    error = OSError("the disk\nis gone")
+    report.__exit__(OSError, error, None)
     with open_report(config, tmp_path, 4, 20):
         pass
     events = read_log(tmp_path / EVENTS_FILE)
