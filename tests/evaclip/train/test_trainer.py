@@ -63,7 +63,7 @@ def test_a_run_leaves_what_it_should(run_config: Make) -> None:
     assert (outcome.steps, outcome.stopped_by) == (6, None)
     folder = outcome.folder
     assert sorted(path.name for path in folder.iterdir()) == [
-        "checkpoints", "config.yaml", "log.jsonl", "tensorboard",
+        "checkpoints", "config.yaml", "events.jsonl", "log.jsonl", "tensorboard",
     ]  # fmt: skip
     records = read_log(folder / "log.jsonl")
     steps = [record for record in records if "loss" in record]
@@ -197,9 +197,9 @@ def test_a_spike_goes_back_and_leaves_the_data_out(
     original = TrainStep.__call__
     calls = []
 
-    def spiking(self: TrainStep, images: Tensor, tokens: Tensor, step: int) -> StepResult:
+    def spiking(self: TrainStep, images: Tensor, tokens: Tensor, step: int, **options: bool) -> StepResult:
         calls.append(step)
-        result = original(self, images, tokens, step)
+        result = original(self, images, tokens, step, **options)
         return replace(result, loss=result.loss + (100 if 8 <= len(calls) <= 9 else 0))
 
     monkeypatch.setattr(TrainStep, "__call__", spiking)

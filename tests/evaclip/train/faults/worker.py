@@ -41,11 +41,11 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 def write_down_samples() -> None:
     original = TrainStep.__call__
 
-    def call(self: TrainStep, images: torch.Tensor, tokens: torch.Tensor, step: int) -> Any:
+    def call(self: TrainStep, images: torch.Tensor, tokens: torch.Tensor, step: int, **options: bool) -> Any:
         line = json.dumps({"step": step, "numbers": numbers(images)})
         with (FOLDER / f"samples-{RANK}.jsonl").open("a") as file:
             file.write(line + "\n")
-        return original(self, images, tokens, step)
+        return original(self, images, tokens, step, **options)
 
     TrainStep.__call__ = call  # type: ignore[method-assign]
 
@@ -54,11 +54,11 @@ def strike_later(seconds: float, number: int) -> None:
     """Sends this process a signal some time after its first step."""
     original = TrainStep.__call__
 
-    def call(self: TrainStep, images: torch.Tensor, tokens: torch.Tensor, step: int) -> Any:
+    def call(self: TrainStep, images: torch.Tensor, tokens: torch.Tensor, step: int, **options: bool) -> Any:
         if not threads:
             threads.append(threading.Thread(target=strike, daemon=True))
             threads[0].start()
-        return original(self, images, tokens, step)
+        return original(self, images, tokens, step, **options)
 
     def strike() -> None:
         time.sleep(seconds)
