@@ -20,3 +20,6 @@ MODEL_CONFIG_FILE = "model.json"
 PREPROCESS_FILE = "preprocess.json"
 STATE_FILE = "state.pt"
 META_FILE = "meta.json"
+
+STOPPED = "stopped by a signal"
+"""How the message begins that a run leaves when it is stopped before its end."""

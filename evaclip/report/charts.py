@@ -41,6 +41,8 @@ def draw_loss(axes: Axes, curve: LossCurve) -> None:
     axes.plot(curve.samples, curve.smooth, color=PALETTE.accent, linewidth=2.0, solid_capstyle="round")
     if len(curve.samples) == 1:
         axes.plot(curve.samples, curve.loss, "o", color=PALETTE.accent)
+    for place in curve.returns:
+        axes.axvline(place, color=PALETTE.chance, linewidth=1.0)
     top = max(curve.loss)
     if curve.guessing is not None:
         axes.axhline(curve.guessing, color=PALETTE.chance, linewidth=1.0, dashes=(4, 3))

@@ -5,6 +5,7 @@ from importlib.resources import files
 
 from evaclip.eval.gallery import Found, Gallery, Query, Section
 from evaclip.report.charts import accuracy_svg, loss_svg, percent, times_chance
+from evaclip.report.curves import panel_html, panels
 from evaclip.report.run_data import Bar, BarGroup, RunData
 from evaclip.report.theme import document
 
@@ -14,6 +15,9 @@ LOSS_NOTE = (
     "The contrastive loss of each logged step (pale) and its running mean. The dashed line is the loss of "
     "guessing which of the batch's texts belongs to a picture."
 )
+RETURNS_NOTE = " Vertical lines: the run went back to a checkpoint and left data out."
+CURVES_NOTE = "What else was logged, over the image-text pairs seen."
+EVENTS_NOTE = "Starts, messages and ends of the run, in UTC."
 ACCURACY_NOTE = "Every number stands beside what guessing would reach on the same data."
 GALLERY_NOTE = "Each row is a text and the pictures nearest to it, best first."
 
@@ -25,11 +29,14 @@ def render_page(run: RunData) -> str:
         f'<p class="kind">{KIND}</p><h1>{escape(run.name)}</h1>',
         f'<p class="summary">{escape(run.summary)}</p>',
         _tiles(run.groups),
-        f"<h2>Training</h2><p>{escape(LOSS_NOTE)}</p>",
+        f"<h2>Training</h2><p>{escape(LOSS_NOTE + (RETURNS_NOTE if run.curve.returns else ''))}</p>",
         loss_svg(run.curve),
         "<h2>Accuracy against chance</h2>",
         _accuracy(run.groups),
         *(_gallery(gallery) for gallery in run.galleries),
+        f"<h2>How the training went</h2><p>{CURVES_NOTE}</p>",
+        f'<div class="curves">{"".join(map(panel_html, panels(run.log)))}</div>',
+        _events(run),
         "<h2>Facts of the run</h2>",
         _facts(run),
     ]
@@ -86,6 +93,15 @@ def _picture(found: Found) -> str:
     kind = ' class="correct"' if found.correct else ""
     what = "the right picture" if found.correct else "another picture"
     return f'<img{kind} src="{escape(found.image)}" alt="{what}" title="{escape(found.key)}">'
+
+
+def _events(run: RunData) -> str:
+    rows = "".join(
+        f"<tr><td>{escape(time)}</td><td>{step:,}</td><td>{escape(text)}</td></tr>" for time, step, text in run.events
+    )
+    head = "<thead><tr><th>time</th><th>step</th><th>what</th></tr></thead>"
+    table = f'<div class="wide"><table>{head}<tbody>{rows}</tbody></table></div>'
+    return f"<h2>What happened</h2><p>{EVENTS_NOTE}</p>{table}" if run.events else ""
 
 
 def _facts(run: RunData) -> str:

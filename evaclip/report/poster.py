@@ -172,10 +172,11 @@ def _draw_facts(sheet: _Sheet, run: RunData) -> None:
     sheet.text(0, "Facts of the run", fontsize=15, fontweight="bold")
     sheet.skip(_SECTION_TITLE - 0.25)
     width = (WIDTH - 2 * MARGIN) / len(run.facts)
+    most = int((width - 1.3) / 0.07)  # characters that fit
     for column, (heading, pairs) in enumerate(run.facts.items()):
         left = MARGIN + column * width
         sheet.text(0, heading, left=left, fontsize=9.5, fontweight="bold")
         for row, (name, value) in enumerate(pairs, 1):
             sheet.text(row * _FACT + 0.06, name, left=left, fontsize=8, color=PALETTE.muted)
-            text = shorten(value, 33, placeholder="…") if " " in value else value[:33]
+            text = shorten(value, most, placeholder="…") if " " in value else value[:most]
             sheet.text(row * _FACT + 0.06, text, left=left + 1.3, fontsize=8)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from evaclip.errors import UserError
 from evaclip.eval import gallery, results
 from evaclip.eval.gallery import Gallery
 from evaclip.eval.results import Evaluation
-from evaclip.run_files import CONFIG_FILE, LOG_FILE
+from evaclip.run_files import CONFIG_FILE, EVENTS_FILE, LOG_FILE, STOPPED
 from evaclip.train.overrides import load_yaml
 from evaclip.train.progress import read_log
 
@@ -25,6 +26,7 @@ class LossCurve:
     Attributes:
         smooth: the running mean of `loss`, over a window of 2 % of the run.
         guessing: the loss of a model that knows nothing, or None where that is no single number.
+        returns: where the run went back to a checkpoint, in pairs seen.
     """
 
     samples: list[int]
@@ -32,6 +34,7 @@ class LossCurve:
     smooth: list[float]
     batch_size: int
     guessing: float | None
+    returns: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class RunData:
     """A run as the report shows it.
 
     Attributes:
+        log: what was logged, as the file has it.
+        events: (time, step, what happened), from the first start on.
         facts: (name, value) pairs by heading.
         config: the whole configuration as YAML text.
     """
@@ -67,12 +72,34 @@ class RunData:
     curve: LossCurve
     groups: tuple[BarGroup, ...]
     galleries: tuple[Gallery, ...]
+    log: list[dict[str, Any]]
+    events: list[tuple[str, int, str]]
     facts: dict[str, list[tuple[str, str]]]
     config: str
 
 
 def read_run(folder: Path) -> RunData:
-    """Reads `log.jsonl`, `config.yaml`, `evaluations/` and `galleries/` of a run folder.
+    """Reads `log.jsonl`, `events.jsonl`, `config.yaml`, `evaluations/` and `galleries/` of a run folder.
+
+    Raises:
+        UserError: it is no run folder, or nothing was logged yet.
+    """
+    config, log = read_log_of(folder)
+    text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
+    records = [record for record in log if record.get("loss") is not None]
+    events = read_log(folder / EVENTS_FILE)
+    evaluations = [Evaluation.load(path) for path in sorted((folder / results.FOLDER).glob("*.json"))]
+    evaluations.sort(key=lambda evaluation: (_ORDER[evaluation.task], evaluation.date))
+    galleries = tuple(Gallery.load(path) for path in sorted((folder / gallery.FOLDER).glob("*.json")))
+    groups = tuple(group for evaluation in evaluations for group in _bar_groups(evaluation))
+    facts = _facts(config, records, evaluations, events)
+    curve = loss_curve(records, config["batch_size"], config["loss"]["name"])
+    summary, told = _summary(config, records, evaluations), [_told(event) for event in events]
+    return RunData(folder.name, summary, curve, groups, galleries, log, told, facts, text)
+
+
+def read_log_of(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The configuration and the whole log of a run.
 
     Raises:
         UserError: it is no run folder, or nothing was logged yet.
@@ -80,17 +107,10 @@ def read_run(folder: Path) -> RunData:
     for name in (LOG_FILE, CONFIG_FILE):
         if not (folder / name).is_file():
             raise UserError(f"{str(folder)!r} is no run folder: it has no {name}; `evaclip train` writes one")
-    config, text = load_yaml(folder / CONFIG_FILE), (folder / CONFIG_FILE).read_text(encoding="utf-8")
-    records = [record for record in read_log(folder / LOG_FILE) if record.get("loss") is not None]
-    if not records:
+    log = read_log(folder / LOG_FILE)
+    if not any(record.get("loss") is not None for record in log):
         raise UserError(f"{folder / LOG_FILE} holds no losses yet: train for some steps first")
-    evaluations = [Evaluation.load(path) for path in sorted((folder / results.FOLDER).glob("*.json"))]
-    evaluations.sort(key=lambda evaluation: (_ORDER[evaluation.task], evaluation.date))
-    galleries = tuple(Gallery.load(path) for path in sorted((folder / gallery.FOLDER).glob("*.json")))
-    groups = tuple(group for evaluation in evaluations for group in _bar_groups(evaluation))
-    facts = _facts(config, records, evaluations)
-    curve = loss_curve(records, config["batch_size"], config["loss"]["name"])
-    return RunData(folder.name, _summary(config, records, evaluations), curve, groups, galleries, facts, text)
+    return load_yaml(folder / CONFIG_FILE), log
 
 
 _ORDER = {"zero-shot": 0, "retrieval": 1, "linear-probe": 2}
@@ -102,7 +122,8 @@ def loss_curve(records: Sequence[dict[str, Any]], batch_size: int, loss_name: st
     window = max(1, round(len(losses) * _SMOOTHING))
     smooth = [sum(part) / len(part) for part in _trailing(losses, window)]
     guessing = math.log(batch_size) if loss_name == "clip" else None
-    return LossCurve([record["samples"] for record in records], losses, smooth, batch_size, guessing)
+    returns = tuple(new["samples"] for old, new in pairwise(records) if new["step"] <= old["step"])
+    return LossCurve([record["samples"] for record in records], losses, smooth, batch_size, guessing, returns)
 
 
 def _trailing(values: list[float], window: int) -> Iterator[list[float]]:
@@ -142,16 +163,42 @@ def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], evaluati
     return " · ".join(parts)
 
 
+def _told(event: dict[str, Any]) -> tuple[str, int, str]:
+    time = datetime.fromisoformat(event["time"]).strftime("%d %B %Y, %H:%M:%S")
+    if "start" in event:
+        count = event["start"]["processes"]
+        return time, event["step"], f"start of {count} process{'es' if count > 1 else ''}"
+    if "end" in event:
+        return time, event["step"], event["end"] or "end"
+    return time, event["step"], event["message"]
+
+
+def _state(total: int | None, last: dict[str, Any], events: Sequence[dict[str, Any]]) -> str:
+    """Whether the run goes on, as far as its files tell."""
+    if last["step"] == total:
+        return "done"
+    if not events or "end" not in events[-1]:
+        return "goes on, or was killed"
+    if events[-1]["end"]:
+        return "ended by an error"
+    return "stopped" if STOPPED in events[-2].get("message", "") else "done"
+
+
 def _facts(
-    config: dict[str, Any], records: Sequence[dict[str, Any]], evaluations: Sequence[Evaluation]
+    config: dict[str, Any],
+    records: Sequence[dict[str, Any]],
+    evaluations: Sequence[Evaluation],
+    events: Sequence[dict[str, Any]],
 ) -> dict[str, list[tuple[str, str]]]:
     last = records[-1]
+    total = config["schedule"]["steps"]
     rates = sorted(record["samples_per_second"] for record in records)
     facts = {
         "Training": [
             ("model", config["model"]["name"]),
-            ("data", config["data"]["train"]),
+            ("data", config["data"]["train"] or "a mixture"),
             ("steps", f"{last['step']:,} of {config['batch_size']:,} pairs"),
+            ("state", _state(total, last, events)),
             ("pairs seen", f"{last['samples']:,} ({last['epoch']:.1f} epochs)"),
             ("time", duration(last["seconds"])),
             ("speed", f"{rates[len(rates) // 2]:,.0f} pairs/s (median), MFU {last['mfu']:.0%}"),
@@ -171,13 +218,22 @@ def _facts(
             ("date", datetime.fromisoformat(latest.date).strftime("%d %B %Y, %H:%M UTC")),
             ("time", duration(sum(evaluation.seconds for evaluation in evaluations))),
         ]
-        facts["Machine"] = [
-            ("processor", f"{machine['processor']}, {machine['cores']} cores"),
-            ("GPU", ", ".join(machine["gpus"]) or "none"),
-            ("system", machine["system"]),
-            *latest.versions.items(),
-        ]
+        facts["Machine"] = _machine(machine, latest.versions)
+    if starts := [event["start"] for event in events if "start" in event]:
+        trained_on = _machine(starts[-1]["machine"], starts[-1]["versions"])
+        facts["Training"].append(("processes", f"{starts[-1]['processes']:,}, started {len(starts)} times"))
+        if facts.get("Machine") != trained_on:
+            facts["Trained on" if evaluations else "Machine"] = trained_on
     return facts
+
+
+def _machine(machine: dict[str, Any], versions: dict[str, str]) -> list[tuple[str, str]]:
+    return [
+        ("processor", f"{machine['processor']}, {machine['cores']} cores"),
+        ("GPU", ", ".join(machine["gpus"]) or "none"),
+        ("system", machine["system"]),
+        *versions.items(),
+    ]
 
 
 def duration(seconds: float) -> str:

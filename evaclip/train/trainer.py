@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from evaclip.data import Batch
+from evaclip.run_files import STOPPED
 from evaclip.train import checkpoint, snapshot, trackers
 from evaclip.train.build import Parts, build
 from evaclip.train.communication import CommunicationSampler
@@ -125,7 +126,7 @@ class Trainer:
             if self._saved_at != self.position.step:
                 self._save()
         if stopped:
-            self.report.say(f"stopped by a signal; --resume auto goes on from step {self.position.step}")
+            self.report.say(f"{STOPPED}; --resume auto goes on from step {self.position.step}")
             return Outcome(self.folder.path, self.position.step, self.metrics, signals.exit_code)
         if self._evaluated_at != self.position.step:
             self._evaluate()

@@ -2,6 +2,7 @@ import argparse
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from evaclip.cli import main
 from evaclip.errors import UserError
 from evaclip.eval.gallery import Found, Gallery, Query, Section, thumbnail
 from evaclip.eval.results import DataFacts, Evaluation, ModelFacts
 from evaclip.report import add_commands, write_report
 from evaclip.report.charts import Bar, percent, short_number, times_chance
+from evaclip.report.curves import Series, panels, thinned
+from evaclip.report.page import render_page
 from evaclip.report.run_data import duration, loss_curve, read_run
+from evaclip.train.overrides import validate
+from evaclip.train.trainer import train
 
 CONFIG = """\
 name: shapes
@@ -24,6 +30,7 @@ model: {name: tiny}
 data: {train: "data/<shards>.tar"}
 loss: {name: clip}
 optim: {name: adamw, lr: 0.001}
+schedule: {steps: 80}
 """
 
 
@@ -33,8 +40,14 @@ def log_record(step: int, loss: float | None) -> dict[str, Any]:
         "samples": step * 256,
         "epoch": step / 4,
         "loss": loss,
+        "lr": 1e-3 / step,
+        "grad_norm": 2.0,
+        "grad_norm_visual": 1.5,
+        "grad_norm_text": 0.5,
         "skipped": 0,
+        "bad_samples": step // 30,
         "samples_per_second": 100.0 + step,
+        "communication": 0.25 if step % 10 == 1 else None,
         "mfu": 0.25,
         "seconds": step * 2.0,
     }
@@ -66,9 +79,20 @@ def run(tmp_path: Path) -> Path:
     (folder / "config.yaml").write_text(CONFIG)
     records = [log_record(step, 5.5 / step) for step in range(1, 41)]
     records.insert(3, log_record(3, None))
-    lines = [json.dumps(record) for record in [*records, {"step": 40, "eval": {"top1": 0.4}}]]
-    (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
+    write_lines(folder / "log.jsonl", [*records, {"step": 40, "eval": {"top1": 0.4, "samples": 200}}])
     return folder
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def save_events(folder: Path, *more: dict[str, Any]) -> None:
+    machine = {"system": "Linux", "processor": "A <fast> one", "cores": 2, "gpus": ["GPU 9000"]}
+    start = {"processes": 8, "machine": machine, "versions": {"torch": "9.9.9"}}
+    events = [{"start": start}, {"message": "went <back> to step_00000010"}, {"end": "OSError: disk"}, {"start": start}]
+    times = ({"time": f"2026-11-25T10:00:{second:02}+00:00", "step": second} for second in range(20))
+    write_lines(folder / "events.jsonl", [{**next(times), **event} for event in [*events, *more]])
 
 
 class _Page(HTMLParser):
@@ -122,7 +146,7 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(run: Path) -> None:
 def test_the_page_says_what_was_measured(run: Path) -> None:
     save_evaluations(run)
     save_gallery(run)
-    text = " ".join(_Page(write_report(run)[0].read_text(encoding="utf-8")).words)
+    text = " ".join(_Page(render_page(read_run(run))).words)
     for expected in (
         "40.0 %",
         "20 × chance",  # noqa: RUF001
@@ -140,21 +164,134 @@ def test_the_page_says_what_was_measured(run: Path) -> None:
 
 def test_the_right_pictures_are_framed(run: Path) -> None:
     save_gallery(run)
-    images = _Page(write_report(run)[0].read_text(encoding="utf-8")).images
+    images = _Page(render_page(read_run(run))).images
     assert [image.get("class") for image in images] == [None, "correct", None, None]
 
 
 def test_the_charts_follow_the_theme(run: Path) -> None:
     save_evaluations(run)
-    text = write_report(run)[0].read_text(encoding="utf-8")
+    text = render_page(read_run(run))
     charts = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(charts) == 2
+    assert len(charts) == 2 + 7
+    assert all("var(--chance)" in chart for chart in charts[:2])
     for chart in charts:
         assert "var(--accent)" in chart
-        assert "var(--chance)" in chart
         assert set(re.findall(r"#[0-9a-f]{6}", chart)) <= {"#000000"}
-    for variable in set(re.findall(r"var\((--[a-z-]+)\)", text)):
+    for variable in set(re.findall(r"var\((--[a-z0-9-]+)\)", text)):
         assert f"{variable}:" in text
+
+
+def test_every_number_that_was_logged_has_a_chart(run: Path) -> None:
+    figures = re.findall(r"<figcaption>(.*?)</figcaption>", render_page(read_run(run)))
+    assert figures == [
+        "Learning rate",
+        "Gradient norm",
+        "Image-text pairs a second",
+        "Model FLOP/s over the peak (MFU)",
+        "Time in communication",
+        "Left out so far",
+        "Evaluation: top1",
+    ]
+    charts = {panel.title: panel.series for panel in panels(read_run(run).log)}
+    assert [series.label for series in charts["Gradient norm"]] == ["all", "image tower", "text tower"]
+    assert charts["Time in communication"][0].x == [step * 256 for step in (1, 11, 21, 31)]
+    assert charts["Evaluation: top1"][0] == Series("", [40 * 256], [0.4])
+
+
+def test_long_logs_are_thinned_without_losing_a_peak() -> None:
+    points = [(x, 100.0 if x == 77_777 else x % 7 / 7) for x in range(100_000)]
+    kept = thinned(points)
+    assert len(kept) <= 2000
+    assert (77_777, 100.0) in kept
+    assert kept == sorted(kept)
+    assert thinned(points[:2000]) == points[:2000]
+
+
+def test_the_history_and_the_machine_are_told(run: Path) -> None:
+    save_events(run)
+    data = read_run(run)
+    assert [step for _, step, _ in data.events] == [0, 1, 2, 3]
+    text = " ".join(_Page(render_page(read_run(run))).words)
+    for expected in (
+        "25 November 2026, 10:00:01", "start of 8 processes", "went <back> to step_00000010", "OSError: disk",
+        "8, started 2 times", "A <fast> one, 2 cores", "GPU 9000", "9.9.9", "goes on, or was killed",
+    ):  # fmt: skip
+        assert expected in text, expected
+
+
+@pytest.mark.parametrize(
+    ("more", "state"),
+    [
+        ([{"end": None}], "done"),
+        ([{"message": "stopped by a signal; --resume auto"}, {"end": None}], "stopped"),
+        ([{"end": "ValueError: no"}], "ended by an error"),
+    ],
+)
+def test_how_a_run_ended(run: Path, more: list[dict[str, Any]], state: str) -> None:
+    save_events(run, *more)
+    assert ("state", state) in read_run(run).facts["Training"]
+
+
+def test_a_return_to_a_checkpoint_is_marked(run: Path) -> None:
+    records = [{**log_record(step, 2.0), "samples": place * 256} for place, step in enumerate((1, 2, 3, 2, 3), 1)]
+    write_lines(run / "log.jsonl", records)
+    assert read_run(run).curve.returns == (4 * 256,)
+    text = render_page(read_run(run))
+    assert "Vertical lines: the run went back" in text
+
+
+def test_several_runs_stand_beside_each_other(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    others = [tmp_path / "other" / "shapes", tmp_path / "<third>"]
+    for number, other in enumerate(others, 2):
+        shutil.copytree(run, other)
+        config = CONFIG.replace("lr: 0.001", f"lr: 0.00{number}")
+        (other / "config.yaml").write_text(config)
+        write_lines(other / "log.jsonl", [log_record(step, 1.0 * number) for step in range(1, 6)])
+    folders = [str(run), *map(str, others)]
+    assert main(["report", *folders, "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "out" / "comparison.html")]
+    text = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
+    page = _Page(text)
+    assert page.open == []
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
+    words = " ".join(page.words)
+    for expected in ("other/shapes", "<third>", "optim.lr", "0.002", "0.003", "2.0000", "Gradient norm: text tower"):
+        assert expected in words, expected
+    assert "batch_size" not in words
+    for variable in set(re.findall(r"var\((--[a-z0-9-]+)\)", text)):
+        assert f"{variable}:" in text
+    assert main(["report", *folders]) == 2
+    assert "--output FOLDER is not set" in capsys.readouterr().err
+    assert main(["report", folders[0], folders[0], "--output", str(tmp_path)]) == 2
+    assert "the same run is given twice" in capsys.readouterr().err
+
+
+def test_a_run_of_the_trainer_has_a_report(tmp_path: Path) -> None:
+    """Nothing but what `evaclip train` leaves."""
+    tiny = {"width": 16, "layers": 1, "heads": 2}
+    options = {"embed_dim": 16, "vision": {**tiny, "image_size": 16, "patch_size": 4}, "text": tiny}
+    config = validate(
+        {
+            "name": "run",
+            "output": str(tmp_path),
+            "batch_size": 8,
+            "device": "cpu",
+            "data": {"train": "synthetic", "num_samples": 40, "workers": 0},
+            "model": {"name": "tiny", "options": options},
+            "schedule": {"steps": 4},
+            "log": {"every_steps": 1, "tensorboard": False, "progress": "none"},
+            "eval": {"data": {"num_samples": 32, "workers": 0}, "samples": 8, "every_steps": 2},
+        }
+    )
+    train(config)
+    text = render_page(read_run(tmp_path / "run"))
+    figures = re.findall(r"<figcaption>(.*?)</figcaption>", text)
+    for expected in ("Tokens a second", "Update over weights, a step", "Memory, GiB", "Evaluation: zero_shot_top1"):
+        assert expected in figures
+    assert "Time in communication" not in figures
+    words = _Page(text).words
+    assert "start of 1 process" in words
+    assert "done" in words
 
 
 def test_without_evaluations_the_report_says_so(run: Path) -> None:
