@@ -166,6 +166,10 @@ class _ApexOptimizer(DeviceOptimizer):
         """Sets gradients to None, or to zero where `set_grad_none` is False."""
         super().zero_grad(self.set_grad_none if set_to_none is None else set_to_none)
 
+    def measured_step(self) -> dict[Tensor, Tensor]:
+        """Not offered, as apex has none."""
+        raise NotImplementedError(f"{type(self).__name__} has no measured_step; evakernels.optim's optimizers have one")
+
     def state_dict(self) -> dict[str, Any]:
         """apex's: a group's `step` is an int, the largest among its tensors."""
         packed = super().state_dict()

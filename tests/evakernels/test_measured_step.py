@@ -8,6 +8,7 @@ import torch
 from optimizer_checks import SIZES
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
+from evakernels.compat.apex import FusedLAMB
 from evakernels.optim import AdamW, Lamb
 from evakernels.optim._device_optimizer import Batch
 
@@ -70,6 +71,11 @@ def test_a_parameter_without_gradient_has_no_norms() -> None:
     first, *others = parameters(optimizer)
     first.grad = None
     assert set(optimizer.measured_step()) == set(others)
+
+
+def test_apex_has_none() -> None:
+    with pytest.raises(NotImplementedError, match="FusedLAMB has no measured_step"):
+        FusedLAMB([torch.zeros(1, requires_grad=True)]).measured_step()
 
 
 def test_no_more_than_the_largest_tensor_is_copied() -> None:
