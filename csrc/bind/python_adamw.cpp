@@ -14,12 +14,14 @@ namespace {
 void adamw_update(const List& params, const List& grads, const List& exp_avgs, const List& exp_avg_sqs,
                   const List& steps, const std::vector<double>& lrs, const std::vector<double>& weight_decays,
                   double beta1, double beta2, double eps, const py::object& grad_scale,
-                  const py::object& found_inf, const IsaName& isa, uintptr_t stream) {
+                  const py::object& found_inf, const Numbers& seeds, const Numbers& first_elements,
+                  const IsaName& isa, uintptr_t stream) {
   Arrays arrays(stream);
   std::vector<OptimizedTensor> tensors =
       tensors_of(arrays, params, exp_avgs, exp_avg_sqs, steps, weight_decays);
   set_grads(tensors, arrays, grads);
   set_lrs(tensors, lrs);
+  set_rounding(tensors, seeds, first_elements);
   const AdamwUpdate update = {
       .tensors = tensors.data(),
       .count = static_cast<int64_t>(tensors.size()),
@@ -54,8 +56,8 @@ void gradient_norm(const List& grads, const py::object& norm, uintptr_t stream) 
 void register_adamw(py::module_& m) {
   m.def("adamw_update", &adamw_update, "params"_a, "grads"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "steps"_a,
         "lrs"_a, "weight_decays"_a, py::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "grad_scale"_a = py::none(),
-        "found_inf"_a = py::none(), "isa"_a = py::none(), "stream"_a = 0,
-        "Takes a step in place. Arrays as for lamb_update.");
+        "found_inf"_a = py::none(), "seeds"_a = Numbers{}, "first_elements"_a = Numbers{},
+        "isa"_a = py::none(), "stream"_a = 0, "Takes a step in place. Arrays as for lamb_update.");
   m.def("gradient_norm", &gradient_norm, "grads"_a, "norm"_a, py::kw_only(), "stream"_a = 0,
         "Writes the norm of a list of dense arrays, float32 of one element. On a GPU only.");
 }

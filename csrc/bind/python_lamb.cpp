@@ -39,11 +39,13 @@ void lamb_update(const List& params, const List& grads, const List& exp_avgs, co
 void lamb_apply(const List& params, const List& exp_avgs, const List& exp_avg_sqs, const List& steps,
                 const py::object& squared_norms, const std::vector<double>& lrs,
                 const std::vector<double>& weight_decays, double beta1, double beta2, double eps, bool nvlamb,
-                const py::object& found_inf, const IsaName& isa, uintptr_t stream) {
+                const py::object& found_inf, const Numbers& seeds, const Numbers& first_elements,
+                const IsaName& isa, uintptr_t stream) {
   Arrays arrays(stream);
   std::vector<OptimizedTensor> tensors =
       tensors_of(arrays, params, exp_avgs, exp_avg_sqs, steps, weight_decays);
   set_lrs(tensors, lrs);
+  set_rounding(tensors, seeds, first_elements);
   const LambApply apply = {
       .tensors = tensors.data(),
       .count = static_cast<int64_t>(tensors.size()),
@@ -57,12 +59,14 @@ void lamb_apply(const List& params, const List& exp_avgs, const List& exp_avg_sq
 void lamb_step(const List& params, const List& grads, const List& exp_avgs, const List& exp_avg_sqs,
                const List& steps, const std::vector<double>& lrs, const std::vector<double>& weight_decays,
                double beta1, double beta2, double eps, bool nvlamb, const py::object& grad_scale,
-               const py::object& found_inf, const IsaName& isa, uintptr_t stream) {
+               const py::object& found_inf, const Numbers& seeds, const Numbers& first_elements,
+               const IsaName& isa, uintptr_t stream) {
   Arrays arrays(stream);
   std::vector<OptimizedTensor> tensors =
       tensors_of(arrays, params, exp_avgs, exp_avg_sqs, steps, weight_decays);
   set_grads(tensors, arrays, grads);
   set_lrs(tensors, lrs);
+  set_rounding(tensors, seeds, first_elements);
   const LambStep step = {
       .tensors = tensors.data(),
       .count = static_cast<int64_t>(tensors.size()),
@@ -87,11 +91,13 @@ float32 of one element, or None.)");
   m.def(
       "lamb_apply", &lamb_apply, "params"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "steps"_a, "squared_norms"_a,
       "lrs"_a, "weight_decays"_a, py::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "nvlamb"_a = false,
-      "found_inf"_a = py::none(), "isa"_a = py::none(), "stream"_a = 0,
+      "found_inf"_a = py::none(), "seeds"_a = Numbers{}, "first_elements"_a = Numbers{}, "isa"_a = py::none(),
+      "stream"_a = 0,
       "Takes the step of the parameters in place. Arrays as for lamb_update, whose squared_norms it reads.");
   m.def("lamb_step", &lamb_step, "params"_a, "grads"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "steps"_a, "lrs"_a,
         "weight_decays"_a, py::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "nvlamb"_a = false,
-        "grad_scale"_a = py::none(), "found_inf"_a = py::none(), "isa"_a = py::none(), "stream"_a = 0,
+        "grad_scale"_a = py::none(), "found_inf"_a = py::none(), "seeds"_a = Numbers{},
+        "first_elements"_a = Numbers{}, "isa"_a = py::none(), "stream"_a = 0,
         "lamb_update and lamb_apply in one. Arrays as for these.");
 }
 

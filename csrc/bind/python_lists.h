@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bind/array_view.h"
+#include "bind/optimizer_numbers.h"
 #include "common/optimizer.h"
 
 namespace evakernels {
@@ -44,6 +45,7 @@ inline std::vector<OptimizedTensor> tensors_of(Arrays& arrays, const List& param
         .size = size,
         .lr = 0.0,
         .weight_decay = weight_decays[i],
+        .rounding = {kNearest, 0},
     };
   }
   return tensors;
@@ -54,11 +56,6 @@ inline void set_grads(std::vector<OptimizedTensor>& tensors, Arrays& arrays, con
   for (size_t i = 0; i < tensors.size(); ++i) {
     tensors[i].grad = buffer_of(arrays.read(grads[i], "grads"), tensors[i].size);
   }
-}
-
-inline void set_lrs(std::vector<OptimizedTensor>& tensors, const std::vector<double>& lrs) {
-  require(lrs.size() == tensors.size(), "the lists must be equally long");
-  for (size_t i = 0; i < tensors.size(); ++i) tensors[i].lr = lrs[i];
 }
 
 }  // namespace evakernels

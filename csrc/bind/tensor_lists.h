@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "bind/optimizer_numbers.h"
 #include "bind/torch_arguments.h"
 #include "common/optimizer.h"
 
@@ -73,6 +74,7 @@ inline std::vector<OptimizedTensor> tensors_of(const Lists& lists) {
         .size = size,
         .lr = 0.0,
         .weight_decay = lists.weight_decays[i],
+        .rounding = {kNearest, 0},
     };
   }
   return tensors;
@@ -84,11 +86,6 @@ inline void set_grads(std::vector<OptimizedTensor>& tensors, const DenseList& gr
     require(grads.size(i) == tensors[i].size, "grads must have the shapes of the parameters");
     tensors[i].grad = grads.buffer(i);
   }
-}
-
-inline void set_lrs(std::vector<OptimizedTensor>& tensors, const std::vector<double>& lrs) {
-  require(lrs.size() == tensors.size(), "lrs must be as many as params");
-  for (size_t i = 0; i < tensors.size(); ++i) tensors[i].lr = lrs[i];
 }
 
 }  // namespace evakernels

@@ -10,7 +10,8 @@ namespace {
 void adamw_update(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
                   std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, std::vector<double> lrs,
                   std::vector<double> weight_decays, double beta1, double beta2, double eps,
-                  std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+                  std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, Numbers seeds,
+                  Numbers first_elements) {
   require(!params.empty(), "params is empty");
   const Tensor like = params[0];
   const auto scale = flag_of(grad_scale), skip = flag_of(found_inf);
@@ -25,6 +26,7 @@ void adamw_update(std::vector<Tensor> params, std::vector<Tensor> grads, std::ve
   std::vector<OptimizedTensor> tensors = tensors_of(lists);
   set_grads(tensors, gradients);
   set_lrs(tensors, lrs);
+  set_rounding(tensors, seeds, first_elements);
   const AdamwUpdate update = {
       .tensors = tensors.data(),
       .count = static_cast<int64_t>(tensors.size()),

@@ -42,7 +42,7 @@ Tensor lamb_update(std::vector<Tensor> params, std::vector<Tensor> grads, std::v
 void lamb_apply(std::vector<Tensor> params, std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
                 std::vector<Tensor> steps, const Tensor& squared_norms_any, std::vector<double> lrs,
                 std::vector<double> weight_decays, double beta1, double beta2, double eps, bool nvlamb,
-                std::optional<Tensor> found_inf) {
+                std::optional<Tensor> found_inf, Numbers seeds, Numbers first_elements) {
   require(!params.empty(), "params is empty");
   const Tensor like = params[0];
   const auto skip = flag_of(found_inf);
@@ -55,6 +55,7 @@ void lamb_apply(std::vector<Tensor> params, std::vector<Tensor> exp_avgs, std::v
   };
   std::vector<OptimizedTensor> tensors = tensors_of(lists);
   set_lrs(tensors, lrs);
+  set_rounding(tensors, seeds, first_elements);
   const Tensor squared_norms = as_contiguous(torch::stable::to(squared_norms_any, ScalarType::Float));
   require(squared_norms.numel() == 2 * static_cast<int64_t>(tensors.size()), "squared_norms must be [n, 2]");
   const LambApply apply = {
@@ -71,7 +72,8 @@ void lamb_apply(std::vector<Tensor> params, std::vector<Tensor> exp_avgs, std::v
 void lamb_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
                std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, std::vector<double> lrs,
                std::vector<double> weight_decays, double beta1, double beta2, double eps, bool nvlamb,
-               std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+               std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, Numbers seeds,
+               Numbers first_elements) {
   require(!params.empty(), "params is empty");
   const Tensor like = params[0];
   const auto scale = flag_of(grad_scale), skip = flag_of(found_inf);
@@ -86,6 +88,7 @@ void lamb_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vecto
   std::vector<OptimizedTensor> tensors = tensors_of(lists);
   set_grads(tensors, gradients);
   set_lrs(tensors, lrs);
+  set_rounding(tensors, seeds, first_elements);
   const LambStep step = {
       .tensors = tensors.data(),
       .count = static_cast<int64_t>(tensors.size()),

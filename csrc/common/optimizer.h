@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/stochastic_rounding.h"
 
 namespace evakernels {
 
@@ -24,6 +25,7 @@ struct OptimizedTensor {
   int64_t size;
   double lr;
   double weight_decay;
+  Rounding rounding = {kNearest, 0};  // of param
 };
 
 // How the moments change with a gradient g: m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2.

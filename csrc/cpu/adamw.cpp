@@ -33,7 +33,9 @@ void adamw_update(const AdamwUpdate& params, Isa isa, ParallelFor parallel_for) 
   for (int64_t i = 0; i < params.count; ++i) factors.push_back(factors_of(params.tensors[i], params));
   const Chunks chunks(params.tensors, params.count);
   chunks.for_each(parallel_for, [&](int64_t tensor, int64_t, int64_t begin, int64_t end) {
-    kernels.update(params.tensors[tensor], rates, grad_factor, factors[tensor], begin, end);
+    const OptimizedTensor& optimized = params.tensors[tensor];
+    const RoundingKey rounding = key_of(optimized.rounding, *optimized.step);
+    kernels.update(optimized, rates, grad_factor, factors[tensor], rounding, begin, end);
   });
 }
 

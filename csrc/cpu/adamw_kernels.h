@@ -19,7 +19,7 @@ struct AdamwFactors {
 struct AdamwKernels {
   // Elements [begin, end); the gradient is multiplied with grad_factor.
   void (*update)(const OptimizedTensor& tensor, const MomentRates& rates, float grad_factor,
-                 const AdamwFactors& factors, int64_t begin, int64_t end);
+                 const AdamwFactors& factors, const RoundingKey& rounding, int64_t begin, int64_t end);
 };
 
 EVAKERNELS_FOR_EACH_ISA(extern const AdamwKernels adamw;)

@@ -75,7 +75,9 @@ void lamb_apply(const LambApply& params, Isa isa, ParallelFor parallel_for) {
   }
   const Chunks chunks(params.tensors, params.count);
   chunks.for_each(parallel_for, [&](int64_t tensor, int64_t, int64_t begin, int64_t end) {
-    kernels.apply(params.tensors[tensor], directions[tensor], factors[tensor], begin, end);
+    const OptimizedTensor& optimized = params.tensors[tensor];
+    const RoundingKey rounding = key_of(optimized.rounding, *optimized.step);
+    kernels.apply(optimized, directions[tensor], factors[tensor], rounding, begin, end);
   });
 }
 

@@ -57,8 +57,8 @@ LambSquaredNorms update(const OptimizedTensor& tensor, const LambMoments* moment
   return norms;
 }
 
-void apply(const OptimizedTensor& tensor, const LambDirection& direction, float factor, int64_t begin,
-           int64_t end) {
+void apply(const OptimizedTensor& tensor, const LambDirection& direction, float factor,
+           const RoundingKey& rounding, int64_t begin, int64_t end) {
   Scratch scratch[3];
   for (int64_t first = begin; first < end; first += kBlock) {
     const int64_t size = end - first < kBlock ? end - first : kBlock;
@@ -68,7 +68,7 @@ void apply(const OptimizedTensor& tensor, const LambDirection& direction, float 
     for_each_vector(size, [&](int64_t i, auto part) {
       const F32 value = load(w + i, part);
       const F32 u = direction_of(value, load(m + i, part), load(v + i, part), direction);
-      store(w + i, value - u * factor, part);
+      store(w + i, rounded_by(rounding, value - u * factor, first + i), part);
     });
     write_back(tensor.param, first, size, w);
   }

@@ -33,8 +33,8 @@ struct LambKernels {
                              const LambDirection& direction, int64_t begin, int64_t end);
 
   // Elements [begin, end): w -= factor * u
-  void (*apply)(const OptimizedTensor& tensor, const LambDirection& direction, float factor, int64_t begin,
-                int64_t end);
+  void (*apply)(const OptimizedTensor& tensor, const LambDirection& direction, float factor,
+                const RoundingKey& rounding, int64_t begin, int64_t end);
 };
 
 EVAKERNELS_FOR_EACH_ISA(extern const LambKernels lamb;)

@@ -52,6 +52,15 @@ inline void write_back(const TensorBuffer& buffer, int64_t begin, int64_t size, 
   }
 }
 
+// Of elements `first` and so on: what is stored as bfloat16 without being rounded again, or the values
+// themselves.
+inline F32 rounded_by(const RoundingKey& rounding, F32 values, int64_t first) {
+  if (!rounding.is_stochastic) return values;
+  U32 lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  return rounded_to_bfloat16(values, random_bits(rounding, lanes + static_cast<uint32_t>(first)));
+}
+
 inline void change_moments(F32 gradient, const MomentRates& rates, F32& average, F32& average_sq) {
   average = average * rates.beta1 + gradient * rates.one_minus_beta1;
   average_sq = average_sq * rates.beta2 + gradient * gradient * rates.one_minus_beta2;

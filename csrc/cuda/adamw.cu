@@ -15,6 +15,7 @@ struct AdamwEntry : TableEntry {
   float kept;
   float rate;
   float v_factor;
+  RoundingKey rounding;
 };
 
 struct AdamwRule {
@@ -30,6 +31,7 @@ struct AdamwRule {
     entry.kept = static_cast<float>(1.0 - tensor.lr * tensor.weight_decay);
     entry.rate = static_cast<float>(tensor.lr / bias_of(log_beta1, step));
     entry.v_factor = static_cast<float>(1.0 / sqrt(bias_of(log_beta2, step)));
+    entry.rounding = key_of(tensor.rounding, step);
   }
 };
 
@@ -37,6 +39,7 @@ template <int E, class Position>
 __device__ __forceinline__ void update(const AdamwEntry& entry, const StepOptions& options, float grad_factor,
                                        int count, const Position& position) {
   const OptimizedTensor& tensor = entry.tensor;
+  const RoundingKey rounding = entry.rounding;
   Held<E> w[kSlots<E>], g[kSlots<E>], m[kSlots<E>], v[kSlots<E>];
   for_each_group<E>(
       count,
@@ -59,6 +62,7 @@ __device__ __forceinline__ void update(const AdamwEntry& entry, const StepOption
           const float denominator = sqrtf(average_sq[k]) * entry.v_factor + options.eps;
           param[k] = param[k] * entry.kept - entry.rate * (average[k] / denominator);
         }
+        round_by(rounding, position(i), param);
         Held<E>::put(tensor.param, position(i), param);
         Held<E>::put(tensor.exp_avg, position(i), average);
         Held<E>::put(tensor.exp_avg_sq, position(i), average_sq);

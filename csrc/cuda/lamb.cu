@@ -26,6 +26,7 @@ struct LambDirection {
 struct LambEntry : TableEntry {
   LambDirection direction;
   float factor;  // of u in the step
+  RoundingKey rounding;
 };
 
 // What u is multiplied with: the rate, the trust ratio, and the bias correction.
@@ -55,6 +56,7 @@ struct LambRule {
     entry.direction.m_scale = nvlamb ? static_cast<float>(1.0 / bias1) : 1.0f;
     entry.direction.v_scale = nvlamb ? static_cast<float>(1.0 / bias2) : 1.0f;
     entry.direction.weight_decay = static_cast<float>(tensor.weight_decay);
+    entry.rounding = key_of(tensor.rounding, step);
     entry.factor = squared_norms ? factor(tensor, step, squared_norms + 2 * position) : 0.0f;
   }
 
@@ -156,6 +158,7 @@ __device__ __forceinline__ void apply(const LambEntry& entry, float eps, int cou
   const OptimizedTensor& tensor = entry.tensor;
   const LambDirection direction = entry.direction;
   const float factor = entry.factor;
+  const RoundingKey rounding = entry.rounding;
   Held<E> w[kSlots<E>], m[kSlots<E>], v[kSlots<E>];
   for_each_group<E>(
       count,
@@ -174,6 +177,7 @@ __device__ __forceinline__ void apply(const LambEntry& entry, float eps, int cou
         for (int k = 0; k < E; ++k) {
           param[k] -= factor * direction.of(param[k], average[k], average_sq[k], eps);
         }
+        round_by(rounding, position(i), param);
         Held<E>::put(tensor.param, position(i), param);
       });
 }

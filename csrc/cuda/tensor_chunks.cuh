@@ -82,6 +82,16 @@ class Held {
   Packed<float, E> bits_;
 };
 
+// Of elements `first` and so on: makes them what bfloat16 holds, or leaves them as they are.
+template <int E>
+__device__ __forceinline__ void round_by(const RoundingKey& rounding, int64_t first, float (&values)[E]) {
+  if (!rounding.is_stochastic) return;
+#pragma unroll
+  for (int k = 0; k < E; ++k) {
+    values[k] = rounded_to_bfloat16(values[k], random_bits(rounding, static_cast<uint32_t>(first) + k));
+  }
+}
+
 // Calls fetch(slot, i) for kSlots numbers i below count that are this thread's, then use(slot, i) for the
 // same, and so on with the next ones.
 template <int E, class Fetch, class Use>

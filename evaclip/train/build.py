@@ -70,7 +70,7 @@ def build(config: TrainConfig, world: World) -> Parts:
     model = build_model(config, world)
     rng.seed_all(config.seed, 1 + world.rank)
     loss = ContrastiveLoss(config.loss, world.group).to(world.device)
-    optimizer = build_optimizer(parameter_groups(model, loss, config.optim), config.optim)
+    optimizer = build_optimizer(parameter_groups(model, loss, config.optim), config.optim, config.seed)
     options = StepOptions(config.precision, config.accumulation, config.optim.grad_clip_norm, config.seed)
     tokenizer = Tokenizer(model.config.text.context_length)
     epoch_samples = config.schedule.epoch_samples or len(source)

@@ -68,6 +68,18 @@ class OptimConfig:
     text: TowerConfig = TowerConfig()
     grad_clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Bound on the L2 norm of all gradients together."""
+    stochastic_rounding: bool = False
+    """Under precision=bf16 round updated weights up or down at random, so that steps below half a unit of bfloat16 add
+    up; there are no float32 copies. Nothing but `seed` decides: neither threads nor processes."""
+    zero_processes: Count | None = None
+    """Take LAMB's trust ratios as the released models' trainer did on this many processes, DeepSpeed's ZeRO-1: one for
+    each process's equal slice of the parameters of a group. None takes one for each tensor."""
+
+    @model_validator(mode="after")
+    def _slices_are_lambs(self) -> Self:
+        if self.zero_processes is not None and self.name != "lamb":
+            raise ValueError(f"zero_processes={self.zero_processes} needs name=lamb; {self.name} has no trust ratios")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
@@ -260,6 +272,12 @@ class TrainConfig:
     def _chunks_divide_the_batch(self) -> Self:
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size={self.batch_size} is no multiple of accumulation={self.accumulation}")
+        return self
+
+    @model_validator(mode="after")
+    def _stochastic_rounding_is_to_bfloat16(self) -> Self:
+        if self.optim.stochastic_rounding and self.precision != "bf16":
+            raise ValueError(f"optim.stochastic_rounding needs precision=bf16, got precision={self.precision}")
         return self
 
 

@@ -11,6 +11,7 @@ from evakernels.optim import AdamW, Lamb
 
 Group = dict[str, Any]
 
+_SEEDS = 1 << 31
 _NEVER_DECAYED = ("pos_embed", "cls_token", "positional_embedding")
 
 
@@ -45,16 +46,24 @@ def parameter_groups(model: nn.Module, loss: nn.Module, config: OptimConfig) -> 
     return list(groups.values())
 
 
-def build_optimizer(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[Group], config: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
     """The optimizer over these groups.
 
     Both kinds divide the gradients by their attribute `grad_scale`, and skip a step when their `found_inf` is 1, on the
     device.
+
+    Args:
+        seed: of stochastic rounding.
     """
-    betas = (config.beta1, config.beta2)
+    for group in groups:
+        # The loss has a parameter of its own, which stays in float32.
+        bfloat16 = all(parameter.dtype == torch.bfloat16 for parameter in group["params"])
+        group["stochastic_rounding"] = config.stochastic_rounding and bfloat16
+    options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    options["seed"] = seed % _SEEDS
     if config.name == "adamw":
-        return AdamW(groups, lr=config.lr, betas=betas, eps=config.eps)
-    return Lamb(groups, lr=config.lr, betas=betas, eps=config.eps, variant="deepspeed")
+        return AdamW(groups, **options)
+    return Lamb(groups, **options, variant="deepspeed", zero_processes=config.zero_processes)
 
 
 def set_lr_factor(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -35,6 +35,26 @@ def groups_of(tensor: Tensor) -> tuple[Any, ...]:
     return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if placement.is_shard())
 
 
+def first_element_of(tensor: Tensor) -> int:
+    """Number of the first element that lies in this process, within the whole tensor.
+
+    Raises:
+        TypeError: for a DTensor whose parts aren't ranges of elements: one that isn't cut along its first dimension,
+            or more than once.
+    """
+    if not is_sharded(tensor):
+        return 0
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    cut = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
+    if not cut or not tensor.numel():
+        return 0
+    if len(cut) > 1 or not placements[cut[0]].is_shard(0):
+        raise TypeError(f"a DTensor is placed as {placements}; accepted: cut once, along the first dimension")
+    # As torch.chunk cuts it.
+    rows: int = -(-tensor.shape[0] // mesh.size(cut[0])) * mesh.get_local_rank(cut[0])
+    return min(rows, tensor.shape[0]) * (tensor.numel() // tensor.shape[0])
+
+
 def sum_over(values: Tensor, groups: tuple[Any, ...]) -> None:
     """Replaces values by their sums over the processes of all groups."""
     for group in groups:

@@ -62,6 +62,25 @@ def _length(op: str, name: str, values: Sequence[Any], params: Tensors) -> None:
         raise ValueError(f"{op}: {name} has {len(values)} entries; expected one for each of the {len(params)} params")
 
 
+def rounding(
+    op: str, params: Tensors, seeds: Sequence[int], first_elements: Sequence[int]
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Seeds, if there are any, are for bfloat16 parameters; with them come element numbers, by default 0."""
+    if not seeds:
+        if first_elements:
+            raise ValueError(f"{op}: first_elements are given without seeds; expected both, or seeds alone")
+        return seeds, first_elements
+    first_elements = first_elements or [0] * len(params)
+    for name, values in {"seeds": seeds, "first_elements": first_elements}.items():
+        _length(op, name, values, params)
+        if not all(0 <= value < 1 << 63 for value in values):
+            raise ValueError(f"{op}: {name} are {list(values)}; expected numbers from 0 to below 2^63")
+    for i, param in enumerate(params):
+        if param.dtype != torch.bfloat16:
+            raise TypeError(f"{op}: params[{i}] is {param.dtype}; accepted with seeds: torch.bfloat16")
+    return seeds, first_elements
+
+
 def flags(op: str, param: Tensor, **given: Tensor | None) -> None:
     """Each flag that is given has one element, on the device of `param`."""
     for name, flag in given.items():

@@ -23,6 +23,8 @@ def adamw_update(
     eps: float,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    seeds: Sequence[int] = (),
+    first_elements: Sequence[int] = (),
 ) -> None:
     """One step of AdamW (Loshchilov and Hutter 2019), in place: what `torch.optim.AdamW` computes.
 
@@ -38,6 +40,10 @@ def adamw_update(
         grad_scale: one element; the gradients are divided by it (`grads` itself stays as it is). A loss scale
             and a bound on the norm (`gradient_norm`) are both such a divisor.
         found_inf: one element; above 0 nothing is written. It is read on the device, as is grad_scale.
+        seeds: n numbers, 0 or more, or none. With them the parameters, which must be bfloat16, are rounded
+            stochastically: up with the probability of the part that is cut off, by a hash of (seed, step, element),
+            the same on every backend and for any number of threads. Without them: to the nearest.
+        first_elements: with seeds, the number of each parameter's first element; 0 unless it is a part of a tensor.
 
     Raises:
         TypeError: for a dtype or layout that isn't accepted. ValueError: for lists, shapes or devices that
@@ -48,14 +54,16 @@ def adamw_update(
     _tensor_lists.steps(op, params, steps)
     _tensor_lists.numbers(op, params, lrs=lrs, weight_decays=weight_decays)
     _tensor_lists.flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
-    _update(params, grads, exp_avgs, exp_avg_sqs, steps, lrs, weight_decays, *betas, eps, grad_scale, found_inf)
+    rounding = _tensor_lists.rounding(op, params, seeds, first_elements)
+    state, rates = (exp_avgs, exp_avg_sqs, steps), (lrs, weight_decays)
+    _update(params, grads, *state, *rates, *betas, eps, grad_scale, found_inf, *rounding)
 
 
 _update = define(
     "adamw_update",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps,"
     " float[] lrs, float[] weight_decays, float beta1, float beta2, float eps, Tensor? grad_scale,"
-    " Tensor? found_inf) -> ()",
+    " Tensor? found_inf, int[] seeds=[], int[] first_elements=[]) -> ()",
     reference=reference.adamw_update,
     fake=None,
 )

@@ -29,6 +29,8 @@ def lamb_step(
     variant: str = "deepspeed",
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    seeds: Sequence[int] = (),
+    first_elements: Sequence[int] = (),
 ) -> None:
     """`lamb_update` and `lamb_apply` of tensors that aren't sharded, in one call.
 
@@ -41,8 +43,9 @@ def lamb_step(
     _tensor_lists.steps(op, params, steps)
     _tensor_lists.numbers(op, params, lrs=lrs, weight_decays=weight_decays)
     _tensor_lists.flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
+    rounding = _tensor_lists.rounding(op, params, seeds, first_elements)
     state, options = (exp_avgs, exp_avg_sqs, steps), (*betas, eps, variant == "nvlamb")
-    _step(params, grads, *state, lrs, weight_decays, *options, grad_scale, found_inf)
+    _step(params, grads, *state, lrs, weight_decays, *options, grad_scale, found_inf, *rounding)
 
 
 def lamb_update(
@@ -117,10 +120,21 @@ def lamb_apply(
     eps: float,
     variant: str = "deepspeed",
     found_inf: Tensor | None = None,
+    seeds: Sequence[int] = (),
+    first_elements: Sequence[int] = (),
 ) -> None:
     """The second phase of LAMB: writes `params`, from what `lamb_update` left and returned.
 
-    Takes and raises what `lamb_update` does, and `lrs`, n learning rates. Only `params` are written.
+    Takes and raises what `lamb_update` does, and besides:
+
+    Args:
+        lrs: n learning rates.
+        seeds: n numbers, 0 or more, or none. With them the parameters, which must be bfloat16, are rounded
+            stochastically: up with the probability of the part that is cut off, by a hash of (seed, step, element),
+            the same on every backend and for any number of threads. Without them: to the nearest.
+        first_elements: with seeds, the number of each parameter's first element; 0 unless it is a part of a tensor.
+
+    Only `params` are written.
     """
     op = "lamb_apply"
     check_variant(op, variant)
@@ -130,6 +144,7 @@ def lamb_apply(
     _check.floating(op, squared_norms=squared_norms)
     _check.shape(op, "squared_norms", squared_norms, (len(params), 2), "[n, 2]")
     _tensor_lists.flags(op, params[0], found_inf=found_inf)
+    rounding = _tensor_lists.rounding(op, params, seeds, first_elements)
     _apply(
         params,
         exp_avgs,
@@ -142,6 +157,7 @@ def lamb_apply(
         eps,
         variant == "nvlamb",
         found_inf,
+        *rounding,
     )
 
 
@@ -172,7 +188,7 @@ _apply = define(
     "lamb_apply",
     "(Tensor(a!)[] params, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] steps, Tensor squared_norms,"
     " float[] lrs, float[] weight_decays, float beta1, float beta2, float eps, bool nvlamb,"
-    " Tensor? found_inf) -> ()",
+    " Tensor? found_inf, int[] seeds=[], int[] first_elements=[]) -> ()",
     reference=reference.lamb_apply,
     fake=None,
 )
@@ -180,7 +196,7 @@ _step = define(
     "lamb_step",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps,"
     " float[] lrs, float[] weight_decays, float beta1, float beta2, float eps, bool nvlamb, Tensor? grad_scale,"
-    " Tensor? found_inf) -> ()",
+    " Tensor? found_inf, int[] seeds=[], int[] first_elements=[]) -> ()",
     reference=reference.lamb_step,
     fake=None,
 )

@@ -4,13 +4,14 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
+from itertools import count
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from evakernels.ops._shards import groups_of, local, sum_over
+from evakernels.ops._shards import first_element_of, groups_of, local, sum_over
 from evakernels.reference._numerics import accumulation_dtype
 
 
@@ -21,6 +22,7 @@ class Batch:
     Attributes:
         shards: the process groups over which the tensors are cut.
         owners: the parameters themselves.
+        seeds, first_elements: of their stochastic rounding, or nothing; see `evakernels.adamw_update`.
     """
 
     shards: tuple[Any, ...] = ()
@@ -32,12 +34,15 @@ class Batch:
     steps: list[Tensor] = field(default_factory=list)
     lrs: list[float] = field(default_factory=list)
     weight_decays: list[float] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    first_elements: list[int] = field(default_factory=list)
 
     @property
     def state(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         return self.exp_avgs, self.exp_avg_sqs, self.steps
 
-    def add(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    def add(self, param: Tensor, number: int, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        """Adds a parameter, the optimizer's `number`-th."""
         assert param.grad is not None
         self.owners.append(param)
         self.params.append(local(param))
@@ -47,6 +52,9 @@ class Batch:
         self.steps.append(state["step"])
         self.lrs.append(group["lr"])
         self.weight_decays.append(group["weight_decay"])
+        if group.get("stochastic_rounding"):
+            self.seeds.append(group["seed"] << 32 | number)
+            self.first_elements.append(first_element_of(param))
 
     def parts(self) -> Iterator["Batch"]:
         """The same tensors in order, in batches of at most as many elements as the largest tensor has."""
@@ -88,6 +96,10 @@ class DeviceOptimizer(Optimizer):
     ) -> None:
         """Makes the step of these tensors; `options` are the shared ones."""
 
+    def parts_of(self, batch: Batch) -> Iterator[Batch]:
+        """The tensors of a batch in parts that may be stepped one after the other."""
+        return batch.parts()
+
     def check_options(self, options: dict[str, Any]) -> None:
         """Raises for options of a group that are out of range."""
         name = type(self).__name__
@@ -98,11 +110,28 @@ class DeviceOptimizer(Optimizer):
                 raise ValueError(f"{name}: {option} is {options[option]}; accepted: 0 or more")
         if len(options["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in options["betas"]):
             raise ValueError(f"{name}: betas are {options['betas']}; accepted: two numbers from 0 to below 1")
+        if not 0 <= options.get("seed", 0) < 1 << 31:
+            raise ValueError(f"{name}: seed is {options['seed']}; accepted: a number from 0 to below 2^31")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; see `torch.optim.Optimizer.add_param_group`."""
         self.check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        added = self.param_groups[-1]
+        others = {param.dtype for param in added["params"]} - {torch.bfloat16}
+        if added.get("stochastic_rounding") and others:
+            self.param_groups.pop()
+            raise TypeError(
+                f"{type(self).__name__}: stochastic_rounding is for parameters of torch.bfloat16, and these are "
+                f"{', '.join(sorted(map(str, others)))}; set stochastic_rounding=False in their group"
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Groups that were saved without one of these options, such as torch's, get the defaults of this optimizer."""
+        super().__setstate__(state)
+        for option in {"stochastic_rounding", "seed", "zero_processes"} & self.defaults.keys():
+            for group in self.param_groups:
+                group.setdefault(option, self.defaults[option])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the moments in the dtypes they were saved in; otherwise as the base class."""
@@ -140,7 +169,7 @@ class DeviceOptimizer(Optimizer):
         """
         found: dict[Tensor, Tensor] = {}
         for key, batch in self._batches().items():
-            norms = torch.stack([squares for part in batch.parts() for squares in self._measured(key, part)])
+            norms = torch.stack([squares for part in self.parts_of(batch) for squares in self._measured(key, part)])
             sum_over(norms, batch.shards)
             found.update(zip(batch.owners, norms, strict=True))
         return found
@@ -155,21 +184,23 @@ class DeviceOptimizer(Optimizer):
         ]
 
     def _step_of(self, key: tuple[Any, ...], batch: Batch) -> None:
-        device, _, *shared = key
+        device, _, _, *shared = key
         options = dict(zip(self.shared_options, shared, strict=True))
         self.step_batch(batch, options, self._flag("grad_scale", device), self._flag("found_inf", device))
 
     def _batches(self) -> dict[tuple[Any, ...], Batch]:
         """The tensors of each call: all in one unless groups differ in more than rate and decay, or in their shards."""
         batches: dict[tuple[Any, ...], Batch] = defaultdict(Batch)
+        numbers = count()
         for group in self.param_groups:
             shared = {**group, "betas": tuple(group["betas"])}  # of any sequence, something hashable
-            for param in group["params"]:
+            rounding = bool(group.get("stochastic_rounding"))
+            for param, number in zip(group["params"], numbers, strict=False):
                 if param.grad is not None:
                     shards = groups_of(param)
-                    key = param.device, shards, *(shared[option] for option in self.shared_options)
+                    key = param.device, shards, rounding, *(shared[option] for option in self.shared_options)
                     batches[key].shards = shards
-                    batches[key].add(param, self._state_of(param), group)
+                    batches[key].add(param, number, self._state_of(param), group)
         return batches
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
@@ -182,7 +213,8 @@ class DeviceOptimizer(Optimizer):
 
     def _flag(self, name: str, device: torch.device) -> Tensor | None:
         flag: Tensor | None = getattr(self, name, None)
-        return None if flag is None else flag.to(device, non_blocking=True)
+        # To the host it must have arrived before it is read there.
+        return None if flag is None else flag.to(device, non_blocking=device.type != "cpu")
 
 
 def _square(value: Tensor) -> Tensor:

@@ -30,10 +30,16 @@ class AdamW(DeviceOptimizer):
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: a step takes `lr * weight_decay` of a parameter away.
+        stochastic_rounding: for groups of bfloat16 parameters without float32 copies. What a step leaves is rounded up
+            with the probability of the part that is cut off, so that steps smaller than half a unit of bfloat16 add up
+            instead of being lost. The result is the same on every device and for any number of threads and, sharded, of
+            processes, as far as what is rounded is.
+        seed: of these roundings, from 0 to below 2^31.
 
     Raises:
-        TypeError, ValueError: for options out of range, in `step` for sparse or complex gradients, and for groups
-            or state dicts with torch's options `amsgrad` and `maximize`, which aren't offered.
+        TypeError, ValueError: for options out of range, stochastic rounding to other than bfloat16, in `step` for
+            sparse or complex gradients, and for groups or state dicts with torch's options `amsgrad` and `maximize`,
+            which aren't offered.
     """
 
     def __init__(
@@ -43,8 +49,12 @@ class AdamW(DeviceOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        *,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "stochastic_rounding": stochastic_rounding, "seed": seed})
 
     def check_options(self, options: dict[str, Any]) -> None:
         for option in _NOT_OFFERED:
@@ -71,5 +81,7 @@ class AdamW(DeviceOptimizer):
             batch.weight_decays,
             grad_scale=grad_scale,
             found_inf=found_inf,
+            seeds=batch.seeds,
+            first_elements=batch.first_elements,
             **options,
         )

@@ -1,9 +1,12 @@
 """What the references of the optimizers share."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from evakernels.reference._stochastic_rounding import round_stochastically
 
 
 def changed_moments(
@@ -18,6 +21,11 @@ def changed_moments(
 def bias(beta: float, t: Tensor, like: Tensor) -> Tensor:
     """1 - beta^t, to full precision also for beta close to 1."""
     return -torch.expm1(t.to(like.dtype) * (math.log(beta) if beta > 0 else -math.inf))
+
+
+def rounded(value: Tensor, i: int, step: Tensor, seeds: Sequence[int], first_elements: Sequence[int]) -> Tensor:
+    """The i-th parameter as it is to be stored: with seeds rounded stochastically, to bfloat16."""
+    return round_stochastically(value, seeds[i], step, first_elements[i]) if seeds else value
 
 
 def write(target: Tensor, value: Tensor, found_inf: Tensor | None) -> None:

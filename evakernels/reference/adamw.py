@@ -8,10 +8,12 @@ whatever the parameters and moments are stored in, and the step is that of the m
 waits for the device.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from evakernels.reference._numerics import accumulation_dtype
-from evakernels.reference._optimizer import bias, changed_moments, write
+from evakernels.reference._optimizer import bias, changed_moments, rounded, write
 
 
 def adamw_update(
@@ -27,13 +29,18 @@ def adamw_update(
     eps: float,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    seeds: Sequence[int] = (),
+    first_elements: Sequence[int] = (),
 ) -> None:
-    for w, g, m, v, t, lr, decay in zip(params, grads, exp_avgs, exp_avg_sqs, steps, lrs, weight_decays, strict=True):
+    for i, (w, g, m, v, t, lr, decay) in enumerate(
+        zip(params, grads, exp_avgs, exp_avg_sqs, steps, lrs, weight_decays, strict=True)
+    ):
         g = g.to(accumulation_dtype(w))
         average, average_sq = changed_moments(g, m, v, beta1, beta2, grad_scale)
         write(t, t + 1, found_inf)
         denominator = (average_sq / bias(beta2, t, g)).sqrt() + eps
         step = average / bias(beta1, t, g) / denominator
-        write(w, (1 - lr * decay) * w.to(g.dtype) - lr * step, found_inf)
+        value = (1 - lr * decay) * w.to(g.dtype) - lr * step
+        write(w, rounded(value, i, t, seeds, first_elements), found_inf)
         write(m, average, found_inf)
         write(v, average_sq, found_inf)

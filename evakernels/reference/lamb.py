@@ -11,11 +11,13 @@ with m' = m / (1 - beta1^t), v' = v / (1 - beta2^t), correction = sqrt(1 - beta2
 whatever the parameters and moments are stored in. Nothing waits for the device.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from evakernels.reference._numerics import accumulation_dtype
-from evakernels.reference._optimizer import bias, changed_moments, write
+from evakernels.reference._optimizer import bias, changed_moments, rounded, write
 
 DEEPSPEED_RATIO = (0.01, 10.0)
 
@@ -59,6 +61,8 @@ def lamb_apply(
     eps: float,
     nvlamb: bool,
     found_inf: Tensor | None,
+    seeds: Sequence[int] = (),
+    first_elements: Sequence[int] = (),
 ) -> None:
     ratios = _trust_ratios(squared_norms)
     for i, (w, m, v, t, lr, decay) in enumerate(
@@ -69,7 +73,7 @@ def lamb_apply(
             u *= ratios[i].clamp(*DEEPSPEED_RATIO) * bias(beta2, t, u).sqrt() / bias(beta1, t, u)
         elif decay != 0:
             u *= ratios[i]
-        write(w, w.to(u.dtype) - lr * u, found_inf)
+        write(w, rounded(w.to(u.dtype) - lr * u, i, t, seeds, first_elements), found_inf)
 
 
 def lamb_step(
@@ -86,10 +90,13 @@ def lamb_step(
     nvlamb: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    seeds: Sequence[int] = (),
+    first_elements: Sequence[int] = (),
 ) -> None:
     state = exp_avgs, exp_avg_sqs, steps
     norms = lamb_update(params, grads, *state, weight_decays, beta1, beta2, eps, nvlamb, grad_scale, found_inf)
-    lamb_apply(params, *state, norms, lrs, weight_decays, beta1, beta2, eps, nvlamb, found_inf)
+    rates, rounding = (lrs, weight_decays), (seeds, first_elements)
+    lamb_apply(params, *state, norms, *rates, beta1, beta2, eps, nvlamb, found_inf, *rounding)
 
 
 def _direction(

@@ -35,8 +35,11 @@ class OptimizerState {
     const auto part = [&](Buffer& buffer) -> TensorBuffer {
       return {static_cast<char*>(buffer.data()) + skipped, buffer.dtype()};
     };
-    return {part(w_), part(g_), {m_.data(), DType::Float32}, {v_.data(), DType::Float32}, &step_, case_.size,
-            kRate,    kDecay};
+    OptimizedTensor tensor = {
+        part(w_), part(g_), {m_.data(), DType::Float32}, {v_.data(), DType::Float32}, &step_, case_.size,
+        kRate,    kDecay};
+    if (case_.dtype == DType::BFloat16) tensor.rounding = {.seed = 7, .first_element = 1000};
+    return tensor;
   }
 
   int64_t size() const { return case_.size; }

@@ -19,7 +19,8 @@ import pytest
 from op_suite import CHOICE, ROOT, build_emulated, copy_with_library, gcc, run_ops, sanitizer_runtimes, tool
 
 OPS = ("adamw", "gelu", "gradient_norm", "lamb", "native_lamb")
-OPS += ("layer_norm", "residual_norm", "norm_widths", "packed_attention", "rope_attention", "swiglu", "token_dropout")
+OPS += ("layer_norm", "residual_norm", "norm_widths", "packed_attention", "rope_attention", "stochastic_rounding")
+OPS += ("swiglu", "token_dropout")
 MORE = ("every_mix", "no_rows", "one_element", "strided", "finite", "bit_equal", "lamb", "any_layout", "refuses")
 # Not the tests that are about the size of other kernels' chunks.
 CHECKS = f"({' or '.join((CHOICE, *MORE))}) and not several_chunks"

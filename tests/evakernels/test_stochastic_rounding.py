@@ -1,0 +1,320 @@
+"""Stochastic rounding of bfloat16 parameters: its random numbers, the ops on every backend, and what it is for."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from op_checks import assert_opcheck
+from optimizer_checks import SIZES, everything, lists
+from torch import nn
+
+import evakernels
+from evakernels import _native
+from evakernels.optim import AdamW, Lamb
+from evakernels.reference._stochastic_rounding import random_bits, round_stochastically
+
+OPS = torch.ops.evakernels
+NATIVE = pytest.mark.skipif(not _native.LOADED, reason="the native library is not built")
+BACKENDS = ["reference", pytest.param("cpu", marks=NATIVE)]
+OPTIONS = {"betas": (0.9, 0.98), "eps": 1e-6}
+FLOAT, HALF = torch.float32, torch.bfloat16
+MIXED, ALL_HALF = (HALF, HALF, FLOAT, FLOAT), (HALF,) * 4
+KINDS = ["adamw", "lamb_step", "lamb_phases"]
+
+
+def step(state, kind, backend="cpu", seeds=None, firsts=None, found_inf=None, lr=0.01):
+    """One step in place on the lists."""
+    count = len(state[0])
+    lrs, decays = [lr] * count, [0.05] * count
+    seeds = [5 << 32 | i for i in range(count)] if seeds is None else seeds
+    options = {**OPTIONS, "found_inf": None if found_inf is None else torch.tensor(found_inf)}
+    rounding = {"seeds": seeds, "first_elements": firsts or ()}
+    with evakernels.use_backend(backend):
+        if kind == "adamw":
+            evakernels.adamw_update(*state, lrs, decays, **options, **rounding)
+        elif kind == "lamb_step":
+            evakernels.lamb_step(*state, lrs, decays, **options, **rounding)
+        else:
+            norms = evakernels.lamb_update(*state, decays, **options)
+            evakernels.lamb_apply(state[0], *state[2:], norms, lrs, decays, **options, **rounding)
+
+
+# --- the random numbers ---------------------------------------------------------------------------------------------
+
+
+def bits(seed=0, step=1, first=0, size=1 << 18):
+    return random_bits(torch.empty(size), seed, torch.tensor(float(step)), first)
+
+
+def correlation(a, b):
+    """In standard deviations of what independent numbers have."""
+    a, b = (x.double() - (1 << 31) for x in (a, b))
+    return ((a * b).mean() / (a.std() * b.std()) * len(a) ** 0.5).abs().item()
+
+
+def test_each_bit_is_set_half_the_time_and_does_not_tell_of_others():
+    numbers = bits()
+    assert numbers.min() >= 0
+    assert numbers.max() < 1 << 32
+    planes = torch.stack([(numbers >> k & 1).double() for k in range(32)]) * 2 - 1
+    products = planes @ planes.T / len(numbers) ** 0.5
+    products.fill_diagonal_(0.0)
+    assert (planes.sum(1) / len(numbers) ** 0.5).abs().max() < 5
+    assert products.abs().max() < 5
+
+
+@pytest.mark.parametrize(
+    "other", [{"step": 2}, {"step": 3}, {"seed": 1}, {"seed": 2}, {"seed": 1 << 32}, {"seed": 3 << 32}], ids=str
+)
+def test_other_steps_and_seeds_have_other_numbers(other):
+    ours, others = bits(), bits(**other)
+    for shift in (0, 1, 2, 64):
+        assert correlation(ours[: len(ours) - shift], others[shift:]) < 5, shift
+    assert (ours == others).double().mean() < 1e-4
+
+
+def test_neighbours_have_unrelated_numbers():
+    numbers = bits()
+    assert all(correlation(numbers[:-shift], numbers[shift:]) < 5 for shift in (1, 2, 3, 4, 8, 16, 256, 4096))
+
+
+def test_a_part_has_the_numbers_of_the_whole():
+    assert torch.equal(bits(first=1000, size=50), bits(size=1050)[1000:])
+    late = bits(first=(1 << 32) + 7, size=5)
+    assert torch.equal(late, bits(first=7, size=5))
+
+
+# --- a rounding -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [1.001, -1.003, 3e-5, 2.0**-130 * 1.3, 7.77e30])
+def test_the_mean_of_many_roundings_is_the_value(value):
+    exact = torch.tensor(value)
+    unit = (exact.to(torch.float64).abs().log2().floor().clamp(min=-126) - 7).exp2().item()
+    rounded = round_stochastically(exact.expand(1 << 18), 3, torch.tensor(1.0), 0).double()
+    assert torch.equal(rounded, rounded.to(HALF).double())
+    low, high = rounded.min().item(), rounded.max().item()
+    assert high - low == unit
+    assert low < exact.item() < high
+    share = (exact.item() - low) / unit
+    error = (rounded.mean().item() - exact.item()) / unit
+    assert abs(error) < 5 * (share * (1 - share) / len(rounded)) ** 0.5
+
+
+def test_what_bfloat16_holds_stays_and_what_is_not_finite_too():
+    values = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(HALF).float()
+    rounded = round_stochastically(values, 3, torch.tensor(1.0), 0)
+    torch.testing.assert_close(rounded, values, rtol=0, atol=0, equal_nan=True)
+    odd = torch.tensor([0x7F800001, 0x7FFFFFFF, -1, 0x7F7FFFFF], dtype=torch.int32).view(FLOAT)
+    rounded = round_stochastically(odd, 3, torch.tensor(1.0), 0)
+    assert rounded[:3].isnan().all()
+    assert rounded[3] >= torch.finfo(HALF).max
+
+
+# --- the ops --------------------------------------------------------------------------------------------------------
+
+
+def assert_same_but_for_few(ours, theirs, slack):
+    """Where float32 differs in the last place, another one of the two neighbours may be taken, once in 2^16 units."""
+    different = torch.cat([(a != b).flatten() for a, b in zip(ours, theirs, strict=True)]).double().mean()
+    assert different < 1e-3, different
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=torch.finfo(HALF).eps, atol=slack)
+
+
+@NATIVE
+@pytest.mark.parametrize("dtypes", [MIXED, ALL_HALF], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_equal_the_formula_of_the_reference(kind, dtypes):
+    firsts = [1000 * i for i in range(len(SIZES))]
+    ours, theirs, nearest = (lists(dtypes) for _ in range(3))
+    step(ours, kind, firsts=firsts)
+    step(theirs, kind, "reference", firsts=firsts)
+    step(nearest, kind, seeds=())
+    # Of a parameter near 0; a moment in bfloat16 may itself be the other neighbour.
+    assert_same_but_for_few(ours[0], theirs[0], 2e-6 if dtypes == MIXED else 2e-4)
+    assert (ours[0][-1] != nearest[0][-1]).double().mean() > 0.1
+    for a, b in zip(everything(ours[2:]), everything(nearest[2:]), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mean_over_many_elements_is_the_step_in_float32(kind, backend):
+    """Of a tensor whose elements all make the same step."""
+    size, exact = 1 << 17, None
+    results = []
+    for dtype in (FLOAT, HALF):
+        state = [[torch.full((size,), x, dtype=dtype)] for x in (1.0, 0.5)]
+        state += [[torch.full((size,), x)] for x in (0.1, 0.01)] + [[torch.tensor(7.0)]]
+        step(state, kind, backend, seeds=[1] if dtype == HALF else ())
+        results.append(state[0][0].double())
+    exact, rounded = results
+    assert exact.unique().numel() == 1
+    unit = 2.0**-8
+    share = exact[0].item() / unit % 1
+    assert 0.01 < share < 0.99
+    assert abs((rounded.mean() - exact[0]) / unit) < 5 * (share * (1 - share) / size) ** 0.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parts_are_rounded_as_the_whole_is(backend):
+    size = 2 * 16384 + 77
+    whole = lists(MIXED, [size])
+    cuts = [0, 1000, 1001, 16384 + 5, size]
+    parts = [[t[0][a:b].clone() for a, b in pairwise(cuts)] for t in whole[:4]]
+    parts.append([whole[4][0].clone() for _ in parts[0]])
+    norms = torch.tensor([[3.0, 2.0]])
+    for state, firsts in ((whole, [0]), (parts, cuts[:-1])):
+        count = len(state[0])
+        step(state, "adamw", backend, seeds=[9] * count, firsts=firsts)
+        rounding = {"seeds": [8] * count, "first_elements": firsts}
+        with evakernels.use_backend(backend):
+            rates = [0.01] * count, [0.05] * count
+            evakernels.lamb_apply(state[0], *state[2:], norms.expand(count, 2), *rates, **OPTIONS, **rounding)
+    assert torch.equal(torch.cat(parts[0]), whole[0][0])
+
+
+@NATIVE
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_runs_with_other_numbers_of_threads_are_bit_equal(kind):
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append(lists(MIXED))
+        step(results[-1], kind)
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*map(everything, results), strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_found_inf_writes_nothing_and_a_gradient_that_is_not_finite_stays_visible(kind, backend):
+    skipped, before, bad = (lists(MIXED, [0, 5, 1061]) for _ in range(3))
+    step(skipped, kind, backend, found_inf=1.0)
+    assert all(torch.equal(a, b) for a, b in zip(everything(skipped), everything(before), strict=True))
+    bad[1][2][7] = torch.nan
+    step(bad, kind, backend)
+    assert bad[0][2][7].isnan()
+    assert bad[0][1].isfinite().all()
+
+
+def test_opcheck():
+    params, grads, exp_avgs, exp_avg_sqs, steps = lists(MIXED, [3, 5])
+    state, numbers = (exp_avgs, exp_avg_sqs, steps), ([0.1, 0.2], [0.0, 0.1], 0.9, 0.98, 1e-6)
+    rounding = ([1, 2], [0, 8])
+    assert_opcheck(OPS.adamw_update.default, (params, grads, *state, *numbers, None, None, *rounding))
+    assert_opcheck(OPS.lamb_step.default, (params, grads, *state, *numbers, False, None, None, *rounding))
+    norms = torch.rand(2, 2)
+    assert_opcheck(OPS.lamb_apply.default, (params, *state, norms, *numbers, False, None, *rounding))
+
+
+# --- the optimizers -------------------------------------------------------------------------------------------------
+
+
+def losses(kind, dtype, steps=400, **options):
+    """Of a linear regression whose steps are far below half a unit of bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    x, target = torch.randn(256, 16, generator=generator), torch.randn(16, 4, generator=generator)
+    weight = nn.Parameter((target + 0.3 * torch.randn(16, 4, generator=generator)).to(dtype))
+    optimizer = kind([weight], lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, **options)
+    history = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = (x @ weight.float() - x @ target).square().mean()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    return history
+
+
+@pytest.mark.parametrize("kind", [AdamW, Lamb])
+def test_training_follows_float32_where_plain_bfloat16_stalls(kind):
+    exact, plain = losses(kind, FLOAT), losses(kind, HALF)
+    stochastic = losses(kind, HALF, stochastic_rounding=True)
+    assert exact[-1] < 0.1 * exact[0]
+    assert plain[-1] > 0.5 * plain[0]
+    assert stochastic[-1] < exact[-1] + 0.02 * exact[0]
+    assert max(abs(a - b) for a, b in zip(stochastic, exact, strict=True)) < 0.1 * exact[0]
+
+
+@pytest.mark.parametrize("kind", [AdamW, Lamb])
+def test_the_seed_and_nothing_else_decides(kind):
+    runs = [losses(kind, HALF, 20, stochastic_rounding=True, seed=seed) for seed in (0, 0, 1)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_parameters_of_other_groups_change_no_rounding():
+    """Numbers are those of the optimizer's parameters, whatever calls of the op they are in."""
+
+    def run(betas_of_first):
+        params = [nn.Parameter(torch.ones(100, dtype=HALF)) for _ in range(2)]
+        groups = [{"params": params[:1], "betas": betas_of_first}, {"params": params[1:]}]
+        optimizer = AdamW(groups, lr=1e-3, betas=(0.9, 0.98), stochastic_rounding=True)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        return params
+
+    together, apart = run((0.9, 0.98)), run((0.5, 0.5))
+    assert torch.equal(together[1], apart[1])
+    assert not torch.equal(together[0], together[1])
+
+
+def test_groups_of_other_dtypes_may_switch_it_off():
+    params = [nn.Parameter(torch.ones(100, dtype=dtype)) for dtype in (HALF, FLOAT)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "stochastic_rounding": False}]
+    optimizer = Lamb(groups, lr=1e-3, stochastic_rounding=True)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert params[0].unique().numel() == 2
+    assert params[1].unique().numel() == 1
+
+
+def test_a_state_dict_without_the_options_gets_the_defaults():
+    weight = nn.Parameter(torch.ones(3, dtype=HALF))
+    saved = torch.optim.AdamW([weight]).state_dict()
+    optimizer = AdamW([weight], stochastic_rounding=True, seed=4)
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["stochastic_rounding"]
+    assert optimizer.param_groups[0]["seed"] == 4
+
+
+def call(**changes):
+    one = {name: [torch.ones(3, dtype=HALF)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
+    arguments = {**one, "steps": [torch.zeros(())], "lrs": [0.1], "weight_decays": [0.0], "seeds": [1], **changes}
+    return evakernels.adamw_update(**arguments, **OPTIONS)
+
+
+ONE = [nn.Parameter(torch.ones(3))]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "exception", "message"),
+    [
+        (
+            lambda: call(params=[torch.ones(3)]),
+            TypeError,
+            r"params\[0\] is torch.float32; accepted with seeds: torch",
+        ),
+        (lambda: call(seeds=[1, 2]), ValueError, "seeds has 2 entries; expected one for each of the 1 params"),
+        (lambda: call(first_elements=[1, 2]), ValueError, "first_elements has 2 entries"),
+        (lambda: call(seeds=[], first_elements=[1]), ValueError, "first_elements are given without seeds"),
+        (lambda: call(seeds=[-1]), ValueError, r"seeds are \[-1\]; expected numbers from 0 to below 2\^63"),
+        (
+            lambda: AdamW(ONE, stochastic_rounding=True),
+            TypeError,
+            "AdamW: stochastic_rounding is for .*, and these",
+        ),
+        (
+            lambda: Lamb(ONE, stochastic_rounding=True),
+            TypeError,
+            "Lamb: .*these are torch.float32; set stochastic",
+        ),
+        (lambda: Lamb(ONE, seed=-1), ValueError, r"Lamb: seed is -1; accepted: a number from 0 to below 2\^31"),
+    ],
+)
+def test_wrong_input_says_what_is_accepted(wrong, exception, message):
+    with pytest.raises(exception, match=message):
+        wrong()
