@@ -37,6 +37,7 @@ def add_commands(subparsers: Any) -> None:
     add("--parallel", metavar="MODE", help="replicate, shard, or hybrid: in groups of --shard-size (shard)")
     add("--shard-size", type=int, metavar="N", help="GPUs of a group under --parallel hybrid")
     add("--no-reshard", action="store_true", help="keep what was gathered for the backward pass (ZeRO-2)")
+    add("--offload", choices=("none", "cpu"), help="keep parameters, gradients and moments in host memory (none)")
     add("--optimizer", choices=("adamw", "lamb"), help="whose moments are held (lamb)")
     add("--state-dtype", default="fp32", choices=("fp32", "bf16"), help="of the moments (fp32)")
     add("--samples", type=int, metavar="N", help="of the whole run, for GPU-hours and days")
@@ -71,7 +72,7 @@ def _print(job: Any, gpu: Any, args: argparse.Namespace) -> None:
     memory = plan_memory(job)
     time = plan_time(job, memory, gpu)
     console.print(tables.summary(job, memory, gpu))
-    console.print(tables.memory_table(memory, gpu))
+    console.print(tables.memory_table(memory, gpu, job.gpus))
     console.print(time_tables.flops_table(time, job))
     console.print(time_tables.time_table(time, job, gpu))
     if args.savings or args.plot:
@@ -122,7 +123,7 @@ def job_of(args: argparse.Namespace) -> Any:
 
     names = (
         "model", "gpus", "global_batch", "accumulation", "token_dropout", "caption_tokens", "precision", "optimizer",
-        "state_dtype", "samples", "shard_size",
+        "state_dtype", "samples", "shard_size", "offload",
     )  # fmt: skip
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     given |= {"mode": args.parallel} if args.parallel else {}

@@ -130,7 +130,7 @@ def smallest(job: Job, gpu: Gpu) -> Option | None:
     for count in _counts(job.gpus):
         if job.global_batch % count:
             continue
-        mode: Mode = "replicate" if count == 1 else "shard"
+        mode: Mode = "replicate" if count == 1 and job.offload == "none" else "shard"
         smaller = replace(job, gpus=count, mode=mode, shard_size=None, reshard=True, accumulation=1)
         if _can_fit(smaller, gpu):
             return _fastest(tuple(policies(smaller, gpu)))

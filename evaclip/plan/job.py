@@ -14,6 +14,7 @@ from evaclip.train.recipes import get_recipe
 
 Mode = Literal["replicate", "shard", "hybrid"]
 StateType = Literal["fp32", "bf16"]
+Offload = Literal["none", "cpu"]
 
 CAPTION_TOKENS = 15
 
@@ -27,7 +28,7 @@ class Job:
         global_batch: samples of one optimizer step over all of them: the contrastive batch.
         token_dropout: share of the patches that training leaves out.
         accumulation: chunks that each process passes through the model one after the other.
-        mode, reshard, shard_size: as `parallel` in a training configuration.
+        mode, reshard, shard_size, offload: as `parallel` in a training configuration.
         state_dtype: of the optimizer's two moments.
         caption_tokens: mean length of a caption from its start to its end token.
         samples: of the whole run; None for what isn't known.
@@ -44,6 +45,7 @@ class Job:
     mode: Mode = "shard"
     reshard: bool = True
     shard_size: int | None = None
+    offload: Offload = "none"
     optimizer: Literal["adamw", "lamb"] = "lamb"
     state_dtype: StateType = "fp32"
     accumulation: int = 1
@@ -53,7 +55,8 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, choices in (("precision", Precision), ("mode", Mode), ("state_dtype", StateType)):
+        kinds = {"precision": Precision, "mode": Mode, "state_dtype": StateType, "offload": Offload}
+        for name, choices in kinds.items():
             if getattr(self, name) not in get_args(choices):
                 raise unknown_name(name, str(getattr(self, name)), get_args(choices))
         for name in ("gpus", "global_batch", "accumulation"):
@@ -71,6 +74,8 @@ class Job:
             raise UserError(f"hybrid, and no other mode, has a shard_size; given {self.mode} and {self.shard_size}")
         if self.shard_size is not None and self.gpus % self.shard_size:
             raise UserError(f"shard_size {self.shard_size} doesn't divide {self.gpus} GPUs")
+        if self.offload != "none" and self.mode == "replicate":
+            raise UserError(f"offload {self.offload} needs mode shard or hybrid, given replicate")
         longest = self.config.text.context_length
         if not 2 <= self.caption_tokens <= longest:
             raise UserError(f"caption_tokens is {self.caption_tokens}; expected 2 to {longest}")
@@ -90,6 +95,7 @@ class Job:
             "mode": config.parallel.mode,
             "reshard": config.parallel.reshard,
             "shard_size": config.parallel.shard_size,
+            "offload": config.parallel.offload,
             "samples": None if config.schedule.steps is None else config.schedule.steps * config.batch_size,
             "options": config.model.options,
         }
@@ -97,7 +103,9 @@ class Job:
 
     def sharding(self) -> tuple[ParallelConfig, Precision, World]:
         """What `evaclip.train.sharding.shard` takes besides the model."""
-        parallel = ParallelConfig(mode=self.mode, reshard=self.reshard, shard_size=self.shard_size)
+        parallel = ParallelConfig(
+            mode=self.mode, reshard=self.reshard, shard_size=self.shard_size, offload=self.offload
+        )
         return parallel, self.precision, World(torch.device("cpu"), size=self.gpus)
 
     @property
@@ -114,6 +122,16 @@ class Job:
     def chunk(self) -> int:
         """Samples that pass through the model at a time."""
         return self.local_batch // self.accumulation
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of one parameter, and of its gradient when all processes have added to it."""
+        return 2 if self.precision in ("bf16", "fp16") else 4
+
+    @property
+    def state_bytes(self) -> int:
+        """Of a parameter's two moments."""
+        return 2 * {"fp32": 4, "bf16": 2}[self.state_dtype]
 
     @property
     def shards(self) -> int:

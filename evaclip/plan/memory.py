@@ -1,18 +1,18 @@
 """Memory of one GPU over a step: what the trace saw, and by formula what it didn't run."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evaclip.plan.job import Job
 from evaclip.plan.loss import LOSS, loss_bytes
 from evaclip.plan.phases import Bytes, Moment, Steps, course, deepen, insert, read
-from evaclip.plan.recorder import COMMUNICATION, INPUTS, PARAMETERS
+from evaclip.plan.recorder import COMMUNICATION, GRADIENTS, INPUTS, PARAMETERS
 from evaclip.plan.trace import BLOCKS, Trace, trace
 
 OPTIMIZER = "optimizer state"
-_STATE_BYTES = {"fp32": 4, "bf16": 2}
 _BUCKET = 32 * 2**20
-_MOMENTS = 2
+_COPIES = 2
+"""Of a shard under offload: the parameters that a GPU gathers, and the gradient that it has summed."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,14 @@ class Memory:
         moments: the highest of each phase.
         parameters: how many one GPU holds.
         model_parameters: how many the model has.
+        host: bytes of parameters, gradients and moments that lie in host memory for this GPU.
     """
 
     steps: Steps
     moments: tuple[Moment, ...]
     parameters: int
     model_parameters: int
+    host: int = 0
 
     @property
     def peak(self) -> Moment:
@@ -53,11 +55,32 @@ def memory_of(job: Job, traced: Trace) -> Memory:
     steps = deepen(few, depths["image"], depths["text"], parameters + _besides(job, elements))
     if job.mode == "replicate" and job.gpus > 1:
         steps = insert(steps, "end", peak=Counter({COMMUNICATION: 2 * max(_BUCKET, _largest(job))}))
+    host = 0
+    if job.offload != "none":
+        # The temperature stays on the GPU.
+        steps, host = _offloaded(steps, job, traced), (2 * job.weight_bytes + job.state_bytes) * (elements - 1)
     if job.accumulation == 1:
         steps = insert(steps, LOSS, peak=loss_bytes(job))
-        return Memory(steps, tuple(course(steps)), elements, traced.parameters)
+        return Memory(steps, tuple(course(steps)), elements, traced.parameters, host)
     alone = Moment(LOSS, steps.start + loss_bytes(job))
-    return Memory(steps, (alone, *course(steps)), elements, traced.parameters)
+    return Memory(steps, (alone, *course(steps)), elements, traced.parameters, host)
+
+
+def _offloaded(steps: Steps, job: Job, traced: Trace) -> Steps:
+    """The step without what lies in host memory, and with the copies that are on their way to it or from it."""
+    largest = max(traced.elements.values())
+    copies = Counter({COMMUNICATION: _COPIES * job.weight_bytes * largest})
+    start = Counter({kind: size for kind, size in steps.start.items() if kind not in (PARAMETERS, OPTIMIZER)})
+    # Where chunks are added up, all but the last leave whole gradients on the GPU.
+    whole = job.accumulation > 1
+    phases = tuple(
+        replace(phase, kept=_without(phase.kept, whole), peak=_without(phase.peak, whole)) for phase in steps.phases
+    )
+    return Steps(start + copies, phases)
+
+
+def _without(change: Bytes, whole: bool) -> Bytes:
+    return Counter({kind: size for kind, size in change.items() if whole or kind != GRADIENTS})
 
 
 def _besides(job: Job, elements: int) -> Bytes:
@@ -66,13 +89,10 @@ def _besides(job: Job, elements: int) -> Bytes:
     height, width = vision.image_shape
     inputs = others * (3 * height * width * 4 + job.config.text.context_length * 8)
     features = 4 * job.local_batch * job.config.embed_dim * 4 if others else 0
-    return Counter(
-        {OPTIMIZER: _MOMENTS * elements * _STATE_BYTES[job.state_dtype], INPUTS: inputs, "features": features}
-    )
+    return Counter({OPTIMIZER: elements * job.state_bytes, INPUTS: inputs, "features": features})
 
 
 def _largest(job: Job) -> int:
     """Bytes of the largest gradient, which is reduced alone."""
-    size = 2 if job.precision in ("bf16", "fp16") else 4
     vision, text = job.config.vision, job.config.text
-    return size * max(text.vocab_size * text.width, vision.width * vision.hidden, 3 * vision.width**2)
+    return job.weight_bytes * max(text.vocab_size * text.width, vision.width * vision.hidden, 3 * vision.width**2)

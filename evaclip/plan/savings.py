@@ -46,6 +46,7 @@ def _jobs(job: Job) -> Iterator[tuple[str, Job]]:
         precision="fp32",
         token_dropout=0.0,
         mode="replicate",
+        offload="none",
         shard_size=None,
         reshard=True,
         state_dtype="fp32",
@@ -70,3 +71,5 @@ def _jobs(job: Job) -> Iterator[tuple[str, Job]]:
         yield f"parameters, gradients, moments cut ({job.mode})", now
     now = replace(now, state_dtype=job.state_dtype)
     yield f"moments in {job.state_dtype}", now
+    if job.offload != "none":
+        yield "parameters, gradients, moments in host memory", job

@@ -5,7 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from evaclip.plan.fit import RESERVED_GIB
-from evaclip.plan.gpus import Gpu
+from evaclip.plan.gpus import PER_NODE, Gpu
 from evaclip.plan.job import Job
 from evaclip.plan.memory import OPTIMIZER, Memory
 from evaclip.plan.phases import WORKING, Moment
@@ -22,6 +22,8 @@ def summary(job: Job, memory: Memory, gpu: Gpu) -> Table:
     kept = max(1, int(job.config.vision.num_patches * (1 - job.token_dropout)))
     share = {"replicate": "whole on each GPU", "shard": f"cut over {job.gpus} GPUs"}
     spread = share.get(job.mode, f"cut over {job.shard_size} GPUs, {job.gpus // job.shards} copies")
+    if job.offload != "none":
+        spread += "; in host memory"
     if job.mode != "replicate" and not job.reshard:
         spread += "; gathered once a step"
     table = Table(show_header=False, title="Plan")
@@ -40,7 +42,7 @@ def summary(job: Job, memory: Memory, gpu: Gpu) -> Table:
     return table
 
 
-def memory_table(memory: Memory, gpu: Gpu) -> Table:
+def memory_table(memory: Memory, gpu: Gpu, gpus: int = 1) -> Table:
     """What one GPU holds at the highest moment of a step, by kind."""
     peak = memory.peak
     table = Table("kind", "GiB", "share", title=f"Memory of one GPU at its peak: {when(peak)}", show_footer=False)
@@ -54,6 +56,10 @@ def memory_table(memory: Memory, gpu: Gpu) -> Table:
     table.add_row("tensors", f"{total:.2f}", "")
     table.add_row("context, NCCL, workspaces, fragments (assumed)", f"{low:.0f} to {high:.0f}", "")
     table.add_row("of the GPU", f"{gpu.memory_gib:.1f}", verdict(peak.total, gpu))
+    if memory.host:
+        table.add_section()
+        node = min(PER_NODE, gpus) * memory.host / _GIB
+        table.add_row("host memory: parameters, gradients, moments", f"{memory.host / _GIB:.2f}", f"{node:,.0f} a node")
     return table
 
 
@@ -89,6 +95,7 @@ def memory_tree(memory: Memory, gpu: Gpu) -> dict[str, Any]:
         "model_parameters": memory.model_parameters,
         "peak": peak.total,
         "peak_phase": peak.phase,
+        "host": memory.host,
         "kinds": {kind: size for kind, size in sorted(peak.bytes.items()) if size},
         "of_the_gpu": gpu.memory,
         "reserved": [int(gib * _GIB) for gib in RESERVED_GIB],

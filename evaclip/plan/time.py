@@ -24,6 +24,10 @@ class Assumptions:
     links: tuple[float, float] = (0.60, 0.90)
     overlap: tuple[float, float] = (0.0, 1.0)
     """How much of the communication goes on beside computation."""
+    host_link_gbps: tuple[float, float] = (12.0, 45.0)
+    """Between a GPU and host memory, in one direction: PCIe 4 that is shared to PCIe 5."""
+    host_memory_gbps: tuple[float, float] = (15.0, 50.0)
+    """Of the host, for the optimizer of one GPU: a node's share of one in eight."""
 
 
 ASSUMPTIONS = Assumptions()
@@ -34,7 +38,8 @@ class Time:
     """Of one step on one GPU; ranges are (slow, fast), in seconds.
 
     Attributes:
-        terms: of `forward`, `backward`, `recomputation`, `loss`, `optimizer` and `communication`.
+        terms: of `forward`, `backward`, `recomputation`, `loss`, `optimizer` and `communication`, and under offload of
+            `host link`, which is communication too.
         step: the whole.
         flops: floating-point operations by stage and term.
         model_flops: those that the model is known by, forward and backward, nothing left out but dropped patches.
@@ -63,6 +68,9 @@ def plan_time(job: Job, memory: Memory, gpu: Gpu, assumptions: Assumptions = ASS
     """The time of a step, from what its trace has computed and moved."""
     costs = memory.steps.costs(job.accumulation) + loss_costs(job) + _optimizer(job, memory) + _mean(job, memory)
     both = [_terms(job, gpu, costs, assumptions, place) for place in (0, 1)]
+    if job.offload != "none":
+        for place, slow_or_fast in enumerate(both):
+            _on_the_host(slow_or_fast, job, memory, assumptions, place)
     terms = {name: (both[0][name], both[1][name]) for name in both[0]}
     steps = [_whole(both[place], assumptions.overlap[place]) for place in (0, 1)]
     return Time(terms, (steps[0], steps[1]), _flops(costs), _model_flops(job))
@@ -102,10 +110,19 @@ def _terms(job: Job, gpu: Gpu, costs: Costs, assumptions: Assumptions, place: in
     return terms
 
 
+def _on_the_host(terms: dict[str, float], job: Job, memory: Memory, assumptions: Assumptions, place: int) -> None:
+    """Under offload the optimizer is as fast as host memory; shards go to the GPU, gradients come back."""
+    moved, gathered = _optimizer_bytes(job) * memory.parameters, job.weight_bytes * memory.parameters
+    terms["optimizer"] = moved / (1e9 * assumptions.host_memory_gbps[place])
+    # Forward and backward pass; in chunks, the one for the features too.
+    passes = 1 if not job.reshard else 2 if job.accumulation == 1 else 3 * job.accumulation
+    terms["host link"] = (passes + 1) * gathered / (1e9 * assumptions.host_link_gbps[place])
+
+
 def _whole(terms: dict[str, float], overlap: float) -> float:
     """What communication there is beside the towers' work costs nothing, as far as it overlaps."""
     beside = terms["forward"] + terms["backward"] + terms["recomputation"]
-    hidden = overlap * min(beside, terms["communication"])
+    hidden = overlap * min(beside, terms["communication"] + terms.get("host link", 0.0))
     return sum(terms.values()) - hidden
 
 
@@ -123,18 +140,17 @@ def _model_flops(job: Job) -> int:
 
 
 def _optimizer(job: Job, memory: Memory) -> Costs:
-    """AdamW reads four tensors and writes three; LAMB reads three of them again for the step itself."""
-    state = {"fp32": 4, "bf16": 2}[job.state_dtype]
-    weight = 2 if job.precision in ("bf16", "fp16") else 4
-    moved = 3 * weight + 4 * state
-    if job.optimizer == "lamb":
-        moved += 2 * weight + 2 * state - weight
-    return Costs({("optimizer", Cost("elementwise", False, 32, 0, moved * memory.parameters)): 1})
+    return Costs({("optimizer", Cost("elementwise", False, 32, 0, _optimizer_bytes(job) * memory.parameters)): 1})
+
+
+def _optimizer_bytes(job: Job) -> int:
+    """Of a parameter: AdamW reads four tensors and writes three; LAMB reads three of them again for the step itself."""
+    moved = 3 * job.weight_bytes + 2 * job.state_bytes
+    return moved + job.weight_bytes + job.state_bytes if job.optimizer == "lamb" else moved
 
 
 def _mean(job: Job, memory: Memory) -> Costs:
     """Under replication the trainer itself takes the mean of the gradients."""
     if job.mode != "replicate" or job.gpus == 1:
         return Costs()
-    size = 2 if job.precision in ("bf16", "fp16") else 4
-    return Costs({("backward", Cost("reduce", False, 0, 0, size * memory.parameters)): 1})
+    return Costs({("backward", Cost("reduce", False, 0, 0, job.weight_bytes * memory.parameters)): 1})

@@ -60,6 +60,8 @@ def assumptions_text(gpu: Gpu, assumptions: Assumptions = ASSUMPTIONS) -> str:
         "overlap": "of communication goes on beside the towers' work",
     }
     lines = [f"  {name}: {spread(getattr(assumptions, name), percent=True)} {what}" for name, what in shares.items()]
+    host = spread(assumptions.host_link_gbps), spread(assumptions.host_memory_gbps)
+    lines.append(f"  offload: {host[0]} GB/s between a GPU and host memory, {host[1]} GB/s of that for its optimizer")
     return "\n".join(["Assumed, not measured:", *lines, f"  {gpu.name}: {gpu.source}"])
 
 

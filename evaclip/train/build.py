@@ -23,7 +23,7 @@ from evaclip.train.evaluation import Evaluation
 from evaclip.train.loss import SIGLIP_INITIAL_SCALE, ContrastiveLoss
 from evaclip.train.optimizer import build_optimizer, parameter_groups
 from evaclip.train.schedule import total_steps
-from evaclip.train.sharding import WholeRandomNumbers, shard
+from evaclip.train.sharding import WholeRandomNumbers, move_all_but_shards, shard
 from evaclip.train.step import StepOptions, TrainStep
 from evaclip.train.throughput import BACKWARD_FACTOR, peak_flops
 from evaclip.transforms import EvalTransform, TrainTransform
@@ -93,7 +93,8 @@ def build(config: TrainConfig, world: World) -> Parts:
 def build_model(config: TrainConfig, world: World) -> CLIP:
     """The model in training precision, on the device, and sharded if the configuration says so."""
     precision = config.precision if config.precision in ("bf16", "fp16") else "fp32"
-    sharded = config.parallel.mode != "replicate" and world.size > 1
+    offloaded = config.parallel.offload != "none"
+    sharded = config.parallel.mode != "replicate" and (world.size > 1 or offloaded)
     prepare = partial(shard, config=config.parallel, precision=config.precision, world=world)
     with WholeRandomNumbers() if sharded else nullcontext():
         model: CLIP = create_model(
@@ -101,12 +102,14 @@ def build_model(config: TrainConfig, world: World) -> CLIP:
             pretrained=config.model.pretrained,
             pretrained_image=config.model.pretrained_image,
             pretrained_text=config.model.pretrained_text,
-            device=world.device,
+            device="cpu" if offloaded else world.device,
             precision=precision,
             savings=config.model.savings,
             prepare=prepare if sharded else None,
             **_model_options(config.model),
         )
+    if offloaded:
+        move_all_but_shards(model, world.device)
     if not sharded:
         world.broadcast_(list(model.parameters()))
     if config.loss.name == "siglip" and config.model.pretrained is None:

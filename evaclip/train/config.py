@@ -161,6 +161,15 @@ class ParallelConfig:
     """Processes that share one copy under hybrid, such as those of one node."""
     reshard: bool = True
     """Gather a block's parameters once more for the backward pass (ZeRO-3) instead of keeping them (ZeRO-2)."""
+    offload: Literal["none", "cpu"] = "none"
+    """cpu: what a process holds of parameters, gradients and moments lies in host memory, and the optimizer runs there.
+    A GPU has a copy of a block's parameters while it computes with them. On a CPU there is nothing to move."""
+
+    @model_validator(mode="after")
+    def _offload_is_of_shards(self) -> Self:
+        if self.offload != "none" and self.mode == "replicate":
+            raise ValueError(f"offload={self.offload} needs mode=shard or hybrid, with any number of processes")
+        return self
 
     @model_validator(mode="after")
     def _size_is_for_hybrid(self) -> Self:

@@ -98,7 +98,7 @@ class World:
                 dist.broadcast(tensor, src=0, group=self.group)
 
     def close(self) -> None:
-        if self.size > 1:
+        if self.group is not None:
             dist.destroy_process_group()
 
 
@@ -107,22 +107,28 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def connect(device_name: str) -> World:
+def connect(device_name: str, *, offload: bool = False) -> World:
     """Joins the processes that torchrun started, or returns a world of one.
 
     Args:
         device_name: a torch device, or auto for a GPU if there is one.
+        offload: the groups are also of one process, as sharding needs one, and serve tensors in host memory too.
 
     Raises:
         UserError: the device does not exist.
     """
     size = process_count()
     device = _device(device_name, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else None)
-    if size == 1:
+    if size == 1 and not offload:
         return World(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl" if offload else "nccl"
+    if size == 1:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend)
     control, saving = (dist.new_group(backend="gloo") for _ in range(2))
     return World(device, dist.get_rank(), size, dist.group.WORLD, control, saving)
 

@@ -17,7 +17,7 @@ from evaclip.train.schedule import lr_factor
 
 def dry_run(config: TrainConfig) -> None:
     """Prints the plan of a run and what its first step gave."""
-    with closing(connect(config.device)) as world:
+    with closing(connect(config.device, offload=config.parallel.offload != "none")) as world:
         parts = build(config, world)
         seconds, loss = _first_step(parts)
         if world.is_main:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,6 +38,9 @@ def shard(model: CLIP, config: ParallelConfig, precision: Precision, world: Worl
         UserError: `config.shard_size` doesn't divide the number of processes.
     """
     mesh = _mesh(config, world)
+    # What the GPU copies must lie in pinned memory, which a machine without one doesn't have.
+    offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.offload == "cpu" else OffloadPolicy()
+    common: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": config.reshard, "offload_policy": offload}
     dtype = _COMPUTED_IN.get(precision)
     # A block's arguments are left alone: among them are the rotary tables, which must stay float32.
     in_block = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -47,9 +50,19 @@ def shard(model: CLIP, config: ParallelConfig, precision: Precision, world: Worl
     for tower in (model.visual, model.text):
         for block in tower.modules():
             if isinstance(block, ResidualBlock):
-                fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard, mp_policy=in_block)
+                fully_shard(block, mp_policy=in_block, **common)
         # Each tower is a root, so that either may be called alone.
-        fully_shard(tower, mesh=mesh, reshard_after_forward=config.reshard, mp_policy=around)
+        fully_shard(tower, mp_policy=around, **common)
+
+
+def move_all_but_shards(model: nn.Module, device: torch.device) -> None:
+    """Moves buffers, and parameters that aren't cut up, to the device; for a model whose shards stay in host memory."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+        for parameter in module.parameters(recurse=False):
+            if not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.to(device)
 
 
 def synchronize_gradients(model: nn.Module, wanted: bool) -> None:

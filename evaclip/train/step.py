@@ -208,7 +208,7 @@ class TrainStep:
     def _tower_norms(self) -> dict[str, Tensor]:
         """Norms of the gradients of each tower, and of what belongs to none."""
         return {
-            name: gradient_norm(gradients) / self.loss_scale.scale
+            name: gradient_norm(gradients).to(self.world.device) / self.loss_scale.scale
             for name, parameters in self._parts.items()
             if (gradients := [p.grad for p in parameters if p.grad is not None])
         }

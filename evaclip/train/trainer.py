@@ -66,7 +66,7 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False)
         UserError: the configuration cannot be run, or the run exists already.
         TrainingDiverged: see `NonfiniteConfig`.
     """
-    world = connect(config.device)
+    world = connect(config.device, offload=config.parallel.offload != "none")
     if world.device.type == "cpu":
         keep_freed_memory()
         leave_cores_to_workers(config.data.workers)

@@ -4,21 +4,38 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from measured import peak_of_sharded_step, peak_of_step
+from measured import batch_of, peak_of_sharded_step, peak_of_step
+from torch.distributed.tensor import DTensor
 
 from evaclip import Savings, TextConfig
+from evaclip.data.config import DataConfig
 from evaclip.errors import UserError
 from evaclip.plan import loss
 from evaclip.plan.job import Job
 from evaclip.plan.memory import OPTIMIZER, plan_memory
-from evaclip.plan.recorder import GRADIENTS, PARAMETERS, Recorder
+from evaclip.plan.recorder import GRADIENTS, PARAMETERS, Recorder, local
 from evaclip.plan.trace import caption_lengths, caption_tokens
+from evaclip.train.build import build_model
+from evaclip.train.config import (
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    Precision,
+    ScheduleConfig,
+    TrainConfig,
+)
+from evaclip.train.distributed import connect
+from evaclip.train.loss import ContrastiveLoss
+from evaclip.train.optimizer import build_optimizer, parameter_groups
+from evaclip.train.step import StepOptions, TrainStep
 from evakernels.triton import contrastive
 
 B = {"vision": {"width": 384, "heads": 6, "layers": 7}, "text": {"width": 256, "heads": 4, "layers": 6}}
@@ -158,6 +175,43 @@ def test_state_in_16_bits_is_half() -> None:
     assert fp32.peak.bytes[OPTIMIZER] == 2 * bf16.peak.bytes[OPTIMIZER] > 0
 
 
+@pytest.mark.parametrize("precision", ["amp_bf16", "bf16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_what_lies_in_host_memory_is_what_a_real_step_leaves(precision: Precision, optimizer: str) -> None:
+    """All of it under offload; in bfloat16 parameters and gradients are half as large, and there are no copies."""
+    world = connect("cpu", offload=True)
+    with closing(world):
+        options = {"embed_dim": 16, "vision": {"width": 16, "layers": 2, "heads": 2, "image_size": 16, "patch_size": 4}}
+        job = Job(
+            model="tiny", global_batch=4, precision=precision, optimizer=optimizer, offload="cpu", options=options
+        )
+        config = TrainConfig(
+            name="host", batch_size=4, data=DataConfig(), schedule=ScheduleConfig(steps=1), precision=precision,
+            parallel=ParallelConfig(mode="shard", offload="cpu"), model=ModelConfig(name="tiny", options=options),
+            optim=OptimConfig(name=optimizer, stochastic_rounding=precision == "bf16"),
+        )  # fmt: skip
+        model, loss = build_model(config, world), ContrastiveLoss(LossConfig())
+        adam = build_optimizer(parameter_groups(model, loss, config.optim), config.optim)
+        TrainStep(model, loss, adam, StepOptions(precision), world)(*batch_of(job), 0)
+        on_the_host = [p for p in model.parameters() if isinstance(p, DTensor)]
+        tensors = [t for p in on_the_host for t in (p, p.grad, adam.state[p]["exp_avg"], adam.state[p]["exp_avg_sq"])]
+        measured = sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
+    assert plan_memory(job).host == measured
+
+
+def test_offload_takes_states_off_the_gpu() -> None:
+    job = Job.of_recipe("eva02-e-14-plus", gpus=1, global_batch=8, mode="shard")
+    kept, offloaded = (plan_memory(replace(job, offload=offload)) for offload in ("none", "cpu"))
+    assert offloaded.host == 16 * (5_044_889_089 - 1)
+    assert kept.host == 0
+    highest = max(moment.total for moment in offloaded.moments)
+    assert highest < 0.2 * kept.peak.total
+    for before, after in zip(kept.moments, offloaded.moments, strict=True):
+        assert not after.bytes.keys() & {PARAMETERS, OPTIMIZER, GRADIENTS}
+        gone = sum(before.bytes[kind] for kind in (PARAMETERS, OPTIMIZER, GRADIENTS))
+        assert after.total <= before.total - gone + 2 * 4 * 200e6
+
+
 def test_a_storage_counts_once_until_nothing_refers_to_it() -> None:
     recorder = Recorder()
     with recorder:
@@ -199,6 +253,7 @@ def test_the_loss_is_planned_for_the_kernels_there_are() -> None:
         ({"precision": "amp_b16"}, "did you mean 'amp_bf16'"),
         ({"token_dropout": 1.0}, "expected 0 <= share < 1"),
         ({"caption_tokens": 78}, "expected 2 to 77"),
+        ({"mode": "replicate", "offload": "cpu"}, "offload cpu needs mode shard or hybrid, given replicate"),
         ({"gpus": 0}, "expected at least 1"),
     ],
 )

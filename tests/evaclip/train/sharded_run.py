@@ -21,7 +21,7 @@ def main() -> None:
     with closing(connect("cpu")) as world:
         # The trainer closes its world, which the next run needs still.
         kept = patch.object(World, "close")
-        with patch.object(trainer, "connect", lambda device: world), kept:
+        with patch.object(trainer, "connect", lambda device, offload: world), kept:
             for argument in sys.argv[1:]:
                 name, _, resume = argument.partition(":")
                 trainer.train(validate(load_yaml(name)), resume=resume)

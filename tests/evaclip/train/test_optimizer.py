@@ -1,6 +1,7 @@
 """Parameter groups against the published numbers, and the optimizers on top."""
 
 import pytest
+import torch
 from torch import nn
 
 from evaclip.factory import create_model
@@ -85,3 +86,24 @@ def test_set_lr_factor_scales_each_peak() -> None:
     set_lr_factor(optimizer, 0.5)
     set_lr_factor(optimizer, 0.1)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.05, 0.05, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_only_parameters_in_bfloat16_are_rounded_stochastically(name: str) -> None:
+    """The loss has one in float32."""
+    model = create_model("tiny", precision="bf16")
+    config = OptimConfig(name=name, stochastic_rounding=True)
+    groups = parameter_groups(model, ContrastiveLoss(LossConfig(name="siglip"), None), config)
+    optimizer = build_optimizer(groups, config, seed=(1 << 31) + 5)
+    found = {group["name"]: group["stochastic_rounding"] for group in optimizer.param_groups}
+    assert not found.pop("logit_bias.no_decay")
+    assert all(found.values())
+    assert {group["seed"] for group in optimizer.param_groups} == {5}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_lamb_takes_the_ratios_of_zero() -> None:
+    model = create_model("tiny", device="meta")
+    config = OptimConfig(name="lamb", zero_processes=3)
+    optimizer = build_optimizer(parameter_groups(model, NO_LOSS, config), config)
+    assert {group["zero_processes"] for group in optimizer.param_groups} == {3}

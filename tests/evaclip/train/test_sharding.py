@@ -1,6 +1,7 @@
 """Sharded over processes, a training is what it is in one."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -105,9 +106,10 @@ def test_other_numbers_of_processes_go_on(run_config: Callable[..., TrainConfig]
 @pytest.mark.parametrize("precision", ["amp_bf16", "bf16"])
 def test_sixteen_bits(precision: str, run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     """The first losses are those of one process but for rounding; parameters have the dtype that they should."""
-    common = [*COMMON, "schedule.steps=3", f"precision={precision}", "optim.lr=1e-4"]
+    common = [*COMMON, "schedule.steps=3", f"precision={precision}", "optim.lr=1e-4", "optim.zero_processes=3"]
+    common += ["optim.stochastic_rounding=true"] if precision == "bf16" else []
     one = train(run_config(*common, "name=one")).folder
-    run(2, tmp_path, (run_config(*common, *MODES["shard"], "name=two"), "none"))
+    run(2, tmp_path, (run_config(*common, *MODES["shard"], "parallel.offload=cpu", "name=two"), "none"))
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=2e-2)
     weights = load_file(tmp_path / "two" / "checkpoints/step_00000003/model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.bfloat16 if precision == "bf16" else torch.float32}
@@ -130,6 +132,29 @@ def test_parts_are_what_torch_would_cut(alone: None) -> None:
     assert part.placements == like.placements
     assert torch.equal(part.to_local(), whole)
     assert part_of(whole, torch.zeros(5, 3)) is whole
+
+
+def test_offload_of_one_process_changes_nothing(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """On a CPU host memory is where all lies already; the run is sharded over one process, stopped and resumed."""
+    common = [*COMMON, "schedule={steps: 6, name: constant}", "checkpoint.every_steps=3", EVAL]
+    plain = train(run_config(*common, "name=plain"))
+    offloaded = run_config(*common, "parallel={mode: shard, offload: cpu}", "name=offloaded")
+    outcome = train(offloaded)
+    assert losses(outcome.folder) == pytest.approx(losses(plain.folder), rel=1e-6)
+    assert outcome.metrics == pytest.approx(plain.metrics)
+    shutil.rmtree(outcome.folder / "checkpoints/step_00000006")
+    (outcome.folder / "checkpoints/latest").write_text("step_00000003")
+    train(offloaded, resume="auto")
+    files = [folder / "checkpoints/step_00000006/model.safetensors" for folder in (plain.folder, outcome.folder)]
+    expected, found = (load_file(file) for file in files)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=key)
+    assert not torch.distributed.is_initialized()
+
+
+def test_offload_is_of_shards() -> None:
+    with pytest.raises(ValueError, match="offload=cpu needs mode=shard or hybrid"):
+        ParallelConfig(offload="cpu")
 
 
 def test_shard_size_belongs_to_hybrid() -> None:

@@ -40,6 +40,8 @@ def test_unknown_keys_are_errors_with_the_nearest(run_config: Make, assignment: 
         ("optim.lr=fast", "optim.lr='fast': input should be a valid number"),
         ("optim.name=sgd", "optim.name='sgd': input should be 'adamw' or 'lamb'"),
         ("precision=fp8", "precision='fp8': input should be 'fp32', 'amp_bf16'"),
+        ("optim.stochastic_rounding=true", "optim.stochastic_rounding needs precision=bf16, got precision=fp32"),
+        ("optim.zero_processes=8", "zero_processes=8 needs name=lamb; adamw has no trust ratios"),
         ("ema_decay=1.0", "ema_decay=1.0: input should be less than 1"),
         ("accumulation=3", "batch_size=8 is no multiple of accumulation=3"),
         ("schedule.epochs=2", "schedule: set either steps or epochs, got steps=6 and epochs=2"),
