@@ -71,16 +71,16 @@ def _offloaded(steps: Steps, job: Job, traced: Trace) -> Steps:
     largest = max(traced.elements.values())
     copies = Counter({COMMUNICATION: _COPIES * job.weight_bytes * largest})
     start = Counter({kind: size for kind, size in steps.start.items() if kind not in (PARAMETERS, OPTIMIZER)})
-    # Where chunks are added up, all but the last leave whole gradients on the GPU.
-    whole = job.accumulation > 1
+    # Whole gradients that chunks leave on the GPU are none of the parameters' yet, and stay counted.
     phases = tuple(
-        replace(phase, kept=_without(phase.kept, whole), peak=_without(phase.peak, whole)) for phase in steps.phases
+        replace(phase, kept=_without_gradients(phase.kept), peak=_without_gradients(phase.peak))
+        for phase in steps.phases
     )
     return Steps(start + copies, phases)
 
 
-def _without(change: Bytes, whole: bool) -> Bytes:
-    return Counter({kind: size for kind, size in change.items() if whole or kind != GRADIENTS})
+def _without_gradients(change: Bytes) -> Bytes:
+    return Counter({kind: size for kind, size in change.items() if kind != GRADIENTS})
 
 
 def _besides(job: Job, elements: int) -> Bytes:

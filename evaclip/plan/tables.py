@@ -59,7 +59,7 @@ def memory_table(memory: Memory, gpu: Gpu, gpus: int = 1) -> Table:
     if memory.host:
         table.add_section()
         node = min(PER_NODE, gpus) * memory.host / _GIB
-        table.add_row("host memory: parameters, gradients, moments", f"{memory.host / _GIB:.2f}", f"{node:,.0f} a node")
+        table.add_row("in host memory", f"{memory.host / _GIB:.2f}", f"{node:,.0f} a node")
     return table
 
 

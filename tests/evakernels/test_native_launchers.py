@@ -150,6 +150,29 @@ def test_lamb_in_one_call() -> None:
         assert_same(a, tuple(b))
 
 
+def test_stochastic_rounding() -> None:
+    """Only where seeds are given: in bfloat16, by the same numbers."""
+    beta1, beta2, lrs, decays, seeds, firsts = 0.9, 0.98, [0.1, 0.2], [0.05, 0.0], [3, 4], [0, 1000]
+    options = {"beta1": beta1, "beta2": beta2, "eps": EPS}
+    for name, more in (("adamw_update", ()), ("lamb_step", (False,))):
+        results = []
+        for chosen in (seeds, [], None):
+            params, *rest = states()
+            params = [param.bfloat16() for param in params]
+            if chosen is None:
+                function = getattr(native, name)
+                function(params, *rest, lrs, decays, beta1, beta2, EPS, *more, None, None, seeds, firsts)
+            else:
+                numbers = {"seeds": chosen, "first_elements": firsts if chosen else []}
+                getattr(_C, name)(params, *rest, lrs, decays, **options, **numbers)
+            results.append(params)
+        stochastic, nearest, by_torch = results
+        assert_same(stochastic, tuple(by_torch))
+        assert any(not torch.equal(a, b) for a, b in zip(stochastic, nearest, strict=True))
+    with pytest.raises(ValueError, match="params must be bfloat16 where there are seeds"):
+        _C.adamw_update(*states(), lrs, decays, **options, seeds=seeds, first_elements=firsts)
+
+
 def test_adamw() -> None:
     betas, rates = (0.9, 0.98), ([0.1, 0.2], [0.05, 0.0])
     scale, found_inf = torch.tensor(4.0), torch.tensor(0.0)

@@ -29,6 +29,15 @@ def test_json_holds_the_same(capsys: Any) -> None:
     assert memory["of_the_gpu"] == get_gpu("h100-80g").memory
 
 
+def test_offload_is_in_host_memory(capsys: Any) -> None:
+    arguments = ("--model", "EVA02-CLIP-B-16", "--gpus", "8", "--offload", "cpu", "--parallel", "shard")
+    tree = json.loads(plan(capsys, *arguments, "--json"))
+    assert tree["memory"]["host"] == 16 * (tree["memory"]["parameters"] - 1)
+    assert not {"parameters", "optimizer state"} & tree["memory"]["kinds"].keys()
+    assert tree["time"]["seconds"]["host link"][0] > 0
+    assert " a node" in plan(capsys, *arguments)
+
+
 def test_what_does_not_fit_is_said(capsys: Any) -> None:
     text = plan(capsys, "--model", "EVA02-CLIP-bigE-14-plus", "--gpu", "rtx-4090", "--global-batch", "8")
     assert "misses by" in text

@@ -199,13 +199,14 @@ def test_what_lies_in_host_memory_is_what_a_real_step_leaves(precision: Precisio
     assert plan_memory(job).host == measured
 
 
-def test_offload_takes_states_off_the_gpu() -> None:
-    job = Job.of_recipe("eva02-e-14-plus", gpus=1, global_batch=8, mode="shard")
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_offload_takes_states_off_the_gpu(accumulation: int) -> None:
+    job = Job.of_recipe("eva02-e-14-plus", gpus=1, global_batch=8, mode="shard", accumulation=accumulation)
     kept, offloaded = (plan_memory(replace(job, offload=offload)) for offload in ("none", "cpu"))
     assert offloaded.host == 16 * (5_044_889_089 - 1)
     assert kept.host == 0
-    highest = max(moment.total for moment in offloaded.moments)
-    assert highest < 0.2 * kept.peak.total
+    # Chunks are added up in whole gradients, which stay.
+    assert offloaded.peak.total < (0.2 if accumulation == 1 else 0.4) * kept.peak.total
     for before, after in zip(kept.moments, offloaded.moments, strict=True):
         assert not after.bytes.keys() & {PARAMETERS, OPTIMIZER, GRADIENTS}
         gone = sum(before.bytes[kind] for kind in (PARAMETERS, OPTIMIZER, GRADIENTS))
