@@ -229,7 +229,7 @@ class TrainStep:
         if not squares:
             return torch.zeros(2, device=self.world.device)
         weights, change = torch.stack(squares).sum(0).sqrt().unbind()
-        return torch.stack([change, change / weights])
+        return torch.stack([change, change / weights]).to(self.world.device)
 
     @torch.no_grad()
     def _update(self, loss: Tensor, grad_norm: Tensor, measure: bool) -> tuple[Tensor, dict[Tensor, Tensor]]:

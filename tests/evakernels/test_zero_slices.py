@@ -245,3 +245,11 @@ def transposed() -> None:
 def test_wrong_input_says_what_is_accepted(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+def test_a_measured_step_is_the_same_step():
+    plain, measured = run(1, 3), run(1, 3)
+    plain.step()
+    norms = measured.measured_step()
+    assert all(torch.equal(a, b) for a, b in zip(flat(plain), flat(measured), strict=True))
+    assert len(norms) == 6
