@@ -16,6 +16,7 @@ from evaclip.model.clip import CLIP
 from evaclip.model.flops import flops_per_sample
 from evaclip.tokenizer import Tokenizer
 from evaclip.train import rng
+from evaclip.train.compiled import compile_blocks
 from evaclip.train.config import ModelConfig, TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.ema import Ema
@@ -112,6 +113,8 @@ def build_model(config: TrainConfig, world: World) -> CLIP:
         move_all_but_shards(model, world.device)
     if not sharded:
         world.broadcast_(list(model.parameters()))
+    if config.compile == "blocks":
+        compile_blocks(model)
     if config.loss.name == "siglip" and config.model.pretrained is None:
         torch.nn.init.constant_(model.logit_scale, SIGLIP_INITIAL_SCALE)
     return model

@@ -264,6 +264,8 @@ class TrainConfig:
     """amp_*: parameters in fp32, autocast to the 16-bit type; bf16, fp16: parameters themselves in 16 bits."""
     accumulation: Count = 1
     """Chunks that each process passes through the model one after the other, with one exact loss."""
+    compile: Literal["none", "blocks"] = "none"
+    """blocks: every block of both towers goes through torch.compile."""
     parallel: ParallelConfig = ParallelConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()

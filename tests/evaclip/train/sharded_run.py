@@ -6,11 +6,13 @@ torchrun ... sharded_run.py CONFIG.yaml [--resume auto] -- CONFIG.yaml ...
 import sys
 import warnings
 from contextlib import closing
+from functools import partial
 from unittest.mock import patch
 
 import torch
 
-from evaclip.train import trainer
+from evaclip.train import build, trainer
+from evaclip.train.compiled import compile_blocks
 from evaclip.train.distributed import World, connect
 from evaclip.train.overrides import load_yaml, validate
 
@@ -21,7 +23,9 @@ def main() -> None:
     with closing(connect("cpu")) as world:
         # The trainer closes its world, which the next run needs still.
         kept = patch.object(World, "close")
-        with patch.object(trainer, "connect", lambda device, offload: world), kept:
+        # Graphs without generated code: a compiler would take longer than all the rest.
+        graphs = patch.object(build, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
+        with patch.object(trainer, "connect", lambda device, offload: world), kept, graphs:
             for argument in sys.argv[1:]:
                 name, _, resume = argument.partition(":")
                 trainer.train(validate(load_yaml(name)), resume=resume)

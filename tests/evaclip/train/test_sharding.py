@@ -84,17 +84,17 @@ def test_four_processes_equal_one(run_config: Callable[..., TrainConfig], tmp_pa
 
 @pytest.mark.slow
 def test_other_numbers_of_processes_go_on(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    """4 processes, then 2, then 3, then one that isn't sharded: one loss curve."""
+    """4 processes, then 2 with compiled blocks, then 3, then one that isn't sharded: one loss curve."""
     common = [*COMMON, "batch_size=12", "checkpoint.every_steps=5"]
     straight = train(run_config(*common, "schedule.steps=20", "name=straight")).folder
 
-    def part(steps: int, mode: str) -> TrainConfig:
+    def part(steps: int, mode: str, *more: str) -> TrainConfig:
         # A constant rate: the schedule would otherwise depend on where the run is to end.
-        return run_config(*common, f"schedule={{steps: {steps}, name: constant}}", "name=parts", *MODES[mode])
+        return run_config(*common, f"schedule={{steps: {steps}, name: constant}}", "name=parts", *MODES[mode], *more)
 
     straight = train(run_config(*common, "schedule={steps: 20, name: constant}", "name=constant")).folder
     run(4, tmp_path, (part(5, "hybrid"), "none"))
-    run(2, tmp_path, (part(10, "shard"), "auto"))
+    run(2, tmp_path, (part(10, "shard", "compile=blocks"), "auto"))
     run(3, tmp_path, (part(15, "shard"), "auto"))
     train(part(20, "shard"), resume="auto")
     assert losses(tmp_path / "parts") == pytest.approx(losses(straight), rel=1e-5)
