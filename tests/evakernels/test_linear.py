@@ -89,3 +89,13 @@ def test_a_changed_weight_is_seen(direct):
         module.weight.data.copy_(torch.ones(4, 5))
         torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias))
     assert len(direct) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "avx512", "expected"),
+    [("AMD EPYC", True, True), ("AMD EPYC", False, False), ("Intel(R) Xeon(R)", True, False)],
+)
+def test_float32_goes_to_the_faster_library(monkeypatch, name, avx512, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name, "avx512_f": avx512})
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert (torch.float32 in _module.served_dtypes.__wrapped__()) is expected
