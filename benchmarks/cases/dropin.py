@@ -134,21 +134,33 @@ class Pair:
         trained: names of the parameters, in the order in which they are given.
     """
 
-    before: nn.Module
-    after: nn.Module
+    before: "_Encoder"
+    after: "_Encoder"
     trained: tuple[str, ...]
+
+
+class _Encoder(nn.Module):
+    """A model as one call, which `functional_call` wants."""
+
+    def __init__(self, model: nn.Module, encode: Callable[[Any, Tensor, Tensor | None], Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.encode = encode
+
+    def forward(self, images: Tensor, texts: Tensor | None) -> Any:
+        return self.encode(self.model, images, texts)
 
 
 @lru_cache(maxsize=1)
 def _pair(name: str, device: torch.device) -> Pair:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        before = MODELS[name].build(device).train()
+        before = _Encoder(MODELS[name].build(device).train(), MODELS[name].encode)
     _without_chance(before)
     after = copy.deepcopy(before)
     for (owner, key), parameter in _places(before).items():
         after.get_submodule(owner)._parameters[key] = parameter
-    evakernels.accelerate(after)
+    evakernels.accelerate(after.model)
     return Pair(before, after, tuple(key for key, value in before.named_parameters() if value.requires_grad))
 
 
@@ -174,7 +186,6 @@ def _inputs(shape: ModelShape, draw: Draw) -> Inputs:
         texts = draw.integers(model.vocabulary - 2, shape.batch, model.context)
         texts[:, -1] = model.vocabulary - 1
     return {
-        "name": shape.model,
         "pair": pair,
         "parameters": [pair.before.get_parameter(name).detach() for name in pair.trained],
         "images": draw.normal(shape.batch, 3, pixels, pixels),
@@ -191,33 +202,14 @@ def _after(pair: Pair, **inputs: Any) -> Any:
 
 
 def _run(
-    model: nn.Module,
-    trained: tuple[str, ...],
-    name: str,
-    parameters: list[Tensor],
-    images: Tensor,
-    texts: Tensor | None,
+    encoder: _Encoder, trained: tuple[str, ...], parameters: list[Tensor], images: Tensor, texts: Tensor | None
 ) -> Any:
-    tensors = {f"model.{key}": value for key, value in zip(trained, parameters, strict=True)}
+    tensors = dict(zip(trained, parameters, strict=True))
     kept, dtype = parameters[0].dtype, images.dtype
     if kept == torch.float64:
-        tensors |= {
-            f"model.{key}": buffer.double() for key, buffer in model.named_buffers() if buffer.is_floating_point()
-        }
+        tensors |= {key: buffer.double() for key, buffer in encoder.named_buffers() if buffer.is_floating_point()}
     with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != kept):
-        return functional_call(_Encoder(model, MODELS[name].encode), tensors, (images, texts))
-
-
-class _Encoder(nn.Module):
-    """A model as one call, which `functional_call` wants."""
-
-    def __init__(self, model: nn.Module, encode: Callable[[Any, Tensor, Tensor | None], Any]) -> None:
-        super().__init__()
-        self.model = model
-        self.encode = encode
-
-    def forward(self, images: Tensor, texts: Tensor | None) -> Any:
-        return self.encode(self.model, images, texts)
+        return functional_call(encoder, tensors, (images, texts))
 
 
 def _work(shape: ModelShape, itemsize: int) -> Work:

@@ -61,12 +61,19 @@ def test_shapes_have_names() -> None:
 def test_both_share_parameters_and_agree() -> None:
     op = get_operation("dropin")
     inputs = op.inputs(dropin.parse("timm/small b2"), Draw(torch.float32, CPU, torch.Generator()))
-    before, after = inputs["pair"].before, inputs["pair"].after
+    before, after = inputs["pair"].before.model, inputs["pair"].after.model
     assert [id(p) for p in before.parameters()] == [id(p) for p in after.parameters()]
     assert type(before.blocks[0].attn) is not type(after.blocks[0].attn) or (
         before.blocks[0].attn.forward.__func__ is not after.blocks[0].attn.forward.__func__
     )
     torch.testing.assert_close(op.ours(**inputs), op.eager(**inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_it_compiles_without_a_break() -> None:
+    op = get_operation("dropin")
+    inputs = op.inputs(dropin.parse("timm/small b2"), Draw(torch.float32, CPU, torch.Generator()))
+    compiled = torch.compile(lambda: op.eager(**inputs), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(), op.eager(**inputs), rtol=1e-5, atol=1e-5)
 
 
 def test_it_is_measured_by_request_only(tmp_path: Path) -> None:
