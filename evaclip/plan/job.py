@@ -134,6 +134,11 @@ class Job:
         return 2 * {"fp32": 4, "bf16": 2}[self.state_dtype]
 
     @property
+    def kept_patches(self) -> int:
+        """Of each image, in training."""
+        return max(1, int(self.config.vision.num_patches * (1 - self.token_dropout)))
+
+    @property
     def shards(self) -> int:
         """GPUs that share one copy of parameters, gradients and moments."""
         if self.mode == "replicate":

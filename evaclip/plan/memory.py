@@ -84,12 +84,14 @@ def _without_gradients(change: Bytes) -> Bytes:
 
 
 def _besides(job: Job, elements: int) -> Bytes:
-    """What there is from the start and the trace doesn't hold: moments, and the chunks whose turn it isn't."""
-    vision, others = job.config.vision, job.local_batch - job.chunk
-    height, width = vision.image_shape
-    inputs = others * (3 * height * width * 4 + job.config.text.context_length * 8)
+    """What there is from the start and the trace doesn't hold: moments, and what chunks need to know of each other.
+
+    Images and tokens of the chunks whose turn it isn't wait in host memory; which patches are kept is drawn for all.
+    """
+    others = job.local_batch - job.chunk
+    kept_tokens = others * job.kept_patches * 8 if job.token_dropout else 0
     features = 4 * job.local_batch * job.config.embed_dim * 4 if others else 0
-    return Counter({OPTIMIZER: elements * job.state_bytes, INPUTS: inputs, "features": features})
+    return Counter({OPTIMIZER: elements * job.state_bytes, INPUTS: kept_tokens, "features": features})
 
 
 def _largest(job: Job) -> int:

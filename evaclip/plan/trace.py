@@ -193,8 +193,7 @@ def _captions(job: Job) -> tuple[Tensor, Layout]:
 
 def _batch(job: Job, tokens: Tensor, layout: Layout, mode: FakeTensorMode) -> Batch:
     vision = job.config.vision
-    kept = max(1, int(vision.num_patches * (1 - job.token_dropout)))
-    index = torch.empty(job.chunk, kept, dtype=torch.int64) if job.token_dropout else None
+    index = torch.empty(job.chunk, job.kept_patches, dtype=torch.int64) if job.token_dropout else None
     tokens, layout = tree_map_only(Tensor, mode.from_tensor, (tokens, layout))
     return Batch(torch.empty(job.chunk, 3, *vision.image_shape), tokens, index, layout)
 

@@ -28,9 +28,8 @@ def _first_step(parts: Parts) -> tuple[float, float]:
     with closing(parts.loader.batches()) as batches:
         batch = next(batches)
     set_lr_factor(parts.step.optimizer, lr_factor(0, parts.total_steps, parts.config.schedule))
-    device = parts.world.device
     start = time.perf_counter()
-    result = parts.step(batch.images.to(device), batch.tokens.to(device), 0)
+    result = parts.step(batch.images, batch.tokens, 0)
     # Reading the loss waits for the device.
     loss = result.loss.item()
     return time.perf_counter() - start, loss

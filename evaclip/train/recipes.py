@@ -19,6 +19,7 @@ from evaclip.train.config import (
     LogConfig,
     ModelConfig,
     OptimConfig,
+    ParallelConfig,
     ScheduleConfig,
     TowerConfig,
     TrainConfig,
@@ -138,16 +139,21 @@ def eva02_l_14_336() -> TrainConfig:
 @recipe
 def eva02_e_14() -> TrainConfig:
     """EVA02-CLIP-E/14: LAION-2B, 4B samples, batches of 115,200."""
-    return _published("EVA02-CLIP-bigE-14", 115_200, 35_200, TowerConfig(lr=4e-4, layer_decay=0.9), patch_dropout=0.5)
+    visual = TowerConfig(lr=4e-4, layer_decay=0.9)
+    return _cut(_published("EVA02-CLIP-bigE-14", 115_200, 35_200, visual, patch_dropout=0.5))
 
 
 @recipe
 def eva02_e_14_plus() -> TrainConfig:
     """EVA02-CLIP-E/14+: LAION-2B, 9B samples, batches of 144,000, bf16."""
-    config = _published(
-        "EVA02-CLIP-bigE-14-plus", 144_000, 62_500, TowerConfig(lr=4e-4, layer_decay=0.9), patch_dropout=0.5
-    )
-    return replace(config, precision="amp_bf16")
+    visual = TowerConfig(lr=4e-4, layer_decay=0.9)
+    config = _published("EVA02-CLIP-bigE-14-plus", 144_000, 62_500, visual, patch_dropout=0.5)
+    return replace(_cut(config), precision="amp_bf16")
+
+
+def _cut(config: TrainConfig) -> TrainConfig:
+    """What a GPU with 80 GB can't hold whole: 4.7 and 5.0 billion parameters, each of 16 bytes in training."""
+    return replace(config, parallel=ParallelConfig(mode="shard"))
 
 
 _TEXT = TowerConfig(lr=4e-5, layer_decay=0.75)

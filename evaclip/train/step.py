@@ -108,8 +108,9 @@ class TrainStep:
     def __call__(self, images: Tensor, tokens: Tensor, step: int, *, measure: bool = False) -> StepResult:
         """
         Args:
-            images: [b, 3, height, width] float32 on the device, this process's rows of the batch.
-            tokens: [b, context_length] int64 on the device.
+            images: [b, 3, height, width] float32, this process's rows of the batch. In host memory they may be larger
+                than the device: it gets each chunk when it is that one's turn.
+            tokens: [b, context_length] int64.
             step: number of the step from 0; decides which tokens are kept.
             measure: also tell how far the weights moved. The step stays the same, to the bit.
         """
@@ -187,10 +188,12 @@ class TrainStep:
         return loss
 
     def _features(self, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+        device = self.world.device
+        images, tokens = (part.to(device, non_blocking=True) for part in (chunk.images, chunk.tokens))
         # One autocast region per pass: its cache of cast weights would carry the graph-free casts of the first pass
         # of accumulation over into the second.
         with self._autocast():
-            features = self.model(chunk.images, chunk.tokens, token_index=chunk.token_index)
+            features = self.model(images, tokens, token_index=chunk.token_index)
         return features[0], features[1]
 
     def _loss(self, image_features: Tensor, text_features: Tensor) -> Tensor:

@@ -154,12 +154,10 @@ class Trainer:
     def _step(self, batch: Batch) -> StepResult:
         position, parts, log_every = self.position, self.parts, self.config.log.every_steps
         set_lr_factor(parts.step.optimizer, self._lr_factor())
-        images = batch.images.to(self.world.device, non_blocking=True)
-        tokens = batch.tokens.to(self.world.device, non_blocking=True)
         is_logged = (position.step + 1) % log_every == 0 or position.step + 1 == parts.total_steps
         is_sampled = self._communication.is_due(position.step, log_every)
         with self._communication.step() if is_sampled else nullcontext():
-            result = parts.step(images, tokens, position.step, measure=is_logged)
+            result = parts.step(batch.images, batch.tokens, position.step, measure=is_logged)
         position.step += 1
         position.samples = batch.position
         position.bad_samples += batch.skipped

@@ -39,7 +39,8 @@ def peak_of_step(job: Job) -> int:
     step = TrainStep(model, loss, optimizer, StepOptions(job.precision, job.accumulation), World(torch.device("cpu")))
     step(images, tokens, 0)
     model.zero_grad()
-    known = [*model.parameters(), *model.buffers(), images, tokens]
+    # Images and tokens lie in host memory, but for those of a chunk.
+    known = [*model.parameters(), *model.buffers(), images[: job.chunk].clone(), tokens[: job.chunk].clone()]
     known += [value for state in optimizer.state.values() for value in state.values()]
     return sum(value.untyped_storage().nbytes() for value in known) + highest(lambda: step(images, tokens, 1))
 

@@ -69,6 +69,23 @@ def test_accumulation_equals_the_whole_batch(
         torch.testing.assert_close(chunked_gradients[name], expected, rtol=1e-7, atol=1e-12, msg=name)
 
 
+def test_the_device_gets_one_chunk_at_a_time(
+    small_model: CLIP, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+    original = Tensor.to
+
+    def spy(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.shape[1:] == batch[0].shape[1:]:
+            sent.append(len(self))
+        return original(self, *args, **kwargs)
+
+    step = make_step(small_model, StepOptions(accumulation=4))
+    monkeypatch.setattr(Tensor, "to", spy)
+    step(*batch, step=0)
+    assert set(sent) == {BATCH // 4}
+
+
 def test_both_passes_of_accumulation_draw_the_same(
     small_model: CLIP, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
