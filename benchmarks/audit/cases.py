@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 import benchmarks.cases  # noqa: F401  (registers the operations)
@@ -23,6 +24,7 @@ OPTIMIZED = ("tiny@32 b1",)
 
 SHAPES = {
     "layer_norm": WIDTHS,
+    "layer_norm of hidden": HIDDEN,
     "add_layer_norm": WIDTHS,
     "add_layer_norm scaled": WIDTHS,
     "layer_norm_add": WIDTHS,
@@ -35,6 +37,7 @@ SHAPES = {
     "rope_attention": ("eva02-b16@112 b1", "eva02-l14@112 b1 drop50", "eva01-g14@112 b1", "eva02-bige14@112 b1"),
     "causal_attention": ("eva02-b16:text b1",),
     "lamb_step": OPTIMIZED,
+    "lamb_step of a large tensor": OPTIMIZED,
     "adamw_step": OPTIMIZED,
     "gradient_norm": OPTIMIZED,
 }
@@ -42,6 +45,8 @@ SHAPES = {
 DTYPES = ("bfloat16", "float32")
 MOST_ELEMENTS = 50_000
 """Of a tensor in an optimizer's step."""
+LARGE = (427, 410)
+"""A parameter that is twice as large as the cache, with its moments, all in float32."""
 
 
 def _scaled_inputs(op: Operation, shape: Shape, draw: Draw) -> Inputs:
@@ -67,6 +72,21 @@ def _scaled(name: str, backward: int) -> Operation:
         work=work,
         gradients=(*plain.gradients, "layer_scale"),
     )
+
+
+def _of_hidden() -> Operation:
+    """The norm over hidden channels: rows of 2730 begin anywhere in a sector."""
+    plain = get_operation("layer_norm")
+
+    def inputs(shape: Shape, draw: Draw) -> Inputs:
+        weight, bias = draw.normal(shape.hidden, scale=0.1, mean=1.0), draw.normal(shape.hidden, scale=0.1)
+        return {"x": draw.normal(shape.batch, shape.tokens, shape.hidden), "weight": weight, "bias": bias}
+
+    def work(shape: Shape, itemsize: int) -> Work:
+        unit = shape.batch * shape.tokens * shape.hidden * itemsize
+        return Work(Cost(0, 2 * unit), Cost(0, 3 * unit))
+
+    return replace(plain, name="layer_norm of hidden", inputs=inputs, work=work)
 
 
 def _by_channel() -> Operation:
@@ -100,12 +120,35 @@ def _few_tensors(name: str) -> Operation:
     return replace(plain, inputs=inputs, work=work)
 
 
+def _large_tensor(name: str) -> Operation:
+    plain = get_operation(name)
+
+    def inputs(shape: Shape, draw: Draw) -> Inputs:
+        values = {
+            "params": draw.normal(*LARGE, scale=0.02),
+            "grads": draw.normal(*LARGE, scale=1e-3),
+            "exp_avgs": draw.normal(*LARGE, scale=1e-3, dtype=torch.float32),
+            "exp_avg_sqs": draw.normal(*LARGE, scale=1e-3, dtype=torch.float32).square_(),
+            "steps": torch.tensor(10.0),
+        }
+        return {name: [value] for name, value in values.items()}
+
+    def work(shape: Shape, itemsize: int) -> Work:
+        return Work(Cost(0, LARGE[0] * LARGE[1] * (3 * itemsize + 4 * 4)))
+
+    return replace(plain, name=f"{name} of a large tensor", inputs=inputs, work=work)
+
+
 def operation(name: str) -> Operation:
     """The operation of that name. Raises `UserError` with the nearest names if there is none."""
     if name not in SHAPES:
         raise unknown_name("audited operation", name, SHAPES)
+    if name == "lamb_step of a large tensor":
+        return _large_tensor("lamb_step")
     if SHAPES[name] == OPTIMIZED:
         return _few_tensors(name)
+    if name == "layer_norm of hidden":
+        return _of_hidden()
     if name == "add_layer_norm scaled":
         return _scaled("add_layer_norm", backward=6)
     if name == "layer_norm_add scaled":

@@ -58,7 +58,7 @@ T* dynamic_shared_memory() {
 
 template <class Word>
 Word load(const Word* from, int line = __builtin_LINE()) {
-  return cuda_emulator::is_aligned(from, sizeof(Word), line) ? *from : Word{};
+  return cuda_emulator::is_aligned(from, sizeof(Word), line) ? cuda_emulator::load_whole(from) : Word{};
 }
 
 template <class Word>
@@ -68,7 +68,7 @@ Word load_once(const Word* from, int line = __builtin_LINE()) {
 
 template <class Word>
 void store(Word* to, Word word, int line = __builtin_LINE()) {
-  if (cuda_emulator::is_aligned(to, sizeof(Word), line)) *to = word;
+  if (cuda_emulator::is_aligned(to, sizeof(Word), line)) cuda_emulator::store_whole(to, word);
 }
 
 template <class Word>
@@ -84,6 +84,10 @@ template <class T>
 T* in_global_memory(T* pointer) {
   return pointer;
 }
+
+// In the body of a loop: which round this is, so that the audit takes an access of one round for one request
+// where some lanes leave a round out.
+using cuda_emulator::Round;
 
 inline float exp2_approximated(float x) { return std::exp2(x); }
 
@@ -210,6 +214,10 @@ __device__ __forceinline__ T* in_global_memory(T* pointer) {
   __builtin_assume(__isGlobal(pointer));
   return pointer;
 }
+
+struct Round {
+  __device__ __forceinline__ explicit Round(unsigned) {}
+};
 
 // To 2 units in the last place, in one instruction; 0 where the result would be subnormal.
 __device__ __forceinline__ float exp2_approximated(float x) {

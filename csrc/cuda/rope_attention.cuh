@@ -298,7 +298,7 @@ struct Head {
       load_floats(rows + row * kRow + i, values);
       Packed<T, kElements>::pack(values).store_whole(to.at(token) + i);
     };
-    for_each_group_of_any<2>(team, first, count, store_group);
+    for_each_group_of_any<2, Element>(team, first, count, store_group);
   }
 
  private:
@@ -310,29 +310,37 @@ struct Head {
       if (token < 0 || i >= width() || !rotation.turns(token)) return;
       rotation.template turn<decltype(E)::value>(rows + row * kRow, token, i, sign);
     };
-    for_each_group_of_any<COMPACT ? 1 : 2>(team, first, count, turn_group);
+    for_each_group_of_any<COMPACT ? 1 : 2, Element>(team, first, count, turn_group);
   }
+
+  // How many groups of E elements a row has. Those of 32 bytes give a bank of shared memory two of the eight
+  // lanes that are served at a time, and three where a row ends among the first or last of four: such rows
+  // have empty groups at their end.
+  template <class Element, int E>
+  static constexpr int kGroupsOf = E * sizeof(Element) > kWidestAccess ? (D / E + 3) / 4 * 4 : D / E;
 
   // Calls body(token, row, element) for groups of E elements of `count` slots from `first` on. UNROLLED: of
   // so many groups a thread loads the angles before it waits for any.
-  template <int E, int UNROLLED = 1, class Body>
+  template <int E, int UNROLLED = 1, class Element = T, class Body>
   __device__ __forceinline__ void for_each_group(const Team& team, int first, int count,
                                                  const Body& body) const {
-    constexpr int kGroups = D / E;
+    constexpr int kGroups = kGroupsOf<Element, E>;
 #pragma unroll UNROLLED
     for (int i = team.thread; i < count * kGroups; i += team.size) {
+      const Round round(static_cast<unsigned>(i / team.size));
       body(slots().token(first + i / kGroups), i / kGroups, i % kGroups * E);
     }
   }
 
-  // Calls body(Constant<E>{}, token, row, element) with the E that can be accessed at a time.
-  template <int UNROLLED, class Body>
+  // Calls body(Constant<E>{}, token, row, element) with the E that can be accessed at a time, of rows of
+  // Element.
+  template <int UNROLLED, class Element, class Body>
   __device__ __forceinline__ void for_each_group_of_any(const Team& team, int first, int count,
                                                         const Body& body) const {
     if (plan.wide) {
       constexpr int kElements = kWide<T>;
-      for_each_group<kElements, UNROLLED>(team, first, count,
-                                          [&](auto... at) { body(Constant<kElements>{}, at...); });
+      for_each_group<kElements, UNROLLED, Element>(team, first, count,
+                                                   [&](auto... at) { body(Constant<kElements>{}, at...); });
     } else {
       for_each_group<1>(team, first, count, [&](auto... at) { body(Constant<1>{}, at...); });
     }

@@ -85,10 +85,14 @@ __device__ __forceinline__ void add_tile(OwnSums<D, KEYS>& sums, const OwnVector
   }
 }
 
+// Lanes that share a row where rows are read once: together they read whole sectors.
+constexpr int kLanesOfRow = 8;
+
+// The lane's part, which is number `part` of those of its row.
 template <class T, int E>
-__device__ __forceinline__ float dot(const T* a, const T* b, int width) {
+__device__ __forceinline__ float part_of_dot(const T* a, const T* b, int width, int part) {
   float sum = 0.0f;
-  for (int i = 0; i < width; i += E) {
+  for (int i = part * E; i < width; i += kLanesOfRow * E) {
     float x[E], y[E];
     load_floats(a + i, x);
     load_floats(b + i, y);
@@ -104,13 +108,25 @@ __device__ __forceinline__ void find_scalars(const QueryScalars& scalars, const 
   const float* const lse = params.lse + head.number.first_row(params.shape);
   const auto dout = head.number.template tokens_of<T>(params.dout, params.shape),
              out = head.number.template tokens_of<T>(params.out, params.shape);
-  for (int slot = threadIdx.x; slot < head.tiles() * kTile; slot += blockDim.x) {
+  const int thread = static_cast<int>(threadIdx.x), part = thread % kLanesOfRow;
+  const int rows = static_cast<int>(blockDim.x) / kLanesOfRow;
+  // All lanes of a warp have a slot, or none: it has four, and there are sixteen a tile.
+  for (int slot = thread / kLanesOfRow; slot < head.tiles() * kTile; slot += rows) {
     const int token = head.slots().token(slot);
+    float mean = 0.0f;
+    if (token >= 0) {
+      const T *const a = dout.at(token), *const b = out.at(token);
+      mean = head.plan.wide ? part_of_dot<T, kWide<T>>(a, b, head.width(), part)
+                            : part_of_dot<T, 1>(a, b, head.width(), part);
+    }
+#pragma unroll
+    for (int distance = kLanesOfRow / 2; distance > 0; distance /= 2) {
+      mean += __shfl_xor_sync(kWholeWarp, mean, distance);
+    }
+    if (part > 0) continue;
+    scalars.mean[slot] = mean;
     // So that the weights of an empty slot are 0.
     scalars.lse[slot] = token < 0 ? INFINITY : lse[token] * kLog2E;
-    scalars.mean[slot] = token < 0        ? 0.0f
-                         : head.plan.wide ? dot<T, kWide<T>>(dout.at(token), out.at(token), head.width())
-                                          : dot<T, 1>(dout.at(token), out.at(token), head.width());
   }
 }
 

@@ -3,8 +3,8 @@
 //
 // A warp's request is what its lanes access by the same instruction, called from the same places, for the
 // same time since they last met. Lanes that skip an access in the middle of a loop are met with that of the
-// next round, so that more sectors are counted than a GPU would fetch, not fewer; loops whose last round is
-// short, or that meet, are exact.
+// next round, so that more sectors are counted than a GPU would fetch, not fewer; loops that tell which round
+// it is, whose last round is short, or that meet, are exact.
 //
 // Global memory is all that isn't a stack, the emulator's, or this library's own. The results are given out
 // by address: who allocated the tensors knows which is which (benchmarks/audit). Behind all requests is a
@@ -215,6 +215,7 @@ class Audit : public cuda_emulator::Observer {
     if (cuda_emulator::is_private(reinterpret_cast<const void*>(address))) return;
     if (host_stack_.holds(address) || library_.holds(address)) return;
     instruction ^= paths_[thread].empty() ? 0 : paths_[thread].back();
+    instruction ^= (cuda_emulator::current_round() + 1) * kOdd;
     Round& round = rounds_[thread][instruction];
     const unsigned meetings = cuda_emulator::meetings_so_far();
     if (round.meetings != meetings) round = {meetings, 0};

@@ -58,6 +58,7 @@ struct Fiber {
   uint64_t received = 0;
   unsigned barriers = 0;
   unsigned meetings = 0;
+  unsigned round = 0;
   uint32_t priority = 0;
   std::vector<Copy> copies;
 };
@@ -219,7 +220,7 @@ void prepare(Fiber& fiber, int number) {
   const dim3& block = machine.block;
   const unsigned n = static_cast<unsigned>(number);
   fiber.index = {n % block.x, n / block.x % block.y, n / (block.x * block.y)};
-  fiber.barriers = fiber.meetings = 0;
+  fiber.barriers = fiber.meetings = fiber.round = 0;
   fiber.copies.clear();
   if (!fiber.stack) fiber.stack = new_stack();
 #ifdef EVAKERNELS_WATCH_THREAD
@@ -303,6 +304,7 @@ int lane() { return number_of(*machine.current) % kWarpSize; }
 void watch(Observer* watcher) { observer = watcher; }
 int running_thread() { return machine.current ? number_of(*machine.current) : -1; }
 unsigned meetings_so_far() { return machine.current->barriers + machine.current->meetings; }
+unsigned& current_round() { return machine.current->round; }
 
 bool is_private(const void* address) {
   const auto lies_in = [&](const void* begin, size_t size) {
@@ -464,9 +466,10 @@ const char* launch(const void* address, dim3 grid, dim3 block, size_t dynamic_by
   // No vector grows in one thread and shrinks in another, which would look like a race.
   machine.ready.reserve(kMaxThreads);
   for (Warp& warp : machine.warps) warp.meetings.reserve(kWarpSize);
-  // The blocks too in another order: from a random one on, forwards or backwards.
-  const uint64_t start = draw() % blocks;
-  const bool backward = draw() % 2;
+  // The blocks too in another order: from a random one on, forwards or backwards. Who watches sees that of a
+  // GPU.
+  const uint64_t start = observer ? 0 : draw() % blocks;
+  const bool backward = !observer && draw() % 2;
   for (uint64_t i = 0; i < blocks && !machine.failed; ++i) {
     const uint64_t number = (start + (backward ? blocks - i : i)) % blocks;
     machine.block_index = {static_cast<unsigned>(number % grid.x),

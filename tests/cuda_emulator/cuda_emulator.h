@@ -88,17 +88,54 @@ struct Observer {
 };
 void watch(Observer* observer);
 
-// The running thread: its number in the block, -1 where no kernel runs; how often it has met others; and
-// whether memory is its own stack, or the emulator's.
+// The running thread: its number in the block, -1 where no kernel runs; how often it has met others; the
+// round of a loop that it is in; and whether memory is its own stack, or the emulator's.
 int running_thread();
 unsigned meetings_so_far();
+// Of the loop that it is in; 0 outside of those that tell.
+unsigned& current_round();
 bool is_private(const void* address);
+
+class Round {
+ public:
+  explicit Round(unsigned number) : before_(current_round()) { current_round() = number; }
+  ~Round() { current_round() = before_; }
+
+ private:
+  unsigned before_;
+};
 
 // Else the launch ends with an error.
 inline bool is_aligned(const void* pointer, size_t alignment, int line) {
   if (reinterpret_cast<uintptr_t>(pointer) % alignment == 0) return true;
   fail("a misaligned access", line);
   return false;
+}
+
+// In one access, which compilers else may cut into those of the word's members.
+template <class Word>
+Word load_whole(const Word* from) {
+  if constexpr (sizeof(Word) <= 4) {
+    return *from;
+  } else {
+    using Bytes [[gnu::vector_size(sizeof(Word)), gnu::may_alias]] = unsigned char;
+    const Bytes bytes = *reinterpret_cast<const Bytes*>(from);
+    Word word;
+    std::memcpy(&word, &bytes, sizeof word);
+    return word;
+  }
+}
+
+template <class Word>
+void store_whole(Word* to, const Word& word) {
+  if constexpr (sizeof(Word) <= 4) {
+    *to = word;
+  } else {
+    using Bytes [[gnu::vector_size(sizeof(Word)), gnu::may_alias]] = unsigned char;
+    Bytes bytes;
+    std::memcpy(&bytes, &word, sizeof word);
+    *reinterpret_cast<Bytes*>(to) = bytes;
+  }
 }
 
 template <class T>

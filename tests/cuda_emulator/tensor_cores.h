@@ -15,7 +15,9 @@ inline void copy_async(void* to, const void* from, int line) {
 }
 
 inline void wait_for_copies() {
-  for (Copy copy; next_copy(copy);) {
+  Copy copy;
+  for (unsigned number = 0; next_copy(copy); ++number) {
+    const Round round(number);
     if (copy.from) {
       std::memcpy(copy.to, copy.from, 16);
     } else {

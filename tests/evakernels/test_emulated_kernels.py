@@ -111,6 +111,27 @@ def printed(code: str, tests: Path) -> str:
     return subprocess.run(call, env=environment, cwd=tests, capture_output=True, text=True, check=True).stdout
 
 
+def test_attention_of_1025_tokens_is_as_accurate_as_torch(tests: Path) -> None:
+    """The most that is promised: an image of 32 by 32 patches. Forward, of one head; no other test has so many stages
+    and parts of a head."""
+    code = """if True:
+        import torch, evakernels
+        from op_checks import error
+        from test_rope_attention import rotate
+        generator = torch.Generator().manual_seed(0)
+        qkv = [torch.randn(1, 1025, 1, 64, generator=generator).bfloat16() for _ in range(3)]
+        cos, sin = evakernels.nn.axial_rope(32, 32, head_dim=64)
+        def theirs(dtype):
+            q, k, v = (t.to(dtype).transpose(1, 2) for t in qkv)
+            q, k = (rotate(t, cos, sin, None, 1, True) for t in (q, k))
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        exact, out = theirs(torch.float64), evakernels.rope_attention(*qkv, cos, sin, num_prefix=1)
+        print(error(out, exact), error(theirs(torch.bfloat16), exact), exact.abs().max().item())
+    """
+    ours, torchs, largest = map(float, printed(code, tests).split())
+    assert ours <= 2 * torchs + 2**-8 * largest
+
+
 def test_a_wrong_index_ends_the_launch(tests: Path) -> None:
     """Of patches in either order. Ops on a CPU check it beforehand; on a GPU nobody but the kernels does."""
     code = """if True:
