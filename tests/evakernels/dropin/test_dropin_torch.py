@@ -184,11 +184,11 @@ def test_under_autocast_the_result_is_that_of_the_untouched_model(name):
 # --- compilers ------------------------------------------------------------------------------------------------------
 
 
-# Compilation is dear: autograd's part of it is for one of each library and attention.
-TRACED = ("eva02", "vit", "open-clip", "clip")
+# Compilation is dear: autograd's part of it is for one with a rotation and one without.
+TRACED = ("eva02", "clip")
 
 
-@pytest.mark.parametrize("name", [*TRACED, "llama"])
+@pytest.mark.parametrize("name", TRACED)
 def test_it_compiles_without_a_graph_break(name):
     torch._dynamo.reset()
     family, model, _ = _pair(name)
