@@ -153,12 +153,13 @@ class Trainer:
 
     def _step(self, batch: Batch) -> StepResult:
         position, parts, log_every = self.position, self.parts, self.config.log.every_steps
+        after = position.step + 1
         set_lr_factor(parts.step.optimizer, self._lr_factor())
-        is_logged = (position.step + 1) % log_every == 0 or position.step + 1 == parts.total_steps
+        is_logged = after % log_every == 0 or after == parts.total_steps
         is_sampled = self._communication.is_due(position.step, log_every)
         with self._communication.step() if is_sampled else nullcontext():
             result = parts.step(batch.images, batch.tokens, position.step, measure=is_logged)
-        position.step += 1
+        position.step = after
         position.samples = batch.position
         position.bad_samples += batch.skipped
         if is_sampled and not is_logged:
@@ -270,9 +271,6 @@ class Trainer:
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.position.step % every == 0
-
-    def _is_last(self) -> bool:
-        return self.position.step == self.parts.total_steps
 
     def _time_is_up(self) -> bool:
         minutes = self.config.checkpoint.every_minutes
