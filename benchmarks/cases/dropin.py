@@ -30,7 +30,8 @@ class Model:
 
     Attributes:
         build: makes it with random weights on a device.
-        encode: its features of images, and of texts if it has a tower for them.
+        encode: its features of images, and of texts and its temperature if it has a tower for them; so that every
+            parameter has a gradient.
         vocabulary: token ids that it knows; 0 for a model of images.
         context: tokens of a text.
     """
@@ -89,7 +90,7 @@ def _open_clip(name: str) -> Model:
         model: nn.Module = open_clip.create_model(name, device=device)
         return model
 
-    return Model(build, lambda model, images, texts: model(images, texts)[:2], 49_408, 77)
+    return Model(build, lambda model, images, texts: model(images, texts), 49_408, 77)
 
 
 def _transformers(kind: str, vocabulary: int, context: int) -> Model:
@@ -107,7 +108,7 @@ def _transformers(kind: str, vocabulary: int, context: int) -> Model:
 
 def _embed(model: Any, images: Tensor, texts: Tensor | None) -> Any:
     output = model(input_ids=texts, pixel_values=images)
-    return output.image_embeds, output.text_embeds
+    return output.image_embeds, output.text_embeds, output.logits_per_image  # the last has the temperature
 
 
 MODELS = {

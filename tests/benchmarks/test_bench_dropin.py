@@ -49,6 +49,18 @@ def test_models_exist_and_are_those_that_are_meant(name: str) -> None:
     assert (flops / 1e9, parameters / 1e6) == pytest.approx(expected, rel=0.03)
 
 
+@pytest.mark.parametrize("name", [name for name in dropin.MODELS if name != "timm/small"])
+def test_all_parameters_are_trained(name: str) -> None:
+    model, pixels = dropin.MODELS[name], dropin._PIXELS.get(name, 224)
+    with torch.device("meta"):
+        module = model.build(torch.device("meta")).train()
+        texts = torch.zeros(2, model.context, dtype=torch.int64) if model.vocabulary else None
+        outputs = model.encode(module, torch.zeros(2, 3, pixels, pixels), texts)
+    total = sum(output.sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,)))
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    assert len(torch.autograd.grad(total, trained)) == len(trained)
+
+
 def test_shapes_have_names() -> None:
     shape = dropin.parse("timm/vit-b b4")
     assert (shape.model, shape.batch, shape.name) == ("timm/vit-b", 4, "timm/vit-b b4")

@@ -28,8 +28,9 @@ OLDEST = Path(sys.prefix) / "oldest-triton"
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (it exists for Linux only)")
-@pytest.mark.parametrize("version", ["installed", "oldest"])
-@pytest.mark.parametrize("capabilities", [(90,), (80, 100, 120)], ids=str)
+@pytest.mark.parametrize(
+    ("capabilities", "version"), [((90,), "installed"), ((80, 100, 120), "installed"), ((90,), "oldest")], ids=str
+)
 def test_every_configuration_compiles_and_fits(capabilities: tuple[int, ...], version: str) -> None:
     if version == "oldest" and not OLDEST.exists():
         pytest.skip("no older Triton beside the installed one (`make test` puts it there)")
