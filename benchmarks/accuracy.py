@@ -32,18 +32,30 @@ def tensors(value: Outputs) -> list[Tensor]:
     return [item for item in value if isinstance(item, Tensor)] if isinstance(value, list | tuple) else []
 
 
+_ZERO = 1e-12
+"""What is this small beside the other tensors is float64's rounding of a zero, such as the gradient of keys' biases."""
+
+
 def relative_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """The largest relative RMS error, ||found - truth|| / ||truth||, of several tensors; NaN if any has one."""
+    """The largest relative RMS error, ||found - truth|| / ||truth||, of several tensors; NaN if any has one.
+
+    That of a tensor which should be zero is relative to the largest of the others, by RMS of their elements.
+    """
     if len(found) != len(truth):
         raise ValueError(f"{len(found)} tensors came back where {len(truth)} were expected")
+    scales = [_rms(exact) for exact in truth]
+    largest = max(scales, default=0.0)
     errors = []
-    for ours, exact in zip(found, truth, strict=True):
+    for ours, exact, scale in zip(found, truth, scales, strict=True):
         if ours.shape != exact.shape:
             raise ValueError(f"shape {tuple(ours.shape)} came back where {tuple(exact.shape)} was expected")
-        scale = exact.double().norm().item()
-        error = (ours.double() - exact.double()).norm().item()
-        errors.append(error / scale if scale else error)
+        error = _rms(ours.double() - exact.double())
+        errors.append(error / ((scale if scale > _ZERO * largest else largest) or 1.0))
     return float(torch.tensor(errors).max())  # unlike max(), torch's keeps a NaN
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.double().norm().item() / max(tensor.numel(), 1) ** 0.5)
 
 
 def _convert(value: Any) -> Any:

@@ -212,3 +212,9 @@ def test_relative_error_is_the_worst_tensor() -> None:
     assert accuracy.relative_error([torch.ones(4), torch.full((4,), float("nan"))], truth) != 0
     with pytest.raises(ValueError, match="1 tensors came back where 2 were expected"):
         accuracy.relative_error([torch.ones(4)], truth)
+
+
+def test_a_zero_is_measured_by_the_others() -> None:
+    truth = [torch.full((4,), 100.0), torch.full((9,), 1e-18)]
+    assert accuracy.relative_error([truth[0], torch.full((9,), 1e-3)], truth) == pytest.approx(1e-5)
+    assert accuracy.relative_error([torch.ones(2)], [torch.zeros(2)]) == 1
