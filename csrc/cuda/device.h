@@ -76,6 +76,13 @@ void store_whole(Word* to, Word word, int line = __builtin_LINE()) {
   store(to, word, line);
 }
 
+template <int BYTES = 16>
+void copy_async(void* to, const void* from, bool exists = true, int line = __builtin_LINE()) {
+  cuda_emulator::copy_async<BYTES>(to, exists ? from : nullptr, line);
+}
+
+inline void wait_for_copies() { cuda_emulator::wait_for_copies(); }
+
 // Ends the launch with an error: for arguments that only the kernel sees. `what` is told where that is
 // possible.
 inline void refuse(const char* what, int line = __builtin_LINE()) { cuda_emulator::fail(what, line); }
@@ -111,10 +118,10 @@ inline Error error_of(cudaError_t code) {
   return cudaGetErrorString(code);
 }
 
-// Without leave a kernel gets 48 KB of dynamic shared memory at most.
+// Without leave a kernel gets 48 KB of shared memory at most, and no more than 16 are static.
 template <class Kernel>
 cudaError_t allow_shared_memory(Kernel* kernel, size_t bytes) {
-  if (bytes <= 48 * 1024) return cudaSuccess;
+  if (bytes <= 32 * 1024) return cudaSuccess;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
@@ -202,6 +209,28 @@ __device__ __forceinline__ void store_whole(Word* to, Word word) {
     *to = word;
   }
 }
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 or 4 bytes from global memory, or zeros, to shared memory, past the registers. They are there for the
+// thread that copied them once it has waited.
+template <int BYTES = 16>
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool exists = true) {
+  static_assert(BYTES == 16 || BYTES == 4);
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(exists ? 16 : 0)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(exists ? 4 : 0)
+                 : "memory");
+  }
+}
+
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Ends the launch with an error: for arguments that only the kernel sees. `what` is told where that is
 // possible.

@@ -34,12 +34,6 @@ __device__ __forceinline__ int column_in_tile(int lane, int i) {
 
 #ifdef EVAKERNELS_EMULATED
 
-inline void copy_async(void* to, const void* from, bool exists, int line = __builtin_LINE()) {
-  cuda_emulator::copy_async(to, exists ? from : nullptr, line);
-}
-
-inline void wait_for_copies() { cuda_emulator::wait_for_copies(); }
-
 inline void load_matrices(uint32_t (&words)[4], const void* row) {
   cuda_emulator::load_matrices(words, row, false);
 }
@@ -54,20 +48,6 @@ void multiply_tiles(float (&sums)[8], const uint32_t (&a)[4], const uint32_t (&b
 }
 
 #else
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// 16 bytes from global memory, or zeros, to shared memory, past the registers. They are there for the thread
-// that copied them once it has waited.
-__device__ __forceinline__ void copy_async(void* to, const void* from, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(exists ? 16 : 0)
-               : "memory");
-}
-
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Four matrices of 8 x 8 elements in shared memory; lane l brings the address of row l % 8 of number l / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* row) {

@@ -197,6 +197,13 @@ class Audit : public cuda_emulator::Observer {
     shared_[begin] = {begin, begin + size};
   }
 
+  unsigned place(const void* caller) override {
+    const auto& path = paths_[cuda_emulator::running_thread()];
+    uintptr_t hash = reinterpret_cast<uintptr_t>(caller) ^ (path.empty() ? 0 : path.back());
+    hash = (hash ^ cuda_emulator::current_round()) * kOdd;
+    return static_cast<unsigned>(hash >> 32);
+  }
+
   void enter(uintptr_t caller) {
     const int thread = watches_ ? cuda_emulator::running_thread() : -1;
     if (thread < 0) return;

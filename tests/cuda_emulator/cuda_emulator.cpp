@@ -399,7 +399,10 @@ void work_together(uint64_t value, void (*work)(const uint64_t* values), const c
   if (!machine.failed) meet(~0u, value, 0, work, what, line);
 }
 
-void begin_copy(const Copy& copy) { machine.current->copies.push_back(copy); }
+void begin_copy(void* to, const void* from, int bytes) {
+  const unsigned place = observer ? observer->place(__builtin_return_address(0)) : 0;
+  machine.current->copies.push_back({to, from, bytes, place});
+}
 
 bool next_copy(Copy& copy) {
   std::vector<Copy>& copies = machine.current->copies;

@@ -67,13 +67,15 @@ void* shared_memory(const void* key, size_t size, size_t alignment);
 // And the part whose size the launch tells.
 void* dynamic_shared_memory();
 
-// 16 bytes, or zeros if `from` is null, on their way to shared memory.
+// So many bytes, or zeros if `from` is null, on their way to shared memory.
 struct Copy {
   void* to;
   const void* from;
+  int bytes;
+  unsigned place;  // that it was begun at, as who watches tells them apart
 };
 // A thread's copies, which take place when it waits for them.
-void begin_copy(const Copy& copy);
+void begin_copy(void* to, const void* from, int bytes);
 bool next_copy(Copy& copy);
 
 // Null, or what went wrong. `kernel` calls the function at `address`.
@@ -85,6 +87,8 @@ struct Observer {
   virtual void launch_begins(const void* kernel, dim3 grid, dim3 block) = 0;
   virtual void block_ends(unsigned barriers) = 0;
   virtual void uses_shared_memory(const void* data, size_t size) = 0;
+  // Of what the running thread is about, in the function that returns to `caller`.
+  virtual unsigned place(const void* caller) = 0;
 };
 void watch(Observer* observer);
 
@@ -135,6 +139,34 @@ void store_whole(Word* to, const Word& word) {
     Bytes bytes;
     std::memcpy(&bytes, &word, sizeof word);
     *reinterpret_cast<Bytes*>(to) = bytes;
+  }
+}
+
+// The next three are here so that sanitizers see them as the accesses of the thread that they are.
+
+// Between the beginning and the wait shared memory holds NaN.
+template <int BYTES>
+void copy_async(void* to, const void* from, int line) {
+  if (!is_aligned(to, BYTES, line) || !is_aligned(from, BYTES, line)) return;
+  std::memset(to, 0xFF, BYTES);
+  begin_copy(to, from, BYTES);
+}
+
+template <int BYTES>
+void end_copy(const Copy& copy) {
+  if (copy.from) {
+    std::memcpy(copy.to, copy.from, BYTES);
+  } else {
+    std::memset(copy.to, 0, BYTES);
+  }
+}
+
+inline void wait_for_copies() {
+  Copy copy;
+  while (next_copy(copy)) {
+    // A warp's copies are met with each other that were begun at one place.
+    const Round round(copy.place);
+    copy.bytes == 16 ? end_copy<16>(copy) : end_copy<4>(copy);
   }
 }
 

@@ -1,30 +1,9 @@
-// Tensor cores and what feeds them, emulated: ldmatrix, mma.m16n8k16 and cp.async as the PTX ISA has them.
+// Tensor cores and what feeds them, emulated: ldmatrix and mma.m16n8k16 as the PTX ISA has them.
 #pragma once
 
 #include "cuda_emulator.h"
 
 namespace cuda_emulator {
-
-// The next two are here so that sanitizers see them as the accesses of the thread that they are.
-
-// Between the beginning and the wait shared memory holds NaN.
-inline void copy_async(void* to, const void* from, int line) {
-  if (!is_aligned(to, 16, line) || !is_aligned(from, 16, line)) return;
-  std::memset(to, 0xFF, 16);
-  begin_copy({to, from});
-}
-
-inline void wait_for_copies() {
-  Copy copy;
-  for (unsigned number = 0; next_copy(copy); ++number) {
-    const Round round(number);
-    if (copy.from) {
-      std::memcpy(copy.to, copy.from, 16);
-    } else {
-      std::memset(copy.to, 0, 16);
-    }
-  }
-}
 
 // What the lanes of a warp bring to ldmatrix.x4, and take from it.
 struct Addresses {
