@@ -33,7 +33,7 @@ KERNEL = re.compile(
     re.DOTALL,
 )
 FUNCTION = re.compile(r"\s*Function : (\S+)")
-ACCESS = re.compile(r"\b(LDG|STG)((?:\.\w+)*)")
+ACCESS = re.compile(r"\b(LDG|STG)(?:STS)?((?:\.\w+)*)")
 
 
 class Usage(NamedTuple):
@@ -61,6 +61,7 @@ def readable(symbols: list[str]) -> list[str]:
     for name in names.splitlines():
         short = re.sub(r"\(anonymous namespace\)::|evakernels::(cuda::)?", "", name)
         short = re.sub(r"Layout<(\d+), (\d+), \d+> ?", r"\1, \2", short)
+        short = re.sub(r"Staged<(\d+), \d+> ?", r"staged, \1", short)
         result.append(re.sub(r"^void |_kernel(?=<)|\(.*\)$", "", short))
     return result
 

@@ -28,7 +28,21 @@ struct Layout {
   // Of a multiprocessor, at least: with 16-bit elements the registers of twelve warps, which keep enough
   // loads on their way; in streaming kernels the compiler would else spill to make room for twice as many.
   static constexpr int kBlocks = V == 0 ? 4 : E < 8 ? 1 : std::max(1, 384 / THREADS);
+  static constexpr bool kStaged = false;
 };
+
+// Pairs of 16-bit elements, of rows that go by way of shared memory (staged_rows.cuh).
+template <int V, int THREADS>
+struct Staged : Layout<2, V, THREADS> {
+  static constexpr bool kStaged = true;
+};
+
+constexpr int kLine = 128;  // bytes that a cache holds side by side
+
+// Of shared memory, for a row that begins anywhere in a line.
+__host__ __device__ inline int stage_bytes(int64_t width) {
+  return (static_cast<int>(width) * 2 + kLine + kWidestAccess - 1) / kWidestAccess * kWidestAccess;
+}
 
 // The elements of a thread where E at a time are accessed: fewer where the accesses themselves take
 // registers.
@@ -95,9 +109,15 @@ Error with_steps(int steps, const Body& body) {
   }
 }
 
+// Where 2 elements at a time are accessed.
+template <RowLimits LIMITS>
+using Pairs = Layout<2, elements_per_thread(2, LIMITS) / 2, LIMITS.threads>;
+template <RowLimits LIMITS>
+using StagedPairs = Staged<Pairs<LIMITS>::V, LIMITS.threads>;
+
 // Calls body with the Layout of a plan. WIDE: elements of 16 bytes; 1: only the layout for all cases is
 // built.
-template <int WIDE, RowLimits LIMITS, class Body>
+template <int WIDE, RowLimits LIMITS, class OfPairs = Pairs<LIMITS>, class Body>
 Error with_layout(const RowPlan& plan, const Body& body) {
   using Streaming = Layout<1, 0, kStreamingThreads>;
   if constexpr (WIDE == 1) {
@@ -107,7 +127,7 @@ Error with_layout(const RowPlan& plan, const Body& body) {
       return plan.elements == WIDE ? body(Layout<WIDE, 0, kStreamingThreads>{}) : body(Streaming{});
     }
     if (plan.elements == 1) return body(Layout<1, elements_per_thread(1, LIMITS), LIMITS.threads>{});
-    if (plan.elements == 2) return body(Layout<2, elements_per_thread(2, LIMITS) / 2, LIMITS.threads>{});
+    if (plan.elements == 2) return body(OfPairs{});
     return with_steps<WIDE, LIMITS, 1>(plan.vectors * WIDE / kStep, body);
   }
 }

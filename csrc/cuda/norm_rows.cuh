@@ -97,6 +97,22 @@ class RowPart {
   Packed<T, E> held_[V > 0 ? V : 1];
 };
 
+// The row of a matrix that is written.
+template <class T, int E>
+class RowOutput {
+ public:
+  __device__ __forceinline__ void point_to(void* matrix, int64_t row, int64_t width) {
+    row_ = static_cast<T*>(matrix) + row * width;
+  }
+
+  __device__ __forceinline__ void put(int vector, const float (&values)[E]) const {
+    store_floats(row_ + int64_t{vector} * E, values);
+  }
+
+ private:
+  T* row_;
+};
+
 struct RowStatistics {
   float mean;
   float rstd;

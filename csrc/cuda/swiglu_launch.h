@@ -15,16 +15,20 @@ constexpr int kThreadsFor = L::V == 0 ? L::kThreads : THREADS;
 template <class L>
 constexpr int kBlocksFor = L::V == 0 ? L::kBlocks : 1;
 
-// Calls body(kernel, plan). kernel_of(T{}, Layout{}) names the kernel.
-template <RowLimits LIMITS, class Params, class KernelOf, class Body>
+// Calls body(kernel, plan, bytes of shared memory). kernel_of(T{}, Layout{}) names the kernel; STAGES: of a
+// row that goes by way of shared memory.
+template <RowLimits LIMITS, int STAGES, class Params, class KernelOf, class Body>
 Error with_norm_kernel(const Params& params, const std::vector<Buffer>& buffers, const KernelOf& kernel_of,
                        const Body& body) {
   return with_element_type(params.dtype, [&](auto element) {
     constexpr int kWide = kWidestAccess / int{sizeof(element)};
     const int64_t step = common_step(params.width, params.gate, params.up);
     const RowPlan plan = plan_rows(params.width, kWide, aligned_elements(kWide, step, buffers), LIMITS);
-    return with_layout<kWide, LIMITS>(plan,
-                                      [&](auto layout) { return body(kernel_of(element, layout), plan); });
+    using OfPairs = std::conditional_t<sizeof(element) == 2, StagedPairs<LIMITS>, Pairs<LIMITS>>;
+    return with_layout<kWide, LIMITS, OfPairs>(plan, [&](auto layout) {
+      const int stages = layout.kStaged ? STAGES * static_cast<int>(plan.block.y) : 0;
+      return body(kernel_of(element, layout), plan, size_t(stages) * stage_bytes(params.width));
+    });
   });
 }
 

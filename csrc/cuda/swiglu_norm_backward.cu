@@ -2,6 +2,7 @@
 // is read once and each of dgate and dup written once.
 #include "cuda/column_sums.cuh"
 #include "cuda/norm_parameters.cuh"
+#include "cuda/staged_rows.cuh"
 #include "cuda/swiglu.cuh"
 #include "cuda/swiglu.h"
 #include "cuda/swiglu_launch.h"
@@ -13,6 +14,7 @@ namespace {
 constexpr int kSums = 2;
 
 constexpr RowLimits kLimits = {16, 384};
+constexpr int kStages = 8;  // two of each input, one of each gradient
 
 // Those with the most elements a thread need registers for them.
 template <class L>
@@ -34,21 +36,41 @@ __global__ void __launch_bounds__(kThreads<L>, kBlocksFor<L>)
 
   int64_t row = first_row();
   if (row < params.rows) {
-    RowPart<T, E, V> dout, gate, up;
+    InputRow<T, L> dout, gate, up;
+    OutputRow<T, L> dgate, dup;
+    if constexpr (L::kStaged) {
+      const Stages stages(kStages, width);
+      dout.use(width, stages[0], stages[1]);
+      gate.use(width, stages[2], stages[3]);
+      up.use(width, stages[4], stages[5]);
+      dgate.use(width, stages[6]);
+      dup.use(width, stages[7]);
+    }
     dout.point_to(params.dout, row, width);
     gate.point_to(params.gate.data, row, params.gate.stride);
     up.point_to(params.up.data, row, params.up.stride);
-    const auto fetch = [&](int vector, int slot, int64_t rows_ahead) {
-      dout.fetch(vector, slot, rows_ahead * width);
-      gate.fetch(vector, slot, rows_ahead * params.gate.stride);
-      up.fetch(vector, slot, rows_ahead * params.up.stride);
+    // Of whole rows, or with the vector and slot that are told.
+    const auto fetch = [&](int64_t rows_ahead, auto... part) {
+      dout.fetch(part..., rows_ahead * width);
+      gate.fetch(part..., rows_ahead * params.gate.stride);
+      up.fetch(part..., rows_ahead * params.up.stride);
     };
-    for_each_vector<V>(vectors, [&](int vector, int slot) { fetch(vector, slot, 0); });
+    if constexpr (L::kStaged) {
+      fetch(0);
+    } else {
+      for_each_vector<V>(vectors, [&](int vector, int slot) { fetch(0, vector, slot); });
+    }
     RowGradient next = gradient_of_row(row, params.mean, params.rstd, false);
     for (; row < params.rows; row += step) {
       const bool more = row + step < params.rows;
       RowGradient gradient = next;
       if (more) next = gradient_of_row(row + step, params.mean, params.rstd, false);
+      dgate.point_to(params.dgate, row, width);
+      dup.point_to(params.dup, row, width);
+      if constexpr (L::kStaged) {
+        wait_for_rows(dout, gate, up);
+        if (more) fetch(step);
+      }
       float sigmoids[V > 0 ? V : 1][E];
       complete<E, V>(gradient, width, false, row_sums,
                      [&](int vector, int slot, float (&g)[E], float (&product)[E]) {
@@ -69,8 +91,10 @@ __global__ void __launch_bounds__(kThreads<L>, kBlocksFor<L>)
         dout.get(vector, slot, upstream);
         gate.get(vector, slot, g);
         up.get(vector, slot, u);
-        // The next row is on its way into the registers that this one leaves.
-        if (more) fetch(vector, slot, step);
+        if constexpr (!L::kStaged) {
+          // The next row is on its way into the registers that this one leaves.
+          if (more) fetch(step, vector, slot);
+        }
         through_weight(vector, upstream, to_product);
         float times_normalised[E];
 #pragma unroll
@@ -83,12 +107,12 @@ __global__ void __launch_bounds__(kThreads<L>, kBlocksFor<L>)
           g[i] = own.gate;
           u[i] = own.up;
         }
-        const int64_t first = row * width + int64_t{vector} * E;
-        store_floats(static_cast<T*>(params.dgate) + first, g);
-        store_floats(static_cast<T*>(params.dup) + first, u);
+        dgate.put(vector, g);
+        dup.put(vector, u);
         column_sums.add(0, vector, slot, times_normalised);
         column_sums.add(1, vector, slot, upstream);
       });
+      if constexpr (L::kStaged) store_rows(dgate, dup);
       dout.advance(step * width);
       gate.advance(step * params.gate.stride);
       up.advance(step * params.up.stride);
@@ -107,8 +131,8 @@ struct WriteGradients {
   }
 };
 
-// Calls body(kernel, plan, blocks) with as many blocks as run at the same time, or fewer if the rows are few:
-// each block leaves partial sums behind.
+// Calls body(run, blocks) with as many blocks as run at the same time, or fewer if the rows are few: each
+// block leaves partial sums behind. run(stream, params, workspace) launches them.
 template <class Body>
 Error with_backward(const SwigluBackward& params, const Body& body) {
   const auto kernel_of = [](auto element, auto layout) {
@@ -118,17 +142,24 @@ Error with_backward(const SwigluBackward& params, const Body& body) {
       {params.dout, params.dtype},    {params.gate.data, params.dtype},
       {params.up.data, params.dtype}, {params.dgate, params.dtype},
       {params.dup, params.dtype},     {params.norm_weight, params.weight_dtype}};
-  return with_norm_kernel<kLimits>(params, buffers, kernel_of, [&](auto kernel, const RowPlan& plan) {
-    const int resident = resident_blocks(kernel, static_cast<int>(plan.block.x * plan.block.y));
-    return body(kernel, plan, std::min<int64_t>(blocks_for(params.rows, plan), std::max(1, resident)));
-  });
+  return with_norm_kernel<kLimits, kStages>(
+      params, buffers, kernel_of, [&](auto kernel, const RowPlan& plan, size_t shared_bytes) {
+        const int threads = static_cast<int>(plan.block.x * plan.block.y);
+        const int resident = std::max(1, resident_blocks(kernel, threads, shared_bytes));
+        const int64_t blocks = std::min<int64_t>(blocks_for(params.rows, plan), resident);
+        const auto run = [&](auto... arguments) {
+          return launch_with_memory(kernel, {static_cast<unsigned>(blocks), 1, 1}, plan.block, shared_bytes,
+                                    arguments...);
+        };
+        return body(run, blocks);
+      });
 }
 
 }  // namespace
 
 int64_t swiglu_norm_backward_workspace(const SwigluBackward& params) {
   int64_t size = 0;
-  with_backward(params, [&](auto, const RowPlan&, int64_t blocks) -> Error {
+  with_backward(params, [&](const auto&, int64_t blocks) -> Error {
     size = kSums * blocks * params.width;
     return nullptr;
   });
@@ -136,10 +167,9 @@ int64_t swiglu_norm_backward_workspace(const SwigluBackward& params) {
 }
 
 Error swiglu_norm_backward(const SwigluBackward& params, float* workspace, Stream stream) {
-  return with_backward(params, [&](auto kernel, const RowPlan& plan, int64_t blocks) -> Error {
+  return with_backward(params, [&](const auto& run, int64_t blocks) -> Error {
     if (blocks > 0) {
-      const Error error =
-          launch(kernel, {static_cast<unsigned>(blocks), 1, 1}, plan.block, stream, params, workspace);
+      const Error error = run(stream, params, workspace);
       if (error) return error;
     }
     const WriteGradients finish = {{params.dweight, params.weight_dtype},

@@ -1,7 +1,7 @@
 // out = norm(silu(gate) * up). Each byte of the inputs is read once and each byte of out written once; the
 // product is kept in registers, unrounded.
 #include "cuda/norm_parameters.cuh"
-#include "cuda/norm_rows.cuh"
+#include "cuda/staged_rows.cuh"
 #include "cuda/swiglu.cuh"
 #include "cuda/swiglu.h"
 #include "cuda/swiglu_launch.h"
@@ -10,9 +10,10 @@ namespace evakernels::cuda {
 namespace {
 
 constexpr RowLimits kLimits = {32, 256};
+constexpr int kStages = 3;  // one of each matrix
 
 template <class T, class L>
-constexpr int kThreads = kThreadsFor<L, 1024 / int{sizeof(T)}>;
+constexpr int kThreads = kThreadsFor<L, (L::kStaged ? 1024 : 1024 / int{sizeof(T)})>;
 
 template <class T, class L>
 __global__ void __launch_bounds__(kThreads<T, L>, kBlocksFor<L>)
@@ -21,15 +22,29 @@ __global__ void __launch_bounds__(kThreads<T, L>, kBlocksFor<L>)
   const int vectors = static_cast<int>(params.width / E);
   const ResidualNormParameters parameters = {
       {params.norm_weight, params.weight_dtype}, {params.norm_bias, params.weight_dtype}, {}, {}};
+  InputRow<T, L> gate, up;
+  OutputRow<T, L> out;
+  if constexpr (L::kStaged) {
+    const Stages stages(kStages, params.width);
+    gate.use(params.width, stages[0], stages[0]);
+    up.use(params.width, stages[1], stages[1]);
+    out.use(params.width, stages[2]);
+  }
   RowSums row_sums;
   for (int64_t row = first_row(); row < params.rows; row += row_step()) {
-    RowPart<T, E, V> gate, up;
     gate.point_to(params.gate.data, row, params.gate.stride);
     up.point_to(params.up.data, row, params.up.stride);
-    for_each_vector<V>(vectors, [&](int vector, int slot) {
-      gate.fetch(vector, slot);
-      up.fetch(vector, slot);
-    });
+    out.point_to(params.out, row, params.width);
+    if constexpr (L::kStaged) {
+      gate.fetch(0);
+      up.fetch(0);
+      wait_for_rows(gate, up);
+    } else {
+      for_each_vector<V>(vectors, [&](int vector, int slot) {
+        gate.fetch(vector, slot);
+        up.fetch(vector, slot);
+      });
+    }
 
     float held[V > 0 ? V : 1][E];
     const auto multiply = [&](int vector, int slot, float (&values)[E]) {
@@ -60,8 +75,9 @@ __global__ void __launch_bounds__(kThreads<T, L>, kBlocksFor<L>)
 #pragma unroll
       for (int i = 0; i < E; ++i) values[i] = (values[i] - statistics.mean) * statistics.rstd;
       transform(parameters, vector, values);
-      store_floats(static_cast<T*>(params.out) + row * params.width + int64_t{vector} * E, values);
+      out.put(vector, values);
     });
+    if constexpr (L::kStaged) store_rows(out);
   }
 }
 
@@ -76,10 +92,13 @@ Error swiglu_norm_forward(const SwigluForward& params, Stream stream) {
                                        {params.out, params.dtype},
                                        {params.norm_weight, params.weight_dtype},
                                        {params.norm_bias, params.weight_dtype}};
-  return with_norm_kernel<kLimits>(params, buffers, kernel_of, [&](auto kernel, const RowPlan& plan) {
-    const int64_t blocks = std::min<int64_t>(blocks_for(params.rows, plan), std::numeric_limits<int>::max());
-    return launch(kernel, {static_cast<unsigned>(blocks), 1, 1}, plan.block, stream, params);
-  });
+  return with_norm_kernel<kLimits, kStages>(
+      params, buffers, kernel_of, [&](auto kernel, const RowPlan& plan, size_t shared_bytes) {
+        const int64_t blocks =
+            std::min<int64_t>(blocks_for(params.rows, plan), std::numeric_limits<int>::max());
+        return launch_with_memory(kernel, {static_cast<unsigned>(blocks), 1, 1}, plan.block, shared_bytes,
+                                  stream, params);
+      });
 }
 
 }  // namespace evakernels::cuda

@@ -2,6 +2,7 @@
 // Python.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <string>
@@ -30,39 +31,53 @@ inline double next_number() {
   return static_cast<double>(state >> 33) / (1u << 30) - 1.0;
 }
 
-// A buffer of any dtype, no byte longer than it must be.
+// A buffer of any dtype, no byte longer than it must be; `before` elements of what is allocated are somebody
+// else's.
 class Buffer {
  public:
-  Buffer(DType dtype, int64_t size) : dtype_(dtype), bytes_(size * (dtype == DType::Float32 ? 4 : 2), 0xFF) {}
+  Buffer(DType dtype, int64_t size, int64_t before = 0)
+      : dtype_(dtype), before_(before * size_of(dtype)), bytes_(before_ + size * size_of(dtype), 0xFF) {
+    std::fill_n(bytes_.begin(), before_, kOthers);
+  }
 
-  static Buffer random(DType dtype, int64_t size) {
-    Buffer buffer(dtype, size);
+  static Buffer random(DType dtype, int64_t size, int64_t before = 0) {
+    Buffer buffer(dtype, size, before);
     for (int64_t i = 0; i < size; ++i) buffer.set(i, static_cast<float>(next_number()));
     return buffer;
   }
 
-  void* data() { return bytes_.data(); }
-  float* floats() { return reinterpret_cast<float*>(bytes_.data()); }
+  void* data() { return bytes_.data() + before_; }
+  float* floats() { return static_cast<float*>(data()); }
   DType dtype() const { return dtype_; }
 
+  bool others_are_intact() const {
+    return std::all_of(bytes_.begin(), bytes_.begin() + before_, [](int byte) { return byte == kOthers; });
+  }
+
   double at(int64_t i) const {
-    if (dtype_ == DType::Float32) return reinterpret_cast<const float*>(bytes_.data())[i];
-    const uint32_t bits = reinterpret_cast<const uint16_t*>(bytes_.data())[i];
+    const unsigned char* const data = bytes_.data() + before_;
+    if (dtype_ == DType::Float32) return reinterpret_cast<const float*>(data)[i];
+    const uint32_t bits = reinterpret_cast<const uint16_t*>(data)[i];
     return dtype_ == DType::BFloat16 ? bfloat16_to_float<float>(bits) : float16_to_float<float>(bits);
   }
 
  private:
+  static constexpr unsigned char kOthers = 0x5A;
+
+  static int64_t size_of(DType dtype) { return dtype == DType::Float32 ? 4 : 2; }
+
   void set(int64_t i, float value) {
     if (dtype_ == DType::Float32) {
       floats()[i] = value;
     } else {
       const uint32_t bits =
           dtype_ == DType::BFloat16 ? float_to_bfloat16<uint32_t>(value) : float_to_float16<uint32_t>(value);
-      reinterpret_cast<uint16_t*>(bytes_.data())[i] = static_cast<uint16_t>(bits);
+      static_cast<uint16_t*>(data())[i] = static_cast<uint16_t>(bits);
     }
   }
 
   DType dtype_;
+  int64_t before_;  // in bytes
   std::vector<unsigned char> bytes_;
 };
 

@@ -11,8 +11,8 @@ struct Inputs {
   Buffer gate_buffer, up_buffer;
   SwigluRows gate, up;
 
-  Inputs(const Case& c, bool packed)
-      : gate_buffer(Buffer::random(c.dtype, c.rows * c.width * (packed ? 2 : 1))),
+  Inputs(const Case& c, bool packed, int64_t before)
+      : gate_buffer(Buffer::random(c.dtype, c.rows * c.width * (packed ? 2 : 1), before)),
         up_buffer(Buffer::random(c.dtype, packed ? 0 : c.rows * c.width)) {
     const int64_t bytes = c.width * (c.dtype == DType::Float32 ? 4 : 2);
     gate = {gate_buffer.data(), packed ? 2 * c.width : c.width};
@@ -28,14 +28,16 @@ struct Inputs {
   std::vector<double> gates, ups, product;
 };
 
-void drive(const Case& c, bool packed, bool with_norm) {
+// `before`: 0, or the buffers begin so many elements after a word of 16 bytes, and others farther.
+void drive(const Case& c, bool packed, bool with_norm, int64_t before = 0) {
   const int64_t size = c.rows * c.width;
-  const std::string name =
-      std::string(packed ? "packed " : "") + (with_norm ? "swiglu with a norm" : "swiglu");
+  const std::string name = std::string(packed ? "packed " : "") +
+                           (with_norm ? "swiglu with a norm" : "swiglu") + (before ? ", shifted" : "");
+  const auto shifted = [&](int64_t more) { return before ? before + more : 0; };
   const auto called = [&](const char* what) { return name_of(c, (name + ", " + what).c_str()); };
-  Inputs in(c, packed);
+  Inputs in(c, packed, before);
   Buffer weight = Buffer::random(DType::Float32, c.width), bias = Buffer::random(DType::Float32, c.width);
-  Buffer out(c.dtype, size), mean(DType::Float32, c.rows), rstd(DType::Float32, c.rows);
+  Buffer out(c.dtype, size, shifted(2)), mean(DType::Float32, c.rows), rstd(DType::Float32, c.rows);
   const void* const norm_weight = with_norm ? weight.data() : nullptr;
   const SwigluForward forward = {.gate = in.gate,
                                  .up = in.up,
@@ -52,8 +54,10 @@ void drive(const Case& c, bool packed, bool with_norm) {
   run(cuda::swiglu_forward(forward, nullptr), called("forward"));
   compare(out, with_norm ? norm_of(in.product, weight, bias, c.rows, c.width) : in.product, called("out"),
           c.dtype);
+  check(out.others_are_intact(), called("in front of out"));
 
-  Buffer dout = Buffer::random(c.dtype, size), dgate(c.dtype, size), dup(c.dtype, size);
+  Buffer dout = Buffer::random(c.dtype, size, shifted(4));
+  Buffer dgate(c.dtype, size, shifted(6)), dup(c.dtype, size, shifted(10));
   Buffer dweight(DType::Float32, c.width), dbias(DType::Float32, c.width);
   const SwigluBackward backward = {.dout = dout.data(),
                                    .gate = in.gate,
@@ -80,6 +84,7 @@ void drive(const Case& c, bool packed, bool with_norm) {
   }
   compare(dgate, expected_dgate, called("dgate"), c.dtype);
   compare(dup, expected_dup, called("dup"), c.dtype);
+  check(dgate.others_are_intact() && dup.others_are_intact(), called("in front of the gradients"));
   if (!with_norm) return;
   compare(dweight, of_norm.dweight, called("dweight"), DType::Float32);
   compare(dbias, of_norm.dbias, called("dbias"), DType::Float32);
@@ -91,6 +96,8 @@ void drive_swiglu(const Case& c) {
   for (const bool packed : {false, true}) {
     for (const bool with_norm : {false, true}) drive(c, packed, with_norm);
   }
+  if (c.dtype == DType::Float32 || c.width % 2 != 0) return;
+  for (const int64_t before : {2, 6}) drive(c, true, true, before);
 }
 
 }  // namespace evakernels::drive

@@ -118,7 +118,7 @@ def test_a_row_of_one_element_is_as_exact_as_torch(norm, dtype):
     assert_as_accurate_as_torch(ours, theirs, inputs(norm, (7,), 1), dtype)
 
 
-@pytest.mark.parametrize("width", [8, 36, 2048, 2730])
+@pytest.mark.parametrize("width", [6, 8, 36, 2048, 2730])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", NORMS[:2])
 def test_strided_rows_and_odd_addresses_change_no_value(norm, dtype, width):
@@ -126,9 +126,12 @@ def test_strided_rows_and_odd_addresses_change_no_value(norm, dtype, width):
     gate, up, weight, bias = (None if t is None else t.to(dtype) for t in inputs(norm, (5,), width))
     packed = torch.cat((gate, up), -1)
     wider = torch.cat((gate, up, gate[:, :3]), -1)
-    shifted = torch.cat((gate.new_zeros(1), gate.flatten(), up.flatten()))
     views = [packed.chunk(2, -1), (wider[:, :width], wider[:, width : 2 * width])]
-    views.append(tuple(t.view(5, width) for t in shifted[1:].split(5 * width)))
+    for start in (1, 2, 6):
+        shifted = torch.cat((gate.new_zeros(start), gate.flatten(), up.flatten()))
+        views.append(tuple(t.view(5, width) for t in shifted[start:].split(5 * width)))
+    shifted = torch.cat((gate.new_zeros(6), packed.flatten()))
+    views.append(shifted[6:].view(5, 2 * width).chunk(2, -1))
     expected = results(gate, up, weight, bias)
     for view in views:
         for actual, right in zip(results(*view, weight, bias), expected, strict=True):
