@@ -188,7 +188,8 @@ def _inputs(shape: ModelShape, draw: Draw) -> Inputs:
         texts[:, -1] = model.vocabulary - 1
     return {
         "pair": pair,
-        "parameters": [pair.before.get_parameter(name).detach() for name in pair.trained],
+        # As in any model that isn't frozen: torch multiplies by a weight that has no gradient in another way.
+        "parameters": [pair.before.get_parameter(name).detach().requires_grad_() for name in pair.trained],
         "images": draw.normal(shape.batch, 3, pixels, pixels),
         "texts": texts,
     }
