@@ -75,6 +75,16 @@ def in_group(process: psutil.Process, group: int) -> bool:
         return False
 
 
+def left_of_group(group: int, seconds: float = 10) -> list[psutil.Process]:
+    """Its processes that are still there after so long: one that was killed may need a moment to end."""
+    end = time.monotonic() + seconds
+    while left := [process for process in psutil.process_iter() if in_group(process, group)]:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.05)
+    return left
+
+
 def fault_of(source, index: int):
     with pytest.raises(BadSample) as caught:
         source[index]
@@ -303,7 +313,7 @@ def test_a_command_that_fails_stalls_or_does_not_exist(tmp_path, copies, caplog)
     with pytest.raises(UserError, match="no byte for 1 s"):
         open_source(f"pipe:echo $$ > {tmp_path}/pid; sleep 30", remote=RemoteConfig(timeout=1, attempts=1))
     group = int((tmp_path / "pid").read_text())
-    assert not [process for process in psutil.process_iter() if in_group(process, group)]
+    assert not left_of_group(group)
 
 
 def test_a_command_that_breaks_off_without_saying_so(shards, tmp_path, copies):
