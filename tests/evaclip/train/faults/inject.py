@@ -34,6 +34,8 @@ from evaclip.train.progress import read_log
 
 KINDS = ("kill", "SIGTERM", "full disk", "corrupt shard", "truncated checkpoint", "NaN batch")
 PROCESSES, BATCH, SAMPLES, STEPS = 2, 8, 48, 12
+EVERY = 2
+"""Steps from checkpoint to checkpoint."""
 TIMEOUT = 90
 """Seconds after which a run counts as hanging."""
 _MODES = ("shard", "replicate")
@@ -149,7 +151,8 @@ class Bench:
             f"name={name}", f"output={self.folder}", f"data={{train: {data}, workers: 0, num_samples: 1}}",
             f"batch_size={BATCH}", f"schedule={{steps: {STEPS}, name: constant, warmup_steps: 0}}", "eval.data=null",
             f"parallel.mode={outcome.mode}", "optim={name: lamb, lr: 1e-3}", "log={every_steps: 1, tensorboard: false}",
-            "checkpoint={every_steps: 2, every_minutes: null, keep: 99}", f"model.options={json.dumps(_SMALL)}",
+            f"checkpoint={{every_steps: {EVERY}, every_minutes: null, keep: 99}}",
+            f"model.options={json.dumps(_SMALL)}",
         ]  # fmt: skip
         environment = {
             **os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONWARNINGS": "ignore",
@@ -190,6 +193,11 @@ class Bench:
                 checkpoint.read_meta(folder)
             except checkpoint.DamagedCheckpoint as exc:
                 outcome.problems.append(f"{folder.name}: {exc}")
+        written = {int(folder.name.removeprefix("step_")) for folder in (run / "checkpoints").glob("step_*")}
+        missing = sorted(set(range(EVERY, STEPS + 1, EVERY)) - written)
+        # The one that a full disk refused was never there.
+        if missing != ([EVERY * outcome.fault["save"]] if kind == "full disk" else []):
+            outcome.problems.append(f"step_: checkpoints are missing of steps {missing}")
         outcome.problems += self._wrong_samples(run, outcome)
 
     def _wrong_samples(self, run: Path, outcome: Outcome) -> list[str]:
@@ -244,8 +252,8 @@ def _truncate_newest(checkpoints: Path) -> None:
 def table(outcomes: list[Outcome]) -> str:
     """What happened, by kind, as Markdown."""
     lines = [
-        "| fault | injected | ended | hangs | wrong losses or steps | samples lost or repeated | damaged checkpoints "
-        "| starts of torchrun, mean |",
+        "| fault | injected | ended | hangs | wrong losses or steps | samples lost or repeated "
+        "| damaged or missing checkpoints | starts of torchrun, mean |",
         "|---|---|---|---|---|---|---|---|",
     ]
     by_kind: dict[str, list[Outcome]] = defaultdict(list)
