@@ -46,14 +46,20 @@ def peak_of_step(job: Job) -> int:
 
 
 def highest(run: Any) -> int:
-    """The most bytes that `run()` has allocated on top of what there was."""
+    """The most bytes that `run()` has allocated on top of what there was.
+
+    But for what a convolution allocates for itself: with AMX instructions it is 104 MB for 16 images, on a GPU nothing.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    total = peak = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
+    total = peak = convolution_ends = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() in ("aten::convolution", "aten::convolution_backward"):
+            convolution_ends = event.end_ns()
+        if event.name() == "[memory]":
+            total += event.nbytes()
+            if event.start_ns() >= convolution_ends:
+                peak = max(peak, total)
     return peak
 
 

@@ -71,7 +71,10 @@ def draw(rng: random.Random) -> tuple[dict[str, Any], str]:
         fault["batch"] = rng.randrange(STEPS)
     else:
         fault["sample"] = rng.randrange(SAMPLES)
-    return fault, rng.choice(_MODES)
+    mode = rng.choice(_MODES)
+    if kind == "full disk" and mode == "replicate":
+        fault["rank"] = 0  # the one that writes
+    return fault, mode
 
 
 def write_data(folder: Path) -> Path:
