@@ -19,6 +19,7 @@ WIDTHS = ("eva02-b16@224 b1", "eva02-l14@224 b1", "eva01-g14@224 b1", "eva02-big
 """Of 768, 1024, 1408, 1792 and 5120 channels, 197 or 257 rows: as many as keep partial sums below a twentieth."""
 HIDDEN = ("eva02-b16@224 b1", "eva02-l14@224 b1")
 """Of 2048 and 2730 hidden channels."""
+OF_HIDDEN = " of hidden"
 DROPPED = ("eva02-b16@224 b8 drop50", "eva01-g14@224 b8 drop50")
 OPTIMIZED = ("tiny@32 b1",)
 
@@ -27,8 +28,10 @@ SHAPES = {
     "layer_norm of hidden": HIDDEN,
     "add_layer_norm": WIDTHS,
     "add_layer_norm scaled": WIDTHS,
+    "add_layer_norm scaled of hidden": HIDDEN,
     "layer_norm_add": WIDTHS,
     "layer_norm_add scaled": WIDTHS,
+    "layer_norm_add scaled of hidden": HIDDEN,
     "silu_mul": HIDDEN,
     "swiglu": HIDDEN,
     "token_dropout": DROPPED,
@@ -74,19 +77,24 @@ def _scaled(name: str, backward: int) -> Operation:
     )
 
 
-def _of_hidden() -> Operation:
-    """The norm over hidden channels: rows of 2730 begin anywhere in a sector."""
-    plain = get_operation("layer_norm")
+class _Hidden(Shape):
+    """Rows of the hidden channels of an MLP: those of 2730 begin anywhere in a sector."""
 
-    def inputs(shape: Shape, draw: Draw) -> Inputs:
-        weight, bias = draw.normal(shape.hidden, scale=0.1, mean=1.0), draw.normal(shape.hidden, scale=0.1)
-        return {"x": draw.normal(shape.batch, shape.tokens, shape.hidden), "weight": weight, "bias": bias}
+    @property
+    def width(self) -> int:
+        return self.hidden
 
-    def work(shape: Shape, itemsize: int) -> Work:
-        unit = shape.batch * shape.tokens * shape.hidden * itemsize
-        return Work(Cost(0, 2 * unit), Cost(0, 3 * unit))
 
-    return replace(plain, name="layer_norm of hidden", inputs=inputs, work=work)
+def _of_hidden(plain: Operation) -> Operation:
+    def hidden(shape: Shape) -> Shape:
+        return _Hidden(shape.model, shape.tower, shape.pixels, shape.batch, shape.drop)
+
+    return replace(
+        plain,
+        name=plain.name + OF_HIDDEN,
+        inputs=lambda shape, draw: plain.inputs(hidden(shape), draw),
+        work=lambda shape, itemsize: plain.work(hidden(shape), itemsize),
+    )
 
 
 def _by_channel() -> Operation:
@@ -147,8 +155,8 @@ def operation(name: str) -> Operation:
         return _large_tensor("lamb_step")
     if SHAPES[name] == OPTIMIZED:
         return _few_tensors(name)
-    if name == "layer_norm of hidden":
-        return _of_hidden()
+    if name.endswith(OF_HIDDEN):
+        return _of_hidden(operation(name.removesuffix(OF_HIDDEN)))
     if name == "add_layer_norm scaled":
         return _scaled("add_layer_norm", backward=6)
     if name == "layer_norm_add scaled":

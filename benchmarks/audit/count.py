@@ -53,14 +53,15 @@ class Counter:
         return sum(out)
 
     def _launch(self, number: int, buffers: Buffers) -> Launch:
-        out = (ctypes.c_int64 * 12)()
+        out = (ctypes.c_int64 * 13)()
         self._library.audit_launch(ctypes.c_int64(number), out)
-        place, gx, gy, gz, bx, by, bz, barriers, requests, phases, ways, worst = out
+        place, gx, gy, gz, bx, by, bz, dynamic, barriers, requests, phases, ways, worst = out
         loads, stores = self._traffic(number, buffers)
         return Launch(
             kernel=self._names[place],
             grid=(gx, gy, gz),
             block=(bx, by, bz),
+            dynamic_bytes=dynamic,
             barriers=barriers / (gx * gy * gz),
             shared_ways=ways / phases if requests else None,
             worst_ways=worst,

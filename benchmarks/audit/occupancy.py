@@ -27,7 +27,7 @@ def resident_warps(arch: str, threads: int, registers: int, shared: int) -> int:
         arch: one of `SHARED`.
         threads: of a block.
         registers: of a thread.
-        shared: bytes of a block, all of them known at compile time.
+        shared: bytes of a block.
     """
     warps = _in_units(threads, _WARP_SIZE) // _WARP_SIZE
     registers_of_warp = _in_units(max(1, registers) * _WARP_SIZE, _REGISTER_UNIT)
@@ -38,12 +38,13 @@ def resident_warps(arch: str, threads: int, registers: int, shared: int) -> int:
     return warps * min(_BLOCKS, WARPS // warps, by_registers, by_shared)
 
 
-def occupancy(kernel: str, threads: int, source: str | None = None) -> Mapping[str, float]:
+def occupancy(kernel: str, threads: int, dynamic_bytes: int = 0, source: str | None = None) -> Mapping[str, float]:
     """The share of the warps that a multiprocessor could hold, by architecture; empty for a kernel without a budget.
 
     Args:
         kernel: as `Launch.kernel` has it.
         threads: of a block.
+        dynamic_bytes: of shared memory that a block asks for at its launch.
         source: the file that a kernel of a header is compiled in, if several have it.
     """
     shares = {}
@@ -52,7 +53,7 @@ def occupancy(kernel: str, threads: int, source: str | None = None) -> Mapping[s
         own = [name for name in found if name.partition(": ")[0] == source] or found
         if own and arch in SHARED:
             registers, shared = kernels[own[0]]
-            shares[arch] = resident_warps(arch, threads, registers, shared) / WARPS
+            shares[arch] = resident_warps(arch, threads, registers, shared + dynamic_bytes) / WARPS
     return shares
 
 

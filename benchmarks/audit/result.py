@@ -39,6 +39,7 @@ class Launch:
     Attributes:
         kernel: its name, as `csrc/cuda/budget.json` has it but for the file.
         grid, block: sizes in x, y and z. The emulator plays a GPU of three multiprocessors.
+        dynamic_bytes: of shared memory that a block asks for at its launch.
         barriers: of one block, on average.
         shared_ways: how many words the busiest bank of shared memory gives for a request, on average; None without any.
         worst_ways: the most.
@@ -48,6 +49,7 @@ class Launch:
     kernel: str
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
+    dynamic_bytes: int
     barriers: float
     shared_ways: float | None
     worst_ways: int

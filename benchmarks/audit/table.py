@@ -121,5 +121,5 @@ def _ways(count: Count) -> str:
 
 
 def _shares(launch: Launch) -> list[str]:
-    shares = occupancy(launch.kernel, launch.threads, source_of(launch.kernel))
+    shares = occupancy(launch.kernel, launch.threads, launch.dynamic_bytes, source_of(launch.kernel))
     return [percent(shares[arch]) if arch in shares else NOTHING for arch in SHARED]

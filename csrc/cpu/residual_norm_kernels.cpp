@@ -147,9 +147,9 @@ void add_norm_rows_backward(const AddNormBackward& params, const ResidualNormVec
       if (sums.bias) add_to(sums.bias + i, upstream, part);
       if (dbranch) {
         store(dbranch + i, scale(dtotal, offset(vectors.layer_scale, i), sample_scale, part), part);
-        if (sums.layer_scale) {
-          add_to(sums.layer_scale + i, dtotal * sample_scale * load(branch + i, part), part);
-        }
+      }
+      if (sums.layer_scale) {
+        add_to(sums.layer_scale + i, dtotal * sample_scale * load(branch + i, part), part);
       }
     });
   }

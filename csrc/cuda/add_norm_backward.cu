@@ -6,6 +6,7 @@
 #include "cuda/norm_launch.h"
 #include "cuda/norm_parameters.cuh"
 #include "cuda/residual_norm.h"
+#include "cuda/staged_rows.cuh"
 
 namespace evakernels::cuda {
 namespace {
@@ -13,7 +14,11 @@ namespace {
 // SUMS over the rows: of dy times the normalised row, of dy, and, where there is a layer_scale, of the
 // gradient of the scaled branch times the branch.
 template <int SUMS>
-constexpr RowLimits kLimits = {SUMS == 2 ? 24 : 16, SUMS == 2 ? 224 : 192};
+constexpr RowLimits kLimits = {SUMS == 2 ? 24 : 16, SUMS == 2 ? 224 : 320};
+
+// Two of each input, one of each gradient.
+template <int SUMS>
+constexpr int kStages = SUMS == 2 ? 8 : 10;
 
 template <int SUMS, class Residual, class Branch, class L>
 __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
@@ -36,18 +41,43 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
 
   int64_t row = first_row();
   if (row < shape.rows) {
-    RowPart<Residual, E, V> dy, x;
-    dy.point_to(params.dy, row, shape.width);
-    x.point_to(params.x, row, shape.width);
-    for_each_vector<V>(vectors, [&](int vector, int slot) {
-      dy.fetch(vector, slot);
-      x.fetch(vector, slot);
-    });
+    InputRow<Residual, L, 2> dy, x;
+    PassingInputRow<Residual, L, 2> dx;
+    PassingInputRow<Branch, L, 2> branch;
+    OutputRow<Residual, L> dresidual;
+    OutputRow<Branch, L> dbranch;
+    const auto with_inputs = [&](const auto& body) {
+      if constexpr (SUMS == 2) {
+        body(dy, x, dx);
+      } else {
+        body(dy, x, dx, branch);
+      }
+    };
+    with_inputs(
+        [&](auto&... inputs) { use_stages<L, kStages<SUMS>>(shape.width, inputs..., dresidual, dbranch); });
+    const auto point_to = [&](int64_t row) {
+      dy.point_to(params.dy, row, shape.width);
+      x.point_to(params.x, row, shape.width);
+      dx.point_to(params.dx, row, shape.width);
+      if constexpr (SUMS == 3) branch.point_to(params.branch, row, shape.width);
+    };
+    point_to(row);
+    const auto fetch = [&](int64_t elements_ahead, auto... part) {
+      with_inputs([&](auto&... inputs) { (inputs.fetch(part..., elements_ahead), ...); });
+    };
+    fetch_rows<L>(vectors, fetch);
     RowGradient next = gradient_of(row);
     for (; row < shape.rows; row += step) {
       const bool more = row + step < shape.rows;
       RowGradient gradient = next;
       if (more) next = gradient_of(row + step);
+      point_to(row);
+      dresidual.point_to(params.dresidual, row, shape.width);
+      dbranch.point_to(params.dbranch, row, shape.width);
+      with_inputs([](auto&... inputs) { wait_for_rows<L>(inputs...); });
+      if constexpr (L::kStaged) {
+        if (more) fetch(ahead);
+      }
       const float row_scale = row_scale_of(params.parameters, row, shape.rows_per_sample);
       complete<E, V>(gradient, shape.width, shape.rms, row_sums,
                      [&](int vector, int slot, float (&g)[E], float (&own)[E]) {
@@ -58,15 +88,13 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
                      });
 
       for_each_vector<V>(vectors, [&](int vector, int slot) {
-        const int64_t first = row * shape.width + int64_t{vector} * E;
         float upstream[E], own[E], total[E], g[E];
-        Packed<Residual, E>::load_once(static_cast<const Residual*>(params.dx) + first).unpack(total);
+        dx.get(vector, slot, total);
         dy.get(vector, slot, upstream);
         x.get(vector, slot, own);
-        // The next row is on its way into the registers that this one leaves.
-        if (more) {
-          dy.fetch(vector, slot, ahead);
-          x.fetch(vector, slot, ahead);
+        if constexpr (!L::kStaged) {
+          // The next row is on its way into the registers that this one leaves.
+          if (more) fetch(ahead, vector, slot);
         }
         through_weight(vector, upstream, g);
         float times_normalised[E];
@@ -76,25 +104,24 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
           total[i] += gradient.of_x(g[i], normalised);
           times_normalised[i] = upstream[i] * normalised;
         }
-        store_floats(static_cast<Residual*>(params.dresidual) + first, total);
+        dresidual.put(vector, total);
         column_sums.add(0, vector, slot, times_normalised);
         column_sums.add(1, vector, slot, upstream);
-        if (!params.dbranch) return;
+        if (SUMS == 2 && !params.dbranch) return;
 #pragma unroll
         for (int i = 0; i < E; ++i) total[i] *= row_scale;
         if constexpr (SUMS == 3) {
           float times_branch[E];
-          Packed<Branch, E>::load_once(static_cast<const Branch*>(params.branch) + first)
-              .unpack(times_branch);
+          branch.get(vector, slot, times_branch);
 #pragma unroll
           for (int i = 0; i < E; ++i) times_branch[i] *= total[i];
           column_sums.add(2, vector, slot, times_branch);
         }
+        if (!params.dbranch) return;
         multiply_by(params.parameters.layer_scale, vector, total);
-        store_floats(static_cast<Branch*>(params.dbranch) + first, total);
+        dbranch.put(vector, total);
       });
-      dy.advance(ahead);
-      x.advance(ahead);
+      finish_rows<L>(dresidual, dbranch);
     }
   }
   column_sums.write();
@@ -126,20 +153,21 @@ std::vector<Buffer> buffers_of(const AddNormBackward& params) {
 
 template <int SUMS>
 Error run_backward(const AddNormBackward& params, float* workspace, Stream stream) {
-  return launch_backward<kLimits<SUMS>>(params, workspace, stream, buffers_of(params), kKernelOf<SUMS>,
-                                        [&](const float* partials, int64_t blocks) {
-                                          const WriteGradients<SUMS> finish = {params.gradients};
-                                          return launch_column_totals<SUMS>(
-                                              partials, blocks, params.shape.width, finish, stream);
-                                        });
+  return launch_backward<kLimits<SUMS>, kStages<SUMS>>(
+      params, workspace, stream, buffers_of(params), kKernelOf<SUMS>,
+      [&](const float* partials, int64_t blocks) {
+        const WriteGradients<SUMS> finish = {params.gradients};
+        return launch_column_totals<SUMS>(partials, blocks, params.shape.width, finish, stream);
+      });
 }
 
 }  // namespace
 
 int64_t add_norm_backward_workspace(const AddNormBackward& params) {
   const std::vector<Buffer> buffers = buffers_of(params);
-  return params.gradients.layer_scale.data ? backward_workspace<kLimits<3>>(params, 3, buffers, kKernelOf<3>)
-                                           : backward_workspace<kLimits<2>>(params, 2, buffers, kKernelOf<2>);
+  return params.gradients.layer_scale.data
+             ? backward_workspace<kLimits<3>, kStages<3>>(params, 3, buffers, kKernelOf<3>)
+             : backward_workspace<kLimits<2>, kStages<2>>(params, 2, buffers, kKernelOf<2>);
 }
 
 Error add_norm_backward(const AddNormBackward& params, float* workspace, Stream stream) {

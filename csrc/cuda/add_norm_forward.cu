@@ -3,29 +3,36 @@
 // Each element of the inputs is read once and each of the outputs written once; the sum is kept in registers.
 #include "cuda/norm_launch.h"
 #include "cuda/norm_parameters.cuh"
-#include "cuda/norm_rows.cuh"
 #include "cuda/residual_norm.h"
+#include "cuda/staged_rows.cuh"
 
 namespace evakernels::cuda {
 namespace {
 
+constexpr int kStages = 4;  // one of each matrix
+
 template <class Residual, class Branch, class L>
-__global__ void __launch_bounds__(L::kThreads, L::kBlocks)
+__global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
     add_norm_forward_kernel(const AddNormForward params) {
   constexpr int E = L::E, V = L::V;
   const ResidualNormShape& shape = params.shape;
   const int vectors = static_cast<int>(shape.width / E);
+  InputRow<Residual, L> residual;
+  InputRow<Branch, L> branch;
+  OutputRow<Residual, L> x, y;
+  use_stages<L, kStages>(shape.width, residual, branch, x, y);
   RowSums row_sums;
   for (int64_t row = first_row(); row < shape.rows; row += row_step()) {
     const float row_scale = row_scale_of(params.parameters, row, shape.rows_per_sample);
-    RowPart<Residual, E, V> residual;
-    RowPart<Branch, E, V> branch;
     residual.point_to(params.residual, row, shape.width);
     branch.point_to(params.branch, row, shape.width);
-    for_each_vector<V>(vectors, [&](int vector, int slot) {
-      residual.fetch(vector, slot);
-      branch.fetch(vector, slot);
+    x.point_to(params.x, row, shape.width);
+    y.point_to(params.y, row, shape.width);
+    fetch_rows<L>(vectors, [&](int64_t ahead, auto... part) {
+      residual.fetch(part..., ahead);
+      branch.fetch(part..., ahead);
     });
+    wait_for_rows<L>(residual, branch);
 
     float held[V > 0 ? V : 1][E];
     const auto add = [&](int vector, int slot, float (&values)[E]) {
@@ -46,8 +53,7 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
     };
     for_each_vector<V>(vectors, [&](int vector, int slot) {
       add(vector, slot, held[slot]);
-      const int64_t first = row * shape.width + int64_t{vector} * E;
-      store_floats(static_cast<Residual*>(params.x) + first, held[slot]);
+      x.put(vector, held[slot]);
     });
 
     const RowStatistics statistics =
@@ -59,9 +65,9 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
 #pragma unroll
       for (int i = 0; i < E; ++i) values[i] = (values[i] - statistics.mean) * statistics.rstd;
       transform(params.parameters, vector, values);
-      const int64_t first = row * shape.width + int64_t{vector} * E;
-      store_floats(static_cast<Residual*>(params.y) + first, values);
+      y.put(vector, values);
     });
+    finish_rows<L>(x, y);
   }
 }
 
@@ -70,7 +76,7 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
 Error add_norm_forward(const AddNormForward& params, Stream stream) {
   const ResidualNormShape& shape = params.shape;
   const ResidualNormParameters& parameters = params.parameters;
-  return launch_forward(
+  return launch_forward<kStages>(
       params, stream,
       {{params.residual, shape.dtype},
        {params.branch, shape.branch_dtype},

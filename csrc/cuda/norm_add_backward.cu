@@ -6,6 +6,7 @@
 #include "cuda/norm_launch.h"
 #include "cuda/norm_parameters.cuh"
 #include "cuda/residual_norm.h"
+#include "cuda/staged_rows.cuh"
 
 namespace evakernels::cuda {
 namespace {
@@ -14,6 +15,7 @@ namespace {
 constexpr int kSums = 2;
 
 constexpr RowLimits kLimits = {32, 192};
+constexpr int kStages = 5;  // two of each input, one of the gradient
 
 template <class Residual, class Branch, class L>
 __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
@@ -37,19 +39,31 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
 
   int64_t row = first_row();
   if (row < shape.rows) {
-    RowPart<Residual, E, V> dx;
-    RowPart<Branch, E, V> branch;
-    dx.point_to(params.dx, row, shape.width);
-    branch.point_to(params.branch, row, shape.width);
-    for_each_vector<V>(vectors, [&](int vector, int slot) {
-      dx.fetch(vector, slot);
-      branch.fetch(vector, slot);
-    });
+    InputRow<Residual, L, 2> dx;
+    InputRow<Branch, L, 2> branch;
+    OutputRow<Branch, L> dbranch;
+    use_stages<L, kStages>(shape.width, dx, branch, dbranch);
+    const auto point_to = [&](int64_t row) {
+      dx.point_to(params.dx, row, shape.width);
+      branch.point_to(params.branch, row, shape.width);
+    };
+    point_to(row);
+    const auto fetch = [&](int64_t elements_ahead, auto... part) {
+      dx.fetch(part..., elements_ahead);
+      branch.fetch(part..., elements_ahead);
+    };
+    fetch_rows<L>(vectors, fetch);
     RowGradient next = gradient_of(row);
     for (; row < shape.rows; row += step) {
       const bool more = row + step < shape.rows;
       RowGradient gradient = next;
       if (more) next = gradient_of(row + step);
+      point_to(row);
+      dbranch.point_to(params.dbranch, row, shape.width);
+      wait_for_rows<L>(dx, branch);
+      if constexpr (L::kStaged) {
+        if (more) fetch(ahead);
+      }
       const float row_scale = row_scale_of(params.parameters, row, shape.rows_per_sample);
       complete<E, V>(gradient, shape.width, shape.rms, row_sums,
                      [&](int vector, int slot, float (&g)[E], float (&x)[E]) {
@@ -63,10 +77,9 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
         float upstream[E], x[E], g[E];
         dx.get(vector, slot, upstream);
         branch.get(vector, slot, x);
-        // The next row is on its way into the registers that this one leaves.
-        if (more) {
-          dx.fetch(vector, slot, ahead);
-          branch.fetch(vector, slot, ahead);
+        if constexpr (!L::kStaged) {
+          // The next row is on its way into the registers that this one leaves.
+          if (more) fetch(ahead, vector, slot);
         }
         through_weight(vector, upstream, g);
         float scaled[E], scaled_normalised[E];
@@ -77,12 +90,11 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
           scaled[i] = upstream[i] * row_scale;
           scaled_normalised[i] = scaled[i] * normalised;
         }
-        store_floats(static_cast<Branch*>(params.dbranch) + row * shape.width + int64_t{vector} * E, g);
+        dbranch.put(vector, g);
         column_sums.add(0, vector, slot, scaled);
         column_sums.add(1, vector, slot, scaled_normalised);
       });
-      dx.advance(ahead);
-      branch.advance(ahead);
+      finish_rows<L>(dbranch);
     }
   }
   column_sums.write();
@@ -120,11 +132,11 @@ std::vector<Buffer> buffers_of(const NormAddBackward& params) {
 }  // namespace
 
 int64_t norm_add_backward_workspace(const NormAddBackward& params) {
-  return backward_workspace<kLimits>(params, kSums, buffers_of(params), kKernelOf);
+  return backward_workspace<kLimits, kStages>(params, kSums, buffers_of(params), kKernelOf);
 }
 
 Error norm_add_backward(const NormAddBackward& params, float* workspace, Stream stream) {
-  return launch_backward<kLimits>(
+  return launch_backward<kLimits, kStages>(
       params, workspace, stream, buffers_of(params), kKernelOf, [&](const float* partials, int64_t blocks) {
         const WriteGradients finish = {params.parameters, params.gradients};
         return launch_column_totals<kSums>(partials, blocks, params.shape.width, finish, stream);

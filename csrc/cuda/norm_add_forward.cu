@@ -3,23 +3,34 @@
 // Each element of the branch and of the residual is read once and each of x written once.
 #include "cuda/norm_launch.h"
 #include "cuda/norm_parameters.cuh"
-#include "cuda/norm_rows.cuh"
 #include "cuda/residual_norm.h"
+#include "cuda/staged_rows.cuh"
 
 namespace evakernels::cuda {
 namespace {
 
+constexpr int kStages = 3;  // one of each matrix
+
 template <class Residual, class Branch, class L>
-__global__ void __launch_bounds__(L::kThreads, L::kBlocks)
+__global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
     norm_add_forward_kernel(const NormAddForward params) {
   constexpr int E = L::E, V = L::V;
   const ResidualNormShape& shape = params.shape;
   const int vectors = static_cast<int>(shape.width / E);
+  InputRow<Branch, L> branch;
+  PassingInputRow<Residual, L> residual;
+  OutputRow<Residual, L> x;
+  use_stages<L, kStages>(shape.width, branch, residual, x);
   RowSums row_sums;
   for (int64_t row = first_row(); row < shape.rows; row += row_step()) {
-    RowPart<Branch, E, V> branch;
     branch.point_to(params.branch, row, shape.width);
-    for_each_vector<V>(vectors, [&](int vector, int slot) { branch.fetch(vector, slot); });
+    residual.point_to(params.residual, row, shape.width);
+    x.point_to(params.x, row, shape.width);
+    fetch_rows<L>(vectors, [&](int64_t ahead, auto... part) {
+      branch.fetch(part..., ahead);
+      if (params.residual) residual.fetch(part..., ahead);
+    });
+    wait_for_rows<L>(branch, residual);
     const float row_scale = row_scale_of(params.parameters, row, shape.rows_per_sample);
     const RowStatistics statistics = row_statistics<E, V>(
         shape.width, params.eps, shape.rms, row_sums,
@@ -33,16 +44,13 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
       for (int i = 0; i < E; ++i) values[i] = (values[i] - statistics.mean) * statistics.rstd;
       transform(params.parameters, vector, values);
       multiply_by(params.parameters.layer_scale, vector, values);
-      const int64_t first = row * shape.width + int64_t{vector} * E;
-      float residual[E] = {};
-      if (params.residual) {
-        Packed<Residual, E>::load_once(static_cast<const Residual*>(params.residual) + first)
-            .unpack(residual);
-      }
+      float own[E] = {};
+      if (params.residual) residual.get(vector, slot, own);
 #pragma unroll
-      for (int i = 0; i < E; ++i) values[i] = residual[i] + values[i] * row_scale;
-      store_floats(static_cast<Residual*>(params.x) + first, values);
+      for (int i = 0; i < E; ++i) values[i] = own[i] + values[i] * row_scale;
+      x.put(vector, values);
     });
+    finish_rows<L>(x);
   }
 }
 
@@ -51,7 +59,7 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
 Error norm_add_forward(const NormAddForward& params, Stream stream) {
   const ResidualNormShape& shape = params.shape;
   const ResidualNormParameters& parameters = params.parameters;
-  return launch_forward(
+  return launch_forward<kStages>(
       params, stream,
       {{params.residual, shape.dtype},
        {params.branch, shape.branch_dtype},

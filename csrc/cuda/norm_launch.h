@@ -2,7 +2,6 @@
 // and alignment. kernel_of(ElementTypes, Layout) names it.
 #pragma once
 
-#include <limits>
 #include <vector>
 
 #include "cuda/norm_plan.h"
@@ -10,6 +9,11 @@
 namespace evakernels::cuda {
 
 constexpr RowLimits kForwardLimits = {32, 256};
+
+// Of a multiprocessor, at least. Rows that go by way of shared memory leave registers for as many as hide the
+// latency of the memory.
+template <class L>
+constexpr int kForwardBlocks = L::kStaged ? 1024 / L::kThreads : L::kBlocks;
 
 // The plan for kernels whose buffers these are.
 template <int WIDE>
@@ -22,7 +26,8 @@ RowPlan plan_rows(const ResidualNormShape& shape, const RowLimits& limits,
   }
 }
 
-template <class Params, class KernelOf>
+// STAGES: of a row that goes by way of shared memory, here and below.
+template <int STAGES, class Params, class KernelOf>
 Error launch_forward(const Params& params, Stream stream, const std::vector<Buffer>& buffers,
                      const KernelOf& kernel_of) {
   const ResidualNormShape& shape = params.shape;
@@ -31,16 +36,14 @@ Error launch_forward(const Params& params, Stream stream, const std::vector<Buff
     constexpr int kWide = decltype(types)::kWide;
     const RowPlan plan = plan_rows<kWide>(shape, kForwardLimits, buffers);
     return with_layout<kWide, kForwardLimits>(plan, [&](auto layout) {
-      const int64_t blocks = std::min<int64_t>(blocks_for(shape.rows, plan), std::numeric_limits<int>::max());
-      return launch(kernel_of(types, layout), {static_cast<unsigned>(blocks), 1, 1}, plan.block, stream,
-                    params);
+      const size_t shared_bytes = bytes_of_stages<decltype(layout)>(STAGES, shape.width, plan);
+      return launch_on_rows(kernel_of(types, layout), shape.rows, plan, shared_bytes, stream, params);
     });
   });
 }
 
-// Calls body(kernel, plan, blocks) with as many blocks as run at the same time, or fewer if the rows are few:
-// each block leaves partial sums behind.
-template <RowLimits LIMITS, class Params, class KernelOf, class Body>
+// Calls body(run, blocks) as with_resident_blocks does.
+template <RowLimits LIMITS, int STAGES, class Params, class KernelOf, class Body>
 Error with_backward_kernel(const Params& params, const std::vector<Buffer>& buffers,
                            const KernelOf& kernel_of, const Body& body) {
   const ResidualNormShape& shape = params.shape;
@@ -48,9 +51,8 @@ Error with_backward_kernel(const Params& params, const std::vector<Buffer>& buff
     constexpr int kWide = decltype(types)::kWide;
     const RowPlan plan = plan_rows<kWide>(shape, LIMITS, buffers);
     return with_layout<kWide, LIMITS>(plan, [&](auto layout) {
-      const auto kernel = kernel_of(types, layout);
-      const int resident = resident_blocks(kernel, static_cast<int>(plan.block.x * plan.block.y));
-      return body(kernel, plan, std::min<int64_t>(blocks_for(shape.rows, plan), std::max(1, resident)));
+      const size_t shared_bytes = bytes_of_stages<decltype(layout)>(STAGES, shape.width, plan);
+      return with_resident_blocks(kernel_of(types, layout), shape.rows, plan, shared_bytes, body);
     });
   });
 }
@@ -60,30 +62,28 @@ inline bool any_wanted(const ResidualNormGradients& gradients) {
 }
 
 // The floats that `launch_backward` needs for partial sums, `count` for each column and block.
-template <RowLimits LIMITS, class Params, class KernelOf>
+template <RowLimits LIMITS, int STAGES, class Params, class KernelOf>
 int64_t backward_workspace(const Params& params, int count, const std::vector<Buffer>& buffers,
                            const KernelOf& kernel_of) {
   if (!any_wanted(params.gradients)) return 0;
   int64_t size = 0;
-  with_backward_kernel<LIMITS>(params, buffers, kernel_of,
-                               [&](auto, const RowPlan&, int64_t blocks) -> Error {
-                                 size = count * blocks * params.shape.width;
-                                 return nullptr;
-                               });
+  with_backward_kernel<LIMITS, STAGES>(params, buffers, kernel_of, [&](const auto&, int64_t blocks) -> Error {
+    size = count * blocks * params.shape.width;
+    return nullptr;
+  });
   return size;
 }
 
 // finish(partials, blocks) launches the second pass.
-template <RowLimits LIMITS, class Params, class KernelOf, class Finish>
+template <RowLimits LIMITS, int STAGES, class Params, class KernelOf, class Finish>
 Error launch_backward(const Params& params, float* workspace, Stream stream,
                       const std::vector<Buffer>& buffers, const KernelOf& kernel_of, const Finish& finish) {
   if (params.shape.width == 0) return nullptr;
-  return with_backward_kernel<LIMITS>(
-      params, buffers, kernel_of, [&](auto kernel, const RowPlan& plan, int64_t blocks) -> Error {
+  return with_backward_kernel<LIMITS, STAGES>(
+      params, buffers, kernel_of, [&](const auto& run, int64_t blocks) -> Error {
         const bool wanted = any_wanted(params.gradients);
         if (blocks > 0) {
-          const Error error = launch(kernel, {static_cast<unsigned>(blocks), 1, 1}, plan.block, stream,
-                                     params, wanted ? workspace : nullptr);
+          const Error error = run(stream, params, wanted ? workspace : nullptr);
           if (error) return error;
         }
         return wanted ? finish(workspace, blocks) : nullptr;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "common/residual_norm.h"
@@ -34,6 +35,7 @@ struct Layout {
 // Pairs of 16-bit elements, of rows that go by way of shared memory (staged_rows.cuh).
 template <int V, int THREADS>
 struct Staged : Layout<2, V, THREADS> {
+  static constexpr int kBlocks = 512 / THREADS;  // with more, backward kernels would spill
   static constexpr bool kStaged = true;
 };
 
@@ -96,6 +98,30 @@ inline int64_t blocks_for(int64_t rows, const RowPlan& plan) {
   return (rows + plan.block.y - 1) / plan.block.y;
 }
 
+// With a block for every plan.block.y rows.
+template <class Kernel, class Params>
+Error launch_on_rows(Kernel* kernel, int64_t rows, const RowPlan& plan, size_t shared_bytes, Stream stream,
+                     const Params& params) {
+  const int64_t blocks = std::min<int64_t>(blocks_for(rows, plan), std::numeric_limits<int>::max());
+  return launch_with_memory(kernel, {static_cast<unsigned>(blocks), 1, 1}, plan.block, shared_bytes, stream,
+                            params);
+}
+
+// Calls body(run, blocks) with as many blocks as run at the same time, or fewer if the rows are few: each
+// block leaves partial sums behind. run(stream, params, workspace) launches them.
+template <class Kernel, class Body>
+Error with_resident_blocks(Kernel* kernel, int64_t rows, const RowPlan& plan, size_t shared_bytes,
+                           const Body& body) {
+  const int threads = static_cast<int>(plan.block.x * plan.block.y);
+  const int resident = std::max(1, resident_blocks(kernel, threads, shared_bytes));
+  const int64_t blocks = std::min<int64_t>(blocks_for(rows, plan), resident);
+  const auto run = [&](auto... arguments) {
+    return launch_with_memory(kernel, {static_cast<unsigned>(blocks), 1, 1}, plan.block, shared_bytes,
+                              arguments...);
+  };
+  return body(run, blocks);
+}
+
 // Rows with fewer steps than are possible are shared by three warps at most, or a block has kRowsPerBlock.
 constexpr int kThreadsOfFewSteps = 128;
 
@@ -117,7 +143,7 @@ using StagedPairs = Staged<Pairs<LIMITS>::V, LIMITS.threads>;
 
 // Calls body with the Layout of a plan. WIDE: elements of 16 bytes; 1: only the layout for all cases is
 // built.
-template <int WIDE, RowLimits LIMITS, class OfPairs = Pairs<LIMITS>, class Body>
+template <int WIDE, RowLimits LIMITS, class Body>
 Error with_layout(const RowPlan& plan, const Body& body) {
   using Streaming = Layout<1, 0, kStreamingThreads>;
   if constexpr (WIDE == 1) {
@@ -127,9 +153,15 @@ Error with_layout(const RowPlan& plan, const Body& body) {
       return plan.elements == WIDE ? body(Layout<WIDE, 0, kStreamingThreads>{}) : body(Streaming{});
     }
     if (plan.elements == 1) return body(Layout<1, elements_per_thread(1, LIMITS), LIMITS.threads>{});
-    if (plan.elements == 2) return body(OfPairs{});
+    if (plan.elements == 2) return body(std::conditional_t<WIDE == 8, StagedPairs<LIMITS>, Pairs<LIMITS>>{});
     return with_steps<WIDE, LIMITS, 1>(plan.vectors * WIDE / kStep, body);
   }
+}
+
+// Of shared memory, for a block of kernels with the layout L in which a row has so many stages.
+template <class L>
+size_t bytes_of_stages(int stages, int64_t width, const RowPlan& plan) {
+  return L::kStaged ? size_t{plan.block.y} * static_cast<size_t>(stages * stage_bytes(width)) : 0;
 }
 
 // The element types of residual and branch. kWide: elements of 16 bytes of the larger; 1 for pairs that no

@@ -73,6 +73,7 @@ class RowSums {
 template <class T, int E, int V>
 class RowPart {
  public:
+  // For each row anew: kernels that moved their pointers on from row to row took up to 20 registers more.
   __device__ __forceinline__ void point_to(const void* matrix, int64_t row, int64_t width) {
     row_ = static_cast<const T*>(matrix) + row * width;
   }
@@ -81,8 +82,6 @@ class RowPart {
   __device__ __forceinline__ void fetch(int vector, int slot, int64_t ahead = 0) {
     if constexpr (V > 0) held_[slot] = Packed<T, E>::load_once(row_ + ahead + int64_t{vector} * E);
   }
-
-  __device__ __forceinline__ void advance(int64_t elements) { row_ += elements; }
 
   __device__ __forceinline__ void get(int vector, int slot, float (&values)[E]) const {
     if constexpr (V > 0) {
@@ -97,20 +96,43 @@ class RowPart {
   Packed<T, E> held_[V > 0 ? V : 1];
 };
 
+// A row whose elements are needed once, and loaded then. The matrix may be null.
+template <class T, int E>
+class PassingRow {
+ public:
+  __device__ __forceinline__ void point_to(const void* matrix, int64_t row, int64_t width) {
+    matrix_ = static_cast<const T*>(matrix);
+    first_ = row * width;
+  }
+
+  template <class... Part>
+  __device__ __forceinline__ void fetch(Part...) const {}
+
+  __device__ __forceinline__ void get(int vector, int, float (&values)[E]) const {
+    Packed<T, E>::load_once(matrix_ + first_ + int64_t{vector} * E).unpack(values);
+  }
+
+ private:
+  const T* matrix_;
+  int64_t first_;
+};
+
 // The row of a matrix that is written.
 template <class T, int E>
 class RowOutput {
  public:
   __device__ __forceinline__ void point_to(void* matrix, int64_t row, int64_t width) {
-    row_ = static_cast<T*>(matrix) + row * width;
+    matrix_ = static_cast<T*>(matrix);
+    first_ = row * width;
   }
 
   __device__ __forceinline__ void put(int vector, const float (&values)[E]) const {
-    store_floats(row_ + int64_t{vector} * E, values);
+    store_floats(matrix_ + first_ + int64_t{vector} * E, values);
   }
 
  private:
-  T* row_;
+  T* matrix_;
+  int64_t first_;
 };
 
 struct RowStatistics {

@@ -22,19 +22,6 @@ __device__ __forceinline__ void synchronize_row() {
   }
 }
 
-// Where a row of each matrix lies in shared memory, for the threads that share these rows.
-class Stages {
- public:
-  __device__ __forceinline__ Stages(int count, int64_t width)
-      : bytes_(stage_bytes(width)), first_(dynamic_shared_memory<char>() + threadIdx.y * count * bytes_) {}
-
-  __device__ __forceinline__ char* operator[](int number) const { return first_ + number * bytes_; }
-
- private:
-  int bytes_;
-  char* first_;
-};
-
 __device__ __forceinline__ int place_in_line(const void* row) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(row) % kLine);
 }
@@ -58,18 +45,21 @@ __device__ __forceinline__ void for_each_word(const void* row, int bytes, const 
   if (thread < 2 * kPieces && at >= (last ? begin : 0) && at < bytes) piece(at);
 }
 
-// Like RowPart, but for whole rows. While one is read, the next may be on its way into another stage.
-template <class T>
+// Like RowPart, but for whole rows. With two STAGES the next is on its way while one is read. The matrix may
+// be null.
+template <class T, int STAGES>
 class StagedInput {
  public:
-  __device__ __forceinline__ void use(int64_t width, char* stage, char* next_stage) {
+  static constexpr int kStages = STAGES;
+
+  __device__ __forceinline__ void use(int64_t width, char* stages) {
     bytes_ = static_cast<int>(width * int64_t{sizeof(T)});
-    stage_ = stage;
-    next_stage_ = next_stage;
+    stage_ = stages;
+    next_stage_ = stages + (STAGES - 1) * stage_bytes(width);
   }
 
   __device__ __forceinline__ void point_to(const void* matrix, int64_t row, int64_t width) {
-    row_ = static_cast<const T*>(matrix) + row * width;
+    row_ = matrix ? static_cast<const T*>(matrix) + row * width : nullptr;
   }
 
   // Sends the row that begins `ahead` elements after the one that this points to on its way.
@@ -83,12 +73,11 @@ class StagedInput {
   }
 
   __device__ __forceinline__ void change_stages() {
+    if constexpr (STAGES == 1) return;
     char* const stage = stage_;
     stage_ = next_stage_;
     next_stage_ = stage;
   }
-
-  __device__ __forceinline__ void advance(int64_t elements) { row_ += elements; }
 
   __device__ __forceinline__ void get(int vector, int, float (&values)[2]) const {
     load_floats(reinterpret_cast<const T*>(stage_ + place_in_line(row_)) + 2 * vector, values);
@@ -101,32 +90,28 @@ class StagedInput {
   char* next_stage_;
 };
 
-// Until the rows that were fetched are in their stages, for all threads.
-template <class... Inputs>
-__device__ __forceinline__ void wait_for_rows(Inputs&... inputs) {
-  wait_for_copies();
-  synchronize_row();
-  (inputs.change_stages(), ...);
-}
-
 // Like RowOutput, but for the end: when all threads have put what is theirs, they store it.
 template <class T>
 class StagedOutput {
  public:
+  static constexpr int kStages = 1;
+
   __device__ __forceinline__ void use(int64_t width, char* stage) {
     bytes_ = static_cast<int>(width * int64_t{sizeof(T)});
     stage_ = stage;
   }
 
   __device__ __forceinline__ void point_to(void* matrix, int64_t row, int64_t width) {
-    row_ = static_cast<T*>(matrix) + row * width;
+    row_ = matrix ? static_cast<T*>(matrix) + row * width : nullptr;
   }
 
   __device__ __forceinline__ void put(int vector, const float (&values)[2]) const {
     store_floats(reinterpret_cast<T*>(stage_ + place_in_line(row_)) + 2 * vector, values);
   }
 
+  // Nothing if there is no matrix.
   __device__ __forceinline__ void store() const {
+    if (!row_) return;
     const char* const from = stage_ + place_in_line(row_);
     char* const to = reinterpret_cast<char*>(row_);
     for_each_word(
@@ -146,16 +131,54 @@ class StagedOutput {
   char* stage_;
 };
 
-template <class... Outputs>
-__device__ __forceinline__ void store_rows(const Outputs&... outputs) {
-  synchronize_row();
-  (outputs.store(), ...);
-}
-
-// The rows of a kernel with the layout L.
-template <class T, class L>
-using InputRow = std::conditional_t<L::kStaged, StagedInput<T>, RowPart<T, L::E, L::V>>;
+// The rows of a kernel with the layout L: rows that are read several times, with two STAGES if each is
+// fetched while the one before is read; rows that are read once; rows that are written.
+template <class T, class L, int STAGES = 1>
+using InputRow = std::conditional_t<L::kStaged, StagedInput<T, STAGES>, RowPart<T, L::E, L::V>>;
+template <class T, class L, int STAGES = 1>
+using PassingInputRow = std::conditional_t<L::kStaged, StagedInput<T, STAGES>, PassingRow<T, L::E>>;
 template <class T, class L>
 using OutputRow = std::conditional_t<L::kStaged, StagedOutput<T>, RowOutput<T, L::E>>;
+
+// Gives the rows of a kernel their stages, so many in all.
+template <class L, int STAGES, class... Rows>
+__device__ __forceinline__ void use_stages(int64_t width, Rows&... rows) {
+  if constexpr (L::kStaged) {
+    static_assert((Rows::kStages + ...) == STAGES);
+    const int bytes = stage_bytes(width);
+    char* stage = dynamic_shared_memory<char>() + static_cast<int>(threadIdx.y) * STAGES * bytes;
+    ((rows.use(width, stage), stage += Rows::kStages * bytes), ...);
+  }
+}
+
+// Sends rows on their way: fetch(rows ahead) does so with whole rows, fetch(rows ahead, vector, slot) with
+// their parts.
+template <class L, class Fetch>
+__device__ __forceinline__ void fetch_rows(int vectors, const Fetch& fetch) {
+  if constexpr (L::kStaged) {
+    fetch(0);
+  } else {
+    for_each_vector<L::V>(vectors, [&](int vector, int slot) { fetch(0, vector, slot); });
+  }
+}
+
+// Until the rows that were fetched can be read.
+template <class L, class... Inputs>
+__device__ __forceinline__ void wait_for_rows(Inputs&... inputs) {
+  if constexpr (L::kStaged) {
+    wait_for_copies();
+    synchronize_row();
+    (inputs.change_stages(), ...);
+  }
+}
+
+// Ends the rows that were put.
+template <class L, class... Outputs>
+__device__ __forceinline__ void finish_rows(const Outputs&... outputs) {
+  if constexpr (L::kStaged) {
+    synchronize_row();
+    (outputs.store(), ...);
+  }
+}
 
 }  // namespace evakernels::cuda

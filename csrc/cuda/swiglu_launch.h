@@ -1,7 +1,6 @@
 // The way from the parameters of a swiglu with a norm to the kernel for their dtype, width and alignment.
 #pragma once
 
-#include <limits>
 #include <vector>
 
 #include "cuda/swiglu.cuh"
@@ -24,10 +23,9 @@ Error with_norm_kernel(const Params& params, const std::vector<Buffer>& buffers,
     constexpr int kWide = kWidestAccess / int{sizeof(element)};
     const int64_t step = common_step(params.width, params.gate, params.up);
     const RowPlan plan = plan_rows(params.width, kWide, aligned_elements(kWide, step, buffers), LIMITS);
-    using OfPairs = std::conditional_t<sizeof(element) == 2, StagedPairs<LIMITS>, Pairs<LIMITS>>;
-    return with_layout<kWide, LIMITS, OfPairs>(plan, [&](auto layout) {
-      const int stages = layout.kStaged ? STAGES * static_cast<int>(plan.block.y) : 0;
-      return body(kernel_of(element, layout), plan, size_t(stages) * stage_bytes(params.width));
+    return with_layout<kWide, LIMITS>(plan, [&](auto layout) {
+      const size_t shared_bytes = bytes_of_stages<decltype(layout)>(STAGES, params.width, plan);
+      return body(kernel_of(element, layout), plan, shared_bytes);
     });
   });
 }

@@ -36,39 +36,31 @@ __global__ void __launch_bounds__(kThreads<L>, kBlocksFor<L>)
 
   int64_t row = first_row();
   if (row < params.rows) {
-    InputRow<T, L> dout, gate, up;
+    InputRow<T, L, 2> dout, gate, up;
     OutputRow<T, L> dgate, dup;
-    if constexpr (L::kStaged) {
-      const Stages stages(kStages, width);
-      dout.use(width, stages[0], stages[1]);
-      gate.use(width, stages[2], stages[3]);
-      up.use(width, stages[4], stages[5]);
-      dgate.use(width, stages[6]);
-      dup.use(width, stages[7]);
-    }
-    dout.point_to(params.dout, row, width);
-    gate.point_to(params.gate.data, row, params.gate.stride);
-    up.point_to(params.up.data, row, params.up.stride);
-    // Of whole rows, or with the vector and slot that are told.
+    use_stages<L, kStages>(width, dout, gate, up, dgate, dup);
+    const auto point_to = [&](int64_t row) {
+      dout.point_to(params.dout, row, width);
+      gate.point_to(params.gate.data, row, params.gate.stride);
+      up.point_to(params.up.data, row, params.up.stride);
+    };
+    point_to(row);
     const auto fetch = [&](int64_t rows_ahead, auto... part) {
       dout.fetch(part..., rows_ahead * width);
       gate.fetch(part..., rows_ahead * params.gate.stride);
       up.fetch(part..., rows_ahead * params.up.stride);
     };
-    if constexpr (L::kStaged) {
-      fetch(0);
-    } else {
-      for_each_vector<V>(vectors, [&](int vector, int slot) { fetch(0, vector, slot); });
-    }
+    fetch_rows<L>(vectors, fetch);
     RowGradient next = gradient_of_row(row, params.mean, params.rstd, false);
     for (; row < params.rows; row += step) {
       const bool more = row + step < params.rows;
       RowGradient gradient = next;
       if (more) next = gradient_of_row(row + step, params.mean, params.rstd, false);
+      point_to(row);
       dgate.point_to(params.dgate, row, width);
       dup.point_to(params.dup, row, width);
+      wait_for_rows<L>(dout, gate, up);
       if constexpr (L::kStaged) {
-        wait_for_rows(dout, gate, up);
         if (more) fetch(step);
       }
       float sigmoids[V > 0 ? V : 1][E];
@@ -112,10 +104,7 @@ __global__ void __launch_bounds__(kThreads<L>, kBlocksFor<L>)
         column_sums.add(0, vector, slot, times_normalised);
         column_sums.add(1, vector, slot, upstream);
       });
-      if constexpr (L::kStaged) store_rows(dgate, dup);
-      dout.advance(step * width);
-      gate.advance(step * params.gate.stride);
-      up.advance(step * params.up.stride);
+      finish_rows<L>(dgate, dup);
     }
   }
   column_sums.write();
@@ -131,8 +120,7 @@ struct WriteGradients {
   }
 };
 
-// Calls body(run, blocks) with as many blocks as run at the same time, or fewer if the rows are few: each
-// block leaves partial sums behind. run(stream, params, workspace) launches them.
+// Calls body(run, blocks) as with_resident_blocks does.
 template <class Body>
 Error with_backward(const SwigluBackward& params, const Body& body) {
   const auto kernel_of = [](auto element, auto layout) {
@@ -144,14 +132,7 @@ Error with_backward(const SwigluBackward& params, const Body& body) {
       {params.dup, params.dtype},     {params.norm_weight, params.weight_dtype}};
   return with_norm_kernel<kLimits, kStages>(
       params, buffers, kernel_of, [&](auto kernel, const RowPlan& plan, size_t shared_bytes) {
-        const int threads = static_cast<int>(plan.block.x * plan.block.y);
-        const int resident = std::max(1, resident_blocks(kernel, threads, shared_bytes));
-        const int64_t blocks = std::min<int64_t>(blocks_for(params.rows, plan), resident);
-        const auto run = [&](auto... arguments) {
-          return launch_with_memory(kernel, {static_cast<unsigned>(blocks), 1, 1}, plan.block, shared_bytes,
-                                    arguments...);
-        };
-        return body(run, blocks);
+        return with_resident_blocks(kernel, params.rows, plan, shared_bytes, body);
       });
 }
 

@@ -24,27 +24,17 @@ __global__ void __launch_bounds__(kThreads<T, L>, kBlocksFor<L>)
       {params.norm_weight, params.weight_dtype}, {params.norm_bias, params.weight_dtype}, {}, {}};
   InputRow<T, L> gate, up;
   OutputRow<T, L> out;
-  if constexpr (L::kStaged) {
-    const Stages stages(kStages, params.width);
-    gate.use(params.width, stages[0], stages[0]);
-    up.use(params.width, stages[1], stages[1]);
-    out.use(params.width, stages[2]);
-  }
+  use_stages<L, kStages>(params.width, gate, up, out);
   RowSums row_sums;
   for (int64_t row = first_row(); row < params.rows; row += row_step()) {
     gate.point_to(params.gate.data, row, params.gate.stride);
     up.point_to(params.up.data, row, params.up.stride);
     out.point_to(params.out, row, params.width);
-    if constexpr (L::kStaged) {
-      gate.fetch(0);
-      up.fetch(0);
-      wait_for_rows(gate, up);
-    } else {
-      for_each_vector<V>(vectors, [&](int vector, int slot) {
-        gate.fetch(vector, slot);
-        up.fetch(vector, slot);
-      });
-    }
+    fetch_rows<L>(vectors, [&](int64_t ahead, auto... part) {
+      gate.fetch(part..., ahead);
+      up.fetch(part..., ahead);
+    });
+    wait_for_rows<L>(gate, up);
 
     float held[V > 0 ? V : 1][E];
     const auto multiply = [&](int vector, int slot, float (&values)[E]) {
@@ -77,7 +67,7 @@ __global__ void __launch_bounds__(kThreads<T, L>, kBlocksFor<L>)
       transform(parameters, vector, values);
       out.put(vector, values);
     });
-    if constexpr (L::kStaged) store_rows(out);
+    finish_rows<L>(out);
   }
 }
 
@@ -94,10 +84,7 @@ Error swiglu_norm_forward(const SwigluForward& params, Stream stream) {
                                        {params.norm_bias, params.weight_dtype}};
   return with_norm_kernel<kLimits, kStages>(
       params, buffers, kernel_of, [&](auto kernel, const RowPlan& plan, size_t shared_bytes) {
-        const int64_t blocks =
-            std::min<int64_t>(blocks_for(params.rows, plan), std::numeric_limits<int>::max());
-        return launch_with_memory(kernel, {static_cast<unsigned>(blocks), 1, 1}, plan.block, shared_bytes,
-                                  stream, params);
+        return launch_on_rows(kernel, params.rows, plan, shared_bytes, stream, params);
       });
 }
 

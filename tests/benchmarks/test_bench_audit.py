@@ -20,6 +20,7 @@ LAUNCH = Launch(
     kernel=KERNEL,
     grid=(3, 1, 1),
     block=(32, 4, 1),
+    dynamic_bytes=0,
     barriers=2.0,
     shared_ways=1.25,
     worst_ways=2,
@@ -86,6 +87,12 @@ def test_every_kernel_of_the_budget_has_its_occupancy() -> None:
     assert set(shares) == set(SHARED)
     assert all(0 < share <= 1 for share in shares.values())
     assert occupancy("no such kernel", 128) == {}
+
+
+def test_shared_memory_of_a_launch_leaves_room_for_fewer_blocks() -> None:
+    # Two blocks of four warps, with what the system takes.
+    half = SHARED["sm_90"] // 2 - 2048
+    assert occupancy(KERNEL, 128, half)["sm_90"] == 2 * 4 / WARPS
 
 
 PROGRAM = """

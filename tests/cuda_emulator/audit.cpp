@@ -62,6 +62,7 @@ struct Launch {
   const void* kernel;
   dim3 grid;
   dim3 block;
+  size_t dynamic_bytes;  // of shared memory, of a block
   int64_t barriers = 0;
   int64_t shared_requests = 0;
   int64_t shared_phases = 0;  // a request of more than 128 bytes takes several
@@ -171,8 +172,9 @@ class Audit : public cuda_emulator::Observer {
 
   const std::vector<Launch>& launches() const { return launches_; }
 
-  void launch_begins(const void* kernel, dim3 grid, dim3 block) override {
-    launches_.push_back({.kernel = kernel, .grid = grid, .block = block, .lines = {}});
+  void launch_begins(const void* kernel, dim3 grid, dim3 block, size_t dynamic_bytes) override {
+    launches_.push_back(
+        {.kernel = kernel, .grid = grid, .block = block, .dynamic_bytes = dynamic_bytes, .lines = {}});
     host_stack_ = stack_of_this_thread();
     library_ = this_library();
     shared_.clear();
@@ -355,19 +357,20 @@ EVAKERNELS_EXPORT void audit_end() { audit.end(); }
 EVAKERNELS_EXPORT int64_t audit_launches() { return static_cast<int64_t>(audit.launches().size()); }
 
 // Where the kernel lies in this library, its grid and block, barriers of all blocks together, and what was
-// counted of shared memory: 12 numbers.
+// counted of shared memory: 13 numbers.
 EVAKERNELS_EXPORT void audit_launch(int64_t number, int64_t* out) {
   const Launch& launch = audit.launches()[number];
   Dl_info library = {};
   dladdr(launch.kernel, &library);
   const auto* const base = static_cast<const char*>(library.dli_fbase);
-  const std::array<int64_t, 12> numbers = {static_cast<const char*>(launch.kernel) - base,
+  const std::array<int64_t, 13> numbers = {static_cast<const char*>(launch.kernel) - base,
                                            launch.grid.x,
                                            launch.grid.y,
                                            launch.grid.z,
                                            launch.block.x,
                                            launch.block.y,
                                            launch.block.z,
+                                           static_cast<int64_t>(launch.dynamic_bytes),
                                            launch.barriers,
                                            launch.shared_requests,
                                            launch.shared_phases,

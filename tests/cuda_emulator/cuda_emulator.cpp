@@ -465,7 +465,7 @@ const char* launch(const void* address, dim3 grid, dim3 block, size_t dynamic_by
 #ifdef EVAKERNELS_WATCH_THREAD
   machine.scheduler_sanitizer = __tsan_get_current_fiber();
 #endif
-  if (observer) observer->launch_begins(address, grid, block);
+  if (observer) observer->launch_begins(address, grid, block, dynamic_bytes);
   // No vector grows in one thread and shrinks in another, which would look like a race.
   machine.ready.reserve(kMaxThreads);
   for (Warp& warp : machine.warps) warp.meetings.reserve(kWarpSize);

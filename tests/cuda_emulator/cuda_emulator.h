@@ -84,7 +84,7 @@ const char* launch(const void* address, dim3 grid, dim3 block, size_t dynamic_by
 
 // Who watches launches (audit.cpp).
 struct Observer {
-  virtual void launch_begins(const void* kernel, dim3 grid, dim3 block) = 0;
+  virtual void launch_begins(const void* kernel, dim3 grid, dim3 block, size_t dynamic_bytes) = 0;
   virtual void block_ends(unsigned barriers) = 0;
   virtual void uses_shared_memory(const void* data, size_t size) = 0;
   // Of what the running thread is about, in the function that returns to `caller`.

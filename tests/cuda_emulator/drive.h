@@ -87,6 +87,13 @@ struct Case {
   DType dtype;
 };
 
+// By how many elements the matrices of a case are moved away from a word of 16 bytes: where rows can be
+// staged, by several.
+inline std::vector<int64_t> shifts_of(const Case& c) {
+  if (c.dtype == DType::Float32 || c.width % 2 != 0) return {0};
+  return {0, 2, 6};
+}
+
 inline std::string name_of(const Case& c, const char* what) {
   return std::string(what) + " of " + std::to_string(c.rows) + " rows of " + std::to_string(c.width) +
          ", dtype " + std::to_string(static_cast<int>(c.dtype));
@@ -166,6 +173,7 @@ inline void run(cuda::Error error, const std::string& what) {
 
 // Each runs the kernels of an op on one matrix.
 void drive_gelu(const Case& c);
+void drive_norms(const Case& c);
 void drive_swiglu(const Case& c);
 void drive_token_dropout(const Case& c);
 // And on inputs of their own.

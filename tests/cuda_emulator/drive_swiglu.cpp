@@ -96,8 +96,9 @@ void drive_swiglu(const Case& c) {
   for (const bool packed : {false, true}) {
     for (const bool with_norm : {false, true}) drive(c, packed, with_norm);
   }
-  if (c.dtype == DType::Float32 || c.width % 2 != 0) return;
-  for (const int64_t before : {2, 6}) drive(c, true, true, before);
+  for (const int64_t before : shifts_of(c)) {
+    if (before) drive(c, true, true, before);
+  }
 }
 
 }  // namespace evakernels::drive

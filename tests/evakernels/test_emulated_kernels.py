@@ -269,6 +269,20 @@ FAULTS = {
         "at >= (last ? begin : 0)",
         "at >= (last ? begin : begin > 0 ? -kWidestAccess : 0)",
     ),
+    "a stage that isn't changed": (
+        "coverage",
+        "wrong: dx",
+        "norm_add_backward.cu",
+        "wait_for_rows<L>(dx, branch);",
+        "wait_for_rows<L>(dx);",
+    ),
+    "a row that isn't stored": (
+        "coverage",
+        "error nan",
+        "add_norm_backward.cu",
+        "finish_rows<L>(dresidual, dbranch);",
+        "finish_rows<L>(dresidual);",
+    ),
     "tile": ("thread", "data race", "token_dropout_tiles.cu", "    }\n    __syncthreads();\n\n", "    }\n\n"),
     "sums over samples": (
         "thread",

@@ -76,6 +76,21 @@ def test_add_layer_norm(dtype: torch.dtype, rms: bool, scaled: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [40, 42])
+def test_the_gradient_of_a_layer_scale_needs_none_of_the_branch(dtype: torch.dtype, width: int) -> None:
+    dy, dx, x, branch = (normal(3, 5, width, dtype=dtype, seed=seed) for seed in range(4))
+    weight, layer_scale, row_scale = normal(width), normal(width, seed=2), normal(3)
+    mean, rstd = normal(3, 5), normal(3, 5, seed=1).abs()
+    arguments = (dy, dx, x, branch, weight, layer_scale, row_scale, mean, rstd)
+    expected = native.add_layer_norm_backward(*arguments, True, False)
+    gradients = like(expected)
+    without = [None if i == 1 else gradient for i, gradient in enumerate(gradients)]
+    _C.add_layer_norm_backward(*arguments, *without)
+    for i, gradient in enumerate(without):
+        assert gradient is None or torch.equal(gradient, expected[i])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scaled", [False, True])
 def test_layer_norm_add(dtype: torch.dtype, scaled: bool) -> None:
     residual, branch, dx = (normal(3, 5, 40, dtype=dtype, seed=seed) for seed in range(3))

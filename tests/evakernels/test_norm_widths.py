@@ -39,14 +39,15 @@ def test_wide_rows_keep_the_error_rule(dtype, width):
         assert_as_accurate_as_torch(ours(form), theirs(form), inputs_of(4, width), dtype)
 
 
+@pytest.mark.parametrize("width", [250, 264])
 @pytest.mark.parametrize("offset", [1, 2, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
-def test_rows_at_odd_addresses_give_the_formula(form, dtype, offset):
+def test_rows_at_odd_addresses_give_the_formula(form, dtype, offset, width):
     def at_offset(tensor: Tensor) -> Tensor:
         return torch.cat([tensor.new_zeros(offset), tensor.flatten()])[offset:].view(tensor.shape)
 
-    aligned = [t.to(dtype) for t in inputs_of(7, 264)]
+    aligned = [t.to(dtype) for t in inputs_of(7, width)]
     expected, actual = with_gradients(ours(form), aligned), with_gradients(ours(form), [at_offset(t) for t in aligned])
     for e, a in zip(expected[0] + expected[1], actual[0] + actual[1], strict=True):
         torch.testing.assert_close(a, e, rtol=2 * torch.finfo(dtype).eps, atol=2e-5)

@@ -1,0 +1,231 @@
+#include "cuda/layer_norm.h"
+#include "cuda/residual_norm.h"
+#include "drive.h"
+
+namespace evakernels::drive {
+namespace {
+
+Buffer vector_of(int64_t size) { return Buffer::random(DType::Float32, size); }
+
+// `before`: 0, or the matrices begin so many elements after a word of 16 bytes, and others farther.
+struct Shift {
+  int64_t before;
+
+  int64_t operator()(int64_t more) const { return before ? before + more : 0; }
+  const char* name() const { return before ? ", shifted" : ""; }
+};
+
+// The parameters of a norm that is joined with a residual connection; those that scale may be missing.
+struct Parameters {
+  Buffer weight, bias, layer_scale, row_scale;
+  bool scaled;
+
+  Parameters(const Case& c, bool scaled)
+      : weight(vector_of(c.width)),
+        bias(vector_of(c.width)),
+        layer_scale(vector_of(c.width)),
+        row_scale(vector_of(c.rows)),
+        scaled(scaled) {}
+
+  ResidualNormParameters pointers() {
+    const auto if_scaled = [&](Buffer& buffer) { return scaled ? buffer.data() : nullptr; };
+    return {{weight.data(), DType::Float32},
+            {bias.data(), DType::Float32},
+            {if_scaled(layer_scale), DType::Float32},
+            {if_scaled(row_scale), DType::Float32}};
+  }
+
+  double row_scale_at(int64_t row) const { return scaled ? row_scale.at(row) : 1.0; }
+  double layer_scale_at(int64_t column) const { return scaled ? layer_scale.at(column) : 1.0; }
+};
+
+// What a backward pass writes for the parameters.
+struct Gradients {
+  Buffer weight, bias, layer_scale;
+
+  explicit Gradients(const Case& c)
+      : weight(DType::Float32, c.width),
+        bias(DType::Float32, c.width),
+        layer_scale(DType::Float32, c.width) {}
+
+  ResidualNormGradients pointers(bool scaled) {
+    return {{weight.data(), DType::Float32},
+            {bias.data(), DType::Float32},
+            {scaled ? layer_scale.data() : nullptr, DType::Float32}};
+  }
+};
+
+void drive_layer_norm(const Case& c, Shift shifted) {
+  const int64_t size = c.rows * c.width;
+  const auto called = [&](const std::string& what) { return name_of(c, (what + shifted.name()).c_str()); };
+  Buffer x = Buffer::random(c.dtype, size, shifted(0)), y(c.dtype, size, shifted(2));
+  Buffer weight = vector_of(c.width), bias = vector_of(c.width);
+  Buffer mean(DType::Float32, c.rows), rstd(DType::Float32, c.rows);
+  const LayerNormForward forward = {.x = x.data(),
+                                    .weight = weight.data(),
+                                    .bias = bias.data(),
+                                    .y = y.data(),
+                                    .mean = mean.floats(),
+                                    .rstd = rstd.floats(),
+                                    .rows = c.rows,
+                                    .width = c.width,
+                                    .eps = kEps,
+                                    .dtype = c.dtype,
+                                    .weight_dtype = DType::Float32,
+                                    .rms = false};
+  run(cuda::layer_norm_forward(forward, nullptr), called("layer_norm_forward"));
+  compare(y, norm_of(values_of(x, size), weight, bias, c.rows, c.width), called("y"), c.dtype);
+  check(y.others_are_intact(), called("in front of y"));
+
+  Buffer dy = Buffer::random(c.dtype, size, shifted(4)), dx(c.dtype, size, shifted(6));
+  Buffer dweight(DType::Float32, c.width), dbias(DType::Float32, c.width);
+  const LayerNormBackward backward = {.dy = dy.data(),
+                                      .x = x.data(),
+                                      .weight = weight.data(),
+                                      .mean = mean.floats(),
+                                      .rstd = rstd.floats(),
+                                      .dx = dx.data(),
+                                      .dweight = dweight.data(),
+                                      .dbias = dbias.data(),
+                                      .rows = c.rows,
+                                      .width = c.width,
+                                      .dtype = c.dtype,
+                                      .weight_dtype = DType::Float32,
+                                      .rms = false};
+  Buffer workspace(DType::Float32, cuda::layer_norm_backward_workspace(backward));
+  run(cuda::layer_norm_backward(backward, workspace.floats(), nullptr), called("layer_norm_backward"));
+  const NormGradient expected(values_of(dy, size), values_of(x, size), weight, c.rows, c.width);
+  compare(dx, expected.dx, called("dx"), c.dtype);
+  check(dx.others_are_intact(), called("in front of dx"));
+  compare(dweight, expected.dweight, called("dweight"), DType::Float32);
+  compare(dbias, expected.dbias, called("dbias"), DType::Float32);
+}
+
+void drive_add_norm(const Case& c, bool scaled, Shift shifted) {
+  const int64_t size = c.rows * c.width;
+  const std::string name = std::string(scaled ? " of scaled add_norm" : " of add_norm") + shifted.name();
+  const auto called = [&](const std::string& what) { return name_of(c, (what + name).c_str()); };
+  Buffer residual = Buffer::random(c.dtype, size, shifted(0));
+  Buffer branch = Buffer::random(c.dtype, size, shifted(2));
+  Buffer y(c.dtype, size, shifted(4)), x(c.dtype, size, shifted(6));
+  Buffer mean(DType::Float32, c.rows), rstd(DType::Float32, c.rows);
+  Parameters parameters(c, scaled);
+  const ResidualNormShape shape = {c.rows, c.width, 1, c.dtype, c.dtype, false};
+  const AddNormForward forward = {.residual = residual.data(),
+                                  .branch = branch.data(),
+                                  .y = y.data(),
+                                  .x = x.data(),
+                                  .mean = mean.floats(),
+                                  .rstd = rstd.floats(),
+                                  .eps = kEps,
+                                  .parameters = parameters.pointers(),
+                                  .shape = shape};
+  run(cuda::add_norm_forward(forward, nullptr), called("forward"));
+  std::vector<double> total(size);
+  for (int64_t i = 0; i < size; ++i) {
+    const double factor = parameters.layer_scale_at(i % c.width) * parameters.row_scale_at(i / c.width);
+    total[i] = residual.at(i) + branch.at(i) * factor;
+  }
+  compare(x, total, called("x"), c.dtype);
+  compare(y, norm_of(total, parameters.weight, parameters.bias, c.rows, c.width), called("y"), c.dtype);
+  check(x.others_are_intact() && y.others_are_intact(), called("in front of x and y"));
+
+  Buffer dy = Buffer::random(c.dtype, size, shifted(8)), dx = Buffer::random(c.dtype, size, shifted(10));
+  Buffer dresidual(c.dtype, size, shifted(12)), dbranch(c.dtype, size, shifted(14));
+  Gradients gradients(c);
+  const AddNormBackward backward = {.dy = dy.data(),
+                                    .dx = dx.data(),
+                                    .x = x.data(),
+                                    .branch = branch.data(),
+                                    .mean = mean.floats(),
+                                    .rstd = rstd.floats(),
+                                    .dresidual = dresidual.data(),
+                                    .dbranch = scaled ? dbranch.data() : nullptr,
+                                    .parameters = parameters.pointers(),
+                                    .gradients = gradients.pointers(scaled),
+                                    .shape = shape};
+  Buffer workspace(DType::Float32, cuda::add_norm_backward_workspace(backward));
+  run(cuda::add_norm_backward(backward, workspace.floats(), nullptr), called("backward"));
+  const NormGradient expected(values_of(dy, size), values_of(x, size), parameters.weight, c.rows, c.width);
+  std::vector<double> expected_dbranch(size), expected_dresidual(size), expected_dlayer_scale(c.width);
+  for (int64_t i = 0; i < size; ++i) {
+    expected_dresidual[i] = dx.at(i) + expected.dx[i];
+    const double of_branch = expected_dresidual[i] * parameters.row_scale_at(i / c.width);
+    expected_dbranch[i] = of_branch * parameters.layer_scale_at(i % c.width);
+    expected_dlayer_scale[i % c.width] += of_branch * branch.at(i);
+  }
+  compare(dresidual, expected_dresidual, called("dresidual"), c.dtype);
+  check(dresidual.others_are_intact(), called("in front of dresidual"));
+  // The kernel has the statistics of the sum before it was rounded.
+  compare(gradients.weight, expected.dweight, called("dweight"), c.dtype);
+  compare(gradients.bias, expected.dbias, called("dbias"), DType::Float32);
+  if (!scaled) return;
+  compare(dbranch, expected_dbranch, called("dbranch"), c.dtype);
+  check(dbranch.others_are_intact(), called("in front of dbranch"));
+  compare(gradients.layer_scale, expected_dlayer_scale, called("dlayer_scale"), c.dtype);
+}
+
+void drive_norm_add(const Case& c, bool scaled, Shift shifted) {
+  const int64_t size = c.rows * c.width;
+  const std::string name = std::string(scaled ? " of scaled norm_add" : " of norm_add") + shifted.name();
+  const auto called = [&](const std::string& what) { return name_of(c, (what + name).c_str()); };
+  Buffer residual = Buffer::random(c.dtype, size, shifted(0));
+  Buffer branch = Buffer::random(c.dtype, size, shifted(2)), x(c.dtype, size, shifted(4));
+  Buffer mean(DType::Float32, c.rows), rstd(DType::Float32, c.rows);
+  Parameters parameters(c, scaled);
+  const ResidualNormShape shape = {c.rows, c.width, 1, c.dtype, c.dtype, false};
+  const NormAddForward forward = {.residual = residual.data(),
+                                  .branch = branch.data(),
+                                  .x = x.data(),
+                                  .mean = mean.floats(),
+                                  .rstd = rstd.floats(),
+                                  .eps = kEps,
+                                  .parameters = parameters.pointers(),
+                                  .shape = shape};
+  run(cuda::norm_add_forward(forward, nullptr), called("forward"));
+  const std::vector<double> normed =
+      norm_of(values_of(branch, size), parameters.weight, parameters.bias, c.rows, c.width);
+  Buffer dx = Buffer::random(c.dtype, size, shifted(6)), dbranch(c.dtype, size, shifted(8));
+  std::vector<double> total(size), upstream(size), expected_dlayer_scale(c.width);
+  for (int64_t i = 0; i < size; ++i) {
+    const double row_scale = parameters.row_scale_at(i / c.width);
+    const double factor = parameters.layer_scale_at(i % c.width) * row_scale;
+    total[i] = residual.at(i) + normed[i] * factor;
+    upstream[i] = dx.at(i) * factor;
+    expected_dlayer_scale[i % c.width] += dx.at(i) * row_scale * normed[i];
+  }
+  compare(x, total, called("x"), c.dtype);
+  check(x.others_are_intact(), called("in front of x"));
+
+  Gradients gradients(c);
+  const NormAddBackward backward = {.dx = dx.data(),
+                                    .branch = branch.data(),
+                                    .mean = mean.floats(),
+                                    .rstd = rstd.floats(),
+                                    .dbranch = dbranch.data(),
+                                    .parameters = parameters.pointers(),
+                                    .gradients = gradients.pointers(scaled),
+                                    .shape = shape};
+  Buffer workspace(DType::Float32, cuda::norm_add_backward_workspace(backward));
+  run(cuda::norm_add_backward(backward, workspace.floats(), nullptr), called("backward"));
+  const NormGradient expected(upstream, values_of(branch, size), parameters.weight, c.rows, c.width);
+  compare(dbranch, expected.dx, called("dbranch"), c.dtype);
+  check(dbranch.others_are_intact(), called("in front of dbranch"));
+  compare(gradients.weight, expected.dweight, called("dweight"), DType::Float32);
+  compare(gradients.bias, expected.dbias, called("dbias"), DType::Float32);
+  if (scaled) compare(gradients.layer_scale, expected_dlayer_scale, called("dlayer_scale"), DType::Float32);
+}
+
+}  // namespace
+
+void drive_norms(const Case& c) {
+  for (const int64_t before : shifts_of(c)) {
+    drive_layer_norm(c, {before});
+    for (const bool scaled : {false, true}) {
+      drive_add_norm(c, scaled, {before});
+      drive_norm_add(c, scaled, {before});
+    }
+  }
+}
+
+}  // namespace evakernels::drive
