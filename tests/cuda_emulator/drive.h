@@ -91,7 +91,7 @@ struct Case {
 // staged, by several.
 inline std::vector<int64_t> shifts_of(const Case& c) {
   if (c.dtype == DType::Float32 || c.width % 2 != 0) return {0};
-  return {0, 2, 6};
+  return {0, 6};
 }
 
 inline std::string name_of(const Case& c, const char* what) {

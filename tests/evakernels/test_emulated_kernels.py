@@ -245,15 +245,15 @@ FAULTS = {
         "thread",
         "data race",
         "staged_rows.cuh",
-        "  wait_for_copies();\n  synchronize_row();\n",
-        "  wait_for_copies();\n",
+        "    wait_for_copies();\n    synchronize_row();\n",
+        "    wait_for_copies();\n",
     ),
     "a row that isn't finished": (
         "thread",
         "data race",
         "staged_rows.cuh",
-        "  synchronize_row();\n  (outputs",
-        "  (outputs",
+        "    synchronize_row();\n    (outputs",
+        "    (outputs",
     ),
     "the whole of a last word": (
         "address",
@@ -264,7 +264,7 @@ FAULTS = {
     ),
     "the whole of a first word": (
         "coverage",
-        "in front of out",
+        "in front of dx",
         "staged_rows.cuh",
         "at >= (last ? begin : 0)",
         "at >= (last ? begin : begin > 0 ? -kWidestAccess : 0)",
