@@ -73,7 +73,8 @@ class RowSums {
 template <class T, int E, int V>
 class RowPart {
  public:
-  // For each row anew: kernels that moved their pointers on from row to row took up to 20 registers more.
+  // For each row anew: kernels that moved their pointers on from row to row took up to 20 registers more
+  // (nvcc 13.0, sm_90).
   __device__ __forceinline__ void point_to(const void* matrix, int64_t row, int64_t width) {
     row_ = static_cast<const T*>(matrix) + row * width;
   }
