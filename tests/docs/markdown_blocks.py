@@ -9,8 +9,8 @@ A comment above a fence that begins with `run:` tells how its block is run:
     evaclip data emoji data/emoji
     -->                                           these lines first, in the block's language
 
-`no 'TEXT', REASON` and `parse 'TEXT', REASON` say it of the shell lines that hold TEXT. Several comments may stand above
-one fence. What has no comment is run.
+`no 'TEXT', REASON` and `parse 'TEXT', REASON` say it of the shell lines that hold TEXT. Several comments may stand
+above one fence. What has no comment is run.
 """
 
 import re
@@ -39,6 +39,7 @@ _COMMENT = re.compile(r"<!--\s*run:(.*?)-->", re.DOTALL)
 _ANY_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _VERDICT = re.compile(r"(?P<verdict>no|parse)(?:\s+'(?P<text>[^']+)')?,\s*(?P<reason>.+)")
 _REPLACEMENT = re.compile(r"with\s+'(?P<new>[^']*)'\s+for\s+'(?P<old>[^']+)'")
+_FENCED = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
 _SPAN = re.compile(r"`((?:evaclip|python -m benchmarks) [^`]+)`")
 
 
@@ -147,5 +148,5 @@ def _marked(block: Block, comments: list[str]) -> Block:
 
 def read_spans(path: Path) -> list[str]:
     """The commands of this project in a page's running text; those with `...` in them are no whole commands."""
-    text = _ANY_COMMENT.sub("", re.sub(r"^ *```.*?^ *```$", "", path.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE))
+    text = _ANY_COMMENT.sub("", _FENCED.sub("", path.read_text("utf-8")))
     return [span for found in _SPAN.findall(text) if "..." not in (span := " ".join(found.split()))]

@@ -82,8 +82,12 @@ class PageRunner:
         self.environment = environment(python, scratch / "home")
         self.inside = subprocess.Popen(
             [python, INSIDE, ROOT],
-            **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL},
-            **{"cwd": scratch, "env": self.environment, "text": True},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=scratch,
+            env=self.environment,
+            text=True,
         )
 
     def run(self) -> Outcome:
@@ -106,10 +110,12 @@ class PageRunner:
         elif block.language in SHELL:
             self._shell_block(block)
         elif not self._left_out(mark := block.mark_of("")):
-            kind = {"yaml": "configuration", "python": "compile" if mark else "python"}[block.language]
-            where = [] if kind == "configuration" else [str(block.page), block.line]
-            self._ask(block.place, kind, block.before + block.code, *where)
-            self._count(mark)
+            where = (str(block.page), block.line)
+            if block.language == "yaml":
+                self._ask(block.place, "configuration", block.code)
+            else:
+                self._ask(block.place, "compile" if mark else "python", block.before + block.code, *where)
+            self._count(parsed=mark is not None or block.language == "yaml")
 
     def _shell_block(self, block: Block) -> None:
         script: list[str] = []
@@ -118,7 +124,7 @@ class PageRunner:
         for command, mark in block.commands():
             if self._left_out(mark):
                 continue
-            self._count(mark)
+            self._count(parsed=mark is not None)
             if mark:
                 self._ask(f"{block.place}: {command}", "command", command)
             else:
@@ -129,8 +135,13 @@ class PageRunner:
     def _bash(self, place: str, script: str) -> None:
         with subprocess.Popen(
             ["bash", "-exo", "pipefail", "-c", script],
-            **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True},
-            **{"cwd": self.scratch, "env": self.environment, "start_new_session": True},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=self.scratch,
+            env=self.environment,
+            text=True,
+            start_new_session=True,  # so that whatever a command has started ends with it
         ) as process:
             try:
                 told, _ = process.communicate(timeout=SECONDS)
@@ -163,11 +174,9 @@ class PageRunner:
         self.outcome.left_out[mark.reason] += 1
         return True
 
-    def _count(self, mark: Mark | None) -> None:
-        if mark:
-            self.outcome.parsed += 1
-        else:
-            self.outcome.ran += 1
+    def _count(self, parsed: bool) -> None:
+        self.outcome.parsed += parsed
+        self.outcome.ran += not parsed
 
 
 def run_page(page: Path, python: Path, scratch: Path) -> Outcome:
