@@ -100,9 +100,11 @@ def run_with_the_core_alone(*command_lines: list[str]) -> list[tuple[int, str, s
     return [tuple(found) for found in json.loads(result.stdout)]
 
 
-def test_help_and_doctor_need_no_extra() -> None:
+def test_the_command_line_with_the_core_alone() -> None:
+    # In one process, as importing torch takes longer than all the rest.
     names = ["", *_COMMANDS, *_LEAVES, "doctor"]
-    *helps, doctor = run_with_the_core_alone(*([*name.split(), "--help"] for name in names), ["doctor"])
+    results = run_with_the_core_alone(*([*name.split(), "--help"] for name in names), ["doctor"], *_COMMANDS.values())
+    helps, doctor, commands = results[: len(names)], results[len(names)], results[len(names) + 1 :]
     for name, (status, out, err) in zip(names, helps, strict=True):
         assert (status, err) == (0, "")
         assert out.startswith(f"usage: evaclip {name}".rstrip())
@@ -111,10 +113,8 @@ def test_help_and_doctor_need_no_extra() -> None:
     assert doctor[0] == 0
     assert "● live" in doctor[1]
     assert "pip install 'evakernels[clip]' brings ftfy" in doctor[1]
-
-
-def test_a_command_that_needs_an_extra_says_in_one_line_which() -> None:
-    for status, out, err in run_with_the_core_alone(*_COMMANDS.values()):
+    assert len(commands) == len(_COMMANDS)
+    for status, out, err in commands:
         assert (status, out) == (2, "")
         assert re.fullmatch(r"error: the package [\w-]+ is not installed: pip install 'evakernels\[clip\]'\n", err)
 
