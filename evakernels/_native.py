@@ -27,7 +27,8 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(_LIBRARY)
     except OSError as exc:
-        return f"{_LIBRARY.name} can't be loaded under torch {torch.__version__}: {exc}"
+        # Torch's own error names the file only; the linker's, which it was raised from, says what is wrong.
+        return f"{_LIBRARY.name} can't be loaded under torch {torch.__version__}: {exc.__cause__ or exc}"
     return None
 
 
