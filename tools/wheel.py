@@ -31,7 +31,7 @@ def run(*command: str | Path, **environment: str) -> None:
 
 
 def build_requirements() -> list[str]:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    return list(tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"])
 
 
 def has_tools(python: Path) -> bool:
