@@ -1,56 +1,75 @@
-# make demo   train on real pictures, evaluate, and write runs/demo/report.html
-# make test   run the whole test suite
-# make gpu-check   on a machine with a GPU: every op against float64 and its peers; keeps the result
+# make demo         train on real pictures, evaluate, and write runs/demo/report.html: some minutes on two cores
+# make test         everything that a user sees: at most ten minutes on two cores
+# make test-all     that, and the exhaustive proofs: emulated and compiled GPU kernels, every instruction set, faults
+# make wheel        a manylinux wheel in dist/; `make wheel-cuda`: one with the kernels for GPUs
+# make docs         the documentation on a local server; `make docs-build`: as a folder, site/
+# make gpu-check    on a machine with a GPU: every op against float64 and its peers; keeps the result
 #
-# Every target sets up what it needs: a virtual environment in .venv, the dependencies, the native library.
+# Each target sets up what it needs, and no more: a virtual environment in .venv, packages, the compiled library. What
+# the set-up prints is in build/logs.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PHASE := bash tools/phase.sh
+PIP := $(BIN)/python -m pip
 BUILD_TOOLS := setuptools cmake ninja pybind11
 CPP_FILES := $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: demo test gpu-check build lint format clean
+# A process for each processor, each with one thread: torch's own would only take each other's processor.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup \
+	--no-loadscope-reorder
 
-demo: build
+.PHONY: demo test test-all exhaustive wheel wheel-cuda docs docs-build gpu-check lint format clean
+
+demo: export EVAKERNELS_CUDA ?= off
+demo: $(VENV)/.demo
 	$(BIN)/evaclip demo --out runs/demo
 
-# A process for each processor, each with one thread: torch's own would only take each other's processor.
-test: build $(VENV)/oldest-triton
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
+test: $(VENV)/.test
+	$(PYTEST) -m "not exhaustive"
 
-gpu-check: build
+test-all: test exhaustive
+
+exhaustive: $(VENV)/.test $(VENV)/oldest-triton
+	$(PYTEST) -m exhaustive
+
+gpu-check: $(VENV)/.test
 	$(BIN)/python -m benchmarks all --device cuda --dtype float32 --dtype bfloat16 --dtype float16 --check \
 		--json benchmarks/results
 
-lint: build
+lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 
-format: build
+format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-build: $(VENV)/.built
-
 $(VENV)/.tools: Makefile
-	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install $(BUILD_TOOLS) torch torchvision
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed")'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PHASE) "Installing torch and the build tools" sh -c \
+		'$(PIP) install --upgrade pip && $(PIP) install $(BUILD_TOOLS) torch torchvision'
+	@touch $@
 
 # No build isolation: the torch that was just installed serves the build, not a second download.
 $(VENV)/.built: $(VENV)/.tools pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
-	$(BIN)/python -m pip install --no-build-isolation --editable '.[test]'
-	touch $@
+	@$(PHASE) "Compiling the kernels" $(PIP) install --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# .demo, .test, .docs: the packages of the extra of that name.
+$(VENV)/.%: $(VENV)/.built tools/requirements.py
+	@$(PHASE) "Installing the packages for: make $*" sh -c \
+		'$(BIN)/python tools/requirements.py $* | xargs -d "\n" $(PIP) install'
+	@touch $@
 
 # The oldest Triton that the kernels must compile with, that of torch 2.11; it is on that one test's path alone.
 $(VENV)/oldest-triton: | $(VENV)/.tools
-	$(BIN)/python -m pip install --quiet --no-deps --target $@ 'triton==3.6.*'
+	@$(PHASE) "Installing the oldest Triton" $(PIP) install --no-deps --target $@ 'triton==3.6.*'
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info evakernels/*.so evakernels/_build.json
+	rm -rf $(VENV) build dist site *.egg-info evakernels/*.so evakernels/_build.json

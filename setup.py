@@ -4,13 +4,15 @@ EVAKERNELS_NATIVE says what to do: "auto" (default) builds where the tools are t
 Python package where they are not, "on" makes their absence an error, "off" never builds. A build that fails
 is always an error.
 
-EVAKERNELS_CUDA says the same of the kernels for GPUs, which nvcc compiles; EVAKERNELS_CUDA_ARCHS for which GPUs, as
-CMake spells them ("90-real"; the usual ones if not set).
+EVAKERNELS_CUDA says the same of the kernels for GPUs: "auto" builds them where there are an nvcc and a GPU, "on"
+wherever there is an nvcc. EVAKERNELS_CUDA_ARCHS says for which GPUs, as CMake spells them ("90-real,100"), or "all";
+if not set, for those of this machine, and for all where there are none.
 """
 
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,11 @@ PACKAGE = "evakernels"
 RECORD = "_build.json"
 LIBRARY = "_ops.so"
 MODES = ("auto", "on", "off")
+
+# Compute capabilities times ten. What the kernels need at least, and what a library for all GPUs is compiled for.
+OLDEST_GPU = 80
+ALL_GPUS = (80, 90, 100, 120)
+OLDEST_NVCC = (12, 0)  # the first with C++20
 
 
 def find_tool(*names: str) -> str | None:
@@ -69,22 +76,110 @@ def why_not_native() -> str | None:
     return reason
 
 
+def output_of(*command: str) -> str:
+    """What a program prints; nothing if it isn't there, fails, or hangs as nvidia-smi may."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler: what $CUDACXX says, else on PATH or where the toolkit is usually installed."""
+    if wanted := os.environ.get("CUDACXX"):
+        return find_tool(wanted)
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    return find_tool("nvcc", *(f"{home}/bin/nvcc" for home in homes if home))
+
+
+def archs_of_nvcc(nvcc: str) -> list[int]:
+    """The GPUs that it compiles for, of those that the kernels run on."""
+    found = re.findall(r"^compute_(\d+)$", output_of(nvcc, "--list-gpu-arch"), flags=re.MULTILINE)
+    return sorted(arch for arch in map(int, found) if arch >= OLDEST_GPU)
+
+
+def why_not_nvcc() -> str | None:
+    """Why there is no CUDA compiler to use; None if there is one."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return f"no CUDA compiler found (looked for {os.environ.get('CUDACXX') or 'nvcc'})"
+    release = re.search(r"release (\d+)\.(\d+)", output_of(nvcc, "--version"))
+    if release is None or not archs_of_nvcc(nvcc):
+        return f"{nvcc} doesn't tell its version and the GPUs that it compiles for"
+    if tuple(map(int, release.groups())) < OLDEST_NVCC:
+        return f"nvcc {'.'.join(release.groups())} is too old; needed is {'.'.join(map(str, OLDEST_NVCC))} or later"
+    return None
+
+
+def find_gpus() -> list[int]:
+    """The compute capabilities of the GPUs in this machine, 90 for 9.0; 0 is one whose driver doesn't tell."""
+    told = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    found = {int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", told, flags=re.MULTILINE)}
+    # Containers may have a GPU and no nvidia-smi, and its older versions don't know of compute_cap.
+    there = "GPU 0" in output_of("nvidia-smi", "-L") or Path("/dev/nvidia0").exists()
+    return sorted(found) or [0] * (there or any(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def why_no_gpu() -> str | None:
+    """Why no kernels are compiled for the GPUs of this machine; None if they are."""
+    gpus = find_gpus()
+    if not gpus:
+        return "no NVIDIA GPU found (EVAKERNELS_CUDA=on builds for those of other machines)"
+    if 0 < gpus[-1] < OLDEST_GPU:
+        return f"the GPU's compute capability is {gpus[-1] / 10}; the kernels need {OLDEST_GPU / 10} or later"
+    return None
+
+
 def why_not_cuda() -> str | None:
     """The reason to leave the kernels for GPUs out; None to build them."""
     mode = mode_of("EVAKERNELS_CUDA")
     if mode == "off":
         return "switched off by EVAKERNELS_CUDA=off"
-    reason = NOT_NATIVE or (None if find_tool(os.environ.get("CUDACXX", "nvcc")) else "no CUDA compiler found (nvcc)")
+    reason = NOT_NATIVE or why_not_nvcc()
     if reason and mode == "on":
         raise SystemExit(f"error: EVAKERNELS_CUDA=on, but {reason}")
-    return reason
+    return reason or (why_no_gpu() if mode == "auto" else None)
+
+
+def archs_for_all(known: list[int]) -> list[str]:
+    """Machine code for the GPUs of `ALL_GPUS` that nvcc knows, and of the last one PTX too, for what comes after it."""
+    archs = [arch for arch in ALL_GPUS if arch in known]
+    if missing := [str(arch / 10) for arch in ALL_GPUS if arch not in known]:
+        print(f"nvcc knows no compute capability {', '.join(missing)}: PTX of {archs[-1] / 10} serves these")
+    return [*(f"{arch}-real" for arch in archs[:-1]), str(archs[-1])]
+
+
+def archs_for(gpu: int, known: list[int]) -> str:
+    """Machine code for this GPU or, where it is newer than nvcc, the PTX that its driver compiles."""
+    return f"{gpu}-real" if gpu in known else f"{max(arch for arch in known if arch < gpu)}-virtual"
+
+
+def cuda_archs() -> list[str]:
+    """The GPUs to compile for, as CMake spells them."""
+    known = archs_of_nvcc(find_nvcc())
+    text = os.environ.get("EVAKERNELS_CUDA_ARCHS", "").strip()
+    if text in ("", "all"):
+        gpus = [gpu for gpu in find_gpus() if gpu >= OLDEST_GPU] if not text else []
+        return list(dict.fromkeys(archs_for(gpu, known) for gpu in gpus)) or archs_for_all(known)
+    archs = re.split(r"[,; ]+", text)
+    accepted = {f"{arch}{suffix}" for arch in known for suffix in ("", "-real", "-virtual")}
+    if wrong := [arch for arch in archs if arch not in accepted]:
+        raise SystemExit(
+            f"error: EVAKERNELS_CUDA_ARCHS={text!r}: not {', '.join(wrong)}; accepted are all, or a list of "
+            f"{', '.join(map(str, known))}, each alone or with -real (machine code only) or -virtual (PTX only)"
+        )
+    return archs
 
 
 def cuda_options() -> list[str]:
     """What CMake must know about the kernels for GPUs."""
-    archs = os.environ.get("EVAKERNELS_CUDA_ARCHS")
-    options = [f"-DEVAKERNELS_CUDA={'OFF' if NOT_CUDA else 'ON'}"]
-    return [*options, f"-DEVAKERNELS_CUDA_ARCHS={archs.replace(',', ';')}"] if archs else options
+    if NOT_CUDA:
+        return ["-DEVAKERNELS_CUDA=OFF"]
+    return [
+        "-DEVAKERNELS_CUDA=ON",
+        f"-DCMAKE_CUDA_COMPILER={find_nvcc()}",
+        f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(CUDA_ARCHS)}",
+    ]
 
 
 def forget_environment(build: Path) -> None:
@@ -109,6 +204,7 @@ class BuildPython(build_py):
             "reason": NOT_NATIVE,
             "cuda": NOT_CUDA is None,
             "cuda_reason": NOT_CUDA,
+            "cuda_archs": CUDA_ARCHS,
         }
         (folder / RECORD).write_text(json.dumps(record) + "\n")
 
@@ -148,6 +244,7 @@ class BuildNative(build_ext):
 
 NOT_NATIVE = why_not_native()
 NOT_CUDA = why_not_cuda()
+CUDA_ARCHS = [] if NOT_CUDA else cuda_archs()
 
 setup(
     ext_modules=[] if NOT_NATIVE else [Extension(f"{PACKAGE}._C", sources=[])],

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from evaclip.model.vision_model import VisionModel
     from evaclip.transforms import Augmentation, eval_transform, train_transform
     from evaclip.weights import load_state_dict, load_weights
+    from evakernels import __version__
 
 __all__ = [
     "CLIP",
@@ -21,6 +22,7 @@ __all__ = [
     "TextConfig",
     "VisionConfig",
     "VisionModel",
+    "__version__",
     "create_model",
     "create_model_and_transforms",
     "create_vision_model",
@@ -48,6 +50,7 @@ _MODULES = {
     "evaclip.model.vision_model": ("VisionModel",),
     "evaclip.transforms": ("Augmentation", "eval_transform", "train_transform"),
     "evaclip.weights": ("load_state_dict", "load_weights"),
+    "evakernels": ("__version__",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from evaclip.errors import UserError
+from evaclip.extras import with_remedy
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -33,8 +34,9 @@ def leaf(subparsers: Any, name: str, *, help: str, examples: Sequence[str] = ())
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     # Imported here so that `import evaclip.cli` stays cheap for those who only want `leaf`.
-    from evaclip import convert, demo, doctor, export, report, watch
+    from evaclip import convert, demo, export, report, watch
     from evaclip.data import command as data
+    from evaclip.doctor import command as doctor
     from evaclip.eval import command as evaluate
     from evaclip.plan import command as plan
     from evaclip.train import command as train
@@ -58,9 +60,10 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         args.run(args)
     except KeyboardInterrupt:
         return 130
-    except Exception as exc:
+    except Exception as raised:
         if args.debug:
             raise
+        exc = with_remedy(raised)
         print(f"error: {_one_line(exc)}", file=sys.stderr)
         if not isinstance(exc, UserError):
             print("(--debug shows the traceback)", file=sys.stderr)

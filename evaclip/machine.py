@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from evakernels import __version__
+
 
 def versions() -> dict[str, str]:
     """Versions by package, Python's among them."""
-    found = {"python": platform.python_version()}
-    for name in ("evakernels", "torch", "torchvision", "pillow", "scikit-learn"):
+    found = {"python": platform.python_version(), "evakernels": __version__}
+    for name in ("torch", "torchvision", "pillow", "scikit-learn"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

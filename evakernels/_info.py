@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from evakernels import _native
+from evakernels._version import __version__
 
 
 def info() -> dict[str, Any]:
@@ -17,11 +18,11 @@ def info() -> dict[str, Any]:
         `evakernels`, `python`, `torch`, `triton`: versions, None where not installed.
         `native`: `loaded`, and the `reason` if not; the `isa` in use, or the `isa_error` if EVAKERNELS_ISA asks for
             one that this machine can't run; where it was built also `version`, `compiler`, `isas_built`,
-            `isas_available`, and `cuda_archs`, the GPUs that it has kernels for (none without nvcc).
+            `isas_available`, and `cuda_archs`, the GPUs that it has kernels for; `cuda_reason` says why there are none.
         `cuda`: `available`, the `version` that torch was built for, `devices` by name.
     """
     return {
-        "evakernels": _version("evakernels"),
+        "evakernels": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -43,6 +44,7 @@ def _native_info() -> dict[str, Any]:
         "reason": _native.REASON,
         "isa": None,
         "isa_error": None,
+        "cuda_reason": _native.build_record().get("cuda_reason"),
     }
     try:
         # By name, because the module exists only where it was built.

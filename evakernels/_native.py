@@ -4,6 +4,7 @@ import importlib
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,11 +14,17 @@ _BUILD_RECORD = _FOLDER / "_build.json"
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
-def _why_not_built() -> str:
+def build_record() -> dict[str, Any]:
+    """What the build decided: `native`, `cuda`, and why not, as `reason` and `cuda_reason`; empty where none ran."""
     try:
-        reason = json.loads(_BUILD_RECORD.read_text())["reason"]
+        record: dict[str, Any] = json.loads(_BUILD_RECORD.read_text())
     except FileNotFoundError:
-        reason = None
+        return {}
+    return record
+
+
+def _why_not_built() -> str:
+    reason = build_record().get("reason")
     return f"not built: {reason}" if reason else f"not built: {_LIBRARY} does not exist"
 
 
@@ -27,7 +34,8 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(_LIBRARY)
     except OSError as exc:
-        return f"{_LIBRARY.name} can't be loaded under torch {torch.__version__}: {exc}"
+        # Torch's own error names the file only; the linker's, which it was raised from, says what is wrong.
+        return f"{_LIBRARY.name} can't be loaded under torch {torch.__version__}: {exc.__cause__ or exc}"
     return None
 
 

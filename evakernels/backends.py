@@ -109,6 +109,11 @@ def ops() -> dict[str, list[str]]:
     return {op: [b for b in PREFERENCE if b in found] for op, found in sorted(_implementations.items())}
 
 
+def family(op: str) -> str:
+    """The family of an op: the name of the files that it is defined and implemented in."""
+    return _implementations[op]["reference"].function.__module__.rpartition(".")[2]
+
+
 def why_not(op: str, backend: str, *args: Any) -> list[str]:
     """The reasons why `backend` can't serve `op(*args)`; without arguments, those that hold for every call."""
     implementation = _implementations[op].get(backend)

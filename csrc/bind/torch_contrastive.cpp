@@ -110,9 +110,9 @@ class Tiles {
   int64_t height_;
 };
 
-class Gradients : public Tiles {
+class LogitGradients : public Tiles {
  public:
-  Gradients(const Tensor& image, const Tensor& text, const Tensor& logit_scale, int64_t offset)
+  LogitGradients(const Tensor& image, const Tensor& text, const Tensor& logit_scale, int64_t offset)
       : Tiles(image, text, logit_scale, offset),
         like_scale_(logit_scale),
         text_dtype_(text.scalar_type()),
@@ -187,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& drow_lse_any, const Te
                                             const Tensor& text, const Tensor& logit_scale,
                                             const Tensor& row_lse_any, const Tensor& col_lse_any,
                                             const float* logits, int64_t offset) {
-  Gradients gradients(image, text, logit_scale, offset);
+  LogitGradients gradients(image, text, logit_scale, offset);
   const int64_t rows = gradients.rows(), columns = gradients.columns();
   const Tensor drow_lse = float_vector(drow_lse_any, rows, "drow_lse");
   const Tensor dcol_lse = float_vector(dcol_lse_any, columns, "dcol_lse");
@@ -244,7 +244,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_forward(const Tensor& 
                                                                   const Tensor& logit_scale,
                                                                   const Tensor& logit_bias, int64_t offset) {
   require(dtype_of(image, "image") == dtype_of(text, "text"), "text must be of image's dtype");
-  Gradients gradients(as_float32(image), as_float32(text), as_float32(logit_scale), offset);
+  LogitGradients gradients(as_float32(image), as_float32(text), as_float32(logit_scale), offset);
   const float bias = scalar_of(logit_bias, "logit_bias");
   SiglipSums total;
   gradients.for_each([&](const LogitTile& tile, int64_t start) {

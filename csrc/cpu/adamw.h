@@ -7,6 +7,6 @@
 
 namespace evakernels::cpu {
 
-void adamw_update(const AdamwUpdate& params, Isa isa, ParallelFor parallel_for);
+EVAKERNELS_API void adamw_update(const AdamwUpdate& params, Isa isa, ParallelFor parallel_for);
 
 }  // namespace evakernels::cpu

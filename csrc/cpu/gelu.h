@@ -7,9 +7,9 @@
 
 namespace evakernels::cpu {
 
-void gelu_forward(const GeluForward& params, Isa isa, ParallelFor parallel_for);
+EVAKERNELS_API void gelu_forward(const GeluForward& params, Isa isa, ParallelFor parallel_for);
 
 // The result depends on the shape alone, never on the number of threads.
-void gelu_backward(const GeluBackward& params, Isa isa, ParallelFor parallel_for);
+EVAKERNELS_API void gelu_backward(const GeluBackward& params, Isa isa, ParallelFor parallel_for);
 
 }  // namespace evakernels::cpu

@@ -5,23 +5,25 @@
 #include <string_view>
 #include <vector>
 
+#include "common/api.h"
+
 namespace evakernels::cpu {
 
 // Avx512Bf16: what Avx512 means, and products of bfloat16.
 enum class Isa { Baseline, Avx2, Avx512, Avx512Bf16 };
 
-const char* name(Isa isa);
+EVAKERNELS_API const char* name(Isa isa);
 
 // In ascending order of preference.
-std::vector<Isa> built_isas();
+EVAKERNELS_API std::vector<Isa> built_isas();
 
 // Those of built_isas() that this machine can run.
-std::vector<Isa> available_isas();
+EVAKERNELS_API std::vector<Isa> available_isas();
 
 // Throws std::invalid_argument, which lists the accepted names, unless the instruction set is available.
-Isa parse_isa(std::string_view text);
+EVAKERNELS_API Isa parse_isa(std::string_view text);
 
 // $EVAKERNELS_ISA if set, else the best available one. Decided once; throws as parse_isa does.
-Isa active_isa();
+EVAKERNELS_API Isa active_isa();
 
 }  // namespace evakernels::cpu

@@ -8,9 +8,9 @@
 namespace evakernels::cpu {
 
 // The squared norms depend on the shapes alone, never on the number of threads.
-void lamb_update(const LambUpdate& params, Isa isa, ParallelFor parallel_for);
+EVAKERNELS_API void lamb_update(const LambUpdate& params, Isa isa, ParallelFor parallel_for);
 
-void lamb_apply(const LambApply& params, Isa isa, ParallelFor parallel_for);
-void lamb_step(const LambStep& params, Isa isa, ParallelFor parallel_for);
+EVAKERNELS_API void lamb_apply(const LambApply& params, Isa isa, ParallelFor parallel_for);
+EVAKERNELS_API void lamb_step(const LambStep& params, Isa isa, ParallelFor parallel_for);
 
 }  // namespace evakernels::cpu

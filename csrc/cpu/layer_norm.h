@@ -7,9 +7,9 @@
 
 namespace evakernels::cpu {
 
-void layer_norm_forward(const LayerNormForward& params, Isa isa, ParallelFor parallel_for);
+EVAKERNELS_API void layer_norm_forward(const LayerNormForward& params, Isa isa, ParallelFor parallel_for);
 
 // The result depends on the shape alone, never on the number of threads.
-void layer_norm_backward(const LayerNormBackward& params, Isa isa, ParallelFor parallel_for);
+EVAKERNELS_API void layer_norm_backward(const LayerNormBackward& params, Isa isa, ParallelFor parallel_for);
 
 }  // namespace evakernels::cpu

@@ -7,9 +7,9 @@
 
 namespace evakernels::cpu {
 
-void swiglu_forward(const SwigluForward& params, Isa isa, ParallelFor parallel_for);
+EVAKERNELS_API void swiglu_forward(const SwigluForward& params, Isa isa, ParallelFor parallel_for);
 
 // The result depends on the shape alone, never on the number of threads.
-void swiglu_backward(const SwigluBackward& params, Isa isa, ParallelFor parallel_for);
+EVAKERNELS_API void swiglu_backward(const SwigluBackward& params, Isa isa, ParallelFor parallel_for);
 
 }  // namespace evakernels::cpu

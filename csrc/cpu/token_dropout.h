@@ -10,9 +10,11 @@ namespace evakernels::cpu {
 
 // The indices are in range and distinct in a sample; backward throws std::invalid_argument where they are
 // not.
-void token_dropout_forward(const TokenDropoutForward& params, Isa isa, ParallelFor parallel_for);
+EVAKERNELS_API void token_dropout_forward(const TokenDropoutForward& params, Isa isa,
+                                          ParallelFor parallel_for);
 
 // The sums over the batch are taken in the order of the samples, whatever the number of threads.
-void token_dropout_backward(const TokenDropoutBackward& params, Isa isa, ParallelFor parallel_for);
+EVAKERNELS_API void token_dropout_backward(const TokenDropoutBackward& params, Isa isa,
+                                           ParallelFor parallel_for);
 
 }  // namespace evakernels::cpu

@@ -7,7 +7,7 @@
 
 namespace evakernels::cuda {
 
-Error adamw_update(const AdamwUpdate& params, float* workspace, Stream stream);
-int64_t adamw_update_workspace(const AdamwUpdate& params);
+EVAKERNELS_API Error adamw_update(const AdamwUpdate& params, float* workspace, Stream stream);
+EVAKERNELS_API int64_t adamw_update_workspace(const AdamwUpdate& params);
 
 }  // namespace evakernels::cuda

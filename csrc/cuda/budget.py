@@ -23,7 +23,7 @@ ROOT = FOLDER.parents[1]
 BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
 REPORTS = "CMakeFiles/cuda_kernels.dir/csrc/cuda/*.cu.o.usage"
 BUDGET = FOLDER / "budget.json"
-ARCHS = ("sm_80", "sm_90", "sm_100")
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 DISASSEMBLED = "sm_90"
 
 KERNEL = re.compile(
@@ -79,12 +79,12 @@ def usages_in(report: str) -> dict[str, dict[str, Usage]]:
 
 
 def measure() -> dict[str, dict[str, Usage]]:
-    """The usage by architecture and kernel, in the library as setup.py builds it for the usual GPUs."""
+    """The usage by architecture and kernel, in the library as setup.py builds it for all GPUs."""
     for path in BUILD.glob(REPORTS):
         if not (FOLDER / path.name.removesuffix(".o.usage")).exists():
             path.unlink()
     build = [sys.executable, "setup.py", "build_ext"]
-    chosen = {"EVAKERNELS_NATIVE": "on", "EVAKERNELS_CUDA": "on", "EVAKERNELS_CUDA_ARCHS": ""}
+    chosen = {"EVAKERNELS_NATIVE": "on", "EVAKERNELS_CUDA": "on", "EVAKERNELS_CUDA_ARCHS": "all"}
     done = subprocess.run(build, cwd=ROOT, env=os.environ | chosen, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)

@@ -6,10 +6,10 @@
 
 namespace evakernels::cuda {
 
-Error gelu_forward(const GeluForward& params, Stream stream);
+EVAKERNELS_API Error gelu_forward(const GeluForward& params, Stream stream);
 
 // The result depends on the shape and the GPU alone.
-Error gelu_backward(const GeluBackward& params, float* workspace, Stream stream);
-int64_t gelu_backward_workspace(const GeluBackward& params);
+EVAKERNELS_API Error gelu_backward(const GeluBackward& params, float* workspace, Stream stream);
+EVAKERNELS_API int64_t gelu_backward_workspace(const GeluBackward& params);
 
 }  // namespace evakernels::cuda

@@ -8,7 +8,7 @@
 namespace evakernels::cuda {
 
 // The norm depends on the sizes and on how the buffers are aligned, never on the GPU.
-Error gradient_norm(const GradientNorm& params, float* workspace, Stream stream);
-int64_t gradient_norm_workspace(const GradientNorm& params);
+EVAKERNELS_API Error gradient_norm(const GradientNorm& params, float* workspace, Stream stream);
+EVAKERNELS_API int64_t gradient_norm_workspace(const GradientNorm& params);
 
 }  // namespace evakernels::cuda

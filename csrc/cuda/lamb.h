@@ -10,15 +10,15 @@
 namespace evakernels::cuda {
 
 // The squared norms depend on the sizes and on how the buffers are aligned, never on the GPU.
-Error lamb_update(const LambUpdate& params, float* workspace, Stream stream);
-int64_t lamb_update_workspace(const LambUpdate& params);
+EVAKERNELS_API Error lamb_update(const LambUpdate& params, float* workspace, Stream stream);
+EVAKERNELS_API int64_t lamb_update_workspace(const LambUpdate& params);
 
-Error lamb_apply(const LambApply& params, float* workspace, Stream stream);
-int64_t lamb_apply_workspace(const LambApply& params);
+EVAKERNELS_API Error lamb_apply(const LambApply& params, float* workspace, Stream stream);
+EVAKERNELS_API int64_t lamb_apply_workspace(const LambApply& params);
 
 // To the same bits as both. Tensors whose parameters and moments fit into half of the L2 cache together take
 // both phases before the next ones: apply then finds in the cache what update has left.
-Error lamb_step(const LambStep& params, float* workspace, Stream stream);
-int64_t lamb_step_workspace(const LambStep& params);
+EVAKERNELS_API Error lamb_step(const LambStep& params, float* workspace, Stream stream);
+EVAKERNELS_API int64_t lamb_step_workspace(const LambStep& params);
 
 }  // namespace evakernels::cuda

@@ -6,10 +6,10 @@
 
 namespace evakernels::cuda {
 
-Error layer_norm_forward(const LayerNormForward& params, Stream stream);
+EVAKERNELS_API Error layer_norm_forward(const LayerNormForward& params, Stream stream);
 
 // The result depends on the shape and the GPU alone.
-Error layer_norm_backward(const LayerNormBackward& params, float* workspace, Stream stream);
-int64_t layer_norm_backward_workspace(const LayerNormBackward& params);
+EVAKERNELS_API Error layer_norm_backward(const LayerNormBackward& params, float* workspace, Stream stream);
+EVAKERNELS_API int64_t layer_norm_backward_workspace(const LayerNormBackward& params);
 
 }  // namespace evakernels::cuda

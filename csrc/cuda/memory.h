@@ -8,9 +8,9 @@
 namespace evakernels::cuda {
 
 // Of the current device, for what is put on the stream from now on.
-Error allocate(void** memory, size_t bytes, Stream stream);
+EVAKERNELS_API Error allocate(void** memory, size_t bytes, Stream stream);
 
 // When the stream is done with what was put on it until now.
-Error release(void* memory, Stream stream);
+EVAKERNELS_API Error release(void* memory, Stream stream);
 
 }  // namespace evakernels::cuda

@@ -10,14 +10,14 @@
 
 namespace evakernels::cuda {
 
-Error add_norm_forward(const AddNormForward& params, Stream stream);
-Error norm_add_forward(const NormAddForward& params, Stream stream);
+EVAKERNELS_API Error add_norm_forward(const AddNormForward& params, Stream stream);
+EVAKERNELS_API Error norm_add_forward(const NormAddForward& params, Stream stream);
 
 // The results depend on the shape and the GPU alone.
-Error add_norm_backward(const AddNormBackward& params, float* workspace, Stream stream);
-Error norm_add_backward(const NormAddBackward& params, float* workspace, Stream stream);
+EVAKERNELS_API Error add_norm_backward(const AddNormBackward& params, float* workspace, Stream stream);
+EVAKERNELS_API Error norm_add_backward(const NormAddBackward& params, float* workspace, Stream stream);
 
-int64_t add_norm_backward_workspace(const AddNormBackward& params);
-int64_t norm_add_backward_workspace(const NormAddBackward& params);
+EVAKERNELS_API int64_t add_norm_backward_workspace(const AddNormBackward& params);
+EVAKERNELS_API int64_t norm_add_backward_workspace(const NormAddBackward& params);
 
 }  // namespace evakernels::cuda

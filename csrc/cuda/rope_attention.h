@@ -14,9 +14,9 @@ namespace evakernels::cuda {
 constexpr int kMaxHeadDim = 128;
 constexpr int kMaxTokens = 4096;
 
-Error rope_attention_forward(const RopeAttentionForward& params, Stream stream);
+EVAKERNELS_API Error rope_attention_forward(const RopeAttentionForward& params, Stream stream);
 
 // The result depends on the shape and the GPU alone.
-Error rope_attention_backward(const RopeAttentionBackward& params, Stream stream);
+EVAKERNELS_API Error rope_attention_backward(const RopeAttentionBackward& params, Stream stream);
 
 }  // namespace evakernels::cuda

@@ -1,6 +1,8 @@
 // What a launcher is given and returns.
 #pragma once
 
+#include "common/api.h"
+
 namespace evakernels::cuda {
 
 using Stream = void*;  // a cudaStream_t
@@ -10,6 +12,6 @@ using Error = const char*;
 
 // Makes it the current one of the CUDA runtime that is linked into this library. torch has a runtime of its
 // own, whose current device it sets itself.
-Error use_device(int device);
+EVAKERNELS_API Error use_device(int device);
 
 }  // namespace evakernels::cuda

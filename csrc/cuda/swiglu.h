@@ -7,11 +7,11 @@
 
 namespace evakernels::cuda {
 
-Error swiglu_forward(const SwigluForward& params, Stream stream);
+EVAKERNELS_API Error swiglu_forward(const SwigluForward& params, Stream stream);
 
 // The result depends on the shape and the GPU alone.
-Error swiglu_backward(const SwigluBackward& params, float* workspace, Stream stream);
-int64_t swiglu_backward_workspace(const SwigluBackward& params);
+EVAKERNELS_API Error swiglu_backward(const SwigluBackward& params, float* workspace, Stream stream);
+EVAKERNELS_API int64_t swiglu_backward_workspace(const SwigluBackward& params);
 
 // Without and with the norm; what the above choose from.
 Error swiglu_product_forward(const SwigluForward& params, Stream stream);

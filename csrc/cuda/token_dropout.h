@@ -10,11 +10,12 @@
 
 namespace evakernels::cuda {
 
-Error token_dropout_forward(const TokenDropoutForward& params, Stream stream);
+EVAKERNELS_API Error token_dropout_forward(const TokenDropoutForward& params, Stream stream);
 
 // The result depends on the shape alone.
-Error token_dropout_backward(const TokenDropoutBackward& params, float* workspace, Stream stream);
-int64_t token_dropout_backward_workspace(const TokenDropoutBackward& params);
+EVAKERNELS_API Error token_dropout_backward(const TokenDropoutBackward& params, float* workspace,
+                                            Stream stream);
+EVAKERNELS_API int64_t token_dropout_backward_workspace(const TokenDropoutBackward& params);
 
 // For patches whose channels lie side by side, and for channels whose patches do; what the first chooses
 // from.

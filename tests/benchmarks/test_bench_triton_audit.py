@@ -10,6 +10,8 @@ from benchmarks import cli
 from benchmarks.audit import build, triton
 from benchmarks.audit.triton import NOT_KEPT, Row, count_all, list_cases, traffic
 
+pytestmark = pytest.mark.exhaustive
+
 ROW = Row(
     op="rope_attention",
     shape="tiny b1",

@@ -83,7 +83,7 @@ def copy_with_library(top: Path, library: Path) -> Path:
     """A copy of the ops and their tests in `top`, with another library. Returns the folder of the tests."""
     shutil.copytree(ROOT / "evakernels", top / "evakernels", ignore=shutil.ignore_patterns("*.so"))
     shutil.copytree(ROOT / "tests/evakernels", top / "tests")
-    (top / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
+    (top / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow\n    exhaustive\n")
     shutil.copy(library, top / "evakernels")
     return top / "tests"
 

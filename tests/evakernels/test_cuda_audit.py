@@ -76,6 +76,7 @@ BYTES_A_PARAMETER = {"lamb_step": 32.0, "lamb_step of a large tensor": 36.0, "ad
 
 
 pytestmark = [
+    pytest.mark.exhaustive,
     pytest.mark.slow,
     pytest.mark.skipif(gcc() is None, reason="no g++"),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="the fibers are written for x86-64"),

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.exhaustive
+
 SCRIPT = Path(__file__).parents[2] / "csrc/cuda/budget.py"
 # So many elements at a time of the first type: `norm_add_forward<BFloat16, BFloat16, 8, 3>` has 8 of 2 bytes.
 ELEMENTS = re.compile(r"<(?:\d+, )?(?:TokenTypes<)?(BFloat16|Float16|float)\b[^>]*?>?, (\d+)(?:, \d+)?>$")

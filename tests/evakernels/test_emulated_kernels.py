@@ -33,6 +33,7 @@ SANITIZER_OPTIONS = {
 }
 
 pytestmark = [
+    pytest.mark.exhaustive,
     pytest.mark.slow,
     pytest.mark.skipif(gcc() is None, reason="no g++"),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="the fibers are written for x86-64"),

@@ -5,6 +5,8 @@ from op_suite import CHOICE, run_ops
 
 import evakernels
 
+pytestmark = pytest.mark.exhaustive
+
 NATIVE = evakernels.info()["native"]
 OTHER_ISAS = [isa for isa in NATIVE.get("isas_available", []) if isa != NATIVE["isa"]]
 

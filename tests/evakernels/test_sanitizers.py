@@ -7,6 +7,8 @@ from op_suite import build_library, copy_with_library, gcc, made_once, run_ops, 
 
 import evakernels
 
+pytestmark = pytest.mark.exhaustive
+
 SANITIZE = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 ISAS = evakernels.info()["native"].get("isas_available", [])
 

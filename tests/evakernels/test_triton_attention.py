@@ -9,7 +9,10 @@ import evakernels
 from evakernels import backends
 from evakernels.triton import INTERPRETED
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter, started by test_triton_kernels.py")
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter, started by test_triton_kernels.py"),
+]
 
 TOKENS, HEAD_DIM = 257, 64
 

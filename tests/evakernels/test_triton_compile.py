@@ -11,6 +11,8 @@ import pytest
 
 from evakernels import tuning
 
+pytestmark = pytest.mark.exhaustive
+
 SCRIPT = Path(__file__).with_name("triton_compile.py")
 
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227, 120: 99}

@@ -8,6 +8,7 @@ from op_suite import CHOICE, run_ops
 from evakernels.triton import FAMILIES
 
 pytestmark = [
+    pytest.mark.exhaustive,
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (it exists for Linux only)"),
 ]

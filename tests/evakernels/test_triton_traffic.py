@@ -7,7 +7,10 @@ from evakernels import backends, tuning
 from evakernels.triton import FAMILIES, INTERPRETED, launcher
 from evakernels.tuning import calls
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter, started by test_triton_kernels.py")
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter, started by test_triton_kernels.py"),
+]
 
 OPS = [op for family in ("layer_norm", "swiglu", "token_dropout") for op in FAMILIES[family]]
 ROWS = 30

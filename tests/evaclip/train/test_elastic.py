@@ -15,6 +15,8 @@ from evaclip.train.overrides import dump_yaml
 from evaclip.train.progress import read_log
 from evaclip.train.trainer import train
 
+pytestmark = pytest.mark.exhaustive
+
 STEPS = 12
 
 

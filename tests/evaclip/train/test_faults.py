@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from faults.inject import KINDS, Bench, Outcome, draw
 
+pytestmark = pytest.mark.exhaustive
+
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:

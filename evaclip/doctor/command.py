@@ -1,0 +1,44 @@
+"""The command line of `evaclip doctor`."""
+
+import argparse
+import json
+import shutil
+import sys
+from typing import Any
+
+from evaclip.cli import leaf
+from evaclip.doctor.diagnosis import diagnose
+from evaclip.doctor.screen import ASCII_MARKS, MARKS, MAX_WIDTH, MIN_WIDTH, render
+
+
+def add_commands(subparsers: Any) -> None:
+    """Adds `doctor` to the command line."""
+    help = "show what is installed, which backends are live, and why others are not"
+    examples = ["evaclip doctor", "evaclip doctor --verbose", "evaclip doctor --json > doctor.json"]
+    parser = leaf(subparsers, "doctor", help=help, examples=examples)
+    parser.add_argument("--verbose", action="store_true", help="every op and every package too")
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints one screen; exits with 1 if something is there that doesn't work."""
+    facts = diagnose()
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        encoding = sys.stdout.encoding or "utf-8"
+        marks = MARKS if _can_encode("".join(MARKS.values()), encoding) else ASCII_MARKS
+        width = max(MIN_WIDTH, min(shutil.get_terminal_size().columns, MAX_WIDTH))
+        text = render(facts, args.verbose, width, marks)
+        print(text.encode(encoding, "replace").decode(encoding))
+    if facts["problems"]:
+        raise SystemExit(1)
+
+
+def _can_encode(text: str, encoding: str) -> bool:
+    try:
+        text.encode(encoding)
+    except (LookupError, UnicodeEncodeError):
+        return False
+    return True

@@ -1,0 +1,45 @@
+"""The packages that the distribution asks for, by extra, and the error where one of them is missing."""
+
+import re
+from importlib import metadata
+
+from evaclip.errors import UserError
+
+DISTRIBUTION = "evakernels"
+
+_FOR_DEVELOPERS = ("bench", "docs", "test")
+_REQUIREMENT = re.compile(r"""^(?P<name>[\w.-]+)[^;]*(;.*extra\s*==\s*["'](?P<extra>[\w-]+)["'])?""")
+# Under what other name a package is imported can't be looked up where it is missing.
+_IMPORTED_AS = {"open_clip_torch": "open_clip", "pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
+
+
+def requirements() -> dict[str, list[str]]:
+    """Names of the required packages by extra, "" for the core, as the installed distribution declares them.
+
+    Extras that serve work on the project itself are left out.
+    """
+    found: dict[str, list[str]] = {"": []}
+    try:
+        declared = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        declared = []
+    for requirement in declared:
+        match = _REQUIREMENT.match(requirement)
+        if match and match["name"] != DISTRIBUTION and match["extra"] not in _FOR_DEVELOPERS:
+            found.setdefault(match["extra"] or "", []).append(match["name"])
+    return found
+
+
+def install_command(extra: str) -> str:
+    """What installs the packages of an extra, or with "" those of the core."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'" if extra else f"pip install {DISTRIBUTION}"
+
+
+def with_remedy(exc: Exception) -> Exception:
+    """The error with what to install, where it says that a package of an extra is missing; else as it is."""
+    if isinstance(exc, ModuleNotFoundError):
+        for extra, packages in requirements().items():
+            for package in packages:
+                if exc.name == _IMPORTED_AS.get(package, package.replace("-", "_")):
+                    return UserError(f"the package {package} is not installed: {install_command(extra)}")
+    return exc

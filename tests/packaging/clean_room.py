@@ -1,0 +1,163 @@
+"""New virtual environments that hold a distribution of this project, what it says it requires, and nothing else.
+
+What a distribution requires isn't installed anew: a room's site-packages link to the packages of the environment that
+runs the tests, those named in the distribution's own metadata and theirs in turn. pip then finds each requirement
+there, or fails. So a room costs seconds, a requirement that isn't declared isn't there, and neither is the editable
+installation with its path to the source tree.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("evakernels", "evaclip")
+SCRIPTS = Path(__file__).with_name("in_room")
+BUILD_TOOLS = ("setuptools", "wheel", "cmake", "ninja", "pybind11")
+COMPILER_SETTINGS = ("CXX", "CUDACXX", "EVAKERNELS_CUDA", "EVAKERNELS_NATIVE")
+
+
+@dataclass(frozen=True)
+class Room:
+    """A virtual environment, and a folder to work in that is neither the source tree nor above it."""
+
+    folder: Path
+    distributions: frozenset[str]
+    """What was linked, by the names that PyPI has."""
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "env/bin/python"
+
+    @cached_property
+    def work(self) -> Path:
+        folder = self.folder / "work"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def run(self, *command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Runs a program of the room in its folder, with no variable of this process but those that are given."""
+        path = os.pathsep.join([str(self.python.parent), "/usr/bin", "/bin"])
+        clean = {"PATH": path, "HOME": str(self.work), "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"} | environment
+        return subprocess.run(list(map(str, command)), cwd=self.work, env=clean, capture_output=True, text=True)
+
+    def output(self, *command: object, **environment: str) -> str:
+        """What such a program prints; it must succeed."""
+        result = self.run(*command, **environment)
+        assert result.returncode == 0, f"{' '.join(map(str, command))}\n{result.stdout[-5000:]}{result.stderr[-5000:]}"
+        return result.stdout
+
+    def script(self, name: str, *arguments: object) -> str:
+        """What a script of `in_room` prints; Python runs it without the script's folder on its path."""
+        return self.output(self.python, "-I", SCRIPTS / name, *arguments)
+
+
+def make_room(folder: Path, archive: Path, extra: str = "", tools: tuple[str, ...] = (), **environment: str) -> Room:
+    """A new environment in `folder` with `archive`, a wheel or a source distribution, installed by pip.
+
+    `extra` is the extra to install with it, `tools` what must be there for a build; `environment` holds for pip.
+    """
+    env = folder / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", env], check=True)
+    wanted = [Requirement(name) for name in tools]
+    wanted += [Requirement(text) for text in _declared(extra)]
+    distributions = {found.name: found for found in _closure(wanted)}
+    (site,) = env.glob("lib/python*/site-packages")
+    for found in distributions.values():
+        _link(found, site, env / "bin")
+    asked = f"{archive}[{extra}]" if extra else archive
+    pip = [sys.executable, "-m", "pip", "--python", env, "install", "--no-index", "--no-build-isolation", asked]
+    clean = {name: value for name, value in os.environ.items() if name not in (*COMPILER_SETTINGS, "PYTHONPATH")}
+    result = subprocess.run(list(map(str, pip)), env=clean | environment, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
+    names = frozenset(distributions)
+    return Room(folder, names)
+
+
+def tracked(*folders: str) -> list[str]:
+    """The files under these folders that git knows."""
+    listed = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+
+
+def tracked_modules() -> list[str]:
+    """The names by which the tracked Python files of both packages are imported."""
+    files = [name for name in tracked(*PACKAGES) if name.endswith(".py")]
+    return [re.sub(r"(/__init__)?\.py$", "", name).replace("/", ".") for name in files]
+
+
+def build(kind: str, target: Path, **environment: str) -> Path:
+    """A wheel or an "sdist" of the project in `target`, made by setuptools as pip would call it.
+
+    A wheel reuses what was compiled in the project's folder. What setuptools leaves there otherwise, and would take up
+    again, goes elsewhere.
+    """
+    target.mkdir(parents=True)
+    settings = target / "settings.cfg"
+    settings.write_text(f"[build]\nbuild_base={target}/build\n[egg_info]\negg_base={target}\n")
+    code = f"import setuptools.build_meta as backend; backend.build_{kind}({str(target)!r})"
+    clean = {name: value for name, value in os.environ.items() if name not in COMPILER_SETTINGS}
+    command = [sys.executable, "-c", code]
+    environment = clean | {"DIST_EXTRA_CONFIG": str(settings)} | environment
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
+    (built,) = [path for path in target.iterdir() if path.name.endswith((".whl", ".tar.gz"))]
+    return built
+
+
+def _declared(extra: str) -> Iterator[str]:
+    """The requirements of this project, and of one of its extras."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    yield from project["dependencies"]
+    pending = [extra] if extra else []
+    while pending:
+        for text in project["optional-dependencies"][pending.pop()]:
+            own = Requirement(text)
+            if own.name == project["name"]:
+                pending += own.extras
+            else:
+                yield text
+
+
+def _closure(wanted: list[Requirement]) -> list[metadata.Distribution]:
+    """The installed distributions that serve these requirements, and those that they require in turn."""
+    found: dict[str, metadata.Distribution] = {}
+    pending = [(requirement.name, extra) for requirement in wanted for extra in ("", *requirement.extras)]
+    seen = set(pending)
+    while pending:
+        name, extra = pending.pop()
+        try:
+            distribution = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # pip says so, if it is missed
+        found[name] = distribution
+        for text in distribution.requires or ():
+            requirement = Requirement(text)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                new = {(requirement.name, further) for further in ("", *requirement.extras)} - seen
+                seen |= new
+                pending += new
+    return list(found.values())
+
+
+def _link(distribution: metadata.Distribution, site: Path, programs: Path) -> None:
+    """Links the files of an installed distribution into another site-packages, folders as one."""
+    files: Any = distribution.files or ()
+    for top in {file.parts[0] for file in files if file.parts[0] not in ("..", "__pycache__")}:
+        source = Path(str(distribution.locate_file(top)))
+        if source.exists() and not (site / top).exists():
+            (site / top).symlink_to(source)
+    for file in files:
+        if file.parts[0] == ".." and file.parent.name == "bin" and not (programs / file.name).exists():
+            (programs / file.name).symlink_to(Path(str(distribution.locate_file(file))).resolve())

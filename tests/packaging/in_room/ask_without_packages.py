@@ -1,0 +1,18 @@
+"""A call of each command that needs an extra, which isn't there; prints what each one answers, a line each."""
+
+from evaclip.cli import main
+
+COMMANDS = (
+    "train tiny",
+    "watch runs/x",
+    "plan --model EVA02-CLIP-B-16",
+    "eval zero-shot runs/x --data x.csv",
+    "data check x.csv",
+    "convert x.pt y.pt --to timm",
+    "export tiny x.pt2 --tower image",
+    "demo",
+    "report runs/x",
+)
+
+for command in COMMANDS:
+    print(command, main(command.split()), flush=True)

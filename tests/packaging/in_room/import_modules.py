@@ -1,0 +1,16 @@
+"""Imports each of the modules that are named; prints those that can't be, with the package that each one misses.
+
+{"evaclip.model.clip": "pydantic"}, as JSON. Any error but the absence of a package ends the program.
+"""
+
+import importlib
+import json
+import sys
+
+missing: dict[str, str | None] = {}
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing[name] = error.name
+print(json.dumps(missing))

@@ -1,0 +1,131 @@
+"""What people get who install the wheel or the source distribution into an environment of their own.
+
+Nothing here sees the source tree, nor what only the tests require.
+"""
+
+import json
+import re
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from clean_room import BUILD_TOOLS, PACKAGES, SCRIPTS, Room, build, make_room, tracked, tracked_modules
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("build")]
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("wheel", tmp_path_factory.mktemp("wheel") / "dist", EVAKERNELS_CUDA="off")
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("sdist", tmp_path_factory.mktemp("sdist") / "dist")
+
+
+@pytest.fixture(scope="session")
+def core(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Room:
+    """torch and numpy alone: whatever else is imported at once, and needn't be, is missed."""
+    return make_room(tmp_path_factory.mktemp("core"), wheel)
+
+
+@pytest.fixture(scope="session")
+def clip(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Room:
+    return make_room(tmp_path_factory.mktemp("clip"), wheel, "clip")
+
+
+def missing_modules(room: Room) -> dict[str, str]:
+    """The modules of both packages that can't be imported, with the package that each one misses."""
+    found: dict[str, str] = json.loads(room.script("import_modules.py", *tracked_modules()))
+    own = {name: package for name, package in found.items() if package.split(".")[0] in PACKAGES}
+    assert own == {}, "not in the distribution"
+    return found
+
+
+def test_the_wheel_holds_every_tracked_file_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    built = {name for name in names if name.endswith(".so")} | {"evakernels/_build.json"}
+    assert names - built == set(tracked(*PACKAGES))
+
+
+def test_the_source_distribution_holds_what_is_compiled(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    needed = {*tracked("csrc", *PACKAGES), "CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"}
+    assert needed - names == set()
+    assert not {name for name in names if name.startswith(("tests/", "benchmarks/"))}
+
+
+def test_with_the_core_alone_all_ops_are_imported(core: Room) -> None:
+    assert "rich" not in core.distributions
+    missing = missing_modules(core)
+    assert {package for name, package in missing.items() if name.startswith("evakernels.")} <= {"triton"}
+    assert {name for name in missing if name.startswith("evakernels.ops")} == set()
+
+
+def test_with_the_extra_clip_all_of_evaclip_is_imported(clip: Room) -> None:
+    assert {name for name in missing_modules(clip) if name.startswith("evaclip")} == set()
+
+
+def test_ops_of_all_families_run_on_the_compiled_library(core: Room) -> None:
+    assert len(core.script("run_ops.py").split()) == 11
+
+
+def test_a_model_is_accelerated(core: Room) -> None:
+    assert "LayerNorm" in core.script("accelerate_model.py")
+
+
+@pytest.mark.parametrize("name", ["core", "clip"])
+def test_every_command_shows_its_help(name: str, request: pytest.FixtureRequest) -> None:
+    room: Room = request.getfixturevalue(name)
+    shown = room.script("show_help.py").splitlines()
+    assert {"evaclip", "evaclip train", "evaclip eval zero-shot", "evaclip doctor"} <= set(shown)
+    assert room.output("evaclip", "--help").startswith("usage: evaclip")
+
+
+@pytest.mark.parametrize("name", ["core", "clip"])
+def test_the_doctor_finds_the_compiled_library(name: str, request: pytest.FixtureRequest) -> None:
+    room: Room = request.getfixturevalue(name)
+    facts = json.loads(room.output("evaclip", "doctor", "--json"))
+    assert facts["native"]["loaded"] is True
+    assert "layer_norm" in room.output("evaclip", "doctor")
+
+
+def test_a_command_that_lacks_its_packages_names_the_extra(core: Room) -> None:
+    result = core.run(core.python, "-I", SCRIPTS / "ask_without_packages.py")
+    assert result.returncode == 0, result.stderr
+    answers, told = result.stdout.splitlines(), result.stderr.splitlines()
+    assert len(answers) == len(told) == 9
+    assert [answer for answer in answers if not answer.endswith(" 2")] == []
+    remedy = r"error: the package [\w-]+ is not installed: pip install 'evakernels\[(clip|demo)\]'"
+    assert [line for line in told if not re.fullmatch(remedy, line)] == []
+
+
+def test_a_model_is_trained_and_evaluated(clip: Room) -> None:
+    steps = ("schedule.steps=4", "schedule.warmup_steps=1", "batch_size=8", "eval.samples=32")
+    clip.output("evaclip", "train", "tiny", "--set", *steps)
+    clip.script("draw_classes.py", "pictures")
+    clip.output("evaclip", "eval", "zero-shot", "runs/tiny", "--data", "pictures", "--json", "found.json")
+    found = json.loads((clip.work / "found.json").read_text())
+    assert found["metrics"]["samples"] == 6
+    clip.output("evaclip", "report", "runs/tiny")
+    assert (clip.work / "runs/tiny/report.html").stat().st_size > 10_000
+
+
+def test_the_source_distribution_installs_without_a_compiler(
+    sdist: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    room = make_room(tmp_path_factory.mktemp("plain"), sdist, tools=BUILD_TOOLS, EVAKERNELS_NATIVE="off")
+    assert {name for name in missing_modules(room) if name.startswith("evakernels.ops")} == set()
+    room.output(room.python, "-I", "-c", "import evakernels, torch; evakernels.layer_norm(torch.ones(2, 4))")
+
+
+@pytest.mark.exhaustive
+def test_the_source_distribution_compiles(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    room = make_room(
+        tmp_path_factory.mktemp("compiled"), sdist, tools=BUILD_TOOLS, EVAKERNELS_NATIVE="on", EVAKERNELS_CUDA="off"
+    )
+    assert len(room.script("run_ops.py").split()) == 11

@@ -1,0 +1,106 @@
+"""Checks the installed evakernels: one op of each family, forward and backward, on the compiled library.
+
+Their results are compared with the reference. Prints one line of JSON: versions, the instruction set, the families, and
+the seconds that the imports and the first op took. Run it as `python -I tools/wheel_check.py`.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+
+BEGIN = time.perf_counter()
+
+import torch  # noqa: E402
+
+TORCH_IMPORTED = time.perf_counter()
+
+import evakernels  # noqa: E402
+
+IMPORTED = time.perf_counter()
+
+# Those that have kernels for GPUs only are served by functions of torch on a CPU.
+GPU_ONLY = ("gradient_norm", "packed_attention")
+
+
+def features() -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(6, 16), dim=-1)
+
+
+def optimizer_step(step: Callable[..., None]) -> Callable[..., torch.Tensor]:
+    @torch.no_grad()
+    def run(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        param, state = param.detach().clone(), torch.zeros(2, *param.shape)
+        arguments = ([param], [grad], [state[0]], [state[1]], [torch.zeros(())], [0.1], [0.01])
+        step(*arguments, betas=(0.9, 0.98), eps=1e-6)
+        return param
+
+    return run
+
+
+def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return evakernels.packed_attention(q, k, v, torch.tensor([0, 2, 5], dtype=torch.int32), max_length=3)
+
+
+def cases() -> dict[str, tuple[Callable[..., torch.Tensor], list[torch.Tensor]]]:
+    """By family: a function of tensors, and these; each is given a gradient."""
+    x, weight, bias, scale = torch.randn(3, 5, 16), torch.randn(16), torch.randn(16), torch.tensor(10.0)
+    heads, rows = [torch.randn(2, 3, 5, 8) for _ in range(3)], [torch.randn(5, 3, 8) for _ in range(3)]
+    kept = torch.tensor([[0, 2], [1, 4], [3, 4]])
+    return {
+        "adamw": (optimizer_step(evakernels.adamw_update), [x, torch.randn_like(x)]),
+        "contrastive": (evakernels.clip_loss, [features(), features(), scale]),
+        "gelu": (evakernels.gelu, [x, bias]),
+        "gradient_norm": (lambda *grads: evakernels.gradient_norm(grads), [x, weight]),
+        "lamb": (optimizer_step(evakernels.lamb_step), [x, torch.randn_like(x)]),
+        "layer_norm": (evakernels.layer_norm, [x, weight, bias]),
+        "packed_attention": (packed, rows),
+        "rope_attention": (evakernels.rope_attention, heads),
+        "swiglu": (evakernels.swiglu, [x, torch.randn_like(x), weight, bias]),
+        "token_dropout": (lambda patches: evakernels.token_dropout(patches, kept), [x]),
+    }
+
+
+def results(backend: str, run: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What the function returns and, where it has some, its gradients."""
+    inputs = [value.clone().requires_grad_() for value in inputs]
+    with evakernels.use_backend(backend):
+        out = run(*inputs)
+        gradients = torch.autograd.grad(out.square().sum(), inputs) if out.requires_grad else ()
+    return [out.detach(), *gradients]
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    evakernels.layer_norm(torch.randn(4, 8))
+    first_op = time.perf_counter()
+    served = []
+    for family, (run, inputs) in cases().items():
+        if family in GPU_ONLY:
+            run(*inputs)
+        else:
+            pairs = zip(results("cpu", run, inputs), results("reference", run, inputs), strict=True)
+            for ours, expected in pairs:
+                torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+        served.append(family)
+    found = evakernels.info()
+    native = found["native"]
+    report = {
+        **{name: found[name] for name in ("evakernels", "python", "torch")},
+        "cuda": found["cuda"]["version"],
+        "isa": native["isa"],
+        "cuda_archs": native["cuda_archs"],
+        "ops": served,
+        "file": evakernels.__file__,
+        "seconds": {
+            "import torch": round(TORCH_IMPORTED - BEGIN, 2),
+            "import evakernels": round(IMPORTED - TORCH_IMPORTED, 2),
+            "first op": round(first_op - IMPORTED, 2),
+        },
+    }
+    print(json.dumps(report))
+    sys.exit(None if native["loaded"] else native["reason"])
+
+
+if __name__ == "__main__":
+    main()
