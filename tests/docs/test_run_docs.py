@@ -5,14 +5,15 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from markdown_blocks import read_blocks, read_spans
-from run_docs import pages, run_page
+from run_docs import ROOT, pages, run_page
 
-PYTHON = Path(os.environ.get("EVAKERNELS_DOCS_PYTHON", sys.executable))
-"""The environment that the pages are run in: this one, or that of an installed wheel."""
+sys.path += [str(ROOT / "tests/packaging"), str(ROOT / "tests/evakernels")]
+
+from clean_room import build, make_room
+from op_suite import made_once
+
+PAGES = [path for path in pages() if path.parts[:2] != ("docs", "api")]
 
 WORKS = """
 <!-- run: before
@@ -64,7 +65,7 @@ def run(page: Path, text: str) -> tuple[tuple[int, int, int, int], list[str]]:
     """How many were run, parsed, left out and text; and the failures."""
     page.write_text(text, encoding="utf-8")
     (scratch := page.parent / "scratch").mkdir()
-    outcome = run_page(page, PYTHON, scratch)
+    outcome = run_page(page, Path(sys.executable), scratch)
     return (outcome.ran, outcome.parsed, outcome.left_out.total(), outcome.text), outcome.failures
 
 
@@ -104,15 +105,26 @@ def test_what_does_not_work_is_told(page: Path, text: str, told: str) -> None:
     assert told in failures[0]
 
 
+@pytest.fixture(scope="session")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that holds a wheel, not the source tree; EVAKERNELS_DOCS_PYTHON names another."""
+    if given := os.environ.get("EVAKERNELS_DOCS_PYTHON"):
+        return Path(given)
+
+    def make(folder: Path) -> None:
+        make_room(folder, build("wheel", folder / "dist", EVAKERNELS_CUDA="off"), "test")
+
+    return made_once(tmp_path_factory, "documented", make) / "env/bin/python"
+
+
 @pytest.mark.parametrize("path", pages(), ids=str)
 def test_every_block_says_what_is_to_be_done_with_it(path: Path) -> None:
-    root = Path(__file__).parents[2]
-    read_blocks(root / path)
-    read_spans(root / path)
+    read_blocks(ROOT / path)
+    read_spans(ROOT / path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [path for path in pages() if path.parts[:2] != ("docs", "api")], ids=str)
-def test_the_page_works(path: Path, tmp_path: Path) -> None:
-    outcome = run_page(path, PYTHON, tmp_path)
+@pytest.mark.parametrize("path", PAGES, ids=str)
+def test_the_page_works(path: Path, clean: Path, tmp_path: Path) -> None:
+    outcome = run_page(path, clean, tmp_path)
     assert outcome.failures == [], "\n\n".join(outcome.failures)
