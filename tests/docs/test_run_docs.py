@@ -13,7 +13,12 @@ sys.path += [str(ROOT / "tests/packaging"), str(ROOT / "tests/evakernels")]
 from clean_room import build, make_room
 from op_suite import made_once
 
-PAGES = [path for path in pages() if path.parts[:2] != ("docs", "api")]
+FIRST = ("README.md", "docs/index.md", "docs/install.md", "docs/start/")
+PAGES = [
+    pytest.param(path, id=str(path), marks=[] if str(path).startswith(FIRST) else pytest.mark.exhaustive)
+    for path in pages()
+    if path.parts[:2] != ("docs", "api")
+]
 
 WORKS = """
 <!-- run: before
@@ -124,7 +129,7 @@ def test_every_block_says_what_is_to_be_done_with_it(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", PAGES, ids=str)
+@pytest.mark.parametrize("path", PAGES)
 def test_the_page_works(path: Path, clean: Path, tmp_path: Path) -> None:
     outcome = run_page(path, clean, tmp_path)
     assert outcome.failures == [], "\n\n".join(outcome.failures)
