@@ -95,7 +95,7 @@ def report_of(wheel: Path, folder: Path) -> dict:
 
 def names_in(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
-        return set(archive.namelist())
+        return {name for name in archive.namelist() if not name.endswith("/")}
 
 
 def package_files(wheel: Path) -> set[str]:
