@@ -160,7 +160,8 @@ class TextTower(Tower):
             layout: of these tokens, where it is known already; None finds it out.
 
         Raises:
-            TypeError: for ids that aren't integers. ValueError: for a wrong shape.
+            TypeError: for ids that aren't integers.
+            ValueError: for a wrong shape.
         """
         self._check(tokens)
         if layout is None:

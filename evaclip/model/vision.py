@@ -107,7 +107,8 @@ class VisionTower(Tower):
                 evaluation; in training it is drawn at random where `patch_dropout` isn't 0.
 
         Raises:
-            TypeError: for images that aren't floating-point. ValueError: for images of another size.
+            TypeError: for images that aren't floating-point.
+            ValueError: for images of another size.
         """
         return self.embed_tokens(self.tokens(images, token_index, pooled=self.config.pool == "token"))
 

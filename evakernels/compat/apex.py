@@ -212,7 +212,8 @@ class FusedAdam(_ApexOptimizer):
         master_weights: steps are made on float32 copies of 16-bit parameters, which the state keeps.
 
     Raises:
-        RuntimeError: for amsgrad. TypeError, ValueError: as `evakernels.optim.AdamW`.
+        RuntimeError: for amsgrad.
+        TypeError, ValueError: as `evakernels.optim.AdamW`.
     """
 
     shared_options: ClassVar[tuple[str, ...]] = (*DeviceOptimizer.shared_options, "bias_correction")
@@ -279,7 +280,8 @@ class FusedLAMB(_ApexOptimizer):
         use_nvlamb: whether tensors without weight decay have a trust ratio as well.
 
     Raises:
-        RuntimeError: for amsgrad. TypeError, ValueError: as `evakernels.optim.Lamb`.
+        RuntimeError: for amsgrad.
+        TypeError, ValueError: as `evakernels.optim.Lamb`.
     """
 
     shared_options: ClassVar[tuple[str, ...]] = (*DeviceOptimizer.shared_options, "bias_correction", "grad_averaging")

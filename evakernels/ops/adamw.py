@@ -46,8 +46,8 @@ def adamw_update(
         first_elements: with seeds, the number of each parameter's first element; 0 unless it is a part of a tensor.
 
     Raises:
-        TypeError: for a dtype or layout that isn't accepted. ValueError: for lists, shapes or devices that
-            don't fit together.
+        TypeError: for a dtype or layout that isn't accepted.
+        ValueError: for lists, shapes or devices that don't fit together.
     """
     op = "adamw_update"
     _tensor_lists.tensors(op, params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)

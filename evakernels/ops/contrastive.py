@@ -35,8 +35,8 @@ def contrastive_statistics(
         gradients. An image's top-1 text is its own where `positive >= row_max`.
 
     Raises:
-        TypeError: for a dtype that isn't accepted. ValueError: for shapes, devices or an offset that don't
-            fit together.
+        TypeError: for a dtype that isn't accepted.
+        ValueError: for shapes, devices or an offset that don't fit together.
     """
     op = "contrastive_statistics"
     logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image)
@@ -79,9 +79,9 @@ def clip_loss(
         gradient on the global batch.
 
     Raises:
-        TypeError: for a dtype that isn't accepted. ValueError: for shapes or devices that don't fit together,
-            a D that differs between ranks, a label_smoothing outside [0, 1], a negative memory_budget, or a group
-            that this process isn't in.
+        TypeError: for a dtype that isn't accepted.
+        ValueError: for shapes or devices that don't fit together, a D that differs between ranks, a label_smoothing
+            outside [0, 1], a negative memory_budget, or a group that this process isn't in.
     """
     op = "clip_loss"
     logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image_features)

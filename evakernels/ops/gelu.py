@@ -27,8 +27,8 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Te
         `[..., F]`, contiguous, in the dtype of `x`, under autocast too, as torch's own.
 
     Raises:
-        TypeError: for a dtype that isn't accepted. ValueError: for shapes or devices that don't fit together, or
-            an unknown approximation.
+        TypeError: for a dtype that isn't accepted.
+        ValueError: for shapes or devices that don't fit together, or an unknown approximation.
     """
     op = "gelu"
     if x.dim() == 0:

@@ -29,7 +29,8 @@ def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
         is infinite from 2^64 on.
 
     Raises:
-        TypeError: for a dtype or layout that isn't accepted. ValueError: for an empty list or several devices.
+        TypeError: for a dtype or layout that isn't accepted.
+        ValueError: for an empty list or several devices.
     """
     op = "gradient_norm"
     if not grads:

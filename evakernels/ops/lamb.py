@@ -82,8 +82,8 @@ def lamb_update(
         a parameter is float64). Where each rank holds a shard of every tensor, sum them over the ranks.
 
     Raises:
-        TypeError: for a dtype or layout that isn't accepted. ValueError: for lists, shapes or devices that
-            don't fit together, or an unknown variant.
+        TypeError: for a dtype or layout that isn't accepted.
+        ValueError: for lists, shapes or devices that don't fit together, or an unknown variant.
     """
     op = "lamb_update"
     check_variant(op, variant)

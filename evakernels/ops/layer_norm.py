@@ -25,7 +25,8 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         the result is float32, as that of `torch.nn.functional.layer_norm`.
 
     Raises:
-        TypeError: for a dtype that isn't accepted. ValueError: for shapes or devices that don't fit together.
+        TypeError: for a dtype that isn't accepted.
+        ValueError: for shapes or devices that don't fit together.
     """
     return _plain("layer_norm", x, weight, bias, eps, rms=False)
 
@@ -61,7 +62,8 @@ def add_layer_norm(
         `residual`.
 
     Raises:
-        TypeError: for a dtype that isn't accepted. ValueError: for shapes or devices that don't fit together.
+        TypeError: for a dtype that isn't accepted.
+        ValueError: for shapes or devices that don't fit together.
     """
     return _add_norm("add_layer_norm", residual, branch, weight, bias, layer_scale, row_scale, eps, rms=False)
 

@@ -39,8 +39,9 @@ def packed_attention(
         `[T, H, D]`, contiguous, in the dtype of `q`. Precision and autocast are as for `rope_attention`.
 
     Raises:
-        TypeError: for a dtype that isn't accepted. ValueError: for shapes, devices or options that don't fit
-            together; on a CPU also for offsets that don't, elsewhere they aren't checked.
+        TypeError: for a dtype that isn't accepted.
+        ValueError: for shapes, devices or options that don't fit together; on a CPU also for offsets that don't,
+            elsewhere they aren't checked.
     """
     op = "packed_attention"
     q, k, v = matmul_inputs(q, k, v)

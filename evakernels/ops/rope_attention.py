@@ -55,8 +55,8 @@ def rope_attention(
         `v` are cast as for `torch.nn.functional.scaled_dot_product_attention`.
 
     Raises:
-        TypeError: for a dtype that isn't accepted. ValueError: for shapes, devices or options that don't fit
-            together.
+        TypeError: for a dtype that isn't accepted.
+        ValueError: for shapes, devices or options that don't fit together.
         IndexError: on a CPU, for a `token_index` outside the table; elsewhere it isn't checked, as that would
             make the host wait for the device.
     """

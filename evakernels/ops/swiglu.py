@@ -35,7 +35,8 @@ def swiglu(
         reads half as many bytes.
 
     Raises:
-        TypeError: for a dtype that isn't accepted. ValueError: for shapes or devices that don't fit together.
+        TypeError: for a dtype that isn't accepted.
+        ValueError: for shapes or devices that don't fit together.
     """
     _check_inputs(gate, up, norm_weight, norm_bias)
     out: Tensor = _forward(gate, up, norm_weight, norm_bias, eps)[0]

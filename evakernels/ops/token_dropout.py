@@ -34,7 +34,8 @@ def token_dropout(
         `[B, P + K, C]`, contiguous, in the widest dtype of the inputs, as from torch's own `cat` and `+`.
 
     Raises:
-        TypeError: for a dtype that isn't accepted. ValueError: for shapes or devices that don't fit together.
+        TypeError: for a dtype that isn't accepted.
+        ValueError: for shapes or devices that don't fit together.
         IndexError: on a CPU, for a `token_index` that is out of range or names a token twice. Elsewhere
             neither is checked beforehand, as that would make the host wait for the device. The CUDA kernels
             end in a CUDA error then, as torch's own gather does for what is out of range. Triton's give NaN

@@ -15,7 +15,6 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no browser: chromium, chromium-browser or google-chrome isn't in PATH"
 )
-IN_DOCS = Path(__file__).parents[2] / "docs/report"
 PAGES = ("index.html", "rope_attention.html")
 QUIET = [
     "--disable-background-networking",
@@ -85,19 +84,6 @@ def test_plots_are_drawn(page: Page, folder: Path, name: str, scheme: str) -> No
         assert facts[1] != background
         assert facts[2] > 0
     assert background == ("rgb(20, 23, 28)" if scheme == "dark" else "rgb(254, 254, 254)")
-
-
-@pytest.mark.parametrize("path", sorted(IN_DOCS.glob("*.html")), ids=lambda path: path.stem)
-def test_the_report_in_the_docs_is_drawn_and_sorts(page: Page, path: Path) -> None:
-    page.goto(path.as_uri())
-    boxes = [plot.bounding_box() for plot in page.locator("svg[role=img]").all()]
-    assert boxes
-    assert all(box and min(box["width"], box["height"]) > 50 for box in boxes)
-    table = "cases" if path.stem == "index" else "rows"
-    page.locator(f"#{table} thead").get_by_role("button").first.click()
-    first = column(page, table, 1)
-    assert first == sorted(first, key=str.casefold)
-    assert len(first) >= 4
 
 
 @pytest.mark.parametrize(("name", "table", "number"), [("index.html", "cases", 5), ("rope_attention.html", "rows", 5)])

@@ -1,0 +1,218 @@
+"""Runs what README.md and docs/ tell users to run, from an installed wheel: a doctest for the documentation.
+
+    python -m venv clean && clean/bin/pip install 'dist/evakernels-0.1.0-...whl[clip,demo,export]'
+    python tests/docs/run_docs.py --python clean/bin/python
+
+Every page has a scratch folder and one namespace for its Python blocks. Shell blocks run in bash, and what can't run
+here is parsed or left out as the comments above the blocks say (see `markdown_blocks.py`). Pages that measure need the
+folder `benchmarks`, which is in no wheel: each scratch folder has a link to it, and nothing else of the source tree.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from markdown_blocks import SHELL, Block, Mark, MarkError, read_blocks, read_spans
+
+ROOT = Path(__file__).resolve().parents[2]
+INSIDE = Path(__file__).with_name("documented.py")
+SECONDS = 300
+
+
+def pages() -> list[Path]:
+    """The pages that are run, relative to the repository."""
+    return [path.relative_to(ROOT) for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))]
+
+
+@dataclass
+class Outcome:
+    """What became of a page: how many blocks and commands ran, were parsed, were left out and why; what failed."""
+
+    ran: int = 0
+    parsed: int = 0
+    text: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+    def __iadd__(self, other: "Outcome") -> "Outcome":
+        self.ran += other.ran
+        self.parsed += other.parsed
+        self.text += other.text
+        self.left_out += other.left_out
+        self.failures += other.failures
+        return self
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
+        return (
+            f"{self.ran} run, {self.parsed} parsed, {self.left_out.total()} not run{reasons and f' ({reasons})'}, "
+            f"{self.text} of text, {len(self.failures)} failed"
+        )
+
+
+def environment(python: Path, home: Path) -> dict[str, str]:
+    """That of a user who has activated the virtual environment, with a home of its own and no hub to ask."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST", "COVERAGE"))}
+    return kept | {
+        "PATH": os.pathsep.join([str(python.parent), os.environ["PATH"]]),
+        "HOME": str(home),
+        "XDG_CACHE_HOME": str(home / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+class PageRunner:
+    """Runs the blocks of one page, in order."""
+
+    def __init__(self, page: Path, python: Path, scratch: Path) -> None:
+        self.page, self.scratch = page, scratch
+        self.outcome = Outcome()
+        (scratch / "benchmarks").symlink_to(ROOT / "benchmarks")
+        (scratch / "home").mkdir()
+        self.environment = environment(python, scratch / "home")
+        self.inside = subprocess.Popen(
+            [python, INSIDE, ROOT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=scratch,
+            env=self.environment,
+            text=True,
+        )
+
+    def run(self) -> Outcome:
+        try:
+            for block in read_blocks(ROOT / self.page, self.page):
+                self._block(block)
+            for span in read_spans(ROOT / self.page):
+                self._ask(f"{self.page}: {span}", "span", span)
+                self.outcome.parsed += 1
+        except MarkError as exc:
+            self.outcome.failures.append(str(exc))
+        finally:
+            self.inside.kill()
+            self.inside.communicate()
+        return self.outcome
+
+    def _block(self, block: Block) -> None:
+        if block.language == "text":
+            self.outcome.text += 1
+        elif block.language in SHELL:
+            self._shell_block(block)
+        elif not self._left_out(mark := block.mark_of("")):
+            where = (str(block.page), block.line)
+            if block.language == "yaml":
+                self._ask(block.place, "configuration", block.code)
+            else:
+                self._ask(block.place, "compile" if mark else "python", block.before + block.code, *where)
+            self._count(parsed=mark is not None or block.language == "yaml")
+
+    def _shell_block(self, block: Block) -> None:
+        script: list[str] = []
+        if block.before:
+            self._bash(block.place, block.before)
+        for command, mark in block.commands():
+            if self._left_out(mark):
+                continue
+            self._count(parsed=mark is not None)
+            if mark:
+                self._ask(f"{block.place}: {command}", "command", command)
+            else:
+                script.append(command)
+        if script:
+            self._bash(block.place, "\n".join(script))
+
+    def _bash(self, place: str, script: str) -> None:
+        with subprocess.Popen(
+            ["bash", "-exo", "pipefail", "-c", script],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=self.scratch,
+            env=self.environment,
+            text=True,
+            start_new_session=True,  # so that whatever a command has started ends with it
+        ) as process:
+            try:
+                told, _ = process.communicate(timeout=SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                told = f"{process.communicate()[0]}\nnot done after {SECONDS} s"
+        if process.returncode:
+            self.outcome.failures.append(f"{place}: exit {process.returncode}\n{told[-4000:]}")
+
+    def _ask(self, place: str, *request: object) -> None:
+        assert self.inside.stdin is not None
+        assert self.inside.stdout is not None
+        limit = threading.Timer(SECONDS, self.inside.kill)
+        limit.start()
+        try:
+            self.inside.stdin.write(json.dumps(request) + "\n")
+            self.inside.stdin.flush()
+            answer = self.inside.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        finally:
+            limit.cancel()
+        problem = json.loads(answer) if answer else f"the interpreter died, or took more than {SECONDS} s"
+        if problem:
+            self.outcome.failures.append(f"{place}\n{problem[-4000:]}")
+
+    def _left_out(self, mark: Mark | None) -> bool:
+        if mark is None or mark.verdict != "no":
+            return False
+        self.outcome.left_out[mark.reason] += 1
+        return True
+
+    def _count(self, parsed: bool) -> None:
+        self.outcome.parsed += parsed
+        self.outcome.ran += not parsed
+
+
+def run_page(page: Path, python: Path, scratch: Path) -> Outcome:
+    """Runs the blocks of a page with the environment of `python`, in the folder `scratch`."""
+    return PageRunner(page, python, scratch).run()
+
+
+def where_installed(python: Path) -> Path:
+    """Where this Python finds the package, when it isn't started in the source tree."""
+    code = "import importlib.util as u; print(u.find_spec('evakernels').origin)"
+    found = subprocess.run([python, "-c", code], cwd="/", env=environment(python, Path("/")), capture_output=True)
+    if found.returncode:
+        raise SystemExit(f"error: evakernels isn't installed for {python}")
+    return Path(found.stdout.decode().strip())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE", help="such as docs/data.md (default: all)")
+    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="of the environment (default: this)")
+    parser.add_argument("--editable", action="store_true", help="the package may be imported from the source tree")
+    args = parser.parse_args(argv)
+    python = args.python.absolute()  # not resolved: a virtual environment is known by its link
+    package = where_installed(python)
+    if package.is_relative_to(ROOT) and not package.is_relative_to(python.parents[1]) and not args.editable:
+        raise SystemExit(f"error: {python} imports {package}; install a wheel, or allow it with --editable")
+    print(f"{package.parent} by {python}")
+    total = Outcome()
+    for page in args.pages or pages():
+        with tempfile.TemporaryDirectory() as scratch:
+            outcome = run_page(page, python, Path(scratch))
+        print(f"{page}: {outcome}", *outcome.failures, sep="\n", flush=True)
+        total += outcome
+    print(f"all pages: {total}")
+    return 1 if total.failures else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

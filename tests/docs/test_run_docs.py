@@ -1,0 +1,130 @@
+"""What the documentation tells users to run, run; and that what doesn't work there is seen."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from markdown_blocks import read_blocks, read_spans
+from run_docs import ROOT, pages, run_page
+
+sys.path += [str(ROOT / "tests/packaging"), str(ROOT / "tests/evakernels")]
+
+from clean_room import build, make_room
+from op_suite import made_once
+
+PAGES = [path for path in pages() if path.parts[:2] != ("docs", "api")]
+
+WORKS = """
+<!-- run: before
+echo before > there.txt
+-->
+<!-- run: with 'there.txt' for 'NAME' -->
+```console
+$ cat NAME
+what it prints
+$ cat \\
+    there.txt
+```
+
+```python
+from pathlib import Path
+text = Path("there.txt").read_text()
+```
+
+```python
+assert text == "before\\n"
+```
+
+<!-- run: parse 'eva02', needs data -->
+<!-- run: no 'nvidia-smi', needs a GPU -->
+```bash
+evaclip train eva02-b-16 --set data.train='nowhere/*.tar' batch_size=64
+nvidia-smi --no-such-option
+true  # runs
+```
+
+```yaml
+optim: {lr: 1e-3}
+```
+
+```text
+a tree
+```
+
+`evaclip train tiny --dry-run` in running text, and `evaclip eval`.
+"""
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    return tmp_path / "page.md"
+
+
+def run(page: Path, text: str) -> tuple[tuple[int, int, int, int], list[str]]:
+    """How many were run, parsed, left out and text; and the failures."""
+    page.write_text(text, encoding="utf-8")
+    (scratch := page.parent / "scratch").mkdir()
+    outcome = run_page(page, Path(sys.executable), scratch)
+    return (outcome.ran, outcome.parsed, outcome.left_out.total(), outcome.text), outcome.failures
+
+
+def test_a_page_that_works(page: Path) -> None:
+    assert run(page, WORKS) == ((5, 4, 1, 1), [])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("```bash\nfalse\ntrue\n```", "page.md:1: exit 1"),
+        ("```bash\nfalse | true\n```", "page.md:1: exit 1"),
+        ("```python\n\nmissing\n```", "line 3, in <module>"),
+        ("```python\nraise SystemExit(3)\n```", "exit 3"),
+        ("```python\nimport run_docs\n```", "No module named 'run_docs'"),
+        (
+            "<!-- run: parse, needs data -->\n```bash\nevaclip train tiny --no-such\n```",
+            "unrecognized arguments: --no-such",
+        ),
+        ("<!-- run: parse, needs data -->\n```bash\nevaclip train tiny --set optim.nope=1\n```", "nope"),
+        ("<!-- run: parse, needs data -->\n```bash\ntorchrun -m evaclip trian tiny\n```", "trian"),
+        ("<!-- run: parse, needs data -->\n```bash\npip install 'evakernels[nope]'\n```", "no such extra: nope"),
+        ("<!-- run: parse, needs data -->\n```bash\nmake nope\n```", "no target 'nope'"),
+        ("<!-- run: parse, needs data -->\n```bash\nsomething else\n```", "no parser is known"),
+        ("```yaml\noptim: {lr: fast}\n```", "optim.lr"),
+        ("`evaclip doctor --nope`", "--nope"),
+        ("```sh\ntrue\n```", "language 'sh'"),
+        ("<!-- run: no, on Sundays -->\n```bash\ntrue\n```", "reason 'on Sundays'"),
+        ("<!-- run: perhaps -->\n```bash\ntrue\n```", "isn't understood"),
+        ("<!-- run: with 'a' for 'gone' -->\n```bash\ntrue\n```", "'gone' isn't there"),
+        ("<!-- run: no, needs a GPU -->\n\ntext\n\n```bash\ntrue\n```", "right above a fence"),
+    ],
+)
+def test_what_does_not_work_is_told(page: Path, text: str, told: str) -> None:
+    _, failures = run(page, text + "\n")
+    assert len(failures) == 1
+    assert told in failures[0]
+
+
+@pytest.fixture(scope="session")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that holds a wheel, not the source tree; EVAKERNELS_DOCS_PYTHON names another."""
+    if given := os.environ.get("EVAKERNELS_DOCS_PYTHON"):
+        return Path(given)
+
+    def make(folder: Path) -> None:
+        make_room(folder, build("wheel", folder / "dist", EVAKERNELS_CUDA="off"), "test")
+
+    return made_once(tmp_path_factory, "documented", make) / "env/bin/python"
+
+
+@pytest.mark.parametrize("path", pages(), ids=str)
+def test_every_block_says_what_is_to_be_done_with_it(path: Path) -> None:
+    read_blocks(ROOT / path)
+    read_spans(ROOT / path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PAGES, ids=str)
+def test_the_page_works(path: Path, clean: Path, tmp_path: Path) -> None:
+    outcome = run_page(path, clean, tmp_path)
+    assert outcome.failures == [], "\n\n".join(outcome.failures)
