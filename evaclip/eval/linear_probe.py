@@ -1,15 +1,17 @@
 """Linear probe: logistic regression on frozen features, its strength chosen on held-out training data."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from evaclip.errors import UserError
 from evaclip.eval.ranking import hit_rate
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
 
 HELD_OUT = 0.2
 STRENGTHS = tuple(10.0**power for power in range(-2, 5))
@@ -92,11 +94,14 @@ def _present(labels: Tensor) -> list[int]:
     return classes
 
 
-def _fit(features: Tensor, labels: Tensor, strength: float, max_iter: int) -> LogisticRegression:
+def _fit(features: Tensor, labels: Tensor, strength: float, max_iter: int) -> "LogisticRegression":
+    # Imported here: it takes longer than all other imports of an evaluation together, and few evaluations use it.
+    from sklearn.linear_model import LogisticRegression
+
     return LogisticRegression(C=strength, max_iter=max_iter).fit(features.double().numpy(), labels.numpy())
 
 
-def _ranks(probe: LogisticRegression, features: Tensor, labels: Tensor, classes: int) -> Tensor:
+def _ranks(probe: "LogisticRegression", features: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Place of the right class among all; a class that the probe never saw comes last."""
     decisions = probe.decision_function(features.double().numpy())
     if decisions.ndim == 1:
