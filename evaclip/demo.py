@@ -167,7 +167,9 @@ def summary(evaluations: Sequence["Evaluation"]) -> list[str]:
         if evaluation.task == "zero-shot":
             metrics = evaluation.metrics
             if not lines:
-                lines.append(f"{'zero-shot, ' + format(metrics['classes'], ',') + ' classes':<34}{'top-1':>23}{'top-5':>23}")
+                lines.append(
+                    f"{'zero-shot, ' + format(metrics['classes'], ',') + ' classes':<34}{'top-1':>23}{'top-5':>23}"
+                )
             cells = "".join(f"{_against_chance(metrics, name):>23}" for name in ("top1", "top5"))
             lines.append(f"{evaluation.title:<34}{cells}")
     return lines

@@ -240,9 +240,7 @@ def _move(image: Image.Image, options: Augmentation, background: Color, draws: I
     x, y = image.width / 2, image.height / 2
     offset_x, offset_y = x - cos * (x + right) - sin * (y + down), y + sin * (x + right) - cos * (y + down)
     matrix = (cos, sin, offset_x, -sin, cos, offset_y)
-    return image.transform(
-        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=background
-    )
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=background)
 
 
 def _recolor(image: Image.Image, options: Augmentation, draws: Iterator[float]) -> Image.Image:
