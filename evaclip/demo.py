@@ -162,17 +162,11 @@ def evaluate_run(run: Path, data: Path) -> list["Evaluation"]:
 
 def summary(evaluations: Sequence["Evaluation"]) -> list[str]:
     """The zero-shot results against chance, as the lines of a table."""
-    lines = []
-    for evaluation in evaluations:
-        if evaluation.task == "zero-shot":
-            metrics = evaluation.metrics
-            if not lines:
-                lines.append(
-                    f"{'zero-shot, ' + format(metrics['classes'], ',') + ' classes':<34}{'top-1':>23}{'top-5':>23}"
-                )
-            cells = "".join(f"{_against_chance(metrics, name):>23}" for name in ("top1", "top5"))
-            lines.append(f"{evaluation.title:<34}{cells}")
-    return lines
+    found = [evaluation for evaluation in evaluations if evaluation.task == "zero-shot"]
+    header = f"zero-shot, {found[0].metrics['classes']:,} classes"
+    rows = [(header, "top-1", "top-5")]
+    rows += [(each.title, *(_against_chance(each.metrics, name) for name in ("top1", "top5"))) for each in found]
+    return [f"{title:<34}{top1:>23}{top5:>23}" for title, top1, top5 in rows]
 
 
 def _against_chance(metrics: dict[str, Any], name: str) -> str:
