@@ -164,9 +164,13 @@ def summary(evaluations: Sequence["Evaluation"]) -> list[str]:
     """The zero-shot results against chance, as the lines of a table."""
     found = [evaluation for evaluation in evaluations if evaluation.task == "zero-shot"]
     header = f"zero-shot, {found[0].metrics['classes']:,} classes"
-    rows = [(header, "top-1", "top-5")]
-    rows += [(each.title, *(_against_chance(each.metrics, name) for name in ("top1", "top5"))) for each in found]
-    return [f"{title:<34}{top1:>23}{top5:>23}" for title, top1, top5 in rows]
+    return [
+        f"{header:<34}{'top-1':>23}{'top-5':>23}",
+        *(
+            f"{each.title:<34}{_against_chance(each.metrics, 'top1'):>23}{_against_chance(each.metrics, 'top5'):>23}"
+            for each in found
+        ),
+    ]
 
 
 def _against_chance(metrics: dict[str, Any], name: str) -> str:
