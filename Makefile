@@ -34,6 +34,19 @@ test-all: test exhaustive
 exhaustive: $(VENV)/.test $(VENV)/oldest-triton
 	$(PYTEST) -m exhaustive
 
+# tools/wheel.py installs what else it needs into an environment that it deletes.
+wheel: $(VENV)/.tools
+	$(BIN)/python tools/wheel.py
+
+wheel-cuda: $(VENV)/.tools
+	$(BIN)/python tools/wheel.py --cuda
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs serve
+
+docs-build: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
 gpu-check: $(VENV)/.test
 	$(BIN)/python -m benchmarks all --device cuda --dtype float32 --dtype bfloat16 --dtype float16 --check \
 		--json benchmarks/results
@@ -53,7 +66,7 @@ $(VENV)/.tools: Makefile
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed")'
 	@$(PYTHON) -m venv $(VENV)
 	@$(PHASE) "Installing torch and the build tools" sh -c \
-		'$(PIP) install --upgrade pip && $(PIP) install $(BUILD_TOOLS) torch torchvision'
+		'$(PIP) install --upgrade pip && $(PIP) install $(BUILD_TOOLS) torch'
 	@touch $@
 
 # No build isolation: the torch that was just installed serves the build, not a second download.

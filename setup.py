@@ -105,7 +105,7 @@ def why_not_nvcc() -> str | None:
         return f"no CUDA compiler found (looked for {os.environ.get('CUDACXX') or 'nvcc'})"
     release = re.search(r"release (\d+)\.(\d+)", output_of(nvcc, "--version"))
     if release is None or not archs_of_nvcc(nvcc):
-        return f"{nvcc} doesn't tell its version and the GPUs that it compiles for"
+        return "nvcc doesn't tell its version and the GPUs that it compiles for"
     if tuple(map(int, release.groups())) < OLDEST_NVCC:
         return f"nvcc {'.'.join(release.groups())} is too old; needed is {'.'.join(map(str, OLDEST_NVCC))} or later"
     return None

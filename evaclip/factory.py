@@ -140,8 +140,9 @@ def create_model_and_transforms(
 
 
 def get_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a model, with its context length."""
-    return Tokenizer(get_config(name).text.context_length)
+    """The tokenizer of a model, with its context length and vocabulary."""
+    text = get_config(name).text
+    return Tokenizer(text.context_length, text.vocab_size)
 
 
 def _dtype(precision: str) -> torch.dtype:

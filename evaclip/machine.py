@@ -14,7 +14,7 @@ from evakernels import __version__
 def versions() -> dict[str, str]:
     """Versions by package, Python's among them."""
     found = {"python": platform.python_version(), "evakernels": __version__}
-    for name in ("torch", "torchvision", "pillow", "scikit-learn"):
+    for name in ("torch", "pillow", "scikit-learn"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -26,7 +26,7 @@ VOCAB_SIZE = 49408
 
 _DISTRIBUTION = "open_clip_torch"
 _FILE = "bpe_simple_vocab_16e6.txt.gz"
-_NUM_MERGES = VOCAB_SIZE - 2 * 256 - 2
+_BYTES_AND_ENDS = 2 * 256 + 2
 _WORD = regex.compile(rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE)
 
 
@@ -35,15 +35,23 @@ class Tokenizer:
 
     Args:
         context_length: length of the rows that a call returns, when the call doesn't say.
+        vocab_size: number of different ids. Fewer than CLIP's come from its first merges, those of the most frequent
+            pairs, so that rarer words take more tokens; for models that are too small for the whole table.
+
+    Attributes:
+        start_id, end_id: the last two ids.
+
+    Raises:
+        UserError: when a number is out of range.
     """
 
-    vocab_size = VOCAB_SIZE
-    start_id = VOCAB_SIZE - 2
-    end_id = VOCAB_SIZE - 1
-
-    def __init__(self, context_length: int = 77) -> None:
+    def __init__(self, context_length: int = 77, vocab_size: int = VOCAB_SIZE) -> None:
         self.context_length = _checked_length(context_length)
-        self._bpe = _byte_pair_encoder()
+        if not _BYTES_AND_ENDS <= vocab_size <= VOCAB_SIZE:
+            raise UserError(f"vocab_size is {vocab_size}; expected {_BYTES_AND_ENDS} to {VOCAB_SIZE}")
+        self.vocab_size = vocab_size
+        self.start_id, self.end_id = vocab_size - 2, vocab_size - 1
+        self._bpe = _byte_pair_encoder(vocab_size)
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
         """Token ids of each text, int64 `[n, context_length]`.
@@ -73,7 +81,9 @@ class Tokenizer:
 
 def clean(text: str) -> str:
     """The text with mis-encoded characters and HTML entities resolved, single spaces, in lower case."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    # Most captions have nothing to repair, and to find that out takes longer than all the rest.
+    if not text.isascii() or "&" in text or not text.isprintable():
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 
@@ -98,15 +108,16 @@ def vocabulary_file() -> Path:
 
 
 @cache
-def _byte_pair_encoder() -> BpeTokenizer:
+def _byte_pair_encoder(vocab_size: int) -> BpeTokenizer:
     with gzip.open(vocabulary_file(), "rt", encoding="utf-8") as lines:
         # The first line is a version header; after the merges in use come others that CLIP never used.
-        merges = [_pair(line) for line, _ in zip(lines, range(_NUM_MERGES + 1), strict=False)][1:]
+        count = vocab_size - _BYTES_AND_ENDS
+        merges = [_pair(line) for line, _ in zip(lines, range(count + 1), strict=False)][1:]
     letters = _byte_letters()
     words = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges), START, END]
     vocabulary = {word: index for index, word in enumerate(words)}
-    if len(vocabulary) != VOCAB_SIZE:
-        raise UserError(f"{vocabulary_file()} gives {len(vocabulary)} tokens instead of {VOCAB_SIZE}: reinstall it")
+    if len(vocabulary) != vocab_size:
+        raise UserError(f"{vocabulary_file()} gives {len(vocabulary)} tokens instead of {vocab_size}: reinstall it")
     tokenizer = BpeTokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.add_special_tokens([START, END])

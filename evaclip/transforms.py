@@ -5,14 +5,14 @@ in any thread, worker or process.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
+import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageFilter
 from torch import Generator, Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
 
 from evaclip.errors import UserError
 from evaclip.model.config import Interpolation, Preprocess, Resize
@@ -24,6 +24,8 @@ WHITE: Color = (255, 255, 255)
 _CROP_ATTEMPTS = 10
 _OUTLINE_GAIN = 4
 _OUTLINE_STRENGTH = (0.5, 1.0)
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_DRAWS = 16
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,14 @@ class EvalTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         image = _on_background(image, WHITE)
-        mode = InterpolationMode(self.preprocess.interpolation)
-        shape = _shape(self.size)
+        height, width = shape = _shape(self.size)
         resized = [int(side / self.preprocess.crop) for side in shape]
         if self.preprocess.resize == "shortest":
-            resized = resized[:1] if resized[0] == resized[1] else _covering(image, resized)
-        image = F.center_crop(F.resize(image, resized, mode), shape)
+            resized = _shortest(image, resized[0]) if resized[0] == resized[1] else _covering(image, resized)
+        image = _resize(image, resized, self.preprocess.interpolation)
+        top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+        if (top, left, *shape) != (0, 0, image.height, image.width):
+            image = image.crop((left, top, left + width, top + height))
         return _to_tensor(image, self.preprocess)
 
 
@@ -111,18 +115,26 @@ class TrainTransform:
             seed = int(torch.randint(2**63 - 1, ()))
         generator = torch.Generator().manual_seed(seed)
         options = self.augmentation
-        background = _random_color(generator) if _happens(options.background, generator) else WHITE
-        image = _on_background(image, background)
-        mode = InterpolationMode(self.preprocess.interpolation)
-        box = crop_box(image.height, image.width, options.scale, options.ratio, generator)
-        image = F.resized_crop(image, *box, _shape(self.size), mode).convert("RGB")
+        top, left, height, width = crop_box(image.height, image.width, options.scale, options.ratio, generator)
+        draws = _draws(generator)
+        background = _random_color(draws) if _happens(options.background, draws) else WHITE
+        image = _on_background(image.crop((left, top, left + width, top + height)), background)
+        image = _resize(image, _shape(self.size), self.preprocess.interpolation)
+        image = _rgb(image)
         if options.moves:
-            image = _move(image, options, background, generator)
-        return _to_tensor(_recolor(image, options, generator), self.preprocess)
+            image = _move(image, options, background, draws)
+        return _to_tensor(_recolor(image, options, draws), self.preprocess)
 
 
 def _shape(size: int | tuple[int, int]) -> list[int]:
     return list(size) if isinstance(size, tuple) else [size, size]
+
+
+def _shortest(image: Image.Image, side: int) -> list[int]:
+    """The size of the image's own proportions whose shortest side is `side`."""
+    short, long = sorted(image.size)
+    other = int(side * long / short)
+    return [side, other] if image.height < image.width else [other, side]
 
 
 def _covering(image: Image.Image, shape: Sequence[int]) -> list[int]:
@@ -186,8 +198,8 @@ def crop_box(height: int, width: int, scale: Range, ratio: Range, generator: Gen
     """
     log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
     for _ in range(_CROP_ATTEMPTS):
-        area = height * width * _uniform(scale, generator)
-        aspect = math.exp(_uniform(log_ratio, generator))
+        area = height * width * _uniform_as_torch(scale, generator)
+        aspect = math.exp(_uniform_as_torch(log_ratio, generator))
         box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < box_width <= width and 0 < box_height <= height:
             top = _below(height - box_height + 1, generator)
@@ -208,57 +220,106 @@ def _on_background(image: Image.Image, color: Color) -> Image.Image:
     return Image.alpha_composite(canvas, picture).convert("RGB")
 
 
-def _move(image: Image.Image, options: Augmentation, background: Color, generator: Generator) -> Image.Image:
-    angle = _uniform((-options.rotation, options.rotation), generator)
+def _rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _resize(image: Image.Image, shape: Sequence[int], interpolation: Interpolation) -> Image.Image:
+    size = (shape[1], shape[0])
+    return image if image.size == size else image.resize(size, _RESAMPLING[interpolation])
+
+
+def _move(image: Image.Image, options: Augmentation, background: Color, draws: Iterator[float]) -> Image.Image:
+    """Rotates about the middle, zooms and shifts, as torchvision's `affine` does."""
+    angle = math.radians(_uniform((-options.rotation, options.rotation), draws))
     reach = options.translation * image.width
-    shift = [round(_uniform((-reach, reach), generator)) for _ in range(2)]
-    zoom = _uniform(options.zoom, generator)
-    fill = list(map(float, background))
-    moved: Image.Image = F.affine(image, angle, shift, zoom, [0.0], InterpolationMode.BILINEAR, fill)
-    return moved
+    right, down = (round(_uniform((-reach, reach), draws)) for _ in range(2))
+    zoom = _uniform(options.zoom, draws)
+    # From a place in the result to that in the image.
+    cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
+    x, y = image.width / 2, image.height / 2
+    offset_x, offset_y = x - cos * (x + right) - sin * (y + down), y + sin * (x + right) - cos * (y + down)
+    matrix = (cos, sin, offset_x, -sin, cos, offset_y)
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=background)
 
 
-def _recolor(image: Image.Image, options: Augmentation, generator: Generator) -> Image.Image:
-    changes = (
-        (F.adjust_brightness, options.brightness, 1.0),
-        (F.adjust_contrast, options.contrast, 1.0),
-        (F.adjust_saturation, options.saturation, 1.0),
-        (F.adjust_hue, options.hue, 0.0),
-    )
-    for adjust, strength, center in changes:
-        if strength:
-            image = adjust(image, _uniform((center - strength, center + strength), generator))
-    if _happens(options.grayscale, generator):
-        image = F.to_grayscale(image, num_output_channels=3)
-    if _happens(options.outline, generator):
-        image = _outlined(image, _uniform(_OUTLINE_STRENGTH, generator))
+def _recolor(image: Image.Image, options: Augmentation, draws: Iterator[float]) -> Image.Image:
+    # What torchvision's `adjust_` functions do, in Pillow's own calls: those cost several times the work itself.
+    if options.brightness:
+        black = Image.new("RGB", image.size)
+        image = Image.blend(black, image, _uniform((1 - options.brightness, 1 + options.brightness), draws))
+    if options.contrast:
+        mean = (_mean_gray(image),) * 3
+        flat = Image.new("RGB", image.size, mean)
+        image = Image.blend(flat, image, _uniform((1 - options.contrast, 1 + options.contrast), draws))
+    if options.saturation:
+        gray = image.convert("L").convert("RGB")
+        image = Image.blend(gray, image, _uniform((1 - options.saturation, 1 + options.saturation), draws))
+    if options.hue:
+        image = _turn_hue(image, _uniform((-options.hue, options.hue), draws))
+    if _happens(options.grayscale, draws):
+        image = image.convert("L").convert("RGB")
+    if _happens(options.outline, draws):
+        image = _outlined(image, _uniform(_OUTLINE_STRENGTH, draws))
     return image
+
+
+def _mean_gray(image: Image.Image) -> int:
+    return int(np.asarray(image.convert("L")).mean() + 0.5)
+
+
+def _turn_hue(image: Image.Image, share: float) -> Image.Image:
+    """Moves all hues by this share of the colour circle."""
+    hue, saturation, value = image.convert("HSV").split()
+    turned = np.asarray(hue) + np.uint8(int(share * 255) % 256)
+    return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
 
 
 def _outlined(image: Image.Image, strength: float) -> Image.Image:
     """Darkens a picture where its brightness differs from that of the neighbourhood."""
     gray = image.convert("L")
     edges = ImageChops.difference(gray, gray.filter(ImageFilter.BoxBlur(1)))
-    edges = edges.point([min(255, round(strength * _OUTLINE_GAIN * level)) for level in range(256)])
-    return ImageChops.subtract(image, Image.merge("RGB", (edges, edges, edges)))
+    edges = Image.blend(Image.new("L", image.size), edges, strength * _OUTLINE_GAIN)
+    return ImageChops.subtract(image, edges.convert("RGB"))
 
 
 def _to_tensor(image: Image.Image, preprocess: Preprocess) -> Tensor:
-    pixels: Tensor = F.to_tensor(image.convert("RGB"))
-    F.normalize(pixels, list(preprocess.mean), list(preprocess.std), inplace=True)
-    return pixels
+    pixels = np.asarray(_rgb(image))
+    planes = np.empty((3, *pixels.shape[:2]), np.float32)
+    for channel, values in enumerate(_pixel_values(preprocess.mean, preprocess.std)):
+        np.take(values, pixels[:, :, channel], out=planes[channel], mode="clip")
+    return torch.from_numpy(planes)
 
 
-def _random_color(generator: Generator) -> Color:
-    red, green, blue = torch.randint(256, (3,), generator=generator).tolist()
+@cache
+def _pixel_values(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """What each of the 256 levels becomes in each channel, `[3, 256]`."""
+    levels = torch.arange(256, dtype=torch.float32) / 255
+    center, spread = (torch.tensor(values, dtype=torch.float32).unsqueeze(1) for values in (mean, std))
+    return ((levels - center) / spread).numpy()
+
+
+def _draws(generator: Generator) -> Iterator[float]:
+    """Endless numbers in [0, 1), several a call: one alone costs as much as sixteen."""
+    while True:
+        yield from torch.rand(_DRAWS, generator=generator).tolist()
+
+
+def _random_color(draws: Iterator[float]) -> Color:
+    red, green, blue = (int(256 * next(draws)) for _ in range(3))
     return red, green, blue
 
 
-def _happens(probability: float, generator: Generator) -> bool:
-    return probability > 0 and _uniform((0.0, 1.0), generator) < probability
+def _happens(probability: float, draws: Iterator[float]) -> bool:
+    return probability > 0 and next(draws) < probability
 
 
-def _uniform(bounds: Range, generator: Generator) -> float:
+def _uniform(bounds: Range, draws: Iterator[float]) -> float:
+    low, high = bounds
+    return low + (high - low) * next(draws)
+
+
+def _uniform_as_torch(bounds: Range, generator: Generator) -> float:
     return torch.empty(1).uniform_(*bounds, generator=generator).item()
 
 

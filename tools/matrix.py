@@ -64,7 +64,7 @@ def try_out(python: str, torch: str, wheel: Path) -> dict[str, Any]:
         requirement = "torch" if torch == "newest" else f"torch=={torch}.*"
         commands: tuple[list[str | Path], ...] = (
             [python, "-m", "venv", own.parents[1]],
-            [own, "-m", "pip", "install", "--quiet", "--no-cache-dir", requirement, "numpy"],
+            [own, "-m", "pip", "install", "--quiet", "--no-compile", requirement, "numpy"],
             [own, "-m", "pip", "install", "--quiet", "--no-deps", wheel],
             [own, "-I", CHECK],
         )

@@ -5,6 +5,7 @@ on the other. Names come from the `emoji` package (Unicode CLDR short names and 
 """
 
 import gzip
+import io
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from evaclip.atomic import replacing
@@ -29,6 +31,7 @@ _PLAIN_QUOTES = str.maketrans({0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"
 _REGIONAL_INDICATORS = range(0x1F1E6, 0x1F1FF + 1)
 _TAG_FLAG_PREFIX = "1f3f4-e0067-"
 _SHORTEST_ALIAS = 3
+_FINER = 2
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ STYLES = {
     ),
 }
 _NAMES_LICENCE = "Names: the PyPI package emoji, BSD 3-Clause, after the Unicode CLDR short names."
-_CHANGES = "Changes: the vector drawings were rendered to PNG; nothing was redrawn."
+_CHANGES = "Changes: the vector drawings were rendered to PNG, without empty margins; nothing was redrawn."
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,23 @@ def clean_name(name: str) -> str:
 
 
 def render_png(file: str, size: int) -> bytes:
-    """Renders a drawing (`.svg` or `.svg.gz`) to a square RGBA PNG of `size` pixels, transparency kept."""
+    """Renders a drawing (`.svg` or `.svg.gz`) to a square RGBA PNG of `size` pixels, transparency kept.
+
+    The drawing fills the picture in its own proportions: how wide a margin it has is a matter of the style.
+    """
     content = Path(file).read_bytes()
     text = (gzip.decompress(content) if file.endswith(".gz") else content).decode("utf-8")
-    png: bytes = _installed("resvg_py").svg_to_bytes(svg_string=text, width=size, height=size, skip_system_fonts=True)
-    return png
+    side = _FINER * size
+    drawn = _installed("resvg_py").svg_to_bytes(svg_string=text, width=side, height=side, skip_system_fonts=True)
+    image = Image.open(io.BytesIO(drawn)).convert("RGBA")
+    left, top, right, bottom = image.getchannel("A").getbbox() or (0, 0, side, side)
+    # The square around the middle of what is drawn; what lies outside of the rendering is transparent.
+    extent = max(right - left, bottom - top)
+    left, top = (left + right - extent) // 2, (top + bottom - extent) // 2
+    image = image.crop((left, top, left + extent, top + extent)).resize((size, size), Image.Resampling.LANCZOS)
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    return png.getvalue()
 
 
 def build_emoji(

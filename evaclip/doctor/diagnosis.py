@@ -1,7 +1,6 @@
 """What is installed and what works, for people and for programs."""
 
 import importlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -23,7 +22,6 @@ def diagnose() -> Facts:
     Returns:
         What `evakernels.info()` returns, and None for any of these where there is nothing to tell:
         `native["built"]`: whether the library was built when this package was.
-        `native["cuda_reason"]`: why it has no kernels for GPUs.
         `native["module_error"]`: why its Python module can't be imported.
         `cuda["driver"]`: its version. `cuda["capabilities"]`: those of the GPUs.
         `cuda["error"]`: why torch can't use the GPUs that are there.
@@ -36,11 +34,10 @@ def diagnose() -> Facts:
     """
     from evaclip.machine import machine
     from evakernels import info
+    from evakernels._native import build_record
 
     facts: Facts = {"problems": [], "machine": machine(), **info()}
-    built = _build_record()
-    facts["native"] |= {"built": built.get("native"), "cuda_reason": built.get("cuda_reason")}
-    facts["native"]["module_error"] = _module_error()
+    facts["native"] |= {"built": build_record().get("native"), "module_error": _module_error()}
     facts["cuda"] |= {"driver": _driver(), "capabilities": _capabilities(), "error": _cuda_error()}
     facts["packages"] = {extra: {name: _version(name) for name in names} for extra, names in requirements().items()}
     facts["problems"] = list(problems(facts))
@@ -103,16 +100,6 @@ def _serves(archs: list[str], capability: str) -> bool:
         return True  # such as "native": nothing can be told
     own = int(capability.replace(".", ""))
     return numbers[-1] <= own or any(number // 10 == own // 10 and number <= own for number in numbers)
-
-
-def _build_record() -> Facts:
-    import evakernels
-
-    try:
-        record: Facts = json.loads(Path(evakernels.__file__).with_name("_build.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return record
 
 
 def _module_error() -> str | None:

@@ -81,4 +81,6 @@ def _model_options(path: Path) -> dict[str, Any]:
 
 def _loaded(name: str, origin: str, model: CLIP, run: Path | None = None) -> LoadedModel:
     transform = EvalTransform(model.config.vision.image_size, model.config.preprocess)
-    return LoadedModel(name, origin, model, Tokenizer(model.config.text.context_length), transform, run)
+    return LoadedModel(
+        name, origin, model, Tokenizer(model.config.text.context_length, model.config.text.vocab_size), transform, run
+    )

@@ -73,7 +73,7 @@ def build(config: TrainConfig, world: World) -> Parts:
     loss = ContrastiveLoss(config.loss, world.group).to(world.device)
     optimizer = build_optimizer(parameter_groups(model, loss, config.optim), config.optim, config.seed)
     options = StepOptions(config.precision, config.accumulation, config.optim.grad_clip_norm, config.seed)
-    tokenizer = Tokenizer(model.config.text.context_length)
+    tokenizer = Tokenizer(model.config.text.context_length, model.config.text.vocab_size)
     epoch_samples = config.schedule.epoch_samples or len(source)
     return Parts(
         config=config,

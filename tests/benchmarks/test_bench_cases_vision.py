@@ -217,6 +217,7 @@ def test_flex_attention_agrees_with_float64(name: str, shape: str, monkeypatch: 
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_flex_attention_compiles() -> None:
     op, sizes = get_operation("causal_attention"), parse_shape("tiny:text b2")
     assert_exact(op, build("causal_attention", "FlexAttention", sizes), sizes, training=False)

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,7 @@ def data(tmp_path: Path) -> Path:
 def small_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo's recipe, small enough for a test."""
     recipe = get_recipe("emoji")
-    vision = {"image_size": 24, "width": 32, "layers": 1, "heads": 2}
+    vision = {"image_size": 32, "width": 32, "layers": 1, "heads": 2}
     text = {"width": 32, "layers": 1, "heads": 2}
     small = replace(
         recipe,
@@ -73,7 +74,15 @@ def test_the_whole_story(
     ]
     assert results["retrieval-openmoji-a-style-never-seen"].metrics["captions"] == 16
     assert results["zero-shot-openmoji-a-style-never-seen"].metrics["chance_top1"] == 1 / 8
-    assert "the shards in" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the shards in" in printed
+    for number, phase in enumerate(("drawings", "training", "evaluation", "report"), 1):
+        assert re.search(rf"^\[{number}/4\] {phase} \.\.\.$", printed, re.MULTILINE)
+        assert re.search(rf"^\[{number}/4\] {phase}: \d+\.\d s$", printed, re.MULTILINE)
+    for style in ("OpenMoji, a style never seen", "Twemoji, the drawings trained on"):
+        # Of eight classes chance is 12.5 %.
+        share, times = re.search(rf"^{style} +([\d.]+)% \((\d+) x chance\)", printed, re.MULTILINE).groups()
+        assert int(times) == round(float(share) / 12.5)
     # The same folder again: the earlier demo is replaced.
     demo.run_demo(out, data=data)
 

@@ -73,10 +73,23 @@ def test_long_text_ends_with_the_end_token() -> None:
 
 
 def test_every_id_can_occur() -> None:
-    vocabulary = Tokenizer()._bpe.get_vocab()
-    assert sorted(vocabulary.values()) == list(range(Tokenizer.vocab_size))
+    tokenizer = Tokenizer()
+    vocabulary = tokenizer._bpe.get_vocab()
+    assert sorted(vocabulary.values()) == list(range(49408))
     assert vocabulary["cat</w>"] == 2368
-    assert (vocabulary[module.START], vocabulary[module.END]) == (Tokenizer.start_id, Tokenizer.end_id)
+    assert (vocabulary[module.START], vocabulary[module.END]) == (tokenizer.start_id, tokenizer.end_id)
+
+
+def test_fewer_merges_cut_rarer_words_into_more_tokens() -> None:
+    whole, small = Tokenizer(16), Tokenizer(16, 4096)
+    row = small("a black cat's rhinoceros")[0]
+    assert row[:4].tolist() == [4094, *whole.encode("a black cat")]
+    assert (small.start_id, small.end_id, int(row.max())) == (4094, 4095, 4095)
+    assert len(small.encode("rhinoceros")) > len(whole.encode("rhinoceros"))
+    assert sorted(small._bpe.get_vocab().values()) == list(range(4096))
+    assert torch.equal(pickle.loads(pickle.dumps(small))("rhinoceros"), small("rhinoceros"))
+    # With no merges at all every byte stands for itself.
+    assert len(Tokenizer(16, 514).encode("cat")) == 3
 
 
 def test_can_be_sent_to_another_process() -> None:
@@ -87,6 +100,9 @@ def test_can_be_sent_to_another_process() -> None:
 def test_wrong_input() -> None:
     with pytest.raises(UserError, match="context_length is 1; expected 2 or more"):
         Tokenizer(1)
+    for size in (513, 49409):
+        with pytest.raises(UserError, match=f"vocab_size is {size}; expected 514 to 49408"):
+            Tokenizer(16, size)
     with pytest.raises(TypeError, match="int; expected str"):
         Tokenizer()([3])  # type: ignore[list-item]
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from open_clip.transform import image_transform
 from PIL import Image
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as F
 
-from evaclip import Augmentation, Preprocess, eval_transform, train_transform
+from evaclip import Augmentation, Preprocess, eval_transform, train_transform, transforms
 from evaclip.errors import UserError
 from evaclip.transforms import TrainTransform, crop_box
 
@@ -149,6 +150,27 @@ def test_each_option_has_an_effect_of_its_own(field: str) -> None:
         assert torch.equal(changed[0], changed[1])
     if field in ("rotation", "translation", "zoom"):
         assert changed[:, 0, 0].tolist() == [1, 1, 1] or changed[:, -1, -1].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("draw", [0.0, 0.3, 0.6, 0.99])
+@pytest.mark.parametrize(("field", "center"), [("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0)])
+def test_colours_change_as_torchvision_changes_them(field: str, center: int, draw: float) -> None:
+    image, options = _picture((50, 40)), Augmentation(**{field: 0.4})
+    expected = getattr(F, f"adjust_{field}")(image, center - 0.4 + 0.8 * draw)
+    # The grayscale and the outline behind them aren't asked for, and draw nothing.
+    assert np.array_equal(transforms._recolor(image, options, iter([draw])), expected)
+
+
+@pytest.mark.parametrize("draws", [(0.5, 0.5, 0.5, 0.0), (0.1, 0.8, 0.3, 1.0), (0.9, 0.2, 0.6, 0.4)])
+def test_pictures_move_as_torchvision_moves_them(draws: tuple[float, ...]) -> None:
+    image, options = _picture((50, 40)), Augmentation(rotation=30, translation=0.2, zoom=(0.6, 1.3))
+    angle, right, down, zoom = (
+        low + (high - low) * draw
+        for (low, high), draw in zip(((-30, 30), (-10, 10), (-10, 10), (0.6, 1.3)), draws, strict=True)
+    )
+    shift = [round(right), round(down)]
+    expected = F.affine(image, angle, shift, zoom, [0.0], InterpolationMode.BILINEAR, [10, 20, 30])
+    assert np.array_equal(transforms._move(image, options, (10, 20, 30), iter(draws)), expected)
 
 
 def test_brightness_stays_within_its_bounds() -> None:

@@ -6,7 +6,6 @@ Nothing here sees the source tree, nor what only the tests require.
 import json
 import re
 import tarfile
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -42,13 +41,6 @@ def missing_modules(room: Room) -> dict[str, str]:
     own = {name: package for name, package in found.items() if package.split(".")[0] in PACKAGES}
     assert own == {}, "not in the distribution"
     return found
-
-
-def test_the_wheel_holds_every_tracked_file_and_nothing_else(wheel: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    built = {name for name in names if name.endswith(".so")} | {"evakernels/_build.json"}
-    assert names - built == set(tracked(*PACKAGES))
 
 
 def test_the_source_distribution_holds_what_is_compiled(sdist: Path) -> None:

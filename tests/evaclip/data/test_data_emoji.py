@@ -104,6 +104,28 @@ def test_a_second_build_gives_the_same_bytes(few, tmp_path):
     }
 
 
+def test_drawings_fill_their_pictures_whatever_margin_a_style_leaves(tmp_path):
+    frame = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 80 80">{}</svg>'
+    drawings = {
+        "small": '<rect x="30" y="20" width="12" height="12" fill="red"/>',
+        "wide": '<rect x="16" y="30" width="40" height="10" fill="red"/>',
+        "corner": '<rect x="70" y="0" width="10" height="10" fill="red"/>',
+        "nothing": "",
+    }
+    opaque = {}
+    for name, drawing in drawings.items():
+        (tmp_path / name).write_text(frame.format(drawing))
+        picture = np.asarray(decode_image(emoji.render_png(str(tmp_path / name), 40), name))
+        assert picture.shape == (40, 40, 4)
+        opaque[name] = picture[..., 3] == 255
+    assert opaque["small"].all()
+    assert opaque["corner"].all()
+    # In its own proportions, in the middle.
+    assert opaque["wide"][15:25].all()
+    assert not opaque["wide"][[*range(15), *range(25, 40)]].any()
+    assert not opaque["nothing"].any()
+
+
 def test_mistakes(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="did you mean 'twemoji'"):
         emoji.build_emoji(tmp_path, ["twemojy"])

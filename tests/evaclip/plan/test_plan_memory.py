@@ -38,6 +38,12 @@ from evaclip.train.optimizer import build_optimizer, parameter_groups
 from evaclip.train.step import StepOptions, TrainStep
 from evakernels.triton import contrastive
 
+
+def few_of(cases: dict[str, Any], *quick: str) -> list[Any]:
+    """The names of all cases as parameters, of which those other than `quick` are exhaustive."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.exhaustive) for name in cases]
+
+
 B = {"vision": {"width": 384, "heads": 6, "layers": 7}, "text": {"width": 256, "heads": 4, "layers": 6}}
 E = {
     "vision": {"width": 256, "heads": 4, "layers": 7, "mlp_ratio": 6.0},
@@ -78,7 +84,7 @@ def _skip_without_bfloat16(job: Job) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", few_of(STEPS, "B", "E-block"))
 def test_peak_of_a_real_step(name: str) -> None:
     job = Job(**ONE, **STEPS[name])
     _skip_without_bfloat16(job)
@@ -109,7 +115,7 @@ def _planned(job: Job) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("name", few_of(SHARDED, "block"))
 def test_peak_of_a_real_sharded_step(name: str) -> None:
     job = _sharded_job(name)
     _skip_without_bfloat16(job)
@@ -117,6 +123,7 @@ def test_peak_of_a_real_sharded_step(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("processes", [2, 4])
 def test_peak_of_real_processes(processes: int, tmp_path: Path) -> None:
     names = [name for name in SHARDED if SHARDED[name]["gpus"] == processes]
@@ -158,6 +165,7 @@ DEEP: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", DEEP)
 @pytest.mark.parametrize("model", ["EVA02-CLIP-L-14", "EVA02-CLIP-bigE-14"])
 def test_five_blocks_tell_of_nine(name: str, model: str) -> None:

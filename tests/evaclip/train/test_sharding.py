@@ -59,6 +59,7 @@ def update_norms(folder: Path) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_four_processes_equal_one(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     """The same losses, weights, averages and evaluation, with accumulation, in all modes."""
     common = [*COMMON, f"schedule.steps={STEPS}", EVAL]
@@ -83,10 +84,10 @@ def test_four_processes_equal_one(run_config: Callable[..., TrainConfig], tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_other_numbers_of_processes_go_on(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     """4 processes, then 2 with compiled blocks, then 3, then one that isn't sharded: one loss curve."""
     common = [*COMMON, "batch_size=12", "checkpoint.every_steps=5"]
-    straight = train(run_config(*common, "schedule.steps=20", "name=straight")).folder
 
     def part(steps: int, mode: str, *more: str) -> TrainConfig:
         # A constant rate: the schedule would otherwise depend on where the run is to end.
