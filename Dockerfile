@@ -38,7 +38,7 @@ FROM ${PYTHON_IMAGE}
 ARG TORCH_INDEX=
 ARG EXTRAS=clip
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
-    pip install --no-cache-dir ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} torch torchvision \
+    pip install --no-cache-dir ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} torch \
     && pip install --no-cache-dir "$(ls /wheels/*.whl)[${EXTRAS}]" \
     && useradd --create-home user
 USER user
