@@ -74,10 +74,11 @@ $(VENV)/.built: $(VENV)/.tools pyproject.toml setup.py CMakeLists.txt $(shell fi
 	@$(PHASE) "Compiling the kernels" $(PIP) install --no-build-isolation --no-deps --editable .
 	@touch $@
 
-# .demo, .test, .docs: the packages of the extra of that name.
-$(VENV)/.%: $(VENV)/.built tools/requirements.py
-	@$(PHASE) "Installing the packages for: make $*" sh -c \
-		'$(BIN)/python tools/requirements.py $* | xargs -d "\n" $(PIP) install'
+# .demo, .test, .docs: the packages of the extra of that name. The documentation needs no library.
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.built
+$(VENV)/.demo $(VENV)/.test $(VENV)/.docs: $(VENV)/.tools pyproject.toml tools/requirements.py
+	@$(PHASE) "Installing the packages for make $(@:$(VENV)/.%=%)" sh -c \
+		'$(BIN)/python tools/requirements.py $(@:$(VENV)/.%=%) | xargs -d "\n" $(PIP) install'
 	@touch $@
 
 # The oldest Triton that the kernels must compile with, that of torch 2.11; it is on that one test's path alone.

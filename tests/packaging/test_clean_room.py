@@ -121,3 +121,12 @@ def test_the_source_distribution_compiles(sdist: Path, tmp_path_factory: pytest.
         tmp_path_factory.mktemp("compiled"), sdist, tools=BUILD_TOOLS, EVAKERNELS_NATIVE="on", EVAKERNELS_CUDA="off"
     )
     assert len(room.script("run_ops.py").split()) == 11
+
+
+@pytest.mark.exhaustive
+def test_the_extra_demo_is_all_that_the_demo_needs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    room = make_room(tmp_path_factory.mktemp("demo"), wheel, "demo")
+    assert not room.distributions & {"scikit-learn", "tensorboard", "wandb"}
+    told = room.output("evaclip", "demo", "--budget-minutes", "0.05")
+    assert "OpenMoji, a style never seen" in told
+    assert (room.work / "runs/demo/report.html").exists()
