@@ -83,10 +83,10 @@ def emoji() -> TrainConfig:
     """Twemoji drawings and their names, from the shards that `evaclip data emoji data/emoji` writes."""
     # One drawing a concept: what carries over to another style has to come from the augmentation.
     augmentation = Augmentation(
-        scale=(0.9, 1.0),
-        rotation=10.0,
-        translation=0.05,
-        zoom=(0.85, 1.05),
+        scale=(0.8, 1.0),
+        rotation=15.0,
+        translation=0.1,
+        zoom=(0.8, 1.1),
         brightness=0.3,
         contrast=0.5,
         saturation=0.8,
@@ -100,7 +100,7 @@ def emoji() -> TrainConfig:
         data=DataConfig(train="data/emoji/twemoji-*.tar", workers=1, augmentation=augmentation),
         model=ModelConfig(name="emoji"),
         optim=OptimConfig(lr=5e-4, text=TowerConfig(lr=1e-3), weight_decay=0.1, grad_clip_norm=1.0),
-        schedule=ScheduleConfig(steps=1200, warmup_steps=80),
+        schedule=ScheduleConfig(steps=2000, warmup_steps=80),
         precision="amp_bf16",
         log=LogConfig(every_steps=50),
         eval=EvalConfig(data=DataConfig(train="data/emoji/openmoji-*.tar"), batch_size=128),
