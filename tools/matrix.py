@@ -22,9 +22,7 @@ from typing import Any
 
 CHECK = Path(__file__).with_name("wheel_check.py").resolve()
 OLDEST_TORCH = "2.11"
-HEADER = (
-    "| Python | torch | its CUDA | Python module, operators | ops against the reference | seconds to the first op |"
-)
+HEADER = "| Python | torch | its CUDA | compiled library | ops against the reference | seconds to the first op |"
 
 
 def wheels(folder: Path) -> dict[str, Path]:

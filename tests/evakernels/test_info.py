@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import evaclip
+import evakernels
 from evakernels import _native
 from evakernels._info import info
 
@@ -16,6 +18,7 @@ def test_info_is_plain_and_true() -> None:
     assert json.loads(json.dumps(found)) == found
     assert found["python"] == platform.python_version()
     assert found["torch"] == torch.__version__
+    assert found["evakernels"] == evakernels.__version__ == evaclip.__version__
     assert found["native"]["loaded"] == _native.LOADED
     assert found["native"]["reason"] == _native.REASON
     assert found["cuda"]["available"] == torch.cuda.is_available()
