@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("evakernels", "evaclip")
 SCRIPTS = Path(__file__).with_name("in_room")
+CHECK = ROOT / "tools/wheel_check.py"
 BUILD_TOOLS = ("setuptools", "wheel", "cmake", "ninja", "pybind11")
 COMPILER_SETTINGS = ("CXX", "CUDACXX", "EVAKERNELS_CUDA", "EVAKERNELS_NATIVE")
 
@@ -56,9 +57,9 @@ class Room:
         assert result.returncode == 0, f"{' '.join(map(str, command))}\n{result.stdout[-5000:]}{result.stderr[-5000:]}"
         return result.stdout
 
-    def script(self, name: str, *arguments: object) -> str:
-        """What a script of `in_room` prints; Python runs it without the script's folder on its path."""
-        return self.output(self.python, "-I", SCRIPTS / name, *arguments)
+    def script(self, file: str | Path, *arguments: object) -> str:
+        """What a script, such as one of `in_room`, prints; Python runs it without the script's folder on its path."""
+        return self.output(self.python, "-I", SCRIPTS / file, *arguments)
 
 
 def make_room(folder: Path, archive: Path, extra: str = "", tools: tuple[str, ...] = (), **environment: str) -> Room:
