@@ -23,8 +23,8 @@ RUN_FOLDER = Path("runs/demo")
 DATA_FOLDER = Path("data/emoji")
 
 _TITLES = {"openmoji": "OpenMoji, a style never seen", "twemoji": "Twemoji, the drawings trained on"}
-_PICTURE_SIZE = 64  # the model sees 48 pixels, and zooms in by a tenth at most
-_SPEED_STEPS = 24
+_PICTURE_SIZE = 64  # twice what the model sees, for the report's gallery
+_SPEED_STEPS = 48  # the first ones are slow: pictures are decoded, memory is taken
 _PHASES = ("drawings", "training", "evaluation", "report")
 
 Say = Callable[[str], None]
@@ -129,7 +129,7 @@ def _steps_per_second(config: "TrainConfig") -> float:
     from evaclip.train.trainer import train
 
     schedule = replace(config.schedule, steps=_SPEED_STEPS, epochs=None)
-    log = LogConfig(every_steps=_SPEED_STEPS // 2, tensorboard=False, progress="none")
+    log = LogConfig(every_steps=_SPEED_STEPS // 3, tensorboard=False, progress="none")
     with tempfile.TemporaryDirectory() as folder:
         outcome = train(replace(config, output=folder, schedule=schedule, log=log))
         _stop_if_asked(outcome)

@@ -1,7 +1,7 @@
 """Batches for training: an endless, seed-reproducible stream whose position is one integer."""
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, count
 
 import numpy as np
@@ -25,6 +25,7 @@ Tokenizer = Callable[[list[str]], Tensor]
 """n captions -> int64 [n, context_length]."""
 
 _ATTEMPTS = 100
+_KEPT_BYTES = 2**26
 _NEARBY = 50
 _REPLACEMENT, _CAPTION, _AUGMENTATION = 1, 2, 3
 
@@ -175,6 +176,7 @@ class _BatchReader:
     seed: int
     decode_size: int | None
     prefetcher: Prefetcher
+    kept: dict[int, tuple[RawSample, Image.Image]] = field(default_factory=dict)
 
     def check_room(self, window: int) -> None:
         """Raises UserError if the local copies of the shards that are read at a time don't fit into their cache."""
@@ -215,15 +217,25 @@ class _BatchReader:
     def _load(self, sample: int, global_index: int, faults: list[Fault]) -> tuple[RawSample, Image.Image]:
         """The sample, or the first good one of those that replace it."""
         for candidate in chain([sample], self._replacements(global_index)):
+            if candidate in self.kept:
+                return self.kept[candidate]
             try:
                 raw = self.source[candidate]
-                return raw, decode_image(raw.image, self.source.name(candidate), self.decode_size)
+                picture = decode_image(raw.image, self.source.name(candidate), self.decode_size)
+                self._keep(candidate, raw, picture)
+                return raw, picture
             except BadSample as exc:
                 faults.append(exc.fault)
         raise UserError(
             f"{self.source.description}: {_ATTEMPTS} samples in a row cannot be used, the last: {faults[-1]};"
             " `evaclip data check` lists what is wrong"
         )
+
+    def _keep(self, sample: int, raw: RawSample, picture: Image.Image) -> None:
+        """Keeps a decoded picture for the epochs to come, where all of a small data set would fit into the memory."""
+        size = len(raw.image) + picture.width * picture.height * 4
+        if size * len(self.source) <= _KEPT_BYTES:
+            self.kept[sample] = raw, picture
 
     def _replacements(self, global_index: int) -> Iterator[int]:
         for attempt in range(1, _ATTEMPTS):

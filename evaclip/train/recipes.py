@@ -100,7 +100,7 @@ def emoji() -> TrainConfig:
         data=DataConfig(train="data/emoji/twemoji-*.tar", workers=1, augmentation=augmentation),
         model=ModelConfig(name="emoji"),
         optim=OptimConfig(lr=5e-4, text=TowerConfig(lr=1e-3), weight_decay=0.1, grad_clip_norm=1.0),
-        schedule=ScheduleConfig(steps=2000, warmup_steps=80),
+        schedule=ScheduleConfig(steps=1600, warmup_steps=80),
         precision="amp_bf16",
         log=LogConfig(every_steps=50),
         eval=EvalConfig(data=DataConfig(train="data/emoji/openmoji-*.tar"), batch_size=128),

@@ -43,7 +43,7 @@ def data(tmp_path: Path) -> Path:
 def small_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo's recipe, small enough for a test."""
     recipe = get_recipe("emoji")
-    vision = {"image_size": 24, "width": 32, "layers": 1, "heads": 2}
+    vision = {"image_size": 32, "width": 32, "layers": 1, "heads": 2}
     text = {"width": 32, "layers": 1, "heads": 2}
     small = replace(
         recipe,
