@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 RECIPE = "emoji"
 STYLES = ("twemoji", "openmoji")
-BUDGET_MINUTES = 2.5
+BUDGET_MINUTES = 3.0
 RUN_FOLDER = Path("runs/demo")
 DATA_FOLDER = Path("data/emoji")
 
