@@ -11,7 +11,8 @@ import pytest
 import torch
 from data_samples import number_tokens, number_transform, picture, sample
 
-from evaclip.data import TrainLoader, iterate, open_source
+from evaclip.data import TrainLoader, iterate, loader, open_source
+from evaclip.data.samples import decode_image
 from evaclip.data.shard_writer import write_shard
 from evaclip.errors import UserError
 
@@ -103,6 +104,22 @@ def test_augmentation_and_captions_change_from_epoch_to_epoch(shards):
 def test_another_seed_gives_another_order(shards):
     source = open_source(shards)
     assert numbers(take(make_loader(source, seed=1), 8)) != numbers(take(make_loader(source, seed=2), 8))
+
+
+@pytest.mark.parametrize(("limit", "decoded"), [(2**26, 64), (64 * 8, 192)])
+def test_pictures_of_a_small_data_set_are_decoded_once(shards, monkeypatch, limit, decoded):
+    calls = []
+
+    def decode(*args):
+        calls.append(args)
+        return decode_image(*args)
+
+    expected = take(make_loader(open_source(shards)), 24)
+    monkeypatch.setattr(loader, "decode_image", decode)
+    monkeypatch.setattr(loader, "_KEPT_BYTES", limit)
+    batches = take(make_loader(open_source(shards)), 24)
+    assert len(calls) == decoded
+    assert all(torch.equal(one.images, other.images) for one, other in zip(expected, batches, strict=True))
 
 
 def test_bad_samples_are_replaced_counted_and_named(tmp_path, caplog):
