@@ -31,7 +31,7 @@ test: $(VENV)/.test
 
 test-all: test exhaustive
 
-exhaustive: $(VENV)/.test $(VENV)/oldest-triton
+exhaustive: $(VENV)/.test-all $(VENV)/oldest-triton
 	$(PYTEST) -m exhaustive
 
 # tools/wheel.py installs what else it needs into an environment that it deletes.
@@ -51,13 +51,13 @@ gpu-check: $(VENV)/.test
 	$(BIN)/python -m benchmarks all --device cuda --dtype float32 --dtype bfloat16 --dtype float16 --check \
 		--json benchmarks/results
 
-lint: $(VENV)/.test
+lint: $(VENV)/.test-all
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 
-format: $(VENV)/.test
+format: $(VENV)/.test-all
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
@@ -74,9 +74,9 @@ $(VENV)/.built: $(VENV)/.tools pyproject.toml setup.py CMakeLists.txt $(shell fi
 	@$(PHASE) "Compiling the kernels" $(PIP) install --no-build-isolation --no-deps --editable .
 	@touch $@
 
-# .demo, .test, .docs: the packages of the extra of that name. The documentation needs no library.
-$(VENV)/.demo $(VENV)/.test: $(VENV)/.built
-$(VENV)/.demo $(VENV)/.test $(VENV)/.docs: $(VENV)/.tools pyproject.toml tools/requirements.py
+# .demo, .test and so on: the packages of the extra of that name. The documentation needs no library.
+$(VENV)/.demo $(VENV)/.test $(VENV)/.test-all: $(VENV)/.built
+$(VENV)/.demo $(VENV)/.test $(VENV)/.test-all $(VENV)/.docs: $(VENV)/.tools pyproject.toml tools/requirements.py
 	@$(PHASE) "Installing the packages for make $(@:$(VENV)/.%=%)" sh -c \
 		'$(BIN)/python tools/requirements.py $(@:$(VENV)/.%=%) | xargs -d "\n" $(PIP) install'
 	@touch $@

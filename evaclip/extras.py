@@ -7,7 +7,7 @@ from evaclip.errors import UserError
 
 DISTRIBUTION = "evakernels"
 
-_FOR_DEVELOPERS = ("bench", "docs", "test")
+_FOR_DEVELOPERS = ("bench", "docs", "test", "test-all")
 _REQUIREMENT = re.compile(r"""^(?P<name>[\w.-]+)[^;]*(;.*extra\s*==\s*["'](?P<extra>[\w-]+)["'])?""")
 # Under what other name a package is imported can't be looked up where it is missing.
 _IMPORTED_AS = {"open_clip_torch": "open_clip", "pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}

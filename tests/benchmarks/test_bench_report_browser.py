@@ -3,18 +3,24 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from bench_report_fakes import results
-from playwright.sync_api import Browser, Page, sync_playwright
 
 from benchmarks.report import write_report
 from benchmarks.results import Results
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no browser: chromium, chromium-browser or google-chrome isn't in PATH"
-)
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no browser: chromium, chromium-browser or google-chrome isn't in PATH"
+    ),
+]
 PAGES = ("index.html", "rope_attention.html")
 QUIET = [
     "--disable-background-networking",
@@ -35,7 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser() -> Iterator["Browser"]:
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
         found = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET, timeout=60_000)
         yield found
@@ -43,7 +51,7 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
+def page(browser: "Browser") -> Iterator["Page"]:
     """A page that may load files only, and whose errors fail the test."""
     complaints: list[str] = []
     with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
@@ -55,14 +63,14 @@ def page(browser: Browser) -> Iterator[Page]:
     assert complaints == []
 
 
-def column(page: Page, table: str, number: int) -> list[str]:
+def column(page: "Page", table: str, number: int) -> list[str]:
     """The texts of a column, from the top."""
     return page.locator(f"#{table} tbody tr > :nth-child({number})").all_inner_texts()
 
 
 @pytest.mark.parametrize("name", PAGES)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_plots_are_drawn(page: Page, folder: Path, name: str, scheme: str) -> None:
+def test_plots_are_drawn(page: "Page", folder: Path, name: str, scheme: str) -> None:
     page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
     page.goto((folder / name).as_uri())
     plots = page.locator("svg[role=img]").all()
@@ -88,7 +96,7 @@ def test_plots_are_drawn(page: Page, folder: Path, name: str, scheme: str) -> No
 
 @pytest.mark.parametrize(("name", "table", "number"), [("index.html", "cases", 5), ("rope_attention.html", "rows", 5)])
 def test_a_click_sorts_by_number_and_another_one_reverses(
-    page: Page, folder: Path, name: str, table: str, number: int
+    page: "Page", folder: Path, name: str, table: str, number: int
 ) -> None:
     page.goto((folder / name).as_uri())
     heading = page.locator(f"#{table} thead th:nth-child({number})")
@@ -111,7 +119,7 @@ def test_a_click_sorts_by_number_and_another_one_reverses(
     assert numbers() == measured[::-1] + failed
 
 
-def test_texts_sort_as_texts_and_only_one_heading_is_marked(page: Page, folder: Path) -> None:
+def test_texts_sort_as_texts_and_only_one_heading_is_marked(page: "Page", folder: Path) -> None:
     page.goto((folder / "rope_attention.html").as_uri())
     page.locator("#rows thead").get_by_role("button", name="ms", exact=True).click()
     page.locator("#rows thead").get_by_role("button", name="candidate").click()
@@ -120,7 +128,7 @@ def test_texts_sort_as_texts_and_only_one_heading_is_marked(page: Page, folder: 
     assert page.locator("#rows th[aria-sort]").count() == 1
 
 
-def test_the_field_above_a_table_leaves_the_rows_with_its_words(page: Page, folder: Path) -> None:
+def test_the_field_above_a_table_leaves_the_rows_with_its_words(page: "Page", folder: Path) -> None:
     page.goto((folder / "rope_attention.html").as_uri())
     page.get_by_role("searchbox").fill("TRAINING compile")
     visible = page.locator("#rows tbody tr:visible")
@@ -132,7 +140,7 @@ def test_the_field_above_a_table_leaves_the_rows_with_its_words(page: Page, fold
 
 @pytest.mark.parametrize("name", PAGES)
 @pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_sticks_out(page: Page, folder: Path, name: str, width: int) -> None:
+def test_nothing_sticks_out(page: "Page", folder: Path, name: str, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 844})
     page.goto((folder / name).as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -142,7 +150,7 @@ def test_nothing_sticks_out(page: Page, folder: Path, name: str, width: int) -> 
     assert wide == []
 
 
-def test_a_point_says_what_it_is_and_leads_to_its_page(page: Page, folder: Path) -> None:
+def test_a_point_says_what_it_is_and_leads_to_its_page(page: "Page", folder: Path) -> None:
     page.goto((folder / "index.html").as_uri())
     point = page.locator("svg[role=img] use:has(> title)").last
     assert "rope_attention" in (point.locator("title").text_content() or "")

@@ -28,6 +28,7 @@ def log_two_steps(config: LogConfig, folder: Path, first: int) -> None:
     assert messages == []
 
 
+@pytest.mark.exhaustive
 def test_wandb_offline(tmp_path: Path) -> None:
     wandb = pytest.importorskip("wandb", reason="the extra [wandb] is not installed")
     for first in (1, 3):
@@ -45,6 +46,7 @@ def test_wandb_offline(tmp_path: Path) -> None:
         assert b"train/communication" not in content
 
 
+@pytest.mark.exhaustive
 def test_trackio_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "database"))
     pytest.importorskip("trackio", reason="the extra [trackio] is not installed")
