@@ -99,8 +99,8 @@ def emoji() -> TrainConfig:
         batch_size=128,
         data=DataConfig(train="data/emoji/twemoji-*.tar", workers=1, augmentation=augmentation),
         model=ModelConfig(name="emoji"),
-        # On OpenMoji after 102,000 samples at 48 pixels, 3 layers: patches of 16 pixels 4.3 %; of 12 pixels with half of
-        # them dropped 2.9 %, of 8 with three quarters dropped 3.1 %.
+        # On OpenMoji after 102,000 samples at 48 pixels, with 3 layers: patches of 16 pixels 4.3 %; of 12 pixels with
+        # half of them dropped 2.9 %, of 8 with three quarters dropped 3.1 %.
         optim=OptimConfig(lr=5e-4, text=TowerConfig(lr=1e-3), weight_decay=0.1, grad_clip_norm=1.0),
         schedule=ScheduleConfig(steps=1600, warmup_steps=80),
         precision="amp_bf16",
