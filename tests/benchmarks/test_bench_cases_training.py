@@ -152,7 +152,7 @@ def test_models_are_given_the_same_parameters_and_other_samples() -> None:
 def test_captions_are_as_long_as_in_use() -> None:
     texts = draw(get_operation("encode_text"), parse_shape("eva02-b16:text b256"))["samples"]
     assert texts.shape == (256, 77)
-    assert (texts[:, 0] == Tokenizer.start_id).all()
+    assert (texts[:, 0] == Tokenizer().start_id).all()
     lengths = (texts != 0).sum(-1)
     assert torch.equal(texts.argmax(-1), lengths - 1)  # the end token is the largest
     assert 11 < lengths.double().mean() < 16
@@ -194,7 +194,8 @@ def test_whole_models_are_known_by_name() -> None:
 # --- the plain model ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list_models())
+# Of the published models none takes the mean of its patches, which the plain model can't.
+@pytest.mark.parametrize("name", [name for name in list_models() if get_config(name).vision.pool == "token"])
 def test_the_plain_model_has_the_parameters_of_ours(name: str) -> None:
     ours = create_model(name, device="meta", vision={"layers": 2}, text={"layers": 2})
     plain = PlainClip(ours.config, torch.device("cpu"))
