@@ -1,6 +1,5 @@
 """What is installed and what is live, for error reports and for `evaclip doctor`."""
 
-import importlib
 import platform
 from importlib import metadata
 from typing import Any
@@ -47,8 +46,7 @@ def _native_info() -> dict[str, Any]:
         "cuda_reason": _native.build_record().get("cuda_reason"),
     }
     try:
-        # By name, because the module exists only where it was built.
-        compiled = importlib.import_module("evakernels._C")
+        compiled = _native.python_module()
     except ImportError:
         return state
     try:

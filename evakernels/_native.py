@@ -69,8 +69,18 @@ def active_isa() -> str | None:
     None where there are none, or where EVAKERNELS_ISA asks for one that this machine lacks.
     """
     try:
-        # By name, because the module exists only where it was built.
-        isa: str = importlib.import_module("evakernels._C").active_isa()
+        isa: str = python_module().active_isa()
     except (ImportError, ValueError):
         return None
     return isa
+
+
+def python_module() -> Any:
+    """The module `evakernels._C`; ImportError where it isn't built or can't be loaded.
+
+    That of another folder, which an editable installation finds for a copy of this package, would load a second
+    library, whose kernels take the place of this one's.
+    """
+    if not any(_FOLDER.glob("_C.*.so")):
+        raise ImportError("evakernels._C is not built")
+    return importlib.import_module("evakernels._C")
