@@ -1,5 +1,5 @@
 # make demo         train on real pictures, evaluate, and write runs/demo/report.html: some minutes on two cores
-# make test         everything that a user sees: at most ten minutes on two cores
+# make test         everything that a user sees
 # make test-all     that, and the exhaustive proofs: emulated and compiled GPU kernels, every instruction set, faults
 # make wheel        a manylinux wheel in dist/; `make wheel-cuda`: one with the kernels for GPUs
 # make docs         the documentation on a local server; `make docs-build`: as a folder, site/
