@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.operation import Operation, get_operation, operations, suite_operations
 from benchmarks.results import Results, read_results
 from benchmarks.suite import DEFAULT_DTYPES, DTYPES, Plan, run
-from evaclip.cli import CommandParser, leaf, run_command
+from evaclip.commands.parser import CommandParser, leaf, run_command
 from evaclip.errors import UserError, unknown_name
 
 _EXAMPLES = {

@@ -1,6 +1,6 @@
 """`python -m evaclip`, which is what torchrun starts."""
 
-from evaclip.cli import main
+from evaclip.commands.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -75,12 +75,17 @@ def active_isa() -> str | None:
     return isa
 
 
+def is_module_built() -> bool:
+    """Whether `evakernels._C` lies beside this file."""
+    return any(_FOLDER.glob("_C.*.so"))
+
+
 def python_module() -> Any:
     """The module `evakernels._C`; ImportError where it isn't built or can't be loaded.
 
     That of another folder, which an editable installation finds for a copy of this package, would load a second
     library, whose kernels take the place of this one's.
     """
-    if not any(_FOLDER.glob("_C.*.so")):
+    if not is_module_built():
         raise ImportError("evakernels._C is not built")
     return importlib.import_module("evakernels._C")

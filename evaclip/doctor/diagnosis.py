@@ -1,11 +1,9 @@
 """What is installed and what works, for people and for programs."""
 
-import importlib
 import os
 import re
 from collections.abc import Iterator
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +102,12 @@ def _serves(archs: list[str], capability: str) -> bool:
 
 def _module_error() -> str | None:
     """Why the Python module of the compiled library, which is there, can't be imported."""
-    if find_spec("evakernels._C") is None:
+    from evakernels._native import is_module_built, python_module
+
+    if not is_module_built():
         return None
     try:
-        importlib.import_module("evakernels._C")
+        python_module()
     except ImportError as exc:
         return str(exc)
     return None

@@ -30,6 +30,15 @@ def render(facts: Facts, verbose: bool, width: int, marks: dict[str, str]) -> st
     return "\n\n".join(part for part in parts if part)
 
 
+def marks_for(encoding: str) -> dict[str, str]:
+    """The marks that a terminal of this encoding can show."""
+    try:
+        "".join(MARKS.values()).encode(encoding)
+    except (LookupError, UnicodeEncodeError):
+        return ASCII_MARKS
+    return MARKS
+
+
 def system_rows(facts: Facts) -> list[tuple[str, str]]:
     """Machine, GPUs, versions and the native library: a title and what there is."""
     machine, triton = facts["machine"], facts["triton"] or "not installed (needed for kernels on GPUs only)"

@@ -1,7 +1,6 @@
 """The spellings of open_clip's and EVA-CLIP's training scripts, as ways to say configuration keys."""
 
-import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,41 +80,31 @@ ALIASES = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds all aliases to a parser."""
-    group = parser.add_argument_group("spellings of open_clip and EVA-CLIP, for --set KEY=VALUE")
-    for alias in ALIASES:
-        meaning = alias.key or "accepted: this is how it always is"
-        if alias.takes_value:
-            group.add_argument(alias.flag, dest=alias.flag, default=None, metavar="VALUE", help=meaning)
-        else:
-            group.add_argument(alias.flag, dest=alias.flag, action="store_true", help=meaning)
-
-
-def changes(args: argparse.Namespace, accumulation: int, processes: int) -> list[Tree]:
-    """The configuration changes that the given aliases ask for.
+def changes(given: Mapping[str, Any], accumulation: int, processes: int) -> list[Tree]:
+    """The configuration changes that flags ask for.
 
     Args:
+        given: values by flag, True for a flag without one; of those that aren't given None, False or nothing.
         accumulation: of the configuration so far.
         processes: that train together.
     """
     found = []
-    for alias in _used(args):
+    for alias in _used(given):
         if alias.key is None:
             continue
-        value = getattr(args, alias.flag) if alias.takes_value else alias.constant
+        value = given[alias.flag] if alias.takes_value else alias.constant
         if alias.key == "batch_size":
             # There it counts one chunk of one process, here the whole batch.
-            value = _times(value, _times(getattr(args, "--accum-freq") or accumulation, processes))
+            value = _times(value, _times(given.get("--accum-freq") or accumulation, processes))
         found.append(nest(alias.key, alias.words.get(value, value)))
         if alias.key == "schedule.epochs":
             found.append(nest("schedule.steps", None))
     return found
 
 
-def notes(args: argparse.Namespace) -> list[str]:
-    """What is to be said about the given aliases."""
-    return [f"{alias.flag}: {alias.note}" for alias in _used(args) if alias.note]
+def notes(given: Mapping[str, Any]) -> list[str]:
+    """What is to be said about the given flags."""
+    return [f"{alias.flag}: {alias.note}" for alias in _used(given) if alias.note]
 
 
 def _times(value: Any, factor: Any) -> Any:
@@ -124,5 +113,5 @@ def _times(value: Any, factor: Any) -> Any:
     return int(value) * int(factor) if numbers else value
 
 
-def _used(args: argparse.Namespace) -> Iterable[Alias]:
-    return (alias for alias in ALIASES if getattr(args, alias.flag) not in (None, False))
+def _used(given: Mapping[str, Any]) -> Iterable[Alias]:
+    return (alias for alias in ALIASES if given.get(alias.flag) not in (None, False))

@@ -7,6 +7,8 @@ import sys
 
 import torch
 
+from evaclip.machine import multiplies_bfloat16
+
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # names of parameters in glibc's malloc.h
 _NEVER = 2**31 - 1
 
@@ -34,6 +36,13 @@ def leave_cores_to_workers(workers: int) -> None:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
+
+
+def slow_precision(device: torch.device, precision: str) -> str | None:
+    """What to say where training computes in a type that the processor has no instructions for."""
+    if device.type != "cpu" or precision not in ("amp_bf16", "bf16") or multiplies_bfloat16():
+        return None
+    return f"precision={precision} is slow here: this processor multiplies no bfloat16; precision=fp32 is faster"
 
 
 def peak_memory(device: torch.device) -> int:

@@ -103,7 +103,6 @@ def emoji() -> TrainConfig:
         # half of them dropped 2.9 %, of 8 with three quarters dropped 3.1 %.
         optim=OptimConfig(lr=5e-4, text=TowerConfig(lr=1e-3), weight_decay=0.1, grad_clip_norm=1.0),
         schedule=ScheduleConfig(steps=1600, warmup_steps=80),
-        precision="amp_bf16",
         log=LogConfig(every_steps=50),
         eval=EvalConfig(data=DataConfig(train="data/emoji/openmoji-*.tar"), batch_size=128),
     )

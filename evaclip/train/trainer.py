@@ -17,7 +17,7 @@ from evaclip.train.communication import CommunicationSampler
 from evaclip.train.config import TrainConfig, to_tree
 from evaclip.train.distributed import World, connect
 from evaclip.train.evaluation import Metrics
-from evaclip.train.host import keep_freed_memory, leave_cores_to_workers, peak_memory
+from evaclip.train.host import keep_freed_memory, leave_cores_to_workers, peak_memory, slow_precision
 from evaclip.train.meter import Meter
 from evaclip.train.optimizer import set_lr_factor
 from evaclip.train.progress import Report, open_report
@@ -71,7 +71,7 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False)
         keep_freed_memory()
         leave_cores_to_workers(config.data.workers)
     with closing(world):
-        messages: list[str] = []
+        messages = list(filter(None, [slow_precision(world.device, config.precision)]))
         trackers.require(config.log)
         located = locate(config, resume, overwrite, messages.append) if world.is_main else None
         folder, start = world.from_main(located)

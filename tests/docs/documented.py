@@ -93,7 +93,7 @@ class Page:
         self._evaclip(["train", "tiny", "--config", "documented.yaml"])
 
     def _parser(self) -> Any:
-        return import_module("evaclip.cli").build_parser()
+        return import_module("evaclip.commands.main").build_parser()
 
     def _evaclip(self, words: list[str]) -> None:
         if words[0] == "train" and len(words) > 1 and "--print-config" not in words:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evaclip import demo
+from evaclip.demo import story as demo
 from evaclip.errors import UserError
 from evaclip.eval.results import Evaluation
 from evaclip.train.recipes import RECIPES, get_recipe
@@ -98,6 +98,14 @@ def test_the_budget_shortens_but_never_lengthens(
     assert (schedule.steps, schedule.warmup_steps) == (steps, warmup)
 
 
+@pytest.mark.parametrize(("multiplies", "precision"), [(True, "amp_bf16"), (False, "fp32")])
+def test_bfloat16_only_where_the_processor_multiplies_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, multiplies: bool, precision: str
+) -> None:
+    monkeypatch.setattr("evaclip.machine.multiplies_bfloat16", lambda: multiplies)
+    assert demo.demo_config(tmp_path / "run", tmp_path).precision == precision
+
+
 @pytest.mark.usefixtures("small_recipe")
 def test_the_speed_is_measured_by_training(data: Path, tmp_path: Path) -> None:
     assert demo._steps_per_second(demo.demo_config(tmp_path / "run", data)) > 0.05
@@ -110,7 +118,7 @@ def test_shards_that_are_missing_are_drawn(data: Path, tmp_path: Path, monkeypat
     def record(folder: Path, styles: tuple[str, ...], size: int) -> None:
         drawn.append((folder, styles))
 
-    monkeypatch.setattr("evaclip.data.emoji.build_emoji", record)
+    monkeypatch.setattr("evaclip.demo.emoji.build_emoji", record)
     demo.draw_shards(data)
     assert drawn == []
     (data / "classes.txt").unlink()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from evaclip import extras
-from evaclip.cli import main
+from evaclip.commands.main import main
 from evaclip.doctor import diagnosis, screen
 from evakernels import backends
 from evakernels.ops import layer_norm

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from evaclip import create_model
-from evaclip.cli import main
+from evaclip.commands.main import main
 from evaclip.errors import UserError
 from evaclip.model.clip import CLIP
 from evaclip.model.export import export, exported

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from evaclip.cli import main
+from evaclip.commands.main import main
+from evaclip.commands.report import add_commands
 from evaclip.errors import UserError
 from evaclip.eval.gallery import Found, Gallery, Query, Section, thumbnail
 from evaclip.eval.results import DataFacts, Evaluation, ModelFacts
-from evaclip.report import add_commands, write_report
+from evaclip.report import write_report
 from evaclip.report.charts import Bar, percent, short_number, times_chance
 from evaclip.report.curves import Series, panels, thinned
 from evaclip.report.page import render_page

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from evaclip.cli import main
+from evaclip.commands.main import main
+from evaclip.report.live import sparkline
 from evaclip.run_files import CONFIG_FILE, LOG_FILE
-from evaclip.watch import sparkline
 
 
 def write_run(folder: Path, losses: list[float | None]) -> None:

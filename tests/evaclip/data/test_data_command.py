@@ -4,10 +4,12 @@ import pytest
 from data_samples import picture, sample
 from pydantic import TypeAdapter, ValidationError
 
-from evaclip.data import DataConfig, command, emoji, open_configured, open_source
+from evaclip.commands import data as command
+from evaclip.data import DataConfig, open_configured, open_source
 from evaclip.data.bench import time_stages
 from evaclip.data.check import check
 from evaclip.data.shard_writer import write_shard
+from evaclip.demo import emoji
 from evaclip.errors import UserError
 from evaclip.transforms import train_transform
 

@@ -8,7 +8,8 @@ import pytest
 from data_samples import sample
 from shard_server import ShardServer
 
-from evaclip.data import BadSample, FaultKind, command, open_source, tar_index
+from evaclip.commands import data as command
+from evaclip.data import BadSample, FaultKind, open_source, tar_index
 from evaclip.data.config import RemoteConfig
 from evaclip.data.shard_writer import write_shard
 from evaclip.errors import UserError

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torchvision.transforms.functional import to_tensor
 
-from evaclip.eval.command import add_commands
+from evaclip.commands.eval import add_commands
 
 COLORS = {
     "red": (255, 0, 0),

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 import evaclip as package
 import evakernels
-from evaclip.data import emoji
 from evaclip.data.shard_writer import write_shard
+from evaclip.demo import emoji
 from evaclip.errors import UserError
 from evaclip.eval import clip_benchmark
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from evaclip.cli import main
+from evaclip.commands.main import main
 from evaclip.plan.gpus import get_gpu, gpus
 
 

@@ -27,7 +27,7 @@ def run_two(config: TrainConfig, folder: Path, *arguments: str) -> str:
     path.write_text(dump_yaml(config))
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-        "-m", "evaclip.cli", "train", "tiny", "--config", str(path), *arguments,
+        "-m", "evaclip", "train", "tiny", "--config", str(path), *arguments,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)

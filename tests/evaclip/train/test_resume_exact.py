@@ -33,7 +33,7 @@ def kill_after(config: TrainConfig, step: int, folder: Path) -> str:
     """Runs a training as a process of its own and kills it once it has logged `step`; returns what it printed."""
     path = folder / "config.yaml"
     path.write_text(dump_yaml(config))
-    command = [sys.executable, "-m", "evaclip.cli", "train", "tiny", "--config", str(path)]
+    command = [sys.executable, "-m", "evaclip", "train", "tiny", "--config", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     lines = []
     with subprocess.Popen(

@@ -1,11 +1,11 @@
 """The spellings of other trainers."""
 
-import argparse
 import operator
 from functools import reduce
 
 import pytest
 
+from evaclip.commands.main import build_parser
 from evaclip.errors import UserError
 from evaclip.train import aliases
 from evaclip.train.config import TrainConfig, to_tree
@@ -14,9 +14,8 @@ from evaclip.train.recipes import get_recipe
 
 
 def apply(*arguments: str, accumulation: int = 1, processes: int = 1) -> TrainConfig:
-    parser = argparse.ArgumentParser()
-    aliases.add_arguments(parser)
-    changes = aliases.changes(parser.parse_args(arguments), accumulation, processes)
+    given = vars(build_parser().parse_args(["train", "tiny", *arguments]))
+    changes = aliases.changes(given, accumulation, processes)
     return resolve(get_recipe("tiny"), changes)
 
 
@@ -78,9 +77,7 @@ def test_a_bad_batch_size_is_refused(value: str) -> None:
 
 def test_what_is_always_so_is_accepted_and_explained() -> None:
     assert apply("--local-loss", "--gather-with-grad") == get_recipe("tiny")
-    parser = argparse.ArgumentParser()
-    aliases.add_arguments(parser)
-    notes = aliases.notes(parser.parse_args(["--local-loss"]))
+    notes = aliases.notes({"--local-loss": True})
     assert len(notes) == 1
     assert notes[0].startswith("--local-loss: the loss here is always")
 

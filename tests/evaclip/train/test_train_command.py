@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from evaclip.cli import main
+from evaclip.commands.main import main
 from evaclip.train.config import TrainConfig
 from evaclip.train.overrides import dump_yaml, validate
 from evaclip.train.recipes import RECIPES, get_recipe

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from evaclip import create_model, load_state_dict
-from evaclip.cli import main
+from evaclip.commands.main import main
 from evaclip.errors import UserError
 from evaclip.weights.convert import convert, identify
 from evaclip.weights.files import read_tensors

@@ -1,6 +1,6 @@
 """A call of each command that needs an extra, which isn't there; prints what each one answers, a line each."""
 
-from evaclip.cli import main
+from evaclip.commands.main import main
 
 COMMANDS = (
     "train tiny",

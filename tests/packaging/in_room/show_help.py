@@ -5,7 +5,7 @@ import contextlib
 import io
 from collections.abc import Iterator
 
-from evaclip.cli import build_parser, main
+from evaclip.commands.main import build_parser, main
 
 
 def commands(parser: argparse.ArgumentParser, *words: str) -> Iterator[tuple[str, ...]]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from evaclip.cli import main
+from evaclip.commands.main import main
 from evaclip.data import Batch, TrainLoader
 from evaclip.train import saver
 from evaclip.train.step import TrainStep

@@ -1,6 +1,5 @@
-"""The whole story in one command: real shards, training, evaluation on a style never seen, and the report."""
+"""The whole story: real shards, training, evaluation on a style never seen, and the report."""
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -83,7 +82,7 @@ def _phase(name: str, say: Say) -> Iterator[None]:
 
 def draw_shards(data: Path, say: Say = print) -> None:
     """Makes sure that `data` holds the shards of both styles."""
-    from evaclip.data.emoji import build_emoji
+    from evaclip.demo.emoji import build_emoji
 
     # The list of classes is written after the shards: where it is, they are complete.
     if (data / "classes.txt").is_file() and all(any(data.glob(f"{style}-*.tar")) for style in STYLES):
@@ -95,6 +94,7 @@ def draw_shards(data: Path, say: Say = print) -> None:
 
 def demo_config(out: Path, data: Path) -> "TrainConfig":
     """The recipe, reading from `data` and writing to `out`; the evaluation is left to the demo."""
+    from evaclip.machine import multiplies_bfloat16
     from evaclip.train.config import EvalConfig
     from evaclip.train.recipes import get_recipe
 
@@ -102,7 +102,9 @@ def demo_config(out: Path, data: Path) -> "TrainConfig":
     shards = replace(config.data, train=str(data / "twemoji-*.tar"))
     # The report shows the same curves, and the demo goes without a package.
     log = replace(config.log, tensorboard=False)
-    return replace(config, name=out.name, output=str(out.parent), data=shards, log=log, eval=EvalConfig())
+    precision = "amp_bf16" if multiplies_bfloat16() else config.precision
+    config = replace(config, precision=precision, data=shards, log=log, eval=EvalConfig())
+    return replace(config, name=out.name, output=str(out.parent))
 
 
 def fit_to_budget(config: "TrainConfig", minutes: float, say: Say = print) -> "TrainConfig":
@@ -190,31 +192,3 @@ def _check_replaceable(out: Path) -> None:
     path = out / CONFIG_FILE
     if path.is_file() and load_yaml(path).get("model", {}).get("name") != RECIPE:
         raise UserError(f"{str(out)!r} holds another run, which the demo would replace: choose another folder by --out")
-
-
-def add_commands(subparsers: Any) -> None:
-    """Adds `evaclip demo`."""
-    from evaclip.cli import leaf
-
-    parser = leaf(
-        subparsers,
-        "demo",
-        help="train on real pictures, evaluate on a style never seen, and write a report",
-        examples=["evaclip demo", "evaclip demo --out runs/demo --budget-minutes 8"],
-    )
-    folders = (("--out", RUN_FOLDER, "the run and its report"), ("--data", DATA_FOLDER, "the shards"))
-    for name, folder, what in folders:
-        parser.add_argument(name, type=Path, default=folder, metavar="FOLDER", help=f"for {what} (default: {folder})")
-    parser.add_argument(
-        "--budget-minutes",
-        type=float,
-        default=BUDGET_MINUTES,
-        metavar="N",
-        help=f"how long the training may take (default: {BUDGET_MINUTES:g})",
-    )
-    parser.set_defaults(run=_run)
-
-
-def _run(args: argparse.Namespace) -> None:
-    for path in run_demo(args.out, data=args.data, minutes=args.budget_minutes):
-        print(path)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evaclip.cli import leaf
+from evaclip.commands.parser import leaf
 from evaclip.errors import UserError
 
 _EXAMPLES = (

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from evaclip.cli import leaf
+from evaclip.commands.parser import leaf
 from evaclip.errors import UserError
 
 _TOWERS = ("image", "text")

@@ -1,6 +1,5 @@
-"""`evaclip watch`: how a run is going, live in the terminal, from its folder alone."""
+"""How a run is going, for a terminal, from its folder alone."""
 
-import argparse
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -32,40 +31,6 @@ _ROWS = (
     ("bad samples", "bad_samples", "{:,}"),
 )
 _SAMPLED = ("communication", "communication_exposed")
-
-
-def add_commands(subparsers: Any) -> None:
-    """Adds `evaclip watch`."""
-    from evaclip.cli import leaf
-
-    parser = leaf(
-        subparsers,
-        "watch",
-        help="show how a run is going, live",
-        examples=["evaclip watch runs/tiny", "evaclip watch runs/tiny --once"],
-    )
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the folder of a run, on this machine or mounted")
-    parser.add_argument("--once", action="store_true", help="print the present state and stop")
-    parser.add_argument(
-        "--seconds", type=float, default=2.0, metavar="S", help="between updates (default: %(default)s)"
-    )
-    parser.set_defaults(run=_run)
-
-
-def _run(args: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.live import Live
-
-    if args.seconds <= 0:
-        raise UserError(f"--seconds must be above 0, got {args.seconds:g}")
-    console = Console()
-    if args.once or not console.is_terminal:
-        console.print(render(args.run_dir))
-        return
-    with Live(render(args.run_dir), console=console, auto_refresh=False) as live:
-        while True:
-            time.sleep(args.seconds)
-            live.update(render(args.run_dir), refresh=True)
 
 
 def render(folder: Path) -> Any:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaclip.cli import leaf
+from evaclip.commands.parser import leaf
 from evaclip.data.kinds import KINDS
 from evaclip.errors import UserError
 
@@ -116,7 +116,7 @@ def _open(args: argparse.Namespace) -> "Source":
 def _run_emoji(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from evaclip.data import emoji
+    from evaclip.demo import emoji
 
     styles = _STYLES if args.style == "both" else (args.style,)
     folder = Path(args.out)

@@ -1,4 +1,4 @@
-"""The `evaclip` command: assembles the verbs that the packages provide and turns mistakes into one line."""
+"""What all commands share: how a parser is made, and how a mistake becomes one line."""
 
 import argparse
 import sys
@@ -31,28 +31,6 @@ def leaf(subparsers: Any, name: str, *, help: str, examples: Sequence[str] = ())
     return parser
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
-    # Imported here so that `import evaclip.cli` stays cheap for those who only want `leaf`.
-    from evaclip import convert, demo, export, report, watch
-    from evaclip.data import command as data
-    from evaclip.doctor import command as doctor
-    from evaclip.eval import command as evaluate
-    from evaclip.plan import command as plan
-    from evaclip.train import command as train
-
-    parser = CommandParser(prog="evaclip", description="Train, evaluate and inspect EVA-CLIP models.")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
-    for module in (train, watch, plan, evaluate, data, convert, export, demo, report, doctor):
-        module.add_commands(subparsers)
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command of `evaclip`."""
-    return run_command(build_parser(), argv)
-
-
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """Runs the command that `argv` names; 0 on success, 1 for a failure, 2 for wrong input, 130 for Ctrl-C."""
     args = parser.parse_args(argv)
@@ -74,7 +52,3 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
 def _one_line(exc: Exception) -> str:
     text = " ".join(str(exc).split())
     return text if isinstance(exc, UserError | ValueError | TypeError) else f"{type(exc).__name__}: {text}"
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from evaclip.cli import leaf
+from evaclip.commands.parser import leaf
 
 _FORMATS = ("original", "open_clip", "timm", "safetensors")
 

