@@ -12,7 +12,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PHASE := bash tools/phase.sh
-PIP := $(BIN)/python -m pip
+# Python compiles a module at its first import; to compile all that are installed takes longer than to install them.
+PIP_INSTALL := $(BIN)/python -m pip install --no-compile
 BUILD_TOOLS := setuptools cmake ninja pybind11
 CPP_FILES := $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
@@ -65,25 +66,24 @@ format: $(VENV)/.test-all
 $(VENV)/.tools: Makefile
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed")'
 	@$(PYTHON) -m venv $(VENV)
-	@$(PHASE) "Installing torch and the build tools" sh -c \
-		'$(PIP) install --upgrade pip && $(PIP) install $(BUILD_TOOLS) torch'
+	@$(PHASE) "Installing torch and the build tools" $(PIP_INSTALL) $(BUILD_TOOLS) torch
 	@touch $@
 
 # No build isolation: the torch that was just installed serves the build, not a second download.
 $(VENV)/.built: $(VENV)/.tools pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
-	@$(PHASE) "Compiling the kernels" $(PIP) install --no-build-isolation --no-deps --editable .
+	@$(PHASE) "Compiling the kernels" $(PIP_INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
 
 # .demo, .test and so on: the packages of the extra of that name. The documentation needs no library.
 $(VENV)/.demo $(VENV)/.test $(VENV)/.test-all: $(VENV)/.built
 $(VENV)/.demo $(VENV)/.test $(VENV)/.test-all $(VENV)/.docs: $(VENV)/.tools pyproject.toml tools/requirements.py
 	@$(PHASE) "Installing the packages for make $(@:$(VENV)/.%=%)" sh -c \
-		'$(BIN)/python tools/requirements.py $(@:$(VENV)/.%=%) | xargs -d "\n" $(PIP) install'
+		'$(BIN)/python tools/requirements.py $(@:$(VENV)/.%=%) | xargs -d "\n" $(PIP_INSTALL)'
 	@touch $@
 
 # The oldest Triton that the kernels must compile with, that of torch 2.11; it is on that one test's path alone.
 $(VENV)/oldest-triton: | $(VENV)/.tools
-	@$(PHASE) "Installing the oldest Triton" $(PIP) install --no-deps --target $@ 'triton==3.6.*'
+	@$(PHASE) "Installing the oldest Triton" $(PIP_INSTALL) --no-deps --target $@ 'triton==3.6.*'
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info evakernels/*.so evakernels/_build.json
