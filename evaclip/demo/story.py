@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 RECIPE = "emoji"
 STYLES = ("twemoji", "openmoji")
-BUDGET_MINUTES = 3.0
+BUDGET_MINUTES = 3.2
 RUN_FOLDER = Path("runs/demo")
 DATA_FOLDER = Path("data/emoji")
 

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 from bench_fakes import machine, row
-from bench_report_fakes import FAILURE, SHAPES, results
+from bench_report_fakes import FAILURE, SHAPES, SPEEDS, contest, results
+from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks.contests import contests, panels, verdict
 from benchmarks.report import write_report
 from benchmarks.report.charts import sweeps
 from benchmarks.report.colours import COLOURS, colour_names
+from benchmarks.report.drawing import Paint
 from benchmarks.report.markdown import to_markdown
 from benchmarks.report.roofline import page_name
+from benchmarks.report.speedups import draw_speedups
 from benchmarks.results import Results
 
 pytestmark = pytest.mark.xdist_group("report")
@@ -300,3 +303,14 @@ def test_two_reports_of_one_result_are_the_same(tmp_path: Path) -> None:
     first, second = (write_report(small, tmp_path / name) for name in "ab")
     for path in first.parent.iterdir():
         assert path.read_bytes() == (second.parent / path.name).read_bytes(), path.name
+
+
+def test_whole_models_get_a_picture_of_what_they_gain(tmp_path: Path) -> None:
+    rows = [each for mode in ("forward", "training") for each in contest("dropin", SHAPES[0], "float32", mode)]
+    write_report(results(rows=rows), tmp_path)
+    with Image.open(tmp_path / "speedups.png") as picture:
+        picture.load()
+    axes = Figure().subplots()
+    draw_speedups(axes, contests(rows)[:1], Paint(colour_names(rows)))
+    lengths = [bar.get_width() for bar in axes.patches]
+    assert lengths == pytest.approx([1 / SPEEDS[name] for name in SPEEDS if name != "torch eager"])
