@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evakernels import _names
 from evakernels.ops import _check
 from evakernels.ops._register import define, differentiable, optional_gradient
 from evakernels.reference import gelu as reference
@@ -31,11 +32,12 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Te
         ValueError: for shapes or devices that don't fit together, or an unknown approximation.
     """
     op = "gelu"
+    _check.floating(op, x=x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x is a scalar; expected [..., F]")
     if approximate not in APPROXIMATIONS:
-        raise ValueError(f"{op}: approximate is {approximate!r}; accepted: {', '.join(map(repr, APPROXIMATIONS))}")
-    _check.floating(op, x=x)
+        accepted = ", ".join(map(repr, APPROXIMATIONS)) + _names.hint(approximate, APPROXIMATIONS)
+        raise ValueError(f"{op}: approximate is {approximate!r}; accepted: {accepted}")
     _check.parameter_dtype(op, x, bias=bias)
     _check.same_device(op, x=x, bias=bias)
     _check.shape(op, "bias", bias, (x.shape[-1],), "[F]")

@@ -1,11 +1,11 @@
 """LAMB for all tensors of a model, whatever their groups: in one call, or in two between which norms are reduced."""
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from evakernels import _names
 from evakernels.ops import _check, _tensor_lists
 from evakernels.ops._register import define
 from evakernels.ops._tensor_lists import Tensors
@@ -41,6 +41,7 @@ def lamb_step(
     check_variant(op, variant)
     _tensor_lists.tensors(op, params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     _tensor_lists.steps(op, params, steps)
+    _tensor_lists.options(op, betas, eps)
     _tensor_lists.numbers(op, params, lrs=lrs, weight_decays=weight_decays)
     _tensor_lists.flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
     rounding = _tensor_lists.rounding(op, params, seeds, first_elements)
@@ -89,6 +90,7 @@ def lamb_update(
     check_variant(op, variant)
     _tensor_lists.tensors(op, params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     _tensor_lists.steps(op, params, steps)
+    _tensor_lists.options(op, betas, eps)
     _tensor_lists.numbers(op, params, weight_decays=weight_decays)
     _tensor_lists.flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
     squared_norms: Tensor = _update(
@@ -140,8 +142,10 @@ def lamb_apply(
     check_variant(op, variant)
     _tensor_lists.tensors(op, params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     _tensor_lists.steps(op, params, steps)
+    _tensor_lists.options(op, betas, eps)
     _tensor_lists.numbers(op, params, lrs=lrs, weight_decays=weight_decays)
     _check.floating(op, squared_norms=squared_norms)
+    _check.same_device(op, **{"params[0]": params[0]}, squared_norms=squared_norms)
     _check.shape(op, "squared_norms", squared_norms, (len(params), 2), "[n, 2]")
     _tensor_lists.flags(op, params[0], found_inf=found_inf)
     rounding = _tensor_lists.rounding(op, params, seeds, first_elements)
@@ -164,9 +168,8 @@ def lamb_apply(
 def check_variant(op: str, variant: str) -> None:
     """`variant` is one of `VARIANTS`."""
     if variant not in VARIANTS:
-        near = difflib.get_close_matches(variant, VARIANTS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{op}: variant is {variant!r}; accepted: {', '.join(map(repr, VARIANTS))}{hint}")
+        accepted = ", ".join(map(repr, VARIANTS)) + _names.hint(variant, VARIANTS)
+        raise ValueError(f"{op}: variant is {variant!r}; accepted: {accepted}")
 
 
 # --- ops ------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from evakernels.ops import _check
 from evakernels.ops._register import define, differentiable
-from evakernels.ops._token_index import check_dtype, check_range, check_unique
+from evakernels.ops._token_index import check_range, check_unique
 from evakernels.reference import token_dropout as reference
 
 
@@ -79,12 +79,14 @@ def sample_token_index(
 
 def _check_inputs(patches: Tensor, token_index: Tensor | None, prefix: Tensor | None, pos_embed: Tensor | None) -> None:
     op = "token_dropout"
+    _check.floating(op, patches=patches)
+    _check.floating_or_none(op, prefix=prefix, pos_embed=pos_embed)
+    if token_index is not None:
+        _check.integers(op, (torch.int64,), token_index=token_index)
     if patches.dim() != 3:
         raise ValueError(f"{op}: patches has shape {tuple(patches.shape)}; expected [B, N, C]")
     batch, num_tokens, channels = patches.shape
-    _check.floating(op, patches=patches, prefix=prefix, pos_embed=pos_embed)
     _check.same_device(op, patches=patches, token_index=token_index, prefix=prefix, pos_embed=pos_embed)
-    check_dtype(op, token_index)
     if token_index is not None:
         kept = token_index.shape[-1] if token_index.dim() else 0
         _check.shape(op, "token_index", token_index, (batch, kept), "[B, K]")
