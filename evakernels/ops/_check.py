@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+EPS = "a finite number, 0 or more"
 _NUMBERS = (float, int, torch.SymFloat, torch.SymInt)  # of compiled code these are symbols
 _MAKERS = {"ndarray": "torch.from_numpy", "list": "torch.tensor", "tuple": "torch.tensor"}
 
@@ -51,11 +52,13 @@ def number(op: str, name: str, value: Any, accepted: str) -> None:
         raise TypeError(f"{op}: {name} is {kind(value)}; accepted: {accepted}")
 
 
-def eps(op: str, value: Any, accepted: str = "a finite number, 0 or more") -> None:
-    """`value` can be added to a variance, or to its root."""
-    number(op, "eps", value, accepted)
+def eps(op: str, value: float) -> float:
+    """`value`, if it can be added to a variance or to its root."""
+    if type(value) is not float:
+        number(op, "eps", value, EPS)
     if not 0.0 <= value < math.inf:
-        raise ValueError(f"{op}: eps is {value}; accepted: {accepted}")
+        raise ValueError(f"{op}: eps is {value}; accepted: {EPS}")
+    return value
 
 
 def betas(op: str, values: Any) -> None:
@@ -104,7 +107,7 @@ def parameter_dtype(op: str, x: Tensor, **tensors: Tensor | None) -> None:
             continue
         if not isinstance(tensor, Tensor):
             raise no_tensor(op, name, tensor)
-        if tensor.dtype not in (x.dtype, torch.float32):
+        if tensor.dtype != x.dtype and tensor.dtype != torch.float32:
             raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: {x.dtype} (as x) or torch.float32")
 
 

@@ -33,7 +33,16 @@ def is_plain(args: tuple[Any, ...]) -> bool:
 
 def is_transformed() -> bool:
     """Whether a transform of functorch or forward-mode differentiation is at work."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or has_dual_numbers()
+
+
+def has_dual_numbers() -> bool:
+    """Whether forward-mode differentiation is at work. In compiled code the tracer asks, once."""
+    return forward_ad._current_level >= 0
+
+
+# As torch.compiler.assume_constant_result says it, which imports the compiler.
+has_dual_numbers._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def wants_gradient(args: tuple[Any, ...]) -> bool:

@@ -18,7 +18,7 @@ from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 
 from evakernels import _native, backends, triton
 from evakernels.ops import _autocast
-from evakernels.ops._eager import is_plain, is_transformed, wants_gradient
+from evakernels.ops._eager import has_dual_numbers, is_plain, is_transformed, wants_gradient
 
 _library = torch.library.Library("evakernels", "DEF")
 _native_library = torch.library.Library("evakernels_native", "DEF")
@@ -39,15 +39,20 @@ class Op:
     transforms it runs as its reference, which torch differentiates and maps as often as is asked.
     """
 
-    def __init__(self, overload: torch._ops.OpOverload, run: Callable[..., Any]) -> None:
+    def __init__(
+        self, overload: torch._ops.OpOverload, run: Callable[..., Any], seen_through: Callable[..., Any]
+    ) -> None:
         self.overload = overload
         self.run = run
+        self.seen_through = seen_through
         self.function: type[torch.autograd.Function] | None = None
         self.recorded = make_autograd_impl(overload, Info(None, None))
 
     def __call__(self, *args: Any) -> Any:
         if not is_plain(args):
-            return self.overload(*args)
+            # Of dual numbers that compiled code itself makes only its tracer knows.
+            hidden = torch.compiler.is_compiling() and has_dual_numbers()
+            return self.seen_through(*args) if hidden else self.overload(*args)
         if not wants_gradient(args):
             return self.run(*args)
         return self.overload(*args) if self.function is None else self.function.apply(*args)
@@ -99,7 +104,7 @@ def define(
     triton.register(name)
     for device in _NATIVE_DEVICES:
         backends.register(name, device, _native_function(name), _native_reasons(name, device, gpu_reasons), device)
-    op = Op(getattr(torch.ops.evakernels, name).default, run)
+    op = Op(getattr(torch.ops.evakernels, name).default, run, seen_through)
     _composed[op.overload] = seen_through
     if fake is not None:
         _library.impl(name, differentiated, "Autograd", with_keyset=True)
@@ -111,6 +116,12 @@ class as_torch_operators(TorchFunctionMode):
 
     For `torch.export` and other tools that look into a program: what they write runs without this library. And for
     second derivatives: of a forward pass in the block torch has all of them.
+
+    Examples:
+        >>> with torch.no_grad(), evakernels.as_torch_operators():
+        ...     program = torch.export.export(evakernels.nn.LayerNorm(8), (torch.ones(2, 8),))
+        >>> "evakernels" in str(program.graph)
+        False
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -22,7 +22,7 @@ def tensors(op: str, params: Tensors, **lists: Tensors) -> None:
     for name, values in given.items():
         _length(op, name, values, params)
         for i, (tensor, param) in enumerate(zip(values, params, strict=True)):
-            if not isinstance(tensor, Tensor) or not _fits(tensor, param, params[0].device):
+            if not _fits(tensor, param, params[0].device):
                 _refuse(op, f"{name}[{i}]", tensor, params, i)
 
 
@@ -34,12 +34,15 @@ def sequence(op: str, name: str, values: Any) -> None:
 
 def _fits(tensor: Tensor, param: Tensor, device: torch.device) -> bool:
     # For lists of small tensors the checks are most of a step's time, so the messages are made only when needed.
-    return (
-        tensor.layout == torch.strided
-        and tensor.dtype in _check.FLOATS
-        and tensor.device == device
-        and tensor.shape == param.shape
-    )
+    try:
+        return (
+            tensor.layout == torch.strided
+            and tensor.dtype in _check.FLOATS
+            and tensor.device == device
+            and tensor.shape == param.shape
+        )
+    except AttributeError:  # no tensor
+        return False
 
 
 def _refuse(op: str, label: str, tensor: Tensor, params: Tensors, i: int) -> None:

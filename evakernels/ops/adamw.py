@@ -48,6 +48,13 @@ def adamw_update(
     Raises:
         TypeError: for a dtype or layout that isn't accepted.
         ValueError: for lists, shapes or devices that don't fit together.
+
+    Examples:
+        >>> params, grads, exp_avgs, exp_avg_sqs = ([torch.full((3,), value)] for value in (1.0, 2.0, 0.0, 0.0))
+        >>> state = exp_avgs, exp_avg_sqs, [torch.zeros(())]
+        >>> evakernels.adamw_update(params, grads, *state, [0.1], [0.0], betas=(0.9, 0.999), eps=1e-8)
+        >>> params
+        [tensor([0.9000, 0.9000, 0.9000])]
     """
     op = "adamw_update"
     _tensor_lists.tensors(op, params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)

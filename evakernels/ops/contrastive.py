@@ -39,6 +39,12 @@ def contrastive_statistics(
     Raises:
         TypeError: for a dtype that isn't accepted.
         ValueError: for shapes, devices or an offset that don't fit together.
+
+    Examples:
+        >>> image, text = torch.eye(3), torch.eye(3)[[0, 2, 1]]
+        >>> _, _, positive, row_max, _ = evakernels.contrastive_statistics(image, text, torch.tensor(100.0))
+        >>> (positive >= row_max).tolist()  # which images have their own text on top
+        [True, False, False]
     """
     op = "contrastive_statistics"
     _check_features(op, image, text, ("image", "text"))
@@ -87,6 +93,11 @@ def clip_loss(
             features of which only some ranks' require a gradient, a label_smoothing outside [0, 1], a negative
             memory_budget, or a group that this process isn't in.
         RuntimeError: over several ranks, under forward-mode differentiation and functorch's transforms.
+
+    Examples:
+        >>> features = torch.nn.functional.normalize(torch.eye(4))
+        >>> evakernels.clip_loss(features, features, torch.tensor(100.0))
+        tensor(0.)
     """
     op = "clip_loss"
     _check_batch(op, image_features, text_features, group)
@@ -142,6 +153,12 @@ def siglip_loss(
 
     Takes, returns and raises what `clip_loss` does; `logit_bias` is `[]` or `[1]` and added to every logit.
     The sum over all combinations is divided by the global batch size.
+
+    Examples:
+        >>> features = torch.eye(2)
+        >>> loss = evakernels.siglip_loss(features, features, torch.tensor(10.0), torch.tensor(-5.0))
+        >>> round(loss.item(), 4)
+        0.0134
     """
     op = "siglip_loss"
     _check_batch(op, image_features, text_features, group)

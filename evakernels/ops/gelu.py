@@ -30,6 +30,11 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Te
     Raises:
         TypeError: for a dtype that isn't accepted.
         ValueError: for shapes or devices that don't fit together, or an unknown approximation.
+
+    Examples:
+        >>> layer = torch.nn.Linear(4, 8)
+        >>> evakernels.gelu(torch.ones(2, 4) @ layer.weight.T, layer.bias).shape
+        torch.Size([2, 8])
     """
     op = "gelu"
     _check.floating(op, x=x)

@@ -31,6 +31,12 @@ def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
     Raises:
         TypeError: for a dtype or layout that isn't accepted.
         ValueError: for an empty list or several devices.
+
+    Examples:
+        >>> norm = evakernels.gradient_norm([torch.tensor([3.0]), torch.tensor([[0.0, 4.0]])])
+        >>> norm
+        tensor(5.)
+        >>> grad_scale = (norm / 2.0).clamp(min=1)  # for `adamw_update`, which then clips to 2
     """
     op = "gradient_norm"
     _tensor_lists.sequence(op, "grads", grads)

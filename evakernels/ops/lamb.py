@@ -36,6 +36,14 @@ def lamb_step(
 
     A GPU makes both phases of a few tensors before it turns to the next ones, so that the second finds in the cache
     what the first has left. Takes and raises what the two do; all but `grads` and the flags are written.
+
+    Examples:
+        >>> params, grads, exp_avgs, exp_avg_sqs = ([torch.full((3,), value)] for value in (1.0, 2.0, 0.0, 0.0))
+        >>> state = exp_avgs, exp_avg_sqs, [torch.zeros(())]
+        >>> options = {"betas": (0.9, 0.999), "eps": 1e-8, "variant": "nvlamb"}
+        >>> evakernels.lamb_step(params, grads, *state, [0.1], [0.01], **options)
+        >>> params
+        [tensor([0.9000, 0.9000, 0.9000])]
     """
     op = "lamb_step"
     check_variant(op, variant)
@@ -85,6 +93,15 @@ def lamb_update(
     Raises:
         TypeError: for a dtype or layout that isn't accepted.
         ValueError: for lists, shapes or devices that don't fit together, or an unknown variant.
+
+    Examples:
+        >>> params, grads, exp_avgs, exp_avg_sqs = ([torch.full((3,), value)] for value in (1.0, 2.0, 0.0, 0.0))
+        >>> state = exp_avgs, exp_avg_sqs, [torch.zeros(())]
+        >>> options = {"betas": (0.9, 0.999), "eps": 1e-8, "variant": "nvlamb"}
+        >>> squared_norms = evakernels.lamb_update(params, grads, *state, [0.01], **options)
+        >>> evakernels.lamb_apply(params, *state, squared_norms, [0.1], [0.01], **options)
+        >>> params
+        [tensor([0.9000, 0.9000, 0.9000])]
     """
     op = "lamb_update"
     check_variant(op, variant)
@@ -137,6 +154,14 @@ def lamb_apply(
         first_elements: with seeds, the number of each parameter's first element; 0 unless it is a part of a tensor.
 
     Only `params` are written.
+
+    Examples:
+        >>> params, moments, steps = [torch.ones(3)], [[torch.zeros(3)], [torch.zeros(3)]], [torch.zeros(())]
+        >>> decays, options = [0.0], {"betas": (0.9, 0.999), "eps": 1e-8}
+        >>> norms = evakernels.lamb_update(params, [torch.ones(3)], *moments, steps, decays, **options)
+        >>> evakernels.lamb_apply(params, *moments, steps, norms, [0.1], decays, **options)
+        >>> bool((params[0] < 1).all())
+        True
     """
     op = "lamb_apply"
     check_variant(op, variant)

@@ -28,6 +28,11 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     Raises:
         TypeError: for a dtype that isn't accepted.
         ValueError: for shapes or devices that don't fit together.
+
+    Examples:
+        >>> x = torch.randn(2, 197, 768)
+        >>> evakernels.layer_norm(x, torch.ones(768), torch.zeros(768)).shape
+        torch.Size([2, 197, 768])
     """
     return _plain("layer_norm", x, weight, bias, eps, rms=False)
 
@@ -37,6 +42,10 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) 
 
     Takes and raises what `layer_norm` does, but `eps` may be None, and is by default, as in
     `torch.nn.functional.rms_norm`: `torch.finfo` of the dtype of the sums says it then, float32 or float64.
+
+    Examples:
+        >>> evakernels.rms_norm(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0]))
+        tensor([0.8485, 2.2627])
     """
     return _plain("rms_norm", x, weight, None, eps, rms=True)
 
@@ -69,6 +78,13 @@ def add_layer_norm(
     Raises:
         TypeError: for a dtype that isn't accepted.
         ValueError: for shapes or devices that don't fit together.
+
+    Examples:
+        >>> residual, branch = torch.randn(2, 2, 197, 768)
+        >>> keep = torch.tensor([0.0, 2.0])  # stochastic depth: the first sample's branch is dropped
+        >>> y, x = evakernels.add_layer_norm(residual, branch, torch.ones(768), torch.zeros(768), row_scale=keep)
+        >>> torch.equal(x[0], residual[0])
+        True
     """
     return _add_norm("add_layer_norm", residual, branch, weight, bias, layer_scale, row_scale, eps, rms=False)
 
@@ -82,7 +98,13 @@ def add_rms_norm(
     row_scale: Tensor | None = None,
     eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`add_layer_norm` with RMSNorm, whose `eps` may be None, as that of `rms_norm`."""
+    """`add_layer_norm` with RMSNorm, whose `eps` may be None, as that of `rms_norm`.
+
+    Examples:
+        >>> y, x = evakernels.add_rms_norm(torch.ones(1, 2), torch.tensor([[2.0, 3.0]]))
+        >>> x, y
+        (tensor([[3., 4.]]), tensor([[0.8485, 1.1314]]))
+    """
     return _add_norm("add_rms_norm", residual, branch, weight, None, layer_scale, row_scale, eps, rms=True)
 
 
@@ -100,6 +122,11 @@ def layer_norm_add(
 
     Takes and raises what `add_layer_norm` does, and returns `residual + row_scale * layer_scale * layer_norm(branch)`
     in the dtype of `residual`.
+
+    Examples:
+        >>> residual, branch = torch.randn(2, 2, 197, 768)
+        >>> evakernels.layer_norm_add(residual, branch, torch.ones(768), torch.zeros(768), eps=1e-6).shape
+        torch.Size([2, 197, 768])
     """
     return _norm_add("layer_norm_add", residual, branch, weight, bias, layer_scale, row_scale, eps, rms=False)
 
@@ -113,7 +140,12 @@ def rms_norm_add(
     row_scale: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """`layer_norm_add` with RMSNorm, whose `eps` may be None, as that of `rms_norm`."""
+    """`layer_norm_add` with RMSNorm, whose `eps` may be None, as that of `rms_norm`.
+
+    Examples:
+        >>> evakernels.rms_norm_add(torch.ones(1, 2), torch.tensor([[3.0, 4.0]]))
+        tensor([[1.8485, 2.1314]])
+    """
     return _norm_add("rms_norm_add", residual, branch, weight, None, layer_scale, row_scale, eps, rms=True)
 
 
@@ -121,6 +153,7 @@ def _plain(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
     _check.floating(op, x=x)
     x = norm_input(x)
     _check_norm(op, "x", x, weight, bias)
+    _check.same_device(op, x=x, weight=weight, bias=bias)
     eps = _checked_eps(op, eps, x, rms)
     y: Tensor = _forward(x, weight, bias, eps, rms)[0]
     return y
@@ -142,6 +175,8 @@ def _add_norm(
     residual = norm_input(residual)
     _check_norm(op, "residual", residual, weight, bias)
     _check_residual(op, residual, branch, layer_scale, row_scale)
+    scales = {"layer_scale": layer_scale, "row_scale": row_scale}
+    _check.same_device(op, residual=residual, branch=branch, weight=weight, bias=bias, **scales)
     eps = _checked_eps(op, eps, residual, rms)
     y, x, _, _ = _add_forward(residual, branch, weight, bias, layer_scale, row_scale, eps, rms)
     return y, x
@@ -163,16 +198,19 @@ def _norm_add(
     residual = norm_input(residual)
     _check_norm(op, "residual", residual, weight, bias)
     _check_residual(op, residual, branch, layer_scale, row_scale)
+    scales = {"layer_scale": layer_scale, "row_scale": row_scale}
+    _check.same_device(op, residual=residual, branch=branch, weight=weight, bias=bias, **scales)
     eps = _checked_eps(op, eps, residual, rms)
     x: Tensor = _norm_add_forward(residual, branch, weight, bias, layer_scale, row_scale, eps, rms)[0]
     return x
 
 
-def _checked_eps(op: str, eps: Any, x: Tensor, rms: bool) -> Any:
-    if eps is None and rms:
-        return torch.finfo(accumulation_dtype(x)).eps
-    _check.eps(op, eps, *["a finite number, 0 or more, or None"] * rms)
-    return eps
+def _checked_eps(op: str, eps: float | None, x: Tensor, rms: bool) -> float:
+    if eps is not None:
+        return _check.eps(op, eps)
+    if not rms:
+        raise TypeError(f"{op}: eps is None; accepted: {_check.EPS}")
+    return torch.finfo(accumulation_dtype(x)).eps
 
 
 def _check_norm(op: str, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -181,7 +219,6 @@ def _check_norm(op: str, name: str, x: Tensor, weight: Tensor | None, bias: Tens
     if bias is not None and weight is None:
         raise ValueError(f"{op}: bias without weight; give both or neither")
     _check.parameter_dtype(op, x, weight=weight, bias=bias)
-    _check.same_device(op, **{name: x}, weight=weight, bias=bias)
     _check.shape(op, "weight", weight, (x.shape[-1],), "[C]")
     _check.shape(op, "bias", bias, (x.shape[-1],), "[C]")
 
@@ -192,7 +229,6 @@ def _check_residual(
     if residual.dim() < 2:
         raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}; expected [B, ..., C]")
     _check.floating_or_none(op, layer_scale=layer_scale, row_scale=row_scale)
-    _check.same_device(op, residual=residual, branch=branch, layer_scale=layer_scale, row_scale=row_scale)
     _check.shape(op, "branch", branch, tuple(residual.shape), "the shape of residual")
     _check.shape(op, "layer_scale", layer_scale, (residual.shape[-1],), "[C]")
     _check.shape(op, "row_scale", row_scale, (residual.shape[0],), "[B]")

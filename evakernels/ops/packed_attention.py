@@ -44,6 +44,13 @@ def packed_attention(
         TypeError: for a dtype that isn't accepted.
         ValueError: for shapes, devices or options that don't fit together; on a CPU also for offsets that don't,
             elsewhere they aren't checked.
+
+    Examples:
+        >>> lengths = torch.tensor([5, 77, 12])
+        >>> offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+        >>> q, k, v = torch.randn(94, 3, 8, 64).unbind(1)
+        >>> evakernels.packed_attention(q, k, v, offsets, max_length=77).shape
+        torch.Size([94, 8, 64])
     """
     op = "packed_attention"
     _check.floating(op, q=q, k=k, v=v)

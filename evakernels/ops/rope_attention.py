@@ -59,6 +59,12 @@ def rope_attention(
         ValueError: for shapes, devices or options that don't fit together.
         IndexError: on a CPU, for a `token_index` outside the table; elsewhere it isn't checked, as that would
             make the host wait for the device.
+
+    Examples:
+        >>> q, k, v = torch.randn(2, 197, 3, 12, 64).unbind(2)  # a class token and 14 x 14 patches
+        >>> cos, sin = evakernels.nn.axial_rope(14, 14, head_dim=64)
+        >>> evakernels.rope_attention(q, k, v, cos, sin, num_prefix=1).shape
+        torch.Size([2, 197, 12, 64])
     """
     _check.floating("rope_attention", q=q, k=k, v=v)
     q, k, v = matmul_inputs(q, k, v)

@@ -37,6 +37,11 @@ def swiglu(
     Raises:
         TypeError: for a dtype that isn't accepted.
         ValueError: for shapes or devices that don't fit together.
+
+    Examples:
+        >>> gate, up = torch.randn(2, 197, 2 * 2048).chunk(2, -1)  # of one packed projection
+        >>> evakernels.swiglu(gate, up, torch.ones(2048), torch.zeros(2048)).shape
+        torch.Size([2, 197, 2048])
     """
     _check_inputs(gate, up, norm_weight, norm_bias)
     _check.eps("swiglu", eps)

@@ -41,6 +41,11 @@ def token_dropout(
             end in a CUDA error then, as torch's own gather does for what is out of range. Triton's give NaN
             for what is out of range; with them and the reference a token that stands twice gets the gradient
             of one of its copies only.
+
+    Examples:
+        >>> index = evakernels.sample_token_index(2, 196, 98)
+        >>> evakernels.token_dropout(torch.randn(2, 196, 768), index, prefix=torch.randn(1, 768)).shape
+        torch.Size([2, 99, 768])
     """
     _check_inputs(patches, token_index, prefix, pos_embed)
     out: Tensor = _forward(patches, token_index, prefix, pos_embed)
@@ -68,6 +73,10 @@ def sample_token_index(
 
     Raises:
         ValueError: for a `num_keep` outside 1 to `num_tokens`.
+
+    Examples:
+        >>> evakernels.sample_token_index(2, 196, 98, generator=torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 98])
     """
     if not 1 <= num_keep <= num_tokens:
         raise ValueError(f"sample_token_index: num_keep is {num_keep}; accepted: 1 to num_tokens = {num_tokens}")
