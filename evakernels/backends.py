@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from evakernels import _names
+
 PREFERENCE = ("cuda", "triton", "cpu", "reference")
 """Backend names, the preferred one first."""
 
@@ -33,6 +35,8 @@ class Implementation:
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}
+_functions: dict[str, tuple[str, ...]] = {}
+"""The ops that a public function of another name calls, one of them a call."""
 _forced: str | None = None
 
 
@@ -51,8 +55,13 @@ def register(
         ValueError: for a backend that `PREFERENCE` doesn't rank.
     """
     if backend not in PREFERENCE:
-        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(PREFERENCE)}")
+        raise ValueError(_names.unknown("backend", backend, PREFERENCE))
     _implementations.setdefault(op, {})[backend] = Implementation(backend, function, reasons, device)
+
+
+def name_ops(function: str, *ops: str) -> None:
+    """Tells `explain` which ops the public function of this name calls."""
+    _functions[function] = ops
 
 
 def select(op: str, args: tuple[Any, ...]) -> Implementation:
@@ -84,7 +93,7 @@ def use_backend(backend: str) -> Iterator[None]:
     """
     global _forced
     if backend not in PREFERENCE:
-        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(PREFERENCE)}")
+        raise ValueError(_names.unknown("backend", backend, PREFERENCE))
     previous, _forced = _forced, backend
     try:
         yield
@@ -93,15 +102,27 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 def explain(op: str, *args: Any) -> str:
-    """Which backend serves `torch.ops.evakernels.<op>(*args)`, and why the others don't, one line each.
+    """Which backend serves a call, and why the others don't, one line each.
 
-    `op` is an op's name, or that of its family: `"layer_norm"` stands for `"layer_norm_forward"`. Leading arguments are
-    enough: without any, only what holds for every call is told. Raises `ValueError` for an unknown op.
+    Args:
+        op: the name of a public function, such as `"layer_norm"` or `"clip_loss"`, or of one op in
+            `torch.ops.evakernels`, such as `"layer_norm_backward"`. A function that takes one of several ops, as the
+            case may be, has lines of each.
+        args: of the op, in the order of its schema. Leading arguments are enough: without any, only what holds for
+            every call is told.
+
+    Raises:
+        ValueError: for an unknown name.
     """
-    names = [op] if op in _implementations else [name for name in _implementations if name.startswith(f"{op}_")]
+    # A family's first op is its forward pass.
+    family = next((name for name in _implementations if name.startswith(f"{op}_")), None)
+    names = (op,) if op in _implementations else _functions.get(op) or ((family,) if family else ())
+    if op == "sample_token_index":
+        raise ValueError(f"{op} is made of torch's own operators: no backend of this library serves it")
     if not names:
-        raise ValueError(f"unknown op {op!r}; known: {', '.join(sorted(_implementations))}")
-    return _report(names[0], args)
+        public = {name.removesuffix("_forward") for name in _implementations if not name.endswith("_backward")}
+        raise ValueError(_names.unknown("op", op, sorted({*public, *_functions, *_implementations})))
+    return "\n".join(_report(name, args) for name in names)
 
 
 def ops() -> dict[str, list[str]]:

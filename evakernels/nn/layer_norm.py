@@ -11,14 +11,14 @@ class LayerNorm(nn.LayerNorm):
 
     Args:
         width: size of the last dimension.
-        eps: added to the variance.
+        eps: added to the variance; by default as in torch. EVA's norms have 1e-6.
         bias: whether there is a bias beside the weight.
     """
 
     def __init__(
         self,
         width: int,
-        eps: float = 1e-6,
+        eps: float = 1e-5,
         *,
         bias: bool = True,
         device: torch.device | str | None = None,
@@ -31,14 +31,17 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """`torch.nn.RMSNorm` over the last dimension, computed by `evakernels.rms_norm`."""
+    """`torch.nn.RMSNorm` over the last dimension, computed by `evakernels.rms_norm`.
 
-    eps: float
+    Args:
+        width: size of the last dimension.
+        eps: added to the mean square; None, as in torch: `torch.finfo` of the dtype of the sums, float32 or float64.
+    """
 
     def __init__(
         self,
         width: int,
-        eps: float = 1e-6,
+        eps: float | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

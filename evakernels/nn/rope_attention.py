@@ -19,7 +19,7 @@ class RotaryAttention(nn.Module):
         causal: a query sees no later key.
         qkv_bias: whether the packed projection `qkv` has a bias.
         sub_ln: whether there is a LayerNorm `norm` in front of the output projection `proj` (Wang et al. 2022).
-        eps: of that norm.
+        eps: of that norm; by default EVA-02's.
 
     Raises:
         ValueError: for a width that isn't a multiple of `heads`.

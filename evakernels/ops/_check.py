@@ -1,16 +1,90 @@
 """Argument checks that several ops share. Each raises with what was given and what is accepted."""
 
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+EPS = "a finite number, 0 or more"
+_NUMBERS = (float, int, torch.SymFloat, torch.SymInt)  # of compiled code these are symbols
+_MAKERS = {"ndarray": "torch.from_numpy", "list": "torch.tensor", "tuple": "torch.tensor"}
 
 
-def floating(op: str, **tensors: Tensor | None) -> None:
-    """Every tensor has a floating-point dtype that the ops take."""
+def floating(op: str, **tensors: Any) -> None:
+    """Everything is a tensor with a floating-point dtype that the ops take."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in FLOATS:
+        if not isinstance(tensor, Tensor):
+            raise no_tensor(op, name, tensor)
+        if tensor.dtype not in FLOATS:
             raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: float64, float32, bfloat16, float16")
+
+
+def floating_or_none(op: str, **tensors: Any) -> None:
+    """The same of what is given."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            floating(op, **{name: tensor})
+
+
+def integers(op: str, accepted: tuple[torch.dtype, ...], **tensors: Any) -> None:
+    """Everything is a tensor with one of these dtypes."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise no_tensor(op, name, tensor)
+        if tensor.dtype not in accepted:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: {', '.join(map(str, accepted))}")
+
+
+def no_tensor(op: str, name: str, value: Any) -> TypeError:
+    """The error for what isn't a tensor."""
+    maker = _MAKERS.get(type(value).__name__)
+    hint = f"; {maker} makes one" if maker else ""
+    return TypeError(f"{op}: {name} is {kind(value)}; accepted: a torch.Tensor{hint}")
+
+
+def number(op: str, name: str, value: Any, accepted: str) -> None:
+    """`value` is a number; `accepted` says which the caller lets pass."""
+    if not isinstance(value, _NUMBERS) and not isinstance(value, Real):
+        raise TypeError(f"{op}: {name} is {kind(value)}; accepted: {accepted}")
+
+
+def eps(op: str, value: float) -> float:
+    """`value`, if it can be added to a variance or to its root."""
+    if type(value) is not float:
+        number(op, "eps", value, EPS)
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"{op}: eps is {value}; accepted: {EPS}")
+    return value
+
+
+def betas(op: str, values: Any) -> None:
+    """`values` are the decay rates of two moments."""
+    accepted = "two numbers from 0 to below 1"
+    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != 2:
+        raise TypeError(f"{op}: betas is {values!r}; accepted: {accepted}")
+    for beta in values:
+        number(op, "betas", beta, accepted)
+    if not all(0.0 <= beta < 1.0 for beta in values):
+        raise ValueError(f"{op}: betas are {values}; accepted: {accepted}")
+
+
+def scale(op: str, value: Any) -> None:
+    """`value`, where it is given, is a factor of scores."""
+    if value is not None:
+        number(op, "scale", value, "a number, or None")
+
+
+def kind(value: Any) -> str:
+    """What `value` is, for a message."""
+    if value is None:
+        return "None"
+    module, name = type(value).__module__.partition(".")[0], type(value).__qualname__
+    name = name if module == "builtins" else f"{module}.{name}"
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def same_device(op: str, **tensors: Tensor | None) -> None:
@@ -29,7 +103,11 @@ def shape(op: str, name: str, tensor: Tensor | None, expected: tuple[int, ...], 
 def parameter_dtype(op: str, x: Tensor, **tensors: Tensor | None) -> None:
     """Per-channel parameters have the dtype of `x` or float32 (mixed precision)."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in (x.dtype, torch.float32):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise no_tensor(op, name, tensor)
+        if tensor.dtype != x.dtype and tensor.dtype != torch.float32:
             raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: {x.dtype} (as x) or torch.float32")
 
 
@@ -37,7 +115,6 @@ def heads(op: str, layout: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Queries, keys and values agree in all; `layout` names their dimensions."""
     if q.dim() != layout.count(",") + 1:
         raise ValueError(f"{op}: q has shape {tuple(q.shape)}; expected {layout}")
-    floating(op, q=q, k=k, v=v)
     same_device(op, q=q, k=k, v=v)
     for name, tensor in (("k", k), ("v", v)):
         shape(op, name, tensor, tuple(q.shape), "the shape of q")

@@ -12,6 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from evakernels.ops._eager import is_transformed
+
 _LEAST = 1e-290
 """A sum of exponentials that is smaller has lost digits to float64's smallest numbers."""
 
@@ -19,7 +21,8 @@ _LEAST = 1e-290
 def rank_and_size(op: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
     """This process's place in `group`; (0, 1) for None.
 
-    Raises `ValueError` before `init_process_group`, or when the process isn't in the group.
+    Raises `ValueError` before `init_process_group`, or when the process isn't in the group, and `RuntimeError` for
+    several processes where more is asked of a loss than its gradient.
     """
     if group is None:
         return 0, 1
@@ -28,23 +31,37 @@ def rank_and_size(op: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError(f"{op}: this process is not a member of group; accepted: None or a group that contains it")
-    return rank, dist.get_world_size(group)
+    world_size = dist.get_world_size(group)
+    if world_size > 1 and is_transformed():
+        raise RuntimeError(
+            f"{op}: over {world_size} processes there is a gradient alone, by torch.autograd; forward-mode "
+            "differentiation and functorch's transforms (torch.func) take group=None"
+        )
+    return rank, world_size
 
 
 def gather_rows(op: str, name: str, rows: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
     """The rows of all ranks, in rank order, and the place of this rank's first; ranks may have different numbers.
 
     The owner of a row gets the sum of all ranks' gradients of it. Raises `ValueError`, on every rank, where the
-    widths differ: a collective would hang or mix up the rows.
+    widths differ, where some rows require a gradient and others don't, and where there are none: a collective would
+    hang or mix up the rows.
     """
     rank, world_size = rank_and_size(op, group)
     if world_size == 1:
         return rows, 0
-    shapes = _all_gather(torch.tensor(rows.shape, device=rows.device), group).tolist()
+    wants_gradient = rows.requires_grad and torch.is_grad_enabled()
+    found = _all_gather(torch.tensor([*rows.shape, wants_gradient], device=rows.device), group).tolist()
+    shapes, wanting = [entry[:-1] for entry in found], [bool(entry[-1]) for entry in found]
     if any(shape[1:] != shapes[0][1:] for shape in shapes):
         listed = ", ".join(f"{shape} on rank {rank}" for rank, shape in enumerate(shapes))
         raise ValueError(f"{op}: {name} has shape {listed}; expected rows of the same width on every rank")
     counts = [shape[0] for shape in shapes]
+    if not any(counts):
+        raise ValueError(f"{op}: {name} has no rows on any of {world_size} ranks; expected a batch on one at least")
+    if len(set(wanting)) > 1:
+        listed = ", ".join(str(rank) for rank, wanted in enumerate(wanting) if wanted)
+        raise ValueError(f"{op}: {name} requires a gradient on rank {listed} alone; expected that on all ranks or none")
     gathered: Tensor = _GatherRows.apply(rows, counts, group)  # type: ignore[no-untyped-call]
     return gathered, sum(counts[:rank])
 

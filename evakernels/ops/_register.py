@@ -12,18 +12,21 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch._C._functorch import is_legacy_batchedtensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 
 from evakernels import _native, backends, triton
 from evakernels.ops import _autocast
-from evakernels.ops._eager import is_plain, wants_gradient
+from evakernels.ops._eager import has_dual_numbers, is_plain, is_transformed, wants_gradient
 
 _library = torch.library.Library("evakernels", "DEF")
 _native_library = torch.library.Library("evakernels_native", "DEF")
 
 _NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _NATIVE_DEVICES = {"cuda": "a GPU", "cpu": "a CPU"}
-_references: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+_composed: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+"""What runs in the place of an op where torch itself shall see through it."""
 
 
 class Op:
@@ -31,16 +34,25 @@ class Op:
 
     In plain eager mode a call runs the implementation at once, inside an `autograd.Function` of its own if a gradient
     is wanted. Compilers, modes, transforms, subclasses of tensors and the profiler get the op itself, `overload`.
+
+    The op's gradient is known in reverse mode alone, once. So under forward-mode differentiation and functorch's
+    transforms it runs as its reference, which torch differentiates and maps as often as is asked.
     """
 
-    def __init__(self, overload: torch._ops.OpOverload, run: Callable[..., Any]) -> None:
+    def __init__(
+        self, overload: torch._ops.OpOverload, run: Callable[..., Any], seen_through: Callable[..., Any]
+    ) -> None:
         self.overload = overload
         self.run = run
+        self.seen_through = seen_through
         self.function: type[torch.autograd.Function] | None = None
+        self.recorded = make_autograd_impl(overload, Info(None, None))
 
     def __call__(self, *args: Any) -> Any:
         if not is_plain(args):
-            return self.overload(*args)
+            # Of dual numbers that compiled code itself makes only its tracer knows.
+            hidden = torch.compiler.is_compiling() and has_dual_numbers()
+            return self.seen_through(*args) if hidden else self.overload(*args)
         if not wants_gradient(args):
             return self.run(*args)
         return self.overload(*args) if self.function is None else self.function.apply(*args)
@@ -52,15 +64,17 @@ def define(
     *,
     reference: Callable[..., Any],
     fake: Callable[..., Any] | None,
+    composed: Callable[..., Any] | None = None,
     check: Callable[..., None] | None = None,
     gpu_reasons: backends.Reasons | None = None,
 ) -> Op:
     """Defines `torch.ops.evakernels.<name>` and returns what calls it.
 
     `signature` is the schema without the name, `reference` its meaning, `fake` the same on tensors without data
-    (`None` for an op that only writes into its arguments). `check` raises for values that no implementation accepts; it
-    sees them when the op runs, which a check in front of the op can't under `torch.compile`. `gpu_reasons`, given the
-    arguments, tells why the compiled kernels for GPUs can't serve them.
+    (`None` for an op that only writes into its arguments). `composed` stands for the reference where torch sees through
+    the op, unless that is itself made of operators that have all derivatives. `check` raises for values that no
+    implementation accepts; it sees them when the op runs, which a check in front of the op can't under `torch.compile`.
+    `gpu_reasons`, given the arguments, tells why the compiled kernels for GPUs can't serve them.
     """
     _library.define(f"{name}{signature}")
     _native_library.define(f"{name}{signature}")
@@ -72,9 +86,17 @@ def define(
         tensor = backends.first_tensor(args)
         if tensor is None or not _autocast.is_on(tensor.device.type):
             return function(*args)
-        # The public function has made autocast's casts already; left on, it would reach into the implementation.
-        with torch.autocast(tensor.device.type, enabled=False):
-            return function(*args)
+        return _without_autocast(function, args)
+
+    def seen_through(*args: Any) -> Any:
+        return _without_autocast(composed or reference, args)
+
+    def differentiated(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if not is_transformed():
+            return op.recorded(keyset, *args)
+        if check is not None and not torch._C._are_functorch_transforms_active():  # of these, vmap hides values
+            check(*args)
+        return seen_through(*args)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"evakernels::{name}", fake or _returns_nothing, lib=_library)
@@ -82,19 +104,28 @@ def define(
     triton.register(name)
     for device in _NATIVE_DEVICES:
         backends.register(name, device, _native_function(name), _native_reasons(name, device, gpu_reasons), device)
-    op: torch._ops.OpOverload = getattr(torch.ops.evakernels, name).default
-    _references[op] = reference
-    return Op(op, run)
+    op = Op(getattr(torch.ops.evakernels, name).default, run, seen_through)
+    _composed[op.overload] = seen_through
+    if fake is not None:
+        _library.impl(name, differentiated, "Autograd", with_keyset=True)
+    return op
 
 
 class as_torch_operators(TorchFunctionMode):
     """In its `with` block every op runs as its reference, in torch's own operators, and leaves no trace of its name.
 
-    For `torch.export` and other tools that look into a program: what they write runs without this library.
+    For `torch.export` and other tools that look into a program: what they write runs without this library. And for
+    second derivatives: of a forward pass in the block torch has all of them.
+
+    Examples:
+        >>> with torch.no_grad(), evakernels.as_torch_operators():
+        ...     program = torch.export.export(evakernels.nn.LayerNorm(8), (torch.ones(2, 8),))
+        >>> "evakernels" in str(program.graph)
+        False
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _references.get(func, func)(*args, **(kwargs or {}))
+        return _composed.get(func, func)(*args, **(kwargs or {}))
 
 
 def differentiable(
@@ -105,13 +136,25 @@ def differentiable(
     formula: Callable[..., Any],
 ) -> None:
     """Gives `forward` the gradient `formula`, which calls `backward`; a second derivative is refused."""
-    torch.library.register_autograd(forward.overload, formula, setup_context=setup_context, lib=_library)
+
+    def gradient(ctx: Any, *grads: Any) -> Any:
+        if not any(isinstance(grad, torch.Tensor) and is_legacy_batchedtensor(grad) for grad in grads):
+            return formula(ctx, *grads)
+        # Several cotangents at once (`is_grads_batched`), by an older vmap of torch that no question tells of: any mode
+        # has the op called itself, which is then called with one after the other.
+        with BaseTorchFunctionMode():
+            return formula(ctx, *grads)
+
+    forward.recorded = make_autograd_impl(forward.overload, Info(gradient, setup_context))
     family = forward.overload.name().removeprefix("evakernels::").removesuffix("_forward")
 
     def refuse(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"evakernels: {family} has no second derivative; differentiate the reference instead")
+        raise RuntimeError(
+            f"evakernels: {family} has no second derivative; torch's own operators have one: make the forward pass "
+            "under `with evakernels.as_torch_operators():`"
+        )
 
-    torch.library.register_autograd(backward.overload, refuse, lib=_library)
+    backward.recorded = make_autograd_impl(backward.overload, Info(refuse, None))
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -122,7 +165,7 @@ def differentiable(
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            return formula(ctx, *grads)
+            return gradient(ctx, *grads)
 
     Function.__name__ = f"{family}_backward"
     forward.function = Function
@@ -131,6 +174,15 @@ def differentiable(
 def optional_gradient(gradient: torch.Tensor, present: bool) -> torch.Tensor | None:
     """Ops return an empty tensor in the place of a gradient that doesn't exist; autograd wants None there."""
     return gradient if present else None
+
+
+def _without_autocast(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """The public function has made autocast's casts already; left on, it would reach into the implementation."""
+    tensor = backends.first_tensor(args)
+    if tensor is None or not _autocast.is_on(tensor.device.type):
+        return function(*args)
+    with torch.autocast(tensor.device.type, enabled=False):
+        return function(*args)
 
 
 def _returns_nothing(*args: Any) -> None:

@@ -13,32 +13,51 @@ Tensors = Sequence[Tensor]
 
 def tensors(op: str, params: Tensors, **lists: Tensors) -> None:
     """`params` and the lists beside it hold dense floating-point tensors of the same shapes on one device."""
+    given = {"params": params, **lists}
+    for name, values in given.items():
+        sequence(op, name, values)
     if not params:
         raise ValueError(f"{op}: params is empty; expected at least one tensor")
-    for name, given in {"params": params, **lists}.items():
-        _length(op, name, given, params)
-        for i, (tensor, param) in enumerate(zip(given, params, strict=True)):
+    _check.floating(op, **{"params[0]": params[0]})
+    for name, values in given.items():
+        _length(op, name, values, params)
+        for i, (tensor, param) in enumerate(zip(values, params, strict=True)):
             if not _fits(tensor, param, params[0].device):
                 _refuse(op, f"{name}[{i}]", tensor, params, i)
 
 
+def sequence(op: str, name: str, values: Any) -> None:
+    """`values` is a list, a tuple or the like, not what merely has elements: a tensor, an array or a string."""
+    if not isinstance(values, list | tuple) and (isinstance(values, str | bytes) or not isinstance(values, Sequence)):
+        raise TypeError(f"{op}: {name} is {_check.kind(values)}; accepted: a list of tensors")
+
+
 def _fits(tensor: Tensor, param: Tensor, device: torch.device) -> bool:
     # For lists of small tensors the checks are most of a step's time, so the messages are made only when needed.
-    return (
-        tensor.layout == torch.strided
-        and tensor.dtype in _check.FLOATS
-        and tensor.device == device
-        and tensor.shape == param.shape
-    )
+    try:
+        return (
+            tensor.layout == torch.strided
+            and tensor.dtype in _check.FLOATS
+            and tensor.device == device
+            and tensor.shape == param.shape
+        )
+    except AttributeError:  # no tensor
+        return False
 
 
 def _refuse(op: str, label: str, tensor: Tensor, params: Tensors, i: int) -> None:
     """Raises with the first reason why `_fits` says no."""
+    _check.floating(op, **{label: tensor})
     if tensor.layout != torch.strided:
         raise TypeError(f"{op}: {label} is {tensor.layout}; accepted: dense tensors")
-    _check.floating(op, **{label: tensor})
     _check.same_device(op, **{"params[0]": params[0], label: tensor})
     _check.shape(op, label, tensor, tuple(params[i].shape), f"the shape of params[{i}]")
+
+
+def options(op: str, betas: tuple[float, float], eps: float) -> None:
+    """Two decay rates, and what is added to the root of the second moment."""
+    _check.betas(op, betas)
+    _check.eps(op, eps)
 
 
 def numbers(op: str, params: Tensors, **lists: Sequence[float]) -> None:
@@ -49,8 +68,11 @@ def numbers(op: str, params: Tensors, **lists: Sequence[float]) -> None:
 
 def steps(op: str, params: Tensors, given: Tensors) -> None:
     """The step counts, one for each of `params`, are 0-D float32 tensors on their device."""
+    sequence(op, "steps", given)
     _length(op, "steps", given, params)
     for i, step in enumerate(given):
+        if not isinstance(step, Tensor):
+            raise _check.no_tensor(op, f"steps[{i}]", step)
         if step.dtype != torch.float32 or step.dim() > 0:
             raise TypeError(f"{op}: steps[{i}] is {step.dtype} {tuple(step.shape)}; accepted: 0-D float32 tensors")
         if step.device != params[0].device:
@@ -84,6 +106,8 @@ def rounding(
 def flags(op: str, param: Tensor, **given: Tensor | None) -> None:
     """Each flag that is given has one element, on the device of `param`."""
     for name, flag in given.items():
+        if flag is not None and not isinstance(flag, Tensor):
+            raise _check.no_tensor(op, name, flag)
         if flag is not None and flag.numel() != 1:
             raise ValueError(f"{op}: {name} has shape {tuple(flag.shape)}; expected one element")
     _check.same_device(op, **{"params[0]": param}, **given)

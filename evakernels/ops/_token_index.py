@@ -4,12 +4,6 @@ import torch
 from torch import Tensor
 
 
-def check_dtype(op: str, token_index: Tensor | None) -> None:
-    """Raises `TypeError` for indices that aren't int64."""
-    if token_index is not None and token_index.dtype != torch.int64:
-        raise TypeError(f"{op}: token_index is {token_index.dtype}; accepted: torch.int64")
-
-
 def check_range(op: str, token_index: Tensor, num_tokens: int) -> None:
     """Raises `IndexError` for a value outside `0 .. num_tokens - 1`.
 

@@ -48,10 +48,18 @@ def adamw_update(
     Raises:
         TypeError: for a dtype or layout that isn't accepted.
         ValueError: for lists, shapes or devices that don't fit together.
+
+    Examples:
+        >>> params, grads, exp_avgs, exp_avg_sqs = ([torch.full((3,), value)] for value in (1.0, 2.0, 0.0, 0.0))
+        >>> state = exp_avgs, exp_avg_sqs, [torch.zeros(())]
+        >>> evakernels.adamw_update(params, grads, *state, [0.1], [0.0], betas=(0.9, 0.999), eps=1e-8)
+        >>> params
+        [tensor([0.9000, 0.9000, 0.9000])]
     """
     op = "adamw_update"
     _tensor_lists.tensors(op, params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     _tensor_lists.steps(op, params, steps)
+    _tensor_lists.options(op, betas, eps)
     _tensor_lists.numbers(op, params, lrs=lrs, weight_decays=weight_decays)
     _tensor_lists.flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
     rounding = _tensor_lists.rounding(op, params, seeds, first_elements)

@@ -1,5 +1,6 @@
 """InfoNCE and SigLIP over the batch of all processes, without a matrix of logits unless it is small."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from evakernels import backends
 from evakernels.ops import _check
 from evakernels.ops._collectives import gather_rows, logsumexp_of_ranks, rank_and_size, sum_of_ranks
 from evakernels.ops._register import define, differentiable
@@ -37,10 +39,17 @@ def contrastive_statistics(
     Raises:
         TypeError: for a dtype that isn't accepted.
         ValueError: for shapes, devices or an offset that don't fit together.
+
+    Examples:
+        >>> image, text = torch.eye(3), torch.eye(3)[[0, 2, 1]]
+        >>> _, _, positive, row_max, _ = evakernels.contrastive_statistics(image, text, torch.tensor(100.0))
+        >>> (positive >= row_max).tolist()  # which images have their own text on top
+        [True, False, False]
     """
     op = "contrastive_statistics"
-    logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image)
     _check_features(op, image, text, ("image", "text"))
+    logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image)
+    _check.number(op, "offset", offset, "0 to B - m")
     spare = text.shape[0] - image.shape[0]
     if spare < 0:
         raise ValueError(f"{op}: image has {image.shape[0]} rows and text {text.shape[0]}; expected m <= B")
@@ -66,8 +75,8 @@ def clip_loss(
             float32, bfloat16 or float16; normalised or not.
         logit_scale: `[]` or `[1]`, already exponentiated.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
-        group: the processes whose batches make up the global batch, each with a `b` of its own; None for this
-            one alone. The text features are gathered once, and no rank computes another's logits.
+        group: the processes whose batches make up the global batch, each with a `b` of its own, which may be 0 on
+            some; None for this one alone. The text features are gathered once, and no rank computes another's logits.
         memory_budget: bytes that the `[b, B]` logits of this rank may take from the forward pass to the backward pass,
             4 an element. Where they fit, forward and backward are three matrix products; else they are four, for
             backward makes the logits again, in chunks. 0 keeps none.
@@ -80,28 +89,56 @@ def clip_loss(
 
     Raises:
         TypeError: for a dtype that isn't accepted.
-        ValueError: for shapes or devices that don't fit together, a D that differs between ranks, a label_smoothing
-            outside [0, 1], a negative memory_budget, or a group that this process isn't in.
+        ValueError: for shapes or devices that don't fit together, an empty batch, a D that differs between ranks, text
+            features of which only some ranks' require a gradient, a label_smoothing outside [0, 1], a negative
+            memory_budget, or a group that this process isn't in.
+        RuntimeError: over several ranks, under forward-mode differentiation and functorch's transforms.
+
+    Examples:
+        >>> features = torch.nn.functional.normalize(torch.eye(4))
+        >>> evakernels.clip_loss(features, features, torch.tensor(100.0))
+        tensor(0.)
     """
     op = "clip_loss"
+    _check_batch(op, image_features, text_features, group)
     logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image_features)
-    _check_batch(op, image_features, text_features)
+    _check.number(op, "label_smoothing", label_smoothing, "0 to 1")
+    _check.number(op, "memory_budget", memory_budget, "a number of bytes, at least 0")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing is {label_smoothing}; accepted: 0 to 1")
     if memory_budget < 0:
         raise ValueError(f"{op}: memory_budget is {memory_budget}; accepted: at least 0")
     text, offset = gather_rows(op, "text_features", text_features, group)
     inputs = image_features, text, logit_scale
-    keeps = len(image_features) * len(text) * accumulation_dtype(text).itemsize <= memory_budget
-    forward = _kept_forward if keeps and _wants_gradient(inputs) else _forward
-    row_lse, col_lse, target, *_ = forward(*inputs, offset)
-    if label_smoothing > 0:
+    row_lse, col_lse, target = _statistics(inputs, offset, memory_budget)
+    if label_smoothing > 0 and len(row_lse):
         mean_logit = _logit_sum(*inputs) / (len(row_lse) * len(col_lse))
         target = (1 - label_smoothing) * target + label_smoothing * mean_logit
     if rank_and_size(op, group)[1] == 1:
         return _sum_of_pairs(row_lse, col_lse, target) / (2 * len(col_lse))
     loss: Tensor = _GlobalLoss.apply(row_lse, col_lse, target, group)  # type: ignore[no-untyped-call]
     return loss
+
+
+def _statistics(
+    inputs: tuple[Tensor, Tensor, Tensor], offset: int, memory_budget: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(row_lse [b], col_lse [B], positive [b])` of this rank's images with the texts of all."""
+    image, text, _ = inputs
+    if len(image) == 0:  # columns without a logit
+        nothing = _nothing(*inputs)
+        of_rows = nothing.expand(0)
+        return of_rows, (nothing - math.inf).expand(len(text)), of_rows
+    keeps = len(image) * len(text) * accumulation_dtype(text).itemsize <= memory_budget
+    forward = _kept_forward if keeps and _wants_gradient(inputs) else _forward
+    row_lse, col_lse, positive, *_ = forward(*inputs, offset)
+    return row_lse, col_lse, positive
+
+
+def _nothing(*inputs: Tensor) -> Tensor:
+    """0, from which a backward pass reaches all inputs: that of gathered rows is a collective, and awaited."""
+    dtype = accumulation_dtype(*inputs)
+    return torch.stack([x.reshape(-1)[:0].sum(dtype=dtype) for x in inputs]).sum()
 
 
 def siglip_loss(
@@ -116,11 +153,17 @@ def siglip_loss(
 
     Takes, returns and raises what `clip_loss` does; `logit_bias` is `[]` or `[1]` and added to every logit.
     The sum over all combinations is divided by the global batch size.
+
+    Examples:
+        >>> features = torch.eye(2)
+        >>> loss = evakernels.siglip_loss(features, features, torch.tensor(10.0), torch.tensor(-5.0))
+        >>> round(loss.item(), 4)
+        0.0134
     """
     op = "siglip_loss"
+    _check_batch(op, image_features, text_features, group)
     logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image_features)
     logit_bias = _checked_scalar(op, "logit_bias", logit_bias, image_features)
-    _check_batch(op, image_features, text_features)
     text, offset = gather_rows(op, "text_features", text_features, group)
     return sum_of_ranks(siglip_sum(image_features, text, logit_scale, logit_bias, offset), group) / len(text)
 
@@ -131,6 +174,8 @@ def siglip_sum(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Ten
     What it is given isn't checked. On a process that has the texts of all, the sum of its own images' part.
     """
     inputs = image, text, logit_scale.reshape(()), logit_bias.reshape(())
+    if len(image) == 0:
+        return _nothing(*inputs)
     total: Tensor = _siglip_forward(*inputs, offset)[0] if _wants_gradient(inputs) else _siglip_value(*inputs, offset)
     return total
 
@@ -169,28 +214,29 @@ def _logit_sum(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     return logit_scale.to(dtype) * (image.sum(0, dtype=dtype) * text.sum(0, dtype=dtype)).sum()
 
 
-def _check_batch(op: str, image: Tensor, text: Tensor) -> None:
-    _check_features(op, image, text, ("image_features", "text_features"))
+def _check_batch(op: str, image: Tensor, text: Tensor, group: ProcessGroup | None) -> None:
+    # Of several ranks one may be without a batch. Were it to raise alone, the others would wait for it for ever.
+    _check_features(op, image, text, ("image_features", "text_features"), may_be_empty=rank_and_size(op, group)[1] > 1)
     _check.shape(op, "text_features", text, tuple(image.shape), "the shape of image_features")
 
 
-def _check_features(op: str, image: Tensor, text: Tensor, names: tuple[str, str]) -> None:
+def _check_features(
+    op: str, image: Tensor, text: Tensor, names: tuple[str, str], *, may_be_empty: bool = False
+) -> None:
     _check.floating(op, **dict(zip(names, (image, text), strict=True)))
     _check.same_device(op, **dict(zip(names, (image, text), strict=True)))
     if image.dtype != text.dtype:
         raise TypeError(f"{op}: {names[1]} is {text.dtype}; accepted: {image.dtype} (as {names[0]})")
     for name, tensor in zip(names, (image, text), strict=True):
-        if tensor.dim() != 2 or tensor.shape[0] == 0:
+        if tensor.dim() != 2 or (tensor.shape[0] == 0 and not may_be_empty):
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; expected [batch, D] with batch > 0")
     _check.shape(op, names[1], text, (text.shape[0], image.shape[1]), f"[batch, D of {names[0]}]")
 
 
 def _checked_scalar(op: str, name: str, scalar: Tensor, like: Tensor) -> Tensor:
-    if not isinstance(scalar, Tensor):
-        raise TypeError(f"{op}: {name} is a {type(scalar).__name__}; accepted: a tensor with one element")
+    _check.floating(op, **{name: scalar})
     if scalar.numel() != 1:
         raise ValueError(f"{op}: {name} has shape {tuple(scalar.shape)}; expected one element")
-    _check.floating(op, **{name: scalar})
     _check.same_device(op, features=like, **{name: scalar})
     return scalar.reshape(())
 
@@ -278,12 +324,18 @@ def _kept_gradient(ctx: Any, drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tens
     return *_kept_backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset), None
 
 
+def _kept_composed(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int) -> Any:
+    """What torch differentiates keeps what it needs itself."""
+    return *reference.contrastive_forward(image, text, logit_scale, offset), image.new_empty(0)
+
+
 _kept_forward = define(
     "contrastive_kept_forward",
     "(Tensor image, Tensor text, Tensor logit_scale, int offset)"
     " -> (Tensor row_lse, Tensor col_lse, Tensor positive, Tensor row_max, Tensor col_max, Tensor logits)",
     reference=reference.contrastive_kept_forward,
     fake=_kept_forward_fake,
+    composed=_kept_composed,
 )
 _kept_backward = define(
     "contrastive_kept_backward",
@@ -320,6 +372,12 @@ def _siglip_gradient(ctx: Any, dloss: Tensor, *_: Tensor) -> Any:
     return *_siglip_backward(dloss, *ctx.saved_tensors), None
 
 
+def _siglip_composed(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Any:
+    """Without the gradients, which are torch's then."""
+    loss = reference.siglip_value(image, text, logit_scale, logit_bias, offset)
+    return loss, *(loss.new_empty(0) for _ in range(4))
+
+
 _siglip_value = define(
     "siglip_value",
     "(Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, int offset) -> Tensor loss",
@@ -332,6 +390,7 @@ _siglip_forward = define(
     " -> (Tensor loss, Tensor dimage, Tensor dtext, Tensor dlogit_scale, Tensor dlogit_bias)",
     reference=reference.siglip_forward,
     fake=_siglip_forward_fake,
+    composed=_siglip_composed,
 )
 _siglip_backward = define(
     "siglip_backward",
@@ -342,3 +401,7 @@ _siglip_backward = define(
     fake=_siglip_backward_fake,
 )
 differentiable(_siglip_forward, _siglip_backward, setup_context=_siglip_setup, formula=_siglip_gradient)
+
+backends.name_ops("contrastive_statistics", "contrastive_forward")
+backends.name_ops("clip_loss", "contrastive_kept_forward", "contrastive_forward")
+backends.name_ops("siglip_loss", "siglip_forward", "siglip_value")

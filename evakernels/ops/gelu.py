@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evakernels import _names
 from evakernels.ops import _check
 from evakernels.ops._register import define, differentiable, optional_gradient
 from evakernels.reference import gelu as reference
@@ -29,13 +30,19 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Te
     Raises:
         TypeError: for a dtype that isn't accepted.
         ValueError: for shapes or devices that don't fit together, or an unknown approximation.
+
+    Examples:
+        >>> layer = torch.nn.Linear(4, 8)
+        >>> evakernels.gelu(torch.ones(2, 4) @ layer.weight.T, layer.bias).shape
+        torch.Size([2, 8])
     """
     op = "gelu"
+    _check.floating(op, x=x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x is a scalar; expected [..., F]")
     if approximate not in APPROXIMATIONS:
-        raise ValueError(f"{op}: approximate is {approximate!r}; accepted: {', '.join(map(repr, APPROXIMATIONS))}")
-    _check.floating(op, x=x)
+        accepted = ", ".join(map(repr, APPROXIMATIONS)) + _names.hint(approximate, APPROXIMATIONS)
+        raise ValueError(f"{op}: approximate is {approximate!r}; accepted: {accepted}")
     _check.parameter_dtype(op, x, bias=bias)
     _check.same_device(op, x=x, bias=bias)
     _check.shape(op, "bias", bias, (x.shape[-1],), "[F]")

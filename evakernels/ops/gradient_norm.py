@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evakernels.ops import _check
+from evakernels.ops import _check, _tensor_lists
 from evakernels.ops._register import define
 from evakernels.ops._shards import groups_of, local, sum_over
 from evakernels.reference import gradient_norm as reference
@@ -31,14 +31,21 @@ def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
     Raises:
         TypeError: for a dtype or layout that isn't accepted.
         ValueError: for an empty list or several devices.
+
+    Examples:
+        >>> norm = evakernels.gradient_norm([torch.tensor([3.0]), torch.tensor([[0.0, 4.0]])])
+        >>> norm
+        tensor(5.)
+        >>> grad_scale = (norm / 2.0).clamp(min=1)  # for `adamw_update`, which then clips to 2
     """
     op = "gradient_norm"
+    _tensor_lists.sequence(op, "grads", grads)
     if not grads:
         raise ValueError(f"{op}: grads is empty; expected at least one tensor")
     for i, grad in enumerate(grads):
+        _check.floating(op, **{f"grads[{i}]": grad})
         if grad.layout != torch.strided:
             raise TypeError(f"{op}: grads[{i}] is {grad.layout}; accepted: dense tensors")
-        _check.floating(op, **{f"grads[{i}]": grad})
     _check.same_device(op, **{f"grads[{i}]": grad for i, grad in enumerate(grads)})
     parts: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
     for grad in grads:

@@ -1,11 +1,11 @@
 """LAMB for all tensors of a model, whatever their groups: in one call, or in two between which norms are reduced."""
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from evakernels import _names
 from evakernels.ops import _check, _tensor_lists
 from evakernels.ops._register import define
 from evakernels.ops._tensor_lists import Tensors
@@ -36,11 +36,20 @@ def lamb_step(
 
     A GPU makes both phases of a few tensors before it turns to the next ones, so that the second finds in the cache
     what the first has left. Takes and raises what the two do; all but `grads` and the flags are written.
+
+    Examples:
+        >>> params, grads, exp_avgs, exp_avg_sqs = ([torch.full((3,), value)] for value in (1.0, 2.0, 0.0, 0.0))
+        >>> state = exp_avgs, exp_avg_sqs, [torch.zeros(())]
+        >>> options = {"betas": (0.9, 0.999), "eps": 1e-8, "variant": "nvlamb"}
+        >>> evakernels.lamb_step(params, grads, *state, [0.1], [0.01], **options)
+        >>> params
+        [tensor([0.9000, 0.9000, 0.9000])]
     """
     op = "lamb_step"
     check_variant(op, variant)
     _tensor_lists.tensors(op, params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     _tensor_lists.steps(op, params, steps)
+    _tensor_lists.options(op, betas, eps)
     _tensor_lists.numbers(op, params, lrs=lrs, weight_decays=weight_decays)
     _tensor_lists.flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
     rounding = _tensor_lists.rounding(op, params, seeds, first_elements)
@@ -84,11 +93,21 @@ def lamb_update(
     Raises:
         TypeError: for a dtype or layout that isn't accepted.
         ValueError: for lists, shapes or devices that don't fit together, or an unknown variant.
+
+    Examples:
+        >>> params, grads, exp_avgs, exp_avg_sqs = ([torch.full((3,), value)] for value in (1.0, 2.0, 0.0, 0.0))
+        >>> state = exp_avgs, exp_avg_sqs, [torch.zeros(())]
+        >>> options = {"betas": (0.9, 0.999), "eps": 1e-8, "variant": "nvlamb"}
+        >>> squared_norms = evakernels.lamb_update(params, grads, *state, [0.01], **options)
+        >>> evakernels.lamb_apply(params, *state, squared_norms, [0.1], [0.01], **options)
+        >>> params
+        [tensor([0.9000, 0.9000, 0.9000])]
     """
     op = "lamb_update"
     check_variant(op, variant)
     _tensor_lists.tensors(op, params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     _tensor_lists.steps(op, params, steps)
+    _tensor_lists.options(op, betas, eps)
     _tensor_lists.numbers(op, params, weight_decays=weight_decays)
     _tensor_lists.flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
     squared_norms: Tensor = _update(
@@ -135,13 +154,23 @@ def lamb_apply(
         first_elements: with seeds, the number of each parameter's first element; 0 unless it is a part of a tensor.
 
     Only `params` are written.
+
+    Examples:
+        >>> params, moments, steps = [torch.ones(3)], [[torch.zeros(3)], [torch.zeros(3)]], [torch.zeros(())]
+        >>> decays, options = [0.0], {"betas": (0.9, 0.999), "eps": 1e-8}
+        >>> norms = evakernels.lamb_update(params, [torch.ones(3)], *moments, steps, decays, **options)
+        >>> evakernels.lamb_apply(params, *moments, steps, norms, [0.1], decays, **options)
+        >>> bool((params[0] < 1).all())
+        True
     """
     op = "lamb_apply"
     check_variant(op, variant)
     _tensor_lists.tensors(op, params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     _tensor_lists.steps(op, params, steps)
+    _tensor_lists.options(op, betas, eps)
     _tensor_lists.numbers(op, params, lrs=lrs, weight_decays=weight_decays)
     _check.floating(op, squared_norms=squared_norms)
+    _check.same_device(op, **{"params[0]": params[0]}, squared_norms=squared_norms)
     _check.shape(op, "squared_norms", squared_norms, (len(params), 2), "[n, 2]")
     _tensor_lists.flags(op, params[0], found_inf=found_inf)
     rounding = _tensor_lists.rounding(op, params, seeds, first_elements)
@@ -164,9 +193,8 @@ def lamb_apply(
 def check_variant(op: str, variant: str) -> None:
     """`variant` is one of `VARIANTS`."""
     if variant not in VARIANTS:
-        near = difflib.get_close_matches(variant, VARIANTS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{op}: variant is {variant!r}; accepted: {', '.join(map(repr, VARIANTS))}{hint}")
+        accepted = ", ".join(map(repr, VARIANTS)) + _names.hint(variant, VARIANTS)
+        raise ValueError(f"{op}: variant is {variant!r}; accepted: {accepted}")
 
 
 # --- ops ------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evakernels import backends
 from evakernels.ops import _check
 from evakernels.ops._autocast import norm_input
 from evakernels.ops._register import define, differentiable, optional_gradient
@@ -12,13 +13,13 @@ from evakernels.reference import layer_norm as reference
 from evakernels.reference._numerics import accumulation_dtype
 
 
-def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """LayerNorm over the last dimension (Ba, Kiros, Hinton 2016).
 
     Args:
         x: `[..., C]`, float64, float32, bfloat16 or float16.
         weight, bias: `[C]`, in the dtype of `x` or float32; None for none.
-        eps: added to the variance.
+        eps: added to the variance; by default as in torch. EVA's norms have 1e-6.
 
     Returns:
         `[..., C]` in the dtype of `x`. Statistics and sums are float32 (float64 for float64 input). Under CUDA autocast
@@ -27,12 +28,25 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     Raises:
         TypeError: for a dtype that isn't accepted.
         ValueError: for shapes or devices that don't fit together.
+
+    Examples:
+        >>> x = torch.randn(2, 197, 768)
+        >>> evakernels.layer_norm(x, torch.ones(768), torch.zeros(768)).shape
+        torch.Size([2, 197, 768])
     """
     return _plain("layer_norm", x, weight, bias, eps, rms=False)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """RMSNorm over the last dimension (Zhang, Sennrich 2019): `layer_norm` without mean and bias."""
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """RMSNorm over the last dimension (Zhang, Sennrich 2019): `layer_norm` without mean and bias.
+
+    Takes and raises what `layer_norm` does, but `eps` may be None, and is by default, as in
+    `torch.nn.functional.rms_norm`: `torch.finfo` of the dtype of the sums says it then, float32 or float64.
+
+    Examples:
+        >>> evakernels.rms_norm(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0]))
+        tensor([0.8485, 2.2627])
+    """
     return _plain("rms_norm", x, weight, None, eps, rms=True)
 
 
@@ -44,7 +58,7 @@ def add_layer_norm(
     *,
     layer_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
-    eps: float = 1e-6,
+    eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """The residual add of one sub-layer and the norm of the next (pre-norm blocks) in one pass.
 
@@ -64,6 +78,13 @@ def add_layer_norm(
     Raises:
         TypeError: for a dtype that isn't accepted.
         ValueError: for shapes or devices that don't fit together.
+
+    Examples:
+        >>> residual, branch = torch.randn(2, 2, 197, 768)
+        >>> keep = torch.tensor([0.0, 2.0])  # stochastic depth: the first sample's branch is dropped
+        >>> y, x = evakernels.add_layer_norm(residual, branch, torch.ones(768), torch.zeros(768), row_scale=keep)
+        >>> torch.equal(x[0], residual[0])
+        True
     """
     return _add_norm("add_layer_norm", residual, branch, weight, bias, layer_scale, row_scale, eps, rms=False)
 
@@ -75,9 +96,15 @@ def add_rms_norm(
     *,
     layer_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
-    eps: float = 1e-6,
+    eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`add_layer_norm` with RMSNorm."""
+    """`add_layer_norm` with RMSNorm, whose `eps` may be None, as that of `rms_norm`.
+
+    Examples:
+        >>> y, x = evakernels.add_rms_norm(torch.ones(1, 2), torch.tensor([[2.0, 3.0]]))
+        >>> x, y
+        (tensor([[3., 4.]]), tensor([[0.8485, 1.1314]]))
+    """
     return _add_norm("add_rms_norm", residual, branch, weight, None, layer_scale, row_scale, eps, rms=True)
 
 
@@ -89,12 +116,17 @@ def layer_norm_add(
     *,
     layer_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
-    eps: float = 1e-6,
+    eps: float = 1e-5,
 ) -> Tensor:
     """The norm of a sub-layer's output and its residual add (post-norm blocks, as in EVA-CLIP E and 18B) in one pass.
 
     Takes and raises what `add_layer_norm` does, and returns `residual + row_scale * layer_scale * layer_norm(branch)`
     in the dtype of `residual`.
+
+    Examples:
+        >>> residual, branch = torch.randn(2, 2, 197, 768)
+        >>> evakernels.layer_norm_add(residual, branch, torch.ones(768), torch.zeros(768), eps=1e-6).shape
+        torch.Size([2, 197, 768])
     """
     return _norm_add("layer_norm_add", residual, branch, weight, bias, layer_scale, row_scale, eps, rms=False)
 
@@ -106,15 +138,23 @@ def rms_norm_add(
     *,
     layer_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
-    eps: float = 1e-6,
+    eps: float | None = None,
 ) -> Tensor:
-    """`layer_norm_add` with RMSNorm."""
+    """`layer_norm_add` with RMSNorm, whose `eps` may be None, as that of `rms_norm`.
+
+    Examples:
+        >>> evakernels.rms_norm_add(torch.ones(1, 2), torch.tensor([[3.0, 4.0]]))
+        tensor([[1.8485, 2.1314]])
+    """
     return _norm_add("rms_norm_add", residual, branch, weight, None, layer_scale, row_scale, eps, rms=True)
 
 
-def _plain(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, rms: bool) -> Tensor:
+def _plain(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, *, rms: bool) -> Tensor:
+    _check.floating(op, x=x)
     x = norm_input(x)
-    _check_norm(op, x, weight, bias)
+    _check_norm(op, "x", x, weight, bias)
+    _check.same_device(op, x=x, weight=weight, bias=bias)
+    eps = _checked_eps(op, eps, x, rms)
     y: Tensor = _forward(x, weight, bias, eps, rms)[0]
     return y
 
@@ -127,13 +167,17 @@ def _add_norm(
     bias: Tensor | None,
     layer_scale: Tensor | None,
     row_scale: Tensor | None,
-    eps: float,
+    eps: float | None,
     *,
     rms: bool,
 ) -> tuple[Tensor, Tensor]:
+    _check.floating(op, residual=residual, branch=branch)
     residual = norm_input(residual)
-    _check_norm(op, residual, weight, bias)
+    _check_norm(op, "residual", residual, weight, bias)
     _check_residual(op, residual, branch, layer_scale, row_scale)
+    scales = {"layer_scale": layer_scale, "row_scale": row_scale}
+    _check.same_device(op, residual=residual, branch=branch, weight=weight, bias=bias, **scales)
+    eps = _checked_eps(op, eps, residual, rms)
     y, x, _, _ = _add_forward(residual, branch, weight, bias, layer_scale, row_scale, eps, rms)
     return y, x
 
@@ -146,25 +190,35 @@ def _norm_add(
     bias: Tensor | None,
     layer_scale: Tensor | None,
     row_scale: Tensor | None,
-    eps: float,
+    eps: float | None,
     *,
     rms: bool,
 ) -> Tensor:
+    _check.floating(op, residual=residual, branch=branch)
     residual = norm_input(residual)
-    _check_norm(op, residual, weight, bias)
+    _check_norm(op, "residual", residual, weight, bias)
     _check_residual(op, residual, branch, layer_scale, row_scale)
+    scales = {"layer_scale": layer_scale, "row_scale": row_scale}
+    _check.same_device(op, residual=residual, branch=branch, weight=weight, bias=bias, **scales)
+    eps = _checked_eps(op, eps, residual, rms)
     x: Tensor = _norm_add_forward(residual, branch, weight, bias, layer_scale, row_scale, eps, rms)[0]
     return x
 
 
-def _check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+def _checked_eps(op: str, eps: float | None, x: Tensor, rms: bool) -> float:
+    if eps is not None:
+        return _check.eps(op, eps)
+    if not rms:
+        raise TypeError(f"{op}: eps is None; accepted: {_check.EPS}")
+    return torch.finfo(accumulation_dtype(x)).eps
+
+
+def _check_norm(op: str, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     if x.dim() == 0:
-        raise ValueError(f"{op}: x is a scalar; expected [..., C]")
+        raise ValueError(f"{op}: {name} is a scalar; expected [..., C]")
     if bias is not None and weight is None:
         raise ValueError(f"{op}: bias without weight; give both or neither")
-    _check.floating(op, x=x)
     _check.parameter_dtype(op, x, weight=weight, bias=bias)
-    _check.same_device(op, x=x, weight=weight, bias=bias)
     _check.shape(op, "weight", weight, (x.shape[-1],), "[C]")
     _check.shape(op, "bias", bias, (x.shape[-1],), "[C]")
 
@@ -174,8 +228,7 @@ def _check_residual(
 ) -> None:
     if residual.dim() < 2:
         raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}; expected [B, ..., C]")
-    _check.floating(op, branch=branch, layer_scale=layer_scale, row_scale=row_scale)
-    _check.same_device(op, residual=residual, branch=branch, layer_scale=layer_scale, row_scale=row_scale)
+    _check.floating_or_none(op, layer_scale=layer_scale, row_scale=row_scale)
     _check.shape(op, "branch", branch, tuple(residual.shape), "the shape of residual")
     _check.shape(op, "layer_scale", layer_scale, (residual.shape[-1],), "[C]")
     _check.shape(op, "row_scale", row_scale, (residual.shape[0],), "[B]")
@@ -390,3 +443,7 @@ _norm_add_backward = define(
     fake=_norm_add_backward_fake,
 )
 differentiable(_norm_add_forward, _norm_add_backward, setup_context=_norm_add_setup, formula=_norm_add_gradient)
+
+backends.name_ops("rms_norm", "layer_norm_forward")
+backends.name_ops("add_rms_norm", "add_layer_norm_forward")
+backends.name_ops("rms_norm_add", "layer_norm_add_forward")

@@ -1,5 +1,6 @@
 """Attention within the sequences of a packed batch."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from evakernels.ops._autocast import matmul_inputs
 from evakernels.ops._register import define, differentiable
 from evakernels.ops.rope_attention import gpu_reasons
 from evakernels.reference import packed_attention as reference
+from evakernels.reference import rope_attention
 from evakernels.reference._numerics import accumulation_dtype
 
 
@@ -42,15 +44,24 @@ def packed_attention(
         TypeError: for a dtype that isn't accepted.
         ValueError: for shapes, devices or options that don't fit together; on a CPU also for offsets that don't,
             elsewhere they aren't checked.
+
+    Examples:
+        >>> lengths = torch.tensor([5, 77, 12])
+        >>> offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+        >>> q, k, v = torch.randn(94, 3, 8, 64).unbind(1)
+        >>> evakernels.packed_attention(q, k, v, offsets, max_length=77).shape
+        torch.Size([94, 8, 64])
     """
     op = "packed_attention"
+    _check.floating(op, q=q, k=k, v=v)
     q, k, v = matmul_inputs(q, k, v)
     _check.heads(op, "[T, H, D]", q, k, v)
+    _check.integers(op, (torch.int32, torch.int64), offsets=offsets)
     _check.same_device(op, q=q, offsets=offsets)
-    if offsets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: offsets is {offsets.dtype}; accepted: torch.int32, torch.int64")
     if offsets.dim() != 1 or len(offsets) == 0:
         raise ValueError(f"{op}: offsets has shape {tuple(offsets.shape)}; expected [B + 1]")
+    _check.number(op, "max_length", max_length, "at least 0")
+    _check.scale(op, scale)
     if max_length < 0:
         raise ValueError(f"{op}: max_length is {max_length}; accepted: at least 0")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -116,6 +127,7 @@ _forward = define(
     " -> (Tensor out, Tensor lse)",
     reference=reference.packed_attention_forward,
     fake=_forward_fake,
+    composed=partial(reference.packed_attention_forward, attend=rope_attention.rope_attention_forward),
     check=_check_values,
     gpu_reasons=_forward_gpu_reasons,
 )

@@ -8,7 +8,7 @@ from torch import Tensor
 from evakernels.ops import _check
 from evakernels.ops._autocast import matmul_inputs
 from evakernels.ops._register import define, differentiable
-from evakernels.ops._token_index import check_dtype, check_range
+from evakernels.ops._token_index import check_range
 from evakernels.reference import rope_attention as reference
 from evakernels.reference._numerics import accumulation_dtype
 
@@ -59,10 +59,18 @@ def rope_attention(
         ValueError: for shapes, devices or options that don't fit together.
         IndexError: on a CPU, for a `token_index` outside the table; elsewhere it isn't checked, as that would
             make the host wait for the device.
+
+    Examples:
+        >>> q, k, v = torch.randn(2, 197, 3, 12, 64).unbind(2)  # a class token and 14 x 14 patches
+        >>> cos, sin = evakernels.nn.axial_rope(14, 14, head_dim=64)
+        >>> evakernels.rope_attention(q, k, v, cos, sin, num_prefix=1).shape
+        torch.Size([2, 197, 12, 64])
     """
+    _check.floating("rope_attention", q=q, k=k, v=v)
     q, k, v = matmul_inputs(q, k, v)
     _check.heads("rope_attention", "[B, N, H, D]", q, k, v)
     _check_rotation(q, cos, sin, token_index, num_prefix)
+    _check.scale("rope_attention", scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out: Tensor = _forward(q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale)[0]
     return out
@@ -72,6 +80,7 @@ def _check_rotation(
     q: Tensor, cos: Tensor | None, sin: Tensor | None, token_index: Tensor | None, num_prefix: int
 ) -> None:
     op, (batch, tokens, heads, head_dim) = "rope_attention", q.shape
+    _check.number(op, "num_prefix", num_prefix, f"0 to {MAX_PREFIX}")
     if not 0 <= num_prefix <= MAX_PREFIX or num_prefix > tokens:
         raise ValueError(f"{op}: num_prefix is {num_prefix}; accepted: 0 to {MAX_PREFIX}, and at most N = {tokens}")
     if cos is None and sin is None:
@@ -84,6 +93,8 @@ def _check_rotation(
     if head_dim % 2:
         raise ValueError(f"{op}: head_dim {head_dim} is odd; a rotation needs pairs of channels")
     _check.floating(op, cos=cos, sin=sin)
+    if token_index is not None:
+        _check.integers(op, (torch.int64,), token_index=token_index)
     _check.same_device(op, q=q, cos=cos, sin=sin, token_index=token_index)
     if cos.requires_grad or sin.requires_grad:
         raise ValueError(f"{op}: cos or sin requires a gradient, but the tables get none; pass them detached")
@@ -96,7 +107,6 @@ def _check_rotation(
     else:
         _check.shape(op, "cos", cos, (rows, head_dim // 2), "[P, D/2]")
     _check.shape(op, "sin", sin, tuple(cos.shape), "the shape of cos")
-    check_dtype(op, token_index)
     _check.shape(op, "token_index", token_index, (batch, patches), "[B, N - num_prefix]")
 
 

@@ -26,7 +26,7 @@ def swiglu(
     Args:
         gate, up: `[..., F]` in one dtype; halves of one packed projection are fine.
         norm_weight, norm_bias: `[F]`, in the dtype of `gate` or float32; None for no norm, or no bias.
-        eps: added to the variance.
+        eps: added to the variance; by default EVA-02's, where `layer_norm` has torch's.
 
     Returns:
         `[..., F]`, contiguous, in the dtype of `gate`; inside it is float32 (float64 for float64 input). That
@@ -37,19 +37,25 @@ def swiglu(
     Raises:
         TypeError: for a dtype that isn't accepted.
         ValueError: for shapes or devices that don't fit together.
+
+    Examples:
+        >>> gate, up = torch.randn(2, 197, 2 * 2048).chunk(2, -1)  # of one packed projection
+        >>> evakernels.swiglu(gate, up, torch.ones(2048), torch.zeros(2048)).shape
+        torch.Size([2, 197, 2048])
     """
     _check_inputs(gate, up, norm_weight, norm_bias)
+    _check.eps("swiglu", eps)
     out: Tensor = _forward(gate, up, norm_weight, norm_bias, eps)[0]
     return out
 
 
 def _check_inputs(gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None) -> None:
     op = "swiglu"
+    _check.floating(op, gate=gate, up=up)
     if gate.dim() == 0:
         raise ValueError(f"{op}: gate is a scalar; expected [..., F]")
     if norm_bias is not None and norm_weight is None:
         raise ValueError(f"{op}: norm_bias without norm_weight; give both or neither")
-    _check.floating(op, gate=gate, up=up)
     if up.dtype != gate.dtype:
         raise TypeError(f"{op}: up is {up.dtype}; accepted: {gate.dtype} (as gate)")
     _check.parameter_dtype(op, gate, norm_weight=norm_weight, norm_bias=norm_bias)

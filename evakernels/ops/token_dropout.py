@@ -7,7 +7,7 @@ from torch import Tensor
 
 from evakernels.ops import _check
 from evakernels.ops._register import define, differentiable
-from evakernels.ops._token_index import check_dtype, check_range, check_unique
+from evakernels.ops._token_index import check_range, check_unique
 from evakernels.reference import token_dropout as reference
 
 
@@ -41,6 +41,11 @@ def token_dropout(
             end in a CUDA error then, as torch's own gather does for what is out of range. Triton's give NaN
             for what is out of range; with them and the reference a token that stands twice gets the gradient
             of one of its copies only.
+
+    Examples:
+        >>> index = evakernels.sample_token_index(2, 196, 98)
+        >>> evakernels.token_dropout(torch.randn(2, 196, 768), index, prefix=torch.randn(1, 768)).shape
+        torch.Size([2, 99, 768])
     """
     _check_inputs(patches, token_index, prefix, pos_embed)
     out: Tensor = _forward(patches, token_index, prefix, pos_embed)
@@ -68,6 +73,10 @@ def sample_token_index(
 
     Raises:
         ValueError: for a `num_keep` outside 1 to `num_tokens`.
+
+    Examples:
+        >>> evakernels.sample_token_index(2, 196, 98, generator=torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 98])
     """
     if not 1 <= num_keep <= num_tokens:
         raise ValueError(f"sample_token_index: num_keep is {num_keep}; accepted: 1 to num_tokens = {num_tokens}")
@@ -79,12 +88,14 @@ def sample_token_index(
 
 def _check_inputs(patches: Tensor, token_index: Tensor | None, prefix: Tensor | None, pos_embed: Tensor | None) -> None:
     op = "token_dropout"
+    _check.floating(op, patches=patches)
+    _check.floating_or_none(op, prefix=prefix, pos_embed=pos_embed)
+    if token_index is not None:
+        _check.integers(op, (torch.int64,), token_index=token_index)
     if patches.dim() != 3:
         raise ValueError(f"{op}: patches has shape {tuple(patches.shape)}; expected [B, N, C]")
     batch, num_tokens, channels = patches.shape
-    _check.floating(op, patches=patches, prefix=prefix, pos_embed=pos_embed)
     _check.same_device(op, patches=patches, token_index=token_index, prefix=prefix, pos_embed=pos_embed)
-    check_dtype(op, token_index)
     if token_index is not None:
         kept = token_index.shape[-1] if token_index.dim() else 0
         _check.shape(op, "token_index", token_index, (batch, kept), "[B, K]")

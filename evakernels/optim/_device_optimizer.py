@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from evakernels.ops import _check
 from evakernels.ops._shards import first_element_of, groups_of, local, sum_over
 from evakernels.reference._numerics import accumulation_dtype
 
@@ -106,10 +107,10 @@ class DeviceOptimizer(Optimizer):
         for option in ("lr", "eps", "weight_decay"):
             if isinstance(options[option], Tensor):
                 raise TypeError(f"{name}: {option} is a tensor; accepted: a number")
+            _check.number(name, option, options[option], "0 or more")
             if not options[option] >= 0.0:
                 raise ValueError(f"{name}: {option} is {options[option]}; accepted: 0 or more")
-        if len(options["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in options["betas"]):
-            raise ValueError(f"{name}: betas are {options['betas']}; accepted: two numbers from 0 to below 1")
+        _check.betas(name, options["betas"])
         if not 0 <= options.get("seed", 0) < 1 << 31:
             raise ValueError(f"{name}: seed is {options['seed']}; accepted: a number from 0 to below 2^31")
 

@@ -43,15 +43,16 @@ def _statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of the logits, which `kept` is filled with."""
     image, text, scale = _widened(image, text, logit_scale)
-    row_lse, positive, row_max = (image.new_empty(image.shape[0]) for _ in range(3))
     col_max = text.new_full((text.shape[0],), -torch.inf)
     col_sum = torch.zeros_like(col_max)
+    of_rows: list[tuple[Tensor, Tensor, Tensor]] = []
     for rows in _row_tiles(image, text):
         logits = torch.mm(scale * image[rows], text.T, out=None if kept is None else kept[rows])
-        row_lse[rows] = logits.logsumexp(1)
-        row_max[rows] = logits.amax(1)
-        positive[rows] = logits.diagonal(offset + rows.start)
+        # A copy of the diagonal: a view would hold all of its tile.
+        positive = logits.diagonal(offset + rows.start).clone()
+        of_rows.append((logits.logsumexp(1), positive, logits.detach().amax(1)))
         col_max, col_sum = _add_to_columns(col_max, col_sum, logits)
+    row_lse, positive, row_max = (torch.cat(parts) for parts in zip(*of_rows, strict=True))
     return row_lse, col_sum.log() + _finite(col_max), positive, row_max, col_max
 
 
@@ -99,7 +100,7 @@ def siglip_value(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: T
         logits = (scale * image[rows]) @ text.T + logit_bias
         _negate_pairs(logits, offset + rows.start)
         # The loss of a logit x that should be negative is softplus(x) = -log sigmoid(-x).
-        total -= F.logsigmoid(-logits).sum()
+        total = total - F.logsigmoid(-logits).sum()
     return total
 
 
@@ -172,7 +173,7 @@ def _row_tiles(image: Tensor, text: Tensor) -> Iterator[slice]:
 
 def _add_to_columns(col_max: Tensor, col_sum: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Takes a tile into the running log-sum-exp of the columns, `log(col_sum) + col_max`."""
-    new_max = torch.maximum(col_max, logits.amax(0))
+    new_max = torch.maximum(col_max, logits.detach().amax(0))
     shift = _finite(new_max)
     return new_max, col_sum * (col_max - shift).exp() + (logits - shift).exp_().sum(0)
 

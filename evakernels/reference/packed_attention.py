@@ -4,7 +4,8 @@ When causal, a sequence may be followed by anything, as no token of it sees that
 a batch has few of them; copies of a sequence's last token fill the cells behind it, and get no gradient.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,15 +19,24 @@ _UNROTATED = (None, None, None, 0)
 
 
 def packed_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    max_length: int,
+    causal: bool,
+    scale: float,
+    attend: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """`attend` takes the place of the op that each batch of sequences is given to."""
+    attend = attend or torch.ops.evakernels.rope_attention_forward
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q))
     for rows, inside in _batches(offsets, causal):
         given = (_grid(x, rows) for x in (q, k, v))
-        result = torch.ops.evakernels.rope_attention_forward(*given, *_UNROTATED, causal, False, scale)
-        _fill(out, rows, inside, result[0])
-        _fill(lse, rows, inside, result[1].transpose(1, 2))
+        result = attend(*given, *_UNROTATED, causal, False, scale)
+        out = _filled(out, rows, inside, result[0])
+        lse = _filled(lse, rows, inside, result[1].transpose(1, 2))
     return out, lse.T.contiguous()
 
 
@@ -42,13 +52,12 @@ def packed_attention_backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     for rows, inside in _batches(offsets, causal):
         cotangent = _grid(dout, rows).mul_(inside[..., None, None])
         given = cotangent, *(_grid(x, rows) for x in (q, k, v, out)), _grid(lse.T, rows).transpose(1, 2).contiguous()
         found = torch.ops.evakernels.rope_attention_backward(*given, *_UNROTATED, causal, False, scale)
-        for gradient, result in zip(gradients, found, strict=True):
-            _fill(gradient, rows, inside, result)
+        gradients = [_filled(x, rows, inside, grid) for x, grid in zip(gradients, found, strict=True)]
     dq, dk, dv = gradients
     return dq, dk, dv
 
@@ -72,9 +81,9 @@ def _grid(x: Tensor, rows: Tensor) -> Tensor:
     return grid
 
 
-def _fill(x: Tensor, rows: Tensor, inside: Tensor, grid: Tensor) -> None:
-    """The inverse, into `x`: of the cells that are `inside`."""
-    if inside.all():
-        x.index_copy_(0, rows.flatten(), grid.flatten(0, 1))
-    else:
-        x.index_copy_(0, rows[inside], grid[inside])
+def _filled(x: Tensor, rows: Tensor, inside: Tensor, grid: Tensor) -> Tensor:
+    """The inverse, in `x` itself unless a transform is at work: of the cells that are `inside`."""
+    where, values = (rows.flatten(), grid.flatten(0, 1)) if inside.all() else (rows[inside], grid[inside])
+    # Of a sample alone vmap doesn't know how to write those of several into it.
+    put = torch.Tensor.index_copy if torch._C._are_functorch_transforms_active() else torch.Tensor.index_copy_
+    return put(x, 0, where, values)

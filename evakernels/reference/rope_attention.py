@@ -29,11 +29,12 @@ def rope_attention_forward(
     rotation = _rotation(q, cos, sin, token_index, num_prefix)
     q_rotated, k_rotated = (_rotate(_heads_first(x), rotation, interleaved) for x in (q, k))
     scores = _scores(q_rotated, k_rotated, scale, causal)
-    highest = scores.amax(-1, keepdim=True)
+    # Constants, as far as a derivative goes: the softmax of shifted scores is the same.
+    highest = scores.detach().amax(-1, keepdim=True)
     weights = scores.sub_(highest).exp_()
     total = weights.sum(-1, keepdim=True)
     out = torch.matmul(weights, _heads_first(v)).div_(total)
-    lse = highest.add_(total.log_()).squeeze(-1)
+    lse = total.log().add_(highest).squeeze(-1)
     return _heads_last(out, q.dtype), lse
 
 

@@ -6,12 +6,12 @@ python -m evakernels.tuning run --op layer_norm_backward
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import torch
 
-from evakernels import tuning
+from evakernels import _names, tuning
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,10 +21,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help in (("show", "print the shipped configurations"), ("run", "measure, and write this GPU's file")):
         command = commands.add_parser(name, help=help)
-        command.add_argument("--op", action="append", choices=known, metavar="OP", help="default: all")
+        command.add_argument("--op", action="append", type=_known(known), metavar="OP", help="default: all")
     arguments = parser.parse_args(argv)
     ops = arguments.op or known
     return show(ops) if arguments.command == "show" else run(ops)
+
+
+def _known(ops: Sequence[str]) -> Callable[[str], str]:
+    def op(name: str) -> str:
+        if name not in ops:
+            raise argparse.ArgumentTypeError(_names.unknown("op", name, ops))
+        return name
+
+    return op
 
 
 def show(ops: Sequence[str]) -> int:

@@ -139,8 +139,48 @@ def test_unknown_names_are_errors_that_list_the_known_ones():
         pass
     with pytest.raises(ValueError, match=known):
         backends.register(OP, "tpu", lambda: None)
-    with pytest.raises(ValueError, match=r"unknown op 'layernorm'; known: .*layer_norm_forward"):
-        evakernels.explain("layernorm")
+    with pytest.raises(ValueError, match=r"unknown op 'softmax'; known: .*layer_norm_forward"):
+        evakernels.explain("softmax")
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("layernorm", "'layer_norm'"),
+        ("Rope-Attention", "'rope_attention'"),
+        ("clip_los", "'clip_loss'"),
+        ("attention", "'packed_attention' or 'packed_attention_backward' or 'packed_attention_forward'"),
+    ],
+)
+def test_near_misses_are_asked_about(given, meant):
+    with pytest.raises(ValueError, match=re.escape(f"unknown op {given!r}; did you mean {meant}?")):
+        evakernels.explain(given)
+    with pytest.raises(ValueError, match=r"unknown backend 'Cpu'; did you mean 'cpu'\?"), evakernels.use_backend("Cpu"):
+        pass
+
+
+@pytest.mark.parametrize("name", sorted(set(evakernels.ops.__all__) - {"as_torch_operators", "sample_token_index"}))
+def test_explain_knows_every_public_function(name):
+    explained = {line.partition(" on ")[0] for line in evakernels.explain(name).splitlines()}
+    several = {
+        "clip_loss": {"contrastive_kept_forward", "contrastive_forward"},
+        "siglip_loss": {"siglip_forward", "siglip_value"},
+    }
+    assert explained == several.get(name, explained)
+    assert len(explained) == len(several.get(name, "1"))
+    assert explained <= backends.ops().keys()
+
+
+def test_explain_takes_the_arguments_of_a_loss():
+    features = torch.ones(2, 4)
+    with evakernels.use_backend("reference"):
+        text = evakernels.explain("clip_loss", features, features, torch.ones(()), 0)
+    assert text.count("serves the call") == 2
+
+
+def test_what_draws_alone_is_no_op():
+    with pytest.raises(ValueError, match="sample_token_index is made of torch's own operators"):
+        evakernels.explain("sample_token_index")
 
 
 def test_every_op_has_a_reference():

@@ -25,7 +25,8 @@ WIDTH = 5
 LOSSES = {"clip": (ClipLoss, 0.0), "clip-smoothed": (ClipLoss, 0.2), "siglip": (SigLipLoss, None)}
 SIZES = (2, WORLD)
 FAR = {"large": 900.0, "small": -900.0, "infinite": float("inf"), "spread": torch.linspace(-900, 900, WORLD * ROWS)}
-EVEN, UNEVEN = [ROWS] * WORLD, [3, 1, 4, 2]
+EVEN = [ROWS] * WORLD
+UNEVEN = {"uneven": [3, 1, 4, 2], "empty": [0, 3, 0, 2], "one alone": [0, 0, 3, 0]}
 
 
 class TwoTowers(nn.Module):
@@ -169,10 +170,14 @@ def far_loss(name: str) -> tuple[torch.Tensor, ...]:
     return loss.detach(), *torch.autograd.grad(loss, features)
 
 
-def message_of(call) -> str:
+def global_loss(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    return ClipLoss(group=dist.group.WORLD)(images, texts, torch.tensor(1.0, dtype=images.dtype))
+
+
+def message_of(call, *arguments) -> str:
     try:
-        call()
-    except ValueError as error:
+        call(*arguments)
+    except (RuntimeError, ValueError) as error:
         return str(error)
     return "no error"
 
@@ -181,19 +186,25 @@ def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     groups = {size: dist.new_group(list(range(size))) for size in (1, *SIZES)}
-    results = {}
+    results, model, (images, texts) = {}, TwoTowers(), batch(ROWS)
     for name in LOSSES:
-        results[name, "uneven"] = data_parallel_step(name, groups[WORLD], UNEVEN)
+        for kind, rows in UNEVEN.items():
+            results[name, kind] = data_parallel_step(name, groups[WORLD], rows)
+        nothing = (x[:0] for x in (images, texts))
+        results[name, "nowhere"] = message_of(model.loss, name, *nothing, dist.group.WORLD)
         for size in SIZES:
             if rank < size:
                 results[name, size] = data_parallel_step(name, groups[size], EVEN)
-    model, (images, texts) = TwoTowers(), batch(ROWS)
     if rank == 0:
         results["alone"] = model.loss("clip", images, texts, groups[1]).detach()
     else:
-        results["outside"] = message_of(lambda: model.loss("clip", images, texts, groups[1]))
+        results["outside"] = message_of(model.loss, "clip", images, texts, groups[1])
     narrow = images[:, : 6 - rank], texts[:, : 6 - rank]
-    results["unequal"] = message_of(lambda: ClipLoss(group=dist.group.WORLD)(*narrow, model.scale))
+    results["unequal"] = message_of(global_loss, *narrow)
+    wanting = [x.clone().requires_grad_(rank in (1, 2)) for x in (images, texts)]
+    results["wanting"] = message_of(global_loss, *wanting)
+    transforms = torch.func.grad, torch.func.jacfwd
+    results["transformed"] = [message_of(transform(global_loss), images, texts) for transform in transforms]
     half = [x.to(torch.bfloat16).requires_grad_() for x in (images, texts)]
     loss = ClipLoss(group=dist.group.WORLD)(*half, torch.tensor(1.0))
     loss.backward()
@@ -214,10 +225,10 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
-@pytest.mark.parametrize("size", [*SIZES, "uneven"])
+@pytest.mark.parametrize("size", [*SIZES, *UNEVEN])
 @pytest.mark.parametrize("name", LOSSES)
 def test_value_and_mean_of_gradients_are_those_of_the_whole_batch(ranks, name, size):
-    rows = UNEVEN if size == "uneven" else EVEN[:size]
+    rows = UNEVEN[size] if size in UNEVEN else EVEN[:size]
     model = TwoTowers()
     loss = model.loss(name, *batch(sum(rows)), None)
     loss.backward()
@@ -252,7 +263,7 @@ def test_half_the_features_travel_and_a_third_or_half_of_the_products_is_saved(r
     """
     product = 2 * ROWS * WORLD * ROWS * WIDTH
     features = (WORLD - 1) * ROWS * WIDTH * 4  # of one side, of this rank to all others
-    shapes, number = (WORLD - 1) * 2 * 8, 2 * (WORLD - 1) / WORLD * 4
+    shapes, number = (WORLD - 1) * 3 * 8, 2 * (WORLD - 1) / WORLD * 4
     columns = (WORLD * ROWS + 1) * 2 * number  # float64
     for rank in ranks:
         assert rank["costs"] == {
@@ -283,6 +294,24 @@ def test_sums_beyond_float64_are_formed_relative_to_the_largest(ranks, name):
 def test_unequal_widths_are_named_on_every_rank(ranks):
     for rank in range(WORLD):
         assert "text_features has shape [4, 6] on rank 0, [4, 5] on rank 1, [4, 4] on rank 2" in ranks[rank]["unequal"]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_batch_that_is_empty_everywhere_is_an_error_everywhere(ranks, name):
+    for rank in range(WORLD):
+        assert "text_features has no rows on any of 4 ranks; expected a batch on one" in ranks[rank][name, "nowhere"]
+
+
+def test_features_that_some_processes_alone_train_are_named_on_every_rank(ranks):
+    """The backward pass of the others would wait for them."""
+    for rank in range(WORLD):
+        assert "text_features requires a gradient on rank 1, 2 alone; expected that on all" in ranks[rank]["wanting"]
+
+
+def test_transforms_are_refused_before_any_collective(ranks):
+    for rank in range(WORLD):
+        for message in ranks[rank]["transformed"]:
+            assert "clip_loss: over 4 processes there is a gradient alone, by torch.autograd" in message
 
 
 def test_a_process_outside_the_group_is_told_so(ranks):

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from op_checks import assert_as_accurate_as_torch, assert_compiles, assert_deterministic
+from torch.autograd import forward_ad
+from torch.func import jvp
 from torch.utils.flop_counter import FlopCounterMode
 
 from evakernels.nn import Linear, linear
@@ -99,3 +101,23 @@ def test_float32_goes_to_the_faster_library(monkeypatch, name, avx512, expected)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name, "avx512_f": avx512})
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     assert (torch.float32 in _module.served_dtypes.__wrapped__()) is expected
+
+
+def test_derivatives_that_are_asked_for_in_other_ways(direct):
+    """Forward-mode ones, by dual numbers and by functorch, and those of several cotangents at once."""
+    given = tuple(_inputs(3, 5, 4))
+    tangents = tuple(t.flip(0) for t in given)
+
+    def by_duals(function):
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(*pair) for pair in zip(given, tangents, strict=True)]
+            return forward_ad.unpack_dual(function(*duals)).tangent
+
+    def several(function):
+        leaves = [t.clone().requires_grad_() for t in given]
+        cotangents = torch.stack([given[0] @ given[1].T, tangents[0] @ given[1].T])
+        return torch.autograd.grad(function(*leaves), leaves, cotangents, is_grads_batched=True)
+
+    for result in (by_duals, several, lambda function: jvp(function, given, tangents)[1]):
+        torch.testing.assert_close(result(linear), result(F.linear), atol=1e-4, rtol=1e-4)
+    assert direct

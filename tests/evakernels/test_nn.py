@@ -1,3 +1,4 @@
+import copy
 from functools import partial
 
 import pytest
@@ -6,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers import AttentionRope, RotaryEmbeddingCat
 from timm.layers import SwiGLU as TimmSwiGLU
 
+import evakernels
 from evakernels import nn, rope_attention
 
 
@@ -16,18 +18,41 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (nn.LayerNorm(8), torch.nn.LayerNorm(8, eps=1e-6)),
-        (nn.LayerNorm(8, 1e-5, bias=False), torch.nn.LayerNorm(8, eps=1e-5, bias=False)),
-        (nn.RMSNorm(8), torch.nn.RMSNorm(8, eps=1e-6)),
+        (nn.LayerNorm(8), torch.nn.LayerNorm(8)),
+        (nn.LayerNorm(8, 1e-4, bias=False), torch.nn.LayerNorm(8, eps=1e-4, bias=False)),
+        (nn.RMSNorm(8), torch.nn.RMSNorm(8)),
+        (nn.RMSNorm(8, 1e-4), torch.nn.RMSNorm(8, eps=1e-4)),
     ],
-    ids=["layer_norm", "layer_norm-without-bias", "rms_norm"],
+    ids=["layer_norm", "layer_norm-without-bias", "rms_norm", "rms_norm-eps"],
 )
-def test_norms_take_the_place_of_those_of_torch(ours, theirs):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_norms_take_the_place_of_those_of_torch(ours, theirs, dtype):
+    """Of inputs so small that eps tells."""
+    ours, theirs = copy.deepcopy(ours).to(dtype), copy.deepcopy(theirs).to(dtype)
     state = {name: randn(8, seed=i) for i, name in enumerate(theirs.state_dict())}
     ours.load_state_dict(state)
     theirs.load_state_dict(state)
     assert isinstance(ours, type(theirs))
-    torch.testing.assert_close(ours(randn(2, 3, 8)), theirs(randn(2, 3, 8)))
+    assert ours.extra_repr() == theirs.extra_repr()
+    for size in (1e-8, 1e-3, 1.0):
+        x = (size * randn(2, 3, 8)).to(dtype)
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_functions_have_the_eps_of_torch_too():
+    x, branch = 1e-3 * randn(2, 8), 1e-3 * randn(2, 8, seed=1)
+    given = x, branch, x + branch
+    of_layer, of_rms = ([norm(t, (8,)) for t in given] for norm in (F.layer_norm, F.rms_norm))
+    for (plain, of_branch, of_sum), name in ((of_layer, "layer_norm"), (of_rms, "rms_norm")):
+        torch.testing.assert_close(getattr(evakernels, name)(x), plain)
+        torch.testing.assert_close(getattr(evakernels, f"add_{name}")(x, branch)[0], of_sum)
+        torch.testing.assert_close(getattr(evakernels, f"{name}_add")(x, branch), x + of_branch)
+
+
+def test_a_norm_with_the_eps_of_the_dtype_compiles():
+    x = 1e-3 * randn(2, 8)
+    compiled = torch.compile(lambda x: evakernels.rms_norm(x, eps=None), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), F.rms_norm(x, (8,)))
 
 
 @pytest.mark.parametrize("module", [nn.LayerNorm(8), nn.RMSNorm(8), nn.SwiGLU(8, 12)])

@@ -116,7 +116,10 @@ def test_run_needs_a_gpu(monkeypatch, capsys):
 def test_an_unknown_op_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["run", "--op", "softmax"])
-    assert "invalid choice: 'softmax'" in capsys.readouterr().err
+    assert "argument --op: unknown op 'softmax'; known: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["show", "--op", "SwiGLU_forward"])
+    assert "unknown op 'SwiGLU_forward'; did you mean 'swiglu_forward'?" in capsys.readouterr().err
 
 
 def test_the_look_up_needs_no_triton():

@@ -10,7 +10,8 @@ from dropin_families import FAMILIES
 from dropin_family import ops_of, run
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import nn
-from torch.func import functional_call, vmap
+from torch.autograd import forward_ad
+from torch.func import functional_call, jvp, vmap
 
 import evakernels
 from evakernels import _native
@@ -73,6 +74,22 @@ def test_transforms_and_tracers_see_the_untouched_code():
     parameters = dict(model.named_parameters())
     _close(vmap(lambda one: functional_call(model, parameters, (one[None],))[0])(x), untouched(x))
     _close(torch.jit.trace(model, x, check_trace=False)(x), untouched(x))
+
+
+@everything_served
+@pytest.mark.parametrize("name", ["eva02", "vit"])
+def test_forward_mode_derivatives(name):
+    """By dual numbers, which the fused ops see, and by the transform, under which the untouched code runs."""
+    family, model, untouched = _pair(name)
+    (x,) = family.inputs(1).values()
+    tangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+
+    def by_duals(model):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(model(forward_ad.make_dual(x, tangent))).tangent
+
+    _close(by_duals(model), by_duals(untouched))
+    _close(jvp(model, (x,), (tangent,))[1], by_duals(untouched))
 
 
 def test_torchscript_asks_for_the_restored_model():

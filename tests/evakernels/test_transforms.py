@@ -1,0 +1,346 @@
+"""Forward-mode derivatives and functorch's transforms of every op, in float64, beside the same of torch's functions."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+import evakernels
+
+EPS = 1e-3
+INDEX = torch.tensor([[3, 0], [1, 2]])
+OFFSETS = torch.tensor([0, 3, 3, 5])
+ANGLES = torch.linspace(0, 3, 4 * 2, dtype=torch.float64).view(4, 2)
+COS, SIN = ANGLES.cos(), ANGLES.sin()
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(*shapes: tuple[int, ...], seed: int = 0) -> tuple[Tensor, ...]:
+    return tuple(randn(*shape, seed=seed + i) for i, shape in enumerate(shapes))
+
+
+# --- the same of torch's functions ----------------------------------------------------------------------------------
+
+
+def layer_norm(x, weight=None, bias=None):
+    return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
+
+
+def rms_norm(x, weight=None):
+    return F.rms_norm(x, x.shape[-1:], weight, EPS)
+
+
+def total(residual, branch, layer_scale, row_scale):
+    return residual + row_scale[:, None, None] * layer_scale * branch
+
+
+def add_layer_norm(residual, branch, weight, bias, layer_scale, row_scale):
+    x = total(residual, branch, layer_scale, row_scale)
+    return layer_norm(x, weight, bias), x
+
+
+def add_rms_norm(residual, branch, weight):
+    return rms_norm(residual + branch, weight), residual + branch
+
+
+def swiglu(gate, up, weight=None, bias=None):
+    hidden = F.silu(gate) * up
+    return hidden if weight is None else layer_norm(hidden, weight, bias)
+
+
+def attention(q, k, v, causal=False):
+    """Of heads `[..., N, H, D]`."""
+    scores = torch.einsum("...qhd,...khd->...hqk", q, k) * q.shape[-1] ** -0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -math.inf)
+    return torch.einsum("...hqk,...khd->...qhd", scores.softmax(-1), v)
+
+
+def rotated(x):
+    """All tokens but the first."""
+    cos, sin = COS[:, None], SIN[:, None]
+    a, b = x[:, 1:, :, 0::2], x[:, 1:, :, 1::2]
+    turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+    return torch.cat((x[:, :1], turned), 1)
+
+
+def packed_attention(q, k, v):
+    parts = [(0, 3), (3, 5)]
+    return torch.cat([attention(*(x[a:b] for x in (q, k, v)), causal=True) for a, b in parts])
+
+
+def token_dropout(patches, prefix, pos_embed):
+    tokens = patches + pos_embed[1:]
+    kept = torch.stack([tokens[b, rows] for b, rows in enumerate(INDEX)])
+    return torch.cat(((prefix + pos_embed[:1]).expand(2, -1, -1), kept), 1)
+
+
+def statistics(image, text, scale):
+    logits = scale * image @ text.T
+    return logits.logsumexp(1), logits.logsumexp(0), logits.diagonal(1)
+
+
+def clip_loss(image, text, scale, smoothing=0.0):
+    logits, labels = scale * image @ text.T, torch.arange(len(image))
+    return sum(F.cross_entropy(s, labels, label_smoothing=smoothing) for s in (logits, logits.T)) / 2
+
+
+def siglip_loss(image, text, scale, bias):
+    logits = scale * image @ text.T + bias
+    return -F.logsigmoid(logits * (2 * torch.eye(len(image)).double() - 1)).sum() / len(image)
+
+
+# --- every op that returns something --------------------------------------------------------------------------------
+
+ROWS = (2, 3, 4)
+CASES = {
+    "layer_norm": (lambda *t: evakernels.layer_norm(*t, EPS), layer_norm, inputs(ROWS, (4,), (4,))),
+    "rms_norm": (lambda *t: evakernels.rms_norm(*t, EPS), rms_norm, inputs(ROWS, (4,))),
+    "add_layer_norm": (
+        lambda r, b, w, c, s, d: evakernels.add_layer_norm(r, b, w, c, layer_scale=s, row_scale=d, eps=EPS),
+        add_layer_norm,
+        inputs(ROWS, ROWS, (4,), (4,), (4,), (2,)),
+    ),
+    "add_rms_norm": (
+        lambda *t: evakernels.add_rms_norm(*t, eps=EPS),
+        add_rms_norm,
+        inputs(ROWS, ROWS, (4,)),
+    ),
+    "layer_norm_add": (
+        lambda r, b, w, c, s, d: evakernels.layer_norm_add(r, b, w, c, layer_scale=s, row_scale=d, eps=EPS),
+        lambda r, b, w, c, s, d: total(r, layer_norm(b, w, c), s, d),
+        inputs(ROWS, ROWS, (4,), (4,), (4,), (2,)),
+    ),
+    "rms_norm_add": (
+        lambda *t: evakernels.rms_norm_add(*t, eps=EPS),
+        lambda r, b, w: r + rms_norm(b, w),
+        inputs(ROWS, ROWS, (4,)),
+    ),
+    "swiglu": (evakernels.swiglu, swiglu, inputs(ROWS, ROWS)),
+    "swiglu-norm": (lambda *t: evakernels.swiglu(*t, EPS), swiglu, inputs(ROWS, ROWS, (4,), (4,))),
+    "gelu": (evakernels.gelu, lambda x, b: F.gelu(x + b), inputs(ROWS, (4,))),
+    "gelu-tanh": (
+        lambda x: evakernels.gelu(x, approximate="tanh"),
+        lambda x: F.gelu(x, approximate="tanh"),
+        inputs(ROWS),
+    ),
+    "rope_attention": (
+        lambda q, k, v: evakernels.rope_attention(q, k, v, COS, SIN, num_prefix=1),
+        lambda q, k, v: attention(rotated(q), rotated(k), v),
+        inputs(*[(2, 5, 2, 4)] * 3),
+    ),
+    "rope_attention-causal": (
+        lambda *t: evakernels.rope_attention(*t, causal=True),
+        lambda *t: attention(*t, causal=True),
+        inputs(*[(2, 3, 2, 4)] * 3),
+    ),
+    "packed_attention": (
+        lambda *t: evakernels.packed_attention(*t, OFFSETS, max_length=3),
+        packed_attention,
+        inputs(*[(5, 2, 4)] * 3),
+    ),
+    "token_dropout": (
+        lambda x, prefix, pos_embed: evakernels.token_dropout(x, INDEX, prefix=prefix, pos_embed=pos_embed),
+        token_dropout,
+        inputs((2, 4, 3), (1, 3), (5, 3)),
+    ),
+    "contrastive_statistics": (
+        lambda *t: evakernels.contrastive_statistics(*t, offset=1)[:3],
+        statistics,
+        (*inputs((3, 4), (5, 4)), torch.tensor(1.5).double()),
+    ),
+    "clip_loss": (
+        lambda *t: evakernels.clip_loss(*t, label_smoothing=0.1),
+        lambda *t: clip_loss(*t, smoothing=0.1),
+        (*inputs((3, 4), (3, 4)), torch.tensor(1.5).double()),
+    ),
+    "clip_loss-logits-not-kept": (
+        lambda *t: evakernels.clip_loss(*t, memory_budget=0),
+        clip_loss,
+        (*inputs((3, 4), (3, 4)), torch.tensor(1.5).double()),
+    ),
+    "siglip_loss": (
+        evakernels.siglip_loss,
+        siglip_loss,
+        (*inputs((3, 4), (3, 4)), torch.tensor(1.5).double(), torch.tensor(-0.5).double()),
+    ),
+    "gradient_norm": (
+        lambda *t: evakernels.gradient_norm(t),
+        lambda *t: torch.cat([x.flatten() for x in t]).norm(),
+        inputs((2, 3), (4,)),
+    ),
+}
+NO_GRADIENT = "gradient_norm"
+every_op = pytest.mark.parametrize(("ours", "theirs", "given"), CASES.values(), ids=CASES)
+
+
+def tangents(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(randn(*t.shape, seed=50 + i) for i, t in enumerate(given))
+
+
+def everything(given: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple(range(len(given)))
+
+
+def as_one(function):
+    """The same as a scalar, of which `grad` takes the derivative."""
+
+    def scalar(*given):
+        outputs = function(*given)
+        return sum(o.square().sum() for o in ([outputs] if isinstance(outputs, Tensor) else outputs))
+
+    return scalar
+
+
+def test_no_public_op_is_left_out():
+    """Those that only write, or only draw, have no derivative."""
+    without = {"adamw_update", "as_torch_operators", "lamb_apply", "lamb_step", "lamb_update", "sample_token_index"}
+    assert {name.partition("-")[0] for name in CASES} == set(evakernels.ops.__all__) - without
+
+
+@every_op
+def test_jvp(ours, theirs, given):
+    torch.testing.assert_close(jvp(ours, given, tangents(given)), jvp(theirs, given, tangents(given)))
+
+
+@every_op
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_dual_numbers(ours, theirs, given, requires_grad):
+    def result(function):
+        with forward_ad.dual_level():
+            duals = [
+                forward_ad.make_dual(x.clone().requires_grad_(requires_grad), tangent)
+                for x, tangent in zip(given, tangents(given), strict=True)
+            ]
+            outputs = function(*duals)
+            outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+            return [tuple(forward_ad.unpack_dual(output)) for output in outputs]
+
+    torch.testing.assert_close(result(ours), result(theirs))
+
+
+@every_op
+def test_one_argument_alone_has_a_tangent(ours, theirs, given):
+    for i, tangent in enumerate(tangents(given)):
+        results = []
+        for function in (ours, theirs):
+            alone = lambda x, f=function, i=i: f(*given[:i], x, *given[i + 1 :])  # noqa: E731
+            results.append(jvp(alone, (given[i],), (tangent,)))
+        torch.testing.assert_close(*results)
+
+
+@every_op
+def test_jacobians(ours, theirs, given):
+    """Of one argument after the other, so that those are mapped over and the rest isn't."""
+    for i in everything(given):
+        expected = jacrev(theirs, i)(*given)
+        torch.testing.assert_close(jacfwd(ours, i)(*given), expected)
+        torch.testing.assert_close(jacrev(ours, i)(*given), expected)
+
+
+@every_op
+def test_vjp(ours, theirs, given):
+    results = []
+    for function in (ours, theirs):
+        outputs, pull = vjp(function, *given)
+        cotangents = outputs if isinstance(outputs, Tensor) else tuple(outputs)
+        results.append((outputs, pull(cotangents)))
+    torch.testing.assert_close(*results)
+
+
+@every_op
+def test_gradients_of_each_sample(ours, theirs, given):
+    several = tuple(torch.stack([x, x.flip(0) if x.dim() else 2 * x]) for x in given)
+    arguments = everything(given)
+    expected = vmap(grad(as_one(theirs), arguments))(*several)
+    torch.testing.assert_close(vmap(grad(as_one(ours), arguments))(*several), expected)
+
+
+@every_op
+def test_gradients_of_a_batch(ours, theirs, given):
+    """`grad` outside, `vmap` inside."""
+    several = tuple(torch.stack([x, 2 * x]) for x in given)
+    if ours is CASES[NO_GRADIENT][0]:  # vmap doesn't know how to call an op of a list
+        with pytest.raises(RuntimeError, match="evakernels::gradient_norm"):
+            grad(lambda *t: vmap(as_one(ours))(*t).sum())(*several)
+        return
+    results = [grad(lambda *t, f=f: vmap(as_one(f))(*t).sum(), everything(given))(*several) for f in (ours, theirs)]
+    torch.testing.assert_close(*results)
+
+
+@every_op
+def test_second_derivatives(ours, theirs, given):
+    results = [hessian(lambda x, f=f: as_one(f)(x, *given[1:]))(given[0]) for f in (ours, theirs)]
+    torch.testing.assert_close(*results)
+
+
+@every_op
+def test_second_derivatives_as_torch_operators(ours, theirs, given):
+    x = given[0].clone().requires_grad_()
+    with evakernels.as_torch_operators():
+        (first,) = torch.autograd.grad(as_one(ours)(x, *given[1:]), x, create_graph=True)
+    (expected,) = torch.autograd.grad(as_one(theirs)(x, *given[1:]), x, create_graph=True)
+    torch.testing.assert_close(first, expected)
+    results = [torch.autograd.grad(g.square().sum(), x)[0] for g in (first, expected)]
+    torch.testing.assert_close(*results)
+
+
+@every_op
+def test_backward_passes_of_several_cotangents(ours, theirs, given):
+    """Of outputs whose forward pass nothing has transformed."""
+    results = []
+    for function in (ours, theirs):
+        leaves = [x.clone().requires_grad_() for x in given]
+        output = function(*leaves)
+        output = output if isinstance(output, Tensor) else output[0]
+        if function is CASES[NO_GRADIENT][0]:
+            with pytest.raises(RuntimeError, match=r"evakernels.gradient_norm.default but no autograd formula"):
+                output.backward()
+            return
+        cotangents = randn(3, *output.shape, seed=9)
+        found = torch.autograd.grad(output, leaves, cotangents, is_grads_batched=True, allow_unused=True)
+        results.append(found[: 5 if len(leaves) == 6 else None])  # row_scale has no gradient
+    torch.testing.assert_close(*results)
+
+
+@every_op
+def test_jacobians_of_forward_mode_by_torch_autograd(ours, theirs, given):
+    options = {"strategy": "forward-mode", "vectorize": True}
+    results = [torch.autograd.functional.jacobian(f, given, **options) for f in (ours, theirs)]
+    torch.testing.assert_close(*results)
+
+
+@every_op
+def test_jvp_of_compiled_code(ours, theirs, given):
+    torch._dynamo.reset()
+
+    def pushed(*t):
+        return jvp(ours, t, tangents(given))
+
+    compiled = torch.compile(pushed, backend="aot_eager")
+    torch.testing.assert_close(compiled(*given), jvp(theirs, given, tangents(given)))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "packed_attention"])
+def test_dual_numbers_in_compiled_code(name):
+    """But of packed attention: its reference asks for lengths, and where a graph breaks torch loses dual numbers."""
+    torch._dynamo.reset()
+    ours, theirs, given = CASES[name]
+
+    @torch.compile(backend="aot_eager")
+    def pushed(primals, directions):
+        with forward_ad.dual_level():
+            outputs = ours(*(forward_ad.make_dual(*pair) for pair in zip(primals, directions, strict=True)))
+            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+            return [forward_ad.unpack_dual(output).tangent for output in outputs]
+
+    expected = jvp(theirs, given, tangents(given))[1]
+    expected = [expected] if isinstance(expected, Tensor) else list(expected)
+    torch.testing.assert_close(pushed(given, tangents(given)), expected)
