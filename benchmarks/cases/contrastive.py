@@ -29,9 +29,13 @@ _SHAPES = {
 }
 
 
+def _raw(pairs: int, channels: int) -> Shape:
+    return Shape(batch=pairs, embed_dim=channels)
+
+
 def _pairs(shape: Shape, draw: Draw) -> Inputs:
     """As many pairs as the shape has images; the tower doesn't matter, both end in the same space."""
-    size = (shape.batch, shape.config.embed_dim)
+    size = (shape.batch, shape.embed_dim)
     return {name: _features(draw, *size) for name in ("image_features", "text_features")}
 
 
@@ -60,8 +64,8 @@ def _work(shape: Shape, itemsize: int) -> Work:
     Bytes are those of the features and of their gradients; no scalar counts, and no matrix of logits, for it is neither
     input nor output.
     """
-    product = 2 * shape.batch**2 * shape.config.embed_dim
-    features = 2 * shape.batch * shape.config.embed_dim * itemsize
+    product = 2 * shape.batch**2 * shape.embed_dim
+    features = 2 * shape.batch * shape.embed_dim * itemsize
     return Work(Cost(product, features), Cost(2 * product, 2 * features))
 
 
@@ -93,6 +97,7 @@ register(
         ours=evakernels.clip_loss,
         work=_work,
         shapes=_SHAPES,
+        raw=_raw,
         gradients=("image_features", "text_features", "logit_scale"),
         registered="contrastive_forward",
     )
@@ -106,6 +111,7 @@ register(
         ours=evakernels.siglip_loss,
         work=_work,
         shapes=_SHAPES | {"cpu": _SHAPES["cpu"][:2]},
+        raw=_raw,
         gradients=("image_features", "text_features", "logit_scale", "logit_bias"),
         registered="siglip_forward",
     )
