@@ -97,7 +97,7 @@ def _build_parser() -> argparse.ArgumentParser:
     audit = _add(verbs, "audit", "count what the GPU kernels ask of memory, emulated and interpreted", _audit)
     audit.add_argument("names", nargs="*", metavar="NAME", help="an audited operation (default: all)")
     audit.add_argument("--kernels", choices=["cuda", "triton"], help="of which language (default: both)")
-    _add_choice(audit)
+    _add_choice(audit, " (default: a list for each)")
     audit.add_argument("--direction", action="append", default=[], choices=["forward", "backward"], help=_BOTH)
     audit.add_argument("--json", type=Path, metavar="FILE", help="all that was counted")
     return parser
@@ -117,22 +117,20 @@ def _add(verbs: Any, name: str, help: str, action: Any) -> argparse.ArgumentPars
     return parser
 
 
-def _add_choice(parser: Any) -> None:
+def _add_choice(parser: Any, shapes: str) -> None:
     several: dict[str, Any] = {"action": "append", "default": []}
-    parser.add_argument(
-        "--shape",
-        **several,
-        metavar="NAME",
-        help="such as 'eva02-l14@224 b8', or sizes alone, such as 4096x768 for rows x channels;"
-        " `list` tells the default shapes of each operation, and which sizes it has",
-    )
+    parser.add_argument("--shape", **several, metavar="NAME", help=f"such as 'eva02-l14@224 b8'{shapes}")
     parser.add_argument("--dtype", **several, choices=list(DTYPES), help="default: those usual on the device")
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to measure (each may be given several times)")
     several: dict[str, Any] = {"action": "append", "default": []}
-    _add_choice(what)
+    _add_choice(
+        what,
+        ", or sizes alone, such as 4096x768 for rows x channels; `list` tells the default shapes of each operation,"
+        " and which sizes it has",
+    )
     what.add_argument("--first", type=int, default=0, metavar="N", help="only so many of an operation's default shapes")
     what.add_argument("--mode", **several, choices=["forward", "training"], help=_BOTH)
     what.add_argument("--backend", **several, metavar="NAME", help="of this library (default: all)")

@@ -17,6 +17,8 @@ from benchmarks.results import WRONG, Machine, Row
 from benchmarks.timing import Rotation, Timer
 
 _MAX_SETS = 64
+_JUDGED_SEED = -1
+"""Of the inputs that results are judged on: others than those of the first call, which a candidate might remember."""
 _JUDGED = {"forward": "outputs", "training": "gradients"}
 """What the errors of a mode are those of."""
 
@@ -109,11 +111,11 @@ def _prepare(case: Case, contestants: Sequence[Candidate], machine: Machine, tim
 
 def _appoint(case: Case) -> _Judge:
     try:
-        truth = dict(_results(case, case.op.eager, accuracy.as_double(case.draw())))
+        truth = dict(_results(case, case.op.eager, accuracy.as_double(case.draw(_JUDGED_SEED))))
     except torch.OutOfMemoryError:
         truth = {}
     try:
-        (_, outputs), *gradients = _results(case, case.op.eager, case.draw())
+        (_, outputs), *gradients = _results(case, case.op.eager, case.draw(_JUDGED_SEED))
     except Exception:  # its own row will tell
         return _Judge(truth)
     found = [("forward", outputs), *gradients]
@@ -129,7 +131,7 @@ def _first(case: Case, candidate: Candidate, timer: Timer, judge: _Judge) -> Non
     function = case.functions[candidate.name] = candidate.build(case.shape)
     with candidate.context():
         seconds = timer.first_call(make_call(case, candidate, case.draw()))
-        _check(row, _results(case, function, case.draw()), judge)
+        _check(row, _results(case, function, case.draw(_JUDGED_SEED)), judge)
         _take_memory(case, candidate, row)
     row.first_call_ms = 1e3 * seconds
 

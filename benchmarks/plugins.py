@@ -22,9 +22,7 @@ def load(plugins: Sequence[Path] = ()) -> None:
         _run(path)
         new = [name for name, count in _counts().items() if count != before.get(name)]
         if not new:
-            raise UserError(
-                f"--plugin {str(path)!r} registers nothing; it needs a function under @peer(OPERATION, NAME)"
-            )
+            raise UserError(f"--plugin {str(path)!r} registers nothing; it needs a @peer(OPERATION, NAME)")
         for name in new:
             if name not in operations():
                 raise UserError(f"--plugin {str(path)!r}: {unknown_name('operation', name, operations())}")

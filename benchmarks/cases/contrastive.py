@@ -84,7 +84,7 @@ def siglip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tens
 
 
 def _widened(logits: Tensor) -> Tensor:
-    """Logits in float32 at least, in which autocast computes a loss."""
+    """Logits, or a peer's loss, in float32 at least, in which autocast computes one."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -140,8 +140,7 @@ def _under_autocast(loss: Function) -> Function:
     def call(image_features: Tensor, text_features: Tensor, **scalars: Tensor) -> Tensor:
         dtype = image_features.dtype
         with torch.autocast(image_features.device.type, dtype=dtype, enabled=dtype.itemsize == 2):
-            result: Tensor = loss(image_features, text_features, **scalars)
-            return result
+            return _widened(loss(image_features, text_features, **scalars))
 
     return call
 
@@ -197,6 +196,6 @@ def _both_directions(direction: Callable[[Tensor, Tensor, Tensor], Tensor]) -> F
 
     def call(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
         of_images = direction(image_features, text_features, logit_scale)
-        return (of_images + direction(text_features, image_features, logit_scale)) / 2
+        return _widened(of_images + direction(text_features, image_features, logit_scale)) / 2
 
     return call

@@ -42,9 +42,9 @@ _BARS_NOTE = (
 )
 _SWEEP_NOTE = "Shapes that differ in one size only. Times are on logarithmic axes, memory on linear ones."
 _VERDICT_NOTE = (
-    "The verdict is the time of the best peer over that of this library's fastest backend. The best peer is the fastest "
-    "of all others whose results are right, torch eager and torch.compile among them. Both are measured in the same "
-    "rounds; where the ratios of the rounds lie on both sides of 1, nobody can tell. A click on a heading sorts."
+    "The verdict is the time of the best peer over that of this library's fastest backend. The best peer is the "
+    "fastest of all others whose results are right, torch eager and torch.compile among them. Both are measured in the "
+    "same rounds; where the ratios of the rounds lie on both sides of 1, nobody can tell. A click on a heading sorts."
 )
 _TABLE_NOTE = "A click on a heading sorts. Errors are against float64, beside that of torch eager in the same dtype."
 

@@ -109,6 +109,16 @@ def test_wrong_gradients_are_wrong_though_the_outputs_are_right() -> None:
     assert row.error == pytest.approx(1.0, rel=1e-3)
 
 
+def test_a_peer_that_remembers_its_first_result_is_wrong() -> None:
+    first: list[Tensor] = []
+
+    def remembering(x: Tensor) -> Tensor:
+        first.append(x.tanh())
+        return first[0]
+
+    assert rows_of(remembering=remembering)["remembering"].mark == "wrong"
+
+
 def test_a_peer_that_rounds_is_inexact_and_not_wrong() -> None:
     rows = rows_of("training", rounding=lambda x: x.tanh().bfloat16().float())
     row = rows["rounding"]

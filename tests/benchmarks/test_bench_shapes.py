@@ -96,4 +96,4 @@ def test_sizes_alone_are_those_that_the_op_says() -> None:
     with pytest.raises(UserError, match="token_dropout can't keep 10 of 9 patches"):
         op.shape("2x9x10x8")
     with pytest.raises(UserError, match="shape '4x8' is that of no model"):
-        get_operation("layer_norm").shape("4x8").config  # type: ignore[attr-defined]
+        _ = get_operation("layer_norm").shape("4x8").config  # type: ignore[attr-defined]
