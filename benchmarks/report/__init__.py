@@ -8,18 +8,17 @@ from evaclip.atomic import replacing, write_text
 
 # Imports are inside: the command line should not wait for matplotlib.
 
-MARKDOWN_FILE, ROOFLINE_FILE = "summary.md", "roofline.png"
+ROOFLINE_FILE = "roofline.png"
 
 
 def write_report(results: Results, folder: Path) -> Path:
     """Writes the report of a result into `folder`; returns the path of its first page.
 
-    It leaves `index.html` and a page for each operation, each complete in itself; `roofline.png`, without anything
-    measured none; and `summary.md`.
+    It leaves `index.html` and a page for each operation, each complete in itself, and `roofline.png`, without anything
+    measured none.
     """
     from benchmarks.report.colours import colour_names
     from benchmarks.report.drawing import Paint
-    from benchmarks.report.markdown import to_markdown
     from benchmarks.report.page import INDEX, Book, index_page, op_page
     from benchmarks.report.roofline import page_name
 
@@ -28,7 +27,6 @@ def write_report(results: Results, folder: Path) -> Path:
     for op in book.ops:
         write_text(folder / page_name(op), op_page(book, op))
     _write_picture(results, folder)
-    write_text(folder / MARKDOWN_FILE, to_markdown(results))
     write_text(folder / INDEX, index_page(book))
     return folder / INDEX
 

@@ -1,40 +1,15 @@
-"""The summary as a Markdown table, and the table that a page of the documentation shows."""
+"""The table that a Markdown page shows: ours against the best peers, between two markers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.columns import LEVEL, NOTHING, machine_facts, percent, time_text, times, verdict_text
+from benchmarks.columns import LEVEL, NOTHING, machine_facts, time_text, verdict_text
 from benchmarks.contests import Contest, contests, tally
 from benchmarks.results import Results
 from evaclip.atomic import write_text
 from evaclip.errors import UserError
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-_TEXTS = ("op", "mode", "shape", "dtype")
-_NUMBERS = ("ours, ms", "best peer, ms", "verdict", "torch eager, ms", "speed-up", "roofline")
-_MODE = ("ms", "best peer, ms", "verdict")
-
-
-def to_markdown(results: Results) -> str:
-    """The machine, what makes its numbers doubtful, and one line for each operation, mode, shape and dtype."""
-    parts = [*_head(results), _table((*_TEXTS, *_NUMBERS), len(_TEXTS), map(_line, contests(results.rows)))]
-    if results.absent:
-        parts.append("\n".join(f"- not measured: {peer} ({reason})" for peer, reason in results.absent.items()))
-    return "\n\n".join(parts) + "\n"
-
-
-def _line(contest: Contest) -> list[str]:
-    ours = contest.ours
-    speedup = contest.speedup(ours) if ours else None
-    return [
-        *(contest.op, contest.mode, contest.shape, contest.dtype),
-        time_text(contest, "ours"),
-        time_text(contest, "baseline", "peer"),
-        verdict_text(contest),
-        time_text(contest, "baseline"),
-        NOTHING if speedup is None else times(speedup),
-        NOTHING if ours is None or ours.roofline is None else percent(ours.roofline),
-    ]
 
 
 def split_page(page: Path) -> tuple[str, str]:
@@ -55,7 +30,7 @@ def split_page(page: Path) -> tuple[str, str]:
 
 
 def write_page(results: Results, page: Path, picture: str) -> None:
-    """Puts the table of ours against the best peers, a line for each operation and shape, between a page's markers.
+    """Puts machine, counts and table between a page's markers.
 
     Args:
         results: what was measured.
@@ -73,50 +48,36 @@ def write_page(results: Results, page: Path, picture: str) -> None:
         f"faster in {counts['faster']} of {counts.total()} cases, {LEVEL} in {counts['level']}, slower in "
         f"{counts['slower']}."
     )
-    parts = [*_head(results), count, _op_table(found)]
+    parts = [*_head(results), count, "\n".join(_lines(found))]
     if picture:
         parts.append(f"![Speed against eager PyTorch, and the share of the roofline, of each op]({picture})")
     write_text(page, "\n\n".join([before, *parts, after]))
 
 
-def _op_table(found: Sequence[Contest]) -> str:
-    """The modes of an operation, shape and dtype side by side."""
-    modes = list(dict.fromkeys(contest.mode for contest in found))
-    groups: dict[tuple[str, ...], dict[str, Contest]] = {}
-    for contest in found:
-        groups.setdefault((contest.op, contest.shape, contest.dtype), {})[contest.mode] = contest
-    headings = ["op", "shape", "dtype"]
-    for mode in modes:
-        headings += [f"{mode}, {_MODE[0]}", *_MODE[1:]]
-    lines = ([f"`{op}`", *rest, *_mode_cells(group, modes)] for (op, *rest), group in groups.items())
-    return _table(headings, 3, lines)
-
-
-def _mode_cells(group: dict[str, Contest], modes: Sequence[str]) -> list[str]:
-    cells = []
-    for mode in modes:
-        contest = group.get(mode)
-        if contest is None:
-            cells += [NOTHING] * len(_MODE)
-        else:
-            cells += [time_text(contest, "ours"), time_text(contest, "baseline", "peer"), verdict_text(contest)]
-    return cells
-
-
 def _head(results: Results) -> list[str]:
-    facts = machine_facts(results.machine)
+    facts = machine_facts(results.machine) | results.machine.versions
     name, command = facts.pop("device"), facts.pop("command", "")
-    versions = [f"{what} {version}" for what, version in results.machine.versions.items()]
-    about = [f"{what} {text}" for what, text in facts.items()]
     return [
-        f"**{name}**: {', '.join([*about, *versions])}.",
+        f"**{name}**: {', '.join(f'{what} {text}' for what, text in facts.items())}.",
         *([f"`{command}`"] if command else []),
         *(f"> {note}" for note in results.machine.notes),
     ]
 
 
-def _table(headings: Sequence[str], texts: int, lines: Iterable[Sequence[str]]) -> str:
-    rules = ["---"] * texts + ["---:"] * (len(headings) - texts)
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in (headings, rules, *lines)
-    )
+def _lines(found: Sequence[Contest]) -> list[str]:
+    """One for each operation, shape and dtype, with its modes side by side."""
+    modes = list(dict.fromkeys(contest.mode for contest in found))
+    groups: dict[tuple[str, ...], dict[str, Contest]] = {}
+    for contest in found:
+        groups.setdefault((contest.op, contest.shape, contest.dtype), {})[contest.mode] = contest
+    headings = [text for mode in modes for text in (f"{mode}, ms", "best peer, ms", "verdict")]
+    lines = [["op", "shape", "dtype", *headings], ["---"] * 3 + ["---:"] * len(headings)]
+    for (op, *names), group in groups.items():
+        lines.append([f"`{op}`", *names, *(text for mode in modes for text in _cells(group.get(mode)))])
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+
+
+def _cells(contest: Contest | None) -> tuple[str, str, str]:
+    if contest is None:
+        return NOTHING, NOTHING, NOTHING
+    return time_text(contest, "ours"), time_text(contest, "baseline", "peer"), verdict_text(contest)

@@ -1,4 +1,4 @@
-"""The pages, pictures and the Markdown table, against the rows that they were made from."""
+"""The pages, the picture and the Markdown table, against the rows that they were made from."""
 
 import re
 from html.parser import HTMLParser
@@ -14,7 +14,6 @@ from benchmarks.contests import contests, panels, verdict
 from benchmarks.report import write_beside, write_report, write_section
 from benchmarks.report.charts import sweeps
 from benchmarks.report.colours import COLOURS, colour_names
-from benchmarks.report.markdown import to_markdown
 from benchmarks.report.roofline import page_name
 from benchmarks.results import Results
 from evaclip.errors import UserError
@@ -84,7 +83,7 @@ def read(folder: Path, name: str) -> _Page:
 
 
 def test_nothing_is_missing_and_nothing_left_over(folder: Path) -> None:
-    assert {path.name for path in folder.iterdir()} == {*PAGES, "roofline.png", "summary.md"}
+    assert {path.name for path in folder.iterdir()} == {*PAGES, "roofline.png"}
     with Image.open(folder / "roofline.png") as picture:
         picture.load()
         assert picture.format == "PNG"
@@ -240,21 +239,6 @@ def test_lines_join_shapes_that_differ_in_one_size_only() -> None:
     assert [(sweep.size, [contest.shape for contest in sweep.contests]) for sweep in found] == [
         ("batch", ["eva02-b16@224 b2", "eva02-b16@224 b8"])
     ]
-
-
-def test_the_markdown_table_has_a_line_for_each_case(folder: Path) -> None:
-    text = (folder / "summary.md").read_text(encoding="utf-8")
-    assert text == to_markdown(results())
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + CASES
-    assert len({line.count("|") for line in lines}) == 1
-    times = "0.0500 cpu | 0.0800 torch.compile | 1.60 × | 0.100 torch eager | 2.00 ×"  # noqa: RUF001
-    assert lines[2] == f"| layer_norm | forward | {SHAPES[0]} | float32 | {times} | 50 % |"
-    assert "> busy: other processes used 40% of the processors during the run" in text
-    assert "- not measured: far <away> (runs on cuda only)" in text
-    assert "**Fake CPU**" in text
-    broken = Results(machine(), [row(failure="x"), row(candidate="torch eager", kind="baseline")])
-    assert "| failed | 2.00 torch eager | – | 2.00 torch eager | – | – |" in to_markdown(broken)  # noqa: RUF001
 
 
 def test_a_page_gets_the_table_between_its_markers(tmp_path: Path) -> None:
