@@ -127,7 +127,8 @@ def verdict(contest: Contest) -> Verdict | None:
     """How this library does in a case; None if it or all others have no time.
 
     Both were measured in the same rounds. The difference is noise if the ratios of these rounds lie on both sides of 1,
-    the outer fifths left out, or if the medians of the passes over the suite do.
+    the outer fifths left out, or if the medians of the passes over the suite do, or the ratio of all times and that of
+    the rounds: a machine whose speed changes between passes can turn the former round.
     """
     ours, rival = contest.ours, contest.rival
     if ours is None or rival is None or not ours.median_ms or not rival.median_ms:
@@ -141,8 +142,9 @@ def verdict(contest: Contest) -> Verdict | None:
         return None
     low, high = (ratios[round(share * (len(ratios) - 1))] for share in (0.2, 0.8))
     medians = [median(one_pass) for one_pass in passes if one_pass]
-    level = low <= 1 <= high or min(medians) <= 1 <= max(medians)
-    return Verdict(ours, rival, rival.median_ms / ours.median_ms, level)
+    ratio = rival.median_ms / ours.median_ms
+    level = any(min(several) <= 1 <= max(several) for several in ((low, high), medians, (ratio, median(ratios))))
+    return Verdict(ours, rival, ratio, level)
 
 
 def tally(found: Iterable[Contest]) -> Counter[str]:

@@ -44,9 +44,8 @@ def write_page(results: Results, page: Path, picture: str) -> None:
     found = contests(results.rows)
     counts = tally(found)
     count = (
-        f"Against the fastest of the others whose results are right, `torch eager` and `torch.compile` among them: "
-        f"faster in {counts['faster']} of {counts.total()} cases, {LEVEL} in {counts['level']}, slower in "
-        f"{counts['slower']}."
+        f"Against the fastest of all others whose results are right, plain PyTorch among them: faster in "
+        f"{counts['faster']} of {counts.total()} cases, {LEVEL} in {counts['level']}, slower in {counts['slower']}."
     )
     parts = [*_head(results), count, "\n".join(_lines(found))]
     if picture:

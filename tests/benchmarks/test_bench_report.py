@@ -321,6 +321,8 @@ def test_faster_and_slower_mean_that_the_spreads_do_not_touch() -> None:
     assert found([[1.0, 1.0, 1.0, 1.0]], [[1.2, 0.9, 0.9, 1.2]]) == LEVEL
     # Of the rounds nearly all are faster, of one of the passes they are not.
     assert found([[1.0] * 9, [1.0]], [[1.1] * 9, [0.9]]) == LEVEL
+    # In nearly all rounds ours is faster, but its median over both passes is the larger one.
+    assert found([[1.8] * 8, [3.9] * 8], [[2.4] * 7 + [2.6], [6.7] * 5 + [2.3] * 3]) == LEVEL
     assert verdict(contests([row(failure="x")])[0]) is None
     assert verdict(contests([row()])[0]) is None
 
