@@ -13,7 +13,12 @@
 and `python -m benchmarks op layer_norm --plugin that_file.py` measures it beside the others.
 """
 
-from benchmarks.operation import Cost, Draw, Operation, Work, peer, register
-from benchmarks.shapes import Shape
+# First of all: it decides where the imports after it find evakernels and evaclip.
+from benchmarks import origin
+
+origin.choose()
+
+from benchmarks.operation import Cost, Draw, Operation, Work, peer, register  # noqa: E402
+from benchmarks.shapes import Shape  # noqa: E402
 
 __all__ = ["Cost", "Draw", "Operation", "Shape", "Work", "peer", "register"]

@@ -1,5 +1,10 @@
-"""Errors against float64 on the same inputs, the candidate's beside those of plain PyTorch in the same dtype."""
+"""Errors against float64 on the same inputs, the candidate's beside those of plain PyTorch in the same dtype.
 
+A wrong result is no competitor of a right one, so it is told apart from an inexact one first: it has another shape or
+dtype, or an error beyond `allowed_error`, which is no matter of rounding.
+"""
+
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +37,61 @@ def tensors(value: Outputs) -> list[Tensor]:
     return [item for item in value if isinstance(item, Tensor)] if isinstance(value, list | tuple) else []
 
 
+ERROR_RULE = {"forward": 2.0, "training": 3.0}
+"""How many times the error of plain PyTorch in the same dtype an op of this library may have at most."""
+PEER_RULE = 10.0
+"""The same for peers, of errors beyond `ROUGHEST`."""
+ROUGHEST = 2.0**-8
+"""One rounding to bfloat16: a peer that rounds to it, or to TF32, where plain PyTorch doesn't is inexact, not wrong."""
+UNRELATED = 0.5
+"""That of a result which has little to do with the truth, whatever the dtype."""
+FINEST = 2.0**-24
+"""One rounding to float32: a smaller error is none."""
+
+Form = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor."""
+
+
+class WrongResultError(Exception):
+    """What a candidate computes is something else."""
+
+
+def forms(values: Sequence[Tensor]) -> list[Form]:
+    """The shape and dtype of each."""
+    return [(tuple(value.shape), value.dtype) for value in values]
+
+
+def check_forms(found: Sequence[Form], expected: Sequence[Form]) -> None:
+    """Raises `WrongResultError` where a tensor is missing, or has another shape or dtype."""
+    if len(found) != len(expected):
+        raise WrongResultError(f"{len(found)} tensors came back where {len(expected)} were expected")
+    for (shape, dtype), (right_shape, right_dtype) in zip(found, expected, strict=True):
+        if shape != right_shape:
+            raise WrongResultError(f"shape {shape} came back where {right_shape} was expected")
+        if dtype != right_dtype:
+            raise WrongResultError(f"{dtype} came back where {right_dtype} was expected")
+
+
+def luck(values: Sequence[Tensor], dtype: torch.dtype) -> float:
+    """The error that plain PyTorch may be below by mere luck: of a lone number, such as a loss, a few roundings."""
+    return max(FINEST, 4 * torch.finfo(dtype).eps if all(value.numel() == 1 for value in values) else 0.0)
+
+
+def allowed_error(kind: str, mode: str, baseline: float | None, least: float = FINEST) -> float:
+    """The largest error of a result that isn't wrong: ours by the rule, a peer's as far as rounding explains it.
+
+    Args:
+        kind: `ours`, `baseline` or `peer`.
+        mode: `forward` for an error of outputs, `training` for one of gradients.
+        baseline: the error of plain PyTorch in the same dtype; None or NaN where there is none to compare with.
+        least: what is accepted in any case; see `luck`.
+    """
+    if baseline is None or math.isnan(baseline):
+        return UNRELATED
+    ours = max(ERROR_RULE[mode] * baseline, least)
+    return ours if kind == "ours" else max(ours, min(PEER_RULE * baseline, UNRELATED), ROUGHEST)
+
+
 _ZERO = 1e-12
 """What is this small beside the other tensors is float64's rounding of a zero, such as the gradient of keys' biases."""
 
@@ -41,14 +101,12 @@ def relative_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 
     That of a tensor which should be zero is relative to the largest of the others, by RMS of their elements.
     """
-    if len(found) != len(truth):
-        raise ValueError(f"{len(found)} tensors came back where {len(truth)} were expected")
     scales = [_rms(exact) for exact in truth]
     largest = max(scales, default=0.0)
     errors = []
     for ours, exact, scale in zip(found, truth, scales, strict=True):
-        if ours.shape != exact.shape:
-            raise ValueError(f"shape {tuple(ours.shape)} came back where {tuple(exact.shape)} was expected")
+        if ours.shape != exact.shape:  # else it might be broadcast
+            raise WrongResultError(f"shape {tuple(ours.shape)} came back where {tuple(exact.shape)} was expected")
         error = _rms(ours.double() - exact.double())
         errors.append(error / ((scale if scale > _ZERO * largest else largest) or 1.0))
     return float(torch.tensor(errors).max())  # unlike max(), torch's keeps a NaN

@@ -1,6 +1,7 @@
 """Who is measured on an operation: this library on each of its backends, plain PyTorch, and the peers."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 
 import evakernels
 from benchmarks.operation import Function, Kind, Operation, peers_of, version_of
-from evaclip.errors import unknown_name
+from evaclip.errors import UserError, unknown_name
 from evakernels.backends import PREFERENCE, why_not
 
 OURS, COMPILE = "evakernels", "torch.compile"
@@ -61,6 +62,8 @@ def candidates(
             absent[peer.name] = reason
         else:
             found.append(Candidate(peer.name, "peer", peer.version or "", peer.build))
+    if twice := [name for name, count in Counter(one.name for one in found).items() if count > 1]:
+        raise UserError(f"{op.name} has two candidates called {twice[0]!r}; name the peer differently")
     return found, absent
 
 

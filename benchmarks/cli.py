@@ -1,8 +1,6 @@
 """The command line: what to measure, in which form to show it, and what to compare."""
 
 import argparse
-import importlib
-import importlib.util
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from benchmarks import origin, plugins
 from benchmarks.operation import Operation, get_operation, operations, suite_operations
 from benchmarks.results import Results, read_results
 from benchmarks.suite import DEFAULT_DTYPES, DTYPES, Plan, run
@@ -24,6 +23,7 @@ _EXAMPLES = {
     "list": ["python -m benchmarks list", "python -m benchmarks list --device cuda"],
     "op": [
         "python -m benchmarks op layer_norm",
+        "python -m benchmarks op layer_norm --shape 4096x768",
         "python -m benchmarks op rope_attention --shape 'eva02-l14@336 b4' --dtype bfloat16 --peer torch.compile",
         "python -m benchmarks op layer_norm --plugin my_norm.py --plot report/",
     ],
@@ -35,9 +35,16 @@ _EXAMPLES = {
         "python -m benchmarks dropin",
         "python -m benchmarks dropin --shape 'timm/vit-b b8' --mode training --peer none",
     ],
-    "all": ["python -m benchmarks all --json run.json --plot report/"],
+    "all": [
+        "python -m benchmarks all --json run.json --plot report/",
+        "python -m benchmarks all --first 2 --dtype float32 --backend cpu --page docs/benchmarks.md",
+    ],
     "compare": ["python -m benchmarks compare before.json after.json"],
-    "report": ["python -m benchmarks report run.json --out report/"],
+    "report": [
+        "python -m benchmarks report run.json --out report/",
+        "python -m benchmarks report old.json new.json --out beside/",
+        "python -m benchmarks report run.json --page docs/benchmarks.md",
+    ],
     "data": [
         "python -m benchmarks data",
         "python -m benchmarks data --shards 20 --per-shard 2000 --json data.json --plot data.png",
@@ -50,6 +57,7 @@ _EXAMPLES = {
 }
 
 _BOTH = "default: both"
+_PAGE = "put the table of ours against the best peers into this Markdown page, and roofline.png beside it"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,15 +88,16 @@ def _build_parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--threshold", type=float, default=0.1, metavar="SHARE", help="changes that count (default: %(default)s)"
     )
-    report = _add(verbs, "report", "write the pages and plots of a result", _report)
-    report.add_argument("result", type=Path, help="a result of --json")
-    report.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to")
+    report = _add(verbs, "report", "write the pages and plots of a result, or several beside each other", _report)
+    report.add_argument("results", type=Path, nargs="+", metavar="RESULT", help="of --json; several make one page")
+    report.add_argument("--out", type=Path, metavar="FOLDER", help="where to")
+    report.add_argument("--page", type=Path, metavar="FILE", help=_PAGE)
     data = _add(verbs, "data", "measure how fast shards are read, and how well their samples are mixed", _measure_data)
     _add_data(data)
     audit = _add(verbs, "audit", "count what the GPU kernels ask of memory, emulated and interpreted", _audit)
     audit.add_argument("names", nargs="*", metavar="NAME", help="an audited operation (default: all)")
     audit.add_argument("--kernels", choices=["cuda", "triton"], help="of which language (default: both)")
-    _add_choice(audit)
+    _add_choice(audit, " (default: a list for each)")
     audit.add_argument("--direction", action="append", default=[], choices=["forward", "backward"], help=_BOTH)
     audit.add_argument("--json", type=Path, metavar="FILE", help="all that was counted")
     return parser
@@ -99,22 +108,30 @@ def _add(verbs: Any, name: str, help: str, action: Any) -> argparse.ArgumentPars
     if name in ("list", "op", "model", "dropin", "all"):
         parser.add_argument("--device", choices=sorted(DEFAULT_DTYPES), default="cpu", help="default: %(default)s")
         parser.add_argument("--plugin", type=Path, action="append", default=[], metavar="FILE", help="adds candidates")
+        parser.add_argument(
+            origin.FLAG,
+            action="store_true",
+            help="measure the evakernels that is installed, not this checkout's (default where that isn't compiled)",
+        )
     parser.set_defaults(run=action)
     return parser
 
 
-def _add_choice(parser: Any) -> None:
+def _add_choice(parser: Any, shapes: str) -> None:
     several: dict[str, Any] = {"action": "append", "default": []}
-    parser.add_argument(
-        "--shape", **several, metavar="NAME", help="such as 'eva02-l14@224 b8' (default: a list for each)"
-    )
+    parser.add_argument("--shape", **several, metavar="NAME", help=f"such as 'eva02-l14@224 b8'{shapes}")
     parser.add_argument("--dtype", **several, choices=list(DTYPES), help="default: those usual on the device")
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to measure (each may be given several times)")
     several: dict[str, Any] = {"action": "append", "default": []}
-    _add_choice(what)
+    _add_choice(
+        what,
+        ", or sizes alone, such as 4096x768 for rows x channels; `list` tells the default shapes of each operation,"
+        " and which sizes it has",
+    )
+    what.add_argument("--first", type=int, default=0, metavar="N", help="only so many of an operation's default shapes")
     what.add_argument("--mode", **several, choices=["forward", "training"], help=_BOTH)
     what.add_argument("--backend", **several, metavar="NAME", help="of this library (default: all)")
     what.add_argument("--peer", **several, metavar="NAME", help="default: all; 'none' for none")
@@ -127,13 +144,14 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=float, default=Plan.seconds, metavar="S", help="a candidate and pass (default: %(default)s)"
     )
     how.add_argument("--profile", type=Path, metavar="FOLDER", help="also leave a trace of each candidate there")
-    how.add_argument("--check", action="store_true", help="exit 1 if an op of this library fails, or errs too much")
+    how.add_argument("--check", action="store_true", help="exit 1 if an op of this library fails, or is wrong")
     results = parser.add_argument_group("what to leave")
     results.add_argument(
         "--json", type=Path, metavar="FILE", help="everything, for `compare` and `report`; a folder will do"
     )
     results.add_argument("--csv", type=Path, metavar="FILE", help="one line a row")
     results.add_argument("--plot", type=Path, metavar="FOLDER", help="pages and plots")
+    results.add_argument("--page", type=Path, metavar="FILE", help=_PAGE)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -182,12 +200,12 @@ def _measure_data(args: argparse.Namespace) -> None:
 def _list(args: argparse.Namespace) -> None:
     from benchmarks.table import print_operations
 
-    _load(args.plugin)
+    _load(args)
     print_operations(list(operations().values()), args.device)
 
 
 def _measure_named(args: argparse.Namespace) -> None:
-    _load(args.plugin)
+    _load(args)
     _measure([get_operation(name) for name in args.names], args)
 
 
@@ -211,14 +229,17 @@ def _measure_dropin(args: argparse.Namespace) -> None:
 
 
 def _measure_all(args: argparse.Namespace) -> None:
-    _load(args.plugin)
+    _load(args)
     _measure(suite_operations(), args)
 
 
 def _measure(chosen: list[Operation], args: argparse.Namespace) -> None:
+    from benchmarks.report import check_page, write_section
     from benchmarks.table import print_table
 
     plan = _plan(args)
+    if args.page:
+        check_page(args.page)
     with _progress() as progress:
         results = run(chosen, plan, progress)
     print_table(results)
@@ -228,21 +249,25 @@ def _measure(chosen: list[Operation], args: argparse.Namespace) -> None:
         results.write_csv(args.csv)
     if args.plot:
         _write_report(results, args.plot)
+    if args.page:
+        print(write_section(results, args.page))
     if args.profile:
         _profile(chosen, plan, results, args.profile)
     if args.check:
-        _check_errors(results)
+        _check(results)
 
 
 def _plan(args: argparse.Namespace) -> Plan:
     if args.passes < 1 or args.seconds <= 0:
         raise UserError(f"--passes must be at least 1 and --seconds above 0, got {args.passes} and {args.seconds:g}")
+    if args.first < 0:
+        raise UserError(f"--first must be 0, for all, or more, got {args.first}")
     if args.threads is not None:
         if args.threads < 1:
             raise UserError(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
     several = {name: tuple(getattr(args, name[:-1])) for name in ("shapes", "dtypes", "modes", "backends", "peers")}
-    return Plan(args.device, **several, passes=args.passes, seconds=args.seconds)
+    return Plan(args.device, **several, passes=args.passes, seconds=args.seconds, first=args.first)
 
 
 @contextmanager
@@ -275,15 +300,14 @@ def _profile(chosen: list[Operation], plan: Plan, results: Results, folder: Path
                 print(profile_case(case, candidate, folder))
 
 
-def _check_errors(results: Results) -> None:
-    """The end of `--check`: exit code 1 and a line for each row of this library that failed or is too inexact."""
-    wrong = [
-        f"{' '.join(row.key)}: {row.failure or f'error {row.error:.2e}, PyTorch {row.baseline_error:.2e}'}"
-        for row in results.rows
-        if row.kind == "ours" and (row.failure or row.breaks_error_rule)
-    ]
-    if wrong:
-        print("\n".join(["failed, or less exact than the rule allows:", *wrong]))
+def _check(results: Results) -> None:
+    """The end of `--check`: exit code 1 if a row of this library failed or is wrong; peers that are wrong are named."""
+    ours = [row for row in results.rows if row.kind == "ours" and row.failure]
+    peers = [row for row in results.rows if row.kind != "ours" and row.mark == "wrong"]
+    for title, rows in (("peers that are wrong", peers), ("evakernels fails or is wrong", ours)):
+        if rows:
+            print("\n".join([f"{title}:", *(f"{' '.join(row.key)}: {row.failure}" for row in rows)]))
+    if ours:
         raise SystemExit(1)
 
 
@@ -297,7 +321,23 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    _write_report(read_results(args.result), args.out)
+    from benchmarks.report import write_beside, write_section
+
+    if not (args.out or args.page):
+        raise UserError("--out FOLDER or --page FILE is missing: where to write")
+    names = [path.stem for path in args.results]
+    if len(set(names)) < len(names):
+        names = [f"{number}: {name}" for number, name in enumerate(names, start=1)]
+    several = dict(zip(names, map(read_results, args.results), strict=True))
+    first, *others = several.values()
+    if args.page:
+        if others:
+            raise UserError(f"--page takes one result, got {len(args.results)}")
+        print(write_section(first, args.page))
+    if args.out and others:
+        print(write_beside(several, args.out))
+    elif args.out:
+        _write_report(first, args.out)
 
 
 def _audit(args: argparse.Namespace) -> None:
@@ -324,15 +364,14 @@ def _audit(args: argparse.Namespace) -> None:
 def _write_report(results: Results, folder: Path) -> None:
     from benchmarks.report import write_report
 
-    _load([])  # pages say what each operation does
+    plugins.load()  # pages say what each operation does
     print(write_report(results, folder))
 
 
-def _load(plugins: Sequence[Path]) -> None:
-    """Registers the operations that ship, and runs the user's files, which register theirs."""
-    importlib.import_module("benchmarks.cases")
-    for path in plugins:
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        if not path.is_file() or spec is None or spec.loader is None:
-            raise UserError(f"--plugin {str(path)!r} isn't a Python file")
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+def _load(args: argparse.Namespace) -> None:
+    """Operations, peers and plugins; says which evakernels it is that can't be measured as it should."""
+    if args.installed and origin.is_checkout():
+        raise UserError(f"--installed: no evakernels is installed for {sys.executable}; pip install its wheel")
+    plugins.load(args.plugin)
+    if warning := origin.warning():
+        print(f"warning: {warning}", file=sys.stderr)

@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.contests import Contest
+from benchmarks.candidates import OURS
+from benchmarks.contests import Contest, verdict
 from benchmarks.results import Machine, Row
 
 NOTHING = "–"  # noqa: RUF001
@@ -64,6 +65,26 @@ def scientific(value: float) -> str:
     return f"{value:.1e}" if value else "0"
 
 
+LEVEL = "equal within noise"
+
+
+def verdict_text(contest: Contest) -> str:
+    """How this library does against the best of the others in a case: times as fast, or that nobody can tell."""
+    found = verdict(contest)
+    if found is not None:
+        return LEVEL if found.level else times(found.ratio)
+    return NOTHING
+
+
+def time_text(contest: Contest, *kinds: str) -> str:
+    """The median in ms and the name of the fastest candidate of these kinds; what kept them all from one."""
+    row = contest.fastest(*kinds)
+    if row is None:
+        return next((row.mark for row in contest.rows if row.kind in kinds and row.mark), NOTHING)
+    name = row.candidate.removeprefix(OURS).strip()
+    return f"{significant(row.median_ms or 0.0)} {name}".strip()
+
+
 def _error_ratio(contest: Contest, row: Row) -> float | None:
     return row.error / row.baseline_error if row.error is not None and row.baseline_error else None
 
@@ -104,6 +125,7 @@ def machine_facts(machine: Machine) -> dict[str, str]:
         **{name: significant(value) for name, value in machine.clocks.items()},
         "date": machine.date,
         "commit": machine.commit,
+        "evakernels from": machine.package,
         "command": machine.command,
     }
     return {name: text for name, text in facts.items() if text}

@@ -1,7 +1,9 @@
-"""Rows side by side: who is the fastest of each kind in a case, and how each compares with plain PyTorch."""
+"""Rows side by side: who is the fastest of each kind in a case, and how this library compares with the others."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import median
 
 from benchmarks.results import Row
 
@@ -39,7 +41,7 @@ class Contest:
 
     @property
     def measured(self) -> list[Row]:
-        """The rows that have a time, in the order of measurement."""
+        """The rows that have a time, in the order of measurement: no failures and no wrong results."""
         return [row for row in self.rows if row.failure is None and row.median_ms is not None]
 
     @property
@@ -50,17 +52,22 @@ class Contest:
     @property
     def ours(self) -> Row | None:
         """The fastest of this library."""
-        return self._fastest("ours")
+        return self.fastest("ours")
 
     @property
     def eager(self) -> Row | None:
         """Plain PyTorch."""
-        return self._fastest("baseline")
+        return self.fastest("baseline")
 
     @property
     def peer(self) -> Row | None:
         """The fastest of the peers, `torch.compile` among them."""
-        return self._fastest("peer")
+        return self.fastest("peer")
+
+    @property
+    def rival(self) -> Row | None:
+        """The fastest of all that isn't this library's."""
+        return self.fastest("baseline", "peer")
 
     @property
     def intensity(self) -> float | None:
@@ -73,8 +80,9 @@ class Contest:
         ours, eager = row.median_ms, self.eager and self.eager.median_ms
         return eager / ours if ours and eager and row.failure is None else None
 
-    def _fastest(self, kind: str) -> Row | None:
-        rows = [row for row in self.measured if row.kind == kind]
+    def fastest(self, *kinds: str) -> Row | None:
+        """The fastest candidate of these kinds; None if none has a time."""
+        rows = [row for row in self.measured if row.kind in kinds]
         return min(rows, key=lambda row: row.median_ms or 0.0, default=None)
 
 
@@ -94,18 +102,51 @@ def panels(found: Iterable[Contest]) -> dict[tuple[str, str, str], list[Contest]
     return groups
 
 
-def verdict(contest: Contest) -> str | None:
-    """How this library's fastest compares with plain PyTorch.
+@dataclass(frozen=True)
+class Verdict:
+    """This library's fastest against the fastest of all others, plain PyTorch among them.
 
-    `faster` or `slower` if the ranges from p20 to p80 don't touch, else `level`; None if either has no time.
+    Attributes:
+        rival: that other.
+        ratio: its median time over ours: 2 is twice as fast.
+        level: whether the difference is within the noise.
     """
-    ours, eager = contest.ours, contest.eager
-    if ours is None or eager is None:
+
+    ours: Row
+    rival: Row
+    ratio: float
+    level: bool
+
+    @property
+    def word(self) -> str:
+        """`faster`, `slower` or `level`."""
+        return "level" if self.level else "faster" if self.ratio > 1 else "slower"
+
+
+def verdict(contest: Contest) -> Verdict | None:
+    """How this library does in a case; None if it or all others have no time.
+
+    Both were measured in the same rounds. The difference is noise if the ratios of these rounds lie on both sides of 1,
+    the outer fifths left out, or if the medians of the passes over the suite do, or the ratio of all times and that of
+    the rounds: a machine whose speed changes between passes can turn the former round.
+    """
+    ours, rival = contest.ours, contest.rival
+    if ours is None or rival is None or not ours.median_ms or not rival.median_ms:
         return None
-    if _range(ours)[1] < _range(eager)[0]:
-        return "faster"
-    return "slower" if _range(ours)[0] > _range(eager)[1] else "level"
+    passes = [
+        sorted(other / own for own, other in zip(mine, theirs, strict=False))
+        for mine, theirs in zip(ours.samples_ms, rival.samples_ms, strict=False)
+    ]
+    ratios = sorted(ratio for one_pass in passes for ratio in one_pass)
+    if not ratios:
+        return None
+    low, high = (ratios[round(share * (len(ratios) - 1))] for share in (0.2, 0.8))
+    medians = [median(one_pass) for one_pass in passes if one_pass]
+    ratio = rival.median_ms / ours.median_ms
+    level = any(min(several) <= 1 <= max(several) for several in ((low, high), medians, (ratio, median(ratios))))
+    return Verdict(ours, rival, ratio, level)
 
 
-def _range(row: Row) -> tuple[float, float]:
-    return row.quantile_ms(0.2) or 0.0, row.quantile_ms(0.8) or 0.0
+def tally(found: Iterable[Contest]) -> Counter[str]:
+    """In how many cases this library is `faster`, `slower` or `level`; the sum is of those that have a verdict."""
+    return Counter(one.word for one in map(verdict, found) if one is not None)

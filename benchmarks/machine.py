@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ import cpuinfo
 import psutil
 import torch
 
+import evakernels
+from benchmarks import origin
 from benchmarks.gpu_state import notes as gpu_notes
 from benchmarks.gpu_state import read_state
 from benchmarks.results import Machine
@@ -42,10 +45,12 @@ def describe(device: torch.device, dtypes: Iterable[torch.dtype], packages: Iter
         copy_gbps=copy,
         matmul_tflops=matmul,
         cache_bytes=_cache_bytes(device),
-        versions=_versions(packages),
+        versions=_versions(packages) | {"evakernels": evakernels.__version__},
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         commit=_commit(),
-        command="python -m benchmarks " + " ".join(sys.argv[1:]),
+        command=f"python -m benchmarks {shlex.join(sys.argv[1:])}",
+        package=origin.describe(),
+        notes=[note] if (note := origin.warning()) else [],
     )
 
 
@@ -135,7 +140,7 @@ def _cache_bytes(device: torch.device) -> int:
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for package in sorted({"torch", "evakernels", "triton", *packages}):
+    for package in sorted({"torch", "triton", *packages}):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -1,7 +1,8 @@
 """Measures one case, an operation on a shape in a dtype and mode, with all candidates side by side."""
 
+import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,10 +13,14 @@ from torch import Tensor
 from benchmarks import accuracy, memory
 from benchmarks.candidates import Candidate
 from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Sizes
-from benchmarks.results import Machine, Row
+from benchmarks.results import WRONG, Machine, Row
 from benchmarks.timing import Rotation, Timer
 
 _MAX_SETS = 64
+_JUDGED_SEED = -1
+"""Of the inputs that results are judged on: others than those of the first call, which a candidate might remember."""
+_JUDGED = {"forward": "outputs", "training": "gradients"}
+"""What the errors of a mode are those of."""
 
 
 @dataclass
@@ -56,8 +61,8 @@ class Case:
 def measure(case: Case, contestants: Sequence[Candidate], machine: Machine, timer: Timer, seconds: float) -> None:
     """One pass: measures every candidate of the case, interleaved, and adds to its rows.
 
-    The first pass also builds the candidates and takes first calls, memory and errors. A candidate that fails gets its
-    error as its row and takes no part in later passes.
+    The first pass also builds the candidates and takes first calls, memory and errors. A candidate that fails, or whose
+    result is wrong, gets the reason as its row, is not timed and takes no part in later passes.
     """
     one_pass = max((len(row.samples_ms) for row in case.rows.values()), default=0)
     if not case.rows:
@@ -81,24 +86,72 @@ def measure(case: Case, contestants: Sequence[Candidate], machine: Machine, time
         machine.notes.append(f"{case.title}: {ready[index][0].name} is timed with its launches ({reason})")
 
 
+@dataclass(frozen=True)
+class _Judge:
+    """What results of a case are judged by.
+
+    Attributes:
+        truth: outputs, and in training gradients, in float64, by the mode whose errors they tell; none where memory
+            doesn't hold them: errors are then unknown.
+        forms: of the outputs of plain PyTorch; None where it failed.
+        errors: those of plain PyTorch.
+    """
+
+    truth: dict[str, list[Tensor]]
+    forms: list[accuracy.Form] | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+
+
 def _prepare(case: Case, contestants: Sequence[Candidate], machine: Machine, timer: Timer) -> None:
-    truth = _truth(case)
+    judge = _appoint(case)
     for candidate in contestants:
         case.rows[candidate.name] = _empty_row(case, candidate, machine)
-        _guarded(case, candidate, partial(_first, case, candidate, timer, truth))
-    baseline = next((row.error for row in case.rows.values() if row.kind == "baseline"), None)
-    for row in case.rows.values():
-        row.baseline_error = baseline
+        _guarded(case, candidate, partial(_first, case, candidate, timer, judge))
 
 
-def _first(case: Case, candidate: Candidate, timer: Timer, truth: list[Tensor] | None) -> None:
+def _appoint(case: Case) -> _Judge:
+    try:
+        truth = dict(_results(case, case.op.eager, accuracy.as_double(case.draw(_JUDGED_SEED))))
+    except torch.OutOfMemoryError:
+        truth = {}
+    try:
+        (_, outputs), *gradients = _results(case, case.op.eager, case.draw(_JUDGED_SEED))
+    except Exception:  # its own row will tell
+        return _Judge(truth)
+    found = [("forward", outputs), *gradients]
+    return _Judge(truth, accuracy.forms(outputs), _errors(found, truth))
+
+
+def _errors(found: Iterable[tuple[str, list[Tensor]]], truth: dict[str, list[Tensor]]) -> dict[str, float]:
+    return {mode: accuracy.relative_error(values, truth[mode]) for mode, values in found if mode in truth}
+
+
+def _first(case: Case, candidate: Candidate, timer: Timer, judge: _Judge) -> None:
     row = case.rows[candidate.name]
     function = case.functions[candidate.name] = candidate.build(case.shape)
     with candidate.context():
-        row.first_call_ms = 1e3 * timer.first_call(make_call(case, candidate, case.draw()))
-        if truth is not None:
-            row.error = accuracy.relative_error(_results(case, function, case.draw()), truth)
+        seconds = timer.first_call(make_call(case, candidate, case.draw()))
+        _check(row, _results(case, function, case.draw(_JUDGED_SEED)), judge)
         _take_memory(case, candidate, row)
+    row.first_call_ms = 1e3 * seconds
+
+
+def _check(row: Row, found: Iterable[tuple[str, list[Tensor]]], judge: _Judge) -> None:
+    """Takes the errors; raises `WrongResultError` for what isn't the result."""
+    for mode, values in found:
+        if mode == "forward" and judge.forms is not None:
+            accuracy.check_forms(accuracy.forms(values), judge.forms)
+        if mode not in judge.truth:
+            continue
+        error, baseline = accuracy.relative_error(values, judge.truth[mode]), judge.errors.get(mode)
+        if mode == row.mode:
+            row.error, row.baseline_error = error, baseline
+        least = accuracy.luck(values, getattr(torch, row.dtype))
+        allowed, what = accuracy.allowed_error(row.kind, mode, baseline, least), _JUDGED[mode]
+        if math.isnan(error):
+            raise accuracy.WrongResultError(f"NaN among the {what}")
+        if error > allowed:
+            raise accuracy.WrongResultError(f"the {what} have an error of {error:.1e}, at most {allowed:.1e} is right")
 
 
 def _empty_row(case: Case, candidate: Candidate, machine: Machine) -> Row:
@@ -156,20 +209,15 @@ def _upstream(case: Case, outputs: Sequence[Tensor]) -> list[Tensor]:
     return [values.to(case.dtype).to(output.dtype) for values, output in zip(drawn, outputs, strict=True)]
 
 
-def _results(case: Case, function: Function, inputs: Inputs) -> list[Tensor]:
-    """What errors are taken of: the outputs, or in training the gradients."""
+def _results(case: Case, function: Function, inputs: Inputs) -> Iterator[tuple[str, list[Tensor]]]:
+    """What errors are taken of, by the mode whose errors they tell: the outputs, and in training then the gradients."""
     if case.mode == "forward":
-        return accuracy.forward_outputs(function, inputs)
+        yield "forward", accuracy.forward_outputs(function, inputs)
+        return
     outputs = accuracy.tensors(function(**inputs))
-    return list(torch.autograd.grad(outputs, accuracy.gradient_leaves(case.op, inputs), _upstream(case, outputs)))
-
-
-def _truth(case: Case) -> list[Tensor] | None:
-    """The results in float64; None where memory doesn't hold them: the rows then have no error."""
-    try:
-        return _results(case, case.op.eager, accuracy.as_double(case.draw()))
-    except torch.OutOfMemoryError:
-        return None
+    yield "forward", [output.detach() for output in outputs]
+    leaves = accuracy.gradient_leaves(case.op, inputs)
+    yield "training", list(torch.autograd.grad(outputs, leaves, _upstream(case, outputs)))
 
 
 def _take_memory(case: Case, candidate: Candidate, row: Row) -> None:
@@ -206,7 +254,8 @@ def _guarded(case: Case, candidate: Candidate, action: Callable[[], Any]) -> boo
 
 def _fail(case: Case, candidate: Candidate, exc: Exception) -> None:
     text = " ".join(str(exc).split())
-    case.rows[candidate.name].failure = f"{type(exc).__name__}: {text}"[:300]
+    what = WRONG if isinstance(exc, accuracy.WrongResultError) else f"{type(exc).__name__}: "
+    case.rows[candidate.name].failure = f"{what}{text}"[:300]
 
 
 def _name(dtype: torch.dtype) -> str:

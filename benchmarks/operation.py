@@ -1,14 +1,17 @@
 """What can be measured: an operation with its inputs, its cost by formula, and everybody who offers it."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from importlib import metadata
+from inspect import signature
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import parse_shape
+from benchmarks.shapes import Shape, parse_shape
 from evaclip.errors import UserError, unknown_name
 
 Inputs = dict[str, Any]
@@ -80,6 +83,8 @@ class Baseline:
 
 TORCH_EAGER = Baseline("torch eager", "torch")
 
+_NUMBERS = re.compile(r"\d+(x\d+)*")
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -97,6 +102,8 @@ class Operation:
         work: the cost by formula, given the bytes of one element.
         shapes: default shapes by device type.
         parse: the shape that a name stands for.
+        raw: the shape of sizes alone, such as those of `4096x768`; its parameters name them. None where sizes aren't
+            enough.
         gradients: names of the inputs whose gradients the training pass computes; none for an op without backward.
         registered: the op whose backends are measured one by one, such as `layer_norm_forward`; None for a composition
             of several ops, which is measured with the backends that are chosen for it, and on the references.
@@ -115,12 +122,44 @@ class Operation:
     baseline: Baseline = TORCH_EAGER
     variants: Mapping[str, Function] = field(default_factory=dict)
     parse: Callable[[str], Sizes] = parse_shape
+    raw: Callable[..., Shape] | None = None
     by_request: bool = False
 
     @property
     def modes(self) -> tuple[str, ...]:
         """`forward` runs without autograd; `training` is forward and backward."""
         return ("forward", "training") if self.gradients else ("forward",)
+
+    @property
+    def raw_sizes(self) -> tuple[str, ...]:
+        """Names of the sizes that `4096x768` gives; empty where there are none."""
+        return tuple(signature(self.raw).parameters) if self.raw else ()
+
+    def shape(self, name: str) -> Sizes:
+        """The shape called `name`, or that of sizes alone, such as `4096x768`.
+
+        Raises:
+            UserError: there is no such shape.
+        """
+        if _NUMBERS.fullmatch(name.strip()):
+            return self._raw_shape(name.strip())
+        try:
+            return self.parse(name)
+        except UserError as exc:
+            known = [shape for shapes in self.shapes.values() for shape in shapes]
+            near = get_close_matches(name, known, n=1, cutoff=0.8)
+            if not near or "did you mean" in str(exc):
+                raise
+            raise UserError(f"{exc}; did you mean {near[0]!r}?") from None
+
+    def _raw_shape(self, name: str) -> Sizes:
+        if self.raw is None:
+            example = next(iter(self.shapes.values()))[0]
+            raise UserError(f"shape {name!r}: {self.name} needs more than sizes; expected a name such as {example!r}")
+        sizes, names = [int(size) for size in name.split("x")], self.raw_sizes
+        if len(sizes) != len(names) or min(sizes) < 1:
+            raise UserError(f"shape {name!r}: {self.name} has {len(names)} sizes of 1 or more, {' x '.join(names)}")
+        return replace(self.raw(*sizes), name="x".join(map(str, sizes)))
 
 
 @dataclass(frozen=True)
@@ -207,6 +246,11 @@ def version_of(package: str) -> str | None:
 def operations() -> dict[str, Operation]:
     """All operations by name."""
     return dict(_registry.operations)
+
+
+def registered_names() -> set[str]:
+    """Names of all operations, and those for which there are peers alone."""
+    return {*_registry.operations, *_registry.peers}
 
 
 def suite_operations() -> list[Operation]:

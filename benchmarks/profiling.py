@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from benchmarks import origin
 from benchmarks.candidates import Candidate, candidates
 from benchmarks.measure import Case, make_call
 from benchmarks.operation import get_operation
@@ -71,6 +72,7 @@ def ncu_command(case: Case, candidate: Candidate, folder: Path) -> list[str]:
         *ncu,
         *(sys.executable, "-m", "benchmarks.profiling"),
         *(case.op.name, case.shape.name, case.mode, dtype, candidate.name),
+        *([] if origin.is_checkout() else [origin.FLAG]),
     ]
 
 
@@ -78,16 +80,16 @@ def main(arguments: Sequence[str], device: str = "cuda") -> None:
     """Makes one call of a candidate between the marks of the CUDA profiler.
 
     Args:
-        arguments: names of operation, shape, mode, dtype and candidate.
+        arguments: names of operation, shape, mode, dtype and candidate; `origin.FLAG` was heeded before.
         device: where.
 
     Raises:
         UserError: a name is unknown.
     """
     importlib.import_module("benchmarks.cases")
-    op, shape, mode, dtype, name = arguments
+    op, shape, mode, dtype, name = (word for word in arguments if word != origin.FLAG)
     operation = get_operation(op)
-    case = Case(operation, operation.parse(shape), mode, DTYPES[dtype], torch.device(device))
+    case = Case(operation, operation.shape(shape), mode, DTYPES[dtype], torch.device(device))
     found = {candidate.name: candidate for candidate in candidates(case.op, device)[0]}
     if name not in found:
         raise unknown_name("candidate", name, found)

@@ -10,14 +10,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy import allowed_error
 from evaclip.atomic import write_text
 from evaclip.errors import UserError
 
 FORMAT = 1
 """Version of the file format."""
 
-ERROR_RULE = {"forward": 2.0, "training": 3.0}
-"""How many times the error of plain PyTorch in the same dtype an op may have at most."""
+WRONG = "wrong: "
+"""What the failure of a row begins with if the candidate computes something else."""
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Row:
         saved_bytes: what the forward pass keeps for the backward pass, inputs not counted.
         error, baseline_error: relative RMS error against float64, the candidate's and that of plain PyTorch in the
             same dtype: of the outputs, or in training of the gradients; the worst one.
-        failure: why there is no measurement.
+        failure: why there is no time: an error that was raised, or behind `WRONG` what is wrong with the result.
     """
 
     op: str
@@ -101,10 +102,17 @@ class Row:
 
     @property
     def breaks_error_rule(self) -> bool:
-        """Whether the error is larger than the rule allows, or no number at all."""
-        if self.error is None or self.baseline_error is None:
+        """Whether the error is larger than this library allows its own ops, or no number at all."""
+        if self.error is None:
             return False
-        return not self.error <= ERROR_RULE[self.mode] * self.baseline_error  # true for NaN
+        return not self.error <= allowed_error("ours", self.mode, self.baseline_error)  # true for NaN
+
+    @property
+    def mark(self) -> str:
+        """What stands in the place of a time that there isn't: `wrong` or `failed`; empty for a row without failure."""
+        if self.failure is None:
+            return ""
+        return "wrong" if self.failure.startswith(WRONG) else "failed"
 
     def _rate(self, amount: float, unit: float) -> float | None:
         median = self.median_ms
@@ -124,6 +132,7 @@ class Machine:
         cache_bytes: last level of cache; inputs are rotated beyond it.
         versions: of Python, torch and whatever else was measured.
         commit: of this repository, with `+` when files were changed.
+        package: where evakernels was imported from, its version, and whether it is compiled.
         notes: what makes the numbers doubtful: a busy or throttled machine.
         clocks: the GPU's clocks in MHz, power in W and temperature in °C at the end of the run.
     """
@@ -140,6 +149,7 @@ class Machine:
     command: str = ""
     notes: list[str] = field(default_factory=list)
     clocks: dict[str, float] = field(default_factory=dict)
+    package: str = ""
 
 
 @dataclass

@@ -1,16 +1,17 @@
-"""Shapes named after what they are: a tower of a model at a resolution and a batch size.
+"""Shapes named after what they are, a tower of a model at a resolution and a batch size, or numbers alone.
 
 `eva02-l14@224 b256` is the vision tower of EVA02-CLIP-L/14 at 224 pixels with 256 images, `eva02-l14@224 b256 drop50`
-the same with half of the patches dropped, `eva02-l14:text b256` the text tower with 256 captions of 77 tokens.
+the same with half of the patches dropped, `eva02-l14:text b256` the text tower with 256 captions of 77 tokens. Which
+numbers `4096x768` are is the operation's to say.
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
 from evaclip.errors import UserError, unknown_name
-from evaclip.model.config import CLIPConfig, TextConfig, VisionConfig, get_config, list_models
+from evaclip.model.config import CLIPConfig, get_config, list_models
 
 Tower = Literal["vision", "text"]
 
@@ -20,81 +21,50 @@ _FORM = "expected a name such as 'eva02-l14@224 b256', 'eva02-l14@224 b256 drop5
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that an op meets in one tower of one model.
+    """The sizes that an op meets in one tower of one model, or sizes alone: those that it has no use for are 1.
 
     Attributes:
-        model: short name of the configuration, such as `eva02-l14`.
+        name: what `--shape` reads.
+        batch: images or captions.
+        tokens: that a block sees: the class token and the patches that remain, or the caption.
+        width: channels of a token.
+        heads, head_dim: attention heads, and channels of a head.
+        hidden: hidden channels of the MLP.
+        embed_dim: channels of the features that both towers end in.
+        grid: rows and columns of patches before any is dropped; zeros in the text tower.
+        kept_patches: patches that remain.
+        model: short name of the configuration, such as `eva02-l14`; empty for sizes alone.
         tower: whose tokens, width and heads are meant.
         pixels: side of the image; 0 in the text tower.
-        batch: images or captions.
         drop: percentage of the patches that are dropped.
     """
 
-    model: str
-    tower: Tower
-    pixels: int
-    batch: int
+    name: str = ""
+    batch: int = 1
+    tokens: int = 1
+    width: int = 1
+    heads: int = 1
+    head_dim: int = 1
+    hidden: int = 1
+    embed_dim: int = 1
+    grid: tuple[int, int] = (0, 0)
+    kept_patches: int = 0
+    model: str = ""
+    tower: Tower = "vision"
+    pixels: int = 0
     drop: int = 0
-
-    @property
-    def name(self) -> str:
-        """The name that `parse_shape` reads."""
-        where = ":text" if self.tower == "text" else f"@{self.pixels}"
-        return f"{self.model}{where} b{self.batch}" + (f" drop{self.drop}" if self.drop else "")
-
-    @property
-    def config(self) -> CLIPConfig:
-        """The model's configuration."""
-        return get_config(short_names()[self.model])
-
-    @property
-    def tower_config(self) -> VisionConfig | TextConfig:
-        """The configuration of the tower, at its trained resolution."""
-        return self.config.vision if self.tower == "vision" else self.config.text
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.pixels // self.config.vision.patch_size
 
     @property
     def patches(self) -> int:
         """Patches of an image before any is dropped; 0 in the text tower."""
-        return self.grid**2
+        return self.grid[0] * self.grid[1]
 
     @property
-    def kept_patches(self) -> int:
-        """Patches that remain."""
-        return self.patches - self.patches * self.drop // 100
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that a block sees: the class token and the patches that remain, or the caption."""
-        return self.config.text.context_length if self.tower == "text" else 1 + self.kept_patches
-
-    @property
-    def width(self) -> int:
-        """Channels of a token."""
-        return self.tower_config.width
-
-    @property
-    def heads(self) -> int:
-        """Attention heads."""
-        return self.tower_config.heads
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of a head."""
-        return self.tower_config.head_dim
-
-    @property
-    def hidden(self) -> int:
-        """Hidden channels of the MLP."""
-        return self.tower_config.hidden
-
-    def with_batch(self, batch: int) -> "Shape":
-        """The same shape at another batch size."""
-        return replace(self, batch=batch)
+    def config(self) -> CLIPConfig:
+        """The model's configuration. Raises `UserError` for sizes alone."""
+        if not self.model:
+            raise UserError(f"shape {self.name!r} is that of no model")
+        return get_config(short_names()[self.model])
 
 
 @cache
@@ -118,13 +88,50 @@ def parse_shape(name: str) -> Shape:
     drop, batch = int(match["drop"] or 0), int(match["batch"])
     if batch < 1 or drop > 99 or (match["text"] and drop):
         raise UserError(f"shape {name!r} isn't possible: batches start at 1, drop at 0 to 99, and text drops nothing")
+    config = get_config(short_names()[model])
     if match["text"]:
-        return Shape(model, "text", 0, batch)
-    vision = get_config(short_names()[model]).vision
-    pixels = int(match["pixels"] or vision.image_shape[0])
-    if pixels == 0 or pixels % vision.patch_size:
-        raise UserError(f"shape {name!r}: {pixels} pixels can't be cut into patches of {vision.patch_size}")
-    return Shape(model, "vision", pixels, batch, drop)
+        return _text_shape(config, model, batch)
+    pixels = int(match["pixels"] or config.vision.image_shape[0])
+    if pixels == 0 or pixels % config.vision.patch_size:
+        raise UserError(f"shape {name!r}: {pixels} pixels can't be cut into patches of {config.vision.patch_size}")
+    return _vision_shape(config, model, pixels, batch, drop)
+
+
+def _text_shape(config: CLIPConfig, model: str, batch: int) -> Shape:
+    text = config.text
+    return Shape(
+        name=f"{model}:text b{batch}",
+        batch=batch,
+        tokens=text.context_length,
+        width=text.width,
+        heads=text.heads,
+        head_dim=text.head_dim,
+        hidden=text.hidden,
+        embed_dim=config.embed_dim,
+        model=model,
+        tower="text",
+    )
+
+
+def _vision_shape(config: CLIPConfig, model: str, pixels: int, batch: int, drop: int) -> Shape:
+    vision = config.vision
+    side = pixels // vision.patch_size
+    kept = side**2 - side**2 * drop // 100
+    return Shape(
+        name=f"{model}@{pixels} b{batch}" + (f" drop{drop}" if drop else ""),
+        batch=batch,
+        tokens=1 + kept,
+        width=vision.width,
+        heads=vision.heads,
+        head_dim=vision.head_dim,
+        hidden=vision.hidden,
+        embed_dim=config.embed_dim,
+        grid=(side, side),
+        kept_patches=kept,
+        model=model,
+        pixels=pixels,
+        drop=drop,
+    )
 
 
 def _shorten(name: str) -> str:

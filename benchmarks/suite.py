@@ -31,6 +31,7 @@ class Plan:
     Attributes:
         device: `cpu` or `cuda`.
         shapes: names of shapes; by default those of each operation.
+        first: so many of an operation's own shapes; 0 is all of them.
         dtypes, modes, backends, peers: by default all that make sense on the device.
         passes: how often the whole suite is gone through.
         seconds: time for each candidate in each pass.
@@ -44,6 +45,7 @@ class Plan:
     peers: tuple[str, ...] = ()
     passes: int = 3
     seconds: float = 0.15
+    first: int = 0
 
 
 def run(operations: Sequence[Operation], plan: Plan, progress: Progress = lambda done, total, title: None) -> Results:
@@ -88,7 +90,7 @@ def list_cases(operations: Sequence[Operation], plan: Plan) -> list[Case]:
 
 
 def _shapes(op: Operation, plan: Plan) -> list[Sizes]:
-    return [op.parse(name) for name in plan.shapes or op.shapes[plan.device]]
+    return [op.shape(name) for name in plan.shapes or op.shapes[plan.device][: plan.first or None]]
 
 
 def _device(name: str) -> torch.device:

@@ -23,8 +23,10 @@ from benchmarks.columns import (
     SPEEDUP,
     Column,
     machine_facts,
+    time_text,
+    verdict_text,
 )
-from benchmarks.contests import Contest, contests, panels
+from benchmarks.contests import Contest, contests, panels, verdict
 from benchmarks.operation import Operation
 from benchmarks.results import Machine, Results, Row
 
@@ -35,13 +37,14 @@ _STYLES = {"ours": "bold cyan", "baseline": "", "peer": "magenta"}
 
 
 def print_table(results: Results) -> None:
-    """Prints everything that was measured: one table for each operation, mode and dtype.
+    """Prints this library against the best of the others, then everything: a table a operation, mode and dtype.
 
     Columns that a table has no values for are left out; in a narrow terminal also the less important ones.
     """
-    console = make_console()
+    console, found = make_console(), contests(results.rows)
     _print_machine(console, results.machine)
-    for group in panels(contests(results.rows)).values():
+    _print_summary(console, found)
+    for group in panels(found).values():
         _print_group(console, group)
     _print_notes(console, results.machine.notes)
     _print_absent(console, results.absent)
@@ -57,6 +60,10 @@ def print_operations(operations: Sequence[Operation], device: str) -> None:
         facts.add_column(min_width=12, style="dim")
         facts.add_column()
         facts.add_row("  shapes", ", ".join(op.shapes[device]))
+        if op.raw_sizes:
+            facts.add_row(
+                "  sizes", f"{' x '.join(op.raw_sizes)}, such as --shape {'x'.join('64' for _ in op.raw_sizes)}"
+            )
         facts.add_row("  candidates", Text(", ").join(Text(one.name, _STYLES[one.kind]) for one in found))
         for name, reason in absent.items():
             facts.add_row("  absent", f"{name}: {reason}")
@@ -92,6 +99,23 @@ def _print_notes(console: Console, notes: Iterable[str]) -> None:
 def _print_absent(console: Console, absent: dict[str, str]) -> None:
     for name, reason in absent.items():
         console.print(Text.assemble((f"absent: {name}", "dim"), (f", {reason}", "dim")))
+
+
+def _print_summary(console: Console, found: Sequence[Contest]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    for title in ("operation", "mode", "shape", "dtype", "ours, ms", "best peer, ms", "verdict"):
+        table.add_column(title, overflow="fold")
+    for contest in found:
+        one = verdict(contest)
+        style = {"faster": "green", "slower": "yellow"}.get(one.word, "") if one else ""
+        table.add_row(
+            *(contest.op, contest.mode, contest.shape, contest.dtype),
+            time_text(contest, "ours"),
+            time_text(contest, "baseline", "peer"),
+            Text(verdict_text(contest), style),
+        )
+    console.print(Text("\nours against the best peer", "bold"))
+    console.print(table)
 
 
 def _print_group(console: Console, group: list[Contest]) -> None:
@@ -130,7 +154,7 @@ def _group_table(group: list[Contest], columns: list[Column]) -> Table:
 
 def _cells(contest: Contest, row: Row, columns: list[Column]) -> list[Text]:
     if row.failure is not None:
-        return [Text("failed", "red") if column is MEDIAN else Text(NOTHING) for column in columns]
+        return [Text(row.mark, "red") if column is MEDIAN else Text(NOTHING) for column in columns]
     return [Text(column.show(contest, row), _style(contest, row, column)) for column in columns]
 
 

@@ -77,17 +77,11 @@ def _scaled(name: str, backward: int) -> Operation:
     )
 
 
-class _Hidden(Shape):
-    """Rows of the hidden channels of an MLP: those of 2730 begin anywhere in a sector."""
-
-    @property
-    def width(self) -> int:
-        return self.hidden
-
-
 def _of_hidden(plain: Operation) -> Operation:
+    """Over rows of the hidden channels of an MLP: those of 2730 begin anywhere in a sector."""
+
     def hidden(shape: Shape) -> Shape:
-        return _Hidden(shape.model, shape.tower, shape.pixels, shape.batch, shape.drop)
+        return replace(shape, width=shape.hidden)
 
     return replace(
         plain,
@@ -121,7 +115,7 @@ def _few_tensors(name: str) -> Operation:
         return {name: [tensors[i] for i in few] for name, tensors in drawn.items()}
 
     def work(shape: Shape, itemsize: int) -> Work:
-        sizes = [size.numel() for size in sizes_of(shape.model)]
+        sizes = [size.numel() for size in sizes_of(shape)]
         share = sum(size for size in sizes if size <= MOST_ELEMENTS) / sum(sizes)
         return Work(Cost(0, share * plain.work(shape, itemsize).forward.bytes))
 

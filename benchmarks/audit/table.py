@@ -15,6 +15,7 @@ from benchmarks.audit.result import Count, Launch
 from benchmarks.audit.triton import Row, traffic
 from benchmarks.columns import NOTHING, TIMES, percent, significant
 from benchmarks.table import make_console
+from evaclip.atomic import write_text
 
 PREDICTED = "predicted from counted accesses, not measured"
 _MEANING = (
@@ -83,7 +84,7 @@ def write_json(counts: Sequence[Count], rows: Sequence[Row], file: Path) -> None
     """All that was counted, and what the table shows of it."""
     shown = [asdict(count) | {"shown": dict(zip(_TITLES, _cells(count), strict=True))} for count in counts]
     stored = {"what": PREDICTED, "counts": shown, "triton": [asdict(row) for row in rows]}
-    file.write_text(json.dumps(stored, indent=1) + "\n")
+    write_text(file, json.dumps(stored, indent=1) + "\n")
 
 
 _TITLES = ("floor MB", "requested", "touched", "cached", "memory", "load", "store", "ways", "barriers", *SHARED)

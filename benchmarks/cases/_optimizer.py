@@ -22,16 +22,25 @@ SHAPES = {
 }
 
 
+def raw(tensors: int, elements: int) -> Shape:
+    """As many tensors of one row: they are the batch, and the row is a token."""
+    return Shape(batch=tensors, width=elements)
+
+
+def sizes_of(shape: Shape) -> tuple[torch.Size, ...]:
+    """Of all parameters of a model, or of the tensors of a shape of sizes alone."""
+    return _sizes_of_model(shape.model) if shape.model else (torch.Size((1, shape.width)),) * shape.batch
+
+
 @cache
-def sizes_of(model: str) -> tuple[torch.Size, ...]:
-    """Of all parameters of a model."""
+def _sizes_of_model(model: str) -> tuple[torch.Size, ...]:
     parameters = create_model(short_names()[model], device="meta").parameters()
     return tuple(parameter.shape for parameter in parameters)
 
 
 def draw_inputs(shape: Shape, draw: Draw) -> Inputs:
     """Parameters and gradients in the dtype measured, moments in float32. Batch and tower don't matter."""
-    sizes = sizes_of(shape.model)
+    sizes = sizes_of(shape)
     moments = [[draw.normal(*size, scale=1e-3, dtype=torch.float32) for size in sizes] for _ in range(2)]
     return {
         "params": [draw.normal(*size, scale=0.02) for size in sizes],
@@ -53,7 +62,7 @@ def work_of(shape: Shape, itemsize: int) -> Work:
     LAMB must know a tensor's norm before any of it is written. Where a tensor is larger than the cache, its moments and
     itself are read from memory twice for that, 40 bytes in all; the formula counts each input once, as everywhere.
     """
-    sizes = sizes_of(shape.model)
+    sizes = sizes_of(shape)
     parameters, steps = sum(size.numel() for size in sizes), len(sizes)
     return Work(Cost(0, parameters * (3 * itemsize + 4 * 4) + steps * 2 * 4))
 

@@ -13,6 +13,7 @@ from benchmarks.cases._optimizer import (
     by_decay,
     decays_of,
     draw_inputs,
+    raw,
     update_moments,
     work_of,
 )
@@ -46,6 +47,7 @@ register(
         ours=_ours,
         work=work_of,
         shapes=SHAPES,
+        raw=raw,
         registered="adamw_update",
     )
 )

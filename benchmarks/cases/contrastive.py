@@ -29,9 +29,13 @@ _SHAPES = {
 }
 
 
+def _raw(pairs: int, channels: int) -> Shape:
+    return Shape(batch=pairs, embed_dim=channels)
+
+
 def _pairs(shape: Shape, draw: Draw) -> Inputs:
     """As many pairs as the shape has images; the tower doesn't matter, both end in the same space."""
-    size = (shape.batch, shape.config.embed_dim)
+    size = (shape.batch, shape.embed_dim)
     return {name: _features(draw, *size) for name in ("image_features", "text_features")}
 
 
@@ -60,8 +64,8 @@ def _work(shape: Shape, itemsize: int) -> Work:
     Bytes are those of the features and of their gradients; no scalar counts, and no matrix of logits, for it is neither
     input nor output.
     """
-    product = 2 * shape.batch**2 * shape.config.embed_dim
-    features = 2 * shape.batch * shape.config.embed_dim * itemsize
+    product = 2 * shape.batch**2 * shape.embed_dim
+    features = 2 * shape.batch * shape.embed_dim * itemsize
     return Work(Cost(product, features), Cost(2 * product, 2 * features))
 
 
@@ -80,7 +84,7 @@ def siglip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tens
 
 
 def _widened(logits: Tensor) -> Tensor:
-    """Logits in float32 at least, in which autocast computes a loss."""
+    """Logits, or a peer's loss, in float32 at least, in which autocast computes one."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -93,6 +97,7 @@ register(
         ours=evakernels.clip_loss,
         work=_work,
         shapes=_SHAPES,
+        raw=_raw,
         gradients=("image_features", "text_features", "logit_scale"),
         registered="contrastive_forward",
     )
@@ -106,6 +111,7 @@ register(
         ours=evakernels.siglip_loss,
         work=_work,
         shapes=_SHAPES | {"cpu": _SHAPES["cpu"][:2]},
+        raw=_raw,
         gradients=("image_features", "text_features", "logit_scale", "logit_bias"),
         registered="siglip_forward",
     )
@@ -134,8 +140,7 @@ def _under_autocast(loss: Function) -> Function:
     def call(image_features: Tensor, text_features: Tensor, **scalars: Tensor) -> Tensor:
         dtype = image_features.dtype
         with torch.autocast(image_features.device.type, dtype=dtype, enabled=dtype.itemsize == 2):
-            result: Tensor = loss(image_features, text_features, **scalars)
-            return result
+            return _widened(loss(image_features, text_features, **scalars))
 
     return call
 
@@ -191,6 +196,6 @@ def _both_directions(direction: Callable[[Tensor, Tensor, Tensor], Tensor]) -> F
 
     def call(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
         of_images = direction(image_features, text_features, logit_scale)
-        return (of_images + direction(text_features, image_features, logit_scale)) / 2
+        return _widened(of_images + direction(text_features, image_features, logit_scale)) / 2
 
     return call

@@ -13,6 +13,10 @@ _SHAPES = {
 }
 
 
+def _raw(rows: int, channels: int) -> Shape:
+    return Shape(tokens=rows, hidden=channels)
+
+
 def _inputs(shape: Shape, draw: Draw) -> Inputs:
     return {"x": draw.normal(shape.batch, shape.tokens, shape.hidden), "bias": draw.normal(shape.hidden, scale=0.1)}
 
@@ -40,6 +44,7 @@ register(
         ours=_ours,
         work=_work,
         shapes=_SHAPES,
+        raw=_raw,
         gradients=("x", "bias"),
         registered="gelu_forward",
     )

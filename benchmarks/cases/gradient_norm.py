@@ -11,12 +11,12 @@ from benchmarks.shapes import Shape
 
 
 def _inputs(shape: Shape, draw: Draw) -> Inputs:
-    return {"grads": [draw.normal(*size, scale=1e-3) for size in _optimizer.sizes_of(shape.model)]}
+    return {"grads": [draw.normal(*size, scale=1e-3) for size in _optimizer.sizes_of(shape)]}
 
 
 def _work(shape: Shape, itemsize: int) -> Work:
     """Reads every gradient once."""
-    return Work(Cost(0, sum(size.numel() for size in _optimizer.sizes_of(shape.model)) * itemsize))
+    return Work(Cost(0, sum(size.numel() for size in _optimizer.sizes_of(shape)) * itemsize))
 
 
 def _eager(grads: Tensors) -> Tensor:
@@ -39,6 +39,7 @@ register(
         ours=_ours,
         work=_work,
         shapes=SHAPES,
+        raw=_optimizer.raw,
         registered="gradient_norm",
     )
 )

@@ -18,6 +18,7 @@ from benchmarks.cases._optimizer import (
     by_decay,
     decays_of,
     draw_inputs,
+    raw,
     update_moments,
     work_of,
 )
@@ -56,6 +57,7 @@ register(
         ours=_ours,
         work=work_of,
         shapes=SHAPES,
+        raw=raw,
         registered="lamb_step",
     )
 )

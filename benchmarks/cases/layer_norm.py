@@ -26,6 +26,10 @@ _SHAPES = {
 _RESIDUAL_SHAPES = _SHAPES | {"cpu": ("eva02-b16@224 b8", "eva02-l14@224 b8")}
 
 
+def _raw(rows: int, channels: int) -> Shape:
+    return Shape(tokens=rows, width=channels)
+
+
 def _affine(shape: Shape, draw: Draw) -> Inputs:
     return {
         "weight": draw.normal(shape.width, scale=0.1, mean=1.0),
@@ -86,6 +90,7 @@ register(
         ours=_norm_ours,
         work=_work(forward=2, backward=3),
         shapes=_SHAPES,
+        raw=_raw,
         gradients=("x", "weight", "bias"),
         registered="layer_norm_forward",
     )
@@ -99,6 +104,7 @@ register(
         ours=_add_norm_ours,
         work=_work(forward=4, backward=4),
         shapes=_RESIDUAL_SHAPES,
+        raw=_raw,
         gradients=("residual", "branch", "weight", "bias"),
         registered="add_layer_norm_forward",
     )
@@ -112,6 +118,7 @@ register(
         ours=_norm_add_ours,
         work=_work(forward=3, backward=3),
         shapes=_RESIDUAL_SHAPES,
+        raw=_raw,
         gradients=("residual", "branch", "weight", "bias"),
         registered="layer_norm_add_forward",
     )

@@ -23,6 +23,11 @@ _SHAPES = {
 }
 
 
+def _raw(captions: int, tokens: int, heads: int, head_dim: int) -> Shape:
+    """All captions are of the same length."""
+    return Shape(batch=captions, tokens=tokens, heads=heads, head_dim=head_dim, tower="text")
+
+
 def lengths_of(shape: Shape) -> Tensor:
     """Tokens of each caption up to its end, int64 `[B]`: of one caption after the other, so that the cost is known.
 
@@ -30,6 +35,8 @@ def lengths_of(shape: Shape) -> Tensor:
     """
     if shape.tower != "text":
         raise UserError(f"{NAME} works on captions, and {shape.name!r} has none; expected a text shape")
+    if not shape.model:
+        return torch.full((shape.batch,), shape.tokens)
     known = captions(shape.config.text.context_length).argmax(1) + 1
     return known[torch.arange(shape.batch) % len(known)]
 
@@ -78,6 +85,7 @@ register(
         ours=_ours,
         work=_work,
         shapes=_SHAPES,
+        raw=_raw,
         gradients=("q", "k", "v"),
         registered="packed_attention_forward",
     )

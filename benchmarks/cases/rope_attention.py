@@ -14,7 +14,6 @@ from benchmarks.candidates import compiled
 from benchmarks.cases._patches import kept_patches
 from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, peer, register
 from benchmarks.shapes import Shape
-from evaclip.model.config import VisionConfig
 
 NUM_PREFIX = 1
 """The class token isn't rotated."""
@@ -51,11 +50,16 @@ _CAUSAL_SHAPES = {
 }
 
 
+def _raw(batch: int, tokens: int, heads: int, head_dim: int) -> Shape:
+    """The first token is the class token, the others are a row of patches."""
+    patches = tokens - NUM_PREFIX
+    return Shape(batch=batch, tokens=tokens, heads=heads, head_dim=head_dim, grid=(1, patches), kept_patches=patches)
+
+
 def _qkv(shape: Shape, draw: Draw) -> Inputs:
     """q, k and v `[B, N, H, D]`: views of one packed projection, or separate ones where the model has three."""
-    config = shape.tower_config
     size = (shape.batch, shape.tokens, shape.heads, shape.head_dim)
-    if isinstance(config, VisionConfig) and config.sub_norm:
+    if shape.model and shape.tower == "vision" and shape.config.vision.sub_norm:
         return {name: draw.normal(*size) for name in ("q", "k", "v")}
     packed = draw.normal(*size[:2], 3, *size[2:])
     return dict(zip(("q", "k", "v"), packed.unbind(2), strict=True))
@@ -64,7 +68,7 @@ def _qkv(shape: Shape, draw: Draw) -> Inputs:
 def _rope_inputs(shape: Shape, draw: Draw) -> Inputs:
     """The tables turn heads of every model, also of those that have no rotary embedding."""
     token_index = kept_patches("rope_attention", shape, draw)
-    cos, sin = evakernels.nn.axial_rope(shape.grid, shape.grid, shape.head_dim, device=draw.device)
+    cos, sin = evakernels.nn.axial_rope(*shape.grid, shape.head_dim, device=draw.device)
     return _qkv(shape, draw) | {"cos": cos, "sin": sin, "token_index": token_index}
 
 
@@ -135,6 +139,7 @@ register(
         ours=_rope_ours,
         work=_work(visible=1),
         shapes=_ROPE_SHAPES,
+        raw=_raw,
         gradients=("q", "k", "v"),
         registered="rope_attention_forward",
     )
@@ -148,6 +153,7 @@ register(
         ours=_causal_ours,
         work=_work(visible=0.5),
         shapes=_CAUSAL_SHAPES,
+        raw=_raw,
         gradients=("q", "k", "v"),
         registered="rope_attention_forward",
     )

@@ -31,6 +31,14 @@ _MLP_SHAPES = {
 }
 
 
+def _raw(rows: int, hidden: int) -> Shape:
+    return Shape(tokens=rows, hidden=hidden)
+
+
+def _raw_mlp(rows: int, width: int, hidden: int) -> Shape:
+    return Shape(tokens=rows, width=width, hidden=hidden)
+
+
 def _product_inputs(shape: Shape, draw: Draw) -> Inputs:
     size = (shape.batch, shape.tokens, shape.hidden)
     return {"gate": draw.normal(*size), "up": draw.normal(*size)}
@@ -123,6 +131,7 @@ register(
         ours=_product_ours,
         work=_product_work,
         shapes=_PRODUCT_SHAPES,
+        raw=_raw,
         gradients=("gate", "up"),
         registered="swiglu_forward",
     )
@@ -136,6 +145,7 @@ register(
         ours=_swiglu_ours,
         work=_product_work,
         shapes=_SHAPES,
+        raw=_raw,
         gradients=("gate", "up", "norm_weight", "norm_bias"),
         registered="swiglu_forward",
     )
@@ -149,6 +159,7 @@ register(
         ours=_mlp_with(_swiglu_ours),
         work=_mlp_work,
         shapes=_MLP_SHAPES,
+        raw=_raw_mlp,
         gradients=("x", "norm_weight", "norm_bias", "w1", "b1", "w2", "b2", "w3", "b3"),
     )
 )

@@ -7,6 +7,7 @@ import evakernels
 from benchmarks.cases._patches import kept_patches
 from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, peer, register
 from benchmarks.shapes import Shape
+from evaclip.errors import UserError
 
 _SHAPES = {
     "cpu": (
@@ -23,6 +24,12 @@ _SHAPES = {
         "eva02-bige14@224 b128 drop50",
     ),
 }
+
+
+def _raw(images: int, patches: int, kept: int, channels: int) -> Shape:
+    if kept > patches:
+        raise UserError(f"token_dropout can't keep {kept} of {patches} patches")
+    return Shape(batch=images, tokens=1 + kept, width=channels, grid=(1, patches), kept_patches=kept)
 
 
 def _inputs(shape: Shape, draw: Draw) -> Inputs:
@@ -67,6 +74,7 @@ register(
         ours=_ours,
         work=_work,
         shapes=_SHAPES,
+        raw=_raw,
         gradients=("patches", "prefix", "pos_embed"),
         registered="token_dropout_forward",
     )

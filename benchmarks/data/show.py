@@ -18,6 +18,7 @@ from benchmarks.data.shuffle import QUANTILES, Shuffle, ShufflePlan
 from benchmarks.report.drawing import LOOK, grid, number_axis
 from benchmarks.results import Machine
 from benchmarks.table import make_console
+from evaclip.atomic import write_text
 from evaclip.report.theme import PALETTE
 
 _MEANING = (
@@ -40,7 +41,7 @@ class DataResult:
 
     def write_json(self, path: Path) -> None:
         """Writes everything."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def print_result(result: DataResult) -> None:

@@ -56,7 +56,9 @@ def draw_bars(axes: Axes, panel: Sequence[Contest], paint: Paint) -> None:
 def _draw_bar(axes: Axes, y: float, contest: Contest, row: Row, unit: float, paint: Paint) -> None:
     median = row.median_ms
     if row.failure is not None or median is None:
-        axes.text(0.05, y, "failed", color=PALETTE.chance, va="center", gid=tip(f"{row.candidate}: {row.failure}"))
+        axes.text(
+            0.05, y, row.mark or "failed", color=PALETTE.chance, va="center", gid=tip(f"{row.candidate}: {row.failure}")
+        )
         return
     length = median / unit
     bar = axes.barh(y, min(length, _CLIP), height=0.68, color=paint[row.candidate])[0]

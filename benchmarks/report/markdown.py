@@ -1,56 +1,82 @@
-"""The summary as a Markdown table, for a README."""
+"""The table that a Markdown page shows: ours against the best peers, between two markers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
-from benchmarks.columns import NOTHING, machine_facts, percent, significant, times
-from benchmarks.contests import Contest, contests
-from benchmarks.results import Results, Row
+from benchmarks.columns import LEVEL, NOTHING, machine_facts, time_text, verdict_text
+from benchmarks.contests import Contest, contests, tally
+from benchmarks.results import Results
+from evaclip.atomic import write_text
+from evaclip.errors import UserError
 
-_HEADINGS = ("op", "mode", "shape", "dtype", "ours, ms", "torch eager, ms", "best peer, ms", "speed-up", "roofline")
-
-
-def to_markdown(results: Results) -> str:
-    """The machine, what makes its numbers doubtful, and one line for each operation, mode, shape and dtype."""
-    facts = machine_facts(results.machine)
-    name = facts.pop("device")
-    versions = [f"{what} {version}" for what, version in results.machine.versions.items()]
-    about = [f"{what} {text}" for what, text in facts.items() if what != "command"]
-    parts = [f"**{name}**: {', '.join([*about, *versions])}."]
-    if results.machine.command:
-        parts.append(f"`{results.machine.command}`")
-    parts += [f"> {note}" for note in results.machine.notes]
-    parts.append("\n".join(_table(contests(results.rows))))
-    if results.absent:
-        parts.append("\n".join(f"- not measured: {peer} ({reason})" for peer, reason in results.absent.items()))
-    return "\n\n".join(parts) + "\n"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 
-def _table(found: Sequence[Contest]) -> Iterable[str]:
-    yield _line(_HEADINGS)
-    yield _line(["---"] * 4 + ["---:"] * 5)
+def split_page(page: Path) -> tuple[str, str]:
+    """What stands before and after the table in a page, markers included.
+
+    Raises:
+        UserError: the page can't be read, or lacks the two markers.
+    """
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as exc:
+        raise UserError(f"can't read {page}: {exc}") from exc
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{page} has no place for the table: it goes between the lines {BEGIN!r} and {END!r}")
+    return before + begin, end + after
+
+
+def write_page(results: Results, page: Path, picture: str) -> None:
+    """Puts machine, counts and table between a page's markers.
+
+    Args:
+        results: what was measured.
+        page: a Markdown file.
+        picture: name of a picture beside it, shown below the table; empty for none.
+
+    Raises:
+        UserError: as `split_page`.
+    """
+    before, after = split_page(page)
+    found = contests(results.rows)
+    counts = tally(found)
+    count = (
+        f"Against the fastest of all others whose results are right, plain PyTorch among them: faster in "
+        f"{counts['faster']} of {counts.total()} cases, {LEVEL} in {counts['level']}, slower in {counts['slower']}."
+    )
+    parts = [*_head(results), count, "\n".join(_lines(found))]
+    if picture:
+        parts.append(f"![Speed against eager PyTorch, and the share of the roofline, of each op]({picture})")
+    write_text(page, "\n\n".join([before, *parts, after]))
+
+
+def _head(results: Results) -> list[str]:
+    facts = machine_facts(results.machine) | results.machine.versions
+    name, command = facts.pop("device"), facts.pop("command", "")
+    return [
+        f"**{name}**: {', '.join(f'{what} {text}' for what, text in facts.items())}.",
+        *([f"`{command}`"] if command else []),
+        *(f"> {note}" for note in results.machine.notes),
+    ]
+
+
+def _lines(found: Sequence[Contest]) -> list[str]:
+    """One for each operation, shape and dtype, with its modes side by side."""
+    modes = list(dict.fromkeys(contest.mode for contest in found))
+    groups: dict[tuple[str, ...], dict[str, Contest]] = {}
     for contest in found:
-        ours = contest.ours
-        speedup = contest.speedup(ours) if ours else None
-        yield _line(
-            [
-                contest.op,
-                contest.mode,
-                contest.shape,
-                contest.dtype,
-                _time(contest, "ours", ours),
-                _time(contest, "baseline", contest.eager),
-                _time(contest, "peer", contest.peer, named=True),
-                NOTHING if speedup is None else times(speedup),
-                NOTHING if ours is None or ours.roofline is None else percent(ours.roofline),
-            ]
-        )
+        groups.setdefault((contest.op, contest.shape, contest.dtype), {})[contest.mode] = contest
+    headings = [text for mode in modes for text in (f"{mode}, ms", "best peer, ms", "verdict")]
+    lines = [["op", "shape", "dtype", *headings], ["---"] * 3 + ["---:"] * len(headings)]
+    for (op, *names), group in groups.items():
+        lines.append([f"`{op}`", *names, *(text for mode in modes for text in _cells(group.get(mode)))])
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
 
 
-def _time(contest: Contest, kind: str, row: Row | None, named: bool = False) -> str:
-    if row is None:
-        return "failed" if any(other.kind == kind for other in contest.rows) else NOTHING
-    return significant(row.median_ms or 0.0) + (f" ({row.candidate})" if named else "")
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+def _cells(contest: Contest | None) -> tuple[str, str, str]:
+    if contest is None:
+        return NOTHING, NOTHING, NOTHING
+    return time_text(contest, "ours"), time_text(contest, "baseline", "peer"), verdict_text(contest)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from benchmarks.columns import machine_facts, significant
-from benchmarks.contests import Contest, contests, panels, verdict
+from benchmarks.columns import LEVEL, machine_facts, significant
+from benchmarks.contests import Contest, contests, panels, tally
 from benchmarks.operation import operations
 from benchmarks.report.charts import LINE, Sweep, bar_lines, draw_bars, draw_sweep, quantities, sweeps
 from benchmarks.report.drawing import MARKERS, Paint, svg
@@ -41,6 +41,11 @@ _BARS_NOTE = (
     "fast as torch eager it is. A thin line spans p20 to p80. Bars above three times torch eager's time are cut."
 )
 _SWEEP_NOTE = "Shapes that differ in one size only. Times are on logarithmic axes, memory on linear ones."
+_VERDICT_NOTE = (
+    "The verdict is the time of the best peer over that of this library's fastest backend. The best peer is the "
+    "fastest of all others whose results are right, torch eager and torch.compile among them. Both are measured in the "
+    "same rounds; where the ratios of the rounds lie on both sides of 1, nobody can tell. A click on a heading sorts."
+)
 _TABLE_NOTE = "A click on a heading sorts. Errors are against float64, beside that of torch eager in the same dtype."
 
 
@@ -61,18 +66,18 @@ def index_page(book: Book) -> str:
         f'<p class="kind">{_KIND}</p><h1>{escape(results.machine.name)}</h1>',
         f'<p class="summary">{escape(_subtitle(results))}</p>',
         _navigation(book, here=None),
-        _notes(results),
+        notes_box(results),
         _tiles(results, found),
+        f"<h2>Ours against the best peer</h2><p>{_VERDICT_NOTE}</p>",
+        summary_table(found, book.paint),
+        _failures(found),
         _roofline(book, found),
         "<h2>Against torch eager and against the machine</h2>",
         f"<p>{_STRIP_NOTE}</p>{_strips(book, found)}",
-        f"<h2>All cases</h2><p>{_TABLE_NOTE}</p>",
-        summary_table(found, book.paint),
-        _failures(found),
         _pairs("Absent", results.absent),
-        _facts(results),
+        facts_list(results),
     ]
-    return _document(f"{_KIND}: {results.machine.name}", body)
+    return page_document(f"{_KIND}: {results.machine.name}", body)
 
 
 def op_page(book: Book, op: str) -> str:
@@ -85,16 +90,17 @@ def op_page(book: Book, op: str) -> str:
         f'<p class="summary">{escape(known.summary)}</p>' if known else "",
         f'<p class="summary">{escape(_subtitle(book.results, named=True))}</p>',
         _navigation(book, here=op),
-        _notes(book.results),
+        notes_box(book.results),
         f"<h2>Time</h2><p>{_BARS_NOTE}</p>{_bars(found, book.paint)}",
         _sweeps(rows, book.paint),
         f"<h2>All rows</h2><p>{_TABLE_NOTE}</p>{rows_table(found, book.paint)}",
         _failures(found),
     ]
-    return _document(f"{op}: {_KIND}", body)
+    return page_document(f"{op}: {_KIND}", body)
 
 
-def _document(title: str, body: Sequence[str]) -> str:
+def page_document(title: str, body: Sequence[str]) -> str:
+    """A whole page, with styles and scripts inside."""
     here = Path(__file__).parent
     styles, script = ((here / name).read_text(encoding="utf-8") for name in ("style.css", "sort.js"))
     return document(title, "\n".join(part for part in body if part), styles, script)
@@ -121,7 +127,8 @@ def _link(address: str, text: str, here: bool) -> str:
     return f'<a href="{address}">{escape(text)}</a>'
 
 
-def _notes(results: Results) -> str:
+def notes_box(results: Results) -> str:
+    """Why the numbers are doubtful; empty if nothing says so."""
     if not results.machine.notes:
         return ""
     items = "".join(f"<li>{escape(note)}</li>" for note in results.machine.notes)
@@ -135,10 +142,10 @@ def _tiles(results: Results, found: Sequence[Contest]) -> str:
         _tile(label, f"{significant(rate)} <small>{unit}</small>", "what this machine can do")
         for label, (rate, unit) in rates.items()
     ]
-    verdicts = [one for one in map(verdict, found) if one is not None]
-    faster, slower = verdicts.count("faster"), verdicts.count("slower")
-    note = f"slower in {slower}, the same within the spread in {len(verdicts) - faster - slower}"
-    tiles.append(_tile("faster than torch eager", f"{faster} <small>of {len(verdicts)} cases</small>", note))
+    counts = tally(found)
+    value = f"{counts['faster']} <small>of {counts.total()} cases</small>"
+    note = f"slower in {counts['slower']}, {LEVEL} in {counts['level']}"
+    tiles.append(_tile("faster than the best peer", value, note))
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
@@ -244,11 +251,12 @@ def _failures(found: Sequence[Contest]) -> str:
     failures = {
         f"{contest.title}: {row.candidate}": row.failure for contest in found for row in contest.rows if row.failure
     }
-    return _pairs("Failed", failures)
+    return _pairs("Failed or wrong", failures)
 
 
-def _facts(results: Results) -> str:
-    return _pairs("The machine and the run", {**machine_facts(results.machine), **results.machine.versions})
+def facts_list(results: Results, title: str = "The machine and the run") -> str:
+    """What there is to know about machine and run."""
+    return _pairs(title, {**machine_facts(results.machine), **results.machine.versions})
 
 
 def _pairs(title: str, pairs: Mapping[str, str]) -> str:

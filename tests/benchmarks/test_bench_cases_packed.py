@@ -35,7 +35,7 @@ def test_captions_are_packed_views_of_one_projection() -> None:
     assert inputs["max_length"] == lengths.max() < SHAPE.tokens
     assert len(set(lengths.tolist())) > 1
     assert len({inputs[name].untyped_storage().data_ptr() for name in "qkv"}) == 1
-    more = lengths_of(SHAPE.with_batch(1000))
+    more = lengths_of(parse_shape("tiny:text b1000"))
     assert torch.equal(more[:5], lengths)
     assert len(more) == 1000
 

@@ -64,7 +64,7 @@ def _few_parameters(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequ
     """Optimizers over a handful of tensors instead of millions of embeddings."""
     if "whole_model" not in request.fixturenames:
         sizes = tuple(map(torch.Size, [(50, 16), (16,), (), (3, 5, 2), (1, 4, 8)]))
-        monkeypatch.setattr(_optimizer, "sizes_of", lambda model: sizes)
+        monkeypatch.setattr(_optimizer, "sizes_of", lambda shape: sizes)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from bench_fakes import machine, registered, row, tanh, tanh_operation
 
 from benchmarks import cli
 from benchmarks import machine as machines
-from benchmarks.operation import operations, peers_of
+from benchmarks.operation import _registry, operations, peers_of
 from benchmarks.results import Results, read_results
 
 QUICK = ["--shape", "tiny b2", "--dtype", "float32", "--mode", "forward", "--passes", "1", "--seconds", "0.001"]
@@ -60,7 +60,19 @@ def test_a_file_of_ones_own_adds_a_candidate(tmp_path: Path) -> None:
         (["op", "tanh", "--peer", "nobody"], "unknown peer 'nobody'"),
         (["op", "tanh", "--passes", "0"], "--passes must be at least 1"),
         (["op", "tanh", "--threads", "0"], "--threads must be at least 1, got 0"),
+        (["op", "tanh", "--shape", "tiny@32 2"], "unknown shape 'tiny@32 2'"),
+        (["op", "tanh", "--shape", "tinyb2"], "did you mean 'tiny b2'?"),
+        (
+            ["op", "tanh", "--shape", "4x8"],
+            "shape '4x8': tanh needs more than sizes; expected a name",
+        ),
+        (["op", "layer_norm", "--shape", "8"], "shape '8': layer_norm has 2 sizes of 1 or more, rows x channels"),
+        (["op", "layer_norm", "--shape", "8x0"], "layer_norm has 2 sizes of 1 or more, rows x channels"),
         (["op", "tanh", "--plugin", "missing.py"], "--plugin 'missing.py' isn't a Python file"),
+        (["op", "tanh", "--first", "-1"], "--first must be 0, for all, or more, got -1"),
+        (["op", "tanh", "--installed"], "--installed: no evakernels is installed for"),
+        (["op", "tanh", "--page", "missing.md"], "can't read missing.md"),
+        (["report", "missing.json"], "--out FOLDER or --page FILE is missing"),
         (["op", "tanh", "--dtype", "float31"], "invalid choice: 'float31'"),
         (["compare", "missing.json", "missing.json"], "can't read missing.json"),
         (["report", "missing.json", "--out", "x"], "can't read missing.json"),
@@ -78,6 +90,29 @@ def test_wrong_input_is_one_line(arguments: list[str], message: str, capsys: pyt
     assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("from benchmarks import peer\n", "registers nothing; it needs a @peer(OPERATION, NAME)"),
+        ("from benchmarks import peer\n\n@peer('tahn', 'a')\ndef f(shape):\n    ...\n", "did you mean 'tanh'"),
+        ("from benchmarks import peer\n\n@peer('tanh', 'torch eager')\ndef f(shape):\n    ...\n", "two candidates"),
+    ],
+)
+def test_a_plugin_that_adds_nothing_measurable_is_told(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(text)
+    try:
+        with registered(tanh_operation()):
+            assert cli.main(["op", "tanh", *QUICK, "--plugin", str(plugin)]) == 2
+            assert message in capsys.readouterr().err
+            assert cli.main(["op", "tanh", *QUICK, "--plugin", str(tmp_path / "mien.py")]) == 2
+            assert f"did you mean {str(plugin)!r}?" in capsys.readouterr().err
+    finally:
+        _registry.peers.pop("tahn", None)
+
+
 @pytest.mark.parametrize(("factor", "code"), [(1.0, 0), (1.01, 1), (float("nan"), 1)])
 def test_check_refuses_what_is_inexact(factor: float, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     with registered(tanh_operation(ours=lambda x: factor * x.tanh())):
@@ -87,13 +122,35 @@ def test_check_refuses_what_is_inexact(factor: float, code: int, capsys: pytest.
         except SystemExit as exc:
             found = int(exc.code or 0)
     assert found == code
-    assert ("tanh forward tiny@32 b2 float32 cpu evakernels: error" in capsys.readouterr().out) == bool(code)
+    assert ("tanh forward tiny@32 b2 float32 cpu evakernels: wrong: " in capsys.readouterr().out) == bool(code)
+
+
+def test_check_names_wrong_peers_and_lets_them_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    with registered(tanh_operation(), odd=lambda x: x.tanh()[:1]):
+        assert cli.main(["op", "tanh", *QUICK, "--peer", "odd", "--check"]) == 0
+    text = capsys.readouterr().out
+    assert "peers that are wrong:\ntanh forward tiny@32 b2 float32 cpu odd: wrong: shape (1, 128) came back" in text
+
+
+def test_sizes_alone_make_a_shape(tmp_path: Path) -> None:
+    quick = [*QUICK[2:], "--peer", "none", "--json", str(tmp_path / "run.json"), "--page", str(tmp_path / "page.md")]
+    (tmp_path / "page.md").write_text("<!-- benchmarks: begin --><!-- benchmarks: end -->")
+    assert cli.main(["op", "layer_norm", "gelu", "--shape", "4x8", "--shape", "64x96", *quick]) == 0
+    rows = read_results(tmp_path / "run.json").rows
+    assert {(row.op, row.shape) for row in rows} == {
+        (op, of) for op in ("layer_norm", "gelu") for of in ("4x8", "64x96")
+    }
+    assert all(row.failure is None for row in rows)
+    assert "| `gelu` | 64x96 | float32 |" in (tmp_path / "page.md").read_text()
 
 
 def test_report_reads_what_was_kept(tmp_path: Path) -> None:
     Results(machine(), [row(), row(candidate="torch eager", kind="baseline")]).write_json(tmp_path / "run.json")
     assert cli.main(["report", str(tmp_path / "run.json"), "--out", str(tmp_path / "pages")]) == 0
     assert (tmp_path / "pages" / "index.html").is_file()
+    both = [str(tmp_path / "run.json")] * 2
+    assert cli.main(["report", *both, "--out", str(tmp_path / "beside")]) == 0
+    assert "1: run and 2: run" in (tmp_path / "beside" / "index.html").read_text()
 
 
 @pytest.mark.parametrize(("times", "code"), [([2.0] * 3, 0), ([3.0] * 3, 1)])

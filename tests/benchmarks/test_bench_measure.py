@@ -79,16 +79,94 @@ def test_a_candidate_that_fails_leaves_its_error() -> None:
     assert rows["evakernels"].samples_ms == [[1.0, 1.0]] * 2
 
 
-def test_a_wrong_result_shows_in_the_error() -> None:
-    rows = rows_of("training", wrong=lambda x: 1.01 * x.tanh(), nan=lambda x: x.tanh() * float("nan"))
-    assert rows["wrong"].error == pytest.approx(0.01, rel=1e-3)
-    assert rows["wrong"].baseline_error == rows["torch eager"].error
-    assert rows["nan"].error is not None
-    assert rows["nan"].error != rows["nan"].error
+WRONG = {
+    "cut": (lambda x: x.tanh()[:1], "shape (1, 128) came back where (2, 128) was expected"),
+    "two": (lambda x: (x.tanh(), x.tanh()), "2 tensors came back where 1 were expected"),
+    "rounded": (lambda x: x.tanh().bfloat16(), "torch.bfloat16 came back where torch.float32 was expected"),
+    "scaled": (lambda x: 1.01 * x.tanh(), "the outputs have an error of 1.0e-02, at most 3.9e-03 is right"),
+    "nan": (lambda x: x.tanh() * float("nan"), "NaN among the outputs"),
+}
+"""Peers that compute something else, and what is said of them."""
 
 
-def test_a_result_of_another_shape_is_a_failure() -> None:
-    assert "shape (2,) came back" in str(rows_of(flat=lambda x: x.sum(1))["flat"].failure)
+@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_peer_has_a_reason_and_no_numbers(name: str, mode: str) -> None:
+    function, reason = WRONG[name]
+    row = rows_of(mode, passes=2, **{name: function})[name]
+    assert row.failure == f"wrong: {reason}"
+    assert row.mark == "wrong"
+    assert (row.samples_ms, row.first_call_ms, row.peak_bytes, row.saved_bytes) == ([], None, None, None)
+
+
+def test_wrong_gradients_are_wrong_though_the_outputs_are_right() -> None:
+    def twice(x: Tensor) -> Tensor:
+        return 2 * x.tanh() - x.tanh().detach()
+
+    assert rows_of("forward", twice=twice)["twice"].failure is None
+    row = rows_of("training", twice=twice)["twice"]
+    assert row.failure == "wrong: the gradients have an error of 1.0e+00, at most 3.9e-03 is right"
+    assert row.error == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_peer_that_remembers_its_first_result_is_wrong() -> None:
+    first: list[Tensor] = []
+
+    def remembering(x: Tensor) -> Tensor:
+        first.append(x.tanh())
+        return first[0]
+
+    assert rows_of(remembering=remembering)["remembering"].mark == "wrong"
+
+
+def test_a_peer_that_rounds_is_inexact_and_not_wrong() -> None:
+    rows = rows_of("training", rounding=lambda x: x.tanh().bfloat16().float())
+    row = rows["rounding"]
+    assert row.failure is None
+    assert row.error is not None
+    assert 1e-4 < row.error < accuracy.ROUGHEST
+    assert row.baseline_error == rows["torch eager"].error
+    assert row.breaks_error_rule
+
+
+def test_ours_is_wrong_by_a_stricter_rule() -> None:
+    def inexact(x: Tensor) -> Tensor:
+        return (1 + 3e-6) * x.tanh()
+
+    with registered(tanh_operation(ours=inexact), same=inexact) as op:
+        case = Case(op, parse_shape("tiny b2"), "forward", torch.float32, CPU)
+        measure(case, candidates(op, "cpu", peers=["same"])[0], machine(), CountingTimer(), 0.01)
+    assert {name: row.mark for name, row in case.rows.items()} == {
+        "evakernels": "wrong",
+        "evakernels reference": "wrong",
+        "torch eager": "",
+        "same": "",
+    }
+
+
+def test_the_error_of_a_lone_number_may_be_small_by_luck() -> None:
+    """Of a loss in bfloat16: plain PyTorch errs by 1e-5, and 1e-3 is no mistake."""
+    assert accuracy.luck([torch.ones(())], torch.bfloat16) == 2.0**-5
+    assert accuracy.luck([torch.ones(()), torch.ones(9)], torch.bfloat16) == accuracy.FINEST
+    assert accuracy.allowed_error("ours", "forward", 1e-5, least=2.0**-5) == 2.0**-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "baseline", "allowed"),
+    [
+        ("ours", "forward", 1e-3, 2e-3),
+        ("ours", "training", 1e-3, 3e-3),
+        ("ours", "forward", 1e-9, accuracy.FINEST),
+        ("peer", "forward", 1e-3, 1e-2),
+        ("peer", "forward", 1e-7, accuracy.ROUGHEST),
+        ("peer", "training", 0.18, 0.54),
+        ("peer", "training", 0.1, accuracy.UNRELATED),
+        ("peer", "forward", None, accuracy.UNRELATED),
+        ("ours", "forward", float("nan"), accuracy.UNRELATED),
+    ],
+)
+def test_what_error_is_accepted(kind: str, mode: str, baseline: float | None, allowed: float) -> None:
+    assert accuracy.allowed_error(kind, mode, baseline) == pytest.approx(allowed)
 
 
 def test_without_memory_for_float64_there_is_no_error() -> None:
@@ -210,8 +288,8 @@ def test_relative_error_is_the_worst_tensor() -> None:
     truth = [torch.ones(4), torch.ones(4)]
     assert accuracy.relative_error([torch.ones(4), torch.full((4,), 1.5)], truth) == pytest.approx(0.5)
     assert accuracy.relative_error([torch.ones(4), torch.full((4,), float("nan"))], truth) != 0
-    with pytest.raises(ValueError, match="1 tensors came back where 2 were expected"):
-        accuracy.relative_error([torch.ones(4)], truth)
+    with pytest.raises(accuracy.WrongResultError, match=r"shape \(1,\) came back where \(4,\) was expected"):
+        accuracy.relative_error([torch.ones(4), torch.ones(1)], truth)
 
 
 def test_a_zero_is_measured_by_the_others() -> None:

@@ -1,4 +1,4 @@
-"""The pages, pictures and the Markdown table, against the rows that they were made from."""
+"""The pages, the picture and the Markdown table, against the rows that they were made from."""
 
 import re
 from html.parser import HTMLParser
@@ -10,15 +10,16 @@ from bench_report_fakes import FAILURE, SHAPES, SPEEDS, contest, results
 from matplotlib.figure import Figure
 from PIL import Image
 
+from benchmarks.columns import LEVEL, time_text, verdict_text
 from benchmarks.contests import contests, panels, verdict
-from benchmarks.report import write_report
+from benchmarks.report import write_beside, write_report, write_section
 from benchmarks.report.charts import sweeps
 from benchmarks.report.colours import COLOURS, colour_names
 from benchmarks.report.drawing import Paint
-from benchmarks.report.markdown import to_markdown
 from benchmarks.report.roofline import page_name
 from benchmarks.report.speedups import draw_speedups
 from benchmarks.results import Results
+from evaclip.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("report")
 
@@ -85,13 +86,11 @@ def read(folder: Path, name: str) -> _Page:
 
 
 def test_nothing_is_missing_and_nothing_left_over(folder: Path) -> None:
-    pictures = {"roofline.png", "layer_norm.png", "rope_attention.png"}
-    assert {path.name for path in folder.iterdir()} == {*PAGES, *pictures, "summary.md"}
-    for name in pictures:
-        with Image.open(folder / name) as picture:
-            picture.load()
-            assert picture.format == "PNG"
-            assert picture.width == 1650
+    assert {path.name for path in folder.iterdir()} == {*PAGES, "roofline.png"}
+    with Image.open(folder / "roofline.png") as picture:
+        picture.load()
+        assert picture.format == "PNG"
+        assert picture.width == 1650
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -130,13 +129,16 @@ def test_the_overview_has_a_line_for_each_case(folder: Path) -> None:
         SHAPES[0],
         "float32",
         "cpu 0.0500",
-        "0.100",
         "torch.compile 0.0800",
+        "1.60 ×",  # noqa: RUF001
         "2.00",
         "50 %",
     ]
     assert float(table[1][4][1] or "") == pytest.approx(0.05)
+    assert float(table[1][6][1] or "") == pytest.approx(1.6)
     assert float(table[1][7][1] or "") == pytest.approx(2.0)
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    assert text.index("Ours against the best peer") < text.index("<table") < text.index("<svg role")
     assert {row[0][0] for row in table[1:]} == {"layer_norm", "rope_attention"}
     assert {"layer_norm.html", "rope_attention.html"} <= set(page.addresses)
 
@@ -150,7 +152,7 @@ def test_the_overview_says_where_and_how_well_it_was_measured(folder: Path) -> N
         "busy: other processes used 40% of the processors during the run",
         "10.0 GB/s",
         "16 of 32 cases",
-        "slower in 16",
+        "slower in 16, equal within noise in 0",
         "far <away> runs on cuda only",
         "Without matrix products, so only below: layer_norm.",
         f"rope_attention, training, {SHAPES[0]}, float32: some peer {FAILURE}",
@@ -242,19 +244,58 @@ def test_lines_join_shapes_that_differ_in_one_size_only() -> None:
     ]
 
 
-def test_the_markdown_table_has_a_line_for_each_case(folder: Path) -> None:
-    text = (folder / "summary.md").read_text(encoding="utf-8")
-    assert text == to_markdown(results())
+def test_a_page_gets_the_table_between_its_markers(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Before\n<!-- benchmarks: begin -->\nold\n<!-- benchmarks: end -->\n## After\n")
+    for _ in range(2):
+        write_section(results(), page)
+    text = page.read_text()
+    assert text.startswith("# Before\n<!-- benchmarks: begin -->\n\n**Fake CPU**: ")
+    assert text.endswith(
+        "![Speed against eager PyTorch, and the share of the roofline, of each op](roofline.png)\n\n"
+        "<!-- benchmarks: end -->\n## After\n"
+    )
+    assert "old" not in text
+    assert "faster in 16 of 32 cases, equal within noise in 0, slower in 16." in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + CASES
-    assert len({line.count("|") for line in lines}) == 1
-    times = "0.0500 | 0.100 | 0.0800 (torch.compile) | 2.00 ×"  # noqa: RUF001
-    assert lines[2] == f"| layer_norm | forward | {SHAPES[0]} | float32 | {times} | 50 % |"
-    assert "> busy: other processes used 40% of the processors during the run" in text
-    assert "- not measured: far <away> (runs on cuda only)" in text
-    assert "**Fake CPU**" in text
-    broken = Results(machine(), [row(failure="x"), row(candidate="torch eager", kind="baseline")])
-    assert "| failed | 2.00 | – | – | – |" in to_markdown(broken)  # noqa: RUF001
+    headings = "forward, ms | best peer, ms | verdict | training, ms | best peer, ms | verdict"
+    assert lines[0] == f"| op | shape | dtype | {headings} |"
+    assert len(lines) == 2 + CASES // 2
+    numbers = "0.0500 cpu | 0.0800 torch.compile | 1.60 × | 0.150 cpu | 0.240 torch.compile | 1.60 ×"  # noqa: RUF001
+    assert lines[2] == f"| `layer_norm` | {SHAPES[0]} | float32 | {numbers} |"
+    assert (tmp_path / "roofline.png").is_file()
+
+
+def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- benchmarks: begin -->\n")
+    with pytest.raises(UserError, match="has no place for the table: it goes between the lines"):
+        write_section(results(), page)
+    assert page.read_text() == "<!-- benchmarks: begin -->\n"
+
+
+def test_several_results_stand_beside_each_other(tmp_path: Path) -> None:
+    new = results(machine=machine(name="Other CPU"))
+    new.rows = [one for one in new.rows if one.dtype == "float32"]
+    for one in new.rows:
+        one.device = "cuda"
+        if one.candidate == "evakernels cpu":
+            one.samples_ms = [[value / 2 for value in one_pass] for one_pass in one.samples_ms]
+    write_beside({"old": results(), "new": new}, tmp_path)
+    page = read(tmp_path, "index.html")
+    cases, rows = page.tables
+    assert [text for text, _ in cases[0]][4:] == ["old, ms", "old, verdict", "new, ms", "new, verdict", "× new"]  # noqa: RUF001
+    assert [text for text, _ in cases[1]] == [
+        *("layer_norm", "forward", SHAPES[0], "float32"),
+        *("0.0500", "1.60 ×", "0.0250", "3.20 ×", "2.00 ×"),  # noqa: RUF001
+    ]
+    assert len(cases) == 1 + CASES
+    lines = {tuple(text for text, _ in line[:5]): [text for text, _ in line[5:]] for line in rows[1:]}
+    case = ("layer_norm", "forward", SHAPES[0])
+    assert lines[*case, "float32", "torch.compile"] == ["0.0800", "0.0800", "1.00 ×"]  # noqa: RUF001
+    assert lines[*case, "bfloat16", "torch.compile"] == ["0.0800", "–", "–"]  # noqa: RUF001
+    assert lines["rope_attention", "training", SHAPES[0], "float32", "some peer"] == ["failed", "failed", "–"]  # noqa: RUF001
+    assert {"old: Fake CPU", "new: Other CPU"} <= set(page.words)
 
 
 def test_a_candidate_has_one_colour_whatever_else_is_shown() -> None:
@@ -272,16 +313,34 @@ def test_a_candidate_has_one_colour_whatever_else_is_shown() -> None:
 
 
 def test_faster_and_slower_mean_that_the_spreads_do_not_touch() -> None:
-    def found(ours: list[float], eager: list[float]) -> str | None:
-        (contest,) = contests(
-            [row(samples_ms=[ours]), row(samples_ms=[eager], candidate="torch eager", kind="baseline")]
-        )
-        return verdict(contest)
+    def found(ours: list[list[float]], eager: list[list[float]]) -> str:
+        (contest,) = contests([row(samples_ms=ours), row(samples_ms=eager, candidate="torch eager", kind="baseline")])
+        return verdict_text(contest)
 
-    assert found([1.0, 1.1], [2.0, 2.1]) == "faster"
-    assert found([2.0, 2.1], [1.0, 1.1]) == "slower"
-    assert found([1.0, 1.5], [1.4, 2.0]) == "level"
+    assert found([[1.0, 1.1]], [[2.0, 2.1]]) == "1.95 ×"  # noqa: RUF001
+    assert found([[2.0, 2.0]], [[1.0, 1.0]]) == "0.500 ×"  # noqa: RUF001
+    # What slows down a round slows down both.
+    assert found([[1.0, 9.0, 1.0]], [[1.2, 11.0, 1.2]]) == "1.20 ×"  # noqa: RUF001
+    assert found([[1.0, 1.0, 1.0, 1.0]], [[1.2, 0.9, 0.9, 1.2]]) == LEVEL
+    # Of the rounds nearly all are faster, of one of the passes they are not.
+    assert found([[1.0] * 9, [1.0]], [[1.1] * 9, [0.9]]) == LEVEL
+    # In nearly all rounds ours is faster, but its median over both passes is the larger one.
+    assert found([[1.8] * 8, [3.9] * 8], [[2.4] * 7 + [2.6], [6.7] * 5 + [2.3] * 3]) == LEVEL
     assert verdict(contests([row(failure="x")])[0]) is None
+    assert verdict(contests([row()])[0]) is None
+
+
+def test_the_best_peer_is_the_fastest_that_is_right() -> None:
+    eager = row(candidate="torch eager", kind="baseline", samples_ms=[[3.0]])
+    fast = row(candidate="fast", kind="peer", samples_ms=[], failure="wrong: NaN among the outputs")
+    slow = row(candidate="slow", kind="peer", samples_ms=[[4.0]])
+    (contest,) = contests([row(samples_ms=[[2.0]]), eager, fast, slow])
+    assert contest.rival is eager
+    assert contest.peer is slow
+    assert verdict_text(contest) == "1.50 ×"  # noqa: RUF001
+    assert time_text(contest, "baseline", "peer") == "3.00 torch eager"
+    (alone,) = contests([row(samples_ms=[[2.0]]), fast])
+    assert (verdict_text(alone), time_text(alone, "baseline", "peer")) == ("–", "wrong")  # noqa: RUF001
 
 
 def test_panels_hold_the_shapes_of_an_operation_mode_and_dtype() -> None:

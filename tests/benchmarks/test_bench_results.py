@@ -42,6 +42,7 @@ def test_an_op_without_matrix_products_has_no_flop_rate() -> None:
         ("training", 2.9e-3, False),
         ("training", 3.1e-3, True),
         ("forward", float("nan"), True),
+        ("forward", float("inf"), True),
         ("forward", None, False),
     ],
 )

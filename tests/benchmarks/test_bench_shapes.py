@@ -1,8 +1,11 @@
-"""Names of shapes."""
+"""Names of shapes, and sizes alone."""
 
 import pytest
+from bench_case_checks import assert_exact
 
-from benchmarks.shapes import Shape, parse_shape, short_names
+import benchmarks.cases  # noqa: F401  registers the operations
+from benchmarks.operation import get_operation, operations
+from benchmarks.shapes import parse_shape, short_names
 from evaclip.errors import UserError
 
 
@@ -30,10 +33,6 @@ def test_without_pixels_it_is_the_trained_resolution() -> None:
     assert parse_shape("EVA02-B16 b2").name == "eva02-b16@224 b2"
 
 
-def test_another_batch_is_the_same_shape_otherwise() -> None:
-    assert Shape("tiny", "vision", 32, 4).with_batch(8) == Shape("tiny", "vision", 32, 8)
-
-
 def test_every_model_has_one_short_name() -> None:
     names = short_names()
     assert len(set(names.values())) == len(names)
@@ -54,3 +53,47 @@ def test_every_model_has_one_short_name() -> None:
 def test_wrong_names_are_told(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_shape(name)
+
+
+SIZES = {
+    "adamw_step": "3x5",
+    "add_layer_norm": "4x8",
+    "causal_attention": "2x5x3x8",
+    "clip_loss": "6x8",
+    "gelu": "4x8",
+    "gradient_norm": "3x5",
+    "lamb_step": "3x5",
+    "layer_norm": "4x8",
+    "layer_norm_add": "4x8",
+    "packed_attention": "3x5x2x8",
+    "rope_attention": "2x5x3x8",
+    "siglip_loss": "6x8",
+    "silu_mul": "4x8",
+    "swiglu": "4x8",
+    "swiglu_mlp": "4x8x16",
+    "token_dropout": "2x9x4x8",
+}
+OF_MODELS = {"encode_image", "encode_text", "clip_step", "dropin"}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_op_takes_sizes_alone(name: str) -> None:
+    op = get_operation(name)
+    shape = op.shape(SIZES[name])
+    assert shape.name == SIZES[name]
+    assert op.work(shape, 4).forward.bytes > 0
+    assert_exact(op, op.ours, shape, training=bool(op.gradients))  # type: ignore[arg-type]
+
+
+def test_only_whole_models_need_a_name() -> None:
+    assert {op.name for op in operations().values() if not op.raw_sizes} == OF_MODELS
+    assert set(SIZES) | OF_MODELS == set(operations())
+
+
+def test_sizes_alone_are_those_that_the_op_says() -> None:
+    op = get_operation("token_dropout")
+    assert op.raw_sizes == ("images", "patches", "kept", "channels")
+    with pytest.raises(UserError, match="token_dropout can't keep 10 of 9 patches"):
+        op.shape("2x9x10x8")
+    with pytest.raises(UserError, match="shape '4x8' is that of no model"):
+        _ = get_operation("layer_norm").shape("4x8").config  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ from bench_report_fakes import FAILURE, SHAPES, contest, results
 from benchmarks.columns import mebibytes, percent, scientific, significant
 from benchmarks.operation import peer
 from benchmarks.results import Results
+from benchmarks.shapes import Shape
 from benchmarks.table import PIPED_WIDTH, print_operations, print_table
 
 
@@ -34,6 +35,19 @@ def test_a_row_shows_its_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"\n{SHAPES[1]} " in text
     assert cells(text, "torch.compile") == "0.960 0.912 1.01 0.417 0.00821 31 % 1.25 3.20 2.00 8.0e-07 0.800 123"
     assert " 25 % 1.00 " in cells(text, "torch eager")
+
+
+def test_the_first_table_is_ours_against_the_best_peer(capsys: pytest.CaptureFixture[str]) -> None:
+    one = contest("layer_norm", SHAPES[0], "float32", "forward")
+    wrong = row(shape=SHAPES[0], candidate="odd", kind="peer", samples_ms=[], failure="wrong: NaN among the outputs")
+    text = shown(capsys, Results(machine(), [*one, wrong]))
+    assert text.count("ours against the best peer") == 1
+    line = next(line for line in text.splitlines() if line.startswith("layer_norm "))
+    numbers = "0.0500 cpu 0.0800 torch.compile 1.60 ×"  # noqa: RUF001
+    assert " ".join(line.split()) == f"layer_norm forward {SHAPES[0]} float32 {numbers}"
+    assert text.index(line) < text.index("layer_norm · forward · float32")
+    assert cells(text, "odd").startswith("wrong – –")  # noqa: RUF001
+    assert f"odd, {SHAPES[0]}: wrong: NaN among the outputs" in text
 
 
 def test_columns_without_values_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,6 +123,9 @@ def test_operations_are_listed_with_who_is_there_and_who_is_not(capsys: pytest.C
     text = capsys.readouterr().out
     assert "tanh  hyperbolic tangent  (forward, training)" in text
     assert "  shapes      tiny b2" in text
+    assert "sizes" not in text
+    print_operations([tanh_operation(raw=lambda rows, channels: Shape(batch=rows, width=channels))], "cpu")
+    assert "  sizes       rows x channels, such as --shape 64x64" in capsys.readouterr().out
     assert "  candidates  evakernels, evakernels reference, torch eager, torch.compile, mine" in text
     assert "elsewhere: runs on cuda only" in text
 
