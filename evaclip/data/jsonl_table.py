@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from evaclip.data.samples import texts_of
+from evaclip.data.samples import sound, texts_of
 from evaclip.data.table_text import Columns, Row, RowReader, text_encoding
 from evaclip.errors import UserError, unknown_name
 
@@ -30,7 +30,7 @@ def _rows(path: Path, encoding: str, columns: Columns) -> Iterator[Row]:
             first = first or row
             missing -= row.keys()
             image = row.get(columns.image)
-            yield image if isinstance(image, str) else "", texts_of(row.get(columns.caption))
+            yield sound(image) if isinstance(image, str) else "", texts_of(row.get(columns.caption))
     if first and missing:
         raise unknown_name(f"key of the objects in {path}", missing.pop(), first)
 

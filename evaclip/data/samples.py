@@ -147,7 +147,12 @@ def texts_of(value: object) -> tuple[str, ...]:
     """The captions in a value of a JSON file or a table: one, or a list of several. What is no text is left out."""
     listed: Sequence[object] = value if isinstance(value, list) else [value]
     # A number is a caption too: class labels often are.
-    return tuple(str(item) for item in listed if isinstance(item, str | int) and not isinstance(item, bool))
+    return tuple(sound(str(item)) for item in listed if isinstance(item, str | int) and not isinstance(item, bool))
+
+
+def sound(text: str) -> str:
+    """The text with '?' for halves of a character, which JSON can hold ("\\ud83d") and no encoding and tokenizer."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def not_blank(captions: Sequence[str]) -> tuple[str, ...]:

@@ -92,6 +92,11 @@ def test_json_lines(pictures):
     assert open_source(renamed, image_key="img", caption_key="text")[0].caption == "x"
 
 
+def test_half_a_character_is_no_reason_to_lose_a_caption(pictures):
+    path = write(pictures / "x.jsonl", r'{"filepath": "a.png", "title": "caf\u00e9 \ud83d"}')
+    assert open_source(path)[0].caption == "café ?"
+
+
 def test_parquet(pictures):
     pyarrow = pytest.importorskip("pyarrow", reason="it reads Parquet, of the extra [tables]")
     parquet = pytest.importorskip("pyarrow.parquet")
