@@ -1,9 +1,15 @@
 """Files that appear complete or not at all."""
 
+import errno
+import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from evaclip.errors import UserError
 
 
 @contextmanager
@@ -21,3 +27,32 @@ def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 file that appears complete or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file that appears complete or not at all, and its folder. Raises UserError if it can't."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError into a UserError: it is about a file or folder that the user named."""
+    try:
+        yield
+    except OSError as exc:
+        cause = Path(exc.filename) if isinstance(exc.filename, str) else path
+        where = f": {cause}" if cause in path.parents else ""
+        # That a folder exists is no error; that there is a file in its place is.
+        reason = os.strerror(errno.ENOTDIR) if isinstance(exc, FileExistsError) else exc.strerror or exc
+        raise UserError(f"cannot write {path}: {reason}{where}") from exc
+
+
+def require_writable(path: Path) -> None:
+    """Raises UserError now, before the work, where a file could not be written after it. Makes the file's folder."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        tempfile.TemporaryFile(dir=path.parent).close()

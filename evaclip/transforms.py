@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 
 from evaclip.errors import UserError
 from evaclip.model.config import Interpolation, Preprocess, Resize
+from evaclip.pixels import eight_bit
 
 Color = tuple[int, int, int]
 Range = tuple[float, float]
@@ -82,14 +83,16 @@ class Augmentation:
 class EvalTransform:
     """PIL image of any mode and size -> float32 `[3, height, width]`, normalised.
 
-    Transparent pictures are laid on white; all others give the same bits as open_clip's transform.
+    Transparent pictures are laid on white; pixels of more than 8 bits are scaled, see `eight_bit`; palettes and single
+    bits become RGB before the resize, as in EVA-CLIP's loader of shards. All others give the same bits as open_clip's
+    transform.
     """
 
     size: int | tuple[int, int]
     preprocess: Preprocess = field(default_factory=Preprocess)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        image = _on_background(image, WHITE)
+        image = _on_background(eight_bit(image), WHITE)
         height, width = shape = _shape(self.size)
         resized = [int(side / self.preprocess.crop) for side in shape]
         if self.preprocess.resize == "shortest":
@@ -115,6 +118,8 @@ class TrainTransform:
             seed = int(torch.randint(2**63 - 1, ()))
         generator = torch.Generator().manual_seed(seed)
         options = self.augmentation
+        # Before the crop: the range of the pixels is that of the whole picture.
+        image = eight_bit(image)
         top, left, height, width = crop_box(image.height, image.width, options.scale, options.ratio, generator)
         draws = _draws(generator)
         background = _random_color(draws) if _happens(options.background, draws) else WHITE
@@ -212,9 +217,9 @@ def crop_box(height: int, width: int, scale: Range, ratio: Range, generator: Gen
 
 
 def _on_background(image: Image.Image, color: Color) -> Image.Image:
-    """A transparent picture laid on a colour; any other as it is, so that it is resized in its own mode."""
+    """A transparent picture laid on a colour; any other in its own mode, if Pillow can interpolate in that."""
     if not image.has_transparency_data:
-        return image
+        return image.convert("RGB") if image.mode in ("P", "1") else image
     picture = image.convert("RGBA")
     canvas = Image.new("RGBA", picture.size, (*color, 255))
     return Image.alpha_composite(canvas, picture).convert("RGB")

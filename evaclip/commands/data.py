@@ -69,10 +69,14 @@ def _add_check(verbs: Any) -> None:
         help="read every sample and list what is wrong; exit code 1 if anything is",
         examples=[
             "evaclip data check 'data/emoji/twemoji-{00000..00003}.tar'",
-            "evaclip data check pairs.csv",
+            "evaclip data check pairs.csv --json faults.json",
         ],
     )
     _add_source_options(parser)
+    parser.add_argument("--all", action="store_true", help="name all faults, not the first few of each kind")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write everything here, each fault with its file, key and index"
+    )
     parser.set_defaults(run=_run_check)
 
 
@@ -91,11 +95,13 @@ def _add_bench(verbs: Any) -> None:
 
 
 def _add_source_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="tar shards, CSV/TSV file, folder, or the word synthetic")
+    parser.add_argument("path", metavar="PATH", help="tar shards, a table, a folder, or the word synthetic")
     parser.add_argument("--kind", choices=KINDS, default="auto", help="what PATH is (default: auto)")
     parser.add_argument("--image-key", help="member suffixes ('jpg;png') or the column of picture paths")
     parser.add_argument("--caption-key", help="'txt', 'json:FIELD' or the column of captions")
-    parser.add_argument("--csv-separator", help="default: tab if the header has one, else comma")
+    parser.add_argument("--csv-separator", help="default: tab, comma, semicolon or pipe, whichever gives the columns")
+    parser.add_argument("--exif-orientation", action="store_true", help="turn pictures as their EXIF data says")
+    parser.add_argument("--min-size", type=int, default=0, metavar="N", help="pixels that the shorter side must have")
     parser.add_argument(
         "--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)"
     )
@@ -110,18 +116,23 @@ def _open(args: argparse.Namespace) -> "Source":
         image_key=args.image_key,
         caption_key=args.caption_key,
         csv_separator=args.csv_separator,
+        exif_orientation=args.exif_orientation,
+        min_size=args.min_size,
     )
 
 
 def _run_emoji(args: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from evaclip.atomic import require_writable, writing
     from evaclip.demo import emoji
 
     styles = _STYLES if args.style == "both" else (args.style,)
     folder = Path(args.out)
     began = time.perf_counter()
-    shards = emoji.build_emoji(folder, styles, args.size, args.skin_tones)
+    require_writable(folder / "LICENSES")
+    with writing(folder):
+        shards = emoji.build_emoji(folder, styles, args.size, args.skin_tones)
     console = Console()
     for style, paths in shards.items():
         console.print(f"{style}: {len(paths)} shards {folder}/{style}-*.tar", soft_wrap=True, highlight=False)
@@ -129,44 +140,57 @@ def _run_emoji(args: argparse.Namespace) -> None:
 
 
 def _run_index(args: argparse.Namespace) -> None:
+    from evaclip.atomic import require_writable, writing
     from evaclip.data import open_source
     from evaclip.data.shard_list import LIST_SUFFIX, write_list
     from evaclip.data.webdataset import WebDatasetSource
 
     if not args.out.endswith(LIST_SUFFIX):
         raise UserError(f"--out must end in {LIST_SUFFIX}, got {args.out!r}")
+    require_writable(Path(args.out))
     source = open_source(args.path, "webdataset")
     assert isinstance(source, WebDatasetSource)
     for fault in source.faults:
         print(fault)
-    write_list(Path(args.out), source.entries())
+    with writing(Path(args.out)):
+        write_list(Path(args.out), source.entries())
     print(f"{args.out}: {len(source.shard_sizes)} shards, {len(source)} samples, fingerprint {source.fingerprint}")
 
 
 def _run_check(args: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from evaclip.atomic import require_writable
     from evaclip.data.check import check
 
+    if args.json:
+        require_writable(args.json)
     source = _open(args)
     console = Console()
     report = check(source, args.workers, console)
     size = report.image_bytes / 1e6
     console.print(f"{source.description}: {report.samples} samples, {size:.1f} MB of pictures", soft_wrap=True)
     console.print(f"fingerprint {source.fingerprint}")
+    for note in source.notes:
+        console.print(note, soft_wrap=True, highlight=False)
+    for kind, count in report.converted.items():
+        console.print(f"converted: {kind} pixels of {count:,} pictures, to 8 bits")
+    if args.json:
+        report.save(args.json)
     if report.bad:
-        console.print(_fault_table(report))
+        console.print(_fault_table(report, None if args.all else _NAMED_FAULTS))
         raise SystemExit(1)
     console.print("no faults")
 
 
-def _fault_table(report: "CheckReport") -> "Table":
+def _fault_table(report: "CheckReport", named: int | None) -> "Table":
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("fault", "count", "the first of them")
+    table = Table("fault", "count", "the first of them" if named else "all of them")
     for kind, faults in report.faults.items():
-        named = "\n".join(str(fault).removeprefix(f"{kind}: ") for fault in faults[:_NAMED_FAULTS])
-        table.add_row(kind, str(len(faults)), named)
+        lines = "\n".join(str(fault).removeprefix(f"{kind}: ") for fault in faults[:named])
+        table.add_row(kind, str(len(faults)), escape(lines))
     return table
 
 

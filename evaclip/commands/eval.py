@@ -1,10 +1,12 @@
 """`evaclip eval zero-shot | retrieval | linear-probe`."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaclip.commands.parser import leaf
+from evaclip.data.kinds import KINDS
 
 if TYPE_CHECKING:
     from evaclip.data import Source
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from evaclip.eval.runs import Setting
 
 _MODEL_HELP = "a run folder, a checkpoint folder, or NAME[:WEIGHTS]"
-_DATA_HELP = "tar shards (pattern or folder), a CSV/TSV file, or a folder of class folders"
+_DATA_HELP = "tar shards (pattern or folder), a table (CSV, JSON Lines, Parquet), or a folder of class folders"
 
 
 def add_commands(subparsers: Any) -> None:
@@ -73,12 +75,16 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="PATH", required=True, help=_DATA_HELP)
-    data.add_argument("--kind", default="auto", help="auto, webdataset, csv or folder (default: auto)")
+    data.add_argument("--kind", choices=KINDS, default="auto", help="what the data is (default: auto)")
     data.add_argument("--image-key", metavar="KEY", help="member suffixes, or the column, of the pictures")
     data.add_argument(
         "--caption-key",
         metavar="KEY",
         help="'txt', 'cls', 'json:FIELD', or the column, of captions or labels",
+    )
+    data.add_argument("--exif-orientation", action="store_true", help="turn pictures as their EXIF data says")
+    data.add_argument(
+        "--allow-unreadable", action="store_true", help="measure what is left even if many samples cannot be read"
     )
     data.add_argument(
         "--title", metavar="TEXT", help="what the data is called in tables and reports (default: the end of its path)"
@@ -128,23 +134,27 @@ def _setting(args: argparse.Namespace) -> "Setting":
     # Everything that can be wrong with the data and the numbers is found before the model is loaded.
     import torch
 
+    from evaclip.atomic import require_writable
     from evaclip.eval.features import FeatureOptions
     from evaclip.eval.load import load_model
     from evaclip.eval.runs import Setting
 
+    for file in filter(None, (args.json, args.cache and args.cache / "features")):
+        require_writable(file)
     options = FeatureOptions(args.batch_size, args.workers, args.precision, args.cache)
     source = _open(args, args.data)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(args.model, device=device, average=not args.no_average)
     title = args.title or "/".join(Path(args.data).parts[-2:]).replace("//", "/")
-    return Setting(loaded, args.data, source, title, options)
+    setting = Setting(loaded, args.data, source, title, options)
+    return replace(setting, allowed_unreadable=1.0) if args.allow_unreadable else setting
 
 
 def _open(args: argparse.Namespace, path: str) -> "Source":
     from evaclip.data import open_source
 
     keys = {"image_key": args.image_key, "caption_key": args.caption_key}
-    return open_source(path, args.kind, caption_template="{}", **keys)
+    return open_source(path, args.kind, caption_template="{}", exif_orientation=args.exif_orientation, **keys)
 
 
 def _classnames(args: argparse.Namespace) -> tuple[str, ...] | None:

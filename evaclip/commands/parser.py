@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from evaclip.errors import UserError
+from evaclip.errors import Refused, UserError
 from evaclip.extras import with_remedy
 
 
@@ -45,7 +45,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         print(f"error: {_one_line(exc)}", file=sys.stderr)
         if not isinstance(exc, UserError):
             print("(--debug shows the traceback)", file=sys.stderr)
-        return 2 if isinstance(exc, UserError | ValueError | TypeError) else 1
+        return 2 if isinstance(exc, UserError | ValueError | TypeError) and not isinstance(exc, Refused) else 1
     return 0
 
 

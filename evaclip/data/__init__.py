@@ -9,13 +9,14 @@ if TYPE_CHECKING:
     from evaclip.data.loader import Batch, TrainLoader
     from evaclip.data.opening import open_configured, open_source
     from evaclip.data.order import SampleOrder, sample_order
-    from evaclip.data.samples import BadSample, Fault, FaultKind, RawSample
+    from evaclip.data.samples import BadSample, Decoding, Fault, FaultKind, RawSample
     from evaclip.data.source import Source
 
 __all__ = [
     "BadSample",
     "Batch",
     "DataConfig",
+    "Decoding",
     "EvalBatch",
     "Fault",
     "FaultKind",
@@ -35,7 +36,7 @@ _MODULES = {
     "loader": ("Batch", "TrainLoader"),
     "opening": ("open_configured", "open_source"),
     "order": ("SampleOrder", "sample_order"),
-    "samples": ("BadSample", "Fault", "FaultKind", "RawSample"),
+    "samples": ("BadSample", "Decoding", "Fault", "FaultKind", "RawSample"),
     "source": ("Source",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

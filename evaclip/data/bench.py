@@ -56,7 +56,7 @@ def time_stages(source: Source, transform: TrainTransform, seconds: float = 5.0)
         try:
             raw = source[index]
             marks.append(time.perf_counter())
-            picture = decode_image(raw.image, source.name(index))
+            picture = decode_image(raw.image, source.name(index), source.decoding)
         except BadSample:
             continue
         marks.append(time.perf_counter())

@@ -1,14 +1,17 @@
 """Reads everything once and lists what is wrong."""
 
-from collections import defaultdict
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 
-from evaclip.data.samples import BadSample, Fault, FaultKind, decode_image
+from evaclip.atomic import write_json
+from evaclip.data.samples import BadSample, Fault, FaultKind, as_bytes, load_image
 from evaclip.data.source import Source
 from evaclip.data.workers import WorkerOptions, run_batches
+from evaclip.pixels import pixel_kind
 
 _CHUNK = 64
 
@@ -18,13 +21,19 @@ class CheckReport:
     """What a check found.
 
     Attributes:
+        data: the source's description, fingerprint and notes.
         samples: samples that were looked at, good and bad.
         image_bytes: size of the image files that could be read.
+        converted: pictures whose pixels were no bytes and became such, by what they were; no faults.
         faults: the faults by kind, in the order of the source.
     """
 
+    data: str
+    fingerprint: str
+    notes: list[str]
     samples: int = 0
     image_bytes: int = 0
+    converted: Counter[str] = field(default_factory=Counter)
     faults: dict[FaultKind, list[Fault]] = field(default_factory=lambda: defaultdict(list))
 
     @property
@@ -32,37 +41,58 @@ class CheckReport:
         """The number of faults of all kinds."""
         return sum(map(len, self.faults.values()))
 
+    def save(self, path: Path) -> None:
+        """Writes everything as JSON: counts by kind, and each fault with its file, key and index."""
+        counts = {kind: len(faults) for kind, faults in self.faults.items()}
+        faults = [asdict(fault) for of_kind in self.faults.values() for fault in of_kind]
+        write_json(path, {**vars(self), "counts": counts, "faults": faults})
+
 
 def check(source: Source, workers: int = 0, console: Console | None = None) -> CheckReport:
     """Reads and decodes every sample, with a progress bar on `console` if there is one."""
-    report = CheckReport()
+    report = CheckReport(source.description, source.fingerprint, list(source.notes))
     for fault in source.faults:
         report.faults[fault.kind].append(fault)
     chunks = range(0, len(source), _CHUNK)
     results = run_batches(_ChunkReader(source), chunks, WorkerOptions(workers))
     if console:
         results = iter(track(results, "reading", total=len(chunks), console=console, transient=True))
-    for samples, image_bytes, faults in results:
-        report.samples += samples
-        report.image_bytes += image_bytes
-        for fault in faults:
+    for chunk in results:
+        report.samples += chunk.samples
+        report.image_bytes += chunk.image_bytes
+        report.converted += chunk.converted
+        for fault in chunk.faults:
             report.faults[fault.kind].append(fault)
     return report
+
+
+@dataclass
+class _Chunk:
+    samples: int
+    image_bytes: int = 0
+    converted: Counter[str] = field(default_factory=Counter)
+    faults: list[Fault] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class _ChunkReader:
     source: Source
 
-    def __call__(self, first: int) -> tuple[int, int, list[Fault]]:
-        faults = list[Fault]()
-        image_bytes = 0
+    def __call__(self, first: int) -> _Chunk:
         indices = range(first, min(first + _CHUNK, len(self.source)))
+        chunk = _Chunk(len(indices))
         for index in indices:
             try:
-                raw = self.source[index]
-                image_bytes += len(raw.image)
-                decode_image(raw.image, self.source.name(index))
+                self._read(index, chunk)
             except BadSample as exc:
-                faults.append(exc.fault)
-        return len(indices), image_bytes, faults
+                file, key = self.source.place(index)
+                chunk.faults.append(replace(exc.fault, file=file, key=key, index=index))
+        return chunk
+
+    def _read(self, index: int, chunk: _Chunk) -> None:
+        raw, name = self.source[index], self.source.name(index)
+        chunk.image_bytes += len(raw.image)
+        picture = load_image(raw.image, name, self.source.decoding)
+        as_bytes(picture, name)
+        if kind := pixel_kind(picture):
+            chunk.converted[kind] += 1

@@ -45,17 +45,17 @@ class DataConfig:
 
     train: str = "synthetic"
     """Tar shards (paths, URLs or 'pipe:COMMAND', with braces, '::' between several; or a list that `evaclip data index`
-    wrote), a CSV/TSV file, a folder, or 'synthetic'."""
+    wrote), a table (.csv, .tsv, .jsonl, .ndjson, .parquet), a folder, or 'synthetic'."""
     mixture: dict[str, PartConfig] = Field(default_factory=dict)
     """Data sets by name, mixed sample by sample in these proportions; `train` must be empty then."""
     kind: Kind = "auto"
     """What `train` is; auto looks at the path."""
     image_key: str | None = None
-    """webdataset: member suffixes by preference ('jpg;png'); csv: the column of picture paths."""
+    """webdataset: member suffixes by preference ('jpg;png'); tables: the column of picture paths."""
     caption_key: str | None = None
-    """webdataset: 'txt' or 'json:FIELD', by preference ('txt;json:caption'); csv: the column of captions."""
+    """webdataset: 'txt' or 'json:FIELD', by preference ('txt;json:caption'); tables: the column of captions."""
     csv_separator: Annotated[str, Field(min_length=1, max_length=1)] | None = None
-    """None: tab if the header has one, else comma."""
+    """None: tab, comma, semicolon or pipe, whichever gives the two columns."""
     caption_template: str = DEFAULT_TEMPLATE
     """folder: the caption, where {} is the class name."""
     num_samples: Count = 4096
@@ -71,6 +71,10 @@ class DataConfig:
     are of each part. It changes the order of samples, so it stays as it is when a run goes on elsewhere."""
     remote: RemoteConfig = RemoteConfig()
     """Of shards that are not local files."""
+    exif_orientation: bool = False
+    """Turn pictures as their EXIF data says; not done in the training of the released models."""
+    min_size: Annotated[int, Field(ge=0)] = 0
+    """Pixels of the shorter side; samples with smaller pictures are replaced, as bad ones are."""
     jpeg_reduction: bool = False
     """Decode large JPEGs at 1/2, 1/4 or 1/8, never below twice the model's picture size: faster, inexact."""
     augmentation: Augmentation = Augmentation()

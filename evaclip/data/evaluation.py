@@ -60,7 +60,7 @@ class _BatchReader:
         for index in range(first, min(first + self.batch_size, len(self.source))):
             try:
                 raw = self.source[index]
-                picture = decode_image(raw.image, self.source.name(index))
+                picture = decode_image(raw.image, self.source.name(index), self.source.decoding)
             except BadSample as exc:
                 faults.append(exc.fault)
                 continue

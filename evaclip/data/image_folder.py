@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from evaclip.data.config import DEFAULT_TEMPLATE
-from evaclip.data.csv_table import read_image_file
 from evaclip.data.packed_strings import PackedStrings
-from evaclip.data.samples import RawSample
+from evaclip.data.samples import Fault, FaultKind, RawSample, read_image_file
 from evaclip.data.source import Source, hash_list
 from evaclip.errors import UserError
 
@@ -15,15 +14,15 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 class FolderSource(Source):
     """ROOT/CLASS/**/*.jpg in sorted order; the caption is the template with the class name.
 
-    Underscores in folder names stand for spaces. A sample's key is its path below the root. Raises
-    UserError if there is no picture.
+    Underscores in folder names stand for spaces. A sample's key is its path below the root. Hidden files and folders
+    don't count; a folder without pictures is no class, but a fault. Raises UserError if there is no picture at all.
     """
 
     def __init__(self, root: Path, template: str = DEFAULT_TEMPLATE) -> None:
-        folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-        files = [
-            file for folder in folders for file in sorted(folder.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES
-        ]
+        inside = sorted(root.iterdir()) if root.is_dir() else []
+        folders = [path for path in inside if path.is_dir() and not _is_hidden(path.name)]
+        by_folder = {folder: _pictures(folder) for folder in folders}
+        files = [file for pictures in by_folder.values() for file in pictures]
         if not files:
             suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
             raise UserError(f"there are 0 pictures ({suffixes}) in the {len(folders)} class folders of {root}")
@@ -31,7 +30,12 @@ class FolderSource(Source):
         self._root = root
         self._template = template
         self._files = PackedStrings.pack(file.relative_to(root).as_posix() for file in files)
-        self.classes = [_class_name(folder.name) for folder in folders]
+        self.classes = [_class_name(folder.name) for folder in folders if by_folder[folder]]
+        self.faults = [
+            Fault(FaultKind.EMPTY_CLASS, str(folder), "it is not taken for a class", file=str(folder))
+            for folder in folders
+            if not by_folder[folder]
+        ]
         self.shard_sizes = [len(files)]
         self.fingerprint = hash_list("folder", ((name, (root / name).stat().st_size) for name in self._files))
 
@@ -42,6 +46,23 @@ class FolderSource(Source):
 
     def name(self, index: int) -> str:
         return str(self._root / self._files[index])
+
+    def place(self, index: int) -> tuple[str, str]:
+        return self.name(index), self._files[index]
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """The picture files in a folder, at any depth, in sorted order."""
+    return [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower() in IMAGE_SUFFIXES and not any(map(_is_hidden, file.relative_to(folder).parts))
+    ]
+
+
+def _is_hidden(name: str) -> bool:
+    # The last is where archives of macOS keep what isn't hidden there.
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _class_name(folder: str) -> str:

@@ -2,5 +2,5 @@
 
 from typing import Literal, get_args
 
-Kind = Literal["auto", "webdataset", "csv", "folder", "synthetic"]
+Kind = Literal["auto", "webdataset", "csv", "jsonl", "parquet", "folder", "synthetic"]
 KINDS: tuple[str, ...] = get_args(Kind)

@@ -1,7 +1,7 @@
 """Batches for training: an endless, seed-reproducible stream whose position is one integer."""
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, count
 
 import numpy as np
@@ -14,7 +14,7 @@ from evaclip.data.faults import FaultLog
 from evaclip.data.mixture import MixedOrder, MixtureSource
 from evaclip.data.order import I64, SampleOrder, mix, sample_order
 from evaclip.data.prefetch import Prefetcher
-from evaclip.data.samples import BadSample, Fault, RawSample, decode_image
+from evaclip.data.samples import BadSample, Decoding, Fault, RawSample, decode_image
 from evaclip.data.source import Source
 from evaclip.data.workers import WorkerOptions, run_batches
 from evaclip.errors import UserError
@@ -121,7 +121,7 @@ class TrainLoader:
             transform,
             tokenizer,
             seed,
-            decode_size,
+            replace(source.decoding, at_least=decode_size),
             Prefetcher(),
         )
         self._reader.check_room(window)
@@ -174,7 +174,7 @@ class _BatchReader:
     transform: TrainTransform
     tokenizer: Tokenizer
     seed: int
-    decode_size: int | None
+    decoding: Decoding
     prefetcher: Prefetcher
     kept: dict[int, tuple[RawSample, Image.Image]] = field(default_factory=dict)
 
@@ -221,7 +221,7 @@ class _BatchReader:
                 return self.kept[candidate]
             try:
                 raw = self.source[candidate]
-                picture = decode_image(raw.image, self.source.name(candidate), self.decode_size)
+                picture = decode_image(raw.image, self.source.name(candidate), self.decoding)
                 self._keep(candidate, raw, picture)
                 return raw, picture
             except BadSample as exc:

@@ -39,6 +39,7 @@ class MixtureSource(Source):
         self.shard_sizes = [size for part in parts for size in part.shard_sizes]
         self.remote = any(part.remote for part in parts)
         self.faults = [fault for part in parts for fault in part.faults]
+        self.decoding = parts[0].decoding
         self.fingerprint = hash_list("mixture", zip([p.fingerprint for p in parts], self.counts, strict=True))
         self._ends = list(accumulate(map(len, parts)))
 

@@ -3,19 +3,21 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaclip.data import csv_table, webdataset
+from evaclip.data import webdataset
 from evaclip.data.config import DEFAULT_TEMPLATE, DataConfig, RemoteConfig
-from evaclip.data.csv_table import CsvSource
 from evaclip.data.image_folder import FolderSource
 from evaclip.data.kinds import KINDS, Kind
 from evaclip.data.mixture import MixtureSource
 from evaclip.data.paths import expand_paths
 from evaclip.data.remote import is_remote
+from evaclip.data.samples import Decoding
 from evaclip.data.shard_cache import Fetching, ShardCache
 from evaclip.data.shard_list import LIST_SUFFIX, read_list
 from evaclip.data.shards import LocalShard, RemoteShard, Shard
 from evaclip.data.source import Source
 from evaclip.data.synthetic import SyntheticSource
+from evaclip.data.table import COLUMNS, TABLES, TableSource
+from evaclip.data.table_text import Columns
 from evaclip.data.webdataset import WebDatasetSource
 from evaclip.errors import UserError, unknown_name
 
@@ -30,31 +32,35 @@ def open_source(
     caption_template: str = DEFAULT_TEMPLATE,
     num_samples: int = 4096,
     remote: RemoteConfig | None = None,
+    exif_orientation: bool = False,
+    min_size: int = 0,
 ) -> Source:
     """Opens and indexes a data set.
 
     `path` names tar shards (a brace pattern, a glob, a folder of them, URLs, 'pipe:COMMAND', several joined by '::',
-    or a list of shards), a CSV/TSV file, a folder of class folders, or 'synthetic'. The keys are those of DataConfig;
-    those of another kind of data are not looked at. Raises UserError if there is nothing usable, and says what was
-    found.
+    or a list of shards), a table (.csv, .tsv, .jsonl, .ndjson, .parquet), a folder of class folders, or 'synthetic'.
+    The keys are those of DataConfig; those of another kind of data are not looked at. Raises UserError if there is
+    nothing usable, and says what was found.
     """
+    if min_size < 0:
+        raise UserError(f"the smallest size of pictures must be 0 or more, got {min_size}")
     if kind not in KINDS:
         raise unknown_name("kind of data", kind, KINDS)
     if kind == "synthetic" or (kind == "auto" and path == "synthetic"):
-        return SyntheticSource(num_samples)
-    paths = expand_paths(path)
-    chosen = _guess_kind(paths[0]) if kind == "auto" else kind
-    if chosen == "webdataset":
-        keys = (image_key or webdataset.IMAGE_KEY, caption_key or webdataset.CAPTION_KEY)
-        return _open_shards(paths, ShardCache(_fetching(remote or RemoteConfig())), *keys)
-    if len(paths) > 1:
-        raise UserError(f"a {chosen} data set is one path, but {path!r} names {len(paths)}")
-    if is_remote(paths[0]):
-        raise UserError(f"a {chosen} data set is read from local files only: copy or mount {paths[0]!r} first")
-    if chosen == "csv":
-        keys = (image_key or csv_table.IMAGE_KEY, caption_key or csv_table.CAPTION_KEY)
-        return CsvSource(_file(Path(paths[0])), *keys, csv_separator)
-    return FolderSource(Path(paths[0]), caption_template)
+        source: Source = SyntheticSource(num_samples)
+    else:
+        paths = expand_paths(path)
+        chosen = _guess_kind(paths[0]) if kind == "auto" else kind
+        if chosen == "webdataset":
+            keys = (image_key or webdataset.IMAGE_KEY, caption_key or webdataset.CAPTION_KEY)
+            source = _open_shards(paths, ShardCache(_fetching(remote or RemoteConfig())), *keys)
+        elif chosen == "folder":
+            source = FolderSource(_one_local(chosen, path, paths), caption_template)
+        else:
+            columns = Columns(image_key or COLUMNS.image, caption_key or COLUMNS.caption)
+            source = TableSource(_one_local(chosen, path, paths), chosen, columns, csv_separator)
+    source.decoding = Decoding(exif_orientation, min_size)
+    return source
 
 
 def open_configured(config: DataConfig) -> Source:
@@ -75,6 +81,8 @@ def _open(path: str, config: DataConfig) -> Source:
         caption_template=config.caption_template,
         num_samples=config.num_samples,
         remote=config.remote,
+        exif_orientation=config.exif_orientation,
+        min_size=config.min_size,
     )
 
 
@@ -103,13 +111,13 @@ def _guess_kind(path: str) -> Kind:
     if Path(path).is_dir():
         return "webdataset" if any(Path(path).glob("*.tar")) else "folder"
     suffix = Path(path).suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        return "csv"
+    if suffix in TABLES:
+        return TABLES[suffix]
     if suffix == ".tar":
         return "webdataset"
     raise UserError(
-        f"{path} is neither a .tar shard, a list of shards ({LIST_SUFFIX}), a .csv or .tsv file, a folder nor the word"
-        " 'synthetic'; if it is one of these by another name, give the kind (webdataset, csv)"
+        f"{path} is neither a .tar shard, a list of shards ({LIST_SUFFIX}), a table ({' '.join(TABLES)}), a folder nor"
+        " the word 'synthetic'; if it is one of these by another name, give the kind (webdataset, csv, jsonl, parquet)"
     )
 
 
@@ -124,7 +132,9 @@ def _shards_in(path: str, cache: ShardCache) -> list[Shard]:
     return [LocalShard(shard) for shard in shards]
 
 
-def _file(path: Path) -> Path:
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; a CSV or TSV file is expected")
-    return path
+def _one_local(kind: str, path: str, paths: Sequence[str]) -> Path:
+    if len(paths) > 1:
+        raise UserError(f"a {kind} data set is one path, but {path!r} names {len(paths)}")
+    if is_remote(paths[0]):
+        raise UserError(f"a {kind} data set is read from local files only: copy or mount {paths[0]!r} first")
+    return Path(paths[0])

@@ -1,5 +1,6 @@
 """Many strings in two flat arrays."""
 
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import overload
 
@@ -21,12 +22,10 @@ class PackedStrings(Sequence[str]):
     @classmethod
     def pack(cls, strings: Iterable[str]) -> "PackedStrings":
         """Packs strings in order, one at a time: a generator never has two of them in memory."""
-        buffer = bytearray()
-        ends: list[int] = []
+        packer = StringPacker()
         for string in strings:
-            buffer += string.encode("utf-8", "surrogateescape")
-            ends.append(len(buffer))
-        return cls(np.frombuffer(bytes(buffer), np.uint8), np.asarray(ends, np.int64))
+            packer.add(string)
+        return packer.packed()
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -41,3 +40,23 @@ class PackedStrings(Sequence[str]):
         position = range(len(self))[index]
         start = int(self.ends[position - 1]) if position else 0
         return self.text[start : int(self.ends[position])].tobytes().decode("utf-8", "surrogateescape")
+
+
+class StringPacker:
+    """Takes the strings of a `PackedStrings` one after the other."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._ends = array("q")
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def add(self, string: str) -> None:
+        """Appends one."""
+        self._buffer += string.encode("utf-8", "surrogateescape")
+        self._ends.append(len(self._buffer))
+
+    def packed(self) -> PackedStrings:
+        """All of them, copied."""
+        return PackedStrings(np.frombuffer(bytes(self._buffer), np.uint8), np.array(self._ends, np.int64))

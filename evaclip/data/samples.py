@@ -2,31 +2,48 @@
 
 import io
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
+
+from evaclip.pixels import eight_bit
 
 
 class FaultKind(StrEnum):
     """What was wrong; the values are the words of logs and tables."""
 
     DAMAGED_SHARD = "damaged shard"
+    DUPLICATE_KEY = "duplicate key"
+    EMPTY_CLASS = "class without pictures"
     UNREADABLE = "unreadable file"
     UNREACHABLE = "unreachable shard"
     MISSING_IMAGE = "missing image"
     MISSING_CAPTION = "missing caption"
     CORRUPT_IMAGE = "corrupt image"
     OVERSIZED_IMAGE = "oversized image"
+    UNDERSIZED_IMAGE = "undersized image"
+    UNKNOWN_RANGE = "unknown range of pixels"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault: what, where (shard and key, or path) and the details."""
+    """One fault: what, where (shard and key, or path) and the details.
+
+    Attributes:
+        name: the sample, or the file if it is none of a sample.
+        file, key: the parts of the name, where they are known; see `Source.place`.
+        index: the sample's place in its source, if it is that of a sample and known.
+    """
 
     kind: FaultKind
     name: str
     detail: str = ""
+    file: str = ""
+    key: str = ""
+    index: int | None = None
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.name}" + (f" ({self.detail})" if self.detail else "")
@@ -54,24 +71,90 @@ class RawSample:
         return self.captions[0]
 
 
-def decode_image(data: bytes, name: str, at_least: int | None = None) -> Image.Image:
-    """Decodes an image file completely, in its own mode; EXIF orientation is not applied.
+@dataclass(frozen=True)
+class Decoding:
+    """How image files are decoded.
 
-    With `at_least`, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as
-    both sides keep that many pixels. Raises BadSample for damaged data and for more pixels than
-    `PIL.Image.MAX_IMAGE_PIXELS`.
+    Attributes:
+        exif_orientation: turn pictures as their EXIF data says.
+        min_size: pixels that the shorter side must have.
+        at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep that many pixels;
+            None decodes it whole.
     """
+
+    exif_orientation: bool = False
+    min_size: int = 0
+    at_least: int | None = None
+
+
+WHOLE = Decoding()
+
+
+def decode_image(data: bytes, name: str, decoding: Decoding = WHOLE) -> Image.Image:
+    """Decodes an image file completely, in its own mode, but for pixels that are no bytes: see `eight_bit`.
+
+    Raises BadSample for damaged data, too few pixels, more than `PIL.Image.MAX_IMAGE_PIXELS`, and pixels whose range
+    is not known.
+    """
+    return as_bytes(load_image(data, name, decoding), name)
+
+
+def load_image(data: bytes, name: str, decoding: Decoding = WHOLE) -> Image.Image:
+    """As `decode_image`, the pixels being as they are stored."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image: Image.Image = Image.open(io.BytesIO(data))
-        if at_least is not None:
-            image.draft(None, (at_least, at_least))
+        if min(image.size) < decoding.min_size:
+            detail = f"{image.width} x {image.height} pixels; at least {decoding.min_size} are asked for"
+            raise BadSample(FaultKind.UNDERSIZED_IMAGE, name, detail)
+        if decoding.at_least is not None:
+            image.draft(None, (decoding.at_least, decoding.at_least))
         image.load()
+        if decoding.exif_orientation:
+            ImageOps.exif_transpose(image, in_place=True)
         return image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as exc:
         raise BadSample(FaultKind.OVERSIZED_IMAGE, name, str(exc)) from exc
-    except MemoryError:
+    except (BadSample, MemoryError):
         raise
     except Exception as exc:  # the decoders raise almost anything on damaged data: struct.error, IndexError, ...
         raise BadSample(FaultKind.CORRUPT_IMAGE, name, f"{type(exc).__name__}: {exc}") from exc
+
+
+def as_bytes(image: Image.Image, name: str) -> Image.Image:
+    """`eight_bit` of a sample's picture. Raises BadSample where that raises ValueError."""
+    try:
+        return eight_bit(image)
+    except ValueError as exc:
+        raise BadSample(FaultKind.UNKNOWN_RANGE, name, str(exc)) from exc
+
+
+def read_image_file(path: Path) -> bytes:
+    """The bytes of a picture. Raises BadSample if it is missing, empty or unreadable."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as exc:
+        raise BadSample(FaultKind.MISSING_IMAGE, str(path), "no such file") from exc
+    except (OSError, ValueError) as exc:
+        raise BadSample(FaultKind.UNREADABLE, str(path), str(exc)) from exc
+    if not data:
+        raise BadSample(FaultKind.MISSING_IMAGE, str(path), "the file has 0 bytes")
+    return data
+
+
+def texts_of(value: object) -> tuple[str, ...]:
+    """The captions in a value of a JSON file or a table: one, or a list of several. What is no text is left out."""
+    listed: Sequence[object] = value if isinstance(value, list) else [value]
+    # A number is a caption too: class labels often are.
+    return tuple(sound(str(item)) for item in listed if isinstance(item, str | int) and not isinstance(item, bool))
+
+
+def sound(text: str) -> str:
+    """The text with '?' for halves of a character, which JSON can hold ("\\ud83d") and no encoding and tokenizer."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def not_blank(captions: Sequence[str]) -> tuple[str, ...]:
+    """The captions without spaces around them, and without those that are nothing else."""
+    return tuple(filter(None, (caption.strip() for caption in captions)))

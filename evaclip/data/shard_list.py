@@ -27,12 +27,14 @@ class ShardFacts:
         digest: hash of its keys, suffixes and sizes.
         damage: why it ends early; empty for a sound one.
         size: in bytes, of what the index covers.
+        duplicates: keys that come again in it.
     """
 
     samples: int
     digest: str
     damage: str
     size: int
+    duplicates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Entry:
 def facts_of(index: TarIndex) -> ShardFacts:
     """The facts of an indexed shard."""
     size = int((index.offsets + index.sizes).max(initial=0))
-    return ShardFacts(len(index), index.digest, index.damage, size)
+    return ShardFacts(len(index), index.digest, index.damage, size, tuple(index.duplicates))
 
 
 def write_list(path: Path, entries: Sequence[Entry]) -> None:
@@ -62,6 +64,7 @@ def write_list(path: Path, entries: Sequence[Entry]) -> None:
             "digest": entry.facts.digest,
             "damage": entry.facts.damage,
             "indexed_bytes": entry.facts.size,
+            **({"duplicates": entry.facts.duplicates} if entry.facts.duplicates else {}),
         }
         for entry in entries
     ]
@@ -90,7 +93,13 @@ def read_list(location: str) -> list[Entry]:
 
 
 def _entry(shard: Mapping[str, Any], location: str) -> Entry:
-    facts = ShardFacts(int(shard["nsamples"]), str(shard["digest"]), str(shard["damage"]), int(shard["indexed_bytes"]))
+    facts = ShardFacts(
+        int(shard["nsamples"]),
+        str(shard["digest"]),
+        str(shard["damage"]),
+        int(shard["indexed_bytes"]),
+        tuple(map(str, shard.get("duplicates", ()))),
+    )
     return Entry(_absolute(str(shard["url"]), location), Version(shard["filesize"], shard["etag"]), facts)
 
 

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
 from evaclip.data.prefetch import Copy
-from evaclip.data.samples import Fault, RawSample
+from evaclip.data.samples import WHOLE, Decoding, Fault, RawSample
 
 
 class Source(ABC):
@@ -16,6 +16,8 @@ class Source(ABC):
         fingerprint: hash of the indexed list (names and sizes); equal for equal data wherever it lies.
         shard_sizes: samples per shard, in order; one entry where there are no shards.
         faults: what was wrong with the list itself, such as damaged shards.
+        notes: what was guessed on opening, for whoever asks.
+        decoding: how its image files are to be decoded.
         classes: names of the classes where the kind of data has them, in label order; else empty.
         remote: whether there are shards that are read from local copies, see `copies`.
     """
@@ -24,6 +26,8 @@ class Source(ABC):
     fingerprint: str
     shard_sizes: Sequence[int]
     faults: Sequence[Fault] = ()
+    notes: Sequence[str] = ()
+    decoding: Decoding = WHOLE
     classes: Sequence[str] = ()
     remote: bool = False
 
@@ -37,6 +41,10 @@ class Source(ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """The sample's name for messages: file, or shard and key."""
+
+    def place(self, index: int) -> tuple[str, str]:
+        """The file that holds a sample (shard, table or picture) and its key there; "" for what isn't known."""
+        return "", self.name(index)
 
     def copies(self, shards: Sequence[int]) -> list[Copy]:
         """The local copies that samples of these shards are read from, in this order; none for local shards."""

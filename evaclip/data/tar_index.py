@@ -21,7 +21,7 @@ from evaclip.data.packed_strings import PackedStrings
 from evaclip.errors import UserError
 
 _LOG = logging.getLogger("evaclip.data")
-_FORMAT = 1
+_FORMAT = 2
 _THREADS = 8
 _SECONDS_BETWEEN_REPORTS = 10.0
 _COMPRESSION_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -46,6 +46,7 @@ class TarIndex:
         offsets, sizes: int64 [m], in bytes.
         damage: why the shard ends early; empty for a sound one.
         digest: hash of keys, suffixes and sizes.
+        duplicates: keys with a member that came again and was passed over, in the order of their samples.
     """
 
     keys: PackedStrings
@@ -55,6 +56,7 @@ class TarIndex:
     sizes: NDArray[np.int64]
     damage: str
     digest: str
+    duplicates: PackedStrings
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -73,7 +75,7 @@ def build_index(path: Path, name: str | None = None) -> TarIndex:
     """
     name = name or str(path)
     try:
-        groups, damage = _scan(path, name)
+        groups, again, damage = _scan(path, name)
     except OSError as exc:
         raise UserError(f"cannot read the shard {name}: {exc.strerror}") from exc
     members = [(suffix, member) for group in groups.values() for suffix, member in group.items()]
@@ -85,15 +87,20 @@ def build_index(path: Path, name: str | None = None) -> TarIndex:
     for array in (keys.text, keys.ends, suffixes.text, suffixes.ends, sizes, starts):
         digest.update(array.tobytes())
     offsets = np.array([member.offset for _, member in members], np.int64)
-    return TarIndex(keys, starts, suffixes, offsets, sizes, damage, digest.hexdigest())
+    duplicates = PackedStrings.pack(key for key in groups if key in again)
+    return TarIndex(keys, starts, suffixes, offsets, sizes, damage, digest.hexdigest(), duplicates)
 
 
-def _scan(path: Path, name: str) -> tuple[dict[str, dict[str, Member]], str]:
-    """The members by sample key and suffix, and the damage."""
+def _scan(path: Path, name: str) -> tuple[dict[str, dict[str, Member]], set[str], str]:
+    """The members by sample key and suffix, the keys of which a member came again, and the damage.
+
+    Of several members with one name the first counts, so that a sample stays what it is when others are appended.
+    """
     groups: dict[str, dict[str, Member]] = {}
+    again: set[str] = set()
     file_size = path.stat().st_size
     if file_size == 0:
-        return groups, "the file has 0 bytes"
+        return groups, again, "the file has 0 bytes"
     with path.open("rb") as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -102,24 +109,27 @@ def _scan(path: Path, name: str) -> tuple[dict[str, dict[str, Member]], str]:
                     stem, _, suffix = base.partition(".")
                     key = f"{folder}/{stem}" if folder else stem
                     if info.offset_data + info.size > file_size:
-                        groups.pop(key, None)
-                        return groups, f"{info.name} is cut off at byte {file_size}"
+                        if suffix.lower() not in groups.get(key, {}):
+                            groups.pop(key, None)
+                        return groups, again, f"{info.name} is cut off at byte {file_size}"
                     if info.isfile() and not base.startswith(("._", "__")):
-                        groups.setdefault(key, {})[suffix.lower()] = Member(info.offset_data, info.size)
+                        member = Member(info.offset_data, info.size)
+                        if groups.setdefault(key, {}).setdefault(suffix.lower(), member) is not member:
+                            again.add(key)
                 end = tar.offset
         except tarfile.TarError as exc:
             if not groups:
                 raise UserError(f"{name} is not a plain tar shard: {_why_no_tar(path, str(exc))}") from exc
-            return groups, str(exc)
+            return groups, again, str(exc)
         file.seek(end)
         tail = file.read(tarfile.RECORDSIZE)
     # tarfile stops without a word at a header that it cannot read and at a lone block of zeros: only zeros
     # are a proper end.
     if len(tail) < tarfile.BLOCKSIZE:
-        return groups, f"no end-of-archive mark at byte {end}"
+        return groups, again, f"no end-of-archive mark at byte {end}"
     if any(tail):
-        return groups, f"unreadable from byte {end}"
-    return groups, ""
+        return groups, again, f"unreadable from byte {end}"
+    return groups, again, ""
 
 
 def _why_no_tar(path: Path, reason: str) -> str:
@@ -235,6 +245,8 @@ def _store(file: Path, stamp: NDArray[np.int64], index: TarIndex) -> None:
             offsets=index.offsets,
             sizes=index.sizes,
             notes=np.array([index.damage, index.digest]),
+            duplicate_text=index.duplicates.text,
+            duplicate_ends=index.duplicates.ends,
         )
 
 
@@ -251,6 +263,7 @@ def _load(file: Path, stamp: NDArray[np.int64]) -> TarIndex | None:
                 stored["sizes"],
                 str(stored["notes"][0]),
                 str(stored["notes"][1]),
+                PackedStrings(stored["duplicate_text"], stored["duplicate_ends"]),
             )
     except FileNotFoundError:
         return None

@@ -4,7 +4,7 @@ import json
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import accumulate
@@ -13,7 +13,7 @@ from typing import Any
 
 from evaclip.data.prefetch import Copy
 from evaclip.data.remote import RemoteError, Version
-from evaclip.data.samples import BadSample, Fault, FaultKind, RawSample
+from evaclip.data.samples import BadSample, Fault, FaultKind, RawSample, not_blank, texts_of
 from evaclip.data.shard_list import Entry, ShardFacts, facts_of
 from evaclip.data.shards import LocalShard, RemoteShard, Shard
 from evaclip.data.source import Source, hash_list
@@ -52,9 +52,9 @@ class WebDatasetSource(Source):
         self.remote = any(isinstance(shard, RemoteShard) for shard in self._shards)
         self.shard_sizes = [fact.samples for fact in self.shard_facts]
         self.faults = [
-            Fault(FaultKind.DAMAGED_SHARD, str(shard), f"{fact.damage}; its first {fact.samples} samples are used")
+            fault
             for shard, fact in zip(self._shards, self.shard_facts, strict=True)
-            if fact.damage
+            for fault in _faults(str(shard), fact)
         ]
         self.fingerprint = hash_list(
             "webdataset",
@@ -74,11 +74,16 @@ class WebDatasetSource(Source):
             raise BadSample(FaultKind.UNREACHABLE, name, f"sample {position}: {exc}") from exc
 
     def name(self, index: int) -> str:
+        position = self._locate(index)[1]
+        file, key = self.place(index)
+        return f"{file}:{key or f'sample {position}'}"
+
+    def place(self, index: int) -> tuple[str, str]:
         shard, position = self._locate(index)
         try:
-            return f"{self._shards[shard]}:{self._table(shard, position).keys[position]}"
+            return str(self._shards[shard]), self._table(shard, position).keys[position]
         except BadSample:
-            return f"{self._shards[shard]}:sample {position}"
+            return str(self._shards[shard]), ""
 
     def copies(self, shards: Sequence[int]) -> list[Copy]:
         return [
@@ -190,6 +195,16 @@ class WebDatasetSource(Source):
         return self._handles[number]
 
 
+def _faults(shard: str, facts: ShardFacts) -> Iterator[Fault]:
+    """What is wrong with a shard as a whole."""
+    if facts.damage:
+        detail = f"{facts.damage}; its first {facts.samples} samples are used"
+        yield Fault(FaultKind.DAMAGED_SHARD, shard, detail, file=shard)
+    for key in facts.duplicates:
+        detail = "it comes again in this shard; the first copy is used"
+        yield Fault(FaultKind.DUPLICATE_KEY, f"{shard}:{key}", detail, shard, key)
+
+
 class _CaptionField:
     """Where captions lie in a sample: a text member, or a field of a JSON member."""
 
@@ -204,12 +219,7 @@ class _CaptionField:
     def extract(self, data: bytes) -> tuple[str, ...]:
         """The captions that are not blank. Raises ValueError if the data is not UTF-8 or not JSON."""
         text = data.decode("utf-8-sig")
-        values: Any = text
-        if self._field:
-            parsed = json.loads(text)
-            values = parsed.get(self._field) if isinstance(parsed, dict) else None
-        listed = values if isinstance(values, list) else [values]
-        # A number is a caption too: class labels often are.
-        texts = (str(value) for value in listed if isinstance(value, str | int) and not isinstance(value, bool))
-        stripped = (text.strip() for text in texts)
-        return tuple(caption for caption in stripped if caption)
+        if not self._field:
+            return not_blank([text])
+        parsed: Any = json.loads(text)
+        return not_blank(texts_of(parsed.get(self._field))) if isinstance(parsed, dict) else ()

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from evaclip.atomic import replacing
+from evaclip.atomic import replacing, writing
 from evaclip.data import BadSample, Source, iterate
 from evaclip.errors import UserError
 
@@ -199,7 +199,7 @@ def _check_finite(features: Tensor, names: Sequence[str], what: str) -> None:
 
 def _describe_source(source: Source) -> str:
     # The fingerprint covers names and sizes only; which member is the caption shows in the samples.
-    digest = hashlib.sha256(source.fingerprint.encode())
+    digest = hashlib.sha256(f"{source.fingerprint} {source.decoding}".encode())
     for index in range(0, len(source), max(1, len(source) // _PROBES)):
         try:
             sample = source[index]
@@ -239,9 +239,13 @@ class _CacheFile:
             return None
 
     def save(self, tensors: dict[str, Tensor]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as temporary:
-            save_file(tensors, temporary)
+        try:
+            with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(self.path) as temporary:
+                    save_file(tensors, temporary)
+        except SafetensorError as exc:  # of a full disk, for one
+            raise UserError(f"cannot write {self.path}: {exc}") from exc
 
 
 def _pack(texts: list[str]) -> Tensor:

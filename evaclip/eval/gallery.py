@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from evaclip.atomic import write_json
 from evaclip.errors import UserError
 from evaclip.eval.pairs import EncodedPairs
 from evaclip.eval.ranking import target_ranks, top_items
-from evaclip.eval.results import write_json
 
 FOLDER = "galleries"
 """Where a run folder keeps them."""

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from evaclip.data import BadSample, RawSample, Source
+from evaclip.data.faults import FaultLog
 from evaclip.data.samples import decode_image
 from evaclip.data.source import hash_list
 from evaclip.errors import UserError
@@ -23,6 +24,7 @@ class Selection(Source):
         self._source = source
         self._indices = list(indices)
         self.description = source.description
+        self.decoding = source.decoding
         self.fingerprint = hash_list(source.fingerprint, (("", index) for index in self._indices))
         self.shard_sizes = [len(self._indices)]
 
@@ -64,7 +66,7 @@ class EncodedPairs:
     def picture(self, image: int) -> Image.Image:
         """One of the N pictures."""
         index = self.indices[image]
-        return decode_image(self.source[index].image, self.source.name(index))
+        return decode_image(self.source[index].image, self.source.name(index), self.source.decoding)
 
 
 def encode_pairs(
@@ -82,13 +84,13 @@ def encode_pairs(
     Raises:
         UserError: nothing could be read.
     """
-    captions, unreadable = _captions_by_picture(source)
-    if not captions:
+    pictures = _pictures(source)
+    if not pictures:
         raise UserError(f"none of the {len(source)} samples of {source.description} could be read")
-    images = encode_images(model, transform, Selection(source, list(captions)), options)
+    images = encode_images(model, transform, Selection(source, list(pictures)), options)
     indices = [int(key) for key in images.keys]
-    texts = [text for index in indices for text in captions[index]]
-    image_of_text = [image for image, index in enumerate(indices) for _ in captions[index]]
+    texts = [text for index in indices for text in pictures[index].captions]
+    image_of_text = [image for image, index in enumerate(indices) for _ in pictures[index].captions]
     return EncodedPairs(
         source,
         images.features,
@@ -96,22 +98,31 @@ def encode_pairs(
         torch.tensor(image_of_text, dtype=torch.int64),
         indices,
         texts,
-        unreadable + len(captions) - len(indices),
+        len(source) - sum(pictures[index].samples for index in indices),
     )
 
 
-def _captions_by_picture(source: Source) -> tuple[dict[int, list[str]], int]:
-    """Captions by the index of the first sample with that picture, and how many samples are unusable."""
+@dataclass
+class _Picture:
+    """The distinct captions of a picture, and how many samples it is that of."""
+
+    captions: list[str] = field(default_factory=list)
+    samples: int = 0
+
+
+def _pictures(source: Source) -> dict[int, _Picture]:
+    """The pictures by the index of their first sample. Samples that cannot be read are logged and left out."""
     first: dict[bytes, int] = {}
-    captions: dict[int, list[str]] = {}
-    unreadable = 0
+    pictures: dict[int, _Picture] = {}
+    faults = FaultLog()
+    faults.add(source.faults)
     for index in range(len(source)):
         try:
             sample = source[index]
-        except BadSample:
-            unreadable += 1
+        except BadSample as exc:
+            faults.add([exc.fault])
             continue
-        place = first.setdefault(hashlib.sha256(sample.image).digest(), index)
-        known = captions.setdefault(place, [])
-        known += [caption for caption in sample.captions if caption not in known]
-    return captions, unreadable
+        picture = pictures.setdefault(first.setdefault(hashlib.sha256(sample.image).digest(), index), _Picture())
+        picture.captions += [caption for caption in sample.captions if caption not in picture.captions]
+        picture.samples += 1
+    return pictures

@@ -1,6 +1,7 @@
 """What an evaluation leaves behind: a JSON file that says what was measured, on what and how; and a table."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from evaclip.atomic import write_text
+from evaclip.atomic import write_json
 from evaclip.errors import UserError
 from evaclip.machine import machine, versions
 
@@ -36,6 +37,7 @@ class DataFacts:
     fingerprint: str
     samples: int
     unreadable: int
+    exif_orientation: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,6 @@ class Evaluation:
             raise UserError(f"{path} is no evaluation result ({type(exc).__name__}: {exc})") from exc
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
-
-
 def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> None:
     """A table of the result, and for classes the best and the worst of them."""
     console = console or Console()
@@ -99,14 +95,22 @@ def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> 
     for line in lines:
         table.add_row(*line)
     console.print(table)
+    for what, unreadable in _unreadable(evaluation):
+        console.print(f"{unreadable:,} {what} could not be read and took no part", style="yellow", soft_wrap=True)
     console.print(
         f"{evaluation.model.name} ({evaluation.model.origin}), {evaluation.data.samples:,} samples of "
         f"{evaluation.data.path}, {evaluation.precision} on {evaluation.device}, {evaluation.seconds:.1f} s",
         style="dim",
         soft_wrap=True,
     )
-    if evaluation.data.unreadable:
-        console.print(f"{evaluation.data.unreadable:,} samples could not be read and took no part", style="yellow")
+
+
+def _unreadable(evaluation: Evaluation) -> Iterator[tuple[str, int]]:
+    data, train = evaluation.data, evaluation.metrics.get("train_unreadable", 0)
+    if data.unreadable:
+        yield f"of {data.samples + data.unreadable:,} samples", data.unreadable
+    if train:
+        yield f"of {evaluation.metrics['train_samples'] + train:,} samples to train on", train
 
 
 def print_classes(evaluation: Evaluation, console: Console | None = None) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from evaclip.data import Source
+from evaclip.errors import Refused
 from evaclip.eval import linear_probe, retrieval, zero_shot
-from evaclip.eval.features import FeatureOptions, encode_images, weights_hash
+from evaclip.eval.features import FeatureOptions, ImageFeatures, encode_images, weights_hash
 from evaclip.eval.gallery import FOLDER as GALLERIES
 from evaclip.eval.gallery import Gallery, build_gallery
 from evaclip.eval.labels import assign_labels
@@ -30,6 +31,7 @@ class Setting:
         source: the data, opened.
         title: what the data is called in tables and reports.
         options: how features are computed.
+        allowed_unreadable: share of the samples that may be unreadable; with more of them there is no result.
     """
 
     loaded: LoadedModel
@@ -37,6 +39,7 @@ class Setting:
     source: Source
     title: str
     options: FeatureOptions = field(default_factory=FeatureOptions)
+    allowed_unreadable: float = 0.1
 
 
 def run_zero_shot(setting: Setting, classnames: Sequence[str] | None, templates: Sequence[str]) -> Evaluation:
@@ -45,10 +48,13 @@ def run_zero_shot(setting: Setting, classnames: Sequence[str] | None, templates:
     Args:
         classnames: in the order of the labels; None takes the source's own, or else the distinct captions.
         templates: each with the placeholder `{}`.
+
+    Raises:
+        Refused: more samples than `setting` allows could not be read.
     """
     started = time.monotonic()
     loaded, options = setting.loaded, setting.options
-    images = encode_images(loaded.model, loaded.transform, setting.source, options)
+    images = _encode(setting, setting.source)
     labels = assign_labels(images.captions, images.keys, classnames, setting.source.classes)
     classifier = zero_shot.build_classifier(loaded.model, loaded.tokenizer, labels.classnames, templates, options)
     result = zero_shot.evaluate(images.features, labels.indices, classifier, labels.classnames)
@@ -57,10 +63,15 @@ def run_zero_shot(setting: Setting, classnames: Sequence[str] | None, templates:
 
 
 def run_retrieval(setting: Setting) -> tuple[Evaluation, Gallery]:
-    """Retrieval both ways over all pictures and captions of a source, and a gallery of what was found."""
+    """Retrieval both ways over all pictures and captions of a source, and a gallery of what was found.
+
+    Raises:
+        Refused: more samples than `setting` allows could not be read.
+    """
     started = time.monotonic()
     loaded = setting.loaded
     pairs = encode_pairs(loaded.model, loaded.tokenizer, loaded.transform, setting.source, setting.options)
+    _refuse_rest(setting, setting.source, pairs.unreadable)
     result = retrieval.evaluate(pairs.image_features, pairs.text_features, pairs.image_of_text)
     readable = len(setting.source) - pairs.unreadable
     evaluation = _evaluation("retrieval", setting, result.to_dict(), started, readable)
@@ -68,11 +79,13 @@ def run_retrieval(setting: Setting) -> tuple[Evaluation, Gallery]:
 
 
 def run_linear_probe(setting: Setting, train: Source, classnames: Sequence[str] | None) -> Evaluation:
-    """A linear probe trained on the features of `train` and tested on those of the setting's source."""
+    """A linear probe trained on the features of `train` and tested on those of the setting's source.
+
+    Raises:
+        Refused: more samples of either than `setting` allows could not be read.
+    """
     started = time.monotonic()
-    loaded, options = setting.loaded, setting.options
-    fitted = encode_images(loaded.model, loaded.transform, train, options)
-    tested = encode_images(loaded.model, loaded.transform, setting.source, options)
+    fitted, tested = _encode(setting, train), _encode(setting, setting.source)
     train_labels = assign_labels(fitted.captions, fitted.keys, classnames, train.classes)
     test_labels = assign_labels(tested.captions, tested.keys, train_labels.classnames, setting.source.classes)
     result = linear_probe.linear_probe(
@@ -80,7 +93,8 @@ def run_linear_probe(setting: Setting, train: Source, classnames: Sequence[str] 
         (tested.features, test_labels.indices),
         classes=len(train_labels.classnames),
     )
-    return _evaluation("linear-probe", setting, result.to_dict(), started, len(tested))
+    metrics = {**result.to_dict(), "train_unreadable": len(train) - len(fitted)}
+    return _evaluation("linear-probe", setting, metrics, started, len(tested))
 
 
 def store(run: Path, evaluation: Evaluation, gallery: Gallery | None = None) -> Path:
@@ -90,6 +104,22 @@ def store(run: Path, evaluation: Evaluation, gallery: Gallery | None = None) -> 
     if gallery:
         gallery.save(run / GALLERIES / name)
     return run / EVALUATIONS / name
+
+
+def _encode(setting: Setting, source: Source) -> ImageFeatures:
+    images = encode_images(setting.loaded.model, setting.loaded.transform, source, setting.options)
+    _refuse_rest(setting, source, len(source) - len(images))
+    return images
+
+
+def _refuse_rest(setting: Setting, source: Source, unreadable: int) -> None:
+    """Refuses to measure what is left of a source of which too much could not be read."""
+    if unreadable > setting.allowed_unreadable * len(source):
+        raise Refused(
+            f"{unreadable:,} of the {len(source):,} samples of {source.description} could not be read, more than"
+            f" {setting.allowed_unreadable:.0%}, so the result would not be that of the data: `evaclip data check`"
+            " lists what is wrong, --allow-unreadable measures the rest all the same"
+        )
 
 
 def _evaluation(
@@ -107,7 +137,9 @@ def _evaluation(
         title=setting.title,
         metrics=metrics,
         model=ModelFacts(loaded.name, loaded.origin, parameters, weights_hash(loaded.model)),
-        data=DataFacts(setting.path, source.fingerprint, samples, len(source) - samples),
+        data=DataFacts(
+            setting.path, source.fingerprint, samples, len(source) - samples, source.decoding.exif_orientation
+        ),
         transform=repr(loaded.transform),
         precision=setting.options.precision,
         device=_device_name(next(loaded.model.parameters()).device),

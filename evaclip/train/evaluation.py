@@ -155,6 +155,7 @@ class _Part(Source):
         self.description = f"{whole.description}, {count} from number {first} on"
         self.fingerprint = f"{whole.fingerprint}-{first}-{count}"
         self.faults = whole.faults
+        self.decoding = whole.decoding
 
     def __getitem__(self, index: int) -> RawSample:
         return self._whole[self._first + index]

@@ -1,13 +1,17 @@
 import argparse
+import json
 
+import numpy as np
 import pytest
 from data_samples import picture, sample
+from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from evaclip.commands import data as command
 from evaclip.data import DataConfig, open_configured, open_source
 from evaclip.data.bench import time_stages
 from evaclip.data.check import check
+from evaclip.data.samples import Decoding
 from evaclip.data.shard_writer import write_shard
 from evaclip.demo import emoji
 from evaclip.errors import UserError
@@ -51,6 +55,74 @@ def test_check_lists_faults_by_kind_and_ends_with_1(tmp_path, capsys):
     assert any("corrupt image" in line and "a.tar:000003" in line for line in lines)
     assert any("damaged shard" in line and "b.tar" in line for line in lines)
     assert not any("000106" in line for line in lines)
+
+
+def test_check_writes_all_faults_and_names_them_on_demand(tmp_path, capsys):
+    samples = [sample(i) for i in range(80)]
+    for i in range(60, 70):
+        samples[i][1]["png"] = picture(i)[:30]
+    write_shard(tmp_path / "a.tar", [*samples, sample(5)])
+    out = tmp_path / "deep" / "faults.json"
+    with pytest.raises(SystemExit):
+        evaclip("data", "check", str(tmp_path / "a.tar"), "--workers", "0", "--all", "--json", str(out))
+    printed = capsys.readouterr().out
+    assert all(f"a.tar:{i:06d}" in printed for i in (5, *range(60, 70)))
+    stored = json.loads(out.read_text())
+    source = open_source(str(tmp_path / "a.tar"))
+    assert (stored["samples"], stored["fingerprint"]) == (80, source.fingerprint)
+    assert stored["counts"] == {"duplicate key": 1, "corrupt image": 10}
+    (duplicate, *corrupt) = stored["faults"]
+    shard = str(tmp_path / "a.tar")
+    assert (duplicate["file"], duplicate["key"]) == (shard, "000005")
+    assert [(f["kind"], f["file"], f["key"], f["index"]) for f in corrupt] == [
+        ("corrupt image", shard, f"{i:06d}", i) for i in range(60, 70)
+    ]
+    assert all(f["name"] == f"{shard}:{f['key']}" and f["detail"] for f in corrupt)
+
+
+def test_check_tells_what_it_converted_and_guessed(tmp_path, capsys):
+    for name, values in (("a", np.uint16(30000)), ("b", np.float32(0.5)), ("c", np.uint8(9))):
+        Image.fromarray(np.full((4, 4), values)).save(tmp_path / f"{name}.tiff")
+    (tmp_path / "pairs.csv").write_text("filepath|title\na.tiff|x\nb.tiff|x\na.tiff|y\nc.tiff|y\n")
+    evaclip("data", "check", str(tmp_path / "pairs.csv"), "--workers", "0", "--json", str(tmp_path / "out.json"))
+    lines = capsys.readouterr().out.splitlines()
+    assert "converted: 16-bit pixels of 2 pictures, to 8 bits" in lines
+    assert "converted: float pixels of 1 pictures, to 8 bits" in lines
+    assert "read as utf-8-sig, columns separated by pipes" in lines
+    assert "no faults" in lines
+    stored = json.loads((tmp_path / "out.json").read_text())
+    assert stored["converted"] == {"16-bit": 2, "float": 1}
+    assert stored["notes"] == ["read as utf-8-sig, columns separated by pipes"]
+    assert stored["faults"] == []
+
+
+def test_check_decodes_as_it_is_told(tmp_path, capsys):
+    write_shard(tmp_path / "a.tar", [sample(0)])
+    with pytest.raises(SystemExit):
+        evaclip("data", "check", str(tmp_path / "a.tar"), "--workers", "0", "--min-size", "9")
+    assert "undersized image" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("check", "SHARDS", "--json", "OUT"),
+        ("index", "SHARDS", "--out", "OUT"),
+        ("emoji", "OUT"),
+    ],
+)
+def test_outputs_that_cannot_be_written_are_told_at_once(shards, tmp_path, monkeypatch, words):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("evaclip.data.open_source", lambda *_, **__: pytest.fail("the data is opened"))
+    monkeypatch.setattr(emoji, "build_emoji", lambda *_: pytest.fail("the pictures are drawn"))
+    out = str(tmp_path / "file" / "out.json")
+    with pytest.raises(UserError, match=rf"^cannot write {out}\S*: Not a directory: {tmp_path}/file"):
+        evaclip("data", *({"SHARDS": shards, "OUT": out}.get(word, word) for word in words))
+
+
+def test_a_folder_is_no_output_file(shards, tmp_path):
+    with pytest.raises(UserError, match=f"^cannot write {tmp_path}: Is a directory$"):
+        evaclip("data", "check", shards, "--json", str(tmp_path))
 
 
 def test_check_counts_every_sample(shards):
@@ -115,8 +187,14 @@ def test_emoji_passes_its_options_on(tmp_path, monkeypatch, capsys, style, expec
 
 
 def test_the_configuration_opens_its_data(shards):
-    config = TypeAdapter(DataConfig).validate_python({"train": shards, "caption_key": "json:captions"})
-    assert open_configured(config)[5].captions == ("caption 5", "caption 1005")
+    options = {"caption_key": "json:captions", "exif_orientation": True, "min_size": 8}
+    config = TypeAdapter(DataConfig).validate_python({"train": shards, **options})
+    source = open_configured(config)
+    assert source[5].captions == ("caption 5", "caption 1005")
+    assert source.decoding == Decoding(exif_orientation=True, min_size=8)
+    parts = {name: {"train": shards, "weight": 1} for name in "ab"}
+    mixed = TypeAdapter(DataConfig).validate_python({"train": "", "mixture": parts, **options})
+    assert open_configured(mixed).decoding == source.decoding
     assert len(open_configured(DataConfig(num_samples=12))) == 12
 
 
@@ -126,6 +204,7 @@ def test_the_configuration_opens_its_data(shards):
         {"trian": "x"},
         {"workers": -1},
         {"kind": "tar"},
+        {"min_size": -1},
         {"csv_separator": "ab"},
         {"caption_template": "no place"},
         {"augmentation": {"scael": [0.5, 1]}},

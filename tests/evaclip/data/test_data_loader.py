@@ -140,6 +140,14 @@ def test_bad_samples_are_replaced_counted_and_named(tmp_path, caplog):
     assert [batch.skipped for batch in again] == [batch.skipped for batch in batches]
 
 
+def test_small_pictures_are_replaced(tmp_path):
+    write_shard(tmp_path / "a.tar", (damaged(i, **({"png": picture(i, 7)} if i == 3 else {})) for i in range(16)))
+    loader = make_loader(open_source(str(tmp_path / "a.tar"), min_size=8))
+    assert 3 not in numbers(take(loader, 2))
+    assert dict(loader.faults.counts) == {"undersized image": 1}
+    assert 3 in numbers(take(make_loader(open_source(str(tmp_path / "a.tar"))), 2))
+
+
 def test_samples_beside_a_bad_one_keep_their_places(tmp_path, shards):
     sound = numbers(take(make_loader(open_source(shards)), 8))
     path = tmp_path / "01.tar"

@@ -106,3 +106,11 @@ def test_mistakes(shards, server, tmp_path):
         index(shards, tmp_path / "list")
     with pytest.raises(UserError, match=r"cannot read the list of shards \S+none\.json: HTTP 404"):
         open_source(server.url("none.json"))
+
+
+def test_a_list_knows_of_keys_that_come_again(tmp_path):
+    write_shard(tmp_path / "a.tar", [*map(sample, range(3)), sample(1)])
+    index(str(tmp_path / "a.tar"), tmp_path / "list.json")
+    opened = open_source(str(tmp_path / "a.tar")).faults
+    assert [fault.key for fault in opened] == ["000001"]
+    assert open_source(str(tmp_path / "list.json")).faults == opened

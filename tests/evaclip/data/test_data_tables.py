@@ -1,3 +1,6 @@
+import json
+import logging
+
 import pytest
 from data_samples import picture
 
@@ -6,6 +9,7 @@ from evaclip.data.order import mix
 from evaclip.data.packed_strings import PackedStrings
 from evaclip.data.paths import expand_braces, expand_paths
 from evaclip.data.samples import decode_image
+from evaclip.data.source import hash_list
 from evaclip.errors import UserError
 
 
@@ -21,7 +25,7 @@ def write(path, text: str, encoding: str = "utf-8") -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("separator", ["\t", ","])
+@pytest.mark.parametrize("separator", ["\t", ",", ";", "|"])
 def test_a_table_with_the_usual_columns(pictures, separator):
     rows = [("filepath", "id", "title"), ("a.png", "1", "a cat"), ("b.png", "2", "ein Hund\u00e9")]
     path = write(pictures / "pairs.csv", "".join(separator.join(row) + "\n" for row in rows))
@@ -31,13 +35,113 @@ def test_a_table_with_the_usual_columns(pictures, separator):
         ("b.png", "ein Hundé"),
     ]
     assert source[0].image == picture(1)
+    assert source.place(1) == (path, "b.png")
 
 
 def test_other_columns_another_separator_quotes_and_absolute_paths(pictures):
     text = f'url;text\n"{pictures / "a.png"}";"one; ""two""\nthree"\n'
     path = write(pictures / "pairs.txt", text, "utf-8-sig")
-    source = open_source(path, "csv", image_key="url", caption_key="text", csv_separator=";")
-    assert source[0].caption == 'one; "two"\nthree'
+    for separator in (";", None):
+        source = open_source(path, "csv", image_key="url", caption_key="text", csv_separator=separator)
+        assert source[0].caption == 'one; "two"\nthree'
+    with pytest.raises(UserError, match=r"unknown column of .* 'url'"):
+        open_source(path, "csv", image_key="url", caption_key="text", csv_separator=",")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "note"),
+    [
+        ("utf-8", "read as utf-8-sig, columns separated by semicolons"),
+        ("utf-16", "read as utf-16, columns separated by semicolons"),
+        ("cp1252", "read as cp1252, columns separated by semicolons"),
+    ],
+)
+def test_what_is_guessed_of_a_table_is_said(pictures, caplog, encoding, note):
+    path = write(pictures / "pairs.csv", "filepath;title\na.png;Käse, 5 €\n", encoding)
+    with caplog.at_level(logging.WARNING, "evaclip.data"):
+        source = open_source(path)
+    assert source[0].caption == "Käse, 5 €"
+    assert source.notes == [note]
+    assert [record.getMessage() for record in caplog.records] == [f"{path}: {note}"]
+
+
+def test_the_usual_table_needs_no_warning(pictures, caplog):
+    with caplog.at_level(logging.WARNING, "evaclip.data"):
+        open_source(write(pictures / "pairs.csv", "filepath,title\na.png,x;y\n"))
+        open_source(write(pictures / "pairs.jsonl", '{"filepath": "a.png", "title": "x"}\n'))
+    assert not caplog.records
+
+
+def test_json_lines(pictures):
+    rows = [
+        {"filepath": "a.png", "title": "a cat", "more": 1},
+        {"filepath": "b.png", "title": ["Hundé", " ", "a dog"]},
+        {"title": "no picture"},
+        {"filepath": "a.png", "title": None},
+        {"filepath": "a.png", "title": 7},
+    ]
+    path = write(pictures / "pairs.jsonl", "\n\n".join(json.dumps(row) for row in rows))
+    source = open_source(path)
+    assert [source[i].captions for i in (0, 1, 4)] == [("a cat",), ("Hundé", "a dog"), ("7",)]
+    assert source[1].key == "b.png"
+    for index, kind in ((2, FaultKind.MISSING_IMAGE), (3, FaultKind.MISSING_CAPTION)):
+        with pytest.raises(BadSample, match=f"row {index + 1}") as caught:
+            source[index]
+        assert caught.value.fault.kind is kind
+    renamed = write(pictures / "pairs.ndjson", '{"img": "a.png", "text": "x"}')
+    assert open_source(renamed, image_key="img", caption_key="text")[0].caption == "x"
+
+
+def test_half_a_character_is_no_reason_to_lose_a_caption(pictures):
+    path = write(pictures / "x.jsonl", r'{"filepath": "a.png", "title": "caf\u00e9 \ud83d"}')
+    assert open_source(path)[0].caption == "café ?"
+
+
+def test_parquet(pictures):
+    pyarrow = pytest.importorskip("pyarrow", reason="it reads Parquet, of the extra [tables]")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = {"id": [1, 2, 3], "img": ["a.png", "b.png", None]}
+    listed = pyarrow.table({**columns, "text": [["one", "two"], ["three"], []]})
+    single = pyarrow.table({**columns, "text": ["one", "three", None]})
+    for name, table, captions in (("listed", listed, ("one", "two")), ("single", single, ("one",))):
+        parquet.write_table(table, pictures / f"{name}.parquet", row_group_size=2)
+        source = open_source(str(pictures / f"{name}.parquet"), image_key="img", caption_key="text")
+        assert len(source) == 3
+        assert source[0].captions == captions
+        assert source[1].caption == "three"
+        with pytest.raises(BadSample, match="the row names no picture"):
+            source[2]
+    with pytest.raises(UserError, match=r"'filepath'; known: id, img, text"):
+        open_source(str(pictures / "single.parquet"))
+    with pytest.raises(UserError, match=r"'id' of .* must hold paths of pictures, got int64"):
+        open_source(str(pictures / "single.parquet"), image_key="id", caption_key="text")
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        open_source(write(pictures / "no.parquet", "filepath,title\n"))
+
+
+def test_the_fingerprint_of_json_lines_tells_one_row_from_two(pictures):
+    one = write(pictures / "one.jsonl", '{"filepath": "a.png", "title": ["x", "y"]}')
+    two = write(pictures / "two.jsonl", '{"filepath": "a.png", "title": "x"}\n{"filepath": "a.png", "title": "y"}')
+    assert open_source(one).fingerprint != open_source(two).fingerprint
+
+
+def test_the_fingerprint_of_a_csv_file_is_that_of_older_checkpoints(pictures):
+    path = write(pictures / "a.csv", "filepath,title\na.png,x\nb.png, y\n")
+    assert open_source(path).fingerprint == hash_list("csv", [("a.png", "x"), ("b.png", " y")])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"0 rows in .*x\.jsonl"),
+        ('{"filepath": "a.png", "title": "x"}\n{"filepath": ', r"x\.jsonl, line 2: Expecting value"),
+        ('["a.png", "x"]', r"line 1: a JSON object is expected, got '\[\"a.png\", \"x\"\]'"),
+        ('{"FilePath": "a.png", "title": "x"}', "unknown key of .* 'filepath'; did you mean 'FilePath'"),
+    ],
+)
+def test_json_lines_that_cannot_be_used(pictures, text, message):
+    with pytest.raises(UserError, match=message):
+        open_source(write(pictures / "x.jsonl", text))
 
 
 def test_rows_with_faults(pictures):
@@ -67,12 +171,18 @@ def test_rows_with_faults(pictures):
 def test_tables_that_cannot_be_used(pictures):
     with pytest.raises(UserError, match=r"unknown column of .* 'filepath'; did you mean 'file_path'"):
         open_source(write(pictures / "a.csv", "file_path,title\na.png,x\n"))
+    with pytest.raises(UserError, match=r"unknown column of .* 'title'; did you mean 'TITLE'"):
+        open_source(write(pictures / "a.csv", "filepath;TITLE\na.png;x\n"))
     with pytest.raises(UserError, match="0 rows"):
         open_source(write(pictures / "b.csv", "filepath,title\n"))
     with pytest.raises(UserError, match="empty: a header row"):
         open_source(write(pictures / "c.csv", ""))
-    with pytest.raises(UserError, match="not UTF-8"):
-        open_source(write(pictures / "d.csv", "filepath,title\na.png,é\n", "latin-1"))
+    (pictures / "d.csv").write_bytes(b"filepath,title\na.png,\x81\n")
+    with pytest.raises(UserError, match="no text: neither UTF-8, UTF-16 with a byte order mark nor cp1252"):
+        open_source(str(pictures / "d.csv"))
+    (pictures / "e.csv").mkdir()
+    with pytest.raises(UserError, match="is a folder; a csv file is expected"):
+        open_source(str(pictures / "e.csv"), "csv")
     with pytest.raises(UserError, match=r"a csv data set is one path, but .* names 2"):
         open_source(f"{pictures}/{{a,b}}.csv")
 
@@ -94,6 +204,19 @@ def test_a_folder_of_classes(tmp_path):
     assert list(source.classes) == ["dog", "tabby cat"]
     assert [source[i].key for i in range(3)] == ["dog/3.png", "dog/deep/2.JPG", "tabby_cat/1.png"]
     assert source[2].caption == "a drawing of a tabby cat, cropped"
+
+
+def test_hidden_and_empty_folders_are_no_classes(tmp_path):
+    names = ("dog/1.png", "dog/._1.png", "dog/.ipynb_checkpoints/1-checkpoint.png", ".hidden/2.png")
+    for name in (*names, "__MACOSX/dog/3.png", "cat/notes.txt"):
+        file = tmp_path / "root" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(picture(1))
+    source = open_source(str(tmp_path / "root"))
+    assert list(source.classes) == ["dog"]
+    assert [source[i].key for i in range(len(source))] == ["dog/1.png"]
+    (fault,) = source.faults
+    assert str(fault) == f"class without pictures: {tmp_path}/root/cat (it is not taken for a class)"
 
 
 def test_a_folder_without_pictures(tmp_path):

@@ -81,6 +81,19 @@ def test_where_a_truncation_lies_decides_what_is_left(shard):
         assert damage in index.damage
 
 
+def test_a_copy_that_is_cut_off_does_not_take_the_first_with_it(tmp_path):
+    write_shard(tmp_path / "a.tar", [*map(sample, range(3)), sample(1)])
+    whole = build_index(tmp_path / "a.tar")
+    assert list(whole.duplicates) == ["000001"]
+    end = whole.members(2)["json"]
+    data = (tmp_path / "a.tar").read_bytes()
+    copy = data.index(sample(1)[1]["png"], end.offset)
+    (tmp_path / "a.tar").write_bytes(data[: copy + 10])
+    cut = build_index(tmp_path / "a.tar")
+    assert list(cut.keys) == ["000000", "000001", "000002"]
+    assert "000001.png is cut off" in cut.damage
+
+
 @pytest.mark.parametrize("rubbish", [b"\xff" * 512, b"\0" * 512], ids=["unreadable header", "lone zero block"])
 def test_a_broken_header_in_the_middle_is_noticed(shard, rubbish):
     header = build_index(shard).members(5)["png"].offset - 512
@@ -120,6 +133,7 @@ def test_the_second_time_comes_from_the_cache(shard, cache_folder, monkeypatch):
     second = IndexCache().get(LocalShard(shard))
     assert second.digest == first.digest
     assert list(second.keys) == list(first.keys)
+    assert list(second.duplicates) == list(first.duplicates) == []
     assert [second.members(i) for i in range(12)] == [first.members(i) for i in range(12)]
 
 

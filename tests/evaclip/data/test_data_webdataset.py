@@ -10,7 +10,7 @@ from data_samples import picture, sample
 from PIL import Image
 
 from evaclip.data import BadSample, FaultKind, open_source
-from evaclip.data.samples import decode_image
+from evaclip.data.samples import Decoding, decode_image
 from evaclip.data.shard_writer import write_shard, write_shards
 from evaclip.errors import UserError
 
@@ -111,7 +111,7 @@ def test_a_decompression_bomb_is_not_decoded(tmp_path, monkeypatch):
     assert kind_of_fault(open_source(str(tmp_path / "a.tar")), 0) is FaultKind.OVERSIZED_IMAGE
 
 
-def test_transparency_and_mode_are_kept_and_exif_is_not_applied():
+def test_transparency_and_mode_are_kept_and_exif_is_applied_on_demand():
     buffer = io.BytesIO()
     Image.new("RGBA", (4, 4), (10, 20, 30, 40)).save(buffer, "png")
     assert decode_image(buffer.getvalue(), "x").getpixel((0, 0)) == (10, 20, 30, 40)
@@ -119,14 +119,30 @@ def test_transparency_and_mode_are_kept_and_exif_is_not_applied():
     exif[0x0112] = 6
     buffer = io.BytesIO()
     Image.new("L", (8, 4)).save(buffer, "jpeg", exif=exif)
-    image = decode_image(buffer.getvalue(), "x")
-    assert (image.size, image.mode) == ((8, 4), "L")
+    for turned, size in ((False, (8, 4)), (True, (4, 8))):
+        image = decode_image(buffer.getvalue(), "x", Decoding(exif_orientation=turned))
+        assert (image.size, image.mode) == (size, "L")
+
+
+def test_pictures_below_the_smallest_size_are_bad_samples(tmp_path):
+    key, members = sample(1)
+    write_shard(tmp_path / "a.tar", [sample(0), (key, {**members, "png": picture(1, 7)})])
+    source = open_source(str(tmp_path / "a.tar"), min_size=8)
+    decode_image(source[0].image, source.name(0), source.decoding)
+    with pytest.raises(BadSample, match="7 x 7 pixels; at least 8 are asked for") as caught:
+        decode_image(source[1].image, source.name(1), source.decoding)
+    assert caught.value.fault.kind is FaultKind.UNDERSIZED_IMAGE
+    with pytest.raises(UserError, match="0 or more, got -1"):
+        open_source(str(tmp_path / "a.tar"), min_size=-1)
 
 
 def test_jpegs_are_reduced_on_demand_and_never_below_the_size_asked_for():
     buffer = io.BytesIO()
     Image.new("RGB", (400, 320)).save(buffer, "jpeg")
-    sizes = {limit: decode_image(buffer.getvalue(), "x", limit).size for limit in (None, 40, 81, 320, 1000)}
+    sizes = {
+        limit: decode_image(buffer.getvalue(), "x", Decoding(at_least=limit)).size
+        for limit in (None, 40, 81, 320, 1000)
+    }
     assert sizes == {None: (400, 320), 40: (50, 40), 81: (200, 160), 320: (400, 320), 1000: (400, 320)}
 
 
@@ -139,6 +155,24 @@ def test_a_truncated_shard_is_used_up_to_the_damage(shards, tmp_path):
     assert "01.tar" in str(fault)
     assert 34 < len(source) < 64
     assert [source[i].caption for i in (0, 20, len(source) - 1)] == ["caption 0", "caption 20", "caption 63"]
+
+
+def test_the_first_of_two_samples_with_one_key_is_used_and_the_other_is_a_fault(tmp_path):
+    again = ("000001", {"png": picture(70), "txt": b"another"})
+    write_shard(tmp_path / "a.tar", [sample(0), sample(1), again, sample(2)])
+    source = open_source(str(tmp_path / "a.tar"))
+    assert [(raw.key, raw.caption) for raw in (source[0], source[1], source[2])] == [
+        ("000000", "caption 0"),
+        ("000001", "caption 1"),
+        ("000002", "caption 2"),
+    ]
+    assert source[1].image == picture(1)
+    (fault,) = source.faults
+    assert fault.kind is FaultKind.DUPLICATE_KEY
+    assert (fault.file, fault.key) == (str(tmp_path / "a.tar"), "000001")
+    assert "a.tar:000001 (it comes again in this shard; the first copy is used)" in str(fault)
+    write_shard(tmp_path / "once.tar", map(sample, range(3)))
+    assert source.shard_facts[0].digest == open_source(str(tmp_path / "once.tar")).shard_facts[0].digest
 
 
 def test_nothing_usable_is_an_error_that_says_what_was_there(tmp_path):

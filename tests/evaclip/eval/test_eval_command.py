@@ -8,6 +8,7 @@ import torch
 from eval_fakes import COLORS, evaclip, png, write_tar
 from safetensors.torch import load_file
 
+from evaclip.commands.main import main
 from evaclip.errors import UserError
 from evaclip.eval.load import load_model
 from evaclip.report import write_report
@@ -113,6 +114,34 @@ def test_wrong_models_are_told(run: Path, tmp_path: Path) -> None:
         load_model(str(run))
     with pytest.raises(UserError, match=r"has no model\.safetensors"):
         load_model(str(tmp_path))
+
+
+def test_what_could_not_be_read_decides_the_exit_code(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = {name: {"png": png(color), "txt": name.encode()} for name, color in COLORS.items()}
+    samples["red"]["png"] = samples["blue"]["png"] = b"damaged"
+    path = str(write_tar(tmp_path / "x.tar", samples))
+    words = ["eval", "retrieval", str(run), "--data", path, "--workers", "0"]
+    assert main(words) == 1
+    captured = capsys.readouterr()
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: 2 of the 8 samples of")
+    assert "R@1" not in captured.out
+    assert main([*words, "--allow-unreadable", "--exif-orientation"]) == 0
+    assert "2 of 8 samples could not be read" in capsys.readouterr().out
+    (result,) = (run / "evaluations").iterdir()
+    data = json.loads(result.read_text())["data"]
+    assert (data["unreadable"], data["exif_orientation"]) == (2, True)
+
+
+@pytest.mark.parametrize("option", ["--json", "--cache"])
+def test_outputs_that_cannot_be_written_are_told_before_the_model_is_looked_for(
+    tmp_path: Path, color_shard: Path, option: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=rf"^cannot write {tmp_path}/file/out\S*: Not a directory"):
+        evaclip("eval", "zero-shot", "no-model", "--data", color_shard, option, tmp_path / "file" / "out")
 
 
 def test_wrong_data_is_told_before_the_model_is_looked_for(tmp_path: Path) -> None:

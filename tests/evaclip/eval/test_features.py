@@ -81,7 +81,8 @@ def test_the_cache_knows_weights_data_transform_and_precision_apart(
     with torch.no_grad():
         color_model.scale[0] = 2
     encode_images(color_model, ToTensor(), by_name, options)
-    assert len(list((tmp_path / "cache").iterdir())) == 5
+    encode_images(color_model, ToTensor(), open_source(str(color_shard), exif_orientation=True), options)
+    assert len(list((tmp_path / "cache").iterdir())) == 6
 
 
 def test_a_damaged_cache_file_is_written_anew(tmp_path: Path, color_model: ColorModel) -> None:

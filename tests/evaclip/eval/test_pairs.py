@@ -44,6 +44,16 @@ def test_a_list_of_captions_per_sample(tmp_path: Path) -> None:
     assert pairs.unreadable == 1
 
 
+def test_samples_are_counted_unreadable_not_pictures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "red.png").write_bytes(png(COLORS["red"]))
+    (tmp_path / "bad.png").write_bytes(b"damaged")
+    table = tmp_path / "captions.csv"
+    table.write_text("filepath,title\nred.png,red\nbad.png,a\nbad.png,b\nbad.png,c\nred.png,\n")
+    assert pairs_of(table).unreadable == 4
+    assert "missing caption" in caplog.text
+    assert "corrupt image" in caplog.text
+
+
 def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "x.tar", {"a": {"txt": b"red"}})
     with pytest.raises(UserError, match="none of the 1 samples"):

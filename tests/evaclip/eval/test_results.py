@@ -60,7 +60,13 @@ def test_the_table_shows_accuracy_beside_chance() -> None:
     text = printed(print_evaluation, zero_shot())
     assert "8 pictures, 1,000 classes" in text
     assert any("top-1" in line and "50.00 %" in line and "0.10 %" in line for line in text.splitlines())
-    assert "2 samples could not be read" in text
+    assert "2 of 10 samples could not be read" in text
+
+
+def test_the_table_tells_of_unreadable_training_samples() -> None:
+    metrics = {"samples": 8, "top1": 0.5, "top5": 1.0, "mean_per_class": 0.5, "chance_top1": 0.5, "strength": 1.0}
+    text = printed(print_evaluation, evaluation("linear-probe", train_samples=20, train_unreadable=1, **metrics))
+    assert "1 of 21 samples to train on could not be read" in text
 
 
 def test_the_classes_come_worst_first() -> None:

@@ -1,0 +1,39 @@
+"""Pictures whose pixels are not bytes, as pictures of bytes."""
+
+import numpy as np
+from PIL import Image
+
+_INTEGER_RANGES = (65535,)
+_FLOAT_RANGES = (1, 255, 65535)
+
+
+def pixel_kind(image: Image.Image) -> str:
+    """'16-bit', 'integer' or 'float' where the pixels are no bytes; '' where they are."""
+    if image.mode.startswith("I;16"):
+        return "16-bit"
+    return {"I": "integer", "F": "float"}.get(image.mode, "")
+
+
+def eight_bit(image: Image.Image) -> Image.Image:
+    """A picture whose pixels are no bytes as a grey one (mode L, or LA if a value is transparent); others as they are.
+
+    Pillow's own conversion cuts such pixels off at 255 instead. Integers are scaled from 0..65535; floats from the
+    smallest of 0..1, 0..255 and 0..65535 that holds all of them. Raises ValueError for pixels beyond that and for NaN.
+    """
+    kind = pixel_kind(image)
+    if not kind:
+        return image
+    values = np.asarray(image)
+    ranges = _FLOAT_RANGES if kind == "float" else _INTEGER_RANGES
+    low, high = values.min(), values.max()
+    # Of NaN no comparison is true.
+    top = next((top for top in ranges if low >= 0 and high <= top), None)
+    if top is None:
+        known = " or ".join(f"0..{top}" for top in ranges)
+        raise ValueError(f"{kind} pixels from {low:g} to {high:g}; accepted: {known}")
+    scaled = values.astype(np.float32) * np.float32(255 / top)
+    gray = Image.fromarray((scaled + np.float32(0.5)).astype(np.uint8))
+    if (transparent := image.info.get("transparency")) is None:
+        return gray
+    alpha = np.where(values == transparent, np.uint8(0), np.uint8(255))
+    return Image.merge("LA", (gray, Image.fromarray(alpha)))
