@@ -1,12 +1,14 @@
 """What the files of a run are called: the trainer writes them, evaluation and report read them.
 
 RUN/config.yaml  log.jsonl  events.jsonl  tensorboard/  wandb/  trackio  checkpoints/latest  checkpoints/step_00000100/
+RUN/lock (while a process trains)
 step_.../model.safetensors  ema.safetensors  optimizer/  model.json  preprocess.json  state.pt  meta.json
 """
 
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "log.jsonl"
 EVENTS_FILE = "events.jsonl"
+LOCK_FILE = "lock"
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_FOLDER = "wandb"
 TRACKIO_FILE = "trackio"

@@ -54,6 +54,10 @@ def run(args: argparse.Namespace) -> None:
     from evaclip.plan.gpus import get_gpu
 
     job, gpu = job_of(args), get_gpu(args.gpu)
+    if args.plot:
+        from evaclip.plan.plot import check_plot
+
+        check_plot(args.plot)
     if args.json:
         print(json.dumps(_tree(job, gpu, args), indent=2))
     else:

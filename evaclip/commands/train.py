@@ -12,6 +12,7 @@ _EXAMPLES = (
     "evaclip train eva02-b-16 --print-config > my.yaml",
     "evaclip train eva02-b-16 --config my.yaml --set optim.lr=1e-3 data.workers=4 --dry-run",
     "evaclip train eva02-b-16 --config my.yaml --resume auto",
+    "evaclip train eva02-b-16 --config my.yaml --resume weights:runs/mine/checkpoints/step_00001000 --set name=next",
     "torchrun --nproc-per-node 8 -m evaclip train eva02-b-16 --config my.yaml",
 )
 
@@ -34,11 +35,17 @@ def add_commands(subparsers: Any) -> None:
         "--resume",
         default="none",
         metavar="WHAT",
-        help="auto: from the newest whole checkpoint, if any; latest; the path of a checkpoint; none (the default)",
+        help="auto: from the newest whole checkpoint, if any; latest; the path of a checkpoint; weights:PATH: "
+        "a new run from the weights of a checkpoint alone; none (the default)",
     )
     parser.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name")
-    parser.add_argument("--print-config", action="store_true", help="print the whole configuration and do nothing else")
-    parser.add_argument("--dry-run", action="store_true", help="build everything, run one step, save nothing")
+    parser.add_argument(
+        "--steal", action="store_true", help="take the run over from a process that trains it, which then stops"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the whole configuration with what its keys mean"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="build everything, time a few steps, save nothing")
     _add_aliases(parser)
     parser.set_defaults(run=run)
 
@@ -57,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     """Does what the command line asks for; a run that a signal ended exits with 130 or 143."""
     # Imported here so that `evaclip --help` does not wait for torch.
     from evaclip.train import recipes
-    from evaclip.train.overrides import dump_yaml
+    from evaclip.train.comments import commented_yaml
 
     if args.recipe is None:
         for name, description in recipes.describe_recipes().items():
@@ -65,18 +72,18 @@ def run(args: argparse.Namespace) -> None:
         return
     config = configure(args)
     if args.print_config:
-        print(dump_yaml(config), end="")
+        print(commented_yaml(config), end="")
         return
     if args.dry_run:
         from evaclip.train.dry_run import dry_run
 
-        dry_run(config)
+        dry_run(config, resume=args.resume, overwrite=args.overwrite)
         return
     from evaclip.train.trainer import train
 
     for note in aliases.notes(vars(args)):
         print(note)
-    outcome = train(config, resume=args.resume, overwrite=args.overwrite)
+    outcome = train(config, resume=args.resume, overwrite=args.overwrite, steal=args.steal)
     if outcome.stopped_by is not None:
         raise SystemExit(outcome.stopped_by)
 

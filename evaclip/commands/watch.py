@@ -35,9 +35,9 @@ def _run(args: argparse.Namespace) -> None:
         raise UserError(f"--seconds must be above 0, got {args.seconds:g}")
     console = Console()
     if args.once or not console.is_terminal:
-        console.print(render(args.run_dir))
+        console.print(render(args.run_dir, console.width))
         return
-    with Live(render(args.run_dir), console=console, auto_refresh=False) as live:
+    with Live(render(args.run_dir, *console.size), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(args.seconds)
-            live.update(render(args.run_dir), refresh=True)
+            live.update(render(args.run_dir, *console.size), refresh=True)

@@ -59,9 +59,10 @@ class Job:
         for name, choices in kinds.items():
             if getattr(self, name) not in get_args(choices):
                 raise unknown_name(name, str(getattr(self, name)), get_args(choices))
-        for name in ("gpus", "global_batch", "accumulation"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("gpus", "global_batch", "accumulation", "samples", "shard_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; expected at least 1")
         if not 0 <= self.token_dropout < 1:
             raise UserError(f"token_dropout is {self.token_dropout}; expected 0 <= share < 1")
         parts = self.gpus * self.accumulation

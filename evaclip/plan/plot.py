@@ -5,8 +5,10 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
+from evaclip.errors import UserError
 from evaclip.plan.memory import OPTIMIZER
 from evaclip.plan.phases import WORKING
 from evaclip.plan.recorder import CASTS, COMMUNICATION, GRADIENTS, PARAMETERS
@@ -31,11 +33,23 @@ _CUT = 6.0
 """What is longer than so many times what matters, the last bar or the GPU's memory, is cut and says how long it is."""
 
 
+def check_plot(path: Path) -> None:
+    """Raises a UserError for a file that `save_plot` could not write, before anything is computed for it."""
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in known:
+        raise UserError(f"the picture {str(path)!r} can't be written; its name must end in {', '.join(sorted(known))}")
+    if not path.parent.is_dir():
+        raise UserError(f"the picture {str(path)!r} can't be written: there is no folder {str(path.parent)!r}")
+
+
 def save_plot(rungs: Sequence[Rung], path: Path, limit_gib: float) -> None:
     """Writes the picture; its format follows from the file's name.
 
     Args:
         limit_gib: memory of the GPU, drawn as a line.
+
+    Raises:
+        UserError: the file can't be written.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 1.6 + 0.42 * len(rungs)), layout="constrained")
@@ -45,7 +59,10 @@ def save_plot(rungs: Sequence[Rung], path: Path, limit_gib: float) -> None:
         left.axvline(limit_gib, color=PALETTE.ink, linewidth=0.9, linestyle=":")
         times = {name: [middle(rung.time.terms[name]) for rung in rungs] for name in rungs[0].time.terms}
         _bars(right, rungs, times, "seconds of a step, without overlap")
-        figure.savefig(path, dpi=150)
+        try:
+            figure.savefig(path, dpi=150)
+        except OSError as exc:
+            raise UserError(f"the picture {str(path)!r} can't be written ({exc.strerror})") from exc
 
 
 def _of_group(rung: Rung, name: str) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 
 from evaclip.errors import UserError
 from evaclip.report.curves import RUN_COLOURS, compared, panel_html
-from evaclip.report.run_data import duration, read_log_of
+from evaclip.report.run_data import read_log_of
+from evaclip.report.state import duration
 from evaclip.report.theme import document
 
 KIND = "Comparison of training runs"

@@ -4,62 +4,105 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from textwrap import wrap
+from typing import Any, NamedTuple
 
 from evaclip.errors import UserError
-from evaclip.run_files import CONFIG_FILE, LOG_FILE
+from evaclip.run_files import CONFIG_FILE, EVENTS_FILE, LOG_FILE
 
 _BARS = "▁▂▃▄▅▆▇█"
-_COLUMNS = 60
+# What matters less comes later: it is the first to go where a terminal is low.
 _ROWS = (
     ("loss", "loss", "{:.4f}"),
     ("samples/s", "samples_per_second", "{:,.1f}"),
-    ("tokens/s", "tokens_per_second", "{:,.0f}"),
-    ("MFU", "mfu", "{:.1%}"),
     ("data wait", "data_wait", "{:.0%}"),
-    ("communication", "communication", "{:.0%}"),
-    ("communication, nothing beside it", "communication_exposed", "{:.0%}"),
     ("gradient norm", "grad_norm", "{:.3g}"),
-    ("gradient norm, image tower", "grad_norm_visual", "{:.3g}"),
-    ("gradient norm, text tower", "grad_norm_text", "{:.3g}"),
-    ("update / weights, image tower", "update_ratio_visual", "{:.2e}"),
-    ("update / weights, text tower", "update_ratio_text", "{:.2e}"),
-    ("logit scale", "logit_scale", "{:.2f}"),
     ("learning rate", "lr", "{:.2e}"),
-    ("memory, GiB", "memory_gib", "{:.2f}"),
     ("skipped steps", "skipped", "{:,}"),
     ("bad samples", "bad_samples", "{:,}"),
+    ("MFU", "mfu", "{:.1%}"),
+    ("memory, GiB", "memory_gib", "{:.2f}"),
+    ("logit scale", "logit_scale", "{:.2f}"),
+    ("communication", "communication", "{:.0%}"),
+    ("communication, nothing beside it", "communication_exposed", "{:.0%}"),
+    ("update / weights, image tower", "update_ratio_visual", "{:.2e}"),
+    ("update / weights, text tower", "update_ratio_text", "{:.2e}"),
+    ("gradient norm, image tower", "grad_norm_visual", "{:.3g}"),
+    ("gradient norm, text tower", "grad_norm_text", "{:.3g}"),
+    ("tokens/s", "tokens_per_second", "{:,.0f}"),
 )
 _SAMPLED = ("communication", "communication_exposed")
+_LAST_EVENTS = 3
+_FRAME = 10  # columns that a table of three columns takes for borders and padding
+_HEADING = 4  # lines that it takes beside its rows
+_FEWEST_BARS = 8
 
 
-def render(folder: Path) -> Any:
+class _Row(NamedTuple):
+    title: str
+    now: str
+    values: Sequence[float | None]
+
+
+def render(folder: Path, width: int, height: int | None = None) -> Any:
     """The present state of a run, for rich to print.
+
+    Args:
+        width: columns of the terminal; as many of the newest values are drawn as it has room for.
+        height: lines of the terminal, for the most important numbers alone; None shows all.
 
     Raises:
         UserError: it is no run folder.
     """
-    from rich.table import Table
+    from rich.console import Group
+    from rich.text import Text
 
     from evaclip.train.overrides import load_yaml
     from evaclip.train.progress import read_log
 
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{str(folder)!r} is no run folder: it has no {CONFIG_FILE}; `evaclip train` writes one")
-    log = read_log(folder / LOG_FILE)
+    log, events = read_log(folder / LOG_FILE), read_log(folder / EVENTS_FILE)
     records = [record for record in log if "eval" not in record]
-    table = Table(title=_title(folder, load_yaml(folder / CONFIG_FILE), records))
-    for heading in ("", "now", f"last {_COLUMNS} records"):
-        table.add_column(heading, justify="right" if heading == "now" else "left")
+    title = _title(folder, load_yaml(folder / CONFIG_FILE), records, events)
+    told = [Text(line, no_wrap=height is not None, overflow="ellipsis") for line in _told(events)]
+    rows = _rows(records, [record for record in log if "eval" in record])
+    if height is not None:
+        # Rich leaves the last line of a terminal to the cursor.
+        rows = rows[: max(1, height - 1 - _HEADING - len(wrap(title, width)) - len(told))]
+    return Group(Text(title, style="bold"), _table(rows, width), *told)
+
+
+def _rows(records: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> list[_Row]:
+    rows = []
     for title, key, form in _ROWS:
         values = [record.get(key) for record in records]
         # What is sampled is missing in most records.
         known = values if key not in _SAMPLED else [value for value in values if value is not None]
         now = known[-1] if known else None
-        table.add_row(title, "" if now is None else form.format(now), sparkline(values[-_COLUMNS:]))
-    for record in [record for record in log if "eval" in record][-1:]:
-        for name, value in record["eval"].items():
-            table.add_row(f"{name}, step {record['step']}", f"{value:.4g}", "")
+        rows.append(_Row(title, "" if now is None else form.format(now), values))
+    if evaluations:
+        last = evaluations[-1]
+        rows[1:1] = [
+            _Row(f"{name}, step {last['step']:,}", f"{value:.4g}", [other["eval"].get(name) for other in evaluations])
+            for name, value in last["eval"].items()
+            if isinstance(value, float)  # counts don't change
+        ]
+    return rows
+
+
+def _table(rows: Sequence[_Row], width: int) -> Any:
+    from rich.table import Table
+
+    now = max(len("now"), *(len(row.now) for row in rows))
+    titles = min(max(len(row.title) for row in rows), width - _FRAME - now - _FEWEST_BARS)
+    bars = max(_FEWEST_BARS, width - _FRAME - now - titles)
+    table = Table()
+    table.add_column("", width=titles, no_wrap=True)
+    table.add_column("now", width=now, no_wrap=True, justify="right")
+    table.add_column(f"last {bars}", width=bars, no_wrap=True)
+    for row in rows:
+        table.add_row(row.title, row.now, sparkline(row.values[-bars:]))
     return table
 
 
@@ -71,14 +114,32 @@ def sparkline(values: Sequence[float | None]) -> str:
     return "".join(" " if value is None else _BARS[round((value - low) * scale)] for value in values)
 
 
-def _title(folder: Path, config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
+def _title(
+    folder: Path,
+    config: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    events: Sequence[Mapping[str, Any]],
+) -> str:
+    from evaclip.report.state import what_stands_still
+
     total = config["schedule"]["steps"]
     step, seconds = (records[-1]["step"], records[-1]["seconds"]) if records else (0, 0.0)
     parts = [folder.name, f"step {step:,}" + (f" of {total:,}" if total else "")]
     if records:
         parts.append(f"{timedelta(seconds=round(seconds))} so far")
+    state = what_stands_still(folder, records, events)
+    if state is not None:
+        parts.append(state)
+    elif total and 0 < step < total:
+        parts.append(f"about {timedelta(seconds=round(seconds / step * (total - step)))} to go")
+    if records:
         age = time.time() - (folder / LOG_FILE).stat().st_mtime
-        if total and step < total and step:
-            parts.append(f"about {timedelta(seconds=round(seconds / step * (total - step)))} to go")
         parts.append(f"last record {timedelta(seconds=round(age))} ago")
     return ", ".join(parts)
+
+
+def _told(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    from evaclip.report.state import told
+
+    last = map(told, events[-_LAST_EVENTS:])
+    return [f"{moment:%d %b %H:%M:%S}  step {step:,}  {what}" for moment, step, what in last]

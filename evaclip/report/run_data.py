@@ -12,6 +12,7 @@ from evaclip.errors import UserError
 from evaclip.eval import gallery, results
 from evaclip.eval.gallery import Gallery
 from evaclip.eval.results import Evaluation
+from evaclip.report.state import duration, told
 from evaclip.run_files import CONFIG_FILE, EVENTS_FILE, LOG_FILE, STOPPED
 from evaclip.train.overrides import load_yaml
 from evaclip.train.progress import read_log
@@ -94,7 +95,7 @@ def read_run(folder: Path) -> RunData:
     groups = tuple(group for evaluation in evaluations for group in _bar_groups(evaluation))
     facts = _facts(config, records, evaluations, events)
     curve = loss_curve(records, config["batch_size"], config["loss"]["name"])
-    summary, told = _summary(config, records, evaluations), [_told(event) for event in events]
+    summary, told = _summary(config, records, evaluations), [_dated(event) for event in events]
     return RunData(folder.name, summary, curve, groups, galleries, log, told, facts, text)
 
 
@@ -163,14 +164,9 @@ def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], evaluati
     return " · ".join(parts)
 
 
-def _told(event: dict[str, Any]) -> tuple[str, int, str]:
-    time = datetime.fromisoformat(event["time"]).strftime("%d %B %Y, %H:%M:%S")
-    if "start" in event:
-        count = event["start"]["processes"]
-        return time, event["step"], f"start of {count} process{'es' if count > 1 else ''}"
-    if "end" in event:
-        return time, event["step"], event["end"] or "end"
-    return time, event["step"], event["message"]
+def _dated(event: dict[str, Any]) -> tuple[str, int, str]:
+    moment, step, what = told(event)
+    return moment.strftime("%d %B %Y, %H:%M:%S"), step, what
 
 
 def _state(total: int | None, last: dict[str, Any], events: Sequence[dict[str, Any]]) -> str:
@@ -234,11 +230,3 @@ def _machine(machine: dict[str, Any], versions: dict[str, str]) -> list[tuple[st
         ("system", machine["system"]),
         *versions.items(),
     ]
-
-
-def duration(seconds: float) -> str:
-    """'42 s', '6 min 10 s' or '3 h 5 min'."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

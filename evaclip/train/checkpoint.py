@@ -6,7 +6,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,14 @@ class NotWritten(Exception):
 
 
 @dataclass(frozen=True)
+class Start:
+    """The checkpoint folder that a run goes on from, or with `weights_only` begins with the weights of."""
+
+    folder: Path
+    weights_only: bool = False
+
+
+@dataclass(frozen=True)
 class Content:
     """What goes into one checkpoint.
 
@@ -61,12 +70,17 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save(root: Path, step: int, content: Content, group: Any = None) -> Path:
+def _nothing() -> None:
+    pass
+
+
+def save(root: Path, step: int, content: Content, group: Any = None, guard: Callable[[], None] = _nothing) -> Path:
     """Writes the folder of `step` under another name, flushes it to the disk, renames it, and points `latest` at it.
 
     Args:
         group: the processes that hold the tensors of `content` together, all of which call this; None if this one
             holds them whole.
+        guard: raises in the main process if nothing may be written here (any more).
 
     Raises:
         NotWritten: in every process; what was there before is still there.
@@ -76,9 +90,10 @@ def save(root: Path, step: int, content: Content, group: Any = None) -> Path:
     is_main = group is None or dist.get_rank(group) == 0
     try:
         # The first and the last are the main process's; the others learn whether they went well.
-        _agreed(partial(_start_folder, unfinished) if is_main else _nothing, group)
+        _agreed(partial(_start_folder, unfinished, guard) if is_main else _nothing, group)
         _agreed(partial(_write_tensors, unfinished, content, group), group)
-        _agreed(partial(_finish_folder, unfinished, final, step, content) if is_main else _nothing, group)
+        _agreed(partial(_finish_folder, unfinished, step, content) if is_main else _nothing, group)
+        _agreed(partial(_publish, unfinished, final, guard) if is_main else _nothing, group)
     except NotWritten:
         if is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -118,16 +133,13 @@ def _agreed(action: Callable[[], None], group: Any) -> None:
         raise NotWritten(found[0])
 
 
-def _nothing() -> None:
-    pass
-
-
-def _start_folder(unfinished: Path) -> None:
+def _start_folder(unfinished: Path, guard: Callable[[], None]) -> None:
+    guard()
     shutil.rmtree(unfinished, ignore_errors=True)
     (unfinished / OPTIMIZER_FOLDER).mkdir(parents=True)
 
 
-def _finish_folder(unfinished: Path, final: Path, step: int, content: Content) -> None:
+def _finish_folder(unfinished: Path, step: int, content: Content) -> None:
     for parts in unfinished.glob(f"*.safetensors{_PARTS}"):
         tensor_files.join(parts, parts.with_suffix(""))
         shutil.rmtree(parts)
@@ -139,6 +151,10 @@ def _finish_folder(unfinished: Path, final: Path, step: int, content: Content) -
     _write_json(unfinished / META_FILE, {"format": FORMAT, "step": step, **content.meta, "files": files})
     for path in (*unfinished.rglob("*"), unfinished):
         _flush(path)
+
+
+def _publish(unfinished: Path, final: Path, guard: Callable[[], None]) -> None:
+    guard()
     replaced = final.parent / f"{_UNFINISHED}replaced"
     if final.exists():
         final.rename(replaced)
@@ -153,6 +169,29 @@ def read_meta(folder: Path) -> dict[str, Any]:
     Raises:
         DamagedCheckpoint: a file is missing, short or changed, or the format is unknown.
     """
+    meta = _read_facts(folder)
+    for name in meta["files"]:
+        _check_file(folder, name, meta)
+    return meta
+
+
+def check_weights(folder: Path) -> str | None:
+    """Checks the weights of a checkpoint alone; returns a remark where nothing is left to check them against.
+
+    Raises:
+        DamagedCheckpoint: they are missing, short or changed.
+    """
+    try:
+        meta = _read_facts(folder)
+    except DamagedCheckpoint as exc:
+        if not tensor_files.is_complete(folder / MODEL_FILE):
+            raise DamagedCheckpoint(f"{MODEL_FILE} is missing or can't be read") from exc
+        return f"whether the weights of {folder} are as they were written can't be known: {exc}"
+    _check_file(folder, MODEL_FILE, meta)
+    return None
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
     except OSError as exc:
@@ -161,15 +200,17 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{META_FILE} is not JSON") from exc
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise DamagedCheckpoint(f"its format is not {FORMAT}, the one this version reads")
-    for name, expected in meta["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise DamagedCheckpoint(f"{name} is missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise DamagedCheckpoint(f"{name} has {path.stat().st_size} bytes, {expected['bytes']} were written")
-        if _fingerprint(path) != expected:
-            raise DamagedCheckpoint(f"the contents of {name} have changed since they were written")
     return meta
+
+
+def _check_file(folder: Path, name: str, meta: Mapping[str, Any]) -> None:
+    path, expected = folder / name, meta["files"][name]
+    if not path.is_file():
+        raise DamagedCheckpoint(f"{name} is missing")
+    if path.stat().st_size != expected["bytes"]:
+        raise DamagedCheckpoint(f"{name} has {path.stat().st_size} bytes, {expected['bytes']} were written")
+    if _fingerprint(path) != expected:
+        raise DamagedCheckpoint(f"the contents of {name} have changed since they were written")
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -185,17 +226,22 @@ def choose(
 
     Checkpoints of later steps than the one that `latest` names are not newer: the run went back before them.
     """
-    for _, folder in sorted(_steps(root), reverse=True):
-        if folder.name > _latest_name(root, default=folder.name):
-            continue
-        try:
-            meta = read_meta(folder)
-        except DamagedCheckpoint as exc:
-            say(f"skipped the checkpoint {folder}: {exc}")
-            continue
-        if accept(meta):
+    for folder, found in _checked(root):
+        if isinstance(found, DamagedCheckpoint):
+            say(f"skipped the checkpoint {folder}: {found}")
+        elif accept(found):
             return folder
     return None
+
+
+def _checked(root: Path) -> Iterator[tuple[Path, dict[str, Any] | DamagedCheckpoint]]:
+    """The checkpoints up to the latest, the newest first, with their facts or what is wrong with them."""
+    for _, folder in sorted(_steps(root), reverse=True):
+        if folder.name <= _latest_name(root, default=folder.name):
+            try:
+                yield folder, read_meta(folder)
+            except DamagedCheckpoint as exc:
+                yield folder, exc
 
 
 def find(request: str, root: Path, say: Callable[[str], None]) -> Path | None:
@@ -206,20 +252,54 @@ def find(request: str, root: Path, say: Callable[[str], None]) -> Path | None:
             the path of a checkpoint folder.
 
     Raises:
-        UserError: it was asked for by name and does not exist or is damaged.
+        UserError: it was asked for by name and does not exist or is damaged, or none of the checkpoints is whole.
     """
     if request == "none":
         return None
     if request == "auto":
-        return choose(root, say)
+        return _newest_whole(root, say)
     folder = root / _latest_name(root, default="latest") if request == "latest" else Path(request)
     if not folder.is_dir():
-        raise UserError(f"there is no checkpoint folder {str(folder)!r}; --resume takes auto, latest, none or a folder")
+        raise UserError(
+            f"there is no checkpoint folder {str(folder)!r}; --resume takes auto, latest, none, a folder or "
+            "weights:FOLDER"
+        )
     try:
         read_meta(folder)
     except DamagedCheckpoint as exc:
         raise UserError(f"the checkpoint {str(folder)!r} is damaged: {exc}; --resume auto takes an older one") from exc
     return folder
+
+
+def _newest_whole(root: Path, say: Callable[[str], None]) -> Path | None:
+    damage: dict[Path, DamagedCheckpoint] = {}
+    for folder, found in _checked(root):
+        if not isinstance(found, DamagedCheckpoint):
+            for damaged, reason in damage.items():
+                say(f"skipped the checkpoint {damaged}: {reason}")
+            return folder
+        damage[folder] = found
+    problems = [
+        f"{folder.name}: {damage.get(folder, 'later than `latest` says')}" for _, folder in sorted(_steps(root))
+    ]
+    if problems:
+        raise UserError(f"no checkpoint under {str(root)!r} is whole ({'; '.join(problems)}); {_ways_on(damage)}")
+    return None
+
+
+def _ways_on(damaged: Iterable[Path]) -> str:
+    """What can be done where no checkpoint is whole."""
+    anew = "--overwrite starts anew, --set name=NAME does beside it"
+    for folder in damaged:
+        with suppress(DamagedCheckpoint):
+            check_weights(folder)
+            return f"--resume weights:{folder} --set name=NAME starts a run from these weights alone; {anew}"
+    return f"their weights are damaged too; {anew}"
+
+
+def newest(root: Path) -> Path | None:
+    """The checkpoint of the latest step, whole or not."""
+    return max(_steps(root), default=(0, None))[1]
 
 
 def prune(root: Path, step: int, keep: int, keep_every: int | None) -> None:
@@ -256,9 +336,10 @@ def _steps(root: Path) -> Iterator[tuple[int, Path]]:
 
 def _latest_name(root: Path, default: str) -> str:
     try:
-        return (root / LATEST_FILE).read_text(encoding="utf-8").strip()
-    except OSError:
+        name = (root / LATEST_FILE).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
         return default
+    return name if _FOLDER.fullmatch(name) else default
 
 
 def _point_latest_at(root: Path, name: str) -> None:

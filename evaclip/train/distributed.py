@@ -140,6 +140,8 @@ def _device(name: str, local_rank: int | None) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None and local_rank is not None:
             device = torch.device("cuda", local_rank)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"{device.type} is no device that models are trained on")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as exc:
         reason = str(exc).splitlines()[0]

@@ -1,38 +1,84 @@
-"""What a run would be: everything is built, one step is done, nothing is saved."""
+"""What a run would be: everything is built, a few steps are done, nothing is saved."""
 
+import math
 import time
+from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from datetime import timedelta
+from statistics import median
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from evaclip.train import snapshot, trackers
 from evaclip.train.build import Parts, build
+from evaclip.train.checkpoint import Start
 from evaclip.train.config import ModelConfig, TrainConfig
 from evaclip.train.distributed import connect
 from evaclip.train.optimizer import set_lr_factor
+from evaclip.train.run_folder import RunFolder, locate
 from evaclip.train.schedule import lr_factor
+from evaclip.train.snapshot import Position
+
+_STEPS = 4
+_PATIENCE = 60.0
+"""Seconds after which no further step is timed."""
 
 
-def dry_run(config: TrainConfig) -> None:
-    """Prints the plan of a run and what its first step gave."""
+@dataclass(frozen=True)
+class _Timing:
+    """What the first steps took, each with the wait for its data; in the first one everything starts."""
+
+    loss: float
+    seconds: list[float]
+
+    @property
+    def of_a_step(self) -> float:
+        return median(self.seconds[1:] or self.seconds)
+
+
+def dry_run(config: TrainConfig, *, resume: str = "none", overwrite: bool = False) -> None:
+    """Prints the plan of a run, what its first steps gave and how long it may take.
+
+    Raises:
+        UserError: as the run itself would.
+    """
     with closing(connect(config.device, offload=config.parallel.offload != "none")) as world:
+        trackers.require(config.log)
+        remarks: list[str] = []
+        start = _start(config, resume, overwrite, remarks.append) if world.is_main else None
         parts = build(config, world)
-        seconds, loss = _first_step(parts)
+        position, more = snapshot.begin(world.from_main(start), parts)
+        timing = _time(parts, position)
         if world.is_main:
-            Console().print(_table([*_plan(parts), *_measured(parts, seconds, loss)]))
+            where = [("run folder", str(RunFolder.of(config).path)), *(("", remark) for remark in (*remarks, *more))]
+            Console().print(_table([*where, *_plan(parts), *_measured(parts, position, timing)]))
 
 
-def _first_step(parts: Parts) -> tuple[float, float]:
-    with closing(parts.loader.batches()) as batches:
-        batch = next(batches)
-    set_lr_factor(parts.step.optimizer, lr_factor(0, parts.total_steps, parts.config.schedule))
-    start = time.perf_counter()
-    result = parts.step(batch.images, batch.tokens, 0)
-    # Reading the loss waits for the device.
-    loss = result.loss.item()
-    return time.perf_counter() - start, loss
+def _start(config: TrainConfig, resume: str, overwrite: bool, say: Callable[[str], None]) -> Start | None:
+    if resume == "none" and not overwrite and RunFolder.of(config).exists:
+        say("it exists: the run itself needs --resume auto, --overwrite or another name")
+        return None
+    return locate(config, resume, overwrite, say)
+
+
+def _time(parts: Parts, position: Position) -> _Timing:
+    timing = _Timing(math.nan, [])
+    begin = time.perf_counter()
+    with closing(parts.loader.batches(position.samples)) as batches:
+        for step in range(position.step, min(position.step + _STEPS, parts.total_steps)):
+            start = time.perf_counter()
+            batch = next(batches)
+            set_lr_factor(parts.step.optimizer, lr_factor(step, parts.total_steps, parts.config.schedule))
+            # Reading the loss waits for the device.
+            loss = parts.step(batch.images, batch.tokens, step).loss.item()
+            end = time.perf_counter()
+            timing = _Timing(timing.loss if timing.seconds else loss, [*timing.seconds, end - start])
+            if parts.world.any(end - begin > _PATIENCE)[0]:
+                break
+    return timing
 
 
 def _plan(parts: Parts) -> list[tuple[str, str]]:
@@ -61,13 +107,20 @@ def _plan(parts: Parts) -> list[tuple[str, str]]:
     ]
 
 
-def _measured(parts: Parts, seconds: float, loss: float) -> list[tuple[str, str]]:
+def _measured(parts: Parts, position: Position, timing: _Timing) -> list[tuple[str, str]]:
+    left = parts.total_steps - position.step
+    if not timing.seconds:
+        return [("steps left", "none")]
+    count, seconds = len(timing.seconds), timing.of_a_step
     share = parts.flops_per_sample * parts.config.batch_size / seconds / parts.peak_flops
-    whole = timedelta(seconds=round(seconds * parts.total_steps))
-    rows = [
-        ("first step", f"loss {loss:.4f}, {seconds:.2f} s, MFU {share:.1%} (the first step is the slowest)"),
-        ("all steps", f"at most about {whole} at this speed"),
-    ]
+    whole = timedelta(seconds=round(seconds * left))
+    rows = [("first step", f"loss {timing.loss:.4f}, {timing.seconds[0]:.2f} s with all that starts")]
+    if count > 1:
+        steps = "step 2" if count == 2 else f"steps 2 to {count}"
+        rows.append(("a step", f"{seconds:.2f} s (median of {steps}, with their data), MFU {share:.1%}"))
+        rows.append((f"{left:,} steps", f"about {whole}, an estimate; evaluations and checkpoints come on top"))
+    else:
+        rows.append((f"{left:,} steps", f"at most about {whole}, an estimate: the first step is the slowest"))
     if parts.world.device.type == "cuda":
         gib = torch.cuda.max_memory_allocated(parts.world.device) / 2**30
         rows.append(("GPU memory", f"{gib:.1f} GiB at the peak"))

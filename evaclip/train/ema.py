@@ -21,6 +21,10 @@ class Ema:
         self.decay = decay
         self._model = model
         self._parameters = dict(model.named_parameters())
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins the average anew, with the weights that the model has now."""
         self._average = {name: _at_least_fp32(value).clone() for name, value in self._parameters.items()}
 
     @torch.no_grad()

@@ -1,9 +1,11 @@
 """The folder of a run: what lies where, and who may write into it."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from evaclip.atomic import write_text
 from evaclip.errors import UserError
@@ -17,8 +19,12 @@ from evaclip.run_files import (
     WANDB_FOLDER,
 )
 from evaclip.train import checkpoint
+from evaclip.train.checkpoint import DamagedCheckpoint, Start
 from evaclip.train.config import TrainConfig
 from evaclip.train.overrides import dump_yaml
+from evaclip.train.run_lock import RunLock
+
+_WEIGHTS = "weights:"
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,10 @@ class RunFolder:
 
     path: Path
 
+    @classmethod
+    def of(cls, config: TrainConfig) -> Self:
+        return cls(Path(config.output) / config.name)
+
     @property
     def checkpoints(self) -> Path:
         return self.path / CHECKPOINTS_FOLDER
@@ -34,6 +44,25 @@ class RunFolder:
     @property
     def log(self) -> Path:
         return self.path / LOG_FILE
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run has written into it."""
+        return (self.path / CONFIG_FILE).exists()
+
+    def lock(self, steal: bool) -> RunLock:
+        """Makes this process the only one that trains into the folder; see `RunLock.acquire`.
+
+        Raises:
+            UserError: another one does, or the folder can't be written.
+        """
+        try:
+            return RunLock.acquire(self.path, steal=steal, say=_at_once)
+        except OSError as exc:
+            raise UserError(
+                f"the run folder {str(self.path)!r} can't be written ({exc.strerror or exc}); --set output=FOLDER "
+                "puts the run elsewhere"
+            ) from exc
 
     def create(self, config: TrainConfig, overwrite: bool) -> None:
         """Makes the folder, without what an earlier run left if `overwrite`, and writes the whole configuration."""
@@ -51,24 +80,56 @@ class RunFolder:
             (self.path / file).unlink(missing_ok=True)
 
 
-def locate(
-    config: TrainConfig, resume: str, overwrite: bool, say: Callable[[str], None]
-) -> tuple[RunFolder, Path | None]:
-    """The folder of a run and the checkpoint to go on from; changes nothing.
+def locate(config: TrainConfig, resume: str, overwrite: bool, say: Callable[[str], None]) -> Start | None:
+    """Where a run goes on from, None for the beginning; changes nothing.
+
+    Args:
+        resume: `weights:PATH` for the weights of a checkpoint folder alone, or as for `checkpoint.find`.
 
     Raises:
-        UserError: a run of this name exists and neither `resume` nor `overwrite` says what to do with it, or the
-            checkpoint that was asked for cannot be used.
+        UserError: as `permit`, or the checkpoint that was asked for cannot be used.
     """
-    folder = RunFolder(Path(config.output) / config.name)
-    if overwrite and resume != "none":
+    folder = permit(config, resume, overwrite)
+    if resume.startswith(_WEIGHTS):
+        return _weights_of(Path(resume.removeprefix(_WEIGHTS)), folder, overwrite, say)
+    found = checkpoint.find(resume, folder.checkpoints, say)
+    if resume == "auto" and found is None:
+        say(f"no checkpoint under {folder.checkpoints}: starting from the beginning")
+    return None if found is None else Start(found)
+
+
+def permit(config: TrainConfig, resume: str, overwrite: bool) -> RunFolder:
+    """The folder of a run, which may be trained into as far as the command line tells.
+
+    Raises:
+        UserError: a run of this name exists and neither `resume` nor `overwrite` says what to do with it.
+    """
+    folder = RunFolder.of(config)
+    is_new = resume == "none" or resume.startswith(_WEIGHTS)
+    if overwrite and not is_new:
         raise UserError(f"--overwrite starts anew and --resume {resume} goes on: choose one")
-    start = checkpoint.find(resume, folder.checkpoints, say)
-    if (folder.path / CONFIG_FILE).exists() and resume == "none" and not overwrite:
+    if folder.exists and is_new and not overwrite:
         raise UserError(
             f"the run {str(folder.path)!r} exists: --resume auto goes on with it, --overwrite deletes it, "
             "--set name=NAME chooses another"
         )
-    if resume == "auto" and start is None:
-        say(f"no checkpoint under {folder.checkpoints}: starting from the beginning")
-    return folder, start
+    return folder
+
+
+def _weights_of(source: Path, folder: RunFolder, overwrite: bool, say: Callable[[str], None]) -> Start:
+    if overwrite and folder.path.resolve() in source.resolve().parents:
+        raise UserError(f"--overwrite would delete the weights {str(source)!r} themselves; --set name=NAME keeps them")
+    if not source.is_dir():
+        raise UserError(f"there is no checkpoint folder {str(source)!r}; --resume weights:PATH takes one")
+    try:
+        remark = checkpoint.check_weights(source)
+    except DamagedCheckpoint as exc:
+        raise UserError(f"the weights of the checkpoint {str(source)!r} are damaged: {exc}") from exc
+    if remark:
+        say(remark)
+    return Start(source, weights_only=True)
+
+
+def _at_once(message: str) -> None:
+    # Nothing reports yet, and what is waited for must be known meanwhile.
+    print(message, file=sys.stderr, flush=True)

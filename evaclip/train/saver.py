@@ -19,20 +19,29 @@ class Saver:
     """Writes the checkpoints of a run and thins them out.
 
     A checkpoint that can't be written, because the disk is full for example, is reported and the run goes on: the
-    earlier ones are still there. Only the last one must succeed.
+    earlier ones stay as they are. Only the last one must succeed.
 
     Args:
         root: the folder of all checkpoints.
         config: how many stay, and whether they are written in the background.
         group: the processes that write together; None for one that has everything.
         say: takes a line on what could not be written.
+        guard: as for `checkpoint.save`.
     """
 
-    def __init__(self, root: Path, config: CheckpointConfig, group: Any, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        config: CheckpointConfig,
+        group: Any,
+        say: Callable[[str], None],
+        guard: Callable[[], None],
+    ) -> None:
         self._root = root
         self._config = config
         self._group = group
         self._say = say
+        self._guard = guard
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._failure: NotWritten | None = None
@@ -55,7 +64,9 @@ class Saver:
             self._failure = None
         except NotWritten as exc:
             self._failure = exc
-            self._say(f"a checkpoint could not be written: {exc}; the run goes on, the earlier ones are still there")
+            newest = checkpoint.newest(self._root)
+            left = f"{newest.name} and what is older is still there" if newest else "no earlier one is there"
+            self._say(f"a checkpoint could not be written: {exc}; the run goes on, {left}")
 
     def close(self) -> None:
         """Waits for the last checkpoint.
@@ -69,7 +80,7 @@ class Saver:
             raise UserError(f"the last checkpoint could not be written: {self._failure}")
 
     def _write(self, step: int, content: Content) -> None:
-        checkpoint.save(self._root, step, content, self._group)
+        checkpoint.save(self._root, step, content, self._group, self._guard)
         if self._group is None or torch.distributed.get_rank(self._group) == 0:
             checkpoint.prune(self._root, step, self._config.keep, self._config.keep_every)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -15,7 +16,11 @@ from evaclip.train.build import Parts
 from evaclip.train.config import config_hash, training_tree
 from evaclip.train.sharding import forget_gathered
 from evaclip.train.tree import differences
-from evaclip.weights import describe_preprocess, is_sharded, put
+from evaclip.weights import describe_preprocess, is_sharded, load_weights, put
+
+_SHAPING = ("model.name", "model.options", "loss.name", "optim.name")
+"""Keys that decide what tensors there are, as far as a configuration does."""
+_LONGEST = 200
 
 
 @dataclass
@@ -83,6 +88,27 @@ def is_good(meta: dict[str, Any]) -> bool:
     return bool(meta["skipped_in_a_row"] == 0 and meta["calm"])
 
 
+def begin(start: checkpoint.Start | None, parts: Parts) -> tuple[Position, list[str]]:
+    """Puts the parts where a run starts; returns the position and lines on it. Raises as `put_back`."""
+    if start is None:
+        return Position(), []
+    if start.weights_only:
+        _put_weights(start.folder, parts)
+        return Position(), [f"starting from the weights of {start.folder}, at step 0 with a new optimizer state"]
+    position, remarks = put_back(start.folder, parts)
+    return position, [f"resuming from {start.folder} at step {position.step}", *remarks]
+
+
+def _put_weights(folder: Path, parts: Parts) -> None:
+    try:
+        load_weights(parts.model, folder / MODEL_FILE)
+    except UserError as exc:
+        raise UserError(shorten(str(exc), 2 * _LONGEST, placeholder=" ...")) from exc
+    forget_gathered(parts.model)
+    if parts.ema:
+        parts.ema.restart()
+
+
 def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
     """Restores weights, moments, loss scale, random states and counters.
 
@@ -104,7 +130,7 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
         step = parts.step
         moments.put_back(parts.model, step.loss, step.optimizer, folder / OPTIMIZER_FOLDER, state["moments"])
     except (UserError, RuntimeError, ValueError, KeyError) as exc:
-        raise UserError(f"the checkpoint {str(folder)!r} does not fit the model or optimizer: {exc}") from exc
+        raise UserError(_misfit(folder, state["config"], parts, exc)) from exc
     forget_gathered(parts.model)
     if parts.ema:
         parts.ema.load_state_dict(_averages(folder, parts, remarks))
@@ -115,6 +141,17 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
             f"{len(state['rng'])} processes wrote the checkpoint, {parts.world.size} go on: new random states"
         )
     return Position(state["step"], state["samples"], state["bad_samples"], state["seconds"]), remarks
+
+
+def _misfit(folder: Path, config: dict[str, Any], parts: Parts, exc: Exception) -> str:
+    """Why a checkpoint can't be put back, in one sentence: the keys that were changed, or else how the error begins."""
+    changed = [
+        shorten(line, _LONGEST, placeholder=" ...")
+        for line in differences(config, training_tree(parts.config))
+        if line.startswith(_SHAPING)
+    ]
+    reason = f"changed since it was written: {'; '.join(changed)}" if changed else " ".join(str(exc).split())[:_LONGEST]
+    return f"the checkpoint {str(folder)!r} does not fit the model or optimizer; {reason}"
 
 
 def _data_changed(parts: Parts) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -44,6 +45,15 @@ def write_parts(tensors: Mapping[str, Tensor], folder: Path, group: Any) -> None
     except CheckpointException as exc:  # a BaseException
         rank, (reason, _) = next(iter(exc.failures.items()))
         raise OSError(f"process {rank} could not write {folder}: {reason}") from exc
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a file has all the bytes that its header promises."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def empty(folder: Path) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +21,12 @@ from evaclip.train.host import keep_freed_memory, leave_cores_to_workers, peak_m
 from evaclip.train.meter import Meter
 from evaclip.train.optimizer import set_lr_factor
 from evaclip.train.progress import Report, open_report
-from evaclip.train.run_folder import RunFolder, locate
+from evaclip.train.run_folder import RunFolder, locate, permit
+from evaclip.train.run_lock import RunLock, RunTaken
 from evaclip.train.saver import Saver
 from evaclip.train.schedule import lr_factor
 from evaclip.train.sharding import forget_gathered
-from evaclip.train.signals import StopSignals
+from evaclip.train.signals import StopSignals, unwinding_on_sigterm
 from evaclip.train.sinks import Record
 from evaclip.train.snapshot import Position
 from evaclip.train.spikes import SpikeDetector
@@ -55,37 +56,42 @@ class Outcome:
     stopped_by: int | None = None
 
 
-def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False) -> Outcome:
+def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False, steal: bool = False) -> Outcome:
     """Runs a training to its end, or until Ctrl-C or SIGTERM.
 
     Args:
-        resume: none, auto, latest or the path of a checkpoint folder; see `checkpoint.find`.
+        resume: none, auto, latest, the path of a checkpoint folder or `weights:PATH`; see `run_folder.locate`.
         overwrite: delete what an earlier run of the same name left.
+        steal: take the run over from another process that trains it; see `RunLock.acquire`.
 
     Raises:
-        UserError: the configuration cannot be run, or the run exists already.
+        UserError: the configuration cannot be run, the run exists already, or another process trains it.
+        RunTaken: another process has taken the run over.
         TrainingDiverged: see `NonfiniteConfig`.
     """
     world = connect(config.device, offload=config.parallel.offload != "none")
     if world.device.type == "cpu":
         keep_freed_memory()
         leave_cores_to_workers(config.data.workers)
-    with closing(world):
+    with closing(world), unwinding_on_sigterm(), ExitStack() as stack:
         messages = list(filter(None, [slow_precision(world.device, config.precision)]))
         trackers.require(config.log)
-        located = locate(config, resume, overwrite, messages.append) if world.is_main else None
-        folder, start = world.from_main(located)
+        folder, lock, start = RunFolder.of(config), None, None
+        if world.is_main:
+            lock = stack.enter_context(permit(config, resume, overwrite).lock(steal))
+            if lock.taken_from is not None:
+                messages.append(f"took the run over from {lock.taken_from}")
+            start = locate(config, resume, overwrite, messages.append)
+        start = world.from_main(start)
         parts = build(config, world)
-        position = Position()
-        if start is not None:
-            position, remarks = snapshot.put_back(start, parts)
-            messages += [f"resuming from {start} at step {position.step}", *remarks]
+        position, remarks = snapshot.begin(start, parts)
+        messages += remarks
         if world.is_main:
             folder.create(config, overwrite)
         with _report(parts, folder, position.step) as report:
             for message in messages:
                 report.say(message)
-            return Trainer(parts, folder, report, position).run()
+            return Trainer(parts, folder, report, position, lock).run()
 
 
 def _report(parts: Parts, folder: RunFolder, start_step: int) -> Report:
@@ -100,7 +106,9 @@ def _report(parts: Parts, folder: RunFolder, start_step: int) -> Report:
 class Trainer:
     """Drives the parts of one run from a position to the end."""
 
-    def __init__(self, parts: Parts, folder: RunFolder, report: Report, position: Position) -> None:
+    def __init__(
+        self, parts: Parts, folder: RunFolder, report: Report, position: Position, lock: RunLock | None = None
+    ) -> None:
         self.parts = parts
         self.config = parts.config
         self.world: World = parts.world
@@ -116,7 +124,8 @@ class Trainer:
         spikes = self.config.spikes
         self._spikes = SpikeDetector(spikes.deviations, spikes.patience, spikes.window)
         self._watchdog = Watchdog(self.world.rank, self.config.watchdog.seconds, self.config.watchdog.abort)
-        self._saver = Saver(folder.checkpoints, self.config.checkpoint, group, report.say)
+        self._lock = lock
+        self._saver = Saver(folder.checkpoints, self.config.checkpoint, group, report.say, self._check_lock)
         self._saved_time = time.monotonic()
 
     def run(self) -> Outcome:
@@ -140,7 +149,11 @@ class Trainer:
                 batch = self.meter.fetch(batches)
             with self._watchdog.phase("step"):
                 result = self._step(batch)
-                stop, time_is_up = self.world.any(signals.received is not None, self._time_is_up())
+                taken = self._lock is not None and self._lock.robber is not None
+                stop, time_is_up, taken = self.world.any(signals.received is not None, self._time_is_up(), taken)
+            if taken:
+                self._check_lock()
+                raise RunTaken("the run was taken over by another process")
             if result.updates is not None:
                 self._log(result)
             if self._is_due(self.config.eval.every_steps):
@@ -150,6 +163,10 @@ class Trainer:
             if time_is_up or self._is_due(self.config.checkpoint.every_steps) or self._epoch_ended(before):
                 self._save()
         return False
+
+    def _check_lock(self) -> None:
+        if self._lock is not None:
+            self._lock.check()
 
     def _step(self, batch: Batch) -> StepResult:
         position, parts, log_every = self.position, self.parts, self.config.log.every_steps

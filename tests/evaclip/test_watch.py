@@ -1,13 +1,20 @@
 """`evaclip watch` shows a run from its folder."""
 
 import json
+import os
+import time
+from dataclasses import asdict, replace
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from evaclip.commands.main import main
-from evaclip.report.live import sparkline
-from evaclip.run_files import CONFIG_FILE, LOG_FILE
+from evaclip.report.live import render, sparkline
+from evaclip.run_files import CONFIG_FILE, EVENTS_FILE, LOCK_FILE, LOG_FILE
+from evaclip.train.run_lock import Holder
 
 
 def write_run(folder: Path, losses: list[float | None]) -> None:
@@ -49,6 +56,97 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "is no run folder" in capsys.readouterr().err
     assert main(["watch", str(tmp_path), "--seconds", "0"]) == 2
     assert "--seconds must be above 0" in capsys.readouterr().err
+
+
+def shown(folder: Path, width: int = 80, height: int | None = None) -> list[str]:
+    """The lines of a terminal of this size."""
+    console = Console(width=width, file=StringIO())
+    console.print(render(folder, width, height))
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+def add_events(folder: Path, *events: dict[str, Any]) -> None:
+    start = {"start": {"processes": 2}}
+    times = [f"2026-11-27T00:00:{second:02d}+00:00" for second in range(60)]
+    lines = [{"time": time, "step": 4, **event} for time, event in zip(times, (start, *events), strict=False)]
+    (folder / EVENTS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def age(folder: Path, seconds: float) -> None:
+    """Makes all files that old."""
+    for path in folder.iterdir():
+        os.utime(path, (time.time() - seconds,) * 2)
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_the_newest_record_is_always_seen(tmp_path: Path, width: int) -> None:
+    write_run(tmp_path / "run", [0.0] * 500 + [9.0])
+    lines = shown(tmp_path / "run", width)
+    (loss,) = (line for line in lines if "loss" in line)
+    assert "▁█" in loss
+    assert max(map(len, lines)) <= width
+    assert loss.count("▁") > (width - 40) // 2
+
+
+def test_evaluations_are_seen_on_a_low_terminal(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", [4.0, 3.0])
+    with (tmp_path / "run" / LOG_FILE).open("a") as file:
+        file.write(json.dumps({"step": 2, "eval": {"zero_shot_top1": 0.5, "samples": 24}}) + "\n")
+    add_events(tmp_path / "run", *({"message": f"message {number} " + 99 * "-"} for number in range(5)))
+    lines = shown(tmp_path / "run", 80, 16)
+    assert len(lines) == 15
+    text = "\n".join(lines)
+    assert "0.5 │ ▁█" in text
+    assert "samples, step" not in text
+    assert [f"message {number}" in text for number in range(5)] == [False, False, True, True, True]
+    assert "27 Nov 00:00:05  step 4  message 4" in text
+    assert "tokens/s" in "\n".join(shown(tmp_path / "run"))
+
+
+def state(folder: Path) -> str:
+    return " ".join(" ".join(shown(folder, 400)).split())
+
+
+def test_a_run_without_a_sign_of_life_has_no_time_to_go(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    write_run(folder, [4.0, 3.0])
+    age(folder, 7 * 3600)
+    assert "no sign of life for 7 h 0 min" in state(folder)
+    add_events(folder)
+    assert "no sign of life for 0 s" in state(folder)
+    assert "to go" not in state(folder)
+
+
+def test_the_lock_tells_whether_the_process_lives(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    write_run(folder, [4.0, 3.0])
+    add_events(folder)
+    mine = Holder.of_this_process()
+    for holder, seconds, expected in (
+        (mine, 0, "to go"),
+        (mine, 7200, "its process lives, but has written nothing for 2 h 0 min"),
+        (replace(mine, born="1"), 0, "no sign of life for"),
+        (replace(mine, host="elsewhere"), 0, "to go"),
+        (replace(mine, host="elsewhere"), 7200, "no sign of life for 2 h 0 min"),
+    ):
+        (folder / LOCK_FILE).write_text(json.dumps(asdict(holder)))
+        age(folder, seconds)
+        assert expected in state(folder)
+
+
+def test_the_end_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    write_run(folder, [4.0, 3.0])
+    for events, expected in (
+        ([{"end": None}], "ended: done"),
+        ([{"message": "stopped by a signal; ..."}, {"end": None}], "ended: stopped by a signal"),
+        ([{"end": "ValueError: no"}], "ended by an error: ValueError: no"),
+    ):
+        add_events(folder, *events)
+        assert expected in state(folder)
+        assert "to go" not in state(folder)
+    (folder / LOCK_FILE).write_text(json.dumps(asdict(Holder.of_this_process())))
+    assert "starting again" in state(folder)
 
 
 def test_sparklines() -> None:

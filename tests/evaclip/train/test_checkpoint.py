@@ -12,6 +12,8 @@ import torch
 from evaclip.errors import UserError
 from evaclip.train import checkpoint
 from evaclip.train.checkpoint import Content, DamagedCheckpoint, NotWritten
+from evaclip.train.config import CheckpointConfig
+from evaclip.train.saver import Saver
 from evaclip.weights import find_weights
 
 
@@ -76,6 +78,80 @@ def test_damage_is_detected_and_the_previous_one_is_used(tmp_path: Path, name: s
     assert str(newer) in said[0]
     with pytest.raises(UserError, match=r"damaged.*--resume auto"):
         checkpoint.find("latest", tmp_path, said.append)
+
+
+def test_auto_refuses_where_none_is_whole_and_says_how_to_go_on(tmp_path: Path) -> None:
+    older, newer = save(tmp_path, 1, 2)
+    (older / "state.pt").unlink()
+    (newer / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        checkpoint.find("auto", tmp_path, pytest.fail)
+    text = str(caught.value)
+    assert "step_00000001: state.pt is missing; step_00000002: model.safetensors has 0 bytes" in text
+    assert f"--resume weights:{older} --set name=NAME" in text
+    assert "--overwrite starts anew" in text
+    (older / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="their weights are damaged too; --overwrite"):
+        checkpoint.find("auto", tmp_path, pytest.fail)
+
+
+def test_auto_refuses_where_only_those_are_left_that_the_run_went_back_from(tmp_path: Path) -> None:
+    save(tmp_path, 9)
+    (tmp_path / "latest").write_text("step_00000001\n")
+    with pytest.raises(UserError, match="step_00000009: later than `latest` says"):
+        checkpoint.find("auto", tmp_path, pytest.fail)
+
+
+@pytest.mark.parametrize("pointer", [b"", b"step_000", b"\xff\xfe"])
+def test_a_damaged_pointer_hides_nothing(tmp_path: Path, pointer: bytes) -> None:
+    (folder,) = save(tmp_path, 1)
+    (tmp_path / "latest").write_bytes(pointer)
+    assert checkpoint.find("auto", tmp_path, pytest.fail) == folder
+
+
+def test_weights_are_checked_alone(tmp_path: Path) -> None:
+    (folder,) = save(tmp_path, 1)
+    (folder / "state.pt").unlink()
+    assert checkpoint.check_weights(folder) is None
+    (folder / "meta.json").unlink()
+    remark = checkpoint.check_weights(folder)
+    assert remark is not None
+    assert "can't be known: meta.json cannot be read" in remark
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-4])
+    with pytest.raises(DamagedCheckpoint, match="missing or can't be read"):
+        checkpoint.check_weights(folder)
+
+
+def test_a_guard_keeps_everything_as_it_is(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    calls = []
+
+    def guard() -> None:
+        calls.append(names(tmp_path))
+        if len(calls) == 2:
+            raise UserError("not any more")
+
+    with pytest.raises(NotWritten, match="not any more"):
+        checkpoint.save(tmp_path, 2, content(2), guard=guard)
+    assert calls[1] == [".unfinished-step_00000002", "latest", "step_00000001"]
+    assert names(tmp_path) == ["latest", "step_00000001"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "left"), [((), "no earlier one is there"), ((1, 2), "step_00000002 and what is older")]
+)
+def test_what_is_left_where_one_can_not_be_written_is_true(tmp_path: Path, steps: tuple[int, ...], left: str) -> None:
+    save(tmp_path, *steps)
+    said: list[str] = []
+
+    def guard() -> None:
+        raise OSError("disk full")
+
+    saver = Saver(tmp_path, CheckpointConfig(background=False), None, said.append, guard)
+    saver.start(3, content(3))
+    assert len(said) == 1
+    assert f"the run goes on, {left}" in said[0]
 
 
 def test_what_is_asked_for_is_found(tmp_path: Path) -> None:

@@ -51,6 +51,45 @@ def test_a_dry_run_shows_the_plan_and_saves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["my.yaml"]
 
 
+def test_a_dry_run_promises_what_warm_steps_take(
+    config_file: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evaclip.train import dry_run
+    from evaclip.train.step import TrainStep
+
+    monkeypatch.setenv("COLUMNS", "200")
+    now, durations, call = [0.0], iter([50.0, 2.0, 9.0, 2.0]), TrainStep.__call__
+
+    def step(self: TrainStep, *args: Any, **options: Any) -> Any:
+        now[0] += next(durations)
+        return call(self, *args, **options)
+
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    monkeypatch.setattr(dry_run.time, "perf_counter", lambda: now[0])
+    arguments = ["train", "tiny", "--config", config_file, "--dry-run", "--set", "schedule.steps=100"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    # A minute is over after the third step.
+    assert "50.00 s with all that starts" in text
+    assert "5.50 s (median of steps 2 to 3" in text
+    assert "100 steps" in text
+    assert "about 0:09:10, an estimate" in text
+
+
+def test_a_dry_run_goes_on_as_the_run_would(config_file: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    arguments = ["train", "tiny", "--config", config_file]
+    assert main([*arguments, "--dry-run", "--resume", "nope"]) == 2
+    assert "there is no checkpoint folder 'nope'" in capsys.readouterr().err
+    assert main([*arguments, "--set", "schedule.steps=2"]) == 0
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "it exists: the run itself needs --resume auto" in capsys.readouterr().out
+    assert main([*arguments, "--dry-run", "--resume", "auto"]) == 0
+    text = capsys.readouterr().out
+    assert "step_00000002 at step 2" in text
+    assert "4 steps" in text
+
+
 def test_a_run_from_a_file_and_notes_on_aliases(config_file: str, capsys: Any, tmp_path: Path) -> None:
     assert main(["train", "tiny", "--config", config_file, "--local-loss", "--name", "named"]) == 0
     assert "--local-loss: the loss here is always" in capsys.readouterr().out

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from evaclip.errors import UserError
+from evaclip.train.comments import commented_yaml
 from evaclip.train.config import TrainConfig, config_hash
 from evaclip.train.overrides import dump_yaml, load_yaml, parse_assignment, resolve, validate
 from evaclip.train.recipes import RECIPES, get_recipe
@@ -104,6 +105,27 @@ def test_recipes_survive_yaml(name: str, tmp_path: Path) -> None:
     path.write_text(dump_yaml(config))
     assert validate(load_yaml(path)) == config
     assert config.model.name == get_recipe(name).model.name
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_comments_change_nothing(name: str, tmp_path: Path) -> None:
+    config = resolve(get_recipe(name), [{"eval": {"data": {"train": "a: b # c " * 30}}}])
+    path = tmp_path / "config.yaml"
+    text = commented_yaml(config)
+    path.write_text(text)
+    assert validate(load_yaml(path)) == config
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_comments_say_what_keys_mean_once(run_config: Make) -> None:
+    text = commented_yaml(run_config("eval.data={train: x}"))
+    lines = text.splitlines()
+    above = {line.strip(): lines[number - 1].strip() for number, line in enumerate(lines)}
+    assert above["batch_size: 8"] == "# Samples of one optimizer step, over all processes: the contrastive batch."
+    assert above["optim:"] == "# The optimizer; the moments' defaults are those of the released EVA-CLIP models."
+    assert above["hue: 0.0"].startswith("# largest shift of the hue")
+    assert "# run the text tower on the tokens up to each caption's end alone, without padding." in text
+    assert text.count("# Batches that each worker may hold ready.") == 1
 
 
 def test_a_file_may_hold_some_keys(run_config: Make, tmp_path: Path) -> None:

@@ -232,10 +232,53 @@ def test_other_data_is_refused_unless_allowed(run_config: Make, capsys: Any) -> 
     assert "changed since the checkpoint: schedule.steps: 6 -> 8" in text
 
 
-def test_another_model_is_refused(run_config: Make) -> None:
-    train(run_config())
-    with pytest.raises(UserError, match="does not fit the model"):
-        train(run_config("model.options.text.layers=2"), resume="auto")
+@pytest.mark.parametrize(
+    ("assignment", "change"),
+    [
+        ("model.options.text.layers=2", "model.options.text.layers: 1 -> 2"),
+        ("model.name=EVA02-CLIP-B-16", "model.name: tiny -> EVA02-CLIP-B-16"),
+    ],
+)
+def test_another_model_is_refused_in_one_sentence(run_config: Make, assignment: str, change: str) -> None:
+    train(run_config("schedule.steps=1"))
+    with pytest.raises(UserError) as caught:
+        train(run_config(assignment, "optim.lr=1e-4"), resume="auto")
+    text = str(caught.value)
+    assert text.endswith(f"does not fit the model or optimizer; changed since it was written: {change}")
+
+
+def test_intact_weights_begin_a_new_run(run_config: Make, tmp_path: Path, capsys: Any) -> None:
+    damaged = train(run_config("ema_decay=0.9")).folder / "checkpoints" / "step_00000006"
+    for name in ("state.pt", "ema.safetensors"):
+        (damaged / name).unlink()
+    with pytest.raises(UserError, match=rf"state.pt is missing.*--resume weights:{damaged} --set name=NAME"):
+        train(run_config(), resume="auto")
+    with pytest.raises(UserError, match="exists"):
+        train(run_config(), resume=f"weights:{damaged}")
+    with pytest.raises(UserError, match="--overwrite would delete the weights"):
+        train(run_config(), resume=f"weights:{damaged}", overwrite=True)
+    with pytest.raises(UserError, match="no checkpoint folder 'nowhere'"):
+        train(run_config("name=next"), resume="weights:nowhere")
+    still = ("name=next", "optim.lr=0", "optim.weight_decay=0", "schedule.steps=2", "ema_decay=0.9")
+    outcome = train(run_config(*still), resume=f"weights:{damaged}")
+    assert f"starting from the weights of {damaged}, at step 0 with a new optimizer state" in capsys.readouterr().out
+    assert [record["step"] for record in read_log(outcome.folder / "log.jsonl")] == [1, 2]
+    weights = load_file(damaged / "model.safetensors")
+    for name in ("model.safetensors", "ema.safetensors"):
+        found = load_file(outcome.folder / "checkpoints" / "step_00000002" / name)
+        assert all(torch.equal(value, weights[key]) for key, value in found.items())
+    with pytest.raises(UserError, match="don't fit the model") as caught:
+        train(run_config("name=third", "model.name=EVA02-CLIP-B-16"), resume=f"weights:{damaged}")
+    assert len(str(caught.value)) < 500
+    (damaged / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"are damaged: model\.safetensors has 0 bytes"):
+        train(run_config("name=third"), resume=f"weights:{damaged}")
+
+
+def test_a_folder_that_can_not_be_written_is_one_sentence(run_config: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/run' can't be written \(Not a directory\); --set output=FOLDER"):
+        train(run_config(f"output={tmp_path / 'file'}"))
 
 
 def test_resume_auto_without_a_checkpoint_starts_at_the_beginning(run_config: Make, capsys: Any) -> None:
@@ -251,6 +294,7 @@ def test_resume_auto_without_a_checkpoint_starts_at_the_beginning(run_config: Ma
         ("batch_size=64", "40 samples are too few for one global batch of 64"),
         ("model.name=EVA02-B16", "unknown model 'EVA02-B16'.*'EVA02-B-16'"),
         ("device=tpu", "device 'tpu' cannot be used.*accepted: auto, cpu"),
+        ("device=meta", "device 'meta' cannot be used.*accepted: auto, cpu"),
         ("eval={data: {num_samples: 8}, first: 8}", "eval.first=8.*has 8"),
         ("model.pretrained=nowhere.pt", "nowhere.pt"),
     ],

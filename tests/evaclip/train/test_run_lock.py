@@ -1,0 +1,288 @@
+"""One process trains into a folder at a time, whatever happens to it."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaclip.data import Batch, TrainLoader
+from evaclip.errors import UserError
+from evaclip.run_files import LOCK_FILE
+from evaclip.train import run_lock
+from evaclip.train.config import TrainConfig
+from evaclip.train.overrides import dump_yaml
+from evaclip.train.progress import read_log
+from evaclip.train.run_lock import Holder, RunLock, RunTaken, read_lock
+from evaclip.train.signals import unwinding_on_sigterm
+from evaclip.train.trainer import train
+
+HOLDING = """
+import sys
+from pathlib import Path
+from evaclip.train.run_lock import RunLock
+RunLock.acquire(Path(sys.argv[1]), say=print)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The lock waits for nothing; how long it would have."""
+    found: list[float] = []
+    monkeypatch.setattr(run_lock.time, "sleep", found.append)
+    return found
+
+
+def acquire(folder: Path, *, steal: bool = False) -> RunLock:
+    return RunLock.acquire(folder, steal=steal, say=lambda message: None)
+
+
+def write(folder: Path, **changes: Any) -> Holder:
+    """Leaves the lock of another process in the folder; without changes it would be this one."""
+    holder = replace(Holder.of_this_process(), **changes)
+    folder.mkdir(exist_ok=True)
+    (folder / LOCK_FILE).write_text(json.dumps(asdict(holder)))
+    return holder
+
+
+def holder_of(folder: Path) -> Holder | None:
+    found = read_lock(folder / LOCK_FILE)
+    return found and found[0]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_living_process_is_named_and_the_lock_goes_with_it(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "run"
+    with acquire(folder):
+        with pytest.raises(
+            UserError, match=rf"process {os.getpid()} on .* \(since .* sign of life was \d+ s .*--steal"
+        ):
+            acquire(folder)
+        assert names(folder) == [LOCK_FILE]
+    assert not folder.parent.exists()
+
+
+def test_a_killed_process_of_this_machine_holds_nothing(tmp_path: Path, sleeps: list[float]) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"process {process.pid} on"):
+            acquire(tmp_path)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        # Nobody has asked for how it ended: its number is still there.
+        with acquire(tmp_path) as lock:
+            assert lock.taken_from is not None
+            assert lock.taken_from.pid == process.pid
+    assert sleeps == []
+    assert names(tmp_path) == []
+
+
+def test_a_number_that_another_process_has_now_holds_nothing(tmp_path: Path) -> None:
+    dead = write(tmp_path, born="1")
+    with acquire(tmp_path) as lock:
+        assert lock.taken_from == dead
+
+
+@pytest.mark.parametrize("other", [{"host": "elsewhere"}, {"machine": "another container"}])
+def test_another_machine_is_watched_for_a_sign_of_life(
+    other: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeps: list[float]
+) -> None:
+    dead = write(tmp_path, **other)
+    with acquire(tmp_path) as lock:
+        assert lock.taken_from == dead
+    assert sum(sleeps) == run_lock.STALE
+
+    write(tmp_path, **other)
+    # Its clock may be years off: that the time changes is what counts.
+    monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: os.utime(tmp_path / LOCK_FILE, (10, 10)))
+    with pytest.raises(UserError, match="trains the run"):
+        acquire(tmp_path)
+
+
+def test_a_lock_that_was_cut_off_is_watched_too(tmp_path: Path, sleeps: list[float]) -> None:
+    (tmp_path / LOCK_FILE).touch()
+    with acquire(tmp_path):
+        pass
+    assert sum(sleeps) == run_lock.STALE
+
+
+def test_of_many_who_find_it_stale_one_gets_it(tmp_path: Path) -> None:
+    write(tmp_path, born="1")
+    barrier, won, refused = threading.Barrier(12), [], []
+
+    def start() -> None:
+        barrier.wait()
+        try:
+            won.append(acquire(tmp_path))
+        except UserError as exc:
+            refused.append(exc)
+
+    threads = [threading.Thread(target=start) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(won), len(refused)) == (1, 11)
+    won[0].check()
+    won[0].release()
+    assert names(tmp_path) == []
+
+
+def test_who_is_late_leaves_the_lock_to_who_took_it_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = write(tmp_path, born="1")
+    path, rename = tmp_path / LOCK_FILE, Path.rename
+
+    def late(source: Path, target: Path) -> Path:
+        if source == path:
+            path.unlink()
+            write(tmp_path)
+        return rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", late)
+        run_lock._remove(path, dead)
+    assert names(tmp_path) == [LOCK_FILE]
+    assert holder_of(tmp_path) not in (None, dead)
+
+
+def test_a_file_system_without_hard_links_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    with acquire(tmp_path), pytest.raises(UserError, match="trains the run"):
+        acquire(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_who_was_robbed_knows_and_leaves_the_lock_alone(tmp_path: Path, sleeps: list[float]) -> None:
+    robbed = acquire(tmp_path)
+    with acquire(tmp_path, steal=True) as thief:
+        assert sum(sleeps) == 2 * run_lock.HEARTBEAT
+        with pytest.raises(RunTaken, match=f"was taken over by process {os.getpid()} on"):
+            robbed.check()
+        robbed.release()
+        thief.check()
+    assert names(tmp_path) == []
+
+
+def test_a_sign_of_life_comes_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "HEARTBEAT", 0.01)
+    beats, utime = threading.Semaphore(0), os.utime
+
+    def count(path: Path) -> None:
+        utime(path)
+        beats.release()
+
+    monkeypatch.setattr(os, "utime", count)
+    with acquire(tmp_path):
+        assert all(beats.acquire(timeout=30) for _ in range(3))
+
+
+def test_a_deleted_lock_is_made_again_unless_others_may_have_come_and_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with acquire(tmp_path) as lock:
+        (tmp_path / LOCK_FILE).unlink()
+        lock.check()
+        assert names(tmp_path) == [LOCK_FILE]
+        (tmp_path / LOCK_FILE).unlink()
+        lock._last_beat -= run_lock.STALE
+        with pytest.raises(RunTaken, match="by a process that nothing is known of"):
+            lock.check()
+
+
+def test_sigterm_outside_of_the_loop_gives_the_lock_back(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as caught, unwinding_on_sigterm(), acquire(tmp_path):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.code == 143
+    assert names(tmp_path) == []
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("how", [{"resume": "auto"}, {"overwrite": True}])
+def test_a_run_that_goes_on_is_not_touched(
+    how: dict[str, Any], run_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    config = run_config()
+    train(config)
+    with acquire(tmp_path / "run"):
+        before = contents(tmp_path / "run")
+        with pytest.raises(UserError, match="trains the run"):
+            train(config, **how)
+        assert contents(tmp_path / "run") == before
+    assert train(config, **how).steps == 6
+    assert not (tmp_path / "run" / LOCK_FILE).exists()
+
+
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_a_robbed_run_stops_and_writes_no_checkpoint(
+    is_noticed: bool,
+    run_config: Callable[..., TrainConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sleeps: list[float],
+) -> None:
+    original, locks = TrainLoader.batches, list[RunLock]()
+
+    def batches(self: TrainLoader, position: int = 0) -> Iterator[Batch]:
+        for batch in original(self, position):
+            if batch.position == 24:
+                acquire(tmp_path / "run", steal=True)
+                if is_noticed:
+                    locks[0]._look()
+            yield batch
+
+    take = RunLock.acquire
+
+    def acquired(folder: Path, **options: Any) -> RunLock:
+        locks.append(take(folder, **options))
+        return locks[-1]
+
+    monkeypatch.setattr(run_lock.RunLock, "acquire", acquired)
+    monkeypatch.setattr(TrainLoader, "batches", batches)
+    with pytest.raises(UserError, match="was taken over by process"):
+        train(run_config("checkpoint={every_steps: 2, keep: 1, background: false}"))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_00000002"]
+    assert len(read_log(tmp_path / "run" / "log.jsonl")) == (2 if is_noticed else 4)
+    assert holder_of(tmp_path / "run") == locks[-1]._holder
+    locks[-1].release()
+
+
+@pytest.mark.slow
+def test_two_starts_of_one_run(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """As when a job is queued again while it still runs, and once more after it was killed."""
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(run_config("schedule.steps=100000", "checkpoint.every_steps=5", "log.every_steps=5")))
+    command = [sys.executable, "-m", "evaclip", "train", "tiny", "--config", str(path), "--resume", "auto"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        next(line for line in first.stdout if line.startswith("step 10/"))
+        again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert again.returncode == 2
+        assert again.stderr.startswith(f"error: process {first.pid} on ")
+        first.kill()
+    short = [*command, "--set", "schedule.steps=1"]
+    after = subprocess.run(short, capture_output=True, text=True, timeout=120, check=False)
+    assert after.returncode == 0, after.stderr
+    assert f"took the run over from process {first.pid} on" in after.stdout
+    assert "resuming from" in after.stdout
