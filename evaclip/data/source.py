@@ -4,6 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
+from evaclip.data.order import I64
 from evaclip.data.prefetch import Copy
 from evaclip.data.samples import Fault, RawSample
 
@@ -37,6 +38,10 @@ class Source(ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """The sample's name for messages: file, or shard and key."""
+
+    def pictures(self) -> I64 | None:
+        """A number for each sample, the same for those that share a picture; None where each has its own."""
+        return None
 
     def copies(self, shards: Sequence[int]) -> list[Copy]:
         """The local copies that samples of these shards are read from, in this order; none for local shards."""

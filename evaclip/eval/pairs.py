@@ -1,7 +1,7 @@
 """Pictures with all their captions, however a source lists them."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,32 +9,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evaclip.data import BadSample, RawSample, Source
+from evaclip.data import BadSample, Source
+from evaclip.data.held_out import Selection
 from evaclip.data.samples import decode_image
-from evaclip.data.source import hash_list
 from evaclip.errors import UserError
 from evaclip.eval.features import FeatureOptions, ImageTextModel, Tokenizer, encode_images, encode_texts
 
 
-class Selection(Source):
-    """Some samples of another source, in the given order; a sample's key is its index in that source."""
+@dataclass
+class Picture:
+    """A picture of a source: the first sample that has it, and the captions of all that do."""
 
-    def __init__(self, source: Source, indices: Sequence[int]) -> None:
-        self._source = source
-        self._indices = list(indices)
-        self.description = source.description
-        self.fingerprint = hash_list(source.fingerprint, (("", index) for index in self._indices))
-        self.shard_sizes = [len(self._indices)]
-
-    def __getitem__(self, index: int) -> RawSample:
-        sample = self._source[self._indices[index]]
-        return RawSample(str(self._indices[index]), sample.image, sample.captions)
-
-    def name(self, index: int) -> str:
-        return self._source.name(self._indices[index])
-
-    def close(self) -> None:
-        self._source.close()
+    index: int
+    captions: list[str]
 
 
 @dataclass(frozen=True)
@@ -82,7 +69,8 @@ def encode_pairs(
     Raises:
         UserError: nothing could be read.
     """
-    captions, unreadable = _captions_by_picture(source)
+    pictures, unreadable = distinct_pictures(source, range(len(source)))
+    captions = {picture.index: picture.captions for picture in pictures.values()}
     if not captions:
         raise UserError(f"none of the {len(source)} samples of {source.description} could be read")
     images = encode_images(model, transform, Selection(source, list(captions)), options)
@@ -100,18 +88,22 @@ def encode_pairs(
     )
 
 
-def _captions_by_picture(source: Source) -> tuple[dict[int, list[str]], int]:
-    """Captions by the index of the first sample with that picture, and how many samples are unusable."""
-    first: dict[bytes, int] = {}
-    captions: dict[int, list[str]] = {}
+def distinct_pictures(source: Source, indices: Iterable[int]) -> tuple[dict[bytes, Picture], int]:
+    """The pictures of these samples by a hash of their bytes, and how many samples are unusable."""
+    pictures: dict[bytes, Picture] = {}
     unreadable = 0
-    for index in range(len(source)):
+    for index in indices:
         try:
             sample = source[index]
         except BadSample:
             unreadable += 1
             continue
-        place = first.setdefault(hashlib.sha256(sample.image).digest(), index)
-        known = captions.setdefault(place, [])
-        known += [caption for caption in sample.captions if caption not in known]
-    return captions, unreadable
+        merge(pictures, {hashlib.sha256(sample.image).digest(): Picture(index, list(sample.captions))})
+    return pictures, unreadable
+
+
+def merge(pictures: dict[bytes, Picture], others: Mapping[bytes, Picture]) -> None:
+    """Adds pictures of later samples, or their captions where the picture is known."""
+    for digest, other in others.items():
+        known = pictures.setdefault(digest, Picture(other.index, [])).captions
+        known += dict.fromkeys(caption for caption in other.captions if caption not in known)

@@ -18,9 +18,7 @@ FORMATS = ("original", "open_clip", "timm", "safetensors")
 """`original`: the authors' file, rotary tables included; `safetensors`: the same names without the tables."""
 
 
-def convert(
-    source: Path, target: Path, layout: str, model: str | None = None, *, overwrite: bool = False
-) -> None:
+def convert(source: Path, target: Path, layout: str, model: str | None = None, *, overwrite: bool = False) -> None:
     """Writes the weights of `source`, in any layout, in another; the values and dtypes stay.
 
     Args:
