@@ -63,7 +63,7 @@ def _load_checkpoint(folder: Path, device: str, average: bool) -> LoadedModel:
     options = _model_options(checkpoint / MODEL_CONFIG_FILE)
     name = str(options.pop("name"))
     if (checkpoint / PREPROCESS_FILE).is_file():
-        del options["preprocess"]
+        options.pop("preprocess", None)
     run = folder if (folder / CONFIG_FILE).is_file() else checkpoint.parent.parent
     is_run = (run / CONFIG_FILE).is_file()
     model = create_model(name, pretrained=weights, device=device, **options)

@@ -41,7 +41,7 @@ class Alias:
         """What `--help` says about it."""
         if self.refused:
             return f"refused: {self.refused}"
-        return self.key or "accepted: this is how it always is"
+        return self.key or f"accepted: {self.note}"
 
     def change(self, given: Any) -> Tree:
         """What it changes, with the value that was given."""
@@ -159,7 +159,9 @@ ALIASES = (
         read=_whole_number("model.options.text.context_length"),
     ),
     Alias(
-        "--force-quick-gelu", refused="EVA-CLIP has exact GELU, and weights that were trained with QuickGELU don't fit"
+        "--force-quick-gelu",
+        constant=True,
+        refused="EVA-CLIP has exact GELU, and weights that were trained with QuickGELU don't fit",
     ),
     Alias("--force-custom-text", constant=True, note="the text tower is always a module of its own"),
     Alias("--image-mean", "model.options.preprocess.mean", many=True),

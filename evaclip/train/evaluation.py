@@ -81,20 +81,12 @@ class Evaluation:
             "classes": result.classes,
         }
         pairs = self._pairs(clip, [int(key) for part in found for key in part.keys])
-        if 2 * len(set(pairs.texts)) < len(pairs.texts):
-            return metrics
         texts = sorted(set(pairs.texts))
+        if 2 * len(texts) < len(pairs.texts):
+            return metrics
         # Where there is one caption a picture and no template, they are encoded already.
         is_known = texts == names and self._templates == _PLAIN
-        encoded = classifier if is_known else self._encode_texts(clip, texts, _PLAIN)
-        place = {text: i for i, text in enumerate(texts)}
-        recalls = retrieval.evaluate(
-            features[pairs.rows], encoded[[place[text] for text in pairs.texts]], torch.tensor(pairs.image_of_text)
-        )
-        for direction in ("image_to_text", "text_to_image"):
-            found_within = getattr(recalls, direction).recall
-            metrics |= {f"{direction}_r{k}": found_within[k] for k in (1, 5)}
-        return metrics
+        return metrics | _recalls(pairs, features, texts, classifier if is_known else self._encode_texts(clip, texts))
 
     def _encode(self, clip: Any) -> ImageFeatures | None:
         """Of this process's part; keys are the samples' numbers."""
@@ -103,7 +95,7 @@ class Evaluation:
             return None
         return encode_images(clip, self._transform, Selection(self._source, mine), self._options)
 
-    def _encode_texts(self, clip: Any, texts: list[str], templates: Sequence[str]) -> Tensor:
+    def _encode_texts(self, clip: Any, texts: list[str], templates: Sequence[str] = _PLAIN) -> Tensor:
         """Normalised features [texts, embed_dim], each the mean over the templates."""
         action = partial(self._encode_my_texts, clip, texts, templates)
         return torch.cat(self._everywhere(clip, action, self._blank_text))
@@ -196,6 +188,15 @@ class _Pairs:
     rows: list[int]
     texts: list[str]
     image_of_text: list[int]
+
+
+def _recalls(pairs: _Pairs, features: Tensor, texts: Sequence[str], encoded: Tensor) -> Metrics:
+    """Recall at 1 and 5 both ways; `encoded` are the features of the distinct `texts`."""
+    place = {text: i for i, text in enumerate(texts)}
+    text_features = encoded[[place[text] for text in pairs.texts]]
+    result = retrieval.evaluate(features[pairs.rows], text_features, torch.tensor(pairs.image_of_text))
+    directions = {"image_to_text": result.image_to_text, "text_to_image": result.text_to_image}
+    return {f"{name}_r{k}": direction.recall[k] for name, direction in directions.items() for k in (1, 5)}
 
 
 class _Part(Source):
