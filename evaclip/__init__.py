@@ -4,52 +4,144 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evaclip.factory import create_model, create_model_and_transforms, create_vision_model, get_tokenizer
-    from evaclip.model.clip import CLIP
-    from evaclip.model.config import CLIPConfig, Preprocess, TextConfig, VisionConfig, get_config, list_models
-    from evaclip.model.savings import Savings
-    from evaclip.model.vision_model import VisionModel
-    from evaclip.transforms import Augmentation, eval_transform, train_transform
-    from evaclip.weights import load_state_dict, load_weights
-    from evakernels import __version__
+    from evaclip.eval.prompts import (
+        IMAGENET_CLASSNAMES,
+        OPENAI_IMAGENET_TEMPLATES,
+        SIMPLE_IMAGENET_TEMPLATES,
+    )
+    from evaclip.eval.zero_shot import (
+        build_zero_shot_classifier,
+    )
+    from evaclip.factory import (
+        create_model,
+        create_model_and_transforms,
+        create_model_from_pretrained,
+        create_vision_model,
+        get_tokenizer,
+    )
+    from evaclip.model.clip import (
+        CLIP,
+    )
+    from evaclip.model.config import (
+        CLIPConfig,
+        Preprocess,
+        TextConfig,
+        VisionConfig,
+        add_model_config,
+        get_config,
+        list_models,
+    )
+    from evaclip.model.savings import (
+        Savings,
+    )
+    from evaclip.model.vision_model import (
+        VisionModel,
+    )
+    from evaclip.tokenizer import (
+        Tokenizer,
+        decode,
+        tokenize,
+    )
+    from evaclip.transforms import (
+        Augmentation,
+        eval_transform,
+        train_transform,
+    )
+    from evaclip.weights import (
+        load_state_dict,
+        load_weights,
+    )
+    from evaclip.zoo import (
+        get_model_config,
+        list_pretrained,
+        list_pretrained_tags_by_model,
+        list_vision_models,
+    )
+    from evakernels import (
+        __version__,
+    )
 
 __all__ = [
     "CLIP",
+    "IMAGENET_CLASSNAMES",
+    "OPENAI_IMAGENET_TEMPLATES",
+    "SIMPLE_IMAGENET_TEMPLATES",
     "Augmentation",
     "CLIPConfig",
     "Preprocess",
     "Savings",
     "TextConfig",
+    "Tokenizer",
     "VisionConfig",
     "VisionModel",
     "__version__",
+    "add_model_config",
+    "build_zero_shot_classifier",
     "create_model",
     "create_model_and_transforms",
+    "create_model_from_pretrained",
     "create_vision_model",
+    "decode",
     "eval_transform",
     "get_config",
+    "get_model_config",
     "get_tokenizer",
     "list_models",
+    "list_pretrained",
+    "list_pretrained_tags_by_model",
+    "list_vision_models",
     "load_state_dict",
     "load_weights",
+    "tokenize",
     "train_transform",
 ]
 
 _MODULES = {
-    "evaclip.factory": ("create_model", "create_model_and_transforms", "create_vision_model", "get_tokenizer"),
+    "evaclip.eval.prompts": (
+        "IMAGENET_CLASSNAMES",
+        "OPENAI_IMAGENET_TEMPLATES",
+        "SIMPLE_IMAGENET_TEMPLATES",
+    ),
+    "evaclip.eval.zero_shot": ("build_zero_shot_classifier",),
+    "evaclip.factory": (
+        "create_model",
+        "create_model_and_transforms",
+        "create_model_from_pretrained",
+        "create_vision_model",
+        "get_tokenizer",
+    ),
     "evaclip.model.clip": ("CLIP",),
     "evaclip.model.config": (
         "CLIPConfig",
         "Preprocess",
         "TextConfig",
         "VisionConfig",
+        "add_model_config",
         "get_config",
         "list_models",
     ),
     "evaclip.model.savings": ("Savings",),
     "evaclip.model.vision_model": ("VisionModel",),
-    "evaclip.transforms": ("Augmentation", "eval_transform", "train_transform"),
-    "evaclip.weights": ("load_state_dict", "load_weights"),
+    "evaclip.tokenizer": (
+        "Tokenizer",
+        "decode",
+        "tokenize",
+    ),
+    "evaclip.transforms": (
+        "Augmentation",
+        "eval_transform",
+        "train_transform",
+    ),
+    "evaclip.weights": (
+        "load_state_dict",
+        "load_weights",
+    ),
+    "evaclip.zoo": (
+        "get_model_config",
+        "list_pretrained",
+        "list_pretrained_tags_by_model",
+        "list_vision_models",
+    ),
     "evakernels": ("__version__",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -1,6 +1,6 @@
 """Models, transforms and tokenizers by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,30 +9,53 @@ import torch
 
 from evaclip.errors import UserError, unknown_name
 from evaclip.model.clip import CLIP
-from evaclip.model.config import ALIASES, get_config, list_models, override
+from evaclip.model.config import CLIPConfig, TextConfig, find_model, get_config, list_models, override
 from evaclip.model.savings import Savings
 from evaclip.model.vision_model import VisionModel
 from evaclip.model.vision_names import RELEASES, split_name, vision_config
 from evaclip.tokenizer import Tokenizer
-from evaclip.transforms import EvalTransform, TrainTransform
+from evaclip.transforms import Augmentation, EvalTransform, TrainTransform
 from evaclip.weights import find_weights, materialize, read_preprocess, start_image_tower, start_text_tower
+from evaclip.weights.hub import HUB
+from evaclip.weights.released import RELEASED
 
 __all__ = [
     "create_model",
     "create_model_and_transforms",
+    "create_model_from_pretrained",
     "create_vision_model",
     "get_config",
     "get_tokenizer",
     "list_models",
 ]
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    # open_clip's names; the autocast of amp is the caller's, there as here.
+    "pure_bf16": torch.bfloat16,
+    "pure_fp16": torch.float16,
+    "amp": torch.float32,
+    "amp_bf16": torch.float32,
+    "amp_bfloat16": torch.float32,
+}
+# open_clip's keyword arguments: the part of the configuration and the option that each one sets.
+_SPELLINGS = {
+    "force_image_size": ("vision", "image_size"),
+    "force_patch_dropout": ("vision", "patch_dropout"),
+    "force_context_length": ("text", "context_length"),
+    "image_mean": ("preprocess", "mean"),
+    "image_std": ("preprocess", "std"),
+    "image_interpolation": ("preprocess", "interpolation"),
+    "image_resize_mode": ("preprocess", "resize"),
+}
 
 
 def create_model(
-    name: str,
-    *,
+    model_name: str,
     pretrained: str | Path | None = None,
+    *,
     pretrained_image: str | Path | None = None,
     pretrained_text: str | Path | None = None,
     device: str | torch.device = "cpu",
@@ -44,28 +67,38 @@ def create_model(
     """A model in training mode, with random or pretrained weights.
 
     Args:
-        name: one of `list_models()`, or open_clip's name of the same model.
+        model_name: one of `list_models()`, or open_clip's name of the same model, in any spelling; or a repository of
+            the hub, `hf-hub:timm/...`, whose weights are then taken.
         pretrained: a weights file, a checkpoint or run folder, `hf-hub:OWNER/NAME[/FILE]`, or the tag of released
             weights; None for random ones.
         pretrained_image: weights that the image tower starts from, of masked image modelling or of a CLIP model, as a
             file or `hf-hub:...`; heads and temperature keep their start values.
         pretrained_text: weights that the text tower starts from, of a CLIP model of any library.
         device: where the parameters lie; `meta` builds the model without memory or values.
-        precision: fp32, bf16 or fp16, the dtype of the parameters.
+        precision: fp32, bf16 or fp16, the dtype of the parameters; or open_clip's name of it.
         savings: what the model leaves out without changing a result; by default all that costs nothing.
         prepare: called with the model before it has memory or values, such as to shard it.
-        overrides: options of the configuration to change, such as `vision={"patch_dropout": 0.5}`.
+        overrides: options of the configuration to change, such as `vision={"patch_dropout": 0.5}`; or open_clip's
+            names: force_image_size, force_patch_dropout, force_context_length, image_mean, image_std,
+            image_interpolation, image_resize_mode.
 
     Raises:
         UserError: for names, options or weights that don't exist or don't fit together.
+
+    Example:
+        `evaclip.create_model("EVA02-CLIP-B-16", "merged2b_s8b_b131k", device="cuda", precision="bf16").eval()`
     """
     dtype, target = _dtype(precision), _device(device)
-    config = override(get_config(name), overrides)
+    options = _options(overrides)
+    config = override(get_config(model_name), options)
+    if model_name.startswith(HUB) and not (pretrained or pretrained_image or pretrained_text):
+        pretrained = model_name
     if pretrained and (pretrained_image or pretrained_text):
         raise UserError("give either pretrained, for the whole model, or pretrained_image and pretrained_text")
-    weights = find_weights(pretrained, ALIASES.get(name, name)) if pretrained else None
+    known_name = find_model(model_name) or model_name
+    weights = find_weights(pretrained, known_name) if pretrained else None
     if weights is not None:
-        config = replace(config, preprocess=read_preprocess(weights) or config.preprocess)
+        config = _with_stored_preprocess(config, weights, options)
     # On the meta device first: no value is computed that is overwritten afterwards.
     with torch.device("meta"):
         model = CLIP(config, savings)
@@ -76,18 +109,18 @@ def create_model(
     if weights is None:
         model.to_empty(device=target).reset_parameters()
         if pretrained_image:
-            start_image_tower(model.visual, find_weights(pretrained_image, name))
+            start_image_tower(model.visual, find_weights(pretrained_image, known_name))
         if pretrained_text:
-            start_text_tower(model.text, find_weights(pretrained_text, name))
+            start_text_tower(model.text, find_weights(pretrained_text, known_name))
         return model.to(dtype)
     materialize(model.to(dtype), weights, target)
     return model
 
 
 def create_vision_model(
-    name: str,
-    *,
+    model_name: str,
     pretrained: bool | str | Path = False,
+    *,
     num_classes: int | None = None,
     device: str | torch.device = "cpu",
     precision: str = "fp32",
@@ -97,7 +130,7 @@ def create_vision_model(
     """An image model of the EVA series in training mode, with random or pretrained weights.
 
     Args:
-        name: timm's name, such as `eva02_base_patch14_448.mim_in22k_ft_in1k`; without a tag the model's first.
+        model_name: timm's name, such as `eva02_base_patch14_448.mim_in22k_ft_in1k`; without a tag the model's first.
         pretrained: True for the weights that the tag stands for; or a file, or `hf-hub:OWNER/NAME`, in timm's layout
             or the authors'.
         num_classes: of the classifier; None for that of the weights, 0 for none. A classifier of another size than
@@ -107,12 +140,15 @@ def create_vision_model(
 
     Raises:
         UserError: for names, options or weights that don't exist or don't fit together.
+
+    Example:
+        `evaclip.create_vision_model("eva02_tiny_patch14_224.mim_in22k", pretrained=True, num_classes=10)`
     """
     dtype, target = _dtype(precision), _device(device)
-    model_name, tag = split_name(name)
-    tag = tag or next(iter(RELEASES[model_name]))
-    release = RELEASES[model_name][tag]
-    config = override(vision_config(model_name), overrides)
+    architecture, tag = split_name(model_name)
+    tag = tag or next(iter(RELEASES[architecture]))
+    release = RELEASES[architecture][tag]
+    config = override(vision_config(architecture), overrides)
     classes = release.num_classes if num_classes is None else num_classes
     with torch.device("meta"):
         model = VisionModel(config, release.num_classes if pretrained else classes, release.preprocess, savings)
@@ -121,28 +157,108 @@ def create_vision_model(
     if not pretrained:
         model.to_empty(device=target).reset_parameters()
         return model.to(dtype)
-    source = f"hf-hub:timm/{model_name}.{tag}" if pretrained is True else pretrained
-    materialize(model.to(dtype), find_weights(source, name), target)
+    source = f"hf-hub:timm/{architecture}.{tag}" if pretrained is True else pretrained
+    materialize(model.to(dtype), find_weights(source, model_name), target)
     if classes != release.num_classes:
         model.reset_classifier(classes)
     return model
 
 
 def create_model_and_transforms(
-    name: str,
+    model_name: str,
     pretrained: str | Path | None = None,
-    **options: Any,
+    *,
+    pretrained_image: str | Path | None = None,
+    pretrained_text: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    savings: Savings | None = None,
+    augmentation: Augmentation | None = None,
+    **overrides: Any,
 ) -> tuple[CLIP, TrainTransform, EvalTransform]:
-    """`create_model`, and the transforms for training and for evaluation that belong to its weights."""
-    model = create_model(name, pretrained=pretrained, **options)
+    """`create_model`, and the transforms for training and for evaluation that belong to its weights.
+
+    Args:
+        augmentation: of the transform for training; by default a random crop.
+        model_name, pretrained, pretrained_image, pretrained_text, device, precision, savings, overrides: as for
+            `create_model`.
+
+    Example:
+        `model, _, preprocess = evaclip.create_model_and_transforms("EVA02-B-16", pretrained="merged2b_s8b_b131k")`
+    """
+    model = create_model(
+        model_name,
+        pretrained,
+        pretrained_image=pretrained_image,
+        pretrained_text=pretrained_text,
+        device=device,
+        precision=precision,
+        savings=savings,
+        **overrides,
+    )
     size, preprocess = model.config.vision.image_size, model.config.preprocess
-    return model, TrainTransform(size, preprocess), EvalTransform(size, preprocess)
+    training = TrainTransform(size, preprocess, augmentation or Augmentation())
+    return model, training, EvalTransform(size, preprocess)
 
 
-def get_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a model, with its context length and vocabulary."""
-    text = get_config(name).text
-    return Tokenizer(text.context_length, text.vocab_size)
+def create_model_from_pretrained(
+    model_name: str,
+    pretrained: str | Path | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    savings: Savings | None = None,
+    return_transform: bool = True,
+    **overrides: Any,
+) -> CLIP | tuple[CLIP, EvalTransform]:
+    """A model in evaluation mode that has pretrained weights for sure, and the transform of its images.
+
+    Args:
+        return_transform: whether to return the transform too.
+        model_name, pretrained, device, precision, savings, overrides: as for `create_model`.
+
+    Raises:
+        UserError: without `pretrained`, naming the tags that the model has; else as `create_model`.
+
+    Example:
+        `model, preprocess = evaclip.create_model_from_pretrained("EVA02-B-16", "merged2b_s8b_b131k")`
+    """
+    if not pretrained and not model_name.startswith(HUB):
+        get_config(model_name)
+        tags = ", ".join(RELEASED.get(find_model(model_name) or "", {})) or "none"
+        raise UserError(f"{model_name} needs pretrained: a file, a folder, hf-hub:OWNER/NAME, or a tag; it has: {tags}")
+    model = create_model(
+        model_name, pretrained, device=device, precision=precision, savings=savings, **overrides
+    ).eval()
+    transform = EvalTransform(model.config.vision.image_size, model.config.preprocess)
+    return (model, transform) if return_transform else model
+
+
+def get_tokenizer(model_name: str = "", context_length: int | None = None) -> Tokenizer:
+    """The tokenizer of a model, with its context length and vocabulary; without a name that of all released models.
+
+    Example:
+        `evaclip.get_tokenizer("EVA02-B-16")(["a cat", "a dog"])` is int64 `[2, 77]`.
+    """
+    text = get_config(model_name).text if model_name else TextConfig()
+    return Tokenizer(text.context_length if context_length is None else context_length, text.vocab_size)
+
+
+def _options(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the configuration, open_clip's names translated; None there means what it means without the name."""
+    options = {name: value for name, value in overrides.items() if name not in _SPELLINGS}
+    for name, (part, option) in _SPELLINGS.items():
+        if overrides.get(name) is not None:
+            options[part] = {**options.get(part, {}), option: overrides[name]}
+    return options
+
+
+def _with_stored_preprocess(config: CLIPConfig, weights: Path, options: Mapping[str, Any]) -> CLIPConfig:
+    """The preprocessing that is stored beside the weights, but for what was asked for."""
+    stored, asked = read_preprocess(weights), options.get("preprocess", {})
+    if stored is None or not isinstance(asked, Mapping):
+        return config
+    return replace(config, preprocess=override(stored, asked, "preprocess."))
 
 
 def _dtype(precision: str) -> torch.dtype:

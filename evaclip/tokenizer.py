@@ -78,6 +78,48 @@ class Tokenizer:
         ids: list[int] = self._bpe.encode(_WORD.findall(clean(text)), is_pretokenized=True).ids
         return ids
 
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """The text of token ids, as `encode` gives them or a row that a call returns; without start, end and padding.
+
+        It is in lower case and has a space behind each word: what `encode` leaves out doesn't come back.
+
+        Example:
+            `tokenizer.decode(tokenizer("A cat!")[0])` is `"a cat !"`.
+        """
+        listed = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        if self.end_id in listed:
+            listed = listed[: listed.index(self.end_id)]
+        for index in listed:
+            if not 0 <= index < self.vocab_size:
+                raise ValueError(f"token id {index} is outside of 0..{self.vocab_size - 1}")
+        tokens = [str(self._bpe.id_to_token(index)) for index in listed if index != self.start_id]
+        values = _bytes_by_letter()
+        data = bytes(values[letter] for letter in "".join(tokens).replace("</w>", " "))
+        return data.decode("utf-8", errors="replace").strip()
+
+
+def tokenize(texts: str | Sequence[str], context_length: int = 77) -> Tensor:
+    """Token ids int64 `[n, context_length]` of texts, by the tokenizer of all released models.
+
+    Example:
+        `evaclip.tokenize(["a cat", "a dog"])`
+    """
+    return _released_tokenizer()(texts, context_length)
+
+
+def decode(output_ids: Tensor) -> str:
+    """The text of a row of token ids; see `Tokenizer.decode`.
+
+    Example:
+        `evaclip.decode(evaclip.tokenize("a cat")[0])` is `"a cat"`.
+    """
+    return _released_tokenizer().decode(output_ids)
+
+
+@cache
+def _released_tokenizer() -> Tokenizer:
+    return Tokenizer()
+
 
 def clean(text: str) -> str:
     """The text with mis-encoded characters and HTML entities resolved, single spaces, in lower case."""
@@ -141,6 +183,15 @@ def _byte_letters() -> list[str]:
         *range(ord("®"), ord("ÿ") + 1),
     ]
     return [chr(code) for code in printable] + [chr(256 + index) for index in range(256 - len(printable))]
+
+
+@cache
+def _bytes_by_letter() -> dict[str, int]:
+    """The byte that each letter stands for; a space is itself."""
+    letters = _byte_letters()
+    printable = [ord(letter) for letter in letters if ord(letter) < 256]
+    others = sorted(set(range(256)) - set(printable))
+    return {" ": ord(" "), **dict(zip(letters, [*printable, *others], strict=True))}
 
 
 def _checked_length(context_length: int) -> int:

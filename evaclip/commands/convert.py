@@ -27,6 +27,7 @@ def add_commands(subparsers: Any) -> None:
     parser.add_argument("target", metavar="OUT", type=Path, help="file to write: .safetensors, .pt, .pth or .bin")
     parser.add_argument("--to", choices=_FORMATS, required=True, help="whose names; timm has the image tower only")
     parser.add_argument("--model", help="name of the model (default: found by the shapes)")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists; what is read never is")
     parser.set_defaults(run=_run)
 
 
@@ -35,5 +36,6 @@ def _run(args: argparse.Namespace) -> None:
     from evaclip.weights.convert import convert
     from evaclip.weights.files import find_weights
 
-    convert(find_weights(args.source, args.model or ""), args.target, args.to, args.model)
+    source = find_weights(args.source, args.model or "")
+    convert(source, args.target, args.to, args.model, overwrite=args.force)
     print(f"wrote {args.target}")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from evaclip.commands.parser import leaf
-from evaclip.errors import UserError
 
 _TOWERS = ("image", "text")
 
@@ -24,18 +23,21 @@ def add_commands(subparsers: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="name of the model")
     parser.add_argument("target", metavar="OUT", type=Path, help="file to write: .pt2 (torch.export) or .onnx")
     parser.add_argument("--tower", choices=_TOWERS, required=True, help="which half of the model")
-    parser.add_argument("--pretrained", help="weights: a file, a folder, a tag, hf-hub:OWNER/NAME (default: random)")
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--pretrained", help="weights: a file, a folder, a tag, hf-hub:OWNER/NAME")
+    weights.add_argument("--random", action="store_true", help="random weights, to try out what runs the program")
     parser.add_argument("--normalize", action="store_true", help="divide the embeddings by their L2 norm")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
     # Imported here so that `evaclip --help` doesn't wait for torch.
     from evaclip.factory import create_model
-    from evaclip.model.export import SUFFIXES, export
+    from evaclip.model.export import check_target, export
 
-    if args.target.suffix not in SUFFIXES:
-        raise UserError(f"{str(args.target)!r} can't be written; expected {' or '.join(SUFFIXES)}")
+    # Before the weights are fetched.
+    check_target(args.target, args.force)
     model = create_model(args.model, pretrained=args.pretrained).eval()
-    export(model, args.tower, args.target, normalize=args.normalize)
-    print(f"wrote {args.target}")
+    export(model, args.tower, args.target, normalize=args.normalize, overwrite=args.force)
+    print(f"wrote {args.target}" + (", with random weights" if args.random else ""))

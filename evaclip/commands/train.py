@@ -9,6 +9,7 @@ from evaclip.train import aliases
 _EXAMPLES = (
     "evaclip train                                   # what recipes there are",
     "evaclip train tiny",
+    "evaclip train finetune --train-data mine/ --pretrained EVA02-CLIP-B-16:merged2b_s8b_b131k",
     "evaclip train eva02-b-16 --print-config > my.yaml",
     "evaclip train eva02-b-16 --config my.yaml --set optim.lr=1e-3 data.workers=4 --dry-run",
     "evaclip train eva02-b-16 --config my.yaml --resume auto",
@@ -53,11 +54,11 @@ def add_commands(subparsers: Any) -> None:
 def _add_aliases(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("spellings of open_clip and EVA-CLIP, for --set KEY=VALUE")
     for alias in aliases.ALIASES:
-        meaning = alias.key or "accepted: this is how it always is"
-        if alias.takes_value:
-            group.add_argument(alias.flag, dest=alias.flag, default=None, metavar="VALUE", help=meaning)
-        else:
-            group.add_argument(alias.flag, dest=alias.flag, action="store_true", help=meaning)
+        if not alias.takes_value:
+            group.add_argument(alias.flag, dest=alias.flag, action="store_true", help=alias.meaning)
+            continue
+        nargs = "*" if alias.many else None
+        group.add_argument(alias.flag, dest=alias.flag, metavar="VALUE", nargs=nargs, help=alias.meaning)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -92,12 +93,12 @@ def configure(args: argparse.Namespace) -> Any:
     """The `TrainConfig` of a command line: the recipe, then the file, then the aliases, then `--set`."""
     from evaclip.train.distributed import process_count
     from evaclip.train.overrides import load_yaml, parse_assignment, resolve
-    from evaclip.train.recipes import get_recipe
+    from evaclip.train.recipes import get_recipe, with_own_evaluation
 
-    config = get_recipe(args.recipe)
+    recipe = config = get_recipe(args.recipe)
     if args.config:
         config = resolve(config, [load_yaml(args.config)])
     changes = aliases.changes(vars(args), config.accumulation, process_count())
     if args.device:
         changes.append({"device": args.device})
-    return resolve(config, [*changes, *map(parse_assignment, args.set)])
+    return with_own_evaluation(resolve(config, [*changes, *map(parse_assignment, args.set)]), recipe)

@@ -4,6 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
+from evaclip.data.order import I64
 from evaclip.data.prefetch import Copy
 from evaclip.data.samples import WHOLE, Decoding, Fault, RawSample
 
@@ -45,6 +46,10 @@ class Source(ABC):
     def place(self, index: int) -> tuple[str, str]:
         """The file that holds a sample (shard, table or picture) and its key there; "" for what isn't known."""
         return "", self.name(index)
+
+    def pictures(self) -> I64 | None:
+        """A number for each sample, the same for those that share a picture; None where each has its own."""
+        return None
 
     def copies(self, shards: Sequence[int]) -> list[Copy]:
         """The local copies that samples of these shards are read from, in this order; none for local shards."""

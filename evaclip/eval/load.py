@@ -8,8 +8,8 @@ from typing import Any
 from evaclip.errors import UserError
 from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
-from evaclip.model.config import ALIASES, list_models
-from evaclip.run_files import CONFIG_FILE, EMA_FILE, MODEL_CONFIG_FILE
+from evaclip.model.config import find_model
+from evaclip.run_files import CONFIG_FILE, EMA_FILE, MODEL_CONFIG_FILE, PREPROCESS_FILE
 from evaclip.tokenizer import Tokenizer
 from evaclip.transforms import EvalTransform
 from evaclip.weights import find_weights
@@ -49,7 +49,7 @@ def load_model(given: str, *, device: str = "cpu", average: bool = True) -> Load
     if path.is_dir():
         return _load_checkpoint(path, device, average)
     name, _, weights = given.partition(":")
-    if ALIASES.get(name, name) not in list_models() and len(path.parts) > 1:
+    if find_model(name) is None and len(path.parts) > 1:
         raise UserError(f"there is no folder {given!r}; give a run folder, a checkpoint folder or NAME[:WEIGHTS]")
     model = create_model(name, pretrained=weights or None, device=device)
     return _loaded(name, weights or "random weights", model)
@@ -62,6 +62,8 @@ def _load_checkpoint(folder: Path, device: str, average: bool) -> LoadedModel:
         weights = checkpoint / EMA_FILE
     options = _model_options(checkpoint / MODEL_CONFIG_FILE)
     name = str(options.pop("name"))
+    if (checkpoint / PREPROCESS_FILE).is_file():
+        options.pop("preprocess", None)
     run = folder if (folder / CONFIG_FILE).is_file() else checkpoint.parent.parent
     is_run = (run / CONFIG_FILE).is_file()
     model = create_model(name, pretrained=weights, device=device, **options)

@@ -1,42 +1,29 @@
 """Pictures with all their captions, however a source lists them."""
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from evaclip.data import BadSample, RawSample, Source
+from evaclip.data import BadSample, Source
 from evaclip.data.faults import FaultLog
+from evaclip.data.held_out import Selection
 from evaclip.data.samples import decode_image
-from evaclip.data.source import hash_list
 from evaclip.errors import UserError
 from evaclip.eval.features import FeatureOptions, ImageTextModel, Tokenizer, encode_images, encode_texts
 
 
-class Selection(Source):
-    """Some samples of another source, in the given order; a sample's key is its index in that source."""
+@dataclass
+class Picture:
+    """A picture of a source: the first sample that has it, the captions of all that do, and how many these are."""
 
-    def __init__(self, source: Source, indices: Sequence[int]) -> None:
-        self._source = source
-        self._indices = list(indices)
-        self.description = source.description
-        self.decoding = source.decoding
-        self.fingerprint = hash_list(source.fingerprint, (("", index) for index in self._indices))
-        self.shard_sizes = [len(self._indices)]
-
-    def __getitem__(self, index: int) -> RawSample:
-        sample = self._source[self._indices[index]]
-        return RawSample(str(self._indices[index]), sample.image, sample.captions)
-
-    def name(self, index: int) -> str:
-        return self._source.name(self._indices[index])
-
-    def close(self) -> None:
-        self._source.close()
+    index: int
+    captions: list[str]
+    samples: int = 1
 
 
 @dataclass(frozen=True)
@@ -84,7 +71,8 @@ def encode_pairs(
     Raises:
         UserError: nothing could be read.
     """
-    pictures = _pictures(source)
+    found = distinct_pictures(source, range(len(source)))
+    pictures = {picture.index: picture for picture in found.values()}
     if not pictures:
         raise UserError(f"none of the {len(source)} samples of {source.description} could be read")
     images = encode_images(model, transform, Selection(source, list(pictures)), options)
@@ -102,27 +90,24 @@ def encode_pairs(
     )
 
 
-@dataclass
-class _Picture:
-    """The distinct captions of a picture, and how many samples it is that of."""
-
-    captions: list[str] = field(default_factory=list)
-    samples: int = 0
-
-
-def _pictures(source: Source) -> dict[int, _Picture]:
-    """The pictures by the index of their first sample. Samples that cannot be read are logged and left out."""
-    first: dict[bytes, int] = {}
-    pictures: dict[int, _Picture] = {}
+def distinct_pictures(source: Source, indices: Iterable[int]) -> dict[bytes, Picture]:
+    """The pictures of these samples by a hash of their bytes. Samples that can't be read are logged and left out."""
+    pictures: dict[bytes, Picture] = {}
     faults = FaultLog()
     faults.add(source.faults)
-    for index in range(len(source)):
+    for index in indices:
         try:
             sample = source[index]
         except BadSample as exc:
             faults.add([exc.fault])
             continue
-        picture = pictures.setdefault(first.setdefault(hashlib.sha256(sample.image).digest(), index), _Picture())
-        picture.captions += [caption for caption in sample.captions if caption not in picture.captions]
-        picture.samples += 1
+        merge(pictures, {hashlib.sha256(sample.image).digest(): Picture(index, list(sample.captions))})
     return pictures
+
+
+def merge(pictures: dict[bytes, Picture], others: Mapping[bytes, Picture]) -> None:
+    """Adds pictures of later samples, or their captions where the picture is known."""
+    for digest, other in others.items():
+        known = pictures.setdefault(digest, Picture(other.index, [], 0))
+        known.captions += dict.fromkeys(caption for caption in other.captions if caption not in known.captions)
+        known.samples += other.samples

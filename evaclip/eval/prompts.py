@@ -2,17 +2,32 @@
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from evaclip.errors import UserError
 
 IMAGENET = "imagenet"
 PLACEHOLDER = "{}"
+
+IMAGENET_CLASSNAMES: Sequence[str]
+"""open_clip's list of the 1,000 cleaned class names, in the order of the labels."""
+OPENAI_IMAGENET_TEMPLATES: Sequence[Callable[[str], str]]
+"""open_clip's 80 templates of the CLIP paper, functions from a class's name to a sentence."""
+SIMPLE_IMAGENET_TEMPLATES: Sequence[Callable[[str], str]]
+"""The 7 of them that do nearly as well."""
+_FROM_OPEN_CLIP = ("IMAGENET_CLASSNAMES", "OPENAI_IMAGENET_TEMPLATES", "SIMPLE_IMAGENET_TEMPLATES")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FROM_OPEN_CLIP:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_open_clip_data(), name)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,16 @@
 """Zero-shot classification: pictures against each class's mean prompt (arXiv 2103.00020, section 3.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from evaclip.errors import UserError
 from evaclip.eval.features import FeatureOptions, ImageTextModel, Tokenizer, encode_texts
-from evaclip.eval.prompts import PromptSet
+from evaclip.eval.prompts import PLACEHOLDER, PromptSet
 from evaclip.eval.ranking import hit_rate, target_ranks, top_items
 
 
@@ -65,6 +65,45 @@ def build_classifier(
     texts = [text for name in prompts.classnames for text in prompts.prompts(name)]
     features = encode_texts(model, tokenizer, texts, options)
     return normalize(features.view(len(prompts.classnames), len(prompts.templates), -1).mean(1), dim=-1)
+
+
+def build_zero_shot_classifier(
+    model: ImageTextModel,
+    tokenizer: Tokenizer,
+    classnames: Sequence[str],
+    templates: Sequence[str | Callable[[str], str]],
+    num_classes_per_batch: int | None = 10,
+    device: str | torch.device | None = None,
+    use_tqdm: bool = False,
+) -> Tensor:
+    """`build_classifier` as open_clip spells it: one column per class.
+
+    Args:
+        templates: texts with `{}`, or functions from a class's name to a sentence.
+        num_classes_per_batch: classes that are encoded at once; None for all.
+        device: of the result; None for the model's.
+        use_tqdm: show a bar, on a terminal.
+
+    Returns:
+        `[embed_dim, classes]` in the dtype of the model's parameters.
+
+    Raises:
+        UserError: without classes or templates, or for a template without a place for the class.
+
+    Example:
+        `classifier = evaclip.build_zero_shot_classifier(model, tokenizer, ["cat", "dog"], ["a photo of a {}."])`
+    """
+    texts = [template if isinstance(template, str) else template(PLACEHOLDER) for template in templates]
+    for text in texts:
+        if PLACEHOLDER not in text:
+            raise UserError(f"template {text!r} lacks the placeholder {PLACEHOLDER}")
+    if not texts or not classnames:
+        raise UserError(f"expected classes and templates, got {len(classnames)} and {len(texts)}")
+    assert isinstance(model, nn.Module)
+    parameter = next(model.parameters())
+    options = FeatureOptions(batch_size=len(texts) * (num_classes_per_batch or len(classnames)), progress=use_tqdm)
+    classifier = build_classifier(model, tokenizer, classnames, texts, options)
+    return classifier.T.to(device or parameter.device, parameter.dtype)
 
 
 def evaluate(features: Tensor, labels: Tensor, classifier: Tensor, classnames: Sequence[str]) -> ZeroShotResult:

@@ -1,6 +1,7 @@
 """The two towers and the temperature between them."""
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ class CLIP(nn.Module):
         visual, text: the towers.
         logit_scale: 0-D, the logarithm of the factor of the cosine similarities.
         config: what the model was built from.
+        context_length: tokens of the longest text.
     """
 
     def __init__(self, config: CLIPConfig, savings: Savings | None = None) -> None:
@@ -48,6 +50,40 @@ class CLIP(nn.Module):
         """Changes what both towers leave out, from the next forward pass on."""
         self.visual.savings = self.text.savings = savings
 
+    @property
+    def context_length(self) -> int:
+        return self.config.text.context_length
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training keeps each block's input alone, and computes the block again in the backward pass.
+
+        Example:
+            `model.set_grad_checkpointing()`
+        """
+        self.set_savings(replace(self.visual.savings, recompute="block" if enable else "none"))
+
+    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Takes the image tower out of training (LiT, Zhai et al. 2022, arXiv 2111.07991); an optimizer made
+        afterwards has nothing of it.
+
+        Args:
+            unlocked_groups: groups that are trained all the same, counted from the output: the projection, the last
+                block with the norm behind it, each block before it, the embeddings.
+            freeze_bn_stats: changes nothing, as there is no batch norm.
+
+        Example:
+            `model.lock_image_tower(unlocked_groups=2)`
+        """
+        self.visual.lock(unlocked_groups)
+
+    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
+        """As `lock_image_tower`; the norms of what is locked are locked as well, whatever `freeze_layer_norm` says.
+
+        Example:
+            `model.lock_text_tower()`
+        """
+        self.text.lock(unlocked_layers)
+
     def encode_image(self, images: Tensor, normalize: bool = False, *, token_index: Tensor | None = None) -> Tensor:
         """Embeddings `[B, embed_dim]` of images `[B, 3, image_size, image_size]`, of length 1 if `normalize`.
 
@@ -63,6 +99,17 @@ class CLIP(nn.Module):
         """Embeddings `[B, embed_dim]` of token ids `[B, N]`, of length 1 if `normalize`; `layout` as in `TextTower`."""
         features = self.text(tokens, layout)
         return F.normalize(features, dim=-1) if normalize else features
+
+    def get_logits(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine similarities times `logit_scale.exp()`, `[B, M]`, of images `[B, 3, height, width]` and token ids
+        `[M, N]`; and the same transposed.
+
+        Example:
+            `model.get_logits(images, tokenizer(names))[0].softmax(-1)`
+        """
+        image_features, text_features, scale = self(images, tokens)
+        logits = scale * image_features @ text_features.T
+        return logits, logits.T
 
     def forward(
         self, images: Tensor, tokens: Tensor, *, token_index: Tensor | None = None, layout: Layout | None = None

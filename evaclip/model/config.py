@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from evaclip.errors import UserError, unknown_name
@@ -41,6 +42,10 @@ ALIASES = {
     "timm/eva02_enormous_patch14_plus_clip_224.laion2b_s9b_b144k": "EVA02-CLIP-bigE-14-plus",
 }
 
+
+_HUB = "hf-hub:"
+_added: dict[str, Path] = {}
+"""Files of `add_model_config`, by name."""
 
 _RATES = ("drop_path", "patch_dropout")
 
@@ -237,24 +242,86 @@ def override(config: Config, changes: Mapping[str, Any], path: str = "") -> Conf
 
 
 def list_models() -> list[str]:
-    """Names of the shipped configurations."""
-    folder = files("evaclip") / "configs"
-    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+    """Names of the shipped configurations, and of those that `add_model_config` added.
+
+    Example:
+        `"EVA02-CLIP-L-14" in evaclip.list_models()`
+    """
+    return sorted([*_shipped(), *_added])
+
+
+def add_model_config(path: str | Path) -> None:
+    """Adds configurations of one's own under the names of their files, in this process.
+
+    Args:
+        path: a JSON file with what differs from `CLIPConfig()`, such as `{"vision": {"layers": 6}}`, or a folder of
+            such files.
+
+    Raises:
+        UserError: for a file that is none, or that has the name of a shipped configuration.
+
+    Example:
+        `evaclip.add_model_config("my-small-clip.json"); evaclip.create_model("my-small-clip")`
+    """
+    path = Path(path)
+    found = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not found:
+        raise UserError(f"the folder {str(path)!r} has no .json file")
+    for file in found:
+        if file.stem in _shipped():
+            raise UserError(f"{str(file)!r} has the name of a shipped model; give it another name")
+        _read_config(file)
+    _added.update({file.stem: file for file in found})
+    get_config.cache_clear()
+
+
+def find_model(name: str) -> str | None:
+    """The configuration's own name, from any spelling of it; None if there is none.
+
+    Case doesn't matter, nor do `_` and `/` in the place of `-`, and `hf-hub:` in front of a name of the hub.
+    """
+    spellings = {_spelling(known): known for known in list_models()}
+    spellings |= {_spelling(alias): known for alias, known in ALIASES.items()}
+    return spellings.get(_spelling(name))
 
 
 @cache
 def get_config(name: str) -> CLIPConfig:
-    """The configuration called `name`; names of open_clip are accepted too.
+    """The configuration called `name`, in any spelling that `find_model` knows; names of open_clip are accepted too.
 
     Raises:
         UserError: for an unknown name, with the nearest known ones.
+
+    Example:
+        `evaclip.get_config("EVA02-B-16").vision.image_size` is 224.
     """
-    known = list_models()
-    stem = ALIASES.get(name, name)
-    if stem not in known:
-        raise unknown_name("model", name, [*known, *ALIASES])
+    stem = find_model(name)
+    if stem is None:
+        raise unknown_name("model", name, [*list_models(), *ALIASES])
+    if stem in _added:
+        return _read_config(_added[stem])
     text = (files("evaclip") / "configs" / f"{stem}.json").read_text(encoding="utf-8")
     return override(CLIPConfig(), json.loads(text))
+
+
+@cache
+def _shipped() -> tuple[str, ...]:
+    folder = files("evaclip") / "configs"
+    return tuple(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def _spelling(name: str) -> str:
+    return name.removeprefix(_HUB).lower().replace("_", "-").replace("/", "-")
+
+
+def _read_config(file: Path) -> CLIPConfig:
+    try:
+        options = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(options, dict):
+            raise ValueError(f"it holds a {type(options).__name__}; expected an object with options")
+        return override(CLIPConfig(), options)
+    except (OSError, ValueError, UserError) as exc:
+        raise UserError(f"{str(file)!r} is no model configuration: {exc}") from exc
 
 
 def _pair(sizes: Sequence[Any]) -> tuple[int, int]:

@@ -8,15 +8,22 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import evakernels
-from evaclip.atomic import replacing
 from evaclip.errors import UserError
 from evaclip.model.clip import CLIP
+from evaclip.outputs import check_output, writing
 
 SUFFIXES = (".pt2", ".onnx")
 _OPSET = 20
 
 
-def export(model: CLIP, tower: Literal["image", "text"], target: Path, *, normalize: bool = False) -> None:
+def export(
+    model: CLIP,
+    tower: Literal["image", "text"],
+    target: Path,
+    *,
+    normalize: bool = False,
+    overwrite: bool = False,
+) -> None:
     """Writes a program from images `[B, 3, H, W]`, or token ids `[B, context_length]`, to embeddings `[B, embed_dim]`.
 
     B is any number. The ops of evakernels are replaced by what they mean in torch's operators.
@@ -26,19 +33,26 @@ def export(model: CLIP, tower: Literal["image", "text"], target: Path, *, normal
         tower: which half of the model.
         target: `.pt2` for `torch.export.load`, `.onnx` for any ONNX runtime; appears complete or not at all.
         normalize: whether embeddings have length 1.
+        overwrite: replace `target` if it exists. What lies in a run or a checkpoint is never replaced.
 
     Raises:
-        UserError: for another suffix, or where the packages that write ONNX are missing.
+        UserError: for a target that may not or can't be written, or where the packages that write ONNX are missing.
     """
-    if target.suffix not in SUFFIXES:
-        raise UserError(f"{str(target)!r} can't be written; expected {' or '.join(SUFFIXES)}")
+    check_target(target, overwrite)
     program = exported(model, tower, normalize)
-    with replacing(target) as temporary:
+    with writing(target) as temporary:
         if target.suffix == ".pt2":
             with temporary.open("wb") as stream:
                 torch.export.save(program, stream)
         else:
             _save_onnx(program, temporary)
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raises UserError for a file that `export` doesn't write."""
+    if target.suffix not in SUFFIXES:
+        raise UserError(f"{str(target)!r} can't be written; expected {' or '.join(SUFFIXES)}")
+    check_output(target, overwrite=overwrite)
 
 
 def exported(model: CLIP, tower: Literal["image", "text"], normalize: bool = False) -> ExportedProgram:

@@ -129,6 +129,7 @@ class TextTower(Tower):
     """Token ids -> one embedding per text, taken at the end token."""
 
     embeddings: ClassVar[tuple[str, ...]] = ("positional_embedding", "token_embedding")
+    projection: ClassVar[str] = "text_projection"
 
     def __init__(self, config: TextConfig, embed_dim: int, savings: Savings) -> None:
         super().__init__(config.layers, savings)

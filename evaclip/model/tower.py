@@ -21,6 +21,8 @@ class Tower(nn.Module):
 
     embeddings: ClassVar[tuple[str, ...]]
     """First parts of the names of the parameters in front of the first block."""
+    projection: ClassVar[str]
+    """First part of the names of the parameters behind the last norm."""
 
     def __init__(self, layers: int, savings: Savings) -> None:
         super().__init__()
@@ -42,6 +44,15 @@ class Tower(nn.Module):
             return 0
         block = _BLOCK.search(name)
         return int(block[1]) + 1 if block else self.layers + 1
+
+    def lock(self, unlocked_groups: int = 0) -> None:
+        """Takes the tower out of training but for its last groups, counted from the output: the projection, the last
+        block with the norm behind it, each block before it, the embeddings.
+        """
+        for name, parameter in self.named_parameters():
+            layer = self.layer_id(name)
+            behind = layer > self.layers and not name.startswith(self.projection)
+            parameter.requires_grad_(layer - behind >= self.num_layer_ids - unlocked_groups)
 
     def run_blocks(self, blocks: nn.ModuleList, x: Tensor, *context: Any, pooled_last: bool = True) -> Tensor:
         """`x` through all blocks; each is called as `block(x, *context, pooled)`.

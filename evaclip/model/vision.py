@@ -52,6 +52,7 @@ class VisionTower(Tower):
     """
 
     embeddings: ClassVar[tuple[str, ...]] = ("patch_embed", "pos_embed", "cls_token")
+    projection: ClassVar[str] = "head"
 
     def __init__(self, config: VisionConfig, embed_dim: int, savings: Savings) -> None:
         super().__init__(config.layers, savings)

@@ -93,12 +93,12 @@ RELEASES: dict[str, dict[str, Release]] = {
 
 
 def split_name(name: str) -> tuple[str, str | None]:
-    """Model and tag of `NAME` or `NAME.TAG`.
+    """Model and tag of `NAME` or `NAME.TAG`, in any case, also with `timm/` or `hf-hub:timm/` in front.
 
     Raises:
         UserError: for a model or a tag that doesn't exist.
     """
-    model, _, tag = name.partition(".")
+    model, _, tag = name.lower().removeprefix("hf-hub:").removeprefix("timm/").partition(".")
     if model not in RELEASES:
         raise unknown_name("vision model", model, RELEASES)
     if tag and tag not in RELEASES[model]:

@@ -1,10 +1,12 @@
 """The spellings of open_clip's and EVA-CLIP's training scripts, as ways to say configuration keys."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from evaclip.train.tree import Tree, nest
+from evaclip.errors import UserError, unknown_name
+from evaclip.model.config import find_model
+from evaclip.train.tree import Tree, merge, nest
 
 
 @dataclass(frozen=True)
@@ -15,31 +17,114 @@ class Alias:
         key: the configuration key that it sets; None for a flag that is accepted and has nothing to set.
         constant: what a flag without a value sets.
         words: their values that are called otherwise here.
+        many: takes several values.
+        read: turns its value into a change, where that is more than the one key.
         note: said when the flag is used.
+        refused: why there is no such thing here, and what does it instead.
     """
 
     flag: str
-    key: str | None
+    key: str | None = None
     constant: Any = None
     words: dict[str, Any] = field(default_factory=dict)
+    many: bool = False
+    read: Callable[[Any], Tree] | None = None
     note: str = ""
+    refused: str = ""
 
     @property
     def takes_value(self) -> bool:
         return self.constant is None
 
+    @property
+    def meaning(self) -> str:
+        """What `--help` says about it."""
+        if self.refused:
+            return f"refused: {self.refused}"
+        return self.key or f"accepted: {self.note}"
 
+    def change(self, given: Any) -> Tree:
+        """What it changes, with the value that was given."""
+        value = given if self.takes_value else self.constant
+        if self.read is not None:
+            return self.read(value)
+        if self.key is None:
+            return {}
+        return nest(self.key, self.words.get(value, value) if isinstance(value, str) else value)
+
+
+def _pretrained(value: str) -> Tree:
+    """`SOURCE`, or `NAME:SOURCE` with the name of the model."""
+    name, colon, source = value.partition(":")
+    if colon and source and find_model(name):
+        return {"model": {"name": name, "pretrained": source}}
+    return nest("model.pretrained", value or None)
+
+
+def _validation(value: str) -> Tree:
+    """The whole of another set than the recipe's."""
+    return {"eval": {"data": {"train": value}, "first": 0, "samples": None}}
+
+
+def _trackers(value: str) -> Tree:
+    """`wandb`, `tensorboard`, both with a comma between them, `all`, or nothing."""
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    for name in names:
+        if name not in _TRACKERS:
+            raise unknown_name("--report-to", name, _TRACKERS)
+    every = "all" in names
+    change = nest("log.tensorboard", every or "tensorboard" in names)
+    if every or "wandb" in names:
+        change = merge(change, nest("log.wandb.project", _PROJECT))
+    return change
+
+
+def _image_size(values: Sequence[str]) -> Tree:
+    """One side, or height and width."""
+    sizes = [int(value) if value.isdecimal() else value for value in values]
+    return nest("model.options.vision.image_size", sizes[0] if len(sizes) == 1 else sizes)
+
+
+def _whole_number(key: str) -> Callable[[str], Tree]:
+    return lambda value: nest(key, int(value) if value.isdecimal() else value)
+
+
+_TRACKERS = ("tensorboard", "wandb", "all")
+_PROJECT = "open-clip"
 _PRECISIONS = {
     "amp": "amp_fp16",
     "amp_bfloat16": "amp_bf16",
     "pure_bf16": "bf16",
     "pure_fp16": "fp16",
 }
+_NEVER = {"0": None}
 _EXACT = "the loss here is always that of the whole batch, exact, and without a matrix of the batch's size"
+_NO_BATCH_NORM = "EVA-CLIP has no batch norm"
+_NO_COCA = "there is no CoCa here"
+_NO_DISTILLATION = "there is no distillation here"
+_COOLDOWN = "schedule.name is cosine or constant; schedule.final_factor is where the cosine ends"
+_TORCHRUN = "torchrun starts the processes, and its --rdzv-endpoint and --rdzv-backend say where they meet"
+_IMAGENET = "measure it with: evaclip eval zero-shot RUN --data FOLDER --classes imagenet, also while the run goes on"
+_SYNC = "copy the run beside the training, as with aws s3 sync: its checkpoints appear whole or not at all"
+_IN_PLACE_OF = {"schedule.epochs": "schedule.steps", "schedule.warmup_steps": "schedule.warmup_share"}
+_OF_EITHER_SET = ("--dataset-type", "--csv-img-key", "--csv-caption-key", "--csv-separator")
 
 ALIASES = (
     Alias("--train-data", "data.train"),
     Alias("--data", "data.train"),
+    Alias(
+        "--train-data-upsampling-factors",
+        refused="data.mixture={NAME: {train: PATH, weight: SHARE}, ...} mixes data sets in proportions",
+    ),
+    Alias("--val-data", "eval.data.train", read=_validation),
+    Alias("--val-num-samples", "eval.samples"),
+    Alias("--imagenet-val", refused=_IMAGENET),
+    Alias("--imagenet-v2", refused=_IMAGENET),
+    Alias("--val-frequency", "eval.every_epochs", words=_NEVER),
+    Alias("--zeroshot-frequency", "eval.every_epochs", words=_NEVER),
+    Alias(
+        "--dataset-resampled", constant=True, note="each sample comes once an epoch; shards are shuffled every epoch"
+    ),
     Alias("--dataset-type", "data.kind"),
     Alias("--csv-img-key", "data.image_key"),
     Alias("--csv-caption-key", "data.caption_key"),
@@ -49,16 +134,53 @@ ALIASES = (
     Alias("--epochs", "schedule.epochs"),
     Alias("--warmup", "schedule.warmup_steps"),
     Alias("--lr-scheduler", "schedule.name", words={"const": "constant"}),
+    Alias("--skip-scheduler", "schedule.name", constant="constant", note="warm-up stays; --warmup 0 leaves it out too"),
+    Alias("--epochs-cooldown", refused=_COOLDOWN),
+    Alias("--lr-cooldown-end", refused=_COOLDOWN),
+    Alias("--lr-cooldown-power", refused=_COOLDOWN),
     Alias("--batch-size", "batch_size"),
     Alias("--accum-freq", "accumulation"),
     Alias("--precision", "precision", words=_PRECISIONS),
     Alias("--model", "model.name"),
-    Alias("--pretrained", "model.pretrained"),
+    Alias("--pretrained", "model.pretrained", read=_pretrained),
     Alias("--pretrained-image", "model.pretrained_image"),
     Alias("--pretrained-text", "model.pretrained_text"),
+    Alias("--lock-image", "model.lock_image", constant=True),
+    Alias("--lock-image-unlocked-groups", "model.lock_image_unlocked_groups"),
+    Alias("--lock-image-freeze-bn-stats", constant=True, note=_NO_BATCH_NORM),
+    Alias("--lock-text", "model.lock_text", constant=True),
+    Alias("--lock-text-unlocked-layers", "model.lock_text_unlocked_layers"),
+    Alias("--lock-text-freeze-layer-norm", constant=True, note="the norms of what is locked are locked as well"),
     Alias("--force-patch-dropout", "model.patch_dropout"),
+    Alias("--force-image-size", "model.options.vision.image_size", many=True, read=_image_size),
+    Alias(
+        "--force-context-length",
+        "model.options.text.context_length",
+        read=_whole_number("model.options.text.context_length"),
+    ),
+    Alias(
+        "--force-quick-gelu",
+        constant=True,
+        refused="EVA-CLIP has exact GELU, and weights that were trained with QuickGELU don't fit",
+    ),
+    Alias("--force-custom-text", constant=True, note="the text tower is always a module of its own"),
+    Alias("--image-mean", "model.options.preprocess.mean", many=True),
+    Alias("--image-std", "model.options.preprocess.std", many=True),
+    Alias("--image-interpolation", "model.options.preprocess.interpolation"),
+    Alias("--image-resize-mode", "model.options.preprocess.resize"),
+    Alias(
+        "--aug-cfg",
+        many=True,
+        refused="data.augmentation does it, such as --set 'data.augmentation={scale: [0.5, 1.0], grayscale: 0.1}'",
+    ),
     Alias("--grad-checkpointing", "model.savings.recompute", constant="block"),
-    Alias("--opt", "optim.name"),
+    Alias("--torchcompile", "compile", constant="blocks"),
+    Alias("--torchscript", constant=True, refused="--torchcompile (compile=blocks) compiles the model"),
+    Alias("--trace", constant=True, refused="evaclip export writes a trained model as a program"),
+    Alias("--use-bn-sync", constant=True, note=_NO_BATCH_NORM),
+    Alias("--use-bnb-linear", refused="there are no 8-bit layers here; precision=bf16 has 2 bytes a weight"),
+    Alias("--opt", "optim.name", words={"timm/adamw": "adamw", "timm/lamb": "lamb"}),
+    Alias("--momentum", refused="it belongs to timm's SGD; AdamW and LAMB have optim.beta1"),
     Alias("--lr", "optim.lr"),
     Alias("--visual-lr", "optim.visual.lr"),
     Alias("--text-lr", "optim.text.lr"),
@@ -72,8 +194,31 @@ ALIASES = (
     Alias("--siglip", "loss.name", constant="siglip"),
     Alias("--local-loss", None, constant=True, note=_EXACT),
     Alias("--gather-with-grad", None, constant=True, note=_EXACT),
-    Alias("--save-frequency", "checkpoint.every_epochs"),
+    Alias("--loss-dist-impl", note=_EXACT),
+    Alias("--coca-caption-loss-weight", refused=_NO_COCA),
+    Alias("--coca-contrastive-loss-weight", refused=_NO_COCA),
+    Alias("--distill-model", refused=_NO_DISTILLATION),
+    Alias("--distill-pretrained", refused=_NO_DISTILLATION),
+    Alias("--save-frequency", "checkpoint.every_epochs", words=_NEVER),
+    Alias("--save-most-recent", constant=True, note="checkpoints/latest always names the newest"),
+    Alias("--delete-previous-checkpoint", "checkpoint.keep", constant=1),
+    Alias("--remote-sync", refused=_SYNC),
+    Alias("--remote-sync-frequency", refused=_SYNC),
+    Alias("--remote-sync-protocol", refused=_SYNC),
     Alias("--log-every-n-steps", "log.every_steps"),
+    Alias("--log-local", constant=True, note="the first process logs for all"),
+    Alias("--report-to", "log", read=_trackers),
+    Alias("--wandb-project-name", "log.wandb.project"),
+    Alias("--wandb-notes", refused="the environment variable WANDB_NOTES says it"),
+    Alias(
+        "--copy-codebase", constant=True, refused="RUN/config.yaml and RUN/events.jsonl hold configuration and versions"
+    ),
+    Alias("--cache-dir", refused="the environment variable HF_HOME says where downloads lie"),
+    Alias("--dist-url", refused=_TORCHRUN),
+    Alias("--dist-backend", refused=_TORCHRUN),
+    Alias("--horovod", constant=True, refused=_TORCHRUN),
+    Alias("--ddp-static-graph", constant=True, note="gradients are averaged after the backward pass, without DDP"),
+    Alias("--no-set-device-rank", constant=True, refused="--device cuda:0 names the device of each process"),
     Alias("--name", "name"),
     Alias("--logs", "output"),
     Alias("--seed", "seed"),
@@ -87,18 +232,23 @@ def changes(given: Mapping[str, Any], accumulation: int, processes: int) -> list
         given: values by flag, True for a flag without one; of those that aren't given None, False or nothing.
         accumulation: of the configuration so far.
         processes: that train together.
+
+    Raises:
+        UserError: for a flag that is refused, with what does it here.
     """
     found = []
     for alias in _used(given):
-        if alias.key is None:
-            continue
-        value = given[alias.flag] if alias.takes_value else alias.constant
+        value = given[alias.flag]
+        if alias.refused:
+            raise UserError(f"{alias.flag} isn't taken here: {alias.refused}")
         if alias.key == "batch_size":
             # There it counts one chunk of one process, here the whole batch.
             value = _times(value, _times(given.get("--accum-freq") or accumulation, processes))
-        found.append(nest(alias.key, alias.words.get(value, value)))
-        if alias.key == "schedule.epochs":
-            found.append(nest("schedule.steps", None))
+        found.append(alias.change(value))
+        if alias.key in _IN_PLACE_OF:
+            found.append(nest(_IN_PLACE_OF[alias.key], None))
+        if alias.flag in _OF_EITHER_SET and given.get("--val-data"):
+            found.append({"eval": alias.change(value)})
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from evaclip.data import Source, TrainLoader, open_configured
+from evaclip.data.held_out import hold_out
 from evaclip.errors import UserError
 from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
@@ -20,7 +21,7 @@ from evaclip.train.compiled import compile_blocks
 from evaclip.train.config import ModelConfig, TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.ema import Ema
-from evaclip.train.evaluation import Evaluation
+from evaclip.train.evaluation import Evaluation, feature_options
 from evaclip.train.loss import SIGLIP_INITIAL_SCALE, ContrastiveLoss
 from evaclip.train.optimizer import build_optimizer, parameter_groups
 from evaclip.train.schedule import total_steps
@@ -40,6 +41,7 @@ class Parts:
         flops_per_sample: model FLOPs of a training step per sample, forward and backward.
         peak_flops: FLOP/s of all devices together.
         epoch_samples: samples that count as one epoch.
+        remarks: what is to be said about the data before the run begins.
     """
 
     config: TrainConfig
@@ -54,6 +56,7 @@ class Parts:
     epoch_samples: int
     flops_per_sample: float
     peak_flops: float
+    remarks: list[str]
 
 
 def build(config: TrainConfig, world: World) -> Parts:
@@ -65,7 +68,8 @@ def build(config: TrainConfig, world: World) -> Parts:
     per_process = _per_process(config, world)
     if not (config.data.train or config.data.mixture):
         raise UserError("data.train is not set: name your data, such as --train-data 'shards/{00000..00099}.tar'")
-    source = open_configured(config.data)
+    whole = open_configured(config.data)
+    source, held_out = hold_out(whole, config.held_out or 0.0, config.seed)
     # All processes draw the same start weights, and different random numbers from then on.
     rng.seed_all(config.seed, 0)
     model = build_model(config, world)
@@ -83,11 +87,12 @@ def build(config: TrainConfig, world: World) -> Parts:
         loader=_loader(config, world, source, model, tokenizer, per_process),
         step=TrainStep(model, loss, optimizer, options, world),
         ema=None if config.ema_decay is None else Ema(model, config.ema_decay),
-        evaluation=_evaluation(config, world, model, tokenizer),
+        evaluation=_evaluation(config, world, model, tokenizer, held_out),
         total_steps=total_steps(config.schedule, config.batch_size, len(source)),
         epoch_samples=epoch_samples,
         flops_per_sample=BACKWARD_FACTOR * flops_per_sample(model.config, 1 - model.visual.patch_dropout),
         peak_flops=world.size * peak_flops(world.device, config.precision),
+        remarks=[_held_out_of(config, whole, held_out)] if config.held_out else [],
     )
 
 
@@ -113,6 +118,10 @@ def build_model(config: TrainConfig, world: World) -> CLIP:
         move_all_but_shards(model, world.device)
     if not sharded:
         world.broadcast_(list(model.parameters()))
+    if config.model.lock_image:
+        model.lock_image_tower(config.model.lock_image_unlocked_groups)
+    if config.model.lock_text:
+        model.lock_text_tower(config.model.lock_text_unlocked_layers)
     if config.compile == "blocks":
         compile_blocks(model)
     if config.loss.name == "siglip" and config.model.pretrained is None:
@@ -164,9 +173,23 @@ def _loader(
 
 
 def _evaluation(
-    config: TrainConfig, world: World, model: CLIP, tokenizer: Callable[[list[str]], Tensor]
+    config: TrainConfig,
+    world: World,
+    model: CLIP,
+    tokenizer: Callable[[list[str]], Tensor],
+    held_out: Source | None,
 ) -> Evaluation | None:
-    if config.eval.data is None:
+    source = open_configured(config.eval.data) if config.eval.data else held_out
+    if source is None:
         return None
     transform = EvalTransform(model.config.vision.image_size, model.config.preprocess)
-    return Evaluation(config.eval.data, config.eval, tokenizer, transform, config.precision, world)
+    options = feature_options(config.eval, config.precision, (config.eval.data or config.data).workers)
+    return Evaluation(source, config.eval, tokenizer, transform, options, world)
+
+
+def _held_out_of(config: TrainConfig, whole: Source, held_out: Source | None) -> str:
+    share = f"held_out={config.held_out:g} of {len(whole):,} samples"
+    if held_out is None:
+        return f"{share} is none: nothing is held out"
+    use = "evaluated" if config.eval.data is None else "not used, as eval.data names another set to evaluate"
+    return f"{share}: {len(held_out):,} are never trained on; they are {use}"

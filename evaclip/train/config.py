@@ -31,6 +31,13 @@ class ModelConfig:
     """Weights that the text tower starts from, of a CLIP model of any library."""
     patch_dropout: Share | None = None
     """Share of the patch tokens that are left out in training; none keeps the model's own value."""
+    lock_image: bool = False
+    """Train nothing of the image tower (LiT, Zhai et al. 2022, arXiv 2111.07991) but what the next key says."""
+    lock_image_unlocked_groups: Annotated[int, Field(ge=0)] = 0
+    """Groups of a locked tower that are trained all the same, from the output: the projection, the last block with the
+    norm behind it, each block before it, the embeddings."""
+    lock_text: bool = False
+    lock_text_unlocked_layers: Annotated[int, Field(ge=0)] = 0
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the architecture that differ from the named model's, such as `vision: {drop_path: 0.1}`."""
     savings: Savings = Savings()
@@ -92,6 +99,8 @@ class ScheduleConfig:
     epoch_samples: Count | None = None
     """Samples that make one epoch; none takes the size of the data."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_share: Share | None = None
+    """Share of all steps that is warm-up, in the place of `warmup_steps`."""
     final_factor: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the peak rate at which the cosine ends."""
 
@@ -99,6 +108,15 @@ class ScheduleConfig:
     def _one_length(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"set either steps or epochs, got steps={self.steps} and epochs={self.epochs}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        if self.warmup_share is not None and self.warmup_steps:
+            raise ValueError(
+                "set either warmup_steps or warmup_share, and the other to null, "
+                f"got warmup_steps={self.warmup_steps} and warmup_share={self.warmup_share}"
+            )
         return self
 
 
@@ -232,12 +250,14 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class EvalConfig:
-    """Zero-shot classification among the distinct captions of an evaluation set."""
+    """Zero-shot classification among the distinct captions of an evaluation set, and retrieval of the captions."""
 
     data: DataConfig | None = None
-    """The evaluation set; none evaluates nothing."""
+    """The evaluation set; none takes the held-out samples of the training data, if there are any."""
     every_steps: Count | None = None
     """Also evaluate while training; the end of the run always does."""
+    every_epochs: Count | None = None
+    """Also evaluate at the end of these epochs."""
     first: Annotated[int, Field(ge=0)] = 0
     """Samples of the set that are left out before the first one used."""
     samples: Count | None = None
@@ -256,6 +276,9 @@ class TrainConfig:
     batch_size: Count
     """Samples of one optimizer step, over all processes: the contrastive batch."""
     data: DataConfig
+    held_out: Share | None = None
+    """Share of the data, at most 5,000 samples, that training never sees and that is evaluated unless `eval.data` names
+    another set; `seed` decides which. None and 0 hold out nothing."""
     schedule: ScheduleConfig
     output: str = "runs"
     seed: Annotated[int, Field(ge=0)] = 0

@@ -184,7 +184,11 @@ class TrainStep:
             synchronize_gradients(self.model, chunk is chunks[-1])
             rng.restore(state, self.world.device)
             gradients = [_gradient(features)[chunk.rows] for features in (image_features, text_features)]
-            torch.autograd.backward(self._features(chunk), gradients)
+            # The features of a locked tower have no graph.
+            pairs = zip(self._features(chunk), gradients, strict=True)
+            trained = [(features, gradient) for features, gradient in pairs if features.requires_grad]
+            if trained:
+                torch.autograd.backward([features for features, _ in trained], [gradient for _, gradient in trained])
         return loss
 
     def _features(self, chunk: _Chunk) -> tuple[Tensor, Tensor]:

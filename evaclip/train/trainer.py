@@ -84,6 +84,7 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
             start = locate(config, resume, overwrite, messages.append)
         start = world.from_main(start)
         parts = build(config, world)
+        messages += parts.remarks
         position, remarks = snapshot.begin(start, parts)
         messages += remarks
         if world.is_main:
@@ -156,11 +157,13 @@ class Trainer:
                 raise RunTaken("the run was taken over by another process")
             if result.updates is not None:
                 self._log(result)
-            if self._is_due(self.config.eval.every_steps):
+            evaluation = self.config.eval
+            if self._is_due(evaluation.every_steps) or self._epochs_ended(before, evaluation.every_epochs):
                 self._evaluate()
             if stop:
                 return True
-            if time_is_up or self._is_due(self.config.checkpoint.every_steps) or self._epoch_ended(before):
+            saving = self.config.checkpoint
+            if time_is_up or self._is_due(saving.every_steps) or self._epochs_ended(before, saving.every_epochs):
                 self._save()
         return False
 
@@ -293,8 +296,8 @@ class Trainer:
         minutes = self.config.checkpoint.every_minutes
         return minutes is not None and time.monotonic() - self._saved_time >= 60 * minutes
 
-    def _epoch_ended(self, before: int) -> bool:
-        every = self.config.checkpoint.every_epochs
+    def _epochs_ended(self, before: int, every: int | None) -> bool:
+        """Whether that many epochs ended in the step that began at sample `before`."""
         if every is None:
             return False
         size = every * self.parts.epoch_samples

@@ -6,18 +6,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evaclip.errors import UserError
+from evaclip.errors import UserError, unknown_name
 from evaclip.model.clip import CLIP
 from evaclip.model.config import CLIPConfig, get_config, list_models
 from evaclip.model.rotary import RotaryTable
-from evaclip.weights.files import load_state_dict, save_tensors
+from evaclip.outputs import check_output
+from evaclip.weights.files import check_suffix, load_state_dict, save_tensors, weight_files
 from evaclip.weights.layouts import is_image_tower, to_open_clip, to_timm
 
 FORMATS = ("original", "open_clip", "timm", "safetensors")
 """`original`: the authors' file, rotary tables included; `safetensors`: the same names without the tables."""
 
 
-def convert(source: Path, target: Path, layout: str, model: str | None = None) -> None:
+def convert(source: Path, target: Path, layout: str, model: str | None = None, *, overwrite: bool = False) -> None:
     """Writes the weights of `source`, in any layout, in another; the values and dtypes stay.
 
     Args:
@@ -26,12 +27,19 @@ def convert(source: Path, target: Path, layout: str, model: str | None = None) -
         layout: one of `FORMATS`.
         model: name of the configuration. `original` needs to know it, and finds it by the shapes for None; so does
             `timm` of an `eva_large_*`.
+        overwrite: replace `target` if it exists. What is read, and what lies in a run or a checkpoint, is never
+            replaced.
 
     Raises:
-        UserError: for files or names that don't fit together; nothing is written then.
+        UserError: for files or names that don't fit together, or a target that may not be written; nothing is written
+            then.
     """
+    if layout not in FORMATS:
+        raise unknown_name("layout", layout, FORMATS)
     if layout == "safetensors" and target.suffix != ".safetensors":
         raise UserError(f"{str(target)!r} doesn't end in .safetensors, which is the format asked for")
+    check_suffix(target)
+    check_output(target, overwrite=overwrite, sources=[source, *weight_files(source)])
     state = load_state_dict(source)
     save_tensors(_LAYOUTS[layout](state, model), target)
 

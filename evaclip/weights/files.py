@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from evaclip.atomic import replacing
 from evaclip.errors import UserError
+from evaclip.outputs import writing
 from evaclip.run_files import CHECKPOINTS_FOLDER, LATEST_FILE, MODEL_FILE
 from evaclip.weights.hub import HUB, download, download_released
 from evaclip.weights.layouts import to_original, unwrapped
@@ -70,9 +70,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         UserError: as `load_state_dict`.
     """
     path = Path(path)
-    parts = _parts(path) if path.name.endswith(_INDEX) else [path]
     tensors: dict[str, Tensor] = {}
-    for part in parts:
+    for part in weight_files(path):
         try:
             tensors |= unwrapped(_content(part))
         except UserError as exc:
@@ -81,20 +80,37 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold the tensors: those that an index names, else `path` itself.
+
+    Raises:
+        UserError: for an index that can't be read or that names what isn't there.
+    """
+    return _parts(path) if path.name.endswith(_INDEX) else [path]
+
+
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Writes a `.safetensors` file, or one of `torch.save`; it appears complete or not at all.
 
     Raises:
-        UserError: for another suffix.
+        UserError: for another suffix, or where the file can't be written, on a full disk for example.
     """
+    check_suffix(path)
+    dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with writing(path) as temporary:
+        try:
+            if path.suffix == ".safetensors":
+                save_file(dense, temporary, metadata={"format": "pt"})
+            else:
+                torch.save(dense, temporary)
+        except (SafetensorError, RuntimeError) as exc:
+            raise OSError(f"{exc}".splitlines()[0]) from exc
+
+
+def check_suffix(path: Path) -> None:
+    """Raises UserError for a file that `save_tensors` doesn't write."""
     if path.suffix not in _SUFFIXES:
         raise UserError(f"{str(path)!r} can't be written; expected one of {', '.join(_SUFFIXES)}")
-    dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        if path.suffix == ".safetensors":
-            save_file(dense, temporary, metadata={"format": "pt"})
-        else:
-            torch.save(dense, temporary)
 
 
 def _content(path: Path) -> Mapping[str, Any]:

@@ -58,11 +58,32 @@ def test_the_ops_are_back_afterwards(model: CLIP) -> None:
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "text.pt2"
-    assert main(["export", "tiny", str(target), "--tower", "text"]) == 0
-    assert f"wrote {target}" in capsys.readouterr().out
-    assert main(["export", "tiny", str(tmp_path / "text.tflite"), "--tower", "text"]) == 2
+    command = ["export", "tiny", str(target), "--tower", "text", "--random"]
+    assert main(command) == 0
+    assert f"wrote {target}, with random weights" in capsys.readouterr().out
+    before = target.read_bytes()
+    assert main(command) == 2
+    assert "text.pt2' exists; --force" in capsys.readouterr().err
+    assert target.read_bytes() == before
+    assert main([*command, "--force"]) == 0
+    assert main(["export", "tiny", str(tmp_path / "text.tflite"), "--tower", "text", "--random"]) == 2
     assert "expected .pt2 or .onnx" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["text.pt2"]
+
+
+def test_random_weights_are_exported_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", "tiny", str(tmp_path / "text.pt2"), "--tower", "text"])
+    assert "one of the arguments --pretrained --random is required" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_stays_as_it_is_and_no_model_is_made_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/config.yaml").touch()
+    monkeypatch.setattr("evaclip.factory.create_model", None)
+    for target in (tmp_path / "run/image.onnx", tmp_path / "missing/image.onnx"):
+        assert main(["export", "tiny", str(target), "--tower", "image", "--random", "--force"]) == 2
 
 
 def test_missing_packages_are_named(model: CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

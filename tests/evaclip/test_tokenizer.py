@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import evaclip
 from evaclip import tokenizer as module
 from evaclip.errors import UserError
 from evaclip.tokenizer import Tokenizer
@@ -120,3 +121,19 @@ def test_missing_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_FILE", "absent.txt.gz")
     with pytest.raises(UserError, match=r"has no file absent\.txt\.gz"):
         module.vocabulary_file()
+
+
+@pytest.mark.parametrize("text", ["A cat's 3 tails!", "naïve 東京 🙂", "", "a" * 300])
+def test_decoding_is_open_clips(text: str) -> None:
+    tokenizer = Tokenizer()
+    ids = tokenizer.encode(text)
+    expected = PEER.decode(ids).strip()
+    assert tokenizer.decode(ids) == expected
+    if len(ids) < 76:
+        # The start, the end and the padding of a row are no text.
+        assert tokenizer.decode(tokenizer(text)[0]) == evaclip.decode(evaclip.tokenize(text)[0]) == expected
+
+
+def test_ids_that_do_not_exist_are_named() -> None:
+    with pytest.raises(ValueError, match=r"token id 600 is outside of 0\.\.599"):
+        Tokenizer(vocab_size=600).decode([1, 600])

@@ -88,7 +88,7 @@ def test_position_embedding_fits_another_image_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "tinny"}, "unknown model 'tinny'; did you mean 'tiny'"),
+        ({"model_name": "tinny"}, "unknown model 'tinny'; did you mean 'tiny'"),
         ({"precision": "fp8"}, "unknown precision 'fp8'; did you mean"),
         ({"precision": "float32"}, "unknown precision 'float32'"),
         ({"device": "gpu"}, "device 'gpu' can't be used; accepted: cpu"),
@@ -96,12 +96,12 @@ def test_position_embedding_fits_another_image_size(tmp_path: Path) -> None:
         ({"pretrained": "nowhere/at/all"}, "no weights file or checkpoint folder 'nowhere/at/all'"),
         ({"pretrained": "weights.pt"}, "no weights file or checkpoint folder 'weights.pt'"),
         ({"pretrained": "eva_clip"}, "tiny has no released weights"),
-        ({"name": "EVA02-L-14", "pretrained": "merged2b_s4b"}, "did you mean 'merged2b_s4b_b131k'"),
+        ({"model_name": "EVA02-L-14", "pretrained": "merged2b_s4b"}, "did you mean 'merged2b_s4b_b131k'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        create_model(**{"name": "tiny", "device": "meta", **arguments})
+        create_model(**{"model_name": "tiny", "device": "meta", **arguments})
 
 
 def test_public_names_exist() -> None:

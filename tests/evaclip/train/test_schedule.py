@@ -8,6 +8,11 @@ from evaclip.train.config import ScheduleConfig
 from evaclip.train.schedule import lr_factor, total_steps
 
 
+def test_a_share_of_the_steps_is_warm_up() -> None:
+    by_share, by_steps = ScheduleConfig(steps=110, warmup_share=0.1), ScheduleConfig(steps=110, warmup_steps=11)
+    assert [lr_factor(step, 110, by_share) for step in range(110)] == [lr_factor(s, 110, by_steps) for s in range(110)]
+
+
 def test_warm_up_then_half_cosine_to_zero() -> None:
     config = ScheduleConfig(steps=110, warmup_steps=10)
     factors = [lr_factor(step, 110, config) for step in range(111)]

@@ -1,16 +1,20 @@
 """The spellings of other trainers."""
 
-import operator
+import ast
 from functools import reduce
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 
+from evaclip import create_model
 from evaclip.commands.main import build_parser
 from evaclip.errors import UserError
 from evaclip.train import aliases
-from evaclip.train.config import TrainConfig, to_tree
-from evaclip.train.overrides import resolve
+from evaclip.train.config import TrainConfig
+from evaclip.train.overrides import _check_keys, resolve
 from evaclip.train.recipes import get_recipe
+from evaclip.train.tree import Tree, merge
 
 
 def apply(*arguments: str, accumulation: int = 1, processes: int = 1) -> TrainConfig:
@@ -82,9 +86,98 @@ def test_what_is_always_so_is_accepted_and_explained() -> None:
     assert notes[0].startswith("--local-loss: the loss here is always")
 
 
-def test_every_alias_names_an_existing_key() -> None:
-    tree = to_tree(get_recipe("tiny"))
-    for alias in aliases.ALIASES:
-        if alias.key is not None:
-            *parents, key = alias.key.split(".")
-            assert key in reduce(operator.getitem, parents, tree), alias.flag
+VALUES = {"--force-image-size": ["64"], "--image-mean": ["0.1", "0.2", "0.3"], "--image-std": ["1", "1", "1"]}
+
+
+def changed(*arguments: str) -> Tree:
+    """All that flags change, as one tree."""
+    given = vars(build_parser().parse_args(["train", "tiny", *arguments]))
+    return reduce(merge, aliases.changes(given, 1, 1), {})
+
+
+@pytest.mark.parametrize("alias", aliases.ALIASES, ids=lambda alias: alias.flag)
+def test_every_alias_sets_an_existing_key_or_is_refused(alias: aliases.Alias) -> None:
+    arguments = [alias.flag, *(VALUES.get(alias.flag, ["1"]) if alias.takes_value else [])]
+    if alias.refused:
+        with pytest.raises(UserError, match=f"^{alias.flag} isn't taken here: ."):
+            changed(*arguments)
+        return
+    if alias.flag == "--report-to":
+        arguments[1] = "wandb"
+    tree = changed(*arguments)
+    assert bool(tree) == (alias.key is not None)
+    _check_keys(TrainConfig, tree, ())
+    if not tree:
+        assert alias.note
+
+
+def open_clip_options() -> dict[str, ast.Call]:
+    """All options of open_clip's trainer, as its file tells them: to run it takes packages that nothing else needs."""
+    path = metadata.distribution("open_clip_torch").locate_file("open_clip_train/params.py")
+    calls = [node for node in ast.walk(ast.parse(Path(str(path)).read_text("utf-8"))) if isinstance(node, ast.Call)]
+    added = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"]
+    return {ast.literal_eval(call.args[0]): call for call in added}
+
+
+def test_every_option_of_open_clip_is_known() -> None:
+    options = open_clip_options()
+    assert len(options) > 80
+    parser = build_parser()
+    for flag, call in options.items():
+        keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+        is_switch = "action" in keywords and ast.unparse(keywords["action"]) == "'store_true'"
+        # There a switch that fetches weights of ImageNet, in the authors' scripts and here the weights themselves.
+        value = [] if is_switch and flag != "--pretrained-image" else ["1"]
+        given = vars(parser.parse_args(["train", "tiny", flag, *value]))
+        assert given["recipe"] == "tiny", flag
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--val-data", "v.csv"], {"eval": {"data": {"train": "v.csv"}, "first": 0, "samples": None}}),
+        (
+            ["--val-data", "v.csv", "--csv-img-key", "i", "--val-num-samples", "9"],
+            {
+                "data": {"image_key": "i"},
+                "eval": {"data": {"train": "v.csv", "image_key": "i"}, "first": 0, "samples": "9"},
+            },
+        ),
+        (["--zeroshot-frequency", "0"], {"eval": {"every_epochs": None}}),
+        (["--val-frequency", "2"], {"eval": {"every_epochs": "2"}}),
+        (["--report-to", "tensorboard"], {"log": {"tensorboard": True}}),
+        (
+            ["--report-to", "wandb", "--wandb-project-name", "mine"],
+            {"log": {"tensorboard": False, "wandb": {"project": "mine"}}},
+        ),
+        (["--pretrained", "EVA02-B-16:w.pt"], {"model": {"name": "EVA02-B-16", "pretrained": "w.pt"}}),
+        (["--pretrained", "hf-hub:a/b"], {"model": {"pretrained": "hf-hub:a/b"}}),
+        (["--pretrained", ""], {"model": {"pretrained": None}}),
+        (["--force-image-size", "64"], {"model": {"options": {"vision": {"image_size": 64}}}}),
+        (["--force-image-size", "64", "96"], {"model": {"options": {"vision": {"image_size": [64, 96]}}}}),
+        (["--warmup", "7"], {"schedule": {"warmup_steps": "7", "warmup_share": None}}),
+        (
+            ["--lock-image", "--lock-image-unlocked-groups", "2"],
+            {"model": {"lock_image": True, "lock_image_unlocked_groups": "2"}},
+        ),
+        (["--torchcompile"], {"compile": "blocks"}),
+        (["--delete-previous-checkpoint"], {"checkpoint": {"keep": 1}}),
+    ],
+)
+def test_what_flags_change(arguments: list[str], expected: Tree) -> None:
+    assert changed(*arguments) == expected
+
+
+def test_values_reach_the_model() -> None:
+    options = apply(
+        "--force-image-size", "64", "--force-context-length", "9", "--image-mean", "0", "0.5", "1"
+    ).model.options
+    model = create_model("tiny", device="meta", **options)
+    assert model.config.vision.image_size == 64
+    assert model.context_length == 9
+    assert model.config.preprocess.mean == (0.0, 0.5, 1.0)
+
+
+def test_a_tracker_that_does_not_exist_is_named() -> None:
+    with pytest.raises(UserError, match="unknown --report-to 'wandbb'; did you mean 'wandb'"):
+        changed("--report-to", "wandbb")

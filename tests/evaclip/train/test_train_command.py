@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
+from safetensors.torch import save_file
 
+from evaclip import create_model
 from evaclip.commands.main import main
 from evaclip.train.config import TrainConfig
 from evaclip.train.overrides import dump_yaml, validate
@@ -37,6 +40,30 @@ def test_print_config_is_complete_and_later_words_win(capsys: Any, tmp_path: Pat
     assert (config.optim.lr, config.optim.eps, config.seed) == (2.0, 0.5, 8)
     assert (config.log.every_steps, config.device) == (3, "cpu")
     assert config.schedule == get_recipe("tiny").schedule
+
+
+def test_released_weights_are_fine_tuned_on_a_folder(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole way of one's own data, in small: a folder of classes, weights by name, and what is measured."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("daisy", "rose"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        for shade in range(20):
+            Image.new("RGB", (16, 16), (250 * (name == "rose"), 10 * shade, 90)).save(f"mine/{name}/{shade}.png")
+    save_file(create_model("tiny").state_dict(), "weights.safetensors")
+    small = ["--batch-size", "8", "--epochs", "2", "--workers", "0", "--set", "held_out=0.2", "log.tensorboard=false"]
+    command = ["train", "finetune", "--train-data", "mine/", *small]
+    assert main([*command, "--pretrained", "tiny:weights.safetensors", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "held_out=0.2 of 40 samples: 8 are never trained on; they are evaluated" in text
+    assert "zero_shot_top1" in text
+    # Captions are classes here: a picture has no caption of its own.
+    assert "image_to_text_r1" not in text
+    records = [json.loads(line) for line in Path("runs/finetune/log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "eval" in record] == [4, 8]
+    config = validate(yaml.safe_load(Path("runs/finetune/config.yaml").read_text()))
+    assert (config.model.name, config.model.pretrained) == ("tiny", "weights.safetensors")
 
 
 def test_a_dry_run_shows_the_plan_and_saves_nothing(

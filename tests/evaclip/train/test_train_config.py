@@ -10,7 +10,7 @@ from evaclip.errors import UserError
 from evaclip.train.comments import commented_yaml
 from evaclip.train.config import TrainConfig, config_hash
 from evaclip.train.overrides import dump_yaml, load_yaml, parse_assignment, resolve, validate
-from evaclip.train.recipes import RECIPES, get_recipe
+from evaclip.train.recipes import RECIPES, get_recipe, with_own_evaluation
 from evaclip.train.tree import differences, merge, nest
 
 Make = Callable[..., TrainConfig]
@@ -46,6 +46,7 @@ def test_unknown_keys_are_errors_with_the_nearest(run_config: Make, assignment: 
         ("ema_decay=1.0", "ema_decay=1.0: input should be less than 1"),
         ("accumulation=3", "batch_size=8 is no multiple of accumulation=3"),
         ("schedule.epochs=2", "schedule: set either steps or epochs, got steps=6 and epochs=2"),
+        ("schedule={steps: 9, warmup_steps: 2, warmup_share: 0.1}", "set either warmup_steps or warmup_share"),
         ("optim=5", "optim=5"),
         ("data.train=null", "data.train=None: input should be a valid string"),
     ],
@@ -185,6 +186,16 @@ def test_hash_tells_what_changes_the_weights(run_config: Make) -> None:
     assert config_hash(same) == config_hash(run_config())
     assert config_hash(run_config("optim.lr=2e-3")) != config_hash(run_config())
     assert config_hash(run_config("data.augmentation.hue=0.1")) != config_hash(run_config())
+
+
+def test_other_data_is_not_measured_on_the_drawn_circles() -> None:
+    tiny = get_recipe("tiny")
+    mine = resolve(tiny, [nest("data.train", "mine")])
+    found = with_own_evaluation(mine, tiny)
+    assert (found.eval.data, found.eval.first, found.held_out) == (None, 0, 0.05)
+    assert with_own_evaluation(resolve(mine, [{"held_out": 0}]), tiny).held_out == 0
+    for kept in (tiny, resolve(mine, [nest("eval.data.train", "other")]), get_recipe("finetune")):
+        assert with_own_evaluation(kept, tiny) == kept
 
 
 def test_trees() -> None:

@@ -1,5 +1,6 @@
 """Whole runs: what they leave behind, and what they do when something goes wrong."""
 
+import io
 import json
 import math
 import os
@@ -11,11 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from evaclip.data import Batch, TrainLoader
+from evaclip.data import Batch, TrainLoader, open_source
+from evaclip.data.shard_writer import write_shard
 from evaclip.errors import UserError
+from evaclip.eval.load import load_model
+from evaclip.eval.runs import Setting, run_retrieval, run_zero_shot
 from evaclip.factory import create_model
 from evaclip.train.config import TrainConfig
 from evaclip.train.progress import read_log
@@ -24,6 +29,12 @@ from evaclip.train.trainer import TrainingDiverged, train
 
 Make = Callable[..., TrainConfig]
 Change = Callable[[int, Batch], Batch]
+
+
+def picture(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (20 * number, 250 - 20 * number, 7)).save(buffer, "png")
+    return buffer.getvalue()
 
 
 def checkpoints(folder: Path) -> list[str]:
@@ -82,6 +93,52 @@ def test_a_run_leaves_what_it_should(run_config: Make) -> None:
     assert not torch.equal(model.visual.head.weight, averaged.visual.head.weight)
 
 
+def test_held_out_samples_are_evaluated_every_epoch_and_the_run_goes_on_with_the_same(
+    run_config: Make, capsys: Any
+) -> None:
+    """40 samples, 10 of which are held out: an epoch is 30 samples, and the third step of 8 ends none."""
+    config = ("held_out=0.25", "eval.every_epochs=1", "schedule.steps=8")
+    outcome = train(run_config(*config, "checkpoint.every_steps=3"))
+    assert "held_out=0.25 of 40 samples: 10 are never trained on; they are evaluated" in capsys.readouterr().out
+    records = read_log(outcome.folder / "log.jsonl")
+    assert [record["step"] for record in records if "eval" in record] == [4, 8]
+    assert outcome.metrics["samples"] == 10
+    assert {"image_to_text_r1", "image_to_text_r5", "text_to_image_r1", "text_to_image_r5"} < outcome.metrics.keys()
+    (outcome.folder / "checkpoints/step_00000008/state.pt").unlink()
+    resumed = train(run_config(*config), resume="auto")
+    assert resumed.metrics == outcome.metrics
+    with pytest.raises(UserError, match="not what the checkpoint was trained on"):
+        train(run_config(*config, "held_out=0.3"), resume="auto")
+
+
+def test_a_run_measures_what_the_command_measures(run_config: Make, tmp_path: Path) -> None:
+    """Two captions a picture, a picture in two samples, and one that can't be read."""
+    samples = [
+        (
+            f"{number:03d}",
+            {"png": picture(number), "json": json.dumps({"text": [f"a {number}", f"b {number}"]}).encode()},
+        )
+        for number in range(12)
+    ]
+    samples += [
+        ("x", {"png": picture(3), "json": b'{"text": ["c 3"]}'}),
+        ("y", {"png": b"?", "json": b'{"text": "d"}'}),
+    ]
+    write_shard(tmp_path / "eval.tar", samples)
+    data = {"train": str(tmp_path / "eval.tar"), "caption_key": "json:text", "workers": 0}
+    outcome = train(run_config(f"eval={{data: {json.dumps(data)}}}"))
+    source = open_source(data["train"], caption_key="json:text")
+    setting = Setting(load_model(str(outcome.folder)), data["train"], source, "title")
+    measured, _ = run_retrieval(setting)
+    zero_shot = run_zero_shot(setting, None, ("{}",))
+    for direction in ("image_to_text", "text_to_image"):
+        for k in (1, 5):
+            assert outcome.metrics[f"{direction}_r{k}"] == measured.metrics[direction]["recall"][str(k)]
+    assert outcome.metrics["zero_shot_top1"] == zero_shot.metrics["top1"]
+    assert outcome.metrics["samples"] == 13
+    assert (measured.metrics["images"], measured.metrics["captions"]) == (12, 25)
+
+
 def test_an_existing_run_is_not_overwritten_unless_asked(run_config: Make, tmp_path: Path) -> None:
     config = run_config()
     train(config)
@@ -94,6 +151,28 @@ def test_an_existing_run_is_not_overwritten_unless_asked(run_config: Make, tmp_p
     assert checkpoints(tmp_path / "run") == ["step_00000003"]
     assert len(read_log(tmp_path / "run" / "log.jsonl")) == 3
     assert (tmp_path / "run" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_locked_tower_stays_as_it_is_and_the_run_goes_on(run_config: Make, accumulation: int) -> None:
+    locked = ("model.lock_image=true", "model.lock_image_unlocked_groups=1", f"accumulation={accumulation}")
+    folder = train(run_config(*locked, "checkpoint.every_steps=3")).folder / "checkpoints"
+    first, last = (load_file(folder / f"step_{step:08d}/model.safetensors") for step in (3, 6))
+    moved = {name for name, value in last.items() if not torch.equal(value, first[name])}
+    assert {name for name in moved if name.startswith("visual.")} == {"visual.head.weight", "visual.head.bias"}
+    assert "text.token_embedding.weight" in moved
+    (folder / "step_00000006/state.pt").unlink()
+    train(run_config(*locked), resume="auto")
+    again = load_file(folder / "step_00000006/model.safetensors")
+    assert all(torch.equal(value, last[name]) for name, value in again.items())
+
+
+def test_both_towers_may_be_locked(run_config: Make) -> None:
+    """What is left is the temperature."""
+    folder = train(run_config("model.lock_image=true", "model.lock_text=true", "accumulation=2")).folder
+    records = read_log(folder / "log.jsonl")
+    assert records[-1]["update_norm_visual"] == records[-1]["update_norm_text"] == 0
+    assert records[-1]["logit_scale"] != records[0]["logit_scale"]
 
 
 def test_checkpoints_come_by_step_and_epoch_and_are_thinned_out(run_config: Make, tmp_path: Path) -> None:

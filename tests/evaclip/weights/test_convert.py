@@ -1,10 +1,12 @@
 """`evaclip convert`: into every layout and back, without a change."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from evaclip import create_model, load_state_dict
@@ -93,4 +95,85 @@ def test_mistakes_are_one_line(
     monkeypatch.chdir(source.parent)
     assert main(["convert", str(source), *arguments]) == 2
     assert message in capsys.readouterr().err
+    assert sorted(path.name for path in source.parent.iterdir()) == ["source.pt"]
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A run with one checkpoint, as the trainer leaves it."""
+    checkpoint = tmp_path / "runs/first/checkpoints/step_00000001"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "runs/first/config.yaml").write_text("name: first\n")
+    (checkpoint.parent / "latest").write_text("step_00000001\n")
+    (checkpoint / "model.json").write_text('{"name": "tiny"}')
+    save_file(create_model("tiny").state_dict(), checkpoint / "model.safetensors")
+    return tmp_path / "runs/first"
+
+
+def test_an_existing_file_is_replaced_only_when_asked(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = source.with_name("there.safetensors")
+    target.write_bytes(b"mine")
+    command = ["convert", str(source), str(target), "--to", "safetensors"]
+    assert main(command) == 2
+    assert "there.safetensors' exists; --force" in capsys.readouterr().err
+    assert target.read_bytes() == b"mine"
+    assert main([*command, "--force"]) == 0
+    assert_equal(load_file(target), load_state_dict(source))
+
+
+@pytest.mark.parametrize("link", [None, "symlink_to", "hardlink_to"])
+def test_a_file_never_becomes_its_own_source(source: Path, link: str | None) -> None:
+    before, target = source.read_bytes(), source
+    if link:
+        target = source.with_name("alias.pt")
+        getattr(target, link)(source)
+    with pytest.raises(UserError, match="is what is read, and is never written over"):
+        convert(source, target, "original", overwrite=True)
+    assert source.read_bytes() == before
+
+
+def test_no_part_of_the_weights_is_written_over(source: Path) -> None:
+    part, index = source.with_name("part-1.safetensors"), source.with_name("model.safetensors.index.json")
+    convert(source, part, "safetensors")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(part), part.name)}))
+    before = part.read_bytes()
+    with pytest.raises(UserError, match="is what is read"):
+        convert(index, part, "safetensors", overwrite=True)
+    assert part.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["checkpoints/step_00000001/model.safetensors", "checkpoints/new.pt", "new.pt"])
+def test_nothing_is_written_into_a_run(run_folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
+    for given in (run_folder, run_folder / "checkpoints/step_00000001"):
+        command = ["convert", str(given), str(run_folder / name), "--to", "open_clip", "--force"]
+        assert main(command) == 2
+        assert "never written over" in (error := capsys.readouterr().err) or "only the training writes" in error
+    assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == files
+    assert main(["convert", str(run_folder), str(run_folder.with_name("out.pt")), "--to", "open_clip"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [("no/such/folder/out.pt", "there is no folder"), ("folder.pt", "is a folder; give the file to write")],
+)
+def test_an_unwritable_target_is_one_line(
+    source: Path, target: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source.with_name("folder.pt").mkdir()
+    assert main(["convert", str(source), str(source.parent / target), "--to", "original"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(source: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)\nat 3")
+
+    monkeypatch.setattr("evaclip.weights.files.save_file", fail)
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(UserError, match=rf"out{suffix}' can't be written: .*No space left on device \(os error 28\)$"):
+        convert(source, source.with_name(f"out{suffix}"), "original", "tiny")
     assert sorted(path.name for path in source.parent.iterdir()) == ["source.pt"]

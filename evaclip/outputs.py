@@ -1,0 +1,63 @@
+"""Files that are written where a user says: never over what is read, and over others only if asked."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from evaclip.atomic import replacing
+from evaclip.errors import UserError
+from evaclip.run_files import CHECKPOINTS_FOLDER, CONFIG_FILE, META_FILE, MODEL_CONFIG_FILE, MODEL_FILE
+
+
+def check_output(target: Path, *, overwrite: bool, sources: Iterable[Path] = ()) -> None:
+    """Makes sure that `target` may be written, before any work is done for it.
+
+    Args:
+        target: a file that is to be written.
+        overwrite: whether it may replace a file that exists.
+        sources: files that are read for it; these are never replaced, and neither is anything inside a run or a
+            checkpoint, where a file that isn't the trainer's own makes a damaged checkpoint.
+
+    Raises:
+        UserError: it may not, or its folder doesn't exist or can't be written to.
+    """
+    name = repr(str(target))
+    if any(_is_same(target, source) for source in sources):
+        raise UserError(f"{name} is what is read, and is never written over; choose another file")
+    if (training := _run_around(target)) is not None:
+        raise UserError(f"{name} lies in {str(training)!r}, where only the training writes; choose a place outside")
+    if target.is_dir():
+        raise UserError(f"{name} is a folder; give the file to write")
+    if not target.parent.is_dir():
+        raise UserError(f"{name} can't be written: there is no folder {str(target.parent)!r}")
+    if not os.access(target.parent, os.W_OK):
+        raise UserError(f"{name} can't be written: no permission to write into {str(target.parent)!r}")
+    if os.path.lexists(target) and not overwrite:
+        raise UserError(f"{name} exists; --force (overwrite=True in Python) replaces it")
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[Path]:
+    """`replacing`, but where the file can't be written that is a `UserError`."""
+    try:
+        with replacing(target) as temporary:
+            yield temporary
+    except OSError as exc:
+        raise UserError(f"{str(target)!r} can't be written: {exc.strerror or exc}") from exc
+
+
+def _is_same(target: Path, source: Path) -> bool:
+    return target.exists() and source.exists() and target.samefile(source)
+
+
+def _run_around(target: Path) -> Path | None:
+    """The folder of the run or the checkpoint that `target` would lie in."""
+    folders = target.resolve().parents
+    runs = (folder for folder in folders if (folder / CONFIG_FILE).is_file() and (folder / CHECKPOINTS_FOLDER).is_dir())
+    return next(runs, None) or next(filter(_is_checkpoint, folders), None)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    facts = (META_FILE, MODEL_CONFIG_FILE)
+    return (folder / MODEL_FILE).is_file() and any((folder / name).is_file() for name in facts)
