@@ -1,11 +1,9 @@
-"""Files that are written where a user says: never over what is read, and over others only if asked."""
+"""Where a user may have a file written: never over what is read, and over others only if asked."""
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
-from evaclip.atomic import replacing
 from evaclip.errors import UserError
 from evaclip.run_files import CHECKPOINTS_FOLDER, CONFIG_FILE, META_FILE, MODEL_CONFIG_FILE, MODEL_FILE
 
@@ -35,16 +33,6 @@ def check_output(target: Path, *, overwrite: bool, sources: Iterable[Path] = ())
         raise UserError(f"{name} can't be written: no permission to write into {str(target.parent)!r}")
     if os.path.lexists(target) and not overwrite:
         raise UserError(f"{name} exists; --force (overwrite=True in Python) replaces it")
-
-
-@contextmanager
-def writing(target: Path) -> Iterator[Path]:
-    """`replacing`, but where the file can't be written that is a `UserError`."""
-    try:
-        with replacing(target) as temporary:
-            yield temporary
-    except OSError as exc:
-        raise UserError(f"{str(target)!r} can't be written: {exc.strerror or exc}") from exc
 
 
 def _is_same(target: Path, source: Path) -> bool:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import evakernels
+from evaclip.atomic import replacing, writing
 from evaclip.errors import UserError
 from evaclip.model.clip import CLIP
-from evaclip.outputs import check_output, writing
+from evaclip.outputs import check_output
 
 SUFFIXES = (".pt2", ".onnx")
 _OPSET = 20
@@ -40,7 +41,7 @@ def export(
     """
     check_target(target, overwrite)
     program = exported(model, tower, normalize)
-    with writing(target) as temporary:
+    with writing(target), replacing(target) as temporary:
         if target.suffix == ".pt2":
             with temporary.open("wb") as stream:
                 torch.export.save(program, stream)

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from evaclip.atomic import replacing, writing
 from evaclip.errors import UserError
-from evaclip.outputs import writing
 from evaclip.run_files import CHECKPOINTS_FOLDER, LATEST_FILE, MODEL_FILE
 from evaclip.weights.hub import HUB, download, download_released
 from evaclip.weights.layouts import to_original, unwrapped
@@ -97,7 +97,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """
     check_suffix(path)
     dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with writing(path) as temporary:
+    with writing(path), replacing(path) as temporary:
         try:
             if path.suffix == ".safetensors":
                 save_file(dense, temporary, metadata={"format": "pt"})

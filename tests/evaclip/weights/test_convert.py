@@ -174,6 +174,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(source: Path, suffix: str, m
 
     monkeypatch.setattr("evaclip.weights.files.save_file", fail)
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(UserError, match=rf"out{suffix}' can't be written: .*No space left on device \(os error 28\)$"):
+    with pytest.raises(UserError, match=rf"cannot write .*out{suffix}: .*No space left on device \(os error 28\)$"):
         convert(source, source.with_name(f"out{suffix}"), "original", "tiny")
     assert sorted(path.name for path in source.parent.iterdir()) == ["source.pt"]
