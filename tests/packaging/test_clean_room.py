@@ -5,11 +5,12 @@ Nothing here sees the source tree, nor what only the tests require.
 
 import json
 import re
+import shutil
 import tarfile
 from pathlib import Path
 
 import pytest
-from clean_room import BUILD_TOOLS, CHECK, PACKAGES, SCRIPTS, Room, build, make_room, tracked, tracked_modules
+from clean_room import BUILD_TOOLS, CHECK, PACKAGES, ROOT, SCRIPTS, Room, build, make_room, tracked, tracked_modules
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("build")]
 
@@ -107,6 +108,21 @@ def test_a_model_is_trained_and_evaluated(clip: Room) -> None:
     assert found["metrics"]["samples"] == 6
     clip.output("evaclip", "report", "runs/tiny")
     assert (clip.work / "runs/tiny/report.html").stat().st_size > 10_000
+
+
+def test_the_first_hour_with_dirty_data(clip: Room) -> None:
+    clip.script("hour_of_data.py")
+
+
+def test_the_first_hour_with_single_ops(core: Room) -> None:
+    core.script("hour_of_ops.py")
+
+
+def test_the_first_hour_of_profiling(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    room = make_room(tmp_path_factory.mktemp("bench"), wheel, "bench")
+    # A checkout that nobody has compiled.
+    shutil.copytree(ROOT / "benchmarks", room.work / "checkout/benchmarks")
+    room.script("hour_of_profiling.py", room.work / "checkout")
 
 
 def test_the_source_distribution_installs_without_a_compiler(

@@ -1,0 +1,56 @@
+"""The first hour of somebody who measures kernels: the suite of a checkout on the wheel that is installed.
+
+Argument: the folder of the checkout that holds `benchmarks`. Works in the present folder.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+FAST = ("--passes", "1", "--seconds", "0.01", "--threads", "1")
+WRONG = """
+from benchmarks import peer
+
+
+@peer("layer_norm", "wrong")
+def build(shape):
+    return lambda x, weight, bias: x[:1]
+"""
+
+
+def benchmarks(*words: str, fails: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": sys.argv[1], "COLUMNS": "250"},
+    )
+    told = done.stdout + done.stderr
+    assert done.returncode == fails, f"benchmarks {' '.join(words)}: {done.returncode}\n{told}"
+    assert "Traceback" not in told, told
+    return told
+
+
+def main() -> None:
+    Path("wrong.py").write_text(WRONG)
+    told = benchmarks("op", "layer_nrm", fails=2)
+    assert "did you mean 'layer_norm'" in told, told
+
+    own = ("op", "layer_norm", "--shape", "64x256", "--dtype", "float32", "--installed", *FAST)
+    told = benchmarks(*own, "--plugin", "wrong.py", "--peer", "wrong", "--json", "a.json")
+    result = json.loads(Path("a.json").read_text())
+    rows = [row for row in result["rows"] if row["candidate"] == "wrong"]
+    assert rows, told
+    assert all(row["failure"] and not any(row["samples_ms"]) for row in rows), rows
+    assert "site-packages" in json.dumps(result["machine"]), result["machine"]
+
+    benchmarks(*own, "--peer", "none", "--json", "b.json")
+    benchmarks("report", "a.json", "b.json", "--out", "both")
+    assert Path("both/index.html").stat().st_size > 1000
+    print("done")
+
+
+if __name__ == "__main__":
+    main()
