@@ -170,8 +170,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
         DamagedCheckpoint: a file is missing, short or changed, or the format is unknown.
     """
     meta = _read_facts(folder)
+    problems = []
     for name in meta["files"]:
-        _check_file(folder, name, meta)
+        try:
+            _check_file(folder, name, meta)
+        except DamagedCheckpoint as exc:
+            problems.append(str(exc))
+    if problems:
+        raise DamagedCheckpoint(" and ".join(problems))
     return meta
 
 
@@ -289,7 +295,7 @@ def _newest_whole(root: Path, say: Callable[[str], None]) -> Path | None:
 
 def _ways_on(damaged: Iterable[Path]) -> str:
     """What can be done where no checkpoint is whole."""
-    anew = "--overwrite starts anew, --set name=NAME does beside it"
+    anew = "--overwrite starts anew in its place, --set name=NAME beside it"
     for folder in damaged:
         with suppress(DamagedCheckpoint):
             check_weights(folder)

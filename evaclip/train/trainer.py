@@ -73,11 +73,12 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
     if world.device.type == "cpu":
         keep_freed_memory()
         leave_cores_to_workers(config.data.workers)
-    with closing(world), unwinding_on_sigterm(), ExitStack() as stack:
+    with closing(world), ExitStack() as stack:
         messages = list(filter(None, [slow_precision(world.device, config.precision)]))
         trackers.require(config.log)
         folder, lock, start = RunFolder.of(config), None, None
         if world.is_main:
+            stack.enter_context(unwinding_on_sigterm())
             lock = stack.enter_context(permit(config, resume, overwrite).lock(steal))
             if lock.taken_from is not None:
                 messages.append(f"took the run over from {lock.taken_from}")
@@ -86,9 +87,11 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
         parts = build(config, world)
         position, remarks = snapshot.begin(start, parts)
         messages += remarks
-        if world.is_main:
-            folder.create(config, overwrite)
-        with _report(parts, folder, position.step) as report:
+        with folder.writing():
+            if world.is_main:
+                folder.create(config, overwrite)
+            report = _report(parts, folder, position.step)
+        with report:
             for message in messages:
                 report.say(message)
             return Trainer(parts, folder, report, position, lock).run()
