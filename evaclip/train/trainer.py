@@ -11,13 +11,13 @@ import torch
 
 from evaclip.data import Batch
 from evaclip.run_files import STOPPED
-from evaclip.train import checkpoint, snapshot, trackers
+from evaclip.train import checkpoint, host, snapshot, trackers
 from evaclip.train.build import Parts, build
 from evaclip.train.communication import CommunicationSampler
 from evaclip.train.config import TrainConfig, to_tree
 from evaclip.train.distributed import World, connect
 from evaclip.train.evaluation import Metrics
-from evaclip.train.host import keep_freed_memory, leave_cores_to_workers, peak_memory, slow_precision
+from evaclip.train.host import peak_memory, slow_precision
 from evaclip.train.meter import Meter
 from evaclip.train.optimizer import set_lr_factor
 from evaclip.train.progress import Report, open_report
@@ -70,9 +70,7 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
         TrainingDiverged: see `NonfiniteConfig`.
     """
     world = connect(config.device, offload=config.parallel.offload != "none")
-    if world.device.type == "cpu":
-        keep_freed_memory()
-        leave_cores_to_workers(config.data.workers)
+    host.prepare(world.device, config.data.workers)
     with closing(world), ExitStack() as stack:
         messages = list(filter(None, [slow_precision(world.device, config.precision)]))
         trackers.require(config.log)
