@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -170,8 +170,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
         DamagedCheckpoint: a file is missing, short or changed, or the format is unknown.
     """
     meta = _read_facts(folder)
+    problems = []
     for name in meta["files"]:
-        _check_file(folder, name, meta)
+        try:
+            _check_file(folder, name, meta)
+        except DamagedCheckpoint as exc:
+            problems.append(str(exc))
+    if problems:
+        raise DamagedCheckpoint(" and ".join(problems))
     return meta
 
 
@@ -283,13 +289,17 @@ def _newest_whole(root: Path, say: Callable[[str], None]) -> Path | None:
         f"{folder.name}: {damage.get(folder, 'later than `latest` says')}" for _, folder in sorted(_steps(root))
     ]
     if problems:
-        raise UserError(f"no checkpoint under {str(root)!r} is whole ({'; '.join(problems)}); {_ways_on(damage)}")
+        raise UserError(
+            f"no checkpoint under {str(root)!r} can be used ({'; '.join(problems)}); {_ways_on(root, damage)}"
+        )
     return None
 
 
-def _ways_on(damaged: Iterable[Path]) -> str:
-    """What can be done where no checkpoint is whole."""
-    anew = "--overwrite starts anew, --set name=NAME does beside it"
+def _ways_on(root: Path, damaged: Collection[Path]) -> str:
+    """What can be done where `auto` finds no checkpoint to go on from."""
+    anew = "--overwrite starts anew in its place, --set name=NAME beside it"
+    if not damaged:
+        return f"--resume {newest(root)} goes on from the last one all the same; {anew}"
     for folder in damaged:
         with suppress(DamagedCheckpoint):
             check_weights(folder)

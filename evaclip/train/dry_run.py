@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from evaclip.train import snapshot, trackers
+from evaclip.train import host, snapshot, trackers
 from evaclip.train.build import Parts, build
 from evaclip.train.checkpoint import Start
 from evaclip.train.config import ModelConfig, TrainConfig
@@ -46,6 +46,7 @@ def dry_run(config: TrainConfig, *, resume: str = "none", overwrite: bool = Fals
         UserError: as the run itself would.
     """
     with closing(connect(config.device, offload=config.parallel.offload != "none")) as world:
+        host.prepare(world.device, config.data.workers)
         trackers.require(config.log)
         remarks: list[str] = []
         start = _start(config, resume, overwrite, remarks.append) if world.is_main else None

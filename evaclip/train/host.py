@@ -13,6 +13,13 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # names of parameters in glibc's malloc.h
 _NEVER = 2**31 - 1
 
 
+def prepare(device: torch.device, workers: int) -> None:
+    """Does for training on a CPU what the other functions say; does nothing for another device."""
+    if device.type == "cpu":
+        keep_freed_memory()
+        leave_cores_to_workers(workers)
+
+
 def keep_freed_memory() -> None:
     """Makes glibc keep freed memory for what comes next instead of returning it; does nothing on other systems.
 

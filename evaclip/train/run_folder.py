@@ -2,7 +2,8 @@
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -56,12 +57,18 @@ class RunFolder:
         Raises:
             UserError: another one does, or the folder can't be written.
         """
-        try:
+        with self.writing():
             return RunLock.acquire(self.path, steal=steal, say=_at_once)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Makes a UserError of an OSError inside: the folder can't be written."""
+        try:
+            yield
         except OSError as exc:
             raise UserError(
-                f"the run folder {str(self.path)!r} can't be written ({exc.strerror or exc}); --set output=FOLDER "
-                "puts the run elsewhere"
+                f"the run folder {str(self.path)!r} can't be written ({exc.filename or self.path}: "
+                f"{exc.strerror or exc}); --set output=FOLDER puts the run elsewhere"
             ) from exc
 
     def create(self, config: TrainConfig, overwrite: bool) -> None:

@@ -11,13 +11,13 @@ import torch
 
 from evaclip.data import Batch
 from evaclip.run_files import STOPPED
-from evaclip.train import checkpoint, snapshot, trackers
+from evaclip.train import checkpoint, host, snapshot, trackers
 from evaclip.train.build import Parts, build
 from evaclip.train.communication import CommunicationSampler
 from evaclip.train.config import TrainConfig, to_tree
 from evaclip.train.distributed import World, connect
 from evaclip.train.evaluation import Metrics
-from evaclip.train.host import keep_freed_memory, leave_cores_to_workers, peak_memory, slow_precision
+from evaclip.train.host import peak_memory, slow_precision
 from evaclip.train.meter import Meter
 from evaclip.train.optimizer import set_lr_factor
 from evaclip.train.progress import Report, open_report
@@ -70,14 +70,13 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
         TrainingDiverged: see `NonfiniteConfig`.
     """
     world = connect(config.device, offload=config.parallel.offload != "none")
-    if world.device.type == "cpu":
-        keep_freed_memory()
-        leave_cores_to_workers(config.data.workers)
-    with closing(world), unwinding_on_sigterm(), ExitStack() as stack:
+    host.prepare(world.device, config.data.workers)
+    with closing(world), ExitStack() as stack:
         messages = list(filter(None, [slow_precision(world.device, config.precision)]))
         trackers.require(config.log)
         folder, lock, start = RunFolder.of(config), None, None
         if world.is_main:
+            stack.enter_context(unwinding_on_sigterm())
             lock = stack.enter_context(permit(config, resume, overwrite).lock(steal))
             if lock.taken_from is not None:
                 messages.append(f"took the run over from {lock.taken_from}")
@@ -87,9 +86,11 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
         messages += parts.remarks
         position, remarks = snapshot.begin(start, parts)
         messages += remarks
-        if world.is_main:
-            folder.create(config, overwrite)
-        with _report(parts, folder, position.step) as report:
+        with folder.writing():
+            if world.is_main:
+                folder.create(config, overwrite)
+            report = _report(parts, folder, position.step)
+        with report:
             for message in messages:
                 report.say(message)
             return Trainer(parts, folder, report, position, lock).run()

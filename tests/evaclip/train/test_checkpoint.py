@@ -96,9 +96,9 @@ def test_auto_refuses_where_none_is_whole_and_says_how_to_go_on(tmp_path: Path) 
 
 
 def test_auto_refuses_where_only_those_are_left_that_the_run_went_back_from(tmp_path: Path) -> None:
-    save(tmp_path, 9)
+    (folder,) = save(tmp_path, 9)
     (tmp_path / "latest").write_text("step_00000001\n")
-    with pytest.raises(UserError, match="step_00000009: later than `latest` says"):
+    with pytest.raises(UserError, match=rf"step_00000009: later than `latest` says\); --resume {folder} goes on"):
         checkpoint.find("auto", tmp_path, pytest.fail)
 
 

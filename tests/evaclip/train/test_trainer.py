@@ -330,7 +330,9 @@ def test_intact_weights_begin_a_new_run(run_config: Make, tmp_path: Path, capsys
     damaged = train(run_config("ema_decay=0.9")).folder / "checkpoints" / "step_00000006"
     for name in ("state.pt", "ema.safetensors"):
         (damaged / name).unlink()
-    with pytest.raises(UserError, match=rf"state.pt is missing.*--resume weights:{damaged} --set name=NAME"):
+    with pytest.raises(
+        UserError, match=rf"ema\S+ is missing and state.pt is missing.*--resume weights:{damaged} --set name=NAME"
+    ):
         train(run_config(), resume="auto")
     with pytest.raises(UserError, match="exists"):
         train(run_config(), resume=f"weights:{damaged}")
@@ -354,10 +356,15 @@ def test_intact_weights_begin_a_new_run(run_config: Make, tmp_path: Path, capsys
         train(run_config("name=third"), resume=f"weights:{damaged}")
 
 
-def test_a_folder_that_can_not_be_written_is_one_sentence(run_config: Make, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/run' can't be written \(Not a directory\); --set output=FOLDER"):
-        train(run_config(f"output={tmp_path / 'file'}"))
+@pytest.mark.parametrize(
+    "name", ["", "run", "run/checkpoints", "run/config.yaml/x", "run/log.jsonl/x", "run/events.jsonl/x"]
+)
+def test_a_folder_that_can_not_be_written_is_one_sentence(run_config: Make, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "runs" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    with pytest.raises(UserError, match=r"runs/run' can't be written \(.*\); --set output=FOLDER puts"):
+        train(run_config(f"output={tmp_path / 'runs'}"), overwrite=True)
 
 
 def test_resume_auto_without_a_checkpoint_starts_at_the_beginning(run_config: Make, capsys: Any) -> None:
