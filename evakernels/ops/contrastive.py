@@ -137,7 +137,7 @@ def _statistics(
 
 def _nothing(*inputs: Tensor) -> Tensor:
     """0, from which a backward pass reaches all inputs: that of gathered rows is a collective, and awaited."""
-    dtype = accumulation_dtype(*inputs)
+    dtype = accumulation_dtype(inputs[0])  # as the loss of other ranks, with which it is summed
     return torch.stack([x.reshape(-1)[:0].sum(dtype=dtype) for x in inputs]).sum()
 
 

@@ -394,7 +394,7 @@ ONES, SCALE = torch.ones(3, 4), torch.tensor(1.0)
         (
             lambda: evakernels.clip_loss(ONES, ONES, 2.0),
             TypeError,
-            "logit_scale is a float; accepted: a tensor",
+            "logit_scale is a float; accepted: a torch.Tensor",
         ),
         (lambda: evakernels.clip_loss(ONES, ONES.to("meta"), SCALE), ValueError, "text_features on meta"),
         (lambda: evakernels.clip_loss(ONES, ONES, SCALE, label_smoothing=2), ValueError, "accepted: 0 to 1"),

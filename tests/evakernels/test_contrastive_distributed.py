@@ -203,6 +203,11 @@ def work(rank: int, folder: str) -> None:
     results["unequal"] = message_of(global_loss, *narrow)
     wanting = [x.clone().requires_grad_(rank in (1, 2)) for x in (images, texts)]
     results["wanting"] = message_of(global_loss, *wanting)
+    some = [x[: 0 if rank == 1 else 2].float() for x in (images, texts)]
+    results["wide"] = [
+        kind(group=dist.group.WORLD)(*some, *[torch.ones((), dtype=torch.float64)] * scalars).detach()
+        for kind, scalars in ((ClipLoss, 1), (SigLipLoss, 2))
+    ]
     transforms = torch.func.grad, torch.func.jacfwd
     results["transformed"] = [message_of(transform(global_loss), images, texts) for transform in transforms]
     half = [x.to(torch.bfloat16).requires_grad_() for x in (images, texts)]
@@ -306,6 +311,13 @@ def test_features_that_some_processes_alone_train_are_named_on_every_rank(ranks)
     """The backward pass of the others would wait for them."""
     for rank in range(WORLD):
         assert "text_features requires a gradient on rank 1, 2 alone; expected that on all" in ranks[rank]["wanting"]
+
+
+def test_the_dtype_of_the_scalars_is_not_that_of_an_empty_batchs_loss(ranks):
+    """Which would be added to those of others."""
+    for rank in range(WORLD):
+        assert [loss.dtype for loss in ranks[rank]["wide"]] == [torch.float32] * 2
+        assert ranks[rank]["wide"] == ranks[0]["wide"]
 
 
 def test_transforms_are_refused_before_any_collective(ranks):
