@@ -62,8 +62,8 @@ def _pretrained(value: str) -> Tree:
 
 
 def _validation(value: str) -> Tree:
-    """The whole of another set than the recipe's."""
-    return {"eval": {"data": {"train": value}, "first": 0, "samples": None}}
+    """The whole of another set than the recipe's, so that nothing need be held out of the training data."""
+    return {"held_out": None, "eval": {"data": {"train": value}, "first": 0, "samples": None}}
 
 
 def _trackers(value: str) -> Tree:

@@ -135,11 +135,15 @@ def test_every_option_of_open_clip_is_known() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--val-data", "v.csv"], {"eval": {"data": {"train": "v.csv"}, "first": 0, "samples": None}}),
+        (
+            ["--val-data", "v.csv"],
+            {"held_out": None, "eval": {"data": {"train": "v.csv"}, "first": 0, "samples": None}},
+        ),
         (
             ["--val-data", "v.csv", "--csv-img-key", "i", "--val-num-samples", "9"],
             {
                 "data": {"image_key": "i"},
+                "held_out": None,
                 "eval": {"data": {"train": "v.csv", "image_key": "i"}, "first": 0, "samples": "9"},
             },
         ),
