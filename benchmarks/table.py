@@ -108,12 +108,9 @@ def _print_summary(console: Console, found: Sequence[Contest]) -> None:
     for contest in found:
         one = verdict(contest)
         style = {"faster": "green", "slower": "yellow"}.get(one.word, "") if one else ""
-        table.add_row(
-            *(contest.op, contest.mode, contest.shape, contest.dtype),
-            time_text(contest, "ours"),
-            time_text(contest, "baseline", "peer"),
-            Text(verdict_text(contest), style),
-        )
+        names = (contest.op, contest.mode, contest.shape, contest.dtype)
+        times = (time_text(contest, "ours"), time_text(contest, "baseline", "peer"))
+        table.add_row(*map(Text, (*names, *times)), Text(verdict_text(contest), style))
     console.print(Text("\nours against the best peer", "bold"))
     console.print(table)
 
