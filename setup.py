@@ -32,7 +32,7 @@ MODES = ("auto", "on", "off")
 OLDEST_GPU = 80
 ALL_GPUS = (80, 90, 100, 120)
 OLDEST_NVCC = (12, 0)  # the first with C++20
-# From here on nvcc has another compiler to PTX, and the kernels' PTX differs; before and after they are the same for all.
+# From here on nvcc has another compiler to PTX; the kernels' PTX is the same for all GPUs before, and for all after it.
 NEXT_COMPILER = 100
 
 
