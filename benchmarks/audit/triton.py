@@ -186,5 +186,5 @@ def _row(case: Case, launches: Sequence[Any], floor: float, product: float) -> R
 
 if __name__ == "__main__":
     calls = groupby(json.loads(sys.argv[1]), key=lambda case: case[:3])
-    counted = [row for call, cases in calls for row in count(*call, [direction for *_, direction in cases])]
-    print(json.dumps([asdict(row) for row in counted]))
+    counted = [count(name, shape, dtype, [case[3] for case in cases]) for (name, shape, dtype), cases in calls]
+    print(json.dumps([asdict(row) for rows in counted for row in rows]))
