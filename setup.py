@@ -32,6 +32,8 @@ MODES = ("auto", "on", "off")
 OLDEST_GPU = 80
 ALL_GPUS = (80, 90, 100, 120)
 OLDEST_NVCC = (12, 0)  # the first with C++20
+# From here on nvcc has another compiler to PTX; the kernels' PTX is the same for all GPUs before, and for all after it.
+NEXT_COMPILER = 100
 
 
 def find_tool(*names: str) -> str | None:
@@ -142,10 +144,10 @@ def why_not_cuda() -> str | None:
 
 
 def archs_for_all(known: list[int]) -> list[str]:
-    """Machine code for the GPUs of `ALL_GPUS` that nvcc knows, and of the last one PTX too, for what comes after it."""
+    """Machine code for the GPUs of `ALL_GPUS` that nvcc knows, and PTX for what comes after them."""
     archs = [arch for arch in ALL_GPUS if arch in known]
     if missing := [str(arch / 10) for arch in ALL_GPUS if arch not in known]:
-        print(f"nvcc knows no compute capability {', '.join(missing)}: PTX of {archs[-1] / 10} serves these")
+        print(f"nvcc knows no compute capability {', '.join(missing)}: PTX serves these")
     return [*(f"{arch}-real" for arch in archs[:-1]), str(archs[-1])]
 
 
@@ -171,6 +173,23 @@ def cuda_archs() -> list[str]:
     return archs
 
 
+def codes_to_generate(archs: list[str]) -> list[str]:
+    """The options of nvcc for these archs.
+
+    PTX, of which machine code is made, takes the most time. That of the oldest GPU serves the others: the kernels have
+    no code for one GPU alone.
+    """
+    numbers = [int(arch.partition("-")[0]) for arch in archs]
+    options = []
+    for number, arch in zip(numbers, archs, strict=True):
+        alike = [other for other in numbers if (other < NEXT_COMPILER) == (number < NEXT_COMPILER)]
+        oldest = f"compute_{min(alike)}"
+        codes = [] if arch.endswith("-virtual") else [f"sm_{number}"]
+        codes += [] if arch.endswith("-real") else [oldest]
+        options += [f"--generate-code=arch={oldest},code={code}" for code in codes]
+    return options
+
+
 def cuda_options() -> list[str]:
     """What CMake must know about the kernels for GPUs."""
     if NOT_CUDA:
@@ -179,6 +198,7 @@ def cuda_options() -> list[str]:
         "-DEVAKERNELS_CUDA=ON",
         f"-DCMAKE_CUDA_COMPILER={find_nvcc()}",
         f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(CUDA_ARCHS)}",
+        f"-DEVAKERNELS_CUDA_CODES={';'.join(codes_to_generate(CUDA_ARCHS))}",
     ]
 
 

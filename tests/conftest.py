@@ -1,7 +1,50 @@
+"""What tests of all folders share, and in which order they run."""
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests come first: where tests run side by side, no process is left alone with one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`made_once(name, make)` is a folder that `make` filled, in the first of all processes that ask for it."""
+    top = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        top = top.parent
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder, made = top / name, top / f"{name}.made"
+        with (top / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                make(folder)
+                made.touch()
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def wheel(made_once: Callable[..., Path]) -> Path:
+    """What `make wheel` builds. What was compiled in the project's folder is not compiled again."""
+
+    def make(folder: Path) -> None:
+        command = [sys.executable, ROOT / "tools/wheel.py", "--out", folder]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
+
+    (built,) = made_once("wheel", make).glob("*.whl")
+    return built

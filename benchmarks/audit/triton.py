@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -137,8 +138,8 @@ def count_all(cases: Sequence[Case]) -> list[Row]:
     return [Row(**row) for row in json.loads(result.stdout)]
 
 
-def count(name: str, shape_name: str, dtype: str, direction: str) -> list[Row]:
-    """The rows of one case; needs TRITON_INTERPRET=1."""
+def count(name: str, shape_name: str, dtype: str, directions: Sequence[str]) -> list[Row]:
+    """The rows of the cases of one call, which is interpreted once; needs TRITON_INTERPRET=1."""
     from evakernels.triton import contrastive
     from evakernels.triton._counting import counting
 
@@ -147,18 +148,22 @@ def count(name: str, shape_name: str, dtype: str, direction: str) -> list[Row]:
     work = op.work(shape, DTYPES[dtype].itemsize)
     inputs = op.inputs(shape, Draw(DTYPES[dtype], torch.device("cpu"), torch.Generator().manual_seed(0)))
     leaves = [leaf.requires_grad_() for leaf in accuracy.gradient_leaves(op, inputs)]
+    launches = {}
     with evakernels.use_backend("triton"):
-        with counting() as launches:
+        with counting() as launches["forward"]:
             outputs = accuracy.tensors(op.ours(**inputs))
-        if direction == "backward":
+        if "backward" in directions:
             upstream = [torch.randn_like(output) for output in outputs]
-            with counting() as launches:
+            with counting() as launches["backward"]:
                 torch.autograd.grad(outputs, leaves, upstream)
-    cost = work.forward if direction == "forward" else work.backward
-    assert cost is not None
-    product, case = _product(op, shape), (name, shape_name, dtype, direction)
-    kernels = dict.fromkeys(launch.kernel for launch in launches)
-    return [_row(case, [one for one in launches if one.kernel == kernel], cost.bytes, product) for kernel in kernels]
+    rows = []
+    for direction in directions:
+        cost = work.forward if direction == "forward" else work.backward
+        assert cost is not None
+        for kernel in dict.fromkeys(launch.kernel for launch in launches[direction]):
+            of_kernel = [one for one in launches[direction] if one.kernel == kernel]
+            rows.append(_row((name, shape_name, dtype, direction), of_kernel, cost.bytes, _product(op, shape)))
+    return rows
 
 
 def _product(op: Operation, shape: Shape) -> float:
@@ -180,4 +185,6 @@ def _row(case: Case, launches: Sequence[Any], floor: float, product: float) -> R
 
 
 if __name__ == "__main__":
-    print(json.dumps([asdict(row) for case in json.loads(sys.argv[1]) for row in count(*case)]))
+    calls = groupby(json.loads(sys.argv[1]), key=lambda case: case[:3])
+    counted = [count(name, shape, dtype, [case[3] for case in cases]) for (name, shape, dtype), cases in calls]
+    print(json.dumps([asdict(row) for rows in counted for row in rows]))

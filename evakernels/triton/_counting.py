@@ -86,15 +86,20 @@ class _Memory:
         self.names: list[str] = []
         self.begin, self.size = storage.data_ptr(), storage.nbytes()
         self.traffic = Traffic()
-        self.loaded, self.stored = np.zeros((2, self.size), bool)
+        self.loaded, self.stored = (np.zeros(self.size, bool) for _ in range(2))
 
     def contains(self, addresses: Array) -> bool:
         return bool(self.begin <= addresses.min() and addresses.max() < self.begin + self.size)
 
     def mark(self, addresses: Array, itemsize: int, *, store: bool) -> None:
         marks = self.stored if store else self.loaded
-        for byte in range(itemsize):
-            marks[addresses - np.uint64(self.begin) + np.uint64(byte)] = True
+        at = addresses - np.uint64(self.begin)
+        if self.size % itemsize == 0 and not (at % np.uint64(itemsize)).any():
+            # All bytes of an element at once.
+            marks.view(f"u{itemsize}")[at // np.uint64(itemsize)] = int.from_bytes(b"\1" * itemsize)
+        else:
+            for byte in range(itemsize):
+                marks[at + np.uint64(byte)] = True
         if store:
             self.traffic.stored += addresses.size * itemsize
         else:

@@ -20,12 +20,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 
 from markdown_blocks import SHELL, Block, Mark, MarkError, read_blocks, read_spans
 
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = Path(__file__).with_name("documented.py")
 SECONDS = 300
+# Several pages begin with the emoji shards: the first of them draws them, and the others get a copy.
+DRAW_ONCE = """#!/bin/sh
+[ "$*" = "data emoji data/emoji" ] || exec {evaclip} "$@"
+cd {folder} && flock lock sh -c '[ -e drawn ] || {{ "$0" data emoji data/emoji && touch drawn; }}' {evaclip} || exit
+mkdir -p "$OLDPWD/data" && cp -r data/emoji "$OLDPWD/data"
+"""
 
 
 def pages() -> list[Path]:
@@ -59,11 +66,22 @@ class Outcome:
         )
 
 
-def environment(python: Path, home: Path) -> dict[str, str]:
-    """That of a user who has activated the virtual environment, with a home of its own and no hub to ask."""
+def draw_once(python: Path, folder: Path) -> None:
+    """Makes `folder`, with an `evaclip` that pages may share; it stands in front of that beside `python`."""
+    folder.mkdir()
+    program = folder / "evaclip"
+    program.write_text(DRAW_ONCE.format(evaclip=quote(str(python.with_name("evaclip"))), folder=quote(str(folder))))
+    program.chmod(0o755)
+
+
+def environment(python: Path, home: Path, *programs: Path) -> dict[str, str]:
+    """That of a user who has activated the virtual environment, with a home of its own and no hub to ask.
+
+    The folders of `programs` come first on PATH.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST", "COVERAGE"))}
     return kept | {
-        "PATH": os.pathsep.join([str(python.parent), os.environ["PATH"]]),
+        "PATH": os.pathsep.join([*map(str, programs), str(python.parent), os.environ["PATH"]]),
         "HOME": str(home),
         "XDG_CACHE_HOME": str(home / "cache"),
         "HF_HUB_OFFLINE": "1",
@@ -74,12 +92,12 @@ def environment(python: Path, home: Path) -> dict[str, str]:
 class PageRunner:
     """Runs the blocks of one page, in order."""
 
-    def __init__(self, page: Path, python: Path, scratch: Path) -> None:
+    def __init__(self, page: Path, python: Path, scratch: Path, *programs: Path) -> None:
         self.page, self.scratch = page, scratch
         self.outcome = Outcome()
         (scratch / "benchmarks").symlink_to(ROOT / "benchmarks")
         (scratch / "home").mkdir()
-        self.environment = environment(python, scratch / "home")
+        self.environment = environment(python, scratch / "home", *programs)
         self.inside = subprocess.Popen(
             [python, INSIDE, ROOT],
             stdin=subprocess.PIPE,
@@ -179,9 +197,9 @@ class PageRunner:
         self.outcome.ran += not parsed
 
 
-def run_page(page: Path, python: Path, scratch: Path) -> Outcome:
-    """Runs the blocks of a page with the environment of `python`, in the folder `scratch`."""
-    return PageRunner(page, python, scratch).run()
+def run_page(page: Path, python: Path, scratch: Path, *programs: Path) -> Outcome:
+    """Runs the blocks of a page with the environment of `python`, behind that of `programs`, in `scratch`."""
+    return PageRunner(page, python, scratch, *programs).run()
 
 
 def where_installed(python: Path) -> Path:
@@ -205,11 +223,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"error: {python} imports {package}; install a wheel, or allow it with --editable")
     print(f"{package.parent} by {python}")
     total = Outcome()
-    for page in args.pages or pages():
-        with tempfile.TemporaryDirectory() as scratch:
-            outcome = run_page(page, python, Path(scratch))
-        print(f"{page}: {outcome}", *outcome.failures, sep="\n", flush=True)
-        total += outcome
+    with tempfile.TemporaryDirectory() as top:
+        draw_once(python, shared := Path(top) / "shared")
+        for number, page in enumerate(args.pages or pages()):
+            (scratch := Path(top) / str(number)).mkdir()
+            outcome = run_page(page, python, scratch, shared)
+            print(f"{page}: {outcome}", *outcome.failures, sep="\n", flush=True)
+            total += outcome
     print(f"all pages: {total}")
     return 1 if total.failures else 0
 

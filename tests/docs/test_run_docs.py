@@ -2,16 +2,16 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from markdown_blocks import read_blocks, read_spans
-from run_docs import ROOT, pages, run_page
+from run_docs import ROOT, draw_once, pages, run_page
 
-sys.path += [str(ROOT / "tests/packaging"), str(ROOT / "tests/evakernels")]
+sys.path.append(str(ROOT / "tests/packaging"))
 
-from clean_room import build, make_room
-from op_suite import made_once
+from clean_room import make_room
 
 FIRST = ("README.md", "docs/index.md", "docs/install.md", "docs/start/drop-in.md")
 PAGES = [
@@ -110,16 +110,38 @@ def test_what_does_not_work_is_told(page: Path, text: str, told: str) -> None:
     assert told in failures[0]
 
 
+def test_the_emoji_shards_are_drawn_once_for_all_pages(page: Path, tmp_path: Path) -> None:
+    programs, shared, told = tmp_path / "bin", tmp_path / "shared", tmp_path / "told"
+    programs.mkdir()
+    (programs / "python").symlink_to(sys.executable)
+    (programs / "evaclip").write_text(
+        f'#!/bin/sh\necho "$@" >> {told}; mkdir -p data/emoji; echo 1 > data/emoji/a.tar\n'
+    )
+    (programs / "evaclip").chmod(0o755)
+    draw_once(programs / "python", shared)
+    page.write_text("```bash\nevaclip data emoji data/emoji\ncat data/emoji/a.tar\nevaclip train tiny\n```\n")
+    for number in range(2):
+        (scratch := tmp_path / str(number)).mkdir()
+        assert run_page(page, programs / "python", scratch, shared).failures == []
+    assert told.read_text() == "data emoji data/emoji\ntrain tiny\ntrain tiny\n"
+
+
 @pytest.fixture(scope="session")
-def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clean(request: pytest.FixtureRequest, made_once: Callable[..., Path]) -> Path:
     """The Python of an environment that holds a wheel, not the source tree; EVAKERNELS_DOCS_PYTHON names another."""
     if given := os.environ.get("EVAKERNELS_DOCS_PYTHON"):
         return Path(given)
 
     def make(folder: Path) -> None:
-        make_room(folder, build("wheel", folder / "dist", EVAKERNELS_CUDA="off"), "test")
+        folder.mkdir()
+        make_room(folder, request.getfixturevalue("wheel"), "test")
 
-    return made_once(tmp_path_factory, "documented", make) / "env/bin/python"
+    return made_once("documented", make) / "env/bin/python"
+
+
+@pytest.fixture(scope="session")
+def shared(clean: Path, made_once: Callable[..., Path]) -> Path:
+    return made_once("shared", lambda folder: draw_once(clean, folder))
 
 
 @pytest.mark.parametrize("path", pages(), ids=str)
@@ -130,6 +152,6 @@ def test_every_block_says_what_is_to_be_done_with_it(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PAGES)
-def test_the_page_works(path: Path, clean: Path, tmp_path: Path) -> None:
-    outcome = run_page(path, clean, tmp_path)
+def test_the_page_works(path: Path, clean: Path, shared: Path, tmp_path: Path) -> None:
+    outcome = run_page(path, clean, tmp_path, shared)
     assert outcome.failures == [], "\n\n".join(outcome.failures)

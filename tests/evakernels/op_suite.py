@@ -1,14 +1,11 @@
 """Runs the ops' accuracy tests in a process of their own, on what this process can't switch to."""
 
-import fcntl
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[2]
 OPS = ("adamw", "contrastive", "gelu", "lamb", "layer_norm", "residual_norm")
@@ -55,28 +52,14 @@ def build_library(build: Path, target: str = "all", **options: object) -> None:
         assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
 
 
-def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that `make` filled, in the first of all the processes that run tests and ask for it."""
-    top = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        top = top.parent
-    folder, made = top / name, top / f"{name}.made"
-    with (top / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not made.exists():
-            make(folder)
-            made.touch()
-    return folder
-
-
-def build_emulated(factory: pytest.TempPathFactory) -> Path:
+def build_emulated(made_once: Callable[..., Path]) -> Path:
     """Where all that tests/cuda_emulator/emulated.cmake tells of is built."""
 
     def make(build: Path) -> None:
         options = {"CMAKE_CXX_COMPILER": gcc(), "CMAKE_BUILD_TYPE": "None", "CMAKE_CXX_FLAGS": "-fno-strict-aliasing"}
         build_library(build, EVAKERNELS_EMULATED="ON", **options)
 
-    return made_once(factory, "emulated", make)
+    return made_once("emulated", make)
 
 
 def copy_with_library(top: Path, library: Path) -> Path:

@@ -1,6 +1,7 @@
 """The losses over the batches of 2 and 4 processes against one process with the whole batch, and what they cost."""
 
 import importlib.util
+import multiprocessing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -226,7 +227,9 @@ def work(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory):
     """What each of four gloo processes found."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, (str(folder),), nprocs=WORLD)
+    # Forked from a process that has imported what they need.
+    multiprocessing.set_forkserver_preload(["evakernels.nn", "torch.distributed"])
+    mp.start_processes(work, (str(folder),), nprocs=WORLD, start_method="forkserver")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 

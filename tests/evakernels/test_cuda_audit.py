@@ -6,6 +6,7 @@ The same library shows that the launchers on raw buffers serve these kernels too
 import ctypes
 import platform
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -84,8 +85,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_emulated(tmp_path_factory) / "audit"
+def libraries(made_once: Callable[..., Path]) -> Path:
+    return build_emulated(made_once) / "audit"
 
 
 class Patterns:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_emulated(tmp_path_factory)
+def emulated(made_once: Callable[..., Path]) -> Path:
+    return build_emulated(made_once)
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
 """The compiled library under AddressSanitizer and UndefinedBehaviorSanitizer, as the ops' own tests call it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from op_suite import build_library, copy_with_library, gcc, made_once, run_ops, sanitizer_runtimes
+from op_suite import build_library, copy_with_library, gcc, run_ops, sanitizer_runtimes
 
 import evakernels
 
@@ -22,7 +23,7 @@ def compiler() -> str:
 
 
 @pytest.fixture(scope="module")
-def tests(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tests(compiler: str, made_once: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the ops' tests, with a library that is watched."""
 
     def make(build: Path) -> None:
@@ -37,7 +38,7 @@ def tests(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
             EVAKERNELS_CUDA="OFF",
         )
 
-    build = made_once(tmp_path_factory, "watched", make)
+    build = made_once("watched", make)
     return copy_with_library(tmp_path_factory.mktemp("watched"), build / "_ops.so")
 
 

@@ -84,23 +84,23 @@ def make_room(folder: Path, archive: Path, extra: str = "", tools: tuple[str, ..
     return Room(folder, names)
 
 
-def tracked(*folders: str) -> list[str]:
-    """The files under these folders that git knows."""
-    listed = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True, check=True)
-    return [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+def tracked(*folders: str) -> set[str]:
+    """The files under these folders that git knows; those that are about to be added too."""
+    git = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *folders]
+    listed = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True)
+    return {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
 
 
 def tracked_modules() -> list[str]:
     """The names by which the tracked Python files of both packages are imported."""
-    files = [name for name in tracked(*PACKAGES) if name.endswith(".py")]
+    files = sorted(name for name in tracked(*PACKAGES) if name.endswith(".py"))
     return [re.sub(r"(/__init__)?\.py$", "", name).replace("/", ".") for name in files]
 
 
-def build(kind: str, target: Path, **environment: str) -> Path:
-    """A wheel or an "sdist" of the project in `target`, made by setuptools as pip would call it.
+def build(kind: str, target: Path, project: Path = ROOT, **environment: str) -> Path:
+    """A "wheel" or an "sdist" of the project in `target`, made by setuptools as pip would call it.
 
-    A wheel reuses what was compiled in the project's folder. What setuptools leaves there otherwise, and would take up
-    again, goes elsewhere.
+    What setuptools leaves in the project's folder otherwise, and would take up again, goes elsewhere.
     """
     target.mkdir(parents=True)
     settings = target / "settings.cfg"
@@ -109,7 +109,7 @@ def build(kind: str, target: Path, **environment: str) -> Path:
     clean = {name: value for name, value in os.environ.items() if name not in COMPILER_SETTINGS}
     command = [sys.executable, "-c", code]
     environment = clean | {"DIST_EXTRA_CONFIG": str(settings)} | environment
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
     (built,) = [path for path in target.iterdir() if path.name.endswith((".whl", ".tar.gz"))]
     return built

@@ -12,12 +12,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from clean_room import PACKAGES, ROOT, build, tracked
 
 from evakernels import _native
 
-ROOT = Path(__file__).parents[2]
 SOURCES = ("setup.py", "CMakeLists.txt", "pyproject.toml", "MANIFEST.in", "LICENSE", "csrc")
-PACKAGES = ("evakernels", "evaclip")
 ABSENT = "no-such-compiler"
 
 # Runs in a folder that holds an unpacked wheel.
@@ -45,35 +44,10 @@ def project(tmp_path: Path) -> Path:
     return target
 
 
-def build(project: Path, target: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Builds a wheel into `target`."""
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-build-isolation",
-        "--no-deps",
-        "--no-index",
-        "-w",
-        target,
-        ".",
-    ]
-    chosen = ("CXX", "CUDACXX", "EVAKERNELS_CUDA", "EVAKERNELS_NATIVE")
-    clean = {name: value for name, value in os.environ.items() if name not in chosen}
-    return subprocess.run(pip, cwd=project, env=clean | environment, capture_output=True, text=True)
-
-
 def run_setup(project: Path, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """One command of setup.py, which is quicker than a wheel."""
     python = [sys.executable, "setup.py", command]
     return subprocess.run(python, cwd=project, env=os.environ | environment, capture_output=True, text=True)
-
-
-def only_wheel(target: Path, result: subprocess.CompletedProcess[str]) -> Path:
-    assert result.returncode == 0, result.stdout + result.stderr
-    (wheel,) = target.glob("*.whl")
-    return wheel
 
 
 def report_of(wheel: Path, folder: Path) -> dict:
@@ -104,12 +78,6 @@ def package_files(wheel: Path) -> set[str]:
     return {name for name in names_in(wheel) if not re.fullmatch(made, name)}
 
 
-def tracked_files() -> set[str]:
-    """The files of both packages, code and data, as git knows them; those that are about to be added too."""
-    git = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *PACKAGES]
-    return set(subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
-
-
 def test_library_is_loaded_where_it_can_be_built() -> None:
     if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("no C++ compiler")
@@ -118,9 +86,9 @@ def test_library_is_loaded_where_it_can_be_built() -> None:
 
 @pytest.mark.slow
 def test_wheel_without_compiler_is_pure_python(project: Path, tmp_path: Path) -> None:
-    wheel = only_wheel(tmp_path / "dist", build(project, tmp_path / "dist", CXX=ABSENT))
+    wheel = build("wheel", tmp_path / "dist", project, CXX=ABSENT)
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert package_files(wheel) == tracked_files()
+    assert package_files(wheel) == tracked(*PACKAGES)
     names = names_in(wheel)
     assert "evakernels/_build.json" in names
     assert not [name for name in names if name.endswith((".so", ".cpp"))]
@@ -132,15 +100,11 @@ def test_wheel_without_compiler_is_pure_python(project: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("build")
-def test_wheel_with_native_library(tmp_path: Path) -> None:
-    """From the project's own folder: what was compiled there is not compiled again."""
-    if not _native.LOADED:
-        pytest.skip(f"the native library can't be built here: {_native.REASON}")
-    target, unpacked = tmp_path / "dist", tmp_path / "unpacked"
-    command = [sys.executable, ROOT / "tools/wheel.py", "--out", target]
-    wheel = only_wheel(target, subprocess.run(command, capture_output=True, text=True, check=False))
+@pytest.mark.skipif(not _native.LOADED, reason=f"the native library can't be built here: {_native.REASON}")
+def test_wheel_with_native_library(wheel: Path, tmp_path: Path) -> None:
+    unpacked = tmp_path / "unpacked"
     assert re.search(r"-manylinux_2_\d+_", wheel.name)
-    assert package_files(wheel) == tracked_files()
+    assert package_files(wheel) == tracked(*PACKAGES)
     names = names_in(wheel)
     assert {"evakernels/_ops.so", "evakernels/_build.json"} <= names
     assert len([name for name in names if re.fullmatch(r"evakernels/_C\..*\.so", name)]) == 1
@@ -253,6 +217,8 @@ def test_headers_keep_to_their_side() -> None:
     for folder in ("common", "cpu", "cuda"):
         for path in (ROOT / "csrc" / folder).iterdir():
             assert not re.findall(r'#include [<"](torch|ATen|c10|pybind11|Python)', path.read_text()), path
+    # One PTX serves several GPUs.
+    assert "__CUDA_ARCH" not in "".join(path.read_text() for path in (ROOT / "csrc/cuda").iterdir())
     bindings = "".join(path.read_text() for path in (ROOT / "csrc/bind").glob("torch_*"))
     included = re.findall(r"#include <((?:torch|ATen|c10)/\S+)>", bindings)
     assert included

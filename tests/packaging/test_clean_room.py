@@ -16,11 +16,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("build")]
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("wheel", tmp_path_factory.mktemp("wheel") / "dist", EVAKERNELS_CUDA="off")
-
-
-@pytest.fixture(scope="session")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build("sdist", tmp_path_factory.mktemp("sdist") / "dist")
 

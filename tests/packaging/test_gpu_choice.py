@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -110,7 +111,28 @@ def test_an_older_nvcc_compiles_for_what_it_knows(machine: Machine) -> None:
     machine.add_nvcc(*NVCC_12_4)
     record, printed = machine.decide(EVAKERNELS_CUDA="on", EVAKERNELS_CUDA_ARCHS="all")
     assert record["cuda_archs"] == ["80-real", "90"]
-    assert "nvcc knows no compute capability 10.0, 12.0: PTX of 9.0 serves these" in printed
+    assert "nvcc knows no compute capability 10.0, 12.0: PTX serves these" in printed
+
+
+@pytest.mark.parametrize(
+    ("archs", "codes"),
+    [
+        (
+            ["80-real", "90-real", "100-real", "120"],
+            ["80,code=sm_80", "80,code=sm_90", "100,code=sm_100", "100,code=sm_120", "100,code=compute_100"],
+        ),
+        (["80-real", "90"], ["80,code=sm_80", "80,code=sm_90", "80,code=compute_80"]),
+        (["90-virtual"], ["90,code=compute_90"]),
+        (["120-real"], ["120,code=sm_120"]),
+    ],
+)
+def test_gpus_that_nvcc_reads_the_sources_alike_for_share_a_ptx(
+    archs: list[str], codes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVAKERNELS_CUDA", "off")
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    options = runpy.run_path(str(ROOT / "setup.py"))["codes_to_generate"](archs)
+    assert options == [f"--generate-code=arch=compute_{code}" for code in codes]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
-"""Run by torchrun: the peak of a real sharded step, over gloo, for each job of a JSON file; process 0 prints them."""
+"""The peak of a real sharded step, over gloo, as several processes find it."""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -9,7 +8,6 @@ import torch.distributed as dist
 from measured import batch_of, sharded_model
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from evaclip import Savings
 from evaclip.plan.job import Job
 from evakernels import clip_loss
 
@@ -36,17 +34,11 @@ def peak(job: Job) -> int:
     return total
 
 
-def main() -> None:
+def write_peaks(jobs: list[Job], file: Path) -> None:
+    """Process 0 writes those of all jobs, as JSON."""
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    peaks = [
-        peak(Job(**{**tree, "savings": Savings(**tree["savings"])}))
-        for tree in json.loads(Path(sys.argv[1]).read_text())
-    ]
+    peaks = [peak(job) for job in jobs]
     if dist.get_rank() == 0:
-        print("peaks", json.dumps(peaks))
+        file.write_text(json.dumps(peaks))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,17 +1,16 @@
 """The planned memory is that of real steps, and that of a deep model follows from a shallow one."""
 
 import json
-import os
-import subprocess
-import sys
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from measured import batch_of, peak_of_sharded_step, peak_of_step
+from processes import in_processes
+from sharded_peak import write_peaks
 from torch.distributed.tensor import DTensor
 
 from evaclip import Savings, TextConfig
@@ -130,28 +129,15 @@ def test_peak_of_real_processes(processes: int, tmp_path: Path) -> None:
     jobs = [_sharded_job(name) for name in names]
     for job in jobs:
         _skip_without_bfloat16(job)
-    for name, job, measured in zip(names, jobs, _measured(jobs, processes, tmp_path), strict=True):
+    in_processes(processes, write_peaks, jobs, tmp_path / "peaks.json")
+    peaks = json.loads((tmp_path / "peaks.json").read_text())
+    for name, job, measured in zip(names, jobs, peaks, strict=True):
         _compare(f"{name}, gloo", _planned(job), measured, 0.05)
 
 
 def _compare(name: str, planned: int, measured: int, tolerance: float) -> None:
     print(f"| {name} | {planned / 1e6:,.1f} MB | {measured / 1e6:,.1f} MB | {planned / measured:.4f} |")
     assert planned == pytest.approx(measured, rel=tolerance)
-
-
-def _measured(jobs: list[Job], processes: int, folder: Path) -> list[int]:
-    path = folder / "jobs.json"
-    path.write_text(json.dumps([asdict(job) for job in jobs]))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone",
-        str(Path(__file__).parent / "sharded_peak.py"), str(path),
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
-    assert result.returncode == 0, result.stderr
-    line = next(line for line in result.stdout.splitlines() if line.startswith("peaks"))
-    peaks: list[int] = json.loads(line.removeprefix("peaks"))
-    return peaks
 
 
 DEEP: dict[str, dict[str, Any]] = {

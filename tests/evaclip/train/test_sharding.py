@@ -1,26 +1,23 @@
 """Sharded over processes, a training is what it is in one."""
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import in_processes
 from safetensors.torch import load_file
+from sharded_run import train_all
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 
 from evaclip.train.config import ParallelConfig, TrainConfig
-from evaclip.train.overrides import dump_yaml
 from evaclip.train.progress import read_log
 from evaclip.train.trainer import train
 from evaclip.weights import part_of
 
-SCRIPT = Path(__file__).with_name("sharded_run.py")
-STEPS = 50
+STEPS = 12
 COMMON = (
     "batch_size=16", "optim.name=lamb", "optim.grad_clip_norm=0.5", "model.patch_dropout=0.5", "ema_decay=0.9",
     "data.num_samples=96",
@@ -31,22 +28,6 @@ MODES = {
     "hybrid": ["parallel={mode: hybrid, shard_size: 2, reshard: false}", "model.savings.recompute=activations"],
 }
 EVAL = "eval={data: {num_samples: 112, workers: 0}, first: 96, samples: 13, batch_size: 3}"
-
-
-def run(processes: int, folder: Path, *runs: tuple[TrainConfig, str]) -> None:
-    """Trains in several processes, one configuration after the other."""
-    arguments = []
-    for i, (config, resume) in enumerate(runs):
-        path = folder / f"config{i}.yaml"
-        path.write_text(dump_yaml(config))
-        arguments.append(f"{path}:{resume}")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone",
-        str(SCRIPT), *arguments,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=540, check=False)
-    assert result.returncode == 0, result.stderr[-5000:]
 
 
 def losses(folder: Path) -> list[float]:
@@ -65,7 +46,7 @@ def test_four_processes_equal_one(run_config: Callable[..., TrainConfig], tmp_pa
     common = [*COMMON, f"schedule.steps={STEPS}", EVAL]
     one = train(run_config(*common, "accumulation=8", "name=one"))
     configs = [run_config(*common, "accumulation=2", *mode, f"name={name}") for name, mode in MODES.items()]
-    run(4, tmp_path, *((config, "none") for config in configs))
+    in_processes(4, train_all, *((config, "none") for config in configs))
     last = f"checkpoints/step_{STEPS:08d}"
     for name in MODES:
         folder = tmp_path / name
@@ -94,9 +75,9 @@ def test_other_numbers_of_processes_go_on(run_config: Callable[..., TrainConfig]
         return run_config(*common, f"schedule={{steps: {steps}, name: constant}}", "name=parts", *MODES[mode], *more)
 
     straight = train(run_config(*common, "schedule={steps: 20, name: constant}", "name=constant")).folder
-    run(4, tmp_path, (part(5, "hybrid"), "none"))
-    run(2, tmp_path, (part(10, "shard", "compile=blocks"), "auto"))
-    run(3, tmp_path, (part(15, "shard"), "auto"))
+    in_processes(4, train_all, (part(5, "hybrid"), "none"))
+    in_processes(2, train_all, (part(10, "shard", "compile=blocks"), "auto"))
+    in_processes(3, train_all, (part(15, "shard"), "auto"))
     train(part(20, "shard"), resume="auto")
     assert losses(tmp_path / "parts") == pytest.approx(losses(straight), rel=1e-5)
     records = [read_log(path / "log.jsonl")[-1] for path in (straight, tmp_path / "parts")]
@@ -110,7 +91,8 @@ def test_sixteen_bits(precision: str, run_config: Callable[..., TrainConfig], tm
     common = [*COMMON, "schedule.steps=3", f"precision={precision}", "optim.lr=1e-4", "optim.zero_processes=3"]
     common += ["optim.stochastic_rounding=true"] if precision == "bf16" else []
     one = train(run_config(*common, "name=one")).folder
-    run(2, tmp_path, (run_config(*common, *MODES["shard"], "parallel.offload=cpu", "name=two"), "none"))
+    two = run_config(*common, *MODES["shard"], "parallel.offload=cpu", "name=two")
+    in_processes(2, train_all, (two, "none"))
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=2e-2)
     weights = load_file(tmp_path / "two" / "checkpoints/step_00000003/model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.bfloat16 if precision == "bf16" else torch.float32}

@@ -1,6 +1,7 @@
 """open_clip's losses, alone and between processes, in each of their ways to exchange features."""
 
 import copy
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -102,5 +103,7 @@ def _process(rank, store, failures):
 
 @pytest.mark.xdist_group("processes")
 def test_every_exchange_between_processes(tmp_path):
-    mp.spawn(_process, (tmp_path / "store", tmp_path), nprocs=WORLD)
+    # Forked from a process that has imported what they need.
+    multiprocessing.set_forkserver_preload(["evakernels", "open_clip", "torch.distributed"])
+    mp.start_processes(_process, (tmp_path / "store", tmp_path), nprocs=WORLD, start_method="forkserver")
     assert [path.name for path in tmp_path.iterdir()] in ([], ["store"])

@@ -1,0 +1,1 @@
+"""That tests of all folders here find `processes`."""
