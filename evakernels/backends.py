@@ -34,6 +34,7 @@ class Implementation:
 
 _implementations: dict[str, dict[str, Implementation]] = {}
 _forced: str | None = None
+_observer: Callable[[str, str], None] | None = None
 
 
 def register(
@@ -90,6 +91,23 @@ def use_backend(backend: str) -> Iterator[None]:
         yield
     finally:
         _forced = previous
+
+
+@contextmanager
+def observed_by(observer: Callable[[str, str], None]) -> Iterator[None]:
+    """Calls `observer(op, backend)` for every op that runs inside the `with` block, in the whole process."""
+    global _observer
+    previous, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = previous
+
+
+def observe(op: str, backend: str) -> None:
+    """Tells the observer, if there is one, which backend serves a call."""
+    if _observer is not None:
+        _observer(op, backend)
 
 
 def explain(op: str, *args: Any) -> str:
