@@ -38,6 +38,7 @@ _implementations: dict[str, dict[str, Implementation]] = {}
 _functions: dict[str, tuple[str, ...]] = {}
 """The ops that a public function of another name calls, one of them a call."""
 _forced: str | None = None
+_observer: Callable[[str, str], None] | None = None
 
 
 def register(
@@ -99,6 +100,23 @@ def use_backend(backend: str) -> Iterator[None]:
         yield
     finally:
         _forced = previous
+
+
+@contextmanager
+def observed_by(observer: Callable[[str, str], None]) -> Iterator[None]:
+    """Calls `observer(op, backend)` for every op that runs inside the `with` block, in the whole process."""
+    global _observer
+    previous, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = previous
+
+
+def observe(op: str, backend: str) -> None:
+    """Tells the observer, if there is one, which backend serves a call."""
+    if _observer is not None:
+        _observer(op, backend)
 
 
 def explain(op: str, *args: Any) -> str:

@@ -19,8 +19,8 @@ import evakernels  # noqa: E402
 
 IMPORTED = time.perf_counter()
 
-# Those that have kernels for GPUs only are served by functions of torch on a CPU.
-GPU_ONLY = ("gradient_norm", "packed_attention")
+# What has kernels for GPUs only is served by functions of torch on a CPU.
+GPU_ONLY = ("gradient_norm",)
 
 
 def features() -> torch.Tensor:

@@ -1,8 +1,10 @@
-// The launchers of attention on arrays, on a GPU: on a CPU it calls the matrix products of torch.
+// The launchers of attention on arrays. On a CPU that of whole samples calls the matrix products of torch, so
+// there only packed sequences are served.
 #include <algorithm>
 #include <array>
 
 #include "bind/python_launch.h"
+#include "cpu/packed_attention.h"
 #include "cuda/rope_attention.h"
 
 namespace py = pybind11;
@@ -17,6 +19,7 @@ struct Options {
   int64_t num_prefix, max_length;
   bool causal, interleaved;
   double scale;
+  IsaName isa;
 };
 
 bool is_packed(const Array& q) { return q.sizes.size() == 3; }
@@ -57,7 +60,8 @@ AttentionShape shape_of(Arrays& arrays, const Array& q, const Options& options) 
     shape.batch = offsets.sizes[0] - 1;
     shape.tokens = std::min(options.max_length, shape.tokens);
   }
-  require(shape.tokens <= cuda::kMaxTokens && shape.head_dim <= cuda::kMaxHeadDim,
+  const bool on_gpu = kCudaIsEmulated || arrays.device().is_gpu();
+  require(!on_gpu || (shape.tokens <= cuda::kMaxTokens && shape.head_dim <= cuda::kMaxHeadDim),
           "q has more tokens or channels than the kernels serve");
   return shape;
 }
@@ -118,6 +122,10 @@ void rope_attention_forward(const py::object& q_any, const py::object& k, const 
       .tables = tables_of(arrays, shape, options),
       .shape = shape,
   };
+  if (is_packed(q)) {
+    return launch<cpu::packed_attention_forward, cuda::rope_attention_forward>("rope_attention_forward",
+                                                                               arrays, options.isa, params);
+  }
   launch_only_on_gpu<cuda::rope_attention_forward>("rope_attention_forward", arrays, params);
 }
 
@@ -143,6 +151,10 @@ void rope_attention_backward(const Nine& given, const Options& options, uintptr_
       .tables = tables_of(arrays, shape, options),
       .shape = shape,
   };
+  if (is_packed(q)) {
+    return launch<cpu::packed_attention_backward, cuda::rope_attention_backward>("rope_attention_backward",
+                                                                                 arrays, options.isa, params);
+  }
   launch_only_on_gpu<cuda::rope_attention_backward>("rope_attention_backward", arrays, params);
 }
 
@@ -154,15 +166,15 @@ void register_rope_attention(py::module_& m) {
       "rope_attention_forward",
       [](Object q, Object k, Object v, Object out, Object lse, Object cos, Object sin, Object token_index,
          Object offsets, int64_t num_prefix, int64_t max_length, bool causal, bool interleaved, double scale,
-         uintptr_t stream) {
+         const IsaName& isa, uintptr_t stream) {
         const Options options = {cos,        sin,    token_index, offsets, num_prefix,
-                                 max_length, causal, interleaved, scale};
+                                 max_length, causal, interleaved, scale,   isa};
         rope_attention_forward(q, k, v, out, lse, options, stream);
       },
       "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, py::kw_only(), "cos"_a = py::none(), "sin"_a = py::none(),
       "token_index"_a = py::none(), "offsets"_a = py::none(), "num_prefix"_a = 0, "max_length"_a = 0,
-      "causal"_a = false, "interleaved"_a = true, "scale"_a, "stream"_a = 0,
-      R"(Writes out and the log-sum-exps lse, on a GPU only.
+      "causal"_a = false, "interleaved"_a = true, "scale"_a, "isa"_a = py::none(), "stream"_a = 0,
+      R"(Writes out and the log-sum-exps lse; on a CPU of packed sequences only, those with offsets.
 
 q, k, v: [B, N, H, D] with dense vectors; out: like q, dense; lse: float32 [B, H, N]. cos, sin: float32, as
 evakernels.rope_attention takes them, or None. With offsets, int64 [B + 1], the tensors are [T, H, D] and lse
@@ -171,15 +183,16 @@ evakernels.rope_attention takes them, or None. With offsets, int64 [B + 1], the 
       "rope_attention_backward",
       [](Object dout, Object q, Object k, Object v, Object out, Object lse, Object dq, Object dk, Object dv,
          Object cos, Object sin, Object token_index, Object offsets, int64_t num_prefix, int64_t max_length,
-         bool causal, bool interleaved, double scale, uintptr_t stream) {
+         bool causal, bool interleaved, double scale, const IsaName& isa, uintptr_t stream) {
         const Options options = {cos,        sin,    token_index, offsets, num_prefix,
-                                 max_length, causal, interleaved, scale};
+                                 max_length, causal, interleaved, scale,   isa};
         rope_attention_backward({dout, q, k, v, out, lse, dq, dk, dv}, options, stream);
       },
       "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "dq"_a, "dk"_a, "dv"_a, py::kw_only(),
       "cos"_a = py::none(), "sin"_a = py::none(), "token_index"_a = py::none(), "offsets"_a = py::none(),
       "num_prefix"_a = 0, "max_length"_a = 0, "causal"_a = false, "interleaved"_a = true, "scale"_a,
-      "stream"_a = 0, "Writes dq, dk and dv, dense. Arrays as for rope_attention_forward.");
+      "isa"_a = py::none(), "stream"_a = 0,
+      "Writes dq, dk and dv, dense. Arrays as for rope_attention_forward.");
 }
 
 }  // namespace evakernels

@@ -1,7 +1,8 @@
-// packed_attention as torch operators on a GPU: the kernels of rope_attention, whose samples are sequences
-// here.
+// packed_attention as torch operators. On a GPU its kernels are those of rope_attention, whose samples are
+// sequences here.
 #include "bind/attention_arguments.h"
 #include "bind/launch.h"
+#include "cpu/packed_attention.h"
 #include "cuda/rope_attention.h"
 
 namespace evakernels {
@@ -11,7 +12,8 @@ AttentionShape shape_of(const Tensor& q, const Tensor& offsets, int64_t max_leng
                         double scale) {
   const int64_t tokens = q.size(0), longest = std::min(max_length, tokens);
   require(tokens == 0 || longest > 0, "max_length is 0, but there are tokens");
-  require(longest <= cuda::kMaxTokens && q.size(2) <= cuda::kMaxHeadDim,
+  const bool on_gpu = kCudaIsEmulated || q.is_cuda();
+  require(!on_gpu || (longest <= cuda::kMaxTokens && q.size(2) <= cuda::kMaxHeadDim),
           "a sequence has more tokens, or q more channels, than the kernels serve");
   require(offsets.dim() == 1 && offsets.size(0) > 0, "offsets must be [B + 1]");
   const ScalarType type = offsets.scalar_type();
@@ -51,7 +53,7 @@ std::tuple<Tensor, Tensor> packed_attention_forward(const Tensor& q_any, const T
       .tables = {},
       .shape = shape_of(q, offsets, max_length, causal, scale),
   };
-  launch_on_gpu<cuda::rope_attention_forward>("packed_attention_forward", q, params);
+  launch<cpu::packed_attention_forward, cuda::rope_attention_forward>("packed_attention_forward", q, params);
   return {out, lse};
 }
 
@@ -79,14 +81,15 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(const Tensor& dout_
       .tables = {},
       .shape = shape_of(q, offsets, max_length, causal, scale),
   };
-  launch_on_gpu<cuda::rope_attention_backward>("packed_attention_backward", q, params);
+  launch<cpu::packed_attention_backward, cuda::rope_attention_backward>("packed_attention_backward", q,
+                                                                        params);
   return {dq, dk, dv};
 }
 
 }  // namespace
 }  // namespace evakernels
 
-EVAKERNELS_IMPLEMENT_ON_GPU(m, {
+EVAKERNELS_IMPLEMENT(m, {
   m.impl("packed_attention_forward", TORCH_BOX(&evakernels::packed_attention_forward));
   m.impl("packed_attention_backward", TORCH_BOX(&evakernels::packed_attention_backward));
 })

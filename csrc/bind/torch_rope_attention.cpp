@@ -223,6 +223,7 @@ std::tuple<Tensor, Tensor> rope_attention_forward(const Tensor& q_any, const Ten
         .v = view_of(v),
         .out = view_of(out),
         .lse = static_cast<float*>(lse.mutable_data_ptr()),
+        .lse_stride = q.size(1),
         .of = heads_of(q, tables, causal, scale),
     };
     cpu::bfloat16_attention_forward(params, torch_parallel);
@@ -269,6 +270,7 @@ std::tuple<Tensor, Tensor, Tensor> rope_attention_backward(
         .v = view_of(v),
         .out = view_of(out),
         .lse = static_cast<const float*>(lse.const_data_ptr()),
+        .lse_stride = q.size(1),
         .dq = view_of(dq),
         .dk = view_of(dk),
         .dv = view_of(dv),

@@ -93,7 +93,8 @@ struct BFloat16AttentionForward {
   HeadsView k;
   HeadsView v;
   HeadsView out;
-  float* lse;  // [count, N]
+  float* lse;  // [count, N], lse_stride apart
+  int64_t lse_stride;
   AttentionOfHeads of;
 };
 
@@ -103,14 +104,15 @@ struct BFloat16AttentionBackward {
   HeadsView k;
   HeadsView v;
   HeadsView out;
-  const float* lse;  // [count, N]
+  const float* lse;  // [count, N], lse_stride apart
+  int64_t lse_stride;
   HeadsView dq;
   HeadsView dk;
   HeadsView dv;
   AttentionOfHeads of;
 };
 
-// --- GPU: the whole op -------------------------------------------------------------------------------------
+// --- the whole op: on a GPU, and of a packed batch on a CPU ------------------------------------------------
 
 // One entry for each pair of elements.
 struct RotaryTables {

@@ -257,7 +257,7 @@ void forward(const BFloat16AttentionForward& params, float* workspace, int64_t b
     const int64_t first = block % blocks * kAttentionBlockRows;
     const int64_t last = smaller(first + kAttentionBlockRows, of.shape.tokens);
     for (int64_t row = first; row < last; row += kPanelRows) {
-      forward_tile(params, buffers, Tile(of, row, kPanelRows), at, params.lse + head * of.shape.tokens);
+      forward_tile(params, buffers, Tile(of, row, kPanelRows), at, params.lse + head * params.lse_stride);
     }
   }
 }
@@ -359,7 +359,7 @@ class HeadBackward {
         buffers_(buffers),
         extents_(params.of.shape),
         at_(position_of(params.of.shape, head * params.of.shape.tokens)),
-        lse_(params.lse + head * params.of.shape.tokens),
+        lse_(params.lse + head * params.lse_stride),
         unrotation_(params.of.rotation) {
     unrotation_.backwards = !unrotation_.backwards;
   }

@@ -7,7 +7,7 @@
 
 #if defined(__AVX512BF16__)
 
-#include "cpu/simd.h"
+#include "cpu/transpose.h"
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 
@@ -136,23 +136,6 @@ static inline void pair_rows(const uint32_t* slab, int64_t rows, int64_t vectors
   }
 }
 
-// Swaps what lies off the diagonal of each square of 2 kStep lanes in rows i and i + kStep.
-template <int kStep>
-static inline void swap_squares(U32 (&rows)[kLanes]) {
-  U32 low, high;
-  for (unsigned lane = 0; lane < kLanes; ++lane) {
-    low[lane] = lane & kStep ? kLanes + lane - kStep : lane;
-    high[lane] = lane & kStep ? kLanes + lane : lane + kStep;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    if (i & kStep) continue;
-    const U32 a = rows[i], b = rows[i + kStep];
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + kStep] = __builtin_shuffle(a, b, high);
-  }
-}
-
 // kLanes rows of a slab as columns: target[pair][row] = slab[row][pair], for `vectors` vectors of pairs.
 static inline void transpose_rows(const uint32_t* slab, int64_t vectors, uint32_t* target, int64_t stride) {
   for (int64_t vector = 0; vector < vectors; ++vector) {
@@ -160,10 +143,7 @@ static inline void transpose_rows(const uint32_t* slab, int64_t vectors, uint32_
     for (int i = 0; i < kLanes; ++i) {
       __builtin_memcpy(&rows[i], slab + i * kChunkPairs + vector * kLanes, sizeof rows[i]);
     }
-    swap_squares<8>(rows);
-    swap_squares<4>(rows);
-    swap_squares<2>(rows);
-    swap_squares<1>(rows);
+    transpose_square(rows);
     for (int i = 0; i < kLanes; ++i) store_pairs(target + (vector * kLanes + i) * stride, rows[i]);
   }
 }

@@ -3,7 +3,7 @@
 
 #include "cpu/dtype_dispatch.h"
 #include "cpu/rotation.h"
-#include "cpu/simd.h"
+#include "cpu/softmax_rows.h"
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 namespace {
@@ -36,29 +36,13 @@ void unpack(const PackHeads& params, int64_t begin, int64_t end) {
 
 // --- softmax -----------------------------------------------------------------------------------------------
 
-void clear(float* row, int64_t width) {
-  for_each_vector(width, [&](int64_t i, auto part) { store(row + i, F32{}, part); });
-}
-
 void weights(const AttentionWeights& params, int64_t begin, int64_t end) {
   const int64_t tokens = params.tokens;
   for (int64_t index = begin; index < end; ++index) {
     float* row = params.scores + index * tokens;
     const int64_t visible = params.causal ? index % tokens + 1 : tokens;
-    F32 highest = broadcast(-__builtin_inff());
-    for_each_vector(visible, [&](int64_t i, auto part) {
-      highest = larger(fill_beyond(load(row + i, part), -__builtin_inff(), part), highest);
-    });
-    const float shift = horizontal_max(highest);
-    float sum[1];
-    sum_over_row(visible, sum, [&](int64_t i, auto part, F32* sums) {
-      const F32 e = exp(load(row + i, part) - shift);
-      store(row + i, e, part);
-      sums[0] += zero_beyond(e, part);
-    });
-    scale_vector(row, row, visible, 1.0f / sum[0]);
+    params.lse[index] = softmax_row(row, visible);
     clear(row + visible, tokens - visible);
-    params.lse[index] = shift + __builtin_logf(sum[0]);
   }
 }
 
@@ -68,12 +52,7 @@ void gradients(const AttentionGradients& params, int64_t begin, int64_t end) {
     float* scores = params.scores + index * tokens;
     float* gradients = params.gradients + index * tokens;
     const int64_t visible = params.causal ? index % tokens + 1 : tokens;
-    const float lse = params.lse[index], mean = params.mean[index];
-    for_each_vector(visible, [&](int64_t i, auto part) {
-      const F32 weight = exp(load(scores + i, part) - lse);
-      store(scores + i, weight, part);
-      store(gradients + i, weight * (load(gradients + i, part) - mean), part);
-    });
+    softmax_row_backward(scores, gradients, visible, params.lse[index], params.mean[index]);
     clear(scores + visible, tokens - visible);
     clear(gradients + visible, tokens - visible);
   }

@@ -104,23 +104,30 @@ _SERVED: dict[tuple[str, str, torch.dtype], int] = {
 }
 
 
-def is_served(name: str, device: str, dtype: torch.dtype) -> bool:
+_FORCED: dict[tuple[str, str, torch.dtype], int] = {
+    (name, device, dtype): 0 for device in DEVICES for name in _OPS if _is_live(name, device) for dtype in _ALL
+}
+"""The same for modules that are to run on the ops whether that is worth it or not."""
+
+
+def is_served(name: str, device: str, dtype: torch.dtype, forced: bool = False) -> bool:
     """Whether there are sizes at which the op `name` is worth its call, be it in training only."""
-    return any((entry, device, dtype) in _SERVED for entry in (name, f"{name}_training"))
+    table = _FORCED if forced else _SERVED
+    return any((entry, device, dtype) in table for entry in (name, f"{name}_training"))
 
 
-def serves(name: str, x: Tensor, *, of_product: bool = False) -> bool:
+def serves(name: str, x: Tensor, *, of_product: bool = False, forced: bool = False) -> bool:
     """Whether the op `name` is worth a call with `x`, or with a linear layer's output for `x` if `of_product`.
 
     Never for what isn't a plain tensor, such as a DTensor or a proxy of a tracer, nor under functorch's transforms:
-    there the untouched code runs. So it is asked before anything else about `x`.
+    there the untouched code runs. So it is asked before anything else about `x`. With `forced`, whether it can serve.
     """
     compiling = torch.compiler.is_compiling()
     if not compiling and not _is_ordinary(x):
         return False
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if of_product and is_on(device) else x.dtype
-    least = _SERVED.get((name, device, dtype))
+    least = (_FORCED if forced else _SERVED).get((name, device, dtype))
     return least is not None and (compiling or x.numel() >= least)
 
 

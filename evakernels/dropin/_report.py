@@ -1,9 +1,17 @@
-"""What `accelerate` did, as data and as a table."""
+"""What `accelerate` did and what then ran, as data and as tables."""
 
 import importlib
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
+
+from torch import nn
+
+from evakernels.dropin._swap import original_class, own_class
+from evakernels.dropin._watch import Calls, watch
 
 
 @dataclass(frozen=True)
@@ -25,20 +33,75 @@ class Left:
     reason: str
 
 
+@dataclass(frozen=True)
+class Ran:
+    """How often a module's forward ran on `op`, served by `backend`.
+
+    `name` and `module` are empty for calls that no accelerated module made: those of gradients.
+    """
+
+    name: str
+    module: str
+    op: str
+    backend: str
+    calls: int
+
+
+@dataclass(frozen=True)
+class Idle:
+    """A module that was swapped and ran on no op: in `calls` calls its own code ran."""
+
+    name: str
+    module: str
+    calls: int
+
+
 @dataclass
 class Report:
-    """What `accelerate` found. `str` of it is a table, a line for each kind of module; rich prints it in colour."""
+    """What `accelerate` found and, after a `watch`, what ran: `ran` and `idle`.
+
+    `str` of it is a table of each, a line for each kind of module; rich prints it in colour.
+    """
 
     replaced: list[Replaced] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
+    ran: list[Ran] = field(default_factory=list)
+    idle: list[Idle] = field(default_factory=list)
+    model: "weakref.ref[nn.Module] | None" = field(default=None, repr=False, compare=False)
+
+    @contextmanager
+    def watch(self) -> Iterator["Report"]:
+        """Counts, in eager mode, what the accelerated modules run inside the `with` block, and fills `ran` and `idle`.
+
+        A module that was never called may well be part of the step of another, which reads its parameters. Code under
+        `torch.compile` tells of its ops, but not of the modules that ask for them.
+
+        Raises:
+            RuntimeError: if the model doesn't exist any more.
+        """
+        model = None if self.model is None else self.model()
+        if model is None:
+            raise RuntimeError("the model of this report doesn't exist any more; call evakernels.accelerate on another")
+        swapped = {module: name for name, module in model.named_modules() if original_class(own_class(module))}
+        with watch(list(swapped)) as calls:
+            yield self
+        self._tell(calls, swapped)
+
+    def _tell(self, calls: Calls, swapped: dict[nn.Module, str]) -> None:
+        def names(module: nn.Module | None) -> tuple[str, str]:
+            return ("", "") if module is None else (swapped[module], own_class(module).__name__)
+
+        self.ran = [
+            Ran(*names(module), op.removesuffix("_forward"), backend, count)
+            for (module, op, backend), count in calls.ops.items()
+        ]
+        busy = {module for module, *_ in calls.ops}
+        self.idle = [Idle(*names(module), calls.modules[module]) for module in swapped if module not in busy]
 
     def __str__(self) -> str:
-        rows = self._rows()
+        tables = self._tables()
         if find_spec("rich") is None:
-            widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-            return "\n".join(
-                "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-            )
+            return "\n\n".join(map(_plain, tables))
         console = importlib.import_module("rich.console").Console(width=120, color_system=None)
         with console.capture() as capture:
             console.print(self.__rich__())
@@ -46,13 +109,12 @@ class Report:
         return text.rstrip("\n")
 
     def __rich__(self) -> Any:
-        header, *rows = self._rows()
-        table = importlib.import_module("rich.table").Table(*header)
-        for row in rows:
-            table.add_row(*row, style=None if row[2] else "dim")
-        return table
+        return importlib.import_module("rich.console").Group(*map(_rich, self._tables()))
 
-    def _rows(self) -> list[tuple[str, ...]]:
+    def _tables(self) -> list[list[tuple[str, ...]]]:
+        return [self._found(), self._what_ran()] if self.ran or self.idle else [self._found()]
+
+    def _found(self) -> list[tuple[str, ...]]:
         counts: dict[tuple[str, ...], int] = {}
         for done in self.replaced:
             key = done.module, done.op, done.backend, ""
@@ -62,3 +124,29 @@ class Report:
             counts[key] = counts.get(key, 0) + 1
         rows = [(key[0], str(count), *key[1:]) for key, count in counts.items()]
         return [("module", "count", "now runs", "backend", "left because"), *rows]
+
+    def _what_ran(self) -> list[tuple[str, ...]]:
+        counts: dict[tuple[str, ...], tuple[int, int]] = {}
+        for ran in self.ran:
+            key = ran.module or "(no module)", ran.op, ran.backend, ""
+            modules, calls = counts.get(key, (0, 0))
+            counts[key] = modules + 1, calls + ran.calls
+        for idle in self.idle:
+            key = idle.module, "", "", "its own code ran" if idle.calls else "never called"
+            modules, calls = counts.get(key, (0, 0))
+            counts[key] = modules + 1, calls + idle.calls
+        rows = [(key[0], str(modules), *key[1:3], str(calls), key[3]) for key, (modules, calls) in counts.items()]
+        return [("module", "count", "ran", "backend", "calls", "idle"), *rows]
+
+
+def _plain(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _rich(rows: list[tuple[str, ...]]) -> Any:
+    header, *rest = rows
+    table = importlib.import_module("rich.table").Table(*header)
+    for row in rest:
+        table.add_row(*row, style=None if row[2] else "dim")
+    return table

@@ -32,6 +32,7 @@ class Rule:
         gate: name of the op in `_gate`, or a function of the module that tells it.
         helpers: functions that the class's forward calls and the new one stands for; their forms are known too.
         reason: tells why this module isn't for the rule, such as an option that the forward doesn't have.
+        slow: tells why a module that the forward does serve is left for its speed.
         any_class: serve every class whose forward reads like that of `target`.
     """
 
@@ -41,6 +42,7 @@ class Rule:
     gate: str | Callable[[Any], str]
     helpers: tuple[str, ...] = ()
     reason: Callable[[Any], str | None] = field(default=_fits)
+    slow: Callable[[Any], str | None] = field(default=_fits)
     any_class: bool = False
 
     @property
@@ -56,8 +58,8 @@ class Rule:
         library = self.target.partition(".")[0]
         return f"unknown version {_version(library)} of {library}: {changed[0]} reads differently"
 
-    def backend(self, module: Any) -> str | None:
-        """What would serve the op where the module is now; None if nothing there is worth it."""
+    def backend(self, module: Any, forced: bool = False) -> str | None:
+        """What would serve the op where the module is now; None if nothing there is worth it or, if `forced`, can."""
         parameter = next(module.parameters(), None)
         device = "cpu" if parameter is None else parameter.device.type
         dtype = torch.float32 if parameter is None else parameter.dtype
@@ -65,16 +67,16 @@ class Rule:
             return "of its later device"
         name = self.gate if isinstance(self.gate, str) else self.gate(module)
         if name == "linear":
-            return "oneDNN" if device == "cpu" and dtype in _linear_dtypes() else None
-        if not is_served(name, device, dtype):
+            return "oneDNN" if device == "cpu" and dtype in _linear_dtypes(forced) else None
+        if not is_served(name, device, dtype, forced):
             return None
         return "cpu" if device == "cpu" else "cuda or triton"
 
 
-def _linear_dtypes() -> frozenset[torch.dtype]:
-    from evakernels.nn.linear import served_dtypes
+def _linear_dtypes(forced: bool) -> frozenset[torch.dtype]:
+    from evakernels.nn.linear import multiplied_dtypes, served_dtypes
 
-    return served_dtypes()
+    return multiplied_dtypes() if forced else served_dtypes()
 
 
 @cache
@@ -108,13 +110,13 @@ def find(cls: type) -> Rule | None:
     return next((r for r in rules() if r.any_class and _form.is_known(cls.forward, f"{r.target}.forward")), None)
 
 
-def served(cls: type) -> type | None:
+def served(cls: type, forced: bool = False) -> type | None:
     """The class that takes the place of `cls`, or None where no rule knows it."""
     prepare()
     rule = find(cls)
     if rule is None or (rule.unknown() is not None and not rule.any_class):
         return None
-    return _swap.served_class(cls, rule.forward)
+    return _swap.served_class(cls, rule.forward, forced)
 
 
 def changed_from(cls: type) -> str | None:
@@ -152,10 +154,12 @@ def has_known_form(cls: Any, rule: Rule) -> bool:
     return (rule.any_class and _form.is_known(cls.forward, f"{rule.target}.forward")) or rule.unknown() is None
 
 
-def why_not_here(module: Any) -> str:
+def why_not_here(module: Any, forced: bool = False) -> str:
     """Why nothing serves a module that a rule knows where it is now."""
     parameter = next(module.parameters(), None)
     if parameter is None:
-        return "its own is as fast"
+        return "no kernels are for it" if forced else "its own is as fast"
     device, dtype = parameter.device.type, str(parameter.dtype).removeprefix("torch.")
+    if forced:
+        return f"no kernels are for {dtype} on {device}"
     return f"its own {dtype} on {device} is as fast" if device in DEVICES else f"no kernels are for {device}"

@@ -72,7 +72,7 @@ def _eps(norm: Any) -> float | None:
 
 
 def add_norm(
-    residual: Tensor, branch: Tensor, norm: nn.Module, scale: Any = None, drop: Any = None
+    residual: Tensor, branch: Tensor, norm: nn.Module, scale: Any = None, drop: Any = None, *, forced: bool
 ) -> tuple[Tensor, Tensor]:
     """`(norm(x), x)` with `x = residual + drop(scale(branch))`, in one pass where that is possible.
 
@@ -80,7 +80,7 @@ def add_norm(
     """
     factor = _factor(scale)
     op = "add_norm" if factor is None else "scaled_add_norm"
-    if factor is not _UNKNOWN and serves(op, residual) and _fits(residual, branch, factor):
+    if factor is not _UNKNOWN and serves(op, residual, forced=forced) and _fits(residual, branch, factor):
         parameters = norm_parameters(norm, residual)
         if parameters is not None and _is_readable(drop):
             rows = _row_scale(drop, branch, factor)
@@ -92,9 +92,9 @@ def add_norm(
     return norm(x), x
 
 
-def norm_add(residual: Tensor, branch: Tensor, norm: nn.Module, drop: Any = None) -> Tensor:
+def norm_add(residual: Tensor, branch: Tensor, norm: nn.Module, drop: Any = None, *, forced: bool) -> Tensor:
     """`residual + drop(norm(branch))`."""
-    if serves("norm_add", residual) and _fits(residual, branch, None):
+    if serves("norm_add", residual, forced=forced) and _fits(residual, branch, None):
         parameters = norm_parameters(norm, branch)
         if parameters is not None and _is_readable(drop) and role(norm) == "layer_norm":
             rows = _row_scale(drop, branch, None)
@@ -165,14 +165,15 @@ def _row_scale(drop: Any, branch: Tensor, factor: Tensor | None) -> Tensor | Non
 # --- MLPs -----------------------------------------------------------------------------------------------------------
 
 
-def gated(gate: Tensor, up: Tensor, act: Any, drop: Any = None, norm: Any = None) -> Tensor:
+def gated(gate: Tensor, up: Tensor, act: Any, drop: Any = None, norm: Any = None, *, forced: bool) -> Tensor:
     """`norm(drop(act(gate) * up))`."""
     by_silu = role(act) == "silu"
-    if by_silu and role(norm) == "layer_norm" and (drop is None or not drops(drop)) and serves("swiglu_norm", gate):
+    is_normed = by_silu and role(norm) == "layer_norm" and (drop is None or not drops(drop))
+    if is_normed and serves("swiglu_norm", gate, forced=forced):
         parameters = norm_parameters(norm, gate)
         if parameters is not None and parameters[0] is not None and gate.dtype == up.dtype:
             return swiglu(gate, up, *parameters)
-    fused = by_silu and serves("swiglu", gate) and gate.dtype == up.dtype
+    fused = by_silu and serves("swiglu", gate, forced=forced) and gate.dtype == up.dtype
     hidden = swiglu(gate, up) if fused else act(gate) * up
     hidden = hidden if drop is None else drop(hidden)
     return hidden if norm is None else norm(hidden)

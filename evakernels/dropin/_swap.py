@@ -9,12 +9,15 @@ from torch import nn
 
 from evakernels.dropin._serve import ROLES
 
-_SERVED: dict[type, type] = {}
+_SERVED: dict[tuple[type, bool], type] = {}
 _ORIGINAL: dict[type, type] = {}
 
 
 class Swapped(nn.Module):
     """Base of the classes whose forward takes the place of another; the class that it serves stands behind it."""
+
+    is_forced = False
+    """Whether the ops serve it where its own code would be faster, too."""
 
     if TYPE_CHECKING:
         # Its attributes are those of another library's class.
@@ -28,7 +31,7 @@ class Swapped(nn.Module):
         """A pickle names the original class: that can be imported."""
         reduced: Any = super().__reduce_ex__(protocol)
         original = _ORIGINAL.get(type(self))
-        return reduced if original is None else (_rebuild, (original,), *reduced[2:])
+        return reduced if original is None else (_rebuild, (original, self.is_forced), *reduced[2:])
 
 
 def own_class(module: nn.Module) -> type:
@@ -42,15 +45,15 @@ def original_class(cls: type) -> type | None:
     return _ORIGINAL.get(cls)
 
 
-def served_class(original: type, forward: type[Swapped]) -> type:
+def served_class(original: type, forward: type[Swapped], forced: bool = False) -> type:
     """The subclass of `original` that runs `forward`'s forward, always the same one."""
-    if original not in _SERVED:
+    if (original, forced) not in _SERVED:
         names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-        served = type(original.__name__, (forward, original), names)
-        _SERVED[original], _ORIGINAL[served] = served, original
+        served = type(original.__name__, (forward, original), {**names, "is_forced": forced})
+        _SERVED[original, forced], _ORIGINAL[served] = served, original
         if original in ROLES:
             ROLES[served] = ROLES[original]
-    return _SERVED[original]
+    return _SERVED[original, forced]
 
 
 def set_class(module: nn.Module, cls: type) -> None:
@@ -70,9 +73,9 @@ def _is_wrapper(cls: type) -> bool:
     return len(bases) == 2 and bases[0].__module__.startswith("torch.distributed.")
 
 
-def _rebuild(original: type) -> Any:
+def _rebuild(original: type, forced: bool = False) -> Any:
     """An empty module for `pickle` and `copy` to fill: swapped where this library still knows the class."""
     from evakernels.dropin._rule import served
 
-    cls: Any = served(original) or original
+    cls: Any = served(original, forced) or original
     return cls.__new__(cls)

@@ -45,13 +45,15 @@ class MultiheadAttention(Swapped):
     ) -> Any:
         plain = query is key is value and not need_weights and key_padding_mask is None and not is_causal
         dropped = self.training and self.dropout > 0
-        if plain and not dropped and serves("multi_head", query, of_product=True) and self._takes(query, attn_mask):
+        if plain and not dropped and self._takes(query, attn_mask):
             return self._attend(query, attn_mask), None
         return super().forward(
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
 
     def _takes(self, x: Tensor, mask: Tensor | None) -> bool:
+        if not serves("multi_head", x, of_product=True, forced=self.is_forced):
+            return False
         mask_fits = mask is None or (mask.dim() == 2 and mask.is_floating_point())
         return x.dim() == 3 and mask_fits
 
@@ -60,7 +62,7 @@ class MultiheadAttention(Swapped):
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in packed.chunk(3, dim=-1))
         op = "attention_training" if torch.is_grad_enabled() else "attention"
         causal = mask is not None and _is_causal(mask)
-        if (mask is None or causal) and serves(op, x, of_product=True):
+        if (mask is None or causal) and serves(op, x, of_product=True, forced=self.is_forced):
             out = rope_attention(q, k, v, causal=causal)
         else:
             q, k, v = (part.transpose(1, 2) for part in (q, k, v))
@@ -101,7 +103,7 @@ class ResidualAttentionBlock(Swapped):
         k_x = self.ln_1_kv(k_x) if crosses and k_x is not None else None
         v_x = self.ln_1_kv(v_x) if crosses and v_x is not None else None
         branch = self.attention(q_x=self.ln_1(q_x), k_x=k_x, v_x=v_x, attn_mask=attn_mask)
-        y, x = add_norm(q_x, branch, self.ln_2, self.ls_1)
+        y, x = add_norm(q_x, branch, self.ln_2, self.ls_1, forced=self.is_forced)
         return add(x, self.mlp(y), self.ls_2)
 
 
@@ -110,7 +112,7 @@ class CustomResidualAttentionBlock(Swapped):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         branch = self.ln_attn(self.attn(self.ln_1(x), attn_mask=attn_mask))
-        y, x = add_norm(x, branch, self.ln_2, self.ls_1)
+        y, x = add_norm(x, branch, self.ln_2, self.ls_1, forced=self.is_forced)
         return add(x, self.mlp(y), self.ls_2)
 
 
@@ -119,7 +121,7 @@ class Attention(Swapped):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         op = "attention_training" if torch.is_grad_enabled() else "attention"
-        if attn_mask is not None or drops(self.attn_drop) or not serves(op, x, of_product=True):
+        if attn_mask is not None or drops(self.attn_drop) or not serves(op, x, of_product=True, forced=self.is_forced):
             whole: Tensor = super().forward(x, attn_mask=attn_mask)
             return whole
         packed = linear(x, self.in_proj_weight, self.in_proj_bias)
@@ -139,7 +141,7 @@ class PatchDropout(Swapped):
     """The same draw; class token and kept patches come out of one gather."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.prob == 0 or not serves("token_dropout", x):
+        if not self.training or self.prob == 0 or not serves("token_dropout", x, forced=self.is_forced):
             whole: Tensor = super().forward(x)
             return whole
         prefix = 1 if self.exclude_first_token else 0
@@ -165,7 +167,8 @@ class ClipLoss(Swapped):
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
     ) -> Any:
-        if logit_bias is not None or not _takes("clip_loss", image_features, text_features, logit_scale):
+        given = image_features, text_features, logit_scale
+        if logit_bias is not None or not _takes("clip_loss", *given, forced=self.is_forced):
             return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
         image, text, *of_all = matmul_inputs(*self._gathered(image_features, text_features))
         if self.world_size > 1 and self.local_loss:
@@ -199,7 +202,8 @@ class SigLipLoss(Swapped):
         logit_bias: Tensor | None,
         output_dict: bool = False,
     ) -> Any:
-        if logit_bias is None or not _takes("siglip_loss", image_features, text_features, logit_scale, logit_bias):
+        given = image_features, text_features, logit_scale, logit_bias
+        if logit_bias is None or not _takes("siglip_loss", *given, forced=self.is_forced):
             return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
         dtype = _loss_dtype(image_features, logit_scale)
         texts, rows, rank = text_features, len(image_features), 0
@@ -212,9 +216,10 @@ class SigLipLoss(Swapped):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-def _takes(op: str, image: Tensor, text: Tensor, *scalars: Any) -> bool:
+def _takes(op: str, image: Tensor, text: Tensor, *scalars: Any, forced: bool) -> bool:
     ones = all(isinstance(scalar, Tensor) and scalar.numel() == 1 for scalar in scalars)
-    return ones and serves(op, image, of_product=True) and image.dtype == text.dtype and image.shape == text.shape
+    served = ones and serves(op, image, of_product=True, forced=forced)
+    return served and image.dtype == text.dtype and image.shape == text.shape
 
 
 def _loss_dtype(image: Tensor, logit_scale: Tensor) -> torch.dtype:

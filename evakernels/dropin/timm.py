@@ -37,7 +37,7 @@ class SwiGLU(Swapped):
     """Two projections."""
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = gated(self.fc1_g(x), self.fc1_x(x), self.act, self.drop1, self.norm)
+        hidden = gated(self.fc1_g(x), self.fc1_x(x), self.act, self.drop1, self.norm, forced=self.is_forced)
         y: Tensor = self.drop2(self.fc2(hidden))
         return y
 
@@ -48,7 +48,7 @@ class GluMlp(Swapped):
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.fc1(x).chunk(2, dim=-1)
         gate, up = (second, first) if self.gate_last else (first, second)
-        hidden = gated(gate, up, self.act, self.drop1, self.norm)
+        hidden = gated(gate, up, self.act, self.drop1, self.norm, forced=self.is_forced)
         y: Tensor = self.drop2(self.fc2(hidden))
         return y
 
@@ -66,7 +66,12 @@ class _Attention(Swapped):
     def _is_fused(self, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None) -> bool:
         unrotated = "attention_training" if torch.is_grad_enabled() else "attention"
         op = unrotated if rope is None else "rope_attention"
-        return attn_mask is None and self.fused_attn and not drops(self.attn_drop) and serves(op, x, of_product=True)
+        return (
+            attn_mask is None
+            and self.fused_attn
+            and not drops(self.attn_drop)
+            and serves(op, x, of_product=True, forced=self.is_forced)
+        )
 
     def _project(self, x: Tensor) -> list[Tensor]:
         """q, k, v, `[B, N, heads, head_dim]`."""
@@ -155,7 +160,7 @@ class Block(Swapped):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         branch = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
-        y, x = add_norm(x, branch, self.norm2, self.ls1, self.drop_path1)
+        y, x = add_norm(x, branch, self.norm2, self.ls1, self.drop_path1, forced=self.is_forced)
         return add(x, self.mlp(y), self.ls2, self.drop_path2)
 
 
@@ -171,7 +176,7 @@ class EvaBlock(Swapped):
             attn_mask=attn_mask,
             is_causal=is_causal,
         )
-        y, x = add_norm(x, branch, self.norm2, self.gamma_1, self.drop_path1)
+        y, x = add_norm(x, branch, self.norm2, self.gamma_1, self.drop_path1, forced=self.is_forced)
         return add(x, self.mlp(y), self.gamma_2, self.drop_path2)
 
 
@@ -180,7 +185,7 @@ class RelPosBlock(Swapped):
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         branch = self.attn(self.norm1(x), shared_rel_pos=shared_rel_pos)
-        y, x = add_norm(x, branch, self.norm2, self.ls1, self.drop_path1)
+        y, x = add_norm(x, branch, self.norm2, self.ls1, self.drop_path1, forced=self.is_forced)
         return add(x, self.mlp(y), self.ls2, self.drop_path2)
 
 
@@ -188,8 +193,8 @@ class PostNormBlock(Swapped):
     """Of any of them, with the norms behind the branches."""
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        x = norm_add(x, self.attn(x, *args, **options), self.norm1, self.drop_path1)
-        return norm_add(x, self.mlp(x), self.norm2, self.drop_path2)
+        x = norm_add(x, self.attn(x, *args, **options), self.norm1, self.drop_path1, forced=self.is_forced)
+        return norm_add(x, self.mlp(x), self.norm2, self.drop_path2, forced=self.is_forced)
 
 
 class ParallelScalingBlock(_Attention):
@@ -235,7 +240,7 @@ class PatchDropoutWithIndices(Swapped):
 
 
 def _drops_patches(module: Any, x: Tensor) -> bool:
-    return module.training and module.prob > 0 and serves("token_dropout", x) and x.dim() == 3
+    return module.training and module.prob > 0 and serves("token_dropout", x, forced=module.is_forced) and x.dim() == 3
 
 
 def _drop_patches(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,14 +24,14 @@ class Linear(Swapped):
     """On a CPU, by oneDNN where that is faster."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias, forced=self.is_forced)
 
 
 class LayerNorm(Swapped):
     """Over the last dimension."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if serves("layer_norm", input):
+        if serves("layer_norm", input, forced=self.is_forced):
             parameters = own_norm_parameters(self, input)
             if parameters is not None:
                 return layer_norm(input, *parameters)
@@ -43,7 +43,7 @@ class RMSNorm(Swapped):
     """Over the last dimension."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if serves("rms_norm", x):
+        if serves("rms_norm", x, forced=self.is_forced):
             parameters = own_norm_parameters(self, x)
             if parameters is not None:
                 weight, _, eps = parameters
@@ -53,11 +53,11 @@ class RMSNorm(Swapped):
 
 
 class GELU(Swapped):
-    """By tanh."""
+    """By tanh, the only one that some classes have, or exact."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if serves("gelu", input):
-            return gelu(input, approximate="tanh")
+        if serves("gelu", input, forced=self.is_forced):
+            return gelu(input, approximate=getattr(self, "approximate", "tanh"))
         y: Tensor = super().forward(input)
         return y
 
@@ -84,5 +84,5 @@ RULES = (
     Rule(Linear, "torch.nn.modules.linear.Linear", "linear", "linear"),
     Rule(LayerNorm, f"{_NORMS}.LayerNorm", "layer_norm", "layer_norm", reason=last_dimension),
     Rule(RMSNorm, f"{_NORMS}.RMSNorm", "rms_norm", "rms_norm", reason=last_dimension),
-    Rule(GELU, "torch.nn.modules.activation.GELU", "gelu", "gelu", reason=_by_tanh),
+    Rule(GELU, "torch.nn.modules.activation.GELU", "gelu", "gelu", slow=_by_tanh),
 )

@@ -24,7 +24,7 @@ class RMSNorm(Swapped):
     """Llama's."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if serves("rms_norm", hidden_states) and self.weight.dtype == hidden_states.dtype:
+        if serves("rms_norm", hidden_states, forced=self.is_forced) and self.weight.dtype == hidden_states.dtype:
             parameters = own_norm_parameters(self, hidden_states)
             if parameters is not None:
                 return rms_norm(hidden_states, parameters[0], parameters[2])
@@ -36,7 +36,7 @@ class GatedMLP(Swapped):
     """Llama's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.act_fn))
+        y: Tensor = self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.act_fn, forced=self.is_forced))
         return y
 
 
@@ -55,7 +55,7 @@ class _Attention(Swapped):
             and self.config._attn_implementation == "sdpa"
             and not (self.training and self.dropout > 0)
             and not any(options.get(name) for name in _UNSERVED)
-            and serves(op, x, of_product=True)
+            and serves(op, x, of_product=True, forced=self.is_forced)
             and x.dim() == 3
         )
 
@@ -130,7 +130,7 @@ class EncoderLayer(Swapped):
         branch, _ = self.self_attn(
             hidden_states=self.layer_norm1(hidden_states), attention_mask=attention_mask, **kwargs
         )
-        y, x = add_norm(hidden_states, branch, self.layer_norm2)
+        y, x = add_norm(hidden_states, branch, self.layer_norm2, forced=self.is_forced)
         return add(x, self.mlp(y))
 
 
@@ -147,7 +147,7 @@ class DINOv3Layer(Swapped):
         branch, _ = self.attention(
             self.norm1(hidden_states), attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
         )
-        y, x = add_norm(hidden_states, branch, self.norm2, self.layer_scale1, self.drop_path)
+        y, x = add_norm(hidden_states, branch, self.norm2, self.layer_scale1, self.drop_path, forced=self.is_forced)
         return add(x, self.mlp(y), self.layer_scale2, self.drop_path)
 
 

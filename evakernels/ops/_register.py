@@ -82,7 +82,9 @@ def define(
     def run(*args: Any) -> Any:
         if check is not None:
             check(*args)
-        function = backends.select(name, args).function
+        chosen = backends.select(name, args)
+        backends.observe(name, chosen.backend)
+        function = chosen.function
         tensor = backends.first_tensor(args)
         if tensor is None or not _autocast.is_on(tensor.device.type):
             return function(*args)

@@ -26,6 +26,7 @@ REASONS = (
     "needs a GPU",
     "needs data",
     "needs several processes",
+    "needs the package accelerate",
     "needs the network",
     "never ends",
     "takes hours",

@@ -239,26 +239,43 @@ def test_rope_attention(dtype: torch.dtype, compact: bool) -> None:
     assert_same(gradients, expected)
 
 
-@gpu_kernels
-def test_packed_attention() -> None:
-    q, k, v = normal(9, 3, 2, 16, dtype=torch.bfloat16).unbind(1)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_attention(dtype: torch.dtype, causal: bool) -> None:
+    q, k, v = normal(9, 3, 2, 16, dtype=dtype).unbind(1)
     offsets = torch.tensor([0, 2, 2, 9])
-    expected = native.packed_attention_forward(q, k, v, offsets, 7, True, 0.3)
+    expected = native.packed_attention_forward(q, k, v, offsets, 7, causal, 0.3)
     outputs = like(expected)
-    options = {"offsets": offsets, "max_length": 7, "causal": True, "scale": 0.3}
+    options = {"offsets": offsets, "max_length": 7, "causal": causal, "scale": 0.3}
     _C.rope_attention_forward(q, k, v, *outputs, **options)
     assert_same(outputs, expected)
     results = q, q, k, v, *expected
-    expected = native.packed_attention_backward(*results, offsets, 7, True, 0.3)
+    expected = native.packed_attention_backward(*results, offsets, 7, causal, 0.3)
     gradients = like(expected)
     _C.rope_attention_backward(*results, *gradients, **options)
     assert_same(gradients, expected)
 
 
 @pytest.mark.skipif(_native.runs_gpu_kernels("cpu"), reason="the kernels for GPUs serve the CPU here")
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [([1, 9], "offsets must rise from 0"), ([0, 7, 5, 9], "must rise"), ([0, 8], "must end with the number of tokens")],
+)
+def test_packed_attention_refuses_offsets_that_do_not_fit(offsets: list[int], message: str) -> None:
+    q = normal(9, 2, 16)
+    with pytest.raises(ValueError, match=message):
+        _C.rope_attention_forward(
+            q, q, q, q.clone(), q.new_empty(2, 9), offsets=torch.tensor(offsets), max_length=9, scale=1.0
+        )
+
+
+@pytest.mark.skipif(_native.runs_gpu_kernels("cpu"), reason="the kernels for GPUs serve the CPU here")
 def test_what_has_kernels_for_gpus_only_refuses_a_cpu() -> None:
     with pytest.raises(ValueError, match="gradient_norm has kernels for GPUs only; the arrays are on a CPU"):
         _C.gradient_norm([torch.ones(3)], torch.empty(()))
+    q = normal(1, 9, 2, 16)
+    with pytest.raises(ValueError, match="rope_attention_forward has kernels for GPUs only"):
+        _C.rope_attention_forward(q, q, q, q.clone(), q.new_empty(1, 2, 9), scale=1.0)
 
 
 X, ROWS = torch.zeros(2, 4), torch.zeros(2)

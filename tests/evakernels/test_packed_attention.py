@@ -8,9 +8,11 @@ from op_checks import (
     assert_deterministic,
     assert_gradcheck,
     assert_opcheck,
+    assert_threads_change_no_bit,
 )
 
 import evakernels
+from evakernels import backends
 
 OPS = torch.ops.evakernels
 HEADS, HEAD_DIM = 2, 8
@@ -69,6 +71,27 @@ def test_as_accurate_as_torch(pair, qkv, dtype):
 def test_as_accurate_as_torch_at_the_size_of_a_tower(dtype):
     lengths = [77, 1, 30, 64]
     assert_as_accurate_as_torch(*pair(lengths), [packed(lengths, heads=1, head_dim=64)], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "causal"), [(20, True), (64, False)])
+def test_as_accurate_as_torch_at_lengths_around_those_of_tiles(head_dim, causal, dtype):
+    lengths = [1, 4, 7, 8, 9, 48, 49, 97]
+    assert_as_accurate_as_torch(*pair(lengths, causal=causal), [packed(lengths, heads=1, head_dim=head_dim)], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_number_of_threads_does_not_change_a_bit(dtype):
+    lengths = [40, 3, 0, 90, 17, 60]
+    qkv = packed(lengths, heads=5, head_dim=32).to(dtype)
+    assert_threads_change_no_bit(pair(lengths)[0], [qkv])
+
+
+@pytest.mark.skipif(not evakernels.info()["native"]["loaded"], reason="the native library is not built")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_kernels_serve_it(dtype):
+    q, k, v = packed([3]).to(dtype).unbind(1)
+    assert not backends.why_not("packed_attention_forward", "cpu", q, k, v, offsets_of([3]), 3, True, 0.5)
 
 
 def test_a_sequence_is_that_of_rope_attention():

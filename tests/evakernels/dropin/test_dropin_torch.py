@@ -11,11 +11,13 @@ import torch.distributed as dist
 from dropin_families import FAMILIES
 from dropin_family import gradients, log_ops, ops_of, run
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import evakernels
+from evakernels import backends
 
 pytestmark = pytest.mark.usefixtures("everything_served")
 
@@ -216,6 +218,22 @@ def test_it_compiles_with_everything_dropped_too(name):
     torch.compile(model.train(), fullgraph=True, backend="aot_eager")(**family.inputs(1)).sum().backward()
 
 
+@pytest.mark.parametrize("called", [False, True], ids=["before", "after"])
+def test_a_compiled_model_may_be_accelerated_before_its_first_call_and_after(called):
+    torch._dynamo.reset()
+    family, _, untouched = _pair("eva02")
+    model = copy.deepcopy(untouched)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    if called:
+        run(family, compiled, 1)
+    evakernels.accelerate(model)
+    ops = set()
+    with torch.no_grad(), backends.observed_by(lambda op, backend: ops.add(op.removesuffix("_forward"))):
+        actual = run(family, compiled, 1)
+    assert {"rope_attention", "add_layer_norm", "swiglu"} <= ops
+    _close(actual, run(family, untouched, 1))
+
+
 # --- checkpointing and sharding -------------------------------------------------------------------------------------
 
 
@@ -288,3 +306,14 @@ def test_fsdp2_before_and_after(name, whole_blocks, first, one_process):
     evakernels.restore(model)
     assert isinstance(block, FSDPModule)
     assert ops_of(family, model) == set()
+
+
+def test_a_model_on_meta_may_be_accelerated_then_sharded_then_filled(one_process):
+    family, _, untouched = _pair("vit")
+    model = copy.deepcopy(untouched).to("meta")
+    evakernels.accelerate(model)
+    _shard(model, whole_blocks=True)
+    model.to_empty(device="cpu")
+    set_model_state_dict(model, untouched.state_dict(), options=StateDictOptions(full_state_dict=True))
+    _close(run(family, model, 1), run(family, untouched, 1))
+    assert ops_of(family, model.train()) == family.ops

@@ -1,0 +1,45 @@
+"""Which modules of a model `accelerate` is asked to serve: patterns of names and classes."""
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+Patterns = str | Iterable[str]
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+class Choice:
+    """Of modules, given as pairs of dotted name and class name, those that patterns of `fnmatch` match.
+
+    Raises:
+        ValueError: for a pattern that matches none of `modules`.
+    """
+
+    def __init__(self, modules: list[tuple[str, str]], include: Patterns | None, exclude: Patterns | None) -> None:
+        self.include = None if include is None else _checked("include", include, modules)
+        self.exclude = [] if exclude is None else _checked("exclude", exclude, modules)
+
+    def includes(self, name: str, cls: str) -> bool:
+        return self.include is None or _matches(self.include, name, cls)
+
+    def excludes(self, name: str, cls: str) -> bool:
+        return _matches(self.exclude, name, cls)
+
+
+def _matches(patterns: list[str], name: str, cls: str) -> bool:
+    return any(fnmatchcase(name, pattern) or fnmatchcase(cls, pattern) for pattern in patterns)
+
+
+def _checked(argument: str, patterns: Patterns, modules: list[tuple[str, str]]) -> list[str]:
+    found = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in found:
+        if not any(_matches([pattern], *module) for module in modules):
+            known = {form for name, cls in modules for form in (_NUMBER.sub("*", name), cls) if form}
+            near = get_close_matches(pattern, sorted(known), cutoff=0.5) or sorted({cls for _, cls in modules})
+            raise ValueError(
+                f"accelerate: {argument}={pattern!r} matches no module's name or class; "
+                f"near are {', '.join(near)}; `*` stands for any characters"
+            )
+    return found

@@ -1,0 +1,274 @@
+"""Which modules `accelerate` is asked to serve, and what of them ran."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from dropin_families import FAMILIES
+from dropin_family import log_ops, ops_of, run
+from timm.models.eva import EvaAttention
+from torch import nn
+
+import evakernels
+from evakernels.dropin import Idle, Ran, _gate
+
+everything_served = pytest.mark.usefixtures("everything_served")
+native = pytest.mark.skipif(not evakernels.info()["native"]["loaded"], reason="the native library is not built")
+
+
+def _swapped(model):
+    """Names of the modules that have another class than they were built with."""
+    untouched = copy.deepcopy(model)
+    evakernels.restore(untouched)
+    pairs = zip(model.named_modules(), untouched.modules(), strict=True)
+    return {name for (name, module), other in pairs if type(module) is not type(other)}
+
+
+def _everything():
+    model = FAMILIES["eva02"].build()
+    evakernels.accelerate(model)
+    return _swapped(model)
+
+
+def _reasons(report):
+    return {left.reason for left in report.left}
+
+
+# --- include, exclude ------------------------------------------------------------------------------------------------
+
+
+@everything_served
+def test_what_is_included_alone_is_served():
+    model = FAMILIES["eva02"].build()
+    report = evakernels.accelerate(model, include=["EvaAttention", "blocks.1.mlp"])
+    assert _swapped(model) == {"blocks.0.attn", "blocks.1.attn", "blocks.1.mlp"}
+    assert {done.name for done in report.replaced} == _swapped(model)
+    assert _reasons(report) == {"not included"}
+    assert ops_of(FAMILIES["eva02"], model) == {"rope_attention", "swiglu"}
+
+
+@everything_served
+def test_what_is_excluded_keeps_its_own_code():
+    model = FAMILIES["eva02"].build()
+    report = evakernels.accelerate(model, exclude="*.attn")
+    assert _everything() - _swapped(model) == {"blocks.0.attn", "blocks.1.attn"}
+    assert [left.name for left in report.left if left.reason == "excluded"] == ["blocks.0.attn", "blocks.1.attn"]
+    assert type(model.blocks[0].attn) is EvaAttention
+
+
+@everything_served
+def test_a_class_and_a_part_of_the_model_may_both_be_excluded():
+    model = FAMILIES["eva02"].build()
+    evakernels.accelerate(model, include="blocks.*", exclude=("blocks.0*", "Linear"))
+    assert _swapped(model) == {name for name in _everything() if name.startswith("blocks.1")} - {
+        f"blocks.1.{name}" for name in ("attn.qkv", "attn.proj", "attn.q_proj", "attn.k_proj", "attn.v_proj")
+    } - {f"blocks.1.mlp.{name}" for name in ("fc1_g", "fc1_x", "fc2")}
+
+
+@everything_served
+def test_excluded_later_a_module_gets_its_own_code_back():
+    model = FAMILIES["eva02"].build()
+    evakernels.accelerate(model)
+    evakernels.accelerate(model, exclude="EvaAttention")
+    assert type(model.blocks[1].attn) is EvaAttention
+    report = evakernels.accelerate(model, include="EvaAttention")
+    assert _swapped(model) == _everything()
+    assert {done.module for done in report.replaced} > {"EvaAttention", "EvaBlock"}  # those of before, too
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+@pytest.mark.parametrize(
+    ("pattern", "near"),
+    [
+        ("EvaAttentoin", "EvaAttention"),
+        ("blocks.*.atn", r"blocks\.\*\.attn"),
+        ("evablock", "EvaBlock"),
+        ("zzzz", "Conv2d, DropPath, Dropout, Eva"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_names_what_is_near(argument, pattern, near):
+    model = FAMILIES["eva02"].build()
+    with pytest.raises(
+        ValueError, match=rf"accelerate: {argument}='.*' matches no module's name or class; near.*{near}"
+    ):
+        evakernels.accelerate(model, **{argument: ["EvaBlock", pattern]})
+    assert _swapped(model) == set()
+
+
+# --- force -----------------------------------------------------------------------------------------------------------
+
+
+@native
+def test_force_serves_what_is_as_fast_in_torch():
+    model = nn.Sequential(nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 8)).eval()
+    x = torch.randn(2, 8)
+    expected = model(x)
+    report = evakernels.accelerate(model, force=True)
+    assert [done.op for done in report.replaced][:2] == ["layer_norm", "gelu"]
+    with log_ops() as ops:
+        actual = model(x)
+    assert ops == {"layer_norm", "gelu"}
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@native
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
+def test_a_linear_layer_is_forced_onto_onednn():
+    model, x = nn.Linear(8, 4), torch.randn(3, 8)
+    expected = model(x)
+    report = evakernels.accelerate(model, force=True)
+    with report.watch():
+        torch.testing.assert_close(model(x), expected)
+    assert [(ran.op, ran.backend, ran.calls) for ran in report.ran] == [("linear", "oneDNN", 1)]
+
+
+@native
+def test_what_is_forced_stays_so():
+    model = nn.Sequential(nn.LayerNorm(8), nn.GELU())
+    evakernels.accelerate(model, include="LayerNorm", force=True)
+    evakernels.accelerate(model)
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with log_ops() as ops:
+            copied(torch.randn(2, 8))
+        assert ops == {"layer_norm"}
+    evakernels.restore(model)
+    assert [type(module) for module in model] == [nn.LayerNorm, nn.GELU]
+
+
+def test_force_serves_nothing_that_it_cannot_serve_right():
+    model = nn.Sequential(nn.LayerNorm((3, 8)), nn.LayerNorm(8, dtype=torch.float64), nn.Linear(8, 8).double())
+    x = torch.randn(2, 3, 8).double()
+    report = evakernels.accelerate(model, force=True)
+    assert [left.reason for left in report.left] == [
+        "it normalises 2 dimensions",
+        *["no kernels are for float64 on cpu"] * 2,
+    ]
+    untouched = copy.deepcopy(model)
+    evakernels.restore(untouched)
+    with log_ops() as ops:
+        assert torch.equal(model[1:](x), untouched[1:](x))
+    assert ops == set()
+
+
+@native
+@pytest.mark.parametrize("name", ["vit", "eva02", "clip", "open-clip", "dinov3-vit-gated"])
+def test_forced_models_run_on_every_op_that_they_have(name):
+    family, untouched = FAMILIES[name], FAMILIES[name].build()
+    model = copy.deepcopy(untouched)
+    evakernels.accelerate(model, force=True)
+    assert ops_of(family, model.train()) >= family.ops
+    torch.testing.assert_close(run(family, model.eval(), 1), run(family, untouched, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_forced_op_is_served_at_every_size():
+    x = torch.zeros(1, 8)
+    assert not _gate.serves("layer_norm", x)
+    assert _gate.serves("layer_norm", x, forced=True) == evakernels.info()["native"]["loaded"]
+
+
+# --- what ran --------------------------------------------------------------------------------------------------------
+
+
+def _totals(report):
+    totals = {}
+    for ran in report.ran:
+        totals[ran.module, ran.op, ran.backend] = totals.get((ran.module, ran.op, ran.backend), 0) + ran.calls
+    return totals
+
+
+@native
+@everything_served
+def test_a_report_tells_what_ran():
+    family, model = FAMILIES["eva02"], FAMILIES["eva02"].build()
+    report = evakernels.accelerate(model, exclude="Linear")
+    assert report.ran == report.idle == []
+    with report.watch():
+        run(family, model, 1).sum().backward()
+    totals = _totals(report)
+    assert totals["EvaBlock", "add_layer_norm", "cpu"] == 2
+    assert totals["EvaAttention", "rope_attention", "cpu"] == 2
+    assert totals["", "rope_attention_backward", "cpu"] == 2
+    assert Ran("blocks.1.attn", "EvaAttention", "rope_attention", "cpu", 1) in report.ran
+    # Part of the step of their block.
+    assert Idle("blocks.0.norm2", "LayerNorm", 0) in report.idle
+
+
+@everything_served
+def test_the_backend_is_the_one_that_served():
+    model = nn.LayerNorm(8)
+    report = evakernels.accelerate(model)
+    with evakernels.use_backend("reference"), report.watch():
+        model(torch.randn(2, 8))
+    assert report.ran == [Ran("", "LayerNorm", "layer_norm", "reference", 1)]
+
+
+@native
+def test_a_call_that_ran_its_own_code_is_told():
+    model = nn.Sequential(nn.GELU("tanh"), nn.GELU("tanh"), nn.GELU("tanh"))
+    report = evakernels.accelerate(model)
+    with report.watch():
+        model[0](torch.randn(2, 8))
+        model[1](torch.randn(2, 8, dtype=torch.float64))
+    assert report.ran == [Ran("0", "GELU", "gelu", "cpu", 1)]
+    assert report.idle == [Idle("1", "GELU", 1), Idle("2", "GELU", 0)]
+    lines = [line.split() for line in str(report).splitlines()]
+    assert any("GELU" in line and "gelu" in line and "cpu" in line for line in lines)
+    assert any(line[-3:-1] == ["own", "code"] or {"own", "code", "ran"} <= set(line) for line in lines)
+    assert any({"never", "called"} <= set(line) for line in lines)
+
+
+@native
+def test_what_a_later_call_swapped_is_watched_too():
+    model = nn.Sequential(nn.GELU("tanh"), nn.LayerNorm(8))
+    report = evakernels.accelerate(model, include="GELU")
+    evakernels.accelerate(model, include="LayerNorm", force=True)
+    with report.watch():
+        model(torch.randn(2, 8))
+    assert Ran("1", "LayerNorm", "layer_norm", "cpu", 1) in report.ran
+
+
+@native
+def test_a_second_watch_starts_anew_and_a_call_outside_does_not_count():
+    model, x = nn.GELU("tanh"), torch.randn(2, 8)
+    report = evakernels.accelerate(model)
+    for _ in range(2):
+        with report.watch():
+            model(x)
+        model(x)
+        assert report.ran == [Ran("", "GELU", "gelu", "cpu", 1)]
+
+
+def test_a_report_does_not_keep_its_model():
+    report = evakernels.accelerate(nn.GELU("tanh"))
+    with pytest.raises(RuntimeError, match="the model of this report doesn't exist any more"), report.watch():
+        pass
+
+
+@native
+def test_an_error_inside_leaves_no_trace():
+    class Stops(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("stop")
+
+    family, model = FAMILIES["vit"], FAMILIES["vit"].build()
+    report = evakernels.accelerate(model, force=True)
+    mlp, model.blocks[0].mlp = model.blocks[0].mlp, Stops()
+    with report.watch():
+        with pytest.raises(RuntimeError, match="stop"):
+            run(family, model, 1)
+        model.blocks[0].mlp = mlp
+        evakernels.gelu(torch.randn(2, 8))
+    assert Ran("", "", "gelu", "cpu", 1) in report.ran
+    assert not torch.nn.modules.module._has_any_global_hook()
+
+
+@native
+def test_watching_needs_no_rich(monkeypatch):
+    model = nn.GELU("tanh")
+    report = evakernels.accelerate(model)
+    with report.watch():
+        model(torch.randn(2, 8))
+    monkeypatch.setattr("evakernels.dropin._report.find_spec", lambda name: None)
+    rows = [line.split() for line in str(report).splitlines()]
+    assert ["GELU", "1", "gelu", "cpu", "1"] in rows
