@@ -51,7 +51,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         dx_wanted, dweight_wanted, dbias_wanted = ctx.needs_input_grad
-        rows = dy.flatten(0, -2)
+        rows = dy.reshape(-1, dy.shape[-1])  # which vmap knows, unlike flatten
         return (
             linear(dy, weight.t()) if dx_wanted else None,
             _weight_gradient(rows, x.flatten(0, -2)) if dweight_wanted else None,
