@@ -23,6 +23,7 @@ from benchmarks.gpu_state import read_state
 from benchmarks.results import Machine
 
 _DEFAULT_CACHE = 32 << 20
+_FIRST_SIDE, _LONGEST_PRODUCT = 256, 0.5  # seconds
 BUSY_SHARE = 0.1
 """Share of the processors that others may use before the run is called disturbed."""
 DRIFT = 0.1
@@ -63,9 +64,22 @@ def ceilings(device: torch.device, dtypes: Iterable[torch.dtype]) -> tuple[float
     del source, target
     rates = {}
     for dtype in dtypes:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / _best(partial(torch.matmul, a, b), device) / 1e12
+        rates[str(dtype).removeprefix("torch.")] = _product_rate(device, dtype, size) / 1e12
     return copy, rates
+
+
+def _product_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of square products of this size, or of smaller ones where such a product would take long.
+
+    A processor without instructions for bfloat16 reaches a hundredth of its rate in float32.
+    """
+    side = min(size, _FIRST_SIDE)
+    while True:
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        call = partial(torch.matmul, a, b)
+        if side == size or 8 * _best(call, device, seconds=0, least=1) > _LONGEST_PRODUCT:
+            return 2 * side**3 / _best(call, device)
+        side = min(2 * side, size)
 
 
 def _best(call: Callable[[], object], device: torch.device, seconds: float = 0.4, least: int = 5) -> float:

@@ -1,11 +1,13 @@
 """Who takes part, what is run, and what the machine says of itself."""
 
+from collections.abc import Callable
 from typing import Any
 
 import psutil
 import pytest
 import torch
 from bench_fakes import machine, registered, tanh, tanh_operation
+from torch import Tensor
 
 from benchmarks import machine as machines
 from benchmarks import suite
@@ -131,6 +133,18 @@ def test_a_busy_run_says_so(monkeypatch: pytest.MonkeyPatch, steady: None) -> No
     watch = machines.Watch(machine(), CPU)
     monkeypatch.setattr(machines, "_busy_seconds", lambda: (116.0, 60.0, 20.0))
     assert watch.notes() == ["busy: other processes used 30% of the processors during the run"]
+
+
+def test_a_product_that_takes_long_is_measured_at_a_smaller_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = []
+
+    def slow(call: Callable[[], Tensor], device: torch.device, **limits: float) -> float:
+        sides.append(len(call()))
+        return 1e-9 * sides[-1] ** 3
+
+    monkeypatch.setattr(machines, "_best", slow)
+    assert machines._product_rate(CPU, torch.float32, 1536) == pytest.approx(2e9)
+    assert sides == [256, 512, 512]
 
 
 def test_ceilings_that_move_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
