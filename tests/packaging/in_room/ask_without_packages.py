@@ -9,7 +9,7 @@ COMMANDS = (
     "eval zero-shot runs/x --data x.csv",
     "data check x.csv",
     "convert x.pt y.pt --to timm",
-    "export tiny x.pt2 --tower image",
+    "export tiny x.pt2 --tower image --random",
     "demo",
     "report runs/x",
 )
