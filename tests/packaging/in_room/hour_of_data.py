@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 MINE, RUN = Path("mine"), Path("runs/mine")
-TRAIN = ("train", "finetune", "--train-data", str(MINE), "--model", "tiny", "--pretrained", "runs/tiny")
+TRAIN = ("train", "finetune", "--train-data", str(MINE), "--model", "tiny", "--pretrained", "runs/start")
 SMALL = ("name=mine", "batch_size=8", "data.workers=0", "held_out=0.25", "checkpoint.every_steps=2")
 LONG = ("--set", *SMALL, "schedule.epochs=null", "schedule.steps=4000", "schedule.warmup_share=null")
 
@@ -77,7 +77,16 @@ def main() -> None:
     assert "broken.png" in json.dumps(faults)
     assert ".ipynb_checkpoints" not in json.dumps(faults)
 
-    evaclip("train", "tiny", "--set", "schedule.steps=2", "schedule.warmup_steps=1", "batch_size=8", "eval.samples=16")
+    evaclip(
+        "train",
+        "tiny",
+        "--set",
+        "name=start",
+        "schedule.steps=2",
+        "schedule.warmup_steps=1",
+        "batch_size=8",
+        "eval.samples=16",
+    )
     expect(evaclip(*TRAIN, *LONG, "--dry-run"), "an estimate")
 
     first = started()
