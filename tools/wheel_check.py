@@ -1,7 +1,8 @@
 """Checks the installed evakernels: one op of each family, forward and backward, on the compiled library.
 
-Their results are compared with the reference. Prints one line of JSON: versions, the instruction set, the families, and
-the seconds that the imports and the first op took. Run it as `python -I tools/wheel_check.py`.
+Their results are compared with the reference. What rests on parts of torch that differ between its versions follows:
+forward mode, functorch's transforms and `torch.compile`. Prints one line of JSON: versions, the instruction set, the
+families, and the seconds that the imports and the first op took. Run it as `python -I tools/wheel_check.py`.
 """
 
 import json
@@ -70,6 +71,28 @@ def results(backend: str, run: Callable[..., torch.Tensor], inputs: list[torch.T
     return [out.detach(), *gradients]
 
 
+def check_transforms() -> None:
+    """The same derivatives as torch's own layer norm, by every way that there is to ask for them."""
+    x, tangent, weight, bias = torch.randn(3, 5, 16), torch.randn(3, 5, 16), torch.randn(16), torch.randn(16)
+
+    def theirs(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(x, (16,), weight, bias)
+
+    def ours(x: torch.Tensor) -> torch.Tensor:
+        return evakernels.layer_norm(x, weight, bias)
+
+    def gradient(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return torch.func.grad(lambda x: norm(x).square().sum())
+
+    for expected, result in (
+        (torch.func.jvp(theirs, (x,), (tangent,)), torch.func.jvp(ours, (x,), (tangent,))),
+        (torch.func.vmap(gradient(theirs))(x), torch.func.vmap(gradient(ours))(x)),
+        (torch.func.hessian(theirs)(x[0, :2]), torch.func.hessian(ours)(x[0, :2])),
+        (theirs(x), torch.compile(ours, fullgraph=True, backend="aot_eager")(x)),
+    ):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
 def main() -> None:
     torch.manual_seed(0)
     evakernels.layer_norm(torch.randn(4, 8))
@@ -83,6 +106,7 @@ def main() -> None:
             for ours, expected in pairs:
                 torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
         served.append(family)
+    check_transforms()
     found = evakernels.info()
     native = found["native"]
     report = {
