@@ -166,7 +166,8 @@ def visible(scores, queries, keys, limit, CAUSAL: tl.constexpr, EVEN: tl.constex
     """`scores` with -inf for keys that a query doesn't see. `queries` and `keys` broadcast to them."""
     if CAUSAL:
         scores = tl.where(keys <= queries, scores, float("-inf"))
-    elif not EVEN:
+    # Also where causal: later queries are behind the padding of the prefix.
+    if not EVEN:
         scores = tl.where(keys < limit, scores, float("-inf"))
     return scores
 

@@ -176,6 +176,7 @@ def rope_attention_forward(draw: Draw, head_dim: int, tokens: int) -> Iterator[t
     qkv, tables = _heads(draw, head_dim, tokens)
     yield *qkv, *tables, None, 1, False, True, head_dim**-0.5
     yield *qkv, None, None, None, 0, True, True, head_dim**-0.5
+    yield *qkv, None, None, None, 5, True, True, head_dim**-0.5  # a class token and four registers
 
 
 def rope_attention_backward(draw: Draw, head_dim: int, tokens: int) -> Iterator[tuple[Any, ...]]:
