@@ -5,8 +5,12 @@ the dtype of their input on a CPU. The casts are made by the public functions, i
 `torch.compile` see them.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def is_on(device: str) -> bool:
@@ -23,8 +27,11 @@ def matmul_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def norm_input(x: Tensor) -> Tensor:
-    """`x` in float32 when autocast is on for CUDA, as for `torch.nn.functional.layer_norm`; otherwise as it is."""
+def norm_inputs(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
+    """In float32 when autocast is on for CUDA, as for `torch.nn.functional.layer_norm`; otherwise as they are.
+
+    A model in bfloat16 has parameters in bfloat16, which beside the float32 that this makes of `x` no norm takes.
+    """
     if x.device.type == "cuda" and is_on("cuda") and x.dtype != torch.float64:
-        return x.float()
-    return x
+        return x.float(), *(t.float() if isinstance(t, Tensor) and t.dtype in _HALVES else t for t in parameters)
+    return x, *parameters

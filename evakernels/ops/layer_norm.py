@@ -7,7 +7,7 @@ from torch import Tensor
 
 from evakernels import backends
 from evakernels.ops import _check
-from evakernels.ops._autocast import norm_input
+from evakernels.ops._autocast import norm_inputs
 from evakernels.ops._register import define, differentiable, optional_gradient
 from evakernels.reference import layer_norm as reference
 from evakernels.reference._numerics import accumulation_dtype
@@ -151,7 +151,7 @@ def rms_norm_add(
 
 def _plain(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, *, rms: bool) -> Tensor:
     _check.floating(op, x=x)
-    x = norm_input(x)
+    x, weight, bias = norm_inputs(x, weight, bias)
     _check_norm(op, "x", x, weight, bias)
     _check.same_device(op, x=x, weight=weight, bias=bias)
     eps = _checked_eps(op, eps, x, rms)
@@ -172,7 +172,7 @@ def _add_norm(
     rms: bool,
 ) -> tuple[Tensor, Tensor]:
     _check.floating(op, residual=residual, branch=branch)
-    residual = norm_input(residual)
+    residual, weight, bias = norm_inputs(residual, weight, bias)
     _check_norm(op, "residual", residual, weight, bias)
     _check_residual(op, residual, branch, layer_scale, row_scale)
     scales = {"layer_scale": layer_scale, "row_scale": row_scale}
@@ -195,7 +195,7 @@ def _norm_add(
     rms: bool,
 ) -> Tensor:
     _check.floating(op, residual=residual, branch=branch)
-    residual = norm_input(residual)
+    residual, weight, bias = norm_inputs(residual, weight, bias)
     _check_norm(op, "residual", residual, weight, bias)
     _check_residual(op, residual, branch, layer_scale, row_scale)
     scales = {"layer_scale": layer_scale, "row_scale": row_scale}

@@ -11,8 +11,10 @@ from op_checks import (
     assert_gradcheck,
     assert_opcheck,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import evakernels
+from evakernels.ops import _autocast
 
 EPS = 1e-6
 OPS = torch.ops.evakernels
@@ -140,6 +142,23 @@ def test_autocast_gives_the_dtypes_of_torch(kind, dtype):
         assert y.dtype == x.dtype  # CPU autocast leaves norms alone
         expected = theirs(x.float(), weight, bias)
         torch.testing.assert_close(y.float(), expected, atol=4e-2 if x.dtype == dtype else 1e-5, rtol=1e-2)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_cuda_autocast_gives_float32_of_a_model_in_bfloat16(monkeypatch, kind):
+    """As torch, which casts the weight too. Autocast stays off without a GPU; fake tensors say that they are on one."""
+    monkeypatch.setattr(_autocast, "is_on", lambda device: device == "cuda")
+    with FakeTensorMode(), torch.device("cuda"):
+        x, branch, weight = torch.ones(2, 3, 8).bfloat16(), torch.ones(2, 3, 8).bfloat16(), torch.ones(8).bfloat16()
+        bias = weight if kind == "layer" else None
+        y, total = add_then_norm(kind, None)[0](x, branch, weight, bias, None)
+        results = [
+            y,
+            total,
+            norm_then_add(kind, None)[0](x, branch, weight, bias, None),
+            plain(kind)[0](x, weight, bias),
+        ]
+    assert [result.dtype for result in results] == [torch.float32] * 4
 
 
 def test_residual_stream_may_be_wider_than_the_branch():
