@@ -9,10 +9,10 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_at(tile, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Numbers of the tile's rows [ROWS, 1] and channels [1, BLOCK], and which of its elements exist."""
+def tile_at(tile, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, first=0):
+    """Numbers of the tile's rows [ROWS, 1] and channels [1, BLOCK] from `first` on, and which of its elements exist."""
     row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    channel = tl.arange(0, BLOCK)[None, :]
+    channel = (first + tl.arange(0, BLOCK))[None, :]
     return row, channel, (row < rows) & (channel < WIDTH)
 
 

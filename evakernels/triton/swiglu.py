@@ -1,7 +1,8 @@
-"""silu(gate) * up, alone or with the LayerNorm after it: a program has whole rows, each byte is read and written once.
+"""silu(gate) * up, alone or with the LayerNorm after it: each byte is read and written once.
 
-Backward walks over the rows with as many programs as the GPU runs at a time, so that the sums over rows, which give
-the norm's weight and bias their gradients, are one row of partial sums a program. They are added in a fixed order.
+With the norm a program has whole rows. Without it rows of any length are cut into pieces, the second dimension of the
+grid. Backward walks over the rows with as many programs as the GPU runs at a time, so that the sums over rows, which
+give the norm's weight and bias their gradients, are one row of partial sums a program. They are added in a fixed order.
 """
 
 from typing import Any
@@ -20,7 +21,14 @@ MAX_WIDTH = {"swiglu_forward": 1 << 13, "swiglu_backward": 1 << 12}
 
 
 def reasons(op: str, *args: Any) -> list[str]:
-    return too_wide(args[0].shape[-1], MAX_WIDTH[op])
+    norm_weight = args[2 if op == "swiglu_forward" else 3]
+    return [] if norm_weight is None else too_wide(args[0].shape[-1], MAX_WIDTH[op])
+
+
+def _pieces(op: str, width: int) -> tuple[int, int]:
+    """How many channels a program has at a time, and of how many such pieces a row consists."""
+    block = min(triton.next_power_of_2(width), MAX_WIDTH[op])
+    return block, triton.cdiv(width, block)
 
 
 @triton.jit
@@ -40,7 +48,7 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    row, channel, inside = tile_at(tl.program_id(0), rows, WIDTH, ROWS, BLOCK)
+    row, channel, inside = tile_at(tl.program_id(0), rows, WIDTH, ROWS, BLOCK, tl.program_id(1) * BLOCK)
     g = load_tile(gate, row, channel, inside, GATE_STRIDE)
     values = g * tl.sigmoid(g) * load_tile(up, row, channel, inside, UP_STRIDE)
     if weight is not None:
@@ -74,13 +82,13 @@ def backward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    channel = tl.arange(0, BLOCK)[None, :]
     if weight is not None:
+        channel = tl.arange(0, BLOCK)[None, :]
         weights = load_channels(weight, channel, WIDTH)
         weight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
         bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row, channel, inside = tile_at(tile, rows, WIDTH, ROWS, BLOCK)
+        row, channel, inside = tile_at(tile, rows, WIDTH, ROWS, BLOCK, tl.program_id(1) * BLOCK)
         d = load_tile(dout, row, channel, inside, WIDTH)
         g = load_tile(gate, row, channel, inside, GATE_STRIDE)
         u = load_tile(up, row, channel, inside, UP_STRIDE)
@@ -112,10 +120,10 @@ def swiglu_forward(
     mean, rstd = (gate.new_empty(statistics, dtype=torch.float32) for _ in range(2))
     if out.numel() == 0:
         return out, mean, rstd
-    block = triton.next_power_of_2(width)
+    block, pieces = _pieces("swiglu_forward", width)
     options = config("swiglu_forward", {"width": block}, gate)
     with on_device_of(gate):
-        forward_kernel[(triton.cdiv(rows, options["ROWS"]),)](
+        forward_kernel[(triton.cdiv(rows, options["ROWS"]), pieces)](
             *(gate_rows, up_rows, dense(norm_weight), dense(norm_bias), out, mean, rstd, rows, eps),
             GATE_STRIDE=gate_rows.stride(0),
             UP_STRIDE=up_rows.stride(0),
@@ -132,13 +140,13 @@ def swiglu_backward(
     gate_rows, up_rows = rows_of(gate), rows_of(up)
     rows, width = gate_rows.shape
     dgate, dup = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
-    block = triton.next_power_of_2(width)
+    block, pieces = _pieces("swiglu_backward", width)
     options = config("swiglu_backward", {"width": block}, gate)
     programs = persistent_programs(gate, triton.cdiv(rows, options["ROWS"]), options["num_warps"])
     sums = gate.new_empty(2, programs if norm_weight is not None else 0, width, dtype=torch.float32)
     if gate.numel() > 0:
         with on_device_of(gate):
-            backward_kernel[(programs,)](
+            backward_kernel[(programs, pieces)](
                 *(dense(dout), gate_rows, up_rows, dense(norm_weight), mean, rstd, dgate, dup, *sums, rows),
                 GATE_STRIDE=gate_rows.stride(0),
                 UP_STRIDE=up_rows.stride(0),

@@ -131,7 +131,9 @@ def test_rows_that_registers_dont_hold_are_refused_with_a_reason():
         return backends.why_not(op, "triton", torch.empty(1, width), *rest)
 
     assert why_not("layer_norm_forward", 8193) == ["rows of 8193 channels are longer than 8192"]
-    assert why_not("swiglu_backward", 4097) == ["rows of 4097 channels are longer than 4096"]
+    gate, weight = torch.empty(1, 4097), torch.empty(4097)
+    assert why_not("swiglu_backward", 4097, gate, gate, weight) == ["rows of 4097 channels are longer than 4096"]
+    assert why_not("swiglu_backward", 4097, gate, gate, None) == []
     x, scale = torch.empty(1, 5120), torch.empty(5120)
     assert why_not("add_layer_norm_backward", 5120, x, x, x, None, None) == []
     assert why_not("add_layer_norm_backward", 5120, x, x, x, None, scale) == [
