@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from evaclip.plan.operators import Cost, cost_of
+from evaclip.weights import is_cut
 
 PARAMETERS, INPUTS, CASTS, GRADIENTS, COMMUNICATION = (
     "parameters",

@@ -1,7 +1,7 @@
 """The first hour of somebody with dirty pictures of their own: check, train, be interrupted, go on, measure, take away.
 
-Works in the present folder, where `evaclip train tiny` has left its run, with the `evaclip` that is installed; the first thing that isn't as promised ends it. Its
-commands run in forks of this process, which has imported what they need.
+Works in the present folder, where `evaclip train tiny` has left its run, with the `evaclip` that is installed; the
+first thing that isn't as promised ends it. Its commands run in forks of this process, which has imported what they need.
 """
 
 import json
@@ -15,11 +15,11 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import numpy as np
-import torch._dynamo  # every optimizer imports it
+import torch._dynamo  # noqa: F401  # every optimizer imports it
 from PIL import Image
 
 import evaclip.eval.runs
-import evaclip.train.trainer  # noqa: F401
+import evaclip.train.trainer
 from evaclip.commands.main import main as program
 
 MINE, RUN = Path("mine"), Path("runs/mine")
@@ -86,7 +86,7 @@ def started() -> ForkProcess:
     """A training that has made its first checkpoint."""
     words = (*TRAIN, *LONG, "log.every_steps=1", *(("--resume", "auto") if RUN.exists() else ()))
     before, end = steps_logged(), time.monotonic() + 120
-    with open(os.devnull, "wb") as nowhere:
+    with Path(os.devnull).open("wb") as nowhere:
         process = begin(words, nowhere.fileno())
     while steps_logged() < before + 4:
         assert process.is_alive(), "the training ended by itself"
