@@ -1,7 +1,8 @@
 """The first hour of somebody with dirty pictures of their own: check, train, be interrupted, go on, measure, take away.
 
 Works in the present folder, where `evaclip train tiny` has left its run, with the `evaclip` that is installed; the
-first thing that isn't as promised ends it. Its commands run in forks of this process, which has imported what they need.
+first thing that isn't as promised ends it. Its commands run in forks of this process, which has imported what
+they need.
 """
 
 import json
@@ -15,12 +16,17 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import numpy as np
-import torch._dynamo  # noqa: F401  # every optimizer imports it
 from PIL import Image
 
 import evaclip.eval.runs
 import evaclip.train.trainer
 from evaclip.commands.main import main as program
+
+evaclip.create_model("tiny")
+UNUSED = {"torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor"}
+assert not UNUSED & set(sys.modules), "models and trainings begin seconds later by imports that they don't use"
+
+import torch._dynamo  # noqa: E402, F401  # every optimizer imports it
 
 MINE, RUN = Path("mine"), Path("runs/mine")
 TRAIN = ("train", "finetune", "--train-data", str(MINE), "--model", "tiny", "--pretrained", "runs/tiny")
