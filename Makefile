@@ -5,9 +5,10 @@
 # make docs         the documentation on a local server; `make docs-build`: as a folder, site/
 # make gpu-check    on a machine with a GPU: every op against float64 and its peers; keeps the result
 #
-# Each target sets up what it needs, and no more: a virtual environment in .venv, packages, the compiled library. What
-# the set-up prints is in build/logs.
+# Each target sets up what it needs, and no more: a virtual environment in .venv, packages, the compiled library; these
+# two at once. What the set-up prints is in build/logs.
 
+MAKEFLAGS += --jobs=2
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,15 +25,18 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --max
 .PHONY: demo test test-all exhaustive wheel wheel-cuda docs docs-build gpu-check lint format clean
 
 demo: export EVAKERNELS_CUDA ?= off
-demo: $(VENV)/.demo
+demo: $(VENV)/.built $(VENV)/.demo
 	$(BIN)/evaclip demo --out runs/demo
 
-test: $(VENV)/.test
+test: $(VENV)/.built $(VENV)/.test
 	$(PYTEST) -m "not exhaustive"
 
-test-all: test exhaustive
+# One after the other, whatever else is done at once.
+test-all:
+	@$(MAKE) --no-print-directory test
+	@$(MAKE) --no-print-directory exhaustive
 
-exhaustive: $(VENV)/.test-all $(VENV)/oldest-triton
+exhaustive: $(VENV)/.built $(VENV)/.test-all $(VENV)/oldest-triton
 	$(PYTEST) -m exhaustive
 
 # tools/wheel.py installs what else it needs into an environment that it deletes.
@@ -48,17 +52,17 @@ docs: $(VENV)/.docs
 docs-build: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
 
-gpu-check: $(VENV)/.test
+gpu-check: $(VENV)/.built $(VENV)/.test
 	$(BIN)/python -m benchmarks all --device cuda --dtype float32 --dtype bfloat16 --dtype float16 --check \
 		--json benchmarks/results
 
-lint: $(VENV)/.test-all
+lint: $(VENV)/.built $(VENV)/.test-all
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 
-format: $(VENV)/.test-all
+format: $(VENV)/.built $(VENV)/.test-all
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
@@ -74,9 +78,9 @@ $(VENV)/.built: $(VENV)/.tools pyproject.toml setup.py CMakeLists.txt $(shell fi
 	@$(PHASE) "Compiling the kernels" $(PIP_INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
 
-# .demo, .test and so on: the packages of the extra of that name. The documentation needs no library.
-$(VENV)/.demo $(VENV)/.test $(VENV)/.test-all: $(VENV)/.built
-$(VENV)/.demo $(VENV)/.test $(VENV)/.test-all $(VENV)/.docs: $(VENV)/.tools pyproject.toml tools/requirements.py
+# .demo, .test and so on: the packages of the extra of that name.
+EXTRAS := $(VENV)/.demo $(VENV)/.test $(VENV)/.test-all $(VENV)/.docs
+$(EXTRAS): $(VENV)/.tools pyproject.toml tools/requirements.py
 	@$(PHASE) "Installing the packages for make $(@:$(VENV)/.%=%)" sh -c \
 		'$(BIN)/python tools/requirements.py $(@:$(VENV)/.%=%) | xargs -d "\n" $(PIP_INSTALL)'
 	@touch $@

@@ -58,7 +58,7 @@ def describe(device: torch.device, dtypes: Iterable[torch.dtype], packages: Iter
 def ceilings(device: torch.device, dtypes: Iterable[torch.dtype]) -> tuple[float, dict[str, float]]:
     """GB/s of a large copy, read and written bytes counted, and TFLOP/s of a large matrix product by dtype."""
     elements, size = (1 << 28, 8192) if device.type == "cuda" else (1 << 26, 1536)
-    source = torch.randn(elements, device=device)
+    source = torch.ones(elements, device=device)
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / _best(partial(target.copy_, source), device) / 1e9
     del source, target

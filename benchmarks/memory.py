@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 from benchmarks import accuracy
 
@@ -54,9 +54,10 @@ def saved_bytes(forward: Callable[[], object], device: torch.device) -> int:
 
 def _allocations(call: Callable[[], object]) -> list[int]:
     """Bytes allocated, and freed as negative numbers, on the CPU until the end of `call`, in order."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    # That of torch.profiler, around this one, imports torch's compiler.
+    with profile(profile_memory=True, acc_events=True) as profiler:
         result = call()
     del result
-    events: Any = profiler.profiler.kineto_results.events()
+    events: Any = profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     return [int(change) for _, change in changes]

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from evaclip.errors import UserError, unknown_name
 from evaclip.model.clip import CLIP
@@ -100,7 +102,7 @@ def create_model(
     if weights is not None:
         config = _with_stored_preprocess(config, weights, options)
     # On the meta device first: no value is computed that is overwritten afterwards.
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutValues():
         model = CLIP(config, savings)
     if prepare is not None:
         prepare(model)
@@ -150,7 +152,7 @@ def create_vision_model(
     release = RELEASES[architecture][tag]
     config = override(vision_config(architecture), overrides)
     classes = release.num_classes if num_classes is None else num_classes
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutValues():
         model = VisionModel(config, release.num_classes if pretrained else classes, release.preprocess, savings)
     if target.type == "meta":
         return model.to(dtype)
@@ -242,6 +244,17 @@ def get_tokenizer(model_name: str = "", context_length: int | None = None) -> To
     """
     text = get_config(model_name).text if model_name else TextConfig()
     return Tokenizer(text.context_length if context_length is None else context_length, text.vocab_size)
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Inside, no normal distribution is drawn from: on the meta device that has torch import its compiler, for seconds.
+
+    Parameters have no values there, and get them when they have memory.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
 
 
 def _options(overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The table of the two-dimensional rotary position embedding (EVA-02, Fang et al. 2023, arXiv 2303.11331)."""
 
+import math
 from collections.abc import Callable
 from typing import Self
 
@@ -27,11 +28,17 @@ class RotaryTable(nn.Module):
 
     def fill(self, device: torch.device) -> None:
         """Computes the table on `device`."""
-        config = self._config
-        size, theta = config.pt_hw_seq_len, config.rope_theta
-        table = axial_rope(*config.grid, config.head_dim, reference_size=size, theta=theta, device=device)
-        for name, values in zip(("cos", "sin"), table, strict=True):
+        for name, values in zip(("cos", "sin"), self._table(device), strict=True):
             self.register_buffer(name, values, persistent=False)
+
+    def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        config = self._config
+        if device.type == "meta":
+            # There, torch.arange has torch import its compiler, which takes seconds.
+            shape = math.prod(config.grid), config.head_dim // 2
+            return torch.empty(shape, device=device), torch.empty(shape, device=device)
+        size, theta = config.pt_hw_seq_len, config.rope_theta
+        return axial_rope(*config.grid, config.head_dim, reference_size=size, theta=theta, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Every conversion of a module ends here. A stand-in shows where the table is to go.

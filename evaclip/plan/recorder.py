@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from evaclip.plan.operators import Cost, cost_of
+from evaclip.weights import is_cut
 
 PARAMETERS, INPUTS, CASTS, GRADIENTS, COMMUNICATION = (
     "parameters",
@@ -145,7 +145,7 @@ class Recorder(TorchDispatchMode):
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return tensor._local_tensor if is_cut(tensor) else tensor  # type: ignore[no-any-return, attr-defined]
 
 
 def _maker_on_stack() -> str:

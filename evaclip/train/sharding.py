@@ -1,15 +1,15 @@
 """Fully sharded training: torch's `fully_shard` around every block of both towers.
 
 Each process keeps its rows of every parameter, gradient and moment, and a block is whole only while it is used.
+What torch has for it is imported where it is used: that takes a second, and most runs shard nothing.
 """
 
-from typing import Any
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evaclip.errors import UserError
@@ -17,7 +17,11 @@ from evaclip.model.clip import CLIP
 from evaclip.model.recompute import ResidualBlock
 from evaclip.train.config import ParallelConfig, Precision
 from evaclip.train.distributed import World
-from evaclip.weights import part_of
+from evaclip.weights import is_cut, part_of
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
 
 _COMPUTED_IN = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 _aten = torch.ops.aten
@@ -37,6 +41,8 @@ def shard(model: CLIP, config: ParallelConfig, precision: Precision, world: Worl
     Raises:
         UserError: `config.shard_size` doesn't divide the number of processes.
     """
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
     mesh = _mesh(config, world)
     # What the GPU copies must lie in pinned memory, which a machine without one doesn't have.
     offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.offload == "cpu" else OffloadPolicy()
@@ -61,15 +67,14 @@ def move_all_but_shards(model: nn.Module, device: torch.device) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
         for parameter in module.parameters(recurse=False):
-            if not isinstance(parameter, DTensor):
+            if not is_cut(parameter):
                 parameter.data = parameter.data.to(device)
 
 
 def synchronize_gradients(model: nn.Module, wanted: bool) -> None:
     """Whether the next backward pass sums the gradients of shards over the processes, or keeps its own sums."""
-    for tower in model.children():
-        if isinstance(tower, FSDPModule):
-            tower.set_requires_gradient_sync(wanted)
+    for tower in _sharded(model.children()):
+        tower.set_requires_gradient_sync(wanted)
 
 
 def forget_gathered(model: nn.Module) -> None:
@@ -77,9 +82,15 @@ def forget_gathered(model: nn.Module) -> None:
 
     Call it when the shards have been written to, or what was gathered before would be used once more.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in _sharded(model.modules()):
+        module.reshard()
+
+
+def _sharded(modules: Iterable[nn.Module]) -> Iterator["FSDPModule"]:
+    if "torch.distributed.fsdp" in sys.modules:  # without it, there are none
+        from torch.distributed.fsdp import FSDPModule
+
+        yield from (module for module in modules if isinstance(module, FSDPModule))
 
 
 class WholeRandomNumbers(TorchDispatchMode):
@@ -93,7 +104,7 @@ class WholeRandomNumbers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _RANDOM or not isinstance(args[0], DTensor):
+        if func not in _RANDOM or not is_cut(args[0]):
             return func(*args, **kwargs)
         target = args[0]
         whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
@@ -102,7 +113,9 @@ class WholeRandomNumbers(TorchDispatchMode):
         return target
 
 
-def _mesh(config: ParallelConfig, world: World) -> DeviceMesh:
+def _mesh(config: ParallelConfig, world: World) -> "DeviceMesh":
+    from torch.distributed.device_mesh import init_device_mesh
+
     if config.mode == "shard":
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     size = config.shard_size

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from evaclip.model.clip import CLIP
 from evaclip.train import rng
@@ -17,7 +16,7 @@ from evaclip.train.distributed import World
 from evaclip.train.loss_scale import LossScale
 from evaclip.train.sharding import synchronize_gradients
 from evaclip.train.token_sampling import token_index
-from evaclip.weights import is_sharded
+from evaclip.weights import is_cut, is_sharded
 from evakernels import gradient_norm
 
 TOWERS = ("visual", "text")
@@ -120,7 +119,7 @@ class TrainStep:
         loss = self._backward(chunks) if len(chunks) == 1 else self._backward_in_chunks(chunks)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         # Those of shards are averaged already.
-        self.world.average_gradients([gradient for gradient in gradients if not isinstance(gradient, DTensor)])
+        self.world.average_gradients([gradient for gradient in gradients if not is_cut(gradient)])
         loss = self.world.mean_(loss.detach().clone())
         tower_norms = self._tower_norms()
         grad_norm = self._set_divisor(list(tower_norms.values()))

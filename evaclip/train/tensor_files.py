@@ -1,7 +1,8 @@
 """Tensors by name in a folder of safetensors files: whole ones, or what each process holds of them.
 
 Torch's distributed checkpointing writes and reads them, in its form of Hugging Face's files: nothing in it is
-unpickled, and any number of processes reads what any other wrote.
+unpickled, and any number of processes reads what any other wrote. It is imported where it is used: that takes more
+than a second, and a run in one process that begins anew needs none of it.
 """
 
 import json
@@ -14,10 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
@@ -36,6 +33,10 @@ def write_parts(tensors: Mapping[str, Tensor], folder: Path, group: Any) -> None
     Raises:
         OSError: in every process, when one of them can't write.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
     try:
         save(
             dict(tensors),
@@ -58,6 +59,8 @@ def is_complete(path: Path) -> bool:
 
 def empty(folder: Path) -> dict[str, Tensor]:
     """Tensors without values, on the meta device, like those in `folder`."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
     found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {
         name: torch.empty(about.size, dtype=about.properties.dtype, device="meta")  # type: ignore[union-attr]
@@ -67,6 +70,9 @@ def empty(folder: Path) -> dict[str, Tensor]:
 
 def read(targets: dict[str, Tensor], folder: Path) -> None:
     """Fills tensors or DTensors from the files in `folder`; of a DTensor what this process holds."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     # Each process reads for itself: nothing is to be agreed on, and none waits for another. Torch warns of that.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)

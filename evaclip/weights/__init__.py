@@ -4,12 +4,13 @@ from evaclip.weights.files import find_weights, load_state_dict
 from evaclip.weights.layouts import to_open_clip, to_original, to_timm
 from evaclip.weights.load import load_weights, materialize
 from evaclip.weights.preprocess import describe_preprocess, read_preprocess
-from evaclip.weights.shards import is_sharded, part_of, put
+from evaclip.weights.shards import is_cut, is_sharded, part_of, put
 from evaclip.weights.towers import start_image_tower, start_text_tower
 
 __all__ = [
     "describe_preprocess",
     "find_weights",
+    "is_cut",
     "is_sharded",
     "load_state_dict",
     "load_weights",

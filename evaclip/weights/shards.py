@@ -13,12 +13,12 @@ def put(module: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether a parameter is cut up."""
-    return any(_is_cut(parameter) for parameter in module.parameters())
+    return any(is_cut(parameter) for parameter in module.parameters())
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
     """A whole tensor cut up like `like`; as it is if that isn't. Of a mapped file only the part is read."""
-    if not _is_cut(like):
+    if not is_cut(like):
         return whole
     from torch.distributed.tensor import DTensor, Shard
 
@@ -35,7 +35,8 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
     return part
 
 
-def _is_cut(tensor: Tensor) -> bool:
+def is_cut(tensor: Tensor) -> bool:
+    """Whether a tensor is a part of one that lies in several processes, a DTensor."""
     # The import takes half a second, and nobody has a DTensor who hasn't made it.
     if type(tensor) in (Tensor, nn.Parameter):
         return False

@@ -11,10 +11,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PUBLIC = ("evakernels", "evakernels.nn", "evakernels.optim", "evakernels.compat.apex", "evaclip", "evaclip.data")
 
-pytestmark = pytest.mark.skipif(
-    find_spec("mkdocs") is None or find_spec("mkdocstrings") is None,
-    reason="mkdocs isn't installed: pip install '.[docs]'",
-)
+pytestmark = [
+    pytest.mark.xdist_group("site"),
+    pytest.mark.skipif(
+        find_spec("mkdocs") is None or find_spec("mkdocstrings") is None,
+        reason="mkdocs isn't installed: pip install '.[docs]'",
+    ),
+]
 
 
 def build(folder: Path, config: Path = ROOT / "mkdocs.yml") -> subprocess.CompletedProcess[str]:

@@ -6,6 +6,7 @@ there, or fails. So a room costs seconds, a requirement that isn't declared isn'
 installation with its path to the source tree.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -45,21 +46,50 @@ class Room:
         folder.mkdir(exist_ok=True)
         return folder
 
-    def run(self, *command: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Runs a program of the room in its folder, with no variable of this process but those that are given."""
+    @cached_property
+    def environment(self) -> dict[str, str]:
+        """That of programs in here; there is no variable of this process in it."""
         path = os.pathsep.join([str(self.python.parent), "/usr/bin", "/bin"])
-        clean = {"PATH": path, "HOME": str(self.work), "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"} | environment
-        return subprocess.run(list(map(str, command)), cwd=self.work, env=clean, capture_output=True, text=True)
+        return {"PATH": path, "HOME": str(self.work), "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
 
-    def output(self, *command: object, **environment: str) -> str:
-        """What such a program prints; it must succeed."""
-        result = self.run(*command, **environment)
+    def output(self, *command: object) -> str:
+        """What a program of the room prints that runs in its folder; it must succeed."""
+        result = subprocess.run(
+            list(map(str, command)), cwd=self.work, env=self.environment, capture_output=True, text=True
+        )
         assert result.returncode == 0, f"{' '.join(map(str, command))}\n{result.stdout[-5000:]}{result.stderr[-5000:]}"
         return result.stdout
 
+    @cached_property
+    def _host(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [self.python, "-I", SCRIPTS / "host.py"],
+            cwd=self.work,
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run_script(self, file: str | Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """Runs a script, such as one of `in_room`, without the script's folder on its path; torch is imported."""
+        words = [str(SCRIPTS / file), *map(str, arguments)]
+        assert self._host.stdin is not None
+        assert self._host.stdout is not None
+        self._host.stdin.write(json.dumps(words) + "\n")
+        self._host.stdin.flush()
+        return subprocess.CompletedProcess(words, *json.loads(self._host.stdout.readline()))
+
     def script(self, file: str | Path, *arguments: object) -> str:
-        """What a script, such as one of `in_room`, prints; Python runs it without the script's folder on its path."""
-        return self.output(self.python, "-I", SCRIPTS / file, *arguments)
+        """What such a script prints; it must succeed."""
+        result = self.run_script(file, *arguments)
+        assert result.returncode == 0, f"{result.args}\n{result.stdout[-5000:]}{result.stderr[-5000:]}"
+        return result.stdout
+
+    def close(self) -> None:
+        """Ends what runs in here."""
+        if "_host" in self.__dict__:
+            self._host.communicate()
 
 
 def make_room(folder: Path, archive: Path, extra: str = "", tools: tuple[str, ...] = (), **environment: str) -> Room:

@@ -58,6 +58,15 @@ def test_table_follows_the_model_to_the_meta_device() -> None:
     assert rope.cos.is_meta
 
 
+def test_the_table_on_the_meta_device_is_like_any_other() -> None:
+    config = get_config("EVA02-CLIP-L-14").vision
+    with torch.device("meta"):
+        meta = RotaryTable(config)
+    table = RotaryTable(config)
+    for values, expected in ((meta.cos, table.cos), (meta.sin, table.sin)):
+        assert (values.shape, values.dtype, values.device.type) == (expected.shape, expected.dtype, "meta")
+
+
 def test_assigned_weights_bring_the_table_along() -> None:
     source = small_model()
     model = create_model("tiny", device="meta").eval()

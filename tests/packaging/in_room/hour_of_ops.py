@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call, jvp
 
 import evakernels
+from evakernels import _C
 
 
 def refused(kind: type[Exception], *parts: str, call: Any) -> None:
@@ -43,6 +44,11 @@ def main() -> None:
     ours.load_state_dict(theirs.state_dict())
     assert ours.eps == theirs.eps
     torch.testing.assert_close(ours(x * 1e-3), theirs(x * 1e-3))
+
+    # Or on arrays of NumPy alone.
+    array = np.ones(4, "f")
+    _C.gelu_forward(array, None, array)
+    torch.testing.assert_close(torch.from_numpy(array), nn.functional.gelu(torch.ones(4)))
 
     # What is no tensor, or no number, is named.
     refused(TypeError, "x", "ndarray", "torch.from_numpy", call=lambda: evakernels.layer_norm(np.ones((2, 4)), w, b))
