@@ -14,6 +14,7 @@ from op_checks import (
     assert_gradcheck,
     assert_opcheck,
 )
+from on_device import DEVICE
 from open_clip import loss as open_clip_loss
 
 import evakernels
@@ -154,6 +155,7 @@ def products_of(logits, features):
     return [torch.cat([tile @ features for tile, _ in tiles]), sum(tile.T @ part for tile, part in tiles)]
 
 
+@pytest.mark.cpu_only("its threads")
 def test_the_number_of_threads_does_not_change_a_bit():
     inputs = [F.normalize(randn(1043, 37, seed=s), dim=1).float() for s in (0, 1)]
     logits = randn(1043, 1043).float()
@@ -279,7 +281,7 @@ def test_autocast_leaves_the_loss_in_float32():
     inputs = [t.float() for t in (*SQUARE, scalar(-1.0))]
     for function, arguments in ((evakernels.clip_loss, inputs[:3]), (evakernels.siglip_loss, inputs)):
         leaves, plain = ([t.clone().requires_grad_() for t in arguments] for _ in range(2))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
             loss = function(*leaves)
             loss.backward()
         expected = function(*plain)
@@ -350,6 +352,7 @@ def extra_memory(batch: int) -> int:
     return peak_memory() - before
 
 
+@pytest.mark.cpu_only("reads the peak of its memory")
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_a_large_batch_needs_no_matrix():

@@ -4,6 +4,7 @@ import pytest
 import timm.optim
 import torch
 from op_checks import assert_opcheck
+from on_device import DEVICE
 from optimizer_checks import SHAPES, parameters, step, tensors
 from torch import nn
 
@@ -175,7 +176,7 @@ def test_grad_scale_divides_the_gradients(variant):
 
 
 def test_grad_scaler_drives_it_without_reading_the_flag():
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=4.0)
     optimizer, plain = (optimizer_of(tensors(0, torch.float32), "deepspeed") for _ in range(2))
     before = [p.clone() for p in parameters(optimizer)]
     for factor in (torch.inf, 1.0):

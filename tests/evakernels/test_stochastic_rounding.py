@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from op_checks import assert_opcheck
+from on_device import COMPILED
 from optimizer_checks import SIZES, everything, lists
 from torch import nn
 
@@ -15,14 +16,14 @@ from evakernels.reference._stochastic_rounding import random_bits, round_stochas
 
 OPS = torch.ops.evakernels
 NATIVE = pytest.mark.skipif(not _native.LOADED, reason="the native library is not built")
-BACKENDS = ["reference", pytest.param("cpu", marks=NATIVE)]
+BACKENDS = ["reference", pytest.param(COMPILED, marks=NATIVE)]
 OPTIONS = {"betas": (0.9, 0.98), "eps": 1e-6}
 FLOAT, HALF = torch.float32, torch.bfloat16
 MIXED, ALL_HALF = (HALF, HALF, FLOAT, FLOAT), (HALF,) * 4
 KINDS = ["adamw", "lamb_step", "lamb_phases"]
 
 
-def step(state, kind, backend="cpu", seeds=None, firsts=None, found_inf=None, lr=0.01):
+def step(state, kind, backend=COMPILED, seeds=None, firsts=None, found_inf=None, lr=0.01):
     """One step in place on the lists."""
     count = len(state[0])
     lrs, decays = [lr] * count, [0.05] * count
@@ -175,6 +176,7 @@ def test_parts_are_rounded_as_the_whole_is(backend):
     assert torch.equal(torch.cat(parts[0]), whole[0][0])
 
 
+@pytest.mark.cpu_only("its threads")
 @NATIVE
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_runs_with_other_numbers_of_threads_are_bit_equal(kind):
