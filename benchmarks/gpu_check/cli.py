@@ -1,0 +1,137 @@
+"""The command line: checks this machine's GPU, or merges what several calls have left."""
+
+import argparse
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.gpu_check import summary
+from benchmarks.gpu_check.child import stage_names
+from benchmarks.gpu_check.records import SCHEMA, Journal, JournalFull
+from benchmarks.gpu_check.stage import Settings, Unit
+from benchmarks.gpu_check.supervisor import BUDGET, Supervisor
+from benchmarks.origin import ROOT
+from evaclip.atomic import writing
+from evaclip.commands.parser import CommandParser, run_command
+from evaclip.errors import UserError, unknown_name
+
+_PLANNING = 120
+"""Seconds until the machine must have told what it is."""
+
+
+def main(argv: Sequence[str] | None = None, package: str = Settings.package) -> int:
+    """0 if all passed, 1 for failures, 2 for wrong input, 3 if work is left, 4 without a GPU, 5 for a full disk.
+
+    Args:
+        argv: the command line.
+        package: where the stages are.
+    """
+    return run_command(_build_parser(package), argv)
+
+
+def _build_parser(package: str) -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="python -m benchmarks.gpu_check",
+        description="Prove and measure this machine's GPU, in stages of a few minutes; see docs/gpu-check.md.",
+        epilog="exit status: 0 all passed, 1 something failed, 2 wrong input, 3 work is left, 4 no GPU, 5 disk full",
+    )
+    parser.add_argument("--out", type=Path, default=Path("build/gpu-check"), metavar="FOLDER", help="of the journal")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with this journal")
+    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="default: %(default)g")
+    parser.add_argument("--only", action="append", default=[], metavar="STAGE", help="may be given several times")
+    parser.add_argument("--bundle", type=Path, metavar="FOLDER", help="libraries and wheels, of `make gpu-bundle`")
+    parser.add_argument("--rehearsal", action="store_true", help="on emulated kernels and tiny shapes, without a GPU")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=_run, package=package)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.budget <= 0:
+        raise UserError(f"--budget must be above 0 seconds, got {args.budget:g}")
+    settings = Settings("cpu" if args.rehearsal else "cuda", args.rehearsal, package=args.package)
+    known = stage_names(settings)
+    for name in args.only:
+        if name not in known:
+            raise unknown_name("stage", name, known)
+    environment = _environment()
+    plan = _plan(settings, args.only, environment)
+    if not (plan["machine"]["gpu"] or args.rehearsal):
+        print("\n".join(f"{stage}: no GPU" for stage in [*plan["shares"], *plan["errors"]]))
+        raise SystemExit(summary.NO_GPU)
+    journal = _journal(args, plan["machine"], "")
+    units = [Unit(**values) for values in plan["units"]]
+    supervisor = Supervisor(settings, journal, plan["shares"], environment)
+    raise SystemExit(_supervise(supervisor, units, plan["errors"], args.budget))
+
+
+def _supervise(supervisor: Supervisor, units: list[Unit], errors: dict[str, str], budget: float) -> int:
+    def stop(number: int, frame: FrameType | None) -> None:
+        supervisor.stop(signal.Signals(number).name)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    full = ""
+    try:
+        supervisor.run(units, budget)
+    except JournalFull as exc:
+        full = str(exc)
+    found = summary.summarize(supervisor.journal.read(), units, errors)
+    summary.show(found, Console())
+    print(f"journal: {supervisor.journal.path}")
+    try:
+        summary.write(found, supervisor.journal.path)
+    except OSError as exc:
+        full = full or f"cannot write the summary: {exc.strerror}"
+    if full:
+        print(f"error: {full}", file=sys.stderr)
+        return summary.DISK_FULL
+    return int(found["status"])
+
+
+def _plan(settings: Settings, stages: Sequence[str], environment: dict[str, str]) -> dict[str, Any]:
+    """What `child.plan` finds; in a process of its own, as it imports torch and the kernels."""
+    command = [sys.executable, "-m", "benchmarks.gpu_check.child", "plan", settings.to_json(), *stages]
+    try:
+        result = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=_PLANNING
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"planning took more than {_PLANNING} s: {' '.join(command[:4])}") from None
+    if result.returncode:
+        raise UserError(f"planning ended with status {result.returncode}: {result.stderr.strip()[-500:]}")
+    plan: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return plan
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"}
+
+
+def _journal(args: argparse.Namespace, machine: dict[str, Any], bundle: str) -> Journal:
+    """A new journal with its header, or one that this machine, commit and bundle may go on with."""
+    header = {"rehearsal": args.rehearsal, "commit": machine["commit"], "bundle": bundle}
+    if args.resume is None:
+        now = datetime.datetime.now(datetime.UTC)
+        journal = Journal(args.out / f"{now:%Y-%m-%d-%H%M%S}.jsonl")
+        with writing(args.out):
+            args.out.mkdir(parents=True, exist_ok=True)
+        journal.append("header", schema=SCHEMA, date=now.isoformat(timespec="seconds"), **header, machine=machine)
+        return journal
+    journal = Journal(args.resume)
+    former = journal.read()[0]
+    ours = header | {"card": machine["name"]}
+    for name, value in (former | {"card": former["machine"]["name"]}).items():
+        if name in ours and ours[name] != value:
+            raise UserError(f"{args.resume} is of {name} {value!r}, and this is {ours[name]!r}: begin a new journal")
+    return journal

@@ -1,0 +1,100 @@
+"""What a journal comes to: a table, small files beside it, and the exit status."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.gpu_check.records import Record
+from benchmarks.gpu_check.stage import Unit
+from evaclip.atomic import write_text
+
+PASSED, FAILED, INCOMPLETE, NO_GPU, DISK_FULL = 0, 1, 3, 4, 5
+"""Exit statuses; 2 is wrong input."""
+_KINDS = ("passed", "failed", "died", "refused")
+
+
+def summarize(records: Sequence[Record], units: Sequence[Unit], errors: dict[str, str]) -> dict[str, Any]:
+    """The counts of each stage, what failed, what was refused and what is open.
+
+    Args:
+        records: of a journal.
+        units: of this call's plan.
+        errors: stages that couldn't be planned, with the reason.
+    """
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    seconds: Counter[str] = Counter()
+    failures = [{"stage": stage, "unit": "", "case": "", "error": error} for stage, error in errors.items()]
+    refusals, finished = [], set()
+    for record in records:
+        kind, stage = record["record"], record.get("stage", "")
+        if kind in ("end", "died"):
+            status = record["status"] if kind == "end" else "died"
+            counts[stage][status] += 1
+            told = {name: record[name] for name in ("stage", "unit", "case", "error")}
+            if status in ("failed", "died"):
+                failures.append(told)
+            elif status == "refused":
+                refusals.append(told)
+        elif kind == "unit":
+            seconds[stage] += record["seconds"]
+            if record["status"] != "incomplete":
+                finished.add((stage, record["unit"]))
+    open_units = [f"{unit.stage}: {unit.name}" for unit in units if (unit.stage, unit.name) not in finished]
+    stages = dict.fromkeys([*(unit.stage for unit in units), *counts])
+    return {
+        "header": records[0],
+        "stages": {
+            name: {kind: counts[name][kind] for kind in _KINDS} | {"seconds": round(seconds[name], 1)}
+            for name in stages
+        },
+        "failures": failures,
+        "refusals": refusals,
+        "open": open_units,
+        "status": FAILED if failures else INCOMPLETE if open_units else PASSED,
+    }
+
+
+def show(summary: dict[str, Any], console: Console) -> None:
+    """Prints the table, and below it what failed and what is open."""
+    table = Table("stage", *_KINDS, "seconds", title=_title(summary["header"]), title_justify="left")
+    for name, counts in summary["stages"].items():
+        table.add_row(name, *(str(counts[kind] or "") for kind in _KINDS), f"{counts['seconds']:.0f}")
+    console.print(table)
+    for line in _lines(summary):
+        console.print(line, markup=False, highlight=False)
+
+
+def write(summary: dict[str, Any], journal: Path) -> None:
+    """Leaves the summary beside the journal, as JSON and in Markdown."""
+    write_text(journal.with_suffix(".summary.json"), json.dumps(summary, indent=1))
+    head = f"| stage | {' | '.join(_KINDS)} | seconds |\n|---|{'---:|' * (len(_KINDS) + 1)}"
+    rows = [
+        f"| {name} | {' | '.join(str(counts[kind]) for kind in _KINDS)} | {counts['seconds']:.0f} |"
+        for name, counts in summary["stages"].items()
+    ]
+    lines = [f"- {line}" for line in _lines(summary)]
+    text = [_title(summary["header"]), "", head, *rows, "", *lines]
+    write_text(journal.with_suffix(".summary.md"), "\n".join(text).rstrip() + "\n")
+
+
+def _title(header: Record) -> str:
+    machine = header["machine"]
+    rehearsal = "REHEARSAL, no measurement: " if header["rehearsal"] else ""
+    parts = (machine["name"], f"driver {machine['driver'] or '?'}", f"torch {machine['evakernels']['torch']}")
+    return f"{rehearsal}{', '.join(parts)}, commit {header['commit'] or '?'}"
+
+
+def _lines(summary: dict[str, Any]) -> list[str]:
+    lines = []
+    for what, entries in (("FAILED", summary["failures"]), ("refused", summary["refusals"])):
+        for entry in entries:
+            where = ": ".join(str(entry[name]) for name in ("stage", "unit", "case") if entry[name])
+            lines.append(f"{what} {where}: {' '.join(entry['error'].split())[:300]}")
+    if summary["open"]:
+        lines.append(f"open, for --resume: {', '.join(summary['open'])}")
+    return lines
