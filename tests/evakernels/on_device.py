@@ -50,12 +50,11 @@ def moved(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refusal_in(error: BaseException | None, backend: str) -> str | None:
-    """Why `backend` can't serve the call that an error came of; None if that isn't why, or if it serves no call."""
+    """Why `backend` can't serve the call that an error came of; None if that isn't why, or if it serves no op."""
+    if not any(backends.why_not(op, backend) == [] for op in backends.ops()):
+        return None
     while error is not None:
-        if isinstance(error, BackendError):
-            asked, _, rest = str(error).partition(" can't serve ")
-            op = rest.partition(":")[0]
-            if asked == f"backend {backend!r}" and op in backends.ops() and not backends.why_not(op, backend):
-                return str(error)
+        if isinstance(error, BackendError) and str(error).startswith(f"backend {backend!r} can't serve "):
+            return str(error)
         error = error.__cause__ or error.__context__
     return None

@@ -4,8 +4,8 @@ from itertools import product
 
 import pytest
 import torch
-from op_checks import assert_opcheck
 from on_device import COMPILED, DEVICE
+from op_checks import assert_opcheck
 from optimizer_checks import (
     BUFFERS,
     DTYPES,

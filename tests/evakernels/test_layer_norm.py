@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from on_device import DEVICE
 from op_checks import (
     DTYPES,
     assert_as_accurate_as_torch,
@@ -11,7 +12,6 @@ from op_checks import (
     assert_gradcheck,
     assert_opcheck,
 )
-from on_device import DEVICE
 
 import evakernels
 

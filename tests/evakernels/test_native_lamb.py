@@ -133,7 +133,9 @@ def test_tensors_that_are_not_dense(name, dtype):
     storage = torch.full((10, 12), 7.0, dtype=dtype)
     view = storage.T[::2]
     strided[BUFFERS.index(name)] = [view.copy_(tensor)]
-    for a, b in zip(everything(dense, step(dense, COMPILED)), everything(strided, step(strided, COMPILED)), strict=True):
+    for a, b in zip(
+        everything(dense, step(dense, COMPILED)), everything(strided, step(strided, COMPILED)), strict=True
+    ):
         assert torch.equal(a, b)
     assert (storage.T[1::2] == 7.0).all()
 

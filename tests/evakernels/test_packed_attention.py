@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from on_device import COMPILED, DEVICE
 from op_checks import (
     DTYPES,
     assert_as_accurate_as_torch,
@@ -10,7 +11,6 @@ from op_checks import (
     assert_opcheck,
     assert_threads_change_no_bit,
 )
-from on_device import COMPILED, DEVICE
 
 import evakernels
 from evakernels import backends

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from on_device import DEVICE
 from op_checks import (
     DTYPES,
     assert_as_accurate_as_torch,
@@ -11,8 +12,6 @@ from op_checks import (
     assert_gradcheck,
     assert_opcheck,
 )
-from on_device import DEVICE
-from timm.layers import apply_rot_embed_cat
 
 import evakernels
 from evakernels import _native, backends
@@ -331,6 +330,7 @@ def test_lse_has_no_gradient():
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_rotation_is_that_of_timm(interleaved):
     """timm rotates by tables [N, D] that repeat each angle for both members of a pair, sin before cos."""
+    apply_rot_embed_cat = pytest.importorskip("timm.layers").apply_rot_embed_cat
     cos, sin = tables("shared")
     q, k, v = packed(dtype=torch.float32).unbind(2)
     repeat = (lambda t: t.repeat_interleave(2, -1)) if interleaved else (lambda t: t.repeat(1, 2))

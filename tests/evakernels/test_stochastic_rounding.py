@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from on_device import COMPILED, DEVICE
 from op_checks import assert_opcheck
-from on_device import COMPILED
 from optimizer_checks import SIZES, everything, lists
 from torch import nn
 
@@ -121,6 +121,31 @@ def assert_same_but_for_few(ours, theirs, slack):
     assert different < 1e-3, different
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=torch.finfo(HALF).eps, atol=slack)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_device_rounds_by_the_same_bits(kind, backend):
+    """Of steps that float32 holds exactly: by 2^-12, from 1. The parameter decides nothing, its random bits all."""
+    size, first = 3 * 16384 + 5, (1 << 33) + 77
+
+    def rounded(device, backend):
+        ones = [torch.ones(size, dtype=dtype, device=device) for dtype in MIXED]
+        state = [[t] for t in ones] + [[torch.tensor(7.0, device=device)]]
+        options = {"betas": (0.0, 0.0), "eps": 0.0, "seeds": [3 << 40], "first_elements": [first]}
+        with evakernels.use_backend(backend):
+            if kind == "adamw":
+                evakernels.adamw_update(*state, [2.0**-12], [0.0], **options)
+            elif kind == "lamb_step":
+                evakernels.lamb_step(*state, [2.0**-12], [0.0], **options)
+            else:
+                norms = torch.ones(1, 2, device=device)
+                evakernels.lamb_apply(state[0], *state[2:], norms, [2.0**-12], [0.0], **options)
+        return state[0][0].cpu()
+
+    ours, expected = rounded(DEVICE, backend), rounded("cpu", "reference")
+    assert torch.equal(ours, expected)
+    assert expected.unique().tolist() == [1 - 2.0**-8, 1.0]
 
 
 @NATIVE

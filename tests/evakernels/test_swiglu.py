@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from on_device import DEVICE
 from op_checks import (
     DTYPES,
     assert_as_accurate_as_torch,
@@ -11,7 +12,6 @@ from op_checks import (
     assert_threads_change_no_bit,
     with_gradients,
 )
-from on_device import DEVICE
 
 import evakernels
 from evakernels import _native

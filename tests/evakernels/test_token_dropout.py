@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from on_device import DEVICE
 from op_checks import (
     DTYPES,
     assert_as_accurate_as_torch,
@@ -13,7 +14,6 @@ from op_checks import (
     assert_threads_change_no_bit,
     with_gradients,
 )
-from on_device import DEVICE
 
 import evakernels
 from evakernels import _native
