@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,11 @@ def run(unit: Unit, session: Session) -> None:
         session.case("nvcc", lambda: compile_program(_BUILT))
         return
     for family in FAMILIES[:1] if session.settings.rehearsal else FAMILIES:
-        session.case(family, lambda family=family: _drive(_program(session.settings), family, unit.name))
+        session.case(family, partial(_drive, session.settings, family, unit.name))
 
 
-def _drive(program: Path, family: str, tool: str) -> dict[str, Any]:
-    command = [str(program), family]
+def _drive(settings: Settings, family: str, tool: str) -> dict[str, Any]:
+    command = [str(_program(settings)), family]
     if tool != "plain":
         command = [_sanitizer(), "--tool", tool, "--error-exitcode", str(_COMPLAINTS), "--print-limit", "10", *command]
     try:

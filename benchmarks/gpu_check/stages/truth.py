@@ -96,6 +96,8 @@ def _order(name: str) -> int:
 
 def _outcome(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     for report in runtestprotocol(item, nextitem=nextitem, log=False):
+        if report.failed and "torch.OutOfMemoryError" in report.longreprtext:
+            raise Refusal("out of memory")  # others use the GPU too
         if report.failed:
             raise AssertionError(_message(report.longreprtext))
         if report.skipped:
