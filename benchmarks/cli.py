@@ -155,8 +155,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
-    from benchmarks.data.rate import RatePlan
-    from benchmarks.data.shuffle import ShufflePlan
+    from benchmarks.data.plans import RatePlan, ShufflePlan
 
     read = parser.add_argument_group("reading: shards of random bytes in a temporary folder")
     for name, text in (
@@ -180,12 +179,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _measure_data(args: argparse.Namespace) -> None:
-    from benchmarks.data import rate, shuffle
+    from benchmarks.data import plans, rate, shuffle
     from benchmarks.data.show import DataResult, print_result, save_plot
     from benchmarks.machine import describe
 
-    plan = rate.RatePlan(args.shards, args.per_shard, args.image_bytes, args.window, args.passes)
-    mixing = shuffle.ShufflePlan(batch=args.batch)
+    plan = plans.RatePlan(args.shards, args.per_shard, args.image_bytes, args.window, args.passes)
+    mixing = plans.ShufflePlan(batch=args.batch)
     machine = describe(torch.device("cpu"), (), ("torch", "webdataset"))
     with tempfile.TemporaryDirectory() as folder:
         rates = rate.measure(plan, Path(folder), lambda line: print(line, file=sys.stderr, flush=True))

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.gpu_check import summary
+from benchmarks.gpu_check.bundle import Bundle, install
 from benchmarks.gpu_check.child import stage_names
 from benchmarks.gpu_check.records import SCHEMA, Journal, JournalFull
 from benchmarks.gpu_check.stage import Settings, Unit
@@ -63,12 +64,14 @@ def _run(args: argparse.Namespace) -> None:
     for name in args.only:
         if name not in known:
             raise unknown_name("stage", name, known)
-    environment = _environment()
+    bundle = Bundle() if args.bundle is None else install(args.bundle)
+    environment = _environment(settings, bundle)
     plan = _plan(settings, args.only, environment)
     if not (plan["machine"]["gpu"] or args.rehearsal):
         print("\n".join(f"{stage}: no GPU" for stage in [*plan["shares"], *plan["errors"]]))
         raise SystemExit(summary.NO_GPU)
-    journal = _journal(args, plan["machine"], "")
+    plan["machine"]["commit"] = plan["machine"]["commit"] or bundle.commit
+    journal = _journal(args, plan["machine"], bundle.hash)
     units = [Unit(**values) for values in plan["units"]]
     supervisor = Supervisor(settings, journal, plan["shares"], environment)
     raise SystemExit(_supervise(supervisor, units, plan["errors"], args.budget))
@@ -113,9 +116,11 @@ def _plan(settings: Settings, stages: Sequence[str], environment: dict[str, str]
     return plan
 
 
-def _environment() -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {"PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"}
+def _environment(settings: Settings, bundle: Bundle) -> dict[str, str]:
+    """That of the units, in which Triton's interpreter stands for its compiler in a rehearsal."""
+    folders = [str(ROOT), str(bundle.packages or ""), os.environ.get("PYTHONPATH", "")]
+    changes = {"PYTHONPATH": os.pathsep.join(filter(None, folders)), "PYTHONFAULTHANDLER": "1"}
+    return os.environ | changes | ({"TRITON_INTERPRET": "1"} if settings.rehearsal else {})
 
 
 def _journal(args: argparse.Namespace, machine: dict[str, Any], bundle: str) -> Journal:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.gpu_check.records import Journal
+from benchmarks.gpu_check.records import Journal, Record
 
 RESTART = 75
 """Exit status of a unit whose GPU context is broken: its other cases need a new process."""
@@ -40,14 +40,12 @@ class Settings:
     Attributes:
         device: `cuda`, or `cpu` in a rehearsal.
         rehearsal: the GPU kernels are emulated on a CPU; shapes are tiny, and times mean nothing.
-        bundle: folder of libraries and wheels; empty for none.
         dtypes: names of torch's dtypes, the most important first.
         package: where the stages are.
     """
 
     device: str = "cuda"
     rehearsal: bool = False
-    bundle: str = ""
     dtypes: tuple[str, ...] = ("bfloat16", "float32", "float16")
     package: str = "benchmarks.gpu_check.stages"
 
@@ -58,6 +56,11 @@ class Settings:
     def from_json(cls, text: str) -> "Settings":
         values = json.loads(text)
         return cls(**values | {"dtypes": tuple(values["dtypes"])})
+
+
+def key_of(record: Record) -> tuple[str, str, str]:
+    """Stage, unit and case of a record."""
+    return record["stage"], record["unit"], record["case"]
 
 
 class Refusal(Exception):
@@ -84,11 +87,7 @@ class Session:
         self.unit, self.settings, self.deadline = unit, settings, deadline
         self.complete = True
         self._journal = journal
-        self._done = {
-            record["case"]
-            for record in journal.read()
-            if record["record"] in ("end", "died") and (record["stage"], record["unit"]) == (unit.stage, unit.name)
-        }
+        self._ended = {key_of(record): record for record in journal.read() if record["record"] in ("end", "died")}
 
     @property
     def left(self) -> float:
@@ -116,7 +115,12 @@ class Session:
 
     def done(self, name: str) -> bool:
         """Whether the case was run before, or has cost its process the life."""
-        return name in self._done
+        return (self.unit.stage, self.unit.name, name) in self._ended
+
+    def earlier(self, stage: str, unit: str, case: str) -> dict[str, Any] | None:
+        """The data of a case that passed before this unit began; None where there is none."""
+        record = self._ended.get((stage, unit, case), {})
+        return record["data"] if record.get("status") == "passed" else None
 
     def begin(self, name: str) -> None:
         """Records that a case begins, for what `case` can't call, such as a test of pytest's."""
@@ -124,7 +128,7 @@ class Session:
 
     def end(self, name: str, status: str, seconds: float, data: dict[str, Any] | None = None, error: str = "") -> None:
         """Records how a case ended: `passed`, `failed` or `refused`."""
-        self._done.add(name)
+        self._ended[self.unit.stage, self.unit.name, name] = {"data": data or {}, "status": status}
         values = {"status": status, "seconds": round(seconds, 4), "data": data or {}, "error": error[:2000]}
         self._journal.append("end", **self._names(name), **values)
 

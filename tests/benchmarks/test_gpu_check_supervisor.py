@@ -36,11 +36,11 @@ def refuse():
 
 def hang():
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    Path("{top}/grandchild").write_text(str(child.pid))
+    (Path(__file__).parents[1] / "grandchild").write_text(str(child.pid))
     time.sleep(600)
 
 def run(unit, session):
-    fine = lambda: {{"value": 1}}
+    fine = lambda: {"value": 1}
     if unit.name == "import":
         print("no symbol of this name", file=sys.stderr, flush=True)
         os._exit(7)
@@ -90,7 +90,7 @@ def records_of(top: Path, kind: str) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def test_each_disaster_costs_its_own_case_alone(tmp_path: Path) -> None:
-    environment = stages(tmp_path, disasters=DISASTERS.format(top=tmp_path))
+    environment = stages(tmp_path, disasters=DISASTERS)
     status, output = check(tmp_path, environment)
     assert status == 1, output
     ended = {key: line["status"] for key, line in records_of(tmp_path, "end").items()}
