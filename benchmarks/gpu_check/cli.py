@@ -59,7 +59,8 @@ def _build_parser(package: str) -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> None:
     if args.budget <= 0:
         raise UserError(f"--budget must be above 0 seconds, got {args.budget:g}")
-    settings = Settings("cpu" if args.rehearsal else "cuda", args.rehearsal, package=args.package)
+    folder = str(args.bundle.resolve()) if args.bundle else ""
+    settings = Settings("cpu" if args.rehearsal else "cuda", args.rehearsal, folder, package=args.package)
     known = stage_names(settings)
     for name in args.only:
         if name not in known:

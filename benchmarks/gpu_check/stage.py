@@ -40,12 +40,14 @@ class Settings:
     Attributes:
         device: `cuda`, or `cpu` in a rehearsal.
         rehearsal: the GPU kernels are emulated on a CPU; shapes are tiny, and times mean nothing.
+        bundle: folder of what was compiled elsewhere; empty for none.
         dtypes: names of torch's dtypes, the most important first.
         package: where the stages are.
     """
 
     device: str = "cuda"
     rehearsal: bool = False
+    bundle: str = ""
     dtypes: tuple[str, ...] = ("bfloat16", "float32", "float16")
     package: str = "benchmarks.gpu_check.stages"
 
