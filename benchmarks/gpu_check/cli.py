@@ -53,6 +53,11 @@ def _build_parser(package: str) -> argparse.ArgumentParser:
     parser.add_argument("--rehearsal", action="store_true", help="on emulated kernels and tiny shapes, without a GPU")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=_run, package=package)
+    verbs = parser.add_subparsers(metavar="merge", parser_class=CommandParser)
+    merge = verbs.add_parser("merge", help="write the journals' results into the repository, and its tables anew")
+    merge.add_argument("journals", type=Path, nargs="+", metavar="FILE", help="of one card and commit")
+    merge.add_argument("--mixed", action="store_true", help="of several; of a case that several have, the last counts")
+    merge.set_defaults(run=_merge)
     return parser
 
 
@@ -76,6 +81,13 @@ def _run(args: argparse.Namespace) -> None:
     units = [Unit(**values) for values in plan["units"]]
     supervisor = Supervisor(settings, journal, plan["shares"], environment)
     raise SystemExit(_supervise(supervisor, units, plan["errors"], args.budget))
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from benchmarks.gpu_check.merge import merge
+
+    for path in merge(args.journals, mixed=args.mixed):
+        print(path)
 
 
 def _supervise(supervisor: Supervisor, units: list[Unit], errors: dict[str, str], budget: float) -> int:
