@@ -20,7 +20,8 @@ class Unit:
     Attributes:
         stage, name: what it is called; together they are unique.
         seconds: of its turn; behind them it begins no further case, and goes on later if time is left.
-        limit: seconds that one case, or what is in front of the first one, may take before the process is killed.
+        limit: seconds that one case, or what is in front of the first one, may take before the process is killed;
+            its imports don't count.
         value: the larger, the earlier it runs.
         alone: nothing else may run beside it, as it measures time.
     """
@@ -123,6 +124,10 @@ class Session:
         """The data of a case that passed before this unit began; None where there is none."""
         record = self._ended.get((stage, unit, case), {})
         return record["data"] if record.get("status") == "passed" else None
+
+    def start(self) -> None:
+        """Records that the unit's process is ready."""
+        self._journal.append("start", stage=self.unit.stage, unit=self.unit.name)
 
     def begin(self, name: str) -> None:
         """Records that a case begins, for what `case` can't call, such as a test of pytest's."""
