@@ -4,11 +4,14 @@
 # make wheel        a manylinux wheel in dist/; `make wheel-cuda`: one with the kernels for GPUs
 # make docs         the documentation on a local server; `make docs-build`: as a folder, site/
 # make gpu-check    on a machine with a GPU: every op against float64 and its peers; keeps the result
+# make gpu-bundle   what that needs on a machine without a network, in one folder: GPU_PYTHON=3.12 GPU_ARCHS=90
 #
 # Each target sets up what it needs, and no more: a virtual environment in .venv, packages, the compiled library. What
 # the set-up prints is in build/logs.
 
 PYTHON ?= python3
+GPU_PYTHON ?= 3.12
+GPU_ARCHS ?= 90
 VENV := .venv
 BIN := $(VENV)/bin
 PHASE := bash tools/phase.sh
@@ -21,7 +24,7 @@ CPP_FILES := $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup \
 	--no-loadscope-reorder
 
-.PHONY: demo test test-all exhaustive wheel wheel-cuda docs docs-build gpu-check lint format clean
+.PHONY: demo test test-all exhaustive wheel wheel-cuda docs docs-build gpu-bundle gpu-check lint format clean
 
 demo: export EVAKERNELS_CUDA ?= off
 demo: $(VENV)/.demo
@@ -47,6 +50,10 @@ docs: $(VENV)/.docs
 
 docs-build: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
+
+# It sets up an environment of the other machine's Python itself.
+gpu-bundle:
+	@$(PYTHON) tools/gpu_bundle.py --python $(GPU_PYTHON) --arch $(GPU_ARCHS)
 
 gpu-check: $(VENV)/.test
 	$(BIN)/python -m benchmarks all --device cuda --dtype float32 --dtype bfloat16 --dtype float16 --check \
