@@ -4,11 +4,14 @@
 # make wheel        a manylinux wheel in dist/; `make wheel-cuda`: one with the kernels for GPUs
 # make docs         the documentation on a local server; `make docs-build`: as a folder, site/
 # make gpu-check    on a machine with a GPU, without a network: proves and measures it in ten minutes (docs/gpu-check.md)
+# make gpu-bundle   what that needs there, in one folder: GPU_PYTHON=3.12 GPU_ARCHS=90
 #
 # Each target sets up what it needs, and no more: a virtual environment in .venv, packages, the compiled library. What
 # the set-up prints is in build/logs.
 
 PYTHON ?= python3
+GPU_PYTHON ?= 3.12
+GPU_ARCHS ?= 90
 VENV := .venv
 BIN := $(VENV)/bin
 PHASE := bash tools/phase.sh
@@ -24,7 +27,7 @@ CPP_FILES := $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup \
 	--no-loadscope-reorder
 
-.PHONY: demo test test-all exhaustive wheel wheel-cuda docs docs-build gpu-check lint format clean
+.PHONY: demo test test-all exhaustive wheel wheel-cuda docs docs-build gpu-bundle gpu-check lint format clean
 
 demo: export EVAKERNELS_CUDA ?= off
 demo: $(VENV)/.demo
@@ -50,6 +53,10 @@ docs: $(VENV)/.docs
 
 docs-build: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
+
+# It sets up an environment of the other machine's Python itself.
+gpu-bundle:
+	@$(PYTHON) tools/gpu_bundle.py --python $(GPU_PYTHON) --arch $(GPU_ARCHS)
 
 # With the Python and the torch that are there. What they lack is in the bundle, if there is one.
 gpu-check:

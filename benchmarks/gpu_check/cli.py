@@ -14,8 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.gpu_check import bundle as bundles
 from benchmarks.gpu_check import summary
-from benchmarks.gpu_check.bundle import Bundle, install
 from benchmarks.gpu_check.child import stage_names
 from benchmarks.gpu_check.records import SCHEMA, Journal, JournalFull
 from benchmarks.gpu_check.stage import Settings, Unit
@@ -25,6 +25,7 @@ from evaclip.atomic import writing
 from evaclip.commands.parser import CommandParser, run_command
 from evaclip.errors import UserError, unknown_name
 
+_PACKAGES = ROOT / "build/gpu-check-packages"
 _PLANNING = 120
 """Seconds until the machine must have told what it is."""
 
@@ -70,14 +71,16 @@ def _run(args: argparse.Namespace) -> None:
     for name in args.only:
         if name not in known:
             raise unknown_name("stage", name, known)
-    bundle = Bundle() if args.bundle is None else install(args.bundle)
-    environment = _environment(settings, bundle)
+    bundle = None if args.bundle is None else _install(args.bundle)
+    environment = _environment(settings, bundle is not None)
     plan = _plan(settings, args.only, environment)
     if not (plan["machine"]["gpu"] or args.rehearsal):
         print("\n".join(f"{stage}: no GPU" for stage in [*plan["shares"], *plan["errors"]]))
         raise SystemExit(summary.NO_GPU)
-    plan["machine"]["commit"] = plan["machine"]["commit"] or bundle.commit
-    journal = _journal(args, plan["machine"], bundle.hash)
+    if bundle is not None:
+        bundle.check_gpu(*plan["machine"]["capability"])
+        plan["machine"]["commit"] = plan["machine"]["commit"] or bundle.commit
+    journal = _journal(args, plan["machine"], bundle.name if bundle else "")
     units = [Unit(**values) for values in plan["units"]]
     supervisor = Supervisor(settings, journal, plan["shares"], environment)
     raise SystemExit(_supervise(supervisor, units, plan["errors"], args.budget))
@@ -129,9 +132,16 @@ def _plan(settings: Settings, stages: Sequence[str], environment: dict[str, str]
     return plan
 
 
-def _environment(settings: Settings, bundle: Bundle) -> dict[str, str]:
+def _install(folder: Path) -> bundles.Bundle:
+    bundle = bundles.read(folder)
+    bundle.check(ROOT)
+    bundle.install(ROOT, _PACKAGES)
+    return bundle
+
+
+def _environment(settings: Settings, with_packages: bool) -> dict[str, str]:
     """That of the units, in which Triton's interpreter stands for its compiler in a rehearsal."""
-    folders = [str(ROOT), str(bundle.packages or ""), os.environ.get("PYTHONPATH", "")]
+    folders = [str(ROOT), str(_PACKAGES) if with_packages else "", os.environ.get("PYTHONPATH", "")]
     changes = {"PYTHONPATH": os.pathsep.join(filter(None, folders)), "PYTHONFAULTHANDLER": "1"}
     return os.environ | changes | ({"TRITON_INTERPRET": "1"} if settings.rehearsal else {})
 

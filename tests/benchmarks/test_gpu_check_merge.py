@@ -1,9 +1,6 @@
-"""What becomes of journals: a result, tables in the page, launch configurations; and what a bundle must be."""
+"""What becomes of journals: a result, tables in the page, launch configurations."""
 
-import hashlib
-import json
 import shutil
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +8,7 @@ from typing import Any
 import pytest
 from bench_fakes import machine, row
 
-from benchmarks.gpu_check import bundle, cli
+from benchmarks.gpu_check import cli
 from benchmarks.gpu_check.merge import Places, merge
 from benchmarks.gpu_check.records import Journal
 from benchmarks.results import read_results
@@ -123,57 +120,3 @@ def test_a_damaged_journal_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         file.write("nothing\n{}\n")
     assert cli.main(["merge", str(journal.path)]) == 2
     assert "a.jsonl, line 2, is damaged" in capsys.readouterr().err
-
-
-# --- the bundle -------------------------------------------------------------------------------------------------------
-
-
-def bundle_in(top: Path) -> tuple[Path, Path]:
-    """A tree, and a bundle that fits it."""
-    tree, folder = top / "tree", top / "bundle"
-    for path, text in ((tree / "csrc/cuda/a.cu", "kernel"), (tree / "CMakeLists.txt", "project")):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    (tree / "evakernels").mkdir()
-    folder.mkdir()
-    (folder / "_ops.so").write_bytes(b"library")
-    with zipfile.ZipFile(folder / "thing-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("thing/__init__.py", "")
-    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-    libraries = {"_ops.so": hashes.pop("_ops.so")}
-    manifest = {"csrc": bundle.hash_of_sources(tree), "commit": "c0ffee", "libraries": libraries, "wheels": hashes}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return tree, folder
-
-
-def test_a_bundle_is_put_in_its_place(tmp_path: Path) -> None:
-    tree, folder = bundle_in(tmp_path)
-    found = bundle.install(folder, tree)
-    assert (tree / "evakernels/_ops.so").read_bytes() == b"library"
-    assert found.packages is not None
-    assert (found.packages / "thing/__init__.py").is_file()
-    assert (found.commit, len(found.hash)) == ("c0ffee", 16)
-    assert bundle.install(folder, tree) == found
-
-
-def test_a_bundle_of_other_sources_is_refused(tmp_path: Path) -> None:
-    tree, folder = bundle_in(tmp_path)
-    (tree / "csrc/cuda/a.cu").write_text("another kernel")
-    with pytest.raises(
-        UserError, match=r"compiled from other sources than this tree's csrc; run `make gpu-bundle` again"
-    ):
-        bundle.install(folder, tree)
-    assert not (tree / "evakernels/_ops.so").exists()
-
-
-def test_a_damaged_bundle_is_refused(tmp_path: Path) -> None:
-    tree, folder = bundle_in(tmp_path)
-    (folder / "_ops.so").write_bytes(b"librar")
-    with pytest.raises(UserError, match=r"_ops\.so is damaged"):
-        bundle.install(folder, tree)
-    (folder / "_ops.so").unlink()
-    with pytest.raises(UserError, match=r"lacks _ops\.so"):
-        bundle.install(folder, tree)
-    (folder / "manifest.json").write_text("[]")
-    with pytest.raises(UserError, match="is no bundle"):
-        bundle.install(folder, tree)
