@@ -60,6 +60,7 @@ def run(settings: Settings, unit: Unit, journal: Path) -> int:
     threading.Thread(target=_end_with_supervisor, daemon=True).start()
     try:
         session = Session(unit, settings, Journal(journal), float(deadline))
+        session.start()
         module.run(unit, session)
     except JournalFull as exc:
         print(exc, file=sys.stderr)

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.gpu_check import bundle as bundles
 from benchmarks.gpu_check import summary
 from benchmarks.gpu_check.child import stage_names
 from benchmarks.gpu_check.records import SCHEMA, Journal, JournalFull
@@ -24,6 +25,7 @@ from evaclip.atomic import writing
 from evaclip.commands.parser import CommandParser, run_command
 from evaclip.errors import UserError, unknown_name
 
+_PACKAGES = ROOT / "build/gpu-check-packages"
 _PLANNING = 120
 """Seconds until the machine must have told what it is."""
 
@@ -52,26 +54,43 @@ def _build_parser(package: str) -> argparse.ArgumentParser:
     parser.add_argument("--rehearsal", action="store_true", help="on emulated kernels and tiny shapes, without a GPU")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=_run, package=package)
+    verbs = parser.add_subparsers(metavar="merge", parser_class=CommandParser)
+    merge = verbs.add_parser("merge", help="write the journals' results into the repository, and its tables anew")
+    merge.add_argument("journals", type=Path, nargs="+", metavar="FILE", help="of one card and commit")
+    merge.add_argument("--mixed", action="store_true", help="of several; of a case that several have, the last counts")
+    merge.set_defaults(run=_merge)
     return parser
 
 
 def _run(args: argparse.Namespace) -> None:
     if args.budget <= 0:
         raise UserError(f"--budget must be above 0 seconds, got {args.budget:g}")
-    settings = Settings("cpu" if args.rehearsal else "cuda", args.rehearsal, package=args.package)
+    folder = str(args.bundle.resolve()) if args.bundle else ""
+    settings = Settings("cpu" if args.rehearsal else "cuda", args.rehearsal, folder, package=args.package)
     known = stage_names(settings)
     for name in args.only:
         if name not in known:
             raise unknown_name("stage", name, known)
-    environment = _environment()
+    bundle = None if args.bundle is None else _install(args.bundle)
+    environment = _environment(settings, bundle is not None)
     plan = _plan(settings, args.only, environment)
     if not (plan["machine"]["gpu"] or args.rehearsal):
         print("\n".join(f"{stage}: no GPU" for stage in [*plan["shares"], *plan["errors"]]))
         raise SystemExit(summary.NO_GPU)
-    journal = _journal(args, plan["machine"], "")
+    if bundle is not None:
+        bundle.check_gpu(*plan["machine"]["capability"])
+        plan["machine"]["commit"] = plan["machine"]["commit"] or bundle.commit
+    journal = _journal(args, plan["machine"], bundle.name if bundle else "")
     units = [Unit(**values) for values in plan["units"]]
     supervisor = Supervisor(settings, journal, plan["shares"], environment)
     raise SystemExit(_supervise(supervisor, units, plan["errors"], args.budget))
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from benchmarks.gpu_check.merge import merge
+
+    for path in merge(args.journals, mixed=args.mixed):
+        print(path)
 
 
 def _supervise(supervisor: Supervisor, units: list[Unit], errors: dict[str, str], budget: float) -> int:
@@ -113,9 +132,18 @@ def _plan(settings: Settings, stages: Sequence[str], environment: dict[str, str]
     return plan
 
 
-def _environment() -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {"PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"}
+def _install(folder: Path) -> bundles.Bundle:
+    bundle = bundles.read(folder)
+    bundle.check(ROOT)
+    bundle.install(ROOT, _PACKAGES)
+    return bundle
+
+
+def _environment(settings: Settings, with_packages: bool) -> dict[str, str]:
+    """That of the units, in which Triton's interpreter stands for its compiler in a rehearsal."""
+    folders = [str(ROOT), str(_PACKAGES) if with_packages else "", os.environ.get("PYTHONPATH", "")]
+    changes = {"PYTHONPATH": os.pathsep.join(filter(None, folders)), "PYTHONFAULTHANDLER": "1"}
+    return os.environ | changes | ({"TRITON_INTERPRET": "1"} if settings.rehearsal else {})
 
 
 def _journal(args: argparse.Namespace, machine: dict[str, Any], bundle: str) -> Journal:

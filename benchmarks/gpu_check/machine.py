@@ -24,6 +24,7 @@ def describe(settings: Settings) -> dict[str, Any]:
     return {
         "gpu": gpu,
         "name": device_name(device),
+        "capability": torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0),
         "clocks": state.clocks if state else {},
         "driver": _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
         "nvcc": _found(r"release ([\d.]+)", _first_line(["nvcc", "--version"], line=-2)),

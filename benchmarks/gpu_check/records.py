@@ -1,6 +1,7 @@
 """The journal: one JSON line a record, on the disk as soon as it is made, whatever becomes of the process.
 
 header  schema, rehearsal, commit, bundle, machine: always the first
+start   stage, unit: its process has imported what it needs
 begin   stage, unit, case
 end     stage, unit, case, status (passed, failed, refused), seconds, data, error
 died    stage, unit, case (null outside of one), signal, exit, error, stderr: counts as an end of that case
@@ -50,16 +51,22 @@ class Journal:
         Raises:
             UserError: the file can't be read, a line before the last is damaged, or it is of another schema.
         """
-        try:
-            text = self.path.read_bytes()
-        except OSError as exc:
-            raise UserError(f"cannot read {self.path}: {exc.strerror}") from exc
-        whole = text[: text.rfind(b"\n") + 1]
-        records = [self._parse(number, line) for number, line in enumerate(whole.splitlines(), start=1)]
+        records, _ = self.read_from(0)
         head = records[0] if records else {}
         if head.get("record") != "header" or head.get("schema") != SCHEMA:
             raise UserError(f"{self.path} isn't a journal of schema {SCHEMA}: its first line is no such header")
         return records
+
+    def read_from(self, offset: int) -> tuple[list[Record], int]:
+        """The records behind so many bytes, and where the last of them ends. Raises `UserError` as `read`."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(offset)
+                text = file.read()
+        except OSError as exc:
+            raise UserError(f"cannot read {self.path}: {exc.strerror}") from exc
+        whole = text[: text.rfind(b"\n") + 1]
+        return [self._parse(number, line) for number, line in enumerate(whole.splitlines(), 1)], offset + len(whole)
 
     def _parse(self, number: int, line: bytes) -> Record:
         try:

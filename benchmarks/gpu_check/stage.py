@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.gpu_check.records import Journal
+from benchmarks.gpu_check.records import Journal, Record
 
 RESTART = 75
 """Exit status of a unit whose GPU context is broken: its other cases need a new process."""
@@ -20,7 +20,8 @@ class Unit:
     Attributes:
         stage, name: what it is called; together they are unique.
         seconds: of its turn; behind them it begins no further case, and goes on later if time is left.
-        limit: seconds that one case, or what is in front of the first one, may take before the process is killed.
+        limit: seconds that one case, or what is in front of the first one, may take before the process is killed;
+            its imports don't count.
         value: the larger, the earlier it runs.
         alone: nothing else may run beside it, as it measures time.
     """
@@ -40,7 +41,7 @@ class Settings:
     Attributes:
         device: `cuda`, or `cpu` in a rehearsal.
         rehearsal: the GPU kernels are emulated on a CPU; shapes are tiny, and times mean nothing.
-        bundle: folder of libraries and wheels; empty for none.
+        bundle: folder of what was compiled elsewhere; empty for none.
         dtypes: names of torch's dtypes, the most important first.
         package: where the stages are.
     """
@@ -58,6 +59,11 @@ class Settings:
     def from_json(cls, text: str) -> "Settings":
         values = json.loads(text)
         return cls(**values | {"dtypes": tuple(values["dtypes"])})
+
+
+def key_of(record: Record) -> tuple[str, str, str]:
+    """Stage, unit and case of a record."""
+    return record["stage"], record["unit"], record["case"]
 
 
 class Refusal(Exception):
@@ -84,11 +90,7 @@ class Session:
         self.unit, self.settings, self.deadline = unit, settings, deadline
         self.complete = True
         self._journal = journal
-        self._done = {
-            record["case"]
-            for record in journal.read()
-            if record["record"] in ("end", "died") and (record["stage"], record["unit"]) == (unit.stage, unit.name)
-        }
+        self._ended = {key_of(record): record for record in journal.read() if record["record"] in ("end", "died")}
 
     @property
     def left(self) -> float:
@@ -116,7 +118,16 @@ class Session:
 
     def done(self, name: str) -> bool:
         """Whether the case was run before, or has cost its process the life."""
-        return name in self._done
+        return (self.unit.stage, self.unit.name, name) in self._ended
+
+    def earlier(self, stage: str, unit: str, case: str) -> dict[str, Any] | None:
+        """The data of a case that passed before this unit began; None where there is none."""
+        record = self._ended.get((stage, unit, case), {})
+        return record["data"] if record.get("status") == "passed" else None
+
+    def start(self) -> None:
+        """Records that the unit's process is ready."""
+        self._journal.append("start", stage=self.unit.stage, unit=self.unit.name)
 
     def begin(self, name: str) -> None:
         """Records that a case begins, for what `case` can't call, such as a test of pytest's."""
@@ -124,7 +135,7 @@ class Session:
 
     def end(self, name: str, status: str, seconds: float, data: dict[str, Any] | None = None, error: str = "") -> None:
         """Records how a case ended: `passed`, `failed` or `refused`."""
-        self._done.add(name)
+        self._ended[self.unit.stage, self.unit.name, name] = {"data": data or {}, "status": status}
         values = {"status": status, "seconds": round(seconds, 4), "data": data or {}, "error": error[:2000]}
         self._journal.append("end", **self._names(name), **values)
 

@@ -15,7 +15,7 @@ from evaclip.atomic import write_text
 
 PASSED, FAILED, INCOMPLETE, NO_GPU, DISK_FULL = 0, 1, 3, 4, 5
 """Exit statuses; 2 is wrong input."""
-_KINDS = ("passed", "failed", "died", "refused")
+KINDS = ("passed", "failed", "died", "refused")
 
 
 def summarize(records: Sequence[Record], units: Sequence[Unit], errors: dict[str, str]) -> dict[str, Any]:
@@ -49,8 +49,7 @@ def summarize(records: Sequence[Record], units: Sequence[Unit], errors: dict[str
     return {
         "header": records[0],
         "stages": {
-            name: {kind: counts[name][kind] for kind in _KINDS} | {"seconds": round(seconds[name], 1)}
-            for name in stages
+            name: {kind: counts[name][kind] for kind in KINDS} | {"seconds": round(seconds[name], 1)} for name in stages
         },
         "failures": failures,
         "refusals": refusals,
@@ -61,9 +60,9 @@ def summarize(records: Sequence[Record], units: Sequence[Unit], errors: dict[str
 
 def show(summary: dict[str, Any], console: Console) -> None:
     """Prints the table, and below it what failed and what is open."""
-    table = Table("stage", *_KINDS, "seconds", title=_title(summary["header"]), title_justify="left")
+    table = Table("stage", *KINDS, "seconds", title=title(summary["header"]), title_justify="left")
     for name, counts in summary["stages"].items():
-        table.add_row(name, *(str(counts[kind] or "") for kind in _KINDS), f"{counts['seconds']:.0f}")
+        table.add_row(name, *(str(counts[kind] or "") for kind in KINDS), f"{counts['seconds']:.0f}")
     console.print(table)
     for line in _lines(summary):
         console.print(line, markup=False, highlight=False)
@@ -72,17 +71,18 @@ def show(summary: dict[str, Any], console: Console) -> None:
 def write(summary: dict[str, Any], journal: Path) -> None:
     """Leaves the summary beside the journal, as JSON and in Markdown."""
     write_text(journal.with_suffix(".summary.json"), json.dumps(summary, indent=1))
-    head = f"| stage | {' | '.join(_KINDS)} | seconds |\n|---|{'---:|' * (len(_KINDS) + 1)}"
+    head = f"| stage | {' | '.join(KINDS)} | seconds |\n|---|{'---:|' * (len(KINDS) + 1)}"
     rows = [
-        f"| {name} | {' | '.join(str(counts[kind]) for kind in _KINDS)} | {counts['seconds']:.0f} |"
+        f"| {name} | {' | '.join(str(counts[kind]) for kind in KINDS)} | {counts['seconds']:.0f} |"
         for name, counts in summary["stages"].items()
     ]
     lines = [f"- {line}" for line in _lines(summary)]
-    text = [_title(summary["header"]), "", head, *rows, "", *lines]
+    text = [title(summary["header"]), "", head, *rows, "", *lines]
     write_text(journal.with_suffix(".summary.md"), "\n".join(text).rstrip() + "\n")
 
 
-def _title(header: Record) -> str:
+def title(header: Record) -> str:
+    """The card, its driver, torch and the commit in one line."""
     machine = header["machine"]
     rehearsal = "REHEARSAL, no measurement: " if header["rehearsal"] else ""
     parts = (machine["name"], f"driver {machine['driver'] or '?'}", f"torch {machine['evakernels']['torch']}")

@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.gpu_check.child import DISK_FULL, UNFINISHED
@@ -19,11 +20,15 @@ from benchmarks.origin import ROOT
 
 BUDGET = 540.0
 """Seconds that the stages' shares add up to."""
-MAX_DEATHS = 4
+MAX_DEATHS = 8
 """Of a unit, before the rest of its cases is given up."""
 _BESIDE = max(1, (os.cpu_count() or 1) // 4)
 """Units that run at once where none is alone."""
 _POLL, _GRACE, _TAIL = 0.05, 3.0, 2000
+_IMPORTS = 120.0
+"""Seconds until a unit's process must be ready."""
+_LATER = 5.0
+"""What a unit whose turn is over loses in value: the first turns of others come before its second."""
 
 
 @dataclass
@@ -34,8 +39,8 @@ class Child:
     process: subprocess.Popen[str]
     log: Path
     started: float = 0.0
-    deadline: float = 0.0
     active: float = 0.0
+    limit: float = 0.0
     case: str | None = None
     ended: int = 0
 
@@ -46,16 +51,18 @@ class Child:
     def go(self, end: float) -> None:
         """Lets the process begin; its turn is over at `end`, on the monotonic clock, at the latest."""
         self.started = self.active = time.monotonic()
-        self.deadline = min(end, self.started + self.unit.seconds)
+        self.limit = _IMPORTS
+        deadline = min(end, self.started + self.unit.seconds)
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # it has died of its imports, which the next look tells
-            print(self.deadline, file=self.process.stdin, flush=True)
+            print(deadline, file=self.process.stdin, flush=True)
 
     def kill(self) -> None:
         """Ends the process and all that it has started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with suppress(subprocess.TimeoutExpired):  # what hangs in the driver may not even die
+            self.process.wait(timeout=5)
         if self.process.stdin is not None:
             self.process.stdin.close()
 
@@ -95,9 +102,10 @@ class Supervisor:
             JournalFull: the journal can't grow.
         """
         records = self.journal.read()
-        self._seen = len(records)
+        _, self._seen = self.journal.read_from(0)
         finished = {(r["stage"], r["unit"]) for r in records if r["record"] == "unit" and r["status"] != "incomplete"}
-        self._queue = sorted((u for u in units if (u.stage, u.name) not in finished), key=lambda unit: -unit.value)
+        self._queue = [unit for unit in units if (unit.stage, unit.name) not in finished]
+        self._queue.sort(key=_by_value)
         end = time.monotonic() + seconds
         try:
             while (self._queue or self._waiting or self._running) and not self.stopped:
@@ -171,20 +179,19 @@ class Supervisor:
                 self._ended(child, status)
             elif now > end + _GRACE:
                 self._leave(child, "incomplete")
-            elif now - child.active > child.unit.limit:
-                self._die(child, f"killed after {child.unit.limit:g} s")
+            elif now - child.active > child.limit:
+                self._die(child, f"killed after {child.limit:g} s")
 
     def _follow(self) -> None:
         """Takes notice of the records that came: a unit that makes any isn't hanging."""
-        records = self.journal.read()
-        for record in records[self._seen :]:
+        records, self._seen = self.journal.read_from(self._seen)
+        for record in records:
             for child in self._running:
                 if child.key == (record.get("stage"), record.get("unit")):
                     self._notice(child, record)
-        self._seen = len(records)
 
     def _notice(self, child: Child, record: Record) -> None:
-        child.active = time.monotonic()
+        child.active, child.limit = time.monotonic(), child.unit.limit
         child.case = record["case"] if record["record"] == "begin" else None
         child.ended += record["record"] == "end"
         if record.get("status") == "failed":
@@ -207,7 +214,7 @@ class Supervisor:
         seconds = round(time.monotonic() - child.started, 1)
         self.journal.append("unit", stage=child.unit.stage, unit=child.unit.name, status=status, seconds=seconds)
         if status == "incomplete" and child.ended:
-            self._queue.append(child.unit)  # behind the others
+            insort(self._queue, replace(child.unit, value=child.unit.value - _LATER), key=_by_value)
 
     def _die(self, child: Child, error: str) -> None:
         process, case = child.process, child.case
@@ -235,6 +242,10 @@ class Supervisor:
         if child in self._running:
             self._running.remove(child)
             self._spent[child.unit.stage] += time.monotonic() - child.started
+
+
+def _by_value(unit: Unit) -> float:
+    return -unit.value
 
 
 def _signal(number: int) -> str:
