@@ -1,6 +1,5 @@
 """The ops' own tests, with their tensors on the GPU and one backend at a time: every test is a case."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,7 +52,6 @@ def run(unit: Unit, session: Session) -> None:
     """Runs one file's tests in this process."""
     file, _, backend = unit.name.partition(" ")
     if session.settings.rehearsal:
-        os.environ["TRITON_INTERPRET"] = "1" if backend == "triton" else "0"
         backend = {"cuda": "cpu"}.get(backend, backend)  # that of the emulated kernels
     session.case("the backend serves the op", lambda: _serve(FILES[file][0], backend))
     options = ["-q", "-s", "-p", "no:cacheprovider", "--device", session.settings.device]
