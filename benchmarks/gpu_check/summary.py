@@ -16,6 +16,8 @@ from evaclip.atomic import write_text
 PASSED, FAILED, INCOMPLETE, NO_GPU, DISK_FULL = 0, 1, 3, 4, 5
 """Exit statuses; 2 is wrong input."""
 KINDS = ("passed", "failed", "died", "refused")
+_NAMED = 8
+"""Of the units that are open."""
 
 
 def summarize(records: Sequence[Record], units: Sequence[Unit], errors: dict[str, str]) -> dict[str, Any]:
@@ -29,7 +31,8 @@ def summarize(records: Sequence[Record], units: Sequence[Unit], errors: dict[str
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     seconds: Counter[str] = Counter()
     failures = [{"stage": stage, "unit": "", "case": "", "error": error} for stage, error in errors.items()]
-    refusals, finished = [], set()
+    refusals: list[dict[str, Any]] = []
+    finished: set[tuple[str, str]] = set()
     for record in records:
         kind, stage = record["record"], record.get("stage", "")
         if kind in ("end", "died"):
@@ -96,5 +99,6 @@ def _lines(summary: dict[str, Any]) -> list[str]:
             where = ": ".join(str(entry[name]) for name in ("stage", "unit", "case") if entry[name])
             lines.append(f"{what} {where}: {' '.join(entry['error'].split())[:300]}")
     if summary["open"]:
-        lines.append(f"open, for --resume: {', '.join(summary['open'])}")
+        named, more = summary["open"][:_NAMED], len(summary["open"]) - _NAMED
+        lines.append(f"open, for --resume: {', '.join(named)}" + (f" and {more} more" if more > 0 else ""))
     return lines
