@@ -34,7 +34,7 @@ def plan(settings: Settings, stages: Sequence[str]) -> dict[str, Any]:
     """
     from benchmarks.gpu_check.machine import describe
 
-    found = {"machine": describe(settings), "units": [], "shares": {}, "errors": {}}
+    found: dict[str, Any] = {"machine": describe(settings), "units": [], "shares": {}, "errors": {}}
     for name in stages or stage_names(settings):
         try:
             module = import_module(f"{settings.package}.{name}")

@@ -80,7 +80,11 @@ def _run(args: argparse.Namespace) -> None:
     if bundle is not None:
         bundle.check_gpu(*plan["machine"]["capability"])
         plan["machine"]["commit"] = plan["machine"]["commit"] or bundle.commit
-    journal = _journal(args, plan["machine"], bundle.name if bundle else "")
+    try:
+        journal = _journal(args, plan["machine"], bundle.name if bundle else "")
+    except JournalFull as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        raise SystemExit(summary.DISK_FULL) from None
     units = [Unit(**values) for values in plan["units"]]
     supervisor = Supervisor(settings, journal, plan["shares"], environment)
     raise SystemExit(_supervise(supervisor, units, plan["errors"], args.budget))

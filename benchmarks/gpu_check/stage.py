@@ -123,7 +123,8 @@ class Session:
     def earlier(self, stage: str, unit: str, case: str) -> dict[str, Any] | None:
         """The data of a case that passed before this unit began; None where there is none."""
         record = self._ended.get((stage, unit, case), {})
-        return record["data"] if record.get("status") == "passed" else None
+        data: dict[str, Any] | None = record.get("data") if record.get("status") == "passed" else None
+        return data
 
     def start(self) -> None:
         """Records that the unit's process is ready."""

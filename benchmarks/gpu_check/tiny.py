@@ -10,7 +10,7 @@ from evakernels import tuning
 from evakernels.reference import contrastive as reference
 from evakernels.tuning import calls
 
-_SIZES = {"ELEMENTS": 1 << 15, "BATCH": 2, "HEADS": 2, "PAIRS": 64}
+_SIZES: dict[str, Any] = {"ELEMENTS": 1 << 15, "BATCH": 2, "HEADS": 2, "PAIRS": 64}
 _BETAS, _EPS = (0.9, 0.98), 1e-6
 
 

@@ -37,7 +37,7 @@ METRICS = {
 
 def units(settings: Settings) -> list[Unit]:
     """One an op."""
-    return [Unit("why", op, seconds=20, value=52) for op in _OPS]
+    return [Unit("why", op, seconds=20, value=52) for op in _OPS[: 1 if settings.rehearsal else None]]
 
 
 def run(unit: Unit, session: Session) -> None:
