@@ -3,26 +3,32 @@
 # make test-all     that, and the exhaustive proofs: emulated and compiled GPU kernels, every instruction set, faults
 # make wheel        a manylinux wheel in dist/; `make wheel-cuda`: one with the kernels for GPUs
 # make docs         the documentation on a local server; `make docs-build`: as a folder, site/
-# make gpu-check    on a machine with a GPU: every op against float64 and its peers; keeps the result
+# make gpu-check    on a machine with a GPU, without a network: proves and measures it in ten minutes (docs/gpu-check.md)
+# make gpu-bundle   what that needs there, in one folder: GPU_PYTHON=3.12 GPU_ARCHS=90
 #
 # Each target sets up what it needs, and no more: a virtual environment in .venv, packages, the compiled library; these
 # two at once. What the set-up prints is in build/logs.
 
 MAKEFLAGS += --jobs=2
 PYTHON ?= python3
+GPU_PYTHON ?= 3.12
+GPU_ARCHS ?= 90
 VENV := .venv
 BIN := $(VENV)/bin
 PHASE := bash tools/phase.sh
 # Python compiles a module at its first import; to compile all that are installed takes longer than to install them.
 PIP_INSTALL := $(BIN)/python -m pip install --no-compile
 BUILD_TOOLS := setuptools cmake ninja pybind11
+BUNDLE ?= build/gpu-bundle
+# Options of `python -m benchmarks.gpu_check`, such as `--resume FILE`.
+GPU_CHECK ?= --out build/gpu-check
 CPP_FILES := $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 # A process for each processor, each with one thread: torch's own would only take each other's processor.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup \
 	--no-loadscope-reorder
 
-.PHONY: demo test test-all exhaustive wheel wheel-cuda docs docs-build gpu-check lint format clean
+.PHONY: demo test test-all exhaustive wheel wheel-cuda docs docs-build gpu-bundle gpu-check lint format clean
 
 demo: export EVAKERNELS_CUDA ?= off
 demo: $(VENV)/.built $(VENV)/.demo
@@ -52,9 +58,13 @@ docs: $(VENV)/.docs
 docs-build: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
 
-gpu-check: $(VENV)/.built $(VENV)/.test
-	$(BIN)/python -m benchmarks all --device cuda --dtype float32 --dtype bfloat16 --dtype float16 --check \
-		--json benchmarks/results
+# It sets up an environment of the other machine's Python itself.
+gpu-bundle:
+	@$(PYTHON) tools/gpu_bundle.py --python $(GPU_PYTHON) --arch $(GPU_ARCHS)
+
+# With the Python and the torch that are there. What they lack is in the bundle, if there is one.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check $(if $(wildcard $(BUNDLE)/manifest.json),--bundle $(BUNDLE)) $(GPU_CHECK)
 
 lint: $(VENV)/.built $(VENV)/.test-all
 	$(BIN)/ruff check .

@@ -71,7 +71,8 @@ def _ours(op: Operation, device: str, backends: Sequence[str]) -> tuple[list[Can
     version = evakernels.info()["evakernels"] or ""
     if op.registered is None:
         return _composed(op, backends, version), {}
-    here = [backend for backend in PREFERENCE if backend in (device, "reference")]
+    served = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}[device]
+    here = [backend for backend in PREFERENCE if backend in served]
     reasons = {backend: why_not(op.registered, backend) for backend in here if not backends or backend in backends}
     found = [_on_backend(op, backend, version) for backend, why in reasons.items() if not why]
     absent = {f"{OURS} {backend}": "; ".join(why) for backend, why in reasons.items() if why}

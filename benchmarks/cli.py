@@ -155,8 +155,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
-    from benchmarks.data.rate import RatePlan
-    from benchmarks.data.shuffle import ShufflePlan
+    from benchmarks.data.plans import RatePlan, ShufflePlan
 
     read = parser.add_argument_group("reading: shards of random bytes in a temporary folder")
     for name, text in (
@@ -180,12 +179,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _measure_data(args: argparse.Namespace) -> None:
-    from benchmarks.data import rate, shuffle
+    from benchmarks.data import plans, rate, shuffle
     from benchmarks.data.show import DataResult, print_result, save_plot
     from benchmarks.machine import describe
 
-    plan = rate.RatePlan(args.shards, args.per_shard, args.image_bytes, args.window, args.passes)
-    mixing = shuffle.ShufflePlan(batch=args.batch)
+    plan = plans.RatePlan(args.shards, args.per_shard, args.image_bytes, args.window, args.passes)
+    mixing = plans.ShufflePlan(batch=args.batch)
     machine = describe(torch.device("cpu"), (), ("torch", "webdataset"))
     with tempfile.TemporaryDirectory() as folder:
         rates = rate.measure(plan, Path(folder), lambda line: print(line, file=sys.stderr, flush=True))
@@ -301,14 +300,31 @@ def _profile(chosen: list[Operation], plan: Plan, results: Results, folder: Path
 
 
 def _check(results: Results) -> None:
-    """The end of `--check`: exit code 1 if a row of this library failed or is wrong; peers that are wrong are named."""
+    """The end of `--check`: exit code 1 if a row of this library failed, is wrong or lacks its kernel; peers that are
+    wrong are named."""
     ours = [row for row in results.rows if row.kind == "ours" and row.failure]
+    missing = _missing_kernels(results) if results.machine.device == "cuda" else []
     peers = [row for row in results.rows if row.kind != "ours" and row.mark == "wrong"]
     for title, rows in (("peers that are wrong", peers), ("evakernels fails or is wrong", ours)):
         if rows:
             print("\n".join([f"{title}:", *(f"{' '.join(row.key)}: {row.failure}" for row in rows)]))
-    if ours:
+    if missing:
+        print("\n".join(["kernels that should be there:", *missing]))
+    if ours or missing:
         raise SystemExit(1)
+
+
+def _missing_kernels(results: Results) -> list[str]:
+    """What was absent of the kernels for GPUs that this library has."""
+    from benchmarks.gpu_check.kernels import cuda_ops, triton_ops
+
+    kernels = {"evakernels cuda": cuda_ops(), "evakernels triton": triton_ops()}
+    absent = {key: key.split(": ", 1) for key in results.absent}
+    return [
+        f"{key}: {results.absent[key]}"
+        for key, (op, name) in absent.items()
+        if get_operation(op).registered in kernels.get(name, ())
+    ]
 
 
 def _compare(args: argparse.Namespace) -> None:

@@ -67,7 +67,7 @@ def read_state(device: torch.device) -> GpuState | None:
     try:
         with _session(nvml):
             return _read(nvml, _handle(nvml, device))
-    except nvml.NVMLError:
+    except (nvml.NVMLError, AttributeError):  # later versions have other names for some of it
         return None
 
 
@@ -124,7 +124,7 @@ def _read(nvml: Any, handle: Any) -> GpuState:
         power_w=None if power is None else power / 1e3,
         temperature_c=ask(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
         reasons=tuple(
-            text for name, text in _REASONS.items() if reasons & getattr(nvml, f"nvmlClocksThrottleReason{name}")
+            text for name, text in _REASONS.items() if reasons & getattr(nvml, f"nvmlClocksThrottleReason{name}", 0)
         ),
         limited_s=tuple((reason, status.violationTime / 1e9) for reason, status in counters.items() if status),
         others=max(0, len(ask(nvml.nvmlDeviceGetComputeRunningProcesses) or ()) - 1),

@@ -41,14 +41,14 @@ def describe(device: torch.device, dtypes: Iterable[torch.dtype], packages: Iter
     copy, matmul = ceilings(device, dtypes)
     return Machine(
         device=device.type,
-        name=_device_name(device),
+        name=device_name(device),
         threads=torch.get_num_threads(),
         copy_gbps=copy,
         matmul_tflops=matmul,
         cache_bytes=_cache_bytes(device),
         versions=_versions(packages) | {"evakernels": evakernels.__version__},
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        commit=_commit(),
+        commit=commit(),
         command=f"python -m benchmarks {shlex.join(sys.argv[1:])}",
         package=origin.describe(),
         notes=[note] if (note := origin.warning()) else [],
@@ -138,7 +138,8 @@ def _busy_seconds() -> tuple[float, float, float]:
     return sum(times) - idle - getattr(times, "guest", 0.0), sum(own[:4]), time.monotonic()
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What the processor or the GPU calls itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return str(cpuinfo.get_cpu_info().get("brand_raw", platform.machine()))
@@ -162,7 +163,9 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
     return versions
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Of this repository, with `+` when files were changed; empty outside of one."""
+
     def git(*args: str) -> str:
         folder = Path(__file__).parent
         return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()

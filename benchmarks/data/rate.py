@@ -13,35 +13,12 @@ from statistics import median
 
 import numpy as np
 
+from benchmarks.data.plans import RatePlan
 from evaclip.data import Source, open_source, sample_order
 from evaclip.data.config import RemoteConfig
 from evaclip.data.shard_writer import write_shards
-from evaclip.errors import UserError
 
 _SEED = 0
-
-
-@dataclass(frozen=True)
-class RatePlan:
-    """What is read.
-
-    Attributes:
-        shards, per_shard: the data set.
-        image_bytes: of each image member; random bytes, so that nothing is decoded.
-        window: samples that are mixed, and the size of webdataset's shuffle buffer.
-        passes: over the data and all readers in turn; the median counts.
-    """
-
-    shards: int = 8
-    per_shard: int = 500
-    image_bytes: int = 40_000
-    window: int = 2_000
-    passes: int = 3
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)

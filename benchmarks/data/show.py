@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.columns import significant
-from benchmarks.data.rate import Rate, RatePlan
-from benchmarks.data.shuffle import QUANTILES, Shuffle, ShufflePlan
+from benchmarks.data.plans import RatePlan, ShufflePlan
+from benchmarks.data.rate import Rate
+from benchmarks.data.shuffle import QUANTILES, Shuffle
 from benchmarks.report.drawing import LOOK, grid, number_axis
 from benchmarks.results import Machine
 from benchmarks.table import make_console

@@ -54,19 +54,19 @@ def check_page(page: Path) -> None:
     split_page(page)
 
 
-def write_section(results: Results, page: Path) -> Path:
-    """Puts the table of ours against the best peers between a Markdown page's markers, and `roofline.png` beside it.
+def write_section(results: Results, page: Path, picture: str = ROOFLINE_FILE) -> Path:
+    """Puts the table of ours against the best peers between a Markdown page's markers, and a picture beside the page.
 
     Raises:
         UserError: the page lacks the markers.
     """
     from benchmarks.report.markdown import write_page
 
-    write_page(results, page, picture=_write_picture(results, page.parent))
+    write_page(results, page, picture=_write_picture(results, page.parent, picture))
     return page
 
 
-def _write_picture(results: Results, folder: Path) -> str:
+def _write_picture(results: Results, folder: Path, name: str = ROOFLINE_FILE) -> str:
     """The name of the picture; empty if nothing was measured."""
     from benchmarks.report.colours import colour_names
     from benchmarks.report.drawing import Paint
@@ -74,6 +74,6 @@ def _write_picture(results: Results, folder: Path) -> str:
 
     if all(row.failure is not None for row in results.rows):
         return ""
-    with replacing(folder / ROOFLINE_FILE) as temporary:
+    with replacing(folder / name) as temporary:
         write_roofline(results, Paint(colour_names(results.rows)), temporary)
-    return ROOFLINE_FILE
+    return name

@@ -9,11 +9,11 @@ from benchmarks.results import Results
 from evaclip.atomic import write_text
 from evaclip.errors import UserError
 
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+SECTION = "benchmarks"
 
 
-def split_page(page: Path) -> tuple[str, str]:
-    """What stands before and after the table in a page, markers included.
+def split_page(page: Path, section: str = SECTION) -> tuple[str, str]:
+    """What stands before and after a section of a page, with the markers between which it stands.
 
     Raises:
         UserError: the page can't be read, or lacks the two markers.
@@ -22,10 +22,13 @@ def split_page(page: Path) -> tuple[str, str]:
         text = page.read_text(encoding="utf-8")
     except OSError as exc:
         raise UserError(f"can't read {page}: {exc}") from exc
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    markers = [f"<!-- {section}: {place} -->" for place in ("begin", "end")]
+    before, begin, rest = text.partition(markers[0])
+    _, end, after = rest.partition(markers[1])
     if not begin or not end:
-        raise UserError(f"{page} has no place for the table: it goes between the lines {BEGIN!r} and {END!r}")
+        raise UserError(
+            f"{page} has no place for the table: it goes between the lines {markers[0]!r} and {markers[1]!r}"
+        )
     return before + begin, end + after
 
 

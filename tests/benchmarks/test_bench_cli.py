@@ -132,6 +132,15 @@ def test_check_names_wrong_peers_and_lets_them_pass(capsys: pytest.CaptureFixtur
     assert "peers that are wrong:\ntanh forward tiny@32 b2 float32 cpu odd: wrong: shape (1, 128) came back" in text
 
 
+def test_check_misses_a_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    """Green without it would say that what wasn't measured is right."""
+    absent = {"layer_norm: evakernels cuda": "not loaded", "clip_loss: evakernels cuda": "has no compiled kernel"}
+    with pytest.raises(SystemExit, match="1"):
+        cli._check(Results(machine(device="cuda"), [row()], absent))
+    assert capsys.readouterr().out.splitlines()[1:] == ["layer_norm: evakernels cuda: not loaded"]
+    cli._check(Results(machine(device="cuda"), [row()], {"layer_norm: apex": "not installed"}))
+
+
 def test_sizes_alone_make_a_shape(tmp_path: Path) -> None:
     quick = [*QUICK[2:], "--peer", "none", "--json", str(tmp_path / "run.json"), "--page", str(tmp_path / "page.md")]
     (tmp_path / "page.md").write_text("<!-- benchmarks: begin --><!-- benchmarks: end -->")

@@ -129,6 +129,9 @@ def test_other_processes_are_counted(monkeypatch: pytest.MonkeyPatch, processes:
 
 def test_without_gpu_driver_or_package_there_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read(monkeypatch, driver="absent") is None
+    with monkeypatch.context() as renamed:
+        renamed.delattr(FakeNvml, "NVML_PERF_POLICY_POWER")
+        assert read(monkeypatch) is None
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert read_state(torch.device("cuda")) is None
     assert read_state(torch.device("cpu")) is None

@@ -189,6 +189,24 @@ def test_without_memory_for_the_inputs_every_row_fails(monkeypatch: pytest.Monke
     assert {row.failure for row in rows_of().values()} == {"OutOfMemoryError: no room"}
 
 
+def test_a_truth_or_a_timer_that_fails_is_a_failure_of_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    def eager(x: Tensor) -> Tensor:
+        if x.dtype is torch.float64:
+            raise RuntimeError("no kernel for float64")
+        return x.tanh()
+
+    with registered(tanh_operation(eager=eager)) as op:
+        case = Case(op, parse_shape("tiny b2"), "forward", torch.float32, CPU)
+        measure(case, candidates(op, "cpu", peers=["none"])[0], machine(), CountingTimer(), 0.01)
+    assert {row.failure for row in case.rows.values()} == {"RuntimeError: no kernel for float64"}
+
+    def broken(*args: object) -> None:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(CountingTimer, "rounds", broken)
+    assert {row.failure for row in rows_of().values()} == {"RuntimeError: an illegal memory access"}
+
+
 def test_inputs_go_round_beyond_the_cache() -> None:
     with registered(tanh_operation()) as op:
         case = Case(op, parse_shape("tiny b2"), "forward", torch.float32, CPU)

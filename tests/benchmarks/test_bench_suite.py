@@ -166,4 +166,4 @@ def test_busy_seconds_are_those_of_the_processors(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_timer_fits_the_device() -> None:
-    assert type(suite._timer(CPU)).__name__ == "CpuTimer"
+    assert type(suite.timer_for(CPU)).__name__ == "CpuTimer"

@@ -1,0 +1,54 @@
+"""What is read and what is mixed: the command line knows it without what reads data."""
+
+from dataclasses import dataclass
+
+from evaclip.errors import UserError
+
+
+@dataclass(frozen=True)
+class RatePlan:
+    """What is read.
+
+    Attributes:
+        shards, per_shard: the data set.
+        image_bytes: of each image member; random bytes, so that nothing is decoded.
+        window: samples that are mixed, and the size of webdataset's shuffle buffer.
+        passes: over the data and all readers in turn; the median counts.
+    """
+
+    shards: int = 8
+    per_shard: int = 500
+    image_bytes: int = 40_000
+    window: int = 2_000
+    passes: int = 3
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class ShufflePlan:
+    """A data set and its batches.
+
+    Attributes:
+        windows: in samples; 0 is the whole data set.
+        buffers: of webdataset's shuffle, in samples.
+        nodes: canonical nodes of one more row, whose windows are each `windows[-1]` over `nodes`.
+    """
+
+    shards: int = 200
+    per_shard: int = 1_000
+    batch: int = 4_000
+    windows: tuple[int, ...] = (0, 100_000, 20_000, 5_000)
+    buffers: tuple[int, ...] = (100_000, 20_000, 5_000)
+    nodes: int = 8
+
+    def __post_init__(self) -> None:
+        samples = self.shards * self.per_shard
+        if self.shards < 2 or self.per_shard < 2 or not 2 <= self.batch <= samples:
+            raise UserError(
+                "shuffling wants at least 2 shards of 2 samples and a batch of 2 samples up to all of them, got"
+                f" {self.shards}, {self.per_shard} and {self.batch}"
+            )

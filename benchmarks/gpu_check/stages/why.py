@@ -1,0 +1,91 @@
+"""Why a kernel takes as long as it does: ncu's counters of the slowest kernel of each family, CUDA and Triton.
+
+ncu runs `python -m benchmarks.profiling`, one training step of the op between the marks of the CUDA profiler.
+"""
+
+import csv
+import importlib
+import io
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from functools import partial
+from typing import Any
+
+from benchmarks.gpu_check.stage import Refusal, Session, Settings, Unit
+from benchmarks.operation import get_operation
+from benchmarks.origin import ROOT
+
+SECONDS = 60
+_OPS = ("rope_attention", "causal_attention", "packed_attention", "layer_norm", "add_layer_norm", "layer_norm_add")
+_OPS += ("swiglu", "token_dropout", "gelu", "lamb_step", "adamw_step", "gradient_norm", "clip_loss", "siglip_loss")
+METRICS = {
+    "gpu__time_duration.sum": "nanoseconds",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory_percent",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed": "compute_percent",
+    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active": "tensor_percent",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy_percent",
+    "l1tex__data_bank_conflicts_pipe_lsu.sum": "bank_conflicts",
+    "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio": "stalled_at_barriers",
+    "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio": "stalled_on_memory",
+    "launch__registers_per_thread": "registers",
+    "launch__shared_mem_per_block": "shared_bytes",
+}
+"""ncu's names, and what they are called in the journal."""
+
+
+def units(settings: Settings) -> list[Unit]:
+    """One an op."""
+    return [Unit("why", op, seconds=20, value=52) for op in _OPS[: 1 if settings.rehearsal else None]]
+
+
+def run(unit: Unit, session: Session) -> None:
+    for backend in ("cuda", "triton"):
+        session.case(f"{unit.name} on {backend}", partial(_counters, unit.name, backend, session.settings))
+
+
+def _counters(name: str, backend: str, settings: Settings) -> dict[str, Any]:
+    if settings.device != "cuda":
+        raise Refusal("ncu counts on a GPU")
+    if shutil.which("ncu") is None:
+        raise Refusal("ncu is not installed")
+    importlib.import_module("benchmarks.cases")
+    op = get_operation(name)
+    call = [name, op.shapes["cuda"][0], op.modes[-1], settings.dtypes[0], f"evakernels {backend}"]
+    ncu = ["ncu", "--csv", "--profile-from-start", "off", "--target-processes", "all", "--metrics", ",".join(METRICS)]
+    command = [*ncu, sys.executable, "-m", "benchmarks.profiling", *call]
+    output = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    ).stdout
+    kernels = parse(output)
+    if not kernels:
+        raise Refusal(f"ncu counted nothing: {' '.join(output.split())[-400:]}")
+    return {"shape": call[1], "mode": call[2], "dtype": call[3], "kernels": len(kernels), **kernels[0]}
+
+
+def parse(output: str) -> list[dict[str, Any]]:
+    """The kernels of `ncu --csv`, the slowest first: `kernel`, and the metrics that it gave numbers for."""
+    start = output.find('"ID"')
+    if start < 0:
+        return []
+    kernels: dict[str, dict[str, Any]] = defaultdict(dict)
+    for row in csv.DictReader(io.StringIO(output[start:])):
+        if row.get("Metric Name") not in METRICS:
+            continue
+        kernel = kernels[row["ID"]]
+        kernel["kernel"] = row["Kernel Name"][:200]
+        kernel[METRICS[row["Metric Name"]]] = _number(row["Metric Value"], row["Metric Unit"])
+    return sorted(kernels.values(), key=lambda kernel: -kernel.get("nanoseconds", 0.0))
+
+
+_SCALES = {"second": 1e9, "s": 1e9, "msecond": 1e6, "ms": 1e6, "usecond": 1e3, "us": 1e3}
+_SCALES |= {"Kbyte/block": 1e3, "Mbyte/block": 1e6}
+
+
+def _number(text: str, unit: str) -> float | None:
+    """In the unit without a prefix, nanoseconds or bytes; None for what isn't a number."""
+    try:
+        return float(text.replace(",", "")) * _SCALES.get(unit, 1.0)
+    except ValueError:
+        return None

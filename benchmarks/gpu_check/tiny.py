@@ -1,0 +1,90 @@
+"""A small call of each op that has a kernel for GPUs, with the arguments of its schema."""
+
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from evakernels import tuning
+from evakernels.reference import contrastive as reference
+from evakernels.tuning import calls
+
+_SIZES: dict[str, Any] = {"ELEMENTS": 1 << 15, "BATCH": 2, "HEADS": 2, "PAIRS": 64}
+_BETAS, _EPS = (0.9, 0.98), 1e-6
+
+
+class _Draw(calls.Draw):
+    """Small numbers: the logits of contrastive losses are products of them."""
+
+    def __call__(self, *shape: int) -> Tensor:
+        return super().__call__(*shape) * 0.1
+
+
+def arguments(op: str, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Those of one call, the same each time."""
+    torch.manual_seed(0)
+    draw = _Draw(device, dtype)
+    with mock.patch.multiple(calls, **_SIZES):
+        if op in _CALLS:
+            return _CALLS[op](draw)
+        return next(calls.calls(op, tuning.table("", 80)[op][0]["shape"], draw))
+
+
+def _gelu_forward(draw: _Draw) -> tuple[Any, ...]:
+    return draw(40, 96), draw(96), False
+
+
+def _gelu_backward(draw: _Draw) -> tuple[Any, ...]:
+    return draw(40, 96), *_gelu_forward(draw)
+
+
+def _gradient_norm(draw: _Draw) -> tuple[Any, ...]:
+    return ([draw(33), draw(20, 96), draw(5000)],)
+
+
+def _state(draw: _Draw) -> list[list[Tensor]]:
+    """Parameters, gradients, both moments and step counts of three tensors."""
+    (values,) = _gradient_norm(draw)
+    grads, exp_avgs = ([draw(*value.shape) for value in values] for _ in range(2))
+    exp_avg_sqs = [draw.statistic(*value.shape) for value in values]
+    steps = [torch.tensor(3.0, device=draw.device) for _ in values]
+    return [values, grads, [value.float() for value in exp_avgs], exp_avg_sqs, steps]
+
+
+_RATES, _DECAYS = [1e-2, 1e-2, 1e-2], [0.0, 0.1, 0.1]
+
+
+def _adamw_update(draw: _Draw) -> tuple[Any, ...]:
+    return *_state(draw), _RATES, _DECAYS, *_BETAS, _EPS, None, None
+
+
+def _lamb_update(draw: _Draw) -> tuple[Any, ...]:
+    return *_state(draw), _DECAYS, *_BETAS, _EPS, False, None, None
+
+
+def _lamb_apply(draw: _Draw) -> tuple[Any, ...]:
+    params, _, *state = _state(draw)
+    return params, *state, draw.statistic(3, 2), _RATES, _DECAYS, *_BETAS, _EPS, False, None
+
+
+def _lamb_step(draw: _Draw) -> tuple[Any, ...]:
+    return *_state(draw), _RATES, _DECAYS, *_BETAS, _EPS, False, None, None
+
+
+def _siglip_backward(draw: _Draw) -> tuple[Any, ...]:
+    """Behind the forward pass, which computes the gradients."""
+    *inputs, offset = next(calls.calls("siglip_forward", {"depth": 64}, draw))
+    return draw.statistic(), *inputs, *reference.siglip_forward(*inputs, offset)[1:]
+
+
+_CALLS = {
+    "siglip_backward": _siglip_backward,
+    "gelu_forward": _gelu_forward,
+    "gelu_backward": _gelu_backward,
+    "gradient_norm": _gradient_norm,
+    "adamw_update": _adamw_update,
+    "lamb_update": _lamb_update,
+    "lamb_apply": _lamb_apply,
+    "lamb_step": _lamb_step,
+}

@@ -1,0 +1,97 @@
+"""`make gpu-check` from end to end without a GPU: emulated kernels serve it, and nothing takes it for a measurement."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from op_suite import ROOT, build_emulated, gcc
+
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.slow,
+    pytest.mark.skipif(gcc() is None, reason="no g++"),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the fibers are written for x86-64"),
+]
+LEFT_OUT = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+
+
+@pytest.fixture
+def tree(made_once: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy of the tree with a library in which emulated kernels serve the CPU."""
+    library = build_emulated(made_once) / "coverage/_ops.so"
+    for name in ("evakernels", "evaclip", "benchmarks", "csrc", "tests/evakernels"):
+        shutil.copytree(ROOT / name, tmp_path / "tree" / name, ignore=LEFT_OUT)
+    for name in ("CMakeLists.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / "tree")
+    shutil.copy(library, tmp_path / "tree/evakernels")
+    return tmp_path / "tree"
+
+
+def rehearse(tree: Path, *stages: str, **environment: str) -> tuple[int, list[dict[str, Any]], str]:
+    """The exit status, the records, and what was printed."""
+    out = tree.parent / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    call = [sys.executable, "-m", "benchmarks.gpu_check", "--rehearsal", "--out", out, "--budget", "3000"]
+    changed = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"} | environment
+    for stage in stages:
+        call += ["--only", stage]
+    result = subprocess.run(call, cwd=tree, env=changed, capture_output=True, text=True, check=False)
+    (journal,) = out.glob("*.jsonl")
+    records = [json.loads(line) for line in journal.read_text().splitlines()]
+    return result.returncode, records, result.stdout + result.stderr
+
+
+def statuses(records: list[dict[str, Any]], stage: str) -> dict[str, str]:
+    return {end["case"]: end["status"] for end in records if end["record"] == "end" and end["stage"] == stage}
+
+
+def test_all_stages_pass_on_emulated_kernels(tree: Path) -> None:
+    status, records, output = rehearse(tree, "first_light", "timing", "why")
+    assert status == 0, output
+    assert records[0]["rehearsal"]
+    light = statuses(records, "first_light")
+    assert light.pop("another stream") == "refused"
+    assert set(light.values()) == {"passed"}
+    assert {"lamb_apply on cuda", "rope_attention_backward on cuda", "siglip_backward on triton"} <= set(light)
+    truth = [end for end in records if end["record"] == "end" and end["stage"] == "truth"]
+    assert {(end["unit"], end["status"]) for end in truth} == {("swiglu cuda", "passed"), ("swiglu triton", "passed")}
+    assert len(truth) == 12
+    assert statuses(records, "hunters") == {"norms": "refused"}  # nothing is compiled in a rehearsal
+    timing = statuses(records, "timing")
+    assert set(timing.values()) == {"passed"}
+    assert {"ceilings", "emoji b4 drop50", "layer_norm, training, 4x64, bfloat16"} <= set(timing)
+    rows = [row for end in records if end["record"] == "end" for row in end["data"].get("rows", ())]
+    assert any(row["candidate"] == "evakernels cpu" and row["op"] == "rope_attention" for row in rows)
+    assert all(row["failure"] is None for row in rows if row["kind"] == "ours")
+    journal = next((tree.parent / "out").glob("*.jsonl"))
+    call = [sys.executable, "-m", "benchmarks.gpu_check", "merge", journal]
+    merged = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert merged.returncode == 2
+    assert "is a rehearsal" in merged.stderr
+
+
+def test_kernels_that_fail_are_failures(tree: Path) -> None:
+    status, records, output = rehearse(tree, "first_light", EVAKERNELS_EMULATOR_BREAKDOWN="1")
+    assert status == 1, output
+    light = statuses(records, "first_light")
+    assert light["gelu_forward on cuda"] == "failed"
+    assert light["layer_norm_forward on triton"] == "passed"
+    assert "gelu_forward: CUDA error: a breakdown, as asked for" in output
+
+
+def test_without_the_library_nothing_is_green(tree: Path) -> None:
+    (tree / "evakernels/_ops.so").unlink()
+    status, records, output = rehearse(tree, "first_light")
+    assert status == 1, output
+    light = statuses(records, "first_light")
+    assert {case for case, found in light.items() if case.endswith("on cuda")} == {
+        case for case, found in light.items() if found == "failed" and case != "library"
+    }
+    assert "the compiled library is not loaded: not built" in output
