@@ -11,6 +11,7 @@
 #include "common/dtype.h"
 #include "common/numerics.h"
 #include "cuda/stream.h"
+#include "drive_memory.h"
 
 namespace evakernels::drive {
 
@@ -43,8 +44,19 @@ class Buffer {
   static Buffer random(DType dtype, int64_t size, int64_t before = 0) {
     Buffer buffer(dtype, size, before);
     for (int64_t i = 0; i < size; ++i) buffer.set(i, static_cast<float>(next_number()));
+    buffer.settle();
     return buffer;
   }
+
+  static Buffer of(float value) {
+    Buffer buffer(DType::Float32, 1);
+    buffer.set(0, value);
+    buffer.settle();
+    return buffer;
+  }
+
+  // After the host has written to it.
+  void settle() { drive::settle(bytes_); }
 
   void* data() { return bytes_.data() + before_; }
   float* floats() { return static_cast<float*>(data()); }
@@ -78,7 +90,7 @@ class Buffer {
 
   DType dtype_;
   int64_t before_;  // in bytes
-  std::vector<unsigned char> bytes_;
+  Vector<unsigned char> bytes_;
 };
 
 struct Case {
@@ -168,6 +180,7 @@ inline std::vector<double> norm_of(const std::vector<double>& x, const Buffer& w
 }
 
 inline void run(cuda::Error error, const std::string& what) {
+  if (!error) error = finish();
   check(!error, what + ": " + (error ? error : ""));
 }
 

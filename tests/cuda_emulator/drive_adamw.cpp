@@ -38,9 +38,10 @@ void drive_adamw() {
 
   std::vector<std::vector<double>> expected;
   for (const OptimizerState& state : states) expected.push_back(expected_of(state));
-  const float grad_scale = kGradScale, found_inf = 0.0f;
+  Buffer grad_scale = Buffer::of(kGradScale), found_inf = Buffer::of(0.0f);
   const AdamwUpdate update = {
-      tensors.data(), static_cast<int64_t>(tensors.size()), kBeta1, kBeta2, kEps, &grad_scale, &found_inf};
+      tensors.data(),    static_cast<int64_t>(tensors.size()), kBeta1, kBeta2, kEps, grad_scale.floats(),
+      found_inf.floats()};
   Buffer workspace(DType::Float32, cuda::adamw_update_workspace(update));
   run(cuda::adamw_update(update, workspace.floats(), nullptr), "adamw_update");
   for (size_t i = 0; i < states.size(); ++i) states[i].check_result(expected[i], "adamw");

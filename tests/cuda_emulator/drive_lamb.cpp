@@ -28,8 +28,9 @@ void drive_lamb_step() {
   std::vector<std::vector<double>> expected;
   for (int64_t i = 0; i < count; ++i) expected.push_back(expected_of(states[i], &norms[2 * i]));
 
-  const float grad_scale = kGradScale, found_inf = 0.0f;
-  const LambStep step = {tensors.data(), count, {kBeta1, kBeta2, kEps, false}, &grad_scale, &found_inf};
+  Buffer grad_scale = Buffer::of(kGradScale), found_inf = Buffer::of(0.0f);
+  const LambStep step = {
+      tensors.data(), count, {kBeta1, kBeta2, kEps, false}, grad_scale.floats(), found_inf.floats()};
   Buffer workspace(DType::Float32, cuda::lamb_step_workspace(step));
   run(cuda::lamb_step(step, workspace.floats(), nullptr), "lamb_step");
   for (int64_t i = 0; i < count; ++i) states[i].check_result(expected[i], "lamb_step");
@@ -48,14 +49,15 @@ void drive_lamb() {
 
   Buffer squared_norms(DType::Float32, 2 * count);
   const LambOptions options = {kBeta1, kBeta2, kEps, false};
-  const float grad_scale = kGradScale, found_inf = 0.0f;
-  const LambUpdate update = {tensors.data(), count, options, squared_norms.floats(), &grad_scale, &found_inf};
+  Buffer grad_scale = Buffer::of(kGradScale), found_inf = Buffer::of(0.0f);
+  const LambUpdate update = {tensors.data(),    count, options, squared_norms.floats(), grad_scale.floats(),
+                             found_inf.floats()};
   Buffer update_workspace(DType::Float32, cuda::lamb_update_workspace(update));
   run(cuda::lamb_update(update, update_workspace.floats(), nullptr), "lamb_update");
   compare(squared_norms, norms, "the squared norms", DType::Float32);
 
   for (OptimizedTensor& tensor : tensors) tensor.grad = {};
-  const LambApply apply = {tensors.data(), count, options, squared_norms.floats(), &found_inf};
+  const LambApply apply = {tensors.data(), count, options, squared_norms.floats(), found_inf.floats()};
   Buffer apply_workspace(DType::Float32, cuda::lamb_apply_workspace(apply));
   run(cuda::lamb_apply(apply, apply_workspace.floats(), nullptr), "lamb_apply");
   for (int64_t i = 0; i < count; ++i) states[i].check_result(expected[i], "lamb");

@@ -15,7 +15,7 @@ struct Attention {
   bool indexed;
   bool packed;  // q, k and v in one [B, N, 3, H, D]
   // Of a packed batch, whose shape has batch and tokens of 0; empty for one whose samples are equally long.
-  std::vector<int64_t> offsets;
+  Vector<int64_t> offsets;
 
   bool has_sequences() const { return !offsets.empty(); }
   int64_t samples() const { return has_sequences() ? static_cast<int64_t>(offsets.size()) - 1 : shape.batch; }
@@ -87,6 +87,9 @@ class Rotations {
       sin_.floats()[i] = static_cast<float>(std::sin(angle));
     }
     for (int64_t i = 0; i < a.shape.batch * a.patches(); ++i) index_.push_back(i * 5 % a.table_rows());
+    cos_.settle();
+    sin_.settle();
+    settle(index_);
   }
 
   RotaryTables tables() {
@@ -127,7 +130,7 @@ class Rotations {
 
   const Attention& a_;
   Buffer cos_, sin_;
-  std::vector<int64_t> index_;
+  Vector<int64_t> index_;
 };
 
 // a (times b, if it is to be transposed): [N, M] of [N, K] and [M, K].
@@ -205,7 +208,8 @@ void place(const Attention& a, const Matrix& head, Matrix& all, int64_t b, int64
   }
 }
 
-void drive(const Attention& a) {
+void drive(Attention a) {
+  settle(a.offsets);
   const DType dtype = a.shape.dtype;
   Buffer first = Buffer::random(dtype, a.size() * (a.packed ? 3 : 1));
   Buffer k = Buffer::random(dtype, a.packed ? 0 : a.size()),

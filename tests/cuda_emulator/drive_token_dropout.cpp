@@ -8,22 +8,23 @@ constexpr int64_t kBatch = 3;
 constexpr int64_t kPrefix = 2;
 
 // Every second token of each sample, the last ones first, so that samples differ.
-std::vector<int64_t> every_second(int64_t tokens) {
-  std::vector<int64_t> index;
+Vector<int64_t> every_second(int64_t tokens) {
+  Vector<int64_t> index;
   for (int64_t sample = 0; sample < kBatch; ++sample) {
     for (int64_t i = 0; i < tokens / 2; ++i) index.push_back(tokens - 1 - 2 * i - (sample + tokens) % 2);
   }
+  settle(index);
   return index;
 }
 
 // A row of out for each prefix token and each kept one; the row of pos_embed that belongs to each.
-int64_t position_of(const std::vector<int64_t>& index, int64_t kept, int64_t sample, int64_t row) {
+int64_t position_of(const Vector<int64_t>& index, int64_t kept, int64_t sample, int64_t row) {
   return row < kPrefix ? row : kPrefix + index[sample * kept + row - kPrefix];
 }
 
 void drive(const Case& c, bool by_channel) {
   const int64_t tokens = 2 * c.rows + 6, channels = c.width;
-  const std::vector<int64_t> index = every_second(tokens);
+  const Vector<int64_t> index = every_second(tokens);
   const int64_t kept = tokens / 2, rows = kPrefix + kept;
   const auto called = [&](const char* what) {
     return name_of(c, (std::string("token_dropout") + (by_channel ? " by channel, " : ", ") + what).c_str());

@@ -11,10 +11,8 @@ add_library(bindings OBJECT ${TORCH_SOURCES} ${EMULATOR}/emulated.cpp)
 compile_with_torch(bindings)
 target_compile_definitions(bindings PRIVATE EVAKERNELS_CUDA EVAKERNELS_EMULATED)
 
-add_library(driver OBJECT ${EMULATOR}/drive.cpp ${EMULATOR}/drive_adamw.cpp ${EMULATOR}/drive_gelu.cpp
-                          ${EMULATOR}/drive_lamb.cpp ${EMULATOR}/drive_norms.cpp
-                          ${EMULATOR}/drive_rope_attention.cpp ${EMULATOR}/drive_swiglu.cpp
-                          ${EMULATOR}/drive_token_dropout.cpp)
+file(GLOB DRIVER_SOURCES CONFIGURE_DEPENDS ${EMULATOR}/drive*.cpp)
+add_library(driver OBJECT ${DRIVER_SOURCES})
 target_include_directories(driver PRIVATE csrc)
 target_compile_options(driver PRIVATE -Wall -Wextra -O1)
 

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
+from on_device import DEVICE
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,6 +74,8 @@ def assert_deterministic(function: Callable[..., Any], inputs: Sequence[Tensor |
 
 def assert_threads_change_no_bit(function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> None:
     """One thread and three give the same, forward and backward."""
+    if DEVICE.type != "cpu":
+        pytest.skip("of the CPU: its threads")
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 3):

@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from on_device import COMPILED, DEVICE
 from op_checks import assert_opcheck
 from optimizer_checks import (
     BUFFERS,
@@ -33,7 +34,7 @@ NATIVE = pytest.mark.skipif(not _native.LOADED, reason="the native library is no
 # --- the op ---------------------------------------------------------------------------------------------------------
 
 
-def update(state, backend="cpu", scale=None, found_inf=None, eps=EPS):
+def update(state, backend=COMPILED, scale=None, found_inf=None, eps=EPS):
     """One step in place on the lists; every tensor has a rate of its own, the second no decay."""
     count = len(state[0])
     lrs, decays = [0.01 * (i + 1) for i in range(count)], [0.0 if i == 1 else 0.05 for i in range(count)]
@@ -152,6 +153,7 @@ def test_tensors_that_are_strided(name):
     assert (storage.T[1::2] == 7.0).all()
 
 
+@pytest.mark.cpu_only("its threads")
 @NATIVE
 def test_the_number_of_threads_changes_nothing():
     before, results = torch.get_num_threads(), []
@@ -163,7 +165,7 @@ def test_the_number_of_threads_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*map(everything, results), strict=True))
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=NATIVE)])
+@pytest.mark.parametrize("backend", ["reference", pytest.param(COMPILED, marks=NATIVE)])
 @pytest.mark.parametrize("scale", [None, float("nan")])
 def test_found_inf_writes_nothing_that_is_not_finite(backend, scale):
     state, before = lists(sizes=[0, 5, 1061]), lists(sizes=[0, 5, 1061])
@@ -292,7 +294,7 @@ def test_clipping_on_the_device_equals_torchs():
 
 
 def test_grad_scaler_drives_it_without_reading_the_flag():
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=4.0)
     optimizer, plain = (optimizer_of(tensors(0, torch.float32)) for _ in range(2))
     for factor in (torch.inf, 1.0):
         optimizer.zero_grad()

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from on_device import DEVICE
 from op_checks import (
     DTYPES,
     assert_as_accurate_as_torch,
@@ -153,8 +154,8 @@ def test_a_row_of_its_own_without_leading_dimensions():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_gives_the_dtype_of_the_linear(dtype):
-    x, layer = randn(3, WIDTH).float(), torch.nn.Linear(WIDTH, 5)
-    with torch.autocast("cpu", dtype=dtype):
+    x, layer = randn(3, WIDTH).float(), torch.nn.Linear(WIDTH, 5).to(DEVICE)
+    with torch.autocast(DEVICE.type, dtype=dtype):
         expected = F.gelu(layer(x))
         folded = evakernels.gelu(F.linear(x, layer.weight), layer.bias)
     assert folded.dtype == expected.dtype == dtype

@@ -1,8 +1,8 @@
 import copy
 
 import pytest
-import timm.optim
 import torch
+from on_device import DEVICE
 from op_checks import assert_opcheck
 from optimizer_checks import SHAPES, parameters, step, tensors
 from torch import nn
@@ -48,9 +48,10 @@ def test_deepspeed_equals_the_formula(dtype, tolerance):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_nvlamb_equals_timm(dtype, tolerance):
+    optim = pytest.importorskip("timm.optim")
     ours = optimizer_of(tensors(0, dtype), "nvlamb")
     groups = copy.deepcopy([{k: g[k] for k in ("params", "lr", "weight_decay")} for g in ours.param_groups])
-    theirs = timm.optim.Lamb(groups, betas=BETAS, eps=EPS, max_grad_norm=None)
+    theirs = optim.Lamb(groups, betas=BETAS, eps=EPS, max_grad_norm=None)
     for seed in range(1, 6):
         step(ours, tensors(seed, dtype))
         step(theirs, tensors(seed, dtype))
@@ -175,7 +176,7 @@ def test_grad_scale_divides_the_gradients(variant):
 
 
 def test_grad_scaler_drives_it_without_reading_the_flag():
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=4.0)
     optimizer, plain = (optimizer_of(tensors(0, torch.float32), "deepspeed") for _ in range(2))
     before = [p.clone() for p in parameters(optimizer)]
     for factor in (torch.inf, 1.0):

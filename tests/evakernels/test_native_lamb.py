@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from on_device import COMPILED
 from optimizer_checks import BUFFERS, DTYPES, FLOAT32, SIZES, assert_states_close, everything, lists
 
 import evakernels
@@ -34,7 +35,7 @@ def step(state, backend, variant="deepspeed", scale=None, found_inf=None):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_the_reference(variant, flags):
     ours, theirs = lists(), lists()
-    norms, expected_norms = step(ours, "cpu", variant, **flags), step(theirs, "reference", variant, **flags)
+    norms, expected_norms = step(ours, COMPILED, variant, **flags), step(theirs, "reference", variant, **flags)
     torch.testing.assert_close(norms, expected_norms, rtol=2e-6, atol=0)
     assert_states_close(ours, theirs)
 
@@ -43,7 +44,7 @@ def test_equals_the_reference(variant, flags):
 def test_more_tensors_than_one_launch_brings_to_the_device(variant):
     sizes = [i % 3 for i in range(700)]
     ours, theirs = lists(sizes=sizes), lists(sizes=sizes)
-    norms, expected_norms = step(ours, "cpu", variant), step(theirs, "reference", variant)
+    norms, expected_norms = step(ours, COMPILED, variant), step(theirs, "reference", variant)
     torch.testing.assert_close(norms, expected_norms, rtol=2e-6, atol=1e-9)  # of one element that may cancel
     assert_states_close(ours, theirs, lr_of_last=7.0)
 
@@ -54,7 +55,7 @@ def test_ratios_at_their_limits_and_beyond(variant, size):
     ours, theirs = lists(sizes=[37, 1061]), lists(sizes=[37, 1061])
     for state in (ours, theirs):
         state[0] = [size * param for param in state[0]]
-    step(ours, "cpu", variant)
+    step(ours, COMPILED, variant)
     step(theirs, "reference", variant)
     for a, b in zip(ours[0], theirs[0], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * b.abs().max().item())
@@ -73,7 +74,7 @@ def test_parts_of_a_flat_buffer(dtypes, offsets):
             flat.append(torch.full((offset + len(tensor) + 9,), 7.0, dtype=tensor.dtype))
             tensors[i] = flat[-1][offset : offset + len(tensor)].copy_(tensor)
     before = [buffer.clone() for buffer in flat]
-    norms, expected_norms = step(parts, "cpu"), step(plain, "cpu")
+    norms, expected_norms = step(parts, COMPILED), step(plain, COMPILED)
     torch.testing.assert_close(norms, expected_norms, rtol=2e-6, atol=0)
     for got, expected in zip(parts, plain, strict=True):
         for a, b in zip(got, expected, strict=True):
@@ -88,7 +89,7 @@ def test_parts_of_a_flat_buffer(dtypes, offsets):
 @pytest.mark.parametrize("dtypes", list(product(DTYPES, repeat=4)), ids=str)
 def test_every_mix_of_dtypes(dtypes):
     ours, theirs = lists(dtypes, [1061, 5]), lists(dtypes, [1061, 5])
-    norms, expected_norms = step(ours, "cpu"), step(theirs, "reference")
+    norms, expected_norms = step(ours, COMPILED), step(theirs, "reference")
     torch.testing.assert_close(norms, expected_norms, rtol=1e-3, atol=0)
     for name, got, expected in zip(BUFFERS, ours, theirs, strict=False):
         # A value next to the middle of two stored ones may fall to either side; a moment that did moves its
@@ -118,7 +119,7 @@ def test_norms_are_as_accurate_as_torchs(variant):
     ours, theirs, exact = (lists(sizes=[size]) for _ in range(3))
     exact[:4] = ([t.double() for t in tensors] for tensors in exact[:4])
     truth = step(exact, "reference", variant)
-    error, torchs = ((step(s, b, variant) / truth - 1).abs() for s, b in ((ours, "cpu"), (theirs, "reference")))
+    error, torchs = ((step(s, b, variant) / truth - 1).abs() for s, b in ((ours, COMPILED), (theirs, "reference")))
     assert (error <= 2 * torchs + torch.finfo(torch.float32).eps).all(), (error, torchs)
 
 
@@ -132,7 +133,9 @@ def test_tensors_that_are_not_dense(name, dtype):
     storage = torch.full((10, 12), 7.0, dtype=dtype)
     view = storage.T[::2]
     strided[BUFFERS.index(name)] = [view.copy_(tensor)]
-    for a, b in zip(everything(dense, step(dense, "cpu")), everything(strided, step(strided, "cpu")), strict=True):
+    for a, b in zip(
+        everything(dense, step(dense, COMPILED)), everything(strided, step(strided, COMPILED)), strict=True
+    ):
         assert torch.equal(a, b)
     assert (storage.T[1::2] == 7.0).all()
 
@@ -140,17 +143,18 @@ def test_tensors_that_are_not_dense(name, dtype):
 def test_an_expanded_gradient():
     state, same = lists(sizes=[12]), lists(sizes=[12])
     state[1], same[1] = [torch.tensor(0.5).expand(12)], [torch.full((12,), 0.5)]
-    for a, b in zip(everything(state, step(state, "cpu")), everything(same, step(same, "cpu")), strict=True):
+    for a, b in zip(everything(state, step(state, COMPILED)), everything(same, step(same, COMPILED)), strict=True):
         assert torch.equal(a, b)
 
 
+@pytest.mark.cpu_only("its threads")
 def test_the_number_of_threads_changes_nothing():
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         state = lists()
-        results.append(everything(state, step(state, "cpu")))
+        results.append(everything(state, step(state, COMPILED)))
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -160,8 +164,8 @@ def test_the_number_of_threads_changes_nothing():
 def test_a_bad_gradient_spoils_its_own_tensor_only(value):
     bad, good = lists(), lists()
     bad[1][5][3] = value
-    step(bad, "cpu")
-    step(good, "cpu")
+    step(bad, COMPILED)
+    step(good, COMPILED)
     assert not bad[0][5].isfinite().all()
     for i in range(len(SIZES)):
         assert i == 5 or torch.equal(bad[0][i], good[0][i])
@@ -179,7 +183,7 @@ def test_float64_anywhere_in_the_lists_goes_to_the_reference(where):
     state = lists(sizes=[3, 4])
     state[where][1] = state[where][1].double()
     with pytest.raises(evakernels.BackendError, match="float64 is not one of float32, bfloat16, float16"):
-        step(state, "cpu")
+        step(state, COMPILED)
     params, grads, exp_avgs, exp_avg_sqs, steps = state
     options = {"betas": (0.9, 0.98), "eps": 1e-6}
     norms = evakernels.lamb_update(params, grads, exp_avgs, exp_avg_sqs, steps, [0.0, 0.0], **options)
@@ -188,6 +192,6 @@ def test_float64_anywhere_in_the_lists_goes_to_the_reference(where):
 
 def test_flags_of_any_dtype():
     stepped, untouched = lists(sizes=[5]), lists(sizes=[5])
-    step(stepped, "cpu", found_inf=True)
+    step(stepped, COMPILED, found_inf=True)
     for got, expected in zip(stepped, untouched, strict=True):
         assert torch.equal(got[0], expected[0])

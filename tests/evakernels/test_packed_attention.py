@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from on_device import COMPILED, DEVICE
 from op_checks import (
     DTYPES,
     assert_as_accurate_as_torch,
@@ -91,7 +92,7 @@ def test_the_number_of_threads_does_not_change_a_bit(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled_kernels_serve_it(dtype):
     q, k, v = packed([3]).to(dtype).unbind(1)
-    assert not backends.why_not("packed_attention_forward", "cpu", q, k, v, offsets_of([3]), 3, True, 0.5)
+    assert not backends.why_not("packed_attention_forward", COMPILED, q, k, v, offsets_of([3]), 3, True, 0.5)
 
 
 def test_a_sequence_is_that_of_rope_attention():
@@ -163,7 +164,7 @@ def test_lse_is_the_natural_logarithm_of_the_softmax_denominator(causal):
 def test_autocast_casts_as_for_torch(dtype):
     ours, theirs = pair([5, 2])
     qkv = packed([5, 2]).float().requires_grad_()
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(DEVICE.type, dtype=dtype):
         actual, expected = ours(qkv), theirs(qkv)
     assert actual.dtype == expected.dtype == dtype
     torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
@@ -181,6 +182,7 @@ def test_a_second_derivative_is_refused():
 X = torch.ones(5, 3, 8)
 
 
+@pytest.mark.cpu_only("a GPU's kernels alone read an index, and a wrong one ends all work of the process there")
 @pytest.mark.parametrize(
     ("arguments", "exception", "message"),
     [

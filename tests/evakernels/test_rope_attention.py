@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from on_device import DEVICE
 from op_checks import (
     DTYPES,
     assert_as_accurate_as_torch,
@@ -11,7 +12,6 @@ from op_checks import (
     assert_gradcheck,
     assert_opcheck,
 )
-from timm.layers import apply_rot_embed_cat
 
 import evakernels
 from evakernels import _native, backends
@@ -136,8 +136,8 @@ def test_as_accurate_as_torch(pair, qkv, dtype):
 @pytest.mark.parametrize("sharpness", [1, 8])
 def test_as_accurate_as_torch_at_the_size_of_a_tower(dtype, sharpness):
     """A longer row, also with scores so large that the softmax is nearly one-hot."""
-    cos, sin = axial_rope(8, 8, 64)
-    index = evakernels.sample_token_index(2, 64, 32, generator=torch.Generator().manual_seed(0))
+    cos, sin = axial_rope(8, 8, 64, device=DEVICE)
+    index = evakernels.sample_token_index(2, 64, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
     def ours(q, k, v):
         return evakernels.rope_attention(q, k, v, cos, sin, token_index=index, num_prefix=1)
@@ -156,7 +156,7 @@ def test_as_accurate_as_torch_at_the_size_of_a_tower(dtype, sharpness):
 @pytest.mark.parametrize(("head_dim", "causal"), [(37, True), (88, False)])
 def test_several_chunks_of_an_odd_size_are_as_accurate_as_torch(head_dim, causal, dtype):
     """More scores than are computed at a time; bfloat16 products where the machine has them."""
-    cos, sin = (None, None) if causal else axial_rope(20, 15, head_dim)
+    cos, sin = (None, None) if causal else axial_rope(20, 15, head_dim, device=DEVICE)
 
     def ours(q, k, v):
         return evakernels.rope_attention(q, k, v, cos, sin, num_prefix=1, causal=causal)
@@ -222,6 +222,7 @@ def test_large_scores_are_as_accurate_as_torch(dtype):
     assert_as_accurate_as_torch(evakernels.rope_attention, theirs, inputs, dtype)
 
 
+@pytest.mark.cpu_only("its threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_number_of_threads_does_not_change_a_bit(dtype):
     cos, sin = axial_rope(20, 15, 32)
@@ -329,6 +330,7 @@ def test_lse_has_no_gradient():
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_rotation_is_that_of_timm(interleaved):
     """timm rotates by tables [N, D] that repeat each angle for both members of a pair, sin before cos."""
+    apply_rot_embed_cat = pytest.importorskip("timm.layers").apply_rot_embed_cat
     cos, sin = tables("shared")
     q, k, v = packed(dtype=torch.float32).unbind(2)
     repeat = (lambda t: t.repeat_interleave(2, -1)) if interleaved else (lambda t: t.repeat(1, 2))
@@ -361,7 +363,7 @@ def test_kept_tokens_attend_as_in_the_full_grid_when_the_others_are_masked():
 def test_autocast_casts_as_for_torch(dtype):
     ours, theirs = pair()
     qkv = packed(dtype=torch.float32).requires_grad_()
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(DEVICE.type, dtype=dtype):
         actual, expected = ours(qkv), theirs(qkv)
     assert actual.dtype == expected.dtype == dtype
     torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
@@ -398,6 +400,7 @@ TABLE = torch.ones(4, 4)
 INDEX = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
 
 
+@pytest.mark.cpu_only("a GPU's kernels alone read an index, and a wrong one ends all work of the process there")
 @pytest.mark.parametrize(
     ("arguments", "exception", "message"),
     [
@@ -468,6 +471,7 @@ def test_a_compact_table_must_fit(shape, patches, message):
         evakernels.rope_attention(x, x, x, table, table)
 
 
+@pytest.mark.cpu_only("a GPU's kernels alone read an index, and a wrong one ends all work of the process there")
 def test_a_compact_table_bounds_the_token_index():
     x, table = torch.ones(1, 2, 1, 8), torch.ones(2, 3, 2)
     evakernels.rope_attention(x, x, x, table, table, token_index=torch.tensor([[0, 8]]))

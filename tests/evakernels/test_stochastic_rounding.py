@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from on_device import COMPILED, DEVICE
 from op_checks import assert_opcheck
 from optimizer_checks import SIZES, everything, lists
 from torch import nn
@@ -15,14 +16,14 @@ from evakernels.reference._stochastic_rounding import random_bits, round_stochas
 
 OPS = torch.ops.evakernels
 NATIVE = pytest.mark.skipif(not _native.LOADED, reason="the native library is not built")
-BACKENDS = ["reference", pytest.param("cpu", marks=NATIVE)]
+BACKENDS = ["reference", pytest.param(COMPILED, marks=NATIVE)]
 OPTIONS = {"betas": (0.9, 0.98), "eps": 1e-6}
 FLOAT, HALF = torch.float32, torch.bfloat16
 MIXED, ALL_HALF = (HALF, HALF, FLOAT, FLOAT), (HALF,) * 4
 KINDS = ["adamw", "lamb_step", "lamb_phases"]
 
 
-def step(state, kind, backend="cpu", seeds=None, firsts=None, found_inf=None, lr=0.01):
+def step(state, kind, backend=COMPILED, seeds=None, firsts=None, found_inf=None, lr=0.01):
     """One step in place on the lists."""
     count = len(state[0])
     lrs, decays = [lr] * count, [0.05] * count
@@ -122,6 +123,31 @@ def assert_same_but_for_few(ours, theirs, slack):
         torch.testing.assert_close(a, b, rtol=torch.finfo(HALF).eps, atol=slack)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_device_rounds_by_the_same_bits(kind, backend):
+    """Of steps that float32 holds exactly: by 2^-12, from 1. The parameter decides nothing, its random bits all."""
+    size, first = 3 * 16384 + 5, (1 << 33) + 77
+
+    def rounded(device, backend):
+        ones = [torch.ones(size, dtype=dtype, device=device) for dtype in MIXED]
+        state = [[t] for t in ones] + [[torch.tensor(7.0, device=device)]]
+        options = {"betas": (0.0, 0.0), "eps": 0.0, "seeds": [3 << 40], "first_elements": [first]}
+        with evakernels.use_backend(backend):
+            if kind == "adamw":
+                evakernels.adamw_update(*state, [2.0**-12], [0.0], **options)
+            elif kind == "lamb_step":
+                evakernels.lamb_step(*state, [2.0**-12], [0.0], **options)
+            else:
+                norms = torch.ones(1, 2, device=device)
+                evakernels.lamb_apply(state[0], *state[2:], norms, [2.0**-12], [0.0], **options)
+        return state[0][0].cpu()
+
+    ours, expected = rounded(DEVICE, backend), rounded("cpu", "reference")
+    assert torch.equal(ours, expected)
+    assert expected.unique().tolist() == [1 - 2.0**-8, 1.0]
+
+
 @NATIVE
 @pytest.mark.parametrize("dtypes", [MIXED, ALL_HALF], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
@@ -175,6 +201,7 @@ def test_parts_are_rounded_as_the_whole_is(backend):
     assert torch.equal(torch.cat(parts[0]), whole[0][0])
 
 
+@pytest.mark.cpu_only("its threads")
 @NATIVE
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_runs_with_other_numbers_of_threads_are_bit_equal(kind):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from on_device import DEVICE
 from op_checks import (
     DTYPES,
     assert_as_accurate_as_torch,
@@ -189,8 +190,8 @@ def test_results_are_contiguous_for_transposed_inputs():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_gives_the_dtype_that_the_next_linear_takes(dtype):
     x, (_, _, weight, bias) = randn(3, HIDDEN).float(), inputs("norm")
-    layer = torch.nn.Linear(HIDDEN, HIDDEN)
-    with torch.autocast("cpu", dtype=dtype):
+    layer = torch.nn.Linear(HIDDEN, HIDDEN).to(DEVICE)
+    with torch.autocast(DEVICE.type, dtype=dtype):
         gate, up = layer(x), layer(x)
         assert ours(gate, up, None, None).dtype == theirs(gate, up, None, None).dtype == dtype
         normed = ours(gate, up, weight.float(), bias.float())

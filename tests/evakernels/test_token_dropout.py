@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from on_device import DEVICE
 from op_checks import (
     DTYPES,
     assert_as_accurate_as_torch,
@@ -120,7 +121,7 @@ def test_parameters_may_be_wider_than_the_patches(token_index):
     ours, theirs = pair(token_index)
     patches = randn(BATCH, TOKENS, CHANNELS).bfloat16().requires_grad_()
     prefix, pos_embed = (randn(n, CHANNELS, seed=n).float().requires_grad_() for n in (PREFIX, PREFIX + TOKENS))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         actual, expected = ours(patches, prefix, pos_embed), theirs(patches, prefix, pos_embed)
     assert actual.dtype == expected.dtype == torch.float32
     assert torch.equal(actual, expected)
@@ -141,6 +142,7 @@ def test_a_second_derivative_is_refused():
 PATCHES = torch.ones(2, 6, 5)
 
 
+@pytest.mark.cpu_only("a GPU's kernels alone read an index, and a wrong one ends all work of the process there")
 @pytest.mark.parametrize(
     ("patches", "token_index", "options", "exception", "message"),
     [
@@ -237,7 +239,8 @@ def test_shapes_of_models_give_the_formula(shape, layout, dtype):
     inputs = [t.to(dtype) for t in wide_inputs(*shape)]
     if layout == "channel by channel":
         inputs[0] = inputs[0].transpose(1, 2).contiguous().transpose(1, 2)
-    index = evakernels.sample_token_index(batch, tokens, tokens // 2, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    index = evakernels.sample_token_index(batch, tokens, tokens // 2, generator=generator).to(DEVICE)
     for token_index in (None, index):
         for has_pos_embed in (True, False):
             given = inputs if has_pos_embed else [*inputs[:2], None]
@@ -266,6 +269,7 @@ def test_the_number_of_threads_changes_no_bit():
     assert_threads_change_no_bit(pair(index)[0], inputs)
 
 
+@pytest.mark.cpu_only("a GPU's kernels alone read an index, and a wrong one ends all work of the process there")
 @pytest.mark.skipif(not _native.implemented("token_dropout_backward", "cpu"), reason="no compiled kernel")
 @pytest.mark.parametrize("wrong", [KEPT + 1, KEPT - 1, torch.tensor([[0, 1, 2], [3, 3, 4]])])
 def test_the_backward_kernel_refuses_a_wrong_index_itself(wrong):
@@ -308,7 +312,8 @@ def test_sampling_is_reproducible_from_its_generator():
 
 
 def test_sampling_follows_the_device():
-    assert evakernels.sample_token_index(4, 50, 25, device="meta").device.type == "meta"
+    for device in ("meta", DEVICE.type):
+        assert evakernels.sample_token_index(4, 50, 25, device=device).device.type == device
     assert evakernels.sample_token_index(4, 50, 25, generator=torch.Generator("cpu")).device.type == "cpu"
 
 

@@ -1,0 +1,99 @@
+"""`--device` and `--backend` of the op tests, on tests of their own and on a device that isn't there."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evakernels import _native
+
+FOLDER = Path(__file__).parent
+TESTS = """
+import pytest, torch
+from torch import nn
+import evakernels
+
+MADE = [torch.ones(3), torch.tensor([1.0]), torch.randn(2, generator=torch.Generator().manual_seed(0))]
+FLOAT64 = torch.ones(2, 4).double()
+
+def test_what_a_test_makes_is_moved():
+    made = [*MADE, torch.arange(3), torch.zeros(2, requires_grad=True), torch.cat(MADE)]
+    assert {t.device.type for t in made} == {"meta"}
+    assert made[4].requires_grad and made[4].is_leaf
+
+def test_a_device_that_is_given_holds():
+    assert torch.ones(1, device="cpu").is_cpu
+
+def test_what_others_make_stays():
+    assert nn.Linear(2, 2).weight.is_cpu
+
+@pytest.mark.cpu_only("it counts threads")
+def test_of_the_cpu():
+    assert MADE[0].is_cpu
+
+def test_served():
+    assert evakernels.layer_norm(FLOAT64.float()).shape == (2, 4)
+
+def test_refused():
+    evakernels.layer_norm(FLOAT64)
+
+def test_another_backend_is_no_refusal():
+    with evakernels.use_backend("triton"):
+        evakernels.layer_norm(FLOAT64)
+"""
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(FOLDER.parents[1])}
+
+
+def outcomes(folder: Path, *options: str) -> dict[str, str]:
+    """What becomes of each test, and in one text all that pytest printed."""
+    call = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", *options]
+    text = subprocess.run(call, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False).stdout
+    return {"": text} | {name: word for word, name in re.findall(r"^(PASSED|FAILED) \S+::(test_\w+)", text, re.M)}
+
+
+@pytest.fixture
+def tests(tmp_path: Path) -> Path:
+    for name in ("conftest.py", "on_device.py"):
+        shutil.copy(FOLDER / name, tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\n")
+    (tmp_path / "test_tiny.py").write_text(TESTS)
+    return tmp_path
+
+
+def test_all_that_a_test_makes_is_on_the_device(tests: Path) -> None:
+    found = outcomes(tests, "--device", "meta", "-k", "not refus")
+    moved = ("what_a_test_makes_is_moved", "a_device_that_is_given_holds", "what_others_make_stays", "served")
+    assert {name for name, word in found.items() if word == "PASSED"} == {f"test_{name}" for name in moved}, found[""]
+    assert "of the CPU: it counts threads" in found[""]
+
+
+@pytest.mark.skipif(not _native.LOADED, reason="the native library is not built")
+def test_what_a_backend_refuses_is_skipped_and_only_that(tests: Path) -> None:
+    found = outcomes(tests, "--backend", "cpu", "-k", "served or refus or of_the_cpu")
+    assert found["test_served"] == found["test_of_the_cpu"] == "PASSED", found[""]
+    assert "test_refused" not in found
+    assert found["test_another_backend_is_no_refusal"] == "FAILED"
+    assert "float64 is not one of" in found[""]
+
+
+def test_a_backend_that_serves_nothing_fails_the_tests(tests: Path) -> None:
+    found = outcomes(tests, "--backend", "cuda", "-k", "served")
+    assert found["test_served"] == "FAILED", found[""]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "op", ["contrastive", "gelu", "layer_norm", "norm_widths", "packed_attention", "rope_attention", "swiglu"]
+)
+def test_no_op_test_mixes_devices(op: str) -> None:
+    """On a device without data every comparison fails, but only behind the calls, which tell of what isn't there."""
+    text = outcomes(
+        FOLDER, f"test_{op}.py", "--device", "meta", "-k", "accurate or error_rule", "-x", "--maxfail=9999"
+    )[""]
+    assert "meta tensor" in text
+    assert not re.findall(r"^E .*(?:on cpu|cpu and meta|meta and cpu|cpu, meta).*", text, re.M)
