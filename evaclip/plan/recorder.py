@@ -145,7 +145,7 @@ class Recorder(TorchDispatchMode):
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
-    return tensor._local_tensor if is_cut(tensor) else tensor  # type: ignore[no-any-return, attr-defined]
+    return tensor._local_tensor if is_cut(tensor) else tensor
 
 
 def _maker_on_stack() -> str:

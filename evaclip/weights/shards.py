@@ -1,8 +1,12 @@
 """Whole tensors and models whose parameters are cut up over processes (DTensors)."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeGuard
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def put(module: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
@@ -35,7 +39,7 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
     return part
 
 
-def is_cut(tensor: Tensor) -> bool:
+def is_cut(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether a tensor is a part of one that lies in several processes, a DTensor."""
     # The import takes half a second, and nobody has a DTensor who hasn't made it.
     if type(tensor) in (Tensor, nn.Parameter):
