@@ -81,6 +81,10 @@ class Job:
         if not 2 <= self.caption_tokens <= longest:
             raise UserError(f"caption_tokens is {self.caption_tokens}; expected 2 to {longest}")
 
+    def __hash__(self) -> int:
+        # Options, a dict, can't be hashed; jobs that differ in them alone are told apart by equality.
+        return hash((self.model, self.gpus, self.global_batch, self.accumulation, self.token_dropout, self.savings))
+
     @classmethod
     def of_recipe(cls, name: str, **changes: Any) -> Self:
         """The job that a recipe of `evaclip train` describes, but for `changes`."""

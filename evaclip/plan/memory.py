@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from evaclip.plan.job import Job
 from evaclip.plan.loss import LOSS, loss_bytes
-from evaclip.plan.phases import Bytes, Moment, Steps, course, deepen, insert, read
+from evaclip.plan.phases import Bytes, Moment, Steps, course, deepen, insert
 from evaclip.plan.recorder import COMMUNICATION, GRADIENTS, INPUTS, PARAMETERS
 from evaclip.plan.trace import BLOCKS, Trace, trace
 
@@ -48,7 +48,7 @@ def memory_of(job: Job, traced: Trace) -> Memory:
     """The same from a trace that is there."""
     config = job.config
     depths = {"image": config.vision.layers, "text": config.text.layers}
-    few = read(traced.recording)
+    few = traced.steps
     missing = {tower: depths[tower] - few.blocks(tower) for tower in depths}
     parameters = Counter({PARAMETERS: sum(missing[tower] * traced.block_bytes[tower] for tower in depths)})
     elements = traced.elements["rest"] + sum(depths[tower] * traced.elements[tower] for tower in depths)

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -20,10 +22,10 @@ from evaclip.model.clip import CLIP
 from evaclip.model.config import TextConfig
 from evaclip.model.recompute import ResidualBlock
 from evaclip.plan.job import Job
-from evaclip.plan.phases import UNCAST
-from evaclip.plan.recorder import GRADIENTS, INPUTS, PARAMETERS, Recorder, Recording, local
+from evaclip.plan.phases import UNCAST, Steps, read
+from evaclip.plan.recorder import GRADIENTS, INPUTS, PARAMETERS, Recorder, local
 from evaclip.plan.unfused import as_usual
-from evaclip.train.sharding import shard, synchronize_gradients
+from evaclip.train.sharding import forget_gathered, shard, synchronize_gradients
 
 BLOCKS = 5
 """Of each tower that are traced: the first, the last, and three between, whose middle one stands for all others."""
@@ -55,15 +57,16 @@ def caption_tokens(lengths: list[int], config: TextConfig) -> Tensor:
 
 
 class Trace(NamedTuple):
-    """A recorded step of a model with few blocks.
+    """A step of a model with few blocks.
 
     Attributes:
+        steps: its phases.
         block_bytes: what one block's parameters take on one GPU, by tower.
         elements: parameters that one GPU holds outside of blocks, and in one block of each tower.
         parameters: of the model with all its blocks.
     """
 
-    recording: Recording
+    steps: Steps
     block_bytes: dict[str, int]
     elements: dict[str, int]
     parameters: int
@@ -79,6 +82,26 @@ def trace(job: Job, blocks: int = BLOCKS) -> Trace:
     Args:
         blocks: the towers are cut to this many blocks, if they have more.
     """
+    return _traced(_as_traced(job), blocks)
+
+
+def _as_traced(job: Job) -> Job:
+    """The same for all jobs that differ only in what a trace doesn't see; a copy, as a cache needs."""
+    gpus, accumulation = 1 if job.mode == "replicate" else job.gpus, min(job.accumulation, 2)
+    return replace(
+        job,
+        gpus=gpus,
+        accumulation=accumulation,
+        global_batch=gpus * accumulation * job.chunk,
+        optimizer="lamb",
+        state_dtype="fp32",
+        samples=None,
+        options=deepcopy(job.options),
+    )
+
+
+@lru_cache(maxsize=256)
+def _traced(job: Job, blocks: int) -> Trace:
     few, parameters = _shallow(job, blocks), sum(p.numel() for p in _build(job).parameters())
     with ExitStack() as stack:
         if few.mode != "replicate":
@@ -92,9 +115,7 @@ def trace(job: Job, blocks: int = BLOCKS) -> Trace:
         stack.enter_context(mode)
         batch = _batch(few, tokens, layout, mode)
         if few.mode != "replicate":
-            # What sharding does at the first step only isn't recorded.
-            _pass(model, few, batch, None)
-            model.zero_grad()
+            _gather_once(model)
         recorder = _recorder(model, batch)
         with recorder:
             for last in (False, True) if few.accumulation > 1 else (True,):
@@ -103,7 +124,7 @@ def trace(job: Job, blocks: int = BLOCKS) -> Trace:
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     recorder.relabel(parameter.grad, GRADIENTS)
-        return Trace(recorder.recording, *_sizes(model), parameters)
+        return Trace(read(recorder.recording), *_sizes(model), parameters)
 
 
 def _shallow(job: Job, blocks: int) -> Job:
@@ -125,9 +146,16 @@ def _recorder(model: CLIP, batch: Batch) -> Recorder:
     return recorder
 
 
-def _pass(model: CLIP, job: Job, batch: Batch, recorder: Recorder | None) -> None:
+def _gather_once(model: CLIP) -> None:
+    """What sharding does at the first step only, which isn't recorded."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+    forget_gathered(model)
+
+
+def _pass(model: CLIP, job: Job, batch: Batch, recorder: Recorder) -> None:
     """Forward and backward pass of one chunk."""
-    recorder = recorder or Recorder()
     with ExitStack() as stack:
         for handle in _hooks(model, recorder):
             stack.callback(handle.remove)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from small_models import random_images, stir
+from small_models import random_images, stir, without_start_values
 from torch import nn
 
 from evaclip import create_vision_model
@@ -18,13 +18,15 @@ UNKNOWN = "eva02_base_patch14_225"
 
 
 def peer_of(name: str, depth: int = 2, num_classes: int = 7, **options: object) -> nn.Module:
-    model: nn.Module = timm.create_model(name, depth=depth, num_classes=num_classes, **options).eval()
+    with without_start_values():
+        model: nn.Module = timm.create_model(name, depth=depth, num_classes=num_classes, **options).eval()
     stir(model, std=0.02)
     return model
 
 
 def ours(name: str, peer: nn.Module, depth: int = 2, num_classes: int = 7, **options: object) -> VisionModel:
-    model = create_vision_model(name, num_classes=num_classes, layers=depth, **options).eval()
+    with without_start_values():
+        model = create_vision_model(name, num_classes=num_classes, layers=depth, **options).eval()
     load_weights(model, peer.state_dict())
     return model
 

@@ -30,7 +30,7 @@ def test_json_holds_the_same(capsys: Any) -> None:
 
 
 def test_offload_is_in_host_memory(capsys: Any) -> None:
-    arguments = ("--model", "EVA02-CLIP-B-16", "--gpus", "8", "--offload", "cpu", "--parallel", "shard")
+    arguments = ("--model", "tiny", "--gpus", "8", "--offload", "cpu", "--parallel", "shard")
     tree = json.loads(plan(capsys, *arguments, "--json"))
     assert tree["memory"]["host"] == 16 * (tree["memory"]["parameters"] - 1)
     assert not {"parameters", "optimizer state"} & tree["memory"]["kinds"].keys()
@@ -39,7 +39,7 @@ def test_offload_is_in_host_memory(capsys: Any) -> None:
 
 
 def test_what_does_not_fit_is_said(capsys: Any) -> None:
-    text = plan(capsys, "--model", "EVA02-CLIP-bigE-14-plus", "--gpu", "rtx-4090", "--global-batch", "8")
+    text = plan(capsys, "--model", "tiny", "--gpu", "rtx-4090", "--global-batch", "131072", "--recompute", "none")
     assert "misses by" in text
 
 

@@ -47,8 +47,10 @@ E = {
     "vision": {"width": 256, "heads": 4, "layers": 7, "mlp_ratio": 6.0},
     "text": {"width": 256, "heads": 4, "layers": 6},
 }
+NARROW = {"vision": {"width": 192, "heads": 3, "layers": 7}, "text": {"width": 128, "heads": 2, "layers": 6}}
 ONE = {"gpus": 1, "global_batch": 16, "mode": "replicate"}
 STEPS: dict[str, dict[str, Any]] = {
+    "B-narrow": {"model": "EVA02-CLIP-B-16", "options": NARROW, "precision": "fp32"},
     "B": {"model": "EVA02-CLIP-B-16", "options": B, "precision": "fp32"},
     "B-amp-padded": {"model": "EVA02-CLIP-B-16", "options": B, "savings": Savings(pack_text=False)},
     "B-activations": {
@@ -82,7 +84,7 @@ def _skip_without_bfloat16(job: Job) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", few_of(STEPS, "B", "E-block"))
+@pytest.mark.parametrize("name", few_of(STEPS, "B-narrow", "E-block"))
 def test_peak_of_a_real_step(name: str) -> None:
     job = Job(**ONE, **STEPS[name])
     _skip_without_bfloat16(job)
@@ -178,8 +180,7 @@ def test_state_in_16_bits_is_half() -> None:
     assert fp32.peak.bytes[OPTIMIZER] == 2 * bf16.peak.bytes[OPTIMIZER] > 0
 
 
-@pytest.mark.parametrize("precision", ["amp_bf16", "bf16"])
-@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize(("precision", "optimizer"), [("amp_bf16", "adamw"), ("bf16", "lamb")])
 def test_what_lies_in_host_memory_is_what_a_real_step_leaves(precision: Precision, optimizer: str) -> None:
     """All of it under offload; in bfloat16 parameters and gradients are half as large, and there are no copies."""
     world = connect("cpu", offload=True)
@@ -205,7 +206,8 @@ def test_what_lies_in_host_memory_is_what_a_real_step_leaves(precision: Precisio
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_offload_takes_states_off_the_gpu(accumulation: int) -> None:
     job = Job.of_recipe("eva02-e-14-plus", gpus=1, global_batch=8, mode="shard", accumulation=accumulation)
-    kept, offloaded = (plan_memory(replace(job, offload=offload)) for offload in ("none", "cpu"))
+    # Three blocks stand for all well enough: what is compared is large.
+    kept, offloaded = (plan_memory(replace(job, offload=offload), blocks=3) for offload in ("none", "cpu"))
     assert offloaded.host == 16 * (5_044_889_089 - 1)
     assert kept.host == 0
     # Chunks are added up in whole gradients, which stay.

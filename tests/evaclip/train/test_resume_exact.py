@@ -3,22 +3,22 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from processes import in_processes
 from safetensors.torch import load_file
+from torch.multiprocessing import ProcessExitedException
 
 from evaclip.train.config import TrainConfig
-from evaclip.train.overrides import dump_yaml
-from evaclip.train.progress import read_log
+from evaclip.train.progress import PlainLines, read_log
+from evaclip.train.sinks import Record
 from evaclip.train.trainer import train
 
-LAST = "checkpoints/step_00000012"
+LAST = "checkpoints/step_00000008"
 
 VARIANTS = {
     "adamw_workers_ema": ["optim.name=adamw", "data.workers=2", "ema_decay=0.9", "optim.grad_clip_norm=1.0"],
@@ -29,42 +29,36 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def kill_after(config: TrainConfig, step: int, folder: Path) -> str:
-    """Runs a training as a process of its own and kills it once it has logged `step`; returns what it printed."""
-    path = folder / "config.yaml"
-    path.write_text(dump_yaml(config))
-    command = [sys.executable, "-m", "evaclip", "train", "tiny", "--config", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    lines = []
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line)
-            if line.startswith(f"step {step}/"):
-                os.killpg(process.pid, signal.SIGKILL)
-                break
-    assert process.returncode == -signal.SIGKILL, "".join(lines)
-    return "".join(lines)
+def train_until_killed(config: TrainConfig, step: int) -> None:
+    """Trains in a process, which dies with its data workers once it has said that `step` is done."""
+    os.setsid()
+    say = PlainLines.record
+
+    def record(lines: PlainLines, record: Record) -> None:
+        say(lines, record)
+        if record.step == step:
+            os.killpg(0, signal.SIGKILL)
+
+    with patch.object(PlainLines, "record", record):
+        train(config)
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_kill_and_resume_is_bit_exact(
-    variant: str, run_config: Callable[..., TrainConfig], tmp_path: Path, capsys: Any
-) -> None:
+def test_kill_and_resume_is_bit_exact(variant: str, run_config: Callable[..., TrainConfig], capsys: Any) -> None:
     common = [
         *VARIANTS[variant],
-        "schedule={steps: 12, warmup_steps: 3}",
-        "checkpoint={every_steps: 4, background: false}",
+        "schedule={steps: 8, warmup_steps: 3}",
+        "checkpoint={every_steps: 3, background: false}",
     ]
     straight = train(run_config(*common, "name=straight")).folder
-    kill_after(run_config(*common), 6, tmp_path)
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        in_processes(1, train_until_killed, run_config(*common), 5)
     capsys.readouterr()
     resumed = train(run_config(*common), resume="auto").folder
-    # Either checkpoint lies in the middle of an epoch of 40 samples; the process may reach the second before it dies.
-    assert re.search(r"resuming from \S+ at step (4|8)\b", capsys.readouterr().out)
+    # In the middle of an epoch of 40 samples.
+    assert re.search(r"resuming from \S+ at step 3\b", capsys.readouterr().out)
     averages = ["ema.safetensors"] if "ema_decay=0.9" in common else []
     for name in ("model.safetensors", "optimizer/moments.safetensors", *averages):
         expected, found = load_file(straight / LAST / name), load_file(resumed / LAST / name)
@@ -73,7 +67,7 @@ def test_kill_and_resume_is_bit_exact(
             assert torch.equal(found[key], value), key
     logs = [[(r["step"], r["loss"], r["lr"]) for r in read_log(run / "log.jsonl")] for run in (straight, resumed)]
     assert logs[0] == logs[1]
-    assert len(logs[0]) == 12
+    assert len(logs[0]) == 8
     assert_equal_state(torch.load(straight / LAST / "state.pt"), torch.load(resumed / LAST / "state.pt"))
 
 

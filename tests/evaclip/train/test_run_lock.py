@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from evaclip.commands.main import main
 from evaclip.data import Batch, TrainLoader
 from evaclip.errors import UserError
 from evaclip.run_files import LOCK_FILE
@@ -269,20 +270,19 @@ def test_a_robbed_run_stops_and_writes_no_checkpoint(
 
 
 @pytest.mark.slow
-def test_two_starts_of_one_run(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+def test_two_starts_of_one_run(run_config: Callable[..., TrainConfig], tmp_path: Path, capsys: Any) -> None:
     """As when a job is queued again while it still runs, and once more after it was killed."""
     path = tmp_path / "config.yaml"
     path.write_text(dump_yaml(run_config("schedule.steps=100000", "checkpoint.every_steps=5", "log.every_steps=5")))
-    command = [sys.executable, "-m", "evaclip", "train", "tiny", "--config", str(path), "--resume", "auto"]
+    arguments = ["train", "tiny", "--config", str(path), "--resume", "auto"]
+    command = [sys.executable, "-m", "evaclip", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
         next(line for line in first.stdout if line.startswith("step 10/"))
-        again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert again.returncode == 2
-        assert again.stderr.startswith(f"error: process {first.pid} on ")
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.startswith(f"error: process {first.pid} on ")
         first.kill()
-    short = [*command, "--set", "schedule.steps=1"]
-    after = subprocess.run(short, capture_output=True, text=True, timeout=120, check=False)
-    assert after.returncode == 0, after.stderr
-    assert f"took the run over from process {first.pid} on" in after.stdout
-    assert "resuming from" in after.stdout
+    assert main([*arguments, "--set", "schedule.steps=1"]) == 0
+    text = capsys.readouterr().out
+    assert f"took the run over from process {first.pid} on" in text
+    assert "resuming from" in text

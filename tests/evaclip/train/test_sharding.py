@@ -85,17 +85,22 @@ def test_other_numbers_of_processes_go_on(run_config: Callable[..., TrainConfig]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["amp_bf16", "bf16"])
-def test_sixteen_bits(precision: str, run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+@pytest.mark.xdist_group("processes")
+def test_sixteen_bits(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     """The first losses are those of one process but for rounding; parameters have the dtype that they should."""
-    common = [*COMMON, "schedule.steps=3", f"precision={precision}", "optim.lr=1e-4", "optim.zero_processes=3"]
-    common += ["optim.stochastic_rounding=true"] if precision == "bf16" else []
-    one = train(run_config(*common, "name=one")).folder
-    two = run_config(*common, *MODES["shard"], "parallel.offload=cpu", "name=two")
-    in_processes(2, train_all, (two, "none"))
-    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=2e-2)
-    weights = load_file(tmp_path / "two" / "checkpoints/step_00000003/model.safetensors")
-    assert {w.dtype for w in weights.values()} == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    common = [*COMMON, "schedule.steps=2", "optim.lr=1e-4", "optim.zero_processes=3"]
+    dtypes = {"amp_bf16": torch.float32, "bf16": torch.bfloat16}
+    sharded = []
+    for precision in dtypes:
+        same = [*common, f"precision={precision}", f"optim.stochastic_rounding={precision == 'bf16'}"]
+        train(run_config(*same, f"name={precision}"))
+        sharded.append(run_config(*same, *MODES["shard"], "parallel.offload=cpu", f"name=two-{precision}"))
+    in_processes(2, train_all, *((config, "none") for config in sharded))
+    for precision, dtype in dtypes.items():
+        two = tmp_path / f"two-{precision}"
+        assert losses(two) == pytest.approx(losses(tmp_path / precision), rel=2e-2), precision
+        weights = load_file(two / "checkpoints/step_00000002/model.safetensors")
+        assert {w.dtype for w in weights.values()} == {dtype}
 
 
 @pytest.fixture
