@@ -177,6 +177,11 @@ def test_a_baseline_that_is_not_installed_is_a_refusal(monkeypatch: pytest.Monke
     monkeypatch.setattr(timing, "version_of", lambda package: None)
     with pytest.raises(Refusal, match="torch, the baseline, isn't installed"):
         rows_of()
+    dropin = get_operation("dropin")
+    for shape, package in (("open_clip/vit-b-32 b1", "open_clip_torch"), ("timm/vit-b b1", "timm")):
+        case = Case(dropin, dropin.shape(shape), "forward", torch.float32, torch.device("cpu"))
+        with pytest.raises(Refusal, match=f"{package}, the baseline, isn't installed"):
+            timing.rows_of(case, machine(), CPU, slow=False)
 
 
 NCU = """==PROF== Connected to process 4711
