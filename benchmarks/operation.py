@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from importlib import metadata
 from inspect import signature
 from typing import Any, Literal, Protocol
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.shapes import Shape, parse_shape
 from evaclip.errors import UserError, unknown_name
+from evakernels._names import hint
 
 Inputs = dict[str, Any]
 Outputs = Any
@@ -147,10 +147,9 @@ class Operation:
             return self.parse(name)
         except UserError as exc:
             known = [shape for shapes in self.shapes.values() for shape in shapes]
-            near = get_close_matches(name, known, n=1, cutoff=0.8)
-            if not near or "did you mean" in str(exc):
+            if "did you mean" in str(exc):
                 raise
-            raise UserError(f"{exc}; did you mean {near[0]!r}?") from None
+            raise UserError(f"{exc}{hint(name, known)}") from None
 
     def _raw_shape(self, name: str) -> Sizes:
         if self.raw is None:

@@ -3,11 +3,11 @@
 import importlib
 import importlib.util
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 from benchmarks.operation import operations, peers_of, registered_names
 from evaclip.errors import UserError, unknown_name
+from evakernels._names import hint
 
 
 def load(plugins: Sequence[Path] = ()) -> None:
@@ -31,9 +31,7 @@ def load(plugins: Sequence[Path] = ()) -> None:
 def _run(path: Path) -> None:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if not path.is_file() or spec is None or spec.loader is None:
-        near = get_close_matches(str(path), map(str, path.parent.glob("*.py")), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"--plugin {str(path)!r} isn't a Python file{hint}")
+        raise UserError(f"--plugin {str(path)!r} isn't a Python file{hint(path, map(str, path.parent.glob('*.py')))}")
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 

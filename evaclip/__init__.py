@@ -51,6 +51,10 @@ if TYPE_CHECKING:
         load_state_dict,
         load_weights,
     )
+    from evaclip.weights.publish import (
+        push_to_hf_hub,
+        save_for_hf,
+    )
     from evaclip.zoo import (
         get_model_config,
         list_pretrained,
@@ -92,6 +96,8 @@ __all__ = [
     "list_vision_models",
     "load_state_dict",
     "load_weights",
+    "push_to_hf_hub",
+    "save_for_hf",
     "tokenize",
     "train_transform",
 ]
@@ -135,6 +141,10 @@ _MODULES = {
     "evaclip.weights": (
         "load_state_dict",
         "load_weights",
+    ),
+    "evaclip.weights.publish": (
+        "push_to_hf_hub",
+        "save_for_hf",
     ),
     "evaclip.zoo": (
         "get_model_config",

@@ -49,10 +49,16 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {reason}{where}") from exc
 
 
-def require_writable(path: Path) -> None:
-    """Raises UserError now, before the work, where a file could not be written after it. Makes the file's folder."""
+def require_writable(path: Path, *, make_folder: bool = True) -> None:
+    """Raises UserError now, before the work, where a file could not be written after it.
+
+    Args:
+        make_folder: make the file's folder where there is none; else that is an error too.
+    """
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; give the file to write")
+    if not make_folder and not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {str(path.parent)!r}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         tempfile.TemporaryFile(dir=path.parent).close()

@@ -1,7 +1,6 @@
 """The one exception that means "the user can fix this"."""
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 
 
 class UserError(Exception):
@@ -13,9 +12,8 @@ class Refused(UserError):
 
 
 def unknown_name(kind: str, given: str, known: Iterable[str]) -> UserError:
-    """The error for a name that does not exist, with the nearest ones that do, upper and lower case alike."""
-    names = sorted(known)
-    spelled = {name.lower(): name for name in names}
-    near = [spelled[name] for name in get_close_matches(given.lower(), spelled, n=3, cutoff=0.5)]
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(names)}"
-    return UserError(f"unknown {kind} {given!r}; {hint}")
+    """The error for a name that does not exist, with the nearest ones that do, in any spelling."""
+    # Imported here as it brings torch along.
+    from evakernels._names import unknown
+
+    return UserError(unknown(kind, given, sorted(known)))

@@ -18,7 +18,8 @@ from evaclip.model.vision_names import RELEASES, split_name, vision_config
 from evaclip.tokenizer import Tokenizer
 from evaclip.transforms import Augmentation, EvalTransform, TrainTransform
 from evaclip.weights import find_weights, materialize, read_preprocess, start_image_tower, start_text_tower
-from evaclip.weights.hub import HUB
+from evaclip.weights.hub import HUB, LOCAL, download_beside
+from evaclip.weights.open_clip_config import CONFIG_FILE, read_open_clip_config
 from evaclip.weights.released import RELEASED
 
 __all__ = [
@@ -70,7 +71,7 @@ def create_model(
 
     Args:
         model_name: one of `list_models()`, or open_clip's name of the same model, in any spelling; or a repository of
-            the hub, `hf-hub:timm/...`, whose weights are then taken.
+            the hub, `hf-hub:OWNER/NAME`, or a folder laid out as one, `local-dir:FOLDER`, whose weights are then taken.
         pretrained: a weights file, a checkpoint or run folder, `hf-hub:OWNER/NAME[/FILE]`, or the tag of released
             weights; None for random ones.
         pretrained_image: weights that the image tower starts from, of masked image modelling or of a CLIP model, as a
@@ -92,8 +93,8 @@ def create_model(
     """
     dtype, target = _dtype(precision), _device(device)
     options = _options(overrides)
-    config = override(get_config(model_name), options)
-    if model_name.startswith(HUB) and not (pretrained or pretrained_image or pretrained_text):
+    config = override(_described(model_name), options)
+    if model_name.startswith((HUB, LOCAL)) and not (pretrained or pretrained_image or pretrained_text):
         pretrained = model_name
     if pretrained and (pretrained_image or pretrained_text):
         raise UserError("give either pretrained, for the whole model, or pretrained_image and pretrained_text")
@@ -225,7 +226,7 @@ def create_model_from_pretrained(
     Example:
         `model, preprocess = evaclip.create_model_from_pretrained("EVA02-B-16", "merged2b_s8b_b131k")`
     """
-    if not pretrained and not model_name.startswith(HUB):
+    if not pretrained and not model_name.startswith((HUB, LOCAL)):
         get_config(model_name)
         tags = ", ".join(RELEASED.get(find_model(model_name) or "", {})) or "none"
         raise UserError(f"{model_name} needs pretrained: a file, a folder, hf-hub:OWNER/NAME, or a tag; it has: {tags}")
@@ -242,7 +243,7 @@ def get_tokenizer(model_name: str = "", context_length: int | None = None) -> To
     Example:
         `evaclip.get_tokenizer("EVA02-B-16")(["a cat", "a dog"])` is int64 `[2, 77]`.
     """
-    text = get_config(model_name).text if model_name else TextConfig()
+    text = _described(model_name).text if model_name else TextConfig()
     return Tokenizer(text.context_length if context_length is None else context_length, text.vocab_size)
 
 
@@ -255,6 +256,15 @@ class _WithoutValues(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
+
+
+def _described(model_name: str) -> CLIPConfig:
+    """The configuration of a name, or the one that lies beside the weights of a repository or a folder."""
+    if model_name.startswith(LOCAL):
+        return read_open_clip_config(Path(model_name.removeprefix(LOCAL)).expanduser() / CONFIG_FILE)
+    if model_name.startswith(HUB) and find_model(model_name) is None:
+        return read_open_clip_config(download_beside(model_name, CONFIG_FILE))
+    return get_config(model_name)
 
 
 def _options(overrides: Mapping[str, Any]) -> dict[str, Any]:

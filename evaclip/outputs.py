@@ -1,9 +1,10 @@
 """Where a user may have a file written: never over what is read, and over others only if asked."""
 
-import os
+import os.path
 from collections.abc import Iterable
 from pathlib import Path
 
+from evaclip.atomic import require_writable
 from evaclip.errors import UserError
 from evaclip.run_files import CHECKPOINTS_FOLDER, CONFIG_FILE, META_FILE, MODEL_CONFIG_FILE, MODEL_FILE
 
@@ -25,12 +26,7 @@ def check_output(target: Path, *, overwrite: bool, sources: Iterable[Path] = ())
         raise UserError(f"{name} is what is read, and is never written over; choose another file")
     if (training := _run_around(target)) is not None:
         raise UserError(f"{name} lies in {str(training)!r}, where only the training writes; choose a place outside")
-    if target.is_dir():
-        raise UserError(f"{name} is a folder; give the file to write")
-    if not target.parent.is_dir():
-        raise UserError(f"{name} can't be written: there is no folder {str(target.parent)!r}")
-    if not os.access(target.parent, os.W_OK):
-        raise UserError(f"{name} can't be written: no permission to write into {str(target.parent)!r}")
+    require_writable(target, make_folder=False)
     if os.path.lexists(target) and not overwrite:
         raise UserError(f"{name} exists; --force (overwrite=True in Python) replaces it")
 

@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageFilter
+from PIL import Image
 from torch import Generator, Tensor
 
 from evaclip.errors import UserError
@@ -23,8 +23,6 @@ Range = tuple[float, float]
 
 WHITE: Color = (255, 255, 255)
 _CROP_ATTEMPTS = 10
-_OUTLINE_GAIN = 4
-_OUTLINE_STRENGTH = (0.5, 1.0)
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _DRAWS = 16
 
@@ -42,8 +40,6 @@ class Augmentation:
         brightness, contrast, saturation: each is changed by a factor in `[1 - value, 1 + value]`.
         hue: largest shift of the hue, as a share of the colour circle, at most 0.5.
         grayscale: probability of losing the colours.
-        background: probability of a random colour behind a transparent picture, instead of white.
-        outline: probability of darkened edges, as if contours were drawn, by a strength of 0.5 to 1.
     """
 
     scale: Range = (0.9, 1.0)
@@ -56,8 +52,6 @@ class Augmentation:
     saturation: float = 0.0
     hue: float = 0.0
     grayscale: float = 0.0
-    background: float = 0.0
-    outline: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("scale", "ratio", "zoom"):
@@ -68,7 +62,7 @@ class Augmentation:
         if self.scale[1] > 1:
             raise UserError(f"augmentation.scale is {self.scale}; a crop can't exceed the image (1.0)")
         limits = {"rotation": 180.0, "translation": 1.0, "hue": 0.5, "grayscale": 1.0}
-        limits |= dict.fromkeys(("brightness", "contrast", "saturation", "background", "outline"), 1.0)
+        limits |= dict.fromkeys(("brightness", "contrast", "saturation"), 1.0)
         for name, limit in limits.items():
             if not 0 <= getattr(self, name) <= limit:
                 raise UserError(f"augmentation.{name} is {getattr(self, name)}; expected 0..{limit:g}")
@@ -106,7 +100,10 @@ class EvalTransform:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """PIL image of any mode and size -> float32 `[3, height, width]`, augmented and normalised."""
+    """PIL image of any mode and size -> float32 `[3, height, width]`, augmented and normalised.
+
+    `data.transform` names this class, or one of your own: a subclass has `background` and `recolored` to override.
+    """
 
     size: int | tuple[int, int]
     preprocess: Preprocess = field(default_factory=Preprocess)
@@ -122,13 +119,21 @@ class TrainTransform:
         image = eight_bit(image)
         top, left, height, width = crop_box(image.height, image.width, options.scale, options.ratio, generator)
         draws = _draws(generator)
-        background = _random_color(draws) if _happens(options.background, draws) else WHITE
+        background = self.background(draws)
         image = _on_background(image.crop((left, top, left + width, top + height)), background)
         image = _resize(image, _shape(self.size), self.preprocess.interpolation)
         image = _rgb(image)
         if options.moves:
             image = _move(image, options, background, draws)
-        return _to_tensor(_recolor(image, options, draws), self.preprocess)
+        return _to_tensor(self.recolored(image, draws), self.preprocess)
+
+    def background(self, draws: Iterator[float]) -> Color:
+        """The colour behind a transparent picture and beside one that is moved; `draws` are numbers in [0, 1)."""
+        return WHITE
+
+    def recolored(self, image: Image.Image, draws: Iterator[float]) -> Image.Image:
+        """The RGB picture of the final size, its colours changed at random."""
+        return _recolor(image, self.augmentation, draws)
 
 
 def _shape(size: int | tuple[int, int]) -> list[int]:
@@ -264,8 +269,6 @@ def _recolor(image: Image.Image, options: Augmentation, draws: Iterator[float]) 
         image = _turn_hue(image, _uniform((-options.hue, options.hue), draws))
     if _happens(options.grayscale, draws):
         image = image.convert("L").convert("RGB")
-    if _happens(options.outline, draws):
-        image = _outlined(image, _uniform(_OUTLINE_STRENGTH, draws))
     return image
 
 
@@ -278,14 +281,6 @@ def _turn_hue(image: Image.Image, share: float) -> Image.Image:
     hue, saturation, value = image.convert("HSV").split()
     turned = np.asarray(hue) + np.uint8(int(share * 255) % 256)
     return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
-
-
-def _outlined(image: Image.Image, strength: float) -> Image.Image:
-    """Darkens a picture where its brightness differs from that of the neighbourhood."""
-    gray = image.convert("L")
-    edges = ImageChops.difference(gray, gray.filter(ImageFilter.BoxBlur(1)))
-    edges = Image.blend(Image.new("L", image.size), edges, strength * _OUTLINE_GAIN)
-    return ImageChops.subtract(image, edges.convert("RGB"))
 
 
 def _to_tensor(image: Image.Image, preprocess: Preprocess) -> Tensor:
@@ -308,11 +303,6 @@ def _draws(generator: Generator) -> Iterator[float]:
     """Endless numbers in [0, 1), several a call: one alone costs as much as sixteen."""
     while True:
         yield from torch.rand(_DRAWS, generator=generator).tolist()
-
-
-def _random_color(draws: Iterator[float]) -> Color:
-    red, green, blue = (int(256 * next(draws)) for _ in range(3))
-    return red, green, blue
 
 
 def _happens(probability: float, draws: Iterator[float]) -> bool:

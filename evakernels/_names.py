@@ -1,7 +1,9 @@
-"""Names that users give, of ops, backends and options."""
+"""Names that users give, of ops, models, options and files, and the known ones that are near."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+_IGNORED = str.maketrans("", "", "-_ ")
 
 
 def unknown(kind: str, given: object, known: Iterable[str]) -> str:
@@ -11,13 +13,18 @@ def unknown(kind: str, given: object, known: Iterable[str]) -> str:
 
 
 def hint(given: object, known: Iterable[str]) -> str:
-    """The question whether one of the known names is meant, in another spelling or in part; nothing if none is near."""
+    """The question whether one of the known names is meant; nothing if none is near."""
+    near = nearest(given, known)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def nearest(given: object, known: Iterable[str]) -> list[str]:
+    """Up to three known names: the given one in another spelling, or else those that hold it, or that are similar."""
     names = {_plain(name): name for name in known}
     plain = _plain(given)
-    near = [plain] if plain in names else [name for name in names if plain in name]
-    near = near or get_close_matches(plain, names, cutoff=0.7)
-    return f"; did you mean {' or '.join(repr(names[name]) for name in near[:3])}?" if plain and near else ""
+    near = [plain] if plain in names else [name for name in names if plain and plain in name]
+    return [names[name] for name in (near or get_close_matches(plain, names, cutoff=0.55))[:3]]
 
 
 def _plain(name: object) -> str:
-    return str(name).lower().replace("-", "").replace("_", "")
+    return str(name).lower().translate(_IGNORED)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from evaclip.eval.results import Evaluation
     from evaclip.eval.runs import Setting
 
-_MODEL_HELP = "a run folder, a checkpoint folder, or NAME[:WEIGHTS]"
+_MODEL_HELP = "a run folder, a checkpoint folder, hf-hub:OWNER/NAME, local-dir:FOLDER, or NAME[:WEIGHTS]"
 _DATA_HELP = "tar shards (pattern or folder), a table (CSV, JSON Lines, Parquet), or a folder of class folders"
 
 
@@ -83,6 +83,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help="'txt', 'cls', 'json:FIELD', or the column, of captions or labels",
     )
     data.add_argument("--exif-orientation", action="store_true", help="turn pictures as their EXIF data says")
+    data.add_argument(
+        "--min-size", type=int, default=0, metavar="N", help="leave out pictures whose shorter side has fewer pixels"
+    )
     data.add_argument(
         "--allow-unreadable", action="store_true", help="measure what is left even if many samples cannot be read"
     )
@@ -154,7 +157,8 @@ def _open(args: argparse.Namespace, path: str) -> "Source":
     from evaclip.data import open_source
 
     keys = {"image_key": args.image_key, "caption_key": args.caption_key}
-    return open_source(path, args.kind, caption_template="{}", exif_orientation=args.exif_orientation, **keys)
+    decoding = {"exif_orientation": args.exif_orientation, "min_size": args.min_size}
+    return open_source(path, args.kind, caption_template="{}", **decoding, **keys)
 
 
 def _classnames(args: argparse.Namespace) -> tuple[str, ...] | None:

@@ -79,6 +79,9 @@ class DataConfig:
     """Decode large JPEGs at 1/2, 1/4 or 1/8, never below twice the model's picture size: faster, inexact."""
     augmentation: Augmentation = Augmentation()
     """What happens to training pictures at random."""
+    transform: str = "evaclip.transforms:TrainTransform"
+    """MODULE:NAME of what makes tensors of training pictures, your own too: called with the size, the `Preprocess` and
+    the augmentation, it gives a function of a PIL image and a seed that returns float32 [3, height, width]."""
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:

@@ -18,12 +18,18 @@ from torch import Tensor, nn
 
 from evaclip.atomic import replacing, writing
 from evaclip.data import BadSample, Source, iterate
-from evaclip.errors import UserError
+from evaclip.errors import Refused, UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Item = TypeVar("Item")
+ALLOWED_UNREADABLE = 0.1
+"""Share of the samples that may be unreadable."""
 _PROBES = 64
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NothingReadable(UserError):
+    """Not one of the samples could be read."""
 
 
 class ImageTextModel(Protocol):
@@ -92,7 +98,8 @@ def encode_images(
     The cache, if there is one, is keyed by the weights, the data, the transform and the precision.
 
     Raises:
-        UserError: no sample could be read, or the model gave NaN or infinity (the sample is named).
+        NothingReadable: no sample could be read.
+        UserError: the model gave NaN or infinity (the sample is named).
     """
     options = options or FeatureOptions()
     cached = _CacheFile.of(options, model, "images", [_describe_source(source), _describe(transform)])
@@ -106,12 +113,32 @@ def encode_images(
             captions += batch_captions
             keys += batch_keys
     if not rows:
-        raise UserError(f"none of the {len(source)} samples could be read")
+        raise NothingReadable(f"none of the {len(source)} samples could be read")
     result = ImageFeatures(torch.cat(rows), captions, keys)
     _check_finite(result.features, keys, "picture")
     if cached:
         cached.save({"features": result.features, "captions": _pack(captions), "keys": _pack(keys)})
     return result
+
+
+def refuse_rest(source: Source, unreadable: int, allowed: float, option: str) -> None:
+    """Refuses to measure what is left of a source where more than a share `allowed` of it could not be read.
+
+    Args:
+        unreadable: samples that could not be read, or that have fewer pixels than was asked for.
+        option: what has the rest measured all the same.
+
+    Raises:
+        Refused: they are more.
+    """
+    if unreadable <= allowed * len(source):
+        return
+    smaller = f" or has fewer than {size} pixels a side" if (size := source.decoding.min_size) else ""
+    raise Refused(
+        f"{unreadable:,} of the {len(source):,} samples of {source.description} could not be read{smaller}, more than"
+        f" {allowed:.0%}, so the result would not be that of the data: `evaclip data check` lists what is wrong,"
+        f" {option} measures the rest all the same"
+    )
 
 
 def encode_texts(

@@ -13,6 +13,7 @@ from evaclip.run_files import CONFIG_FILE, EMA_FILE, MODEL_CONFIG_FILE, PREPROCE
 from evaclip.tokenizer import Tokenizer
 from evaclip.transforms import EvalTransform
 from evaclip.weights import find_weights
+from evaclip.weights.hub import HUB, LOCAL
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ def load_model(given: str, *, device: str = "cpu", average: bool = True) -> Load
     """Loads what `given` names, in fp32.
 
     Args:
-        given: a run folder (its latest checkpoint), a checkpoint folder, or NAME[:WEIGHTS], where WEIGHTS is
-            the tag of released weights, a file or a folder; a NAME alone has random weights.
+        given: a run folder (its latest checkpoint), a checkpoint folder, `hf-hub:OWNER/NAME`, `local-dir:FOLDER`, or
+            NAME[:WEIGHTS], where WEIGHTS is the tag of released weights, a file or a folder; a NAME alone has random
+            weights.
         device: where the model runs.
         average: of a checkpoint that holds averaged weights too, take those.
 
@@ -48,6 +50,8 @@ def load_model(given: str, *, device: str = "cpu", average: bool = True) -> Load
     path = Path(given).expanduser()
     if path.is_dir():
         return _load_checkpoint(path, device, average)
+    if given.startswith((HUB, LOCAL)):
+        return _loaded(given, given, create_model(given, device=device))
     name, _, weights = given.partition(":")
     if find_model(name) is None and len(path.parts) > 1:
         raise UserError(f"there is no folder {given!r}; give a run folder, a checkpoint folder or NAME[:WEIGHTS]")

@@ -31,13 +31,14 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What they were measured on; `unreadable` samples took no part."""
+    """What they were measured on; `unreadable` samples, and those below `min_size` pixels, took no part."""
 
     path: str
     fingerprint: str
     samples: int
     unreadable: int
     exif_orientation: bool = False
+    min_size: int = 0
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,15 @@ from pathlib import Path
 import torch
 
 from evaclip.data import Source
-from evaclip.errors import Refused
 from evaclip.eval import linear_probe, retrieval, zero_shot
-from evaclip.eval.features import FeatureOptions, ImageFeatures, encode_images, weights_hash
+from evaclip.eval.features import (
+    ALLOWED_UNREADABLE,
+    FeatureOptions,
+    ImageFeatures,
+    encode_images,
+    refuse_rest,
+    weights_hash,
+)
 from evaclip.eval.gallery import FOLDER as GALLERIES
 from evaclip.eval.gallery import Gallery, build_gallery
 from evaclip.eval.labels import assign_labels
@@ -19,6 +25,8 @@ from evaclip.eval.load import LoadedModel
 from evaclip.eval.pairs import encode_pairs
 from evaclip.eval.results import FOLDER as EVALUATIONS
 from evaclip.eval.results import DataFacts, Evaluation, ModelFacts, Task
+
+_ALLOW = "--allow-unreadable"
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Setting:
     source: Source
     title: str
     options: FeatureOptions = field(default_factory=FeatureOptions)
-    allowed_unreadable: float = 0.1
+    allowed_unreadable: float = ALLOWED_UNREADABLE
 
 
 def run_zero_shot(setting: Setting, classnames: Sequence[str] | None, templates: Sequence[str]) -> Evaluation:
@@ -71,7 +79,7 @@ def run_retrieval(setting: Setting) -> tuple[Evaluation, Gallery]:
     started = time.monotonic()
     loaded = setting.loaded
     pairs = encode_pairs(loaded.model, loaded.tokenizer, loaded.transform, setting.source, setting.options)
-    _refuse_rest(setting, setting.source, pairs.unreadable)
+    refuse_rest(setting.source, pairs.unreadable, setting.allowed_unreadable, _ALLOW)
     result = retrieval.evaluate(pairs.image_features, pairs.text_features, pairs.image_of_text)
     readable = len(setting.source) - pairs.unreadable
     evaluation = _evaluation("retrieval", setting, result.to_dict(), started, readable)
@@ -108,18 +116,8 @@ def store(run: Path, evaluation: Evaluation, gallery: Gallery | None = None) -> 
 
 def _encode(setting: Setting, source: Source) -> ImageFeatures:
     images = encode_images(setting.loaded.model, setting.loaded.transform, source, setting.options)
-    _refuse_rest(setting, source, len(source) - len(images))
+    refuse_rest(source, len(source) - len(images), setting.allowed_unreadable, _ALLOW)
     return images
-
-
-def _refuse_rest(setting: Setting, source: Source, unreadable: int) -> None:
-    """Refuses to measure what is left of a source of which too much could not be read."""
-    if unreadable > setting.allowed_unreadable * len(source):
-        raise Refused(
-            f"{unreadable:,} of the {len(source):,} samples of {source.description} could not be read, more than"
-            f" {setting.allowed_unreadable:.0%}, so the result would not be that of the data: `evaclip data check`"
-            " lists what is wrong, --allow-unreadable measures the rest all the same"
-        )
 
 
 def _evaluation(
@@ -138,7 +136,12 @@ def _evaluation(
         metrics=metrics,
         model=ModelFacts(loaded.name, loaded.origin, parameters, weights_hash(loaded.model)),
         data=DataFacts(
-            setting.path, source.fingerprint, samples, len(source) - samples, source.decoding.exif_orientation
+            setting.path,
+            source.fingerprint,
+            samples,
+            len(source) - samples,
+            source.decoding.exif_orientation,
+            source.decoding.min_size,
         ),
         transform=repr(loaded.transform),
         precision=setting.options.precision,

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
+from evaclip.atomic import require_writable
 from evaclip.errors import UserError
 from evaclip.plan.memory import OPTIMIZER
 from evaclip.plan.phases import WORKING
@@ -38,8 +39,7 @@ def check_plot(path: Path) -> None:
     known = FigureCanvasBase.get_supported_filetypes()
     if path.suffix and path.suffix[1:].lower() not in known:
         raise UserError(f"the picture {str(path)!r} can't be written; its name must end in {', '.join(sorted(known))}")
-    if not path.parent.is_dir():
-        raise UserError(f"the picture {str(path)!r} can't be written: there is no folder {str(path.parent)!r}")
+    require_writable(path, make_folder=False)
 
 
 def save_plot(rungs: Sequence[Rung], path: Path, limit_gib: float) -> None:

@@ -12,8 +12,8 @@ from evaclip.errors import UserError
 from evaclip.eval import gallery, results
 from evaclip.eval.gallery import Gallery
 from evaclip.eval.results import Evaluation
-from evaclip.report.state import duration, told
-from evaclip.run_files import CONFIG_FILE, EVENTS_FILE, LOG_FILE, STOPPED
+from evaclip.report.state import duration, told, what_stands_still
+from evaclip.run_files import CONFIG_FILE, EVENTS_FILE, LOG_FILE
 from evaclip.train.overrides import load_yaml
 from evaclip.train.progress import read_log
 
@@ -93,7 +93,8 @@ def read_run(folder: Path) -> RunData:
     evaluations.sort(key=lambda evaluation: (_ORDER[evaluation.task], evaluation.date))
     galleries = tuple(Gallery.load(path) for path in sorted((folder / gallery.FOLDER).glob("*.json")))
     groups = tuple(group for evaluation in evaluations for group in _bar_groups(evaluation))
-    facts = _facts(config, records, evaluations, events)
+    state = what_stands_still(folder, records, events) or "goes on"
+    facts = _facts(config, records, evaluations, events, state)
     curve = loss_curve(records, config["batch_size"], config["loss"]["name"])
     summary, told = _summary(config, records, evaluations), [_dated(event) for event in events]
     return RunData(folder.name, summary, curve, groups, galleries, log, told, facts, text)
@@ -169,32 +170,21 @@ def _dated(event: dict[str, Any]) -> tuple[str, int, str]:
     return moment.strftime("%d %B %Y, %H:%M:%S"), step, what
 
 
-def _state(total: int | None, last: dict[str, Any], events: Sequence[dict[str, Any]]) -> str:
-    """Whether the run goes on, as far as its files tell."""
-    if last["step"] == total:
-        return "done"
-    if not events or "end" not in events[-1]:
-        return "goes on, or was killed"
-    if events[-1]["end"]:
-        return "ended by an error"
-    return "stopped" if STOPPED in events[-2].get("message", "") else "done"
-
-
 def _facts(
     config: dict[str, Any],
     records: Sequence[dict[str, Any]],
     evaluations: Sequence[Evaluation],
     events: Sequence[dict[str, Any]],
+    state: str,
 ) -> dict[str, list[tuple[str, str]]]:
     last = records[-1]
-    total = config["schedule"]["steps"]
     rates = sorted(record["samples_per_second"] for record in records)
     facts = {
         "Training": [
             ("model", config["model"]["name"]),
             ("data", config["data"]["train"] or "a mixture"),
             ("steps", f"{last['step']:,} of {config['batch_size']:,} pairs"),
-            ("state", _state(total, last, events)),
+            ("state", state),
             ("pairs seen", f"{last['samples']:,} ({last['epoch']:.1f} epochs)"),
             ("time", duration(last["seconds"])),
             ("speed", f"{rates[len(rates) // 2]:,.0f} pairs/s (median), MFU {last['mfu']:.0%}"),

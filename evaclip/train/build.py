@@ -4,16 +4,20 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from evaclip.data import Source, TrainLoader, open_configured
+from evaclip.data.config import DataConfig
 from evaclip.data.held_out import hold_out
+from evaclip.data.loader import TrainTransform
 from evaclip.errors import UserError
 from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
+from evaclip.model.config import Preprocess
 from evaclip.model.flops import flops_per_sample
 from evaclip.tokenizer import Tokenizer
 from evaclip.train import rng
@@ -28,7 +32,7 @@ from evaclip.train.schedule import total_steps
 from evaclip.train.sharding import WholeRandomNumbers, move_all_but_shards, shard
 from evaclip.train.step import StepOptions, TrainStep
 from evaclip.train.throughput import BACKWARD_FACTOR, peak_flops
-from evaclip.transforms import EvalTransform, TrainTransform
+from evaclip.transforms import EvalTransform
 
 _JPEG_MARGIN = 2
 
@@ -154,12 +158,11 @@ def _loader(
     tokenizer: Callable[[list[str]], Tensor],
     per_process: int,
 ) -> TrainLoader:
-    size, preprocess = model.config.vision.image_size, model.config.preprocess
     data = config.data
     return TrainLoader(
         source,
         batch_size=per_process,
-        transform=TrainTransform(size, preprocess, data.augmentation),
+        transform=training_transform(data, model.config.vision.image_size, model.config.preprocess),
         tokenizer=tokenizer,
         seed=config.seed,
         workers=data.workers,
@@ -170,6 +173,23 @@ def _loader(
         prefetch=data.prefetch,
         decode_size=_JPEG_MARGIN * max(model.config.vision.image_shape) if data.jpeg_reduction else None,
     )
+
+
+def training_transform(data: DataConfig, size: int | tuple[int, int], preprocess: Preprocess) -> TrainTransform:
+    """The transform that `data.transform` names.
+
+    Raises:
+        UserError: there is nothing of this name that can be called.
+    """
+    try:
+        named = resolve_name(data.transform)
+    except (ImportError, AttributeError, ValueError) as exc:
+        expected = "expected MODULE:NAME, the module installed or in a folder of PYTHONPATH"
+        raise UserError(f"data.transform={data.transform!r} isn't there: {exc}; {expected}") from exc
+    if not callable(named):
+        raise UserError(f"data.transform={data.transform!r} is a {type(named).__name__}; expected MODULE:CLASS")
+    transform: TrainTransform = named(size, preprocess, data.augmentation)
+    return transform
 
 
 def _evaluation(

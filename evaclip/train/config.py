@@ -262,6 +262,8 @@ class EvalConfig:
     """Samples of the set that are left out before the first one used."""
     samples: Count | None = None
     """How many are used; none uses all."""
+    allow_unreadable: bool = False
+    """Measure what is left even if more than 10 % of the samples cannot be read."""
     templates: tuple[str, ...] = ("{}",)
     """Prompts in which `{}` stands for the caption; their embeddings are averaged."""
     batch_size: Count = 64

@@ -16,7 +16,14 @@ from evaclip.data import RawSample, Source
 from evaclip.data.held_out import Selection
 from evaclip.errors import UserError
 from evaclip.eval import retrieval
-from evaclip.eval.features import FeatureOptions, ImageFeatures, encode_images
+from evaclip.eval.features import (
+    ALLOWED_UNREADABLE,
+    FeatureOptions,
+    ImageFeatures,
+    NothingReadable,
+    encode_images,
+    refuse_rest,
+)
 from evaclip.eval.pairs import Picture, distinct_pictures, merge
 from evaclip.eval.zero_shot import build_classifier, evaluate
 from evaclip.model.clip import CLIP
@@ -55,19 +62,28 @@ class Evaluation:
         self._source = _Part(source, config.first, config.samples)
         self._world = world
         self._templates = config.templates
+        self._allowed = 1.0 if config.allow_unreadable else ALLOWED_UNREADABLE
         self._tokenizer = tokenizer
         self._transform = transform
         self._options = options
         self._pictures: list[Picture] | None = None
 
     def __call__(self, model: CLIP) -> Metrics:
-        """Top-1 and top-5 accuracy, the accuracy of guessing, and how many pictures and classes that is over; the
-        recalls at 1 and 5 of retrieval, unless captions are names of classes: most of them then belong to several
-        pictures, and to find one picture's own means nothing.
+        """Top-1 and top-5 accuracy, the accuracy of guessing, over how many pictures and classes that is, and how many
+        could not be read; the recalls at 1 and 5 of retrieval, unless captions are names of classes: most of them then
+        belong to several pictures, and to find one picture's own means nothing.
+
+        Raises:
+            Refused: more samples could not be read than the configuration allows.
+            NothingReadable: none could.
         """
         clip = _InStep(model, self._world) if is_sharded(model) else model
         found = [part for part in self._everywhere(clip, partial(self._encode, clip), self._blank_image) if part]
         captions = [caption for part in found for caption in part.captions]
+        unreadable = len(self._source) - len(captions)
+        refuse_rest(self._source, unreadable, self._allowed, "eval.allow_unreadable=true")
+        if not found:
+            raise NothingReadable(f"none of the {unreadable:,} samples of {self._source.description} could be read")
         names = sorted(set(captions))
         number = {name: i for i, name in enumerate(names)}
         classifier = self._encode_texts(clip, names, self._templates)
@@ -79,6 +95,7 @@ class Evaluation:
             "chance_top1": result.chance_top1,
             "samples": result.samples,
             "classes": result.classes,
+            "unreadable": unreadable,
         }
         pairs = self._pairs(clip, [int(key) for part in found for key in part.keys])
         texts = sorted(set(pairs.texts))
@@ -93,7 +110,10 @@ class Evaluation:
         mine = self._share(range(len(self._source)))
         if not mine:
             return None
-        return encode_images(clip, self._transform, Selection(self._source, mine), self._options)
+        try:
+            return encode_images(clip, self._transform, Selection(self._source, mine), self._options)
+        except NothingReadable:
+            return None
 
     def _encode_texts(self, clip: Any, texts: list[str], templates: Sequence[str] = _PLAIN) -> Tensor:
         """Normalised features [texts, embed_dim], each the mean over the templates."""

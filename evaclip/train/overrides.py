@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 from evaclip.errors import UserError
 from evaclip.train.config import ADAPTER, TrainConfig, to_tree
 from evaclip.train.tree import Tree, merge, nest
+from evakernels._names import nearest
 
 
 def resolve(base: TrainConfig, changes: Iterable[Tree]) -> TrainConfig:
@@ -85,7 +85,7 @@ def _check_keys(cls: type, tree: Mapping[str, Any], path: tuple[str, ...]) -> No
 
 def _unknown_key(path: tuple[str, ...], known: list[str]) -> UserError:
     *parents, key = path
-    near = get_close_matches(key, known, n=1, cutoff=0.5)
+    near = nearest(key, known)
     if near:
         hint = f"did you mean {'.'.join([*parents, near[0]])!r}?"
     else:

@@ -107,13 +107,17 @@ def emoji() -> TrainConfig:
         contrast=0.5,
         saturation=0.8,
         grayscale=0.15,
-        background=0.3,
-        outline=0.5,
+    )
+    data = DataConfig(
+        train="data/emoji/twemoji-*.tar",
+        workers=1,
+        augmentation=augmentation,
+        transform="evaclip.demo.augmentation:DrawingTransform",
     )
     return TrainConfig(
         name="emoji",
         batch_size=128,
-        data=DataConfig(train="data/emoji/twemoji-*.tar", workers=1, augmentation=augmentation),
+        data=data,
         model=ModelConfig(name="emoji"),
         # On OpenMoji after 102,000 samples at 48 pixels, with 3 layers: patches of 16 pixels 4.3 %; of 12 pixels with
         # half of them dropped 2.9 %, of 8 with three quarters dropped 3.1 %.

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from evaclip.data import Batch
+from evaclip.errors import Refused
+from evaclip.eval.features import NothingReadable
 from evaclip.run_files import STOPPED
 from evaclip.train import checkpoint, host, snapshot, trackers
 from evaclip.train.build import Parts, build
@@ -270,10 +272,17 @@ class Trainer:
         self._evaluated_at = self.position.step
         evaluation, ema = self.parts.evaluation, self.parts.ema
         if evaluation is not None:
+            refused: Exception | None = None
             with self._watchdog.phase("evaluation"), ema.applied() if ema else nullcontext():
-                self.metrics = evaluation(self.parts.model)
+                try:
+                    self.metrics = evaluation(self.parts.model)
+                except (Refused, NothingReadable) as exc:
+                    self.metrics, refused = {}, exc
             forget_gathered(self.parts.model)
-            self.report.evaluation(self.position.step, self.metrics)
+            if refused is None:
+                self.report.evaluation(self.position.step, self.metrics)
+            else:  # The training is none the worse for it.
+                self.report.say(f"not evaluated: {refused}")
         self.meter.restart()
 
     def _save(self) -> None:

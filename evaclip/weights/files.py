@@ -15,7 +15,7 @@ from torch import Tensor
 from evaclip.atomic import replacing, writing
 from evaclip.errors import UserError
 from evaclip.run_files import CHECKPOINTS_FOLDER, LATEST_FILE, MODEL_FILE
-from evaclip.weights.hub import HUB, download, download_released
+from evaclip.weights.hub import HUB, LOCAL, download, download_released, find_in_folder
 from evaclip.weights.layouts import to_original, unwrapped
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -29,7 +29,8 @@ def find_weights(source: str | Path, model: str) -> Path:
     Args:
         source: a weights file, the index of one in several parts, a checkpoint folder (or the pointer
             `checkpoints/latest` to one), a run folder (its latest checkpoint), a repository or a file of the
-            Hugging Face hub (`hf-hub:OWNER/NAME[/FILE][@REVISION]`), or the tag of released weights.
+            Hugging Face hub (`hf-hub:OWNER/NAME[/FILE][@REVISION]`), a folder laid out as a repository
+            (`local-dir:FOLDER`), or the tag of released weights.
         model: name of the configuration whose released weights are meant.
 
     Raises:
@@ -37,6 +38,8 @@ def find_weights(source: str | Path, model: str) -> Path:
     """
     if str(source).startswith(HUB):
         return download(str(source))
+    if str(source).startswith(LOCAL):
+        return find_in_folder(str(source))
     path = Path(source).expanduser()
     if path.is_dir():
         return _in_folder(path)
@@ -167,7 +170,7 @@ def _in_folder(folder: Path) -> Path:
         return indices[0]
     raise UserError(
         f"the folder {str(folder)!r} has no {MODEL_FILE}; expected a checkpoint such as "
-        "runs/NAME/checkpoints/step_00000100, or a run that has one"
+        f"runs/NAME/checkpoints/step_00000100, or a run that has one; a model saved for the hub is {LOCAL}FOLDER"
     )
 
 

@@ -14,6 +14,8 @@ from evaclip.weights.released import RELEASED, HubFile
 
 HUB = "hf-hub:"
 """What a source on the hub begins with."""
+LOCAL = "local-dir:"
+"""What a source begins with that is a folder laid out as a repository of the hub."""
 
 _NAME = re.compile(r"(?P<repository>[^/@]+/[^/@]+)(?:/(?P<file>[^@]+))?(?:@(?P<revision>.+))?")
 # What a repository without a named file is searched for; the first that it has is taken.
@@ -36,9 +38,7 @@ def download(source: str) -> Path:
     Raises:
         UserError: for a name of another form, or when the hub doesn't have it or can't be reached.
     """
-    match = _NAME.fullmatch(source.removeprefix(HUB))
-    if match is None:
-        raise UserError(f"{source!r} isn't a name on the hub; expected {HUB}OWNER/NAME[/FILE][@REVISION]")
+    match = _matched(source)
     repository, revision = match["repository"], match["revision"]
     for name in [match["file"]] if match["file"] else _USUAL:
         path = _fetch(HubFile(repository, name), revision, optional=not match["file"])
@@ -51,6 +51,31 @@ def download(source: str) -> Path:
         for part in sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())):
             _fetch(HubFile(repository, folder + part), revision)
     return path
+
+
+def download_beside(source: str, name: str) -> Path:
+    """The local copy of another file of the repository and the revision that `source` names.
+
+    Raises:
+        UserError: as `download`.
+    """
+    match = _matched(source)
+    path = _fetch(HubFile(match["repository"], name), match["revision"])
+    assert path is not None
+    return path
+
+
+def find_in_folder(source: str) -> Path:
+    """The weights file in the folder of `local-dir:FOLDER`.
+
+    Raises:
+        UserError: there is none under a usual name.
+    """
+    folder = Path(source.removeprefix(LOCAL)).expanduser()
+    for name in _USUAL:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"the folder {str(folder)!r} has none of {', '.join(_USUAL)}")
 
 
 def download_released(model: str, tag: str) -> Path:
@@ -67,6 +92,13 @@ def download_released(model: str, tag: str) -> Path:
     path = _fetch(tags[tag], None)
     assert path is not None
     return path
+
+
+def _matched(source: str) -> re.Match[str]:
+    match = _NAME.fullmatch(source.removeprefix(HUB))
+    if match is None:
+        raise UserError(f"{source!r} isn't a name on the hub; expected {HUB}OWNER/NAME[/FILE][@REVISION]")
+    return match
 
 
 def _fetch(file: HubFile, revision: str | None, optional: bool = False) -> Path | None:

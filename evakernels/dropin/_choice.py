@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Iterable
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
+
+from evakernels._names import nearest
 
 Patterns = str | Iterable[str]
 
@@ -37,7 +38,7 @@ def _checked(argument: str, patterns: Patterns, modules: list[tuple[str, str]]) 
     for pattern in found:
         if not any(_matches([pattern], *module) for module in modules):
             known = {form for name, cls in modules for form in (_NUMBER.sub("*", name), cls) if form}
-            near = get_close_matches(pattern, sorted(known), cutoff=0.5) or sorted({cls for _, cls in modules})
+            near = nearest(pattern, sorted(known)) or sorted({cls for _, cls in modules})
             raise ValueError(
                 f"accelerate: {argument}={pattern!r} matches no module's name or class; "
                 f"near are {', '.join(near)}; `*` stands for any characters"

@@ -26,7 +26,6 @@ REASONS = (
     "needs a GPU",
     "needs data",
     "needs several processes",
-    "needs the package accelerate",
     "needs the network",
     "never ends",
     "takes hours",

@@ -126,20 +126,24 @@ def test_the_emoji_shards_are_drawn_once_for_all_pages(page: Path, tmp_path: Pat
     assert told.read_text() == "data emoji data/emoji\ntrain tiny\ntrain tiny\n"
 
 
-@pytest.fixture(scope="session")
-def clean(request: pytest.FixtureRequest, made_once: Callable[..., Path]) -> Path:
-    """The Python of an environment that holds a wheel, not the source tree; EVAKERNELS_DOCS_PYTHON names another."""
+@pytest.fixture
+def clean(path: Path, request: pytest.FixtureRequest, made_once: Callable[..., Path]) -> Path:
+    """The Python of an environment that holds a wheel, not the source tree; EVAKERNELS_DOCS_PYTHON names another.
+
+    The packages are those of `make test`, for exhaustive pages those of `make test-all`.
+    """
     if given := os.environ.get("EVAKERNELS_DOCS_PYTHON"):
         return Path(given)
+    extra = "test" if str(path).startswith(FIRST) else "test-all"
 
     def make(folder: Path) -> None:
         folder.mkdir()
-        make_room(folder, request.getfixturevalue("wheel"), "test")
+        make_room(folder, request.getfixturevalue("wheel"), extra)
 
-    return made_once("documented", make) / "env/bin/python"
+    return made_once(f"documented-{extra}", make) / "env/bin/python"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def shared(clean: Path, made_once: Callable[..., Path]) -> Path:
     return made_once("shared", lambda folder: draw_once(clean, folder))
 

@@ -215,7 +215,7 @@ def test_the_history_and_the_machine_are_told(run: Path) -> None:
     text = " ".join(_Page(render_page(read_run(run))).words)
     for expected in (
         "25 November 2026, 10:00:01", "start of 8 processes", "went <back> to step_00000010", "OSError: disk",
-        "8, started 2 times", "A <fast> one, 2 cores", "GPU 9000", "9.9.9", "goes on, or was killed",
+        "8, started 2 times", "A <fast> one, 2 cores", "GPU 9000", "9.9.9", "no sign of life for",
     ):  # fmt: skip
         assert expected in text, expected
 
@@ -223,9 +223,9 @@ def test_the_history_and_the_machine_are_told(run: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "state"),
     [
-        ([{"end": None}], "done"),
-        ([{"message": "stopped by a signal; --resume auto"}, {"end": None}], "stopped"),
-        ([{"end": "ValueError: no"}], "ended by an error"),
+        ([{"end": None}], "ended: done"),
+        ([{"message": "stopped by a signal; --resume auto"}, {"end": None}], "ended: stopped by a signal"),
+        ([{"end": "ValueError: no"}], "ended by an error: ValueError: no"),
     ],
 )
 def test_how_a_run_ended(run: Path, more: list[dict[str, Any]], state: str) -> None:
@@ -292,7 +292,7 @@ def test_a_run_of_the_trainer_has_a_report(tmp_path: Path) -> None:
     assert "Time in communication" not in figures
     words = _Page(text).words
     assert "start of 1 process" in words
-    assert "done" in words
+    assert "ended: done" in words
 
 
 def test_without_evaluations_the_report_says_so(run: Path) -> None:

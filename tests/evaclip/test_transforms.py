@@ -28,8 +28,6 @@ STRONG = Augmentation(
     saturation=0.4,
     hue=0.1,
     grayscale=0.3,
-    background=1.0,
-    outline=1.0,
 )
 PLAIN = Preprocess(mean=(0, 0, 0), std=(1, 1, 1))
 
@@ -129,18 +127,6 @@ def test_transparent_palette_lies_on_white() -> None:
     assert (eval_transform(8, PLAIN.mean, PLAIN.std)(image) == 1).all()
 
 
-def test_random_background_differs_and_fills_what_moves_in() -> None:
-    options = Augmentation(scale=(1, 1), ratio=(1, 1), background=1.0, rotation=40, zoom=(0.5, 0.5))
-    transform = TrainTransform(64, PLAIN, options)
-    corners = set()
-    for seed in range(8):
-        tensor = transform(_drawing(), seed)
-        assert torch.equal(tensor[:, 0, 0], tensor[:, 63, 63])
-        assert tensor[0, 32, 32] == 1
-        corners.add(tuple(tensor[:, 0, 0].tolist()))
-    assert len(corners) > 6
-
-
 @pytest.mark.parametrize(
     "field", ["rotation", "translation", "zoom", "brightness", "contrast", "saturation", "hue", "grayscale"]
 )
@@ -162,7 +148,7 @@ def test_each_option_has_an_effect_of_its_own(field: str) -> None:
 def test_colours_change_as_torchvision_changes_them(field: str, center: int, draw: float) -> None:
     image, options = _picture((50, 40)), Augmentation(**{field: 0.4})
     expected = getattr(F, f"adjust_{field}")(image, center - 0.4 + 0.8 * draw)
-    # The grayscale and the outline behind them aren't asked for, and draw nothing.
+    # The grayscale behind them isn't asked for, and draws nothing.
     assert np.array_equal(transforms._recolor(image, options, iter([draw])), expected)
 
 
@@ -204,13 +190,3 @@ def test_wrong_options_are_named(options: dict[str, object], message: str) -> No
 def test_description_tells_what_is_done() -> None:
     assert repr(eval_transform(32)) != repr(eval_transform(32, resize="squash"))
     assert repr(eval_transform(32)) == repr(eval_transform(32))
-
-
-def test_outline_darkens_edges_and_nothing_else() -> None:
-    options = Augmentation(scale=(1, 1), ratio=(1, 1), outline=1.0)
-    plain = TrainTransform(64, PLAIN, Augmentation(scale=(1, 1), ratio=(1, 1)))(_drawing(), 0)
-    outlined = TrainTransform(64, PLAIN, options)(_drawing(), 0)
-    edge, inside = (slice(None), 16, 32), (slice(None), 32, 32)
-    assert torch.equal(outlined[inside], plain[inside])
-    assert outlined[edge].sum() < plain[edge].sum() - 0.3
-    assert (outlined <= plain).all()

@@ -134,11 +134,11 @@ def test_without_any_usable_backend_the_error_lists_all(monkeypatch):
 
 
 def test_unknown_names_are_errors_that_list_the_known_ones():
-    known = re.escape("unknown backend 'tpu'; known: " + ", ".join(backends.PREFERENCE))
-    with pytest.raises(ValueError, match=known), evakernels.use_backend("tpu"):
+    known = re.escape("unknown backend 'quantum'; known: " + ", ".join(backends.PREFERENCE))
+    with pytest.raises(ValueError, match=known), evakernels.use_backend("quantum"):
         pass
     with pytest.raises(ValueError, match=known):
-        backends.register(OP, "tpu", lambda: None)
+        backends.register(OP, "quantum", lambda: None)
     with pytest.raises(ValueError, match=r"unknown op 'softmax'; known: .*layer_norm_forward"):
         evakernels.explain("softmax")
 

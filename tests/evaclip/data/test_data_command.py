@@ -121,7 +121,7 @@ def test_outputs_that_cannot_be_written_are_told_at_once(shards, tmp_path, monke
 
 
 def test_a_folder_is_no_output_file(shards, tmp_path):
-    with pytest.raises(UserError, match=f"^cannot write {tmp_path}: Is a directory$"):
+    with pytest.raises(UserError, match=f"^cannot write {tmp_path}: it is a folder; give the file to write$"):
         evaclip("data", "check", shards, "--json", str(tmp_path))
 
 

@@ -135,6 +135,19 @@ def test_what_could_not_be_read_decides_the_exit_code(
     assert (data["unreadable"], data["exif_orientation"]) == (2, True)
 
 
+def test_small_pictures_are_left_out_when_asked(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sides = dict.fromkeys(COLORS, 32) | {"red": 8, "blue": 8}
+    samples = {name: {"png": png(COLORS[name], side), "txt": name.encode()} for name, side in sides.items()}
+    path, out = str(write_tar(tmp_path / "x.tar", samples)), tmp_path / "out.json"
+    words = ["eval", "zero-shot", str(run), "--data", path, "--workers", "0", "--min-size", "16"]
+    assert main(words) == 1
+    assert "2 of the 8 samples of" in (error := capsys.readouterr().err)
+    assert "could not be read or has fewer than 16 pixels a side, more than 10%" in error
+    assert main([*words, "--allow-unreadable", "--json", str(out)]) == 0
+    data = json.loads(out.read_text())["data"]
+    assert (data["samples"], data["unreadable"], data["min_size"]) == (6, 2, 16)
+
+
 @pytest.mark.parametrize("option", ["--json", "--cache"])
 def test_outputs_that_cannot_be_written_are_told_before_the_model_is_looked_for(
     tmp_path: Path, color_shard: Path, option: str

@@ -28,6 +28,20 @@ SHARED = {
     "add_model_config": ("path",),
     "tokenize": ("texts", "context_length"),
     "decode": ("output_ids",),
+    "push_to_hf_hub": (
+        *(
+            "model",
+            "tokenizer",
+            "model_config",
+            "repo_id",
+            "commit_message",
+            "token",
+            "revision",
+            "private",
+            "create_pr",
+        ),
+        *("model_card", "safe_serialization"),
+    ),
     "build_zero_shot_classifier": (
         *("model", "tokenizer", "classnames", "templates", "num_classes_per_batch", "device", "use_tqdm"),
     ),

@@ -48,14 +48,14 @@ def test_what_does_not_fit_is_said(capsys: Any) -> None:
     [
         (["--gpus", "2"], "name a --model or a --recipe"),
         (["--model", "EVA02-CLIP-B-1"], "did you mean"),
-        (["--model", "tiny", "--gpu", "a100"], "did you mean 'a100-80g'"),
+        (["--model", "tiny", "--gpu", "a100"], "did you mean 'a100-40g' or 'a100-80g'"),
         (["--recipe", "eva02"], "unknown recipe"),
         (["--model", "tiny", "--recompute", "blocks"], "did you mean 'block'"),
         (["--model", "tiny", "--samples", "-5"], "samples is -5; expected at least 1"),
         (["--model", "tiny", "--gpus", "0"], "gpus is 0; expected at least 1"),
         (["--model", "tiny", "--parallel", "hybrid", "--shard-size", "0"], "shard_size is 0; expected at least 1"),
         (["--model", "tiny", "--caption-tokens", "-1"], "caption_tokens is -1; expected 2 to"),
-        (["--model", "tiny", "--plot", "nowhere/x.png"], "can't be written: there is no folder 'nowhere'"),
+        (["--model", "tiny", "--plot", "nowhere/x.png"], "cannot write nowhere/x.png: there is no folder 'nowhere'"),
         (["--model", "tiny", "--plot", "x.doc"], "'x.doc' can't be written; its name must end in"),
     ],
 )

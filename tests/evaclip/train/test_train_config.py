@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from evaclip import Preprocess
 from evaclip.errors import UserError
+from evaclip.train.build import training_transform
 from evaclip.train.comments import commented_yaml
 from evaclip.train.config import TrainConfig, config_hash
 from evaclip.train.overrides import dump_yaml, load_yaml, parse_assignment, resolve, validate
@@ -211,3 +214,38 @@ def test_a_recipe_may_be_called_by_its_model() -> None:
     expected = get_recipe("eva02-e-14-plus")
     for name in ("EVA02-CLIP-bigE-14-plus", "eva02_clip_bigE_14_plus", "EVA02_E_14_plus"):
         assert get_recipe(name) == expected
+
+
+def test_a_transform_of_ones_own_is_named_by_its_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_config: Make
+) -> None:
+    (tmp_path / "my_pictures.py").write_text(
+        "from evaclip.transforms import TrainTransform\n"
+        "class OnBlack(TrainTransform):\n"
+        "    def background(self, draws):\n"
+        "        return (0, 0, 0)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    data = run_config("data.transform=my_pictures:OnBlack").data
+    preprocess = Preprocess(mean=(0, 0, 0), std=(1, 1, 1))
+    image = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    assert not training_transform(data, 4, preprocess)(image, 0).any()
+    assert training_transform(run_config().data, 4, preprocess)(image, 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "nowhere:Transform",
+            r"data.transform='nowhere:Transform' isn't there: No module named 'nowhere'; expected MOD",
+        ),
+        ("evaclip.transforms:Nothing", r"isn't there: .*Nothing.*; expected MODULE:NAME.* in a folder of PYTHONPATH"),
+        ("no name", r"data.transform='no name' isn't there: invalid format"),
+        ("evaclip.transforms", r"data.transform='evaclip.transforms' is a module; expected MODULE:CLASS"),
+    ],
+)
+def test_a_transform_that_is_not_there(name: str, message: str, run_config: Make) -> None:
+    data = run_config(f"data.transform={name}").data
+    with pytest.raises(UserError, match=message):
+        training_transform(data, 4, Preprocess())

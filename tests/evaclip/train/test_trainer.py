@@ -135,8 +135,31 @@ def test_a_run_measures_what_the_command_measures(run_config: Make, tmp_path: Pa
         for k in (1, 5):
             assert outcome.metrics[f"{direction}_r{k}"] == measured.metrics[direction]["recall"][str(k)]
     assert outcome.metrics["zero_shot_top1"] == zero_shot.metrics["top1"]
-    assert outcome.metrics["samples"] == 13
+    assert (outcome.metrics["samples"], outcome.metrics["unreadable"]) == (13, 1)
     assert (measured.metrics["images"], measured.metrics["captions"]) == (12, 25)
+
+
+@pytest.mark.parametrize("readable", [0, 6])
+def test_what_cannot_be_read_is_no_result_and_no_end(
+    run_config: Make, tmp_path: Path, capsys: Any, readable: int
+) -> None:
+    """Of 8 samples all are damaged, or 2."""
+    pictures = [picture(number) if number < readable else b"?" for number in range(8)]
+    samples = [(f"{n}", {"png": data, "txt": f"a {n}".encode()}) for n, data in enumerate(pictures)]
+    write_shard(tmp_path / "eval.tar", samples)
+    evaluation = f"eval={{every_steps: 3, data: {{train: {tmp_path}/eval.tar, workers: 0}}}}"
+    outcome = train(run_config(evaluation))
+    assert (outcome.steps, outcome.metrics) == (6, {})
+    assert not [record for record in read_log(outcome.folder / "log.jsonl") if "eval" in record]
+    told = capsys.readouterr().out
+    assert told.count(f"not evaluated: {8 - readable} of the 8 samples of ") == 2
+    assert "eval.allow_unreadable=true measures the rest all the same" in told
+    allowed = train(run_config(evaluation, "eval.allow_unreadable=true"), overwrite=True)
+    if readable:
+        assert (allowed.metrics["samples"], allowed.metrics["unreadable"]) == (6, 2)
+    else:
+        assert allowed.metrics == {}
+        assert "not evaluated: none of the 8 samples of" in capsys.readouterr().out
 
 
 def test_an_existing_run_is_not_overwritten_unless_asked(run_config: Make, tmp_path: Path) -> None:

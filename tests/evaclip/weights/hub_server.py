@@ -1,14 +1,18 @@
 """A hub on loopback: the routes and headers that huggingface_hub's client asks for, over files in memory."""
 
+import base64
 import hashlib
+import json
 import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+_COMMIT_ROUTE = re.compile(r"/api/models/(?P<repository>[^/]+/[^/]+)/(?P<verb>preupload|commit)/(?P<revision>[^?]+)")
 _ROUTE = re.compile(r"/(?P<repository>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>[^?]+)")
 
 
@@ -21,6 +25,10 @@ class Hub:
     """Bytes after which the next download breaks off."""
     damaged: bool = False
     """Whether downloads differ from what the checksum promises."""
+    token: str = "right"
+    """What may write."""
+    private: set[str] = field(default_factory=set)
+    """Repositories that were made private."""
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     """Method, file and range of each request."""
     url: str = ""
@@ -36,6 +44,30 @@ def serving(hub: Hub) -> Iterator[Hub]:
 
         def do_GET(self) -> None:
             self._answer(with_body=True)
+
+        def do_POST(self) -> None:
+            sent = self.rfile.read(int(self.headers["Content-Length"]))
+            hub.requests.append((self.command, self.path, None))
+            if self.headers.get("Authorization") != f"Bearer {hub.token}":
+                self._tell(401, {"error": "Invalid username or password."})
+            elif match := _COMMIT_ROUTE.match(self.path):
+                self._tell(200, _commit(hub, match["repository"], match["verb"], sent))
+            elif self.path.startswith("/api/repos/create"):
+                asked = json.loads(sent)
+                repository = f"{asked.get('organization') or 'me'}/{asked['name']}"
+                if asked.get("visibility", asked.get("private")) in (True, "private"):
+                    hub.private.add(repository)
+                self._tell(200, {"url": f"{hub.url}/{repository}", "id": repository})
+            else:
+                self._tell(200, {"errors": [], "warnings": []})
+
+        def _tell(self, status: int, answer: dict[str, Any]) -> None:
+            body = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
         def _answer(self, with_body: bool) -> None:
             match = _ROUTE.match(self.path)
@@ -83,3 +115,14 @@ def serving(hub: Hub) -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def _commit(hub: Hub, repository: str, verb: str, sent: bytes) -> dict[str, Any]:
+    """Takes whole files, as the hub does of small ones."""
+    if verb == "preupload":
+        paths = [file["path"] for file in json.loads(sent)["files"]]
+        return {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]}
+    for line in map(json.loads, sent.splitlines()):
+        if line["key"] == "file":
+            hub.files[repository, line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+    return {"commitUrl": f"{hub.url}/{repository}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}

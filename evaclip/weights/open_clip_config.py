@@ -1,0 +1,93 @@
+"""open_clip_config.json: what open_clip keeps beside weights, so that they are loaded without the model's name."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from evaclip.errors import UserError
+from evaclip.model.config import CLIPConfig, Preprocess, TextConfig, VisionConfig, override
+from evaclip.model.vision_names import RELEASES, split_name, vision_config
+
+CONFIG_FILE = "open_clip_config.json"
+
+_TEXT = ("context_length", "vocab_size", "width", "heads", "layers")
+_PREPROCESS = {"mean": "mean", "std": "std", "interpolation": "interpolation", "resize": "resize_mode"}
+_TOWER = {"timm_model_pretrained": False, "timm_pool": "token", "timm_proj": None}
+
+
+def to_open_clip_config(config: CLIPConfig) -> dict[str, Any]:
+    """The file's contents. What only training uses, such as `drop_path`, is left out.
+
+    Raises:
+        UserError: open_clip has no model of this configuration.
+    """
+    vision, text = config.vision, config.text
+    preprocess = {theirs: getattr(config.preprocess, ours) for ours, theirs in _PREPROCESS.items()}
+    model: dict[str, Any] = {
+        "embed_dim": config.embed_dim,
+        "vision_cfg": {"image_size": vision.image_size, "timm_model_name": _tower(vision), **_TOWER},
+        "text_cfg": {name: getattr(text, name) for name in _TEXT},
+        "custom_text": True,
+    }
+    if text.mlp_ratio != TextConfig.mlp_ratio:
+        model["text_cfg"]["mlp_ratio"] = text.mlp_ratio
+    for name, value, only in (
+        ("text.norm_eps", text.norm_eps, TextConfig.norm_eps),
+        ("preprocess.crop", config.preprocess.crop, Preprocess.crop),
+    ):
+        if value != only:
+            raise UserError(f"open_clip can't load this model: its {name} is {value}, and open_clip's always {only}")
+    return {"model_cfg": model, "preprocess_cfg": preprocess}
+
+
+def read_open_clip_config(path: Path) -> CLIPConfig:
+    """The configuration in such a file.
+
+    Raises:
+        UserError: there is no such file, or it describes a model that doesn't exist here.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return _parsed(content["model_cfg"], content.get("preprocess_cfg", {}))
+    except FileNotFoundError:
+        raise UserError(f"there is no file {str(path)!r}, which says what model the weights beside it are of") from None
+    except (OSError, ValueError, TypeError, AttributeError) as exc:
+        raise UserError(f"{str(path)!r} can't be read: {exc}") from exc
+    except KeyError as exc:
+        raise UserError(f"{str(path)!r} lacks {exc}, which open_clip's models of the EVA series have") from exc
+    except UserError as exc:
+        raise UserError(f"{str(path)!r}: {exc}") from exc
+
+
+def _tower(vision: VisionConfig) -> str:
+    """timm's name of the image tower."""
+    wanted = replace(vision, drop_path=0.0, patch_dropout=0.0)
+    towers = {name: vision_config(name) for name in RELEASES if "_clip_" in name}
+    for name, known in towers.items():
+        if known == wanted:
+            return name
+    fields = asdict(wanted).items()
+    gaps = {name: [f"{k}={v}" for k, v in fields if v != getattr(known, k)] for name, known in towers.items()}
+    nearest = min(gaps, key=lambda name: len(gaps[name]))
+    raise UserError(
+        f"open_clip can't load this model: it has no such image tower; {nearest} differs in {', '.join(gaps[nearest])}."
+        " `evaclip convert` writes weights alone"
+    )
+
+
+def _parsed(model: Mapping[str, Any], preprocess: Mapping[str, Any]) -> CLIPConfig:
+    tower, text = dict(model["vision_cfg"]), dict(model["text_cfg"])
+    for of_training in ("patch_dropout", "timm_drop_path"):
+        tower.pop(of_training, None)
+    architecture, size = split_name(tower.pop("timm_model_name"))[0], tower.pop("image_size")
+    vision = replace(vision_config(architecture), pool="token")
+    strange = {name: value for name, value in tower.items() if value not in (_TOWER.get(name), None, False)}
+    strange |= {name: text.pop(name) for name in list(text) if name not in (*_TEXT, "mlp_ratio")}
+    if size not in (vision.image_size, [vision.image_size] * 2):
+        strange["image_size"] = size
+    if strange:
+        raise UserError(f"a model with {', '.join(f'{k}={v!r}' for k, v in strange.items())} doesn't exist here")
+    images = {ours: preprocess[theirs] for ours, theirs in _PREPROCESS.items() if theirs in preprocess}
+    return override(CLIPConfig(vision=vision), {"embed_dim": model["embed_dim"], "text": text, "preprocess": images})

@@ -1,0 +1,194 @@
+"""Models for the hub: what is saved and pushed is loaded by open_clip and here, with equal features."""
+
+import functools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import timm
+import torch
+from hub_server import Hub, serving
+from huggingface_hub import constants
+from PIL import Image
+from test_weights_hub import ask
+
+import evaclip
+from evaclip.errors import UserError
+from evaclip.eval.load import load_model
+from evaclip.model import vision_names
+from evaclip.weights.open_clip_config import CONFIG_FILE, to_open_clip_config
+from evaclip.weights.publish import SAFE_FILE
+
+NAME = "EVA02-B-16"
+TEXTS = ["a photo of a cat", "two dogs"]
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> evaclip.CLIP:
+    """B/16 with one layer a tower, here and in timm, and an own normalisation."""
+    monkeypatch.setitem(vision_names._SIZES, "eva02_base", {"layers": 1})
+    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=1))
+    torch.manual_seed(0)
+    text = {"layers": 1, "width": 64, "heads": 1, "vocab_size": 49408}
+    options = {"vision": {"layers": 1, "drop_path": 0.1}, "text": text, "image_mean": (0.5, 0.4, 0.3)}
+    model = evaclip.create_model(NAME, image_interpolation="bilinear", **options).eval()
+    with torch.no_grad():
+        model.visual.head.weight.mul_(1000)
+    return model
+
+
+@pytest.fixture
+def folder(model: evaclip.CLIP, tmp_path: Path) -> Path:
+    evaclip.save_for_hf(model, evaclip.get_tokenizer(NAME), evaclip.get_model_config(NAME), tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with serving(Hub({})) as served:
+        ask(served.url, monkeypatch)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield served
+
+
+def features(model: Any, preprocess: Any, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    image = Image.linear_gradient("L").resize((300, 240)).convert("RGB")
+    with torch.no_grad():
+        return model.encode_image(preprocess(image)[None]), model.encode_text(tokenizer(TEXTS))
+
+
+def assert_loaded(source: str, model: evaclip.CLIP) -> None:
+    expected = features(model, evaclip.transforms.EvalTransform(224, model.config.preprocess), evaclip.get_tokenizer())
+    for library in (evaclip, open_clip):
+        loaded, preprocess = library.create_model_from_pretrained(source)
+        for found, wanted in zip(features(loaded, preprocess, library.get_tokenizer(source)), expected, strict=True):
+            assert wanted.std() > 0.01
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_saved_folder_is_loaded_by_open_clip_and_here(folder: Path, model: evaclip.CLIP) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", CONFIG_FILE, SAFE_FILE]
+    assert_loaded(f"local-dir:{folder}", model)
+    assert load_model(f"local-dir:{folder}").model.config == evaclip.create_model(f"local-dir:{folder}").config
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["EVA01-g-14", "EVA01-g-14-plus", "EVA02-B-16", "EVA02-L-14", "EVA02-L-14-336", "EVA02-E-14", "EVA02-E-14-plus"],
+)
+def test_the_configuration_is_open_clips_own(name: str) -> None:
+    ours, theirs = to_open_clip_config(evaclip.get_config(name))["model_cfg"], open_clip.get_model_config(name)
+    # timm has this tower under two names.
+    theirs["vision_cfg"]["timm_model_name"] = theirs["vision_cfg"]["timm_model_name"].replace(
+        "giant_patch14_224", "giant_patch14_clip_224"
+    )
+    assert ours == theirs
+
+
+def test_pushed_and_loaded_from_the_hub(hub: Hub, model: evaclip.CLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = evaclip.push_to_hf_hub(model, repo_id="mine", token="right", private=True, commit_message="First")
+    assert address.startswith(f"{hub.url}/me/mine/commit/")
+    assert hub.private == {"me/mine"}
+    assert sorted(name for _, name in hub.files) == ["README.md", CONFIG_FILE, SAFE_FILE]
+    assert 'create_model_from_pretrained("hf-hub:me/mine")' in hub.files["me/mine", "README.md"].decode()
+    assert_loaded("hf-hub:me/mine", model)
+
+
+def test_a_model_card_on_the_hub_stays(hub: Hub, model: evaclip.CLIP) -> None:
+    hub.files["me/mine", "README.md"] = b"written by hand"
+    evaclip.push_to_hf_hub(model, repo_id="me/mine", token="right")
+    assert hub.files["me/mine", "README.md"] == b"written by hand"
+    assert ("me/mine", SAFE_FILE) in hub.files
+
+
+@pytest.mark.parametrize("token", [None, "wrong"])
+def test_without_a_token_that_may_write(hub: Hub, model: evaclip.CLIP, token: str | None) -> None:
+    with pytest.raises(
+        UserError, match=r"can't push to me/mine on .*no valid token; run `hf auth login`, set HF_TOKEN"
+    ):
+        evaclip.push_to_hf_hub(model, repo_id="me/mine", token=token)
+    assert hub.files == {}
+
+
+def test_offline_and_without_the_package(hub: Hub, model: evaclip.CLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="can't push to me/mine on the Hugging Face hub: HF_HUB_OFFLINE is set"):
+        evaclip.push_to_hf_hub(model, repo_id="me/mine", token="right")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(
+        UserError, match=r"the package huggingface_hub is not installed: pip install 'evakernels\[clip\]'"
+    ):
+        evaclip.push_to_hf_hub(model, repo_id="me/mine")
+
+
+def test_a_model_that_open_clip_lacks_is_refused_before_anything_is_done(hub: Hub, tmp_path: Path) -> None:
+    larger = evaclip.create_model(NAME, force_image_size=448, device="meta")
+    expected = r"open_clip can't load .*no such image tower; eva02_base_patch16_clip_224 differs in image_size=448\. "
+    with pytest.raises(UserError, match=expected):
+        evaclip.save_for_hf(larger, save_directory=tmp_path / "new")
+    with pytest.raises(UserError, match=expected):
+        evaclip.push_to_hf_hub(larger, repo_id="me/mine")
+    cut = evaclip.create_model(NAME, device="meta", preprocess={"crop": 0.9})
+    with pytest.raises(UserError, match=r"its preprocess\.crop is 0\.9, and open_clip's always 1\.0"):
+        evaclip.save_for_hf(cut, save_directory=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert hub.requests == []
+
+
+def test_what_is_there_is_replaced_only_when_asked(folder: Path, model: evaclip.CLIP) -> None:
+    before = (folder / SAFE_FILE).read_bytes()
+    with pytest.raises(UserError, match=r"open_clip_model\.safetensors' exists"):
+        evaclip.save_for_hf(model, save_directory=folder)
+    card = {"license": "mit", "description": "Cats.", "details": {"Data": ["a", "b"]}, "citation": "@misc{x}"}
+    evaclip.save_for_hf(model, save_directory=folder, skip_weights=True, model_card=card, overwrite=True)
+    text = (folder / "README.md").read_text()
+    assert text.startswith("---\nlibrary_name: open_clip\ntags:\n- clip\n")
+    assert "license: mit\n---\n\n# mine\n\nCats.\n\n## Details\n\n- **Data:** a, b\n\n## Usage\n" in text
+    assert text.endswith("## Citation\n\n```bibtex\n@misc{x}\n```\n")
+    assert (folder / SAFE_FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"save_directory": ""}, "save_directory isn't given"),
+        ({"tokenizer": open_clip.tokenize}, "expected the tokenizer of evaclip.get_tokenizer or None, got a function"),
+        ({"safe_serialization": "yes"}, "safe_serialization is 'yes'; expected True, False or 'both'"),
+        ({"model_card": {"licence": "mit"}}, "unknown part of a model card 'licence'; did you mean 'license'"),
+    ],
+)
+def test_wrong_calls(options: dict[str, Any], message: str, tmp_path: Path, model: evaclip.CLIP) -> None:
+    with pytest.raises(UserError, match=message):
+        evaclip.save_for_hf(model, **{"save_directory": tmp_path / "new", **options})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "there is no file .*open_clip_config.json'"),
+        ("{", "can't be read: "),
+        ({"vision_cfg": None}, "can't be read: "),
+        ({"vision_cfg": {"timm_model_name": "vit_base_patch16_224"}}, "unknown vision model 'vit_base_patch16_224'"),
+        ({"vision_cfg": {"layers": 12}}, "lacks 'timm_model_name'"),
+        ({"text_cfg": {"hf_model_name": "roberta"}}, "a model with hf_model_name='roberta' doesn't exist here"),
+    ],
+)
+def test_a_configuration_that_is_none_here(change: Any, message: str, folder: Path) -> None:
+    path = folder / CONFIG_FILE
+    if change is None:
+        path.unlink()
+    elif isinstance(change, str):
+        path.write_text(change)
+    else:
+        content = json.loads(path.read_text())
+        content["model_cfg"] |= change
+        path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        evaclip.create_model(f"local-dir:{folder}")
