@@ -1,8 +1,11 @@
 // Runs the launchers of csrc/cuda on buffers of its own and compares with sums in double: for what can't run
-// under Python, as the thread sanitizer. Prints what is wrong; returns 1 if anything is.
+// under Python, as the thread sanitizer. Prints what is wrong; returns 1 if anything is. Arguments name the
+// families to drive; without any it drives all.
 #include "drive.h"
 
-int main() {
+#include <cstring>
+
+int main(int count, char** names) {
   using namespace evakernels;
   using namespace evakernels::drive;
   constexpr DType kHalf = DType::BFloat16;
@@ -11,15 +14,19 @@ int main() {
   const Case cases[] = {{29, 64, DType::Float32}, {14, 264, kHalf},          {5, 1408, kHalf},
                         {18, 2730, kHalf},        {7, 33, DType::Float16},   {4, 513, DType::Float32},
                         {4, 2049, kHalf},         {4, 3072, DType::Float32}, {3, 8200, kHalf}};
+  const auto wanted = [&](const char* family) {
+    return count == 1 || std::any_of(names + 1, names + count,
+                                     [&](const char* name) { return std::strcmp(name, family) == 0; });
+  };
   for (const Case& c : cases) {
-    drive_norms(c);
-    drive_gelu(c);
-    drive_swiglu(c);
-    drive_token_dropout(c);
+    if (wanted("norms")) drive_norms(c);
+    if (wanted("gelu")) drive_gelu(c);
+    if (wanted("swiglu")) drive_swiglu(c);
+    if (wanted("token_dropout")) drive_token_dropout(c);
   }
-  drive_adamw();
-  drive_lamb();
-  drive_rope_attention();
+  if (wanted("adamw")) drive_adamw();
+  if (wanted("lamb")) drive_lamb();
+  if (wanted("rope_attention")) drive_rope_attention();
   if (failures == 0) std::printf("all right\n");
   return failures == 0 ? 0 : 1;
 }
