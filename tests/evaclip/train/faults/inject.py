@@ -10,10 +10,8 @@ the earlier checkpoints must be whole.
 import argparse
 import json
 import math
-import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +23,11 @@ from typing import Any
 import numpy as np
 import psutil
 from PIL import Image
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from faults import worker
+from faults.agent import start_torchrun
 
 from evaclip.commands.main import main as evaclip
 from evaclip.data import open_source
@@ -147,34 +150,27 @@ class Bench:
     def _start(self, outcome: Outcome, name: str, data: Path) -> tuple[int | None, str]:
         # A checkpoint can be truncated only when nothing runs, so the run isn't started anew by itself.
         restarts = 0 if outcome.fault["kind"] == "truncated checkpoint" else 3
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(PROCESSES),
-            "--max-restarts", str(restarts), "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
-            str(Path(__file__).with_name("worker.py")), *self._arguments(name, data), f"parallel.mode={outcome.mode}",
+        options = [
+            "--nproc-per-node", str(PROCESSES), "--max-restarts", str(restarts), "--rdzv-backend", "c10d",
+            "--rdzv-endpoint", "localhost:0",
         ]  # fmt: skip
         environment = {
-            **os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONWARNINGS": "ignore",
+            "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONWARNINGS": "ignore",
             "FAULT_FOLDER": str(self.folder / f"{name}-seen"),
         }  # fmt: skip
         (self.folder / f"{name}-seen").mkdir(exist_ok=True)
         if outcome.starts == 1:
             environment["FAULT"] = json.dumps(outcome.fault)
-        with subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        ) as torchrun:
-            try:
-                text, _ = torchrun.communicate(timeout=TIMEOUT)
-            except subprocess.TimeoutExpired:
-                for child in psutil.Process(torchrun.pid).children(recursive=True):
-                    child.kill()
-                torchrun.kill()
-                return None, torchrun.communicate()[0]
-            return torchrun.returncode, text
+        arguments, told = [*self._arguments(name, data), f"parallel.mode={outcome.mode}"], self.folder / "told.txt"
+        torchrun = start_torchrun(options, worker.work, arguments, environment, told)
+        torchrun.join(TIMEOUT)
+        if torchrun.exitcode is None:
+            for child in psutil.Process(torchrun.pid).children(recursive=True):
+                child.kill()
+            torchrun.kill()
+            torchrun.join()
+            return None, told.read_text()
+        return torchrun.exitcode, told.read_text()
 
     def _arguments(self, name: str, data: Path) -> list[str]:
         """Of `evaclip train`; assignments may follow."""

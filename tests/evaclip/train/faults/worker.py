@@ -1,4 +1,4 @@
-"""One process of a training into which a fault is put; torchrun starts it in place of `evaclip train`.
+"""One process of a training into which a fault is put; torchrun calls `work` in place of `evaclip train`.
 
 The fault is JSON in $FAULT. It strikes once: only processes that torchrun has not started anew, in the first start of
 the run, know it. What each process trains on is written down, step by step: the pictures of these tests have one
@@ -9,7 +9,6 @@ import json
 import os
 import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,9 +21,6 @@ from evaclip.commands.main import main
 from evaclip.data import Batch, TrainLoader
 from evaclip.train import saver
 from evaclip.train.step import TrainStep
-
-RANK = os.environ["RANK"]
-FOLDER = Path(os.environ["FAULT_FOLDER"])
 
 
 def numbers(images: torch.Tensor) -> list[int]:
@@ -43,7 +39,7 @@ def write_down_samples() -> None:
 
     def call(self: TrainStep, images: torch.Tensor, tokens: torch.Tensor, step: int, **options: bool) -> Any:
         line = json.dumps({"step": step, "numbers": numbers(images)})
-        with (FOLDER / f"samples-{RANK}.jsonl").open("a") as file:
+        with (Path(os.environ["FAULT_FOLDER"]) / f"samples-{os.environ['RANK']}.jsonl").open("a") as file:
             file.write(line + "\n")
         return original(self, images, tokens, step, **options)
 
@@ -101,7 +97,7 @@ def poison(batch: int) -> None:
 
 
 def install(fault: dict[str, Any]) -> None:
-    if str(fault.get("rank", RANK)) != RANK:
+    if str(fault["rank"]) != os.environ["RANK"]:
         return
     if fault["kind"] in ("kill", "truncated checkpoint"):
         strike_later(fault["seconds"], signal.SIGKILL)
@@ -113,8 +109,9 @@ def install(fault: dict[str, Any]) -> None:
         poison(fault["batch"])
 
 
-if __name__ == "__main__":
+def work(*arguments: str) -> None:
+    torch.set_num_threads(1)
     write_down_samples()
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and "FAULT" in os.environ:
         install(json.loads(os.environ["FAULT"]))
-    raise SystemExit(main(["train", *sys.argv[1:]]))
+    raise SystemExit(main(["train", *arguments]))
