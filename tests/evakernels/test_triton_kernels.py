@@ -36,9 +36,5 @@ def test_widths_of_models() -> None:
     run_ops(BEFORE, "(1408 or 2730) and not dtype2", ops=["norm_widths"], TRITON_INTERPRET="1")
 
 
-def test_traffic() -> None:
-    run_ops(choice="test_", ops=["triton_traffic"], TRITON_INTERPRET="1")
-
-
-def test_attention() -> None:
-    run_ops(choice="test_", ops=["triton_attention"], TRITON_INTERPRET="1")
+def test_traffic_and_attention() -> None:
+    run_ops(choice="test_", ops=["triton_traffic", "triton_attention"], TRITON_INTERPRET="1")
