@@ -43,8 +43,8 @@ EVERY = 2
 TIMEOUT = 90
 """Seconds after which a run counts as hanging."""
 _MODES = ("shard", "replicate")
-_LAST_BLOW = 0.6
-"""Seconds after the first step within which a signal strikes: the twelve steps take about that long."""
+_STEP = 0.05
+"""Seconds after the beginning of a step within which a signal strikes: one takes about that long."""
 
 
 @dataclass
@@ -68,7 +68,7 @@ def draw(rng: random.Random) -> tuple[dict[str, Any], str]:
     kind = rng.choice(KINDS)
     fault: dict[str, Any] = {"kind": kind, "rank": rng.randrange(PROCESSES)}
     if kind in ("kill", "SIGTERM", "truncated checkpoint"):
-        fault["seconds"] = rng.uniform(0, _LAST_BLOW)
+        fault |= {"step": rng.randrange(STEPS - 1), "seconds": rng.uniform(0, _STEP)}
     elif kind == "full disk":
         fault["save"] = rng.randrange(1, 6)
     elif kind == "NaN batch":

@@ -46,21 +46,19 @@ def write_down_samples() -> None:
     TrainStep.__call__ = call  # type: ignore[method-assign]
 
 
-def strike_later(seconds: float, number: int) -> None:
-    """Sends this process a signal some time after its first step."""
+def strike_in(blow: int, seconds: float, number: int) -> None:
+    """Sends this process a signal some time after the beginning of the step `blow`."""
     original = TrainStep.__call__
 
     def call(self: TrainStep, images: torch.Tensor, tokens: torch.Tensor, step: int, **options: bool) -> Any:
-        if not threads:
-            threads.append(threading.Thread(target=strike, daemon=True))
-            threads[0].start()
+        if step == blow:
+            threading.Thread(target=strike, daemon=True).start()
         return original(self, images, tokens, step, **options)
 
     def strike() -> None:
         time.sleep(seconds)
         os.kill(os.getpid(), number)
 
-    threads: list[threading.Thread] = []
     TrainStep.__call__ = call  # type: ignore[method-assign]
 
 
@@ -100,9 +98,9 @@ def install(fault: dict[str, Any]) -> None:
     if str(fault["rank"]) != os.environ["RANK"]:
         return
     if fault["kind"] in ("kill", "truncated checkpoint"):
-        strike_later(fault["seconds"], signal.SIGKILL)
+        strike_in(fault["step"], fault["seconds"], signal.SIGKILL)
     elif fault["kind"] == "SIGTERM":
-        strike_later(fault["seconds"], signal.SIGTERM)
+        strike_in(fault["step"], fault["seconds"], signal.SIGTERM)
     elif fault["kind"] == "full disk":
         fill_disk(fault["save"])
     elif fault["kind"] == "NaN batch":
