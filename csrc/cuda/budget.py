@@ -1,6 +1,6 @@
 """What the GPU kernels take of a multiprocessor, as nvcc reports it, and how wide they access memory, as disassembled.
 
-    python csrc/cuda/budget.py     builds the library and writes budget.json
+    python csrc/cuda/budget.py     compiles the kernels and writes budget.json
 
 A kernel that takes more registers or shared memory than before runs in fewer copies at a time and is slower, which no
 test of its results shows; one that spills registers reads and writes memory that it should not; and the compiler may
@@ -15,12 +15,13 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
-BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+BUILD = ROOT / "build" / "budget"
 REPORTS = "CMakeFiles/cuda_kernels.dir/csrc/cuda/*.cu.o.usage"
 BUDGET = FOLDER / "budget.json"
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -78,16 +79,31 @@ def usages_in(report: str) -> dict[str, dict[str, Usage]]:
     return usages
 
 
+def build() -> None:
+    """Compiles the kernels, and nothing that uses them, as setup.py does it for all GPUs."""
+    settings = {"EVAKERNELS_NATIVE": "on", "EVAKERNELS_CUDA": "on", "EVAKERNELS_CUDA_ARCHS": "all"}
+    code = "import json, runpy, setuptools; setuptools.setup = lambda **_: None; run = runpy.run_path('setup.py'); "
+    code += "print(json.dumps([run['find_tool']('cmake'), run['find_tool']('ninja'), run['cuda_options']()]))"
+    told = _output([sys.executable, "-c", code], os.environ | settings)
+    cmake, ninja, options = json.loads(told.splitlines()[-1])
+    options += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"]
+    _output([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(BUILD), *options])
+    _output([cmake, "--build", str(BUILD), "--target", "cuda_kernels"])
+
+
+def _output(command: list[str], environment: Mapping[str, str] | None = None) -> str:
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+    return done.stdout
+
+
 def measure() -> dict[str, dict[str, Usage]]:
-    """The usage by architecture and kernel, in the library as setup.py builds it for all GPUs."""
+    """The usage by architecture and kernel."""
     for path in BUILD.glob(REPORTS):
         if not (FOLDER / path.name.removesuffix(".o.usage")).exists():
             path.unlink()
-    build = [sys.executable, "setup.py", "build_ext"]
-    chosen = {"EVAKERNELS_NATIVE": "on", "EVAKERNELS_CUDA": "on", "EVAKERNELS_CUDA_ARCHS": "all"}
-    done = subprocess.run(build, cwd=ROOT, env=os.environ | chosen, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stdout + done.stderr)
+    build()
     usages: dict[str, dict[str, Usage]] = {arch: {} for arch in ARCHS}
     for path in sorted(BUILD.glob(REPORTS)):
         for arch, found in usages_in(path.read_text()).items():
@@ -118,7 +134,7 @@ def accesses_in(machine_code: str) -> dict[str, Accesses]:
 
 
 def measure_accesses(tool: str) -> dict[str, Accesses]:
-    """The accesses by kernel on DISASSEMBLED, in the library that `measure` built."""
+    """The accesses by kernel on DISASSEMBLED, in the objects that `measure` compiled."""
     # It calls a program that lies beside it.
     environment = os.environ | {"PATH": os.pathsep.join([str(Path(tool).parent), os.environ.get("PATH", "")])}
     accesses = {}

@@ -41,10 +41,7 @@ def check_accesses(budget: ModuleType, found: dict[str, Any], same_compiler: boo
             assert accesses.other_stores <= allowed[kernel].other_stores, (kernel, accesses, allowed[kernel], remedy)
 
 
-# The wheel, for which the bindings are compiled without these kernels, is built in the same folder: it comes first.
-@pytest.mark.usefixtures("wheel")
 @pytest.mark.slow
-@pytest.mark.xdist_group("build")
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_kernels_keep_to_their_budget() -> None:
     spec = importlib.util.spec_from_file_location("budget", SCRIPT)

@@ -10,10 +10,8 @@ the earlier checkpoints must be whole.
 import argparse
 import json
 import math
-import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +24,12 @@ import numpy as np
 import psutil
 from PIL import Image
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from faults import worker
+from faults.agent import start_torchrun
+
+from evaclip.commands.main import main as evaclip
 from evaclip.data import open_source
 from evaclip.data.order import sample_order
 from evaclip.data.shard_writer import write_shard
@@ -39,8 +43,8 @@ EVERY = 2
 TIMEOUT = 90
 """Seconds after which a run counts as hanging."""
 _MODES = ("shard", "replicate")
-_LAST_BLOW = 0.6
-"""Seconds after the first step within which a signal strikes: the twelve steps take about that long."""
+_STEP = 0.05
+"""Seconds after the beginning of a step within which a signal strikes: one takes about that long."""
 
 
 @dataclass
@@ -64,7 +68,7 @@ def draw(rng: random.Random) -> tuple[dict[str, Any], str]:
     kind = rng.choice(KINDS)
     fault: dict[str, Any] = {"kind": kind, "rank": rng.randrange(PROCESSES)}
     if kind in ("kill", "SIGTERM", "truncated checkpoint"):
-        fault["seconds"] = rng.uniform(0, _LAST_BLOW)
+        fault |= {"step": rng.randrange(STEPS - 1), "seconds": rng.uniform(0, _STEP)}
     elif kind == "full disk":
         fault["save"] = rng.randrange(1, 6)
     elif kind == "NaN batch":
@@ -97,21 +101,20 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.data = write_data(folder / "data")
-        self._losses: dict[str, list[float]] = {}
+        self._losses: list[float] = []
 
-    def losses(self, mode: str) -> list[float]:
-        """Of a run that nothing happens to."""
-        if mode not in self._losses:
-            outcome = Outcome({"kind": "none"}, mode)
-            run = self._train(outcome, f"straight-{mode}", self.data)
-            if outcome.problems:
-                raise RuntimeError("; ".join(outcome.problems))
-            self._losses[mode] = _losses(run)
-        return self._losses[mode]
+    def losses(self) -> list[float]:
+        """Of a run that nothing happens to, in this process alone."""
+        if not self._losses:
+            code = evaclip(["train", *self._arguments("straight", self.data)])
+            if code != 0:
+                raise RuntimeError(f"evaclip train ends with {code}")
+            self._losses = _losses(self.folder / "straight")
+        return self._losses
 
     def strike(self, number: int, fault: dict[str, Any], mode: str) -> Outcome:
         outcome = Outcome(fault, mode)
-        expected = self.losses(mode)
+        expected = self.losses()
         name = f"run-{number}"
         data = self.data
         if fault["kind"] == "corrupt shard":
@@ -147,39 +150,38 @@ class Bench:
     def _start(self, outcome: Outcome, name: str, data: Path) -> tuple[int | None, str]:
         # A checkpoint can be truncated only when nothing runs, so the run isn't started anew by itself.
         restarts = 0 if outcome.fault["kind"] == "truncated checkpoint" else 3
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(PROCESSES),
-            "--max-restarts", str(restarts), "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
-            str(Path(__file__).with_name("worker.py")), "tiny", "--resume", "auto", "--device", "cpu", "--set",
-            f"name={name}", f"output={self.folder}", f"data={{train: {data}, workers: 0, num_samples: 1}}",
-            f"batch_size={BATCH}", f"schedule={{steps: {STEPS}, name: constant, warmup_steps: 0}}", "eval.data=null",
-            f"parallel.mode={outcome.mode}", "optim={name: lamb, lr: 1e-3}", "log={every_steps: 1, tensorboard: false}",
-            f"checkpoint={{every_steps: {EVERY}, every_minutes: null, keep: 99}}",
-            f"model.options={json.dumps(_SMALL)}",
+        options = [
+            "--nproc-per-node", str(PROCESSES), "--max-restarts", str(restarts), "--rdzv-backend", "c10d",
+            "--rdzv-endpoint", "localhost:0",
         ]  # fmt: skip
         environment = {
-            **os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONWARNINGS": "ignore",
+            "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONWARNINGS": "ignore",
             "FAULT_FOLDER": str(self.folder / f"{name}-seen"),
         }  # fmt: skip
         (self.folder / f"{name}-seen").mkdir(exist_ok=True)
         if outcome.starts == 1:
             environment["FAULT"] = json.dumps(outcome.fault)
-        with subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        ) as torchrun:
-            try:
-                text, _ = torchrun.communicate(timeout=TIMEOUT)
-            except subprocess.TimeoutExpired:
-                for child in psutil.Process(torchrun.pid).children(recursive=True):
-                    child.kill()
-                torchrun.kill()
-                return None, torchrun.communicate()[0]
-            return torchrun.returncode, text
+        arguments, told = [*self._arguments(name, data), f"parallel.mode={outcome.mode}"], self.folder / "told.txt"
+        torchrun = start_torchrun(options, worker.work, arguments, environment, told)
+        torchrun.join(TIMEOUT)
+        if torchrun.exitcode is None:
+            for child in psutil.Process(torchrun.pid).children(recursive=True):
+                child.kill()
+            torchrun.kill()
+            torchrun.join()
+            return None, told.read_text()
+        return torchrun.exitcode, told.read_text()
+
+    def _arguments(self, name: str, data: Path) -> list[str]:
+        """Of `evaclip train`; assignments may follow."""
+        return [
+            "tiny", "--resume", "auto", "--device", "cpu", "--set",
+            f"name={name}", f"output={self.folder}", f"data={{train: {data}, workers: 0, num_samples: 1}}",
+            f"batch_size={BATCH}", f"schedule={{steps: {STEPS}, name: constant, warmup_steps: 0}}", "eval.data=null",
+            "optim={name: lamb, lr: 1e-3}", "log={every_steps: 1, tensorboard: false}",
+            f"checkpoint={{every_steps: {EVERY}, every_minutes: null, keep: 99}}",
+            f"model.options={json.dumps(_SMALL)}",
+        ]  # fmt: skip
 
     def _look_at(self, outcome: Outcome, run: Path, expected: list[float]) -> None:
         losses, kind = _losses(run), outcome.fault["kind"]

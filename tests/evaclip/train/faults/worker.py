@@ -1,4 +1,4 @@
-"""One process of a training into which a fault is put; torchrun starts it in place of `evaclip train`.
+"""One process of a training into which a fault is put; torchrun calls `work` in place of `evaclip train`.
 
 The fault is JSON in $FAULT. It strikes once: only processes that torchrun has not started anew, in the first start of
 the run, know it. What each process trains on is written down, step by step: the pictures of these tests have one
@@ -9,7 +9,6 @@ import json
 import os
 import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,9 +21,6 @@ from evaclip.commands.main import main
 from evaclip.data import Batch, TrainLoader
 from evaclip.train import saver
 from evaclip.train.step import TrainStep
-
-RANK = os.environ["RANK"]
-FOLDER = Path(os.environ["FAULT_FOLDER"])
 
 
 def numbers(images: torch.Tensor) -> list[int]:
@@ -43,28 +39,26 @@ def write_down_samples() -> None:
 
     def call(self: TrainStep, images: torch.Tensor, tokens: torch.Tensor, step: int, **options: bool) -> Any:
         line = json.dumps({"step": step, "numbers": numbers(images)})
-        with (FOLDER / f"samples-{RANK}.jsonl").open("a") as file:
+        with (Path(os.environ["FAULT_FOLDER"]) / f"samples-{os.environ['RANK']}.jsonl").open("a") as file:
             file.write(line + "\n")
         return original(self, images, tokens, step, **options)
 
     TrainStep.__call__ = call  # type: ignore[method-assign]
 
 
-def strike_later(seconds: float, number: int) -> None:
-    """Sends this process a signal some time after its first step."""
+def strike_in(blow: int, seconds: float, number: int) -> None:
+    """Sends this process a signal some time after the beginning of the step `blow`."""
     original = TrainStep.__call__
 
     def call(self: TrainStep, images: torch.Tensor, tokens: torch.Tensor, step: int, **options: bool) -> Any:
-        if not threads:
-            threads.append(threading.Thread(target=strike, daemon=True))
-            threads[0].start()
+        if step == blow:
+            threading.Thread(target=strike, daemon=True).start()
         return original(self, images, tokens, step, **options)
 
     def strike() -> None:
         time.sleep(seconds)
         os.kill(os.getpid(), number)
 
-    threads: list[threading.Thread] = []
     TrainStep.__call__ = call  # type: ignore[method-assign]
 
 
@@ -101,20 +95,21 @@ def poison(batch: int) -> None:
 
 
 def install(fault: dict[str, Any]) -> None:
-    if str(fault.get("rank", RANK)) != RANK:
+    if str(fault["rank"]) != os.environ["RANK"]:
         return
     if fault["kind"] in ("kill", "truncated checkpoint"):
-        strike_later(fault["seconds"], signal.SIGKILL)
+        strike_in(fault["step"], fault["seconds"], signal.SIGKILL)
     elif fault["kind"] == "SIGTERM":
-        strike_later(fault["seconds"], signal.SIGTERM)
+        strike_in(fault["step"], fault["seconds"], signal.SIGTERM)
     elif fault["kind"] == "full disk":
         fill_disk(fault["save"])
     elif fault["kind"] == "NaN batch":
         poison(fault["batch"])
 
 
-if __name__ == "__main__":
+def work(*arguments: str) -> None:
+    torch.set_num_threads(1)
     write_down_samples()
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and "FAULT" in os.environ:
         install(json.loads(os.environ["FAULT"]))
-    raise SystemExit(main(["train", *sys.argv[1:]]))
+    raise SystemExit(main(["train", *arguments]))

@@ -1,0 +1,38 @@
+"""torchrun with its workers, forked from a process that has imported torch: each would take seconds to do so.
+
+`test_elastic.py` has the command itself, whose workers are programs.
+"""
+
+import os
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
+
+
+def start_torchrun(
+    options: list[str], work: Callable[..., None], arguments: list[str], environment: dict[str, str], told: Path
+) -> ForkServerProcess:
+    """`torchrun` with these options, whose workers call `work(*arguments)`; what all of them print goes to `told`."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.run", "evaclip.train.trainer"])
+    process = context.Process(target=_run, args=(options, work, arguments, environment, told))
+    process.start()
+    return process
+
+
+@record
+def _run(
+    options: list[str], work: Callable[..., None], arguments: list[str], environment: dict[str, str], told: Path
+) -> None:
+    os.environ |= environment
+    with told.open("wb") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    config, _, _ = config_from_args(parse_args([*options, "program"]))
+    config.start_method = "fork"
+    elastic_launch(config, work)(*arguments)
