@@ -72,7 +72,8 @@ def why_not_on_gpu(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if not codes or any(_runs_on(code, capability) for code in codes):
         return None
-    return f"the GPU has compute capability {capability[0]}.{capability[1]}; the library was compiled for {', '.join(codes)}"
+    found = ".".join(map(str, capability))
+    return f"the GPU has compute capability {found}; the library was compiled for {', '.join(codes)}"
 
 
 def _runs_on(code: str, capability: tuple[int, int]) -> bool:

@@ -71,9 +71,10 @@ def one_group(shape: Shape) -> Function:
     """
 
     def step(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors) -> Tensors:
-        decays, options = decays_of(params), {"betas": BETAS, "eps": EPS, "variant": "nvlamb"}
-        norms = evakernels.lamb_update(params, grads, exp_avgs, exp_avg_sqs, steps, decays, **options)
-        evakernels.lamb_apply(params, exp_avgs, exp_avg_sqs, steps, norms, [LR] * len(params), decays, **options)
+        decays, moments = decays_of(params), (exp_avgs, exp_avg_sqs, steps)
+        variant, rates = "nvlamb", ([LR] * len(params), decays)
+        norms = evakernels.lamb_update(params, grads, *moments, decays, betas=BETAS, eps=EPS, variant=variant)
+        evakernels.lamb_apply(params, *moments, norms, *rates, betas=BETAS, eps=EPS, variant=variant)
         return params
 
     return step

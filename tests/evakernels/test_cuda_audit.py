@@ -121,7 +121,7 @@ class Patterns:
         return out[4:7]
 
 
-APART_4, APART_8, APART_16, ROWS, IN_ROUNDS, UNTOLD_ROUNDS, GLOBAL_ROUNDS = range(7)
+APART_4, APART_8, APART_16, ROWS, IN_ROUNDS, UNTOLD_ROUNDS, GLOBAL_ROUNDS, TWICE = range(8)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,20 @@ def test_lanes_that_leave_out_a_round_are_not_met_in_another(libraries: Path) ->
     patterns = Patterns(libraries / "audit_patterns.so")
     patterns.run(GLOBAL_ROUNDS)
     assert patterns.stores() == [4, 4 * 24 * 4, 4 * 4]
+
+
+@pytest.mark.parametrize(("kilobytes", "reads"), [(128, 1), (256, 2)])
+def test_blocks_that_run_at_the_same_time_share_the_cache(libraries: Path, kilobytes: int, reads: int) -> None:
+    """Six blocks read their own parts twice, behind a cache of 1 MiB. One at a time, each would find its part there."""
+    patterns = Patterns(libraries / "audit_patterns.so")
+    size = kilobytes * 1024
+    memory = ctypes.create_string_buffer(6 * size + 512)
+    patterns.begin = (ctypes.addressof(memory) + 511) // 512 * 512
+    patterns.run(TWICE, size)
+    out = (ctypes.c_int64 * 2)()
+    patterns.library.audit_cache(out)
+    # A byte in sixteen is read, which is every sector.
+    assert list(out) == [reads * 6 * size, 0]
 
 
 def test_each_byte_is_moved_once_in_whole_words_and_no_bank_is_asked_twice(libraries: Path) -> None:

@@ -71,8 +71,8 @@ def line_coverage(build: Path, counts: Path) -> dict[Path, float]:
     return {path: sum(count > 0 for count in lines.values()) / len(lines) for path, lines in runs.items()}
 
 
-# Of the emulator's three ways to choose the next thread, and of the sizes of shared memory that attention plans for: 227
-# KB (H100) and 163 KB (A100). The address sanitizer's test takes what is left, 99 KB.
+# Of the emulator's three ways to choose the next thread, and of the sizes of shared memory that attention plans for:
+# 227 KB (H100) and 163 KB (A100). The address sanitizer's test takes what is left, 99 KB.
 @pytest.mark.parametrize(("seed", "shared"), [(0, 227), (2, 163)])
 def test_ops_run_nearly_every_line_of_device_code(
     emulated: Path, tests: Path, tmp_path: Path, seed: int, shared: int
