@@ -21,14 +21,14 @@ target_compile_options(driver PRIVATE -Wall -Wextra -O1)
 set_source_files_properties(${CUDA_SOURCES} PROPERTIES LANGUAGE CXX)
 foreach(variant IN LISTS VARIANTS)
   set(watch ${WATCH_${variant}})
-  add_library(kernels_${variant} OBJECT csrc/cuda/runtime.cpp ${CUDA_SOURCES})
+  add_library(kernels_${variant} OBJECT ${CUDA_SOURCES})
   target_compile_definitions(kernels_${variant} PRIVATE EVAKERNELS_EMULATED)
   target_include_directories(kernels_${variant} PRIVATE csrc ${EMULATOR})
   # Device code is full of nvcc's #pragma unroll; -x: it would take .cu files for linker scripts.
   target_compile_options(kernels_${variant} PRIVATE -x c++ -Wall -Wextra -Wno-unknown-pragmas -g1 ${watch})
 
   add_library(emulator_${variant} OBJECT ${EMULATOR}/cuda_emulator.cpp ${EMULATOR}/cuda_runtime.cpp
-                                         ${EMULATOR}/tensor_cores.cpp)
+                                         ${EMULATOR}/tensor_cores.cpp csrc/cuda/runtime.cpp)
   target_include_directories(emulator_${variant} PRIVATE csrc ${EMULATOR})
   # No function of the C library, which sanitizers watch.
   target_compile_options(emulator_${variant} PRIVATE -Wall -Wextra -O2 -fno-builtin -fno-tree-loop-distribute-patterns)
@@ -50,7 +50,8 @@ endforeach()
 # The same of the kernels that a compiler instruments for the thread sanitizer, but with functions of our own in its
 # place: they count what the kernels ask of memory. With the Python module, whose launchers these kernels serve too.
 add_library(emulator_audit OBJECT ${EMULATOR}/cuda_emulator.cpp ${EMULATOR}/cuda_runtime.cpp
-                                  ${EMULATOR}/tensor_cores.cpp ${EMULATOR}/audit.cpp csrc/cuda/device.cpp)
+                                  ${EMULATOR}/tensor_cores.cpp ${EMULATOR}/audit.cpp csrc/cuda/runtime.cpp
+                                  csrc/cuda/device.cpp)
 target_include_directories(emulator_audit PRIVATE csrc ${EMULATOR})
 target_compile_options(emulator_audit PRIVATE -Wall -Wextra -O2)
 set(objects $<TARGET_OBJECTS:kernels_thread> $<TARGET_OBJECTS:emulator_audit>)

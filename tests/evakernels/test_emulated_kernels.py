@@ -147,7 +147,7 @@ def test_float32_gradients_of_long_sequences_fit_into_the_least_shared_memory(te
         qkv = [torch.randn(4096, 1, 128, requires_grad=True) for _ in range(3)]
         def gradients(backend):
             with evakernels.use_backend(backend):
-                out = evakernels.packed_attention(*qkv, offsets, 4096)
+                out = evakernels.packed_attention(*qkv, offsets, max_length=4096)
                 return torch.autograd.grad(out, qkv, torch.ones_like(out))
         for ours, theirs in zip(gradients("cpu"), gradients("reference")):
             print((ours - theirs).abs().max().item() <= 1e-4 * theirs.abs().max().item())
