@@ -17,10 +17,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-
-// Of <cassert>, which declares it only where asserts are compiled in.
-extern "C" __host__ __device__ void __assert_fail(const char* assertion, const char* file, unsigned line,
-                                                  const char* function) noexcept __attribute__((noreturn));
 #endif
 
 namespace evakernels::cuda {
@@ -203,12 +199,9 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool exis
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Ends the launch with an error: for arguments that only the kernel sees. As a failed assert it prints the op
-// and what is wrong, and the CUDA runtime says "device-side assert triggered" from then on. Unlike printf,
-// this takes no stack.
-__device__ __forceinline__ void refuse(const char* op, const char* what, unsigned line = __builtin_LINE()) {
-  __assert_fail(what, "evakernels", line, op);
-}
+// Ends the launch with an error: for arguments that only the kernel sees. What is wrong is told where that is
+// possible.
+__device__ __forceinline__ void refuse(const char*, const char*) { __trap(); }
 
 // Tells the compiler what it doesn't know of a pointer that was itself read from memory. To store through the
 // result won't do: it makes nvcc 13 cut a word into pieces; `store_whole` doesn't need it.
