@@ -451,7 +451,7 @@ def test_peers_of_the_gpu_are_asked_for_the_same_thing(name: str, peer: str) -> 
 
 
 @pytest.mark.usefixtures("_stand_ins")
-@pytest.mark.parametrize(("name", "peer"), [*OPTIMIZER_PEERS, ("lamb_step", "evakernels in one group")])
+@pytest.mark.parametrize(("name", "peer"), OPTIMIZER_PEERS)
 def test_peers_of_optimizers_make_the_same_step(name: str, peer: str) -> None:
     op, shape = get_operation(name), parse_shape("tiny b1")
     inputs = as_double(draw(op, shape))
