@@ -31,7 +31,7 @@ MODES = ("auto", "on", "off")
 # Compute capabilities times ten. What the kernels need at least, and what a library for all GPUs is compiled for.
 OLDEST_GPU = 80
 ALL_GPUS = (80, 90, 100, 120)
-OLDEST_NVCC = (12, 0)  # the first with C++20
+OLDEST_NVCC = (12, 1)  # the first with C++20 and 32 KB of kernel arguments
 # From here on nvcc has another compiler to PTX; the kernels' PTX is the same for all GPUs before, and for all after it.
 NEXT_COMPILER = 100
 
@@ -225,6 +225,7 @@ class BuildPython(build_py):
             "cuda": NOT_CUDA is None,
             "cuda_reason": NOT_CUDA,
             "cuda_archs": CUDA_ARCHS,
+            "cuda_codes": [option.rpartition("=")[2] for option in codes_to_generate(CUDA_ARCHS)],
         }
         (folder / RECORD).write_text(json.dumps(record) + "\n")
 

@@ -15,7 +15,10 @@ _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
 def build_record() -> dict[str, Any]:
-    """What the build decided: `native`, `cuda`, and why not, as `reason` and `cuda_reason`; empty where none ran."""
+    """What the build decided: `native`, `cuda`, and why not, as `reason` and `cuda_reason`; empty where none ran.
+
+    `cuda_archs` are the GPUs that were asked for, `cuda_codes` what nvcc made: `sm_90` machine code, `compute_90` PTX.
+    """
     try:
         record: dict[str, Any] = json.loads(_BUILD_RECORD.read_text())
     except FileNotFoundError:
@@ -60,6 +63,24 @@ def implemented(op_name: str, device_type: str) -> bool:
 def runs_gpu_kernels(device_type: str) -> bool:
     """Whether kernels for GPUs serve this type of device: a CPU only in a build for tests, which emulates them."""
     return device_type == "cuda" or implemented("emulated", device_type)
+
+
+@cache  # asked at every call of an op
+def why_not_on_gpu(index: int) -> str | None:
+    """Why no compiled kernel runs on the GPU of that number; None if they do, or if the build left no record of it."""
+    codes: list[str] = build_record().get("cuda_codes") or []
+    capability = torch.cuda.get_device_capability(index)
+    if not codes or any(_runs_on(code, capability) for code in codes):
+        return None
+    found = ".".join(map(str, capability))
+    return f"the GPU has compute capability {found}; the library was compiled for {', '.join(codes)}"
+
+
+def _runs_on(code: str, capability: tuple[int, int]) -> bool:
+    """`sm_90` is machine code for 9.0 to 9.9, `compute_90` is PTX for 9.0 and all that is newer."""
+    kind, _, number = code.partition("_")
+    oldest = divmod(int(number), 10)
+    return oldest <= capability and (kind == "compute" or oldest[0] == capability[0])
 
 
 @cache

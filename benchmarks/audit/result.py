@@ -70,8 +70,8 @@ class Count:
         op, shape, dtype: names.
         direction: forward or backward.
         floor: bytes by formula: each input read once, each output written once.
-        memory: bytes between memory and a cache of 1 MiB, as small as the GPU that is played; written ones when they
-            leave it.
+        memory: bytes between memory and a cache of 1 MiB, as small as the GPU that is played, which the blocks that run
+            at the same time share; written ones when they leave it.
         sizes: bytes of the buffers that the caller knows.
     """
 

@@ -23,7 +23,8 @@ _MEANING = (
     "of weights and the like, which caches keep, each once a kernel",
     f"touched: different sectors over the floor ({TIMES}), the traffic of perfect caches; "
     f"cached: what small buffers are asked for again ({TIMES} the floor)",
-    f"memory: bytes past a cache of 1 MiB, as small as the GPU that is played, over the floor ({TIMES})",
+    f"memory: bytes past a cache of 1 MiB, as small as the GPU that is played, over the floor ({TIMES}); "
+    "the blocks that run at the same time share it",
     "load, store: bytes of a warp's request to a large buffer, 512 at most; "
     "ways: words that the busiest bank of shared memory gives for a request, mean and worst, 1 is no conflict",
     "barriers: of a block, in the largest kernel; warps: share of a multiprocessor's, "

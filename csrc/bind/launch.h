@@ -5,19 +5,16 @@
 
 #include "bind/build.h"
 #include "bind/torch_arguments.h"
+#include "bind/torch_stream.h"
 #include "cpu/isa.h"
 #include "cuda/stream.h"
-
-// A function of libtorch_cuda. Weak, so that this library also loads beside a libtorch without CUDA.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
-                                                                                   void** stream);
 
 namespace evakernels {
 
 inline cuda::Stream current_stream(int32_t device) {
-  require(aoti_torch_get_current_cuda_stream != nullptr, "this build of torch has no CUDA");
+  static const StreamFunction torch_stream = find_stream_function();
   cuda::Stream stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_stream(device, &stream));
   return stream;
 }
 

@@ -51,9 +51,8 @@ class Workspace {
 
 template <auto Cuda, auto... WorkspaceOf, class Params>
 cuda::Error launch_on_gpu(const Params& params, int device, cuda::Stream stream) {
-  if constexpr (!kCudaIsEmulated) {
-    if (const cuda::Error error = cuda::use_device(device)) return error;
-  }
+  const cuda::DeviceGuard guard(device);
+  if (guard.error()) return guard.error();
   if constexpr (sizeof...(WorkspaceOf) == 0) {
     return Cuda(params, stream);
   } else {

@@ -4,10 +4,11 @@
 
 #include <cstdint>
 #include <cstring>
+#include <string>
 #include <type_traits>
 
 #include "common/dtype.h"
-#include "cuda/stream.h"
+#include "cuda/runtime.h"
 
 #ifdef EVAKERNELS_EMULATED
 #include "common/numerics.h"
@@ -23,25 +24,44 @@ namespace evakernels::cuda {
 constexpr int kWarpSize = 32;
 constexpr unsigned kWholeWarp = ~0u;
 
-#ifdef EVAKERNELS_EMULATED
+template <class Integer>
+constexpr Integer ceil_div(Integer a, std::type_identity_t<Integer> b) {
+  return (a + b - 1) / b;
+}
 
 template <class... Parameters>
-Error launch_with_memory(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream,
+const void* address_of(void (*kernel)(Parameters...)) {
+  return reinterpret_cast<const void*>(kernel);
+}
+
+template <class... Parameters>
+int resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared_bytes = 0) {
+  return resident_blocks(address_of(kernel), threads, shared_bytes);
+}
+
+// shared_bytes: of the memory that dynamic_shared_memory gives.
+template <class... Parameters>
+Error launch_with_memory(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                         [[maybe_unused]] Stream stream,
                          const std::type_identity_t<Parameters>&... arguments) {
+  if (const Error error = allow_shared_memory(address_of(kernel), shared_bytes)) return error;
+#ifdef EVAKERNELS_EMULATED
   const auto call = [&] { kernel(arguments...); };
-  return cuda_emulator::launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
-                               std::ref(call));
+  return cuda_emulator::launch(address_of(kernel), grid, block, shared_bytes, std::ref(call));
+#else
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  return error_of(cudaLaunchKernel(address_of(kernel), grid, block, pointers, shared_bytes,
+                                   static_cast<cudaStream_t>(stream)));
+#endif
 }
 
-// How many blocks run at the same time.
-template <class Kernel>
-int resident_blocks(Kernel*, int, size_t = 0) {
-  return cuda_emulator::kMultiprocessors * cuda_emulator::kBlocksPerMultiprocessor;
+template <class... Parameters>
+Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream,
+             const std::type_identity_t<Parameters>&... arguments) {
+  return launch_with_memory(kernel, grid, block, 0, stream, arguments...);
 }
 
-inline size_t max_shared_memory() { return cuda_emulator::kMaxSharedMemory; }
-
-inline size_t cache_size() { return cuda_emulator::kCacheBytes; }
+#ifdef EVAKERNELS_EMULATED
 
 // The block's one T in shared memory. Give each use a type of its own.
 template <class T>
@@ -83,9 +103,10 @@ void copy_async(void* to, const void* from, bool exists = true, int line = __bui
 
 inline void wait_for_copies() { cuda_emulator::wait_for_copies(); }
 
-// Ends the launch with an error: for arguments that only the kernel sees. `what` is told where that is
-// possible.
-inline void refuse(const char* what, int line = __builtin_LINE()) { cuda_emulator::fail(what, line); }
+// Ends the launch with an error: for arguments that only the kernel sees.
+inline void refuse(const char* op, const char* what, int line = __builtin_LINE()) {
+  cuda_emulator::fail((std::string(op) + ": " + what).c_str(), line);
+}
 
 template <class T>
 T* in_global_memory(T* pointer) {
@@ -111,60 +132,6 @@ inline uint32_t round_pair(float low, float high, Float16) {
 }
 
 #else
-
-inline Error error_of(cudaError_t code) {
-  if (code == cudaSuccess) return nullptr;
-  cudaGetLastError();  // Else the next check of somebody else would find it.
-  return cudaGetErrorString(code);
-}
-
-// Without leave a kernel gets 48 KB of shared memory at most, and no more than 16 are static.
-template <class Kernel>
-cudaError_t allow_shared_memory(Kernel* kernel, size_t bytes) {
-  if (bytes <= 32 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-}
-
-// shared_bytes: of the memory that dynamic_shared_memory gives.
-template <class... Parameters>
-Error launch_with_memory(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                         Stream stream, std::type_identity_t<Parameters>... arguments) {
-  const cudaError_t allowed = allow_shared_memory(kernel, shared_bytes);
-  if (allowed != cudaSuccess) return error_of(allowed);
-  void* pointers[] = {&arguments...};
-  return error_of(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared_bytes,
-                                   static_cast<cudaStream_t>(stream)));
-}
-
-// How many blocks run at the same time on the current device; 0 if that can't be told.
-template <class Kernel>
-int resident_blocks(Kernel* kernel, int threads, size_t shared_bytes = 0) {
-  int device = 0, multiprocessors = 0, blocks = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  if (cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    return 0;
-  if (allow_shared_memory(kernel, shared_bytes) != cudaSuccess) return 0;
-  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes) != cudaSuccess)
-    return 0;
-  return multiprocessors * blocks;
-}
-
-// What a block of the current device may have at most; 0 if that can't be told.
-inline size_t max_shared_memory() {
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
-    return 0;
-  return static_cast<size_t>(bytes);
-}
-
-// Of the L2 cache of the current device, in bytes; 0 if that can't be told.
-inline size_t cache_size() {
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device) != cudaSuccess) return 0;
-  return static_cast<size_t>(bytes);
-}
 
 // The block's one T in shared memory. Give each use a type of its own.
 template <class T>
@@ -232,9 +199,9 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool exis
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Ends the launch with an error: for arguments that only the kernel sees. `what` is told where that is
+// Ends the launch with an error: for arguments that only the kernel sees. What is wrong is told where that is
 // possible.
-__device__ __forceinline__ void refuse(const char*) { __trap(); }
+__device__ __forceinline__ void refuse(const char*, const char*) { __trap(); }
 
 // Tells the compiler what it doesn't know of a pointer that was itself read from memory. To store through the
 // result won't do: it makes nvcc 13 cut a word into pieces; `store_whole` doesn't need it.
@@ -280,11 +247,5 @@ __device__ __forceinline__ uint32_t round_pair(float low, float high, Float16) {
 }
 
 #endif
-
-template <class... Parameters>
-Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream,
-             const std::type_identity_t<Parameters>&... arguments) {
-  return launch_with_memory(kernel, grid, block, 0, stream, arguments...);
-}
 
 }  // namespace evakernels::cuda

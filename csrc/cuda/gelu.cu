@@ -143,8 +143,6 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
   sums.write();
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Calls body(kernel, grid, block), where kernel_of(T{}, Constant<E>{}, Gelu{}) names the kernel. There are as
 // many blocks as run at the same time, or fewer if the rows are few.
 template <class Params, class KernelOf, class Body>

@@ -104,7 +104,7 @@ struct HeadNumber {
     if (first >= 0 && first <= end && end <= offsets.tokens && end - first <= shape.tokens) {
       return static_cast<int>(end - first);
     }
-    refuse("offsets are out of range, or a sequence is longer than max_length");
+    refuse("packed_attention", "offsets are out of range, or a sequence is longer than max_length");
     return 0;
   }
 
@@ -157,7 +157,7 @@ struct HeadRotation {
     if (tables.token_index) {
       row = tables.token_index[number.sample * (shape.tokens - shape.num_prefix) + row];
       if (row < 0 || row >= tables.rows) {
-        refuse("token_index is out of range");
+        refuse("rope_attention", "token_index is out of range");
         row = 0;
       }
     }
@@ -519,8 +519,6 @@ inline int warps_for(int tiles, int most) {
   return best;
 }
 
-inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
 template <class Kernel>
 Error plan_attention(Kernel* kernel, const AttentionShape& shape, const AttentionMemory& memory,
                      int most_warps, AttentionPlan& plan) {
@@ -545,6 +543,8 @@ Error plan_attention(Kernel* kernel, const AttentionShape& shape, const Attentio
   plan.warps = most_warps / 2;
   int most = memory.stage(half, plan);
   if (most < kLeastTiles) most = memory.stage(limit, plan);
+  // Of float32, where the scalars of many tokens take most of 99 KB: fewer warps, which own less.
+  for (; most < 1 && plan.warps > 1; most = memory.stage(limit, plan)) plan.warps /= 2;
   if (most < 1) return "too little shared memory for so many tokens";
   plan.stage_tiles = ceil_div(plan.tiles, ceil_div(plan.tiles, most));
   plan.part_tiles = plan.warps;

@@ -14,4 +14,21 @@ using Error = const char*;
 // own, whose current device it sets itself.
 EVAKERNELS_API Error use_device(int device);
 
+// The same while the guard lives. Then the calling thread's context is again what it was, none too: to set
+// the former device by its number would begin a context on one that the process may not use.
+class EVAKERNELS_API DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  ~DeviceGuard();
+
+  Error error() const { return error_; }
+
+ private:
+  void* context_ = nullptr;
+  bool restores_ = false;
+  Error error_ = nullptr;
+};
+
 }  // namespace evakernels::cuda

@@ -105,8 +105,6 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Launches kernel_of(T{}, Constant<E>{}) with as many threads as the even parts of a row need.
 template <class KernelOf, class... Pointers>
 Error launch_product(const Shape& shape, DType dtype, Stream stream, const KernelOf& kernel_of,

@@ -27,7 +27,8 @@ struct TableEntry {
   int head;  // the elements in front of the first vector; kNoVectors: some buffer would want another number
 };
 
-constexpr size_t kArgumentBytes = 32764;  // of a kernel, from CUDA 12.1 on
+constexpr size_t kArgumentBytes = 32764;  // of a kernel, from this CUDA on
+constexpr int kOldestDriver = 12010;
 constexpr size_t kBatchSize = (kArgumentBytes - 128) / sizeof(TableItem);
 
 // Rule::Entry is derived from TableEntry; rule.complete(entry, position) fills in the rest of it.
@@ -144,6 +145,9 @@ template <class Rule>
 Error launch_table(const OptimizedTensor* tensors, int64_t count, const Rule& rule,
                    typename Rule::Entry* entries, Stream stream) {
   static_assert(sizeof(TableBatch<Rule>) + sizeof entries <= kArgumentBytes);
+  if (const int driver = driver_version(); driver > 0 && driver < kOldestDriver) {
+    return "the driver is too old for 32 KB of kernel arguments; it takes one for CUDA 12.1 or later (530)";
+  }
   TableBatch<Rule> batch;
   batch.rule = rule;
   int64_t chunk = 0;

@@ -25,12 +25,12 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t token = threadIdx.x; token < shape.tokens; token += kThreads) own[token] = -1;
   __syncthreads();
   for (int64_t i = threadIdx.x; i < shape.kept_tokens; i += kThreads) {
-    if (!is_token(index[i])) refuse("token_index is out of range");
+    if (!is_token(index[i])) refuse("token_dropout", "token_index is out of range");
     if (is_token(index[i])) own[index[i]] = static_cast<int32_t>(i);
   }
   __syncthreads();
   for (int64_t i = threadIdx.x; i < shape.kept_tokens; i += kThreads) {
-    if (is_token(index[i]) && own[index[i]] != i) refuse("token_index names a token twice");
+    if (is_token(index[i]) && own[index[i]] != i) refuse("token_dropout", "token_index names a token twice");
   }
 }
 

@@ -226,6 +226,8 @@ def _native_reasons(name: str, device: str, gpu_reasons: backends.Reasons | None
             return [] if device != "cuda" or torch.cuda.is_available() else ["there is no GPU here"]
         if first.device.type != device:
             found.insert(0, f"the tensors are on {first.device}, not on {_NATIVE_DEVICES[device]}")
+        elif device == "cuda" and (reason := _native.why_not_on_gpu(first.device.index)):
+            found.insert(0, reason)
         if gpu_reasons is not None and _native.runs_gpu_kernels(device):
             found += gpu_reasons(*args)
         return list(dict.fromkeys(found)) if found else found

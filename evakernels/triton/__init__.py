@@ -46,6 +46,7 @@ FAMILIES = {
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton reads this when a kernel is defined, so it holds for the whole process."""
 
+_OLDEST_GPU = (8, 0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FAMILY_OF = {op: family for family, ops in FAMILIES.items() for op in ops}
 
@@ -74,6 +75,15 @@ def _installed() -> bool:
     return find_spec("triton") is not None
 
 
+@cache  # asked at every call of an op
+def _too_old(device: int) -> list[str]:
+    """The reason, if it is one, why Triton compiles nothing for the GPU of that number."""
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.cuda is None or capability >= _OLDEST_GPU:  # AMD's have numbers of their own
+        return []
+    return [f"the GPU has compute capability {capability[0]}.{capability[1]}; Triton needs 8.0 or later"]
+
+
 def _reasons(op: str, args: tuple[Any, ...]) -> list[str]:
     """Why Triton can't serve a call: what holds for every op, and what the family's own `reasons` adds."""
     if not _installed():
@@ -86,6 +96,8 @@ def _reasons(op: str, args: tuple[Any, ...]) -> list[str]:
     if tensor is not None and tensor.device.type != device:
         where = "a CPU, where Triton's interpreter works" if INTERPRETED else "a GPU"
         found.append(f"the tensors are on {tensor.device}, not on {where}")
+    elif tensor is not None and tensor.is_cuda:
+        found += _too_old(tensor.device.index)
     dtypes = dict.fromkeys(t.dtype for t in backends.tensors(args) if t.dtype.is_floating_point)
     found += [f"{d} is not one of float32, bfloat16, float16" for d in dtypes if d not in _DTYPES]
     if not found:

@@ -424,6 +424,7 @@ ELSEWHERE = [
     ("clip_loss", "inf-cl"),
     ("clip_loss", "cut-cross-entropy"),
     ("clip_loss", "liger-kernel"),
+    ("lamb_step", "evakernels in one group"),
     ("lamb_step", "apex"),
     ("adamw_step", "apex"),
     ("gradient_norm", "apex"),

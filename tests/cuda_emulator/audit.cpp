@@ -8,7 +8,8 @@
 //
 // Global memory is all that isn't a stack, the emulator's, or this library's own. The results are given out
 // by address: who allocated the tensors knows which is which (benchmarks/audit). Behind all requests is a
-// cache as small as the GPU that is played, which tells what they come to in memory.
+// cache as small as the GPU that is played, which tells what they come to in memory. The blocks that run at
+// the same time share it: their requests reach it in turns, one of each, as if all were equally fast.
 #include <dlfcn.h>
 #include <link.h>
 #include <pthread.h>
@@ -153,10 +154,17 @@ struct Request {
   std::vector<Access> accesses;
 };
 
+// Its different sectors.
+struct CacheRequest {
+  bool stores;
+  std::vector<uintptr_t> sectors;
+};
+
 class Audit : public cuda_emulator::Observer {
  public:
   void begin() {
     launches_.clear();
+    running_.clear();
     cache_ = {};
     watches_ = true;
     cuda_emulator::watch(this);
@@ -165,6 +173,7 @@ class Audit : public cuda_emulator::Observer {
   void end() {
     watches_ = false;
     cuda_emulator::watch(nullptr);
+    finish_running();
     cache_.flush();
   }
 
@@ -173,6 +182,8 @@ class Audit : public cuda_emulator::Observer {
   const std::vector<Launch>& launches() const { return launches_; }
 
   void launch_begins(const void* kernel, dim3 grid, dim3 block, size_t dynamic_bytes) override {
+    finish_running();
+    running_at_a_time_ = cuda_emulator::kMultiprocessors * blocks_of_multiprocessor(dynamic_bytes);
     launches_.push_back(
         {.kernel = kernel, .grid = grid, .block = block, .dynamic_bytes = dynamic_bytes, .lines = {}});
     host_stack_ = stack_of_this_thread();
@@ -186,12 +197,14 @@ class Audit : public cuda_emulator::Observer {
     for (auto& request : global_requests_) in_order.push_back(&request);
     std::sort(in_order.begin(), in_order.end(),
               [](const auto* a, const auto* b) { return a->second.number < b->second.number; });
+    running_.emplace_back();
     for (auto* request : in_order) count_global(request->second.accesses, request->first.stores);
     for (const auto& [key, request] : shared_requests_) count_shared(request.accesses);
     global_requests_.clear();
     shared_requests_.clear();
     for (auto& rounds : rounds_) rounds.clear();
     for (auto& path : paths_) path.clear();
+    if (running_.size() >= running_at_a_time_) finish_running();
   }
 
   void uses_shared_memory(const void* data, size_t size) override {
@@ -249,6 +262,25 @@ class Audit : public cuda_emulator::Observer {
     return after != shared_.begin() && std::prev(after)->second.holds(address);
   }
 
+  // Two, as csrc/cuda plans attention, where the shared memory of a multiprocessor suffices: CUDA takes 1 KB
+  // a block for itself.
+  static size_t blocks_of_multiprocessor(size_t dynamic_bytes) {
+    return 2 * dynamic_bytes + 1024 <= cuda_emulator::max_shared_memory() ? 2 : 1;
+  }
+
+  // The requests of the blocks that run at the same time reach the cache.
+  void finish_running() {
+    size_t most = 0;
+    for (const auto& requests : running_) most = std::max(most, requests.size());
+    for (size_t i = 0; i < most; ++i) {
+      for (const auto& requests : running_) {
+        if (i >= requests.size()) continue;
+        for (const uintptr_t sector : requests[i].sectors) cache_.access(sector, requests[i].stores);
+      }
+    }
+    running_.clear();
+  }
+
   static Region stack_of_this_thread() {
     pthread_attr_t attributes;
     void* begin = nullptr;
@@ -285,6 +317,7 @@ class Audit : public cuda_emulator::Observer {
     auto& lines = launches_.back().lines;
     int64_t bytes = 0;
     uintptr_t byte = 0, sector = 0;  // the first that weren't counted yet
+    CacheRequest& of_cache = running_.back().emplace_back(CacheRequest{stores, {}});
     for (const Access& access : accesses) {
       const uintptr_t end = access.address + access.size;
       if (end <= byte) continue;
@@ -294,7 +327,7 @@ class Audit : public cuda_emulator::Observer {
         Traffic& line = lines[sector * kSector / kLine][stores];
         line.sectors += 1;
         line.touched |= static_cast<uint8_t>(1u << sector % (kLine / kSector));
-        cache_.access(sector, stores);
+        of_cache.sectors.push_back(sector);
       }
     }
     Traffic& first = lines[accesses.front().address / kLine][stores];
@@ -335,6 +368,8 @@ class Audit : public cuda_emulator::Observer {
   std::map<uintptr_t, Region> shared_;
   Region host_stack_, library_;
   Cache cache_;
+  std::vector<std::vector<CacheRequest>> running_;  // of the blocks that the cache has not seen yet
+  size_t running_at_a_time_ = 1;
   uint64_t requests_begun_ = 0;
   std::unordered_map<RequestKey, Request, HashOfKey> global_requests_, shared_requests_;
   std::array<std::unordered_map<uintptr_t, Round>, cuda_emulator::kMaxThreads>

@@ -36,9 +36,18 @@ void store_in_rounds(bool tells, unsigned char* memory) {
   }
 }
 
+// A part of so many bytes for each block, which it reads twice.
+void read_twice(int bytes, const unsigned char* memory) {
+  for (int i = 0; i < 2 * bytes; i += 32 * 16) {
+    const Round round(static_cast<unsigned>(i));
+    const volatile unsigned char* const own = memory + blockIdx.x * bytes + i % bytes + lane() * 16;
+    (void)*own;
+  }
+}
+
 }  // namespace
 
-// global_memory: of 512 bytes.
+// global_memory: of 512 bytes; of `stride` for each of six blocks where they read twice.
 extern "C" __attribute__((visibility("default"))) const char* run_pattern(int pattern, int stride, int words,
                                                                           unsigned char* global_memory) {
   const auto kernel = [&] {
@@ -57,10 +66,12 @@ extern "C" __attribute__((visibility("default"))) const char* run_pattern(int pa
         return store_in_rounds(false, shared());
       case 6:
         return store_in_rounds(true, global_memory);
+      case 7:
+        return read_twice(stride, global_memory);
       default:
         return cuda_emulator::fail("no such pattern", __LINE__);
     }
   };
-  return cuda_emulator::launch(reinterpret_cast<const void*>(&run_pattern), {1, 1, 1}, {32, 1, 1}, 1 << 14,
-                               kernel);
+  return cuda_emulator::launch(reinterpret_cast<const void*>(&run_pattern), {pattern == 7 ? 6u : 1u, 1, 1},
+                               {32, 1, 1}, 1 << 14, kernel);
 }

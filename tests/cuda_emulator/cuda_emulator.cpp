@@ -460,7 +460,8 @@ const char* launch(const void* address, dim3 grid, dim3 block, size_t dynamic_by
   machine.random = (seed() + 1) * 0x9E3779B97F4A7C15u ^ machine.blocks_run;
   if (machine.random == 0) machine.random = 1;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  if (machine.threads < 1 || machine.threads > kMaxThreads || blocks == 0 || dynamic_bytes > kMaxSharedMemory)
+  if (machine.threads < 1 || machine.threads > kMaxThreads || blocks == 0 ||
+      dynamic_bytes > allowed_shared_memory(address))
     return "invalid configuration argument";
 #ifdef EVAKERNELS_WATCH_THREAD
   machine.scheduler_sanitizer = __tsan_get_current_fiber();

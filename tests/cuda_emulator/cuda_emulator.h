@@ -41,8 +41,12 @@ namespace cuda_emulator {
 constexpr int kMultiprocessors = 3;
 constexpr int kBlocksPerMultiprocessor = 1;
 constexpr int kMaxThreads = 1024;
-constexpr size_t kMaxSharedMemory = 99 * 1024;  // of a block
-constexpr size_t kCacheBytes = 1 << 20;         // L2, behind which is memory
+constexpr size_t kSharedMemoryKb = 99;   // of a block, unless EVAKERNELS_EMULATOR_SHARED_KB says so
+constexpr size_t kCacheBytes = 1 << 20;  // L2, behind which is memory
+
+size_t max_shared_memory();
+// What the runtime was told that a kernel may have.
+size_t allowed_shared_memory(const void* kernel);
 
 const uint3& thread_index();
 const uint3& block_index();

@@ -25,8 +25,9 @@ foreach(variant IN LISTS VARIANTS)
   # Device code is full of nvcc's #pragma unroll; -x: it would take .cu files for linker scripts.
   target_compile_options(kernels_${variant} PRIVATE -x c++ -Wall -Wextra -Wno-unknown-pragmas -g1 ${watch})
 
-  add_library(emulator_${variant} OBJECT ${EMULATOR}/cuda_emulator.cpp ${EMULATOR}/tensor_cores.cpp)
-  target_include_directories(emulator_${variant} PRIVATE csrc)
+  add_library(emulator_${variant} OBJECT ${EMULATOR}/cuda_emulator.cpp ${EMULATOR}/cuda_runtime.cpp
+                                         ${EMULATOR}/tensor_cores.cpp csrc/cuda/runtime.cpp)
+  target_include_directories(emulator_${variant} PRIVATE csrc ${EMULATOR})
   # No function of the C library, which sanitizers watch.
   target_compile_options(emulator_${variant} PRIVATE -Wall -Wextra -O2 -fno-builtin -fno-tree-loop-distribute-patterns)
   string(TOUPPER EVAKERNELS_WATCH_${variant} told)
@@ -46,9 +47,10 @@ endforeach()
 
 # The same of the kernels that a compiler instruments for the thread sanitizer, but with functions of our own in its
 # place: they count what the kernels ask of memory. With the Python module, whose launchers these kernels serve too.
-add_library(emulator_audit OBJECT ${EMULATOR}/cuda_emulator.cpp ${EMULATOR}/tensor_cores.cpp
-                                  ${EMULATOR}/audit.cpp ${EMULATOR}/memory.cpp)
-target_include_directories(emulator_audit PRIVATE csrc)
+add_library(emulator_audit OBJECT ${EMULATOR}/cuda_emulator.cpp ${EMULATOR}/cuda_runtime.cpp
+                                  ${EMULATOR}/tensor_cores.cpp ${EMULATOR}/audit.cpp csrc/cuda/runtime.cpp
+                                  csrc/cuda/device.cpp)
+target_include_directories(emulator_audit PRIVATE csrc ${EMULATOR})
 target_compile_options(emulator_audit PRIVATE -Wall -Wextra -O2)
 set(objects $<TARGET_OBJECTS:kernels_thread> $<TARGET_OBJECTS:emulator_audit>)
 add_library(ops_audit MODULE $<TARGET_OBJECTS:bindings> ${objects})

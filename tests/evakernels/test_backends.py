@@ -3,10 +3,11 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evakernels
-from evakernels import _native, backends
+from evakernels import _native, backends, triton
 
 layer_norm_family = sys.modules["evakernels.ops.layer_norm"]
 
@@ -123,6 +124,57 @@ def test_the_compiled_library_refuses_what_it_has_no_kernel_for(monkeypatch):
     reasons = evakernels.explain("layer_norm", torch.ones(2, 4, device="meta", dtype=torch.float64))
     assert "the tensors are on meta, not on a CPU" in reasons
     assert "torch.float64 is not one of float32, bfloat16, float16" in reasons
+
+
+ALL = ["sm_80", "sm_90", "sm_100", "sm_120", "compute_100"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "codes", "runs"),
+    [
+        ((7, 5), ALL, False),
+        ((8, 0), ALL, True),
+        ((8, 9), ALL, True),
+        ((9, 0), ALL, True),
+        ((12, 1), ALL, True),
+        # By the PTX.
+        ((11, 0), ALL, True),
+        ((13, 0), ALL, True),
+        ((9, 0), ["sm_80"], False),
+        ((8, 0), ["sm_86"], False),
+        ((9, 0), ["sm_86", "compute_86"], True),
+        # The library of an unknown build.
+        ((7, 5), [], True),
+    ],
+)
+def test_a_gpu_that_nothing_was_compiled_for_is_refused(capability, codes, runs, monkeypatch):
+    """For a reason, so that the next backend serves the call; CUDA would end it with `no kernel image`."""
+    monkeypatch.setattr(_native, "LOADED", True)
+    monkeypatch.setattr(_native, "implemented", lambda op, device: True)
+    monkeypatch.setattr(_native, "build_record", lambda: {"cuda_codes": codes})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    _native.why_not_on_gpu.cache_clear()
+    with FakeTensorMode():
+        x = torch.ones(2, 4, device="cuda")
+    reasons = backends.why_not(OP, "cuda", x, None, None, 1e-6, False)
+    _native.why_not_on_gpu.cache_clear()
+    found = ".".join(map(str, capability))
+    refusal = [f"the GPU has compute capability {found}; the library was compiled for {', '.join(codes)}"]
+    assert reasons == ([] if runs else refusal)
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "refused"), [((7, 5), "13.0", 1), ((8, 0), "13.0", 0), ((7, 5), None, 0)]
+)
+def test_triton_does_not_serve_gpus_that_it_compiles_nothing_for(capability, cuda, refused, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    triton._too_old.cache_clear()
+    with FakeTensorMode():
+        x = torch.ones(2, 4, device="cuda")
+    reasons = backends.why_not(OP, "triton", x, None, None, 1e-6, False)
+    triton._too_old.cache_clear()
+    assert reasons == ["the GPU has compute capability 7.5; Triton needs 8.0 or later"] * refused
 
 
 def test_without_any_usable_backend_the_error_lists_all(monkeypatch):

@@ -96,6 +96,7 @@ def test_a_gpu_whose_capability_is_unknown_gets_the_library_for_all(machine: Mac
     write_program(machine.programs / "nvidia-smi", {"-L": "GPU 0: NVIDIA H100"})
     record, _ = machine.decide()
     assert record["cuda_archs"] == ["80-real", "90-real", "100-real", "120"]
+    assert record["cuda_codes"] == ["sm_80", "sm_90", "sm_100", "sm_120", "compute_100"]
 
 
 @without_gpu
@@ -139,7 +140,7 @@ def test_gpus_that_nvcc_reads_the_sources_alike_for_share_a_ptx(
     ("nvcc", "gpus", "reason"),
     [
         (NVCC_13, ["7.5"], "the GPU's compute capability is 7.5; the kernels need 8.0 or later"),
-        ((11, 8, (75, 80, 90)), ["9.0"], "nvcc 11.8 is too old; needed is 12.0 or later"),
+        ((11, 8, (75, 80, 90)), ["9.0"], "nvcc 11.8 is too old; needed is 12.1 or later"),
         ((10, 0, ()), ["9.0"], "nvcc doesn't tell its version and the GPUs that it compiles for"),
     ],
 )
