@@ -147,7 +147,8 @@ def with_tools(version: str, interpreter: Path) -> Path:
             return python
     shutil.rmtree(folder, ignore_errors=True)
     with phase(f"Installing what the build needs for Python {version}"):
-        return wheel.environment(interpreter, folder)
+        # Its headers are those that all later ones have.
+        return wheel.environment(interpreter, folder, torch=f"torch=={matrix.OLDEST_TORCH}.*")
 
 
 def check_build(python: Path, archs: Sequence[str]) -> None:
@@ -277,13 +278,12 @@ def write_manifest(target: Path, **told: Any) -> None:
         for path in sorted(target.rglob("*"))
         if path.is_file()
     }
-    torch = next(text for text in wheel.build_requirements() if text.startswith("torch"))
     manifest = {
         "schema": bundle.SCHEMA,
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "sources": bundle.sources_hash(ROOT),
-        "torch": torch.partition(">=")[2],
+        "torch": matrix.OLDEST_TORCH,
         **told,
         "files": files,
         "packages": packages_in(target / "wheels"),

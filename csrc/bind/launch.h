@@ -17,7 +17,7 @@ namespace evakernels {
 inline cuda::Stream current_stream(int32_t device) {
   require(aoti_torch_get_current_cuda_stream != nullptr, "this build of torch has no CUDA");
   cuda::Stream stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return stream;
 }
 
