@@ -95,7 +95,10 @@ bundle = reader()
 
 @contextmanager
 def phase(what: str) -> Iterator[None]:
-    """What tools/phase.sh does, for a block: a line when it begins, its time at the end, and its output if it fails."""
+    """What tools/phase.sh does, for a block: a line when it begins, its time at the end, and its output if it fails.
+
+    A command that fails ends the program with a line that names it.
+    """
     log = ROOT / "build/logs" / (re.sub(r"\W+", "-", what).strip("-") + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"· {what} ...", flush=True)
@@ -105,11 +108,17 @@ def phase(what: str) -> Iterator[None]:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
             yield
-    except BaseException:
+    except (Exception, SystemExit) as exc:
         restore(output)
-        print("\n".join(log.read_text(errors="replace").splitlines()[-60:]), flush=True)
+        lines = log.read_text(errors="replace").splitlines()
+        told = [
+            line.strip() for line in lines if " error: " in line
+        ]  # a compiler's, in the middle of all that pip says
+        print("\n".join(told[:20] or lines[-60:]), flush=True)
         seconds = time.monotonic() - began
         print(f"✗ {what} failed after {seconds:.0f} s; all that it printed is in {log}", file=sys.stderr, flush=True)
+        if isinstance(exc, subprocess.CalledProcessError):
+            raise SystemExit(f"error: {Path(exc.cmd[0]).name} ended with {exc.returncode}") from None
         raise
     restore(output)
     print(f"✓ {what}: {time.monotonic() - began:.0f} s", flush=True)
