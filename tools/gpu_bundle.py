@@ -113,7 +113,7 @@ def phase(what: str) -> Iterator[None]:
         lines = log.read_text(errors="replace").splitlines()
         told = [
             line.strip() for line in lines if " error: " in line
-        ]  # a compiler's, in the middle of all that pip says
+        ]  # the compiler's
         print("\n".join(told[:20] or lines[-60:]), flush=True)
         seconds = time.monotonic() - began
         print(f"✗ {what} failed after {seconds:.0f} s; all that it printed is in {log}", file=sys.stderr, flush=True)
