@@ -111,9 +111,7 @@ def phase(what: str) -> Iterator[None]:
     except (Exception, SystemExit) as exc:
         restore(output)
         lines = log.read_text(errors="replace").splitlines()
-        told = [
-            line.strip() for line in lines if " error: " in line
-        ]  # the compiler's
+        told = [line.strip() for line in lines if " error: " in line]  # the compiler's
         print("\n".join(told[:20] or lines[-60:]), flush=True)
         seconds = time.monotonic() - began
         print(f"✗ {what} failed after {seconds:.0f} s; all that it printed is in {log}", file=sys.stderr, flush=True)
