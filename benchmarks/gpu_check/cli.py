@@ -75,7 +75,7 @@ def _run(args: argparse.Namespace) -> None:
     environment = _environment(settings, bundle is not None)
     plan = _plan(settings, args.only, environment)
     if not (plan["machine"]["gpu"] or args.rehearsal):
-        print("\n".join(f"{stage}: no GPU" for stage in [*plan["shares"], *plan["errors"]]))
+        print("\n".join(f"{stage}: no GPU" for stage in {**plan["shares"], **plan["errors"]}))
         raise SystemExit(summary.NO_GPU)
     if bundle is not None:
         bundle.check_gpu(*plan["machine"]["capability"])

@@ -63,12 +63,13 @@ def summarize(records: Sequence[Record], units: Sequence[Unit], errors: dict[str
 
 def show(summary: dict[str, Any], console: Console) -> None:
     """Prints the table, and below it what failed and what is open."""
-    table = Table("stage", *KINDS, "seconds", title=title(summary["header"]), title_justify="left")
+    console.print(title(summary["header"]), markup=False, highlight=False, soft_wrap=True)
+    table = Table("stage", *KINDS, "seconds")
     for name, counts in summary["stages"].items():
         table.add_row(name, *(str(counts[kind] or "") for kind in KINDS), f"{counts['seconds']:.0f}")
     console.print(table)
-    for line in _lines(summary):
-        console.print(line, markup=False, highlight=False)
+    for line in lines(summary):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def write(summary: dict[str, Any], journal: Path) -> None:
@@ -79,8 +80,7 @@ def write(summary: dict[str, Any], journal: Path) -> None:
         f"| {name} | {' | '.join(str(counts[kind]) for kind in KINDS)} | {counts['seconds']:.0f} |"
         for name, counts in summary["stages"].items()
     ]
-    lines = [f"- {line}" for line in _lines(summary)]
-    text = [title(summary["header"]), "", head, *rows, "", *lines]
+    text = [title(summary["header"]), "", head, *rows, "", *(f"- {line}" for line in lines(summary))]
     write_text(journal.with_suffix(".summary.md"), "\n".join(text).rstrip() + "\n")
 
 
@@ -92,13 +92,20 @@ def title(header: Record) -> str:
     return f"{rehearsal}{', '.join(parts)}, commit {header['commit'] or '?'}"
 
 
-def _lines(summary: dict[str, Any]) -> list[str]:
-    lines = []
-    for what, entries in (("FAILED", summary["failures"]), ("refused", summary["refusals"])):
-        for entry in entries:
-            where = ": ".join(str(entry[name]) for name in ("stage", "unit", "case") if entry[name])
-            lines.append(f"{what} {where}: {' '.join(entry['error'].split())[:300]}")
+def lines(summary: dict[str, Any], refused: bool = True) -> list[str]:
+    """What failed, what was refused for which reason, and what is open."""
+    found = [f"FAILED {_line(entry)}" for entry in summary["failures"]]
+    alike: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for entry in summary["refusals"] if refused else ():
+        alike[entry["stage"], entry["error"]].append(entry)
+    for first, *others in alike.values():
+        found.append(f"refused {_line(first)}" + (f" (and {len(others)} more)" if others else ""))
     if summary["open"]:
         named, more = summary["open"][:_NAMED], len(summary["open"]) - _NAMED
-        lines.append(f"open, for --resume: {', '.join(named)}" + (f" and {more} more" if more > 0 else ""))
-    return lines
+        found.append(f"open, for --resume: {', '.join(named)}" + (f" and {more} more" if more > 0 else ""))
+    return found
+
+
+def _line(entry: Record) -> str:
+    where = ": ".join(str(entry[name]) for name in ("stage", "unit", "case") if entry[name])
+    return f"{where}: {' '.join(entry['error'].split())[:300]}"

@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.columns import NOTHING
 from benchmarks.gpu_check.records import Record
-from benchmarks.gpu_check.summary import KINDS, title
+from benchmarks.gpu_check.summary import KINDS, lines, title
 
 _GIB = 2**30
 
@@ -18,11 +18,8 @@ def sections(summary: dict[str, Any], ends: Sequence[Record]) -> list[str]:
         ends: the last record of each case.
     """
     proofs = [[name, *(counts[kind] for kind in KINDS)] for name, counts in summary["stages"].items()]
-    failures = [
-        f"- **{entry['stage']}: {entry['unit']}: {entry['case']}**: {' '.join(entry['error'].split())[:300]}"
-        for entry in summary["failures"]
-    ]
-    parts = [f"**{title(summary['header'])}**.", _table(["stage", *KINDS], proofs), "\n".join(failures)]
+    failures = "\n".join(f"- {line}" for line in lines(summary, refused=False))
+    parts = [f"**{title(summary['header'])}**.", _table(["stage", *KINDS], proofs), failures]
     if steps := list(_steps(ends)):
         heading = ["training step", "ms", "samples a second", "MFU", "peak, GiB", "planned, GiB"]
         parts += ["Whole training steps, LAMB included, in bfloat16 by autocast:", _table(heading, steps)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from bench_fakes import machine, registered, row, tanh, tanh_operation
 
-from benchmarks import cli
+from benchmarks import cli, plugins
 from benchmarks import machine as machines
 from benchmarks.operation import _registry, operations, peers_of
 from benchmarks.results import Results, read_results
@@ -134,6 +134,7 @@ def test_check_names_wrong_peers_and_lets_them_pass(capsys: pytest.CaptureFixtur
 
 def test_check_misses_a_kernel(capsys: pytest.CaptureFixture[str]) -> None:
     """Green without it would say that what wasn't measured is right."""
+    plugins.load()
     absent = {"layer_norm: evakernels cuda": "not loaded", "clip_loss: evakernels cuda": "has no compiled kernel"}
     with pytest.raises(SystemExit, match="1"):
         cli._check(Results(machine(device="cuda"), [row()], absent))

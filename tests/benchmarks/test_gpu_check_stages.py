@@ -1,6 +1,7 @@
 """The stages of `make gpu-check` where there is no GPU: what they plan, and what they take for a failure."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 import torch
 from bench_fakes import machine, registered, row, tanh_operation
 
+import benchmarks.cases  # noqa: F401  (registers the operations)
 import evakernels.triton
 from benchmarks.candidates import candidates
 from benchmarks.gpu_check import child, kernels, tiny
@@ -64,6 +66,12 @@ def test_all_stages_are_planned_where_little_is_installed() -> None:
     assert sum(plan["shares"].values()) <= 540
     first = max(plan["units"], key=lambda unit: unit["value"])
     assert (first["stage"], first["name"]) == ("first_light", "cuda")
+
+
+def test_make_installs_nothing() -> None:
+    call = ["make", "--dry-run", "gpu-check", "PYTHON=python", "BUNDLE=none", "GPU_CHECK=--only why"]
+    result = subprocess.run(call, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert result.stdout.split() == ["python", "-m", "benchmarks.gpu_check", "--only", "why"]
 
 
 def test_tuning_is_planned_when_it_is_asked_for() -> None:
@@ -169,16 +177,25 @@ def test_a_baseline_that_is_not_installed_is_a_refusal(monkeypatch: pytest.Monke
     monkeypatch.setattr(timing, "version_of", lambda package: None)
     with pytest.raises(Refusal, match="torch, the baseline, isn't installed"):
         rows_of()
+    dropin = get_operation("dropin")
+    for shape, package in (("open_clip/vit-b-32 b1", "open_clip_torch"), ("timm/vit-b b1", "timm")):
+        case = Case(dropin, dropin.shape(shape), "forward", torch.float32, torch.device("cpu"))
+        with pytest.raises(Refusal, match=f"{package}, the baseline, isn't installed"):
+            timing.rows_of(case, machine(), CPU, slow=False)
 
 
 NCU = """==PROF== Connected to process 4711
 ==PROF== Profiling "norm_forward" - 0: 0%....50%....100% - 2 passes
-"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
-"0","4711","norm_forward<BFloat16, 8>(Params)","gpu__time_duration.sum","us","12.5"
-"0","4711","norm_forward<BFloat16, 8>(Params)","launch__registers_per_thread","register/thread","64"
-"0","4711","norm_forward<BFloat16, 8>(Params)","lts__t_bytes.sum","Mbyte","3"
-"1","4711","norm_backward<BFloat16>(Params)","gpu__time_duration.sum","nsecond","31,250"
-"1","4711","norm_backward<BFloat16>(Params)","sm__throughput.avg.pct_of_peak_sustained_elapsed","%","n/a"
+"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value","Rule Name"
+"0","norm_forward<BFloat16, 8>(Params)","GPU Speed Of Light Throughput","Duration","us","12.5",""
+"0","norm_forward<BFloat16, 8>(Params)","Launch Statistics","Registers Per Thread","register/thread","64",""
+"0","norm_forward<BFloat16, 8>(Params)","Launch Statistics","Waves Per SM","","3",""
+"0","norm_forward<BFloat16, 8>(Params)","Occupancy","","","","TheoreticalOccupancy"
+"1","norm_backward<BFloat16>(Params)","GPU Speed Of Light Throughput","Duration","nsecond","31,250",""
+"1","norm_backward<BFloat16>(Params)","GPU Speed Of Light Throughput","Compute (SM) Throughput","%","n/a",""
+"""
+FAKE_NCU = """#!/bin/sh
+case "$*" in *--metrics*) echo "==ERROR== no such metric" ;; *) cat {}/csv ;; esac
 """
 
 
@@ -189,9 +206,23 @@ def test_counters_are_those_of_the_slowest_kernel_first() -> None:
     assert why.parse("==ERROR== ERR_NVGPUCTRPERM") == []
 
 
+def test_counters_that_this_gpu_does_not_know_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ncu = tmp_path / "ncu"
+    ncu.write_text(FAKE_NCU.format(tmp_path))
+    ncu.chmod(0o755)
+    (tmp_path / "csv").write_text(NCU)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    norm = get_operation("layer_norm")
+    found = why._counters(norm, "triton", Settings())
+    assert (found["kernel"], found["kernels"], found["mode"]) == ("norm_backward<BFloat16>(Params)", 2, "training")
+    (tmp_path / "csv").write_text("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission")
+    with pytest.raises(Refusal, match="ncu counted nothing: ==ERROR== ERR_NVGPUCTRPERM"):
+        why._counters(norm, "triton", Settings())
+
+
 def test_counters_that_can_not_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Refusal, match="ncu counts on a GPU"):
-        why._counters("gelu", "cuda", CPU)
+        why._counters(get_operation("gelu"), "cuda", CPU)
     monkeypatch.setattr(why.shutil, "which", lambda name: None)
     with pytest.raises(Refusal, match="ncu is not installed"):
-        why._counters("gelu", "cuda", Settings())
+        why._counters(get_operation("gelu"), "cuda", Settings())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.gpu_check.records import Journal
 from benchmarks.gpu_check.stage import Refusal, Session, Settings, Unit
@@ -168,7 +169,7 @@ def test_each_disaster_costs_its_own_case_alone(stages: Callable[..., dict[str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.exhaustive)])
 def test_a_run_that_is_ended_is_resumed(
     stages: Callable[..., dict[str, str]], tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -213,6 +214,16 @@ def test_a_full_disk_ends_with_one_line(stages: Callable[..., dict[str, str]], t
     assert "error: cannot write " in output
     assert "File too large; what it holds is whole: --resume" in output
     assert len(records_of(tmp_path, "end")) > 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_every_stage_says_so(stages: Callable[..., dict[str, str]], tmp_path: Path) -> None:
+    call = [sys.executable, "-c", RUN, "--out", tmp_path]
+    environment = stages(slow=SLOW, broken=BROKEN)
+    result = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 4
+    assert result.stdout.splitlines() == ["broken: no GPU", "slow: no GPU"]
+    assert not list(tmp_path.glob("*.jsonl"))
 
 
 def session_of(tmp_path: Path) -> Session:

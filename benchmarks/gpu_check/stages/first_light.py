@@ -12,7 +12,7 @@ from torch import Tensor
 
 import evakernels
 import evakernels.triton
-from benchmarks import accuracy
+from benchmarks import accuracy, origin
 from benchmarks.gpu_check import tiny
 from benchmarks.gpu_check.kernels import cuda_ops, missing, native_backend
 from benchmarks.gpu_check.stage import Failure, Refusal, Session, Settings, Unit
@@ -50,7 +50,9 @@ def run(unit: Unit, session: Session) -> None:
 
 def _library(settings: Settings) -> dict[str, Any]:
     """What is installed; fails without kernels for this GPU."""
-    info = evakernels.info()
+    info = evakernels.info() | {"package": origin.describe()}
+    if not origin.is_checkout():
+        raise Failure(f"evakernels isn't that of this checkout: {info['package']}", info)
     if not _native.LOADED:
         raise Failure(f"the compiled library is not loaded: {_native.REASON}", info)
     if absent := [op for op in cuda_ops() if missing(op, native_backend(settings))]:
