@@ -1,5 +1,6 @@
 """What the launchers of all families share."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
@@ -31,7 +32,7 @@ def _multiprocessors(device: int) -> int:
 
 def rows_of(tensor: Tensor) -> Tensor:
     """`[..., F]` as `[rows, F]` with dense rows: a view where the rows are equally far apart, else a copy."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
+    rows = tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])  # F may be 0
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 

@@ -26,9 +26,10 @@ LEFT_OUT = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
 def tree(made_once: Callable[..., Path], tmp_path: Path) -> Path:
     """A copy of the tree with a library in which emulated kernels serve the CPU."""
     library = build_emulated(made_once) / "coverage/_ops.so"
-    for name in ("evakernels", "evaclip", "benchmarks", "csrc"):
+    for name in ("evakernels", "evaclip", "benchmarks", "csrc", "tests/evakernels"):
         shutil.copytree(ROOT / name, tmp_path / "tree" / name, ignore=LEFT_OUT)
-    shutil.copy(ROOT / "CMakeLists.txt", tmp_path / "tree")
+    for name in ("CMakeLists.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / "tree")
     shutil.copy(library, tmp_path / "tree/evakernels")
     return tmp_path / "tree"
 
@@ -59,6 +60,10 @@ def test_all_stages_pass_on_emulated_kernels(tree: Path) -> None:
     assert light.pop("another stream") == "refused"
     assert set(light.values()) == {"passed"}
     assert {"lamb_apply on cuda", "rope_attention_backward on cuda", "siglip_backward on triton"} <= set(light)
+    truth = [end for end in records if end["record"] == "end" and end["stage"] == "truth"]
+    assert {(end["unit"], end["status"]) for end in truth} == {("swiglu cuda", "passed"), ("swiglu triton", "passed")}
+    assert len(truth) == 12
+    assert statuses(records, "hunters") == {"norms": "refused"}  # nothing is compiled in a rehearsal
     timing = statuses(records, "timing")
     assert set(timing.values()) == {"passed"}
     assert {"ceilings", "emoji b4 drop50", "layer_norm, training, 4x64, bfloat16"} <= set(timing)

@@ -11,6 +11,7 @@ from op_checks import (
     assert_deterministic,
     assert_gradcheck,
     assert_opcheck,
+    with_gradients,
 )
 
 import evakernels
@@ -110,6 +111,14 @@ def test_compiles_without_graph_break(pair, inputs, dynamic):
 @pytest.mark.parametrize(("pair", "inputs"), CASES)
 def test_two_runs_are_bit_equal(pair, inputs):
     assert_deterministic(pair[0], [None if t is None else t.float() for t in inputs])
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_no_columns(kind):
+    x, parameter = torch.ones(3, 0), torch.ones(0)
+    outputs, gradients = with_gradients(plain(kind)[0], (x, parameter, None if kind == "rms" else parameter))
+    assert outputs[0].shape == gradients[0].shape == x.shape
+    assert all(t.numel() == 0 for t in gradients)
 
 
 @pytest.mark.parametrize("rms", [False, True])

@@ -96,4 +96,4 @@ def test_no_op_test_mixes_devices(op: str) -> None:
         FOLDER, f"test_{op}.py", "--device", "meta", "-k", "accurate or error_rule", "-x", "--maxfail=9999"
     )[""]
     assert "meta tensor" in text
-    assert not re.findall(r"^E .*(?:on cpu|cpu and meta|meta and cpu|cpu, meta).*", text, re.M)
+    assert not re.findall(r"^E .*(?:on cpu|device cpu|cpu and meta|meta and cpu|cpu, meta).*", text, re.M)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from on_device import DEVICE
 from test_functorch import CASES as DIFFERENTIABLE
+from test_functorch import NO_GRADIENT
 from test_wrong_input import CALLS
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
@@ -19,15 +20,17 @@ WRITING = [op for op in CALLS if op.startswith(("adamw", "lamb"))]
 DTYPES = [torch.bfloat16, torch.float32]
 every_op = pytest.mark.parametrize("op", DIFFERENTIABLE)
 every_writing_op = pytest.mark.parametrize("op", WRITING)
+every_flag = pytest.mark.parametrize("found_inf", [0.0, 1.0])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def results(function, given):
     """Outputs and gradients, without a look at the host: the cotangents are made of the outputs."""
-    leaves = [t.detach().requires_grad_() for t in given]
+    has_gradient = function is not DIFFERENTIABLE[NO_GRADIENT][0]
+    leaves = [t.detach().requires_grad_(has_gradient) for t in given]
     outputs = function(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    if not outputs[0].requires_grad:
+    if not has_gradient:
         return outputs
     gradients = torch.autograd.grad(outputs, leaves, [o.detach().sin() for o in outputs], allow_unused=True)
     return [o.detach() for o in outputs] + [g for g in gradients if g is not None]
@@ -35,6 +38,10 @@ def results(function, given):
 
 def inputs_of(op, dtype):
     return [t.to(dtype) for t in DIFFERENTIABLE[op][2]]
+
+
+def step_of(op, found_inf):
+    return CALLS[op] | {"found_inf": torch.tensor(found_inf)}
 
 
 def clone(arguments):
@@ -86,9 +93,11 @@ def test_another_stream(op, dtype):
 
 
 @NEEDS_GPU
+@every_flag
 @every_writing_op
-def test_another_stream_of_an_optimizer(op):
-    assert_equal(on_a_late_stream(lambda t: written(op, t), CALLS[op]), written(op, clone(CALLS[op])))
+def test_another_stream_of_an_optimizer(op, found_inf):
+    step = step_of(op, found_inf)
+    assert_equal(on_a_late_stream(lambda t: written(op, t), step), written(op, clone(step)))
 
 
 # --- captured graphs ------------------------------------------------------------------------------------------------
@@ -123,11 +132,13 @@ def test_a_captured_graph_is_replayed_on_other_values(op, dtype):
 
 
 @NEEDS_GPU
+@every_flag
 @every_writing_op
-def test_a_captured_step_of_an_optimizer_is_replayed(op):
-    static, eager = clone(CALLS[op]), clone(CALLS[op])
+def test_a_captured_step_of_an_optimizer_is_replayed(op, found_inf):
+    step = step_of(op, found_inf)
+    static, eager = clone(step), clone(step)
     graph, found = captured(lambda: written(op, static))
-    copy(static, CALLS[op])
+    copy(static, step)
     for _ in range(3):
         graph.replay()
         assert_equal(found, written(op, eager))

@@ -34,6 +34,10 @@ def test_widths_of_models() -> None:
     run_ops(BEFORE, "(1408 or 2730) and not dtype2", ops=["norm_widths"], TRITON_INTERPRET="1")
 
 
+def test_no_columns() -> None:
+    run_ops(BEFORE, "no_columns", ops=["layer_norm", "swiglu"], TRITON_INTERPRET="1")
+
+
 def test_traffic() -> None:
     run_ops(choice="test_", ops=["triton_traffic"], TRITON_INTERPRET="1")
 

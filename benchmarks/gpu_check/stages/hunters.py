@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -97,12 +96,7 @@ def _program(settings: Settings) -> Path:
     found = binary(settings)
     if not found.exists():
         raise Refusal(f"no {found}: not in the bundle, and not compiled")
-    if os.access(found, os.X_OK):
-        return found
-    copy = Path(tempfile.mkdtemp()) / PROGRAM  # a bundle may have lost its modes
-    shutil.copy(found, copy)
-    copy.chmod(0o755)
-    return copy
+    return found
 
 
 def compile_program(folder: Path, arch: str = "native") -> None:

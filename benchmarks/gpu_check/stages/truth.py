@@ -1,6 +1,5 @@
 """The ops' own tests, with their tensors on the GPU and one backend at a time: every test is a case."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ from _pytest.runner import runtestprotocol
 
 from benchmarks.gpu_check.stage import Refusal, Session, Settings, Unit
 from benchmarks.origin import ROOT
+from evakernels import backends
 
 SECONDS = 120
 
@@ -40,7 +40,7 @@ _TINY = "(test_as_accurate_as_torch and plain) or no_columns"
 
 def units(settings: Settings) -> list[Unit]:
     """One for each file and backend."""
-    pairs = [(file, backend) for file, (_, backends) in FILES.items() for backend in backends]
+    pairs = [(file, backend) for file, (_, names) in FILES.items() for backend in names]
     pairs.sort(key=lambda pair: pair[1] == "triton")
     return [
         Unit("truth", f"{file} {backend}".strip(), seconds=60, value=90 - number, alone=False)
@@ -53,7 +53,6 @@ def run(unit: Unit, session: Session) -> None:
     """Runs one file's tests in this process."""
     file, _, backend = unit.name.partition(" ")
     if session.settings.rehearsal:
-        os.environ["TRITON_INTERPRET"] = "1" if backend == "triton" else "0"
         backend = {"cuda": "cpu"}.get(backend, backend)  # that of the emulated kernels
     session.case("the backend serves the op", lambda: _serve(FILES[file][0], backend))
     options = ["-q", "-s", "-p", "no:cacheprovider", "--device", session.settings.device]
@@ -67,8 +66,6 @@ def run(unit: Unit, session: Session) -> None:
 
 def _serve(op: str, backend: str) -> None:
     """Raises where the kernels are missing: else every test would be refused, and none would fail."""
-    from evakernels import backends
-
     reasons = backends.why_not(op, backend or "cuda")
     assert not reasons, f"{backend} serves no {op}: {'; '.join(reasons)}"
 
