@@ -36,7 +36,7 @@ def describe(settings: Settings) -> dict[str, Any]:
 
 def _first_line(command: Sequence[str], line: int = 0) -> str:
     try:
-        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+        output: str = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
     return output.strip().splitlines()[line]

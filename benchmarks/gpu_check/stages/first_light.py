@@ -67,7 +67,8 @@ def compare(op: str, backend: str, settings: Settings) -> dict[str, Any]:
         raise Failure(f"no kernel: {'; '.join(reasons)}", {})
     implementations = backends._implementations[op]
     found = results(implementations[backend].function, args)
-    truth = results(implementations["reference"].function, tuple(accuracy.as_double(dict(enumerate(args))).values()))
+    exact = accuracy.as_double({str(place): arg for place, arg in enumerate(args)})
+    truth = results(implementations["reference"].function, tuple(exact.values()))
     if len(found) != len(truth):
         raise Failure(f"{len(found)} tensors came back where {len(truth)} were expected", {})
     error = accuracy.relative_error(found, truth)
@@ -82,7 +83,7 @@ def results(function: Any, args: tuple[Any, ...]) -> list[Tensor]:
     returned = accuracy.tensors(function(*own))
     left = list(backends.tensors(own))
     changed = [ours for ours, former in zip(left, backends.tensors(args), strict=True) if not torch.equal(ours, former)]
-    return [*returned, *(changed or [])]
+    return [*returned, *changed]
 
 
 def _stream(settings: Settings) -> None:

@@ -72,8 +72,9 @@ def _counters(op: Operation, backend: str, settings: Settings) -> dict[str, Any]
 def _printed(ncu: list[str], call: list[str]) -> str:
     """What ncu and what it runs print, on either stream."""
     command = [*ncu, "--target-processes", "all", sys.executable, "-m", "benchmarks.profiling", *call]
-    pipe = subprocess.PIPE
-    return subprocess.run(command, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True, check=False).stdout
+    pipe, same = subprocess.PIPE, subprocess.STDOUT
+    output: str = subprocess.run(command, cwd=ROOT, stdout=pipe, stderr=same, text=True, check=False).stdout
+    return output
 
 
 def parse(output: str) -> list[dict[str, Any]]:
