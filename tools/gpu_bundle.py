@@ -95,7 +95,10 @@ bundle = reader()
 
 @contextmanager
 def phase(what: str) -> Iterator[None]:
-    """What tools/phase.sh does, for a block: a line when it begins, its time at the end, and its output if it fails."""
+    """What tools/phase.sh does, for a block: a line when it begins, its time at the end, and its output if it fails.
+
+    A command that fails ends the program with a line that names it.
+    """
     log = ROOT / "build/logs" / (re.sub(r"\W+", "-", what).strip("-") + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"· {what} ...", flush=True)
@@ -105,11 +108,15 @@ def phase(what: str) -> Iterator[None]:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
             yield
-    except BaseException:
+    except (Exception, SystemExit) as exc:
         restore(output)
-        print("\n".join(log.read_text(errors="replace").splitlines()[-60:]), flush=True)
+        lines = log.read_text(errors="replace").splitlines()
+        told = [line.strip() for line in lines if " error: " in line]  # the compiler's
+        print("\n".join(told[:20] or lines[-60:]), flush=True)
         seconds = time.monotonic() - began
         print(f"✗ {what} failed after {seconds:.0f} s; all that it printed is in {log}", file=sys.stderr, flush=True)
+        if isinstance(exc, subprocess.CalledProcessError):
+            raise SystemExit(f"error: {Path(exc.cmd[0]).name} ended with {exc.returncode}") from None
         raise
     restore(output)
     print(f"✓ {what}: {time.monotonic() - began:.0f} s", flush=True)
@@ -147,7 +154,8 @@ def with_tools(version: str, interpreter: Path) -> Path:
             return python
     shutil.rmtree(folder, ignore_errors=True)
     with phase(f"Installing what the build needs for Python {version}"):
-        return wheel.environment(interpreter, folder)
+        # Its headers are those that all later ones have.
+        return wheel.environment(interpreter, folder, torch=f"torch=={matrix.OLDEST_TORCH}.*")
 
 
 def check_build(python: Path, archs: Sequence[str]) -> None:
@@ -277,13 +285,12 @@ def write_manifest(target: Path, **told: Any) -> None:
         for path in sorted(target.rglob("*"))
         if path.is_file()
     }
-    torch = next(text for text in wheel.build_requirements() if text.startswith("torch"))
     manifest = {
         "schema": bundle.SCHEMA,
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "sources": bundle.sources_hash(ROOT),
-        "torch": torch.partition(">=")[2],
+        "torch": matrix.OLDEST_TORCH,
         **told,
         "files": files,
         "packages": packages_in(target / "wheels"),

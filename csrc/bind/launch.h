@@ -14,7 +14,7 @@ namespace evakernels {
 inline cuda::Stream current_stream(int32_t device) {
   static const StreamFunction torch_stream = find_stream_function();
   cuda::Stream stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(torch_stream(device, &stream));
   return stream;
 }
 

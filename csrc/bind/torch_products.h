@@ -9,23 +9,23 @@ namespace evakernels {
 
 // out = a @ b.
 inline void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
 // sum += a @ b.
 inline void add_product(const Tensor& sum, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(sum.get(), sum.get(), a.get(), b.get(), 1.0, 1.0));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(sum.get(), sum.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
 // The same for stacks of matrices.
 inline void multiply_stacks_into(const Tensor& out, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(out.get(), a.get(), b.get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(out.get(), a.get(), b.get()));
 }
 
 // a * b, the dtype that of torch.
 inline Tensor product_of_elements(const Tensor& a, const Tensor& b) {
   AtenTensorHandle result = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mul_Tensor(a.get(), b.get(), &result));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mul_Tensor(a.get(), b.get(), &result));
   return Tensor(result);
 }
 

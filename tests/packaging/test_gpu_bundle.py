@@ -234,6 +234,17 @@ def test_a_bundle_that_could_not_be_finished_leaves_the_former_one(
     assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
 
 
+def test_of_a_failed_phase_the_compilers_errors_are_shown(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="error: sh ended with 3"), tool.phase("Compiling"):
+        tool.wheel.run("sh", "-c", r"printf 'x.cu:1: %s: no such kernel\n' error; echo noise; exit 3")
+    out, err = capfd.readouterr()
+    assert out == "· Compiling ...\nx.cu:1: error: no such kernel\n"
+    assert err.startswith("✗ Compiling failed after 0 s")
+
+
 def run(*arguments: object, **environment: str) -> str:
     """What make's command says where it can't begin."""
     command = [sys.executable, ROOT / "tools/gpu_bundle.py", *arguments]
