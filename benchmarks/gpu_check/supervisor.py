@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from bisect import insort
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -91,7 +91,7 @@ class Supervisor:
     _queue: list[Unit] = field(default_factory=list)
     _running: list[Child] = field(default_factory=list)
     _waiting: Child | None = None
-    _spent: Counter[str] = field(default_factory=Counter)
+    _spent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     _deaths: Counter[tuple[str, str]] = field(default_factory=Counter)
     _seen: int = 0
 

@@ -19,7 +19,14 @@ from benchmarks.operation import Operation, get_operation
 from benchmarks.origin import ROOT
 
 SECONDS = 60
-_OPS = ("rope_attention", "causal_attention", "packed_attention", "layer_norm", "add_layer_norm", "layer_norm_add")
+_OPS: tuple[str, ...] = (
+    "rope_attention",
+    "causal_attention",
+    "packed_attention",
+    "layer_norm",
+    "add_layer_norm",
+    "layer_norm_add",
+)
 _OPS += ("swiglu", "token_dropout", "gelu", "lamb_step", "adamw_step", "gradient_norm", "clip_loss", "siglip_loss")
 _SECTIONS = ("SpeedOfLight", "Occupancy", "LaunchStats")
 _MORE = {
