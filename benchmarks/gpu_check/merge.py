@@ -70,9 +70,9 @@ def _check(journals: Sequence[Path], headers: Sequence[Record], mixed: bool) -> 
     for path, header in zip(journals, headers, strict=True):
         if header["rehearsal"]:
             raise UserError(f"{path} is a rehearsal: its kernels were emulated, and its times mean nothing")
-    commits, cards = ([header["commit"] for header in headers], [header["machine"]["name"] for header in headers])
-    for what, several in (("commit", commits), ("card", cards)):
-        found = dict.fromkeys(several)
+    commits, cards = [header["commit"] for header in headers], [header["machine"]["name"] for header in headers]
+    for what, names in (("commit", commits), ("card", cards)):
+        found = dict.fromkeys(names)
         if len(found) > 1 and not mixed:
             raise UserError(f"the journals are of more than one {what}: {', '.join(found)}; --mixed merges them anyway")
 

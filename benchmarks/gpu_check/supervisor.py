@@ -91,7 +91,7 @@ class Supervisor:
     _queue: list[Unit] = field(default_factory=list)
     _running: list[Child] = field(default_factory=list)
     _waiting: Child | None = None
-    _spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _spent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     _deaths: Counter[tuple[str, str]] = field(default_factory=Counter)
     _seen: int = 0
 

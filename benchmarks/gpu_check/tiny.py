@@ -74,8 +74,8 @@ def _lamb_step(draw: _Draw) -> tuple[Any, ...]:
 
 def _siglip_backward(draw: _Draw) -> tuple[Any, ...]:
     """Behind the forward pass, which computes the gradients."""
-    arguments = next(calls.calls("siglip_forward", {"depth": 64}, draw))
-    return draw.statistic(), *arguments[:-1], *reference.siglip_forward(*arguments)[1:]
+    inputs = next(calls.calls("siglip_forward", {"depth": 64}, draw))
+    return draw.statistic(), *inputs[:-1], *reference.siglip_forward(*inputs)[1:]
 
 
 _CALLS = {

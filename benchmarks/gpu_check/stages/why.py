@@ -19,20 +19,15 @@ from benchmarks.operation import Operation, get_operation
 from benchmarks.origin import ROOT
 
 SECONDS = 60
-_OPS: tuple[str, ...] = ("rope_attention", "causal_attention", "packed_attention")
-_OPS += (
+_OPS: tuple[str, ...] = (
+    "rope_attention",
+    "causal_attention",
+    "packed_attention",
     "layer_norm",
     "add_layer_norm",
     "layer_norm_add",
-    "swiglu",
-    "token_dropout",
-    "gelu",
-    "lamb_step",
-    "adamw_step",
-    "gradient_norm",
-    "clip_loss",
-    "siglip_loss",
 )
+_OPS += ("swiglu", "token_dropout", "gelu", "lamb_step", "adamw_step", "gradient_norm", "clip_loss", "siglip_loss")
 _SECTIONS = ("SpeedOfLight", "Occupancy", "LaunchStats")
 _MORE = {
     "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active": "tensor_percent",
