@@ -19,15 +19,10 @@ from benchmarks.operation import Operation, get_operation
 from benchmarks.origin import ROOT
 
 SECONDS = 60
-_OPS: tuple[str, ...] = (
-    "rope_attention",
-    "causal_attention",
-    "packed_attention",
-    "layer_norm",
-    "add_layer_norm",
-    "layer_norm_add",
-)
-_OPS += ("swiglu", "token_dropout", "gelu", "lamb_step", "adamw_step", "gradient_norm", "clip_loss", "siglip_loss")
+_NORMS = ("layer_norm", "add_layer_norm", "layer_norm_add")
+_OPTIMIZERS = ("lamb_step", "adamw_step", "gradient_norm")
+_ATTENTION = ("rope_attention", "causal_attention", "packed_attention")
+_OPS = (*_ATTENTION, *_NORMS, "swiglu", "token_dropout", "gelu", *_OPTIMIZERS, "clip_loss", "siglip_loss")
 _SECTIONS = ("SpeedOfLight", "Occupancy", "LaunchStats")
 _MORE = {
     "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active": "tensor_percent",
