@@ -13,8 +13,17 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests come first: where tests run side by side, no process is left alone with one at the end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long tests come first: where tests run side by side, no process is left alone with one at the end.
+
+    Raises:
+        UsageError: pytest-xdist doesn't keep groups together, so that each process would make what they share.
+    """
+    grouped = [item for item in items if item.get_closest_marker("xdist_group")]
+    if config.getoption("loadgroup", False) and not all("@" in item.nodeid for item in grouped):
+        raise pytest.UsageError(
+            f"pytest-xdist can't group the tests of pytest {pytest.__version__}; install pytest<9.2"
+        )
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

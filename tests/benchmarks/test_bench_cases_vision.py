@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count
 
-import benchmarks.cases  # noqa: F401  registers the operations
 import evakernels
 from benchmarks.accuracy import relative_error
+from benchmarks.cases import rope_attention
 from benchmarks.operation import Outputs, get_operation, peers_of
 from benchmarks.shapes import parse_shape
 from evaclip.errors import UserError
@@ -343,6 +343,7 @@ def test_the_rotation_in_front_of_a_peer_is_fused_on_a_gpu(monkeypatch: pytest.M
         return lambda **inputs: compiled.append(set(inputs)) or function(**inputs)
 
     monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(rope_attention, "_fused_rotation", rope_attention._fused_rotation.__wrapped__)
     op, sizes = get_operation("rope_attention"), parse_shape("tiny b2 drop50")
     inputs = draw(op, sizes)
     on_cpu = outputs(build(op.name, "sdpa math", sizes), inputs)

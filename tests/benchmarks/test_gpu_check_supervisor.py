@@ -138,6 +138,7 @@ def is_gone(process: int) -> bool:
         return True
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_each_disaster_costs_its_own_case_alone(stages: Callable[..., dict[str, str]], tmp_path: Path) -> None:
     status, output = check(tmp_path, stages(disasters=DISASTERS, broken=BROKEN))
@@ -191,6 +192,7 @@ def test_a_run_that_is_ended_is_resumed(
     assert [line["status"] for line in records_of(tmp_path, "end").values()] == ["passed"] * 3
 
 
+@pytest.mark.exhaustive
 def test_a_run_stops_in_time_with_the_most_valuable_first(
     stages: Callable[..., dict[str, str]], tmp_path: Path
 ) -> None:
@@ -201,6 +203,7 @@ def test_a_run_stops_in_time_with_the_most_valuable_first(
     assert "slow: c" in output
 
 
+@pytest.mark.exhaustive
 def test_a_full_disk_ends_with_one_line(stages: Callable[..., dict[str, str]], tmp_path: Path) -> None:
     many = "def units(settings):\n    return [Unit('many', 'a')]\n\ndef run(unit, session):\n"
     many += "    for number in range(100):\n        session.case(f'{number:90d}', fine)\n"

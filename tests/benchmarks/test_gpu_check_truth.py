@@ -79,6 +79,7 @@ truth.run(unit, session)
 """
 
 
+@pytest.mark.exhaustive
 def test_tests_are_cases_and_what_kills_the_process_is_left_out_next_time(tmp_path: Path) -> None:
     tests = tmp_path / "tests/evakernels"
     tests.mkdir(parents=True)

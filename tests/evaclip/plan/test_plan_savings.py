@@ -18,6 +18,8 @@ from evaclip.plan.plot import save_plot
 from evaclip.plan.savings import NOTHING, Rung, ladder
 from evaclip.plan.unfused import as_usual
 
+pytestmark = pytest.mark.xdist_group("savings")
+
 A100 = get_gpu("a100-80g")
 # A trace takes as long as there are operators, so blocks are few; 343 samples can be cut into 1, 7, 49 or 343 chunks.
 JOB = Job(
