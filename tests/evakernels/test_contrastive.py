@@ -207,7 +207,7 @@ def test_inputs_may_be_strided():
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(("pair", "inputs"), CASES)
 def test_compiles_without_graph_break(pair, inputs, dynamic):
     assert_compiles(pair[0], inputs, dynamic)

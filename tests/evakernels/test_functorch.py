@@ -317,6 +317,7 @@ def test_jacobians_of_forward_mode_by_torch_autograd(ours, theirs, given):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.exhaustive
 @every_op
 def test_jvp_of_compiled_code(ours, theirs, given):
     torch._dynamo.reset()

@@ -52,7 +52,7 @@ def test_gradcheck(bias, approximate):
 
 @EVERY
 @BIAS
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_compiles_without_graph_break(bias, approximate, dynamic):
     assert_compiles(pair(approximate)[0], inputs(bias), dynamic)
 

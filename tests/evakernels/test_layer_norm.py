@@ -104,7 +104,7 @@ def test_as_accurate_as_torch(pair, inputs, dtype):
     assert_as_accurate_as_torch(*pair, inputs, dtype)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(("pair", "inputs"), CASES)
 def test_compiles_without_graph_break(pair, inputs, dynamic):
     assert_compiles(pair[0], inputs, dynamic)

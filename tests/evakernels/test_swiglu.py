@@ -62,7 +62,7 @@ def test_the_number_of_threads_changes_no_bit(norm):
     assert_threads_change_no_bit(ours, many_rows)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("inputs", CASES)
 def test_compiles_without_graph_break(inputs, dynamic):
     assert_compiles(ours, inputs, dynamic)
