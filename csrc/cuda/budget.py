@@ -79,8 +79,8 @@ def usages_in(report: str) -> dict[str, dict[str, Usage]]:
     return usages
 
 
-def build() -> None:
-    """Compiles the kernels, and nothing that uses them, as setup.py does it for all GPUs."""
+def build(target: str = "cuda_kernels") -> None:
+    """Compiles the kernels as setup.py does it for all GPUs, and nothing that uses them but `target`."""
     settings = {"EVAKERNELS_NATIVE": "on", "EVAKERNELS_CUDA": "on", "EVAKERNELS_CUDA_ARCHS": "all"}
     code = "import json, runpy, setuptools; setuptools.setup = lambda **_: None; run = runpy.run_path('setup.py'); "
     code += "print(json.dumps([run['find_tool']('cmake'), run['find_tool']('ninja'), run['cuda_options']()]))"
@@ -88,7 +88,7 @@ def build() -> None:
     cmake, ninja, options = json.loads(told.splitlines()[-1])
     options += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"]
     _output([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(BUILD), *options])
-    _output([cmake, "--build", str(BUILD), "--target", "cuda_kernels"])
+    _output([cmake, "--build", str(BUILD), "--target", target])
 
 
 def _output(command: list[str], environment: Mapping[str, str] | None = None) -> str:

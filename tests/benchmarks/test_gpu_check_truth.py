@@ -20,7 +20,7 @@ from evakernels.triton import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests/evakernels"))
-from op_suite import OPS, build_emulated, build_library, gcc  # noqa: E402
+from op_suite import OPS, build_emulated, gcc  # noqa: E402
 
 Records = dict[str, dict[str, Any]]
 
@@ -213,20 +213,6 @@ def test_without_a_program_in_the_bundle_it_is_compiled_first(tmp_path: Path, mo
     linked = (tmp_path / "built" / hunters.PROGRAM).read_text()
     assert all(f"{name}.o" in linked for name in ("swiglu.cpp", "lamb.cu", "drive_lamb.cpp", "gpu_memory.cpp"))
     assert [unit.name for unit in hunters.units(Settings())] == names[1:]
-
-
-@pytest.mark.exhaustive
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_nvcc_compiles_the_program(tmp_path: Path) -> None:
-    """For one GPU, in a folder that is kept: objects that are there are not compiled again."""
-    build = ROOT / "build/hunters-sm90"
-    codes = "--generate-code=arch=compute_90,code=sm_90"
-    options = {"EVAKERNELS_CUDA": "ON", "CMAKE_CUDA_ARCHITECTURES": "90-real", "EVAKERNELS_CUDA_CODES": codes}
-    build_library(build, hunters.PROGRAM, CMAKE_CUDA_COMPILER=shutil.which("nvcc"), **options)
-    program = build / hunters.PROGRAM
-    result = subprocess.run([program, "gelu"], capture_output=True, text=True, check=False)
-    assert result.returncode == 0 or "cudaMallocManaged: " in result.stdout, result
 
 
 @pytest.mark.exhaustive

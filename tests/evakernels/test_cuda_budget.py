@@ -1,18 +1,24 @@
 """nvcc compiles every GPU kernel for each GPU, within its budget and with memory accesses as wide as they are meant.
 
-In one test, so that the kernels are compiled once.
+In one folder and one process, so that the kernels are compiled once.
 """
 
 import importlib.util
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.exhaustive
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("nvcc"),
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc"),
+]
 
 SCRIPT = Path(__file__).parents[2] / "csrc/cuda/budget.py"
 # So many elements at a time of the first type: `norm_add_forward<BFloat16, BFloat16, 8, 3>` has 8 of 2 bytes.
@@ -41,14 +47,17 @@ def check_accesses(budget: ModuleType, found: dict[str, Any], same_compiler: boo
             assert accesses.other_stores <= allowed[kernel].other_stores, (kernel, accesses, allowed[kernel], remedy)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_kernels_keep_to_their_budget() -> None:
+@pytest.fixture(scope="module")
+def budget() -> ModuleType:
     spec = importlib.util.spec_from_file_location("budget", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
-    budget = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(budget)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_kernels_keep_to_their_budget(budget: ModuleType) -> None:
     (release, allowed), found = budget.read(), budget.measure()
     same_compiler = release == budget.nvcc_release()
     remedy = f"if that is meant to be so: python {SCRIPT.relative_to(SCRIPT.parents[2])}"
@@ -64,3 +73,10 @@ def test_kernels_keep_to_their_budget() -> None:
     if tool is None:
         pytest.skip("registers and shared memory are within the budget; no cuobjdump to look at memory accesses")
     check_accesses(budget, budget.measure_accesses(tool), same_compiler, remedy)
+
+
+def test_the_program_that_drives_them_is_linked_and_runs(budget: ModuleType) -> None:
+    """Without a GPU it ends at its first question for one."""
+    budget.build("drive_gpu")
+    result = subprocess.run([budget.BUILD / "drive_gpu", "gelu"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0 or "cudaMallocManaged: " in result.stdout, result
