@@ -27,7 +27,7 @@ def reasons(op: str, *args: Any) -> list[str]:
 
 def _pieces(op: str, width: int) -> tuple[int, int]:
     """How many channels a program has at a time, and of how many such pieces a row consists."""
-    block = min(triton.next_power_of_2(width), MAX_WIDTH[op])
+    block = min(max(triton.next_power_of_2(width), 1), MAX_WIDTH[op])
     return block, triton.cdiv(width, block)
 
 
