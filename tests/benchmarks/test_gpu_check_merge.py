@@ -85,6 +85,7 @@ def test_journals_become_a_result_and_tables(tmp_path: Path) -> None:
     assert (tmp_path / "gpu-roofline.png").is_file()
 
 
+@pytest.mark.exhaustive  # the search imports Triton
 def test_configurations_that_were_found_are_written_beside_the_others(tmp_path: Path) -> None:
     journal, places = journal_in(tmp_path), places_in(tmp_path)
     shipped = tuning.table(CARD, 90)["layer_norm_forward"]

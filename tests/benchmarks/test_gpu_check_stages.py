@@ -70,7 +70,11 @@ def test_all_stages_are_planned_where_little_is_installed() -> None:
 
 def test_make_installs_nothing() -> None:
     call = ["make", "--dry-run", "gpu-check", "PYTHON=python", "BUNDLE=none", "GPU_CHECK=--only why"]
-    result = subprocess.run(call, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    # The make that runs the tests would have this one tell that it is below another.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    result = subprocess.run(
+        call, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2], env=environment
+    )
     assert result.stdout.split() == ["python", "-m", "benchmarks.gpu_check", "--only", "why"]
 
 
