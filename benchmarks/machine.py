@@ -58,7 +58,8 @@ def describe(device: torch.device, dtypes: Iterable[torch.dtype], packages: Iter
 def ceilings(device: torch.device, dtypes: Iterable[torch.dtype]) -> tuple[float, dict[str, float]]:
     """GB/s of a large copy, read and written bytes counted, and TFLOP/s of a large matrix product by dtype."""
     elements, size = (1 << 28, 8192) if device.type == "cuda" else (1 << 26, 1536)
-    source = torch.ones(elements, device=device)
+    # Not all the same, which a GPU may move with less power; random numbers take a CPU longer than the copies.
+    source = torch.arange(elements, device=device, dtype=torch.float32)
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / _best(partial(target.copy_, source), device) / 1e9
     del source, target
