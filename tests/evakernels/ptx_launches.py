@@ -5,10 +5,10 @@ instructions] of each.
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import evakernels
 import evakernels.triton
@@ -23,8 +23,7 @@ def nvcc_kernels(capability: int, lines: str | None = None) -> Iterator[None]:
         try:
             yield
         finally:
-            write(launches.lines, lines)
-    assert launches.launches > 0
+            tell(launches, lines)
 
 
 @contextmanager
@@ -41,10 +40,11 @@ def triton_kernels(capability: int, lines: str | None = None) -> Iterator[None]:
         try:
             yield
         finally:
-            write(driver.lines, lines)
-    assert driver.launches > 0
+            tell(driver, lines)
 
 
-def write(lines: Counter[tuple[str, int]], path: str | None) -> None:
+def tell(served: Any, path: str | None) -> None:
+    """The lines, at the end of a process that must have launched something."""
     if path:
-        Path(path).write_text(json.dumps([[*place, count] for place, count in sorted(lines.items())]))
+        Path(path).write_text(json.dumps([[*place, count] for place, count in sorted(served.lines.items())]))
+    assert served.launches > 0
