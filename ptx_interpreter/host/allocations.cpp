@@ -41,13 +41,13 @@ Function& found(Function& function, const char* name) {
 
 }  // namespace
 
-extern "C" int posix_memalign(void** memory, size_t alignment, size_t bytes) noexcept {
+EXPORTED int posix_memalign(void** memory, size_t alignment, size_t bytes) noexcept {
   const int code = found(next_posix_memalign, "posix_memalign")(memory, alignment, bytes);
   if (code == 0 && alignment >= kAlignment) keep(*memory, bytes);
   return code;
 }
 
-extern "C" void free(void* memory) noexcept {
+EXPORTED void free(void* memory) noexcept {
   if (memory && reinterpret_cast<uintptr_t>(memory) % kAlignment == 0) {
     std::unique_lock lock(guards_sizes);
     const auto forgotten = sizes().extract(reinterpret_cast<uintptr_t>(memory));
