@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from .body import Body, immediate
+from .rounding import Fma32
 from .types import DTYPES, SIZES, WARP, Array, Unsupported, Value, unsigned
 
 Dim3 = tuple[int, int, int]
@@ -29,7 +30,8 @@ class Registers:
         self._vectors: dict[str, Array] = {}
         self._pool: dict[Any, list[Array]] = defaultdict(list)
         self._specials: dict[str, Value] = {}
-        self._scratch: dict[int, Array] = {}
+        self.fma = Fma32(self.lanes)
+        self.scratch = np.empty(self.lanes, np.float32)  # for what an instruction keeps meanwhile
 
     def vector(self, name: str) -> Array:
         """The bits of a register, of each lane."""
@@ -52,12 +54,6 @@ class Registers:
         vector = self._vectors.pop(name, None)
         if vector is not None:
             self._pool[vector.dtype].append(vector)
-
-    def scratch(self, number: int) -> Array:
-        """A vector of float64 for what one instruction keeps meanwhile."""
-        if number not in self._scratch:
-            self._scratch[number] = np.empty(self.lanes)
-        return self._scratch[number]
 
     def set_block(self, numbers: Array) -> None:
         """Gives %ctaid the blocks with these numbers in the grid, of each lane."""

@@ -103,20 +103,29 @@ def fma32(a: Value, b: Value, c: Value, mode: str = "rn") -> Array:
     return rounded(to_odd(total, error_of_sum(product, c, total)), np.float32, mode)
 
 
-def round_sums(total: Array, out: Array, product: Array, c: Value) -> None:
-    """float64 sums product + c into float32 `out`, as if they had been rounded once.
+class Fma32:
+    """a * b + c of float32 vectors of one length, rounded once, in memory of its own: much faster than `fma32`."""
 
-    A second rounding shows only if the first one, which isn't exact, leads to the middle of two float32.
-    """
-    np.copyto(out, total, casting="same_kind")
-    suspects = (total.view(np.uint64) & _LOW_BITS) == _MIDPOINT
-    tiny = np.abs(out) < SMALLEST_NORMAL  # where the middle has other bits
-    if tiny.any():
-        suspects |= tiny & (total != 0)
-    if suspects.any():
-        at = np.flatnonzero(suspects)
-        exact, added = product[at], c[at] if isinstance(c, np.ndarray) else c
-        out[at] = to_odd(total[at], error_of_sum(exact, added, total[at]))
+    def __init__(self, length: int) -> None:
+        self._a, self._b, self._total, self._spare = (np.empty(length) for _ in range(4))
+        self._flags, self._tiny = (np.empty(length, bool) for _ in range(2))
+
+    def __call__(self, a: Value, b: Value, c: Value, out: Array) -> None:
+        np.copyto(self._a, a)
+        np.copyto(self._b, b)
+        product = np.multiply(self._a, self._b, self._a)
+        total = np.add(product, c, self._total)
+        # A second rounding shows only if the first one, which isn't exact, leads to the middle of two float32.
+        bits = np.bitwise_and(total.view(np.uint64), _LOW_BITS, self._spare.view(np.uint64))
+        suspects = np.equal(bits, _MIDPOINT, self._flags)
+        tiny = np.less(np.abs(total, self._spare), SMALLEST_NORMAL, self._tiny)
+        if np.count_nonzero(tiny):  # where the middles have other bits
+            suspects |= tiny & (total != 0)
+        if np.count_nonzero(suspects):
+            at = np.flatnonzero(suspects)
+            added = c[at] if isinstance(c, np.ndarray) else c
+            total[at] = to_odd(total[at], error_of_sum(product[at], added, total[at]))
+        np.copyto(out, total, casting="same_kind")
 
 
 def _split(x: Array) -> tuple[Array, Array]:

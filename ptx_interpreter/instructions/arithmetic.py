@@ -29,20 +29,24 @@ def reciprocal(x: Value) -> Value:
 
 def smaller(a: Value, b: Value) -> Value:
     """The number if one is NaN; of zeros the negative one."""
-    return np.where((a == b) & np.signbit(a), a, np.fmin(a, b))
+    found = np.fmin(a, b)
+    zeros = (found == 0) & (a == b)
+    return np.where(zeros, np.where(np.signbit(a), a, b), found) if np.any(zeros) else found
 
 
 def larger(a: Value, b: Value) -> Value:
     """The number if one is NaN; of zeros the positive one."""
-    return np.where((a == b) & np.signbit(b), a, np.fmax(a, b))
+    found = np.fmax(a, b)
+    zeros = (found == 0) & (a == b)
+    return np.where(zeros, np.where(np.signbit(a), b, a), found) if np.any(zeros) else found
 
 
 def quotient(a: Value, b: Value) -> Value:
     """Of integers, towards zero."""
     if a.dtype.kind == "u":
         return a // b
-    size = np.abs(a) // np.abs(b)
-    return np.where((a < 0) != (b < 0), -size, size)
+    floor = a // b
+    return floor + ((floor * b != a) & ((a < 0) != (b < 0)))
 
 
 def copied_sign(sign: Value, size: Value) -> Value:
@@ -85,13 +89,13 @@ def operation(machine: Machine, i: Instruction) -> Step:
 
 
 makes("add sub", "rn f32 f64 s32 s64")(operation)
-makes("neg abs min max", "f32 f64 s32 u32 s64 u64")(operation)
+makes("neg min max", "f32 f64 s32 u32 s64 u64")(operation)
 makes("div", "rn approx full f32 f64 s32 u32 s64 u64")(operation)
 makes("rem", "s32 u32 s64 u64")(operation)
 makes("ex2", "approx ftz f32")(operation)
 makes("sqrt", "rn approx ftz f32 f64")(operation)
 makes("rcp", "rn f32 f64")(operation)
-makes("copysign", "f32 f64")(operation)
+makes("abs copysign", "f32 f64")(operation)
 
 
 def _flushing(function: Any, *sources: Value) -> Value:
@@ -117,22 +121,14 @@ def fused(machine: Machine, i: Instruction) -> Step:
 
 def _quick_fma(machine: Machine, target: Array, sources: list[Value]) -> Step:
     """float32, to nearest: the most frequent instruction of all."""
-    a, b, c = sources
-    product, total = machine.registers.scratch(0), machine.registers.scratch(1)
-
-    def everyone() -> None:
-        np.multiply(a, b, product, dtype=np.float64)
-        np.add(product, c, total)
-        rounding.round_sums(total, target, product, c)
+    fma = machine.registers.fma
+    rounded = machine.registers.scratch
 
     def some(active: Active) -> None:
-        np.multiply(a, b, product, dtype=np.float64)
-        np.add(product, c, total)
-        rounded = np.empty(len(target), np.float32)
-        rounding.round_sums(total, rounded, product, c)
+        fma(*sources, rounded)
         np.copyto(target, rounded, where=active.mask)
 
-    return Step(everyone, some)
+    return Step(partial(fma, *sources, target), some)
 
 
 WIDE = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}
