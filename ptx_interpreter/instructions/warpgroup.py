@@ -113,8 +113,10 @@ def warpgroup(machine: Machine, i: Instruction) -> Step:
     signs = [registers.number(arg) for arg in i.args[4:6]]
     major = [bool(registers.number(arg)) for arg in i.args[6:]]
     right = _factor(machine, i, i.args[2], columns, major[-1])
-    left = partial(_in_registers, machine, [registers.source(name, "u32") for name in i.args[1]], kind)
-    if not isinstance(i.args[1], list):
+    if isinstance(i.args[1], list):
+        words = [registers.source(name, "u32") for name in i.args[1]]
+        left: Any = partial(_in_registers, machine, words, kind)
+    else:
         left = _factor(machine, i, i.args[1], 64, major[0])
     sign = np.float32((signs[0] or 0) * (signs[1] or 0))
 
