@@ -1,0 +1,198 @@
+"""Arithmetic of floats and integers, comparisons, selection.
+
+Approximate instructions (ex2.approx, div.full and the like) give what numpy gives, which is within the bounds that PTX
+allows and is not what a GPU gives to the bit.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import rounding
+from ..body import Instruction
+from ..step import NO_STEP, Active, Step, elementwise
+from ..types import DTYPES, Array, Unsupported, Value, type_of
+from .registry import makes, one_of
+
+if TYPE_CHECKING:
+    from ..machine import Machine
+
+FLOATS = ("f32", "f64")
+
+
+def reciprocal(x: Value) -> Value:
+    return x.dtype.type(1) / x
+
+
+def smaller(a: Value, b: Value) -> Value:
+    """The number if one is NaN; of zeros the negative one."""
+    found = np.fmin(a, b)
+    zeros = (found == 0) & (a == b)
+    return np.where(zeros, np.where(np.signbit(a), a, b), found) if np.any(zeros) else found
+
+
+def larger(a: Value, b: Value) -> Value:
+    """The number if one is NaN; of zeros the positive one."""
+    found = np.fmax(a, b)
+    zeros = (found == 0) & (a == b)
+    return np.where(zeros, np.where(np.signbit(a), b, a), found) if np.any(zeros) else found
+
+
+def quotient(a: Value, b: Value) -> Value:
+    """Of integers, towards zero."""
+    if a.dtype.kind == "u":
+        return a // b
+    floor = a // b
+    return floor + ((floor * b != a) & ((a < 0) != (b < 0)))
+
+
+def copied_sign(sign: Value, size: Value) -> Value:
+    return np.copysign(size, sign)
+
+
+OF_FLOATS: dict[str, Any] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "neg": np.negative,
+    "abs": np.abs,
+    "min": smaller,
+    "max": larger,
+    "ex2": np.exp2,
+    "sqrt": np.sqrt,
+    "rcp": reciprocal,
+    "copysign": copied_sign,
+}
+OF_INTEGERS: dict[str, Any] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "div": quotient,
+    "rem": np.fmod,
+    "neg": np.negative,
+    "min": np.minimum,
+    "max": np.maximum,
+}
+
+
+def operation(machine: Machine, i: Instruction) -> Step:
+    """An operation on floats or integers of one type."""
+    kind = type_of(i.mods)
+    function = (OF_FLOATS if kind in FLOATS else OF_INTEGERS)[i.op]
+    sources = [machine.registers.source(arg, kind) for arg in i.args[1:]]
+    if "ftz" in i.mods:
+        function = partial(_flushing, function)
+    return elementwise(machine.registers.target(i.args[0], kind), function, *sources)
+
+
+makes("add sub", "rn f32 f64 s32 s64")(operation)
+makes("neg min max", "f32 f64 s32 u32 s64 u64")(operation)
+makes("div", "rn approx full f32 f64 s32 u32 s64 u64")(operation)
+makes("rem", "s32 u32 s64 u64")(operation)
+makes("ex2", "approx ftz f32")(operation)
+makes("sqrt", "rn approx ftz f32 f64")(operation)
+makes("rcp", "rn f32 f64")(operation)
+makes("abs copysign", "f32 f64")(operation)
+
+
+def _flushing(function: Any, *sources: Value) -> Value:
+    return rounding.flushed(function(*map(rounding.flushed, sources)))
+
+
+@makes("fma", "rn rm ftz f32 f64")
+def fused(machine: Machine, i: Instruction) -> Step:
+    kind, mode = type_of(i.mods), one_of(i, "rn rm") or "rn"
+    target = machine.registers.target(i.args[0], kind)
+    sources = [machine.registers.source(arg, kind) for arg in i.args[1:]]
+    if target is None:
+        return NO_STEP
+    if kind == "f64":
+        if mode != "rn" or "ftz" in i.mods:
+            raise Unsupported(f"the mode of {i.op}")
+        return elementwise(target, rounding.fma64, *sources)
+    if mode != "rn" or "ftz" in i.mods or not any(isinstance(v, np.ndarray) for v in sources[:2]):
+        function: Any = partial(rounding.fma32, mode=mode)
+        return elementwise(target, partial(_flushing, function) if "ftz" in i.mods else function, *sources)
+    return _quick_fma(machine, target, sources)
+
+
+def _quick_fma(machine: Machine, target: Array, sources: list[Value]) -> Step:
+    """float32, to nearest: the most frequent instruction of all."""
+    fma = machine.registers.fma
+    rounded = machine.registers.scratch
+
+    def some(active: Active) -> None:
+        fma(*sources, rounded)
+        np.copyto(target, rounded, where=active.mask)
+
+    return Step(partial(fma, *sources, target), some)
+
+
+WIDE = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}
+
+
+@makes("mul mad", "lo hi wide rn f32 f64 u16 s16 u32 s32 u64 s64")
+def product(machine: Machine, i: Instruction) -> Step:
+    """mul of floats; mul and mad of integers: the low half of the product, the high half, or the whole."""
+    kind, wide = type_of(i.mods), "wide" in i.mods
+    to = WIDE[kind] if wide else kind
+    sources = [machine.registers.source(arg, kind) for arg in i.args[1:3]]
+    sources += [machine.registers.source(arg, to) for arg in i.args[3:]]
+    target = machine.registers.target(i.args[0], to)
+    if kind in FLOATS:
+        return elementwise(target, np.multiply, *sources)
+    function: Any = np.multiply
+    if wide:
+        function = partial(np.multiply, dtype=DTYPES[to])
+    elif "hi" in i.mods:
+        function = partial(_high_half, DTYPES[kind], DTYPES[WIDE[kind]])
+    if i.op == "mul":
+        return elementwise(target, function, *sources)
+    return elementwise(target, lambda a, b, c: function(a, b) + c, *sources)
+
+
+def _high_half(dtype: Any, wide: Any, a: Value, b: Value) -> Value:
+    return (np.multiply(a, b, dtype=wide) >> wide(8 * np.dtype(dtype).itemsize)).astype(dtype)
+
+
+def _unequal(a: Value, b: Value) -> Value:
+    """And neither is NaN."""
+    return (a < b) | (a > b)
+
+
+COMPARISONS: dict[str, Any] = {
+    "eq": np.equal,
+    "ne": _unequal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    # True if a number is NaN:
+    "equ": lambda a, b: ~_unequal(a, b),
+    "neu": np.not_equal,
+    "ltu": lambda a, b: ~(a >= b),
+    "leu": lambda a, b: ~(a > b),
+    "gtu": lambda a, b: ~(a <= b),
+    "geu": lambda a, b: ~(a < b),
+    "num": lambda a, b: (a == a) & (b == b),
+    "nan": lambda a, b: (a != a) | (b != b),
+}
+
+
+@makes("setp", " ".join(COMPARISONS) + " f32 f64 b16 u16 s16 b32 u32 s32 b64 u64 s64")
+def compare(machine: Machine, i: Instruction) -> Step:
+    name, kind = i.mods
+    a, b = (machine.registers.source(arg, kind) for arg in i.args[1:])
+    function = np.not_equal if name == "ne" and kind not in FLOATS else COMPARISONS[name]
+    return elementwise(machine.registers.target(i.args[0], "pred"), function, a, b)
+
+
+@makes("selp", "b16 u16 s16 b32 u32 s32 f32 b64 u64 s64 f64")
+def select(machine: Machine, i: Instruction) -> Step:
+    kind = type_of(i.mods)
+    a, b = (machine.registers.source(arg, kind) for arg in i.args[1:3])
+    predicate = machine.registers.source(i.args[3], "pred")
+    return elementwise(machine.registers.target(i.args[0], kind), np.where, predicate, a, b)

@@ -1,0 +1,66 @@
+"""Bits: logic, shifts, fields."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..body import Instruction
+from ..step import Step, elementwise
+from ..types import DTYPES, SIZES, Value, type_of
+from .registry import makes
+
+if TYPE_CHECKING:
+    from ..machine import Machine
+
+LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert}
+
+
+@makes("and or xor not", "pred b16 b32 b64")
+def logic(machine: Machine, i: Instruction) -> Step:
+    kind = type_of(i.mods)
+    sources = [machine.registers.source(arg, kind) for arg in i.args[1:]]
+    return elementwise(machine.registers.target(i.args[0], kind), LOGIC[i.op], *sources)
+
+
+@makes("shl shr", "b16 b32 b64 u16 u32 u64 s16 s32 s64")
+def shift(machine: Machine, i: Instruction) -> Step:
+    """By amounts that are clamped to the width: what is shifted in there is zero, or the sign."""
+    kind = type_of(i.mods)
+    dtype = DTYPES[kind]
+    value = machine.registers.source(i.args[1], kind)
+    amount = machine.registers.source(i.args[2], "u32")
+    target = machine.registers.target(i.args[0], kind)
+    shifted = np.left_shift if i.op == "shl" else np.right_shift
+    if not isinstance(amount, np.ndarray) and amount < 8 * SIZES[kind]:
+        return elementwise(target, shifted, value, dtype(amount))
+    return elementwise(target, partial(_shift, shifted, dtype), value, amount)
+
+
+def _shift(shifted: Any, dtype: Any, value: Value, amount: Value) -> Value:
+    width = 8 * np.dtype(dtype).itemsize
+    within = shifted(value, np.minimum(amount, width - 1).astype(dtype))
+    if shifted is np.right_shift and np.dtype(dtype).kind == "i":
+        return within
+    return np.where(amount < width, within, dtype(0))
+
+
+@makes("bfe", "u32 s32")
+def field(machine: Machine, i: Instruction) -> Step:
+    """`length` bits from `start` on, extended by zeros or by the field's sign."""
+    kind = type_of(i.mods)
+    value = machine.registers.source(i.args[1], kind)
+    start, length = (machine.registers.source(arg, "u32") for arg in i.args[2:])
+    return elementwise(machine.registers.target(i.args[0], kind), _field, value, start, length)
+
+
+def _field(value: Value, start: Value, length: Value) -> Value:
+    # In 64 bits what lies above the value are copies of its sign, or zeros: what PTX wants there too.
+    wide = value.astype(np.int64)
+    start, length = (np.minimum(v & np.uint32(0xFF), 32).astype(np.int64) for v in (start, length))
+    unused = 64 - length
+    if value.dtype.kind == "i":
+        return np.where(length == 0, 0, (wide >> start) << (unused & 63) >> (unused & 63))
+    return (wide >> start) & ((np.int64(1) << length) - 1)

@@ -1,0 +1,130 @@
+"""ldmatrix, stmatrix and mma. Products are summed in float32, in the order that numpy's matmul takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .. import rounding
+from ..body import Instruction
+from ..step import Active, Step, by_lanes
+from ..types import CARRIERS, WARP, Array, Unsupported, Value
+from ..watch import Access
+from .memory import addresses_of, read_shared, write_shared
+from .registry import makes, one_of
+from .warp import groups_of
+
+if TYPE_CHECKING:
+    from ..machine import Machine
+
+
+def rows_of(machine: Machine, source: Value, warps: Array | None) -> Array:
+    """A register as [warps, 8, 4]: lane 4 r + c has what belongs to row r and to the pair of columns c."""
+    rows = np.broadcast_to(source, machine.lanes).reshape(-1, 8, 4)
+    return rows if warps is None else rows[warps]
+
+
+def put_rows(target: Array | None, warps: Array | None, rows: Array) -> None:
+    if target is not None:
+        target.reshape(-1, 8, 4)[slice(None) if warps is None else warps] = rows
+
+
+def _bringing(machine: Machine, warps: Array | None, matrices: int) -> Active | None:
+    """The lanes whose addresses count: lane 8 m + r has that of row r of matrix m."""
+    if warps is None and matrices == 4:
+        return None
+    lanes = machine.all_lanes.reshape(-1, WARP)[slice(None) if warps is None else warps]
+    return Active.of(lanes[:, : 8 * matrices].reshape(-1), machine.lanes)
+
+
+def _transposed(rows: Array) -> Array:
+    """Of matrices [..., 8, 4] of pairs of 16 bits."""
+    return np.ascontiguousarray(rows.view(np.uint16).swapaxes(-1, -2)).view(np.uint32)
+
+
+@makes("ldmatrix", "sync aligned m8n8 x1 x2 x4 trans shared b16")
+def load_matrices(machine: Machine, i: Instruction) -> Step:
+    number = int((one_of(i, "x1 x2 x4") or "x1")[1])
+    names = i.args[0] if isinstance(i.args[0], list) else [i.args[0]]
+    targets = [machine.registers.target(name, "b32") for name in names]
+    addresses = addresses_of(machine, i.args[1])
+    access = machine.checks.access(Access(i, "shared", 16, together=True))
+    if len(names) != number:
+        raise Unsupported(f"{number} matrices in {len(names)} registers")
+
+    def run(active: Active | None) -> None:
+        warps = groups_of(machine, active, i)
+        bringing = _bringing(machine, warps, number)
+        words = read_shared(machine, access, bringing, addresses(bringing))
+        rows = words.view(np.uint32).reshape(-1, number, 8, 4)
+        if "trans" in i.mods:
+            rows = _transposed(rows)
+        for n, target in enumerate(targets):
+            put_rows(target, warps, rows[:, n])
+
+    return by_lanes(run)
+
+
+@makes("stmatrix", "sync aligned m8n8 x1 x2 x4 trans shared b16")
+def store_matrices(machine: Machine, i: Instruction) -> Step:
+    number = int((one_of(i, "x1 x2 x4") or "x1")[1])
+    names = i.args[1] if isinstance(i.args[1], list) else [i.args[1]]
+    sources = [machine.registers.source(name, "u32") for name in names]
+    addresses = addresses_of(machine, i.args[0])
+    access = machine.checks.access(Access(i, "shared", 16, write=True))
+    if len(names) != number:
+        raise Unsupported(f"{number} matrices in {len(names)} registers")
+
+    def run(active: Active | None) -> None:
+        warps = groups_of(machine, active, i)
+        rows = np.stack([rows_of(machine, source, warps) for source in sources], axis=1)
+        if "trans" in i.mods:
+            rows = _transposed(rows)
+        bringing = _bringing(machine, warps, number)
+        words = np.ascontiguousarray(rows).reshape(-1, 4).view(CARRIERS[16]).reshape(-1)
+        write_shared(machine, access, bringing, addresses(bringing), words)
+
+    return by_lanes(run)
+
+
+def numbers(bits: Array, kind: str) -> Array:
+    """float32 of pairs [..., n] in 32 bits, the lower half first: [..., 2 n]."""
+    if kind == "f16":
+        return bits.view(np.float16).astype(np.float32)
+    return rounding.from_bf16(bits.view(np.uint16))
+
+
+@makes("mma", "sync aligned m16n8k16 row col f32 bf16 f16")
+def multiply(machine: Machine, i: Instruction) -> Step:
+    """d = a b + c. In PTX's figures for m16n8k16: row or column of an element is lane / 4, its pair lane % 4.
+
+    Register n of a (16 x 16) has rows 8 (n % 2) on and columns 8 (n / 2) on; that of b (16 x 8) has rows 8 n on; of d
+    and c (16 x 8) registers 2 n and 2 n + 1 have the two columns of a pair in rows 8 n on.
+    """
+    kinds = [mod for mod in i.mods if mod in ("f32", "bf16", "f16")]
+    if kinds[0] != "f32" or kinds[3] != "f32" or kinds[1] != kinds[2]:
+        raise Unsupported(f"a product of {kinds}")
+    d, a, b, c = i.args
+    targets = [machine.registers.target(name, "f32") for name in d]
+    left, right = ([machine.registers.source(name, "u32") for name in names] for names in (a, b))
+    start = [machine.registers.source(name, "f32") for name in c]
+
+    def run(active: Active | None) -> None:
+        warps = groups_of(machine, active, i)
+        count = machine.lanes // WARP if warps is None else len(warps)
+        # Four pairs of columns are next to each other.
+        factor = np.empty((count, 2, 8, 2, 4), np.uint32)
+        for n, register in enumerate(left):
+            factor[:, n % 2, :, n // 2] = rows_of(machine, register, warps)
+        other = np.empty((count, 8, 2, 4), np.uint32)
+        for n, register in enumerate(right):
+            other[:, :, n] = rows_of(machine, register, warps)
+        rows = numbers(factor.reshape(count, 16, 8), kinds[1])
+        columns = numbers(other.reshape(count, 8, 8), kinds[1])
+        product = np.matmul(rows, columns.swapaxes(1, 2)).reshape(count, 2, 8, 4, 2)
+        sums = [product[:, n // 2, :, :, n % 2] + rows_of(machine, start[n], warps) for n in range(4)]
+        for target, total in zip(targets, sums, strict=True):
+            put_rows(target, warps, total)
+
+    return by_lanes(run)

@@ -1,0 +1,88 @@
+"""What the lanes of a warp do together: shuffles and barriers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..body import Instruction
+from ..shared import WARP_BARRIER
+from ..step import Active, Step, by_lanes, put
+from ..types import WARP, Array, Unsupported
+from .registry import makes
+
+if TYPE_CHECKING:
+    from ..machine import Machine
+
+EVERY_LANE = (-1, 0xFFFFFFFF)
+
+
+def groups_of(machine: Machine, active: Active | None, i: Instruction, size: int = WARP) -> Array | None:
+    """The numbers of the warps (or of groups of so many threads) that run, with all of their threads; None: all do."""
+    if active is None:
+        return None
+    rows = active.mask.reshape(-1, size)
+    some = np.logical_or.reduce(rows, axis=1)
+    absent = some[:, None] & ~rows
+    if absent.any():
+        lanes = np.flatnonzero(absent.reshape(-1))
+        machine.fault("divergent warp", i, lanes, "this thread isn't there, and all of a warp must be")
+    return np.flatnonzero(some)
+
+
+@makes("shfl", "sync bfly idx b32")
+def shuffle(machine: Machine, i: Instruction) -> Step:
+    """d|p, a, b, c, members. c holds the last lane that may be read, and in bits 8 to 12 a mask of segments."""
+    name, _, flag = str(i.args[0]).partition("|")
+    registers = machine.registers
+    value, (b, c) = registers.source(i.args[1], "u32"), (registers.source(arg, "u32") for arg in i.args[2:4])
+    target, inside_of = registers.target(name, "u32"), registers.target(flag or "_", "pred")
+    if registers.number(i.args[4]) not in EVERY_LANE:
+        raise Unsupported("a shuffle of some lanes of a warp")
+    lane = machine.lane_of_warp
+    first = machine.all_lanes - lane
+
+    def plan() -> tuple[Array, Array]:
+        offset, clamp = (np.asarray(v).astype(np.int64) for v in (b, c))
+        segment = (clamp >> 8) & 31
+        last = (lane & segment) | (clamp & 31 & ~segment)
+        offset = offset & 31
+        chosen = lane ^ offset if "bfly" in i.mods else (lane & segment) | (offset & ~segment)
+        return first + np.where(chosen <= last, chosen, lane), chosen <= last
+
+    fixed = None if isinstance(b, np.ndarray) or isinstance(c, np.ndarray) else plan()
+
+    def run(active: Active | None) -> None:
+        source, inside = fixed or plan()
+        if active is not None:
+            source, inside = source[active.lanes], inside[active.lanes]
+            asleep = ~active.mask[source]
+            if asleep.any():
+                told = "it takes the value of a thread that isn't there"
+                machine.fault("divergent warp", i, active.lanes[asleep], told)
+        put(target, active, value[source] if isinstance(value, np.ndarray) else value)
+        put(inside_of, active, inside)
+
+    return by_lanes(run)
+
+
+@makes("bar", "warp sync")
+def barrier(machine: Machine, i: Instruction) -> Step:
+    """bar.warp.sync. Lanes that come later than the others of their warp are taken to be missing."""
+    if machine.registers.number(i.args[0]) not in EVERY_LANE:
+        raise Unsupported("a barrier of some lanes of a warp")
+
+    def run(active: Active | None) -> None:
+        if active is None:
+            machine.stamps += WARP_BARRIER
+            return
+        rows = active.mask.reshape(-1, WARP)
+        some = np.logical_or.reduce(rows, axis=1)
+        missing = some[:, None] & ~rows & machine.alive.reshape(-1, WARP)
+        if missing.any():
+            lanes = np.flatnonzero(missing.reshape(-1))
+            machine.fault("divergent warp", i, lanes, "this thread isn't at the barrier of its warp")
+        machine.stamps[np.repeat(some, WARP)] += WARP_BARRIER
+
+    return by_lanes(run)

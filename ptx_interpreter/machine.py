@@ -1,0 +1,275 @@
+"""Runs blocks of a grid: registers are vectors over the threads of many blocks, and an instruction is one operation on
+all of them.
+
+Threads that are at the same block of instructions run it together. Of several blocks of instructions the first in the
+text goes on, which brings threads together again that a branch has separated.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable
+
+import numpy as np
+
+from . import shared as sm
+from .body import Block, Instruction
+from .instructions import make
+from .memory import GlobalMemory
+from .parse import Kernel
+from .registers import Dim3, Registers
+from .report import Fault, Report, Traffic
+from .shared import SharedMemory
+from .step import Active, Step
+from .types import SIZES, WARP, Array, Unsupported
+from .watch import Watch
+
+MOST_VISITS = 5_000_000
+"""Of blocks of instructions by one machine; who needs more is taken to wait for ever."""
+
+Masks = dict[int, Array]
+"""Which lanes are at a block of instructions, by its number."""
+
+
+class Machine:
+    """For `blocks` blocks of a launch at a time.
+
+    A lane is a thread of one of the blocks; each block begins at a whole warp, so that there may be lanes without one.
+    """
+
+    def __init__(self, kernel: Kernel, grid: Dim3, block: Dim3, blocks: int, memory: GlobalMemory) -> None:
+        self.kernel, self.body, self.blocks, self.memory = kernel, kernel.parsed, blocks, memory
+        self.threads = block[0] * block[1] * block[2]
+        self.pitch = -(-self.threads // WARP) * WARP  # of a block, in lanes
+        self.lanes = self.pitch * blocks
+        self.all_lanes = np.arange(self.lanes)
+        self.block_of = self.all_lanes // self.pitch
+        self.thread_of = self.all_lanes % self.pitch
+        self.lane_of_warp = self.all_lanes % WARP
+        self.exists = self.thread_of < self.threads
+        self.registers = Registers(self.body, self.thread_of, grid, block)
+        self.params = np.zeros(kernel.param_bytes, np.uint8)
+        self.watch = self.count = True
+        self.checks = Watch(self)
+        self._code: dict[int, ReadyBlock] = {}
+
+    def prepare(self, dynamic_shared: int, *, watch: bool, count: bool) -> None:
+        """Lays out shared memory. `watch`: races and what is uninitialised; `count`: traffic."""
+        self.watch, self.count = watch, count
+        size = self._place_symbols() + dynamic_shared
+        self.shared = SharedMemory(self.blocks, size, _narrowest_shared(self.body.blocks))
+        self.shared_base = self.block_of.astype(np.int64) * self.shared.pitch
+
+    def _place_symbols(self) -> int:
+        """Gives names their addresses; returns where dynamic shared memory begins."""
+        symbols = self.registers.symbols
+        symbols.update({param.name: param.offset for param in self.kernel.params})
+        used = {part for b in self.body.blocks for i in b.instructions for part in map(_name_of, i.args)}
+        variables = [v for v in self.kernel.module.shared + self.body.shared if v.name in used]
+        end = 0
+        for variable in variables:
+            if variable.size:
+                symbols[variable.name] = -(-end // variable.align) * variable.align
+                end = symbols[variable.name] + variable.size
+        end = -(-end // 16) * 16
+        symbols.update({variable.name: end for variable in variables if not variable.size})
+        return end
+
+    @property
+    def size(self) -> int:
+        return self.registers.bytes + len(self.shared.bytes) + 8 * 3 * len(self.shared.writer)
+
+    # --- faults --------------------------------------------------------------------------------------------------
+
+    def fault(self, kind: str, instruction: Instruction, lanes: Array, detail: str) -> None:
+        where = self.body.where(instruction.line)
+        for known in self.report.faults:
+            if (known.kind, known.instruction, known.where) == (kind, instruction.text, where):
+                known.count += len(lanes)
+                return
+        lane = int(lanes[0])
+        who = (self.first_block + int(self.block_of[lane]), int(self.thread_of[lane]))
+        self.report.faults.append(Fault(kind, instruction.text, where, detail, *who, len(lanes)))
+
+    # --- running -------------------------------------------------------------------------------------------------
+
+    def run(self, params: bytes, first_block: int, report: Report) -> None:
+        """Runs the blocks of the grid from this one on."""
+        self._begin(params, first_block, report)
+        pending: Masks = {0: self.alive.copy()}
+        visits: Counter[int] = Counter()
+        threads: Counter[int] = Counter()
+        while pending or self._pass_barrier(pending):
+            number = min(pending)
+            mask = pending.pop(number)
+            code = self._code.get(number)
+            if code is None:
+                code = self._code[number] = ReadyBlock(self, self.body.blocks[number])
+            active = int(np.count_nonzero(mask))
+            threads[number] += active
+            visits[number] += 1
+            if active == self.lanes:
+                for operation in code.for_all:
+                    operation()
+            else:
+                some = Active(mask)
+                for step, everyone in code.for_some:
+                    if everyone:
+                        step.everyone()
+                    else:
+                        step.some(some)
+            self._leave(code, mask, active, pending)
+            if visits[number] > MOST_VISITS:
+                told = f"{MOST_VISITS} times through this loop; it is taken to have no end"
+                self.fault("endless loop", code.last, np.flatnonzero(mask), told)
+                break
+        report.blocks.update(threads)
+        self._add_traffic(report)
+
+    def _begin(self, params: bytes, first_block: int, report: Report) -> None:
+        self.report, self.first_block = report, first_block
+        self.params[:] = np.frombuffer(bytearray(params), np.uint8)
+        numbers = first_block + self.block_of
+        self.block_numbers = (numbers + 1).astype(np.int32)
+        self.registers.set_block(numbers)
+        self.shared.forget()
+        self.stamps = sm.first_stamps(self.thread_of)
+        self.copies: list[tuple[Array, Array, Array, Array]] = []  # cp.async: lanes, places, words, groups
+        self.groups = np.zeros(self.lanes, np.int64)  # committed by each lane
+        self.alive = self.exists.copy()
+        self.waiting: Masks = {}
+        for access in self.checks.accesses:
+            access.traffic = Traffic()
+
+    def _add_traffic(self, report: Report) -> None:
+        if self.count:
+            for access in self.checks.accesses:
+                space = access.space + (" store" if access.write else "")
+                key = (space, self.body.where(access.instruction.line), access.instruction.text)
+                report.traffic.setdefault(key, Traffic()).add(access.traffic)
+
+    def _leave(self, code: "ReadyBlock", mask: Array, active: int, pending: Masks) -> None:
+        """Sends the lanes of a block of instructions where its last one tells them to go."""
+        last, taken, rest = code.last, mask, None
+        if code.predicate is not None:
+            taken = mask & (~code.predicate if last.unless else code.predicate)
+            yes = int(np.count_nonzero(taken))
+            if yes < active:
+                rest = mask & ~taken if yes else mask
+            if not yes:
+                _join(pending, code.number + 1, mask)
+                return
+        if last.op == "bra":
+            _join(pending, code.following[0], taken)
+        elif last.op == "bar":
+            _join(self.waiting, code.number, taken)
+        elif last.op in ("ret", "exit", "trap"):
+            if last.op == "trap":
+                self.fault("trap", last, np.flatnonzero(taken), "the kernel ends the launch with an error")
+            self.alive &= ~taken
+        else:
+            _join(pending, code.number + 1, taken)
+        if rest is not None:
+            _join(pending, code.number + 1, rest)
+
+    def _pass_barrier(self, pending: Masks) -> bool:
+        """Lets those go on who wait at a barrier, when nobody else runs; False if nobody waits.
+
+        All threads of a block that haven't ended are then at some barrier, of which hardware lets them pass.
+        """
+        if not self.waiting:
+            return False
+        if len(self.waiting) > 1:
+            self._compare_barriers()
+        for number, mask in self.waiting.items():
+            np.add(self.stamps, sm.BLOCK_BARRIER + sm.WARP_BARRIER, out=self.stamps, where=mask)
+            _join(pending, number + 1, mask)
+        self.waiting.clear()
+        return True
+
+    def _compare_barriers(self) -> None:
+        there = {number: mask.reshape(self.blocks, -1).any(1) for number, mask in self.waiting.items()}
+        uneven = np.sum(list(there.values()), axis=0) > 1
+        for number, mask in self.waiting.items():
+            lanes = np.flatnonzero(mask & np.repeat(uneven, self.pitch))
+            if len(lanes):
+                last = self.body.blocks[number].instructions[-1]
+                self.fault("uneven barrier", last, lanes, "other threads of the block are at another barrier")
+
+
+class ReadyBlock:
+    """The instructions of a block as steps, each made when it is first needed."""
+
+    def __init__(self, machine: Machine, block: Block) -> None:
+        self.number, self.following = block.number, block.following
+        self.instructions = block.instructions
+        self.last = block.instructions[-1]
+        if self.last.ends_block:
+            self.instructions = block.instructions[:-1]
+            _check_end(machine, self.last)
+        else:
+            self.last = Instruction("fall", (), [], None, False, "", (0, 0))
+        steps = self._steps(machine)
+        # Bound now: a block that is made ready later may give the register's vector to another one.
+        self.predicate = machine.registers.source(self.last.guard, "pred") if self.last.guard else None
+        self.for_all: list[Callable[[], object]] = [step.everyone for _, step in steps]
+        lasting = machine.body.lasting
+        self.for_some = [(step, step.pure and lasting.isdisjoint(i.writes)) for i, step in steps]
+
+    def _steps(self, machine: Machine) -> list[tuple[Instruction, Step]]:
+        """Registers that nobody reads after this block get their vector where they are first written."""
+        last_use = {name: n for n, i in enumerate(self.instructions) for name in (*i.reads, *i.writes)}
+        ending = defaultdict(list)
+        kept = machine.body.lasting | {self.last.guard} | machine.body.constants.keys()
+        for name in last_use.keys() - kept:
+            ending[last_use[name]].append(name)
+            machine.registers.passing.add(name)
+        made = []
+        for n, instruction in enumerate(self.instructions):
+            if machine.body.constants.keys().isdisjoint(instruction.writes):
+                made.append((instruction, _guarded(machine, instruction)))
+            for name in ending[n]:
+                machine.registers.give_back(name)
+        machine.registers.passing.clear()
+        return made
+
+
+def _guarded(machine: Machine, i: Instruction) -> Step:
+    step = make(machine, i)
+    if i.guard is None:
+        return step
+    predicate = machine.registers.source(i.guard, "pred")
+
+    def some(active: Active | None) -> None:
+        mask = ~predicate if i.unless else predicate.copy()
+        if active is not None:
+            mask &= active.mask
+        if mask.any():
+            step.some(Active(mask))
+
+    return Step(lambda: some(None), some, pure=False)
+
+
+def _check_end(machine: Machine, last: Instruction) -> None:
+    known = {"bra": {"uni"}, "bar": {"sync"}}.get(last.op, set())
+    if set(last.mods) - known or (last.op == "bar" and last.args != ["0"]):
+        raise Unsupported(f"`{last.text}` at {machine.body.where(last.line)}: not among what is known of {last.op}")
+
+
+def _join(masks: Masks, number: int, mask: Array) -> None:
+    there = masks.get(number)
+    masks[number] = mask if there is None else there | mask
+
+
+def _name_of(arg: object) -> str:
+    return str(getattr(arg, "base", arg))
+
+
+def _narrowest_shared(blocks: list[Block]) -> int:
+    """Bytes of the narrowest access to shared memory."""
+    sizes = [16]
+    for block in blocks:
+        for i in block.instructions:
+            if i.op in ("ld", "st") and "shared" in i.mods:
+                sizes.append(SIZES[i.mods[-1]])
+            elif i.op == "cp" and "shared" in i.mods:
+                sizes.append(4)
+    return min(sizes)

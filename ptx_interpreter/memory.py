@@ -1,0 +1,147 @@
+"""Global memory, which is that of this process at its own addresses, and what of it kernels may touch."""
+
+import ctypes
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .types import CARRIERS, Array
+
+BASE = 1 << 16
+"""Nothing lies below; a multiple of all word sizes."""
+_BYTES = np.frombuffer(memoryview((ctypes.c_uint8 * ((1 << 47) - 2 * BASE)).from_address(BASE)), np.uint8)
+WORDS: dict[int, Array] = {
+    size: _BYTES[: len(_BYTES) // size * size].view(carrier) for size, carrier in CARRIERS.items()
+}
+"""The whole process as words of so many bytes. The word at address a is number (a - BASE) / size."""
+MANY = -1
+"""In place of a block's number: several blocks."""
+MOST_ALLOCATIONS = 1 << 17
+
+
+@dataclass
+class Shadow:
+    """Who accessed an array, by cells of its elements' size, as 1 + number of the block in the launch.
+
+    Writers: 0 nobody ever, -1 somebody before this launch. Readers: 0 nobody, MANY several.
+    """
+
+    cell: int
+    writer: Array
+    reader: Array
+
+
+@dataclass
+class Interval:
+    """Addresses that kernels may touch: [start, end)."""
+
+    start: int
+    end: int
+    name: str = ""
+    array: Array | None = None  # kept alive
+    shadow: Shadow | None = None
+
+
+@dataclass
+class GlobalMemory:
+    """Which memory of this process kernels may touch: arrays that are added, and allocations that are followed.
+
+    `anywhere` lets them touch everything: a store out of bounds is then not a fault but happens.
+    """
+
+    anywhere: bool = False
+    intervals: list[Interval] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._allocations: ctypes._NamedFuncPointer | None = None
+        self._sort()
+
+    def _sort(self) -> None:
+        self.intervals.sort(key=lambda interval: interval.start)
+        self._starts = np.array([interval.start for interval in self.intervals], np.int64)
+        self._ends = np.array([interval.end for interval in self.intervals], np.int64)
+        self._last: Interval | None = None
+
+    def add(self, array: Array, name: str = "", *, written: bool = True) -> int:
+        """Lets kernels touch an array, and returns its address.
+
+        Accesses of different blocks to an element, one of them a write, are races. With written=False reading what
+        no kernel has written is a fault.
+        """
+        start = array.__array_interface__["data"][0]
+        cells = -(-array.nbytes // min(array.itemsize, 8))
+        shadow = Shadow(min(array.itemsize, 8), np.full(cells, -int(written), np.int32), np.zeros(cells, np.int32))
+        self.remove(start)
+        self.intervals.append(Interval(start, start + array.nbytes, name, array, shadow))
+        self._sort()
+        return int(start)
+
+    def remove(self, start: int) -> None:
+        """Forgets an array that was added."""
+        self.intervals = [interval for interval in self.intervals if interval.start != start]
+        self._sort()
+
+    def follow_allocations(self) -> bool:
+        """Lets kernels touch what a preloaded library has seen allocated; False if there is no such library.
+
+        The library's function `int allocations(int64_t* starts, int64_t* ends, int most)` tells how many there are.
+        """
+        try:
+            self._allocations = ctypes.CDLL(None).allocations
+        except AttributeError:
+            return False
+        return True
+
+    def refresh(self) -> None:
+        """Asks for the allocations of now. Every launch does."""
+        if self._allocations is None:
+            return
+        starts, ends = np.empty(MOST_ALLOCATIONS, np.int64), np.empty(MOST_ALLOCATIONS, np.int64)
+        pointers = (ctypes.c_void_p(v.ctypes.data) for v in (starts, ends))
+        count = self._allocations(*pointers, MOST_ALLOCATIONS)
+        added = [interval for interval in self.intervals if interval.array is not None]
+        known = {interval.start for interval in added}
+        pairs = zip(starts[:count].tolist(), ends[:count].tolist(), strict=True)
+        self.intervals = added + [Interval(start, end) for start, end in pairs if start not in known]
+        self._sort()
+
+    def begin_launch(self) -> None:
+        """What was written is from now on written before this launch."""
+        self.refresh()
+        for interval in self.intervals:
+            if shadow := interval.shadow:
+                shadow.writer[shadow.writer > 0] = -1
+                shadow.reader.fill(0)
+
+    def find(self, addresses: Array, size: int) -> tuple[Interval | None, Array | None]:
+        """The interval that holds all these accesses, if one does; and which of them none holds, or None."""
+        if not len(addresses):
+            return None, None
+        last = self._last
+        if last and last.start <= addresses.min() and addresses.max() + size <= last.end:
+            return last, None
+        if not self.intervals:
+            return None, None if self.anywhere else np.ones(len(addresses), bool)
+        at = np.searchsorted(self._starts, addresses, "right") - 1
+        outside = (at < 0) | (addresses + size > self._ends[at])
+        if outside.any():
+            return None, None if self.anywhere else outside
+        if (at == at[0]).all():
+            self._last = self.intervals[at[0]]
+            return self._last, None
+        return None, None
+
+    def holders(self, addresses: Array) -> list[tuple[Interval, Array]]:
+        """The intervals of accesses that are all inside some, each with a mask of its own."""
+        at = np.searchsorted(self._starts, addresses, "right") - 1
+        return [(self.intervals[number], at == number) for number in np.unique(at) if number >= 0]
+
+    def near(self, address: int) -> str:
+        """Where an address is, in words."""
+        at = int(np.searchsorted(self._starts, address, "right")) - 1
+        if at < 0:
+            return "in front of all arrays"
+        interval = self.intervals[at]
+        past = address - interval.end
+        where = f"{past} bytes past the end" if past >= 0 else f"at byte {address - interval.start}"
+        return f"{where} of {interval.name or hex(interval.start)} ({interval.end - interval.start} bytes)"

@@ -1,0 +1,102 @@
+"""What a launch tells: faults, how often instructions were run, and what they asked of memory."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from .parse import Kernel
+
+
+@dataclass
+class Fault:
+    """Something that a kernel must not do.
+
+    Of a kind at one instruction the first is kept, with its block and thread, and how many there were.
+    """
+
+    kind: str
+    instruction: str
+    where: str
+    detail: str
+    block: int
+    thread: int
+    count: int = 1
+
+    def __str__(self) -> str:
+        who = f"thread {self.thread} of block {self.block}"
+        return f"{self.kind} at {self.where}, `{self.instruction}`, {who}: {self.detail} ({self.count} in all)"
+
+
+class Faults(Exception):
+    """Raised at the end of a launch that had some; `faults` holds them."""
+
+    def __init__(self, faults: list[Fault]) -> None:
+        super().__init__("\n".join(map(str, faults)))
+        self.faults = faults
+
+
+@dataclass
+class Traffic:
+    """Of one instruction that accesses memory.
+
+    `requests`: by warps. `sectors`: of 32 bytes, of global memory; of shared memory cycles, which are as many as a bank
+    has different words to serve. `bytes`: what the threads asked for.
+    """
+
+    requests: int = 0
+    sectors: int = 0
+    bytes: int = 0
+
+    def add(self, other: "Traffic") -> None:
+        self.requests += other.requests
+        self.sectors += other.sectors
+        self.bytes += other.bytes
+
+
+TrafficKey = tuple[str, str, str]
+"""Space ("global", "global store", "shared", "shared store"), place in the source, instruction."""
+
+
+@dataclass
+class Report:
+    """Of a launch.
+
+    `executed`: instructions times threads, by opcode. `traffic`: by space, place and instruction; empty if it wasn't
+    counted. `blocks`: how many threads ran each basic block.
+    """
+
+    kernel: str
+    of: Kernel
+    faults: list[Fault] = field(default_factory=list)
+    traffic: dict[TrafficKey, Traffic] = field(default_factory=dict)
+    blocks: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def executed(self) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for block in self.of.parsed.blocks:
+            if threads := self.blocks[block.number]:
+                for instruction in block.instructions:
+                    found[instruction.op] += threads
+        return found
+
+    @property
+    def instructions(self) -> int:
+        """Instructions times threads."""
+        return sum(self.blocks[block.number] * len(block.instructions) for block in self.of.parsed.blocks)
+
+    def lines(self) -> Counter[tuple[str, int]]:
+        """Instructions times threads of each line of the source, by file and line; 0 where none was run."""
+        found: Counter[tuple[str, int]] = Counter()
+        for block in self.of.parsed.blocks:
+            for instruction in block.instructions:
+                file, line = instruction.line
+                found[self.of.module.files.get(file, "PTX"), line] += self.blocks[block.number]
+        return found
+
+    def total(self, space: str) -> Traffic:
+        """Of all instructions of a space; "global" and "shared" are loads and stores together."""
+        total = Traffic()
+        for (where, *_), traffic in self.traffic.items():
+            if where.startswith(space):
+                total.add(traffic)
+        return total

@@ -1,0 +1,165 @@
+"""Roundings between the formats of numbers, and sums that are rounded once."""
+
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from .types import Array, Value
+
+SMALLEST_NORMAL = np.float32(2.0**-126)
+NAN16 = np.uint16(0x7FFF)
+"""The NaN that conversions to 16 bits give, of bf16 and of f16."""
+_LOW_BITS = np.uint64((1 << 29) - 1)
+_MIDPOINT = np.uint64(1 << 28)
+"""Of the bits of a float64 that a float32 hasn't: those of a number in the middle of two float32."""
+
+
+def from_bf16(bits: Value) -> Array:
+    """float32 of the bits of bfloat16."""
+    return (np.asarray(bits, np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def to_bf16(x: Value) -> Array:
+    """The bits of bfloat16, rounded to nearest even."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    nan = np.isnan(x)
+    return np.where(nan, NAN16, rounded) if np.any(nan) else rounded
+
+
+def to_f16(x: Value) -> Array:
+    """The bits of float16, rounded to nearest even."""
+    rounded = np.asarray(x, np.float32).astype(np.float16).view(np.uint16)
+    nan = np.isnan(x)
+    return np.where(nan, NAN16, rounded) if np.any(nan) else rounded
+
+
+def flushed(x: Value) -> Value:
+    """float32 with zeros of the same sign in place of subnormal numbers."""
+    return np.where(np.abs(x) < SMALLEST_NORMAL, np.copysign(np.float32(0), x), x)
+
+
+def saturated(x: Value) -> Value:
+    """Clamped to [0, 1]; NaN becomes 0."""
+    return np.fmin(np.fmax(x, x.dtype.type(0)), x.dtype.type(1)) + x.dtype.type(0)
+
+
+def rounded(exact: Array, dtype: Any, mode: str) -> Array:
+    """float64 to a narrower type: to nearest even (rn), to zero (rz), down (rm) or up (rp)."""
+    near: Array = exact.astype(dtype)
+    if mode == "rn":
+        return near
+    above, below = near > exact, near < exact
+    if mode == "rz":
+        above, below = above & (exact > 0), below & (exact < 0)
+    if mode in ("rm", "rz"):
+        near = np.where(above, np.nextafter(near, dtype(-np.inf)), near)
+    if mode in ("rp", "rz"):
+        near = np.where(below, np.nextafter(near, dtype(np.inf)), near)
+    # What nextafter makes of the least number is a zero without its sign.
+    return np.where(near == 0, np.copysign(near, exact), near).astype(dtype)
+
+
+def to_integer(x: Value, dtype: Any, mode: str) -> Array:
+    """Float to integer: to nearest even (rni), to zero (rzi), down (rmi) or up (rpi); saturated.
+
+    NaN becomes 0; where one of the two types has 64 bits it becomes the integer that has the highest bit alone.
+    """
+    whole = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[mode](x.astype(np.float64))
+    info = np.iinfo(dtype)
+    bits = np.iinfo(dtype).bits
+    # The largest integer of 64 bits is no float64.
+    low, high = whole <= float(info.min), whole >= float(info.max)
+    nan = dtype(0)
+    if bits == 64 or x.dtype == np.float64:
+        nan = dtype(info.min if info.min else 1 << (bits - 1))
+    inside = np.where(low | high | np.isnan(whole), 0.0, whole).astype(dtype)
+    return np.select([np.isnan(whole), low, high], [nan, dtype(info.min), dtype(info.max)], inside)
+
+
+def error_of_sum(a: Value, b: Value, total: Value) -> Value:
+    """a + b - total, exactly, where total is the rounded sum."""
+    other = total - a
+    return (a - (total - other)) + (b - other)
+
+
+def to_odd(total: Array, error: Value) -> Array:
+    """The sum total + error rounded to the neighbour with an odd last bit, where it isn't a float64.
+
+    Who rounds that once more, to a format that has at least two bits less, gets what one rounding gives.
+    """
+    bits = total.view(np.int64)
+    finite = np.isfinite(total) & (error != 0) & (bits & 1 == 0)
+    # Away from zero where the error has the sign of the sum.
+    step = np.where((error > 0) == (total > 0), 1, -1)
+    return np.where(finite, bits + step, bits).view(np.float64)
+
+
+def fma32(a: Value, b: Value, c: Value, mode: str = "rn") -> Array:
+    """a * b + c of float32, rounded once. Products are exact in float64."""
+    product = np.atleast_1d(np.multiply(a, b, dtype=np.float64))
+    total = product + c
+    return rounded(to_odd(total, error_of_sum(product, c, total)), np.float32, mode)
+
+
+class Fma32:
+    """a * b + c of float32 vectors of one length, rounded once, in memory of its own: much faster than `fma32`."""
+
+    def __init__(self, length: int) -> None:
+        self._a, self._b, self._total, self._spare = (np.empty(length) for _ in range(4))
+        self._flags, self._tiny = (np.empty(length, bool) for _ in range(2))
+
+    def __call__(self, a: Value, b: Value, c: Value, out: Array) -> None:
+        np.copyto(self._a, a)
+        np.copyto(self._b, b)
+        product = np.multiply(self._a, self._b, self._a)
+        total = np.add(product, c, self._total)
+        # A second rounding shows only if the first one, which isn't exact, leads to the middle of two float32.
+        bits = np.bitwise_and(total.view(np.uint64), _LOW_BITS, self._spare.view(np.uint64))
+        suspects = np.equal(bits, _MIDPOINT, self._flags)
+        tiny = np.less(np.abs(total, self._spare), SMALLEST_NORMAL, self._tiny)
+        if np.count_nonzero(tiny):  # where the middles have other bits
+            suspects |= tiny & (total != 0)
+        if np.count_nonzero(suspects):
+            at = np.flatnonzero(suspects)
+            added = c[at] if isinstance(c, np.ndarray) else c
+            total[at] = to_odd(total[at], error_of_sum(product[at], added, total[at]))
+        np.copyto(out, total, casting="same_kind")
+
+
+def _split(x: Array) -> tuple[Array, Array]:
+    """Two float64 of 26 bits whose sum is x."""
+    far = x * 134217729.0
+    high = far - (far - x)
+    return high, x - high
+
+
+def fma64(a: Value, b: Value, c: Value) -> Array:
+    """a * b + c of float64, rounded once (Boldo and Melquiond, 2008)."""
+    a, b, c = (np.array(v) for v in np.broadcast_arrays(*(np.atleast_1d(v) for v in (a, b, c))))
+    product = a * b
+    (a1, a2), (b1, b2) = _split(a), _split(b)
+    rest = a2 * b2 - (((product - a1 * b1) - a2 * b1) - a1 * b2)
+    upper = c + rest
+    total = product + upper
+    low = error_of_sum(c, rest, upper)
+    high = error_of_sum(product, upper, total)
+    both = high + low
+    result = np.asarray(total + to_odd(both, error_of_sum(high, low, both)))
+    plain = (a == 0) | (b == 0) | ~np.isfinite(a) | ~np.isfinite(b) | ~np.isfinite(c)
+    result = np.where(plain, product + c, result)
+    near = [(np.abs(v) > 2.0**-450) & (np.abs(v) < 2.0**450) for v in (a, b, c)]
+    # Parts of the product may leave the range of float64.
+    for n in np.flatnonzero(~plain & ~(near[0] & near[1] & (near[2] | (c == 0)))):
+        result[n] = _fma_of_fractions(float(a[n]), float(b[n]), float(c[n]))
+    return result
+
+
+def _fma_of_fractions(a: float, b: float, c: float) -> float:
+    exact = Fraction(a) * Fraction(b) + Fraction(c)
+    try:
+        size = float(abs(exact))
+    except OverflowError:
+        size = float("inf")
+    return -size if exact < 0 else size

@@ -1,0 +1,89 @@
+"""The shared memory of blocks, and its shadow, which tells races and reads of what isn't there, or not yet.
+
+A stamp says which thread accessed a cell, and when: the number of barriers that its block has passed (from bit 32),
+that of those of its warp (from bit 12), and 32 + the thread in the block. Two accesses are ordered if a barrier of the
+block came between, or one of the warp and both are of this warp. So races don't depend on the order in which threads
+are run.
+"""
+
+import numpy as np
+
+from .types import CARRIERS, SHIFTS, WARP, Array
+
+BLOCK_BARRIER, WARP_BARRIER = 1 << 32, 1 << 12
+THREAD, WARP_OF_THREAD = 0xFFF, 0xFE0
+UNWRITTEN, WRITTEN, ON_ITS_WAY = 0, 1, 2
+
+
+def first_stamps(threads: Array) -> Array:
+    """Of threads that have passed no barrier. No stamp is 0, which stands for nobody."""
+    return threads.astype(np.int64) + (BLOCK_BARRIER + WARP_BARRIER + WARP)
+
+
+def of_whole_warp(stamps: Array) -> Array:
+    """Stamps of accesses that a warp makes as one: no barrier of the warp needs to follow them."""
+    return stamps & ~np.int64(BLOCK_BARRIER - WARP_BARRIER)
+
+
+def thread_of(stamp: int) -> int:
+    return (stamp & THREAD) - WARP
+
+
+def conflicts(before: Array, now: Array) -> Array | None:
+    """Which accesses `now` aren't ordered after the ones `before`, of other threads; None if all are."""
+    changed = before ^ now
+    near = (changed < BLOCK_BARRIER) & (changed != 0)
+    if not near.any():
+        return None
+    near &= (changed & THREAD) != 0
+    near &= ((changed & WARP_OF_THREAD) != 0) | (changed < WARP_BARRIER)
+    return np.flatnonzero(near) if near.any() else None
+
+
+class SharedMemory:
+    """Of `blocks` blocks, `size` bytes each. The shadow's cells are as wide as the narrowest access."""
+
+    def __init__(self, blocks: int, size: int, cell: int) -> None:
+        self.size, self.cell = size, cell
+        self.pitch = -(-size // 16) * 16
+        length = max(16, blocks * self.pitch)
+        raw = np.empty(length + 16, np.uint8)
+        skip = -raw.__array_interface__["data"][0] % 16
+        self.bytes = raw[skip : skip + length]
+        self.words: dict[int, Array] = {width: self.bytes.view(carrier) for width, carrier in CARRIERS.items()}
+        cells = length >> SHIFTS[cell]
+        # Two readers of different warps are enough: one of them isn't of the warp that writes.
+        self.writer, self.reader, self.other_reader = (np.zeros(cells, np.int64) for _ in range(3))
+        self.state = np.zeros(cells, np.uint8)
+
+    def forget(self) -> None:
+        """As the blocks find it: nobody has written anything, and what is there is NaN in every format."""
+        self.bytes.fill(0xFF)
+        for shadow in (self.writer, self.reader, self.other_reader, self.state):
+            shadow.fill(0)
+
+    def cells_of(self, places: Array, size: int) -> tuple[Array, int]:
+        """The cells of accesses at these bytes of all blocks' memory, and how many each takes."""
+        first = places >> SHIFTS[self.cell]
+        each = size >> SHIFTS[self.cell]
+        if each == 1:
+            return first, 1
+        return (first[:, None] + np.arange(each)).reshape(-1), each
+
+    def note_write(self, cells: Array, stamps: Array, state: int) -> bool:
+        """True if several threads write a cell at once."""
+        self.writer[cells] = stamps
+        self.state[cells] = state
+        return bool((self.writer.take(cells, mode="clip") != stamps).any())
+
+    def note_read(self, cells: Array, stamps: Array) -> None:
+        before = self.reader.take(cells, mode="clip")
+        self.reader[cells] = stamps
+        changed = before ^ stamps
+        kept = (changed < BLOCK_BARRIER) & ((changed & WARP_OF_THREAD) != 0)
+        if kept.any():
+            self.other_reader[cells[kept]] = before[kept]
+        # Of several that read a cell at once the last one stands there.
+        kept = ((self.reader.take(cells, mode="clip") ^ stamps) & WARP_OF_THREAD) != 0
+        if kept.any():
+            self.other_reader[cells[kept]] = stamps[kept]

@@ -1,0 +1,96 @@
+"""An instruction made ready to run, for all lanes of a machine or for some."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from .types import Array, Value
+
+
+class Active:
+    """The lanes that run something, as a mask over all lanes and as numbers."""
+
+    def __init__(self, mask: Array) -> None:
+        self.mask = mask
+
+    @cached_property
+    def lanes(self) -> Array:
+        return np.flatnonzero(self.mask)
+
+    @classmethod
+    def of(cls, lanes: Array, count: int) -> "Active":
+        mask = np.zeros(count, bool)
+        mask[lanes] = True
+        return cls(mask)
+
+
+@dataclass(slots=True)
+class Step:
+    """`everyone()` runs it for all lanes, `some(active)` for those that are active.
+
+    `pure`: it depends on nothing but registers, lane by lane, and only writes registers. Then it may be run for idle
+    lanes too, as long as nobody reads what it gives them.
+    """
+
+    everyone: Callable[[], object]
+    some: Callable[[Active], object]
+    pure: bool = True
+
+
+def nothing() -> None:
+    """Does so."""
+
+
+NO_STEP = Step(nothing, lambda active: None)
+
+
+def by_lanes(function: Callable[[Active | None], object]) -> Step:
+    """Of a function that is given the active lanes, or None for all."""
+    return Step(partial(function, None), function, pure=False)
+
+
+def elementwise(target: Array | None, function: Callable[..., Any], *sources: Value) -> Step:
+    """target = function(*sources), lane by lane. None: nobody wants it."""
+    if target is None:
+        return NO_STEP
+    if isinstance(function, np.ufunc) and any(isinstance(source, np.ndarray) for source in sources):
+
+        def some_of_ufunc(active: Active) -> None:
+            function(*sources, out=target, where=active.mask)
+
+        return Step(partial(function, *sources, out=target), some_of_ufunc)
+
+    def everyone() -> None:
+        target[:] = function(*sources)
+
+    def some(active: Active) -> None:
+        np.copyto(target, function(*sources), where=active.mask, casting="unsafe")
+
+    return Step(everyone, some)
+
+
+def several(steps: list[Step]) -> Step:
+    """One after the other, all of them pure."""
+
+    def everyone() -> None:
+        for step in steps:
+            step.everyone()
+
+    def some(active: Active) -> None:
+        for step in steps:
+            step.some(active)
+
+    return Step(everyone, some)
+
+
+def put(target: Array | None, active: Active | None, values: Value) -> None:
+    """Gives the active lanes their values, which are in the order of the lanes."""
+    if target is None:
+        return
+    if active is None:
+        target[:] = values
+    else:
+        target[active.lanes] = values

@@ -1,0 +1,298 @@
+"""Arithmetic of PTX against exact fractions, Python's integers and numpy in higher precision."""
+
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from ptx_programs import apply
+
+TINY = np.float32(1e-45)
+SPECIAL = np.array([0, -0.0, 1, -1, 1.5, -2.75, 1e-40, -1e-40, TINY, 3e38, -3e38, np.inf, -np.inf, np.nan], np.float32)
+random = np.random.default_rng(0)
+
+
+def pairs(values):
+    return (np.array(side) for side in zip(*itertools.product(values, values), strict=True))
+
+
+def wide_floats(count, dtype=np.float32):
+    """Of all exponents and signs."""
+    bits = random.integers(0, 1 << 32, count, np.uint32 if dtype == np.float32 else np.uint64)
+    if dtype == np.float64:
+        bits = random.integers(0, 1 << 64, count, np.uint64)
+    return bits.view(dtype)
+
+
+def same(a, b):
+    """Bits, but for those of NaN."""
+    assert a.dtype == b.dtype
+    nan = np.isnan(a) & np.isnan(b)
+    bits = f"u{a.itemsize}"
+    return bool((nan | (a.view(bits) == b.view(bits))).all())
+
+
+@pytest.mark.parametrize("kind", ["f32", "f64"])
+@pytest.mark.parametrize(("op", "function"), [("add", np.add), ("sub", np.subtract), ("mul", np.multiply), ("div.rn", np.divide)])
+def test_floats_are_rounded_to_nearest(kind, op, function):
+    a, b = pairs(SPECIAL.astype(f"f{kind[1:]}"[0] + str(int(kind[1:]) // 8)))
+    with np.errstate(all="ignore"):
+        expected = function(a, b)
+    assert same(apply(f"{op}.{kind} %o, %a0, %a1;", a, b, out=a.dtype), expected)
+
+
+@pytest.mark.parametrize(
+    ("op", "function"),
+    [
+        ("neg.f32", np.negative),
+        ("abs.f32", np.abs),
+        ("rcp.rn.f32", lambda x: (1 / x.astype(np.float64)).astype(np.float32)),
+        ("sqrt.rn.f32", lambda x: np.sqrt(x.astype(np.float64)).astype(np.float32)),
+    ],
+)
+def test_functions_of_one_float(op, function):
+    x = np.concatenate([SPECIAL, wide_floats(500)])
+    with np.errstate(all="ignore"):
+        expected = function(x)
+    assert same(apply(f"{op} %o, %a0;", x, out=np.float32), expected)
+
+
+def exact_fma(a, b, c, dtype, mode="rn"):
+    """Of finite numbers, by fractions."""
+    exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
+    if exact == 0:
+        with np.errstate(all="ignore"):
+            return dtype(a) * dtype(b) + dtype(c)  # the sign of a zero
+    info = np.finfo(dtype)
+    exponent = max(math.floor(math.log2(abs(exact.numerator)) - math.log2(exact.denominator)) - 1, info.minexp)
+    while Fraction(2) ** (exponent + 1) <= abs(exact):
+        exponent += 1
+    unit = Fraction(2) ** (max(exponent, info.minexp) - info.nmant)
+    scaled = exact / unit
+    whole = math.floor(scaled) if mode == "rm" else round(scaled)  # round() ties to even
+    found = whole * unit
+    if abs(found) > Fraction(float(info.max)):
+        return dtype(info.max) if mode == "rm" and exact > 0 else dtype(np.copysign(np.inf, float(np.sign(exact.numerator))))
+    return dtype(np.copysign(float(found), 1 if exact > 0 else -1))
+
+
+def fma_inputs():
+    """Random numbers; sums in the middle of two float32, with and without a rest; subnormal and great results."""
+    parts = [[x[np.isfinite(x)] for x in (wide_floats(400), wide_floats(400), wide_floats(400))]]
+    count = min(map(len, parts[0]))
+    a, b, c = ([x[:count]] for x in parts[0])
+    near = random.standard_normal((3, 500)).astype(np.float32)
+    # (1 + 2^-12) (1 + 2^-12) = 1 + 2^-11 + 2^-24: with small c the float64 sum is the middle and has lost the rest.
+    middle = np.float32(1 + 2.0**-12)
+    rests = np.array([0, 2.0**-60, -(2.0**-60), 2.0**-30, 1e-45, -1e-45, 2.0**-100], np.float32)
+    small = np.float32(2.0**-75)  # small * small = 2^-150, half of the least number
+    for left, right, third in (
+        (near[0], near[1], near[2]),
+        (np.full(7, middle), np.full(7, middle), rests),
+        (np.full(7, middle), np.full(7, -middle), rests),
+        (np.full(7, small), np.full(7, small), rests),
+        (np.full(7, small * np.float32(1 + 2.0**-20)), np.full(7, small), rests),
+        (near[0] * np.float32(2.0**-70), near[1] * np.float32(2.0**-70), near[2] * np.float32(2.0**-140)),
+        (np.full(2, np.float32(3e38)), np.array([1, 2], np.float32), np.full(2, np.float32(3e38))),
+        (near[0], np.ones(500, np.float32), -near[0]),
+    ):
+        a.append(left)
+        b.append(right)
+        c.append(third)
+    return [np.concatenate(each).astype(np.float32) for each in (a, b, c)]
+
+
+@pytest.mark.parametrize("mode", ["rn", "rm"])
+def test_fma_is_rounded_once(mode):
+    a, b, c = fma_inputs()
+    found = apply(f"fma.{mode}.f32 %o, %a0, %a1, %a2;", a, b, c, out=np.float32)
+    expected = np.array([exact_fma(*each, np.float32, mode) for each in zip(a, b, c, strict=True)])
+    if mode == "rm":  # an exact zero is negative then
+        found, expected = found + np.float32(0), expected + np.float32(0)
+    assert same(found, expected)
+
+
+def test_a_sum_of_float64_alone_would_be_rounded_twice():
+    """That the inputs above can tell."""
+    a, b, c = fma_inputs()
+    with np.errstate(all="ignore"):
+        twice = (a.astype(np.float64) * b + c).astype(np.float32)
+    assert not same(twice, apply("fma.rn.f32 %o, %a0, %a1, %a2;", a, b, c, out=np.float32))
+
+
+def test_fma_of_what_is_not_finite():
+    a, b = pairs(SPECIAL)
+    c = np.resize(SPECIAL[::-1], len(a))
+    with np.errstate(all="ignore"):
+        expected = (a.astype(np.float64) * b + c).astype(np.float32)
+    unusual = ~np.isfinite(a) | ~np.isfinite(b) | ~np.isfinite(c)
+    found = apply("fma.rn.f32 %o, %a0, %a1, %a2;", a, b, c, out=np.float32)
+    assert same(found[unusual], expected[unusual])
+
+
+def test_fma_of_float64_is_rounded_once():
+    a, b, c = (np.concatenate([wide_floats(300, np.float64), random.standard_normal(300)]) for _ in range(3))
+    c[300:400] = -a[300:400] * b[300:400]  # leaves the rounding error of the product
+    c[400:450] = 0
+    a[450:460] = 0
+    finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
+    a, b, c = a[finite], b[finite], c[finite]
+    found = apply("fma.rn.f64 %o, %a0, %a1, %a2;", a, b, c, out=np.float64)
+    assert same(found, np.array([exact_fma(*each, np.float64) for each in zip(a, b, c, strict=True)]))
+
+
+def test_subnormal_numbers_are_flushed_where_it_is_asked_for():
+    a, b, c = (np.array(x, np.float32) for x in ([1e-40, 1e-20, -1e-40], [1e30, 1e-20, 1], [-0.0, 1e-42, -0.0]))
+    found = apply("fma.rn.ftz.f32 %o, %a0, %a1, %a2;", a, b, c, out=np.float32)
+    assert same(found, np.array([0, 0, -0.0], np.float32))
+    assert apply("ex2.approx.ftz.f32 %o, %a0;", np.array([-130], np.float32), out=np.float32) == 0
+    assert apply("ex2.approx.f32 %o, %a0;", np.array([-130], np.float32), out=np.float32) == 2.0**-130
+
+
+@pytest.mark.parametrize("op", ["ex2.approx.f32 %o, %a0", "div.full.f32 %o, %a1, %a0", "div.approx.f32 %o, %a1, %a0"])
+def test_approximations_are_as_good_as_ptx_promises(op):
+    x, y = random.standard_normal((2, 1000)).astype(np.float32)
+    exact = np.exp2(x.astype(np.float64)) if op.startswith("ex2") else y.astype(np.float64) / x
+    found = apply(f"{op};", x, y, out=np.float32)
+    assert (np.abs(found - exact) <= 2.0**-22 * np.abs(exact)).all()
+
+
+@pytest.mark.parametrize("op", ["min", "max"])
+def test_min_and_max_prefer_numbers_and_order_zeros(op):
+    def chosen(a, b):
+        if np.isnan(a) or np.isnan(b):
+            return b if np.isnan(a) else a
+        first = (a, not np.signbit(a)) <= (b, not np.signbit(b))
+        return a if first == (op == "min") else b
+
+    a, b = pairs(SPECIAL)
+    expected = np.array([chosen(x, y) for x, y in zip(a, b, strict=True)], np.float32)
+    assert same(apply(f"{op}.f32 %o, %a0, %a1;", a, b, out=np.float32), expected)
+
+
+def test_copysign_takes_the_sign_of_its_first_operand():
+    a, b = pairs(SPECIAL)
+    found = apply("copysign.f32 %o, %a0, %a1;", a, b, out=np.float32)
+    assert (np.signbit(found) == np.signbit(a)).all()
+    assert same(np.abs(found), np.abs(b))
+
+
+COMPARISONS = {"eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "lt": lambda a, b: a < b}
+COMPARISONS |= {"le": lambda a, b: a <= b, "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b}
+
+
+def compared(name, kind, a, b):
+    code = f"setp.{name}.{kind} %p1, %a0, %a1; selp.b32 %o, 1, 0, %p1;"
+    return apply(code, a, b, out=np.uint32).astype(bool)
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_comparisons_with_nan_are_false_or_with_a_u_true(name):
+    a, b = pairs(SPECIAL)
+    nan = np.isnan(a) | np.isnan(b)
+    expected = COMPARISONS[name](a, b)
+    assert (compared(name, "f32", a, b) == (expected & ~nan)).all()
+    assert (compared(f"{name}u", "f32", a, b) == (expected | nan)).all()
+
+
+def test_num_and_nan():
+    a, b = pairs(SPECIAL)
+    nan = np.isnan(a) | np.isnan(b)
+    assert (compared("nan", "f32", a, b) == nan).all()
+    assert (compared("num", "f32", a, b) == ~nan).all()
+
+
+@pytest.mark.parametrize("kind", ["s16", "u16", "s32", "u32", "s64", "u64"])
+def test_comparisons_of_integers(kind):
+    size = int(kind[1:])
+    a, b = pairs(np.array([0, 1, 2, (1 << size - 1) - 1, 1 << size - 1, (1 << size) - 1], f"u{size // 8}"))
+    signs = [v.view(f"{'i' if kind[0] == 's' else 'u'}{size // 8}") for v in (a, b)]
+    for name, function in COMPARISONS.items():
+        assert (compared(name, kind, a, b) == function(*signs)).all()
+
+
+def wrapped(values, kind):
+    """Integers as the type has them, two's complement."""
+    bits = int(kind[1:])
+    return np.array([v % (1 << bits) for v in values], f"u{bits // 8}")
+
+
+def integers(kind):
+    """[n] pairs as Python's integers, and the arrays of their bits."""
+    bits = int(kind[1:])
+    some = [0, 1, 2, 3, 7, (1 << bits - 1) - 1, 1 << bits - 1, (1 << bits) - 1, (1 << bits) - 5, 0x1234567 % (1 << bits)]
+    values = [v - (1 << bits) if kind[0] == "s" and v >> bits - 1 else v for v in some]
+    both = list(itertools.product(values, values))
+    return both, [wrapped(side, kind) for side in zip(*both, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["s32", "u32", "s64", "u64"])
+@pytest.mark.parametrize("op", ["add", "sub", "mul.lo", "min", "max"])
+def test_integers_wrap(kind, op):
+    if op in ("add", "sub") and kind[0] == "u":
+        kind = "s" + kind[1:]  # compilers write it so
+    function = {"add": int.__add__, "sub": int.__sub__, "mul.lo": int.__mul__, "min": min, "max": max}[op]
+    both, (a, b) = integers(kind)
+    found = apply(f"{op}.{kind} %o, %a0, %a1;", a, b, out=a.dtype)
+    assert (found == wrapped([function(x, y) for x, y in both], kind)).all()
+
+
+@pytest.mark.parametrize("kind", ["s32", "u32", "s64", "u64"])
+def test_division_of_integers_is_towards_zero(kind):
+    both, (a, b) = integers(kind)
+    usable = [n for n, (x, y) in enumerate(both) if y != 0 and not (y == -1 and x == -(1 << int(kind[1:]) - 1))]
+    a, b, both = a[usable], b[usable], [both[n] for n in usable]
+    quotients = [abs(x) // abs(y) * (1 if (x < 0) == (y < 0) else -1) for x, y in both]
+    rests = [x - y * q for (x, y), q in zip(both, quotients, strict=True)]
+    assert (apply(f"div.{kind} %o, %a0, %a1;", a, b, out=a.dtype) == wrapped(quotients, kind)).all()
+    assert (apply(f"rem.{kind} %o, %a0, %a1;", a, b, out=a.dtype) == wrapped(rests, kind)).all()
+
+
+@pytest.mark.parametrize("kind", ["s16", "u16", "s32", "u32"])
+def test_products_wide_and_high(kind):
+    bits = int(kind[1:])
+    both, (a, b) = integers(kind)
+    products = [x * y for x, y in both]
+    wide = kind[0] + str(2 * bits)
+    found = apply(f"mul.wide.{kind} %o, %a0, %a1;", a, b, out=f"u{bits // 4}")
+    assert (found == wrapped(products, wide)).all()
+    found = apply(f"mul.hi.{kind} %o, %a0, %a1;", a, b, out=a.dtype)
+    assert (found == wrapped([p >> bits for p in products], kind)).all()
+
+
+def test_mad():
+    both, (a, b) = integers("s32")
+    c = np.resize(b[::-1], len(a))
+    signed = c.view(np.int32).tolist()
+    found = apply("mad.lo.s32 %o, %a0, %a1, %a2;", a, b, c, out=np.uint32)
+    assert (found == wrapped([x * y + z for (x, y), z in zip(both, signed, strict=True)], "s32")).all()
+    found = apply("mad.hi.s32 %o, %a0, %a1, %a2;", a, b, c, out=np.uint32)
+    assert (found == wrapped([(x * y >> 32) + z for (x, y), z in zip(both, signed, strict=True)], "s32")).all()
+    wide = random.integers(0, 1 << 64, len(a), np.uint64)
+    found = apply("mad.wide.s32 %o, %a0, %a1, %a2;", a, b, wide, out=np.uint64)
+    assert (found == wrapped([x * y + int(z) for (x, y), z in zip(both, wide, strict=True)], "s64")).all()
+
+
+def test_neg_of_integers():
+    x = np.array([0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF], np.uint32)
+    assert apply("neg.s32 %o, %a0;", x, out=np.uint32).tolist() == [0, 0xFFFFFFFF, 0x80000001, 0x80000000, 1]
+
+
+@pytest.mark.parametrize("kind", ["b16", "b32", "b64"])
+def test_selp(kind):
+    size = int(kind[1:]) // 8
+    a, b = random.integers(0, 1 << 8 * size, (2, 100), np.uint64).astype(f"u{size}")
+    which = random.integers(0, 2, 100, np.uint32)
+    found = apply(f"setp.ne.s32 %p1, %a2, 0; selp.{kind} %o, %a0, %a1, %p1;", a, b, which, out=a.dtype)
+    assert (found == np.where(which, a, b)).all()
+
+
+def test_constants_are_numbers_of_their_bits():
+    x = np.arange(3, dtype=np.float32)
+    found = apply("mov.f32 %f1, 0f3FC00000; add.f32 %o, %a0, %f1;", x, out=np.float32)
+    assert found.tolist() == [1.5, 2.5, 3.5]
+    found = apply("mov.b32 %r1, 0f3FC00000; add.s32 %o, %a0, %r1;", x.view(np.uint32), out=np.uint32)
+    assert found[0] == 0x3FC00000
+    found = apply("add.f64 %o, %a0, 0dBFF0000000000000;", x.astype(np.float64), out=np.float64)
+    assert found.tolist() == [-1, 0, 1]

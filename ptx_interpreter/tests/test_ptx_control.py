@@ -1,0 +1,232 @@
+"""Control flow: who runs what, who meets again where, and what the lanes of a warp tell each other."""
+
+import numpy as np
+import pytest
+from ptx_programs import faults, kernel, run
+
+from ptx_interpreter import launching, machine
+
+HEAD = "mov.u32 %r1, %tid.x; mul.wide.u32 %d1, %r1, 4; add.s64 %d2, %d1, %d30;\n"
+STORE = "\nst.global.u32 [%d2], %r2;\n"
+
+
+def result(body, block=64):
+    """%r2 of each thread."""
+    found = np.zeros(block, np.uint32)
+    run(kernel(HEAD + body + STORE), [found], block=block)
+    return found.tolist()
+
+
+def test_a_branch_separates_threads_and_brings_them_together():
+    """After it all are there again: ldmatrix and shuffles need it, and each instruction is counted once for each."""
+    body = """
+    and.b32 %r3, %r1, 1; setp.eq.s32 %p1, %r3, 0;
+    mov.u32 %r2, 5;
+    @%p1 bra EVEN;
+    add.s32 %r2, %r1, 100;
+    bra.uni DONE;
+    EVEN: add.s32 %r2, %r1, 200;
+    DONE: shfl.sync.bfly.b32 %r4|%p2, %r2, 1, 31, -1;
+    mov.u32 %r2, %r4;
+    """
+    assert result(body) == [n + 1 + 100 if n % 2 == 0 else n - 1 + 200 for n in range(64)]
+
+
+def test_registers_of_idle_threads_keep_what_they_have():
+    """Those that outlive a block, whatever the threads of the other branch write."""
+    body = """
+    mov.u32 %r2, %r1; mov.u32 %r3, 0;
+    setp.lt.u32 %p1, %r1, 40;
+    @%p1 bra LOW;
+    add.s32 %r4, %r1, 1000; mul.lo.s32 %r2, %r4, 2; cvt.rn.f32.s32 %f1, %r4;
+    mov.b64 %d3, {%r4, %r2}; mov.b64 {%r2, %r5}, %d3; selp.b32 %r3, %r2, %r4, %p1; cvt.rzi.s32.f32 %r3, %f1;
+    LOW: add.s32 %r2, %r2, %r3;
+    """
+    assert result(body) == [n if n < 40 else 2 * (n + 1000) for n in range(64)]
+
+
+def test_loops_of_different_lengths():
+    """Each thread sums 1 to its own number."""
+    body = """
+    mov.u32 %r2, 0; mov.u32 %r3, 0;
+    LOOP: setp.ge.u32 %p1, %r3, %r1;
+    @%p1 bra END;
+    add.s32 %r3, %r3, 1; add.s32 %r2, %r2, %r3;
+    bra LOOP;
+    END:
+    """
+    assert result(body) == [n * (n + 1) // 2 for n in range(64)]
+
+
+def test_guards():
+    body = """
+    setp.lt.u32 %p1, %r1, 20; setp.lt.u32 %p2, %r1, 0;
+    mov.u32 %r2, 7;
+    @%p1 mov.b32 %r2, 8;
+    @!%p1 add.s32 %r2, %r2, %r1;
+    @%p2 mov.u32 %r2, 99;
+    @%p1 st.global.u32 [%d2], %r1;
+    @%p1 ret;
+    """
+    assert result(body) == [n if n < 20 else 7 + n for n in range(64)]
+
+
+def test_a_guarded_value_of_another_block_is_kept():
+    body = """
+    mov.u32 %r2, 3;
+    setp.lt.u32 %p1, %r1, 20;
+    bra NEXT;
+    NEXT: @%p1 mov.u32 %r2, 4;
+    bra LAST;
+    LAST: add.s32 %r2, %r2, 0;
+    """
+    assert result(body) == [4 if n < 20 else 3 for n in range(64)]
+
+
+def test_threads_and_blocks_have_their_numbers():
+    """A grid and blocks of three dimensions; more blocks than run together, the last ones by themselves."""
+    names = ["tid.x", "tid.y", "tid.z", "ctaid.x", "ntid.x", "ntid.y", "ntid.z", "nctaid.x", "laneid"]
+    body = "mov.u32 %r1, %tid.x; mov.u32 %r2, %tid.y; mov.u32 %r3, %tid.z; mov.u32 %r4, %ctaid.x;\n"
+    body += "mad.lo.s32 %r5, %r3, 5, %r2; mad.lo.s32 %r5, %r5, 7, %r1; mad.lo.s32 %r5, %r4, 70, %r5;\n"
+    body += f"mul.wide.u32 %d1, %r5, {4 * len(names)}; add.s64 %d2, %d1, %d30;\n"
+    for n, name in enumerate(names):
+        body += f"mov.u32 %r10, %{name}; st.global.u32 [%d2+{4 * n}], %r10;\n"
+    grid = launching.LANES // 96 + 3
+    found = np.zeros((grid, 2, 5, 7, len(names)), np.uint32)
+    run(kernel(body), [found], grid=grid, block=(7, 5, 2))
+    z, y, x = np.meshgrid(*map(np.arange, (2, 5, 7)), indexing="ij")
+    lane = (x + 7 * y + 35 * z) % 32
+    for block in range(grid):
+        wanted = [x, y, z, np.full_like(x, block), *(np.full_like(x, n) for n in (7, 5, 2, grid)), lane]
+        assert (found[block] == np.stack(wanted, -1)).all()
+
+
+def test_grids_of_several_dimensions():
+    body = """
+    mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ctaid.y; mov.u32 %r3, %ctaid.z;
+    mad.lo.s32 %r4, %r3, 3, %r2; mad.lo.s32 %r4, %r4, 2, %r1; mul.wide.u32 %d1, %r4, 4; add.s64 %d2, %d1, %d30;
+    st.global.u32 [%d2], %r4;
+    """
+    found = np.zeros(24, np.uint32)
+    memory = launching.GlobalMemory()
+    params = memory.add(found).to_bytes(8, "little")
+    launching.launch(kernel(body), (2, 3, 4), (1,), params, memory)
+    assert found.tolist() == list(range(24))
+
+
+@pytest.mark.parametrize("segment", [0, 24, 28])
+@pytest.mark.parametrize("mode", ["bfly", "idx"])
+def test_shuffles(mode, segment):
+    """The pseudo code of PTX ISA; c has the mask of segments in bits 8 to 12, and the clamp."""
+    for b in (0, 1, 2, 5, 16, 31):
+        for clamp in (31, 20):
+            c = segment << 8 | clamp
+            body = f"""
+            add.s32 %r3, %r1, 1000;
+            shfl.sync.{mode}.b32 %r2|%p1, %r3, {b}, {c}, -1;
+            selp.b32 %r4, 5000, 0, %p1; add.s32 %r2, %r2, %r4;
+            """
+            expected = []
+            for thread in range(64):
+                lane = thread % 32
+                last, first = lane & segment | clamp & ~segment & 31, lane & segment
+                source = lane ^ b if mode == "bfly" else first | b & ~segment & 31
+                there = source <= last
+                expected.append(1000 + thread - lane + (source if there else lane) + 5000 * there)
+            assert result(body) == expected
+
+
+def test_a_shuffle_by_a_register_goes_where_each_lane_asks():
+    body = "xor.b32 %r3, %r1, 3; and.b32 %r3, %r3, 31; shfl.sync.idx.b32 %r2|%p1, %r1, %r3, 31, 0xffffffff;"
+    assert result(body) == [n ^ 3 for n in range(64)]
+
+
+SUM_OF_NEIGHBOURS = """
+shl.b32 %r3, %r1, 2; st.shared.u32 [%r3], %r1;
+{barrier}
+xor.b32 %r4, %r1, {distance}; shl.b32 %r4, %r4, 2; ld.shared.u32 %r2, [%r4];
+"""
+
+
+def test_a_barrier_waits_for_all_warps():
+    """Though the first one comes there by another way, and later."""
+    body = """
+    setp.ge.u32 %p1, %r1, 32;
+    mov.u32 %r5, 0;
+    @%p1 bra WAIT;
+    LOOP: add.s32 %r5, %r5, 1; setp.lt.u32 %p2, %r5, 10;
+    @%p2 bra LOOP;
+    WAIT: shl.b32 %r3, %r1, 2; st.shared.u32 [%r3], %r5;
+    bar.sync 0;
+    xor.b32 %r4, %r1, 32; shl.b32 %r4, %r4, 2; ld.shared.u32 %r2, [%r4];
+    """
+    found = np.zeros(64, np.uint32)
+    run(kernel(HEAD + body + STORE), [found], block=64, shared=256)
+    assert found.tolist() == [0] * 32 + [10] * 32
+
+
+def test_threads_that_have_ended_are_not_waited_for():
+    body = """
+    setp.ge.u32 %p1, %r1, 48;
+    @%p1 ret;
+    bar.sync 0;
+    mov.u32 %r2, 1;
+    """
+    assert result(body) == [1] * 48 + [0] * 16
+
+
+def test_different_barriers_are_uneven():
+    body = HEAD + "setp.lt.u32 %p1, %r1, 32; @%p1 bra A; bar.sync 0; bra B;\nA: bar.sync 0;\nB: mov.u32 %r2, 0;"
+    assert faults(kernel(body), [np.zeros(64, np.uint32)], block=64) == ["uneven barrier", "uneven barrier"]
+    assert faults(kernel(body), [np.zeros(64, np.uint32)], block=32) == []
+
+
+def test_a_loop_without_end_is_one(monkeypatch):
+    """A thread waits for what another one, behind a barrier, would write."""
+    monkeypatch.setattr(machine, "MOST_VISITS", 1000)
+    body = HEAD + "LOOP: ld.global.u32 %r2, [%d30]; setp.eq.s32 %p1, %r2, 0;\n@%p1 bra LOOP;"
+    assert faults(kernel(body), [np.zeros(64, np.uint32)]) == ["endless loop"]
+
+
+def test_a_trap_is_told():
+    body = HEAD + "setp.eq.s32 %p1, %r1, 5; @%p1 trap;"
+    (fault,) = run(kernel(body), [np.zeros(64, np.uint32)], check=False).faults
+    assert (fault.kind, fault.thread, fault.count) == ("trap", 5, 1)
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "bar.warp.sync -1;",
+        "shfl.sync.bfly.b32 %r2|%p2, %r1, 16, 31, -1;",
+        "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [%r3];",
+        "stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r3], {%r2};",
+    ],
+)
+def test_a_warp_that_is_not_complete(instruction):
+    body = HEAD + "mov.u32 %r2, 0; mov.u32 %r3, 0; st.shared.v4.u32 [%r3], {%r2, %r2, %r2, %r2};\n"
+    body += "and.b32 %r4, %r1, 31; setp.ge.u32 %p1, %r4, 16; @%p1 bra LATER;\n" + instruction + "\nLATER: mov.u32 %r5, 0;"
+    found = run(kernel(body), [np.zeros(64, np.uint32)], block=64, shared=128, check=False).faults
+    assert "divergent warp" in {fault.kind for fault in found}
+
+
+def test_counts():
+    """Thread-instructions by opcode, by line, and in all."""
+    text = """
+    .file 1 "folder/norm.cu"
+    """
+    body = HEAD + """
+    .loc 1 10 3
+    setp.lt.u32 %p1, %r1, 10;
+    @%p1 bra SKIP;
+    .loc 1 11 3
+    add.s32 %r2, %r1, 1; add.s32 %r2, %r2, 1;
+    SKIP:
+    .loc 1 12 1
+    neg.s32 %r3, %r2;
+    """
+    report = run(kernel(body, head=text), [np.zeros(64, np.uint32)], block=64, grid=3)
+    assert report.executed["add"] == 3 * (64 + 2 * 54)
+    assert report.lines()["folder/norm.cu", 11] == 3 * 2 * 54
+    assert report.lines()["folder/norm.cu", 10] == 3 * 2 * 64
+    assert report.instructions == sum(report.executed.values()) == sum(report.lines().values())

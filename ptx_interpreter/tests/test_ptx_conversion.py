@@ -1,0 +1,166 @@
+"""Conversions between formats, against numpy in higher precision and against tables of neighbours."""
+
+import numpy as np
+import pytest
+from ptx_programs import apply
+
+random = np.random.default_rng(2)
+
+
+def floats(count=4000):
+    """float32 of all exponents, with those around the ranges of the 16-bit formats more often."""
+    everywhere = random.integers(0, 1 << 32, count, np.uint32).view(np.float32)
+    near = (random.standard_normal(count) * 2.0 ** random.integers(-30, 20, count)).astype(np.float32)
+    special = np.array([0, -0.0, np.inf, -np.inf, np.nan, 65504, 65519.9, 65520, 1e-8, 2.0**-25, 3.4e38, 1e-45], np.float32)
+    return np.concatenate([everywhere, near, special])
+
+
+def table(name):
+    """All finite numbers of a 16-bit format as float64, in order, and their bits."""
+    bits = np.arange(1 << 16, dtype=np.uint32)
+    values = (bits << 16).view(np.float32) if name == "bf16" else bits.astype(np.uint16).view(np.float16)
+    with np.errstate(all="ignore"):
+        values = values.astype(np.float64)
+    keep = np.isfinite(values) & ~((values == 0) & (bits > 0x7FFF))
+    order = np.argsort(values[keep])
+    return values[keep][order], bits[keep][order]
+
+
+def nearest(x, name):
+    """The bits of the neighbour that is nearest, of two the even one."""
+    values, bits = table(name)
+    top = values[-1] + (values[-1] - values[-2]) / 2  # from here on infinite
+    infinite = {"bf16": 0x7F80, "f16": 0x7C00}[name]
+    found = []
+    for number in x.astype(np.float64):
+        sign = 0x8000 if np.signbit(number) else 0
+        if np.isnan(number):
+            found.append(0x7FFF)
+        elif abs(number) >= top:
+            found.append(infinite | sign)
+        else:
+            at = int(np.clip(np.searchsorted(values, abs(number)), 1, len(values) - 1))
+            below, above = abs(number) - values[at - 1], values[at] - abs(number)
+            even = at - 1 if bits[at - 1] % 2 == 0 else at
+            choice = even if below == above else at - 1 if below < above else at
+            found.append(int(bits[choice]) | sign)
+    return np.array(found, np.uint16)
+
+
+@pytest.mark.parametrize("name", ["bf16", "f16"])
+def test_to_16_bits_is_to_the_nearest_even(name):
+    x = floats(1500)
+    values, _ = table(name)
+    middles = ((values[:-1] + values[1:]) / 2)[:: len(values) // 500].astype(np.float32)
+    x = np.concatenate([x, middles, np.nextafter(middles, np.float32(9)), np.nextafter(middles, np.float32(-9))])
+    expected = nearest(x, name)
+    assert (apply(f"cvt.rn.{name}.f32 %o, %a0;", x, out=np.uint16) == expected).all()
+    both = apply(f"cvt.rn.{name}x2.f32 %o, %a0, %a1;", x, x[::-1].copy(), out=np.uint32)
+    assert (both >> 16 == expected).all(), "the first operand is the upper half"
+    assert (both & 0xFFFF == expected[::-1]).all()
+
+
+@pytest.mark.parametrize("name", ["bf16", "f16"])
+def test_from_16_bits_is_exact(name):
+    bits = np.arange(1 << 16, dtype=np.uint32)
+    exact = (bits << 16).view(np.float32) if name == "bf16" else bits.astype(np.uint16).view(np.float16).astype(np.float32)
+    found = apply(f"cvt.f32.{name} %o, %a0;", bits.astype(np.uint16), out=np.float32)
+    assert ((found == exact) & (np.signbit(found) == np.signbit(exact)) | np.isnan(found) & np.isnan(exact)).all()
+
+
+@pytest.mark.parametrize("mode", ["rn", "rz", "rm", "rp"])
+def test_roundings_of_float64_to_float32(mode):
+    scale = 2.0 ** random.integers(-155, 128, 3000)
+    x = np.concatenate([random.standard_normal(3000) * scale, [0, -0.0, 1e300, -1e300, 1e-300, -1e-300, 1.0, np.inf, np.nan]])
+    found = apply(f"cvt.{mode}.f32.f64 %o, %a0;", x, out=np.float32)
+    with np.errstate(all="ignore"):
+        near = x.astype(np.float32)
+    finite = ~np.isnan(x)
+    up, down = np.nextafter(found, np.float32(np.inf)), np.nextafter(found, np.float32(-np.inf))
+    wide, above, below = (v.astype(np.float64) for v in (found, up, down))
+    tests = {
+        "rn": found == near,
+        "rm": (wide <= x) & ((above > x) | (wide == x)),
+        "rp": (wide >= x) & ((below < x) | (wide == x)),
+        "rz": (np.abs(wide) <= np.abs(x)) & (np.where(x > 0, above > x, below < x) | (wide == x)),
+    }
+    assert tests[mode][finite].all()
+    assert (np.signbit(found) == np.signbit(x))[finite].all()
+    assert np.isnan(found[~finite]).all()
+
+
+def test_float32_to_float64_is_exact():
+    x = floats(300)
+    found = apply("cvt.f64.f32 %o, %a0;", x, out=np.float64)
+    assert ((found == x) | np.isnan(x) & np.isnan(found)).all()
+
+
+@pytest.mark.parametrize(("mode", "function"), [("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)])
+@pytest.mark.parametrize("kind", ["s32", "u32", "s64", "u64"])
+def test_floats_to_integers_saturate(kind, mode, function):
+    """NaN becomes 0, or for 64 bits the integer with the highest bit alone."""
+    bits, signed = int(kind[1:]), kind[0] == "s"
+    x = np.array([0, -0.5, 0.5, 1.5, 2.5, -2.5, 1e9, 3e9, -3e9, 1e19, -1e19, 1e30, np.inf, -np.inf, np.nan], np.float32)
+    low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+    expected = []
+    for number in x:
+        if np.isnan(number):
+            expected.append(1 << 63 if bits == 64 else 0)
+        elif np.isinf(number):
+            expected.append(low if number < 0 else high)
+        else:
+            expected.append(min(max(int(function(number)), low), high))
+    found = apply(f"cvt.{mode}.{kind}.f32 %o, %a0;", x, out=f"u{bits // 8}")
+    assert found.tolist() == [value % (1 << bits) for value in expected]
+
+
+@pytest.mark.parametrize("kind", ["s32", "u32", "s64"])
+def test_integers_to_float32_are_rounded_once(kind):
+    bits = int(kind[1:])
+    x = random.integers(0, 1 << bits, 2000, np.uint64) >> random.integers(0, bits, 2000).astype(np.uint64)
+    middles = [(1 << 24) + 1, (1 << 24) + 3, (1 << 31) + 128, (1 << 30) + 63, (1 << 62) + (1 << 38) + 1, 0]
+    x = np.concatenate([x, np.array(middles, np.uint64)]).astype(f"u{bits // 8}")
+    numbers = x.view(f"{'i' if kind[0] == 's' else 'u'}{bits // 8}").tolist()
+    expected = []
+    for number in numbers:  # by rounding the integer itself to 24 bits
+        drop = max(abs(number).bit_length() - 24, 0)
+        expected.append(float(round(number / (1 << drop)) << drop) if bits == 32 else float(rounded(number, drop)))
+    found = apply(f"cvt.rn.f32.{kind} %o, %a0;", x, out=np.float32)
+    assert (found == np.array(expected)).all()
+
+
+def rounded(number, drop):
+    size, unit = abs(number), 1 << drop
+    low = size // unit
+    rest = 2 * (size - low * unit)
+    low += rest > unit or (rest == unit and low % 2 == 1)
+    return low * unit * (-1 if number < 0 else 1)
+
+
+def test_integers_are_cut_or_extended():
+    x = np.array([0, 1, 0x7FFF, 0x8000, 0xFFFF, 0x12345678, 0x80000000, 0xFFFFFFFF], np.uint32)
+    assert apply("cvt.u16.u32 %o, %a0;", x, out=np.uint16).tolist() == [v & 0xFFFF for v in x.tolist()]
+    assert apply("cvt.u64.u32 %o, %a0;", x, out=np.uint64).tolist() == x.tolist()
+    assert apply("cvt.s64.s32 %o, %a0;", x, out=np.int64).tolist() == x.view(np.int32).tolist()
+    assert apply("cvt.u32.u64 %o, %a0;", x.astype(np.uint64) + (5 << 32), out=np.uint32).tolist() == x.tolist()
+    small = x.astype(np.uint16)
+    assert apply("cvt.u32.u16 %o, %a0;", small, out=np.uint32).tolist() == small.tolist()
+
+
+def test_saturation_to_the_unit_interval():
+    x = np.array([-1, -0.0, 0.25, 1, 7, np.inf, -np.inf, np.nan], np.float32)
+    found = apply("cvt.sat.f32.f32 %o, %a0;", x, out=np.float32)
+    assert found.tolist() == [0, 0, 0.25, 1, 1, 1, 0, 0]
+    assert not np.signbit(found).any()
+
+
+def test_registers_are_joined_and_divided():
+    low, high = random.integers(0, 1 << 16, (2, 50), np.uint16)
+    assert (apply("mov.b32 %o, {%a0, %a1};", low, high, out=np.uint32) == low | high.astype(np.uint32) << 16).all()
+    whole = random.integers(0, 1 << 64, 50, np.uint64)
+    for part, shift in (("%o, %r9", 0), ("_, %o", 32), ("%o, _", 0)):
+        found = apply(f"mov.b64 {{{part}}}, %a0;", whole, out=np.uint32)
+        assert (found == (whole >> np.uint64(shift)).astype(np.uint32)).all()
+    quarters = apply("mov.b64 {%h1, %h2, %h3, %h4}, %a0; mov.b64 %o, {%h4, %h3, %h2, %h1};", whole, out=np.uint64)
+    parts = whole.view(np.uint16).reshape(-1, 4)[:, ::-1]
+    assert (quarters == np.ascontiguousarray(parts).view(np.uint64)[:, 0]).all()

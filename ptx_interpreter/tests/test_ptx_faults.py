@@ -1,0 +1,252 @@
+"""What a kernel must not do to memory is told, with the line, the thread and what is wrong; and what it may is not."""
+
+import numpy as np
+import pytest
+from ptx_programs import faults, kernel, run
+
+from ptx_interpreter import Faults, GlobalMemory, launch
+
+HEAD = "mov.u32 %r1, %tid.x; mul.wide.u32 %d1, %r1, 4; add.s64 %d2, %d1, %d30; shl.b32 %r3, %r1, 2;\n"
+WORDS = np.zeros(64, np.uint32)
+
+
+def of_body(body, block=64, shared=256, count=64):
+    return faults(kernel(HEAD + body), [np.zeros(count, np.uint32)], block=block, shared=shared)
+
+
+# --- global memory ------------------------------------------------------------------------------------------------
+
+
+def test_out_of_bounds_of_global_memory():
+    found = np.arange(60, dtype=np.uint32)
+    report = run(kernel(HEAD + "st.global.u32 [%d2], %r1;"), [found], block=64, check=False)
+    (fault,) = report.faults
+    assert (fault.kind, fault.thread, fault.count) == ("out of bounds", 60, 4)
+    assert "store of 4 bytes 0 bytes past the end of p0 (240 bytes)" in fault.detail
+    assert "st.global.u32 [%d2], %r1" in str(fault)
+    assert of_body("ld.global.u32 %r2, [%d2];", count=60) == ["out of bounds"]
+    assert of_body("ld.global.u32 %r2, [%d2+-4];") == ["out of bounds"]
+    assert of_body("ld.global.u32 %r2, [%d2];") == []
+
+
+def test_what_is_out_of_bounds_is_not_touched():
+    whole = np.arange(64, dtype=np.uint32)
+    half = whole[:32]
+    run(kernel(HEAD + "mov.u32 %r2, 9; st.global.u32 [%d2], %r2;"), [half], block=64, check=False)
+    assert whole.tolist() == [9] * 32 + list(range(32, 64))
+
+
+def test_faults_are_raised():
+    with pytest.raises(Faults, match=r"out of bounds at PTX:\d+, `ld.global.u32 %r2, \[%d2\]`, thread 60 of block 0"):
+        run(kernel(HEAD + "ld.global.u32 %r2, [%d2];"), [WORDS[:60]], block=64)
+
+
+def test_misaligned_accesses():
+    assert of_body("ld.global.u64 %d3, [%d2];", block=32) == ["misaligned"]
+    assert of_body("add.s64 %d2, %d30, 8; ld.global.v4.u32 {%r4, %r5, %r6, %r7}, [%d2];") == ["misaligned"]
+    assert of_body("st.shared.v2.u32 [%r3], {%r1, %r1};", block=32) == ["misaligned"]
+
+
+def two_blocks(body, **options):
+    """Of 64 threads, which know their block as %r5."""
+    memory, array = GlobalMemory(), np.zeros(64, np.uint32)
+    params = memory.add(array, "sums", **options).to_bytes(8, "little")
+    report = launch(kernel(HEAD + "mov.u32 %r5, %ctaid.x;" + body), (2,), (64,), params, memory, check=False)
+    return report.faults
+
+
+def test_races_between_blocks():
+    own = "mul.wide.u32 %d3, %r5, 128; add.s64 %d3, %d3, %d30; setp.ge.u32 %p1, %r1, 32; @%p1 ret; add.s64 %d4, %d3, %d1;"
+    assert not two_blocks(own + "st.global.u32 [%d4], %r1; ld.global.u32 %r2, [%d4];")
+    (fault,) = two_blocks("st.global.u32 [%d2], %r1;")
+    assert (fault.kind, fault.count) == ("race", 64)
+    assert "sums" in fault.detail
+    written_then_read = "setp.eq.s32 %p1, %r5, 0; @%p1 st.global.u32 [%d2], %r1; @!%p1 ld.global.u32 %r2, [%d2];"
+    assert [fault.kind for fault in two_blocks(written_then_read)] == ["race"]
+    read_then_written = "setp.eq.s32 %p1, %r5, 0; @%p1 ld.global.u32 %r2, [%d2]; @!%p1 st.global.u32 [%d2], %r1;"
+    assert [fault.kind for fault in two_blocks(read_then_written)] == ["race"]
+    assert not two_blocks("ld.global.u32 %r2, [%d2];")
+
+
+def test_one_launch_is_ordered_after_another():
+    memory, array = GlobalMemory(), np.zeros(64, np.uint32)
+    params = memory.add(array, "sums", written=False).to_bytes(8, "little")
+    launch(kernel(HEAD + "st.global.u32 [%d2], %r1;"), (1,), (64,), params, memory)
+    launch(kernel(HEAD + "ld.global.u32 %r2, [%d2];"), (3,), (64,), params, memory)
+    assert array.tolist() == list(range(64))
+
+
+def test_global_memory_that_nobody_has_written():
+    kinds = [fault.kind for fault in two_blocks("ld.global.u32 %r2, [%d2];", written=False)]
+    assert kinds == ["uninitialised"]
+
+
+def test_elements_of_one_word_belong_to_whoever_writes_them():
+    """Blocks that write neighbouring elements of 2 bytes are no race."""
+    array = np.zeros(2, np.uint16)
+    body = "mov.u32 %r1, %ctaid.x; mul.wide.u32 %d1, %r1, 2; add.s64 %d2, %d1, %d30; st.global.u16 [%d2], %h1;"
+    assert faults(kernel(body), [array], grid=2, block=1) == []
+
+
+def test_addresses_of_parameters_in_registers():
+    body = "mov.b64 %d5, p0; ld.param.u64 %d6, [%d5+8]; st.global.u64 [%d30], %d6; ld.param.u32 %r2, [%d5+4];"
+    array = np.zeros(1, np.uint64)
+    run(kernel(body, 2), [array, WORDS], block=1)
+    assert array[0] == WORDS.__array_interface__["data"][0]
+    assert faults(kernel(body, 1), [array], block=1) == ["out of bounds"]
+
+
+# --- shared memory ------------------------------------------------------------------------------------------------
+
+
+def test_out_of_bounds_of_shared_memory():
+    assert of_body("st.shared.u32 [%r3], %r1;", shared=252) == ["out of bounds"]
+    assert of_body("st.shared.u32 [%r3+-4], %r1;") == ["out of bounds"]
+    assert of_body("st.shared.u32 [%r3], %r1;") == []
+
+
+def test_shared_memory_that_nobody_has_written():
+    (fault,) = run(kernel(HEAD + "ld.shared.u32 %r2, [%r3+128];"), [WORDS], block=32, shared=256, check=False).faults
+    assert (fault.kind, fault.count) == ("uninitialised", 32)
+    assert "byte 128" in fault.detail
+
+
+def test_blocks_do_not_see_what_others_left():
+    body = HEAD + "mov.u32 %r5, %ctaid.x; setp.eq.s32 %p1, %r5, 0;"
+    body += "@%p1 st.shared.u32 [%r3], %r1; @!%p1 ld.shared.u32 %r2, [%r3];"
+    for block in (32, 8192):  # blocks that run together, and one after the other
+        found = faults(kernel(body), [WORDS], grid=2, block=block, shared=4 * block)
+        assert found == ["uninitialised"]
+
+
+EXCHANGE = """
+st.shared.u32 [%r3], %r1;
+{barrier}
+xor.b32 %r4, %r1, {distance}; shl.b32 %r4, %r4, 2; ld.shared.u32 %r2, [%r4];
+"""
+
+
+@pytest.mark.parametrize(
+    ("barrier", "distance", "wanted"),
+    [
+        ("", 0, []),
+        ("", 1, ["race"]),
+        ("", 32, ["race"]),
+        ("bar.warp.sync -1;", 1, []),
+        ("bar.warp.sync -1;", 32, ["race"]),
+        ("bar.sync 0;", 1, []),
+        ("bar.sync 0;", 32, []),
+    ],
+)
+def test_reads_race_with_writes(barrier, distance, wanted):
+    """Of another lane of the warp (1), of another warp (32), and of the thread itself (0)."""
+    assert of_body(EXCHANGE.format(barrier=barrier, distance=distance)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("barrier", "distance", "wanted"),
+    [("", 1, ["race"]), ("", 32, ["race"]), ("bar.warp.sync -1;", 1, []), ("bar.warp.sync -1;", 32, ["race"]), ("bar.sync 0;", 32, [])],
+)
+def test_writes_race_with_reads(barrier, distance, wanted):
+    body = EXCHANGE.format(barrier="bar.sync 0;", distance=distance) + barrier + "st.shared.u32 [%r3], %r2;"
+    assert of_body(body) == wanted
+
+
+def test_a_race_is_told_with_both_threads():
+    body = 'setp.eq.s32 %p1, %r1, 40; @%p1 st.shared.u32 [0], %r1;\n.loc 1 77 0\nsetp.eq.s32 %p2, %r1, 3; @%p2 ld.shared.u32 %r2, [0];'
+    program = kernel(HEAD + body, head='.file 1 "a/b.cu"')
+    (fault,) = run(program, [WORDS], block=64, shared=16, check=False).faults
+    assert (fault.kind, fault.where, fault.thread) == ("race", "b.cu:77", 3)
+    assert "thread 40 wrote it" in fault.detail
+
+
+def test_three_readers_of_different_warps():
+    """The writer is of the warp that read last; one of the others is still known."""
+    body = """
+    setp.eq.s32 %p1, %r1, 0; @%p1 st.shared.u32 [0], %r1;
+    bar.sync 0;
+    ld.shared.u32 %r2, [0];
+    setp.eq.s32 %p1, %r1, 65; @%p1 st.shared.u32 [0], %r1;
+    """
+    assert of_body(body, block=96, shared=16, count=96) == ["race"]
+
+
+def test_several_threads_may_write_the_same():
+    assert of_body("st.shared.u32 [0], 5;", block=32, shared=16) == []
+    assert of_body("st.shared.u32 [0], %r1;", block=32, shared=16) == ["race"]
+
+
+def test_ldmatrix_reads_for_its_warp_at_once():
+    """So the rows may be overwritten without a barrier of the warp; those of another warp may not."""
+    body = """
+    and.b32 %r5, %r1, 31; shl.b32 %r6, %r5, 4; and.b32 %r7, %r1, 32; {own}
+    st.shared.v4.u32 [%r6], {{%r1, %r1, %r1, %r1}};
+    bar.sync 0;
+    ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%r10, %r11, %r12, %r13}}, [%r6];
+    xor.b32 %r6, %r6, {distance};
+    st.shared.v4.u32 [%r6], {{%r1, %r1, %r1, %r1}};
+    """
+    own = "shl.b32 %r7, %r7, 4; add.s32 %r6, %r6, %r7;"
+    assert of_body(body.format(own=own, distance=16), shared=1024) == []
+    assert of_body(body.format(own=own, distance=512), shared=1024) == ["race"]
+
+
+COPY = """
+shl.b32 %r3, %r1, 4; mul.wide.u32 %d1, %r1, 16; add.s64 %d2, %d1, %d30;
+cp.async.cg.shared.global [%r3], [%d2], 16{amount};
+cp.async.commit_group;
+add.s32 %r4, %r3, 1024; cp.async.cg.shared.global [%r4], [%d2], 16;
+cp.async.commit_group;
+{wait}
+ld.shared.v4.u32 {{%r10, %r11, %r12, %r13}}, [%r3+{offset}];
+st.global.v4.u32 [%d2], {{%r13, %r12, %r11, %r10}};
+"""
+
+
+@pytest.mark.parametrize(
+    ("wait", "offset", "wanted"),
+    [
+        ("", 0, ["not waited for"]),
+        ("cp.async.wait_group 2;", 0, ["not waited for"]),
+        ("cp.async.wait_group 1;", 0, []),
+        ("cp.async.wait_group 1;", 1024, ["not waited for"]),
+        ("cp.async.wait_group 0;", 1024, []),
+        ("cp.async.wait_all;", 1024, []),
+    ],
+)
+def test_copies_that_are_not_waited_for(wait, offset, wanted):
+    array = np.arange(256, dtype=np.uint32)
+    program = kernel(HEAD + COPY.format(wait=wait, offset=offset, amount=""))
+    assert faults(program, [array], block=64, shared=2048) == wanted
+    if not wanted:
+        assert (array.reshape(-1, 4) == np.arange(256).reshape(-1, 4)[:, ::-1]).all()
+
+
+def test_copies_of_nothing_are_zeros():
+    """They read nothing either: half of the addresses are out of bounds."""
+    array = np.arange(128, dtype=np.uint32)
+    amount = "setp.lt.u32 %p1, %r1, 32; selp.b32 %r9, 16, 0, %p1;"
+    program = COPY.format(wait="cp.async.wait_all;", offset=0, amount=", %r9").replace("add.s32 %r4", "@!%p1 ret; add.s32 %r4")
+    report = "st.shared.u32 [0], 0;"
+    assert report
+    found = faults(kernel(HEAD + amount + program), [array], block=64, shared=2048)
+    assert found == []
+    assert (array.reshape(-1, 4) == np.arange(128).reshape(-1, 4)[:, ::-1]).all()
+
+
+def test_other_threads_need_a_barrier_after_the_wait():
+    body = COPY.format(wait="cp.async.wait_all; {barrier} xor.b32 %r3, %r3, 512;", offset=0, amount="")
+    body = body.replace("st.global.v4.u32", "// ")
+    for barrier, wanted in (("", ["race"]), ("bar.sync 0;", [])):
+        program = kernel(HEAD + body.replace("{barrier}", barrier))
+        assert faults(program, [np.arange(256, dtype=np.uint32)], block=64, shared=2048) == wanted
+
+
+def test_without_the_watch_only_addresses_are_checked():
+    memory, array = GlobalMemory(), np.zeros(64, np.uint32)
+    params = memory.add(array).to_bytes(8, "little")
+    racing = kernel(HEAD + EXCHANGE.format(barrier="", distance=32))
+    assert launch(racing, (1,), (64,), params, memory, 256, watch=False).faults == []
+    outside = kernel(HEAD + "ld.shared.u32 %r2, [%r3];")
+    with pytest.raises(Faults, match="out of bounds"):
+        launch(outside, (1,), (64,), params, memory, 128, watch=False)

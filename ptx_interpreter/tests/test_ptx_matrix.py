@@ -1,0 +1,285 @@
+"""Fragments of matrices: where PTX ISA's formulae put each element, for every lane and register.
+
+The layouts are written out here one element at a time. Factors are small integers, so that sums are exact, and different
+enough that no two elements could be exchanged.
+"""
+
+import numpy as np
+import pytest
+from ptx_programs import kernel, run
+
+random = np.random.default_rng(3)
+FILL = "mov.u32 %r1, %tid.x;\n"
+
+
+def small_numbers(*shape):
+    return random.integers(-8, 9, shape).astype(np.float32)
+
+
+def to_bits(x, kind):
+    """The bits of exact numbers in bf16 or f16."""
+    if kind == "bf16":
+        return (np.ascontiguousarray(x, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return np.ascontiguousarray(x).astype(np.float16).view(np.uint16)
+
+
+def listed(prefix, count, first=0):
+    return ", ".join(f"{prefix}{first + n}" for n in range(count))
+
+
+# --- ldmatrix and stmatrix: PTX ISA, "matrix load instruction" ----------------------------------------------------
+
+
+def matrices(count):
+    """[count, 8, 8] of different 16-bit numbers."""
+    return random.permutation(1 << 16)[: count * 64].astype(np.uint16).reshape(count, 8, 8)
+
+
+def fragment(matrix, transposed):
+    """Row r = lane / 4 of the matrix, elements 2 (lane % 4) and the next, in the lower and the upper half of a word."""
+    matrix = matrix.T if transposed else matrix
+    words = np.empty(32, np.uint32)
+    for lane in range(32):
+        row, column = lane // 4, 2 * (lane % 4)
+        words[lane] = int(matrix[row, column]) | int(matrix[row, column + 1]) << 16
+    return words
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "trans"])
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_ldmatrix(number, transposed):
+    """The rows lie in shared memory in an order of their own: lane 8 m + r brings the address of row r of matrix m."""
+    found = np.zeros((number, 32), np.uint32)
+    data, order = matrices(number), random.permutation(number * 8).astype(np.uint32)
+    rows = np.empty((32, 8), np.uint16)
+    rows[order] = data.reshape(-1, 8)
+    given = np.concatenate([order * 16, np.full(32 - len(order), 1 << 20)]).astype(np.uint32)  # the rest isn't looked at
+    trans = ".trans" if transposed else ""
+    body = f"""{FILL}
+    mul.wide.u32 %d1, %r1, 16; add.s64 %d2, %d1, %d30;
+    ld.global.v4.u32 {{%r2, %r3, %r4, %r5}}, [%d2];
+    shl.b32 %r6, %r1, 4;
+    st.shared.v4.u32 [%r6], {{%r2, %r3, %r4, %r5}};
+    bar.warp.sync -1;
+    mul.wide.u32 %d3, %r1, 4; add.s64 %d4, %d3, %d31; ld.global.u32 %r7, [%d4];
+    ldmatrix.sync.aligned.m8n8.x{number}{trans}.shared.b16 {{{listed("%r", number, 10)}}}, [%r7];
+    add.s64 %d5, %d3, %d32;
+    """
+    body += "\n".join(f"st.global.u32 [%d5+{128 * n}], %r{10 + n};" for n in range(number))
+    run(kernel(body, 3), [rows, given, found], shared=512)
+    assert (found == [fragment(matrix, transposed) for matrix in data]).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "trans"])
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_stmatrix(number, transposed):
+    data = matrices(number)
+    words = np.array([fragment(matrix, transposed) for matrix in data])
+    order = random.permutation(number * 8).astype(np.uint32)
+    given = np.concatenate([order * 16, np.full(32 - len(order), 1 << 20)]).astype(np.uint32)
+    found = np.zeros((number * 8, 8), np.uint16)
+    trans = ".trans" if transposed else ""
+    loads = "\n".join(f"ld.global.u32 %r{10 + n}, [%d5+{128 * n}];" for n in range(number))
+    body = f"""{FILL}
+    mul.wide.u32 %d3, %r1, 4; add.s64 %d4, %d3, %d31; ld.global.u32 %r7, [%d4];
+    add.s64 %d5, %d3, %d30;
+    {loads}
+    stmatrix.sync.aligned.m8n8.x{number}{trans}.shared.b16 [%r7], {{{listed("%r", number, 10)}}};
+    bar.warp.sync -1;
+    setp.ge.s32 %p1, %r1, {8 * number};
+    @%p1 bra END;
+    shl.b32 %r6, %r1, 4;
+    ld.shared.v4.u32 {{%r2, %r3, %r4, %r5}}, [%r6];
+    mul.wide.u32 %d1, %r1, 16; add.s64 %d2, %d1, %d32;
+    st.global.v4.u32 [%d2], {{%r2, %r3, %r4, %r5}};
+    END:
+    """
+    run(kernel(body, 3), [words, given, found], shared=128 * number)
+    assert (found[order] == data.reshape(-1, 8)).all()
+
+
+# --- mma.m16n8k16: PTX ISA, "matrix fragments for mma.m16n8k16" ----------------------------------------------------
+
+
+def place_in_a(lane, i):
+    """Element a_i of 8: row groupID for i in 0, 1, 4, 5, else groupID + 8; column 2 threadID + (i & 1), + 8 for i >= 4."""
+    group, thread = lane >> 2, lane % 4
+    row = group if i < 2 or 4 <= i < 6 else group + 8
+    column = thread * 2 + (i & 1) + (8 if i >= 4 else 0)
+    return row, column
+
+
+def place_in_b(lane, i):
+    """Element b_i of 4: row 2 threadID + (i & 1), + 8 for i >= 2; column groupID."""
+    group, thread = lane >> 2, lane % 4
+    return thread * 2 + (i & 1) + (8 if i >= 2 else 0), group
+
+
+def place_in_c(lane, i):
+    """Element c_i of 4: row groupID, + 8 for i >= 2; column 2 threadID + (i & 1)."""
+    group, thread = lane >> 2, lane % 4
+    return group + (8 if i >= 2 else 0), thread * 2 + (i & 1)
+
+
+def packed(matrix, place, elements, kind):
+    """[32, elements / 2] words of a factor."""
+    bits = to_bits(matrix, kind)
+    words = np.zeros((32, elements // 2), np.uint32)
+    for lane in range(32):
+        for i in range(elements):
+            words[lane, i // 2] |= int(bits[place(lane, i)]) << 16 * (i % 2)
+    return words
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+def test_mma(kind):
+    a, b, c = small_numbers(16, 16), small_numbers(16, 8), small_numbers(16, 8)
+    start = np.array([[c[place_in_c(lane, i)] for i in range(4)] for lane in range(32)], np.float32)
+    found = np.zeros((32, 4), np.float32)
+    body = f"""{FILL}
+    mul.wide.u32 %d1, %r1, 16; mul.wide.u32 %d2, %r1, 8;
+    add.s64 %d3, %d1, %d30; ld.global.v4.u32 {{{listed("%r", 4, 10)}}}, [%d3];
+    add.s64 %d4, %d2, %d31; ld.global.v2.u32 {{%r20, %r21}}, [%d4];
+    add.s64 %d5, %d1, %d32; ld.global.v4.f32 {{{listed("%f", 4)}}}, [%d5];
+    mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32
+        {{{listed("%f", 4)}}}, {{{listed("%r", 4, 10)}}}, {{%r20, %r21}}, {{{listed("%f", 4)}}};
+    add.s64 %d6, %d1, %d33; st.global.v4.f32 [%d6], {{{listed("%f", 4)}}};
+    """
+    arrays = [packed(a, place_in_a, 8, kind), packed(b, place_in_b, 4, kind), start, found]
+    run(kernel(body, 4), arrays)
+    exact = a @ b + c
+    for lane in range(32):
+        for i in range(4):
+            assert found[lane, i] == exact[place_in_c(lane, i)]
+
+
+# --- wgmma.m64nNk16: PTX ISA, "asynchronous warpgroup level matrix" ------------------------------------------------
+
+
+def place_in_wgmma_a(thread, i):
+    """As in mma, 16 rows for each warp."""
+    row, column = place_in_a(thread % 32, i)
+    return 16 * (thread // 32) + row, column
+
+
+def place_in_wgmma_d(thread, i):
+    """Element d_i of N / 2: as in mma's c, 8 columns for each four elements."""
+    row, column = place_in_c(thread % 32, i % 4)
+    return 16 * (thread // 32) + row, 8 * (i // 4) + column
+
+
+def swizzled(address, width):
+    """Bits 4 to 6 of an address (fewer with a narrower swizzle) are exchanged by those from 7 on."""
+    return address ^ (address >> 7 & {128: 7, 64: 3, 32: 1, 0: 0}[width]) << 4
+
+
+def laid_out(matrix, width, major, spacing):
+    """A factor [rows, 16] in memory, and the strides (leading, stride) of its descriptor.
+
+    `spacing` is what lies between two of its pieces beside what they need. Without a swizzle the pieces are core
+    matrices of 8 rows of 16 bytes; with one, 8 rows of `width` bytes.
+    """
+    rows, memory = matrix.shape[0], np.zeros(1 << 14, np.uint16)
+    unit = (width or 16) * 8 + spacing
+    if major == "k":
+        leading, stride = (unit, 2 * unit) if width == 0 else (16, unit)
+    elif width == 0:
+        leading, stride = unit * (rows // 8), unit
+    else:
+        stride, leading = unit, 2 * unit  # between 8 of k, between `width` bytes of rows
+    for row in range(rows):
+        for k in range(16):
+            if width == 0 and major == "k":
+                at = row // 8 * stride + k // 8 * leading + row % 8 * 16 + k % 8 * 2
+            elif width == 0:
+                at = row // 8 * stride + k // 8 * leading + k % 8 * 16 + row % 8 * 2
+            elif major == "k":
+                at = row // 8 * stride + row % 8 * width + k * 2
+            else:
+                across = width // 2
+                at = row // across * leading + k // 8 * stride + k % 8 * width + row % across * 2
+            memory[swizzled(at, width) // 2] = to_bits(matrix[row : row + 1, k], "bf16")[0]
+    return memory[: rows * 256].copy(), leading, stride
+
+
+def descriptor(start, leading, stride, width):
+    mode = {0: 0, 128: 1, 64: 2, 32: 3}[width]
+    return start >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | mode << 62
+
+
+def wgmma(columns, left, right, **options):
+    """Of `left`, words [128, 4] in registers or a pair of (memory, descriptor), and `right`, such a pair."""
+    keep, signs, major = options.get("keep", 1), options.get("signs", (1, 1)), options.get("major", ("k", "k"))
+    count, in_registers = columns // 2, not isinstance(left, tuple)
+    memory = np.concatenate([right[0], np.zeros(1 << 14, np.uint16) if in_registers else left[0]])
+    words = left if in_registers else np.zeros((128, 4), np.uint32)
+    sums = random.integers(-100, 100, (128, count)).astype(np.float32)
+    found = sums.copy()
+    turned = [str(int(each == "mn")) for each in major]
+    first = f"{{{listed('%r', 4, 10)}}}" if in_registers else "%d7"
+    rest = turned[1:] if in_registers else turned
+    body = f"""{FILL}
+    mul.wide.u32 %d1, %r1, 16; add.s64 %d2, %d1, %d30; ld.global.v4.u32 {{{listed("%r", 4, 10)}}}, [%d2];
+    mov.u32 %r2, %r1;
+    FILL:
+    mul.wide.u32 %d1, %r2, 2; add.s64 %d2, %d1, %d31; ld.global.u16 %h1, [%d2];
+    shl.b32 %r3, %r2, 1; st.shared.u16 [%r3], %h1;
+    add.s32 %r2, %r2, 128; setp.lt.s32 %p1, %r2, {len(memory)};
+    @%p1 bra FILL;
+    mul.wide.u32 %d1, %r1, {4 * count}; add.s64 %d3, %d1, %d32;
+    {" ".join(f"ld.global.f32 %s{n}, [%d3+{4 * n}];" for n in range(count))}
+    bar.sync 0;
+    mov.u64 %d6, {right[1]}; mov.u64 %d7, {0 if in_registers else left[1]};
+    setp.ne.s32 %p2, {keep}, 0;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {{{listed("%s", count)}}}, {first}, %d6,
+        %p2, {signs[0]}, {signs[1]}, {", ".join(rest)};
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0;
+    {" ".join(f"st.global.f32 [%d3+{4 * n}], %s{n};" for n in range(count))}
+    """
+    program = kernel(body, 3, registers=f".reg .f32 %s<{count}>;")
+    run(program, [words, memory, found], block=128, shared=2 * len(memory))
+    return sums, found
+
+
+def gathered(sums_of, columns):
+    return np.array([[sums_of[place_in_wgmma_d(t, i)] for i in range(columns // 2)] for t in range(128)])
+
+
+def in_registers(matrix):
+    bits, words = to_bits(matrix, "bf16"), np.zeros((128, 4), np.uint32)
+    for thread in range(128):
+        for i in range(8):
+            words[thread, i // 2] |= int(bits[place_in_wgmma_a(thread, i)]) << 16 * (i % 2)
+    return words
+
+
+@pytest.mark.parametrize("columns", [16, 32, 64, 128])
+def test_wgmma_with_a_in_registers(columns):
+    a, b = small_numbers(64, 16), small_numbers(columns, 16)
+    memory, leading, stride = laid_out(b, 128, "k", 0)
+    sums, found = wgmma(columns, in_registers(a), (memory, descriptor(0, leading, stride, 128)))
+    assert (found == gathered(a @ b.T, columns) + sums).all()
+
+
+@pytest.mark.parametrize("width", [0, 32, 64, 128])
+@pytest.mark.parametrize("major", ["k", "mn"])
+def test_wgmma_by_descriptors(width, major):
+    """Both factors, with pieces that aren't next to each other; the second one doesn't begin at 0."""
+    a, b = small_numbers(64, 16), small_numbers(64, 16)
+    right, *strides = laid_out(b, width, major, 1024)
+    left, *more = laid_out(a, width, major, 2048)
+    pair = (right, descriptor(0, *strides, width)), (left, descriptor(2 * len(right), *more, width))
+    _, found = wgmma(64, pair[1], pair[0], keep=0, major=(major, major))
+    assert (found == gathered(a @ b.T, 64)).all()
+
+
+def test_wgmma_scales():
+    a, b = small_numbers(64, 16), small_numbers(16, 16)
+    memory, leading, stride = laid_out(b, 32, "k", 0)
+    right = (memory, descriptor(0, leading, stride, 32))
+    sums, found = wgmma(16, in_registers(a), right, signs=(-1, 1))
+    assert (found == sums - gathered(a @ b.T, 16)).all()
+    _, found = wgmma(16, in_registers(a), right, keep=0, signs=(-1, -1))
+    assert (found == gathered(a @ b.T, 16)).all()

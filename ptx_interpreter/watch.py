@@ -1,0 +1,185 @@
+"""Checks accesses to memory: bounds, alignment, what has been written, races; and counts their traffic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import shared as sm
+from . import traffic
+from .body import Instruction
+from .memory import MANY, Interval, Shadow
+from .report import Traffic
+from .step import Active
+from .types import Array
+
+if TYPE_CHECKING:
+    from .machine import Machine
+
+
+@dataclass(slots=True)
+class Access:
+    """What an instruction does to memory, `size` bytes a lane.
+
+    `together`: the lanes of a warp read as one. `arriving`: what is written will be there when it has been waited for.
+    """
+
+    instruction: Instruction
+    space: str
+    size: int
+    write: bool = False
+    together: bool = False
+    arriving: bool = False
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @property
+    def verb(self) -> str:
+        return "store" if self.write else "load"
+
+
+class Watch:
+    """Of one machine. Checks return which of the accesses may be made: a mask over the active lanes, None for all."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.accesses: list[Access] = []
+        self.collided = False
+        """Whether several lanes wrote a cell of shared memory at once; the store compares what they wrote."""
+
+    def access(self, access: Access) -> Access:
+        """Counts it from now on."""
+        self.accesses.append(access)
+        return access
+
+    def _fault(self, kind: str, access: Access, lanes: Array, detail: str) -> None:
+        self.machine.fault(kind, access.instruction, lanes, detail)
+
+    def _count(self, access: Access, requests: int, sectors: int, lanes: int) -> None:
+        access.traffic.add(Traffic(requests, sectors, lanes * access.size))
+
+    # --- global memory -------------------------------------------------------------------------------------------
+
+    def check_global(self, access: Access, active: Active | None, addresses: Array) -> Array | None:
+        size, good = access.size, None
+        if size > 1 and (off := addresses & (size - 1)).any():
+            good = off == 0
+            address = int(addresses[np.argmin(good)])
+            self._fault("misaligned", access, self._lanes(active)[~good], f"{size} bytes at address {address:#x}")
+        interval, outside = self.machine.memory.find(addresses, size)
+        if outside is not None:
+            near = self.machine.memory.near(int(addresses[np.argmax(outside)]))
+            told = f"{access.verb} of {size} bytes {near}"
+            self._fault("out of bounds", access, self._lanes(active)[outside], told)
+            good = ~outside if good is None else good & ~outside
+        if self.machine.watch and good is None:
+            self._watch_global(access, active, addresses, interval)
+        if self.machine.count:
+            self._count(access, *traffic.sectors(active, addresses), len(addresses))
+        return good
+
+    def _watch_global(self, access: Access, active: Active | None, addresses: Array, inside: Interval | None) -> None:
+        if inside is not None:
+            if inside.shadow is not None:
+                self._note_global(access, inside, addresses, self._lanes(active))
+        elif len(addresses) and self.machine.memory.intervals:
+            lanes = self._lanes(active)
+            for interval, mask in self.machine.memory.holders(addresses):
+                if interval.shadow is not None:
+                    self._note_global(access, interval, addresses[mask], lanes[mask])
+
+    def _note_global(self, access: Access, interval: Interval, addresses: Array, lanes: Array) -> None:
+        shadow = interval.shadow
+        assert shadow is not None
+        each = max(1, access.size // shadow.cell)
+        cells = (addresses - interval.start) // shadow.cell
+        if each > 1:
+            cells = cells[:, None] + np.arange(each)
+        mine = np.broadcast_to(self.machine.block_numbers[lanes].reshape((-1,) + (1,) * (cells.ndim - 1)), cells.shape)
+        writer = shadow.writer[cells]
+        others = (writer > 0) & (writer != mine)
+        if access.write:
+            reader = shadow.reader[cells]
+            read = (reader == MANY) | (reader > 0) & (reader != mine)
+            shadow.writer[cells] = mine
+            others |= shadow.writer[cells] != mine
+            self._blame(access, lanes, read, "race", f"another block reads what this writes to {interval.name}")
+            self._blame(access, lanes, others, "race", f"another block writes to {interval.name} there too")
+        else:
+            never = writer == 0
+            self._blame(access, lanes, never, "uninitialised", f"nothing has been written to {interval.name} there")
+            self._blame(access, lanes, others, "race", f"another block writes what this reads of {interval.name}")
+            _note_readers(shadow, cells, mine)
+
+    def _blame(self, access: Access, lanes: Array, wrong: Array, kind: str, detail: str) -> None:
+        if wrong.any():
+            self._fault(kind, access, lanes[wrong.reshape(len(lanes), -1).any(1)], detail)
+
+    # --- shared memory -------------------------------------------------------------------------------------------
+
+    def check_shared(self, access: Access, active: Active | None, addresses: Array) -> tuple[Array, Array | None]:
+        """Addresses are those in a block's window; returns also the bytes in the memory of all blocks."""
+        machine, size, good = self.machine, access.size, None
+        if size > 1 and (off := addresses & (size - 1)).any():
+            good = off == 0
+            address = int(addresses[np.argmin(good)])
+            told = f"{size} bytes at byte {address} of shared memory"
+            self._fault("misaligned", access, self._lanes(active)[~good], told)
+        if addresses.max(initial=0) + size > machine.shared.size or addresses.min(initial=0) < 0:
+            wrong = (addresses + size > machine.shared.size) | (addresses < 0)
+            told = f"{access.verb} at byte {int(addresses[np.argmax(wrong)])} of {machine.shared.size} of shared memory"
+            self._fault("out of bounds", access, self._lanes(active)[wrong], told)
+            good = ~wrong if good is None else good & ~wrong
+        places = addresses + (machine.shared_base if active is None else machine.shared_base[active.lanes])
+        if machine.watch:
+            lanes = self._lanes(active)
+            stamps = machine.stamps if active is None else machine.stamps[lanes]
+            if good is None:
+                self.watch_shared(access, places, stamps, lanes)
+            elif good.any():
+                self.watch_shared(access, places[good], stamps[good], lanes[good])
+        if machine.count:
+            self._count(access, *traffic.cycles(active, addresses, size), len(addresses))
+        return places, good
+
+    def watch_shared(self, access: Access, places: Array, stamps: Array, lanes: Array) -> None:
+        shared = self.machine.shared
+        cells, each = shared.cells_of(places, access.size)
+        if each > 1:
+            stamps = np.repeat(stamps, each)
+
+        def blame(kind: str, which: Array, detail: str) -> None:
+            byte = int(places[which[0] // each] - self.machine.shared_base[lanes[which[0] // each]])
+            self._fault(kind, access, lanes[np.unique(which // each)], f"{detail}, byte {byte} of shared memory")
+
+        def race(before: Array, verb: str) -> None:
+            if (which := sm.conflicts(before, stamps)) is not None:
+                other = sm.thread_of(int(before[which[0]]))
+                blame("race", which, f"thread {other} {verb} it and no barrier came between")
+
+        race(shared.writer.take(cells, mode="clip"), "wrote")
+        if access.write:
+            race(shared.reader.take(cells, mode="clip"), "read")
+            race(shared.other_reader.take(cells, mode="clip"), "read")
+            state = sm.ON_ITS_WAY if access.arriving else sm.WRITTEN
+            self.collided |= shared.note_write(cells, stamps, state)
+            return
+        state_of = shared.state.take(cells, mode="clip")
+        if (state_of != sm.WRITTEN).any():
+            if len(which := np.flatnonzero(state_of == sm.UNWRITTEN)):
+                blame("uninitialised", which, "nobody has written it")
+            if len(which := np.flatnonzero(state_of == sm.ON_ITS_WAY)):
+                blame("not waited for", which, "cp.async has been told to fill it")
+        shared.note_read(cells, sm.of_whole_warp(stamps) if access.together else stamps)
+
+    def _lanes(self, active: Active | None) -> Array:
+        return self.machine.all_lanes if active is None else active.lanes
+
+
+def _note_readers(shadow: Shadow, cells: Array, mine: Array) -> None:
+    before = shadow.reader[cells]
+    shadow.reader[cells] = mine
+    several = (before != 0) & (before != mine)
+    several |= shadow.reader[cells] != mine
+    shadow.reader[cells[several]] = MANY
