@@ -8,6 +8,7 @@ A library holds the PTX of its kernels, uncompressed if nvcc was told `--no-comp
 
 import ctypes
 import struct
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -109,8 +110,8 @@ class Launches:
         shared_bytes, message, size = rest
         try:
             text = self._launch(binary, name.decode(), (tuple(grid.contents), tuple(block.contents)), arguments, shared_bytes)
-        except BaseException as error:  # which C can't be given
-            text = f"{type(error).__name__}: {error}"
+        except BaseException:  # which C can't be given
+            text = traceback.format_exc()
         if not text:
             return 0
         self.faults.append(text)
