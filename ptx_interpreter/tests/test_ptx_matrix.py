@@ -53,7 +53,9 @@ def test_ldmatrix(number, transposed):
     data, order = matrices(number), random.permutation(number * 8).astype(np.uint32)
     rows = np.empty((32, 8), np.uint16)
     rows[order] = data.reshape(-1, 8)
-    given = np.concatenate([order * 16, np.full(32 - len(order), 1 << 20)]).astype(np.uint32)  # the rest isn't looked at
+    given = np.concatenate([order * 16, np.full(32 - len(order), 1 << 20)]).astype(
+        np.uint32
+    )  # the rest isn't looked at
     trans = ".trans" if transposed else ""
     body = f"""{FILL}
     mul.wide.u32 %d1, %r1, 16; add.s64 %d2, %d1, %d30;
