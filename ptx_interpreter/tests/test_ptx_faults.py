@@ -161,7 +161,8 @@ def test_writes_race_with_reads(barrier, distance, wanted):
 
 
 def test_a_race_is_told_with_both_threads():
-    body = "setp.eq.s32 %p1, %r1, 40; @%p1 st.shared.u32 [0], %r1;\n.loc 1 77 0\nsetp.eq.s32 %p2, %r1, 3; @%p2 ld.shared.u32 %r2, [0];"
+    body = "setp.eq.s32 %p1, %r1, 40; @%p1 st.shared.u32 [0], %r1;\n.loc 1 77 0\n"
+    body += "setp.eq.s32 %p2, %r1, 3; @%p2 ld.shared.u32 %r2, [0];"
     program = kernel(HEAD + body, head='.file 1 "a/b.cu"')
     (fault,) = run(program, [WORDS], block=64, shared=16, check=False).faults
     assert (fault.kind, fault.where, fault.thread) == ("race", "b.cu:77", 3)
