@@ -96,7 +96,8 @@ class Body:
         for statement, line in _statements(text, first_line):
             self._read(statement, line)
         if not self.blocks[-1].instructions:
-            self.blocks[-1].instructions.append(Instruction("ret", (), [], None, False, "ret", (0, 0)))
+            line = self.blocks[-2].instructions[-1].line if len(self.blocks) > 1 else (0, first_line)
+            self.blocks[-1].instructions.append(Instruction("ret", (), [], None, False, "ret", line))
         for block in self.blocks:
             block.following = self._following(block)
         self.lasting = _lasting(self.blocks)
@@ -198,7 +199,7 @@ def _statements(text: str, first_line: int) -> Iterator[tuple[str, tuple[int, in
         line = raw.partition("//")[0].strip()
         if not line:
             continue
-        if line.startswith(".loc"):
+        if line.startswith((".loc ", ".loc\t")):
             words = line.replace(",", " ").split()
             if int(words[2]):
                 told = (int(words[1]), int(words[2]))

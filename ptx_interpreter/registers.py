@@ -95,6 +95,8 @@ class Registers:
         if name in self.body.constants:
             text, told = self.body.constants[name]
             bits = np.atleast_1d(self._literal(text, np.dtype(DTYPES[told])))
+            if bits.itemsize < dtype.itemsize:
+                raise Unsupported(f"{name} as {kind}")
             return bits.view(dtype)[0]
         if self.body.type_of(name):
             vector = self.vector(name)

@@ -121,14 +121,14 @@ def fused(machine: Machine, i: Instruction) -> Step:
 
 def _quick_fma(machine: Machine, target: Array, sources: list[Value]) -> Step:
     """float32, to nearest: the most frequent instruction of all."""
-    fma = machine.registers.fma
-    rounded = machine.registers.scratch
+    a, b, c = sources
+    fma, rounded = machine.registers.fma, machine.registers.scratch
 
     def some(active: Active) -> None:
-        fma(*sources, rounded)
+        fma(a, b, c, rounded)
         np.copyto(target, rounded, where=active.mask)
 
-    return Step(partial(fma, *sources, target), some)
+    return Step(partial(fma, a, b, c, target), some)
 
 
 WIDE = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}

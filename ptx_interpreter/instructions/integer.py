@@ -64,3 +64,21 @@ def _field(value: Value, start: Value, length: Value) -> Value:
     if value.dtype.kind == "i":
         return np.where(length == 0, 0, (wide >> start) << (unused & 63) >> (unused & 63))
     return (wide >> start) & ((np.int64(1) << length) - 1)
+
+
+@makes("prmt", "b32")
+def permute(machine: Machine, i: Instruction) -> Step:
+    """Each 4 bits of the selector name one of the 8 bytes of b and a; with the highest of them, copies of its sign."""
+    a, b, selector = (machine.registers.source(arg, "u32") for arg in i.args[1:])
+    return elementwise(machine.registers.target(i.args[0], "b32"), _permute, a, b, selector)
+
+
+def _permute(a: Value, b: Value, selector: Value) -> Value:
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    made = np.uint32(0)
+    for n in range(4):
+        chosen = selector >> np.uint32(4 * n)
+        byte = (both >> (chosen & np.uint32(7)).astype(np.uint64) * np.uint64(8)).astype(np.uint8)
+        signs = (byte.view(np.int8) >> np.int8(7)).view(np.uint8)
+        made = made | np.where(chosen & np.uint32(8), signs, byte).astype(np.uint32) << np.uint32(8 * n)
+    return made

@@ -8,6 +8,7 @@ import numpy as np
 from ptx_interpreter import GlobalMemory, Kernel, Module, Report, launch
 
 REGISTERS = ".reg .pred %p<20>; .reg .b16 %h<40>; .reg .b32 %r<80>; .reg .f32 %f<80>; .reg .b64 %d<40>;"
+HEADER = "\n.version 8.0\n.target sm_90a\n.address_size 64\n"
 BLOCK = 64
 
 
@@ -18,11 +19,7 @@ def kernel(body: str, params: int = 1, *, head: str = "", registers: str = "") -
     """
     declared = ", ".join(f".param .u64 p{n}" for n in range(params))
     loads = "\n".join(f"ld.param.u64 %d{30 + n}, [p{n}];" for n in range(params))
-    text = f"""
-.version 8.0
-.target sm_90a
-.address_size 64
-{head}
+    text = f"""{HEADER}{head}
 .visible .entry test({declared})
 {{
 {REGISTERS}

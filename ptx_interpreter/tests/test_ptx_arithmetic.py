@@ -34,7 +34,9 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("kind", ["f32", "f64"])
-@pytest.mark.parametrize(("op", "function"), [("add", np.add), ("sub", np.subtract), ("mul", np.multiply), ("div.rn", np.divide)])
+@pytest.mark.parametrize(
+    ("op", "function"), [("add", np.add), ("sub", np.subtract), ("mul", np.multiply), ("div.rn", np.divide)]
+)
 def test_floats_are_rounded_to_nearest(kind, op, function):
     a, b = pairs(SPECIAL.astype(f"f{kind[1:]}"[0] + str(int(kind[1:]) // 8)))
     with np.errstate(all="ignore"):
@@ -73,7 +75,11 @@ def exact_fma(a, b, c, dtype, mode="rn"):
     whole = math.floor(scaled) if mode == "rm" else round(scaled)  # round() ties to even
     found = whole * unit
     if abs(found) > Fraction(float(info.max)):
-        return dtype(info.max) if mode == "rm" and exact > 0 else dtype(np.copysign(np.inf, float(np.sign(exact.numerator))))
+        return (
+            dtype(info.max)
+            if mode == "rm" and exact > 0
+            else dtype(np.copysign(np.inf, float(np.sign(exact.numerator))))
+        )
     return dtype(np.copysign(float(found), 1 if exact > 0 else -1))
 
 
@@ -221,7 +227,18 @@ def wrapped(values, kind):
 def integers(kind):
     """[n] pairs as Python's integers, and the arrays of their bits."""
     bits = int(kind[1:])
-    some = [0, 1, 2, 3, 7, (1 << bits - 1) - 1, 1 << bits - 1, (1 << bits) - 1, (1 << bits) - 5, 0x1234567 % (1 << bits)]
+    some = [
+        0,
+        1,
+        2,
+        3,
+        7,
+        (1 << bits - 1) - 1,
+        1 << bits - 1,
+        (1 << bits) - 1,
+        (1 << bits) - 5,
+        0x1234567 % (1 << bits),
+    ]
     values = [v - (1 << bits) if kind[0] == "s" and v >> bits - 1 else v for v in some]
     both = list(itertools.product(values, values))
     return both, [wrapped(side, kind) for side in zip(*both, strict=True)]

@@ -205,7 +205,9 @@ def test_a_trap_is_told():
 )
 def test_a_warp_that_is_not_complete(instruction):
     body = HEAD + "mov.u32 %r2, 0; mov.u32 %r3, 0; st.shared.v4.u32 [%r3], {%r2, %r2, %r2, %r2};\n"
-    body += "and.b32 %r4, %r1, 31; setp.ge.u32 %p1, %r4, 16; @%p1 bra LATER;\n" + instruction + "\nLATER: mov.u32 %r5, 0;"
+    body += (
+        "and.b32 %r4, %r1, 31; setp.ge.u32 %p1, %r4, 16; @%p1 bra LATER;\n" + instruction + "\nLATER: mov.u32 %r5, 0;"
+    )
     found = run(kernel(body), [np.zeros(64, np.uint32)], block=64, shared=128, check=False).faults
     assert "divergent warp" in {fault.kind for fault in found}
 
@@ -215,7 +217,9 @@ def test_counts():
     text = """
     .file 1 "folder/norm.cu"
     """
-    body = HEAD + """
+    body = (
+        HEAD
+        + """
     .loc 1 10 3
     setp.lt.u32 %p1, %r1, 10;
     @%p1 bra SKIP;
@@ -225,6 +229,7 @@ def test_counts():
     .loc 1 12 1
     neg.s32 %r3, %r2;
     """
+    )
     report = run(kernel(body, head=text), [np.zeros(64, np.uint32)], block=64, grid=3)
     assert report.executed["add"] == 3 * (64 + 2 * 54)
     assert report.lines()["folder/norm.cu", 11] == 3 * 2 * 54

@@ -56,7 +56,9 @@ def two_blocks(body, **options):
 
 
 def test_races_between_blocks():
-    own = "mul.wide.u32 %d3, %r5, 128; add.s64 %d3, %d3, %d30; setp.ge.u32 %p1, %r1, 32; @%p1 ret; add.s64 %d4, %d3, %d1;"
+    own = (
+        "mul.wide.u32 %d3, %r5, 128; add.s64 %d3, %d3, %d30; setp.ge.u32 %p1, %r1, 32; @%p1 ret; add.s64 %d4, %d3, %d1;"
+    )
     assert not two_blocks(own + "st.global.u32 [%d4], %r1; ld.global.u32 %r2, [%d4];")
     (fault,) = two_blocks("st.global.u32 [%d2], %r1;")
     assert (fault.kind, fault.count) == ("race", 64)
@@ -145,7 +147,13 @@ def test_reads_race_with_writes(barrier, distance, wanted):
 
 @pytest.mark.parametrize(
     ("barrier", "distance", "wanted"),
-    [("", 1, ["race"]), ("", 32, ["race"]), ("bar.warp.sync -1;", 1, []), ("bar.warp.sync -1;", 32, ["race"]), ("bar.sync 0;", 32, [])],
+    [
+        ("", 1, ["race"]),
+        ("", 32, ["race"]),
+        ("bar.warp.sync -1;", 1, []),
+        ("bar.warp.sync -1;", 32, ["race"]),
+        ("bar.sync 0;", 32, []),
+    ],
 )
 def test_writes_race_with_reads(barrier, distance, wanted):
     body = EXCHANGE.format(barrier="bar.sync 0;", distance=distance) + barrier + "st.shared.u32 [%r3], %r2;"
@@ -153,7 +161,8 @@ def test_writes_race_with_reads(barrier, distance, wanted):
 
 
 def test_a_race_is_told_with_both_threads():
-    body = 'setp.eq.s32 %p1, %r1, 40; @%p1 st.shared.u32 [0], %r1;\n.loc 1 77 0\nsetp.eq.s32 %p2, %r1, 3; @%p2 ld.shared.u32 %r2, [0];'
+    body = "setp.eq.s32 %p1, %r1, 40; @%p1 st.shared.u32 [0], %r1;\n.loc 1 77 0\n"
+    body += "setp.eq.s32 %p2, %r1, 3; @%p2 ld.shared.u32 %r2, [0];"
     program = kernel(HEAD + body, head='.file 1 "a/b.cu"')
     (fault,) = run(program, [WORDS], block=64, shared=16, check=False).faults
     assert (fault.kind, fault.where, fault.thread) == ("race", "b.cu:77", 3)
@@ -223,15 +232,19 @@ def test_copies_that_are_not_waited_for(wait, offset, wanted):
 
 
 def test_copies_of_nothing_are_zeros():
-    """They read nothing either: half of the addresses are out of bounds."""
-    array = np.arange(128, dtype=np.uint32)
-    amount = "setp.lt.u32 %p1, %r1, 32; selp.b32 %r9, 16, 0, %p1;"
-    program = COPY.format(wait="cp.async.wait_all;", offset=0, amount=", %r9").replace("add.s32 %r4", "@!%p1 ret; add.s32 %r4")
-    report = "st.shared.u32 [0], 0;"
-    assert report
-    found = faults(kernel(HEAD + amount + program), [array], block=64, shared=2048)
-    assert found == []
-    assert (array.reshape(-1, 4) == np.arange(128).reshape(-1, 4)[:, ::-1]).all()
+    """They read nothing either: the addresses of the upper half of the threads are out of bounds."""
+    array, found = np.arange(128, dtype=np.uint32), np.full((64, 4), 7, np.uint32)
+    body = """
+    setp.lt.u32 %p1, %r1, 32; selp.b32 %r9, 16, 0, %p1;
+    shl.b32 %r3, %r1, 4; mul.wide.u32 %d1, %r1, 16; add.s64 %d2, %d1, %d30; add.s64 %d3, %d1, %d31;
+    cp.async.cg.shared.global [%r3], [%d2], 16, %r9;
+    cp.async.wait_all;
+    ld.shared.v4.u32 {%r10, %r11, %r12, %r13}, [%r3];
+    st.global.v4.u32 [%d3], {%r10, %r11, %r12, %r13};
+    """
+    run(kernel(HEAD + body, 2), [array, found], block=64, shared=1024)
+    assert (found[:32] == array.reshape(-1, 4)).all()
+    assert (found[32:] == 0).all()
 
 
 def test_other_threads_need_a_barrier_after_the_wait():

@@ -37,7 +37,9 @@ def shifted(op, value, amount, bits, signed):
     return (value >> amount) % (1 << bits)
 
 
-@pytest.mark.parametrize("kind", ["shl.b16", "shl.b32", "shl.b64", "shr.s32", "shr.u32", "shr.s64", "shr.u64", "shr.b32"])
+@pytest.mark.parametrize(
+    "kind", ["shl.b16", "shl.b32", "shl.b64", "shr.s32", "shr.u32", "shr.s64", "shr.u64", "shr.b32"]
+)
 def test_shifts_beyond_the_width(kind):
     op, bits, signed = kind[:3], int(kind[5:]), kind[4] == "s"
     amounts = np.array([0, 1, 5, bits - 1, bits, bits + 1, 2 * bits, 255, 256, 1 << 31, (1 << 32) - 1], np.uint32)
@@ -69,3 +71,23 @@ def test_bfe_at_every_position_and_length(kind):
     found = apply(f"bfe.{kind} %o, %a0, %a1, %a2;", value, start, length, out=np.uint32)
     expected = [extracted(v, s & 255, n & 255, kind == "s32") for v, s, n in triples]
     assert found.tolist() == expected
+
+
+def permuted(a, b, selector):
+    """The table of PTX ISA: byte n of the result is chosen by bits 4 n on."""
+    source = a.to_bytes(4, "little") + b.to_bytes(4, "little")
+    made = []
+    for n in range(4):
+        which = selector >> 4 * n & 15
+        byte = source[which & 7]
+        made.append((0xFF if byte & 0x80 else 0) if which & 8 else byte)
+    return int.from_bytes(bytes(made), "little")
+
+
+def test_prmt_of_every_selection():
+    selector = np.arange(0, 1 << 16, 7, dtype=np.uint32)
+    a, b = random.integers(0, 1 << 32, (2, len(selector)), np.uint32)
+    found = apply("prmt.b32 %o, %a0, %a1, %a2;", a, b, selector, out=np.uint32)
+    assert found.tolist() == [permuted(*each) for each in zip(a.tolist(), b.tolist(), selector.tolist(), strict=True)]
+    found = apply("prmt.b32 %o, %a0, %a1, 0x5410U;", a, b, out=np.uint32)
+    assert (found == (a & 0xFFFF | b << 16)).all()

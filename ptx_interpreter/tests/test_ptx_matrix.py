@@ -1,7 +1,7 @@
 """Fragments of matrices: where PTX ISA's formulae put each element, for every lane and register.
 
-The layouts are written out here one element at a time. Factors are small integers, so that sums are exact, and different
-enough that no two elements could be exchanged.
+The layouts are written out here one element at a time. Factors are small integers, so that sums are exact, and
+different enough that no two elements could be exchanged.
 """
 
 import numpy as np
@@ -53,7 +53,9 @@ def test_ldmatrix(number, transposed):
     data, order = matrices(number), random.permutation(number * 8).astype(np.uint32)
     rows = np.empty((32, 8), np.uint16)
     rows[order] = data.reshape(-1, 8)
-    given = np.concatenate([order * 16, np.full(32 - len(order), 1 << 20)]).astype(np.uint32)  # the rest isn't looked at
+    given = np.concatenate([order * 16, np.full(32 - len(order), 1 << 20)]).astype(
+        np.uint32
+    )  # the rest isn't looked at
     trans = ".trans" if transposed else ""
     body = f"""{FILL}
     mul.wide.u32 %d1, %r1, 16; add.s64 %d2, %d1, %d30;
@@ -102,7 +104,7 @@ def test_stmatrix(number, transposed):
 
 
 def place_in_a(lane, i):
-    """Element a_i of 8: row groupID for i in 0, 1, 4, 5, else groupID + 8; column 2 threadID + (i & 1), + 8 for i >= 4."""
+    """Element a_i of 8: row groupID, + 8 unless i is 0, 1, 4 or 5; column 2 threadID + (i & 1), + 8 for i >= 4."""
     group, thread = lane >> 2, lane % 4
     row = group if i < 2 or 4 <= i < 6 else group + 8
     column = thread * 2 + (i & 1) + (8 if i >= 4 else 0)
