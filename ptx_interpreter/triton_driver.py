@@ -7,7 +7,6 @@ Only kernels that this process hasn't launched before on another driver are comp
 """
 
 from collections import Counter
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -34,18 +33,27 @@ def without_assembling(*stages: Any) -> tuple[str, str] | None:
 
 
 class Driver:
-    """In the place of Triton's own within a `with` statement. `options` are those of `launch`."""
+    """In the place of Triton's own within a `with` statement. A launch that has a fault raises an error.
+
+    Where host/allocations.cpp was preloaded, kernels may touch what this process has allocated and no more.
+
+    Args:
+        capability: the GPU's, times ten.
+        options: of `launch`.
+
+    Attributes:
+        launches: how many there were.
+        lines: how many instructions of threads each line of a source file took, by file and line.
+    """
 
     def __init__(self, capability: int, **options: bool) -> None:
         self.target = GPUTarget("cuda", capability, WARP)
-        self.options = options
-        self.memory = GlobalMemory()
         self.utils = self
-        self.lines: Counter[tuple[str, int]] = Counter()
-        """How many instructions of threads each line of a source file took."""
         self.launches = 0
-        self.faults: list[str] = []
-        self.memory.anywhere = not self.memory.follow_allocations()
+        self.lines: Counter[tuple[str, int]] = Counter()
+        self._options = options
+        self._memory = GlobalMemory()
+        self._memory.anywhere = not self._memory.follow_allocations()
 
     def __enter__(self) -> Self:
         self._before = knobs.runtime.add_stages_inspection_hook, driver._active
@@ -53,7 +61,7 @@ class Driver:
         driver.set_active(self)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         # Not by reset_active, which asks for a GPU.
         knobs.runtime.add_stages_inspection_hook, driver._active = self._before
 
@@ -91,11 +99,10 @@ class Driver:
         return run
 
     def _launch(self, kernel: Kernel, grid: tuple[int, int, int], threads: int, params: bytes, shared: int) -> None:
-        report = launch(kernel, grid, (threads,), params, self.memory, shared, check=False, **self.options)
+        report = launch(kernel, grid, (threads,), params, self._memory, shared, check=False, **self._options)
         self.launches += 1
         self.lines.update(report.lines())
         if report.faults:
-            self.faults += map(str, report.faults)
             raise RuntimeError("\n".join(map(str, report.faults)))
 
 

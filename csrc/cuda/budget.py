@@ -79,9 +79,7 @@ def usages_in(report: str) -> dict[str, dict[str, Usage]]:
     return usages
 
 
-def build(
-    target: str = "cuda_kernels", folder: Path = BUILD, archs: str = "all", flags: Sequence[str] = ()
-) -> None:
+def build(target: str = "cuda_kernels", folder: Path = BUILD, archs: str = "all", flags: Sequence[str] = ()) -> None:
     """Compiles the kernels in `folder` as setup.py does it for `archs`, and nothing that uses them but `target`.
 
     `flags`: more options of nvcc.

@@ -33,8 +33,8 @@ def load_channels(pointer, channel, WIDTH: tl.constexpr):
 
 @triton.jit
 def product(a, b):
-    """Rounded: the compiler fuses it with no sum. What is summed and what the mean is taken from must be the same, as in
-    a row of few elements they cancel, and the norm's scale makes what is left large."""
+    """Rounded, as the compiler fuses it with no sum. For what a mean is taken of and from: in a row of few elements
+    these cancel, and the norm's scale makes what is left large."""
     return tl.fma(a, b, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Lets what nvcc or Triton made of the kernels serve CPU tensors, run by ptx_interpreter: `with` statements for run_ops.
+"""`with` statements for run_ops, in which ptx_interpreter runs what nvcc or Triton made of the kernels on CPU tensors.
 
 Either writes to `lines`, if it is given, how many instructions each line of a source file took: JSON, [file, line,
 instructions] of each.
@@ -13,7 +13,7 @@ from typing import Any
 import evakernels
 import evakernels.triton
 from evakernels import tuning
-from ptx_interpreter.launches import Launches
+from ptx_interpreter.runtime import Launches
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from ptx_build import FOLDER, build_planted, build_ptx, nvcc
 from test_triton_kernels import CHOSEN, FILES
 
 from evakernels.triton import FAMILIES
-from ptx_interpreter.launches import newest_for, ptx_in
 from ptx_interpreter.lines import lines_of
+from ptx_interpreter.runtime import newest_for, ptx_in
 
 OPS = ("adamw", "gelu", "gradient_norm", "lamb", "native_lamb")
 OPS += ("layer_norm", "residual_norm", "norm_widths", "packed_attention", "rope_attention", "stochastic_rounding")
@@ -84,7 +84,8 @@ def test_ops(lines_run: Callable[[int, str], Path], capability: int, op: str) ->
 def test_ops_run_nearly_every_line_of_device_code(
     built: Path, lines_run: Callable[[int, str], Path], capability: int
 ) -> None:
-    runs = {(file, line) for op in OPS for file, line, count in json.loads(lines_run(capability, op).read_text()) if count}
+    counts = [count for op in OPS for count in json.loads(lines_run(capability, op).read_text())]
+    runs = {(file, line) for file, line, count in counts if count}
     lines: dict[str, set[tuple[str, int]]] = defaultdict(set)
     for texts in ptx_in((built / "_ops.so").read_bytes()):
         for file, line in lines_of(newest_for(texts, capability)):

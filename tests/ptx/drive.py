@@ -1,13 +1,13 @@
 """Runs the program that drives the launchers on what nvcc made of the kernels.
 
-    LD_PRELOAD=allocations.so python tests/ptx/drive.py LIBRARY CAPABILITY [FAMILY ...]
+LD_PRELOAD=allocations.so python tests/ptx/drive.py LIBRARY CAPABILITY [FAMILY ...]
 """
 
 import ctypes
 import os
 import sys
 
-from ptx_interpreter.launches import Launches
+from ptx_interpreter.runtime import Launches
 
 
 def with_planted_fault(ptx: str) -> str:

@@ -12,10 +12,9 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-from ptx_interpreter import GlobalMemory, Module, launch
+from ptx_interpreter import GlobalMemory, Kernel, Module, launch
 
 FAT_BINARY = struct.Struct("<IHHQ")
 """Magic number, version, bytes of this header, bytes of the parts that follow."""
@@ -79,22 +78,27 @@ def newest_for(texts: dict[int, str], capability: int) -> str:
 
 
 class Launches:
-    """Serves a library's launches within a `with` statement.
+    """Serves a library's launches within a `with` statement. A launch that has a fault returns an error.
 
-    `edit` changes PTX before it is read. `options` are those of `launch`.
+    Where host/allocations.cpp was preloaded, kernels may touch what this process has allocated and no more.
+
+    Args:
+        library: the path of what was linked with host/cudart.cpp.
+        capability: the GPU's, times ten; the PTX is that for it, or for the newest one before it.
+        edit: changes the PTX before it is read.
+        options: of `launch`.
+
+    Attributes:
+        launches: how many there were.
+        lines: how many instructions of threads each line of a source file took, by file and line.
     """
 
-    def __init__(
-        self, library: str | Path, capability: int, edit: Callable[[str], str] = str, **options: bool
-    ) -> None:
-        self.capability, self.edit, self.options = capability, edit, options
-        self.memory = GlobalMemory()
-        self.lines: Counter[tuple[str, int]] = Counter()
-        """How many instructions of threads each line of a source file took."""
+    def __init__(self, library: str | Path, capability: int, edit: Callable[[str], str] = str, **options: bool) -> None:
         self.launches = 0
-        self.faults: list[str] = []
-        """Of all launches, also of those that a caller expected to fail."""
-        self.memory.anywhere = not self.memory.follow_allocations()
+        self.lines: Counter[tuple[str, int]] = Counter()
+        self._capability, self._edit, self._options = capability, edit, options
+        self._memory = GlobalMemory()
+        self._memory.anywhere = not self._memory.follow_allocations()
         self._modules: dict[int, Module] = {}
         self._library = ctypes.CDLL(str(library))
         self._served = SERVE(self._serve)  # C holds no reference
@@ -103,34 +107,41 @@ class Launches:
         self._library.ptx_serve(self._served)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._library.ptx_serve(None)
 
-    def _serve(self, binary: int, name: bytes, grid: Any, block: Any, arguments: Any, *rest: Any) -> int:
-        shared_bytes, message, size = rest
+    def _serve(self, binary: int, name: bytes, grid: Any, block: Any, arguments: Any, shared: int, *told: Any) -> int:
         try:
-            text = self._launch(binary, name.decode(), (tuple(grid.contents), tuple(block.contents)), arguments, shared_bytes)
+            kernel = self._module(binary).kernels[name.decode()]
+            sizes = tuple(grid.contents), tuple(block.contents)
+            text = self._launch(kernel, sizes, packed(kernel, arguments), shared)
         except BaseException:  # which C can't be given
             text = traceback.format_exc()
         if not text:
             return 0
-        self.faults.append(text)
-        ctypes.memmove(message, text.encode()[: size - 1] + b"\0", min(len(text.encode()), size - 1) + 1)
+        message, size = told
+        encoded = text.encode()[: size - 1] + b"\0"
+        ctypes.memmove(message, encoded, len(encoded))
         return LAUNCH_FAILURE
 
-    def _launch(self, binary: int, name: str, sizes: Any, arguments: Any, shared_bytes: int) -> str:
-        kernel = self._module(binary).kernels[name]
-        params = bytearray(kernel.param_bytes)
-        for number, param in enumerate(kernel.params):
-            params[param.offset : param.offset + param.size] = ctypes.string_at(arguments[number], param.size)
-        report = launch(kernel, *sizes, bytes(params), self.memory, shared_bytes, check=False, **self.options)
+    def _launch(self, kernel: Kernel, sizes: tuple[Any, Any], params: bytes, shared: int) -> str:
+        report = launch(kernel, *sizes, params, self._memory, shared, check=False, **self._options)
         self.launches += 1
         self.lines.update(report.lines())
         return "\n".join(map(str, report.faults))
 
     def _module(self, binary: int) -> Module:
+        """Of the fat binary at this address."""
         if binary not in self._modules:
             _, _, header, size = FAT_BINARY.unpack(ctypes.string_at(binary, FAT_BINARY.size))
             (texts,) = ptx_in(ctypes.string_at(binary, header + size))
-            self._modules[binary] = Module(self.edit(newest_for(texts, self.capability)))
+            self._modules[binary] = Module(self._edit(newest_for(texts, self._capability)))
         return self._modules[binary]
+
+
+def packed(kernel: Kernel, arguments: Any) -> bytes:
+    """The kernel's parameters, of pointers to its arguments."""
+    params = bytearray(kernel.param_bytes)
+    for param, address in zip(kernel.params, arguments, strict=False):
+        params[param.offset : param.offset + param.size] = ctypes.string_at(address, param.size)
+    return bytes(params)
