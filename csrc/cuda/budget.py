@@ -79,20 +79,34 @@ def usages_in(report: str) -> dict[str, dict[str, Usage]]:
     return usages
 
 
+def nvcc() -> Path | None:
+    """The CUDA compiler: that on PATH, else that of the package nvidia-cuda-nvcc; None without any."""
+    if found := shutil.which(os.environ.get("CUDACXX", "nvcc")):
+        return Path(found)
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or []]
+    return next((found for folder in folders for found in sorted(folder.glob("cu*/bin/nvcc"))), None)
+
+
 def build(target: str = "cuda_kernels", folder: Path = BUILD, archs: str = "all", flags: Sequence[str] = ()) -> None:
     """Compiles the kernels in `folder` as setup.py does it for `archs`, and nothing that uses them but `target`.
 
     `flags`: more options of nvcc.
     """
     settings = {"EVAKERNELS_NATIVE": "on", "EVAKERNELS_CUDA": "on", "EVAKERNELS_CUDA_ARCHS": archs}
+    packaged = []
+    if (compiler := nvcc()) and (runtime := next(compiler.parents[1].glob("lib/libcudart.so.*"), None)):
+        # A package has its libraries where neither nvcc nor CMake looks, and not under the name that they look for.
+        settings |= {"CUDACXX": str(compiler), "LIBRARY_PATH": str(runtime.parent)}
+        packaged = [f"-DCUDA_CUDART={runtime}"]
     code = "import json, runpy, setuptools; setuptools.setup = lambda **_: None; run = runpy.run_path('setup.py'); "
     code += "print(json.dumps([run['find_tool']('cmake'), run['find_tool']('ninja'), run['cuda_options']()]))"
     told = _output([sys.executable, "-c", code], os.environ | settings)
     cmake, ninja, options = json.loads(told.splitlines()[-1])
     codes = "-DEVAKERNELS_CUDA_CODES="
     options = [";".join([option, *flags]) if option.startswith(codes) else option for option in options]
-    options += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"]
-    _output([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *options])
+    options += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}", *packaged]
+    _output([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *options], os.environ | settings)
     _output([cmake, "--build", str(folder), "--target", target])
 
 

@@ -1,9 +1,7 @@
 """Builds what lets ptx_interpreter run nvcc's kernels: tests/ptx/ptx.cmake, as it is or with faults planted."""
 
 import importlib.util
-import os
 import shlex
-import shutil
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -72,8 +70,3 @@ def build_planted(folder: Path) -> None:
     linking = [objects.get(word, word) for word in linking if word not in (":", "&&")]
     linking[linking.index("-o") + 1] = str(folder / "drive.so")
     call(linking, FOLDER)
-
-
-def nvcc() -> str | None:
-    """Where setup.py finds it."""
-    return shutil.which(os.environ.get("CUDACXX", "nvcc"))

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from op_suite import CHOICE, ROOT, copy_with_library, run_ops
 from planted_faults import ASKED_FOR, FAULTS, NUMBERS
-from ptx_build import FOLDER, build_planted, build_ptx, nvcc
+from ptx_build import FOLDER, budget, build_planted, build_ptx
 from test_triton_kernels import CHOSEN, FILES
 
 from evakernels.triton import FAMILIES
@@ -37,7 +37,7 @@ TRITON = (80, 90)
 LEAST_COVERAGE = 0.95
 
 pytestmark = [pytest.mark.exhaustive, pytest.mark.slow]
-needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="no nvcc")
+needs_nvcc = pytest.mark.skipif(budget().nvcc() is None, reason="no nvcc")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
