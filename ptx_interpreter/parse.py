@@ -73,8 +73,17 @@ class Module:
         self.shared = module_variables(text[: starts[0].start()] if starts else text)
         for start, end in zip(starts, ends, strict=True):
             brace = text.index("{", start.end())
-            body = text[brace + 1 : end]
-            if close := re.search(r"^\}", body, re.MULTILINE):
-                body = body[: close.start()]  # debug information may follow
+            body = text[brace + 1 : _closing(text, brace, end)]  # debug information may follow
             first_line = text.count("\n", 0, brace) + 1
             self.kernels[start[1]] = Kernel(start[1], text[start.start() : brace], body, first_line, self)
+
+
+def _closing(text: str, brace: int, end: int) -> int:
+    """Where the block ends that begins at `brace`. Blocks within may end at the beginning of a line too: what a fat
+    binary holds isn't indented."""
+    depth = 0
+    for match in re.compile("[{}]").finditer(text, brace, end):
+        depth += 1 if match[0] == "{" else -1
+        if depth == 0:
+            return match.start()
+    return end

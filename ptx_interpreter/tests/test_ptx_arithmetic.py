@@ -119,6 +119,14 @@ def test_fma_is_rounded_once(mode):
     assert same(found, expected)
 
 
+def test_fma_may_write_what_it_reads():
+    a, b, c = fma_inputs()
+    expected = apply("fma.rn.f32 %o, %a0, %a1, %a2;", a, b, c, out=np.float32)
+    for name in ("%a0", "%a1", "%a2"):
+        found = apply(f"fma.rn.f32 {name}, %a0, %a1, %a2; mov.b32 %o, {name};", a, b, c, out=np.float32)
+        assert same(found, expected)
+
+
 def test_a_sum_of_float64_alone_would_be_rounded_twice():
     """That the inputs above can tell."""
     a, b, c = fma_inputs()
