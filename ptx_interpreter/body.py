@@ -60,6 +60,11 @@ class Instruction:
     def ends_block(self) -> bool:
         return self.op in ENDS and "warp" not in self.mods
 
+    @property
+    def is_meeting(self) -> bool:
+        """Whether it waits for other lanes of the warp."""
+        return not self.ends_block and ("sync" in self.mods or self.op == "wgmma")
+
 
 @dataclass(slots=True)
 class Block:
@@ -77,6 +82,7 @@ class Body:
         blocks: in the order of the text.
         shared: variables in shared memory.
         lasting: registers that a block reads and another one has written, for which idle lanes must be left alone.
+        meetings: numbers of the blocks in which lanes of a warp wait for each other.
         constants: the text and type of the number that a register holds throughout, by register.
     """
 
@@ -96,6 +102,7 @@ class Body:
             block.following = self._following(block)
         self.lasting = _lasting(self.blocks)
         self.constants = _constants(self.blocks)
+        self.meetings = {b.number for b in self.blocks if any(i.is_meeting for i in b.instructions)}
 
     def _read(self, statement: str, line: tuple[int, int]) -> None:
         while match := _LABEL.match(statement):

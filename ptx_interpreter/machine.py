@@ -98,7 +98,7 @@ class Machine:
         visits: Counter[int] = Counter()
         threads: Counter[int] = Counter()
         while pending or self._pass_barrier(pending):
-            number = min(pending)
+            number = self._next(pending)
             mask = pending.pop(number)
             code = self._code.get(number)
             if code is None:
@@ -123,6 +123,22 @@ class Machine:
                 break
         report.blocks.update(threads)
         self._add_traffic(report)
+
+    def _next(self, pending: Masks) -> int:
+        """The first block of instructions in the text, but none where a warp meets that isn't complete yet."""
+        first = min(pending)
+        if len(pending) == 1 or not self.body.meetings:
+            return first
+        for number in sorted(pending):
+            if number not in self.body.meetings or not self._is_awaited(number, pending):
+                return number
+        return first
+
+    def _is_awaited(self, number: int, pending: Masks) -> bool:
+        """Whether others of the warps that are at a block are still on their way."""
+        here = np.logical_or.reduce(pending[number].reshape(-1, WARP), axis=1)
+        others = (mask.reshape(-1, WARP)[here] for other, mask in pending.items() if other != number)
+        return any(mask.any() for mask in others)
 
     def _begin(self, params: bytes, first_block: int, report: Report) -> None:
         self.report, self.first_block = report, first_block

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,16 +79,21 @@ def usages_in(report: str) -> dict[str, dict[str, Usage]]:
     return usages
 
 
-def build(target: str = "cuda_kernels") -> None:
-    """Compiles the kernels as setup.py does it for all GPUs, and nothing that uses them but `target`."""
-    settings = {"EVAKERNELS_NATIVE": "on", "EVAKERNELS_CUDA": "on", "EVAKERNELS_CUDA_ARCHS": "all"}
+def build(target: str = "cuda_kernels", folder: Path = BUILD, archs: str = "all", flags: Sequence[str] = ()) -> None:
+    """Compiles the kernels in `folder` as setup.py does it for `archs`, and nothing that uses them but `target`.
+
+    `flags`: more options of nvcc.
+    """
+    settings = {"EVAKERNELS_NATIVE": "on", "EVAKERNELS_CUDA": "on", "EVAKERNELS_CUDA_ARCHS": archs}
     code = "import json, runpy, setuptools; setuptools.setup = lambda **_: None; run = runpy.run_path('setup.py'); "
     code += "print(json.dumps([run['find_tool']('cmake'), run['find_tool']('ninja'), run['cuda_options']()]))"
     told = _output([sys.executable, "-c", code], os.environ | settings)
     cmake, ninja, options = json.loads(told.splitlines()[-1])
+    codes = "-DEVAKERNELS_CUDA_CODES="
+    options = [";".join([option, *flags]) if option.startswith(codes) else option for option in options]
     options += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"]
-    _output([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(BUILD), *options])
-    _output([cmake, "--build", str(BUILD), "--target", target])
+    _output([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *options])
+    _output([cmake, "--build", str(folder), "--target", target])
 
 
 def _output(command: list[str], environment: Mapping[str, str] | None = None) -> str:

@@ -457,7 +457,11 @@ struct OwnTiles {
         for (uint32_t& word : tile.words) word ^= 0x80008000u;
       }
     } else {
-      for (int i = threadIdx.x % kWarpSize; i < Head<T, D>::kTileElements; i += kWarpSize) rows[i] = -rows[i];
+      // Not the ends of the rows, which nobody has written.
+      for (int i = threadIdx.x % kWarpSize; i < kTile * D; i += kWarpSize) {
+        T& value = rows[i / D * Head<T, D>::kRow + i % D];
+        value = -value;
+      }
       __syncwarp();
     }
   }

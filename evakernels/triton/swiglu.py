@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from evakernels.triton._launch import dense, on_device_of, persistent_programs, rows_of, too_wide
-from evakernels.triton._rows import load_channels, load_tile, row_mean, store_partial_sum, store_tile, tile_at
+from evakernels.triton._rows import load_channels, load_tile, product, row_mean, store_partial_sum, store_tile, tile_at
 from evakernels.tuning import config
 
 MAX_WIDTH = {"swiglu_forward": 1 << 13, "swiglu_backward": 1 << 12}
@@ -50,7 +50,7 @@ def forward_kernel(
 ):
     row, channel, inside = tile_at(tl.program_id(0), rows, WIDTH, ROWS, BLOCK, tl.program_id(1) * BLOCK)
     g = load_tile(gate, row, channel, inside, GATE_STRIDE)
-    values = g * tl.sigmoid(g) * load_tile(up, row, channel, inside, UP_STRIDE)
+    values = product(g * tl.sigmoid(g), load_tile(up, row, channel, inside, UP_STRIDE))
     if weight is not None:
         centre = row_mean(values, WIDTH)
         values = tl.where(inside, values - centre, 0.0)
@@ -97,7 +97,7 @@ def backward_kernel(
         if weight is not None:
             scale = tl.load(rstd + row, mask=row < rows, other=0.0)
             centre = tl.load(mean + row, mask=row < rows, other=0.0)
-            normed = (silu * u - centre) * scale  # outside of the row d is zero
+            normed = (product(silu, u) - centre) * scale  # outside of the row d is zero
             weight_sum += d * normed
             bias_sum += d
             d *= weights

@@ -90,7 +90,7 @@ def operation(machine: Machine, i: Instruction) -> Step:
     return elementwise(machine.registers.target(i.args[0], kind), function, *sources)
 
 
-makes("add sub", "rn f32 f64 s32 s64")(operation)
+makes("add sub", "rn f32 f64 s16 s32 s64")(operation)
 makes("neg min max", "f32 f64 s32 u32 s64 u64")(operation)
 makes("div", "rn approx full f32 f64 s32 u32 s64 u64")(operation)
 makes("rem", "s32 u32 s64 u64")(operation)

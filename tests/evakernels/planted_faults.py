@@ -6,6 +6,7 @@ All faults that a variant shows are compiled at once, so that a source file is c
 import re
 import shlex
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -248,12 +249,17 @@ FAULTS = {
 NUMBERS = {name: number for number, name in enumerate(FAULTS, 1)}
 
 
-def changed_files(variant: str) -> dict[str, str]:
-    """The text of each file in which faults that the variant shows are planted."""
+def of_variant(variant: str) -> list[str]:
+    """The names of the faults that a variant shows."""
+    return [name for name, fault in FAULTS.items() if fault.variant == variant]
+
+
+def changed_files(names: Iterable[str]) -> dict[str, str]:
+    """The text of each file in which these faults are planted."""
     files: dict[str, str] = {}
-    for name, fault in FAULTS.items():
-        if fault.variant != variant:
-            continue
+    # What is right of one may be a part of what is right of another.
+    for name in sorted(names, key=lambda name: len(FAULTS[name].right), reverse=True):
+        fault = FAULTS[name]
         text = files.get(fault.file) or (ROOT / "csrc/cuda" / fault.file).read_text()
         assert text.count(fault.right) == 1, (fault.file, fault.right)
         asked_for = f"(planted_fault == {NUMBERS[name]})"
@@ -263,7 +269,7 @@ def changed_files(variant: str) -> dict[str, str]:
 
 def build_planted(build: Path, folder: Path, variant: str) -> None:
     """Makes `folder/drive`, the variant's driver with all of its faults; `build` has what it is otherwise made of."""
-    files = changed_files(variant)
+    files = changed_files(of_variant(variant))
     changed = folder / "csrc/cuda"
     changed.mkdir(parents=True)
     for file, text in files.items():
@@ -272,7 +278,7 @@ def build_planted(build: Path, folder: Path, variant: str) -> None:
     listing = [tool("ninja"), "-t", "commands", f"drive_{variant}"]
     commands = subprocess.run(listing, cwd=build, capture_output=True, text=True, check=True).stdout.splitlines()
     objects = {}
-    for unit in sorted({fault.unit for fault in FAULTS.values() if fault.variant == variant}):
+    for unit in sorted({FAULTS[name].unit for name in of_variant(variant)}):
         true, faulty = f"{OBJECTS.format(variant)}/{unit}.o", str(folder / f"{unit}.o")
         (compiling,) = (shlex.split(command) for command in commands if f"-o {true} " in command)
         # The folder of the changed files comes before that of the right ones.

@@ -1,0 +1,216 @@
+// Stands in for the CUDA runtime under code that nvcc compiled, where there is no GPU. It is linked in its
+// place, and serves what host code of kernels without __managed__ or __constant__ variables asks for.
+// Launches go to the function that `ptx_serve` was given, with the fat binary in which the kernel's PTX is.
+//
+// One GPU is played, as small as makes kernels go round: three multiprocessors with a block each and 1 MB of
+// cache. A block may have 99 KB of shared memory as on compute capability 8.6, or what PTX_SHARED_KB says:
+// 163 (A100), 227 (H100). Like the runtime it lets a kernel have 48 KB until it is told otherwise. PTX_DRIVER
+// is the version of the driver that is played, such as 12010.
+#include <cuda_runtime_api.h>
+#include <fatbinary_section.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <string>
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+constexpr size_t kWithoutLeave = 48 * 1024;  // of shared memory
+
+// Arguments are pointers to the kernel's; the message is of up to `size` bytes, for a code that isn't
+// cudaSuccess.
+using Serve = int (*)(const void* binary, const char* kernel, const unsigned* grid, const unsigned* block,
+                      void** arguments, size_t shared_bytes, char* message, size_t size);
+
+struct Kernel {
+  const void* binary = nullptr;
+  const char* name = nullptr;
+  size_t shared_bytes = kWithoutLeave;
+};
+
+Serve serve = nullptr;
+int queries = 0;
+char message[1 << 14];
+char context;  // of which the address stands for the GPU's
+
+std::mutex guards_kernels;
+
+// By the address of the function that stands for it on the host. Binaries register theirs before main.
+std::map<const void*, Kernel>& kernels() {
+  static std::map<const void*, Kernel> all;
+  return all;
+}
+
+size_t number_in(const char* variable, size_t otherwise) {
+  const char* const text = std::getenv(variable);
+  return text ? std::strtoull(text, nullptr, 10) : otherwise;
+}
+
+size_t max_shared_memory() { return number_in("PTX_SHARED_KB", 99) * 1024; }
+
+bool is_launchable(dim3 grid, dim3 block) {
+  const auto within = [](dim3 size, unsigned x, unsigned y, unsigned z) {
+    return size.x - 1 < x && size.y - 1 < y && size.z - 1 < z;
+  };
+  return within(grid, 0x7FFFFFFF, 0xFFFF, 0xFFFF) && within(block, 1024, 1024, 64) &&
+         size_t{block.x} * block.y * block.z <= 1024;
+}
+
+int get_context(void** current) {
+  *current = &context;
+  return 0;
+}
+
+int set_context(void*) { return 0; }
+
+}  // namespace
+
+EXPORTED void ptx_serve(Serve function) { serve = function; }
+
+// How often the runtime was asked for what doesn't change.
+EXPORTED int ptx_queries() { return queries; }
+
+// --- what nvcc's own code calls ----------------------------------------------------------------------------
+
+extern "C" {
+void** __cudaRegisterFatBinary(void* wrapper) {
+  return static_cast<void**>(
+      const_cast<void*>(static_cast<const void*>(static_cast<const __fatBinC_Wrapper_t*>(wrapper)->data)));
+}
+
+void __cudaRegisterFatBinaryEnd(void**) {}
+
+void __cudaUnregisterFatBinary(void**) {}
+
+char __cudaInitModule(void**) { return 0; }
+
+// Of a kernel that several files have the first is taken, as of its function on the host.
+void __cudaRegisterFunction(void** binary, const char* function, char*, const char* name, int, uint3*, uint3*,
+                            dim3*, dim3*, int*) {
+  const std::lock_guard lock(guards_kernels);
+  kernels().try_emplace(function, Kernel{binary, name});
+}
+
+unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, cudaStream_t) { std::abort(); }
+
+cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { std::abort(); }
+
+cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { std::abort(); }
+
+cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { std::abort(); }
+}
+
+// --- what launchers call -----------------------------------------------------------------------------------
+
+cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments,
+                             size_t shared_bytes, cudaStream_t) {
+  Kernel kernel;
+  {
+    const std::lock_guard lock(guards_kernels);
+    const auto found = kernels().find(function);
+    if (found == kernels().end()) return cudaErrorInvalidDeviceFunction;
+    kernel = found->second;
+  }
+  if (!is_launchable(grid, block)) return cudaErrorInvalidConfiguration;
+  if (shared_bytes > kernel.shared_bytes) return cudaErrorInvalidValue;
+  if (!serve) return cudaErrorNoDevice;
+  const unsigned blocks[] = {grid.x, grid.y, grid.z}, threads[] = {block.x, block.y, block.z};
+  return static_cast<cudaError_t>(
+      serve(kernel.binary, kernel.name, blocks, threads, arguments, shared_bytes, message, sizeof message));
+}
+
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+  ++queries;
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorNotSupported;
+  if (static_cast<size_t>(value) > max_shared_memory()) return cudaErrorInvalidValue;
+  const std::lock_guard lock(guards_kernels);
+  kernels()[function].shared_bytes = static_cast<size_t>(value);
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+  ++queries;
+  *blocks = 1;
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* function,
+                                                                   int threads, size_t shared_bytes,
+                                                                   unsigned) {
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, function, threads, shared_bytes);
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  ++queries;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = 3;
+      return cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      *value = 1 << 20;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = static_cast<int>(max_shared_memory());
+      return cudaSuccess;
+    default:
+      return cudaErrorNotSupported;
+  }
+}
+
+cudaError_t cudaDriverGetVersion(int* version) {
+  ++queries;
+  *version = static_cast<int>(number_in("PTX_DRIVER", CUDART_VERSION));
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned,
+                                             unsigned long long, cudaDriverEntryPointQueryResult* found) {
+  const bool gets = std::strcmp(symbol, "cuCtxGetCurrent") == 0;
+  *function = gets ? reinterpret_cast<void*>(&get_context) : reinterpret_cast<void*>(&set_context);
+  *found = cudaDriverEntryPointSuccess;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+
+cudaError_t cudaMallocAsync(void** memory, size_t bytes, cudaStream_t) {
+  return posix_memalign(memory, 256, bytes) == 0 ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+
+cudaError_t cudaFreeAsync(void* memory, cudaStream_t) {
+  std::free(memory);
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+const char* cudaGetErrorString(cudaError_t code) {
+  switch (code) {
+    case cudaErrorLaunchFailure:
+      return message;
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorInvalidDevice:
+      return "invalid device ordinal";
+    case cudaErrorInvalidDeviceFunction:
+      return "invalid device function";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorNoDevice:
+      return "nothing serves launches: ptx_serve wasn't called";
+    case cudaErrorNotSupported:
+      return "the stand-in for the CUDA runtime doesn't know of this";
+    default:
+      return "invalid argument";
+  }
+}

@@ -1,0 +1,21 @@
+"""Which lines of source files PTX was made of."""
+
+import re
+
+FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.MULTILINE)
+PLACE = re.compile(r"\s*\.loc\s+(\d+)\s+(\d+)")
+INSTRUCTION = re.compile(r"\s*(?:@!?%\w+\s+)?[a-z][\w.]*\s*[^:]*;")
+
+
+def lines_of(ptx: str) -> set[tuple[str, int]]:
+    """Those with an instruction, by file and number; of what was inlined the place in its own function."""
+    files, found = dict(FILE.findall(ptx)), set()
+    place = None
+    for line in ptx.splitlines():
+        if at := PLACE.match(line):
+            place = files[at[1]], int(at[2])
+        elif place and INSTRUCTION.match(line):
+            found.add(place)
+        elif line.startswith("}"):
+            place = None  # of the next kernel
+    return found

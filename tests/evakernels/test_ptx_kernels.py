@@ -1,0 +1,301 @@
+"""The kernels for GPUs as nvcc and Triton compiled them: their PTX, run on the CPU by ptx_interpreter.
+
+The ops' own tests call them. A race, a read of what nobody has written, an access out of bounds or misaligned, a copy
+that wasn't waited for and an uneven barrier are errors of the op. The program that drives the launchers runs on them
+too. Faults that are planted in the kernels before nvcc compiles them show that these checks see something.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from op_suite import CHOICE, ROOT, copy_with_library, run_ops
+from planted_faults import ASKED_FOR, FAULTS, NUMBERS
+from ptx_build import FOLDER, build_planted, build_ptx, nvcc
+from test_triton_kernels import CHOSEN, FILES
+
+from evakernels.triton import FAMILIES
+from ptx_interpreter.lines import lines_of
+from ptx_interpreter.runtime import newest_for, ptx_in
+
+OPS = ("adamw", "gelu", "gradient_norm", "lamb", "native_lamb")
+OPS += ("layer_norm", "residual_norm", "norm_widths", "packed_attention", "rope_attention", "stochastic_rounding")
+OPS += ("swiglu", "token_dropout")
+MORE = ("every_mix", "no_rows", "one_element", "strided", "finite", "bit_equal", "lamb", "any_layout")
+# Not the tests that are about the size of other kernels' chunks, nor those of the file that "lamb" names too which are
+# of its op, whichever kernels serve it.
+CHECKS = f"({' or '.join((CHOICE, *MORE))}) and not (several_chunks or opcheck or compiles)"
+SHARED_KB = {80: 163, 100: 227}
+"""What a block may have, by the compute capability that PTX was made for: attention plans for it."""
+TRITON = (80, 90)
+LEAST_COVERAGE = 0.95
+
+pytestmark = [pytest.mark.exhaustive, pytest.mark.slow]
+needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="no nvcc")
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def built(made_once: Callable[..., Path]) -> Path:
+    """The folder of the library, of the program that drives launchers and of what follows allocations."""
+    made_once("ptx", lambda folder: build_ptx())
+    return FOLDER / "ptx"
+
+
+@pytest.fixture(scope="module")
+def lines_run(built: Path, made_once: Callable[..., Path]) -> Callable[[int, str], Path]:
+    """`lines_run(capability, op)` runs the op's tests, and is the file that tells which lines they ran."""
+
+    def run(folder: Path, capability: int, op: str) -> None:
+        folder.mkdir()
+        tests = copy_with_library(folder / "copy", built / "_ops.so")
+        before = f"from ptx_launches import nvcc_kernels\nwith nvcc_kernels({capability}, {str(folder / 'lines')!r})"
+        environment = served_by(built, tests.parent, PTX_SHARED_KB=SHARED_KB[capability])
+        run_ops(before, CHECKS, tests, [op], **environment)
+
+    def lines(capability: int, op: str) -> Path:
+        return made_once(f"ptx-{capability}-{op}", lambda folder: run(folder, capability, op)) / "lines"
+
+    return lines
+
+
+def served_by(built: Path, *folders: Path, **more: object) -> dict[str, str]:
+    """The environment of a process whose launches are served."""
+    paths = [*folders, ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "LD_PRELOAD": str(built / "allocations.so")}
+    return environment | {name: str(value) for name, value in more.items()}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("capability", SHARED_KB)
+def test_ops(lines_run: Callable[[int, str], Path], capability: int, op: str) -> None:
+    assert lines_run(capability, op).exists()
+
+
+@needs_nvcc
+@pytest.mark.parametrize("capability", SHARED_KB)
+def test_ops_run_nearly_every_line_of_device_code(
+    built: Path, lines_run: Callable[[int, str], Path], capability: int
+) -> None:
+    counts = [count for op in OPS for count in json.loads(lines_run(capability, op).read_text())]
+    runs = {(file, line) for file, line, count in counts if count}
+    lines: dict[str, set[tuple[str, int]]] = defaultdict(set)
+    for texts in ptx_in((built / "_ops.so").read_bytes()):
+        for file, line in lines_of(newest_for(texts, capability)):
+            if Path(file).parent == ROOT / "csrc/cuda":
+                lines[Path(file).name].add((file, line))
+    shares = {name: len(own & runs) / len(own) for name, own in lines.items()}
+    report = "\n".join(f"{share:.0%} {name}" for name, share in sorted(shares.items()))
+    print(report)
+    assert len(shares) >= 20, report
+    assert min(shares.values()) >= LEAST_COVERAGE, report
+
+
+def printed(code: str, built: Path, tmp_path: Path, **environment: object) -> str:
+    """What a Python program prints whose kernels are nvcc's, for compute capability 8.0."""
+    tests = copy_with_library(tmp_path, built / "_ops.so")
+    code = f"from ptx_launches import nvcc_kernels\nwith nvcc_kernels(80):\n {code}"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | served_by(built, tests.parent, **environment),
+        cwd=tests,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-5000:]
+    return result.stdout
+
+
+@needs_nvcc
+def test_attention_of_1025_tokens_is_as_accurate_as_torch(built: Path, tmp_path: Path) -> None:
+    """The most that is promised: an image of 32 by 32 patches. Forward, of one head; no other test has so many stages
+    and parts of a head."""
+    code = """if True:
+        import torch, evakernels
+        from op_checks import error
+        from test_rope_attention import rotate
+        generator = torch.Generator().manual_seed(0)
+        qkv = [torch.randn(1, 1025, 1, 64, generator=generator).bfloat16() for _ in range(3)]
+        cos, sin = evakernels.nn.axial_rope(32, 32, head_dim=64)
+        def theirs(dtype):
+            q, k, v = (t.to(dtype).transpose(1, 2) for t in qkv)
+            q, k = (rotate(t, cos, sin, None, 1, True) for t in (q, k))
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        exact, out = theirs(torch.float64), evakernels.rope_attention(*qkv, cos, sin, num_prefix=1)
+        print(error(out, exact), error(theirs(torch.bfloat16), exact), exact.abs().max().item())
+    """
+    ours, torchs, largest = map(float, printed(code, built, tmp_path, PTX_SHARED_KB=99).split())
+    assert ours <= 2 * torchs + 2**-8 * largest
+
+
+@needs_nvcc
+def test_float32_gradients_of_long_sequences_fit_into_the_least_shared_memory(built: Path, tmp_path: Path) -> None:
+    """Of 99 KB, where the scalars of all tokens leave no room for four warps. The blocks have what max_length asks for;
+    the sequences themselves are short and few."""
+    code = """if True:
+        import torch, evakernels
+        offsets = torch.arange(0, 129, 64)
+        qkv = [torch.randn(128, 1, 128, requires_grad=True) for _ in range(3)]
+        def gradients(backend):
+            with evakernels.use_backend(backend):
+                out = evakernels.packed_attention(*qkv, offsets, max_length=4096)
+                return torch.autograd.grad(out, qkv, torch.ones_like(out))
+        for ours, theirs in zip(gradients("cpu"), gradients("reference")):
+            print((ours - theirs).abs().max().item() <= 1e-4 * theirs.abs().max().item())
+    """
+    assert printed(code, built, tmp_path, PTX_SHARED_KB=99).split() == ["True"] * 3
+
+
+@needs_nvcc
+def test_the_cuda_runtime_is_asked_once_for_what_does_not_change(built: Path, tmp_path: Path) -> None:
+    """A second step of the same shapes asks for no attribute, occupancy or version again."""
+    code = """if True:
+        import ctypes, torch, evakernels
+        from evakernels import _native
+        queries = ctypes.CDLL(str(_native._LIBRARY)).ptx_queries
+        weight = torch.ones(768, requires_grad=True)
+        def step():
+            rows = torch.randn(8, 768, requires_grad=True)
+            q, k, v = (torch.randn(1, 160, 1, 64, requires_grad=True).bfloat16() for _ in range(3))
+            evakernels.layer_norm(rows, weight).sum().backward()
+            evakernels.rope_attention(q, k, v).sum().backward()
+            lists = [weight], [weight.grad], [torch.zeros(768)], [torch.zeros(768)], [torch.zeros(())]
+            with torch.no_grad():
+                evakernels.lamb_step(*lists, [0.1], [0.0], betas=(0.9, 0.99), eps=1e-6)
+        step()
+        first = queries()
+        step()
+        print(first, queries() - first)
+    """
+    first, second = map(int, printed(code, built, tmp_path).split())
+    assert 0 < first < 20
+    assert second == 0
+
+
+@needs_nvcc
+def test_what_a_kernel_was_let_have_it_keeps(built: Path, tmp_path: Path) -> None:
+    """The runtime takes the last word: after a launch with less shared memory a larger one still runs."""
+    code = """if True:
+        import torch, evakernels
+        for tokens in (257, 200, 257):
+            print(torch.isfinite(evakernels.rope_attention(*torch.ones(3, 1, tokens, 1, 64).bfloat16())).all().item())
+    """
+    assert printed(code, built, tmp_path).split() == ["True"] * 3
+
+
+@needs_nvcc
+def test_a_driver_that_takes_no_large_arguments_is_told(built: Path, tmp_path: Path) -> None:
+    code = """if True:
+        import torch, evakernels
+        tensor = torch.ones(4)
+        lists = [tensor], [tensor], [tensor.clone()], [tensor.clone()], [torch.zeros(())]
+        for call in (
+            lambda: evakernels.gradient_norm([tensor]),
+            lambda: evakernels.adamw_update(*lists, [0.1], [0.0], betas=(0.9, 0.99), eps=1e-6),
+        ):
+            try:
+                call()
+                print("no error")
+            except RuntimeError as error:
+                print(error)
+        evakernels.layer_norm(torch.ones(2, 4))
+    """
+    old = printed(code, built, tmp_path / "old", PTX_DRIVER=12000)
+    assert old.count("the driver is too old for 32 KB of kernel arguments") == 2, old
+    assert printed(code, built, tmp_path / "new", PTX_DRIVER=12010).count("no error") == 2
+
+
+@needs_nvcc
+def test_arguments_that_only_a_kernel_sees_end_the_launch(built: Path, tmp_path: Path) -> None:
+    """A wrong index, of patches in either order, and offsets that don't fit. On a GPU nobody but the kernels checks
+    them."""
+    code = """if True:
+        import torch, evakernels
+        native = torch.ops.evakernels_native
+        patches, index = torch.ones(2, 6, 4), torch.tensor([[0, 1], [5, 6]])
+        q = torch.ones(5, 1, 8)
+        calls = [
+            lambda: native.token_dropout_forward(patches, index, None, None),
+            lambda: native.token_dropout_forward(patches.mT.contiguous().mT, index, None, None),
+        ]
+        for offsets, longest in (([0, 6], 6), ([0, 4, 2], 4), ([-1, 2], 3), ([0, 5], 4)):
+            arguments = (q, q, q, torch.tensor(offsets), longest, True, 1.0)
+            calls.append(lambda arguments=arguments: native.packed_attention_forward(*arguments))
+        for call in calls:
+            try:
+                call()
+            except RuntimeError as error:
+                print(error)
+    """
+    lines = printed(code, built, tmp_path).splitlines()
+    assert [line.split(" at ")[0] for line in lines] == ["token_dropout_forward: CUDA error: trap"] * 2 + [
+        "packed_attention_forward: CUDA error: trap"
+    ] * 4
+
+
+# --- the program that drives the launchers -------------------------------------------------------------------------
+
+
+def complaint(built: Path, driver: Path, capability: int, *families: str, **environment: str) -> str:
+    """What the program says; nothing if all is right."""
+    command = [sys.executable, ROOT / "tests/ptx/drive.py", driver, str(capability), *families]
+    environment = os.environ | served_by(built, **environment)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    return "" if result.returncode == 0 else f"exit code {result.returncode}: {result.stdout}{result.stderr}"
+
+
+@needs_nvcc
+@pytest.mark.parametrize("capability", SHARED_KB)
+def test_the_driver_has_no_complaint(built: Path, capability: int) -> None:
+    assert complaint(built, built / "drive.so", capability) == ""
+
+
+@pytest.fixture(scope="module")
+def planted(built: Path, made_once: Callable[..., Path]) -> Path:
+    """The driver that has all faults."""
+    return made_once("ptx-planted", build_planted) / "drive.so"
+
+
+@needs_nvcc
+@pytest.mark.xdist_group("planted ptx")
+def test_what_is_planted_is_the_only_fault(built: Path, planted: Path) -> None:
+    assert complaint(built, planted, 80) == ""
+
+
+@needs_nvcc
+@pytest.mark.xdist_group("planted ptx")
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_seen(built: Path, planted: Path, name: str) -> None:
+    fault = FAULTS[name]
+    said = complaint(built, planted, 80, fault.family, **{ASKED_FOR: str(NUMBERS[name])})
+    assert fault.said_of_ptx in said, said
+
+
+# --- Triton --------------------------------------------------------------------------------------------------------
+
+
+def run_triton(built: Path, capability: int, choice: str, ops: Sequence[str]) -> None:
+    before = f"from ptx_launches import triton_kernels\nwith triton_kernels({capability})"
+    run_ops(before, choice, ops=ops, **served_by(built))
+
+
+@needs_triton
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("capability", TRITON)
+def test_triton_ops(built: Path, capability: int, family: str) -> None:
+    run_triton(built, capability, CHOSEN, FILES.get(family, [family]))
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", TRITON)
+def test_triton_widths(built: Path, capability: int) -> None:
+    run_triton(built, capability, "(1408 or 2730) and not dtype2", ["norm_widths"])
+    run_triton(built, capability, "no_columns or one_element", ["layer_norm", "residual_norm", "swiglu"])
