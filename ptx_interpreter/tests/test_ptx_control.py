@@ -240,9 +240,8 @@ def test_a_trap_is_told():
 )
 def test_a_warp_that_is_not_complete(instruction):
     body = HEAD + "mov.u32 %r2, 0; mov.u32 %r3, 0; st.shared.v4.u32 [%r3], {%r2, %r2, %r2, %r2};\n"
-    body += (
-        "and.b32 %r4, %r1, 31; setp.ge.u32 %p1, %r4, 16; @%p1 bra LATER;\n" + instruction + "\nLATER: mov.u32 %r5, 0;"
-    )
+    body += "and.b32 %r4, %r1, 31; setp.ge.u32 %p1, %r4, 16; @%p1 bra LATER;\n"
+    body += f"{instruction}\nLATER: bar.sync 0;"
     found = run(kernel(body), [np.zeros(64, np.uint32)], block=64, shared=128, check=False).faults
     assert "divergent warp" in {fault.kind for fault in found}
 
