@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
 
-from .types import SIZES, Unsupported
+from .types import SIZES, WARP, Unsupported
 
 ENDS = {"bra", "ret", "exit", "trap", "bar"}
 """What ends a basic block. Of the barriers only those of a whole block of threads do."""
@@ -82,7 +82,7 @@ class Body:
         blocks: in the order of the text.
         shared: variables in shared memory.
         lasting: registers that a block reads and another one has written, for which idle lanes must be left alone.
-        meetings: numbers of the blocks in which lanes of a warp wait for each other.
+        meetings: numbers of the blocks in which lanes of a warp wait for each other; `meeting_size` lanes do.
         constants: the text and type of the number that a register holds throughout, by register.
     """
 
@@ -103,6 +103,8 @@ class Body:
         self.lasting = _lasting(self.blocks)
         self.constants = _constants(self.blocks)
         self.meetings = {b.number for b in self.blocks if any(i.is_meeting for i in b.instructions)}
+        grouped = any(i.op == "wgmma" for b in self.blocks for i in b.instructions)
+        self.meeting_size = 4 * WARP if grouped else WARP
 
     def _read(self, statement: str, line: tuple[int, int]) -> None:
         while match := _LABEL.match(statement):

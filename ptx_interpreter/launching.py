@@ -5,13 +5,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from .machine import Machine
 from .memory import GlobalMemory
 from .parse import Kernel
 from .registers import Dim3
 from .report import Faults, Report
+from .rounding import errors_of_numpy
 from .types import WARP
 
 LANES = 8192
@@ -59,7 +58,7 @@ def launch(
     blocks = math.prod(sizes[0])
     fitting = max(1, LANES // (-(-math.prod(sizes[1]) // WARP) * WARP))
     together = -(-blocks // -(-blocks // fitting))  # rounds of the same size
-    with np.errstate(all="ignore"):
+    with errors_of_numpy():
         for first in range(0, blocks, together):
             options = (dynamic_shared, watch, count)
             _machine(kernel, sizes, min(together, blocks - first), memory, options).run(params, first, report)

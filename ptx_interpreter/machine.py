@@ -135,9 +135,10 @@ class Machine:
         return first
 
     def _is_awaited(self, number: int, pending: Masks) -> bool:
-        """Whether others of the warps that are at a block are still on their way."""
-        here = np.logical_or.reduce(pending[number].reshape(-1, WARP), axis=1)
-        others = (mask.reshape(-1, WARP)[here] for other, mask in pending.items() if other != number)
+        """Whether others of the warps (or warpgroups) that are at a block are still on their way."""
+        size = self.body.meeting_size if self.pitch % self.body.meeting_size == 0 else WARP
+        here = np.logical_or.reduce(pending[number].reshape(-1, size), axis=1)
+        others = (mask.reshape(-1, size)[here] for other, mask in pending.items() if other != number)
         return any(mask.any() for mask in others)
 
     def _begin(self, params: bytes, first_block: int, report: Report) -> None:

@@ -1,14 +1,15 @@
 """PTX text to modules and kernels; the bodies of kernels are read when they are first run."""
 
 import re
+from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
 from .body import Body, module_variables
 from .types import SIZES
 
-_ENTRY = re.compile(r"^[^\n/]*\.entry\s+([\w$]+)\s*\(", re.MULTILINE)
-_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.MULTILINE)
+_ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(")
+_FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]*)"')
 _PARAM = re.compile(
     r"\.param\s+(?:\.align\s+(?P<align>\d+)\s+)?\.(?P<type>\w+)(?:\s+\.\w+(?:\s+\d+)?)*\s+(?P<name>[\w$%]+)\s*(?:\[(?P<count>\d+)\])?"
 )
@@ -46,7 +47,7 @@ class Kernel:
 
     @cached_property
     def parsed(self) -> Body:
-        return Body(self.body, self.first_line, self.module.files)
+        return Body(_without_rest(self.body), self.first_line, self.module.files)
 
     def with_body(self, body: str) -> "Kernel":
         """The same kernel with other instructions, in which a fault may have been planted."""
@@ -64,26 +65,38 @@ class Module:
     """
 
     def __init__(self, text: str) -> None:
-        self.files = {int(number): name for number, name in _FILE.findall(text)}
         target = re.search(r"^\.target\s+(\w+)", text, re.MULTILINE)
         self.target = target[1] if target else ""
+        self.files = {int(found[1]): found[2] for found in _found(_FILE, ".file", text)}
         self.kernels: dict[str, Kernel] = {}
-        starts = list(_ENTRY.finditer(text))
-        ends = [start.start() for start in starts[1:]] + [len(text)]
-        self.shared = module_variables(text[: starts[0].start()] if starts else text)
-        for start, end in zip(starts, ends, strict=True):
-            brace = text.index("{", start.end())
-            body = text[brace + 1 : _closing(text, brace, end)]  # debug information may follow
-            first_line = text.count("\n", 0, brace) + 1
-            self.kernels[start[1]] = Kernel(start[1], text[start.start() : brace], body, first_line, self)
+        entries = list(_found(_ENTRY, ".entry", text))
+        starts = [text.rfind("\n", 0, entry.start()) + 1 for entry in entries]
+        self.shared = module_variables(text[: starts[0]] if starts else text)
+        line, counted = 1, 0
+        for entry, start, end in zip(entries, starts, [*starts[1:], len(text)], strict=True):
+            brace = text.index("{", entry.end())
+            line, counted = line + text.count("\n", counted, brace), brace
+            self.kernels[entry[1]] = Kernel(entry[1], text[start:brace], text[brace + 1 : end], line, self)
 
 
-def _closing(text: str, brace: int, end: int) -> int:
-    """Where the block ends that begins at `brace`. Blocks within may end at the beginning of a line too: what a fat
-    binary holds isn't indented."""
-    depth = 0
-    for match in re.compile("[{}]").finditer(text, brace, end):
+def _found(pattern: re.Pattern[str], word: str, text: str) -> Iterator[re.Match[str]]:
+    """Matches of a pattern that begins with this word, outside comments; a pattern alone would take far longer."""
+    at = text.find(word)
+    while at >= 0:
+        match = pattern.match(text, at)
+        if match and "//" not in text[text.rfind("\n", 0, at) + 1 : at]:
+            yield match
+        at = text.find(word, at + len(word))
+
+
+def _without_rest(body: str) -> str:
+    """Up to the brace that closes the kernel; debug information may follow.
+
+    Blocks within it may end at the beginning of a line too: what a fat binary holds isn't indented.
+    """
+    depth = 1
+    for match in re.finditer("[{}]", body):
         depth += 1 if match[0] == "{" else -1
         if depth == 0:
-            return match.start()
-    return end
+            return body[: match.start()]
+    return body

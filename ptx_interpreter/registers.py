@@ -31,7 +31,6 @@ class Registers:
         self._pool: dict[Any, list[Array]] = defaultdict(list)
         self._specials: dict[str, Value] = {}
         self.fma = Fma32(self.lanes)
-        self.scratch = np.empty(self.lanes, np.float32)  # for what an instruction keeps meanwhile
 
     def vector(self, name: str) -> Array:
         """The bits of a register, of each lane."""

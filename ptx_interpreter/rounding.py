@@ -103,29 +103,50 @@ def fma32(a: Value, b: Value, c: Value, mode: str = "rn") -> Array:
     return rounded(to_odd(total, error_of_sum(product, c, total)), np.float32, mode)
 
 
+class Underflow:
+    """Notes that numpy, under `errors_of_numpy`, has made something subnormal that it could not keep exactly."""
+
+    seen = False
+
+    @classmethod
+    def note(cls, *_: object) -> None:
+        cls.seen = True
+
+
+def errors_of_numpy() -> np.errstate:
+    """The context in which instructions run."""
+    return np.errstate(all="ignore", under="call", call=Underflow.note)
+
+
 class Fma32:
     """a * b + c of float32 vectors of one length, rounded once, in memory of its own: much faster than `fma32`."""
 
     def __init__(self, length: int) -> None:
-        self._a, self._b, self._total, self._spare = (np.empty(length) for _ in range(4))
-        self._flags, self._tiny = (np.empty(length, bool) for _ in range(2))
+        self._total, self._bits = np.empty(length), np.empty(length, np.uint64)
+        self._flags, self._rounded = np.empty(length, bool), np.empty(length, np.float32)
 
-    def __call__(self, a: Value, b: Value, c: Value, out: Array) -> None:
-        np.copyto(self._a, a)
-        np.copyto(self._b, b)
-        product = np.multiply(self._a, self._b, self._a)
-        total = np.add(product, c, self._total)
+    def __call__(self, a: Value, b: Value, c: Value) -> Array:
+        """Valid until the next call."""
+        total = np.multiply(a, b, self._total, dtype=np.float64)
+        np.add(total, c, total)
         # A second rounding shows only if the first one, which isn't exact, leads to the middle of two float32.
-        bits = np.bitwise_and(total.view(np.uint64), _LOW_BITS, self._spare.view(np.uint64))
-        suspects = np.equal(bits, _MIDPOINT, self._flags)
-        tiny = np.less(np.abs(total, self._spare), SMALLEST_NORMAL, self._tiny)
-        if np.count_nonzero(tiny):  # where the middles have other bits
-            suspects |= tiny & (total != 0)
-        if np.count_nonzero(suspects):
-            at = np.flatnonzero(suspects)
-            added = c[at] if isinstance(c, np.ndarray) else c
-            total[at] = to_odd(total[at], error_of_sum(product[at], added, total[at]))
-        np.copyto(out, total, casting="same_kind")
+        bits = np.bitwise_and(total.view(np.uint64), _LOW_BITS, self._bits)
+        if np.count_nonzero(np.equal(bits, _MIDPOINT, self._flags)):
+            self._correct(self._flags, a, b, c)
+        Underflow.seen = False
+        np.copyto(self._rounded, total, casting="same_kind")
+        if Underflow.seen:  # the middles of subnormal numbers have other bits
+            self._correct(np.abs(total) < SMALLEST_NORMAL, a, b, c)
+            np.copyto(self._rounded, total, casting="same_kind")
+        return self._rounded
+
+    def _correct(self, suspects: Array, *sources: Value) -> None:
+        at = np.flatnonzero(suspects)
+        a, b, c = (source[at] if isinstance(source, np.ndarray) else source for source in sources)
+        total = self._total[at]
+        error = error_of_sum(np.multiply(a, b, dtype=np.float64), c, total)
+        if np.count_nonzero(error):
+            self._total[at] = to_odd(total, error)
 
 
 def _split(x: Array) -> tuple[Array, Array]:

@@ -30,15 +30,17 @@ def reciprocal(x: Value) -> Value:
 def smaller(a: Value, b: Value) -> Value:
     """The number if one is NaN; of zeros the negative one."""
     found = np.fmin(a, b)
-    zeros = (found == 0) & (a == b)
-    return np.where(zeros, np.where(np.signbit(a), a, b), found) if np.any(zeros) else found
+    if np.count_nonzero(found == 0):
+        found = np.where((found == 0) & (a == b), np.where(np.signbit(a), a, b), found)
+    return found
 
 
 def larger(a: Value, b: Value) -> Value:
     """The number if one is NaN; of zeros the positive one."""
     found = np.fmax(a, b)
-    zeros = (found == 0) & (a == b)
-    return np.where(zeros, np.where(np.signbit(a), b, a), found) if np.any(zeros) else found
+    if np.count_nonzero(found == 0):
+        found = np.where((found == 0) & (a == b), np.where(np.signbit(a), b, a), found)
+    return found
 
 
 def quotient(a: Value, b: Value) -> Value:
@@ -122,13 +124,15 @@ def fused(machine: Machine, i: Instruction) -> Step:
 def _quick_fma(machine: Machine, target: Array, sources: list[Value]) -> Step:
     """float32, to nearest: the most frequent instruction of all."""
     a, b, c = sources
-    fma, rounded = machine.registers.fma, machine.registers.scratch
+    fma = machine.registers.fma
+
+    def everyone() -> None:
+        np.copyto(target, fma(a, b, c))
 
     def some(active: Active) -> None:
-        fma(a, b, c, rounded)
-        np.copyto(target, rounded, where=active.mask)
+        np.copyto(target, fma(a, b, c), where=active.mask)
 
-    return Step(partial(fma, a, b, c, target), some)
+    return Step(everyone, some)
 
 
 WIDE = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}

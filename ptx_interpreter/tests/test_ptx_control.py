@@ -136,6 +136,41 @@ def test_shuffles(mode, segment):
             assert result(body) == expected
 
 
+@pytest.mark.parametrize(
+    "meeting", ["shfl.sync.bfly.b32 %r2|%p2, %r4, 16, 31, -1;", "bar.warp.sync -1; mov.u32 %r2, %r4;"]
+)
+def test_a_warp_meets_though_some_come_from_farther_down(meeting):
+    """Compilers put the code of an unlikely branch behind the block where it ends."""
+    body = f"""
+    add.s32 %r4, %r1, 100; and.b32 %r5, %r1, 16; setp.ne.s32 %p1, %r5, 0;
+    @%p1 bra FAR;
+    MEET: {meeting}
+    bra END;
+    FAR: add.s32 %r4, %r4, 1000;
+    bra MEET;
+    END:
+    """
+    values = [n + 100 + (1000 if n & 16 else 0) for n in range(64)]
+    assert result(body) == ([values[n ^ 16] for n in range(64)] if "shfl" in meeting else values)
+
+
+def test_a_warpgroup_meets_though_a_warp_comes_from_farther_down():
+    body = """
+    mov.u32 %r2, 0; mov.b64 %d5, 0; setp.ge.u32 %p1, %r1, 96; setp.ne.s32 %p2, %r2, 0;
+    shl.b32 %r3, %r1, 4; st.shared.v4.u32 [%r3], {%r2, %r2, %r2, %r2};
+    bar.sync 0;
+    @%p1 bra FAR;
+    MEET: wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1, %f2, %f3, %f4}, %d5, %d5, %p2, 1, 1, 0, 0;
+    bra END;
+    FAR: add.s32 %r2, %r2, 1;
+    bra MEET;
+    END:
+    """
+    found = np.zeros(128, np.uint32)
+    run(kernel(HEAD + body + STORE), [found], block=128, shared=2048)
+    assert found.tolist() == [0] * 96 + [1] * 32
+
+
 def test_a_shuffle_by_a_register_goes_where_each_lane_asks():
     body = "xor.b32 %r3, %r1, 3; and.b32 %r3, %r3, 31; shfl.sync.idx.b32 %r2|%p1, %r1, %r3, 31, 0xffffffff;"
     assert result(body) == [n ^ 3 for n in range(64)]
@@ -205,9 +240,8 @@ def test_a_trap_is_told():
 )
 def test_a_warp_that_is_not_complete(instruction):
     body = HEAD + "mov.u32 %r2, 0; mov.u32 %r3, 0; st.shared.v4.u32 [%r3], {%r2, %r2, %r2, %r2};\n"
-    body += (
-        "and.b32 %r4, %r1, 31; setp.ge.u32 %p1, %r4, 16; @%p1 bra LATER;\n" + instruction + "\nLATER: mov.u32 %r5, 0;"
-    )
+    body += "and.b32 %r4, %r1, 31; setp.ge.u32 %p1, %r4, 16; @%p1 bra LATER;\n"
+    body += f"{instruction}\nLATER: bar.sync 0;"
     found = run(kernel(body), [np.zeros(64, np.uint32)], block=64, shared=128, check=False).faults
     assert "divergent warp" in {fault.kind for fault in found}
 
