@@ -1,7 +1,9 @@
 """Builds what lets ptx_interpreter run nvcc's kernels: tests/ptx/ptx.cmake, as it is or with faults planted."""
 
 import importlib.util
+import os
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -37,6 +39,17 @@ __host__ __device__ inline int planted() {{
 }}
 #define planted_fault planted()
 """
+
+
+def build_allocations(folder: Path) -> None:
+    """Makes `folder/allocations.so`, to be preloaded."""
+    folder.mkdir(exist_ok=True)
+    source = ROOT / "ptx_interpreter/host/allocations.cpp"
+    call([str(gxx()), "-std=c++20", "-O2", "-fPIC", "-shared", str(source), "-o", "allocations.so"], folder)
+
+
+def gxx() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
 
 
 def build_planted(folder: Path) -> None:
