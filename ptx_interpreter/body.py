@@ -18,7 +18,9 @@ _LABEL = re.compile(r"([\w$]+)\s*:(?!:)\s*")
 _VARIABLE = re.compile(r"\.(\w+)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)\s*(?:\[(\d*)\])?")
 _COUNTED = re.compile(r"(%\w+?)<(\d+)>")
 _ADDRESS = re.compile(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\w+))?\s*\]")
-_IGNORED = re.compile(r"\.(pragma|section|file|loc|branchtargets)\b")
+_IGNORED = re.compile(r"\.(pragma|section|file|loc|branchtargets|param)\b")
+ENDS_LAUNCH = ("__assertfail", "refuse")
+"""In the names of functions that don't return; no others are called."""
 
 
 class Address(NamedTuple):
@@ -113,7 +115,7 @@ class Body:
             statement = statement[match.end() :]
         if statement.startswith("."):
             self._declare(statement, line)
-        elif statement:
+        elif statement and not statement.startswith("st.param"):  # of a call
             instruction = self._instruction(statement, line)
             self.blocks[-1].instructions.append(instruction)
             if instruction.ends_block:
@@ -154,6 +156,8 @@ class Body:
             guard, unless = word.lstrip("@!"), "!" in word
         opcode, _, rest = text.strip().partition(" ")
         op, mods = _opcode(opcode)
+        if op == "call":
+            return self._call(statement, guard, unless, line)
         try:
             args = [_operand(part) for part in _split(rest)]
         except Unsupported as error:
@@ -170,6 +174,11 @@ class Body:
             written += [name for name in _names(args[0]) if self.type_of(name)]
         made.writes, made.reads = tuple(written), tuple(read)
         return made
+
+    def _call(self, statement: str, guard: str | None, unless: bool, line: tuple[int, int]) -> Instruction:
+        if not any(name in statement for name in ENDS_LAUNCH):
+            raise Unsupported(f"{statement!r} at {self.where(line)}: functions are called to end a launch only")
+        return Instruction("trap", (), [], guard, unless, statement, line, reads=(guard,) if guard else ())
 
     def _following(self, block: Block) -> list[int]:
         last, after = block.instructions[-1], block.number + 1

@@ -62,6 +62,7 @@ class Machine:
         """Gives names their addresses; returns where dynamic shared memory begins."""
         symbols = self.registers.symbols
         symbols.update({param.name: param.offset for param in self.kernel.params})
+        symbols.update(dict.fromkeys(self.kernel.module.texts, 0))  # which kernels pass on and don't read
         used = {part for b in self.body.blocks for i in b.instructions for part in map(_name_of, i.args)}
         variables = [v for v in self.kernel.module.shared + self.body.shared if v.name in used]
         end = 0
@@ -180,7 +181,9 @@ class Machine:
             _join(self.waiting, code.number, taken)
         elif last.op in ("ret", "exit", "trap"):
             if last.op == "trap":
-                self.fault("trap", last, np.flatnonzero(taken), "the kernel ends the launch with an error")
+                told = [self.kernel.module.texts.get(_name_of(arg), "") for i in code.instructions for arg in i.args]
+                what = "; ".join(filter(None, told)) or "an error"
+                self.fault("trap", last, np.flatnonzero(taken), f"the kernel ends the launch with {what}")
             self.alive &= ~taken
         else:
             _join(pending, code.number + 1, taken)

@@ -10,6 +10,7 @@ from .types import SIZES
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(")
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]*)"')
+_TEXT = re.compile(r"\.global\s+\.align 1 \.b8 ([\w$]+)\[\d+\] = \{([\d, ]+)\}")
 _PARAM = re.compile(
     r"\.param\s+(?:\.align\s+(?P<align>\d+)\s+)?\.(?P<type>\w+)(?:\s+\.\w+(?:\s+\d+)?)*\s+(?P<name>[\w$%]+)\s*(?:\[(?P<count>\d+)\])?"
 )
@@ -62,6 +63,7 @@ class Module:
         target: "sm_90a".
         files: names of source files by number, as `.loc` refers to them.
         shared: variables in shared memory that stand outside kernels.
+        texts: constants in global memory by name: what a kernel says that ends the launch.
     """
 
     def __init__(self, text: str) -> None:
@@ -72,6 +74,9 @@ class Module:
         entries = list(_found(_ENTRY, ".entry", text))
         starts = [text.rfind("\n", 0, entry.start()) + 1 for entry in entries]
         self.shared = module_variables(text[: starts[0]] if starts else text)
+        self.texts = {
+            found[1]: bytes(map(int, found[2].split(","))).decode() for found in _found(_TEXT, ".global", text)
+        }
         line, counted = 1, 0
         for entry, start, end in zip(entries, starts, [*starts[1:], len(text)], strict=True):
             brace = text.index("{", entry.end())

@@ -108,6 +108,10 @@ inline void refuse(const char* op, const char* what, int line = __builtin_LINE()
   cuda_emulator::fail((std::string(op) + ": " + what).c_str(), line);
 }
 
+inline void refuse_silently(const char* op, const char* what, int line = __builtin_LINE()) {
+  refuse(op, what, line);
+}
+
 template <class T>
 T* in_global_memory(T* pointer) {
   return pointer;
@@ -199,9 +203,14 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool exis
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Ends the launch with an error: for arguments that only the kernel sees. What is wrong is told where that is
-// possible.
-__device__ __forceinline__ void refuse(const char*, const char*) { __trap(); }
+// Ends the launch with an error: for arguments that only the kernel sees. The driver prints op and what is wrong, as of
+// an assertion. Never inlined: so it takes no registers from those who don't call it.
+__device__ __noinline__ __attribute__((noreturn)) void refuse(const char* op, const char* what) {
+  __assert_fail(what, "", 0, op);
+}
+
+// The same without words, for attention, whose kernels would take 2 to 68 registers more for the call (nvcc 13.0).
+__device__ __forceinline__ void refuse_silently(const char*, const char*) { __trap(); }
 
 // Tells the compiler what it doesn't know of a pointer that was itself read from memory. To store through the
 // result won't do: it makes nvcc 13 cut a word into pieces; `store_whole` doesn't need it.

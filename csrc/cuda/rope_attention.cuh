@@ -104,7 +104,7 @@ struct HeadNumber {
     if (first >= 0 && first <= end && end <= offsets.tokens && end - first <= shape.tokens) {
       return static_cast<int>(end - first);
     }
-    refuse("packed_attention", "offsets are out of range, or a sequence is longer than max_length");
+    refuse_silently("packed_attention", "offsets are out of range, or a sequence is longer than max_length");
     return 0;
   }
 
@@ -157,7 +157,7 @@ struct HeadRotation {
     if (tables.token_index) {
       row = tables.token_index[number.sample * (shape.tokens - shape.num_prefix) + row];
       if (row < 0 || row >= tables.rows) {
-        refuse("rope_attention", "token_index is out of range");
+        refuse_silently("rope_attention", "token_index is out of range");
         row = 0;
       }
     }

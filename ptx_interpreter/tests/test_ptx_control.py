@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ptx_programs import faults, kernel, run
 
-from ptx_interpreter import launching, machine
+from ptx_interpreter import Unsupported, launching, machine
 
 HEAD = "mov.u32 %r1, %tid.x; mul.wide.u32 %d1, %r1, 4; add.s64 %d2, %d1, %d30;\n"
 STORE = "\nst.global.u32 [%d2], %r2;\n"
@@ -227,6 +227,30 @@ def test_a_trap_is_told():
     body = HEAD + "setp.eq.s32 %p1, %r1, 5; @%p1 trap;"
     (fault,) = run(kernel(body), [np.zeros(64, np.uint32)], check=False).faults
     assert (fault.kind, fault.thread, fault.count) == ("trap", 5, 1)
+
+
+def test_what_a_kernel_says_when_it_ends_the_launch_is_told():
+    head = (
+        ".global .align 1 .b8 $str$1[8] = {111, 110, 101, 32, 116, 111, 111};\n.func refuse(.param .b64 a).noreturn ;"
+    )
+    body = (
+        HEAD
+        + """setp.ne.s32 %p1, %r1, 5; @%p1 bra END;
+    mov.u64 %d1, $str$1; cvta.global.u64 %d2, %d1;
+    { .param .b64 param0; st.param.b64 [param0+0], %d2;
+    call.uni
+    refuse,
+    (
+    param0
+    );
+    }
+    END:"""
+    )
+    (fault,) = run(kernel(body, head=head), [np.zeros(64, np.uint32)], check=False).faults
+    assert (fault.kind, fault.thread, fault.count) == ("trap", 5, 1)
+    assert fault.detail == "the kernel ends the launch with one too"
+    with pytest.raises(Unsupported, match="functions are called to end a launch only"):
+        run(kernel(HEAD + "call.uni other, ();"), [np.zeros(64, np.uint32)])
 
 
 @pytest.mark.parametrize(

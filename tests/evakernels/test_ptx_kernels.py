@@ -262,6 +262,7 @@ def test_arguments_that_only_a_kernel_sees_end_the_launch(printed: Callable[...,
     assert [line.split(" at ")[0] for line in lines] == ["token_dropout_forward: CUDA error: trap"] * 2 + [
         "packed_attention_forward: CUDA error: trap"
     ] * 4
+    assert all("token_index is out of range" in line for line in lines[:2])
 
 
 # --- the program that drives the launchers -------------------------------------------------------------------------
