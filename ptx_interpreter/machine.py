@@ -25,6 +25,9 @@ from .watch import Watch
 MOST_VISITS = 5_000_000
 """Of blocks of instructions by one machine; who needs more is taken to wait for ever."""
 
+BYTES_OF_STEP = 2048
+"""About what Python's objects for one take."""
+
 Masks = dict[int, Array]
 """Which lanes are at a block of instructions, by its number."""
 
@@ -75,7 +78,9 @@ class Machine:
 
     @property
     def size(self) -> int:
-        return self.registers.bytes + len(self.shared.bytes) + 8 * 3 * len(self.shared.writer)
+        """In bytes, about."""
+        steps = sum(len(code.for_all) for code in self._code.values())
+        return self.registers.bytes + len(self.shared.bytes) + 8 * 3 * len(self.shared.writer) + BYTES_OF_STEP * steps
 
     # --- faults --------------------------------------------------------------------------------------------------
 
