@@ -155,6 +155,9 @@ def test_fma_of_float64_is_rounded_once():
     c[300:400] = -a[300:400] * b[300:400]  # leaves the rounding error of the product
     c[400:450] = 0
     a[450:460] = 0
+    # A little less than half a unit of the sum, which no float64 tells from half a unit.
+    a[460:464], b[460:464] = 2.0**-27 * (1 + 2.0**-30), 2.0**-26 * (1 - 2.0**-30) * np.array([1, 1, -1, -1])
+    c[460:464] = np.array([1, 1 + 2.0**-52, 1, 1 + 2.0**-52])
     finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
     a, b, c = a[finite], b[finite], c[finite]
     found = apply("fma.rn.f64 %o, %a0, %a1, %a2;", a, b, c, out=np.float64)
