@@ -240,13 +240,14 @@ class ReadyBlock:
         """Registers that nobody reads after this block get their vector where they are first written."""
         last_use = {name: n for n, i in enumerate(self.instructions) for name in (*i.reads, *i.writes)}
         ending = defaultdict(list)
-        kept = machine.body.lasting | {self.last.guard} | machine.body.constants.keys()
-        for name in last_use.keys() - kept:
-            ending[last_use[name]].append(name)
-            machine.registers.passing.add(name)
+        lasting, constants = machine.body.lasting, machine.body.constants
+        for name, n in last_use.items():
+            if name not in lasting and name not in constants and name != self.last.guard:
+                ending[n].append(name)
+                machine.registers.passing.add(name)
         made = []
         for n, instruction in enumerate(self.instructions):
-            if machine.body.constants.keys().isdisjoint(instruction.writes):
+            if instruction.op != "mov" or constants.keys().isdisjoint(instruction.writes):
                 made.append((instruction, _guarded(machine, instruction)))
             for name in ending[n]:
                 machine.registers.give_back(name)
