@@ -125,7 +125,8 @@ class Launches:
         return LAUNCH_FAILURE
 
     def _launch(self, kernel: Kernel, sizes: tuple[Any, Any], params: bytes, shared: int) -> str:
-        report = launch(kernel, *sizes, params, self._memory, shared, check=False, **self._options)
+        grid, block = sizes
+        report = launch(kernel, grid, block, params, self._memory, shared, check=False, **self._options)
         self.launches += 1
         self.lines.update(report.lines())
         return "\n".join(map(str, report.faults))

@@ -15,14 +15,24 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from ptx_interpreter.runtime import newest_for, ptx_in
+
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
-BUILD = ROOT / "build" / "budget"
-REPORTS = "CMakeFiles/cuda_kernels.dir/csrc/cuda/*.cu.o.usage"
+BUILD = ROOT / "build/ptx"
+"""What isn't changed is not compiled again, neither for the tests that run the PTX."""
+OBJECTS = "CMakeFiles/cuda_kernels.dir/csrc/cuda/*.cu.o"
+PTX_OF = "80-virtual,100-virtual"
+"""Machine code is made of this PTX, as setup.py has it for all GPUs."""
+FLAGS = ";-lineinfo;--no-compress"
+"""Of nvcc: the PTX tells its lines, and can be read in objects."""
 BUDGET = FOLDER / "budget.json"
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 DISASSEMBLED = "sm_90"
@@ -79,21 +89,31 @@ def usages_in(report: str) -> dict[str, dict[str, Usage]]:
     return usages
 
 
-def build(target: str = "cuda_kernels", folder: Path = BUILD, archs: str = "all", flags: Sequence[str] = ()) -> None:
-    """Compiles the kernels in `folder` as setup.py does it for `archs`, and nothing that uses them but `target`.
+def nvcc() -> Path | None:
+    """The CUDA compiler: that on PATH, else that of the package nvidia-cuda-nvcc; None without any."""
+    if found := shutil.which(os.environ.get("CUDACXX", "nvcc")):
+        return Path(found)
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or []]
+    return next((found for folder in folders for found in sorted(folder.glob("cu*/bin/nvcc"))), None)
 
-    `flags`: more options of nvcc.
-    """
-    settings = {"EVAKERNELS_NATIVE": "on", "EVAKERNELS_CUDA": "on", "EVAKERNELS_CUDA_ARCHS": archs}
+
+def build(target: str = "cuda_kernels") -> None:
+    """Compiles the kernels as setup.py does it for all GPUs, to PTX, and nothing that uses them but `target`."""
+    settings = {"EVAKERNELS_NATIVE": "on", "EVAKERNELS_CUDA": "on", "EVAKERNELS_CUDA_ARCHS": PTX_OF}
+    packaged = []
+    if (compiler := nvcc()) and (runtime := next(compiler.parents[1].glob("lib/libcudart.so.*"), None)):
+        # A package has its libraries where neither nvcc nor CMake looks, and not under the name that they look for.
+        settings |= {"CUDACXX": str(compiler), "LIBRARY_PATH": str(runtime.parent)}
+        packaged = [f"-DCUDA_CUDART={runtime}"]
     code = "import json, runpy, setuptools; setuptools.setup = lambda **_: None; run = runpy.run_path('setup.py'); "
     code += "print(json.dumps([run['find_tool']('cmake'), run['find_tool']('ninja'), run['cuda_options']()]))"
     told = _output([sys.executable, "-c", code], os.environ | settings)
     cmake, ninja, options = json.loads(told.splitlines()[-1])
-    codes = "-DEVAKERNELS_CUDA_CODES="
-    options = [";".join([option, *flags]) if option.startswith(codes) else option for option in options]
-    options += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"]
-    _output([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *options])
-    _output([cmake, "--build", str(folder), "--target", target])
+    options = [o + FLAGS if o.startswith("-DEVAKERNELS_CUDA_CODES=") else o for o in options]
+    options += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}", *packaged]
+    _output([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(BUILD), *options], os.environ | settings)
+    _output([cmake, "--build", str(BUILD), "--target", target])
 
 
 def _output(command: list[str], environment: Mapping[str, str] | None = None) -> str:
@@ -103,17 +123,37 @@ def _output(command: list[str], environment: Mapping[str, str] | None = None) ->
     return done.stdout
 
 
+def objects() -> list[Path]:
+    """Those of today's sources, in the order of their names."""
+    return sorted(path for path in BUILD.glob(OBJECTS) if (FOLDER / path.stem).exists())
+
+
+def assemble(path: Path, arch: str) -> Path:
+    """Makes machine code of an object's PTX; what the assembler says of it is in a file beside it, `.usage`."""
+    code = path.with_suffix(f".{arch}.cubin")
+    report = code.with_suffix(".usage")
+    if not report.exists() or report.stat().st_mtime < path.stat().st_mtime:
+        (texts,) = ptx_in(path.read_bytes())
+        ptx = code.with_suffix(".ptx")
+        ptx.write_text(newest_for(texts, int(arch.removeprefix("sm_"))))
+        assembler = (nvcc() or Path()).with_name("ptxas")
+        call = [assembler, f"-arch={arch}", "-m64", "-v", ptx, "-o", code]
+        done = subprocess.run(call, capture_output=True, text=True, check=True)
+        report.write_text(done.stderr)
+    return code
+
+
 def measure() -> dict[str, dict[str, Usage]]:
     """The usage by architecture and kernel."""
-    for path in BUILD.glob(REPORTS):
-        if not (FOLDER / path.name.removesuffix(".o.usage")).exists():
-            path.unlink()
     build()
+    pairs = [(path, arch) for path in objects() for arch in ARCHS]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        codes = list(threads.map(assemble, *zip(*pairs, strict=True)))
     usages: dict[str, dict[str, Usage]] = {arch: {} for arch in ARCHS}
-    for path in sorted(BUILD.glob(REPORTS)):
-        for arch, found in usages_in(path.read_text()).items():
+    for (path, _), code in zip(pairs, codes, strict=True):
+        for arch, found in usages_in(code.with_suffix(".usage").read_text()).items():
             # Kernels of headers may be in several files, with other types that have the same name.
-            usages[arch] |= {f"{path.name.removesuffix('.cu.o.usage')}: {name}": usage for name, usage in found.items()}
+            usages[arch] |= {f"{path.name.removesuffix('.cu.o')}: {name}": usage for name, usage in found.items()}
     return usages
 
 
@@ -139,21 +179,21 @@ def accesses_in(machine_code: str) -> dict[str, Accesses]:
 
 
 def measure_accesses(tool: str) -> dict[str, Accesses]:
-    """The accesses by kernel on DISASSEMBLED, in the objects that `measure` compiled."""
+    """The accesses by kernel on DISASSEMBLED, in the machine code that `measure` made."""
     # It calls a program that lies beside it.
     environment = os.environ | {"PATH": os.pathsep.join([str(Path(tool).parent), os.environ.get("PATH", "")])}
     accesses = {}
-    for path in sorted(BUILD.glob(REPORTS)):
-        call = [tool, "-sass", "-arch", DISASSEMBLED, path.with_suffix("")]
+    for path in objects():
+        call = [tool, "-sass", assemble(path, DISASSEMBLED)]
         code = subprocess.run(call, env=environment, capture_output=True, text=True, check=True).stdout
-        source = path.name.removesuffix(".cu.o.usage")
+        source = path.name.removesuffix(".cu.o")
         accesses |= {f"{source}: {name}": found for name, found in accesses_in(code).items()}
     return accesses
 
 
 def nvcc_release() -> str:
     """`13.0`: another release gives other numbers."""
-    report = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    report = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"release (\d+\.\d+)", report)
     return found[1] if found else "unknown"
 

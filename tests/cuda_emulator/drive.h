@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -23,6 +24,9 @@ inline void check(bool good, const std::string& what) {
   if (good) return;
   ++failures;
   std::printf("wrong: %s\n", what.c_str());
+  if (!std::getenv("EVAKERNELS_FIRST_COMPLAINT")) return;
+  std::fflush(stdout);
+  std::_Exit(1);  // who looks for one fault needn't wait for the rest
 }
 
 // Numbers in [-1, 1), the same in every run.

@@ -11,11 +11,20 @@ from types import ModuleType
 from op_suite import ROOT, tool
 from planted_faults import ASKED_FOR, FAULTS, call, changed_files
 
-FOLDER = ROOT / "build/ptx"
-"""Kept from run to run: what has not changed is not compiled again."""
+
+def load_budget() -> ModuleType:
+    """csrc/cuda/budget.py, which knows how kernels are compiled."""
+    spec = importlib.util.spec_from_file_location("budget", ROOT / "csrc/cuda/budget.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+budget = load_budget()
+BUILD: Path = budget.BUILD
 OBJECTS = "CMakeFiles/cuda_kernels.dir/csrc/cuda"
-ARCHS = "80-virtual,100-virtual"
-"""What is shipped is PTX for these, or machine code that is made of it."""
 # Device code can't ask for the environment: tests/ptx/drive.py puts the number into the PTX.
 DECLARATION = f"""#pragma once
 #include <cstdlib>
@@ -32,19 +41,15 @@ __host__ __device__ inline int planted() {{
 """
 
 
-def budget() -> ModuleType:
-    """csrc/cuda/budget.py, which knows how kernels are compiled."""
-    spec = importlib.util.spec_from_file_location("budget", ROOT / "csrc/cuda/budget.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def build_allocations(folder: Path) -> None:
+    """Makes `folder/allocations.so`, to be preloaded."""
+    folder.mkdir(exist_ok=True)
+    source = ROOT / "ptx_interpreter/host/allocations.cpp"
+    call([str(gxx()), "-std=c++20", "-O2", "-fPIC", "-shared", str(source), "-o", "allocations.so"], folder)
 
 
-def build_ptx() -> None:
-    """`FOLDER/ptx` has _ops.so, drive.so and allocations.so."""
-    budget().build("ptx", FOLDER, ARCHS, ["-lineinfo", "--no-compress"])
+def gxx() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
 
 
 def build_planted(folder: Path) -> None:
@@ -56,7 +61,7 @@ def build_planted(folder: Path) -> None:
         (changed / file).write_text(text)
     (folder / "planted.h").write_text(DECLARATION)
     listing = [tool("ninja"), "-t", "commands", "ptx_drive"]
-    commands = subprocess.run(listing, cwd=FOLDER, capture_output=True, text=True, check=True).stdout.splitlines()
+    commands = subprocess.run(listing, cwd=BUILD, capture_output=True, text=True, check=True).stdout.splitlines()
     objects = {}
     for unit in sorted({fault.unit for fault in FAULTS.values()}):
         true, faulty = f"{OBJECTS}/{unit}.o", str(folder / f"{unit}.o")
@@ -66,14 +71,9 @@ def build_planted(folder: Path) -> None:
         compiling[first:first] = ["-include", str(folder / "planted.h"), f"-I{folder / 'csrc'}"]
         words = [word.replace(true, faulty) for word in compiling if "compute_100" not in word]
         words[words.index("-c") + 1] = str(changed / unit if unit in files else ROOT / "csrc/cuda" / unit)
-        call(words, FOLDER)
+        call(words, BUILD)
         objects[true] = faulty
     linking = shlex.split(commands[-1])
     linking = [objects.get(word, word) for word in linking if word not in (":", "&&")]
     linking[linking.index("-o") + 1] = str(folder / "drive.so")
-    call(linking, FOLDER)
-
-
-def nvcc() -> str | None:
-    """Where setup.py finds it."""
-    return shutil.which(os.environ.get("CUDACXX", "nvcc"))
+    call(linking, BUILD)

@@ -3,24 +3,22 @@
 In one folder and one process, so that the kernels are compiled once.
 """
 
-import importlib.util
 import re
-import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from ptx_build import budget
 
 pytestmark = [
     pytest.mark.exhaustive,
     pytest.mark.slow,
     pytest.mark.xdist_group("nvcc"),
-    pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc"),
+    pytest.mark.skipif(budget.nvcc() is None, reason="no nvcc"),
 ]
 
-SCRIPT = Path(__file__).parents[2] / "csrc/cuda/budget.py"
 # So many elements at a time of the first type: `norm_add_forward<BFloat16, BFloat16, 8, 3>` has 8 of 2 bytes.
 ELEMENTS = re.compile(r"<(?:\d+, )?(?:TokenTypes<)?(BFloat16|Float16|float)\b[^>]*?>?, (\d+)(?:, \d+)?>$")
 ALWAYS_WIDE = re.compile(r"lamb_(update|apply)_kernel$|, staged, ")
@@ -34,7 +32,7 @@ def is_wide(kernel: str) -> bool:
     )
 
 
-def check_accesses(budget: ModuleType, found: dict[str, Any], same_compiler: bool, remedy: str) -> None:
+def check_accesses(found: dict[str, Any], same_compiler: bool, remedy: str) -> None:
     allowed = budget.read_accesses()
     wide = [kernel for kernel in found if is_wide(kernel)]
     assert len(wide) >= 60, wide
@@ -47,20 +45,16 @@ def check_accesses(budget: ModuleType, found: dict[str, Any], same_compiler: boo
             assert accesses.other_stores <= allowed[kernel].other_stores, (kernel, accesses, allowed[kernel], remedy)
 
 
-@pytest.fixture(scope="module")
-def budget() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("budget", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(made_once: Callable[..., Path]) -> None:
+    """By this process or by that which runs the PTX."""
+    made_once("ptx", lambda folder: budget.build("ptx"))
 
 
-def test_kernels_keep_to_their_budget(budget: ModuleType) -> None:
+def test_kernels_keep_to_their_budget() -> None:
     (release, allowed), found = budget.read(), budget.measure()
     same_compiler = release == budget.nvcc_release()
-    remedy = f"if that is meant to be so: python {SCRIPT.relative_to(SCRIPT.parents[2])}"
+    remedy = "if that is meant to be so: python csrc/cuda/budget.py"
     assert {arch: set(kernels) for arch, kernels in found.items()} == {a: set(k) for a, k in allowed.items()}, remedy
     for arch, kernels in found.items():
         for kernel, usage in kernels.items():
@@ -72,10 +66,10 @@ def test_kernels_keep_to_their_budget(budget: ModuleType) -> None:
     tool = budget.disassembler()
     if tool is None:
         pytest.skip("registers and shared memory are within the budget; no cuobjdump to look at memory accesses")
-    check_accesses(budget, budget.measure_accesses(tool), same_compiler, remedy)
+    check_accesses(budget.measure_accesses(tool), same_compiler, remedy)
 
 
-def test_the_program_that_drives_them_is_linked_and_runs(budget: ModuleType) -> None:
+def test_the_program_that_drives_them_is_linked_and_runs() -> None:
     """Without a GPU it ends at its first question for one."""
     budget.build("drive_gpu")
     result = subprocess.run([budget.BUILD / "drive_gpu", "gelu"], capture_output=True, text=True, check=False)

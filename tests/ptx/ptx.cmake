@@ -24,8 +24,4 @@ target_compile_options(ptx_drive PRIVATE -Wall -Wextra -O1)
 set_target_properties(ptx_drive PROPERTIES PREFIX "" OUTPUT_NAME drive LIBRARY_OUTPUT_DIRECTORY ptx LINKER_LANGUAGE CXX
                                            CXX_VISIBILITY_PRESET default)
 
-add_library(ptx_allocations MODULE EXCLUDE_FROM_ALL ${STAND_IN}/allocations.cpp)
-target_compile_options(ptx_allocations PRIVATE -Wall -Wextra)
-set_target_properties(ptx_allocations PROPERTIES PREFIX "" OUTPUT_NAME allocations LIBRARY_OUTPUT_DIRECTORY ptx)
-
-add_custom_target(ptx DEPENDS ptx_ops ptx_drive ptx_allocations)
+add_custom_target(ptx DEPENDS ptx_ops ptx_drive)

@@ -1,0 +1,118 @@
+"""What stands between compiled programs and the interpreter."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ptx_interpreter.lines import lines_of
+from ptx_interpreter.runtime import COMPRESSED, FAT_BINARY, MAGIC, PART, PTX, newest_for, ptx_in
+
+HOST = Path(__file__).parents[1] / "host"
+
+
+def fat_binary(*parts: tuple[int, int, bytes], flags: int = 0) -> bytes:
+    """Of parts (kind, compute capability times ten, content)."""
+    data = b"".join(
+        PART.pack(kind, 0, PART.size, len(content), 0, 0, capability, 0, flags) + content
+        for kind, capability, content in parts
+    )
+    return FAT_BINARY.pack(MAGIC, 1, FAT_BINARY.size, len(data)) + data
+
+
+def test_the_ptx_of_each_fat_binary_is_found() -> None:
+    machine_code = (2, 90, b"\x7fELF")
+    first = fat_binary((PTX, 80, b"// of 8.0\0\0\0"), machine_code, (PTX, 100, b"// of 10.0\0"))
+    second = fat_binary((PTX, 80, b"// another\0"))
+    found = ptx_in(b"an object" + first + b"more of it" + second + b"its end")
+    assert found == [{80: "// of 8.0", 100: "// of 10.0"}, {80: "// another"}]
+
+
+def test_compressed_ptx_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match="--no-compress"):
+        ptx_in(fat_binary((PTX, 80, b"\1\2"), flags=COMPRESSED))
+
+
+@pytest.mark.parametrize(("capability", "text"), [(80, "a"), (90, "a"), (100, "b"), (120, "b")])
+def test_a_gpu_gets_the_newest_ptx_that_it_can_run(capability: int, text: str) -> None:
+    assert newest_for({80: "a", 100: "b"}, capability) == text
+
+
+def test_a_gpu_that_is_too_old_is_told() -> None:
+    with pytest.raises(ValueError, match=r"compute capability 7\.5, only for \[80\]"):
+        newest_for({80: "a"}, 75)
+
+
+def test_lines_are_those_with_an_instruction() -> None:
+    ptx = """
+    .visible .entry first()
+    {
+    .loc 1 10 3
+    .loc 1 11 3, function_name $L__info_string0, inlined_at 2 5 1
+    mov.u32 %r1, 0;
+    .loc 2 7 1
+    @%p1 bra $L__BB0_1;
+    .loc 1 12 1
+    $L__BB0_1:
+    .loc 2 8 1
+    ret;
+    }
+    .file 1 "/somewhere/a.cuh"
+    .file 2 "/somewhere/b.cu"
+    """
+    a, b = "/somewhere/a.cuh", "/somewhere/b.cu"
+    assert lines_of(ptx) == {(a, 11), (b, 7), (b, 8)}
+
+
+COPY = """
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry copy(.param .u64 from, .param .u64 to)
+{
+    .reg .b32 %r<2>;
+    .reg .b64 %rd<6>;
+    ld.param.u64 %rd1, [from];
+    ld.param.u64 %rd2, [to];
+    mov.u32 %r1, %tid.x;
+    cvt.u64.u32 %rd3, %r1;
+    add.s64 %rd4, %rd1, %rd3;
+    add.s64 %rd5, %rd2, %rd3;
+    .reg .b16 %rs<2>;
+    ld.global.u8 %rs1, [%rd4];
+    st.global.u8 [%rd5], %rs1;
+    ret;
+}
+"""
+FOLLOWED = f"""
+import ctypes
+from ptx_interpreter import GlobalMemory, Module, launch
+memory = GlobalMemory()
+assert memory.follow_allocations()
+library = ctypes.CDLL(None)
+pointers = [ctypes.c_void_p() for _ in range(2)]
+for pointer in pointers:
+    library.posix_memalign(ctypes.byref(pointer), ctypes.c_size_t(64), ctypes.c_size_t(37))
+copy = Module('''{COPY}''').kernels["copy"]
+params = b"".join(pointer.value.to_bytes(8, "little") for pointer in pointers)
+def faults(threads):
+    return [fault.kind for fault in launch(copy, [1], [threads], params, memory, check=False).faults]
+print(faults(37), faults(38), ctypes.string_at(pointers[1], 37) == b"\\xff" * 37)
+library.free(pointers[1])
+print(faults(37))
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_allocations_are_followed_to_the_byte(tmp_path: Path) -> None:
+    library = tmp_path / "allocations.so"
+    options = ["-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"]
+    subprocess.run(["g++", *options, HOST / "allocations.cpp", "-o", library], check=True)
+    environment = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": str(HOST.parents[1])}
+    call = [sys.executable, "-c", FOLLOWED]
+    result = subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
+    both = "['out of bounds', 'out of bounds']"
+    assert result.stdout.splitlines() == [f"[] {both} True", "['out of bounds']"], result.stderr
