@@ -33,8 +33,10 @@ def load_channels(pointer, channel, WIDTH: tl.constexpr):
 
 @triton.jit
 def product(a, b):
-    """Rounded, as the compiler fuses it with no sum. For what a mean is taken of and from: in a row of few elements
-    these cancel, and the norm's scale makes what is left large."""
+    """Rounded: the compiler fuses it with no sum. For what is summed over a row, as with the first step of the sum fused
+    lanes have different sums of the same row; and for what a mean is taken from, as in a row of few elements the two
+    cancel, and the norm's scale makes what is left large.
+    """
     return tl.fma(a, b, 0.0)
 
 
