@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ptx_programs import faults, kernel, run
 
-from ptx_interpreter import Faults, GlobalMemory, launch
+from ptx_interpreter import Faults, GlobalMemory, Unsupported, launch
 
 HEAD = "mov.u32 %r1, %tid.x; mul.wide.u32 %d1, %r1, 4; add.s64 %d2, %d1, %d30; shl.b32 %r3, %r1, 2;\n"
 WORDS = np.zeros(64, np.uint32)
@@ -170,11 +170,12 @@ def test_a_race_is_told_with_both_threads():
 
 
 def test_three_readers_of_different_warps():
-    """The writer is of the warp that read last; one of the others is still known."""
+    """The writer is of the warp that read last, and comes after its barrier; one of the others is still known."""
     body = """
     setp.eq.s32 %p1, %r1, 0; @%p1 st.shared.u32 [0], %r1;
     bar.sync 0;
     ld.shared.u32 %r2, [0];
+    bar.warp.sync -1;
     setp.eq.s32 %p1, %r1, 65; @%p1 st.shared.u32 [0], %r1;
     """
     assert of_body(body, block=96, shared=16, count=96) == ["race"]
@@ -198,6 +199,36 @@ def test_ldmatrix_reads_for_its_warp_at_once():
     own = "shl.b32 %r7, %r7, 4; add.s32 %r6, %r6, %r7;"
     assert of_body(body.format(own=own, distance=16), shared=1024) == []
     assert of_body(body.format(own=own, distance=512), shared=1024) == ["race"]
+
+
+WGMMA = """
+mov.u32 %r2, 0; shl.b32 %r3, %r1, 4; setp.ne.s32 %p2, %r2, 0; mov.b64 %d5, {descriptor};
+{store}
+{barrier}
+wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%f1, %f2, %f3, %f4}}, %d5, %d5, %p2, 1, 1, 0, 0;
+"""
+FILL = "st.shared.v4.u32 [%r3], {%r2, %r2, %r2, %r2};"
+ROWS = 128 >> 4 << 16 | 256 >> 4 << 32  # 8 rows of 16 bytes after the other
+
+
+@pytest.mark.parametrize(
+    ("store", "barrier", "descriptor", "wanted"),
+    [
+        (FILL, "bar.sync 0;", ROWS, []),
+        (FILL, "bar.warp.sync -1;", ROWS, ["race"]),
+        ("", "bar.sync 0;", ROWS, ["uninitialised"]),
+        (FILL, "bar.sync 0;", ROWS + (16 >> 4), ["out of bounds"]),
+    ],
+)
+def test_wgmma_reads_what_its_descriptor_tells(store, barrier, descriptor, wanted):
+    body = WGMMA.format(store=store, barrier=barrier, descriptor=descriptor)
+    assert of_body(body, block=128, shared=2048, count=128) == wanted
+
+
+def test_descriptors_with_a_base_offset_are_refused():
+    body = WGMMA.format(store=FILL, barrier="bar.sync 0;", descriptor=ROWS | 1 << 49)
+    with pytest.raises(Unsupported, match=r"a base offset in `wgmma.*` at PTX:\d+"):
+        of_body(body, block=128, shared=2048, count=128)
 
 
 COPY = """
