@@ -1,5 +1,7 @@
 """What a kernel must not do to memory is told, with the line, the thread and what is wrong; and what it may is not."""
 
+import ctypes
+
 import numpy as np
 import pytest
 from ptx_programs import faults, kernel, run
@@ -108,9 +110,14 @@ def test_out_of_bounds_of_shared_memory():
 
 
 def test_shared_memory_that_nobody_has_written():
-    (fault,) = run(kernel(HEAD + "ld.shared.u32 %r2, [%r3+128];"), [WORDS], block=32, shared=256, check=False).faults
-    assert (fault.kind, fault.count) == ("uninitialised", 32)
-    assert "byte 128" in fault.detail
+    """It is NaN in every format, so that wrong numbers come of it too."""
+    found = np.zeros(32, np.uint32)
+    body = HEAD + "ld.shared.u32 %r2, [%r3+128]; st.global.u32 [%d2], %r2; st.shared.u32 [%r3+128], %r1;"
+    for _ in range(2):
+        (fault,) = run(kernel(body), [found], block=32, shared=256, check=False).faults
+        assert (fault.kind, fault.count) == ("uninitialised", 32)
+        assert "byte 128" in fault.detail
+        assert (found == 0xFFFFFFFF).all()
 
 
 def test_blocks_do_not_see_what_others_left():
@@ -294,3 +301,62 @@ def test_without_the_watch_only_addresses_are_checked():
     outside = kernel(HEAD + "ld.shared.u32 %r2, [%r3];")
     with pytest.raises(Faults, match="out of bounds"):
         launch(outside, (1,), (64,), params, memory, 128, watch=False)
+
+
+# --- which memory may be touched ----------------------------------------------------------------------------------
+
+
+def test_threads_may_access_several_arrays_at_once():
+    """Even ones the first array and odd ones the second; both are watched."""
+    first, second = np.zeros(64, np.uint32), np.zeros(64, np.uint32)
+    body = (
+        HEAD
+        + """
+    and.b32 %r4, %r1, 1; setp.eq.s32 %p1, %r4, 0; selp.b64 %d3, %d30, %d31, %p1; add.s64 %d2, %d3, %d1;
+    st.global.u32 [%d2], %r1;
+    """
+    )
+    assert faults(kernel(body, 2), [first, second], block=64) == []
+    assert (first + second).tolist() == list(range(64))
+    assert not first[1::2].any()
+    assert not second[::2].any()
+    assert faults(kernel(body, 2), [first, second], block=64, grid=2) == ["race"]
+    assert faults(kernel(body, 2), [first, second[:60]], block=64) == ["out of bounds"]
+
+
+def test_memory_may_be_open_or_forgotten():
+    memory, array = GlobalMemory(), np.zeros(64, np.uint32)
+    program = kernel(HEAD + "st.global.u32 [%d2], %r1;")
+    params = array.__array_interface__["data"][0].to_bytes(8, "little")
+    with pytest.raises(Faults, match="in front of all arrays"):
+        launch(program, (1,), (64,), params, memory)
+    memory.anywhere = True
+    launch(program, (1,), (64,), params, memory)
+    assert array.tolist() == list(range(64))
+    memory.anywhere = False
+    memory.remove(memory.add(array))
+    with pytest.raises(Faults, match="out of bounds"):
+        launch(program, (1,), (64,), params, memory)
+
+
+def test_allocations_are_those_that_the_library_tells():
+    """A refresh forgets what was freed, and leaves alone what was added."""
+    memory, added, other = GlobalMemory(), np.zeros(8, np.uint8), np.zeros(64, np.uint32)
+    start = other.__array_interface__["data"][0]
+    told = [(start, start + 256)]
+
+    def allocations(starts, ends, most):
+        for n, interval in enumerate(told):
+            for side, value in zip((starts, ends), interval, strict=True):
+                ctypes.cast(side, ctypes.POINTER(ctypes.c_int64))[n] = value
+        return len(told)
+
+    memory._allocations = allocations
+    memory.add(added, "added")
+    program = kernel(HEAD + "st.global.u32 [%d2], %r1;")
+    launch(program, (1,), (64,), start.to_bytes(8, "little"), memory)
+    assert other[63] == 63
+    told.clear()
+    with pytest.raises(Faults, match="out of bounds"):
+        launch(program, (1,), (64,), start.to_bytes(8, "little"), memory)
+    assert [interval.name for interval in memory.intervals] == ["added"]
