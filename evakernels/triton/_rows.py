@@ -33,9 +33,9 @@ def load_channels(pointer, channel, WIDTH: tl.constexpr):
 
 @triton.jit
 def product(a, b):
-    """Rounded: the compiler fuses it with no sum. For what is summed over a row, as fused with the first step of the sum
-    lanes have different sums of the same row; and for what a mean is taken from, as in a row of few elements the two
-    cancel, and the norm's scale makes what is left large.
+    """Rounded: the compiler fuses it with no sum. For what is summed over a row, where lanes would have different sums if
+    the first step of theirs were fused; and for what a mean is taken from, as in a row of few elements the two cancel,
+    and the norm's scale makes what is left large.
     """
     return tl.fma(a, b, 0.0)
 
