@@ -28,6 +28,11 @@ def to_bf16(x: Value) -> Array:
     return np.where(nan, NAN16, rounded) if np.any(nan) else rounded
 
 
+def from_f16(bits: Value) -> Array:
+    """float32 of the bits of float16."""
+    return np.asarray(bits, np.uint16).view(np.float16).astype(np.float32)
+
+
 def to_f16(x: Value) -> Array:
     """The bits of float16, rounded to nearest even."""
     rounded = np.asarray(x, np.float32).astype(np.float16).view(np.uint16)

@@ -80,17 +80,35 @@ OF_INTEGERS: dict[str, Any] = {
 }
 
 
+HALVES = {"bf16": (rounding.from_bf16, rounding.to_bf16), "f16": (rounding.from_f16, rounding.to_f16)}
+
+
+def _of_halves(name: str, function: Any, a: Value, b: Value) -> Value:
+    """Of 16 bits. float32 has twice as many digits and two more, so that to round its sum again changes nothing."""
+    widen, narrow = HALVES[name]
+    return narrow(function(widen(a), widen(b)))
+
+
+def _of_pairs(name: str, function: Any, a: Value, b: Value) -> Value:
+    low = _of_halves(name, function, a & 0xFFFF, b & 0xFFFF).astype(np.uint32)
+    return low | _of_halves(name, function, a >> 16, b >> 16).astype(np.uint32) << np.uint32(16)
+
+
 def operation(machine: Machine, i: Instruction) -> Step:
     """An operation on floats or integers of one type."""
     kind = type_of(i.mods)
-    function = (OF_FLOATS if kind in FLOATS else OF_INTEGERS)[i.op]
+    if (name := kind.removesuffix("x2")) in HALVES:
+        function: Any = partial(_of_halves if kind == name else _of_pairs, name, OF_FLOATS[i.op])
+        kind = "u16" if kind == name else "u32"
+    else:
+        function = (OF_FLOATS if kind in FLOATS else OF_INTEGERS)[i.op]
     sources = [machine.registers.source(arg, kind) for arg in i.args[1:]]
     if "ftz" in i.mods:
         function = partial(_flushing, function)
     return elementwise(machine.registers.target(i.args[0], kind), function, *sources)
 
 
-makes("add sub", "rn f32 f64 s16 s32 s64")(operation)
+makes("add sub", "rn f32 f64 bf16 f16 bf16x2 f16x2 s16 s32 s64")(operation)
 makes("neg min max", "f32 f64 s32 u32 s64 u64")(operation)
 makes("div", "rn approx full f32 f64 s32 u32 s64 u64")(operation)
 makes("rem", "s32 u32 s64 u64")(operation)

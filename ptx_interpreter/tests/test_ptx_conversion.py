@@ -175,3 +175,20 @@ def test_registers_are_joined_and_divided():
     quarters = apply("mov.b64 {%h1, %h2, %h3, %h4}, %a0; mov.b64 %o, {%h4, %h3, %h2, %h1};", whole, out=np.uint64)
     parts = whole.view(np.uint16).reshape(-1, 4)[:, ::-1]
     assert (quarters == np.ascontiguousarray(parts).view(np.uint64)[:, 0]).all()
+
+
+@pytest.mark.parametrize("name", ["bf16", "f16"])
+@pytest.mark.parametrize(("op", "function"), [("add", np.add), ("sub", np.subtract)])
+def test_sums_of_16_bits_are_rounded_once(name, op, function):
+    values, bits = table(name)
+    a, b = (random.integers(0, len(bits), 1500) for _ in range(2))
+    close = np.clip(len(bits) - 1 - a + random.integers(-3000, 3000, len(a)), 0, len(bits) - 1)
+    x, y = np.concatenate([a, a]), np.concatenate([b, close])
+    x_bits, y_bits = (bits[n].astype(np.uint16) for n in (x, y))
+    # float64 holds the sum of two such numbers, or what is far from the middle of two of them.
+    expected = nearest(function(values[x], values[y]), name)
+    found = apply(f"{op}.{name} %o, %a0, %a1;", x_bits, y_bits, out=np.uint16)
+    assert (found == expected).all()
+    pairs = (n.astype(np.uint32) | n[::-1].astype(np.uint32) << 16 for n in (x_bits, y_bits))
+    both = apply(f"{op}.{name}x2 %o, %a0, %a1;", *pairs, out=np.uint32)
+    assert (both == expected.astype(np.uint32) | expected[::-1].astype(np.uint32) << 16).all()
