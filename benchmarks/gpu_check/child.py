@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -76,10 +77,19 @@ def _end_with_supervisor() -> None:
 
 def main(argv: Sequence[str]) -> int:
     settings = Settings.from_json(argv[1])
-    if argv[0] == "plan":
-        print(json.dumps(plan(settings, argv[2:])))
-        return 0
-    return run(settings, Unit(**json.loads(argv[2])), Path(argv[3]))
+    with _kernels_of(settings):
+        if argv[0] == "plan":
+            print(json.dumps(plan(settings, argv[2:])))
+            return 0
+        return run(settings, Unit(**json.loads(argv[2])), Path(argv[3]))
+
+
+def _kernels_of(settings: Settings) -> AbstractContextManager[None]:
+    if not settings.rehearsal:
+        return nullcontext()
+    from benchmarks.gpu_check.rehearsal import interpreted
+
+    return interpreted()
 
 
 if __name__ == "__main__":

@@ -51,7 +51,9 @@ def _build_parser(package: str) -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="default: %(default)g")
     parser.add_argument("--only", action="append", default=[], metavar="STAGE", help="may be given several times")
     parser.add_argument("--bundle", type=Path, metavar="FOLDER", help="libraries and wheels, of `make gpu-bundle`")
-    parser.add_argument("--rehearsal", action="store_true", help="on emulated kernels and tiny shapes, without a GPU")
+    parser.add_argument(
+        "--rehearsal", action="store_true", help="on interpreted kernels and tiny shapes, without a GPU"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=_run, package=package)
     verbs = parser.add_subparsers(metavar="merge", parser_class=CommandParser)
@@ -72,7 +74,7 @@ def _run(args: argparse.Namespace) -> None:
         if name not in known:
             raise unknown_name("stage", name, known)
     bundle = None if args.bundle is None else _install(args.bundle)
-    environment = _environment(settings, bundle is not None)
+    environment = _environment(bundle is not None)
     plan = _plan(settings, args.only, environment)
     if not (plan["machine"]["gpu"] or args.rehearsal):
         print("\n".join(f"{stage}: no GPU" for stage in {**plan["shares"], **plan["errors"]}))
@@ -143,11 +145,11 @@ def _install(folder: Path) -> bundles.Bundle:
     return bundle
 
 
-def _environment(settings: Settings, with_packages: bool) -> dict[str, str]:
-    """That of the units, in which Triton's interpreter stands for its compiler in a rehearsal."""
+def _environment(with_packages: bool) -> dict[str, str]:
+    """That of the units."""
     folders = [str(ROOT), str(_PACKAGES) if with_packages else "", os.environ.get("PYTHONPATH", "")]
     changes = {"PYTHONPATH": os.pathsep.join(filter(None, folders)), "PYTHONFAULTHANDLER": "1"}
-    return os.environ | changes | ({"TRITON_INTERPRET": "1"} if settings.rehearsal else {})
+    return os.environ | changes
 
 
 def _journal(args: argparse.Namespace, machine: dict[str, Any], bundle: str) -> Journal:

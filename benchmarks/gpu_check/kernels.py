@@ -35,5 +35,5 @@ def native_backend(settings: Settings) -> str:
 def missing(op: str, backend: str, *args: Any) -> list[str]:
     """Why there is no kernel for the op, or for this call of it; empty if there is one."""
     if backend == "cpu" and _native.LOADED and not _native.runs_gpu_kernels("cpu"):
-        return ["the library's kernels are those of the CPU, none that are emulated"]
+        return ["the library's kernels are those of the CPU, none that are interpreted"]
     return backends.why_not(op, backend, *args)

@@ -69,7 +69,7 @@ def merge(journals: Sequence[Path], *, mixed: bool = False, places: Places | Non
 def _check(journals: Sequence[Path], headers: Sequence[Record], mixed: bool) -> None:
     for path, header in zip(journals, headers, strict=True):
         if header["rehearsal"]:
-            raise UserError(f"{path} is a rehearsal: its kernels were emulated, and its times mean nothing")
+            raise UserError(f"{path} is a rehearsal: its kernels were interpreted, and its times mean nothing")
     commits, cards = [header["commit"] for header in headers], [header["machine"]["name"] for header in headers]
     for what, names in (("commit", commits), ("card", cards)):
         found = dict.fromkeys(names)

@@ -40,7 +40,7 @@ class Settings:
 
     Attributes:
         device: `cuda`, or `cpu` in a rehearsal.
-        rehearsal: the GPU kernels are emulated on a CPU; shapes are tiny, and times mean nothing.
+        rehearsal: the GPU kernels are interpreted on a CPU; shapes are tiny, and times mean nothing.
         bundle: folder of what was compiled elsewhere; empty for none.
         dtypes: names of torch's dtypes, the most important first.
         package: where the stages are.
