@@ -108,6 +108,16 @@ def fma32(a: Value, b: Value, c: Value, mode: str = "rn") -> Array:
     return rounded(to_odd(total, error_of_sum(product, c, total)), np.float32, mode)
 
 
+def fma_to_odd(a: Value, b: Value, c: Value) -> Array:
+    """a * b + c of float32, rounded to the neighbour with an odd last bit: who rounds it to 16 bits gets what one
+    rounding gives."""
+    product = np.atleast_1d(np.multiply(a, b, dtype=np.float64))
+    total = product + c
+    exact = to_odd(total, error_of_sum(product, c, total))
+    shorter = rounded(exact, np.float32, "rz")
+    return (shorter.view(np.uint32) | (shorter != exact)).view(np.float32)
+
+
 class Underflow:
     """Notes that numpy, under `errors_of_numpy`, has made something subnormal that it could not keep exactly."""
 

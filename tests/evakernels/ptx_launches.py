@@ -1,4 +1,4 @@
-"""`with` statements for run_ops, in which ptx_interpreter runs what nvcc or Triton made of the kernels on CPU tensors."""
+"""`with` statements for run_ops: ptx_interpreter runs what nvcc or Triton made of the kernels, on CPU tensors."""
 
 import json
 from collections.abc import Iterator
