@@ -1,6 +1,6 @@
 # make demo         train on real pictures, evaluate, and write runs/demo/report.html: some minutes on two cores
 # make test         everything that a user sees
-# make test-all     that, and the exhaustive proofs: emulated and compiled GPU kernels, every instruction set, faults
+# make test-all     that, and the exhaustive proofs: compiled GPU kernels, interpreted, every instruction set, faults
 # make wheel        a manylinux wheel in dist/; `make wheel-cuda`: one with the kernels for GPUs
 # make docs         the documentation on a local server; `make docs-build`: as a folder, site/
 # make gpu-check    on a machine with a GPU, without a network: proves and measures it (docs/gpu-check.md)
