@@ -115,7 +115,8 @@ def fma_to_odd(a: Value, b: Value, c: Value) -> Array:
     total = product + c
     exact = to_odd(total, error_of_sum(product, c, total))
     shorter = rounded(exact, np.float32, "rz")
-    return (shorter.view(np.uint32) | (shorter != exact)).view(np.float32)
+    odd: Array = shorter.view(np.uint32) | (shorter != exact)
+    return odd.view(np.float32)
 
 
 class Underflow:
