@@ -61,8 +61,8 @@ def implemented(op_name: str, device_type: str) -> bool:
 
 
 def runs_gpu_kernels(device_type: str) -> bool:
-    """Whether kernels for GPUs serve this type of device: a CPU only in a build for tests, which emulates them."""
-    return device_type == "cuda" or implemented("emulated", device_type)
+    """Whether kernels for GPUs serve this type of device: a CPU only in a build for tests, which interprets them."""
+    return device_type == "cuda" or implemented("interpreted", device_type)
 
 
 @cache  # asked at every call of an op

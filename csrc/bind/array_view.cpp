@@ -99,7 +99,7 @@ void ArrayView::view_dlpack(const py::object& array, Content content, uintptr_t 
   const auto where = array.attr("__dlpack_device__")().cast<std::pair<int32_t, int32_t>>();
   const std::string name = name_;
   device_ = {where.first, where.second};
-  constexpr bool kServesGpus = kCudaIsBuilt && !kCudaIsEmulated;
+  constexpr bool kServesGpus = kCudaIsBuilt && !kCudaIsInterpreted;
   if (device_.type != Device{}.type && !(kServesGpus && device_.is_gpu())) {
     throw py::value_error(name + " must be on the CPU" + (kServesGpus ? " or on a GPU" : ""));
   }

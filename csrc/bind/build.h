@@ -1,7 +1,7 @@
 // What this build has kernels for.
 //
-// EVAKERNELS_CUDA: the kernels of csrc/cuda are part of it. EVAKERNELS_EMULATED: they are emulated on the CPU
-// and serve its arrays, in place of its own kernels; that is a build for tests.
+// EVAKERNELS_CUDA: the kernels of csrc/cuda are part of it. EVAKERNELS_INTERPRETED: their PTX is interpreted
+// on the CPU and serve its arrays, in place of its own kernels; that is a build for tests.
 #pragma once
 
 namespace evakernels {
@@ -11,10 +11,10 @@ constexpr bool kCudaIsBuilt = true;
 #else
 constexpr bool kCudaIsBuilt = false;
 #endif
-#ifdef EVAKERNELS_EMULATED
-constexpr bool kCudaIsEmulated = true;
+#ifdef EVAKERNELS_INTERPRETED
+constexpr bool kCudaIsInterpreted = true;
 #else
-constexpr bool kCudaIsEmulated = false;
+constexpr bool kCudaIsInterpreted = false;
 #endif
 
 }  // namespace evakernels

@@ -22,7 +22,7 @@ inline cuda::Stream current_stream(int32_t device) {
 template <class Run>
 void run_on_gpu(const char* op, const Tensor& tensor, const Run& run) {
   cuda::Error error = nullptr;
-  if constexpr (kCudaIsEmulated) {
+  if constexpr (kCudaIsInterpreted) {
     error = run(nullptr);
   } else {
     const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
@@ -52,27 +52,27 @@ void launch_on_gpu(const char* op, const Tensor& tensor, const Params& params) {
 template <auto Cpu, auto Cuda, class Params>
 void launch(const char* op, const Tensor& tensor, const Params& params) {
   if constexpr (kCudaIsBuilt) {
-    if (kCudaIsEmulated || tensor.is_cuda()) {
+    if (kCudaIsInterpreted || tensor.is_cuda()) {
       return launch_on_gpu<Cuda>(op, tensor, params);
     }
   }
-  if constexpr (!kCudaIsEmulated) Cpu(params, cpu::active_isa(), torch_parallel);
+  if constexpr (!kCudaIsInterpreted) Cpu(params, cpu::active_isa(), torch_parallel);
 }
 
 template <auto Cpu, auto Cuda, auto Workspace, class Params>
 void launch(const char* op, const Tensor& tensor, const Params& params) {
   if constexpr (kCudaIsBuilt) {
-    if (kCudaIsEmulated || tensor.is_cuda()) {
+    if (kCudaIsInterpreted || tensor.is_cuda()) {
       return launch_on_gpu<Cuda, Workspace>(op, tensor, params);
     }
   }
-  if constexpr (!kCudaIsEmulated) Cpu(params, cpu::active_isa(), torch_parallel);
+  if constexpr (!kCudaIsInterpreted) Cpu(params, cpu::active_isa(), torch_parallel);
 }
 
 }  // namespace evakernels
 
 // Registers an op's functions, given as statements on the library m, for every device that this build serves.
-#if defined(EVAKERNELS_CUDA) && !defined(EVAKERNELS_EMULATED)
+#if defined(EVAKERNELS_CUDA) && !defined(EVAKERNELS_INTERPRETED)
 #define EVAKERNELS_IMPLEMENT(m, ...)                   \
   STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) \
   __VA_ARGS__ STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CUDA, m) __VA_ARGS__
@@ -81,7 +81,7 @@ void launch(const char* op, const Tensor& tensor, const Params& params) {
 #endif
 
 // The same for an op without CPU kernels.
-#ifdef EVAKERNELS_EMULATED
+#ifdef EVAKERNELS_INTERPRETED
 #define EVAKERNELS_IMPLEMENT_ON_GPU(m, ...) STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) __VA_ARGS__
 #else
 #define EVAKERNELS_IMPLEMENT_ON_GPU(m, ...) STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CUDA, m) __VA_ARGS__

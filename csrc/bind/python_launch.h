@@ -72,7 +72,7 @@ void run_on_gpu(const char* op, const Arrays& arrays, const Params& params) {
 template <auto Cuda, auto... WorkspaceOf, class Params>
 void launch_only_on_gpu(const char* op, const Arrays& arrays, const Params& params) {
   const pybind11::gil_scoped_release unlocked;
-  const bool on_gpu = kCudaIsEmulated || arrays.device().is_gpu();
+  const bool on_gpu = kCudaIsInterpreted || arrays.device().is_gpu();
   require(on_gpu, std::string(op) + " has kernels for GPUs only; the arrays are on a CPU");
   if constexpr (kCudaIsBuilt) run_on_gpu<Cuda, WorkspaceOf...>(op, arrays, params);
 }
@@ -82,13 +82,13 @@ void launch_only_on_gpu(const char* op, const Arrays& arrays, const Params& para
 template <auto Cpu, auto Cuda, auto... WorkspaceOf, class Params>
 void launch(const char* op, const Arrays& arrays, const IsaName& isa, const Params& params) {
   const pybind11::gil_scoped_release unlocked;
-  const bool on_gpu = kCudaIsEmulated || arrays.device().is_gpu();
+  const bool on_gpu = kCudaIsInterpreted || arrays.device().is_gpu();
   require(!isa || !on_gpu, "isa is for arrays on the CPU");
   require(arrays.stream() == 0 || on_gpu, "stream is for arrays on a GPU");
   if constexpr (kCudaIsBuilt) {
     if (on_gpu) return run_on_gpu<Cuda, WorkspaceOf...>(op, arrays, params);
   }
-  if constexpr (!kCudaIsEmulated) {
+  if constexpr (!kCudaIsInterpreted) {
     Cpu(params, isa ? cpu::parse_isa(*isa) : cpu::active_isa(), cpu::serial_for);
   }
 }

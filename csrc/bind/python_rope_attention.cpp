@@ -60,7 +60,7 @@ AttentionShape shape_of(Arrays& arrays, const Array& q, const Options& options) 
     shape.batch = offsets.sizes[0] - 1;
     shape.tokens = std::min(options.max_length, shape.tokens);
   }
-  const bool on_gpu = kCudaIsEmulated || arrays.device().is_gpu();
+  const bool on_gpu = kCudaIsInterpreted || arrays.device().is_gpu();
   require(!on_gpu || (shape.tokens <= cuda::kMaxTokens && shape.head_dim <= cuda::kMaxHeadDim),
           "q has more tokens or channels than the kernels serve");
   return shape;

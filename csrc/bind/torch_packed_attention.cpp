@@ -12,7 +12,7 @@ AttentionShape shape_of(const Tensor& q, const Tensor& offsets, int64_t max_leng
                         double scale) {
   const int64_t tokens = q.size(0), longest = std::min(max_length, tokens);
   require(tokens == 0 || longest > 0, "max_length is 0, but there are tokens");
-  const bool on_gpu = kCudaIsEmulated || q.is_cuda();
+  const bool on_gpu = kCudaIsInterpreted || q.is_cuda();
   require(!on_gpu || (longest <= cuda::kMaxTokens && q.size(2) <= cuda::kMaxHeadDim),
           "a sequence has more tokens, or q more channels, than the kernels serve");
   require(offsets.dim() == 1 && offsets.size(0) > 0, "offsets must be [B + 1]");

@@ -1,23 +1,20 @@
-// What device code includes: CUDA's own headers under nvcc; else, for tests, an emulation on the CPU
-// (tests/cuda_emulator). Only what is spelled differently in these two stands here.
+// What device code includes: launches, and accesses to memory in the widths and ways that they are meant.
 #pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
 
 #include <cstdint>
 #include <cstring>
-#include <string>
 #include <type_traits>
 
 #include "common/dtype.h"
 #include "cuda/runtime.h"
 
-#ifdef EVAKERNELS_EMULATED
-#include "common/numerics.h"
-#include "cuda_emulator.h"
-#else
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-#endif
+// Of <cassert>, which declares it only where asserts are compiled in.
+extern "C" __host__ __device__ void __assert_fail(const char* assertion, const char* file, unsigned line,
+                                                  const char* function) noexcept __attribute__((noreturn));
 
 namespace evakernels::cuda {
 
@@ -45,14 +42,9 @@ Error launch_with_memory(void (*kernel)(Parameters...), dim3 grid, dim3 block, s
                          [[maybe_unused]] Stream stream,
                          const std::type_identity_t<Parameters>&... arguments) {
   if (const Error error = allow_shared_memory(address_of(kernel), shared_bytes)) return error;
-#ifdef EVAKERNELS_EMULATED
-  const auto call = [&] { kernel(arguments...); };
-  return cuda_emulator::launch(address_of(kernel), grid, block, shared_bytes, std::ref(call));
-#else
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
   return error_of(cudaLaunchKernel(address_of(kernel), grid, block, pointers, shared_bytes,
                                    static_cast<cudaStream_t>(stream)));
-#endif
 }
 
 template <class... Parameters>
@@ -60,82 +52,6 @@ Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream
              const std::type_identity_t<Parameters>&... arguments) {
   return launch_with_memory(kernel, grid, block, 0, stream, arguments...);
 }
-
-#ifdef EVAKERNELS_EMULATED
-
-// The block's one T in shared memory. Give each use a type of its own.
-template <class T>
-T& shared_memory() {
-  static const char key = 0;
-  return *static_cast<T*>(cuda_emulator::shared_memory(&key, sizeof(T), alignof(T)));
-}
-
-// The shared memory that the launch asked for, at a multiple of 16 bytes.
-template <class T>
-T* dynamic_shared_memory() {
-  return static_cast<T*>(cuda_emulator::dynamic_shared_memory());
-}
-
-template <class Word>
-Word load(const Word* from, int line = __builtin_LINE()) {
-  return cuda_emulator::is_aligned(from, sizeof(Word), line) ? cuda_emulator::load_whole(from) : Word{};
-}
-
-template <class Word>
-Word load_once(const Word* from, int line = __builtin_LINE()) {
-  return load(from, line);
-}
-
-template <class Word>
-void store(Word* to, Word word, int line = __builtin_LINE()) {
-  if (cuda_emulator::is_aligned(to, sizeof(Word), line)) cuda_emulator::store_whole(to, word);
-}
-
-template <class Word>
-void store_whole(Word* to, Word word, int line = __builtin_LINE()) {
-  store(to, word, line);
-}
-
-template <int BYTES = 16>
-void copy_async(void* to, const void* from, bool exists = true, int line = __builtin_LINE()) {
-  cuda_emulator::copy_async<BYTES>(to, exists ? from : nullptr, line);
-}
-
-inline void wait_for_copies() { cuda_emulator::wait_for_copies(); }
-
-// Ends the launch with an error: for arguments that only the kernel sees.
-inline void refuse(const char* op, const char* what, int line = __builtin_LINE()) {
-  cuda_emulator::fail((std::string(op) + ": " + what).c_str(), line);
-}
-
-inline void refuse_silently(const char* op, const char* what, int line = __builtin_LINE()) {
-  refuse(op, what, line);
-}
-
-template <class T>
-T* in_global_memory(T* pointer) {
-  return pointer;
-}
-
-// In the body of a loop: which round this is, so that the audit takes an access of one round for one request
-// where some lanes leave a round out.
-using cuda_emulator::Round;
-
-inline float exp2_approximated(float x) { return std::exp2(x); }
-
-inline void hide_origin(unsigned&) {}
-
-inline float to_float(BFloat16 value) { return bfloat16_to_float<float>(uint32_t{value.bits}); }
-inline float to_float(Float16 value) { return float16_to_float<float>(uint32_t{value.bits}); }
-
-inline uint32_t round_pair(float low, float high, BFloat16) {
-  return float_to_bfloat16<uint32_t>(low) | float_to_bfloat16<uint32_t>(high) << 16;
-}
-inline uint32_t round_pair(float low, float high, Float16) {
-  return float_to_float16<uint32_t>(low) | float_to_float16<uint32_t>(high) << 16;
-}
-
-#else
 
 // The block's one T in shared memory. Give each use a type of its own.
 template <class T>
@@ -203,13 +119,14 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool exis
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Ends the launch with an error: for arguments that only the kernel sees. The driver prints op and what is wrong, as of
-// an assertion. Never inlined: so it takes no registers from those who don't call it.
+// Ends the launch with an error: for arguments that only the kernel sees. The driver prints op and what is
+// wrong, as of an assertion. Never inlined: so it takes no registers from those who don't call it.
 __device__ __noinline__ __attribute__((noreturn)) void refuse(const char* op, const char* what) {
   __assert_fail(what, "", 0, op);
 }
 
-// The same without words, for attention, whose kernels would take 2 to 68 registers more for the call (nvcc 13.0).
+// The same without words, for attention, whose kernels would take 2 to 68 registers more for the call
+// (nvcc 13.0).
 __device__ __forceinline__ void refuse_silently(const char*, const char*) { __trap(); }
 
 // Tells the compiler what it doesn't know of a pointer that was itself read from memory. To store through the
@@ -254,7 +171,5 @@ __device__ __forceinline__ uint32_t round_pair(float low, float high, Float16) {
   memcpy(&bits, &pair, sizeof bits);
   return bits;
 }
-
-#endif
 
 }  // namespace evakernels::cuda

@@ -327,7 +327,6 @@ struct Head {
     constexpr int kGroups = kGroupsOf<Element, E>;
 #pragma unroll UNROLLED
     for (int i = team.thread; i < count * kGroups; i += team.size) {
-      const Round round(static_cast<unsigned>(i / team.size));
       body(slots().token(first + i / kGroups), i / kGroups, i % kGroups * E);
     }
   }

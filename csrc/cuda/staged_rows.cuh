@@ -36,7 +36,6 @@ __device__ __forceinline__ void for_each_word(const void* row, int bytes, const 
   // Where whole words begin and end.
   const int begin = -before & (kWidestAccess - 1), end = bytes - ((before + bytes) & (kWidestAccess - 1));
   for (int at = thread * kWidestAccess - before; at < end; at += step) {
-    const Round round(static_cast<unsigned>((at + before) / step));
     if (at >= 0) word(at);
   }
   constexpr int kPieces = kWidestAccess / kPiece;

@@ -1,16 +1,12 @@
 // What tensor cores multiply, 16 x 16 elements of 16 bits at a time, and how these get into registers; for
-// compute capability 8.0 and later. As in device.h, what is spelled differently on a GPU and in its emulation
-// stands here. The layouts over the lanes of a warp are those of the PTX ISA for mma.m16n8k16 and ldmatrix.
+// compute capability 8.0 and later. The layouts over the lanes of a warp are those of the PTX ISA for
+// mma.m16n8k16 and ldmatrix.
 //
 // Tensor cores would round float32. Its tiles have the same sums in the same lanes, but the factors stay in
 // shared memory, from where each lane takes what it multiplies.
 #pragma once
 
 #include "cuda/elements.cuh"
-
-#ifdef EVAKERNELS_EMULATED
-#include "tensor_cores.h"
-#endif
 
 namespace evakernels::cuda {
 
@@ -31,23 +27,6 @@ __device__ __forceinline__ int row_in_tile(int lane, int i) { return lane / 4 + 
 __device__ __forceinline__ int column_in_tile(int lane, int i) {
   return lane % 4 * 2 + (i & 1) + (i & 4) * 2;
 }
-
-#ifdef EVAKERNELS_EMULATED
-
-inline void load_matrices(uint32_t (&words)[4], const void* row) {
-  cuda_emulator::load_matrices(words, row, false);
-}
-inline void load_matrices_transposed(uint32_t (&words)[4], const void* row) {
-  cuda_emulator::load_matrices(words, row, true);
-}
-
-// Two products at once: emulated, it is the meetings of a warp that take time.
-template <class T>
-void multiply_tiles(float (&sums)[8], const uint32_t (&a)[4], const uint32_t (&b)[4], T) {
-  cuda_emulator::multiply({sums, a, b, std::is_same_v<T, BFloat16>});
-}
-
-#else
 
 // Four matrices of 8 x 8 elements in shared memory; lane l brings the address of row l % 8 of number l / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* row) {
@@ -85,8 +64,6 @@ __device__ __forceinline__ void multiply_tiles(float (&sums)[8], const uint32_t 
   multiply(sums, a, b[0], b[2], T{});
   multiply(sums + 4, a, b[1], b[3], T{});
 }
-
-#endif
 
 // The row of a tile in shared memory whose address is this lane's to bring. `stride`: elements from row to
 // row.

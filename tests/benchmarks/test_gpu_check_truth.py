@@ -2,12 +2,9 @@
 
 import json
 import os
-import platform
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from evakernels.triton import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests/evakernels"))
-from op_suite import OPS, build_emulated, gcc  # noqa: E402
+from op_suite import OPS  # noqa: E402
 
 Records = dict[str, dict[str, Any]]
 
@@ -198,7 +195,7 @@ def test_without_a_program_in_the_bundle_it_is_compiled_first(tmp_path: Path, mo
     monkeypatch.setattr(hunters, "_BUILT", tmp_path / "built")
     names = [unit.name for unit in hunters.units(Settings())]
     assert names == ["compile", *hunters.TOOLS]
-    driver = (ROOT / "tests/cuda_emulator/drive.cpp").read_text()
+    driver = (ROOT / "tests/cuda/drive.cpp").read_text()
     assert all(f'wanted("{family}")' in driver for family in hunters.FAMILIES)
     nvcc = tmp_path / "nvcc"
     nvcc.write_text('#!/bin/sh\n[ -z "$BROKEN" ] || { echo "error: no such GPU"; exit 1; }\n'
@@ -213,15 +210,3 @@ def test_without_a_program_in_the_bundle_it_is_compiled_first(tmp_path: Path, mo
     linked = (tmp_path / "built" / hunters.PROGRAM).read_text()
     assert all(f"{name}.o" in linked for name in ("swiglu.cpp", "lamb.cu", "drive_lamb.cpp", "gpu_memory.cpp"))
     assert [unit.name for unit in hunters.units(Settings())] == names[1:]
-
-
-@pytest.mark.exhaustive
-@pytest.mark.slow
-@pytest.mark.skipif(gcc() is None, reason="no g++")
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator's fibers are written for x86-64")
-def test_the_program_is_driven_on_emulated_kernels(made_once: Callable[..., Path], tmp_path: Path) -> None:
-    emulated = build_emulated(made_once)
-    (tmp_path / "hunters").mkdir()
-    shutil.copy(emulated / "drive_coverage", tmp_path / "hunters" / hunters.PROGRAM)
-    found = hunted(tmp_path, "plain", *hunters.FAMILIES)
-    assert {family: record["status"] for family, record in found.items()} == dict.fromkeys(hunters.FAMILIES, "passed")

@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -50,16 +50,6 @@ def build_library(build: Path, target: str = "all", **options: object) -> None:
     for command in (["-G", "Ninja", "-S", ROOT, "-B", build, *arguments], ["--build", build, "--target", target]):
         result = subprocess.run([tool("cmake"), *command], capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
-
-
-def build_emulated(made_once: Callable[..., Path]) -> Path:
-    """Where all that tests/cuda_emulator/emulated.cmake tells of is built."""
-
-    def make(build: Path) -> None:
-        options = {"CMAKE_CXX_COMPILER": gcc(), "CMAKE_BUILD_TYPE": "None", "CMAKE_CXX_FLAGS": "-fno-strict-aliasing"}
-        build_library(build, EVAKERNELS_EMULATED="ON", **options)
-
-    return made_once("emulated", make)
 
 
 def copy_with_library(top: Path, library: Path) -> Path:

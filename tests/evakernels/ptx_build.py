@@ -1,4 +1,4 @@
-"""Builds what lets ptx_interpreter run nvcc's kernels: tests/ptx/ptx.cmake, as it is or with faults planted."""
+"""Builds what lets ptx_interpreter run nvcc's kernels: tests/cuda/ptx.cmake, as it is or with faults planted."""
 
 import importlib.util
 import os
@@ -25,7 +25,7 @@ def load_budget() -> ModuleType:
 budget = load_budget()
 BUILD: Path = budget.BUILD
 OBJECTS = "CMakeFiles/cuda_kernels.dir/csrc/cuda"
-# Device code can't ask for the environment: tests/ptx/drive.py puts the number into the PTX.
+# Device code can't ask for the environment: tests/cuda/drive.py puts the number into the PTX.
 DECLARATION = f"""#pragma once
 #include <cstdlib>
 __host__ __device__ inline int planted() {{

@@ -273,7 +273,7 @@ def complaint(served: Environment) -> Callable[..., str]:
     """What the program says; nothing if all is right."""
 
     def run(driver: Path, capability: int, *families: str, **environment: str) -> str:
-        command = [sys.executable, ROOT / "tests/ptx/drive.py", driver, str(capability), *families]
+        command = [sys.executable, ROOT / "tests/cuda/drive.py", driver, str(capability), *families]
         variables = os.environ | served(**environment)
         result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600, check=False)
         return "" if result.returncode == 0 else f"exit code {result.returncode}: {result.stdout}{result.stderr}"

@@ -110,9 +110,9 @@ def compile_program(folder: Path, arch: str = "native") -> None:
     if nvcc is None:
         raise Refusal("no nvcc to compile the program with, and no bundle that has it")
     folder.mkdir(parents=True, exist_ok=True)
-    kernels, driver = ROOT / "csrc/cuda", ROOT / "tests/cuda_emulator"
+    kernels, driver = ROOT / "csrc/cuda", ROOT / "tests/cuda"
     sources = [*kernels.glob("*.cu"), *kernels.glob("*.cpp"), *driver.glob("drive*.cpp"), driver / "gpu_memory.cpp"]
-    options = [f"-arch={arch}", "-std=c++20", "-lineinfo", f"-I{ROOT / 'csrc'}", "-DEVAKERNELS_DRIVE_GPU"]
+    options = [f"-arch={arch}", "-std=c++20", "-lineinfo", f"-I{ROOT / 'csrc'}"]
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.name}.o"

@@ -53,7 +53,7 @@ def run(unit: Unit, session: Session) -> None:
     """Runs one file's tests in this process."""
     file, _, backend = unit.name.partition(" ")
     if session.settings.rehearsal:
-        backend = {"cuda": "cpu"}.get(backend, backend)  # that of the emulated kernels
+        backend = {"cuda": "cpu"}.get(backend, backend)  # that of the interpreted kernels
     session.case("the backend serves the op", lambda: _serve(FILES[file][0], backend))
     options = ["-q", "-s", "-p", "no:cacheprovider", "--device", session.settings.device]
     options += ["--backend", backend] if backend else []

@@ -1,7 +1,7 @@
 // Memory of the CPU, of which host/allocations.cpp keeps where it begins and ends.
-#include "drive_memory.h"
-
 #include <cstdlib>
+
+#include "drive_memory.h"
 
 namespace evakernels::drive {
 

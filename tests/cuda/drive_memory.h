@@ -1,5 +1,5 @@
-// Memory that kernels and the host reach, for the programs that drive launchers: emulated, the CPU's; with
-// EVAKERNELS_DRIVE_GPU the managed memory of a GPU (gpu_memory.cpp).
+// Memory that kernels and the host reach, for the program that drives launchers: the managed memory of a GPU
+// (gpu_memory.cpp), or the CPU's, where kernels are interpreted (cpu_memory.cpp).
 #pragma once
 
 #include <cstddef>
@@ -9,8 +9,6 @@
 #include "cuda/stream.h"
 
 namespace evakernels::drive {
-
-#ifdef EVAKERNELS_DRIVE_GPU
 
 void* allocate(size_t bytes);
 void release(void* memory);
@@ -31,15 +29,6 @@ struct Allocator {
   void deallocate(T* memory, size_t) { release(memory); }
   bool operator==(const Allocator&) const = default;
 };
-
-#else
-
-inline void settle(void*, size_t) {}
-inline cuda::Error finish() { return nullptr; }
-template <class T>
-using Allocator = std::allocator<T>;
-
-#endif
 
 template <class T>
 using Vector = std::vector<T, Allocator<T>>;

@@ -1,6 +1,6 @@
 """Runs the program that drives the launchers on what nvcc made of the kernels.
 
-LD_PRELOAD=allocations.so python tests/ptx/drive.py LIBRARY CAPABILITY [FAMILY ...]
+LD_PRELOAD=allocations.so python tests/cuda/drive.py LIBRARY CAPABILITY [FAMILY ...]
 """
 
 import ctypes

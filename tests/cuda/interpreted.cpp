@@ -5,4 +5,4 @@ namespace {
 void nothing() {}
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) { m.impl("emulated", TORCH_BOX(&nothing)); }
+STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) { m.impl("interpreted", TORCH_BOX(&nothing)); }

@@ -1,7 +1,6 @@
 # What nvcc made of the kernels, for ptx_interpreter: the library of operators, which then serves CPU tensors, and the
 # program that drives the launchers, both with a stand-in for the CUDA runtime. `cmake --build FOLDER --target ptx`.
 set(STAND_IN ${CMAKE_SOURCE_DIR}/ptx_interpreter/host)
-set(EMULATOR ${CMAKE_SOURCE_DIR}/tests/cuda_emulator)
 
 add_library(ptx_runtime OBJECT EXCLUDE_FROM_ALL ${STAND_IN}/cudart.cpp)
 target_link_libraries(ptx_runtime PRIVATE CUDA::toolkit)
@@ -9,17 +8,16 @@ target_compile_options(ptx_runtime PRIVATE -Wall -Wextra)
 set(PTX_OBJECTS $<TARGET_OBJECTS:cuda_kernels> $<TARGET_OBJECTS:ptx_runtime>)
 
 list(TRANSFORM CUDA_OPS REPLACE ".+" "csrc/bind/torch_\\0.cpp" OUTPUT_VARIABLE BINDINGS)
-add_library(ptx_ops MODULE EXCLUDE_FROM_ALL ${BINDINGS} ${EMULATOR}/emulated.cpp ${PTX_OBJECTS})
+add_library(ptx_ops MODULE EXCLUDE_FROM_ALL ${BINDINGS} ${CMAKE_CURRENT_LIST_DIR}/interpreted.cpp ${PTX_OBJECTS})
 compile_with_torch(ptx_ops)
 link_with_torch(ptx_ops)
-target_compile_definitions(ptx_ops PRIVATE EVAKERNELS_CUDA EVAKERNELS_EMULATED)
+target_compile_definitions(ptx_ops PRIVATE EVAKERNELS_CUDA EVAKERNELS_INTERPRETED)
 set_target_properties(ptx_ops PROPERTIES OUTPUT_NAME _ops LIBRARY_OUTPUT_DIRECTORY ptx LINKER_LANGUAGE CXX)
 
 # A library, so that a Python program can serve its launches.
-file(GLOB DRIVER_SOURCES CONFIGURE_DEPENDS ${EMULATOR}/drive*.cpp)
-add_library(ptx_drive MODULE EXCLUDE_FROM_ALL ${DRIVER_SOURCES} ${CMAKE_CURRENT_LIST_DIR}/drive_memory.cpp ${PTX_OBJECTS})
-target_include_directories(ptx_drive PRIVATE csrc ${EMULATOR})
-target_compile_definitions(ptx_drive PRIVATE EVAKERNELS_DRIVE_GPU)
+file(GLOB DRIVER_SOURCES CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/drive*.cpp)
+add_library(ptx_drive MODULE EXCLUDE_FROM_ALL ${DRIVER_SOURCES} ${CMAKE_CURRENT_LIST_DIR}/cpu_memory.cpp ${PTX_OBJECTS})
+target_include_directories(ptx_drive PRIVATE csrc)
 target_compile_options(ptx_drive PRIVATE -Wall -Wextra -O1)
 set_target_properties(ptx_drive PROPERTIES PREFIX "" OUTPUT_NAME drive LIBRARY_OUTPUT_DIRECTORY ptx LINKER_LANGUAGE CXX
                                            CXX_VISIBILITY_PRESET default)
