@@ -144,10 +144,14 @@ def backward_kernel(
             bias_sum += d
         if weight is not None:
             weight_sum += d * normed
-            d = product(d, weights)
-        along = row_mean(product(d, normed), WIDTH)
+            # For the sums alone: kernels that hold d itself rounded spill registers.
+            rounded = product(d, weights)
+            d *= weights
+        else:
+            rounded = d
+        along = row_mean(product(rounded, normed), WIDTH)
         if mean is not None:
-            d -= row_mean(d, WIDTH)
+            d -= row_mean(rounded, WIDTH)
         d = (d - normed * along) * scale
         if dtotal is not None:
             d += load_tile(dtotal, row, channel, inside, WIDTH)
