@@ -13,7 +13,7 @@ _CAPABILITY = 90
 
 @contextmanager
 def interpreted() -> Iterator[None]:
-    """Within the block Triton's kernels serve the CPU, and so do nvcc's, if the library is that of `tests/cuda/ptx.cmake`."""
+    """Within the block Triton's kernels serve the CPU, and so do nvcc's in the library of `tests/cuda/ptx.cmake`."""
     from ptx_interpreter.triton_driver import Driver
 
     evakernels.triton.INTERPRETED = True

@@ -1,31 +1,25 @@
-"""Faults planted in the kernels for GPUs, and drivers of tests/cuda_emulator in which each strikes when asked for.
+"""Faults planted in the kernels for GPUs, each of which strikes when asked for.
 
-All faults that a variant shows are compiled at once, so that a source file is compiled once for all of its own.
+All are compiled at once (`ptx_build.build_planted`), so that a source file is compiled once for all of its own.
 """
 
 import re
-import shlex
 import subprocess
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from op_suite import ROOT, tool
+from op_suite import ROOT
 
-OBJECTS = "CMakeFiles/kernels_{}.dir/csrc/cuda"
 ASKED_FOR = "EVAKERNELS_PLANTED"
-# In front of each file: what PLANTED stands for compares this with a fault's number.
-DECLARATION = f"""#pragma once
-#include <cstdlib>
-inline const int planted_fault = std::getenv("{ASKED_FOR}") ? std::atoi(std::getenv("{ASKED_FOR}")) : 0;
-"""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`right`, which stands once in the file, becomes `wrong`, in which PLANTED is true if the fault is asked for."""
+    """`right`, which stands once in the file, becomes `wrong`, in which PLANTED is true if the fault is asked for.
 
-    variant: str
+    `said` is a part of what the driver then says.
+    """
+
     said: str
     file: str
     right: str
@@ -65,182 +59,156 @@ FAMILIES = {
 }
 SUM_OF_WARPS = "    __syncthreads();\n    const int warps"
 FAULTS = {
-    "barrier": Fault("thread", "data race", "norm_rows.cuh", SUM_OF_WARPS, f"    if (!PLANTED)\n{SUM_OF_WARPS}"),
-    "reuse": Fault("thread", "data race", "norm_rows.cuh", "turn_ ^= 1;", "if (!PLANTED) turn_ ^= 1;"),
+    "barrier": Fault("race at", "norm_rows.cuh", SUM_OF_WARPS, f"    if (!PLANTED)\n{SUM_OF_WARPS}"),
+    "reuse": Fault("race at", "norm_rows.cuh", "turn_ ^= 1;", "if (!PLANTED) turn_ ^= 1;"),
     "rows of a block": Fault(
-        "thread",
-        "data race",
+        "race at",
         "column_sums.cuh",
         "      }\n      __syncthreads();\n    }",
         "      }\n      if (!PLANTED) __syncthreads();\n    }",
     ),
     # Before the next one, with which it shares a place.
     "uneven barrier": Fault(
-        "coverage",
-        "deadlock",
+        "race at",
         "norm_rows.cuh",
         f"    }}\n{SUM_OF_WARPS}",
         f"      if (PLANTED) __syncthreads();\n    }}\n    if (!PLANTED)\n{SUM_OF_WARPS}",
     ),
-    "barrier, by its result": Fault(
-        "coverage", "wrong", "norm_rows.cuh", SUM_OF_WARPS, f"    if (!PLANTED)\n{SUM_OF_WARPS}"
-    ),
+    "barrier, by its result": Fault("race at", "norm_rows.cuh", SUM_OF_WARPS, f"    if (!PLANTED)\n{SUM_OF_WARPS}"),
     "uninitialised": Fault(
-        "coverage",
-        "error nan",
+        "uninitialised at",
         "column_sums.cuh",
         "    scratch.sums[n][threadIdx.y][threadIdx.x] = sum;",
         "    if (!PLANTED || sum != 0.0f) scratch.sums[n][threadIdx.y][threadIdx.x] = sum;",
     ),
     "rows that haven't arrived": Fault(
-        "thread",
-        "data race",
+        "race at",
         "staged_rows.cuh",
         "    wait_for_copies();\n    synchronize_row();\n",
         "    wait_for_copies();\n    if (!PLANTED) synchronize_row();\n",
     ),
     "a row that isn't finished": Fault(
-        "thread",
-        "data race",
+        "race at",
         "staged_rows.cuh",
         "    synchronize_row();\n    (outputs",
         "    if (!PLANTED) synchronize_row();\n    (outputs",
     ),
     "the whole of a last word": Fault(
-        "address",
-        "heap-buffer-overflow",
+        "out of bounds at",
         "staged_rows.cuh",
         "at < end; at += step",
         "at < (PLANTED ? bytes : end); at += step",
     ),
     "the whole of a first word": Fault(
-        "coverage",
-        "in front of",
+        "uninitialised at",
         "staged_rows.cuh",
         "at >= (last ? begin : 0)",
         "at >= (last ? begin : PLANTED && begin > 0 ? -kWidestAccess : 0)",
     ),
     "a stage that isn't changed": Fault(
-        "coverage",
-        "wrong: dx",
+        "uninitialised at",
         "norm_add_backward.cu",
         "wait_for_rows<L>(dx, branch);",
         "PLANTED ? wait_for_rows<L>(dx) : wait_for_rows<L>(dx, branch);",
     ),
     "a row that isn't stored": Fault(
-        "coverage",
         "error nan",
         "add_norm_backward.cu",
         "finish_rows<L>(dresidual, dbranch);",
         "PLANTED ? finish_rows<L>(dresidual) : finish_rows<L>(dresidual, dbranch);",
     ),
     "tile": Fault(
-        "thread",
-        "data race",
+        "race at",
         "token_dropout_tiles.cu",
         "    }\n    __syncthreads();\n\n",
         "    }\n    if (!PLANTED) __syncthreads();\n\n",
     ),
     "sums over samples": Fault(
-        "thread",
-        "data race",
+        "race at",
         "token_dropout_backward.cu",
         "sums[i];\n  __syncthreads();\n",
         "sums[i];\n  if (!PLANTED) __syncthreads();\n",
     ),
     "alignment": Fault(
-        "coverage",
-        "misaligned",
+        "misaligned at",
         "norm_plan.h",
         "width % elements == 0",
         "(PLANTED ? width > 0 : width % elements == 0)",
     ),
     "barrier of a stage": Fault(
-        "thread",
-        "data race",
+        "race at",
         "rope_attention.cuh",
         "    if (stage >= 0) {\n      __syncthreads();\n",
         "    if (stage >= 0) {\n      if (!PLANTED) __syncthreads();\n",
     ),
     "wait for copies": Fault(
-        "coverage",
-        "error nan",
+        "not waited for at",
         "rope_attention.cuh",
         "    wait_for_copies();\n",
         "    if (!PLANTED) wait_for_copies();\n",
     ),
     "rows of the gradient before": Fault(
-        "thread",
-        "data race",
+        "race at",
         "rope_attention_backward.cu",
         "tile * kTile, kTile);\n    __syncwarp();\n  };",
         "tile * kTile, kTile);\n    if (!PLANTED) __syncwarp();\n  };",
     ),
     "a prefix token too many": Fault(
-        "coverage", "wrong: out of", "rope_attention.cuh", "slot < prefix ? slot", "slot < prefix + PLANTED ? slot"
+        "wrong: out of", "rope_attention.cuh", "slot < prefix ? slot", "slot < prefix + PLANTED ? slot"
     ),
     "empty slots": Fault(
-        "coverage",
-        "wrong: lse",
+        "wrong: out of",
         "rope_attention_forward.cu",
         "values[i] = -INFINITY",
         "values[i] = PLANTED ? 0.0f : -INFINITY",
     ),
     "left factors of a warp": Fault(
-        "thread",
-        "data race",
+        "race at",
         "tensor_core.h",
         "    __syncwarp();\n    put_sums",
         "    if (!PLANTED) __syncwarp();\n    put_sums",
     ),
     "a column's angles": Fault(
-        "coverage",
         "wrong: out of",
         "rope_attention.cuh",
         "(grid + patch % grid - 1)",
         "(patch % grid + (PLANTED ? 0 : grid - 1))",
     ),
     "another sequence": Fault(
-        "coverage",
         "wrong: out of",
         "rope_attention.cuh",
         "first_token(offsets) * view.token_stride",
         "(PLANTED ? sample : first_token(offsets)) * view.token_stride",
     ),
     "barrier of the norms": Fault(
-        "thread",
-        "data race",
+        "race at",
         "tensor_chunks.cuh",
         "  __syncthreads();\n  if (threadIdx.x >= N) return 0.0f;",
         "  if (!PLANTED) __syncthreads();\n  if (threadIdx.x >= N) return 0.0f;",
     ),
     "alignment of one buffer": Fault(
-        "coverage",
-        "misaligned",
+        "misaligned at",
         "tensor_table.cuh",
         "common ? head : kNoVectors",
         "common || PLANTED ? head : kNoVectors",
     ),
     "one edge too many": Fault(
-        "address",
-        "heap-buffer-overflow",
+        "out of bounds at",
         "tensor_table.cuh",
         "edges = size - vectors * kVector;",
         "edges = size - vectors * kVector + PLANTED;",
     ),
     "part of a step": Fault(
-        "coverage",
         "wrong",
         "adamw.cu",
         "entry.kept - entry.rate",
         "entry.kept - (PLANTED ? -entry.rate : entry.rate)",
     ),
     "a strip's columns": Fault(
-        "coverage", "wrong", "gelu.cu", "partials + strip.first()", "partials + (PLANTED ? 0 : strip.first())"
+        "wrong", "gelu.cu", "partials + strip.first()", "partials + (PLANTED ? 0 : strip.first())"
     ),
     "one too far": Fault(
-        "address",
-        "heap-buffer-overflow",
+        "out of bounds at",
         "norm_rows.cuh",
         "if (vector < vectors) body",
         "if (vector < vectors + PLANTED) body",
@@ -249,49 +217,17 @@ FAULTS = {
 NUMBERS = {name: number for number, name in enumerate(FAULTS, 1)}
 
 
-def of_variant(variant: str) -> list[str]:
-    """The names of the faults that a variant shows."""
-    return [name for name, fault in FAULTS.items() if fault.variant == variant]
-
-
-def changed_files(names: Iterable[str]) -> dict[str, str]:
-    """The text of each file in which these faults are planted."""
+def changed_files() -> dict[str, str]:
+    """The text of each file in which faults are planted."""
     files: dict[str, str] = {}
     # What is right of one may be a part of what is right of another.
-    for name in sorted(names, key=lambda name: len(FAULTS[name].right), reverse=True):
+    for name in sorted(FAULTS, key=lambda name: len(FAULTS[name].right), reverse=True):
         fault = FAULTS[name]
         text = files.get(fault.file) or (ROOT / "csrc/cuda" / fault.file).read_text()
         assert text.count(fault.right) == 1, (fault.file, fault.right)
         asked_for = f"(planted_fault == {NUMBERS[name]})"
         files[fault.file] = text.replace(fault.right, re.sub(r"\bPLANTED\b", asked_for, fault.wrong))
     return files
-
-
-def build_planted(build: Path, folder: Path, variant: str) -> None:
-    """Makes `folder/drive`, the variant's driver with all of its faults; `build` has what it is otherwise made of."""
-    files = changed_files(of_variant(variant))
-    changed = folder / "csrc/cuda"
-    changed.mkdir(parents=True)
-    for file, text in files.items():
-        (changed / file).write_text(text)
-    (folder / "planted.h").write_text(DECLARATION)
-    listing = [tool("ninja"), "-t", "commands", f"drive_{variant}"]
-    commands = subprocess.run(listing, cwd=build, capture_output=True, text=True, check=True).stdout.splitlines()
-    objects = {}
-    for unit in sorted({FAULTS[name].unit for name in of_variant(variant)}):
-        true, faulty = f"{OBJECTS.format(variant)}/{unit}.o", str(folder / f"{unit}.o")
-        (compiling,) = (shlex.split(command) for command in commands if f"-o {true} " in command)
-        # The folder of the changed files comes before that of the right ones.
-        first = next(i for i, word in enumerate(compiling) if word.startswith("-"))
-        compiling[first:first] = ["-include", str(folder / "planted.h"), f"-I{folder / 'csrc'}"]
-        compiling[-1] = str(changed / unit) if unit in files else compiling[-1]
-        call([word.replace(true, faulty) for word in compiling if word != "--coverage"], build)
-        objects[true] = faulty
-    linking = [word for word in shlex.split(commands[-1]) if word not in (":", "&&", *objects) and word[:4] != "-Wl,"]
-    # These come before the objects that hold other copies of their templates.
-    linking[1:1] = objects.values()
-    linking[-1] = str(folder / "drive")
-    call(linking, build)
 
 
 def call(command: list[str], folder: Path) -> None:
