@@ -11,6 +11,15 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def exhaustive_but(cases: Sequence[Any], *quick: str) -> list[Any]:
+    """The cases, of which all but those with these ids are for `make test-all`."""
+    assert set(quick) <= {case.id for case in cases}
+    return [
+        case if case.id in quick else pytest.param(*case.values, id=case.id, marks=pytest.mark.exhaustive)
+        for case in cases
+    ]
+
+
 def assert_opcheck(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> None:
     """All of opcheck's utilities: schema, fake against real, autograd registration, AOT with dynamic shapes."""
     results = torch.library.opcheck(op, args)

@@ -10,6 +10,7 @@ from op_checks import (
     assert_gradcheck,
     assert_opcheck,
     assert_threads_change_no_bit,
+    exhaustive_but,
 )
 
 import evakernels
@@ -57,7 +58,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("pair", "qkv"), CASES)
+@pytest.mark.parametrize(("pair", "qkv"), exhaustive_but(CASES, "causal"))
 def test_gradcheck(pair, qkv):
     assert_gradcheck(pair[0], [qkv])
 
@@ -128,7 +129,7 @@ def test_a_batch_may_be_empty(lengths):
 
 
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize(("pair", "qkv"), CASES)
+@pytest.mark.parametrize(("pair", "qkv"), exhaustive_but(CASES, "causal"))
 def test_compiles_without_graph_break(pair, qkv, dynamic):
     assert_compiles(pair[0], [qkv.float()], dynamic)
 

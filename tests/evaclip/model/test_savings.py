@@ -209,6 +209,7 @@ def _torch_attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = No
     return _torch_attention(q.unsqueeze(1), k, v).flatten(1)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_compiled_for_captions_of_any_length() -> None:
     model = small_model(layers=1, text={"layers": 2}).train()
