@@ -9,6 +9,10 @@ from on_device import DEVICE
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPCHECK_DTYPES = [
+    torch.float32,
+    *(pytest.param(t, marks=pytest.mark.exhaustive) for t in (torch.bfloat16, torch.float64)),
+]
 
 
 def exhaustive_but(cases: Sequence[Any], *quick: str) -> list[Any]:

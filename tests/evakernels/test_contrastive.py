@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from on_device import DEVICE
 from op_checks import (
     DTYPES,
+    OPCHECK_DTYPES,
     assert_as_accurate_as_torch,
     assert_compiles,
     assert_deterministic,
@@ -220,7 +221,7 @@ def test_two_runs_are_bit_equal(pair, inputs):
     assert_deterministic(pair[0], [t.float() for t in inputs])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
 def test_opcheck(dtype):
     inputs = [t.to(dtype).requires_grad_() for t in (randn(3, 4), randn(6, 4, seed=1), scalar(2.0), scalar(-1.0))]
     assert_opcheck(OPS.contrastive_forward.default, (*inputs[:3], OFFSET))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from on_device import DEVICE
 from op_checks import (
     DTYPES,
+    OPCHECK_DTYPES,
     assert_as_accurate_as_torch,
     assert_compiles,
     assert_deterministic,
@@ -129,7 +130,7 @@ def test_no_columns(kind):
 
 
 @pytest.mark.parametrize("rms", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
 def test_opcheck(dtype, rms):
     x, branch = (randn(2, 3, 8, seed=s).to(dtype).requires_grad_() for s in (0, 1))
     weight, bias, layer_scale = (randn(8, seed=s).to(dtype).requires_grad_() for s in (2, 3, 4))

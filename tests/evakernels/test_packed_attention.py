@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from on_device import COMPILED, DEVICE
 from op_checks import (
     DTYPES,
+    OPCHECK_DTYPES,
     assert_as_accurate_as_torch,
     assert_compiles,
     assert_deterministic,
@@ -139,7 +140,7 @@ def test_two_runs_are_bit_equal(pair, qkv):
     assert_deterministic(pair[0], [qkv.bfloat16()])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
 def test_opcheck(dtype):
     lengths = LENGTHS["several"]
     qkv = packed(lengths).to(dtype)

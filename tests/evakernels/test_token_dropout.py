@@ -6,6 +6,7 @@ import torch
 from on_device import DEVICE
 from op_checks import (
     DTYPES,
+    OPCHECK_DTYPES,
     assert_as_accurate_as_torch,
     assert_compiles,
     assert_deterministic,
@@ -83,7 +84,7 @@ def test_two_runs_are_bit_equal(token_index, inputs):
     assert_deterministic(pair(token_index)[0], [None if t is None else t.bfloat16() for t in inputs])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
 @pytest.mark.parametrize(("token_index", "inputs"), exhaustive_but(CASES, "dropped-prefix-pos_embed", "plain"))
 def test_opcheck(token_index, inputs, dtype):
     patches, prefix, pos_embed = (None if t is None else t.to(dtype).requires_grad_() for t in inputs)

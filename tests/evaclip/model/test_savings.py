@@ -80,6 +80,7 @@ def test_results_are_equal(saving: str, name: str, drop: bool) -> None:
     _assert_equal(name, SAVINGS[saving], torch.float32, drop=drop, tolerance=2e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["B-drop-path", "E", "18B"])
 @pytest.mark.parametrize("saving", SAVINGS)
 def test_results_are_equal_in_float64(saving: str, name: str) -> None:

@@ -84,7 +84,7 @@ def _index(job: Job) -> torch.Tensor | None:
 
 
 @pytest.mark.parametrize("recompute", ["none", "activations", "block"])
-@pytest.mark.parametrize("model", ["EVA02-CLIP-B-16", "EVA02-CLIP-bigE-14"])
+@pytest.mark.parametrize("model", ["EVA02-CLIP-B-16", pytest.param("EVA02-CLIP-bigE-14", marks=pytest.mark.exhaustive)])
 def test_operations_are_those_that_torch_counts(model: str, recompute: Any) -> None:
     size = 64 if model.endswith("16") else 56
     options = {**SMALL, "vision": {**SMALL["vision"], "image_size": size}}
