@@ -85,6 +85,7 @@ def test_both_share_parameters_and_agree() -> None:
     torch.testing.assert_close(op.ours(**inputs), op.eager(**inputs), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_it_compiles_without_a_break() -> None:
     op = get_operation("dropin")
     inputs = op.inputs(dropin.parse("timm/small b2"), Draw(torch.float32, CPU, torch.Generator()))

@@ -154,6 +154,7 @@ def test_compiles_without_a_graph_break(vision: dict[str, object]) -> None:
         torch.testing.assert_close(actual[name], gradient, atol=slack, rtol=0, msg=name)
 
 
+@pytest.mark.exhaustive
 def test_compiles_with_checkpointing() -> None:
     model = small_model(layers=1, text={"layers": 1}).train()
     model.set_savings(Savings(recompute="block"))

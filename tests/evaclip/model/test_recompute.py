@@ -75,14 +75,9 @@ def test_activations_repeats_the_projections_alone(vision: dict[str, Any]) -> No
     assert counts["activations"][forward] == counts["none"][forward] == 3
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "vision",
-    [
-        {"patch_dropout": 0.5, "layers": 2},
-        pytest.param({**E, "drop_path": 0.2, "layers": 2}, marks=pytest.mark.exhaustive),
-    ],
-)
+@pytest.mark.parametrize("vision", [{"patch_dropout": 0.5, "layers": 2}, {**E, "drop_path": 0.2, "layers": 2}])
 def test_compiles_without_a_graph_break(vision: dict[str, Any]) -> None:
     model = small_model(**vision, text={"layers": 1}).train()
     model.set_savings(Savings(recompute="activations"))
