@@ -186,6 +186,15 @@ def test_towers_refuse_dropped_patches(name: str) -> None:
         draw(get_operation(name), parse_shape("tiny b1 drop50"))
 
 
+@pytest.mark.parametrize("name", MODEL_OPERATIONS)
+def test_the_default_models_are_those_that_open_clip_has(name: str) -> None:
+    op = get_operation(name)
+    for shape in map(parse_shape, {*op.shapes["cpu"], *op.shapes["cuda"]}):
+        models.check_comparable(shape)
+    with pytest.raises(UserError, match=r"'emoji@48 b1': .* pools by mean and has 8,192; expected another model"):
+        draw(op, parse_shape("emoji@48 b1"))
+
+
 def test_whole_models_are_known_by_name() -> None:
     assert set(MODEL_OPERATIONS) <= set(operations())
     assert all(get_operation(name).registered is None for name in MODEL_OPERATIONS)

@@ -334,6 +334,7 @@ def test_both_attentions_have_the_same_peers(name: str) -> None:
     assert [peer.name for peer in peers_of(name) if peer.name != "timm"] == expected
 
 
+@pytest.mark.exhaustive
 def test_the_rotation_in_front_of_a_peer_is_fused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first argument tells that it lies on a GPU; what torch.compile is given makes of it what is expected."""
     compiled = []

@@ -13,6 +13,10 @@ from benchmarks.results import read_results
 from evaclip.errors import UserError
 
 CPU = torch.device("cpu")
+QUICK = "timm/vit-b"
+each_model = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == QUICK else pytest.mark.exhaustive) for name in dropin.MODELS]
+)
 
 
 def small(device: torch.device) -> nn.Module:
@@ -32,7 +36,7 @@ def _small_model(monkeypatch: pytest.MonkeyPatch) -> None:
     dropin._pair.cache_clear()
 
 
-@pytest.mark.parametrize("name", [name for name in dropin.MODELS if name != "timm/small"])
+@each_model
 def test_models_exist_and_are_those_that_are_meant(name: str) -> None:
     """FLOPs of one sample, in 1e9, as their authors give them (a multiply-add as two)."""
     flops, parameters = dropin._counted(name)
@@ -49,7 +53,7 @@ def test_models_exist_and_are_those_that_are_meant(name: str) -> None:
     assert (flops / 1e9, parameters / 1e6) == pytest.approx(expected, rel=0.03)
 
 
-@pytest.mark.parametrize("name", [name for name in dropin.MODELS if name != "timm/small"])
+@each_model
 def test_all_parameters_are_trained(name: str) -> None:
     model, pixels = dropin.MODELS[name], dropin._PIXELS.get(name, 224)
     with torch.device("meta"):
@@ -81,6 +85,7 @@ def test_both_share_parameters_and_agree() -> None:
     torch.testing.assert_close(op.ours(**inputs), op.eager(**inputs), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_it_compiles_without_a_break() -> None:
     op = get_operation("dropin")
     inputs = op.inputs(dropin.parse("timm/small b2"), Draw(torch.float32, CPU, torch.Generator()))

@@ -169,8 +169,9 @@ def test_each_disaster_costs_its_own_case_alone(stages: Callable[..., dict[str, 
     assert "| disasters | 4 | 2 | 4 | 1 |" in journal_of(tmp_path).with_suffix(".summary.md").read_text()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_ended_is_resumed(
     stages: Callable[..., dict[str, str]], tmp_path: Path, number: signal.Signals
 ) -> None:

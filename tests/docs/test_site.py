@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 PUBLIC = ("evakernels", "evakernels.nn", "evakernels.optim", "evakernels.compat.apex", "evaclip", "evaclip.data")
 
 pytestmark = [
+    pytest.mark.exhaustive,
     pytest.mark.xdist_group("site"),
     pytest.mark.skipif(
         find_spec("mkdocs") is None or find_spec("mkdocstrings") is None,

@@ -9,6 +9,19 @@ from on_device import DEVICE
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPCHECK_DTYPES = [
+    torch.float32,
+    *(pytest.param(t, marks=pytest.mark.exhaustive) for t in (torch.bfloat16, torch.float64)),
+]
+
+
+def exhaustive_but(cases: Sequence[Any], *quick: str) -> list[Any]:
+    """The cases, of which all but those with these ids are for `make test-all`."""
+    assert set(quick) <= {case.id for case in cases}
+    return [
+        case if case.id in quick else pytest.param(*case.values, id=case.id, marks=pytest.mark.exhaustive)
+        for case in cases
+    ]
 
 
 def assert_opcheck(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> None:

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from on_device import DEVICE
 from op_checks import (
     DTYPES,
+    OPCHECK_DTYPES,
     assert_as_accurate_as_torch,
     assert_compiles,
     assert_deterministic,
@@ -58,7 +59,7 @@ def test_compiles_without_graph_break(bias, approximate, dynamic):
 
 
 @BIAS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
 def test_opcheck(bias, dtype):
     x, b = (None if t is None else t.to(dtype).requires_grad_() for t in inputs(bias))
     assert_opcheck(OPS.gelu_forward.default, (x, b, False))

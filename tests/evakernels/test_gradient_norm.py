@@ -1,6 +1,10 @@
 import pytest
 import torch
-from op_checks import DTYPES, assert_opcheck
+from op_checks import (
+    DTYPES,
+    OPCHECK_DTYPES,
+    assert_opcheck,
+)
 from optimizer_checks import SIZES, lists
 
 import evakernels
@@ -57,7 +61,7 @@ def test_what_is_not_finite_is_not_lost(value):
     assert not evakernels.gradient_norm(grads).isfinite()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
 def test_opcheck(dtype):
     assert_opcheck(NORM, (gradients(dtype, [3, 0, 5]),))
 

@@ -285,8 +285,8 @@ def test_a_step_is_seen_by_a_graph_that_saved_the_parameter():
         loss.backward()
 
 
-@pytest.mark.parametrize("nvlamb", [True, False])
-@pytest.mark.parametrize("flagged", [True, False])
+@pytest.mark.parametrize("nvlamb", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("flagged", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_opcheck(nvlamb, flagged):
     params, grads = tensors(0, torch.float32), tensors(1, torch.bfloat16)
     moments = [[torch.rand(p.shape, dtype=torch.bfloat16) for p in params] for _ in range(2)]

@@ -6,11 +6,13 @@ import torch.nn.functional as F
 from on_device import DEVICE
 from op_checks import (
     DTYPES,
+    OPCHECK_DTYPES,
     assert_as_accurate_as_torch,
     assert_compiles,
     assert_deterministic,
     assert_gradcheck,
     assert_opcheck,
+    exhaustive_but,
     with_gradients,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -91,6 +93,10 @@ def cases():
 
 
 CASES = [pytest.param(pair, inputs, id=name) for name, pair, inputs in cases()]
+# Each form with all optional arguments of one norm, and with none of the other.
+COMPILED = ("plain-layer-True", "plain-rms-False")
+COMPILED += ("add_then_norm-layer-True-True", "add_then_norm-rms-False-False")
+COMPILED += ("norm_then_add-layer-False-False", "norm_then_add-rms-True-True")
 
 
 @pytest.mark.parametrize(("pair", "inputs"), CASES)
@@ -105,7 +111,7 @@ def test_as_accurate_as_torch(pair, inputs, dtype):
 
 
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize(("pair", "inputs"), CASES)
+@pytest.mark.parametrize(("pair", "inputs"), exhaustive_but(CASES, *COMPILED))
 def test_compiles_without_graph_break(pair, inputs, dynamic):
     assert_compiles(pair[0], inputs, dynamic)
 
@@ -124,7 +130,7 @@ def test_no_columns(kind):
 
 
 @pytest.mark.parametrize("rms", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
 def test_opcheck(dtype, rms):
     x, branch = (randn(2, 3, 8, seed=s).to(dtype).requires_grad_() for s in (0, 1))
     weight, bias, layer_scale = (randn(8, seed=s).to(dtype).requires_grad_() for s in (2, 3, 4))

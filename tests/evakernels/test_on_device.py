@@ -64,6 +64,7 @@ def tests(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.exhaustive
 def test_all_that_a_test_makes_is_on_the_device(tests: Path) -> None:
     found = outcomes(tests, "--device", "meta", "-k", "not refus")
     moved = ("what_a_test_makes_is_moved", "a_device_that_is_given_holds", "what_others_make_stays", "served")
@@ -80,6 +81,7 @@ def test_what_a_backend_refuses_is_skipped_and_only_that(tests: Path) -> None:
     assert "float64 is not one of" in found[""]
 
 
+@pytest.mark.exhaustive
 def test_a_backend_that_serves_nothing_fails_the_tests(tests: Path) -> None:
     found = outcomes(tests, "--backend", "cuda", "-k", "served")
     assert found["test_served"] == "FAILED", found[""]

@@ -4,12 +4,14 @@ import torch.nn.functional as F
 from on_device import COMPILED, DEVICE
 from op_checks import (
     DTYPES,
+    OPCHECK_DTYPES,
     assert_as_accurate_as_torch,
     assert_compiles,
     assert_deterministic,
     assert_gradcheck,
     assert_opcheck,
     assert_threads_change_no_bit,
+    exhaustive_but,
 )
 
 import evakernels
@@ -57,7 +59,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("pair", "qkv"), CASES)
+@pytest.mark.parametrize(("pair", "qkv"), exhaustive_but(CASES, "causal"))
 def test_gradcheck(pair, qkv):
     assert_gradcheck(pair[0], [qkv])
 
@@ -128,7 +130,7 @@ def test_a_batch_may_be_empty(lengths):
 
 
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize(("pair", "qkv"), CASES)
+@pytest.mark.parametrize(("pair", "qkv"), exhaustive_but(CASES, "causal"))
 def test_compiles_without_graph_break(pair, qkv, dynamic):
     assert_compiles(pair[0], [qkv.float()], dynamic)
 
@@ -138,7 +140,7 @@ def test_two_runs_are_bit_equal(pair, qkv):
     assert_deterministic(pair[0], [qkv.bfloat16()])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
 def test_opcheck(dtype):
     lengths = LENGTHS["several"]
     qkv = packed(lengths).to(dtype)

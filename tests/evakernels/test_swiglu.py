@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from on_device import DEVICE
 from op_checks import (
     DTYPES,
+    OPCHECK_DTYPES,
     assert_as_accurate_as_torch,
     assert_compiles,
     assert_deterministic,
@@ -73,7 +74,7 @@ def test_two_runs_are_bit_equal(inputs):
     assert_deterministic(ours, [None if t is None else t.bfloat16() for t in inputs])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
 @pytest.mark.parametrize("inputs", CASES)
 def test_opcheck(inputs, dtype):
     gate, up, weight, bias = (None if t is None else t.to(dtype).requires_grad_() for t in inputs)

@@ -43,7 +43,7 @@ def _same(name: str, layers: int | None) -> CLIPConfig:
         ("EVA02-L-14", 2),
         ("EVA02-L-14-336", 1),
         ("EVA01-g-14", 2),
-        pytest.param("EVA02-E-14", 2, marks=pytest.mark.slow),
+        pytest.param("EVA02-E-14", 2, marks=[pytest.mark.slow, pytest.mark.exhaustive]),
     ],
 )
 def test_features_equal_those_of_open_clip(name: str, layers: int | None, monkeypatch: pytest.MonkeyPatch) -> None:

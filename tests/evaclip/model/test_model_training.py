@@ -133,7 +133,13 @@ def test_models_with_and_without_rope_do_not_disturb_each_other() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("vision", [{"patch_dropout": 0.5}, {**NO_ROPE, "post_norm": True, "drop_path": 0.2}])
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {"patch_dropout": 0.5},
+        pytest.param({**NO_ROPE, "post_norm": True, "drop_path": 0.2}, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_compiles_without_a_graph_break(vision: dict[str, object]) -> None:
     model = small_model(**vision, layers=2, text={"layers": 1}).train()
     images, tokens = random_images(2), random_tokens(2)
@@ -148,6 +154,7 @@ def test_compiles_without_a_graph_break(vision: dict[str, object]) -> None:
         torch.testing.assert_close(actual[name], gradient, atol=slack, rtol=0, msg=name)
 
 
+@pytest.mark.exhaustive
 def test_compiles_with_checkpointing() -> None:
     model = small_model(layers=1, text={"layers": 1}).train()
     model.set_savings(Savings(recompute="block"))

@@ -75,6 +75,7 @@ def test_activations_repeats_the_projections_alone(vision: dict[str, Any]) -> No
     assert counts["activations"][forward] == counts["none"][forward] == 3
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("vision", [{"patch_dropout": 0.5, "layers": 2}, {**E, "drop_path": 0.2, "layers": 2}])
 def test_compiles_without_a_graph_break(vision: dict[str, Any]) -> None:

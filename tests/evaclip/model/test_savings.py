@@ -80,6 +80,7 @@ def test_results_are_equal(saving: str, name: str, drop: bool) -> None:
     _assert_equal(name, SAVINGS[saving], torch.float32, drop=drop, tolerance=2e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["B-drop-path", "E", "18B"])
 @pytest.mark.parametrize("saving", SAVINGS)
 def test_results_are_equal_in_float64(saving: str, name: str) -> None:
@@ -209,6 +210,7 @@ def _torch_attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = No
     return _torch_attention(q.unsqueeze(1), k, v).flatten(1)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_compiled_for_captions_of_any_length() -> None:
     model = small_model(layers=1, text={"layers": 2}).train()

@@ -101,11 +101,16 @@ def _with_room(bytes_of_a_parameter: int) -> Gpu:
 SMALL, TOO_SMALL = _with_room(15), _with_room(5)
 
 
+# Hundreds of jobs are traced to find those that fit.
+searched = pytest.mark.exhaustive
+
+
 @pytest.fixture(scope="module")
 def found() -> Fit:
     return fit(JOB, SMALL)
 
 
+@searched
 def test_the_largest_batch_fits_and_no_larger(found: Fit) -> None:
     assert found.largest is not None
     assert found.largest.fits
@@ -119,6 +124,7 @@ def test_nothing_fits_a_gpu_that_is_too_small() -> None:
     assert smallest(replace(JOB, gpus=1, mode="replicate"), TOO_SMALL) is None
 
 
+@searched
 def test_policies_use_as_few_chunks_as_fit(found: Fit) -> None:
     assert [option.job.savings.recompute for option in found.options] == ["none", "activations", "block"]
     assert max(option.job.accumulation for option in found.options) > 1
@@ -130,6 +136,7 @@ def test_policies_use_as_few_chunks_as_fit(found: Fit) -> None:
             assert before.peak.total > room(SMALL)
 
 
+@searched
 def test_the_cheapest_and_the_smallest(found: Fit) -> None:
     fitting = [option for option in found.options if option.fits]
     assert found.cheapest is not None

@@ -39,6 +39,7 @@ def losses(folder: Path) -> list[float]:
     return [record["loss"] for record in read_log(folder / "log.jsonl") if "loss" in record]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_losses_are_those_of_eager_blocks(without_code: None, run_config: Callable[..., TrainConfig]) -> None:
     eager = train(run_config(*COMMON, "name=eager"))

@@ -55,7 +55,7 @@ def _sample(number: int) -> tuple[str, dict[str, bytes]]:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("processes")
-@pytest.mark.parametrize("loss", ["clip", "siglip"])
+@pytest.mark.parametrize("loss", [pytest.param("clip", marks=pytest.mark.exhaustive), "siglip"])
 def test_two_processes_equal_one(loss: str, run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     data = {"clip": "synthetic", "siglip": uneven_shards(tmp_path / "shards")}[loss]
     common = [

@@ -85,6 +85,7 @@ def test_other_numbers_of_processes_go_on(run_config: Callable[..., TrainConfig]
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.xdist_group("processes")
 def test_sixteen_bits(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     """The first losses are those of one process but for rounding; parameters have the dtype that they should."""

@@ -101,6 +101,7 @@ def _process(rank, store, failures):
         dist.destroy_process_group()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.xdist_group("processes")
 def test_every_exchange_between_processes(tmp_path):
     # Forked from a process that has imported what they need.

@@ -190,7 +190,7 @@ def test_under_autocast_the_result_is_that_of_the_untouched_model(name):
 TRACED = ("eva02", "clip")
 
 
-@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("name", ["eva02", pytest.param("clip", marks=pytest.mark.exhaustive)])
 def test_it_compiles_without_a_graph_break(name):
     torch._dynamo.reset()
     family, model, _ = _pair(name)
@@ -200,7 +200,9 @@ def test_it_compiles_without_a_graph_break(name):
         _close(run(family, compiled, 1), run(family, model, 1))
 
 
-@every_kind
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in TRACED else pytest.mark.exhaustive) for name in KINDS]
+)
 def test_its_training_compiles_without_a_graph_break(name):
     torch._dynamo.reset()
     family, model, _ = _pair(name)
@@ -286,7 +288,9 @@ def _whole(tensor):
 
 
 @every_kind
-@pytest.mark.parametrize("whole_blocks", [True, False], ids=["blocks", "every module"])
+@pytest.mark.parametrize(
+    "whole_blocks", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["blocks", "every module"]
+)
 @pytest.mark.parametrize("first", ["shard", "accelerate"])
 def test_fsdp2_before_and_after(name, whole_blocks, first, one_process):
     family, _, untouched = _pair(name)
