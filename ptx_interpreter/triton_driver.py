@@ -14,7 +14,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from ptx_interpreter import GlobalMemory, Kernel, Module, launch
+from ptx_interpreter import GlobalMemory, Kernel, Module, Report, launch
 
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """What a block may have, by compute capability times ten (CUDA C++ Programming Guide, technical specifications)."""
@@ -44,6 +44,7 @@ class Driver:
     Attributes:
         launches: how many there were.
         lines: how many instructions of threads each line of a source file took, by file and line.
+        reports: of all launches, if it is set to a list.
     """
 
     def __init__(self, capability: int, **options: bool) -> None:
@@ -51,6 +52,7 @@ class Driver:
         self.utils = self
         self.launches = 0
         self.lines: Counter[tuple[str, int]] = Counter()
+        self.reports: list[Report] | None = None
         self._options = options
         self._memory = GlobalMemory()
         self._memory.anywhere = not self._memory.follow_allocations()
@@ -102,6 +104,8 @@ class Driver:
         report = launch(kernel, grid, (threads,), params, self._memory, shared, check=False, **self._options)
         self.launches += 1
         self.lines.update(report.lines())
+        if self.reports is not None:
+            self.reports.append(report)
         if report.faults:
             raise RuntimeError("\n".join(map(str, report.faults)))
 
