@@ -60,9 +60,3 @@ link_with_torch(ops_audit)
 add_python_module(csrc/cpu/isa.cpp ${objects})
 set_target_properties(_C PROPERTIES LIBRARY_OUTPUT_DIRECTORY audit)
 target_compile_definitions(_C PRIVATE EVAKERNELS_CUDA EVAKERNELS_EMULATED)
-
-# Requests that are known, for tests of what counts them.
-add_library(audit_patterns MODULE ${EMULATOR}/audit_patterns.cpp $<TARGET_OBJECTS:emulator_audit>)
-target_include_directories(audit_patterns PRIVATE csrc ${EMULATOR})
-target_compile_options(audit_patterns PRIVATE -Wall -Wextra ${WATCH_thread})
-set_target_properties(audit_patterns PROPERTIES PREFIX "" LIBRARY_OUTPUT_DIRECTORY audit)
