@@ -109,7 +109,7 @@ class Body:
         self.meeting_size = 4 * WARP if grouped else WARP
 
     def _read(self, statement: str, line: tuple[int, int]) -> None:
-        while match := _LABEL.match(statement):
+        while ":" in statement and (match := _LABEL.match(statement)):
             self._begin_block()
             self._labels[match[1]] = len(self.blocks) - 1
             statement = statement[match.end() :]
@@ -219,11 +219,12 @@ def _statements(text: str, first_line: int) -> Iterator[tuple[str, tuple[int, in
         *complete, rest = (pending + line).split(";")
         for statement in complete:
             yield _bare(statement), where
-        rest = _bare(rest)
-        if rest.endswith(":"):
-            yield rest, where
-            rest = ""
-        pending = rest + " " if rest and not _IGNORED.match(rest) else ""
+        pending = ""
+        if rest and (rest := _bare(rest)):
+            if rest.endswith(":"):
+                yield rest, where
+            elif not _IGNORED.match(rest):
+                pending = rest + " "
 
 
 def _bare(statement: str) -> str:
@@ -289,9 +290,7 @@ def _lasting(blocks: list[Block]) -> set[str]:
                 use |= bits.setdefault(name, 1 << len(bits)) & ~kill
             for name in instruction.writes:
                 bit = bits.setdefault(name, 1 << len(bits))
-                if instruction.guard:  # the other lanes keep what they have
-                    use |= bit & ~kill
-                else:
+                if not instruction.guard:  # else other lanes keep what they have
                     kill |= bit
         used.append(use)
         killed.append(kill)

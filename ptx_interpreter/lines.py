@@ -13,7 +13,7 @@ def lines_of(ptx: str) -> set[tuple[str, int]]:
     place = None
     for line in ptx.splitlines():
         if at := PLACE.match(line):
-            place = files[at[1]], int(at[2])
+            place = (files[at[1]], int(at[2])) if at[2] != "0" else place
         elif place and INSTRUCTION.match(line):
             found.add(place)
         elif line.startswith("}"):

@@ -25,6 +25,9 @@ from .watch import Watch
 MOST_VISITS = 5_000_000
 """Of blocks of instructions by one machine; who needs more is taken to wait for ever."""
 
+BYTES_OF_STEP = 2048
+"""About what Python's objects for one take."""
+
 Masks = dict[int, Array]
 """Which lanes are at a block of instructions, by its number."""
 
@@ -76,7 +79,9 @@ class Machine:
 
     @property
     def size(self) -> int:
-        return self.registers.bytes + len(self.shared.bytes) + 8 * 3 * len(self.shared.writer)
+        """In bytes, about."""
+        steps = sum(len(code.for_all) for code in self._code.values())
+        return self.registers.bytes + len(self.shared.bytes) + 8 * 3 * len(self.shared.writer) + BYTES_OF_STEP * steps
 
     # --- faults --------------------------------------------------------------------------------------------------
 
@@ -242,13 +247,14 @@ class ReadyBlock:
         """Registers that nobody reads after this block get their vector where they are first written."""
         last_use = {name: n for n, i in enumerate(self.instructions) for name in (*i.reads, *i.writes)}
         ending = defaultdict(list)
-        kept = machine.body.lasting | {self.last.guard} | machine.body.constants.keys()
-        for name in last_use.keys() - kept:
-            ending[last_use[name]].append(name)
-            machine.registers.passing.add(name)
+        lasting, constants = machine.body.lasting, machine.body.constants
+        for name, n in last_use.items():
+            if name not in lasting and name not in constants and name != self.last.guard:
+                ending[n].append(name)
+                machine.registers.passing.add(name)
         made = []
         for n, instruction in enumerate(self.instructions):
-            if machine.body.constants.keys().isdisjoint(instruction.writes):
+            if instruction.op != "mov" or constants.keys().isdisjoint(instruction.writes):
                 made.append((instruction, _guarded(machine, instruction)))
             for name in ending[n]:
                 machine.registers.give_back(name)

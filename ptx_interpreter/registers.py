@@ -7,7 +7,7 @@ import numpy as np
 
 from .body import Body, immediate
 from .rounding import Fma32
-from .types import DTYPES, SIZES, WARP, Array, Unsupported, Value, unsigned
+from .types import SIZES, TYPES, WARP, Array, Unsupported, Value, unsigned
 
 Dim3 = tuple[int, int, int]
 MASKS_OF_LANES = ("eq", "lt", "le", "gt", "ge")
@@ -39,7 +39,7 @@ class Registers:
             declared = self.body.type_of(name)
             if declared is None:
                 raise Unsupported(f"{name}, which is no register,")
-            dtype = np.dtype(np.bool_ if declared == "pred" else DTYPES[unsigned(SIZES[declared])])
+            dtype = TYPES["pred" if declared == "pred" else unsigned(SIZES[declared])]
             pool = self._pool[dtype] if name in self.passing else None
             if pool:
                 found = pool.pop()
@@ -90,15 +90,17 @@ class Registers:
 
     def source(self, name: Any, kind: str) -> Value:
         """An operand as a vector of this type, or as one number of it."""
-        dtype = np.dtype(DTYPES[kind])
+        dtype = TYPES[kind]
         if name in self.body.constants:
             text, told = self.body.constants[name]
-            bits = np.atleast_1d(self._literal(text, np.dtype(DTYPES[told])))
+            bits = np.atleast_1d(self._literal(text, TYPES[told]))
             if bits.itemsize < dtype.itemsize:
                 raise Unsupported(f"{name} as {kind}")
             return bits.view(dtype)[0]
         if self.body.type_of(name):
             vector = self.vector(name)
+            if vector.dtype == dtype:
+                return vector
             if vector.itemsize < dtype.itemsize or (kind == "pred") != (vector.dtype == np.bool_):
                 raise Unsupported(f"{name} as {kind}")
             return vector.view(dtype)[:: vector.itemsize // dtype.itemsize]
@@ -125,7 +127,7 @@ class Registers:
         """Where a result of this type goes, which a wider register takes extended; None for `_`."""
         if name == "_":
             return None
-        vector, dtype = self.vector(name), np.dtype(DTYPES[kind])
+        vector, dtype = self.vector(name), TYPES[kind]
         if vector.itemsize < dtype.itemsize or (kind == "pred") != (vector.dtype == np.bool_):
             raise Unsupported(f"{kind} into {name}")
         if vector.itemsize == dtype.itemsize:

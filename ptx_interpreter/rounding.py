@@ -28,6 +28,11 @@ def to_bf16(x: Value) -> Array:
     return np.where(nan, NAN16, rounded) if np.any(nan) else rounded
 
 
+def from_f16(bits: Value) -> Array:
+    """float32 of the bits of float16."""
+    return np.asarray(bits, np.uint16).view(np.float16).astype(np.float32)
+
+
 def to_f16(x: Value) -> Array:
     """The bits of float16, rounded to nearest even."""
     rounded = np.asarray(x, np.float32).astype(np.float16).view(np.uint16)
@@ -101,6 +106,17 @@ def fma32(a: Value, b: Value, c: Value, mode: str = "rn") -> Array:
     product = np.atleast_1d(np.multiply(a, b, dtype=np.float64))
     total = product + c
     return rounded(to_odd(total, error_of_sum(product, c, total)), np.float32, mode)
+
+
+def fma_to_odd(a: Value, b: Value, c: Value) -> Array:
+    """a * b + c of float32, rounded to the neighbour with an odd last bit: who rounds it to 16 bits gets what one
+    rounding gives."""
+    product = np.atleast_1d(np.multiply(a, b, dtype=np.float64))
+    total = product + c
+    exact = to_odd(total, error_of_sum(product, c, total))
+    shorter = rounded(exact, np.float32, "rz")
+    odd: Array = shorter.view(np.uint32) | (shorter != exact)
+    return odd.view(np.float32)
 
 
 class Underflow:

@@ -6,7 +6,6 @@
 Only kernels that this process hasn't launched before on another driver are compiled for this one.
 """
 
-from collections import Counter
 from typing import Any, Self
 
 import numpy as np
@@ -43,7 +42,6 @@ class Driver:
 
     Attributes:
         launches: how many there were.
-        lines: how many instructions of threads each line of a source file took, by file and line.
         reports: of all launches, if it is set to a list.
     """
 
@@ -51,7 +49,6 @@ class Driver:
         self.target = GPUTarget("cuda", capability, WARP)
         self.utils = self
         self.launches = 0
-        self.lines: Counter[tuple[str, int]] = Counter()
         self.reports: list[Report] | None = None
         self._options = options
         self._memory = GlobalMemory()
@@ -103,7 +100,6 @@ class Driver:
     def _launch(self, kernel: Kernel, grid: tuple[int, int, int], threads: int, params: bytes, shared: int) -> None:
         report = launch(kernel, grid, (threads,), params, self._memory, shared, check=False, **self._options)
         self.launches += 1
-        self.lines.update(report.lines())
         if self.reports is not None:
             self.reports.append(report)
         if report.faults:

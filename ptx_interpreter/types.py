@@ -27,6 +27,7 @@ DTYPES: dict[str, Any] = {
     "f32": np.float32,
     "f64": np.float64,
 }
+TYPES = {name: np.dtype(dtype) for name, dtype in DTYPES.items()}
 SIZES = {name: np.dtype(dtype).itemsize for name, dtype in DTYPES.items()}
 
 CARRIERS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}

@@ -33,8 +33,11 @@ def load_channels(pointer, channel, WIDTH: tl.constexpr):
 
 @triton.jit
 def product(a, b):
-    """Rounded, as the compiler fuses it with no sum. For what a mean is taken of and from: in a row of few elements
-    these cancel, and the norm's scale makes what is left large."""
+    """Rounded, and fused with no sum.
+
+    For what is summed over a row, where lanes would have different sums if the first step of theirs were fused; and for
+    what a mean is taken from: in a row of few elements the two cancel, and the norm's scale makes what is left large.
+    """
     return tl.fma(a, b, 0.0)
 
 

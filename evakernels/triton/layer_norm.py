@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from evakernels.triton._launch import dense, on_device_of, persistent_programs, rows_of, too_wide
-from evakernels.triton._rows import load_channels, load_tile, row_mean, store_partial_sum, store_tile, tile_at
+from evakernels.triton._rows import load_channels, load_tile, product, row_mean, store_partial_sum, store_tile, tile_at
 from evakernels.tuning import config
 
 MAX_WIDTH = 1 << 13
@@ -62,7 +62,7 @@ def forward_kernel(
         centre = row_mean(values, WIDTH)
         tl.store(mean + row, centre, mask=exists)
         values = tl.where(inside, values - centre, 0.0)
-    scale = 1.0 / tl.sqrt(row_mean(values * values, WIDTH) + eps)
+    scale = 1.0 / tl.sqrt(row_mean(product(values, values), WIDTH) + eps)
     tl.store(rstd + row, scale, mask=exists)
     values *= scale
     if weight is not None:
@@ -131,7 +131,7 @@ def backward_kernel(
             weights = load_channels(weight, channel, WIDTH)
         if SCALE_NORMED:
             if row_scale is not None:
-                d *= sample_scale
+                d = product(d, sample_scale)
             if layer_scale is not None:
                 result = normed
                 if weight is not None:
@@ -139,15 +139,19 @@ def backward_kernel(
                 if bias is not None:
                     result += load_channels(bias, channel, WIDTH)
                 scale_sum += d * result
-                d *= load_channels(layer_scale, channel, WIDTH)
+                d = product(d, load_channels(layer_scale, channel, WIDTH))
         if dbias is not None:
             bias_sum += d
         if weight is not None:
             weight_sum += d * normed
+            # For the sums alone: kernels that hold d itself rounded spill registers.
+            rounded = product(d, weights)
             d *= weights
-        along = row_mean(d * normed, WIDTH)
+        else:
+            rounded = d
+        along = row_mean(product(rounded, normed), WIDTH)
         if mean is not None:
-            d -= row_mean(d, WIDTH)
+            d -= row_mean(rounded, WIDTH)
         d = (d - normed * along) * scale
         if dtotal is not None:
             d += load_tile(dtotal, row, channel, inside, WIDTH)

@@ -54,7 +54,7 @@ def forward_kernel(
     if weight is not None:
         centre = row_mean(values, WIDTH)
         values = tl.where(inside, values - centre, 0.0)
-        scale = 1.0 / tl.sqrt(row_mean(values * values, WIDTH) + eps)
+        scale = 1.0 / tl.sqrt(row_mean(product(values, values), WIDTH) + eps)
         values = values * scale * load_channels(weight, channel, WIDTH)
         if bias is not None:
             values += load_channels(bias, channel, WIDTH)
@@ -100,8 +100,8 @@ def backward_kernel(
             normed = (product(silu, u) - centre) * scale  # outside of the row d is zero
             weight_sum += d * normed
             bias_sum += d
-            d *= weights
-            d = (d - row_mean(d, WIDTH) - normed * row_mean(d * normed, WIDTH)) * scale
+            d = product(d, weights)
+            d = (d - row_mean(d, WIDTH) - normed * row_mean(product(d, normed), WIDTH)) * scale
         dsilu = sigmoid * (1.0 + g * (1.0 - sigmoid))
         store_tile(dgate, d * u * dsilu, row, channel, inside, WIDTH)
         store_tile(dup, d * silu, row, channel, inside, WIDTH)

@@ -80,9 +80,36 @@ OF_INTEGERS: dict[str, Any] = {
 }
 
 
+HALVES = {"bf16": (rounding.from_bf16, rounding.to_bf16), "f16": (rounding.from_f16, rounding.to_f16)}
+
+
+def _of_halves(name: str, function: Any, *sources: Value) -> Value:
+    """Of 16 bits. float32 has twice as many digits and two more, so that to round its sum again changes nothing."""
+    widen, narrow = HALVES[name]
+    return narrow(function(*map(widen, sources)))
+
+
+def _of_pairs(name: str, function: Any, *sources: Value) -> Value:
+    low = _of_halves(name, function, *(source & 0xFFFF for source in sources)).astype(np.uint32)
+    high = _of_halves(name, function, *(source >> 16 for source in sources)).astype(np.uint32)
+    return low | high << np.uint32(16)
+
+
+def halved(machine: Machine, i: Instruction, function: Any) -> Step:
+    """A function of float32 on numbers of 16 bits, or on pairs of them."""
+    kind = type_of(i.mods)
+    name = kind.removesuffix("x2")
+    function = partial(_of_halves if kind == name else _of_pairs, name, function)
+    carrier = "u16" if kind == name else "u32"
+    sources = [machine.registers.source(arg, carrier) for arg in i.args[1:]]
+    return elementwise(machine.registers.target(i.args[0], carrier), function, *sources)
+
+
 def operation(machine: Machine, i: Instruction) -> Step:
     """An operation on floats or integers of one type."""
     kind = type_of(i.mods)
+    if kind.removesuffix("x2") in HALVES:
+        return halved(machine, i, OF_FLOATS[i.op])
     function = (OF_FLOATS if kind in FLOATS else OF_INTEGERS)[i.op]
     sources = [machine.registers.source(arg, kind) for arg in i.args[1:]]
     if "ftz" in i.mods:
@@ -90,7 +117,7 @@ def operation(machine: Machine, i: Instruction) -> Step:
     return elementwise(machine.registers.target(i.args[0], kind), function, *sources)
 
 
-makes("add sub", "rn f32 f64 s16 s32 s64")(operation)
+makes("add sub", "rn f32 f64 bf16 f16 bf16x2 f16x2 s16 s32 s64")(operation)
 makes("neg min max", "f32 f64 s32 u32 s64 u64")(operation)
 makes("div", "rn approx full f32 f64 s32 u32 s64 u64")(operation)
 makes("rem", "s32 u32 s64 u64")(operation)
@@ -104,9 +131,13 @@ def _flushing(function: Any, *sources: Value) -> Value:
     return rounding.flushed(function(*map(rounding.flushed, sources)))
 
 
-@makes("fma", "rn rm ftz f32 f64")
+@makes("fma", "rn rm ftz f32 f64 bf16 f16 bf16x2 f16x2")
 def fused(machine: Machine, i: Instruction) -> Step:
     kind, mode = type_of(i.mods), one_of(i, "rn rm") or "rn"
+    if kind.removesuffix("x2") in HALVES:
+        if i.mods != ("rn", kind):
+            raise Unsupported(f"the mode of {i.op}")
+        return halved(machine, i, rounding.fma_to_odd)
     target = machine.registers.target(i.args[0], kind)
     sources = [machine.registers.source(arg, kind) for arg in i.args[1:]]
     if target is None:

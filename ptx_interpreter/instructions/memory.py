@@ -58,10 +58,8 @@ def read_global(machine: Machine, access: Access, active: Active | None, address
 
 
 def read_shared(machine: Machine, access: Access, active: Active | None, addresses: Array) -> Array:
-    """Words, the first one of shared memory where nothing may be read."""
-    places, good = machine.checks.check_shared(access, active, addresses)
-    if good is not None:
-        places = np.where(good, places, 0)
+    """Words, those of other places where nothing may be read."""
+    places, _ = machine.checks.check_shared(access, active, addresses)
     words: Array = machine.shared.words[access.size].take(places >> SHIFTS[access.size], mode="clip")
     return words
 

@@ -69,7 +69,12 @@ class Factor:
     def read(self, groups: Array) -> Array:
         """[groups, rows, 16] as float32."""
         machine, lanes = self.machine, groups * GROUP
-        at = described(np.broadcast_to(self.descriptor, machine.lanes)[lanes], self.rows, self.transposed)
+        descriptors = np.broadcast_to(self.descriptor, machine.lanes)[lanes]
+        try:
+            at = described(descriptors, self.rows, self.transposed)
+        except Unsupported as error:
+            i = self.access.instruction
+            raise Unsupported(f"{error} in `{i.text}` at {machine.body.where(i.line)}") from None
         outside = (at + 2 > machine.shared.size).reshape(len(groups), -1).any(1)
         if outside.any():
             told = "a matrix descriptor leads out of shared memory"

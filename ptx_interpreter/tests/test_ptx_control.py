@@ -71,6 +71,17 @@ def test_guards():
     assert result(body) == [n if n < 20 else 7 + n for n in range(64)]
 
 
+def test_a_guard_is_for_those_who_are_there():
+    body = """
+    mov.u32 %r2, 7; setp.lt.u32 %p1, %r1, 20; and.b32 %r3, %r1, 1; setp.eq.s32 %p2, %r3, 0;
+    @%p2 bra EVEN;
+    @%p1 mov.u32 %r2, 8;
+    @!%p1 mov.u32 %r2, 9;
+    EVEN: add.s32 %r2, %r2, 0;
+    """
+    assert result(body) == [7 if n % 2 == 0 else 8 if n < 20 else 9 for n in range(64)]
+
+
 def test_a_guarded_value_of_another_block_is_kept():
     body = """
     mov.u32 %r2, 3;
@@ -200,11 +211,12 @@ def test_a_barrier_waits_for_all_warps():
     assert found.tolist() == [0] * 32 + [10] * 32
 
 
-def test_threads_that_have_ended_are_not_waited_for():
-    body = """
+@pytest.mark.parametrize("barrier", ["bar.sync 0;", "bar.warp.sync -1;"])
+def test_threads_that_have_ended_are_not_waited_for(barrier):
+    body = f"""
     setp.ge.u32 %p1, %r1, 48;
     @%p1 ret;
-    bar.sync 0;
+    {barrier}
     mov.u32 %r2, 1;
     """
     assert result(body) == [1] * 48 + [0] * 16

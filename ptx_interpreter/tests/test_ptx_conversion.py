@@ -1,5 +1,7 @@
 """Conversions between formats, against numpy in higher precision and against tables of neighbours."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from ptx_programs import apply
@@ -175,3 +177,41 @@ def test_registers_are_joined_and_divided():
     quarters = apply("mov.b64 {%h1, %h2, %h3, %h4}, %a0; mov.b64 %o, {%h4, %h3, %h2, %h1};", whole, out=np.uint64)
     parts = whole.view(np.uint16).reshape(-1, 4)[:, ::-1]
     assert (quarters == np.ascontiguousarray(parts).view(np.uint64)[:, 0]).all()
+
+
+@pytest.mark.parametrize("name", ["bf16", "f16"])
+@pytest.mark.parametrize(("op", "function"), [("add", np.add), ("sub", np.subtract)])
+def test_sums_of_16_bits_are_rounded_once(name, op, function):
+    values, bits = table(name)
+    a, b = (random.integers(0, len(bits), 1500) for _ in range(2))
+    close = np.clip(len(bits) - 1 - a + random.integers(-3000, 3000, len(a)), 0, len(bits) - 1)
+    x, y = np.concatenate([a, a]), np.concatenate([b, close])
+    x_bits, y_bits = (bits[n].astype(np.uint16) for n in (x, y))
+    # float64 holds the sum of two such numbers, or what is far from the middle of two of them.
+    expected = nearest(function(values[x], values[y]), name)
+    found = apply(f"{op}.{name} %o, %a0, %a1;", x_bits, y_bits, out=np.uint16)
+    assert (found == expected).all()
+    pairs = (n.astype(np.uint32) | n[::-1].astype(np.uint32) << 16 for n in (x_bits, y_bits))
+    both = apply(f"{op}.{name}x2 %o, %a0, %a1;", *pairs, out=np.uint32)
+    assert (both == expected.astype(np.uint32) | expected[::-1].astype(np.uint32) << 16).all()
+
+
+@pytest.mark.parametrize("name", ["bf16", "f16"])
+def test_fused_sums_of_16_bits_are_rounded_once(name):
+    """Also where the product is in the middle of two numbers and the rest decides, however small it is."""
+    values, bits = table(name)
+    ones = np.flatnonzero((values >= 1) & (values < 2))
+    tiny = np.argsort(abs(values))[1:20]
+    a, b = (random.choice(ones, 2000) for _ in range(2))
+    b[:1000] = np.searchsorted(values, 1.5)  # every other product is in the middle
+    c = np.concatenate([random.choice(tiny, 1000), random.integers(0, len(bits), 1000)])
+    exact = [Fraction(x) * Fraction(y) + Fraction(z) for x, y, z in zip(values[a], values[b], values[c], strict=True)]
+    words = [bits[n].astype(np.uint16) for n in (a, b, c)]
+    found = apply(f"fma.rn.{name} %o, %a0, %a1, %a2;", *words, out=np.uint16)
+    neighbours = np.clip(np.searchsorted(values, [float(x) for x in exact]), 1, len(values) - 2)
+    for n, (x, at) in enumerate(zip(exact, neighbours, strict=True)):
+        around = [(abs(Fraction(values[k]) - x), bits[k] % 2, int(bits[k])) for k in (at - 1, at, at + 1)]
+        assert found[n] == min(around)[2], (n, float(x))
+    pairs = [word.astype(np.uint32) | word[::-1].astype(np.uint32) << 16 for word in words]
+    both = apply(f"fma.rn.{name}x2 %o, %a0, %a1, %a2;", *pairs, out=np.uint32)
+    assert (both == found.astype(np.uint32) | found[::-1].astype(np.uint32) << 16).all()

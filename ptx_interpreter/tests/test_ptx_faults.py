@@ -1,10 +1,12 @@
 """What a kernel must not do to memory is told, with the line, the thread and what is wrong; and what it may is not."""
 
+import ctypes
+
 import numpy as np
 import pytest
 from ptx_programs import faults, kernel, run
 
-from ptx_interpreter import Faults, GlobalMemory, launch
+from ptx_interpreter import Faults, GlobalMemory, Unsupported, launch
 
 HEAD = "mov.u32 %r1, %tid.x; mul.wide.u32 %d1, %r1, 4; add.s64 %d2, %d1, %d30; shl.b32 %r3, %r1, 2;\n"
 WORDS = np.zeros(64, np.uint32)
@@ -108,9 +110,14 @@ def test_out_of_bounds_of_shared_memory():
 
 
 def test_shared_memory_that_nobody_has_written():
-    (fault,) = run(kernel(HEAD + "ld.shared.u32 %r2, [%r3+128];"), [WORDS], block=32, shared=256, check=False).faults
-    assert (fault.kind, fault.count) == ("uninitialised", 32)
-    assert "byte 128" in fault.detail
+    """It is NaN in every format, so that wrong numbers come of it too."""
+    found = np.zeros(32, np.uint32)
+    body = HEAD + "ld.shared.u32 %r2, [%r3+128]; st.global.u32 [%d2], %r2; st.shared.u32 [%r3+128], %r1;"
+    for _ in range(2):
+        (fault,) = run(kernel(body), [found], block=32, shared=256, check=False).faults
+        assert (fault.kind, fault.count) == ("uninitialised", 32)
+        assert "byte 128" in fault.detail
+        assert (found == 0xFFFFFFFF).all()
 
 
 def test_blocks_do_not_see_what_others_left():
@@ -170,11 +177,12 @@ def test_a_race_is_told_with_both_threads():
 
 
 def test_three_readers_of_different_warps():
-    """The writer is of the warp that read last; one of the others is still known."""
+    """The writer is of the warp that read last, and comes after its barrier; one of the others is still known."""
     body = """
     setp.eq.s32 %p1, %r1, 0; @%p1 st.shared.u32 [0], %r1;
     bar.sync 0;
     ld.shared.u32 %r2, [0];
+    bar.warp.sync -1;
     setp.eq.s32 %p1, %r1, 65; @%p1 st.shared.u32 [0], %r1;
     """
     assert of_body(body, block=96, shared=16, count=96) == ["race"]
@@ -198,6 +206,36 @@ def test_ldmatrix_reads_for_its_warp_at_once():
     own = "shl.b32 %r7, %r7, 4; add.s32 %r6, %r6, %r7;"
     assert of_body(body.format(own=own, distance=16), shared=1024) == []
     assert of_body(body.format(own=own, distance=512), shared=1024) == ["race"]
+
+
+WGMMA = """
+mov.u32 %r2, 0; shl.b32 %r3, %r1, 4; setp.ne.s32 %p2, %r2, 0; mov.b64 %d5, {descriptor};
+{store}
+{barrier}
+wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%f1, %f2, %f3, %f4}}, %d5, %d5, %p2, 1, 1, 0, 0;
+"""
+FILL = "st.shared.v4.u32 [%r3], {%r2, %r2, %r2, %r2};"
+ROWS = 128 >> 4 << 16 | 256 >> 4 << 32  # 8 rows of 16 bytes after the other
+
+
+@pytest.mark.parametrize(
+    ("store", "barrier", "descriptor", "wanted"),
+    [
+        (FILL, "bar.sync 0;", ROWS, []),
+        (FILL, "bar.warp.sync -1;", ROWS, ["race"]),
+        ("", "bar.sync 0;", ROWS, ["uninitialised"]),
+        (FILL, "bar.sync 0;", ROWS + (16 >> 4), ["out of bounds"]),
+    ],
+)
+def test_wgmma_reads_what_its_descriptor_tells(store, barrier, descriptor, wanted):
+    body = WGMMA.format(store=store, barrier=barrier, descriptor=descriptor)
+    assert of_body(body, block=128, shared=2048, count=128) == wanted
+
+
+def test_descriptors_with_a_base_offset_are_refused():
+    body = WGMMA.format(store=FILL, barrier="bar.sync 0;", descriptor=ROWS | 1 << 49)
+    with pytest.raises(Unsupported, match=r"a base offset in `wgmma.*` at PTX:\d+"):
+        of_body(body, block=128, shared=2048, count=128)
 
 
 COPY = """
@@ -263,3 +301,62 @@ def test_without_the_watch_only_addresses_are_checked():
     outside = kernel(HEAD + "ld.shared.u32 %r2, [%r3];")
     with pytest.raises(Faults, match="out of bounds"):
         launch(outside, (1,), (64,), params, memory, 128, watch=False)
+
+
+# --- which memory may be touched ----------------------------------------------------------------------------------
+
+
+def test_threads_may_access_several_arrays_at_once():
+    """Even ones the first array and odd ones the second; both are watched."""
+    first, second = np.zeros(64, np.uint32), np.zeros(64, np.uint32)
+    body = (
+        HEAD
+        + """
+    and.b32 %r4, %r1, 1; setp.eq.s32 %p1, %r4, 0; selp.b64 %d3, %d30, %d31, %p1; add.s64 %d2, %d3, %d1;
+    st.global.u32 [%d2], %r1;
+    """
+    )
+    assert faults(kernel(body, 2), [first, second], block=64) == []
+    assert (first + second).tolist() == list(range(64))
+    assert not first[1::2].any()
+    assert not second[::2].any()
+    assert faults(kernel(body, 2), [first, second], block=64, grid=2) == ["race"]
+    assert faults(kernel(body, 2), [first, second[:60]], block=64) == ["out of bounds"]
+
+
+def test_memory_may_be_open_or_forgotten():
+    memory, array = GlobalMemory(), np.zeros(64, np.uint32)
+    program = kernel(HEAD + "st.global.u32 [%d2], %r1;")
+    params = array.__array_interface__["data"][0].to_bytes(8, "little")
+    with pytest.raises(Faults, match="in front of all arrays"):
+        launch(program, (1,), (64,), params, memory)
+    memory.anywhere = True
+    launch(program, (1,), (64,), params, memory)
+    assert array.tolist() == list(range(64))
+    memory.anywhere = False
+    memory.remove(memory.add(array))
+    with pytest.raises(Faults, match="out of bounds"):
+        launch(program, (1,), (64,), params, memory)
+
+
+def test_allocations_are_those_that_the_library_tells():
+    """A refresh forgets what was freed, and leaves alone what was added."""
+    memory, added, other = GlobalMemory(), np.zeros(8, np.uint8), np.zeros(64, np.uint32)
+    start = other.__array_interface__["data"][0]
+    told = [(start, start + 256)]
+
+    def allocations(starts, ends, most):
+        for n, interval in enumerate(told):
+            for side, value in zip((starts, ends), interval, strict=True):
+                ctypes.cast(side, ctypes.POINTER(ctypes.c_int64))[n] = value
+        return len(told)
+
+    memory._allocations = allocations
+    memory.add(added, "added")
+    program = kernel(HEAD + "st.global.u32 [%d2], %r1;")
+    launch(program, (1,), (64,), start.to_bytes(8, "little"), memory)
+    assert other[63] == 63
+    told.clear()
+    with pytest.raises(Faults, match="out of bounds"):
+        launch(program, (1,), (64,), start.to_bytes(8, "little"), memory)
+    assert [interval.name for interval in memory.intervals] == ["added"]

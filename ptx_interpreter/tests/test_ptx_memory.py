@@ -68,8 +68,9 @@ def test_sectors_of_global_memory(stride, width, sectors):
     body = f"mul.wide.u32 %d1, %r1, {stride}; add.s64 %d2, %d30, 31; and.b64 %d2, %d2, -32; add.s64 %d2, %d2, %d1;"
     body += f"ld.global.{kind}, [%d2];"
     assert traffic(body, "global") == (1, sectors, 32 * width)
-    reverse = body.replace("%r1, ", "%r2, ").replace("mul.wide", "sub.s32 %r2, 31, %r1; mul.wide", 1)
-    assert traffic(reverse, "global") == (1, sectors, 32 * width)
+    for mixed in ("sub.s32 %r2, 31, %r1;", "mul.lo.s32 %r2, %r1, 13; and.b32 %r2, %r2, 31;"):
+        other = body.replace("%r1, ", "%r2, ").replace("mul.wide", f"{mixed} mul.wide", 1)
+        assert traffic(other, "global") == (1, sectors, 32 * width)
 
 
 def test_sectors_of_some_threads():
@@ -90,6 +91,8 @@ def test_sectors_of_some_threads():
         (32, 16, 8),
         (8, 8, 2),
         (128, 16, 32),
+        (0, 8, 2),
+        (0, 16, 4),
         (2, 2, 1),
     ],
 )

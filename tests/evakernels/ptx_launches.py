@@ -1,14 +1,9 @@
-"""`with` statements for run_ops, in which ptx_interpreter runs what nvcc or Triton made of the kernels on CPU tensors.
-
-Either writes to `lines`, if it is given, how many instructions each line of a source file took: JSON, [file, line,
-instructions] of each.
-"""
+"""`with` statements for run_ops: ptx_interpreter runs what nvcc or Triton made of the kernels, on CPU tensors."""
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import evakernels
 import evakernels.triton
@@ -18,16 +13,22 @@ from ptx_interpreter.runtime import Launches
 
 @contextmanager
 def nvcc_kernels(capability: int, lines: str | None = None) -> Iterator[None]:
-    """Those in the library beside the package `evakernels`, which the stand-in for the CUDA runtime is linked into."""
+    """Those in the library beside the package `evakernels`, which the stand-in for the CUDA runtime is linked into.
+
+    `lines`: a file for how many instructions each line of a source file took, JSON: [file, line, instructions] of each.
+    """
     with Launches(Path(evakernels.__file__).with_name("_ops.so"), capability, count=False) as launches:
         try:
             yield
         finally:
-            tell(launches, lines)
+            assert launches.launches > 0
+            if lines:
+                counts = [[*place, count] for place, count in sorted(launches.lines.items())]
+                Path(lines).write_text(json.dumps(counts))
 
 
 @contextmanager
-def triton_kernels(capability: int, lines: str | None = None) -> Iterator[None]:
+def triton_kernels(capability: int) -> Iterator[None]:
     """Those of Triton alone: no other backend serves an op."""
     from ptx_interpreter.triton_driver import Driver
 
@@ -40,11 +41,4 @@ def triton_kernels(capability: int, lines: str | None = None) -> Iterator[None]:
         try:
             yield
         finally:
-            tell(driver, lines)
-
-
-def tell(served: Any, path: str | None) -> None:
-    """The lines, at the end of a process that must have launched something."""
-    if path:
-        Path(path).write_text(json.dumps([[*place, count] for place, count in sorted(served.lines.items())]))
-    assert served.launches > 0
+            assert driver.launches > 0

@@ -21,7 +21,7 @@ FILES = {"layer_norm": ("layer_norm", "residual_norm")}
 # interpreter is slow: no residual of (40, 30, 24), of float16 the first test only, and of attention's larger shapes
 # only those of the towers and a causal one whose prefix is padded; shapes of models in bfloat16 alone, as odd ones have
 # every mask and dtype.
-SERVED = "not several_tiles and (plain or not (4100 or 8199 or 16390)) and not (30 and 24) and not negative"
+SERVED = "not several_tiles and (plain or not (4100 or 8199 or 8200 or 16390)) and not (30 and 24) and not negative"
 SMALL = "not size_of_a_tower and not several_chunks and (not around_a_tile or 67) and (dtype1 or not shapes_of)"
 # The tiles are the reference's.
 SMALL += " and not (many and tiles)"
