@@ -144,14 +144,14 @@ def test_an_index_out_of_range_reads_nothing_and_gives_nan(reports, wrong):
 # 88 channels are multiplied as 128, and the class token's tile of 16 rows in each of several warps.
 USEFUL = {
     64: {"forward_kernel": 0.9, "query_kernel": 0.9, "key_kernel": 0.9},
-    88: {"forward_kernel": 0.41, "query_kernel": 0.41, "key_kernel": 0.41},
+    88: {"forward_kernel": 0.41, "query_kernel": 0.37, "key_kernel": 0.41},
 }
 
 
 @pytest.mark.parametrize("head_dim", USEFUL)
 def test_a_class_token_costs_no_tiles_of_its_own(reports, head_dim):
-    """257 tokens: products of 257 queries with 256 keys, or the other way round, in tiles of 272 by 256. What is written
-    is written once."""
+    """257 tokens: products of 257 queries with 256 keys, or the other way round, in tiles of 272 by 256. What is
+    written is written once."""
     from benchmarks.audit.count import launch_of
 
     tokens, products = 257, {"forward_kernel": 2, "query_kernel": 3, "key_kernel": 4}
