@@ -64,7 +64,9 @@ AGAIN = {
 def counts(request: pytest.FixtureRequest) -> list[Count]:
     if find_spec("triton") is None:
         pytest.skip("triton is not installed (it exists for Linux only)")
-    return count_all(list_cases(kernels="triton"), request.param, "triton")
+    # Heads of 88 channels are slow, and on 8.0 no others than on 9.0.
+    cases = [case for case in list_cases(kernels="triton") if request.param == "sm_90" or "g14" not in case[1]]
+    return count_all(cases, request.param, "triton")
 
 
 def by_kernel(counts: list[Count], chosen: Callable[[Count], bool]) -> list[tuple[Count, Launch]]:

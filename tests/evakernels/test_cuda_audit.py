@@ -82,9 +82,10 @@ TOUCHED = {
 BYTES_A_PARAMETER = {"lamb_step": 40.5, "lamb_step of a large tensor": 40.5, "adamw_step": 28.5, "gradient_norm": 4.1}
 CASES = [(op, shape, "bfloat16", direction) for op, shape, direction in EXPECTED]
 STEPS = [(op, "tiny@32 b1", "float32", "forward") for op in BYTES_A_PARAMETER]
-# 9.0 gets the PTX for 8.0, and attention more shared memory.
+# 9.0 gets the PTX for 8.0, and attention more shared memory. On 10.0 one kernel of odd rows stands for all.
 ATTENTION = [case for case in CASES if "attention" in case[0]]
-ASKED = {"sm_80": CASES + STEPS, "sm_90": ATTENTION, "sm_100": CASES + STEPS}
+FEWER = [case for case in CASES if " of hidden" not in case[0]]
+ASKED = {"sm_80": CASES + STEPS, "sm_90": ATTENTION, "sm_100": FEWER}
 
 pytestmark = [
     pytest.mark.exhaustive,
@@ -122,7 +123,7 @@ def test_each_byte_is_moved_once_in_whole_words_and_no_bank_is_asked_twice(count
 
 
 def test_a_step_moves_few_bytes_a_parameter(counts: list[Count]) -> None:
-    steps = [count for count in counts if count.dtype == "float32"]
+    steps = [count for count in counts if count.dtype == "float32"]  # on 8.0
     found = {count.op: count.touched * count.floor / (count.sizes["grads"] / 4) for count in steps}
     assert all(found[op] <= BYTES_A_PARAMETER[op] for op in found), found
     # Less than that can only mean that something wasn't counted.
