@@ -123,8 +123,11 @@ def test_each_byte_is_moved_once_in_whole_words_and_no_bank_is_asked_twice(count
 
 
 def test_a_step_moves_few_bytes_a_parameter(counts: list[Count]) -> None:
-    steps = [count for count in counts if count.dtype == "float32"]  # on 8.0
+    steps = [count for count in counts if count.dtype == "float32"]
+    if counts[0].arch != "sm_80":
+        pytest.skip("counted on 8.0")
     found = {count.op: count.touched * count.floor / (count.sizes["grads"] / 4) for count in steps}
-    assert all(found[op] <= BYTES_A_PARAMETER[op] for op in found), found
+    print(found)
+    assert all(found[op] <= most for op, most in BYTES_A_PARAMETER.items()), found
     # Less than that can only mean that something wasn't counted.
     assert all(bytes_ >= 28 for op, bytes_ in found.items() if op != "gradient_norm"), found
