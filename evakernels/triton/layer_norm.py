@@ -149,7 +149,7 @@ def backward_kernel(
             d *= weights
         else:
             rounded = d
-        along = row_mean(product(rounded, normed), WIDTH)
+        along = row_mean(product(d, normed), WIDTH)
         if mean is not None:
             d -= row_mean(rounded, WIDTH)
         d = (d - normed * along) * scale
