@@ -52,6 +52,7 @@ _EXAMPLES = {
     "audit": [
         "python -m benchmarks audit layer_norm swiglu",
         "python -m benchmarks audit --kernels triton",
+        "python -m benchmarks audit --explain rope_attention --arch sm_90",
         "python -m benchmarks audit token_dropout --shape 'eva02-l14@336 b8 drop50' --dtype bfloat16 --json audit.json",
     ],
 }
@@ -94,11 +95,15 @@ def _build_parser() -> argparse.ArgumentParser:
     report.add_argument("--page", type=Path, metavar="FILE", help=_PAGE)
     data = _add(verbs, "data", "measure how fast shards are read, and how well their samples are mixed", _measure_data)
     _add_data(data)
-    audit = _add(verbs, "audit", "count what the GPU kernels ask of memory, emulated and interpreted", _audit)
+    audit = _add(verbs, "audit", "count what the GPU kernels do, in their PTX", _audit)
     audit.add_argument("names", nargs="*", metavar="NAME", help="an audited operation (default: all)")
     audit.add_argument("--kernels", choices=["cuda", "triton"], help="of which language (default: both)")
     _add_choice(audit, " (default: a list for each)")
     audit.add_argument("--direction", action="append", default=[], choices=["forward", "backward"], help=_BOTH)
+    audit.add_argument(
+        "--arch", action="append", default=[], choices=["sm_80", "sm_90", "sm_100"], help="whose PTX (default: all)"
+    )
+    audit.add_argument("--explain", action="store_true", help="also the ten lines of the source that cost most")
     audit.add_argument("--json", type=Path, metavar="FILE", help="all that was counted")
     return parser
 
@@ -357,24 +362,23 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _audit(args: argparse.Namespace) -> None:
-    from benchmarks.audit import build, cases, triton
-    from benchmarks.audit.table import print_audit, print_triton_audit, write_json
+    from benchmarks.audit import build, cases
+    from benchmarks.audit.table import print_audit, write_json
 
-    known = {"cuda": cases.SHAPES, "triton": triton.SHAPES}
-    chosen = {kind: names for kind, names in known.items() if args.kernels in (None, kind)}
+    chosen = {kind: names for kind, names in cases.AUDITED.items() if args.kernels in (None, kind)}
     for name in args.names:
         if not any(name in names for names in chosen.values()):
             raise unknown_name("audited operation", name, [name for names in chosen.values() for name in names])
-    asked = {kind: [name for name in args.names or names if name in names] for kind, names in chosen.items()}
-    options = args.shape, args.dtype, args.direction
-    counts = build.count_all(cases.list_cases(asked["cuda"], *options)) if asked.get("cuda") else []
-    rows = triton.count_all(triton.list_cases(asked["triton"], *options)) if asked.get("triton") else []
-    if counts:
-        print_audit(counts)
-    if rows:
-        print_triton_audit(rows)
+    counts = []
+    for kind, known in chosen.items():
+        names = [name for name in args.names or known if name in known]
+        asked = cases.list_cases(names, args.shape, args.dtype, args.direction, kind) if names else []
+        for arch in build.ARCHS[kind] if asked else ():
+            if not args.arch or arch in args.arch:
+                counts += build.count_all(asked, arch, kind)
+    print_audit(counts, explain=args.explain)
     if args.json:
-        write_json(counts, rows, args.json)
+        write_json(counts, args.json)
 
 
 def _write_report(results: Results, folder: Path) -> None:

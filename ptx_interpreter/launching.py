@@ -53,7 +53,7 @@ def launch(
         raise ValueError(f"{kernel.name} takes {kernel.param_bytes} bytes of parameters, not {len(params)}")
     if kernel.most_threads and math.prod(sizes[1]) > math.prod(kernel.most_threads):
         raise ValueError(f"{kernel.name} allows blocks of {kernel.most_threads} threads, not {sizes[1]}")
-    report = Report(kernel.name, kernel)
+    report = Report(kernel.name, kernel, *sizes, dynamic_shared)
     memory.begin_launch()
     blocks = math.prod(sizes[0])
     fitting = max(1, LANES // (-(-math.prod(sizes[1]) // WARP) * WARP))

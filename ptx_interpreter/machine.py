@@ -103,6 +103,7 @@ class Machine:
         pending: Masks = {0: self.alive.copy()}
         visits: Counter[int] = Counter()
         threads: Counter[int] = Counter()
+        warps: Counter[int] = Counter()
         while pending or self._pass_barrier(pending):
             number = self._next(pending)
             mask = pending.pop(number)
@@ -111,6 +112,8 @@ class Machine:
                 code = self._code[number] = ReadyBlock(self, self.body.blocks[number])
             active = int(np.count_nonzero(mask))
             threads[number] += active
+            if self.count:
+                warps[number] += int(np.count_nonzero(mask.reshape(-1, WARP).any(1)))
             visits[number] += 1
             if active == self.lanes:
                 for operation in code.for_all:
@@ -128,6 +131,7 @@ class Machine:
                 self.fault("endless loop", code.last, np.flatnonzero(mask), told)
                 break
         report.blocks.update(threads)
+        report.warps.update(warps)
         self._add_traffic(report)
 
     def _next(self, pending: Masks) -> int:

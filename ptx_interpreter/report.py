@@ -4,6 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from .parse import Kernel
+from .registers import Dim3
+from .sectors import Sectors
 
 
 @dataclass
@@ -39,17 +41,22 @@ class Traffic:
     """Of one instruction that accesses memory.
 
     `requests`: by warps. `sectors`: of 32 bytes, of global memory; of shared memory cycles, which are as many as a bank
-    has different words to serve. `bytes`: what the threads asked for.
+    has different words to serve. `bytes`: what the threads asked for. Of shared memory `least` are the cycles without
+    conflicts, and `worst` the most that any part of a request took in place of one.
     """
 
     requests: int = 0
     sectors: int = 0
     bytes: int = 0
+    least: int = 0
+    worst: int = 0
 
     def add(self, other: "Traffic") -> None:
         self.requests += other.requests
         self.sectors += other.sectors
         self.bytes += other.bytes
+        self.least += other.least
+        self.worst = max(self.worst, other.worst)
 
 
 TrafficKey = tuple[str, str, str]
@@ -60,15 +67,22 @@ TrafficKey = tuple[str, str, str]
 class Report:
     """Of a launch.
 
-    `executed`: instructions times threads, by opcode. `traffic`: by space, place and instruction; empty if it wasn't
-    counted. `blocks`: how many threads ran each basic block.
+    `executed`: instructions times threads, by opcode. `blocks`: how many threads ran each basic block. If it was
+    counted, `warps`: how many warps did, `traffic`: by space, place and instruction, `loads` and `stores`: which
+    sectors of global memory.
     """
 
     kernel: str
     of: Kernel
+    grid: Dim3
+    block: Dim3
+    dynamic_shared: int
     faults: list[Fault] = field(default_factory=list)
     traffic: dict[TrafficKey, Traffic] = field(default_factory=dict)
     blocks: Counter[int] = field(default_factory=Counter)
+    warps: Counter[int] = field(default_factory=Counter)
+    loads: Sectors = field(default_factory=Sectors)
+    stores: Sectors = field(default_factory=Sectors)
 
     @property
     def executed(self) -> Counter[str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from ptx_interpreter import GlobalMemory, Kernel, Module, launch
+from ptx_interpreter import GlobalMemory, Kernel, Module, Report, launch
 
 FAT_BINARY = struct.Struct("<IHHQ")
 """Magic number, version, bytes of this header, bytes of the parts that follow."""
@@ -91,11 +91,13 @@ class Launches:
     Attributes:
         launches: how many there were.
         lines: how many instructions of threads each line of a source file took, by file and line.
+        reports: of all launches, if it is set to a list.
     """
 
     def __init__(self, library: str | Path, capability: int, edit: Callable[[str], str] = str, **options: bool) -> None:
         self.launches = 0
         self.lines: Counter[tuple[str, int]] = Counter()
+        self.reports: list[Report] | None = None
         self._capability, self._edit, self._options = capability, edit, options
         self._memory = GlobalMemory()
         self._memory.anywhere = not self._memory.follow_allocations()
@@ -129,6 +131,8 @@ class Launches:
         report = launch(kernel, grid, block, params, self._memory, shared, check=False, **self._options)
         self.launches += 1
         self.lines.update(report.lines())
+        if self.reports is not None:
+            self.reports.append(report)
         return "\n".join(map(str, report.faults))
 
     def _module(self, binary: int) -> Module:

@@ -1,11 +1,11 @@
-"""Counts sectors of global memory and cycles of shared memory."""
+"""Counts cycles of shared memory."""
 
 import numpy as np
 
+from .report import Traffic
+from .sectors import IDLE
 from .step import Active
 from .types import WARP, Array
-
-IDLE = -1
 
 
 def by_warp(active: Active | None, values: Array) -> Array:
@@ -18,19 +18,8 @@ def by_warp(active: Active | None, values: Array) -> Array:
     return rows[active.mask.reshape(-1, WARP).any(1)]
 
 
-def sectors(active: Active | None, addresses: Array) -> tuple[int, int]:
-    """Requests, and the sectors of 32 bytes that each one touches, summed."""
-    rows = by_warp(active, addresses >> 5)
-    if (rows[:, 1:] < rows[:, :-1]).any():
-        rows = np.sort(rows, axis=1)
-    found = int(np.count_nonzero(rows[:, 1:] != rows[:, :-1])) + len(rows)
-    if active is not None:
-        found -= int(np.count_nonzero((rows == IDLE).any(1)))
-    return len(rows), found
-
-
-def cycles(active: Active | None, addresses: Array, size: int) -> tuple[int, int]:
-    """Requests and cycles. The words of a warp are served at once, those of 8 and 16 bytes by halves and quarters."""
+def cycles(active: Active | None, addresses: Array, size: int) -> Traffic:
+    """Of shared memory. The words of a warp are served at once, those of 8 and 16 bytes by halves and quarters."""
     words = by_warp(active, addresses >> 2)
     each = max(1, size // 4)
     parts = words.reshape(-1, WARP // each)
@@ -38,16 +27,16 @@ def cycles(active: Active | None, addresses: Array, size: int) -> tuple[int, int
     if each > 1:
         wide = parts[:, :, None] + np.arange(each)
         parts = np.where(parts[:, :, None] == IDLE, IDLE, wide).reshape(len(parts), -1)
-    return len(words), cycles_of_rows(parts)
+    ways = ways_of_rows(parts)
+    return Traffic(len(words), int(ways.sum()), len(addresses) * size, len(ways), int(ways.max(initial=0)))
 
 
-def cycles_of_rows(rows: Array) -> int:
-    """Each row holds words that are asked for at once: the most different ones that a bank has, summed."""
-    if not len(rows):
-        return 0
+def ways_of_rows(rows: Array) -> Array:
+    """Each row holds words that are asked for at once: the most different ones that a bank has."""
     ordered = np.sort(rows, axis=1)
     different = ordered != IDLE
     different[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
     numbers = np.broadcast_to(np.arange(len(ordered))[:, None], ordered.shape)[different]
     load = np.bincount(numbers * WARP + ordered[different] % WARP, minlength=len(ordered) * WARP)
-    return int(load.reshape(-1, WARP).max(1).sum())
+    ways: Array = load.reshape(-1, WARP).max(1)
+    return ways

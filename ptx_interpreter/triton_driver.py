@@ -13,7 +13,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from ptx_interpreter import GlobalMemory, Kernel, Module, launch
+from ptx_interpreter import GlobalMemory, Kernel, Module, Report, launch
 
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """What a block may have, by compute capability times ten (CUDA C++ Programming Guide, technical specifications)."""
@@ -42,12 +42,14 @@ class Driver:
 
     Attributes:
         launches: how many there were.
+        reports: of all launches, if it is set to a list.
     """
 
     def __init__(self, capability: int, **options: bool) -> None:
         self.target = GPUTarget("cuda", capability, WARP)
         self.utils = self
         self.launches = 0
+        self.reports: list[Report] | None = None
         self._options = options
         self._memory = GlobalMemory()
         self._memory.anywhere = not self._memory.follow_allocations()
@@ -98,6 +100,8 @@ class Driver:
     def _launch(self, kernel: Kernel, grid: tuple[int, int, int], threads: int, params: bytes, shared: int) -> None:
         report = launch(kernel, grid, (threads,), params, self._memory, shared, check=False, **self._options)
         self.launches += 1
+        if self.reports is not None:
+            self.reports.append(report)
         if report.faults:
             raise RuntimeError("\n".join(map(str, report.faults)))
 

@@ -56,8 +56,11 @@ class Watch:
     def _fault(self, kind: str, access: Access, lanes: Array, detail: str) -> None:
         self.machine.fault(kind, access.instruction, lanes, detail)
 
-    def _count(self, access: Access, requests: int, sectors: int, lanes: int) -> None:
-        access.traffic.add(Traffic(requests, sectors, lanes * access.size))
+    def _count_global(self, access: Access, active: Active | None, addresses: Array) -> None:
+        report = self.machine.report
+        asked = report.stores if access.write else report.loads
+        requests, sectors = asked.add(traffic.by_warp(active, addresses), access.size)
+        access.traffic.add(Traffic(requests, sectors, len(addresses) * access.size))
 
     # --- global memory -------------------------------------------------------------------------------------------
 
@@ -76,7 +79,7 @@ class Watch:
         if self.machine.watch and good is None:
             self._watch_global(access, active, addresses, interval)
         if self.machine.count:
-            self._count(access, *traffic.sectors(active, addresses), len(addresses))
+            self._count_global(access, active, addresses)
         return good
 
     def _watch_global(self, access: Access, active: Active | None, addresses: Array, inside: Interval | None) -> None:
@@ -140,7 +143,7 @@ class Watch:
             elif good.any():
                 self.watch_shared(access, places[good], stamps[good], lanes[good])
         if machine.count:
-            self._count(access, *traffic.cycles(active, addresses, size), len(addresses))
+            access.traffic.add(traffic.cycles(active, addresses, size))
         return places, good
 
     def watch_shared(self, access: Access, places: Array, stamps: Array, lanes: Array) -> None:

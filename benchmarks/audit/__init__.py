@@ -1,8 +1,8 @@
-"""What the GPU kernels ask of memory, emulated and interpreted: a prediction for machines without a GPU.
+"""What the GPU kernels do, counted in their PTX: a prediction for machines without a GPU.
 
-The kernels of `csrc/cuda` run on the CPU (`tests/cuda_emulator`), compiled so that every access to memory is counted as
-a GPU would make it: a warp at a time, in sectors of 32 bytes. `build` compiles that library, `count` runs ops on it in
-a process of its own, `result` compares the counts with the bytes by formula of `benchmarks.cases`, and `occupancy`
-tells how many warps a multiprocessor holds. `triton` counts what the Triton kernels load, store and multiply, in
-Triton's interpreter. Nothing here measures time.
+`ptx_interpreter` runs what nvcc and Triton made of the kernels on the CPU, and tells how often each instruction was run
+and what it asked of memory. `build` compiles the library that holds nvcc's, `count` runs ops on either in a process of
+its own, `result` compares with the bytes by formula of `benchmarks.cases`, `pipes` sorts instructions by the parts of a
+multiprocessor, `roofline` tells how long each part takes at least, and `occupancy` how many warps a multiprocessor
+holds. Nothing here measures time.
 """

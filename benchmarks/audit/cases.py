@@ -2,18 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import benchmarks.cases  # noqa: F401  (registers the operations)
 import evakernels
-from benchmarks.audit.build import Case
 from benchmarks.cases._optimizer import sizes_of
 from benchmarks.cases.layer_norm import EPS
 from benchmarks.operation import Cost, Draw, Inputs, Operation, Work, get_operation
 from benchmarks.shapes import Shape, parse_shape
 from evaclip.errors import unknown_name
+
+Case = tuple[str, str, str, str]
+"""Names of an op, a shape, a dtype, and `forward` or `backward`."""
 
 WIDTHS = ("eva02-b16@224 b1", "eva02-l14@224 b1", "eva01-g14@224 b1", "eva02-bige14@224 b1", "eva-18b@224 b1")
 """Of 768, 1024, 1408, 1792 and 5120 channels, 197 or 257 rows: as many as keep partial sums below a twentieth."""
@@ -45,6 +48,26 @@ SHAPES = {
     "gradient_norm": OPTIMIZED,
 }
 """The operations, and the shapes that are usual for each."""
+_ROWS = ("eva02-b16@224 b1",)
+_PAIRS = ("eva02-b16@224 b512",)
+_TEXT = ("eva02-b16:text b2",)
+NOT_KEPT = "clip_loss, logits not kept"
+TRITON_SHAPES = {
+    "layer_norm": _ROWS,
+    "add_layer_norm": _ROWS,
+    "layer_norm_add": _ROWS,
+    "silu_mul": _ROWS,
+    "swiglu": _ROWS,
+    "token_dropout": ("eva02-b16@224 b8 drop50",),
+    "rope_attention": ("eva02-l14@224 b1", "eva01-g14@112 b1"),
+    "causal_attention": _TEXT,
+    "packed_attention": _TEXT,
+    "clip_loss": _PAIRS,
+    NOT_KEPT: _PAIRS,
+    "siglip_loss": _PAIRS,
+}
+"""The same of those with Triton kernels: attention of 257 tokens in heads of 64 channels, and of 65 in those of 88."""
+AUDITED = {"cuda": SHAPES, "triton": TRITON_SHAPES}
 DTYPES = ("bfloat16", "float32")
 MOST_ELEMENTS = 50_000
 """Of a tensor in an optimizer's step."""
@@ -143,11 +166,13 @@ def _large_tensor(name: str) -> Operation:
 
 def operation(name: str) -> Operation:
     """The operation of that name. Raises `UserError` with the nearest names if there is none."""
-    if name not in SHAPES:
-        raise unknown_name("audited operation", name, SHAPES)
+    if name not in SHAPES and name not in TRITON_SHAPES:
+        raise unknown_name("audited operation", name, [*SHAPES, *TRITON_SHAPES])
+    if name == NOT_KEPT:
+        return replace(get_operation("clip_loss"), name=name, ours=partial(evakernels.clip_loss, memory_budget=0))
     if name == "lamb_step of a large tensor":
         return _large_tensor("lamb_step")
-    if SHAPES[name] == OPTIMIZED:
+    if SHAPES.get(name) == OPTIMIZED:
         return _few_tensors(name)
     if name.endswith(OF_HIDDEN):
         return _of_hidden(operation(name.removesuffix(OF_HIDDEN)))
@@ -159,14 +184,18 @@ def operation(name: str) -> Operation:
 
 
 def list_cases(
-    names: Sequence[str] = (), shapes: Sequence[str] = (), dtypes: Sequence[str] = (), directions: Sequence[str] = ()
+    names: Sequence[str] = (),
+    shapes: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+    directions: Sequence[str] = (),
+    kernels: str = "cuda",
 ) -> list[Case]:
-    """All cases that are asked for; of everything that isn't named, what is usual."""
+    """All cases of a language that are asked for; of everything that isn't named, what is usual."""
     cases = []
-    for name in names or SHAPES:
+    for name in names or AUDITED[kernels]:
         has_backward = bool(operation(name).gradients)
-        for shape in [parse_shape(shape).name for shape in shapes] or SHAPES[name]:
-            for dtype in dtypes or DTYPES:
+        for shape in [parse_shape(shape).name for shape in shapes] or AUDITED[kernels][name]:
+            for dtype in dtypes or (DTYPES if kernels == "cuda" else DTYPES[:1]):
                 both = ("forward", "backward") if has_backward else ("forward",)
                 cases += [(name, shape, dtype, way) for way in both if not directions or way in directions]
     return cases

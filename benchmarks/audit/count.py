@@ -1,17 +1,16 @@
-"""Runs ops on the emulated kernels and counts; a process of its own, whose `evakernels` has that library.
+"""Runs ops on the kernels' PTX and counts; a process of its own, as the stand-in for the CUDA runtime plays one GPU.
 
-    python -m benchmarks.audit.count LIBRARY '[["layer_norm", "eva02-b16@224 b1", "bfloat16", "forward"]]'
+    python -m benchmarks.audit.count sm_80 LIBRARY '[["layer_norm", "eva02-b16@224 b1", "bfloat16", "forward"]]'
 
-prints the counts as JSON. `build.count_all` starts it.
+prints the counts as JSON; in place of LIBRARY `triton` counts the Triton kernels. `build.count_all` starts it.
 """
 
-import ctypes
 import json
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
@@ -19,134 +18,163 @@ from torch import Tensor
 import evakernels
 from benchmarks import accuracy
 from benchmarks.audit.budget import budget
-from benchmarks.audit.cases import operation
-from benchmarks.audit.result import REST, Count, Launch, Traffic
-from benchmarks.operation import Draw, Operation
-from benchmarks.shapes import Shape, parse_shape
+from benchmarks.audit.cases import Case, operation
+from benchmarks.audit.pipes import flops_of, instructions_of, pipe_of
+from benchmarks.audit.result import REST, Count, Launch, Line, Shared, Traffic
+from benchmarks.operation import Draw
+from benchmarks.shapes import parse_shape
 from benchmarks.suite import DTYPES
+from ptx_interpreter import Report
+from ptx_interpreter.runtime import Launches
+from ptx_interpreter.sectors import Sectors
 
-Buffers = Mapping[str, Sequence[Tensor]]
-
-
-class Counter:
-    """The counting library, which is loaded already as that of the ops; a context counts what runs in it."""
-
-    def __init__(self, library: Path) -> None:
-        self._library = ctypes.CDLL(str(library))
-        self._library.audit_launches.restype = ctypes.c_int64
-        self._names = _names_of_functions(library)
-
-    def __enter__(self) -> None:
-        self._library.audit_begin()
-
-    def __exit__(self, *_: object) -> None:
-        self._library.audit_end()
-
-    def launches(self, buffers: Buffers) -> tuple[Launch, ...]:
-        """What was counted in the last context, by buffer."""
-        return tuple(self._launch(number, buffers) for number in range(self._library.audit_launches()))
-
-    def memory(self) -> int:
-        """Bytes that went between memory and the cache in the last context."""
-        out = (ctypes.c_int64 * 2)()
-        self._library.audit_cache(out)
-        return sum(out)
-
-    def _launch(self, number: int, buffers: Buffers) -> Launch:
-        out = (ctypes.c_int64 * 13)()
-        self._library.audit_launch(ctypes.c_int64(number), out)
-        place, gx, gy, gz, bx, by, bz, dynamic, barriers, requests, phases, ways, worst = out
-        loads, stores = self._traffic(number, buffers)
-        return Launch(
-            kernel=self._names[place],
-            grid=(gx, gy, gz),
-            block=(bx, by, bz),
-            dynamic_bytes=dynamic,
-            barriers=barriers / (gx * gy * gz),
-            shared_ways=ways / phases if requests else None,
-            worst_ways=worst,
-            loads=loads,
-            stores=stores,
-        )
-
-    def _traffic(self, number: int, buffers: Buffers) -> tuple[dict[str, Traffic], dict[str, Traffic]]:
-        loads: dict[str, Traffic] = {}
-        stores: dict[str, Traffic] = {}
-        rest = self._asked(number, 0, 2**64 - 1)
-        for name, tensors in buffers.items():
-            parts = [self._asked(number, t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.nbytes]
-            total = [sum(column) for column in zip(*parts, strict=True)]
-            rest = [all_of_it - own for all_of_it, own in zip(rest, total, strict=True)]
-            loads[name], stores[name] = Traffic(*total[:4]), Traffic(*total[4:])
-        loads[REST], stores[REST] = Traffic(*rest[:4]), Traffic(*rest[4:])
-        return _used(loads), _used(stores)
-
-    def _asked(self, number: int, begin: int, end: int) -> list[int]:
-        out = (ctypes.c_int64 * 8)()
-        self._library.audit_memory(ctypes.c_int64(number), ctypes.c_uint64(begin), ctypes.c_uint64(end), out)
-        return list(out)
+TRITON = "triton"
+Buffers = Mapping[str, Sequence[tuple[int, int]]]
+"""Addresses, [start, end), of one or more tensors."""
 
 
-def _used(traffic: dict[str, Traffic]) -> dict[str, Traffic]:
-    return {name: own for name, own in traffic.items() if own.requests or own.sectors}
+@contextmanager
+def served(arch: str, library: str) -> Iterator[list[Report]]:
+    """Launches within the `with` block leave their reports in the list."""
+    capability = int(arch.removeprefix("sm_"))
+    reports: list[Report] = []
+    if library != TRITON:
+        launches = Launches(library, capability, watch=False)
+        launches.reports = reports
+        with launches, evakernels.use_backend("cpu"):
+            yield reports
+        return
+    from evakernels import triton as kernels
+    from evakernels import tuning
+    from ptx_interpreter.triton_driver import Driver
+
+    kernels.interpret()
+    from evakernels.triton import contrastive
+
+    contrastive.MIN_CHUNK = 2048  # as on a GPU
+    tuning.gpu_of = lambda tensor: ("", capability)
+    driver = Driver(capability, watch=False)
+    driver.reports = reports
+    with driver, evakernels.use_backend("triton"):
+        yield reports
 
 
-def _names_of_functions(library: Path) -> dict[int, str]:
-    """By the place in the library, as the budget spells them."""
-    table = subprocess.run(["nm", library], capture_output=True, text=True, check=True).stdout
-    # Kernels of headers are in several files, under the same symbol.
-    entries = [line.split() for line in table.splitlines() if "_kernel" in line]
-    names = budget().readable([symbol for _, _, symbol in entries])
-    return {int(place, 16): name for (place, _, _), name in zip(entries, names, strict=True)}
-
-
-def count(counter: Counter, op: Operation, shape: Shape, dtype: torch.dtype, direction: str) -> Count:
-    """One call of an op of this library."""
+def count(reports: list[Report], kernels: str, arch: str, case: Case) -> Count:
+    """One call of an op, whose kernels leave their reports in `reports`."""
+    name, shape_name, dtype_name, direction = case
+    op, shape, dtype = operation(name), parse_shape(shape_name), DTYPES[dtype_name]
     inputs = op.inputs(shape, Draw(dtype, torch.device("cpu"), torch.Generator().manual_seed(0)))
-    buffers = {name: accuracy.tensors(value) for name, value in inputs.items() if value is not None}
+    tensors = {name: accuracy.tensors(value) for name, value in inputs.items() if value is not None}
     work = op.work(shape, dtype.itemsize)
+    reports.clear()
     if direction == "forward":
         cost = work.forward
-        with torch.no_grad(), counter:
+        for leaf in accuracy.gradient_leaves(op, inputs) if kernels == TRITON else ():
+            leaf.requires_grad_()  # of losses, what is kept for backward belongs to it
+        with torch.set_grad_enabled(kernels == TRITON):
             outputs = accuracy.tensors(op.ours(**inputs))
-        buffers |= {f"out {i}": [output] for i, output in enumerate(outputs)}
+        tensors |= {f"out {i}": [output] for i, output in enumerate(outputs)}
     else:
         assert work.backward is not None
         cost = work.backward
         leaves = [leaf.requires_grad_() for leaf in accuracy.gradient_leaves(op, inputs)]
         outputs = accuracy.tensors(op.ours(**inputs))
         upstream = [torch.randn_like(output) for output in outputs]
-        with counter:
-            gradients = torch.autograd.grad(outputs, leaves, upstream)
-        buffers |= {f"d out {i}": [gradient] for i, gradient in enumerate(upstream)}
-        buffers |= {f"d {name}": [gradient] for name, gradient in zip(op.gradients, gradients, strict=True)}
-    buffers = _apart(buffers)
-    sizes = {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in buffers.items()}
-    name = str(dtype).removeprefix("torch.")
-    return Count(op.name, shape.name, name, direction, cost.bytes, counter.memory(), sizes, counter.launches(buffers))
+        reports.clear()
+        gradients = torch.autograd.grad(outputs, leaves, upstream)
+        tensors |= {f"d out {i}": [gradient] for i, gradient in enumerate(upstream)}
+        tensors |= {f"d {name}": [gradient] for name, gradient in zip(op.gradients, gradients, strict=True)}
+    buffers = spans_of(tensors)
+    sizes = {name: sum(end - start for start, end in spans) for name, spans in buffers.items()}
+    names = budget().readable([report.kernel for report in reports])
+    launches = [replace(launch_of(one, buffers), kernel=kernel) for one, kernel in zip(reports, names, strict=True)]
+    return Count(kernels, arch, name, shape.name, dtype_name, direction, cost.bytes, sizes, tuple(launches))
 
 
-def _apart(buffers: Buffers) -> dict[str, list[Tensor]]:
-    """Without the tensors that are an earlier one again, as gradients of summands are and parameters after a step."""
-    seen: set[int] = set()
+def launch_of(report: Report, buffers: Buffers) -> Launch:
+    """What a report comes to. A buffer may be several tensors; what lies in none is the rest."""
+    threads: Counter[str] = Counter()
+    barriers = 0
+    for block in report.of.parsed.blocks:
+        for i in block.instructions:
+            threads[pipe_of(i)] += report.blocks[block.number] * instructions_of(i)
+            barriers += report.warps[block.number] if i.op == "bar" and "warp" not in i.mods else 0
+    blocks = report.grid[0] * report.grid[1] * report.grid[2]
+    warps = -(-report.block[0] * report.block[1] * report.block[2] // 32) * blocks
+    return Launch(
+        kernel=report.kernel,
+        grid=report.grid,
+        block=report.block,
+        dynamic_bytes=report.dynamic_shared,
+        barriers=barriers / warps,
+        threads=dict(threads),
+        lines=tuple(_lines(report)),
+        loads=_traffic(report.loads, buffers),
+        stores=_traffic(report.stores, buffers),
+    )
+
+
+def _lines(report: Report) -> Iterator[Line]:
+    body = report.of.parsed
+    warps: dict[str, Counter[str]] = {}
+    flops: Counter[str] = Counter()
+    for block in body.blocks:
+        for i in block.instructions:
+            place, times = body.where(i.line), report.warps[block.number]
+            warps.setdefault(place, Counter())[pipe_of(i)] += times * instructions_of(i)
+            flops[place] += times * flops_of(i)
+    shared: dict[str, Shared] = {}
+    asked: Counter[str] = Counter()
+    sectors: Counter[str] = Counter()
+    for (space, place, _), own in report.traffic.items():
+        if space.startswith("shared"):
+            found = Shared(own.requests, own.sectors, own.least, own.worst)
+            shared[place] = shared.get(place, Shared()) + found
+        else:
+            asked[place] += own.requests
+            sectors[place] += own.sectors
+    for place, own_warps in warps.items():
+        if any(own_warps.values()):
+            yield Line(place, dict(own_warps), flops[place], shared.get(place, Shared()), asked[place], sectors[place])
+
+
+def _traffic(sectors: Sectors, buffers: Buffers) -> dict[str, Traffic]:
+    rest = Traffic(*sectors.within(0, 1 << 62))
     result = {}
-    for name, tensors in buffers.items():
-        new = [tensor for tensor in tensors if tensor.data_ptr() not in seen]
-        seen |= {tensor.data_ptr() for tensor in new}
-        if new:
-            result[name] = new
-    return result
+    for name, spans in buffers.items():
+        found = [sectors.within(start, end) for start, end in spans]
+        result[name] = Traffic(*map(sum, zip(*found, strict=True)))
+        rest += Traffic(*(-number for number in vars(result[name]).values()))
+    return {name: own for name, own in (result | {REST: rest}).items() if own.sectors}
+
+
+def spans_of(tensors: Mapping[str, Sequence[Tensor]]) -> Buffers:
+    """Where each lies. Tensors that share memory, such as parts of one, are one buffer with their names; what is an
+    earlier one again, as gradients of summands are and parameters after a step, is left out."""
+    names: dict[tuple[int, int], list[str]] = {}
+    views: set[tuple[int, int]] = set()
+    for name, of_name in tensors.items():
+        for tensor in of_name:
+            storage = tensor.untyped_storage()
+            span = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+            view = tensor.data_ptr(), tensor.numel()
+            if storage.nbytes() and view not in views:
+                views.add(view)
+                names.setdefault(span, []).append(name)
+    buffers: dict[str, list[tuple[int, int]]] = {}
+    for span, found in names.items():
+        buffers.setdefault(", ".join(dict.fromkeys(found)), []).append(span)
+    return buffers
 
 
 def main() -> None:
     """Counts what the command line asks for."""
-    library, asked = Path(sys.argv[1]), json.loads(sys.argv[2])
-    counter = Counter(library)
-    counts = []
-    with evakernels.use_backend("cpu"):
-        for op, shape, dtype, direction in asked:
-            counts.append(asdict(count(counter, operation(op), parse_shape(shape), DTYPES[dtype], direction)))
-    json.dump(counts, sys.stdout)
+    arch, library, asked = sys.argv[1:]
+    kernels = TRITON if library == TRITON else "cuda"
+    with served(arch, library) as reports:
+        counts = [count(reports, kernels, arch, tuple(case)) for case in json.loads(asked)]
+    # A backward pass for which forward has done all has no kernels.
+    json.dump([asdict(one) for one in counts if one.launches], sys.stdout)
 
 
 if __name__ == "__main__":

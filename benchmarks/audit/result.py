@@ -1,5 +1,6 @@
 """What was counted of one call of an op, and what it comes to."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,16 +34,51 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """Shared memory: requests of warps, cycles they take, the least without conflicts, and the most that any part of a
+    request took in place of one."""
+
+    requests: int = 0
+    cycles: int = 0
+    least: int = 0
+    worst: int = 0
+
+    def __add__(self, other: "Shared") -> "Shared":
+        sums = self.requests + other.requests, self.cycles + other.cycles, self.least + other.least
+        return Shared(*sums, max(self.worst, other.worst))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the source.
+
+    Attributes:
+        place: file and number.
+        warps: instructions of warps, by pipe.
+        flops: of products of matrices.
+        shared: memory.
+        requests, sectors: of global memory.
+    """
+
+    place: str
+    warps: Mapping[str, int]
+    flops: int
+    shared: Shared
+    requests: int
+    sectors: int
+
+
+@dataclass(frozen=True)
 class Launch:
     """One kernel.
 
     Attributes:
-        kernel: its name, as `csrc/cuda/budget.json` has it but for the file.
-        grid, block: sizes in x, y and z. The emulator plays a GPU of three multiprocessors.
+        kernel: its name; of nvcc's kernels as `csrc/cuda/budget.json` has it but for the file.
+        grid, block: sizes in x, y and z. The stand-in for the CUDA runtime plays a GPU of three multiprocessors.
         dynamic_bytes: of shared memory that a block asks for at its launch.
-        barriers: of one block, on average.
-        shared_ways: how many words the busiest bank of shared memory gives for a request, on average; None without any.
-        worst_ways: the most.
+        barriers: of a warp, on average.
+        threads: instructions of threads, by pipe.
+        lines: of the source, with all that follows by line.
         loads, stores: of global memory, by buffer.
     """
 
@@ -51,15 +87,37 @@ class Launch:
     block: tuple[int, int, int]
     dynamic_bytes: int
     barriers: float
-    shared_ways: float | None
-    worst_ways: int
+    threads: Mapping[str, int]
+    lines: tuple[Line, ...]
     loads: Mapping[str, Traffic]
     stores: Mapping[str, Traffic]
 
     @property
-    def threads(self) -> int:
-        """Of a block."""
+    def threads_of_block(self) -> int:
         return self.block[0] * self.block[1] * self.block[2]
+
+    @property
+    def warps(self) -> Mapping[str, int]:
+        """Instructions of warps, by pipe."""
+        total: Counter[str] = Counter()
+        for line in self.lines:
+            total.update(line.warps)
+        return total
+
+    @property
+    def flops(self) -> int:
+        """Of products of matrices."""
+        return sum(line.flops for line in self.lines)
+
+    @property
+    def shared(self) -> Shared:
+        """Memory, of all lines."""
+        return sum((line.shared for line in self.lines), Shared())
+
+    @property
+    def touched(self) -> int:
+        """Bytes of all different sectors that are loaded, and of all that are stored."""
+        return SECTOR * sum(traffic.touched for traffic in [*self.loads.values(), *self.stores.values()])
 
 
 @dataclass(frozen=True)
@@ -67,20 +125,21 @@ class Count:
     """One call of an op.
 
     Attributes:
+        kernels: `cuda` or `triton`.
+        arch: the architecture whose PTX it is, such as sm_80.
         op, shape, dtype: names.
         direction: forward or backward.
         floor: bytes by formula: each input read once, each output written once.
-        memory: bytes between memory and a cache of 1 MiB, as small as the GPU that is played, which the blocks that run
-            at the same time share; written ones when they leave it.
         sizes: bytes of the buffers that the caller knows.
     """
 
+    kernels: str
+    arch: str
     op: str
     shape: str
     dtype: str
     direction: str
     floor: float
-    memory: int
     sizes: Mapping[str, int]
     launches: tuple[Launch, ...]
 
@@ -103,12 +162,7 @@ class Count:
     @property
     def touched(self) -> float:
         """Different sectors of each kernel over the floor: the traffic if caches were perfect."""
-        return SECTOR * sum(traffic.touched for traffic in self._of(self.streamed | self._small)) / self.floor
-
-    @property
-    def past_cache(self) -> float:
-        """Bytes that a small cache doesn't keep over the floor."""
-        return self.memory / self.floor
+        return sum(launch.touched for launch in self.launches) / self.floor
 
     @property
     def cached(self) -> float:
@@ -128,7 +182,7 @@ class Count:
     @property
     def worst_ways(self) -> int:
         """The worst conflict in the banks of shared memory; 1 is none, 0 no shared memory."""
-        return max(launch.worst_ways for launch in self.launches)
+        return max((launch.shared.worst for launch in self.launches), default=0)
 
     @property
     def _small(self) -> frozenset[str]:
@@ -157,6 +211,7 @@ def count_from_json(stored: Mapping[str, Any]) -> Count:
             direction: {name: Traffic(**traffic) for name, traffic in launch[direction].items()}
             for direction in ("loads", "stores")
         }
+        lines = tuple(Line(**{**line, "shared": Shared(**line["shared"])}) for line in launch["lines"])
         sizes = {name: tuple(launch[name]) for name in ("grid", "block")}
-        launches.append(Launch(**{**launch, **buffers, **sizes}))
+        launches.append(Launch(**{**launch, **buffers, **sizes, "lines": lines}))
     return Count(**{**stored, "launches": tuple(launches)})

@@ -1,7 +1,7 @@
 """The audit on the terminal, and as JSON."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -10,118 +10,113 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.audit.occupancy import SHARED, occupancy, source_of
-from benchmarks.audit.result import Count, Launch
-from benchmarks.audit.triton import Row, traffic
+from benchmarks.audit.occupancy import occupancy, source_of
+from benchmarks.audit.pipes import GPUS
+from benchmarks.audit.result import Count, Launch, Line
+from benchmarks.audit.roofline import PARTS, limiter, share_of_floor, times, times_of_line
 from benchmarks.columns import NOTHING, TIMES, percent, significant
 from benchmarks.table import make_console
 from evaclip.atomic import write_text
 
-PREDICTED = "predicted from counted accesses, not measured"
+PREDICTED = "predicted from counted instructions, not measured"
+MOST_LINES = 10
 _MEANING = (
     f"requested: sectors of 32 bytes over the floor, each input read once and each output written once ({TIMES}); "
     "of weights and the like, which caches keep, each once a kernel",
-    f"touched: different sectors over the floor ({TIMES}), the traffic of perfect caches; "
+    f"touched: different sectors of each kernel over the floor ({TIMES}), the traffic of perfect caches; "
     f"cached: what small buffers are asked for again ({TIMES} the floor)",
-    f"memory: bytes past a cache of 1 MiB, as small as the GPU that is played, over the floor ({TIMES}); "
-    "the blocks that run at the same time share it",
     "load, store: bytes of a warp's request to a large buffer, 512 at most; "
-    "ways: words that the busiest bank of shared memory gives for a request, mean and worst, 1 is no conflict",
-    "barriers: of a block, in the largest kernel; warps: share of a multiprocessor's, "
-    "of the largest kernel, by registers and shared memory, CUDA's formula",
+    "ways: cycles of shared memory over those without conflicts, mean and worst, 1 is no conflict",
+    "of floor: the time in which memory moves the floor's bytes over that of the kernels, each as long as its limiter "
+    "takes; the others are the least microseconds of each part of the GPU, evenly loaded and without gaps",
+    "barriers: of a warp; warps: share of a multiprocessor's, by registers and shared memory, CUDA's formula",
 )
+_OF_CALL = ("floor MB", "requested", "touched", "cached", "load", "store", "ways", "of floor")
+_OF_KERNEL = (*PARTS, "limiter", "barriers", "warps")
 
 
-def print_audit(counts: Sequence[Count]) -> None:
-    """One table for each operation."""
+def print_audit(counts: Sequence[Count], *, explain: bool = False) -> None:
+    """Two tables for each operation and architecture, of calls and of their kernels; and, to explain, the lines of the
+    source that cost most."""
     console = make_console()
     console.print(Text(f"GPU kernels, {PREDICTED}", "bold yellow"))
-    for name, group in groupby(counts, lambda count: count.op):
+    for (name, kernels, arch), group in groupby(counts, lambda count: (count.op, count.kernels, count.arch)):
+        found = list(group)
         console.print()
-        console.print(Text(name, "bold"))
-        console.print(_table(list(group)))
+        console.print(Text(f"{name}: {kernels}, {arch} ({GPUS[arch]})", "bold"))
+        console.print(_table("shape, dtype, direction", _OF_CALL, [(_title(count), *_cells(count)) for count in found]))
+        console.print(_table("kernel, us", _OF_KERNEL, [cells for count in found for cells in _kernels(count)]))
+        for count in found if explain else ():
+            console.print(_table(f"line of {_title(count)}, us", PARTS, list(_costly(count))))
     console.print()
     for line in _MEANING:
         console.print(Text(line, "dim"))
 
 
-def print_triton_audit(rows: Sequence[Row]) -> None:
-    """One table of all kernels."""
-    console = make_console()
-    console.print(Text(f"Triton kernels, {PREDICTED}", "bold yellow"))
-    console.print()
+def write_json(counts: Sequence[Count], file: Path) -> None:
+    """All that was counted, and what the tables show of it."""
+    shown = [
+        asdict(count)
+        | {
+            "shown": dict(zip(_OF_CALL, _cells(count), strict=True)),
+            "times": [times(count.arch, launch) for launch in count.launches],
+            "limiters": [limiter(count.arch, launch) for launch in count.launches],
+            "warps": [launch.warps for launch in count.launches],
+        }
+        for count in counts
+    ]
+    write_text(file, json.dumps({"what": PREDICTED, "counts": shown}, indent=1) + "\n")
+
+
+def _table(first: str, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-    for title in ("operation, shape, dtype, direction", "kernel"):
-        table.add_column(title)
-    for title in ("floor\nMB", "loaded\nMB", "stored\nMB", "traffic", "useful"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("read again, by the L2 cache")
-    for _, group in groupby(rows, lambda row: (row.op, row.shape, row.dtype, row.direction)):
-        kernels = list(group)
-        for row in kernels:
-            table.add_row(*_triton_cells(row, traffic(kernels)))
-    console.print(table)
-    console.print()
-    for line in _TRITON_MEANING:
-        console.print(Text(line, "dim"))
-
-
-_TRITON_MEANING = (
-    f"traffic: different bytes of all kernels of the call over the floor ({TIMES}); a second kernel reads anew",
-    "useful: multiplications in matrix products by formula over those that are made; the rest is padding of tiles",
-    f"read again: what a kernel loads more than once, and how often ({TIMES})",
-)
-
-
-def _triton_cells(row: Row, ratio: float) -> list[str]:
-    sizes = [significant(size / 1e6) for size in (row.floor, row.loaded, row.stored)]
-    again = ", ".join(f"{name.replace(', ', ' ')} {times:g}" for name, times in row.again.items())
-    useful = NOTHING if row.useful is None else percent(row.useful)
-    title = f"{row.op} {row.shape} {row.dtype} {row.direction}"
-    return [title, row.kernel, *sizes, f"{ratio:.3f}", useful, again or NOTHING]
-
-
-def write_json(counts: Sequence[Count], rows: Sequence[Row], file: Path) -> None:
-    """All that was counted, and what the table shows of it."""
-    shown = [asdict(count) | {"shown": dict(zip(_TITLES, _cells(count), strict=True))} for count in counts]
-    stored = {"what": PREDICTED, "counts": shown, "triton": [asdict(row) for row in rows]}
-    write_text(file, json.dumps(stored, indent=1) + "\n")
-
-
-_TITLES = ("floor MB", "requested", "touched", "cached", "memory", "load", "store", "ways", "barriers", *SHARED)
-
-
-def _table(counts: list[Count]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-    table.add_column("shape, dtype, direction")
-    for title in _TITLES:
+    table.add_column(first)
+    for title in titles:
         table.add_column(title.replace(" ", "\n"), justify="right", no_wrap=True)
-    for count in counts:
-        table.add_row(f"{count.shape} {count.dtype} {count.direction}", *_cells(count))
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
+def _title(count: Count) -> str:
+    return f"{count.shape} {count.dtype} {count.direction}"
+
+
 def _cells(count: Count) -> list[str]:
-    ratios = [f"{ratio:.3f}" for ratio in (count.traffic, count.touched, count.cached, count.past_cache)]
+    ratios = [f"{ratio:.3f}" for ratio in (count.traffic, count.touched, count.cached)]
     requests = [f"{size:.0f}" for size in (count.bytes_a_load, count.bytes_a_store)]
-    main = _largest(count)
-    return [significant(count.floor / 1e6), *ratios, *requests, _ways(count), f"{main.barriers:.1f}", *_shares(main)]
-
-
-def _largest(count: Count) -> Launch:
-    """The kernel that moves the most."""
-    return max(count.launches, key=_bytes_of)
-
-
-def _bytes_of(launch: Launch) -> int:
-    return sum(traffic.bytes for traffic in [*launch.loads.values(), *launch.stores.values()])
+    return [significant(count.floor / 1e6), *ratios, *requests, _ways(count), percent(share_of_floor(count))]
 
 
 def _ways(count: Count) -> str:
-    ways = [launch.shared_ways for launch in count.launches if launch.shared_ways is not None]
+    ways = [launch.shared.cycles / launch.shared.least for launch in count.launches if launch.shared.least]
     return f"{max(ways):.2f} {count.worst_ways}" if ways else NOTHING
 
 
-def _shares(launch: Launch) -> list[str]:
-    shares = occupancy(launch.kernel, launch.threads, launch.dynamic_bytes, source_of(launch.kernel))
-    return [percent(shares[arch]) if arch in shares else NOTHING for arch in SHARED]
+def _kernels(count: Count) -> Iterator[list[str]]:
+    for launch in count.launches:
+        parts = _microseconds(times(count.arch, launch))
+        yield [launch.kernel, *parts, limiter(count.arch, launch), f"{launch.barriers:.1f}", _warps(count, launch)]
+
+
+def _microseconds(seconds: Mapping[str, float]) -> list[str]:
+    return [f"{1e6 * seconds[part]:.2f}" for part in PARTS]
+
+
+def _warps(count: Count, launch: Launch) -> str:
+    shares: Mapping[str, float] = {}
+    if count.kernels == "cuda":
+        source = source_of(launch.kernel)
+        shares = occupancy(launch.kernel, launch.threads_of_block, launch.dynamic_bytes, source)
+    return percent(shares[count.arch]) if count.arch in shares else NOTHING
+
+
+def costly_lines(count: Count, most: int = MOST_LINES) -> list[Line]:
+    """Those whose slowest part takes longest, of all kernels of a call."""
+    lines = [line for launch in count.launches for line in launch.lines]
+    return sorted(lines, key=lambda line: max(times_of_line(count.arch, line).values()), reverse=True)[:most]
+
+
+def _costly(count: Count) -> Iterator[list[str]]:
+    for line in costly_lines(count):
+        yield [line.place, *_microseconds(times_of_line(count.arch, line))]

@@ -16,10 +16,7 @@ def interpreted() -> Iterator[None]:
     """Within the block Triton's kernels serve the CPU, and so do nvcc's in the library of `tests/cuda/ptx.cmake`."""
     from ptx_interpreter.triton_driver import Driver
 
-    evakernels.triton.INTERPRETED = True
-    for ops in evakernels.triton.FAMILIES.values():
-        for op in ops:
-            evakernels.triton.register(op)
+    evakernels.triton.interpret()
     with ExitStack() as stack:
         stack.enter_context(Driver(_CAPABILITY, count=False))
         if _native.runs_gpu_kernels("cpu"):

@@ -3,12 +3,11 @@
 A family's file holds its kernels and, under the name of each op that it serves, the function that launches them. The
 files are imported by the first call that they could serve: importing evakernels doesn't import Triton.
 
-Under `TRITON_INTERPRET=1` Triton runs its kernels on the CPU, slowly. They then serve CPU tensors, which is how they
-are tested without a GPU.
+Without a GPU they are tested by an interpreter of the PTX that Triton makes of them: `interpret` lets them serve CPU
+tensors.
 """
 
 import importlib
-import os
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -43,8 +42,8 @@ FAMILIES = {
 }
 """The ops that each file here serves."""
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Triton reads this when a kernel is defined, so it holds for the whole process."""
+INTERPRETED = False
+"""Whether the kernels serve CPU tensors. They read it when they are imported, so it holds for the whole process."""
 
 _OLDEST_GPU = (8, 0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,6 +57,17 @@ def register(op: str) -> None:
         backends.register(op, "triton", lambda *args: launcher(op)(*args), lambda *args: _reasons(op, args), device)
 
 
+def interpret() -> None:
+    """Lets the kernels serve CPU tensors, for who runs what Triton compiles without a GPU, in small pieces.
+
+    To be called before any of them is.
+    """
+    global INTERPRETED
+    INTERPRETED = True
+    for op in _FAMILY_OF:
+        register(op)
+
+
 @cache
 def launcher(op: str) -> Callable[..., Any]:
     function: Callable[..., Any] = getattr(_module(op), op)
@@ -65,8 +75,6 @@ def launcher(op: str) -> Callable[..., Any]:
 
 
 def _module(op: str) -> Any:
-    if INTERPRETED:
-        importlib.import_module(f"{__name__}._interpreter")
     return importlib.import_module(f"{__name__}.{_FAMILY_OF[op]}")
 
 
@@ -94,7 +102,7 @@ def _reasons(op: str, args: tuple[Any, ...]) -> list[str]:
     tensor = backends.first_tensor(args)
     device = "cpu" if INTERPRETED else "cuda"
     if tensor is not None and tensor.device.type != device:
-        where = "a CPU, where Triton's interpreter works" if INTERPRETED else "a GPU"
+        where = "a CPU, where kernels are interpreted" if INTERPRETED else "a GPU"
         found.append(f"the tensors are on {tensor.device}, not on {where}")
     elif tensor is not None and tensor.is_cuda:
         found += _too_old(tensor.device.index)

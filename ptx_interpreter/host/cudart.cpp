@@ -2,7 +2,7 @@
 // place, and serves what host code of kernels without __managed__ or __constant__ variables asks for.
 // Launches go to the function that `ptx_serve` was given, with the fat binary in which the kernel's PTX is.
 //
-// One GPU is played, as small as makes kernels go round: three multiprocessors with a block each and 1 MB of
+// Two GPUs are played, each as small as makes kernels go round: three multiprocessors with a block each and 1 MB of
 // cache. A block may have 99 KB of shared memory as on compute capability 8.6, or what PTX_SHARED_KB says:
 // 163 (A100), 227 (H100). Like the runtime it lets a kernel have 48 KB until it is told otherwise. PTX_DRIVER
 // is the version of the driver that is played, such as 12010.
@@ -36,7 +36,9 @@ struct Kernel {
 Serve serve = nullptr;
 int queries = 0;
 char message[1 << 14];
-char context;  // of which the address stands for the GPU's
+char contexts[2];  // of which the addresses stand for these GPUs
+char* context = nullptr;  // the current one; as in a process that has used no GPU yet there is none
+int last_device = -1;     // on which a kernel was launched
 
 std::mutex guards_kernels;
 
@@ -62,11 +64,14 @@ bool is_launchable(dim3 grid, dim3 block) {
 }
 
 int get_context(void** current) {
-  *current = &context;
+  *current = context;
   return 0;
 }
 
-int set_context(void*) { return 0; }
+int set_context(void* current) {
+  context = static_cast<char*>(current);
+  return 0;
+}
 
 }  // namespace
 
@@ -74,6 +79,11 @@ EXPORTED void ptx_serve(Serve function) { serve = function; }
 
 // How often the runtime was asked for what doesn't change.
 EXPORTED int ptx_queries() { return queries; }
+
+// The current device, or -1, and the one of the last launch.
+EXPORTED int ptx_device() { return context ? static_cast<int>(context - contexts) : -1; }
+EXPORTED int ptx_last_device() { return last_device; }
+EXPORTED void ptx_set_device(int device) { context = contexts + device; }
 
 // --- what nvcc's own code calls ----------------------------------------------------------------------------
 
@@ -119,6 +129,7 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
   if (!is_launchable(grid, block)) return cudaErrorInvalidConfiguration;
   if (shared_bytes > kernel.shared_bytes) return cudaErrorInvalidValue;
   if (!serve) return cudaErrorNoDevice;
+  cudaGetDevice(&last_device);
   const unsigned blocks[] = {grid.x, grid.y, grid.z}, threads[] = {block.x, block.y, block.z};
   return static_cast<cudaError_t>(
       serve(kernel.binary, kernel.name, blocks, threads, arguments, shared_bytes, message, sizeof message));
@@ -177,11 +188,15 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function
 }
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = context ? ptx_device() : 0;
   return cudaSuccess;
 }
 
-cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device > 1) return cudaErrorInvalidDevice;
+  ptx_set_device(device);
+  return cudaSuccess;
+}
 
 cudaError_t cudaMallocAsync(void** memory, size_t bytes, cudaStream_t) {
   return posix_memalign(memory, 256, bytes) == 0 ? cudaSuccess : cudaErrorMemoryAllocation;

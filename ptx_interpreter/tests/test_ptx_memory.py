@@ -110,6 +110,73 @@ def test_cycles_of_ldmatrix(pitch, cycles):
     assert traffic(body, "shared") == (1, cycles, 512)
 
 
+@pytest.mark.parametrize(
+    ("stride", "width", "ways"),
+    [
+        *[(4, 4, 1), (0, 4, 1), (8, 4, 2), (128, 4, 32), (132, 4, 1)],
+        *[(8, 8, 1), (16, 8, 2), (128, 8, 16)],
+        *[(16, 16, 1), (32, 16, 2), (128, 16, 8), (144, 16, 1)],
+    ],
+)
+def test_conflicts_of_shared_memory(stride, width, ways):
+    """Cycles over those without conflicts, and the worst of the parts of a warp that are served at once."""
+    kind = {4: "u32", 8: "v2.u32", 16: "v4.u32"}[width]
+    names = ", ".join("%r1" for _ in range(width // 4))
+    names = f"{{{names}}}" if width > 4 else names
+    report = run(
+        kernel(f"{HEAD} mul.lo.s32 %r2, %r1, {stride}; st.shared.{kind} [%r2], {names};"),
+        [np.zeros(1)],
+        shared=1 << 13,
+        check=False,
+    )
+    total = report.total("shared store")
+    assert (total.least, total.sectors, total.worst) == (width // 4, width // 4 * ways, ways)
+
+
+@pytest.mark.parametrize(("stride", "words", "ways"), [(144, 8, 1), (208, 12, 2), (192, 12, 1)])
+def test_conflicts_where_a_row_ends_among_the_lanes_served_at_once(stride, words, ways):
+    body = f"mul.lo.s32 %r2, %r1, {-(-1024 // words)}; shr.u32 %r2, %r2, 10; mul.lo.s32 %r3, %r2, {words};"
+    body += f"sub.s32 %r3, %r1, %r3; mul.lo.s32 %r2, %r2, {stride}; mul.lo.s32 %r3, %r3, 16; add.s32 %r2, %r2, %r3;"
+    report = run(kernel(HEAD + body + "st.shared.v4.u32 [%r2], {%r1, %r1, %r1, %r1};"), [np.zeros(1)], shared=1 << 12)
+    assert report.total("shared store").worst == ways
+
+
+def test_lanes_that_leave_out_a_round_are_not_met_in_another():
+    """Each lane leaves out one round of four, in which the others share a line of 128 bytes."""
+    body = "and.b32 %r2, %r1, 3; mul.wide.u32 %d1, %r1, 4; add.s64 %d1, %d1, %d30;"
+    for n in range(4):
+        body += (
+            f"setp.ne.s32 %p1, %r2, {n}; @%p1 st.global.u32 [%d1+{128 * n}], %r1; @%p1 st.shared.u32 [{128 * n}], %r1;"
+        )
+    report = run(kernel(HEAD + body), [aligned(512)], shared=512, check=False)
+    total, shared = report.total("global store"), report.total("shared store")
+    assert (total.requests, total.bytes, total.sectors) == (4, 4 * 24 * 4, 4 * 4)
+    assert (shared.requests, shared.worst) == (4, 1)
+
+
+def test_sectors_are_told_by_address():
+    """Three warps read 128 bytes each, the last two the same; of a fourth all lanes read one word."""
+    body = "shr.u32 %r2, %r1, 5; and.b32 %r3, %r1, 31; min.u32 %r4, %r2, 1; mul.wide.u32 %d1, %r3, 4;"
+    body += "mul.wide.u32 %d2, %r4, 128; add.s64 %d1, %d1, %d2; setp.eq.s32 %p1, %r2, 3; @%p1 mov.b64 %d1, 512;"
+    body += "add.s64 %d1, %d1, %d30; ld.global.u32 %r5, [%d1]; st.global.u32 [%d1+1024], %r5;"
+    data = aligned(2048)
+    report = run(kernel(HEAD + body), [data], block=128, check=False)
+    start = data.ctypes.data
+    assert report.loads.within(start, start + 128) == (1, 128, 4, 4)
+    assert report.loads.within(start, start + 256) == (3, 384, 12, 8)
+    assert report.loads.within(start, start + 1024) == (4, 388, 13, 9)
+    assert report.loads.within(start + 1024, start + 2048) == (0, 0, 0, 0)
+    assert report.stores.within(0, 1 << 62) == (4, 388, 13, 9)
+    assert report.loads.within(start + 512, start + 544) == (1, 4, 1, 1)
+    assert sum(report.warps.values()) == 4
+
+
+def aligned(size):
+    """Bytes that begin at a sector."""
+    raw = np.zeros(size + 32, np.uint8)
+    return raw[-raw.ctypes.data % 32 :][:size]
+
+
 def test_traffic_is_told_by_instruction():
     body = (
         HEAD + "mul.wide.u32 %d1, %r1, 4; add.s64 %d2, %d1, %d30; ld.global.u32 %r2, [%d2]; st.global.u32 [%d2], %r2;"

@@ -1,4 +1,4 @@
-"""The audit of GPU kernels but for the counting itself: what counts come to, and occupancy."""
+"""The audit of GPU kernels but for the counting itself: what counts come to, the roofline, and occupancy."""
 
 import json
 import shutil
@@ -8,32 +8,41 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import cli
 from benchmarks.audit import build
 from benchmarks.audit.cases import list_cases
+from benchmarks.audit.count import spans_of
 from benchmarks.audit.occupancy import SHARED, WARPS, occupancy, resident_warps
-from benchmarks.audit.result import REST, Count, Launch, Traffic, count_from_json
+from benchmarks.audit.pipes import ALU, CONTROL, FMA, MEMORY, MOVES, SFU, TENSOR, flops_of, instructions_of, pipe_of
+from benchmarks.audit.result import REST, Count, Launch, Line, Shared, Traffic, count_from_json
+from benchmarks.audit.roofline import DRAM, ISSUE, limiter, share_of_floor, times
+from benchmarks.audit.table import costly_lines
+from ptx_interpreter.body import Instruction
 
 KERNEL = "norm_add_forward<BFloat16, BFloat16, 8, 4>"
+LINE = Line("norm.cu:7", {ALU: 4000, MEMORY: 41, MOVES: 10**9}, 0, Shared(10, 25, 20, 2), 41, 650)
+OTHER = Line("rows.h:3", {ALU: 500, TENSOR: 2}, 2 * 4096, Shared(), 0, 0)
 LAUNCH = Launch(
     kernel=KERNEL,
     grid=(3, 1, 1),
     block=(32, 4, 1),
     dynamic_bytes=0,
     barriers=2.0,
-    shared_ways=1.25,
-    worst_ways=2,
+    threads={ALU: 32 * 4500, MEMORY: 32 * 41},
+    lines=(OTHER, LINE),
     loads={"x": Traffic(10, 5120, 160, 160), "weight": Traffic(20, 10240, 320, 32), REST: Traffic(1, 4, 1, 1)},
     stores={"out 0": Traffic(10, 2560, 160, 160)},
 )
 COUNT = Count(
+    kernels="cuda",
+    arch="sm_80",
     op="layer_norm",
     shape="eva02-l14@224 b1",
     dtype="bfloat16",
     direction="forward",
     floor=10240,
-    memory=12288,
     sizes={"x": 5120, "weight": 1024, "out 0": 5120},
     launches=(LAUNCH,),
 )
@@ -43,7 +52,6 @@ def test_large_buffers_count_each_time_and_small_ones_once() -> None:
     assert COUNT.streamed == {"x", "out 0"}
     assert COUNT.traffic == pytest.approx(32 * (160 + 160 + 32 + 1) / 10240)
     assert COUNT.touched == COUNT.traffic
-    assert COUNT.past_cache == pytest.approx(1.2)
     assert COUNT.cached == pytest.approx(32 * (320 - 32) / 10240)
     twice = replace(LAUNCH, loads={"x": Traffic(20, 10240, 320, 160)})
     again = replace(COUNT, launches=(twice,))
@@ -55,19 +63,85 @@ def test_a_count_survives_json() -> None:
     assert count_from_json(json.loads(json.dumps(asdict(COUNT)))) == COUNT
 
 
+PIPES = [
+    ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1, %f2}, {%r1}, {%r2}, {%f1, %f2};", TENSOR, 1, 4096),
+    ("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%f1}, %d1, %d2, %p1, 1, 1, 0, 0;", TENSOR, 1, 16384),
+    ("wgmma.commit_group.sync.aligned;", CONTROL, 1, 0),
+    ("fma.rn.f32 %f1, %f2, %f3, %f4;", FMA, 1, 0),
+    ("mul.f32 %f1, %f2, %f3;", FMA, 1, 0),
+    ("max.f32 %f1, %f2, %f3;", ALU, 1, 0),
+    ("mad.lo.s32 %r1, %r2, %r3, %r4;", ALU, 1, 0),
+    ("add.s64 %d1, %d2, %d3;", ALU, 2, 0),
+    ("ex2.approx.ftz.f32 %f1, %f2;", SFU, 1, 0),
+    ("cvt.rn.bf16.f32 %h1, %f1;", ALU, 1, 0),
+    ("cvt.u64.u32 %d1, %r1;", MOVES, 1, 0),
+    ("mov.b32 %r1, %r2;", MOVES, 1, 0),
+    ("ld.param.u64 %d1, [p0];", MOVES, 1, 0),
+    ("ld.global.v4.u64 {%d1}, [%d2];", MEMORY, 1, 0),
+    ("shfl.sync.bfly.b32 %r1, %r2, 1, 31, -1;", MEMORY, 1, 0),
+    ("cp.async.wait_group 0;", CONTROL, 1, 0),
+    ("bar.sync 0;", CONTROL, 1, 0),
+]
+
+
+@pytest.mark.parametrize(("text", "pipe", "instructions", "flops"), PIPES, ids=[row[0].split()[0] for row in PIPES])
+def test_instructions_go_to_pipes(text: str, pipe: str, instructions: int, flops: int) -> None:
+    op, *mods = text.split()[0].rstrip(";").split(".")
+    instruction = Instruction(op, tuple(mods), [], None, False, text, (0, 0))
+    found = pipe_of(instruction), instructions_of(instruction), flops_of(instruction)
+    assert found == (pipe, instructions, flops)
+
+
+def test_the_slowest_part_limits() -> None:
+    """An A100: 108 multiprocessors, of which each takes two instructions of a warp a cycle for integers."""
+    clocks = 19.5e12 / 128
+    found = times("sm_80", LAUNCH)
+    assert found[ALU] == pytest.approx(4500 / 2 / clocks)
+    assert found[ISSUE] == pytest.approx((4500 + 41 + 2) / 4 / clocks)
+    assert found[TENSOR] == pytest.approx(2 * 4096 / 312e12)
+    # 25 cycles of shared memory; 650 sectors are as many cycles as lines of 128 bytes.
+    assert found[MEMORY] == pytest.approx((25 + 650 / 4) / clocks)
+    assert found[DRAM] == pytest.approx(32 * (160 + 160 + 32 + 1) / 2039e9)
+    assert limiter("sm_80", LAUNCH) == ALU
+    assert share_of_floor(COUNT) == pytest.approx(10240 / 2039e9 / found[ALU])
+    assert times("sm_90", LAUNCH)[MEMORY] < found[MEMORY]
+    assert [line.place for line in costly_lines(COUNT)] == ["norm.cu:7", "rows.h:3"]
+
+
+def test_tensors_that_share_memory_are_one_buffer() -> None:
+    packed, alone = torch.zeros(4, 3, 8), torch.zeros(5)
+    q, k, _ = packed.unbind(1)
+    spans = spans_of({"q": [q], "k": [k], "x": [alone, torch.zeros(0)], "d x": [alone]})
+    start = packed.data_ptr()
+    assert spans == {"q, k": [(start, start + packed.nbytes)], "x": [(alone.data_ptr(), alone.data_ptr() + 20)]}
+
+
+def test_without_nvcc_its_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(build.budget(), "nvcc", lambda: None)
+    assert cli.main(["audit", "layer_norm", "--kernels", "cuda"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pip install nvidia-cuda-nvcc" in line
+
+
 def test_the_command_shows_that_it_predicts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # names are broken in a narrow table
     asked = []
-    monkeypatch.setattr(build, "count_all", lambda cases: asked.extend(cases) or [COUNT])
+    monkeypatch.setattr(build, "count_all", lambda *arguments: asked.append(arguments) or [COUNT])
     arguments = ["audit", "layer_norm", "--kernels", "cuda", "--dtype", "bfloat16", "--direction", "forward"]
-    assert cli.main([*arguments, "--json", str(tmp_path / "audit.json")]) == 0
-    assert asked == list_cases(["layer_norm"], [], ["bfloat16"], ["forward"])
+    arguments += ["--arch", "sm_80", "--json", str(tmp_path / "audit.json")]
+    assert cli.main(arguments) == 0
+    assert asked == [(list_cases(["layer_norm"], [], ["bfloat16"], ["forward"]), "sm_80", "cuda")]
     text = capsys.readouterr().out
-    assert "predicted from counted accesses, not measured" in text
+    assert "predicted from counted instructions, not measured" in text
     assert "1.103" in text
+    assert "norm.cu:7" not in text
     (stored,) = json.loads((tmp_path / "audit.json").read_text())["counts"]
     assert stored["shown"]["ways"] == "1.25 2"
+    assert stored["limiters"] == [ALU]
+    assert cli.main([*arguments, "--explain"]) == 0
+    assert "norm.cu:7" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -75,6 +149,7 @@ def test_the_command_shows_that_it_predicts(
     [
         (["audit", "layer_nrm"], "unknown audited operation 'layer_nrm'; did you mean 'layer_norm'"),
         (["audit", "layer_norm", "--shape", "x"], "unknown shape 'x'"),
+        (["audit", "lamb_step", "--kernels", "triton"], "unknown audited operation 'lamb_step'"),
     ],
 )
 def test_wrong_names(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,11 +8,19 @@ target_compile_options(ptx_runtime PRIVATE -Wall -Wextra)
 set(PTX_OBJECTS $<TARGET_OBJECTS:cuda_kernels> $<TARGET_OBJECTS:ptx_runtime>)
 
 list(TRANSFORM CUDA_OPS REPLACE ".+" "csrc/bind/torch_\\0.cpp" OUTPUT_VARIABLE BINDINGS)
-add_library(ptx_ops MODULE EXCLUDE_FROM_ALL ${BINDINGS} ${CMAKE_CURRENT_LIST_DIR}/interpreted.cpp ${PTX_OBJECTS})
+add_library(ptx_ops SHARED EXCLUDE_FROM_ALL ${BINDINGS} ${CMAKE_CURRENT_LIST_DIR}/interpreted.cpp ${PTX_OBJECTS})
 compile_with_torch(ptx_ops)
 link_with_torch(ptx_ops)
 target_compile_definitions(ptx_ops PRIVATE EVAKERNELS_CUDA EVAKERNELS_INTERPRETED)
 set_target_properties(ptx_ops PROPERTIES OUTPUT_NAME _ops LIBRARY_OUTPUT_DIRECTORY ptx LINKER_LANGUAGE CXX)
+
+# The Python module on these kernels; of those for CPUs it has the names of the instruction sets alone.
+add_python_module(ptx_module)
+target_sources(ptx_module PRIVATE csrc/cpu/isa.cpp)
+target_compile_definitions(ptx_module PRIVATE EVAKERNELS_CUDA EVAKERNELS_INTERPRETED)
+target_link_libraries(ptx_module PRIVATE ptx_ops)
+set_target_properties(ptx_module PROPERTIES OUTPUT_NAME _C LIBRARY_OUTPUT_DIRECTORY ptx INSTALL_RPATH "$ORIGIN"
+                                            EXCLUDE_FROM_ALL ON)
 
 # A library, so that a Python program can serve its launches.
 file(GLOB DRIVER_SOURCES CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/drive*.cpp)
@@ -22,4 +30,4 @@ target_compile_options(ptx_drive PRIVATE -Wall -Wextra -O1)
 set_target_properties(ptx_drive PROPERTIES PREFIX "" OUTPUT_NAME drive LIBRARY_OUTPUT_DIRECTORY ptx LINKER_LANGUAGE CXX
                                            CXX_VISIBILITY_PRESET default)
 
-add_custom_target(ptx DEPENDS ptx_ops ptx_drive)
+add_custom_target(ptx DEPENDS ptx_ops ptx_module ptx_drive)

@@ -52,12 +52,13 @@ def build_library(build: Path, target: str = "all", **options: object) -> None:
         assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
 
 
-def copy_with_library(top: Path, library: Path) -> Path:
-    """A copy of the ops and their tests in `top`, with another library. Returns the folder of the tests."""
+def copy_with_library(top: Path, *libraries: Path) -> Path:
+    """A copy of the ops and their tests in `top`, with other libraries. Returns the folder of the tests."""
     shutil.copytree(ROOT / "evakernels", top / "evakernels", ignore=shutil.ignore_patterns("*.so"))
     shutil.copytree(ROOT / "tests/evakernels", top / "tests")
     (top / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow\n    exhaustive\n")
-    shutil.copy(library, top / "evakernels")
+    for library in libraries:
+        shutil.copy(library, top / "evakernels")
     return top / "tests"
 
 

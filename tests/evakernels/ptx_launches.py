@@ -32,10 +32,7 @@ def triton_kernels(capability: int) -> Iterator[None]:
     """Those of Triton alone: no other backend serves an op."""
     from ptx_interpreter.triton_driver import Driver
 
-    # As in Triton's interpreter: CPU tensors are served, in small pieces.
-    evakernels.triton.INTERPRETED = True
-    for op in [op for ops in evakernels.triton.FAMILIES.values() for op in ops]:
-        evakernels.triton.register(op)
+    evakernels.triton.interpret()
     tuning.gpu_of = lambda tensor: ("", capability)
     with Driver(capability, count=False) as driver, evakernels.use_backend("triton"):
         try:
