@@ -121,7 +121,7 @@ __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_
 
 // Ends the launch with an error: for arguments that only the kernel sees. The driver prints op and what is
 // wrong, as of an assertion. Never inlined: so it takes no registers from those who don't call it.
-__device__ __noinline__ __attribute__((noreturn)) void refuse(const char* op, const char* what) {
+inline __device__ __noinline__ __attribute__((noreturn)) void refuse(const char* op, const char* what) {
   __assert_fail(what, "", 0, op);
 }
 
