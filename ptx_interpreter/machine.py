@@ -190,14 +190,20 @@ class Machine:
             _join(self.waiting, code.number, taken)
         elif last.op in ("ret", "exit", "trap"):
             if last.op == "trap":
-                told = [self.kernel.module.texts.get(_name_of(arg), "") for i in code.instructions for arg in i.args]
-                what = "; ".join(filter(None, told)) or "an error"
-                self.fault("trap", last, np.flatnonzero(taken), f"the kernel ends the launch with {what}")
+                self.fault("trap", last, np.flatnonzero(taken), f"the kernel ends the launch with {self._said(code)}")
             self.alive &= ~taken
         else:
             _join(pending, code.number + 1, taken)
         if rest is not None:
             _join(pending, code.number + 1, rest)
+
+    def _said(self, code: "ReadyBlock") -> str:
+        """What a kernel says when it ends the launch; all that it has to say if the compiler has put it elsewhere."""
+        texts = self.kernel.module.texts
+        told = [texts[name] for i in code.instructions for arg in i.args if (name := _name_of(arg)) in texts]
+        if not told and code.last.text.startswith("call"):
+            told = list(texts.values())
+        return "; ".join(told) or "an error"
 
     def _pass_barrier(self, pending: Masks) -> bool:
         """Lets those go on who wait at a barrier, when nobody else runs; False if nobody waits.

@@ -147,11 +147,11 @@ def test_the_launchers_on_raw_buffers_serve_these_kernels_too(built: Path, serve
 def test_the_launchers_on_raw_buffers_leave_the_current_device_as_it_is(printed: Callable[..., str]) -> None:
     """Also where there was none, so that no context begins on a GPU that the process doesn't use."""
     code = """if True:
-        import ctypes, numpy as np
+        import ctypes, torch
         from evakernels import _C, _native
         runtime = ctypes.CDLL(str(_native._LIBRARY))
-        x, out = np.ones((2, 2, 8), np.float32)
-        statistics = np.zeros((2, 2), np.float32)
+        x, out = torch.ones(2, 2, 8).numpy()
+        statistics = torch.zeros(2, 2).numpy()
         for device in (None, 1, 0):
             if device is not None:
                 runtime.ptx_set_device(device)
