@@ -60,6 +60,11 @@ def test_lines_are_those_with_an_instruction() -> None:
     .loc 2 8 1
     ret;
     }
+    .func refuse()
+    {
+    .loc 1 99 1
+    trap;
+    }
     .file 1 "/somewhere/a.cuh"
     .file 2 "/somewhere/b.cu"
     """
