@@ -2,10 +2,10 @@
 // place, and serves what host code of kernels without __managed__ or __constant__ variables asks for.
 // Launches go to the function that `ptx_serve` was given, with the fat binary in which the kernel's PTX is.
 //
-// Two GPUs are played, each as small as makes kernels go round: three multiprocessors with a block each and 1 MB of
-// cache. A block may have 99 KB of shared memory as on compute capability 8.6, or what PTX_SHARED_KB says:
-// 163 (A100), 227 (H100). Like the runtime it lets a kernel have 48 KB until it is told otherwise. PTX_DRIVER
-// is the version of the driver that is played, such as 12010.
+// Two GPUs are played, each as small as makes kernels go round: three multiprocessors with a block each and 1
+// MB of cache. A block may have 99 KB of shared memory as on compute capability 8.6, or what PTX_SHARED_KB
+// says: 163 (A100), 227 (H100). Like the runtime it lets a kernel have 48 KB until it is told otherwise.
+// PTX_DRIVER is the version of the driver that is played, such as 12010.
 #include <cuda_runtime_api.h>
 #include <fatbinary_section.h>
 
@@ -36,7 +36,7 @@ struct Kernel {
 Serve serve = nullptr;
 int queries = 0;
 char message[1 << 14];
-char contexts[2];  // of which the addresses stand for these GPUs
+char contexts[2];         // of which the addresses stand for these GPUs
 char* context = nullptr;  // the current one; as in a process that has used no GPU yet there is none
 int last_device = -1;     // on which a kernel was launched
 
