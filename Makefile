@@ -22,7 +22,7 @@ BUILD_TOOLS := setuptools cmake ninja pybind11
 BUNDLE ?= build/gpu-bundle
 # Options of `python -m benchmarks.gpu_check`, such as `--resume FILE`.
 GPU_CHECK ?= --out build/gpu-check
-CPP_FILES := $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
+CPP_FILES := $(shell find csrc ptx_interpreter tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 # A process for each processor, each with one thread: torch's own would only take each other's processor.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup \

@@ -36,6 +36,7 @@ def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its shape is one of those for processors")
+@pytest.mark.exhaustive
 def test_a_case_is_measured_and_carries_its_numbers(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     quick = ("--benchmark-only", "--benchmark-max-time=0.01", "--benchmark-min-rounds=3", f"--benchmark-json={report}")
@@ -52,7 +53,7 @@ def test_a_case_is_measured_and_carries_its_numbers(tmp_path: Path) -> None:
 
 def test_the_default_run_leaves_them_out() -> None:
     options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
-    assert options["testpaths"] == ["tests"]
+    assert options["testpaths"] == ["tests", "ptx_interpreter/tests"]
 
 
 def a_case() -> Case:

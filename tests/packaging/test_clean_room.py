@@ -129,6 +129,7 @@ def test_the_first_hour_of_profiling(wheel: Path, tmp_path_factory: pytest.TempP
         room.script("hour_of_profiling.py", room.work / "checkout")
 
 
+@pytest.mark.exhaustive
 def test_the_source_distribution_installs_without_a_compiler(
     sdist: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -20,6 +20,9 @@ from evaclip.plan.unfused import as_usual
 
 pytestmark = pytest.mark.xdist_group("savings")
 
+# What traces dozens of jobs, or hundreds, to find those that fit.
+searched = pytest.mark.exhaustive
+
 A100 = get_gpu("a100-80g")
 # A trace takes as long as there are operators, so blocks are few; 343 samples can be cut into 1, 7, 49 or 343 chunks.
 JOB = Job(
@@ -38,6 +41,7 @@ def rungs() -> list[Rung]:
     return ladder(JOB, A100)
 
 
+@searched
 def test_the_ladder_ends_with_the_job(rungs: list[Rung]) -> None:
     assert rungs[0].name == NOTHING
     assert rungs[-1].job == JOB
@@ -47,6 +51,7 @@ def test_the_ladder_ends_with_the_job(rungs: list[Rung]) -> None:
         assert saving in names
 
 
+@searched
 def test_each_saving_saves(rungs: list[Rung]) -> None:
     for before, after in pairwise(rungs):
         less_memory = after.memory.peak.total < before.memory.peak.total
@@ -60,6 +65,7 @@ def test_savings_that_the_job_lacks_are_left_out() -> None:
     assert [rung.name for rung in ladder(job, A100)] == [NOTHING, "fused ops, loss in tiles"]
 
 
+@searched
 def test_a_plot_is_drawn(rungs: list[Rung], tmp_path: Path) -> None:
     save_plot(rungs, tmp_path / "savings.png", A100.memory_gib)
     image = Image.open(tmp_path / "savings.png")
@@ -99,10 +105,6 @@ def _with_room(bytes_of_a_parameter: int) -> Gpu:
 
 # With its gradient and moments a parameter takes 16: one GPU of this kind is too few for the model, two are enough.
 SMALL, TOO_SMALL = _with_room(15), _with_room(5)
-
-
-# Hundreds of jobs are traced to find those that fit.
-searched = pytest.mark.exhaustive
 
 
 @pytest.fixture(scope="module")

@@ -270,6 +270,7 @@ def test_a_robbed_run_stops_and_writes_no_checkpoint(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_starts_of_one_run(run_config: Callable[..., TrainConfig], tmp_path: Path, capsys: Any) -> None:
     """As when a job is queued again while it still runs, and once more after it was killed."""
     path = tmp_path / "config.yaml"

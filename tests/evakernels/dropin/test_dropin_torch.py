@@ -291,7 +291,7 @@ def _whole(tensor):
 @pytest.mark.parametrize(
     "whole_blocks", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["blocks", "every module"]
 )
-@pytest.mark.parametrize("first", ["shard", "accelerate"])
+@pytest.mark.parametrize("first", [pytest.param("shard", marks=pytest.mark.exhaustive), "accelerate"])
 def test_fsdp2_before_and_after(name, whole_blocks, first, one_process):
     family, _, untouched = _pair(name)
     model = copy.deepcopy(untouched)
