@@ -50,10 +50,6 @@ class Kernel:
     def parsed(self) -> Body:
         return Body(_without_rest(self.body), self.first_line, self.module.files)
 
-    def with_body(self, body: str) -> "Kernel":
-        """The same kernel with other instructions, in which a fault may have been planted."""
-        return Kernel(self.name, self.header, body, self.first_line, self.module)
-
 
 class Module:
     """What a compiler wrote.

@@ -76,7 +76,8 @@ class Rates:
 
 GPUS = {"sm_80": "a100-80g", "sm_90": "h100-80g", "sm_100": "b200"}
 _FMA_LANES = {"sm_80": 64, "sm_90": 128, "sm_100": 128}
-"""Of a multiprocessor, by the CUDA C++ Programming Guide; the other pipes are as wide in all three."""
+"""Of a multiprocessor. These and the widths of the other pipes are assumptions, the same for all three; no measurement
+has confirmed them, least of all 64 lanes for integers on 10.0."""
 _LANES = {ALU: 64, SFU: 16, MEMORY: 32, "issue": 128, "cycles": 32}
 _WARP = 32
 

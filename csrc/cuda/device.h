@@ -137,10 +137,6 @@ __device__ __forceinline__ T* in_global_memory(T* pointer) {
   return pointer;
 }
 
-struct Round {
-  __device__ __forceinline__ explicit Round(unsigned) {}
-};
-
 // To 2 units in the last place, in one instruction; 0 where the result would be subnormal.
 __device__ __forceinline__ float exp2_approximated(float x) {
   float result;

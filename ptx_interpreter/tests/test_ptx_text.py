@@ -130,13 +130,3 @@ def test_variables_in_shared_memory_follow_each_other():
     found = np.zeros(3, np.uint32)
     run(kernel(body, head=head), [found], block=1)
     assert found.tolist() == [0, 8, 32]
-
-
-def test_a_body_may_be_replaced():
-    program = kernel("st.global.u32 [%d30], 1;")
-    other = program.with_body(program.body.replace("[%d30], 1", "[%d30], 2"))
-    found = np.zeros(1, np.uint32)
-    run(program, [found], block=1)
-    assert found[0] == 1
-    run(other, [found], block=1)
-    assert found[0] == 2

@@ -1,26 +1,15 @@
 """Builds what lets ptx_interpreter run nvcc's kernels: tests/cuda/ptx.cmake, as it is or with faults planted."""
 
-import importlib.util
 import os
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
-from types import ModuleType
 
 from op_suite import ROOT, tool
 from planted_faults import ASKED_FOR, FAULTS, call, changed_files
 
-
-def load_budget() -> ModuleType:
-    """csrc/cuda/budget.py, which knows how kernels are compiled."""
-    spec = importlib.util.spec_from_file_location("budget", ROOT / "csrc/cuda/budget.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+from benchmarks.audit.budget import budget as load_budget
 
 budget = load_budget()
 BUILD: Path = budget.BUILD
