@@ -42,7 +42,7 @@ test-all:
 	@$(MAKE) --no-print-directory test
 	@$(MAKE) --no-print-directory exhaustive
 
-exhaustive: $(VENV)/.built $(VENV)/.test-all $(VENV)/oldest-triton
+exhaustive: $(VENV)/.built $(VENV)/.test-all $(VENV)/oldest-triton $(VENV)/.nvcc
 	$(PYTEST) -m exhaustive
 
 # tools/wheel.py installs what else it needs into an environment that it deletes.
@@ -98,6 +98,12 @@ $(EXTRAS): $(VENV)/.tools pyproject.toml tools/requirements.py
 # The oldest Triton that the kernels must compile with, that of torch 2.11; it is on that one test's path alone.
 $(VENV)/oldest-triton: | $(VENV)/.tools
 	@$(PHASE) "Installing the oldest Triton" $(PIP_INSTALL) --no-deps --target $@ 'triton==3.6.*'
+
+# What compiles the kernels to PTX: NVIDIA's packages, where there is no compiler on PATH.
+$(VENV)/.nvcc: | $(VENV)/.tools
+	@command -v $${CUDACXX:-nvcc} >/dev/null || \
+		$(PHASE) "Installing NVIDIA's compiler" $(PIP_INSTALL) nvidia-cuda-nvcc nvidia-cuda-cccl
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info evakernels/*.so evakernels/_build.json

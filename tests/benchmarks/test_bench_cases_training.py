@@ -213,7 +213,14 @@ def test_the_plain_model_has_the_parameters_of_ours(name: str) -> None:
     assert not any(buffer.is_meta for buffer in plain.buffers())
 
 
-@pytest.mark.parametrize("name", ["EVA02-B-16", "EVA02-L-14-336", "EVA01-g-14", "EVA02-E-14"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "EVA02-B-16",
+        "EVA01-g-14",
+        *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("EVA02-L-14-336", "EVA02-E-14")),
+    ],
+)
 def test_the_plain_model_is_open_clips(name: str) -> None:
     """Layer by layer, as both print themselves."""
     theirs: Any = open_clip.get_model_config(name)

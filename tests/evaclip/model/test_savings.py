@@ -68,9 +68,11 @@ def _assert_equal(name: str, savings: Savings, dtype: torch.dtype, *, drop: bool
         torch.testing.assert_close(gradients[name], gradient, atol=tolerance * scale, rtol=0, msg=name)
 
 
-# Each saving meets each model, and both meet dropped tokens and whole images.
+# Each saving meets each model, and both meet dropped tokens and whole images; in every third pair quickly.
 EQUAL = [
-    (saving, name, (row + column) % 2 == 0) for row, saving in enumerate(SAVINGS) for column, name in enumerate(MODELS)
+    pytest.param(saving, name, (row + column) % 2 == 0, marks=[pytest.mark.exhaustive] if (row + column) % 3 else [])
+    for row, saving in enumerate(SAVINGS)
+    for column, name in enumerate(MODELS)
 ]
 
 

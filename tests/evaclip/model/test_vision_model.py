@@ -31,7 +31,9 @@ def ours(name: str, peer: nn.Module, depth: int = 2, num_classes: int = 7, **opt
     return model
 
 
-@pytest.mark.parametrize("name", RELEASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.exhaustive] if "enormous" in name else []) for name in RELEASES]
+)
 def test_outputs_and_names_equal_those_of_timm(name: str) -> None:
     config, tiny = vision_config(name), "tiny" in name
     depth, side = (2, config.image_shape[0]) if tiny else (1, 8 * config.patch_size)

@@ -34,7 +34,6 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     ("layout", "target"),
     [
         ("original", "out.pt"),
-        ("original", "out.safetensors"),
         ("open_clip", "out.safetensors"),
         ("safetensors", "out.safetensors"),
     ],

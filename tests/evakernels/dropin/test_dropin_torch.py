@@ -188,9 +188,12 @@ def test_under_autocast_the_result_is_that_of_the_untouched_model(name):
 
 # Compilation is dear: autograd's part of it is for one with a rotation and one without.
 TRACED = ("eva02", "clip")
+compiled = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "eva02" else pytest.mark.exhaustive) for name in KINDS]
+)
 
 
-@pytest.mark.parametrize("name", ["eva02", pytest.param("clip", marks=pytest.mark.exhaustive)])
+@compiled
 def test_it_compiles_without_a_graph_break(name):
     torch._dynamo.reset()
     family, model, _ = _pair(name)
@@ -200,9 +203,7 @@ def test_it_compiles_without_a_graph_break(name):
         _close(run(family, compiled, 1), run(family, model, 1))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in TRACED else pytest.mark.exhaustive) for name in KINDS]
-)
+@compiled
 def test_its_training_compiles_without_a_graph_break(name):
     torch._dynamo.reset()
     family, model, _ = _pair(name)
@@ -213,7 +214,7 @@ def test_its_training_compiles_without_a_graph_break(name):
     _assert_same_gradients(actual, expected)
 
 
-@pytest.mark.parametrize("name", ["eva02", "vit"])
+@pytest.mark.parametrize("name", [pytest.param("eva02", marks=pytest.mark.exhaustive), "vit"])
 def test_it_compiles_with_everything_dropped_too(name):
     torch._dynamo.reset()
     family, model, _ = _pair(name)
