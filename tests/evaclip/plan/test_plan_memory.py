@@ -203,7 +203,8 @@ def test_what_lies_in_host_memory_is_what_a_real_step_leaves(precision: Precisio
     assert plan_memory(job).host == measured
 
 
-@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("accumulation", [1, 2])
 def test_offload_takes_states_off_the_gpu(accumulation: int) -> None:
     job = Job.of_recipe("eva02-e-14-plus", gpus=1, global_batch=8, mode="shard", accumulation=accumulation)
     # Three blocks stand for all well enough: what is compared is large.

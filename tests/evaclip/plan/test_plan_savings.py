@@ -121,6 +121,7 @@ def test_the_largest_batch_fits_and_no_larger(found: Fit) -> None:
     assert plan_memory(job).peak.total <= room(SMALL) < plan_memory(more).peak.total
 
 
+@searched
 def test_nothing_fits_a_gpu_that_is_too_small() -> None:
     assert largest(replace(JOB, global_batch=4), TOO_SMALL) is None
     assert smallest(replace(JOB, gpus=1, mode="replicate"), TOO_SMALL) is None

@@ -128,7 +128,8 @@ def test_chunks_pass_forward_twice() -> None:
         assert cut.flops["backward"][term] == pytest.approx(whole.flops["backward"][term], rel=0.01)
 
 
-@pytest.mark.parametrize(("reshard", "gathers"), [(True, 2), pytest.param(False, 1, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("reshard", "gathers"), [(True, 2), (False, 1)])
 def test_what_sharding_sends(reshard: bool, gathers: int) -> None:
     job = Job(model="EVA02-CLIP-L-14", gpus=8, global_batch=8 * 16, reshard=reshard)
     memory = plan_memory(job)
