@@ -24,13 +24,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from benchmarks.results import Machine, Results, Row
-from benchmarks.table import make_console
+from benchmarks.table import make_console, plain_table
 from evaclip.errors import UserError
 
 What = Literal["slower", "faster", "fails", "works again", "less exact", "peak memory", "saved memory"]
@@ -335,7 +333,7 @@ def _print_shifts(console: Console, shifts: Sequence[Shift]) -> None:
 def _print_differences(console: Console, title: str, differences: Sequence[Difference], style: str) -> None:
     if not differences:
         return
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    table = plain_table()
     for name in ("what", "operation", "candidate"):
         table.add_column(name, overflow="fold")
     for name in ("before", "after", "change", "noise"):

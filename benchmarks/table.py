@@ -78,6 +78,11 @@ def make_console() -> Console:
     return Console(highlight=False, width=PIPED_WIDTH)
 
 
+def plain_table() -> Table:
+    """A table without lines but that below its head."""
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+
+
 def _print_machine(console: Console, machine: Machine) -> None:
     facts = machine_facts(machine)
     name, command = facts.pop("device"), facts.pop("command", "")
@@ -102,7 +107,7 @@ def _print_absent(console: Console, absent: dict[str, str]) -> None:
 
 
 def _print_summary(console: Console, found: Sequence[Contest]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    table = plain_table()
     for title in ("operation", "mode", "shape", "dtype", "ours, ms", "best peer, ms", "verdict"):
         table.add_column(title, overflow="fold")
     for contest in found:
@@ -138,7 +143,7 @@ def _used_columns(group: list[Contest]) -> list[Column]:
 
 
 def _group_table(group: list[Contest], columns: list[Column]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    table = plain_table()
     table.add_column("shape, candidate")
     for column in columns:
         table.add_column(column.title.replace(" ", "\n"), justify="right", no_wrap=True)

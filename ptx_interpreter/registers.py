@@ -10,7 +10,6 @@ from .rounding import Fma32
 from .types import SIZES, TYPES, WARP, Array, Unsupported, Value, unsigned
 
 Dim3 = tuple[int, int, int]
-MASKS_OF_LANES = ("eq", "lt", "le", "gt", "ge")
 
 
 class Registers:

@@ -26,17 +26,13 @@ def _eager(grads: Tensors) -> Tensor:
     return total
 
 
-def _ours(grads: Tensors) -> Tensor:
-    return evakernels.gradient_norm(grads)
-
-
 register(
     Operation(
         name="gradient_norm",
         summary="the norm of all gradients of a model, without waiting for the device",
         inputs=_inputs,
         eager=_eager,
-        ours=_ours,
+        ours=evakernels.gradient_norm,
         work=_work,
         shapes=SHAPES,
         raw=_optimizer.raw,

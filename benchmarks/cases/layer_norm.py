@@ -1,6 +1,7 @@
 """LayerNorm: plain, with the residual add before it and with the residual add after it."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -60,25 +61,13 @@ def _norm_eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, bias, EPS)
 
 
-def _norm_ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return evakernels.layer_norm(x, weight, bias, EPS)
-
-
 def _add_norm_eager(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     x = residual + branch
     return F.layer_norm(x, weight.shape, weight, bias, EPS), x
 
 
-def _add_norm_ours(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return evakernels.add_layer_norm(residual, branch, weight, bias, eps=EPS)
-
-
 def _norm_add_eager(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return residual + F.layer_norm(branch, weight.shape, weight, bias, EPS)
-
-
-def _norm_add_ours(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return evakernels.layer_norm_add(residual, branch, weight, bias, eps=EPS)
 
 
 register(
@@ -87,7 +76,7 @@ register(
         summary="LayerNorm over the channels",
         inputs=_norm_inputs,
         eager=_norm_eager,
-        ours=_norm_ours,
+        ours=partial(evakernels.layer_norm, eps=EPS),
         work=_work(forward=2, backward=3),
         shapes=_SHAPES,
         raw=_raw,
@@ -101,7 +90,7 @@ register(
         summary="residual add, then LayerNorm of the sum; both are returned",
         inputs=_residual_inputs,
         eager=_add_norm_eager,
-        ours=_add_norm_ours,
+        ours=partial(evakernels.add_layer_norm, eps=EPS),
         work=_work(forward=4, backward=4),
         shapes=_RESIDUAL_SHAPES,
         raw=_raw,
@@ -115,7 +104,7 @@ register(
         summary="LayerNorm of a branch, then the residual add (post-norm)",
         inputs=_residual_inputs,
         eager=_norm_add_eager,
-        ours=_norm_add_ours,
+        ours=partial(evakernels.layer_norm_add, eps=EPS),
         work=_work(forward=3, backward=3),
         shapes=_RESIDUAL_SHAPES,
         raw=_raw,

@@ -72,17 +72,13 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int) ->
     return out.transpose(1, 2).flatten(0, 1)[cell]
 
 
-def _ours(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int) -> Tensor:
-    return evakernels.packed_attention(q, k, v, offsets, max_length=max_length)
-
-
 register(
     Operation(
         name=NAME,
         summary="causal attention of captions without padding between them",
         inputs=_inputs,
         eager=_eager,
-        ours=_ours,
+        ours=evakernels.packed_attention,
         work=_work,
         shapes=_SHAPES,
         raw=_raw,

@@ -1,7 +1,7 @@
 """Attention: with the axial rotary embedding of EVA-02 inside (vision), and causal without one (text)."""
 
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -128,21 +128,13 @@ def _fused_rotation(shape: Shape) -> Function:
 # --- operations -----------------------------------------------------------------------------------------------------
 
 
-def _rope_ours(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, token_index: Tensor | None) -> Tensor:
-    return evakernels.rope_attention(q, k, v, cos, sin, token_index=token_index, num_prefix=NUM_PREFIX)
-
-
-def _causal_ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return evakernels.rope_attention(q, k, v, causal=True)
-
-
 register(
     Operation(
         name="rope_attention",
         summary="attention with the axial rotary embedding inside, token dropout included",
         inputs=_rope_inputs,
         eager=_rope_eager,
-        ours=_rope_ours,
+        ours=partial(evakernels.rope_attention, num_prefix=NUM_PREFIX),
         work=_work(visible=1),
         shapes=_ROPE_SHAPES,
         raw=_raw,
@@ -156,7 +148,7 @@ register(
         summary="causal attention without a rotary embedding, as in the text tower",
         inputs=_qkv,
         eager=_causal_eager,
-        ours=_causal_ours,
+        ours=partial(evakernels.rope_attention, causal=True),
         work=_work(visible=0.5),
         shapes=_CAUSAL_SHAPES,
         raw=_raw,

@@ -91,33 +91,16 @@ def _product_eager(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def _product_ours(gate: Tensor, up: Tensor) -> Tensor:
-    return evakernels.swiglu(gate, up)
-
-
 def _swiglu_eager(gate: Tensor, up: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
     return F.layer_norm(F.silu(gate) * up, norm_weight.shape, norm_weight, norm_bias, EPS)
-
-
-def _swiglu_ours(gate: Tensor, up: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
-    return evakernels.swiglu(gate, up, norm_weight, norm_bias, EPS)
 
 
 def _mlp_with(product: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Function:
     """The MLP with `product` for what stands between its matrix products: gate, up, and the norm's parameters."""
 
-    def mlp(
-        x: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor,
-        w1: Tensor,
-        b1: Tensor,
-        w2: Tensor,
-        b2: Tensor,
-        w3: Tensor,
-        b3: Tensor,
-    ) -> Tensor:
-        return F.linear(product(F.linear(x, w1, b1), F.linear(x, w2, b2), norm_weight, norm_bias), w3, b3)
+    def mlp(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, **given: Tensor) -> Tensor:
+        gate, up = (F.linear(x, given[f"w{number}"], given[f"b{number}"]) for number in (1, 2))
+        return F.linear(product(gate, up, norm_weight, norm_bias), given["w3"], given["b3"])
 
     return mlp
 
@@ -128,7 +111,7 @@ register(
         summary="silu(gate) * up",
         inputs=_product_inputs,
         eager=_product_eager,
-        ours=_product_ours,
+        ours=evakernels.swiglu,
         work=_product_work,
         shapes=_PRODUCT_SHAPES,
         raw=_raw,
@@ -142,7 +125,7 @@ register(
         summary="silu(gate) * up, then LayerNorm over the hidden channels (sub-LN)",
         inputs=_swiglu_inputs,
         eager=_swiglu_eager,
-        ours=_swiglu_ours,
+        ours=partial(evakernels.swiglu, eps=EPS),
         work=_product_work,
         shapes=_SHAPES,
         raw=_raw,
@@ -156,7 +139,7 @@ register(
         summary="the whole MLP of EVA-02: two projections, gated product with sub-LN, and the projection back",
         inputs=_mlp_inputs,
         eager=_mlp_with(_swiglu_eager),
-        ours=_mlp_with(_swiglu_ours),
+        ours=_mlp_with(partial(evakernels.swiglu, eps=EPS)),
         work=_mlp_work,
         shapes=_MLP_SHAPES,
         raw=_raw_mlp,
@@ -201,22 +184,12 @@ def quack_mlp(shape: Shape) -> Function:
     """
     from quack.linear import linear_gated_func
 
-    def mlp(
-        x: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor,
-        w1: Tensor,
-        b1: Tensor,
-        w2: Tensor,
-        b2: Tensor,
-        w3: Tensor,
-        b3: Tensor,
-    ) -> Tensor:
+    def mlp(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, **given: Tensor) -> Tensor:
         if x.requires_grad:
             raise NotImplementedError("its gated product can't be differentiated where a norm follows")
-        weight, bias = torch.cat((w1, w2)), torch.cat((b1, b2))
+        weight, bias = (torch.cat([given[f"{kind}{number}"] for number in (1, 2)]) for kind in "wb")
         hidden = linear_gated_func(x, weight, "swiglu", bias=bias, store_preact=False, concat_layout=True)[1]
-        return F.linear(F.layer_norm(hidden, norm_weight.shape, norm_weight, norm_bias, EPS), w3, b3)
+        return F.linear(F.layer_norm(hidden, norm_weight.shape, norm_weight, norm_bias, EPS), given["w3"], given["b3"])
 
     return mlp
 

@@ -61,17 +61,13 @@ def _eager(patches: Tensor, token_index: Tensor | None, prefix: Tensor, pos_embe
     return torch.cat(((prefix + pos_embed[:1]).expand(patches.shape[0], -1, -1), tokens), 1)
 
 
-def _ours(patches: Tensor, token_index: Tensor | None, prefix: Tensor, pos_embed: Tensor) -> Tensor:
-    return evakernels.token_dropout(patches, token_index, prefix=prefix, pos_embed=pos_embed)
-
-
 register(
     Operation(
         name="token_dropout",
         summary="the patches that are kept, plus their positions, behind the class token",
         inputs=_inputs,
         eager=_eager,
-        ours=_ours,
+        ours=evakernels.token_dropout,
         work=_work,
         shapes=_SHAPES,
         raw=_raw,

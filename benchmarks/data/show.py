@@ -8,7 +8,6 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -18,7 +17,7 @@ from benchmarks.data.rate import Rate
 from benchmarks.data.shuffle import QUANTILES, Shuffle
 from benchmarks.report.drawing import LOOK, grid, number_axis
 from benchmarks.results import Machine
-from benchmarks.table import make_console
+from benchmarks.table import make_console, plain_table
 from evaclip.atomic import write_text
 from evaclip.report.theme import PALETTE
 
@@ -102,7 +101,7 @@ def _draw_distances(axes: Axes, shuffles: Sequence[Shuffle]) -> None:
 
 
 def _table(*titles: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    table = plain_table()
     for number, title in enumerate(titles):
         table.add_column(title, justify="right" if number else "left", no_wrap=True)
     return table

@@ -36,11 +36,6 @@ def is_known(function: Callable[..., Any] | None, name: str) -> bool:
     return function is not None and _of(function) in _known().get(name, {})
 
 
-def forms_like(function: Callable[..., Any], names: tuple[str, ...]) -> str | None:
-    """The first of `names` of which `function` is a known form, wherever it was defined."""
-    return next((name for name in names if is_known(function, name)), None)
-
-
 def versions(library: str) -> list[str]:
     """The versions of `library` that the forms were taken from."""
     found = {

@@ -187,13 +187,6 @@ def test_a_shuffle_by_a_register_goes_where_each_lane_asks():
     assert result(body) == [n ^ 3 for n in range(64)]
 
 
-SUM_OF_NEIGHBOURS = """
-shl.b32 %r3, %r1, 2; st.shared.u32 [%r3], %r1;
-{barrier}
-xor.b32 %r4, %r1, {distance}; shl.b32 %r4, %r4, 2; ld.shared.u32 %r2, [%r4];
-"""
-
-
 def test_a_barrier_waits_for_all_warps():
     """Though the first one comes there by another way, and later."""
     body = """

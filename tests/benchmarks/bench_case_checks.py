@@ -2,17 +2,75 @@
 
 import sys
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import benchmarks.cases  # noqa: F401  registers the operations
 from benchmarks.accuracy import as_double, gradient_leaves, relative_error, tensors
 from benchmarks.operation import Draw, Function, Inputs, Operation, peers_of
 from benchmarks.shapes import Shape
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+# Gradients of a whole model have been through many layers, and the temperature's is a difference of large numbers.
+TOLERANCES = {"clip_step": {torch.float32: 5e-5, torch.bfloat16: 0.15}}
+ATTENTION = ("rope_attention", "causal_attention")
+
+
+class Traffic(NamedTuple):
+    """What the formulas of an operation count.
+
+    Attributes:
+        negligible: inputs that they leave out, at most `share` of the bytes.
+        read_back: what the backward pass reads beside the gradients of the outputs; None for all inputs.
+        written: inputs that are written too.
+        outputs: whether the outputs count.
+    """
+
+    negligible: tuple[str, ...] = ()
+    read_back: tuple[str, ...] | None = None
+    written: tuple[str, ...] = ()
+    outputs: bool = True
+    share: float = 0.04
+
+
+_QKV, _NORM = ("q", "k", "v", "out"), ("norm_weight", "norm_bias")
+_STATE = ("exp_avgs", "exp_avg_sqs", "steps")
+OPERATIONS = {
+    "rope_attention": Traffic(("cos", "sin", "token_index"), _QKV),
+    "causal_attention": Traffic((), _QKV),
+    "packed_attention": Traffic(("offsets",), _QKV),
+    "gelu": Traffic(("bias",), ("x",)),
+    "silu_mul": Traffic((), ("gate", "up")),
+    "swiglu": Traffic(_NORM, ("gate", "up")),
+    "swiglu_mlp": Traffic((*_NORM, "b1", "b2", "b3"), ("x", "w1", "w2", "w3")),
+    "token_dropout": Traffic(("token_index",), ()),
+    "clip_loss": Traffic(("logit_scale",), outputs=False, share=1e-4),
+    "siglip_loss": Traffic(("logit_scale", "logit_bias"), outputs=False, share=1e-4),
+    "lamb_step": Traffic(written=_STATE),
+    "adamw_step": Traffic(written=_STATE),
+    "gradient_norm": Traffic(outputs=False),
+    "encode_image": Traffic(),
+    "encode_text": Traffic(),
+    "clip_step": Traffic(("token_index",), outputs=False, share=1e-4),
+}
+SMALL = {
+    "rope_attention": ("tiny b2", "tiny b2 drop50", "eva01-g14@28 b1"),
+    "causal_attention": ("tiny:text b2",),
+    "packed_attention": ("tiny:text b5",),
+    "token_dropout": ("tiny b2", "tiny b2 drop50"),
+    "clip_loss": ("tiny b7", "tiny:text b2"),
+    "siglip_loss": ("tiny b7", "tiny:text b2"),
+    "encode_image": ("tiny b2", "tiny@40 b1"),
+    "encode_text": ("tiny:text b2", "tiny b1"),
+    "clip_step": ("tiny b3", "tiny b2 drop50"),
+}
+CASES = [(op, shape) for op in OPERATIONS for shape in SMALL.get(op, ("tiny b2",))]
+# The others have an input in float32 whatever the dtype.
+IN_FLOAT64 = list(OPERATIONS)[: list(OPERATIONS).index("clip_loss")]
 
 
 def draw(op: Operation, shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> Inputs:
@@ -45,12 +103,12 @@ def assert_exact(
     training: bool = True,
     tolerance: float | None = None,
 ) -> None:
-    """Outputs and gradients of `function` against float64."""
+    """Outputs and gradients of `function` against float64, of an operation that has gradients."""
     inputs = draw(op, shape, dtype)
     exact = as_double(inputs)
-    allowed = TOLERANCE[dtype] if tolerance is None else tolerance
+    allowed = tolerance or TOLERANCES.get(op.name, TOLERANCE)[dtype]
     assert relative_error(outputs(function, inputs), outputs(op.eager, exact)) <= allowed
-    if training:
+    if training and op.gradients:
         truth = gradients(op, op.eager, exact)
         assert relative_error(gradients(op, function, inputs), truth) <= allowed
 
@@ -72,3 +130,18 @@ def pretend_installed(monkeypatch: pytest.MonkeyPatch, modules: dict[str, dict[s
         module = ModuleType(path)
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, path, module)
+
+
+def each_caption_alone(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
+    """Causal attention within captions that lie one behind the other, one after the other."""
+    parts = []
+    for begin, end in zip(offsets.tolist()[:-1], offsets.tolist()[1:], strict=True):
+        caption = (x[begin:end].transpose(0, 1) for x in (q, k, v))
+        parts.append(F.scaled_dot_product_attention(*caption, is_causal=True).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def moved(function: Function, inputs: Inputs) -> list[Tensor]:
+    """How far one step moves each parameter, a hundredth of what it is."""
+    before = [values.clone() for values in inputs["params"]]
+    return [new.double() - old for new, old in zip(outputs(function, inputs), before, strict=True)]

@@ -1,25 +1,20 @@
-"""The losses, the optimizers and whole models: what they compute, what they cost, and who is compared."""
+"""The losses, the optimizers and whole models: what they are given, and the plain model beside ours."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import open_clip
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
-from bench_case_checks import TOLERANCE, assert_exact, build, draw, gradients, outputs, pretend_installed
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from bench_case_checks import draw, gradients, moved, outputs
 
-from benchmarks.accuracy import as_double, relative_error, tensors
-from benchmarks.cases import _optimizer, models
+from benchmarks.accuracy import as_double, relative_error
+from benchmarks.cases import models
 from benchmarks.cases._open_clip import PlainClip
 from benchmarks.cases.models import MODEL_OPERATIONS
 from benchmarks.memory import saved_bytes
-from benchmarks.operation import Function, Inputs, get_operation, operations, peers_of
+from benchmarks.operation import get_operation, operations
 from benchmarks.shapes import parse_shape
 from evaclip import create_model, get_config, list_models
 from evaclip.errors import UserError
@@ -27,61 +22,7 @@ from evaclip.model.config import ALIASES
 from evaclip.tokenizer import Tokenizer
 from evaclip.weights import to_open_clip
 
-
-class Traffic(NamedTuple):
-    """What the formulas leave out, and what is written beside the outputs."""
-
-    negligible: tuple[str, ...] = ()
-    written: tuple[str, ...] = ()
-    outputs: bool = True
-
-
-OPERATIONS = {
-    "clip_loss": Traffic(("logit_scale",), outputs=False),
-    "siglip_loss": Traffic(("logit_scale", "logit_bias"), outputs=False),
-    "lamb_step": Traffic(written=("exp_avgs", "exp_avg_sqs", "steps")),
-    "adamw_step": Traffic(written=("exp_avgs", "exp_avg_sqs", "steps")),
-    "gradient_norm": Traffic(outputs=False),
-    "encode_image": Traffic(),
-    "encode_text": Traffic(),
-    "clip_step": Traffic(("token_index",), outputs=False),
-}
-SMALL = {
-    "lamb_step": ("tiny b1",),
-    "adamw_step": ("tiny b1",),
-    "gradient_norm": ("tiny b1",),
-    "encode_image": ("tiny b2", "tiny@40 b1"),
-    "encode_text": ("tiny:text b2", "tiny b1"),
-    "clip_step": ("tiny b3", "tiny b2 drop50"),
-}
-CASES = [(op, shape) for op in OPERATIONS for shape in SMALL.get(op, ("tiny b7", "tiny:text b2"))]
-# Gradients of a whole model have been through many layers, and the temperature's is a difference of large numbers.
-TOLERANCES = {"clip_step": {torch.float32: 5e-5, torch.bfloat16: 0.15}}
-
-
-@pytest.fixture(autouse=True)
-def _few_parameters(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Optimizers over a handful of tensors instead of millions of embeddings."""
-    if "whole_model" not in request.fixturenames:
-        sizes = tuple(map(torch.Size, [(50, 16), (16,), (), (3, 5, 2), (1, 4, 8)]))
-        monkeypatch.setattr(_optimizer, "sizes_of", lambda shape: sizes)
-
-
-@pytest.fixture
-def whole_model() -> None:
-    """Optimizers over all parameters of the model, as it is measured."""
-
-
-# --- what they compute ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("who", ["ours", "eager"])
-@pytest.mark.parametrize(("name", "shape"), CASES)
-def test_ours_and_plain_torch_agree_with_float64(name: str, shape: str, who: str, dtype: torch.dtype) -> None:
-    op = get_operation(name)
-    tolerance = TOLERANCES.get(name, TOLERANCE)[dtype]
-    assert_exact(op, getattr(op, who), parse_shape(shape), dtype, bool(op.gradients), tolerance)
+pytestmark = pytest.mark.usefixtures("few_parameters")
 
 
 @pytest.mark.parametrize("name", ["clip_loss", "siglip_loss"])
@@ -92,18 +33,12 @@ def test_losses_are_equal_in_float64(name: str) -> None:
     assert relative_error(gradients(op, op.ours, exact), gradients(op, op.eager, exact)) <= 1e-12
 
 
-def _moved(function: Function, inputs: Inputs) -> list[Tensor]:
-    """How far one step moves each parameter, a hundredth of what it is."""
-    before = [values.clone() for values in inputs["params"]]
-    return [new.double() - old for new, old in zip(outputs(function, inputs), before, strict=True)]
-
-
 def test_lamb_moves_parameters_and_state_alike() -> None:
     op, shape = get_operation("lamb_step"), parse_shape("tiny b1")
     ours, plain = draw(op, shape), as_double(draw(op, shape))
     sizes = torch.stack([w.norm() for w in plain["params"]])
-    expected = _moved(op.eager, plain)
-    assert relative_error(_moved(op.ours, ours), expected) <= 5e-5
+    expected = moved(op.eager, plain)
+    assert relative_error(moved(op.ours, ours), expected) <= 5e-5
     for name in ("exp_avgs", "exp_avg_sqs", "steps"):
         assert relative_error(ours[name], plain[name]) <= 1e-6, name
     assert {float(step) for step in ours["steps"]} == {11.0}
@@ -116,15 +51,9 @@ def test_lamb_moves_parameters_and_state_alike() -> None:
 def test_adamw_moves_parameters_and_state_alike() -> None:
     op, shape = get_operation("adamw_step"), parse_shape("tiny b1")
     ours, plain = draw(op, shape), as_double(draw(op, shape))
-    assert relative_error(_moved(op.ours, ours), _moved(op.eager, plain)) <= 5e-5
+    assert relative_error(moved(op.ours, ours), moved(op.eager, plain)) <= 5e-5
     for name in ("exp_avgs", "exp_avg_sqs", "steps"):
         assert relative_error(ours[name], plain[name]) <= 1e-6, name
-
-
-@pytest.mark.usefixtures("whole_model")
-def test_lamb_steps_over_every_parameter() -> None:
-    shapes = [parameter.shape for parameter in create_model("tiny", device="meta").parameters()]
-    assert [values.shape for values in draw(get_operation("lamb_step"), parse_shape("tiny b1"))["grads"]] == shapes
 
 
 def test_pairs_have_length_one_in_the_space_of_the_model() -> None:
@@ -240,244 +169,7 @@ def test_the_plain_model_has_open_clips_tables() -> None:
     assert torch.equal(plain.text.attn_mask, open_clip.transformer.TextTransformer(layers=1).attn_mask)
 
 
-# --- what they cost -------------------------------------------------------------------------------------------------
-
-
-def _counted(function: Callable[[], object]) -> int:
-    """FLOPs that torch counts. The counter doesn't know attention on a CPU, so it sees the products written out."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        function()
-    return int(counter.get_total_flops())
-
-
-@pytest.mark.parametrize(("name", "shape"), CASES)
-def test_flops_are_those_that_torch_counts(name: str, shape: str) -> None:
-    op, sizes = get_operation(name), parse_shape(shape)
-    inputs, work = draw(op, sizes), op.work(sizes, 4)
-    # With gradients switched on: without them, the text tower's attention is one op that the counter doesn't know.
-    for values in inputs.get("parameters", ()):
-        values.requires_grad_()
-    forward = _counted(lambda: op.eager(**inputs))
-    assert work.forward.flops == forward
-    if work.backward is not None:
-        assert work.backward.flops == _counted(lambda: gradients(op, op.eager, inputs)) - forward
-
-
-def _bytes(value: Any) -> int:
-    return sum(tensor.nbytes for tensor in tensors(value))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("name", "shape"), CASES)
-def test_bytes_are_those_of_inputs_and_outputs(name: str, shape: str, dtype: torch.dtype) -> None:
-    op, sizes, traffic = get_operation(name), parse_shape(shape), OPERATIONS[name]
-    inputs, work = draw(op, sizes, dtype), op.work(sizes, dtype.itemsize)
-    read = sum(_bytes(value) for key, value in inputs.items() if key not in traffic.negligible)
-    if name in ("encode_text", "clip_step"):  # of the token embedding, a row for each token of the captions is read
-        rows, width = 49408 - sizes.batch * 16, 128
-        read -= rows * width * inputs["parameters"][0].itemsize
-    written = sum(_bytes(inputs[key]) for key in traffic.written)
-    if traffic.outputs:
-        written += _bytes(outputs(op.eager, inputs))
-    assert work.forward.bytes == read + written
-    if work.backward is not None:
-        written = sum(_bytes(inputs[key]) for key in op.gradients if key not in traffic.negligible)
-        assert work.backward.bytes == read + written
-
-
-@pytest.mark.parametrize("name", [name for name, traffic in OPERATIONS.items() if traffic.negligible])
-def test_what_is_not_counted_is_negligible(name: str) -> None:
-    op = get_operation(name)
-    for shape in map(parse_shape, op.shapes["cpu"]):
-        inputs = draw(op, shape)
-        assert sum(_bytes(inputs[key]) for key in OPERATIONS[name].negligible) <= 1e-4 * op.work(shape, 4).forward.bytes
-
-
 def test_the_token_embedding_is_read_once_at_most() -> None:
     op, config = get_operation("encode_text"), get_config("tiny")
     small, large = (op.work(parse_shape(f"tiny:text b{batch}"), 4).forward.bytes for batch in (5000, 5001))
     assert large - small == 8 * config.text.context_length + 4 * config.embed_dim
-
-
-# --- shapes ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_default_shapes_have_names_that_are_read(name: str, device: str) -> None:
-    names = get_operation(name).shapes[device]
-    assert [parse_shape(shape).name for shape in names] == list(names)
-    assert len(set(names)) == len(names) > 0
-
-
-# --- peers ----------------------------------------------------------------------------------------------------------
-
-HERE = [(op, peer.name) for op in OPERATIONS for peer in peers_of(op) if peer.absence("cpu") is None]
-
-
-def test_the_peers_that_come_with_the_tests_are_all_here() -> None:
-    expected = [("clip_loss", "open_clip_torch"), ("siglip_loss", "open_clip_torch"), ("lamb_step", "timm")]
-    assert [*expected, ("adamw_step", "torch fused")] == HERE
-
-
-@pytest.mark.parametrize(("name", "peer"), HERE)
-def test_peers_on_a_cpu_agree_with_float64(name: str, peer: str) -> None:
-    op, shape = get_operation(name), parse_shape("tiny b7")
-    tolerance = TOLERANCES.get(name, TOLERANCE)[torch.float32]
-    assert_exact(op, build(name, peer, shape), shape, training=bool(op.gradients), tolerance=tolerance)
-
-
-@pytest.mark.parametrize("name", ["clip_loss", "siglip_loss"])
-def test_open_clip_runs_under_autocast(name: str) -> None:
-    op, shape = get_operation(name), parse_shape("tiny b7")
-    function = build(name, "open_clip_torch", shape)
-    assert_exact(op, function, shape, torch.bfloat16, tolerance=5e-2)
-    seen: list[bool] = []
-    handle = nn.modules.module.register_module_forward_pre_hook(
-        lambda module, args: seen.append(torch.is_autocast_enabled("cpu"))
-    )
-    try:
-        for dtype in (torch.bfloat16, torch.float32):
-            function(**draw(op, shape, dtype))
-    finally:
-        handle.remove()
-    assert seen == [True, False]
-
-
-def _flash_loss(
-    q: Tensor, k: Tensor, labels: Tensor | None = None, scale: Tensor | None = None, head_dim: int = 256
-) -> Tensor:
-    assert labels is None
-    assert scale is not None
-    return F.cross_entropy(scale * q @ k.T, torch.arange(len(q)), reduction="none")
-
-
-def _linear_cross_entropy(
-    e: Tensor, c: Tensor, targets: Tensor, reduction: str = "mean", filter_eps: float | str | None = "high"
-) -> Tensor:
-    assert filter_eps is None
-    return F.cross_entropy(e @ c.T, targets, reduction=reduction)
-
-
-class _LigerLoss(nn.Module):
-    def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(_input @ lin_weight.T, target)
-
-
-def _multi_tensor_lamb(
-    chunk: int,
-    overflow: Tensor,
-    lists: list[list[Tensor]],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    step: int,
-    bias_correction: int,
-    weight_decay: float,
-    grad_averaging: int,
-    mode: int,
-    global_grad_norm: Tensor,
-    max_grad_norm: float,
-    use_nvlamb: bool | None,
-) -> None:
-    """The kernel's arithmetic; like the kernel, it leaves the direction in the gradients."""
-    assert (bias_correction, grad_averaging, mode) == (1, 1, 1)
-    assert float(global_grad_norm) <= max_grad_norm
-    for g, p, m, v in zip(*lists, strict=True):
-        m.mul_(beta1).add_(g, alpha=1 - beta1)
-        v.mul_(beta2).add_(g.square(), alpha=1 - beta2)
-        g.copy_(m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + epsilon) + weight_decay * p)
-        ratio = p.norm() / g.norm() if use_nvlamb or weight_decay != 0 else 1.0
-        p.sub_(lr * ratio * g)
-
-
-def _multi_tensor_adam(
-    chunk: int,
-    overflow: Tensor,
-    lists: list[list[Tensor]],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    step: int,
-    mode: int,
-    bias_correction: int,
-    weight_decay: float,
-) -> None:
-    """The kernel's arithmetic; mode 1 is AdamW."""
-    assert (mode, bias_correction) == (1, 1)
-    for g, p, m, v in zip(*lists, strict=True):
-        m.mul_(beta1).add_(g, alpha=1 - beta1)
-        v.mul_(beta2).add_(g.square(), alpha=1 - beta2)
-        p.sub_(lr * (m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + epsilon) + weight_decay * p))
-
-
-def _multi_tensor_l2norm(
-    chunk: int, overflow: Tensor, lists: list[list[Tensor]], per_tensor: bool
-) -> tuple[Tensor, Tensor]:
-    norms = torch.stack([values.float().norm() for values in lists[0]])
-    return norms.norm().view(1), norms if per_tensor else norms.new_empty(0)
-
-
-def _multi_tensor_applier(op: Any, overflow: Tensor, lists: list[list[Tensor]], *args: Any) -> Any:
-    return op(2048 * 32, overflow, lists, *args)
-
-
-# Stand-ins with the signatures and the meaning that the packages document.
-STAND_INS: dict[str, dict[str, Any]] = {
-    "inf_cl": {"cal_flash_loss": _flash_loss},
-    "cut_cross_entropy": {"linear_cross_entropy": _linear_cross_entropy},
-    "liger_kernel.transformers.fused_linear_cross_entropy": {"LigerFusedLinearCrossEntropyLoss": _LigerLoss},
-    "amp_C": {
-        "multi_tensor_lamb": _multi_tensor_lamb,
-        "multi_tensor_adam": _multi_tensor_adam,
-        "multi_tensor_l2norm": _multi_tensor_l2norm,
-    },
-    "apex.multi_tensor_apply": {"multi_tensor_applier": _multi_tensor_applier},
-}
-ELSEWHERE = [
-    ("clip_loss", "inf-cl"),
-    ("clip_loss", "cut-cross-entropy"),
-    ("clip_loss", "liger-kernel"),
-    ("lamb_step", "evakernels in one group"),
-    ("lamb_step", "apex"),
-    ("adamw_step", "apex"),
-    ("gradient_norm", "apex"),
-]
-
-OPTIMIZER_PEERS = [("lamb_step", "timm"), ("lamb_step", "apex"), ("adamw_step", "torch fused"), ("adamw_step", "apex")]
-
-
-@pytest.fixture
-def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_installed(monkeypatch, STAND_INS)
-
-
-def test_every_peer_is_tested() -> None:
-    assert sorted(HERE + ELSEWHERE) == sorted((op, peer.name) for op in OPERATIONS for peer in peers_of(op))
-
-
-@pytest.mark.usefixtures("_stand_ins")
-@pytest.mark.parametrize(("name", "peer"), ELSEWHERE)
-def test_peers_of_the_gpu_are_asked_for_the_same_thing(name: str, peer: str) -> None:
-    op, shape = get_operation(name), parse_shape("tiny b7")
-    tolerance = TOLERANCES.get(name, TOLERANCE)[torch.float32]
-    assert_exact(op, build(name, peer, shape), shape, training=bool(op.gradients), tolerance=tolerance)
-
-
-@pytest.mark.usefixtures("_stand_ins")
-@pytest.mark.parametrize(("name", "peer"), OPTIMIZER_PEERS)
-def test_peers_of_optimizers_make_the_same_step(name: str, peer: str) -> None:
-    op, shape = get_operation(name), parse_shape("tiny b1")
-    inputs = as_double(draw(op, shape))
-    expected = _moved(op.eager, as_double(draw(op, shape)))
-    assert relative_error(_moved(build(name, peer, shape), inputs), expected) <= 1e-10
-
-
-@pytest.mark.usefixtures("_stand_ins")
-@pytest.mark.parametrize(("name", "peer"), OPTIMIZER_PEERS)
-def test_peers_that_know_one_dtype_only_say_so(name: str, peer: str) -> None:
-    op, shape = get_operation(name), parse_shape("tiny b1")
-    with pytest.raises(TypeError, match=r"no moments in torch.float32 for parameters in torch.bfloat16"):
-        outputs(build(name, peer, shape), draw(op, shape, torch.bfloat16))

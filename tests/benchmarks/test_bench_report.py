@@ -1,12 +1,12 @@
 """The pages, the picture and the Markdown table, against the rows that they were made from."""
 
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from bench_fakes import machine, row
 from bench_report_fakes import FAILURE, SHAPES, SPEEDS, contest, results
+from html_page import Page
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -27,53 +27,6 @@ PAGES = ("index.html", "layer_norm.html", "rope_attention.html")
 CASES = 2 * 4 * 2 * 2
 
 
-class _Page(HTMLParser):
-    """Collects text, addresses, ids, plots and tables; complains about tags that are closed in the wrong order."""
-
-    _VOID = ("meta", "input", "br")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.words: list[str] = []
-        self.addresses: list[str] = []
-        self.ids: list[str] = []
-        self.plots: list[str] = []
-        self.titles: list[str] = []
-        self.tables: list[list[list[tuple[str, str | None]]]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._collect(tag, dict(attrs))
-        if tag not in self._VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._collect(tag, dict(attrs))
-
-    def _collect(self, tag: str, values: dict[str, str | None]) -> None:
-        self.addresses += [values[key] or "" for key in ("src", "href", "xlink:href") if key in values]
-        self.ids += [values["id"] or ""] if "id" in values else []
-        self.plots += [values["aria-label"] or ""] if tag == "svg" and "aria-label" in values else []
-        self.titles += [""] if tag == "title" else []
-        self.tables += [[]] if tag == "table" else []
-        if tag == "tr":
-            self.tables[-1].append([])
-        if tag in ("td", "th"):
-            self.tables[-1][-1].append(("", values.get("data-value")))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-        if "title" in self.open:
-            self.titles[-1] += data
-        if self.open and {"td", "th"} & set(self.open):
-            text, value = self.tables[-1][-1][-1]
-            self.tables[-1][-1][-1] = (text + data, value)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("report") / "pages"
@@ -81,8 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
-def read(folder: Path, name: str) -> _Page:
-    return _Page((folder / name).read_text(encoding="utf-8"))
+def read(folder: Path, name: str) -> Page:
+    return Page((folder / name).read_text(encoding="utf-8"))
 
 
 def test_nothing_is_missing_and_nothing_left_over(folder: Path) -> None:
@@ -96,7 +49,7 @@ def test_nothing_is_missing_and_nothing_left_over(folder: Path) -> None:
 @pytest.mark.parametrize("name", PAGES)
 def test_pages_are_whole_and_need_nothing_from_outside(folder: Path, name: str) -> None:
     text = (folder / name).read_text(encoding="utf-8")
-    page = _Page(text)
+    page = Page(text)
     assert page.open == []
     assert page.addresses
     for address in page.addresses:

@@ -1,11 +1,12 @@
 """Names of shapes, and sizes alone."""
 
 import pytest
-from bench_case_checks import assert_exact
+from bench_case_checks import assert_exact, draw
 
 import benchmarks.cases  # noqa: F401  registers the operations
 from benchmarks.operation import get_operation, operations
 from benchmarks.shapes import parse_shape, short_names
+from evaclip import create_model
 from evaclip.errors import UserError
 
 
@@ -97,3 +98,8 @@ def test_sizes_alone_are_those_that_the_op_says() -> None:
         op.shape("2x9x10x8")
     with pytest.raises(UserError, match="shape '4x8' is that of no model"):
         _ = get_operation("layer_norm").shape("4x8").config  # type: ignore[attr-defined]
+
+
+def test_lamb_steps_over_every_parameter() -> None:
+    shapes = [parameter.shape for parameter in create_model("tiny", device="meta").parameters()]
+    assert [values.shape for values in draw(get_operation("lamb_step"), parse_shape("tiny b1"))["grads"]] == shapes

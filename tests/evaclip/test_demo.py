@@ -1,13 +1,13 @@
 import io
 import json
 import re
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from evaclip.data.shard_writer import write_shard
 from evaclip.demo import story as demo
 from evaclip.errors import UserError
 from evaclip.eval.results import Evaluation
@@ -22,19 +22,13 @@ def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
     for style, size in (("twemoji", 24), ("openmoji", 40)):
-        with tarfile.open(folder / f"{style}-00000.tar", "w") as tar:
-            for number, color in enumerate(COLORS):
-                picture = io.BytesIO()
-                Image.new("RGB", (size, size), color).save(picture, "PNG")
-                captions = json.dumps({"captions": [color, f"{color} square"]}).encode()
-                for suffix, content in (
-                    ("png", picture.getvalue()),
-                    ("txt", color.encode()),
-                    ("json", captions),
-                ):
-                    info = tarfile.TarInfo(f"{number}.{suffix}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+        samples = []
+        for number, color in enumerate(COLORS):
+            picture = io.BytesIO()
+            Image.new("RGB", (size, size), color).save(picture, "PNG")
+            captions = json.dumps({"captions": [color, f"{color} square"]}).encode()
+            samples.append((f"{number}", {"png": picture.getvalue(), "txt": color.encode(), "json": captions}))
+        write_shard(folder / f"{style}-00000.tar", samples)
     (folder / "classes.txt").write_text("\n".join(COLORS))
     return folder
 

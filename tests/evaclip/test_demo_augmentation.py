@@ -5,27 +5,19 @@ from dataclasses import replace
 
 import torch
 from PIL import Image
+from test_transforms import PLAIN, drawing
 
-from evaclip import Augmentation, Preprocess
+from evaclip import Augmentation
 from evaclip.demo.augmentation import DrawingTransform, outlined
 from evaclip.train.build import training_transform
 from evaclip.train.recipes import get_recipe
-
-PLAIN = Preprocess(mean=(0, 0, 0), std=(1, 1, 1))
-
-
-def _drawing(size: int = 64) -> Image.Image:
-    """A red square in the middle of nothing."""
-    image = Image.new("RGBA", (size, size), (0, 0, 0, 0))
-    image.paste((255, 0, 0, 255), (size // 4, size // 4, 3 * size // 4, 3 * size // 4))
-    return image
 
 
 def test_the_recipe_gives_the_pictures_that_its_results_were_measured_with() -> None:
     transform = training_transform(get_recipe("emoji").data, 32, PLAIN)
     digest = hashlib.sha256()
     for seed in range(16):
-        digest.update((transform(_drawing(), seed) * 255).round().to(torch.uint8).numpy().tobytes())
+        digest.update((transform(drawing(), seed) * 255).round().to(torch.uint8).numpy().tobytes())
     assert digest.hexdigest() == "2ca93bc2376b06ba5c5c2f3fb413013267824c0dd91d84c5ff95d3f008b62208"
 
 
@@ -34,7 +26,7 @@ def test_a_random_colour_fills_what_is_transparent_and_what_moves_in() -> None:
     transform = DrawingTransform(64, PLAIN, replace(still, rotation=40, zoom=(0.5, 0.5)))
     corners = []
     for seed in range(32):
-        tensor = transform(_drawing(), seed)
+        tensor = transform(drawing(), seed)
         assert torch.equal(tensor[:, 0, 0], tensor[:, 63, 63])
         assert tensor[0, 32, 32] == 1
         corners.append(tuple(tensor[:, 0, 0].tolist()))

@@ -1,17 +1,15 @@
-import argparse
 import json
 import math
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from html_page import Page
 from PIL import Image
 
 from evaclip.commands.main import main
-from evaclip.commands.report import add_commands
 from evaclip.errors import UserError
 from evaclip.eval.gallery import Found, Gallery, Query, Section, thumbnail
 from evaclip.eval.results import DataFacts, Evaluation, ModelFacts
@@ -88,42 +86,12 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def save_events(folder: Path, *more: dict[str, Any]) -> None:
+def save_events(folder: Path) -> None:
     machine = {"system": "Linux", "processor": "A <fast> one", "cores": 2, "gpus": ["GPU 9000"]}
     start = {"processes": 8, "machine": machine, "versions": {"torch": "9.9.9"}}
     events = [{"start": start}, {"message": "went <back> to step_00000010"}, {"end": "OSError: disk"}, {"start": start}]
     times = ({"time": f"2026-11-25T10:00:{second:02}+00:00", "step": second} for second in range(20))
-    write_lines(folder / "events.jsonl", [{**next(times), **event} for event in [*events, *more]])
-
-
-class _Page(HTMLParser):
-    """Collects the tags, all addresses and the text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.addresses: list[str] = []
-        self.images: list[dict[str, str | None]] = []
-        self.words: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        if tag == "img":
-            self.images.append(values)
-        elif tag not in ("meta", "use", "br"):
-            self.open.append(tag)
-        self.addresses += [v for k, v in attrs if k in ("src", "href", "xlink:href", "data") and v]
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in ("use", "meta"):
-            assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.addresses += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v]
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
+    write_lines(folder / "events.jsonl", [{**next(times), **event} for event in events])
 
 
 def test_the_page_is_whole_and_needs_nothing_from_outside(run: Path) -> None:
@@ -131,7 +99,7 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(run: Path) -> None:
     save_gallery(run)
     html, png = write_report(run)
     text = html.read_text(encoding="utf-8")
-    page = _Page(text)
+    page = Page(text)
     assert page.open == []
     assert all(address.startswith(("data:", "#")) for address in page.addresses)
     assert "@import" not in text
@@ -147,7 +115,7 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(run: Path) -> None:
 def test_the_page_says_what_was_measured(run: Path) -> None:
     save_evaluations(run)
     save_gallery(run)
-    text = " ".join(_Page(render_page(read_run(run))).words)
+    text = " ".join(Page(render_page(read_run(run))).words)
     for expected in (
         "40.0 %",
         "20 × chance",  # noqa: RUF001
@@ -165,7 +133,7 @@ def test_the_page_says_what_was_measured(run: Path) -> None:
 
 def test_the_right_pictures_are_framed(run: Path) -> None:
     save_gallery(run)
-    images = _Page(render_page(read_run(run))).images
+    images = Page(render_page(read_run(run))).images
     assert [image.get("class") for image in images] == [None, "correct", None, None]
 
 
@@ -212,25 +180,12 @@ def test_the_history_and_the_machine_are_told(run: Path) -> None:
     save_events(run)
     data = read_run(run)
     assert [step for _, step, _ in data.events] == [0, 1, 2, 3]
-    text = " ".join(_Page(render_page(read_run(run))).words)
+    text = " ".join(Page(render_page(read_run(run))).words)
     for expected in (
         "25 November 2026, 10:00:01", "start of 8 processes", "went <back> to step_00000010", "OSError: disk",
         "8, started 2 times", "A <fast> one, 2 cores", "GPU 9000", "9.9.9", "no sign of life for",
     ):  # fmt: skip
         assert expected in text, expected
-
-
-@pytest.mark.parametrize(
-    ("more", "state"),
-    [
-        ([{"end": None}], "ended: done"),
-        ([{"message": "stopped by a signal; --resume auto"}, {"end": None}], "ended: stopped by a signal"),
-        ([{"end": "ValueError: no"}], "ended by an error: ValueError: no"),
-    ],
-)
-def test_how_a_run_ended(run: Path, more: list[dict[str, Any]], state: str) -> None:
-    save_events(run, *more)
-    assert ("state", state) in read_run(run).facts["Training"]
 
 
 def test_a_return_to_a_checkpoint_is_marked(run: Path) -> None:
@@ -252,7 +207,7 @@ def test_several_runs_stand_beside_each_other(run: Path, tmp_path: Path, capsys:
     assert main(["report", *folders, "--output", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / "out" / "comparison.html")]
     text = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
-    page = _Page(text)
+    page = Page(text)
     assert page.open == []
     assert all(address.startswith(("data:", "#")) for address in page.addresses)
     words = " ".join(page.words)
@@ -290,7 +245,7 @@ def test_a_run_of_the_trainer_has_a_report(tmp_path: Path) -> None:
     for expected in ("Tokens a second", "Update over weights, a step", "Memory, GiB", "Evaluation: zero_shot_top1"):
         assert expected in figures
     assert "Time in communication" not in figures
-    words = _Page(text).words
+    words = Page(text).words
     assert "start of 1 process" in words
     assert "ended: done" in words
 
@@ -311,10 +266,7 @@ def test_a_report_is_written_where_asked_and_twice_the_same(run: Path, tmp_path:
 
 
 def test_the_command_prints_both_paths(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    add_commands(parser.add_subparsers())
-    args = parser.parse_args(["report", str(run)])
-    args.run(args)
+    assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out.split() == [str(run / "report.html"), str(run / "report.png")]
 
 

@@ -42,7 +42,7 @@ def _as_loaded(image: Image.Image) -> Image.Image:
     return image.convert("RGB") if image.mode in ("P", "1") else image
 
 
-def _drawing(size: int = 64) -> Image.Image:
+def drawing(size: int = 64) -> Image.Image:
     """A red square in the middle of nothing."""
     image = Image.new("RGBA", (size, size), (0, 0, 0, 0))
     image.paste((255, 0, 0, 255), (size // 4, size // 4, 3 * size // 4, 3 * size // 4))
@@ -115,7 +115,7 @@ def test_without_a_seed_torch_decides() -> None:
 
 def test_transparent_pictures_lie_on_white() -> None:
     for transform in (eval_transform(64, PLAIN.mean, PLAIN.std), TrainTransform(64, PLAIN)):
-        tensor = transform(_drawing())
+        tensor = transform(drawing())
         assert tensor[:, 0, 0].tolist() == [1, 1, 1]
         assert tensor[:, 32, 32].tolist() == [1, 0, 0]
 

@@ -15,6 +15,11 @@ OPCHECK_DTYPES = [
 ]
 
 
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers in float64, the same for the same seed."""
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
 def exhaustive_but(cases: Sequence[Any], *quick: str) -> list[Any]:
     """The cases, of which all but those with these ids are for `make test-all`."""
     assert set(quick) <= {case.id for case in cases}

@@ -16,6 +16,7 @@ from op_checks import (
     assert_gradcheck,
     assert_opcheck,
     exhaustive_but,
+    randn,
 )
 
 import evakernels
@@ -24,10 +25,6 @@ from evakernels.reference import contrastive as reference
 
 OPS = torch.ops.evakernels
 OFFSET = 2
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def scalar(value: float) -> torch.Tensor:
@@ -313,18 +310,6 @@ def test_infinite_logits_give_infinite_statistics_and_nan_spreads():
     assert evakernels.siglip_loss(image, text, scale, scale).isnan()
 
 
-@pytest.mark.parametrize("name", ["contrastive", "siglip"])
-def test_a_second_derivative_is_refused(name):
-    image, text, scale = (t.clone().requires_grad_() for t in SQUARE)
-    if name == "siglip":
-        loss = evakernels.siglip_loss(image, text, scale, scale)
-    else:
-        loss = evakernels.clip_loss(image, text, scale)
-    (gradient,) = torch.autograd.grad(loss, image, create_graph=True)
-    with pytest.raises(RuntimeError, match=f"{name}.* has no second derivative"):
-        gradient.sum().backward()
-
-
 def test_siglip_without_gradients_has_the_same_value():
     inputs = [t.float() for t in (*SQUARE, scalar(-1.0))]
     alone = evakernels.siglip_loss(*inputs)
@@ -400,7 +385,6 @@ ONES, SCALE = torch.ones(3, 4), torch.tensor(1.0)
             TypeError,
             "logit_scale is a float; accepted: a torch.Tensor",
         ),
-        (lambda: evakernels.clip_loss(ONES, ONES.to("meta"), SCALE), ValueError, "text_features on meta"),
         (lambda: evakernels.clip_loss(ONES, ONES, SCALE, label_smoothing=2), ValueError, "accepted: 0 to 1"),
         (lambda: evakernels.clip_loss(ONES, ONES, SCALE, memory_budget=-1), ValueError, "accepted: at least 0"),
         (

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from op_checks import randn
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -16,10 +17,6 @@ INDEX = torch.tensor([[3, 0], [1, 2]])
 OFFSETS = torch.tensor([0, 3, 3, 5])
 ANGLES = torch.linspace(0, 3, 4 * 2, dtype=torch.float64).view(4, 2)
 COS, SIN = ANGLES.cos(), ANGLES.sin()
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def inputs(*shapes: tuple[int, ...], seed: int = 0) -> tuple[Tensor, ...]:
@@ -279,6 +276,16 @@ def test_gradients_of_a_batch(ours, theirs, given):
 def test_second_derivatives(ours, theirs, given):
     results = [hessian(lambda x, f=f: as_one(f)(x, *given[1:]))(given[0]) for f in (ours, theirs)]
     torch.testing.assert_close(*results)
+
+
+@every_op
+def test_second_derivatives_by_autograd_are_refused(ours, theirs, given):
+    leaves = [x.clone().requires_grad_() for x in given]
+    if ours is CASES[NO_GRADIENT][0]:
+        return
+    first = torch.autograd.grad(as_one(ours)(*leaves), leaves, create_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match=r"evakernels: \w+ has no second derivative"):
+        sum(gradient.sum() for gradient in first if gradient is not None).backward()
 
 
 @every_op

@@ -39,22 +39,23 @@ def states() -> list[list[Tensor]]:
     return [params, grads, moments, [square.square() for square in squares], [torch.tensor(3.0), torch.tensor(3.0)]]
 
 
-def mean_or_none(mean: Tensor) -> Tensor | None:
-    return mean if mean.numel() else None
+def same(name: str, inputs: tuple[Any, ...], more: tuple[Any, ...], operator: str = "", **options: Any) -> Any:
+    """What the operator returns of `inputs` and `more`, and the launcher writes of `inputs` and `options`."""
+    result = getattr(native, operator or name)(*inputs, *more)
+    expected = (result,) if isinstance(result, Tensor) else result
+    outputs = like(expected)
+    present = [None if isinstance(t, Tensor) and not t.numel() else t for t in inputs]
+    getattr(_C, name)(*present, *outputs, **options)
+    assert_same(outputs, expected)
+    return result
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rms", [False, True])
 def test_layer_norm(dtype: torch.dtype, rms: bool) -> None:
     x, dy, weight, bias = normal(3, 5, 50, dtype=dtype), normal(3, 5, 50, dtype=dtype, seed=1), normal(50), normal(50)
-    expected = native.layer_norm_forward(x, weight, bias, EPS, rms)
-    outputs = like(expected)
-    _C.layer_norm_forward(x, weight, bias, *outputs, eps=EPS, rms=rms)
-    assert_same(outputs, expected)
-    expected = native.layer_norm_backward(dy, x, weight, *expected[1:], True, rms)
-    gradients = like(expected)
-    _C.layer_norm_backward(dy, x, weight, *outputs[1:], *gradients, rms=rms)
-    assert_same(gradients, expected)
+    _, *moments = same("layer_norm_forward", (x, weight, bias), (EPS, rms), eps=EPS, rms=rms)
+    same("layer_norm_backward", (dy, x, weight, *moments), (True, rms), rms=rms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -64,15 +65,9 @@ def test_add_layer_norm(dtype: torch.dtype, rms: bool, scaled: bool) -> None:
     residual, branch, dy, dx = (normal(3, 5, 40, dtype=dtype, seed=seed) for seed in range(4))
     affine = (normal(40), normal(40, seed=1))
     scales = (normal(40, seed=2), normal(3)) if scaled else (None, None)
-    expected = native.add_layer_norm_forward(residual, branch, *affine, *scales, EPS, rms)
-    outputs = like(expected)
-    _C.add_layer_norm_forward(residual, branch, *affine, *scales, *outputs, eps=EPS, rms=rms)
-    assert_same(outputs, expected)
-    _, x, mean, rstd = expected
-    expected = native.add_layer_norm_backward(dy, dx, x, branch, affine[0], *scales, mean, rstd, True, rms)
-    gradients = like(expected)
-    _C.add_layer_norm_backward(dy, dx, x, branch, affine[0], *scales, *outputs[2:], *gradients, rms=rms)
-    assert_same(gradients, expected)
+    given = (residual, branch, *affine, *scales)
+    _, x, *moments = same("add_layer_norm_forward", given, (EPS, rms), eps=EPS, rms=rms)
+    same("add_layer_norm_backward", (dy, dx, x, branch, affine[0], *scales, *moments), (True, rms), rms=rms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -95,14 +90,8 @@ def test_the_gradient_of_a_layer_scale_needs_none_of_the_branch(dtype: torch.dty
 def test_layer_norm_add(dtype: torch.dtype, scaled: bool) -> None:
     residual, branch, dx = (normal(3, 5, 40, dtype=dtype, seed=seed) for seed in range(3))
     parameters = (normal(40), normal(40, seed=1), *((normal(40, seed=2), normal(3)) if scaled else (None, None)))
-    expected = native.layer_norm_add_forward(residual, branch, *parameters, EPS, False)
-    outputs = like(expected)
-    _C.layer_norm_add_forward(residual, branch, *parameters, *outputs, eps=EPS)
-    assert_same(outputs, expected)
-    expected = native.layer_norm_add_backward(dx, branch, *parameters, *expected[1:], False)
-    gradients = like(expected)
-    _C.layer_norm_add_backward(dx, branch, *parameters, *outputs[1:], *gradients)
-    assert_same(gradients, expected)
+    _, *moments = same("layer_norm_add_forward", (residual, branch, *parameters), (EPS, False), eps=EPS)
+    same("layer_norm_add_backward", (dx, branch, *parameters, *moments), (False,))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -111,14 +100,8 @@ def test_swiglu_of_a_packed_projection(dtype: torch.dtype, normed: bool) -> None
     gate, up = normal(2, 7, 48, dtype=dtype).chunk(2, -1)
     dout = normal(2, 7, 24, dtype=dtype)
     weight, bias = (normal(24), normal(24, seed=1)) if normed else (None, None)
-    expected = native.swiglu_forward(gate, up, weight, bias, EPS)
-    outputs = like(expected)
-    _C.swiglu_forward(gate, up, weight, bias, *outputs, eps=EPS)
-    assert_same(outputs, expected)
-    expected = native.swiglu_backward(dout, gate, up, weight, *expected[1:], normed)
-    gradients = like(expected)
-    _C.swiglu_backward(dout, gate, up, weight, *outputs[1:], *gradients)
-    assert_same(gradients, expected)
+    _, *moments = same("swiglu_forward", (gate, up, weight, bias), (EPS,), eps=EPS)
+    same("swiglu_backward", (dout, gate, up, weight, *moments), (normed,))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -132,11 +115,7 @@ def test_token_dropout(dtype: torch.dtype, by_channel: bool) -> None:
     (out,) = like((expected,))
     _C.token_dropout_forward(patches, token_index.numpy(), prefix, pos_embed, out)
     assert_same([out], (expected,))
-    dout = normal(2, 4, 10, dtype=dtype)
-    expected = native.token_dropout_backward(dout, token_index, 1, 6, True)
-    gradients = like(expected)
-    _C.token_dropout_backward(dout, token_index, 1, 6, *gradients)
-    assert_same(gradients, expected)
+    same("token_dropout_backward", (normal(2, 4, 10, dtype=dtype), token_index, 1, 6), (True,))
 
 
 @pytest.mark.parametrize("nvlamb", [False, True])
@@ -202,14 +181,8 @@ def test_adamw() -> None:
 @pytest.mark.parametrize("tanh", [False, True])
 def test_gelu(dtype: torch.dtype, tanh: bool) -> None:
     x, dout, bias = normal(3, 5, 40, dtype=dtype), normal(3, 5, 40, dtype=dtype, seed=1), normal(40)
-    expected = (native.gelu_forward(x, bias, tanh),)
-    outputs = like(expected)
-    _C.gelu_forward(x, bias, *outputs, tanh=tanh)
-    assert_same(outputs, expected)
-    expected = native.gelu_backward(dout, x, bias, tanh)
-    gradients = like(expected)
-    _C.gelu_backward(dout, x, bias, *gradients, tanh=tanh)
-    assert_same(gradients, expected)
+    same("gelu_forward", (x, bias), (tanh,), tanh=tanh)
+    same("gelu_backward", (dout, x, bias), (tanh,), tanh=tanh)
 
 
 @gpu_kernels
@@ -226,17 +199,10 @@ def test_rope_attention(dtype: torch.dtype, compact: bool) -> None:
     q, k, v = normal(2, 5, 3, 2, 16, dtype=dtype).unbind(2)
     angles = normal(2, 3, 4) if compact else normal(9, 8)
     cos, sin, index = angles.cos(), angles.sin(), torch.tensor([[8, 0, 3, 4], [1, 2, 0, 7]])
-    expected = native.rope_attention_forward(q, k, v, cos, sin, index, 1, True, True, 0.3)
-    outputs = like(expected)
+    more = (cos, sin, index, 1, True, True, 0.3)
     options = {"cos": cos, "sin": sin, "token_index": index, "num_prefix": 1, "causal": True, "scale": 0.3}
-    _C.rope_attention_forward(q, k, v, *outputs, **options)
-    assert_same(outputs, expected)
-    dout = normal(2, 5, 2, 16, dtype=dtype, seed=1)
-    results = dout, q, k, v, *expected
-    expected = native.rope_attention_backward(*results, cos, sin, index, 1, True, True, 0.3)
-    gradients = like(expected)
-    _C.rope_attention_backward(*results, *gradients, **options)
-    assert_same(gradients, expected)
+    results = same("rope_attention_forward", (q, k, v), more, **options)
+    same("rope_attention_backward", (normal(2, 5, 2, 16, dtype=dtype, seed=1), q, k, v, *results), more, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -244,16 +210,10 @@ def test_rope_attention(dtype: torch.dtype, compact: bool) -> None:
 def test_packed_attention(dtype: torch.dtype, causal: bool) -> None:
     q, k, v = normal(9, 3, 2, 16, dtype=dtype).unbind(1)
     offsets = torch.tensor([0, 2, 2, 9])
-    expected = native.packed_attention_forward(q, k, v, offsets, 7, causal, 0.3)
-    outputs = like(expected)
+    more = (offsets, 7, causal, 0.3)
     options = {"offsets": offsets, "max_length": 7, "causal": causal, "scale": 0.3}
-    _C.rope_attention_forward(q, k, v, *outputs, **options)
-    assert_same(outputs, expected)
-    results = q, q, k, v, *expected
-    expected = native.packed_attention_backward(*results, offsets, 7, causal, 0.3)
-    gradients = like(expected)
-    _C.rope_attention_backward(*results, *gradients, **options)
-    assert_same(gradients, expected)
+    results = same("rope_attention_forward", (q, k, v), more, "packed_attention_forward", **options)
+    same("rope_attention_backward", (q, q, k, v, *results), more, "packed_attention_backward", **options)
 
 
 @pytest.mark.skipif(_native.runs_gpu_kernels("cpu"), reason="the kernels for GPUs serve the CPU here")

@@ -3,17 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from op_checks import DTYPES, assert_as_accurate_as_torch, assert_threads_change_no_bit, with_gradients
+from op_checks import DTYPES, assert_as_accurate_as_torch, assert_threads_change_no_bit, randn, with_gradients
 from torch import Tensor
 
 import evakernels
 
 EPS = 1e-6
 FORMS = ["add", "post"]
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def inputs_of(*shape: int) -> tuple[Tensor, ...]:

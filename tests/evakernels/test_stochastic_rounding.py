@@ -23,12 +23,12 @@ MIXED, ALL_HALF = (HALF, HALF, FLOAT, FLOAT), (HALF,) * 4
 KINDS = ["adamw", "lamb_step", "lamb_phases"]
 
 
-def step(state, kind, backend=COMPILED, seeds=None, firsts=None, found_inf=None, lr=0.01):
+def step(state, kind, backend=COMPILED, seeds=None, firsts=None, found_inf=None, lr=0.01, decay=0.05, **options):
     """One step in place on the lists."""
     count = len(state[0])
-    lrs, decays = [lr] * count, [0.05] * count
+    lrs, decays = [lr] * count, [decay] * count
     seeds = [5 << 32 | i for i in range(count)] if seeds is None else seeds
-    options = {**OPTIONS, "found_inf": None if found_inf is None else torch.tensor(found_inf)}
+    options = {**OPTIONS, **options, "found_inf": None if found_inf is None else torch.tensor(found_inf)}
     rounding = {"seeds": seeds, "first_elements": firsts or ()}
     with evakernels.use_backend(backend):
         if kind == "adamw":
@@ -132,15 +132,7 @@ def test_every_device_rounds_by_the_same_bits(kind, backend):
     def rounded(device, backend):
         ones = [torch.ones(size, dtype=dtype, device=device) for dtype in MIXED]
         state = [[t] for t in ones] + [[torch.tensor(7.0, device=device)]]
-        options = {"betas": (0.0, 0.0), "eps": 0.0, "seeds": [3 << 40], "first_elements": [first]}
-        with evakernels.use_backend(backend):
-            if kind == "adamw":
-                evakernels.adamw_update(*state, [2.0**-12], [0.0], **options)
-            elif kind == "lamb_step":
-                evakernels.lamb_step(*state, [2.0**-12], [0.0], **options)
-            else:
-                norms = torch.ones(1, 2, device=device)
-                evakernels.lamb_apply(state[0], *state[2:], norms, [2.0**-12], [0.0], **options)
+        step(state, kind, backend, [3 << 40], [first], lr=2.0**-12, decay=0.0, betas=(0.0, 0.0), eps=0.0)
         return state[0][0].cpu()
 
     ours, expected = rounded(DEVICE, backend), rounded("cpu", "reference")

@@ -1,4 +1,3 @@
-import argparse
 import json
 
 import numpy as np
@@ -7,7 +6,7 @@ from data_samples import picture, sample
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from evaclip.commands import data as command
+from evaclip.commands.main import build_parser
 from evaclip.data import DataConfig, open_configured, open_source
 from evaclip.data.bench import time_stages
 from evaclip.data.check import check
@@ -19,9 +18,7 @@ from evaclip.transforms import train_transform
 
 
 def evaclip(*words: str) -> None:
-    parser = argparse.ArgumentParser()
-    command.add_commands(parser.add_subparsers(required=True))
-    args = parser.parse_args(words)
+    args = build_parser().parse_args(words)
     args.run(args)
 
 

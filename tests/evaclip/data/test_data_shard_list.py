@@ -1,6 +1,5 @@
 """Lists of shards, from which a data set is opened without reading it."""
 
-import argparse
 import json
 import shutil
 
@@ -8,7 +7,7 @@ import pytest
 from data_samples import sample
 from shard_server import ShardServer
 
-from evaclip.commands import data as command
+from evaclip.commands.main import build_parser
 from evaclip.data import BadSample, FaultKind, open_source, tar_index
 from evaclip.data.config import RemoteConfig
 from evaclip.data.shard_writer import write_shard
@@ -16,9 +15,7 @@ from evaclip.errors import UserError
 
 
 def index(path: str, out) -> None:
-    parser = argparse.ArgumentParser()
-    command.add_commands(parser.add_subparsers(required=True))
-    args = parser.parse_args(["data", "index", path, "--out", str(out)])
+    args = build_parser().parse_args(["data", "index", path, "--out", str(out)])
     args.run(args)
 
 

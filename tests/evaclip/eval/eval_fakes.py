@@ -1,8 +1,6 @@
 """A model small enough to check by hand: a picture of one colour has the feature of the colour's name."""
 
-import argparse
 import io
-import tarfile
 from pathlib import Path
 
 import torch
@@ -11,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torchvision.transforms.functional import to_tensor
 
-from evaclip.commands.eval import add_commands
+from evaclip.commands.main import build_parser
+from evaclip.data.shard_writer import write_shard
 
 COLORS = {
     "red": (255, 0, 0),
@@ -70,18 +69,11 @@ def png(color: tuple[int, int, int], size: int = 8) -> bytes:
 
 
 def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for key, members in samples.items():
-            for suffix, content in members.items():
-                info = tarfile.TarInfo(f"{key}.{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+    write_shard(path, samples.items())
     return path
 
 
 def evaclip(*words: object) -> None:
     """One command, as on the command line."""
-    parser = argparse.ArgumentParser()
-    add_commands(parser.add_subparsers())
-    args = parser.parse_args([str(word) for word in words])
+    args = build_parser().parse_args([str(word) for word in words])
     args.run(args)

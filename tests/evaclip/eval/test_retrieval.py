@@ -65,17 +65,10 @@ def test_chance_of_several_captions_follows_from_counting() -> None:
     assert result.text_to_image.chance[5] == 5 / 20
 
 
-def test_chance_is_one_where_everything_is_within_reach() -> None:
+def test_chance_is_one_where_everything_is_within_reach_and_json_keys_are_texts() -> None:
     result = evaluate(torch.eye(3), torch.eye(3), torch.arange(3))
     assert result.text_to_image.chance[10] == result.image_to_text.chance[10] == 1.0
-
-
-def test_json_keys_are_texts() -> None:
-    assert evaluate(torch.eye(3), torch.eye(3), torch.arange(3)).to_dict()["text_to_image"]["recall"] == {
-        "1": 1.0,
-        "5": 1.0,
-        "10": 1.0,
-    }
+    assert result.to_dict()["text_to_image"]["recall"] == {"1": 1.0, "5": 1.0, "10": 1.0}
 
 
 def test_pictures_without_captions_are_refused() -> None:

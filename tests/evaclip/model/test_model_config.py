@@ -77,11 +77,6 @@ def test_wrong_options_are_named(changes: dict[str, object], message: str) -> No
         override(get_config("tiny"), changes)
 
 
-def test_unknown_model_gets_the_nearest_name() -> None:
-    with pytest.raises(UserError, match="did you mean 'EVA02-B-16'"):
-        get_config("EVA02-B16")
-
-
 def test_configurations_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         get_config("tiny").vision.layers = 5  # type: ignore[misc]

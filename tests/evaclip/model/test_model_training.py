@@ -83,18 +83,6 @@ def test_gradients_are_the_same_with_checkpointing(vision: dict[str, object]) ->
     _assert_same(kept, _gradients(model))
 
 
-def test_checkpointing_keeps_fewer_activations() -> None:
-    sizes = {}
-    for enable in (False, True):
-        model = small_model().train()
-        model.set_savings(Savings(recompute="block" if enable else "none"))
-        saved: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
-            model(random_images(4), random_tokens(4))
-        sizes[enable] = sum(saved)
-    assert sizes[True] < 0.5 * sizes[False]
-
-
 def test_recomputation_after_a_second_forward_uses_its_own_tokens() -> None:
     model = small_model().train()
     model.set_savings(Savings(recompute="block"))
@@ -134,14 +122,24 @@ def test_models_with_and_without_rope_do_not_disturb_each_other() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "vision",
+    ("vision", "recompute"),
     [
-        {"patch_dropout": 0.5},
-        pytest.param({**NO_ROPE, "post_norm": True, "drop_path": 0.2}, marks=pytest.mark.exhaustive),
+        ({"patch_dropout": 0.5}, "none"),
+        *(
+            pytest.param(vision, recompute, marks=pytest.mark.exhaustive)
+            for vision, recompute in (
+                ({**NO_ROPE, "post_norm": True, "drop_path": 0.2}, "none"),
+                ({"patch_dropout": 0.5}, "activations"),
+                ({**NO_ROPE, "post_norm": True, "drop_path": 0.2}, "activations"),
+                ({}, "block"),
+            )
+        ),
     ],
 )
-def test_compiles_without_a_graph_break(vision: dict[str, object]) -> None:
+def test_compiles_without_a_graph_break(vision: dict[str, object], recompute: Any) -> None:
+    torch._dynamo.reset()  # which would take what differs from the last model for dynamic
     model = small_model(**vision, layers=2, text={"layers": 1}).train()
+    model.set_savings(Savings(recompute=recompute))
     images, tokens = random_images(2), random_tokens(2)
     compiled = torch.compile(_loss, fullgraph=True, backend="aot_eager")
     torch.manual_seed(2)
@@ -152,18 +150,6 @@ def test_compiles_without_a_graph_break(vision: dict[str, object]) -> None:
         # Captions are packed in eager mode and padded in a graph: the same sums in another order.
         slack = 2e-5 * float(gradient.abs().max())
         torch.testing.assert_close(actual[name], gradient, atol=slack, rtol=0, msg=name)
-
-
-@pytest.mark.exhaustive
-def test_compiles_with_checkpointing() -> None:
-    model = small_model(layers=1, text={"layers": 1}).train()
-    model.set_savings(Savings(recompute="block"))
-    images, tokens = random_images(2), random_tokens(2)
-    expected = _gradients_of(model, _loss(model, images, tokens))
-    compiled = torch.compile(_loss, fullgraph=True, backend="aot_eager")
-    actual = _gradients_of(model, compiled(model, images, tokens))
-    for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
 def _loss(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:

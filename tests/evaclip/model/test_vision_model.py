@@ -14,8 +14,6 @@ from evaclip.model.vision_model import VisionModel
 from evaclip.model.vision_names import RELEASES, split_name, vision_config
 from evaclip.weights import load_weights, to_timm
 
-UNKNOWN = "eva02_base_patch14_225"
-
 
 def peer_of(name: str, depth: int = 2, num_classes: int = 7, **options: object) -> nn.Module:
     with without_start_values():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from sharded_run import train_all
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 
-from evaclip.train.config import ParallelConfig, TrainConfig
+from evaclip.train.config import TrainConfig
 from evaclip.train.progress import read_log
 from evaclip.train.trainer import train
 from evaclip.weights import part_of
@@ -139,15 +139,3 @@ def test_offload_of_one_process_changes_nothing(run_config: Callable[..., TrainC
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=key)
     assert not torch.distributed.is_initialized()
-
-
-def test_offload_is_of_shards() -> None:
-    with pytest.raises(ValueError, match="offload=cpu needs mode=shard or hybrid"):
-        ParallelConfig(offload="cpu")
-
-
-def test_shard_size_belongs_to_hybrid() -> None:
-    with pytest.raises(ValueError, match="hybrid needs a shard_size"):
-        ParallelConfig(mode="hybrid")
-    with pytest.raises(ValueError, match="no other mode has one"):
-        ParallelConfig(mode="shard", shard_size=2)

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+from huggingface_hub import constants
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _COMMIT_ROUTE = re.compile(r"/api/models/(?P<repository>[^/]+/[^/]+)/(?P<verb>preupload|commit)/(?P<revision>[^?]+)")
 _ROUTE = re.compile(r"/(?P<repository>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>[^?]+)")
@@ -32,6 +35,13 @@ class Hub:
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     """Method, file and range of each request."""
     url: str = ""
+
+
+def ask(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Does what HF_ENDPOINT does when the client is imported, and lets it wait for nothing."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
 
 
 @contextmanager

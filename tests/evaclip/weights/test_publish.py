@@ -3,7 +3,6 @@
 import functools
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ import open_clip
 import pytest
 import timm
 import torch
-from hub_server import Hub, serving
+from hub_server import Hub
 from huggingface_hub import constants
 from PIL import Image
-from test_weights_hub import ask
 
 import evaclip
 from evaclip.errors import UserError
@@ -45,17 +43,6 @@ def model(monkeypatch: pytest.MonkeyPatch) -> evaclip.CLIP:
 def folder(model: evaclip.CLIP, tmp_path: Path) -> Path:
     evaclip.save_for_hf(model, evaclip.get_tokenizer(NAME), evaclip.get_model_config(NAME), tmp_path / "mine")
     return tmp_path / "mine"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serving(Hub({})) as served:
-        ask(served.url, monkeypatch)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        yield served
 
 
 def features(model: Any, preprocess: Any, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:

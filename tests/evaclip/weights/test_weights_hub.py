@@ -2,13 +2,11 @@
 
 import json
 import socket
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hub_server import Hub, serving
+from hub_server import Hub, ask
 from huggingface_hub import constants
 from safetensors.torch import save
 
@@ -26,21 +24,11 @@ def state() -> dict[str, Any]:
     return to_open_clip(create_model("tiny", vision={"layers": 1}, text={"layers": 1}).state_dict())
 
 
-def ask(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Does what HF_ENDPOINT does when the client is imported, and lets it wait for nothing."""
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-
-
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub with one model, and an empty cache."""
-    with serving(Hub({(REPOSITORY, MODEL_FILE): save(state())})) as served:
-        ask(served.url, monkeypatch)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        yield served
+def hub(hub: Hub) -> Hub:
+    """A hub with one model."""
+    hub.files[REPOSITORY, MODEL_FILE] = save(state())
+    return hub
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,8 @@ import copy
 
 import pytest
 import torch
-from dropin_families import FAMILIES
+from dropin_families import FAMILIES, pair
 from dropin_family import gradients, ops_of, run
-
-import evakernels
 
 pytestmark = pytest.mark.usefixtures("everything_served")
 
@@ -16,14 +14,6 @@ TRAINED = ("vit", "eva02", "clip", "open-clip-eva", "siglip2")
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 both_modes = pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-
-
-def _pair(name):
-    family = FAMILIES[name]
-    untouched = family.build()
-    model = copy.deepcopy(untouched)
-    evakernels.accelerate(model)
-    return family, model, untouched
 
 
 def _assert_close(actual, expected, bound):
@@ -36,7 +26,7 @@ def _assert_close(actual, expected, bound):
 @every_family
 @both_modes
 def test_features_are_those_of_the_untouched_model(name, training):
-    family, model, untouched = _pair(name)
+    family, model, untouched = pair(name)
     actual, expected = (run(family, m.train(training), 1) for m in (model, untouched))
     _assert_close(actual, expected, 1e-5)
 
@@ -44,7 +34,7 @@ def test_features_are_those_of_the_untouched_model(name, training):
 @every_family
 @both_modes
 def test_features_without_gradients(name, training):
-    family, model, untouched = _pair(name)
+    family, model, untouched = pair(name)
     with torch.no_grad():
         actual, expected = (run(family, m.train(training), 1) for m in (model, untouched))
     _assert_close(actual, expected, 1e-5)
@@ -52,7 +42,7 @@ def test_features_without_gradients(name, training):
 
 @every_family
 def test_gradients_are_those_of_the_untouched_model(name):
-    family, model, untouched = _pair(name)
+    family, model, untouched = pair(name)
     actual, expected = (gradients(family, m.train(), 2) for m in (model, untouched))
     assert list(actual) == list(expected)
     largest = max(float(g.abs().max()) for g in expected.values() if g.numel())
@@ -64,7 +54,7 @@ def test_gradients_are_those_of_the_untouched_model(name):
 
 @every_family
 def test_the_model_runs_on_the_ops(name):
-    family, model, untouched = _pair(name)
+    family, model, untouched = pair(name)
     assert ops_of(family, model.train()) == family.ops
     assert ops_of(family, untouched.train()) == set()
 
@@ -72,7 +62,7 @@ def test_the_model_runs_on_the_ops(name):
 @every_family
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_16_bit_the_error_is_that_of_the_untouched_model(name, dtype):
-    family, model, untouched = _pair(name)
+    family, model, untouched = pair(name)
     with torch.no_grad():
         exact = run(family, untouched, 1)
         errors = []
@@ -87,7 +77,7 @@ def test_in_16_bit_the_error_is_that_of_the_untouched_model(name, dtype):
     "name", [pytest.param(name, marks=[] if name in TRAINED else pytest.mark.exhaustive) for name in FAMILIES]
 )
 def test_steps_of_training_follow_the_untouched_model(name):
-    family, model, untouched = _pair(name)
+    family, model, untouched = pair(name)
     curves = []
     for m in (model, untouched):
         m.train()

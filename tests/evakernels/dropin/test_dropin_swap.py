@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from dropin_families import FAMILIES
+from dropin_families import FAMILIES, close, pair
 from dropin_family import ops_of, run
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import nn
@@ -21,20 +21,8 @@ from evakernels.dropin import Report, _form, _gate
 everything_served = pytest.mark.usefixtures("everything_served")
 
 
-def _pair(name):
-    family = FAMILIES[name]
-    untouched = family.build()
-    model = copy.deepcopy(untouched)
-    evakernels.accelerate(model)
-    return family, model, untouched
-
-
 def _classes(model):
     return [type(module) for module in model.modules()]
-
-
-def _close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 # --- what is kept and what comes back -------------------------------------------------------------------------------
@@ -59,7 +47,7 @@ def test_a_second_call_changes_nothing_and_reports_the_same():
 
 @everything_served
 def test_a_copy_is_changed_on_its_own():
-    _, model, _ = _pair("eva02")
+    _, model, _ = pair("eva02")
     classes = _classes(model)
     evakernels.restore(copy.deepcopy(model))
     assert _classes(model) == classes
@@ -70,18 +58,18 @@ def test_a_copy_is_changed_on_its_own():
 
 @everything_served
 def test_transforms_and_tracers_see_the_untouched_code():
-    family, model, untouched = _pair("eva02")
+    family, model, untouched = pair("eva02")
     x = family.inputs(1)["x"]
     parameters = dict(model.named_parameters())
-    _close(vmap(lambda one: functional_call(model, parameters, (one[None],))[0])(x), untouched(x))
-    _close(torch.jit.trace(model, x, check_trace=False)(x), untouched(x))
+    close(vmap(lambda one: functional_call(model, parameters, (one[None],))[0])(x), untouched(x))
+    close(torch.jit.trace(model, x, check_trace=False)(x), untouched(x))
 
 
 @everything_served
 @pytest.mark.parametrize("name", ["eva02", "vit"])
 def test_forward_mode_derivatives(name):
     """By dual numbers, which the fused ops see, and by the transform, under which the untouched code runs."""
-    family, model, untouched = _pair(name)
+    family, model, untouched = pair(name)
     (x,) = family.inputs(1).values()
     tangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
 
@@ -91,12 +79,12 @@ def test_forward_mode_derivatives(name):
 
     with sdpa_kernel(SDPBackend.MATH):  # the one of torch's attentions that has these
         expected = by_duals(untouched)
-        _close(by_duals(model), expected)
-        _close(jvp(model, (x,), (tangent,))[1], expected)
+        close(by_duals(model), expected)
+        close(jvp(model, (x,), (tangent,))[1], expected)
 
 
 def test_torchscript_asks_for_the_restored_model():
-    _, model, _ = _pair("vit")
+    _, model, _ = pair("vit")
     with pytest.raises(RuntimeError, match=r"call evakernels.restore\(model\) first"):
         torch.jit.script(model)
     evakernels.restore(model)
@@ -110,7 +98,7 @@ def test_torchscript_asks_for_the_restored_model():
 @pytest.mark.parametrize("path", ["blocks.1.norm2", "blocks.1.mlp.norm", "blocks.1.drop_path1", "blocks.1.attn.proj"])
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 def test_a_hook_on_a_child_is_called(path, training):
-    family, model, untouched = _pair("eva02")
+    family, model, untouched = pair("eva02")
     model.train(training), untouched.train(training)
     seen = []
     model.get_submodule(path).register_forward_hook(lambda module, args, output: seen.append(output))
@@ -124,15 +112,15 @@ def test_a_child_that_was_replaced_is_called():
         def forward(self, x):
             return 2 * x
 
-    family, model, untouched = _pair("eva02")
+    family, model, untouched = pair("eva02")
     for m in (model, untouched):
         m.blocks[0].norm2, m.blocks[1].mlp.act, m.blocks[1].mlp.norm = Doubled(), nn.ReLU(), nn.Identity()
-    _close(run(family, model, 1), run(family, untouched, 1))
+    close(run(family, model, 1), run(family, untouched, 1))
 
 
 @everything_served
 def test_a_forward_of_its_own_is_called():
-    family, model, _ = _pair("eva02")
+    family, model, _ = pair("eva02")
     called = []
     norm = model.blocks[0].norm2
     norm.forward = lambda x: called.append(x) or F.layer_norm(x, (64,), norm.weight, norm.bias, norm.eps)
@@ -143,12 +131,12 @@ def test_a_forward_of_its_own_is_called():
 @everything_served
 def test_what_the_op_does_not_have_runs_as_before():
     """A mask, dropout of the weights, attention that isn't fused."""
-    _, model, untouched = _pair("eva02")
+    _, model, untouched = pair("eva02")
     x, mask = torch.randn(2, 17, 64), torch.randn(17, 17)
     rope = model.rope.get_embed()
     ours, theirs = model.blocks[0].attn, untouched.blocks[0].attn
-    _close(ours(x, rope=rope, attn_mask=mask), theirs(x, rope=rope, attn_mask=mask))
-    _close(ours(x, rope=rope, is_causal=True), theirs(x, rope=rope, is_causal=True))
+    close(ours(x, rope=rope, attn_mask=mask), theirs(x, rope=rope, attn_mask=mask))
+    close(ours(x, rope=rope, is_causal=True), theirs(x, rope=rope, is_causal=True))
     for attention in (ours, theirs):
         attention.attn_drop.p = 0.5
         attention.train()
@@ -156,7 +144,7 @@ def test_what_the_op_does_not_have_runs_as_before():
     for attention in (ours, theirs):
         torch.manual_seed(0)
         results.append(attention(x, rope=rope))
-    _close(*results)
+    close(*results)
 
 
 # --- what is left ---------------------------------------------------------------------------------------------------
@@ -249,7 +237,7 @@ def test_only_modules_are_taken():
 
 
 def test_small_calls_run_the_untouched_code():
-    family, model, _ = _pair("vit")
+    family, model, _ = pair("vit")
     assert ops_of(family, model) == set()
     assert not _gate.serves("attention", torch.zeros(1, 4, 8, dtype=torch.bfloat16))
 

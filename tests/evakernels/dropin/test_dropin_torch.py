@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from dropin_families import FAMILIES
+from dropin_families import close, pair
 from dropin_family import gradients, log_ops, ops_of, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -44,12 +44,9 @@ every_kind = pytest.mark.parametrize("name", KINDS)
 
 def _pair(name):
     """The family, called as a user does it, an accelerated model and an untouched one."""
-    family = FAMILIES[name]
-    untouched = family.build()
+    family, model, untouched = pair(name)
     if hasattr(untouched, "forward_features"):
         family = dataclasses.replace(family, features=lambda model, inputs: model(**inputs))
-    model = copy.deepcopy(untouched)
-    evakernels.accelerate(model)
     return family, model, untouched
 
 
@@ -67,10 +64,6 @@ def _drop_nothing(model):
 
 def _classes(model):
     return [type(module) for module in model.modules()]
-
-
-def _close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def _assert_same_gradients(actual, expected):
@@ -138,7 +131,7 @@ def test_a_copy_and_a_pickle_run_on_the_ops_too(name):
 @every_kind
 def test_a_model_may_change_its_dtype_afterwards(name):
     family, model, untouched = _pair(name)
-    _close(run(family, model.half().float(), 1), run(family, untouched.half().float(), 1))
+    close(run(family, model.half().float(), 1), run(family, untouched.half().float(), 1))
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in family.inputs(1).items()}
     model, untouched = model.double(), untouched.double()
     with log_ops() as ops:
@@ -168,7 +161,7 @@ def test_a_model_built_on_meta_is_served_where_its_weights_arrive(name):
     report = evakernels.accelerate(model)
     assert not [left for left in report.left if "on meta" in left.reason]
     _fill(model.to_empty(device="cpu"), untouched)
-    _close(run(family, model, 1), run(family, untouched, 1))
+    close(run(family, model, 1), run(family, untouched, 1))
     assert ops_of(family, model.train()) == family.ops
 
 
@@ -200,7 +193,7 @@ def test_it_compiles_without_a_graph_break(name):
     _drop_nothing(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
-        _close(run(family, compiled, 1), run(family, model, 1))
+        close(run(family, compiled, 1), run(family, model, 1))
 
 
 @compiled
@@ -234,7 +227,7 @@ def test_a_compiled_model_may_be_accelerated_before_its_first_call_and_after(cal
     with torch.no_grad(), backends.observed_by(lambda op, backend: ops.add(op.removesuffix("_forward"))):
         actual = run(family, compiled, 1)
     assert {"rope_attention", "add_layer_norm", "swiglu"} <= ops
-    _close(actual, run(family, untouched, 1))
+    close(actual, run(family, untouched, 1))
 
 
 # --- checkpointing and sharding -------------------------------------------------------------------------------------
@@ -302,7 +295,7 @@ def test_fsdp2_before_and_after(name, whole_blocks, first, one_process):
     block = _blocks(model)[0]
     assert isinstance(block, FSDPModule)
     assert type(block).__name__ == "FSDP" + type(_blocks(untouched)[0]).__name__
-    _close(run(family, model, 1), run(family, untouched, 1))
+    close(run(family, model, 1), run(family, untouched, 1))
     expected = gradients(family, untouched.train(), 2)
     actual = {key: _whole(value) for key, value in gradients(family, model.train(), 2).items()}
     _assert_same_gradients(actual, expected)
@@ -320,5 +313,5 @@ def test_a_model_on_meta_may_be_accelerated_then_sharded_then_filled(one_process
     _shard(model, whole_blocks=True)
     model.to_empty(device="cpu")
     set_model_state_dict(model, untouched.state_dict(), options=StateDictOptions(full_state_dict=True))
-    _close(run(family, model, 1), run(family, untouched, 1))
+    close(run(family, model, 1), run(family, untouched, 1))
     assert ops_of(family, model.train()) == family.ops
