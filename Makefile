@@ -99,10 +99,12 @@ $(EXTRAS): $(VENV)/.tools pyproject.toml tools/requirements.py
 $(VENV)/oldest-triton: | $(VENV)/.tools
 	@$(PHASE) "Installing the oldest Triton" $(PIP_INSTALL) --no-deps --target $@ 'triton==3.6.*'
 
-# What compiles the kernels to PTX: NVIDIA's packages, where there is no compiler on PATH.
-$(VENV)/.nvcc: | $(VENV)/.tools
+# What compiles the kernels to PTX, where there is no compiler on PATH: NVIDIA's packages, of the budget's release.
+NVCC_PACKAGES := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-cuda-runtime nvidia-nvvm nvidia-cuda-cccl
+NVCC_RELEASE := $(shell sed -n 's/.*"nvcc": "\(.*\)".*/\1/p' csrc/cuda/budget.json)
+$(VENV)/.nvcc: csrc/cuda/budget.json | $(VENV)/.tools
 	@command -v $${CUDACXX:-nvcc} >/dev/null || \
-		$(PHASE) "Installing NVIDIA's compiler" $(PIP_INSTALL) nvidia-cuda-nvcc nvidia-cuda-cccl
+		$(PHASE) "Installing NVIDIA's compiler" $(PIP_INSTALL) $(NVCC_PACKAGES:%='%==$(NVCC_RELEASE).*')
 	@touch $@
 
 clean:

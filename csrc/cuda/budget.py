@@ -111,7 +111,9 @@ def build(target: str = "cuda_kernels") -> None:
     told = _output([sys.executable, "-c", code], os.environ | settings)
     cmake, ninja, options = json.loads(told.splitlines()[-1])
     options = [o + FLAGS if o.startswith("-DEVAKERNELS_CUDA_CODES=") else o for o in options]
-    options += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}", *packaged]
+    # The stand-in takes the runtime's place, also in what CMake adds of itself.
+    options += ["-DCMAKE_CUDA_RUNTIME_LIBRARY=None", *packaged]
+    options += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"]
     _output([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(BUILD), *options], os.environ | settings)
     _output([cmake, "--build", str(BUILD), "--target", target])
 

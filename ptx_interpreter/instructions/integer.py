@@ -63,6 +63,22 @@ def _field(value: Value, start: Value, length: Value) -> Value:
     return (wide >> start) & ((np.int64(1) << length) - 1)
 
 
+@makes("bfi", "b32 b64")
+def insert(machine: Machine, i: Instruction) -> Step:
+    """The low `length` bits of the first value in place of those of the second one from `start` on."""
+    kind = type_of(i.mods)
+    value, into = (machine.registers.source(arg, kind) for arg in i.args[1:3])
+    start, length = (machine.registers.source(arg, "u32") for arg in i.args[3:])
+    return elementwise(machine.registers.target(i.args[0], kind), _insert, value, into, start, length)
+
+
+def _insert(value: Value, into: Value, start: Value, length: Value) -> Value:
+    # numpy shifts zeros in, however far.
+    start, length = (np.minimum(v & np.uint32(0xFF), 64).astype(np.uint64) for v in (start, length))
+    mask = ~(~np.uint64(0) << length) << start
+    return (into & ~mask | value.astype(np.uint64) << start & mask).astype(into.dtype)
+
+
 @makes("prmt", "b32")
 def permute(machine: Machine, i: Instruction) -> Step:
     """Each 4 bits of the selector name one of the 8 bytes of b and a; with the highest of them, copies of its sign."""

@@ -73,6 +73,25 @@ def test_bfe_at_every_position_and_length(kind):
     assert found.tolist() == expected
 
 
+def inserted(value, into, start, length, width):
+    """The loop of PTX ISA."""
+    for n in range(min(length, width - start)):
+        into = into & ~(1 << start + n) | (value >> n & 1) << start + n
+    return into
+
+
+@pytest.mark.parametrize("width", [32, 64])
+def test_bfi_at_every_position_and_length(width):
+    values = np.array([0xA5C3F0125A3C0FED, 0, (1 << 64) - 1], np.uint64).astype(f"u{width // 8}")
+    numbers = [*range(0, 65, 5), 1, 31, 32, 63, 64, 255, 256 + 7]
+    every = list(itertools.product(values.tolist(), values[::-1].tolist(), numbers, numbers))
+    value, into, start, length = zip(*every, strict=True)
+    words = [np.array(side, f"u{width // 8}") for side in (value, into)]
+    places = [np.array(side, np.uint32) for side in (start, length)]
+    found = apply(f"bfi.b{width} %o, %a0, %a1, %a2, %a3;", *words, *places, out=words[0].dtype)
+    assert found.tolist() == [inserted(v, to, s & 255, n & 255, width) for v, to, s, n in every]
+
+
 def permuted(a, b, selector):
     """The table of PTX ISA: byte n of the result is chosen by bits 4 n on."""
     source = a.to_bytes(4, "little") + b.to_bytes(4, "little")
