@@ -4,6 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from evaclip.augmentation import (
+        Augmentation,
+    )
     from evaclip.eval.prompts import (
         IMAGENET_CLASSNAMES,
         OPENAI_IMAGENET_TEMPLATES,
@@ -43,7 +46,6 @@ if TYPE_CHECKING:
         tokenize,
     )
     from evaclip.transforms import (
-        Augmentation,
         eval_transform,
         train_transform,
     )
@@ -103,6 +105,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "evaclip.augmentation": ("Augmentation",),
     "evaclip.eval.prompts": (
         "IMAGENET_CLASSNAMES",
         "OPENAI_IMAGENET_TEMPLATES",
@@ -134,7 +137,6 @@ _MODULES = {
         "tokenize",
     ),
     "evaclip.transforms": (
-        "Augmentation",
         "eval_transform",
         "train_transform",
     ),

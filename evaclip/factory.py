@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from evaclip.augmentation import Augmentation
 from evaclip.errors import UserError, unknown_name
 from evaclip.model.clip import CLIP
 from evaclip.model.config import CLIPConfig, TextConfig, find_model, get_config, list_models, override
@@ -16,7 +17,7 @@ from evaclip.model.savings import Savings
 from evaclip.model.vision_model import VisionModel
 from evaclip.model.vision_names import RELEASES, split_name, vision_config
 from evaclip.tokenizer import Tokenizer
-from evaclip.transforms import Augmentation, EvalTransform, TrainTransform
+from evaclip.transforms import EvalTransform, TrainTransform
 from evaclip.weights import find_weights, materialize, read_preprocess, start_image_tower, start_text_tower
 from evaclip.weights.hub import HUB, LOCAL, download_beside
 from evaclip.weights.open_clip_config import CONFIG_FILE, read_open_clip_config

@@ -14,63 +14,16 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from evaclip.errors import UserError
+from evaclip.augmentation import Augmentation, Range
 from evaclip.model.config import Interpolation, Preprocess, Resize
 from evaclip.pixels import eight_bit
 
 Color = tuple[int, int, int]
-Range = tuple[float, float]
 
 WHITE: Color = (255, 255, 255)
 _CROP_ATTEMPTS = 10
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _DRAWS = 16
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What training does to an image at random; the defaults are EVA-CLIP's recipe: a random crop.
-
-    Attributes:
-        scale: share of the image's area that the crop covers, smallest and largest.
-        ratio: width / height of the crop, smallest and largest.
-        rotation: largest rotation, in degrees.
-        translation: largest shift, as a share of the side.
-        zoom: factor of size, smallest and largest.
-        brightness, contrast, saturation: each is changed by a factor in `[1 - value, 1 + value]`.
-        hue: largest shift of the hue, as a share of the colour circle, at most 0.5.
-        grayscale: probability of losing the colours.
-    """
-
-    scale: Range = (0.9, 1.0)
-    ratio: Range = (3 / 4, 4 / 3)
-    rotation: float = 0.0
-    translation: float = 0.0
-    zoom: Range = (1.0, 1.0)
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-    grayscale: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("scale", "ratio", "zoom"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise UserError(f"augmentation.{name} is {low}..{high}; expected 0 < smallest <= largest")
-            object.__setattr__(self, name, (float(low), float(high)))
-        if self.scale[1] > 1:
-            raise UserError(f"augmentation.scale is {self.scale}; a crop can't exceed the image (1.0)")
-        limits = {"rotation": 180.0, "translation": 1.0, "hue": 0.5, "grayscale": 1.0}
-        limits |= dict.fromkeys(("brightness", "contrast", "saturation"), 1.0)
-        for name, limit in limits.items():
-            if not 0 <= getattr(self, name) <= limit:
-                raise UserError(f"augmentation.{name} is {getattr(self, name)}; expected 0..{limit:g}")
-
-    @property
-    def moves(self) -> bool:
-        """Whether the picture is rotated, shifted or zoomed."""
-        return bool(self.rotation or self.translation or self.zoom != (1.0, 1.0))
 
 
 @dataclass(frozen=True)

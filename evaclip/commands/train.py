@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
 
 def configure(args: argparse.Namespace) -> Any:
     """The `TrainConfig` of a command line: the recipe, then the file, then the aliases, then `--set`."""
-    from evaclip.train.distributed import process_count
+    from evaclip.train.config import process_count
     from evaclip.train.overrides import load_yaml, parse_assignment, resolve
     from evaclip.train.recipes import get_recipe, with_own_evaluation
 

@@ -5,8 +5,8 @@ from typing import Annotated, Self
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from evaclip.augmentation import Augmentation
 from evaclip.data.kinds import Kind
-from evaclip.transforms import Augmentation
 
 Count = Annotated[int, Field(gt=0)]
 

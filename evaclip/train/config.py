@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, TypeAdapter, model_validator
@@ -347,3 +348,8 @@ def training_tree(config: TrainConfig) -> dict[str, Any]:
 def config_hash(config: TrainConfig) -> str:
     """Equal for two configurations exactly when they train the same weights."""
     return hashlib.sha256(json.dumps(training_tree(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def process_count() -> int:
+    """Processes that torchrun started, this one included; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

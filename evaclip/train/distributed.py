@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from evaclip.errors import UserError
+from evaclip.train.config import process_count
 
 _BUCKET_BYTES = 32 * 2**20
 
@@ -100,11 +101,6 @@ class World:
     def close(self) -> None:
         if self.group is not None:
             dist.destroy_process_group()
-
-
-def process_count() -> int:
-    """Processes that torchrun started, this one included; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def connect(device_name: str, *, offload: bool = False) -> World:

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from evaclip.errors import UserError
 from evaclip.train.config import ADAPTER, TrainConfig, to_tree
 from evaclip.train.tree import Tree, merge, nest
-from evakernels._names import nearest
 
 
 def resolve(base: TrainConfig, changes: Iterable[Tree]) -> TrainConfig:
@@ -84,6 +83,8 @@ def _check_keys(cls: type, tree: Mapping[str, Any], path: tuple[str, ...]) -> No
 
 
 def _unknown_key(path: tuple[str, ...], known: list[str]) -> UserError:
+    from evakernels._names import nearest  # and with it torch
+
     *parents, key = path
     near = nearest(key, known)
     if near:

@@ -10,6 +10,7 @@ values in force when the models were trained. Samples are what the model cards s
 from collections.abc import Callable
 from dataclasses import replace
 
+from evaclip.augmentation import Augmentation
 from evaclip.data.config import DataConfig
 from evaclip.errors import unknown_name
 from evaclip.model.savings import Savings
@@ -24,7 +25,6 @@ from evaclip.train.config import (
     TowerConfig,
     TrainConfig,
 )
-from evaclip.transforms import Augmentation
 
 Recipe = Callable[[], TrainConfig]
 
