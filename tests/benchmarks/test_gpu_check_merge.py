@@ -51,7 +51,9 @@ def timed(journal: Journal, milliseconds: float) -> None:
             asdict(row(op=op, device="cuda", candidate="evakernels cuda", samples_ms=[[milliseconds] * 8])),
             asdict(row(op=op, device="cuda", candidate="torch eager", kind="baseline", samples_ms=[[5.0] * 8])),
         ]
-        end(journal, "timing", f"op: {op}", "forward", rows=rows, absent={f"{op}: apex": "no"}, notes=["throttled"])
+        told = {"ms": 0.5, "limiter": "DRAM", "gpu": "h100-80g"} if op == "swiglu" else None
+        absent = {f"{op}: apex": "no"}
+        end(journal, "timing", f"op: {op}", op, rows=rows, absent=absent, notes=["throttled"], predicted=told)
 
 
 def test_journals_become_a_result_and_tables(tmp_path: Path) -> None:
@@ -80,6 +82,9 @@ def test_journals_become_a_result_and_tables(tmp_path: Path) -> None:
     assert "| EVA02-CLIP-B-16 b512 | 250.0 | 2,048 | 41.0% | 32.0 | 16.0 |" in page
     assert "| gelu on cuda | `gelu_forward<8>` | 12.5 | – | – | – | – | 64 |" in page  # noqa: RUF001
     assert "| `swiglu` | eva02-b16@224 b8 | float32 |" in page
+    assert "A prediction, of instructions" in page
+    assert "| swiglu | 1.000 | 0.500 | 2.00 | DRAM | h100-80g |" in page
+    assert "| all 1: median; worst |  |  | 2.00; 2.00 |  |  |" in page
     assert "old" not in page
     assert {path.name for path in written} == {tmp_path.name and results.file_name, "page.md", "index.html"}
     assert (tmp_path / "gpu-roofline.png").is_file()
