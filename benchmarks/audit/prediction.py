@@ -8,7 +8,6 @@ What a call takes grows with its bytes by formula, so that a batch of one stands
 import json
 import re
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +55,13 @@ def _counted(op: str, shape: str) -> str:
     return OPTIMIZED[0] if SHAPES.get(op) == OPTIMIZED else re.sub(r" b\d+", " b1", shape)
 
 
-@cache
-def _read(path: Path) -> dict[str, Any]:
-    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return stored
-
-
 def prediction(bundle: str, case: Case) -> dict[str, Any] | None:
     """The `ms` that the CUDA kernels take for a case by prediction, their `limiter`, and the `gpu` that is meant; None
     where the bundle, a folder or empty, has no prediction of it."""
     path = Path(bundle) / FILE
     if not bundle or not path.is_file() or case.dtype.itemsize != 2:
         return None
-    stored, shape = _read(path), _counted(case.op.name, case.shape.name)
+    stored, shape = json.loads(path.read_text()), _counted(case.op.name, case.shape.name)
     calls = [stored["calls"].get(f"{case.op.name}, {shape}, {way}") for way in _DIRECTIONS[case.mode]]
     if not all(calls):
         return None

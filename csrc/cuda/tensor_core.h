@@ -171,7 +171,7 @@ template <class T>
 using LeftTile = std::conditional_t<std::is_same_v<T, float>, FloatRows, Operand>;
 
 // What a warp needs of shared memory, in elements, to make a left factor of its sums.
-constexpr int kScratchRow = kTile + 8;  // four rows of pairs are in different banks
+constexpr int kScratchRow = kTile + 4;
 template <class T>
 constexpr int kScratch = std::is_same_v<T, float> ? kTile * kScratchRow : 0;
 

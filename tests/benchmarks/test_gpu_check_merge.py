@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from bench_fakes import machine, row
+from rich.console import Console
 
-from benchmarks.gpu_check import cli
+from benchmarks.gpu_check import cli, summary
 from benchmarks.gpu_check.merge import Places, merge
 from benchmarks.gpu_check.records import Journal
 from benchmarks.results import read_results
@@ -88,6 +89,16 @@ def test_journals_become_a_result_and_tables(tmp_path: Path) -> None:
     assert "old" not in page
     assert {path.name for path in written} == {tmp_path.name and results.file_name, "page.md", "index.html"}
     assert (tmp_path / "gpu-roofline.png").is_file()
+
+
+def test_the_summary_has_predictions_beside_what_was_measured(tmp_path: Path) -> None:
+    journal, console = journal_in(tmp_path), Console(record=True, width=200)
+    timed(journal, 1.0)
+    found = summary.summarize(journal.read(), [], {})
+    summary.show(found, console)
+    summary.write(found, journal.path)
+    assert "all 1: median; worst" in console.export_text()
+    assert "| swiglu | 1.000 | 0.500 | 2.00 | DRAM | h100-80g |" in journal.path.with_suffix(".summary.md").read_text()
 
 
 @pytest.mark.exhaustive  # the search imports Triton

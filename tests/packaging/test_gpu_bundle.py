@@ -213,21 +213,15 @@ def test_what_the_check_needs_is_not_left_out(
         tool.add_wheels(Path("python"), "3.12", tmp_path, room=100)
 
 
-def test_predictions_that_can_not_be_made_are_left_out(
+def test_predictions_are_made_for_the_gpu_of_the_bundle(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tool, "ROOT", tmp_path)
     assert "`make test` sets up" in tool.add_predictions("90-real", tmp_path)
-
-
-def test_predictions_are_made_for_the_gpu_of_the_bundle(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text("#!/bin/sh\n[ $3 = sm_90 ] || { echo no rates >&2; exit 1; }\necho {} > $4\n")
     python.chmod(0o755)
-    monkeypatch.setattr(tool, "ROOT", tmp_path)
     assert tool.add_predictions("120-real", tmp_path) == "no rates"
     assert tool.add_predictions("90-real", tmp_path) == ""
     assert (tmp_path / "predictions.json").read_text() == "{}\n"
