@@ -242,8 +242,8 @@ template <class T, int D>
 struct Head {
   static constexpr int kRow = D + kWide<T>;
   // Of sums on their way out: pairs of floats, of which four rows are stored at a time, lie in different
-  // banks.
-  static constexpr int kSumsRow = D + 8;
+  // banks. Not of wider heads, where a kernel would spill registers (nvcc 13.0, sm_80).
+  static constexpr int kSumsRow = D <= 64 ? D + 8 : kRow;
   static constexpr int kTileElements = kTile * kRow;
   static constexpr int kSteps = D / kTile;
 
