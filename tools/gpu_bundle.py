@@ -211,6 +211,17 @@ def nvcc_release(build: Path) -> str:
     return found[1] if found else ""
 
 
+def add_predictions(arch: str, target: Path) -> str:
+    """Writes what the roofline predicts of the kernels for a GPU; returns why it can't be known, or nothing."""
+    python = ROOT / ".venv/bin/python"
+    if not python.exists():
+        return "they are counted with the packages of .venv, which `make test` sets up"
+    name = f"sm_{arch.partition('-')[0]}"
+    command = [python, "-m", "benchmarks.audit.prediction", name, target / "predictions.json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return matrix.last_line(done.stderr) if done.returncode else ""
+
+
 # --- the wheels -----------------------------------------------------------------------------------------------------
 
 
@@ -306,8 +317,9 @@ def make(version: str, python: Path, archs: Sequence[str], target: Path, limit: 
         no_hunters = add_hunters(build, target)
     with phase("Downloading wheels"):
         left_out = add_wheels(python, version, target, limit - size_of(target) - MIB // 16)  # the rest: the manifest
-    if no_hunters:
-        left_out[DRIVER] = no_hunters
+    with phase("Counting what the kernels do"):
+        no_predictions = add_predictions(archs[0], target)
+    left_out |= {name: why for name, why in ((DRIVER, no_hunters), ("predictions", no_predictions)) if why}
     write_manifest(target, python=version, archs=list(archs), nvcc=nvcc_release(build), left_out=left_out)
 
 

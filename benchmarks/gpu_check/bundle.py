@@ -4,6 +4,7 @@
     libraries/            _ops.so, _C.*.so and _build.json, for the folder evakernels/ of a checkout
     wheels/               packages that such a machine lacks, and the peers
     hunters/              programs that drive the kernels under NVIDIA's sanitizers; may be missing
+    predictions.json      what the roofline predicts of their times; may be missing
 
 No module but the standard library's is needed to read it, as the packages that others need are in it.
 """
@@ -45,7 +46,7 @@ class Bundle:
         nvcc: the release that compiled them.
         files: size in bytes and SHA-256 by path.
         packages: version and size in bytes of the wheels, by the name of the distribution.
-        left_out: why there is no wheel of a package, or no program.
+        left_out: why there is no wheel of a package, no program or no predictions.
     """
 
     folder: Path

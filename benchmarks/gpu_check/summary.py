@@ -2,15 +2,16 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gpu_check import predicted
 from benchmarks.gpu_check.records import Record
-from benchmarks.gpu_check.stage import Unit
+from benchmarks.gpu_check.stage import Unit, key_of
 from evaclip.atomic import write_text
 
 PASSED, FAILED, INCOMPLETE, NO_GPU, DISK_FULL = 0, 1, 3, 4, 5
@@ -47,6 +48,7 @@ def summarize(records: Sequence[Record], units: Sequence[Unit], errors: dict[str
             seconds[stage] += record["seconds"]
             if record["status"] != "incomplete":
                 finished.add((stage, record["unit"]))
+    ends = {key_of(record): record for record in records if record["record"] in ("end", "died")}
     open_units = [f"{unit.stage}: {unit.name}" for unit in units if (unit.stage, unit.name) not in finished]
     stages = dict.fromkeys([*(unit.stage for unit in units), *counts])
     return {
@@ -57,6 +59,7 @@ def summarize(records: Sequence[Record], units: Sequence[Unit], errors: dict[str
         "failures": failures,
         "refusals": refusals,
         "open": open_units,
+        "predicted": predicted.rows(list(ends.values())),
         "status": FAILED if failures else INCOMPLETE if open_units else PASSED,
     }
 
@@ -68,6 +71,12 @@ def show(summary: dict[str, Any], console: Console) -> None:
     for name, counts in summary["stages"].items():
         table.add_row(name, *(str(counts[kind] or "") for kind in KINDS), f"{counts['seconds']:.0f}")
     console.print(table)
+    if summary["predicted"]:
+        console.print(predicted.MEANING)
+        beside = Table(*predicted.HEADING)
+        for row in summary["predicted"]:
+            beside.add_row(*row)
+        console.print(beside)
     for line in lines(summary):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -75,13 +84,25 @@ def show(summary: dict[str, Any], console: Console) -> None:
 def write(summary: dict[str, Any], journal: Path) -> None:
     """Leaves the summary beside the journal, as JSON and in Markdown."""
     write_text(journal.with_suffix(".summary.json"), json.dumps(summary, indent=1))
-    head = f"| stage | {' | '.join(KINDS)} | seconds |\n|---|{'---:|' * (len(KINDS) + 1)}"
     rows = [
-        f"| {name} | {' | '.join(str(counts[kind]) for kind in KINDS)} | {counts['seconds']:.0f} |"
+        [name, *(counts[kind] for kind in KINDS), f"{counts['seconds']:.0f}"]
         for name, counts in summary["stages"].items()
     ]
-    text = [title(summary["header"]), "", head, *rows, "", *(f"- {line}" for line in lines(summary))]
-    write_text(journal.with_suffix(".summary.md"), "\n".join(text).rstrip() + "\n")
+    told = "\n".join(f"- {line}" for line in lines(summary))
+    text = [title(summary["header"]), table_of(["stage", *KINDS, "seconds"], rows), *beside(summary), told]
+    write_text(journal.with_suffix(".summary.md"), "\n\n".join(filter(None, text)) + "\n")
+
+
+def beside(summary: dict[str, Any]) -> list[str]:
+    """Measured and predicted times in Markdown; nothing without predictions."""
+    rows = summary["predicted"]
+    return [predicted.MEANING, table_of(predicted.HEADING, rows)] if rows else []
+
+
+def table_of(heading: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table in Markdown, whose columns but for the first are numbers."""
+    lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
 def title(header: Record) -> str:

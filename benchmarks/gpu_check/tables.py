@@ -1,11 +1,11 @@
-"""The tables of docs/gpu-check.md, from the records of journals: proofs, whole steps, and what ncu counted."""
+"""The tables of docs/gpu-check.md, from the records of journals: proofs, whole steps, what ncu counted, predictions."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from benchmarks.columns import NOTHING
 from benchmarks.gpu_check.records import Record
-from benchmarks.gpu_check.summary import KINDS, lines, title
+from benchmarks.gpu_check.summary import KINDS, beside, lines, table_of, title
 
 _GIB = 2**30
 
@@ -19,14 +19,14 @@ def sections(summary: dict[str, Any], ends: Sequence[Record]) -> list[str]:
     """
     proofs = [[name, *(counts[kind] for kind in KINDS)] for name, counts in summary["stages"].items()]
     failures = "\n".join(f"- {line}" for line in lines(summary, refused=False))
-    parts = [f"**{title(summary['header'])}**.", _table(["stage", *KINDS], proofs), failures]
+    parts = [f"**{title(summary['header'])}**.", table_of(["stage", *KINDS], proofs), failures]
     if steps := list(_steps(ends)):
         heading = ["training step", "ms", "samples a second", "MFU", "peak, GiB", "planned, GiB"]
-        parts += ["Whole training steps, LAMB included, in bfloat16 by autocast:", _table(heading, steps)]
+        parts += ["Whole training steps, LAMB included, in bfloat16 by autocast:", table_of(heading, steps)]
     if counted := list(_counted(ends)):
         heading = ["slowest kernel of", "kernel", "µs", "memory", "compute", "tensor cores", "occupancy", "registers"]
-        parts += ["What ncu counted, in percent of what the card can do:", _table(heading, counted)]
-    return [part for part in parts if part]
+        parts += ["What ncu counted, in percent of what the card can do:", table_of(heading, counted)]
+    return [part for part in [*parts, *beside(summary)] if part]
 
 
 def _passed(stage: str, ends: Iterable[Record]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -49,8 +49,3 @@ def _counted(ends: Iterable[Record]) -> Iterator[list[Any]]:
         shown = [NOTHING if number is None else f"{number:.0f}" for number in numbers]
         kernel = data["kernel"].partition("(")[0].replace("|", "\\|")
         yield [name, f"`{kernel}`", f"{data.get('nanoseconds', 0) / 1e3:.1f}", *shown]
-
-
-def _table(heading: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *rows]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)

@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
       bias_part.add_to(values, slot);
 #pragma unroll
       for (int i = 0; i < E; ++i) gradient[i] *= Gelu::derivative(values[i]);
-      store_floats(target + int64_t{vector} * E, gradient);
+      Packed<T, E>::pack(gradient).store_whole(target + int64_t{vector} * E);
       sums.add(0, vector, slot, gradient);
     });
   }

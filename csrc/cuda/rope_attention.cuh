@@ -241,6 +241,9 @@ struct Team {
 template <class T, int D>
 struct Head {
   static constexpr int kRow = D + kWide<T>;
+  // Of sums on their way out: pairs of floats, of which four rows are stored at a time, lie in different
+  // banks. Not of wider heads, where a kernel would spill registers (nvcc 13.0, sm_80).
+  static constexpr int kSumsRow = D <= 64 ? D + 8 : kRow;
   static constexpr int kTileElements = kTile * kRow;
   static constexpr int kSteps = D / kTile;
 
@@ -273,20 +276,21 @@ struct Head {
     }
   }
 
-  // Turns slots [first, first + count), which lie in `rows`. sign -1: backwards.
-  template <class Element>
+  // Turns slots [first, first + count), which lie in `rows` of ROW elements. sign -1: backwards.
+  template <int ROW = kRow, class Element>
   __device__ __forceinline__ void turn(Element* rows, float sign, const Team& team, int first,
                                        int count) const {
     if (!tables.cos) return;
     // One after the other, so that the registers of both aren't needed at a time.
     if (tables.grid > 0) {
-      turn_by<true>(rows, sign, team, first, count);
+      turn_by<true, ROW>(rows, sign, team, first, count);
     } else {
-      turn_by<false>(rows, sign, team, first, count);
+      turn_by<false, ROW>(rows, sign, team, first, count);
     }
   }
 
-  // Slots [first, first + count) of `rows`, rounded to T, to where they belong in a contiguous [B, N, H, D].
+  // Slots [first, first + count) of `rows`, of kSumsRow elements, rounded to T, to where they belong in a
+  // contiguous [B, N, H, D].
   template <class Element>
   __device__ __forceinline__ void store(const Element* rows, void* tensor, const Team& team, int first,
                                         int count) const {
@@ -295,20 +299,20 @@ struct Head {
       constexpr int kElements = decltype(E)::value;
       if (token < 0 || i >= width()) return;
       float values[kElements];
-      load_floats(rows + row * kRow + i, values);
+      load_floats(rows + row * kSumsRow + i, values);
       Packed<T, kElements>::pack(values).store_whole(to.at(token) + i);
     };
     for_each_group_of_any<2, Element>(team, first, count, store_group);
   }
 
  private:
-  template <bool COMPACT, class Element>
+  template <bool COMPACT, int ROW, class Element>
   __device__ __forceinline__ void turn_by(Element* rows, float sign, const Team& team, int first,
                                           int count) const {
     const HeadRotation<COMPACT> rotation = {shape, tables, number.computed_here()};
     const auto turn_group = [&](auto E, int token, int row, int i) {
       if (token < 0 || i >= width() || !rotation.turns(token)) return;
-      rotation.template turn<decltype(E)::value>(rows + row * kRow, token, i, sign);
+      rotation.template turn<decltype(E)::value>(rows + row * ROW, token, i, sign);
     };
     for_each_group_of_any<COMPACT ? 1 : 2, Element>(team, first, count, turn_group);
   }

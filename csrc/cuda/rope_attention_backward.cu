@@ -146,13 +146,17 @@ __global__ void __launch_bounds__(kMaxWarps<T, D>* kWarpSize)
   const int end = min(begin + plan.part_tiles, head.tiles());
   if (begin >= end) return;
   find_scalars(scalars, params, head);
+  constexpr int kSumsRow = Head<T, D>::kSumsRow;
   const auto put_out = [&](const Sums(&sums)[D / kTile], float times, bool turned, void* to, int tile) {
     float* const rows = reinterpret_cast<float*>(stages.own);
     const Team warp = Team::warp();
-#pragma unroll
-    for (int k = 0; k < D / kTile; ++k) put_sums(sums[k], times, rows + k * kTile, Head<T, D>::kRow);
+    // Other lanes have read what is written now, by ldmatrix, too: that all execute it at once does not order
+    // it with what follows, as PTX takes its reads for weak ones of memory.
     __syncwarp();
-    if (turned) head.turn(rows, -1.0f, warp, tile * kTile, kTile);
+#pragma unroll
+    for (int k = 0; k < D / kTile; ++k) put_sums(sums[k], times, rows + k * kTile, kSumsRow);
+    __syncwarp();
+    if (turned) head.template turn<kSumsRow>(rows, -1.0f, warp, tile * kTile, kTile);
     __syncwarp();
     head.store(rows, to, warp, tile * kTile, kTile);
     __syncwarp();

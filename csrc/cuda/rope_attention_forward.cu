@@ -143,9 +143,10 @@ __device__ __forceinline__ void store_results(OnlineSoftmax<T, D>& softmax, cons
     const int token = head.slots().token(tile * kTile + warp.thread / 4 + row * 8);
     if (warp.thread % 4 == 0 && token >= 0) lse[token] = row_lse[row];
   }
+  __syncwarp();  // as in rope_attention_backward.cu
 #pragma unroll
   for (int k = 0; k < D / kTile; ++k) {
-    put_sums(softmax.out[k], 1.0f, own + k * kTile, Head<T, D>::kRow);
+    put_sums(softmax.out[k], 1.0f, own + k * kTile, Head<T, D>::kSumsRow);
   }
   __syncwarp();
   head.store(own, out, warp, tile * kTile, kTile);

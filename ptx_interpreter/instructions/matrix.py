@@ -49,7 +49,7 @@ def load_matrices(machine: Machine, i: Instruction) -> Step:
     names = i.args[0] if isinstance(i.args[0], list) else [i.args[0]]
     targets = [machine.registers.target(name, "b32") for name in names]
     addresses = addresses_of(machine, i.args[1])
-    access = machine.checks.access(Access(i, "shared", 16, together=True))
+    access = machine.checks.access(Access(i, "shared", 16))
     if len(names) != number:
         raise Unsupported(f"{number} matrices in {len(names)} registers")
 

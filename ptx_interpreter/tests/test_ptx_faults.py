@@ -193,19 +193,25 @@ def test_several_threads_may_write_the_same():
     assert of_body("st.shared.u32 [0], %r1;", block=32, shared=16) == ["race"]
 
 
-def test_ldmatrix_reads_for_its_warp_at_once():
-    """So the rows may be overwritten without a barrier of the warp; those of another warp may not."""
+def test_what_ldmatrix_reads_is_overwritten_behind_a_barrier():
+    """All lanes execute it at once, but its reads are weak: a barrier of the warp orders what another lane writes."""
     body = """
     and.b32 %r5, %r1, 31; shl.b32 %r6, %r5, 4; and.b32 %r7, %r1, 32; {own}
     st.shared.v4.u32 [%r6], {{%r1, %r1, %r1, %r1}};
     bar.sync 0;
     ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%r10, %r11, %r12, %r13}}, [%r6];
-    xor.b32 %r6, %r6, {distance};
+    {barrier} xor.b32 %r6, %r6, {distance};
     st.shared.v4.u32 [%r6], {{%r1, %r1, %r1, %r1}};
     """
     own = "shl.b32 %r7, %r7, 4; add.s32 %r6, %r6, %r7;"
-    assert of_body(body.format(own=own, distance=16), shared=1024) == []
-    assert of_body(body.format(own=own, distance=512), shared=1024) == ["race"]
+    for barrier, distance, wanted in [
+        ("", 0, []),
+        ("", 16, ["race"]),
+        ("bar.warp.sync -1;", 16, []),
+        ("bar.warp.sync -1;", 512, ["race"]),
+        ("bar.sync 0;", 512, []),
+    ]:
+        assert of_body(body.format(own=own, barrier=barrier, distance=distance), shared=1024) == wanted
 
 
 WGMMA = """

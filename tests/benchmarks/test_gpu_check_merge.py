@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from bench_fakes import machine, row
+from rich.console import Console
 
-from benchmarks.gpu_check import cli
+from benchmarks.gpu_check import cli, summary
 from benchmarks.gpu_check.merge import Places, merge
 from benchmarks.gpu_check.records import Journal
 from benchmarks.results import read_results
@@ -51,7 +52,9 @@ def timed(journal: Journal, milliseconds: float) -> None:
             asdict(row(op=op, device="cuda", candidate="evakernels cuda", samples_ms=[[milliseconds] * 8])),
             asdict(row(op=op, device="cuda", candidate="torch eager", kind="baseline", samples_ms=[[5.0] * 8])),
         ]
-        end(journal, "timing", f"op: {op}", "forward", rows=rows, absent={f"{op}: apex": "no"}, notes=["throttled"])
+        told = {"ms": 0.5, "limiter": "DRAM", "gpu": "h100-80g"} if op == "swiglu" else None
+        absent = {f"{op}: apex": "no"}
+        end(journal, "timing", f"op: {op}", op, rows=rows, absent=absent, notes=["throttled"], predicted=told)
 
 
 def test_journals_become_a_result_and_tables(tmp_path: Path) -> None:
@@ -80,9 +83,22 @@ def test_journals_become_a_result_and_tables(tmp_path: Path) -> None:
     assert "| EVA02-CLIP-B-16 b512 | 250.0 | 2,048 | 41.0% | 32.0 | 16.0 |" in page
     assert "| gelu on cuda | `gelu_forward<8>` | 12.5 | – | – | – | – | 64 |" in page  # noqa: RUF001
     assert "| `swiglu` | eva02-b16@224 b8 | float32 |" in page
+    assert "A prediction, of instructions" in page
+    assert "| swiglu | 1.000 | 0.500 | 2.00 | DRAM | h100-80g |" in page
+    assert "| all 1: median; worst |  |  | 2.00; 2.00 |  |  |" in page
     assert "old" not in page
     assert {path.name for path in written} == {tmp_path.name and results.file_name, "page.md", "index.html"}
     assert (tmp_path / "gpu-roofline.png").is_file()
+
+
+def test_the_summary_has_predictions_beside_what_was_measured(tmp_path: Path) -> None:
+    journal, console = journal_in(tmp_path), Console(record=True, width=200)
+    timed(journal, 1.0)
+    found = summary.summarize(journal.read(), [], {})
+    summary.show(found, console)
+    summary.write(found, journal.path)
+    assert "all 1: median; worst" in console.export_text()
+    assert "| swiglu | 1.000 | 0.500 | 2.00 | DRAM | h100-80g |" in journal.path.with_suffix(".summary.md").read_text()
 
 
 @pytest.mark.exhaustive  # the search imports Triton

@@ -213,6 +213,20 @@ def test_what_the_check_needs_is_not_left_out(
         tool.add_wheels(Path("python"), "3.12", tmp_path, room=100)
 
 
+def test_predictions_are_made_for_the_gpu_of_the_bundle(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    assert "`make test` sets up" in tool.add_predictions("90-real", tmp_path)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\n[ $3 = sm_90 ] || { echo no rates >&2; exit 1; }\necho {} > $4\n")
+    python.chmod(0o755)
+    assert tool.add_predictions("120-real", tmp_path) == "no rates"
+    assert tool.add_predictions("90-real", tmp_path) == ""
+    assert (tmp_path / "predictions.json").read_text() == "{}\n"
+
+
 def test_of_what_pip_says_the_last_error_is_told(tool: ModuleType) -> None:
     assert tool.last_error("WARNING: old\nERROR: from versions: none\nERROR: No match\n[notice]\n") == "No match"
     assert tool.last_error("") == "pip failed without a word"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine as machines
+from benchmarks.audit.prediction import prediction
 from benchmarks.candidates import Candidate, candidates
 from benchmarks.gpu_check import steps
 from benchmarks.gpu_check.stage import Failure, Refusal, Session, Settings, Unit
@@ -125,6 +126,7 @@ def rows_of(case: Case, machine: Machine, settings: Settings, *, slow: bool) -> 
         "absent": {f"{case.op.name}: {name}": why for name, why in absent.items()},
         "notes": [note for note in machine.notes if note not in former] + gpu_notes(before, after) + _unchecked(case),
         "clocks": after.clocks if after else {},
+        "predicted": prediction(settings.bundle, case),
     }
     if failures := [f"{row.candidate}: {row.failure}" for row in rows if _is_failure(row)]:
         raise Failure("; ".join(failures), data)
