@@ -209,7 +209,8 @@ def module_variables(text: str) -> list[Variable]:
 
 def _statements(text: str, first_line: int) -> Iterator[tuple[str, tuple[int, int], Places]]:
     """Statements without semicolons, with single spaces, the lines that they stand for, and those of their callers."""
-    told, callers, pending = (0, 0), (), ""
+    told, pending = (0, 0), ""
+    callers: Places = ()
     callers_of: dict[tuple[str, ...], Places] = {}
     for number, raw in enumerate(text.split("\n"), first_line):
         line = raw.partition("//")[0].strip()

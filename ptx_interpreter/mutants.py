@@ -55,7 +55,7 @@ def mutated(kernel: Kernel, mutant: Mutant) -> Kernel:
 def narrowest_access(body: Body) -> int:
     """Of those to shared and global memory, in bytes a thread and element."""
     instructions = (i for block in body.blocks for i in block.instructions)
-    return min(SIZES[type_of(i.mods)] for i in instructions if i.op in ("ld", "st") and "param" not in i.mods)
+    return min(int(SIZES[type_of(i.mods)]) for i in instructions if i.op in ("ld", "st") and "param" not in i.mods)
 
 
 def _changes(i: Instruction) -> Iterator[tuple[str, Instruction]]:
@@ -91,4 +91,4 @@ def _size(i: Instruction) -> int:
     if i.op == "cp":
         return int(str(i.args[2]), 0)
     vector = next((int(mod[1]) for mod in i.mods if mod in ("v2", "v4")), 1)
-    return SIZES[type_of(i.mods)] * vector
+    return int(SIZES[type_of(i.mods)]) * vector
