@@ -252,7 +252,8 @@ void drive(Attention a) {
 void drive_rope_attention() {
   constexpr DType kBFloat16 = DType::BFloat16, kFloat16 = DType::Float16, kFloat32 = DType::Float32;
   // Prefix and patches that fill their tile; pairs half a vector apart; access by element; text; more tiles
-  // than warps; stages. Then float32, the same way; compact tables; sequences, one of them empty.
+  // than warps; stages. Then float32, the same way, and twice the tiles that a warp has at a time; compact
+  // tables; sequences, one of them empty.
   const Attention cases[] = {
       {{2, 17, 2, 64, 1, 0.125f, false, kBFloat16}, Tables::Shared, true, true, true},
       {{2, 37, 1, 32, 5, 0.2f, true, kFloat16}, Tables::OfHeads, false, false, true},
