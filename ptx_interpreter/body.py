@@ -31,6 +31,8 @@ class Address(NamedTuple):
 
 
 Operand = str | list[str] | Address
+Places = tuple[tuple[int, int], ...]
+"""Numbers of files and lines."""
 
 
 class Variable(NamedTuple):
@@ -45,7 +47,8 @@ class Variable(NamedTuple):
 class Instruction:
     """One statement, such as `@!%p1 ld.global.v2.f32 {%f1, %f2}, [%rd1+8];`.
 
-    `line` is file number and line of the source where the text tells, else 0 and the line of the PTX.
+    `line` is file number and line of the source where the text tells, else 0 and the line of the PTX; `callers` the
+    same of the calls that were inlined, the last one first.
     """
 
     op: str
@@ -57,6 +60,7 @@ class Instruction:
     line: tuple[int, int]
     writes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    callers: Places = ()
 
     @property
     def ends_block(self) -> bool:
@@ -95,7 +99,7 @@ class Body:
         self._types: dict[str, str] = {}
         self._counted: dict[str, str] = {}
         self._labels: dict[str, int] = {}
-        for statement, line in _statements(text, first_line):
+        for statement, line, self._callers in _statements(text, first_line):
             self._read(statement, line)
         if not self.blocks[-1].instructions:
             line = self.blocks[-2].instructions[-1].line if len(self.blocks) > 1 else (0, first_line)
@@ -162,7 +166,7 @@ class Body:
             args = [_operand(part) for part in _split(rest)]
         except Unsupported as error:
             raise Unsupported(f"{error} in {statement!r} at {self.where(line)}") from None
-        made = Instruction(op, mods, args, guard, unless, statement, line)
+        made = Instruction(op, mods, args, guard, unless, statement, line, callers=self._callers)
         written: list[str] = []
         read: list[str] = [guard] if guard else []
         for number, arg in enumerate(args):
@@ -203,9 +207,11 @@ def module_variables(text: str) -> list[Variable]:
     return [variable(match) for match in _VARIABLE.finditer(text) if match[1] == "shared"]
 
 
-def _statements(text: str, first_line: int) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Statements without semicolons, with single spaces, and the lines that they stand for."""
+def _statements(text: str, first_line: int) -> Iterator[tuple[str, tuple[int, int], Places]]:
+    """Statements without semicolons, with single spaces, the lines that they stand for, and those of their callers."""
     told, pending = (0, 0), ""
+    callers: Places = ()
+    callers_of: dict[tuple[str, ...], Places] = {}
     for number, raw in enumerate(text.split("\n"), first_line):
         line = raw.partition("//")[0].strip()
         if not line:
@@ -214,15 +220,20 @@ def _statements(text: str, first_line: int) -> Iterator[tuple[str, tuple[int, in
             words = line.replace(",", " ").split()
             if int(words[2]):
                 told = (int(words[1]), int(words[2]))
+                callers = ()
+                if words[-4] == "inlined_at":  # of which it has been told where that is inlined
+                    at = tuple(words[-3:])
+                    callers = ((int(at[0]), int(at[1])), *callers_of.get(at, ()))
+                callers_of[tuple(words[1:4])] = callers
             continue
         where = told if told[0] else (0, number)
         *complete, rest = (pending + line).split(";")
         for statement in complete:
-            yield _bare(statement), where
+            yield _bare(statement), where, callers
         pending = ""
         if rest and (rest := _bare(rest)):
             if rest.endswith(":"):
-                yield rest, where
+                yield rest, where, callers
             elif not _IGNORED.match(rest):
                 pending = rest + " "
 

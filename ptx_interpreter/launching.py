@@ -32,6 +32,7 @@ def launch(
     watch: bool = True,
     count: bool = True,
     check: bool = True,
+    hasty: bool = False,
 ) -> Report:
     """Runs a kernel for the whole grid.
 
@@ -43,6 +44,7 @@ def launch(
         watch: look for races and for reads of what nobody has written.
         count: count sectors and cycles.
         check: raise Faults at the end if there are any; else they are in the report only.
+        hasty: raise Faults at the first one, and take a loop to have no end sooner.
 
     Raises:
         ValueError: the launch doesn't fit the kernel.
@@ -60,7 +62,7 @@ def launch(
     together = -(-blocks // -(-blocks // fitting))  # rounds of the same size
     with errors_of_numpy():
         for first in range(0, blocks, together):
-            options = (dynamic_shared, watch, count)
+            options = (dynamic_shared, watch, count, hasty)
             _machine(kernel, sizes, min(together, blocks - first), memory, options).run(params, first, report)
     if check and report.faults:
         raise Faults(report.faults)
@@ -75,7 +77,7 @@ def _dim3(sizes: Sequence[int], what: str) -> Dim3:
 
 
 def _machine(
-    kernel: Kernel, sizes: tuple[Dim3, Dim3], blocks: int, memory: GlobalMemory, options: tuple[int, bool, bool]
+    kernel: Kernel, sizes: tuple[Dim3, Dim3], blocks: int, memory: GlobalMemory, options: tuple[int, bool, bool, bool]
 ) -> Machine:
     # The machine holds the kernel and the memory, so that no others come to have their numbers.
     key = (id(kernel), id(memory), sizes, blocks, options)
@@ -83,6 +85,7 @@ def _machine(
     if machine is None:
         machine = Machine(kernel, *sizes, blocks, memory)
         machine.prepare(options[0], watch=options[1], count=options[2])
+        machine.hasty = options[3]
     _machines[key] = machine
     while len(_machines) > 1 and sum(kept.size for kept in _machines.values()) > MACHINES_BYTES:
         _machines.popitem(last=False)

@@ -16,13 +16,13 @@ from .instructions import make
 from .memory import GlobalMemory
 from .parse import Kernel
 from .registers import Dim3, Registers
-from .report import Fault, Report, Traffic
+from .report import Fault, Faults, Report, Traffic
 from .shared import SharedMemory
 from .step import Active, Step
 from .types import SIZES, WARP, Array, Unsupported
 from .watch import Watch
 
-MOST_VISITS = 5_000_000
+MOST_VISITS, MOST_OF_HASTY = 5_000_000, 5_000
 """Of blocks of instructions by one machine; who needs more is taken to wait for ever."""
 
 BYTES_OF_STEP = 2048
@@ -51,6 +51,7 @@ class Machine:
         self.registers = Registers(self.body, self.thread_of, grid, block)
         self.params = np.zeros(kernel.param_bytes, np.uint8)
         self.watch = self.count = True
+        self.hasty = False
         self.checks = Watch(self)
         self._code: dict[int, ReadyBlock] = {}
 
@@ -81,7 +82,7 @@ class Machine:
     def size(self) -> int:
         """In bytes, about."""
         steps = sum(len(code.for_all) for code in self._code.values())
-        return self.registers.bytes + len(self.shared.bytes) + 8 * 3 * len(self.shared.writer) + BYTES_OF_STEP * steps
+        return self.registers.bytes + len(self.shared.bytes) + 8 * 4 * len(self.shared.writer) + BYTES_OF_STEP * steps
 
     # --- faults --------------------------------------------------------------------------------------------------
 
@@ -94,6 +95,8 @@ class Machine:
         lane = int(lanes[0])
         who = (self.first_block + int(self.block_of[lane]), int(self.thread_of[lane]))
         self.report.faults.append(Fault(kind, instruction.text, where, detail, *who, len(lanes)))
+        if self.hasty:
+            raise Faults(self.report.faults)
 
     # --- running -------------------------------------------------------------------------------------------------
 
@@ -102,6 +105,7 @@ class Machine:
         self._begin(params, first_block, report)
         pending: Masks = {0: self.alive.copy()}
         visits: Counter[int] = Counter()
+        most_visits = MOST_OF_HASTY if self.hasty else MOST_VISITS
         threads: Counter[int] = Counter()
         warps: Counter[int] = Counter()
         while pending or self._pass_barrier(pending):
@@ -126,8 +130,8 @@ class Machine:
                     else:
                         step.some(some)
             self._leave(code, mask, active, pending)
-            if visits[number] > MOST_VISITS:
-                told = f"{MOST_VISITS} times through this loop; it is taken to have no end"
+            if visits[number] > most_visits:
+                told = f"{most_visits} times through this loop; it is taken to have no end"
                 self.fault("endless loop", code.last, np.flatnonzero(mask), told)
                 break
         report.blocks.update(threads)

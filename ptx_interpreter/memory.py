@@ -23,12 +23,22 @@ MOST_ALLOCATIONS = 1 << 17
 class Shadow:
     """Who accessed an array, by cells of its elements' size, as 1 + number of the block in the launch.
 
-    Writers: 0 nobody ever, -1 somebody before this launch. Readers: 0 nobody, MANY several.
+    Writers: 0 nobody ever, -1 somebody before this launch. Readers: 0 nobody, MANY several. The stamps of shared.py of
+    the last ones tell threads of a block apart.
     """
 
     cell: int
     writer: Array
     reader: Array
+    written: Array
+    read: Array
+
+    @classmethod
+    def of(cls, size: int, cell: int, *, written: bool) -> "Shadow":
+        """Of so many bytes."""
+        cells = -(-size // cell)
+        stamps = np.zeros(cells, np.int64), np.zeros(cells, np.int64)
+        return cls(cell, np.full(cells, -int(written), np.int32), np.zeros(cells, np.int32), *stamps)
 
 
 @dataclass
@@ -65,12 +75,12 @@ class GlobalMemory:
     def add(self, array: Array, name: str = "", *, written: bool = True) -> int:
         """Lets kernels touch an array, and returns its address.
 
-        Accesses of different blocks to an element, one of them a write, are races. With written=False reading what
+        Accesses of different blocks to an element, one of them a write, are races, and those of different threads of a
+        block without a barrier between them. With written=False reading what
         no kernel has written is a fault.
         """
         start = array.__array_interface__["data"][0]
-        cells = -(-array.nbytes // min(array.itemsize, 8))
-        shadow = Shadow(min(array.itemsize, 8), np.full(cells, -int(written), np.int32), np.zeros(cells, np.int32))
+        shadow = Shadow.of(array.nbytes, min(array.itemsize, 8), written=written)
         self.remove(start)
         self.intervals.append(Interval(start, start + array.nbytes, name, array, shadow))
         self._sort()

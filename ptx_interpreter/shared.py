@@ -52,14 +52,14 @@ class SharedMemory:
         self.bytes = raw[skip : skip + length]
         self.words: dict[int, Array] = {width: self.bytes.view(carrier) for width, carrier in CARRIERS.items()}
         cells = length >> SHIFTS[cell]
-        # Two readers of different warps are enough: one of them isn't of the warp that writes.
-        self.writer, self.reader, self.other_reader = (np.zeros(cells, np.int64) for _ in range(3))
+        # The last reader, one of another warp, and another one of its warp: one of them isn't the thread that writes.
+        self.writer, self.reader, self.other_reader, self.near_reader = (np.zeros(cells, np.int64) for _ in range(4))
         self.state = np.zeros(cells, np.uint8)
 
     def forget(self) -> None:
         """As the blocks find it: nobody has written anything, and what is there is NaN in every format."""
         self.bytes.fill(0xFF)
-        for shadow in (self.writer, self.reader, self.other_reader, self.state):
+        for shadow in (self.writer, self.reader, self.other_reader, self.near_reader, self.state):
             shadow.fill(0)
 
     def cells_of(self, places: Array, size: int) -> tuple[Array, int]:
@@ -79,11 +79,15 @@ class SharedMemory:
     def note_read(self, cells: Array, stamps: Array) -> None:
         before = self.reader.take(cells, mode="clip")
         self.reader[cells] = stamps
-        changed = before ^ stamps
-        kept = (changed < BLOCK_BARRIER) & ((changed & WARP_OF_THREAD) != 0)
-        if kept.any():
-            self.other_reader[cells[kept]] = before[kept]
+        self._keep_others(cells, before, stamps)
         # Of several that read a cell at once the last one stands there.
-        kept = ((self.reader.take(cells, mode="clip") ^ stamps) & WARP_OF_THREAD) != 0
+        self._keep_others(cells, stamps, self.reader.take(cells, mode="clip"))
+
+    def _keep_others(self, cells: Array, stamps: Array, of: Array) -> None:
+        """Readers beside the readers `of`, where they are other threads."""
+        changed = stamps ^ of
+        kept = (changed != 0) & (changed < BLOCK_BARRIER)
         if kept.any():
-            self.other_reader[cells[kept]] = stamps[kept]
+            near = (changed & WARP_OF_THREAD) == 0
+            for reader, which in ((self.near_reader, kept & near), (self.other_reader, kept & ~near)):
+                reader[cells[which]] = stamps[which]

@@ -100,12 +100,17 @@ class Watch:
         if each > 1:
             cells = cells[:, None] + np.arange(each)
         mine = np.broadcast_to(self.machine.block_numbers[lanes].reshape((-1,) + (1,) * (cells.ndim - 1)), cells.shape)
+        stamps = np.broadcast_to(self.machine.stamps[lanes].reshape((-1,) + (1,) * (cells.ndim - 1)), cells.shape)
         writer = shadow.writer[cells]
+        near = (writer == mine) & _unordered(shadow.written[cells], stamps)
+        self._blame(access, lanes, near, "race", f"another thread wrote to {interval.name} there, without a barrier")
         others = (writer > 0) & (writer != mine)
         if access.write:
             reader = shadow.reader[cells]
             read = (reader == MANY) | (reader > 0) & (reader != mine)
-            shadow.writer[cells] = mine
+            near = (reader == mine) & _unordered(shadow.read[cells], stamps)
+            self._blame(access, lanes, near, "race", f"another thread read {interval.name} there, without a barrier")
+            shadow.writer[cells], shadow.written[cells] = mine, stamps
             others |= shadow.writer[cells] != mine
             self._blame(access, lanes, read, "race", f"another block reads what this writes to {interval.name}")
             self._blame(access, lanes, others, "race", f"another block writes to {interval.name} there too")
@@ -114,6 +119,7 @@ class Watch:
             self._blame(access, lanes, never, "uninitialised", f"nothing has been written to {interval.name} there")
             self._blame(access, lanes, others, "race", f"another block writes what this reads of {interval.name}")
             _note_readers(shadow, cells, mine)
+            shadow.read[cells] = stamps
 
     def _blame(self, access: Access, lanes: Array, wrong: Array, kind: str, detail: str) -> None:
         if wrong.any():
@@ -165,6 +171,7 @@ class Watch:
         if access.write:
             race(shared.reader.take(cells, mode="clip"), "read")
             race(shared.other_reader.take(cells, mode="clip"), "read")
+            race(shared.near_reader.take(cells, mode="clip"), "read")
             state = sm.ON_ITS_WAY if access.arriving else sm.WRITTEN
             self.collided |= shared.note_write(cells, stamps, state)
             return
@@ -178,6 +185,14 @@ class Watch:
 
     def _lanes(self, active: Active | None) -> Array:
         return self.machine.all_lanes if active is None else active.lanes
+
+
+def _unordered(before: Array, now: Array) -> Array:
+    """Which of these accesses of a block aren't ordered, as a mask."""
+    mask = np.zeros(now.shape, bool)
+    if (which := sm.conflicts(before.reshape(-1), now.reshape(-1))) is not None:
+        mask.reshape(-1)[which] = True
+    return mask
 
 
 def _note_readers(shadow: Shadow, cells: Array, mine: Array) -> None:

@@ -156,8 +156,10 @@ __global__ void __launch_bounds__(kMaxWarps<T, D>* kWarpSize)
 #pragma unroll
     for (int k = 0; k < D / kTile; ++k) put_sums(sums[k], times, rows + k * kTile, kSumsRow);
     __syncwarp();
-    if (turned) head.template turn<kSumsRow>(rows, -1.0f, warp, tile * kTile, kTile);
-    __syncwarp();
+    if (turned) {
+      head.template turn<kSumsRow>(rows, -1.0f, warp, tile * kTile, kTile);
+      __syncwarp();
+    }
     head.store(rows, to, warp, tile * kTile, kTile);
     __syncwarp();
   };

@@ -72,6 +72,16 @@ def test_races_between_blocks():
     assert not two_blocks("ld.global.u32 %r2, [%d2];")
 
 
+@pytest.mark.parametrize(("barrier", "wanted"), [("", ["race"]), ("bar.sync 0;", [])])
+@pytest.mark.parametrize("first", ["st.global.u32 [%d2], %r1;", "ld.global.u32 %r4, [%d2];"])
+def test_races_between_threads_of_a_block_in_global_memory(first, barrier, wanted):
+    """The second warp writes where the first one has written or read."""
+    body = f"setp.lt.u32 %p1, %r1, 32; @%p1 {first} {barrier} @!%p1 st.global.u32 [%d2+-128], %r1;"
+    assert of_body(body) == wanted
+    if first.startswith("st"):
+        assert of_body(body.replace("st.global.u32 [%d2+-128], %r1", "ld.global.u32 %r4, [%d2+-128]")) == wanted
+
+
 def test_one_launch_is_ordered_after_another():
     memory, array = GlobalMemory(), np.zeros(64, np.uint32)
     params = memory.add(array, "sums", written=False).to_bytes(8, "little")
@@ -186,6 +196,14 @@ def test_three_readers_of_different_warps():
     setp.eq.s32 %p1, %r1, 65; @%p1 st.shared.u32 [0], %r1;
     """
     assert of_body(body, block=96, shared=16, count=96) == ["race"]
+
+
+@pytest.mark.parametrize(("barrier", "wanted"), [("", ["race"]), ("bar.warp.sync -1;", [])])
+def test_two_readers_of_a_warp(barrier, wanted):
+    """The one that writes has read last."""
+    body = "mov.u32 %r2, 7; st.shared.u32 [0], %r2; bar.warp.sync -1; setp.eq.s32 %p1, %r1, 9; setp.eq.s32 %p2, %r1, 4;"
+    body += "@%p1 ld.shared.u32 %r4, [0]; @%p2 ld.shared.u32 %r4, [0];" + barrier + "@%p2 st.shared.u32 [0], %r2;"
+    assert of_body(body, block=32) == wanted
 
 
 def test_several_threads_may_write_the_same():

@@ -109,6 +109,14 @@ def test_lines_are_those_of_the_text():
         run(program, [np.zeros(1, np.uint32)], block=1)
 
 
+def test_inlined_calls_are_told_from_the_last_to_the_first():
+    inner, outer = "function_name info, inlined_at 1 70 5", "function_name info, inlined_at 2 85 3"
+    lines = [f".loc 1 70 5, {outer}", f".loc 3 56 3, {inner}", "mov.u32 %r1, 1;", ".loc 2 86 3", "mov.u32 %r2, 1;"]
+    first, second = kernel("\n".join(lines)).parsed.blocks[0].instructions[1:3]
+    assert (first.line, first.callers) == ((3, 56), ((1, 70), (2, 85)))
+    assert (second.line, second.callers) == ((2, 86), ())
+
+
 def test_a_launch_must_fit_the_kernel():
     first = Module(MODULE).kernels["first"]
     with pytest.raises(ValueError, match="first takes 48 bytes of parameters, not 40"):
