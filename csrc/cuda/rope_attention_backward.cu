@@ -150,9 +150,6 @@ __global__ void __launch_bounds__(kMaxWarps<T, D>* kWarpSize)
   const auto put_out = [&](const Sums(&sums)[D / kTile], float times, bool turned, void* to, int tile) {
     float* const rows = reinterpret_cast<float*>(stages.own);
     const Team warp = Team::warp();
-    // Other lanes have read what is written now, by ldmatrix, too: that all execute it at once does not order
-    // it with what follows, as PTX takes its reads for weak ones of memory.
-    __syncwarp();
 #pragma unroll
     for (int k = 0; k < D / kTile; ++k) put_sums(sums[k], times, rows + k * kTile, kSumsRow);
     __syncwarp();
@@ -187,7 +184,11 @@ __global__ void __launch_bounds__(kMaxWarps<T, D>* kWarpSize)
               add_tile(sums, tiles, stages.turned + offset, stages.plain + offset, scalars, stages, tile, at);
             }
           });
-      if (owns) finish(sums, tile);
+      if (!owns) continue;
+      // Other lanes have read what sums overwrite, by ldmatrix, too: that all execute it at once does not
+      // order it with what follows, as PTX takes its reads for weak ones of memory.
+      __syncwarp();
+      finish(sums, tile);
     }
   };
   if constexpr (KEYS) {
