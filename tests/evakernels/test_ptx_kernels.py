@@ -32,7 +32,7 @@ MORE = ("every_mix", "no_rows", "one_element", "strided", "finite", "bit_equal",
 # of its op, whichever kernels serve it.
 CHECKS = f"({' or '.join((CHOICE, *MORE))}) and not (several_chunks or opcheck or compiles)"
 CHECKED = {80: CHECKS, 100: f"({CHECKS}) and not dtype2"}
-"""By the compute capability that the PTX is for: float16 has no code of its own but conversions."""
+"""By the compute capability that the PTX is for: float16 runs on the older one alone."""
 SHARED_KB = {80: 163, 100: 227}
 """What a block may have, by the compute capability that PTX was made for: attention plans for it."""
 AGAIN = ("adamw", "gelu", "gradient_norm", "lamb", "layer_norm", "residual_norm", "packed_attention", "rope_attention")
