@@ -2,16 +2,21 @@
 
 import importlib
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from evakernels import backends
+
 _FOLDER = Path(__file__).parent
 _LIBRARY = _FOLDER / "_ops.so"
 _BUILD_RECORD = _FOLDER / "_build.json"
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+_DEVICES = {"cuda": "a GPU", "cpu": "a CPU"}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def build_record() -> dict[str, Any]:
@@ -48,7 +53,52 @@ REASON: str | None = _load()
 LOADED: bool = REASON is None
 
 
-@cache  # asked at every call of an op
+def register(op_name: str, gpu_reasons: backends.Reasons | None) -> None:
+    """Makes the library's kernels of an op two of its backends; `gpu_reasons` tell what those for GPUs can't serve."""
+    for device in _DEVICES:
+        backends.register(op_name, device, _kernel(op_name), _reasons(op_name, device, gpu_reasons), device)
+
+
+def _kernel(op_name: str) -> Callable[..., Any]:
+    overload = getattr(torch.ops.evakernels_native, op_name).default
+    # What an overload calls when it is called: a microsecond less.
+    kernel: Callable[..., Any] = overload._op
+    arguments = overload._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+    if not written:
+        return kernel
+
+    def run(*args: Any) -> Any:
+        result = kernel(*args)
+        # The kernel writes through pointers; autograd must see that what it may have saved has changed.
+        torch.autograd.graph.increment_version(backends.tensors([args[i] for i in written]))
+        return result
+
+    return run
+
+
+def _reasons(op_name: str, device: str, gpu_reasons: backends.Reasons | None) -> backends.Reasons:
+    def reasons(*args: Any) -> list[str]:
+        if not LOADED:
+            return [f"the compiled library is not loaded: {REASON}"]
+        if not implemented(op_name, device):
+            return [f"{op_name} has no compiled {device.upper()} kernel"]
+        given = list(backends.tensors(args))
+        if not given:
+            return [] if device != "cuda" or torch.cuda.is_available() else ["there is no GPU here"]
+        place, found = given[0].device, []
+        if place.type != device:
+            found.append(f"the tensors are on {place}, not on {_DEVICES[device]}")
+        elif device == "cuda" and (reason := why_not_on_gpu(place.index)):
+            found.append(reason)
+        others = {t.dtype: None for t in given if t.dtype.is_floating_point and t.dtype not in _DTYPES}
+        found += [f"{dtype} is not one of float32, bfloat16, float16" for dtype in others]
+        return found + (gpu_reasons(*args) if gpu_reasons is not None and runs_gpu_kernels(device) else [])
+
+    return reasons
+
+
+@cache
 def implemented(op_name: str, device_type: str) -> bool:
     """Whether the compiled library has a kernel for `evakernels_native::<op_name>` on this type of device."""
     key = _DISPATCH_KEYS.get(device_type.lower())
@@ -65,7 +115,7 @@ def runs_gpu_kernels(device_type: str) -> bool:
     return device_type == "cuda" or implemented("interpreted", device_type)
 
 
-@cache  # asked at every call of an op
+@cache
 def why_not_on_gpu(index: int) -> str | None:
     """Why no compiled kernel runs on the GPU of that number; None if they do, or if the build left no record of it."""
     codes: list[str] = build_record().get("cuda_codes") or []

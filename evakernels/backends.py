@@ -4,10 +4,12 @@ Every op has a `reference` implementation in plain PyTorch; further backends are
 first backend in `PREFERENCE` that can serve it. `use_backend` overrides the choice, `explain` prints it.
 """
 
+import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +26,11 @@ class BackendError(RuntimeError):
     """The backend that was asked for can't serve the call; the message lists the reasons."""
 
 
+class ReferenceWarning(UserWarning):
+    """A call on a GPU is served by the reference: right, but slow. It names the op and why no kernel serves it, and is
+    given once for each. With `EVAKERNELS_STRICT=1` in the environment it is a `BackendError`."""
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One op on one backend. A call whose tensors are on another type of device than `device` isn't for it."""
@@ -33,12 +40,33 @@ class Implementation:
     reasons: Reasons
     device: str | None = None
 
+    def observed(self, op: str) -> Callable[..., Any]:
+        """The function, which tells the observer of each call while there is one."""
+        observer = None if overrides is None else overrides.observer
+        if observer is None:
+            return self.function
+
+        def function(*args: Any) -> Any:
+            observer(op, self.backend)
+            return self.function(*args)
+
+        return function
+
+
+class Overrides(NamedTuple):
+    """What `use_backend` and `observed_by` say, in the whole process."""
+
+    forced: str | None = None
+    observer: Callable[[str, str], None] | None = None
+
 
 _implementations: dict[str, dict[str, Implementation]] = {}
 _functions: dict[str, tuple[str, ...]] = {}
 """The ops that a public function of another name calls, one of them a call."""
-_forced: str | None = None
-_observer: Callable[[str, str], None] | None = None
+_kept: dict[str, dict[Any, Any]] = {}
+_warned: set[tuple[str, str]] = set()
+overrides: Overrides | None = None
+"""None outside of all their blocks."""
 
 
 def register(
@@ -58,6 +86,12 @@ def register(
     if backend not in PREFERENCE:
         raise ValueError(_names.unknown("backend", backend, PREFERENCE))
     _implementations.setdefault(op, {})[backend] = Implementation(backend, function, reasons, device)
+    kept_for(op).clear()
+
+
+def kept_for(op: str) -> dict[Any, Any]:
+    """Where choices for `op` are kept; it is emptied when a backend is added."""
+    return _kept.setdefault(op, {})
 
 
 def name_ops(function: str, *ops: str) -> None:
@@ -68,11 +102,11 @@ def name_ops(function: str, *ops: str) -> None:
 def select(op: str, args: tuple[Any, ...]) -> Implementation:
     """The implementation that serves `op(*args)`. Raises `BackendError` when a forced backend can't."""
     candidates = _implementations[op]
-    if _forced is not None:
-        reasons = why_not(op, _forced, *args)
+    if overrides is not None and overrides.forced is not None:
+        reasons = why_not(op, overrides.forced, *args)
         if reasons:
-            raise BackendError(f"backend {_forced!r} can't serve {op}: " + "; ".join(reasons))
-        return candidates[_forced]
+            raise BackendError(f"backend {overrides.forced!r} can't serve {op}: " + "; ".join(reasons))
+        return candidates[overrides.forced]
     tensor = first_tensor(args)
     devices = (None,) if tensor is None else (None, tensor.device.type)
     for backend in PREFERENCE:
@@ -80,43 +114,59 @@ def select(op: str, args: tuple[Any, ...]) -> Implementation:
         if implementation is None or (tensor is not None and implementation.device not in devices):
             continue
         if not implementation.reasons(*args):
+            if backend == "reference" and tensor is not None and tensor.device.type == "cuda":
+                _warn_of_reference(op, args)
             return implementation
     raise BackendError(f"no backend serves {op}: {_report(op, args)}")
+
+
+def _warn_of_reference(op: str, args: tuple[Any, ...]) -> None:
+    reasons = "; ".join(f"{backend}: {', '.join(why_not(op, backend, *args))}" for backend in PREFERENCE[:2])
+    text = f"{op} runs as its reference, in plain PyTorch, which is slow on a GPU ({reasons})"
+    if os.environ.get("EVAKERNELS_STRICT", "0") != "0":
+        raise BackendError(f"{text}; EVAKERNELS_STRICT is set")
+    if (op, reasons) not in _warned:
+        _warned.add((op, reasons))
+        warnings.warn(f"{text}; EVAKERNELS_STRICT=1 makes this an error", ReferenceWarning, stacklevel=2)
 
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
     """Makes every op use `backend` inside the `with` block, in the whole process.
 
-    The override is read when an op runs, so it also holds inside compiled functions; a backward pass must run inside
-    the block to be served by the same backend. Raises `ValueError` for an unknown name; the ops raise `BackendError`
-    with the reasons when the backend can't serve a call.
+    The override is read when an op runs, so it also holds inside compiled functions, but not inside a CUDA graph, whose
+    kernels were chosen when it was captured. A backward pass must run inside the block to be served by the same
+    backend. Raises `ValueError` for an unknown name; the ops raise `BackendError` with the reasons when the backend
+    can't serve a call.
     """
-    global _forced
     if backend not in PREFERENCE:
         raise ValueError(_names.unknown("backend", backend, PREFERENCE))
-    previous, _forced = _forced, backend
-    try:
+    with _overridden(forced=backend):
         yield
-    finally:
-        _forced = previous
 
 
 @contextmanager
 def observed_by(observer: Callable[[str, str], None]) -> Iterator[None]:
     """Calls `observer(op, backend)` for every op that runs inside the `with` block, in the whole process."""
-    global _observer
-    previous, _observer = _observer, observer
+    with _overridden(observer=observer):
+        yield
+
+
+@contextmanager
+def _overridden(**changes: Any) -> Iterator[None]:
+    global overrides
+    previous = overrides
+    overrides = (previous or Overrides())._replace(**changes)
     try:
         yield
     finally:
-        _observer = previous
+        overrides = previous
 
 
 def observe(op: str, backend: str) -> None:
     """Tells the observer, if there is one, which backend serves a call."""
-    if _observer is not None:
-        _observer(op, backend)
+    if overrides is not None and overrides.observer is not None:
+        overrides.observer(op, backend)
 
 
 def explain(op: str, *args: Any) -> str:

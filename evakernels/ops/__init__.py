@@ -1,6 +1,6 @@
-"""The ops: schema, argument checks, fake, autograd and public docstring, one file per family."""
+"""The ops: argument checks, autograd and public docstring, one file per family."""
 
-from evakernels.ops._register import as_torch_operators
+from evakernels.ops._op import as_torch_operators
 from evakernels.ops.adamw import adamw_update
 from evakernels.ops.contrastive import clip_loss, contrastive_statistics, siglip_loss
 from evakernels.ops.gelu import gelu

@@ -1,39 +1,69 @@
-"""Whether a call is plain eager execution, in which a shorter way to the same result goes unnoticed."""
+"""What a call in eager mode is like, and whether anybody watches it."""
 
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.nn import Parameter
+
+from evakernels import backends
+
+# Asked at every call: names of this module, as each dot costs.
+_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._is_torch_function_mode_enabled
+_transforms = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_any_autocast = torch._C._is_any_autocast_enabled
+
+
+def is_watched() -> bool:
+    """Whether more than autograd looks at the ops that run: a compiler, a tracer, a mode, a transform of functorch or
+    forward-mode differentiation. Otherwise a shorter way to the same result goes unnoticed."""
+    return (
+        is_compiling()
+        or forward_ad._current_level >= 0
+        or _modes() > 0
+        or _function_modes()
+        or _transforms()
+        or _tracing_state() is not None
+    )
+
+
+def likeness(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """What calls have in common that are served alike: all that is asked about their arguments but what tensors hold.
+
+    None where that isn't known: for lists, and for tensors that aren't torch's own on a CPU or a GPU.
+    """
+    key: list[Any] = [backends.overrides]
+    for arg in args:
+        kind = type(arg)
+        if kind is Tensor or kind is Parameter:
+            if not (arg.is_cpu or arg.is_cuda):
+                return None
+            key += arg.dtype, arg.shape, arg.device
+        elif arg is None or kind is float or kind is bool or kind is int:
+            key += kind, arg
+        else:
+            return None
+    if _any_autocast():
+        key += _autocast_of("cpu"), _autocast_of("cuda")
+    return tuple(key)
+
+
+def _autocast_of(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def is_plain(args: tuple[Any, ...]) -> bool:
-    """Whether all tensors in `args` are torch's own, on a CPU or a GPU, and nothing but autograd watches the call.
-
-    What may watch are compilers, tracers, dispatch and function modes, functorch's transforms, forward-mode
-    differentiation and the profiler.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    for arg in args:
-        kind = type(arg)
-        if kind is torch.Tensor or kind is torch.nn.Parameter:
-            if not (arg.is_cpu or arg.is_cuda):
-                return False
-        elif kind is list or kind is tuple or isinstance(arg, torch.Tensor):
-            return False
-    return not (
-        forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
-    )
+    """Whether all tensors in `args` are torch's own and nobody watches the call."""
+    return not is_watched() and likeness(args) is not None
 
 
 def is_transformed() -> bool:
     """Whether a transform of functorch or forward-mode differentiation is at work."""
-    return torch._C._are_functorch_transforms_active() or has_dual_numbers()
+    return _transforms() or has_dual_numbers()
 
 
 def has_dual_numbers() -> bool:

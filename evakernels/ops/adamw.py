@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from evakernels.ops import _tensor_lists
-from evakernels.ops._register import define
+from evakernels.ops._op import define
 from evakernels.ops._tensor_lists import Tensors
 from evakernels.reference import adamw as reference
 
@@ -67,11 +67,4 @@ def adamw_update(
     _update(params, grads, *state, *rates, *betas, eps, grad_scale, found_inf, *rounding)
 
 
-_update = define(
-    "adamw_update",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps,"
-    " float[] lrs, float[] weight_decays, float beta1, float beta2, float eps, Tensor? grad_scale,"
-    " Tensor? found_inf, int[] seeds=[], int[] first_elements=[]) -> ()",
-    reference=reference.adamw_update,
-    fake=None,
-)
+_update = define(reference.adamw_update, mutates=("params", "exp_avgs", "exp_avg_sqs", "steps"))

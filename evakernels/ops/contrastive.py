@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from evakernels import backends
 from evakernels.ops import _check
 from evakernels.ops._collectives import gather_rows, logsumexp_of_ranks, rank_and_size, sum_of_ranks
-from evakernels.ops._register import define, differentiable
+from evakernels.ops._op import define, differentiable
 from evakernels.reference import contrastive as reference
 from evakernels.reference._numerics import accumulation_dtype
 
@@ -280,17 +280,11 @@ def _gradient(ctx: Any, drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tensor, *
 
 
 _forward = define(
-    "contrastive_forward",
-    "(Tensor image, Tensor text, Tensor logit_scale, int offset)"
-    " -> (Tensor row_lse, Tensor col_lse, Tensor positive, Tensor row_max, Tensor col_max)",
-    reference=reference.contrastive_forward,
+    reference.contrastive_forward,
     fake=_forward_fake,
 )
 _backward = define(
-    "contrastive_backward",
-    "(Tensor drow_lse, Tensor dcol_lse, Tensor dpositive, Tensor image, Tensor text, Tensor logit_scale,"
-    " Tensor row_lse, Tensor col_lse, int offset) -> (Tensor dimage, Tensor dtext, Tensor dlogit_scale)",
-    reference=reference.contrastive_backward,
+    reference.contrastive_backward,
     fake=_backward_fake,
 )
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)
@@ -330,18 +324,12 @@ def _kept_composed(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int
 
 
 _kept_forward = define(
-    "contrastive_kept_forward",
-    "(Tensor image, Tensor text, Tensor logit_scale, int offset)"
-    " -> (Tensor row_lse, Tensor col_lse, Tensor positive, Tensor row_max, Tensor col_max, Tensor logits)",
-    reference=reference.contrastive_kept_forward,
+    reference.contrastive_kept_forward,
     fake=_kept_forward_fake,
     composed=_kept_composed,
 )
 _kept_backward = define(
-    "contrastive_kept_backward",
-    "(Tensor drow_lse, Tensor dcol_lse, Tensor dpositive, Tensor image, Tensor text, Tensor logit_scale,"
-    " Tensor row_lse, Tensor col_lse, Tensor logits, int offset) -> (Tensor dimage, Tensor dtext, Tensor dlogit_scale)",
-    reference=reference.contrastive_kept_backward,
+    reference.contrastive_kept_backward,
     fake=_kept_backward_fake,
 )
 differentiable(_kept_forward, _kept_backward, setup_context=_kept_setup, formula=_kept_gradient)
@@ -379,25 +367,16 @@ def _siglip_composed(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bia
 
 
 _siglip_value = define(
-    "siglip_value",
-    "(Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, int offset) -> Tensor loss",
-    reference=reference.siglip_value,
+    reference.siglip_value,
     fake=_siglip_value_fake,
 )
 _siglip_forward = define(
-    "siglip_forward",
-    "(Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, int offset)"
-    " -> (Tensor loss, Tensor dimage, Tensor dtext, Tensor dlogit_scale, Tensor dlogit_bias)",
-    reference=reference.siglip_forward,
+    reference.siglip_forward,
     fake=_siglip_forward_fake,
     composed=_siglip_composed,
 )
 _siglip_backward = define(
-    "siglip_backward",
-    "(Tensor dloss, Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias,"
-    " Tensor dimage, Tensor dtext, Tensor dlogit_scale, Tensor dlogit_bias)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    reference=reference.siglip_backward,
+    reference.siglip_backward,
     fake=_siglip_backward_fake,
 )
 differentiable(_siglip_forward, _siglip_backward, setup_context=_siglip_setup, formula=_siglip_gradient)

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from evakernels import _names
 from evakernels.ops import _check
-from evakernels.ops._register import define, differentiable, optional_gradient
+from evakernels.ops._op import define, differentiable, optional_gradient
 from evakernels.reference import gelu as reference
 
 APPROXIMATIONS = ("none", "tanh")
@@ -36,29 +35,25 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Te
         >>> evakernels.gelu(torch.ones(2, 4) @ layer.weight.T, layer.bias).shape
         torch.Size([2, 8])
     """
-    op = "gelu"
-    _check.floating(op, x=x)
-    if x.dim() == 0:
-        raise ValueError(f"{op}: x is a scalar; expected [..., F]")
     if approximate not in APPROXIMATIONS:
         accepted = ", ".join(map(repr, APPROXIMATIONS)) + _names.hint(approximate, APPROXIMATIONS)
-        raise ValueError(f"{op}: approximate is {approximate!r}; accepted: {accepted}")
-    _check.parameter_dtype(op, x, bias=bias)
-    _check.same_device(op, x=x, bias=bias)
-    _check.shape(op, "bias", bias, (x.shape[-1],), "[F]")
+        raise ValueError(f"gelu: approximate is {approximate!r}; accepted: {accepted}")
     out: Tensor = _forward(x, bias, approximate == "tanh")
     return out
 
 
+def _check_call(x: Tensor, bias: Tensor | None, tanh: bool) -> Any:
+    op = "gelu"
+    _check.floating(op, x=x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x is a scalar; expected [..., F]")
+    _check.parameter_dtype(op, x, bias=bias)
+    _check.same_device(op, x=x, bias=bias)
+    _check.shape(op, "bias", bias, (x.shape[-1],), "[F]")
+    return x, bias, tanh
+
+
 # --- ops ------------------------------------------------------------------------------------------------------------
-
-
-def _forward_fake(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _backward_fake(dout: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> Any:
-    return _forward_fake(x, bias, tanh), x.new_empty(0) if bias is None else torch.empty_like(bias)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -69,19 +64,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradient(ctx: Any, dout: Tensor) -> Any:
     x, bias = ctx.saved_tensors
     dx, dbias = _backward(dout, x, bias, ctx.tanh)
-    return dx, optional_gradient(dbias, bias is not None), None
+    return dx, optional_gradient(dbias, bias is not None)
 
 
-_forward = define(
-    "gelu_forward",
-    "(Tensor x, Tensor? bias, bool tanh) -> Tensor out",
-    reference=reference.gelu_forward,
-    fake=_forward_fake,
-)
-_backward = define(
-    "gelu_backward",
-    "(Tensor dout, Tensor x, Tensor? bias, bool tanh) -> (Tensor dx, Tensor dbias)",
-    reference=reference.gelu_backward,
-    fake=_backward_fake,
-)
+_forward = define(reference.gelu_forward, check=_check_call)
+_backward = define(reference.gelu_backward)
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)

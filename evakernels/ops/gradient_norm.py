@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evakernels.ops import _check, _tensor_lists
-from evakernels.ops._register import define
+from evakernels.ops._op import define
 from evakernels.ops._shards import groups_of, local, sum_over
 from evakernels.reference import gradient_norm as reference
 from evakernels.reference._numerics import accumulation_dtype
@@ -68,9 +68,4 @@ def _fake(grads: list[Tensor]) -> Any:
     return grads[0].new_empty((), dtype=accumulation_dtype(*grads))
 
 
-_norm = define(
-    "gradient_norm",
-    "(Tensor[] grads) -> Tensor norm",
-    reference=reference.gradient_norm,
-    fake=_fake,
-)
+_norm = define(reference.gradient_norm, fake=_fake)

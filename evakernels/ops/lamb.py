@@ -7,7 +7,7 @@ from torch import Tensor
 
 from evakernels import _names
 from evakernels.ops import _check, _tensor_lists
-from evakernels.ops._register import define
+from evakernels.ops._op import define
 from evakernels.ops._tensor_lists import Tensors
 from evakernels.reference import lamb as reference
 from evakernels.reference._numerics import accumulation_dtype
@@ -204,27 +204,6 @@ def _update_fake(params: list[Tensor], *_: Any) -> Tensor:
     return params[0].new_empty(len(params), 2, dtype=accumulation_dtype(*params))
 
 
-_update = define(
-    "lamb_update",
-    "(Tensor[] params, Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_sqs, Tensor(c!)[] steps,"
-    " float[] weight_decays, float beta1, float beta2, float eps, bool nvlamb, Tensor? grad_scale,"
-    " Tensor? found_inf) -> Tensor squared_norms",
-    reference=reference.lamb_update,
-    fake=_update_fake,
-)
-_apply = define(
-    "lamb_apply",
-    "(Tensor(a!)[] params, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] steps, Tensor squared_norms,"
-    " float[] lrs, float[] weight_decays, float beta1, float beta2, float eps, bool nvlamb,"
-    " Tensor? found_inf, int[] seeds=[], int[] first_elements=[]) -> ()",
-    reference=reference.lamb_apply,
-    fake=None,
-)
-_step = define(
-    "lamb_step",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps,"
-    " float[] lrs, float[] weight_decays, float beta1, float beta2, float eps, bool nvlamb, Tensor? grad_scale,"
-    " Tensor? found_inf, int[] seeds=[], int[] first_elements=[]) -> ()",
-    reference=reference.lamb_step,
-    fake=None,
-)
+_update = define(reference.lamb_update, fake=_update_fake, mutates=("exp_avgs", "exp_avg_sqs", "steps"))
+_apply = define(reference.lamb_apply, mutates=("params",))
+_step = define(reference.lamb_step, mutates=("params", "exp_avgs", "exp_avg_sqs", "steps"))

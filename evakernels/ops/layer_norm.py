@@ -1,5 +1,6 @@
 """LayerNorm and RMSNorm: plain, with the residual add before the norm, and with the residual add after it."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from evakernels import backends
 from evakernels.ops import _check
 from evakernels.ops._autocast import norm_inputs
-from evakernels.ops._register import define, differentiable, optional_gradient
+from evakernels.ops._op import define, differentiable, optional_gradient
 from evakernels.reference import layer_norm as reference
 from evakernels.reference._numerics import accumulation_dtype
 
@@ -34,7 +35,8 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         >>> evakernels.layer_norm(x, torch.ones(768), torch.zeros(768)).shape
         torch.Size([2, 197, 768])
     """
-    return _plain("layer_norm", x, weight, bias, eps, rms=False)
+    y: Tensor = _forward(x, weight, bias, eps, False)[0]
+    return y
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
@@ -47,7 +49,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) 
         >>> evakernels.rms_norm(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0]))
         tensor([0.8485, 2.2627])
     """
-    return _plain("rms_norm", x, weight, None, eps, rms=True)
+    y: Tensor = _forward(x, weight, None, eps, True)[0]
+    return y
 
 
 def add_layer_norm(
@@ -86,7 +89,8 @@ def add_layer_norm(
         >>> torch.equal(x[0], residual[0])
         True
     """
-    return _add_norm("add_layer_norm", residual, branch, weight, bias, layer_scale, row_scale, eps, rms=False)
+    y, x, _, _ = _add_forward(residual, branch, weight, bias, layer_scale, row_scale, eps, False)
+    return y, x
 
 
 def add_rms_norm(
@@ -105,7 +109,8 @@ def add_rms_norm(
         >>> x, y
         (tensor([[3., 4.]]), tensor([[0.8485, 1.1314]]))
     """
-    return _add_norm("add_rms_norm", residual, branch, weight, None, layer_scale, row_scale, eps, rms=True)
+    y, x, _, _ = _add_forward(residual, branch, weight, None, layer_scale, row_scale, eps, True)
+    return y, x
 
 
 def layer_norm_add(
@@ -128,7 +133,8 @@ def layer_norm_add(
         >>> evakernels.layer_norm_add(residual, branch, torch.ones(768), torch.zeros(768), eps=1e-6).shape
         torch.Size([2, 197, 768])
     """
-    return _norm_add("layer_norm_add", residual, branch, weight, bias, layer_scale, row_scale, eps, rms=False)
+    x: Tensor = _norm_add_forward(residual, branch, weight, bias, layer_scale, row_scale, eps, False)[0]
+    return x
 
 
 def rms_norm_add(
@@ -146,20 +152,23 @@ def rms_norm_add(
         >>> evakernels.rms_norm_add(torch.ones(1, 2), torch.tensor([[3.0, 4.0]]))
         tensor([[1.8485, 2.1314]])
     """
-    return _norm_add("rms_norm_add", residual, branch, weight, None, layer_scale, row_scale, eps, rms=True)
+    x: Tensor = _norm_add_forward(residual, branch, weight, None, layer_scale, row_scale, eps, True)[0]
+    return x
 
 
-def _plain(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, *, rms: bool) -> Tensor:
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def _check_plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, rms: bool) -> Any:
+    op = "rms_norm" if rms else "layer_norm"
     _check.floating(op, x=x)
     x, weight, bias = norm_inputs(x, weight, bias)
     _check_norm(op, "x", x, weight, bias)
     _check.same_device(op, x=x, weight=weight, bias=bias)
-    eps = _checked_eps(op, eps, x, rms)
-    y: Tensor = _forward(x, weight, bias, eps, rms)[0]
-    return y
+    return x, weight, bias, _checked_eps(op, eps, x, rms), rms
 
 
-def _add_norm(
+def _check_joined(
     op: str,
     residual: Tensor,
     branch: Tensor,
@@ -168,41 +177,21 @@ def _add_norm(
     layer_scale: Tensor | None,
     row_scale: Tensor | None,
     eps: float | None,
-    *,
     rms: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Any:
+    op = op.replace("layer", "rms") if rms else op
     _check.floating(op, residual=residual, branch=branch)
     residual, weight, bias = norm_inputs(residual, weight, bias)
     _check_norm(op, "residual", residual, weight, bias)
-    _check_residual(op, residual, branch, layer_scale, row_scale)
+    if residual.dim() < 2:
+        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}; expected [B, ..., C]")
     scales = {"layer_scale": layer_scale, "row_scale": row_scale}
+    _check.floating_or_none(op, **scales)
+    _check.shape(op, "branch", branch, tuple(residual.shape), "the shape of residual")
+    _check.shape(op, "layer_scale", layer_scale, (residual.shape[-1],), "[C]")
+    _check.shape(op, "row_scale", row_scale, (residual.shape[0],), "[B]")
     _check.same_device(op, residual=residual, branch=branch, weight=weight, bias=bias, **scales)
-    eps = _checked_eps(op, eps, residual, rms)
-    y, x, _, _ = _add_forward(residual, branch, weight, bias, layer_scale, row_scale, eps, rms)
-    return y, x
-
-
-def _norm_add(
-    op: str,
-    residual: Tensor,
-    branch: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    eps: float | None,
-    *,
-    rms: bool,
-) -> Tensor:
-    _check.floating(op, residual=residual, branch=branch)
-    residual, weight, bias = norm_inputs(residual, weight, bias)
-    _check_norm(op, "residual", residual, weight, bias)
-    _check_residual(op, residual, branch, layer_scale, row_scale)
-    scales = {"layer_scale": layer_scale, "row_scale": row_scale}
-    _check.same_device(op, residual=residual, branch=branch, weight=weight, bias=bias, **scales)
-    eps = _checked_eps(op, eps, residual, rms)
-    x: Tensor = _norm_add_forward(residual, branch, weight, bias, layer_scale, row_scale, eps, rms)[0]
-    return x
+    return residual, branch, weight, bias, layer_scale, row_scale, _checked_eps(op, eps, residual, rms), rms
 
 
 def _checked_eps(op: str, eps: float | None, x: Tensor, rms: bool) -> float:
@@ -223,40 +212,7 @@ def _check_norm(op: str, name: str, x: Tensor, weight: Tensor | None, bias: Tens
     _check.shape(op, "bias", bias, (x.shape[-1],), "[C]")
 
 
-def _check_residual(
-    op: str, residual: Tensor, branch: Tensor, layer_scale: Tensor | None, row_scale: Tensor | None
-) -> None:
-    if residual.dim() < 2:
-        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}; expected [B, ..., C]")
-    _check.floating_or_none(op, layer_scale=layer_scale, row_scale=row_scale)
-    _check.shape(op, "branch", branch, tuple(residual.shape), "the shape of residual")
-    _check.shape(op, "layer_scale", layer_scale, (residual.shape[-1],), "[C]")
-    _check.shape(op, "row_scale", row_scale, (residual.shape[0],), "[B]")
-
-
 # --- ops ------------------------------------------------------------------------------------------------------------
-
-
-def _statistics(x: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
-    """Empty mean and rstd: one value a row, and no mean at all for RMSNorm."""
-    rstd = x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x))
-    return rstd.new_empty(0) if rms else torch.empty_like(rstd), rstd
-
-
-def _parameter_gradient(x: Tensor, weight: Tensor | None, present: bool) -> Tensor:
-    dtype = x.dtype if weight is None else weight.dtype
-    return x.new_empty(x.shape[-1] if present else 0, dtype=dtype)
-
-
-def _forward_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool) -> Any:
-    return torch.empty_like(x, memory_format=torch.contiguous_format), *_statistics(x, rms)
-
-
-def _backward_fake(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool, rms: bool
-) -> Any:
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, _parameter_gradient(x, weight, weight is not None), _parameter_gradient(x, weight, has_bias)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -270,60 +226,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _gradient(ctx: Any, dy: Tensor, *_: Tensor) -> Any:
     x, weight, mean, rstd = ctx.saved_tensors
     dx, dweight, dbias = _backward(dy, x, weight, mean, rstd, ctx.has_bias, ctx.rms)
-    return dx, optional_gradient(dweight, weight is not None), optional_gradient(dbias, ctx.has_bias), None, None
+    return dx, optional_gradient(dweight, weight is not None), optional_gradient(dbias, ctx.has_bias)
 
 
-_forward = define(
-    "layer_norm_forward",
-    "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool rms) -> (Tensor y, Tensor mean, Tensor rstd)",
-    reference=reference.layer_norm_forward,
-    fake=_forward_fake,
-)
-_backward = define(
-    "layer_norm_backward",
-    "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool has_bias, bool rms)"
-    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
-    reference=reference.layer_norm_backward,
-    fake=_backward_fake,
-)
+_forward = define(reference.layer_norm_forward, check=_check_plain)
+_backward = define(reference.layer_norm_backward)
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)
-
-
-def _add_forward_fake(
-    residual: Tensor,
-    branch: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    eps: float,
-    rms: bool,
-) -> Any:
-    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    return y, torch.empty_like(y), *_statistics(residual, rms)
-
-
-def _add_backward_fake(
-    dy: Tensor,
-    dx: Tensor,
-    x: Tensor,
-    branch: Tensor,
-    weight: Tensor | None,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    has_bias: bool,
-    rms: bool,
-) -> Any:
-    scaled = layer_scale is not None or row_scale is not None
-    return (
-        torch.empty_like(x),
-        torch.empty_like(x, dtype=branch.dtype) if scaled else rstd.new_empty(0),
-        _parameter_gradient(x, weight, weight is not None),
-        _parameter_gradient(x, weight, has_bias),
-        rstd.new_empty(0) if layer_scale is None else torch.empty_like(layer_scale),
-    )
 
 
 def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -348,60 +256,12 @@ def _add_gradient(ctx: Any, dy: Tensor, dx: Tensor, *_: Tensor) -> Any:
         optional_gradient(dweight, weight is not None),
         optional_gradient(dbias, ctx.has_bias),
         optional_gradient(dlayer_scale, layer_scale is not None),
-        None,
-        None,
-        None,
     )
 
 
-_add_forward = define(
-    "add_layer_norm_forward",
-    "(Tensor residual, Tensor branch, Tensor? weight, Tensor? bias, Tensor? layer_scale, Tensor? row_scale,"
-    " float eps, bool rms) -> (Tensor y, Tensor x, Tensor mean, Tensor rstd)",
-    reference=reference.add_layer_norm_forward,
-    fake=_add_forward_fake,
-)
-_add_backward = define(
-    "add_layer_norm_backward",
-    "(Tensor dy, Tensor dx, Tensor x, Tensor branch, Tensor? weight, Tensor? layer_scale, Tensor? row_scale,"
-    " Tensor mean, Tensor rstd, bool has_bias, bool rms)"
-    " -> (Tensor dresidual, Tensor dbranch, Tensor dweight, Tensor dbias, Tensor dlayer_scale)",
-    reference=reference.add_layer_norm_backward,
-    fake=_add_backward_fake,
-)
+_add_forward = define(reference.add_layer_norm_forward, check=partial(_check_joined, "add_layer_norm"))
+_add_backward = define(reference.add_layer_norm_backward)
 differentiable(_add_forward, _add_backward, setup_context=_add_setup, formula=_add_gradient)
-
-
-def _norm_add_forward_fake(
-    residual: Tensor,
-    branch: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    eps: float,
-    rms: bool,
-) -> Any:
-    return torch.empty_like(residual, memory_format=torch.contiguous_format), *_statistics(branch, rms)
-
-
-def _norm_add_backward_fake(
-    dx: Tensor,
-    branch: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    rms: bool,
-) -> Any:
-    return (
-        torch.empty_like(branch, memory_format=torch.contiguous_format),
-        _parameter_gradient(branch, weight, weight is not None),
-        _parameter_gradient(branch, weight, bias is not None),
-        rstd.new_empty(0) if layer_scale is None else torch.empty_like(layer_scale),
-    )
 
 
 def _norm_add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -422,26 +282,11 @@ def _norm_add_gradient(ctx: Any, dx: Tensor, *_: Tensor) -> Any:
         optional_gradient(dweight, weight is not None),
         optional_gradient(dbias, bias is not None),
         optional_gradient(dlayer_scale, layer_scale is not None),
-        None,
-        None,
-        None,
     )
 
 
-_norm_add_forward = define(
-    "layer_norm_add_forward",
-    "(Tensor residual, Tensor branch, Tensor? weight, Tensor? bias, Tensor? layer_scale, Tensor? row_scale,"
-    " float eps, bool rms) -> (Tensor x, Tensor mean, Tensor rstd)",
-    reference=reference.layer_norm_add_forward,
-    fake=_norm_add_forward_fake,
-)
-_norm_add_backward = define(
-    "layer_norm_add_backward",
-    "(Tensor dx, Tensor branch, Tensor? weight, Tensor? bias, Tensor? layer_scale, Tensor? row_scale, Tensor mean,"
-    " Tensor rstd, bool rms) -> (Tensor dbranch, Tensor dweight, Tensor dbias, Tensor dlayer_scale)",
-    reference=reference.layer_norm_add_backward,
-    fake=_norm_add_backward_fake,
-)
+_norm_add_forward = define(reference.layer_norm_add_forward, check=partial(_check_joined, "layer_norm_add"))
+_norm_add_backward = define(reference.layer_norm_add_backward)
 differentiable(_norm_add_forward, _norm_add_backward, setup_context=_norm_add_setup, formula=_norm_add_gradient)
 
 backends.name_ops("rms_norm", "layer_norm_forward")

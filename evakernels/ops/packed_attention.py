@@ -8,7 +8,7 @@ from torch import Tensor
 
 from evakernels.ops import _check
 from evakernels.ops._autocast import matmul_inputs
-from evakernels.ops._register import define, differentiable
+from evakernels.ops._op import define, differentiable
 from evakernels.ops.rope_attention import gpu_reasons
 from evakernels.reference import packed_attention as reference
 from evakernels.reference import rope_attention
@@ -52,6 +52,13 @@ def packed_attention(
         >>> evakernels.packed_attention(q, k, v, offsets, max_length=77).shape
         torch.Size([94, 8, 64])
     """
+    out: Tensor = _forward(q, k, v, offsets, max_length, causal, scale)[0]
+    return out
+
+
+def _check_call(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, causal: bool, scale: float | None
+) -> Any:
     op = "packed_attention"
     _check.floating(op, q=q, k=k, v=v)
     q, k, v = matmul_inputs(q, k, v)
@@ -64,9 +71,7 @@ def packed_attention(
     _check.scale(op, scale)
     if max_length < 0:
         raise ValueError(f"{op}: max_length is {max_length}; accepted: at least 0")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out: Tensor = _forward(q, k, v, offsets, max_length, causal, scale)[0]
-    return out
+    return q, k, v, offsets, max_length, causal, q.shape[-1] ** -0.5 if scale is None else scale
 
 
 # --- ops ------------------------------------------------------------------------------------------------------------
@@ -118,26 +123,21 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _gradient(ctx: Any, dout: Tensor, _: Tensor) -> Any:
-    return *_backward(dout, *ctx.saved_tensors, *ctx.options), *[None] * 4
+    return _backward(dout, *ctx.saved_tensors, *ctx.options)
 
 
 _forward = define(
-    "packed_attention_forward",
-    "(Tensor q, Tensor k, Tensor v, Tensor offsets, SymInt max_length, bool causal, float scale)"
-    " -> (Tensor out, Tensor lse)",
-    reference=reference.packed_attention_forward,
+    reference.packed_attention_forward,
+    check=_check_call,
+    check_values=_check_values,
     fake=_forward_fake,
-    composed=partial(reference.packed_attention_forward, attend=rope_attention.rope_attention_forward),
-    check=_check_values,
+    composed=partial(reference.packed_attention, rope_attention.rope_attention_forward),
     gpu_reasons=_forward_gpu_reasons,
 )
 _backward = define(
-    "packed_attention_backward",
-    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor offsets, SymInt max_length,"
-    " bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
-    reference=reference.packed_attention_backward,
+    reference.packed_attention_backward,
+    check_values=lambda dout, q, k, v, out, lse, *rest: _check_values(q, k, v, *rest),
     fake=_backward_fake,
-    check=lambda dout, q, k, v, out, lse, *rest: _check_values(q, k, v, *rest),
     gpu_reasons=_backward_gpu_reasons,
 )
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)

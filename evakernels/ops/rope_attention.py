@@ -7,7 +7,7 @@ from torch import Tensor
 
 from evakernels.ops import _check
 from evakernels.ops._autocast import matmul_inputs
-from evakernels.ops._register import define, differentiable
+from evakernels.ops._op import define, differentiable
 from evakernels.ops._token_index import check_range
 from evakernels.reference import rope_attention as reference
 from evakernels.reference._numerics import accumulation_dtype
@@ -66,14 +66,18 @@ def rope_attention(
         >>> evakernels.rope_attention(q, k, v, cos, sin, num_prefix=1).shape
         torch.Size([2, 197, 12, 64])
     """
+    out: Tensor = _forward(q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale)[0]
+    return out
+
+
+def _check_call(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    *rotation, causal, interleaved, scale = rest
     _check.floating("rope_attention", q=q, k=k, v=v)
     q, k, v = matmul_inputs(q, k, v)
     _check.heads("rope_attention", "[B, N, H, D]", q, k, v)
-    _check_rotation(q, cos, sin, token_index, num_prefix)
+    _check_rotation(q, *rotation)
     _check.scale("rope_attention", scale)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out: Tensor = _forward(q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale)[0]
-    return out
+    return q, k, v, *rotation, causal, interleaved, q.shape[-1] ** -0.5 if scale is None else scale
 
 
 def _check_rotation(
@@ -96,8 +100,6 @@ def _check_rotation(
     if token_index is not None:
         _check.integers(op, (torch.int64,), token_index=token_index)
     _check.same_device(op, q=q, cos=cos, sin=sin, token_index=token_index)
-    if cos.requires_grad or sin.requires_grad:
-        raise ValueError(f"{op}: cos or sin requires a gradient, but the tables get none; pass them detached")
     patches = tokens - num_prefix
     rows = patches if token_index is None or cos.dim() < 2 else cos.shape[-2]
     if reference.is_compact(cos, head_dim):
@@ -158,31 +160,29 @@ def _gpu_reasons(q: Tensor, *rest: Any) -> list[str]:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, cos, sin, token_index, *ctx.options = inputs
     out, lse = output
+    if any(table is not None and table.requires_grad for table in (cos, sin)):
+        raise ValueError(
+            "rope_attention: cos or sin requires a gradient, but the tables get none; pass them detached"
+        )
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse, cos, sin, token_index)
 
 
 def _gradient(ctx: Any, dout: Tensor, _: Tensor) -> Any:
-    return *_backward(dout, *ctx.saved_tensors, *ctx.options), *[None] * 7
+    return _backward(dout, *ctx.saved_tensors, *ctx.options)
 
 
 _forward = define(
-    "rope_attention_forward",
-    "(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? token_index, int num_prefix,"
-    " bool causal, bool interleaved, float scale) -> (Tensor out, Tensor lse)",
-    reference=reference.rope_attention_forward,
+    reference.rope_attention_forward,
+    check=_check_call,
+    check_values=_check_values,
     fake=_forward_fake,
-    check=_check_values,
     gpu_reasons=_gpu_reasons,
 )
 _backward = define(
-    "rope_attention_backward",
-    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cos, Tensor? sin,"
-    " Tensor? token_index, int num_prefix, bool causal, bool interleaved, float scale)"
-    " -> (Tensor dq, Tensor dk, Tensor dv)",
-    reference=reference.rope_attention_backward,
+    reference.rope_attention_backward,
+    check_values=lambda dout, q, k, v, out, lse, *rest: _check_values(q, k, v, *rest),
     fake=_backward_fake,
-    check=lambda dout, q, k, v, out, lse, *rest: _check_values(q, k, v, *rest),
     gpu_reasons=_gpu_reasons,
 )
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)

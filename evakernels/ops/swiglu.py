@@ -2,13 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from evakernels.ops import _check
-from evakernels.ops._register import define, differentiable, optional_gradient
+from evakernels.ops._op import define, differentiable, optional_gradient
 from evakernels.reference import swiglu as reference
-from evakernels.reference._numerics import accumulation_dtype
 
 
 def swiglu(
@@ -43,13 +41,11 @@ def swiglu(
         >>> evakernels.swiglu(gate, up, torch.ones(2048), torch.zeros(2048)).shape
         torch.Size([2, 197, 2048])
     """
-    _check_inputs(gate, up, norm_weight, norm_bias)
-    _check.eps("swiglu", eps)
     out: Tensor = _forward(gate, up, norm_weight, norm_bias, eps)[0]
     return out
 
 
-def _check_inputs(gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None) -> None:
+def _check_call(gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float) -> Any:
     op = "swiglu"
     _check.floating(op, gate=gate, up=up)
     if gate.dim() == 0:
@@ -63,30 +59,10 @@ def _check_inputs(gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_bia
     _check.shape(op, "up", up, tuple(gate.shape), "the shape of gate")
     _check.shape(op, "norm_weight", norm_weight, (gate.shape[-1],), "[F]")
     _check.shape(op, "norm_bias", norm_bias, (gate.shape[-1],), "[F]")
+    return gate, up, norm_weight, norm_bias, _check.eps(op, eps)
 
 
 # --- ops ------------------------------------------------------------------------------------------------------------
-
-
-def _forward_fake(gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float) -> Any:
-    rows = 0 if norm_weight is None else gate.shape[:-1]
-    mean, rstd = (gate.new_empty(rows, dtype=accumulation_dtype(gate)) for _ in range(2))
-    return torch.empty_like(gate, memory_format=torch.contiguous_format), mean, rstd
-
-
-def _backward_fake(
-    dout: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    norm_weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    has_bias: bool,
-) -> Any:
-    dgate, dup = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
-    if norm_weight is None:
-        return dgate, dup, mean.new_empty(0), mean.new_empty(0)
-    return dgate, dup, torch.empty_like(norm_weight), norm_weight.new_empty(gate.shape[-1] if has_bias else 0)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -101,21 +77,9 @@ def _gradient(ctx: Any, dout: Tensor, *_: Tensor) -> Any:
     gate, up, norm_weight, mean, rstd = ctx.saved_tensors
     dgate, dup, dweight, dbias = _backward(dout, gate, up, norm_weight, mean, rstd, ctx.has_bias)
     has_norm = norm_weight is not None
-    return dgate, dup, optional_gradient(dweight, has_norm), optional_gradient(dbias, ctx.has_bias), None
+    return dgate, dup, optional_gradient(dweight, has_norm), optional_gradient(dbias, ctx.has_bias)
 
 
-_forward = define(
-    "swiglu_forward",
-    "(Tensor gate, Tensor up, Tensor? norm_weight, Tensor? norm_bias, float eps)"
-    " -> (Tensor out, Tensor mean, Tensor rstd)",
-    reference=reference.swiglu_forward,
-    fake=_forward_fake,
-)
-_backward = define(
-    "swiglu_backward",
-    "(Tensor dout, Tensor gate, Tensor up, Tensor? norm_weight, Tensor mean, Tensor rstd, bool has_bias)"
-    " -> (Tensor dgate, Tensor dup, Tensor dweight, Tensor dbias)",
-    reference=reference.swiglu_backward,
-    fake=_backward_fake,
-)
+_forward = define(reference.swiglu_forward, check=_check_call)
+_backward = define(reference.swiglu_backward)
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from evakernels.ops import _check
-from evakernels.ops._register import define, differentiable
+from evakernels.ops._op import define, differentiable
 from evakernels.ops._token_index import check_range, check_unique
 from evakernels.reference import token_dropout as reference
 
@@ -47,7 +47,6 @@ def token_dropout(
         >>> evakernels.token_dropout(torch.randn(2, 196, 768), index, prefix=torch.randn(1, 768)).shape
         torch.Size([2, 99, 768])
     """
-    _check_inputs(patches, token_index, prefix, pos_embed)
     out: Tensor = _forward(patches, token_index, prefix, pos_embed)
     return out
 
@@ -86,7 +85,7 @@ def sample_token_index(
     return keys.topk(num_keep, sorted=False).indices.sort().values
 
 
-def _check_inputs(patches: Tensor, token_index: Tensor | None, prefix: Tensor | None, pos_embed: Tensor | None) -> None:
+def _check_call(patches: Tensor, token_index: Tensor | None, prefix: Tensor | None, pos_embed: Tensor | None) -> Any:
     op = "token_dropout"
     _check.floating(op, patches=patches)
     _check.floating_or_none(op, prefix=prefix, pos_embed=pos_embed)
@@ -104,30 +103,10 @@ def _check_inputs(patches: Tensor, token_index: Tensor | None, prefix: Tensor | 
         num_prefix = prefix.shape[0] if prefix.dim() else 0
         _check.shape(op, "prefix", prefix, (num_prefix, channels), "[P, C]")
     _check.shape(op, "pos_embed", pos_embed, (num_prefix + num_tokens, channels), "[P + N, C]")
+    return patches, token_index, prefix, pos_embed
 
 
 # --- ops ------------------------------------------------------------------------------------------------------------
-
-
-def _forward_fake(
-    patches: Tensor, token_index: Tensor | None, prefix: Tensor | None, pos_embed: Tensor | None
-) -> Tensor:
-    batch, num_tokens, channels = patches.shape
-    kept = num_tokens if token_index is None else token_index.shape[1]
-    num_prefix, dtype = 0 if prefix is None else prefix.shape[0], patches.dtype
-    for addend in (prefix, pos_embed):
-        dtype = dtype if addend is None else torch.promote_types(dtype, addend.dtype)
-    return patches.new_empty(batch, num_prefix + kept, channels, dtype=dtype)
-
-
-def _backward_fake(
-    dout: Tensor, token_index: Tensor | None, num_prefix: int, num_tokens: int, has_pos_embed: bool
-) -> Any:
-    batch, _, channels = dout.shape
-    pos_embed_shape = (num_prefix + num_tokens, channels) if has_pos_embed else (0,)
-    patches_shape = (0,) if token_index is None else (batch, num_tokens, channels)
-    shapes = patches_shape, (num_prefix, channels), pos_embed_shape
-    return tuple(dout.new_empty(shape) for shape in shapes)
 
 
 def _check_values(patches: Tensor, token_index: Tensor | None, *_: Tensor | None) -> None:
@@ -160,18 +139,6 @@ def _gradient(ctx: Any, dout: Tensor) -> Any:
     )
 
 
-_forward = define(
-    "token_dropout_forward",
-    "(Tensor patches, Tensor? token_index, Tensor? prefix, Tensor? pos_embed) -> Tensor",
-    reference=reference.token_dropout_forward,
-    fake=_forward_fake,
-    check=_check_values,
-)
-_backward = define(
-    "token_dropout_backward",
-    "(Tensor dout, Tensor? token_index, SymInt num_prefix, SymInt num_tokens, bool has_pos_embed)"
-    " -> (Tensor dpatches, Tensor dprefix, Tensor dpos_embed)",
-    reference=reference.token_dropout_backward,
-    fake=_backward_fake,
-)
+_forward = define(reference.token_dropout_forward, check=_check_call, check_values=_check_values)
+_backward = define(reference.token_dropout_backward)
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)

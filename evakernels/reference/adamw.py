@@ -29,8 +29,8 @@ def adamw_update(
     eps: float,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-    seeds: Sequence[int] = (),
-    first_elements: Sequence[int] = (),
+    seeds: Sequence[int],
+    first_elements: Sequence[int],
 ) -> None:
     for i, (w, g, m, v, t, lr, decay) in enumerate(
         zip(params, grads, exp_avgs, exp_avg_sqs, steps, lrs, weight_decays, strict=True)

@@ -67,12 +67,25 @@ def contrastive_backward(
     col_lse: Tensor,
     offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return contrastive_kept_backward(
-        drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, None, offset
-    )
+    return _backward(drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, None, offset)
 
 
 def contrastive_kept_backward(
+    drow_lse: Tensor,
+    dcol_lse: Tensor,
+    dpositive: Tensor,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    logits: Tensor,
+    offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, logits, offset)
+
+
+def _backward(
     drow_lse: Tensor,
     dcol_lse: Tensor,
     dpositive: Tensor,
@@ -129,9 +142,13 @@ def siglip_backward(
     dtext: Tensor,
     dlogit_scale: Tensor,
     dlogit_bias: Tensor,
-) -> tuple[Tensor, ...]:
-    gradients = zip((image, text, logit_scale, logit_bias), (dimage, dtext, dlogit_scale, dlogit_bias), strict=True)
-    return tuple((dloss * gradient).to(input.dtype) for input, gradient in gradients)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        (dloss * dimage).to(image.dtype),
+        (dloss * dtext).to(text.dtype),
+        (dloss * dlogit_scale).to(logit_scale.dtype),
+        (dloss * dlogit_bias).to(logit_bias.dtype),
+    )
 
 
 class _Gradients:

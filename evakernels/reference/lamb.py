@@ -61,8 +61,8 @@ def lamb_apply(
     eps: float,
     nvlamb: bool,
     found_inf: Tensor | None,
-    seeds: Sequence[int] = (),
-    first_elements: Sequence[int] = (),
+    seeds: Sequence[int],
+    first_elements: Sequence[int],
 ) -> None:
     ratios = _trust_ratios(squared_norms)
     for i, (w, m, v, t, lr, decay) in enumerate(
@@ -90,8 +90,8 @@ def lamb_step(
     nvlamb: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-    seeds: Sequence[int] = (),
-    first_elements: Sequence[int] = (),
+    seeds: Sequence[int],
+    first_elements: Sequence[int],
 ) -> None:
     state = exp_avgs, exp_avg_sqs, steps
     norms = lamb_update(params, grads, *state, weight_decays, beta1, beta2, eps, nvlamb, grad_scale, found_inf)

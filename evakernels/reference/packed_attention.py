@@ -19,6 +19,14 @@ _UNROTATED = (None, None, None, 0)
 
 
 def packed_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    attend = torch.ops.evakernels.rope_attention_forward
+    return packed_attention(attend, q, k, v, offsets, max_length, causal, scale)
+
+
+def packed_attention(
+    attend: Callable[..., Any],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -26,10 +34,8 @@ def packed_attention_forward(
     max_length: int,
     causal: bool,
     scale: float,
-    attend: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`attend` takes the place of the op that each batch of sequences is given to."""
-    attend = attend or torch.ops.evakernels.rope_attention_forward
+    """`attend` is what each batch of sequences is given to."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q))
     for rows, inside in _batches(offsets, causal):
