@@ -3,7 +3,7 @@
 from evakernels import nn, optim
 from evakernels._info import info
 from evakernels._version import __version__
-from evakernels.backends import BackendError, explain, use_backend
+from evakernels.backends import BackendError, ReferenceWarning, explain, use_backend
 from evakernels.dropin import accelerate, restore
 from evakernels.ops import (
     adamw_update,
@@ -31,6 +31,7 @@ from evakernels.ops import (
 
 __all__ = [
     "BackendError",
+    "ReferenceWarning",
     "__version__",
     "accelerate",
     "adamw_update",

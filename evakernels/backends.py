@@ -94,6 +94,19 @@ def kept_for(op: str) -> dict[Any, Any]:
     return _kept.setdefault(op, {})
 
 
+@contextmanager
+def served_by(op: str, implementations: dict[str, Implementation]) -> Iterator[None]:
+    """Within the `with` block these are all implementations of `op`, by backend."""
+    previous = _implementations[op]
+    try:
+        _implementations[op] = implementations
+        kept_for(op).clear()
+        yield
+    finally:
+        _implementations[op] = previous
+        kept_for(op).clear()
+
+
 def name_ops(function: str, *ops: str) -> None:
     """Tells `explain` which ops the public function of this name calls."""
     _functions[function] = ops

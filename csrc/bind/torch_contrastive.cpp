@@ -5,6 +5,7 @@
 // bfloat16, but on a Zen 5 it was no faster than the float32 product.)
 #include <algorithm>
 #include <limits>
+#include <numeric>
 
 #include "bind/torch_products.h"
 #include "cpu/contrastive.h"
@@ -110,20 +111,31 @@ class Tiles {
   int64_t height_;
 };
 
+// The features whose gradients are asked for.
+struct Wanted {
+  bool image, text;
+};
+
 class LogitGradients : public Tiles {
  public:
-  LogitGradients(const Tensor& image, const Tensor& text, const Tensor& logit_scale, int64_t offset)
+  // Nobody wants a gradient of features that `wanted` doesn't name: its place has no elements.
+  LogitGradients(const Tensor& image, const Tensor& text, const Tensor& logit_scale, int64_t offset,
+                 Wanted wanted)
       : Tiles(image, text, logit_scale, offset),
+        wanted_(wanted),
         like_scale_(logit_scale),
         text_dtype_(text.scalar_type()),
-        dimage_(new_tensor(image_, image_.sizes())),
-        dtext_(torch::stable::new_zeros(text_, text_.sizes())) {}
+        // The gradient of the scale comes with that of the images, or from that of the texts.
+        multiplies_text_(wanted.image || !wanted.text || scale_ == 0.0f),
+        dimage_(multiplies_text_ ? new_tensor(image_, image_.sizes()) : new_tensor(image_, {0})),
+        dtext_(wanted.text ? torch::stable::new_zeros(text_, text_.sizes()) : new_tensor(text_, {0})) {}
 
   // Takes in a tile that now holds the gradient of its logits.
   void add(const LogitTile& tile, int64_t start) {
     const Tensor dlogits = rows_of(logits_, 0, tile.rows);
     const Tensor scaled = rows_of(scaled_, 0, tile.rows);
-    add_product(dtext_, transposed(dlogits), scaled);
+    if (wanted_.text) add_product(dtext_, transposed(dlogits), scaled);
+    if (!multiplies_text_) return;
     multiply_into(scaled, dlogits, text_);
     std::vector<float> dot_products(tile.rows);
     cpu::finish_image(image_rows(start, tile.rows, &dimage_, dot_products.data()), cpu::active_isa(),
@@ -132,12 +144,27 @@ class LogitGradients : public Tiles {
   }
 
   std::tuple<Tensor, Tensor, Tensor> result() const {
-    return {dimage_, torch::stable::to(dtext_, text_dtype_), scalar_like(dscale_, like_scale_)};
+    const Tensor dimage = wanted_.image ? dimage_ : new_tensor(image_, {0});
+    const double dscale = multiplies_text_ ? dscale_ : dot_product(dtext_, text_) / scale_;
+    return {dimage, torch::stable::to(dtext_, text_dtype_), scalar_like(dscale, like_scale_)};
   }
 
  private:
+  // Row by row, which keeps the digits.
+  static double dot_product(const Tensor& a, const Tensor& b) {
+    const float *x = floats_of(a), *y = floats_of(b);
+    const int64_t rows = a.size(0), width = a.size(1);
+    double total = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      total += std::inner_product(x + row * width, x + (row + 1) * width, y + row * width, 0.0f);
+    }
+    return total;
+  }
+
+  Wanted wanted_;
   Tensor like_scale_;
   ScalarType text_dtype_;
+  bool multiplies_text_;
   Tensor dimage_, dtext_;
   double dscale_ = 0;
 };
@@ -186,8 +213,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& drow_lse_any, const Te
                                             const Tensor& dpositive_any, const Tensor& image,
                                             const Tensor& text, const Tensor& logit_scale,
                                             const Tensor& row_lse_any, const Tensor& col_lse_any,
-                                            const float* logits, int64_t offset) {
-  LogitGradients gradients(image, text, logit_scale, offset);
+                                            const float* logits, int64_t offset, Wanted wanted) {
+  LogitGradients gradients(image, text, logit_scale, offset, wanted);
   const int64_t rows = gradients.rows(), columns = gradients.columns();
   const Tensor drow_lse = float_vector(drow_lse_any, rows, "drow_lse");
   const Tensor dcol_lse = float_vector(dcol_lse_any, columns, "dcol_lse");
@@ -214,18 +241,21 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_backward(const Tensor& drow_lse, 
                                                         const Tensor& dpositive, const Tensor& image,
                                                         const Tensor& text, const Tensor& logit_scale,
                                                         const Tensor& row_lse, const Tensor& col_lse,
-                                                        int64_t offset) {
-  return backward(drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, nullptr, offset);
+                                                        int64_t offset, bool wants_image,
+                                                        bool wants_text) {
+  return backward(drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, nullptr, offset,
+                  {wants_image, wants_text});
 }
 
 std::tuple<Tensor, Tensor, Tensor> contrastive_kept_backward(const Tensor& drow_lse, const Tensor& dcol_lse,
                                                              const Tensor& dpositive, const Tensor& image,
                                                              const Tensor& text, const Tensor& logit_scale,
                                                              const Tensor& row_lse, const Tensor& col_lse,
-                                                             const Tensor& logits_any, int64_t offset) {
+                                                             const Tensor& logits_any, int64_t offset,
+                                                             bool wants_image, bool wants_text) {
   const Tensor logits = float_vector(logits_any, image.size(0) * text.size(0), "logits");
   return backward(drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse,
-                  floats_of(logits), offset);
+                  floats_of(logits), offset, {wants_image, wants_text});
 }
 
 Tensor siglip_value(const Tensor& image, const Tensor& text, const Tensor& logit_scale,
@@ -242,9 +272,11 @@ Tensor siglip_value(const Tensor& image, const Tensor& text, const Tensor& logit
 // The gradients are float32: backward multiplies them and rounds once.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_forward(const Tensor& image, const Tensor& text,
                                                                   const Tensor& logit_scale,
-                                                                  const Tensor& logit_bias, int64_t offset) {
+                                                                  const Tensor& logit_bias, int64_t offset,
+                                                                  bool wants_image, bool wants_text) {
   require(dtype_of(image, "image") == dtype_of(text, "text"), "text must be of image's dtype");
-  LogitGradients gradients(as_float32(image), as_float32(text), as_float32(logit_scale), offset);
+  LogitGradients gradients(as_float32(image), as_float32(text), as_float32(logit_scale), offset,
+                           {wants_image, wants_text});
   const float bias = scalar_of(logit_bias, "logit_bias");
   SiglipSums total;
   gradients.for_each([&](const LogitTile& tile, int64_t start) {

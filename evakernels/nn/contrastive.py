@@ -1,5 +1,7 @@
 """The contrastive losses as modules."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -17,14 +19,17 @@ class ClipLoss(nn.Module):
         self.group = group
         self.memory_budget = memory_budget
 
-    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-        """Features `[b, D]` and the exponentiated scale to a 0-D float32 loss."""
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *, counts: Sequence[int] | None = None
+    ) -> Tensor:
+        """Features `[b, D]` and the exponentiated scale to a 0-D float32 loss; `counts` as `clip_loss` has it."""
         return clip_loss(
             image_features,
             text_features,
             logit_scale,
             label_smoothing=self.label_smoothing,
             group=self.group,
+            counts=counts,
             memory_budget=self.memory_budget,
         )
 
@@ -39,6 +44,14 @@ class SigLipLoss(nn.Module):
         super().__init__()
         self.group = group
 
-    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
-        """Features `[b, D]`, the exponentiated scale and the bias to a 0-D float32 loss."""
-        return siglip_loss(image_features, text_features, logit_scale, logit_bias, group=self.group)
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        *,
+        counts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Features `[b, D]`, the exponentiated scale and the bias to a 0-D float32 loss; `counts` as in `ClipLoss`."""
+        return siglip_loss(image_features, text_features, logit_scale, logit_bias, group=self.group, counts=counts)

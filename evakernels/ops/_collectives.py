@@ -5,6 +5,7 @@ rank's contribution. Averaged over ranks, as data-parallel training does, the co
 exact gradient. An all-reduce gives all ranks the same bits, so the value is the same on each.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evakernels.ops._eager import is_transformed
+from evakernels.reference._numerics import accumulation_dtype
 
-_LEAST = 1e-290
-"""A sum of exponentials that is smaller has lost digits to float64's smallest numbers."""
+# Names of torch 2.13 and of those before it.
+_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
 def rank_and_size(op: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
@@ -40,50 +43,59 @@ def rank_and_size(op: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
     return rank, world_size
 
 
-def gather_rows(op: str, name: str, rows: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
+def gather_rows(
+    op: str, name: str, rows: Tensor, group: dist.ProcessGroup | None, counts: Sequence[int] | None = None
+) -> tuple[Tensor, int]:
     """The rows of all ranks, in rank order, and the place of this rank's first; ranks may have different numbers.
 
-    The owner of a row gets the sum of all ranks' gradients of it. Raises `ValueError`, on every rank, where the
-    widths differ, where some rows require a gradient and others don't, and where there are none: a collective would
-    hang or mix up the rows.
+    The owner of a row gets the sum of all ranks' gradients of it. `counts` are the numbers of rows, where the caller
+    knows them. Otherwise the ranks tell one another, and the host waits for the device.
+
+    Raises `ValueError`, on every rank, where the widths differ, where some rows require a gradient and others don't,
+    and where there are none: a collective would hang or mix up the rows. With `counts`, where they aren't those of this
+    rank and its group.
     """
     rank, world_size = rank_and_size(op, group)
+    if counts is not None and (len(counts) != world_size or counts[rank] != len(rows)):
+        raise ValueError(
+            f"{op}: counts are {list(counts)}; expected a number for each of {world_size} ranks, {len(rows)} for rank "
+            f"{rank}, as {name} has so many rows"
+        )
     if world_size == 1:
         return rows, 0
+    counts = _agreed_counts(op, name, rows, group) if counts is None else list(counts)
+    if not any(counts):
+        raise ValueError(f"{op}: {name} has no rows on any of {world_size} ranks; expected a batch on one at least")
+    gathered: Tensor = _GatherRows.apply(rows, counts, group)  # type: ignore[no-untyped-call]
+    return gathered, sum(counts[:rank])
+
+
+def _agreed_counts(op: str, name: str, rows: Tensor, group: dist.ProcessGroup | None) -> list[int]:
     wants_gradient = rows.requires_grad and torch.is_grad_enabled()
     found = _all_gather(torch.tensor([*rows.shape, wants_gradient], device=rows.device), group).tolist()
     shapes, wanting = [entry[:-1] for entry in found], [bool(entry[-1]) for entry in found]
     if any(shape[1:] != shapes[0][1:] for shape in shapes):
         listed = ", ".join(f"{shape} on rank {rank}" for rank, shape in enumerate(shapes))
         raise ValueError(f"{op}: {name} has shape {listed}; expected rows of the same width on every rank")
-    counts = [shape[0] for shape in shapes]
-    if not any(counts):
-        raise ValueError(f"{op}: {name} has no rows on any of {world_size} ranks; expected a batch on one at least")
-    if len(set(wanting)) > 1:
+    if len(set(wanting)) > 1 and any(shape[0] for shape in shapes):
         listed = ", ".join(str(rank) for rank, wanted in enumerate(wanting) if wanted)
         raise ValueError(f"{op}: {name} requires a gradient on rank {listed} alone; expected that on all ranks or none")
-    gathered: Tensor = _GatherRows.apply(rows, counts, group)  # type: ignore[no-untyped-call]
-    return gathered, sum(counts[:rank])
+    return [shape[0] for shape in shapes]
 
 
 def logsumexp_of_ranks(x: Tensor, summand: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Of each element of the vector `x` over the ranks, and the sum of `summand` `[]`; float64, without a gradient.
 
-    Both are one all-reduce of the exponentials, which float64 holds unless an element lies beyond about 700. That
-    shows in the sums, on all ranks alike; these then ask for the largest elements and sum relative to them.
+    By two all-reduces, of the largest elements and of the exponentials relative to them. One would do wherever float64
+    holds the exponentials themselves, but to ask whether it does the host would have to wait for the device.
     """
-    sums = torch.cat((x.double().exp(), summand.double()[None]))
-    dist.all_reduce(sums, group=group)
-    of_elements, total = sums[:-1], sums[-1]
-    if bool(((of_elements > _LEAST) & of_elements.isfinite()).all()):
-        return of_elements.log(), total
-    highest = x.to(torch.float64, copy=True)
+    highest = x.clone()
     dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
     # Subtracting an infinite maximum would turn infinite numbers into NaN.
-    shift = highest.where(highest.isfinite(), 0)
-    relative = (x - shift).exp_()
-    dist.all_reduce(relative, group=group)
-    return relative.log_().add_(shift), total
+    shift = highest.where(highest.isfinite(), 0).double()
+    sums = torch.cat(((x - shift).exp_(), summand.double()[None]))
+    dist.all_reduce(sums, group=group)
+    return sums[:-1].log() + shift, sums[-1]
 
 
 def sum_of_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -96,7 +108,7 @@ def sum_of_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     parts = x.new_empty(dist.get_world_size(group), *x.shape)
-    dist.all_gather(list(parts), x.contiguous(), group=group)
+    _gather(parts.flatten(0, 1) if x.dim() else parts, x.contiguous(), group=group)
     return parts
 
 
@@ -113,11 +125,13 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        height = max(ctx.counts)
-        parts = [_lengthened(part, height) for part in gradient.contiguous().split(ctx.counts)]
-        own = torch.empty_like(parts[0])
-        dist.reduce_scatter(own, parts, group=ctx.group)
-        return own[: ctx.own], None, None
+        height, dtype = max(ctx.counts), gradient.dtype
+        gradient = gradient.to(accumulation_dtype(gradient))  # sums over ranks aren't rounded on the way
+        if min(ctx.counts) != height:
+            gradient = torch.cat([_lengthened(part, height) for part in gradient.split(ctx.counts)])
+        own = gradient.new_empty(height, gradient.shape[1])
+        _scatter(own, gradient.contiguous(), group=ctx.group)
+        return own[: ctx.own].to(dtype), None, None
 
 
 def _lengthened(rows: Tensor, height: int) -> Tensor:

@@ -34,9 +34,13 @@ def is_watched() -> bool:
 def likeness(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """What calls have in common that are served alike: all that is asked about their arguments but what tensors hold.
 
-    None where that isn't known: for lists, and for tensors that aren't torch's own on a CPU or a GPU.
+    None where that isn't known, as for lists, and for tensors that aren't torch's own on a CPU or a GPU; and while ops
+    are observed.
     """
-    key: list[Any] = [backends.overrides]
+    overrides = backends.overrides
+    if overrides is not None and overrides.observer is not None:  # which must not be kept
+        return None
+    key: list[Any] = [overrides]
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is Parameter:

@@ -1,6 +1,7 @@
 """InfoNCE and SigLIP over the batch of all processes, without a matrix of logits unless it is small."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.distributed import ProcessGroup
 from evakernels import backends
 from evakernels.ops import _check
 from evakernels.ops._collectives import gather_rows, logsumexp_of_ranks, rank_and_size, sum_of_ranks
-from evakernels.ops._op import define, differentiable
+from evakernels.ops._op import define, differentiable, optional_gradient
 from evakernels.reference import contrastive as reference
 from evakernels.reference._numerics import accumulation_dtype
 
@@ -66,6 +67,7 @@ def clip_loss(
     *,
     label_smoothing: float = 0.0,
     group: ProcessGroup | None = None,
+    counts: Sequence[int] | None = None,
     memory_budget: int = MEMORY_BUDGET,
 ) -> Tensor:
     """Symmetric InfoNCE (Radford et al. 2021): the mean of two cross-entropies, over texts and over images.
@@ -77,6 +79,8 @@ def clip_loss(
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
         group: the processes whose batches make up the global batch, each with a `b` of its own, which may be 0 on
             some; None for this one alone. The text features are gathered once, and no rank computes another's logits.
+        counts: the `b` of every rank of the group, where the caller knows them. Otherwise the ranks tell one another
+            first, for which the host waits.
         memory_budget: bytes that the `[b, B]` logits of this rank may take from the forward pass to the backward pass,
             4 an element. Where they fit, forward and backward are three matrix products; else they are four, for
             backward makes the logits again, in chunks. 0 keeps none.
@@ -90,7 +94,8 @@ def clip_loss(
     Raises:
         TypeError: for a dtype that isn't accepted.
         ValueError: for shapes or devices that don't fit together, an empty batch, a D that differs between ranks, text
-            features of which only some ranks' require a gradient, a label_smoothing outside [0, 1], a negative
+            features of which only some ranks' require a gradient (neither is seen with `counts`), counts that aren't
+            those of this rank and group, a label_smoothing outside [0, 1], a negative
             memory_budget, or a group that this process isn't in.
         RuntimeError: over several ranks, under forward-mode differentiation and functorch's transforms.
 
@@ -108,7 +113,7 @@ def clip_loss(
         raise ValueError(f"{op}: label_smoothing is {label_smoothing}; accepted: 0 to 1")
     if memory_budget < 0:
         raise ValueError(f"{op}: memory_budget is {memory_budget}; accepted: at least 0")
-    text, offset = gather_rows(op, "text_features", text_features, group)
+    text, offset = gather_rows(op, "text_features", text_features, group, counts)
     inputs = image_features, text, logit_scale
     row_lse, col_lse, target = _statistics(inputs, offset, memory_budget)
     if label_smoothing > 0 and len(row_lse):
@@ -148,6 +153,7 @@ def siglip_loss(
     logit_bias: Tensor,
     *,
     group: ProcessGroup | None = None,
+    counts: Sequence[int] | None = None,
 ) -> Tensor:
     """The sigmoid loss (SigLIP, Zhai et al. 2023): a binary classification of every image-text combination.
 
@@ -164,7 +170,7 @@ def siglip_loss(
     _check_batch(op, image_features, text_features, group)
     logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image_features)
     logit_bias = _checked_scalar(op, "logit_bias", logit_bias, image_features)
-    text, offset = gather_rows(op, "text_features", text_features, group)
+    text, offset = gather_rows(op, "text_features", text_features, group, counts)
     return sum_of_ranks(siglip_sum(image_features, text, logit_scale, logit_bias, offset), group) / len(text)
 
 
@@ -176,8 +182,11 @@ def siglip_sum(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Ten
     inputs = image, text, logit_scale.reshape(()), logit_bias.reshape(())
     if len(image) == 0:
         return _nothing(*inputs)
-    total: Tensor = _siglip_forward(*inputs, offset)[0] if _wants_gradient(inputs) else _siglip_value(*inputs, offset)
-    return total
+    if not _wants_gradient(inputs):
+        value: Tensor = _siglip_value(*inputs, offset)
+        return value
+    loss: Tensor = _siglip_forward(*inputs, offset, image.requires_grad, text.requires_grad)[0]
+    return loss
 
 
 def _wants_gradient(inputs: tuple[Tensor, ...]) -> bool:
@@ -260,12 +269,20 @@ def _backward_fake(
     row_lse: Tensor,
     col_lse: Tensor,
     offset: int,
+    wants_image: bool,
+    wants_text: bool,
 ) -> Any:
-    return _empty_gradients(image, text, logit_scale)
+    return _empty_gradients(image, text, logit_scale, wants_image, wants_text)
 
 
-def _empty_gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs)
+def _empty_gradients(
+    image: Tensor, text: Tensor, logit_scale: Tensor, wants_image: bool, wants_text: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of features that nobody wants it of the place is empty."""
+    dimage, dtext = (
+        x.new_empty(x.shape if wanted else (0,)) for x, wanted in ((image, wants_image), (text, wants_text))
+    )
+    return dimage, dtext, torch.empty_like(logit_scale)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -276,7 +293,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _gradient(ctx: Any, drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tensor, *_: Tensor) -> Any:
-    return *_backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset), None
+    wanted = ctx.needs_input_grad[:2]
+    gradients = _backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset, *wanted)
+    return _optional_gradients(gradients, wanted)
+
+
+def _optional_gradients(gradients: tuple[Tensor, ...], wanted: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
+    return *map(optional_gradient, gradients[:2], wanted), *gradients[2:]
 
 
 _forward = define(
@@ -302,9 +325,14 @@ def _kept_backward_fake(
     image: Tensor,
     text: Tensor,
     logit_scale: Tensor,
-    *rest: Any,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    logits: Tensor,
+    offset: int,
+    wants_image: bool,
+    wants_text: bool,
 ) -> Any:
-    return _empty_gradients(image, text, logit_scale)
+    return _empty_gradients(image, text, logit_scale, wants_image, wants_text)
 
 
 def _kept_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -315,7 +343,9 @@ def _kept_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _kept_gradient(ctx: Any, drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tensor, *_: Tensor) -> Any:
-    return *_kept_backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset), None
+    wanted = ctx.needs_input_grad[:2]
+    gradients = _kept_backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset, *wanted)
+    return _optional_gradients(gradients, wanted)
 
 
 def _kept_composed(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int) -> Any:
@@ -339,15 +369,25 @@ def _siglip_value_fake(image: Tensor, text: Tensor, logit_scale: Tensor, logit_b
     return image.new_empty((), dtype=accumulation_dtype(image))
 
 
-def _siglip_forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Any:
+def _siglip_forward_fake(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    offset: int,
+    wants_image: bool,
+    wants_text: bool,
+) -> Any:
     loss = _siglip_value_fake(image, text, logit_scale, logit_bias, offset)
-    return loss, *(loss.new_empty(x.shape) for x in (image, text, logit_scale, logit_bias))
+    gradients = _empty_gradients(image, text, logit_scale, wants_image, wants_text)
+    return loss, *(loss.new_empty(x.shape) for x in (*gradients, logit_bias))
 
 
 def _siglip_backward_fake(
     dloss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, *gradients: Tensor
 ) -> Any:
-    return _empty_gradients(image, text, logit_scale, logit_bias)
+    inputs = image, text, logit_scale, logit_bias
+    return tuple(gradient.to(input.dtype) for gradient, input in zip(gradients, inputs, strict=True))
 
 
 def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -357,10 +397,12 @@ def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _siglip_gradient(ctx: Any, dloss: Tensor, *_: Tensor) -> Any:
-    return *_siglip_backward(dloss, *ctx.saved_tensors), None
+    return _optional_gradients(_siglip_backward(dloss, *ctx.saved_tensors), ctx.needs_input_grad[:2])
 
 
-def _siglip_composed(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Any:
+def _siglip_composed(
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, *wanted: bool
+) -> Any:
     """Without the gradients, which are torch's then."""
     loss = reference.siglip_value(image, text, logit_scale, logit_bias, offset)
     return loss, *(loss.new_empty(0) for _ in range(4))

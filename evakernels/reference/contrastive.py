@@ -10,7 +10,7 @@ the gradients with the loss, and backward multiplies them.
 Row i of `image` [m, D] belongs to row offset + i of `text` [B, D]. One tile of logits serves both directions,
 and unless it is kept neither the [m, B] matrix nor anything of its size exists at any time. Logits and sums are
 float32 (float64 for float64 input); 16-bit features are widened first, for a CPU has no 16-bit product with a float32
-result.
+result. Features whose gradient nobody wants cost no product for it; its place holds no elements.
 """
 
 from collections.abc import Iterator
@@ -66,8 +66,11 @@ def contrastive_backward(
     row_lse: Tensor,
     col_lse: Tensor,
     offset: int,
+    wants_image: bool,
+    wants_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, None, offset)
+    gradients = _Gradients(image, text, logit_scale, wants_image, wants_text)
+    return _backward(gradients, drow_lse, dcol_lse, dpositive, row_lse, col_lse, None, offset)
 
 
 def contrastive_kept_backward(
@@ -81,23 +84,23 @@ def contrastive_kept_backward(
     col_lse: Tensor,
     logits: Tensor,
     offset: int,
+    wants_image: bool,
+    wants_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, logits, offset)
+    gradients = _Gradients(image, text, logit_scale, wants_image, wants_text)
+    return _backward(gradients, drow_lse, dcol_lse, dpositive, row_lse, col_lse, logits, offset)
 
 
 def _backward(
+    gradients: "_Gradients",
     drow_lse: Tensor,
     dcol_lse: Tensor,
     dpositive: Tensor,
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
     row_lse: Tensor,
     col_lse: Tensor,
     kept: Tensor | None,
     offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _Gradients(image, text, logit_scale)
     for rows, logits in gradients.tiles(kept):
         through_rows = (logits - row_lse[rows, None]).exp_().mul_(drow_lse[rows, None])
         dlogits = (logits - col_lse).exp_().mul_(dcol_lse).add_(through_rows)
@@ -118,9 +121,15 @@ def siglip_value(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: T
 
 
 def siglip_forward(
-    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    offset: int,
+    wants_image: bool,
+    wants_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradients = _Gradients(image, text, logit_scale)
+    gradients = _Gradients(*_widened(image, text, logit_scale), wants_image, wants_text)
     total, dbias = (torch.zeros_like(gradients.dscale) for _ in range(2))
     for rows, logits in gradients.tiles():
         _negate_pairs(logits.add_(logit_bias), offset + rows.start)
@@ -129,7 +138,7 @@ def siglip_forward(
         dlogits = _negate_pairs(logits.sigmoid_(), offset + rows.start)
         dbias += dlogits.sum()
         gradients.add(rows, dlogits)
-    return total, gradients.dimage, gradients.dtext, gradients.dscale, dbias
+    return total, *gradients.result(), dbias
 
 
 def siglip_backward(
@@ -154,10 +163,14 @@ def siglip_backward(
 class _Gradients:
     """Computes the logits tile by tile and sums what their gradients give for features and scale."""
 
-    def __init__(self, image: Tensor, text: Tensor, logit_scale: Tensor) -> None:
+    def __init__(
+        self, image: Tensor, text: Tensor, logit_scale: Tensor, wants_image: bool, wants_text: bool
+    ) -> None:
+        self.wants_image, self.wants_text = wants_image, wants_text
         self.dtypes = image.dtype, text.dtype, logit_scale.dtype
         self.image, self.text, self.scale = _widened(image, text, logit_scale)
-        self.dimage, self.dtext = torch.empty_like(self.image), torch.zeros_like(self.text)
+        self.dimage = torch.empty_like(self.image) if wants_image else self.image.new_empty(0)
+        self.dtext = torch.zeros_like(self.text) if wants_text else self.text.new_empty(0)
         self.dscale = torch.zeros_like(self.scale)
 
     def tiles(self, kept: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
@@ -166,10 +179,16 @@ class _Gradients:
 
     def add(self, rows: slice, dlogits: Tensor) -> None:
         image = self.image[rows]
-        dscaled_image = dlogits @ self.text
-        self.dimage[rows] = self.scale * dscaled_image
-        self.dtext += dlogits.T @ (self.scale * image)
-        self.dscale += (image * dscaled_image).sum()
+        if self.wants_text:
+            dscaled_text = dlogits.T @ image
+            self.dtext += self.scale * dscaled_text
+        if self.wants_image or not self.wants_text:
+            dscaled_image = dlogits @ self.text
+            self.dscale += (image * dscaled_image).sum()
+        else:  # the scale's gradient from whichever product there is
+            self.dscale += (self.text * dscaled_text).sum()
+        if self.wants_image:
+            self.dimage[rows] = self.scale * dscaled_image
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         image, text, scale = self.dtypes

@@ -15,7 +15,7 @@ OP = "layer_norm_forward"
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls():
     """The backends that served `layer_norm_forward`, in order; the reference computes, whoever is asked."""
     served = []
     compute = backends._implementations[OP]["reference"].function
@@ -34,8 +34,8 @@ def calls(monkeypatch):
         "cpu": backends.Implementation("cpu", recorded("cpu"), float32_only),
         "reference": backends.Implementation("reference", recorded("reference"), lambda *_: []),
     }
-    monkeypatch.setitem(backends._implementations, OP, fakes)
-    return served
+    with backends.served_by(OP, fakes):
+        yield served
 
 
 def test_the_preferred_backend_serves_what_it_can_and_the_reference_the_rest(calls):
@@ -67,7 +67,7 @@ def test_nested_overrides_end_with_their_block_after_an_exception_too(calls):
     with evakernels.use_backend("reference"), evakernels.use_backend("cpu"):
         evakernels.layer_norm(x)
     assert calls == ["reference", "cpu", "cpu"]
-    assert backends._forced is None
+    assert backends.overrides is None
 
 
 def test_forcing_the_reference_holds_inside_a_compiled_function(calls):
@@ -81,18 +81,18 @@ def test_forcing_the_reference_holds_inside_a_compiled_function(calls):
     assert calls == ["cpu", "reference", "cpu"]
 
 
-def test_forcing_the_reference_holds_in_a_backward_pass_inside_the_block(calls, monkeypatch):
+def test_forcing_the_reference_holds_in_a_backward_pass_inside_the_block(calls):
     op, served = "layer_norm_backward", []
     compute = backends._implementations[op]["reference"].function
     fakes = {
         name: backends.Implementation(name, lambda *args, n=name: served.append(n) or compute(*args), lambda *_: [])
         for name in ("cpu", "reference")
     }
-    monkeypatch.setitem(backends._implementations, op, fakes)
     x = torch.ones(2, 4, requires_grad=True)
-    with evakernels.use_backend("reference"):
+    with backends.served_by(op, fakes):
+        with evakernels.use_backend("reference"):
+            evakernels.layer_norm(x).sum().backward()
         evakernels.layer_norm(x).sum().backward()
-    evakernels.layer_norm(x).sum().backward()
     assert served == ["reference", "cpu"]
 
 
@@ -173,11 +173,12 @@ def test_triton_does_not_serve_gpus_that_it_compiles_nothing_for(capability, cud
     assert reasons == ["the GPU has compute capability 7.5; Triton needs 8.0 or later"] * refused
 
 
-def test_without_any_usable_backend_the_error_lists_all(monkeypatch):
-    for backend in backends.PREFERENCE:
-        refusing = backends.Implementation(backend, lambda: None, lambda *_, b=backend: [f"{b} is tired"])
-        monkeypatch.setitem(backends._implementations, OP, backends._implementations[OP] | {backend: refusing})
-    with pytest.raises(evakernels.BackendError, match=r"no backend serves layer_norm_forward(.|\n)*cpu is tired"):
+def test_without_any_usable_backend_the_error_lists_all():
+    refusing = {
+        backend: backends.Implementation(backend, lambda: None, lambda *_, b=backend: [f"{b} is tired"])
+        for backend in backends.PREFERENCE
+    }
+    with backends.served_by(OP, refusing), pytest.raises(evakernels.BackendError, match=r"no backend serves layer_norm_forward(.|\n)*cpu is tired"):
         evakernels.layer_norm(torch.ones(2, 4))
 
 
@@ -253,4 +254,102 @@ def test_only_a_call_that_nobody_watches_goes_past_the_dispatcher(monkeypatch):
     assert seen.count(op) == 2
     monkeypatch.setattr(layer_norm_family._forward, "overload", None)
     evakernels.layer_norm(x)
+    with torch.profiler.profile():
+        evakernels.layer_norm(x)
     evakernels.layer_norm(x.clone().requires_grad_()).sum().backward()
+
+
+def test_a_call_is_resolved_once(calls, monkeypatch):
+    """By dtypes, shapes, devices, numbers and what the process has switched; wrong calls never are."""
+    asked, select = [], backends.select
+    monkeypatch.setattr(backends, "select", lambda op, args: asked.append(op) or select(op, args))
+    x, weight = torch.ones(2, 4), torch.nn.Parameter(torch.ones(4))
+    for _ in range(2):
+        evakernels.layer_norm(x, weight)
+        evakernels.layer_norm(x.clone(), weight.detach())
+    assert asked == [OP]
+    changed = (
+        lambda: evakernels.layer_norm(x[:1], weight),
+        lambda: evakernels.layer_norm(x.double(), weight),
+        lambda: evakernels.layer_norm(x, weight, eps=1e-6),
+        lambda: evakernels.rms_norm(x, weight),
+    )
+    for call in changed:
+        for _ in range(2):
+            call()
+    assert asked == [OP] * 5
+    with torch.autocast("cpu"):
+        evakernels.layer_norm(x, weight)
+        evakernels.layer_norm(x, weight)
+    assert asked == [OP] * 6
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"weight has shape \(3,\)"):
+            evakernels.layer_norm(x, weight[:3])
+    assert asked == [OP] * 6
+
+
+def test_what_a_check_makes_of_a_call_is_made_of_each_like_it():
+    """Autocast's casts, which autograd sees, and numbers that stand for None."""
+    q, k, v = torch.randn(3, 1, 5, 2, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    for _ in range(3):
+        leaf = q.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = evakernels.rope_attention(leaf, k, v)
+        out.sum().backward()
+        assert out.dtype == torch.bfloat16
+        assert leaf.grad.dtype == torch.float32
+        assert torch.equal(evakernels.rope_attention(q, k, v), evakernels.rope_attention(q, k, v, scale=8**-0.5))
+
+
+def test_so_many_plans_are_kept_and_no_more(monkeypatch):
+    op = layer_norm_family._forward
+    monkeypatch.setattr(sys.modules["evakernels.ops._op"], "MAX_PLANS", 3)
+    op.plans.clear()
+    for rows in range(1, 9):
+        evakernels.layer_norm(torch.ones(rows, 4))
+        assert len(op.plans) <= 3
+
+
+def test_an_observer_sees_every_call_and_is_not_kept():
+    x, seen = torch.ones(2, 4), []
+    evakernels.layer_norm(x)
+    with backends.observed_by(lambda op, backend: seen.append(op)):
+        evakernels.layer_norm(x)
+        evakernels.layer_norm(x)
+    evakernels.layer_norm(x)
+    assert seen == [OP] * 2
+
+
+def on_a_gpu() -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.ones(2, 4, device="cuda")
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """No kernel serves a GPU."""
+    monkeypatch.setattr(backends, "_warned", set())
+    known = backends._implementations[OP]
+    tired = {b: backends.Implementation(b, known[b].function, lambda *_: ["it is tired"], "cuda") for b in ("cuda", "triton")}
+    with backends.served_by(OP, known | tired):
+        yield
+
+
+def test_the_reference_on_a_gpu_is_told_once(refused):
+    given = on_a_gpu(), None, None, 1e-5, False
+    text = "layer_norm_forward runs as its reference, in plain PyTorch, which is slow on a GPU (cuda: it is tired; "
+    with pytest.warns(evakernels.ReferenceWarning, match=re.escape(text)) as told:
+        assert backends.select(OP, given).backend == "reference"
+        assert backends.select(OP, given).backend == "reference"
+    assert len(told) == 1
+    with evakernels.use_backend("reference"):  # which is what was asked for
+        backends.select(OP, given)
+
+
+def test_the_reference_on_a_gpu_is_an_error_for_who_wants_it_to_be(refused, monkeypatch):
+    monkeypatch.setenv("EVAKERNELS_STRICT", "1")
+    with pytest.raises(evakernels.BackendError, match="triton: it is tired.; EVAKERNELS_STRICT is set"):
+        backends.select(OP, (on_a_gpu(), None, None, 1e-5, False))
+    monkeypatch.setenv("EVAKERNELS_STRICT", "0")
+    with pytest.warns(evakernels.ReferenceWarning):
+        backends.select(OP, (on_a_gpu(), None, None, 1e-5, False))

@@ -295,8 +295,8 @@ def test_opcheck(nvlamb, flagged):
     options = (*BETAS, EPS, nvlamb)
     assert_opcheck(OPS.lamb_update.default, (params, grads, *moments, steps, DECAYS, *options, grad_scale, found_inf))
     norms = torch.rand(len(params), 2)
-    assert_opcheck(OPS.lamb_apply.default, (params, *moments, steps, norms, LRS, DECAYS, *options, found_inf))
-    step_arguments = (params, grads, *moments, steps, LRS, DECAYS, *options, grad_scale, found_inf)
+    assert_opcheck(OPS.lamb_apply.default, (params, *moments, steps, norms, LRS, DECAYS, *options, found_inf, [], []))
+    step_arguments = (params, grads, *moments, steps, LRS, DECAYS, *options, grad_scale, found_inf, [], [])
     assert_opcheck(OPS.lamb_step.default, step_arguments)
 
 
