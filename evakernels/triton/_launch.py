@@ -39,8 +39,3 @@ def rows_of(tensor: Tensor) -> Tensor:
 def dense(tensor: Tensor | None) -> Tensor | None:
     """Contiguous; most parameters are."""
     return None if tensor is None else tensor.contiguous()
-
-
-def too_wide(width: int, limit: int) -> list[str]:
-    """The reason, if it is one, why kernels that hold whole rows can't serve this width."""
-    return [f"rows of {width} channels are longer than {limit}"] if width > limit else []

@@ -5,28 +5,16 @@ many programs as the GPU runs at a time; each keeps its sums over rows in regist
 partial sums, which are added in a fixed order.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from evakernels.triton._launch import dense, on_device_of, persistent_programs, rows_of, too_wide
+from evakernels.triton._launch import dense, on_device_of, persistent_programs, rows_of
 from evakernels.triton._rows import load_channels, load_tile, product, row_mean, store_partial_sum, store_tile, tile_at
 from evakernels.tuning import config
-
-MAX_WIDTH = 1 << 13
-"""Up to which registers hold a row, and in backward its gradient and two sums over rows; half of it with three."""
-
-_LAYER_SCALE = {"add_layer_norm_backward": 5, "layer_norm_add_backward": 4}
-"""Which argument it is."""
-
-
-def reasons(op: str, *args: Any) -> list[str]:
-    place = _LAYER_SCALE.get(op, len(args))
-    has_layer_scale = place < len(args) and args[place] is not None
-    return too_wide(args[0].shape[-1], MAX_WIDTH // 2 if has_layer_scale else MAX_WIDTH)
 
 
 @triton.jit

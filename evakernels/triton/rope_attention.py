@@ -13,18 +13,6 @@ from evakernels.triton._attention import PREFIX_ROWS, forward_kernel, key_kernel
 from evakernels.triton._launch import on_device_of
 from evakernels.tuning import config
 
-MAX_HEAD_DIM = 128
-"""A program holds its rows in registers."""
-
-
-def reasons(op: str, first: Tensor, *rest: Any) -> list[str]:
-    head_dim, found = first.shape[-1], []
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        found.append(f"head_dim {head_dim} is not one of 1 to {MAX_HEAD_DIM}")
-    if rest and isinstance(rest[-1], float) and not rest[-1] > 0:
-        found.append(f"scale {rest[-1]} is not positive")
-    return found
-
 
 @dataclass(frozen=True)
 class Attention:

@@ -5,29 +5,20 @@ grid. Backward walks over the rows with as many programs as the GPU runs at a ti
 give the norm's weight and bias their gradients, are one row of partial sums a program. They are added in a fixed order.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from evakernels.triton._launch import dense, on_device_of, persistent_programs, rows_of, too_wide
+from evakernels.triton._launch import dense, on_device_of, persistent_programs, rows_of
+from evakernels.triton._limits import MAX_SWIGLU_WIDTH
 from evakernels.triton._rows import load_channels, load_tile, product, row_mean, store_partial_sum, store_tile, tile_at
 from evakernels.tuning import config
-
-MAX_WIDTH = {"swiglu_forward": 1 << 13, "swiglu_backward": 1 << 12}
-"""Up to which registers hold a row, and in backward its gradients and the sums over rows."""
-
-
-def reasons(op: str, *args: Any) -> list[str]:
-    norm_weight = args[2 if op == "swiglu_forward" else 3]
-    return [] if norm_weight is None else too_wide(args[0].shape[-1], MAX_WIDTH[op])
 
 
 def _pieces(op: str, width: int) -> tuple[int, int]:
     """How many channels a program has at a time, and of how many such pieces a row consists."""
-    block = min(max(triton.next_power_of_2(width), 1), MAX_WIDTH[op])
+    block = min(max(triton.next_power_of_2(width), 1), MAX_SWIGLU_WIDTH[op])
     return block, triton.cdiv(width, block)
 
 
