@@ -41,6 +41,10 @@ the largest term by e^-27."""
 UNIT = tl.constexpr(16384.0)
 """To about this, a power of two, the largest gradient of a logit is scaled: float16 has nothing below 6e-8."""
 
+SIZES = ("rows", "steps", "offset")
+"""What Triton shall not compile again for, as for the addresses of vectors. It does so for `columns`, whose divisors
+tell how much of a row of logits may be moved at once."""
+
 BAND = tl.constexpr(8)
 """Rows of tiles that are worked on together: the features that they share stay in the L2 cache."""
 
@@ -68,16 +72,16 @@ def _products(
     text,
     rows,
     columns,
-    depth,
+    steps,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     inner = tl.arange(0, BLOCK_K)
-    image += rows[:, None].to(tl.int64) * depth + inner[None, :]
-    text += columns[None, :].to(tl.int64) * depth + inner[:, None]
+    image += rows[:, None].to(tl.int64) * (steps * BLOCK_K) + inner[None, :]
+    text += columns[None, :].to(tl.int64) * (steps * BLOCK_K) + inner[:, None]
     products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for _ in range(0, depth, BLOCK_K):
+    for _ in range(steps):
         products = tl.dot(tl.load(image), tl.load(text), products, input_precision="ieee")
         image += BLOCK_K
         text += BLOCK_K
@@ -99,7 +103,7 @@ def _finite(maximum):
 # --- InfoNCE --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, "positive", "row_max", "row_sum", "col_max", "col_sum"])
 def statistics_kernel(
     image,
     text,
@@ -112,7 +116,7 @@ def statistics_kernel(
     kept,
     rows: tl.int32,
     columns: tl.int32,
-    depth: tl.int32,
+    steps: tl.int32,
     offset: tl.int32,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -121,7 +125,7 @@ def statistics_kernel(
     row_tile, column_tile = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N))
     row, image_row = _positions(row_tile * BLOCK_M, rows, BLOCK_M)
     column, text_row = _positions(column_tile * BLOCK_N, columns, BLOCK_N)
-    logits = _products(image, text, image_row, text_row, depth, BLOCK_M, BLOCK_N, BLOCK_K)
+    logits = _products(image, text, image_row, text_row, steps, BLOCK_M, BLOCK_N, BLOCK_K)
     logits *= tl.load(scale).to(tl.float32)
     if _has_pairs(row_tile, column_tile, offset, BLOCK_M, BLOCK_N):
         own = tl.sum(tl.where(column[None, :] == (row + offset)[:, None], logits, 0.0), 1)
@@ -149,7 +153,7 @@ def statistics_kernel(
     tl.store(col_sum + at, sum_of_columns, mask=column < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["maxima", "sums", "highest", "total", "parts", "count"])
 def merge_kernel(
     maxima, sums, highest, total, parts: tl.int32, count: tl.int32, FINAL: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -174,7 +178,7 @@ def merge_kernel(
         tl.store(total + at, both, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, "drow_lse", "dcol_lse", "dpositive", "row_lse", "col_lse"])
 def gradient_kernel(
     drow_lse,
     dcol_lse,
@@ -188,7 +192,7 @@ def gradient_kernel(
     dlogits,
     rows: tl.int32,
     columns: tl.int32,
-    depth: tl.int32,
+    steps: tl.int32,
     offset: tl.int32,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -198,7 +202,7 @@ def gradient_kernel(
     row, image_row = _positions(row_tile * BLOCK_M, rows, BLOCK_M)
     column, text_row = _positions(column_tile * BLOCK_N, columns, BLOCK_N)
     if kept is None:
-        logits = _products(image, text, image_row, text_row, depth, BLOCK_M, BLOCK_N, BLOCK_K)
+        logits = _products(image, text, image_row, text_row, steps, BLOCK_M, BLOCK_N, BLOCK_K)
         logits *= tl.load(scale).to(tl.float32)
     else:
         logits = tl.load(kept + image_row[:, None].to(tl.int64) * columns + text_row[None, :])
@@ -253,7 +257,7 @@ def _statistics(
             by_column = image.new_empty(2, triton.cdiv(count, row_tile), columns, dtype=torch.float32)
             statistics_kernel[_grid(count, columns, launch)](
                 *(image[chunk], text, logit_scale, positive[chunk], *by_row, *by_column),
-                *(_rows(kept, chunk), count, *text.shape, offset + chunk.start),
+                *(_rows(kept, chunk), count, len(text), _steps(text, launch), offset + chunk.start),
                 **launch,
             )
             _merge(by_row, row_max[chunk], row_lse[chunk], final=True)
@@ -312,7 +316,7 @@ def _backward(
             gradient_kernel[grid](
                 *(drow_lse[chunk], dcol_lse, dpositive[chunk], gradients.image[chunk], gradients.text, logit_scale),
                 *(row_lse[chunk], col_lse, _rows(kept, chunk), dlogits),
-                *(len(dlogits), *gradients.text.shape, offset + chunk.start),
+                *(len(dlogits), len(gradients.text), gradients.steps, offset + chunk.start),
                 **gradients.launch,
             )
             gradients.add(chunk, dlogits)
@@ -326,7 +330,8 @@ def _rows(matrix: Tensor | None, chunk: slice) -> Tensor | None:
 
 def _merge(parts: Tensor, highest: Tensor, total: Tensor, *, final: bool) -> None:
     grid = (triton.cdiv(total.numel(), 256),)
-    merge_kernel[grid](*parts, highest, total, *parts.shape[1:], FINAL=final, BLOCK=256, num_warps=4)
+    launch = {"BLOCK": 256, "num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 changes the default
+    merge_kernel[grid](*parts, highest, total, *parts.shape[1:], FINAL=final, **launch)
 
 
 def _unit_of(*gradients: Tensor) -> Tensor:
@@ -354,7 +359,7 @@ def _log1p(x):
     return 2.0 * z * series
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, "losses", "dbias"])
 def siglip_kernel(
     image,
     text,
@@ -365,7 +370,7 @@ def siglip_kernel(
     dlogits,
     rows: tl.int32,
     columns: tl.int32,
-    depth: tl.int32,
+    steps: tl.int32,
     offset: tl.int32,
     HAS_GRADIENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -375,7 +380,7 @@ def siglip_kernel(
     row_tile, column_tile = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N))
     row, image_row = _positions(row_tile * BLOCK_M, rows, BLOCK_M)
     column, text_row = _positions(column_tile * BLOCK_N, columns, BLOCK_N)
-    products = _products(image, text, image_row, text_row, depth, BLOCK_M, BLOCK_N, BLOCK_K)
+    products = _products(image, text, image_row, text_row, steps, BLOCK_M, BLOCK_N, BLOCK_K)
     logits = products * tl.load(scale).to(tl.float32) + tl.load(bias).to(tl.float32)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     is_pair = column[None, :] == (row + offset)[:, None]
@@ -401,7 +406,7 @@ def siglip_value(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: T
     with on_device_of(image):
         siglip_kernel[(programs,)](
             *(image, text, logit_scale, logit_bias, losses, None, None),
-            *(image.shape[0], text.shape[0], image.shape[1], offset),
+            *(image.shape[0], text.shape[0], _steps(image, launch), offset),
             HAS_GRADIENT=False,
             **launch,
         )
@@ -419,7 +424,7 @@ def siglip_forward(
             sums.append(image.new_empty(2, *grid, dtype=torch.float32))
             siglip_kernel[grid](
                 *(gradients.image[chunk], gradients.text, logit_scale, logit_bias, *sums[-1], dlogits),
-                *(len(dlogits), *gradients.text.shape, offset + chunk.start),
+                *(len(dlogits), len(gradients.text), gradients.steps, offset + chunk.start),
                 HAS_GRADIENT=True,
                 **gradients.launch,
             )
@@ -446,6 +451,7 @@ class _Gradients:
     ) -> None:
         self.launch, self.unit = _launch(op, image), unit
         self.image, self.text = _padded(image, self.launch), _padded(text, self.launch)
+        self.steps = _steps(self.text, self.launch)
         self.factor = logit_scale.float() / unit
         self.dimage = torch.empty_like(image, dtype=dtype, memory_format=torch.contiguous_format)
         self.dtext = torch.zeros_like(self.text, dtype=torch.float32)
@@ -482,8 +488,15 @@ def _launch(op: str, image: Tensor) -> dict[str, int]:
 
 
 def _padded(features: Tensor, launch: dict[str, int]) -> Tensor:
-    """The features with zeros behind them, so that blocks divide the depth and rows begin where words do."""
-    return F.pad(features, (0, -features.shape[1] % launch["BLOCK_K"])).contiguous()
+    """The features with zeros behind them, so that blocks divide the depth and rows begin where words do; without a copy
+    where they do."""
+    missing = -features.shape[1] % launch["BLOCK_K"]
+    return (F.pad(features, (0, missing)) if missing else features).contiguous()
+
+
+def _steps(padded: Tensor, launch: dict[str, int]) -> int:
+    """In how many blocks the kernels walk over the depth."""
+    return padded.shape[1] // launch["BLOCK_K"]
 
 
 def _grid(rows: int, columns: int, launch: dict[str, int]) -> tuple[int]:
