@@ -488,8 +488,7 @@ def _launch(op: str, image: Tensor) -> dict[str, int]:
 
 
 def _padded(features: Tensor, launch: dict[str, int]) -> Tensor:
-    """The features with zeros behind them, so that blocks divide the depth and rows begin where words do; without a copy
-    where they do."""
+    """The features, with zeros behind them where blocks don't divide the depth. So rows begin where words do."""
     missing = -features.shape[1] % launch["BLOCK_K"]
     return (F.pad(features, (0, missing)) if missing else features).contiguous()
 
