@@ -56,7 +56,7 @@ _RATES, _DECAYS = [1e-2, 1e-2, 1e-2], [0.0, 0.1, 0.1]
 
 
 def _adamw_update(draw: _Draw) -> tuple[Any, ...]:
-    return *_state(draw), _RATES, _DECAYS, *_BETAS, _EPS, None, None
+    return *_state(draw), _RATES, _DECAYS, *_BETAS, _EPS, None, None, [], []
 
 
 def _lamb_update(draw: _Draw) -> tuple[Any, ...]:
@@ -65,17 +65,17 @@ def _lamb_update(draw: _Draw) -> tuple[Any, ...]:
 
 def _lamb_apply(draw: _Draw) -> tuple[Any, ...]:
     params, _, *state = _state(draw)
-    return params, *state, draw.statistic(3, 2), _RATES, _DECAYS, *_BETAS, _EPS, False, None
+    return params, *state, draw.statistic(3, 2), _RATES, _DECAYS, *_BETAS, _EPS, False, None, [], []
 
 
 def _lamb_step(draw: _Draw) -> tuple[Any, ...]:
-    return *_state(draw), _RATES, _DECAYS, *_BETAS, _EPS, False, None, None
+    return *_state(draw), _RATES, _DECAYS, *_BETAS, _EPS, False, None, None, [], []
 
 
 def _siglip_backward(draw: _Draw) -> tuple[Any, ...]:
     """Behind the forward pass, which computes the gradients."""
     inputs = next(calls.calls("siglip_forward", {"depth": 64}, draw))
-    return draw.statistic(), *inputs[:-1], *reference.siglip_forward(*inputs)[1:]
+    return draw.statistic(), *inputs[:4], *reference.siglip_forward(*inputs)[1:]
 
 
 _CALLS = {

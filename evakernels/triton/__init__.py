@@ -1,7 +1,9 @@
 """Kernels in Triton, one file per op family: the portable path for GPUs without the CUDA build.
 
 A family's file holds its kernels and, under the name of each op that it serves, the function that launches them. The
-files are imported by the first call that they could serve: importing evakernels doesn't import Triton.
+files are imported by the first call that they serve: importing evakernels doesn't import Triton, nor does asking why a
+call can't be served. `static_reasons` tells what holds for all calls of a device and dtypes, `shape_reasons` gives the
+question about a call's shapes.
 
 Without a GPU they are tested by an interpreter of the PTX that Triton makes of them: `interpret` lets them serve CPU
 tensors.
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 
 from evakernels import backends
+from evakernels.triton import _limits
 
 FAMILIES = {
     "contrastive": (
@@ -70,20 +73,42 @@ def interpret() -> None:
 
 @cache
 def launcher(op: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(_module(op), op)
+    """The function that launches the kernels of `op`; it takes the op's arguments."""
+    function: Callable[..., Any] = getattr(importlib.import_module(f"{__name__}.{_FAMILY_OF[op]}"), op)
     return function
 
 
-def _module(op: str) -> Any:
-    return importlib.import_module(f"{__name__}.{_FAMILY_OF[op]}")
+def static_reasons(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> list[str]:
+    """Why Triton serves no call of `op` on this device with tensors of these dtypes, whatever their shapes.
+
+    Nothing is kept: who asks often keeps the answer. Dtypes of integers don't matter.
+    """
+    if op not in _FAMILY_OF:
+        return [f"{op} has no triton implementation"]
+    if not _installed():
+        return ["triton is not installed"]
+    found = []
+    if device.type != ("cpu" if INTERPRETED else "cuda"):
+        where = "a CPU, where kernels are interpreted" if INTERPRETED else "a GPU"
+        found.append(f"the tensors are on {device}, not on {where}")
+    elif device.type == "cuda":
+        found += _too_old(torch.cuda.current_device() if device.index is None else device.index)
+    refused = dict.fromkeys(dtype for dtype in dtypes if dtype.is_floating_point and dtype not in _DTYPES)
+    return found + [f"{dtype} is not one of float32, bfloat16, float16" for dtype in refused]
 
 
-@cache  # asked at every call of an op
+def shape_reasons(op: str) -> _limits.Reasons | None:
+    """What maps the arguments of a call of `op` to the reasons why Triton can't serve their shapes; None where it
+    serves all. It asks for sizes alone, and needs no Triton."""
+    return _limits.REASONS.get(op)
+
+
+@cache
 def _installed() -> bool:
     return find_spec("triton") is not None
 
 
-@cache  # asked at every call of an op
+@cache
 def _too_old(device: int) -> list[str]:
     """The reason, if it is one, why Triton compiles nothing for the GPU of that number."""
     capability = torch.cuda.get_device_capability(device)
@@ -93,22 +118,11 @@ def _too_old(device: int) -> list[str]:
 
 
 def _reasons(op: str, args: tuple[Any, ...]) -> list[str]:
-    """Why Triton can't serve a call: what holds for every op, and what the family's own `reasons` adds."""
-    if not _installed():
-        return ["triton is not installed"]
-    if not args:
+    """Why Triton can't serve a call; without arguments, what holds for every call."""
+    tensor, shapes = backends.first_tensor(args), shape_reasons(op)
+    if tensor is None:
+        if not _installed():
+            return ["triton is not installed"]
         return [] if INTERPRETED or torch.cuda.is_available() else ["there is no GPU here"]
-    found = []
-    tensor = backends.first_tensor(args)
-    device = "cpu" if INTERPRETED else "cuda"
-    if tensor is not None and tensor.device.type != device:
-        where = "a CPU, where kernels are interpreted" if INTERPRETED else "a GPU"
-        found.append(f"the tensors are on {tensor.device}, not on {where}")
-    elif tensor is not None and tensor.is_cuda:
-        found += _too_old(tensor.device.index)
-    dtypes = dict.fromkeys(t.dtype for t in backends.tensors(args) if t.dtype.is_floating_point)
-    found += [f"{d} is not one of float32, bfloat16, float16" for d in dtypes if d not in _DTYPES]
-    if not found:
-        own = getattr(_module(op), "reasons", None)
-        found += own(op, *args) if own else []
-    return found
+    found = static_reasons(op, tensor.device, tuple(t.dtype for t in backends.tensors(args)))
+    return found if found or shapes is None else shapes(*args)

@@ -16,7 +16,8 @@ from evakernels.triton._head import added, dots, load, load_head, products, scal
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-SIZES = ("grid", "tiles", "heads", "tokens", "num_prefix")
+SIZES = ("q_batch", "q_token", "q_head", "k_batch", "k_token", "k_head", "v_batch", "v_token", "v_head")
+SIZES += ("lse_batch", "lse_head", "table_head", "grid", "tiles", "heads", "tokens", "num_prefix")
 """What Triton shall not compile again for."""
 PREFIX_ROWS = tl.constexpr(16)
 """The most tokens of a prefix, and the fewest rows that a matrix unit takes."""
@@ -61,7 +62,7 @@ def _vector(tensor, place, batch_stride, head_stride):
 
 
 @triton.jit
-def _table(cos, sin, token_index, num_prefix, grid, place, tokens, head_stride):
+def _table(cos, sin, token_index, num_prefix, grid, place, tokens, head_rows, D: tl.constexpr):
     """What `_angles` needs for a head; () without a rotation. What is absent is (), as Triton 3.6 takes no None."""
     _, head, sample, _, _ = place
     if cos is None:
@@ -69,7 +70,8 @@ def _table(cos, sin, token_index, num_prefix, grid, place, tokens, head_stride):
     else:
         index = () if token_index is None else (token_index + sample * (tokens - num_prefix),)
         sides = () if grid is None else (grid,)
-        return cos + head * head_stride, sin + head * head_stride, index, num_prefix, sides
+        first = head * head_rows * (D // 2)
+        return cos + first, sin + first, index, num_prefix, sides
 
 
 @triton.jit
@@ -191,7 +193,7 @@ def forward_kernel(
     out = _dense(out, place, heads, tokens, offsets, D)
     lse = _vector(lse, place, lse_batch, lse_head)
     head = (q, k, v, out, lse)
-    table = _table(cos, sin, token_index, num_prefix, grid, place, tokens, table_head)
+    table = _table(cos, sin, token_index, num_prefix, grid, place, tokens, table_head, D)
     tile, count, start = place[0], place[4], num_prefix if PREFIX else 0
     if PREFIX and tile == tiles - 1:
         _forward_tile(
@@ -333,7 +335,7 @@ def query_kernel(
     lse = _vector(lse, place, lse_batch, lse_head)
     delta = _vector(delta, place, lse_batch, lse_head)
     head = (dout, q, k, v, out, lse, delta, dq)
-    table = _table(cos, sin, token_index, num_prefix, grid, place, tokens, table_head)
+    table = _table(cos, sin, token_index, num_prefix, grid, place, tokens, table_head, D)
     tile, count, start = place[0], place[4], num_prefix if PREFIX else 0
     if PREFIX and tile == tiles - 1:
         _query_tile(
@@ -475,7 +477,7 @@ def key_kernel(
     lse = _vector(lse, place, lse_batch, lse_head)
     delta = _vector(delta, place, lse_batch, lse_head)
     head = (dout, q, k, v, lse, delta, dk, dv)
-    table = _table(cos, sin, token_index, num_prefix, grid, place, tokens, table_head)
+    table = _table(cos, sin, token_index, num_prefix, grid, place, tokens, table_head, D)
     tile, count, start = place[0], place[4], num_prefix if PREFIX else 0
     if PREFIX and tile == tiles - 1:
         _key_tile(

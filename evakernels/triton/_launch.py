@@ -1,6 +1,7 @@
 """What the launchers of all families share."""
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
@@ -36,11 +37,21 @@ def rows_of(tensor: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
+def in_vectors(strides: Sequence[int], itemsize: int) -> tuple[int, list[int]]:
+    """VECTOR, the most elements within 16 bytes that divide all strides, and the strides in that unit.
+
+    So a kernel is compiled for an alignment and not for strides. By itself Triton sees only what divides by 16, and
+    rows of 88 elements don't.
+    """
+    vector = math.gcd(16 // itemsize, *strides)
+    return vector, [stride // vector for stride in strides]
+
+
+def row_strides(*rows: Tensor) -> tuple[int, list[int]]:
+    """The same of tensors `[rows, F]`: of the strides between their rows."""
+    return in_vectors([x.stride(0) for x in rows], min(x.element_size() for x in rows))
+
+
 def dense(tensor: Tensor | None) -> Tensor | None:
     """Contiguous; most parameters are."""
     return None if tensor is None else tensor.contiguous()
-
-
-def too_wide(width: int, limit: int) -> list[str]:
-    """The reason, if it is one, why kernels that hold whole rows can't serve this width."""
-    return [f"rows of {width} channels are longer than {limit}"] if width > limit else []

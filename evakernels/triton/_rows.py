@@ -1,7 +1,8 @@
 """What the kernels over rows share: a tile of ROWS rows, each of WIDTH channels in a block of the next power of two.
 
-Sums and statistics are float32. A row's place in memory is a 64-bit number. Width and strides are known when a kernel
-is compiled, so that rows which begin at any multiple of 4 or 8 bytes are still read in pieces of that size.
+Sums and statistics are float32. A row's place in memory is a 64-bit number. A kernel is compiled for a width, but for
+all numbers of rows and all strides: a stride counts VECTOR elements, which the compiler knows, so that rows which begin
+at any multiple of 4 or 8 bytes are still read in pieces of that size.
 """
 
 import triton
@@ -17,8 +18,8 @@ def tile_at(tile, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def load_tile(pointer, row, channel, inside, STRIDE: tl.constexpr):
-    return tl.load(pointer + row * STRIDE + channel, mask=inside, other=0.0).to(tl.float32)
+def load_tile(pointer, row, channel, inside, stride):
+    return tl.load(pointer + row * stride + channel, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit

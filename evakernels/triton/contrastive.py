@@ -41,6 +41,10 @@ the largest term by e^-27."""
 UNIT = tl.constexpr(16384.0)
 """To about this, a power of two, the largest gradient of a logit is scaled: float16 has nothing below 6e-8."""
 
+SIZES = ("rows", "steps", "offset")
+"""What Triton shall not compile again for, as for the addresses of vectors. It does so for `columns`, whose divisors
+tell how much of a row of logits may be moved at once."""
+
 BAND = tl.constexpr(8)
 """Rows of tiles that are worked on together: the features that they share stay in the L2 cache."""
 
@@ -68,16 +72,16 @@ def _products(
     text,
     rows,
     columns,
-    depth,
+    steps,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     inner = tl.arange(0, BLOCK_K)
-    image += rows[:, None].to(tl.int64) * depth + inner[None, :]
-    text += columns[None, :].to(tl.int64) * depth + inner[:, None]
+    image += rows[:, None].to(tl.int64) * (steps * BLOCK_K) + inner[None, :]
+    text += columns[None, :].to(tl.int64) * (steps * BLOCK_K) + inner[:, None]
     products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for _ in range(0, depth, BLOCK_K):
+    for _ in range(steps):
         products = tl.dot(tl.load(image), tl.load(text), products, input_precision="ieee")
         image += BLOCK_K
         text += BLOCK_K
@@ -99,7 +103,7 @@ def _finite(maximum):
 # --- InfoNCE --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, "positive", "row_max", "row_sum", "col_max", "col_sum"])
 def statistics_kernel(
     image,
     text,
@@ -112,7 +116,7 @@ def statistics_kernel(
     kept,
     rows: tl.int32,
     columns: tl.int32,
-    depth: tl.int32,
+    steps: tl.int32,
     offset: tl.int32,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -121,7 +125,7 @@ def statistics_kernel(
     row_tile, column_tile = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N))
     row, image_row = _positions(row_tile * BLOCK_M, rows, BLOCK_M)
     column, text_row = _positions(column_tile * BLOCK_N, columns, BLOCK_N)
-    logits = _products(image, text, image_row, text_row, depth, BLOCK_M, BLOCK_N, BLOCK_K)
+    logits = _products(image, text, image_row, text_row, steps, BLOCK_M, BLOCK_N, BLOCK_K)
     logits *= tl.load(scale).to(tl.float32)
     if _has_pairs(row_tile, column_tile, offset, BLOCK_M, BLOCK_N):
         own = tl.sum(tl.where(column[None, :] == (row + offset)[:, None], logits, 0.0), 1)
@@ -149,7 +153,7 @@ def statistics_kernel(
     tl.store(col_sum + at, sum_of_columns, mask=column < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["maxima", "sums", "highest", "total", "parts", "count"])
 def merge_kernel(
     maxima, sums, highest, total, parts: tl.int32, count: tl.int32, FINAL: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -174,7 +178,7 @@ def merge_kernel(
         tl.store(total + at, both, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, "drow_lse", "dcol_lse", "dpositive", "row_lse", "col_lse"])
 def gradient_kernel(
     drow_lse,
     dcol_lse,
@@ -188,7 +192,7 @@ def gradient_kernel(
     dlogits,
     rows: tl.int32,
     columns: tl.int32,
-    depth: tl.int32,
+    steps: tl.int32,
     offset: tl.int32,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -198,7 +202,7 @@ def gradient_kernel(
     row, image_row = _positions(row_tile * BLOCK_M, rows, BLOCK_M)
     column, text_row = _positions(column_tile * BLOCK_N, columns, BLOCK_N)
     if kept is None:
-        logits = _products(image, text, image_row, text_row, depth, BLOCK_M, BLOCK_N, BLOCK_K)
+        logits = _products(image, text, image_row, text_row, steps, BLOCK_M, BLOCK_N, BLOCK_K)
         logits *= tl.load(scale).to(tl.float32)
     else:
         logits = tl.load(kept + image_row[:, None].to(tl.int64) * columns + text_row[None, :])
@@ -253,7 +257,7 @@ def _statistics(
             by_column = image.new_empty(2, triton.cdiv(count, row_tile), columns, dtype=torch.float32)
             statistics_kernel[_grid(count, columns, launch)](
                 *(image[chunk], text, logit_scale, positive[chunk], *by_row, *by_column),
-                *(_rows(kept, chunk), count, *text.shape, offset + chunk.start),
+                *(_rows(kept, chunk), count, len(text), _steps(text, launch), offset + chunk.start),
                 **launch,
             )
             _merge(by_row, row_max[chunk], row_lse[chunk], final=True)
@@ -272,9 +276,11 @@ def contrastive_backward(
     row_lse: Tensor,
     col_lse: Tensor,
     offset: int,
+    wants_image: bool,
+    wants_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = drow_lse, dcol_lse, dpositive
-    return _backward("contrastive_backward", gradients, image, text, logit_scale, (row_lse, col_lse, None), offset)
+    upstream, saved, wanted = (drow_lse, dcol_lse, dpositive), (row_lse, col_lse, None), (wants_image, wants_text)
+    return _backward("contrastive_backward", upstream, image, text, logit_scale, saved, offset, wanted)
 
 
 def contrastive_kept_backward(
@@ -288,9 +294,12 @@ def contrastive_kept_backward(
     col_lse: Tensor,
     logits: Tensor,
     offset: int,
+    wants_image: bool,
+    wants_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients, saved = (drow_lse, dcol_lse, dpositive), (row_lse, col_lse, logits.contiguous())
-    return _backward("contrastive_kept_backward", gradients, image, text, logit_scale, saved, offset)
+    upstream, saved = (drow_lse, dcol_lse, dpositive), (row_lse, col_lse, logits.contiguous())
+    wanted = wants_image, wants_text
+    return _backward("contrastive_kept_backward", upstream, image, text, logit_scale, saved, offset, wanted)
 
 
 def _backward(
@@ -301,18 +310,19 @@ def _backward(
     logit_scale: Tensor,
     saved: tuple[Tensor, Tensor, Tensor | None],
     offset: int,
+    wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`saved`: the log-sum-exps of rows and columns, and the logits if they were kept."""
     unit = _unit_of(*upstream)
     drow_lse, dcol_lse, dpositive = (gradient * unit for gradient in upstream)
     row_lse, col_lse, kept = saved
-    gradients = _Gradients(op, image, text, logit_scale, unit, image.dtype)
+    gradients = _Gradients(op, image, text, logit_scale, unit, image.dtype, wanted)
     with on_device_of(image):
         for chunk, dlogits, grid in gradients.chunks():
             gradient_kernel[grid](
                 *(drow_lse[chunk], dcol_lse, dpositive[chunk], gradients.image[chunk], gradients.text, logit_scale),
                 *(row_lse[chunk], col_lse, _rows(kept, chunk), dlogits),
-                *(len(dlogits), *gradients.text.shape, offset + chunk.start),
+                *(len(dlogits), len(gradients.text), gradients.steps, offset + chunk.start),
                 **gradients.launch,
             )
             gradients.add(chunk, dlogits)
@@ -326,7 +336,8 @@ def _rows(matrix: Tensor | None, chunk: slice) -> Tensor | None:
 
 def _merge(parts: Tensor, highest: Tensor, total: Tensor, *, final: bool) -> None:
     grid = (triton.cdiv(total.numel(), 256),)
-    merge_kernel[grid](*parts, highest, total, *parts.shape[1:], FINAL=final, BLOCK=256, num_warps=4)
+    launch = {"BLOCK": 256, "num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 changes the default
+    merge_kernel[grid](*parts, highest, total, *parts.shape[1:], FINAL=final, **launch)
 
 
 def _unit_of(*gradients: Tensor) -> Tensor:
@@ -354,7 +365,7 @@ def _log1p(x):
     return 2.0 * z * series
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, "losses", "dbias"])
 def siglip_kernel(
     image,
     text,
@@ -365,7 +376,7 @@ def siglip_kernel(
     dlogits,
     rows: tl.int32,
     columns: tl.int32,
-    depth: tl.int32,
+    steps: tl.int32,
     offset: tl.int32,
     HAS_GRADIENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -375,7 +386,7 @@ def siglip_kernel(
     row_tile, column_tile = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N))
     row, image_row = _positions(row_tile * BLOCK_M, rows, BLOCK_M)
     column, text_row = _positions(column_tile * BLOCK_N, columns, BLOCK_N)
-    products = _products(image, text, image_row, text_row, depth, BLOCK_M, BLOCK_N, BLOCK_K)
+    products = _products(image, text, image_row, text_row, steps, BLOCK_M, BLOCK_N, BLOCK_K)
     logits = products * tl.load(scale).to(tl.float32) + tl.load(bias).to(tl.float32)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     is_pair = column[None, :] == (row + offset)[:, None]
@@ -401,7 +412,7 @@ def siglip_value(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: T
     with on_device_of(image):
         siglip_kernel[(programs,)](
             *(image, text, logit_scale, logit_bias, losses, None, None),
-            *(image.shape[0], text.shape[0], image.shape[1], offset),
+            *(image.shape[0], text.shape[0], _steps(image, launch), offset),
             HAS_GRADIENT=False,
             **launch,
         )
@@ -409,17 +420,24 @@ def siglip_value(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: T
 
 
 def siglip_forward(
-    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    offset: int,
+    wants_image: bool,
+    wants_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     unit = image.new_full((), UNIT.value, dtype=torch.float32)
-    gradients = _Gradients("siglip_forward", image, text, logit_scale, unit, torch.float32)
+    wanted = wants_image, wants_text
+    gradients = _Gradients("siglip_forward", image, text, logit_scale, unit, torch.float32, wanted)
     sums = []
     with on_device_of(image):
         for chunk, dlogits, grid in gradients.chunks():
             sums.append(image.new_empty(2, *grid, dtype=torch.float32))
             siglip_kernel[grid](
                 *(gradients.image[chunk], gradients.text, logit_scale, logit_bias, *sums[-1], dlogits),
-                *(len(dlogits), *gradients.text.shape, offset + chunk.start),
+                *(len(dlogits), len(gradients.text), gradients.steps, offset + chunk.start),
                 HAS_GRADIENT=True,
                 **gradients.launch,
             )
@@ -442,13 +460,23 @@ class _Gradients:
     """What chunks of the logits' gradients, which are `unit` times too large, give the features and the scale."""
 
     def __init__(
-        self, op: str, image: Tensor, text: Tensor, logit_scale: Tensor, unit: Tensor, dtype: torch.dtype
+        self,
+        op: str,
+        image: Tensor,
+        text: Tensor,
+        logit_scale: Tensor,
+        unit: Tensor,
+        dtype: torch.dtype,
+        wanted: tuple[bool, bool],
     ) -> None:
+        self.wants_image, self.wants_text = wanted
         self.launch, self.unit = _launch(op, image), unit
         self.image, self.text = _padded(image, self.launch), _padded(text, self.launch)
+        self.steps = _steps(self.text, self.launch)
         self.factor = logit_scale.float() / unit
-        self.dimage = torch.empty_like(image, dtype=dtype, memory_format=torch.contiguous_format)
-        self.dtext = torch.zeros_like(self.text, dtype=torch.float32)
+        self.dimage = image.new_empty(image.shape if self.wants_image else (0,), dtype=dtype)
+        self.dtext = self.text.new_zeros(self.text.shape if self.wants_text else (0,), dtype=torch.float32)
+        self.depth = image.shape[1]
         self.dscale = torch.zeros_like(unit)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, tuple[int]]]:
@@ -459,15 +487,20 @@ class _Gradients:
             yield chunk, self.image.new_empty(count, columns), _grid(count, columns, self.launch)
 
     def add(self, chunk: slice, dlogits: Tensor) -> None:
-        image, depth = self.image[chunk], self.dimage.shape[1]
-        product = _product(dlogits, self.text)
-        self.dscale += (product * image).sum()
-        torch.mul(product[:, :depth], self.factor, out=self.dimage[chunk])
-        _add_product(self.dtext, dlogits.T, image)
+        image = self.image[chunk]
+        if self.wants_text:
+            _add_product(self.dtext, dlogits.T, image)
+        if self.wants_image or not self.wants_text:
+            product = _product(dlogits, self.text)
+            self.dscale += (product * image).sum()
+        if self.wants_image:
+            torch.mul(product[:, : self.depth], self.factor, out=self.dimage[chunk])
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        dtext = (self.dtext[:, : self.dimage.shape[1]] * self.factor).to(self.dimage.dtype)
-        return self.dimage, dtext, self.dscale / self.unit
+        if self.wants_text and not self.wants_image:
+            self.dscale = (self.dtext * self.text).sum()
+        dtext = self.dtext[:, : self.depth] if self.wants_text else self.dtext
+        return self.dimage, (dtext * self.factor).to(self.dimage.dtype), self.dscale / self.unit
 
 
 def _chunks(rows: int, row_bytes: int, multiple: int) -> Iterator[slice]:
@@ -482,8 +515,14 @@ def _launch(op: str, image: Tensor) -> dict[str, int]:
 
 
 def _padded(features: Tensor, launch: dict[str, int]) -> Tensor:
-    """The features with zeros behind them, so that blocks divide the depth and rows begin where words do."""
-    return F.pad(features, (0, -features.shape[1] % launch["BLOCK_K"])).contiguous()
+    """The features, with zeros behind them where blocks don't divide the depth. So rows begin where words do."""
+    missing = -features.shape[1] % launch["BLOCK_K"]
+    return (F.pad(features, (0, missing)) if missing else features).contiguous()
+
+
+def _steps(padded: Tensor, launch: dict[str, int]) -> int:
+    """In how many blocks the kernels walk over the depth."""
+    return padded.shape[1] // launch["BLOCK_K"]
 
 
 def _grid(rows: int, columns: int, launch: dict[str, int]) -> tuple[int]:

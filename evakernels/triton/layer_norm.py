@@ -5,31 +5,19 @@ many programs as the GPU runs at a time; each keeps its sums over rows in regist
 partial sums, which are added in a fixed order.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from evakernels.triton._launch import dense, on_device_of, persistent_programs, rows_of, too_wide
+from evakernels.triton._launch import dense, on_device_of, persistent_programs, row_strides, rows_of
 from evakernels.triton._rows import load_channels, load_tile, product, row_mean, store_partial_sum, store_tile, tile_at
 from evakernels.tuning import config
 
-MAX_WIDTH = 1 << 13
-"""Up to which registers hold a row, and in backward its gradient and two sums over rows; half of it with three."""
 
-_LAYER_SCALE = {"add_layer_norm_backward": 5, "layer_norm_add_backward": 4}
-"""Which argument it is."""
-
-
-def reasons(op: str, *args: Any) -> list[str]:
-    place = _LAYER_SCALE.get(op, len(args))
-    has_layer_scale = place < len(args) and args[place] is not None
-    return too_wide(args[0].shape[-1], MAX_WIDTH // 2 if has_layer_scale else MAX_WIDTH)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "sample_rows", "x_stride", "residual_stride"])
 def forward_kernel(
     x,
     residual,
@@ -43,18 +31,19 @@ def forward_kernel(
     rstd,
     rows,
     sample_rows,
+    x_stride: tl.int64,
+    residual_stride: tl.int64,
     eps: tl.float32,
-    X_STRIDE: tl.constexpr,
-    RESIDUAL_STRIDE: tl.constexpr,
+    VECTOR: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     row, channel, inside = tile_at(tl.program_id(0), rows, WIDTH, ROWS, BLOCK)
     exists = row < rows
-    values = load_tile(x, row, channel, inside, X_STRIDE)
+    values = load_tile(x, row, channel, inside, x_stride * VECTOR)
     if residual is not None:
-        before = load_tile(residual, row, channel, inside, RESIDUAL_STRIDE)
+        before = load_tile(residual, row, channel, inside, residual_stride * VECTOR)
     if total is not None:  # the add comes before the norm, which sees the sum before it is rounded
         values = before + scaled(values, layer_scale, row_scale, row, channel, exists, sample_rows, WIDTH)
         store_tile(total, values, row, channel, inside, WIDTH)
@@ -83,7 +72,7 @@ def scaled(values, layer_scale, row_scale, row, channel, exists, sample_rows, WI
     return values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "sample_rows", "x_stride", "branch_stride"])
 def backward_kernel(
     dout,
     dtotal,
@@ -102,8 +91,9 @@ def backward_kernel(
     dlayer_scale,
     rows,
     sample_rows,
-    X_STRIDE: tl.constexpr,
-    BRANCH_STRIDE: tl.constexpr,
+    x_stride: tl.int64,
+    branch_stride: tl.int64,
+    VECTOR: tl.constexpr,
     SCALE_NORMED: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -120,7 +110,7 @@ def backward_kernel(
         row, channel, inside = tile_at(tile, rows, WIDTH, ROWS, BLOCK)
         exists = row < rows
         d = load_tile(dout, row, channel, inside, WIDTH)
-        normed = load_tile(x, row, channel, inside, X_STRIDE)
+        normed = load_tile(x, row, channel, inside, x_stride * VECTOR)
         if row_scale is not None:
             sample_scale = tl.load(row_scale + row.to(tl.int32) // sample_rows, mask=exists, other=0.0).to(tl.float32)
         if mean is not None:
@@ -160,7 +150,7 @@ def backward_kernel(
             if row_scale is not None:
                 d *= sample_scale
             if layer_scale is not None:
-                scale_sum += d * load_tile(branch, row, channel, inside, BRANCH_STRIDE)
+                scale_sum += d * load_tile(branch, row, channel, inside, branch_stride * VECTOR)
                 d *= load_channels(layer_scale, channel, WIDTH)
             store_tile(dbranch, d, row, channel, inside, WIDTH)
     if weight is not None:
@@ -234,12 +224,12 @@ def _forward(
     rows, width = x_rows.shape
     block = triton.next_power_of_2(width)
     options = config(op, {"width": block}, out)
+    vector, strides = row_strides(x_rows, residual_rows)
     with on_device_of(x):
         forward_kernel[(triton.cdiv(rows, options["ROWS"]),)](
             *(x_rows, None if residual is None else residual_rows, *map(dense, parameters)),
-            *(total, out, None if rms else mean, rstd, rows, rows // len(x), eps),
-            X_STRIDE=x_rows.stride(0),
-            RESIDUAL_STRIDE=residual_rows.stride(0),
+            *(total, out, None if rms else mean, rstd, rows, rows // len(x), *strides, eps),
+            VECTOR=vector,
             WIDTH=width,
             BLOCK=block,
             **options,
@@ -323,13 +313,13 @@ def _backward(
     present = weight is not None, has_bias, layer_scale is not None
     sums = [x.new_empty(programs, width, dtype=torch.float32) if there else None for there in present]
     if x.numel() > 0:
+        vector, strides = row_strides(x_rows, branch_rows)
         with on_device_of(x):
             backward_kernel[(programs,)](
                 *(dense(dout), dense(dtotal), x_rows, None if branch is None else branch_rows),
                 *(*map(dense, parameters), *statistics),
-                *(dx, dbranch, *sums, rows, rows // len(x)),
-                X_STRIDE=x_rows.stride(0),
-                BRANCH_STRIDE=branch_rows.stride(0),
+                *(dx, dbranch, *sums, rows, rows // len(x), *strides),
+                VECTOR=vector,
                 SCALE_NORMED=dtotal is None,
                 WIDTH=width,
                 BLOCK=block,

@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor
 
-from evakernels.triton.rope_attention import Attention, dense_heads, reasons
-
-__all__ = ["packed_attention_backward", "packed_attention_forward", "reasons"]
+from evakernels.triton.rope_attention import Attention, dense_heads
 
 
 def packed_attention_forward(

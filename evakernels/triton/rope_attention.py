@@ -10,20 +10,8 @@ from torch import Tensor
 
 from evakernels.reference.rope_attention import is_compact
 from evakernels.triton._attention import PREFIX_ROWS, forward_kernel, key_kernel, query_kernel
-from evakernels.triton._launch import on_device_of
+from evakernels.triton._launch import in_vectors, on_device_of
 from evakernels.tuning import config
-
-MAX_HEAD_DIM = 128
-"""A program holds its rows in registers."""
-
-
-def reasons(op: str, first: Tensor, *rest: Any) -> list[str]:
-    head_dim, found = first.shape[-1], []
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        found.append(f"head_dim {head_dim} is not one of 1 to {MAX_HEAD_DIM}")
-    if rest and isinstance(rest[-1], float) and not rest[-1] > 0:
-        found.append(f"scale {rest[-1]} is not positive")
-    return found
 
 
 @dataclass(frozen=True)
@@ -111,24 +99,20 @@ class Attention:
         return 1 if self.num_prefix == 1 else int(PREFIX_ROWS.value)
 
     def _strides(self) -> tuple[int, list[int]]:
-        """A number of elements, and the strides of q, k, v and the log-sum-exps: those of the heads in that unit.
-
-        A power of two that divides all of them tells Triton how many elements it may load at once; by itself it sees
-        only what divides by 16, and 88 channels don't.
-        """
+        """VECTOR, and the strides of q, k and v, which count it, and of the log-sum-exps."""
         strides = [(x.stride(0) if self.offsets is None else 0, *x.stride()[-3:-1]) for x in (self.q, self.k, self.v)]
-        vector = math.gcd(16, *(s for three in strides for s in three))
+        vector, of_heads = in_vectors([s for three in strides for s in three], self.q.element_size())
         rows = self.q.shape[-3]
         of_lse = [self.heads * rows if self.offsets is None else 0, rows]
-        return vector, [s // vector for three in strides for s in three] + of_lse
+        return vector, of_heads + of_lse
 
     def _tables(self) -> tuple[list[Tensor | None], tuple[int, int | None]]:
-        """cos, sin and token_index; the stride between the tables of two heads, and the grid of a compact table."""
+        """cos, sin and token_index; the rows between the tables of two heads, and the grid of a compact table."""
         tables = [None if x is None else x.contiguous() for x in (self.cos, self.sin, self.token_index)]
         cos = tables[0]
         if cos is None or cos.dim() == 2:
             return tables, (0, None)
-        return tables, (0, cos.shape[1]) if is_compact(cos, self.q.shape[-1]) else (cos.stride(0), None)
+        return tables, (0, cos.shape[1]) if is_compact(cos, self.q.shape[-1]) else (cos.shape[1], None)
 
 
 def dense_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

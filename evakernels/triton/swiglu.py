@@ -5,33 +5,24 @@ grid. Backward walks over the rows with as many programs as the GPU runs at a ti
 give the norm's weight and bias their gradients, are one row of partial sums a program. They are added in a fixed order.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from evakernels.triton._launch import dense, on_device_of, persistent_programs, rows_of, too_wide
+from evakernels.triton._launch import dense, on_device_of, persistent_programs, row_strides, rows_of
+from evakernels.triton._limits import MAX_SWIGLU_WIDTH
 from evakernels.triton._rows import load_channels, load_tile, product, row_mean, store_partial_sum, store_tile, tile_at
 from evakernels.tuning import config
-
-MAX_WIDTH = {"swiglu_forward": 1 << 13, "swiglu_backward": 1 << 12}
-"""Up to which registers hold a row, and in backward its gradients and the sums over rows."""
-
-
-def reasons(op: str, *args: Any) -> list[str]:
-    norm_weight = args[2 if op == "swiglu_forward" else 3]
-    return [] if norm_weight is None else too_wide(args[0].shape[-1], MAX_WIDTH[op])
 
 
 def _pieces(op: str, width: int) -> tuple[int, int]:
     """How many channels a program has at a time, and of how many such pieces a row consists."""
-    block = min(max(triton.next_power_of_2(width), 1), MAX_WIDTH[op])
+    block = min(max(triton.next_power_of_2(width), 1), MAX_SWIGLU_WIDTH[op])
     return block, triton.cdiv(width, block)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "gate_stride", "up_stride"])
 def forward_kernel(
     gate,
     up,
@@ -41,16 +32,17 @@ def forward_kernel(
     mean,
     rstd,
     rows,
+    gate_stride: tl.int64,
+    up_stride: tl.int64,
     eps: tl.float32,
-    GATE_STRIDE: tl.constexpr,
-    UP_STRIDE: tl.constexpr,
+    VECTOR: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     row, channel, inside = tile_at(tl.program_id(0), rows, WIDTH, ROWS, BLOCK, tl.program_id(1) * BLOCK)
-    g = load_tile(gate, row, channel, inside, GATE_STRIDE)
-    values = product(g * tl.sigmoid(g), load_tile(up, row, channel, inside, UP_STRIDE))
+    g = load_tile(gate, row, channel, inside, gate_stride * VECTOR)
+    values = product(g * tl.sigmoid(g), load_tile(up, row, channel, inside, up_stride * VECTOR))
     if weight is not None:
         centre = row_mean(values, WIDTH)
         values = tl.where(inside, values - centre, 0.0)
@@ -63,7 +55,7 @@ def forward_kernel(
     store_tile(out, values, row, channel, inside, WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "gate_stride", "up_stride"])
 def backward_kernel(
     dout,
     gate,
@@ -76,8 +68,9 @@ def backward_kernel(
     dweight,
     dbias,
     rows,
-    GATE_STRIDE: tl.constexpr,
-    UP_STRIDE: tl.constexpr,
+    gate_stride: tl.int64,
+    up_stride: tl.int64,
+    VECTOR: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -86,12 +79,13 @@ def backward_kernel(
         channel = tl.arange(0, BLOCK)[None, :]
         weights = load_channels(weight, channel, WIDTH)
         weight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    if dbias is not None:
         bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row, channel, inside = tile_at(tile, rows, WIDTH, ROWS, BLOCK, tl.program_id(1) * BLOCK)
         d = load_tile(dout, row, channel, inside, WIDTH)
-        g = load_tile(gate, row, channel, inside, GATE_STRIDE)
-        u = load_tile(up, row, channel, inside, UP_STRIDE)
+        g = load_tile(gate, row, channel, inside, gate_stride * VECTOR)
+        u = load_tile(up, row, channel, inside, up_stride * VECTOR)
         sigmoid = tl.sigmoid(g)
         silu = g * sigmoid
         if weight is not None:
@@ -99,7 +93,8 @@ def backward_kernel(
             centre = tl.load(mean + row, mask=row < rows, other=0.0)
             normed = (product(silu, u) - centre) * scale  # outside of the row d is zero
             weight_sum += d * normed
-            bias_sum += d
+            if dbias is not None:
+                bias_sum += d
             d = product(d, weights)
             d = (d - row_mean(d, WIDTH) - normed * row_mean(product(d, normed), WIDTH)) * scale
         dsilu = sigmoid * (1.0 + g * (1.0 - sigmoid))
@@ -107,6 +102,7 @@ def backward_kernel(
         store_tile(dup, d * silu, row, channel, inside, WIDTH)
     if weight is not None:
         store_partial_sum(dweight, weight_sum, channel, WIDTH)
+    if dbias is not None:
         store_partial_sum(dbias, bias_sum, channel, WIDTH)
 
 
@@ -122,11 +118,11 @@ def swiglu_forward(
         return out, mean, rstd
     block, pieces = _pieces("swiglu_forward", width)
     options = config("swiglu_forward", {"width": block}, gate)
+    vector, strides = row_strides(gate_rows, up_rows)
     with on_device_of(gate):
         forward_kernel[(triton.cdiv(rows, options["ROWS"]), pieces)](
-            *(gate_rows, up_rows, dense(norm_weight), dense(norm_bias), out, mean, rstd, rows, eps),
-            GATE_STRIDE=gate_rows.stride(0),
-            UP_STRIDE=up_rows.stride(0),
+            *(gate_rows, up_rows, dense(norm_weight), dense(norm_bias), out, mean, rstd, rows, *strides, eps),
+            VECTOR=vector,
             WIDTH=width,
             BLOCK=block,
             **options,
@@ -143,18 +139,18 @@ def swiglu_backward(
     block, pieces = _pieces("swiglu_backward", width)
     options = config("swiglu_backward", {"width": block}, gate)
     programs = persistent_programs(gate, triton.cdiv(rows, options["ROWS"]), options["num_warps"])
-    sums = gate.new_empty(2, programs if norm_weight is not None else 0, width, dtype=torch.float32)
+    present = norm_weight is not None, has_bias
+    sums = [gate.new_empty(programs, width, dtype=torch.float32) if there else None for there in present]
     if gate.numel() > 0:
+        vector, strides = row_strides(gate_rows, up_rows)
         with on_device_of(gate):
             backward_kernel[(programs, pieces)](
-                *(dense(dout), gate_rows, up_rows, dense(norm_weight), mean, rstd, dgate, dup, *sums, rows),
-                GATE_STRIDE=gate_rows.stride(0),
-                UP_STRIDE=up_rows.stride(0),
+                *(dense(dout), gate_rows, up_rows, dense(norm_weight), mean, rstd, dgate, dup, *sums, rows, *strides),
+                VECTOR=vector,
                 WIDTH=width,
                 BLOCK=block,
                 **options,
             )
-    if norm_weight is None:
-        return dgate, dup, mean.new_empty(0), mean.new_empty(0)
-    dweight, dbias = sums.sum(1).to(norm_weight.dtype)
-    return dgate, dup, dweight, dbias if has_bias else norm_weight.new_empty(0)
+    dtype = torch.float32 if norm_weight is None else norm_weight.dtype
+    dweight, dbias = (gate.new_empty(0, dtype=dtype) if part is None else part.sum(0).to(dtype) for part in sums)
+    return dgate, dup, dweight, dbias

@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from evakernels.triton._launch import dense, on_device_of
+from evakernels.triton._launch import dense, in_vectors, on_device_of
 from evakernels.tuning import config
 
 MAX_BLOCK = 1 << 10
 """Channels of a program."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "kept", "tokens", "sample_stride", "token_stride"])
 def forward_kernel(
     patches,
     token_index,
@@ -27,8 +27,9 @@ def forward_kernel(
     rows,
     kept,
     tokens,
-    SAMPLE_STRIDE: tl.constexpr,
-    TOKEN_STRIDE: tl.constexpr,
+    sample_stride: tl.int64,
+    token_stride: tl.int64,
+    VECTOR: tl.constexpr,
     PREFIX: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -45,10 +46,8 @@ def forward_kernel(
     if token_index is not None:
         token = tl.load(token_index + sample * kept + token, mask=exists & (place >= PREFIX), other=-1)
     is_patch = exists & (place >= PREFIX) & (token >= 0) & (token < tokens)
-    values = tl.load(
-        patches + sample * SAMPLE_STRIDE + token * TOKEN_STRIDE + channel, mask=is_patch & inside, other=0.0
-    )
-    values = values.to(tl.float32)
+    at = (sample * sample_stride + token * token_stride) * VECTOR + channel
+    values = tl.load(patches + at, mask=is_patch & inside, other=0.0).to(tl.float32)
     if prefix is not None:
         values += tl.load(prefix + place * WIDTH + channel, mask=in_prefix & inside, other=0.0).to(tl.float32)
     if pos_embed is not None:
@@ -59,7 +58,7 @@ def forward_kernel(
     tl.store(out + row.to(tl.int64) * WIDTH + channel, values.to(out.dtype.element_ty), mask=exists & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "kept", "tokens"])
 def backward_kernel(
     dout,
     places,
@@ -114,11 +113,11 @@ def token_dropout_forward(
     patches = patches if patches.stride(2) == 1 else patches.contiguous()
     rows, block = batch * (num_prefix + kept), min(triton.next_power_of_2(width), MAX_BLOCK)
     options = config("token_dropout_forward", {"width": block}, out)
+    vector, strides = in_vectors(patches.stride()[:2], patches.element_size())
     with on_device_of(patches):
         forward_kernel[(triton.cdiv(rows, options["ROWS"]), triton.cdiv(width, block))](
-            *(patches, dense(token_index), dense(prefix), dense(pos_embed), out, rows, kept, tokens),
-            SAMPLE_STRIDE=patches.stride(0),
-            TOKEN_STRIDE=patches.stride(1),
+            *(patches, dense(token_index), dense(prefix), dense(pos_embed), out, rows, kept, tokens, *strides),
+            VECTOR=vector,
             PREFIX=num_prefix,
             WIDTH=width,
             BLOCK=block,

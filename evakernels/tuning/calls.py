@@ -71,22 +71,23 @@ def contrastive_forward(draw: Draw, depth: int) -> Iterator[tuple[Any, ...]]:
 def contrastive_backward(draw: Draw, depth: int) -> Iterator[tuple[Any, ...]]:
     image, text, scale, _ = _pairs(draw, depth)
     of_row = draw.statistic(len(image))
-    yield of_row, of_row, of_row, image, text, scale, of_row, of_row, 0
+    yield of_row, of_row, of_row, image, text, scale, of_row, of_row, 0, True, True
 
 
 contrastive_kept_forward = contrastive_forward
 
 
 def contrastive_kept_backward(draw: Draw, depth: int) -> Iterator[tuple[Any, ...]]:
-    for *inputs, offset in contrastive_backward(draw, depth):
-        yield *inputs, draw.statistic(PAIRS, PAIRS), offset
+    for *inputs, offset, wants_image, wants_text in contrastive_backward(draw, depth):
+        yield *inputs, draw.statistic(PAIRS, PAIRS), offset, wants_image, wants_text
 
 
 def siglip_forward(draw: Draw, depth: int) -> Iterator[tuple[Any, ...]]:
+    yield *_pairs(draw, depth), 0, True, True
+
+
+def siglip_value(draw: Draw, depth: int) -> Iterator[tuple[Any, ...]]:
     yield *_pairs(draw, depth), 0
-
-
-siglip_value = siglip_forward
 
 
 def _pairs(draw: Draw, depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

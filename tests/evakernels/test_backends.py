@@ -1,4 +1,5 @@
 import re
+import subprocess
 import sys
 
 import pytest
@@ -179,6 +180,61 @@ def test_without_any_usable_backend_the_error_lists_all():
         for backend in backends.PREFERENCE
     }
     with backends.served_by(OP, refusing), pytest.raises(evakernels.BackendError, match=r"no backend serves layer_norm_forward(.|\n)*cpu is tired"):
+
+
+def test_what_triton_serves_no_call_of_is_told_without_arguments(monkeypatch):
+    monkeypatch.setattr(triton, "_installed", lambda: True)
+    monkeypatch.setattr(triton, "_too_old", lambda index: [f"GPU {index} is too old"])
+    served = torch.device("cuda", 1), (torch.bfloat16, torch.int64, torch.float32)
+    assert triton.static_reasons(OP, *served) == ["GPU 1 is too old"]
+    monkeypatch.setattr(triton, "_too_old", lambda index: [])
+    assert triton.static_reasons(OP, *served) == []
+    assert triton.static_reasons(OP, torch.device("cpu"), (torch.float64,)) == [
+        "the tensors are on cpu, not on a GPU",
+        "torch.float64 is not one of float32, bfloat16, float16",
+    ]
+    assert triton.static_reasons("lamb_step", *served) == ["lamb_step has no triton implementation"]
+    monkeypatch.setattr(triton, "_installed", lambda: False)
+    assert triton.static_reasons(OP, *served) == ["triton is not installed"]
+
+
+@pytest.mark.parametrize("op", [op for ops in triton.FAMILIES.values() for op in ops])
+def test_questions_about_shapes_fit_the_schema_and_take_its_first_arguments(op):
+    """A wrong place of an argument would ask for the sizes of another one."""
+    question = triton.shape_reasons(op)
+    if question is None:
+        assert "contrastive" in op or "siglip" in op or "token" in op
+        return
+    names = [argument.name for argument in getattr(torch.ops.evakernels, op).default._schema.arguments]
+    wide = torch.empty(1, 1, 1, 1 << 20)
+    places = {place for place in range(1, len(names)) if question(wide, *[None] * (place - 1), -1.0) != question(wide)}
+    attention, needs_norm = "attention" in op, "swiglu" in op
+    name = "scale" if attention else "norm_weight" if needs_norm else "layer_scale"
+    of_gradient = op in ("add_layer_norm_backward", "layer_norm_add_backward")
+    assert places == ({names.index(name)} if attention or needs_norm or of_gradient else set())
+    assert (question(wide) == []) == needs_norm
+
+
+def test_asking_triton_for_its_reasons_does_not_import_it():
+    code = """if True:
+        import sys, torch
+        from evakernels import backends, triton
+        x = torch.ones(2, 8)
+        for op in ("layer_norm_forward", "swiglu_forward", "rope_attention_forward", "contrastive_forward"):
+            triton.static_reasons(op, x.device, (x.dtype,))
+            question = triton.shape_reasons(op)
+            assert question is None or question(x) == []
+            backends.why_not(op, "triton", x)
+        sys.exit("triton" in sys.modules)
+    """
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_without_any_usable_backend_the_error_lists_all(monkeypatch):
+    for backend in backends.PREFERENCE:
+        refusing = backends.Implementation(backend, lambda: None, lambda *_, b=backend: [f"{b} is tired"])
+        monkeypatch.setitem(backends._implementations, OP, backends._implementations[OP] | {backend: refusing})
+    with pytest.raises(evakernels.BackendError, match=r"no backend serves layer_norm_forward(.|\n)*cpu is tired"):
         evakernels.layer_norm(torch.ones(2, 4))
 
 

@@ -1,0 +1,68 @@
+"""Which sizes the kernels serve: questions about a call's shapes, asked without importing Triton.
+
+A function takes the arguments of its op, or the first of them, and returns the reasons why Triton can't serve a call
+of these shapes.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+Reasons = Callable[..., list[str]]
+
+MAX_WIDTH = 1 << 13
+"""Channels of a norm's row: up to which registers hold it, and in backward its gradient and two sums over rows; half of
+it with three."""
+
+MAX_SWIGLU_WIDTH = {"swiglu_forward": 1 << 13, "swiglu_backward": 1 << 12}
+"""The same of SwiGLU: with a norm of a row, without one of the piece of a row that a program has."""
+
+MAX_HEAD_DIM = 128
+"""A program of attention holds its rows in registers."""
+
+
+def _norm(layer_scale: int | None, *args: Any) -> list[str]:
+    """`layer_scale`: which argument it is where its gradient is wanted, else None."""
+    has_layer_scale = layer_scale is not None and _argument(args, layer_scale) is not None
+    return _too_wide(args[0], MAX_WIDTH // 2 if has_layer_scale else MAX_WIDTH)
+
+
+def _swiglu(op: str, weight: int, *args: Any) -> list[str]:
+    return [] if _argument(args, weight) is None else _too_wide(args[0], MAX_SWIGLU_WIDTH[op])
+
+
+def _attention(scale: int, *args: Any) -> list[str]:
+    head_dim, found = args[0].shape[-1], []
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        found.append(f"head_dim {head_dim} is not one of 1 to {MAX_HEAD_DIM}")
+    if (value := _argument(args, scale)) is not None and not value > 0:
+        found.append(f"scale {value} is not positive")
+    return found
+
+
+def _argument(args: tuple[Any, ...], place: int) -> Any:
+    return args[place] if place < len(args) else None
+
+
+def _too_wide(rows: Tensor, limit: int) -> list[str]:
+    width = rows.shape[-1]
+    return [f"rows of {width} channels are longer than {limit}"] if width > limit else []
+
+
+REASONS: dict[str, Reasons] = {
+    "layer_norm_forward": partial(_norm, None),
+    "layer_norm_backward": partial(_norm, None),
+    "add_layer_norm_forward": partial(_norm, None),
+    "add_layer_norm_backward": partial(_norm, 5),
+    "layer_norm_add_forward": partial(_norm, None),
+    "layer_norm_add_backward": partial(_norm, 4),
+    "swiglu_forward": partial(_swiglu, "swiglu_forward", 2),
+    "swiglu_backward": partial(_swiglu, "swiglu_backward", 3),
+    "rope_attention_forward": partial(_attention, 9),
+    "rope_attention_backward": partial(_attention, 12),
+    "packed_attention_forward": partial(_attention, 6),
+    "packed_attention_backward": partial(_attention, 9),
+}
+"""By op; one that isn't here serves all shapes."""

@@ -1,0 +1,165 @@
+"""How often Triton compiles a kernel: for widths and alignments, not for numbers of rows, lengths or strides."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from evakernels.triton import launcher
+
+pytest.importorskip("triton")
+
+ROWS = [(1, 1), (1, 197), (2, 16), (3, 257), (16, 64), (17, 5), (64, 1)]
+"""Samples and their tokens."""
+EPS = 1e-6
+
+
+@pytest.fixture
+def variants(monkeypatch):
+    """`variants(op, calls)`: by kernel, how many variants the launches need. None is compiled."""
+    from triton import knobs
+    from triton.runtime.driver import driver
+    from triton_compile import AbsentGPU
+
+    keys = set()
+
+    def note(*, fn, key, **_):
+        keys.add((fn.name, key))
+        return True  # nothing is compiled
+
+    monkeypatch.setattr(driver, "_active", AbsentGPU(90))
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", note)
+
+    def count(op, calls):
+        keys.clear()
+        for arguments in calls:
+            launcher(op)(*arguments)
+        return dict(Counter(name for name, _ in keys))
+
+    return count
+
+
+def drawn(*shape, dtype=torch.bfloat16):
+    return torch.zeros(shape, dtype=dtype)
+
+
+def statistic(*shape):
+    return drawn(*shape, dtype=torch.float32)
+
+
+def rows_apart(samples, tokens, width, more):
+    """Rows of `width`, which begin `width + more` elements apart."""
+    return drawn(samples, tokens, width + more)[..., :width]
+
+
+def norm(backward, more):
+    vectors = drawn(3, 768).unbind()
+    for samples, tokens in ROWS:
+        x, scale, of_row = rows_apart(samples, tokens, 768, more), drawn(samples), statistic(samples, tokens)
+        if backward:
+            yield x, x, x, x, vectors[0], vectors[2], scale, of_row, of_row, True, False
+        else:
+            yield x, x, *vectors, scale, EPS, False
+
+
+def swiglu(backward, more):
+    weight = drawn(682)
+    for samples, tokens in ROWS[1:]:  # of a single row torch forgets where the next one would begin
+        gate, up = (rows_apart(samples, tokens, 682, 6 + more) for _ in range(2))
+        of_row = statistic(samples, tokens)
+        yield (gate, gate, up, weight, of_row, of_row, True) if backward else (gate, up, weight, weight, EPS)
+
+
+def token_dropout(backward, more):
+    for samples, tokens in ROWS[1:]:
+        kept = (tokens + 1) // 2
+        index = torch.arange(kept).expand(samples, kept)
+        patches, table = rows_apart(samples, tokens, 768, more), drawn(1 + tokens, 768)
+        yield (
+            (drawn(samples, 1 + kept, 768), index, 1, tokens, True) if backward else (patches, index, table[:1], table)
+        )
+
+
+FAMILIES = {"add_layer_norm": norm, "swiglu": swiglu, "token_dropout": token_dropout}
+
+
+@pytest.mark.parametrize("more", [[0, 8, 16, 24, 768], [0, 1, 2, 3, 4, 5, 6, 8]], ids=str)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows(variants, family, direction, more):
+    """One for rows that begin where words of 16 bytes do; three more for those that begin at parts of these."""
+    calls = [call for one in more for call in FAMILIES[family](direction == "backward", one)]
+    strided = (family, direction) != ("token_dropout", "backward")
+    expected = 4 if 1 in more and strided else 1
+    assert variants(f"{family}_{direction}", calls) == {f"{direction}_kernel": expected}
+
+
+BATCHES = [(1, 1), (2, 2), (5, 7), (16, 16), (48, 144), (67, 67), (130, 260), (192, 192), (200, 1000)]
+"""Images and texts."""
+
+
+def pairs(depth):
+    for images, texts in BATCHES:
+        yield drawn(images, depth), drawn(texts, depth), statistic(), statistic()
+
+
+@pytest.mark.parametrize(
+    ("op", "expected"),
+    [
+        ("contrastive_forward", {"statistics_kernel": 3, "merge_kernel": 2}),
+        ("contrastive_kept_forward", {"statistics_kernel": 3, "merge_kernel": 2}),
+        ("contrastive_backward", {"gradient_kernel": 3}),
+        ("contrastive_kept_backward", {"gradient_kernel": 3}),
+        ("siglip_value", {"siglip_kernel": 3}),
+        ("siglip_forward", {"siglip_kernel": 3}),
+    ],
+)
+def test_losses(variants, op, expected):
+    """One for one text, one where 16 divides the number of texts, and one for the others."""
+
+    def calls():
+        for offset in (0, 3):
+            for image, text, scale, bias in (*pairs(512), *pairs(64)):
+                rows, columns = statistic(len(image)), statistic(len(text))
+                if op.startswith("siglip"):
+                    yield image, text, scale, bias, offset
+                elif op.endswith("forward"):
+                    yield image, text, scale, offset
+                else:
+                    kept = (statistic(len(image), len(text)),) if "kept" in op else ()
+                    yield rows, columns, rows, image, text, scale, rows, columns, *kept, offset
+
+    assert variants(op, calls()) == expected
+
+
+def heads(samples, tokens, more):
+    shape = samples, tokens, 3, 2, 64
+    return rows_apart(samples, tokens, 3 * 2 * 64, more).view(shape).unbind(2)
+
+
+def rotary(backward, more):
+    for samples, tokens in ROWS[1:]:
+        q, k, v = heads(samples, tokens, more)
+        tables = (drawn(tokens - 1, 32) for _ in range(2))
+        rest = *tables, None, 1, False, True, 0.125
+        lse = statistic(samples, 2, tokens)
+        yield (q, q, k, v, q, lse, *rest) if backward else (q, k, v, *rest)
+
+
+def packed(backward, more):
+    for samples, tokens in ROWS[1:]:
+        q, k, v = (x.flatten(0, 1) for x in heads(samples, tokens, more))
+        rest = torch.arange(0, samples * tokens + 1, tokens), tokens, True, 0.125
+        yield (q, q, k, v, q, statistic(2, len(q)), *rest) if backward else (q, k, v, *rest)
+
+
+@pytest.mark.parametrize("more", [[0, 8, 384], [0, 1, 2, 4, 8]], ids=str)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(("family", "shapes"), [("packed_attention", 1), ("rope_attention", 4)])
+def test_attention(variants, family, shapes, direction, more):
+    """Of a length known to all, whether steps divide it and whether the prefix stands apart; the alignment of rows as
+    for the others."""
+    calls = rotary if family == "rope_attention" else packed
+    found = variants(f"{family}_{direction}", [call for one in more for call in calls(direction == "backward", one)])
+    assert set(found) == ({"forward_kernel"} if direction == "forward" else {"query_kernel", "key_kernel"})
+    assert max(found.values()) <= shapes * (4 if 1 in more else 1), found
