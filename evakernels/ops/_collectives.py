@@ -17,8 +17,8 @@ from evakernels.ops._eager import is_transformed
 from evakernels.reference._numerics import accumulation_dtype
 
 # Names of torch 2.13 and of those before it.
-_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
-_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
 def rank_and_size(op: str, group: dist.ProcessGroup | None) -> tuple[int, int]:

@@ -33,8 +33,8 @@ MAX_PLANS = 1 << 12
 """Of an op; at more, such as of captions packed to ever other lengths, all are forgotten and made anew."""
 
 Check = Callable[..., tuple[Any, ...]]
-"""Maps the arguments of a public function to those that the op takes, with autocast's casts made. Raises for wrong ones.
-What it says may depend on their types, dtypes, shapes and devices, and on numbers; not on what tensors hold."""
+"""Maps the arguments of a public function to those that the op takes, with autocast's casts made, or raises. What it
+says may depend on their types, dtypes, shapes and devices, and on numbers; not on what tensors hold."""
 
 
 class Plan(NamedTuple):

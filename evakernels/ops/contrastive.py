@@ -391,13 +391,13 @@ def _siglip_backward_fake(
 
 
 def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    gradients = output[1:]
+    gradients, ctx.wanted = output[1:], inputs[5:]
     ctx.mark_non_differentiable(*gradients)
     ctx.save_for_backward(*inputs[:4], *gradients)
 
 
 def _siglip_gradient(ctx: Any, dloss: Tensor, *_: Tensor) -> Any:
-    return _optional_gradients(_siglip_backward(dloss, *ctx.saved_tensors), ctx.needs_input_grad[:2])
+    return _optional_gradients(_siglip_backward(dloss, *ctx.saved_tensors), ctx.wanted)
 
 
 def _siglip_composed(

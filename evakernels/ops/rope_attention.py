@@ -161,9 +161,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     q, k, v, cos, sin, token_index, *ctx.options = inputs
     out, lse = output
     if any(table is not None and table.requires_grad for table in (cos, sin)):
-        raise ValueError(
-            "rope_attention: cos or sin requires a gradient, but the tables get none; pass them detached"
-        )
+        raise ValueError("rope_attention: cos or sin requires a gradient, but the tables get none; pass them detached")
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse, cos, sin, token_index)
 

@@ -163,9 +163,7 @@ def siglip_backward(
 class _Gradients:
     """Computes the logits tile by tile and sums what their gradients give for features and scale."""
 
-    def __init__(
-        self, image: Tensor, text: Tensor, logit_scale: Tensor, wants_image: bool, wants_text: bool
-    ) -> None:
+    def __init__(self, image: Tensor, text: Tensor, logit_scale: Tensor, wants_image: bool, wants_text: bool) -> None:
         self.wants_image, self.wants_text = wants_image, wants_text
         self.dtypes = image.dtype, text.dtype, logit_scale.dtype
         self.image, self.text, self.scale = _widened(image, text, logit_scale)

@@ -18,8 +18,10 @@ from op_checks import (
     exhaustive_but,
     randn,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 import evakernels
+from evakernels import backends
 from evakernels.nn import ClipLoss, SigLipLoss
 from evakernels.reference import contrastive as reference
 
@@ -223,18 +225,62 @@ def test_opcheck(dtype):
     inputs = [t.to(dtype).requires_grad_() for t in (randn(3, 4), randn(6, 4, seed=1), scalar(2.0), scalar(-1.0))]
     assert_opcheck(OPS.contrastive_forward.default, (*inputs[:3], OFFSET))
     assert_opcheck(OPS.contrastive_kept_forward.default, (*inputs[:3], OFFSET))
-    assert_opcheck(OPS.siglip_forward.default, (*inputs, OFFSET))
+    assert_opcheck(OPS.siglip_forward.default, (*inputs, OFFSET, True, False))
     with torch.no_grad():
         inputs = [t.detach() for t in inputs]
         assert_opcheck(OPS.siglip_value.default, (*inputs, OFFSET))
         row_lse, col_lse, positive, _, _ = OPS.contrastive_forward(*inputs[:3], OFFSET)
         cotangents = (torch.ones_like(row_lse), torch.ones_like(col_lse), torch.ones_like(positive))
-        assert_opcheck(OPS.contrastive_backward.default, (*cotangents, *inputs[:3], row_lse, col_lse, OFFSET))
-        logits = OPS.contrastive_kept_forward(*inputs[:3], OFFSET)[-1]
-        saved = row_lse, col_lse, logits
-        assert_opcheck(OPS.contrastive_kept_backward.default, (*cotangents, *inputs[:3], *saved, OFFSET))
-        dloss, *gradients = OPS.siglip_forward(*inputs, OFFSET)
+        saved = row_lse, col_lse
+        assert_opcheck(OPS.contrastive_backward.default, (*cotangents, *inputs[:3], *saved, OFFSET, True, False))
+        saved = *saved, OPS.contrastive_kept_forward(*inputs[:3], OFFSET)[-1]
+        assert_opcheck(OPS.contrastive_kept_backward.default, (*cotangents, *inputs[:3], *saved, OFFSET, False, True))
+        dloss, *gradients = OPS.siglip_forward(*inputs, OFFSET, False, True)
         assert_opcheck(OPS.siglip_backward.default, (dloss, *inputs, *gradients))
+
+
+LOSSES = {
+    "contrastive_kept_backward": lambda image, text, scale, bias: evakernels.clip_loss(image, text, scale),
+    "contrastive_backward": lambda image, text, scale, bias: evakernels.clip_loss(image, text, scale, memory_budget=0),
+    "siglip_forward": evakernels.siglip_loss,
+}
+"""By the op that makes the gradients."""
+
+
+def gradients_without(op: str, *frozen: int) -> list[torch.Tensor | None]:
+    inputs = randn(6, 8), randn(6, 8, seed=1), scalar(2.0), scalar(-1.0)
+    leaves = [x.float().requires_grad_(i not in frozen) for i, x in enumerate(inputs)]
+    LOSSES[op](*leaves).backward()
+    return [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (0, 1), (0, 2), (1, 2)], ids=str)
+@pytest.mark.parametrize("op", LOSSES)
+def test_frozen_features_change_no_other_gradient(op, frozen):
+    every, some = gradients_without(op), gradients_without(op, *frozen)
+    for i, (expected, actual) in enumerate(zip(every, some, strict=True)):
+        assert (actual is None) == (i in frozen or expected is None)
+        if actual is not None:
+            torch.testing.assert_close(actual, expected, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", LOSSES)
+def test_frozen_features_cost_no_product(op):
+    """A locked tower's. One product makes the logits, unless they were kept, and one each side's gradient."""
+
+    def products(*frozen):
+        counter = FlopCounterMode(display=False)
+
+        def counted(*args):
+            with counter:
+                return getattr(reference, op)(*args)
+
+        with backends.served_by(op, {"reference": backends.Implementation("reference", counted, lambda *args: [])}):
+            gradients_without(op, *frozen)
+        return counter.get_total_flops() / (2 * 6 * 6 * 8)
+
+    logits = 0 if "kept" in op else 1
+    assert [products(), products(0), products(1), products(0, 1)] == [logits + n for n in (2, 1, 1, 1)]
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])

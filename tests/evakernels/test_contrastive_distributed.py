@@ -2,9 +2,12 @@
 
 import importlib.util
 import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from evakernels import backends
+from evakernels import backends, clip_loss
 from evakernels.nn import ClipLoss, SigLipLoss
 from evakernels.reference import contrastive as reference
 
@@ -73,11 +76,13 @@ def data_parallel_step(name: str, group: dist.ProcessGroup, rows: list[int]) -> 
 
 @dataclass
 class Cost:
-    """What one process computes and sends: of the matrix products, in bytes, and how often it takes part in a sum."""
+    """What one process computes and sends: of the matrix products, in bytes, how often it takes part in a sum, and how often its
+    host would wait for a GPU."""
 
     flops: int = 0
     sent: float = 0
     all_reduces: int = 0
+    waits: int = 0
 
 
 class Sent(TorchDispatchMode):
@@ -92,6 +97,7 @@ class Sent(TorchDispatchMode):
             output, *inputs = args
             self.cost.sent += self.parts(func._schema.name, output, *inputs)
             self.cost.all_reduces += func._schema.name == "c10d::allreduce_"
+        self.cost.waits += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
         return func(*args, **(kwargs or {}))
 
     @staticmethod
@@ -101,8 +107,10 @@ class Sent(TorchDispatchMode):
             return 2 * (size - 1) / size * output[0].nbytes
         if name == "c10d::allgather_":
             return (size - 1) * inputs[0][0].nbytes
-        if name == "c10d::reduce_scatter_":
-            return (size - 1) * output[0].nbytes
+        if name == "c10d::_allgather_base_":
+            return (size - 1) * inputs[0].nbytes
+        if name in ("c10d::reduce_scatter_", "c10d::_reduce_scatter_base_"):
+            return (size - 1) * (output if isinstance(output, torch.Tensor) else output[0]).nbytes
         if name == "c10d::scatter_":
             return (size - 1) * output[0].nbytes if inputs[0] else 0
         raise AssertionError(f"{name} isn't counted")
@@ -125,6 +133,19 @@ def count_flops_of_ops(cost: Cost) -> None:
         backends.register(op, "reference", counted(getattr(reference, op)))
 
 
+@contextmanager
+def listing(cost: Cost) -> Iterator[None]:
+    """Counts what no mode sees: lists of what tensors hold."""
+    tolist = torch.Tensor.tolist
+
+    def counted(tensor):
+        cost.waits += 1
+        return tolist(tensor)
+
+    with patch.object(torch.Tensor, "tolist", counted):
+        yield
+
+
 def open_clip_loss() -> ModuleType:
     """The file alone: with all of open_clip, four processes would take their time."""
     package = importlib.util.find_spec("open_clip").submodule_search_locations[0]
@@ -142,6 +163,7 @@ def costs() -> dict[str, dict[str, float]]:
     theirs = open_clip_loss().ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=WORLD)
     losses = {
         "clip": lambda *features: ClipLoss(group=world)(*features, scale),
+        "clip, counts given": lambda *features: ClipLoss(group=world)(*features, scale, counts=EVEN),
         "clip, logits not kept": lambda *features: ClipLoss(group=world, memory_budget=0)(*features, scale),
         "siglip": lambda *features: SigLipLoss(group=world)(*features, scale, bias),
         "open_clip": lambda *features: theirs(*features, scale),
@@ -151,7 +173,7 @@ def costs() -> dict[str, dict[str, float]]:
         features = [torch.randn(ROWS, WIDTH, generator=generator).requires_grad_() for _ in range(2)]
         cost = Cost()
         count_flops_of_ops(cost)
-        with backends.use_backend("reference"), FlopCounterMode(display=False) as outside, Sent(cost):
+        with backends.use_backend("reference"), FlopCounterMode(display=False) as outside, Sent(cost), listing(cost):
             loss(*features).backward()
         found[name] = asdict(cost) | {"flops": cost.flops + outside.get_total_flops()}
     return found
@@ -216,6 +238,16 @@ def work(rank: int, folder: str) -> None:
     loss.backward()
     results["half"] = loss.detach(), half[1].grad
     results["costs"] = costs()
+    options = {}, {"counts": [ROWS] * WORLD}
+    results["counted"] = [
+        ClipLoss(group=dist.group.WORLD)(images, texts, torch.tensor(1.0).double(), **given) for given in options
+    ]
+    results["miscounted"] = [
+        message_of(
+            lambda wrong=wrong: clip_loss(images, texts, torch.tensor(1.0), group=dist.group.WORLD, counts=wrong)
+        )
+        for wrong in ([4, 4], [1] * WORLD)
+    ]
     for name in FAR:
         results["far", name] = far_loss(name)
     torch.save(results, f"{folder}/rank{rank}.pt")
@@ -266,24 +298,32 @@ def test_half_precision_features_are_gathered_as_they_are(ranks):
 def test_half_the_features_travel_and_a_third_or_half_of_the_products_is_saved(ranks):
     """Beside open_clip's loss with `local_loss` and `gather_with_grad`; a product is that of this rank's logits.
 
-    The text features are gathered, their gradient is scattered, and one all-reduce has a sum for each column of the
-    global batch, and one for all rows.
+    The text features are gathered, their gradient is scattered, and two all-reduces have the largest number and a sum
+    for each column of the global batch, and one for all rows. The host waits for nothing but the numbers of rows.
     """
     product = 2 * ROWS * WORLD * ROWS * WIDTH
     features = (WORLD - 1) * ROWS * WIDTH * 4  # of one side, of this rank to all others
     shapes, number = (WORLD - 1) * 3 * 8, 2 * (WORLD - 1) / WORLD * 4
-    columns = (WORLD * ROWS + 1) * 2 * number  # float64
+    columns = WORLD * ROWS * number + (WORLD * ROWS + 1) * 2 * number  # float32, then float64
+    clip = {"flops": 3 * product, "sent": 2 * features + shapes + columns, "all_reduces": 2, "waits": 1}
     for rank in ranks:
+        theirs = rank["costs"].pop("open_clip")
+        assert theirs == {"flops": 6 * product, "sent": 4 * features, "all_reduces": 0, "waits": theirs["waits"]}
         assert rank["costs"] == {
-            "open_clip": {"flops": 6 * product, "sent": 4 * features, "all_reduces": 0},
-            "clip": {"flops": 3 * product, "sent": 2 * features + shapes + columns, "all_reduces": 1},
-            "clip, logits not kept": {
-                "flops": 4 * product,
-                "sent": 2 * features + shapes + columns,
-                "all_reduces": 1,
-            },
-            "siglip": {"flops": 3 * product, "sent": 2 * features + shapes + number, "all_reduces": 1},
+            "clip": clip,
+            "clip, counts given": clip | {"sent": 2 * features + columns, "waits": 0},
+            "clip, logits not kept": clip | {"flops": 4 * product},
+            "siglip": {"flops": 3 * product, "sent": 2 * features + shapes + number, "all_reduces": 1, "waits": 1},
         }
+
+
+def test_given_counts_change_no_bit_and_wrong_ones_are_named(ranks):
+    for rank in range(WORLD):
+        agreed, given = ranks[rank]["counted"]
+        torch.testing.assert_close(given, agreed, rtol=0, atol=0)
+        few, other = ranks[rank]["miscounted"]
+        assert "clip_loss: counts are [4, 4]; expected a number for each of 4 ranks" in few
+        assert f"counts are [1, 1, 1, 1]; expected a number for each of 4 ranks, 4 for rank {rank}" in other
 
 
 @pytest.mark.parametrize("name", FAR)

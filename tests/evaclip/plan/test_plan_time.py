@@ -190,11 +190,13 @@ def test_products_of_the_loss(kept: bool, monkeypatch: pytest.MonkeyPatch) -> No
     with FlopCounterMode(display=False) as counter:
         if kept:
             *statistics, logits = contrastive.contrastive_kept_forward(image, text, scale, 0)
+            saved, backward = (logits,), contrastive.contrastive_kept_backward
         else:
-            statistics, logits = contrastive.contrastive_forward(image, text, scale, 0), None
+            statistics = contrastive.contrastive_forward(image, text, scale, 0)
+            saved, backward = (), contrastive.contrastive_backward
         row_lse, col_lse, positive = statistics[:3]
         inputs = *(torch.ones_like(value) for value in (row_lse, col_lse, positive)), image, text, scale
-        contrastive.contrastive_kept_backward(*inputs, row_lse, col_lse, logits, 0)
+        backward(*inputs, row_lse, col_lse, *saved, 0, True, True)
     if not kept:
         monkeypatch.setattr("evaclip.plan.loss.MEMORY_BUDGET", 0)
     planned = sum(calls * cost.flops for (_, cost), calls in loss_costs(job).items())
