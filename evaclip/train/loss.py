@@ -28,7 +28,7 @@ class ContrastiveLoss(nn.Module):
         super().__init__()
         self.logit_bias: nn.Parameter | None = None
         if config.name == "siglip":
-            self.loss: nn.Module = SigLipLoss(group=group)
+            self.loss: ClipLoss | SigLipLoss = SigLipLoss(group=group)
             self.logit_bias = nn.Parameter(torch.tensor(SIGLIP_INITIAL_BIAS))
         else:
             self.loss = ClipLoss(label_smoothing=config.label_smoothing, group=group)
@@ -46,5 +46,7 @@ class ContrastiveLoss(nn.Module):
         scale: tuple[Tensor, ...] = (logit_scale,)
         if self.logit_bias is not None:
             scale = (logit_scale, self.logit_bias)
-        loss: Tensor = self.loss(image_features, text_features, *scale)
+        # All processes have equal parts of a batch, and need not ask one another.
+        counts = [len(image_features)] * (1 if self.loss.group is None else self.loss.group.size())
+        loss: Tensor = self.loss(image_features, text_features, *scale, counts=counts)
         return loss

@@ -17,7 +17,7 @@ from evakernels.dropin.torch_modules import last_dimension
 from evakernels.nn import linear
 from evakernels.ops import clip_loss, contrastive_statistics, rope_attention, token_dropout
 from evakernels.ops._autocast import is_on, matmul_inputs
-from evakernels.ops.contrastive import siglip_sum
+from evakernels.ops.contrastive import MEMORY_BUDGET, siglip_sum
 
 ROLES = {
     "open_clip.transformer.LayerNorm": "layer_norm",
@@ -173,8 +173,8 @@ class ClipLoss(Swapped):
         image, text, *of_all = matmul_inputs(*self._gathered(image_features, text_features))
         if self.world_size > 1 and self.local_loss:
             offset = len(image) * self.rank
-            ours = contrastive_statistics(image, of_all[1], logit_scale, offset)
-            theirs = contrastive_statistics(text, of_all[0], logit_scale, offset)
+            ours = contrastive_statistics(image, of_all[1], logit_scale, offset, memory_budget=MEMORY_BUDGET)
+            theirs = contrastive_statistics(text, of_all[0], logit_scale, offset, memory_budget=MEMORY_BUDGET)
             loss = ((ours[0] - ours[2]) + (theirs[0] - theirs[2])).mean() / 2
         else:
             image, text = of_all or (image, text)

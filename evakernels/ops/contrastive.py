@@ -21,7 +21,7 @@ MEMORY_BUDGET = 1 << 28
 
 
 def contrastive_statistics(
-    image: Tensor, text: Tensor, logit_scale: Tensor, offset: int = 0
+    image: Tensor, text: Tensor, logit_scale: Tensor, offset: int = 0, *, memory_budget: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What losses and in-batch accuracies need of the logits `logit_scale * image @ text^T`, in O(m + B).
 
@@ -30,6 +30,7 @@ def contrastive_statistics(
         text: `[B, D]`, in the dtype of `image`.
         logit_scale: `[]` or `[1]`, already exponentiated.
         offset: row `offset + i` of `text` belongs to row i of `image`.
+        memory_budget: bytes that the logits may take until the backward pass, as `clip_loss` has it.
 
     Returns:
         `(row_lse [m], col_lse [B], positive [m], row_max [m], col_max [B])`: the log-sum-exp over the texts
@@ -56,8 +57,8 @@ def contrastive_statistics(
         raise ValueError(f"{op}: image has {image.shape[0]} rows and text {text.shape[0]}; expected m <= B")
     if not 0 <= offset <= spare:
         raise ValueError(f"{op}: offset is {offset}; accepted: 0 to B - m = {spare}")
-    statistics: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _forward(image, text, logit_scale, offset)
-    return statistics
+    row_lse, col_lse, positive, row_max, col_max, *_ = _statistics((image, text, logit_scale), offset, memory_budget)
+    return row_lse, col_lse, positive, row_max, col_max
 
 
 def clip_loss(
@@ -115,7 +116,7 @@ def clip_loss(
         raise ValueError(f"{op}: memory_budget is {memory_budget}; accepted: at least 0")
     text, offset = gather_rows(op, "text_features", text_features, group, counts)
     inputs = image_features, text, logit_scale
-    row_lse, col_lse, target = _statistics(inputs, offset, memory_budget)
+    row_lse, col_lse, target = _shared_statistics(inputs, offset, memory_budget)
     if label_smoothing > 0 and len(row_lse):
         mean_logit = _logit_sum(*inputs) / (len(row_lse) * len(col_lse))
         target = (1 - label_smoothing) * target + label_smoothing * mean_logit
@@ -125,7 +126,15 @@ def clip_loss(
     return loss
 
 
-def _statistics(
+def _statistics(inputs: tuple[Tensor, Tensor, Tensor], offset: int, memory_budget: int) -> tuple[Tensor, ...]:
+    image, text, _ = inputs
+    keeps = len(image) * len(text) * accumulation_dtype(text).itemsize <= memory_budget
+    forward = _kept_forward if keeps and _wants_gradient(inputs) else _forward
+    found: tuple[Tensor, ...] = forward(*inputs, offset)
+    return found
+
+
+def _shared_statistics(
     inputs: tuple[Tensor, Tensor, Tensor], offset: int, memory_budget: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(row_lse [b], col_lse [B], positive [b])` of this rank's images with the texts of all."""
@@ -134,9 +143,7 @@ def _statistics(
         nothing = _nothing(*inputs)
         of_rows = nothing.expand(0)
         return of_rows, (nothing - math.inf).expand(len(text)), of_rows
-    keeps = len(image) * len(text) * accumulation_dtype(text).itemsize <= memory_budget
-    forward = _kept_forward if keeps and _wants_gradient(inputs) else _forward
-    row_lse, col_lse, positive, *_ = forward(*inputs, offset)
+    row_lse, col_lse, positive, *_ = _statistics(inputs, offset, memory_budget)
     return row_lse, col_lse, positive
 
 
@@ -387,7 +394,7 @@ def _siglip_backward_fake(
     dloss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, *gradients: Tensor
 ) -> Any:
     inputs = image, text, logit_scale, logit_bias
-    return tuple(gradient.to(input.dtype) for gradient, input in zip(gradients, inputs, strict=True))
+    return tuple(torch.empty_like(dx, dtype=x.dtype) for dx, x in zip(gradients, inputs, strict=True))
 
 
 def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -423,6 +430,6 @@ _siglip_backward = define(
 )
 differentiable(_siglip_forward, _siglip_backward, setup_context=_siglip_setup, formula=_siglip_gradient)
 
-backends.name_ops("contrastive_statistics", "contrastive_forward")
+backends.name_ops("contrastive_statistics", "contrastive_forward", "contrastive_kept_forward")
 backends.name_ops("clip_loss", "contrastive_kept_forward", "contrastive_forward")
 backends.name_ops("siglip_loss", "siglip_forward", "siglip_value")

@@ -76,8 +76,8 @@ def data_parallel_step(name: str, group: dist.ProcessGroup, rows: list[int]) -> 
 
 @dataclass
 class Cost:
-    """What one process computes and sends: of the matrix products, in bytes, how often it takes part in a sum, and how often its
-    host would wait for a GPU."""
+    """What one process computes and sends: of the matrix products, in bytes, how often it takes part in a sum, and how
+    often its host would wait for a GPU."""
 
     flops: int = 0
     sent: float = 0
