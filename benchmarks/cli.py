@@ -39,6 +39,7 @@ _EXAMPLES = {
         "python -m benchmarks all --json run.json --plot report/",
         "python -m benchmarks all --first 2 --dtype float32 --backend cpu --page docs/benchmarks.md",
     ],
+    "overhead": ["python -m benchmarks overhead", "python -m benchmarks overhead --device cuda"],
     "compare": ["python -m benchmarks compare before.json after.json"],
     "report": [
         "python -m benchmarks report run.json --out report/",
@@ -83,6 +84,7 @@ def _build_parser() -> argparse.ArgumentParser:
     everything = _add(verbs, "all", "measure everything", _measure_all)
     for verb in (op, model, dropin, everything):
         _add_measuring(verb)
+    _add(verbs, "overhead", "measure what small calls cost the host, beside torch's own", _overhead)
     compare = _add(verbs, "compare", "find what became slower between two results", _compare)
     compare.add_argument("before", type=Path, help="a result of --json")
     compare.add_argument("after", type=Path, help="a result of --json")
@@ -110,7 +112,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _add(verbs: Any, name: str, help: str, action: Any) -> argparse.ArgumentParser:
     parser = leaf(verbs, name, help=help, examples=_EXAMPLES[name])
-    if name in ("list", "op", "model", "dropin", "all"):
+    if name in ("list", "op", "model", "dropin", "all", "overhead"):
         parser.add_argument("--device", choices=sorted(DEFAULT_DTYPES), default="cpu", help="default: %(default)s")
         parser.add_argument("--plugin", type=Path, action="append", default=[], metavar="FILE", help="adds candidates")
         parser.add_argument(
@@ -230,6 +232,14 @@ def _measure_dropin(args: argparse.Namespace) -> None:
     args.backend = args.backend or [args.device]
     args.names = [DROPIN]
     _measure_named(args)
+
+
+def _overhead(args: argparse.Namespace) -> None:
+    from benchmarks import overhead
+
+    _load(args)
+    device = torch.device(args.device)
+    overhead.show(overhead.measure(device), device)
 
 
 def _measure_all(args: argparse.Namespace) -> None:

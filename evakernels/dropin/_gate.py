@@ -122,19 +122,19 @@ def serves(name: str, x: Tensor, *, of_product: bool = False, forced: bool = Fal
     Never for what isn't a plain tensor, such as a DTensor or a proxy of a tracer, nor under functorch's transforms:
     there the untouched code runs. So it is asked before anything else about `x`. With `forced`, whether it can serve.
     """
-    compiling = torch.compiler.is_compiling()
-    if not compiling and not _is_ordinary(x):
+    if not _is_ordinary(x):
         return False
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if of_product and is_on(device) else x.dtype
     least = (_FORCED if forced else _SERVED).get((name, device, dtype))
-    return least is not None and (compiling or x.numel() >= least)
+    return least is not None and x.numel() >= least
 
 
 def _is_ordinary(x: Tensor) -> bool:
-    """Whether `x` is one of torch's own tensors, seen by nothing but autograd."""
-    return (
-        (type(x) is Tensor or type(x) is torch.nn.Parameter)
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
+    """Whether `x` is one of torch's own tensors, seen by nothing but autograd and a compiler."""
+    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        return False
+    # A compiler itself knows of transforms, and doesn't trace these questions.
+    return torch.compiler.is_compiling() or not (
+        torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
     )

@@ -26,7 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, forced: boo
         has it, the product and the sum with the bias are one call of oneDNN. Otherwise this is torch's function.
     """
     args = (x, weight, bias)
-    if not (x.is_cpu and weight.is_cpu and is_plain(args) and _is_served(x, weight, bias, forced)):
+    if not (x.is_cpu and weight.is_cpu and is_plain(*args) and _is_served(x, weight, bias, forced)):
         return F.linear(x, weight, bias)
     if wants_gradient(args):
         y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]

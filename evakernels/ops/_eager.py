@@ -34,8 +34,7 @@ def is_watched() -> bool:
 def likeness(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """What calls have in common that are served alike: all that is asked about their arguments but what tensors hold.
 
-    None where that isn't known, as for lists, and for tensors that aren't torch's own on a CPU or a GPU; and while ops
-    are observed.
+    None where that isn't known, as for lists and for tensors that aren't torch's own; and while ops are observed.
     """
     overrides = backends.overrides
     if overrides is not None and overrides.observer is not None:  # which must not be kept
@@ -44,8 +43,6 @@ def likeness(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is Parameter:
-            if not (arg.is_cpu or arg.is_cuda):
-                return None
             key += arg.dtype, arg.shape, arg.device
         elif arg is None or kind is float or kind is bool or kind is int:
             key += kind, arg
@@ -60,9 +57,9 @@ def _autocast_of(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def is_plain(args: tuple[Any, ...]) -> bool:
-    """Whether all tensors in `args` are torch's own and nobody watches the call."""
-    return not is_watched() and likeness(args) is not None
+def is_plain(*args: Tensor | None) -> bool:
+    """Whether all tensors are torch's own and nobody watches the call."""
+    return not is_watched() and all(arg is None or type(arg) is Tensor or type(arg) is Parameter for arg in args)
 
 
 def is_transformed() -> bool:

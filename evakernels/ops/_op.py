@@ -73,20 +73,26 @@ class Op:
         self.seen_through = seen_through
         self.check = check
         self.check_values = check_values
+        self.returned: int | None = None
         self.plans: dict[tuple[Any, ...], Plan] = backends.kept_for(self.name)
         self.recording: Callable[..., Any] | None = None
         self.recorded = make_autograd_impl(overload, Info(None, None))
 
     def __call__(self, *args: Any) -> Any:
+        """The op's outputs, of which those behind the first `returned` are for its backward pass alone."""
         key = None if is_watched() else likeness(args)
         if key is None:
-            return self._dispatched(args)
+            return self._first(self._dispatched(args))
         plan = self.plans.get(key) or self._planned(args, key)
         if plan.changes:
             args = plan.changed(args)
         if is_grad_enabled() and _any_requires_grad(*args):
             return self.overload(*args) if self.recording is None else self.recording(*args, plan.run)
-        return plan.run(*args)
+        return self._first(plan.run(*args))
+
+    def _first(self, outputs: Any) -> Any:
+        count = self.returned
+        return outputs if count is None else outputs[0] if count == 1 else outputs[:count]
 
     def run(self, *args: Any) -> Any:
         """What the dispatcher calls: arguments have been checked, or come from compiled code."""
@@ -111,7 +117,8 @@ class Op:
             for i, (before, after) in enumerate(zip(args, checked, strict=True))
             if after is not before
         )
-        return self._kept(key, Plan(self._resolved(checked), changes))
+        on_known_device = all(tensor.is_cpu or tensor.is_cuda for tensor in backends.tensors(checked))
+        return self._kept(key, Plan(self._resolved(checked) if on_known_device else self.overload, changes))
 
     def _kept(self, key: tuple[Any, ...], plan: Plan) -> Plan:
         if len(self.plans) >= MAX_PLANS:
@@ -216,24 +223,35 @@ def differentiable(
     *,
     setup_context: Callable[..., None],
     formula: Callable[..., Any],
+    returned: int | None = None,
 ) -> None:
     """Gives `forward` the gradient `formula`, which calls `backward`; a second derivative is refused.
 
-    `formula` may return fewer gradients than there are arguments: of those behind there are none.
+    `formula` may return fewer gradients than there are arguments: of those behind there are none. `returned` is how
+    many outputs a caller gets, if not all: autograd keeps books of each. Those behind have no gradient.
     """
+    forward.returned = returned
     count = len(forward.overload._schema.arguments)
 
     def gradient(ctx: Any, *grads: Any) -> Any:
-        if not any(isinstance(grad, torch.Tensor) and is_legacy_batchedtensor(grad) for grad in grads):
-            found = formula(ctx, *grads)
-        else:
-            # Several cotangents at once (`is_grads_batched`), by an older vmap of torch that no question tells of: any
-            # mode has the op called itself, which is then called with one after the other.
-            with BaseTorchFunctionMode():
-                found = formula(ctx, *grads)
+        grads = grads[:returned]
+        for grad in grads:
+            if grad is not None and is_legacy_batchedtensor(grad):
+                # Several cotangents at once (`is_grads_batched`), by an older vmap of torch that no question tells of:
+                # any mode has the op called itself, which is then called with one after the other.
+                with BaseTorchFunctionMode():
+                    return filled(formula(ctx, *grads))
+        return filled(formula(ctx, *grads))
+
+    def filled(found: tuple[Any, ...]) -> tuple[Any, ...]:
         return *found, *[None] * (count - len(found))
 
-    forward.recorded = make_autograd_impl(forward.overload, Info(gradient, setup_context))
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if returned is not None:
+            ctx.mark_non_differentiable(*output[returned:])
+        setup_context(ctx, inputs, output)
+
+    forward.recorded = make_autograd_impl(forward.overload, Info(gradient, setup))
     family = forward.name.removesuffix("_forward")
 
     def refuse(ctx: Any, *grads: Any) -> Any:
@@ -250,7 +268,7 @@ def differentiable(
             *args, run = args_and_run
             output = run(*args)
             setup_context(ctx, args, output)
-            return output
+            return forward._first(output)
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:

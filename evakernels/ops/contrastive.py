@@ -57,8 +57,7 @@ def contrastive_statistics(
         raise ValueError(f"{op}: image has {image.shape[0]} rows and text {text.shape[0]}; expected m <= B")
     if not 0 <= offset <= spare:
         raise ValueError(f"{op}: offset is {offset}; accepted: 0 to B - m = {spare}")
-    row_lse, col_lse, positive, row_max, col_max, *_ = _statistics((image, text, logit_scale), offset, memory_budget)
-    return row_lse, col_lse, positive, row_max, col_max
+    return _statistics((image, text, logit_scale), offset, memory_budget)
 
 
 def clip_loss(
@@ -126,11 +125,13 @@ def clip_loss(
     return loss
 
 
-def _statistics(inputs: tuple[Tensor, Tensor, Tensor], offset: int, memory_budget: int) -> tuple[Tensor, ...]:
+def _statistics(
+    inputs: tuple[Tensor, Tensor, Tensor], offset: int, memory_budget: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     image, text, _ = inputs
     keeps = len(image) * len(text) * accumulation_dtype(text).itemsize <= memory_budget
     forward = _kept_forward if keeps and _wants_gradient(inputs) else _forward
-    found: tuple[Tensor, ...] = forward(*inputs, offset)
+    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = forward(*inputs, offset)
     return found
 
 
@@ -192,7 +193,7 @@ def siglip_sum(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Ten
     if not _wants_gradient(inputs):
         value: Tensor = _siglip_value(*inputs, offset)
         return value
-    loss: Tensor = _siglip_forward(*inputs, offset, image.requires_grad, text.requires_grad)[0]
+    loss: Tensor = _siglip_forward(*inputs, offset, image.requires_grad, text.requires_grad)
     return loss
 
 
@@ -345,7 +346,7 @@ def _kept_backward_fake(
 def _kept_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     image, text, logit_scale, ctx.offset = inputs
     row_lse, col_lse, _, row_max, col_max, logits = output
-    ctx.mark_non_differentiable(row_max, col_max, logits)
+    ctx.mark_non_differentiable(row_max, col_max)
     ctx.save_for_backward(image, text, logit_scale, row_lse, col_lse, logits)
 
 
@@ -369,7 +370,7 @@ _kept_backward = define(
     reference.contrastive_kept_backward,
     fake=_kept_backward_fake,
 )
-differentiable(_kept_forward, _kept_backward, setup_context=_kept_setup, formula=_kept_gradient)
+differentiable(_kept_forward, _kept_backward, setup_context=_kept_setup, formula=_kept_gradient, returned=5)
 
 
 def _siglip_value_fake(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Any:
@@ -398,12 +399,11 @@ def _siglip_backward_fake(
 
 
 def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    gradients, ctx.wanted = output[1:], inputs[5:]
-    ctx.mark_non_differentiable(*gradients)
-    ctx.save_for_backward(*inputs[:4], *gradients)
+    ctx.wanted = inputs[5:]
+    ctx.save_for_backward(*inputs[:4], *output[1:])
 
 
-def _siglip_gradient(ctx: Any, dloss: Tensor, *_: Tensor) -> Any:
+def _siglip_gradient(ctx: Any, dloss: Tensor) -> Any:
     return _optional_gradients(_siglip_backward(dloss, *ctx.saved_tensors), ctx.wanted)
 
 
@@ -428,7 +428,7 @@ _siglip_backward = define(
     reference.siglip_backward,
     fake=_siglip_backward_fake,
 )
-differentiable(_siglip_forward, _siglip_backward, setup_context=_siglip_setup, formula=_siglip_gradient)
+differentiable(_siglip_forward, _siglip_backward, setup_context=_siglip_setup, formula=_siglip_gradient, returned=1)
 
 backends.name_ops("contrastive_statistics", "contrastive_forward", "contrastive_kept_forward")
 backends.name_ops("clip_loss", "contrastive_kept_forward", "contrastive_forward")

@@ -35,7 +35,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         >>> evakernels.layer_norm(x, torch.ones(768), torch.zeros(768)).shape
         torch.Size([2, 197, 768])
     """
-    y: Tensor = _forward(x, weight, bias, eps, False)[0]
+    y: Tensor = _forward(x, weight, bias, eps, False)
     return y
 
 
@@ -49,7 +49,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) 
         >>> evakernels.rms_norm(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0]))
         tensor([0.8485, 2.2627])
     """
-    y: Tensor = _forward(x, weight, None, eps, True)[0]
+    y: Tensor = _forward(x, weight, None, eps, True)
     return y
 
 
@@ -89,8 +89,8 @@ def add_layer_norm(
         >>> torch.equal(x[0], residual[0])
         True
     """
-    y, x, _, _ = _add_forward(residual, branch, weight, bias, layer_scale, row_scale, eps, False)
-    return y, x
+    both: tuple[Tensor, Tensor] = _add_forward(residual, branch, weight, bias, layer_scale, row_scale, eps, False)
+    return both
 
 
 def add_rms_norm(
@@ -109,8 +109,8 @@ def add_rms_norm(
         >>> x, y
         (tensor([[3., 4.]]), tensor([[0.8485, 1.1314]]))
     """
-    y, x, _, _ = _add_forward(residual, branch, weight, None, layer_scale, row_scale, eps, True)
-    return y, x
+    both: tuple[Tensor, Tensor] = _add_forward(residual, branch, weight, None, layer_scale, row_scale, eps, True)
+    return both
 
 
 def layer_norm_add(
@@ -133,7 +133,7 @@ def layer_norm_add(
         >>> evakernels.layer_norm_add(residual, branch, torch.ones(768), torch.zeros(768), eps=1e-6).shape
         torch.Size([2, 197, 768])
     """
-    x: Tensor = _norm_add_forward(residual, branch, weight, bias, layer_scale, row_scale, eps, False)[0]
+    x: Tensor = _norm_add_forward(residual, branch, weight, bias, layer_scale, row_scale, eps, False)
     return x
 
 
@@ -152,7 +152,7 @@ def rms_norm_add(
         >>> evakernels.rms_norm_add(torch.ones(1, 2), torch.tensor([[3.0, 4.0]]))
         tensor([[1.8485, 2.1314]])
     """
-    x: Tensor = _norm_add_forward(residual, branch, weight, None, layer_scale, row_scale, eps, True)[0]
+    x: Tensor = _norm_add_forward(residual, branch, weight, None, layer_scale, row_scale, eps, True)
     return x
 
 
@@ -219,11 +219,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     x, weight, bias, _, ctx.rms = inputs
     _, mean, rstd = output
     ctx.has_bias = bias is not None
-    ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, weight, mean, rstd)
 
 
-def _gradient(ctx: Any, dy: Tensor, *_: Tensor) -> Any:
+def _gradient(ctx: Any, dy: Tensor) -> Any:
     x, weight, mean, rstd = ctx.saved_tensors
     dx, dweight, dbias = _backward(dy, x, weight, mean, rstd, ctx.has_bias, ctx.rms)
     return dx, optional_gradient(dweight, weight is not None), optional_gradient(dbias, ctx.has_bias)
@@ -231,20 +230,19 @@ def _gradient(ctx: Any, dy: Tensor, *_: Tensor) -> Any:
 
 _forward = define(reference.layer_norm_forward, check=_check_plain)
 _backward = define(reference.layer_norm_backward)
-differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)
+differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)
 
 
 def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, branch, weight, bias, layer_scale, row_scale, _, ctx.rms = inputs
     _, x, mean, rstd = output
     ctx.has_bias, ctx.branch_dtype = bias is not None, branch.dtype
-    ctx.mark_non_differentiable(mean, rstd)
     # The branch is needed for the gradient of layer_scale only; otherwise its dtype is all that is kept.
     kept = branch if layer_scale is not None else branch.new_empty(0)
     ctx.save_for_backward(x, kept, weight, layer_scale, row_scale, mean, rstd)
 
 
-def _add_gradient(ctx: Any, dy: Tensor, dx: Tensor, *_: Tensor) -> Any:
+def _add_gradient(ctx: Any, dy: Tensor, dx: Tensor) -> Any:
     x, branch, weight, layer_scale, row_scale, mean, rstd = ctx.saved_tensors
     dresidual, dbranch, dweight, dbias, dlayer_scale = _add_backward(
         dy, dx, x, branch, weight, layer_scale, row_scale, mean, rstd, ctx.has_bias, ctx.rms
@@ -261,17 +259,16 @@ def _add_gradient(ctx: Any, dy: Tensor, dx: Tensor, *_: Tensor) -> Any:
 
 _add_forward = define(reference.add_layer_norm_forward, check=partial(_check_joined, "add_layer_norm"))
 _add_backward = define(reference.add_layer_norm_backward)
-differentiable(_add_forward, _add_backward, setup_context=_add_setup, formula=_add_gradient)
+differentiable(_add_forward, _add_backward, setup_context=_add_setup, formula=_add_gradient, returned=2)
 
 
 def _norm_add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, branch, weight, bias, layer_scale, row_scale, _, ctx.rms = inputs
     _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(branch, weight, bias, layer_scale, row_scale, mean, rstd)
 
 
-def _norm_add_gradient(ctx: Any, dx: Tensor, *_: Tensor) -> Any:
+def _norm_add_gradient(ctx: Any, dx: Tensor) -> Any:
     branch, weight, bias, layer_scale, row_scale, mean, rstd = ctx.saved_tensors
     dbranch, dweight, dbias, dlayer_scale = _norm_add_backward(
         dx, branch, weight, bias, layer_scale, row_scale, mean, rstd, ctx.rms
@@ -287,7 +284,9 @@ def _norm_add_gradient(ctx: Any, dx: Tensor, *_: Tensor) -> Any:
 
 _norm_add_forward = define(reference.layer_norm_add_forward, check=partial(_check_joined, "layer_norm_add"))
 _norm_add_backward = define(reference.layer_norm_add_backward)
-differentiable(_norm_add_forward, _norm_add_backward, setup_context=_norm_add_setup, formula=_norm_add_gradient)
+differentiable(
+    _norm_add_forward, _norm_add_backward, setup_context=_norm_add_setup, formula=_norm_add_gradient, returned=1
+)
 
 backends.name_ops("rms_norm", "layer_norm_forward")
 backends.name_ops("add_rms_norm", "add_layer_norm_forward")

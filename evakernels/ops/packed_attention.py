@@ -52,7 +52,7 @@ def packed_attention(
         >>> evakernels.packed_attention(q, k, v, offsets, max_length=77).shape
         torch.Size([94, 8, 64])
     """
-    out: Tensor = _forward(q, k, v, offsets, max_length, causal, scale)[0]
+    out: Tensor = _forward(q, k, v, offsets, max_length, causal, scale)
     return out
 
 
@@ -118,11 +118,10 @@ def _backward_gpu_reasons(dout: Tensor, *rest: Any) -> list[str]:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, offsets, *ctx.options = inputs
     out, lse = output
-    ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse, offsets)
 
 
-def _gradient(ctx: Any, dout: Tensor, _: Tensor) -> Any:
+def _gradient(ctx: Any, dout: Tensor) -> Any:
     return _backward(dout, *ctx.saved_tensors, *ctx.options)
 
 
@@ -140,4 +139,4 @@ _backward = define(
     fake=_backward_fake,
     gpu_reasons=_backward_gpu_reasons,
 )
-differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)
+differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)

@@ -66,7 +66,7 @@ def rope_attention(
         >>> evakernels.rope_attention(q, k, v, cos, sin, num_prefix=1).shape
         torch.Size([2, 197, 12, 64])
     """
-    out: Tensor = _forward(q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale)[0]
+    out: Tensor = _forward(q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale)
     return out
 
 
@@ -162,11 +162,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     out, lse = output
     if any(table is not None and table.requires_grad for table in (cos, sin)):
         raise ValueError("rope_attention: cos or sin requires a gradient, but the tables get none; pass them detached")
-    ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse, cos, sin, token_index)
 
 
-def _gradient(ctx: Any, dout: Tensor, _: Tensor) -> Any:
+def _gradient(ctx: Any, dout: Tensor) -> Any:
     return _backward(dout, *ctx.saved_tensors, *ctx.options)
 
 
@@ -183,4 +182,4 @@ _backward = define(
     fake=_backward_fake,
     gpu_reasons=_gpu_reasons,
 )
-differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)
+differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)

@@ -41,7 +41,7 @@ def swiglu(
         >>> evakernels.swiglu(gate, up, torch.ones(2048), torch.zeros(2048)).shape
         torch.Size([2, 197, 2048])
     """
-    out: Tensor = _forward(gate, up, norm_weight, norm_bias, eps)[0]
+    out: Tensor = _forward(gate, up, norm_weight, norm_bias, eps)
     return out
 
 
@@ -69,11 +69,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     gate, up, norm_weight, norm_bias, _ = inputs
     _, mean, rstd = output
     ctx.has_bias = norm_bias is not None
-    ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(gate, up, norm_weight, mean, rstd)
 
 
-def _gradient(ctx: Any, dout: Tensor, *_: Tensor) -> Any:
+def _gradient(ctx: Any, dout: Tensor) -> Any:
     gate, up, norm_weight, mean, rstd = ctx.saved_tensors
     dgate, dup, dweight, dbias = _backward(dout, gate, up, norm_weight, mean, rstd, ctx.has_bias)
     has_norm = norm_weight is not None
@@ -82,4 +81,4 @@ def _gradient(ctx: Any, dout: Tensor, *_: Tensor) -> Any:
 
 _forward = define(reference.swiglu_forward, check=_check_call)
 _backward = define(reference.swiglu_backward)
-differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)
+differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)

@@ -9,6 +9,7 @@ from dropin_families import FAMILIES
 from dropin_family import log_ops, ops_of, run
 from timm.models.eva import EvaAttention
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import evakernels
 from evakernels.dropin import Idle, Ran, _gate
@@ -272,3 +273,16 @@ def test_watching_needs_no_rich(monkeypatch):
     monkeypatch.setattr("evakernels.dropin._report.find_spec", lambda name: None)
     rows = [line.split() for line in str(report).splitlines()]
     assert ["GELU", "1", "gelu", "cpu", "1"] in rows
+
+
+def test_compiled_code_asks_as_eager_code_does(monkeypatch):
+    """Also about sizes, for each of which it is compiled, and about tensors that aren't torch's own."""
+    monkeypatch.setitem(_gate._SERVED, ("add_norm", "cpu", torch.float32), 64)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def answer(x):
+        return x + 1 if _gate.serves("add_norm", x) else x - 1
+
+    assert answer(torch.zeros(63))[0] == -1
+    assert answer(torch.zeros(64))[0] == 1
+    assert answer(TwoTensor(torch.zeros(64), torch.zeros(64))).a[0] == -1
