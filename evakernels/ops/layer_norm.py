@@ -289,6 +289,18 @@ _backward = define(
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)
 
 
+def _dtype_reasons(branch: int) -> backends.Reasons:
+    """What the kernels for GPUs can't serve: a 16-bit residual with another dtype in the argument number `branch`."""
+
+    def reasons(first: Tensor, *rest: Any) -> list[str]:
+        residual, other = first.dtype, rest[branch - 1].dtype if len(rest) >= branch else first.dtype
+        if residual in (other, torch.float32):
+            return []
+        return [f"branch is {other} beside {residual}: kernels for GPUs take the same dtype, or any beside float32"]
+
+    return reasons
+
+
 def _add_forward_fake(
     residual: Tensor,
     branch: Tensor,
@@ -360,6 +372,7 @@ _add_forward = define(
     " float eps, bool rms) -> (Tensor y, Tensor x, Tensor mean, Tensor rstd)",
     reference=reference.add_layer_norm_forward,
     fake=_add_forward_fake,
+    gpu_reasons=_dtype_reasons(branch=1),
 )
 _add_backward = define(
     "add_layer_norm_backward",
@@ -368,6 +381,7 @@ _add_backward = define(
     " -> (Tensor dresidual, Tensor dbranch, Tensor dweight, Tensor dbias, Tensor dlayer_scale)",
     reference=reference.add_layer_norm_backward,
     fake=_add_backward_fake,
+    gpu_reasons=_dtype_reasons(branch=3),
 )
 differentiable(_add_forward, _add_backward, setup_context=_add_setup, formula=_add_gradient)
 
@@ -434,6 +448,7 @@ _norm_add_forward = define(
     " float eps, bool rms) -> (Tensor x, Tensor mean, Tensor rstd)",
     reference=reference.layer_norm_add_forward,
     fake=_norm_add_forward_fake,
+    gpu_reasons=_dtype_reasons(branch=1),
 )
 _norm_add_backward = define(
     "layer_norm_add_backward",
@@ -441,6 +456,7 @@ _norm_add_backward = define(
     " Tensor rstd, bool rms) -> (Tensor dbranch, Tensor dweight, Tensor dbias, Tensor dlayer_scale)",
     reference=reference.layer_norm_add_backward,
     fake=_norm_add_backward_fake,
+    gpu_reasons=_dtype_reasons(branch=1),
 )
 differentiable(_norm_add_forward, _norm_add_backward, setup_context=_norm_add_setup, formula=_norm_add_gradient)
 
