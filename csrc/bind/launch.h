@@ -4,10 +4,10 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "bind/build.h"
+#include "bind/gpu_launch.h"
 #include "bind/torch_arguments.h"
 #include "bind/torch_stream.h"
 #include "cpu/isa.h"
-#include "cuda/stream.h"
 
 namespace evakernels {
 
@@ -18,33 +18,35 @@ inline cuda::Stream current_stream(int32_t device) {
   return stream;
 }
 
-// Calls run(stream) with the device of `tensor` as the current one, and raises the error that it returns.
-template <class Run>
-void run_on_gpu(const char* op, const Tensor& tensor, const Run& run) {
-  cuda::Error error = nullptr;
-  if constexpr (kCudaIsInterpreted) {
-    error = run(nullptr);
-  } else {
-    const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
-    error = cuda::use_device(tensor.get_device_index());
-    if (!error) error = run(current_stream(tensor.get_device_index()));
-  }
-  if (error) throw std::runtime_error(std::string(op) + ": CUDA error: " + error);
-}
+// Memory of torch's allocator, which gives it to nobody else before the stream is done with it.
+class TensorScratch final : public cuda::Scratch {
+ public:
+  explicit TensorScratch(const Tensor& like) : like_(like) {}
 
-// For ops without CPU kernels. These are registered where there are GPU kernels only.
+  cuda::Error allocate(float** memory, int64_t floats) override {
+    memory_ = new_float32(like_, {floats});
+    *memory = static_cast<float*>(memory_->mutable_data_ptr());
+    return nullptr;
+  }
+
+ private:
+  const Tensor& like_;
+  std::optional<Tensor> memory_;
+};
+
+// On the device of `tensor`. For ops without CPU kernels: these are registered where there are GPU kernels
+// only.
 template <auto Cuda, class Params>
 void launch_on_gpu(const char* op, const Tensor& tensor, const Params& params) {
-  run_on_gpu(op, tensor, [&](cuda::Stream stream) { return Cuda(params, stream); });
-}
-
-// For launchers whose kernels keep floats in between, as many as Workspace says.
-template <auto Cuda, auto Workspace, class Params>
-void launch_on_gpu(const char* op, const Tensor& tensor, const Params& params) {
-  run_on_gpu(op, tensor, [&](cuda::Stream stream) {
-    const Tensor workspace = new_float32(tensor, {Workspace(params)});
-    return Cuda(params, static_cast<float*>(workspace.mutable_data_ptr()), stream);
-  });
+  TensorScratch scratch(tensor);
+  if constexpr (kCudaIsInterpreted) {
+    call_launcher<Cuda>(op, params, scratch, nullptr);
+  } else {
+    const int32_t device = tensor.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    raise_if_any(op, cuda::use_device(device));
+    call_launcher<Cuda>(op, params, scratch, current_stream(device));
+  }
 }
 
 // The launchers are template arguments: those of a device that this build leaves out are never called, so
@@ -52,19 +54,7 @@ void launch_on_gpu(const char* op, const Tensor& tensor, const Params& params) {
 template <auto Cpu, auto Cuda, class Params>
 void launch(const char* op, const Tensor& tensor, const Params& params) {
   if constexpr (kCudaIsBuilt) {
-    if (kCudaIsInterpreted || tensor.is_cuda()) {
-      return launch_on_gpu<Cuda>(op, tensor, params);
-    }
-  }
-  if constexpr (!kCudaIsInterpreted) Cpu(params, cpu::active_isa(), torch_parallel);
-}
-
-template <auto Cpu, auto Cuda, auto Workspace, class Params>
-void launch(const char* op, const Tensor& tensor, const Params& params) {
-  if constexpr (kCudaIsBuilt) {
-    if (kCudaIsInterpreted || tensor.is_cuda()) {
-      return launch_on_gpu<Cuda, Workspace>(op, tensor, params);
-    }
+    if (kCudaIsInterpreted || tensor.is_cuda()) return launch_on_gpu<Cuda>(op, tensor, params);
   }
   if constexpr (!kCudaIsInterpreted) Cpu(params, cpu::active_isa(), torch_parallel);
 }

@@ -1,23 +1,60 @@
-// What the bindings of the optimizers are given besides tensors: a number for each of them.
+// What the bindings of the optimizers are given besides tensors, a number for each of them, and the params
+// that they make of all.
 #pragma once
 
 #include <vector>
 
 #include "bind/array.h"
-#include "common/optimizer.h"
+#include "common/adamw.h"
+#include "common/gradient_norm.h"
+#include "common/lamb.h"
 
 namespace evakernels {
 
 using Numbers = std::vector<int64_t>;
 
-inline void set_lrs(std::vector<OptimizedTensor>& tensors, const std::vector<double>& lrs) {
+// What params point to.
+using OptimizedTensors = std::vector<OptimizedTensor>;
+
+inline void set_lrs(OptimizedTensors& tensors, const std::vector<double>& lrs) {
   require(lrs.size() == tensors.size(), "lrs must be as many as params");
   for (size_t i = 0; i < tensors.size(); ++i) tensors[i].lr = lrs[i];
 }
 
+// On the device; null: not given.
+struct StepFlags {
+  const float* grad_scale;
+  const float* found_inf;
+};
+
+inline int64_t count_of(const OptimizedTensors& tensors) { return static_cast<int64_t>(tensors.size()); }
+
+inline AdamwUpdate adamw_update_params(const OptimizedTensors& tensors, double beta1, double beta2,
+                                       double eps, const StepFlags& flags) {
+  return {tensors.data(), count_of(tensors), beta1, beta2, eps, flags.grad_scale, flags.found_inf};
+}
+
+inline LambUpdate lamb_update_params(const OptimizedTensors& tensors, const LambOptions& options,
+                                     float* squared_norms, const StepFlags& flags) {
+  return {tensors.data(), count_of(tensors), options, squared_norms, flags.grad_scale, flags.found_inf};
+}
+
+inline LambApply lamb_apply_params(const OptimizedTensors& tensors, const LambOptions& options,
+                                   const float* squared_norms, const float* found_inf) {
+  return {tensors.data(), count_of(tensors), options, squared_norms, found_inf};
+}
+
+inline LambStep lamb_step_params(const OptimizedTensors& tensors, const LambOptions& options,
+                                 const StepFlags& flags) {
+  return {tensors.data(), count_of(tensors), options, flags.grad_scale, flags.found_inf};
+}
+
+inline GradientNorm gradient_norm_params(const OptimizedTensors& tensors, float* norm) {
+  return {tensors.data(), count_of(tensors), norm};
+}
+
 // Without seeds: to the nearest.
-inline void set_rounding(std::vector<OptimizedTensor>& tensors, const Numbers& seeds,
-                         const Numbers& first_elements) {
+inline void set_rounding(OptimizedTensors& tensors, const Numbers& seeds, const Numbers& first_elements) {
   if (seeds.empty()) return;
   require(seeds.size() == tensors.size() && first_elements.size() == tensors.size(),
           "seeds and first_elements must be as many as params");

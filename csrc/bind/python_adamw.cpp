@@ -17,38 +17,25 @@ void adamw_update(const List& params, const List& grads, const List& exp_avgs, c
                   const py::object& found_inf, const Numbers& seeds, const Numbers& first_elements,
                   const IsaName& isa, uintptr_t stream) {
   Arrays arrays(stream);
-  std::vector<OptimizedTensor> tensors =
-      tensors_of(arrays, params, exp_avgs, exp_avg_sqs, steps, weight_decays);
+  OptimizedTensors tensors = tensors_of(arrays, {params, exp_avgs, exp_avg_sqs, steps, weight_decays});
   set_grads(tensors, arrays, grads);
   set_lrs(tensors, lrs);
   set_rounding(tensors, seeds, first_elements);
-  const AdamwUpdate update = {
-      .tensors = tensors.data(),
-      .count = static_cast<int64_t>(tensors.size()),
-      .beta1 = beta1,
-      .beta2 = beta2,
-      .eps = eps,
-      .grad_scale = one_float(arrays.read_if(grad_scale, "grad_scale")),
-      .found_inf = one_float(arrays.read_if(found_inf, "found_inf")),
-  };
-  launch<cpu::adamw_update, cuda::adamw_update, cuda::adamw_update_workspace>("adamw_update", arrays, isa,
-                                                                              update);
+  launch<cpu::adamw_update, cuda::adamw_update>(
+      "adamw_update", arrays, isa,
+      adamw_update_params(tensors, beta1, beta2, eps, flags_of(arrays, grad_scale, found_inf)));
 }
 
 void gradient_norm(const List& grads, const py::object& norm, uintptr_t stream) {
   Arrays arrays(stream);
-  std::vector<OptimizedTensor> tensors(grads.size());
+  OptimizedTensors tensors(grads.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Array grad = arrays.read(grads[i], "grads");
     tensors[i].size = product(grad.sizes);
     tensors[i].grad = {grad.data, grad.dtype};
   }
-  const GradientNorm params = {
-      .tensors = tensors.data(),
-      .count = static_cast<int64_t>(tensors.size()),
-      .norm = one_float(arrays.write(norm, "norm")),
-  };
-  launch_only_on_gpu<cuda::gradient_norm, cuda::gradient_norm_workspace>("gradient_norm", arrays, params);
+  launch_only_on_gpu<cuda::gradient_norm>(
+      "gradient_norm", arrays, gradient_norm_params(tensors, one_float(arrays.write(norm, "norm"))));
 }
 
 }  // namespace

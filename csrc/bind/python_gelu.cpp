@@ -1,4 +1,5 @@
 // The launchers of gelu on arrays.
+#include "bind/gelu.h"
 #include "bind/python_launch.h"
 #include "cpu/gelu.h"
 #include "cuda/gelu.h"
@@ -9,52 +10,21 @@ using namespace pybind11::literals;
 namespace evakernels {
 namespace {
 
-void gelu_forward(const py::object& x_any, const py::object& bias_any, const py::object& out_any, bool tanh,
+void gelu_forward(const py::object& x, const py::object& bias, const py::object& out, bool tanh,
                   const IsaName& isa, uintptr_t stream) {
   Arrays arrays(stream);
-  const Array x = arrays.read(x_any, "x"), bias = arrays.read_if(bias_any, "bias"),
-              out = arrays.write(out_any, "out");
-  require_like(out, x);
-  const RowSizes sizes(x);
-  const GeluForward params = {
-      .x = x.data,
-      .bias = bias.data,
-      .out = out.data,
-      .rows = sizes.rows,
-      .width = sizes.width,
-      .dtype = x.dtype,
-      .bias_dtype = parameter_dtype(x, {&bias}),
-      .tanh = tanh,
-  };
+  const GeluForward params =
+      gelu_forward_params(arrays.read(x, "x"), arrays.read_if(bias, "bias"), arrays.write(out, "out"), tanh);
   launch<cpu::gelu_forward, cuda::gelu_forward>("gelu_forward", arrays, isa, params);
 }
 
-void gelu_backward(const py::object& dout_any, const py::object& x_any, const py::object& bias_any,
-                   const py::object& dx_any, const py::object& dbias_any, bool tanh, const IsaName& isa,
-                   uintptr_t stream) {
+void gelu_backward(const py::object& dout, const py::object& x, const py::object& bias, const py::object& dx,
+                   const py::object& dbias, bool tanh, const IsaName& isa, uintptr_t stream) {
   Arrays arrays(stream);
-  const Array dout = arrays.read(dout_any, "dout"), x = arrays.read(x_any, "x"),
-              bias = arrays.read_if(bias_any, "bias"), dx = arrays.write(dx_any, "dx"),
-              dbias = arrays.write_if(dbias_any, "dbias");
-  require_like(dout, x);
-  require_like(dx, x);
-  require(!dbias || bias, "dbias without bias");
-  if (dbias) require_like(dbias, bias);
-  const RowSizes sizes(x);
-  const GeluBackward params = {
-      .dout = dout.data,
-      .x = x.data,
-      .bias = bias.data,
-      .dx = dx.data,
-      .dbias = dbias.data,
-      .rows = sizes.rows,
-      .width = sizes.width,
-      .dtype = x.dtype,
-      .bias_dtype = parameter_dtype(x, {&bias}),
-      .tanh = tanh,
-  };
-  launch<cpu::gelu_backward, cuda::gelu_backward, cuda::gelu_backward_workspace>("gelu_backward", arrays, isa,
-                                                                                 params);
+  const GeluBackward params =
+      gelu_backward_params(arrays.read(dout, "dout"), arrays.read(x, "x"), arrays.read_if(bias, "bias"),
+                           arrays.write(dx, "dx"), arrays.write_if(dbias, "dbias"), tanh);
+  launch<cpu::gelu_backward, cuda::gelu_backward>("gelu_backward", arrays, isa, params);
 }
 
 }  // namespace

@@ -21,19 +21,12 @@ void lamb_update(const List& params, const List& grads, const List& exp_avgs, co
                  double beta1, double beta2, double eps, bool nvlamb, const py::object& grad_scale,
                  const py::object& found_inf, const IsaName& isa, uintptr_t stream) {
   Arrays arrays(stream);
-  std::vector<OptimizedTensor> tensors =
-      tensors_of(arrays, params, exp_avgs, exp_avg_sqs, steps, weight_decays);
+  OptimizedTensors tensors = tensors_of(arrays, {params, exp_avgs, exp_avg_sqs, steps, weight_decays});
   set_grads(tensors, arrays, grads);
-  const LambUpdate update = {
-      .tensors = tensors.data(),
-      .count = static_cast<int64_t>(tensors.size()),
-      .options = {beta1, beta2, eps, nvlamb},
-      .squared_norms = norms_of(arrays.write(squared_norms, "squared_norms"), tensors.size()),
-      .grad_scale = one_float(arrays.read_if(grad_scale, "grad_scale")),
-      .found_inf = one_float(arrays.read_if(found_inf, "found_inf")),
-  };
-  launch<cpu::lamb_update, cuda::lamb_update, cuda::lamb_update_workspace>("lamb_update", arrays, isa,
-                                                                           update);
+  float* const norms = norms_of(arrays.write(squared_norms, "squared_norms"), tensors.size());
+  launch<cpu::lamb_update, cuda::lamb_update>("lamb_update", arrays, isa,
+                                              lamb_update_params(tensors, {beta1, beta2, eps, nvlamb}, norms,
+                                                                 flags_of(arrays, grad_scale, found_inf)));
 }
 
 void lamb_apply(const List& params, const List& exp_avgs, const List& exp_avg_sqs, const List& steps,
@@ -42,18 +35,14 @@ void lamb_apply(const List& params, const List& exp_avgs, const List& exp_avg_sq
                 const py::object& found_inf, const Numbers& seeds, const Numbers& first_elements,
                 const IsaName& isa, uintptr_t stream) {
   Arrays arrays(stream);
-  std::vector<OptimizedTensor> tensors =
-      tensors_of(arrays, params, exp_avgs, exp_avg_sqs, steps, weight_decays);
+  OptimizedTensors tensors = tensors_of(arrays, {params, exp_avgs, exp_avg_sqs, steps, weight_decays});
   set_lrs(tensors, lrs);
   set_rounding(tensors, seeds, first_elements);
-  const LambApply apply = {
-      .tensors = tensors.data(),
-      .count = static_cast<int64_t>(tensors.size()),
-      .options = {beta1, beta2, eps, nvlamb},
-      .squared_norms = norms_of(arrays.read(squared_norms, "squared_norms"), tensors.size()),
-      .found_inf = one_float(arrays.read_if(found_inf, "found_inf")),
-  };
-  launch<cpu::lamb_apply, cuda::lamb_apply, cuda::lamb_apply_workspace>("lamb_apply", arrays, isa, apply);
+  const float* const norms = norms_of(arrays.read(squared_norms, "squared_norms"), tensors.size());
+  launch<cpu::lamb_apply, cuda::lamb_apply>(
+      "lamb_apply", arrays, isa,
+      lamb_apply_params(tensors, {beta1, beta2, eps, nvlamb}, norms,
+                        one_float(arrays.read_if(found_inf, "found_inf"))));
 }
 
 void lamb_step(const List& params, const List& grads, const List& exp_avgs, const List& exp_avg_sqs,
@@ -62,19 +51,13 @@ void lamb_step(const List& params, const List& grads, const List& exp_avgs, cons
                const py::object& found_inf, const Numbers& seeds, const Numbers& first_elements,
                const IsaName& isa, uintptr_t stream) {
   Arrays arrays(stream);
-  std::vector<OptimizedTensor> tensors =
-      tensors_of(arrays, params, exp_avgs, exp_avg_sqs, steps, weight_decays);
+  OptimizedTensors tensors = tensors_of(arrays, {params, exp_avgs, exp_avg_sqs, steps, weight_decays});
   set_grads(tensors, arrays, grads);
   set_lrs(tensors, lrs);
   set_rounding(tensors, seeds, first_elements);
-  const LambStep step = {
-      .tensors = tensors.data(),
-      .count = static_cast<int64_t>(tensors.size()),
-      .options = {beta1, beta2, eps, nvlamb},
-      .grad_scale = one_float(arrays.read_if(grad_scale, "grad_scale")),
-      .found_inf = one_float(arrays.read_if(found_inf, "found_inf")),
-  };
-  launch<cpu::lamb_step, cuda::lamb_step, cuda::lamb_step_workspace>("lamb_step", arrays, isa, step);
+  launch<cpu::lamb_step, cuda::lamb_step>(
+      "lamb_step", arrays, isa,
+      lamb_step_params(tensors, {beta1, beta2, eps, nvlamb}, flags_of(arrays, grad_scale, found_inf)));
 }
 
 }  // namespace

@@ -29,8 +29,7 @@ void layer_norm_backward(const py::object& dy, const py::object& x, const py::ob
       arrays.read(dy, "dy"), arrays.read(x, "x"), arrays.read_if(weight, "weight"),
       arrays.read_if(mean, "mean"), arrays.read(rstd, "rstd"), arrays.write(dx, "dx"),
       arrays.write_if(dweight, "dweight"), arrays.write_if(dbias, "dbias"), rms);
-  launch<cpu::layer_norm_backward, cuda::layer_norm_backward, cuda::layer_norm_backward_workspace>(
-      "layer_norm_backward", arrays, isa, params);
+  launch<cpu::layer_norm_backward, cuda::layer_norm_backward>("layer_norm_backward", arrays, isa, params);
 }
 
 }  // namespace

@@ -24,38 +24,43 @@ inline float* one_float(const Array& array) {
   return array.floats();
 }
 
-// Everything but gradients and rates. What a phase doesn't write may be read-only.
-inline std::vector<OptimizedTensor> tensors_of(Arrays& arrays, const List& params, const List& exp_avgs,
-                                               const List& exp_avg_sqs, const List& steps,
-                                               const std::vector<double>& weight_decays) {
-  const size_t count = params.size();
-  require(exp_avgs.size() == count && exp_avg_sqs.size() == count && steps.size() == count &&
-              weight_decays.size() == count,
+// The lists that each optimizer is given. What a phase doesn't write may be read-only.
+struct ArrayLists {
+  const List &params, &exp_avgs, &exp_avg_sqs, &steps;
+  const std::vector<double>& weight_decays;
+};
+
+// Everything but gradients, rates and rounding.
+inline OptimizedTensors tensors_of(Arrays& arrays, const ArrayLists& lists) {
+  const size_t count = lists.params.size();
+  require(lists.exp_avgs.size() == count && lists.exp_avg_sqs.size() == count &&
+              lists.steps.size() == count && lists.weight_decays.size() == count,
           "the lists must be equally long");
-  std::vector<OptimizedTensor> tensors(count);
+  OptimizedTensors tensors(count);
   for (size_t i = 0; i < count; ++i) {
-    const Array param = arrays.write(params[i], "params");
+    const Array param = arrays.write(lists.params[i], "params");
     const int64_t size = product(param.sizes);
-    tensors[i] = {
-        .param = buffer_of(param, size),
-        .grad = {},
-        .exp_avg = buffer_of(arrays.write(exp_avgs[i], "exp_avgs"), size),
-        .exp_avg_sq = buffer_of(arrays.write(exp_avg_sqs[i], "exp_avg_sqs"), size),
-        .step = one_float(arrays.write(steps[i], "steps")),
-        .size = size,
-        .lr = 0.0,
-        .weight_decay = weight_decays[i],
-        .rounding = {kNearest, 0},
-    };
+    tensors[i].param = buffer_of(param, size);
+    tensors[i].exp_avg = buffer_of(arrays.write(lists.exp_avgs[i], "exp_avgs"), size);
+    tensors[i].exp_avg_sq = buffer_of(arrays.write(lists.exp_avg_sqs[i], "exp_avg_sqs"), size);
+    tensors[i].step = one_float(arrays.write(lists.steps[i], "steps"));
+    tensors[i].size = size;
+    tensors[i].weight_decay = lists.weight_decays[i];
   }
   return tensors;
 }
 
-inline void set_grads(std::vector<OptimizedTensor>& tensors, Arrays& arrays, const List& grads) {
+inline void set_grads(OptimizedTensors& tensors, Arrays& arrays, const List& grads) {
   require(grads.size() == tensors.size(), "the lists must be equally long");
   for (size_t i = 0; i < tensors.size(); ++i) {
     tensors[i].grad = buffer_of(arrays.read(grads[i], "grads"), tensors[i].size);
   }
+}
+
+inline StepFlags flags_of(Arrays& arrays, const pybind11::object& grad_scale,
+                          const pybind11::object& found_inf) {
+  return {one_float(arrays.read_if(grad_scale, "grad_scale")),
+          one_float(arrays.read_if(found_inf, "found_inf"))};
 }
 
 }  // namespace evakernels

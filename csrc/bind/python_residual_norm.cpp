@@ -47,8 +47,7 @@ void add_layer_norm_backward(const py::object& dy, const py::object& dx, const p
       parameters_of(arrays, weight, py::none(), layer_scale, row_scale), arrays.read_if(mean, "mean"),
       arrays.read(rstd, "rstd"), arrays.write(dresidual, "dresidual"), arrays.write_if(dbranch, "dbranch"),
       gradients_of(arrays, dweight, dbias, dlayer_scale), rms);
-  launch<cpu::add_norm_backward, cuda::add_norm_backward, cuda::add_norm_backward_workspace>(
-      "add_layer_norm_backward", arrays, isa, params);
+  launch<cpu::add_norm_backward, cuda::add_norm_backward>("add_layer_norm_backward", arrays, isa, params);
 }
 
 void layer_norm_add_forward(const py::object& residual, const py::object& branch, const py::object& weight,
@@ -75,8 +74,7 @@ void layer_norm_add_backward(const py::object& dx, const py::object& branch, con
       parameters_of(arrays, weight, bias, layer_scale, row_scale), arrays.read_if(mean, "mean"),
       arrays.read(rstd, "rstd"), arrays.write(dbranch, "dbranch"),
       gradients_of(arrays, dweight, dbias, dlayer_scale), rms);
-  launch<cpu::norm_add_backward, cuda::norm_add_backward, cuda::norm_add_backward_workspace>(
-      "layer_norm_add_backward", arrays, isa, params);
+  launch<cpu::norm_add_backward, cuda::norm_add_backward>("layer_norm_add_backward", arrays, isa, params);
 }
 
 }  // namespace
@@ -87,7 +85,8 @@ void register_residual_norm(py::module_& m) {
         "rms"_a = false, "isa"_a = py::none(), "stream"_a = 0,
         R"(Writes x = residual + layer_scale * row_scale * branch, y = norm(x), and mean and rstd of x's rows.
 
-residual, branch: [B, ..., C], of any two dtypes; x and y of residual's. weight, bias, layer_scale: [C];
+residual, branch: [B, ..., C], of any two dtypes on a CPU, on a GPU of one or residual in float32; x and y of
+residual's. weight, bias, layer_scale: [C];
 row_scale: [B]; each of any dtype or None. mean, rstd: as for layer_norm_forward.)");
   m.def("add_layer_norm_backward", &add_layer_norm_backward, "dy"_a, "dx"_a, "x"_a, "branch"_a, "weight"_a,
         "layer_scale"_a, "row_scale"_a, "mean"_a, "rstd"_a, "dresidual"_a, "dbranch"_a, "dweight"_a,

@@ -31,8 +31,7 @@ void swiglu_backward(const py::object& dout, const py::object& gate, const py::o
       arrays.read_if(norm_weight, "norm_weight"), arrays.read_if(mean, "mean"), arrays.read_if(rstd, "rstd"),
       arrays.write(dgate, "dgate"), arrays.write(dup, "dup"), arrays.write_if(dweight, "dweight"),
       arrays.write_if(dbias, "dbias"));
-  launch<cpu::swiglu_backward, cuda::swiglu_backward, cuda::swiglu_backward_workspace>("swiglu_backward",
-                                                                                       arrays, isa, params);
+  launch<cpu::swiglu_backward, cuda::swiglu_backward>("swiglu_backward", arrays, isa, params);
 }
 
 }  // namespace

@@ -30,8 +30,8 @@ void token_dropout_backward(const py::object& dout, const py::object& token_inde
       arrays.read(dout, "dout"), arrays.read_index_if(token_index, "token_index"), num_prefix, num_tokens,
       arrays.write_if(dpatches, "dpatches"), arrays.write(dprefix, "dprefix"),
       arrays.write_if(dpos_embed, "dpos_embed"));
-  launch<cpu::token_dropout_backward, cuda::token_dropout_backward, cuda::token_dropout_backward_workspace>(
-      "token_dropout_backward", arrays, isa, params);
+  launch<cpu::token_dropout_backward, cuda::token_dropout_backward>("token_dropout_backward", arrays, isa,
+                                                                    params);
 }
 
 }  // namespace

@@ -20,6 +20,7 @@ class DenseList {
   }
 
   size_t count() const { return dense_.size(); }
+  const Tensor& first() const { return tensors_.front(); }
   int64_t size(size_t i) const { return dense_[i].numel(); }
   TensorBuffer buffer(size_t i) const { return {dense_[i].mutable_data_ptr(), dtypes_[i]}; }
 
@@ -36,56 +37,79 @@ class DenseList {
   std::vector<DType> dtypes_;
 };
 
-// As float32, on the device that it is on: the host doesn't wait for its value.
-inline std::optional<Tensor> flag_of(const std::optional<Tensor>& flag) {
-  if (!flag) return std::nullopt;
-  require(flag->numel() == 1, "grad_scale and found_inf must have one element");
-  return torch::stable::to(*flag, ScalarType::Float);
-}
+// grad_scale or found_inf as float32, on the device that it is on: the host doesn't wait for its value.
+class Flag {
+ public:
+  explicit Flag(const std::optional<Tensor>& flag) {
+    require(!flag || flag->numel() == 1, "grad_scale and found_inf must have one element");
+    if (flag) value_ = torch::stable::to(*flag, ScalarType::Float);
+  }
 
-inline const float* value_of(const std::optional<Tensor>& flag) {
-  return static_cast<const float*>(data_or_null(flag));
-}
+  const float* value() const { return static_cast<const float*>(data_or_null(value_)); }
 
-struct Lists {
-  DenseList params, exp_avgs, exp_avg_sqs;
+ private:
+  std::optional<Tensor> value_;
+};
+
+// The lists that each optimizer is given.
+struct TensorLists {
+  std::vector<Tensor> params, exp_avgs, exp_avg_sqs;
   const std::vector<Tensor>& steps;
   const std::vector<double>& weight_decays;
 };
 
-inline std::vector<OptimizedTensor> tensors_of(const Lists& lists) {
-  const size_t count = lists.params.count();
-  require(lists.exp_avgs.count() == count && lists.exp_avg_sqs.count() == count &&
-              lists.steps.size() == count && lists.weight_decays.size() == count,
-          "the lists must be equally long");
-  std::vector<OptimizedTensor> tensors(count);
-  for (size_t i = 0; i < count; ++i) {
-    const int64_t size = lists.params.size(i);
-    require(lists.exp_avgs.size(i) == size && lists.exp_avg_sqs.size(i) == size,
-            "the moments must have the shapes of the parameters");
-    require(lists.steps[i].scalar_type() == ScalarType::Float && lists.steps[i].numel() == 1,
-            "steps must be float32 of one element");
-    tensors[i] = {
-        .param = lists.params.buffer(i),
-        .grad = {},
-        .exp_avg = lists.exp_avgs.buffer(i),
-        .exp_avg_sq = lists.exp_avg_sqs.buffer(i),
-        .step = static_cast<float*>(lists.steps[i].mutable_data_ptr()),
-        .size = size,
-        .lr = 0.0,
-        .weight_decay = lists.weight_decays[i],
-        .rounding = {kNearest, 0},
-    };
+// Their dense buffers as params take them; what is set later is missing.
+class StepTensors {
+ public:
+  explicit StepTensors(TensorLists lists)
+      : params_(std::move(lists.params), "params"),
+        exp_avgs_(std::move(lists.exp_avgs), "exp_avgs"),
+        exp_avg_sqs_(std::move(lists.exp_avg_sqs), "exp_avg_sqs"),
+        tensors_(params_.count()) {
+    const size_t count = params_.count();
+    require(count > 0, "params is empty");
+    require(exp_avgs_.count() == count && exp_avg_sqs_.count() == count && lists.steps.size() == count &&
+                lists.weight_decays.size() == count,
+            "the lists must be equally long");
+    for (size_t i = 0; i < count; ++i) {
+      const int64_t size = params_.size(i);
+      require(exp_avgs_.size(i) == size && exp_avg_sqs_.size(i) == size,
+              "the moments must have the shapes of the parameters");
+      const Tensor& step = lists.steps[i];
+      require(step.scalar_type() == ScalarType::Float && step.numel() == 1,
+              "steps must be float32 of one element");
+      tensors_[i].param = params_.buffer(i);
+      tensors_[i].exp_avg = exp_avgs_.buffer(i);
+      tensors_[i].exp_avg_sq = exp_avg_sqs_.buffer(i);
+      tensors_[i].step = static_cast<float*>(step.mutable_data_ptr());
+      tensors_[i].size = size;
+      tensors_[i].weight_decay = lists.weight_decays[i];
+    }
   }
-  return tensors;
-}
 
-inline void set_grads(std::vector<OptimizedTensor>& tensors, const DenseList& grads) {
-  require(grads.count() == tensors.size(), "grads must be as many as params");
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    require(grads.size(i) == tensors[i].size, "grads must have the shapes of the parameters");
-    tensors[i].grad = grads.buffer(i);
+  void set_grads(std::vector<Tensor> grads) {
+    require(grads.size() == tensors_.size(), "grads must be as many as params");
+    grads_.emplace(std::move(grads), "grads");
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      require(grads_->size(i) == tensors_[i].size, "grads must have the shapes of the parameters");
+      tensors_[i].grad = grads_->buffer(i);
+    }
   }
-}
+
+  OptimizedTensors& tensors() { return tensors_; }
+  const Tensor& first() const { return params_.first(); }
+
+  // To be called when the buffers were written.
+  void return_params() { params_.return_copies(); }
+  void return_moments() {
+    exp_avgs_.return_copies();
+    exp_avg_sqs_.return_copies();
+  }
+
+ private:
+  DenseList params_, exp_avgs_, exp_avg_sqs_;
+  std::optional<DenseList> grads_;
+  OptimizedTensors tensors_;
+};
 
 }  // namespace evakernels

@@ -9,19 +9,14 @@ namespace {
 Tensor gradient_norm(std::vector<Tensor> grads) {
   require(!grads.empty(), "grads is empty");
   const Tensor norm = new_float32(grads[0], {});
-  const Tensor like = grads[0];
   const DenseList gradients(std::move(grads), "grads");
-  std::vector<OptimizedTensor> tensors(gradients.count());
+  OptimizedTensors tensors(gradients.count());
   for (size_t i = 0; i < tensors.size(); ++i) {
     tensors[i].grad = gradients.buffer(i);
     tensors[i].size = gradients.size(i);
   }
-  const GradientNorm params = {
-      .tensors = tensors.data(),
-      .count = static_cast<int64_t>(tensors.size()),
-      .norm = static_cast<float*>(norm.mutable_data_ptr()),
-  };
-  launch_on_gpu<cuda::gradient_norm, cuda::gradient_norm_workspace>("gradient_norm", like, params);
+  const GradientNorm params = gradient_norm_params(tensors, static_cast<float*>(norm.mutable_data_ptr()));
+  launch_on_gpu<cuda::gradient_norm>("gradient_norm", gradients.first(), params);
   return norm;
 }
 

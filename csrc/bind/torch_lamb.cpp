@@ -11,31 +11,15 @@ Tensor lamb_update(std::vector<Tensor> params, std::vector<Tensor> grads, std::v
                    std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps,
                    std::vector<double> weight_decays, double beta1, double beta2, double eps, bool nvlamb,
                    std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
-  require(!params.empty(), "params is empty");
-  const Tensor like = params[0];
-  const Tensor squared_norms = new_float32(like, {static_cast<int64_t>(params.size()), 2});
-  const auto scale = flag_of(grad_scale), skip = flag_of(found_inf);
-  Lists lists = {
-      {std::move(params), "params"},
-      {std::move(exp_avgs), "exp_avgs"},
-      {std::move(exp_avg_sqs), "exp_avg_sqs"},
-      steps,
-      weight_decays,
-  };
-  const DenseList gradients(std::move(grads), "grads");
-  std::vector<OptimizedTensor> tensors = tensors_of(lists);
-  set_grads(tensors, gradients);
-  const LambUpdate update = {
-      .tensors = tensors.data(),
-      .count = static_cast<int64_t>(tensors.size()),
-      .options = {beta1, beta2, eps, nvlamb},
-      .squared_norms = static_cast<float*>(squared_norms.mutable_data_ptr()),
-      .grad_scale = value_of(scale),
-      .found_inf = value_of(skip),
-  };
-  launch<cpu::lamb_update, cuda::lamb_update, cuda::lamb_update_workspace>("lamb_update", like, update);
-  lists.exp_avgs.return_copies();
-  lists.exp_avg_sqs.return_copies();
+  const Flag scale(grad_scale), skip(found_inf);
+  StepTensors step({std::move(params), std::move(exp_avgs), std::move(exp_avg_sqs), steps, weight_decays});
+  step.set_grads(std::move(grads));
+  const Tensor squared_norms = new_float32(step.first(), {count_of(step.tensors()), 2});
+  const auto norms = static_cast<float*>(squared_norms.mutable_data_ptr());
+  launch<cpu::lamb_update, cuda::lamb_update>(
+      "lamb_update", step.first(),
+      lamb_update_params(step.tensors(), {beta1, beta2, eps, nvlamb}, norms, {scale.value(), skip.value()}));
+  step.return_moments();
   return squared_norms;
 }
 
@@ -43,30 +27,17 @@ void lamb_apply(std::vector<Tensor> params, std::vector<Tensor> exp_avgs, std::v
                 std::vector<Tensor> steps, const Tensor& squared_norms_any, std::vector<double> lrs,
                 std::vector<double> weight_decays, double beta1, double beta2, double eps, bool nvlamb,
                 std::optional<Tensor> found_inf, Numbers seeds, Numbers first_elements) {
-  require(!params.empty(), "params is empty");
-  const Tensor like = params[0];
-  const auto skip = flag_of(found_inf);
-  Lists lists = {
-      {std::move(params), "params"},
-      {std::move(exp_avgs), "exp_avgs"},
-      {std::move(exp_avg_sqs), "exp_avg_sqs"},
-      steps,
-      weight_decays,
-  };
-  std::vector<OptimizedTensor> tensors = tensors_of(lists);
-  set_lrs(tensors, lrs);
-  set_rounding(tensors, seeds, first_elements);
+  const Flag skip(found_inf);
+  StepTensors step({std::move(params), std::move(exp_avgs), std::move(exp_avg_sqs), steps, weight_decays});
+  set_lrs(step.tensors(), lrs);
+  set_rounding(step.tensors(), seeds, first_elements);
   const Tensor squared_norms = as_contiguous(torch::stable::to(squared_norms_any, ScalarType::Float));
-  require(squared_norms.numel() == 2 * static_cast<int64_t>(tensors.size()), "squared_norms must be [n, 2]");
-  const LambApply apply = {
-      .tensors = tensors.data(),
-      .count = static_cast<int64_t>(tensors.size()),
-      .options = {beta1, beta2, eps, nvlamb},
-      .squared_norms = static_cast<const float*>(squared_norms.const_data_ptr()),
-      .found_inf = value_of(skip),
-  };
-  launch<cpu::lamb_apply, cuda::lamb_apply, cuda::lamb_apply_workspace>("lamb_apply", like, apply);
-  lists.params.return_copies();
+  require(squared_norms.numel() == 2 * count_of(step.tensors()), "squared_norms must be [n, 2]");
+  const auto norms = static_cast<const float*>(squared_norms.const_data_ptr());
+  launch<cpu::lamb_apply, cuda::lamb_apply>(
+      "lamb_apply", step.first(),
+      lamb_apply_params(step.tensors(), {beta1, beta2, eps, nvlamb}, norms, skip.value()));
+  step.return_params();
 }
 
 void lamb_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
@@ -74,32 +45,16 @@ void lamb_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vecto
                std::vector<double> weight_decays, double beta1, double beta2, double eps, bool nvlamb,
                std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, Numbers seeds,
                Numbers first_elements) {
-  require(!params.empty(), "params is empty");
-  const Tensor like = params[0];
-  const auto scale = flag_of(grad_scale), skip = flag_of(found_inf);
-  Lists lists = {
-      {std::move(params), "params"},
-      {std::move(exp_avgs), "exp_avgs"},
-      {std::move(exp_avg_sqs), "exp_avg_sqs"},
-      steps,
-      weight_decays,
-  };
-  const DenseList gradients(std::move(grads), "grads");
-  std::vector<OptimizedTensor> tensors = tensors_of(lists);
-  set_grads(tensors, gradients);
-  set_lrs(tensors, lrs);
-  set_rounding(tensors, seeds, first_elements);
-  const LambStep step = {
-      .tensors = tensors.data(),
-      .count = static_cast<int64_t>(tensors.size()),
-      .options = {beta1, beta2, eps, nvlamb},
-      .grad_scale = value_of(scale),
-      .found_inf = value_of(skip),
-  };
-  launch<cpu::lamb_step, cuda::lamb_step, cuda::lamb_step_workspace>("lamb_step", like, step);
-  lists.params.return_copies();
-  lists.exp_avgs.return_copies();
-  lists.exp_avg_sqs.return_copies();
+  const Flag scale(grad_scale), skip(found_inf);
+  StepTensors step({std::move(params), std::move(exp_avgs), std::move(exp_avg_sqs), steps, weight_decays});
+  step.set_grads(std::move(grads));
+  set_lrs(step.tensors(), lrs);
+  set_rounding(step.tensors(), seeds, first_elements);
+  launch<cpu::lamb_step, cuda::lamb_step>(
+      "lamb_step", step.first(),
+      lamb_step_params(step.tensors(), {beta1, beta2, eps, nvlamb}, {scale.value(), skip.value()}));
+  step.return_params();
+  step.return_moments();
 }
 
 }  // namespace

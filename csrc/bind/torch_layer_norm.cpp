@@ -36,8 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy_any, con
       array_of(dy, "dy"), array_of(x, "x"), array_of(weight, "weight"), array_if(!rms, mean, "mean"),
       array_of(rstd, "rstd"), array_of(dx, "dx"), array_if(weight.has_value(), dweight, "dweight"),
       array_if(has_bias, dbias, "dbias"), rms);
-  launch<cpu::layer_norm_backward, cuda::layer_norm_backward, cuda::layer_norm_backward_workspace>(
-      "layer_norm_backward", x, params);
+  launch<cpu::layer_norm_backward, cuda::layer_norm_backward>("layer_norm_backward", x, params);
   return {dx, dweight, dbias};
 }
 

@@ -103,8 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
       array_of(dy, "dy"), array_of(dx, "dx"), array_of(x, "x"), array_of(branch, "branch"),
       parameters.arrays(), array_if(!rms, mean, "mean"), array_of(rstd, "rstd"),
       array_of(dresidual, "dresidual"), array_if(scaled, dbranch, "dbranch"), gradients.arrays(), rms);
-  launch<cpu::add_norm_backward, cuda::add_norm_backward, cuda::add_norm_backward_workspace>(
-      "add_layer_norm_backward", x, params);
+  launch<cpu::add_norm_backward, cuda::add_norm_backward>("add_layer_norm_backward", x, params);
   return {dresidual, dbranch, gradients.weight, gradients.bias, gradients.layer_scale};
 }
 
@@ -121,8 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_add_backward(
   const NormAddBackward params = norm_add_backward_params(
       array_of(dx, "dx"), array_of(branch, "branch"), parameters.arrays(), array_if(!rms, mean, "mean"),
       array_of(rstd, "rstd"), array_of(dbranch, "dbranch"), gradients.arrays(), rms);
-  launch<cpu::norm_add_backward, cuda::norm_add_backward, cuda::norm_add_backward_workspace>(
-      "layer_norm_add_backward", dx, params);
+  launch<cpu::norm_add_backward, cuda::norm_add_backward>("layer_norm_add_backward", dx, params);
   return {dbranch, gradients.weight, gradients.bias, gradients.layer_scale};
 }
 

@@ -48,8 +48,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> swiglu_backward(const Tensor& dout_an
       array_if(normed, mean, "mean"), array_if(normed, rstd, "rstd"), array_of(dgate, "dgate"),
       array_of(dup, "dup"), array_if(normed, dweight, "dweight"),
       array_if(normed && has_bias, dbias, "dbias"));
-  launch<cpu::swiglu_backward, cuda::swiglu_backward, cuda::swiglu_backward_workspace>("swiglu_backward",
-                                                                                       gate, params);
+  launch<cpu::swiglu_backward, cuda::swiglu_backward>("swiglu_backward", gate, params);
   return {dgate, dup, dweight, dbias};
 }
 

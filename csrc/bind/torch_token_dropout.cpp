@@ -64,8 +64,7 @@ std::tuple<Tensor, Tensor, Tensor> token_dropout_backward(const Tensor& dout_any
       array_of(dout, "dout"), array_of_index(token_index), prefix_tokens, tokens,
       array_if(dropped, dpatches, "dpatches"), array_of(dprefix, "dprefix"),
       array_if(has_pos_embed, dpos_embed, "dpos_embed"));
-  launch<cpu::token_dropout_backward, cuda::token_dropout_backward, cuda::token_dropout_backward_workspace>(
-      "token_dropout_backward", dout, params);
+  launch<cpu::token_dropout_backward, cuda::token_dropout_backward>("token_dropout_backward", dout, params);
   return {dpatches, dprefix, dpos_embed};
 }
 

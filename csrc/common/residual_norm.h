@@ -36,6 +36,8 @@ struct ResidualNormGradients {
   ParameterGradient weight;       // [width]
   ParameterGradient bias;         // [width]
   ParameterGradient layer_scale;  // [width]
+
+  bool any_wanted() const { return weight.data || bias.data || layer_scale.data; }
 };
 
 struct ResidualNormShape {
@@ -46,6 +48,12 @@ struct ResidualNormShape {
   DType branch_dtype;  // of the branch and its gradient
   bool rms;            // no mean is subtracted
 };
+
+// Whether the kernels for GPUs serve such a branch: one dtype is a model's, and a float32 residual with a
+// branch of 16 bits is what autocast makes.
+inline bool gpu_serves(DType dtype, DType branch_dtype) {
+  return branch_dtype == dtype || dtype == DType::Float32;
+}
 
 struct AddNormForward {
   const void* residual;  // [rows, width]

@@ -85,16 +85,14 @@ __global__ void __launch_bounds__(kThreads, kAdamwBlocks)
 
 }  // namespace
 
-int64_t adamw_update_workspace(const AdamwUpdate& params) { return table_floats<AdamwEntry>(params.count); }
-
-Error adamw_update(const AdamwUpdate& params, float* workspace, Stream stream) {
-  AdamwEntry* const entries = reinterpret_cast<AdamwEntry*>(workspace);
+Error adamw_update(const AdamwUpdate& params, Scratch& scratch, Stream stream) {
   const AdamwRule rule = {
       .found_inf = params.found_inf,
       .log_beta1 = std::log(params.beta1),
       .log_beta2 = std::log(params.beta2),
   };
-  const Error error = launch_table(params.tensors, params.count, rule, entries, stream);
+  AdamwEntry* entries = nullptr;
+  const Error error = write_table(params, rule, 0, scratch, stream, &entries);
   const int64_t chunks = chunks_of(params.tensors, params.count);
   if (error || chunks == 0) return error;
   const StepOptions options = {moment_rates(params.beta1, params.beta2), static_cast<float>(params.eps),

@@ -1,5 +1,5 @@
-// AdamW over a list of tensors of any sizes and dtypes, on a GPU. See residual_norm.h on streams and
-// workspaces, lamb.h on the arrays of tensors.
+// AdamW over a list of tensors of any sizes and dtypes, on a GPU. See residual_norm.h on streams and scratch,
+// lamb.h on the arrays of tensors.
 #pragma once
 
 #include "common/adamw.h"
@@ -7,7 +7,6 @@
 
 namespace evakernels::cuda {
 
-EVAKERNELS_API Error adamw_update(const AdamwUpdate& params, float* workspace, Stream stream);
-EVAKERNELS_API int64_t adamw_update_workspace(const AdamwUpdate& params);
+EVAKERNELS_API Error adamw_update(const AdamwUpdate& params, Scratch& scratch, Stream stream);
 
 }  // namespace evakernels::cuda

@@ -43,27 +43,22 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
   if (row < shape.rows) {
     InputRow<Residual, L, 2> dy, x;
     PassingInputRow<Residual, L, 2> dx;
-    PassingInputRow<Branch, L, 2> branch;
+    std::conditional_t<SUMS == 3, PassingInputRow<Branch, L, 2>, NoRow> branch;
     OutputRow<Residual, L> dresidual;
     OutputRow<Branch, L> dbranch;
-    const auto with_inputs = [&](const auto& body) {
-      if constexpr (SUMS == 2) {
-        body(dy, x, dx);
-      } else {
-        body(dy, x, dx, branch);
-      }
-    };
-    with_inputs(
-        [&](auto&... inputs) { use_stages<L, kStages<SUMS>>(shape.width, inputs..., dresidual, dbranch); });
+    use_stages<L, kStages<SUMS>>(shape.width, dy, x, dx, branch, dresidual, dbranch);
     const auto point_to = [&](int64_t row) {
       dy.point_to(params.dy, row, shape.width);
       x.point_to(params.x, row, shape.width);
       dx.point_to(params.dx, row, shape.width);
-      if constexpr (SUMS == 3) branch.point_to(params.branch, row, shape.width);
+      branch.point_to(params.branch, row, shape.width);
     };
     point_to(row);
     const auto fetch = [&](int64_t elements_ahead, auto... part) {
-      with_inputs([&](auto&... inputs) { (inputs.fetch(part..., elements_ahead), ...); });
+      dy.fetch(part..., elements_ahead);
+      x.fetch(part..., elements_ahead);
+      dx.fetch(part..., elements_ahead);
+      branch.fetch(part..., elements_ahead);
     };
     fetch_rows<L>(vectors, fetch);
     RowGradient next = gradient_of(row);
@@ -74,33 +69,28 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
       point_to(row);
       dresidual.point_to(params.dresidual, row, shape.width);
       dbranch.point_to(params.dbranch, row, shape.width);
-      with_inputs([](auto&... inputs) { wait_for_rows<L>(inputs...); });
-      if constexpr (L::kStaged) {
-        if (more) fetch(ahead);
-      }
+      wait_for_rows<L>(dy, x, dx, branch);
+      prefetch_row<L>(more, ahead, fetch);
       const float row_scale = row_scale_of(params.parameters, row, shape.rows_per_sample);
       complete<E, V>(gradient, shape.width, shape.rms, row_sums,
-                     [&](int vector, int slot, float (&g)[E], float (&own)[E]) {
+                     [&](int vector, int slot, float (&g)[E], float (&x_values)[E]) {
                        float upstream[E];
                        dy.get(vector, slot, upstream);
                        through_weight(vector, upstream, g);
-                       x.get(vector, slot, own);
+                       x.get(vector, slot, x_values);
                      });
 
       for_each_vector<V>(vectors, [&](int vector, int slot) {
-        float upstream[E], own[E], total[E], g[E];
+        float upstream[E], x_values[E], total[E], g[E];
         dx.get(vector, slot, total);
         dy.get(vector, slot, upstream);
-        x.get(vector, slot, own);
-        if constexpr (!L::kStaged) {
-          // The next row is on its way into the registers that this one leaves.
-          if (more) fetch(ahead, vector, slot);
-        }
+        x.get(vector, slot, x_values);
+        prefetch_vector<L>(more, ahead, vector, slot, fetch);
         through_weight(vector, upstream, g);
         float times_normalised[E];
 #pragma unroll
         for (int i = 0; i < E; ++i) {
-          const float normalised = gradient.normalised(own[i]);
+          const float normalised = gradient.normalised(x_values[i]);
           total[i] += gradient.of_x(g[i], normalised);
           times_normalised[i] = upstream[i] * normalised;
         }
@@ -139,40 +129,39 @@ struct WriteGradients {
 };
 
 template <int SUMS>
-constexpr auto kKernelOf = [](auto types, auto layout) {
-  using Types = decltype(types);
-  return add_norm_backward_kernel<SUMS, typename Types::Residual, typename Types::Branch, decltype(layout)>;
+struct BackwardOf {
+  template <class Residual, class Branch>
+  struct Kernels : RowKernels<Residual, kLimits<SUMS>, kStages<SUMS>, SUMS> {
+    template <class L>
+    static auto kernel() {
+      return add_norm_backward_kernel<SUMS, Residual, Branch, L>;
+    }
+  };
 };
 
-std::vector<Buffer> buffers_of(const AddNormBackward& params) {
-  return {{params.dy, params.shape.dtype},        {params.dx, params.shape.dtype},
-          {params.x, params.shape.dtype},         {params.branch, params.shape.branch_dtype},
-          {params.dresidual, params.shape.dtype}, {params.dbranch, params.shape.branch_dtype},
-          buffer_of(params.parameters.weight),    buffer_of(params.parameters.layer_scale)};
-}
-
 template <int SUMS>
-Error run_backward(const AddNormBackward& params, float* workspace, Stream stream) {
-  return launch_backward<kLimits<SUMS>, kStages<SUMS>>(
-      params, workspace, stream, buffers_of(params), kKernelOf<SUMS>,
-      [&](const float* partials, int64_t blocks) {
-        const WriteGradients<SUMS> finish = {params.gradients};
-        return launch_column_totals<SUMS>(partials, blocks, params.shape.width, finish, stream);
-      });
+Error launch_backward(const AddNormBackward& params, Scratch& scratch, Stream stream) {
+  const ResidualNormShape& shape = params.shape;
+  const auto plan =
+      plan_norm<BackwardOf<SUMS>::template Kernels>(shape, {{params.dy, shape.dtype},
+                                                            {params.dx, shape.dtype},
+                                                            {params.x, shape.dtype},
+                                                            {params.branch, shape.branch_dtype},
+                                                            {params.dresidual, shape.dtype},
+                                                            {params.dbranch, shape.branch_dtype},
+                                                            buffer_of(params.parameters.weight),
+                                                            buffer_of(params.parameters.layer_scale)});
+  std::optional<WriteGradients<SUMS>> finish;
+  if (params.gradients.any_wanted()) finish = {params.gradients};
+  return launch_with_column_sums<SUMS>(plan, shape.width, finish, scratch, stream, params);
 }
 
 }  // namespace
 
-int64_t add_norm_backward_workspace(const AddNormBackward& params) {
-  const std::vector<Buffer> buffers = buffers_of(params);
-  return params.gradients.layer_scale.data
-             ? backward_workspace<kLimits<3>, kStages<3>>(params, 3, buffers, kKernelOf<3>)
-             : backward_workspace<kLimits<2>, kStages<2>>(params, 2, buffers, kKernelOf<2>);
-}
-
-Error add_norm_backward(const AddNormBackward& params, float* workspace, Stream stream) {
-  return params.gradients.layer_scale.data ? run_backward<3>(params, workspace, stream)
-                                           : run_backward<2>(params, workspace, stream);
+Error add_norm_backward(const AddNormBackward& params, Scratch& scratch, Stream stream) {
+  if (params.shape.width == 0) return nullptr;
+  return params.gradients.layer_scale.data ? launch_backward<3>(params, scratch, stream)
+                                           : launch_backward<2>(params, scratch, stream);
 }
 
 }  // namespace evakernels::cuda

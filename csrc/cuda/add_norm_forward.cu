@@ -38,10 +38,10 @@ __global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
     const auto add = [&](int vector, int slot, float (&values)[E]) {
       branch.get(vector, slot, values);
       multiply_by(params.parameters.layer_scale, vector, values);
-      float own[E];
-      residual.get(vector, slot, own);
+      float carried[E];
+      residual.get(vector, slot, carried);
 #pragma unroll
-      for (int i = 0; i < E; ++i) values[i] = own[i] + values[i] * row_scale;
+      for (int i = 0; i < E; ++i) values[i] = carried[i] + values[i] * row_scale;
     };
     const auto get_total = [&](int vector, int slot, float (&values)[E]) {
       if constexpr (V == 0) {
@@ -71,24 +71,27 @@ __global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
   }
 }
 
+template <class Residual, class Branch>
+struct Kernels : RowKernels<Residual, kForwardLimits, kStages> {
+  template <class L>
+  static auto kernel() {
+    return add_norm_forward_kernel<Residual, Branch, L>;
+  }
+};
+
 }  // namespace
 
 Error add_norm_forward(const AddNormForward& params, Stream stream) {
   const ResidualNormShape& shape = params.shape;
   const ResidualNormParameters& parameters = params.parameters;
-  return launch_forward<kStages>(
-      params, stream,
-      {{params.residual, shape.dtype},
-       {params.branch, shape.branch_dtype},
-       {params.y, shape.dtype},
-       {params.x, shape.dtype},
-       buffer_of(parameters.weight),
-       buffer_of(parameters.bias),
-       buffer_of(parameters.layer_scale)},
-      [](auto types, auto layout) {
-        using Types = decltype(types);
-        return add_norm_forward_kernel<typename Types::Residual, typename Types::Branch, decltype(layout)>;
-      });
+  const auto plan = plan_norm<Kernels>(shape, {{params.residual, shape.dtype},
+                                               {params.branch, shape.branch_dtype},
+                                               {params.y, shape.dtype},
+                                               {params.x, shape.dtype},
+                                               buffer_of(parameters.weight),
+                                               buffer_of(parameters.bias),
+                                               buffer_of(parameters.layer_scale)});
+  return plan.launch(stream, params);
 }
 
 }  // namespace evakernels::cuda

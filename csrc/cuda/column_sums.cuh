@@ -4,7 +4,8 @@
 // the partial sums. The order of every addition is fixed by the sizes and the GPU, so two runs are bit-equal.
 #pragma once
 
-#include "cuda/norm_plan.h"
+#include <optional>
+
 #include "cuda/norm_rows.cuh"
 
 namespace evakernels::cuda {
@@ -80,18 +81,18 @@ class ColumnSums {
     return partials_ + (int64_t{n} * gridDim.x + blockIdx.x) * width_;
   }
 
-  // The block's rows in turn; the last one is left with the total.
+  // The block's rows one after the other; the last one is left with the total.
   __device__ __forceinline__ void add_rows_of_block(float (&sums)[V > 0 ? V : 1][E]) {
     float* const total = shared_memory<Scratch>().sums;
     const int count = vectors();
-    for (unsigned turn = 0; turn < blockDim.y; ++turn) {
-      if (turn == threadIdx.y) {
+    for (unsigned row = 0; row < blockDim.y; ++row) {
+      if (row == threadIdx.y) {
         for_each_vector<V>(count, [&](int vector, int slot) {
 #pragma unroll
           for (int i = 0; i < E; ++i) {
             // In this order the lanes of a warp meet no two columns of one bank.
             float& column = total[i * count + vector];
-            if (turn > 0) sums[slot][i] += column;
+            if (row > 0) sums[slot][i] += column;
             column = sums[slot][i];
           }
         });
@@ -138,12 +139,20 @@ __global__ void __launch_bounds__(kWarpSize* kPartialsAtOnce)
   finish(column, totals);
 }
 
-template <int COUNT, class Finish>
-Error launch_column_totals(const float* partials, int64_t partial_rows, int64_t width, const Finish& finish,
-                           Stream stream) {
-  const unsigned blocks = static_cast<unsigned>((width + kWarpSize - 1) / kWarpSize);
-  return launch(column_totals_kernel<COUNT, Finish>, {blocks, 1, 1}, {kWarpSize, kPartialsAtOnce, 1}, stream,
-                partials, partial_rows, width, finish);
+// Launches a kernel whose last argument are its partial sums, [COUNT, blocks, width], and the second pass
+// over them; without `finish` none are wanted.
+template <int COUNT, class Finish, class... Parameters, class... Arguments>
+Error launch_with_column_sums(const LaunchPlan<Parameters...>& plan, int64_t width,
+                              const std::optional<Finish>& finish, Scratch& scratch, Stream stream,
+                              const Arguments&... arguments) {
+  const int64_t blocks = plan.grid.x;
+  float* partials = nullptr;
+  Error error = finish ? scratch.allocate(&partials, COUNT * blocks * width) : nullptr;
+  if (!error) error = plan.launch(stream, arguments..., partials);
+  if (error || !finish) return error;
+  return launch(column_totals_kernel<COUNT, Finish>,
+                {static_cast<unsigned>(ceil_div(width, kWarpSize)), 1, 1}, {kWarpSize, kPartialsAtOnce, 1},
+                stream, partials, blocks, width, *finish);
 }
 
 }  // namespace evakernels::cuda

@@ -22,7 +22,7 @@ constexpr int kWarpSize = 32;
 constexpr unsigned kWholeWarp = ~0u;
 
 template <class Integer>
-constexpr Integer ceil_div(Integer a, std::type_identity_t<Integer> b) {
+__host__ __device__ constexpr Integer ceil_div(Integer a, std::type_identity_t<Integer> b) {
   return (a + b - 1) / b;
 }
 
@@ -52,6 +52,25 @@ Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream
              const std::type_identity_t<Parameters>&... arguments) {
   return launch_with_memory(kernel, grid, block, 0, stream, arguments...);
 }
+
+// A kernel and how to launch it: worked out once, and read by whoever sizes the scratch and by the launch.
+template <class... Parameters>
+struct LaunchPlan {
+  void (*kernel)(Parameters...);
+  dim3 grid;
+  dim3 block;
+  size_t shared_bytes;  // of dynamic shared memory
+
+  int resident_blocks() const {
+    return cuda::resident_blocks(address_of(kernel), static_cast<int>(block.x * block.y), shared_bytes);
+  }
+
+  // Nothing if the grid has no blocks.
+  Error launch(Stream stream, const std::type_identity_t<Parameters>&... arguments) const {
+    if (grid.x == 0) return nullptr;
+    return launch_with_memory(kernel, grid, block, shared_bytes, stream, arguments...);
+  }
+};
 
 // The block's one T in shared memory. Give each use a type of its own.
 template <class T>

@@ -1,11 +1,14 @@
 // Elements of a dtype in memory, read and written several at a time.
 #pragma once
 
-#include "cuda/device.h"
+#include "cuda/dispatch.h"
 
 namespace evakernels::cuda {
 
 constexpr int kWidestAccess = 16;  // bytes
+
+template <class T>
+constexpr int kWidestVector = kWidestAccess / int{sizeof(T)};  // elements
 
 template <int BYTES>
 struct WordOf;
@@ -103,24 +106,14 @@ __device__ __forceinline__ void store_floats(T* to, const float (&values)[E]) {
 template <int E>
 __device__ __forceinline__ void load_floats(const void* vector, DType dtype, int64_t first,
                                             float (&values)[E]) {
-  if (dtype == DType::Float32) {
-    load_floats(static_cast<const float*>(vector) + first, values);
-  } else if (dtype == DType::BFloat16) {
-    load_floats(static_cast<const BFloat16*>(vector) + first, values);
-  } else {
-    load_floats(static_cast<const Float16*>(vector) + first, values);
-  }
+  with_element_type(
+      dtype, [&](auto type) { load_floats(static_cast<const decltype(type)*>(vector) + first, values); });
 }
 
 __device__ __forceinline__ void store_float(void* vector, DType dtype, int64_t position, float value) {
   const float values[1] = {value};
-  if (dtype == DType::Float32) {
-    store_floats(static_cast<float*>(vector) + position, values);
-  } else if (dtype == DType::BFloat16) {
-    store_floats(static_cast<BFloat16*>(vector) + position, values);
-  } else {
-    store_floats(static_cast<Float16*>(vector) + position, values);
-  }
+  with_element_type(
+      dtype, [&](auto type) { store_floats(static_cast<decltype(type)*>(vector) + position, values); });
 }
 
 }  // namespace evakernels::cuda

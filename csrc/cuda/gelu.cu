@@ -11,17 +11,13 @@
 #include "cuda/dispatch.h"
 #include "cuda/gelu.h"
 #include "cuda/norm_parameters.cuh"
+#include "cuda/row_parts.cuh"
 
 namespace evakernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kBackwardBlocks = 3;  // of a multiprocessor, at least
-constexpr int64_t kDenseWidth = 4096;
-
-// Of a thread, of one row of one matrix: 32 bytes.
-template <class T, int E>
-constexpr int kVectors = smaller(8, 32 / (E * int{sizeof(T)}));
 
 struct Shape {
   int64_t size;  // of all rows together; the last one may be shorter
@@ -33,19 +29,17 @@ Shape shape_of(const Params& params) {
   return {params.rows * params.width, params.bias ? params.width : kDenseWidth};
 }
 
-// The columns of a block: the even part of a row that blockIdx.y tells.
+// The columns of a block: its part of each row.
 template <int E>
 class Strip {
  public:
   __device__ __forceinline__ explicit Strip(const Shape& shape) : shape_(shape) {
-    const int64_t vectors = shape.width / E;
-    const int64_t part = (vectors + gridDim.y - 1) / gridDim.y;
-    const int64_t left = vectors - blockIdx.y * part;
-    first_ = blockIdx.y * part * E;
-    vectors_ = static_cast<int>(left < part ? left : part);
+    const RowPartition part(shape.width / E);
+    first_ = part.begin * E;
+    vectors_ = part.vectors;
   }
 
-  __device__ __forceinline__ int64_t rows() const { return (shape_.size + shape_.width - 1) / shape_.width; }
+  __device__ __forceinline__ int64_t rows() const { return ceil_div(shape_.size, shape_.width); }
   __device__ __forceinline__ int64_t first() const { return first_; }
   __device__ __forceinline__ int vectors() const { return vectors_; }
 
@@ -143,46 +137,6 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
   sums.write();
 }
 
-// Calls body(kernel, grid, block), where kernel_of(T{}, Constant<E>{}, Gelu{}) names the kernel. There are as
-// many blocks as run at the same time, or fewer if the rows are few.
-template <class Params, class KernelOf, class Body>
-Error with_kernel(const Params& params, const std::vector<const void*>& matrices, const KernelOf& kernel_of,
-                  const Body& body) {
-  const Shape shape = shape_of(params);
-  return with_element_type(params.dtype, [&](auto element) {
-    using T = decltype(element);
-    constexpr int kWide = kWidestAccess / int{sizeof(T)};
-    std::vector<Buffer> buffers = {{params.bias, params.bias_dtype}};
-    for (const void* matrix : matrices) buffers.push_back({matrix, params.dtype});
-    const auto with_vectors = [&](auto E) {
-      constexpr int V = kVectors<T, E()>;
-      const int64_t vectors = shape.width / E();
-      const int64_t strips = ceil_div(vectors, V * kThreads);
-      const int64_t warps = ceil_div(ceil_div(ceil_div(vectors, strips), V), kWarpSize);
-      const dim3 block = {static_cast<unsigned>(warps * kWarpSize), warps == 1 ? kRowsPerBlock : 1u, 1};
-      const auto launch_it = [&](auto gelu) {
-        const auto kernel = kernel_of(element, E, gelu);
-        const int64_t resident = resident_blocks(kernel, static_cast<int>(block.x * block.y));
-        const int64_t rows = ceil_div(ceil_div(shape.size, shape.width), block.y);
-        const int64_t groups = std::min(rows, std::max<int64_t>(1, resident / strips));
-        return body(kernel, dim3{static_cast<unsigned>(groups), static_cast<unsigned>(strips), 1}, block);
-      };
-      return params.tanh ? launch_it(TanhGelu{}) : launch_it(ExactGelu{});
-    };
-    // Nothing in between: every model's hidden width is a multiple of 16 bytes.
-    const int elements = aligned_elements(kWide, std::gcd(shape.width, shape.size), buffers);
-    return elements == kWide ? with_vectors(Constant<kWide>{}) : with_vectors(Constant<1>{});
-  });
-}
-
-template <class Body>
-Error with_backward(const GeluBackward& params, const Body& body) {
-  const auto kernel_of = [](auto element, auto E, auto gelu) {
-    return gelu_backward_kernel<decltype(element), E(), decltype(gelu)>;
-  };
-  return with_kernel(params, {params.dout, params.x, params.dx}, kernel_of, body);
-}
-
 struct WriteGradient {
   ParameterGradient bias;
 
@@ -191,42 +145,61 @@ struct WriteGradient {
   }
 };
 
+// Of a kernel for E elements at a time. There are as many blocks as run at the same time, or fewer if the
+// rows are few.
+template <class T, int E, class... Parameters>
+LaunchPlan<Parameters...> plan_strips(void (*kernel)(Parameters...), const Shape& shape) {
+  const RowParts strips = even_parts(shape.width / E, kVectors<T, E>, kThreads);
+  const unsigned rows_per_block = strips.threads == kWarpSize ? kRowsPerBlock : 1;
+  LaunchPlan<Parameters...> plan = {kernel, {1, strips.count, 1}, {strips.threads, rows_per_block, 1}, 0};
+  const int64_t rows = ceil_div(ceil_div(shape.size, shape.width), rows_per_block);
+  const int64_t resident = plan.resident_blocks() / strips.count;
+  plan.grid.x = static_cast<unsigned>(std::min(rows, std::max<int64_t>(1, resident)));
+  return plan;
+}
+
+// kernel_of(T{}, Constant<E>{}, Gelu{}) names the kernel.
+template <class Params, class KernelOf>
+auto plan_gelu(const Params& params, const std::vector<Buffer>& buffers, const KernelOf& kernel_of) {
+  const Shape shape = shape_of(params);
+  return with_element_type(params.dtype, [&](auto element) {
+    using T = decltype(element);
+    constexpr int kWide = kWidestVector<T>;
+    const auto kernel = [&](auto E) {
+      return params.tanh ? kernel_of(element, E, TanhGelu{}) : kernel_of(element, E, ExactGelu{});
+    };
+    // Nothing in between: every model's hidden width is a multiple of 16 bytes.
+    const int elements = aligned_elements(kWide, std::gcd(shape.width, shape.size), buffers);
+    return elements == kWide ? plan_strips<T, kWide>(kernel(Constant<kWide>{}), shape)
+                             : plan_strips<T, 1>(kernel(Constant<1>{}), shape);
+  });
+}
+
 }  // namespace
 
 Error gelu_forward(const GeluForward& params, Stream stream) {
-  if (params.rows == 0 || params.width == 0) return nullptr;
-  const auto kernel_of = [](auto element, auto E, auto gelu) {
-    return gelu_forward_kernel<decltype(element), E(), decltype(gelu)>;
-  };
-  return with_kernel(params, {params.x, params.out}, kernel_of, [&](auto kernel, dim3 grid, dim3 block) {
-    const ParameterVector bias = {params.bias, params.bias_dtype};
-    return launch(kernel, grid, block, stream, shape_of(params), params.x, bias, params.out);
-  });
-}
-
-int64_t gelu_backward_workspace(const GeluBackward& params) {
-  int64_t size = 0;
-  if (!params.dbias || params.width == 0) return size;
-  with_backward(params, [&](auto, dim3 grid, dim3) -> Error {
-    size = grid.x * params.width;
-    return nullptr;
-  });
-  return size;
-}
-
-Error gelu_backward(const GeluBackward& params, float* workspace, Stream stream) {
   if (params.width == 0) return nullptr;
-  return with_backward(params, [&](auto kernel, dim3 grid, dim3 block) -> Error {
-    if (grid.x > 0) {
-      const ParameterVector bias = {params.bias, params.bias_dtype};
-      const Error error = launch(kernel, grid, block, stream, shape_of(params), params.dout, params.x, bias,
-                                 params.dx, params.dbias ? workspace : nullptr);
-      if (error) return error;
-    }
-    if (!params.dbias) return nullptr;
-    const WriteGradient finish = {{params.dbias, params.bias_dtype}};
-    return launch_column_totals<1>(workspace, grid.x, params.width, finish, stream);
-  });
+  const ParameterVector bias = {params.bias, params.bias_dtype};
+  const auto plan = plan_gelu(params, {{params.x, params.dtype}, {params.out, params.dtype}, buffer_of(bias)},
+                              [](auto element, auto E, auto gelu) {
+                                return gelu_forward_kernel<decltype(element), E(), decltype(gelu)>;
+                              });
+  return plan.launch(stream, shape_of(params), params.x, bias, params.out);
+}
+
+Error gelu_backward(const GeluBackward& params, Scratch& scratch, Stream stream) {
+  if (params.width == 0) return nullptr;
+  const ParameterVector bias = {params.bias, params.bias_dtype};
+  const auto plan = plan_gelu(
+      params,
+      {{params.dout, params.dtype}, {params.x, params.dtype}, {params.dx, params.dtype}, buffer_of(bias)},
+      [](auto element, auto E, auto gelu) {
+        return gelu_backward_kernel<decltype(element), E(), decltype(gelu)>;
+      });
+  std::optional<WriteGradient> finish;
+  if (params.dbias) finish = {{params.dbias, params.bias_dtype}};
+  return launch_with_column_sums<1>(plan, params.width, finish, scratch, stream, shape_of(params),
+                                    params.dout, params.x, bias, params.dx);
 }
 
 }  // namespace evakernels::cuda

@@ -1,4 +1,4 @@
-// gelu(x + bias) and its gradients, on a GPU. See residual_norm.h on streams and workspaces.
+// gelu(x + bias) and its gradients, on a GPU. See residual_norm.h on streams and scratch.
 #pragma once
 
 #include "common/gelu.h"
@@ -9,7 +9,6 @@ namespace evakernels::cuda {
 EVAKERNELS_API Error gelu_forward(const GeluForward& params, Stream stream);
 
 // The result depends on the shape and the GPU alone.
-EVAKERNELS_API Error gelu_backward(const GeluBackward& params, float* workspace, Stream stream);
-EVAKERNELS_API int64_t gelu_backward_workspace(const GeluBackward& params);
+EVAKERNELS_API Error gelu_backward(const GeluBackward& params, Scratch& scratch, Stream stream);
 
 }  // namespace evakernels::cuda

@@ -47,15 +47,11 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int64_t gradient_norm_workspace(const GradientNorm& params) {
-  return table_floats<TableEntry>(params.count) + chunks_of(params.tensors, params.count);
-}
-
-Error gradient_norm(const GradientNorm& params, float* workspace, Stream stream) {
+Error gradient_norm(const GradientNorm& params, Scratch& scratch, Stream stream) {
   const int64_t chunks = chunks_of(params.tensors, params.count);
-  TableEntry* const entries = reinterpret_cast<TableEntry*>(workspace);
-  float* const partials = workspace + table_floats<TableEntry>(params.count);
-  Error error = launch_table(params.tensors, params.count, GradientRule{}, entries, stream);
+  TableEntry* entries = nullptr;
+  Error error = write_table(params, GradientRule{}, chunks, scratch, stream, &entries);
+  float* const partials = reinterpret_cast<float*>(entries + params.count);
   if (!error && chunks > 0) {
     error = launch(gradient_norm_kernel, {static_cast<unsigned>(chunks), 1, 1}, {kThreads, 1, 1}, stream,
                    entries, params.count, partials);

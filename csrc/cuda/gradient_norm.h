@@ -1,5 +1,5 @@
 // The norm of a list of tensors of any sizes and dtypes, on a GPU. See residual_norm.h on streams and
-// workspaces, lamb.h on the arrays of tensors.
+// scratch, lamb.h on the arrays of tensors.
 #pragma once
 
 #include "common/gradient_norm.h"
@@ -8,7 +8,6 @@
 namespace evakernels::cuda {
 
 // The norm depends on the sizes and on how the buffers are aligned, never on the GPU.
-EVAKERNELS_API Error gradient_norm(const GradientNorm& params, float* workspace, Stream stream);
-EVAKERNELS_API int64_t gradient_norm_workspace(const GradientNorm& params);
+EVAKERNELS_API Error gradient_norm(const GradientNorm& params, Scratch& scratch, Stream stream);
 
 }  // namespace evakernels::cuda

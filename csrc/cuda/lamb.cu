@@ -229,93 +229,96 @@ TensorGroup next_group(const OptimizedTensor* tensors, int64_t count, const Tens
   return group;
 }
 
-// What the kernels of a call have in common, and their launches over a group of tensors.
-struct LambLaunches {
-  LambNorms norms;
-  LambRule rule;
-  StepOptions options;
-  Stream stream;
-
-  Error update(const TensorGroup& group, float* partials) const {
-    Error error = nullptr;
-    if (group.last_chunk > group.first_chunk) {
-      error = launch(lamb_update_kernel, group.chunk_grid(), {kThreads, 1, 1}, stream, norms.entries,
-                     norms.count, options, partials, group.first_chunk);
-    }
-    if (error) return error;
-    return launch(lamb_norms_kernel, group.tensor_grid(), {kThreads, 1, 1}, stream, norms, rule, group.first);
-  }
-
-  Error apply(const TensorGroup& group) const {
-    if (group.last_chunk == group.first_chunk) return nullptr;
-    return launch(lamb_apply_kernel, group.chunk_grid(), {kThreads, 1, 1}, stream, norms.entries, norms.count,
-                  options.eps, options.found_inf, group.first_chunk);
-  }
-};
-
 StepOptions step_options(const LambOptions& options, const float* grad_scale, const float* found_inf) {
   return {moment_rates(options.beta1, options.beta2), static_cast<float>(options.eps), grad_scale, found_inf};
 }
 
+// What the kernels of a call have in common, and their launches over a group of tensors.
+class LambLaunches {
+ public:
+  // squared_norms: for apply alone; else null.
+  LambLaunches(const LambStep& step, const float* squared_norms, Stream stream)
+      : step_(step),
+        rule_(rule_of(step.options, step.found_inf, squared_norms)),
+        options_(step_options(step.options, step.grad_scale, step.found_inf)),
+        stream_(stream) {
+    norms_.count = step.count;
+    norms_.chunks = chunks_of(step.tensors, step.count);
+  }
+
+  // Writes the table, for apply alone.
+  Error prepare(Scratch& scratch) { return prepare(scratch, 0); }
+
+  // The same, with partial sums for update. squared_norms: where the norms go; null: nobody but apply reads
+  // them.
+  Error prepare_update(Scratch& scratch, float* squared_norms) {
+    norms_.sets_factors = !squared_norms;
+    const int64_t partials = 2 * norms_.chunks;
+    if (const Error error = prepare(scratch, partials + (squared_norms ? 0 : 2 * norms_.count))) return error;
+    partials_ = reinterpret_cast<float*>(norms_.entries + norms_.count);
+    norms_.partials = partials_;
+    norms_.squared_norms = squared_norms ? squared_norms : partials_ + partials;
+    return nullptr;
+  }
+
+  TensorGroup all() const { return {0, norms_.count, 0, norms_.chunks}; }
+
+  Error update(const TensorGroup& group) const {
+    Error error = nullptr;
+    if (group.last_chunk > group.first_chunk) {
+      error = launch(lamb_update_kernel, group.chunk_grid(), {kThreads, 1, 1}, stream_, norms_.entries,
+                     norms_.count, options_, partials_, group.first_chunk);
+    }
+    if (error) return error;
+    return launch(lamb_norms_kernel, group.tensor_grid(), {kThreads, 1, 1}, stream_, norms_, rule_,
+                  group.first);
+  }
+
+  Error apply(const TensorGroup& group) const {
+    if (group.last_chunk == group.first_chunk) return nullptr;
+    return launch(lamb_apply_kernel, group.chunk_grid(), {kThreads, 1, 1}, stream_, norms_.entries,
+                  norms_.count, options_.eps, options_.found_inf, group.first_chunk);
+  }
+
+ private:
+  Error prepare(Scratch& scratch, int64_t floats) {
+    return write_table(step_, rule_, floats, scratch, stream_, &norms_.entries);
+  }
+
+  LambStep step_;
+  LambRule rule_;
+  StepOptions options_;
+  Stream stream_;
+  LambNorms norms_ = {};
+  float* partials_ = nullptr;
+};
+
 }  // namespace
 
-int64_t lamb_update_workspace(const LambUpdate& params) {
-  return table_floats<LambEntry>(params.count) + 2 * chunks_of(params.tensors, params.count);
-}
-
-int64_t lamb_apply_workspace(const LambApply& params) { return table_floats<LambEntry>(params.count); }
-
-int64_t lamb_step_workspace(const LambStep& params) {
-  return table_floats<LambEntry>(params.count) + 2 * (chunks_of(params.tensors, params.count) + params.count);
-}
-
-Error lamb_update(const LambUpdate& params, float* workspace, Stream stream) {
+Error lamb_update(const LambUpdate& params, Scratch& scratch, Stream stream) {
   if (params.count == 0) return nullptr;
-  const int64_t chunks = chunks_of(params.tensors, params.count);
-  LambEntry* const entries = reinterpret_cast<LambEntry*>(workspace);
-  float* const partials = workspace + table_floats<LambEntry>(params.count);
-  const LambRule rule = rule_of(params.options, params.found_inf, nullptr);
-  if (const Error error = launch_table(params.tensors, params.count, rule, entries, stream)) return error;
-  const LambLaunches launches = {{entries, params.count, chunks, partials, params.squared_norms, false},
-                                 rule,
-                                 step_options(params.options, params.grad_scale, params.found_inf),
-                                 stream};
-  return launches.update({0, params.count, 0, chunks}, partials);
+  const LambStep step = {params.tensors, params.count, params.options, params.grad_scale, params.found_inf};
+  LambLaunches launches(step, nullptr, stream);
+  const Error error = launches.prepare_update(scratch, params.squared_norms);
+  return error ? error : launches.update(launches.all());
 }
 
-Error lamb_apply(const LambApply& params, float* workspace, Stream stream) {
-  const int64_t chunks = chunks_of(params.tensors, params.count);
-  if (chunks == 0) return nullptr;
-  LambEntry* const entries = reinterpret_cast<LambEntry*>(workspace);
-  const LambRule rule = rule_of(params.options, params.found_inf, params.squared_norms);
-  if (const Error error = launch_table(params.tensors, params.count, rule, entries, stream)) return error;
-  const LambLaunches launches = {{.entries = entries,
-                                  .count = params.count,
-                                  .chunks = chunks,
-                                  .partials = nullptr,
-                                  .squared_norms = nullptr,
-                                  .sets_factors = false},
-                                 rule,
-                                 step_options(params.options, nullptr, params.found_inf),
-                                 stream};
-  return launches.apply({0, params.count, 0, chunks});
+Error lamb_apply(const LambApply& params, Scratch& scratch, Stream stream) {
+  if (chunks_of(params.tensors, params.count) == 0) return nullptr;
+  const LambStep step = {params.tensors, params.count, params.options, nullptr, params.found_inf};
+  LambLaunches launches(step, params.squared_norms, stream);
+  const Error error = launches.prepare(scratch);
+  return error ? error : launches.apply(launches.all());
 }
 
-Error lamb_step(const LambStep& params, float* workspace, Stream stream) {
+Error lamb_step(const LambStep& params, Scratch& scratch, Stream stream) {
   if (params.count == 0) return nullptr;
-  const int64_t chunks = chunks_of(params.tensors, params.count);
-  LambEntry* const entries = reinterpret_cast<LambEntry*>(workspace);
-  float* const partials = workspace + table_floats<LambEntry>(params.count);
-  const LambRule rule = rule_of(params.options, params.found_inf, nullptr);
-  if (const Error error = launch_table(params.tensors, params.count, rule, entries, stream)) return error;
-  const LambLaunches launches = {{entries, params.count, chunks, partials, partials + 2 * chunks, true},
-                                 rule,
-                                 step_options(params.options, params.grad_scale, params.found_inf),
-                                 stream};
+  LambLaunches launches(params, nullptr, stream);
+  if (const Error error = launches.prepare_update(scratch, nullptr)) return error;
   TensorGroup group = {};
   while (group.last < params.count) {
     group = next_group(params.tensors, params.count, group, cache_size() / 2);
-    Error error = launches.update(group, partials);
+    Error error = launches.update(group);
     if (!error) error = launches.apply(group);
     if (error) return error;
   }

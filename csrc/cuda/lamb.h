@@ -1,5 +1,4 @@
-// LAMB over a list of tensors of any sizes and dtypes, on a GPU. See residual_norm.h on streams and
-// workspaces.
+// LAMB over a list of tensors of any sizes and dtypes, on a GPU. See residual_norm.h on streams and scratch.
 //
 // The arrays of tensors are read before a launcher returns; what they point to, by the kernels.
 #pragma once
@@ -10,15 +9,12 @@
 namespace evakernels::cuda {
 
 // The squared norms depend on the sizes and on how the buffers are aligned, never on the GPU.
-EVAKERNELS_API Error lamb_update(const LambUpdate& params, float* workspace, Stream stream);
-EVAKERNELS_API int64_t lamb_update_workspace(const LambUpdate& params);
+EVAKERNELS_API Error lamb_update(const LambUpdate& params, Scratch& scratch, Stream stream);
 
-EVAKERNELS_API Error lamb_apply(const LambApply& params, float* workspace, Stream stream);
-EVAKERNELS_API int64_t lamb_apply_workspace(const LambApply& params);
+EVAKERNELS_API Error lamb_apply(const LambApply& params, Scratch& scratch, Stream stream);
 
 // To the same bits as both. Tensors whose parameters and moments fit into half of the L2 cache together take
 // both phases before the next ones: apply then finds in the cache what update has left.
-EVAKERNELS_API Error lamb_step(const LambStep& params, float* workspace, Stream stream);
-EVAKERNELS_API int64_t lamb_step_workspace(const LambStep& params);
+EVAKERNELS_API Error lamb_step(const LambStep& params, Scratch& scratch, Stream stream);
 
 }  // namespace evakernels::cuda

@@ -18,24 +18,6 @@ ResidualNormShape shape_of(const Params& params) {
   };
 }
 
-NormAddBackward as_norm_add(const LayerNormBackward& params) {
-  return {
-      .dx = params.dy,
-      .branch = params.x,
-      .mean = params.mean,
-      .rstd = params.rstd,
-      .dbranch = params.dx,
-      .parameters = {.weight = {params.weight, params.weight_dtype},
-                     .bias = {},
-                     .layer_scale = {},
-                     .row_scale = {}},
-      .gradients = {.weight = {params.dweight, params.weight_dtype},
-                    .bias = {params.dbias, params.weight_dtype},
-                    .layer_scale = {}},
-      .shape = shape_of(params),
-  };
-}
-
 }  // namespace
 
 Error layer_norm_forward(const LayerNormForward& params, Stream stream) {
@@ -55,12 +37,23 @@ Error layer_norm_forward(const LayerNormForward& params, Stream stream) {
   return norm_add_forward(norm_add, stream);
 }
 
-Error layer_norm_backward(const LayerNormBackward& params, float* workspace, Stream stream) {
-  return norm_add_backward(as_norm_add(params), workspace, stream);
-}
-
-int64_t layer_norm_backward_workspace(const LayerNormBackward& params) {
-  return norm_add_backward_workspace(as_norm_add(params));
+Error layer_norm_backward(const LayerNormBackward& params, Scratch& scratch, Stream stream) {
+  const NormAddBackward norm_add = {
+      .dx = params.dy,
+      .branch = params.x,
+      .mean = params.mean,
+      .rstd = params.rstd,
+      .dbranch = params.dx,
+      .parameters = {.weight = {params.weight, params.weight_dtype},
+                     .bias = {},
+                     .layer_scale = {},
+                     .row_scale = {}},
+      .gradients = {.weight = {params.dweight, params.weight_dtype},
+                    .bias = {params.dbias, params.weight_dtype},
+                    .layer_scale = {}},
+      .shape = shape_of(params),
+  };
+  return norm_add_backward(norm_add, scratch, stream);
 }
 
 }  // namespace evakernels::cuda

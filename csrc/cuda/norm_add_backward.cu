@@ -61,9 +61,7 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
       point_to(row);
       dbranch.point_to(params.dbranch, row, shape.width);
       wait_for_rows<L>(dx, branch);
-      if constexpr (L::kStaged) {
-        if (more) fetch(ahead);
-      }
+      prefetch_row<L>(more, ahead, fetch);
       const float row_scale = row_scale_of(params.parameters, row, shape.rows_per_sample);
       complete<E, V>(gradient, shape.width, shape.rms, row_sums,
                      [&](int vector, int slot, float (&g)[E], float (&x)[E]) {
@@ -77,10 +75,7 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
         float upstream[E], x[E], g[E];
         dx.get(vector, slot, upstream);
         branch.get(vector, slot, x);
-        if constexpr (!L::kStaged) {
-          // The next row is on its way into the registers that this one leaves.
-          if (more) fetch(ahead, vector, slot);
-        }
+        prefetch_vector<L>(more, ahead, vector, slot, fetch);
         through_weight(vector, upstream, g);
         float scaled[E], scaled_normalised[E];
 #pragma unroll
@@ -116,31 +111,27 @@ struct WriteGradients {
   }
 };
 
-constexpr auto kKernelOf = [](auto types, auto layout) {
-  using Types = decltype(types);
-  return norm_add_backward_kernel<typename Types::Residual, typename Types::Branch, decltype(layout)>;
+template <class Residual, class Branch>
+struct Kernels : RowKernels<Residual, kLimits, kStages, kSums> {
+  template <class L>
+  static auto kernel() {
+    return norm_add_backward_kernel<Residual, Branch, L>;
+  }
 };
-
-std::vector<Buffer> buffers_of(const NormAddBackward& params) {
-  return {{params.dx, params.shape.dtype},
-          {params.branch, params.shape.branch_dtype},
-          {params.dbranch, params.shape.branch_dtype},
-          buffer_of(params.parameters.weight),
-          buffer_of(params.parameters.layer_scale)};
-}
 
 }  // namespace
 
-int64_t norm_add_backward_workspace(const NormAddBackward& params) {
-  return backward_workspace<kLimits, kStages>(params, kSums, buffers_of(params), kKernelOf);
-}
-
-Error norm_add_backward(const NormAddBackward& params, float* workspace, Stream stream) {
-  return launch_backward<kLimits, kStages>(
-      params, workspace, stream, buffers_of(params), kKernelOf, [&](const float* partials, int64_t blocks) {
-        const WriteGradients finish = {params.parameters, params.gradients};
-        return launch_column_totals<kSums>(partials, blocks, params.shape.width, finish, stream);
-      });
+Error norm_add_backward(const NormAddBackward& params, Scratch& scratch, Stream stream) {
+  const ResidualNormShape& shape = params.shape;
+  if (shape.width == 0) return nullptr;
+  const auto plan = plan_norm<Kernels>(shape, {{params.dx, shape.dtype},
+                                               {params.branch, shape.branch_dtype},
+                                               {params.dbranch, shape.branch_dtype},
+                                               buffer_of(params.parameters.weight),
+                                               buffer_of(params.parameters.layer_scale)});
+  std::optional<WriteGradients> finish;
+  if (params.gradients.any_wanted()) finish = {params.parameters, params.gradients};
+  return launch_with_column_sums<kSums>(plan, shape.width, finish, scratch, stream, params);
 }
 
 }  // namespace evakernels::cuda

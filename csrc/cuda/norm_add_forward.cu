@@ -44,33 +44,36 @@ __global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
       for (int i = 0; i < E; ++i) values[i] = (values[i] - statistics.mean) * statistics.rstd;
       transform(params.parameters, vector, values);
       multiply_by(params.parameters.layer_scale, vector, values);
-      float own[E] = {};
-      if (params.residual) residual.get(vector, slot, own);
+      float carried[E] = {};
+      if (params.residual) residual.get(vector, slot, carried);
 #pragma unroll
-      for (int i = 0; i < E; ++i) values[i] = own[i] + values[i] * row_scale;
+      for (int i = 0; i < E; ++i) values[i] = carried[i] + values[i] * row_scale;
       x.put(vector, values);
     });
     finish_rows<L>(x);
   }
 }
 
+template <class Residual, class Branch>
+struct Kernels : RowKernels<Residual, kForwardLimits, kStages> {
+  template <class L>
+  static auto kernel() {
+    return norm_add_forward_kernel<Residual, Branch, L>;
+  }
+};
+
 }  // namespace
 
 Error norm_add_forward(const NormAddForward& params, Stream stream) {
   const ResidualNormShape& shape = params.shape;
   const ResidualNormParameters& parameters = params.parameters;
-  return launch_forward<kStages>(
-      params, stream,
-      {{params.residual, shape.dtype},
-       {params.branch, shape.branch_dtype},
-       {params.x, shape.dtype},
-       buffer_of(parameters.weight),
-       buffer_of(parameters.bias),
-       buffer_of(parameters.layer_scale)},
-      [](auto types, auto layout) {
-        using Types = decltype(types);
-        return norm_add_forward_kernel<typename Types::Residual, typename Types::Branch, decltype(layout)>;
-      });
+  const auto plan = plan_norm<Kernels>(shape, {{params.residual, shape.dtype},
+                                               {params.branch, shape.branch_dtype},
+                                               {params.x, shape.dtype},
+                                               buffer_of(parameters.weight),
+                                               buffer_of(parameters.bias),
+                                               buffer_of(parameters.layer_scale)});
+  return plan.launch(stream, params);
 }
 
 }  // namespace evakernels::cuda

@@ -1,12 +1,24 @@
-// The way from the parameters of a norm to the launch of the kernel that was compiled for their dtypes, width
-// and alignment. kernel_of(ElementTypes, Layout) names it.
+// From the sizes and buffers of a norm to the plan of its launch.
+//
+// An op has a table of kernels for each mix of element types:
+//
+//   kWide             elements of 16 bytes of the widest matrix
+//   kLimits           what registers allow
+//   kStages           of a row that goes by way of shared memory
+//   kSums             over the rows, of which each block leaves partial ones; 0: none
+//   kernel<Layout>()  the kernel that is compiled for a layout
 #pragma once
 
-#include <vector>
+#include <array>
+#include <limits>
+#include <utility>
 
 #include "cuda/norm_plan.h"
 
 namespace evakernels::cuda {
+
+// Rows with fewer steps than are possible are shared by three warps at most, or a block has kRowsPerBlock.
+constexpr int kThreadsOfFewSteps = 128;
 
 constexpr RowLimits kForwardLimits = {32, 256};
 
@@ -15,79 +27,78 @@ constexpr RowLimits kForwardLimits = {32, 256};
 template <class L>
 constexpr int kForwardBlocks = L::kStaged ? 1024 / L::kThreads : L::kBlocks;
 
-// The plan for kernels whose buffers these are.
-template <int WIDE>
-RowPlan plan_rows(const ResidualNormShape& shape, const RowLimits& limits,
-                  const std::vector<Buffer>& buffers) {
-  if constexpr (WIDE == 1) {
-    return {1, 0, {kStreamingThreads, 1, 1}};
-  } else {
-    return plan_rows(shape.width, WIDE, aligned_elements(WIDE, shape.width, buffers), limits);
+// What a table begins with; `Widest` is the element type that fewest are of in 16 bytes.
+template <class Widest, RowLimits LIMITS, int STAGES, int SUMS = 0>
+struct RowKernels {
+  static constexpr int kWide = kWidestVector<Widest>;
+  static constexpr RowLimits kLimits = LIMITS;
+  static constexpr int kStages = STAGES;
+  static constexpr int kSums = SUMS;
+};
+
+// Those of whole words, of 1, 2, ... steps.
+template <class Kernels, int... I>
+auto wide_kernel(int steps, std::integer_sequence<int, I...>) {
+  constexpr int kWide = Kernels::kWide, kMost = sizeof...(I);
+  const std::array kernels = {
+      Kernels::template kernel<Layout<kWide, (I + 1) * kStep / kWide,
+                                      I + 1 < kMost ? kThreadsOfFewSteps : Kernels::kLimits.threads>>()...};
+  return kernels[steps - 1];
+}
+
+// Rows of pairs of 16 bits are staged.
+template <class Kernels>
+constexpr bool kStagesPairs = Kernels::kWide == 8;
+
+template <class Kernels>
+auto kernel_for(const RowPlan& row) {
+  constexpr int kWide = Kernels::kWide;
+  constexpr RowLimits kLimits = Kernels::kLimits;
+  if (row.vectors == 0) {
+    return row.elements == kWide ? Kernels::template kernel<Layout<kWide, 0, kStreamingThreads>>()
+                                 : Kernels::template kernel<Layout<1, 0, kStreamingThreads>>();
   }
+  if (row.elements == 1) {
+    return Kernels::template kernel<Layout<1, elements_per_thread(1, kLimits), kLimits.threads>>();
+  }
+  if (row.elements == 2) {
+    using Pairs = Layout<2, elements_per_thread(2, kLimits) / 2, kLimits.threads>;
+    using StagedPairs = Staged<Pairs::V, kLimits.threads>;
+    return Kernels::template kernel<std::conditional_t<kStagesPairs<Kernels>, StagedPairs, Pairs>>();
+  }
+  return wide_kernel<Kernels>(row.vectors * kWide / kStep,
+                              std::make_integer_sequence<int, kLimits.elements / kStep>{});
 }
 
-// STAGES: of a row that goes by way of shared memory, here and below.
-template <int STAGES, class Params, class KernelOf>
-Error launch_forward(const Params& params, Stream stream, const std::vector<Buffer>& buffers,
-                     const KernelOf& kernel_of) {
-  const ResidualNormShape& shape = params.shape;
-  if (shape.rows == 0) return nullptr;
-  return with_element_types(shape, [&](auto types) {
-    constexpr int kWide = decltype(types)::kWide;
-    const RowPlan plan = plan_rows<kWide>(shape, kForwardLimits, buffers);
-    return with_layout<kWide, kForwardLimits>(plan, [&](auto layout) {
-      const size_t shared_bytes = bytes_of_stages<decltype(layout)>(STAGES, shape.width, plan);
-      return launch_on_rows(kernel_of(types, layout), shape.rows, plan, shared_bytes, stream, params);
-    });
-  });
+// `step`: what divides the distance of any two rows, and the width.
+template <class Kernels>
+auto plan_rows(int64_t rows, int64_t width, int64_t step, const std::vector<Buffer>& buffers) {
+  const int elements = aligned_elements(Kernels::kWide, step, buffers);
+  const RowPlan row = plan_row(width, Kernels::kWide, elements, Kernels::kLimits);
+  const bool staged = kStagesPairs<Kernels> && row.elements == 2;
+  LaunchPlan plan = {kernel_for<Kernels>(row),
+                     {1, 1, 1},
+                     row.block,
+                     staged ? row.block.y * size_t{Kernels::kStages} * stage_bytes(width) : 0};
+  // With partial sums to leave, no more blocks than run at the same time.
+  const int64_t most =
+      Kernels::kSums > 0 ? std::max(1, plan.resident_blocks()) : std::numeric_limits<int>::max();
+  plan.grid.x = static_cast<unsigned>(std::min(ceil_div(rows, row.block.y), most));
+  return plan;
 }
 
-// Calls body(run, blocks) as with_resident_blocks does.
-template <RowLimits LIMITS, int STAGES, class Params, class KernelOf, class Body>
-Error with_backward_kernel(const Params& params, const std::vector<Buffer>& buffers,
-                           const KernelOf& kernel_of, const Body& body) {
-  const ResidualNormShape& shape = params.shape;
-  return with_element_types(shape, [&](auto types) {
-    constexpr int kWide = decltype(types)::kWide;
-    const RowPlan plan = plan_rows<kWide>(shape, LIMITS, buffers);
-    return with_layout<kWide, LIMITS>(plan, [&](auto layout) {
-      const size_t shared_bytes = bytes_of_stages<decltype(layout)>(STAGES, shape.width, plan);
-      return with_resident_blocks(kernel_of(types, layout), shape.rows, plan, shared_bytes, body);
-    });
-  });
-}
-
-inline bool any_wanted(const ResidualNormGradients& gradients) {
-  return gradients.weight.data || gradients.bias.data || gradients.layer_scale.data;
-}
-
-// The floats that `launch_backward` needs for partial sums, `count` for each column and block.
-template <RowLimits LIMITS, int STAGES, class Params, class KernelOf>
-int64_t backward_workspace(const Params& params, int count, const std::vector<Buffer>& buffers,
-                           const KernelOf& kernel_of) {
-  if (!any_wanted(params.gradients)) return 0;
-  int64_t size = 0;
-  with_backward_kernel<LIMITS, STAGES>(params, buffers, kernel_of, [&](const auto&, int64_t blocks) -> Error {
-    size = count * blocks * params.shape.width;
-    return nullptr;
-  });
-  return size;
-}
-
-// finish(partials, blocks) launches the second pass.
-template <RowLimits LIMITS, int STAGES, class Params, class KernelOf, class Finish>
-Error launch_backward(const Params& params, float* workspace, Stream stream,
-                      const std::vector<Buffer>& buffers, const KernelOf& kernel_of, const Finish& finish) {
-  if (params.shape.width == 0) return nullptr;
-  return with_backward_kernel<LIMITS, STAGES>(
-      params, buffers, kernel_of, [&](const auto& run, int64_t blocks) -> Error {
-        const bool wanted = any_wanted(params.gradients);
-        if (blocks > 0) {
-          const Error error = run(stream, params, wanted ? workspace : nullptr);
-          if (error) return error;
-        }
-        return wanted ? finish(workspace, blocks) : nullptr;
-      });
+// For a norm that is joined with a residual connection, whose table has the types of residual and branch. Of
+// these it serves the pairs that gpu_serves (common/residual_norm.h) tells.
+template <template <class Residual, class Branch> class Kernels>
+auto plan_norm(const ResidualNormShape& shape, const std::vector<Buffer>& buffers) {
+  const auto plan = [&](auto residual, auto branch) {
+    return plan_rows<Kernels<decltype(residual), decltype(branch)>>(shape.rows, shape.width, shape.width,
+                                                                    buffers);
+  };
+  if (shape.branch_dtype == shape.dtype) {
+    return with_element_type(shape.dtype, [&](auto type) { return plan(type, type); });
+  }
+  return shape.branch_dtype == DType::BFloat16 ? plan(float{}, BFloat16{}) : plan(float{}, Float16{});
 }
 
 }  // namespace evakernels::cuda

@@ -9,10 +9,10 @@ namespace evakernels::cuda {
 template <int E>
 __device__ __forceinline__ void multiply_by(const ParameterVector& factors, int vector, float (&values)[E]) {
   if (!factors.data) return;
-  float own[E];
-  load_floats(factors.data, factors.dtype, int64_t{vector} * E, own);
+  float factor[E];
+  load_floats(factors.data, factors.dtype, int64_t{vector} * E, factor);
 #pragma unroll
-  for (int i = 0; i < E; ++i) values[i] *= own[i];
+  for (int i = 0; i < E; ++i) values[i] *= factor[i];
 }
 
 // The weight, or ones.

@@ -10,7 +10,7 @@
 
 namespace evakernels::cuda {
 
-constexpr int kMaxWarps = 32;
+constexpr int kMaxBlockWarps = 32;
 
 // Calls body(vector, slot) for each vector of the row that is this thread's.
 template <int V, class Body>
@@ -45,15 +45,16 @@ class RowSums {
 
  private:
   struct Scratch {
-    float sums[2][2][kMaxWarps];  // by turn, sum and warp
+    float sums[2][2][kMaxBlockWarps];  // by buffer, sum and warp
   };
 
   template <int N>
   __device__ __forceinline__ void add_warps(float (&values)[N]) {
     static_assert(N <= 2);
-    // Two turns: a warp may write the next sum while another still reads this one, but not the one after.
-    float (&sums)[2][kMaxWarps] = shared_memory<Scratch>().sums[turn_];
-    turn_ ^= 1;
+    // Double-buffered: a warp may write the next sum while another still reads this one, but not the one
+    // after.
+    float (&sums)[2][kMaxBlockWarps] = shared_memory<Scratch>().sums[buffer_];
+    buffer_ ^= 1;
     if (threadIdx.x % kWarpSize == 0) {
       for (int n = 0; n < N; ++n) sums[n][threadIdx.x / kWarpSize] = values[n];
     }
@@ -66,7 +67,7 @@ class RowSums {
     }
   }
 
-  int turn_ = 0;
+  int buffer_ = 0;
 };
 
 // The part of a matrix's row that is a thread's, as it lies in memory.
@@ -95,6 +96,17 @@ class RowPart {
  private:
   const T* row_;
   Packed<T, E> held_[V > 0 ? V : 1];
+};
+
+// The row of a matrix that a kernel doesn't have.
+struct NoRow {
+  static constexpr int kStages = 0;
+
+  __device__ __forceinline__ void use(int64_t, const char*) const {}
+  __device__ __forceinline__ void point_to(const void*, int64_t, int64_t) const {}
+  template <class... Part>
+  __device__ __forceinline__ void fetch(Part...) const {}
+  __device__ __forceinline__ void change_stages() const {}
 };
 
 // A row whose elements are needed once, and loaded then. The matrix may be null.

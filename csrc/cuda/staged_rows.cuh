@@ -2,8 +2,24 @@
 // go between it and global memory, and a thread finds its pairs of elements there.
 //
 // A row lies in its stage as in global memory, as far from a line of 128 bytes, and the requests of a warp
-// begin where lines do: each sector is asked for once. What a row has of words that aren't all its own goes
-// by pieces of 4 bytes, as the rest is another row's or nobody's.
+// begin where lines do: each sector is asked for once. A word at either end that is not the row's alone goes
+// by pieces of 4 bytes, as the rest of it is another row's or nobody's. So, of a row that begins 24 bytes
+// after a line and ends 8 bytes after a word:
+//
+//   line           0       16      32      48              112     128           16 k
+//   word           |-------|-------|-------|-------| ... |-------|-------| ... |-------|
+//   row, stage     . . . . . . pppp WWWWWWW WWWWWWW  ...  WWWWWWW WWWWWWW  ...  pppp . .
+//   word copied by  (0)     (1)     2       3              7       8             (k)        thread
+//   piece copied by         2..3                                                 4..5       thread
+//
+// Threads in brackets have no word. Thread t has the pieces 4 t of the first word for t < 4, and of the last
+// for 4 <= t < 8. What is computed with is dealt otherwise: vector `v` of a row is the pair of elements 4 v
+// bytes from its beginning, of thread v modulo the threads of the row. The lanes of a warp so find theirs in
+// 32 banks side by side, wherever the row begins.
+//
+// A block has kRowsPerBlock rows of one warp each, or one of several warps. Each row has its stages one
+// behind the other, a stage for each matrix; in backward two for each input, of which one is read while the
+// next row is on its way into the other.
 #pragma once
 
 #include "cuda/norm_plan.h"
@@ -158,6 +174,23 @@ __device__ __forceinline__ void fetch_rows(int vectors, const Fetch& fetch) {
     fetch(0);
   } else {
     for_each_vector<L::V>(vectors, [&](int vector, int slot) { fetch(0, vector, slot); });
+  }
+}
+
+// Sends the next row on its way, if there is more, while this one is read. Staged rows have another stage for
+// it: prefetch_row, as soon as this one is there. Others have but their registers, which prefetch_vector
+// fills: when a vector of this row was read for the last time.
+template <class L, class Fetch>
+__device__ __forceinline__ void prefetch_row(bool more, int64_t ahead, const Fetch& fetch) {
+  if constexpr (L::kStaged) {
+    if (more) fetch(ahead);
+  }
+}
+template <class L, class Fetch>
+__device__ __forceinline__ void prefetch_vector(bool more, int64_t ahead, int vector, int slot,
+                                                const Fetch& fetch) {
+  if constexpr (!L::kStaged) {
+    if (more) fetch(ahead, vector, slot);
   }
 }
 

@@ -1,6 +1,8 @@
 // What a launcher is given and returns.
 #pragma once
 
+#include <cstdint>
+
 #include "common/api.h"
 
 namespace evakernels::cuda {
@@ -9,6 +11,17 @@ using Stream = void*;  // a cudaStream_t
 
 // What went wrong; null: nothing.
 using Error = const char*;
+
+// Where a launcher gets the memory that its kernels keep partial sums and tables in. It is for what that call
+// puts on the stream, and is given back in the stream's order by whoever owns this.
+class Scratch {
+ public:
+  // Uninitialised, aligned for any type; of no floats anything. A launcher asks once at most.
+  virtual Error allocate(float** memory, int64_t floats) = 0;
+
+ protected:
+  ~Scratch() = default;
+};
 
 // Makes it the current one of the CUDA runtime that is linked into this library. torch has a runtime of its
 // own, whose current device it sets itself.

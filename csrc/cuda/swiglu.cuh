@@ -6,7 +6,7 @@
 #include "common/swiglu.h"
 #include "cuda/activations.cuh"
 #include "cuda/dispatch.h"
-#include "cuda/norm_plan.h"
+#include "cuda/norm_launch.h"
 
 namespace evakernels::cuda {
 
@@ -26,9 +26,25 @@ __device__ __forceinline__ GatedGradient gradient_of_gated(float upstream, float
   return {upstream * up * s * (1.0f + gate * (1.0f - s)), upstream * gate * s};
 }
 
+// What __launch_bounds__ is told: a block of THREADS, though most have fewer. So no thread takes more
+// registers than leave room for as many on a multiprocessor, which hide the latency of the memory.
+template <class L, int THREADS>
+constexpr int kThreadsFor = L::V == 0 ? L::kThreads : THREADS;
+template <class L>
+constexpr int kBlocksFor = L::V == 0 ? L::kBlocks : 1;
+
 // What all rows of gate and up have in common that decides how many elements can be accessed at a time.
 inline int64_t common_step(int64_t width, const SwigluRows& gate, const SwigluRows& up) {
   return std::gcd(width, std::gcd(gate.stride, up.stride));
+}
+
+// Of a kernel with a norm, whose table has the element type.
+template <template <class T> class Kernels, class Params>
+auto plan_swiglu_norm(const Params& params, const std::vector<Buffer>& buffers) {
+  const int64_t step = common_step(params.width, params.gate, params.up);
+  return with_element_type(params.dtype, [&](auto element) {
+    return plan_rows<Kernels<decltype(element)>>(params.rows, params.width, step, buffers);
+  });
 }
 
 }  // namespace evakernels::cuda

@@ -5,7 +5,6 @@
 #include "cuda/staged_rows.cuh"
 #include "cuda/swiglu.cuh"
 #include "cuda/swiglu.h"
-#include "cuda/swiglu_launch.h"
 
 namespace evakernels::cuda {
 namespace {
@@ -60,21 +59,19 @@ __global__ void __launch_bounds__(kThreads<L>, kBlocksFor<L>)
       dgate.point_to(params.dgate, row, width);
       dup.point_to(params.dup, row, width);
       wait_for_rows<L>(dout, gate, up);
-      if constexpr (L::kStaged) {
-        if (more) fetch(step);
-      }
+      prefetch_row<L>(more, step, fetch);
       float sigmoids[V > 0 ? V : 1][E];
       complete<E, V>(gradient, width, false, row_sums,
                      [&](int vector, int slot, float (&g)[E], float (&product)[E]) {
-                       float upstream[E], own[E];
+                       float upstream[E], gates[E];
                        dout.get(vector, slot, upstream);
                        through_weight(vector, upstream, g);
-                       gate.get(vector, slot, own);
+                       gate.get(vector, slot, gates);
                        up.get(vector, slot, product);
 #pragma unroll
                        for (int i = 0; i < E; ++i) {
-                         sigmoids[slot][i] = sigmoid(own[i]);
-                         product[i] = gated(own[i], sigmoids[slot][i], product[i]);
+                         sigmoids[slot][i] = sigmoid(gates[i]);
+                         product[i] = gated(gates[i], sigmoids[slot][i], product[i]);
                        }
                      });
 
@@ -83,10 +80,7 @@ __global__ void __launch_bounds__(kThreads<L>, kBlocksFor<L>)
         dout.get(vector, slot, upstream);
         gate.get(vector, slot, g);
         up.get(vector, slot, u);
-        if constexpr (!L::kStaged) {
-          // The next row is on its way into the registers that this one leaves.
-          if (more) fetch(step, vector, slot);
-        }
+        prefetch_vector<L>(more, step, vector, slot, fetch);
         through_weight(vector, upstream, to_product);
         float times_normalised[E];
 #pragma unroll
@@ -94,10 +88,10 @@ __global__ void __launch_bounds__(kThreads<L>, kBlocksFor<L>)
           const float s = V > 0 ? sigmoids[slot][i] : sigmoid(g[i]);
           const float normalised = gradient.normalised(gated(g[i], s, u[i]));
           times_normalised[i] = upstream[i] * normalised;
-          const GatedGradient own =
+          const GatedGradient of_inputs =
               gradient_of_gated(gradient.of_x(to_product[i], normalised), g[i], s, u[i]);
-          g[i] = own.gate;
-          u[i] = own.up;
+          g[i] = of_inputs.gate;
+          u[i] = of_inputs.up;
         }
         dgate.put(vector, g);
         dup.put(vector, u);
@@ -120,43 +114,28 @@ struct WriteGradients {
   }
 };
 
-// Calls body(run, blocks) as with_resident_blocks does.
-template <class Body>
-Error with_backward(const SwigluBackward& params, const Body& body) {
-  const auto kernel_of = [](auto element, auto layout) {
-    return swiglu_norm_backward_kernel<decltype(element), decltype(layout)>;
-  };
-  const std::vector<Buffer> buffers = {
-      {params.dout, params.dtype},    {params.gate.data, params.dtype},
-      {params.up.data, params.dtype}, {params.dgate, params.dtype},
-      {params.dup, params.dtype},     {params.norm_weight, params.weight_dtype}};
-  return with_norm_kernel<kLimits, kStages>(
-      params, buffers, kernel_of, [&](auto kernel, const RowPlan& plan, size_t shared_bytes) {
-        return with_resident_blocks(kernel, params.rows, plan, shared_bytes, body);
-      });
-}
+template <class T>
+struct Kernels : RowKernels<T, kLimits, kStages, kSums> {
+  template <class L>
+  static auto kernel() {
+    return swiglu_norm_backward_kernel<T, L>;
+  }
+};
 
 }  // namespace
 
-int64_t swiglu_norm_backward_workspace(const SwigluBackward& params) {
-  int64_t size = 0;
-  with_backward(params, [&](const auto&, int64_t blocks) -> Error {
-    size = kSums * blocks * params.width;
-    return nullptr;
-  });
-  return size;
-}
-
-Error swiglu_norm_backward(const SwigluBackward& params, float* workspace, Stream stream) {
-  return with_backward(params, [&](const auto& run, int64_t blocks) -> Error {
-    if (blocks > 0) {
-      const Error error = run(stream, params, workspace);
-      if (error) return error;
-    }
-    const WriteGradients finish = {{params.dweight, params.weight_dtype},
-                                   {params.dbias, params.weight_dtype}};
-    return launch_column_totals<kSums>(workspace, blocks, params.width, finish, stream);
-  });
+Error swiglu_norm_backward(const SwigluBackward& params, Scratch& scratch, Stream stream) {
+  const auto plan = plan_swiglu_norm<Kernels>(params, {{params.dout, params.dtype},
+                                                       {params.gate.data, params.dtype},
+                                                       {params.up.data, params.dtype},
+                                                       {params.dgate, params.dtype},
+                                                       {params.dup, params.dtype},
+                                                       {params.norm_weight, params.weight_dtype}});
+  std::optional<WriteGradients> finish;
+  if (params.dweight || params.dbias) {
+    finish = {{params.dweight, params.weight_dtype}, {params.dbias, params.weight_dtype}};
+  }
+  return launch_with_column_sums<kSums>(plan, params.width, finish, scratch, stream, params);
 }
 
 }  // namespace evakernels::cuda

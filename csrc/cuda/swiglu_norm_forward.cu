@@ -4,12 +4,10 @@
 #include "cuda/staged_rows.cuh"
 #include "cuda/swiglu.cuh"
 #include "cuda/swiglu.h"
-#include "cuda/swiglu_launch.h"
 
 namespace evakernels::cuda {
 namespace {
 
-constexpr RowLimits kLimits = {32, 256};
 constexpr int kStages = 3;  // one of each matrix
 
 template <class T, class L>
@@ -71,21 +69,23 @@ __global__ void __launch_bounds__(kThreads<T, L>, kBlocksFor<L>)
   }
 }
 
+template <class T>
+struct Kernels : RowKernels<T, kForwardLimits, kStages> {
+  template <class L>
+  static auto kernel() {
+    return swiglu_norm_forward_kernel<T, L>;
+  }
+};
+
 }  // namespace
 
 Error swiglu_norm_forward(const SwigluForward& params, Stream stream) {
-  const auto kernel_of = [](auto element, auto layout) {
-    return swiglu_norm_forward_kernel<decltype(element), decltype(layout)>;
-  };
-  const std::vector<Buffer> buffers = {{params.gate.data, params.dtype},
-                                       {params.up.data, params.dtype},
-                                       {params.out, params.dtype},
-                                       {params.norm_weight, params.weight_dtype},
-                                       {params.norm_bias, params.weight_dtype}};
-  return with_norm_kernel<kLimits, kStages>(
-      params, buffers, kernel_of, [&](auto kernel, const RowPlan& plan, size_t shared_bytes) {
-        return launch_on_rows(kernel, params.rows, plan, shared_bytes, stream, params);
-      });
+  const auto plan = plan_swiglu_norm<Kernels>(params, {{params.gate.data, params.dtype},
+                                                       {params.up.data, params.dtype},
+                                                       {params.out, params.dtype},
+                                                       {params.norm_weight, params.weight_dtype},
+                                                       {params.norm_bias, params.weight_dtype}});
+  return plan.launch(stream, params);
 }
 
 }  // namespace evakernels::cuda

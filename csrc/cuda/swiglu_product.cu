@@ -3,18 +3,14 @@
 #include <limits>
 
 #include "cuda/norm_rows.cuh"
+#include "cuda/row_parts.cuh"
 #include "cuda/swiglu.cuh"
 #include "cuda/swiglu.h"
 
 namespace evakernels::cuda {
 namespace {
 
-constexpr unsigned kThreads = 128;
-constexpr int64_t kDenseWidth = 4096;
-
-// Of a thread, of one matrix: 32 bytes, enough on their way to hide the latency of the memory.
-template <class T, int E>
-constexpr int kVectors = smaller(8, 32 / (E * int{sizeof(T)}));
+constexpr int kThreads = 128;
 
 // The matrices as the kernels see them: dense ones as rows of kDenseWidth, the last of which may be shorter.
 struct Shape {
@@ -37,14 +33,11 @@ Shape shape_of(const Params& params) {
 // blockIdx.x counts rows, blockIdx.y the even parts of one.
 template <int E, class Body>
 __device__ __forceinline__ void for_each_part(const Shape& shape, const Body& body) {
-  const int64_t rows = (shape.size + shape.width - 1) / shape.width;
+  const int64_t rows = ceil_div(shape.size, shape.width);
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const int64_t left = shape.size - row * shape.width;
-    const int64_t vectors = (left < shape.width ? left : shape.width) / E;
-    const int64_t part = (vectors + gridDim.y - 1) / gridDim.y;
-    const int64_t begin = blockIdx.y * part;
-    const int64_t rest = vectors - begin;
-    body(row, begin * E, static_cast<int>(rest < part ? rest : part));
+    const RowPartition part((left < shape.width ? left : shape.width) / E);
+    body(row, part.begin * E, part.vectors);
   }
 }
 
@@ -105,26 +98,23 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-// Launches kernel_of(T{}, Constant<E>{}) with as many threads as the even parts of a row need.
+// Launches kernel_of(T{}, Constant<E>{}) on the parts of all rows.
 template <class KernelOf, class... Pointers>
 Error launch_product(const Shape& shape, DType dtype, Stream stream, const KernelOf& kernel_of,
                      Pointers... pointers) {
+  if (shape.size == 0) return nullptr;
   return with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
-    constexpr int kWide = kWidestAccess / int{sizeof(T)};
+    constexpr int kWide = kWidestVector<T>;
     const int64_t step = std::gcd(common_step(shape.width, shape.gate, shape.up), shape.size);
     const int elements = aligned_elements(
         kWide, step, {{shape.gate.data, dtype}, {shape.up.data, dtype}, Buffer{pointers, dtype}...});
     return with_elements<kWide>(elements, [&](auto E) {
-      constexpr int V = kVectors<T, E()>;
-      const int64_t vectors = shape.width / E();
-      const int64_t parts = ceil_div(vectors, V * kThreads);
-      const int64_t threads = ceil_div(ceil_div(ceil_div(vectors, parts), V), kWarpSize) * kWarpSize;
+      const RowParts parts = even_parts(shape.width / E(), kVectors<T, E()>, kThreads);
       const int64_t rows =
           std::min<int64_t>(ceil_div(shape.size, shape.width), std::numeric_limits<int>::max());
-      const dim3 grid = {static_cast<unsigned>(rows), static_cast<unsigned>(parts), 1};
-      return launch(kernel_of(element, E), grid, {static_cast<unsigned>(threads), 1, 1}, stream, shape,
-                    pointers...);
+      return launch(kernel_of(element, E), {static_cast<unsigned>(rows), parts.count, 1},
+                    {parts.threads, 1, 1}, stream, shape, pointers...);
     });
   });
 }

@@ -127,7 +127,7 @@ struct ChunkRange {
   }
 };
 
-inline int64_t chunks_of(const OptimizedTensor& tensor) { return (tensor.size + kChunk - 1) / kChunk; }
+inline int64_t chunks_of(const OptimizedTensor& tensor) { return ceil_div(tensor.size, kChunk); }
 
 inline int64_t chunks_of(const OptimizedTensor* tensors, int64_t count) {
   int64_t chunks = 0;
@@ -135,30 +135,32 @@ inline int64_t chunks_of(const OptimizedTensor* tensors, int64_t count) {
   return chunks;
 }
 
-template <class Entry>
-int64_t table_floats(int64_t count) {
-  return count * int64_t{sizeof(Entry) / sizeof(float)};
+inline Error check_driver() {
+  const int driver = driver_version();
+  if (driver == 0 || driver >= kOldestDriver) return nullptr;
+  return "the driver is too old for 32 KB of kernel arguments; it takes one for CUDA 12.1 or later (530)";
 }
 
-// Writes the entries of all tensors.
-template <class Rule>
-Error launch_table(const OptimizedTensor* tensors, int64_t count, const Rule& rule,
-                   typename Rule::Entry* entries, Stream stream) {
-  static_assert(sizeof(TableBatch<Rule>) + sizeof entries <= kArgumentBytes);
-  if (const int driver = driver_version(); driver > 0 && driver < kOldestDriver) {
-    return "the driver is too old for 32 KB of kernel arguments; it takes one for CUDA 12.1 or later (530)";
-  }
+// Params has `tensors`, so many as `count` tells. Their table is allocated with room for `floats` behind it,
+// and written.
+template <class Rule, class Params>
+Error write_table(const Params& params, const Rule& rule, int64_t floats, Scratch& scratch, Stream stream,
+                  typename Rule::Entry** entries) {
+  static_assert(sizeof(TableBatch<Rule>) + sizeof *entries <= kArgumentBytes);
+  if (const Error error = check_driver()) return error;
+  const int64_t size = params.count * int64_t{sizeof **entries / sizeof(float)} + floats;
+  if (const Error error = scratch.allocate(reinterpret_cast<float**>(entries), size)) return error;
   TableBatch<Rule> batch;
   batch.rule = rule;
   int64_t chunk = 0;
-  for (batch.first = 0; batch.first < count; batch.first += kBatchSize) {
-    const int64_t left = count - batch.first;
+  for (batch.first = 0; batch.first < params.count; batch.first += kBatchSize) {
+    const int64_t left = params.count - batch.first;
     const unsigned size = static_cast<unsigned>(left < int64_t{kBatchSize} ? left : kBatchSize);
     for (unsigned i = 0; i < size; ++i) {
-      batch.items[i] = {tensors[batch.first + i], chunk};
-      chunk += chunks_of(tensors[batch.first + i]);
+      batch.items[i] = {params.tensors[batch.first + i], chunk};
+      chunk += chunks_of(batch.items[i].tensor);
     }
-    const Error error = launch(table_kernel<Rule>, {size, 1, 1}, {1, 1, 1}, stream, batch, entries);
+    const Error error = launch(table_kernel<Rule>, {size, 1, 1}, {1, 1, 1}, stream, batch, *entries);
     if (error) return error;
   }
   return nullptr;

@@ -50,10 +50,11 @@ template <class P, int E>
 __device__ __forceinline__ void add_position(const TokenDropoutForward& params, int64_t position,
                                              int64_t channel, float (&values)[E]) {
   if (!params.pos_embed) return;
-  float own[E];
-  load_floats(static_cast<const P*>(params.pos_embed) + position * params.shape.channels + channel, own);
+  float embedding[E];
+  load_floats(static_cast<const P*>(params.pos_embed) + position * params.shape.channels + channel,
+              embedding);
 #pragma unroll
-  for (int i = 0; i < E; ++i) values[i] += own[i];
+  for (int i = 0; i < E; ++i) values[i] += embedding[i];
 }
 
 }  // namespace evakernels::cuda

@@ -1,5 +1,5 @@
 // Patches gathered, with their position embeddings and the prefix, on a GPU. See residual_norm.h on streams
-// and workspaces.
+// and scratch.
 //
 // A token_index that is out of range, or in backward one that names a token twice, ends the launch with an
 // error, as torch's own gather does with the former.
@@ -13,9 +13,8 @@ namespace evakernels::cuda {
 EVAKERNELS_API Error token_dropout_forward(const TokenDropoutForward& params, Stream stream);
 
 // The result depends on the shape alone.
-EVAKERNELS_API Error token_dropout_backward(const TokenDropoutBackward& params, float* workspace,
+EVAKERNELS_API Error token_dropout_backward(const TokenDropoutBackward& params, Scratch& scratch,
                                             Stream stream);
-EVAKERNELS_API int64_t token_dropout_backward_workspace(const TokenDropoutBackward& params);
 
 // For patches whose channels lie side by side, and for channels whose patches do; what the first chooses
 // from.

@@ -2,8 +2,8 @@
 // of the gradients knows what it is: each is written once, nothing is cleared beforehand and no atomics are
 // needed.
 //
-// A block has one position of all samples, of which its warps take turns, and one part of the channels: so it
-// also has all that the position's embedding sums.
+// A block has one position of all samples, which its warps share, and one part of the channels: so it also
+// has all that the position's embedding sums.
 #include "common/token_dropout.h"
 #include "cuda/dispatch.h"
 #include "cuda/norm_plan.h"
@@ -19,18 +19,19 @@ constexpr int kThreads = 256;
 // place is [batch, tokens]: where the token is among the kept ones of its sample, -1 where it was dropped.
 __global__ void __launch_bounds__(kThreads)
     token_places_kernel(const int64_t* token_index, const TokenDropoutShape shape, int32_t* place) {
-  int32_t* const own = place + blockIdx.x * shape.tokens;
+  int32_t* const places = place + blockIdx.x * shape.tokens;
   const int64_t* const index = token_index + blockIdx.x * shape.kept_tokens;
   const auto is_token = [&](int64_t token) { return token >= 0 && token < shape.tokens; };
-  for (int64_t token = threadIdx.x; token < shape.tokens; token += kThreads) own[token] = -1;
+  for (int64_t token = threadIdx.x; token < shape.tokens; token += kThreads) places[token] = -1;
   __syncthreads();
   for (int64_t i = threadIdx.x; i < shape.kept_tokens; i += kThreads) {
     if (!is_token(index[i])) refuse("token_dropout", "token_index is out of range");
-    if (is_token(index[i])) own[index[i]] = static_cast<int32_t>(i);
+    if (is_token(index[i])) places[index[i]] = static_cast<int32_t>(i);
   }
   __syncthreads();
   for (int64_t i = threadIdx.x; i < shape.kept_tokens; i += kThreads) {
-    if (is_token(index[i]) && own[index[i]] != i) refuse("token_dropout", "token_index names a token twice");
+    if (is_token(index[i]) && places[index[i]] != i)
+      refuse("token_dropout", "token_index names a token twice");
   }
 }
 
@@ -45,14 +46,14 @@ __device__ __forceinline__ int64_t row_of(const TokenDropoutShape& shape, const 
 }
 
 template <int E>
-struct Scratch {
+struct WarpSums {
   float sums[kWarps][E][kWarpSize];
 };
 
-// The warps' sums in turn; the first warp gets the total.
+// The total of the warps' partial sums, which the first warp gets.
 template <int E>
 __device__ __forceinline__ void add_warps(float (&sums)[E]) {
-  Scratch<E>& scratch = shared_memory<Scratch<E>>();
+  WarpSums<E>& scratch = shared_memory<WarpSums<E>>();
 #pragma unroll
   for (int i = 0; i < E; ++i) scratch.sums[threadIdx.y][i][threadIdx.x] = sums[i];
   __syncthreads();
@@ -107,39 +108,37 @@ __global__ void __launch_bounds__(kWarpSize* kWarps)
   if (params.dpos_embed) total.store_whole(static_cast<T*>(params.dpos_embed) + target);
 }
 
-Error launch_places(const TokenDropoutBackward& params, int32_t* place, Stream stream) {
+// Leaves null where there is no index.
+Error find_places(const TokenDropoutBackward& params, Scratch& scratch, Stream stream, int32_t** place) {
+  const int64_t size = params.shape.batch * params.shape.tokens;
+  if (!params.token_index || params.shape.batch == 0) return nullptr;
+  static_assert(sizeof(int32_t) == sizeof(float));
+  if (const Error error = scratch.allocate(reinterpret_cast<float**>(place), size)) return error;
   const dim3 grid = {static_cast<unsigned>(params.shape.batch), 1, 1};
-  return launch(token_places_kernel, grid, {kThreads, 1, 1}, stream, params.token_index, params.shape, place);
+  return launch(token_places_kernel, grid, {kThreads, 1, 1}, stream, params.token_index, params.shape,
+                *place);
 }
 
 }  // namespace
 
-int64_t token_dropout_backward_workspace(const TokenDropoutBackward& params) {
-  static_assert(sizeof(int32_t) == sizeof(float));
-  return params.token_index ? params.shape.batch * params.shape.tokens : 0;
-}
-
-Error token_dropout_backward(const TokenDropoutBackward& params, float* workspace, Stream stream) {
+Error token_dropout_backward(const TokenDropoutBackward& params, Scratch& scratch, Stream stream) {
   const TokenDropoutShape& shape = params.shape;
   const bool prefix_only = !params.dpatches && !params.dpos_embed;
   const int64_t positions = shape.prefix_tokens + (prefix_only ? 0 : shape.tokens);
   if (positions == 0 || shape.channels == 0) return nullptr;
-  int32_t* const place = params.token_index ? reinterpret_cast<int32_t*>(workspace) : nullptr;
-  if (place && shape.batch > 0) {
-    const Error error = launch_places(params, place, stream);
-    if (error) return error;
-  }
+  int32_t* place = nullptr;
+  if (const Error error = find_places(params, scratch, stream, &place)) return error;
   const std::vector<Buffer> buffers = {{params.dout, params.dtype},
                                        {params.dpatches, params.dtype},
                                        {params.dprefix, params.dtype},
                                        {params.dpos_embed, params.dtype}};
   return with_element_type(params.dtype, [&](auto element) {
     using T = decltype(element);
-    constexpr int kWide = kWidestAccess / int{sizeof(T)};
+    constexpr int kWide = kWidestVector<T>;
     return with_elements<kWide>(aligned_elements(kWide, shape.channels, buffers), [&](auto elements) {
       constexpr int kChannels = kWarpSize * elements();
       const dim3 grid = {static_cast<unsigned>(positions),
-                         static_cast<unsigned>((shape.channels + kChannels - 1) / kChannels), 1};
+                         static_cast<unsigned>(ceil_div(shape.channels, kChannels)), 1};
       return launch(token_dropout_backward_kernel<T, elements()>, grid, {kWarpSize, kWarps, 1}, stream,
                     params, static_cast<const int32_t*>(place));
     });

@@ -81,12 +81,12 @@ Error token_dropout_forward_rows(const TokenDropoutForward& params, Stream strea
                                        {params.prefix, params.prefix_dtype},
                                        {params.pos_embed, params.pos_embed_dtype},
                                        {params.out, params.out_dtype}};
-  const int64_t blocks = (shape.prefix_tokens + shape.kept_tokens + kRows - 1) / kRows;
+  const int64_t blocks = ceil_div(shape.prefix_tokens + shape.kept_tokens, kRows);
   const dim3 grid = {static_cast<unsigned>(blocks), static_cast<unsigned>(std::min(shape.batch, kMostInY)),
                      1};
   return with_token_types(params, [&](auto types) {
     using Types = decltype(types);
-    constexpr int kWide = Types::kCommon ? kWidestAccess / int{sizeof(typename Types::Out)} : 1;
+    constexpr int kWide = Types::kCommon ? kWidestVector<typename Types::Out> : 1;
     return with_elements<kWide>(aligned_elements(kWide, step, buffers), [&](auto elements) {
       return launch(token_rows_kernel<Types, elements()>, grid, {kWarpSize, kRows, 1}, stream, params);
     });

@@ -1,5 +1,5 @@
 // The forward of token_dropout where the patches of a channel lie side by side, as a convolution leaves them.
-// A block turns a tile round in shared memory: it reads along the tokens and writes along the channels.
+// A block transposes a tile in shared memory: it reads along the tokens and writes along the channels.
 #include "cuda/norm_plan.h"
 #include "cuda/token_dropout.cuh"
 #include "cuda/token_dropout.h"
@@ -51,20 +51,20 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlocks)
   const int64_t channel = first_channel + threadIdx.x * E;
   for (int64_t sample = blockIdx.z; sample < shape.batch; sample += gridDim.z) {
     // Rows of the prefix have no token.
-    const int64_t own_row = first_row + threadIdx.x;
-    const bool kept = own_row >= shape.prefix_tokens && own_row < rows;
-    const int64_t own_token = kept ? kept_token(params, sample, own_row - shape.prefix_tokens) : -1;
-    if (own_token >= 0) {
+    const int64_t lane_row = first_row + threadIdx.x;
+    const bool kept = lane_row >= shape.prefix_tokens && lane_row < rows;
+    const int64_t lane_token = kept ? kept_token(params, sample, lane_row - shape.prefix_tokens) : -1;
+    if (lane_token >= 0) {
       const T* const patches = static_cast<const T*>(params.patches.data) +
                                sample * params.patches.sample_stride +
-                               own_token * params.patches.token_stride;
+                               lane_token * params.patches.token_stride;
       fill<T, E>(tile, patches, params.patches.channel_stride, channels, first_channel);
     }
     __syncthreads();
 
     for (int i = threadIdx.y; i < kRows; i += kWarps) {
       const int64_t row = first_row + i;
-      const int64_t token = __shfl_sync(kWholeWarp, own_token, i);
+      const int64_t token = __shfl_sync(kWholeWarp, lane_token, i);
       const bool is_prefix = row < shape.prefix_tokens;
       if (row >= rows || channel >= channels || (!is_prefix && token < 0)) continue;
       float values[E];
@@ -95,8 +95,8 @@ Error token_dropout_forward_tiles(const TokenDropoutForward& params, Stream stre
     constexpr int kPair = Types::kCommon && sizeof(typename Types::Patch) == 2 ? 2 : 1;
     return with_elements<kPair>(aligned_elements(kPair, shape.channels, buffers), [&](auto elements) {
       constexpr int kChannels = Tile<typename Types::Patch, elements()>::kChannels;
-      const dim3 grid = {static_cast<unsigned>((rows + kRows - 1) / kRows),
-                         static_cast<unsigned>((shape.channels + kChannels - 1) / kChannels),
+      const dim3 grid = {static_cast<unsigned>(ceil_div(rows, kRows)),
+                         static_cast<unsigned>(ceil_div(shape.channels, kChannels)),
                          static_cast<unsigned>(std::min(shape.batch, kMostInY))};
       return launch(token_tiles_kernel<Types, elements()>, grid, {kWarpSize, kWarps, 1}, stream, params);
     });

@@ -233,6 +233,18 @@ _backward = define(reference.layer_norm_backward)
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)
 
 
+def _gpu_reasons(branch: int) -> backends.Reasons:
+    """What the kernels for GPUs can't serve: a 16-bit residual with another dtype in the argument number `branch`."""
+
+    def reasons(first: Tensor, *rest: Any) -> list[str]:
+        residual, other = first.dtype, rest[branch - 1].dtype if len(rest) >= branch else first.dtype
+        if residual in (other, torch.float32):
+            return []
+        return [f"branch is {other} beside {residual}: kernels for GPUs take the same dtype, or any beside float32"]
+
+    return reasons
+
+
 def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, branch, weight, bias, layer_scale, row_scale, _, ctx.rms = inputs
     _, x, mean, rstd = output
@@ -257,8 +269,10 @@ def _add_gradient(ctx: Any, dy: Tensor, dx: Tensor) -> Any:
     )
 
 
-_add_forward = define(reference.add_layer_norm_forward, check=partial(_check_joined, "add_layer_norm"))
-_add_backward = define(reference.add_layer_norm_backward)
+_add_forward = define(
+    reference.add_layer_norm_forward, check=partial(_check_joined, "add_layer_norm"), gpu_reasons=_gpu_reasons(branch=1)
+)
+_add_backward = define(reference.add_layer_norm_backward, gpu_reasons=_gpu_reasons(branch=3))
 differentiable(_add_forward, _add_backward, setup_context=_add_setup, formula=_add_gradient, returned=2)
 
 
@@ -282,8 +296,10 @@ def _norm_add_gradient(ctx: Any, dx: Tensor) -> Any:
     )
 
 
-_norm_add_forward = define(reference.layer_norm_add_forward, check=partial(_check_joined, "layer_norm_add"))
-_norm_add_backward = define(reference.layer_norm_add_backward)
+_norm_add_forward = define(
+    reference.layer_norm_add_forward, check=partial(_check_joined, "layer_norm_add"), gpu_reasons=_gpu_reasons(branch=1)
+)
+_norm_add_backward = define(reference.layer_norm_add_backward, gpu_reasons=_gpu_reasons(branch=1))
 differentiable(
     _norm_add_forward, _norm_add_backward, setup_context=_norm_add_setup, formula=_norm_add_gradient, returned=1
 )

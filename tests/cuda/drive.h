@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -95,6 +96,19 @@ class Buffer {
   DType dtype_;
   int64_t before_;  // in bytes
   Vector<unsigned char> bytes_;
+};
+
+// What a launcher asks for; it lives until what was launched is done.
+class Scratch final : public cuda::Scratch {
+ public:
+  cuda::Error allocate(float** memory, int64_t floats) override {
+    memory_.emplace(DType::Float32, floats);
+    *memory = memory_->floats();
+    return nullptr;
+  }
+
+ private:
+  std::optional<Buffer> memory_;
 };
 
 struct Case {

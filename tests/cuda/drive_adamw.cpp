@@ -24,8 +24,8 @@ void drive_gradient_norm(const std::vector<OptimizerState>& states,
   }
   Buffer norm(DType::Float32, 1);
   const GradientNorm params = {tensors.data(), static_cast<int64_t>(tensors.size()), norm.floats()};
-  Buffer workspace(DType::Float32, cuda::gradient_norm_workspace(params));
-  run(cuda::gradient_norm(params, workspace.floats(), nullptr), "gradient_norm");
+  Scratch scratch;
+  run(cuda::gradient_norm(params, scratch, nullptr), "gradient_norm");
   compare(norm, {std::sqrt(squares)}, "the norm of the gradients", DType::Float32);
 }
 
@@ -42,8 +42,8 @@ void drive_adamw() {
   const AdamwUpdate update = {
       tensors.data(),    static_cast<int64_t>(tensors.size()), kBeta1, kBeta2, kEps, grad_scale.floats(),
       found_inf.floats()};
-  Buffer workspace(DType::Float32, cuda::adamw_update_workspace(update));
-  run(cuda::adamw_update(update, workspace.floats(), nullptr), "adamw_update");
+  Scratch scratch;
+  run(cuda::adamw_update(update, scratch, nullptr), "adamw_update");
   for (size_t i = 0; i < states.size(); ++i) states[i].check_result(expected[i], "adamw");
 }
 

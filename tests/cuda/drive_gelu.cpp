@@ -41,8 +41,8 @@ void drive(const Case& c, bool with_bias, bool tanh) {
   const GeluBackward backward = {
       dout.data(), x.data(), added,   dx.data(),      with_bias ? dbias.data() : nullptr,
       c.rows,      c.width,  c.dtype, DType::Float32, tanh};
-  Buffer workspace(DType::Float32, cuda::gelu_backward_workspace(backward));
-  run(cuda::gelu_backward(backward, workspace.floats(), nullptr), called("backward"));
+  Scratch scratch;
+  run(cuda::gelu_backward(backward, scratch, nullptr), called("backward"));
   compare(dx, expected_dx, called("dx"), c.dtype);
   if (with_bias) compare(dbias, expected_dbias, called("dbias"), DType::Float32);
 }

@@ -32,8 +32,8 @@ void drive_lamb_step(bool nvlamb) {
   Buffer grad_scale = Buffer::of(kGradScale), found_inf = Buffer::of(0.0f);
   const LambStep step = {
       tensors.data(), count, {kBeta1, kBeta2, kEps, nvlamb}, grad_scale.floats(), found_inf.floats()};
-  Buffer workspace(DType::Float32, cuda::lamb_step_workspace(step));
-  run(cuda::lamb_step(step, workspace.floats(), nullptr), "lamb_step");
+  Scratch scratch;
+  run(cuda::lamb_step(step, scratch, nullptr), "lamb_step");
   for (int64_t i = 0; i < count; ++i) states[i].check_result(expected[i], "lamb_step");
 }
 
@@ -53,14 +53,14 @@ void drive_lamb() {
   Buffer grad_scale = Buffer::of(kGradScale), found_inf = Buffer::of(0.0f);
   const LambUpdate update = {tensors.data(),    count, options, squared_norms.floats(), grad_scale.floats(),
                              found_inf.floats()};
-  Buffer update_workspace(DType::Float32, cuda::lamb_update_workspace(update));
-  run(cuda::lamb_update(update, update_workspace.floats(), nullptr), "lamb_update");
+  Scratch update_scratch;
+  run(cuda::lamb_update(update, update_scratch, nullptr), "lamb_update");
   compare(squared_norms, norms, "the squared norms", DType::Float32);
 
   for (OptimizedTensor& tensor : tensors) tensor.grad = {};
   const LambApply apply = {tensors.data(), count, options, squared_norms.floats(), found_inf.floats()};
-  Buffer apply_workspace(DType::Float32, cuda::lamb_apply_workspace(apply));
-  run(cuda::lamb_apply(apply, apply_workspace.floats(), nullptr), "lamb_apply");
+  Scratch apply_scratch;
+  run(cuda::lamb_apply(apply, apply_scratch, nullptr), "lamb_apply");
   for (int64_t i = 0; i < count; ++i) states[i].check_result(expected[i], "lamb");
 }
 

@@ -92,8 +92,8 @@ void drive_layer_norm(const Case& c, Shift shifted) {
                                       .dtype = c.dtype,
                                       .weight_dtype = DType::Float32,
                                       .rms = false};
-  Buffer workspace(DType::Float32, cuda::layer_norm_backward_workspace(backward));
-  run(cuda::layer_norm_backward(backward, workspace.floats(), nullptr), called("layer_norm_backward"));
+  Scratch scratch;
+  run(cuda::layer_norm_backward(backward, scratch, nullptr), called("layer_norm_backward"));
   const NormGradient expected(values_of(dy, size), values_of(x, size), weight, c.rows, c.width);
   compare(dx, expected.dx, called("dx"), c.dtype);
   check(dx.others_are_intact(), called("in front of dx"));
@@ -144,8 +144,8 @@ void drive_add_norm(const Case& c, bool scaled, Shift shifted) {
                                     .parameters = parameters.pointers(),
                                     .gradients = gradients.pointers(scaled),
                                     .shape = shape};
-  Buffer workspace(DType::Float32, cuda::add_norm_backward_workspace(backward));
-  run(cuda::add_norm_backward(backward, workspace.floats(), nullptr), called("backward"));
+  Scratch scratch;
+  run(cuda::add_norm_backward(backward, scratch, nullptr), called("backward"));
   const NormGradient expected(values_of(dy, size), values_of(x, size), parameters.weight, c.rows, c.width);
   std::vector<double> expected_dbranch(size), expected_dresidual(size), expected_dlayer_scale(c.width);
   for (int64_t i = 0; i < size; ++i) {
@@ -206,8 +206,8 @@ void drive_norm_add(const Case& c, bool scaled, Shift shifted) {
                                     .parameters = parameters.pointers(),
                                     .gradients = gradients.pointers(scaled),
                                     .shape = shape};
-  Buffer workspace(DType::Float32, cuda::norm_add_backward_workspace(backward));
-  run(cuda::norm_add_backward(backward, workspace.floats(), nullptr), called("backward"));
+  Scratch scratch;
+  run(cuda::norm_add_backward(backward, scratch, nullptr), called("backward"));
   const NormGradient expected(upstream, values_of(branch, size), parameters.weight, c.rows, c.width);
   compare(dbranch, expected.dx, called("dbranch"), c.dtype);
   check(dbranch.others_are_intact(), called("in front of dbranch"));

@@ -73,8 +73,8 @@ void drive(const Case& c, bool packed, bool with_norm, int64_t before = 0) {
                                    .width = c.width,
                                    .dtype = c.dtype,
                                    .weight_dtype = DType::Float32};
-  Buffer workspace(DType::Float32, cuda::swiglu_backward_workspace(backward));
-  run(cuda::swiglu_backward(backward, workspace.floats(), nullptr), called("backward"));
+  Scratch scratch;
+  run(cuda::swiglu_backward(backward, scratch, nullptr), called("backward"));
   const NormGradient of_norm(values_of(dout, size), in.product, weight, c.rows, c.width);
   std::vector<double> expected_dgate(size), expected_dup(size);
   for (int64_t i = 0; i < size; ++i) {

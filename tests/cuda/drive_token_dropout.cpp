@@ -75,8 +75,8 @@ void drive(const Case& c, bool by_channel) {
                                          .dpos_embed = to_pos_embed.data(),
                                          .shape = shape,
                                          .dtype = c.dtype};
-  Buffer workspace(DType::Float32, cuda::token_dropout_backward_workspace(backward));
-  run(cuda::token_dropout_backward(backward, workspace.floats(), nullptr), called("backward"));
+  Scratch scratch;
+  run(cuda::token_dropout_backward(backward, scratch, nullptr), called("backward"));
   compare(to_patches, dpatches, called("dpatches"), c.dtype);
   compare(to_prefix, dprefix, called("dprefix"), c.dtype);
   compare(to_pos_embed, dpos_embed, called("dpos_embed"), c.dtype);

@@ -60,7 +60,7 @@ FAMILIES = {
 SUM_OF_WARPS = "    __syncthreads();\n    const int warps"
 FAULTS = {
     "barrier": Fault("race at", "norm_rows.cuh", SUM_OF_WARPS, f"    if (!PLANTED)\n{SUM_OF_WARPS}"),
-    "reuse": Fault("race at", "norm_rows.cuh", "turn_ ^= 1;", "if (!PLANTED) turn_ ^= 1;"),
+    "reuse": Fault("race at", "norm_rows.cuh", "buffer_ ^= 1;", "if (!PLANTED) buffer_ ^= 1;"),
     "rows of a block": Fault(
         "race at",
         "column_sums.cuh",

@@ -94,6 +94,19 @@ def test_layer_norm_add(dtype: torch.dtype, scaled: bool) -> None:
     same("layer_norm_add_backward", (dx, branch, *parameters, *moments), (False,))
 
 
+@gpu_kernels
+def test_a_branch_of_another_dtype_than_a_16_bit_residual_is_refused() -> None:
+    residual, branch = normal(3, 40, dtype=torch.float16), normal(3, 40, dtype=torch.bfloat16)
+    none, rows = (None, None, None, None), (torch.empty(3), torch.empty(3))
+    message = "branch is bfloat16 beside float16; kernels for GPUs take the same dtype, or any beside float32"
+    with pytest.raises(ValueError, match=f"^add_layer_norm_forward: {message}$"):
+        _C.add_layer_norm_forward(residual, branch, *none, residual.clone(), residual.clone(), *rows)
+    with pytest.raises(ValueError, match=f"^layer_norm_add_backward: {message}$"):
+        _C.layer_norm_add_backward(residual, branch, *none, *rows, branch.clone(), None, None, None)
+    with pytest.raises(ValueError, match=f"add_layer_norm_forward: {message}"):
+        native.add_layer_norm_forward(residual, branch, *none, EPS, False)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normed", [False, True])
 def test_swiglu_of_a_packed_projection(dtype: torch.dtype, normed: bool) -> None:

@@ -7,6 +7,7 @@ from op_checks import DTYPES, assert_as_accurate_as_torch, assert_threads_change
 from torch import Tensor
 
 import evakernels
+from evakernels import _native, backends
 
 EPS = 1e-6
 FORMS = ["add", "post"]
@@ -153,3 +154,18 @@ def test_a_float64_factor_is_left_to_the_reference():
     layer_scale = torch.full((8,), 0.5, dtype=torch.float64)
     _, x = evakernels.add_layer_norm(residual, branch, layer_scale=layer_scale)
     torch.testing.assert_close(x, residual + 0.5 * branch)
+
+
+@pytest.mark.skipif(not _native.LOADED, reason="the native library is not built")
+@pytest.mark.parametrize("op", ["add_layer_norm", "layer_norm_add"])
+@pytest.mark.parametrize("residual", DTYPES)
+@pytest.mark.parametrize("branch", DTYPES)
+def test_kernels_for_gpus_take_what_models_and_autocast_make(op, residual, branch, monkeypatch):
+    monkeypatch.setattr(_native, "runs_gpu_kernels", lambda device: True)
+    a, b = torch.ones(2, 3, 8, dtype=residual), torch.ones(2, 3, 8, dtype=branch)
+    backward = (a, a, a, b) if op == "add_layer_norm" else (a, b)
+    for name, args in ((f"{op}_forward", (a, b)), (f"{op}_backward", backward)):
+        reasons = "; ".join(backends.why_not(name, "cpu", *args))
+        served = residual in (branch, torch.float32)
+        assert (f"branch is {branch} beside {residual}" in reasons) == (not served)
+        assert backends.why_not(name, "cpu", a) == []

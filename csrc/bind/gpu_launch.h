@@ -1,0 +1,34 @@
+// From a binding to a launcher for GPUs.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "bind/array.h"
+#include "common/residual_norm.h"
+#include "cuda/stream.h"
+
+namespace evakernels {
+
+inline void raise_if_any(const char* op, cuda::Error error) {
+  if (error) throw std::runtime_error(std::string(op) + ": CUDA error: " + error);
+}
+
+// Raises what the launcher returns. `op` is what it is called for; `Cuda` takes scratch or doesn't.
+template <auto Cuda, class Params>
+void call_launcher(const char* op, const Params& params, cuda::Scratch& scratch, cuda::Stream stream) {
+  if constexpr (requires { params.shape.branch_dtype; }) {
+    const DType dtype = params.shape.dtype, branch = params.shape.branch_dtype;
+    require(gpu_serves(dtype, branch), std::string(op) + ": branch is " + name_of(branch) + " beside " +
+                                           name_of(dtype) +
+                                           "; kernels for GPUs take the same dtype, or any beside float32");
+  }
+  if constexpr (std::is_invocable_v<decltype(Cuda), const Params&, cuda::Stream>) {
+    raise_if_any(op, Cuda(params, stream));
+  } else {
+    raise_if_any(op, Cuda(params, scratch, stream));
+  }
+}
+
+}  // namespace evakernels
