@@ -61,8 +61,8 @@ AttentionShape shape_of(Arrays& arrays, const Array& q, const Options& options) 
     shape.tokens = std::min(options.max_length, shape.tokens);
   }
   const bool on_gpu = kCudaIsInterpreted || arrays.device().is_gpu();
-  require(!on_gpu || (shape.tokens <= cuda::kMaxTokens && shape.head_dim <= cuda::kMaxHeadDim),
-          "q has more tokens or channels than the kernels serve");
+  const cuda::Error reason = on_gpu ? cuda::unserved(shape) : nullptr;
+  if (reason) require(false, reason);
   return shape;
 }
 

@@ -12,13 +12,10 @@ AttentionShape shape_of(const Tensor& q, const Tensor& offsets, int64_t max_leng
                         double scale) {
   const int64_t tokens = q.size(0), longest = std::min(max_length, tokens);
   require(tokens == 0 || longest > 0, "max_length is 0, but there are tokens");
-  const bool on_gpu = kCudaIsInterpreted || q.is_cuda();
-  require(!on_gpu || (longest <= cuda::kMaxTokens && q.size(2) <= cuda::kMaxHeadDim),
-          "a sequence has more tokens, or q more channels, than the kernels serve");
   require(offsets.dim() == 1 && offsets.size(0) > 0, "offsets must be [B + 1]");
   const ScalarType type = offsets.scalar_type();
   require(type == ScalarType::Int || type == ScalarType::Long, "offsets must be int32 or int64");
-  return {
+  const AttentionShape shape = {
       .batch = offsets.size(0) - 1,
       .tokens = longest,
       .heads = q.size(1),
@@ -29,6 +26,9 @@ AttentionShape shape_of(const Tensor& q, const Tensor& offsets, int64_t max_leng
       .dtype = dtype_of(q, "q"),
       .offsets = {offsets.const_data_ptr(), type == ScalarType::Long, tokens},
   };
+  const cuda::Error reason = kCudaIsInterpreted || q.is_cuda() ? cuda::unserved(shape) : nullptr;
+  if (reason) require(false, reason);
+  return shape;
 }
 
 void require_packed(const Tensor& q, const Tensor& k, const Tensor& v) {

@@ -7,7 +7,7 @@ namespace evakernels {
 namespace {
 
 AttentionShape shape_of(const Tensor& q, int64_t num_prefix, bool causal, double scale) {
-  return {
+  const AttentionShape shape = {
       .batch = q.size(0),
       .tokens = q.size(1),
       .heads = q.size(2),
@@ -18,6 +18,9 @@ AttentionShape shape_of(const Tensor& q, int64_t num_prefix, bool causal, double
       .dtype = dtype_of(q, "q"),
       .offsets = {},
   };
+  const cuda::Error reason = cuda::unserved(shape);
+  if (reason) require(false, reason);
+  return shape;
 }
 
 // cos and sin as the kernels read them: dense, in float32.
@@ -60,18 +63,12 @@ class Tables {
   bool interleaved_;
 };
 
-void require_fitting(const Tensor& q) {
-  require(q.size(1) <= cuda::kMaxTokens && q.size(3) <= cuda::kMaxHeadDim,
-          "q has more tokens or channels than the kernels serve");
-}
-
 std::tuple<Tensor, Tensor> rope_attention_forward(const Tensor& q_any, const Tensor& k_any,
                                                   const Tensor& v_any, std::optional<Tensor> cos,
                                                   std::optional<Tensor> sin,
                                                   std::optional<Tensor> token_index, int64_t num_prefix,
                                                   bool causal, bool interleaved, double scale) {
   require_heads(q_any, k_any, v_any);
-  require_fitting(q_any);
   const Tensor q = with_dense_vectors(q_any), k = with_dense_vectors(k_any), v = with_dense_vectors(v_any);
   const Tables tables(cos, sin, token_index, q.size(3), interleaved);
   const Tensor out = new_tensor(q, q.sizes());
@@ -94,7 +91,6 @@ std::tuple<Tensor, Tensor, Tensor> rope_attention_backward(
     const Tensor& out_any, const Tensor& lse_any, std::optional<Tensor> cos, std::optional<Tensor> sin,
     std::optional<Tensor> token_index, int64_t num_prefix, bool causal, bool interleaved, double scale) {
   require_heads(q_any, k_any, v_any);
-  require_fitting(q_any);
   require_results(q_any, dout_any, out_any, lse_any);
   const Tensor q = with_dense_vectors(q_any), k = with_dense_vectors(k_any), v = with_dense_vectors(v_any);
   const Tensor dout = with_dense_vectors(dout_any), out = with_dense_vectors(out_any);

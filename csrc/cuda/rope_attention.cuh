@@ -29,12 +29,11 @@ namespace evakernels::cuda {
 
 // What registers allow: 12 warps of a multiprocessor with 168 a thread, or 8 with 255. They are one block's,
 // or half of them if two fit into shared memory: one computes while the other loads.
-template <class T, int D>
-constexpr int kMaxWarps = D <= 64 && sizeof(T) == 2 ? 12 : 8;
+template <int D>
+constexpr int kMaxWarps = D <= 64 ? 12 : 8;
 
 // Elements of an access of 16 bytes.
-template <class T>
-constexpr int kWide = kWidestAccess / int{sizeof(T)};
+constexpr int kWide = kWidestAccess / 2;
 
 // How a launch divides the work. Tiles are of 16 slots.
 struct AttentionPlan {
@@ -240,7 +239,7 @@ struct Team {
 // A head in shared memory, as rows of D elements and 16 bytes more.
 template <class T, int D>
 struct Head {
-  static constexpr int kRow = D + kWide<T>;
+  static constexpr int kRow = D + kWide;
   // Of sums on their way out: pairs of floats, of which four rows are stored at a time, lie in different
   // banks. Not of wider heads, where a kernel would spill registers (nvcc 13.0, sm_80).
   static constexpr int kSumsRow = D <= 64 ? D + 8 : kRow;
@@ -265,7 +264,7 @@ struct Head {
                                        int count) const {
     const Tokens<const T> from = number.computed_here().tokens_of<T>(view, shape);
     if (plan.wide) {
-      for_each_group<kWide<T>>(team, first, count, [&](int token, int row, int i) {
+      for_each_group<kWide>(team, first, count, [&](int token, int row, int i) {
         const bool exists = token >= 0 && i < width();
         copy_async(rows + row * kRow + i, exists ? from.at(token) + i : from.data, exists);
       });
@@ -341,7 +340,7 @@ struct Head {
   __device__ __forceinline__ void for_each_group_of_any(const Team& team, int first, int count,
                                                         const Body& body) const {
     if (plan.wide) {
-      constexpr int kElements = kWide<T>;
+      constexpr int kElements = kWide;
       for_each_group<kElements, UNROLLED, Element>(team, first, count,
                                                    [&](auto... at) { body(Constant<kElements>{}, at...); });
     } else {
@@ -362,14 +361,13 @@ struct Vectors {
 template <class T, int D, int OWN>
 struct Stages {
   static constexpr int kTileElements = Head<T, D>::kTileElements;
-  static constexpr int kOwnElements = OWN * kTileElements + kScratch<T>;
+  static constexpr int kOwnElements = OWN * kTileElements;
 
   const Head<T, D>& head;
   T* turned;
   T* plain;
-  T* own;      // the warp's
-  T* scratch;  // for its left factors
-  T* rest;     // behind all of these
+  T* own;   // the warp's
+  T* rest;  // behind all of these
 
   __device__ __forceinline__ explicit Stages(const Head<T, D>& of)
       : head(of),
@@ -377,7 +375,6 @@ struct Stages {
         plain(turned + of.plan.stage_tiles * kTileElements),
         own(plain + of.plan.stage_tiles * kTileElements +
             static_cast<int>(threadIdx.x) / kWarpSize * kOwnElements),
-        scratch(own + OWN * kTileElements),
         rest(plain + of.plan.stage_tiles * kTileElements + of.plan.warps * kOwnElements) {}
 
   // Walks over the tiles [begin, end) of `others`: calls walk(is_first, stage, from, to) for what of them is
@@ -433,13 +430,13 @@ __device__ __forceinline__ bool counts(const Slots& slots, bool causal, int quer
   return slots.token(key) >= 0 && !(causal && key > query);
 }
 
-// The two vectors of each of a warp's 16 slots. Registers hold the first where HELD.
+// The two vectors of each of a warp's 16 slots. Registers hold the first where HELD: where there are enough.
 template <class T, int D, bool HELD>
 struct OwnTiles {
   static constexpr int kSteps = D / kTile;
 
   T* rows;
-  LeftTile<T> held[HELD ? kSteps : 1];
+  Operand held[HELD ? kSteps : 1];
 
   __device__ __forceinline__ explicit OwnTiles(T* own) : rows(own) {}
 
@@ -453,33 +450,25 @@ struct OwnTiles {
 
   // Changes the signs of the first vectors.
   __device__ __forceinline__ void negate() {
-    if constexpr (HELD) {
+    static_assert(HELD);
 #pragma unroll
-      for (LeftTile<T>& tile : held) {
+    for (Operand& tile : held) {
 #pragma unroll
-        for (uint32_t& word : tile.words) word ^= 0x80008000u;
-      }
-    } else {
-      // Not the ends of the rows, which nobody has written.
-      for (int i = threadIdx.x % kWarpSize; i < kTile * D; i += kWarpSize) {
-        T& value = rows[i / D * Head<T, D>::kRow + i % D];
-        value = -value;
-      }
-      __syncwarp();
+      for (uint32_t& word : tile.words) word ^= 0x80008000u;
     }
   }
 
-  __device__ __forceinline__ LeftTile<T> turned(int k) const {
+  __device__ __forceinline__ Operand turned(int k) const {
     if constexpr (HELD) {
       return held[k];
     } else {
       return loaded(0, k);
     }
   }
-  __device__ __forceinline__ LeftTile<T> plain(int k) const { return loaded(1, k); }
+  __device__ __forceinline__ Operand plain(int k) const { return loaded(1, k); }
 
  private:
-  __device__ __forceinline__ LeftTile<T> loaded(int which, int k) const {
+  __device__ __forceinline__ Operand loaded(int which, int k) const {
     return load_tile(static_cast<const T*>(rows) + which * Head<T, D>::kTileElements + k * kTile,
                      Head<T, D>::kRow);
   }
@@ -550,8 +539,6 @@ Error plan_attention(Kernel* kernel, const AttentionShape& shape, const Attentio
   plan.warps = most_warps / 2;
   int most = memory.stage(half, plan);
   if (most < kLeastTiles) most = memory.stage(limit, plan);
-  // Of float32, where the scalars of many tokens take most of 99 KB: fewer warps, which own less.
-  for (; most < 1 && plan.warps > 1; most = memory.stage(limit, plan)) plan.warps /= 2;
   if (most < 1) return "too little shared memory for so many tokens";
   plan.stage_tiles = ceil_div(plan.tiles, ceil_div(plan.tiles, most));
   plan.part_tiles = plan.warps;
@@ -562,26 +549,25 @@ Error plan_attention(Kernel* kernel, const AttentionShape& shape, const Attentio
 // Whether all tensors can be accessed 16 bytes at a time.
 inline bool is_wide(const AttentionShape& shape, const RotaryTables& tables,
                     const std::vector<HeadsView>& views, const std::vector<const void*>& outputs) {
-  const int kElements = kWidestAccess / size_of(shape.dtype);
-  bool wide = shape.head_dim % (tables.cos && !tables.interleaved ? 2 * kElements : kElements) == 0;
+  bool wide = shape.head_dim % (tables.cos && !tables.interleaved ? 2 * kWide : kWide) == 0;
   const auto aligned = [&](const void* data) {
     return reinterpret_cast<uintptr_t>(data) % kWidestAccess == 0;
   };
   for (const HeadsView& view : views) {
-    wide = wide && aligned(view.data) && view.batch_stride % kElements == 0 &&
-           view.token_stride % kElements == 0 && view.head_stride % kElements == 0;
+    wide = wide && aligned(view.data) && view.batch_stride % kWide == 0 && view.token_stride % kWide == 0 &&
+           view.head_stride % kWide == 0;
   }
   for (const void* data : outputs) wide = wide && aligned(data);
   return wide && aligned(tables.cos) && aligned(tables.sin);
 }
 
 // D: what the kernel is compiled for.
-template <class T, int D, class Params>
+template <int D, class Params>
 Error launch_attention(void (*kernel)(Params, AttentionPlan), const Params& params,
                        const AttentionMemory& memory, bool wide, Stream stream) {
   const AttentionShape& shape = params.shape;
   AttentionPlan plan;
-  if (const Error error = plan_attention(kernel, shape, memory, kMaxWarps<T, D>, plan)) return error;
+  if (const Error error = plan_attention(kernel, shape, memory, kMaxWarps<D>, plan)) return error;
   plan.wide = wide;
   const dim3 grid = {static_cast<unsigned>(shape.batch * shape.heads * plan.parts), 1, 1};
   const dim3 block = {static_cast<unsigned>(plan.warps * kWarpSize), 1, 1};
@@ -597,7 +583,7 @@ Error with_attention_types(const AttentionShape& shape, const Body& body) {
     if (shape.head_dim <= 112) return body(element, Constant<112>{});
     return body(element, Constant<kMaxHeadDim>{});
   };
-  return with_element_type(shape.dtype, with_type);
+  return shape.dtype == DType::BFloat16 ? with_type(BFloat16{}) : with_type(Float16{});
 }
 
 }  // namespace evakernels::cuda

@@ -1,9 +1,8 @@
 // Attention with the rotary embedding inside, and that of packed batches, on a GPU with tensor cores (compute
 // capability 8.0 and later). See residual_norm.h on streams.
 //
-// head_dim up to kMaxHeadDim, up to kMaxTokens tokens a sequence. The products of float32 are float32,
-// without tensor cores. A token_index or offsets that are out of range end the launch with an error, as
-// torch's own gather does.
+// float16 and bfloat16, head_dim up to kMaxHeadDim, up to kMaxTokens tokens a sequence. A token_index or
+// offsets that are out of range end the launch with an error, as torch's own gather does.
 #pragma once
 
 #include "common/rope_attention.h"
@@ -13,6 +12,16 @@ namespace evakernels::cuda {
 
 constexpr int kMaxHeadDim = 128;
 constexpr int kMaxTokens = 4096;
+
+// Why the kernels don't serve a call; null if they do.
+inline Error unserved(const AttentionShape& shape) {
+  if (shape.dtype == DType::Float32) {
+    return "attention of float32 has no CUDA kernels; those for CPUs, Triton's and the reference serve it";
+  }
+  if (shape.tokens > kMaxTokens) return "a sequence has more tokens than the CUDA kernels serve, 4096";
+  if (shape.head_dim > kMaxHeadDim) return "q has more channels a head than the CUDA kernels serve, 128";
+  return nullptr;
+}
 
 EVAKERNELS_API Error rope_attention_forward(const RopeAttentionForward& params, Stream stream);
 

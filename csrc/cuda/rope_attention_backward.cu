@@ -34,7 +34,7 @@ struct OwnSums {
 
 // Registers hold one of the two vectors of a slot where there are enough.
 template <class T, int D>
-using OwnVectors = OwnTiles<T, D, D <= 64 && sizeof(T) == 2>;
+using OwnVectors = OwnTiles<T, D, D <= 64>;
 
 // Of each slot: the log-sum-exp of its query, to base 2, and the mean of its weights' gradients under the
 // weights, which is that of dout * out over the channels (Dao et al. 2022).
@@ -71,13 +71,13 @@ __device__ __forceinline__ void add_tile(OwnSums<D, KEYS>& sums, const OwnVector
     if (masked && !counts(head.slots(), head.shape.causal, query, key)) weight = 0.0f;
     gradients.values[i] = weight * (gradients.values[i] - scalars.mean[query]);
   }
-  const LeftTile<T> score_gradients = as_left(gradients, stages.scratch);
+  const Operand score_gradients = as_left<T>(gradients);
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
     multiply_add<T>(sums.turned[k], score_gradients, load_right_tile(turned + k * kTile, kRow));
   }
   if constexpr (KEYS) {
-    const LeftTile<T> own_weights = as_left(weights, stages.scratch);
+    const Operand own_weights = as_left<T>(weights);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       multiply_add<T>(sums.plain[k], own_weights, load_right_tile(plain + k * kTile, kRow));
@@ -116,7 +116,7 @@ __device__ __forceinline__ void find_scalars(const QueryScalars& scalars, const 
     float mean = 0.0f;
     if (token >= 0) {
       const T *const a = dout.at(token), *const b = out.at(token);
-      mean = head.plan.wide ? part_of_dot<T, kWide<T>>(a, b, head.width(), part)
+      mean = head.plan.wide ? part_of_dot<T, kWide>(a, b, head.width(), part)
                             : part_of_dot<T, 1>(a, b, head.width(), part);
     }
 #pragma unroll
@@ -130,10 +130,8 @@ __device__ __forceinline__ void find_scalars(const QueryScalars& scalars, const 
   }
 }
 
-// KEYS: the gradients of keys and values, QUERIES: those of queries. In float32 nvcc would spill registers if
-// a kernel gave both.
-template <class T, int D, bool KEYS, bool QUERIES>
-__global__ void __launch_bounds__(kMaxWarps<T, D>* kWarpSize)
+template <class T, int D>
+__global__ void __launch_bounds__(kMaxWarps<D>* kWarpSize)
     rope_attention_backward_kernel(const __grid_constant__ RopeAttentionBackward params,
                                    const __grid_constant__ AttentionPlan plan) {
   const AttentionShape& shape = params.shape;
@@ -191,37 +189,26 @@ __global__ void __launch_bounds__(kMaxWarps<T, D>* kWarpSize)
       finish(sums, tile);
     }
   };
-  if constexpr (KEYS) {
-    pass(std::true_type{}, keys, queries, [&](const auto& sums, int tile) {
-      put_out(sums.turned, shape.scale, true, params.dk, tile);
-      put_out(sums.plain, 1.0f, false, params.dv, tile);
-    });
-  }
-  if constexpr (QUERIES) {
-    pass(std::false_type{}, queries, keys,
-         [&](const auto& sums, int tile) { put_out(sums.turned, shape.scale, true, params.dq, tile); });
-  }
+  pass(std::true_type{}, keys, queries, [&](const auto& sums, int tile) {
+    put_out(sums.turned, shape.scale, true, params.dk, tile);
+    put_out(sums.plain, 1.0f, false, params.dv, tile);
+  });
+  pass(std::false_type{}, queries, keys,
+       [&](const auto& sums, int tile) { put_out(sums.turned, shape.scale, true, params.dq, tile); });
 }
 
 }  // namespace
 
 Error rope_attention_backward(const RopeAttentionBackward& params, Stream stream) {
   const AttentionShape& shape = params.shape;
+  if (const Error reason = unserved(shape)) return reason;
   if (shape.batch * shape.heads * shape.tokens * shape.head_dim == 0) return nullptr;
   return with_attention_types(shape, [&](auto element, auto D) {
     using T = decltype(element);
     const auto memory = AttentionMemory::of_stages<T, D(), 2>(2);
     const bool wide = is_wide(shape, params.tables, {params.q, params.k, params.v, params.dout, params.out},
                               {params.dq, params.dk, params.dv});
-    const auto launch_walks = [&](auto* kernel) {
-      return launch_attention<T, D()>(kernel, params, memory, wide, stream);
-    };
-    if constexpr (std::is_same_v<T, float>) {
-      const Error error = launch_walks(rope_attention_backward_kernel<T, D(), true, false>);
-      return error ? error : launch_walks(rope_attention_backward_kernel<T, D(), false, true>);
-    } else {
-      return launch_walks(rope_attention_backward_kernel<T, D(), true, true>);
-    }
+    return launch_attention<D()>(rope_attention_backward_kernel<T, D()>, params, memory, wide, stream);
   });
 }
 

@@ -90,9 +90,8 @@ struct OnlineSoftmax {
   }
 };
 
-// Queries of 16 bits stay in registers.
 template <class T, int D>
-using OwnQueries = OwnTiles<T, D, sizeof(T) == 2>;
+using OwnQueries = OwnTiles<T, D, true>;
 
 // Adds KT tiles of keys, from `key_tile` on, to the softmax of a warp's queries.
 template <int KT, class T, int D>
@@ -123,7 +122,7 @@ __device__ __forceinline__ void attend_to(OnlineSoftmax<T, D>& softmax, const Ow
   softmax.weigh(scores, factor);
 #pragma unroll
   for (int t = 0; t < KT; ++t) {
-    const LeftTile<T> weights = as_left(scores[t], stages.scratch);
+    const Operand weights = as_left<T>(scores[t]);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       multiply_add<T>(softmax.out[k], weights, load_right_tile(values + t * kTile * kRow + k * kTile, kRow));
@@ -154,7 +153,7 @@ __device__ __forceinline__ void store_results(OnlineSoftmax<T, D>& softmax, cons
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(kMaxWarps<T, D>* kWarpSize)
+__global__ void __launch_bounds__(kMaxWarps<D>* kWarpSize)
     rope_attention_forward_kernel(const __grid_constant__ RopeAttentionForward params,
                                   const __grid_constant__ AttentionPlan plan) {
   const AttentionShape& shape = params.shape;
@@ -199,12 +198,13 @@ __global__ void __launch_bounds__(kMaxWarps<T, D>* kWarpSize)
 
 Error rope_attention_forward(const RopeAttentionForward& params, Stream stream) {
   const AttentionShape& shape = params.shape;
+  if (const Error reason = unserved(shape)) return reason;
   if (shape.batch * shape.heads * shape.tokens * shape.head_dim == 0) return nullptr;
   return with_attention_types(shape, [&](auto element, auto D) {
     using T = decltype(element);
     const auto memory = AttentionMemory::of_stages<T, D(), 1>(0);
     const bool wide = is_wide(shape, params.tables, {params.q, params.k, params.v}, {params.out});
-    return launch_attention<T, D()>(rope_attention_forward_kernel<T, D()>, params, memory, wide, stream);
+    return launch_attention<D()>(rope_attention_forward_kernel<T, D()>, params, memory, wide, stream);
   });
 }
 

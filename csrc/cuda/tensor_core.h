@@ -1,9 +1,6 @@
 // What tensor cores multiply, 16 x 16 elements of 16 bits at a time, and how these get into registers; for
 // compute capability 8.0 and later. The layouts over the lanes of a warp are those of the PTX ISA for
 // mma.m16n8k16 and ldmatrix.
-//
-// Tensor cores would round float32. Its tiles have the same sums in the same lanes, but the factors stay in
-// shared memory, from where each lane takes what it multiplies.
 #pragma once
 
 #include "cuda/elements.cuh"
@@ -95,86 +92,6 @@ __device__ __forceinline__ void multiply_add(Sums& sums, const Operand& left, co
   multiply_tiles(sums.values, left.words, right.words, T{});
 }
 
-// --- float32 -----------------------------------------------------------------------------------------------
-
-// A tile of floats in shared memory, whose rows are summed over, or whose columns are.
-struct FloatRows {
-  const float* corner;
-  int stride;
-};
-struct FloatColumns {
-  const float* corner;
-  int stride;
-};
-
-__device__ __forceinline__ FloatRows load_tile(const float* corner, int stride) { return {corner, stride}; }
-__device__ __forceinline__ FloatColumns load_right_tile(const float* corner, int stride) {
-  return {corner, stride};
-}
-
-// Four steps of a sum, for the two rows (of a left factor) or the four columns (of a right one) that a lane
-// has.
-template <int N>
-struct FloatSteps {
-  static constexpr int kSteps = 4;
-
-  float values[N][kSteps];
-
-  __device__ __forceinline__ void load(const FloatRows& tile, int first, int step) {
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const int row = N == 2 ? first + 8 * n : first + n % 2 + n / 2 * 8;
-      load_floats(tile.corner + row * tile.stride + step, values[n]);
-    }
-  }
-  __device__ __forceinline__ void load(const FloatColumns& tile, int first, int step) {
-    static_assert(N == 4);
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-#pragma unroll
-      for (int n = 0; n < N; n += 2) {
-        float pair[2];
-        load_floats(tile.corner + (step + i) * tile.stride + first + n / 2 * 8, pair);
-        values[n][i] = pair[0];
-        values[n + 1][i] = pair[1];
-      }
-    }
-  }
-};
-
-// The 16 products of a sum are added up before they are added to it: long chains would lose digits.
-template <class T, class Right>
-__device__ __forceinline__ void multiply_add(Sums& sums, const FloatRows& left, const Right& right) {
-  const int lane = threadIdx.x % kWarpSize;
-  float totals[8] = {};
-#pragma unroll 1
-  for (int step = 0; step < kTile; step += FloatSteps<2>::kSteps) {
-    FloatSteps<2> a;
-    FloatSteps<4> b;
-    a.load(left, row_in_tile(lane, 0), step);
-    b.load(right, column_in_tile(lane, 0), step);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-#pragma unroll
-      for (int k = 0; k < FloatSteps<2>::kSteps; ++k) {
-        totals[i] += a.values[i / 2 % 2][k] * b.values[i % 2 + i / 4 * 2][k];
-      }
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) sums.values[i] += totals[i];
-}
-
-// --- both --------------------------------------------------------------------------------------------------
-
-template <class T>
-using LeftTile = std::conditional_t<std::is_same_v<T, float>, FloatRows, Operand>;
-
-// What a warp needs of shared memory, in elements, to make a left factor of its sums.
-constexpr int kScratchRow = kTile + 4;
-template <class T>
-constexpr int kScratch = std::is_same_v<T, float> ? kTile * kScratchRow : 0;
-
 // Two neighbours of each quarter of the sums, times `factor`, to where they belong in a tile in shared
 // memory.
 template <class T>
@@ -187,22 +104,15 @@ __device__ __forceinline__ void put_sums(const Sums& sums, float factor, T* corn
   }
 }
 
-// Sums as the left factor of a product. Of 16 bits, a lane's are where it has them already.
+// Sums as the left factor of a product: a lane's are where it has them already.
 template <class T>
-__device__ __forceinline__ LeftTile<T> as_left(const Sums& sums, T* scratch) {
-  if constexpr (std::is_same_v<T, float>) {
-    __syncwarp();
-    put_sums(sums, 1.0f, scratch, kScratchRow);
-    __syncwarp();
-    return {scratch, kScratchRow};
-  } else {
-    Operand tile;
+__device__ __forceinline__ Operand as_left(const Sums& sums) {
+  Operand tile;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      tile.words[i] = round_pair(sums.values[2 * i], sums.values[2 * i + 1], T{});
-    }
-    return tile;
+  for (int i = 0; i < 4; ++i) {
+    tile.words[i] = round_pair(sums.values[2 * i], sums.values[2 * i + 1], T{});
   }
+  return tile;
 }
 
 }  // namespace evakernels::cuda

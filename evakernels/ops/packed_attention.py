@@ -108,7 +108,7 @@ def _forward_gpu_reasons(
     max_length: int = 0,
     *_: Any,
 ) -> list[str]:
-    return gpu_reasons(min(max_length, q.shape[0]), q.shape[2]) if q.dim() == 3 else []
+    return gpu_reasons(q, min(max_length, q.shape[0])) if q.dim() == 3 else []
 
 
 def _backward_gpu_reasons(dout: Tensor, *rest: Any) -> list[str]:

@@ -142,9 +142,11 @@ def _check_values(
         check_range("rope_attention", token_index, rows**2 if reference.is_compact(cos, q.shape[-1]) else rows)
 
 
-def gpu_reasons(longest: int, head_dim: int) -> list[str]:
-    """Why the GPU kernels can't serve sequences of up to `longest` tokens."""
-    found = []
+def gpu_reasons(q: Tensor, longest: int) -> list[str]:
+    """Why the GPU kernels can't serve sequences of up to `longest` tokens; `q` is any of an op's tensors `[..., D]`."""
+    found, head_dim = [], q.shape[-1]
+    if q.dtype == torch.float32:
+        found.append("float32; the GPU kernels serve float16 and bfloat16, Triton's and the reference float32 too")
     if longest > _MAX_GPU_TOKENS:
         found.append(f"{longest} tokens; the GPU kernels serve up to {_MAX_GPU_TOKENS}")
     if head_dim > _MAX_GPU_HEAD_DIM:
@@ -153,8 +155,7 @@ def gpu_reasons(longest: int, head_dim: int) -> list[str]:
 
 
 def _gpu_reasons(q: Tensor, *rest: Any) -> list[str]:
-    """`q` is any of the op's tensors [B, N, H, D]."""
-    return gpu_reasons(q.shape[1], q.shape[3]) if q.dim() == 4 else []
+    return gpu_reasons(q, q.shape[1]) if q.dim() == 4 else []
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

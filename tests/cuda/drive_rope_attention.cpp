@@ -250,10 +250,10 @@ void drive(Attention a) {
 }  // namespace
 
 void drive_rope_attention() {
-  constexpr DType kBFloat16 = DType::BFloat16, kFloat16 = DType::Float16, kFloat32 = DType::Float32;
+  constexpr DType kBFloat16 = DType::BFloat16, kFloat16 = DType::Float16;
   // Prefix and patches that fill their tile; pairs half a vector apart; access by element; text; more tiles
-  // than warps; stages. Then float32, the same way, and twice the tiles that a warp has at a time; compact
-  // tables; sequences, one of them empty.
+  // than warps; stages. Then a negative scale with all options, access by element, and twice the tiles that a
+  // warp has at a time; compact tables; sequences, one of them empty.
   const Attention cases[] = {
       {{2, 17, 2, 64, 1, 0.125f, false, kBFloat16}, Tables::Shared, true, true, true},
       {{2, 37, 1, 32, 5, 0.2f, true, kFloat16}, Tables::OfHeads, false, false, true},
@@ -261,14 +261,14 @@ void drive_rope_attention() {
       {{1, 33, 1, 112, 0, 0.1f, true, kBFloat16}, Tables::Shared, false, false, false},
       {{3, 97, 1, 16, 1, 0.3f, true, kBFloat16}, Tables::Shared, false, false, true},
       {{1, 145, 1, 128, 1, 0.1f, false, kFloat16}, Tables::Shared, true, false, true},
-      {{1, 45, 2, 64, 1, -0.125f, false, kFloat32}, Tables::OfHeads, true, true, true},
-      {{1, 30, 1, 18, 1, 0.2f, true, kFloat32}, Tables::Shared, false, false, true},
-      {{1, 97, 1, 112, 0, 0.1f, true, kFloat32}, Tables::None, true, false, false},
-      {{1, 113, 1, 8, 0, 0.3f, true, kFloat32}, Tables::None, true, false, true},
+      {{1, 45, 2, 64, 1, -0.125f, false, kFloat16}, Tables::OfHeads, true, true, true},
+      {{1, 30, 1, 18, 1, 0.2f, true, kFloat16}, Tables::Shared, false, false, true},
+      {{1, 97, 1, 112, 0, 0.1f, true, kFloat16}, Tables::None, true, false, false},
+      {{1, 113, 1, 8, 0, 0.3f, true, kBFloat16}, Tables::None, true, false, true},
       {{2, 26, 1, 64, 1, 0.125f, false, kBFloat16}, Tables::Compact, true, true, true},
-      {{1, 26, 1, 24, 1, 0.2f, false, kFloat32}, Tables::Compact, false, false, true},
+      {{1, 26, 1, 24, 1, 0.2f, false, kFloat16}, Tables::Compact, false, false, true},
       {{0, 0, 2, 64, 0, 0.125f, true, kBFloat16}, Tables::None, true, false, true, {0, 17, 17, 18, 60}},
-      {{0, 0, 1, 32, 0, 0.2f, false, kFloat32}, Tables::None, true, false, true, {0, 5, 30}},
+      {{0, 0, 1, 32, 0, 0.2f, false, kFloat16}, Tables::None, true, false, true, {0, 5, 30}},
   };
   for (const Attention& a : cases) drive(a);
 }

@@ -45,7 +45,6 @@ COMPILED_IN = {
     "tensor_chunks.cuh": "lamb.cu",
     "tensor_table.cuh": "lamb.cu",
     "rope_attention.cuh": "rope_attention_forward.cu",
-    "tensor_core.h": "rope_attention_forward.cu",
 }
 FAMILIES = {
     "add_norm": "norms",
@@ -161,12 +160,6 @@ FAULTS = {
         "rope_attention_forward.cu",
         "values[i] = -INFINITY",
         "values[i] = PLANTED ? 0.0f : -INFINITY",
-    ),
-    "left factors of a warp": Fault(
-        "race at",
-        "tensor_core.h",
-        "    __syncwarp();\n    put_sums",
-        "    if (!PLANTED) __syncwarp();\n    put_sums",
     ),
     "a column's angles": Fault(
         "wrong: out of",

@@ -30,6 +30,8 @@ def assert_same(written: list[Tensor | None], expected: tuple[Tensor, ...]) -> N
         assert theirs.numel() == 0 if ours is None else torch.equal(ours, theirs)
 
 
+ATTENTION_FLOAT32 = [] if _native.runs_gpu_kernels("cpu") else [torch.float32]
+"""The kernels for GPUs have no attention of float32."""
 gpu_kernels = pytest.mark.skipif(not _native.runs_gpu_kernels("cpu"), reason="these have kernels for GPUs only")
 
 
@@ -206,7 +208,21 @@ def test_gradient_norm() -> None:
 
 
 @gpu_kernels
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_of_float32_is_refused_by_the_kernels_for_gpus() -> None:
+    q, offsets = normal(9, 2, 16), torch.tensor([0, 9])
+    for call in (
+        lambda: _C.rope_attention_forward(
+            q, q, q, q.clone(), q.new_empty(2, 9), offsets=offsets, max_length=9, scale=1.0
+        ),
+        lambda: native.packed_attention_forward(q, q, q, offsets, 9, True, 1.0),
+        lambda: native.rope_attention_forward(q[None], q[None], q[None], None, None, None, 0, True, True, 1.0),
+    ):
+        with pytest.raises(ValueError, match=r"attention of float32 has no CUDA kernels; .* Triton's"):
+            call()
+
+
+@gpu_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("compact", [False, True])
 def test_rope_attention(dtype: torch.dtype, compact: bool) -> None:
     q, k, v = normal(2, 5, 3, 2, 16, dtype=dtype).unbind(2)
@@ -218,7 +234,7 @@ def test_rope_attention(dtype: torch.dtype, compact: bool) -> None:
     same("rope_attention_backward", (normal(2, 5, 2, 16, dtype=dtype, seed=1), q, k, v, *results), more, **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*ATTENTION_FLOAT32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 def test_packed_attention(dtype: torch.dtype, causal: bool) -> None:
     q, k, v = normal(9, 3, 2, 16, dtype=dtype).unbind(1)

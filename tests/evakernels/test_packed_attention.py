@@ -16,7 +16,7 @@ from op_checks import (
 )
 
 import evakernels
-from evakernels import backends
+from evakernels import _native, backends
 
 OPS = torch.ops.evakernels
 HEADS, HEAD_DIM = 2, 8
@@ -90,8 +90,11 @@ def test_the_number_of_threads_does_not_change_a_bit(dtype):
 @pytest.mark.skipif(not evakernels.info()["native"]["loaded"], reason="the native library is not built")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled_kernels_serve_it(dtype):
+    """But float32 on a GPU, which the CUDA kernels leave to Triton's."""
     q, k, v = packed([3]).to(dtype).unbind(1)
-    assert not backends.why_not("packed_attention_forward", COMPILED, q, k, v, offsets_of([3]), 3, True, 0.5)
+    reasons = backends.why_not("packed_attention_forward", COMPILED, q, k, v, offsets_of([3]), 3, True, 0.5)
+    refused = dtype == torch.float32 and _native.runs_gpu_kernels(COMPILED)
+    assert [reason.split(";")[0] for reason in reasons] == ["float32"] * refused
 
 
 def test_a_sequence_is_that_of_rope_attention():

@@ -186,19 +186,19 @@ def test_attention_of_1025_tokens_is_as_accurate_as_torch(printed: Callable[...,
 
 
 @needs_nvcc
-def test_float32_gradients_of_long_sequences_fit_into_the_least_shared_memory(printed: Callable[..., str]) -> None:
-    """Of 99 KB, where the scalars of all tokens leave no room for four warps. The blocks have what max_length asks for;
-    the sequences themselves are short."""
+def test_gradients_of_long_sequences_fit_into_the_least_shared_memory(printed: Callable[..., str]) -> None:
+    """Of 99 KB, of which the scalars of all tokens take a part. The blocks have what max_length asks for; the sequences
+    themselves are short."""
     code = """if True:
         import torch, evakernels
         offsets = torch.arange(0, 1537, 64)
-        qkv = [torch.randn(1536, 1, 128, requires_grad=True) for _ in range(3)]
+        qkv = [torch.randn(1536, 1, 128).bfloat16().requires_grad_() for _ in range(3)]
         def gradients(backend):
             with evakernels.use_backend(backend):
                 out = evakernels.packed_attention(*qkv, offsets, max_length=1536)
                 return torch.autograd.grad(out, qkv, torch.ones_like(out))
         for ours, theirs in zip(gradients("cpu"), gradients("reference")):
-            print((ours - theirs).abs().max().item() <= 1e-4 * theirs.abs().max().item())
+            print((ours - theirs).abs().max().item() <= 2**-6 * theirs.abs().max().item())
     """
     assert printed(code, PTX_SHARED_KB=99).split() == ["True"] * 3
 
@@ -270,7 +270,7 @@ def test_arguments_that_only_a_kernel_sees_end_the_launch(printed: Callable[...,
         import torch, evakernels
         native = torch.ops.evakernels_native
         patches, index = torch.ones(2, 6, 4), torch.tensor([[0, 1], [5, 6]])
-        q = torch.ones(5, 1, 8)
+        q = torch.ones(5, 1, 8).half()
         calls = [
             lambda: native.token_dropout_forward(patches, index, None, None),
             lambda: native.token_dropout_forward(patches.mT.contiguous().mT, index, None, None),

@@ -433,12 +433,16 @@ def test_a_compact_table_bounds_the_token_index():
         evakernels.rope_attention(x, x, x, table, table, token_index=torch.tensor([[0, 9]]))
 
 
+GPU_FLOAT32 = "float32; the GPU kernels serve float16 and bfloat16, Triton's and the reference float32 too"
+
+
 @pytest.mark.parametrize(
     ("q", "reason"),
     [
         (torch.ones(1, 5, 2, 256).half(), "head_dim 256; the GPU kernels serve up to 128"),
         (torch.ones(1, 4097, 1, 1).half(), "4097 tokens; the GPU kernels serve up to 4096"),
-        (torch.ones(1, 4096, 1, 128), None),
+        (torch.ones(1, 4096, 1, 128).half(), None),
+        (torch.ones(1, 5, 2, 64), GPU_FLOAT32),
     ],
 )
 def test_the_gpu_kernels_say_what_they_do_not_serve(q, reason, monkeypatch):
