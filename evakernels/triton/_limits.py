@@ -13,24 +13,22 @@ from torch import Tensor
 Reasons = Callable[..., list[str]]
 
 MAX_WIDTH = 1 << 13
-"""Channels of a norm's row: up to which registers hold it, and in backward its gradient and two sums over rows; half of
-it with three."""
+"""Channels of a norm's row: up to which registers hold it, and in backward its gradient and the sums over rows."""
 
-MAX_SWIGLU_WIDTH = {"swiglu_forward": 1 << 13, "swiglu_backward": 1 << 12}
-"""The same of SwiGLU: with a norm of a row, without one of the piece of a row that a program has."""
+MAX_SWIGLU_WIDTH = 1 << 12
+"""The same of SwiGLU, whose backward holds more: with a norm of a row, without one of the piece of a row that a program
+has. Forward serves no more than backward, so that no call is served by both Triton and another backend."""
 
 MAX_HEAD_DIM = 128
 """A program of attention holds its rows in registers."""
 
 
-def _norm(layer_scale: int | None, *args: Any) -> list[str]:
-    """`layer_scale`: which argument it is where its gradient is wanted, else None."""
-    has_layer_scale = layer_scale is not None and _argument(args, layer_scale) is not None
-    return _too_wide(args[0], MAX_WIDTH // 2 if has_layer_scale else MAX_WIDTH)
+def _norm(*args: Any) -> list[str]:
+    return _too_wide(args[0], MAX_WIDTH)
 
 
-def _swiglu(op: str, weight: int, *args: Any) -> list[str]:
-    return [] if _argument(args, weight) is None else _too_wide(args[0], MAX_SWIGLU_WIDTH[op])
+def _swiglu(weight: int, *args: Any) -> list[str]:
+    return [] if _argument(args, weight) is None else _too_wide(args[0], MAX_SWIGLU_WIDTH)
 
 
 def _attention(scale: int, *args: Any) -> list[str]:
@@ -52,14 +50,14 @@ def _too_wide(rows: Tensor, limit: int) -> list[str]:
 
 
 REASONS: dict[str, Reasons] = {
-    "layer_norm_forward": partial(_norm, None),
-    "layer_norm_backward": partial(_norm, None),
-    "add_layer_norm_forward": partial(_norm, None),
-    "add_layer_norm_backward": partial(_norm, 5),
-    "layer_norm_add_forward": partial(_norm, None),
-    "layer_norm_add_backward": partial(_norm, 4),
-    "swiglu_forward": partial(_swiglu, "swiglu_forward", 2),
-    "swiglu_backward": partial(_swiglu, "swiglu_backward", 3),
+    "layer_norm_forward": _norm,
+    "layer_norm_backward": _norm,
+    "add_layer_norm_forward": _norm,
+    "add_layer_norm_backward": _norm,
+    "layer_norm_add_forward": _norm,
+    "layer_norm_add_backward": _norm,
+    "swiglu_forward": partial(_swiglu, 2),
+    "swiglu_backward": partial(_swiglu, 3),
     "rope_attention_forward": partial(_attention, 9),
     "rope_attention_backward": partial(_attention, 12),
     "packed_attention_forward": partial(_attention, 6),

@@ -18,8 +18,9 @@ def tile_at(tile, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def load_tile(pointer, row, channel, inside, stride):
-    return tl.load(pointer + row * stride + channel, mask=inside, other=0.0).to(tl.float32)
+def load_tile(pointer, row, channel, inside, stride, VECTOR: tl.constexpr = 1):
+    # Strides that are multiplied before the rows are would take registers throughout the kernel.
+    return tl.load(pointer + row * stride * VECTOR + channel, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -41,9 +41,9 @@ def forward_kernel(
 ):
     row, channel, inside = tile_at(tl.program_id(0), rows, WIDTH, ROWS, BLOCK)
     exists = row < rows
-    values = load_tile(x, row, channel, inside, x_stride * VECTOR)
+    values = load_tile(x, row, channel, inside, x_stride, VECTOR)
     if residual is not None:
-        before = load_tile(residual, row, channel, inside, residual_stride * VECTOR)
+        before = load_tile(residual, row, channel, inside, residual_stride, VECTOR)
     if total is not None:  # the add comes before the norm, which sees the sum before it is rounded
         values = before + scaled(values, layer_scale, row_scale, row, channel, exists, sample_rows, WIDTH)
         store_tile(total, values, row, channel, inside, WIDTH)
@@ -68,8 +68,14 @@ def scaled(values, layer_scale, row_scale, row, channel, exists, sample_rows, WI
     if layer_scale is not None:
         values *= load_channels(layer_scale, channel, WIDTH)
     if row_scale is not None:
-        values *= tl.load(row_scale + row.to(tl.int32) // sample_rows, mask=exists, other=0.0).to(tl.float32)
+        values *= scale_of(row_scale, row, exists, sample_rows)
     return values
+
+
+@triton.jit
+def scale_of(row_scale, row, exists, sample_rows):
+    """[ROWS, 1]: that of a row's sample."""
+    return tl.load(row_scale + row.to(tl.int32) // sample_rows, mask=exists, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["rows", "sample_rows", "x_stride", "branch_stride"])
@@ -110,9 +116,7 @@ def backward_kernel(
         row, channel, inside = tile_at(tile, rows, WIDTH, ROWS, BLOCK)
         exists = row < rows
         d = load_tile(dout, row, channel, inside, WIDTH)
-        normed = load_tile(x, row, channel, inside, x_stride * VECTOR)
-        if row_scale is not None:
-            sample_scale = tl.load(row_scale + row.to(tl.int32) // sample_rows, mask=exists, other=0.0).to(tl.float32)
+        normed = load_tile(x, row, channel, inside, x_stride, VECTOR)
         if mean is not None:
             normed -= tl.load(mean + row, mask=exists, other=0.0)  # outside of the row d is zero
         scale = tl.load(rstd + row, mask=exists, other=0.0)
@@ -121,7 +125,7 @@ def backward_kernel(
             weights = load_channels(weight, channel, WIDTH)
         if SCALE_NORMED:
             if row_scale is not None:
-                d = product(d, sample_scale)
+                d = product(d, scale_of(row_scale, row, exists, sample_rows))
             if layer_scale is not None:
                 result = normed
                 if weight is not None:
@@ -148,9 +152,9 @@ def backward_kernel(
         store_tile(dx, d, row, channel, inside, WIDTH)
         if dbranch is not None:
             if row_scale is not None:
-                d *= sample_scale
+                d *= scale_of(row_scale, row, exists, sample_rows)
             if layer_scale is not None:
-                scale_sum += d * load_tile(branch, row, channel, inside, branch_stride * VECTOR)
+                scale_sum += d * load_tile(branch, row, channel, inside, branch_stride, VECTOR)
                 d *= load_channels(layer_scale, channel, WIDTH)
             store_tile(dbranch, d, row, channel, inside, WIDTH)
     if weight is not None:

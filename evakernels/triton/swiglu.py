@@ -16,9 +16,9 @@ from evakernels.triton._rows import load_channels, load_tile, product, row_mean,
 from evakernels.tuning import config
 
 
-def _pieces(op: str, width: int) -> tuple[int, int]:
+def _pieces(width: int) -> tuple[int, int]:
     """How many channels a program has at a time, and of how many such pieces a row consists."""
-    block = min(max(triton.next_power_of_2(width), 1), MAX_SWIGLU_WIDTH[op])
+    block = min(max(triton.next_power_of_2(width), 1), MAX_SWIGLU_WIDTH)
     return block, triton.cdiv(width, block)
 
 
@@ -41,8 +41,8 @@ def forward_kernel(
     ROWS: tl.constexpr,
 ):
     row, channel, inside = tile_at(tl.program_id(0), rows, WIDTH, ROWS, BLOCK, tl.program_id(1) * BLOCK)
-    g = load_tile(gate, row, channel, inside, gate_stride * VECTOR)
-    values = product(g * tl.sigmoid(g), load_tile(up, row, channel, inside, up_stride * VECTOR))
+    g = load_tile(gate, row, channel, inside, gate_stride, VECTOR)
+    values = product(g * tl.sigmoid(g), load_tile(up, row, channel, inside, up_stride, VECTOR))
     if weight is not None:
         centre = row_mean(values, WIDTH)
         values = tl.where(inside, values - centre, 0.0)
@@ -84,8 +84,8 @@ def backward_kernel(
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row, channel, inside = tile_at(tile, rows, WIDTH, ROWS, BLOCK, tl.program_id(1) * BLOCK)
         d = load_tile(dout, row, channel, inside, WIDTH)
-        g = load_tile(gate, row, channel, inside, gate_stride * VECTOR)
-        u = load_tile(up, row, channel, inside, up_stride * VECTOR)
+        g = load_tile(gate, row, channel, inside, gate_stride, VECTOR)
+        u = load_tile(up, row, channel, inside, up_stride, VECTOR)
         sigmoid = tl.sigmoid(g)
         silu = g * sigmoid
         if weight is not None:
@@ -116,7 +116,7 @@ def swiglu_forward(
     mean, rstd = (gate.new_empty(statistics, dtype=torch.float32) for _ in range(2))
     if out.numel() == 0:
         return out, mean, rstd
-    block, pieces = _pieces("swiglu_forward", width)
+    block, pieces = _pieces(width)
     options = config("swiglu_forward", {"width": block}, gate)
     vector, strides = row_strides(gate_rows, up_rows)
     with on_device_of(gate):
@@ -136,7 +136,7 @@ def swiglu_backward(
     gate_rows, up_rows = rows_of(gate), rows_of(up)
     rows, width = gate_rows.shape
     dgate, dup = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
-    block, pieces = _pieces("swiglu_backward", width)
+    block, pieces = _pieces(width)
     options = config("swiglu_backward", {"width": block}, gate)
     programs = persistent_programs(gate, triton.cdiv(rows, options["ROWS"]), options["num_warps"])
     present = norm_weight is not None, has_bias

@@ -158,14 +158,10 @@ def _patches(draw: Draw, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _norm(draw: Draw, width: int) -> tuple[Any, ...]:
-    """Two activations, weight, bias, layer_scale and row_scale; width as the 768 channels of EVA02-B.
-
-    Backward refuses a layer_scale beside the longest rows.
-    """
-    layer_scale = draw(3 * width // 4) if width <= 4096 else None
+    """Two activations, weight, bias, layer_scale and row_scale; width as the 768 channels of EVA02-B."""
     width = 3 * width // 4
     size = BATCH, ELEMENTS // BATCH // width, width
-    return draw(*size), draw(*size), draw(width), draw(width), layer_scale, draw.statistic(BATCH)
+    return draw(*size), draw(*size), draw(width), draw(width), draw(width), draw.statistic(BATCH)
 
 
 def _statistics(draw: Draw, width: int) -> tuple[Tensor, Tensor]:

@@ -211,10 +211,19 @@ def test_questions_about_shapes_fit_the_schema_and_take_its_first_arguments(op):
     wide = torch.empty(1, 1, 1, 1 << 20)
     places = {place for place in range(1, len(names)) if question(wide, *[None] * (place - 1), -1.0) != question(wide)}
     attention, needs_norm = "attention" in op, "swiglu" in op
-    name = "scale" if attention else "norm_weight" if needs_norm else "layer_scale"
-    of_gradient = op in ("add_layer_norm_backward", "layer_norm_add_backward")
-    assert places == ({names.index(name)} if attention or needs_norm or of_gradient else set())
+    assert [names[place] for place in places] == ["scale"] * attention + ["norm_weight"] * needs_norm
     assert (question(wide) == []) == needs_norm
+
+
+@pytest.mark.parametrize("op", [op for ops in triton.FAMILIES.values() for op in ops if op.endswith("_backward")])
+def test_triton_serves_both_directions_of_a_call_or_none(op):
+    def reasons(op, width):
+        question, arguments = triton.shape_reasons(op), getattr(torch.ops.evakernels, op).default._schema.arguments
+        x = torch.empty(1, 1, 1, width)
+        return question(*(1.0 if argument.name == "scale" else x for argument in arguments)) if question else []
+
+    for width in (1, 128, 129, 4096, 4097, 8192, 8193):
+        assert reasons(op.replace("backward", "forward"), width) == reasons(op, width)
 
 
 def test_asking_triton_for_its_reasons_does_not_import_it():
