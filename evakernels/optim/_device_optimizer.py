@@ -130,7 +130,7 @@ class DeviceOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Groups that were saved without one of these options, such as torch's, get the defaults of this optimizer."""
         super().__setstate__(state)
-        for option in {"stochastic_rounding", "seed", "zero_processes"} & self.defaults.keys():
+        for option in {"stochastic_rounding", "seed"} & self.defaults.keys():
             for group in self.param_groups:
                 group.setdefault(option, self.defaults[option])
 

@@ -1,5 +1,5 @@
-"""LAMB's trust ratios as an optimizer inside DeepSpeed's ZeRO-1 or ZeRO-2 sees them: one for each process's slice of a
-group's parameters.
+"""LAMB with the trust ratios that an optimizer inside DeepSpeed's ZeRO-1 or ZeRO-2 sees: one for each process's slice
+of a group's parameters. The released models were trained so.
 
 These stages put the parameters of a group one behind the other, pad them with zeros to a multiple of twice the number
 of processes, and give each process an equal slice as the one parameter of its group (deepspeed/runtime/zero/
@@ -9,15 +9,66 @@ which begins and ends anywhere in a tensor. Here the slices are cut out of the p
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
+from evakernels import lamb_apply, lamb_update
 from evakernels.ops._shards import first_element_of, sum_over
+from evakernels.optim import Lamb
 from evakernels.optim._device_optimizer import Batch
 
 _ALIGNMENT = 2
+
+
+class ZeroLamb(Lamb):
+    """`evakernels.optim.Lamb`, variant `"deepspeed"`, for repeating a run of DeepSpeed on any number of processes.
+
+    Args:
+        params, options: as `Lamb` has them, without `variant`.
+        zero_processes: of the run that is repeated, 1 or more. Each step handles up to so many more views a group.
+
+    Raises:
+        TypeError, ValueError: as `Lamb`; and in `step` for a group of which some parameters alone have gradients, and
+            for tensors that aren't contiguous.
+    """
+
+    shared_options: ClassVar[tuple[str, ...]] = (*Lamb.shared_options, "zero_processes")
+
+    def __init__(self, params: ParamsT, *, zero_processes: int, **options: Any) -> None:
+        groups: list[dict[str, Any]] = [
+            dict(group) if isinstance(group, dict) else {"params": [group]} for group in params
+        ]
+        for group in groups:
+            group.setdefault("zero_processes", zero_processes)
+        super().__init__(groups, **options)
+
+    def check_options(self, options: dict[str, Any]) -> None:
+        if options["zero_processes"] < 1:
+            raise ValueError(f"ZeroLamb: zero_processes is {options['zero_processes']}; accepted: 1 or more")
+        if options["variant"] != "deepspeed":
+            raise ValueError(f"ZeroLamb: variant is {options['variant']!r}; accepted: 'deepspeed'")
+        super().check_options(options)
+
+    def parts_of(self, batch: Batch) -> Iterator[Batch]:
+        """All at once, as a trust ratio is that of several tensors."""
+        return iter([batch])
+
+    def step_batch(
+        self, batch: Batch, options: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        options = {**options, "found_inf": found_inf}
+        pieces = cut(batch, self.param_groups, options.pop("zero_processes"))
+        batch = pieces.batch
+        rounding: dict[str, Any] = {"seeds": batch.seeds, "first_elements": batch.first_elements}
+        norms = lamb_update(
+            batch.params, batch.grads, *batch.state, batch.weight_decays, grad_scale=grad_scale, **options
+        )
+        norms = pieces.sum_over_slices(norms)
+        rates = batch.lrs, batch.weight_decays
+        lamb_apply(batch.params, *batch.state, norms, *rates, **options | rounding)
 
 
 class Piece(NamedTuple):
@@ -79,7 +130,7 @@ def _pieces(batch: Batch, groups: Sequence[dict[str, Any]], processes: int) -> I
         for param, i in zip(group["params"], members, strict=True):
             if i is None:
                 raise ValueError(
-                    f"Lamb: of a group with zero_processes all parameters must have gradients, lie on one device and "
+                    f"ZeroLamb: of a group all parameters must have gradients, lie on one device and "
                     f"be sharded alike; that isn't so of parameter group {number}"
                 )
             begin = first + first_element_of(param)
@@ -108,7 +159,7 @@ def _add(result: Batch, batch: Batch, piece: Piece) -> None:
         (result.exp_avg_sqs, batch.exp_avg_sqs),
     ):
         if not of[i].is_contiguous():
-            raise ValueError(f"Lamb: with zero_processes tensors must be contiguous, given strides {of[i].stride()}")
+            raise ValueError(f"ZeroLamb: tensors must be contiguous, given strides {of[i].stride()}")
         values.append(of[i].view(-1)[part])
     result.grads.append(batch.grads[i].reshape(-1)[part])
     result.steps.append(batch.steps[i] if piece.begin == 0 else batch.steps[i].clone())

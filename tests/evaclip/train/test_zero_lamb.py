@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 
+from evaclip.train import zero_lamb
+from evaclip.train.zero_lamb import ZeroLamb
 from evakernels.ops._shards import first_element_of
 from evakernels.optim import Lamb
 
@@ -52,7 +54,9 @@ def optimizer_of(tensors: list[list[Tensor]], processes: int | None, **options) 
         {"params": [nn.Parameter(t) for t in group], "lr": lr, "weight_decay": decay}
         for group, lr, decay in zip(tensors, LRS, DECAYS, strict=True)
     ]
-    return Lamb(groups, betas=BETAS, eps=EPS, zero_processes=processes, **options)
+    if processes is None:
+        return Lamb(groups, betas=BETAS, eps=EPS, **options)
+    return ZeroLamb(groups, betas=BETAS, eps=EPS, zero_processes=processes, **options)
 
 
 def run(steps: int, processes: int | None) -> Lamb:
@@ -85,11 +89,10 @@ def test_the_number_of_processes_makes_a_difference():
 
 def test_the_rounding_of_a_tensor_does_not_depend_on_how_it_is_cut():
     """The one slice of a process gives the ratio of a group that is one tensor."""
-    whole, cut = (
-        Lamb([nn.Parameter(torch.ones(100, 3).bfloat16())], lr=1e-3, stochastic_rounding=True, zero_processes=n)
-        for n in (None, 1)
-    )
-    pieces = Lamb([nn.Parameter(torch.ones(100, 3).bfloat16())], lr=1e-3, stochastic_rounding=True, zero_processes=7)
+    options = {"lr": 1e-3, "stochastic_rounding": True}
+    given = ([nn.Parameter(torch.ones(100, 3).bfloat16())] for _ in range(3))
+    whole = Lamb(next(given), **options)
+    cut, pieces = (ZeroLamb(next(given), zero_processes=n, **options) for n in (1, 7))
     for optimizer in (whole, cut, pieces):
         (param,) = optimizer.param_groups[0]["params"]
         param.grad = torch.ones_like(param)
@@ -142,8 +145,6 @@ def sharded(tensors: list[list[Tensor]], rank: int, size: int) -> list[list[Tens
 @pytest.mark.parametrize(("size", "processes"), [(2, 3), (3, 2), (4, 5), (8, 1)])
 def test_shards_give_the_same(process_groups, monkeypatch, size, processes):
     """Each process is run twice: for its share of the norms, and with the sums of all."""
-    from evakernels.optim import _zero_slices
-
     expected = run(1, processes)
     shares: list[list[Tensor]] = []
 
@@ -162,7 +163,7 @@ def test_shards_give_the_same(process_groups, monkeypatch, size, processes):
         if groups:
             shares[-1].append(sums.clone())
 
-    monkeypatch.setattr(_zero_slices, "sum_over", keep)
+    monkeypatch.setattr(zero_lamb, "sum_over", keep)
     for rank in range(size):
         shares.append([])
         one_step(rank)
@@ -173,7 +174,7 @@ def test_shards_give_the_same(process_groups, monkeypatch, size, processes):
         if groups:
             sums.copy_(totals[0])
 
-    monkeypatch.setattr(_zero_slices, "sum_over", give)
+    monkeypatch.setattr(zero_lamb, "sum_over", give)
     results = [one_step(rank) for rank in range(size)]
     params = [p for group in expected.param_groups for p in group["params"]]
     for i, param in enumerate(params):
@@ -227,17 +228,14 @@ def without_a_gradient() -> None:
 def transposed() -> None:
     param = nn.Parameter(torch.ones(3, 2).T)
     param.grad = torch.ones_like(param)
-    Lamb([param], zero_processes=2).step()
+    ZeroLamb([param], zero_processes=2).step()
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (
-            lambda: optimizer_of(values(0), 0),
-            "Lamb: zero_processes is 0 with variant 'deepspeed'; accepted: None",
-        ),
-        (lambda: optimizer_of(values(0), 2, variant="nvlamb"), "zero_processes is 2 with variant 'nvlamb'"),
+        (lambda: optimizer_of(values(0), 0), "ZeroLamb: zero_processes is 0; accepted: 1 or more"),
+        (lambda: optimizer_of(values(0), 2, variant="nvlamb"), "ZeroLamb: variant is 'nvlamb'; accepted: 'deepspeed'"),
         (without_a_gradient, "all parameters must have gradients, .*that isn't so of parameter group 0"),
         (transposed, r"must be contiguous, given strides \(1, 2\)"),
     ],
