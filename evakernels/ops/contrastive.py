@@ -268,18 +268,9 @@ def _forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int)
 
 
 def _backward_fake(
-    drow_lse: Tensor,
-    dcol_lse: Tensor,
-    dpositive: Tensor,
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
-    offset: int,
-    wants_image: bool,
-    wants_text: bool,
+    drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, *rest: Any
 ) -> Any:
+    *_, wants_image, wants_text = rest
     return _empty_gradients(image, text, logit_scale, wants_image, wants_text)
 
 
@@ -310,37 +301,14 @@ def _optional_gradients(gradients: tuple[Tensor, ...], wanted: tuple[bool, bool]
     return *map(optional_gradient, gradients[:2], wanted), *gradients[2:]
 
 
-_forward = define(
-    reference.contrastive_forward,
-    fake=_forward_fake,
-)
-_backward = define(
-    reference.contrastive_backward,
-    fake=_backward_fake,
-)
+_forward = define(reference.contrastive_forward, fake=_forward_fake)
+_backward = define(reference.contrastive_backward, fake=_backward_fake)
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)
 
 
 def _kept_forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int) -> Any:
     statistics = _forward_fake(image, text, logit_scale, offset)
     return *statistics, statistics[0].new_empty(image.shape[0], text.shape[0])
-
-
-def _kept_backward_fake(
-    drow_lse: Tensor,
-    dcol_lse: Tensor,
-    dpositive: Tensor,
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
-    logits: Tensor,
-    offset: int,
-    wants_image: bool,
-    wants_text: bool,
-) -> Any:
-    return _empty_gradients(image, text, logit_scale, wants_image, wants_text)
 
 
 def _kept_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -361,41 +329,20 @@ def _kept_composed(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int
     return *reference.contrastive_forward(image, text, logit_scale, offset), image.new_empty(0)
 
 
-_kept_forward = define(
-    reference.contrastive_kept_forward,
-    fake=_kept_forward_fake,
-    composed=_kept_composed,
-)
-_kept_backward = define(
-    reference.contrastive_kept_backward,
-    fake=_kept_backward_fake,
-)
+_kept_forward = define(reference.contrastive_kept_forward, fake=_kept_forward_fake, composed=_kept_composed)
+_kept_backward = define(reference.contrastive_kept_backward, fake=_backward_fake)
 differentiable(_kept_forward, _kept_backward, setup_context=_kept_setup, formula=_kept_gradient, returned=5)
 
 
-def _siglip_value_fake(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Any:
+def _siglip_value_fake(image: Tensor, *rest: Any) -> Any:
     return image.new_empty((), dtype=accumulation_dtype(image))
 
 
 def _siglip_forward_fake(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    offset: int,
-    wants_image: bool,
-    wants_text: bool,
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, *wanted: bool
 ) -> Any:
-    loss = _siglip_value_fake(image, text, logit_scale, logit_bias, offset)
-    gradients = _empty_gradients(image, text, logit_scale, wants_image, wants_text)
+    loss, gradients = _siglip_value_fake(image), _empty_gradients(image, text, logit_scale, *wanted)
     return loss, *(loss.new_empty(x.shape) for x in (*gradients, logit_bias))
-
-
-def _siglip_backward_fake(
-    dloss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, *gradients: Tensor
-) -> Any:
-    inputs = image, text, logit_scale, logit_bias
-    return tuple(torch.empty_like(dx, dtype=x.dtype) for dx, x in zip(gradients, inputs, strict=True))
 
 
 def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -415,19 +362,9 @@ def _siglip_composed(
     return loss, *(loss.new_empty(0) for _ in range(4))
 
 
-_siglip_value = define(
-    reference.siglip_value,
-    fake=_siglip_value_fake,
-)
-_siglip_forward = define(
-    reference.siglip_forward,
-    fake=_siglip_forward_fake,
-    composed=_siglip_composed,
-)
-_siglip_backward = define(
-    reference.siglip_backward,
-    fake=_siglip_backward_fake,
-)
+_siglip_value = define(reference.siglip_value, fake=_siglip_value_fake)
+_siglip_forward = define(reference.siglip_forward, fake=_siglip_forward_fake, composed=_siglip_composed)
+_siglip_backward = define(reference.siglip_backward)
 differentiable(_siglip_forward, _siglip_backward, setup_context=_siglip_setup, formula=_siglip_gradient, returned=1)
 
 backends.name_ops("contrastive_statistics", "contrastive_forward", "contrastive_kept_forward")
