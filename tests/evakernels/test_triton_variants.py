@@ -122,12 +122,12 @@ def test_losses(variants, op, expected):
             for image, text, scale, bias in (*pairs(512), *pairs(64)):
                 rows, columns = statistic(len(image)), statistic(len(text))
                 if op.startswith("siglip"):
-                    yield image, text, scale, bias, offset
+                    yield image, text, scale, bias, offset, *([True] * 2 if "forward" in op else [])
                 elif op.endswith("forward"):
                     yield image, text, scale, offset
                 else:
                     kept = (statistic(len(image), len(text)),) if "kept" in op else ()
-                    yield rows, columns, rows, image, text, scale, rows, columns, *kept, offset
+                    yield rows, columns, rows, image, text, scale, rows, columns, *kept, offset, True, True
 
     assert variants(op, calls()) == expected
 
