@@ -17,12 +17,12 @@ std::vector<int32_t> places(const int64_t* token_index, const TokenDropoutShape&
   if (token_index == nullptr) return {};
   std::vector<int32_t> place(shape.batch * shape.tokens, -1);
   for (int64_t sample = 0; sample < shape.batch; ++sample) {
-    int32_t* own = place.data() + sample * shape.tokens;
+    int32_t* sample_places = place.data() + sample * shape.tokens;
     for (int64_t i = 0; i < shape.kept_tokens; ++i) {
       const int64_t token = token_index[sample * shape.kept_tokens + i];
       if (token < 0 || token >= shape.tokens) throw std::invalid_argument("token_index is out of range");
-      if (own[token] >= 0) throw std::invalid_argument("token_index names a token twice");
-      own[token] = static_cast<int32_t>(i);
+      if (sample_places[token] >= 0) throw std::invalid_argument("token_index names a token twice");
+      sample_places[token] = static_cast<int32_t>(i);
     }
   }
   return place;
