@@ -6,6 +6,7 @@
 Only kernels that this process hasn't launched before on another driver are compiled for this one.
 """
 
+from collections.abc import Iterable
 from typing import Any, Self
 
 import numpy as np
@@ -84,10 +85,10 @@ class Driver:
         """Nothing holds it but Triton."""
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        kinds = list(source.signature.values())
+        kinds = flat(source.signature.values())
 
         def run(x: int, y: int, z: int, stream: int, kernel: Kernel, *given: Any) -> None:
-            arguments = given[4:]  # behind metadata, and the hooks of whoever watches
+            arguments = flat(given[4:])  # behind metadata, and the hooks of whoever watches
             values = [packed(kind, a) for kind, a in zip(kinds, arguments, strict=True) if kind != "constexpr"]
             # Kernels have two more, of scratch memory that none of ours uses.
             params = bytearray(kernel.param_bytes)
@@ -104,6 +105,11 @@ class Driver:
             self.reports.append(report)
         if report.faults:
             raise RuntimeError("\n".join(map(str, report.faults)))
+
+
+def flat(values: Iterable[Any]) -> list[Any]:
+    """Triton takes tuples as arguments, and tuples in them; of constants, those too that a kernel takes whole."""
+    return [one for value in values for one in (flat(value) if type(value) is tuple else [value])]
 
 
 def packed(kind: str, value: Any) -> bytes:

@@ -22,11 +22,16 @@ def _width(channels):
 
 
 @triton.jit
-def zeros(ROWS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr):
-    if PAIRS is None:
-        return (tl.zeros([ROWS, _width(D)], tl.float32),)
+def zeros(ROWS: tl.constexpr, FORM: tl.constexpr):
+    return (tl.zeros([ROWS, _width(FORM.D)], tl.float32),)
+
+
+@triton.jit
+def zeros_in_pairs(ROWS: tl.constexpr, FORM: tl.constexpr):
+    if FORM.PAIRS is None:
+        return zeros(ROWS, FORM)
     else:
-        members = tl.zeros([ROWS, _width(D // 2)], tl.float32)
+        members = tl.zeros([ROWS, _width(FORM.D // 2)], tl.float32)
         return members, members
 
 
@@ -39,28 +44,28 @@ def scaled(pieces, factor):
 
 
 @triton.jit
-def products(a, b):
-    """a b^T of two heads' rows: [rows of a, rows of b], float32."""
+def dot_transposed(a, b, FORM: tl.constexpr):
+    """a b^T of two heads' rows: [rows of a, rows of b], float32; `FORM`: as `_attention` says."""
     if b[0].shape[0] == 1:
         found = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1, keep_dims=True)
         for i in tl.static_range(1, len(a)):
             found += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 1, keep_dims=True)
     else:
-        found = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+        found = tl.dot(a[0], tl.trans(b[0]), input_precision=FORM.PRECISION)
         for i in tl.static_range(1, len(a)):
-            found = tl.dot(a[i], tl.trans(b[i]), found, input_precision="ieee")
+            found = tl.dot(a[i], tl.trans(b[i]), found, input_precision=FORM.PRECISION)
     return found
 
 
 @triton.jit
-def added(sums, weights, pieces):
-    """sums + weights pieces, piece by piece."""
+def accumulate(acc, p, pieces, FORM: tl.constexpr):
+    """acc + p pieces, piece by piece."""
     found = ()
     for i in tl.static_range(len(pieces)):
-        if weights.shape[1] == 1:
-            found += (sums[i] + weights * pieces[i].to(tl.float32),)
+        if p.shape[1] == 1:
+            found += (acc[i] + p * pieces[i].to(tl.float32),)
         else:
-            found += (tl.dot(weights.to(pieces[i].dtype), pieces[i], sums[i], input_precision="ieee"),)
+            found += (tl.dot(p.to(pieces[i].dtype), pieces[i], acc[i], input_precision=FORM.PRECISION),)
     return found
 
 
@@ -74,74 +79,74 @@ def _mask(inside, columns, END: tl.constexpr):
 
 
 @triton.jit
-def load(source, rows, inside, D: tl.constexpr):
+def load(source, offs, inside, FORM: tl.constexpr):
     """The rows of a head. `source`: where its first row is, and from one to the next."""
-    columns = tl.arange(0, _width(D))
-    at = source[0] + rows[:, None] * source[1] + columns[None, :]
-    return (tl.load(at, mask=_mask(inside, columns, D), other=0.0),)
+    columns = tl.arange(0, _width(FORM.D))
+    at = source[0] + offs[:, None] * source[1] + columns[None, :]
+    return (tl.load(at, mask=_mask(inside, columns, FORM.D), other=0.0),)
 
 
 @triton.jit
-def store(target, rows, inside, pieces, D: tl.constexpr):
-    columns = tl.arange(0, _width(D))
-    at = target[0] + rows[:, None] * target[1] + columns[None, :]
-    tl.store(at, pieces[0].to(target[0].dtype.element_ty), mask=_mask(inside, columns, D))
+def store(target, offs, inside, pieces, FORM: tl.constexpr):
+    columns = tl.arange(0, _width(FORM.D))
+    at = target[0] + offs[:, None] * target[1] + columns[None, :]
+    tl.store(at, pieces[0].to(target[0].dtype.element_ty), mask=_mask(inside, columns, FORM.D))
 
 
 @triton.jit
-def load_head(source, rows, inside, table, D: tl.constexpr, PAIRS: tl.constexpr):
-    """Rows of q or k as the scores want them: in pairs, rotated if there is a table."""
-    if PAIRS is None:
-        return load(source, rows, inside, D)
+def load_rotated(source, offs, inside, rope, FORM: tl.constexpr):
+    """Rows of q or k as the scores want them: in pairs, rotated if `rope` has tables."""
+    if FORM.PAIRS is None:
+        return load(source, offs, inside, FORM)
     else:
-        WIDTH: tl.constexpr = _width(D // 2)
-        at = source[0] + rows[:, None] * source[1]
-        if PAIRS == "interleaved":
+        WIDTH: tl.constexpr = _width(FORM.D // 2)
+        at = source[0] + offs[:, None] * source[1]
+        if FORM.PAIRS == "interleaved":
             columns = tl.arange(0, 2 * WIDTH)
-            both = tl.load(at + columns[None, :], mask=_mask(inside, columns, D), other=0.0)
-            first, second = tl.split(tl.reshape(both, (rows.shape[0], WIDTH, 2)))
+            both = tl.load(at + columns[None, :], mask=_mask(inside, columns, FORM.D), other=0.0)
+            first, second = tl.split(tl.reshape(both, (offs.shape[0], WIDTH, 2)))
         else:
             columns = tl.arange(0, WIDTH)
-            mask = _mask(inside, columns, D // 2)
+            mask = _mask(inside, columns, FORM.D // 2)
             first = tl.load(at + columns[None, :], mask=mask, other=0.0)
-            second = tl.load(at + (columns + D // 2)[None, :], mask=mask, other=0.0)
-        if len(table) > 0:
-            cos, sin = _angles(table, rows, inside, D)
+            second = tl.load(at + (columns + FORM.D // 2)[None, :], mask=mask, other=0.0)
+        if len(rope) > 0:
+            cos, sin = _angles(rope, offs, inside, FORM.D)
             a, b = first.to(tl.float32), second.to(tl.float32)
             first, second = (a * cos - b * sin).to(first.dtype), (a * sin + b * cos).to(first.dtype)
         return first, second
 
 
 @triton.jit
-def store_head(target, rows, inside, table, pieces, D: tl.constexpr, PAIRS: tl.constexpr):
+def store_unrotated(target, offs, inside, rope, pieces, FORM: tl.constexpr):
     """Rows of dq or dk: the inverse, gradients of rotated rows as those of the rows."""
-    if PAIRS is None:
-        store(target, rows, inside, pieces, D)
+    if FORM.PAIRS is None:
+        store(target, offs, inside, pieces, FORM)
     else:
-        WIDTH: tl.constexpr = _width(D // 2)
-        at = target[0] + rows[:, None] * target[1]
+        WIDTH: tl.constexpr = _width(FORM.D // 2)
+        at = target[0] + offs[:, None] * target[1]
         dtype = target[0].dtype.element_ty
         first, second = pieces
-        if len(table) > 0:
-            cos, sin = _angles(table, rows, inside, D)
+        if len(rope) > 0:
+            cos, sin = _angles(rope, offs, inside, FORM.D)
             first, second = first * cos + second * sin, second * cos - first * sin
-        if PAIRS == "interleaved":
+        if FORM.PAIRS == "interleaved":
             columns = tl.arange(0, 2 * WIDTH)
-            both = tl.reshape(tl.join(first.to(dtype), second.to(dtype)), (rows.shape[0], 2 * WIDTH))
-            tl.store(at + columns[None, :], both, mask=_mask(inside, columns, D))
+            both = tl.reshape(tl.join(first.to(dtype), second.to(dtype)), (offs.shape[0], 2 * WIDTH))
+            tl.store(at + columns[None, :], both, mask=_mask(inside, columns, FORM.D))
         else:
             columns = tl.arange(0, WIDTH)
-            mask = _mask(inside, columns, D // 2)
+            mask = _mask(inside, columns, FORM.D // 2)
             tl.store(at + columns[None, :], first.to(dtype), mask=mask)
-            tl.store(at + (columns + D // 2)[None, :], second.to(dtype), mask=mask)
+            tl.store(at + (columns + FORM.D // 2)[None, :], second.to(dtype), mask=mask)
 
 
 @triton.jit
-def _angles(table, rows, inside, D: tl.constexpr):
+def _angles(rope, offs, inside, D: tl.constexpr):
     """cos and sin of the pairs; 1 and 0 for a token of the prefix."""
-    cos, sin, index, num_prefix, sides = table
-    inside &= rows >= num_prefix
-    patches = rows - num_prefix
+    cos, sin, index, num_prefix, sides = rope
+    inside &= offs >= num_prefix
+    patches = offs - num_prefix
     if len(index) > 0:
         patches = tl.load(index[0] + patches, mask=inside, other=0).to(tl.int32)
     columns = tl.arange(0, _width(D // 2))
@@ -162,18 +167,18 @@ def _angles(table, rows, inside, D: tl.constexpr):
 
 
 @triton.jit
-def visible(scores, queries, keys, limit, CAUSAL: tl.constexpr, EVEN: tl.constexpr):
-    """`scores` with -inf for keys that a query doesn't see. `queries` and `keys` broadcast to them."""
+def masked(qk, offs_m, offs_n, end, CAUSAL: tl.constexpr, EVEN: tl.constexpr):
+    """`qk` with -inf for keys that a query doesn't see. `offs_m` and `offs_n` broadcast to it."""
     if CAUSAL:
-        scores = tl.where(keys <= queries, scores, float("-inf"))
+        qk = tl.where(offs_n <= offs_m, qk, float("-inf"))
     # Also where causal: later queries are behind the padding of the prefix.
     if not EVEN:
-        scores = tl.where(keys < limit, scores, float("-inf"))
-    return scores
+        qk = tl.where(offs_n < end, qk, float("-inf"))
+    return qk
 
 
 @triton.jit
-def dots(a, b):
+def row_dots(a, b):
     """The dot product of each row of `a` with that of `b`."""
     found = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
     for i in tl.static_range(1, len(a)):

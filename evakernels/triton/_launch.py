@@ -52,6 +52,16 @@ def row_strides(*rows: Tensor) -> tuple[int, list[int]]:
     return in_vectors([x.stride(0) for x in rows], min(x.element_size() for x in rows))
 
 
+def float32_products(tensor: Tensor) -> str:
+    """The `input_precision` of products of this tensor: in float32 that of torch's own products on GPUs.
+
+    `torch.set_float32_matmul_precision` sets it, or `torch.backends.cuda.matmul.fp32_precision`. "highest" means sums
+    of float32 products; for "high" and "medium" cuBLAS rounds to TF32, and so do the kernels.
+    """
+    rounded = tensor.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if rounded else "ieee"
+
+
 def dense(tensor: Tensor | None) -> Tensor | None:
     """Contiguous; most parameters are."""
     return None if tensor is None else tensor.contiguous()

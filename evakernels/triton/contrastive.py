@@ -24,7 +24,7 @@ from torch import Tensor
 
 from evakernels.reference import contrastive as reference
 from evakernels.triton import INTERPRETED
-from evakernels.triton._launch import on_device_of
+from evakernels.triton._launch import float32_products, on_device_of
 from evakernels.tuning import config
 
 CHUNK_BYTES = 1 << (13 if INTERPRETED else 28)
@@ -76,13 +76,14 @@ def _products(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     inner = tl.arange(0, BLOCK_K)
     image += rows[:, None].to(tl.int64) * (steps * BLOCK_K) + inner[None, :]
     text += columns[None, :].to(tl.int64) * (steps * BLOCK_K) + inner[:, None]
     products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for _ in range(steps):
-        products = tl.dot(tl.load(image), tl.load(text), products, input_precision="ieee")
+        products = tl.dot(tl.load(image), tl.load(text), products, input_precision=PRECISION)
         image += BLOCK_K
         text += BLOCK_K
     return products
@@ -121,11 +122,12 @@ def statistics_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     row_tile, column_tile = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N))
     row, image_row = _positions(row_tile * BLOCK_M, rows, BLOCK_M)
     column, text_row = _positions(column_tile * BLOCK_N, columns, BLOCK_N)
-    logits = _products(image, text, image_row, text_row, steps, BLOCK_M, BLOCK_N, BLOCK_K)
+    logits = _products(image, text, image_row, text_row, steps, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     logits *= tl.load(scale).to(tl.float32)
     if _has_pairs(row_tile, column_tile, offset, BLOCK_M, BLOCK_N):
         own = tl.sum(tl.where(column[None, :] == (row + offset)[:, None], logits, 0.0), 1)
@@ -197,12 +199,13 @@ def gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     row_tile, column_tile = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N))
     row, image_row = _positions(row_tile * BLOCK_M, rows, BLOCK_M)
     column, text_row = _positions(column_tile * BLOCK_N, columns, BLOCK_N)
     if kept is None:
-        logits = _products(image, text, image_row, text_row, steps, BLOCK_M, BLOCK_N, BLOCK_K)
+        logits = _products(image, text, image_row, text_row, steps, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
         logits *= tl.load(scale).to(tl.float32)
     else:
         logits = tl.load(kept + image_row[:, None].to(tl.int64) * columns + text_row[None, :])
@@ -382,11 +385,12 @@ def siglip_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     row_tile, column_tile = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N))
     row, image_row = _positions(row_tile * BLOCK_M, rows, BLOCK_M)
     column, text_row = _positions(column_tile * BLOCK_N, columns, BLOCK_N)
-    products = _products(image, text, image_row, text_row, steps, BLOCK_M, BLOCK_N, BLOCK_K)
+    products = _products(image, text, image_row, text_row, steps, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     logits = products * tl.load(scale).to(tl.float32) + tl.load(bias).to(tl.float32)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     is_pair = column[None, :] == (row + offset)[:, None]
@@ -510,22 +514,22 @@ def _chunks(rows: int, row_bytes: int, multiple: int) -> Iterator[slice]:
         yield slice(start, min(start + height, rows))
 
 
-def _launch(op: str, image: Tensor) -> dict[str, int]:
-    return config(op, {"depth": image.shape[1]}, image)
+def _launch(op: str, image: Tensor) -> dict[str, Any]:
+    return config(op, {"depth": image.shape[1]}, image) | {"PRECISION": float32_products(image)}
 
 
-def _padded(features: Tensor, launch: dict[str, int]) -> Tensor:
+def _padded(features: Tensor, launch: dict[str, Any]) -> Tensor:
     """The features, with zeros behind them where blocks don't divide the depth. So rows begin where words do."""
     missing = -features.shape[1] % launch["BLOCK_K"]
     return (F.pad(features, (0, missing)) if missing else features).contiguous()
 
 
-def _steps(padded: Tensor, launch: dict[str, int]) -> int:
+def _steps(padded: Tensor, launch: dict[str, Any]) -> int:
     """In how many blocks the kernels walk over the depth."""
-    return padded.shape[1] // launch["BLOCK_K"]
+    return padded.shape[1] // int(launch["BLOCK_K"])
 
 
-def _grid(rows: int, columns: int, launch: dict[str, int]) -> tuple[int]:
+def _grid(rows: int, columns: int, launch: dict[str, Any]) -> tuple[int]:
     return (triton.cdiv(rows, launch["BLOCK_M"]) * triton.cdiv(columns, launch["BLOCK_N"]),)
 
 

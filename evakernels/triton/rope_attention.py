@@ -2,15 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from evakernels.reference.rope_attention import is_compact
-from evakernels.triton._attention import PREFIX_ROWS, forward_kernel, key_kernel, query_kernel
-from evakernels.triton._launch import in_vectors, on_device_of
+from evakernels.triton._attention import PREFIX_ROWS, Form, attention_kernel
+from evakernels.triton._launch import dense, float32_products, in_vectors, on_device_of
 from evakernels.tuning import config
 
 
@@ -42,7 +41,7 @@ class Attention:
         """Returns the output and fills `lse`."""
         out = torch.empty_like(self.q, memory_format=torch.contiguous_format)
         if out.numel() > 0:
-            self._launch(forward_kernel, op, self.q, self.k, self.v, out, lse)
+            self._launch("forward", op, (out,), (lse,))
         return out
 
     def backward(self, op: str, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,33 +50,40 @@ class Attention:
         dq, dk, dv = (torch.empty_like(out) for _ in range(3))
         if out.numel() > 0:
             delta = torch.empty_like(lse)
-            given = dout, self.q, self.k, self.v
-            self._launch(query_kernel, op, *given, out, lse, delta, dq)
-            self._launch(key_kernel, op, *given, lse, delta, dk, dv)
+            self._launch("dq", op, (dout, out, dq), (lse, delta))
+            self._launch("dkdv", op, (dout, dk, dv), (lse, delta))
         return dq, dk, dv
 
-    def _launch(self, kernel: Any, op: str, *tensors: Tensor) -> None:
-        head_dim = self.q.shape[-1]
+    def _launch(self, kind: str, op: str, heads: tuple[Tensor, ...], of_rows: tuple[Tensor, ...]) -> None:
+        """Launches the pass `kind` of `attention_kernel`, which says what it is given."""
+        head_dim, packed = self.q.shape[-1], self.offsets is not None
         chosen = config(op, {"head_dim": head_dim, "tokens": self.tokens}, self.q)
-        prefix = self._prefix(chosen["ROWS"], chosen["STEP"])
+        block, step = chosen["BLOCK_M"], chosen["BLOCK_N"]
+        if kind == "dkdv":  # whose programs have keys
+            chosen |= {"BLOCK_M": step, "BLOCK_N": block}
+        prefix = self._prefix(block, step)
         walked = self.tokens - (self.num_prefix if prefix else 0)
-        tiles = triton.cdiv(walked, chosen["ROWS"]) + (prefix > 0)
-        vector, strides = self._strides()
-        tables, sizes = self._tables()
+        tiles = triton.cdiv(walked, block) + (prefix > 0)
+        vector, strides = in_vectors(
+            [s for x in (self.q, self.k, self.v) for s in (0 if packed else x.stride(0), *x.stride()[-3:-1])],
+            self.q.element_size(),
+        )
+        tables, table_rows, grid = self._tables()
+        form = Form(
+            D=head_dim,
+            PAIRS=None if self.cos is None else "interleaved" if self.interleaved else "halves",
+            CAUSAL=self.causal,
+            EVEN=not self.causal and not packed and walked % step == 0,
+            PREFIX=prefix,
+            VECTOR=vector,
+            PRECISION=float32_products(self.q),
+        )
         with on_device_of(self.q):
-            kernel[(tiles * self.heads * self.samples,)](
-                *tensors,
-                *tables,
-                self.offsets,
-                *strides,
-                *sizes,
-                *(tiles, self.heads, self.tokens, self.num_prefix, self.scale * math.log2(math.e)),
-                D=head_dim,
-                PAIRS=None if self.cos is None else "interleaved" if self.interleaved else "halves",
-                CAUSAL=self.causal,
-                EVEN=not self.causal and self.offsets is None and walked % chosen["STEP"] == 0,
-                PREFIX=prefix,
-                VECTOR=vector,
+            attention_kernel[(tiles * self.heads * self.samples,)](
+                *((self.q, self.k, self.v), heads, of_rows, tables, self.offsets, *strides, table_rows, grid),
+                *(tiles, self.heads, self.q.shape[-3], self.num_prefix, self.scale * math.log2(math.e)),
+                PASS=kind,
+                FORM=form,
                 **chosen,
             )
 
@@ -98,21 +104,13 @@ class Attention:
             return 0
         return 1 if self.num_prefix == 1 else int(PREFIX_ROWS.value)
 
-    def _strides(self) -> tuple[int, list[int]]:
-        """VECTOR, and the strides of q, k and v, which count it, and of the log-sum-exps."""
-        strides = [(x.stride(0) if self.offsets is None else 0, *x.stride()[-3:-1]) for x in (self.q, self.k, self.v)]
-        vector, of_heads = in_vectors([s for three in strides for s in three], self.q.element_size())
-        rows = self.q.shape[-3]
-        of_lse = [self.heads * rows if self.offsets is None else 0, rows]
-        return vector, of_heads + of_lse
-
-    def _tables(self) -> tuple[list[Tensor | None], tuple[int, int | None]]:
+    def _tables(self) -> tuple[tuple[Tensor | None, ...], int, int | None]:
         """cos, sin and token_index; the rows between the tables of two heads, and the grid of a compact table."""
-        tables = [None if x is None else x.contiguous() for x in (self.cos, self.sin, self.token_index)]
-        cos = tables[0]
+        cos, sin, token_index = map(dense, (self.cos, self.sin, self.token_index))
+        tables = cos, sin, token_index
         if cos is None or cos.dim() == 2:
-            return tables, (0, None)
-        return tables, (0, cos.shape[1]) if is_compact(cos, self.q.shape[-1]) else (cos.shape[1], None)
+            return tables, 0, None
+        return (tables, 0, cos.shape[1]) if is_compact(cos, self.q.shape[-1]) else (tables, cos.shape[1], None)
 
 
 def dense_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,7 +43,7 @@ TRAFFIC = {
     ("siglip_loss", "forward"): 1.51,
 }
 # The matrix products that a kernel makes, over all tokens or all pairs of features.
-PRODUCTS = {"forward_kernel": 2, "query_kernel": 3, "key_kernel": 4}
+PRODUCTS = {"forward_kernel": 2, "dq_kernel": 3, "dkdv_kernel": 4}
 PRODUCTS |= dict.fromkeys(("statistics_kernel", "gradient_kernel", "siglip_kernel"), 1)
 # What a kernel loads more than once; those of a norm or of SwiGLU only parameters. A row's index, by each warp.
 PARAMETERS = {"weight", "bias", "norm_weight", "norm_bias", "prefix", "pos_embed"}
@@ -51,8 +51,8 @@ LOSS = {"image", "text", "scale", "bias", "image_features", "text_features", "lo
 AGAIN = {
     "forward_kernel": PARAMETERS | {"token_index"} | {"q", "k", "v", "q, k, v", "cos", "sin", "offsets"},
     "backward_kernel": {"weight", "bias", "norm_weight", "norm_bias"},
-    "query_kernel": {"q", "k", "v", "q, k, v", "cos", "sin", "offsets"},
-    "key_kernel": {"d out 0", "q", "k", "v", "q, k, v", "cos", "sin", "offsets"},
+    "dq_kernel": {"q", "k", "v", "q, k, v", "cos", "sin", "offsets"},
+    "dkdv_kernel": {"d out 0", "q", "k", "v", "q, k, v", "cos", "sin", "offsets"},
     "statistics_kernel": LOSS,
     "merge_kernel": set(),
     "gradient_kernel": LOSS,
@@ -108,13 +108,13 @@ def test_four_tiles_and_a_class_token_walk_over_all_keys(counts: list[Count]) ->
 
 
 # On 8.0 several warps make the same products for the class token's tile of 16 rows.
-USEFUL = {("sm_80", "query_kernel"): 0.65, ("sm_80", "key_kernel"): 0.7}
+USEFUL = {("sm_80", "dq_kernel"): 0.65, ("sm_80", "dkdv_kernel"): 0.7}
 
 
 def test_a_class_token_in_front_of_256_patches_costs_no_tiles(counts: list[Count]) -> None:
     """Heads of 88 channels have a test in test_triton_traffic.py: of all heads of a tower they take a minute."""
     chosen = by_kernel(counts, lambda count: count.op == "rope_attention" and "l14" in count.shape)
-    assert {launch.kernel for _, launch in chosen} == {"forward_kernel", "query_kernel", "key_kernel"}
+    assert {launch.kernel for _, launch in chosen} == {"forward_kernel", "dq_kernel", "dkdv_kernel"}
     for count, launch in chosen:
         share = useful(count, [launch])
         assert share is not None

@@ -143,8 +143,8 @@ def test_an_index_out_of_range_reads_nothing_and_gives_nan(reports, wrong):
 
 # 88 channels are multiplied as 128, and the class token's tile of 16 rows in each of several warps.
 USEFUL = {
-    64: {"forward_kernel": 0.9, "query_kernel": 0.9, "key_kernel": 0.9},
-    88: {"forward_kernel": 0.41, "query_kernel": 0.37, "key_kernel": 0.41},
+    64: {"forward_kernel": 0.9, "dq_kernel": 0.9, "dkdv_kernel": 0.9},
+    88: {"forward_kernel": 0.41, "dq_kernel": 0.37, "dkdv_kernel": 0.41},
 }
 
 
@@ -154,7 +154,7 @@ def test_a_class_token_costs_no_tiles_of_its_own(reports, head_dim):
     written is written once."""
     from benchmarks.audit.count import launch_of
 
-    tokens, products = 257, {"forward_kernel": 2, "query_kernel": 3, "key_kernel": 4}
+    tokens, products = 257, {"forward_kernel": 2, "dq_kernel": 3, "dkdv_kernel": 4}
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(1, tokens, 3, 1, head_dim, generator=generator).bfloat16().requires_grad_()
     cos, sin = evakernels.nn.axial_rope(16, 16, head_dim, compact=True)
