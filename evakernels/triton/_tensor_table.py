@@ -5,7 +5,7 @@ copied to the device when it holds what it didn't hold before: pointers when a b
 changes them, chunks once. The host waits for no copy.
 
 A kernel is compiled for the dtypes of the buffers. So tensors of other dtypes have a launch of their own, and so have
-those that words of 16 bytes don't fit. The chunks of a launch follow one another.
+those that vectors don't fit. The chunks of a launch follow one another.
 """
 
 import math
@@ -25,8 +25,9 @@ TENSORS = 128
 """Of a program that works out what holds for whole tensors."""
 KEPT = 64
 """Copies that are kept, of numbers and of layouts; then the one that was used the longest ago goes."""
-ALIGNED = tl.constexpr(16)
-"""What divides addresses, in bytes, and sizes, in elements, where words of 16 bytes fit."""
+VECTOR = tl.constexpr(4)
+"""Elements of an access: 16 bytes of float32, 8 of what is half as wide. Of 16 a lane would have 32 of a float32 buffer
+beside it, in two accesses that ask for each sector twice."""
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _captured: list[Tensor] = []
@@ -63,7 +64,8 @@ class Table:
         # No sum is fused with a product, so that an element's bits don't depend on the alignment of its tensor.
         self._options = config(op, {}, first[0]) | {"enable_fp_fusion": False}
         sizes = tuple(tensor.numel() for tensor in first)
-        fits = (all(number % 16 == 0 for number in numbers) for numbers in zip(sizes, *columns, strict=True))
+        rows = zip(*columns, strict=True)
+        fits = (size % 4 == 0 and all(p % 16 == 0 for p in row) for size, row in zip(sizes, rows, strict=True))
         dtypes = ([tensor.dtype for tensor in tensors] for tensors in lists.values())
         kinds = tuple(zip(fits, *dtypes, strict=True))
         self.layout: Layout = _kept(_layout, self._device, tuple(lists), kinds, sizes, self._options.pop("CHUNK"))
@@ -172,7 +174,7 @@ def chunk_at(chunks, position, FITS: tl.constexpr):
     chunks += 3 * position
     tensor, begin, end = tl.load(chunks), tl.load(chunks + 1), tl.load(chunks + 2)
     if FITS:
-        begin, end = tl.multiple_of(begin, ALIGNED), tl.multiple_of(end, ALIGNED)
+        begin, end = tl.multiple_of(begin, VECTOR), tl.multiple_of(end, VECTOR)
     return tensor, begin, end
 
 
@@ -180,7 +182,7 @@ def chunk_at(chunks, position, FITS: tl.constexpr):
 def buffer_at(pointers, DTYPE: tl.constexpr, FITS: tl.constexpr):
     pointer = tl.load(pointers).to(tl.pointer_type(DTYPE))
     if FITS:
-        pointer = tl.multiple_of(pointer, ALIGNED)
+        pointer = tl.multiple_of(pointer, VECTOR * DTYPE.primitive_bitwidth // 8)
     return pointer
 
 
@@ -195,9 +197,10 @@ def store_floats(buffer, i, values, inside):
 
 
 @triton.jit
-def gradient_factor(grad_scale):
+def store_gradient_factor(factors, grad_scale, inside):
     """Its reciprocal, which divides to the same bits where it is a power of two."""
-    return tl.div_rn(1.0, tl.load(grad_scale)) if grad_scale is not None else 1.0
+    factor = tl.div_rn(1.0, tl.load(grad_scale)) if grad_scale is not None else 1.0
+    tl.store(factors, factor, mask=inside)
 
 
 @triton.jit

@@ -17,13 +17,13 @@ from evakernels.triton._tensor_table import (
     buffer_at,
     changed_moments,
     chunk_at,
-    gradient_factor,
     is_set,
     load_floats,
     logs,
     rounded,
     step_of,
     store_floats,
+    store_gradient_factor,
     store_keys,
 )
 
@@ -33,6 +33,7 @@ def prepare_kernel(
     pointers,
     rates,
     seeds,
+    grad_scale,
     found_inf,
     factors,
     keys,
@@ -47,9 +48,10 @@ def prepare_kernel(
     lr = tl.load(rates + 2 * tensor, mask=inside, other=0.0)
     weight_decay = tl.load(rates + 2 * tensor + 1, mask=inside, other=0.0)
     kept = 1.0 - lr * weight_decay
-    store_floats(factors, 3 * tensor, kept, inside)
-    store_floats(factors, 3 * tensor + 1, lr / bias_of(log_beta1, step), inside)
-    store_floats(factors, 3 * tensor + 2, 1.0 / tl.sqrt(bias_of(log_beta2, step)), inside)
+    store_floats(factors, 4 * tensor, kept, inside)
+    store_floats(factors, 4 * tensor + 1, lr / bias_of(log_beta1, step), inside)
+    store_floats(factors, 4 * tensor + 2, 1.0 / tl.sqrt(bias_of(log_beta2, step)), inside)
+    store_gradient_factor(factors + 4 * tensor + 3, grad_scale, inside)
     if keys is not None:
         store_keys(keys, seeds, tensor, step, inside)
 
@@ -61,7 +63,6 @@ def update_kernel(
     first,
     factors,
     keys,
-    grad_scale,
     found_inf,
     beta1: tl.float64,
     beta2: tl.float64,
@@ -80,10 +81,10 @@ def update_kernel(
     exp_avg = buffer_at(pointers + 5 * tensor + 2, M, FITS)
     exp_avg_sq = buffer_at(pointers + 5 * tensor + 3, V, FITS)
     grad = buffer_at(pointers + 5 * tensor + 4, GRAD, FITS)
-    kept = tl.load(factors + 3 * tensor)
-    rate = tl.load(factors + 3 * tensor + 1)
-    v_factor = tl.load(factors + 3 * tensor + 2)
-    grad_factor = gradient_factor(grad_scale)
+    kept = tl.load(factors + 4 * tensor)
+    rate = tl.load(factors + 4 * tensor + 1)
+    v_factor = tl.load(factors + 4 * tensor + 2)
+    grad_factor = tl.load(factors + 4 * tensor + 3)
     for start in range(begin, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
         inside = i < end
@@ -115,8 +116,8 @@ def adamw_update(
     skip = as_float(found_inf)
     with on_device_of(params[0]):
         table = Table("adamw_update", steps, PARAM=params, M=exp_avgs, V=exp_avg_sqs, GRAD=grads)
-        rates, factors = table.numbers(lrs, weight_decays, dtype=torch.float64), table.room(len(params), 3)
+        rates, factors = table.numbers(lrs, weight_decays, dtype=torch.float64), table.room(len(params), 4)
         rounding, keys = table.rounding(seeds, first_elements)
-        table.prepare(prepare_kernel, rates, rounding, skip, factors, keys, *logs(beta1, beta2))
-        table.launch(update_kernel, factors, keys, as_float(grad_scale), skip, beta1, beta2, eps)
+        table.prepare(prepare_kernel, rates, rounding, as_float(grad_scale), skip, factors, keys, *logs(beta1, beta2))
+        table.launch(update_kernel, factors, keys, skip, beta1, beta2, eps)
         table.return_copies("PARAM", "M", "V")

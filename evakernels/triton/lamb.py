@@ -18,13 +18,13 @@ from evakernels.triton._tensor_table import (
     buffer_at,
     changed_moments,
     chunk_at,
-    gradient_factor,
     is_set,
     load_floats,
     logs,
     rounded,
     step_of,
     store_floats,
+    store_gradient_factor,
     store_keys,
 )
 
@@ -40,6 +40,7 @@ def prepare_kernel(
     lrs,
     seeds,
     squared_norms,
+    grad_scale,
     found_inf,
     factors,
     keys,
@@ -69,6 +70,8 @@ def prepare_kernel(
             factor = factor * tl.sqrt(bias2) / bias1
         factor = factor * tl.load(lrs + tensor, mask=inside, other=0.0)
         store_floats(factors, 4 * tensor + 3, factor, inside)
+    else:
+        store_gradient_factor(factors + 4 * tensor + 3, grad_scale, inside)
     if keys is not None:
         store_keys(keys, seeds, tensor, step, inside)
 
@@ -94,7 +97,6 @@ def update_kernel(
     first,
     factors,
     partials,
-    grad_scale,
     found_inf,
     beta1: tl.float64,
     beta2: tl.float64,
@@ -113,20 +115,18 @@ def update_kernel(
     exp_avg = buffer_at(pointers + 5 * tensor + 2, M, FITS)
     exp_avg_sq = buffer_at(pointers + 5 * tensor + 3, V, FITS)
     grad = buffer_at(pointers + 5 * tensor + 4, GRAD, FITS)
-    changes, grad_factor = not is_set(found_inf), gradient_factor(grad_scale)
+    changes, grad_factor = not is_set(found_inf), tl.load(factors + 4 * tensor + 3)
     param_sum, direction_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(begin, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
         inside = i < end
         w, m, v = load_floats(param, i, inside), load_floats(exp_avg, i, inside), load_floats(exp_avg_sq, i, inside)
-        if changes:
-            g = load_floats(grad, i, inside) * grad_factor
-            m, v = changed_moments(g, m, v, beta1, beta2)
-            # Norms are those of the step that is made, from the moments as they are stored.
-            m, v = m.to(M), v.to(V)
-            tl.store(exp_avg + i, m, mask=inside)
-            tl.store(exp_avg_sq + i, v, mask=inside)
-            m, v = m.to(tl.float32), v.to(tl.float32)
+        g = load_floats(grad, i, inside & changes) * grad_factor
+        new_m, new_v = changed_moments(g, m, v, beta1, beta2)
+        store_floats(exp_avg, i, new_m, inside & changes)
+        store_floats(exp_avg_sq, i, new_v, inside & changes)
+        # Norms are those of the step that is made, from the moments as they are stored.
+        m, v = tl.where(changes, new_m.to(M).to(tl.float32), m), tl.where(changes, new_v.to(V).to(tl.float32), v)
         u = tl.where(inside, direction(w, m, v, factors, tensor, eps, NVLAMB), 0.0)
         param_sum += w * w
         direction_sum += u * u
@@ -199,10 +199,9 @@ def lamb_update(
         table = Table("lamb_update", steps, PARAM=params, M=exp_avgs, V=exp_avg_sqs, GRAD=grads)
         decays, factors = table.numbers(weight_decays, dtype=torch.float64), table.room(count, 4)
         partials, squared_norms = table.room(len(table.layout.chunks), 2), table.room(count, 2)
-        arguments = decays, None, None, None, skip, factors, None, *logs(beta1, beta2)
+        arguments = decays, None, None, None, as_float(grad_scale), skip, factors, None, *logs(beta1, beta2)
         table.prepare(prepare_kernel, *arguments, LISTS=5, NVLAMB=nvlamb)
-        scale = as_float(grad_scale)
-        table.launch(update_kernel, factors, partials, scale, skip, beta1, beta2, eps, NVLAMB=nvlamb)
+        table.launch(update_kernel, factors, partials, skip, beta1, beta2, eps, NVLAMB=nvlamb)
         norms_kernel[(count,)](partials, table.layout.spans, squared_norms, PARTIALS, enable_fp_fusion=False)
         table.return_copies("M", "V")
     return squared_norms
@@ -230,7 +229,7 @@ def lamb_apply(
         decays, rates = (table.numbers(values, dtype=torch.float64) for values in (weight_decays, lrs))
         rounding, keys = table.rounding(seeds, first_elements)
         factors = table.room(len(params), 4)
-        arguments = decays, rates, rounding, squared_norms.contiguous(), skip, factors, keys, *logs(beta1, beta2)
+        arguments = decays, rates, rounding, squared_norms.contiguous(), None, skip, factors, keys, *logs(beta1, beta2)
         table.prepare(prepare_kernel, *arguments, LISTS=4, NVLAMB=nvlamb)
         table.launch(apply_kernel, factors, keys, skip, eps, NVLAMB=nvlamb)
         table.return_copies("PARAM")
