@@ -62,19 +62,7 @@ def register(op_name: str, gpu_reasons: backends.Reasons | None) -> None:
 def _kernel(op_name: str) -> Callable[..., Any]:
     overload = getattr(torch.ops.evakernels_native, op_name).default
     # What an overload calls when it is called: a microsecond less.
-    kernel: Callable[..., Any] = overload._op
-    arguments = overload._schema.arguments
-    written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
-    if not written:
-        return kernel
-
-    def run(*args: Any) -> Any:
-        result = kernel(*args)
-        # The kernel writes through pointers; autograd must see that what it may have saved has changed.
-        torch.autograd.graph.increment_version(backends.tensors([args[i] for i in written]))
-        return result
-
-    return run
+    return backends.noting_writes(overload._op, overload)
 
 
 def _reasons(op_name: str, device: str, gpu_reasons: backends.Reasons | None) -> backends.Reasons:

@@ -89,6 +89,24 @@ def register(
     kept_for(op).clear()
 
 
+def noting_writes(kernel: Callable[..., Any], overload: torch._ops.OpOverload) -> Callable[..., Any]:
+    """`kernel`, which writes through pointers what the schema of `overload` says that it writes.
+
+    Autograd is told, as it may have saved what has changed.
+    """
+    arguments = overload._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+    if not written:
+        return kernel
+
+    def run(*args: Any) -> Any:
+        result = kernel(*args)
+        torch.autograd.graph.increment_version(tensors([args[i] for i in written]))
+        return result
+
+    return run
+
+
 def kept_for(op: str) -> dict[Any, Any]:
     """Where choices for `op` are kept; it is emptied when a backend is added."""
     return _kept.setdefault(op, {})

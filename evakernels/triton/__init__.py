@@ -21,6 +21,7 @@ from evakernels import backends
 from evakernels.triton import _limits
 
 FAMILIES = {
+    "adamw": ("adamw_update",),
     "contrastive": (
         "contrastive_forward",
         "contrastive_backward",
@@ -30,6 +31,8 @@ FAMILIES = {
         "siglip_forward",
         "siglip_backward",
     ),
+    "gradient_norm": ("gradient_norm",),
+    "lamb": ("lamb_update", "lamb_apply", "lamb_step"),
     "layer_norm": (
         "layer_norm_forward",
         "layer_norm_backward",
@@ -57,7 +60,9 @@ def register(op: str) -> None:
     """Makes the Triton kernels of `op`, if there are any, one of its backends."""
     if op in _FAMILY_OF:
         device = "cpu" if INTERPRETED else "cuda"
-        backends.register(op, "triton", lambda *args: launcher(op)(*args), lambda *args: _reasons(op, args), device)
+        overload = getattr(torch.ops.evakernels, op).default
+        function = backends.noting_writes(lambda *args: launcher(op)(*args), overload)
+        backends.register(op, "triton", function, lambda *args: _reasons(op, args), device)
 
 
 def interpret() -> None:

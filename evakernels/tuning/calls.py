@@ -193,6 +193,41 @@ def packed_attention_backward(draw: Draw, head_dim: int, tokens: int) -> Iterato
         yield draw(*q.shape), q, k, v, draw(*q.shape), draw.statistic(HEADS, len(q)), *rest
 
 
+def adamw_update(draw: Draw) -> Iterator[tuple[Any, ...]]:
+    tensors, numbers, flags, rounding = _optimizer(draw)
+    rates = numbers, numbers
+    yield *tensors, *rates, 0.9, 0.98, EPS, *flags, *rounding
+    yield *tensors, *rates, 0.9, 0.98, EPS, None, None, [], []
+
+
+def lamb_update(draw: Draw) -> Iterator[tuple[Any, ...]]:
+    tensors, numbers, flags, _ = _optimizer(draw)
+    yield *tensors, numbers, 0.9, 0.98, EPS, True, *flags
+    yield *tensors, numbers, 0.9, 0.98, EPS, False, None, None
+
+
+def lamb_apply(draw: Draw) -> Iterator[tuple[Any, ...]]:
+    (params, _, *state), numbers, (_, found_inf), rounding = _optimizer(draw)
+    arguments = params, *state, draw.statistic(len(params), 2), numbers, numbers, 0.9, 0.98, EPS
+    yield *arguments, True, found_inf, *rounding
+    yield *arguments, False, None, [], []
+
+
+def gradient_norm(draw: Draw) -> Iterator[tuple[Any, ...]]:
+    (_, grads, *_), *_ = _optimizer(draw)
+    yield (grads,)
+
+
+def _optimizer(draw: Draw) -> tuple[Any, ...]:
+    """Tensors of a matrix and a bias, float32 moments; rates; flags; and, of bfloat16, seeds and first elements."""
+    sizes = (ELEMENTS // 1024, 1024), (1365,)  # vectors don't fit the second
+    params, grads = ([draw(*size) for size in sizes] for _ in range(2))
+    exp_avgs, exp_avg_sqs = ([draw.statistic(*size) for size in sizes] for _ in range(2))
+    rounding = ([1, 2], [0, 0]) if draw.dtype == torch.bfloat16 else ([], [])
+    tensors = params, grads, exp_avgs, exp_avg_sqs, [draw.statistic() for _ in sizes]
+    return tensors, [0.1, 0.2], (draw.statistic(), torch.zeros((), device=draw.device)), rounding
+
+
 def _heads(draw: Draw, head_dim: int, tokens: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
     """q, k and v, views of one packed projection, and the tables of all tokens but the class token."""
     batch = max(1, ELEMENTS // (tokens * HEADS * head_dim))

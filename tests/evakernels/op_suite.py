@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 OPS = ("adamw", "contrastive", "gelu", "lamb", "layer_norm", "residual_norm")
 OPS += ("packed_attention", "rope_attention", "stochastic_rounding", "swiglu", "token_dropout")
 CHOICE = "accurate or odd_shapes or formula or error_rule"
-RUN = "import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', {choice!r}, *{files!r}]))"
+RUN = "import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', {choice!r}, *{arguments!r}]))"
 
 
 def run_ops(
@@ -19,12 +19,16 @@ def run_ops(
     choice: str = CHOICE,
     folder: Path = Path(__file__).parent,
     ops: Sequence[str] = OPS,
+    options: Sequence[str] = (),
     **environment: str,
 ) -> None:
-    """The chosen tests of the ops, under the `with` statement `before` if it is given, from `folder`."""
+    """The chosen tests of the ops, under the `with` statement `before` if it is given, from `folder`.
+
+    `options` are those of pytest.
+    """
     # Threads that wait for others asleep, as other tests may need the processor.
     environment = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"} | environment
-    call = RUN.format(choice=choice, files=[f"test_{op}.py" for op in ops])
+    call = RUN.format(choice=choice, arguments=[*options, *(f"test_{op}.py" for op in ops)])
     code = f"import evakernels\n{before}:\n    {call}" if before else call
     result = subprocess.run(
         [sys.executable, "-c", code],

@@ -195,7 +195,7 @@ def test_what_triton_serves_no_call_of_is_told_without_arguments(monkeypatch):
         "the tensors are on cpu, not on a GPU",
         "torch.float64 is not one of float32, bfloat16, float16",
     ]
-    assert triton.static_reasons("lamb_step", *served) == ["lamb_step has no triton implementation"]
+    assert triton.static_reasons("gelu_forward", *served) == ["gelu_forward has no triton implementation"]
     monkeypatch.setattr(triton, "_installed", lambda: False)
     assert triton.static_reasons(OP, *served) == ["triton is not installed"]
 
@@ -205,7 +205,7 @@ def test_questions_about_shapes_fit_the_schema_and_take_its_first_arguments(op):
     """A wrong place of an argument would ask for the sizes of another one."""
     question = triton.shape_reasons(op)
     if question is None:
-        assert "contrastive" in op or "siglip" in op or "token" in op
+        assert any(name in op for name in ("adamw", "contrastive", "gradient_norm", "lamb", "siglip", "token"))
         return
     names = [argument.name for argument in getattr(torch.ops.evakernels, op).default._schema.arguments]
     wide = torch.empty(1, 1, 1, 1 << 20)

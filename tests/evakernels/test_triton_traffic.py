@@ -132,6 +132,35 @@ def test_contrastive_kernels_make_the_logits_once_and_store_their_gradients_alon
         assert max(traffic.bytes for launch in launches for traffic in launch.loads.values()) == 4 * 256 * 256
 
 
+OPTIMIZERS = {  # Bytes a parameter: in float32, and with parameters and gradients in bfloat16.
+    "adamw_update": {torch.float32: 28, torch.bfloat16: 22},
+    "lamb_update": {torch.float32: 24, torch.bfloat16: 20},
+    "lamb_apply": {torch.float32: 16, torch.bfloat16: 12},
+    "gradient_norm": {torch.float32: 4, torch.bfloat16: 2},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", OPTIMIZERS)
+def test_optimizers_move_each_buffer_once_and_in_whole_words(reports, op, dtype):
+    from benchmarks.audit.count import launch_of, spans_of
+
+    arguments = next(calls.calls(op, {}, calls.Draw("cpu", dtype)))
+    lists = [list_ for list_ in arguments if isinstance(list_, list) and list_ and torch.is_tensor(list_[0])]
+    large = spans_of({str(n): list_[:1] for n, list_ in enumerate(lists)})
+    reports.clear()
+    launcher(op)(*arguments)
+    launches = [launch_of(report, large) for report in reports]
+    count = sum(tensor.numel() for tensor in lists[0])
+    assert 1 <= sum(launch.touched for launch in launches) / (OPTIMIZERS[op][dtype] * count) < 1.04
+    found = [(name, own) for launch in launches for name, own in [*launch.loads.items(), *launch.stores.items()]]
+    found = [(name, own) for name, own in found if name in large and own.requests > 1]  # no counter of steps
+    assert len(found) == {"adamw_update": 7, "lamb_update": 6, "lamb_apply": 4, "gradient_norm": 1}[op]
+    for name, own in found:
+        assert own.bytes == SECTOR * own.touched == SECTOR * own.sectors, name
+        assert own.bytes / own.requests in (256, 512), name  # of 32 lanes, four elements each
+
+
 @pytest.mark.parametrize("wrong", [-1, 4])
 def test_an_index_out_of_range_reads_nothing_and_gives_nan(reports, wrong):
     patches, token_index = torch.ones(2, 4, 8), torch.tensor([[0, 3], [1, wrong]])

@@ -1,0 +1,123 @@
+"""AdamW: one launch over all tensors, behind one that counts their steps and works out what holds for each of them.
+
+A program has a chunk of one tensor. Each buffer is read once, and all but the gradient are written once: 28 bytes for
+each element of float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from evakernels.triton._launch import on_device_of
+from evakernels.triton._tensor_table import (
+    Table,
+    as_float,
+    bias_of,
+    buffer_at,
+    changed_moments,
+    chunk_at,
+    is_set,
+    load_floats,
+    logs,
+    rounded,
+    step_of,
+    store_floats,
+    store_gradient_factor,
+    store_keys,
+)
+
+
+@triton.jit(do_not_specialize=["count"])
+def prepare_kernel(
+    pointers,
+    rates,
+    seeds,
+    grad_scale,
+    found_inf,
+    factors,
+    keys,
+    log_beta1: tl.float64,
+    log_beta2: tl.float64,
+    count,
+    BLOCK: tl.constexpr,
+):
+    tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = tensor < count
+    step = step_of(pointers + 5 * tensor, inside, found_inf, True)
+    lr = tl.load(rates + 2 * tensor, mask=inside, other=0.0)
+    weight_decay = tl.load(rates + 2 * tensor + 1, mask=inside, other=0.0)
+    kept = 1.0 - lr * weight_decay
+    store_floats(factors, 4 * tensor, kept, inside)
+    store_floats(factors, 4 * tensor + 1, lr / bias_of(log_beta1, step), inside)
+    store_floats(factors, 4 * tensor + 2, 1.0 / tl.sqrt(bias_of(log_beta2, step)), inside)
+    store_gradient_factor(factors + 4 * tensor + 3, grad_scale, inside)
+    if keys is not None:
+        store_keys(keys, seeds, tensor, step, inside)
+
+
+@triton.jit(do_not_specialize=["first"])
+def update_kernel(
+    pointers,
+    chunks,
+    first,
+    factors,
+    keys,
+    found_inf,
+    beta1: tl.float64,
+    beta2: tl.float64,
+    eps: tl.float32,
+    PARAM: tl.constexpr,
+    M: tl.constexpr,
+    V: tl.constexpr,
+    GRAD: tl.constexpr,
+    FITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if is_set(found_inf):
+        return
+    tensor, begin, end = chunk_at(chunks, first + tl.program_id(0), FITS)
+    param = buffer_at(pointers + 5 * tensor + 1, PARAM, FITS)
+    exp_avg = buffer_at(pointers + 5 * tensor + 2, M, FITS)
+    exp_avg_sq = buffer_at(pointers + 5 * tensor + 3, V, FITS)
+    grad = buffer_at(pointers + 5 * tensor + 4, GRAD, FITS)
+    kept = tl.load(factors + 4 * tensor)
+    rate = tl.load(factors + 4 * tensor + 1)
+    v_factor = tl.load(factors + 4 * tensor + 2)
+    grad_factor = tl.load(factors + 4 * tensor + 3)
+    for start in range(begin, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = i < end
+        g = load_floats(grad, i, inside) * grad_factor
+        m, v = load_floats(exp_avg, i, inside), load_floats(exp_avg_sq, i, inside)
+        m, v = changed_moments(g, m, v, beta1, beta2)
+        w = kept * load_floats(param, i, inside) - rate * tl.div_rn(m, tl.sqrt_rn(v) * v_factor + eps)
+        store_floats(param, i, rounded(w, i, keys, tensor), inside)
+        store_floats(exp_avg, i, m, inside)
+        store_floats(exp_avg_sq, i, v, inside)
+
+
+def adamw_update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    lrs: list[float],
+    weight_decays: list[float],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    seeds: list[int],
+    first_elements: list[int],
+) -> None:
+    skip = as_float(found_inf)
+    with on_device_of(params[0]):
+        table = Table("adamw_update", steps, PARAM=params, M=exp_avgs, V=exp_avg_sqs, GRAD=grads)
+        rates, factors = table.numbers(lrs, weight_decays, dtype=torch.float64), table.room(len(params), 4)
+        rounding, keys = table.rounding(seeds, first_elements)
+        table.prepare(prepare_kernel, rates, rounding, as_float(grad_scale), skip, factors, keys, *logs(beta1, beta2))
+        table.launch(update_kernel, factors, keys, skip, beta1, beta2, eps)
+        table.return_copies("PARAM", "M", "V")

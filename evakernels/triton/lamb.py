@@ -1,0 +1,257 @@
+"""LAMB: a launch a phase over all tensors, in front of each one that works out what holds for a whole tensor.
+
+A program has a chunk of one tensor. Update leaves the sums of each chunk, and a program a tensor adds them up, in
+float64 and in a fixed order. For each element of float32 update moves 24 bytes and apply 16.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from evakernels.reference.lamb import DEEPSPEED_RATIO
+from evakernels.triton._launch import on_device_of
+from evakernels.triton._tensor_table import (
+    Table,
+    as_float,
+    bias_of,
+    buffer_at,
+    changed_moments,
+    chunk_at,
+    is_set,
+    load_floats,
+    logs,
+    rounded,
+    step_of,
+    store_floats,
+    store_gradient_factor,
+    store_keys,
+)
+
+PARTIALS = 256
+"""Of which a program adds up as many at a time."""
+_LOWEST, _HIGHEST = (tl.constexpr(bound) for bound in DEEPSPEED_RATIO)
+
+
+@triton.jit(do_not_specialize=["count"])
+def prepare_kernel(
+    pointers,
+    decays,
+    lrs,
+    seeds,
+    squared_norms,
+    grad_scale,
+    found_inf,
+    factors,
+    keys,
+    log_beta1: tl.float64,
+    log_beta2: tl.float64,
+    count,
+    LISTS: tl.constexpr,
+    NVLAMB: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Without norms the phase is update, which counts the steps."""
+    tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = tensor < count
+    step = step_of(pointers + LISTS * tensor, inside, found_inf, squared_norms is None)
+    bias1, bias2 = bias_of(log_beta1, step), bias_of(log_beta2, step)
+    weight_decay = tl.load(decays + tensor, mask=inside, other=0.0)
+    store_floats(factors, 4 * tensor, weight_decay, inside)
+    if NVLAMB:
+        store_floats(factors, 4 * tensor + 1, 1.0 / bias1, inside)
+        store_floats(factors, 4 * tensor + 2, 1.0 / bias2, inside)
+    if squared_norms is not None:
+        factor = trust_ratio(squared_norms, tensor, inside)
+        if NVLAMB:
+            factor = tl.where(weight_decay != 0.0, factor, 1.0)
+        else:
+            factor = tl.where(factor < _LOWEST, _LOWEST, tl.where(factor > _HIGHEST, _HIGHEST, factor))
+            factor = factor * tl.sqrt(bias2) / bias1
+        factor = factor * tl.load(lrs + tensor, mask=inside, other=0.0)
+        store_floats(factors, 4 * tensor + 3, factor, inside)
+    else:
+        store_gradient_factor(factors + 4 * tensor + 3, grad_scale, inside)
+    if keys is not None:
+        store_keys(keys, seeds, tensor, step, inside)
+
+
+@triton.jit
+def trust_ratio(squared_norms, tensor, inside):
+    w = tl.sqrt_rn(load_floats(squared_norms, 2 * tensor, inside)).to(tl.float64)
+    u = tl.sqrt_rn(load_floats(squared_norms, 2 * tensor + 1, inside)).to(tl.float64)
+    return tl.where((w > 0.0) & (u > 0.0), w / u, 1.0)
+
+
+@triton.jit
+def direction(w, m, v, factors, tensor, eps, NVLAMB: tl.constexpr):
+    if NVLAMB:
+        m, v = m * tl.load(factors + 4 * tensor + 1), v * tl.load(factors + 4 * tensor + 2)
+    return tl.div_rn(m, tl.sqrt_rn(v) + eps) + w * tl.load(factors + 4 * tensor)
+
+
+@triton.jit(do_not_specialize=["first"])
+def update_kernel(
+    pointers,
+    chunks,
+    first,
+    factors,
+    partials,
+    found_inf,
+    beta1: tl.float64,
+    beta2: tl.float64,
+    eps: tl.float32,
+    NVLAMB: tl.constexpr,
+    PARAM: tl.constexpr,
+    M: tl.constexpr,
+    V: tl.constexpr,
+    GRAD: tl.constexpr,
+    FITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    position = first + tl.program_id(0)
+    tensor, begin, end = chunk_at(chunks, position, FITS)
+    param = buffer_at(pointers + 5 * tensor + 1, PARAM, FITS)
+    exp_avg = buffer_at(pointers + 5 * tensor + 2, M, FITS)
+    exp_avg_sq = buffer_at(pointers + 5 * tensor + 3, V, FITS)
+    grad = buffer_at(pointers + 5 * tensor + 4, GRAD, FITS)
+    changes, grad_factor = not is_set(found_inf), tl.load(factors + 4 * tensor + 3)
+    param_sum, direction_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(begin, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = i < end
+        w, m, v = load_floats(param, i, inside), load_floats(exp_avg, i, inside), load_floats(exp_avg_sq, i, inside)
+        g = load_floats(grad, i, inside & changes) * grad_factor
+        new_m, new_v = changed_moments(g, m, v, beta1, beta2)
+        store_floats(exp_avg, i, new_m, inside & changes)
+        store_floats(exp_avg_sq, i, new_v, inside & changes)
+        # Norms are those of the step that is made, from the moments as they are stored.
+        m, v = tl.where(changes, new_m.to(M).to(tl.float32), m), tl.where(changes, new_v.to(V).to(tl.float32), v)
+        u = tl.where(inside, direction(w, m, v, factors, tensor, eps, NVLAMB), 0.0)
+        param_sum += w * w
+        direction_sum += u * u
+    tl.store(partials + 2 * position, tl.sum(param_sum))
+    tl.store(partials + 2 * position + 1, tl.sum(direction_sum))
+
+
+@triton.jit
+def norms_kernel(partials, spans, squared_norms, BLOCK: tl.constexpr):
+    tensor = tl.program_id(0)
+    last = tl.load(spans + 2 * tensor + 1)
+    param_sum, direction_sum = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    for first in range(tl.load(spans + 2 * tensor), last, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        param_sum += tl.load(partials + 2 * i, mask=i < last, other=0.0)
+        direction_sum += tl.load(partials + 2 * i + 1, mask=i < last, other=0.0)
+    store_floats(squared_norms, 2 * tensor, tl.sum(param_sum), True)
+    store_floats(squared_norms, 2 * tensor + 1, tl.sum(direction_sum), True)
+
+
+@triton.jit(do_not_specialize=["first"])
+def apply_kernel(
+    pointers,
+    chunks,
+    first,
+    factors,
+    keys,
+    found_inf,
+    eps: tl.float32,
+    NVLAMB: tl.constexpr,
+    PARAM: tl.constexpr,
+    M: tl.constexpr,
+    V: tl.constexpr,
+    FITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if is_set(found_inf):
+        return
+    # Backwards: what update wrote last may still be in the cache.
+    position = first + tl.num_programs(0) - 1 - tl.program_id(0)
+    tensor, begin, end = chunk_at(chunks, position, FITS)
+    param = buffer_at(pointers + 4 * tensor + 1, PARAM, FITS)
+    exp_avg = buffer_at(pointers + 4 * tensor + 2, M, FITS)
+    exp_avg_sq = buffer_at(pointers + 4 * tensor + 3, V, FITS)
+    factor = tl.load(factors + 4 * tensor + 3)
+    for start in range(begin, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = i < end
+        w, m, v = load_floats(param, i, inside), load_floats(exp_avg, i, inside), load_floats(exp_avg_sq, i, inside)
+        w -= factor * direction(w, m, v, factors, tensor, eps, NVLAMB)
+        store_floats(param, i, rounded(w, i, keys, tensor), inside)
+
+
+def lamb_update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    weight_decays: list[float],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    nvlamb: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> Tensor:
+    skip, count = as_float(found_inf), len(params)
+    with on_device_of(params[0]):
+        table = Table("lamb_update", steps, PARAM=params, M=exp_avgs, V=exp_avg_sqs, GRAD=grads)
+        decays, factors = table.numbers(weight_decays, dtype=torch.float64), table.room(count, 4)
+        partials, squared_norms = table.room(len(table.layout.chunks), 2), table.room(count, 2)
+        arguments = decays, None, None, None, as_float(grad_scale), skip, factors, None, *logs(beta1, beta2)
+        table.prepare(prepare_kernel, *arguments, LISTS=5, NVLAMB=nvlamb)
+        table.launch(update_kernel, factors, partials, skip, beta1, beta2, eps, NVLAMB=nvlamb)
+        norms_kernel[(count,)](partials, table.layout.spans, squared_norms, PARTIALS, enable_fp_fusion=False)
+        table.return_copies("M", "V")
+    return squared_norms
+
+
+def lamb_apply(
+    params: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    squared_norms: Tensor,
+    lrs: list[float],
+    weight_decays: list[float],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    nvlamb: bool,
+    found_inf: Tensor | None,
+    seeds: list[int],
+    first_elements: list[int],
+) -> None:
+    skip = as_float(found_inf)
+    with on_device_of(params[0]):
+        table = Table("lamb_apply", steps, PARAM=params, M=exp_avgs, V=exp_avg_sqs)
+        decays, rates = (table.numbers(values, dtype=torch.float64) for values in (weight_decays, lrs))
+        rounding, keys = table.rounding(seeds, first_elements)
+        factors = table.room(len(params), 4)
+        arguments = decays, rates, rounding, squared_norms.contiguous(), None, skip, factors, keys, *logs(beta1, beta2)
+        table.prepare(prepare_kernel, *arguments, LISTS=4, NVLAMB=nvlamb)
+        table.launch(apply_kernel, factors, keys, skip, eps, NVLAMB=nvlamb)
+        table.return_copies("PARAM")
+
+
+def lamb_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    lrs: list[float],
+    weight_decays: list[float],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    nvlamb: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    seeds: list[int],
+    first_elements: list[int],
+) -> None:
+    state, options = (exp_avgs, exp_avg_sqs, steps), (beta1, beta2, eps, nvlamb)
+    norms = lamb_update(params, grads, *state, weight_decays, *options, grad_scale, found_inf)
+    lamb_apply(params, *state, norms, lrs, weight_decays, *options, found_inf, seeds, first_elements)
