@@ -34,8 +34,8 @@ void gradient_norm(const List& grads, const py::object& norm, uintptr_t stream) 
     tensors[i].size = product(grad.sizes);
     tensors[i].grad = {grad.data, grad.dtype};
   }
-  launch_only_on_gpu<cuda::gradient_norm>(
-      "gradient_norm", arrays, gradient_norm_params(tensors, one_float(arrays.write(norm, "norm"))));
+  launch_on_gpu<cuda::gradient_norm>("gradient_norm", arrays,
+                                     gradient_norm_params(tensors, one_float(arrays.write(norm, "norm"))));
 }
 
 }  // namespace

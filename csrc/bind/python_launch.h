@@ -62,7 +62,7 @@ void call_on_gpu(const char* op, const Arrays& arrays, const Params& params) {
 
 // For ops without CPU kernels.
 template <auto Cuda, class Params>
-void launch_only_on_gpu(const char* op, const Arrays& arrays, const Params& params) {
+void launch_on_gpu(const char* op, const Arrays& arrays, const Params& params) {
   const pybind11::gil_scoped_release unlocked;
   const bool on_gpu = kCudaIsInterpreted || arrays.device().is_gpu();
   require(on_gpu, std::string(op) + " has kernels for GPUs only; the arrays are on a CPU");

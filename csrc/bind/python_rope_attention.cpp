@@ -126,7 +126,7 @@ void rope_attention_forward(const py::object& q_any, const py::object& k, const 
     return launch<cpu::packed_attention_forward, cuda::rope_attention_forward>("rope_attention_forward",
                                                                                arrays, options.isa, params);
   }
-  launch_only_on_gpu<cuda::rope_attention_forward>("rope_attention_forward", arrays, params);
+  launch_on_gpu<cuda::rope_attention_forward>("rope_attention_forward", arrays, params);
 }
 
 // The arrays of a backward pass: dout, q, k, v, out, lse and the gradients.
@@ -155,7 +155,7 @@ void rope_attention_backward(const Nine& given, const Options& options, uintptr_
     return launch<cpu::packed_attention_backward, cuda::rope_attention_backward>("rope_attention_backward",
                                                                                  arrays, options.isa, params);
   }
-  launch_only_on_gpu<cuda::rope_attention_backward>("rope_attention_backward", arrays, params);
+  launch_on_gpu<cuda::rope_attention_backward>("rope_attention_backward", arrays, params);
 }
 
 }  // namespace
