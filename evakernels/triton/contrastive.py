@@ -130,54 +130,61 @@ def statistics_kernel(
     logits = _products(image, text, image_row, text_row, steps, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     logits *= tl.load(scale).to(tl.float32)
     if _has_pairs(row_tile, column_tile, offset, BLOCK_M, BLOCK_N):
-        own = tl.sum(tl.where(column[None, :] == (row + offset)[:, None], logits, 0.0), 1)
+        of_pair = tl.sum(tl.where(column[None, :] == (row + offset)[:, None], logits, 0.0), 1)
         first = column_tile * BLOCK_N
         inside = (row < rows) & (row + offset >= first) & (row + offset < first + BLOCK_N)
-        tl.store(positive + row, own, mask=inside)
+        tl.store(positive + row, of_pair, mask=inside)
     tile = (row < rows)[:, None] & (column < columns)[None, :]
     if kept is not None:
         tl.store(kept + row[:, None].to(tl.int64) * columns + column[None, :], logits, mask=tile)
     logits = tl.where(tile, logits, float("-inf"))
-    of_rows, of_columns = tl.max(logits, 1), tl.max(logits, 0)
-    common = tl.max(of_rows)
-    if common - tl.min(tl.where(column < columns, of_columns, float("inf"))) <= SPREAD:
-        terms = tl.exp(logits - _finite(of_rows)[:, None])
-        sum_of_rows = tl.sum(terms, 1)
-        sum_of_columns = tl.sum(terms * tl.exp(of_rows - common)[:, None], 0) * tl.exp(common - of_columns)
+    m_i, m_j = tl.max(logits, 1), tl.max(logits, 0)
+    m = tl.max(m_i)
+    if m - tl.min(tl.where(column < columns, m_j, float("inf"))) <= SPREAD:
+        p = tl.exp(logits - _finite(m_i)[:, None])
+        l_i = tl.sum(p, 1)
+        l_j = tl.sum(p * tl.exp(m_i - m)[:, None], 0) * tl.exp(m - m_j)
     else:
-        sum_of_rows = tl.sum(tl.exp(logits - _finite(of_rows)[:, None]), 1)
-        sum_of_columns = tl.sum(tl.exp(logits - _finite(of_columns)[None, :]), 0)
+        l_i = tl.sum(tl.exp(logits - _finite(m_i)[:, None]), 1)
+        l_j = tl.sum(tl.exp(logits - _finite(m_j)[None, :]), 0)
     at = rows.to(tl.int64) * column_tile + row
-    tl.store(row_max + at, of_rows, mask=row < rows)
-    tl.store(row_sum + at, sum_of_rows, mask=row < rows)
+    tl.store(row_max + at, m_i, mask=row < rows)
+    tl.store(row_sum + at, l_i, mask=row < rows)
     at = columns.to(tl.int64) * row_tile + column
-    tl.store(col_max + at, of_columns, mask=column < columns)
-    tl.store(col_sum + at, sum_of_columns, mask=column < columns)
+    tl.store(col_max + at, m_j, mask=column < columns)
+    tl.store(col_sum + at, l_j, mask=column < columns)
 
 
-@triton.jit(do_not_specialize=["maxima", "sums", "highest", "total", "parts", "count"])
+@triton.jit(do_not_specialize=["m_parts", "l_parts", "m_out", "l_out", "parts", "count"])
 def merge_kernel(
-    maxima, sums, highest, total, parts: tl.int32, count: tl.int32, FINAL: tl.constexpr, BLOCK: tl.constexpr
+    m_parts,
+    l_parts,
+    m_out,
+    l_out,
+    parts: tl.int32,
+    count: tl.int32,
+    FINAL: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Adds up sums of exp, each relative to its largest logit; the final ones become log-sum-exps."""
+    """Adds up sums of exp, each relative to its maximum, PARTS at a time; the final ones become log-sum-exps."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    both = tl.zeros([BLOCK], tl.float32)
-    for part in range(parts):
-        place = count.to(tl.int64) * part + at
-        new = tl.load(maxima + place, mask=inside, other=0.0)
-        larger = tl.maximum(top, new)
-        shift = _finite(larger)
-        both = both * tl.exp(top - shift) + tl.load(sums + place, mask=inside, other=1.0) * tl.exp(new - shift)
-        top = larger
+    m_i = tl.full([BLOCK], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, parts, PARTS):
+        part = (first + tl.arange(0, PARTS))[:, None]
+        place, inside = part * count.to(tl.int64) + at[None, :], (part < parts) & (at < count)[None, :]
+        m_part = tl.load(m_parts + place, mask=inside, other=float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(m_part, 0))
+        shift = _finite(m_new)
+        p = tl.load(l_parts + place, mask=inside, other=0.0) * tl.exp(m_part - shift[None, :])
+        l_i = l_i * tl.exp(m_i - shift) + tl.sum(p, 0)
+        m_i = m_new
     if FINAL:
         # The maxima pass over NaN; the sums show it.
-        tl.store(highest + at, tl.where(both == both, top, both), mask=inside)
-        tl.store(total + at, tl.log(both) + _finite(top), mask=inside)
-    else:
-        tl.store(highest + at, top, mask=inside)
-        tl.store(total + at, both, mask=inside)
+        m_i, l_i = tl.where(l_i == l_i, m_i, l_i), tl.log(l_i) + _finite(m_i)
+    tl.store(m_out + at, m_i, mask=at < count)
+    tl.store(l_out + at, l_i, mask=at < count)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "drow_lse", "dcol_lse", "dpositive", "row_lse", "col_lse"])
@@ -209,20 +216,20 @@ def gradient_kernel(
         logits *= tl.load(scale).to(tl.float32)
     else:
         logits = tl.load(kept + image_row[:, None].to(tl.int64) * columns + text_row[None, :])
-    of_rows, of_columns = tl.load(row_lse + image_row), tl.load(col_lse + text_row)
+    lse_i, lse_j = tl.load(row_lse + image_row), tl.load(col_lse + text_row)
     drow, dcol = tl.load(drow_lse + image_row), tl.load(dcol_lse + text_row)
-    top = tl.maximum(tl.max(of_rows, 0), tl.max(of_columns, 0))
-    lowest = tl.minimum(tl.min(of_rows, 0), tl.min(of_columns, 0))
-    if _has_pairs(row_tile, column_tile, offset, BLOCK_M, BLOCK_N) | (top - lowest > SPREAD):
+    shift = tl.maximum(tl.max(lse_i, 0), tl.max(lse_j, 0))
+    spread = shift - tl.minimum(tl.min(lse_i, 0), tl.min(lse_j, 0))
+    if _has_pairs(row_tile, column_tile, offset, BLOCK_M, BLOCK_N) | (spread > SPREAD):
         # Where a pair's probability is almost 1 its gradient is the small rest beside dpositive, so that it needs
         # exponentials without the error of a common shift.
-        gradient = drow[:, None] * tl.exp(logits - of_rows[:, None])
-        gradient += dcol[None, :] * tl.exp(logits - of_columns[None, :])
+        gradient = drow[:, None] * tl.exp(logits - lse_i[:, None])
+        gradient += dcol[None, :] * tl.exp(logits - lse_j[None, :])
         is_pair = column[None, :] == (row + offset)[:, None]
         gradient += tl.where(is_pair, tl.load(dpositive + image_row)[:, None], 0.0)
     else:
-        weights = (drow * tl.exp(top - of_rows))[:, None] + (dcol * tl.exp(top - of_columns))[None, :]
-        gradient = tl.exp(logits - top) * weights
+        weights = (drow * tl.exp(shift - lse_i))[:, None] + (dcol * tl.exp(shift - lse_j))[None, :]
+        gradient = tl.exp(logits - shift) * weights
     at = dlogits + row[:, None].to(tl.int64) * columns + column[None, :]
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(at, gradient.to(dlogits.dtype.element_ty), mask=inside)
@@ -337,10 +344,11 @@ def _rows(matrix: Tensor | None, chunk: slice) -> Tensor | None:
     return None if matrix is None else matrix[chunk]
 
 
-def _merge(parts: Tensor, highest: Tensor, total: Tensor, *, final: bool) -> None:
-    grid = (triton.cdiv(total.numel(), 256),)
-    launch = {"BLOCK": 256, "num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 changes the default
-    merge_kernel[grid](*parts, highest, total, *parts.shape[1:], FINAL=final, **launch)
+def _merge(parts: Tensor, maximum: Tensor, result: Tensor, *, final: bool) -> None:
+    """`parts`: `[2, parts, n]`, maxima and sums; `result` is the log-sum-exps if that is final, else the sums."""
+    launch = {"PARTS": 16, "BLOCK": 64, "num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 changes the default
+    grid = (triton.cdiv(result.numel(), 64),)
+    merge_kernel[grid](*parts, maximum, result, *parts.shape[1:], FINAL=final, **launch)
 
 
 def _unit_of(*gradients: Tensor) -> Tensor:
@@ -420,7 +428,7 @@ def siglip_value(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: T
             HAS_GRADIENT=False,
             **launch,
         )
-    return _total(losses)
+    return _sum(losses)
 
 
 def siglip_forward(
@@ -447,13 +455,13 @@ def siglip_forward(
             )
             gradients.add(chunk, dlogits)
     losses, dbias = torch.cat(sums, 1)
-    return _total(losses), *gradients.result(), _total(dbias)
+    return _sum(losses), *gradients.result(), _sum(dbias)
 
 
 siglip_backward = reference.siglip_backward
 
 
-def _total(parts: Tensor) -> Tensor:
+def _sum(parts: Tensor) -> Tensor:
     return parts.sum(dtype=torch.float64).float()
 
 
@@ -525,7 +533,7 @@ def _padded(features: Tensor, launch: dict[str, Any]) -> Tensor:
 
 
 def _steps(padded: Tensor, launch: dict[str, Any]) -> int:
-    """In how many blocks the kernels walk over the depth."""
+    """How many blocks of the depth the kernels' loops have."""
     return padded.shape[1] // int(launch["BLOCK_K"])
 
 
@@ -538,7 +546,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Any:
+def _add_product(acc: Tensor, a: Tensor, b: Tensor) -> Any:
     if a.is_cuda:
-        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    return total.addmm_(a.float(), b.float())
+        return torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
+    return acc.addmm_(a.float(), b.float())

@@ -62,8 +62,8 @@ class Attention:
         if kind == "dkdv":  # whose programs have keys
             chosen |= {"BLOCK_M": step, "BLOCK_N": block}
         prefix = self._prefix(block, step)
-        walked = self.tokens - (self.num_prefix if prefix else 0)
-        tiles = triton.cdiv(walked, block) + (prefix > 0)
+        length = self.tokens - (self.num_prefix if prefix else 0)
+        tiles = triton.cdiv(length, block) + (prefix > 0)
         vector, strides = in_vectors(
             [s for x in (self.q, self.k, self.v) for s in (0 if packed else x.stride(0), *x.stride()[-3:-1])],
             self.q.element_size(),
@@ -73,7 +73,7 @@ class Attention:
             D=head_dim,
             PAIRS=None if self.cos is None else "interleaved" if self.interleaved else "halves",
             CAUSAL=self.causal,
-            EVEN=not self.causal and not packed and walked % step == 0,
+            EVEN=not self.causal and not packed and length % step == 0,
             PREFIX=prefix,
             VECTOR=vector,
             PRECISION=float32_products(self.q),

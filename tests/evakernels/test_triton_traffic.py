@@ -161,6 +161,17 @@ def test_optimizers_move_each_buffer_once_and_in_whole_words(reports, op, dtype)
         assert own.bytes / own.requests in (256, 512), name  # of 32 lanes, four elements each
 
 
+def test_more_tiles_than_are_merged_at_once_give_the_log_sum_exps(reports):
+    from evakernels.triton import contrastive
+
+    generator = torch.Generator().manual_seed(0)
+    maxima, sums = 10 * torch.randn(37, 70, generator=generator), torch.rand(37, 70, generator=generator) + 0.5
+    maximum, lse = torch.empty(2, 70)
+    contrastive._merge(torch.stack([maxima, sums]), maximum, lse, final=True)
+    assert torch.equal(maximum, maxima.amax(0))
+    torch.testing.assert_close(lse.double(), (maxima.double() + sums.double().log()).logsumexp(0), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("wrong", [-1, 4])
 def test_an_index_out_of_range_reads_nothing_and_gives_nan(reports, wrong):
     patches, token_index = torch.ones(2, 4, 8), torch.tensor([[0, 3], [1, wrong]])

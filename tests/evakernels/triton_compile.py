@@ -32,6 +32,9 @@ THOROUGH = 90
 HEAD_DIMS = (80, 88, 112, 128)
 """Of models, beside the 64 and 96 of the entries: for the thorough one each is compiled with the nearest entry."""
 
+PRECISIONS = ("highest", "high")
+"""Of float32 products, as torch calls them: that of sums of float32 products, and that of tensor cores."""
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -41,6 +44,7 @@ class Usage:
     op: str
     shape: dict[str, int]
     dtype: str
+    precision: str
     kernel: str
     registers: int
     stack: int
@@ -89,11 +93,13 @@ def usages(capability: int) -> Iterator[Usage]:
     measured = {}
     for op, entries in tuning.table("", capability).items():
         for shape, dtype, arguments in calls_of(op, entries, thorough=capability == THOROUGH):
-            for kernel in compiled(op, arguments):
-                if kernel.hash not in measured:
-                    measured[kernel.hash] = registers_and_stack(kernel.asm["cubin"])
-                name, shared = kernel.metadata.name, kernel.metadata.shared
-                yield Usage(capability, op, shape, str(dtype), name, *measured[kernel.hash], shared)
+            for precision in PRECISIONS if dtype == torch.float32 else PRECISIONS[:1]:
+                torch.set_float32_matmul_precision(precision)
+                for kernel in compiled(op, arguments):
+                    if kernel.hash not in measured:
+                        measured[kernel.hash] = registers_and_stack(kernel.asm["cubin"])
+                    name, shared = kernel.metadata.name, kernel.metadata.shared
+                    yield Usage(capability, op, shape, str(dtype), precision, name, *measured[kernel.hash], shared)
 
 
 def calls_of(op: str, entries: list[Any], *, thorough: bool) -> Iterator[tuple[dict[str, int], torch.dtype, Any]]:
