@@ -65,6 +65,9 @@ TRITON_SHAPES = {
     "clip_loss": _PAIRS,
     NOT_KEPT: _PAIRS,
     "siglip_loss": _PAIRS,
+    "lamb_step": OPTIMIZED,
+    "adamw_step": OPTIMIZED,
+    "gradient_norm": OPTIMIZED,
 }
 """The same of those with Triton kernels: attention of 257 tokens in heads of 64 channels, and of 65 in those of 88."""
 AUDITED = {"cuda": SHAPES, "triton": TRITON_SHAPES}

@@ -252,6 +252,6 @@ def lamb_step(
     seeds: list[int],
     first_elements: list[int],
 ) -> None:
-    state, options = (exp_avgs, exp_avg_sqs, steps), (beta1, beta2, eps, nvlamb)
-    norms = lamb_update(params, grads, *state, weight_decays, *options, grad_scale, found_inf)
-    lamb_apply(params, *state, norms, lrs, weight_decays, *options, found_inf, seeds, first_elements)
+    state, options = (exp_avgs, exp_avg_sqs, steps), (beta1, beta2, eps)
+    norms = lamb_update(params, grads, *state, weight_decays, *options, nvlamb, grad_scale, found_inf)
+    lamb_apply(params, *state, norms, lrs, weight_decays, *options, nvlamb, found_inf, seeds, first_elements)
