@@ -152,10 +152,12 @@ void rope_attention_backward(const Nine& given, const Options& options, uintptr_
       .shape = shape,
   };
   if (is_packed(q)) {
-    return launch<cpu::packed_attention_backward, cuda::rope_attention_backward>("rope_attention_backward",
-                                                                                 arrays, options.isa, params);
+    return launch<cpu::packed_attention_backward, cuda::rope_attention_backward,
+                  cuda::rope_attention_backward_workspace>("rope_attention_backward", arrays, options.isa,
+                                                           params);
   }
-  launch_only_on_gpu<cuda::rope_attention_backward>("rope_attention_backward", arrays, params);
+  launch_only_on_gpu<cuda::rope_attention_backward, cuda::rope_attention_backward_workspace>(
+      "rope_attention_backward", arrays, params);
 }
 
 }  // namespace

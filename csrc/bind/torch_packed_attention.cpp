@@ -81,8 +81,8 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(const Tensor& dout_
       .tables = {},
       .shape = shape_of(q, offsets, max_length, causal, scale),
   };
-  launch<cpu::packed_attention_backward, cuda::rope_attention_backward>("packed_attention_backward", q,
-                                                                        params);
+  launch<cpu::packed_attention_backward, cuda::rope_attention_backward,
+         cuda::rope_attention_backward_workspace>("packed_attention_backward", q, params);
   return {dq, dk, dv};
 }
 

@@ -112,7 +112,8 @@ std::tuple<Tensor, Tensor, Tensor> rope_attention_backward(
       .tables = tables.tables(),
       .shape = shape_of(q, num_prefix, causal, scale),
   };
-  launch_on_gpu<cuda::rope_attention_backward>("rope_attention_backward", q, params);
+  launch_on_gpu<cuda::rope_attention_backward, cuda::rope_attention_backward_workspace>(
+      "rope_attention_backward", q, params);
   return {dq, dk, dv};
 }
 

@@ -25,7 +25,11 @@ inline Error unserved(const AttentionShape& shape) {
 
 EVAKERNELS_API Error rope_attention_forward(const RopeAttentionForward& params, Stream stream);
 
-// The result depends on the shape and the GPU alone.
-EVAKERNELS_API Error rope_attention_backward(const RopeAttentionBackward& params, Stream stream);
+// workspace: as many floats on the device as the function of its name says, for gradients of queries whose
+// keys a block takes in several rounds; null for none. The result depends on the shape and the GPU alone.
+EVAKERNELS_API Error rope_attention_backward(const RopeAttentionBackward& params, float* workspace,
+                                             Stream stream);
+
+EVAKERNELS_API int64_t rope_attention_backward_workspace(const RopeAttentionBackward& params);
 
 }  // namespace evakernels::cuda
