@@ -1,5 +1,5 @@
 // Attention with the rotary embedding inside, and that of packed batches, on a GPU with tensor cores (compute
-// capability 8.0 and later). See residual_norm.h on streams.
+// capability 8.0 and later). See residual_norm.h on streams and scratch.
 //
 // float16 and bfloat16, head_dim up to kMaxHeadDim, up to kMaxTokens tokens a sequence. A token_index or
 // offsets that are out of range end the launch with an error, as torch's own gather does.
@@ -25,7 +25,9 @@ inline Error unserved(const AttentionShape& shape) {
 
 EVAKERNELS_API Error rope_attention_forward(const RopeAttentionForward& params, Stream stream);
 
-// The result depends on the shape and the GPU alone.
-EVAKERNELS_API Error rope_attention_backward(const RopeAttentionBackward& params, Stream stream);
+// Scratch is for gradients of queries whose keys a block takes in several rounds. The result depends on the
+// shape and the GPU alone.
+EVAKERNELS_API Error rope_attention_backward(const RopeAttentionBackward& params, Scratch& scratch,
+                                             Stream stream);
 
 }  // namespace evakernels::cuda

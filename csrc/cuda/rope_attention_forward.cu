@@ -1,197 +1,239 @@
-// softmax(scale * rotate(q) rotate(k)^T) v of one head after another, see rope_attention.cuh.
+// softmax(scale * rotate(q) rotate(k)^T) v. A block has a head, or a part of its queries; each of its warps
+// has 16 or 32 queries at a time in registers and meets the tiles of keys and values, which lie in shared
+// memory for all warps.
 //
-// Bytes: q, k, v and out once each, 4 B N H D s; k and v of a head that doesn't fit into shared memory once
-// more for each block that shares it. The tables (4 N D bytes a head, twice) come from the L2 cache.
+// Where they fit, the keys and values of a head stay there, and each warp takes queries until none are left.
+// Else they come in stages, the next one while the warps multiply, and a head has as many blocks as its
+// queries need, which run at the same time and find in the cache what the others have read. Heads that are
+// too few to fill the GPU have several blocks, too.
+//
+// Bytes: q, k, v and out once each, 4 B N H D s; k and v of a head with several blocks once more for each of
+// them. The tables (4 N D bytes a head, twice) come from the L2 cache.
 //
 // Memory plan. Of S slots and W warps a block has, in shared memory, rows of 2 (D + 8) bytes: 2 S for k and
-// v, and 16 W for the warps' own, which hold q on the way in and out on the way back. For H100 (227 KB a
-// block, 228 KB a multiprocessor; blocks: of a multiprocessor):
+// v, or 4 of a stage's; and 16 or 32 W for the warps' own, which hold q on the way in and out on the way
+// back. For H100 (227 KB a block, 228 KB a multiprocessor; resident: blocks of a multiprocessor at a time),
+// with a token of prefix:
 //
-//    D     N     S   W    KB a block      blocks          D     N     S   W    KB a block      blocks
-//   64    77    80   5    34              2              88   257   272   6   130              1
-//   64   129   144   5    52              2             112   257   272   6   150              1
-//   64   197   224   5    74              2             128   129   144   3    89              2
-//   64   257   272   6    90              2             128   257   272   6   170              1
-//   64   577   592  10   189              1             128   577   592   4   102 of 4 stages  2
-//   64  1025  1040   6   112 of 3 stages  2             128  1025  1040   4   110 of 6 stages  2
-//
-// Registers: see kMaxWarps, and budget.json.
+//    D     N   W    KB a block   blocks   resident        D     N   W    KB a block   blocks   resident
+//   64    77   3    40           1        2             112   197   7   131           1        1
+//   64   197   4    81           1        2             112   257   6   150           1        1
+//   64   257   3    90           1        2             112   577   8   150 staged    5        1
+//   64   577   7   198           1        1             112  1025   8   150 staged    9        1
+//   64  1025   7   104 staged    5        1             128   257   6   170           1        1
+//   96   257   9   140           1        1             128   577   8   170 staged    5        1
 #include <cfloat>
 
-#include "cuda/rope_attention.cuh"
+#include "cuda/attention_plan.h"
+#include "cuda/attention_tiles.cuh"
+#include "cuda/online_softmax.cuh"
 
 namespace evakernels::cuda {
 namespace {
 
-constexpr int kKeyTiles = 4;  // whose scores a warp has at a time
-
-// The softmax of rows whose scores come tile by tile, and its product with the values (Milakov and Gimelshein
-// 2018; Dao et al. 2022). A lane has two of the 16 rows, at lane / 4 and 8 below, which four lanes share.
-template <class T, int D>
-struct OnlineSoftmax {
-  Sums out[D / kTile] = {};
-  float highest[2] = {-INFINITY, -INFINITY};  // of the scores times `factor`
-  float total[2] = {};                        // the lane's part
-
-  // Of element i of a tile.
-  static __device__ __forceinline__ int row_of(int i) { return i / 2 % 2; }
-
-  // The scores of KT tiles times `factor` become weights, and what was summed before is made to fit them.
-  template <int KT>
-  __device__ __forceinline__ void weigh(Sums (&scores)[KT], float factor) {
-    float shift[2], correction[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      float most = -INFINITY;
-#pragma unroll
-      for (int t = 0; t < KT; ++t) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          if (row_of(i) == row) most = fmaxf(most, scores[t].values[i]);
-        }
-      }
-      most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 2));
-      shift[row] = fmaxf(highest[row], most * factor);
-      correction[row] = exp2_approximated(highest[row] - shift[row]);
-      highest[row] = shift[row];
-      total[row] *= correction[row];
-    }
-#pragma unroll
-    for (int t = 0; t < KT; ++t) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        float& score = scores[t].values[i];
-        score = exp2_approximated(score * factor - shift[row_of(i)]);
-        total[row_of(i)] += score;
-      }
-    }
-#pragma unroll
-    for (Sums& sums : out) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sums.values[i] *= correction[row_of(i)];
-    }
-  }
-
-  __device__ __forceinline__ void finish(float (&lse)[2]) {
-    float inverse[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      total[row] += __shfl_xor_sync(kWholeWarp, total[row], 1);
-      total[row] += __shfl_xor_sync(kWholeWarp, total[row], 2);
-      lse[row] = highest[row] * kLn2 + logf(total[row]);
-      inverse[row] = 1.0f / total[row];
-    }
-#pragma unroll
-    for (Sums& sums : out) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sums.values[i] *= inverse[row_of(i)];
-    }
-  }
-};
-
-template <class T, int D>
-using OwnQueries = OwnTiles<T, D, true>;
+// Of 16 queries that a warp has at a time: with two, what it loads of keys and values feeds four products in
+// place of two. Wider heads leave no registers for it.
+template <int D>
+constexpr int kQueryTiles = D <= 64 ? 2 : 1;
+// What registers allow: 12 warps of a multiprocessor with 168 a thread, or 8 with 255. They are one block's,
+// or half of them if two fit into shared memory: one computes while the other loads.
+template <int D>
+constexpr int kMaxWarps = D == 96 || D == 112 ? 12 : 8;
+// Whose scores a warp has at a time.
+template <int D>
+constexpr int kKeyTiles = D <= 112 ? 2 : 4;
+// More would only take shared memory.
+constexpr int kMaxStageTiles = 8;
 
 // Adds KT tiles of keys, from `key_tile` on, to the softmax of a warp's queries.
-template <int KT, class T, int D>
-__device__ __forceinline__ void attend_to(OnlineSoftmax<T, D>& softmax, const OwnQueries<T, D>& queries,
-                                          const T* keys, const T* values, const Stages<T, D, 1>& stages,
-                                          int query_tile, int key_tile, float factor) {
-  const Head<T, D>& head = stages.head;
-  constexpr int kRow = Head<T, D>::kRow, kSteps = Head<T, D>::kSteps;
-  Sums scores[KT] = {};
+template <int KT, class T, int D, int MT>
+__device__ __forceinline__ void attend(OnlineSoftmax<D> (&softmax)[MT], const Fragment (&q)[MT][D / kTile],
+                                       const T* k, const T* v, const Head<T, D>& head, int query_tile,
+                                       int key_tile, float factor) {
+  Accumulator scores[MT][KT] = {};
 #pragma unroll
-  for (int k = 0; k < kSteps; ++k) {
+  for (int d = 0; d < D / kTile; ++d) {
 #pragma unroll
     for (int t = 0; t < KT; ++t) {
-      multiply_add<T>(scores[t], queries.turned(k), load_tile(keys + t * kTile * kRow + k * kTile, kRow));
+      const Fragment keys = load_tile(k + t * kTileElements<D> + d * kTile, kRow<D>);
+#pragma unroll
+      for (int m = 0; m < MT; ++m) multiply_add<T>(scores[m][t], q[m][d], keys);
     }
   }
 #pragma unroll
-  for (int t = 0; t < KT; ++t) {
-    if (!is_masked(head.slots(), head.shape.causal, query_tile, key_tile + t)) continue;
-    const int lane = threadIdx.x % kWarpSize;
+  for (int m = 0; m < MT; ++m) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int query = query_tile * kTile + row_in_tile(lane, i);
-      const int key = (key_tile + t) * kTile + column_in_tile(lane, i);
-      if (!counts(head.slots(), head.shape.causal, query, key)) scores[t].values[i] = -INFINITY;
+    for (int t = 0; t < KT; ++t) {
+      if (!head.is_masked(query_tile + m, key_tile + t)) continue;
+      const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int query = (query_tile + m) * kTile + row_in_tile(lane, i);
+        const int key = (key_tile + t) * kTile + column_in_tile(lane, i);
+        if (!head.counts(query, key)) scores[m][t].values[i] = -INFINITY;
+      }
     }
+    softmax[m].update(scores[m], factor);
   }
-  softmax.weigh(scores, factor);
 #pragma unroll
   for (int t = 0; t < KT; ++t) {
-    const Operand weights = as_left<T>(scores[t]);
+    Fragment weights[MT];
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      multiply_add<T>(softmax.out[k], weights, load_right_tile(values + t * kTile * kRow + k * kTile, kRow));
+    for (int m = 0; m < MT; ++m) weights[m] = as_fragment<T>(scores[m][t]);
+#pragma unroll
+    for (int d = 0; d < D / kTile; ++d) {
+      const Fragment values = load_tile_transposed(v + t * kTileElements<D> + d * kTile, kRow<D>);
+#pragma unroll
+      for (int m = 0; m < MT; ++m) multiply_add<T>(softmax[m].acc[d], weights[m], values);
     }
   }
 }
 
-// The results of a warp's 16 slots, by way of its own rows in shared memory.
+// The results of 16 queries, by way of the warp's own rows in shared memory.
 template <class T, int D>
-__device__ __forceinline__ void store_results(OnlineSoftmax<T, D>& softmax, const Head<T, D>& head, T* own,
-                                              void* out, float* lse, int tile) {
-  const Team warp = Team::warp();
+__device__ __forceinline__ void store_results(OnlineSoftmax<D>& softmax, const Head<T, D>& head, T* rows,
+                                              const RopeAttentionForward& params, int tile) {
+  const Threads warp = Threads::of_warp();
   float row_lse[2];
   softmax.finish(row_lse);
+  float* const lse = params.lse + head.first_number();
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const int token = head.slots().token(tile * kTile + warp.thread / 4 + row * 8);
-    if (warp.thread % 4 == 0 && token >= 0) lse[token] = row_lse[row];
+    const int token = head.slots().token(tile * kTile + warp.rank / 4 + row * 8);
+    if (warp.rank % 4 == 0 && token >= 0) lse[token] = row_lse[row];
   }
-  __syncwarp();  // as in rope_attention_backward.cu
 #pragma unroll
-  for (int k = 0; k < D / kTile; ++k) {
-    put_sums(softmax.out[k], 1.0f, own + k * kTile, Head<T, D>::kSumsRow);
+  for (int d = 0; d < D / kTile; ++d) store_tile(softmax.acc[d], 1.0f, rows + d * kTile, kRow<D>);
+  __syncwarp();
+  head.store(params.out, warp, tile * kTile, kTile,
+             [&](int, int row, int i, auto& values) { load_floats(rows + row * kRow<D> + i, values); });
+}
+
+// A warp's queries, rotated, from its rows in shared memory, which they are on their way to.
+template <class T, int D, int MT>
+__device__ __forceinline__ void load_queries(Fragment (&q)[MT][D / kTile], T* rows, const Head<T, D>& head,
+                                             int tile) {
+  wait_for_copies();
+  __syncwarp();
+  head.rotate(rows, Threads::of_warp(), tile * kTile, MT * kTile);
+  __syncwarp();
+  // The softmax looks for the largest score first: with a negative scale that would be the smallest.
+  const uint32_t sign = head.shape.scale < 0.0f ? 0x80008000u : 0u;
+#pragma unroll
+  for (int m = 0; m < MT; ++m) {
+#pragma unroll
+    for (int d = 0; d < D / kTile; ++d) {
+      q[m][d] = load_tile(rows + m * kTileElements<D> + d * kTile, kRow<D>);
+#pragma unroll
+      for (uint32_t& word : q[m][d].words) word ^= sign;
+    }
   }
-  __syncwarp();
-  head.store(own, out, warp, tile * kTile, kTile);
-  __syncwarp();
+  __syncwarp();  // Before results take the rows: PTX takes what ldmatrix reads for weak reads.
 }
 
 template <class T, int D>
 __global__ void __launch_bounds__(kMaxWarps<D>* kWarpSize)
     rope_attention_forward_kernel(const __grid_constant__ RopeAttentionForward params,
                                   const __grid_constant__ AttentionPlan plan) {
+  constexpr int MT = kQueryTiles<D>, KT = kKeyTiles<D>;
   const AttentionShape& shape = params.shape;
   const Head<T, D> head(shape, params.tables, plan);
-  const Stages<T, D, 1> stages(head);
-  // The softmax looks for the highest score first: with a negative factor that would be the lowest.
+  const Threads block = Threads::of_block();
   const float factor = fmaxf(fabsf(shape.scale) * kLog2E, FLT_MIN);
+  const bool resident = plan.stage_tiles == plan.tiles;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int stage_elements = plan.stage_tiles * kTileElements<D>;
+  T* const stages = dynamic_shared_memory<T>();
+  T* const own = stages + (resident ? 2 : 4) * stage_elements + warp * MT * kTileElements<D>;
+  const auto keys_of = [&](int stage) {
+    return stages + (stage / plan.stage_tiles & 1) * 2 * stage_elements;
+  };
+  const auto copy_stage = [&](int stage) {
+    const int first = stage * kTile, count = min(plan.stage_tiles, head.tiles() - stage) * kTile;
+    head.copy(keys_of(stage), params.k, block, first, count);
+    head.copy(keys_of(stage) + stage_elements, params.v, block, first, count);
+  };
 
-  const int begin = static_cast<int>(blockIdx.x % static_cast<unsigned>(plan.parts)) * plan.part_tiles;
-  const int end = min(begin + plan.part_tiles, head.tiles());
-  for (int round = begin; round < end; round += plan.warps) {
-    const int tile = round + static_cast<int>(threadIdx.x) / kWarpSize;
-    const bool owns = tile < end;
-    const bool loaded = round > begin && plan.stage_tiles == plan.tiles;
-    const int last = head.shape.causal ? min(round + plan.warps, end) : head.tiles();
-    const Vectors keys = {params.k, params.v}, queries = {params.q, params.q};
-    OwnQueries<T, D> own(stages.own);
-    OnlineSoftmax<T, D> softmax;
-    stages.walk_over(keys, queries, owns ? tile : -1, 0, last, loaded,
-                     [&](bool is_first, int stage, int from, int to) {
-                       if (!owns) return;
-                       if (is_first) own.hold();
-                       if (is_first && shape.scale < 0.0f) own.negate();
-                       if (head.shape.causal) to = min(to, tile + 1);
-                       const auto attend = [&](auto KT, int at) {
-                         const int offset = (at - stage) * stages.kTileElements;
-                         attend_to<decltype(KT)::value>(softmax, own, stages.turned + offset,
-                                                        stages.plain + offset, stages, tile, at, factor);
-                       };
+  const int begin = static_cast<int>(blockIdx.x % static_cast<unsigned>(plan.blocks)) * plan.block_tiles;
+  const int end = min(begin + plan.block_tiles, head.tiles());
+  if (begin >= end) return;
+  copy_stage(0);
+  for (int round = begin; round < end; round += plan.warps * MT) {
+    const int tile = round + warp * MT;
+    const bool has_queries = tile < end;
+    const int key_tiles = shape.causal ? min(round + plan.warps * MT, head.tiles()) : head.tiles();
+    Fragment q[MT][D / kTile];
+    OnlineSoftmax<D> softmax[MT];
+    if (has_queries) head.copy(own, params.q, Threads::of_warp(), tile * kTile, MT * kTile);
+    for (int stage = 0; stage < key_tiles; stage += plan.stage_tiles) {
+      T* const k = keys_of(stage);
+      if (round == begin) {
+        wait_for_copies();
+        __syncthreads();  // The stage has arrived, and nobody reads the one before it.
+        head.rotate(k, block, stage * kTile, min(plan.stage_tiles, head.tiles() - stage) * kTile);
+        __syncthreads();
+      }
+      if (has_queries && stage == 0) load_queries(q, own, head, tile);
+      if (stage + plan.stage_tiles < key_tiles) copy_stage(stage + plan.stage_tiles);
+      if (!has_queries) continue;
+      int key = stage;
+      const int stop = min(shape.causal ? min(key_tiles, tile + MT) : key_tiles, stage + plan.stage_tiles);
+      const T* keys = k;
 #pragma unroll 1
-                       for (; from + kKeyTiles <= to; from += kKeyTiles) attend(Constant<kKeyTiles>{}, from);
+      for (; key + KT <= stop; key += KT, keys += KT * kTileElements<D>) {
+        attend<KT>(softmax, q, keys, keys + stage_elements, head, tile, key, factor);
+      }
 #pragma unroll 1
-                       for (; from < to; ++from) attend(Constant<1>{}, from);
-                     });
-    if (!owns) continue;
-    float* const lse = params.lse + head.number.first_row(shape);
-    store_results(softmax, head, stages.own, params.out, lse, tile);
+      for (; key < stop; ++key, keys += kTileElements<D>) {
+        attend<1>(softmax, q, keys, keys + stage_elements, head, tile, key, factor);
+      }
+    }
+    if (!has_queries) continue;
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      store_results(softmax[m], head, own + m * kTileElements<D>, params, tile + m);
+    }
+    __syncwarp();
   }
+}
+
+// Of shared memory, in bytes.
+template <int D>
+struct ForwardMemory {
+  static constexpr size_t kTileBytes = kTileElements<D> * sizeof(BFloat16);
+
+  static size_t of_block(const AttentionPlan& plan) {
+    const int buffers = plan.stage_tiles == plan.tiles ? 1 : 2;
+    return kTileBytes * (2 * buffers * plan.stage_tiles + plan.warps * kQueryTiles<D>);
+  }
+};
+
+template <int D, class Kernel>
+Error plan_forward(Kernel* kernel, const AttentionShape& shape, AttentionPlan& plan) {
+  constexpr int MT = kQueryTiles<D>, kMost = kMaxWarps<D>;
+  using Memory = ForwardMemory<D>;
+  const size_t limit = max_shared_memory(), half = (limit - 1024) / 2;  // CUDA takes 1 KB a block for itself
+  plan.tiles = plan.stage_tiles = plan.block_tiles = tiles_of(shape);
+  const int units = ceil_div(plan.tiles, MT);
+  for (const bool two : {true, false}) {
+    const int most_warps = two ? kMost / 2 : kMost;
+    plan.warps = warps_for(units, most_warps);
+    if (Memory::of_block(plan) > (two ? half : limit)) continue;
+    const int64_t resident = resident_blocks(kernel, plan.warps * kWarpSize, Memory::of_block(plan));
+    const int most = ceil_div(plan.tiles, 4);
+    const int blocks = std::clamp<int>(static_cast<int>(resident / (shape.batch * shape.heads)), 1, most);
+    plan.block_tiles = ceil_div(units, blocks) * MT;
+    plan.warps = std::min(plan.warps, warps_for(plan.block_tiles / MT, most_warps));
+    plan.blocks = ceil_div(plan.tiles, plan.block_tiles);
+    return nullptr;
+  }
+  plan.warps = warps_for(units, kMost);
+  plan.block_tiles = plan.warps * MT;
+  plan.blocks = ceil_div(plan.tiles, plan.block_tiles);
+  plan.stage_tiles = 0;
+  const size_t stage = limit - std::min(limit, Memory::of_block(plan));
+  plan.stage_tiles = std::min(kMaxStageTiles, static_cast<int>(stage / (4 * Memory::kTileBytes)));
+  return plan.stage_tiles > 0 ? nullptr : "too little shared memory for the keys of attention";
 }
 
 }  // namespace
@@ -199,12 +241,16 @@ __global__ void __launch_bounds__(kMaxWarps<D>* kWarpSize)
 Error rope_attention_forward(const RopeAttentionForward& params, Stream stream) {
   const AttentionShape& shape = params.shape;
   if (const Error reason = unserved(shape)) return reason;
-  if (shape.batch * shape.heads * shape.tokens * shape.head_dim == 0) return nullptr;
+  if (is_empty(shape)) return nullptr;
   return with_attention_types(shape, [&](auto element, auto D) {
     using T = decltype(element);
-    const auto memory = AttentionMemory::of_stages<T, D(), 1>(0);
-    const bool wide = is_wide(shape, params.tables, {params.q, params.k, params.v}, {params.out});
-    return launch_attention<D()>(rope_attention_forward_kernel<T, D()>, params, memory, wide, stream);
+    AttentionPlan plan;
+    void (*const kernel)(RopeAttentionForward, AttentionPlan) = rope_attention_forward_kernel<T, D()>;
+    if (const Error error = plan_forward<D()>(kernel, shape, plan)) return error;
+    plan.wide = is_wide(shape, params.tables, {params.q, params.k, params.v}, {params.out});
+    const dim3 grid = {static_cast<unsigned>(shape.batch * shape.heads * plan.blocks), 1, 1};
+    const dim3 block = {static_cast<unsigned>(plan.warps * kWarpSize), 1, 1};
+    return launch_with_memory(kernel, grid, block, ForwardMemory<D()>::of_block(plan), stream, params, plan);
   });
 }
 

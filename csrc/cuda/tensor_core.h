@@ -11,12 +11,12 @@ constexpr int kTile = 16;
 
 // 16 x 16 elements. A lane has two neighbours of each quarter; the quarters are, in this order, (top, left),
 // (bottom, left), (top, right), (bottom, right).
-struct Operand {
+struct Fragment {
   uint32_t words[4];
 };
 
 // 16 x 16 sums. A lane has elements i at row_in_tile(lane, i) and column_in_tile(lane, i).
-struct Sums {
+struct Accumulator {
   float values[8];
 };
 
@@ -65,37 +65,37 @@ __device__ __forceinline__ void multiply_tiles(float (&sums)[8], const uint32_t 
 // The row of a tile in shared memory whose address is this lane's to bring. `stride`: elements from row to
 // row.
 template <class T>
-__device__ __forceinline__ const T* own_row(const T* corner, int stride) {
+__device__ __forceinline__ const T* lane_row(const T* corner, int stride) {
   const int lane = threadIdx.x % kWarpSize;
   return corner + lane % kTile * stride + lane / kTile * 8;
 }
 
 // A tile M; as the right factor it stands for its transpose.
 template <class T>
-__device__ __forceinline__ Operand load_tile(const T* corner, int stride) {
-  Operand tile;
-  load_matrices(tile.words, own_row(corner, stride));
+__device__ __forceinline__ Fragment load_tile(const T* corner, int stride) {
+  Fragment tile;
+  load_matrices(tile.words, lane_row(corner, stride));
   return tile;
 }
 
 // A tile M; as the right factor it stands for itself.
 template <class T>
-__device__ __forceinline__ Operand load_right_tile(const T* corner, int stride) {
+__device__ __forceinline__ Fragment load_tile_transposed(const T* corner, int stride) {
   uint32_t words[4];
-  load_matrices_transposed(words, own_row(corner, stride));
+  load_matrices_transposed(words, lane_row(corner, stride));
   return {{words[0], words[2], words[1], words[3]}};
 }
 
 // sums += left * right.
 template <class T>
-__device__ __forceinline__ void multiply_add(Sums& sums, const Operand& left, const Operand& right) {
+__device__ __forceinline__ void multiply_add(Accumulator& sums, const Fragment& left, const Fragment& right) {
   multiply_tiles(sums.values, left.words, right.words, T{});
 }
 
 // Two neighbours of each quarter of the sums, times `factor`, to where they belong in a tile in shared
 // memory.
 template <class T>
-__device__ __forceinline__ void put_sums(const Sums& sums, float factor, T* corner, int stride) {
+__device__ __forceinline__ void store_tile(const Accumulator& sums, float factor, T* corner, int stride) {
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
   for (int i = 0; i < 8; i += 2) {
@@ -106,13 +106,24 @@ __device__ __forceinline__ void put_sums(const Sums& sums, float factor, T* corn
 
 // Sums as the left factor of a product: a lane's are where it has them already.
 template <class T>
-__device__ __forceinline__ Operand as_left(const Sums& sums) {
-  Operand tile;
+__device__ __forceinline__ Fragment as_fragment(const Accumulator& sums) {
+  Fragment tile;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     tile.words[i] = round_pair(sums.values[2 * i], sums.values[2 * i + 1], T{});
   }
   return tile;
+}
+
+// A fragment to where it belongs in a tile in shared memory.
+template <class T>
+__device__ __forceinline__ void store_fragment(const Fragment& tile, T* corner, int stride) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    T* const pair = corner + row_in_tile(lane, 2 * i) * stride + column_in_tile(lane, 2 * i);
+    store(reinterpret_cast<uint32_t*>(pair), tile.words[i]);
+  }
 }
 
 }  // namespace evakernels::cuda

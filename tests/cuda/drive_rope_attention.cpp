@@ -237,11 +237,12 @@ void drive(Attention a) {
   compare(out, all_out, a.name("out"), dtype);
   compare(lse, all_lse, a.name("lse"), dtype);
   Buffer dq(dtype, a.size()), dk(dtype, a.size()), dv(dtype, a.size());
-  run(cuda::rope_attention_backward(
-          {in[3].view, in[0].view, in[1].view, in[2].view, Heads(a, out, 0, 1).view, lse.floats(), dq.data(),
-           dk.data(), dv.data(), rotations.tables(), shape},
-          nullptr),
-      a.name("rope_attention_backward"));
+  const RopeAttentionBackward backward = {
+      in[3].view,   in[0].view, in[1].view, in[2].view, Heads(a, out, 0, 1).view,
+      lse.floats(), dq.data(),  dk.data(),  dv.data(),  rotations.tables(),
+      shape};
+  Scratch scratch;
+  run(cuda::rope_attention_backward(backward, scratch, nullptr), a.name("rope_attention_backward"));
   compare(dq, all_dq, a.name("dq"), dtype);
   compare(dk, all_dk, a.name("dk"), dtype);
   compare(dv, all_dv, a.name("dv"), dtype);

@@ -44,7 +44,9 @@ COMPILED_IN = {
     "staged_rows.cuh": "swiglu_norm_forward.cu",
     "tensor_chunks.cuh": "lamb.cu",
     "tensor_table.cuh": "lamb.cu",
-    "rope_attention.cuh": "rope_attention_forward.cu",
+    "attention_plan.h": "rope_attention_forward.cu",
+    "attention_tiles.cuh": "rope_attention_forward.cu",
+    "rotary.cuh": "rope_attention_forward.cu",
 }
 FAMILIES = {
     "add_norm": "norms",
@@ -136,24 +138,39 @@ FAULTS = {
     ),
     "barrier of a stage": Fault(
         "race at",
-        "rope_attention.cuh",
-        "    if (stage >= 0) {\n      __syncthreads();\n",
-        "    if (stage >= 0) {\n      if (!PLANTED) __syncthreads();\n",
+        "rope_attention_forward.cu",
+        "        __syncthreads();  // The stage has arrived",
+        "        if (!PLANTED) __syncthreads();  // The stage has arrived",
     ),
     "wait for copies": Fault(
         "not waited for at",
-        "rope_attention.cuh",
-        "    wait_for_copies();\n",
-        "    if (!PLANTED) wait_for_copies();\n",
+        "rope_attention_forward.cu",
+        "  wait_for_copies();\n  __syncwarp();\n",
+        "  if (!PLANTED) wait_for_copies();\n  __syncwarp();\n",
+    ),
+    "gradients of scores": Fault(
+        "race at",
+        "rope_attention_backward.cu",
+        "      __syncthreads();  // dS is there.",
+        "      if (!PLANTED) __syncthreads();  // dS is there.",
+    ),
+    "a stage that is overwritten": Fault(
+        "race at",
+        "rope_attention_backward.cu",
+        "stages + (stage / kStageTiles & 1) * 2",
+        "stages + (PLANTED ? 0 : stage / kStageTiles & 1) * 2",
+    ),
+    "sums of earlier rounds": Fault(
+        "wrong: dq of", "rope_attention_backward.cu", "if (is_first) return;", "if (is_first || PLANTED) return;"
     ),
     "rows of the gradient before": Fault(
         "race at",
         "rope_attention_backward.cu",
-        "tile * kTile, kTile);\n    __syncwarp();\n  };",
-        "tile * kTile, kTile);\n    if (!PLANTED) __syncwarp();\n  };",
+        "  });\n  __syncwarp();\n#pragma unroll\n",
+        "  });\n  if (!PLANTED) __syncwarp();\n#pragma unroll\n",
     ),
     "a prefix token too many": Fault(
-        "wrong: out of", "rope_attention.cuh", "slot < prefix ? slot", "slot < prefix + PLANTED ? slot"
+        "wrong: out of", "attention_plan.h", "slot < prefix ? slot", "slot < prefix + PLANTED ? slot"
     ),
     "empty slots": Fault(
         "wrong: out of",
@@ -163,15 +180,15 @@ FAULTS = {
     ),
     "a column's angles": Fault(
         "wrong: out of",
-        "rope_attention.cuh",
+        "rotary.cuh",
         "(grid + patch % grid - 1)",
         "(patch % grid + (PLANTED ? 0 : grid - 1))",
     ),
     "another sequence": Fault(
         "wrong: out of",
-        "rope_attention.cuh",
-        "first_token(offsets) * view.token_stride",
-        "(PLANTED ? sample : first_token(offsets)) * view.token_stride",
+        "attention_tiles.cuh",
+        "first_token() * view.token_stride",
+        "(PLANTED ? sample : first_token()) * view.token_stride",
     ),
     "barrier of the norms": Fault(
         "race at",

@@ -1,0 +1,95 @@
+// How attention is launched: which kernel, how many warps a block has, and what lies in its shared memory.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "cuda/device.h"
+#include "cuda/dispatch.h"
+#include "cuda/elements.cuh"
+#include "cuda/rope_attention.h"
+#include "cuda/tensor_core.h"
+
+namespace evakernels::cuda {
+
+// Elements of 16 bits of an access of 16 bytes.
+constexpr int kWide = kWidestAccess / 2;
+
+// A row of a head in shared memory: 16 bytes longer than its elements, so that the rows of a matrix lie in
+// different banks. In floats it is as many elements longer, of which four rows are stored at a time.
+template <int D>
+constexpr int kRow = D + kWide;
+template <int D>
+constexpr int kTileElements = kTile * kRow<D>;
+
+// Tokens take slots: the prefix tokens the first 16, if there are any, and the patches those that follow. So
+// patches fill tiles of 16 slots exactly where their number is a multiple of 16 (256 of 257 tokens, 576 of
+// 577), and only the prefix's tile, or the last one, has empty slots, which scores are masked for and which
+// hold zeros. Slots are in the order of their tokens, so that causal attention compares slots.
+struct Slots {
+  int prefix;
+  int tokens;
+
+  __host__ __device__ __forceinline__ int tiles() const {
+    return (prefix > 0) + (tokens - prefix + kTile - 1) / kTile;
+  }
+
+  // The slot's token; -1 if it is empty.
+  __device__ __forceinline__ int token(int slot) const {
+    if (prefix > 0 && slot < kTile) return slot < prefix ? slot : -1;
+    const int token = prefix > 0 ? slot - kTile + prefix : slot;
+    return token < tokens ? token : -1;
+  }
+
+  __device__ __forceinline__ bool has_empty(int tile) const { return token(tile * kTile + kTile - 1) < 0; }
+};
+
+// Of a launch.
+struct AttentionPlan {
+  int tiles;        // of a head, at most
+  int warps;        // of a block
+  int stage_tiles;  // of keys (forward) that lie in shared memory at a time; `tiles`: they stay there
+  int block_tiles;  // of queries (forward) that a block has
+  int blocks;       // of a head
+  bool wide;        // 16 bytes of a tensor can be accessed at a time
+};
+
+inline int tiles_of(const AttentionShape& shape) {
+  return Slots{static_cast<int>(shape.num_prefix), static_cast<int>(shape.tokens)}.tiles();
+}
+
+// As many of `most` as share `units` in the fewest rounds.
+inline int warps_for(int units, int most) { return ceil_div(units, ceil_div(units, most)); }
+
+// Whether all tensors can be accessed 16 bytes at a time.
+inline bool is_wide(const AttentionShape& shape, const RotaryTables& tables,
+                    const std::vector<HeadsView>& views, const std::vector<const void*>& outputs) {
+  bool wide = shape.head_dim % (tables.cos && !tables.interleaved ? 2 * kWide : kWide) == 0;
+  const auto aligned = [&](const void* data) {
+    return reinterpret_cast<uintptr_t>(data) % kWidestAccess == 0;
+  };
+  for (const HeadsView& view : views) {
+    wide = wide && aligned(view.data) && view.batch_stride % kWide == 0 && view.token_stride % kWide == 0 &&
+           view.head_stride % kWide == 0;
+  }
+  for (const void* data : outputs) wide = wide && aligned(data);
+  return wide && aligned(tables.cos) && aligned(tables.sin);
+}
+
+// Calls body(T{}, Constant<D>{}) with the element type and the least D that a kernel is compiled for.
+template <class Body>
+auto with_attention_types(const AttentionShape& shape, const Body& body) {
+  const auto with_type = [&](auto element) {
+    if (shape.head_dim <= 64) return body(element, Constant<64>{});
+    if (shape.head_dim <= 96) return body(element, Constant<96>{});
+    if (shape.head_dim <= 112) return body(element, Constant<112>{});
+    return body(element, Constant<kMaxHeadDim>{});
+  };
+  return shape.dtype == DType::BFloat16 ? with_type(BFloat16{}) : with_type(Float16{});
+}
+
+inline bool is_empty(const AttentionShape& shape) {
+  return shape.batch * shape.heads * shape.tokens * shape.head_dim == 0;
+}
+
+}  // namespace evakernels::cuda

@@ -1,0 +1,212 @@
+// The tokens of one head on their way between global memory and tiles in shared memory.
+#pragma once
+
+#include "cuda/attention_plan.h"
+#include "cuda/rotary.cuh"
+
+namespace evakernels::cuda {
+
+// The threads that share a task: those of a block, or of a warp.
+struct Threads {
+  int rank;
+  int count;
+
+  static __device__ __forceinline__ Threads of_block() {
+    return {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
+  }
+  static __device__ __forceinline__ Threads of_warp() {
+    return {static_cast<int>(threadIdx.x) % kWarpSize, kWarpSize};
+  }
+};
+
+// A head's tokens in global memory. `data` is never null.
+template <class T>
+struct TokenRows {
+  T* data;
+  int64_t stride;
+
+  __device__ __forceinline__ T* at(int token) const { return data + token * stride; }
+};
+
+// The head of a block, and its rows of D elements in shared memory.
+template <class T, int D>
+struct Head {
+  const AttentionShape& shape;
+  const RotaryTables& tables;
+  const AttentionPlan& plan;
+  unsigned sample, head;
+  int tokens;
+
+  __device__ __forceinline__ Head(const AttentionShape& of, const RotaryTables& by, const AttentionPlan& how)
+      : shape(of),
+        tables(by),
+        plan(how),
+        sample(blockIdx.x / static_cast<unsigned>(how.blocks) / static_cast<unsigned>(of.heads)),
+        head(blockIdx.x / static_cast<unsigned>(how.blocks) % static_cast<unsigned>(of.heads)),
+        tokens(length()) {}
+
+  __device__ __forceinline__ Slots slots() const { return {static_cast<int>(shape.num_prefix), tokens}; }
+  __device__ __forceinline__ int tiles() const { return slots().tiles(); }
+  __device__ __forceinline__ int width() const { return static_cast<int>(shape.head_dim); }
+
+  __device__ __forceinline__ TokenRows<const T> rows_of(const HeadsView& view) const {
+    const auto [sample, head] = computed_here();
+    const T* data = static_cast<const T*>(view.data) + head * view.head_stride;
+    return {data + (shape.offsets.data ? first_token() * view.token_stride : sample * view.batch_stride),
+            view.token_stride};
+  }
+
+  // Of a contiguous [B, N, H, D], or [T, H, D].
+  __device__ __forceinline__ TokenRows<T> rows_of(void* tensor) const {
+    const auto [sample, head] = computed_here();
+    const int64_t token = shape.offsets.data ? first_token() : sample * shape.tokens;
+    return {static_cast<T*>(tensor) + (token * shape.heads + head) * shape.head_dim,
+            shape.heads * shape.head_dim};
+  }
+
+  // Where it begins in a [B, H, N], or [H, T].
+  __device__ __forceinline__ int64_t first_number() const {
+    if (shape.offsets.data) return head * shape.offsets.tokens + first_token();
+    return (sample * shape.heads + head) * shape.tokens;
+  }
+
+  // Whether a tile of scores has some that don't count.
+  __device__ __forceinline__ bool is_masked(int query_tile, int key_tile) const {
+    return slots().has_empty(key_tile) || (shape.causal && query_tile <= key_tile);
+  }
+  __device__ __forceinline__ bool counts(int query, int key) const {
+    return slots().token(key) >= 0 && !(shape.causal && key > query);
+  }
+
+  // Slots [first, first + count) on their way into `rows`: to be waited for.
+  __device__ __forceinline__ void copy(T* rows, const HeadsView& view, const Threads& threads, int first,
+                                       int count) const {
+    const TokenRows<const T> from = rows_of(view);
+    if (plan.wide) {
+      for_each_chunk<kWide>(threads, first, count, [&](int token, int row, int i) {
+        const bool exists = token >= 0 && i < width();
+        copy_async(rows + row * kRow<D> + i, exists ? from.at(token) + i : from.data, exists);
+      });
+    } else {
+      for_each_chunk<1>(threads, first, count, [&](int token, int row, int i) {
+        rows[row * kRow<D> + i] = token >= 0 && i < width() ? from.at(token)[i] : T{};
+      });
+    }
+  }
+
+  // Rotates slots [first, first + count), which lie in `rows`.
+  __device__ __forceinline__ void rotate(T* rows, const Threads& threads, int first, int count) const {
+    if (!tables.cos) return;
+    plan.wide ? rotate_chunks<kWide>(rows, threads, first, count)
+              : rotate_chunks<1>(rows, threads, first, count);
+  }
+
+  // Slots [first, first + count) to where they belong in a contiguous [B, N, H, D], rounded to T. What they
+  // hold is what load(token, row, i, values) gives of a row, from element i on.
+  template <class Load>
+  __device__ __forceinline__ void store(void* tensor, const Threads& threads, int first, int count,
+                                        const Load& load) const {
+    plan.wide ? store_chunks<kWide>(tensor, threads, first, count, load)
+              : store_chunks<1>(tensor, threads, first, count, load);
+  }
+
+  // values[E], the elements of a token from i on, rotated backwards; load(n, partners) gives those from n on.
+  template <int E, class Load>
+  __device__ __forceinline__ void rotate_back(float (&values)[E], int token, int i, const Load& load) const {
+    if (!tables.cos) return;
+    const auto [sample, head] = computed_here();
+    if (tables.grid > 0) {
+      Rotary<true>{shape, tables, sample, head}.rotate_back(values, token, i, load);
+    } else {
+      Rotary<false>{shape, tables, sample, head}.rotate_back(values, token, i, load);
+    }
+  }
+
+  // Calls body(token, row, element) for chunks of E elements of `count` slots from `first` on. A thread keeps
+  // its column where a warp has whole rows: what belongs to the column is computed once.
+  template <int E, class Body>
+  __device__ __forceinline__ void for_each_chunk(const Threads& threads, int first, int count,
+                                                 const Body& body) const {
+    constexpr int kChunks = D / E;
+    if constexpr (kWarpSize % kChunks == 0) {
+      const int rows = threads.count / kChunks, i = threads.rank % kChunks * E;
+#pragma unroll 1
+      for (int row = threads.rank / kChunks; row < count; row += rows) {
+        body(slots().token(first + row), row, i);
+      }
+    } else {
+#pragma unroll 1
+      for (int n = threads.rank; n < count * kChunks; n += threads.count) {
+        body(slots().token(first + n / kChunks), n / kChunks, n % kChunks * E);
+      }
+    }
+  }
+
+ private:
+  struct Number {
+    unsigned sample, head;
+  };
+
+  // What follows from these is computed where it is used, in a loop too: kept for the copies alone, it would
+  // take 2 to 18 registers of the products (nvcc 13.0, sm_90), and one kernel would spill 28 bytes.
+  __device__ __forceinline__ Number computed_here() const {
+    Number number = {sample, head};
+    hide_origin(number.sample);
+    hide_origin(number.head);
+    return number;
+  }
+
+  template <int E>
+  __device__ __forceinline__ void rotate_chunks(T* rows, const Threads& threads, int first, int count) const {
+    const auto [sample, head] = computed_here();
+    // One after the other, so that the registers of both aren't needed at a time.
+    if (tables.grid > 0) {
+      rotate_by<E>(Rotary<true>{shape, tables, sample, head}, rows, threads, first, count);
+    } else {
+      rotate_by<E>(Rotary<false>{shape, tables, sample, head}, rows, threads, first, count);
+    }
+  }
+  template <int E, class Rotation>
+  __device__ __forceinline__ void rotate_by(const Rotation& rotary, T* rows, const Threads& threads,
+                                            int first, int count) const {
+    for_each_chunk<E>(threads, first, count, [&](int token, int row, int i) {
+      if (token < 0 || i >= width()) return;
+      rotary.template rotate<E>(rows + row * kRow<D>, token, i);
+    });
+  }
+
+  template <int E, class Load>
+  __device__ __forceinline__ void store_chunks(void* tensor, const Threads& threads, int first, int count,
+                                               const Load& load) const {
+    const TokenRows<T> to = rows_of(tensor);
+    for_each_chunk<E>(threads, first, count, [&](int token, int row, int i) {
+      if (token < 0 || i >= width()) return;
+      float values[E];
+      load(token, row, i, values);
+      Packed<T, E>::pack(values).store_whole(to.at(token) + i);
+    });
+  }
+
+  // Of a packed batch: where sequence `number` begins.
+  __device__ __forceinline__ int64_t offset(int64_t number) const {
+    const SequenceOffsets& offsets = shape.offsets;
+    return offsets.is_int64 ? load(static_cast<const int64_t*>(offsets.data) + number)
+                            : load(static_cast<const int32_t*>(offsets.data) + number);
+  }
+  __device__ __forceinline__ int64_t first_token() const { return offset(sample); }
+
+  __device__ __forceinline__ int length() const {
+    if (!shape.offsets.data) return static_cast<int>(shape.tokens);
+    const int64_t first = first_token(), end = offset(int64_t{sample} + 1);
+    if (first >= 0 && first <= end && end <= shape.offsets.tokens && end - first <= shape.tokens) {
+      return static_cast<int>(end - first);
+    }
+    refuse_silently("packed_attention", "offsets are out of range, or a sequence is longer than max_length");
+    return 0;
+  }
+};
+
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+
+}  // namespace evakernels::cuda

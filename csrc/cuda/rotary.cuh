@@ -1,0 +1,110 @@
+// The rotary embedding of rows in shared memory: pairs (a, b) become (a cos - b sin, a sin + b cos).
+#pragma once
+
+#include "cuda/attention_plan.h"
+
+namespace evakernels::cuda {
+
+// Of one head. COMPACT: the tables are.
+template <bool COMPACT>
+struct Rotary {
+  const AttentionShape& shape;
+  const RotaryTables& tables;
+  unsigned sample, head;
+
+  // Rotates the row's pairs whose first elements are among [i, i + E), where any are.
+  template <int E, class T>
+  __device__ __forceinline__ void rotate(T* row, int token, int i) const {
+    if (token < static_cast<int>(shape.num_prefix)) return;
+    if constexpr (E > 1) {
+      if (tables.interleaved) {
+        float values[E], c[E / 2], s[E / 2];
+        load_floats(row + i, values);
+        load_angles(token, i / 2, c, s);
+#pragma unroll
+        for (int n = 0; n < E / 2; ++n) rotate_pair(values[2 * n], values[2 * n + 1], c[n], s[n]);
+        store_floats(row + i, values);
+        return;
+      }
+    }
+    const int half = static_cast<int>(shape.head_dim / 2);
+    const bool is_first = tables.interleaved ? i % 2 == 0 : i < half;
+    if (!is_first) return;
+    T* const partners = row + (tables.interleaved ? i + 1 : i + half);
+    float a[E], b[E], c[E], s[E];
+    load_floats(row + i, a);
+    load_floats(partners, b);
+    load_angles(token, tables.interleaved ? i / 2 : i, c, s);
+#pragma unroll
+    for (int n = 0; n < E; ++n) rotate_pair(a[n], b[n], c[n], s[n]);
+    store_floats(row + i, a);
+    store_floats(partners, b);
+  }
+
+  // Rotates values[E], a row's elements [i, i + E), backwards; load(n, partners) gives those from n on.
+  template <int E, class Load>
+  __device__ __forceinline__ void rotate_back(float (&values)[E], int token, int i, const Load& load) const {
+    if (token < static_cast<int>(shape.num_prefix)) return;
+    if constexpr (E > 1) {
+      if (tables.interleaved) {
+        float c[E / 2], s[E / 2];
+        load_angles(token, i / 2, c, s);
+#pragma unroll
+        for (int n = 0; n < E / 2; ++n) rotate_pair(values[2 * n], values[2 * n + 1], c[n], -s[n]);
+        return;
+      }
+    }
+    const int distance = tables.interleaved ? 1 : static_cast<int>(shape.head_dim / 2);
+    const bool is_first = tables.interleaved ? i % 2 == 0 : i < distance;
+    const int first = is_first ? i : i - distance;
+    float partners[E], c[E], s[E];
+    load(is_first ? i + distance : first, partners);
+    load_angles(token, tables.interleaved ? first / 2 : first, c, s);
+#pragma unroll
+    for (int n = 0; n < E; ++n) values[n] = values[n] * c[n] + partners[n] * (is_first ? s[n] : -s[n]);
+  }
+
+ private:
+  // Of the tables.
+  __device__ __forceinline__ int row_of(int token) const {
+    const int patch = token - static_cast<int>(shape.num_prefix);
+    if (!tables.token_index) return patch;
+    const int64_t row = tables.token_index[sample * (shape.tokens - shape.num_prefix) + patch];
+    if (row < 0 || row >= tables.rows) {
+      refuse_silently("rope_attention", "token_index is out of range");
+      return 0;
+    }
+    return static_cast<int>(row);
+  }
+
+  // Of E pairs from `pair` on.
+  template <int E>
+  __device__ __forceinline__ void load_angles(int token, int pair, float (&c)[E], float (&s)[E]) const {
+    const int row = row_of(token);
+    if constexpr (COMPACT) {
+      const int quarter = static_cast<int>(shape.head_dim / 4);
+      const unsigned grid = static_cast<unsigned>(tables.grid), patch = static_cast<unsigned>(row);
+      // Less the pairs before its own, that the column's line begins with.
+      const int of_row = patch / grid * quarter, of_column = (grid + patch % grid - 1) * quarter;
+#pragma unroll
+      for (int n = 0; n < E; ++n) {
+        const int at = (pair + n < quarter ? of_row : of_column) + pair + n;
+        c[n] = load(tables.cos + at);
+        s[n] = load(tables.sin + at);
+      }
+    } else {
+      const int64_t first = head * tables.head_stride;
+      const int64_t at = int64_t{row} * static_cast<int>(shape.head_dim / 2) + pair;
+      load_floats(tables.cos + first + at, c);
+      load_floats(tables.sin + first + at, s);
+    }
+  }
+
+  static __device__ __forceinline__ void rotate_pair(float& a, float& b, float c, float s) {
+    const float before = a;
+    a = a * c - b * s;
+    b = before * s + b * c;
+  }
+};
+
+}  // namespace evakernels::cuda
