@@ -153,7 +153,7 @@ def test_the_command_shows_that_it_predicts(
     [
         (["audit", "layer_nrm"], "unknown audited operation 'layer_nrm'; did you mean 'layer_norm'"),
         (["audit", "layer_norm", "--shape", "x"], "unknown shape 'x'"),
-        (["audit", "lamb_step", "--kernels", "triton"], "unknown audited operation 'lamb_step'"),
+        (["audit", "gelu", "--kernels", "triton"], "unknown audited operation 'gelu'"),
     ],
 )
 def test_wrong_names(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
