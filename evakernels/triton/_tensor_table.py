@@ -26,8 +26,8 @@ TENSORS = 128
 KEPT = 64
 """Copies that are kept, of numbers and of layouts; then the one that was used the longest ago goes."""
 VECTOR = tl.constexpr(4)
-"""Elements of an access: 16 bytes of float32, 8 of what is half as wide. Of 16 a lane would have 32 of a float32 buffer
-beside it, in two accesses that ask for each sector twice."""
+"""Elements of an access: 16 bytes of float32, and 8 of what is half as wide. With 16 bytes of that, a lane would have
+32 of a float32 buffer beside it: two accesses, each of which asks for half of every sector."""
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
