@@ -26,12 +26,10 @@ TENSORS = 128
 KEPT = 64
 """Copies that are kept, of numbers and of layouts; then the one that was used the longest ago goes."""
 VECTOR = tl.constexpr(4)
-"""Elements of an access: 16 bytes of float32, 8 of what is half as wide. Of 16 a lane would have 32 of a float32 buffer
-beside it, in two accesses that ask for each sector twice."""
+"""Elements of an access: 16 bytes of float32, and 8 of what is half as wide. With 16 bytes of that, a lane would have
+32 of a float32 buffer beside it: two accesses, each of which asks for half of every sector."""
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_captured: list[Tensor] = []
-"""What graphs copy from at each replay: they may be replayed for as long as the process lives."""
 
 
 class Layout(NamedTuple):
@@ -154,10 +152,7 @@ def _layout(
 def _copied(host: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return host.to(device)
-    host = host.pin_memory()
-    if torch.cuda.is_current_stream_capturing():
-        _captured.append(host)
-    return host.to(device, non_blocking=True)
+    return host.pin_memory().to(device, non_blocking=True)  # what a graph copies from, torch keeps as long as the graph
 
 
 # --- in kernels -----------------------------------------------------------------------------------------------------

@@ -122,14 +122,14 @@ def test_every_mix_of_dtypes(dtypes):
 @pytest.mark.parametrize("dtypes", [FLOAT32, (torch.bfloat16, torch.float16, torch.float32, torch.float32)], ids=str)
 def test_strided_parts_of_a_flat_buffer(dtypes, offsets):
     """As sharded training makes them: they begin anywhere, and nothing around them is written."""
-    sizes = [2, 1061, 2 * 8192 + 3]
+    sizes = [2, 64, 1061, 2 * 8192 + 3]
     plain, parts, flat = lists(dtypes, sizes), lists(dtypes, sizes), []
     for buffers, offset in zip(parts[:4], offsets, strict=True):
         for i, tensor in enumerate(buffers):
             flat.append(torch.full((offset + len(tensor) + 9,), 7.0, dtype=tensor.dtype))
             buffers[i] = flat[-1][offset : offset + len(tensor)].copy_(tensor)
     for state in (parts, plain):
-        evakernels.adamw_update(*state, [0.1] * 3, [0.05] * 3, betas=BETAS, eps=EPS)
+        evakernels.adamw_update(*state, [0.1] * 4, [0.05] * 4, betas=BETAS, eps=EPS)
     for a, b in zip(everything(parts), everything(plain), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=torch.finfo(a.dtype).eps)
     for i, buffer in enumerate(flat):
