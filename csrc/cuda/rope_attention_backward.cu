@@ -35,7 +35,7 @@ namespace {
 template <int D>
 constexpr int kKeyTiles = D <= 64 ? 2 : 1;
 template <int D>
-constexpr int kQueryTiles = D <= 64 ? 1 : 2;
+constexpr int kQueryTiles = D <= 64 || D > 112 ? 1 : 2;
 constexpr int kStageTiles = 2;
 constexpr int kStageRows = kStageTiles * kTile;
 // Slots of whole stages.
@@ -137,10 +137,12 @@ __device__ __forceinline__ void compute_scalars(const QueryScalars& scalars,
     for (int distance = kLanesOfRow / 2; distance > 0; distance /= 2) {
       delta += __shfl_xor_sync(kWholeWarp, delta, distance);
     }
-    if (part > 0) continue;
-    scalars.delta[slot] = delta;
-    // So that the weights of an empty slot are 0.
-    scalars.lse[slot] = token < 0 ? INFINITY : lse[token] * kLog2E;
+    // No branch back from here: half a warp would load the next rows before the other.
+    if (part == 0) {
+      scalars.delta[slot] = delta;
+      // So that the weights of an empty slot are 0.
+      scalars.lse[slot] = token < 0 ? INFINITY : lse[token] * kLog2E;
+    }
   }
 }
 
