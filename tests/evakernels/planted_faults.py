@@ -145,8 +145,8 @@ FAULTS = {
     "wait for copies": Fault(
         "not waited for at",
         "rope_attention_forward.cu",
-        "  wait_for_copies();\n  __syncwarp();\n",
-        "  if (!PLANTED) wait_for_copies();\n  __syncwarp();\n",
+        "        wait_for_copies();\n        __syncthreads();  // The stage has arrived",
+        "        if (!PLANTED) wait_for_copies();\n        __syncthreads();  // The stage has arrived",
     ),
     "gradients of scores": Fault(
         "race at",

@@ -188,6 +188,23 @@ def test_attention_of_1025_tokens_is_as_accurate_as_torch(printed: Callable[...,
 
 
 @needs_nvcc
+def test_a_warp_may_take_queries_several_times(printed: Callable[..., str]) -> None:
+    """Of heads that fill the GPU, with more tiles of queries than a block has warps: two rounds."""
+    code = """if True:
+        import torch, evakernels
+        from op_checks import error
+        qkv = [torch.randn(1, 145, 6, 16, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(3)]
+        def theirs(dtype):
+            q, k, v = (t.to(dtype).transpose(1, 2) for t in qkv)
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        exact, out = theirs(torch.float64), evakernels.rope_attention(*qkv)
+        print(error(out, exact), error(theirs(torch.bfloat16), exact), exact.abs().max().item())
+    """
+    ours, torchs, largest = map(float, printed(code, PTX_SHARED_KB=163).split())
+    assert ours <= 2 * torchs + 2**-8 * largest
+
+
+@needs_nvcc
 def test_gradients_of_long_sequences_fit_into_the_least_shared_memory(printed: Callable[..., str]) -> None:
     """Of 99 KB, of which the scalars of all tokens take a part. The blocks have what max_length asks for; the sequences
     themselves are short."""
