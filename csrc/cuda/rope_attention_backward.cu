@@ -137,12 +137,12 @@ __device__ __forceinline__ void compute_scalars(const QueryScalars& scalars,
     for (int distance = kLanesOfRow / 2; distance > 0; distance /= 2) {
       delta += __shfl_xor_sync(kWholeWarp, delta, distance);
     }
-    // No branch back from here: half a warp would load the next rows before the other.
     if (part == 0) {
       scalars.delta[slot] = delta;
       // So that the weights of an empty slot are 0.
       scalars.lse[slot] = token < 0 ? INFINITY : lse[token] * kLog2E;
     }
+    __syncwarp();  // Else some lanes would ask for the next rows before the others.
   }
 }
 
