@@ -241,8 +241,7 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_backward(const Tensor& drow_lse, 
                                                         const Tensor& dpositive, const Tensor& image,
                                                         const Tensor& text, const Tensor& logit_scale,
                                                         const Tensor& row_lse, const Tensor& col_lse,
-                                                        int64_t offset, bool wants_image,
-                                                        bool wants_text) {
+                                                        int64_t offset, bool wants_image, bool wants_text) {
   return backward(drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, nullptr, offset,
                   {wants_image, wants_text});
 }
