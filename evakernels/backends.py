@@ -112,19 +112,6 @@ def kept_for(op: str) -> dict[Any, Any]:
     return _kept.setdefault(op, {})
 
 
-@contextmanager
-def served_by(op: str, implementations: dict[str, Implementation]) -> Iterator[None]:
-    """Within the `with` block these are all implementations of `op`, by backend."""
-    previous = _implementations[op]
-    try:
-        _implementations[op] = implementations
-        kept_for(op).clear()
-        yield
-    finally:
-        _implementations[op] = previous
-        kept_for(op).clear()
-
-
 def name_ops(function: str, *ops: str) -> None:
     """Tells `explain` which ops the public function of this name calls."""
     _functions[function] = ops
@@ -152,7 +139,7 @@ def select(op: str, args: tuple[Any, ...]) -> Implementation:
 
 
 def _warn_of_reference(op: str, args: tuple[Any, ...]) -> None:
-    reasons = "; ".join(f"{backend}: {', '.join(why_not(op, backend, *args))}" for backend in PREFERENCE[:2])
+    reasons = "; ".join(f"{backend}: {', '.join(why_not(op, backend, *args))}" for backend in ("cuda", "triton"))
     text = f"{op} runs as its reference, in plain PyTorch, which is slow on a GPU ({reasons})"
     if os.environ.get("EVAKERNELS_STRICT", "0") != "0":
         raise BackendError(f"{text}; EVAKERNELS_STRICT is set")

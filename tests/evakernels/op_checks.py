@@ -1,12 +1,15 @@
 """The checks that every op must pass, so that each family's test only has to bring its inputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from on_device import DEVICE
 from torch import Tensor
+
+from evakernels import backends
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPCHECK_DTYPES = [
@@ -27,6 +30,19 @@ def exhaustive_but(cases: Sequence[Any], *quick: str) -> list[Any]:
         case if case.id in quick else pytest.param(*case.values, id=case.id, marks=pytest.mark.exhaustive)
         for case in cases
     ]
+
+
+@contextmanager
+def served_by(op: str, implementations: dict[str, backends.Implementation]) -> Iterator[None]:
+    """Within the `with` block these are all implementations of `op`, by backend."""
+    previous = backends._implementations[op]
+    try:
+        backends._implementations[op] = implementations
+        backends.kept_for(op).clear()
+        yield
+    finally:
+        backends._implementations[op] = previous
+        backends.kept_for(op).clear()
 
 
 def assert_opcheck(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> None:

@@ -1,9 +1,11 @@
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
+from op_checks import served_by
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,7 +37,7 @@ def calls():
         "cpu": backends.Implementation("cpu", recorded("cpu"), float32_only),
         "reference": backends.Implementation("reference", recorded("reference"), lambda *_: []),
     }
-    with backends.served_by(OP, fakes):
+    with served_by(OP, fakes):
         yield served
 
 
@@ -90,7 +92,7 @@ def test_forcing_the_reference_holds_in_a_backward_pass_inside_the_block(calls):
         for name in ("cpu", "reference")
     }
     x = torch.ones(2, 4, requires_grad=True)
-    with backends.served_by(op, fakes):
+    with served_by(op, fakes):
         with evakernels.use_backend("reference"):
             evakernels.layer_norm(x).sum().backward()
         evakernels.layer_norm(x).sum().backward()
@@ -180,7 +182,7 @@ def test_without_any_usable_backend_the_error_lists_all():
         for backend in backends.PREFERENCE
     }
     message = r"no backend serves layer_norm_forward(.|\n)*cpu is tired"
-    with backends.served_by(OP, refusing), pytest.raises(evakernels.BackendError, match=message):
+    with served_by(OP, refusing), pytest.raises(evakernels.BackendError, match=message):
         evakernels.layer_norm(torch.ones(2, 4))
 
 
@@ -394,7 +396,7 @@ def refused(monkeypatch):
         backend: backends.Implementation(backend, known[backend].function, lambda *_: ["it is tired"], "cuda")
         for backend in ("cuda", "triton")
     }
-    with backends.served_by(OP, known | tired):
+    with served_by(OP, known | tired):
         yield
 
 
@@ -403,10 +405,12 @@ def test_the_reference_on_a_gpu_is_told_once(refused):
     text = "layer_norm_forward runs as its reference, in plain PyTorch, which is slow on a GPU (cuda: it is tired; "
     with pytest.warns(evakernels.ReferenceWarning, match=re.escape(text)):
         assert backends.select(OP, given).backend == "reference"
-    # A second warning would be an error of this test.
-    assert backends.select(OP, given).backend == "reference"
-    with evakernels.use_backend("reference"):  # which is what was asked for
-        backends.select(OP, given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", evakernels.ReferenceWarning)
+        assert backends.select(OP, given).backend == "reference"
+        backends._warned.clear()
+        with evakernels.use_backend("reference"):  # which is what was asked for
+            backends.select(OP, given)
 
 
 def test_the_reference_on_a_gpu_is_an_error_for_who_wants_it_to_be(refused, monkeypatch):
