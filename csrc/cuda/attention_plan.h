@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "cuda/device.h"
@@ -22,26 +23,29 @@ constexpr int kRow = D + kWide;
 template <int D>
 constexpr int kTileElements = kTile * kRow<D>;
 
-// Tokens take slots: the prefix tokens the first 16, if there are any, and the patches those that follow. So
-// patches fill tiles of 16 slots exactly where their number is a multiple of 16 (256 of 257 tokens, 576 of
-// 577), and only the prefix's tile, or the last one, has empty slots, which scores are masked for and which
-// hold zeros. Slots are in the order of their tokens, so that causal attention compares slots.
+// Tokens take slots, in their order: the prefix tokens the last of the first 16, if there are any, and the
+// patches those that follow. So patches fill tiles of 16 slots exactly where their number is a multiple of 16
+// (256 of 257 tokens, 576 of 577). Empty slots, before the first token and behind the last one, hold zeros,
+// and scores are masked for them.
 struct Slots {
-  int prefix;
+  int shift;  // the slot of the first token
   int tokens;
 
-  __host__ __device__ __forceinline__ int tiles() const {
-    return (prefix > 0) + (tokens - prefix + kTile - 1) / kTile;
+  static __host__ __device__ __forceinline__ Slots of(const AttentionShape& shape, int tokens) {
+    const int prefix = static_cast<int>(shape.num_prefix);
+    return {prefix > 0 ? kTile - prefix : 0, tokens};
   }
 
-  // The slot's token; -1 if it is empty.
-  __device__ __forceinline__ int token(int slot) const {
-    if (prefix > 0 && slot < kTile) return slot < prefix ? slot : -1;
-    const int token = prefix > 0 ? slot - kTile + prefix : slot;
-    return token < tokens ? token : -1;
-  }
+  __host__ __device__ __forceinline__ int tiles() const { return (shift + tokens + kTile - 1) / kTile; }
 
-  __device__ __forceinline__ bool has_empty(int tile) const { return token(tile * kTile + kTile - 1) < 0; }
+  // Whether a slot has this token, which is the slot's number less `shift`.
+  __device__ __forceinline__ bool has(int token) const {
+    return static_cast<unsigned>(token) < static_cast<unsigned>(tokens);
+  }
+  __device__ __forceinline__ bool has_empty(int tile, int count) const {
+    const int first = tile * kTile - shift;
+    return first < 0 || first + count * kTile > tokens;
+  }
 };
 
 // Of a launch.
@@ -55,11 +59,21 @@ struct AttentionPlan {
 };
 
 inline int tiles_of(const AttentionShape& shape) {
-  return Slots{static_cast<int>(shape.num_prefix), static_cast<int>(shape.tokens)}.tiles();
+  return Slots::of(shape, static_cast<int>(shape.tokens)).tiles();
 }
 
 // As many of `most` as share `units` in the fewest rounds.
 inline int warps_for(int units, int most) { return ceil_div(units, ceil_div(units, most)); }
+
+// Why the kernels, which reckon within a head by int, don't serve a call; null if they do.
+inline Error unserved(const AttentionShape& shape, const RotaryTables& tables,
+                      const std::vector<HeadsView>& views) {
+  int64_t most = std::max(shape.heads * shape.head_dim, tables.cos ? tables.rows * shape.head_dim / 2 : 0);
+  for (const HeadsView& view : views) most = std::max(most, view.token_stride);
+  if (most <= std::numeric_limits<int>::max() / 4) return unserved(shape);
+  return "tokens of attention are further apart, or its tables larger, than the CUDA kernels serve, 2^29 "
+         "elements";
+}
 
 // Whether all tensors can be accessed 16 bytes at a time.
 inline bool is_wide(const AttentionShape& shape, const RotaryTables& tables,

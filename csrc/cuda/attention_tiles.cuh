@@ -8,24 +8,29 @@ namespace evakernels::cuda {
 
 // The threads that share a task: those of a block, or of a warp.
 struct Threads {
-  int rank;
-  int count;
+  unsigned rank;
+  unsigned count;
 
-  static __device__ __forceinline__ Threads of_block() {
-    return {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
-  }
-  static __device__ __forceinline__ Threads of_warp() {
-    return {static_cast<int>(threadIdx.x) % kWarpSize, kWarpSize};
-  }
+  static __device__ __forceinline__ Threads of_block() { return {threadIdx.x, blockDim.x}; }
+  static __device__ __forceinline__ Threads of_warp() { return {threadIdx.x % kWarpSize, kWarpSize}; }
 };
 
 // A head's tokens in global memory. `data` is never null.
 template <class T>
 struct TokenRows {
   T* data;
-  int64_t stride;
+  unsigned bytes;  // from token to token
 
-  __device__ __forceinline__ T* at(int token) const { return data + token * stride; }
+  __device__ __forceinline__ TokenRows(T* first, int64_t stride)
+      : data(first), bytes(static_cast<unsigned>(stride * sizeof(T))) {}
+
+  // In one instruction: were `bytes` widened ahead of a loop, it would be a product of 64 bits, of four.
+  __device__ __forceinline__ T* at(int token) const {
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    unsigned distance = bytes;
+    hide_origin(distance);
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(data) + int64_t{token} * static_cast<int>(distance));
+  }
 };
 
 // The head of a block, and its rows of D elements in shared memory.
@@ -45,7 +50,7 @@ struct Head {
         head(blockIdx.x / static_cast<unsigned>(how.blocks) % static_cast<unsigned>(of.heads)),
         tokens(length()) {}
 
-  __device__ __forceinline__ Slots slots() const { return {static_cast<int>(shape.num_prefix), tokens}; }
+  __device__ __forceinline__ Slots slots() const { return Slots::of(shape, tokens); }
   __device__ __forceinline__ int tiles() const { return slots().tiles(); }
   __device__ __forceinline__ int width() const { return static_cast<int>(shape.head_dim); }
 
@@ -70,12 +75,14 @@ struct Head {
     return (sample * shape.heads + head) * shape.tokens;
   }
 
-  // Whether a tile of scores has some that don't count.
-  __device__ __forceinline__ bool is_masked(int query_tile, int key_tile) const {
-    return slots().has_empty(key_tile) || (shape.causal && query_tile <= key_tile);
+  // Whether tiles of scores have some that don't count: those of the queries from a tile on, and of `count`
+  // tiles of keys.
+  __device__ __forceinline__ bool is_masked(int query_tile, int key_tile, int count = 1) const {
+    return slots().has_empty(key_tile, count) || (shape.causal && query_tile < key_tile + count);
   }
+  // Whether that of a query's slot and a key's does.
   __device__ __forceinline__ bool counts(int query, int key) const {
-    return slots().token(key) >= 0 && !(shape.causal && key > query);
+    return slots().has(key - slots().shift) && !(shape.causal && key > query);
   }
 
   // Slots [first, first + count) on their way into `rows`: to be waited for.
@@ -84,12 +91,11 @@ struct Head {
     const TokenRows<const T> from = rows_of(view);
     if (plan.wide) {
       for_each_chunk<kWide>(threads, first, count, [&](int token, int row, int i) {
-        const bool exists = token >= 0 && i < width();
-        copy_async(rows + row * kRow<D> + i, exists ? from.at(token) + i : from.data, exists);
+        copy_async(rows + row * kRow<D> + i, from.at(token) + i, slots().has(token) && i < width());
       });
     } else {
       for_each_chunk<1>(threads, first, count, [&](int token, int row, int i) {
-        rows[row * kRow<D> + i] = token >= 0 && i < width() ? from.at(token)[i] : T{};
+        rows[row * kRow<D> + i] = slots().has(token) && i < width() ? from.at(token)[i] : T{};
       });
     }
   }
@@ -122,23 +128,18 @@ struct Head {
     }
   }
 
-  // Calls body(token, row, element) for chunks of E elements of `count` slots from `first` on. A thread keeps
-  // its column where a warp has whole rows: what belongs to the column is computed once.
+  // Calls body(token, row, element) for chunks of E elements of `count` slots from `first` on. A power of two
+  // of threads, of which some may have nothing to do, share a row: so each keeps its columns, and what
+  // belongs to them is computed once.
   template <int E, class Body>
   __device__ __forceinline__ void for_each_chunk(const Threads& threads, int first, int count,
                                                  const Body& body) const {
-    constexpr int kChunks = D / E;
-    if constexpr (kWarpSize % kChunks == 0) {
-      const int rows = threads.count / kChunks, i = threads.rank % kChunks * E;
+    constexpr unsigned kThreads = power_of_two(smaller(D / E, kWarpSize));
+    const int begin = first - slots().shift, rows = static_cast<int>(threads.count / kThreads);
+    const int column = static_cast<int>(threads.rank % kThreads) * E;
 #pragma unroll 1
-      for (int row = threads.rank / kChunks; row < count; row += rows) {
-        body(slots().token(first + row), row, i);
-      }
-    } else {
-#pragma unroll 1
-      for (int n = threads.rank; n < count * kChunks; n += threads.count) {
-        body(slots().token(first + n / kChunks), n / kChunks, n % kChunks * E);
-      }
+    for (int row = static_cast<int>(threads.rank / kThreads); row < count; row += rows) {
+      for (int i = column; i < D; i += static_cast<int>(kThreads) * E) body(begin + row, row, i);
     }
   }
 
@@ -170,7 +171,7 @@ struct Head {
   __device__ __forceinline__ void rotate_by(const Rotation& rotary, T* rows, const Threads& threads,
                                             int first, int count) const {
     for_each_chunk<E>(threads, first, count, [&](int token, int row, int i) {
-      if (token < 0 || i >= width()) return;
+      if (!slots().has(token) || i >= width()) return;
       rotary.template rotate<E>(rows + row * kRow<D>, token, i);
     });
   }
@@ -180,7 +181,7 @@ struct Head {
                                                const Load& load) const {
     const TokenRows<T> to = rows_of(tensor);
     for_each_chunk<E>(threads, first, count, [&](int token, int row, int i) {
-      if (token < 0 || i >= width()) return;
+      if (!slots().has(token) || i >= width()) return;
       float values[E];
       load(token, row, i, values);
       Packed<T, E>::pack(values).store_whole(to.at(token) + i);

@@ -26,6 +26,9 @@ __host__ __device__ constexpr Integer ceil_div(Integer a, std::type_identity_t<I
   return (a + b - 1) / b;
 }
 
+// The least that is not below `n`.
+__host__ __device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
+
 template <class... Parameters>
 const void* address_of(void (*kernel)(Parameters...)) {
   return reinterpret_cast<const void*>(kernel);

@@ -29,7 +29,7 @@ struct WordOf<2> {
   using type = uint16_t;
 };
 
-constexpr int smaller(int a, int b) { return a < b ? a : b; }
+__host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
 // E elements of type T as they lie in memory: one word, or several where one would be too wide.
 template <class T, int E>
@@ -68,6 +68,14 @@ struct Packed {
   __device__ __forceinline__ void unpack(float (&values)[E]) const {
     if constexpr (std::is_same_v<T, float>) {
       memcpy(values, words, sizeof values);
+    } else if constexpr (std::is_same_v<T, BFloat16> && E % 2 == 0) {
+      // An instruction an element: the compiler would take the upper ones out in three.
+      uint32_t pairs[E / 2];
+      memcpy(pairs, words, sizeof pairs);
+#pragma unroll
+      for (int i = 0; i < E; ++i) {
+        values[i] = __uint_as_float(i % 2 == 0 ? pairs[i / 2] << 16 : pairs[i / 2] & 0xffff0000u);
+      }
     } else {
       T elements[E];
       memcpy(elements, words, sizeof elements);

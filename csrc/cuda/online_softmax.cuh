@@ -6,12 +6,17 @@
 
 namespace evakernels::cuda {
 
+// How much larger a score may be than the maximum that its row has been given, to base 2. Weights are then up
+// to 256, which float16 holds, and what was summed is rarely rescaled, as in FlashAttention-4.
+constexpr float kMaxGrowth = 8.0f;
+
 // Of a tile of 16 queries. A lane has two of its rows, at lane / 4 and 8 below, which four lanes share.
 template <int D>
 struct OnlineSoftmax {
   Accumulator acc[D / kTile] = {};
-  float row_max[2] = {-INFINITY, -INFINITY};  // of the scores times `factor`
-  float row_sum[2] = {};                      // the lane's part
+  // Of the scores times `factor`, or up to kMaxGrowth less.
+  float row_max[2] = {-INFINITY, -INFINITY};
+  float row_sum[2] = {};  // the lane's part
 
   // Of element i of a tile.
   static __device__ __forceinline__ int row_of(int i) { return i / 2 % 2; }
@@ -22,21 +27,18 @@ struct OnlineSoftmax {
     float rescale[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      float most = -INFINITY;
+      float most = scores[0].values[2 * row];
 #pragma unroll
-      for (int t = 0; t < KT; ++t) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          if (row_of(i) == row) most = fmaxf(most, scores[t].values[i]);
-        }
+      for (int n = 1; n < 8 * KT; ++n) {
+        if (row_of(n) == row) most = fmaxf(most, scores[n / 8].values[n % 8]);
       }
       most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 1));
       most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 2));
       const float before = row_max[row];
-      row_max[row] = fmaxf(before, most * factor);
+      if (most * factor > before + kMaxGrowth) row_max[row] = most * factor;
       rescale[row] = exp2_approximated(before - row_max[row]);
-      row_sum[row] *= rescale[row];
     }
+    if (__any_sync(kWholeWarp, rescale[0] != 1.0f || rescale[1] != 1.0f)) multiply(rescale);
 #pragma unroll
     for (int t = 0; t < KT; ++t) {
 #pragma unroll
@@ -45,11 +47,6 @@ struct OnlineSoftmax {
         score = exp2_approximated(score * factor - row_max[row_of(i)]);
         row_sum[row_of(i)] += score;
       }
-    }
-#pragma unroll
-    for (Accumulator& sums : acc) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sums.values[i] *= rescale[row_of(i)];
     }
   }
 
@@ -63,11 +60,19 @@ struct OnlineSoftmax {
       lse[row] = row_max[row] * kLn2 + logf(row_sum[row]);
       inverse[row] = 1.0f / row_sum[row];
     }
+    multiply(inverse);
+  }
+
+ private:
+  // What is summed of the rows.
+  __device__ __forceinline__ void multiply(const float (&factors)[2]) {
 #pragma unroll
     for (Accumulator& sums : acc) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sums.values[i] *= inverse[row_of(i)];
+      for (int i = 0; i < 8; ++i) sums.values[i] *= factors[row_of(i)];
     }
+    row_sum[0] *= factors[0];
+    row_sum[1] *= factors[1];
   }
 };
 

@@ -126,9 +126,10 @@ __device__ __forceinline__ void compute_scalars(const QueryScalars& scalars,
   const int rows = static_cast<int>(blockDim.x) / kLanesOfRow;
   // All lanes of a warp have a slot, or none: it has four, and there are sixteen a tile.
   for (int slot = thread / kLanesOfRow; slot < stage_slots(head.tiles()); slot += rows) {
-    const int token = head.slots().token(slot);
+    const int token = slot - head.slots().shift;
+    const bool exists = head.slots().has(token);
     float delta = 0.0f;
-    if (token >= 0) {
+    if (exists) {
       const T *const a = dout.at(token), *const b = out.at(token);
       delta = head.plan.wide ? part_of_dot<T, kWide>(a, b, head.width(), part)
                              : part_of_dot<T, 1>(a, b, head.width(), part);
@@ -140,7 +141,7 @@ __device__ __forceinline__ void compute_scalars(const QueryScalars& scalars,
     if (part == 0) {
       scalars.delta[slot] = delta;
       // So that the weights of an empty slot are 0.
-      scalars.lse[slot] = token < 0 ? INFINITY : lse[token] * kLog2E;
+      scalars.lse[slot] = exists ? lse[token] * kLog2E : INFINITY;
     }
     __syncwarp();  // Else some lanes would ask for the next rows before the others.
   }
@@ -151,12 +152,12 @@ template <class T, int D, int M, int N>
 __device__ __forceinline__ void multiply_rows(Accumulator (&products)[M][N], const T* own, const T* other) {
 #pragma unroll 2  // All at once would spill 12 to 84 bytes (nvcc 13.0, sm_90).
   for (int d = 0; d < D; d += kTile) {
-    Fragment left[M];
+    LeftFragment left[M];
 #pragma unroll
-    for (int m = 0; m < M; ++m) left[m] = load_tile(own + m * kTileElements<D> + d, kRow<D>);
+    for (int m = 0; m < M; ++m) left[m] = load_left(own + m * kTileElements<D> + d, kRow<D>);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      const Fragment right = load_tile(other + n * kTileElements<D> + d, kRow<D>);
+      const RightFragment right = load_right_transposed(other + n * kTileElements<D> + d, kRow<D>);
 #pragma unroll
       for (int m = 0; m < M; ++m) multiply_add<T>(products[m][n], left[m], right);
     }
@@ -165,13 +166,28 @@ __device__ __forceinline__ void multiply_rows(Accumulator (&products)[M][N], con
 
 // sums[m] += left[m] * rows.
 template <class T, int D, int M>
-__device__ __forceinline__ void add_products(Accumulator (&sums)[M][D / kTile], const Fragment (&left)[M],
+__device__ __forceinline__ void add_products(Accumulator (&sums)[M][D / kTile], const LeftFragment (&left)[M],
                                              const T* rows) {
 #pragma unroll
   for (int d = 0; d < D / kTile; ++d) {
-    const Fragment right = load_tile_transposed(rows + d * kTile, kRow<D>);
+    const RightFragment right = load_right(rows + d * kTile, kRow<D>);
 #pragma unroll
     for (int m = 0; m < M; ++m) multiply_add<T>(sums[m][d], left[m], right);
+  }
+}
+
+// Weights that don't count, of a transposed tile.
+template <class T, int D>
+__device__ __forceinline__ void mask_weights(Accumulator& weights, const Head<T, D>& head, int query_tile,
+                                             int key_tile) {
+  // A branch, as in forward.
+  unsigned lane = threadIdx.x % kWarpSize;
+  hide_origin(lane);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int query = query_tile * kTile + column_in_tile(lane, i);
+    const int key = key_tile * kTile + row_in_tile(lane, i);
+    if (!head.counts(query, key)) weights.values[i] = 0.0f;
   }
 }
 
@@ -190,23 +206,25 @@ __device__ __forceinline__ void add_queries(KeyGradients<D>& sums, const T* k, c
 #pragma unroll
   for (int n = 0; n < QT; ++n) {
     const int first = (query_tile + n) * kTile;
-    Fragment weights[KT], gradients[KT];
+    LeftFragment weights[KT], gradients[KT];
 #pragma unroll
     for (int t = 0; t < KT; ++t) {
-      const bool masked = head.is_masked(query_tile + n, key_tile + t);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int query = first + column_in_tile(lane, i),
-                  key = (key_tile + t) * kTile + row_in_tile(lane, i);
-        float& weight = p[t][n].values[i];
-        float& gradient = ds[t][n].values[i];
-        weight = exp2_approximated(weight * factor - scalars.lse[query]);
-        if (masked && !head.counts(query, key)) weight = 0.0f;
-        gradient = weight * (gradient - scalars.delta[query]);
+        const float lse = scalars.lse[first + column_in_tile(lane, i)];
+        p[t][n].values[i] = exp2_approximated(p[t][n].values[i] * factor - lse);
       }
-      weights[t] = as_fragment<T>(p[t][n]);
-      gradients[t] = as_fragment<T>(ds[t][n]);
-      store_fragment(gradients[t], scores + t * kTile * kScoreRow + n * kTile, kScoreRow);
+      if (head.is_masked(query_tile + n, key_tile + t)) {
+        mask_weights(p[t][n], head, query_tile + n, key_tile + t);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float delta = scalars.delta[first + column_in_tile(lane, i)];
+        ds[t][n].values[i] = p[t][n].values[i] * (ds[t][n].values[i] - delta);
+      }
+      weights[t] = as_left<T>(p[t][n]);
+      gradients[t] = as_left<T>(ds[t][n]);
+      store_left(gradients[t], scores + t * kTile * kScoreRow + n * kTile, kScoreRow);
     }
     add_products<T, D>(sums.dv, weights, dout + n * kTileElements<D>);
     add_products<T, D>(sums.dk, gradients, q + n * kTileElements<D>);
@@ -267,12 +285,12 @@ __device__ __forceinline__ void multiply_scores(const Head<T, D>& head, int warp
     for (int key = 0; key < keys; ++key) {
       // Of later keys nobody has written any.
       const int seen = head.shape.causal ? max(first_key + key - stage, 0) : 0;
-      const Fragment right = load_tile_transposed(memory.k + key * kTileElements<D> + d * kTile, kRow<D>);
+      const RightFragment right = load_right(memory.k + key * kTileElements<D> + d * kTile, kRow<D>);
 #pragma unroll
       for (int m = 0; m < kStageTiles; ++m) {
         if (m < seen || m >= tiles) continue;
         const T* const scores = memory.scores + key * kTile * kScoreRow + m * kTile;
-        multiply_add<T>(dq[m], load_tile_transposed(scores, kScoreRow), right);
+        multiply_add<T>(dq[m], load_left_transposed(scores, kScoreRow), right);
       }
     }
 #pragma unroll
@@ -310,7 +328,7 @@ __device__ __forceinline__ void keep_queries(const Head<T, D>& head, float* work
   const float* const rows = BackwardMemory<T, D>(head.plan).dq;
   head.template for_each_chunk<E>(Threads::of_block(), stage * kTile, kStageRows,
                                   [&](int token, int row, int i) {
-                                    if (token < 0) return;
+                                    if (!head.slots().has(token)) return;
                                     float sums[E], before[E] = {};
                                     float* const kept = workspace + (stage * kTile + row) * D + i;
                                     load_sums(rows + row * kRow<D>, i, sums);
@@ -438,7 +456,9 @@ Error plan_backward(const AttentionShape& shape, AttentionPlan& plan) {
 
 Error rope_attention_backward(const RopeAttentionBackward& params, Scratch& scratch, Stream stream) {
   const AttentionShape& shape = params.shape;
-  if (const Error reason = unserved(shape)) return reason;
+  if (const Error reason =
+          unserved(shape, params.tables, {params.q, params.k, params.v, params.dout, params.out}))
+    return reason;
   if (is_empty(shape)) return nullptr;
   return with_attention_types(shape, [&](auto element, auto D) {
     using T = decltype(element);

@@ -10,6 +10,11 @@
 // Bytes: q, k, v and out once each, 4 B N H D s; k and v of a head with several blocks once more for each of
 // them. The tables (4 N D bytes a head, twice) come from the L2 cache.
 //
+// Each block of a head rotates the keys for itself. Rotated once by a kernel ahead, they would save 77 of 578
+// ns a head at N = 1025, D = 64 and 50 of 469 at N = 577, D = 112, by the audit's counts for H100, and cost
+// 77 of DRAM either way. Two blocks a multiprocessor at D = 112, N = 257, their keys in stages, would take a
+// third more of everything for what one hides of the other (128 ns a head in place of 97).
+//
 // Memory plan. Of S slots and W warps a block has, in shared memory, rows of 2 (D + 8) bytes: 2 S for k and
 // v, or 4 of a stage's; and 16 or 32 W for the warps' own, which hold q on the way in and out on the way
 // back. For H100 (227 KB a block, 228 KB a multiprocessor; resident: blocks of a multiprocessor at a time),
@@ -45,27 +50,16 @@ constexpr int kKeyTiles = D <= 112 ? 2 : 4;
 // More would only take shared memory.
 constexpr int kMaxStageTiles = 8;
 
-// Adds KT tiles of keys, from `key_tile` on, to the softmax of a warp's queries.
+// Scores that don't count.
 template <int KT, class T, int D, int MT>
-__device__ __forceinline__ void attend(OnlineSoftmax<D> (&softmax)[MT], const Fragment (&q)[MT][D / kTile],
-                                       const T* k, const T* v, const Head<T, D>& head, int query_tile,
-                                       int key_tile, float factor) {
-  Accumulator scores[MT][KT] = {};
-#pragma unroll
-  for (int d = 0; d < D / kTile; ++d) {
-#pragma unroll
-    for (int t = 0; t < KT; ++t) {
-      const Fragment keys = load_tile(k + t * kTileElements<D> + d * kTile, kRow<D>);
-#pragma unroll
-      for (int m = 0; m < MT; ++m) multiply_add<T>(scores[m][t], q[m][d], keys);
-    }
-  }
+__device__ __forceinline__ void mask_scores(Accumulator (&scores)[MT][KT], const Head<T, D>& head,
+                                            int query_tile, int key_tile) {
+  unsigned lane = threadIdx.x % kWarpSize;
+  hide_origin(lane);  // Few tiles are masked: else the compiler would have all of them pay for it.
 #pragma unroll
   for (int m = 0; m < MT; ++m) {
 #pragma unroll
     for (int t = 0; t < KT; ++t) {
-      if (!head.is_masked(query_tile + m, key_tile + t)) continue;
-      const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int query = (query_tile + m) * kTile + row_in_tile(lane, i);
@@ -73,16 +67,35 @@ __device__ __forceinline__ void attend(OnlineSoftmax<D> (&softmax)[MT], const Fr
         if (!head.counts(query, key)) scores[m][t].values[i] = -INFINITY;
       }
     }
-    softmax[m].update(scores[m], factor);
   }
+}
+
+// Adds KT tiles of keys, from `key_tile` on, to the softmax of a warp's queries.
+template <int KT, class T, int D, int MT>
+__device__ __forceinline__ void attend(OnlineSoftmax<D> (&softmax)[MT],
+                                       const LeftFragment (&q)[MT][D / kTile], const T* k, const T* v,
+                                       const Head<T, D>& head, int query_tile, int key_tile, float factor) {
+  Accumulator scores[MT][KT] = {};
+#pragma unroll
+  for (int d = 0; d < D / kTile; ++d) {
+#pragma unroll
+    for (int t = 0; t < KT; ++t) {
+      const RightFragment keys = load_right_transposed(k + t * kTileElements<D> + d * kTile, kRow<D>);
+#pragma unroll
+      for (int m = 0; m < MT; ++m) multiply_add<T>(scores[m][t], q[m][d], keys);
+    }
+  }
+  if (head.is_masked(query_tile, key_tile, KT)) mask_scores(scores, head, query_tile, key_tile);
+#pragma unroll
+  for (int m = 0; m < MT; ++m) softmax[m].update(scores[m], factor);
 #pragma unroll
   for (int t = 0; t < KT; ++t) {
-    Fragment weights[MT];
+    LeftFragment weights[MT];
 #pragma unroll
-    for (int m = 0; m < MT; ++m) weights[m] = as_fragment<T>(scores[m][t]);
+    for (int m = 0; m < MT; ++m) weights[m] = as_left<T>(scores[m][t]);
 #pragma unroll
     for (int d = 0; d < D / kTile; ++d) {
-      const Fragment values = load_tile_transposed(v + t * kTileElements<D> + d * kTile, kRow<D>);
+      const RightFragment values = load_right(v + t * kTileElements<D> + d * kTile, kRow<D>);
 #pragma unroll
       for (int m = 0; m < MT; ++m) multiply_add<T>(softmax[m].acc[d], weights[m], values);
     }
@@ -99,8 +112,8 @@ __device__ __forceinline__ void store_results(OnlineSoftmax<D>& softmax, const H
   float* const lse = params.lse + head.first_number();
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const int token = head.slots().token(tile * kTile + warp.rank / 4 + row * 8);
-    if (warp.rank % 4 == 0 && token >= 0) lse[token] = row_lse[row];
+    const int token = tile * kTile + static_cast<int>(warp.rank / 4) + row * 8 - head.slots().shift;
+    if (warp.rank % 4 == 0 && head.slots().has(token)) lse[token] = row_lse[row];
   }
 #pragma unroll
   for (int d = 0; d < D / kTile; ++d) store_tile(softmax.acc[d], 1.0f, rows + d * kTile, kRow<D>);
@@ -111,8 +124,8 @@ __device__ __forceinline__ void store_results(OnlineSoftmax<D>& softmax, const H
 
 // A warp's queries, rotated, from its rows in shared memory, which they are on their way to.
 template <class T, int D, int MT>
-__device__ __forceinline__ void load_queries(Fragment (&q)[MT][D / kTile], T* rows, const Head<T, D>& head,
-                                             int tile) {
+__device__ __forceinline__ void load_queries(LeftFragment (&q)[MT][D / kTile], T* rows,
+                                             const Head<T, D>& head, int tile) {
   wait_for_copies();
   __syncwarp();
   head.rotate(rows, Threads::of_warp(), tile * kTile, MT * kTile);
@@ -123,7 +136,7 @@ __device__ __forceinline__ void load_queries(Fragment (&q)[MT][D / kTile], T* ro
   for (int m = 0; m < MT; ++m) {
 #pragma unroll
     for (int d = 0; d < D / kTile; ++d) {
-      q[m][d] = load_tile(rows + m * kTileElements<D> + d * kTile, kRow<D>);
+      q[m][d] = load_left(rows + m * kTileElements<D> + d * kTile, kRow<D>);
 #pragma unroll
       for (uint32_t& word : q[m][d].words) word ^= sign;
     }
@@ -162,7 +175,7 @@ __global__ void __launch_bounds__(kMaxWarps<D>* kWarpSize)
     const int tile = round + warp * MT;
     const bool has_queries = tile < end;
     const int key_tiles = shape.causal ? min(round + plan.warps * MT, head.tiles()) : head.tiles();
-    Fragment q[MT][D / kTile];
+    LeftFragment q[MT][D / kTile];
     OnlineSoftmax<D> softmax[MT];
     if (has_queries) head.copy(own, params.q, Threads::of_warp(), tile * kTile, MT * kTile);
     for (int stage = 0; stage < key_tiles; stage += plan.stage_tiles) {
@@ -240,7 +253,7 @@ Error plan_forward(Kernel* kernel, const AttentionShape& shape, AttentionPlan& p
 
 Error rope_attention_forward(const RopeAttentionForward& params, Stream stream) {
   const AttentionShape& shape = params.shape;
-  if (const Error reason = unserved(shape)) return reason;
+  if (const Error reason = unserved(shape, params.tables, {params.q, params.k, params.v})) return reason;
   if (is_empty(shape)) return nullptr;
   return with_attention_types(shape, [&](auto element, auto D) {
     using T = decltype(element);

@@ -93,10 +93,10 @@ struct Rotary {
         s[n] = load(tables.sin + at);
       }
     } else {
-      const int64_t first = head * tables.head_stride;
-      const int64_t at = int64_t{row} * static_cast<int>(shape.head_dim / 2) + pair;
-      load_floats(tables.cos + first + at, c);
-      load_floats(tables.sin + first + at, s);
+      const int64_t column = head * tables.head_stride + pair;  // stays, from row to row
+      const int at = row * static_cast<int>(shape.head_dim / 2);
+      load_floats(tables.cos + column + at, c);
+      load_floats(tables.sin + column + at, s);
     }
   }
 

@@ -9,9 +9,15 @@ namespace evakernels::cuda {
 
 constexpr int kTile = 16;
 
-// 16 x 16 elements. A lane has two neighbours of each quarter; the quarters are, in this order, (top, left),
-// (bottom, left), (top, right), (bottom, right).
-struct Fragment {
+// 16 x 16 elements, the left factor of a product. A lane has two neighbours of each quarter; the quarters
+// are, in this order, (top, left), (bottom, left), (top, right), (bottom, right).
+struct LeftFragment {
+  uint32_t words[4];
+};
+
+// The right factor: (top, left), (bottom, left), as one product takes them, and (top, right), (bottom,
+// right); a lane's neighbours are in a column.
+struct RightFragment {
   uint32_t words[4];
 };
 
@@ -54,42 +60,55 @@ __device__ __forceinline__ void multiply(float* sums, const uint32_t (&a)[4], ui
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Columns [0, 8) of b are in its first and third word, the others in the rest.
+// The addresses that a lane brings: of a row of the quarter that is its own, lane / 8. In the order of the
+// rows first, (top, left), (bottom, left), ..., or of the columns, (top, left), (top, right), ...: so that
+// what a product takes lies in the registers where it takes it, as it is or transposed. `stride`: elements
+// from row to row.
 template <class T>
-__device__ __forceinline__ void multiply_tiles(float (&sums)[8], const uint32_t (&a)[4],
-                                               const uint32_t (&b)[4], T) {
-  multiply(sums, a, b[0], b[2], T{});
-  multiply(sums + 4, a, b[1], b[3], T{});
-}
-
-// The row of a tile in shared memory whose address is this lane's to bring. `stride`: elements from row to
-// row.
-template <class T>
-__device__ __forceinline__ const T* lane_row(const T* corner, int stride) {
+__device__ __forceinline__ const T* lane_row_by_rows(const T* corner, int stride) {
   const int lane = threadIdx.x % kWarpSize;
   return corner + lane % kTile * stride + lane / kTile * 8;
 }
-
-// A tile M; as the right factor it stands for its transpose.
 template <class T>
-__device__ __forceinline__ Fragment load_tile(const T* corner, int stride) {
-  Fragment tile;
-  load_matrices(tile.words, lane_row(corner, stride));
+__device__ __forceinline__ const T* lane_row_by_columns(const T* corner, int stride) {
+  const int lane = threadIdx.x % kWarpSize;
+  return corner + (lane % 8 + lane / kTile * 8) * stride + lane / 8 % 2 * 8;
+}
+
+// A tile M in shared memory.
+template <class T>
+__device__ __forceinline__ LeftFragment load_left(const T* corner, int stride) {
+  LeftFragment tile;
+  load_matrices(tile.words, lane_row_by_rows(corner, stride));
+  return tile;
+}
+template <class T>
+__device__ __forceinline__ RightFragment load_right(const T* corner, int stride) {
+  RightFragment tile;
+  load_matrices_transposed(tile.words, lane_row_by_rows(corner, stride));
   return tile;
 }
 
-// A tile M; as the right factor it stands for itself.
+// Its transpose.
 template <class T>
-__device__ __forceinline__ Fragment load_tile_transposed(const T* corner, int stride) {
-  uint32_t words[4];
-  load_matrices_transposed(words, lane_row(corner, stride));
-  return {{words[0], words[2], words[1], words[3]}};
+__device__ __forceinline__ LeftFragment load_left_transposed(const T* corner, int stride) {
+  LeftFragment tile;
+  load_matrices_transposed(tile.words, lane_row_by_columns(corner, stride));
+  return tile;
+}
+template <class T>
+__device__ __forceinline__ RightFragment load_right_transposed(const T* corner, int stride) {
+  RightFragment tile;
+  load_matrices(tile.words, lane_row_by_columns(corner, stride));
+  return tile;
 }
 
 // sums += left * right.
 template <class T>
-__device__ __forceinline__ void multiply_add(Accumulator& sums, const Fragment& left, const Fragment& right) {
-  multiply_tiles(sums.values, left.words, right.words, T{});
+__device__ __forceinline__ void multiply_add(Accumulator& sums, const LeftFragment& left,
+                                             const RightFragment& right) {
+  multiply(sums.values, left.words, right.words[0], right.words[1], T{});
+  multiply(sums.values + 4, left.words, right.words[2], right.words[3], T{});
 }
 
 // Two neighbours of each quarter of the sums, times `factor`, to where they belong in a tile in shared
@@ -106,8 +125,8 @@ __device__ __forceinline__ void store_tile(const Accumulator& sums, float factor
 
 // Sums as the left factor of a product: a lane's are where it has them already.
 template <class T>
-__device__ __forceinline__ Fragment as_fragment(const Accumulator& sums) {
-  Fragment tile;
+__device__ __forceinline__ LeftFragment as_left(const Accumulator& sums) {
+  LeftFragment tile;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     tile.words[i] = round_pair(sums.values[2 * i], sums.values[2 * i + 1], T{});
@@ -115,9 +134,9 @@ __device__ __forceinline__ Fragment as_fragment(const Accumulator& sums) {
   return tile;
 }
 
-// A fragment to where it belongs in a tile in shared memory.
+// To where it belongs in a tile in shared memory.
 template <class T>
-__device__ __forceinline__ void store_fragment(const Fragment& tile, T* corner, int stride) {
+__device__ __forceinline__ void store_left(const LeftFragment& tile, T* corner, int stride) {
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

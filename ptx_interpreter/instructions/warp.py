@@ -67,6 +67,24 @@ def shuffle(machine: Machine, i: Instruction) -> Step:
     return by_lanes(run)
 
 
+@makes("vote", "sync any all pred")
+def vote(machine: Machine, i: Instruction) -> Step:
+    """Whether a predicate holds in any lane, or in all lanes."""
+    registers = machine.registers
+    value, target = registers.source(i.args[1], "pred"), registers.target(i.args[0], "pred")
+    if registers.number(i.args[2]) not in EVERY_LANE:
+        raise Unsupported("a vote of some lanes of a warp")
+    agree = np.logical_or if "any" in i.mods else np.logical_and
+
+    def run(active: Active | None) -> None:
+        groups_of(machine, active, i)  # All of a warp must be there.
+        agreed = agree.reduce(np.broadcast_to(value, machine.all_lanes.shape).reshape(-1, WARP), axis=1)
+        found = np.repeat(agreed, WARP)
+        put(target, active, found if active is None else found[active.lanes])
+
+    return by_lanes(run)
+
+
 @makes("bar", "warp sync")
 def barrier(machine: Machine, i: Instruction) -> Step:
     """bar.warp.sync. Lanes that come later than the others of their warp are taken to be missing."""

@@ -169,8 +169,8 @@ FAULTS = {
         "  });\n  __syncwarp();\n#pragma unroll\n",
         "  });\n  if (!PLANTED) __syncwarp();\n#pragma unroll\n",
     ),
-    "a prefix token too many": Fault(
-        "wrong: out of", "attention_plan.h", "slot < prefix ? slot", "slot < prefix + PLANTED ? slot"
+    "slots before the first token": Fault(
+        "wrong: out of", "attention_plan.h", "return first < 0 ||", "return (first < 0 && !PLANTED) ||"
     ),
     "empty slots": Fault(
         "wrong: out of",
