@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from evakernels.nn.layer_norm import over_trailing
 from evakernels.ops import adamw_update, gradient_norm, lamb_step, layer_norm, rms_norm
 from evakernels.ops._autocast import is_on
 from evakernels.optim._device_optimizer import Batch, DeviceOptimizer
@@ -62,24 +63,20 @@ class _FusedNorm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., *normalized_shape]` to the same shape."""
-        trailing = len(self.normalized_shape)
-        if input.shape[input.dim() - trailing :] != self.normalized_shape:
-            expected = ", ".join(("...", *map(str, self.normalized_shape)))
-            raise ValueError(f"{type(self).__name__}: input has shape {tuple(input.shape)}; expected [{expected}]")
         device = input.device.type
         if not is_on(device):
-            return self._normalised(input, trailing)
+            return self._normalised(input)
         input = input.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            return self._normalised(input, trailing)
+            return self._normalised(input)
 
-    def _normalised(self, x: Tensor, trailing: int) -> Tensor:
+    def _normalised(self, x: Tensor) -> Tensor:
         parameters = [
-            None if p is None else p.flatten().to(torch.promote_types(p.dtype, x.dtype))
+            None if p is None else p.to(torch.promote_types(p.dtype, x.dtype))
             for p in (getattr(self, name) for name in self._parameter_names())
         ]
         norm: Callable[..., Tensor] = layer_norm if len(parameters) == 2 else rms_norm
-        return norm(x.flatten(x.dim() - trailing), *parameters, eps=self.eps).view(x.shape)
+        return over_trailing(self, norm, x, self.normalized_shape, *parameters)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.normalized_shape)}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
