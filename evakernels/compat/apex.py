@@ -200,12 +200,13 @@ class FusedAdam(_ApexOptimizer):
     """apex's `FusedAdam`: `torch.optim.AdamW`, or `torch.optim.Adam` with `adam_w_mode=False`.
 
     Args:
-        params, lr, betas, eps, weight_decay: as of `torch.optim.AdamW`; a group may set them for itself.
+        params, lr, betas, eps, weight_decay: as of `evakernels.optim.AdamW`; a group may set them for itself.
         bias_correction: whether moments are divided by `1 - beta ** step`; a group may set it, too.
         adam_w_mode: decoupled weight decay; otherwise decay is added to the gradients.
         amsgrad: not offered, as by apex.
         set_grad_none: whether `zero_grad` sets gradients to None.
-        capturable: accepted, and always so: no step waits for the device, and a CUDA graph can hold it.
+        capturable: accepted, and always so: no step waits for the device, and a CUDA graph can hold it, with the rate
+            that it was captured with. apex's is a tensor on the device then; here it stays what it is.
         master_weights: steps are made on float32 copies of 16-bit parameters, which the state keeps.
 
     Raises:
@@ -218,7 +219,7 @@ class FusedAdam(_ApexOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         bias_correction: bool = True,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -286,7 +287,7 @@ class FusedLAMB(_ApexOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         bias_correction: bool = True,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
