@@ -21,11 +21,11 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_`: scales gradients in place so that their norm together is at most `max_norm`.
+    """`torch.nn.utils.clip_grad_norm_`: scales gradients in place so that their norm together is `max_norm` at most.
 
-    The norm is `gradient_norm`'s, in one call whose squares are summed in float32, where torch has a norm of each tensor
-    in its own dtype first. Nothing waits for the device, but for `error_if_nonfinite`. An optimizer of this library
-    needs no pass over the gradients for it: its `grad_scale` divides them in the step (see `gradient_norm`).
+    The norm is `gradient_norm`'s, in one call whose squares are summed in float32, where torch has a norm of each
+    tensor in its own dtype first. Nothing waits for the device, but for `error_if_nonfinite`. An optimizer of this
+    library needs no pass over the gradients for it: its `grad_scale` divides them in the step (see `gradient_norm`).
 
     Args:
         parameters: those whose `grad` is scaled, or one; those without are left out. DTensors and parameters on several
