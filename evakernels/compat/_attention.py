@@ -30,18 +30,20 @@ def check_options(function: str, **options: Any) -> None:
             raise NotImplementedError(f"{function}: {name} is {found}; accepted: {accepted}")
 
 
-def attend(function: str, *, causal: bool, scale: float | None, **qkv: Tensor) -> Tensor:
+def attend(function: str, qkv: dict[str, Tensor], *, causal: bool, scale: float | None) -> Tensor:
     """Attention of `[B, N, H, D]`; queries, keys and values come under the names that `function` has for them."""
-    _check_heads(function, "[B, N, H, D]", **qkv)
-    return rope_attention(*qkv.values(), causal=causal, scale=scale)
+    _check_heads(function, "[B, N, H, D]", qkv)
+    q, k, v = qkv.values()
+    return rope_attention(q, k, v, causal=causal, scale=scale)
 
 
 def attend_packed(
-    function: str, offsets: Tensor, max_length: int, *, causal: bool, scale: float | None, **qkv: Tensor
+    function: str, qkv: dict[str, Tensor], offsets: Tensor, max_length: int, *, causal: bool, scale: float | None
 ) -> Tensor:
     """The same within sequences that lie one behind the other, `[T, H, D]`."""
-    _check_heads(function, "[T, H, D]", **qkv)
-    return packed_attention(*qkv.values(), offsets, max_length=max_length, causal=causal, scale=scale)
+    _check_heads(function, "[T, H, D]", qkv)
+    q, k, v = qkv.values()
+    return packed_attention(q, k, v, offsets, max_length=max_length, causal=causal, scale=scale)
 
 
 def refuse_lengths(function: str, found: str) -> None:
@@ -49,7 +51,7 @@ def refuse_lengths(function: str, found: str) -> None:
     raise NotImplementedError(f"{function}: {found}; accepted: as many keys as queries in each sequence")
 
 
-def _check_heads(function: str, layout: str, **qkv: Tensor) -> None:
+def _check_heads(function: str, layout: str, qkv: dict[str, Tensor]) -> None:
     _check.floating(function, **qkv)
     for name, tensor in qkv.items():
         if tensor.dim() != layout.count(",") + 1:

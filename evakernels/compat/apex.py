@@ -301,7 +301,7 @@ class FusedLAMB(_ApexOptimizer):
     ) -> None:
         if amsgrad:
             raise RuntimeError("FusedLAMB: amsgrad is True; accepted: False")
-        defaults = {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps}
+        defaults: dict[str, Any] = {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps}
         defaults |= {"weight_decay": weight_decay, "grad_averaging": grad_averaging, "max_grad_norm": max_grad_norm}
         super().__init__(params, defaults)
         self.adam_w_mode = adam_w_mode

@@ -47,7 +47,7 @@ def flash_attn_func(
     name = "flash_attn_func"
     check_options(name, dropout_p=dropout_p, window_size=window_size, softcap=softcap)
     check_options(name, alibi_slopes=alibi_slopes, return_attn_probs=return_attn_probs)
-    return attend(name, causal=causal, scale=softmax_scale, q=q, k=k, v=v)
+    return attend(name, {"q": q, "k": k, "v": v}, causal=causal, scale=softmax_scale)
 
 
 def flash_attn_qkvpacked_func(
@@ -68,7 +68,7 @@ def flash_attn_qkvpacked_func(
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"{name}: qkv has shape {tuple(qkv.shape)}; expected [B, N, 3, H, D]")
     q, k, v = qkv.unbind(2)
-    return attend(name, causal=causal, scale=softmax_scale, q=q, k=k, v=v)
+    return attend(name, {"q": q, "k": k, "v": v}, causal=causal, scale=softmax_scale)
 
 
 def flash_attn_varlen_func(
@@ -112,7 +112,8 @@ def flash_attn_varlen_func(
         refuse_lengths(name, f"max_seqlen_k is {max_seqlen_k} and max_seqlen_q is {max_seqlen_q}")
     if cu_seqlens_k is not cu_seqlens_q and not _are_same(cu_seqlens_q, cu_seqlens_k):
         refuse_lengths(name, "cu_seqlens_k isn't cu_seqlens_q (pass one tensor for both: on a GPU none is compared)")
-    return attend_packed(name, cu_seqlens_q, max_seqlen_q, causal=causal, scale=softmax_scale, q=q, k=k, v=v)
+    qkv = {"q": q, "k": k, "v": v}
+    return attend_packed(name, qkv, cu_seqlens_q, max_seqlen_q, causal=causal, scale=softmax_scale)
 
 
 def _are_same(ours: Tensor, theirs: Tensor) -> bool:

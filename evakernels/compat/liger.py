@@ -85,6 +85,8 @@ class LigerRMSNorm(nn.Module):
         ValueError: for another `casting_mode` or `init_fn`.
     """
 
+    weight: nn.Parameter | None
+
     def __init__(
         self,
         hidden_size: int,

@@ -18,7 +18,7 @@ from evakernels.ops import swiglu as gated
 __all__ = ["LowerTriangularMask", "SwiGLU", "memory_efficient_attention", "swiglu"]
 
 # With as many keys as queries, both corners are one.
-_DENSE = {"LowerTriangularMask": True, "LowerTriangularFromBottomRightMask": True}
+_DENSE = ("LowerTriangularMask", "LowerTriangularFromBottomRightMask")
 _PACKED = {
     "BlockDiagonalMask": False,
     "BlockDiagonalCausalMask": True,
@@ -68,12 +68,11 @@ def memory_efficient_attention(
     if output_dtype not in (None, query.dtype):
         raise NotImplementedError(f"{name}: output_dtype is {output_dtype}; accepted: None or {query.dtype} (as query)")
     if query.dim() == key.dim() == value.dim() == 3:
-        one_head = (tensor.unsqueeze(2) for tensor in (query, key, value))
-        return memory_efficient_attention(*one_head, attn_bias, p, scale).squeeze(2)
-    mask = type(attn_bias).__name__
+        query, key, value = (tensor.unsqueeze(2) for tensor in (query, key, value))
+        return memory_efficient_attention(query, key, value, attn_bias, p, scale).squeeze(2)
+    qkv, mask = {"query": query, "key": key, "value": value}, type(attn_bias).__name__
     if attn_bias is None or mask in _DENSE:
-        is_causal = attn_bias is not None
-        return attend(name, causal=is_causal, scale=scale, query=query, key=key, value=value)
+        return attend(name, qkv, causal=attn_bias is not None, scale=scale)
     if mask not in _PACKED:
         accepted = ", ".join((*_DENSE, *_PACKED))
         raise NotImplementedError(f"{name}: attn_bias is a {mask}; accepted: None, {accepted}")
@@ -82,10 +81,9 @@ def memory_efficient_attention(
         refuse_lengths(name, f"attn_bias is a {mask} of keys in other places than the queries")
     if len(query) != 1:
         raise ValueError(f"{name}: query has shape {tuple(query.shape)}; expected [1, T, H, K] with a {mask}")
-    # seqstart is where that was made, often before the queries came to their device.
-    where = queries.seqstart.to(query.device), queries.max_seqlen
-    qkv = {"query": query[0], "key": key[0], "value": value[0]}
-    return attend_packed(name, *where, causal=_PACKED[mask], scale=scale, **qkv).unsqueeze(0)
+    qkv = {part: tensor.flatten(0, 1) for part, tensor in qkv.items()}
+    offsets = queries.seqstart.to(query.device)  # a mask is often made before its queries are on their device
+    return attend_packed(name, qkv, offsets, queries.max_seqlen, causal=_PACKED[mask], scale=scale).unsqueeze(0)
 
 
 def swiglu(

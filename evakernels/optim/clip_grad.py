@@ -83,4 +83,5 @@ def _norm_over_devices(grads: list[Tensor]) -> Tensor:
     norms = [gradient_norm(some) for some in by_device.values()]
     if len(norms) == 1:
         return norms[0]
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return total
