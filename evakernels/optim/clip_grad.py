@@ -72,7 +72,8 @@ def clip_grad_norm_(
     for (device, dtype), some in alike.items():
         # A factor may be below the smallest number of float16.
         kept = torch.float32 if dtype == torch.float16 else dtype
-        torch._foreach_mul_(some, factor.to(device, kept, non_blocking=True))
+        # To the host it must have arrived before it is read there.
+        torch._foreach_mul_(some, factor.to(device, kept, non_blocking=device.type != "cpu"))
     return norm
 
 
