@@ -28,6 +28,7 @@ from evakernels.ops import (
     swiglu,
     token_dropout,
 )
+from evakernels.optim import clip_grad_norm_
 
 __all__ = [
     "BackendError",
@@ -38,6 +39,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "as_torch_operators",
+    "clip_grad_norm_",
     "clip_loss",
     "contrastive_statistics",
     "explain",

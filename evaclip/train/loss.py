@@ -27,6 +27,8 @@ class ContrastiveLoss(nn.Module):
     def __init__(self, config: LossConfig, group: Any = None) -> None:
         super().__init__()
         self.logit_bias: nn.Parameter | None = None
+        self.processes = 1 if group is None else group.size()
+        group = False if group is None else group  # None would mean all that there are
         if config.name == "siglip":
             self.loss: ClipLoss | SigLipLoss = SigLipLoss(group=group)
             self.logit_bias = nn.Parameter(torch.tensor(SIGLIP_INITIAL_BIAS))
@@ -47,6 +49,6 @@ class ContrastiveLoss(nn.Module):
         if self.logit_bias is not None:
             scale = (logit_scale, self.logit_bias)
         # All processes have equal parts of a batch, and need not ask one another.
-        counts = [len(image_features)] * (1 if self.loss.group is None else self.loss.group.size())
+        counts = [len(image_features)] * self.processes
         loss: Tensor = self.loss(image_features, text_features, *scale, counts=counts)
         return loss

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from evakernels.nn.layer_norm import over_trailing
 from evakernels.ops import adamw_update, gradient_norm, lamb_step, layer_norm, rms_norm
 from evakernels.ops._autocast import is_on
 from evakernels.optim._device_optimizer import Batch, DeviceOptimizer
@@ -62,24 +63,20 @@ class _FusedNorm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., *normalized_shape]` to the same shape."""
-        trailing = len(self.normalized_shape)
-        if input.shape[input.dim() - trailing :] != self.normalized_shape:
-            expected = ", ".join(("...", *map(str, self.normalized_shape)))
-            raise ValueError(f"{type(self).__name__}: input has shape {tuple(input.shape)}; expected [{expected}]")
         device = input.device.type
         if not is_on(device):
-            return self._normalised(input, trailing)
+            return self._normalised(input)
         input = input.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            return self._normalised(input, trailing)
+            return self._normalised(input)
 
-    def _normalised(self, x: Tensor, trailing: int) -> Tensor:
+    def _normalised(self, x: Tensor) -> Tensor:
         parameters = [
-            None if p is None else p.flatten().to(torch.promote_types(p.dtype, x.dtype))
+            None if p is None else p.to(torch.promote_types(p.dtype, x.dtype))
             for p in (getattr(self, name) for name in self._parameter_names())
         ]
         norm: Callable[..., Tensor] = layer_norm if len(parameters) == 2 else rms_norm
-        return norm(x.flatten(x.dim() - trailing), *parameters, eps=self.eps).view(x.shape)
+        return over_trailing(self, norm, x, self.normalized_shape, *parameters)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.normalized_shape)}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
@@ -203,12 +200,13 @@ class FusedAdam(_ApexOptimizer):
     """apex's `FusedAdam`: `torch.optim.AdamW`, or `torch.optim.Adam` with `adam_w_mode=False`.
 
     Args:
-        params, lr, betas, eps, weight_decay: as of `torch.optim.AdamW`; a group may set them for itself.
+        params, lr, betas, eps, weight_decay: as of `evakernels.optim.AdamW`; a group may set them for itself.
         bias_correction: whether moments are divided by `1 - beta ** step`; a group may set it, too.
         adam_w_mode: decoupled weight decay; otherwise decay is added to the gradients.
         amsgrad: not offered, as by apex.
         set_grad_none: whether `zero_grad` sets gradients to None.
-        capturable: accepted, and always so: no step waits for the device, and a CUDA graph can hold it.
+        capturable: accepted, and always so: no step waits for the device, and a CUDA graph can hold it, with the rate
+            that it was captured with. apex's is a tensor on the device then; here it stays what it is.
         master_weights: steps are made on float32 copies of 16-bit parameters, which the state keeps.
 
     Raises:
@@ -221,7 +219,7 @@ class FusedAdam(_ApexOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         bias_correction: bool = True,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -289,7 +287,7 @@ class FusedLAMB(_ApexOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         bias_correction: bool = True,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
@@ -303,7 +301,7 @@ class FusedLAMB(_ApexOptimizer):
     ) -> None:
         if amsgrad:
             raise RuntimeError("FusedLAMB: amsgrad is True; accepted: False")
-        defaults = {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps}
+        defaults: dict[str, Any] = {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps}
         defaults |= {"weight_decay": weight_decay, "grad_averaging": grad_averaging, "max_grad_norm": max_grad_norm}
         super().__init__(params, defaults)
         self.adam_w_mode = adam_w_mode

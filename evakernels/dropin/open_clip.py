@@ -178,7 +178,7 @@ class ClipLoss(Swapped):
             loss = ((ours[0] - ours[2]) + (theirs[0] - theirs[2])).mean() / 2
         else:
             image, text = of_all or (image, text)
-            loss = clip_loss(image, text, logit_scale)
+            loss = clip_loss(image, text, logit_scale, group=False)  # open_clip has gathered what there is
         loss = loss.to(_loss_dtype(image_features, logit_scale))
         return {"contrastive_loss": loss} if output_dict else loss
 

@@ -3,17 +3,20 @@
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
+from evakernels.ops._collectives import Group
 from evakernels.ops.contrastive import MEMORY_BUDGET, clip_loss, siglip_loss
 
 
 class ClipLoss(nn.Module):
-    """`evakernels.clip_loss` over the batch of all processes of `group`."""
+    """`evakernels.clip_loss` over the batch of all processes of `group`.
 
-    def __init__(
-        self, label_smoothing: float = 0.0, group: ProcessGroup | None = None, memory_budget: int = MEMORY_BUDGET
-    ) -> None:
+    Args:
+        label_smoothing, memory_budget: as `clip_loss` has them.
+        group: None for all processes, which must all call it; False for this one alone, as `clip_loss` has it.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0, group: Group = None, memory_budget: int = MEMORY_BUDGET) -> None:
         super().__init__()
         self.label_smoothing = label_smoothing
         self.group = group
@@ -38,9 +41,9 @@ class ClipLoss(nn.Module):
 
 
 class SigLipLoss(nn.Module):
-    """`evakernels.siglip_loss` over the batch of all processes of `group`."""
+    """`evakernels.siglip_loss` over the batch of all processes of `group`, as `ClipLoss` has it."""
 
-    def __init__(self, group: ProcessGroup | None = None) -> None:
+    def __init__(self, group: Group = None) -> None:
         super().__init__()
         self.group = group
 

@@ -1,52 +1,58 @@
-"""The norms as modules. Parameters are named as torch's own, so that state dicts are exchanged freely."""
+"""The norms as modules, with torch's arguments, defaults and state dicts."""
 
-import torch
+from collections.abc import Callable, Sequence
+
 from torch import Tensor, nn
 
 from evakernels.ops import layer_norm, rms_norm
 
 
 class LayerNorm(nn.LayerNorm):
-    """`torch.nn.LayerNorm` over the last dimension, computed by `evakernels.layer_norm`.
+    """`torch.nn.LayerNorm`, computed by `evakernels.layer_norm`.
 
     Args:
-        width: size of the last dimension.
-        eps: added to the variance; by default as in torch. EVA's norms have 1e-6.
+        normalized_shape: size of the last dimension, or sizes of the last dimensions.
+        eps: added to the variance; 1e-5 by default, as in torch. EVA's norms have 1e-6.
+        elementwise_affine: whether there is a weight, of this shape.
         bias: whether there is a bias beside the weight.
+        device, dtype: of both.
+
+    Raises:
+        ValueError: in `forward`, for an input that doesn't end in `normalized_shape`.
     """
 
-    def __init__(
-        self,
-        width: int,
-        eps: float = 1e-5,
-        *,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(width, eps, bias=bias, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., *normalized_shape]` to the same shape; dtypes as `evakernels.layer_norm` has them."""
+        return over_trailing(self, layer_norm, input, self.normalized_shape, self.weight, self.bias)
 
 
 class RMSNorm(nn.RMSNorm):
-    """`torch.nn.RMSNorm` over the last dimension, computed by `evakernels.rms_norm`.
+    """`torch.nn.RMSNorm`, computed by `evakernels.rms_norm`.
 
     Args:
-        width: size of the last dimension.
+        normalized_shape: size of the last dimension, or sizes of the last dimensions.
         eps: added to the mean square; None, as in torch: `torch.finfo` of the dtype of the sums, float32 or float64.
+        elementwise_affine: whether there is a weight, of this shape.
+        device, dtype: of the weight.
+
+    Raises:
+        ValueError: in `forward`, for an input that doesn't end in `normalized_shape`.
     """
 
-    def __init__(
-        self,
-        width: int,
-        eps: float | None = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(width, eps, device=device, dtype=dtype)
-
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        """`[..., *normalized_shape]` to the same shape; dtypes as `evakernels.rms_norm` has them."""
+        return over_trailing(self, rms_norm, x, self.normalized_shape, self.weight)
+
+
+def over_trailing(
+    module: nn.Module, norm: Callable[..., Tensor], x: Tensor, shape: Sequence[int], *parameters: Tensor | None
+) -> Tensor:
+    """A norm with the `eps` of `module` over the trailing dimensions of `x`, whose sizes are `shape`."""
+    first = x.dim() - len(shape)
+    if not shape or tuple(x.shape[max(first, 0) :]) != tuple(shape):
+        expected = ", ".join(("...", *map(str, shape)))
+        raise ValueError(f"{type(module).__name__}: input has shape {tuple(x.shape)}; expected [{expected}]")
+    if len(shape) == 1:
+        return norm(x, *parameters, eps=module.eps)
+    flat = (None if parameter is None else parameter.flatten() for parameter in parameters)
+    return norm(x.flatten(first), *flat, eps=module.eps).view(x.shape)

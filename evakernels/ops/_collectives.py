@@ -6,7 +6,7 @@ exact gradient. An all-reduce gives all ranks the same bits, so the value is the
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -21,24 +21,44 @@ _gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_ga
 _scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
-def rank_and_size(op: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """This process's place in `group`; (0, 1) for None.
+Group = dist.ProcessGroup | Literal[False] | None
+"""Whose batches a loss is of: a group's; those of all processes, for None; this process's alone, for False."""
 
-    Raises `ValueError` before `init_process_group`, or when the process isn't in the group, and `RuntimeError` for
-    several processes where more is asked of a loss than its gradient.
+
+def resolved(op: str, group: Group) -> dist.ProcessGroup | None:
+    """The process group that `group` means; None for this process alone, as before `init_process_group`.
+
+    Raises `ValueError` for a group before `init_process_group`.
+    """
+    initialized = dist.is_available() and dist.is_initialized()
+    if group is None:
+        return dist.group.WORLD if initialized and dist.get_world_size() > 1 else None
+    if group is False:
+        return None
+    if not initialized:
+        raise ValueError(f"{op}: group given, but torch.distributed is not initialized; call init_process_group first")
+    return group
+
+
+def rank_and_size(op: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """This process's place in `group`, a resolved one; (0, 1) for None.
+
+    Raises `ValueError` when the process isn't in the group, and `RuntimeError` for several processes where more is
+    asked of a loss than its gradient.
     """
     if group is None:
         return 0, 1
-    if not (dist.is_available() and dist.is_initialized()):
-        raise ValueError(f"{op}: group given, but torch.distributed is not initialized; call init_process_group first")
     rank = dist.get_rank(group)
     if rank < 0:
-        raise ValueError(f"{op}: this process is not a member of group; accepted: None or a group that contains it")
+        raise ValueError(
+            f"{op}: this process is not a member of group; accepted: a group that contains it, None for all processes, "
+            "False for this one alone"
+        )
     world_size = dist.get_world_size(group)
     if world_size > 1 and is_transformed():
         raise RuntimeError(
             f"{op}: over {world_size} processes there is a gradient alone, by torch.autograd; forward-mode "
-            "differentiation and functorch's transforms (torch.func) take group=None"
+            "differentiation and functorch's transforms (torch.func) take group=False, this process alone"
         )
     return rank, world_size
 

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from evakernels import backends
 from evakernels.ops import _check
-from evakernels.ops._collectives import gather_rows, logsumexp_of_ranks, rank_and_size, sum_of_ranks
+from evakernels.ops._collectives import Group, gather_rows, logsumexp_of_ranks, rank_and_size, resolved, sum_of_ranks
 from evakernels.ops._op import define, differentiable, optional_gradient
 from evakernels.reference import contrastive as reference
 from evakernels.reference._numerics import accumulation_dtype
@@ -66,7 +66,7 @@ def clip_loss(
     logit_scale: Tensor,
     *,
     label_smoothing: float = 0.0,
-    group: ProcessGroup | None = None,
+    group: Group = None,
     counts: Sequence[int] | None = None,
     memory_budget: int = MEMORY_BUDGET,
 ) -> Tensor:
@@ -78,7 +78,9 @@ def clip_loss(
         logit_scale: `[]` or `[1]`, already exponentiated.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
         group: the processes whose batches make up the global batch, each with a `b` of its own, which may be 0 on
-            some; None for this one alone. The text features are gathered once, and no rank computes another's logits.
+            some. None means all of them, as in torch.distributed: then **every process must call the loss**, or the
+            others wait for it. False means this process alone, as does None before `init_process_group`. The text
+            features are gathered once, and no rank computes another's logits.
         counts: the `b` of every rank of the group, where the caller knows them. Otherwise the ranks tell one another
             first, for which the host waits.
         memory_budget: bytes that the `[b, B]` logits of this rank may take from the forward pass to the backward pass,
@@ -86,7 +88,7 @@ def clip_loss(
             backward makes the logits again, in chunks. 0 keeps none.
 
     Returns:
-        0-D, float32 (float64 for float64 input), also under autocast. With a group the value is that of the
+        0-D, float32 (float64 for float64 input), also under autocast. Over several processes the value is that of the
         global batch on every rank, and the gradient is world_size times this rank's contribution, so that the
         mean over ranks that data-parallel training takes gives every parameter, logit_scale included, its
         gradient on the global batch.
@@ -105,6 +107,7 @@ def clip_loss(
         tensor(0.)
     """
     op = "clip_loss"
+    group = resolved(op, group)
     _check_batch(op, image_features, text_features, group)
     logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image_features)
     _check.number(op, "label_smoothing", label_smoothing, "0 to 1")
@@ -160,7 +163,7 @@ def siglip_loss(
     logit_scale: Tensor,
     logit_bias: Tensor,
     *,
-    group: ProcessGroup | None = None,
+    group: Group = None,
     counts: Sequence[int] | None = None,
 ) -> Tensor:
     """The sigmoid loss (SigLIP, Zhai et al. 2023): a binary classification of every image-text combination.
@@ -175,6 +178,7 @@ def siglip_loss(
         0.0134
     """
     op = "siglip_loss"
+    group = resolved(op, group)
     _check_batch(op, image_features, text_features, group)
     logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image_features)
     logit_bias = _checked_scalar(op, "logit_bias", logit_bias, image_features)

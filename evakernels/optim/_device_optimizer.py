@@ -15,6 +15,11 @@ from evakernels.ops import _check
 from evakernels.ops._shards import first_element_of, groups_of, local, sum_over
 from evakernels.reference._numerics import accumulation_dtype
 
+SWITCHES = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
+"""Options of torch's optimizers that groups of ours have too."""
+
+_REFUSED = ("amsgrad", "differentiable")
+
 
 @dataclass
 class Batch:
@@ -51,7 +56,7 @@ class Batch:
         self.exp_avgs.append(local(state["exp_avg"]))
         self.exp_avg_sqs.append(local(state["exp_avg_sq"]))
         self.steps.append(state["step"])
-        self.lrs.append(group["lr"])
+        self.lrs.append(float(group["lr"]))
         self.weight_decays.append(group["weight_decay"])
         if group.get("stochastic_rounding"):
             self.seeds.append(group["seed"] << 32 | number)
@@ -87,7 +92,8 @@ class DeviceOptimizer(Optimizer):
     """
 
     shared_options: ClassVar[tuple[str, ...]] = ("betas", "eps")
-    """What is the same for all tensors of a call; groups that differ in them have a call of their own."""
+    """What is the same for all tensors of a call; groups that differ in them have a call of their own. `maximize` among
+    them is seen to here."""
 
     _step_supports_amp_scaling = True
 
@@ -104,10 +110,14 @@ class DeviceOptimizer(Optimizer):
     def check_options(self, options: dict[str, Any]) -> None:
         """Raises for options of a group that are out of range."""
         name = type(self).__name__
+        for option in _REFUSED:
+            if options.get(option):
+                raise ValueError(f"{name}: {option} is {options[option]}; accepted: False")
         for option in ("lr", "eps", "weight_decay"):
             if isinstance(options[option], Tensor):
-                raise TypeError(f"{name}: {option} is a tensor; accepted: a number")
-            _check.number(name, option, options[option], "0 or more")
+                _check_tensor(name, option, options[option])
+            else:
+                _check.number(name, option, options[option], "0 or more")
             if not options[option] >= 0.0:
                 raise ValueError(f"{name}: {option} is {options[option]}; accepted: 0 or more")
         _check.betas(name, options["betas"])
@@ -130,12 +140,19 @@ class DeviceOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Groups that were saved without one of these options, such as torch's, get the defaults of this optimizer."""
         super().__setstate__(state)
-        for option in {"stochastic_rounding", "seed"} & self.defaults.keys():
+        for option in {"stochastic_rounding", "seed", *SWITCHES} & self.defaults.keys():
             for group in self.param_groups:
                 group.setdefault(option, self.defaults[option])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the moments in the dtypes they were saved in; otherwise as the base class."""
+        """Restores the moments in the dtypes they were saved in; otherwise as the base class.
+
+        A rate that was saved as a tensor on a device comes as a number.
+        """
+        groups = [{**group, "lr": _on_host(group["lr"])} for group in state_dict["param_groups"]]
+        for own, group in zip(self.param_groups, groups, strict=False):
+            self.check_options({**self.defaults, **own, **group})
+        state_dict = {**state_dict, "param_groups": groups}
         super().load_state_dict(state_dict)
         # The base class has rounded the moments to the dtype of the parameters and not moved the steps.
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -187,7 +204,10 @@ class DeviceOptimizer(Optimizer):
     def _step_of(self, key: tuple[Any, ...], batch: Batch) -> None:
         device, _, _, *shared = key
         options = dict(zip(self.shared_options, shared, strict=True))
-        self.step_batch(batch, options, self._flag("grad_scale", device), self._flag("found_inf", device))
+        grad_scale = self._flag("grad_scale", device)
+        if options.pop("maximize", False):  # down along the negative gradient, exactly
+            grad_scale = torch.full((), -1.0, device=device) if grad_scale is None else -grad_scale
+        self.step_batch(batch, options, grad_scale, self._flag("found_inf", device))
 
     def _batches(self) -> dict[tuple[Any, ...], Batch]:
         """The tensors of each call: all in one unless groups differ in more than rate and decay, or in their shards."""
@@ -216,6 +236,20 @@ class DeviceOptimizer(Optimizer):
         flag: Tensor | None = getattr(self, name, None)
         # To the host it must have arrived before it is read there.
         return None if flag is None else flag.to(device, non_blocking=device.type != "cpu")
+
+
+def _check_tensor(name: str, option: str, value: Tensor) -> None:
+    if option != "lr":
+        raise TypeError(f"{name}: {option} is a tensor; accepted: a number")
+    if value.numel() != 1 or value.device.type != "cpu":
+        raise TypeError(
+            f"{name}: lr is a tensor of shape {tuple(value.shape)} on {value.device}; accepted: a number, or a tensor "
+            "of one element on the CPU, as the host would wait at every step to read one elsewhere"
+        )
+
+
+def _on_host(lr: Any) -> Any:
+    return float(lr) if isinstance(lr, Tensor) and lr.device.type != "cpu" else lr
 
 
 def _square(value: Tensor) -> Tensor:

@@ -1,15 +1,13 @@
 """AdamW as a `torch.optim.Optimizer`."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from evakernels.ops.adamw import adamw_update
-from evakernels.optim._device_optimizer import Batch, DeviceOptimizer
-
-_NOT_OFFERED = ("amsgrad", "maximize")
+from evakernels.optim._device_optimizer import SWITCHES, Batch, DeviceOptimizer
 
 
 class AdamW(DeviceOptimizer):
@@ -26,10 +24,15 @@ class AdamW(DeviceOptimizer):
 
     Args:
         params: parameters or groups; a group may set every option below for itself.
-        lr: learning rate.
+        lr: learning rate; a number, or a tensor of one element on the CPU, which each step reads. A CUDA graph keeps
+            that of its capture: capture the step anew when it changes, or leave it out of the graph.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: a step takes `lr * weight_decay` of a parameter away.
+        amsgrad, differentiable: torch's; not offered, so False.
+        maximize: go up along the gradients.
+        foreach, fused, capturable: accepted and without effect. A step is one op call over all tensors and nothing in
+            it waits for the device, whatever they are.
         stochastic_rounding: for groups of bfloat16 parameters without float32 copies. What a step leaves is rounded up
             with the probability of the part that is cut off, so that steps smaller than half a unit of bfloat16 add up
             instead of being lost. The result is the same on every device and for any number of threads and, sharded, of
@@ -37,35 +40,35 @@ class AdamW(DeviceOptimizer):
         seed: of these roundings, from 0 to below 2^31.
 
     Raises:
-        TypeError, ValueError: for options out of range, stochastic rounding to other than bfloat16, in `step` for
-            sparse or complex gradients, and for groups or state dicts with torch's options `amsgrad` and `maximize`,
-            which aren't offered.
+        TypeError, ValueError: for options out of range or not offered, also of groups and state dicts, stochastic
+            rounding to other than bfloat16, and in `step` for sparse or complex gradients.
     """
+
+    shared_options: ClassVar[tuple[str, ...]] = (*DeviceOptimizer.shared_options, "maximize")
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "stochastic_rounding": stochastic_rounding, "seed": seed})
-
-    def check_options(self, options: dict[str, Any]) -> None:
-        for option in _NOT_OFFERED:
-            if options.get(option):
-                raise ValueError(f"AdamW: {option} is {options[option]}; accepted: False")
-        super().check_options(options)
+        switches = dict(zip(SWITCHES, (amsgrad, maximize, foreach, capturable, differentiable, fused), strict=True))
+        super().__init__(params, {**defaults, **switches, "stochastic_rounding": stochastic_rounding, "seed": seed})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a state dict of this class or of `torch.optim.AdamW`, its moments in the dtypes they have."""
-        for group in state_dict["param_groups"]:
-            self.check_options({**self.defaults, **group})
         super().load_state_dict(state_dict)
         for state in self.state.values():
             state["step"] = state["step"].to(torch.float32)  # torch counts in its default dtype

@@ -7,7 +7,7 @@ from torch.optim.optimizer import ParamsT
 
 from evakernels.ops._shards import sum_over
 from evakernels.ops.lamb import check_variant, lamb_apply, lamb_step, lamb_update
-from evakernels.optim._device_optimizer import Batch, DeviceOptimizer
+from evakernels.optim._device_optimizer import SWITCHES, Batch, DeviceOptimizer
 
 
 class Lamb(DeviceOptimizer):
@@ -23,10 +23,11 @@ class Lamb(DeviceOptimizer):
 
     Args:
         params: parameters or groups; a group may set every option below for itself.
-        lr: learning rate.
+        lr: learning rate; a number, or a tensor of one element on the CPU, as `AdamW` has it.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled from the moments, but inside the trust ratio.
+        amsgrad, maximize, foreach, capturable, differentiable, fused: as `AdamW` has them.
         variant: `"deepspeed"` or `"nvlamb"`; see `evakernels.lamb_update`.
         stochastic_rounding: for groups of bfloat16 parameters without float32 copies. What a step leaves is rounded up
             with the probability of the part that is cut off, so that steps smaller than half a unit of bfloat16 add up
@@ -35,27 +36,34 @@ class Lamb(DeviceOptimizer):
         seed: of these roundings, from 0 to below 2^31.
 
     Raises:
-        TypeError, ValueError: for options out of range, stochastic rounding to other than bfloat16, and in `step` for
-            sparse or complex gradients.
+        TypeError, ValueError: for options out of range or not offered, stochastic rounding to other than bfloat16, and
+            in `step` for sparse or complex gradients.
     """
 
-    shared_options: ClassVar[tuple[str, ...]] = (*DeviceOptimizer.shared_options, "variant")
+    shared_options: ClassVar[tuple[str, ...]] = (*DeviceOptimizer.shared_options, "maximize", "variant")
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
+        amsgrad: bool = False,
         *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         variant: str = "deepspeed",
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "variant": variant}
         rounding = {"stochastic_rounding": stochastic_rounding, "seed": seed}
-        super().__init__(params, {**defaults, **rounding})
+        switches = dict(zip(SWITCHES, (amsgrad, maximize, foreach, capturable, differentiable, fused), strict=True))
+        super().__init__(params, {**defaults, **switches, **rounding})
 
     def check_options(self, options: dict[str, Any]) -> None:
         check_variant("Lamb", options["variant"])

@@ -13,7 +13,7 @@ sys.path.append(str(ROOT / "tests/packaging"))
 
 from clean_room import make_room
 
-FIRST = ("README.md", "docs/index.md", "docs/install.md", "docs/start/drop-in.md")
+FIRST = ("README.md", "docs/index.md", "docs/install.md", "docs/start/drop-in.md", "docs/start/coming-from.md")
 PAGES = [
     pytest.param(path, id=str(path), marks=[] if str(path).startswith(FIRST) else pytest.mark.exhaustive)
     for path in pages()

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PUBLIC = ("evakernels", "evakernels.nn", "evakernels.optim", "evakernels.compat.apex", "evaclip", "evaclip.data")
+COMPAT = tuple(f"evakernels.compat.{name}" for name in ("apex", "flash_attn", "liger", "xformers"))
+PUBLIC = ("evakernels", "evakernels.nn", "evakernels.optim", *COMPAT, "evaclip", "evaclip.data")
 
 pytestmark = [
     pytest.mark.exhaustive,

@@ -1,5 +1,6 @@
 """AdamW: the op on every backend, and the optimizer beside torch's own."""
 
+import inspect
 from itertools import product
 
 import pytest
@@ -279,6 +280,57 @@ def test_state_dicts_are_exchanged_with_torch(kinds, dtype, tmp_path):
     assert_same_state(straight, second, 0 if first_kind is second_kind else 1e-6 if dtype == torch.float32 else 0.02)
 
 
+def test_its_arguments_are_torchs():
+    """And those of its own behind them."""
+    ours, theirs = (list(inspect.signature(kind).parameters.values()) for kind in (AdamW, torch.optim.AdamW))
+    described = [[(p.name, p.kind, p.default) for p in given] for given in (ours, theirs)]
+    assert described[0][: len(theirs)] == described[1]
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"fused": False, "capturable": True}, {"foreach": True}], ids=str)
+def test_switches_of_torch_that_say_how_a_step_is_made_are_accepted(options):
+    ours, plain = optimizer_of(tensors(0), **options), optimizer_of(tensors(0))
+    for optimizer in (ours, plain):
+        step(optimizer, tensors(1))
+    assert_same_state(ours, plain, 0)
+
+
+@pytest.mark.parametrize("grad_scale", [None, 4.0])
+def test_maximize_is_that_of_torch(grad_scale):
+    """Of one group; the others go down."""
+    ours, theirs = (optimizer_of(tensors(0), kind) for kind in (AdamW, torch.optim.AdamW))
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[1]["maximize"] = True
+    if grad_scale is not None:
+        ours.grad_scale = torch.tensor(grad_scale)
+    for seed in (1, 2):
+        step(ours, [g * (grad_scale or 1.0) for g in tensors(seed)])
+        step(theirs, tensors(seed))
+    assert_same_state(ours, theirs, 1e-12)
+
+
+def test_a_state_dict_of_torch_brings_maximize_along():
+    params = [nn.Parameter(torch.ones(3))]
+    ours = AdamW(params)
+    ours.load_state_dict(torch.optim.AdamW(params, maximize=True).state_dict())
+    step(ours, [torch.ones(3)])
+    assert bool((params[0] > 0.99).all())  # the decay alone takes 1e-5
+
+
+def test_a_rate_may_be_a_tensor_which_schedulers_write():
+    ours, theirs = ([nn.Parameter(t) for t in tensors(0)] for _ in range(2))
+    ours, theirs = (
+        kind(p, lr=torch.tensor(0.1, dtype=torch.float64)) for kind, p in ((AdamW, ours), (torch.optim.AdamW, theirs))
+    )
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) for optimizer in (ours, theirs)]
+    for seed in (1, 2, 3):
+        for optimizer, schedule in zip((ours, theirs), schedules, strict=True):
+            step(optimizer, tensors(seed))
+            schedule.step()
+    assert isinstance(ours.param_groups[0]["lr"], torch.Tensor)
+    assert_same_state(ours, theirs, 1e-12)
+
+
 def test_clipping_on_the_device_equals_torchs():
     ours, theirs = optimizer_of(tensors(0)), optimizer_of(tensors(0), torch.optim.AdamW)
     for seed in (1, 2):
@@ -352,13 +404,26 @@ def call(**changes):
     ("wrong", "exception", "message"),
     [
         (lambda: AdamW(ONE, lr=-1.0), ValueError, "AdamW: lr is -1.0; accepted: 0 or more"),
-        (lambda: AdamW(ONE, lr=torch.tensor(0.1)), TypeError, "AdamW: lr is a tensor; accepted: a number"),
+        (lambda: AdamW(ONE, lr=torch.ones(2)), TypeError, r"AdamW: lr is a tensor of shape \(2,\) on cpu; accepted: a"),
+        (
+            lambda: AdamW(ONE, lr=torch.ones((), device="meta")),
+            TypeError,
+            "on meta; accepted: .* one element on the CPU",
+        ),
+        (lambda: AdamW(ONE, lr=torch.tensor(-1.0)), ValueError, "AdamW: lr is -1.0; accepted: 0 or more"),
+        (
+            lambda: AdamW(ONE, weight_decay=torch.ones(())),
+            TypeError,
+            "AdamW: weight_decay is a tensor; accepted: a num",
+        ),
+        (lambda: AdamW(ONE, amsgrad=True), ValueError, "AdamW: amsgrad is True; accepted: False"),
+        (lambda: AdamW(ONE, differentiable=True), ValueError, "AdamW: differentiable is True; accepted: False"),
         (lambda: AdamW(ONE, betas=(0.9, 1.0)), ValueError, r"AdamW: betas are \(0.9, 1.0\)"),
         (lambda: AdamW([{"params": ONE, "amsgrad": True}]), ValueError, "AdamW: amsgrad is True; accepted: False"),
         (
-            lambda: AdamW(ONE).load_state_dict(torch.optim.AdamW(ONE, maximize=True).state_dict()),
+            lambda: AdamW(ONE).load_state_dict(torch.optim.AdamW(ONE, amsgrad=True).state_dict()),
             ValueError,
-            "AdamW: maximize is True; accepted: False",
+            "AdamW: amsgrad is True; accepted: False",
         ),
         (with_gradient(torch.eye(3).to_sparse()).step, TypeError, r"grads\[0\] is torch.sparse_coo; accepted: dense"),
         (lambda: call(params=[]), ValueError, "adamw_update: params is empty"),

@@ -5,8 +5,10 @@ import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -193,8 +195,8 @@ def far_loss(name: str) -> tuple[torch.Tensor, ...]:
     return loss.detach(), *torch.autograd.grad(loss, features)
 
 
-def global_loss(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-    return ClipLoss(group=dist.group.WORLD)(images, texts, torch.tensor(1.0, dtype=images.dtype))
+def global_loss(images: torch.Tensor, texts: torch.Tensor, group: Any = None) -> torch.Tensor:
+    return ClipLoss(group=group)(images, texts, torch.tensor(1.0, dtype=images.dtype))
 
 
 def message_of(call, *arguments) -> str:
@@ -250,6 +252,9 @@ def work(rank: int, folder: str) -> None:
     ]
     for name in FAR:
         results["far", name] = far_loss(name)
+    for group in (None, False):
+        results["meant by", group] = [model.loss(name, images, texts, group).detach() for name in LOSSES]
+    results["transformed alone"] = torch.func.grad(partial(global_loss, group=False))(images, texts)
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -281,6 +286,17 @@ def test_value_and_mean_of_gradients_are_those_of_the_whole_batch(ranks, name, s
 
 def test_a_group_of_one_is_no_group(ranks):
     assert torch.equal(ranks[0]["alone"], TwoTowers().loss("clip", *batch(ROWS), None).detach())
+
+
+def test_no_group_is_all_processes_and_false_this_one_alone(ranks):
+    """None as in torch.distributed."""
+    same = batch(ROWS)  # on every rank
+    of_all = [TwoTowers().loss(name, *(x.repeat(WORLD, 1) for x in same), None).detach() for name in LOSSES]
+    of_one = [TwoTowers().loss(name, *same, False).detach() for name in LOSSES]
+    for rank in ranks:
+        torch.testing.assert_close(rank["meant by", None], of_all, rtol=1e-12, atol=1e-12)
+        assert rank["meant by", False] == of_one
+        torch.testing.assert_close(rank["transformed alone"], torch.func.grad(global_loss)(*same))
 
 
 def test_half_precision_features_are_gathered_as_they_are(ranks):
@@ -367,6 +383,7 @@ def test_transforms_are_refused_before_any_collective(ranks):
     for rank in range(WORLD):
         for message in ranks[rank]["transformed"]:
             assert "clip_loss: over 4 processes there is a gradient alone, by torch.autograd" in message
+            assert message.endswith("take group=False, this process alone")
 
 
 def test_a_process_outside_the_group_is_told_so(ranks):

@@ -175,6 +175,17 @@ def test_grad_scale_divides_the_gradients(variant):
         assert torch.equal(a.grad, g)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_maximize_is_a_step_down_the_negative_gradient(variant):
+    up, down = (optimizer_of(tensors(0), variant) for _ in range(2))
+    for group in up.param_groups:
+        group["maximize"] = True
+    step(up, tensors(1))
+    step(down, [-g for g in tensors(1)])
+    for got, expected in zip(parameters(up), parameters(down), strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_grad_scaler_drives_it_without_reading_the_flag():
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=4.0)
     optimizer, plain = (optimizer_of(tensors(0, torch.float32), "deepspeed") for _ in range(2))
@@ -339,7 +350,12 @@ ONE = [nn.Parameter(torch.ones(3))]
     [
         (lambda: Lamb(ONE, lr=-1.0), ValueError, "Lamb: lr is -1.0; accepted: 0 or more"),
         (lambda: Lamb(ONE, lr=float("nan")), ValueError, "lr is nan"),
-        (lambda: Lamb(ONE, lr=torch.tensor(0.1)), TypeError, "lr is a tensor; accepted: a number"),
+        (
+            lambda: Lamb(ONE, lr=torch.ones(2)),
+            TypeError,
+            r"Lamb: lr is a tensor of shape \(2,\) on cpu; accepted: a num",
+        ),
+        (lambda: Lamb(ONE, amsgrad=True), ValueError, "Lamb: amsgrad is True; accepted: False"),
         (lambda: Lamb(ONE, eps=-1e-6), ValueError, "eps is -1e-06"),
         (lambda: Lamb([{"params": ONE, "weight_decay": -0.1}]), ValueError, "weight_decay is -0.1"),
         (lambda: Lamb(ONE, betas=(0.9, 1.0)), ValueError, r"betas are \(0.9, 1.0\)"),

@@ -1,4 +1,5 @@
 import copy
+import inspect
 from functools import partial
 
 import pytest
@@ -20,23 +21,38 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     [
         (nn.LayerNorm(8), torch.nn.LayerNorm(8)),
         (nn.LayerNorm(8, 1e-4, bias=False), torch.nn.LayerNorm(8, eps=1e-4, bias=False)),
+        (nn.LayerNorm((8,), elementwise_affine=False), torch.nn.LayerNorm((8,), elementwise_affine=False)),
+        (nn.LayerNorm((3, 8)), torch.nn.LayerNorm((3, 8))),
+        (nn.LayerNorm([3, 8], 1e-4, True, False), torch.nn.LayerNorm([3, 8], 1e-4, True, False)),
         (nn.RMSNorm(8), torch.nn.RMSNorm(8)),
         (nn.RMSNorm(8, 1e-4), torch.nn.RMSNorm(8, eps=1e-4)),
+        (nn.RMSNorm((3, 8)), torch.nn.RMSNorm((3, 8))),
+        (nn.RMSNorm(8, elementwise_affine=False), torch.nn.RMSNorm(8, elementwise_affine=False)),
     ],
-    ids=["layer_norm", "layer_norm-without-bias", "rms_norm", "rms_norm-eps"],
+    ids=lambda norm: str(norm),
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_norms_take_the_place_of_those_of_torch(ours, theirs, dtype):
     """Of inputs so small that eps tells."""
     ours, theirs = copy.deepcopy(ours).to(dtype), copy.deepcopy(theirs).to(dtype)
-    state = {name: randn(8, seed=i) for i, name in enumerate(theirs.state_dict())}
+    state = {name: randn(*value.shape, seed=i) for i, (name, value) in enumerate(theirs.state_dict().items())}
     ours.load_state_dict(state)
     theirs.load_state_dict(state)
     assert isinstance(ours, type(theirs))
     assert ours.extra_repr() == theirs.extra_repr()
+    assert inspect.signature(type(ours)) == inspect.signature(type(theirs))
     for size in (1e-8, 1e-3, 1.0):
         x = (size * randn(2, 3, 8)).to(dtype)
         torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize(("shape", "expected"), [(8, r"\[..., 8\]"), ((2, 3, 4), r"\[..., 2, 3, 4\]")])
+def test_norms_name_an_input_of_another_width(norm, shape, expected):
+    """Without a weight nothing else would notice it."""
+    for affine in (True, False):
+        with pytest.raises(ValueError, match=rf"{norm.__name__}: input has shape \(3, 4\); expected {expected}"):
+            norm(shape, elementwise_affine=affine)(randn(3, 4))
 
 
 def test_functions_have_the_eps_of_torch_too():
@@ -60,7 +76,7 @@ def test_modules_run_the_ops(module, monkeypatch):
     """The forward of the base class would pass the numerical tests too."""
     called = []
     for name in ("layer_norm", "rms_norm"):
-        monkeypatch.setattr(f"evakernels.nn.layer_norm.{name}", lambda x, *_: called.append(x) or x)
+        monkeypatch.setattr(f"evakernels.nn.layer_norm.{name}", lambda x, *_, **__: called.append(x) or x)
     monkeypatch.setattr("evakernels.nn.swiglu.swiglu", lambda gate, *_: called.append(gate) or gate)
     module(randn(2, 8))
     assert len(called) == 1

@@ -275,6 +275,17 @@ def test_the_norm_of_a_huge_gradient():
     torch.testing.assert_close(evakernels.gradient_norm([whole]), torch.tensor(TAIL**0.5))
 
 
+@NEEDS_GPU
+def test_gradients_on_two_devices_have_one_norm():
+    weights = [torch.nn.Parameter(torch.zeros(2, device=device)) for device in (DEVICE, "cpu")]
+    for weight in weights:
+        weight.grad = torch.tensor([3.0, 4.0], device=weight.device)
+    norm = evakernels.clip_grad_norm_(weights, 1.0)
+    torch.testing.assert_close(norm, torch.tensor(50.0**0.5, device=DEVICE))
+    for weight in weights:
+        torch.testing.assert_close(weight.grad.cpu(), torch.tensor([3.0, 4.0], device="cpu") / 50.0**0.5)
+
+
 # --- memory and drawing ---------------------------------------------------------------------------------------------
 
 

@@ -160,6 +160,11 @@ def test_every_precision_trains(
     assert losses[-1] < losses[0] - 0.1
 
 
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_the_loss_of_one_process_gathers_nothing_whatever_group_there_is(name: Any) -> None:
+    assert ContrastiveLoss(LossConfig(name=name)).loss.group is False
+
+
 def test_amp_runs_the_model_in_16_bits_and_the_loss_in_32(small_model: CLIP, batch: tuple[Tensor, Tensor]) -> None:
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         image_features, text_features, _ = small_model(*batch)

@@ -1,0 +1,120 @@
+"""flash-attn's functions, with its signatures and layouts, without flash-attn.
+
+    from evakernels.compat.flash_attn import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
+
+in the place of `from flash_attn import ...` is the whole change. All of it also runs on a CPU and in float32. What the
+ops don't serve is a `NotImplementedError` that says what is accepted: dropout, windows, ALiBi, a cap on scores, heads
+that share keys, other numbers of keys than of queries, paged caches, and probabilities.
+"""
+
+import torch
+from torch import Tensor
+
+from evakernels.compat._attention import attend, attend_packed, check_options, refuse_lengths
+
+__all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func"]
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor:
+    """Multi-head attention, by `evakernels.rope_attention` without a rotation.
+
+    Args:
+        q, k, v: `[B, N, H, D]` in one dtype; float64, float32, bfloat16 or float16.
+        softmax_scale: factor of the scores; `D ** -0.5` by default.
+        causal: a query sees no later key.
+        deterministic: accepted; two runs give the same bits, whatever it is.
+        dropout_p, window_size, softcap, alibi_slopes, return_attn_probs: not offered, so their defaults.
+
+    Returns:
+        `[B, N, H, D]` in the dtype of `q`.
+
+    Raises:
+        NotImplementedError: for what isn't offered.
+        TypeError, ValueError: as `evakernels.rope_attention`.
+    """
+    name = "flash_attn_func"
+    check_options(name, dropout_p=dropout_p, window_size=window_size, softcap=softcap)
+    check_options(name, alibi_slopes=alibi_slopes, return_attn_probs=return_attn_probs)
+    return attend(name, {"q": q, "k": k, "v": v}, causal=causal, scale=softmax_scale)
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor:
+    """`flash_attn_func` of one tensor `[B, N, 3, H, D]`: queries, keys and values."""
+    name = "flash_attn_qkvpacked_func"
+    check_options(name, dropout_p=dropout_p, window_size=window_size, softcap=softcap)
+    check_options(name, alibi_slopes=alibi_slopes, return_attn_probs=return_attn_probs)
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"{name}: qkv has shape {tuple(qkv.shape)}; expected [B, N, 3, H, D]")
+    q, k, v = qkv.unbind(2)
+    return attend(name, {"q": q, "k": k, "v": v}, causal=causal, scale=softmax_scale)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """Attention of sequences that lie one behind the other, by `evakernels.packed_attention`.
+
+    Args:
+        q, k, v: `[T, H, D]` in one dtype, the tokens of all sequences.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 `[B + 1]`, where sequences begin and the last one ends. Both are the
+            same tensor; on a CPU also another with the same numbers, which elsewhere the host would have to wait for.
+        max_seqlen_q, max_seqlen_k: the same number; no sequence is longer.
+        block_table: not offered, so None. The others are as `flash_attn_func` has them.
+
+    Returns:
+        `[T, H, D]` in the dtype of `q`.
+
+    Raises:
+        NotImplementedError: for what isn't offered, and for keys that lie otherwise than queries.
+        TypeError, ValueError: as `evakernels.packed_attention`.
+    """
+    name = "flash_attn_varlen_func"
+    check_options(name, dropout_p=dropout_p, window_size=window_size, softcap=softcap)
+    check_options(name, alibi_slopes=alibi_slopes, return_attn_probs=return_attn_probs, block_table=block_table)
+    if max_seqlen_k != max_seqlen_q:
+        refuse_lengths(name, f"max_seqlen_k is {max_seqlen_k} and max_seqlen_q is {max_seqlen_q}")
+    if cu_seqlens_k is not cu_seqlens_q and not _are_same(cu_seqlens_q, cu_seqlens_k):
+        refuse_lengths(name, "cu_seqlens_k isn't cu_seqlens_q (pass one tensor for both: on a GPU none is compared)")
+    qkv = {"q": q, "k": k, "v": v}
+    return attend_packed(name, qkv, cu_seqlens_q, max_seqlen_q, causal=causal, scale=softmax_scale)
+
+
+def _are_same(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.device.type == theirs.device.type == "cpu" and torch.equal(ours, theirs)

@@ -1,0 +1,88 @@
+"""`torch.nn.utils.clip_grad_norm_` on the library's norm of gradients."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evakernels.ops._shards import local
+from evakernels.ops.gradient_norm import gradient_norm
+
+_SMALL = 1e-6  # torch's, beside the norm
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_`: scales gradients in place so that their norm together is `max_norm` at most.
+
+    The norm is `gradient_norm`'s, in one call whose squares are summed in float32, where torch has a norm of each
+    tensor in its own dtype first. Nothing waits for the device, but for `error_if_nonfinite`. An optimizer of this
+    library needs no pass over the gradients for it: its `grad_scale` divides them in the step (see `gradient_norm`).
+
+    Args:
+        parameters: those whose `grad` is scaled, or one; those without are left out. DTensors and parameters on several
+            devices, too.
+        max_norm: bound on the norm.
+        norm_type: of other norms than 2 torch's function is called.
+        error_if_nonfinite: raise where the norm is NaN or infinite, for which the host waits.
+        foreach: accepted; without effect on a norm of type 2.
+
+    Returns:
+        0-D, the norm before: float32 (float64 when a gradient is float64), on the device of the first gradient; of
+        DTensors that of the whole. 0.0 without a gradient.
+
+    Raises:
+        TypeError: for sparse and complex gradients.
+        RuntimeError: for a norm that isn't finite, with `error_if_nonfinite`.
+
+    Examples:
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> evakernels.clip_grad_norm_([weight], max_norm=1.0)
+        tensor(5.)
+        >>> weight.grad
+        tensor([0.6000, 0.8000])
+    """
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if float(norm_type) != 2.0:
+        norm: Tensor = torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+        return norm
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not grads:
+        return torch.tensor(0.0)
+    norm = _norm_over_devices(grads)
+    if error_if_nonfinite and not norm.isfinite():
+        raise RuntimeError(
+            f"clip_grad_norm_: the norm of the gradients is {norm.item()}, so they cannot be clipped; accepted with "
+            "error_if_nonfinite: a finite one"
+        )
+    factor = (max_norm / (norm + _SMALL)).clamp(max=1.0)
+    # Of one dtype and device, all in one launch.
+    alike: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+    for grad in map(local, grads):
+        alike[grad.device, grad.dtype].append(grad)
+    for (device, dtype), some in alike.items():
+        # A factor may be below the smallest number of float16.
+        kept = torch.float32 if dtype == torch.float16 else dtype
+        # To the host it must have arrived before it is read there.
+        torch._foreach_mul_(some, factor.to(device, kept, non_blocking=device.type != "cpu"))
+    return norm
+
+
+def _norm_over_devices(grads: list[Tensor]) -> Tensor:
+    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for grad in grads:
+        by_device[grad.device].append(grad)
+    norms = [gradient_norm(some) for some in by_device.values()]
+    if len(norms) == 1:
+        return norms[0]
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return total

@@ -1,0 +1,193 @@
+"""flash-attn's and xformers' attention beside torch's, and what of it is refused, with which words."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evakernels.compat import flash_attn
+from evakernels.compat import xformers as xops
+
+B, N, H, D = 2, 11, 3, 8
+LENGTHS = [5, 0, 7, 1]
+OFFSETS = torch.tensor([0, 5, 5, 12, 13], dtype=torch.int32)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def heads(*shape: int) -> list[Tensor]:
+    return [randn(*shape, seed=seed).requires_grad_() for seed in range(3)]
+
+
+def by_torch(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None) -> Tensor:
+    turned = (x.transpose(-3, -2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*turned, is_causal=causal, scale=scale).transpose(-3, -2)
+
+
+def packed_by_torch(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None) -> Tensor:
+    parts = zip(*(x.split(LENGTHS) for x in (q, k, v)), strict=True)
+    return torch.cat([by_torch(*part, causal, scale) for part in parts if len(part[0])])
+
+
+def assert_same(ours: Tensor, theirs: Tensor, leaves: list[Tensor]) -> None:
+    torch.testing.assert_close(ours, theirs)
+    gradients = (torch.autograd.grad(out.square().sum(), leaves) for out in (ours, theirs))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def refused(call, *words: str, kind: type[Exception] = NotImplementedError) -> None:
+    with pytest.raises(kind) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert re.search(word, message), (word, message)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_flash_attn_is_attention(scale, causal):
+    q, k, v = heads(B, N, H, D)
+    expected = by_torch(q, k, v, causal, scale)
+    options = {"softmax_scale": scale, "causal": causal, "deterministic": True, "window_size": [-1, -1]}
+    assert_same(flash_attn.flash_attn_func(q, k, v, **options), expected, [q, k, v])
+    packed = flash_attn.flash_attn_qkvpacked_func(torch.stack((q, k, v), 2), 0.0, scale, causal)
+    torch.testing.assert_close(packed, expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_flash_attn_of_packed_sequences(scale, causal):
+    q, k, v = heads(sum(LENGTHS), H, D)
+    for keys in (OFFSETS, OFFSETS.clone()):
+        out = flash_attn.flash_attn_varlen_func(q, k, v, OFFSETS, keys, 7, 7, 0.0, scale, causal)
+        assert_same(out, packed_by_torch(q, k, v, causal, scale), [q, k, v])
+
+
+def test_flash_attn_compiles_without_graph_break():
+    q, k, v = heads(B, N, H, D)
+    compiled = torch.compile(flash_attn.flash_attn_func, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v, causal=True), by_torch(q, k, v, True))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dropout_p": 0.1}, "dropout_p is 0.1; accepted: 0.0"),
+        ({"window_size": (128, 0)}, r"window_size is \(128, 0\); accepted: \(-1, -1\)"),
+        ({"softcap": 30.0}, "softcap is 30.0; accepted: 0.0"),
+        ({"alibi_slopes": torch.ones(H)}, "alibi_slopes is a torch.Tensor; accepted: None"),
+        ({"return_attn_probs": True}, "return_attn_probs is True; accepted: False"),
+    ],
+)
+def test_options_of_flash_attn_that_are_not_served_are_named(options, words):
+    q, k, v = heads(B, N, H, D)
+    packed = [x.flatten(0, 1) for x in (q, k, v)]
+    where = OFFSETS, OFFSETS, 7, 7
+    refused(lambda: flash_attn.flash_attn_func(q, k, v, **options), f"flash_attn_func: {words}")
+    refused(lambda: flash_attn.flash_attn_varlen_func(*packed, *where, **options), f"flash_attn_varlen_func: {words}")
+    qkv = torch.stack((q, k, v), 2)
+    refused(lambda: flash_attn.flash_attn_qkvpacked_func(qkv, **options), f"flash_attn_qkvpacked_func: {words}")
+
+
+def test_shapes_of_flash_attn_that_are_not_served_are_named():
+    q, k, v = heads(B, N, H, D)
+    one = k[:, :, :1], v[:, :, :1]
+    refused(
+        lambda: flash_attn.flash_attn_func(q, *one), "k has 1 heads and q has 3; accepted: the same", r"repeat_interl"
+    )
+    fewer = k[:, :4], v[:, :4]
+    refused(lambda: flash_attn.flash_attn_func(q, *fewer), "k has 4 tokens and q has 11; accepted: as many keys")
+    wrong = {"kind": ValueError}
+    refused(lambda: flash_attn.flash_attn_func(q[0], k, v), r"q has shape \(11, 3, 8\); expected \[B, N, H", **wrong)
+    refused(lambda: flash_attn.flash_attn_qkvpacked_func(q), r"qkv has shape .* \[B, N, 3, H, D\]", **wrong)
+    refused(lambda: flash_attn.flash_attn_func("q", k, v), "flash_attn_func: q is a str", kind=TypeError)
+
+
+def test_packed_keys_that_lie_otherwise_are_named():
+    q, k, v = heads(sum(LENGTHS), H, D)
+    varlen, other = flash_attn.flash_attn_varlen_func, OFFSETS + torch.tensor([0, 1, 0, 0, 0], dtype=torch.int32)
+    refused(lambda: varlen(q, k, v, OFFSETS, OFFSETS, 7, 9), "max_seqlen_k is 9 and max_seqlen_q is 7; accepted: as")
+    refused(lambda: varlen(q, k, v, OFFSETS, other, 7, 7), "cu_seqlens_k isn't cu_seqlens_q .pass one tensor for both")
+    refused(lambda: varlen(q, k, v, OFFSETS, OFFSETS.to("meta"), 7, 7), "cu_seqlens_k isn't cu_seqlens_q")
+    refused(lambda: varlen(q, k, v, OFFSETS, OFFSETS, 7, 7, block_table=OFFSETS), "block_table is a torch.Tensor")
+
+
+def mask(name: str, offsets: Tensor = OFFSETS, keys: Tensor | None = None) -> object:
+    """What `memory_efficient_attention` sees of xformers' mask of this name."""
+    infos = [
+        SimpleNamespace(seqstart=starts, seqstart_py=starts.tolist(), max_seqlen=7)
+        for starts in (offsets, offsets if keys is None else keys)
+    ]
+    return type(name, (), {"q_seqinfo": infos[0], "k_seqinfo": infos[1]})()
+
+
+@pytest.mark.parametrize(
+    ("bias", "causal"),
+    [
+        (None, False),
+        (xops.LowerTriangularMask(), True),
+        (mask("LowerTriangularMask"), True),
+        (mask("LowerTriangularFromBottomRightMask"), True),
+    ],
+)
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_xformers_is_attention(scale, bias, causal):
+    q, k, v = heads(B, N, H, D)
+    out = xops.memory_efficient_attention(q, k, v, bias, scale=scale)
+    assert_same(out, by_torch(q, k, v, causal, scale), [q, k, v])
+    one = (x[:, :, 0] for x in (q, k, v))
+    torch.testing.assert_close(xops.memory_efficient_attention(*one, bias, 0.0, scale), out[:, :, 0])
+
+
+@pytest.mark.parametrize(
+    ("name", "causal"),
+    [
+        ("BlockDiagonalMask", False),
+        ("BlockDiagonalCausalMask", True),
+        ("BlockDiagonalCausalFromBottomRightMask", True),
+    ],
+)
+def test_xformers_of_packed_sequences(name, causal):
+    q, k, v = heads(1, sum(LENGTHS), H, D)
+    out = xops.memory_efficient_attention(q, k, v, mask(name), output_dtype=q.dtype)
+    expected = packed_by_torch(q[0], k[0], v[0], causal).unsqueeze(0)
+    assert_same(out, expected, [q, k, v])
+
+
+def test_what_xformers_has_beyond_is_named():
+    q, k, v = heads(B, N, H, D)
+    attention = xops.memory_efficient_attention
+    refused(lambda: attention(q, k, v, p=0.2), "memory_efficient_attention: p is 0.2; accepted: 0.0")
+    refused(lambda: attention(q, k, v, op=(1, 2)), r"op is \(1, 2\); accepted: None")
+    refused(lambda: attention(q, k, v, output_dtype=torch.float16), "output_dtype is torch.float16; .* torch.float32")
+    refused(lambda: attention(q, k, v, torch.zeros(N, N)), "attn_bias is a Tensor; accepted: None, LowerTriangularMask")
+    refused(lambda: attention(q, k, v, mask("PagedBlockDiagonalPaddedKeysMask")), "attn_bias is a PagedBlockDiagonal")
+    refused(lambda: attention(q, k[:, :3], v[:, :3]), "key has 3 tokens and query has 11; accepted: as many keys")
+    refused(lambda: attention(q, k[:, :, :1], v[:, :, :1]), "key has 1 heads and query has 3; accepted: the same")
+    lies = mask("BlockDiagonalMask", keys=OFFSETS[[0, 1, 3, 3, 4]])
+    refused(lambda: attention(q, k, v, lies), "BlockDiagonalMask of keys in other places than the queries; accepted")
+    refused(lambda: attention(q, k, v, mask("BlockDiagonalMask")), r"expected \[1, T, H, K\]", kind=ValueError)
+    grouped = (x.unsqueeze(2) for x in (q, k, v))
+    refused(lambda: attention(*grouped), r"query has shape .* expected \[B, N, H, D\]", kind=ValueError)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_xformers_swiglu(packed, bias):
+    module = xops.SwiGLU(6, 10, 4, bias, _pack_weights=packed)
+    parts = module.w12.weight.chunk(2) if packed else (module.w1.weight, module.w2.weight)
+    biases = (module.w12.bias.chunk(2) if packed else (module.w1.bias, module.w2.bias)) if bias else (None, None)
+    x = randn(2, 3, 6)
+    hidden = F.silu(F.linear(x, parts[0], biases[0])) * F.linear(x, parts[1], biases[1])
+    expected = F.linear(hidden, module.w3.weight, module.w3.bias)
+    torch.testing.assert_close(module(x), expected)
+    arguments = parts[0], biases[0], parts[1], biases[1], module.w3.weight, module.w3.bias
+    torch.testing.assert_close(xops.swiglu(x, *arguments), expected)
+    refused(lambda: xops.swiglu(x, *arguments, op="eager"), "swiglu: op is 'eager'; accepted: None")
+    assert xops.SwiGLU(6, 10)(x).shape == x.shape
