@@ -335,11 +335,13 @@ def _siglip_forward_fake(
 
 
 def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.wanted = inputs[5]
     ctx.save_for_backward(*inputs[:4], *output[1:])
 
 
 def _siglip_gradient(ctx: Any, dloss: Tensor) -> Any:
-    return _siglip_backward(dloss, *ctx.saved_tensors)
+    gradients = _siglip_backward(dloss, *ctx.saved_tensors)
+    return *(x if wants else None for x, wants in zip(gradients, ctx.wanted, strict=False)), *gradients[2:]
 
 
 def _siglip_composed(
