@@ -105,19 +105,17 @@ def adamw_update(
     steps: list[Tensor],
     lrs: list[float],
     weight_decays: list[float],
-    beta1: float,
-    beta2: float,
-    eps: float,
+    betas_and_eps: list[float],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     seeds: list[int],
     first_elements: list[int],
 ) -> None:
-    skip = as_float(found_inf)
+    (*betas, eps), skip = betas_and_eps, as_float(found_inf)
     with on_device_of(params[0]):
         table = Table("adamw_update", steps, PARAM=params, M=exp_avgs, V=exp_avg_sqs, GRAD=grads)
         rates, factors = table.numbers(lrs, weight_decays, dtype=torch.float64), table.room(len(params), 4)
         rounding, keys = table.rounding(seeds, first_elements)
-        table.prepare(prepare_kernel, rates, rounding, as_float(grad_scale), skip, factors, keys, *logs(beta1, beta2))
-        table.launch(update_kernel, factors, keys, skip, beta1, beta2, eps)
+        table.prepare(prepare_kernel, rates, rounding, as_float(grad_scale), skip, factors, keys, *logs(*betas))
+        table.launch(update_kernel, factors, keys, skip, *betas, eps)
         table.return_copies("PARAM", "M", "V")

@@ -187,21 +187,19 @@ def lamb_update(
     exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
     weight_decays: list[float],
-    beta1: float,
-    beta2: float,
-    eps: float,
+    betas_and_eps: list[float],
     nvlamb: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> Tensor:
-    skip, count = as_float(found_inf), len(params)
+    (*betas, eps), skip, count = betas_and_eps, as_float(found_inf), len(params)
     with on_device_of(params[0]):
         table = Table("lamb_update", steps, PARAM=params, M=exp_avgs, V=exp_avg_sqs, GRAD=grads)
         decays, factors = table.numbers(weight_decays, dtype=torch.float64), table.room(count, 4)
         partials, squared_norms = table.room(len(table.layout.chunks), 2), table.room(count, 2)
-        arguments = decays, None, None, None, as_float(grad_scale), skip, factors, None, *logs(beta1, beta2)
+        arguments = decays, None, None, None, as_float(grad_scale), skip, factors, None, *logs(*betas)
         table.prepare(prepare_kernel, *arguments, LISTS=5, NVLAMB=nvlamb)
-        table.launch(update_kernel, factors, partials, skip, beta1, beta2, eps, NVLAMB=nvlamb)
+        table.launch(update_kernel, factors, partials, skip, *betas, eps, NVLAMB=nvlamb)
         norms_kernel[(count,)](partials, table.layout.spans, squared_norms, PARTIALS, enable_fp_fusion=False)
         table.return_copies("M", "V")
     return squared_norms
@@ -215,21 +213,19 @@ def lamb_apply(
     squared_norms: Tensor,
     lrs: list[float],
     weight_decays: list[float],
-    beta1: float,
-    beta2: float,
-    eps: float,
+    betas_and_eps: list[float],
     nvlamb: bool,
     found_inf: Tensor | None,
     seeds: list[int],
     first_elements: list[int],
 ) -> None:
-    skip = as_float(found_inf)
+    (*betas, eps), skip = betas_and_eps, as_float(found_inf)
     with on_device_of(params[0]):
         table = Table("lamb_apply", steps, PARAM=params, M=exp_avgs, V=exp_avg_sqs)
         decays, rates = (table.numbers(values, dtype=torch.float64) for values in (weight_decays, lrs))
         rounding, keys = table.rounding(seeds, first_elements)
         factors = table.room(len(params), 4)
-        arguments = decays, rates, rounding, squared_norms.contiguous(), None, skip, factors, keys, *logs(beta1, beta2)
+        arguments = decays, rates, rounding, squared_norms.contiguous(), None, skip, factors, keys, *logs(*betas)
         table.prepare(prepare_kernel, *arguments, LISTS=4, NVLAMB=nvlamb)
         table.launch(apply_kernel, factors, keys, skip, eps, NVLAMB=nvlamb)
         table.return_copies("PARAM")
@@ -243,15 +239,13 @@ def lamb_step(
     steps: list[Tensor],
     lrs: list[float],
     weight_decays: list[float],
-    beta1: float,
-    beta2: float,
-    eps: float,
+    betas_and_eps: list[float],
     nvlamb: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     seeds: list[int],
     first_elements: list[int],
 ) -> None:
-    state, options = (exp_avgs, exp_avg_sqs, steps), (beta1, beta2, eps)
-    norms = lamb_update(params, grads, *state, weight_decays, *options, nvlamb, grad_scale, found_inf)
-    lamb_apply(params, *state, norms, lrs, weight_decays, *options, nvlamb, found_inf, seeds, first_elements)
+    state = exp_avgs, exp_avg_sqs, steps
+    norms = lamb_update(params, grads, *state, weight_decays, betas_and_eps, nvlamb, grad_scale, found_inf)
+    lamb_apply(params, *state, norms, lrs, weight_decays, betas_and_eps, nvlamb, found_inf, seeds, first_elements)

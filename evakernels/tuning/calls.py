@@ -16,6 +16,7 @@ ELEMENTS = 1 << 26
 """Of an activation: more than any GPU's L2 cache holds."""
 
 BATCH, HEADS, EPS = 64, 16, 1e-6
+BETAS_AND_EPS = 0.9, 0.98, EPS
 
 PAIRS = 1 << 15
 """Of image and text: the batch of a contrastive loss."""
@@ -196,19 +197,19 @@ def packed_attention_backward(draw: Draw, head_dim: int, tokens: int) -> Iterato
 def adamw_update(draw: Draw) -> Iterator[tuple[Any, ...]]:
     tensors, numbers, flags, rounding = _optimizer(draw)
     rates = numbers, numbers
-    yield *tensors, *rates, 0.9, 0.98, EPS, *flags, *rounding
-    yield *tensors, *rates, 0.9, 0.98, EPS, None, None, [], []
+    yield *tensors, *rates, BETAS_AND_EPS, *flags, *rounding
+    yield *tensors, *rates, BETAS_AND_EPS, None, None, [], []
 
 
 def lamb_update(draw: Draw) -> Iterator[tuple[Any, ...]]:
     tensors, numbers, flags, _ = _optimizer(draw)
-    yield *tensors, numbers, 0.9, 0.98, EPS, True, *flags
-    yield *tensors, numbers, 0.9, 0.98, EPS, False, None, None
+    yield *tensors, numbers, BETAS_AND_EPS, True, *flags
+    yield *tensors, numbers, BETAS_AND_EPS, False, None, None
 
 
 def lamb_apply(draw: Draw) -> Iterator[tuple[Any, ...]]:
     (params, _, *state), numbers, (_, found_inf), rounding = _optimizer(draw)
-    arguments = params, *state, draw.statistic(len(params), 2), numbers, numbers, 0.9, 0.98, EPS
+    arguments = params, *state, draw.statistic(len(params), 2), numbers, numbers, BETAS_AND_EPS
     yield *arguments, True, found_inf, *rounding
     yield *arguments, False, None, [], []
 

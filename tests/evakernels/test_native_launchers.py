@@ -142,11 +142,12 @@ def test_lamb(nvlamb: bool) -> None:
     norms = torch.empty(2, 2)
     options = {"beta1": betas[0], "beta2": betas[1], "eps": EPS, "nvlamb": nvlamb, "found_inf": found_inf}
     _C.lamb_update(params, grads, *state, decays, norms, grad_scale=scale, **options)
-    expected = native.lamb_update(*theirs, decays, *betas, EPS, nvlamb, scale, found_inf)
+    expected = native.lamb_update(*theirs, decays, (*betas, EPS), nvlamb, scale, found_inf)
     assert torch.equal(norms, expected)
     _C.lamb_apply(params, *state, norms, lrs, decays, **options)
     params_of_theirs, _, *state_of_theirs = theirs
-    native.lamb_apply(params_of_theirs, *state_of_theirs, expected, lrs, decays, *betas, EPS, nvlamb, found_inf, [], [])
+    numbers = lrs, decays, (*betas, EPS)
+    native.lamb_apply(params_of_theirs, *state_of_theirs, expected, *numbers, nvlamb, found_inf, [], [])
     for ours, other in zip([params, *state], [params_of_theirs, *state_of_theirs], strict=True):
         assert_same(ours, tuple(other))
 
@@ -155,7 +156,7 @@ def test_lamb_in_one_call() -> None:
     betas, rates = (0.9, 0.98), ([0.1, 0.2], [0.05, 0.0])
     ours, theirs = states(), states()
     _C.lamb_step(*ours, *rates, beta1=betas[0], beta2=betas[1], eps=EPS)
-    native.lamb_step(*theirs, *rates, *betas, EPS, False, None, None, [], [])
+    native.lamb_step(*theirs, *rates, (*betas, EPS), False, None, None, [], [])
     for a, b in zip(ours, theirs, strict=True):
         assert_same(a, tuple(b))
 
@@ -171,7 +172,7 @@ def test_stochastic_rounding() -> None:
             params = [param.bfloat16() for param in params]
             if chosen is None:
                 function = getattr(native, name)
-                function(params, *rest, lrs, decays, beta1, beta2, EPS, *more, None, None, seeds, firsts)
+                function(params, *rest, lrs, decays, (beta1, beta2, EPS), *more, None, None, seeds, firsts)
             else:
                 numbers = {"seeds": chosen, "first_elements": firsts if chosen else []}
                 getattr(_C, name)(params, *rest, lrs, decays, **options, **numbers)
@@ -188,7 +189,7 @@ def test_adamw() -> None:
     scale, found_inf = torch.tensor(4.0), torch.tensor(0.0)
     ours, theirs = states(), states()
     _C.adamw_update(*ours, *rates, beta1=betas[0], beta2=betas[1], eps=EPS, grad_scale=scale, found_inf=found_inf)
-    native.adamw_update(*theirs, *rates, *betas, EPS, scale, found_inf, [], [])
+    native.adamw_update(*theirs, *rates, (*betas, EPS), scale, found_inf, [], [])
     for a, b in zip(ours, theirs, strict=True):
         assert_same(a, tuple(b))
 
