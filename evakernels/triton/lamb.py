@@ -14,15 +14,14 @@ from evakernels.triton._launch import on_device_of
 from evakernels.triton._tensor_table import (
     Table,
     as_float,
-    bias_of,
-    buffer_at,
+    buffers_at,
     changed_moments,
     chunk_at,
     is_set,
+    lanes_at,
     load_floats,
     logs,
     rounded,
-    step_of,
     store_floats,
     store_gradient_factor,
     store_keys,
@@ -52,10 +51,9 @@ def prepare_kernel(
     BLOCK: tl.constexpr,
 ):
     """Without norms the phase is update, which counts the steps."""
-    tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = tensor < count
-    step = step_of(pointers + LISTS * tensor, inside, found_inf, squared_norms is None)
-    bias1, bias2 = bias_of(log_beta1, step), bias_of(log_beta2, step)
+    COUNTS: tl.constexpr = squared_norms is None
+    log_betas = log_beta1, log_beta2
+    tensor, inside, step, bias1, bias2 = lanes_at(pointers, count, found_inf, log_betas, LISTS, COUNTS, BLOCK)
     weight_decay = tl.load(decays + tensor, mask=inside, other=0.0)
     store_floats(factors, 4 * tensor, weight_decay, inside)
     if NVLAMB:
@@ -111,10 +109,7 @@ def update_kernel(
 ):
     position = first + tl.program_id(0)
     tensor, begin, end = chunk_at(chunks, position, FITS)
-    param = buffer_at(pointers + 5 * tensor + 1, PARAM, FITS)
-    exp_avg = buffer_at(pointers + 5 * tensor + 2, M, FITS)
-    exp_avg_sq = buffer_at(pointers + 5 * tensor + 3, V, FITS)
-    grad = buffer_at(pointers + 5 * tensor + 4, GRAD, FITS)
+    param, exp_avg, exp_avg_sq, grad = buffers_at(pointers + 5 * tensor + 1, (PARAM, M, V, GRAD), FITS)
     changes, grad_factor = not is_set(found_inf), tl.load(factors + 4 * tensor + 3)
     param_sum, direction_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(begin, end, BLOCK):
@@ -168,9 +163,7 @@ def apply_kernel(
     # Backwards: what update wrote last may still be in the cache.
     position = first + tl.num_programs(0) - 1 - tl.program_id(0)
     tensor, begin, end = chunk_at(chunks, position, FITS)
-    param = buffer_at(pointers + 4 * tensor + 1, PARAM, FITS)
-    exp_avg = buffer_at(pointers + 4 * tensor + 2, M, FITS)
-    exp_avg_sq = buffer_at(pointers + 4 * tensor + 3, V, FITS)
+    param, exp_avg, exp_avg_sq = buffers_at(pointers + 4 * tensor + 1, (PARAM, M, V), FITS)
     factor = tl.load(factors + 4 * tensor + 3)
     for start in range(begin, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
