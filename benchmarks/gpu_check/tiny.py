@@ -36,7 +36,7 @@ def _gelu_forward(draw: _Draw) -> tuple[Any, ...]:
 
 
 def _gelu_backward(draw: _Draw) -> tuple[Any, ...]:
-    return draw(40, 96), *_gelu_forward(draw)
+    return draw(40, 96), *_gelu_forward(draw), (True,)
 
 
 def _gradient_norm(draw: _Draw) -> tuple[Any, ...]:

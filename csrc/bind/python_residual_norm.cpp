@@ -93,7 +93,7 @@ row_scale: [B]; each of any dtype or None. mean, rstd: as for layer_norm_forward
         "dbias"_a, "dlayer_scale"_a, py::kw_only(), "rms"_a = false, "isa"_a = py::none(), "stream"_a = 0,
         R"(Writes dresidual, and dbranch, dweight, dbias and dlayer_scale unless None.
 
-dx: the gradient that reaches x beside that of the norm. branch: read only if there is a layer_scale.)");
+dx: the gradient that reaches x beside that of the norm. branch: read only for dlayer_scale.)");
   m.def("layer_norm_add_forward", &layer_norm_add_forward, "residual"_a, "branch"_a, "weight"_a, "bias"_a,
         "layer_scale"_a, "row_scale"_a, "x"_a, "mean"_a, "rstd"_a, py::kw_only(), "eps"_a = 1e-6,
         "rms"_a = false, "isa"_a = py::none(), "stream"_a = 0,

@@ -28,7 +28,7 @@ void token_dropout_backward(const py::object& dout, const py::object& token_inde
   Arrays arrays(stream);
   const TokenDropoutBackward params = token_dropout_backward_params(
       arrays.read(dout, "dout"), arrays.read_index_if(token_index, "token_index"), num_prefix, num_tokens,
-      arrays.write_if(dpatches, "dpatches"), arrays.write(dprefix, "dprefix"),
+      arrays.write_if(dpatches, "dpatches"), arrays.write_if(dprefix, "dprefix"),
       arrays.write_if(dpos_embed, "dpos_embed"));
   launch<cpu::token_dropout_backward, cuda::token_dropout_backward>("token_dropout_backward", arrays, isa,
                                                                     params);
@@ -48,7 +48,7 @@ distinct in a row, all of them below N, which the CPU kernel doesn't check; None
   m.def("token_dropout_backward", &token_dropout_backward, "dout"_a, "token_index"_a, "num_prefix"_a,
         "num_tokens"_a, "dpatches"_a, "dprefix"_a, "dpos_embed"_a, py::kw_only(), "isa"_a = py::none(),
         "stream"_a = 0,
-        R"(Writes dprefix [P, C], and dpatches [B, N, C] and dpos_embed [P + N, C] unless None.
+        R"(Writes dpatches [B, N, C], dprefix [P, C] and dpos_embed [P + N, C] unless None.
 
 All of dout's dtype.)");
 }

@@ -71,7 +71,7 @@ inline AddNormForward add_norm_forward_params(const Array& residual, const Array
   };
 }
 
-// Without a layer_scale only the branch's dtype counts.
+// Unless layer_scale's gradient is wanted, only the branch's dtype counts.
 inline AddNormBackward add_norm_backward_params(const Array& dy, const Array& dx, const Array& x,
                                                 const Array& branch, const ResidualNormArrays& parameters,
                                                 const Array& mean, const Array& rstd, const Array& dresidual,
@@ -79,7 +79,7 @@ inline AddNormBackward add_norm_backward_params(const Array& dy, const Array& dx
                                                 const ResidualNormGradientArrays& gradients, bool rms) {
   const ResidualNormShape shape = residual_norm_shape(x, branch, rms);
   for (const Array* array : {&dy, &dx, &dresidual}) require_like(*array, x);
-  if (parameters.layer_scale) require_sizes(branch, x.sizes);
+  if (gradients.layer_scale) require_sizes(branch, x.sizes);
   if (dbranch) {
     require_sizes(dbranch, x.sizes);
     require_dtype(dbranch, branch.dtype);
@@ -89,7 +89,7 @@ inline AddNormBackward add_norm_backward_params(const Array& dy, const Array& dx
       .dy = dy.data,
       .dx = dx.data,
       .x = x.data,
-      .branch = parameters.layer_scale ? branch.data : nullptr,
+      .branch = gradients.layer_scale ? branch.data : nullptr,
       .mean = mean.floats(),
       .rstd = rstd.floats(),
       .dresidual = dresidual.data,

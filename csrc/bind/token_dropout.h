@@ -70,7 +70,7 @@ inline TokenDropoutForward token_dropout_forward_params(const TokenDropoutInputs
   };
 }
 
-// dpatches and dpos_embed don't exist where they aren't wanted.
+// Gradients don't exist where they aren't wanted.
 inline TokenDropoutBackward token_dropout_backward_params(const Array& dout, const Array& token_index,
                                                           int64_t prefix_tokens, int64_t tokens,
                                                           const Array& dpatches, const Array& dprefix,
@@ -97,7 +97,7 @@ inline TokenDropoutBackward token_dropout_backward_params(const Array& dout, con
     if (*array) require_dtype(*array, dout.dtype);
   }
   if (dpatches) require_sizes(dpatches, {batch, tokens, channels});
-  require_sizes(dprefix, {prefix_tokens, channels});
+  if (dprefix) require_sizes(dprefix, {prefix_tokens, channels});
   if (dpos_embed) require_sizes(dpos_embed, {prefix_tokens + tokens, channels});
   return params;
 }

@@ -9,7 +9,7 @@ namespace {
 
 void adamw_update(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
                   std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, std::vector<double> lrs,
-                  std::vector<double> weight_decays, double beta1, double beta2, double eps,
+                  std::vector<double> weight_decays, std::vector<double> betas_and_eps,
                   std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, Numbers seeds,
                   Numbers first_elements) {
   const Flag scale(grad_scale), skip(found_inf);
@@ -19,7 +19,8 @@ void adamw_update(std::vector<Tensor> params, std::vector<Tensor> grads, std::ve
   set_rounding(step.tensors(), seeds, first_elements);
   launch<cpu::adamw_update, cuda::adamw_update>(
       "adamw_update", step.first(),
-      adamw_update_params(step.tensors(), beta1, beta2, eps, {scale.value(), skip.value()}));
+      adamw_update_params(step.tensors(), betas_and_eps.at(0), betas_and_eps.at(1), betas_and_eps.at(2),
+                          {scale.value(), skip.value()}));
   step.return_params();
   step.return_moments();
 }

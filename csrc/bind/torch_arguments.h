@@ -105,11 +105,18 @@ inline const void* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr() : nullptr;
 }
 
-// The gradient of a parameter of a norm, of the dtype of `otherwise` if there is none; no elements unless
-// wanted.
+// For gradients, of which those that nobody wants have no elements.
+inline Array array_unless_empty(const Tensor& tensor, const char* name) {
+  return array_if(tensor.numel() > 0, tensor, name);
+}
+
+// Of the gradients that an op may leave out, which it shall give: in the order of its results.
+using Wanted = std::vector<bool>;
+
+// The gradient of a parameter of a row; without elements, and of the dtype of `otherwise`, where there is
+// none or none is wanted.
 inline Tensor new_gradient(const std::optional<Tensor>& parameter, const Tensor& otherwise, bool wanted) {
-  const Tensor& like = parameter ? *parameter : otherwise;
-  return new_tensor(like, {wanted ? like.size(-1) : 0});
+  return parameter && wanted ? new_tensor(*parameter, {parameter->size(-1)}) : new_tensor(otherwise, {0});
 }
 
 inline Tensor new_float32(const Tensor& like, const std::vector<int64_t>& sizes) {

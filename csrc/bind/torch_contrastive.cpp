@@ -111,30 +111,26 @@ class Tiles {
   int64_t height_;
 };
 
-// The features whose gradients are asked for.
-struct Wanted {
-  bool image, text;
-};
-
 class LogitGradients : public Tiles {
  public:
-  // Nobody wants a gradient of features that `wanted` doesn't name: its place has no elements.
+  // Of the gradients of both features one that isn't wanted has no elements.
   LogitGradients(const Tensor& image, const Tensor& text, const Tensor& logit_scale, int64_t offset,
-                 Wanted wanted)
+                 const Wanted& wanted)
       : Tiles(image, text, logit_scale, offset),
-        wanted_(wanted),
+        wants_image_(wanted.at(0)),
+        wants_text_(wanted.at(1)),
         like_scale_(logit_scale),
         text_dtype_(text.scalar_type()),
         // The gradient of the scale comes with that of the images, or from that of the texts.
-        multiplies_text_(wanted.image || !wanted.text || scale_ == 0.0f),
+        multiplies_text_(wants_image_ || !wants_text_ || scale_ == 0.0f),
         dimage_(multiplies_text_ ? new_tensor(image_, image_.sizes()) : new_tensor(image_, {0})),
-        dtext_(wanted.text ? torch::stable::new_zeros(text_, text_.sizes()) : new_tensor(text_, {0})) {}
+        dtext_(wants_text_ ? torch::stable::new_zeros(text_, text_.sizes()) : new_tensor(text_, {0})) {}
 
   // Takes in a tile that now holds the gradient of its logits.
   void add(const LogitTile& tile, int64_t start) {
     const Tensor dlogits = rows_of(logits_, 0, tile.rows);
     const Tensor scaled = rows_of(scaled_, 0, tile.rows);
-    if (wanted_.text) add_product(dtext_, transposed(dlogits), scaled);
+    if (wants_text_) add_product(dtext_, transposed(dlogits), scaled);
     if (!multiplies_text_) return;
     multiply_into(scaled, dlogits, text_);
     std::vector<float> dot_products(tile.rows);
@@ -144,7 +140,7 @@ class LogitGradients : public Tiles {
   }
 
   std::tuple<Tensor, Tensor, Tensor> result() const {
-    const Tensor dimage = wanted_.image ? dimage_ : new_tensor(image_, {0});
+    const Tensor dimage = wants_image_ ? dimage_ : new_tensor(image_, {0});
     const double dscale = multiplies_text_ ? dscale_ : dot_product(dtext_, text_) / scale_;
     return {dimage, torch::stable::to(dtext_, text_dtype_), scalar_like(dscale, like_scale_)};
   }
@@ -161,7 +157,7 @@ class LogitGradients : public Tiles {
     return total;
   }
 
-  Wanted wanted_;
+  bool wants_image_, wants_text_;
   Tensor like_scale_;
   ScalarType text_dtype_;
   bool multiplies_text_;
@@ -213,7 +209,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& drow_lse_any, const Te
                                             const Tensor& dpositive_any, const Tensor& image,
                                             const Tensor& text, const Tensor& logit_scale,
                                             const Tensor& row_lse_any, const Tensor& col_lse_any,
-                                            const float* logits, int64_t offset, Wanted wanted) {
+                                            const float* logits, int64_t offset, const Wanted& wanted) {
   LogitGradients gradients(image, text, logit_scale, offset, wanted);
   const int64_t rows = gradients.rows(), columns = gradients.columns();
   const Tensor drow_lse = float_vector(drow_lse_any, rows, "drow_lse");
@@ -241,9 +237,9 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_backward(const Tensor& drow_lse, 
                                                         const Tensor& dpositive, const Tensor& image,
                                                         const Tensor& text, const Tensor& logit_scale,
                                                         const Tensor& row_lse, const Tensor& col_lse,
-                                                        int64_t offset, bool wants_image, bool wants_text) {
+                                                        int64_t offset, Wanted wanted) {
   return backward(drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, nullptr, offset,
-                  {wants_image, wants_text});
+                  wanted);
 }
 
 std::tuple<Tensor, Tensor, Tensor> contrastive_kept_backward(const Tensor& drow_lse, const Tensor& dcol_lse,
@@ -251,10 +247,10 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_kept_backward(const Tensor& drow_
                                                              const Tensor& text, const Tensor& logit_scale,
                                                              const Tensor& row_lse, const Tensor& col_lse,
                                                              const Tensor& logits_any, int64_t offset,
-                                                             bool wants_image, bool wants_text) {
+                                                             Wanted wanted) {
   const Tensor logits = float_vector(logits_any, image.size(0) * text.size(0), "logits");
   return backward(drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse,
-                  floats_of(logits), offset, {wants_image, wants_text});
+                  floats_of(logits), offset, wanted);
 }
 
 Tensor siglip_value(const Tensor& image, const Tensor& text, const Tensor& logit_scale,
@@ -272,10 +268,9 @@ Tensor siglip_value(const Tensor& image, const Tensor& text, const Tensor& logit
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_forward(const Tensor& image, const Tensor& text,
                                                                   const Tensor& logit_scale,
                                                                   const Tensor& logit_bias, int64_t offset,
-                                                                  bool wants_image, bool wants_text) {
+                                                                  Wanted wanted) {
   require(dtype_of(image, "image") == dtype_of(text, "text"), "text must be of image's dtype");
-  LogitGradients gradients(as_float32(image), as_float32(text), as_float32(logit_scale), offset,
-                           {wants_image, wants_text});
+  LogitGradients gradients(as_float32(image), as_float32(text), as_float32(logit_scale), offset, wanted);
   const float bias = scalar_of(logit_bias, "logit_bias");
   SiglipSums total;
   gradients.for_each([&](const LogitTile& tile, int64_t start) {

@@ -18,14 +18,14 @@ Tensor gelu_forward(const Tensor& x_any, std::optional<Tensor> bias_any, bool ta
 }
 
 std::tuple<Tensor, Tensor> gelu_backward(const Tensor& dout_any, const Tensor& x_any,
-                                         std::optional<Tensor> bias_any, bool tanh) {
+                                         std::optional<Tensor> bias_any, bool tanh, Wanted wanted) {
   const Tensor dout = as_contiguous(dout_any), x = as_contiguous(x_any);
   const auto bias = contiguous_or_none(bias_any);
   const Tensor dx = new_tensor(x, x.sizes());
-  const Tensor dbias = new_gradient(bias, x, bias.has_value());
+  const Tensor dbias = new_gradient(bias, x, wanted.at(0));
   const GeluBackward params =
       gelu_backward_params(array_of(dout, "dout"), array_of(x, "x"), array_of(bias, "bias"),
-                           array_of(dx, "dx"), array_if(bias.has_value(), dbias, "dbias"), tanh);
+                           array_of(dx, "dx"), array_unless_empty(dbias, "dbias"), tanh);
   launch<cpu::gelu_backward, cuda::gelu_backward>("gelu_backward", x, params);
   return {dx, dbias};
 }

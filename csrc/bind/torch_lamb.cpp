@@ -7,9 +7,13 @@
 namespace evakernels {
 namespace {
 
+LambOptions options_of(const std::vector<double>& betas_and_eps, bool nvlamb) {
+  return {betas_and_eps.at(0), betas_and_eps.at(1), betas_and_eps.at(2), nvlamb};
+}
+
 Tensor lamb_update(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
                    std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps,
-                   std::vector<double> weight_decays, double beta1, double beta2, double eps, bool nvlamb,
+                   std::vector<double> weight_decays, std::vector<double> betas_and_eps, bool nvlamb,
                    std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
   const Flag scale(grad_scale), skip(found_inf);
   StepTensors step({std::move(params), std::move(exp_avgs), std::move(exp_avg_sqs), steps, weight_decays});
@@ -18,14 +22,15 @@ Tensor lamb_update(std::vector<Tensor> params, std::vector<Tensor> grads, std::v
   const auto norms = static_cast<float*>(squared_norms.mutable_data_ptr());
   launch<cpu::lamb_update, cuda::lamb_update>(
       "lamb_update", step.first(),
-      lamb_update_params(step.tensors(), {beta1, beta2, eps, nvlamb}, norms, {scale.value(), skip.value()}));
+      lamb_update_params(step.tensors(), options_of(betas_and_eps, nvlamb), norms,
+                         {scale.value(), skip.value()}));
   step.return_moments();
   return squared_norms;
 }
 
 void lamb_apply(std::vector<Tensor> params, std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
                 std::vector<Tensor> steps, const Tensor& squared_norms_any, std::vector<double> lrs,
-                std::vector<double> weight_decays, double beta1, double beta2, double eps, bool nvlamb,
+                std::vector<double> weight_decays, std::vector<double> betas_and_eps, bool nvlamb,
                 std::optional<Tensor> found_inf, Numbers seeds, Numbers first_elements) {
   const Flag skip(found_inf);
   StepTensors step({std::move(params), std::move(exp_avgs), std::move(exp_avg_sqs), steps, weight_decays});
@@ -36,13 +41,13 @@ void lamb_apply(std::vector<Tensor> params, std::vector<Tensor> exp_avgs, std::v
   const auto norms = static_cast<const float*>(squared_norms.const_data_ptr());
   launch<cpu::lamb_apply, cuda::lamb_apply>(
       "lamb_apply", step.first(),
-      lamb_apply_params(step.tensors(), {beta1, beta2, eps, nvlamb}, norms, skip.value()));
+      lamb_apply_params(step.tensors(), options_of(betas_and_eps, nvlamb), norms, skip.value()));
   step.return_params();
 }
 
 void lamb_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
                std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, std::vector<double> lrs,
-               std::vector<double> weight_decays, double beta1, double beta2, double eps, bool nvlamb,
+               std::vector<double> weight_decays, std::vector<double> betas_and_eps, bool nvlamb,
                std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, Numbers seeds,
                Numbers first_elements) {
   const Flag scale(grad_scale), skip(found_inf);
@@ -52,7 +57,7 @@ void lamb_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vecto
   set_rounding(step.tensors(), seeds, first_elements);
   launch<cpu::lamb_step, cuda::lamb_step>(
       "lamb_step", step.first(),
-      lamb_step_params(step.tensors(), {beta1, beta2, eps, nvlamb}, {scale.value(), skip.value()}));
+      lamb_step_params(step.tensors(), options_of(betas_and_eps, nvlamb), {scale.value(), skip.value()}));
   step.return_params();
   step.return_moments();
 }

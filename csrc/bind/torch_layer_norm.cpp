@@ -25,17 +25,17 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x_any, std::
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy_any, const Tensor& x_any,
                                                        std::optional<Tensor> weight_any,
                                                        const Tensor& mean_any, const Tensor& rstd_any,
-                                                       bool has_bias, bool rms) {
+                                                       bool rms, Wanted wanted) {
   const Tensor x = as_contiguous(x_any), dy = as_contiguous(dy_any);
   const Tensor mean = as_contiguous(mean_any), rstd = as_contiguous(rstd_any);
   const auto weight = contiguous_or_none(weight_any);
   const Tensor dx = new_tensor(x, x.sizes());
-  const Tensor dweight = new_gradient(weight, x, weight.has_value());
-  const Tensor dbias = new_gradient(weight, x, has_bias);
+  const Tensor dweight = new_gradient(weight, rstd, wanted.at(0));
+  const Tensor dbias = new_gradient(weight, rstd, wanted.at(1));
   const LayerNormBackward params = layer_norm_backward_params(
       array_of(dy, "dy"), array_of(x, "x"), array_of(weight, "weight"), array_if(!rms, mean, "mean"),
-      array_of(rstd, "rstd"), array_of(dx, "dx"), array_if(weight.has_value(), dweight, "dweight"),
-      array_if(has_bias, dbias, "dbias"), rms);
+      array_of(rstd, "rstd"), array_of(dx, "dx"), array_unless_empty(dweight, "dweight"),
+      array_unless_empty(dbias, "dbias"), rms);
   launch<cpu::layer_norm_backward, cuda::layer_norm_backward>("layer_norm_backward", x, params);
   return {dx, dweight, dbias};
 }

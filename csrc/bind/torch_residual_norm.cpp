@@ -32,24 +32,20 @@ std::pair<Tensor, Tensor> new_statistics(const Tensor& x, bool rms) {
   return {new_float32(x, rms ? std::vector<int64_t>{0} : leading), new_float32(x, leading)};
 }
 
-// The gradients of weight, bias and layer_scale, no elements where there is none to give.
+// The gradients of weight, bias and layer_scale, which the last three of `wanted` are about. That of the bias
+// has the dtype of the weight.
 struct Gradients {
   Tensor weight, bias, layer_scale;
-  bool has_weight, has_bias, has_layer_scale;
 
-  // Those of weight and bias are of weight's dtype, or of `otherwise`.
-  Gradients(const std::optional<Tensor>& of_weight, bool bias_wanted,
-            const std::optional<Tensor>& of_layer_scale, const Tensor& otherwise, const Tensor& rstd)
-      : weight(new_gradient(of_weight, otherwise, of_weight.has_value())),
-        bias(new_gradient(of_weight, otherwise, bias_wanted)),
-        layer_scale(new_gradient(of_layer_scale, rstd, of_layer_scale.has_value())),
-        has_weight(of_weight.has_value()),
-        has_bias(bias_wanted),
-        has_layer_scale(of_layer_scale.has_value()) {}
+  Gradients(const std::optional<Tensor>& of_weight, const std::optional<Tensor>& of_layer_scale,
+            const Tensor& rstd, const Wanted& wanted)
+      : weight(new_gradient(of_weight, rstd, wanted.at(wanted.size() - 3))),
+        bias(new_gradient(of_weight, rstd, wanted.at(wanted.size() - 2))),
+        layer_scale(new_gradient(of_layer_scale, rstd, wanted.at(wanted.size() - 1))) {}
 
   ResidualNormGradientArrays arrays() const {
-    return {array_if(has_weight, weight, "dweight"), array_if(has_bias, bias, "dbias"),
-            array_if(has_layer_scale, layer_scale, "dlayer_scale")};
+    return {array_unless_empty(weight, "dweight"), array_unless_empty(bias, "dbias"),
+            array_unless_empty(layer_scale, "dlayer_scale")};
   }
 };
 
@@ -89,20 +85,19 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_add_forward(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
     const Tensor& dy_any, const Tensor& dx_any, const Tensor& x_any, const Tensor& branch_any,
     std::optional<Tensor> weight, std::optional<Tensor> layer_scale, std::optional<Tensor> row_scale,
-    const Tensor& mean_any, const Tensor& rstd_any, bool has_bias, bool rms) {
+    const Tensor& mean_any, const Tensor& rstd_any, bool rms, Wanted wanted) {
   const Tensor dy = as_contiguous(dy_any), dx = as_contiguous(dx_any);
   const Tensor x = as_contiguous(x_any), branch = as_contiguous(branch_any);
   const Tensor mean = as_contiguous(mean_any), rstd = as_contiguous(rstd_any);
   const Parameters parameters(weight, std::nullopt, layer_scale, row_scale);
 
-  const bool scaled = layer_scale || row_scale;
   const Tensor dresidual = new_tensor(x, x.sizes());
-  const Tensor dbranch = scaled ? new_tensor(branch, x.sizes()) : new_float32(x, {0});
-  const Gradients gradients(weight, has_bias, layer_scale, x, rstd);
+  const Tensor dbranch = wanted.at(0) ? new_tensor(branch, x.sizes()) : new_float32(x, {0});
+  const Gradients gradients(weight, layer_scale, rstd, wanted);
   const AddNormBackward params = add_norm_backward_params(
       array_of(dy, "dy"), array_of(dx, "dx"), array_of(x, "x"), array_of(branch, "branch"),
       parameters.arrays(), array_if(!rms, mean, "mean"), array_of(rstd, "rstd"),
-      array_of(dresidual, "dresidual"), array_if(scaled, dbranch, "dbranch"), gradients.arrays(), rms);
+      array_of(dresidual, "dresidual"), array_unless_empty(dbranch, "dbranch"), gradients.arrays(), rms);
   launch<cpu::add_norm_backward, cuda::add_norm_backward>("add_layer_norm_backward", x, params);
   return {dresidual, dbranch, gradients.weight, gradients.bias, gradients.layer_scale};
 }
@@ -110,13 +105,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_add_backward(
     const Tensor& dx_any, const Tensor& branch_any, std::optional<Tensor> weight, std::optional<Tensor> bias,
     std::optional<Tensor> layer_scale, std::optional<Tensor> row_scale, const Tensor& mean_any,
-    const Tensor& rstd_any, bool rms) {
+    const Tensor& rstd_any, bool rms, Wanted wanted) {
   const Tensor dx = as_contiguous(dx_any), branch = as_contiguous(branch_any);
   const Tensor mean = as_contiguous(mean_any), rstd = as_contiguous(rstd_any);
   const Parameters parameters(weight, bias, layer_scale, row_scale);
 
   const Tensor dbranch = new_tensor(branch, branch.sizes());
-  const Gradients gradients(weight, bias.has_value(), layer_scale, branch, rstd);
+  const Gradients gradients(weight, layer_scale, rstd, wanted);
   const NormAddBackward params = norm_add_backward_params(
       array_of(dx, "dx"), array_of(branch, "branch"), parameters.arrays(), array_if(!rms, mean, "mean"),
       array_of(rstd, "rstd"), array_of(dbranch, "dbranch"), gradients.arrays(), rms);

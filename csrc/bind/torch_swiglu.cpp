@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> swiglu_backward(const Tensor& dout_an
                                                            const Tensor& up_any,
                                                            std::optional<Tensor> weight_any,
                                                            const Tensor& mean_any, const Tensor& rstd_any,
-                                                           bool has_bias) {
+                                                           Wanted wanted) {
   const Tensor dout = as_contiguous(dout_any);
   const Tensor gate = with_even_rows(gate_any), up = with_even_rows(up_any);
   const Tensor mean = as_contiguous(mean_any), rstd = as_contiguous(rstd_any);
@@ -41,13 +41,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> swiglu_backward(const Tensor& dout_an
   const bool normed = weight.has_value();
   const Tensor dgate = new_tensor(gate, gate.sizes());
   const Tensor dup = new_tensor(gate, gate.sizes());
-  const Tensor dweight = new_gradient(weight, mean, normed),
-               dbias = new_gradient(weight, mean, normed && has_bias);
+  const Tensor dweight = new_gradient(weight, mean, wanted.at(0)),
+               dbias = new_gradient(weight, mean, wanted.at(1));
   const SwigluBackward params = swiglu_backward_params(
       array_of(dout, "dout"), array_of(gate, "gate"), array_of(up, "up"), array_of(weight, "norm_weight"),
       array_if(normed, mean, "mean"), array_if(normed, rstd, "rstd"), array_of(dgate, "dgate"),
-      array_of(dup, "dup"), array_if(normed, dweight, "dweight"),
-      array_if(normed && has_bias, dbias, "dbias"));
+      array_of(dup, "dup"), array_unless_empty(dweight, "dweight"), array_unless_empty(dbias, "dbias"));
   launch<cpu::swiglu_backward, cuda::swiglu_backward>("swiglu_backward", gate, params);
   return {dgate, dup, dweight, dbias};
 }

@@ -47,23 +47,22 @@ Tensor token_dropout_forward(const Tensor& patches_any, std::optional<Tensor> to
 std::tuple<Tensor, Tensor, Tensor> token_dropout_backward(const Tensor& dout_any,
                                                           std::optional<Tensor> token_index_any,
                                                           int64_t prefix_tokens, int64_t tokens,
-                                                          bool has_pos_embed) {
+                                                          Wanted wanted) {
   require(dout_any.dim() == 3, "dout must be [B, P + K, C]");
   require(prefix_tokens >= 0 && tokens >= 0, "num_prefix and num_tokens must not be negative");
   const Tensor dout = as_contiguous(dout_any);
   const int64_t batch = dout.size(0), channels = dout.size(2);
   const auto token_index = dense_index(token_index_any);
-  const bool dropped = token_index.has_value();
-  const std::vector<int64_t> none = {0}, patches = {batch, tokens, channels};
-  const std::vector<int64_t> table = {prefix_tokens + tokens, channels};
-  // Without an index the gradient of the patches is a part of dout: its place stays empty.
-  const Tensor dpatches = new_tensor(dout, dropped ? patches : none);
-  const Tensor dprefix = new_tensor(dout, {prefix_tokens, channels});
-  const Tensor dpos_embed = new_tensor(dout, has_pos_embed ? table : none);
+  const auto new_if = [&](bool exists, const std::vector<int64_t>& sizes) {
+    return new_tensor(dout, exists ? sizes : std::vector<int64_t>{0});
+  };
+  const Tensor dpatches = new_if(wanted.at(0), {batch, tokens, channels});
+  const Tensor dprefix = new_if(wanted.at(1), {prefix_tokens, channels});
+  const Tensor dpos_embed = new_if(wanted.at(2), {prefix_tokens + tokens, channels});
   const TokenDropoutBackward params = token_dropout_backward_params(
       array_of(dout, "dout"), array_of_index(token_index), prefix_tokens, tokens,
-      array_if(dropped, dpatches, "dpatches"), array_of(dprefix, "dprefix"),
-      array_if(has_pos_embed, dpos_embed, "dpos_embed"));
+      array_unless_empty(dpatches, "dpatches"), array_unless_empty(dprefix, "dprefix"),
+      array_unless_empty(dpos_embed, "dpos_embed"));
   launch<cpu::token_dropout_backward, cuda::token_dropout_backward>("token_dropout_backward", dout, params);
   return {dpatches, dprefix, dpos_embed};
 }

@@ -44,7 +44,7 @@ struct TokenDropoutBackward {
   const void* dout;            // [batch, prefix_tokens + kept_tokens, channels]
   const int64_t* token_index;  // [batch, kept_tokens], distinct in a row; null: the first ones
   void* dpatches;              // [batch, tokens, channels]; zero where a token was dropped; null: not wanted
-  void* dprefix;               // [prefix_tokens, channels]
+  void* dprefix;               // [prefix_tokens, channels]; null: not wanted
   void* dpos_embed;            // [prefix_tokens + tokens, channels]; null: not wanted
   TokenDropoutShape shape;
   DType dtype;  // of all buffers

@@ -125,7 +125,10 @@ void row_backward(const TokenDropoutBackward& params, const int32_t* place, floa
   const TokenDropoutShape& shape = params.shape;
   const int64_t rows = shape.prefix_tokens + shape.kept_tokens;
   const T* dout = static_cast<const T*>(params.dout) + sample * rows * shape.channels;
-  if (position < shape.prefix_tokens) return add_to(sum, dout + position * shape.channels, shape.channels);
+  if (position < shape.prefix_tokens) {
+    if (params.dprefix || params.dpos_embed) add_to(sum, dout + position * shape.channels, shape.channels);
+    return;
+  }
 
   const int64_t bytes = shape.channels * sizeof(T);
   const int64_t token = position - shape.prefix_tokens;

@@ -72,6 +72,8 @@ __global__ void __launch_bounds__(kWarpSize* kWarps)
   const int64_t position = blockIdx.x, token = position - shape.prefix_tokens;
   const int64_t channel = (int64_t{blockIdx.y} * kWarpSize + threadIdx.x) * E;
   const bool is_patch = token >= 0, inside = channel < shape.channels;
+  const bool is_summed = params.dpos_embed || (!is_patch && params.dprefix);
+  if (!is_summed && !is_patch) return;
   float sums[E] = {};
   for (int64_t first = threadIdx.y; first < shape.batch && inside; first += kAtOnce * kWarps) {
     Packed<T, E> gradients[kAtOnce];
@@ -99,12 +101,12 @@ __global__ void __launch_bounds__(kWarpSize* kWarps)
       for (int i = 0; i < E; ++i) sums[i] += values[i];
     }
   }
-  if (is_patch && !params.dpos_embed) return;
+  if (!is_summed) return;
   add_warps(sums);
   if (threadIdx.y > 0 || !inside) return;
   const int64_t target = position * shape.channels + channel;
   const auto total = Packed<T, E>::pack(sums);
-  if (!is_patch) total.store_whole(static_cast<T*>(params.dprefix) + target);
+  if (!is_patch && params.dprefix) total.store_whole(static_cast<T*>(params.dprefix) + target);
   if (params.dpos_embed) total.store_whole(static_cast<T*>(params.dpos_embed) + target);
 }
 

@@ -46,6 +46,8 @@ def likeness(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             key += arg.dtype, arg.shape, arg.device
         elif arg is None or kind is float or kind is bool or kind is int:
             key += kind, arg
+        elif (kind is tuple or kind is list) and arg and type(arg[0]) is bool:
+            key += tuple, *arg
         else:
             return None
     if _any_autocast():

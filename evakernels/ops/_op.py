@@ -227,8 +227,10 @@ def differentiable(
 ) -> None:
     """Gives `forward` the gradient `formula`, which calls `backward`; a second derivative is refused.
 
-    `formula` may return fewer gradients than there are arguments: of those behind there are none. `returned` is how
-    many outputs a caller gets, if not all: autograd keeps books of each. Those behind have no gradient.
+    `formula` may return fewer gradients than there are arguments: of those behind there are none. In the place of a
+    gradient that doesn't exist or that nobody wants, which `ctx.needs_input_grad` tells, it may return anything, such
+    as the empty tensor that `backward` returns there. `returned` is how many outputs a caller gets, if not all:
+    autograd keeps books of each. Those behind have no gradient.
     """
     forward.returned = returned
     count = len(forward.overload._schema.arguments)
@@ -240,11 +242,12 @@ def differentiable(
                 # Several cotangents at once (`is_grads_batched`), by an older vmap of torch that no question tells of:
                 # any mode has the op called itself, which is then called with one after the other.
                 with BaseTorchFunctionMode():
-                    return filled(formula(ctx, *grads))
-        return filled(formula(ctx, *grads))
+                    return filled(ctx, formula(ctx, *grads))
+        return filled(ctx, formula(ctx, *grads))
 
-    def filled(found: tuple[Any, ...]) -> tuple[Any, ...]:
-        return *found, *[None] * (count - len(found))
+    def filled(ctx: Any, found: tuple[Any, ...]) -> tuple[Any, ...]:
+        wanted = (x if wants else None for x, wants in zip(found, ctx.needs_input_grad, strict=False))
+        return *wanted, *[None] * (count - len(found))
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if returned is not None:
@@ -277,11 +280,6 @@ def differentiable(
     Function.__name__ = f"{family}_backward"
     # Past `Function.apply` of Python, which asks about transforms of functorch: none is at work here.
     forward.recording = super(torch.autograd.Function, Function).apply
-
-
-def optional_gradient(gradient: torch.Tensor, present: bool) -> torch.Tensor | None:
-    """Ops return an empty tensor in the place of a gradient that doesn't exist; autograd wants None there."""
-    return gradient if present else None
 
 
 def _without_autocast(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:

@@ -64,7 +64,7 @@ def adamw_update(
     _tensor_lists.flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
     rounding = _tensor_lists.rounding(op, params, seeds, first_elements)
     state, rates = (exp_avgs, exp_avg_sqs, steps), (lrs, weight_decays)
-    _update(params, grads, *state, *rates, *betas, eps, grad_scale, found_inf, *rounding)
+    _update(params, grads, *state, *rates, (*betas, eps), grad_scale, found_inf, *rounding)
 
 
 _update = define(reference.adamw_update, mutates=("params", "exp_avgs", "exp_avg_sqs", "steps"))

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from evakernels import backends
 from evakernels.ops import _check
 from evakernels.ops._collectives import Group, gather_rows, logsumexp_of_ranks, rank_and_size, resolved, sum_of_ranks
-from evakernels.ops._op import define, differentiable, optional_gradient
+from evakernels.ops._op import define, differentiable
 from evakernels.reference import contrastive as reference
 from evakernels.reference._numerics import accumulation_dtype
 
@@ -197,7 +197,7 @@ def siglip_sum(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Ten
     if not _wants_gradient(inputs):
         value: Tensor = _siglip_value(*inputs, offset)
         return value
-    loss: Tensor = _siglip_forward(*inputs, offset, image.requires_grad, text.requires_grad)
+    loss: Tensor = _siglip_forward(*inputs, offset, (image.requires_grad, text.requires_grad))
     return loss
 
 
@@ -274,17 +274,14 @@ def _forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int)
 def _backward_fake(
     drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, *rest: Any
 ) -> Any:
-    *_, wants_image, wants_text = rest
-    return _empty_gradients(image, text, logit_scale, wants_image, wants_text)
+    return _empty_gradients(image, text, logit_scale, rest[-1])
 
 
 def _empty_gradients(
-    image: Tensor, text: Tensor, logit_scale: Tensor, wants_image: bool, wants_text: bool
+    image: Tensor, text: Tensor, logit_scale: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of features that nobody wants it of the place is empty."""
-    dimage, dtext = (
-        x.new_empty(x.shape if wanted else (0,)) for x, wanted in ((image, wants_image), (text, wants_text))
-    )
+    dimage, dtext = (x.new_empty(x.shape if wants else (0,)) for x, wants in zip((image, text), wanted, strict=True))
     return dimage, dtext, torch.empty_like(logit_scale)
 
 
@@ -296,13 +293,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _gradient(ctx: Any, drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tensor, *_: Tensor) -> Any:
-    wanted = ctx.needs_input_grad[:2]
-    gradients = _backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset, *wanted)
-    return _optional_gradients(gradients, wanted)
-
-
-def _optional_gradients(gradients: tuple[Tensor, ...], wanted: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
-    return *map(optional_gradient, gradients[:2], wanted), *gradients[2:]
+    return _backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset, ctx.needs_input_grad[:2])
 
 
 _forward = define(reference.contrastive_forward, fake=_forward_fake)
@@ -323,9 +314,7 @@ def _kept_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _kept_gradient(ctx: Any, drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tensor, *_: Tensor) -> Any:
-    wanted = ctx.needs_input_grad[:2]
-    gradients = _kept_backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset, *wanted)
-    return _optional_gradients(gradients, wanted)
+    return _kept_backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset, ctx.needs_input_grad[:2])
 
 
 def _kept_composed(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int) -> Any:
@@ -343,23 +332,24 @@ def _siglip_value_fake(image: Tensor, *rest: Any) -> Any:
 
 
 def _siglip_forward_fake(
-    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, *wanted: bool
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, wanted: Sequence[bool]
 ) -> Any:
-    loss, gradients = _siglip_value_fake(image), _empty_gradients(image, text, logit_scale, *wanted)
+    loss, gradients = _siglip_value_fake(image), _empty_gradients(image, text, logit_scale, wanted)
     return loss, *(loss.new_empty(x.shape) for x in (*gradients, logit_bias))
 
 
 def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.wanted = inputs[5:]
+    ctx.wanted = inputs[5]
     ctx.save_for_backward(*inputs[:4], *output[1:])
 
 
 def _siglip_gradient(ctx: Any, dloss: Tensor) -> Any:
-    return _optional_gradients(_siglip_backward(dloss, *ctx.saved_tensors), ctx.wanted)
+    gradients = _siglip_backward(dloss, *ctx.saved_tensors)
+    return *(x if wants else None for x, wants in zip(gradients, ctx.wanted, strict=False)), *gradients[2:]
 
 
 def _siglip_composed(
-    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, *wanted: bool
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, wanted: Sequence[bool]
 ) -> Any:
     """Without the gradients, which are torch's then."""
     loss = reference.siglip_value(image, text, logit_scale, logit_bias, offset)

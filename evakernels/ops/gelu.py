@@ -6,7 +6,7 @@ from torch import Tensor
 
 from evakernels import _names
 from evakernels.ops import _check
-from evakernels.ops._op import define, differentiable, optional_gradient
+from evakernels.ops._op import define, differentiable
 from evakernels.reference import gelu as reference
 
 APPROXIMATIONS = ("none", "tanh")
@@ -62,9 +62,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, dout: Tensor) -> Any:
-    x, bias = ctx.saved_tensors
-    dx, dbias = _backward(dout, x, bias, ctx.tanh)
-    return dx, optional_gradient(dbias, bias is not None)
+    return _backward(dout, *ctx.saved_tensors, ctx.tanh, ctx.needs_input_grad[1:2])
 
 
 _forward = define(reference.gelu_forward, check=_check_call)

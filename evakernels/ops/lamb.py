@@ -53,7 +53,7 @@ def lamb_step(
     _tensor_lists.numbers(op, params, lrs=lrs, weight_decays=weight_decays)
     _tensor_lists.flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
     rounding = _tensor_lists.rounding(op, params, seeds, first_elements)
-    state, options = (exp_avgs, exp_avg_sqs, steps), (*betas, eps, variant == "nvlamb")
+    state, options = (exp_avgs, exp_avg_sqs, steps), ((*betas, eps), variant == "nvlamb")
     _step(params, grads, *state, lrs, weight_decays, *options, grad_scale, found_inf, *rounding)
 
 
@@ -110,19 +110,8 @@ def lamb_update(
     _tensor_lists.options(op, betas, eps)
     _tensor_lists.numbers(op, params, weight_decays=weight_decays)
     _tensor_lists.flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
-    squared_norms: Tensor = _update(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        steps,
-        weight_decays,
-        *betas,
-        eps,
-        variant == "nvlamb",
-        grad_scale,
-        found_inf,
-    )
+    state, options = (exp_avgs, exp_avg_sqs, steps), ((*betas, eps), variant == "nvlamb")
+    squared_norms: Tensor = _update(params, grads, *state, weight_decays, *options, grad_scale, found_inf)
     return squared_norms
 
 
@@ -174,20 +163,8 @@ def lamb_apply(
     _check.shape(op, "squared_norms", squared_norms, (len(params), 2), "[n, 2]")
     _tensor_lists.flags(op, params[0], found_inf=found_inf)
     rounding = _tensor_lists.rounding(op, params, seeds, first_elements)
-    _apply(
-        params,
-        exp_avgs,
-        exp_avg_sqs,
-        steps,
-        squared_norms,
-        lrs,
-        weight_decays,
-        *betas,
-        eps,
-        variant == "nvlamb",
-        found_inf,
-        *rounding,
-    )
+    state, options = (exp_avgs, exp_avg_sqs, steps), ((*betas, eps), variant == "nvlamb")
+    _apply(params, *state, squared_norms, lrs, weight_decays, *options, found_inf, *rounding)
 
 
 def check_variant(op: str, variant: str) -> None:

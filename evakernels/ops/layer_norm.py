@@ -9,7 +9,7 @@ from torch import Tensor
 from evakernels import backends
 from evakernels.ops import _check
 from evakernels.ops._autocast import norm_inputs
-from evakernels.ops._op import define, differentiable, optional_gradient
+from evakernels.ops._op import define, differentiable
 from evakernels.reference import layer_norm as reference
 from evakernels.reference._numerics import accumulation_dtype
 
@@ -216,16 +216,13 @@ def _check_norm(op: str, name: str, x: Tensor, weight: Tensor | None, bias: Tens
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, _, ctx.rms = inputs
+    x, weight, _, _, ctx.rms = inputs
     _, mean, rstd = output
-    ctx.has_bias = bias is not None
     ctx.save_for_backward(x, weight, mean, rstd)
 
 
 def _gradient(ctx: Any, dy: Tensor) -> Any:
-    x, weight, mean, rstd = ctx.saved_tensors
-    dx, dweight, dbias = _backward(dy, x, weight, mean, rstd, ctx.has_bias, ctx.rms)
-    return dx, optional_gradient(dweight, weight is not None), optional_gradient(dbias, ctx.has_bias)
+    return _backward(dy, *ctx.saved_tensors, ctx.rms, ctx.needs_input_grad[1:3])
 
 
 _forward = define(reference.layer_norm_forward, check=_check_plain)
@@ -246,27 +243,22 @@ def _gpu_reasons(branch: int) -> backends.Reasons:
 
 
 def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, branch, weight, bias, layer_scale, row_scale, _, ctx.rms = inputs
+    _, branch, weight, _, layer_scale, row_scale, _, ctx.rms = inputs
     _, x, mean, rstd = output
-    ctx.has_bias, ctx.branch_dtype = bias is not None, branch.dtype
     # The branch is needed for the gradient of layer_scale only; otherwise its dtype is all that is kept.
-    kept = branch if layer_scale is not None else branch.new_empty(0)
+    kept = branch if ctx.needs_input_grad[4] else branch.new_empty(0)
     ctx.save_for_backward(x, kept, weight, layer_scale, row_scale, mean, rstd)
 
 
 def _add_gradient(ctx: Any, dy: Tensor, dx: Tensor) -> Any:
-    x, branch, weight, layer_scale, row_scale, mean, rstd = ctx.saved_tensors
-    dresidual, dbranch, dweight, dbias, dlayer_scale = _add_backward(
-        dy, dx, x, branch, weight, layer_scale, row_scale, mean, rstd, ctx.has_bias, ctx.rms
-    )
-    unscaled = layer_scale is None and row_scale is None
-    return (
-        dresidual,
-        dresidual.to(ctx.branch_dtype) if unscaled else dbranch,
-        optional_gradient(dweight, weight is not None),
-        optional_gradient(dbias, ctx.has_bias),
-        optional_gradient(dlayer_scale, layer_scale is not None),
-    )
+    _, branch, _, layer_scale, row_scale, _, _ = ctx.saved_tensors
+    _, wants_branch, *of_parameters = ctx.needs_input_grad[:5]
+    scaled = layer_scale is not None or row_scale is not None
+    wanted = wants_branch and scaled, *of_parameters
+    dresidual, dbranch, *rest = _add_backward(dy, dx, *ctx.saved_tensors, ctx.rms, wanted)
+    if wants_branch and not scaled:
+        dbranch = dresidual.to(branch.dtype)
+    return dresidual, dbranch, *rest
 
 
 _add_forward = define(
@@ -283,17 +275,9 @@ def _norm_add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _norm_add_gradient(ctx: Any, dx: Tensor) -> Any:
-    branch, weight, bias, layer_scale, row_scale, mean, rstd = ctx.saved_tensors
-    dbranch, dweight, dbias, dlayer_scale = _norm_add_backward(
-        dx, branch, weight, bias, layer_scale, row_scale, mean, rstd, ctx.rms
-    )
-    return (
-        dx,
-        dbranch,
-        optional_gradient(dweight, weight is not None),
-        optional_gradient(dbias, bias is not None),
-        optional_gradient(dlayer_scale, layer_scale is not None),
-    )
+    if not any(ctx.needs_input_grad[1:5]):
+        return (dx,)
+    return dx, *_norm_add_backward(dx, *ctx.saved_tensors, ctx.rms, ctx.needs_input_grad[2:5])
 
 
 _norm_add_forward = define(

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from evakernels.ops import _check
-from evakernels.ops._op import define, differentiable, optional_gradient
+from evakernels.ops._op import define, differentiable
 from evakernels.reference import swiglu as reference
 
 
@@ -66,17 +66,13 @@ def _check_call(gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_bias:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    gate, up, norm_weight, norm_bias, _ = inputs
+    gate, up, norm_weight, _, _ = inputs
     _, mean, rstd = output
-    ctx.has_bias = norm_bias is not None
     ctx.save_for_backward(gate, up, norm_weight, mean, rstd)
 
 
 def _gradient(ctx: Any, dout: Tensor) -> Any:
-    gate, up, norm_weight, mean, rstd = ctx.saved_tensors
-    dgate, dup, dweight, dbias = _backward(dout, gate, up, norm_weight, mean, rstd, ctx.has_bias)
-    has_norm = norm_weight is not None
-    return dgate, dup, optional_gradient(dweight, has_norm), optional_gradient(dbias, ctx.has_bias)
+    return _backward(dout, *ctx.saved_tensors, ctx.needs_input_grad[2:4])
 
 
 _forward = define(reference.swiglu_forward, check=_check_call)

@@ -125,18 +125,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradient(ctx: Any, dout: Tensor) -> Any:
     (token_index,) = ctx.saved_tensors
-    patches_dtype, prefix_dtype, pos_embed_dtype = ctx.dtypes
-    dpatches, dprefix, dpos_embed = _backward(
-        dout, token_index, ctx.num_prefix, ctx.num_tokens, pos_embed_dtype is not None
-    )
+    wants_patches, _, *of_tables = ctx.needs_input_grad[:4]
+    wanted = wants_patches and token_index is not None, *of_tables
+    found = dout[:, :0], dout[:, :0], dout[:, :0]
+    if any(wanted):
+        found = _backward(dout, token_index, ctx.num_prefix, ctx.num_tokens, wanted)
+    dpatches, dprefix, dpos_embed = found
     if token_index is None:
         dpatches = dout[:, ctx.num_prefix :]
-    return (
-        dpatches.to(patches_dtype),
-        None,
-        None if prefix_dtype is None else dprefix.to(prefix_dtype),
-        None if pos_embed_dtype is None else dpos_embed.to(pos_embed_dtype),
-    )
+    return dpatches, None, dprefix, dpos_embed
 
 
 _forward = define(reference.token_dropout_forward, check=_check_call, check_values=_check_values)

@@ -24,14 +24,13 @@ def adamw_update(
     steps: list[Tensor],
     lrs: list[float],
     weight_decays: list[float],
-    beta1: float,
-    beta2: float,
-    eps: float,
+    betas_and_eps: list[float],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     seeds: Sequence[int],
     first_elements: Sequence[int],
 ) -> None:
+    beta1, beta2, eps = betas_and_eps
     for i, (w, g, m, v, t, lr, decay) in enumerate(
         zip(params, grads, exp_avgs, exp_avg_sqs, steps, lrs, weight_decays, strict=True)
     ):

@@ -13,7 +13,7 @@ float32 (float64 for float64 input); 16-bit features are widened first, for a CP
 result. Features whose gradient nobody wants cost no product for it; its place holds no elements.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -66,10 +66,9 @@ def contrastive_backward(
     row_lse: Tensor,
     col_lse: Tensor,
     offset: int,
-    wants_image: bool,
-    wants_text: bool,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _Gradients(image, text, logit_scale, wants_image, wants_text)
+    gradients = _Gradients(image, text, logit_scale, wanted)
     return _backward(gradients, drow_lse, dcol_lse, dpositive, row_lse, col_lse, None, offset)
 
 
@@ -84,10 +83,9 @@ def contrastive_kept_backward(
     col_lse: Tensor,
     logits: Tensor,
     offset: int,
-    wants_image: bool,
-    wants_text: bool,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _Gradients(image, text, logit_scale, wants_image, wants_text)
+    gradients = _Gradients(image, text, logit_scale, wanted)
     return _backward(gradients, drow_lse, dcol_lse, dpositive, row_lse, col_lse, logits, offset)
 
 
@@ -126,10 +124,9 @@ def siglip_forward(
     logit_scale: Tensor,
     logit_bias: Tensor,
     offset: int,
-    wants_image: bool,
-    wants_text: bool,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradients = _Gradients(*_widened(image, text, logit_scale), wants_image, wants_text)
+    gradients = _Gradients(*_widened(image, text, logit_scale), wanted)
     total, dbias = (torch.zeros_like(gradients.dscale) for _ in range(2))
     for rows, logits in gradients.tiles():
         _negate_pairs(logits.add_(logit_bias), offset + rows.start)
@@ -163,12 +160,12 @@ def siglip_backward(
 class _Gradients:
     """Computes the logits tile by tile and sums what their gradients give for features and scale."""
 
-    def __init__(self, image: Tensor, text: Tensor, logit_scale: Tensor, wants_image: bool, wants_text: bool) -> None:
-        self.wants_image, self.wants_text = wants_image, wants_text
+    def __init__(self, image: Tensor, text: Tensor, logit_scale: Tensor, wanted: Sequence[bool]) -> None:
+        self.wants_image, self.wants_text = wanted
         self.dtypes = image.dtype, text.dtype, logit_scale.dtype
         self.image, self.text, self.scale = _widened(image, text, logit_scale)
-        self.dimage = torch.empty_like(self.image) if wants_image else self.image.new_empty(0)
-        self.dtext = torch.zeros_like(self.text) if wants_text else self.text.new_empty(0)
+        self.dimage = torch.empty_like(self.image) if self.wants_image else self.image.new_empty(0)
+        self.dtext = torch.zeros_like(self.text) if self.wants_text else self.text.new_empty(0)
         self.dscale = torch.zeros_like(self.scale)
 
     def tiles(self, kept: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:

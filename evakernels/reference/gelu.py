@@ -7,6 +7,8 @@ torch's functions compute each of 16-bit numbers in float32. The sum is rounded 
 common, as that of a linear layer is; gradients of the bias are summed in float32 (float64 for float64 input).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,12 +23,16 @@ def gelu_forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     return out.to(x.dtype)
 
 
-def gelu_backward(dout: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
+def gelu_backward(
+    dout: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
     if bias is None:
         dx = torch.ops.aten.gelu_backward(dout.contiguous(), x.contiguous(), approximate=_approximate(tanh))
         return dx, x.new_empty(0)
     total = _sum(x, bias)
     dx = torch.ops.aten.gelu_backward(dout.to(total.dtype).contiguous(), total, approximate=_approximate(tanh))
+    if not wanted[0]:
+        return dx.to(x.dtype), x.new_empty(0)
     dbias = dx.flatten(0, -2).sum(0, dtype=accumulation_dtype(dx)) if dx.dim() > 1 else dx
     return dx.to(x.dtype), dbias.to(bias.dtype)
 

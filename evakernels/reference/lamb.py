@@ -29,13 +29,12 @@ def lamb_update(
     exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
     weight_decays: list[float],
-    beta1: float,
-    beta2: float,
-    eps: float,
+    betas_and_eps: list[float],
     nvlamb: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> Tensor:
+    beta1, beta2, _ = betas_and_eps
     norms = []
     for w, g, m, v, t, decay in zip(params, grads, exp_avgs, exp_avg_sqs, steps, weight_decays, strict=True):
         g = g.to(accumulation_dtype(w))
@@ -43,7 +42,7 @@ def lamb_update(
         write(m, average, found_inf)
         write(v, average_sq, found_inf)
         write(t, t + 1, found_inf)
-        u = _direction(w, m, v, t, decay, beta1, beta2, eps, nvlamb)
+        u = _direction(w, m, v, t, decay, betas_and_eps, nvlamb)
         norms.append(torch.stack([w.to(g.dtype).square().sum(), u.square().sum()]))
     return torch.stack(norms)
 
@@ -56,19 +55,18 @@ def lamb_apply(
     squared_norms: Tensor,
     lrs: list[float],
     weight_decays: list[float],
-    beta1: float,
-    beta2: float,
-    eps: float,
+    betas_and_eps: list[float],
     nvlamb: bool,
     found_inf: Tensor | None,
     seeds: Sequence[int],
     first_elements: Sequence[int],
 ) -> None:
+    beta1, beta2, _ = betas_and_eps
     ratios = _trust_ratios(squared_norms)
     for i, (w, m, v, t, lr, decay) in enumerate(
         zip(params, exp_avgs, exp_avg_sqs, steps, lrs, weight_decays, strict=True)
     ):
-        u = _direction(w, m, v, t, decay, beta1, beta2, eps, nvlamb)
+        u = _direction(w, m, v, t, decay, betas_and_eps, nvlamb)
         if not nvlamb:
             u *= ratios[i].clamp(*DEEPSPEED_RATIO) * bias(beta2, t, u).sqrt() / bias(beta1, t, u)
         elif decay != 0:
@@ -84,9 +82,7 @@ def lamb_step(
     steps: list[Tensor],
     lrs: list[float],
     weight_decays: list[float],
-    beta1: float,
-    beta2: float,
-    eps: float,
+    betas_and_eps: list[float],
     nvlamb: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
@@ -94,9 +90,8 @@ def lamb_step(
     first_elements: Sequence[int],
 ) -> None:
     state = exp_avgs, exp_avg_sqs, steps
-    norms = lamb_update(params, grads, *state, weight_decays, beta1, beta2, eps, nvlamb, grad_scale, found_inf)
-    rates, rounding = (lrs, weight_decays), (seeds, first_elements)
-    lamb_apply(params, *state, norms, *rates, beta1, beta2, eps, nvlamb, found_inf, *rounding)
+    norms = lamb_update(params, grads, *state, weight_decays, betas_and_eps, nvlamb, grad_scale, found_inf)
+    lamb_apply(params, *state, norms, lrs, weight_decays, betas_and_eps, nvlamb, found_inf, seeds, first_elements)
 
 
 def _direction(
@@ -105,11 +100,10 @@ def _direction(
     v: Tensor,
     t: Tensor,
     decay: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
+    betas_and_eps: list[float],
     nvlamb: bool,
 ) -> Tensor:
+    beta1, beta2, eps = betas_and_eps
     # Both phases form it from the moments as stored, so that the norms are those of the step that is made.
     w = w.to(accumulation_dtype(w))
     m, v = m.to(w.dtype), v.to(w.dtype)

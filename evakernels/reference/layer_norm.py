@@ -8,6 +8,8 @@
 statistics are float32 (float64 for float64 input).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,9 +24,9 @@ def layer_norm_forward(
 
 
 def layer_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool, rms: bool
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, rms: bool, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = _norm_gradients(dy, x, weight, mean, rstd, has_bias, rms)
+    dx, dweight, dbias = _norm_gradients(dy, x, weight, mean, rstd, rms, wanted)
     return _result(dx, x.dtype), dweight, dbias
 
 
@@ -55,17 +57,17 @@ def add_layer_norm_backward(
     row_scale: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    has_bias: bool,
     rms: bool,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    # An unscaled branch has the gradient of the residual: its place stays empty.
-    through_norm, dweight, dbias = _norm_gradients(dy, x, weight, mean, rstd, has_bias, rms)
+    # An unscaled branch has the gradient of the residual, and none is wanted here.
+    wants_branch, *of_norm, wants_layer_scale = wanted
+    through_norm, dweight, dbias = _norm_gradients(dy, x, weight, mean, rstd, rms, of_norm)
     dtotal = _accumulate(dx) + through_norm
-    dresidual = _result(dtotal, x.dtype)
-    if layer_scale is None and row_scale is None:
-        return dresidual, dtotal.new_empty(0), dweight, dbias, dtotal.new_empty(0)
-    dbranch, dlayer_scale = _scale_gradients(dtotal, branch, layer_scale, row_scale)
-    return dresidual, _result(dbranch, branch.dtype), dweight, dbias, dlayer_scale
+    of_scaled = wants_branch, wants_layer_scale
+    dbranch, dlayer_scale = _scale_gradients(dtotal, branch, layer_scale, row_scale, of_scaled)
+    dbranch = _result(dbranch, branch.dtype) if wants_branch else dbranch
+    return _result(dtotal, x.dtype), dbranch, dweight, dbias, dlayer_scale
 
 
 def layer_norm_add_forward(
@@ -93,10 +95,12 @@ def layer_norm_add_backward(
     mean: Tensor,
     rstd: Tensor,
     rms: bool,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    normed = _affine(_standardize(branch, mean, rstd, rms), weight, bias)
-    dnormed, dlayer_scale = _scale_gradients(_accumulate(dx), normed, layer_scale, row_scale)
-    dbranch, dweight, dbias = _norm_gradients(dnormed, branch, weight, mean, rstd, bias is not None, rms)
+    *of_norm, wants_layer_scale = wanted
+    normed = _affine(_standardize(branch, mean, rstd, rms), weight, bias) if wants_layer_scale else branch
+    dnormed, dlayer_scale = _scale_gradients(_accumulate(dx), normed, layer_scale, row_scale, (True, wants_layer_scale))
+    dbranch, dweight, dbias = _norm_gradients(dnormed, branch, weight, mean, rstd, rms, of_norm)
     return _result(dbranch, branch.dtype), dweight, dbias, dlayer_scale
 
 
@@ -131,18 +135,21 @@ def _affine(normalized: Tensor, weight: Tensor | None, bias: Tensor | None) -> T
 
 
 def _norm_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool, rms: bool
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, rms: bool, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx in accumulation precision, dweight and dbias in theirs (empty where there is no such parameter)."""
+    """dx in accumulation precision, dweight and dbias in theirs (empty where there is none or it isn't wanted)."""
+    wants_weight, wants_bias = wanted
     dy, normalized = _accumulate(dy), _standardize(x, mean, rstd, rms)
     dnormalized = dy if weight is None else dy * weight
     dx = dnormalized - normalized * (dnormalized * normalized).mean(-1, keepdim=True)
     if not rms:
         dx = dx - dnormalized.mean(-1, keepdim=True)
-    dtype = x.dtype if weight is None else weight.dtype
-    dweight = dy.new_empty(0) if weight is None else _row_sum(dy * normalized)
-    dbias = _row_sum(dy) if has_bias else dy.new_empty(0)
-    return dx * rstd.unsqueeze(-1), dweight.to(dtype), dbias.to(dtype)
+    dweight, dbias = rstd.new_empty(0), rstd.new_empty(0)
+    if weight is not None and wants_weight:
+        dweight = _row_sum(dy * normalized).to(weight.dtype)
+    if weight is not None and wants_bias:
+        dbias = _row_sum(dy).to(weight.dtype)
+    return dx * rstd.unsqueeze(-1), dweight, dbias
 
 
 def _scaled(branch: Tensor, layer_scale: Tensor | None, row_scale: Tensor | None) -> Tensor:
@@ -152,15 +159,18 @@ def _scaled(branch: Tensor, layer_scale: Tensor | None, row_scale: Tensor | None
 
 
 def _scale_gradients(
-    dscaled: Tensor, branch: Tensor, layer_scale: Tensor | None, row_scale: Tensor | None
+    dscaled: Tensor, branch: Tensor, layer_scale: Tensor | None, row_scale: Tensor | None, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the scaled branch for the branch and for layer_scale (empty where there is none)."""
-    if row_scale is not None:
+    """Gradients of the scaled branch for the branch and for layer_scale (empty where none is wanted)."""
+    dbranch, dlayer_scale = dscaled.new_empty(0), dscaled.new_empty(0)
+    wants_branch, wants_layer_scale = wanted
+    if row_scale is not None and any(wanted):
         dscaled = dscaled * _per_sample(row_scale, dscaled)
-    if layer_scale is None:
-        return dscaled, dscaled.new_empty(0)
-    dlayer_scale = _row_sum(dscaled * _accumulate(branch))
-    return dscaled * layer_scale, dlayer_scale.to(layer_scale.dtype)
+    if layer_scale is not None and wants_layer_scale:
+        dlayer_scale = _row_sum(dscaled * _accumulate(branch)).to(layer_scale.dtype)
+    if wants_branch:
+        dbranch = dscaled if layer_scale is None else dscaled * layer_scale
+    return dbranch, dlayer_scale
 
 
 def _row_sum(x: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ The hidden values are never rounded: the norm sees them in float32 (float64 for 
 computes them again from gate and up.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,28 +34,31 @@ def swiglu_backward(
     norm_weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    has_bias: bool,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = gate.dtype
     dhidden, gate, up = _accumulate(dout, gate, up)
     if norm_weight is None:
         dweight, dbias = dhidden.new_empty(0), dhidden.new_empty(0)
     else:
-        dhidden, dweight, dbias = _norm_backward(dhidden, _hidden(gate, up), norm_weight, mean, rstd, has_bias)
+        dhidden, dweight, dbias = _norm_backward(dhidden, _hidden(gate, up), norm_weight, mean, rstd, wanted)
     dgate = torch.ops.aten.silu_backward(dhidden * up, gate)
     return _contiguous(dgate, dtype), _contiguous(dhidden * F.silu(gate), dtype), dweight, dbias
 
 
 def _norm_backward(
-    dout: Tensor, hidden: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
+    dout: Tensor, hidden: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     # torch's kernel makes one pass where the formula written out makes eleven. It wants a bias, but doesn't read it.
     scale = weight.to(hidden.dtype)
     statistics = mean.unsqueeze(-1), rstd.unsqueeze(-1)
     dhidden, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        dout, hidden, hidden.shape[-1:], *statistics, scale, scale, [True, True, has_bias]
+        dout, hidden, hidden.shape[-1:], *statistics, scale, scale, [True, *wanted]
     )
-    return dhidden, dweight.to(weight.dtype), dbias.to(weight.dtype) if has_bias else weight.new_empty(0)
+    found = (
+        x.to(weight.dtype) if wants else rstd.new_empty(0) for x, wants in zip((dweight, dbias), wanted, strict=True)
+    )
+    return dhidden, *found
 
 
 def _hidden(gate: Tensor, up: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ Keeping a random part of the patches is FLIP's way to cheaper training (Li et al
 sample are distinct, so backward is a copy into zeros: no sum depends on an order.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,17 +34,22 @@ def token_dropout_forward(
 
 
 def token_dropout_backward(
-    dout: Tensor, token_index: Tensor | None, num_prefix: int, num_tokens: int, has_pos_embed: bool
+    dout: Tensor, token_index: Tensor | None, num_prefix: int, num_tokens: int, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Where every patch is kept, their gradient is a part of dout: its place stays empty.
+    # Where every patch is kept, their gradient is a part of dout, and none is wanted here.
+    wants_patches, wants_prefix, wants_pos_embed = wanted
     batch, _, channels = dout.shape
-    dtokens, dpatches = dout[:, num_prefix:], dout.new_empty(0)
-    if token_index is not None:
+    dtokens = dprefix = dpos_embed = dout[:, num_prefix:]
+    if token_index is not None and (wants_patches or wants_pos_embed):
         rows = _flat_rows(token_index, num_tokens)
-        dpatches = dout.new_zeros(batch * num_tokens, channels).index_copy_(0, rows, dtokens.reshape(-1, channels))
-        dtokens = dpatches = dpatches.view(batch, num_tokens, channels)
-    dprefix = _batch_sum(dout[:, :num_prefix])
-    dpos_embed = torch.cat((dprefix, _batch_sum(dtokens))) if has_pos_embed else dout.new_empty(0)
+        dtokens = dout.new_zeros(batch * num_tokens, channels).index_copy_(0, rows, dtokens.reshape(-1, channels))
+        dtokens = dtokens.view(batch, num_tokens, channels)
+    if wants_prefix or wants_pos_embed:
+        dprefix = _batch_sum(dout[:, :num_prefix])
+    if wants_pos_embed:
+        dpos_embed = torch.cat((dprefix, _batch_sum(dtokens)))
+    found = zip((dtokens, dprefix, dpos_embed), wanted, strict=True)
+    dpatches, dprefix, dpos_embed = (x if wants else dout.new_empty(0) for x, wants in found)
     return dpatches, dprefix, dpos_embed
 
 

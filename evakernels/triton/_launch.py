@@ -25,6 +25,20 @@ def persistent_programs(tensor: Tensor, tiles: int, num_warps: int) -> int:
     return min(tiles, multiprocessors(tensor) * max(1, 16 // num_warps))
 
 
+def partial_sums(programs: int, parameter: Tensor | None, wanted: bool) -> Tensor | None:
+    """Room for the gradient of a parameter `[F]`, a row a program; None where there is none or none is wanted."""
+    if parameter is None or not wanted:
+        return None
+    return parameter.new_empty(programs, len(parameter), dtype=torch.float32)
+
+
+def total_of(parameter: Tensor | None, partial: Tensor | None, like: Tensor) -> Tensor:
+    """That gradient; empty where there are no partial sums."""
+    if parameter is None or partial is None:
+        return like.new_empty(0, dtype=torch.float32)
+    return partial.sum(0).to(parameter.dtype)
+
+
 @cache
 def _multiprocessors(device: int) -> int:
     count: int = torch.cuda.get_device_properties(device).multi_processor_count

@@ -206,14 +206,28 @@ def changed_moments(g, m, v, beta1, beta2):
 
 
 @triton.jit
-def step_of(counters, inside, found_inf, COUNTS: tl.constexpr):
-    """The numbers of steps with the one that is being made, which is counted here or has been; not if `found_inf`."""
-    counter = tl.load(counters, mask=inside, other=0).to(tl.pointer_type(tl.float32))
+def buffers_at(pointers, dtypes, FITS: tl.constexpr):
+    """The buffers of a tensor that `pointers` names one behind the other."""
+    found = ()
+    for i in tl.static_range(len(dtypes)):
+        found += (buffer_at(pointers + i, dtypes[i], FITS),)
+    return found
+
+
+@triton.jit
+def lanes_at(pointers, count, found_inf, log_betas, LISTS: tl.constexpr, COUNTS: tl.constexpr, BLOCK: tl.constexpr):
+    """A lane's tensor and whether there is one; its step; and 1 - beta^step of both betas.
+
+    Steps are numbered with the one that is being made, which is counted here or has been; not if `found_inf`.
+    """
+    tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = tensor < count
+    counter = tl.load(pointers + LISTS * tensor, mask=inside, other=0).to(tl.pointer_type(tl.float32))
     step = tl.load(counter, mask=inside, other=1.0)
     if COUNTS:
         step = tl.where(is_set(found_inf), step, step + 1.0)
         tl.store(counter, step, mask=inside)
-    return step
+    return tensor, inside, step, bias_of(log_betas[0], step), bias_of(log_betas[1], step)
 
 
 @triton.jit

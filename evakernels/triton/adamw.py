@@ -13,15 +13,14 @@ from evakernels.triton._launch import on_device_of
 from evakernels.triton._tensor_table import (
     Table,
     as_float,
-    bias_of,
-    buffer_at,
+    buffers_at,
     changed_moments,
     chunk_at,
     is_set,
+    lanes_at,
     load_floats,
     logs,
     rounded,
-    step_of,
     store_floats,
     store_gradient_factor,
     store_keys,
@@ -42,15 +41,13 @@ def prepare_kernel(
     count,
     BLOCK: tl.constexpr,
 ):
-    tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = tensor < count
-    step = step_of(pointers + 5 * tensor, inside, found_inf, True)
+    tensor, inside, step, bias1, bias2 = lanes_at(pointers, count, found_inf, (log_beta1, log_beta2), 5, True, BLOCK)
     lr = tl.load(rates + 2 * tensor, mask=inside, other=0.0)
     weight_decay = tl.load(rates + 2 * tensor + 1, mask=inside, other=0.0)
     kept = 1.0 - lr * weight_decay
     store_floats(factors, 4 * tensor, kept, inside)
-    store_floats(factors, 4 * tensor + 1, lr / bias_of(log_beta1, step), inside)
-    store_floats(factors, 4 * tensor + 2, 1.0 / tl.sqrt(bias_of(log_beta2, step)), inside)
+    store_floats(factors, 4 * tensor + 1, lr / bias1, inside)
+    store_floats(factors, 4 * tensor + 2, 1.0 / tl.sqrt(bias2), inside)
     store_gradient_factor(factors + 4 * tensor + 3, grad_scale, inside)
     if keys is not None:
         store_keys(keys, seeds, tensor, step, inside)
@@ -77,10 +74,7 @@ def update_kernel(
     if is_set(found_inf):
         return
     tensor, begin, end = chunk_at(chunks, first + tl.program_id(0), FITS)
-    param = buffer_at(pointers + 5 * tensor + 1, PARAM, FITS)
-    exp_avg = buffer_at(pointers + 5 * tensor + 2, M, FITS)
-    exp_avg_sq = buffer_at(pointers + 5 * tensor + 3, V, FITS)
-    grad = buffer_at(pointers + 5 * tensor + 4, GRAD, FITS)
+    param, exp_avg, exp_avg_sq, grad = buffers_at(pointers + 5 * tensor + 1, (PARAM, M, V, GRAD), FITS)
     kept = tl.load(factors + 4 * tensor)
     rate = tl.load(factors + 4 * tensor + 1)
     v_factor = tl.load(factors + 4 * tensor + 2)
@@ -105,19 +99,17 @@ def adamw_update(
     steps: list[Tensor],
     lrs: list[float],
     weight_decays: list[float],
-    beta1: float,
-    beta2: float,
-    eps: float,
+    betas_and_eps: list[float],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     seeds: list[int],
     first_elements: list[int],
 ) -> None:
-    skip = as_float(found_inf)
+    (*betas, eps), skip = betas_and_eps, as_float(found_inf)
     with on_device_of(params[0]):
         table = Table("adamw_update", steps, PARAM=params, M=exp_avgs, V=exp_avg_sqs, GRAD=grads)
         rates, factors = table.numbers(lrs, weight_decays, dtype=torch.float64), table.room(len(params), 4)
         rounding, keys = table.rounding(seeds, first_elements)
-        table.prepare(prepare_kernel, rates, rounding, as_float(grad_scale), skip, factors, keys, *logs(beta1, beta2))
-        table.launch(update_kernel, factors, keys, skip, beta1, beta2, eps)
+        table.prepare(prepare_kernel, rates, rounding, as_float(grad_scale), skip, factors, keys, *logs(*betas))
+        table.launch(update_kernel, factors, keys, skip, *betas, eps)
         table.return_copies("PARAM", "M", "V")

@@ -13,7 +13,7 @@ has the memory, forward writes the logits too and three do; in float32, as at a 
 be wrong by a tenth. SigLIP has no log-sum-exps: one pass gives its loss and the gradients of its logits, in three.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -286,10 +286,9 @@ def contrastive_backward(
     row_lse: Tensor,
     col_lse: Tensor,
     offset: int,
-    wants_image: bool,
-    wants_text: bool,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    upstream, saved, wanted = (drow_lse, dcol_lse, dpositive), (row_lse, col_lse, None), (wants_image, wants_text)
+    upstream, saved = (drow_lse, dcol_lse, dpositive), (row_lse, col_lse, None)
     return _backward("contrastive_backward", upstream, image, text, logit_scale, saved, offset, wanted)
 
 
@@ -304,11 +303,9 @@ def contrastive_kept_backward(
     col_lse: Tensor,
     logits: Tensor,
     offset: int,
-    wants_image: bool,
-    wants_text: bool,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     upstream, saved = (drow_lse, dcol_lse, dpositive), (row_lse, col_lse, logits.contiguous())
-    wanted = wants_image, wants_text
     return _backward("contrastive_kept_backward", upstream, image, text, logit_scale, saved, offset, wanted)
 
 
@@ -320,7 +317,7 @@ def _backward(
     logit_scale: Tensor,
     saved: tuple[Tensor, Tensor, Tensor | None],
     offset: int,
-    wanted: tuple[bool, bool],
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`saved`: the log-sum-exps of rows and columns, and the logits if they were kept."""
     unit = _unit_of(*upstream)
@@ -437,11 +434,9 @@ def siglip_forward(
     logit_scale: Tensor,
     logit_bias: Tensor,
     offset: int,
-    wants_image: bool,
-    wants_text: bool,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     unit = image.new_full((), UNIT.value, dtype=torch.float32)
-    wanted = wants_image, wants_text
     gradients = _Gradients("siglip_forward", image, text, logit_scale, unit, torch.float32, wanted)
     sums = []
     with on_device_of(image):
@@ -479,7 +474,7 @@ class _Gradients:
         logit_scale: Tensor,
         unit: Tensor,
         dtype: torch.dtype,
-        wanted: tuple[bool, bool],
+        wanted: Sequence[bool],
     ) -> None:
         self.wants_image, self.wants_text = wanted
         self.launch, self.unit = _launch(op, image), unit

@@ -14,15 +14,14 @@ from evakernels.triton._launch import on_device_of
 from evakernels.triton._tensor_table import (
     Table,
     as_float,
-    bias_of,
-    buffer_at,
+    buffers_at,
     changed_moments,
     chunk_at,
     is_set,
+    lanes_at,
     load_floats,
     logs,
     rounded,
-    step_of,
     store_floats,
     store_gradient_factor,
     store_keys,
@@ -52,10 +51,9 @@ def prepare_kernel(
     BLOCK: tl.constexpr,
 ):
     """Without norms the phase is update, which counts the steps."""
-    tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = tensor < count
-    step = step_of(pointers + LISTS * tensor, inside, found_inf, squared_norms is None)
-    bias1, bias2 = bias_of(log_beta1, step), bias_of(log_beta2, step)
+    COUNTS: tl.constexpr = squared_norms is None
+    log_betas = log_beta1, log_beta2
+    tensor, inside, step, bias1, bias2 = lanes_at(pointers, count, found_inf, log_betas, LISTS, COUNTS, BLOCK)
     weight_decay = tl.load(decays + tensor, mask=inside, other=0.0)
     store_floats(factors, 4 * tensor, weight_decay, inside)
     if NVLAMB:
@@ -111,10 +109,7 @@ def update_kernel(
 ):
     position = first + tl.program_id(0)
     tensor, begin, end = chunk_at(chunks, position, FITS)
-    param = buffer_at(pointers + 5 * tensor + 1, PARAM, FITS)
-    exp_avg = buffer_at(pointers + 5 * tensor + 2, M, FITS)
-    exp_avg_sq = buffer_at(pointers + 5 * tensor + 3, V, FITS)
-    grad = buffer_at(pointers + 5 * tensor + 4, GRAD, FITS)
+    param, exp_avg, exp_avg_sq, grad = buffers_at(pointers + 5 * tensor + 1, (PARAM, M, V, GRAD), FITS)
     changes, grad_factor = not is_set(found_inf), tl.load(factors + 4 * tensor + 3)
     param_sum, direction_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(begin, end, BLOCK):
@@ -168,9 +163,7 @@ def apply_kernel(
     # Backwards: what update wrote last may still be in the cache.
     position = first + tl.num_programs(0) - 1 - tl.program_id(0)
     tensor, begin, end = chunk_at(chunks, position, FITS)
-    param = buffer_at(pointers + 4 * tensor + 1, PARAM, FITS)
-    exp_avg = buffer_at(pointers + 4 * tensor + 2, M, FITS)
-    exp_avg_sq = buffer_at(pointers + 4 * tensor + 3, V, FITS)
+    param, exp_avg, exp_avg_sq = buffers_at(pointers + 4 * tensor + 1, (PARAM, M, V), FITS)
     factor = tl.load(factors + 4 * tensor + 3)
     for start in range(begin, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -187,21 +180,19 @@ def lamb_update(
     exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
     weight_decays: list[float],
-    beta1: float,
-    beta2: float,
-    eps: float,
+    betas_and_eps: list[float],
     nvlamb: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> Tensor:
-    skip, count = as_float(found_inf), len(params)
+    (*betas, eps), skip, count = betas_and_eps, as_float(found_inf), len(params)
     with on_device_of(params[0]):
         table = Table("lamb_update", steps, PARAM=params, M=exp_avgs, V=exp_avg_sqs, GRAD=grads)
         decays, factors = table.numbers(weight_decays, dtype=torch.float64), table.room(count, 4)
         partials, squared_norms = table.room(len(table.layout.chunks), 2), table.room(count, 2)
-        arguments = decays, None, None, None, as_float(grad_scale), skip, factors, None, *logs(beta1, beta2)
+        arguments = decays, None, None, None, as_float(grad_scale), skip, factors, None, *logs(*betas)
         table.prepare(prepare_kernel, *arguments, LISTS=5, NVLAMB=nvlamb)
-        table.launch(update_kernel, factors, partials, skip, beta1, beta2, eps, NVLAMB=nvlamb)
+        table.launch(update_kernel, factors, partials, skip, *betas, eps, NVLAMB=nvlamb)
         norms_kernel[(count,)](partials, table.layout.spans, squared_norms, PARTIALS, enable_fp_fusion=False)
         table.return_copies("M", "V")
     return squared_norms
@@ -215,21 +206,19 @@ def lamb_apply(
     squared_norms: Tensor,
     lrs: list[float],
     weight_decays: list[float],
-    beta1: float,
-    beta2: float,
-    eps: float,
+    betas_and_eps: list[float],
     nvlamb: bool,
     found_inf: Tensor | None,
     seeds: list[int],
     first_elements: list[int],
 ) -> None:
-    skip = as_float(found_inf)
+    (*betas, eps), skip = betas_and_eps, as_float(found_inf)
     with on_device_of(params[0]):
         table = Table("lamb_apply", steps, PARAM=params, M=exp_avgs, V=exp_avg_sqs)
         decays, rates = (table.numbers(values, dtype=torch.float64) for values in (weight_decays, lrs))
         rounding, keys = table.rounding(seeds, first_elements)
         factors = table.room(len(params), 4)
-        arguments = decays, rates, rounding, squared_norms.contiguous(), None, skip, factors, keys, *logs(beta1, beta2)
+        arguments = decays, rates, rounding, squared_norms.contiguous(), None, skip, factors, keys, *logs(*betas)
         table.prepare(prepare_kernel, *arguments, LISTS=4, NVLAMB=nvlamb)
         table.launch(apply_kernel, factors, keys, skip, eps, NVLAMB=nvlamb)
         table.return_copies("PARAM")
@@ -243,15 +232,13 @@ def lamb_step(
     steps: list[Tensor],
     lrs: list[float],
     weight_decays: list[float],
-    beta1: float,
-    beta2: float,
-    eps: float,
+    betas_and_eps: list[float],
     nvlamb: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     seeds: list[int],
     first_elements: list[int],
 ) -> None:
-    state, options = (exp_avgs, exp_avg_sqs, steps), (beta1, beta2, eps)
-    norms = lamb_update(params, grads, *state, weight_decays, *options, nvlamb, grad_scale, found_inf)
-    lamb_apply(params, *state, norms, lrs, weight_decays, *options, nvlamb, found_inf, seeds, first_elements)
+    state = exp_avgs, exp_avg_sqs, steps
+    norms = lamb_update(params, grads, *state, weight_decays, betas_and_eps, nvlamb, grad_scale, found_inf)
+    lamb_apply(params, *state, norms, lrs, weight_decays, betas_and_eps, nvlamb, found_inf, seeds, first_elements)

@@ -5,6 +5,7 @@ many programs as the GPU runs at a time; each keeps its sums over rows in regist
 partial sums, which are added in a fixed order.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,23 +13,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from evakernels.triton._launch import dense, on_device_of, persistent_programs, row_strides, rows_of
+from evakernels.triton._launch import (
+    dense,
+    on_device_of,
+    partial_sums,
+    persistent_programs,
+    row_strides,
+    rows_of,
+    total_of,
+)
 from evakernels.triton._rows import load_channels, load_tile, product, row_mean, store_partial_sum, store_tile, tile_at
 from evakernels.tuning import config
 
 
 @triton.jit(do_not_specialize=["rows", "sample_rows", "x_stride", "residual_stride"])
 def forward_kernel(
-    x,
-    residual,
-    weight,
-    bias,
-    layer_scale,
-    row_scale,
-    total,
-    out,
-    mean,
-    rstd,
+    inputs,
+    parameters,
+    outputs,
     rows,
     sample_rows,
     x_stride: tl.int64,
@@ -39,13 +41,16 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    x, residual = inputs
+    weight, bias, _, _ = parameters
+    total, out, mean, rstd = outputs
     row, channel, inside = tile_at(tl.program_id(0), rows, WIDTH, ROWS, BLOCK)
     exists = row < rows
     values = load_tile(x, row, channel, inside, x_stride, VECTOR)
     if residual is not None:
         before = load_tile(residual, row, channel, inside, residual_stride, VECTOR)
     if total is not None:  # the add comes before the norm, which sees the sum before it is rounded
-        values = before + scaled(values, layer_scale, row_scale, row, channel, exists, sample_rows, WIDTH)
+        values = before + scaled(values, parameters, row, channel, exists, sample_rows, WIDTH)
         store_tile(total, values, row, channel, inside, WIDTH)
     if mean is not None:
         centre = row_mean(values, WIDTH)
@@ -59,12 +64,13 @@ def forward_kernel(
     if bias is not None:
         values += load_channels(bias, channel, WIDTH)
     if residual is not None and total is None:  # the add comes after the norm
-        values = before + scaled(values, layer_scale, row_scale, row, channel, exists, sample_rows, WIDTH)
+        values = before + scaled(values, parameters, row, channel, exists, sample_rows, WIDTH)
     store_tile(out, values, row, channel, inside, WIDTH)
 
 
 @triton.jit
-def scaled(values, layer_scale, row_scale, row, channel, exists, sample_rows, WIDTH: tl.constexpr):
+def scaled(values, parameters, row, channel, exists, sample_rows, WIDTH: tl.constexpr):
+    _, _, layer_scale, row_scale = parameters
     if layer_scale is not None:
         values *= load_channels(layer_scale, channel, WIDTH)
     if row_scale is not None:
@@ -80,21 +86,10 @@ def scale_of(row_scale, row, exists, sample_rows):
 
 @triton.jit(do_not_specialize=["rows", "sample_rows", "x_stride", "branch_stride"])
 def backward_kernel(
-    dout,
-    dtotal,
-    x,
-    branch,
-    weight,
-    bias,
-    layer_scale,
-    row_scale,
-    mean,
-    rstd,
-    dx,
-    dbranch,
-    dweight,
-    dbias,
-    dlayer_scale,
+    inputs,
+    parameters,
+    statistics,
+    results,
     rows,
     sample_rows,
     x_stride: tl.int64,
@@ -105,12 +100,16 @@ def backward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    dout, dtotal, x, branch = inputs
+    weight, bias, layer_scale, row_scale = parameters
+    mean, rstd = statistics
+    dx, dbranch, dweight, dbias, dlayer_scale = results
     channel = tl.arange(0, BLOCK)[None, :]
-    if weight is not None:
+    if dweight is not None:
         weight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     if dbias is not None:
         bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-    if layer_scale is not None:
+    if dlayer_scale is not None:
         scale_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row, channel, inside = tile_at(tile, rows, WIDTH, ROWS, BLOCK)
@@ -126,18 +125,20 @@ def backward_kernel(
         if SCALE_NORMED:
             if row_scale is not None:
                 d = product(d, scale_of(row_scale, row, exists, sample_rows))
-            if layer_scale is not None:
+            if dlayer_scale is not None:
                 result = normed
                 if weight is not None:
                     result *= weights
                 if bias is not None:
                     result += load_channels(bias, channel, WIDTH)
                 scale_sum += d * result
+            if layer_scale is not None:
                 d = product(d, load_channels(layer_scale, channel, WIDTH))
         if dbias is not None:
             bias_sum += d
-        if weight is not None:
+        if dweight is not None:
             weight_sum += d * normed
+        if weight is not None:
             # For the sums alone: kernels that hold d itself rounded spill registers.
             rounded = product(d, weights)
             d *= weights
@@ -150,18 +151,20 @@ def backward_kernel(
         if dtotal is not None:
             d += load_tile(dtotal, row, channel, inside, WIDTH)
         store_tile(dx, d, row, channel, inside, WIDTH)
-        if dbranch is not None:
+        if not SCALE_NORMED:
             if row_scale is not None:
                 d *= scale_of(row_scale, row, exists, sample_rows)
-            if layer_scale is not None:
+            if dlayer_scale is not None:
                 scale_sum += d * load_tile(branch, row, channel, inside, branch_stride, VECTOR)
-                d *= load_channels(layer_scale, channel, WIDTH)
-            store_tile(dbranch, d, row, channel, inside, WIDTH)
-    if weight is not None:
+            if dbranch is not None:
+                if layer_scale is not None:
+                    d *= load_channels(layer_scale, channel, WIDTH)
+                store_tile(dbranch, d, row, channel, inside, WIDTH)
+    if dweight is not None:
         store_partial_sum(dweight, weight_sum, channel, WIDTH)
     if dbias is not None:
         store_partial_sum(dbias, bias_sum, channel, WIDTH)
-    if layer_scale is not None:
+    if dlayer_scale is not None:
         store_partial_sum(dlayer_scale, scale_sum, channel, WIDTH)
 
 
@@ -231,8 +234,8 @@ def _forward(
     vector, strides = row_strides(x_rows, residual_rows)
     with on_device_of(x):
         forward_kernel[(triton.cdiv(rows, options["ROWS"]),)](
-            *(x_rows, None if residual is None else residual_rows, *map(dense, parameters)),
-            *(total, out, None if rms else mean, rstd, rows, rows // len(x), *strides, eps),
+            *((x_rows, None if residual is None else residual_rows), tuple(map(dense, parameters))),
+            *((total, out, None if rms else mean, rstd), rows, rows // len(x), *strides, eps),
             VECTOR=vector,
             WIDTH=width,
             BLOCK=block,
@@ -242,14 +245,12 @@ def _forward(
 
 
 def layer_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool, rms: bool
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, rms: bool, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    statistics = None if rms else mean, rstd
-    sums = _backward(
-        "layer_norm_backward", (dy, None), x, None, Parameters(weight, None), statistics, has_bias, dx, None
-    )
-    return dx, *sums[:2]
+    inputs, statistics = (dy, None, x, None), (None if rms else mean, rstd)
+    op, parameters = "layer_norm_backward", Parameters(weight, None)
+    return dx, *_backward(op, inputs, parameters, statistics, (dx, None), (*wanted, False))[:2]
 
 
 def add_layer_norm_backward(
@@ -262,19 +263,16 @@ def add_layer_norm_backward(
     row_scale: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    has_bias: bool,
     rms: bool,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     op, parameters = "add_layer_norm_backward", Parameters(weight, None, layer_scale, row_scale)
-    statistics = None if rms else mean, rstd
+    wants_branch, *of_parameters = wanted
     dresidual = torch.empty_like(x)
-    kept = None if layer_scale is None else branch
-    if layer_scale is None and row_scale is None:
-        sums = _backward(op, (dy, dx), x, kept, parameters, statistics, has_bias, dresidual, None)
-        return dresidual, rstd.new_empty(0), *sums
-    dbranch = torch.empty_like(x, dtype=branch.dtype)
-    sums = _backward(op, (dy, dx), x, kept, parameters, statistics, has_bias, dresidual, dbranch)
-    return dresidual, dbranch, *sums
+    dbranch = torch.empty_like(x, dtype=branch.dtype) if wants_branch else None
+    inputs, statistics = (dy, dx, x, branch if wanted[-1] else None), (None if rms else mean, rstd)
+    sums = _backward(op, inputs, parameters, statistics, (dresidual, dbranch), of_parameters)
+    return dresidual, rstd.new_empty(0) if dbranch is None else dbranch, *sums
 
 
 def layer_norm_add_backward(
@@ -287,52 +285,42 @@ def layer_norm_add_backward(
     mean: Tensor,
     rstd: Tensor,
     rms: bool,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    op, parameters = "layer_norm_add_backward", Parameters(weight, bias, layer_scale, row_scale)
-    statistics = None if rms else mean, rstd
+    # The bias takes part in layer_scale's gradient alone.
+    op, parameters = "layer_norm_add_backward", Parameters(weight, bias if wanted[-1] else None, layer_scale, row_scale)
     dbranch = torch.empty_like(branch, memory_format=torch.contiguous_format)
-    sums = _backward(op, (dx, None), branch, None, parameters, statistics, bias is not None, dbranch, None)
-    return dbranch, *sums
+    inputs, statistics = (dx, None, branch, None), (None if rms else mean, rstd)
+    return dbranch, *_backward(op, inputs, parameters, statistics, (dbranch, None), wanted)
 
 
 def _backward(
     op: str,
-    upstream: tuple[Tensor, Tensor | None],
-    x: Tensor,
-    branch: Tensor | None,
+    inputs: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
     parameters: Parameters,
     statistics: tuple[Tensor | None, Tensor],
-    has_bias: bool,
-    dx: Tensor,
-    dbranch: Tensor | None,
+    outputs: tuple[Tensor, Tensor | None],
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Writes `dx` and `dbranch`; returns the gradients of weight, bias and layer_scale, empty where there is none."""
-    dout, dtotal = upstream
+    """Writes dx and dbranch; returns the gradients of weight, bias and layer_scale, empty where none is wanted."""
+    dout, dtotal, x, branch = inputs
     x_rows, branch_rows = rows_of(x), rows_of(x if branch is None else branch)
     rows, width = x_rows.shape
     block = triton.next_power_of_2(width)
     options = config(op, {"width": block}, x)
     programs = persistent_programs(x, triton.cdiv(rows, options["ROWS"]), options["num_warps"])
     weight, _, layer_scale, _ = parameters
-    present = weight is not None, has_bias, layer_scale is not None
-    sums = [x.new_empty(programs, width, dtype=torch.float32) if there else None for there in present]
+    sums = [partial_sums(programs, *of) for of in zip((weight, weight, layer_scale), wanted, strict=True)]
     if x.numel() > 0:
         vector, strides = row_strides(x_rows, branch_rows)
         with on_device_of(x):
             backward_kernel[(programs,)](
-                *(dense(dout), dense(dtotal), x_rows, None if branch is None else branch_rows),
-                *(*map(dense, parameters), *statistics),
-                *(dx, dbranch, *sums, rows, rows // len(x), *strides),
+                (dense(dout), dense(dtotal), x_rows, None if branch is None else branch_rows),
+                *(tuple(map(dense, parameters)), statistics, (*outputs, *sums), rows, rows // len(x), *strides),
                 VECTOR=vector,
                 SCALE_NORMED=dtotal is None,
                 WIDTH=width,
                 BLOCK=block,
                 **options,
             )
-    of_norm = x.dtype if weight is None else weight.dtype
-    dtypes = of_norm, of_norm, torch.float32 if layer_scale is None else layer_scale.dtype
-    dweight, dbias, dlayer_scale = (
-        x.new_empty(0, dtype=dtype) if partial is None else partial.sum(0).to(dtype)
-        for partial, dtype in zip(sums, dtypes, strict=True)
-    )
-    return dweight, dbias, dlayer_scale
+    return total_of(weight, sums[0], x), total_of(weight, sums[1], x), total_of(layer_scale, sums[2], x)

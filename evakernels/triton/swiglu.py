@@ -5,12 +5,22 @@ grid. Backward walks over the rows with as many programs as the GPU runs at a ti
 give the norm's weight and bias their gradients, are one row of partial sums a program. They are added in a fixed order.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from evakernels.triton._launch import dense, on_device_of, persistent_programs, row_strides, rows_of
+from evakernels.triton._launch import (
+    dense,
+    on_device_of,
+    partial_sums,
+    persistent_programs,
+    row_strides,
+    rows_of,
+    total_of,
+)
 from evakernels.triton._limits import MAX_SWIGLU_WIDTH
 from evakernels.triton._rows import load_channels, load_tile, product, row_mean, store_partial_sum, store_tile, tile_at
 from evakernels.tuning import config
@@ -24,13 +34,8 @@ def _pieces(width: int) -> tuple[int, int]:
 
 @triton.jit(do_not_specialize=["rows", "gate_stride", "up_stride"])
 def forward_kernel(
-    gate,
-    up,
-    weight,
-    bias,
-    out,
-    mean,
-    rstd,
+    inputs,
+    outputs,
     rows,
     gate_stride: tl.int64,
     up_stride: tl.int64,
@@ -40,6 +45,8 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    gate, up, weight, bias = inputs
+    out, mean, rstd = outputs
     row, channel, inside = tile_at(tl.program_id(0), rows, WIDTH, ROWS, BLOCK, tl.program_id(1) * BLOCK)
     g = load_tile(gate, row, channel, inside, gate_stride, VECTOR)
     values = product(g * tl.sigmoid(g), load_tile(up, row, channel, inside, up_stride, VECTOR))
@@ -57,16 +64,8 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["rows", "gate_stride", "up_stride"])
 def backward_kernel(
-    dout,
-    gate,
-    up,
-    weight,
-    mean,
-    rstd,
-    dgate,
-    dup,
-    dweight,
-    dbias,
+    inputs,
+    outputs,
     rows,
     gate_stride: tl.int64,
     up_stride: tl.int64,
@@ -75,9 +74,12 @@ def backward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    dout, gate, up, weight, mean, rstd = inputs
+    dgate, dup, dweight, dbias = outputs
+    channel = tl.arange(0, BLOCK)[None, :]
     if weight is not None:
-        channel = tl.arange(0, BLOCK)[None, :]
         weights = load_channels(weight, channel, WIDTH)
+    if dweight is not None:
         weight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     if dbias is not None:
         bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -92,7 +94,8 @@ def backward_kernel(
             scale = tl.load(rstd + row, mask=row < rows, other=0.0)
             centre = tl.load(mean + row, mask=row < rows, other=0.0)
             normed = (product(silu, u) - centre) * scale  # outside of the row d is zero
-            weight_sum += d * normed
+            if dweight is not None:
+                weight_sum += d * normed
             if dbias is not None:
                 bias_sum += d
             d = product(d, weights)
@@ -100,7 +103,7 @@ def backward_kernel(
         dsilu = sigmoid * (1.0 + g * (1.0 - sigmoid))
         store_tile(dgate, d * u * dsilu, row, channel, inside, WIDTH)
         store_tile(dup, d * silu, row, channel, inside, WIDTH)
-    if weight is not None:
+    if dweight is not None:
         store_partial_sum(dweight, weight_sum, channel, WIDTH)
     if dbias is not None:
         store_partial_sum(dbias, bias_sum, channel, WIDTH)
@@ -121,7 +124,8 @@ def swiglu_forward(
     vector, strides = row_strides(gate_rows, up_rows)
     with on_device_of(gate):
         forward_kernel[(triton.cdiv(rows, options["ROWS"]), pieces)](
-            *(gate_rows, up_rows, dense(norm_weight), dense(norm_bias), out, mean, rstd, rows, *strides, eps),
+            (gate_rows, up_rows, dense(norm_weight), dense(norm_bias)),
+            *((out, mean, rstd), rows, *strides, eps),
             VECTOR=vector,
             WIDTH=width,
             BLOCK=block,
@@ -131,7 +135,13 @@ def swiglu_forward(
 
 
 def swiglu_backward(
-    dout: Tensor, gate: Tensor, up: Tensor, norm_weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool
+    dout: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    norm_weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gate_rows, up_rows = rows_of(gate), rows_of(up)
     rows, width = gate_rows.shape
@@ -139,18 +149,17 @@ def swiglu_backward(
     block, pieces = _pieces(width)
     options = config("swiglu_backward", {"width": block}, gate)
     programs = persistent_programs(gate, triton.cdiv(rows, options["ROWS"]), options["num_warps"])
-    present = norm_weight is not None, has_bias
-    sums = [gate.new_empty(programs, width, dtype=torch.float32) if there else None for there in present]
+    sums = [partial_sums(programs, norm_weight, wants) for wants in wanted]
     if gate.numel() > 0:
         vector, strides = row_strides(gate_rows, up_rows)
         with on_device_of(gate):
             backward_kernel[(programs, pieces)](
-                *(dense(dout), gate_rows, up_rows, dense(norm_weight), mean, rstd, dgate, dup, *sums, rows, *strides),
+                (dense(dout), gate_rows, up_rows, dense(norm_weight), mean, rstd),
+                *((dgate, dup, *sums), rows, *strides),
                 VECTOR=vector,
                 WIDTH=width,
                 BLOCK=block,
                 **options,
             )
-    dtype = torch.float32 if norm_weight is None else norm_weight.dtype
-    dweight, dbias = (gate.new_empty(0, dtype=dtype) if part is None else part.sum(0).to(dtype) for part in sums)
+    dweight, dbias = (total_of(norm_weight, partial, gate) for partial in sums)
     return dgate, dup, dweight, dbias

@@ -5,6 +5,8 @@ what it is: each element is written once, and nothing is added atomically. A pro
 it also has all that the position's embedding sums.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -19,10 +21,7 @@ MAX_BLOCK = 1 << 10
 
 @triton.jit(do_not_specialize=["rows", "kept", "tokens", "sample_stride", "token_stride"])
 def forward_kernel(
-    patches,
-    token_index,
-    prefix,
-    pos_embed,
+    inputs,
     out,
     rows,
     kept,
@@ -35,6 +34,7 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    patches, token_index, prefix, pos_embed = inputs
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     channel = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     exists = row < rows
@@ -62,9 +62,7 @@ def forward_kernel(
 def backward_kernel(
     dout,
     places,
-    dpatches,
-    dprefix,
-    dpos_embed,
+    outputs,
     batch,
     kept,
     tokens,
@@ -73,6 +71,7 @@ def backward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    dpatches, dprefix, dpos_embed = outputs
     position = (tl.program_id(0) + tl.arange(0, 1)).to(tl.int64)[:, None]
     token = position - PREFIX
     channel = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -92,7 +91,7 @@ def backward_kernel(
             tl.store(dpatches + at, d, mask=exists & (token >= 0) & inside)
         sums += d.to(tl.float32)
     total = tl.sum(sums, 0)[None, :].to(dout.dtype.element_ty)
-    if PREFIX > 0:
+    if dprefix is not None:
         tl.store(dprefix + position * WIDTH + channel, total, mask=(token < 0) & inside)
     if dpos_embed is not None:
         tl.store(dpos_embed + position * WIDTH + channel, total, mask=inside)
@@ -116,7 +115,8 @@ def token_dropout_forward(
     vector, strides = in_vectors(patches.stride()[:2], patches.element_size())
     with on_device_of(patches):
         forward_kernel[(triton.cdiv(rows, options["ROWS"]), triton.cdiv(width, block))](
-            *(patches, dense(token_index), dense(prefix), dense(pos_embed), out, rows, kept, tokens, *strides),
+            (patches, dense(token_index), dense(prefix), dense(pos_embed)),
+            *(out, rows, kept, tokens, *strides),
             VECTOR=vector,
             PREFIX=num_prefix,
             WIDTH=width,
@@ -127,22 +127,23 @@ def token_dropout_forward(
 
 
 def token_dropout_backward(
-    dout: Tensor, token_index: Tensor | None, num_prefix: int, num_tokens: int, has_pos_embed: bool
+    dout: Tensor, token_index: Tensor | None, num_prefix: int, num_tokens: int, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, rows, width = dout.shape
-    dprefix = dout.new_empty(num_prefix, width)
-    dpos_embed = dout.new_empty(num_prefix + num_tokens, width) if has_pos_embed else dout.new_empty(0)
-    dpatches = dout.new_empty(0) if token_index is None else dout.new_empty(batch, num_tokens, width)
-    positions = num_prefix + (num_tokens if has_pos_embed or token_index is not None else 0)
-    if positions == 0 or width == 0:
+    sizes = (batch, num_tokens, width), (num_prefix, width), (num_prefix + num_tokens, width)
+    dpatches, dprefix, dpos_embed = (
+        dout.new_empty(size if wants else (0,)) for size, wants in zip(sizes, wanted, strict=True)
+    )
+    outputs = tuple(x if x.numel() > 0 else None for x in (dpatches, dprefix, dpos_embed))
+    positions = num_prefix + (num_tokens if wanted[0] or wanted[2] else 0)
+    if outputs == (None, None, None):
         return dpatches, dprefix, dpos_embed
     places = None if token_index is None else _places(token_index, num_tokens)
     block = min(triton.next_power_of_2(width), MAX_BLOCK)
     options = config("token_dropout_backward", {"width": block}, dout)
     with on_device_of(dout):
         backward_kernel[(positions, triton.cdiv(width, block))](
-            *(dout.contiguous(), places, None if places is None else dpatches, dprefix),
-            *(dpos_embed if has_pos_embed else None, batch, rows - num_prefix, num_tokens),
+            *(dout.contiguous(), places, outputs, batch, rows - num_prefix, num_tokens),
             PREFIX=num_prefix,
             WIDTH=width,
             BLOCK=block,

@@ -16,6 +16,7 @@ ELEMENTS = 1 << 26
 """Of an activation: more than any GPU's L2 cache holds."""
 
 BATCH, HEADS, EPS = 64, 16, 1e-6
+BETAS_AND_EPS = 0.9, 0.98, EPS
 
 PAIRS = 1 << 15
 """Of image and text: the batch of a contrastive loss."""
@@ -52,8 +53,8 @@ def swiglu_forward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
 def swiglu_backward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
     gate, up, weight, _ = _swiglu(draw, width)
     dout, mean, rstd = draw(*gate.shape), draw.statistic(len(gate)), draw.statistic(len(gate))
-    yield dout, gate, up, weight, mean, rstd, True
-    yield dout, gate, up, None, mean[:0], rstd[:0], False
+    yield dout, gate, up, weight, mean, rstd, (True, True)
+    yield dout, gate, up, None, mean[:0], rstd[:0], (False, False)
 
 
 def _swiglu(draw: Draw, width: int) -> tuple[Tensor, ...]:
@@ -71,19 +72,19 @@ def contrastive_forward(draw: Draw, depth: int) -> Iterator[tuple[Any, ...]]:
 def contrastive_backward(draw: Draw, depth: int) -> Iterator[tuple[Any, ...]]:
     image, text, scale, _ = _pairs(draw, depth)
     of_row = draw.statistic(len(image))
-    yield of_row, of_row, of_row, image, text, scale, of_row, of_row, 0, True, True
+    yield of_row, of_row, of_row, image, text, scale, of_row, of_row, 0, (True, True)
 
 
 contrastive_kept_forward = contrastive_forward
 
 
 def contrastive_kept_backward(draw: Draw, depth: int) -> Iterator[tuple[Any, ...]]:
-    for *inputs, offset, wants_image, wants_text in contrastive_backward(draw, depth):
-        yield *inputs, draw.statistic(PAIRS, PAIRS), offset, wants_image, wants_text
+    for *inputs, offset, wanted in contrastive_backward(draw, depth):
+        yield *inputs, draw.statistic(PAIRS, PAIRS), offset, wanted
 
 
 def siglip_forward(draw: Draw, depth: int) -> Iterator[tuple[Any, ...]]:
-    yield *_pairs(draw, depth), 0, True, True
+    yield *_pairs(draw, depth), 0, (True, True)
 
 
 def siglip_value(draw: Draw, depth: int) -> Iterator[tuple[Any, ...]]:
@@ -103,9 +104,9 @@ def layer_norm_forward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
 
 def layer_norm_backward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
     x, dy, weight, _, mean, rstd = *_norm(draw, width)[:4], *_statistics(draw, width)
-    yield dy, x, weight, mean, rstd, True, False
-    yield dy, x, weight, mean[:0], rstd, False, True
-    yield dy, x, None, mean, rstd, False, False
+    yield dy, x, weight, mean, rstd, False, (True, True)
+    yield dy, x, weight, mean[:0], rstd, True, (True, False)
+    yield dy, x, None, mean, rstd, False, (False, False)
 
 
 def add_layer_norm_forward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
@@ -118,9 +119,9 @@ def add_layer_norm_forward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
 def add_layer_norm_backward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
     x, branch, weight, _, layer_scale, row_scale = _norm(draw, width)
     dy, dx, mean, rstd = draw(*x.shape), draw(*x.shape), *_statistics(draw, width)
-    yield dy, dx, x, branch, weight, layer_scale, row_scale, mean, rstd, True, False
-    yield dy, dx, x, branch[:0], weight, None, None, mean, rstd, True, False
-    yield dy, dx, x, branch[:0], weight, None, None, mean[:0], rstd, False, True
+    yield dy, dx, x, branch, weight, layer_scale, row_scale, mean, rstd, False, (True, True, True, True)
+    yield dy, dx, x, branch[:0], weight, None, None, mean, rstd, False, (False, True, True, False)
+    yield dy, dx, x, branch[:0], weight, None, None, mean[:0], rstd, True, (False, True, False, False)
 
 
 layer_norm_add_forward = add_layer_norm_forward
@@ -129,9 +130,9 @@ layer_norm_add_forward = add_layer_norm_forward
 def layer_norm_add_backward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
     dx, branch, weight, bias, layer_scale, row_scale = _norm(draw, width)
     mean, rstd = _statistics(draw, width)
-    yield dx, branch, weight, bias, layer_scale, row_scale, mean, rstd, False
-    yield dx, branch, weight, bias, None, None, mean, rstd, False
-    yield dx, branch, weight, None, None, None, mean[:0], rstd, True
+    yield dx, branch, weight, bias, layer_scale, row_scale, mean, rstd, False, (True, True, True)
+    yield dx, branch, weight, bias, None, None, mean, rstd, False, (True, True, False)
+    yield dx, branch, weight, None, None, None, mean[:0], rstd, True, (True, False, False)
 
 
 def token_dropout_forward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
@@ -144,9 +145,9 @@ def token_dropout_forward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
 def token_dropout_backward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
     patches, token_index = _patches(draw, width)
     (_, tokens, width), kept = patches.shape, token_index.shape[1]
-    yield draw(BATCH, 1 + kept, width), token_index, 1, tokens, True
-    yield draw(BATCH, kept, width), token_index, 0, tokens, False
-    yield draw(BATCH, 1 + tokens, width), None, 1, tokens, True
+    yield draw(BATCH, 1 + kept, width), token_index, 1, tokens, (True, True, True)
+    yield draw(BATCH, kept, width), token_index, 0, tokens, (True, False, False)
+    yield draw(BATCH, 1 + tokens, width), None, 1, tokens, (False, True, True)
 
 
 def _patches(draw: Draw, width: int) -> tuple[Tensor, Tensor]:
@@ -196,19 +197,19 @@ def packed_attention_backward(draw: Draw, head_dim: int, tokens: int) -> Iterato
 def adamw_update(draw: Draw) -> Iterator[tuple[Any, ...]]:
     tensors, numbers, flags, rounding = _optimizer(draw)
     rates = numbers, numbers
-    yield *tensors, *rates, 0.9, 0.98, EPS, *flags, *rounding
-    yield *tensors, *rates, 0.9, 0.98, EPS, None, None, [], []
+    yield *tensors, *rates, BETAS_AND_EPS, *flags, *rounding
+    yield *tensors, *rates, BETAS_AND_EPS, None, None, [], []
 
 
 def lamb_update(draw: Draw) -> Iterator[tuple[Any, ...]]:
     tensors, numbers, flags, _ = _optimizer(draw)
-    yield *tensors, numbers, 0.9, 0.98, EPS, True, *flags
-    yield *tensors, numbers, 0.9, 0.98, EPS, False, None, None
+    yield *tensors, numbers, BETAS_AND_EPS, True, *flags
+    yield *tensors, numbers, BETAS_AND_EPS, False, None, None
 
 
 def lamb_apply(draw: Draw) -> Iterator[tuple[Any, ...]]:
     (params, _, *state), numbers, (_, found_inf), rounding = _optimizer(draw)
-    arguments = params, *state, draw.statistic(len(params), 2), numbers, numbers, 0.9, 0.98, EPS
+    arguments = params, *state, draw.statistic(len(params), 2), numbers, numbers, BETAS_AND_EPS
     yield *arguments, True, found_inf, *rounding
     yield *arguments, False, None, [], []
 

@@ -203,7 +203,7 @@ def test_opcheck(flagged):
     moments = [[torch.rand(p.shape, dtype=torch.bfloat16) for p in params] for _ in range(2)]
     steps = [torch.ones(()) for _ in params]
     flags = (torch.tensor(2.0), torch.tensor(0.0)) if flagged else (None, None)
-    assert_opcheck(UPDATE, (params, grads, *moments, steps, LRS, DECAYS, *BETAS, EPS, *flags, [], []))
+    assert_opcheck(UPDATE, (params, grads, *moments, steps, LRS, DECAYS, (*BETAS, EPS), *flags, [], []))
 
 
 def test_compiles_without_graph_break():

@@ -226,17 +226,17 @@ def test_opcheck(dtype):
     inputs = [t.to(dtype).requires_grad_() for t in (randn(3, 4), randn(6, 4, seed=1), scalar(2.0), scalar(-1.0))]
     assert_opcheck(OPS.contrastive_forward.default, (*inputs[:3], OFFSET))
     assert_opcheck(OPS.contrastive_kept_forward.default, (*inputs[:3], OFFSET))
-    assert_opcheck(OPS.siglip_forward.default, (*inputs, OFFSET, True, False))
+    assert_opcheck(OPS.siglip_forward.default, (*inputs, OFFSET, [True, False]))
     with torch.no_grad():
         inputs = [t.detach() for t in inputs]
         assert_opcheck(OPS.siglip_value.default, (*inputs, OFFSET))
         row_lse, col_lse, positive, _, _ = OPS.contrastive_forward(*inputs[:3], OFFSET)
         cotangents = (torch.ones_like(row_lse), torch.ones_like(col_lse), torch.ones_like(positive))
         saved = row_lse, col_lse
-        assert_opcheck(OPS.contrastive_backward.default, (*cotangents, *inputs[:3], *saved, OFFSET, True, False))
+        assert_opcheck(OPS.contrastive_backward.default, (*cotangents, *inputs[:3], *saved, OFFSET, [True, False]))
         saved = *saved, OPS.contrastive_kept_forward(*inputs[:3], OFFSET)[-1]
-        assert_opcheck(OPS.contrastive_kept_backward.default, (*cotangents, *inputs[:3], *saved, OFFSET, False, True))
-        dloss, *gradients = OPS.siglip_forward(*inputs, OFFSET, False, True)
+        assert_opcheck(OPS.contrastive_kept_backward.default, (*cotangents, *inputs[:3], *saved, OFFSET, [False, True]))
+        dloss, *gradients = OPS.siglip_forward(*inputs, OFFSET, [False, True])
         assert_opcheck(OPS.siglip_backward.default, (dloss, *inputs, *gradients))
 
 

@@ -303,7 +303,7 @@ def test_opcheck(nvlamb, flagged):
     moments = [[torch.rand(p.shape, dtype=torch.bfloat16) for p in params] for _ in range(2)]
     steps = [torch.ones(()) for _ in params]
     grad_scale, found_inf = (torch.tensor(2.0), torch.tensor(0.0)) if flagged else (None, None)
-    options = (*BETAS, EPS, nvlamb)
+    options = ((*BETAS, EPS), nvlamb)
     assert_opcheck(OPS.lamb_update.default, (params, grads, *moments, steps, DECAYS, *options, grad_scale, found_inf))
     norms = torch.rand(len(params), 2)
     assert_opcheck(OPS.lamb_apply.default, (params, *moments, steps, norms, LRS, DECAYS, *options, found_inf, [], []))

@@ -57,7 +57,7 @@ def same(name: str, inputs: tuple[Any, ...], more: tuple[Any, ...], operator: st
 def test_layer_norm(dtype: torch.dtype, rms: bool) -> None:
     x, dy, weight, bias = normal(3, 5, 50, dtype=dtype), normal(3, 5, 50, dtype=dtype, seed=1), normal(50), normal(50)
     _, *moments = same("layer_norm_forward", (x, weight, bias), (EPS, rms), eps=EPS, rms=rms)
-    same("layer_norm_backward", (dy, x, weight, *moments), (True, rms), rms=rms)
+    same("layer_norm_backward", (dy, x, weight, *moments), (rms, [True, True]), rms=rms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,7 +69,8 @@ def test_add_layer_norm(dtype: torch.dtype, rms: bool, scaled: bool) -> None:
     scales = (normal(40, seed=2), normal(3)) if scaled else (None, None)
     given = (residual, branch, *affine, *scales)
     _, x, *moments = same("add_layer_norm_forward", given, (EPS, rms), eps=EPS, rms=rms)
-    same("add_layer_norm_backward", (dy, dx, x, branch, affine[0], *scales, *moments), (True, rms), rms=rms)
+    given, wanted = (dy, dx, x, branch, affine[0], *scales, *moments), [scaled, True, True, scaled]
+    same("add_layer_norm_backward", given, (rms, wanted), rms=rms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -79,7 +80,7 @@ def test_the_gradient_of_a_layer_scale_needs_none_of_the_branch(dtype: torch.dty
     weight, layer_scale, row_scale = normal(width), normal(width, seed=2), normal(3)
     mean, rstd = normal(3, 5), normal(3, 5, seed=1).abs()
     arguments = (dy, dx, x, branch, weight, layer_scale, row_scale, mean, rstd)
-    expected = native.add_layer_norm_backward(*arguments, True, False)
+    expected = native.add_layer_norm_backward(*arguments, False, [True] * 4)
     gradients = like(expected)
     without = [None if i == 1 else gradient for i, gradient in enumerate(gradients)]
     _C.add_layer_norm_backward(*arguments, *without)
@@ -93,7 +94,7 @@ def test_layer_norm_add(dtype: torch.dtype, scaled: bool) -> None:
     residual, branch, dx = (normal(3, 5, 40, dtype=dtype, seed=seed) for seed in range(3))
     parameters = (normal(40), normal(40, seed=1), *((normal(40, seed=2), normal(3)) if scaled else (None, None)))
     _, *moments = same("layer_norm_add_forward", (residual, branch, *parameters), (EPS, False), eps=EPS)
-    same("layer_norm_add_backward", (dx, branch, *parameters, *moments), (False,))
+    same("layer_norm_add_backward", (dx, branch, *parameters, *moments), (False, [True, True, scaled]))
 
 
 @gpu_kernels
@@ -116,7 +117,7 @@ def test_swiglu_of_a_packed_projection(dtype: torch.dtype, normed: bool) -> None
     dout = normal(2, 7, 24, dtype=dtype)
     weight, bias = (normal(24), normal(24, seed=1)) if normed else (None, None)
     _, *moments = same("swiglu_forward", (gate, up, weight, bias), (EPS,), eps=EPS)
-    same("swiglu_backward", (dout, gate, up, weight, *moments), (normed,))
+    same("swiglu_backward", (dout, gate, up, weight, *moments), ([normed, normed],))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -130,7 +131,7 @@ def test_token_dropout(dtype: torch.dtype, by_channel: bool) -> None:
     (out,) = like((expected,))
     _C.token_dropout_forward(patches, token_index.numpy(), prefix, pos_embed, out)
     assert_same([out], (expected,))
-    same("token_dropout_backward", (normal(2, 4, 10, dtype=dtype), token_index, 1, 6), (True,))
+    same("token_dropout_backward", (normal(2, 4, 10, dtype=dtype), token_index, 1, 6), ([True] * 3,))
 
 
 @pytest.mark.parametrize("nvlamb", [False, True])
@@ -141,11 +142,12 @@ def test_lamb(nvlamb: bool) -> None:
     norms = torch.empty(2, 2)
     options = {"beta1": betas[0], "beta2": betas[1], "eps": EPS, "nvlamb": nvlamb, "found_inf": found_inf}
     _C.lamb_update(params, grads, *state, decays, norms, grad_scale=scale, **options)
-    expected = native.lamb_update(*theirs, decays, *betas, EPS, nvlamb, scale, found_inf)
+    expected = native.lamb_update(*theirs, decays, (*betas, EPS), nvlamb, scale, found_inf)
     assert torch.equal(norms, expected)
     _C.lamb_apply(params, *state, norms, lrs, decays, **options)
     params_of_theirs, _, *state_of_theirs = theirs
-    native.lamb_apply(params_of_theirs, *state_of_theirs, expected, lrs, decays, *betas, EPS, nvlamb, found_inf, [], [])
+    numbers = lrs, decays, (*betas, EPS)
+    native.lamb_apply(params_of_theirs, *state_of_theirs, expected, *numbers, nvlamb, found_inf, [], [])
     for ours, other in zip([params, *state], [params_of_theirs, *state_of_theirs], strict=True):
         assert_same(ours, tuple(other))
 
@@ -154,7 +156,7 @@ def test_lamb_in_one_call() -> None:
     betas, rates = (0.9, 0.98), ([0.1, 0.2], [0.05, 0.0])
     ours, theirs = states(), states()
     _C.lamb_step(*ours, *rates, beta1=betas[0], beta2=betas[1], eps=EPS)
-    native.lamb_step(*theirs, *rates, *betas, EPS, False, None, None, [], [])
+    native.lamb_step(*theirs, *rates, (*betas, EPS), False, None, None, [], [])
     for a, b in zip(ours, theirs, strict=True):
         assert_same(a, tuple(b))
 
@@ -170,7 +172,7 @@ def test_stochastic_rounding() -> None:
             params = [param.bfloat16() for param in params]
             if chosen is None:
                 function = getattr(native, name)
-                function(params, *rest, lrs, decays, beta1, beta2, EPS, *more, None, None, seeds, firsts)
+                function(params, *rest, lrs, decays, (beta1, beta2, EPS), *more, None, None, seeds, firsts)
             else:
                 numbers = {"seeds": chosen, "first_elements": firsts if chosen else []}
                 getattr(_C, name)(params, *rest, lrs, decays, **options, **numbers)
@@ -187,7 +189,7 @@ def test_adamw() -> None:
     scale, found_inf = torch.tensor(4.0), torch.tensor(0.0)
     ours, theirs = states(), states()
     _C.adamw_update(*ours, *rates, beta1=betas[0], beta2=betas[1], eps=EPS, grad_scale=scale, found_inf=found_inf)
-    native.adamw_update(*theirs, *rates, *betas, EPS, scale, found_inf, [], [])
+    native.adamw_update(*theirs, *rates, (*betas, EPS), scale, found_inf, [], [])
     for a, b in zip(ours, theirs, strict=True):
         assert_same(a, tuple(b))
 
@@ -197,7 +199,7 @@ def test_adamw() -> None:
 def test_gelu(dtype: torch.dtype, tanh: bool) -> None:
     x, dout, bias = normal(3, 5, 40, dtype=dtype), normal(3, 5, 40, dtype=dtype, seed=1), normal(40)
     same("gelu_forward", (x, bias), (tanh,), tanh=tanh)
-    same("gelu_backward", (dout, x, bias), (tanh,), tanh=tanh)
+    same("gelu_backward", (dout, x, bias), (tanh, [True]), tanh=tanh)
 
 
 @gpu_kernels

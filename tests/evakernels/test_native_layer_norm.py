@@ -199,7 +199,7 @@ def test_empty(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     y, mean, rstd = native.layer_norm_forward(x, weight, weight, EPS, False)
     assert y.shape == x.shape
     assert mean.shape == rstd.shape == x.shape[:-1]
-    dx, dweight, dbias = native.layer_norm_backward(y, x, weight, mean, rstd, True, False)
+    dx, dweight, dbias = native.layer_norm_backward(y, x, weight, mean, rstd, False, [True, True])
     assert dx.shape == x.shape
     assert torch.equal(dweight, torch.zeros_like(weight))
     assert torch.equal(dbias, torch.zeros_like(weight))
@@ -214,7 +214,7 @@ def test_result_does_not_depend_on_the_number_of_threads() -> None:
         for count in (1, 2, 3, 5):
             torch.set_num_threads(count)
             y, mean, rstd = native.layer_norm_forward(x, weight, bias, EPS, False)
-            results.append((y, mean, rstd, *native.layer_norm_backward(dy, x, weight, mean, rstd, True, False)))
+            results.append((y, mean, rstd, *native.layer_norm_backward(dy, x, weight, mean, rstd, False, [True] * 2)))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -228,7 +228,7 @@ def test_torch_op_equals_launcher(rms: bool) -> None:
     strided = x.transpose(0, 1).contiguous().transpose(0, 1)
     dy = torch.randn(50).expand(4, 6, 50)
     y, mean, rstd = native.layer_norm_forward(strided, weight, bias, EPS, rms)
-    dx, dweight, dbias = native.layer_norm_backward(dy, strided, weight, mean, rstd, True, rms)
+    dx, dweight, dbias = native.layer_norm_backward(dy, strided, weight, mean, rstd, rms, [True, True])
     expected = launch_forward(x, weight.contiguous(), bias, rms=rms)
     expected_gradients = launch_backward(dy.contiguous(), x, weight.contiguous(), *expected[1:], rms=rms)
     assert mean.shape == ((0,) if rms else (4, 6))
@@ -240,10 +240,10 @@ def test_torch_op_equals_launcher(rms: bool) -> None:
 def test_torch_op_leaves_out_gradients_that_are_not_wanted() -> None:
     x, weight, _ = norm_inputs(3, 8)
     _, mean, rstd = native.layer_norm_forward(x, weight, None, EPS, False)
-    _, dweight, dbias = native.layer_norm_backward(x, x, weight, mean, rstd, False, False)
+    _, dweight, dbias = native.layer_norm_backward(x, x, weight, mean, rstd, False, [True, False])
     assert dweight.shape == (8,)
     assert dbias.shape == (0,)
-    _, dweight, _ = native.layer_norm_backward(x, x, None, mean, rstd, False, False)
+    _, dweight, _ = native.layer_norm_backward(x, x, None, mean, rstd, False, [False, False])
     assert dweight.shape == (0,)
 
 

@@ -220,7 +220,7 @@ def test_found_inf_writes_nothing_and_a_gradient_that_is_not_finite_stays_visibl
 
 def test_opcheck():
     params, grads, exp_avgs, exp_avg_sqs, steps = lists(MIXED, [3, 5])
-    state, numbers = (exp_avgs, exp_avg_sqs, steps), ([0.1, 0.2], [0.0, 0.1], 0.9, 0.98, 1e-6)
+    state, numbers = (exp_avgs, exp_avg_sqs, steps), ([0.1, 0.2], [0.0, 0.1], (0.9, 0.98, 1e-6))
     rounding = ([1, 2], [0, 8])
     assert_opcheck(OPS.adamw_update.default, (params, grads, *state, *numbers, None, None, *rounding))
     assert_opcheck(OPS.lamb_step.default, (params, grads, *state, *numbers, False, None, None, *rounding))

@@ -56,7 +56,7 @@ def copied(monkeypatch, table):
 
 def adamw(state, lrs=None, seeds=()):
     count = len(state[0])
-    arguments = [lrs or [0.1] * count, [0.0] * count, *BETAS, None, None, list(seeds), [0] * len(seeds)]
+    arguments = [lrs or [0.1] * count, [0.0] * count, BETAS, None, None, list(seeds), [0] * len(seeds)]
     triton.launcher("adamw_update")(*state, *arguments)
 
 
@@ -69,7 +69,7 @@ def test_a_call_is_one_launch_a_phase_whatever_the_number_of_tensors(launched):
     assert launched == ["squares_kernel"]
     launched.clear()
     numbers = [0.1] * 300
-    triton.launcher("lamb_step")(*state, numbers, numbers, *BETAS, True, None, None, [], [])
+    triton.launcher("lamb_step")(*state, numbers, numbers, BETAS, True, None, None, [], [])
     update, apply = ["prepare_kernel", "update_kernel", "norms_kernel"], ["prepare_kernel", "apply_kernel"]
     assert launched == update + apply
 

@@ -88,7 +88,7 @@ def test_opcheck(token_index, inputs, dtype):
     assert_opcheck(OPS.token_dropout_forward.default, (patches, token_index, prefix, pos_embed))
     dout = torch.ones_like(OPS.token_dropout_forward(patches, token_index, prefix, pos_embed))
     num_prefix = 0 if prefix is None else PREFIX
-    rest = (token_index, num_prefix, TOKENS, pos_embed is not None)
+    rest = (token_index, num_prefix, TOKENS, [token_index is not None, prefix is not None, pos_embed is not None])
     assert_opcheck(OPS.token_dropout_backward.default, (dout, *rest))
 
 
@@ -264,7 +264,7 @@ def test_the_number_of_threads_changes_no_bit():
 @pytest.mark.parametrize("wrong", [KEPT + 1, KEPT - 1, torch.tensor([[0, 1, 2], [3, 3, 4]])])
 def test_the_backward_kernel_refuses_a_wrong_index_itself(wrong):
     with pytest.raises((ValueError, RuntimeError), match="token_index"):
-        torch.ops.evakernels_native.token_dropout_backward(PATCHES[:, :3], wrong, 0, 6, True)
+        torch.ops.evakernels_native.token_dropout_backward(PATCHES[:, :3], wrong, 0, 6, [True, True, True])
 
 
 @pytest.mark.parametrize(("num_tokens", "num_keep"), [(9, 1), (9, 4), (9, 9), (577, 288)])

@@ -57,7 +57,7 @@ def norm(backward, more):
     for samples, tokens in ROWS:
         x, scale, of_row = rows_apart(samples, tokens, 768, more), drawn(samples), statistic(samples, tokens)
         if backward:
-            yield x, x, x, x, vectors[0], vectors[2], scale, of_row, of_row, True, False
+            yield x, x, x, x, vectors[0], vectors[2], scale, of_row, of_row, False, [True] * 4
         else:
             yield x, x, *vectors, scale, EPS, False
 
@@ -67,7 +67,7 @@ def swiglu(backward, more):
     for samples, tokens in ROWS[1:]:  # of a single row torch forgets where the next one would begin
         gate, up = (rows_apart(samples, tokens, 682, 6 + more) for _ in range(2))
         of_row = statistic(samples, tokens)
-        yield (gate, gate, up, weight, of_row, of_row, True) if backward else (gate, up, weight, weight, EPS)
+        yield (gate, gate, up, weight, of_row, of_row, [True] * 2) if backward else (gate, up, weight, weight, EPS)
 
 
 def token_dropout(backward, more):
@@ -76,7 +76,9 @@ def token_dropout(backward, more):
         index = torch.arange(kept).expand(samples, kept)
         patches, table = rows_apart(samples, tokens, 768, more), drawn(1 + tokens, 768)
         yield (
-            (drawn(samples, 1 + kept, 768), index, 1, tokens, True) if backward else (patches, index, table[:1], table)
+            (drawn(samples, 1 + kept, 768), index, 1, tokens, [True] * 3)
+            if backward
+            else (patches, index, table[:1], table)
         )
 
 
@@ -122,12 +124,12 @@ def test_losses(variants, op, expected):
             for image, text, scale, bias in (*pairs(512), *pairs(64)):
                 rows, columns = statistic(len(image)), statistic(len(text))
                 if op.startswith("siglip"):
-                    yield image, text, scale, bias, offset, *([True] * 2 if "forward" in op else [])
+                    yield image, text, scale, bias, offset, *([[True] * 2] if "forward" in op else [])
                 elif op.endswith("forward"):
                     yield image, text, scale, offset
                 else:
                     kept = (statistic(len(image), len(text)),) if "kept" in op else ()
-                    yield rows, columns, rows, image, text, scale, rows, columns, *kept, offset, True, True
+                    yield rows, columns, rows, image, text, scale, rows, columns, *kept, offset, [True, True]
 
     assert variants(op, calls()) == expected
 

@@ -1,0 +1,174 @@
+"""A gradient that nobody wants, as of frozen weights, is neither computed nor allocated, and no other one changes."""
+
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from on_device import DEVICE
+from op_checks import assert_opcheck, randn, served_by
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import evakernels
+from evakernels import backends
+
+ROWS, VECTOR = (2, 5, 24), (24,)
+KEPT = torch.tensor([[4, 0, 2], [1, 2, 3]], device=DEVICE)
+SCALE = torch.tensor([0.0, 2.0], device=DEVICE)
+
+
+def joined(function, scaled=True):
+    def call(residual, branch, weight, bias, layer_scale=None):
+        given = {"layer_scale": layer_scale, "row_scale": SCALE} if scaled else {}
+        return function(residual, branch, weight, bias, **given)
+
+    return call
+
+
+def dropout(patches, prefix, pos_embed, token_index=KEPT):
+    return evakernels.token_dropout(patches, token_index, prefix=prefix, pos_embed=pos_embed)
+
+
+NORM = (ROWS, ROWS, VECTOR, VECTOR, VECTOR)
+PATCHES = (ROWS, (1, 24), (6, 24))
+CASES = {
+    "layer_norm": ("layer_norm_backward", evakernels.layer_norm, (ROWS, VECTOR, VECTOR), {1: 1, 2: 2}),
+    "rms_norm": ("layer_norm_backward", evakernels.rms_norm, (ROWS, VECTOR), {1: 1}),
+    "add_layer_norm": (
+        "add_layer_norm_backward",
+        joined(evakernels.add_layer_norm),
+        NORM,
+        {1: 1, 2: 2, 3: 3, 4: 4},
+    ),
+    "add_layer_norm, unscaled": (
+        "add_layer_norm_backward",
+        joined(evakernels.add_layer_norm, False),
+        NORM[:4],
+        {2: 2, 3: 3},  # the branch's is that of the residual
+    ),
+    "layer_norm_add": ("layer_norm_add_backward", joined(evakernels.layer_norm_add), NORM, {2: 1, 3: 2, 4: 3}),
+    "swiglu": ("swiglu_backward", evakernels.swiglu, (ROWS, ROWS, VECTOR, VECTOR), {2: 2, 3: 3}),
+    "gelu": ("gelu_backward", evakernels.gelu, (ROWS, VECTOR), {1: 1}),
+    "token_dropout": ("token_dropout_backward", dropout, PATCHES, {0: 0, 1: 1, 2: 2}),
+    "token_dropout of all": ("token_dropout_backward", lambda *x: dropout(*x, None), PATCHES, {1: 1, 2: 2}),
+}
+"""The op, what calls it, the shapes of its inputs, and of those whose gradient it can leave out the place of that."""
+FROZEN = [pytest.param(name, i, id=f"{name}-{i}") for name, (*_, places) in CASES.items() for i in places]
+BACKENDS = pytest.mark.parametrize("backend", [None, "reference"])
+
+
+class Work(TorchDispatchMode):
+    """Counts the elements of whatever operators return."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.elements += sum(t.numel() for t in (found if isinstance(found, tuple) else (found,)) if t is not None)
+        return found
+
+
+@contextmanager
+def watched(op):
+    """The calls of `op`, arguments and results, and how much their operators do."""
+    calls, work = [], Work()
+
+    def watching(implementation):
+        def function(*args):
+            with work:
+                calls.append((args, implementation.function(*args)))
+            return calls[-1][1]
+
+        return replace(implementation, function=function)
+
+    with served_by(op, {name: watching(found) for name, found in backends._implementations[op].items()}):
+        yield calls, work
+
+
+def on(backend):
+    """With None the calls have the backend that serves them best."""
+    return nullcontext() if backend is None else evakernels.use_backend(backend)
+
+
+def gradients(name, *frozen, function=None):
+    _, plain, shapes, _ = CASES[name]
+    leaves = [randn(*shape, seed=seed).float().to(DEVICE) for seed, shape in enumerate(shapes)]
+    leaves = [leaf.requires_grad_(i not in frozen) for i, leaf in enumerate(leaves)]
+    outputs = (function or plain)(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    cotangents = [randn(*out.shape, seed=10 + i).float().to(DEVICE) for i, out in enumerate(outputs)]
+    torch.autograd.backward(outputs, cotangents)
+    return [leaf.grad for leaf in leaves]
+
+
+@BACKENDS
+@pytest.mark.parametrize(("name", "i"), FROZEN)
+def test_a_frozen_input_costs_nothing(name, i, backend):
+    op, _, shapes, places = CASES[name]
+    with on(backend), watched(op) as (calls, _):
+        expected, actual = gradients(name), gradients(name, i)
+    assert [result[places[i]].numel() for _, result in calls] == [torch.Size(shapes[i]).numel(), 0]
+    for n, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        assert a is None if n == i else torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("name", "i"), FROZEN)
+def test_the_reference_computes_nothing_for_a_frozen_input(name, i):
+    op, _, shapes, _ = CASES[name]
+    others = {len(shapes) - 1} - {i}  # such as the position embedding, of whose sums the prefix's is one
+    with evakernels.use_backend("reference"), watched(op) as (_, work):
+        gradients(name, *others)
+        every = work.elements
+        gradients(name, i, *others)
+    assert work.elements - every < every
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", CASES)
+def test_many_frozen_inputs_change_no_other_gradient(name, backend):
+    with on(backend):
+        every, inputs = gradients(name), range(len(CASES[name][2]))
+        for frozen in ((0,), inputs[1:], inputs[:-1]):
+            for n, (a, b) in enumerate(zip(gradients(name, *frozen), every, strict=True)):
+                assert a is None if n in frozen else torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("name", "i"), FROZEN)
+def test_compiled_it_costs_nothing(name, i):
+    op, function, _, places = CASES[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with watched(op) as (calls, _):
+        actual = gradients(name, i, function=compiled)
+    assert all(result[places[i]].numel() == 0 for _, result in calls)
+    for a, b in zip(actual, gradients(name, i), strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck_where_nothing_is_wanted(name):
+    op, *_ = CASES[name]
+    with watched(op) as (calls, _):
+        gradients(name)
+    ((*given, wanted), _), *_ = calls
+    arguments = [t.detach() if isinstance(t, torch.Tensor) else t for t in given]
+    assert_opcheck(getattr(torch.ops.evakernels, op).default, (*arguments, [False] * len(wanted)))
+
+
+def test_a_branch_is_kept_for_a_layer_scale_that_is_trained():
+    def kept(*frozen):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            gradients("add_layer_norm", *frozen)
+        return sum(sizes)
+
+    assert kept() - kept(4) == torch.Size(ROWS).numel()
+
+
+def test_a_second_call_like_the_first_asks_no_backend_again():
+    """The flags belong to what a call is known by."""
+    kept = backends.kept_for("gelu_backward")
+    kept.clear()
+    for frozen in ((), (1,), (), (1,)):
+        gradients("gelu", *frozen)
+    assert len(kept) == 2
