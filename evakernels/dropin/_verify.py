@@ -1,12 +1,14 @@
 """Whether a forward does what the one whose place it takes does: both run on small random inputs, on a copy."""
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten
 
 from evakernels.dropin import _swap
@@ -47,8 +49,8 @@ def _attributes(module: nn.Module) -> Any:
 
 
 def _difference(module: nn.Module, cls: type, rule: Rule) -> str | None:
-    if any(isinstance(p, DTensor) for p in module.parameters()):
-        return "it is sharded; accelerate it before that"
+    if any(type(p) is not nn.Parameter for p in module.parameters()):
+        return "its parameters aren't plain tensors, as those of a sharded model; accelerate it before that"
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():
@@ -71,36 +73,40 @@ _SETTINGS = (
 
 def _differs(own: nn.Module, cls: type, rule: Rule, dtype: torch.dtype, autocast: bool) -> str | None:
     own = copy.deepcopy(own).to(dtype)
-    # Its own code is compared with the fused steps, and with what runs where those aren't worth it.
     new = copy.deepcopy(own)
     _swap.set_class(new, _swap.served_class(cls, rule.forward))
-    where = f"in {str(dtype).removeprefix('torch.')}{' under autocast' if autocast else ''}"
     tolerance = TOLERANCES[torch.bfloat16 if autocast else dtype]
+    where = f"in {str(dtype).removeprefix('torch.')}{' under autocast' if autocast else ''}"
     try:
         calls = _calls(rule, own, dtype)
     except Exception as error:
         return f"no input for it can be made: {_line(error)}"
     for number, call in enumerate(calls):
-        for training in (False, True):
-            for graph in (True, False):
-                options = {"training": training, "graph": graph, "autocast": autocast}
-                try:
-                    expected = _run(own, call, **options)
-                except Exception as error:
-                    if number == 0 and dtype == torch.float32:
-                        return f"its own code raises {_line(error)}"
-                    continue
-                for fused in (True, False):
-                    try:
-                        with on_trial() if fused else nullcontext():
-                            actual = _run(new, call, **options)
-                    except Exception as error:
-                        return f"the op's code raises {_line(error)} {where}"
-                    part = _compare(actual, expected, tolerance)
-                    if part is not None:
-                        return f"{part} {'differ' if part.endswith('s') else 'differs'} {where}" + (
-                            " in training" if training else ""
-                        )
+        for training, graph in product((False, True), (True, False)):
+            options = {"training": training, "graph": graph, "autocast": autocast}
+            try:
+                expected = _run(own, call, **options)
+            except Exception as error:
+                if number == 0 and dtype == torch.float32:
+                    return f"its own code raises {_line(error)}"
+                continue
+            found = _differs_from(expected, partial(_run, new, call, **options), tolerance)
+            if found is not None:
+                return f"{found} {where}{' in training' if training else ''}"
+    return None
+
+
+def _differs_from(expected: dict[str, Any], run: Callable[[], dict[str, Any]], tolerance: float) -> str | None:
+    """With all steps fused, and with what runs where that isn't worth it."""
+    for served in (on_trial, nullcontext):
+        try:
+            with served():
+                actual = run()
+        except Exception as error:
+            return f"the op's code raises {_line(error)}"
+        part = _compare(actual, expected, tolerance)
+        if part is not None:
+            return f"{part} {'differ' if part.endswith('s') else 'differs'}"
     return None
 
 
@@ -132,7 +138,7 @@ def _copy(module: nn.Module) -> nn.Module:
 def _values(parameter: Tensor) -> Tensor:
     if parameter.dim() < 2:
         return torch.rand_like(parameter) * 0.5 + 0.3
-    return torch.randn_like(parameter) / max(1, parameter.shape[-1]) ** 0.5
+    return torch.randn_like(parameter).div(max(1, parameter.shape[-1]) ** 0.5)
 
 
 def _calls(rule: Rule, module: nn.Module, dtype: torch.dtype) -> list[Call]:
@@ -145,7 +151,7 @@ def _width(module: nn.Module) -> int:
     """Channels of a module's input: those of a matrix of its own, or of the first layer that it holds."""
     for parameter in module.parameters(recurse=False):
         if parameter.dim() == 2:
-            return parameter.shape[-1]
+            return int(parameter.shape[-1])
     for part in module.modules():
         width = getattr(part, "in_features", None) or getattr(part, "normalized_shape", (None,))[-1]
         if isinstance(width, int):

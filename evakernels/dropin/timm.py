@@ -197,11 +197,10 @@ class ParallelScalingBlock(_Attention):
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in parts)
         attended = rope_attention(self.q_norm(q), self.k_norm(k), v, causal=is_causal).flatten(2)
         hidden = self.mlp_drop(self.mlp_act(hidden if self.mlp_bias is None else hidden + self.mlp_bias))
-        out_proj = getattr(self, "out_proj", None)
-        if out_proj is None:
+        if self.out_proj is None:
             y = self.attn_out_proj(attended) + self.mlp_out_proj(hidden)
         else:
-            y = out_proj(torch.cat((attended, hidden), dim=-1))
+            y = self.out_proj(torch.cat((attended, hidden), dim=-1))
         return add(x, y, self.ls, self.drop_path)
 
 
