@@ -4,7 +4,7 @@ from evakernels import nn, optim
 from evakernels._info import info
 from evakernels._version import __version__
 from evakernels.backends import BackendError, ReferenceWarning, explain, use_backend
-from evakernels.dropin import accelerate, restore
+from evakernels.dropin import UnknownFormWarning, accelerate, restore
 from evakernels.ops import (
     adamw_update,
     add_layer_norm,
@@ -33,6 +33,7 @@ from evakernels.optim import clip_grad_norm_
 __all__ = [
     "BackendError",
     "ReferenceWarning",
+    "UnknownFormWarning",
     "__version__",
     "accelerate",
     "adamw_update",

@@ -6,6 +6,7 @@ pass with it.
 
 import ast
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,20 @@ from typing import Any
 from evakernels.dropin._form import FORMS, fingerprint
 from evakernels.dropin._rule import form_names
 
+DIFFERENT = frozenset({"2c07eab619e036a2", "5c4c682fc65e3d9d"})
+"""Forms that compute something else than the op: timm's `ParallelScalingBlock` before 1.0.25 added its MLP's bias to
+queries and keys."""
 
-def add(known: dict[str, dict[str, list[str]]], names: list[str], folder: Path) -> None:
+
+def add(known: dict[str, dict[str, str]], names: list[str], folder: Path) -> None:
     """Adds the forms of `names` that the sources in `folder` have, a site-packages or an unpacked sdist or wheel."""
     for name in names:
         source, version = _source(folder, name), _version(folder, name.partition(".")[0])
-        if source is not None and version is not None:
-            of_name = known.setdefault(name, {}).setdefault(fingerprint(source), [])
-            of_name[:] = sorted({*of_name, version})
+        form = None if source is None else fingerprint(source)
+        if form is not None and version is not None and form not in DIFFERENT:
+            of_name = known.setdefault(name, {})
+            versions = {*of_name.get(form, "").split(), version}
+            of_name[form] = " ".join(sorted(versions, key=lambda v: [int(n) for n in re.findall(r"\d+", v)]))
 
 
 def _version(folder: Path, library: str) -> str | None:
@@ -55,9 +62,10 @@ def _definition(text: str, path: list[str]) -> str | None:
 
 def main(folders: list[str]) -> None:
     """Reads the folders' sources and rewrites `forms.json`."""
-    known = json.loads(FORMS.read_text()) if FORMS.exists() else {}
+    names = form_names()
+    known = {name: forms for name, forms in json.loads(FORMS.read_text()).items() if name in names}
     for folder in folders:
-        add(known, form_names(), Path(folder))
+        add(known, names, Path(folder))
     FORMS.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
 
 

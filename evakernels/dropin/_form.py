@@ -36,14 +36,6 @@ def is_known(function: Callable[..., Any] | None, name: str) -> bool:
     return function is not None and _of(function) in _known().get(name, {})
 
 
-def versions(library: str) -> list[str]:
-    """The versions of `library` that the forms were taken from."""
-    found = {
-        v for name, forms in _known().items() if name.startswith(f"{library}.") for vs in forms.values() for v in vs
-    }
-    return sorted(found, key=lambda v: [int(part) if part.isdigit() else 0 for part in v.split(".")])
-
-
 @cache
 def _of(function: Callable[..., Any]) -> str | None:
     try:
@@ -53,8 +45,8 @@ def _of(function: Callable[..., Any]) -> str | None:
 
 
 @cache
-def _known() -> dict[str, dict[str, list[str]]]:
-    known: dict[str, dict[str, list[str]]] = json.loads(FORMS.read_text())
+def _known() -> dict[str, dict[str, str]]:
+    known: dict[str, dict[str, str]] = json.loads(FORMS.read_text())
     return known
 
 

@@ -2,7 +2,7 @@
 
 import importlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -22,15 +22,18 @@ class Replaced:
     module: str
     op: str
     backend: str
+    verified: bool = False
+    """Whether it was tried out, as its form isn't known."""
 
 
 @dataclass(frozen=True)
 class Left:
-    """A module that runs as before, and why."""
+    """A module that runs as before, and why; `library` is the one whose version isn't known, if that is why."""
 
     name: str
     module: str
     reason: str
+    library: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,11 @@ class Idle:
 class Report:
     """What `accelerate` found and, after a `watch`, what ran: `ran` and `idle`.
 
-    `str` of it is a table of each, a line for each kind of module; rich prints it in colour.
+    `str` of it is the headline and a table of each, a line for each kind of module; rich prints it in colour.
+
+    Attributes:
+        blocks: names of the model's transformer blocks.
+        tried: whether modules of an unknown form were tried out.
     """
 
     replaced: list[Replaced] = field(default_factory=list)
@@ -68,6 +75,30 @@ class Report:
     ran: list[Ran] = field(default_factory=list)
     idle: list[Idle] = field(default_factory=list)
     model: "weakref.ref[nn.Module] | None" = field(default=None, repr=False, compare=False)
+    blocks: list[str] = field(default_factory=list)
+    tried: bool = False
+
+    @property
+    def unknown(self) -> list[Left]:
+        """What was left because its form isn't known."""
+        return [left for left in self.left if left.library]
+
+    @property
+    def headline(self) -> str:
+        """Such as "12 of 12 blocks": those that have modules which were replaced, and none of an unknown form."""
+        verified = sum(done.verified for done in self.replaced)
+        text = self._counted() + (f", {verified} modules by behaviour" if verified else "")
+        if not self.unknown:
+            return text
+        libraries = ", ".join(dict.fromkeys(left.library for left in self.unknown))
+        hint = "and behaves differently" if self.tried else 'unknown="verify" tries by behaviour'
+        return f"{text}: {libraries} is unknown{' ' if self.tried else '; '}{hint}"
+
+    def _counted(self) -> str:
+        if not self.blocks:
+            return f"{len(self.replaced)} of {len(self.replaced) + len(self.left)} modules"
+        served, strange = _holders(self.blocks, self.replaced), _holders(self.blocks, self.unknown)
+        return f"{len(served - strange)} of {len(self.blocks)} blocks"
 
     @contextmanager
     def watch(self) -> Iterator["Report"]:
@@ -101,7 +132,7 @@ class Report:
     def __str__(self) -> str:
         tables = self._tables()
         if find_spec("rich") is None:
-            return "\n\n".join(map(_plain, tables))
+            return f"{self.headline}\n" + "\n\n".join(map(_plain, tables))
         console = importlib.import_module("rich.console").Console(width=120, color_system=None)
         with console.capture() as capture:
             console.print(self.__rich__())
@@ -109,7 +140,7 @@ class Report:
         return text.rstrip("\n")
 
     def __rich__(self) -> Any:
-        return importlib.import_module("rich.console").Group(*map(_rich, self._tables()))
+        return importlib.import_module("rich.console").Group(self.headline, *map(_rich, self._tables()))
 
     def _tables(self) -> list[list[tuple[str, ...]]]:
         return [self._found(), self._what_ran()] if self.ran or self.idle else [self._found()]
@@ -137,6 +168,12 @@ class Report:
             counts[key] = modules + 1, calls + idle.calls
         rows = [(key[0], str(modules), *key[1:3], str(calls), key[3]) for key, (modules, calls) in counts.items()]
         return [("module", "count", "ran", "backend", "calls", "idle"), *rows]
+
+
+def _holders(blocks: list[str], modules: Sequence[Replaced | Left]) -> set[str]:
+    """The blocks that hold some of the modules, or are among them."""
+    names = [f"{module.name}." for module in modules]
+    return {block for block in blocks if any(name.startswith(f"{block}.") for name in names)}
 
 
 def _plain(rows: list[tuple[str, ...]]) -> str:

@@ -9,16 +9,22 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from evakernels.dropin import _form, _swap
 from evakernels.dropin._gate import DEVICES, is_served
 from evakernels.dropin._serve import ROLES
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 LIBRARIES = ("torch_modules", "timm", "transformers", "open_clip")
 
 
 def _fits(module: Any) -> str | None:
     return None
+
+
+def _tokens_alone(module: Any, x: Tensor) -> list[Call]:
+    return [((x,), {})]
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,9 @@ class Rule:
         reason: tells why this module isn't for the rule, such as an option that the forward doesn't have.
         slow: tells why a module that the forward does serve is left for its speed.
         any_class: serve every class whose forward reads like that of `target`.
+        hook: tells whether a class asks a public interface of its library, `target`, that serves it, whatever its
+            source reads like.
+        calls: arguments to try the module with, made of tokens `[2, N, C]` that fit it; all but the first may fail.
     """
 
     forward: type[_swap.Swapped]
@@ -44,19 +53,20 @@ class Rule:
     reason: Callable[[Any], str | None] = field(default=_fits)
     slow: Callable[[Any], str | None] = field(default=_fits)
     any_class: bool = False
+    hook: Callable[[type], bool] | None = None
+    calls: Callable[[Any, Tensor], list[Call]] = field(default=_tokens_alone)
 
     @property
     def forms(self) -> tuple[str, ...]:
         """The functions whose forms have to be known."""
-        return f"{self.target}.forward", *self.helpers
+        return () if self.hook is not None else (f"{self.target}.forward", *self.helpers)
 
-    def unknown(self) -> str | None:
-        """Why the library that is installed isn't one that the rule knows."""
-        changed = [name for name in self.forms if not _form.is_known(_find(name), name)]
-        if not changed:
-            return None
-        library = self.target.partition(".")[0]
-        return f"unknown version {_version(library)} of {library}: {changed[0]} reads differently"
+    def unknown(self, cls: Any) -> str | None:
+        """Which function reads in no known way, if any: the forward of the class or a helper."""
+        for name in self.forms:
+            if not _form.is_known(_find(name) if name in self.helpers else cls.forward, name):
+                return name
+        return None
 
     def backend(self, module: Any, forced: bool = False) -> str | None:
         """What would serve the op where the module is now; None if nothing there is worth it or, if `forced`, can."""
@@ -93,6 +103,7 @@ def form_names() -> list[str]:
 
 def prepare() -> None:
     """Finds the classes of the libraries that have been imported since; imports none."""
+    _file("transformers").prepare()
     for library in LIBRARIES:
         for name, role in _file(library).ROLES.items():
             cls = _find(name)
@@ -100,29 +111,54 @@ def prepare() -> None:
                 ROLES[cls] = role
 
 
-def find(cls: type) -> Rule | None:
-    """The rule for exactly this class, or for what its forward reads like."""
-    for rule in rules():
-        if cls is _find(rule.target):
-            return rule
-    if not hasattr(cls, "forward"):
-        return None
-    return next((r for r in rules() if r.any_class and _form.is_known(cls.forward, f"{r.target}.forward")), None)
+def find(cls: Any) -> Rule | None:
+    """The rule for exactly this class, also where the library has moved it, or for what its forward reads like."""
+    named = [rule for rule in rules() if rule.target.rpartition(".")[2] == cls.__name__]
+    exact = next((rule for rule in named if cls is _find(rule.target)), None)
+    if exact is not None or not hasattr(cls, "forward"):
+        return exact
+    alike = next((r for r in rules() if r.any_class and _form.is_known(cls.forward, f"{r.target}.forward")), None)
+    package = cls.__module__.partition(".")[0]
+    moved = (r for r in named if r.target.partition(".")[0] == package and _find(r.target) is None)
+    return alike or next(moved, None)
+
+
+def hooked(cls: Any) -> Rule | None:
+    """The rule of a public interface that the class asks."""
+    return next((r for r in rules() if r.hook is not None and hasattr(cls, "forward") and r.hook(cls)), None)
 
 
 def served(cls: type, forced: bool = False) -> type | None:
     """The class that takes the place of `cls`, or None where no rule knows it."""
     prepare()
     rule = find(cls)
-    if rule is None or (rule.unknown() is not None and not rule.any_class):
+    if rule is None or rule.unknown(cls) is not None:
+        rule = hooked(cls)
+    return None if rule is None else _swap.served_class(cls, rule.forward, forced)
+
+
+def of_base(cls: type) -> Rule | None:
+    """The rule for the known class that `cls` is a subclass of."""
+    return next((r for base in cls.__mro__[1:] for r in rules() if base is _find(r.target)), None)
+
+
+def name_of(cls: type) -> str:
+    """The name under which a class has a role, or none."""
+    return next((name for library in LIBRARIES for name in _file(library).ROLES if _find(name) is cls), "")
+
+
+def doubtful_role(cls: type) -> str | None:
+    """The role that a class would have if its form were known."""
+    if cls in ROLES:
         return None
-    return _swap.served_class(cls, rule.forward, forced)
+    return next((roles[name] for roles in (_file(n).ROLES for n in LIBRARIES) if (name := name_of(cls)) in roles), None)
 
 
-def changed_from(cls: type) -> str | None:
-    """The name of the known class that `cls` is a subclass of."""
-    bases = cls.__mro__[1:]
-    return next((r.target.rpartition(".")[2] for b in bases for r in rules() if b is _find(r.target)), None)
+def stranger(name: str, changed: str) -> tuple[str, str]:
+    """Why a class of this name isn't known for certain, and of which library's version it is."""
+    library = name.partition(".")[0]
+    version = _version(library)
+    return f"unknown version {version} of {library}: {changed} reads differently", f"{library} {version}"
 
 
 def _find(name: str) -> Any:
@@ -147,11 +183,6 @@ def _version(library: str) -> str:
 @cache
 def _file(name: str) -> Any:
     return importlib.import_module(f"evakernels.dropin.{name}")
-
-
-def has_known_form(cls: Any, rule: Rule) -> bool:
-    """Whether the class is served for what its forward reads like, or is the rule's own in a known version."""
-    return (rule.any_class and _form.is_known(cls.forward, f"{rule.target}.forward")) or rule.unknown() is None
 
 
 def why_not_here(module: Any, forced: bool = False) -> str:

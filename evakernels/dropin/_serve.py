@@ -152,6 +152,11 @@ def _row_scale(drop: Any, branch: Tensor, factor: Tensor | None) -> Tensor | Non
     if drop is None or not _is_active(drop):
         return None
     dtype = branch.dtype if factor is None else torch.promote_types(branch.dtype, factor.dtype)
+    return drawn_rows(drop, branch, dtype).flatten()
+
+
+def drawn_rows(drop: Any, branch: Tensor, dtype: torch.dtype) -> Tensor:
+    """The factor of each sample, `[B, 1, ...]`, drawn as an active module draws it."""
     keep, shape = 1 - drop.drop_prob, (branch.shape[0],) + (1,) * (branch.dim() - 1)
     if hasattr(drop, "scale_by_keep"):
         rows = branch.new_empty(shape, dtype=dtype).bernoulli_(keep)
@@ -159,7 +164,7 @@ def _row_scale(drop: Any, branch: Tensor, factor: Tensor | None) -> Tensor | Non
             rows.div_(keep)
     else:
         rows = (torch.rand(shape, dtype=dtype, device=branch.device) + keep).floor().div(keep)
-    return rows.flatten()
+    return rows
 
 
 # --- MLPs -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import nn
 
 from evakernels.dropin._serve import ROLES
 
-_SERVED: dict[tuple[type, bool], type] = {}
+_SERVED: dict[tuple[type, type, bool], type] = {}
 _ORIGINAL: dict[type, type] = {}
 
 
@@ -31,7 +31,9 @@ class Swapped(nn.Module):
         """A pickle names the original class: that can be imported."""
         reduced: Any = super().__reduce_ex__(protocol)
         original = _ORIGINAL.get(type(self))
-        return reduced if original is None else (_rebuild, (original, self.is_forced), *reduced[2:])
+        if original is None:
+            return reduced
+        return _rebuild, (original, self.is_forced, type(self).__bases__[0]), *reduced[2:]
 
 
 def own_class(module: nn.Module) -> type:
@@ -47,13 +49,14 @@ def original_class(cls: type) -> type | None:
 
 def served_class(original: type, forward: type[Swapped], forced: bool = False) -> type:
     """The subclass of `original` that runs `forward`'s forward, always the same one."""
-    if (original, forced) not in _SERVED:
+    key = original, forward, forced
+    if key not in _SERVED:
         names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
         served = type(original.__name__, (forward, original), {**names, "is_forced": forced})
-        _SERVED[original, forced], _ORIGINAL[served] = served, original
+        _SERVED[key], _ORIGINAL[served] = served, original
         if original in ROLES:
             ROLES[served] = ROLES[original]
-    return _SERVED[original, forced]
+    return _SERVED[key]
 
 
 def set_class(module: nn.Module, cls: type) -> None:
@@ -73,9 +76,9 @@ def _is_wrapper(cls: type) -> bool:
     return len(bases) == 2 and bases[0].__module__.startswith("torch.distributed.")
 
 
-def _rebuild(original: type, forced: bool = False) -> Any:
-    """An empty module for `pickle` and `copy` to fill: swapped where this library still knows the class."""
+def _rebuild(original: type, forced: bool = False, forward: Any = None) -> Any:
+    """An empty module for `pickle` and `copy` to fill: swapped where the class is known or, in this process, was."""
     from evakernels.dropin._rule import served
 
-    cls: Any = served(original, forced) or original
+    cls: Any = _SERVED.get((original, forward, forced)) or served(original, forced) or original
     return cls.__new__(cls)

@@ -1,17 +1,36 @@
 """`accelerate` and `restore`: the walk over a model."""
 
+import warnings
 import weakref
+from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 from torch import nn
 
 from evakernels.dropin import _rule, _swap
+from evakernels.dropin._blocks import blocks
 from evakernels.dropin._choice import Choice, Patterns
 from evakernels.dropin._report import Left, Replaced, Report
+from evakernels.dropin._roles import ROLE_RULES
+from evakernels.dropin._serve import ROLES
+from evakernels.dropin._verify import Trials
+
+Unknown = Literal["skip", "verify"]
+
+
+class UnknownFormWarning(UserWarning):
+    """`accelerate` left modules of a library whose code reads in no known way, as that of a new release may."""
 
 
 def accelerate(
-    model: nn.Module, *, include: Patterns | None = None, exclude: Patterns | None = None, force: bool = False
+    model: nn.Module,
+    *,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    force: bool = False,
+    unknown: Unknown = "skip",
+    strict: bool = False,
 ) -> Report:
     """Makes the modules of a model that these ops serve run on them, in place.
 
@@ -19,6 +38,7 @@ def accelerate(
     attention, MLPs, norms, residual adds, patch dropout, linear layers, contrastive losses. Parameters, buffers, their
     names, hooks and the modules themselves stay, so state dicts go both ways. What would be slower on these ops is
     decided at each call, so a model may move to another device or dtype later. A second call changes nothing more.
+    After an error the model is as it was.
 
     Args:
         model: any module; a loss is one too.
@@ -27,26 +47,48 @@ def accelerate(
         exclude: the same of modules that keep their own code, or get it back. A module that isn't excluded may still
             read the parameters of an excluded child in one step with its own work.
         force: serve also what is left only because its own code is as fast, at every size, until `restore`.
+        unknown: what to do with a module whose class a rule knows, but whose source reads differently. `"skip"` leaves
+            it; `"verify"` runs a copy of it with its own code and with the op's, on small random inputs, and serves it
+            if outputs, gradients, what is changed in place and random numbers agree: in evaluation and training, with
+            and without a graph, in float32 (to 1e-5 of the largest value), float64, 16 bit and under autocast. That
+            holds for these inputs; options of a call that weren't tried may still differ. It also tries subclasses.
+        strict: raise where modules of an unknown form are left, instead of warning.
 
     Returns:
         What runs on which op and backend, and what was left and why; in its `watch` what then ran. `str` of it is a
-        table.
+        line such as "12 of 12 blocks" and a table.
 
     Raises:
         TypeError: for what isn't an `nn.Module`.
-        ValueError: for a pattern that matches no module; it names the nearest.
+        ValueError: for a pattern that matches no module, which names the nearest, or another `unknown`.
+        RuntimeError: under `strict`, where modules of an unknown form are left.
+
+    Warns:
+        UnknownFormWarning: where modules of an unknown form are left.
     """
     _check("accelerate", model)
+    if unknown not in ("skip", "verify"):
+        raise ValueError(f'accelerate: unknown={unknown!r}; accepted: "skip", "verify"')
     _rule.prepare()
     named = [(name, module, _class_of(module)) for name, module in model.named_modules()]
     choice = Choice([(name, cls.__name__) for name, _, cls in named], include, exclude)
-    report, rule_of = Report(model=weakref.ref(model)), cache(_rule_of)
-    for name, module, cls in named:
-        found = _accelerate(name, module, rule_of(cls), choice, force)
+    report = Report(model=weakref.ref(model), blocks=blocks(model), tried=unknown == "verify")
+    plan = _Plan(choice, force, Trials() if unknown == "verify" else None)
+    plan.learn_roles(named)
+    classes: list[tuple[nn.Module, type]] = []
+    for name, module, _ in named:
+        found, cls = plan.step(name, module)
+        if cls is not _swap.own_class(module):
+            classes.append((module, cls))
         if isinstance(found, Replaced):
             report.replaced.append(found)
         elif found is not None:
             report.left.append(found)
+    if strict and report.unknown:
+        raise RuntimeError(f"accelerate: {report.headline}; {report.unknown[0].reason}")
+    if report.unknown:  # a filter may make an error of it, so before anything is changed
+        warnings.warn(f"{report.headline} ({report.unknown[0].reason})", UnknownFormWarning, stacklevel=2)
+    _set_classes(classes)
     return report
 
 
@@ -60,12 +102,21 @@ def restore(model: nn.Module) -> int:
         TypeError: for what isn't an `nn.Module`.
     """
     _check("restore", model)
-    count = 0
-    for module in model.modules():
-        if _is_swapped(module):
-            _swap.set_class(module, _class_of(module))
-            count += 1
-    return count
+    swapped = [module for module in model.modules() if _is_swapped(module)]
+    _set_classes([(module, _class_of(module)) for module in swapped])
+    return len(swapped)
+
+
+def _set_classes(classes: list[tuple[nn.Module, type]]) -> None:
+    """All of them or, after an error, none."""
+    before = [(module, type(module)) for module, _ in classes]
+    try:
+        for module, cls in classes:
+            _swap.set_class(module, cls)
+    except BaseException:
+        for module, cls in before:
+            module.__class__ = cls
+        raise
 
 
 def _is_swapped(module: nn.Module) -> bool:
@@ -83,46 +134,105 @@ def _check(function: str, model: object) -> None:
         raise TypeError(f"{function}: model is a {type(model).__name__}; accepted: a torch.nn.Module")
 
 
-_ClassRule = tuple[_rule.Rule | None, str | None]
+@dataclass(frozen=True)
+class _Known:
+    """What the rules know of a class: its rule, why that isn't for certain, and of which library's version."""
+
+    rule: _rule.Rule | None
+    doubt: str | None = None
+    library: str = ""
+    hooked: _rule.Rule | None = None
 
 
-def _rule_of(cls: type) -> _ClassRule:
-    """The rule that knows a class, if any, and why the class is left all the same."""
-    rule = _rule.find(cls)
-    if rule is None:
-        known = _rule.changed_from(cls)
-        return None, None if known is None else f"a subclass of {known} changed it"
-    return rule, None if _rule.has_known_form(cls, rule) else rule.unknown()
+def _known(cls: type) -> _Known:
+    rule, hooked = _rule.find(cls), _rule.hooked(cls)
+    if rule is not None:
+        changed = rule.unknown(cls)
+        if changed is None:
+            return _Known(rule)
+        return _Known(rule, *_rule.stranger(rule.target, changed), hooked)
+    if hooked is not None:
+        return _Known(hooked)
+    base = _rule.of_base(cls)
+    if base is None:
+        role = _rule.doubtful_role(cls)
+        return (
+            _Known(None)
+            if role is None
+            else _Known(None, *_rule.stranger(_rule.name_of(cls), f"{_rule.name_of(cls)}.forward"))
+        )
+    return _Known(base, f"a subclass of {base.target.rpartition('.')[2]} changed it")
 
 
-def _accelerate(
-    name: str, module: nn.Module, class_rule: _ClassRule, choice: Choice, force: bool
-) -> Replaced | Left | None:
-    cls, (rule, reason) = _class_of(module), class_rule
-    if rule is None:
-        return None if reason is None else Left(name, cls.__name__, reason)
-    if choice.excludes(name, cls.__name__):
-        if _is_swapped(module):
-            _swap.set_class(module, cls)
-        return Left(name, cls.__name__, "excluded")
-    included = choice.includes(name, cls.__name__)
-    if not included and not _is_swapped(module):
-        return Left(name, cls.__name__, "not included")
-    own = _swap.own_class(module)
-    forced = (force and included) or getattr(own, "is_forced", False)
-    reason = _unserved(module, rule, reason, forced)
-    if reason is not None:
-        return Left(name, cls.__name__, reason)
-    served = _swap.served_class(cls, rule.forward, forced)
-    if own is not served:
-        _swap.set_class(module, served)
-    backend = rule.backend(module, forced)
-    if backend is None:
-        return Left(name, cls.__name__, _rule.why_not_here(module, forced))
-    return Replaced(name, cls.__name__, rule.op, backend)
+class _Plan:
+    """What becomes of each module, without changing any."""
+
+    def __init__(self, choice: Choice, force: bool, trials: Trials | None) -> None:
+        self.choice, self.force, self.trials = choice, force, trials
+        self.known = cache(_known)
+
+    def step(self, name: str, module: nn.Module) -> tuple[Replaced | Left | None, type]:
+        """What to report of a module, and the class that it is to have."""
+        cls, current = _class_of(module), _swap.own_class(module)
+        known = self.known(cls)
+        if known.rule is None:
+            reason = None if cls in ROLES else known.doubt
+            return (None if reason is None else Left(name, cls.__name__, reason, known.library)), current
+        if self.choice.excludes(name, cls.__name__):
+            return Left(name, cls.__name__, "excluded"), cls
+        included = self.choice.includes(name, cls.__name__)
+        if not included and not _is_swapped(module):
+            return Left(name, cls.__name__, "not included"), current
+        forced = (self.force and included) or getattr(current, "is_forced", False)
+        rule, verified, reason = self._settle(module, cls, known)
+        if "forward" in module.__dict__:
+            reason = "its forward was replaced"
+        reason = reason or _unserved(module, rule, forced)
+        if reason is not None:
+            library = known.library if reason.startswith("unknown version") else ""
+            return Left(name, cls.__name__, reason, library), current
+        served = _swap.served_class(cls, rule.forward, forced)
+        backend = rule.backend(module, forced)
+        if backend is None:
+            return Left(name, cls.__name__, _rule.why_not_here(module, forced)), served
+        return Replaced(name, cls.__name__, rule.op, backend, verified), served
+
+    def learn_roles(self, modules: list[tuple[str, nn.Module, type]]) -> None:
+        """Tries the children that fused steps would read, before the modules that hold them."""
+        for _, module, cls in modules:
+            role = None if self.trials is None else _rule.doubtful_role(cls)
+            if (
+                role is not None
+                and self.trials is not None
+                and self.trials.difference(module, cls, ROLE_RULES[role]) is None
+            ):
+                ROLES[cls] = role
+
+    def _settle(self, module: nn.Module, cls: type, known: _Known) -> tuple[_rule.Rule, bool, str | None]:
+        """The rule for a module, whether that was tried out, and why it isn't for it."""
+        rule, doubt = known.rule, known.doubt
+        assert rule is not None
+        if doubt is None:
+            return rule, False, None
+        if rule.forward in type(module).__mro__:  # an earlier call has tried it
+            return rule, True, None
+        if self.trials is not None:
+            found = _tried(self.trials, module, cls, rule)
+            if found is None:
+                return rule, True, None
+            doubt = f"{doubt}; tried: {found}"
+        return (rule, False, doubt) if known.hooked is None else (known.hooked, False, None)
 
 
-def _unserved(module: nn.Module, rule: _rule.Rule, reason: str | None, forced: bool) -> str | None:
+def _tried(trials: Trials, module: nn.Module, cls: type, rule: _rule.Rule) -> str | None:
+    try:
+        reason = _unserved(module, rule, forced=True)
+    except AttributeError as error:  # it is built differently
+        reason = str(error)
+    return reason or trials.difference(module, cls, rule)
+
+
+def _unserved(module: nn.Module, rule: _rule.Rule, forced: bool) -> str | None:
     if "forward" in module.__dict__:
         return "its forward was replaced"
-    return reason or rule.reason(module) or (None if forced else rule.slow(module))
+    return rule.reason(module) or (None if forced else rule.slow(module))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evakernels.dropin._gate import serves
-from evakernels.dropin._rule import Rule
+from evakernels.dropin._rule import Call, Rule
 from evakernels.dropin._serve import add, add_norm, drops
 from evakernels.dropin._swap import Swapped
 from evakernels.dropin.timm import LayerNorm
@@ -126,14 +126,19 @@ class Attention(Swapped):
             return whole
         packed = linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in packed.chunk(3, dim=-1))
-        out = rope_attention(self.ln_q(q), self.ln_k(k), v)
+        if hasattr(self, "ln_q"):
+            q, k = self.ln_q(q), self.ln_k(k)
+        out = rope_attention(q, k, v)
         if self.head_scale is not None:
             out = out * self.head_scale.view(-1, 1)
-        y: Tensor = self.out_drop(self.out_proj(self.ln_inner(out.flatten(2))))
+        out = out.flatten(2)
+        y: Tensor = self.out_drop(self.out_proj(self.ln_inner(out) if hasattr(self, "ln_inner") else out))
         return y
 
 
 def _has_dot_products(module: Any) -> str | None:
+    if not getattr(module, "batch_first", True):
+        return "its sequences come first"
     return None if module.logit_scale is None else "its scores are cosines"
 
 
@@ -164,12 +169,13 @@ class ClipLoss(Swapped):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor,
-        logit_bias: Tensor | None = None,
-        output_dict: bool = False,
+        *args: Any,
+        **options: Any,
     ) -> Any:
-        given = image_features, text_features, logit_scale
-        if logit_bias is not None or not _takes("clip_loss", *given, forced=self.is_forced):
-            return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
+        # Before 2.32 there was no bias, and the fourth argument was another.
+        given, biased = (image_features, text_features, logit_scale), options.get("logit_bias") is not None
+        if args or biased or not _takes("clip_loss", *given, forced=self.is_forced):
+            return super().forward(*given, *args, **options)
         image, text, *of_all = matmul_inputs(*self._gathered(image_features, text_features))
         if self.world_size > 1 and self.local_loss:
             offset = len(image) * self.rank
@@ -180,7 +186,7 @@ class ClipLoss(Swapped):
             image, text = of_all or (image, text)
             loss = clip_loss(image, text, logit_scale, group=False)  # open_clip has gathered what there is
         loss = loss.to(_loss_dtype(image_features, logit_scale))
-        return {"contrastive_loss": loss} if output_dict else loss
+        return {"contrastive_loss": loss} if options.get("output_dict") else loss
 
     def _gathered(self, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
         """The features of this process, followed by those of all if there are several."""
@@ -232,6 +238,34 @@ def _gate(module: Any) -> str:
     return "scaled_add_norm" if scaled else "add_norm"
 
 
+# --- what to try a module of an unknown form with --------------------------------------------------------------------
+
+
+def _with_itself(module: Any, x: Tensor) -> list[Call]:
+    options = {"need_weights": False}
+    masks = _causal_mask(x.shape[1], x.dtype).to(x.device), torch.randn_like(x @ x.mT)[0]
+    return [
+        ((x, x, x), options),
+        *(((x, x, x), {**options, "attn_mask": mask}) for mask in masks),
+        ((x, x.flip(1), x), options),
+        ((x, x, x), {}),
+    ]
+
+
+def _masked(module: Any, x: Tensor) -> list[Call]:
+    return [((x,), {}), ((x,), {"attn_mask": torch.randn_like(x @ x.mT)[0]})]
+
+
+def _pairs(module: Any, x: Tensor) -> list[Call]:
+    if module.world_size > 1:
+        raise ValueError("its features would be those of several processes")
+    image, text = F.normalize(x, dim=-1).flatten(0, 1).chunk(2)
+    options = {"image_features": image, "text_features": text, "logit_scale": x.new_tensor(10.0).requires_grad_()}
+    biased = {**options, "logit_bias": x.new_tensor(-2.0).requires_grad_()}
+    calls: list[Call] = [((), {**o, **form}) for o in (options, biased) for form in ({}, {"output_dict": True})]
+    return calls[2:] if hasattr(module, "_loss") else calls
+
+
 _TRANSFORMER, _LOSS = "open_clip.transformer", "open_clip.loss"
 
 RULES = (
@@ -241,6 +275,7 @@ RULES = (
         "linear, rope_attention",
         "multi_head",
         reason=_packs_all,
+        calls=_with_itself,
     ),
     Rule(LayerNorm, f"{_TRANSFORMER}.LayerNorm", "layer_norm", "layer_norm", reason=last_dimension),
     Rule(LayerNorm, f"{_TRANSFORMER}.LayerNormFp32", "layer_norm", "layer_norm", reason=last_dimension),
@@ -250,6 +285,7 @@ RULES = (
         "add_layer_norm",
         _gate,
         helpers=(f"{_TRANSFORMER}.LayerScale.forward",),
+        calls=_masked,
     ),
     Rule(
         CustomResidualAttentionBlock,
@@ -257,8 +293,11 @@ RULES = (
         "add_layer_norm",
         _gate,
         helpers=(f"{_TRANSFORMER}.LayerScale.forward",),
+        calls=_masked,
     ),
-    Rule(Attention, f"{_TRANSFORMER}.Attention", "rope_attention", "attention", reason=_has_dot_products),
+    Rule(
+        Attention, f"{_TRANSFORMER}.Attention", "rope_attention", "attention", reason=_has_dot_products, calls=_masked
+    ),
     Rule(PatchDropout, f"{_TRANSFORMER}.PatchDropout", "token_dropout", "token_dropout"),
     Rule(
         ClipLoss,
@@ -266,6 +305,7 @@ RULES = (
         "clip_loss",
         "clip_loss",
         helpers=tuple(f"{_LOSS}.{n}" for n in ("ClipLoss.get_logits", "ClipLoss.get_ground_truth", "gather_features")),
+        calls=_pairs,
     ),
     Rule(
         SigLipLoss,
@@ -273,5 +313,6 @@ RULES = (
         "siglip_loss",
         "siglip_loss",
         helpers=tuple(f"{_LOSS}.SigLipLoss.{n}" for n in ("get_ground_truth", "get_logits", "_loss")),
+        calls=_pairs,
     ),
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from evakernels.dropin._gate import serves
-from evakernels.dropin._rule import Rule
+from evakernels.dropin._rule import Call, Rule
 from evakernels.dropin._serve import add, add_norm, drops, gated, norm_add, role
 from evakernels.dropin._swap import Swapped
 from evakernels.dropin.torch_modules import GELU, RMSNorm, by_silu, last_dimension
@@ -60,6 +60,11 @@ def _packed_by_silu(module: Any) -> str | None:
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
+def _causal(is_causal: bool) -> dict[str, bool]:
+    """The option where it is given: before 1.0.26 timm had none."""
+    return {"is_causal": True} if is_causal else {}
+
+
 class _Attention(Swapped):
     """What the three attention modules share."""
 
@@ -103,7 +108,7 @@ class Attention(_Attention):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if self._is_fused(x, None, attn_mask):
             return self._attend(x, causal=is_causal)
-        y: Tensor = super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        y: Tensor = super().forward(x, attn_mask=attn_mask, **_causal(is_causal))
         return y
 
 
@@ -117,7 +122,7 @@ class RotaryAttention(_Attention):
             rotation = {} if rope is None else self._rotation(x, rope)
             if rotation is not None:
                 return self._attend(x, causal=is_causal, **rotation)
-        y: Tensor = super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+        y: Tensor = super().forward(x, rope=rope, attn_mask=attn_mask, **_causal(is_causal))
         return y
 
     def _rotation(self, x: Tensor, rope: Tensor) -> dict[str, Any] | None:
@@ -156,10 +161,10 @@ def _as_many_keys(module: Any) -> str | None:
 
 
 class Block(Swapped):
-    """ViT's."""
+    """ViT's, and that with a bias by relative position, which its attention adds."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        branch = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        branch = self.attn(self.norm1(x), *args, **options)
         y, x = add_norm(x, branch, self.norm2, self.ls1, self.drop_path1, forced=self.is_forced)
         return add(x, self.mlp(y), self.ls2, self.drop_path2)
 
@@ -167,26 +172,10 @@ class Block(Swapped):
 class EvaBlock(Swapped):
     """EVA's, whose layer scale is a parameter of its own."""
 
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        branch = self.attn(
-            self.norm1(x),
-            rope=rope,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-        )
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        branch = self.attn(self.norm1(x), *args, **options)
         y, x = add_norm(x, branch, self.norm2, self.gamma_1, self.drop_path1, forced=self.is_forced)
         return add(x, self.mlp(y), self.gamma_2, self.drop_path2)
-
-
-class RelPosBlock(Swapped):
-    """ViT's with a bias by relative position, which its attention adds."""
-
-    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
-        branch = self.attn(self.norm1(x), shared_rel_pos=shared_rel_pos)
-        y, x = add_norm(x, branch, self.norm2, self.ls1, self.drop_path1, forced=self.is_forced)
-        return add(x, self.mlp(y), self.ls2, self.drop_path2)
 
 
 class PostNormBlock(Swapped):
@@ -202,7 +191,7 @@ class ParallelScalingBlock(_Attention):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if not self._is_fused(x, None, attn_mask):
-            whole: Tensor = super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+            whole: Tensor = super().forward(x, attn_mask=attn_mask, **_causal(is_causal))
             return whole
         hidden, *parts = self.in_proj(self.in_norm(x)).split(self.in_split, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in parts)
@@ -256,6 +245,30 @@ def _drop_patches(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return token_dropout(x, rows), keep
 
 
+# --- what to try a module of an unknown form with --------------------------------------------------------------------
+
+
+def _masked(module: Any, x: Tensor, **options: Any) -> list[Call]:
+    mask = torch.randn_like(x @ x.mT)[0]
+    return [((x,), {**options, **further}) for further in ({}, {"attn_mask": mask}, {"is_causal": True})]
+
+
+def _rotated(module: Any, x: Tensor) -> list[Call]:
+    """With a table that holds each angle twice, as timm's."""
+    attention = getattr(module, "attn", module)
+    patches, pairs = x.shape[1] - attention.num_prefix_tokens, attention.head_dim // 2
+    angles, half = x.new_empty(patches, pairs).uniform_(-3, 3), getattr(attention, "rotate_half", False)
+    twice = torch.cat((angles, angles), -1) if half else angles.repeat_interleave(2, -1)
+    return [*_masked(module, x, rope=torch.cat((twice.sin(), twice.cos()), -1)), ((x,), {})]
+
+
+def _biased(module: Any, x: Tensor) -> list[Call]:
+    bias = module.attn.rel_pos
+    if bias is not None:
+        x = x.new_empty(2, bias.get_bias().shape[-1], x.shape[-1]).normal_().requires_grad_()
+    return [((x,), {}), ((x,), {"shared_rel_pos": torch.randn_like(x @ x.mT)[:1, None]})]
+
+
 _VIT, _EVA, _LAYERS = "timm.models.vision_transformer", "timm.models.eva", "timm.layers"
 _RELATIVE = f"{_VIT}_relpos"
 _ROTATION = tuple(
@@ -271,7 +284,7 @@ RULES = (
     Rule(GELU, f"{_LAYERS}.activations.GELUTanh", "gelu", "gelu"),
     Rule(SwiGLU, f"{_LAYERS}.mlp.SwiGLU", "swiglu", "swiglu_norm", reason=by_silu),
     Rule(GluMlp, f"{_LAYERS}.mlp.GluMlp", "swiglu", "swiglu", reason=_packed_by_silu),
-    Rule(Attention, f"{_LAYERS}.attention.Attention", "rope_attention", "attention"),
+    Rule(Attention, f"{_LAYERS}.attention.Attention", "rope_attention", "attention", calls=_masked),
     Rule(
         RotaryAttention,
         f"{_LAYERS}.attention.AttentionRope",
@@ -279,15 +292,25 @@ RULES = (
         "rope_attention",
         helpers=_ROTATION,
         reason=_as_many_keys,
+        calls=_rotated,
     ),
-    Rule(RotaryAttention, f"{_EVA}.EvaAttention", "rope_attention", "rope_attention", helpers=_ROTATION),
-    Rule(Block, f"{_VIT}.Block", "add_layer_norm", _block_gate, helpers=_DROP_PATH),
-    Rule(PostNormBlock, f"{_VIT}.ResPostBlock", "layer_norm_add", "norm_add", helpers=_DROP_PATH),
-    Rule(PostNormBlock, f"{_EVA}.EvaBlockPostNorm", "layer_norm_add", "norm_add", helpers=_DROP_PATH),
-    Rule(ParallelScalingBlock, f"{_VIT}.ParallelScalingBlock", "rope_attention", "attention"),
-    Rule(RelPosBlock, f"{_RELATIVE}.RelPosBlock", "add_layer_norm", _block_gate, helpers=_DROP_PATH),
-    Rule(PostNormBlock, f"{_RELATIVE}.ResPostRelPosBlock", "layer_norm_add", "norm_add", helpers=_DROP_PATH),
-    Rule(EvaBlock, f"{_EVA}.EvaBlock", "add_layer_norm", _block_gate, helpers=_DROP_PATH),
+    Rule(
+        RotaryAttention, f"{_EVA}.EvaAttention", "rope_attention", "rope_attention", helpers=_ROTATION, calls=_rotated
+    ),
+    Rule(Block, f"{_VIT}.Block", "add_layer_norm", _block_gate, helpers=_DROP_PATH, calls=_masked),
+    Rule(PostNormBlock, f"{_VIT}.ResPostBlock", "layer_norm_add", "norm_add", helpers=_DROP_PATH, calls=_masked),
+    Rule(PostNormBlock, f"{_EVA}.EvaBlockPostNorm", "layer_norm_add", "norm_add", helpers=_DROP_PATH, calls=_rotated),
+    Rule(ParallelScalingBlock, f"{_VIT}.ParallelScalingBlock", "rope_attention", "attention", calls=_masked),
+    Rule(Block, f"{_RELATIVE}.RelPosBlock", "add_layer_norm", _block_gate, helpers=_DROP_PATH, calls=_biased),
+    Rule(
+        PostNormBlock,
+        f"{_RELATIVE}.ResPostRelPosBlock",
+        "layer_norm_add",
+        "norm_add",
+        helpers=_DROP_PATH,
+        calls=_biased,
+    ),
+    Rule(EvaBlock, f"{_EVA}.EvaBlock", "add_layer_norm", _block_gate, helpers=_DROP_PATH, calls=_rotated),
     Rule(
         PatchDropout,
         f"{_LAYERS}.patch_dropout.PatchDropout",

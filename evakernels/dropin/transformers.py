@@ -1,12 +1,16 @@
-"""Rules for transformers: CLIP, SigLIP, SigLIP2, DINOv3, and what reads like Llama's MLP and RMSNorm in any model."""
+"""Rules for transformers: CLIP, SigLIP, SigLIP2, DINOv3; in any model what reads like Llama's MLP and RMSNorm, and the
+attention of all that ask its `AttentionInterface`, by way of that."""
 
+import inspect
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from evakernels.dropin._gate import serves
-from evakernels.dropin._rule import Rule
+from evakernels.dropin._rule import Call, Rule
 from evakernels.dropin._serve import add, add_norm, gated, own_norm_parameters
 from evakernels.dropin._swap import Swapped
 from evakernels.dropin.torch_modules import GELU, by_silu
@@ -42,59 +46,78 @@ class GatedMLP(Swapped):
 
 # --- attention ------------------------------------------------------------------------------------------------------
 
-_UNSERVED = ("output_attentions", "position_bias", "softcap")
-"""Options of a call that transformers' scaled dot product attention takes or refuses."""
+
+class HookedAttention(Swapped):
+    """Of any model that asks transformers' `AttentionInterface`: its own forward, whose call of "sdpa" is served."""
 
 
-class _Attention(Swapped):
-    """What the attention modules share: those that ask for torch's scaled dot product attention are served."""
-
-    def _is_fused(self, op: str, x: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> bool:
-        return (
-            attention_mask is None
-            and self.config._attn_implementation == "sdpa"
-            and not (self.training and self.dropout > 0)
-            and not any(options.get(name) for name in _UNSERVED)
-            and serves(op, x, of_product=True, forced=self.is_forced)
-            and x.dim() == 3
-        )
-
-    def _is_causal(self, options: dict[str, Any]) -> bool:
-        causal = options.get("is_causal")
-        return bool(self.is_causal if causal is None else causal)
-
-    def _attend(self, x: Tensor, **options: Any) -> Tensor:
-        """`[B, N, C]`, in front of the output projection."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return rope_attention(q, k, v, **options).flatten(2)
+_INTERFACE = "transformers.modeling_utils.AttentionInterface"
+_ARGUMENTS = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "kwargs"}
+_sdpa: Callable[..., Any] | None = None
+_unserved: frozenset[str] = frozenset()
+"""Options of a call that transformers' scaled dot product attention takes or refuses, and that the op lacks."""
 
 
-def _unrotated() -> str:
-    return "attention_training" if torch.is_grad_enabled() else "attention"
+def prepare() -> None:
+    """Registers what serves accelerated modules as "sdpa", unless somebody else has put their own there."""
+    global _sdpa, _unserved
+    interface: Any = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
+    current = None if interface is None else interface().get("sdpa")
+    if current is not None and current.__module__.startswith("transformers."):
+        _unserved = frozenset(inspect.signature(current).parameters) - _ARGUMENTS | {"output_attentions", "softcap"}
+        _sdpa = current
+        interface.register("sdpa", _attend)
 
 
-class CLIPAttention(_Attention):
-    """CLIP's, whose caller says whether it is causal."""
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        if self._is_fused(_unrotated(), hidden_states, attention_mask, kwargs):
-            out = self._attend(hidden_states, causal=self._is_causal(kwargs), scale=self.scale)
-            return self.out_proj(out), None
-        return super().forward(hidden_states, attention_mask, **kwargs)
+def asks_the_interface(cls: Any) -> bool:
+    """Whether the forward of a class takes its attention from transformers' common interface."""
+    forward = inspect.unwrap(cls.forward)
+    names = getattr(getattr(forward, "__code__", None), "co_names", ())
+    interface = forward.__globals__.get("ALL_ATTENTION_FUNCTIONS") if "ALL_ATTENTION_FUNCTIONS" in names else None
+    return interface is not None and interface.get("sdpa") is _attend
 
 
-class SiglipAttention(_Attention):
-    """SigLIP's, whose caller doesn't."""
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, Any]:
+    """`[B, N, H, D]` for queries, keys and values `[B, H, N, D]`: of an accelerated module by the op."""
+    served = isinstance(module, HookedAttention) and attention_mask is None and dropout == 0
+    if served and not _asks_more(options) and _takes(module, query, key, value):
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        q, k, v = (part.transpose(1, 2) for part in (query, key, value))
+        return rope_attention(q, k, v, causal=bool(causal), scale=scaling), None
+    assert _sdpa is not None
+    result: tuple[Tensor, Any] = _sdpa(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **options
+    )
+    return result
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        if self._is_fused(_unrotated(), hidden_states, attention_mask, {}):
-            out = self._attend(hidden_states, causal=self._is_causal({}), scale=self.scale)
-            return self.out_proj(out), None
-        return super().forward(hidden_states, attention_mask, **kwargs)
+
+def _asks_more(options: dict[str, Any]) -> bool:
+    return any(options.get(name) is not None and options[name] is not False for name in _unserved)
 
 
-class DINOv3Attention(_Attention):
-    """DINOv3's, which rotates the patches behind class token and registers."""
+def _takes(module: Any, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    op = "attention_training" if torch.is_grad_enabled() else "attention"
+    same = query.shape == key.shape == value.shape and query.dtype == key.dtype == value.dtype
+    return same and query.dim() == 4 and serves(op, query, of_product=True, forced=module.is_forced)
+
+
+def _as_many_keys(module: Any) -> str | None:
+    groups = getattr(module, "num_key_value_groups", 1)
+    return None if groups == 1 else f"{groups} query heads share a key"
+
+
+class DINOv3Attention(HookedAttention):
+    """DINOv3's, which rotates the patches behind class token and registers; here the op does."""
 
     def forward(
         self,
@@ -103,21 +126,36 @@ class DINOv3Attention(_Attention):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
-        if position_embeddings is not None and self._is_fused("rope_attention", hidden_states, attention_mask, kwargs):
+        if position_embeddings is not None and self._is_fused(hidden_states, attention_mask, kwargs):
             cos, sin = position_embeddings
             prefix, pairs = hidden_states.shape[1] - sin.shape[-2], self.head_dim // 2
             if cos.dim() == 2 and 0 <= prefix <= MAX_PREFIX:
-                out = self._attend(
-                    hidden_states,
+                projections = self.q_proj, self.k_proj, self.v_proj
+                q, k, v = (p(hidden_states).unflatten(-1, (-1, self.head_dim)) for p in projections)
+                causal = kwargs.get("is_causal")
+                out = rope_attention(
+                    q,
+                    k,
+                    v,
                     cos=cos[:, :pairs],
                     sin=sin[:, :pairs],
                     num_prefix=prefix,
                     interleaved=False,
-                    causal=self._is_causal(kwargs),
+                    causal=bool(self.is_causal if causal is None else causal),
                     scale=self.scaling,
                 )
-                return self.o_proj(out), None
+                return self.o_proj(out.flatten(2)), None
         return super().forward(hidden_states, attention_mask, position_embeddings, **kwargs)
+
+    def _is_fused(self, x: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> bool:
+        return (
+            attention_mask is None
+            and self.config._attn_implementation == "sdpa"
+            and not (self.training and self.dropout > 0)
+            and not _asks_more(options)
+            and serves("rope_attention", x, of_product=True, forced=self.is_forced)
+            and x.dim() == 3
+        )
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------
@@ -126,10 +164,8 @@ class DINOv3Attention(_Attention):
 class EncoderLayer(Swapped):
     """That of CLIP and SigLIP."""
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
-        branch, _ = self.self_attn(
-            hidden_states=self.layer_norm1(hidden_states), attention_mask=attention_mask, **kwargs
-        )
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        branch, _ = self.self_attn(self.layer_norm1(hidden_states), *args, **kwargs)
         y, x = add_norm(hidden_states, branch, self.layer_norm2, forced=self.is_forced)
         return add(x, self.mlp(y))
 
@@ -151,27 +187,45 @@ class DINOv3Layer(Swapped):
         return add(x, self.mlp(y), self.layer_scale2, self.drop_path)
 
 
+# --- what to try a module of an unknown form with --------------------------------------------------------------------
+
+
+def _masked(module: Any, x: Tensor) -> list[Call]:
+    return [((x, None), {}), ((x, torch.randn_like(x @ x.mT)[:, None]), {})]
+
+
+def _rotated(module: Any, x: Tensor) -> list[Call]:
+    attention = getattr(module, "attention", module)
+    angles = x.new_empty(x.shape[1] - 3, attention.head_dim // 2).uniform_(-3, 3).repeat(1, 2)
+    return [(args, {"position_embeddings": (angles.cos(), angles.sin())}) for args, _ in _masked(module, x)]
+
+
 _MODELS = "transformers.models"
-_CLIP, _SIGLIP, _SIGLIP2 = (f"{_MODELS}.{name}.modeling_{name}" for name in ("clip", "siglip", "siglip2"))
+_CLIP, _SIGLIP = (f"{_MODELS}.{name}.modeling_{name}" for name in ("clip", "siglip"))
 _DINOV3, _LLAMA = f"{_MODELS}.dinov3_vit.modeling_dinov3_vit", f"{_MODELS}.llama.modeling_llama"
-_SDPA = ("transformers.integrations.sdpa_attention.sdpa_attention_forward",)
 
 RULES = (
     Rule(GELU, "transformers.activations.GELUTanh", "gelu", "gelu"),
     Rule(GELU, "transformers.activations.NewGELUActivation", "gelu", "gelu"),
     Rule(RMSNorm, f"{_LLAMA}.LlamaRMSNorm", "rms_norm", "rms_norm", any_class=True),
     Rule(GatedMLP, f"{_LLAMA}.LlamaMLP", "swiglu", "swiglu", reason=by_silu, any_class=True),
-    Rule(CLIPAttention, f"{_CLIP}.CLIPAttention", "rope_attention", "attention", helpers=_SDPA),
-    Rule(SiglipAttention, f"{_SIGLIP}.SiglipAttention", "rope_attention", "attention", helpers=_SDPA),
-    Rule(SiglipAttention, f"{_SIGLIP2}.Siglip2Attention", "rope_attention", "attention", helpers=_SDPA),
     Rule(
         DINOv3Attention,
         f"{_DINOV3}.DINOv3ViTAttention",
         "rope_attention",
         "rope_attention",
-        helpers=(*_SDPA, f"{_DINOV3}.apply_rotary_pos_emb", f"{_DINOV3}.rotate_half"),
+        helpers=(f"{_DINOV3}.apply_rotary_pos_emb", f"{_DINOV3}.rotate_half"),
+        calls=_rotated,
     ),
-    Rule(EncoderLayer, f"{_CLIP}.CLIPEncoderLayer", "add_layer_norm", "add_norm", any_class=True),
-    Rule(EncoderLayer, f"{_SIGLIP}.SiglipEncoderLayer", "add_layer_norm", "add_norm", any_class=True),
-    Rule(DINOv3Layer, f"{_DINOV3}.DINOv3ViTLayer", "add_layer_norm", "scaled_add_norm"),
+    Rule(EncoderLayer, f"{_CLIP}.CLIPEncoderLayer", "add_layer_norm", "add_norm", any_class=True, calls=_masked),
+    Rule(EncoderLayer, f"{_SIGLIP}.SiglipEncoderLayer", "add_layer_norm", "add_norm", any_class=True, calls=_masked),
+    Rule(DINOv3Layer, f"{_DINOV3}.DINOv3ViTLayer", "add_layer_norm", "scaled_add_norm", calls=_rotated),
+    Rule(
+        HookedAttention,
+        _INTERFACE,
+        "rope_attention",
+        "attention",
+        reason=_as_many_keys,
+        hook=asks_the_interface,
+    ),
 )

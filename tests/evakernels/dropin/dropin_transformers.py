@@ -91,7 +91,7 @@ TRANSFORMERS = {
     ),
     "llama": _family(
         lambda: LlamaModel(LlamaConfig(**_SIZES, vocab_size=50)),
-        {"layer_norm", "swiglu"},
+        {"layer_norm", "swiglu", "rope_attention"},
         lambda seed: {"input_ids": _tokens(seed)},
     ),
 }

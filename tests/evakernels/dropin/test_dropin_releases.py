@@ -1,0 +1,55 @@
+"""Every kind of model in the table that `tools/dropin_releases.py` writes, and the table."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[3] / "tools"
+models = runpy.run_path(str(TOOLS / "dropin_models.py"))
+sys.path.insert(0, str(TOOLS))
+import dropin_releases  # noqa: E402
+
+# Those whose parts are in no other; --all in the tool's table has every model.
+QUICK = ("timm: vit_pe_core_base_patch16_224", "transformers: Pixtral vision", "torchvision: VisionTransformer")
+KINDS = [(library, name) for library in ("timm", "transformers", "torchvision") for name in models["models"](library)]
+
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [
+        pytest.param(*kind, id=": ".join(kind), marks=() if ": ".join(kind) in QUICK else pytest.mark.exhaustive)
+        for kind in KINDS
+    ],
+)
+def test_each_kind_of_model_is_replaced_and_equal(library, name):
+    found = models["compare"](models["models"](library)[name])
+    blocks = found["blocks"]
+    assert found["headline"] == f"{blocks} of {blocks} blocks"
+    assert blocks >= 2
+    assert max(found["forward"], found["gradients"]) <= 1e-5
+
+
+ROW = {"headline": "2 of 2 blocks", "replaced": {"Block": 2}, "left": {"GELU: slow": 2}, "forward": 1e-7}
+EQUAL, OFF = {"model": "a", "gradients": 2e-7} | ROW, {"model": "b", "gradients": 1e-3} | ROW
+UNKNOWN = EQUAL | {"model": "d", "headline": "0 of 2 blocks: timm 9 is unknown; and so on"}
+ERROR = {"model": "c", "error": "ImportError: no | here"}
+
+
+def test_a_release_that_is_not_equal_or_unknown_or_fails_is_told():
+    assert dropin_releases.release_line("timm 9", [EQUAL]) == "| timm 9 | 1 of 1 | 2 of 2 | 1e-07 | 2e-07 |  |"
+    line = dropin_releases.release_line("timm 9", [EQUAL, OFF, ERROR, UNKNOWN])
+    assert line.startswith("| timm 9 | 2 of 4 | 4 of 6 | 1e-07 | 1e-03 |")
+    assert line.endswith(r"| c: ImportError: no \| here; b: differs; d: 0 of 2 blocks: timm 9 is unknown; and so on |")
+
+
+def test_a_model_says_what_is_left_and_why():
+    line = dropin_releases.model_line("timm", EQUAL)
+    assert line == "| timm: a | 2 of 2 blocks | 2 Block | 1e-07 | 2e-07 | 2 GELU: slow |"
+
+
+def test_the_page_in_the_documentation_has_every_kind():
+    page = (TOOLS.parent / "docs" / "dropin-releases.md").read_text()
+    assert not [f"{library}: {name}" for library, name in KINDS if f"| {library}: {name} |" not in page]
+    assert page.count("| timm 1.") == page.count("| transformers 5.") == 10
