@@ -24,9 +24,10 @@ BUNDLE ?= build/gpu-bundle
 GPU_CHECK ?= --out build/gpu-check
 CPP_FILES := $(shell find csrc ptx_interpreter tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
-# A process for each processor, each with one thread: torch's own would only take each other's processor.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup \
-	--no-loadscope-reorder
+# A process for each processor, each with one thread: torch's own would only take each other's processor. What Python
+# compiles is kept, as tests start hundreds of processes.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest \
+	--numprocesses logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: demo test test-all exhaustive wheel wheel-cuda docs docs-build gpu-bundle gpu-check lint format clean
 

@@ -84,7 +84,7 @@ def _timm(every: bool) -> dict[str, Model]:
 
 def _of_timm(name: str) -> Model:
     patch = int(re.findall(r"patch(\d+)", name)[0])
-    options = {"num_kv_heads": None} if "sapiens2" in name else {}
+    options = {"num_kv_heads": (2, 1)} if "sapiens2" in name else {}
     create = importlib.import_module("timm").create_model
     build = partial(create, name, depth=2, embed_dim=128, num_heads=2, img_size=4 * patch, num_classes=5, **options)
     return Model(build, partial(_images, 4 * patch))

@@ -34,6 +34,14 @@ def tree(made_once: Callable[..., Path], tmp_path: Path) -> Path:
     return tmp_path / "tree"
 
 
+def leave_one_file_of_triton(tree: Path) -> None:
+    """Of Triton's kernels those of layer_norm alone are looked at, as all are in the test of all stages."""
+    path = tree / "benchmarks/gpu_check/stages/first_light.py"
+    every = "for family in evakernels.triton.FAMILIES\n"
+    assert path.read_text().count(every) == 1
+    path.write_text(path.read_text().replace(every, 'for family in ("layer_norm",)\n'))
+
+
 def rehearse(tree: Path, *stages: str) -> tuple[int, list[dict[str, Any]], str]:
     """The exit status, the records, and what was printed."""
     out = tree.parent / "out"
@@ -78,6 +86,7 @@ def test_all_stages_pass_on_interpreted_kernels(tree: Path) -> None:
 
 
 def test_kernels_that_fail_are_failures(tree: Path) -> None:
+    leave_one_file_of_triton(tree)
     path = tree / "evakernels/_ops.so"
     library = path.read_bytes()
     entry = re.compile(rb"\.entry [^(]*gelu_forward[^(]*\(.*?\n\}", re.DOTALL)
@@ -91,6 +100,7 @@ def test_kernels_that_fail_are_failures(tree: Path) -> None:
 
 
 def test_without_the_library_nothing_is_green(tree: Path) -> None:
+    leave_one_file_of_triton(tree)
     (tree / "evakernels/_ops.so").unlink()
     status, records, output = rehearse(tree, "first_light")
     assert status == 1, output
