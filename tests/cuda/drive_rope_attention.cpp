@@ -253,16 +253,16 @@ void drive(Attention a) {
 void drive_rope_attention() {
   constexpr DType kBFloat16 = DType::BFloat16, kFloat16 = DType::Float16;
   // Prefix and patches that fill their tile; pairs half a vector apart; access by element; text; more tiles
-  // than warps; stages; blocks whose warps take queries twice. Then a negative scale with all options, access by element, and twice the tiles that a
-  // warp has at a time; compact tables; sequences, one of them empty.
+  // than warps; stages; blocks whose warps take queries twice. Then a negative scale with all options, access
+  // by element, and twice the tiles that a warp has at a time; compact tables; sequences, one of them empty.
   const Attention cases[] = {
       {{2, 17, 2, 64, 1, 0.125f, false, kBFloat16}, Tables::Shared, true, true, true},
       {{2, 37, 1, 32, 5, 0.2f, true, kFloat16}, Tables::OfHeads, false, false, true},
       {{1, 20, 3, 18, 1, -0.2f, false, kBFloat16}, Tables::OfHeads, false, true, false},
-      {{1, 33, 1, 112, 0, 0.1f, true, kBFloat16}, Tables::Shared, false, false, false},
+      {{1, 33, 1, 112, 2, 0.1f, true, kBFloat16}, Tables::Shared, false, false, false},
       {{3, 97, 1, 16, 1, 0.3f, true, kBFloat16}, Tables::Shared, false, false, true},
       {{1, 145, 1, 128, 1, 0.1f, false, kFloat16}, Tables::Shared, true, false, true},
-      {{3, 130, 1, 128, 0, 0.1f, false, kBFloat16}, Tables::None, true, false, true},
+      {{3, 120, 1, 128, 1, 0.1f, false, kBFloat16}, Tables::Shared, false, true, true},
       {{1, 45, 2, 64, 1, -0.125f, false, kFloat16}, Tables::OfHeads, true, true, true},
       {{1, 30, 1, 18, 1, 0.2f, true, kFloat16}, Tables::Shared, false, false, true},
       {{1, 97, 1, 112, 0, 0.1f, true, kFloat16}, Tables::None, true, false, false},
