@@ -11,7 +11,7 @@ from evakernels.reference import contrastive as reference
 from evakernels.tuning import calls
 
 _SIZES: dict[str, Any] = {"ELEMENTS": 1 << 15, "BATCH": 2, "HEADS": 2, "PAIRS": 64}
-_BETAS, _EPS = (0.9, 0.98), 1e-6
+_BETAS_AND_EPS = [0.9, 0.98, 1e-6]
 
 
 class _Draw(calls.Draw):
@@ -56,20 +56,20 @@ _RATES, _DECAYS = [1e-2, 1e-2, 1e-2], [0.0, 0.1, 0.1]
 
 
 def _adamw_update(draw: _Draw) -> tuple[Any, ...]:
-    return *_state(draw), _RATES, _DECAYS, *_BETAS, _EPS, None, None, [], []
+    return *_state(draw), _RATES, _DECAYS, _BETAS_AND_EPS, None, None, [], []
 
 
 def _lamb_update(draw: _Draw) -> tuple[Any, ...]:
-    return *_state(draw), _DECAYS, *_BETAS, _EPS, False, None, None
+    return *_state(draw), _DECAYS, _BETAS_AND_EPS, False, None, None
 
 
 def _lamb_apply(draw: _Draw) -> tuple[Any, ...]:
     params, _, *state = _state(draw)
-    return params, *state, draw.statistic(3, 2), _RATES, _DECAYS, *_BETAS, _EPS, False, None, [], []
+    return params, *state, draw.statistic(3, 2), _RATES, _DECAYS, _BETAS_AND_EPS, False, None, [], []
 
 
 def _lamb_step(draw: _Draw) -> tuple[Any, ...]:
-    return *_state(draw), _RATES, _DECAYS, *_BETAS, _EPS, False, None, None, [], []
+    return *_state(draw), _RATES, _DECAYS, _BETAS_AND_EPS, False, None, None, [], []
 
 
 def _siglip_backward(draw: _Draw) -> tuple[Any, ...]:

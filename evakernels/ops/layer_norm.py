@@ -251,11 +251,12 @@ def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 
 def _add_gradient(ctx: Any, dy: Tensor, dx: Tensor) -> Any:
-    _, branch, _, layer_scale, row_scale, _, _ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: checkpoints compute anew what is asked for
+    _, branch, _, layer_scale, row_scale, _, _ = saved
     _, wants_branch, *of_parameters = ctx.needs_input_grad[:5]
     scaled = layer_scale is not None or row_scale is not None
     wanted = wants_branch and scaled, *of_parameters
-    dresidual, dbranch, *rest = _add_backward(dy, dx, *ctx.saved_tensors, ctx.rms, wanted)
+    dresidual, dbranch, *rest = _add_backward(dy, dx, *saved, ctx.rms, wanted)
     if wants_branch and not scaled:
         dbranch = dresidual.to(branch.dtype)
     return dresidual, dbranch, *rest
