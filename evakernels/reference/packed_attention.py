@@ -57,11 +57,11 @@ def packed_attention_sdpa(
     total = q.shape[0]
     if total == 0:
         return (torch.empty_like(q, memory_format=torch.contiguous_format),)
-    firsts, ends, lengths = offsets[:-1].long(), offsets[1:].long(), offsets.long().diff()
+    firsts, ends = offsets[:-1].long(), offsets[1:].long()
     cells = torch.arange(max_length, device=q.device)
     rows = (firsts.unsqueeze(1) + cells).clamp(max=total - 1)
     # Of a sequence without tokens one key is left: a softmax of nothing isn't a number.
-    seen = None if causal else (cells < lengths.clamp(min=1).unsqueeze(1))[:, None, None]
+    seen = None if causal else (cells < (ends - firsts).clamp(min=1).unsqueeze(1))[:, None, None]
     grids = (_grid(x, rows).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(*grids, attn_mask=seen, is_causal=causal, scale=scale).transpose(1, 2)
     ended = ends.new_zeros(total + 1).index_add(0, ends, torch.ones_like(ends))
