@@ -62,11 +62,11 @@ def packed_attention_sdpa(
     rows = (firsts.unsqueeze(1) + cells).clamp(max=total - 1)
     # Of a sequence without tokens one key is left: a softmax of nothing isn't a number.
     seen = None if causal else (cells < (ends - firsts).clamp(min=1).unsqueeze(1))[:, None, None]
-    grids = (_grid(x, rows).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(*grids, attn_mask=seen, is_causal=causal, scale=scale).transpose(1, 2)
+    q, k, v = (_grid(x, rows).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal, scale=scale).transpose(1, 2)
     ended = ends.new_zeros(total + 1).index_add(0, ends, torch.ones_like(ends))
     sequence = ended.cumsum(0)[:-1]  # of each token
-    return (out[sequence, torch.arange(total, device=q.device) - firsts[sequence]],)
+    return (out[sequence, torch.arange(total, device=out.device) - firsts[sequence]],)
 
 
 def packed_attention_backward(
