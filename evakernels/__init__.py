@@ -1,6 +1,7 @@
 """Fused ops for vision-language models: one schema and one reference per op, any number of backends."""
 
 from evakernels import nn, optim
+from evakernels._checkpoint import checkpoint_policy
 from evakernels._info import info
 from evakernels._version import __version__
 from evakernels.backends import BackendError, ReferenceWarning, explain, use_backend
@@ -40,6 +41,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "as_torch_operators",
+    "checkpoint_policy",
     "clip_grad_norm_",
     "clip_loss",
     "contrastive_statistics",

@@ -200,15 +200,20 @@ def explain(op: str, *args: Any) -> str:
     Raises:
         ValueError: for an unknown name.
     """
+    return "\n".join(_report(name, args) for name in ops_of(op))
+
+
+def ops_of(function: str) -> tuple[str, ...]:
+    """The ops that a public function calls, or the one of this name. Raises ValueError for an unknown one."""
     # A family's first op is its forward pass.
-    family = next((name for name in _implementations if name.startswith(f"{op}_")), None)
-    names = (op,) if op in _implementations else _functions.get(op) or ((family,) if family else ())
-    if op == "sample_token_index":
-        raise ValueError(f"{op} is made of torch's own operators: no backend of this library serves it")
+    family = next((name for name in _implementations if name.startswith(f"{function}_")), None)
+    names = (function,) if function in _implementations else _functions.get(function) or ((family,) if family else ())
+    if function == "sample_token_index":
+        raise ValueError(f"{function} is made of torch's own operators: no backend of this library serves it")
     if not names:
         public = {name.removesuffix("_forward") for name in _implementations if not name.endswith("_backward")}
-        raise ValueError(_names.unknown("op", op, sorted({*public, *_functions, *_implementations})))
-    return "\n".join(_report(name, args) for name in names)
+        raise ValueError(_names.unknown("op", function, sorted({*public, *_functions, *_implementations})))
+    return names
 
 
 def ops() -> dict[str, list[str]]:

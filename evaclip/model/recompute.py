@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import evakernels
 from evaclip.model.savings import Recompute
 
 
@@ -58,19 +59,11 @@ def _keeping_products(block: ResidualBlock, x: Tensor, *context: Any) -> Tensor:
     return out
 
 
-def _policy(keep: bool) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _is_attention(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    ops = torch.ops.evakernels
-    return _policy(op in (ops.rope_attention_forward.default, ops.packed_attention_forward.default))
-
-
 def _is_kept_product(columns: int | None, _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     # The right factor is the last argument of both.
     product = op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
-    return _policy(product and columns in (None, args[-1].shape[-1]))
+    keep = product and columns in (None, args[-1].shape[-1])
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_keep_attention = partial(create_selective_checkpoint_contexts, _is_attention)
+_keep_attention = partial(create_selective_checkpoint_contexts, evakernels.checkpoint_policy())

@@ -20,14 +20,15 @@ from torch._library.autograd import Info, make_autograd_impl
 from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 
 from evakernels import _native, backends, triton
-from evakernels.ops import _autocast
-from evakernels.ops._eager import has_dual_numbers, is_transformed, is_watched, likeness
+from evakernels.ops import _autocast, _shards
+from evakernels.ops._eager import has_dual_numbers, is_transformed, is_watched, likeness, wants_gradient
+from evakernels.ops._sharding import Rule, over_shards
 
 _library = torch.library.Library("evakernels", "DEF")
 _native_library = torch.library.Library("evakernels_native", "DEF")
 
 _composed: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
-"""What runs in the place of an op where torch itself shall see through it."""
+"""What runs in the place of an op under `as_torch_operators`."""
 
 MAX_PLANS = 1 << 12
 """Of an op; at more, such as of captions packed to ever other lengths, all are forgotten and made anew."""
@@ -67,12 +68,14 @@ class Op:
         seen_through: Callable[..., Any],
         check: Check | None,
         check_values: Callable[..., None] | None,
+        rule: Rule | None,
     ) -> None:
         self.overload = overload
         self.name = overload._schema.name.removeprefix("evakernels::")
         self.seen_through = seen_through
         self.check = check
         self.check_values = check_values
+        self.rule = rule
         self.returned: int | None = None
         self.plans: dict[tuple[Any, ...], Plan] = backends.kept_for(self.name)
         self.recording: Callable[..., Any] | None = None
@@ -82,6 +85,8 @@ class Op:
         """The op's outputs, of which those behind the first `returned` are for its backward pass alone."""
         key = None if is_watched() else likeness(args)
         if key is None:
+            if self.rule is not None and any(_shards.is_sharded(tensor) for tensor in backends.tensors(args)):
+                return over_shards(self.name.removesuffix("_forward"), self, self.rule, args)
             return self._first(self._dispatched(args))
         plan = self.plans.get(key) or self._planned(args, key)
         if plan.changes:
@@ -158,7 +163,9 @@ def define(
     check_values: Callable[..., None] | None = None,
     fake: Callable[..., Any] | None = None,
     composed: Callable[..., Any] | None = None,
+    lowered: Callable[..., Any] | None = None,
     mutates: Sequence[str] = (),
+    rule: Rule | None = None,
     gpu_reasons: backends.Reasons | None = None,
 ) -> Op:
     """Defines `torch.ops.evakernels.<name of the reference>` and returns what calls it.
@@ -171,7 +178,10 @@ def define(
         fake: the reference on tensors without data, where it would ask them for some, or make others.
         composed: stands for the reference where torch sees through the op, unless that is itself made of operators
             that have all derivatives.
+        lowered: stands for both in programs, where one of torch's own operators, of one derivative alone, is better. It
+            may leave out the outputs that are for the backward pass.
         mutates: the arguments that are written.
+        rule: how it runs on DTensors. Without one they get torch's error, that it knows no way to cut the op.
         gpu_reasons: given the arguments, why the compiled kernels for GPUs can't serve them.
     """
     name = reference.__name__
@@ -186,7 +196,13 @@ def define(
     def without_data(*args: Any) -> Any:
         return _without_autocast(fake or reference, args)
 
-    op = Op(getattr(torch.ops.evakernels, name).default, seen_through, check, check_values)
+    def in_torch_operators(*args: Any) -> Any:
+        eager = not torch.compiler.is_compiling()
+        if lowered is None or (eager and (wants_gradient(args) or is_transformed())):
+            return seen_through(*args)
+        return _without_autocast(lowered, args)
+
+    op = Op(getattr(torch.ops.evakernels, name).default, seen_through, check, check_values, rule)
     returns = bool(op.overload._schema.returns)
     _library.impl(name, op.run, "CompositeExplicitAutograd")
     fake_of_op = without_data if returns else lambda *args: None
@@ -194,7 +210,7 @@ def define(
     backends.register(name, "reference", reference)
     triton.register(name)
     _native.register(name, gpu_reasons)
-    _composed[op.overload] = seen_through
+    _composed[op.overload] = in_torch_operators
     if returns:
         _library.impl(name, op.differentiated, "Autograd", with_keyset=True)
     return op
@@ -203,8 +219,9 @@ def define(
 class as_torch_operators(TorchFunctionMode):
     """In its `with` block every op runs as its reference, in torch's own operators, and leaves no trace of its name.
 
-    For `torch.export` and other tools that look into a program: what they write runs without this library. And for
-    second derivatives: of a forward pass in the block torch has all of them.
+    For `torch.export`, ONNX and other tools that look into a program: what they write runs without this library.
+    Attention is `torch.nn.functional.scaled_dot_product_attention` there, of which they have kernels of their own. And
+    for second derivatives: of an eager forward pass in the block torch has all of them.
 
     Examples:
         >>> with torch.no_grad(), evakernels.as_torch_operators():

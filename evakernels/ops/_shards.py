@@ -1,5 +1,6 @@
 """Parameters that `fully_shard` has cut up: what this process holds of them, and who holds the rest."""
 
+import sys
 from typing import Any
 
 import torch
@@ -13,12 +14,11 @@ def local(tensor: Tensor) -> Tensor:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor."""
-    # The import takes longer than many a step, and nobody has a DTensor who hasn't made it.
     if type(tensor) in (Tensor, torch.nn.Parameter):
         return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
+    # The import takes longer than many a step, and nobody has a DTensor who hasn't made it.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def groups_of(tensor: Tensor) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from evakernels import _names
 from evakernels.ops import _check
 from evakernels.ops._op import define, differentiable
+from evakernels.ops._sharding import Rule
 from evakernels.reference import gelu as reference
 
 APPROXIMATIONS = ("none", "tanh")
@@ -65,6 +66,6 @@ def _gradient(ctx: Any, dout: Tensor) -> Any:
     return _backward(dout, *ctx.saved_tensors, ctx.tanh, ctx.needs_input_grad[1:2])
 
 
-_forward = define(reference.gelu_forward, check=_check_call)
+_forward = define(reference.gelu_forward, check=_check_call, rule=Rule(whole_rows=lambda *args: False))
 _backward = define(reference.gelu_backward)
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)

@@ -10,6 +10,7 @@ from evakernels import backends
 from evakernels.ops import _check
 from evakernels.ops._autocast import norm_inputs
 from evakernels.ops._op import define, differentiable
+from evakernels.ops._sharding import Rule
 from evakernels.reference import layer_norm as reference
 from evakernels.reference._numerics import accumulation_dtype
 
@@ -225,9 +226,12 @@ def _gradient(ctx: Any, dy: Tensor) -> Any:
     return _backward(dy, *ctx.saved_tensors, ctx.rms, ctx.needs_input_grad[1:3])
 
 
-_forward = define(reference.layer_norm_forward, check=_check_plain)
+_forward = define(reference.layer_norm_forward, check=_check_plain, rule=Rule())
 _backward = define(reference.layer_norm_backward)
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)
+
+
+_OF_JOINED = Rule(activations=2, samples=5)
 
 
 def _gpu_reasons(branch: int) -> backends.Reasons:
@@ -251,7 +255,7 @@ def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 
 def _add_gradient(ctx: Any, dy: Tensor, dx: Tensor) -> Any:
-    saved = ctx.saved_tensors  # once: checkpoints compute anew what is asked for
+    saved = ctx.saved_tensors  # once: checkpointing computes them again for the first that asks
     _, branch, _, layer_scale, row_scale, _, _ = saved
     _, wants_branch, *of_parameters = ctx.needs_input_grad[:5]
     scaled = layer_scale is not None or row_scale is not None
@@ -263,7 +267,10 @@ def _add_gradient(ctx: Any, dy: Tensor, dx: Tensor) -> Any:
 
 
 _add_forward = define(
-    reference.add_layer_norm_forward, check=partial(_check_joined, "add_layer_norm"), gpu_reasons=_gpu_reasons(branch=1)
+    reference.add_layer_norm_forward,
+    check=partial(_check_joined, "add_layer_norm"),
+    rule=_OF_JOINED,
+    gpu_reasons=_gpu_reasons(branch=1),
 )
 _add_backward = define(reference.add_layer_norm_backward, gpu_reasons=_gpu_reasons(branch=3))
 differentiable(_add_forward, _add_backward, setup_context=_add_setup, formula=_add_gradient, returned=2)
@@ -282,7 +289,10 @@ def _norm_add_gradient(ctx: Any, dx: Tensor) -> Any:
 
 
 _norm_add_forward = define(
-    reference.layer_norm_add_forward, check=partial(_check_joined, "layer_norm_add"), gpu_reasons=_gpu_reasons(branch=1)
+    reference.layer_norm_add_forward,
+    check=partial(_check_joined, "layer_norm_add"),
+    rule=_OF_JOINED,
+    gpu_reasons=_gpu_reasons(branch=1),
 )
 _norm_add_backward = define(reference.layer_norm_add_backward, gpu_reasons=_gpu_reasons(branch=1))
 differentiable(

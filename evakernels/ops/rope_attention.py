@@ -175,6 +175,7 @@ _forward = define(
     check=_check_call,
     check_values=_check_values,
     fake=_forward_fake,
+    lowered=reference.rope_attention_sdpa,
     gpu_reasons=_gpu_reasons,
 )
 _backward = define(

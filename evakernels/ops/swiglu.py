@@ -6,6 +6,7 @@ from torch import Tensor
 
 from evakernels.ops import _check
 from evakernels.ops._op import define, differentiable
+from evakernels.ops._sharding import Rule
 from evakernels.reference import swiglu as reference
 
 
@@ -75,6 +76,10 @@ def _gradient(ctx: Any, dout: Tensor) -> Any:
     return _backward(dout, *ctx.saved_tensors, ctx.needs_input_grad[2:4])
 
 
-_forward = define(reference.swiglu_forward, check=_check_call)
+_forward = define(
+    reference.swiglu_forward,
+    check=_check_call,
+    rule=Rule(activations=2, whole_rows=lambda gate, up, norm_weight, *rest: norm_weight is not None),
+)
 _backward = define(reference.swiglu_backward)
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)

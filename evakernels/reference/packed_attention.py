@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from evakernels.reference._numerics import accumulation_dtype
@@ -44,6 +45,28 @@ def packed_attention(
         out = _filled(out, rows, inside, result[0])
         lse = _filled(lse, rows, inside, result[1].transpose(1, 2))
     return out, lse.T.contiguous()
+
+
+def packed_attention_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, causal: bool, scale: float
+) -> tuple[Tensor]:
+    """The output alone, by torch's attention over all sequences at once, each as long as the longest may be.
+
+    So no shape depends on what `offsets` hold.
+    """
+    total = q.shape[0]
+    if total == 0:
+        return (torch.empty_like(q, memory_format=torch.contiguous_format),)
+    firsts, ends = offsets[:-1].long(), offsets[1:].long()
+    cells = torch.arange(max_length, device=q.device)
+    rows = (firsts.unsqueeze(1) + cells).clamp(max=total - 1)
+    # Of a sequence without tokens one key is left: a softmax of nothing isn't a number.
+    seen = None if causal else (cells < (ends - firsts).clamp(min=1).unsqueeze(1))[:, None, None]
+    q, k, v = (_grid(x, rows).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal, scale=scale).transpose(1, 2)
+    ended = ends.new_zeros(total + 1).index_add(0, ends, torch.ones_like(ends))
+    sequence = ended.cumsum(0)[:-1]  # of each token
+    return (out[sequence, torch.arange(total, device=out.device) - firsts[sequence]],)
 
 
 def packed_attention_backward(

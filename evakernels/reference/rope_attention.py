@@ -9,6 +9,7 @@ between the inputs and the results is float32 (float64 for float64 input). The s
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from evakernels.reference._numerics import accumulation_dtype
@@ -36,6 +37,29 @@ def rope_attention_forward(
     out = torch.matmul(weights, _heads_first(v)).div_(total)
     lse = total.log().add_(highest).squeeze(-1)
     return _heads_last(out, q.dtype), lse
+
+
+def rope_attention_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    token_index: Tensor | None,
+    num_prefix: int,
+    causal: bool,
+    interleaved: bool,
+    scale: float,
+) -> tuple[Tensor]:
+    """The output alone, by torch's attention, which whoever takes a program over has kernels for."""
+    rotation = _rotation(q, cos, sin, token_index, num_prefix)
+
+    def turned(x: Tensor) -> Tensor:
+        x = x.transpose(1, 2)
+        return x if rotation is None else _rotate(x.to(accumulation_dtype(x)), rotation, interleaved).to(x.dtype)
+
+    out = F.scaled_dot_product_attention(turned(q), turned(k), v.transpose(1, 2), is_causal=causal, scale=scale)
+    return (out.transpose(1, 2).contiguous(),)
 
 
 def rope_attention_backward(

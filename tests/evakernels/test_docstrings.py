@@ -8,7 +8,7 @@ import torch
 import evakernels
 
 
-@pytest.mark.parametrize("name", [*evakernels.ops.__all__, "clip_grad_norm_"])
+@pytest.mark.parametrize("name", [*evakernels.ops.__all__, "checkpoint_policy", "clip_grad_norm_"])
 def test_the_example_is_right(name):
     names = {"torch": torch, "evakernels": evakernels}
     (test,) = doctest.DocTestFinder(recurse=False).find(getattr(evakernels, name), name, globs=names)

@@ -1,0 +1,104 @@
+"""Attention under `as_torch_operators`: torch's own attention, in exported and in compiled programs."""
+
+import pytest
+import test_packed_attention as of_packed_batch
+import test_rope_attention as of_images
+import torch
+import torch.nn.functional as F
+from op_checks import error
+from torch import Tensor, nn
+
+import evakernels
+
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+CASES = [*of_images.CASES, *of_packed_batch.CASES]
+
+
+class Calls(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def assert_attention_is_torchs(graph, calls=1):
+    targets = [node.target for node in graph.nodes if node.op == "call_function"]
+    assert [target in (SDPA, F.scaled_dot_product_attention) for target in targets].count(True) == calls
+    names = " ".join(map(str, targets)).replace("expand", "")
+    assert not [name for name in ("softmax", "bmm", "matmul", "exp", "evakernels") if name in names]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("pair", "qkv"), CASES)
+def test_an_exported_program_holds_torchs_attention_and_gives_the_same(pair, qkv, grad):
+    ours, _ = pair
+    qkv = qkv.float()
+    with torch.set_grad_enabled(grad), evakernels.as_torch_operators():
+        program = torch.export.export(Calls(ours), (qkv.requires_grad_(grad),))
+    assert_attention_is_torchs(program.graph)
+    qkv = qkv.detach()
+    torch.testing.assert_close(program.module()(qkv), ours(qkv), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("pair", "qkv"), CASES)
+def test_in_bfloat16_the_error_is_at_most_twice_torchs(pair, qkv):
+    ours, theirs = pair
+    qkv = qkv.bfloat16()
+    with evakernels.as_torch_operators():
+        found = ours(qkv)
+    assert found.dtype == torch.bfloat16
+    assert found.is_contiguous()
+    exact = theirs(qkv.double())
+    assert error(found, exact) <= 2 * error(theirs(qkv), exact) + torch.finfo(torch.bfloat16).eps * exact.abs().max()
+
+
+def test_sizes_of_batches_and_of_packed_batches_stay_free():
+    images, _ = of_images.pair()
+    qkv = of_images.packed(dtype=torch.float32)
+    free = torch.export.Dim("free")
+
+    def text(qkv: Tensor, offsets: Tensor) -> Tensor:
+        return evakernels.packed_attention(*qkv.unbind(1), offsets, max_length=9)
+
+    class Text(nn.Module):
+        def forward(self, qkv: Tensor, offsets: Tensor) -> Tensor:
+            return text(qkv, offsets)
+
+    packed = torch.randn(9, 3, 2, 8, generator=torch.Generator().manual_seed(0))
+    with evakernels.as_torch_operators():
+        of_batch = torch.export.export(Calls(images), (qkv,), dynamic_shapes=({0: free},)).module()
+        given = packed[:5], torch.tensor([0, 3, 5])
+        sizes = {0: torch.export.Dim("tokens")}, {0: torch.export.Dim("ends", min=3)}
+        program = torch.export.export(Text(), given, dynamic_shapes=sizes)
+    assert_attention_is_torchs(program.graph)
+    for other in (qkv[:1], qkv.repeat(2, 1, 1, 1, 1)):
+        torch.testing.assert_close(of_batch(other), images(other), rtol=1e-5, atol=1e-5)
+    offsets = torch.tensor([0, 4, 4, 9])
+    torch.testing.assert_close(program.module()(packed, offsets), text(packed, offsets), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("pair", "qkv"), [of_images.CASES[1], of_packed_batch.CASES[0]])
+def test_the_compiler_sees_torchs_attention(pair, qkv):
+    torch._dynamo.reset()
+    ours, graphs = pair[0], []
+
+    def keep(module, example):
+        graphs.append(module.graph)
+        return module.forward
+
+    compiled = torch.compile(ours, backend=keep, fullgraph=True)
+    qkv = qkv.float()
+    with evakernels.as_torch_operators():
+        found = compiled(qkv)
+    torch.testing.assert_close(found, ours(qkv), rtol=1e-5, atol=1e-5)
+    (graph,) = graphs
+    assert_attention_is_torchs(graph)
+
+
+def test_a_batch_without_tokens():
+    q, k, v = torch.empty(3, 0, 2, 8)
+    with evakernels.as_torch_operators():
+        out = evakernels.packed_attention(q, k, v, torch.tensor([0, 0]), max_length=0)
+    assert out.shape == (0, 2, 8)
