@@ -196,7 +196,7 @@ def test_products_of_the_loss(kept: bool, monkeypatch: pytest.MonkeyPatch) -> No
             saved, backward = (), contrastive.contrastive_backward
         row_lse, col_lse, positive = statistics[:3]
         inputs = *(torch.ones_like(value) for value in (row_lse, col_lse, positive)), image, text, scale
-        backward(*inputs, row_lse, col_lse, *saved, 0, True, True)
+        backward(*inputs, row_lse, col_lse, *saved, 0, (True, True))
     if not kept:
         monkeypatch.setattr("evaclip.plan.loss.MEMORY_BUDGET", 0)
     planned = sum(calls * cost.flops for (_, cost), calls in loss_costs(job).items())
