@@ -167,6 +167,7 @@ def test_several_chunks_of_an_odd_size_are_as_accurate_as_torch(head_dim, causal
         pytest.param((1, 65, 1, 112), 16, {"scale": -0.1}, id="many-registers-negative-scale"),
         pytest.param((1, 33, 1, 96), 1, {}, id="head-of-96"),
         pytest.param((1, 20, 1, 112), 4, {}, id="head-of-112"),
+        pytest.param((1, 20, 1, 100), 4, {}, id="head-of-100"),
         pytest.param((1, 209, 1, 128), 1, {"causal": True}, id="long-causal"),
         pytest.param((1, 209, 3, 32), 1, {}, id="long"),
         # One token; one more than whole panels of queries, than a block of them, and than a panel's chunk has keys.
