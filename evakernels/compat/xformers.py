@@ -49,8 +49,8 @@ def memory_efficient_attention(
         query: `[B, N, H, K]`; `[B, N, K]` with one head; or `[B, N, G, H, K]` with G groups of heads.
         key, value: the same with M tokens, in the dtype of `query`. Of groups each has one head of keys, expanded to H.
         attn_bias: None; a `LowerTriangularMask`, this module's or xformers'; or xformers' `BlockDiagonalMask` or
-            `BlockDiagonalCausalMask` of as many keys as queries, with `B = 1`. With other numbers of keys than of queries
-            the mask that is causal is `LowerTriangularFromBottomRightMask`.
+            `BlockDiagonalCausalMask` of as many keys as queries, with `B = 1`. With another number of keys the causal
+            mask is `LowerTriangularFromBottomRightMask`.
         p: of dropout; not offered, so 0.
         scale: factor of the scores; `K ** -0.5` by default.
         op: xformers' kernels; not offered, so None.

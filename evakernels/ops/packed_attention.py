@@ -97,7 +97,8 @@ def packed_attention(
 
     Returns:
         `[T, H, D]`, contiguous, in the dtype of `q`. Precision and autocast are as for `rope_attention`. With
-        `return_lse` also `[H, T]`, natural logarithms in float32 (float64 for float64 input), which get no gradient.
+        `return_lse` also `[H, T]`, natural logarithms in float32 (float64 for float64 input), through which no
+        gradient goes.
 
     Raises:
         TypeError: for a dtype that isn't accepted.
