@@ -250,7 +250,7 @@ def of_shared_heads(k: Tensor, gradients: tuple[Tensor, Tensor, Tensor]) -> tupl
     kv_heads, heads = k.shape[-2], dq.shape[-2]
     if kv_heads == heads:
         return gradients
-    dk, dv = (x.unflatten(-2, (kv_heads, heads // kv_heads)).sum(-2) for x in of_heads)
+    dk, dv = (x.reshape(*k.shape[:-1], heads // kv_heads, k.shape[-1]).sum(-2) for x in of_heads)
     return dq, dk, dv
 
 
