@@ -8,21 +8,31 @@
 namespace evakernels {
 namespace {
 
-AttentionShape shape_of(const Tensor& q, const Tensor& offsets, int64_t max_length, bool causal,
-                        double scale) {
-  const int64_t tokens = q.size(0), longest = std::min(max_length, tokens);
-  require(tokens == 0 || longest > 0, "max_length is 0, but there are tokens");
-  require(offsets.dim() == 1 && offsets.size(0) > 0, "offsets must be [B + 1]");
+// Arguments that forward and backward have in common, beside the tensors of heads.
+struct Options {
+  const Tensor& cu_seqlens;
+  int64_t max_seqlen;
+  bool causal;
+  double scale;
+};
+
+AttentionShape packed_shape_of(const Tensor& q, const Tensor& k, const Options& options) {
+  const Tensor& offsets = options.cu_seqlens;
+  const int64_t tokens = q.size(0), longest = std::min(options.max_seqlen, tokens);
+  require(tokens == 0 || longest > 0, "max_seqlen is 0, but there are tokens");
+  require(offsets.dim() == 1 && offsets.size(0) > 0, "cu_seqlens must be [B + 1]");
   const ScalarType type = offsets.scalar_type();
-  require(type == ScalarType::Int || type == ScalarType::Long, "offsets must be int32 or int64");
+  require(type == ScalarType::Int || type == ScalarType::Long, "cu_seqlens must be int32 or int64");
   const AttentionShape shape = {
       .batch = offsets.size(0) - 1,
       .tokens = longest,
+      .keys = longest,
       .heads = q.size(1),
+      .kv_heads = k.size(1),
       .head_dim = q.size(2),
       .num_prefix = 0,
-      .scale = static_cast<float>(scale),
-      .causal = causal,
+      .scale = static_cast<float>(options.scale),
+      .causal = options.causal,
       .dtype = dtype_of(q, "q"),
       .offsets = {offsets.const_data_ptr(), type == ScalarType::Long, tokens},
   };
@@ -37,11 +47,14 @@ void require_packed(const Tensor& q, const Tensor& k, const Tensor& v) {
 }
 
 std::tuple<Tensor, Tensor> packed_attention_forward(const Tensor& q_any, const Tensor& k_any,
-                                                    const Tensor& v_any, const Tensor& offsets_any,
-                                                    int64_t max_length, bool causal, double scale) {
+                                                    const Tensor& v_any, const Tensor& cu_seqlens_any,
+                                                    std::optional<Tensor> cos, std::optional<Tensor> sin,
+                                                    std::optional<Tensor> token_index, int64_t max_seqlen,
+                                                    bool causal, bool interleaved, double scale) {
   require_packed(q_any, k_any, v_any);
   const Tensor q = with_dense_vectors(q_any), k = with_dense_vectors(k_any), v = with_dense_vectors(v_any);
-  const Tensor offsets = as_contiguous(offsets_any);
+  const Tensor cu_seqlens = as_contiguous(cu_seqlens_any);
+  const Tables tables(cos, sin, token_index, q, k, interleaved);
   const Tensor out = new_tensor(q, q.sizes());
   const Tensor lse = new_float32(q, {q.size(1), q.size(0)});
   const RopeAttentionForward params = {
@@ -50,23 +63,24 @@ std::tuple<Tensor, Tensor> packed_attention_forward(const Tensor& q_any, const T
       .v = view_of(v),
       .out = out.mutable_data_ptr(),
       .lse = static_cast<float*>(lse.mutable_data_ptr()),
-      .tables = {},
-      .shape = shape_of(q, offsets, max_length, causal, scale),
+      .tables = tables.tables(),
+      .shape = packed_shape_of(q, k, {cu_seqlens, max_seqlen, causal, scale}),
   };
   launch<cpu::packed_attention_forward, cuda::rope_attention_forward>("packed_attention_forward", q, params);
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(const Tensor& dout_any, const Tensor& q_any,
-                                                             const Tensor& k_any, const Tensor& v_any,
-                                                             const Tensor& out_any, const Tensor& lse_any,
-                                                             const Tensor& offsets_any, int64_t max_length,
-                                                             bool causal, double scale) {
+std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(
+    const Tensor& dout_any, const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
+    const Tensor& out_any, const Tensor& lse_any, const Tensor& cu_seqlens_any, std::optional<Tensor> cos,
+    std::optional<Tensor> sin, std::optional<Tensor> token_index, int64_t max_seqlen, bool causal,
+    bool interleaved, double scale) {
   require_packed(q_any, k_any, v_any);
   require_results(q_any, dout_any, out_any, lse_any);
   const Tensor q = with_dense_vectors(q_any), k = with_dense_vectors(k_any), v = with_dense_vectors(v_any);
   const Tensor dout = with_dense_vectors(dout_any), out = with_dense_vectors(out_any);
-  const Tensor lse = as_contiguous(lse_any), offsets = as_contiguous(offsets_any);
+  const Tensor lse = as_contiguous(lse_any), cu_seqlens = as_contiguous(cu_seqlens_any);
+  const Tables tables(cos, sin, token_index, q, k, interleaved);
   const Tensor dq = new_tensor(q, q.sizes()), dk = new_tensor(q, q.sizes()), dv = new_tensor(q, q.sizes());
   const RopeAttentionBackward params = {
       .dout = view_of(dout),
@@ -78,8 +92,8 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(const Tensor& dout_
       .dq = dq.mutable_data_ptr(),
       .dk = dk.mutable_data_ptr(),
       .dv = dv.mutable_data_ptr(),
-      .tables = {},
-      .shape = shape_of(q, offsets, max_length, causal, scale),
+      .tables = tables.tables(),
+      .shape = packed_shape_of(q, k, {cu_seqlens, max_seqlen, causal, scale}),
   };
   launch<cpu::packed_attention_backward, cuda::rope_attention_backward>("packed_attention_backward", q,
                                                                         params);

@@ -26,7 +26,7 @@ struct HeadsShape {
 struct Rotation {
   const float* cos;  // [P, D] or [H, P, D]; null: no rotation
   const float* sin;
-  const int64_t* token_index;  // [B, N - num_prefix], rows of the tables; null: in order
+  const int64_t* token_index;  // [B, N - num_prefix], rows of the tables, -1: not rotated; null: in order
   int64_t head_stride;         // 0: all heads share a table
   int64_t num_prefix;          // tokens in front that aren't rotated
   bool interleaved;            // partners are neighbours, else half a vector apart
@@ -40,6 +40,7 @@ struct PackHeads {
   HeadsView heads;  // dtype
   float* packed;    // [count, N, D]
   HeadsShape shape;
+  int64_t group;  // of `shape.heads`, as many in a row are the same one of `heads`
   Rotation rotation;
   float factor;
   int64_t first;  // of `count` heads
@@ -49,10 +50,11 @@ struct PackHeads {
 
 // Softmax over the last axis, in place.
 struct AttentionWeights {
-  float* scores;  // [rows, N]
-  float* lse;     // [rows]
-  int64_t rows;   // of all heads, one after the other
-  int64_t tokens;
+  float* scores;    // [rows, keys]
+  float* lse;       // [rows]
+  int64_t rows;     // of all heads, one after the other
+  int64_t queries;  // of a head
+  int64_t keys;
   bool causal;
 };
 
@@ -63,7 +65,8 @@ struct AttentionGradients {
   const float* lse;   // [rows]
   const float* mean;  // [rows], of the gradients under the weights
   int64_t rows;
-  int64_t tokens;
+  int64_t queries;
+  int64_t keys;
   bool causal;
 };
 
@@ -118,9 +121,11 @@ struct BFloat16AttentionBackward {
 struct RotaryTables {
   const float* cos;  // [P, D/2], [H, P, D/2] or, compact, [2, G, D/4]; null: no rotation
   const float* sin;
-  const int64_t* token_index;  // [B, N - num_prefix], rows of the tables; null: in order
-  int64_t rows;                // P, in the compact form G * G
-  int64_t head_stride;         // 0: all heads share a table
+  // [B, N - num_prefix], of a packed batch [T]: rows of the tables, -1: not rotated. Null: in order, of a
+  // packed batch within each sequence.
+  const int64_t* token_index;
+  int64_t rows;         // P, in the compact form G * G
+  int64_t head_stride;  // 0: all heads share a table
   // G of the compact form: row r has its first pairs from [0, r / G], the others from [1, r % G]. 0: not
   // compact.
   int64_t grid;
@@ -137,7 +142,11 @@ struct SequenceOffsets {
 struct AttentionShape {
   int64_t batch;   // or the sequences of a packed batch
   int64_t tokens;  // of each; of a packed batch no sequence has more
+  // Keys of each sample; of a packed batch as `tokens`. There is no rotation unless they are as many as the
+  // tokens. A causal query i sees keys up to number i + keys - tokens: the last one sees all.
+  int64_t keys;
   int64_t heads;
+  int64_t kv_heads;  // of keys and values: head h uses number h / (heads / kv_heads)
   int64_t head_dim;
   int64_t num_prefix;  // tokens in front that aren't rotated
   float scale;
@@ -146,7 +155,8 @@ struct AttentionShape {
   SequenceOffsets offsets;
 };
 
-// Of a packed batch the tensors are [T, H, D] and lse is [H, T]; there is no rotation and no batch_stride.
+// Of a packed batch the tensors are [T, H, D] and lse is [H, T]; there is no batch_stride. A query that sees
+// no key has an output of zeros and an lse of -inf.
 struct RopeAttentionForward {
   HeadsView q;
   HeadsView k;
@@ -164,8 +174,8 @@ struct RopeAttentionBackward {
   HeadsView v;
   HeadsView out;
   const float* lse;  // [B, H, N]
-  void* dq;          // [B, N, H, D], as are dk and dv
-  void* dk;
+  void* dq;          // [B, N, H, D]
+  void* dk;          // [B, M, H, D] as dv: those of each query head, which the caller adds up
   void* dv;
   RotaryTables tables;
   AttentionShape shape;

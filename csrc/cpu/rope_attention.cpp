@@ -24,13 +24,13 @@ void unpack_heads(const PackHeads& params, Isa isa, ParallelFor parallel_for) {
 
 void attention_weights(const AttentionWeights& params, Isa isa, ParallelFor parallel_for) {
   const auto weights = kernels_for(isa).weights;
-  run_parallel(parallel_for, params.rows, tasks_grain(params.tokens),
+  run_parallel(parallel_for, params.rows, tasks_grain(params.keys),
                [&](int64_t begin, int64_t end) { weights(params, begin, end); });
 }
 
 void attention_gradients(const AttentionGradients& params, Isa isa, ParallelFor parallel_for) {
   const auto gradients = kernels_for(isa).gradients;
-  run_parallel(parallel_for, params.rows, tasks_grain(params.tokens),
+  run_parallel(parallel_for, params.rows, tasks_grain(params.keys),
                [&](int64_t begin, int64_t end) { gradients(params, begin, end); });
 }
 

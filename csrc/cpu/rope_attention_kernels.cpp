@@ -8,10 +8,17 @@
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 namespace {
 
+// Vector number `row` of the chunk, in the caller's tensor.
+Position place_of(const PackHeads& params, int64_t row) {
+  Position at = position_of(params.shape, params.first * params.shape.tokens + row);
+  at.head /= params.group;
+  return at;
+}
+
 template <class T>
 void pack_rows(const PackHeads& params, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    const Position at = position_of(params.shape, params.first * params.shape.tokens + row);
+    const Position at = place_of(params, row);
     rotate_vector(static_cast<const T*>(at.in<T>(params.heads)), params.packed + row * params.shape.head_dim,
                   params.shape, params.rotation, params.factor, at);
   }
@@ -20,7 +27,7 @@ void pack_rows(const PackHeads& params, int64_t begin, int64_t end) {
 template <class T>
 void unpack_rows(const PackHeads& params, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    const Position at = position_of(params.shape, params.first * params.shape.tokens + row);
+    const Position at = place_of(params, row);
     const float* packed = params.packed + row * params.shape.head_dim;
     rotate_vector(packed, at.in<T>(params.heads), params.shape, params.rotation, params.factor, at);
   }
@@ -36,25 +43,33 @@ void unpack(const PackHeads& params, int64_t begin, int64_t end) {
 
 // --- softmax -----------------------------------------------------------------------------------------------
 
+// Of query number `index`; none has more keys behind it than the last one, which sees all.
+template <class Params>
+int64_t visible_keys(const Params& params, int64_t index) {
+  if (!params.causal) return params.keys;
+  const int64_t visible = index % params.queries + 1 + params.keys - params.queries;
+  return visible > 0 ? visible : 0;
+}
+
 void weights(const AttentionWeights& params, int64_t begin, int64_t end) {
-  const int64_t tokens = params.tokens;
+  const int64_t keys = params.keys;
   for (int64_t index = begin; index < end; ++index) {
-    float* row = params.scores + index * tokens;
-    const int64_t visible = params.causal ? index % tokens + 1 : tokens;
-    params.lse[index] = softmax_row(row, visible);
-    clear(row + visible, tokens - visible);
+    float* row = params.scores + index * keys;
+    const int64_t visible = visible_keys(params, index);
+    params.lse[index] = visible > 0 ? softmax_row(row, visible) : -__builtin_inff();
+    clear(row + visible, keys - visible);
   }
 }
 
 void gradients(const AttentionGradients& params, int64_t begin, int64_t end) {
-  const int64_t tokens = params.tokens;
+  const int64_t keys = params.keys;
   for (int64_t index = begin; index < end; ++index) {
-    float* scores = params.scores + index * tokens;
-    float* gradients = params.gradients + index * tokens;
-    const int64_t visible = params.causal ? index % tokens + 1 : tokens;
+    float* scores = params.scores + index * keys;
+    float* gradients = params.gradients + index * keys;
+    const int64_t visible = visible_keys(params, index);
     softmax_row_backward(scores, gradients, visible, params.lse[index], params.mean[index]);
-    clear(scores + visible, tokens - visible);
-    clear(gradients + visible, tokens - visible);
+    clear(scores + visible, keys - visible);
+    clear(gradients + visible, keys - visible);
   }
 }
 

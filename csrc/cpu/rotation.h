@@ -69,6 +69,7 @@ static inline void rotate_vector(const From* source, To* target, const HeadsShap
   int64_t entry = at.token - rotation.num_prefix;
   if (rotation.token_index != nullptr) {
     entry = rotation.token_index[at.sample * (shape.tokens - rotation.num_prefix) + entry];
+    if (entry < 0) return scale_vector(source, target, width, factor);
   }
   const int64_t start = at.head * rotation.head_stride + entry * width;
   const float* cos = rotation.cos + start;

@@ -214,9 +214,9 @@ def test_attention_of_float32_is_refused_by_the_kernels_for_gpus() -> None:
     q, offsets = normal(9, 2, 16), torch.tensor([0, 9])
     for call in (
         lambda: _C.rope_attention_forward(
-            q, q, q, q.clone(), q.new_empty(2, 9), offsets=offsets, max_length=9, scale=1.0
+            q, q, q, q.clone(), q.new_empty(2, 9), cu_seqlens=offsets, max_seqlen=9, scale=1.0
         ),
-        lambda: native.packed_attention_forward(q, q, q, offsets, 9, True, 1.0),
+        lambda: native.packed_attention_forward(q, q, q, offsets, None, None, None, 9, True, True, 1.0),
         lambda: native.rope_attention_forward(q[None], q[None], q[None], None, None, None, 0, True, True, 1.0),
     ):
         with pytest.raises(ValueError, match=r"attention of float32 has no CUDA kernels; .* Triton's"):
@@ -241,22 +241,50 @@ def test_rope_attention(dtype: torch.dtype, compact: bool) -> None:
 def test_packed_attention(dtype: torch.dtype, causal: bool) -> None:
     q, k, v = normal(9, 3, 2, 16, dtype=dtype).unbind(1)
     offsets = torch.tensor([0, 2, 2, 9])
-    more = (offsets, 7, causal, 0.3)
-    options = {"offsets": offsets, "max_length": 7, "causal": causal, "scale": 0.3}
+    more = (offsets, None, None, None, 7, causal, True, 0.3)
+    options = {"cu_seqlens": offsets, "max_seqlen": 7, "causal": causal, "scale": 0.3}
     results = same("rope_attention_forward", (q, k, v), more, "packed_attention_forward", **options)
     same("rope_attention_backward", (q, q, k, v, *results), more, "packed_attention_backward", **options)
+
+
+@pytest.mark.parametrize("dtype", [*ATTENTION_FLOAT32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["in order", "rows", "grid"])
+def test_packed_attention_with_a_rotation_and_shared_heads(dtype: torch.dtype, form: str) -> None:
+    q, k, v = normal(9, 8, 16, dtype=dtype).split((4, 2, 2), 1)
+    cu_seqlens = torch.tensor([0, 2, 2, 9])
+    angles = normal(2, 3, 4) if form == "grid" else normal(9, 8)
+    index = None if form == "in order" else torch.tensor([-1, 0, 8, 3, 3, -1, 7, 1, 2])
+    cos, sin = angles.cos(), angles.sin()
+    more = (cu_seqlens, cos, sin, index, 7, True, False, 0.3)
+    options = {"cu_seqlens": cu_seqlens, "cos": cos, "sin": sin, "token_index": index, "max_seqlen": 7}
+    options |= {"causal": True, "interleaved": False, "scale": 0.3}
+    results = same("rope_attention_forward", (q, k, v), more, "packed_attention_forward", **options)
+    same("rope_attention_backward", (q, q, k, v, *results), more, "packed_attention_backward", **options)
+
+
+@gpu_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rope_attention_of_shared_heads_and_fewer_keys(dtype: torch.dtype) -> None:
+    q, k, v = normal(2, 5, 4, 16, dtype=dtype), *normal(2, 3, 2, 2, 16, dtype=dtype, seed=1).unbind(2)
+    more = (None, None, None, 0, True, True, 0.3)
+    results = same("rope_attention_forward", (q, k, v), more, causal=True, scale=0.3)
+    same("rope_attention_backward", (normal(2, 5, 4, 16, dtype=dtype), q, k, v, *results), more, causal=True, scale=0.3)
 
 
 @pytest.mark.skipif(_native.runs_gpu_kernels("cpu"), reason="the kernels for GPUs serve the CPU here")
 @pytest.mark.parametrize(
     ("offsets", "message"),
-    [([1, 9], "offsets must rise from 0"), ([0, 7, 5, 9], "must rise"), ([0, 8], "must end with the number of tokens")],
+    [
+        ([1, 9], "cu_seqlens must rise from 0"),
+        ([0, 7, 5, 9], "must rise"),
+        ([0, 8], "must end with the number of tokens"),
+    ],
 )
 def test_packed_attention_refuses_offsets_that_do_not_fit(offsets: list[int], message: str) -> None:
     q = normal(9, 2, 16)
     with pytest.raises(ValueError, match=message):
         _C.rope_attention_forward(
-            q, q, q, q.clone(), q.new_empty(2, 9), offsets=torch.tensor(offsets), max_length=9, scale=1.0
+            q, q, q, q.clone(), q.new_empty(2, 9), cu_seqlens=torch.tensor(offsets), max_seqlen=9, scale=1.0
         )
 
 
