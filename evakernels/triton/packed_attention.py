@@ -20,7 +20,9 @@ def packed_attention_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    call = Attention(*dense_heads(q, k, v), max_seqlen, causal, scale, cu_seqlens.contiguous())
+    call = Attention(
+        *dense_heads(q, k, v), max_seqlen, causal, scale, cu_seqlens.contiguous(), cos, sin, token_index, 0, interleaved
+    )
     return call.forward("packed_attention_forward", lse), lse
 
 
@@ -40,5 +42,7 @@ def packed_attention_backward(
     interleaved: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = Attention(*dense_heads(q, k, v), max_seqlen, causal, scale, cu_seqlens.contiguous())
+    call = Attention(
+        *dense_heads(q, k, v), max_seqlen, causal, scale, cu_seqlens.contiguous(), cos, sin, token_index, 0, interleaved
+    )
     return call.backward("packed_attention_backward", dout, out, lse)

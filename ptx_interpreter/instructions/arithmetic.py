@@ -114,11 +114,16 @@ def operation(machine: Machine, i: Instruction) -> Step:
     sources = [machine.registers.source(arg, kind) for arg in i.args[1:]]
     if "ftz" in i.mods:
         function = partial(_flushing, function)
+    if "relu" in i.mods:
+        if kind != "s32":
+            raise Unsupported(f"{i.op}.relu of {kind}")
+        function = partial(_at_least_zero, function)
     return elementwise(machine.registers.target(i.args[0], kind), function, *sources)
 
 
 makes("add sub", "rn f32 f64 bf16 f16 bf16x2 f16x2 s16 s32 s64")(operation)
-makes("neg min max", "f32 f64 s32 u32 s64 u64")(operation)
+makes("neg", "f32 f64 s32 u32 s64 u64")(operation)
+makes("min max", "relu f32 f64 s32 u32 s64 u64")(operation)
 makes("div", "rn approx full f32 f64 s32 u32 s64 u64")(operation)
 makes("rem", "s32 u32 s64 u64")(operation)
 makes("ex2", "approx ftz f32")(operation)
@@ -129,6 +134,10 @@ makes("abs copysign", "f32 f64")(operation)
 
 def _flushing(function: Any, *sources: Value) -> Value:
     return rounding.flushed(function(*map(rounding.flushed, sources)))
+
+
+def _at_least_zero(function: Any, *sources: Value) -> Value:
+    return np.maximum(function(*sources), 0)
 
 
 @makes("fma", "rn rm ftz f32 f64 bf16 f16 bf16x2 f16x2")

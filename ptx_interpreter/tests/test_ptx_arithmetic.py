@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from ptx_programs import apply
 
+from ptx_interpreter import Unsupported
+
 TINY = np.float32(1e-45)
 SPECIAL = np.array([0, -0.0, 1, -1, 1.5, -2.75, 1e-40, -1e-40, TINY, 3e38, -3e38, np.inf, -np.inf, np.nan], np.float32)
 random = np.random.default_rng(0)
@@ -270,6 +272,15 @@ def test_integers_wrap(kind, op):
     both, (a, b) = integers(kind)
     found = apply(f"{op}.{kind} %o, %a0, %a1;", a, b, out=a.dtype)
     assert (found == wrapped([function(x, y) for x, y in both], kind)).all()
+
+
+@pytest.mark.parametrize("op", ["min", "max"])
+def test_relu_leaves_no_negative_integer(op):
+    both, (a, b) = integers("s32")
+    expected = [max({"min": min, "max": max}[op](x, y), 0) for x, y in both]
+    assert apply(f"{op}.relu.s32 %o, %a0, %a1;", a, b, out=np.int32).tolist() == expected
+    with pytest.raises(Unsupported, match=f"{op}.relu of f32"):
+        apply(f"{op}.relu.f32 %o, %a0, %a1;", np.float32([1]), np.float32([2]), out=np.float32)
 
 
 @pytest.mark.parametrize("kind", ["s32", "u32", "s64", "u64"])
