@@ -15,26 +15,27 @@ struct Rotary {
   // Rotates the row's pairs whose first elements are among [i, i + E), where any are.
   template <int E, class T>
   __device__ __forceinline__ void rotate(T* row, int token, int i) const {
-    if (token < static_cast<int>(shape.num_prefix)) return;
+    const int half = static_cast<int>(shape.head_dim / 2);
+    const bool is_first = tables.interleaved ? E > 1 || i % 2 == 0 : i < half;
+    if (!is_first) return;
+    const int angles = row_of(token);
+    if (angles < 0) return;
     if constexpr (E > 1) {
       if (tables.interleaved) {
         float values[E], c[E / 2], s[E / 2];
         load_floats(row + i, values);
-        load_angles(token, i / 2, c, s);
+        load_angles(angles, i / 2, c, s);
 #pragma unroll
         for (int n = 0; n < E / 2; ++n) rotate_pair(values[2 * n], values[2 * n + 1], c[n], s[n]);
         store_floats(row + i, values);
         return;
       }
     }
-    const int half = static_cast<int>(shape.head_dim / 2);
-    const bool is_first = tables.interleaved ? i % 2 == 0 : i < half;
-    if (!is_first) return;
     T* const partners = row + (tables.interleaved ? i + 1 : i + half);
     float a[E], b[E], c[E], s[E];
     load_floats(row + i, a);
     load_floats(partners, b);
-    load_angles(token, tables.interleaved ? i / 2 : i, c, s);
+    load_angles(angles, tables.interleaved ? i / 2 : i, c, s);
 #pragma unroll
     for (int n = 0; n < E; ++n) rotate_pair(a[n], b[n], c[n], s[n]);
     store_floats(row + i, a);
@@ -44,11 +45,12 @@ struct Rotary {
   // Rotates values[E], a row's elements [i, i + E), backwards; load(n, partners) gives those from n on.
   template <int E, class Load>
   __device__ __forceinline__ void rotate_back(float (&values)[E], int token, int i, const Load& load) const {
-    if (token < static_cast<int>(shape.num_prefix)) return;
+    const int angles = row_of(token);
+    if (angles < 0) return;
     if constexpr (E > 1) {
       if (tables.interleaved) {
         float c[E / 2], s[E / 2];
-        load_angles(token, i / 2, c, s);
+        load_angles(angles, i / 2, c, s);
 #pragma unroll
         for (int n = 0; n < E / 2; ++n) rotate_pair(values[2 * n], values[2 * n + 1], c[n], -s[n]);
         return;
@@ -59,28 +61,29 @@ struct Rotary {
     const int first = is_first ? i : i - distance;
     float partners[E], c[E], s[E];
     load(is_first ? i + distance : first, partners);
-    load_angles(token, tables.interleaved ? first / 2 : first, c, s);
+    load_angles(angles, tables.interleaved ? first / 2 : first, c, s);
 #pragma unroll
     for (int n = 0; n < E; ++n) values[n] = values[n] * c[n] + partners[n] * (is_first ? s[n] : -s[n]);
   }
 
  private:
-  // Of the tables.
+  // Of the tables; negative for a token that isn't rotated.
   __device__ __forceinline__ int row_of(int token) const {
     const int patch = token - static_cast<int>(shape.num_prefix);
-    if (!tables.token_index) return patch;
-    const int64_t row = tables.token_index[sample * (shape.tokens - shape.num_prefix) + patch];
-    if (row < 0 || row >= tables.rows) {
+    if (!tables.token_index || patch < 0) return patch;
+    const int64_t first = shape.offsets.data ? offset_of(shape.offsets, sample)
+                                             : sample * (shape.tokens - shape.num_prefix);
+    const int64_t row = tables.token_index[first + patch];
+    if (row < -1 || row >= tables.rows) {
       refuse_silently("rope_attention", "token_index is out of range");
-      return 0;
+      return -1;
     }
     return static_cast<int>(row);
   }
 
-  // Of E pairs from `pair` on.
+  // Of E pairs from `pair` on of a row of the tables.
   template <int E>
-  __device__ __forceinline__ void load_angles(int token, int pair, float (&c)[E], float (&s)[E]) const {
-    const int row = row_of(token);
+  __device__ __forceinline__ void load_angles(int row, int pair, float (&c)[E], float (&s)[E]) const {
     if constexpr (COMPACT) {
       const int quarter = static_cast<int>(shape.head_dim / 4);
       const unsigned grid = static_cast<unsigned>(tables.grid), patch = static_cast<unsigned>(row);
