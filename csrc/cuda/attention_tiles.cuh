@@ -130,11 +130,10 @@ struct Head {
   template <int E, class Load>
   __device__ __forceinline__ void rotate_back(float (&values)[E], int token, int i, const Load& load) const {
     if (!tables.cos) return;
-    const auto [sample, head] = computed_here();
     if (tables.grid > 0) {
-      Rotary<true>{shape, tables, sample, head}.rotate_back(values, token, i, load);
+      rotary<true>().rotate_back(values, token, i, load);
     } else {
-      Rotary<false>{shape, tables, sample, head}.rotate_back(values, token, i, load);
+      rotary<false>().rotate_back(values, token, i, load);
     }
   }
 
@@ -167,14 +166,23 @@ struct Head {
     return number;
   }
 
+  template <bool COMPACT>
+  __device__ __forceinline__ Rotary<COMPACT> rotary() const {
+    const auto [sample, head] = computed_here();
+    int64_t first = 0;
+    if (tables.token_index) {
+      first = shape.offsets.data ? first_token() : sample * (shape.tokens - shape.num_prefix);
+    }
+    return {shape, tables, head, static_cast<unsigned>(first)};
+  }
+
   template <int E>
   __device__ __forceinline__ void rotate_chunks(T* rows, const Threads& threads, int first, int count) const {
-    const auto [sample, head] = computed_here();
     // One after the other, so that the registers of both aren't needed at a time.
     if (tables.grid > 0) {
-      rotate_by<E>(Rotary<true>{shape, tables, sample, head}, rows, threads, first, count);
+      rotate_by<E>(rotary<true>(), rows, threads, first, count);
     } else {
-      rotate_by<E>(Rotary<false>{shape, tables, sample, head}, rows, threads, first, count);
+      rotate_by<E>(rotary<false>(), rows, threads, first, count);
     }
   }
   template <int E, class Rotation>
@@ -206,7 +214,8 @@ struct Head {
     if (first >= 0 && first <= end && end <= shape.offsets.tokens && end - first <= shape.tokens) {
       return static_cast<int>(end - first);
     }
-    refuse_silently("packed_attention", "cu_seqlens are out of range, or a sequence is longer than max_seqlen");
+    refuse_silently("packed_attention",
+                    "cu_seqlens are out of range, or a sequence is longer than max_seqlen");
     return 0;
   }
 };

@@ -10,7 +10,8 @@ template <bool COMPACT>
 struct Rotary {
   const AttentionShape& shape;
   const RotaryTables& tables;
-  unsigned sample, head;
+  unsigned head;
+  unsigned first;  // number of its first patch among those of token_index
 
   // Rotates the row's pairs whose first elements are among [i, i + E), where any are.
   template <int E, class T>
@@ -71,9 +72,7 @@ struct Rotary {
   __device__ __forceinline__ int row_of(int token) const {
     const int patch = token - static_cast<int>(shape.num_prefix);
     if (!tables.token_index || patch < 0) return patch;
-    const int64_t first = shape.offsets.data ? offset_of(shape.offsets, sample)
-                                             : sample * (shape.tokens - shape.num_prefix);
-    const int64_t row = tables.token_index[first + patch];
+    const int64_t row = tables.token_index[first + static_cast<unsigned>(patch)];
     if (row < -1 || row >= tables.rows) {
       refuse_silently("rope_attention", "token_index is out of range");
       return -1;
