@@ -40,7 +40,7 @@ def optimizer_step(step: Callable[..., None]) -> Callable[..., torch.Tensor]:
 
 
 def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return evakernels.packed_attention(q, k, v, torch.tensor([0, 2, 5], dtype=torch.int32), max_length=3)
+    return evakernels.packed_attention(q, k, v, torch.tensor([0, 2, 5], dtype=torch.int32), max_seqlen=3)
 
 
 def cases() -> dict[str, tuple[Callable[..., torch.Tensor], list[torch.Tensor]]]:

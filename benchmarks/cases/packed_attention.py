@@ -45,9 +45,9 @@ def _inputs(shape: Shape, draw: Draw) -> Inputs:
     """q, k and v `[T, H, D]`, views of one packed projection; where captions begin, and the longest one's length."""
     lengths = lengths_of(shape)
     packed = draw.normal(int(lengths.sum()), 3, shape.heads, shape.head_dim)
-    offsets = F.pad(lengths.cumsum(0), (1, 0)).to(draw.device, torch.int32)
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(draw.device, torch.int32)
     q, k, v = packed.unbind(1)
-    return {"q": q, "k": k, "v": v, "offsets": offsets, "max_length": int(lengths.max())}
+    return {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens, "max_seqlen": int(lengths.max())}
 
 
 def _work(shape: Shape, itemsize: int) -> Work:
@@ -58,15 +58,15 @@ def _work(shape: Shape, itemsize: int) -> Work:
     return Work(Cost(2 * product, 4 * unit), Cost(5 * product, 8 * unit))
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int) -> Tensor:
+def _eager(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """In a grid with padding, which lies behind the captions, so that causal attention doesn't see it."""
-    batch, tokens = len(offsets) - 1, torch.arange(len(q), device=q.device)
-    caption = torch.searchsorted(offsets[1:], tokens, right=True)
-    cell = caption * max_length + tokens - offsets[caption]
+    batch, tokens = len(cu_seqlens) - 1, torch.arange(len(q), device=q.device)
+    caption = torch.searchsorted(cu_seqlens[1:], tokens, right=True)
+    cell = caption * max_seqlen + tokens - cu_seqlens[caption]
 
     def spread(x: Tensor) -> Tensor:
-        grid = x.new_zeros(batch * max_length, *x.shape[1:]).index_copy(0, cell, x)
-        return grid.view(batch, max_length, *x.shape[1:]).transpose(1, 2)
+        grid = x.new_zeros(batch * max_seqlen, *x.shape[1:]).index_copy(0, cell, x)
+        return grid.view(batch, max_seqlen, *x.shape[1:]).transpose(1, 2)
 
     out = F.scaled_dot_product_attention(spread(q), spread(k), spread(v), is_causal=True)
     return out.transpose(1, 2).flatten(0, 1)[cell]
@@ -97,8 +97,8 @@ def varlen(shape: Shape) -> Function:
     has_flag = "is_causal" in inspect.signature(varlen_attn).parameters
     causal: dict[str, Any] = {"is_causal": True} if has_flag else {"window_size": (-1, 0)}
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int) -> Tensor:
-        out = varlen_attn(q, k, v, offsets, offsets, max_length, max_length, **causal)
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **causal)
         assert isinstance(out, Tensor)  # not a tuple: no log-sum-exp was asked for
         return out
 
@@ -128,7 +128,7 @@ def flex(shape: Shape) -> Function:
 
     compiled_flex = compiled(flex_only)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         out: Tensor = compiled_flex(q=q, k=k, v=v, block_mask=mask(q.device))
         return out[0].transpose(0, 1).contiguous()
@@ -141,8 +141,8 @@ def flash_attn(shape: Shape) -> Function:
     """FlashAttention-2."""
     from flash_attn import flash_attn_varlen_func
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int) -> Tensor:
-        out: Tensor = flash_attn_varlen_func(q, k, v, offsets, offsets, max_length, max_length, causal=True)
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        out: Tensor = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True)
         return out
 
     return attend
@@ -156,7 +156,7 @@ def xformers(shape: Shape) -> Function:
 
     mask = BlockDiagonalCausalMask.from_seqlens(lengths_of(shape).tolist())
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         out: Tensor = memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)
         return out[0]
 

@@ -72,15 +72,15 @@ def _rope_attention_backward(dout: Tensor, q: Tensor, k: Tensor, *_: Any, **__: 
     return _BACKWARD_PRODUCTS * _rope_attention(q, k) // 2
 
 
-def _packed_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *_: Any, **__: Any) -> int:
+def _packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *_: Any, **__: Any) -> int:
     # The sequences' lengths are data; this is exact where they are all the same.
     tokens, heads, channels = q.shape
-    return 4 * heads * channels * tokens * tokens // max(len(offsets) - 1, 1)
+    return 4 * heads * channels * tokens * tokens // max(len(cu_seqlens) - 1, 1)
 
 
 def _packed_attention_backward(dout: Tensor, q: Tensor, *rest: Any, **__: Any) -> int:
-    offsets = rest[4]
-    return _BACKWARD_PRODUCTS * _packed_attention(q, q, q, offsets) // 2
+    cu_seqlens = rest[4]
+    return _BACKWARD_PRODUCTS * _packed_attention(q, q, q, cu_seqlens) // 2
 
 
 _BACKWARD_PRODUCTS = 5

@@ -38,12 +38,12 @@ def attend(function: str, qkv: dict[str, Tensor], *, causal: bool, scale: float 
 
 
 def attend_packed(
-    function: str, qkv: dict[str, Tensor], offsets: Tensor, max_length: int, *, causal: bool, scale: float | None
+    function: str, qkv: dict[str, Tensor], offsets: Tensor, max_seqlen: int, *, causal: bool, scale: float | None
 ) -> Tensor:
     """The same within sequences that lie one behind the other, `[T, H, D]`."""
     _check_heads(function, "[T, H, D]", qkv)
     q, k, v = qkv.values()
-    return packed_attention(q, k, v, offsets, max_length=max_length, causal=causal, scale=scale)
+    return packed_attention(q, k, v, offsets, max_seqlen=max_seqlen, causal=causal, scale=scale)
 
 
 def refuse_lengths(function: str, found: str) -> None:

@@ -112,11 +112,17 @@ def parameter_dtype(op: str, x: Tensor, **tensors: Tensor | None) -> None:
 
 
 def heads(op: str, layout: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Queries, keys and values agree in all; `layout` names their dimensions."""
+    """Queries, keys and values fit together; `layout` names the dimensions of the queries."""
     if q.dim() != layout.count(",") + 1:
         raise ValueError(f"{op}: q has shape {tuple(q.shape)}; expected {layout}")
     same_device(op, q=q, k=k, v=v)
+    if k.dim() != q.dim() or k.shape[0] != q.shape[0] or k.shape[-1] != q.shape[-1]:
+        keys = layout.replace("N", "M").replace("H", "Hkv")
+        raise ValueError(f"{op}: k has shape {tuple(k.shape)}; expected {keys} with q {layout} = {tuple(q.shape)}")
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
+        raise ValueError(f"{op}: k has {kv_heads} heads and q has {heads}; accepted: a number that divides {heads}")
+    shape(op, "v", v, tuple(k.shape), "the shape of k")
     for name, tensor in (("k", k), ("v", v)):
-        shape(op, name, tensor, tuple(q.shape), "the shape of q")
         if tensor.dtype != q.dtype:
             raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: {q.dtype} (as q)")

@@ -9,6 +9,7 @@ whose kernels the compiled library fills in. Because the choice is made inside t
 `torch.compile`, and `use_backend` also holds in compiled code, where that runs the op anew.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from evakernels.ops._sharding import Rule, over_shards
 _library = torch.library.Library("evakernels", "DEF")
 _native_library = torch.library.Library("evakernels_native", "DEF")
 
-_composed: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+_composed: dict[Any, Callable[..., Any]] = {}
 """What runs in the place of an op under `as_torch_operators`."""
 
 MAX_PLANS = 1 << 12
@@ -79,6 +80,7 @@ class Op:
         self.returned: int | None = None
         self.plans: dict[tuple[Any, ...], Plan] = backends.kept_for(self.name)
         self.recording: Callable[..., Any] | None = None
+        self.recording_all: Callable[..., Any] | None = None
         self.recorded = make_autograd_impl(overload, Info(None, None))
 
     def __call__(self, *args: Any) -> Any:
@@ -216,6 +218,18 @@ def define(
     return op
 
 
+def every_output(op: Op) -> Op:
+    """What calls `op`, which is `differentiable`, and returns all of its outputs. Those behind have no gradient.
+
+    Under `as_torch_operators` it is never what the op is `lowered` to, which leaves these out.
+    """
+    twin = copy.copy(op)  # with the same plans
+    twin.overload = op.overload.overloadpacket
+    twin.returned, twin.recording = None, op.recording_all
+    _composed[twin.overload] = op.seen_through
+    return twin
+
+
 class as_torch_operators(TorchFunctionMode):
     """In its `with` block every op runs as its reference, in torch's own operators, and leaves no trace of its name.
 
@@ -294,9 +308,18 @@ def differentiable(
         def backward(ctx: Any, *grads: Any) -> Any:
             return *gradient(ctx, *grads), None
 
-    Function.__name__ = f"{family}_backward"
+    class FunctionOfAll(Function):
+        @staticmethod
+        def forward(ctx: Any, *args_and_run: Any) -> Any:
+            *args, run = args_and_run
+            output = run(*args)
+            setup(ctx, args, output)
+            return output
+
+    Function.__name__ = FunctionOfAll.__name__ = f"{family}_backward"
     # Past `Function.apply` of Python, which asks about transforms of functorch: none is at work here.
     forward.recording = super(torch.autograd.Function, Function).apply
+    forward.recording_all = super(torch.autograd.Function, FunctionOfAll).apply
 
 
 def _without_autocast(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:

@@ -4,16 +4,16 @@ import torch
 from torch import Tensor
 
 
-def check_range(op: str, token_index: Tensor, num_tokens: int) -> None:
-    """Raises `IndexError` for a value outside `0 .. num_tokens - 1`.
+def check_range(op: str, token_index: Tensor, num_tokens: int, *, lowest: int = 0, name: str = "token_index") -> None:
+    """Raises `IndexError` for a value outside `lowest .. num_tokens - 1`.
 
     Only on a CPU: elsewhere the question would make the host wait for the device.
     """
     if token_index.device.type != "cpu" or token_index.numel() == 0:
         return
     low, high = (int(bound) for bound in torch.aminmax(token_index))
-    if low < 0 or high >= num_tokens:
-        raise IndexError(f"{op}: token_index has values from {low} to {high}; accepted: 0 to {num_tokens - 1}")
+    if low < lowest or high >= num_tokens:
+        raise IndexError(f"{op}: {name} has values from {low} to {high}; accepted: {lowest} to {num_tokens - 1}")
 
 
 def check_unique(op: str, token_index: Tensor, num_tokens: int) -> None:

@@ -1,77 +1,189 @@
 """Attention within the sequences of a packed batch."""
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from evakernels.ops import _check
 from evakernels.ops._autocast import matmul_inputs
-from evakernels.ops._op import define, differentiable
-from evakernels.ops.rope_attention import gpu_reasons
+from evakernels.ops._op import define, differentiable, every_output
+from evakernels.ops._token_index import check_range
+from evakernels.ops.rope_attention import (
+    check_tables,
+    gpu_reasons,
+    gradients_fake,
+    of_shared_heads,
+    refuse_gradients,
+    table_rows,
+)
 from evakernels.reference import packed_attention as reference
 from evakernels.reference import rope_attention
 from evakernels.reference._numerics import accumulation_dtype
+
+
+@overload
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    max_seqlen: int,
+    cos: Tensor | None = ...,
+    sin: Tensor | None = ...,
+    positions: Tensor | None = ...,
+    causal: bool = ...,
+    interleaved: bool = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    max_seqlen: int,
+    cos: Tensor | None = ...,
+    sin: Tensor | None = ...,
+    positions: Tensor | None = ...,
+    causal: bool = ...,
+    interleaved: bool = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def packed_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    offsets: Tensor,
+    cu_seqlens: Tensor,
     *,
-    max_length: int,
+    max_seqlen: int,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    positions: Tensor | None = None,
     causal: bool = True,
+    interleaved: bool = True,
     scale: float | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Multi-head attention of sequences that lie one behind the other, without padding between them.
 
-    A token sees the tokens of its own sequence. This is what text needs, whose sequences differ in length.
+    A token sees the tokens of its own sequence. This is what text needs, whose sequences differ in length, and images
+    of several sizes in one batch, whose queries and keys are rotated by their places.
 
     Args:
-        q, k, v: `[T, H, D]` in one dtype, the tokens of all sequences; views of one packed projection are fine.
-        offsets: int32 or int64 `[B + 1]`, from 0 to T: sequence b has the tokens `offsets[b]` to
-            `offsets[b + 1] - 1`. It may be empty.
-        max_length: no sequence is longer. It is an argument so that the host needn't wait for the device.
+        q: `[T, H, D]`, the tokens of all sequences; views of one packed projection are fine.
+        k, v: `[T, Hkv, D]` in the dtype of `q`. H is a multiple of Hkv: query head h uses head h // (H // Hkv).
+        cu_seqlens: int32 or int64 `[B + 1]`, from 0 to T: sequence b has the tokens `cu_seqlens[b]` to
+            `cu_seqlens[b + 1] - 1`. It may be empty.
+        max_seqlen: no sequence is longer. It is an argument so that the host needn't wait for the device.
+        cos, sin: as `rope_attention` has them: `[P, D/2]`, `[H, P, D/2]` if Hkv is H, or the compact `[2, G, D/4]` of
+            a grid. None: no rotation.
+        positions: int64 `[T]`, the table row of each token; or `[T, 2]`, its y and x below G of the compact table, so
+            that images of any sizes and aspect ratios share one. -1, in either column: the token isn't rotated (class
+            tokens, registers, text). None: a token's place in its sequence, for which P is at least `max_seqlen`.
         causal: a query sees no later key.
+        interleaved: the pairs are (2i, 2i+1); False: (i, i + D/2), "rotate half".
         scale: factor of the scores; `D ** -0.5` by default.
+        return_lse: whether to return the logarithms of the softmax's denominators, too.
 
     Returns:
-        `[T, H, D]`, contiguous, in the dtype of `q`. Precision and autocast are as for `rope_attention`.
+        `[T, H, D]`, contiguous, in the dtype of `q`. Precision and autocast are as for `rope_attention`. With
+        `return_lse` also `[H, T]`, natural logarithms in float32 (float64 for float64 input), which get no gradient.
 
     Raises:
         TypeError: for a dtype that isn't accepted.
-        ValueError: for shapes, devices or options that don't fit together; on a CPU also for offsets that don't,
+        ValueError: for shapes, devices or options that don't fit together; on a CPU also for `cu_seqlens` that don't,
             elsewhere they aren't checked.
+        IndexError: on a CPU, for `positions` outside the table.
 
     Examples:
         >>> lengths = torch.tensor([5, 77, 12])
-        >>> offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+        >>> cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
         >>> q, k, v = torch.randn(94, 3, 8, 64).unbind(1)
-        >>> evakernels.packed_attention(q, k, v, offsets, max_length=77).shape
+        >>> evakernels.packed_attention(q, k, v, cu_seqlens, max_seqlen=77).shape
         torch.Size([94, 8, 64])
     """
-    out: Tensor = _forward(q, k, v, offsets, max_length, causal, scale)
+    token_index = positions
+    if isinstance(positions, Tensor) and positions.dim() == 2:
+        token_index = _rows_of_places(positions, cos)
+    args = q, k, v, cu_seqlens, cos, sin, token_index, max_seqlen, causal, interleaved, scale
+    if return_lse:
+        out, lse = _forward_with_lse(*args)
+        return out, lse.detach()
+    out = _forward(*args)
     return out
 
 
+def _rows_of_places(positions: Tensor, cos: Tensor | None) -> Tensor:
+    """The table rows of (y, x), `[T, 2]` -> `[T]`; what is outside the grid names a row behind the last one."""
+    op = "packed_attention"
+    _check.integers(op, (torch.int64,), positions=positions)
+    if positions.shape[1] != 2:
+        raise ValueError(f"{op}: positions has shape {tuple(positions.shape)}; expected [T] or [T, 2]")
+    if cos is None:
+        return positions[:, 0]  # which the op refuses
+    if not isinstance(cos, Tensor) or cos.dim() != 3 or cos.shape[0] != 2:
+        found = f"a table of shape {tuple(cos.shape)}" if isinstance(cos, Tensor) else _check.kind(cos)
+        raise ValueError(f"{op}: positions [T, 2] with {found}; they are for the compact table [2, G, D/4]")
+    grid = cos.shape[1]
+    y, x = positions.unbind(1)
+    low, high = torch.minimum(y, x), torch.maximum(y, x)
+    rows = (y * grid + x).masked_fill(low == -1, -1)
+    return rows.masked_fill((low < -1) | (high >= grid), grid * grid)
+
+
 def _check_call(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, causal: bool, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    max_seqlen: int,
+    causal: bool,
+    interleaved: bool,
+    scale: float | None,
 ) -> Any:
     op = "packed_attention"
     _check.floating(op, q=q, k=k, v=v)
     q, k, v = matmul_inputs(q, k, v)
     _check.heads(op, "[T, H, D]", q, k, v)
-    _check.integers(op, (torch.int32, torch.int64), offsets=offsets)
-    _check.same_device(op, q=q, offsets=offsets)
-    if offsets.dim() != 1 or offsets.shape[0] == 0:  # len would fix a size that a program leaves open
-        raise ValueError(f"{op}: offsets has shape {tuple(offsets.shape)}; expected [B + 1]")
-    _check.number(op, "max_length", max_length, "at least 0")
+    _check.integers(op, (torch.int32, torch.int64), cu_seqlens=cu_seqlens)
+    _check.same_device(op, q=q, cu_seqlens=cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:  # len would fix a size that a program leaves open
+        raise ValueError(f"{op}: cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected [B + 1]")
+    _check.number(op, "max_seqlen", max_seqlen, "at least 0")
     _check.scale(op, scale)
-    if max_length < 0:
-        raise ValueError(f"{op}: max_length is {max_length}; accepted: at least 0")
-    return q, k, v, offsets, max_length, causal, q.shape[-1] ** -0.5 if scale is None else scale
+    if max_seqlen < 0:
+        raise ValueError(f"{op}: max_seqlen is {max_seqlen}; accepted: at least 0")
+    _check_positions(q, cos, positions)
+    if check_tables(op, q, k, cos, sin) and positions is None:
+        rows = table_rows(cos, q.shape[-1])
+        if rows < max_seqlen:
+            raise ValueError(f"{op}: cos has {rows} rows and max_seqlen is {max_seqlen}; accepted: as many rows, or more")
+    options = max_seqlen, causal, interleaved, q.shape[-1] ** -0.5 if scale is None else scale
+    return q, k, v, cu_seqlens, cos, sin, positions, *options
+
+
+def _check_positions(q: Tensor, cos: Tensor | None, positions: Tensor | None) -> None:
+    op = "packed_attention"
+    if positions is None:
+        return
+    if cos is None:
+        raise ValueError(f"{op}: positions without cos and sin; they select rows of these tables")
+    _check.integers(op, (torch.int64,), positions=positions)
+    _check.same_device(op, q=q, positions=positions)
+    _check.shape(op, "positions", positions, (q.shape[0],), "[T] or [T, 2] with T")
 
 
 # --- ops ------------------------------------------------------------------------------------------------------------
@@ -82,47 +194,54 @@ def _forward_fake(q: Tensor, *rest: Any) -> Any:
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
-def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-
-
-def _check_values(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, *rest: Any) -> None:
-    """Only on a CPU: elsewhere the question would make the host wait for the device."""
-    if offsets.device.type != "cpu":
-        return
-    op, first, last = "packed_attention", int(offsets[0]), int(offsets[-1])
-    if first != 0 or last != q.shape[0]:
-        raise ValueError(f"{op}: offsets go from {first} to {last}; expected 0 to T = {q.shape[0]}")
-    if len(offsets) > 1:
-        shortest, longest = (int(bound) for bound in torch.aminmax(offsets.diff()))
-        if shortest < 0 or longest > max_length:
-            found = f"the sequences have lengths from {shortest} to {longest}"
-            raise ValueError(f"{op}: {found}; accepted: 0 to max_length = {max_length}")
-
-
-def _forward_gpu_reasons(
+def _check_values(
     q: Tensor,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    offsets: Tensor | None = None,
-    max_length: int = 0,
-    *_: Any,
-) -> list[str]:
-    return gpu_reasons(q, min(max_length, q.shape[0])) if q.dim() == 3 else []
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    token_index: Tensor | None,
+    max_seqlen: int,
+    *rest: Any,
+) -> None:
+    """Only on a CPU: elsewhere the question would make the host wait for the device."""
+    op = "packed_attention"
+    if cos is not None and token_index is not None:
+        check_range(op, token_index, table_rows(cos, q.shape[-1]), lowest=-1, name="positions")
+    if cu_seqlens.device.type != "cpu":
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != q.shape[0]:
+        raise ValueError(f"{op}: cu_seqlens go from {first} to {last}; expected 0 to T = {q.shape[0]}")
+    if len(cu_seqlens) > 1:
+        shortest, longest = (int(bound) for bound in torch.aminmax(cu_seqlens.diff()))
+        if shortest < 0 or longest > max_seqlen:
+            found = f"the sequences have lengths from {shortest} to {longest}"
+            raise ValueError(f"{op}: {found}; accepted: 0 to max_seqlen = {max_seqlen}")
+
+
+_MAX_SEQLEN = 7  # its place in forward's arguments
+
+
+def _forward_gpu_reasons(q: Tensor, *rest: Any) -> list[str]:
+    longest = rest[_MAX_SEQLEN - 1] if len(rest) >= _MAX_SEQLEN else 0
+    return gpu_reasons(q, min(longest, q.shape[0])) if q.dim() == 3 else []
 
 
 def _backward_gpu_reasons(dout: Tensor, *rest: Any) -> list[str]:
-    return _forward_gpu_reasons(dout, *rest[:2], None, *rest[6:])
+    return _forward_gpu_reasons(dout, *rest[1:3], *rest[5:])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, offsets, *ctx.options = inputs
+    q, k, v, cu_seqlens, cos, sin, token_index, *ctx.options = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, offsets)
+    refuse_gradients("packed_attention", cos, sin)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, cos, sin, token_index)
 
 
 def _gradient(ctx: Any, dout: Tensor) -> Any:
-    return _backward(dout, *ctx.saved_tensors, *ctx.options)
+    return of_shared_heads(ctx.saved_tensors[1], _backward(dout, *ctx.saved_tensors, *ctx.options))
 
 
 _forward = define(
@@ -137,7 +256,8 @@ _forward = define(
 _backward = define(
     reference.packed_attention_backward,
     check_values=lambda dout, q, k, v, out, lse, *rest: _check_values(q, k, v, *rest),
-    fake=_backward_fake,
+    fake=gradients_fake,
     gpu_reasons=_backward_gpu_reasons,
 )
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)
+_forward_with_lse = every_output(_forward)

@@ -1,13 +1,13 @@
 """Attention with the rotary position embedding inside."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from evakernels.ops import _check
 from evakernels.ops._autocast import matmul_inputs
-from evakernels.ops._op import define, differentiable
+from evakernels.ops._op import define, differentiable, every_output
 from evakernels.ops._token_index import check_range
 from evakernels.reference import rope_attention as reference
 from evakernels.reference._numerics import accumulation_dtype
@@ -16,6 +16,40 @@ MAX_PREFIX = 16
 """The most tokens (class token and registers) that may stand unrotated before the patches."""
 
 _MAX_GPU_TOKENS, _MAX_GPU_HEAD_DIM = 4096, 128  # as in csrc/cuda/rope_attention.h
+
+
+@overload
+def rope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None = ...,
+    sin: Tensor | None = ...,
+    *,
+    token_index: Tensor | None = ...,
+    num_prefix: int = ...,
+    causal: bool = ...,
+    interleaved: bool = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def rope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None = ...,
+    sin: Tensor | None = ...,
+    *,
+    token_index: Tensor | None = ...,
+    num_prefix: int = ...,
+    causal: bool = ...,
+    interleaved: bool = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def rope_attention(
@@ -30,27 +64,33 @@ def rope_attention(
     causal: bool = False,
     interleaved: bool = True,
     scale: float | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Multi-head attention whose queries and keys are rotated on the way in (RoPE, Su et al. 2021).
 
     The rotated queries and keys never exist outside the op; backward starts from `q`, `k` and `v` as given.
 
     Args:
-        q, k, v: `[B, N, H, D]` in one dtype; views of one packed projection are fine.
-        cos, sin: `[P, D/2]`, or `[H, P, D/2]` with angles of each head: one entry per rotated pair. Or the compact
+        q: `[B, N, H, D]`; views of one packed projection are fine.
+        k, v: `[B, M, Hkv, D]` in the dtype of `q`. H is a multiple of Hkv: query head h uses head h // (H // Hkv)
+            (grouped and multi-query attention). M may differ from N where nothing is rotated.
+        cos, sin: `[P, D/2]`, or `[H, P, D/2]` if Hkv is H: one entry per rotated pair. Or the compact
             `[2, G, D/4]` of a square grid, P = G * G: the token of table row r has its first D/4 pairs from
             `[0, r // G]` and the others from `[1, r % G]`. None: no rotation. They get no gradient.
             `evakernels.nn.axial_rope` makes those of EVA.
         token_index: int64 `[B, N - num_prefix]`: token `num_prefix + i` of sample b takes table row
-            `token_index[b, i]` (see `token_dropout`). None: it takes row i, and P is `N - num_prefix`.
-        num_prefix: this many leading tokens (class token, registers) aren't rotated; 0 to 16.
-        causal: a query sees no later key.
+            `token_index[b, i]` (see `token_dropout`); at -1 it isn't rotated. None: it takes row i, and P is `N - num_prefix`.
+        num_prefix: this many leading tokens (class token, registers) aren't rotated; 0 to 16. Without tables it has no
+            meaning.
+        causal: a query sees no later key; the last query sees all: query i sees keys up to number i + M - N.
         interleaved: the pairs are (2i, 2i+1), as in EVA and in timm's "cat" layout; False: (i, i + D/2),
             "rotate half".
         scale: factor of the scores; `D ** -0.5` by default.
+        return_lse: whether to return the logarithms of the softmax's denominators, too.
 
     Returns:
-        `[B, N, H, D]`, contiguous, in the dtype of `q`. Scores and softmax are float32 (float64 for float64
+        `[B, N, H, D]`, contiguous, in the dtype of `q`; zeros for a query that sees no key. With `return_lse` also
+        `[B, H, N]`, natural logarithms in float32 (float64 for float64 input), which get no gradient. Scores and softmax are float32 (float64 for float64
         input); scores of bfloat16 input may have 16 significant bits instead of 24. Under autocast `q`, `k` and
         `v` are cast as for `torch.nn.functional.scaled_dot_product_attention`.
 
@@ -66,59 +106,96 @@ def rope_attention(
         >>> evakernels.rope_attention(q, k, v, cos, sin, num_prefix=1).shape
         torch.Size([2, 197, 12, 64])
     """
-    out: Tensor = _forward(q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale)
+    args = q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale
+    if return_lse:
+        out, lse = _forward_with_lse(*args)
+        return out, lse.detach()
+    out = _forward(*args)
     return out
 
 
 def _check_call(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-    *rotation, causal, interleaved, scale = rest
+    cos, sin, token_index, num_prefix, causal, interleaved, scale = rest
     _check.floating("rope_attention", q=q, k=k, v=v)
     q, k, v = matmul_inputs(q, k, v)
     _check.heads("rope_attention", "[B, N, H, D]", q, k, v)
-    _check_rotation(q, *rotation)
+    num_prefix = _check_rotation(q, k, cos, sin, token_index, num_prefix)
     _check.scale("rope_attention", scale)
-    return q, k, v, *rotation, causal, interleaved, q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale
 
 
 def _check_rotation(
-    q: Tensor, cos: Tensor | None, sin: Tensor | None, token_index: Tensor | None, num_prefix: int
-) -> None:
-    op, (batch, tokens, heads, head_dim) = "rope_attention", q.shape
+    q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, token_index: Tensor | None, num_prefix: int
+) -> int:
+    """Returns `num_prefix`, as far as it has a meaning."""
+    op, (batch, tokens) = "rope_attention", q.shape[:2]
     _check.number(op, "num_prefix", num_prefix, f"0 to {MAX_PREFIX}")
     if not 0 <= num_prefix <= MAX_PREFIX or num_prefix > tokens:
         raise ValueError(f"{op}: num_prefix is {num_prefix}; accepted: 0 to {MAX_PREFIX}, and at most N = {tokens}")
-    if cos is None and sin is None:
-        if token_index is not None:
+    if token_index is not None:
+        if cos is None and sin is None:
             raise ValueError(f"{op}: token_index without cos and sin; it selects rows of these tables")
-        return
+        _check.integers(op, (torch.int64,), token_index=token_index)
+    patches = tokens - num_prefix
+    if not check_tables(op, q, k, cos, sin, patches if token_index is None else None):
+        return 0
+    if k.shape[1] != tokens:
+        raise ValueError(
+            f"{op}: cos and sin with {tokens} queries and {k.shape[1]} keys; accepted: as many of each; rotate them "
+            "beforehand and give no tables"
+        )
+    _check.same_device(op, q=q, token_index=token_index)
+    _check.shape(op, "token_index", token_index, (batch, patches), "[B, N - num_prefix]")
+    return num_prefix
+
+
+def check_tables(
+    op: str, q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, patches: int | None = None
+) -> bool:
+    """Whether there are tables, which then fit queries and keys `[..., H, D]`.
+
+    `patches` is how many rows they must have; None: any number.
+    """
+    if cos is None and sin is None:
+        return False
     if cos is None or sin is None:
         given, missing = ("sin", "cos") if cos is None else ("cos", "sin")
         raise ValueError(f"{op}: {given} without {missing}; give both or neither")
+    heads, head_dim = q.shape[-2:]
     if head_dim % 2:
         raise ValueError(f"{op}: head_dim {head_dim} is odd; a rotation needs pairs of channels")
     _check.floating(op, cos=cos, sin=sin)
-    if token_index is not None:
-        _check.integers(op, (torch.int64,), token_index=token_index)
-    _check.same_device(op, q=q, cos=cos, sin=sin, token_index=token_index)
-    patches = tokens - num_prefix
-    rows = patches if token_index is None or cos.dim() < 2 else cos.shape[-2]
+    _check.same_device(op, q=q, cos=cos, sin=sin)
+    rows = cos.shape[-2] if patches is None and cos.dim() >= 2 else patches
     if reference.is_compact(cos, head_dim):
-        _check_compact(cos, patches if token_index is None else None, head_dim)
+        _check_compact(op, cos, patches, head_dim)
     elif cos.dim() == 3:
         _check.shape(op, "cos", cos, (heads, rows, head_dim // 2), "[H, P, D/2]")
+        if k.shape[-2] != heads:
+            raise ValueError(
+                f"{op}: cos has a table for each of {heads} heads and k has {k.shape[-2]}; heads that share keys share "
+                "a table, [P, D/2]"
+            )
     else:
         _check.shape(op, "cos", cos, (rows, head_dim // 2), "[P, D/2]")
     _check.shape(op, "sin", sin, tuple(cos.shape), "the shape of cos")
-    _check.shape(op, "token_index", token_index, (batch, patches), "[B, N - num_prefix]")
+    return True
 
 
-def _check_compact(cos: Tensor, patches: int | None, head_dim: int) -> None:
-    op, grid = "rope_attention", cos.shape[1]
+def _check_compact(op: str, cos: Tensor, patches: int | None, head_dim: int) -> None:
+    grid = cos.shape[1]
     if head_dim % 4:
         raise ValueError(f"{op}: head_dim {head_dim} has no compact table; it takes multiples of 4")
     _check.shape(op, "cos", cos, (2, grid, head_dim // 4), "[2, G, D/4]")
     if patches is not None and patches != grid * grid:
         raise ValueError(f"{op}: the compact table is of {grid} x {grid} patches; given: N - num_prefix = {patches}")
+
+
+def table_rows(cos: Tensor, head_dim: int) -> int:
+    """How many rows a table of any form has."""
+    rows = cos.shape[-2]
+    return rows**2 if reference.is_compact(cos, head_dim) else rows
 
 
 # --- ops ------------------------------------------------------------------------------------------------------------
@@ -130,16 +207,17 @@ def _forward_fake(q: Tensor, *rest: Any) -> Any:
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
-def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+def gradients_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    """Those of the queries, and those of keys and values for each head of the queries."""
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return dq, *(x.new_empty(*x.shape[:-2], *q.shape[-2:]) for x in (k, v))
 
 
 def _check_values(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, token_index: Tensor | None, *rest: Any
 ) -> None:
     if cos is not None and token_index is not None:
-        rows = cos.shape[-2]
-        check_range("rope_attention", token_index, rows**2 if reference.is_compact(cos, q.shape[-1]) else rows)
+        check_range("rope_attention", token_index, table_rows(cos, q.shape[-1]), lowest=-1)
 
 
 def gpu_reasons(q: Tensor, longest: int) -> list[str]:
@@ -155,19 +233,34 @@ def gpu_reasons(q: Tensor, longest: int) -> list[str]:
 
 
 def _gpu_reasons(q: Tensor, *rest: Any) -> list[str]:
-    return gpu_reasons(q, q.shape[1]) if q.dim() == 4 else []
+    return gpu_reasons(q, max(x.shape[1] for x in (q, *rest[:2]))) if q.dim() == 4 else []
+
+
+def refuse_gradients(op: str, *tables: Tensor | None) -> None:
+    """Raises for cos and sin that want one."""
+    if any(table is not None and table.requires_grad for table in tables):
+        raise ValueError(f"{op}: cos or sin requires a gradient, but the tables get none; pass them detached")
+
+
+def of_shared_heads(k: Tensor, gradients: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, of which the latter are summed over the heads of queries that share one of `k`."""
+    dq, *of_heads = gradients
+    kv_heads, heads = k.shape[-2], dq.shape[-2]
+    if kv_heads == heads:
+        return gradients
+    dk, dv = (x.unflatten(-2, (kv_heads, heads // kv_heads)).sum(-2) for x in of_heads)
+    return dq, dk, dv
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, cos, sin, token_index, *ctx.options = inputs
     out, lse = output
-    if any(table is not None and table.requires_grad for table in (cos, sin)):
-        raise ValueError("rope_attention: cos or sin requires a gradient, but the tables get none; pass them detached")
+    refuse_gradients("rope_attention", cos, sin)
     ctx.save_for_backward(q, k, v, out, lse, cos, sin, token_index)
 
 
 def _gradient(ctx: Any, dout: Tensor) -> Any:
-    return _backward(dout, *ctx.saved_tensors, *ctx.options)
+    return of_shared_heads(ctx.saved_tensors[1], _backward(dout, *ctx.saved_tensors, *ctx.options))
 
 
 _forward = define(
@@ -181,7 +274,8 @@ _forward = define(
 _backward = define(
     reference.rope_attention_backward,
     check_values=lambda dout, q, k, v, out, lse, *rest: _check_values(q, k, v, *rest),
-    fake=_backward_fake,
+    fake=gradients_fake,
     gpu_reasons=_gpu_reasons,
 )
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)
+_forward_with_lse = every_output(_forward)

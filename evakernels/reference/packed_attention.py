@@ -5,25 +5,36 @@ a batch has few of them; copies of a sequence's last token fill the cells behind
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evakernels.reference import rope_attention
 from evakernels.reference._numerics import accumulation_dtype
 
 CAUSAL_LENGTHS = 32
 """What the lengths of causal sequences are rounded up to a multiple of."""
 
-_UNROTATED = (None, None, None, 0)
-
 
 def packed_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    token_index: Tensor | None,
+    max_seqlen: int,
+    causal: bool,
+    interleaved: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     attend = torch.ops.evakernels.rope_attention_forward
-    return packed_attention(attend, q, k, v, offsets, max_length, causal, scale)
+    return packed_attention(
+        attend, q, k, v, cu_seqlens, cos, sin, token_index, max_seqlen, causal, interleaved, scale
+    )
 
 
 def packed_attention(
@@ -31,42 +42,60 @@ def packed_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    offsets: Tensor,
-    max_length: int,
-    causal: bool,
-    scale: float,
+    cu_seqlens: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    token_index: Tensor | None,
+    max_seqlen: int,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`attend` is what each batch of sequences is given to."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q))
-    for rows, inside in _batches(offsets, causal):
-        given = (_grid(x, rows) for x in (q, k, v))
-        result = attend(*given, *_UNROTATED, causal, False, scale)
-        out = _filled(out, rows, inside, result[0])
-        lse = _filled(lse, rows, inside, result[1].transpose(1, 2))
+    for batch in _batches(cu_seqlens, options[0]):
+        given = (_grid(x, batch.rows) for x in (q, k, v))
+        result = attend(*given, cos, sin, batch.token_index(cos, token_index), 0, *options)
+        out = _filled(out, batch, result[0])
+        lse = _filled(lse, batch, result[1].transpose(1, 2))
     return out, lse.T.contiguous()
 
 
 def packed_attention_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    token_index: Tensor | None,
+    max_seqlen: int,
+    causal: bool,
+    interleaved: bool,
+    scale: float,
 ) -> tuple[Tensor]:
     """The output alone, by torch's attention over all sequences at once, each as long as the longest may be.
 
-    So no shape depends on what `offsets` hold.
+    So no shape depends on what `cu_seqlens` hold.
     """
     total = q.shape[0]
     if total == 0:
         return (torch.empty_like(q, memory_format=torch.contiguous_format),)
-    firsts, ends = offsets[:-1].long(), offsets[1:].long()
-    cells = torch.arange(max_length, device=q.device)
+    firsts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    ended = ends.new_zeros(total + 1).index_add(0, ends, torch.ones_like(ends))
+    sequence = ended.cumsum(0)[:-1]  # of each token
+    places = torch.arange(total, device=q.device) - firsts[sequence]
+    index = (places if token_index is None else token_index).unsqueeze(0)
+    rotation = rope_attention.rotation_of(q.unsqueeze(0), cos, sin, index, 0)
+    q, k = (rope_attention.turned(x.unsqueeze(0).transpose(1, 2), rotation, interleaved) for x in (q, k))
+    q, k = (x.transpose(1, 2).squeeze(0) for x in (q, k))
+    cells = torch.arange(max_seqlen, device=q.device)
     rows = (firsts.unsqueeze(1) + cells).clamp(max=total - 1)
     # Of a sequence without tokens one key is left: a softmax of nothing isn't a number.
     seen = None if causal else (cells < (ends - firsts).clamp(min=1).unsqueeze(1))[:, None, None]
+    shared = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     q, k, v = (_grid(x, rows).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal, scale=scale).transpose(1, 2)
-    ended = ends.new_zeros(total + 1).index_add(0, ends, torch.ones_like(ends))
-    sequence = ended.cumsum(0)[:-1]  # of each token
-    return (out[sequence, torch.arange(total, device=out.device) - firsts[sequence]],)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal, scale=scale, **shared)
+    return (out.transpose(1, 2)[sequence, places],)
 
 
 def packed_attention_backward(
@@ -76,32 +105,52 @@ def packed_attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    offsets: Tensor,
-    max_length: int,
+    cu_seqlens: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    token_index: Tensor | None,
+    max_seqlen: int,
     causal: bool,
+    interleaved: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    for rows, inside in _batches(offsets, causal):
-        cotangent = _grid(dout, rows).mul_(inside[..., None, None])
+    gradients = [torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(3)]
+    for batch in _batches(cu_seqlens, causal):
+        rows = batch.rows
+        cotangent = _grid(dout, rows).mul_(batch.inside[..., None, None])
         given = cotangent, *(_grid(x, rows) for x in (q, k, v, out)), _grid(lse.T, rows).transpose(1, 2).contiguous()
-        found = torch.ops.evakernels.rope_attention_backward(*given, *_UNROTATED, causal, False, scale)
-        gradients = [_filled(x, rows, inside, grid) for x, grid in zip(gradients, found, strict=True)]
+        rotation = cos, sin, batch.token_index(cos, token_index), 0
+        found = torch.ops.evakernels.rope_attention_backward(*given, *rotation, causal, interleaved, scale)
+        gradients = [_filled(x, batch, grid) for x, grid in zip(gradients, found, strict=True)]
     dq, dk, dv = gradients
     return dq, dk, dv
 
 
-def _batches(offsets: Tensor, causal: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of the sequences of each length: their rows `[B, N]`, and which of these cells are theirs."""
-    firsts, lengths = offsets[:-1].long(), offsets.long().diff()
+class _Batch(NamedTuple):
+    """The sequences of one length, of which cells behind a sequence's end are copies of its last token."""
+
+    rows: Tensor  # [B, N]
+    places: Tensor  # [B, N], of these tokens within their sequences
+    inside: Tensor  # [B, N], which cells are the sequences' own
+
+    def token_index(self, cos: Tensor | None, token_index: Tensor | None) -> Tensor | None:
+        """The table rows of all cells; None without tables."""
+        if cos is None:
+            return None
+        return self.places if token_index is None else token_index[self.rows]
+
+
+def _batches(cu_seqlens: Tensor, causal: bool) -> Iterator[_Batch]:
+    firsts, lengths = cu_seqlens[:-1].long(), cu_seqlens.long().diff()
     step = CAUSAL_LENGTHS if causal else 1
     rounded = (lengths + step - 1) // step * step
     for size in rounded.unique().tolist():
         if size > 0:
             those = rounded == size
             first, length = firsts[those].unsqueeze(1), lengths[those].unsqueeze(1)
-            cells = torch.arange(min(size, int(length.max())), device=offsets.device)
-            yield first + torch.minimum(cells, length - 1), cells < length
+            cells = torch.arange(min(size, int(length.max())), device=cu_seqlens.device)
+            places = torch.minimum(cells, length - 1)
+            yield _Batch(first + places, places, cells < length)
 
 
 def _grid(x: Tensor, rows: Tensor) -> Tensor:
@@ -110,8 +159,9 @@ def _grid(x: Tensor, rows: Tensor) -> Tensor:
     return grid
 
 
-def _filled(x: Tensor, rows: Tensor, inside: Tensor, grid: Tensor) -> Tensor:
+def _filled(x: Tensor, batch: _Batch, grid: Tensor) -> Tensor:
     """The inverse, in `x` itself unless a transform is at work: of the cells that are `inside`."""
+    rows, inside = batch.rows, batch.inside
     where, values = (rows.flatten(), grid.flatten(0, 1)) if inside.all() else (rows[inside], grid[inside])
     # Of a sample alone vmap doesn't know how to write those of several into it.
     put = torch.Tensor.index_copy if torch._C._are_functorch_transforms_active() else torch.Tensor.index_copy_

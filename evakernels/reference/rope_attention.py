@@ -1,11 +1,13 @@
 """Attention with the rotary embedding inside (Su et al. 2021; axial in 2-D as in EVA-02, Fang et al. 2023).
 
     q' = rotate(q), k' = rotate(k)      pair (a, b) of token n  ->  (a cos - b sin, a sin + b cos)
-    s = scale * q' k'^T                 keys after the query count as -inf when causal
-    out = softmax(s) v,  lse = log(sum(exp(s)))
+    s = scale * q' k'^T                 when causal, query i of N sees keys up to number i + M - N of M
+    out = softmax(s) v,  lse = log(sum(exp(s)))      zeros and -inf of a query that sees no key
+
+Query head h uses head h // (H // Hkv) of the keys and values; backward leaves their gradients those of each query head.
 
 The inverse rotation, which carries the gradients of q' and k' back to q and k, has the opposite sine. Everything
-between the inputs and the results is float32 (float64 for float64 input). The scores exist as a whole: [B, H, N, N].
+between the inputs and the results is float32 (float64 for float64 input). The scores exist as a whole: [B, H, N, M].
 """
 
 import torch
@@ -27,14 +29,19 @@ def rope_attention_forward(
     interleaved: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    rotation = _rotation(q, cos, sin, token_index, num_prefix)
-    q_rotated, k_rotated = (_rotate(_heads_first(x), rotation, interleaved) for x in (q, k))
+    if k.shape[1] == 0:
+        lse = q.new_full((q.shape[0], *q.shape[2:0:-1]), float("-inf"), dtype=accumulation_dtype(q))
+        return q.new_zeros(q.shape), lse
+    rotation, heads = rotation_of(q, cos, sin, token_index, num_prefix), q.shape[2]
+    q_rotated, k_rotated = (rotate(_heads_first(x, heads), rotation, interleaved) for x in (q, k))
     scores = _scores(q_rotated, k_rotated, scale, causal)
     # Constants, as far as a derivative goes: the softmax of shifted scores is the same.
     highest = scores.detach().amax(-1, keepdim=True)
+    if blind := causal and q.shape[1] > k.shape[1]:
+        highest = highest.masked_fill(highest == float("-inf"), 0.0)
     weights = scores.sub_(highest).exp_()
     total = weights.sum(-1, keepdim=True)
-    out = torch.matmul(weights, _heads_first(v)).div_(total)
+    out = torch.matmul(weights, _heads_first(v, heads)).div_(total.masked_fill(total == 0, 1.0) if blind else total)
     lse = total.log().add_(highest).squeeze(-1)
     return _heads_last(out, q.dtype), lse
 
@@ -52,14 +59,23 @@ def rope_attention_sdpa(
     scale: float,
 ) -> tuple[Tensor]:
     """The output alone, by torch's attention, which whoever takes a program over has kernels for."""
-    rotation = _rotation(q, cos, sin, token_index, num_prefix)
+    rotation = rotation_of(q, cos, sin, token_index, num_prefix)
+    q, k = (turned(x.transpose(1, 2), rotation, interleaved) for x in (q, k))
+    mask, blind, v = None, 0, v.transpose(1, 2)
+    if causal and q.shape[2] != k.shape[2]:
+        blind = max(q.shape[2] - k.shape[2], 0)  # queries in front that see no key
+        q = q[:, :, blind:]
+        mask = ~_hidden(q.shape[2], k.shape[2], q.device)
+    shared = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale, **shared
+    )
+    return (F.pad(out, (0, 0, blind, 0)).transpose(1, 2).contiguous(),)
 
-    def turned(x: Tensor) -> Tensor:
-        x = x.transpose(1, 2)
-        return x if rotation is None else _rotate(x.to(accumulation_dtype(x)), rotation, interleaved).to(x.dtype)
 
-    out = F.scaled_dot_product_attention(turned(q), turned(k), v.transpose(1, 2), is_causal=causal, scale=scale)
-    return (out.transpose(1, 2).contiguous(),)
+def turned(x: Tensor, rotation: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
+    """`x` [B, H, N, D], rotated in accumulation precision and rounded again."""
+    return x if rotation is None else rotate(x.to(accumulation_dtype(x)), rotation, interleaved).to(x.dtype)
 
 
 def rope_attention_backward(
@@ -77,24 +93,26 @@ def rope_attention_backward(
     interleaved: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rotation = _rotation(q, cos, sin, token_index, num_prefix)
-    q_rotated, k_rotated = (_rotate(_heads_first(x), rotation, interleaved) for x in (q, k))
+    rotation, heads = rotation_of(q, cos, sin, token_index, num_prefix), q.shape[2]
+    q_rotated, k_rotated = (rotate(_heads_first(x, heads), rotation, interleaved) for x in (q, k))
+    if causal and q.shape[1] > k.shape[1]:
+        lse = lse.masked_fill(lse == float("-inf"), 0.0)
     weights = _scores(q_rotated, k_rotated, scale, causal).sub_(lse.unsqueeze(-1)).exp_()
-    dout = _heads_first(dout)
+    dout = _heads_first(dout, heads)
     dv = torch.matmul(weights.mT, dout)
     # The mean of dweights under the softmax is that of dout * out over the channels (Dao et al. 2022).
-    mean = (dout * _heads_first(out)).sum(-1, keepdim=True)
-    dscores = torch.matmul(dout, _heads_first(v).mT).sub_(mean).mul_(weights).mul_(scale)
+    mean = (dout * _heads_first(out, heads)).sum(-1, keepdim=True)
+    dscores = torch.matmul(dout, _heads_first(v, heads).mT).sub_(mean).mul_(weights).mul_(scale)
     back = None if rotation is None else (rotation[0], -rotation[1])
-    dq = _rotate(torch.matmul(dscores, k_rotated), back, interleaved)
-    dk = _rotate(torch.matmul(dscores.mT, q_rotated), back, interleaved)
+    dq = rotate(torch.matmul(dscores, k_rotated), back, interleaved)
+    dk = rotate(torch.matmul(dscores.mT, q_rotated), back, interleaved)
     return _heads_last(dq, q.dtype), _heads_last(dk, q.dtype), _heads_last(dv, q.dtype)
 
 
-def _rotation(
+def rotation_of(
     q: Tensor, cos: Tensor | None, sin: Tensor | None, token_index: Tensor | None, num_prefix: int
 ) -> tuple[Tensor, Tensor] | None:
-    """cos and sin of every pair, broadcastable to [B, H, N, D / 2]; those of no rotation for the prefix tokens."""
+    """cos and sin of every pair, broadcastable to [B, H, N, D / 2]; those of no rotation for the prefix and for indices of -1."""
     if cos is None or sin is None:
         return None
 
@@ -104,7 +122,9 @@ def _rotation(
             rows = _of_grid(*rows)
         per_head = rows.dim() == 3
         if token_index is not None:
-            rows = rows[..., token_index, :].movedim(-3, 0)  # [B, (H,) K, D / 2]
+            rows = rows[..., token_index.clamp(min=0), :]
+            unturned = (token_index < 0).unsqueeze(-1)
+            rows = rows.masked_fill(unturned, of_prefix).movedim(-3, 0)  # [B, (H,) K, D / 2]
         if not per_head:
             rows = rows.unsqueeze(-3)
         prefix = rows.new_full((1,), of_prefix).expand(*rows.shape[:-2], num_prefix, rows.shape[-1])
@@ -124,7 +144,7 @@ def _of_grid(of_rows: Tensor, of_columns: Tensor) -> Tensor:
     return torch.cat((of_rows.repeat_interleave(size, 0), of_columns.repeat(size, 1)), -1)
 
 
-def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
     """Every pair of `x` [B, H, N, D], turned."""
     if rotation is None:
         return x
@@ -138,14 +158,20 @@ def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor] | None, interleaved: bool
 def _scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
     scores = torch.matmul(q, k.mT).mul_(scale)
     if causal:
-        tokens = torch.arange(q.shape[-2], device=q.device)
-        scores.masked_fill_(tokens > tokens.unsqueeze(1), float("-inf"))
+        scores.masked_fill_(_hidden(q.shape[-2], k.shape[-2], q.device), float("-inf"))
     return scores
 
 
-def _heads_first(x: Tensor) -> Tensor:
-    """[B, N, H, D] to a contiguous [B, H, N, D] in accumulation precision."""
-    return x.transpose(1, 2).contiguous().to(accumulation_dtype(x))
+def _hidden(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Which keys each query doesn't see, [N, M]; the last query sees all."""
+    last_seen = torch.arange(keys - queries, keys, device=device)
+    return torch.arange(keys, device=device) > last_seen.unsqueeze(1)
+
+
+def _heads_first(x: Tensor, heads: int) -> Tensor:
+    """[B, N, H, D] to a contiguous [B, H, N, D] in accumulation precision, heads that are shared once for each user."""
+    x = x.transpose(1, 2).contiguous().to(accumulation_dtype(x))
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def _heads_last(x: Tensor, dtype: torch.dtype) -> Tensor:

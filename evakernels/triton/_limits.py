@@ -31,13 +31,24 @@ def _swiglu(weight: int, *args: Any) -> list[str]:
     return [] if _argument(args, weight) is None else _too_wide(args[0], MAX_SWIGLU_WIDTH)
 
 
-def _attention(scale: int, *args: Any) -> list[str]:
+def _attention(first: int, scale: int, *args: Any) -> list[str]:
+    """`first` and `scale` are the places of the queries and of that number."""
     head_dim, found = args[0].shape[-1], []
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         found.append(f"head_dim {head_dim} is not one of 1 to {MAX_HEAD_DIM}")
     if (value := _argument(args, scale)) is not None and not value > 0:
         found.append(f"scale {value} is not positive")
+    q, k = args[0], _argument(args, first + 1)
+    if k is not None and k.shape[-2] != q.shape[-2]:
+        found.append(f"{q.shape[-2]} heads of queries share {k.shape[-2]} of keys")
+    if k is not None and k.shape[-3] != q.shape[-3]:
+        found.append(f"{k.shape[-3]} keys are not as many as the {q.shape[-3]} queries")
     return found
+
+
+def _packed_attention(first: int, cos: int, scale: int, *args: Any) -> list[str]:
+    found = _attention(first, scale, *args)
+    return found if _argument(args, cos) is None else [*found, "packed sequences are not rotated"]
 
 
 def _argument(args: tuple[Any, ...], place: int) -> Any:
@@ -58,9 +69,9 @@ REASONS: dict[str, Reasons] = {
     "layer_norm_add_backward": _norm,
     "swiglu_forward": partial(_swiglu, 2),
     "swiglu_backward": partial(_swiglu, 3),
-    "rope_attention_forward": partial(_attention, 9),
-    "rope_attention_backward": partial(_attention, 12),
-    "packed_attention_forward": partial(_attention, 6),
-    "packed_attention_backward": partial(_attention, 9),
+    "rope_attention_forward": partial(_attention, 0, 9),
+    "rope_attention_backward": partial(_attention, 1, 12),
+    "packed_attention_forward": partial(_packed_attention, 0, 4, 10),
+    "packed_attention_backward": partial(_packed_attention, 1, 7, 13),
 }
 """By op; one that isn't here serves all shapes."""

@@ -7,10 +7,20 @@ from evakernels.triton.rope_attention import Attention, dense_heads
 
 
 def packed_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    token_index: Tensor | None,
+    max_seqlen: int,
+    causal: bool,
+    interleaved: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    call = Attention(*dense_heads(q, k, v), max_length, causal, scale, offsets.contiguous())
+    call = Attention(*dense_heads(q, k, v), max_seqlen, causal, scale, cu_seqlens.contiguous())
     return call.forward("packed_attention_forward", lse), lse
 
 
@@ -21,10 +31,14 @@ def packed_attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    offsets: Tensor,
-    max_length: int,
+    cu_seqlens: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    token_index: Tensor | None,
+    max_seqlen: int,
     causal: bool,
+    interleaved: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = Attention(*dense_heads(q, k, v), max_length, causal, scale, offsets.contiguous())
+    call = Attention(*dense_heads(q, k, v), max_seqlen, causal, scale, cu_seqlens.contiguous())
     return call.backward("packed_attention_backward", dout, out, lse)

@@ -185,8 +185,9 @@ def rope_attention_backward(draw: Draw, head_dim: int, tokens: int) -> Iterator[
 
 def packed_attention_forward(draw: Draw, head_dim: int, tokens: int) -> Iterator[tuple[Any, ...]]:
     (q, k, v), _ = _heads(draw, head_dim, tokens)
-    offsets = torch.arange(0, q.shape[0] * tokens + 1, tokens, device=draw.device)
-    yield *(x.flatten(0, 1) for x in (q, k, v)), offsets, tokens, True, head_dim**-0.5
+    cu_seqlens = torch.arange(0, q.shape[0] * tokens + 1, tokens, device=draw.device)
+    rotation = None, None, None
+    yield *(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens, *rotation, tokens, True, True, head_dim**-0.5
 
 
 def packed_attention_backward(draw: Draw, head_dim: int, tokens: int) -> Iterator[tuple[Any, ...]]:

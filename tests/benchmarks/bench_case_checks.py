@@ -42,7 +42,7 @@ _STATE = ("exp_avgs", "exp_avg_sqs", "steps")
 OPERATIONS = {
     "rope_attention": Traffic(("cos", "sin", "token_index"), _QKV),
     "causal_attention": Traffic((), _QKV),
-    "packed_attention": Traffic(("offsets",), _QKV),
+    "packed_attention": Traffic(("cu_seqlens",), _QKV),
     "gelu": Traffic(("bias",), ("x",)),
     "silu_mul": Traffic((), ("gate", "up")),
     "swiglu": Traffic(_NORM, ("gate", "up")),
@@ -132,10 +132,10 @@ def pretend_installed(monkeypatch: pytest.MonkeyPatch, modules: dict[str, dict[s
         monkeypatch.setitem(sys.modules, path, module)
 
 
-def each_caption_alone(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
+def each_caption_alone(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Causal attention within captions that lie one behind the other, one after the other."""
     parts = []
-    for begin, end in zip(offsets.tolist()[:-1], offsets.tolist()[1:], strict=True):
+    for begin, end in zip(cu_seqlens.tolist()[:-1], cu_seqlens.tolist()[1:], strict=True):
         caption = (x[begin:end].transpose(0, 1) for x in (q, k, v))
         parts.append(F.scaled_dot_product_attention(*caption, is_causal=True).transpose(0, 1))
     return torch.cat(parts)

@@ -96,14 +96,14 @@ def test_a_text_has_no_patches(name: str) -> None:
 
 def test_plain_torch_is_attention_of_each_caption() -> None:
     inputs = draw(PACKED, PACKED_SHAPE, torch.float64)
-    expected = each_caption_alone(inputs["q"], inputs["k"], inputs["v"], inputs["offsets"])
+    expected = each_caption_alone(inputs["q"], inputs["k"], inputs["v"], inputs["cu_seqlens"])
     torch.testing.assert_close(PACKED.eager(**inputs), expected)
 
 
 def test_captions_are_packed_views_of_one_projection() -> None:
     lengths, inputs = lengths_of(PACKED_SHAPE), draw(PACKED, PACKED_SHAPE)
-    assert inputs["offsets"].diff().tolist() == lengths.tolist()
-    assert inputs["max_length"] == lengths.max() < PACKED_SHAPE.tokens
+    assert inputs["cu_seqlens"].diff().tolist() == lengths.tolist()
+    assert inputs["max_seqlen"] == lengths.max() < PACKED_SHAPE.tokens
     assert len(set(lengths.tolist())) > 1
     assert len({inputs[name].untyped_storage().data_ptr() for name in "qkv"}) == 1
     more = lengths_of(parse_shape("tiny:text b1000"))

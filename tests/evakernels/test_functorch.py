@@ -139,7 +139,7 @@ CASES = {
         inputs(*[(2, 3, 2, 4)] * 3),
     ),
     "packed_attention": (
-        lambda *t: evakernels.packed_attention(*t, OFFSETS, max_length=3),
+        lambda *t: evakernels.packed_attention(*t, OFFSETS, max_seqlen=3),
         packed_attention,
         inputs(*[(5, 2, 4)] * 3),
     ),

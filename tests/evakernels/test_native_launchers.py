@@ -214,9 +214,9 @@ def test_attention_of_float32_is_refused_by_the_kernels_for_gpus() -> None:
     q, offsets = normal(9, 2, 16), torch.tensor([0, 9])
     for call in (
         lambda: _C.rope_attention_forward(
-            q, q, q, q.clone(), q.new_empty(2, 9), offsets=offsets, max_length=9, scale=1.0
+            q, q, q, q.clone(), q.new_empty(2, 9), cu_seqlens=offsets, max_seqlen=9, scale=1.0
         ),
-        lambda: native.packed_attention_forward(q, q, q, offsets, 9, True, 1.0),
+        lambda: native.packed_attention_forward(q, q, q, offsets, None, None, None, 9, True, True, 1.0),
         lambda: native.rope_attention_forward(q[None], q[None], q[None], None, None, None, 0, True, True, 1.0),
     ):
         with pytest.raises(ValueError, match=r"attention of float32 has no CUDA kernels; .* Triton's"):
@@ -241,8 +241,8 @@ def test_rope_attention(dtype: torch.dtype, compact: bool) -> None:
 def test_packed_attention(dtype: torch.dtype, causal: bool) -> None:
     q, k, v = normal(9, 3, 2, 16, dtype=dtype).unbind(1)
     offsets = torch.tensor([0, 2, 2, 9])
-    more = (offsets, 7, causal, 0.3)
-    options = {"offsets": offsets, "max_length": 7, "causal": causal, "scale": 0.3}
+    more = (offsets, None, None, None, 7, causal, True, 0.3)
+    options = {"cu_seqlens": offsets, "max_seqlen": 7, "causal": causal, "scale": 0.3}
     results = same("rope_attention_forward", (q, k, v), more, "packed_attention_forward", **options)
     same("rope_attention_backward", (q, q, k, v, *results), more, "packed_attention_backward", **options)
 
@@ -256,7 +256,7 @@ def test_packed_attention_refuses_offsets_that_do_not_fit(offsets: list[int], me
     q = normal(9, 2, 16)
     with pytest.raises(ValueError, match=message):
         _C.rope_attention_forward(
-            q, q, q, q.clone(), q.new_empty(2, 9), offsets=torch.tensor(offsets), max_length=9, scale=1.0
+            q, q, q, q.clone(), q.new_empty(2, 9), cu_seqlens=torch.tensor(offsets), max_seqlen=9, scale=1.0
         )
 
 

@@ -185,7 +185,7 @@ WIDE = {
     ),
     "rope_attention": (lambda qkv: evakernels.rope_attention(*qkv.unbind(2)), 1, (33, 3, 8, 64), []),
     "packed_attention": (
-        lambda qkv: evakernels.packed_attention(*qkv.unbind(1), sequences_of(qkv), max_length=32),
+        lambda qkv: evakernels.packed_attention(*qkv.unbind(1), sequences_of(qkv), max_seqlen=32),
         1,
         (3, 8, 64),
         [],

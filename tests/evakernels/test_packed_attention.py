@@ -20,6 +20,7 @@ from evakernels import _native, backends
 
 OPS = torch.ops.evakernels
 HEADS, HEAD_DIM = 2, 8
+UNROTATED = (None, None, None)
 LENGTHS = {"several": [3, 1, 0, 17, 3], "one": [5], "none": [0]}
 
 
@@ -33,7 +34,7 @@ def pair(lengths, causal=True, scale=None, dtype=torch.int64):
     longest = max(lengths)
 
     def ours(qkv):
-        return evakernels.packed_attention(*qkv.unbind(1), offsets, max_length=longest, causal=causal, scale=scale)
+        return evakernels.packed_attention(*qkv.unbind(1), offsets, max_seqlen=longest, causal=causal, scale=scale)
 
     def theirs(qkv):
         def attend(sequence):
@@ -92,7 +93,7 @@ def test_the_number_of_threads_does_not_change_a_bit(dtype):
 def test_compiled_kernels_serve_it(dtype):
     """But float32 on a GPU, which the CUDA kernels leave to Triton's."""
     q, k, v = packed([3]).to(dtype).unbind(1)
-    reasons = backends.why_not("packed_attention_forward", COMPILED, q, k, v, offsets_of([3]), 3, True, 0.5)
+    reasons = backends.why_not("packed_attention_forward", COMPILED, q, k, v, offsets_of([3]), *UNROTATED, 3, True, True, 0.5)
     refused = dtype == torch.float32 and _native.runs_gpu_kernels(COMPILED)
     assert [reason.split(";")[0] for reason in reasons] == ["float32"] * refused
 
@@ -100,7 +101,7 @@ def test_compiled_kernels_serve_it(dtype):
 def test_a_sequence_is_that_of_rope_attention():
     lengths = [5, 9]
     q, k, v = packed(lengths).float().unbind(1)
-    out = evakernels.packed_attention(q, k, v, offsets_of(lengths), max_length=9)
+    out = evakernels.packed_attention(q, k, v, offsets_of(lengths), max_seqlen=9)
     alone = [
         evakernels.rope_attention(q[None, s], k[None, s], v[None, s], causal=True)[0] for s in (slice(5), slice(5, 14))
     ]
@@ -115,7 +116,7 @@ def test_a_sequence_is_not_touched_by_others(causal):
     other = qkv.clone()
     other[4:21] = torch.nan
     out, touched = (
-        evakernels.packed_attention(*x.unbind(1), offsets, max_length=17, causal=causal) for x in (qkv, other)
+        evakernels.packed_attention(*x.unbind(1), offsets, max_seqlen=17, causal=causal) for x in (qkv, other)
     )
     assert torch.equal(out[:4], touched[:4])
     assert torch.equal(out[21:], touched[21:])
@@ -124,7 +125,7 @@ def test_a_sequence_is_not_touched_by_others(causal):
 @pytest.mark.parametrize("lengths", [[], [0, 0]])
 def test_a_batch_may_be_empty(lengths):
     q = torch.ones(0, HEADS, HEAD_DIM, requires_grad=True)
-    out = evakernels.packed_attention(q, q, q, offsets_of([0, *lengths])[1:], max_length=0)
+    out = evakernels.packed_attention(q, q, q, offsets_of([0, *lengths])[1:], max_seqlen=0)
     out.sum().backward()
     assert out.shape == q.grad.shape == q.shape
 
@@ -144,7 +145,7 @@ def test_two_runs_are_bit_equal(pair, qkv):
 def test_opcheck(dtype):
     lengths = LENGTHS["several"]
     qkv = packed(lengths).to(dtype)
-    rest = (offsets_of(lengths), 17, True, 0.5)
+    rest = (offsets_of(lengths), *UNROTATED, 17, True, True, 0.5)
     assert_opcheck(OPS.packed_attention_forward.default, (*(t.requires_grad_() for t in qkv.unbind(1)), *rest))
     with torch.no_grad():
         q, k, v = qkv.unbind(1)
@@ -155,7 +156,7 @@ def test_opcheck(dtype):
 @pytest.mark.parametrize("causal", [True, False])
 def test_lse_is_the_natural_logarithm_of_the_softmax_denominator(causal):
     q, k, v = packed([5]).unbind(1)
-    _, lse = OPS.packed_attention_forward(q, k, v, offsets_of([5]), 5, causal, 0.5)
+    _, lse = OPS.packed_attention_forward(q, k, v, offsets_of([5]), *UNROTATED, 5, causal, True, 0.5)
     scores = 0.5 * torch.einsum("nhd,mhd->hnm", q, k)
     if causal:
         scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
@@ -182,18 +183,18 @@ X = torch.ones(5, 3, 8)
     ("arguments", "exception", "message"),
     [
         ({"q": torch.ones(5, 24)}, ValueError, r"q has shape \(5, 24\); expected \[T, H, D\]"),
-        ({"k": torch.ones(5, 3, 4)}, ValueError, r"k has shape \(5, 3, 4\); expected the shape of q"),
+        ({"k": torch.ones(5, 3, 4)}, ValueError, r"k has shape \(5, 3, 4\); expected \[T, Hkv, D\] with q \[T, H, D\] = \(5, 3, 8\)"),
         ({"v": X.half()}, TypeError, "v is torch.float16; accepted: torch.float32"),
-        ({"offsets": torch.tensor([0.0, 5.0])}, TypeError, "offsets is torch.float32; accepted: torch.int32"),
-        ({"offsets": torch.tensor([[0, 5]])}, ValueError, r"offsets has shape \(1, 2\); expected \[B \+ 1\]"),
-        ({"offsets": torch.tensor([0, 4])}, ValueError, "offsets go from 0 to 4; expected 0 to T = 5"),
-        ({"offsets": torch.tensor([1, 5])}, ValueError, "offsets go from 1 to 5; expected 0 to T = 5"),
-        ({"offsets": torch.tensor([0, 6, 5])}, ValueError, "lengths from -1 to 6; accepted: 0 to max_length = 5"),
-        ({"max_length": 4}, ValueError, "lengths from 5 to 5; accepted: 0 to max_length = 4"),
-        ({"max_length": -1}, ValueError, "max_length is -1; accepted: at least 0"),
+        ({"cu_seqlens": torch.tensor([0.0, 5.0])}, TypeError, "cu_seqlens is torch.float32; accepted: torch.int32"),
+        ({"cu_seqlens": torch.tensor([[0, 5]])}, ValueError, r"cu_seqlens has shape \(1, 2\); expected \[B \+ 1\]"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, ValueError, "cu_seqlens go from 0 to 4; expected 0 to T = 5"),
+        ({"cu_seqlens": torch.tensor([1, 5])}, ValueError, "cu_seqlens go from 1 to 5; expected 0 to T = 5"),
+        ({"cu_seqlens": torch.tensor([0, 6, 5])}, ValueError, "lengths from -1 to 6; accepted: 0 to max_seqlen = 5"),
+        ({"max_seqlen": 4}, ValueError, "lengths from 5 to 5; accepted: 0 to max_seqlen = 4"),
+        ({"max_seqlen": -1}, ValueError, "max_seqlen is -1; accepted: at least 0"),
     ],
 )
 def test_wrong_input_says_what_is_accepted(arguments, exception, message):
-    given = {"q": X, "k": X, "v": X, "offsets": torch.tensor([0, 5]), "max_length": 5} | arguments
+    given = {"q": X, "k": X, "v": X, "cu_seqlens": torch.tensor([0, 5]), "max_seqlen": 5} | arguments
     with pytest.raises(exception, match=message):
         evakernels.packed_attention(**given)

@@ -208,7 +208,7 @@ def test_a_warp_may_take_queries_several_times(printed: Callable[..., str]) -> N
 
 @needs_nvcc
 def test_gradients_of_long_sequences_fit_into_the_least_shared_memory(printed: Callable[..., str]) -> None:
-    """Of 99 KB, of which the scalars of all tokens take a part. The blocks have what max_length asks for; the sequences
+    """Of 99 KB, of which the scalars of all tokens take a part. The blocks have what max_seqlen asks for; the sequences
     themselves are short."""
     code = """if True:
         import torch, evakernels
@@ -216,7 +216,7 @@ def test_gradients_of_long_sequences_fit_into_the_least_shared_memory(printed: C
         qkv = [torch.randn(1536, 1, 128).bfloat16().requires_grad_() for _ in range(3)]
         def gradients(backend):
             with evakernels.use_backend(backend):
-                out = evakernels.packed_attention(*qkv, offsets, max_length=1536)
+                out = evakernels.packed_attention(*qkv, offsets, max_seqlen=1536)
                 return torch.autograd.grad(out, qkv, torch.ones_like(out))
         for ours, theirs in zip(gradients("cpu"), gradients("reference")):
             print((ours - theirs).abs().max().item() <= 2**-6 * theirs.abs().max().item())
@@ -297,7 +297,7 @@ def test_arguments_that_only_a_kernel_sees_end_the_launch(printed: Callable[...,
             lambda: native.token_dropout_forward(patches.mT.contiguous().mT, index, None, None),
         ]
         for offsets, longest in (([0, 6], 6), ([0, 4, 2], 4), ([-1, 2], 3), ([0, 5], 4)):
-            arguments = (q, q, q, torch.tensor(offsets), longest, True, 1.0)
+            arguments = (q, q, q, torch.tensor(offsets), None, None, None, longest, True, True, 1.0)
             calls.append(lambda arguments=arguments: native.packed_attention_forward(*arguments))
         for call in calls:
             try:

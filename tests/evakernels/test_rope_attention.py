@@ -362,7 +362,7 @@ INDEX = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
     [
         ({"q": torch.ones(2, 5, 24)}, ValueError, r"q has shape \(2, 5, 24\); expected \[B, N, H, D\]"),
         ({"q": torch.ones(2, 5, 3, 8).long()}, TypeError, "q is torch.int64; accepted: float64"),
-        ({"k": torch.ones(2, 5, 3, 4)}, ValueError, r"k has shape \(2, 5, 3, 4\); expected the shape of q"),
+        ({"k": torch.ones(2, 5, 3, 4)}, ValueError, r"k has shape \(2, 5, 3, 4\); expected \[B, M, Hkv, D\] with q"),
         ({"v": torch.ones(2, 5, 3, 8).half()}, TypeError, "v is torch.float16; accepted: torch.float32"),
         ({"num_prefix": 17}, ValueError, "num_prefix is 17; accepted: 0 to 16"),
         ({"num_prefix": 6}, ValueError, "num_prefix is 6; .* at most N = 5"),
@@ -399,12 +399,12 @@ INDEX = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
         (
             {"cos": TABLE, "sin": TABLE, "num_prefix": 1, "token_index": INDEX + 1},
             IndexError,
-            "token_index has values from 1 to 4; accepted: 0 to 3",
+            "token_index has values from 1 to 4; accepted: -1 to 3",
         ),
         (
-            {"cos": TABLE, "sin": TABLE, "num_prefix": 1, "token_index": INDEX - 1},
+            {"cos": TABLE, "sin": TABLE, "num_prefix": 1, "token_index": INDEX - 2},
             IndexError,
-            "token_index has values from -1 to 2; accepted: 0 to 3",
+            "token_index has values from -2 to 1; accepted: -1 to 3",
         ),
     ],
 )
@@ -430,7 +430,7 @@ def test_a_compact_table_must_fit(shape, patches, message):
 def test_a_compact_table_bounds_the_token_index():
     x, table = torch.ones(1, 2, 1, 8), torch.ones(2, 3, 2)
     evakernels.rope_attention(x, x, x, table, table, token_index=torch.tensor([[0, 8]]))
-    with pytest.raises(IndexError, match="token_index has values from 0 to 9; accepted: 0 to 8"):
+    with pytest.raises(IndexError, match="token_index has values from 0 to 9; accepted: -1 to 8"):
         evakernels.rope_attention(x, x, x, table, table, token_index=torch.tensor([[0, 9]]))
 
 

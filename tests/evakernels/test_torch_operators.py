@@ -60,7 +60,7 @@ def test_sizes_of_batches_and_of_packed_batches_stay_free():
     free = torch.export.Dim("free")
 
     def text(qkv: Tensor, offsets: Tensor) -> Tensor:
-        return evakernels.packed_attention(*qkv.unbind(1), offsets, max_length=9)
+        return evakernels.packed_attention(*qkv.unbind(1), offsets, max_seqlen=9)
 
     class Text(nn.Module):
         def forward(self, qkv: Tensor, offsets: Tensor) -> Tensor:
@@ -100,5 +100,5 @@ def test_the_compiler_sees_torchs_attention(pair, qkv):
 def test_a_batch_without_tokens():
     q, k, v = torch.empty(3, 0, 2, 8)
     with evakernels.as_torch_operators():
-        out = evakernels.packed_attention(q, k, v, torch.tensor([0, 0]), max_length=0)
+        out = evakernels.packed_attention(q, k, v, torch.tensor([0, 0]), max_seqlen=0)
     assert out.shape == (0, 2, 8)

@@ -32,7 +32,7 @@ CALLS = {
     "lamb_update": STEP | OPTIONS | {"grad_scale": ONE, "found_inf": ONE},
     "layer_norm": {"x": X, "weight": C, "bias": C},
     "layer_norm_add": NORM | {"bias": C},
-    "packed_attention": {"q": PACKED, "k": PACKED, "v": PACKED, "offsets": torch.tensor([0, 2]), "max_length": 2},
+    "packed_attention": {"q": PACKED, "k": PACKED, "v": PACKED, "cu_seqlens": torch.tensor([0, 2]), "max_seqlen": 2},
     "rms_norm": {"x": X, "weight": C},
     "rms_norm_add": NORM,
     "rope_attention": {"q": HEADS, "k": HEADS, "v": HEADS, "cos": TABLE, "sin": TABLE}
@@ -124,7 +124,7 @@ def test_only_rms_norms_find_an_eps_themselves(op):
         ("clip_loss", "label_smoothing", "0.1"),
         ("clip_loss", "memory_budget", None),
         ("contrastive_statistics", "offset", "0"),
-        ("packed_attention", "max_length", None),
+        ("packed_attention", "max_seqlen", None),
         ("packed_attention", "scale", "1"),
         ("rope_attention", "num_prefix", "1"),
         ("rope_attention", "scale", [1.0]),

@@ -202,9 +202,9 @@ def _torch_attention(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) 
     return ((q @ k.mT) @ v).transpose(1, 2).contiguous()
 
 
-def _torch_packed_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int) -> Tensor:
+def _torch_packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """For captions of one length."""
-    grid = (t.unflatten(0, (len(offsets) - 1, max_length)) for t in (q, k, v))
+    grid = (t.unflatten(0, (len(cu_seqlens) - 1, max_seqlen)) for t in (q, k, v))
     return _torch_attention(*grid).flatten(0, 1)
 
 

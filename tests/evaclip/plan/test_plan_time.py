@@ -36,8 +36,8 @@ def _rope(q: Any, k: Any, *_: Any, **__: Any) -> int:
     return _attention(q[0], q[2], q[1], k[1], q[3])
 
 
-def _packed(q: Any, k: Any, v: Any, offsets: Any, *_: Any, **__: Any) -> int:
-    captions = offsets[0] - 1
+def _packed(q: Any, k: Any, v: Any, cu_seqlens: Any, *_: Any, **__: Any) -> int:
+    captions = cu_seqlens[0] - 1
     return captions * _attention(1, q[1], q[0] // captions, q[0] // captions, q[2])
 
 
@@ -49,8 +49,8 @@ def _backward(forward: Any) -> Any:
     return lambda dout, *rest, **kwargs: 5 * forward(*rest, **kwargs) // 2
 
 
-def _packed_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, offsets: Any, *_: Any, **__: Any) -> int:
-    return 5 * _packed(q, k, v, offsets) // 2
+def _packed_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, cu_seqlens: Any, *_: Any, **__: Any) -> int:
+    return 5 * _packed(q, k, v, cu_seqlens) // 2
 
 
 ops, aten = torch.ops.evakernels, torch.ops.aten
