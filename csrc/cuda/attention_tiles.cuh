@@ -44,6 +44,7 @@ struct Head {
   const AttentionPlan& plan;
   unsigned sample, head;
   int tokens;  // queries
+  int keys;
 
   __device__ __forceinline__ Head(const AttentionShape& of, const RotaryTables& by, const AttentionPlan& how)
       : shape(of),
@@ -51,10 +52,11 @@ struct Head {
         plan(how),
         sample(blockIdx.x / static_cast<unsigned>(how.blocks) / static_cast<unsigned>(of.heads)),
         head(blockIdx.x / static_cast<unsigned>(how.blocks) % static_cast<unsigned>(of.heads)),
-        tokens(length()) {}
+        tokens(length()),
+        keys(tokens + how.more_keys) {}
 
   __device__ __forceinline__ Slots slots(Side side = Side::Queries) const {
-    return Slots::of(shape, side == Side::Keys ? tokens + plan.more_keys : tokens);
+    return Slots::of(shape, side == Side::Keys ? keys : tokens);
   }
   __device__ __forceinline__ int tiles() const { return slots().tiles(); }
   __device__ __forceinline__ int key_tiles() const { return slots(Side::Keys).tiles(); }

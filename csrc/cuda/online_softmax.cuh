@@ -61,7 +61,7 @@ struct OnlineSoftmax {
       row_sum[row] += __shfl_xor_sync(kWholeWarp, row_sum[row], 1);
       row_sum[row] += __shfl_xor_sync(kWholeWarp, row_sum[row], 2);
       lse[row] = row_max[row] * kLn2 + logf(row_sum[row]);
-      inverse[row] = row_sum[row] == 0.0f ? 0.0f : 1.0f / row_sum[row];
+      inverse[row] = 1.0f / fmaxf(row_sum[row], FLT_MIN);
     }
     multiply(inverse);
   }

@@ -16,11 +16,8 @@ struct Rotary {
   // Rotates the row's pairs whose first elements are among [i, i + E), where any are.
   template <int E, class T>
   __device__ __forceinline__ void rotate(T* row, int token, int i) const {
-    const int half = static_cast<int>(shape.head_dim / 2);
-    const bool is_first = tables.interleaved ? E > 1 || i % 2 == 0 : i < half;
-    if (!is_first) return;
-    const int angles = row_of(token);
-    if (angles < 0) return;
+    int angles;
+    if (!find_angles(token, angles)) return;
     if constexpr (E > 1) {
       if (tables.interleaved) {
         float values[E], c[E / 2], s[E / 2];
@@ -32,6 +29,9 @@ struct Rotary {
         return;
       }
     }
+    const int half = static_cast<int>(shape.head_dim / 2);
+    const bool is_first = tables.interleaved ? i % 2 == 0 : i < half;
+    if (!is_first) return;
     T* const partners = row + (tables.interleaved ? i + 1 : i + half);
     float a[E], b[E], c[E], s[E];
     load_floats(row + i, a);
@@ -46,8 +46,8 @@ struct Rotary {
   // Rotates values[E], a row's elements [i, i + E), backwards; load(n, partners) gives those from n on.
   template <int E, class Load>
   __device__ __forceinline__ void rotate_back(float (&values)[E], int token, int i, const Load& load) const {
-    const int angles = row_of(token);
-    if (angles < 0) return;
+    int angles;
+    if (!find_angles(token, angles)) return;
     if constexpr (E > 1) {
       if (tables.interleaved) {
         float c[E / 2], s[E / 2];
@@ -68,16 +68,15 @@ struct Rotary {
   }
 
  private:
-  // Of the tables; negative for a token that isn't rotated.
-  __device__ __forceinline__ int row_of(int token) const {
-    const int patch = token - static_cast<int>(shape.num_prefix);
-    if (!tables.token_index || patch < 0) return patch;
-    const int64_t row = tables.token_index[first + static_cast<unsigned>(patch)];
-    if (row < -1 || row >= tables.rows) {
-      refuse_silently("rope_attention", "token_index is out of range");
-      return -1;
-    }
-    return static_cast<int>(row);
+  // The token's row of the tables, unless it isn't rotated.
+  __device__ __forceinline__ bool find_angles(int token, int& row) const {
+    row = token - static_cast<int>(shape.num_prefix);
+    if (row < 0) return false;
+    if (!tables.token_index) return true;
+    const int64_t index = tables.token_index[first + static_cast<unsigned>(row)];
+    if (index < -1 || index >= tables.rows) refuse_silently("rope_attention", "token_index is out of range");
+    row = static_cast<int>(index);
+    return index >= 0;
   }
 
   // Of E pairs from `pair` on of a row of the tables.

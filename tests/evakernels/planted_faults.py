@@ -188,8 +188,8 @@ FAULTS = {
     "a query that sees nothing": Fault(
         "wrong: out of",
         "online_softmax.cuh",
-        "row_sum[row] == 0.0f ?",
-        "row_sum[row] == 0.0f && !PLANTED ?",
+        "fmaxf(row_sum[row], FLT_MIN)",
+        "fmaxf(row_sum[row], PLANTED ? 0.0f : FLT_MIN)",
     ),
     "the last key that is seen": Fault(
         "wrong: out of", "attention_tiles.cuh", "query + plan.sight.last", "query + (PLANTED ? 0 : plan.sight.last)"
