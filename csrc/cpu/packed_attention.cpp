@@ -5,6 +5,7 @@
 
 #include "cpu/bfloat16_attention.h"
 #include "cpu/packed_attention_kernels.h"
+#include "cpu/rotary_tables.h"
 #include "cpu/rows.h"
 
 namespace evakernels::cpu {
@@ -20,13 +21,13 @@ class Heads {
       firsts_[i] = shape.offsets.is_int64 ? static_cast<const int64_t*>(data)[i]
                                           : static_cast<const int32_t*>(data)[i];
       const bool fits = i == 0 ? firsts_[0] == 0 : firsts_[i] >= firsts_[i - 1];
-      if (!fits) throw std::invalid_argument("offsets must rise from 0");
+      if (!fits) throw std::invalid_argument("cu_seqlens must rise from 0");
       if (i == 0) continue;
       longest_ = std::max(longest_, tokens(i - 1));
       work_[i] = work_[i - 1] + shape.heads * work_of_head(i - 1);
     }
     if (firsts_.back() != shape.offsets.tokens) {
-      throw std::invalid_argument("offsets must end with the number of tokens");
+      throw std::invalid_argument("cu_seqlens must end with the number of tokens");
     }
   }
 
@@ -66,7 +67,12 @@ class Heads {
   int64_t longest_ = 0;
 };
 
-bool is_bfloat16_product(const AttentionShape& shape, Isa isa, const SequenceHeads& heads) {
+// Heads that share keys, and rotated ones, go in float32: of a packed batch the products of bfloat16 know
+// neither.
+template <class Params>
+bool is_bfloat16_product(const Params& params, Isa isa, const SequenceHeads& heads) {
+  const AttentionShape& shape = params.shape;
+  if (shape.kv_heads != shape.heads || params.tables.cos != nullptr) return false;
   return shape.dtype == DType::BFloat16 &&
          has_bfloat16_attention(isa, {heads.tokens, shape.heads, shape.head_dim});
 }
@@ -127,20 +133,24 @@ void backward_in_bfloat16(const RopeAttentionBackward& params, const SequenceHea
 void packed_attention_forward(const RopeAttentionForward& params, Isa isa, ParallelFor parallel_for) {
   const PackedAttentionKernels& kernels = EVAKERNELS_OF_ISA(isa, packed_attention);
   const Heads all(params.shape);
+  const ElementTables tables(params.tables, params.shape);
+  const Rotation rotation = tables.rotation(false);
   const int64_t floats = kernels.forward_workspace(all.longest(), params.shape.head_dim);
   all.share_out(parallel_for, floats, [&](float* workspace, const SequenceHeads& heads) {
-    if (is_bfloat16_product(params.shape, isa, heads)) return forward_in_bfloat16(params, heads);
-    kernels.forward(params, workspace, heads);
+    if (is_bfloat16_product(params, isa, heads)) return forward_in_bfloat16(params, heads);
+    kernels.forward(params, rotation, workspace, heads);
   });
 }
 
 void packed_attention_backward(const RopeAttentionBackward& params, Isa isa, ParallelFor parallel_for) {
   const PackedAttentionKernels& kernels = EVAKERNELS_OF_ISA(isa, packed_attention);
   const Heads all(params.shape);
+  const ElementTables tables(params.tables, params.shape);
+  const Rotation rotation = tables.rotation(false);
   const int64_t floats = kernels.backward_workspace(all.longest(), params.shape.head_dim);
   all.share_out(parallel_for, floats, [&](float* workspace, const SequenceHeads& heads) {
-    if (is_bfloat16_product(params.shape, isa, heads)) return backward_in_bfloat16(params, heads);
-    kernels.backward(params, workspace, heads);
+    if (is_bfloat16_product(params, isa, heads)) return backward_in_bfloat16(params, heads);
+    kernels.backward(params, rotation, workspace, heads);
   });
 }
 

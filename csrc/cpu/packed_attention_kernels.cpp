@@ -35,36 +35,59 @@ struct Extents {
   int64_t channels;
 };
 
+const Rotation kUnrotated = {};
+
+// A tensor of the caller's, of which one head is asked for, and how that is rotated on the way.
+struct Vectors {
+  HeadsView view;
+  int64_t head;
+  const Rotation& rotation;
+};
+
 // A head of a sequence, and its vectors in the caller's tensors of T.
 template <class T>
 struct Head {
   const AttentionShape& shape;
+  const Rotation& rotation;  // of queries and keys
   int64_t first;
   int64_t tokens;
   int64_t number;
 
-  T* vector(const HeadsView& view, int64_t token) const {
-    return Position{0, number, first + token}.in<T>(view);
+  T* vector(const HeadsView& view, int64_t head, int64_t token) const {
+    return Position{0, head, first + token}.in<T>(view);
+  }
+
+  Vectors queries(const HeadsView& view) const { return {view, number, rotation}; }
+  Vectors keys(const HeadsView& view) const { return {view, shared_number(), rotation}; }
+  Vectors values(const HeadsView& view) const { return {view, shared_number(), kUnrotated}; }
+  int64_t shared_number() const { return number / (shape.heads / shape.kv_heads); }
+
+  // target = factor * rotate(source).
+  template <class From, class To>
+  void rotate(const From* source, To* target, const Rotation& by, float factor, int64_t token) const {
+    const Position at = {0, number, by.token_index == nullptr ? token : first + token};
+    rotate_vector(source, target, {tokens, shape.heads, shape.head_dim}, by, factor, at);
   }
 
   // Tokens [begin, begin + count), one behind the other.
-  void load_rows(const HeadsView& view, int64_t begin, int64_t count, float factor, float* rows) const {
+  void load_rows(const Vectors& from, int64_t begin, int64_t count, float factor, float* rows) const {
     const int64_t stride = Extents(tokens, shape.head_dim).channels;
     for (int64_t i = 0; i < count; ++i) {
-      scale_vector(vector(view, begin + i), rows + i * stride, shape.head_dim, factor);
+      const T* source = vector(from.view, from.head, begin + i);
+      rotate(source, rows + i * stride, from.rotation, factor, begin + i);
     }
   }
 
-  void store_rows(const float* rows, const HeadsView& view, int64_t begin, int64_t count,
-                  float factor) const {
+  void store_rows(const float* rows, const Vectors& to, int64_t begin, int64_t count, float factor) const {
     const int64_t stride = Extents(tokens, shape.head_dim).channels;
     for (int64_t i = 0; i < count; ++i) {
-      scale_vector(rows + i * stride, vector(view, begin + i), shape.head_dim, factor);
+      rotate(rows + i * stride, vector(to.view, to.head, begin + i), to.rotation, factor, begin + i);
     }
   }
 
-  // All tokens as columns: [channels][columns].
-  void load_columns(const HeadsView& view, float* columns) const {
+  // All tokens as columns: [channels][columns]. row_of: where a token's channels begin.
+  template <class RowOf>
+  void transpose_rows(const RowOf& row_of, float* columns) const {
     const int64_t stride = Extents(tokens, shape.head_dim).columns;
     for (int64_t token = 0; token < tokens; token += kLanes) {
       for_each_vector(shape.head_dim, [&](int64_t channel, auto part) {
@@ -72,7 +95,7 @@ struct Head {
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
           // Beyond the last token stands that one again.
-          const T* source = vector(view, smaller(token + i, tokens - 1));
+          const auto* source = row_of(smaller(token + i, tokens - 1));
           square[i] = __builtin_bit_cast(U32, load(source + channel, part));
         }
         transpose_square(square);
@@ -81,6 +104,15 @@ struct Head {
         }
       });
     }
+  }
+
+  void load_columns(const Vectors& from, float* columns) const {
+    transpose_rows([&](int64_t token) -> const T* { return vector(from.view, from.head, token); }, columns);
+  }
+
+  void load_columns(const float* rows, float* columns) const {
+    const int64_t stride = Extents(tokens, shape.head_dim).channels;
+    transpose_rows([&](int64_t token) { return rows + token * stride; }, columns);
   }
 };
 
@@ -144,13 +176,18 @@ void forward_head(const RopeAttentionForward& params, float* workspace, const He
   const Extents extents(head.tokens, shape.head_dim);
   Arena arena{workspace};
   const ForwardBuffers buffers(arena, extents);
-  const HeadsView out = dense_heads(params.out, shape);
+  const Vectors out = {dense_heads(params.out, shape), head.number, kUnrotated};
   float* lse = params.lse + head.number * shape.offsets.tokens + head.first;
-  head.load_columns(params.k, buffers.keys);
-  head.load_rows(params.v, 0, head.tokens, 1.0f, buffers.values);
+  if (head.rotation.cos == nullptr) {
+    head.load_columns(head.keys(params.k), buffers.keys);
+  } else {  // the values' place is free as yet
+    head.load_rows(head.keys(params.k), 0, head.tokens, 1.0f, buffers.values);
+    head.load_columns(buffers.values, buffers.keys);
+  }
+  head.load_rows(head.values(params.v), 0, head.tokens, 1.0f, buffers.values);
   for (int64_t first = 0; first < head.tokens; first += kTileRows) {
     const Tile tile(first, head.tokens, shape.causal);
-    head.load_rows(params.q, first, tile.rows, shape.scale, buffers.queries);
+    head.load_rows(head.queries(params.q), first, tile.rows, shape.scale, buffers.queries);
     score(tile, extents, shape.head_dim, buffers.queries, buffers.keys, buffers.scores);
     for (int64_t row = 0; row < tile.rows; ++row) {
       float* scores = buffers.scores + row * extents.columns;
@@ -195,25 +232,32 @@ class HeadBackward {
         extents_(head.tokens, params.shape.head_dim),
         arena_{workspace},
         buffers_(arena_, extents_),
-        lse_(params.lse + head.number * params.shape.offsets.tokens + head.first) {}
+        unrotation_(head.rotation),
+        lse_(params.lse + head.number * params.shape.offsets.tokens + head.first) {
+    unrotation_.backwards = true;
+  }
 
   void run() const {
-    head_.load_rows(params_.k, 0, head_.tokens, 1.0f, buffers_.keys);
-    head_.load_columns(params_.k, buffers_.key_columns);
-    head_.load_columns(params_.v, buffers_.value_columns);
+    head_.load_rows(head_.keys(params_.k), 0, head_.tokens, 1.0f, buffers_.keys);
+    head_.load_columns(buffers_.keys, buffers_.key_columns);
+    head_.load_columns(head_.values(params_.v), buffers_.value_columns);
     for (int64_t first = 0; first < head_.tokens; first += kBlockRows) {
       const int64_t count = smaller(kBlockRows, head_.tokens - first);
-      head_.load_rows(params_.q, first, count, shape_.scale, buffers_.queries);
-      head_.load_rows(params_.dout, first, count, 1.0f, buffers_.dout);
+      head_.load_rows(head_.queries(params_.q), first, count, shape_.scale, buffers_.queries);
+      head_.load_rows({params_.dout, head_.number, kUnrotated}, first, count, 1.0f, buffers_.dout);
       for (int64_t row = 0; row < count; row += kTileRows) differentiate_tile(row, first);
       add_over_queries(first, count, buffers_.weights, buffers_.dout, buffers_.dvalues);
       add_over_queries(first, count, buffers_.dscores, buffers_.queries, buffers_.dkeys);
     }
-    head_.store_rows(buffers_.dkeys, dense_heads(params_.dk, shape_), 0, head_.tokens, 1.0f);
-    head_.store_rows(buffers_.dvalues, dense_heads(params_.dv, shape_), 0, head_.tokens, 1.0f);
+    head_.store_rows(buffers_.dkeys, gradient(params_.dk, unrotation_), 0, head_.tokens, 1.0f);
+    head_.store_rows(buffers_.dvalues, gradient(params_.dv, kUnrotated), 0, head_.tokens, 1.0f);
   }
 
  private:
+  Vectors gradient(void* data, const Rotation& rotation) const {
+    return {dense_heads(data, shape_), head_.number, rotation};
+  }
+
   // The tile that begins with this row of the block.
   void differentiate_tile(int64_t begin, int64_t block) const {
     const Tile tile(block + begin, head_.tokens, shape_.causal);
@@ -227,14 +271,15 @@ class HeadBackward {
     for (int64_t row = 0; row < tile.rows; ++row, weights += extents_.columns, dscores += extents_.columns) {
       const int64_t token = tile.first + row, visible = tile.visible(row);
       // The mean of the weights' gradients is that of dout * out over the channels (Dao et al. 2022).
-      const float mean =
-          dot<T>(head_.vector(params_.dout, token), head_.vector(params_.out, token), shape_.head_dim);
+      const float mean = dot<T>(head_.vector(params_.dout, head_.number, token),
+                                head_.vector(params_.out, head_.number, token), shape_.head_dim);
       softmax_row_backward(weights, dscores, visible, lse_[token], mean);
       clear(weights + visible, written - visible);
       clear(dscores + visible, written - visible);
     }
     combine(tile, extents_, buffers_.dscores + begin * extents_.columns, buffers_.keys, buffers_.dqueries);
-    head_.store_rows(buffers_.dqueries, dense_heads(params_.dq, shape_), tile.first, tile.rows, shape_.scale);
+    head_.store_rows(buffers_.dqueries, gradient(params_.dq, unrotation_), tile.first, tile.rows,
+                     shape_.scale);
   }
 
   // Adds to each key's row of `sums` the block's vectors by what their queries give it.
@@ -257,6 +302,7 @@ class HeadBackward {
   Extents extents_;
   Arena arena_;
   BackwardBuffers buffers_;
+  Rotation unrotation_;
   const float* lse_;
 };
 
@@ -271,20 +317,25 @@ int64_t workspace(int64_t tokens, int64_t head_dim) {
 
 // Calls body with each of the heads.
 template <class Body>
-void for_each_head(const AttentionShape& shape, const SequenceHeads& heads, const Body& body) {
+void for_each_head(const AttentionShape& shape, const Rotation& rotation, const SequenceHeads& heads,
+                   const Body& body) {
   with_element_type(shape.dtype, [&](auto type) {
     for (int64_t number = heads.begin; number < heads.end; ++number) {
-      body(Head<decltype(type)>{shape, heads.first, heads.tokens, number});
+      body(Head<decltype(type)>{shape, rotation, heads.first, heads.tokens, number});
     }
   });
 }
 
-void forward(const RopeAttentionForward& params, float* workspace, const SequenceHeads& heads) {
-  for_each_head(params.shape, heads, [&](const auto& head) { forward_head(params, workspace, head); });
+void forward(const RopeAttentionForward& params, const Rotation& rotation, float* workspace,
+             const SequenceHeads& heads) {
+  for_each_head(params.shape, rotation, heads,
+                [&](const auto& head) { forward_head(params, workspace, head); });
 }
 
-void backward(const RopeAttentionBackward& params, float* workspace, const SequenceHeads& heads) {
-  for_each_head(params.shape, heads, [&](const auto& head) { HeadBackward(params, workspace, head).run(); });
+void backward(const RopeAttentionBackward& params, const Rotation& rotation, float* workspace,
+              const SequenceHeads& heads) {
+  for_each_head(params.shape, rotation, heads,
+                [&](const auto& head) { HeadBackward(params, workspace, head).run(); });
 }
 
 }  // namespace

@@ -24,12 +24,15 @@ static inline HeadsView dense_heads(void* data, const AttentionShape& shape) {
 }
 
 // workspace: as many floats as the function of that name tells of the longest sequence, aligned to 64 bytes.
-// What it holds doesn't matter.
+// What it holds doesn't matter. rotation: that of params.tables, whose token_index is of all tokens; without
+// one a token takes the row of its place in the sequence.
 struct PackedAttentionKernels {
   int64_t (*forward_workspace)(int64_t tokens, int64_t head_dim);
   int64_t (*backward_workspace)(int64_t tokens, int64_t head_dim);
-  void (*forward)(const RopeAttentionForward& params, float* workspace, const SequenceHeads& heads);
-  void (*backward)(const RopeAttentionBackward& params, float* workspace, const SequenceHeads& heads);
+  void (*forward)(const RopeAttentionForward& params, const Rotation& rotation, float* workspace,
+                  const SequenceHeads& heads);
+  void (*backward)(const RopeAttentionBackward& params, const Rotation& rotation, float* workspace,
+                   const SequenceHeads& heads);
 };
 
 EVAKERNELS_FOR_EACH_ISA(extern const PackedAttentionKernels packed_attention;)

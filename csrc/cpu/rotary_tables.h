@@ -23,8 +23,6 @@ class ElementTables {
     sin_ = expanded(tables.sin, tables.grid, entries, -1.0f);
   }
 
-  bool rotate() const { return !cos_.empty(); }
-
   Rotation rotation(bool backwards) const {
     return {
         .cos = cos_.empty() ? nullptr : cos_.data(),

@@ -13,22 +13,22 @@ class Layout(NamedTuple):
     Attributes:
         batch, length: of the grid.
         last: int64 `[batch]`, position of each caption's end token.
-        offsets: int64 `[batch + 1]`, the row in which each caption begins, and the number of rows.
+        cu_seqlens: int64 `[batch + 1]`, the row in which each caption begins, and the number of rows.
         rows: int64 `[T]`, each row's cell of the grid; None if there is a row for each cell.
     """
 
     batch: int
     length: int
     last: Tensor
-    offsets: Tensor
+    cu_seqlens: Tensor
     rows: Tensor | None
 
     @classmethod
     def padded(cls, tokens: Tensor) -> Self:
         """All positions of token ids `[B, N]`. A caption ends at the first occurrence of its largest id."""
         batch, length = tokens.shape
-        offsets = length * torch.arange(batch + 1, device=tokens.device)
-        return cls(batch, length, tokens.argmax(dim=-1), offsets, None)
+        cu_seqlens = length * torch.arange(batch + 1, device=tokens.device)
+        return cls(batch, length, tokens.argmax(dim=-1), cu_seqlens, None)
 
     @classmethod
     def packed(cls, tokens: Tensor) -> Self:
@@ -52,7 +52,7 @@ class Layout(NamedTuple):
 
     def at_ends(self, x: Tensor) -> Tensor:
         """Rows `[T, C]` -> those of the end tokens, `[batch, C]`."""
-        return x.index_select(0, self.offsets[:-1] + self.last)
+        return x.index_select(0, self.cu_seqlens[:-1] + self.last)
 
     def before_ends(self) -> Tensor:
         """bool `[batch, length]`, the positions up to each caption's end."""

@@ -48,7 +48,7 @@ class TextAttention(nn.Module):
             # What stands behind a caption's end is seen by no token in front of it.
             grid = (part.unflatten(0, (layout.batch, layout.length)) for part in (q, k, v))
             return rope_attention(*grid, causal=True).flatten(0, 1).flatten(1)
-        return packed_attention(q, k, v, layout.offsets, max_seqlen=layout.length).flatten(1)
+        return packed_attention(q, k, v, layout.cu_seqlens, max_seqlen=layout.length).flatten(1)
 
     def _at_ends(self, x: Tensor, layout: Layout) -> Tensor:
         width = x.shape[-1]

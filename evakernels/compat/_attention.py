@@ -1,6 +1,7 @@
 """Attention as other libraries call it, on this library's ops; what these don't serve is refused here, in one place."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,6 @@ _SERVED: dict[str, _Served] = {
     "dropout_p": (lambda p: p == 0, "0.0; drop behind the output projection instead"),
     "op": (lambda op: op is None, "None; evakernels.use_backend chooses"),
     "p": (lambda p: p == 0, "0.0; drop behind the output projection instead"),
-    "return_attn_probs": (lambda wanted: not wanted, "False"),
     "softcap": (lambda cap: not cap or cap < 0, "0.0"),
     "window_size": (lambda window: window in ((-1, -1), [-1, -1]), "(-1, -1), no window"),
 }
@@ -30,20 +30,40 @@ def check_options(function: str, **options: Any) -> None:
             raise NotImplementedError(f"{function}: {name} is {found}; accepted: {accepted}")
 
 
-def attend(function: str, qkv: dict[str, Tensor], *, causal: bool, scale: float | None) -> Tensor:
+Found = tuple[Tensor, Tensor | None]
+"""The output, and lse if it was asked for: programs that are exported without it hold torch's own attention."""
+
+
+def attend(
+    function: str, qkv: dict[str, Tensor], *, causal: bool, scale: float | None, return_lse: bool = False
+) -> Found:
     """Attention of `[B, N, H, D]`; queries, keys and values come under the names that `function` has for them."""
     _check_heads(function, "[B, N, H, D]", qkv)
     q, k, v = qkv.values()
-    return rope_attention(q, k, v, causal=causal, scale=scale)
+    if return_lse:
+        return rope_attention(q, k, v, causal=causal, scale=scale, return_lse=True)
+    return rope_attention(q, k, v, causal=causal, scale=scale), None
 
 
 def attend_packed(
-    function: str, qkv: dict[str, Tensor], offsets: Tensor, max_seqlen: int, *, causal: bool, scale: float | None
-) -> Tensor:
+    function: str,
+    qkv: dict[str, Tensor],
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    causal: bool,
+    scale: float | None,
+    return_lse: bool = False,
+) -> Found:
     """The same within sequences that lie one behind the other, `[T, H, D]`."""
     _check_heads(function, "[T, H, D]", qkv)
     q, k, v = qkv.values()
-    return packed_attention(q, k, v, offsets, max_seqlen=max_seqlen, causal=causal, scale=scale)
+    (first, _), *others = qkv.items()
+    for name, tensor in others:
+        if len(tensor) != len(q):
+            refuse_lengths(function, f"{name} has {len(tensor)} tokens and {first} has {len(q)}")
+    attended = partial(packed_attention, q, k, v, cu_seqlens, max_seqlen=max_seqlen, causal=causal, scale=scale)
+    return attended(return_lse=True) if return_lse else (attended(), None)
 
 
 def refuse_lengths(function: str, found: str) -> None:
@@ -56,13 +76,3 @@ def _check_heads(function: str, layout: str, qkv: dict[str, Tensor]) -> None:
     for name, tensor in qkv.items():
         if tensor.dim() != layout.count(",") + 1:
             raise ValueError(f"{function}: {name} has shape {tuple(tensor.shape)}; expected {layout}")
-    (first, q), *others = qkv.items()
-    tokens, heads = q.shape[-3:-1]
-    for name, tensor in others:
-        if tensor.shape[-3] != tokens:
-            refuse_lengths(function, f"{name} has {tensor.shape[-3]} tokens and {first} has {tokens}")
-        if tensor.shape[-2] != heads:
-            raise NotImplementedError(
-                f"{function}: {name} has {tensor.shape[-2]} heads and {first} has {heads}; accepted: the same number, "
-                f"as {name}.repeat_interleave({first}.shape[-2] // {name}.shape[-2], -2) makes it of shared heads"
-            )

@@ -3,14 +3,17 @@
     from evakernels.compat.flash_attn import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
 
 in the place of `from flash_attn import ...` is the whole change. All of it also runs on a CPU and in float32. What the
-ops don't serve is a `NotImplementedError` that says what is accepted: dropout, windows, ALiBi, a cap on scores, heads
-that share keys, other numbers of keys than of queries, paged caches, and probabilities.
+ops don't serve is a `NotImplementedError` that says what is accepted: dropout, windows, ALiBi, a cap on scores, paged
+caches, and packed keys that lie otherwise than the queries.
 """
 
 import torch
 from torch import Tensor
 
 from evakernels.compat._attention import attend, attend_packed, check_options, refuse_lengths
+
+Result = Tensor | tuple[Tensor, Tensor, Tensor]
+"""The output; with `return_attn_probs` also lse, and in the place of probabilities a tensor of no elements."""
 
 __all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func"]
 
@@ -27,18 +30,21 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Tensor:
+) -> Result:
     """Multi-head attention, by `evakernels.rope_attention` without a rotation.
 
     Args:
-        q, k, v: `[B, N, H, D]` in one dtype; float64, float32, bfloat16 or float16.
+        q: `[B, N, H, D]`; float64, float32, bfloat16 or float16.
+        k, v: `[B, M, Hkv, D]` in the dtype of `q`; H is a multiple of Hkv.
         softmax_scale: factor of the scores; `D ** -0.5` by default.
-        causal: a query sees no later key.
+        causal: a query sees no later key; the last query sees all.
+        return_attn_probs: whether to return lse, `[B, H, N]` in float32, too, without a gradient. Behind it stands, as
+            of flash-attn without dropout, an empty tensor in the place of probabilities.
         deterministic: accepted; two runs give the same bits, whatever it is.
-        dropout_p, window_size, softcap, alibi_slopes, return_attn_probs: not offered, so their defaults.
+        dropout_p, window_size, softcap, alibi_slopes: not offered, so their defaults.
 
     Returns:
-        `[B, N, H, D]` in the dtype of `q`.
+        `[B, N, H, D]` in the dtype of `q`; with `return_attn_probs` three tensors.
 
     Raises:
         NotImplementedError: for what isn't offered.
@@ -46,8 +52,9 @@ def flash_attn_func(
     """
     name = "flash_attn_func"
     check_options(name, dropout_p=dropout_p, window_size=window_size, softcap=softcap)
-    check_options(name, alibi_slopes=alibi_slopes, return_attn_probs=return_attn_probs)
-    return attend(name, {"q": q, "k": k, "v": v}, causal=causal, scale=softmax_scale)
+    check_options(name, alibi_slopes=alibi_slopes)
+    found = attend(name, {"q": q, "k": k, "v": v}, causal=causal, scale=softmax_scale, return_lse=return_attn_probs)
+    return _result(*found)
 
 
 def flash_attn_qkvpacked_func(
@@ -60,15 +67,16 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Tensor:
+) -> Result:
     """`flash_attn_func` of one tensor `[B, N, 3, H, D]`: queries, keys and values."""
     name = "flash_attn_qkvpacked_func"
     check_options(name, dropout_p=dropout_p, window_size=window_size, softcap=softcap)
-    check_options(name, alibi_slopes=alibi_slopes, return_attn_probs=return_attn_probs)
+    check_options(name, alibi_slopes=alibi_slopes)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"{name}: qkv has shape {tuple(qkv.shape)}; expected [B, N, 3, H, D]")
     q, k, v = qkv.unbind(2)
-    return attend(name, {"q": q, "k": k, "v": v}, causal=causal, scale=softmax_scale)
+    found = attend(name, {"q": q, "k": k, "v": v}, causal=causal, scale=softmax_scale, return_lse=return_attn_probs)
+    return _result(*found)
 
 
 def flash_attn_varlen_func(
@@ -88,18 +96,19 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
-) -> Tensor:
+) -> Result:
     """Attention of sequences that lie one behind the other, by `evakernels.packed_attention`.
 
     Args:
-        q, k, v: `[T, H, D]` in one dtype, the tokens of all sequences.
+        q: `[T, H, D]`, the tokens of all sequences.
+        k, v: `[T, Hkv, D]` in the dtype of `q`; H is a multiple of Hkv.
         cu_seqlens_q, cu_seqlens_k: int32 or int64 `[B + 1]`, where sequences begin and the last one ends. Both are the
             same tensor; on a CPU also another with the same numbers, which elsewhere the host would have to wait for.
         max_seqlen_q, max_seqlen_k: the same number; no sequence is longer.
         block_table: not offered, so None. The others are as `flash_attn_func` has them.
 
     Returns:
-        `[T, H, D]` in the dtype of `q`.
+        `[T, H, D]` in the dtype of `q`; with `return_attn_probs` also lse, `[H, T]`, and an empty tensor.
 
     Raises:
         NotImplementedError: for what isn't offered, and for keys that lie otherwise than queries.
@@ -107,13 +116,20 @@ def flash_attn_varlen_func(
     """
     name = "flash_attn_varlen_func"
     check_options(name, dropout_p=dropout_p, window_size=window_size, softcap=softcap)
-    check_options(name, alibi_slopes=alibi_slopes, return_attn_probs=return_attn_probs, block_table=block_table)
+    check_options(name, alibi_slopes=alibi_slopes, block_table=block_table)
     if max_seqlen_k != max_seqlen_q:
         refuse_lengths(name, f"max_seqlen_k is {max_seqlen_k} and max_seqlen_q is {max_seqlen_q}")
     if cu_seqlens_k is not cu_seqlens_q and not _are_same(cu_seqlens_q, cu_seqlens_k):
         refuse_lengths(name, "cu_seqlens_k isn't cu_seqlens_q (pass one tensor for both: on a GPU none is compared)")
     qkv = {"q": q, "k": k, "v": v}
-    return attend_packed(name, qkv, cu_seqlens_q, max_seqlen_q, causal=causal, scale=softmax_scale)
+    found = attend_packed(
+        name, qkv, cu_seqlens_q, max_seqlen_q, causal=causal, scale=softmax_scale, return_lse=return_attn_probs
+    )
+    return _result(*found)
+
+
+def _result(out: Tensor, lse: Tensor | None) -> Result:
+    return out if lse is None else (out, lse, out.new_empty(0))
 
 
 def _are_same(ours: Tensor, theirs: Tensor) -> bool:

@@ -17,7 +17,6 @@ from evakernels.ops import swiglu as gated
 
 __all__ = ["LowerTriangularMask", "SwiGLU", "memory_efficient_attention", "swiglu"]
 
-# With as many keys as queries, both corners are one.
 _DENSE = ("LowerTriangularMask", "LowerTriangularFromBottomRightMask")
 _PACKED = {
     "BlockDiagonalMask": False,
@@ -47,9 +46,11 @@ def memory_efficient_attention(
     """xformers' attention, by `evakernels.rope_attention` without a rotation and `evakernels.packed_attention`.
 
     Args:
-        query, key, value: `[B, N, H, K]`, or `[B, N, K]` with one head, in one dtype.
+        query: `[B, N, H, K]`; `[B, N, K]` with one head; or `[B, N, G, H, K]` with G groups of heads.
+        key, value: the same with M tokens, in the dtype of `query`. Of groups each has one head of keys, expanded to H.
         attn_bias: None; a `LowerTriangularMask`, this module's or xformers'; or xformers' `BlockDiagonalMask` or
-            `BlockDiagonalCausalMask` of as many keys as queries, with `B = 1`.
+            `BlockDiagonalCausalMask` of as many keys as queries, with `B = 1`. With another number of keys the causal
+            mask is `LowerTriangularFromBottomRightMask`.
         p: of dropout; not offered, so 0.
         scale: factor of the scores; `K ** -0.5` by default.
         op: xformers' kernels; not offered, so None.
@@ -59,8 +60,8 @@ def memory_efficient_attention(
         the shape of `query`, contiguous, in its dtype.
 
     Raises:
-        NotImplementedError: for what isn't offered: also other masks, tensors as masks, heads that share keys, and
-            other numbers of keys than of queries.
+        NotImplementedError: for what isn't offered: also other masks, tensors as masks, and masks of packed sequences
+            whose keys lie otherwise than the queries.
         TypeError, ValueError: as `evakernels.rope_attention`.
     """
     name = "memory_efficient_attention"
@@ -70,9 +71,14 @@ def memory_efficient_attention(
     if query.dim() == key.dim() == value.dim() == 3:
         query, key, value = (tensor.unsqueeze(2) for tensor in (query, key, value))
         return memory_efficient_attention(query, key, value, attn_bias, p, scale).squeeze(2)
+    if query.dim() == key.dim() == value.dim() == 5:
+        flat = query.flatten(2, 3), _shared(key), _shared(value)
+        return memory_efficient_attention(*flat, attn_bias, p, scale).unflatten(2, query.shape[2:4])
     qkv, mask = {"query": query, "key": key, "value": value}, type(attn_bias).__name__
+    if mask == "LowerTriangularMask" and query.shape[1] != key.shape[1]:
+        refuse_lengths(name, f"key has {key.shape[1]} tokens and query has {query.shape[1]} under a {mask}")
     if attn_bias is None or mask in _DENSE:
-        return attend(name, qkv, causal=attn_bias is not None, scale=scale)
+        return attend(name, qkv, causal=attn_bias is not None, scale=scale)[0]
     if mask not in _PACKED:
         accepted = ", ".join((*_DENSE, *_PACKED))
         raise NotImplementedError(f"{name}: attn_bias is a {mask}; accepted: None, {accepted}")
@@ -82,8 +88,14 @@ def memory_efficient_attention(
     if len(query) != 1:
         raise ValueError(f"{name}: query has shape {tuple(query.shape)}; expected [1, T, H, K] with a {mask}")
     qkv = {part: tensor.flatten(0, 1) for part, tensor in qkv.items()}
-    offsets = queries.seqstart.to(query.device)  # a mask is often made before its queries are on their device
-    return attend_packed(name, qkv, offsets, queries.max_seqlen, causal=_PACKED[mask], scale=scale).unsqueeze(0)
+    cu_seqlens = queries.seqstart.to(query.device)  # a mask is often made before its queries are on their device
+    out, _ = attend_packed(name, qkv, cu_seqlens, queries.max_seqlen, causal=_PACKED[mask], scale=scale)
+    return out.unsqueeze(0)
+
+
+def _shared(keys: Tensor) -> Tensor:
+    """`[B, M, G, H, K]` to the heads of keys that there are: G, where H is an expanded one."""
+    return keys[:, :, :, 0] if keys.stride(3) == 0 or keys.shape[3] == 1 else keys.flatten(2, 3)
 
 
 def swiglu(

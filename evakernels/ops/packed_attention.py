@@ -97,7 +97,8 @@ def packed_attention(
 
     Returns:
         `[T, H, D]`, contiguous, in the dtype of `q`. Precision and autocast are as for `rope_attention`. With
-        `return_lse` also `[H, T]`, natural logarithms in float32 (float64 for float64 input), which get no gradient.
+        `return_lse` also `[H, T]`, natural logarithms in float32 (float64 for float64 input), through which no
+        gradient goes.
 
     Raises:
         TypeError: for a dtype that isn't accepted.
@@ -170,7 +171,9 @@ def _check_call(
     if check_tables(op, q, k, cos, sin) and positions is None:
         rows = table_rows(cos, q.shape[-1])
         if rows < max_seqlen:
-            raise ValueError(f"{op}: cos has {rows} rows and max_seqlen is {max_seqlen}; accepted: as many rows, or more")
+            raise ValueError(
+                f"{op}: cos has {rows} rows and max_seqlen is {max_seqlen}; accepted: as many rows, or more"
+            )
     options = max_seqlen, causal, interleaved, q.shape[-1] ** -0.5 if scale is None else scale
     return q, k, v, cu_seqlens, cos, sin, positions, *options
 

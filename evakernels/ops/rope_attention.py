@@ -79,7 +79,8 @@ def rope_attention(
             `[0, r // G]` and the others from `[1, r % G]`. None: no rotation. They get no gradient.
             `evakernels.nn.axial_rope` makes those of EVA.
         token_index: int64 `[B, N - num_prefix]`: token `num_prefix + i` of sample b takes table row
-            `token_index[b, i]` (see `token_dropout`); at -1 it isn't rotated. None: it takes row i, and P is `N - num_prefix`.
+            `token_index[b, i]` (see `token_dropout`); of -1 it isn't rotated. None: it takes row i, and P is
+            `N - num_prefix`.
         num_prefix: this many leading tokens (class token, registers) aren't rotated; 0 to 16. Without tables it has no
             meaning.
         causal: a query sees no later key; the last query sees all: query i sees keys up to number i + M - N.
@@ -90,9 +91,10 @@ def rope_attention(
 
     Returns:
         `[B, N, H, D]`, contiguous, in the dtype of `q`; zeros for a query that sees no key. With `return_lse` also
-        `[B, H, N]`, natural logarithms in float32 (float64 for float64 input), which get no gradient. Scores and softmax are float32 (float64 for float64
-        input); scores of bfloat16 input may have 16 significant bits instead of 24. Under autocast `q`, `k` and
-        `v` are cast as for `torch.nn.functional.scaled_dot_product_attention`.
+        `[B, H, N]`, natural logarithms in float32 (float64 for float64 input), through which no gradient goes. Scores
+        and softmax are float32 (float64 for float64 input); scores of bfloat16 input may have 16 significant bits
+        instead of 24. Under autocast `q`, `k` and `v` are cast as for
+        `torch.nn.functional.scaled_dot_product_attention`.
 
     Raises:
         TypeError: for a dtype that isn't accepted.
@@ -248,7 +250,7 @@ def of_shared_heads(k: Tensor, gradients: tuple[Tensor, Tensor, Tensor]) -> tupl
     kv_heads, heads = k.shape[-2], dq.shape[-2]
     if kv_heads == heads:
         return gradients
-    dk, dv = (x.unflatten(-2, (kv_heads, heads // kv_heads)).sum(-2) for x in of_heads)
+    dk, dv = (x.reshape(*k.shape[:-1], heads // kv_heads, k.shape[-1]).sum(-2) for x in of_heads)
     return dq, dk, dv
 
 

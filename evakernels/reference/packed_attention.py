@@ -32,9 +32,7 @@ def packed_attention_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     attend = torch.ops.evakernels.rope_attention_forward
-    return packed_attention(
-        attend, q, k, v, cu_seqlens, cos, sin, token_index, max_seqlen, causal, interleaved, scale
-    )
+    return packed_attention(attend, q, k, v, cu_seqlens, cos, sin, token_index, max_seqlen, causal, interleaved, scale)
 
 
 def packed_attention(

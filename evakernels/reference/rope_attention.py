@@ -112,7 +112,7 @@ def rope_attention_backward(
 def rotation_of(
     q: Tensor, cos: Tensor | None, sin: Tensor | None, token_index: Tensor | None, num_prefix: int
 ) -> tuple[Tensor, Tensor] | None:
-    """cos and sin of every pair, broadcastable to [B, H, N, D / 2]; those of no rotation for the prefix and for indices of -1."""
+    """cos and sin of every pair, broadcastable to [B, H, N, D / 2]; the prefix and indices of -1 aren't rotated."""
     if cos is None or sin is None:
         return None
 

@@ -25,8 +25,12 @@ def heads(*shape: int) -> list[Tensor]:
 
 
 def by_torch(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None) -> Tensor:
+    """Causal as flash-attn has it: the last query sees all keys."""
+    mask = torch.ones(q.shape[-3], k.shape[-3], dtype=torch.bool).tril(k.shape[-3] - q.shape[-3]) if causal else None
     turned = (x.transpose(-3, -2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(*turned, is_causal=causal, scale=scale).transpose(-3, -2)
+    shared = q.shape[-2] != k.shape[-2]
+    out = F.scaled_dot_product_attention(*turned, attn_mask=mask, scale=scale, enable_gqa=shared)
+    return out.transpose(-3, -2)
 
 
 def packed_by_torch(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None) -> Tensor:
@@ -69,6 +73,37 @@ def test_flash_attn_of_packed_sequences(scale, causal):
         assert_same(out, packed_by_torch(q, k, v, causal, scale), [q, k, v])
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("keys", "kv_heads"), [(N, 1), (N + 4, H), (N + 1, 1)])
+def test_flash_attn_of_shared_heads_and_more_keys(keys, kv_heads, causal):
+    q, k, v = randn(B, N, H, D), *(randn(B, keys, kv_heads, D, seed=seed) for seed in (1, 2))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    assert_same(flash_attn.flash_attn_func(q, k, v, causal=causal), by_torch(q, k, v, causal), leaves)
+
+
+def test_flash_attn_of_packed_sequences_with_shared_heads():
+    q, k, v = randn(sum(LENGTHS), H, D), *(randn(sum(LENGTHS), 1, D, seed=seed) for seed in (1, 2))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = flash_attn.flash_attn_varlen_func(q, k, v, OFFSETS, OFFSETS, 7, 7, causal=True)
+    assert_same(out, packed_by_torch(q, k, v, True), leaves)
+
+
+def test_flash_attn_returns_lse_where_probabilities_are_asked_for():
+    q, k, v = heads(B, N, H, D)
+    out, lse, probabilities = flash_attn.flash_attn_func(q, k, v, return_attn_probs=True)
+    torch.testing.assert_close(out, by_torch(q, k, v))
+    torch.testing.assert_close(lse, (D**-0.5 * torch.einsum("bnhd,bmhd->bhnm", q, k)).logsumexp(-1))
+    assert not lse.requires_grad
+    assert probabilities.numel() == 0
+    again, same, _ = flash_attn.flash_attn_qkvpacked_func(torch.stack((q, k, v), 2), return_attn_probs=True)
+    assert torch.equal(again, out)
+    assert torch.equal(same, lse)
+    lengths = torch.tensor([0, N, B * N], dtype=torch.int32)
+    packed = (x.flatten(0, 1) for x in (q, k, v))
+    _, lse_of_packed, _ = flash_attn.flash_attn_varlen_func(*packed, lengths, lengths, N, N, return_attn_probs=True)
+    torch.testing.assert_close(lse_of_packed.unflatten(1, (B, N)).transpose(0, 1), lse)
+
+
 def test_flash_attn_compiles_without_graph_break():
     q, k, v = heads(B, N, H, D)
     compiled = torch.compile(flash_attn.flash_attn_func, fullgraph=True, backend="aot_eager")
@@ -82,7 +117,6 @@ def test_flash_attn_compiles_without_graph_break():
         ({"window_size": (128, 0)}, r"window_size is \(128, 0\); accepted: \(-1, -1\)"),
         ({"softcap": 30.0}, "softcap is 30.0; accepted: 0.0"),
         ({"alibi_slopes": torch.ones(H)}, "alibi_slopes is a torch.Tensor; accepted: None"),
-        ({"return_attn_probs": True}, "return_attn_probs is True; accepted: False"),
     ],
 )
 def test_options_of_flash_attn_that_are_not_served_are_named(options, words):
@@ -97,13 +131,8 @@ def test_options_of_flash_attn_that_are_not_served_are_named(options, words):
 
 def test_shapes_of_flash_attn_that_are_not_served_are_named():
     q, k, v = heads(B, N, H, D)
-    one = k[:, :, :1], v[:, :, :1]
-    refused(
-        lambda: flash_attn.flash_attn_func(q, *one), "k has 1 heads and q has 3; accepted: the same", r"repeat_interl"
-    )
-    fewer = k[:, :4], v[:, :4]
-    refused(lambda: flash_attn.flash_attn_func(q, *fewer), "k has 4 tokens and q has 11; accepted: as many keys")
-    wrong = {"kind": ValueError}
+    two, wrong = (k[:, :, :2], v[:, :, :2]), {"kind": ValueError}
+    refused(lambda: flash_attn.flash_attn_func(q, *two), "k has 2 heads and q has 3; accepted: a number that", **wrong)
     refused(lambda: flash_attn.flash_attn_func(q[0], k, v), r"q has shape \(11, 3, 8\); expected \[B, N, H", **wrong)
     refused(lambda: flash_attn.flash_attn_qkvpacked_func(q), r"qkv has shape .* \[B, N, 3, H, D\]", **wrong)
     refused(lambda: flash_attn.flash_attn_func("q", k, v), "flash_attn_func: q is a str", kind=TypeError)
@@ -115,6 +144,8 @@ def test_packed_keys_that_lie_otherwise_are_named():
     refused(lambda: varlen(q, k, v, OFFSETS, OFFSETS, 7, 9), "max_seqlen_k is 9 and max_seqlen_q is 7; accepted: as")
     refused(lambda: varlen(q, k, v, OFFSETS, other, 7, 7), "cu_seqlens_k isn't cu_seqlens_q .pass one tensor for both")
     refused(lambda: varlen(q, k, v, OFFSETS, OFFSETS.to("meta"), 7, 7), "cu_seqlens_k isn't cu_seqlens_q")
+    fewer = k[:4], v[:4]
+    refused(lambda: varlen(q, *fewer, OFFSETS, OFFSETS, 7, 7), "k has 4 tokens and q has 13; accepted: as many keys")
     refused(lambda: varlen(q, k, v, OFFSETS, OFFSETS, 7, 7, block_table=OFFSETS), "block_table is a torch.Tensor")
 
 
@@ -168,13 +199,23 @@ def test_what_xformers_has_beyond_is_named():
     refused(lambda: attention(q, k, v, output_dtype=torch.float16), "output_dtype is torch.float16; .* torch.float32")
     refused(lambda: attention(q, k, v, torch.zeros(N, N)), "attn_bias is a Tensor; accepted: None, LowerTriangularMask")
     refused(lambda: attention(q, k, v, mask("PagedBlockDiagonalPaddedKeysMask")), "attn_bias is a PagedBlockDiagonal")
-    refused(lambda: attention(q, k[:, :3], v[:, :3]), "key has 3 tokens and query has 11; accepted: as many keys")
-    refused(lambda: attention(q, k[:, :, :1], v[:, :, :1]), "key has 1 heads and query has 3; accepted: the same")
+    corner, fewer = xops.LowerTriangularMask(), (k[:, :3], v[:, :3])
+    refused(lambda: attention(q, *fewer, corner), "key has 3 tokens and query has 11 under a LowerTriangularMask; acc")
     lies = mask("BlockDiagonalMask", keys=OFFSETS[[0, 1, 3, 3, 4]])
     refused(lambda: attention(q, k, v, lies), "BlockDiagonalMask of keys in other places than the queries; accepted")
     refused(lambda: attention(q, k, v, mask("BlockDiagonalMask")), r"expected \[1, T, H, K\]", kind=ValueError)
-    grouped = (x.unsqueeze(2) for x in (q, k, v))
-    refused(lambda: attention(*grouped), r"query has shape .* expected \[B, N, H, D\]", kind=ValueError)
+    refused(lambda: attention(q[0, 0], k, v), r"query has shape .* expected \[B, N, H, D\]", kind=ValueError)
+
+
+@pytest.mark.parametrize("expanded", [True, False])
+def test_xformers_of_groups_of_heads_and_more_keys(expanded):
+    """`[B, N, G, H, K]`, two groups of three heads."""
+    q, k, v = randn(B, N, 2, 3, D), *(randn(B, N + 3, 2, 1, D, seed=seed) for seed in (1, 2))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    given = [x.expand(B, N + 3, 2, 3, D) for x in (k, v)]
+    given = given if expanded else [x.clone() for x in given]
+    out = xops.memory_efficient_attention(q, *given, mask("LowerTriangularFromBottomRightMask"))
+    assert_same(out, by_torch(q.flatten(2, 3), k[:, :, :, 0], v[:, :, :, 0], True).unflatten(2, (2, 3)), leaves)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -17,6 +17,7 @@ INDEX = torch.tensor([[3, 0], [1, 2]])
 OFFSETS = torch.tensor([0, 3, 3, 5])
 ANGLES = torch.linspace(0, 3, 4 * 2, dtype=torch.float64).view(4, 2)
 COS, SIN = ANGLES.cos(), ANGLES.sin()
+ROWS = torch.tensor([3, -1, 0, 2, 1])  # of packed tokens
 
 
 def inputs(*shapes: tuple[int, ...], seed: int = 0) -> tuple[Tensor, ...]:
@@ -68,6 +69,14 @@ def rotated(x):
     return torch.cat((x[:, :1], turned), 1)
 
 
+def rotated_by_row(x):
+    """Packed tokens `[T, H, D]`, but those of row -1."""
+    cos = COS[ROWS].masked_fill(ROWS[:, None] < 0, 1.0)[:, None]
+    sin = SIN[ROWS].masked_fill(ROWS[:, None] < 0, 0.0)[:, None]
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+
+
 def packed_attention(q, k, v):
     parts = [(0, 3), (3, 5)]
     return torch.cat([attention(*(x[a:b] for x in (q, k, v)), causal=True) for a, b in parts])
@@ -96,37 +105,37 @@ def siglip_loss(image, text, scale, bias):
 
 # --- every op that returns something --------------------------------------------------------------------------------
 
-ROWS = (2, 3, 4)
+BATCH = (2, 3, 4)
 CASES = {
-    "layer_norm": (lambda *t: evakernels.layer_norm(*t, EPS), layer_norm, inputs(ROWS, (4,), (4,))),
-    "rms_norm": (lambda *t: evakernels.rms_norm(*t, EPS), rms_norm, inputs(ROWS, (4,))),
+    "layer_norm": (lambda *t: evakernels.layer_norm(*t, EPS), layer_norm, inputs(BATCH, (4,), (4,))),
+    "rms_norm": (lambda *t: evakernels.rms_norm(*t, EPS), rms_norm, inputs(BATCH, (4,))),
     "add_layer_norm": (
         lambda r, b, w, c, s, d: evakernels.add_layer_norm(r, b, w, c, layer_scale=s, row_scale=d, eps=EPS),
         add_layer_norm,
-        inputs(ROWS, ROWS, (4,), (4,), (4,), (2,)),
+        inputs(BATCH, BATCH, (4,), (4,), (4,), (2,)),
     ),
     "add_rms_norm": (
         lambda *t: evakernels.add_rms_norm(*t, eps=EPS),
         add_rms_norm,
-        inputs(ROWS, ROWS, (4,)),
+        inputs(BATCH, BATCH, (4,)),
     ),
     "layer_norm_add": (
         lambda r, b, w, c, s, d: evakernels.layer_norm_add(r, b, w, c, layer_scale=s, row_scale=d, eps=EPS),
         lambda r, b, w, c, s, d: total(r, layer_norm(b, w, c), s, d),
-        inputs(ROWS, ROWS, (4,), (4,), (4,), (2,)),
+        inputs(BATCH, BATCH, (4,), (4,), (4,), (2,)),
     ),
     "rms_norm_add": (
         lambda *t: evakernels.rms_norm_add(*t, eps=EPS),
         lambda r, b, w: r + rms_norm(b, w),
-        inputs(ROWS, ROWS, (4,)),
+        inputs(BATCH, BATCH, (4,)),
     ),
-    "swiglu": (evakernels.swiglu, swiglu, inputs(ROWS, ROWS)),
-    "swiglu-norm": (lambda *t: evakernels.swiglu(*t, EPS), swiglu, inputs(ROWS, ROWS, (4,), (4,))),
-    "gelu": (evakernels.gelu, lambda x, b: F.gelu(x + b), inputs(ROWS, (4,))),
+    "swiglu": (evakernels.swiglu, swiglu, inputs(BATCH, BATCH)),
+    "swiglu-norm": (lambda *t: evakernels.swiglu(*t, EPS), swiglu, inputs(BATCH, BATCH, (4,), (4,))),
+    "gelu": (evakernels.gelu, lambda x, b: F.gelu(x + b), inputs(BATCH, (4,))),
     "gelu-tanh": (
         lambda x: evakernels.gelu(x, approximate="tanh"),
         lambda x: F.gelu(x, approximate="tanh"),
-        inputs(ROWS),
+        inputs(BATCH),
     ),
     "rope_attention": (
         lambda q, k, v: evakernels.rope_attention(q, k, v, COS, SIN, num_prefix=1),
@@ -137,6 +146,18 @@ CASES = {
         lambda *t: evakernels.rope_attention(*t, causal=True),
         lambda *t: attention(*t, causal=True),
         inputs(*[(2, 3, 2, 4)] * 3),
+    ),
+    "rope_attention-shared-heads": (
+        lambda *t: evakernels.rope_attention(*t, causal=True, return_lse=True)[0],
+        lambda q, k, v: F.pad(
+            attention(q[:, 2:], *(x.repeat_interleave(2, 2) for x in (k, v)), causal=True), (0, 0, 0, 0, 2, 0)
+        ),
+        inputs((2, 5, 4, 4), *[(2, 3, 2, 4)] * 2),
+    ),
+    "packed_attention-rotated": (
+        lambda *t: evakernels.packed_attention(*t, OFFSETS, max_seqlen=3, cos=COS, sin=SIN, positions=ROWS),
+        lambda q, k, v: packed_attention(rotated_by_row(q), rotated_by_row(k), v),
+        inputs(*[(5, 2, 4)] * 3),
     ),
     "packed_attention": (
         lambda *t: evakernels.packed_attention(*t, OFFSETS, max_seqlen=3),

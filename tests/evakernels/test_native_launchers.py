@@ -247,10 +247,38 @@ def test_packed_attention(dtype: torch.dtype, causal: bool) -> None:
     same("rope_attention_backward", (q, q, k, v, *results), more, "packed_attention_backward", **options)
 
 
+@pytest.mark.parametrize("dtype", [*ATTENTION_FLOAT32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["in order", "rows", "grid"])
+def test_packed_attention_with_a_rotation_and_shared_heads(dtype: torch.dtype, form: str) -> None:
+    q, k, v = normal(9, 8, 16, dtype=dtype).split((4, 2, 2), 1)
+    cu_seqlens = torch.tensor([0, 2, 2, 9])
+    angles = normal(2, 3, 4) if form == "grid" else normal(9, 8)
+    index = None if form == "in order" else torch.tensor([-1, 0, 8, 3, 3, -1, 7, 1, 2])
+    cos, sin = angles.cos(), angles.sin()
+    more = (cu_seqlens, cos, sin, index, 7, True, False, 0.3)
+    options = {"cu_seqlens": cu_seqlens, "cos": cos, "sin": sin, "token_index": index, "max_seqlen": 7}
+    options |= {"causal": True, "interleaved": False, "scale": 0.3}
+    results = same("rope_attention_forward", (q, k, v), more, "packed_attention_forward", **options)
+    same("rope_attention_backward", (q, q, k, v, *results), more, "packed_attention_backward", **options)
+
+
+@gpu_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rope_attention_of_shared_heads_and_fewer_keys(dtype: torch.dtype) -> None:
+    q, k, v = normal(2, 5, 4, 16, dtype=dtype), *normal(2, 3, 2, 2, 16, dtype=dtype, seed=1).unbind(2)
+    more = (None, None, None, 0, True, True, 0.3)
+    results = same("rope_attention_forward", (q, k, v), more, causal=True, scale=0.3)
+    same("rope_attention_backward", (normal(2, 5, 4, 16, dtype=dtype), q, k, v, *results), more, causal=True, scale=0.3)
+
+
 @pytest.mark.skipif(_native.runs_gpu_kernels("cpu"), reason="the kernels for GPUs serve the CPU here")
 @pytest.mark.parametrize(
     ("offsets", "message"),
-    [([1, 9], "offsets must rise from 0"), ([0, 7, 5, 9], "must rise"), ([0, 8], "must end with the number of tokens")],
+    [
+        ([1, 9], "cu_seqlens must rise from 0"),
+        ([0, 7, 5, 9], "must rise"),
+        ([0, 8], "must end with the number of tokens"),
+    ],
 )
 def test_packed_attention_refuses_offsets_that_do_not_fit(offsets: list[int], message: str) -> None:
     q = normal(9, 2, 16)

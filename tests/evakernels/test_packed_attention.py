@@ -14,6 +14,7 @@ from op_checks import (
     exhaustive_but,
     randn,
 )
+from test_rope_attention import attention, expanded
 
 import evakernels
 from evakernels import _native, backends
@@ -46,6 +47,66 @@ def pair(lengths, causal=True, scale=None, dtype=torch.int64):
     return ours, theirs
 
 
+def rotated_pair(lengths, heads, kv_heads, form, causal=False, interleaved=True):
+    """Our function and torch's over one tensor `[T, H + 2 * Hkv, D]`, with tables of one form."""
+    cu_seqlens, total = offsets_of(lengths), sum(lengths)
+    cos, sin, positions, rows = FORMS[form](lengths)
+    options = {"causal": causal, "interleaved": interleaved}
+    full = (expanded(cos), expanded(sin)) if form.startswith("grid") else (cos, sin)
+
+    def ours(x):
+        given = x.split((heads, kv_heads, kv_heads), 1)
+        more = {"cos": cos, "sin": sin, "positions": positions}
+        return evakernels.packed_attention(*given, cu_seqlens, max_seqlen=max(lengths), **more, **options)
+
+    def theirs(x):
+        parts = zip(x.split(lengths), rows.split(lengths), strict=True)
+        found = [
+            attention(*(t[None] for t in s.split((heads, kv_heads, kv_heads), 1)), *full, index[None], 0, **options)[0]
+            for s, index in parts
+            if len(s)
+        ]
+        return torch.cat(found)
+
+    assert len(rows) == total
+    return ours, theirs
+
+
+def _angles(*shape):
+    angles = randn(*shape, seed=1) * 3
+    return angles.cos().float(), angles.sin().float()
+
+
+def _in_order(lengths, *more):
+    rows = torch.cat([torch.arange(n) for n in lengths])
+    return *_angles(*more, max(lengths) + 1, HEAD_DIM // 2), None, rows
+
+
+def _by_row(lengths):
+    rows = torch.randint(-1, 5, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+    return *_angles(5, HEAD_DIM // 2), rows, rows
+
+
+def _by_place(lengths, paired=True):
+    grid = 5
+    places = torch.randint(-1, grid, (sum(lengths), 2), generator=torch.Generator().manual_seed(0))
+    rows = torch.where(places.amin(1) < 0, -1, places[:, 0] * grid + places[:, 1])
+    return *_angles(2, grid, HEAD_DIM // 4), places if paired else rows, rows
+
+
+FORMS = {
+    "in order": _in_order,
+    "in order, a table a head": lambda lengths: _in_order(lengths, HEADS),
+    "rows": _by_row,
+    "grid by place": _by_place,
+    "grid by row": lambda lengths: _by_place(lengths, paired=False),
+}
+
+
+def shared(lengths, heads, kv_heads, head_dim=HEAD_DIM):
+    return randn(sum(lengths), heads + 2 * kv_heads, head_dim)
+
+
 def packed(lengths, heads=HEADS, head_dim=HEAD_DIM):
     return randn(sum(lengths), 3, heads, head_dim)
 
@@ -54,10 +115,27 @@ CASES = [
     pytest.param(pair(LENGTHS["several"]), packed(LENGTHS["several"]), id="causal"),
     pytest.param(pair(LENGTHS["several"], causal=False, scale=0.7), packed(LENGTHS["several"]), id="both-sides"),
     pytest.param(pair(LENGTHS["one"], dtype=torch.int32), packed(LENGTHS["one"]), id="batch-of-one"),
+    pytest.param(
+        rotated_pair(LENGTHS["several"], 2, 2, "in order", True), shared(LENGTHS["several"], 2, 2), id="rotated"
+    ),
+    pytest.param(
+        rotated_pair(LENGTHS["several"], 2, 2, "in order, a table a head"),
+        shared(LENGTHS["several"], 2, 2),
+        id="table-a-head",
+    ),
+    pytest.param(
+        rotated_pair(LENGTHS["several"], 4, 2, "rows", interleaved=False), shared(LENGTHS["several"], 4, 2), id="rows"
+    ),
+    pytest.param(
+        rotated_pair(LENGTHS["several"], 3, 1, "grid by place"), shared(LENGTHS["several"], 3, 1), id="places"
+    ),
+    pytest.param(
+        rotated_pair(LENGTHS["several"], 2, 1, "grid by row", True), shared(LENGTHS["several"], 2, 1), id="grid-rows"
+    ),
 ]
 
 
-@pytest.mark.parametrize(("pair", "qkv"), exhaustive_but(CASES, "causal"))
+@pytest.mark.parametrize(("pair", "qkv"), exhaustive_but(CASES, "causal", "places"))
 def test_gradcheck(pair, qkv):
     assert_gradcheck(pair[0], [qkv])
 
@@ -82,6 +160,30 @@ def test_as_accurate_as_torch_at_lengths_around_those_of_tiles(head_dim, causal,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_images_of_several_sizes_are_as_accurate_as_torch(dtype):
+    """Three aspect ratios in one batch, each with a class token, and two heads of queries to one of keys."""
+    sizes, grid, head_dim = [(7, 9), (1, 16), (12, 4)], 16, 64
+    patches = [torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in sizes]
+    positions = torch.cat([F.pad(places, (0, 0, 1, 0), value=-1) for places in patches])
+    lengths = [1 + h * w for h, w in sizes]
+    angles = randn(2, grid, head_dim // 4, seed=1)
+    cos, sin = angles.cos().float(), angles.sin().float()
+    options = {"max_seqlen": max(lengths), "causal": False, "cos": cos, "sin": sin, "positions": positions}
+
+    def ours(x):
+        return evakernels.packed_attention(*x.split((2, 1, 1), 1), offsets_of(lengths), **options)
+
+    def theirs(x):
+        found = []
+        for image, (height, width) in zip(x.split(lengths), sizes, strict=True):
+            table = (expanded(t).unflatten(0, (grid, grid))[:height, :width].flatten(0, 1) for t in (cos, sin))
+            found.append(attention(*(t[None] for t in image.split((2, 1, 1), 1)), *table, num_prefix=1)[0])
+        return torch.cat(found)
+
+    assert_as_accurate_as_torch(ours, theirs, [randn(sum(lengths), 4, head_dim)], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_number_of_threads_does_not_change_a_bit(dtype):
     lengths = [40, 3, 0, 90, 17, 60]
     qkv = packed(lengths, heads=5, head_dim=32).to(dtype)
@@ -93,7 +195,9 @@ def test_the_number_of_threads_does_not_change_a_bit(dtype):
 def test_compiled_kernels_serve_it(dtype):
     """But float32 on a GPU, which the CUDA kernels leave to Triton's."""
     q, k, v = packed([3]).to(dtype).unbind(1)
-    reasons = backends.why_not("packed_attention_forward", COMPILED, q, k, v, offsets_of([3]), *UNROTATED, 3, True, True, 0.5)
+    reasons = backends.why_not(
+        "packed_attention_forward", COMPILED, q, k, v, offsets_of([3]), *UNROTATED, 3, True, True, 0.5
+    )
     refused = dtype == torch.float32 and _native.runs_gpu_kernels(COMPILED)
     assert [reason.split(";")[0] for reason in reasons] == ["float32"] * refused
 
@@ -131,7 +235,7 @@ def test_a_batch_may_be_empty(lengths):
 
 
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize(("pair", "qkv"), exhaustive_but(CASES, "causal"))
+@pytest.mark.parametrize(("pair", "qkv"), exhaustive_but(CASES, "causal", "places"))
 def test_compiles_without_graph_break(pair, qkv, dynamic):
     assert_compiles(pair[0], [qkv.float()], dynamic)
 
@@ -163,6 +267,27 @@ def test_lse_is_the_natural_logarithm_of_the_softmax_denominator(causal):
     torch.testing.assert_close(lse, scores.logsumexp(-1))
 
 
+@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
+def test_opcheck_of_rotated_shared_heads(dtype):
+    lengths = LENGTHS["several"]
+    q, k, v = (t.requires_grad_() for t in shared(lengths, 4, 2).to(dtype).split((4, 2, 2), 1))
+    cos, sin, _, rows = _by_place(lengths)
+    rest = (offsets_of(lengths), cos, sin, rows, 17, True, True, 0.5)
+    assert_opcheck(OPS.packed_attention_forward.default, (q, k, v, *rest))
+    with torch.no_grad():
+        out, lse = OPS.packed_attention_forward(q, k, v, *rest)
+        assert_opcheck(OPS.packed_attention_backward.default, (torch.ones_like(out), q, k, v, out, lse, *rest))
+
+
+def test_lse_is_returned_without_a_gradient():
+    q, k, v = (t.requires_grad_() for t in packed([5, 3]).unbind(1))
+    out, lse = evakernels.packed_attention(q, k, v, offsets_of([5, 3]), max_seqlen=5, return_lse=True)
+    _, expected = OPS.packed_attention_forward(q, k, v, offsets_of([5, 3]), *UNROTATED, 5, True, True, HEAD_DIM**-0.5)
+    assert out.requires_grad
+    assert not lse.requires_grad
+    torch.testing.assert_close(lse, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_as_for_torch(dtype):
     ours, theirs = pair([5, 2])
@@ -176,6 +301,9 @@ def test_autocast_casts_as_for_torch(dtype):
 
 
 X = torch.ones(5, 3, 8)
+GRID, ROWS = torch.ones(2, 3, 2), torch.arange(5)
+TABLES = {"cos": GRID, "sin": GRID}
+PLACES = torch.tensor([[0, 0], [0, 1], [0, 2], [1, 0], [2, 2]])
 
 
 @pytest.mark.cpu_only("a GPU's kernels alone read an index, and a wrong one ends all work of the process there")
@@ -183,7 +311,11 @@ X = torch.ones(5, 3, 8)
     ("arguments", "exception", "message"),
     [
         ({"q": torch.ones(5, 24)}, ValueError, r"q has shape \(5, 24\); expected \[T, H, D\]"),
-        ({"k": torch.ones(5, 3, 4)}, ValueError, r"k has shape \(5, 3, 4\); expected \[T, Hkv, D\] with q \[T, H, D\] = \(5, 3, 8\)"),
+        (
+            {"k": torch.ones(5, 3, 4)},
+            ValueError,
+            r"k has shape \(5, 3, 4\); expected \[T, Hkv, D\] with q \[T, H, D\] = \(5, 3, 8\)",
+        ),
         ({"v": X.half()}, TypeError, "v is torch.float16; accepted: torch.float32"),
         ({"cu_seqlens": torch.tensor([0.0, 5.0])}, TypeError, "cu_seqlens is torch.float32; accepted: torch.int32"),
         ({"cu_seqlens": torch.tensor([[0, 5]])}, ValueError, r"cu_seqlens has shape \(1, 2\); expected \[B \+ 1\]"),
@@ -192,6 +324,41 @@ X = torch.ones(5, 3, 8)
         ({"cu_seqlens": torch.tensor([0, 6, 5])}, ValueError, "lengths from -1 to 6; accepted: 0 to max_seqlen = 5"),
         ({"max_seqlen": 4}, ValueError, "lengths from 5 to 5; accepted: 0 to max_seqlen = 4"),
         ({"max_seqlen": -1}, ValueError, "max_seqlen is -1; accepted: at least 0"),
+        ({"k": X[:, :2], "v": X[:, :2]}, ValueError, "k has 2 heads and q has 3; accepted: a number that divides 3"),
+        ({"positions": ROWS}, ValueError, "positions without cos and sin; they select rows of these tables"),
+        ({"positions": PLACES}, ValueError, "positions without cos and sin; they select rows of these tables"),
+        ({"cos": GRID}, ValueError, "cos without sin; give both or neither"),
+        (
+            TABLES | {"positions": ROWS[:4]},
+            ValueError,
+            r"positions has shape \(4,\); expected \[T\] or \[T, 2\] with T",
+        ),
+        (
+            TABLES | {"positions": PLACES.repeat(1, 2)},
+            ValueError,
+            r"positions has shape \(5, 4\); expected \[T\] or \[T, 2\]",
+        ),
+        (TABLES | {"positions": ROWS.int()}, TypeError, "positions is torch.int32; accepted: torch.int64"),
+        (TABLES | {"positions": PLACES.int()}, TypeError, "positions is torch.int32; accepted: torch.int64"),
+        (TABLES | {"positions": ROWS + 5}, IndexError, "positions has values from 5 to 9; accepted: -1 to 8"),
+        (TABLES | {"positions": ROWS - 2}, IndexError, "positions has values from -2 to 2; accepted: -1 to 8"),
+        (TABLES | {"positions": PLACES + 1}, IndexError, "positions has values from 4 to 9; accepted: -1 to 8"),
+        (TABLES | {"positions": PLACES - 2}, IndexError, "positions has values from 0 to 9; accepted: -1 to 8"),
+        (
+            {"cos": torch.ones(9, 4), "sin": torch.ones(9, 4), "positions": PLACES},
+            ValueError,
+            r"positions \[T, 2\] with a table of shape \(9, 4\); they are for the compact table \[2, G, D/4\]",
+        ),
+        (
+            {"cos": torch.ones(4, 4), "sin": torch.ones(4, 4)},
+            ValueError,
+            "cos has 4 rows and max_seqlen is 5; accepted: as many rows, or more",
+        ),
+        (
+            {"cos": torch.ones(3, 5, 4), "sin": torch.ones(3, 5, 4), "k": X[:, :1], "v": X[:, :1]},
+            ValueError,
+            "cos has a table for each of 3 heads and k has 1; heads that share keys share a table",
+        ),
     ],
 )
 def test_wrong_input_says_what_is_accepted(arguments, exception, message):

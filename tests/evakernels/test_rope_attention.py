@@ -21,6 +21,7 @@ from op_checks import (
 import evakernels
 from evakernels import _native, backends
 from evakernels.nn import axial_rope
+from evakernels.ops.rope_attention import _check_call
 
 OPS = torch.ops.evakernels
 BATCH, HEADS, HEAD_DIM, PATCHES, GRID = 2, 3, 4, 6, 3
@@ -48,7 +49,9 @@ def rotate(x, cos, sin, token_index, num_prefix, interleaved):
     if cos is None:
         return x
     if token_index is not None:
-        cos, sin = (t[..., token_index, :] for t in (cos, sin))
+        unturned = (token_index < 0).unsqueeze(-1)
+        cos = cos[..., token_index, :].masked_fill(unturned, 1.0)
+        sin = sin[..., token_index, :].masked_fill(unturned, 0.0)
         cos, sin = (t.transpose(0, 1) if t.dim() == 4 else t.unsqueeze(1) for t in (cos, sin))
     cos, sin = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (cos, sin))
     prefix, patches = x[:, :, :num_prefix], x[:, :, num_prefix:]
@@ -68,7 +71,13 @@ def attention(q, k, v, cos=None, sin=None, token_index=None, num_prefix=0, causa
     """What the op computes, by torch's own functions."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     q, k = (rotate(t, cos, sin, token_index, num_prefix, interleaved) for t in (q, k))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
+    mask, blind = None, 0
+    if causal and q.shape[2] != k.shape[2]:  # torch's is_causal has the first query see the first key
+        blind = max(0, q.shape[2] - k.shape[2])
+        mask = torch.ones(q.shape[2] - blind, k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2] + blind)
+    options = {"attn_mask": mask, "is_causal": causal and mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
+    out = F.scaled_dot_product_attention(q[:, :, blind:], k, v, scale=scale, **options)
+    return F.pad(out, (0, 0, blind, 0)).transpose(1, 2)
 
 
 def pair(kind="shared", token_index=None, num_prefix=1, causal=False, interleaved=True, scale=None):
@@ -91,6 +100,24 @@ def of_packed(function):
     return lambda qkv: function(*qkv.unbind(2))
 
 
+def of_parts(function, heads, queries=None, keys=None):
+    """The same over one tensor `[B, N or M, H + 2 * Hkv, D]`, of whose tokens the first ones are queries and keys."""
+
+    def call(x):
+        kv_heads = (x.shape[2] - heads) // 2
+        q, k, v = x.split((heads, kv_heads, kv_heads), 2)
+        return function(q[:, :queries], k[:, :keys], v[:, :keys])
+
+    return call
+
+
+def shared(heads, *sizes, kind="none", **options):
+    """Our function and torch's over such a tensor."""
+    cos, sin = tables(kind)
+    return tuple(of_parts(function, heads, *sizes) for function in both(cos=cos, sin=sin, **options))
+
+
+UNTURNED = torch.tensor([[-1, 0, -1, 3], [5, 5, 2, -1]])
 KEPT = torch.tensor([[5, 0, 3], [1, 4, 2]])
 CASES = [
     pytest.param(pair("none", num_prefix=0, causal=True), packed(0), id="text"),
@@ -103,6 +130,12 @@ CASES = [
     pytest.param(pair("heads", KEPT, interleaved=False), packed(patches=3), id="dropout-table-a-head"),
     pytest.param(pair("compact"), packed(patches=GRID**2), id="compact"),
     pytest.param(pair("compact", KEPT + 3, interleaved=False), packed(patches=3), id="dropout-compact"),
+    pytest.param(pair(token_index=UNTURNED, interleaved=False), packed(patches=4), id="tokens-not-rotated"),
+    pytest.param(shared(4, kind="shared", num_prefix=1), randn(BATCH, 7, 8, HEAD_DIM), id="heads-share-keys"),
+    pytest.param(shared(3, causal=True, scale=0.7), randn(BATCH, 6, 5, HEAD_DIM), id="all-heads-share-keys"),
+    pytest.param(shared(3, 2, 5), randn(BATCH, 5, 9, HEAD_DIM), id="more-keys"),
+    pytest.param(shared(4, 3, 7, causal=True), randn(BATCH, 7, 8, HEAD_DIM), id="more-keys-causal"),
+    pytest.param(shared(2, 7, 3, causal=True), randn(BATCH, 7, 6, HEAD_DIM), id="fewer-keys-causal"),
 ]
 
 # Sizes around the tiles of the kernels: a prefix that stands apart from a full tile, of one token and of several;
@@ -124,7 +157,46 @@ def test_sizes_around_a_tile_are_as_accurate_as_torch(patches, num_prefix, optio
     assert_as_accurate_as_torch(*functions, [randn(1, num_prefix + patches, 3, 1, 88)], dtype)
 
 
-@pytest.mark.parametrize(("pair", "qkv"), exhaustive_but(CASES, "registers-causal-scaled", "dropout-table-a-head"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("sizes", "heads", "options"),
+    [
+        pytest.param((70, 70), (4, 2), {"causal": True}, id="grouped-causal"),
+        pytest.param((33, 101), (2, 1), {"causal": True}, id="101-keys-causal"),
+        pytest.param((100, 37), (2, 2), {"causal": True}, id="37-keys-causal"),
+        pytest.param((1, 130), (4, 2), {}, id="one-query"),
+    ],
+)
+def test_shared_heads_and_other_numbers_of_keys_are_as_accurate_as_torch(sizes, heads, options, dtype):
+    x = randn(2, max(sizes), heads[0] + 2 * heads[1], 64)
+    assert_as_accurate_as_torch(*shared(heads[0], *sizes, **options), [x], dtype)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize(("tokens", "keys"), [(6, 4), (3, 0)])
+def test_a_query_that_sees_no_key_gives_zeros(tokens, keys, dtype):
+    q, k, v = (randn(2, n, heads, 16).to(dtype).requires_grad_() for n, heads in ((tokens, 4), (keys, 2), (keys, 2)))
+    out, lse = evakernels.rope_attention(q, k, v, causal=True, return_lse=True)
+    blind = tokens - keys
+    assert torch.equal(out[:, :blind], torch.zeros_like(out[:, :blind]))
+    assert torch.equal(lse.isneginf(), (torch.arange(tokens) < blind).expand(2, 4, tokens))
+    gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert not gradients[0][:, :blind].any()
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_keys_without_queries_get_gradients_of_zero(causal):
+    q, k, v = (randn(2, n, 2, 16).float().requires_grad_() for n in (0, 3, 3))
+    evakernels.rope_attention(q, k, v, causal=causal).sum().backward()
+    assert torch.equal(k.grad, torch.zeros_like(k))
+    assert torch.equal(v.grad, torch.zeros_like(v))
+
+
+@pytest.mark.parametrize(
+    ("pair", "qkv"),
+    exhaustive_but(CASES, "registers-causal-scaled", "dropout-table-a-head", "heads-share-keys", "fewer-keys-causal"),
+)
 def test_gradcheck(pair, qkv):
     assert_gradcheck(pair[0], [qkv])
 
@@ -249,7 +321,7 @@ def test_a_batch_may_be_empty():
 
 
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize(("pair", "qkv"), exhaustive_but(CASES, "text", "table-a-head", "dropout"))
+@pytest.mark.parametrize(("pair", "qkv"), exhaustive_but(CASES, "text", "table-a-head", "dropout", "more-keys-causal"))
 def test_compiles_without_graph_break(pair, qkv, dynamic):
     assert_compiles(pair[0], [qkv.float()], dynamic)
 
@@ -273,6 +345,16 @@ def test_opcheck(dtype, token_index):
         assert_opcheck(OPS.rope_attention_backward.default, (torch.ones_like(out), q, k, v, out, lse, *rest))
 
 
+@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
+def test_opcheck_of_shared_heads(dtype):
+    q, k, v = (randn(2, n, heads, 8).to(dtype).requires_grad_() for n, heads in ((3, 4), (5, 2), (5, 2)))
+    rest = (None, None, None, 0, True, True, 0.5)
+    assert_opcheck(OPS.rope_attention_forward.default, (q, k, v, *rest))
+    with torch.no_grad():
+        out, lse = OPS.rope_attention_forward(q, k, v, *rest)
+        assert_opcheck(OPS.rope_attention_backward.default, (torch.ones_like(out), q, k, v, out, lse, *rest))
+
+
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
 def test_lse_is_the_natural_logarithm_of_the_softmax_denominator(dtype, expected):
     q, k, v = packed(0, dtype=dtype).unbind(2)
@@ -282,12 +364,47 @@ def test_lse_is_the_natural_logarithm_of_the_softmax_denominator(dtype, expected
     torch.testing.assert_close(lse, scores.logsumexp(-1))
 
 
-def test_lse_has_no_gradient():
+def with_lse(q, k, v):
+    return evakernels.rope_attention(q, k, v, causal=True, return_lse=True)
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled", "torch's operators", "op"])
+def test_lse_has_no_gradient(how):
     """It is saved for backward; a gradient through it would silently be lost."""
-    q, k, v = packed(0).requires_grad_().unbind(2)
-    out, lse = OPS.rope_attention_forward(q, k, v, None, None, None, 0, False, True, 0.5)
+    q, k, v = (t.detach().requires_grad_() for t in packed(0).unbind(2))
+    if how == "op":
+        out, lse = OPS.rope_attention_forward(q, k, v, None, None, None, 0, True, True, HEAD_DIM**-0.5)
+    elif how == "torch's operators":
+        with evakernels.as_torch_operators():
+            out, lse = with_lse(q, k, v)
+    else:
+        function = with_lse if how == "eager" else torch.compile(with_lse, fullgraph=True, backend="aot_eager")
+        out, lse = function(q, k, v)
     assert out.requires_grad
     assert not lse.requires_grad
+    alone = evakernels.rope_attention(q, k, v, causal=True)
+    torch.testing.assert_close(out, alone)
+    expected = torch.autograd.grad(alone.square().sum(), (q, k, v))
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), (q, k, v)), expected)
+
+
+def test_lse_is_there_without_gradients_too():
+    q, k, v = packed(0, dtype=torch.float32).unbind(2)
+    expected = (HEAD_DIM**-0.5 * torch.einsum("bnhd,bmhd->bhnm", q, k)).logsumexp(-1)
+    with torch.no_grad():
+        _, lse = evakernels.rope_attention(q, k, v, return_lse=True)
+        with evakernels.as_torch_operators():
+            out, same = evakernels.rope_attention(q, k, v, return_lse=True)
+    torch.testing.assert_close(lse, expected)
+    torch.testing.assert_close(same, expected)
+    assert out.shape == q.shape
+
+
+def test_the_prefix_has_no_meaning_without_tables():
+    q, k, v = packed(0, dtype=torch.float32).unbind(2)
+    assert _check_call(q, k, v, None, None, None, 2, False, True, None)[6] == 0
+    out = evakernels.rope_attention(q, k, v, num_prefix=2)
+    assert torch.equal(out, evakernels.rope_attention(q, k, v))
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -364,6 +481,20 @@ INDEX = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
         ({"q": torch.ones(2, 5, 3, 8).long()}, TypeError, "q is torch.int64; accepted: float64"),
         ({"k": torch.ones(2, 5, 3, 4)}, ValueError, r"k has shape \(2, 5, 3, 4\); expected \[B, M, Hkv, D\] with q"),
         ({"v": torch.ones(2, 5, 3, 8).half()}, TypeError, "v is torch.float16; accepted: torch.float32"),
+        ({"k": torch.ones(2, 5, 2, 8)}, ValueError, "k has 2 heads and q has 3; accepted: a number that divides 3"),
+        ({"k": torch.ones(2, 5, 0, 8)}, ValueError, "k has 0 heads and q has 3"),
+        ({"v": torch.ones(2, 4, 3, 8)}, ValueError, r"v has shape \(2, 4, 3, 8\); expected the shape of k"),
+        (
+            {"k": torch.ones(2, 6, 3, 8), "v": torch.ones(2, 6, 3, 8), "cos": TABLE, "sin": TABLE, "num_prefix": 1},
+            ValueError,
+            "cos and sin with 5 queries and 6 keys; accepted: as many of each; rotate them beforehand",
+        ),
+        (
+            {"k": torch.ones(2, 5, 1, 8), "v": torch.ones(2, 5, 1, 8), "num_prefix": 1}
+            | {"cos": TABLE.expand(3, 4, 4), "sin": TABLE.expand(3, 4, 4)},
+            ValueError,
+            "cos has a table for each of 3 heads and k has 1; heads that share keys share a table",
+        ),
         ({"num_prefix": 17}, ValueError, "num_prefix is 17; accepted: 0 to 16"),
         ({"num_prefix": 6}, ValueError, "num_prefix is 6; .* at most N = 5"),
         ({"token_index": INDEX}, ValueError, "token_index without cos and sin"),

@@ -32,7 +32,8 @@ CALLS = {
     "lamb_update": STEP | OPTIONS | {"grad_scale": ONE, "found_inf": ONE},
     "layer_norm": {"x": X, "weight": C, "bias": C},
     "layer_norm_add": NORM | {"bias": C},
-    "packed_attention": {"q": PACKED, "k": PACKED, "v": PACKED, "cu_seqlens": torch.tensor([0, 2]), "max_seqlen": 2},
+    "packed_attention": {"q": PACKED, "k": PACKED, "v": PACKED, "cu_seqlens": torch.tensor([0, 2]), "max_seqlen": 2}
+    | {"cos": TABLE, "sin": TABLE, "positions": torch.tensor([1, 0])},
     "rms_norm": {"x": X, "weight": C},
     "rms_norm_add": NORM,
     "rope_attention": {"q": HEADS, "k": HEADS, "v": HEADS, "cos": TABLE, "sin": TABLE}
