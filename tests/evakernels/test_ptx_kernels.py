@@ -301,10 +301,10 @@ def test_arguments_that_only_a_kernel_sees_end_the_launch(printed: Callable[...,
             calls.append(lambda arguments=arguments: native.packed_attention_forward(*arguments))
         tables, one = (torch.ones(7, 4), torch.zeros(7, 4)), q[None]
         for wrong in (-2, 7):
-            index = torch.tensor([0, -1, 6, 3, wrong])
-            arguments = (q, q, q, torch.tensor([0, 2, 5]), *tables, index, 5, True, True, 1.0)
+            rows = torch.tensor([0, -1, 6, 3, wrong])
+            arguments = (q, q, q, torch.tensor([0, 2, 5]), *tables, rows, 5, True, True, 1.0)
             calls.append(lambda arguments=arguments: native.packed_attention_forward(*arguments))
-            arguments = (one, one, one, *tables, index[None], 0, False, True, 1.0)
+            arguments = (one, one, one, *tables, rows[None], 0, False, True, 1.0)
             calls.append(lambda arguments=arguments: native.rope_attention_forward(*arguments))
         for call in calls:
             try:
