@@ -31,6 +31,7 @@ struct Slots {
   int shift;  // the slot of the first token
   int tokens;
 
+  // Of the queries or the keys. Those of a prefix, which shifts both, are equally many.
   static __host__ __device__ __forceinline__ Slots of(const AttentionShape& shape, int tokens) {
     const int prefix = static_cast<int>(shape.num_prefix);
     return {prefix > 0 ? kTile - prefix : 0, tokens};
@@ -48,18 +49,56 @@ struct Slots {
   }
 };
 
+// Which keys a query sees: query i those up to i + last. So the queries of tile i see none of the tiles of
+// keys behind i + reach, and all of those before i + whole.
+struct Sight {
+  int last;
+  int reach;
+  int whole;
+
+  // Causal: the last query sees the last key. Else all of them see more than there are.
+  static Sight of(const AttentionShape& shape) {
+    constexpr int kEverything = 1 << 24;
+    const int last = shape.causal ? static_cast<int>(shape.keys - shape.tokens) : kEverything;
+    return {last, tiles_in(last + kTile - 1), tiles_in(last + 1)};
+  }
+
+ private:
+  // Rounded down, of negative numbers, too.
+  static int tiles_in(int slots) { return (slots & -kTile) / kTile; }
+};
+
 // Of a launch.
 struct AttentionPlan {
-  int tiles;        // of a head, at most
+  int tiles;        // of a head's queries, at most
+  int key_tiles;    // and of its keys; at least 1
+  int more_keys;    // than queries
+  int group;        // of query heads that have a head of keys in common
+  Sight sight;      // of a query
   int warps;        // of a block
-  int stage_tiles;  // of keys (forward) that lie in shared memory at a time; `tiles`: they stay there
+  int stage_tiles;  // of keys (forward) that lie in shared memory at a time; `key_tiles`: they stay there
   int block_tiles;  // of queries (forward) that a block has
   int blocks;       // of a head
   bool wide;        // 16 bytes of a tensor can be accessed at a time
 };
 
-inline int tiles_of(const AttentionShape& shape) {
-  return Slots::of(shape, static_cast<int>(shape.tokens)).tiles();
+// What follows from the shape alone.
+inline AttentionPlan begin_plan(const AttentionShape& shape) {
+  const int tokens = static_cast<int>(shape.tokens), keys = static_cast<int>(shape.keys);
+  AttentionPlan plan = {};
+  plan.tiles = plan.block_tiles = Slots::of(shape, tokens).tiles();
+  plan.key_tiles = plan.stage_tiles = std::max(Slots::of(shape, keys).tiles(), 1);
+  plan.more_keys = keys - tokens;
+  plan.group = static_cast<int>(shape.heads / shape.kv_heads);
+  plan.sight = Sight::of(shape);
+  plan.blocks = 1;
+  return plan;
+}
+
+// Of a packed batch: where sequence `number` begins.
+__device__ __forceinline__ int64_t offset_of(const SequenceOffsets& offsets, int64_t number) {
+  return offsets.is_int64 ? load(static_cast<const int64_t*>(offsets.data) + number)
+                          : load(static_cast<const int32_t*>(offsets.data) + number);
 }
 
 // As many of `most` as share `units` in the fewest rounds.
@@ -70,9 +109,14 @@ inline Error unserved(const AttentionShape& shape, const RotaryTables& tables,
                       const std::vector<HeadsView>& views) {
   int64_t most = std::max(shape.heads * shape.head_dim, tables.cos ? tables.rows * shape.head_dim / 2 : 0);
   for (const HeadsView& view : views) most = std::max(most, view.token_stride);
-  if (most <= std::numeric_limits<int>::max() / 4) return unserved(shape);
-  return "tokens of attention are further apart, or its tables larger, than the CUDA kernels serve, 2^29 "
-         "elements";
+  if (most > std::numeric_limits<int>::max() / 4) {
+    return "tokens of attention are further apart, or its tables larger, than the CUDA kernels serve, 2^29 "
+           "elements";
+  }
+  if (tables.cos && !tables.token_index && tables.rows < shape.tokens - shape.num_prefix) {
+    return "the tables of attention have fewer rows than a sequence may have tokens";
+  }
+  return unserved(shape);
 }
 
 // Whether all tensors can be accessed 16 bytes at a time.
@@ -102,8 +146,9 @@ auto with_attention_types(const AttentionShape& shape, const Body& body) {
   return shape.dtype == DType::BFloat16 ? with_type(BFloat16{}) : with_type(Float16{});
 }
 
-inline bool is_empty(const AttentionShape& shape) {
-  return shape.batch * shape.heads * shape.tokens * shape.head_dim == 0;
+// Whether there is nothing to compute for so many tokens of a sample.
+inline bool is_empty(const AttentionShape& shape, int64_t tokens) {
+  return shape.batch * shape.heads * tokens * shape.head_dim == 0;
 }
 
 }  // namespace evakernels::cuda

@@ -33,6 +33,9 @@ struct TokenRows {
   }
 };
 
+// Whose tokens: keys may be more or fewer than queries, and heads of theirs serve several of the queries'.
+enum class Side { Queries, Keys };
+
 // The head of a block, and its rows of D elements in shared memory.
 template <class T, int D>
 struct Head {
@@ -40,7 +43,8 @@ struct Head {
   const RotaryTables& tables;
   const AttentionPlan& plan;
   unsigned sample, head;
-  int tokens;
+  int tokens;  // queries
+  int keys;
 
   __device__ __forceinline__ Head(const AttentionShape& of, const RotaryTables& by, const AttentionPlan& how)
       : shape(of),
@@ -48,23 +52,30 @@ struct Head {
         plan(how),
         sample(blockIdx.x / static_cast<unsigned>(how.blocks) / static_cast<unsigned>(of.heads)),
         head(blockIdx.x / static_cast<unsigned>(how.blocks) % static_cast<unsigned>(of.heads)),
-        tokens(length()) {}
+        tokens(length()),
+        keys(tokens + how.more_keys) {}
 
-  __device__ __forceinline__ Slots slots() const { return Slots::of(shape, tokens); }
+  __device__ __forceinline__ Slots slots(Side side = Side::Queries) const {
+    return Slots::of(shape, side == Side::Keys ? keys : tokens);
+  }
   __device__ __forceinline__ int tiles() const { return slots().tiles(); }
+  __device__ __forceinline__ int key_tiles() const { return slots(Side::Keys).tiles(); }
   __device__ __forceinline__ int width() const { return static_cast<int>(shape.head_dim); }
 
-  __device__ __forceinline__ TokenRows<const T> rows_of(const HeadsView& view) const {
+  __device__ __forceinline__ TokenRows<const T> rows_of(const HeadsView& view,
+                                                        Side side = Side::Queries) const {
     const auto [sample, head] = computed_here();
-    const T* data = static_cast<const T*>(view.data) + head * view.head_stride;
+    const unsigned number = side == Side::Keys ? head / static_cast<unsigned>(plan.group) : head;
+    const T* data = static_cast<const T*>(view.data) + number * view.head_stride;
     return {data + (shape.offsets.data ? first_token() * view.token_stride : sample * view.batch_stride),
             view.token_stride};
   }
 
-  // Of a contiguous [B, N, H, D], or [T, H, D].
-  __device__ __forceinline__ TokenRows<T> rows_of(void* tensor) const {
+  // Of a contiguous [B, N, H, D], [B, M, H, D] or [T, H, D].
+  __device__ __forceinline__ TokenRows<T> rows_of(void* tensor, Side side) const {
     const auto [sample, head] = computed_here();
-    const int64_t token = shape.offsets.data ? first_token() : sample * shape.tokens;
+    const int64_t of_sample = side == Side::Keys ? shape.keys : shape.tokens;
+    const int64_t token = shape.offsets.data ? first_token() : sample * of_sample;
     return {static_cast<T*>(tensor) + (token * shape.heads + head) * shape.head_dim,
             shape.heads * shape.head_dim};
   }
@@ -78,29 +89,30 @@ struct Head {
   // Whether tiles of scores have some that don't count: those of the queries from a tile on, and of `count`
   // tiles of keys.
   __device__ __forceinline__ bool is_masked(int query_tile, int key_tile, int count = 1) const {
-    return slots().has_empty(key_tile, count) || (shape.causal && query_tile < key_tile + count);
+    return slots(Side::Keys).has_empty(key_tile, count) || query_tile + plan.sight.whole < key_tile + count;
   }
   // Whether that of a query's slot and a key's does.
   __device__ __forceinline__ bool counts(int query, int key) const {
-    return slots().has(key - slots().shift) && !(shape.causal && key > query);
+    return slots(Side::Keys).has(key - slots().shift) && key <= query + plan.sight.last;
   }
 
   // Slots [first, first + count) on their way into `rows`: to be waited for.
-  __device__ __forceinline__ void copy(T* rows, const HeadsView& view, const Threads& threads, int first,
-                                       int count) const {
-    const TokenRows<const T> from = rows_of(view);
+  __device__ __forceinline__ void copy(T* rows, const HeadsView& view, Side side, const Threads& threads,
+                                       int first, int count) const {
+    const TokenRows<const T> from = rows_of(view, side);
     if (plan.wide) {
       for_each_chunk<kWide>(threads, first, count, [&](int token, int row, int i) {
-        copy_async(rows + row * kRow<D> + i, from.at(token) + i, slots().has(token) && i < width());
+        copy_async(rows + row * kRow<D> + i, from.at(token) + i, slots(side).has(token) && i < width());
       });
     } else {
       for_each_chunk<1>(threads, first, count, [&](int token, int row, int i) {
-        rows[row * kRow<D> + i] = slots().has(token) && i < width() ? from.at(token)[i] : T{};
+        rows[row * kRow<D> + i] = slots(side).has(token) && i < width() ? from.at(token)[i] : T{};
       });
     }
   }
 
-  // Rotates slots [first, first + count), which lie in `rows`.
+  // Rotates slots [first, first + count), which lie in `rows`. Where there are tables, both sides have the
+  // same slots.
   __device__ __forceinline__ void rotate(T* rows, const Threads& threads, int first, int count) const {
     if (!tables.cos) return;
     plan.wide ? rotate_chunks<kWide>(rows, threads, first, count)
@@ -110,21 +122,20 @@ struct Head {
   // Slots [first, first + count) to where they belong in a contiguous [B, N, H, D], rounded to T. What they
   // hold is what load(token, row, i, values) gives of a row, from element i on.
   template <class Load>
-  __device__ __forceinline__ void store(void* tensor, const Threads& threads, int first, int count,
+  __device__ __forceinline__ void store(void* tensor, Side side, const Threads& threads, int first, int count,
                                         const Load& load) const {
-    plan.wide ? store_chunks<kWide>(tensor, threads, first, count, load)
-              : store_chunks<1>(tensor, threads, first, count, load);
+    plan.wide ? store_chunks<kWide>(tensor, side, threads, first, count, load)
+              : store_chunks<1>(tensor, side, threads, first, count, load);
   }
 
   // values[E], the elements of a token from i on, rotated backwards; load(n, partners) gives those from n on.
   template <int E, class Load>
   __device__ __forceinline__ void rotate_back(float (&values)[E], int token, int i, const Load& load) const {
     if (!tables.cos) return;
-    const auto [sample, head] = computed_here();
     if (tables.grid > 0) {
-      Rotary<true>{shape, tables, sample, head}.rotate_back(values, token, i, load);
+      rotary<true>().rotate_back(values, token, i, load);
     } else {
-      Rotary<false>{shape, tables, sample, head}.rotate_back(values, token, i, load);
+      rotary<false>().rotate_back(values, token, i, load);
     }
   }
 
@@ -157,14 +168,23 @@ struct Head {
     return number;
   }
 
+  template <bool COMPACT>
+  __device__ __forceinline__ Rotary<COMPACT> rotary() const {
+    const auto [sample, head] = computed_here();
+    int64_t first = 0;
+    if (tables.token_index) {
+      first = shape.offsets.data ? first_token() : sample * (shape.tokens - shape.num_prefix);
+    }
+    return {shape, tables, head, static_cast<unsigned>(first)};
+  }
+
   template <int E>
   __device__ __forceinline__ void rotate_chunks(T* rows, const Threads& threads, int first, int count) const {
-    const auto [sample, head] = computed_here();
     // One after the other, so that the registers of both aren't needed at a time.
     if (tables.grid > 0) {
-      rotate_by<E>(Rotary<true>{shape, tables, sample, head}, rows, threads, first, count);
+      rotate_by<E>(rotary<true>(), rows, threads, first, count);
     } else {
-      rotate_by<E>(Rotary<false>{shape, tables, sample, head}, rows, threads, first, count);
+      rotate_by<E>(rotary<false>(), rows, threads, first, count);
     }
   }
   template <int E, class Rotation>
@@ -177,32 +197,27 @@ struct Head {
   }
 
   template <int E, class Load>
-  __device__ __forceinline__ void store_chunks(void* tensor, const Threads& threads, int first, int count,
-                                               const Load& load) const {
-    const TokenRows<T> to = rows_of(tensor);
+  __device__ __forceinline__ void store_chunks(void* tensor, Side side, const Threads& threads, int first,
+                                               int count, const Load& load) const {
+    const TokenRows<T> to = rows_of(tensor, side);
     for_each_chunk<E>(threads, first, count, [&](int token, int row, int i) {
-      if (!slots().has(token) || i >= width()) return;
+      if (!slots(side).has(token) || i >= width()) return;
       float values[E];
       load(token, row, i, values);
       Packed<T, E>::pack(values).store_whole(to.at(token) + i);
     });
   }
 
-  // Of a packed batch: where sequence `number` begins.
-  __device__ __forceinline__ int64_t offset(int64_t number) const {
-    const SequenceOffsets& offsets = shape.offsets;
-    return offsets.is_int64 ? load(static_cast<const int64_t*>(offsets.data) + number)
-                            : load(static_cast<const int32_t*>(offsets.data) + number);
-  }
-  __device__ __forceinline__ int64_t first_token() const { return offset(sample); }
+  __device__ __forceinline__ int64_t first_token() const { return offset_of(shape.offsets, sample); }
 
   __device__ __forceinline__ int length() const {
     if (!shape.offsets.data) return static_cast<int>(shape.tokens);
-    const int64_t first = first_token(), end = offset(int64_t{sample} + 1);
+    const int64_t first = first_token(), end = offset_of(shape.offsets, int64_t{sample} + 1);
     if (first >= 0 && first <= end && end <= shape.offsets.tokens && end - first <= shape.tokens) {
       return static_cast<int>(end - first);
     }
-    refuse_silently("packed_attention", "offsets are out of range, or a sequence is longer than max_length");
+    refuse_silently("packed_attention",
+                    "cu_seqlens are out of range, or a sequence is longer than max_seqlen");
     return 0;
   }
 };

@@ -2,6 +2,8 @@
 // 2018; Dao et al. 2022).
 #pragma once
 
+#include <cfloat>
+
 #include "cuda/attention_tiles.cuh"
 
 namespace evakernels::cuda {
@@ -14,8 +16,9 @@ constexpr float kMaxGrowth = 8.0f;
 template <int D>
 struct OnlineSoftmax {
   Accumulator acc[D / kTile] = {};
-  // Of the scores times `factor`, or up to kMaxGrowth less.
-  float row_max[2] = {-INFINITY, -INFINITY};
+  // Of the scores times `factor`, or up to kMaxGrowth less. Finite, so that a row whose scores don't count,
+  // which are -INFINITY, has weights of 0.
+  float row_max[2] = {-FLT_MAX, -FLT_MAX};
   float row_sum[2] = {};  // the lane's part
 
   // Of element i of a tile.
@@ -50,7 +53,7 @@ struct OnlineSoftmax {
     }
   }
 
-  // Divides by the row sums. lse: of the lane's two rows.
+  // Divides by the row sums; a row without weights stays 0. lse: of the lane's two rows.
   __device__ __forceinline__ void finish(float (&lse)[2]) {
     float inverse[2];
 #pragma unroll
@@ -58,7 +61,7 @@ struct OnlineSoftmax {
       row_sum[row] += __shfl_xor_sync(kWholeWarp, row_sum[row], 1);
       row_sum[row] += __shfl_xor_sync(kWholeWarp, row_sum[row], 2);
       lse[row] = row_max[row] * kLn2 + logf(row_sum[row]);
-      inverse[row] = 1.0f / row_sum[row];
+      inverse[row] = 1.0f / fmaxf(row_sum[row], FLT_MIN);
     }
     multiply(inverse);
   }

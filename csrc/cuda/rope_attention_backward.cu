@@ -237,15 +237,16 @@ __device__ __forceinline__ void load_keys(const Head<T, D>& head, const RopeAtte
                                           int round) {
   const BackwardMemory<T, D> memory(head.plan);
   const int count = head.plan.warps * kKeyTiles<D> * kTile;
-  head.copy(memory.k, params.k, Threads::of_block(), round * kTile, count);
-  head.copy(memory.v, params.v, Threads::of_block(), round * kTile, count);
+  head.copy(memory.k, params.k, Side::Keys, Threads::of_block(), round * kTile, count);
+  head.copy(memory.v, params.v, Side::Keys, Threads::of_block(), round * kTile, count);
 }
 template <class T, int D>
 __device__ __forceinline__ void copy_stage(const Head<T, D>& head, const RopeAttentionBackward& params,
                                            int stage) {
   const BackwardMemory<T, D> memory(head.plan);
-  head.copy(memory.queries(stage), params.q, Threads::of_block(), stage * kTile, kStageRows);
-  head.copy(memory.dout(stage), params.dout, Threads::of_block(), stage * kTile, kStageRows);
+  const Threads block = Threads::of_block();
+  head.copy(memory.queries(stage), params.q, Side::Queries, block, stage * kTile, kStageRows);
+  head.copy(memory.dout(stage), params.dout, Side::Queries, block, stage * kTile, kStageRows);
 }
 
 template <class T, int D>
@@ -263,7 +264,7 @@ __device__ __forceinline__ void add_stage(KeyGradients<D>& sums, const Head<T, D
   const int stop = min(stage + kStageTiles, head.tiles());
 #pragma unroll 1
   for (int query = stage; query < stop; query += kQueryTiles<D>) {
-    if (head.shape.causal && query + kQueryTiles<D> <= key_tile) continue;
+    if (query + kQueryTiles<D> + head.plan.sight.reach <= key_tile) continue;
     const int row = (query - stage) * kTileElements<D>;
     add_queries(sums, memory.k + warp * Memory::kOwnElements, memory.v + warp * Memory::kOwnElements,
                 memory.queries(stage) + row, memory.dout(stage) + row,
@@ -283,8 +284,8 @@ __device__ __forceinline__ void multiply_scores(const Head<T, D>& head, int warp
     Accumulator dq[kStageTiles] = {};
 #pragma unroll 1
     for (int key = 0; key < keys; ++key) {
-      // Of later keys nobody has written any.
-      const int seen = head.shape.causal ? max(first_key + key - stage, 0) : 0;
+      // Of keys that queries don't see nobody has written any.
+      const int seen = first_key + key - stage - head.plan.sight.reach;
       const RightFragment right = load_right(memory.k + key * kTileElements<D> + d * kTile, kRow<D>);
 #pragma unroll
       for (int m = 0; m < kStageTiles; ++m) {
@@ -344,7 +345,7 @@ template <class T, int D>
 __device__ __forceinline__ void store_queries(const Head<T, D>& head, const float* workspace, void* dq,
                                               int stage, bool is_first) {
   const float* const rows = BackwardMemory<T, D>(head.plan).dq;
-  head.store(dq, Threads::of_block(), stage * kTile, kStageRows,
+  head.store(dq, Side::Queries, Threads::of_block(), stage * kTile, kStageRows,
              [&](int token, int row, int i, auto& values) {
                const auto load = [&](int from, auto& sums) {
                  constexpr int E = sizeof(sums) / sizeof(float);
@@ -369,7 +370,7 @@ __device__ __forceinline__ void store_keys(const Head<T, D>& head, const KeyGrad
 #pragma unroll
   for (int d = 0; d < D / kTile; ++d) store_tile(sums.dk[t][d], scale, rows + d * kTile, kRow<D>);
   __syncwarp();
-  head.store(params.dk, warp, tile * kTile, kTile, [&](int token, int row, int i, auto& values) {
+  head.store(params.dk, Side::Keys, warp, tile * kTile, kTile, [&](int token, int row, int i, auto& values) {
     const auto load = [&](int from, auto& floats) { load_sums(rows + row * kRow<D>, from, floats); };
     load(i, values);
     head.rotate_back(values, token, i, load);
@@ -378,7 +379,7 @@ __device__ __forceinline__ void store_keys(const Head<T, D>& head, const KeyGrad
 #pragma unroll
   for (int d = 0; d < D / kTile; ++d) store_tile(sums.dv[t][d], 1.0f, rows + d * kTile, kRow<D>);
   __syncwarp();
-  head.store(params.dv, warp, tile * kTile, kTile,
+  head.store(params.dv, Side::Keys, warp, tile * kTile, kTile,
              [&](int, int row, int i, auto& values) { load_sums(rows + row * kRow<D>, i, values); });
   __syncwarp();
 }
@@ -393,13 +394,16 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
   const Head<T, D> head(shape, params.tables, plan);
   const Threads block = Threads::of_block();
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize, round_tiles = plan.warps * KT;
-  // Causal: the first queries that see keys of a round.
-  const auto first_stage = [&](int round) { return shape.causal ? round / kStageTiles * kStageTiles : 0; };
+  // The first queries that see keys of a round; of the first one, those that see none, too.
+  const auto first_stage = [&](int round) {
+    return round == 0 ? 0 : max(round - plan.sight.reach, 0) / kStageTiles * kStageTiles;
+  };
 
-  if (head.tiles() == 0) return;
+  if (head.tiles() == 0 && head.key_tiles() == 0) return;
   compute_scalars(Memory(plan).scalars, params, head);
-  for (int round = 0; round < head.tiles(); round += round_tiles) {
-    const int key_tile = round + warp * KT, keys = min(round_tiles, head.tiles() - round);
+  int round = 0;
+  do {  // Once at least: without keys dq is 0.
+    const int key_tile = round + warp * KT, keys = min(round_tiles, head.key_tiles() - round);
     KeyGradients<D> sums;
     __syncthreads();
     load_keys(head, params, round);
@@ -412,7 +416,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     for (int stage = first_stage(round); stage < head.tiles(); stage += kStageTiles) {
       const int next = stage + kStageTiles;
       if (next < head.tiles()) copy_stage(head, params, next);
-      if (key_tile < head.tiles()) add_stage(sums, head, warp, key_tile, stage);
+      if (key_tile < head.key_tiles()) add_stage(sums, head, warp, key_tile, stage);
       __syncthreads();  // dS is there.
       multiply_scores(head, warp, stage, round, keys);
       wait_for_copies();
@@ -420,7 +424,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
       if (next < head.tiles()) rotate_stage(head, next);
       // A later round adds to dq of these queries, too.
       const int next_round = round + round_tiles;
-      const bool is_kept = next_round < head.tiles() && first_stage(next_round) <= stage;
+      const bool is_kept = next_round < head.key_tiles() && first_stage(next_round) <= stage;
       float* const kept = workspace + int64_t{blockIdx.x} * plan.tiles * kTile * D;
       if (!is_kept) {
         store_queries(head, kept, params.dq, stage, round == 0);
@@ -432,19 +436,18 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     float* const own = reinterpret_cast<float*>(Memory(plan).k) + warp * kTileElements<D>;
 #pragma unroll
     for (int t = 0; t < KT; ++t) {
-      if (key_tile + t >= head.tiles()) continue;
+      if (key_tile + t >= head.key_tiles()) continue;
       store_keys(head, sums, t, own, params, key_tile + t);
     }
-  }
+  } while ((round += round_tiles) < head.key_tiles());
 }
 
 // A block has all keys of a head in as few rounds as registers and shared memory allow.
 template <class T, int D>
 Error plan_backward(const AttentionShape& shape, AttentionPlan& plan) {
-  plan.tiles = plan.stage_tiles = plan.block_tiles = tiles_of(shape);
-  plan.blocks = 1;
+  plan = begin_plan(shape);
   const size_t limit = max_shared_memory();
-  const int units = ceil_div(plan.tiles, kKeyTiles<D>);
+  const int units = ceil_div(plan.key_tiles, kKeyTiles<D>);
   for (int most = kMaxWarps; most > 0; --most) {
     plan.warps = warps_for(units, most);
     if (BackwardMemory<T, D>::bytes(plan) <= limit) return nullptr;
@@ -459,7 +462,7 @@ Error rope_attention_backward(const RopeAttentionBackward& params, Scratch& scra
   if (const Error reason =
           unserved(shape, params.tables, {params.q, params.k, params.v, params.dout, params.out}))
     return reason;
-  if (is_empty(shape)) return nullptr;
+  if (is_empty(shape, std::max(shape.tokens, shape.keys))) return nullptr;
   return with_attention_types(shape, [&](auto element, auto D) {
     using T = decltype(element);
     AttentionPlan plan;
@@ -470,7 +473,7 @@ Error rope_attention_backward(const RopeAttentionBackward& params, Scratch& scra
     const dim3 block = {static_cast<unsigned>(plan.warps * kWarpSize), 1, 1};
     const size_t bytes = BackwardMemory<T, D()>::bytes(plan);
     float* workspace = nullptr;
-    if (plan.warps * kKeyTiles<D()> < plan.tiles) {
+    if (plan.warps * kKeyTiles<D()> < plan.key_tiles) {
       const int64_t floats = shape.batch * shape.heads * plan.tiles * kTile * D();
       if (const Error error = scratch.allocate(&workspace, floats)) return error;
     }

@@ -118,7 +118,7 @@ __device__ __forceinline__ void store_results(OnlineSoftmax<D>& softmax, const H
 #pragma unroll
   for (int d = 0; d < D / kTile; ++d) store_tile(softmax.acc[d], 1.0f, rows + d * kTile, kRow<D>);
   __syncwarp();
-  head.store(params.out, warp, tile * kTile, kTile,
+  head.store(params.out, Side::Queries, warp, tile * kTile, kTile,
              [&](int, int row, int i, auto& values) { load_floats(rows + row * kRow<D> + i, values); });
 }
 
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kMaxWarps<D>* kWarpSize)
   const Head<T, D> head(shape, params.tables, plan);
   const Threads block = Threads::of_block();
   const float factor = fmaxf(fabsf(shape.scale) * kLog2E, FLT_MIN);
-  const bool resident = plan.stage_tiles == plan.tiles;
+  const bool resident = plan.stage_tiles == plan.key_tiles;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int stage_elements = plan.stage_tiles * kTileElements<D>;
   T* const stages = dynamic_shared_memory<T>();
@@ -162,9 +162,9 @@ __global__ void __launch_bounds__(kMaxWarps<D>* kWarpSize)
     return stages + (stage / plan.stage_tiles & 1) * 2 * stage_elements;
   };
   const auto copy_stage = [&](int stage) {
-    const int first = stage * kTile, count = min(plan.stage_tiles, head.tiles() - stage) * kTile;
-    head.copy(keys_of(stage), params.k, block, first, count);
-    head.copy(keys_of(stage) + stage_elements, params.v, block, first, count);
+    const int first = stage * kTile, count = min(plan.stage_tiles, head.key_tiles() - stage) * kTile;
+    head.copy(keys_of(stage), params.k, Side::Keys, block, first, count);
+    head.copy(keys_of(stage) + stage_elements, params.v, Side::Keys, block, first, count);
   };
 
   const int begin = static_cast<int>(blockIdx.x % static_cast<unsigned>(plan.blocks)) * plan.block_tiles;
@@ -174,23 +174,24 @@ __global__ void __launch_bounds__(kMaxWarps<D>* kWarpSize)
   for (int round = begin; round < end; round += plan.warps * MT) {
     const int tile = round + warp * MT;
     const bool has_queries = tile < end;
-    const int key_tiles = shape.causal ? min(round + plan.warps * MT, head.tiles()) : head.tiles();
+    const int key_tiles = min(round + plan.warps * MT + plan.sight.reach, head.key_tiles());
     LeftFragment q[MT][D / kTile];
     OnlineSoftmax<D> softmax[MT];
-    if (has_queries) head.copy(own, params.q, Threads::of_warp(), tile * kTile, MT * kTile);
-    for (int stage = 0; stage < key_tiles; stage += plan.stage_tiles) {
+    if (has_queries) head.copy(own, params.q, Side::Queries, Threads::of_warp(), tile * kTile, MT * kTile);
+    int stage = 0;
+    do {  // Once at least: what is on its way is waited for where queries see no key, too.
       T* const k = keys_of(stage);
       if (round == begin) {
         wait_for_copies();
         __syncthreads();  // The stage has arrived, and nobody reads the one before it.
-        head.rotate(k, block, stage * kTile, min(plan.stage_tiles, head.tiles() - stage) * kTile);
+        head.rotate(k, block, stage * kTile, min(plan.stage_tiles, head.key_tiles() - stage) * kTile);
         __syncthreads();
       }
       if (has_queries && stage == 0) load_queries(q, own, head, tile);
       if (stage + plan.stage_tiles < key_tiles) copy_stage(stage + plan.stage_tiles);
       if (!has_queries) continue;
       int key = stage;
-      const int stop = min(shape.causal ? min(key_tiles, tile + MT) : key_tiles, stage + plan.stage_tiles);
+      const int stop = min(min(key_tiles, tile + MT + plan.sight.reach), stage + plan.stage_tiles);
       const T* keys = k;
 #pragma unroll 1
       for (; key + KT <= stop; key += KT, keys += KT * kTileElements<D>) {
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(kMaxWarps<D>* kWarpSize)
       for (; key < stop; ++key, keys += kTileElements<D>) {
         attend<1>(softmax, q, keys, keys + stage_elements, head, tile, key, factor);
       }
-    }
+    } while ((stage += plan.stage_tiles) < key_tiles);
     if (!has_queries) continue;
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
@@ -216,7 +217,7 @@ struct ForwardMemory {
   static constexpr size_t kTileBytes = kTileElements<D> * sizeof(BFloat16);
 
   static size_t of_block(const AttentionPlan& plan) {
-    const int buffers = plan.stage_tiles == plan.tiles ? 1 : 2;
+    const int buffers = plan.stage_tiles == plan.key_tiles ? 1 : 2;
     return kTileBytes * (2 * buffers * plan.stage_tiles + plan.warps * kQueryTiles<D>);
   }
 };
@@ -226,7 +227,7 @@ Error plan_forward(Kernel* kernel, const AttentionShape& shape, AttentionPlan& p
   constexpr int MT = kQueryTiles<D>, kMost = kMaxWarps<D>;
   using Memory = ForwardMemory<D>;
   const size_t limit = max_shared_memory(), half = (limit - 1024) / 2;  // CUDA takes 1 KB a block for itself
-  plan.tiles = plan.stage_tiles = plan.block_tiles = tiles_of(shape);
+  plan = begin_plan(shape);
   const int units = ceil_div(plan.tiles, MT);
   for (const bool two : {true, false}) {
     const int most_warps = two ? kMost / 2 : kMost;
@@ -254,7 +255,7 @@ Error plan_forward(Kernel* kernel, const AttentionShape& shape, AttentionPlan& p
 Error rope_attention_forward(const RopeAttentionForward& params, Stream stream) {
   const AttentionShape& shape = params.shape;
   if (const Error reason = unserved(shape, params.tables, {params.q, params.k, params.v})) return reason;
-  if (is_empty(shape)) return nullptr;
+  if (is_empty(shape, shape.tokens)) return nullptr;
   return with_attention_types(shape, [&](auto element, auto D) {
     using T = decltype(element);
     AttentionPlan plan;

@@ -10,17 +10,19 @@ template <bool COMPACT>
 struct Rotary {
   const AttentionShape& shape;
   const RotaryTables& tables;
-  unsigned sample, head;
+  unsigned head;
+  unsigned first;  // number of its first patch among those of token_index
 
   // Rotates the row's pairs whose first elements are among [i, i + E), where any are.
   template <int E, class T>
   __device__ __forceinline__ void rotate(T* row, int token, int i) const {
-    if (token < static_cast<int>(shape.num_prefix)) return;
+    int angles;
+    if (!find_angles(token, angles)) return;
     if constexpr (E > 1) {
       if (tables.interleaved) {
         float values[E], c[E / 2], s[E / 2];
         load_floats(row + i, values);
-        load_angles(token, i / 2, c, s);
+        load_angles(angles, i / 2, c, s);
 #pragma unroll
         for (int n = 0; n < E / 2; ++n) rotate_pair(values[2 * n], values[2 * n + 1], c[n], s[n]);
         store_floats(row + i, values);
@@ -34,7 +36,7 @@ struct Rotary {
     float a[E], b[E], c[E], s[E];
     load_floats(row + i, a);
     load_floats(partners, b);
-    load_angles(token, tables.interleaved ? i / 2 : i, c, s);
+    load_angles(angles, tables.interleaved ? i / 2 : i, c, s);
 #pragma unroll
     for (int n = 0; n < E; ++n) rotate_pair(a[n], b[n], c[n], s[n]);
     store_floats(row + i, a);
@@ -44,11 +46,12 @@ struct Rotary {
   // Rotates values[E], a row's elements [i, i + E), backwards; load(n, partners) gives those from n on.
   template <int E, class Load>
   __device__ __forceinline__ void rotate_back(float (&values)[E], int token, int i, const Load& load) const {
-    if (token < static_cast<int>(shape.num_prefix)) return;
+    int angles;
+    if (!find_angles(token, angles)) return;
     if constexpr (E > 1) {
       if (tables.interleaved) {
         float c[E / 2], s[E / 2];
-        load_angles(token, i / 2, c, s);
+        load_angles(angles, i / 2, c, s);
 #pragma unroll
         for (int n = 0; n < E / 2; ++n) rotate_pair(values[2 * n], values[2 * n + 1], c[n], -s[n]);
         return;
@@ -59,28 +62,26 @@ struct Rotary {
     const int first = is_first ? i : i - distance;
     float partners[E], c[E], s[E];
     load(is_first ? i + distance : first, partners);
-    load_angles(token, tables.interleaved ? first / 2 : first, c, s);
+    load_angles(angles, tables.interleaved ? first / 2 : first, c, s);
 #pragma unroll
     for (int n = 0; n < E; ++n) values[n] = values[n] * c[n] + partners[n] * (is_first ? s[n] : -s[n]);
   }
 
  private:
-  // Of the tables.
-  __device__ __forceinline__ int row_of(int token) const {
-    const int patch = token - static_cast<int>(shape.num_prefix);
-    if (!tables.token_index) return patch;
-    const int64_t row = tables.token_index[sample * (shape.tokens - shape.num_prefix) + patch];
-    if (row < 0 || row >= tables.rows) {
-      refuse_silently("rope_attention", "token_index is out of range");
-      return 0;
-    }
-    return static_cast<int>(row);
+  // The token's row of the tables, unless it isn't rotated.
+  __device__ __forceinline__ bool find_angles(int token, int& row) const {
+    row = token - static_cast<int>(shape.num_prefix);
+    if (row < 0) return false;
+    if (!tables.token_index) return true;
+    const int64_t index = tables.token_index[first + static_cast<unsigned>(row)];
+    if (index < -1 || index >= tables.rows) refuse_silently("rope_attention", "token_index is out of range");
+    row = static_cast<int>(index);
+    return index >= 0;
   }
 
-  // Of E pairs from `pair` on.
+  // Of E pairs from `pair` on of a row of the tables.
   template <int E>
-  __device__ __forceinline__ void load_angles(int token, int pair, float (&c)[E], float (&s)[E]) const {
-    const int row = row_of(token);
+  __device__ __forceinline__ void load_angles(int row, int pair, float (&c)[E], float (&s)[E]) const {
     if constexpr (COMPACT) {
       const int quarter = static_cast<int>(shape.head_dim / 4);
       const unsigned grid = static_cast<unsigned>(tables.grid), patch = static_cast<unsigned>(row);

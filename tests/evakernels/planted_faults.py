@@ -46,6 +46,7 @@ COMPILED_IN = {
     "tensor_table.cuh": "lamb.cu",
     "attention_plan.h": "rope_attention_forward.cu",
     "attention_tiles.cuh": "rope_attention_forward.cu",
+    "online_softmax.cuh": "rope_attention_forward.cu",
     "rotary.cuh": "rope_attention_forward.cu",
 }
 FAMILIES = {
@@ -183,6 +184,24 @@ FAULTS = {
         "rotary.cuh",
         "(grid + patch % grid - 1)",
         "(patch % grid + (PLANTED ? 0 : grid - 1))",
+    ),
+    "a query that sees nothing": Fault(
+        "wrong: out of",
+        "online_softmax.cuh",
+        "fmaxf(row_sum[row], FLT_MIN)",
+        "fmaxf(row_sum[row], PLANTED ? 0.0f : FLT_MIN)",
+    ),
+    "the last key that is seen": Fault(
+        "wrong: out of", "attention_tiles.cuh", "query + plan.sight.last", "query + (PLANTED ? 0 : plan.sight.last)"
+    ),
+    "a head of keys for itself": Fault(
+        "wrong: out of", "attention_tiles.cuh", "head / static_cast", "(PLANTED ? 0 : head) / static_cast"
+    ),
+    "the place of an index": Fault(
+        "wrong: out of",
+        "attention_tiles.cuh",
+        "first = shape.offsets.data ?",
+        "first = shape.offsets.data && !PLANTED ?",
     ),
     "another sequence": Fault(
         "wrong: out of",

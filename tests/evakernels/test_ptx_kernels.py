@@ -285,8 +285,8 @@ def test_a_driver_that_takes_no_large_arguments_is_told(printed: Callable[..., s
 
 @needs_nvcc
 def test_arguments_that_only_a_kernel_sees_end_the_launch(printed: Callable[..., str]) -> None:
-    """A wrong index, of patches in either order, and offsets that don't fit. On a GPU nobody but the kernels checks
-    them."""
+    """A wrong index, of patches in either order and of a rotation, and sequences that don't fit. On a GPU nobody but the
+    kernels checks them."""
     code = """if True:
         import torch, evakernels
         native = torch.ops.evakernels_native
@@ -299,6 +299,13 @@ def test_arguments_that_only_a_kernel_sees_end_the_launch(printed: Callable[...,
         for offsets, longest in (([0, 6], 6), ([0, 4, 2], 4), ([-1, 2], 3), ([0, 5], 4)):
             arguments = (q, q, q, torch.tensor(offsets), None, None, None, longest, True, True, 1.0)
             calls.append(lambda arguments=arguments: native.packed_attention_forward(*arguments))
+        tables, one = (torch.ones(7, 4), torch.zeros(7, 4)), q[None]
+        for wrong in (-2, 7):
+            rows = torch.tensor([0, -1, 6, 3, wrong])
+            arguments = (q, q, q, torch.tensor([0, 2, 5]), *tables, rows, 5, True, True, 1.0)
+            calls.append(lambda arguments=arguments: native.packed_attention_forward(*arguments))
+            arguments = (one, one, one, *tables, rows[None], 0, False, True, 1.0)
+            calls.append(lambda arguments=arguments: native.rope_attention_forward(*arguments))
         for call in calls:
             try:
                 call()
@@ -306,10 +313,37 @@ def test_arguments_that_only_a_kernel_sees_end_the_launch(printed: Callable[...,
                 print(error)
     """
     lines = [line for line in printed(code).splitlines() if "CUDA error" in line]  # what it says first
-    assert [line.split(" at ")[0] for line in lines] == ["token_dropout_forward: CUDA error: trap"] * 2 + [
-        "packed_attention_forward: CUDA error: trap"
-    ] * 4
+    ops = ["token_dropout"] * 2 + ["packed_attention"] * 4 + ["packed_attention", "rope_attention"] * 2
+    assert [line.split(" at ")[0] for line in lines] == [f"{op}_forward: CUDA error: trap" for op in ops]
     assert all("token_index is out of range" in line for line in lines[:2])
+
+
+@needs_nvcc
+def test_attention_is_refused_where_the_kernels_would_reckon_wrong(printed: Callable[..., str]) -> None:
+    """Beyond an int, and of rows that tables don't have."""
+    code = """if True:
+        import torch
+        native = torch.ops.evakernels_native
+        q = torch.ones(5, 1, 8).half()
+        apart = torch.ones(8).half().as_strided((1, 1, 1, 8), (8, 2**29 + 8, 8, 1))
+        short = torch.ones(4, 4)
+        for call in (
+            lambda: native.rope_attention_forward(apart, apart, apart, None, None, None, 0, False, True, 1.0),
+            lambda: native.packed_attention_forward(
+                q, q, q, torch.tensor([0, 5]), short, short, None, 5, True, True, 1.0
+            ),
+        ):
+            try:
+                call()
+                print("no error")
+            except RuntimeError as error:
+                print(str(error).splitlines()[0])
+        native.rope_attention_forward(*[q[None]] * 3, None, None, None, 0, False, True, 1.0)
+    """
+    apart, short = printed(code).splitlines()
+    assert "tokens of attention are further apart" in apart
+    assert "2^29 elements" in apart
+    assert "the tables of attention have fewer rows than a sequence may have tokens" in short
 
 
 # --- the program that drives the launchers -------------------------------------------------------------------------
