@@ -55,6 +55,16 @@ def test_norms_name_an_input_of_another_width(norm, shape, expected):
             norm(shape, elementwise_affine=affine)(randn(3, 4))
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("shape", [8, (3, 8)])
+def test_norms_give_the_dtype_that_they_are_told(norm, shape):
+    module, x = norm(shape, out_dtype=torch.bfloat16), torch.randn(2, 3, 8)
+    assert torch.equal(module(x), norm(shape)(x).bfloat16())
+    assert "out_dtype=torch.bfloat16" in repr(module)
+    del module.__dict__["out_dtype"]  # as of a module that was pickled before there was one
+    assert module(x).dtype == torch.float32
+
+
 def test_functions_have_the_eps_of_torch_too():
     x, branch = 1e-3 * randn(2, 8), 1e-3 * randn(2, 8, seed=1)
     given = x, branch, x + branch
