@@ -37,7 +37,7 @@ class LayerNorm(nn.LayerNorm):
         *,
         out_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self.out_dtype = out_dtype
 
     def forward(self, input: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class RMSNorm(nn.RMSNorm):
         *,
         out_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)  # type: ignore[arg-type]
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         self.out_dtype = out_dtype
 
     def forward(self, x: Tensor) -> Tensor:

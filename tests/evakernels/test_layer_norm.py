@@ -194,7 +194,7 @@ def test_out_dtype_is_as_accurate_as_torch(form, half):
     assert_as_accurate_as_torch(ours, theirs, inputs, torch.float32)
 
 
-@pytest.mark.parametrize("form", [OUT_FORMS[0], *(pytest.param(f, marks=pytest.mark.exhaustive) for f in OUT_FORMS[1:])])
+@pytest.mark.parametrize("form", ["to half", pytest.param("add", marks=pytest.mark.exhaustive)])
 def test_out_dtype_compiles_without_graph_break(form):
     ours, _, inputs = with_out_dtype(form, torch.bfloat16)
     assert_compiles(ours, [None if t is None else t.float() for t in inputs])
