@@ -290,7 +290,7 @@ def _frozen(array: np.ndarray) -> np.ndarray:
             torch.zeros(2, 4).half(),
             torch.zeros(2, 4).bfloat16(),
             ValueError,
-            "y is bfloat16 beside float16; the kernels take",
+            "y is bfloat16 beside float16; ",
         ),
         (torch.zeros(2, 4), _frozen(np.zeros((2, 4), np.float32)), ValueError, "y is read-only"),
         (torch.zeros(3, 4), torch.zeros(3, 4), ValueError, "one element for each of the 3 rows"),
