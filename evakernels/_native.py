@@ -53,10 +53,14 @@ REASON: str | None = _load()
 LOADED: bool = REASON is None
 
 
-def register(op_name: str, gpu_reasons: backends.Reasons | None) -> None:
-    """Makes the library's kernels of an op two of its backends; `gpu_reasons` tell what those for GPUs can't serve."""
+def register(op_name: str, reasons: backends.Reasons | None, gpu_reasons: backends.Reasons | None) -> None:
+    """Makes the library's kernels of an op two of its backends.
+
+    `reasons` tell what none of them can serve, `gpu_reasons` what those for GPUs can't.
+    """
     for device in _DEVICES:
-        backends.register(op_name, device, _kernel(op_name), _reasons(op_name, device, gpu_reasons), device)
+        asked = _reasons(op_name, device, reasons, gpu_reasons)
+        backends.register(op_name, device, _kernel(op_name), asked, device)
 
 
 def _kernel(op_name: str) -> Callable[..., Any]:
@@ -65,7 +69,9 @@ def _kernel(op_name: str) -> Callable[..., Any]:
     return backends.noting_writes(overload._op, overload)
 
 
-def _reasons(op_name: str, device: str, gpu_reasons: backends.Reasons | None) -> backends.Reasons:
+def _reasons(
+    op_name: str, device: str, of_all: backends.Reasons | None, of_gpus: backends.Reasons | None
+) -> backends.Reasons:
     def reasons(*args: Any) -> list[str]:
         if not LOADED:
             return [f"the compiled library is not loaded: {REASON}"]
@@ -79,9 +85,10 @@ def _reasons(op_name: str, device: str, gpu_reasons: backends.Reasons | None) ->
             found.append(f"the tensors are on {place}, not on {_DEVICES[device]}")
         elif device == "cuda" and (reason := why_not_on_gpu(place.index)):
             found.append(reason)
-        others = {t.dtype: None for t in given if t.dtype.is_floating_point and t.dtype not in _DTYPES}
+        others = {dtype: None for dtype in backends.dtypes(args) if dtype.is_floating_point and dtype not in _DTYPES}
         found += [f"{dtype} is not one of float32, bfloat16, float16" for dtype in others]
-        return found + (gpu_reasons(*args) if gpu_reasons is not None and runs_gpu_kernels(device) else [])
+        found += of_all(*args) if of_all is not None else []
+        return found + (of_gpus(*args) if of_gpus is not None and runs_gpu_kernels(device) else [])
 
     return reasons
 

@@ -254,6 +254,12 @@ def tensors(args: Sequence[Any]) -> Iterator[torch.Tensor]:
             yield from (item for item in arg if isinstance(item, torch.Tensor))
 
 
+def dtypes(args: Sequence[Any]) -> Iterator[torch.dtype]:
+    """Those of all tensors among the arguments of an op, and those that it is given by name, for its outputs."""
+    yield from (tensor.dtype for tensor in tensors(args))
+    yield from (arg for arg in args if isinstance(arg, torch.dtype))
+
+
 def first_tensor(args: tuple[Any, ...]) -> torch.Tensor | None:
     """The first tensor among the arguments of an op; it tells the device of the call."""
     return args[0] if args and isinstance(args[0], torch.Tensor) else next(tensors(args), None)

@@ -95,16 +95,20 @@ struct RowSizes {
         width(x.sizes.back()) {}
 };
 
-// Parameters of a norm, and their gradients: [width], all of one dtype, which is x's or float32.
-inline DType parameter_dtype(const Array& x, std::initializer_list<const Array*> parameters) {
+// Parameters of a norm, and their gradients: [width], all of one dtype, which is x's, float32 or, where the
+// result has another than x, that of `y`.
+inline DType parameter_dtype(const Array& x, std::initializer_list<const Array*> parameters,
+                             const Array* y = nullptr) {
   const Array* first = nullptr;
+  const DType other = y ? y->dtype : x.dtype;
   for (const Array* parameter : parameters) {
     if (!*parameter) continue;
     const std::string name = parameter->name;
     require(parameter->sizes.size() == 1 && parameter->sizes[0] == x.sizes.back(),
             name + " must have one element for each of the " + std::to_string(x.sizes.back()) + " columns");
-    require(parameter->dtype == x.dtype || parameter->dtype == DType::Float32,
-            name + " must be float32 or of " + x.name + "'s dtype");
+    require(parameter->dtype == x.dtype || parameter->dtype == other || parameter->dtype == DType::Float32,
+            name + " must be float32 or of " + x.name + "'s dtype" +
+                (other == x.dtype ? "" : std::string(" or ") + y->name + "'s"));
     require(!first || parameter->dtype == first->dtype,
             name + " must be of " + (first ? first->name : "") + "'s dtype");
     if (!first) first = parameter;

@@ -39,8 +39,8 @@ void register_layer_norm(py::module_& m) {
         py::kw_only(), "eps"_a = 1e-6, "rms"_a = false, "isa"_a = py::none(), "stream"_a = 0,
         R"(Writes y, mean and rstd of x [..., width].
 
-weight, bias: [width] of x's dtype or float32, or None. mean, rstd: float32, one element a row; mean may be
-None if rms.)");
+y: of x's dtype, or 16 bits beside float32, either way. weight, bias: [width] of x's or y's dtype or float32, or
+None. mean, rstd: float32, one element a row; mean may be None if rms.)");
   m.def("layer_norm_backward", &layer_norm_backward, "dy"_a, "x"_a, "weight"_a, "mean"_a, "rstd"_a, "dx"_a,
         "dweight"_a, "dbias"_a, py::kw_only(), "rms"_a = false, "isa"_a = py::none(), "stream"_a = 0,
         R"(Writes dx, and dweight and dbias unless None.

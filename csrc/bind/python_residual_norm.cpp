@@ -85,9 +85,9 @@ void register_residual_norm(py::module_& m) {
         "rms"_a = false, "isa"_a = py::none(), "stream"_a = 0,
         R"(Writes x = residual + layer_scale * row_scale * branch, y = norm(x), and mean and rstd of x's rows.
 
-residual, branch: [B, ..., C], of any two dtypes on a CPU, on a GPU of one or residual in float32; x and y of
-residual's. weight, bias, layer_scale: [C];
-row_scale: [B]; each of any dtype or None. mean, rstd: as for layer_norm_forward.)");
+residual, branch: [B, ..., C], of any two dtypes on a CPU, on a GPU of one or residual in float32. x: of residual's
+dtype, as y, which beside a float32 residual may be of branch's. weight, bias, layer_scale: [C]; row_scale: [B]; each
+of any dtype or None. mean, rstd: as for layer_norm_forward.)");
   m.def("add_layer_norm_backward", &add_layer_norm_backward, "dy"_a, "dx"_a, "x"_a, "branch"_a, "weight"_a,
         "layer_scale"_a, "row_scale"_a, "mean"_a, "rstd"_a, "dresidual"_a, "dbranch"_a, "dweight"_a,
         "dbias"_a, "dlayer_scale"_a, py::kw_only(), "rms"_a = false, "isa"_a = py::none(), "stream"_a = 0,

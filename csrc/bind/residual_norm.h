@@ -22,7 +22,8 @@ struct ResidualNormArrays {
   }
 };
 
-inline ResidualNormShape residual_norm_shape(const Array& x, const Array& branch, bool rms) {
+// `y`: what add + norm writes beside the sum, or its gradient; in norm + add the sum.
+inline ResidualNormShape residual_norm_shape(const Array& x, const Array& branch, const Array& y, bool rms) {
   require(x.sizes.size() > 1, std::string(x.name) + " must be [B, ..., C]");
   const RowSizes size(x);
   const int64_t samples = x.sizes[0];
@@ -32,8 +33,21 @@ inline ResidualNormShape residual_norm_shape(const Array& x, const Array& branch
       .rows_per_sample = samples == 0 ? 0 : size.rows / samples,
       .dtype = x.dtype,
       .branch_dtype = branch.dtype,
+      .y_dtype = y.dtype,
       .rms = rms,
   };
+}
+
+// The shape of add + norm, whose y the kernels serve.
+inline ResidualNormShape add_norm_shape(const Array& x, const Array& branch, const Array& y, bool rms) {
+  const ResidualNormShape shape = residual_norm_shape(x, branch, y, rms);
+  require_sizes(y, x.sizes);
+  require(add_norm_serves(shape),
+          std::string(y.name) + " is " + name_of(y.dtype) + " beside " + name_of(x.dtype) +
+              " and a branch of " + name_of(branch.dtype) +
+              "; the kernels take the residual's dtype, or beside a float32 residual the "
+              "branch's");
+  return shape;
 }
 
 // A gradient of a parameter, [width]; one that doesn't exist isn't wanted.
@@ -53,9 +67,8 @@ inline AddNormForward add_norm_forward_params(const Array& residual, const Array
                                               const ResidualNormArrays& parameters, const Array& y,
                                               const Array& x, const Array& mean, const Array& rstd,
                                               double eps, bool rms) {
-  const ResidualNormShape shape = residual_norm_shape(residual, branch, rms);
+  const ResidualNormShape shape = add_norm_shape(residual, branch, y, rms);
   require_sizes(branch, residual.sizes);
-  require_like(y, residual);
   require_like(x, residual);
   require_statistics(mean, rstd, shape.rows, !rms);
   return {
@@ -77,8 +90,8 @@ inline AddNormBackward add_norm_backward_params(const Array& dy, const Array& dx
                                                 const Array& mean, const Array& rstd, const Array& dresidual,
                                                 const Array& dbranch,
                                                 const ResidualNormGradientArrays& gradients, bool rms) {
-  const ResidualNormShape shape = residual_norm_shape(x, branch, rms);
-  for (const Array* array : {&dy, &dx, &dresidual}) require_like(*array, x);
+  const ResidualNormShape shape = add_norm_shape(x, branch, dy, rms);
+  for (const Array* array : {&dx, &dresidual}) require_like(*array, x);
   if (gradients.layer_scale) require_sizes(branch, x.sizes);
   if (dbranch) {
     require_sizes(dbranch, x.sizes);
@@ -103,7 +116,7 @@ inline AddNormBackward add_norm_backward_params(const Array& dy, const Array& dx
 inline NormAddForward norm_add_forward_params(const Array& residual, const Array& branch,
                                               const ResidualNormArrays& parameters, const Array& x,
                                               const Array& mean, const Array& rstd, double eps, bool rms) {
-  const ResidualNormShape shape = residual_norm_shape(residual, branch, rms);
+  const ResidualNormShape shape = residual_norm_shape(residual, branch, x, rms);
   require_sizes(branch, residual.sizes);
   require_like(x, residual);
   require_statistics(mean, rstd, shape.rows, !rms);
@@ -123,7 +136,7 @@ inline NormAddBackward norm_add_backward_params(const Array& dx, const Array& br
                                                 const ResidualNormArrays& parameters, const Array& mean,
                                                 const Array& rstd, const Array& dbranch,
                                                 const ResidualNormGradientArrays& gradients, bool rms) {
-  const ResidualNormShape shape = residual_norm_shape(dx, branch, rms);
+  const ResidualNormShape shape = residual_norm_shape(dx, branch, dx, rms);
   require_sizes(branch, dx.sizes);
   require_like(dbranch, branch);
   require_statistics(mean, rstd, shape.rows, !rms);

@@ -8,11 +8,12 @@ namespace evakernels {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x_any, std::optional<Tensor> weight_any,
-                                                      std::optional<Tensor> bias_any, double eps, bool rms) {
+                                                      std::optional<Tensor> bias_any, double eps, bool rms,
+                                                      std::optional<ScalarType> out_dtype) {
   const Tensor x = as_contiguous(x_any);
   const auto weight = contiguous_or_none(weight_any), bias = contiguous_or_none(bias_any);
   const std::vector<int64_t> leading = leading_sizes(x);
-  const Tensor y = new_tensor(x, x.sizes());
+  const Tensor y = new_tensor(x, x.sizes(), out_dtype);
   const Tensor mean = new_float32(x, rms ? std::vector<int64_t>{0} : leading);
   const Tensor rstd = new_float32(x, leading);
   const LayerNormForward params = layer_norm_forward_params(

@@ -52,11 +52,11 @@ struct Gradients {
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(
     const Tensor& residual_any, const Tensor& branch_any, std::optional<Tensor> weight,
     std::optional<Tensor> bias, std::optional<Tensor> layer_scale, std::optional<Tensor> row_scale,
-    double eps, bool rms) {
+    double eps, bool rms, std::optional<ScalarType> out_dtype) {
   const Tensor residual = as_contiguous(residual_any);
   const Tensor branch = as_contiguous(branch_any);
   const Parameters parameters(weight, bias, layer_scale, row_scale);
-  const Tensor y = new_tensor(residual, residual.sizes());
+  const Tensor y = new_tensor(residual, residual.sizes(), out_dtype);
   const Tensor x = new_tensor(residual, residual.sizes());
   const auto [mean, rstd] = new_statistics(residual, rms);
   const AddNormForward params = add_norm_forward_params(

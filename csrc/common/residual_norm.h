@@ -46,6 +46,7 @@ struct ResidualNormShape {
   int64_t rows_per_sample;
   DType dtype;         // of the residual, the sum x and their gradients
   DType branch_dtype;  // of the branch and its gradient
+  DType y_dtype;       // of y and its gradient, in add + norm
   bool rms;            // no mean is subtracted
 };
 
@@ -55,10 +56,17 @@ inline bool gpu_serves(DType dtype, DType branch_dtype) {
   return branch_dtype == dtype || dtype == DType::Float32;
 }
 
+// Whether any kernels serve such a y: that of the residual's dtype, and what autocast makes of a float32
+// stream, where branch and y are of the 16 bits that the products around the norm have.
+inline bool add_norm_serves(const ResidualNormShape& shape) {
+  return shape.y_dtype == shape.dtype ||
+         (shape.dtype == DType::Float32 && shape.y_dtype == shape.branch_dtype);
+}
+
 struct AddNormForward {
   const void* residual;  // [rows, width]
   const void* branch;    // [rows, width]
-  void* y;               // [rows, width], dtype of the residual
+  void* y;               // [rows, width], y_dtype
   void* x;               // [rows, width]
   float* mean;           // [rows]; not written when rms
   float* rstd;           // [rows]
@@ -68,7 +76,7 @@ struct AddNormForward {
 };
 
 struct AddNormBackward {
-  const void* dy;      // [rows, width], dtype of the residual
+  const void* dy;      // [rows, width], y_dtype
   const void* dx;      // [rows, width]: the gradient that reaches the sum beside that of the norm
   const void* x;       // [rows, width]
   const void* branch;  // [rows, width]; read for the gradient of layer_scale only

@@ -58,8 +58,8 @@ inline F32 scale(F32 value, const float* layer_scale, float sample_scale, Part p
 
 const float* offset(const float* vector, int64_t i) { return vector ? vector + i : nullptr; }
 
-// R is the element type of the residual, B that of the branch.
-template <class R, class B>
+// R is the element type of the residual, B that of the branch, Y that of y.
+template <class R, class B, class Y>
 void add_norm_rows(const AddNormForward& params, const ResidualNormVectors& vectors, float* scratch,
                    int64_t begin, int64_t end) {
   const ResidualNormShape& shape = params.shape;
@@ -68,7 +68,7 @@ void add_norm_rows(const AddNormForward& params, const ResidualNormVectors& vect
     const B* branch = input_row<B>(params.branch, row, shape);
     R* x = output_row<R>(params.x, row, shape);
     float* total = unrounded(x, scratch);
-    R* y = output_row<R>(params.y, row, shape);
+    Y* y = output_row<Y>(params.y, row, shape);
     const float sample_scale = vectors.row_scale[row / shape.rows_per_sample];
 
     float sum[1];
@@ -122,12 +122,12 @@ inline void add_to(float* sum, F32 value, Part part) {
   store(sum, load(sum, part) + value, part);
 }
 
-template <class R, class B>
+template <class R, class B, class Y>
 void add_norm_rows_backward(const AddNormBackward& params, const ResidualNormVectors& vectors,
                             const AddNormSums& sums, int64_t begin, int64_t end) {
   const ResidualNormShape& shape = params.shape;
   for (int64_t row = begin; row < end; ++row) {
-    const R* dy = input_row<R>(params.dy, row, shape);
+    const Y* dy = input_row<Y>(params.dy, row, shape);
     const R* dx = input_row<R>(params.dx, row, shape);
     const R* x = input_row<R>(params.x, row, shape);
     const B* branch = input_row<B>(params.branch, row, shape);
@@ -189,10 +189,22 @@ void with_element_types(const ResidualNormShape& shape, const Body& body) {
   });
 }
 
+// Calls body with the element types of residual, branch and y, of those that add_norm_serves tells.
+template <class Body>
+void with_types_of_y(const ResidualNormShape& shape, const Body& body) {
+  if (shape.y_dtype == shape.dtype) {
+    with_element_types(shape, [&](auto residual, auto branch) { body(residual, branch, residual); });
+  } else if (shape.y_dtype == DType::BFloat16) {
+    body(float{}, BFloat16{}, BFloat16{});
+  } else {
+    body(float{}, Float16{}, Float16{});
+  }
+}
+
 void add_norm_forward(const AddNormForward& params, const ResidualNormVectors& vectors, float* scratch,
                       int64_t begin, int64_t end) {
-  with_element_types(params.shape, [&]<class R, class B>(R, B) {
-    add_norm_rows<R, B>(params, vectors, scratch, begin, end);
+  with_types_of_y(params.shape, [&]<class R, class B, class Y>(R, B, Y) {
+    add_norm_rows<R, B, Y>(params, vectors, scratch, begin, end);
   });
 }
 
@@ -204,8 +216,8 @@ void norm_add_forward(const NormAddForward& params, const ResidualNormVectors& v
 
 void add_norm_backward(const AddNormBackward& params, const ResidualNormVectors& vectors,
                        const AddNormSums& sums, int64_t begin, int64_t end) {
-  with_element_types(params.shape, [&]<class R, class B>(R, B) {
-    add_norm_rows_backward<R, B>(params, vectors, sums, begin, end);
+  with_types_of_y(params.shape, [&]<class R, class B, class Y>(R, B, Y) {
+    add_norm_rows_backward<R, B, Y>(params, vectors, sums, begin, end);
   });
 }
 

@@ -20,7 +20,7 @@ constexpr RowLimits kLimits = {SUMS == 2 ? 24 : 16, SUMS == 2 ? 224 : 320};
 template <int SUMS>
 constexpr int kStages = SUMS == 2 ? 8 : 10;
 
-template <int SUMS, class Residual, class Branch, class L>
+template <int SUMS, class Residual, class Branch, class Y, class L>
 __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
     add_norm_backward_kernel(const AddNormBackward params, float* partials) {
   constexpr int E = L::E, V = L::V;
@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
 
   int64_t row = first_row();
   if (row < shape.rows) {
-    InputRow<Residual, L, 2> dy, x;
+    InputRow<Y, L, 2> dy;
+    InputRow<Residual, L, 2> x;
     PassingInputRow<Residual, L, 2> dx;
     std::conditional_t<SUMS == 3, PassingInputRow<Branch, L, 2>, NoRow> branch;
     OutputRow<Residual, L> dresidual;
@@ -130,11 +131,11 @@ struct WriteGradients {
 
 template <int SUMS>
 struct BackwardOf {
-  template <class Residual, class Branch>
+  template <class Residual, class Branch, class Y>
   struct Kernels : RowKernels<Residual, kLimits<SUMS>, kStages<SUMS>, SUMS> {
     template <class L>
     static auto kernel() {
-      return add_norm_backward_kernel<SUMS, Residual, Branch, L>;
+      return add_norm_backward_kernel<SUMS, Residual, Branch, Y, L>;
     }
   };
 };
@@ -143,14 +144,14 @@ template <int SUMS>
 Error launch_backward(const AddNormBackward& params, Scratch& scratch, Stream stream) {
   const ResidualNormShape& shape = params.shape;
   const auto plan =
-      plan_norm<BackwardOf<SUMS>::template Kernels>(shape, {{params.dy, shape.dtype},
-                                                            {params.dx, shape.dtype},
-                                                            {params.x, shape.dtype},
-                                                            {params.branch, shape.branch_dtype},
-                                                            {params.dresidual, shape.dtype},
-                                                            {params.dbranch, shape.branch_dtype},
-                                                            buffer_of(params.parameters.weight),
-                                                            buffer_of(params.parameters.layer_scale)});
+      plan_add_norm<BackwardOf<SUMS>::template Kernels>(shape, {{params.dy, shape.y_dtype},
+                                                                {params.dx, shape.dtype},
+                                                                {params.x, shape.dtype},
+                                                                {params.branch, shape.branch_dtype},
+                                                                {params.dresidual, shape.dtype},
+                                                                {params.dbranch, shape.branch_dtype},
+                                                                buffer_of(params.parameters.weight),
+                                                                buffer_of(params.parameters.layer_scale)});
   std::optional<WriteGradients<SUMS>> finish;
   if (params.gradients.any_wanted()) finish = {params.gradients};
   return launch_with_column_sums<SUMS>(plan, shape.width, finish, scratch, stream, params);

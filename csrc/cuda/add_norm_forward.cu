@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kStages = 4;  // one of each matrix
 
-template <class Residual, class Branch, class L>
+template <class Residual, class Branch, class Y, class L>
 __global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
     add_norm_forward_kernel(const AddNormForward params) {
   constexpr int E = L::E, V = L::V;
@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
   const int vectors = static_cast<int>(shape.width / E);
   InputRow<Residual, L> residual;
   InputRow<Branch, L> branch;
-  OutputRow<Residual, L> x, y;
+  OutputRow<Residual, L> x;
+  OutputRow<Y, L> y;
   use_stages<L, kStages>(shape.width, residual, branch, x, y);
   RowSums row_sums;
   for (int64_t row = first_row(); row < shape.rows; row += row_step()) {
@@ -71,11 +72,11 @@ __global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
   }
 }
 
-template <class Residual, class Branch>
+template <class Residual, class Branch, class Y>
 struct Kernels : RowKernels<Residual, kForwardLimits, kStages> {
   template <class L>
   static auto kernel() {
-    return add_norm_forward_kernel<Residual, Branch, L>;
+    return add_norm_forward_kernel<Residual, Branch, Y, L>;
   }
 };
 
@@ -84,13 +85,13 @@ struct Kernels : RowKernels<Residual, kForwardLimits, kStages> {
 Error add_norm_forward(const AddNormForward& params, Stream stream) {
   const ResidualNormShape& shape = params.shape;
   const ResidualNormParameters& parameters = params.parameters;
-  const auto plan = plan_norm<Kernels>(shape, {{params.residual, shape.dtype},
-                                               {params.branch, shape.branch_dtype},
-                                               {params.y, shape.dtype},
-                                               {params.x, shape.dtype},
-                                               buffer_of(parameters.weight),
-                                               buffer_of(parameters.bias),
-                                               buffer_of(parameters.layer_scale)});
+  const auto plan = plan_add_norm<Kernels>(shape, {{params.residual, shape.dtype},
+                                                   {params.branch, shape.branch_dtype},
+                                                   {params.y, shape.y_dtype},
+                                                   {params.x, shape.dtype},
+                                                   buffer_of(parameters.weight),
+                                                   buffer_of(parameters.bias),
+                                                   buffer_of(parameters.layer_scale)});
   return plan.launch(stream, params);
 }
 

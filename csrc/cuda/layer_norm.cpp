@@ -6,14 +6,16 @@
 namespace evakernels::cuda {
 namespace {
 
+// The branch is x, the sum y.
 template <class Params>
 ResidualNormShape shape_of(const Params& params) {
   return {
       .rows = params.rows,
       .width = params.width,
       .rows_per_sample = 1,
-      .dtype = params.dtype,
+      .dtype = params.y_dtype,
       .branch_dtype = params.dtype,
+      .y_dtype = params.y_dtype,
       .rms = params.rms,
   };
 }

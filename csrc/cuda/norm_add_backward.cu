@@ -112,7 +112,7 @@ struct WriteGradients {
 };
 
 template <class Residual, class Branch>
-struct Kernels : RowKernels<Residual, kLimits, kStages, kSums> {
+struct Kernels : RowKernels<Wider<Residual, Branch>, kLimits, kStages, kSums> {
   template <class L>
   static auto kernel() {
     return norm_add_backward_kernel<Residual, Branch, L>;
@@ -124,11 +124,11 @@ struct Kernels : RowKernels<Residual, kLimits, kStages, kSums> {
 Error norm_add_backward(const NormAddBackward& params, Scratch& scratch, Stream stream) {
   const ResidualNormShape& shape = params.shape;
   if (shape.width == 0) return nullptr;
-  const auto plan = plan_norm<Kernels>(shape, {{params.dx, shape.dtype},
-                                               {params.branch, shape.branch_dtype},
-                                               {params.dbranch, shape.branch_dtype},
-                                               buffer_of(params.parameters.weight),
-                                               buffer_of(params.parameters.layer_scale)});
+  const auto plan = plan_norm_add<Kernels>(shape, {{params.dx, shape.dtype},
+                                                   {params.branch, shape.branch_dtype},
+                                                   {params.dbranch, shape.branch_dtype},
+                                                   buffer_of(params.parameters.weight),
+                                                   buffer_of(params.parameters.layer_scale)});
   std::optional<WriteGradients> finish;
   if (params.gradients.any_wanted()) finish = {params.parameters, params.gradients};
   return launch_with_column_sums<kSums>(plan, shape.width, finish, scratch, stream, params);

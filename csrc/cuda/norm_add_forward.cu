@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
 }
 
 template <class Residual, class Branch>
-struct Kernels : RowKernels<Residual, kForwardLimits, kStages> {
+struct Kernels : RowKernels<Wider<Residual, Branch>, kForwardLimits, kStages> {
   template <class L>
   static auto kernel() {
     return norm_add_forward_kernel<Residual, Branch, L>;
@@ -67,12 +67,12 @@ struct Kernels : RowKernels<Residual, kForwardLimits, kStages> {
 Error norm_add_forward(const NormAddForward& params, Stream stream) {
   const ResidualNormShape& shape = params.shape;
   const ResidualNormParameters& parameters = params.parameters;
-  const auto plan = plan_norm<Kernels>(shape, {{params.residual, shape.dtype},
-                                               {params.branch, shape.branch_dtype},
-                                               {params.x, shape.dtype},
-                                               buffer_of(parameters.weight),
-                                               buffer_of(parameters.bias),
-                                               buffer_of(parameters.layer_scale)});
+  const auto plan = plan_norm_add<Kernels>(shape, {{params.residual, shape.dtype},
+                                                   {params.branch, shape.branch_dtype},
+                                                   {params.x, shape.dtype},
+                                                   buffer_of(parameters.weight),
+                                                   buffer_of(parameters.bias),
+                                                   buffer_of(parameters.layer_scale)});
   return plan.launch(stream, params);
 }
 

@@ -27,6 +27,9 @@ constexpr RowLimits kForwardLimits = {32, 256};
 template <class L>
 constexpr int kForwardBlocks = L::kStaged ? 1024 / L::kThreads : L::kBlocks;
 
+template <class A, class B>
+using Wider = std::conditional_t<(sizeof(A) > sizeof(B)), A, B>;
+
 // What a table begins with; `Widest` is the element type that fewest are of in 16 bytes.
 template <class Widest, RowLimits LIMITS, int STAGES, int SUMS = 0>
 struct RowKernels {
@@ -87,10 +90,15 @@ auto plan_rows(int64_t rows, int64_t width, int64_t step, const std::vector<Buff
   return plan;
 }
 
-// For a norm that is joined with a residual connection, whose table has the types of residual and branch. Of
-// these it serves the pairs that gpu_serves (common/residual_norm.h) tells.
+template <class Body>
+auto with_half_type(DType dtype, const Body& body) {
+  return dtype == DType::BFloat16 ? body(BFloat16{}) : body(Float16{});
+}
+
+// For norm + add, whose table has the types of residual and branch. 16 bits of the residual beside a float32
+// branch are those of a plain norm, which has no residual, but an output.
 template <template <class Residual, class Branch> class Kernels>
-auto plan_norm(const ResidualNormShape& shape, const std::vector<Buffer>& buffers) {
+auto plan_norm_add(const ResidualNormShape& shape, const std::vector<Buffer>& buffers) {
   const auto plan = [&](auto residual, auto branch) {
     return plan_rows<Kernels<decltype(residual), decltype(branch)>>(shape.rows, shape.width, shape.width,
                                                                     buffers);
@@ -98,7 +106,25 @@ auto plan_norm(const ResidualNormShape& shape, const std::vector<Buffer>& buffer
   if (shape.branch_dtype == shape.dtype) {
     return with_element_type(shape.dtype, [&](auto type) { return plan(type, type); });
   }
-  return shape.branch_dtype == DType::BFloat16 ? plan(float{}, BFloat16{}) : plan(float{}, Float16{});
+  return shape.dtype == DType::Float32
+             ? with_half_type(shape.branch_dtype, [&](auto branch) { return plan(float{}, branch); })
+             : with_half_type(shape.dtype, [&](auto residual) { return plan(residual, float{}); });
+}
+
+// For add + norm, whose table has the type of y, too: what gpu_serves and add_norm_serves
+// (common/residual_norm.h) tell.
+template <template <class Residual, class Branch, class Y> class Kernels>
+auto plan_add_norm(const ResidualNormShape& shape, const std::vector<Buffer>& buffers) {
+  const auto plan = [&](auto residual, auto branch, auto y) {
+    return plan_rows<Kernels<decltype(residual), decltype(branch), decltype(y)>>(shape.rows, shape.width,
+                                                                                 shape.width, buffers);
+  };
+  if (shape.branch_dtype == shape.dtype) {
+    return with_element_type(shape.dtype, [&](auto type) { return plan(type, type, type); });
+  }
+  return with_half_type(shape.branch_dtype, [&](auto branch) {
+    return shape.y_dtype == DType::Float32 ? plan(float{}, branch, float{}) : plan(float{}, branch, branch);
+  });
 }
 
 }  // namespace evakernels::cuda

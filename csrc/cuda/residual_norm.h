@@ -2,7 +2,8 @@
 //
 // A launcher puts its kernels on the stream and returns; it waits for nothing, and what its kernels keep in
 // between lies in memory that it asks `scratch` for. Of the dtypes of residual and branch it serves those
-// that gpu_serves tells.
+// that gpu_serves tells, of y those that add_norm_serves tells; without a residual, norm + add serves those
+// that norm_serves (common/layer_norm.h) tells.
 #pragma once
 
 #include "common/residual_norm.h"

@@ -14,10 +14,19 @@ from evakernels import (
 )
 
 
+def product_dtype(x: Tensor) -> torch.dtype | None:
+    """That of autocast, if it is on and would cast a float32 `x` in front of a product; else None."""
+    device = x.device.type
+    if x.dtype != torch.float32 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 class Norm(nn.Module):
     """LayerNorm, or RMSNorm (which has no bias), over the last dimension of `[..., width]`.
 
-    The two residual forms take `layer_scale` `[width]` and `row_scale` `[B]`, which multiply the branch.
+    The two residual forms take `layer_scale` `[width]` and `row_scale` `[B]`, which multiply the branch. `out_dtype`
+    is that of `norm(x)`, None for that of `x`; `product_dtype` in front of products spares a float32 copy.
     """
 
     bias: nn.Parameter | None
@@ -35,11 +44,11 @@ class Norm(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """`norm(x)`."""
         if self.rms:
-            return rms_norm(x, self.weight, self.eps)
-        return layer_norm(x, self.weight, self.bias, self.eps)
+            return rms_norm(x, self.weight, self.eps, out_dtype=out_dtype)
+        return layer_norm(x, self.weight, self.bias, self.eps, out_dtype=out_dtype)
 
     def of_sum(
         self,
@@ -47,12 +56,13 @@ class Norm(nn.Module):
         branch: Tensor,
         layer_scale: Tensor | None = None,
         row_scale: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`(norm(x), x)`, `x = residual + row_scale * layer_scale * branch`, in one pass (pre-norm)."""
         scales = {"layer_scale": layer_scale, "row_scale": row_scale}
         if self.rms:
-            return add_rms_norm(residual, branch, self.weight, eps=self.eps, **scales)
-        return add_layer_norm(residual, branch, self.weight, self.bias, eps=self.eps, **scales)
+            return add_rms_norm(residual, branch, self.weight, eps=self.eps, out_dtype=out_dtype, **scales)
+        return add_layer_norm(residual, branch, self.weight, self.bias, eps=self.eps, out_dtype=out_dtype, **scales)
 
     def of_branch(
         self,

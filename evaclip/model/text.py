@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from evaclip.model.captions import Layout
 from evaclip.model.config import TextConfig
-from evaclip.model.norm import Norm
+from evaclip.model.norm import Norm, product_dtype
 from evaclip.model.pooled import attend_once
 from evaclip.model.recompute import ResidualBlock
 from evaclip.model.savings import Savings
@@ -105,14 +105,16 @@ class TextBlock(ResidualBlock):
 
     def attend(self, x: Tensor, layout: Layout, pooled: bool = False) -> Tensor:
         """`layout` and `pooled` as in `TextAttention`."""
-        branch: Tensor = self.attn(self.ln_1(x), layout, pooled)
+        # Of two readers, the gradients of a 16-bit y would be summed in 16 bits.
+        y = self.ln_1(x, None if pooled else product_dtype(x))
+        branch: Tensor = self.attn(y, layout, pooled)
         return branch
 
     def residual(self, x: Tensor, layout: Layout, pooled: bool = False) -> Tensor:
         return layout.at_ends(x) if pooled else x
 
     def mix(self, x: Tensor, branch: Tensor) -> Tensor:
-        y, x = self.ln_2.of_sum(x, branch)
+        y, x = self.ln_2.of_sum(x, branch, out_dtype=product_dtype(x))
         out: Tensor = x + self.mlp(y)
         return out
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaclip.model.config import VisionConfig
-from evaclip.model.norm import Norm
+from evaclip.model.norm import Norm, product_dtype
 from evaclip.model.pooled import attend_once, rotate_patches
 from evaclip.model.recompute import ResidualBlock
 from evakernels import rope_attention
@@ -32,10 +32,8 @@ def reset_linear(layer: nn.Linear, factor: float = 1.0) -> None:
 
 def cast_once(x: Tensor) -> Tensor:
     """`x` in the dtype of autocast, if it is on: the linears that read `x` would each make a cast of their own."""
-    device = x.device.type
-    if x.dtype != torch.float32 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
+    dtype = product_dtype(x)
+    return x if dtype is None else x.to(dtype)
 
 
 class Attention(nn.Module):
@@ -98,7 +96,7 @@ class Attention(nn.Module):
         else:
             out = rope_attention(q, k, v, cos, sin, token_index=token_index, num_prefix=1).flatten(2)
         if self.sub_norm and self.inner_attn_ln is not None:
-            out = self.inner_attn_ln(out)
+            out = self.inner_attn_ln(out, out.dtype)  # which is the projection's, under autocast too
         projected: Tensor = self.proj(out)
         return projected
 
@@ -195,7 +193,7 @@ class Block(ResidualBlock):
         pooled: bool = False,
     ) -> Tensor:
         """The arguments are those of `Attention`."""
-        y = x if self.post_norm else self.norm1(x)
+        y = x if self.post_norm else self.norm1(x, product_dtype(x))
         branch: Tensor = self.attn(cast_once(y), cos, sin, token_index, pooled)
         return branch
 
@@ -214,7 +212,7 @@ class Block(ResidualBlock):
         if self.post_norm:
             x = self.norm1.of_branch(x, branch, self.gamma_1, row_scale)
             return self.norm2.of_branch(x, self.mlp(cast_once(x)), self.gamma_2, self._row_scale(x))
-        y, x = self.norm2.of_sum(x, branch, self.gamma_1, row_scale)
+        y, x = self.norm2.of_sum(x, branch, self.gamma_1, row_scale, product_dtype(x))
         branch = self.mlp(cast_once(y))
         row_scale = self._row_scale(x)
         if self.gamma_2 is not None:

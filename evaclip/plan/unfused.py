@@ -18,10 +18,17 @@ class as_usual(TorchFunctionMode):
         return _USUAL.get(func, func)(*args, **(kwargs or {}))
 
 
-def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool) -> tuple[Tensor, ...]:
+def _layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, ...]:
     shape = x.shape[-1:]
     y = F.rms_norm(x, shape, weight, eps) if rms else F.layer_norm(x, shape, weight, bias, eps)
-    return y.to(x.dtype), x.new_empty(0), x.new_empty(0)
+    return y.to(out_dtype or x.dtype), x.new_empty(0), x.new_empty(0)
 
 
 def _add_layer_norm(

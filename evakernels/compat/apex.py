@@ -75,8 +75,11 @@ class _FusedNorm(nn.Module):
             None if p is None else p.to(torch.promote_types(p.dtype, x.dtype))
             for p in (getattr(self, name) for name in self._parameter_names())
         ]
+        return self._norm(x, *parameters)
+
+    def _norm(self, x: Tensor, *parameters: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
         norm: Callable[..., Tensor] = layer_norm if len(parameters) == 2 else rms_norm
-        return over_trailing(self, norm, x, self.normalized_shape, *parameters)
+        return over_trailing(self, norm, x, self.normalized_shape, *parameters, out_dtype=out_dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.normalized_shape)}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
@@ -118,7 +121,7 @@ class FusedRMSNorm(_FusedNorm):
         return ("weight",)
 
 
-class _Mixed:
+class _Mixed(_FusedNorm):
     """The result is in the dtype of the weight, whatever that of the input."""
 
     weight: nn.Parameter
@@ -130,14 +133,11 @@ class _Mixed:
             raise RuntimeError(f"{type(self).__name__}: elementwise_affine is False; accepted: True")
         if kwargs:
             raise TypeError(f"{type(self).__name__}: unknown arguments {', '.join(kwargs)}; accepted: memory_efficient")
-        super().__init__(normalized_shape, eps, True, memory_efficient)  # type: ignore[call-arg]
+        super().__init__(normalized_shape, eps, True, memory_efficient)
 
     def forward(self, input: Tensor) -> Tensor:
-        dtype = self.weight.dtype
-        # Widened in front of the norm, narrowed behind it: rounded once.
-        wide = input.to(torch.promote_types(input.dtype, dtype))
-        with torch.autocast(input.device.type, enabled=False):
-            return super().forward(wide).to(dtype)  # type: ignore[misc,no-any-return]
+        parameters = (getattr(self, name) for name in self._parameter_names())
+        return self._norm(input, *parameters, out_dtype=self.weight.dtype)
 
 
 class MixedFusedLayerNorm(_Mixed, FusedLayerNorm):

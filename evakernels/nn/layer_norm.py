@@ -1,7 +1,9 @@
 """The norms as modules, with torch's arguments, defaults and state dicts."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from evakernels.ops import layer_norm, rms_norm
@@ -16,14 +18,35 @@ class LayerNorm(nn.LayerNorm):
         elementwise_affine: whether there is a weight, of this shape.
         bias: whether there is a bias beside the weight.
         device, dtype: of both.
+        out_dtype: of the result, as `evakernels.layer_norm` has it; None for that of the input.
 
     Raises:
         ValueError: in `forward`, for an input that doesn't end in `normalized_shape`.
     """
 
+    out_dtype: torch.dtype | None = None  # also of modules that were pickled without one
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        out_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self.out_dtype = out_dtype
+
     def forward(self, input: Tensor) -> Tensor:
         """`[..., *normalized_shape]` to the same shape; dtypes as `evakernels.layer_norm` has them."""
-        return over_trailing(self, layer_norm, input, self.normalized_shape, self.weight, self.bias)
+        parameters = self.weight, self.bias
+        return over_trailing(self, layer_norm, input, self.normalized_shape, *parameters, out_dtype=self.out_dtype)
+
+    def extra_repr(self) -> str:
+        return _repr_of(super().extra_repr(), self.out_dtype)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -34,18 +57,46 @@ class RMSNorm(nn.RMSNorm):
         eps: added to the mean square; None, as in torch: `torch.finfo` of the dtype of the sums, float32 or float64.
         elementwise_affine: whether there is a weight, of this shape.
         device, dtype: of the weight.
+        out_dtype: of the result, as `evakernels.rms_norm` has it; None for that of the input.
 
     Raises:
         ValueError: in `forward`, for an input that doesn't end in `normalized_shape`.
     """
 
+    out_dtype: torch.dtype | None = None
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        out_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        self.out_dtype = out_dtype
+
     def forward(self, x: Tensor) -> Tensor:
         """`[..., *normalized_shape]` to the same shape; dtypes as `evakernels.rms_norm` has them."""
-        return over_trailing(self, rms_norm, x, self.normalized_shape, self.weight)
+        return over_trailing(self, rms_norm, x, self.normalized_shape, self.weight, out_dtype=self.out_dtype)
+
+    def extra_repr(self) -> str:
+        return _repr_of(super().extra_repr(), self.out_dtype)
+
+
+def _repr_of(of_torch: str, out_dtype: torch.dtype | None) -> str:
+    return of_torch if out_dtype is None else f"{of_torch}, out_dtype={out_dtype}"
 
 
 def over_trailing(
-    module: nn.Module, norm: Callable[..., Tensor], x: Tensor, shape: Sequence[int], *parameters: Tensor | None
+    module: nn.Module,
+    norm: Callable[..., Tensor],
+    x: Tensor,
+    shape: Sequence[int],
+    *parameters: Tensor | None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """A norm with the `eps` of `module` over the trailing dimensions of `x`, whose sizes are `shape`."""
     first = x.dim() - len(shape)
@@ -53,6 +104,6 @@ def over_trailing(
         expected = ", ".join(("...", *map(str, shape)))
         raise ValueError(f"{type(module).__name__}: input has shape {tuple(x.shape)}; expected [{expected}]")
     if len(shape) == 1:
-        return norm(x, *parameters, eps=module.eps)
+        return norm(x, *parameters, eps=module.eps, out_dtype=out_dtype)
     flat = (None if parameter is None else parameter.flatten() for parameter in parameters)
-    return norm(x.flatten(first), *flat, eps=module.eps).view(x.shape)
+    return norm(x.flatten(first), *flat, eps=module.eps, out_dtype=out_dtype).view(x.shape)

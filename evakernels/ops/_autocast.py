@@ -27,11 +27,14 @@ def matmul_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def norm_inputs(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
-    """In float32 when autocast is on for CUDA, as for `torch.nn.functional.layer_norm`; otherwise as they are.
+def widens_norms(x: Tensor) -> bool:
+    """Whether autocast has the norm of `x` in float32: on CUDA, as that of `torch.nn.functional.layer_norm`."""
+    return x.device.type == "cuda" and is_on("cuda") and x.dtype != torch.float64
 
-    A model in bfloat16 has parameters in bfloat16, which beside the float32 that this makes of `x` no norm takes.
+
+def widened(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Those of 16 bits in float32.
+
+    A model in bfloat16 has parameters in bfloat16, which beside a norm in float32 no norm takes.
     """
-    if x.device.type == "cuda" and is_on("cuda") and x.dtype != torch.float64:
-        return x.float(), *(t.float() if isinstance(t, Tensor) and t.dtype in _HALVES else t for t in parameters)
-    return x, *parameters
+    return tuple(t.float() if isinstance(t, Tensor) and t.dtype in _HALVES else t for t in tensors)

@@ -100,15 +100,30 @@ def shape(op: str, name: str, tensor: Tensor | None, expected: tuple[int, ...], 
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; expected {meaning} = {expected}")
 
 
-def parameter_dtype(op: str, x: Tensor, **tensors: Tensor | None) -> None:
-    """Per-channel parameters have the dtype of `x` or float32 (mixed precision)."""
+def out_dtype(op: str, dtype: Any) -> None:
+    """`dtype`, where it is given, is one that the ops take."""
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in FLOATS):
+        found = dtype if isinstance(dtype, torch.dtype) else f"{dtype!r}, {kind(dtype)}"
+        raise TypeError(f"{op}: out_dtype is {found}; accepted: {', '.join(map(str, FLOATS))}, or None for that of x")
+
+
+def parameter_dtype(op: str, x: Tensor, out_dtype: torch.dtype | None = None, **tensors: Tensor | None) -> None:
+    """Per-channel parameters have the dtype of `x`, that of the result or float32 (mixed precision)."""
+    accepted = {x.dtype: "as x", torch.float32: ""}
+    if out_dtype is not None:
+        accepted.setdefault(out_dtype, "as out_dtype")
     for name, tensor in tensors.items():
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
             raise no_tensor(op, name, tensor)
-        if tensor.dtype != x.dtype and tensor.dtype != torch.float32:
-            raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: {x.dtype} (as x) or torch.float32")
+        if tensor.dtype not in accepted:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: {_alternatives(accepted)}")
+
+
+def _alternatives(dtypes: dict[torch.dtype, str]) -> str:
+    """`torch.bfloat16 (as x) or torch.float32`."""
+    return " or ".join(f"{dtype} ({why})" if why else str(dtype) for dtype, why in dtypes.items())
 
 
 def heads(op: str, layout: str, q: Tensor, k: Tensor, v: Tensor) -> None:

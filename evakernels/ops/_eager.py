@@ -16,6 +16,7 @@ _function_modes = torch._C._is_torch_function_mode_enabled
 _transforms = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 _any_autocast = torch._C._is_any_autocast_enabled
+dtype = torch.dtype
 
 
 def is_watched() -> bool:
@@ -44,7 +45,7 @@ def likeness(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         kind = type(arg)
         if kind is Tensor or kind is Parameter:
             key += arg.dtype, arg.shape, arg.device
-        elif arg is None or kind is float or kind is bool or kind is int:
+        elif arg is None or kind is float or kind is bool or kind is int or kind is dtype:
             key += kind, arg
         elif (kind is tuple or kind is list) and arg and type(arg[0]) is bool:
             key += tuple, *arg

@@ -49,7 +49,7 @@ class Plan(NamedTuple):
     def changed(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         found = list(args)
         for i, value in self.changes:
-            found[i] = found[i].to(value) if isinstance(value, torch.dtype) else value
+            found[i] = found[i].to(value) if isinstance(found[i], Tensor) else value
         return tuple(found)
 
 
@@ -168,6 +168,7 @@ def define(
     lowered: Callable[..., Any] | None = None,
     mutates: Sequence[str] = (),
     rule: Rule | None = None,
+    reasons: backends.Reasons | None = None,
     gpu_reasons: backends.Reasons | None = None,
 ) -> Op:
     """Defines `torch.ops.evakernels.<name of the reference>` and returns what calls it.
@@ -184,7 +185,8 @@ def define(
             may leave out the outputs that are for the backward pass.
         mutates: the arguments that are written.
         rule: how it runs on DTensors. Without one they get torch's error, that it knows no way to cut the op.
-        gpu_reasons: given the arguments, why the compiled kernels for GPUs can't serve them.
+        reasons: given the arguments, why no compiled kernels can serve them.
+        gpu_reasons: the same of those for GPUs alone.
     """
     name = reference.__name__
     schema = torch.library.infer_schema(reference, mutates_args=mutates)
@@ -211,7 +213,7 @@ def define(
     torch.library.register_fake(f"evakernels::{name}", fake_of_op, lib=_library)
     backends.register(name, "reference", reference)
     triton.register(name)
-    _native.register(name, gpu_reasons)
+    _native.register(name, reasons, gpu_reasons)
     _composed[op.overload] = in_torch_operators
     if returns:
         _library.impl(name, op.differentiated, "Autograd", with_keyset=True)

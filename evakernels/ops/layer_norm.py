@@ -8,24 +8,34 @@ from torch import Tensor
 
 from evakernels import backends
 from evakernels.ops import _check
-from evakernels.ops._autocast import norm_inputs
+from evakernels.ops._autocast import widened, widens_norms
 from evakernels.ops._op import define, differentiable
 from evakernels.ops._sharding import Rule
 from evakernels.reference import layer_norm as reference
 from evakernels.reference._numerics import accumulation_dtype
 
 
-def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     """LayerNorm over the last dimension (Ba, Kiros, Hinton 2016).
 
     Args:
         x: `[..., C]`, float64, float32, bfloat16 or float16.
-        weight, bias: `[C]`, in the dtype of `x` or float32; None for none.
+        weight, bias: `[C]`, in the dtype of `x`, that of the result or float32; None for none.
         eps: added to the variance; by default as in torch. EVA's norms have 1e-6.
+        out_dtype: that of the result, such as bfloat16 of a float32 residual stream, in front of a product in bfloat16;
+            None for that of `x`. No copy of `x` is made, and the result is rounded once. Compiled kernels give float32
+            of 16 bits and 16 bits of float32; other pairs are served by the next backend.
 
     Returns:
-        `[..., C]` in the dtype of `x`. Statistics and sums are float32 (float64 for float64 input). Under CUDA autocast
-        the result is float32, as that of `torch.nn.functional.layer_norm`.
+        `[..., C]` in `out_dtype`. Statistics and sums are float32 (float64 for float64 input). Under CUDA autocast
+        the result is float32 unless `out_dtype` says otherwise, as that of `torch.nn.functional.layer_norm`.
 
     Raises:
         TypeError: for a dtype that isn't accepted.
@@ -35,12 +45,16 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         >>> x = torch.randn(2, 197, 768)
         >>> evakernels.layer_norm(x, torch.ones(768), torch.zeros(768)).shape
         torch.Size([2, 197, 768])
+        >>> evakernels.layer_norm(x, out_dtype=torch.bfloat16).dtype
+        torch.bfloat16
     """
-    y: Tensor = _forward(x, weight, bias, eps, False)
+    y: Tensor = _forward(x, weight, bias, eps, False, out_dtype)
     return y
 
 
-def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, eps: float | None = None, *, out_dtype: torch.dtype | None = None
+) -> Tensor:
     """RMSNorm over the last dimension (Zhang, Sennrich 2019): `layer_norm` without mean and bias.
 
     Takes and raises what `layer_norm` does, but `eps` may be None, and is by default, as in
@@ -50,7 +64,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) 
         >>> evakernels.rms_norm(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0]))
         tensor([0.8485, 2.2627])
     """
-    y: Tensor = _forward(x, weight, None, eps, True)
+    y: Tensor = _forward(x, weight, None, eps, True, out_dtype)
     return y
 
 
@@ -63,21 +77,25 @@ def add_layer_norm(
     layer_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
     eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The residual add of one sub-layer and the norm of the next (pre-norm blocks) in one pass.
 
     Args:
         residual: `[B, ..., C]`.
         branch: the output of the sub-layer, same shape.
-        weight, bias: `[C]`, of the norm.
+        weight, bias: `[C]`, of the norm, in the dtype of `residual`, that of `y` or float32.
         layer_scale: `[C]`, factor of each channel of the branch (CaiT, Touvron et al. 2021).
         row_scale: `[B]`, factor of each sample of the branch: 0 or 1/keep for stochastic depth (Huang et al. 2016).
             It gets no gradient.
         eps: added to the variance.
+        out_dtype: of `y`, None for that of `residual`; `x`, the residual stream, stays in that of `residual`. Compiled
+            kernels serve a float32 residual with a branch of 16 bits and a `y` of the same 16 bits; other pairs are
+            served by the next backend.
 
     Returns:
-        `(y, x)` with `x = residual + row_scale * layer_scale * branch` and `y = layer_norm(x)`, both in the dtype of
-        `residual`.
+        `(y, x)` with `x = residual + row_scale * layer_scale * branch`, in the dtype of `residual`, and
+        `y = layer_norm(x)`, in `out_dtype`. Under CUDA autocast both are float32 unless `out_dtype` is given.
 
     Raises:
         TypeError: for a dtype that isn't accepted.
@@ -90,7 +108,9 @@ def add_layer_norm(
         >>> torch.equal(x[0], residual[0])
         True
     """
-    both: tuple[Tensor, Tensor] = _add_forward(residual, branch, weight, bias, layer_scale, row_scale, eps, False)
+    both: tuple[Tensor, Tensor] = _add_forward(
+        residual, branch, weight, bias, layer_scale, row_scale, eps, False, out_dtype
+    )
     return both
 
 
@@ -102,6 +122,7 @@ def add_rms_norm(
     layer_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
     eps: float | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`add_layer_norm` with RMSNorm, whose `eps` may be None, as that of `rms_norm`.
 
@@ -110,7 +131,9 @@ def add_rms_norm(
         >>> x, y
         (tensor([[3., 4.]]), tensor([[0.8485, 1.1314]]))
     """
-    both: tuple[Tensor, Tensor] = _add_forward(residual, branch, weight, None, layer_scale, row_scale, eps, True)
+    both: tuple[Tensor, Tensor] = _add_forward(
+        residual, branch, weight, None, layer_scale, row_scale, eps, True, out_dtype
+    )
     return both
 
 
@@ -126,8 +149,8 @@ def layer_norm_add(
 ) -> Tensor:
     """The norm of a sub-layer's output and its residual add (post-norm blocks, as in EVA-CLIP E and 18B) in one pass.
 
-    Takes and raises what `add_layer_norm` does, and returns `residual + row_scale * layer_scale * layer_norm(branch)`
-    in the dtype of `residual`.
+    Takes and raises what `add_layer_norm` does, but for `out_dtype`, and returns
+    `residual + row_scale * layer_scale * layer_norm(branch)`: the residual stream, in the dtype of `residual`.
 
     Examples:
         >>> residual, branch = torch.randn(2, 2, 197, 768)
@@ -160,13 +183,28 @@ def rms_norm_add(
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _check_plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, rms: bool) -> Any:
+def _check_plain(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    rms: bool,
+    out_dtype: torch.dtype | None,
+) -> Any:
     op = "rms_norm" if rms else "layer_norm"
     _check.floating(op, x=x)
-    x, weight, bias = norm_inputs(x, weight, bias)
-    _check_norm(op, "x", x, weight, bias)
+    _check.out_dtype(op, out_dtype)
+    if widens_norms(x):
+        weight, bias = widened(weight, bias)
+        if out_dtype is None and x.dtype != torch.float32:
+            out_dtype = torch.float32
+    _check_norm(op, "x", x, weight, bias, out_dtype)
     _check.same_device(op, x=x, weight=weight, bias=bias)
-    return x, weight, bias, _checked_eps(op, eps, x, rms), rms
+    return x, weight, bias, _checked_eps(op, eps, x, rms), rms, out_dtype
+
+
+def _check_add(*args: Any) -> Any:
+    return *_check_joined("add_layer_norm", *args), args[-1]
 
 
 def _check_joined(
@@ -179,11 +217,15 @@ def _check_joined(
     row_scale: Tensor | None,
     eps: float | None,
     rms: bool,
+    out_dtype: torch.dtype | None = None,
 ) -> Any:
     op = op.replace("layer", "rms") if rms else op
     _check.floating(op, residual=residual, branch=branch)
-    residual, weight, bias = norm_inputs(residual, weight, bias)
-    _check_norm(op, "residual", residual, weight, bias)
+    _check.out_dtype(op, out_dtype)
+    if widens_norms(residual):
+        weight, bias = widened(weight, bias)
+        residual = residual.float() if out_dtype is None else residual
+    _check_norm(op, "residual", residual, weight, bias, out_dtype)
     if residual.dim() < 2:
         raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}; expected [B, ..., C]")
     scales = {"layer_scale": layer_scale, "row_scale": row_scale}
@@ -203,12 +245,14 @@ def _checked_eps(op: str, eps: float | None, x: Tensor, rms: bool) -> float:
     return torch.finfo(accumulation_dtype(x)).eps
 
 
-def _check_norm(op: str, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+def _check_norm(
+    op: str, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype | None
+) -> None:
     if x.dim() == 0:
         raise ValueError(f"{op}: {name} is a scalar; expected [..., C]")
     if bias is not None and weight is None:
         raise ValueError(f"{op}: bias without weight; give both or neither")
-    _check.parameter_dtype(op, x, weight=weight, bias=bias)
+    _check.parameter_dtype(op, x, out_dtype, weight=weight, bias=bias)
     _check.shape(op, "weight", weight, (x.shape[-1],), "[C]")
     _check.shape(op, "bias", bias, (x.shape[-1],), "[C]")
 
@@ -216,8 +260,23 @@ def _check_norm(op: str, name: str, x: Tensor, weight: Tensor | None, bias: Tens
 # --- ops ------------------------------------------------------------------------------------------------------------
 
 
+def _between(y: torch.dtype, x: torch.dtype) -> list[str]:
+    """Why compiled kernels can't read one and write the other, if they can't."""
+    if y == x or torch.float32 in (y, x):
+        return []
+    return [f"y is {y} beside {x}: compiled kernels take the same dtype, or 16 bits beside float32"]
+
+
+def _reasons(x: Tensor, *rest: Any) -> list[str]:
+    return _between((rest[4] if len(rest) > 4 else None) or x.dtype, x.dtype)
+
+
+def _backward_reasons(dy: Tensor, *rest: Any) -> list[str]:
+    return _between(dy.dtype, rest[0].dtype) if rest else []
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, _, ctx.rms = inputs
+    x, weight, _, _, ctx.rms, *_ = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, weight, mean, rstd)
 
@@ -226,8 +285,8 @@ def _gradient(ctx: Any, dy: Tensor) -> Any:
     return _backward(dy, *ctx.saved_tensors, ctx.rms, ctx.needs_input_grad[1:3])
 
 
-_forward = define(reference.layer_norm_forward, check=_check_plain, rule=Rule())
-_backward = define(reference.layer_norm_backward)
+_forward = define(reference.layer_norm_forward, check=_check_plain, rule=Rule(), reasons=_reasons)
+_backward = define(reference.layer_norm_backward, reasons=_backward_reasons)
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)
 
 
@@ -246,8 +305,27 @@ def _gpu_reasons(branch: int) -> backends.Reasons:
     return reasons
 
 
+def _of_sum(y: torch.dtype, residual: torch.dtype, branch: torch.dtype) -> list[str]:
+    """Why compiled kernels of add + norm can't serve these, if they can't."""
+    if y == residual or (residual == torch.float32 and y == branch):
+        return []
+    return [
+        f"y is {y} beside a residual of {residual} and a branch of {branch}: compiled kernels take the residual's "
+        "dtype, or beside a float32 residual the branch's"
+    ]
+
+
+def _add_reasons(residual: Tensor, *rest: Any) -> list[str]:
+    out_dtype = rest[7] if len(rest) > 7 else None
+    return [] if out_dtype is None else _of_sum(out_dtype, residual.dtype, rest[0].dtype)
+
+
+def _add_backward_reasons(dy: Tensor, *rest: Any) -> list[str]:
+    return _of_sum(dy.dtype, rest[1].dtype, rest[2].dtype) if len(rest) > 2 else []
+
+
 def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, branch, weight, _, layer_scale, row_scale, _, ctx.rms = inputs
+    _, branch, weight, _, layer_scale, row_scale, _, ctx.rms, *_ = inputs
     _, x, mean, rstd = output
     # The branch is needed for the gradient of layer_scale only; otherwise its dtype is all that is kept.
     kept = branch if ctx.needs_input_grad[4] else branch.new_empty(0)
@@ -268,11 +346,14 @@ def _add_gradient(ctx: Any, dy: Tensor, dx: Tensor) -> Any:
 
 _add_forward = define(
     reference.add_layer_norm_forward,
-    check=partial(_check_joined, "add_layer_norm"),
+    check=_check_add,
     rule=_OF_JOINED,
+    reasons=_add_reasons,
     gpu_reasons=_gpu_reasons(branch=1),
 )
-_add_backward = define(reference.add_layer_norm_backward, gpu_reasons=_gpu_reasons(branch=3))
+_add_backward = define(
+    reference.add_layer_norm_backward, reasons=_add_backward_reasons, gpu_reasons=_gpu_reasons(branch=3)
+)
 differentiable(_add_forward, _add_backward, setup_context=_add_setup, formula=_add_gradient, returned=2)
 
 

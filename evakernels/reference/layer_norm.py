@@ -5,7 +5,7 @@
     norm + add  x = residual + row_scale * layer_scale * norm(branch)             post-norm blocks
 
 `row_scale` [B] is the drop-path factor of each sample (0 or 1/keep), `layer_scale` [C] that of each channel. Sums and
-statistics are float32 (float64 for float64 input).
+statistics are float32 (float64 for float64 input). y is in `out_dtype`, by default that of x; it is rounded once.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,15 @@ from evakernels.reference._numerics import accumulation_dtype
 
 
 def layer_norm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     normalized, mean, rstd = _normalize(x, eps, rms)
-    return _result(_affine(normalized, weight, bias), x.dtype), mean, rstd
+    return _result(_affine(normalized, weight, bias), out_dtype or x.dtype), mean, rstd
 
 
 def layer_norm_backward(
@@ -39,12 +44,13 @@ def add_layer_norm_forward(
     row_scale: Tensor | None,
     eps: float,
     rms: bool,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # The norm sees the sum before it is rounded: one rounding less than an add followed by a norm.
     total = _accumulate(residual) + _scaled(_accumulate(branch), layer_scale, row_scale)
     normalized, mean, rstd = _normalize(total, eps, rms)
     y = _affine(normalized, weight, bias)
-    return _result(y, residual.dtype), _result(total, residual.dtype), mean, rstd
+    return _result(y, out_dtype or residual.dtype), _result(total, residual.dtype), mean, rstd
 
 
 def add_layer_norm_backward(

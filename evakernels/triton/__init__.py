@@ -129,5 +129,5 @@ def _reasons(op: str, args: tuple[Any, ...]) -> list[str]:
         if not _installed():
             return ["triton is not installed"]
         return [] if INTERPRETED or torch.cuda.is_available() else ["there is no GPU here"]
-    found = static_reasons(op, tensor.device, tuple(t.dtype for t in backends.tensors(args)))
+    found = static_reasons(op, tensor.device, tuple(backends.dtypes(args)))
     return found if found or shapes is None else shapes(*args)

@@ -176,9 +176,14 @@ class Parameters(NamedTuple):
 
 
 def layer_norm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
     return out, *_forward("layer_norm_forward", x, None, Parameters(weight, bias), eps, rms, None, out)
 
 
@@ -191,8 +196,11 @@ def add_layer_norm_forward(
     row_scale: Tensor | None,
     eps: float,
     rms: bool,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, total = (torch.empty_like(residual, memory_format=torch.contiguous_format) for _ in range(2))
+    out, total = (
+        torch.empty_like(residual, dtype=dtype, memory_format=torch.contiguous_format) for dtype in (out_dtype, None)
+    )
     parameters = Parameters(weight, bias, layer_scale, row_scale)
     return out, total, *_forward("add_layer_norm_forward", branch, residual, parameters, eps, rms, total, out)
 

@@ -100,6 +100,7 @@ def layer_norm_forward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
     yield x, weight, bias, EPS, False
     yield x, weight, None, EPS, True
     yield x, None, None, EPS, False
+    yield x.float(), weight.float(), bias.float(), EPS, False, draw.dtype  # of a float32 stream
 
 
 def layer_norm_backward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
@@ -107,6 +108,7 @@ def layer_norm_backward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:
     yield dy, x, weight, mean, rstd, False, (True, True)
     yield dy, x, weight, mean[:0], rstd, True, (True, False)
     yield dy, x, None, mean, rstd, False, (False, False)
+    yield dy, x.float(), weight.float(), mean, rstd, False, (True, True)
 
 
 def add_layer_norm_forward(draw: Draw, width: int) -> Iterator[tuple[Any, ...]]:

@@ -71,6 +71,7 @@ void drive_layer_norm(const Case& c, Shift shifted) {
                                     .width = c.width,
                                     .eps = kEps,
                                     .dtype = c.dtype,
+                                    .y_dtype = c.dtype,
                                     .weight_dtype = DType::Float32,
                                     .rms = false};
   run(cuda::layer_norm_forward(forward, nullptr), called("layer_norm_forward"));
@@ -90,6 +91,7 @@ void drive_layer_norm(const Case& c, Shift shifted) {
                                       .rows = c.rows,
                                       .width = c.width,
                                       .dtype = c.dtype,
+                                      .y_dtype = c.dtype,
                                       .weight_dtype = DType::Float32,
                                       .rms = false};
   Scratch scratch;
@@ -110,7 +112,7 @@ void drive_add_norm(const Case& c, bool scaled, Shift shifted) {
   Buffer y(c.dtype, size, shifted(4)), x(c.dtype, size, shifted(6));
   Buffer mean(DType::Float32, c.rows), rstd(DType::Float32, c.rows);
   Parameters parameters(c, scaled);
-  const ResidualNormShape shape = {c.rows, c.width, 1, c.dtype, c.dtype, false};
+  const ResidualNormShape shape = {c.rows, c.width, 1, c.dtype, c.dtype, c.dtype, false};
   const AddNormForward forward = {.residual = residual.data(),
                                   .branch = branch.data(),
                                   .y = y.data(),
@@ -173,7 +175,7 @@ void drive_norm_add(const Case& c, bool scaled, Shift shifted) {
   Buffer branch = Buffer::random(c.dtype, size, shifted(2)), x(c.dtype, size, shifted(4));
   Buffer mean(DType::Float32, c.rows), rstd(DType::Float32, c.rows);
   Parameters parameters(c, scaled);
-  const ResidualNormShape shape = {c.rows, c.width, 1, c.dtype, c.dtype, false};
+  const ResidualNormShape shape = {c.rows, c.width, 1, c.dtype, c.dtype, c.dtype, false};
   const NormAddForward forward = {.residual = residual.data(),
                                   .branch = branch.data(),
                                   .x = x.data(),

@@ -1,6 +1,7 @@
 """apex's names: norms beside torch's, optimizers beside torch's and timm's, state in apex's layout."""
 
 import copy
+import importlib
 
 import pytest
 import timm.optim
@@ -68,6 +69,16 @@ def test_mixed_norms_give_the_dtype_of_the_weight(dtype, weight):
         got = ours(x)
     assert got.dtype == weight
     torch.testing.assert_close(got, theirs(x.float()).to(weight))
+
+
+def test_mixed_norms_copy_no_input(monkeypatch):
+    module, taken = importlib.import_module("evakernels.ops.layer_norm"), []
+    op = module._forward
+    monkeypatch.setattr(module, "_forward", lambda *args: taken.append((args[0].dtype, args[-1])) or op(*args))
+    with torch.autocast("cpu", dtype=torch.float16):
+        apex.MixedFusedRMSNorm(12)(randn(5, 12).bfloat16())
+        apex.MixedFusedLayerNorm(12).bfloat16()(randn(5, 12).float())
+    assert taken == [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
 
 
 def test_plain_norms_follow_autocast():

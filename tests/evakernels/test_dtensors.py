@@ -104,6 +104,7 @@ def work(rank, folder):
     found["compiled"] = compiled(mesh)
     x = distribute_tensor(randn(*ROWS), mesh, [Shard(0)])
     found["plain"] = message(evakernels.layer_norm, x, torch.ones(4).double())
+    found["out_dtype"] = described([evakernels.layer_norm(x, out_dtype=torch.float32)])
     other = distribute_tensor(randn(*WIDTH), init_device_mesh("cpu", (1, WORLD)), [Replicate()] * 2)
     found["meshes"] = message(evakernels.rms_norm, x, other)
     torch.save(found, f"{folder}/rank{rank}.pt")
@@ -153,6 +154,13 @@ def test_torchs_sequence_parallelism(ranks):
     for rank in ranks:
         torch.testing.assert_close(values(rank["block"]), [e.detach() for e in expected])
         assert places(rank["block"]) == ["S(1)"] * 2
+
+
+def test_out_dtype(ranks):
+    expected = evakernels.layer_norm(randn(*ROWS), out_dtype=torch.float32)
+    for rank in ranks:
+        torch.testing.assert_close(values(rank["out_dtype"]), [expected])
+        assert places(rank["out_dtype"]) == ["S(0)"]
 
 
 def test_compiled(ranks):

@@ -17,6 +17,7 @@ from op_checks import (
     with_gradients,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import evakernels
 from evakernels.ops import _autocast
@@ -24,6 +25,8 @@ from evakernels.ops import _autocast
 EPS = 1e-6
 OPS = torch.ops.evakernels
 NORMS = ["layer", "rms"]
+# Under the names that they have among DTYPES, by which tests of other builds choose.
+HALVES = [pytest.param(torch.bfloat16, id="dtype1"), pytest.param(torch.float16, id="dtype2")]
 
 
 def torch_norm(kind, x, weight, bias):
@@ -143,6 +146,130 @@ def test_opcheck(dtype, rms):
         assert_opcheck(OPS.layer_norm_backward.default, (dy, x.detach(), weight.detach(), mean, rstd, rms, wanted))
 
 
+def given_as(x, dtype):
+    """In float64, which is the truth, it stays."""
+    return x if x.dtype == torch.float64 else x.to(dtype)
+
+
+def with_out_dtype(form, half):
+    """Our function, torch's and inputs that the dtypes bear. Widths that GPUs read by 4 and by 2 elements, and by 1."""
+    kind, layer_scale = ("rms", None) if form == "add, rms" else ("layer", randn(24, seed=5))
+    width = {"to half": 24, "to float32": 10, "add": 24, "add, rms": 7}[form]
+    x_dtype, y_dtype = (half, torch.float32) if form == "to float32" else (torch.float32, half)
+    x = randn(2, 3, width).to(half).double()
+    inputs = x, *parameters(kind, width, True)
+    if "add" not in form:
+
+        def ours(x, weight, bias):
+            return evakernels.layer_norm(given_as(x, x_dtype), weight, bias, EPS, out_dtype=y_dtype)
+
+        def theirs(x, weight, bias):
+            return given_as(torch_norm(kind, given_as(x, x_dtype).to(x.dtype), weight, bias), y_dtype)
+
+        return ours, theirs, inputs
+    row_scale = torch.tensor([0.5, 2.0])
+
+    def ours(x, weight, bias, branch, layer_scale):
+        options = {"layer_scale": layer_scale, "row_scale": row_scale, "eps": EPS, "out_dtype": half}
+        if kind == "rms":
+            return evakernels.add_rms_norm(x, given_as(branch, half), weight, **options)
+        return evakernels.add_layer_norm(x, given_as(branch, half), weight, bias, **options)
+
+    def theirs(x, weight, bias, branch, layer_scale):
+        branch = given_as(branch, half).to(x.dtype)
+        y, x = add_then_norm(kind, row_scale)[1](x, branch, weight, bias, layer_scale)
+        return given_as(y, half), x
+
+    return ours, theirs, (*inputs, randn(2, 3, width, seed=4).to(half).double(), layer_scale)
+
+
+OUT_FORMS = ["to half", "to float32", "add", "add, rms"]
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("form", OUT_FORMS)
+def test_out_dtype_is_as_accurate_as_torch(form, half):
+    """As the norm of float32 that is cast, where one is cast."""
+    ours, theirs, inputs = with_out_dtype(form, half)
+    assert_as_accurate_as_torch(ours, theirs, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("form", ["to half", pytest.param("add", marks=pytest.mark.exhaustive)])
+def test_out_dtype_compiles_without_graph_break(form):
+    ours, _, inputs = with_out_dtype(form, torch.bfloat16)
+    assert_compiles(ours, [None if t is None else t.float() for t in inputs])
+
+
+def test_out_dtype_opcheck():
+    x, branch = randn(2, 3, 8).float().requires_grad_(), randn(2, 3, 8, seed=1).bfloat16().requires_grad_()
+    weight = randn(8, seed=2).float().requires_grad_()
+    assert_opcheck(OPS.layer_norm_forward.default, (x, weight, weight, EPS, False, torch.bfloat16))
+    assert_opcheck(OPS.layer_norm_forward.default, (branch, weight, None, EPS, True, torch.float32))
+    joined = (x, branch, weight, weight, weight, None, EPS, False, torch.bfloat16)
+    assert_opcheck(OPS.add_layer_norm_forward.default, joined)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16, torch.float64])
+def test_out_dtype_of_every_pair(dtype, out_dtype):
+    """Whoever serves it. Weights may be of either dtype, or float32."""
+    x, branch = (randn(2, 3, 8, seed=s).to(dtype).requires_grad_() for s in (0, 1))
+    for weight in (randn(8, seed=2).to(d).requires_grad_() for d in {dtype, out_dtype, torch.float32}):
+        y = evakernels.layer_norm(x, weight, weight, out_dtype=out_dtype)
+        added, total = evakernels.add_layer_norm(x, branch, weight, weight, out_dtype=out_dtype)
+        assert (y.dtype, added.dtype, total.dtype) == (out_dtype, out_dtype, dtype)
+        expected = F.layer_norm(x.double(), (8,), weight.double(), weight.double())
+        finest = max((dtype, out_dtype, torch.float32), key=lambda d: torch.finfo(d).eps)
+        torch.testing.assert_close(y.double(), expected, rtol=0, atol=4 * torch.finfo(finest).eps)
+        (y.sum() + added.sum() + total.sum()).backward()
+        assert x.grad.dtype == branch.grad.dtype == dtype
+        assert weight.grad.dtype == weight.dtype
+
+
+def test_out_dtype_that_no_compiled_kernel_has_is_explained():
+    x = torch.ones(2, 3, 8)
+    told = evakernels.explain("layer_norm", x.bfloat16(), None, None, EPS, False, torch.float16)
+    assert "y is torch.float16 beside torch.bfloat16: compiled kernels take" in told
+    told = evakernels.explain("add_layer_norm", x, x, None, None, None, None, EPS, False, torch.bfloat16)
+    assert "torch.bfloat16 beside a residual of torch.float32 and a branch of torch.float32" in told
+    backward = evakernels.explain("layer_norm_backward", x.half(), x.bfloat16())
+    assert "y is torch.float16 beside torch.bfloat16" in backward
+    y = x.bfloat16()
+    assert "beside a residual of" in evakernels.explain("add_layer_norm_backward", y, x, x, x)
+    assert "beside a residual of" not in evakernels.explain("add_layer_norm_backward", y, x, x, y)
+
+
+class Taken(TorchDispatchMode):
+    """The dtypes of the first two arguments of each op, and the casts of torch beside."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes, self.casts = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "evakernels":
+            self.dtypes.append(tuple(t.dtype for t in args[:2]))
+        elif "_to_copy" in func.name():
+            self.casts.append(args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_cuda_autocast_makes_no_copy_of_what_is_given(monkeypatch, kind):
+    monkeypatch.setattr(_autocast, "is_on", lambda device: device == "cuda")
+    half, full = torch.bfloat16, torch.float32
+    with FakeTensorMode(), torch.device("cuda"), Taken() as taken:
+        x, weight = torch.ones(2, 3, 8), torch.ones(8)
+        narrow = torch.ones(2, 3, 8, dtype=half)
+        norm, add = getattr(evakernels, f"{kind}_norm"), getattr(evakernels, f"add_{kind}_norm")
+        results = norm(narrow, weight), norm(narrow, weight, out_dtype=half), norm(x, weight, out_dtype=half)
+        joined = add(x, narrow, weight, out_dtype=half), add(narrow, narrow, weight, out_dtype=half)
+    assert [y.dtype for y in results] == [full, half, half]
+    assert [(y.dtype, total.dtype) for y, total in joined] == [(half, full), (half, half)]
+    assert taken.dtypes == [(half, full), (half, full), (full, full), (full, half), (half, half)]
+    assert taken.casts == []
+
+
 @pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_gives_the_dtypes_of_torch(kind, dtype):
@@ -214,6 +341,21 @@ def test_a_dropped_sample_keeps_its_residual_and_passes_no_gradient():
             lambda: evakernels.rms_norm(torch.ones(2, 4), torch.ones(4).half()),
             TypeError,
             "weight is torch.float16",
+        ),
+        (
+            lambda: evakernels.rms_norm(torch.ones(2, 4), torch.ones(4).half(), out_dtype=torch.bfloat16),
+            TypeError,
+            r"weight is torch.float16; accepted: torch.float32 or torch.bfloat16 \(as out_dtype\)",
+        ),
+        (
+            lambda: evakernels.layer_norm(torch.ones(2, 4), out_dtype=torch.int8),
+            TypeError,
+            "out_dtype is torch.int8; accepted: torch.float64, torch.float32, torch.bfloat16, torch.float16, or None",
+        ),
+        (
+            lambda: evakernels.add_rms_norm(torch.ones(2, 4), torch.ones(2, 4), out_dtype="bfloat16"),
+            TypeError,
+            "add_rms_norm: out_dtype is 'bfloat16', a str; accepted",
         ),
         (
             lambda: evakernels.add_layer_norm(torch.ones(2, 4), torch.ones(2, 5)),

@@ -73,6 +73,29 @@ def test_add_layer_norm(dtype: torch.dtype, rms: bool, scaled: bool) -> None:
     same("add_layer_norm_backward", given, (rms, wanted), rms=rms)
 
 
+def test_y_of_another_dtype() -> None:
+    x, dy, weight = normal(3, 5, 40), normal(3, 5, 40, seed=1, dtype=torch.bfloat16), normal(40)
+    _, *moments = same("layer_norm_forward", (x, weight, weight), (EPS, False, torch.bfloat16), eps=EPS)
+    same("layer_norm_backward", (dy, x, weight, *moments), (False, [True, True]))
+    given = (x, dy, weight, None, None, None)
+    _, total, *moments = same("add_layer_norm_forward", given, (EPS, True, torch.bfloat16), eps=EPS, rms=True)
+    given = (dy, x, total, dy, weight, None, None, *moments)
+    same("add_layer_norm_backward", given, (True, [False, True, False, False]), rms=True)
+
+
+def test_y_that_no_kernel_writes_is_refused() -> None:
+    half, rows, none = normal(3, 40).half(), (torch.empty(3), torch.empty(3)), (None, None, None, None)
+    message = "y is bfloat16 beside float16; the kernels take the same dtype, or 16 bits beside float32"
+    with pytest.raises(ValueError, match=message):
+        _C.layer_norm_forward(half, None, None, half.bfloat16(), *rows)
+    with pytest.raises(ValueError, match="weight must be float32 or of x's dtype or y's"):
+        _C.layer_norm_forward(half, normal(40).bfloat16(), None, half.float(), *rows)
+    message = "dy is bfloat16 beside float32 and a branch of float32; the kernels take the residual's dtype"
+    x = half.float()
+    with pytest.raises(ValueError, match=message):
+        _C.add_layer_norm_backward(half.bfloat16(), x, x, x, *none[:3], *rows, x.clone(), None, None, None, None)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [40, 42])
 def test_the_gradient_of_a_layer_scale_needs_none_of_the_branch(dtype: torch.dtype, width: int) -> None:

@@ -286,7 +286,12 @@ def _frozen(array: np.ndarray) -> np.ndarray:
         (torch.zeros(4, 2).t(), torch.zeros(2, 4), ValueError, "x must be dense"),
         (np.zeros((4, 2), np.float32).T, torch.zeros(2, 4), ValueError, "x must be dense"),
         (torch.zeros(2, 4), torch.zeros(2, 5), ValueError, r"y has shape \[2, 5\], but must have \[2, 4\]"),
-        (torch.zeros(2, 4), torch.zeros(2, 4).half(), ValueError, "y is float16, but must be float32"),
+        (
+            torch.zeros(2, 4).half(),
+            torch.zeros(2, 4).bfloat16(),
+            ValueError,
+            "y is bfloat16 beside float16; ",
+        ),
         (torch.zeros(2, 4), _frozen(np.zeros((2, 4), np.float32)), ValueError, "y is read-only"),
         (torch.zeros(3, 4), torch.zeros(3, 4), ValueError, "one element for each of the 3 rows"),
     ],

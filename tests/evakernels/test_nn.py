@@ -16,6 +16,10 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def arguments_of(function):
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
@@ -40,7 +44,9 @@ def test_norms_take_the_place_of_those_of_torch(ours, theirs, dtype):
     theirs.load_state_dict(state)
     assert isinstance(ours, type(theirs))
     assert ours.extra_repr() == theirs.extra_repr()
-    assert inspect.signature(type(ours)) == inspect.signature(type(theirs))
+    *of_torch, (name, kind, default) = arguments_of(type(ours))
+    assert of_torch == arguments_of(type(theirs))
+    assert (name, kind, default) == ("out_dtype", inspect.Parameter.KEYWORD_ONLY, None)
     for size in (1e-8, 1e-3, 1.0):
         x = (size * randn(2, 3, 8)).to(dtype)
         torch.testing.assert_close(ours(x), theirs(x))
@@ -53,6 +59,16 @@ def test_norms_name_an_input_of_another_width(norm, shape, expected):
     for affine in (True, False):
         with pytest.raises(ValueError, match=rf"{norm.__name__}: input has shape \(3, 4\); expected {expected}"):
             norm(shape, elementwise_affine=affine)(randn(3, 4))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("shape", [8, (3, 8)])
+def test_norms_give_the_dtype_that_they_are_told(norm, shape):
+    module, x = norm(shape, out_dtype=torch.bfloat16), torch.randn(2, 3, 8)
+    assert torch.equal(module(x), norm(shape)(x).bfloat16())
+    assert "out_dtype=torch.bfloat16" in repr(module)
+    del module.__dict__["out_dtype"]  # as of a module that was pickled before there was one
+    assert module(x).dtype == torch.float32
 
 
 def test_functions_have_the_eps_of_torch_too():

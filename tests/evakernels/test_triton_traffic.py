@@ -65,7 +65,8 @@ def test_every_element_of_an_activation_is_loaded_and_stored_once(reports, op):
             if output.numel() > ROWS * 300:
                 assert launch.stores[str(n)].bytes == output.nbytes, (op, n)
         for name, traffic in launch.loads.items():
-            if traffic.bytes >= least and not name.startswith("pos_embed"):  # read by every sample
+            # Neither parameters, which every tile reads, nor what every sample does.
+            if SECTOR * traffic.touched >= least and not name.startswith("pos_embed"):
                 assert traffic.bytes <= SECTOR * traffic.touched < traffic.bytes + SECTOR, (op, name)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evaclip import CLIP, Savings
+from evaclip.model.norm import Norm
 from evakernels import clip_loss, sample_token_index
 
 
@@ -189,12 +190,33 @@ class _Casts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_linears_that_share_an_input_share_its_cast() -> None:
-    block = small_model().train().visual.blocks[0]
+@pytest.mark.parametrize(("options", "expected"), [({}, 0), ({"post_norm": True}, 2)])
+def test_linears_that_share_an_input_share_its_cast_if_no_norm_gives_it(options: dict[str, Any], expected: int) -> None:
+    block = small_model(**options).train().visual.blocks[0]
     x = torch.randn(2, 17, 128)
     with _Casts() as casts, torch.autocast("cpu", torch.bfloat16):
         block(x)
-    assert casts.shapes.count((2, 17, 128)) == 2
+    assert casts.shapes.count((2, 17, 128)) == expected
+
+
+def test_norms_in_front_of_products_change_nothing_but_the_casts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(layer_scale_init=1.0).train()
+
+    def results() -> tuple[Tensor, Tensor, dict[str, Tensor], int]:
+        with _Casts() as casts, torch.autocast("cpu", torch.bfloat16):
+            images, texts = model.encode_image(random_images(2)), model.encode_text(random_tokens(2))
+        gradients = _gradients_of(model, (images.float().square().sum() + texts.float().square().sum()))
+        return images, texts, gradients, len(casts.shapes)
+
+    images, texts, gradients, casts = results()
+    forward, of_sum = Norm.forward, Norm.of_sum
+    monkeypatch.setattr(Norm, "forward", lambda norm, x, out_dtype=None: forward(norm, x))
+    monkeypatch.setattr(Norm, "of_sum", lambda norm, *args, out_dtype=None: of_sum(norm, *args[:4]))
+    in_float32 = results()
+    assert torch.equal(images, in_float32[0])
+    assert torch.equal(texts, in_float32[1])
+    assert all(torch.equal(gradient, in_float32[2][name]) for name, gradient in gradients.items())
+    assert casts < in_float32[3]
 
 
 def test_copies_are_independent() -> None:
