@@ -62,9 +62,10 @@ struct Head {
   Vectors values(const HeadsView& view) const { return {view, shared_number(), kUnrotated}; }
   int64_t shared_number() const { return number / (shape.heads / shape.kv_heads); }
 
-  // target = factor * rotate(source).
+  // target = factor * rotate(source). Apart from the loops of what isn't rotated, which it would slow down.
   template <class From, class To>
-  void rotate(const From* source, To* target, const Rotation& by, float factor, int64_t token) const {
+  [[gnu::noinline]] void rotate(const From* source, To* target, const Rotation& by, float factor,
+                                int64_t token) const {
     const Position at = {0, number, by.token_index == nullptr ? token : first + token};
     rotate_vector(source, target, {tokens, shape.heads, shape.head_dim}, by, factor, at);
   }
@@ -72,6 +73,12 @@ struct Head {
   // Tokens [begin, begin + count), one behind the other.
   void load_rows(const Vectors& from, int64_t begin, int64_t count, float factor, float* rows) const {
     const int64_t stride = Extents(tokens, shape.head_dim).channels;
+    if (from.rotation.cos == nullptr) {
+      for (int64_t i = 0; i < count; ++i) {
+        scale_vector(vector(from.view, from.head, begin + i), rows + i * stride, shape.head_dim, factor);
+      }
+      return;
+    }
     for (int64_t i = 0; i < count; ++i) {
       const T* source = vector(from.view, from.head, begin + i);
       rotate(source, rows + i * stride, from.rotation, factor, begin + i);
@@ -80,6 +87,12 @@ struct Head {
 
   void store_rows(const float* rows, const Vectors& to, int64_t begin, int64_t count, float factor) const {
     const int64_t stride = Extents(tokens, shape.head_dim).channels;
+    if (to.rotation.cos == nullptr) {
+      for (int64_t i = 0; i < count; ++i) {
+        scale_vector(rows + i * stride, vector(to.view, to.head, begin + i), shape.head_dim, factor);
+      }
+      return;
+    }
     for (int64_t i = 0; i < count; ++i) {
       rotate(rows + i * stride, vector(to.view, to.head, begin + i), to.rotation, factor, begin + i);
     }

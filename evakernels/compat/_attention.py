@@ -1,7 +1,6 @@
 """Attention as other libraries call it, on this library's ops; what these don't serve is refused here, in one place."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -62,8 +61,9 @@ def attend_packed(
     for name, tensor in others:
         if len(tensor) != len(q):
             refuse_lengths(function, f"{name} has {len(tensor)} tokens and {first} has {len(q)}")
-    attended = partial(packed_attention, q, k, v, cu_seqlens, max_seqlen=max_seqlen, causal=causal, scale=scale)
-    return attended(return_lse=True) if return_lse else (attended(), None)
+    if return_lse:
+        return packed_attention(q, k, v, cu_seqlens, max_seqlen=max_seqlen, causal=causal, scale=scale, return_lse=True)
+    return packed_attention(q, k, v, cu_seqlens, max_seqlen=max_seqlen, causal=causal, scale=scale), None
 
 
 def refuse_lengths(function: str, found: str) -> None:

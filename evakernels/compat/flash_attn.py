@@ -7,12 +7,14 @@ ops don't serve is a `NotImplementedError` that says what is accepted: dropout, 
 caches, and packed keys that lie otherwise than the queries.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from evakernels.compat._attention import attend, attend_packed, check_options, refuse_lengths
 
-Result = Tensor | tuple[Tensor, Tensor, Tensor]
+Result = Any  # a union would have every caller narrow it
 """The output; with `return_attn_probs` also lse, and in the place of probabilities a tensor of no elements."""
 
 __all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func"]

@@ -73,7 +73,8 @@ def memory_efficient_attention(
         return memory_efficient_attention(query, key, value, attn_bias, p, scale).squeeze(2)
     if query.dim() == key.dim() == value.dim() == 5:
         flat = query.flatten(2, 3), _shared(key), _shared(value)
-        return memory_efficient_attention(*flat, attn_bias, p, scale).unflatten(2, query.shape[2:4])
+        out: Tensor = memory_efficient_attention(*flat, attn_bias, p, scale).unflatten(2, query.shape[2:4])
+        return out
     qkv, mask = {"query": query, "key": key, "value": value}, type(attn_bias).__name__
     if mask == "LowerTriangularMask" and query.shape[1] != key.shape[1]:
         refuse_lengths(name, f"key has {key.shape[1]} tokens and query has {query.shape[1]} under a {mask}")
@@ -89,8 +90,8 @@ def memory_efficient_attention(
         raise ValueError(f"{name}: query has shape {tuple(query.shape)}; expected [1, T, H, K] with a {mask}")
     qkv = {part: tensor.flatten(0, 1) for part, tensor in qkv.items()}
     cu_seqlens = queries.seqstart.to(query.device)  # a mask is often made before its queries are on their device
-    out, _ = attend_packed(name, qkv, cu_seqlens, queries.max_seqlen, causal=_PACKED[mask], scale=scale)
-    return out.unsqueeze(0)
+    packed, _ = attend_packed(name, qkv, cu_seqlens, queries.max_seqlen, causal=_PACKED[mask], scale=scale)
+    return packed.unsqueeze(0)
 
 
 def _shared(keys: Tensor) -> Tensor:

@@ -313,7 +313,7 @@ def differentiable(
         def forward(ctx: Any, *args_and_run: Any) -> Any:
             *args, run = args_and_run
             output = run(*args)
-            setup(ctx, args, output)
+            setup(ctx, tuple(args), output)
             return output
 
     Function.__name__ = FunctionOfAll.__name__ = f"{family}_backward"

@@ -118,9 +118,9 @@ def packed_attention(
         token_index = _rows_of_places(positions, cos)
     args = q, k, v, cu_seqlens, cos, sin, token_index, max_seqlen, causal, interleaved, scale
     if return_lse:
-        out, lse = _forward_with_lse(*args)
-        return out, lse.detach()
-    out = _forward(*args)
+        both: tuple[Tensor, Tensor] = _forward_with_lse(*args)
+        return both[0], both[1].detach()
+    out: Tensor = _forward(*args)
     return out
 
 
@@ -168,7 +168,8 @@ def _check_call(
     if max_seqlen < 0:
         raise ValueError(f"{op}: max_seqlen is {max_seqlen}; accepted: at least 0")
     _check_positions(q, cos, positions)
-    if check_tables(op, q, k, cos, sin) and positions is None:
+    check_tables(op, q, k, cos, sin)
+    if cos is not None and positions is None:
         rows = table_rows(cos, q.shape[-1])
         if rows < max_seqlen:
             raise ValueError(
@@ -244,7 +245,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _gradient(ctx: Any, dout: Tensor) -> Any:
-    return of_shared_heads(ctx.saved_tensors[1], _backward(dout, *ctx.saved_tensors, *ctx.options))
+    saved = ctx.saved_tensors  # once: under checkpoints they are made anew at each question
+    return of_shared_heads(saved[1], _backward(dout, *saved, *ctx.options))
 
 
 _forward = define(

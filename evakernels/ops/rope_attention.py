@@ -110,9 +110,9 @@ def rope_attention(
     """
     args = q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale
     if return_lse:
-        out, lse = _forward_with_lse(*args)
-        return out, lse.detach()
-    out = _forward(*args)
+        both: tuple[Tensor, Tensor] = _forward_with_lse(*args)
+        return both[0], both[1].detach()
+    out: Tensor = _forward(*args)
     return out
 
 
@@ -169,7 +169,8 @@ def check_tables(
         raise ValueError(f"{op}: head_dim {head_dim} is odd; a rotation needs pairs of channels")
     _check.floating(op, cos=cos, sin=sin)
     _check.same_device(op, q=q, cos=cos, sin=sin)
-    rows = cos.shape[-2] if patches is None and cos.dim() >= 2 else patches
+    lines = cos.shape[-2] if cos.dim() >= 2 else cos.numel()
+    rows = lines if patches is None else patches
     if reference.is_compact(cos, head_dim):
         _check_compact(op, cos, patches, head_dim)
     elif cos.dim() == 3:
@@ -262,7 +263,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _gradient(ctx: Any, dout: Tensor) -> Any:
-    return of_shared_heads(ctx.saved_tensors[1], _backward(dout, *ctx.saved_tensors, *ctx.options))
+    saved = ctx.saved_tensors  # once: under checkpoints they are made anew at each question
+    return of_shared_heads(saved[1], _backward(dout, *saved, *ctx.options))
 
 
 _forward = define(

@@ -4,6 +4,10 @@ There are three passes, each a kernel. A program has a tile of one head and loop
 and dq over keys, dkdv over queries. So each result is written once, by one program, in a fixed order of additions. dq
 comes first in backward and leaves `delta = sum(dout * out)`, which dkdv needs.
 
+What a loop loads has been rotated before: keys by a pass of their own, "rotate", in front of forward and of dq, and the
+queries of dkdv by dq, which has each once. So loads go straight to shared memory, and no tile is rotated again in every
+program of its head.
+
 One class token in front of 256 patches would cost a row and a column of tiles. So the tokens of the prefix
 may stand apart (`PREFIX`): as a tile of 16 rows, which belongs to a program of its own, and as a tile of `PREFIX` rows
 in front of every loop. One row alone makes no use of a matrix unit: its products are sums.
@@ -20,18 +24,27 @@ from evakernels.triton._head import (
     load,
     load_rotated,
     masked,
-    row_dots,
-    scaled,
     store,
     store_unrotated,
     zeros,
-    zeros_in_pairs,
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 SIZES = ("stride_qz", "stride_qm", "stride_qh", "stride_kz", "stride_kn", "stride_kh")
-SIZES += ("stride_vz", "stride_vn", "stride_vh", "table_rows", "grid", "tiles", "heads", "tokens", "num_prefix")
+SIZES += (
+    "stride_vz",
+    "stride_vn",
+    "stride_vh",
+    "table_rows",
+    "grid",
+    "tiles",
+    "heads",
+    "group",
+    "tokens",
+    "keys",
+    "num_prefix",
+)
 """What Triton shall not compile again for."""
 PREFIX_ROWS = tl.constexpr(16)
 """The most tokens of a prefix, and the fewest rows that a matrix unit takes."""
@@ -44,19 +57,21 @@ class Form(NamedTuple):
         D: channels of a head.
         PAIRS: how the rotary embedding pairs them, "interleaved" or "halves"; None without one.
         CAUSAL: whether a query sees only the keys up to its own.
-        EVEN: whether the steps of a loop divide the tokens, so that none needs a mask.
         PREFIX: rows of a prefix that stands apart; 0 where none does.
         VECTOR: how many elements the strides of q, k and v count.
         PRECISION: of float32 products, Triton's `input_precision`.
+        PEELED: whether steps that need no mask have a loop of their own.
+        UNSEEN: whether a query may see no key.
     """
 
     D: int
     PAIRS: str | None
     CAUSAL: bool
-    EVEN: bool
     PREFIX: int
     VECTOR: int
     PRECISION: str
+    PEELED: bool
+    UNSEEN: bool
 
 
 # --- which head a program has ---------------------------------------------------------------------------------------
@@ -76,19 +91,21 @@ def _place(tiles, heads, tokens, offsets):
 
 
 @triton.jit
-def _strided(tensor, place, stride_z, stride_m, stride_h, VECTOR: tl.constexpr):
-    """A head of q, k or v: where its first row is, and from one to the next. Strides count VECTOR elements."""
-    _, head, sample, first, _ = place
-    return tensor + (sample * stride_z + first * stride_m + head * stride_h) * VECTOR, stride_m * VECTOR
+def _strided(tensor, place, head, stride_z, stride_m, stride_h, VECTOR: tl.constexpr):
+    """A head of q, k or v: where its first row is, and from one to the next, in 32 bits. Strides count VECTOR
+    elements."""
+    _, _, sample, first, _ = place
+    return tensor + (sample * stride_z + first * stride_m + head * stride_h) * VECTOR, stride_m.to(tl.int32) * VECTOR
 
 
 @triton.jit
-def _dense(tensors, place, heads, tokens, offsets, D: tl.constexpr):
-    """The same of contiguous tensors."""
+def _dense(tensors, place, heads, tokens, keys, offsets, PASS: tl.constexpr, D: tl.constexpr):
+    """The same of contiguous tensors, of which dk and dv have a row for each key."""
     _, head, sample, first, _ = place
-    row = sample * tokens if offsets is None else first
     found = ()
     for i in tl.static_range(len(tensors)):
+        of_sample = sample * (keys if PASS == "dkdv" and i > 0 else tokens)
+        row = of_sample if offsets is None else first
         found += ((tensors[i] + (row * heads + head) * D, heads * D),)
     return found
 
@@ -105,17 +122,18 @@ def _of_rows(tensors, place, heads, tokens, offsets):
 
 
 @triton.jit
-def _rope(tables, num_prefix, grid, place, tokens, table_rows, D: tl.constexpr):
+def _rope(tables, num_prefix, grid, place, tokens, offsets, table_rows, D: tl.constexpr):
     """What a rotation needs for a head; () without one. What is absent is (), as Triton 3.6 takes no None."""
-    _, head, sample, _, _ = place
+    _, head, sample, first, _ = place
     cos, sin, token_index = tables
     if cos is None:
         return ()
     else:
-        index = () if token_index is None else (token_index + sample * (tokens - num_prefix),)
+        row = sample * (tokens - num_prefix) if offsets is None else first
+        index = () if token_index is None else (token_index + row,)
         sides = () if grid is None else (grid,)
-        first = head * table_rows * (D // 2)
-        return cos + first, sin + first, index, num_prefix, sides
+        table = head * table_rows * (D // 2)
+        return cos + table, sin + table, index, num_prefix, sides
 
 
 @triton.jit
@@ -124,24 +142,61 @@ def _before(offs, end, EVEN: tl.constexpr):
     return tl.full(offs.shape, True, tl.int1) if EVEN else offs < end
 
 
-# A `_tile` function does the work of a program: of the tokens from `base` on and in front of `limit`, rotated by
-# `rope_of_tile`, against those from `start` to `end`, rotated by `rope`, and the prefix in front of them if that stands
-# apart. A `_step` is one step of its loop. In forward and dq, m are the tile's tokens and n those of the loop.
+# A `_tile` function does the work of a program: of the tokens from `base` on and in front of `limit` against those of
+# `span`, and the prefix in front of them if that stands apart. A `_step` is one step of its loop. In forward and dq, m
+# are the tile's tokens and n those of the loop. A span is where its tokens start and end, and `shift`: where causal,
+# query m sees the keys up to m + shift, so that the last query sees the last key. Where `PEELED`, steps that need no
+# mask have a loop of their own.
+
+# --- the rotation of keys -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _rotate_tile(qkv, dense, base, limit, rope, FORM: tl.constexpr, BLOCK: tl.constexpr):
+    inside = base + tl.arange(0, BLOCK) < limit
+    store(dense[0], base, inside, load_rotated(qkv[1], base, inside, rope, FORM), FORM)
+
 
 # --- forward --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _forward_step(state, q, offs_m, offs_n, end, k, v, rope, scale, FORM: tl.constexpr, EVEN: tl.constexpr):
+def _forward_step(
+    state,
+    q,
+    last_n,
+    base,
+    end,
+    k,
+    v,
+    scale,
+    STEP: tl.constexpr,
+    FORM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     m_i, l_i, acc = state
+    offs_n = base + tl.arange(0, STEP)
     inside = _before(offs_n, end, EVEN)
-    qk = dot_transposed(q, load_rotated(k, offs_n, inside, rope, FORM), FORM)
-    qk = masked(qk, offs_m[:, None], offs_n[None, :], end, FORM.CAUSAL, EVEN)
+    qk = dot_transposed(q, load(k, base, inside, FORM), FORM)
+    qk = masked(qk, last_n[:, None], offs_n[None, :], end, CAUSAL, EVEN)
     m_ij = tl.maximum(m_i, tl.max(qk, 1) * scale)
-    p = tl.exp2(qk * scale - m_ij[:, None])
-    alpha = tl.exp2(m_i - m_ij)
-    acc = accumulate(scaled(acc, alpha[:, None]), p, load(v, offs_n, inside, FORM), FORM)
+    subtracted = tl.where(m_ij == float("-inf"), 0.0, m_ij) if FORM.UNSEEN else m_ij
+    p = tl.exp2(qk * scale - subtracted[:, None])
+    alpha = tl.exp2(m_i - subtracted)
+    acc = accumulate(acc * alpha[:, None], p, load(v, base, inside, FORM), FORM)
     return m_ij, l_i * alpha + tl.sum(p, 1), acc
+
+
+@triton.jit
+def _seen(base, span, ROWS: tl.constexpr, STEP: tl.constexpr, FORM: tl.constexpr):
+    """Where the keys of a loop begin, where the last step ends whose keys all queries of the tile at `base` see (where
+    not `PEELED`, as at the beginning), and where those end that any of them sees."""
+    start, end, shift = span
+    masks = start
+    if FORM.PEELED:
+        masks += tl.maximum(tl.minimum(base + shift + 1, end) - start if FORM.CAUSAL else end - start, 0) // STEP * STEP
+    return start, masks, tl.minimum(end, base + shift + ROWS) if FORM.CAUSAL else end
 
 
 @triton.jit
@@ -151,10 +206,8 @@ def _forward_tile(
     of_rows,
     base,
     limit,
-    rope_of_tile,
-    start,
-    end,
     rope,
+    span,
     scale,
     FORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -163,16 +216,19 @@ def _forward_tile(
     q, k, v = qkv
     offs_m = base + tl.arange(0, BLOCK_M)
     inside = offs_m < limit
-    q = load_rotated(q, offs_m, inside, rope_of_tile, FORM)
+    q = load_rotated(q, base, inside, rope, FORM)
+    last_n, end = offs_m + span[2], span[1]
+    start, masks, seen = _seen(base, span, BLOCK_M, BLOCK_N, FORM)
     state = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32), zeros(BLOCK_M, FORM)
     if FORM.PREFIX:
-        offs_prefix = tl.arange(0, FORM.PREFIX)
-        state = _forward_step(state, q, offs_m, offs_prefix, start, k, v, (), scale, FORM, FORM.PREFIX == 1)
-    for start_n in range(start, tl.minimum(end, base + BLOCK_M) if FORM.CAUSAL else end, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        state = _forward_step(state, q, offs_m, offs_n, end, k, v, rope, scale, FORM, FORM.EVEN)
+        state = _forward_step(state, q, last_n, 0, start, k, v, scale, FORM.PREFIX, FORM, FORM.CAUSAL, FORM.PREFIX == 1)
+    for start_n in range(start, masks, BLOCK_N):
+        state = _forward_step(state, q, last_n, start_n, end, k, v, scale, BLOCK_N, FORM, False, True)
+    for start_n in tl.range(masks, seen, BLOCK_N, num_stages=1 if FORM.PEELED else None):
+        state = _forward_step(state, q, last_n, start_n, end, k, v, scale, BLOCK_N, FORM, FORM.CAUSAL, False)
     m_i, l_i, acc = state
-    store(dense[0], offs_m, inside, scaled(acc, (1.0 / l_i)[:, None]), FORM)
+    total = tl.where(l_i == 0.0, 1.0, l_i) if FORM.UNSEEN else l_i
+    store(dense[0], base, inside, acc * (1.0 / total)[:, None], FORM)
     tl.store(of_rows[0] + offs_m, (m_i + tl.log2(l_i)) * LN2, mask=inside)
 
 
@@ -180,13 +236,36 @@ def _forward_tile(
 
 
 @triton.jit
-def _dq_step(dq, tile, offs_m, offs_n, end, k, v, rope, scale, FORM: tl.constexpr, EVEN: tl.constexpr):
+def _load_lse(lse, offs, inside, FORM: tl.constexpr):
+    """Times log2(e). A query that sees nothing, or lies behind the last one, has no probabilities."""
+    found = tl.load(lse + offs, mask=inside, other=float("inf"))
+    if FORM.UNSEEN:
+        found = tl.where(found == float("-inf"), float("inf"), found)
+    return found * LOG2E
+
+
+@triton.jit
+def _dq_step(
+    dq,
+    tile,
+    last_n,
+    base,
+    end,
+    k,
+    v,
+    scale,
+    STEP: tl.constexpr,
+    FORM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     q, dout, lse, delta = tile
+    offs_n = base + tl.arange(0, STEP)
     inside = _before(offs_n, end, EVEN)
-    k = load_rotated(k, offs_n, inside, rope, FORM)
-    qk = masked(dot_transposed(q, k, FORM), offs_m[:, None], offs_n[None, :], end, FORM.CAUSAL, EVEN)
+    k = load(k, base, inside, FORM)
+    qk = masked(dot_transposed(q, k, FORM), last_n[:, None], offs_n[None, :], end, CAUSAL, EVEN)
     p = tl.exp2(qk * scale - lse[:, None])
-    ds = p * (dot_transposed(dout, load(v, offs_n, inside, FORM), FORM) - delta[:, None])
+    ds = p * (dot_transposed(dout, load(v, base, inside, FORM), FORM) - delta[:, None])
     return accumulate(dq, ds, k, FORM)
 
 
@@ -197,10 +276,8 @@ def _dq_tile(
     of_rows,
     base,
     limit,
-    rope_of_tile,
-    start,
-    end,
     rope,
+    span,
     scale,
     FORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -209,33 +286,50 @@ def _dq_tile(
     q, k, v = qkv
     offs_m = base + tl.arange(0, BLOCK_M)
     inside = offs_m < limit
-    q = load_rotated(q, offs_m, inside, rope_of_tile, FORM)
-    dout = load(dense[0], offs_m, inside, FORM)
-    delta = row_dots(dout, load(dense[1], offs_m, inside, FORM))
+    q = load_rotated(q, base, inside, rope, FORM)
+    if FORM.PAIRS is not None:
+        store(dense[3], base, inside, q, FORM)
+    dout = load(dense[0], base, inside, FORM)
+    delta = tl.sum(dout.to(tl.float32) * load(dense[1], base, inside, FORM).to(tl.float32), 1)
     tl.store(of_rows[1] + offs_m, delta, mask=inside)
-    tile = q, dout, tl.load(of_rows[0] + offs_m, mask=inside, other=0.0) * LOG2E, delta
-    dq = zeros_in_pairs(BLOCK_M, FORM)
+    tile = q, dout, _load_lse(of_rows[0], offs_m, inside, FORM), delta
+    last_n, end = offs_m + span[2], span[1]
+    start, masks, seen = _seen(base, span, BLOCK_M, BLOCK_N, FORM)
+    dq = zeros(BLOCK_M, FORM)
     if FORM.PREFIX:
-        offs_prefix = tl.arange(0, FORM.PREFIX)
-        dq = _dq_step(dq, tile, offs_m, offs_prefix, start, k, v, (), scale, FORM, FORM.PREFIX == 1)
-    for start_n in range(start, tl.minimum(end, base + BLOCK_M) if FORM.CAUSAL else end, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        dq = _dq_step(dq, tile, offs_m, offs_n, end, k, v, rope, scale, FORM, FORM.EVEN)
-    store_unrotated(dense[2], offs_m, inside, rope_of_tile, scaled(dq, scale * LN2), FORM)
+        dq = _dq_step(dq, tile, last_n, 0, start, k, v, scale, FORM.PREFIX, FORM, FORM.CAUSAL, FORM.PREFIX == 1)
+    for start_n in range(start, masks, BLOCK_N):
+        dq = _dq_step(dq, tile, last_n, start_n, end, k, v, scale, BLOCK_N, FORM, False, True)
+    for start_n in tl.range(masks, seen, BLOCK_N, num_stages=1 if FORM.PEELED else None):
+        dq = _dq_step(dq, tile, last_n, start_n, end, k, v, scale, BLOCK_N, FORM, FORM.CAUSAL, False)
+    store_unrotated(dense[2], base, inside, rope, dq * (scale * LN2), FORM)
 
 
 @triton.jit
-def _dkdv_step(dkdv, tile, offs_n, offs_m, end, q, dout, of_rows, rope, scale, FORM: tl.constexpr, EVEN: tl.constexpr):
+def _dkdv_step(
+    dkdv,
+    tile,
+    first_m,
+    base,
+    end,
+    q,
+    dout,
+    of_rows,
+    scale,
+    STEP: tl.constexpr,
+    FORM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     dk, dv = dkdv
     k, v = tile
+    offs_m = base + tl.arange(0, STEP)
     inside = _before(offs_m, end, EVEN)
-    q = load_rotated(q, offs_m, inside, rope, FORM)
+    q = load(q, base, inside, FORM)
     # [keys, queries]
-    qk = masked(dot_transposed(k, q, FORM), offs_m[None, :], offs_n[:, None], end, FORM.CAUSAL, True)
-    # What lies behind the last query has no probability.
-    lse = tl.load(of_rows[0] + offs_m, mask=inside, other=float("inf")) * LOG2E
-    p = tl.exp2(qk * scale - lse[None, :])
-    dout = load(dout, offs_m, inside, FORM)
+    qk = masked(dot_transposed(k, q, FORM), offs_m[None, :], first_m[:, None], end, CAUSAL, True)
+    p = tl.exp2(qk * scale - _load_lse(of_rows[0], offs_m, inside, FORM)[None, :])
+    dout = load(dout, base, inside, FORM)
     delta = tl.load(of_rows[1] + offs_m, mask=inside, other=0.0)
     ds = p * (dot_transposed(v, dout, FORM) - delta[None, :])
     return accumulate(dk, ds, q, FORM), accumulate(dv, p, dout, FORM)
@@ -248,10 +342,8 @@ def _dkdv_tile(
     of_rows,
     base,
     limit,
-    rope_of_tile,
-    start,
-    end,
     rope,
+    span,
     scale,
     FORM: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -261,16 +353,34 @@ def _dkdv_tile(
     dout = dense[0]
     offs_n = base + tl.arange(0, BLOCK_N)
     inside = offs_n < limit
-    tile = load_rotated(k, offs_n, inside, rope_of_tile, FORM), load(v, offs_n, inside, FORM)
-    dkdv = zeros_in_pairs(BLOCK_N, FORM), zeros(BLOCK_N, FORM)
+    tile = load(k, base, inside, FORM), load(v, base, inside, FORM)
+    dkdv = zeros(BLOCK_N, FORM), zeros(BLOCK_N, FORM)
+    start, end, shift = span
+    first_m = offs_n - shift
     if FORM.PREFIX:
-        offs_prefix = tl.arange(0, FORM.PREFIX)
-        dkdv = _dkdv_step(dkdv, tile, offs_n, offs_prefix, start, q, dout, of_rows, (), scale, FORM, FORM.PREFIX == 1)
-    for start_m in range(tl.maximum(start, base) if FORM.CAUSAL else start, end, BLOCK_M):
-        offs_m = start_m + tl.arange(0, BLOCK_M)
-        dkdv = _dkdv_step(dkdv, tile, offs_n, offs_m, end, q, dout, of_rows, rope, scale, FORM, FORM.EVEN)
-    store_unrotated(dense[1], offs_n, inside, rope_of_tile, scaled(dkdv[0], scale * LN2), FORM)
-    store(dense[2], offs_n, inside, dkdv[1], FORM)
+        dkdv = _dkdv_step(
+            dkdv, tile, first_m, 0, start, q, dout, of_rows, scale, FORM.PREFIX, FORM, FORM.CAUSAL, FORM.PREFIX == 1
+        )
+    if FORM.CAUSAL:
+        start = tl.maximum(start, base - shift)
+    if FORM.CAUSAL and FORM.PEELED:
+        diagonal = tl.minimum(end, start + tl.cdiv(BLOCK_N, BLOCK_M) * BLOCK_M)
+        for start_m in tl.range(start, diagonal, BLOCK_M, num_stages=1):
+            dkdv = _dkdv_step(dkdv, tile, first_m, start_m, end, q, dout, of_rows, scale, BLOCK_M, FORM, True, False)
+        start = diagonal
+    if FORM.PEELED:
+        masks = start + (end - start) // BLOCK_M * BLOCK_M
+        for start_m in range(start, masks, BLOCK_M):
+            dkdv = _dkdv_step(dkdv, tile, first_m, start_m, end, q, dout, of_rows, scale, BLOCK_M, FORM, False, True)
+        if masks < end:
+            dkdv = _dkdv_step(dkdv, tile, first_m, masks, end, q, dout, of_rows, scale, BLOCK_M, FORM, False, False)
+    else:
+        for start_m in range(start, end, BLOCK_M):
+            dkdv = _dkdv_step(
+                dkdv, tile, first_m, start_m, end, q, dout, of_rows, scale, BLOCK_M, FORM, FORM.CAUSAL, False
+            )
+    store_unrotated(dense[1], base, inside, rope, dkdv[0] * (scale * LN2), FORM)
+    store(dense[2], base, inside, dkdv[1], FORM)
 
 
 # --- all passes -----------------------------------------------------------------------------------------------------
@@ -283,22 +393,22 @@ def _tile(
     of_rows,
     base,
     limit,
-    rope_of_tile,
-    start,
-    end,
     rope,
+    span,
     scale,
     PASS: tl.constexpr,
     FORM: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    if PASS == "forward":
-        _forward_tile(qkv, dense, of_rows, base, limit, rope_of_tile, start, end, rope, scale, FORM, BLOCK, STEP)
+    if PASS == "rotate":
+        _rotate_tile(qkv, dense, base, limit, rope, FORM, BLOCK)
+    elif PASS == "forward":
+        _forward_tile(qkv, dense, of_rows, base, limit, rope, span, scale, FORM, BLOCK, STEP)
     elif PASS == "dq":
-        _dq_tile(qkv, dense, of_rows, base, limit, rope_of_tile, start, end, rope, scale, FORM, BLOCK, STEP)
+        _dq_tile(qkv, dense, of_rows, base, limit, rope, span, scale, FORM, BLOCK, STEP)
     else:
-        _dkdv_tile(qkv, dense, of_rows, base, limit, rope_of_tile, start, end, rope, scale, FORM, BLOCK, STEP)
+        _dkdv_tile(qkv, dense, of_rows, base, limit, rope, span, scale, FORM, BLOCK, STEP)
 
 
 @triton.jit(do_not_specialize=SIZES, repr=lambda compiled: f"{compiled.constants['PASS']}_kernel")
@@ -321,7 +431,9 @@ def attention_kernel(
     grid,
     tiles,
     heads,
+    group,
     tokens,
+    keys,
     num_prefix,
     scale: tl.float32,
     PASS: tl.constexpr,
@@ -329,34 +441,42 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One of the passes "forward", "dq" and "dkdv", named after it.
+    """One of the passes "rotate", "forward", "dq" and "dkdv", named after it.
 
     Args:
-        qkv: q, k and v, `[B, N, H, D]` or packed `[T, H, D]`, with strides z, m or n, and h.
-        dense: contiguous tensors of that shape: out; dout, out and dq; dout, dk and dv.
+        qkv: q `[B, N, H, D]` or packed `[T, H, D]`, k and v `[B, M, H / group, D]` or `[T, H / group, D]`, with strides
+            z, m or n, and h.
+        dense: contiguous tensors: of "rotate", whose heads are those of k, the rotated k; out; dout, out, dq and the
+            rotated q; dout, and dk and dv of each head of q.
         of_rows: lse, and in backward delta.
         tables: cos, sin and token_index, each of which may be None.
         offsets: of a packed batch, else None.
         table_rows: from the table of one head to that of the next; 0 where all have one.
         grid: the side of a compact table's grid, else None.
-        tokens: N, or T.
+        group: of consecutive heads of q that share one of k and v.
+        tokens, keys: N and M, or T.
         scale: of the scores, times log2(e).
         BLOCK_M, BLOCK_N: how many queries and keys are multiplied at a time.
     """
-    BLOCK: tl.constexpr = BLOCK_N if PASS == "dkdv" else BLOCK_M
+    BLOCK: tl.constexpr = BLOCK_N if PASS == "rotate" or PASS == "dkdv" else BLOCK_M
     STEP: tl.constexpr = BLOCK_M if PASS == "dkdv" else BLOCK_N
     place = _place(tiles, heads, tokens, offsets)
+    tile, head, _, _, length = place
     qkv = (
-        _strided(qkv[0], place, stride_qz, stride_qm, stride_qh, FORM.VECTOR),
-        _strided(qkv[1], place, stride_kz, stride_kn, stride_kh, FORM.VECTOR),
-        _strided(qkv[2], place, stride_vz, stride_vn, stride_vh, FORM.VECTOR),
+        _strided(qkv[0], place, head, stride_qz, stride_qm, stride_qh, FORM.VECTOR),
+        _strided(qkv[1], place, head // group, stride_kz, stride_kn, stride_kh, FORM.VECTOR),
+        _strided(qkv[2], place, head // group, stride_vz, stride_vn, stride_vh, FORM.VECTOR),
     )
-    dense = _dense(dense, place, heads, tokens, offsets, FORM.D)
+    dense = _dense(dense, place, heads, tokens, keys, offsets, PASS, FORM.D)
     of_rows = _of_rows(of_rows, place, heads, tokens, offsets)
-    rope = _rope(tables, num_prefix, grid, place, tokens, table_rows, FORM.D)
-    tile, end, start = place[0], place[4], num_prefix if FORM.PREFIX else 0
+    rope = _rope(tables, num_prefix, grid, place, tokens, offsets, table_rows, FORM.D)
+    of_keys = keys if offsets is None else length
+    start, limit, end = num_prefix if FORM.PREFIX else 0, length, of_keys
+    if PASS == "dkdv":
+        limit, end = end, limit
+    span = start, end, of_keys - length
     if FORM.PREFIX and tile == tiles - 1:
-        _tile(qkv, dense, of_rows, 0, start, (), start, end, rope, scale, PASS, FORM, PREFIX_ROWS, STEP // 2)
-    elif start + tile * BLOCK < end:
+        _tile(qkv, dense, of_rows, 0, start, (), span, scale, PASS, FORM, PREFIX_ROWS, STEP // 2)
+    elif start + tile * BLOCK < limit:
         base = start + tile * BLOCK
-        _tile(qkv, dense, of_rows, base, end, rope, start, end, rope, scale, PASS, FORM, BLOCK, STEP)
+        _tile(qkv, dense, of_rows, base, limit, rope, span, scale, PASS, FORM, BLOCK, STEP)

@@ -39,16 +39,16 @@ def _attention(first: int, scale: int, *args: Any) -> list[str]:
     if (value := _argument(args, scale)) is not None and not value > 0:
         found.append(f"scale {value} is not positive")
     q, k = args[0], _argument(args, first + 1)
-    if k is not None and k.shape[-2] != q.shape[-2]:
+    if isinstance(k, Tensor) and k.shape[-2] != q.shape[-2]:
         found.append(f"{q.shape[-2]} heads of queries share {k.shape[-2]} of keys")
-    if k is not None and k.shape[-3] != q.shape[-3]:
+    if isinstance(k, Tensor) and k.shape[-3] != q.shape[-3]:
         found.append(f"{k.shape[-3]} keys are not as many as the {q.shape[-3]} queries")
     return found
 
 
 def _packed_attention(first: int, cos: int, scale: int, *args: Any) -> list[str]:
     found = _attention(first, scale, *args)
-    return found if _argument(args, cos) is None else [*found, "packed sequences are not rotated"]
+    return [*found, "packed sequences are not rotated"] if isinstance(_argument(args, cos), Tensor) else found
 
 
 def _argument(args: tuple[Any, ...], place: int) -> Any:

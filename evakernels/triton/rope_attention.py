@@ -1,7 +1,7 @@
 """Attention with the rotary embedding inside: launches the kernels of `_attention`, also for packed sequences."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -12,13 +12,17 @@ from evakernels.triton._attention import PREFIX_ROWS, Form, attention_kernel
 from evakernels.triton._launch import dense, float32_products, in_vectors, on_device_of
 from evakernels.tuning import config
 
+_MOST_ROW_STRIDE = 1 << 23
+"""Elements; a tile has 128 rows at most."""
+
 
 @dataclass(frozen=True)
 class Attention:
     """What the kernels of a call have in common.
 
     Attributes:
-        q, k, v: `[B, N, H, D]`, or packed `[T, H, D]`.
+        q: `[B, N, H, D]`, or packed `[T, H, D]`.
+        k, v: `[B, M, Hkv, D]`, or packed `[T, Hkv, D]`.
         tokens: N, or the length of the longest sequence.
         offsets: of a packed batch, where its sequences begin and the last one ends.
         cos, sin, token_index, num_prefix, interleaved: as for `evakernels.rope_attention`.
@@ -40,19 +44,34 @@ class Attention:
     def forward(self, op: str, lse: Tensor) -> Tensor:
         """Returns the output and fills `lse`."""
         out = torch.empty_like(self.q, memory_format=torch.contiguous_format)
+        if self.k.numel() == 0:
+            lse.fill_(float("-inf"))
+            return out.zero_()
         if out.numel() > 0:
-            self._launch("forward", op, (out,), (lse,))
+            self._with_rotated_keys(op)._launch("forward", op, (out,), (lse,))
         return out
 
     def backward(self, op: str, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns dq, dk and dv."""
+        """Returns dq, and dk and dv of each head of q."""
         dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
-        dq, dk, dv = (torch.empty_like(out) for _ in range(3))
-        if out.numel() > 0:
-            delta = torch.empty_like(lse)
-            self._launch("dq", op, (dout, out, dq), (lse, delta))
-            self._launch("dkdv", op, (dout, dk, dv), (lse, delta))
+        dq = torch.empty_like(out)
+        dk, dv = (out.new_empty(*self.k.shape[:-2], *self.q.shape[-2:]) for _ in range(2))
+        if dq.numel() == 0 or dk.numel() == 0:
+            return dq.zero_(), dk.zero_(), dv.zero_()
+        delta = torch.empty_like(lse)
+        call = self._with_rotated_keys(op)
+        q = self.q if self.cos is None else torch.empty_like(out)
+        call._launch("dq", op, (dout, out, dq) if self.cos is None else (dout, out, dq, q), (lse, delta))
+        replace(call, q=q)._launch("dkdv", op, (dout, dk, dv), (lse, delta))
         return dq, dk, dv
+
+    def _with_rotated_keys(self, op: str) -> "Attention":
+        """Every query meets them: so they are rotated once, in a pass of their own, and a query where it is loaded."""
+        if self.cos is None:
+            return self
+        k = torch.empty_like(self.k, memory_format=torch.contiguous_format)
+        replace(self, q=self.k)._launch("rotate", op, (k,), ())
+        return replace(self, k=k)
 
     def _launch(self, kind: str, op: str, heads: tuple[Tensor, ...], of_rows: tuple[Tensor, ...]) -> None:
         """Launches the pass `kind` of `attention_kernel`, which says what it is given."""
@@ -61,27 +80,35 @@ class Attention:
         block, step = chosen["BLOCK_M"], chosen["BLOCK_N"]
         if kind == "dkdv":  # whose programs have keys
             chosen |= {"BLOCK_M": step, "BLOCK_N": block}
-        prefix = self._prefix(block, step)
-        length = self.tokens - (self.num_prefix if prefix else 0)
-        tiles = triton.cdiv(length, block) + (prefix > 0)
+        if kind == "rotate":  # all tokens alike
+            block, prefix = step, 0
+        else:
+            prefix = self._prefix(block, step)
+        queries, keys = self.q.shape[-3], self.k.shape[-3]
+        length = keys if kind == "dkdv" and not packed else self.tokens
+        tiles = triton.cdiv(length - (self.num_prefix if prefix else 0), block) + (prefix > 0)
         vector, strides = in_vectors(
             [s for x in (self.q, self.k, self.v) for s in (0 if packed else x.stride(0), *x.stride()[-3:-1])],
             self.q.element_size(),
         )
         tables, table_rows, grid = self._tables()
+        products = float32_products(self.q)
         form = Form(
             D=head_dim,
             PAIRS=None if self.cos is None else "interleaved" if self.interleaved else "halves",
             CAUSAL=self.causal,
-            EVEN=not self.causal and not packed and length % step == 0,
             PREFIX=prefix,
             VECTOR=vector,
-            PRECISION=float32_products(self.q),
+            PRECISION=products,
+            # Without tensor cores a second copy of the products takes more registers than there are.
+            PEELED=products != "ieee" or self.q.dtype != torch.float32,
+            UNSEEN=self.causal and keys < queries,
         )
         with on_device_of(self.q):
             attention_kernel[(tiles * self.heads * self.samples,)](
                 *((self.q, self.k, self.v), heads, of_rows, tables, self.offsets, *strides, table_rows, grid),
-                *(tiles, self.heads, self.q.shape[-3], self.num_prefix, self.scale * math.log2(math.e)),
+                *(tiles, self.heads, self.heads // self.k.shape[-2], queries, keys, self.num_prefix),
+                self.scale * math.log2(math.e),
                 PASS=kind,
                 FORM=form,
                 **chosen,
@@ -114,9 +141,14 @@ class Attention:
 
 
 def dense_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """With dense vectors: as they are where that holds, else copies."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    """With dense vectors, and rows of which a tile's offsets fit 32 bits: as they are where that holds, else copies."""
+    q, k, v = (x if x.stride(-1) == 1 and x.stride(-3) < _MOST_ROW_STRIDE else _copied(x) for x in (q, k, v))
     return q, k, v
+
+
+def _copied(heads: Tensor) -> Tensor:
+    """Not by `contiguous`, which leaves the stride of a single row as it is."""
+    return torch.empty_like(heads, memory_format=torch.contiguous_format).copy_(heads)
 
 
 def _padded(tokens: int, tile: int) -> int:

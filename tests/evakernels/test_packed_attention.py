@@ -188,6 +188,7 @@ def test_the_number_of_threads_does_not_change_a_bit(dtype):
     lengths = [40, 3, 0, 90, 17, 60]
     qkv = packed(lengths, heads=5, head_dim=32).to(dtype)
     assert_threads_change_no_bit(pair(lengths)[0], [qkv])
+    assert_threads_change_no_bit(rotated_pair(lengths, 6, 2, "rows")[0], [shared(lengths, 6, 2).to(dtype)])
 
 
 @pytest.mark.skipif(not evakernels.info()["native"]["loaded"], reason="the native library is not built")

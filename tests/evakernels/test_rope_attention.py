@@ -270,6 +270,7 @@ def test_the_number_of_threads_does_not_change_a_bit(dtype):
     cos, sin = axial_rope(20, 15, 32)
     ours, _ = map(of_packed, both(cos=cos, sin=sin, num_prefix=1))
     assert_threads_change_no_bit(ours, [randn(2, 301, 3, 7, 32).to(dtype)])
+    assert_threads_change_no_bit(shared(6, 301, 150, causal=True)[0], [randn(2, 301, 10, 32).to(dtype)])
 
 
 def test_inputs_may_be_strided_in_every_dimension():

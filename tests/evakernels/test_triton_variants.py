@@ -157,12 +157,22 @@ def packed(backward, more):
 
 @pytest.mark.parametrize("more", [[0, 8, 384], [0, 1, 2, 4, 8]], ids=str)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize(("family", "shapes"), [("packed_attention", 1), ("rope_attention", 4)])
-def test_attention(variants, family, shapes, direction, more):
-    """Of a length known to all, whether steps divide it and whether the prefix stands apart; the alignment of rows as
-    for the others."""
+@pytest.mark.parametrize(("family", "shapes", "rotations"), [("packed_attention", 1, 0), ("rope_attention", 2, 1)])
+def test_attention(variants, family, shapes, rotations, direction, more):
+    """Of a length known to all, whether the prefix stands apart, but for the pass that rotates keys; the alignment of
+    rows as for the others."""
     calls = rotary if family == "rope_attention" else packed
     found = variants(f"{family}_{direction}", [call for one in more for call in calls(direction == "backward", one)])
     passes = 1 if direction == "forward" else 2  # of one kernel
     assert set(found) == {"attention_kernel"}
-    assert found["attention_kernel"] <= passes * shapes * (4 if 1 in more else 1), found
+    assert found["attention_kernel"] <= (rotations + passes * shapes) * (4 if 1 in more else 1), found
+
+
+def test_rows_too_far_apart_for_32_bits_are_copied():
+    from evakernels.triton.rope_attention import dense_heads
+
+    near, far, single = (
+        torch.empty_strided((1, tokens, 2, 8), (0, stride, 8, 1), device="meta")
+        for tokens, stride in ((2, 1 << 22), (2, 1 << 23), (1, 1 << 40))
+    )
+    assert [x.stride(1) for x in dense_heads(near, far, single)] == [1 << 22, 16, 16]
