@@ -12,10 +12,10 @@
 //
 // Bytes: 8 B N H D s; q and dout once more for each further round, and 8 B N H D of the workspace.
 //
-// Memory plan. Of S slots, W warps with K keys each (32 with D up to 64, else 16), a block has, in shared
-// memory, rows of 2 (D + 8) bytes: 2 K W for k and v and 128 for two stages of q and dout; rows of 80 bytes:
-// K W for dS; 32 rows of 4 (D + 8) bytes for dq; and 8 S bytes for the log-sum-exps and delta. Registers hold
-// 8 warps a multiprocessor. With a token of prefix, as in rope_attention_forward.cu:
+// Memory plan. Of S slots of queries, W warps with K keys each (32 with D up to 64, else 16), a block has, in
+// shared memory, rows of 2 (D + 8) bytes: 2 K W for k and v and 128 for two stages of q and dout; rows of 80
+// bytes: K W for dS; 32 rows of 4 (D + 8) bytes for dq; and 8 S bytes for the log-sum-exps and delta.
+// Registers hold 8 warps a multiprocessor. With a token of prefix, as in rope_attention_forward.cu:
 //
 //    D     N   W   KB a block   rounds         D     N   W   KB a block   rounds
 //   64    77   3    62          1             112   197   7   108          2

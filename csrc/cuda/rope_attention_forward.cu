@@ -7,18 +7,18 @@
 // queries need, which run at the same time and find in the cache what the others have read. Heads that are
 // too few to fill the GPU have several blocks, too.
 //
-// Bytes: q, k, v and out once each, 4 B N H D s; k and v of a head with several blocks once more for each of
-// them. The tables (4 N D bytes a head, twice) come from the L2 cache.
+// Bytes: q, k, v and out once each, 4 B N H D s; k and v once more for each further block of a head, and of
+// the heads that share them. The tables (4 N D bytes a head, twice) come from the L2 cache.
 //
 // Each block of a head rotates the keys for itself. Rotated once by a kernel ahead, they would save 77 of 578
 // ns a head at N = 1025, D = 64 and 50 of 469 at N = 577, D = 112, by the audit's counts for H100, and cost
 // 77 of DRAM either way. Two blocks a multiprocessor at D = 112, N = 257, their keys in stages, would take a
 // third more of everything for what one hides of the other (128 ns a head in place of 97).
 //
-// Memory plan. Of S slots and W warps a block has, in shared memory, rows of 2 (D + 8) bytes: 2 S for k and
-// v, or 4 of a stage's; and 16 or 32 W for the warps' own, which hold q on the way in and out on the way
-// back. For H100 (227 KB a block, 228 KB a multiprocessor; resident: blocks of a multiprocessor at a time),
-// with a token of prefix:
+// Memory plan. Of S slots of keys and W warps a block has, in shared memory, rows of 2 (D + 8) bytes: 2 S for
+// k and v, or 4 of a stage's; and 16 or 32 W for the warps' own, which hold q on the way in and out on the
+// way back. For H100 (227 KB a block, 228 KB a multiprocessor; resident: blocks of a multiprocessor at a
+// time), with a token of prefix:
 //
 //    D     N   W    KB a block   blocks   resident        D     N   W    KB a block   blocks   resident
 //   64    77   3    40           1        2             112   197   7   131           1        1

@@ -11,7 +11,7 @@ struct Rotary {
   const AttentionShape& shape;
   const RotaryTables& tables;
   unsigned head;
-  unsigned first;  // number of its first patch among those of token_index
+  unsigned first;  // of token_index, where that of its first patch is; 32 bits spare registers
 
   // Rotates the row's pairs whose first elements are among [i, i + E), where any are.
   template <int E, class T>

@@ -140,7 +140,7 @@ inline void compare(const Buffer& actual, const std::vector<double>& expected, c
   for (size_t i = 0; i < expected.size(); ++i) {
     const double value = actual.at(static_cast<int64_t>(i));
     const double error = value == expected[i] ? 0.0 : std::fabs(value - expected[i]);
-    if (!(error <= worst)) worst = error;  // NaN is the worst
+    worst = std::isnan(error) ? INFINITY : std::fmax(worst, error);
   }
   check(worst <= eps * largest, what + ": error " + std::to_string(worst));
 }

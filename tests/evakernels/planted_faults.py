@@ -192,13 +192,16 @@ FAULTS = {
         "fmaxf(row_sum[row], PLANTED ? 0.0f : FLT_MIN)",
     ),
     "the last key that is seen": Fault(
-        "wrong: out of", "attention_tiles.cuh", "query + plan.sight.last", "query + (PLANTED ? 0 : plan.sight.last)"
+        "wrong: out of",
+        "attention_plan.h",
+        "static_cast<int>(shape.keys - shape.tokens) : k",
+        "static_cast<int>(PLANTED ? 0 : shape.keys - shape.tokens) : k",
     ),
     "a head of keys for itself": Fault(
         "wrong: out of", "attention_tiles.cuh", "head / static_cast", "(PLANTED ? 0 : head) / static_cast"
     ),
     "the place of an index": Fault(
-        "wrong: out of",
+        "out of bounds at",
         "attention_tiles.cuh",
         "first = shape.offsets.data ?",
         "first = shape.offsets.data && !PLANTED ?",

@@ -285,7 +285,7 @@ def test_a_driver_that_takes_no_large_arguments_is_told(printed: Callable[..., s
 
 @needs_nvcc
 def test_arguments_that_only_a_kernel_sees_end_the_launch(printed: Callable[..., str]) -> None:
-    """A wrong index, of patches in either order and of a rotation, and sequences that do not fit. On a GPU nobody but
+    """A wrong index, of patches in either order and of a rotation, and sequences that don't fit. On a GPU nobody but
     the kernels checks them."""
     code = """if True:
         import torch, evakernels
