@@ -30,7 +30,7 @@ from ptx_interpreter.memory import Interval, Shadow
 from ptx_interpreter.mutants import KINDS, Mutant, mutants_of, mutated, narrowest_access
 from ptx_interpreter.runtime import Launches
 
-MOST_LAUNCHES = 20
+MOST_LAUNCHES = 40
 """That a mutant survives at most before it is taken to survive all."""
 SHORT = 30
 """Characters of a line that doesn't tell where it is."""
