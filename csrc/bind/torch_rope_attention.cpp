@@ -41,7 +41,8 @@ class Chunks {
         keys_{shape.keys, shape.heads, shape.head_dim},
         group_(shape.heads / shape.kv_heads),
         heads_(shape.batch * shape.heads) {
-    const int64_t fitting = kChunkElements / std::max<int64_t>(1, shape.tokens * shape.keys);
+    const int64_t vectors = (shape.tokens + shape.keys) * shape.head_dim;  // more than scores of few queries
+    const int64_t fitting = kChunkElements / std::max({int64_t{1}, shape.tokens * shape.keys, vectors});
     const int64_t threads = torch::stable::get_num_threads();
     // Which heads share a chunk doesn't touch the result: products of a stack are independent of each other.
     chunk_ = std::max<int64_t>(1, std::min(heads_, std::max(fitting / threads, int64_t{1}) * threads));

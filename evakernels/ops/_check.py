@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -50,6 +50,12 @@ def number(op: str, name: str, value: Any, accepted: str) -> None:
     """`value` is a number; `accepted` says which the caller lets pass."""
     if not isinstance(value, _NUMBERS) and not isinstance(value, Real):
         raise TypeError(f"{op}: {name} is {kind(value)}; accepted: {accepted}")
+
+
+def integer(op: str, name: str, value: Any, accepted: str) -> None:
+    """The same of an integer."""
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
+        raise TypeError(f"{op}: {name} is {value!r}, {kind(value)}; accepted: an integer, {accepted}")
 
 
 def eps(op: str, value: float) -> float:

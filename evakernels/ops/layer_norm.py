@@ -234,7 +234,8 @@ def _check_joined(
     _check.shape(op, "layer_scale", layer_scale, (residual.shape[-1],), "[C]")
     _check.shape(op, "row_scale", row_scale, (residual.shape[0],), "[B]")
     _check.same_device(op, residual=residual, branch=branch, weight=weight, bias=bias, **scales)
-    return residual, branch, weight, bias, layer_scale, row_scale, _checked_eps(op, eps, residual, rms), rms
+    normed = branch if op.endswith("_add") else residual
+    return residual, branch, weight, bias, layer_scale, row_scale, _checked_eps(op, eps, normed, rms), rms
 
 
 def _checked_eps(op: str, eps: float | None, x: Tensor, rms: bool) -> float:

@@ -88,8 +88,9 @@ def packed_attention(
         cos, sin: as `rope_attention` has them: `[P, D/2]`, `[H, P, D/2]` if Hkv is H, or the compact `[2, G, D/4]` of
             a grid. None: no rotation.
         positions: int64 `[T]`, the table row of each token; or `[T, 2]`, its y and x below G of the compact table, so
-            that images of any sizes and aspect ratios share one. -1, in either column: the token isn't rotated (class
-            tokens, registers, text). None: a token's place in its sequence, for which P is at least `max_seqlen`.
+            that images of any sizes and aspect ratios share one. They become rows, y * G + x, in each call; rows that
+            are made once serve all layers. -1, in either column: the token isn't rotated (class tokens, registers,
+            text). None: a token's place in its sequence, for which P is at least `max_seqlen`.
         causal: a query sees no later key.
         interleaved: the pairs are (2i, 2i+1); False: (i, i + D/2), "rotate half".
         scale: factor of the scores; `D ** -0.5` by default.
@@ -115,7 +116,7 @@ def packed_attention(
     """
     token_index = positions
     if isinstance(positions, Tensor) and positions.dim() == 2:
-        token_index = _rows_of_places(positions, cos)
+        token_index = _rows_of_places(positions, cos, q)
     args = q, k, v, cu_seqlens, cos, sin, token_index, max_seqlen, causal, interleaved, scale
     if return_lse:
         both: tuple[Tensor, Tensor] = _forward_with_lse(*args)
@@ -124,15 +125,16 @@ def packed_attention(
     return out
 
 
-def _rows_of_places(positions: Tensor, cos: Tensor | None) -> Tensor:
+def _rows_of_places(positions: Tensor, cos: Tensor | None, q: Tensor) -> Tensor:
     """The table rows of (y, x), `[T, 2]` -> `[T]`; what is outside the grid names a row behind the last one."""
     op = "packed_attention"
+    _check.floating(op, q=q)
     _check.integers(op, (torch.int64,), positions=positions)
     if positions.shape[1] != 2:
         raise ValueError(f"{op}: positions has shape {tuple(positions.shape)}; expected [T] or [T, 2]")
     if cos is None:
         return positions[:, 0]  # which the op refuses
-    if not isinstance(cos, Tensor) or cos.dim() != 3 or cos.shape[0] != 2:
+    if not isinstance(cos, Tensor) or not q.dim() or not rope_attention.is_compact(cos, q.shape[-1]):
         found = f"a table of shape {tuple(cos.shape)}" if isinstance(cos, Tensor) else _check.kind(cos)
         raise ValueError(f"{op}: positions [T, 2] with {found}; they are for the compact table [2, G, D/4]")
     grid = cos.shape[1]
@@ -163,10 +165,15 @@ def _check_call(
     _check.same_device(op, q=q, cu_seqlens=cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:  # len would fix a size that a program leaves open
         raise ValueError(f"{op}: cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected [B + 1]")
-    _check.number(op, "max_seqlen", max_seqlen, "at least 0")
+    _check.integer(op, "max_seqlen", max_seqlen, "at least 0")
     _check.scale(op, scale)
     if max_seqlen < 0:
         raise ValueError(f"{op}: max_seqlen is {max_seqlen}; accepted: at least 0")
+    sequences, total = cu_seqlens.shape[0] - 1, q.shape[0]
+    if isinstance(total, int) and isinstance(sequences, int) and total > sequences * max_seqlen:
+        raise ValueError(
+            f"{op}: {total} tokens in {sequences} sequences; accepted: at most max_seqlen = {max_seqlen} in each"
+        )
     _check_positions(q, cos, positions)
     check_tables(op, q, k, cos, sin)
     if cos is not None and positions is None:

@@ -132,7 +132,7 @@ def _check_rotation(
 ) -> int:
     """Returns `num_prefix`, as far as it has a meaning."""
     op, (batch, tokens) = "rope_attention", q.shape[:2]
-    _check.number(op, "num_prefix", num_prefix, f"0 to {MAX_PREFIX}")
+    _check.integer(op, "num_prefix", num_prefix, f"0 to {MAX_PREFIX}")
     if not 0 <= num_prefix <= MAX_PREFIX or num_prefix > tokens:
         raise ValueError(f"{op}: num_prefix is {num_prefix}; accepted: 0 to {MAX_PREFIX}, and at most N = {tokens}")
     if token_index is not None:

@@ -21,7 +21,16 @@ def packed_attention_forward(
 ) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     call = Attention(
-        *dense_heads(q, k, v), max_seqlen, causal, scale, cu_seqlens.contiguous(), cos, sin, token_index, 0, interleaved
+        *dense_heads(q, k, v),
+        min(max_seqlen, len(q)),
+        causal,
+        scale,
+        cu_seqlens.contiguous(),
+        cos,
+        sin,
+        token_index,
+        0,
+        interleaved,
     )
     return call.forward("packed_attention_forward", lse), lse
 
@@ -43,6 +52,15 @@ def packed_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = Attention(
-        *dense_heads(q, k, v), max_seqlen, causal, scale, cu_seqlens.contiguous(), cos, sin, token_index, 0, interleaved
+        *dense_heads(q, k, v),
+        min(max_seqlen, len(q)),
+        causal,
+        scale,
+        cu_seqlens.contiguous(),
+        cos,
+        sin,
+        token_index,
+        0,
+        interleaved,
     )
     return call.backward("packed_attention_backward", dout, out, lse)

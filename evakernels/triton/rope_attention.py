@@ -96,7 +96,7 @@ class Attention:
         form = Form(
             D=head_dim,
             PAIRS=None if self.cos is None else "interleaved" if self.interleaved else "halves",
-            CAUSAL=self.causal,
+            CAUSAL=self.causal and kind != "rotate",
             PREFIX=prefix,
             VECTOR=vector,
             PRECISION=products,

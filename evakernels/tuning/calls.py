@@ -176,7 +176,10 @@ def rope_attention_forward(draw: Draw, head_dim: int, tokens: int) -> Iterator[t
     qkv, tables = _heads(draw, head_dim, tokens)
     yield *qkv, *tables, None, 1, False, True, head_dim**-0.5
     yield *qkv, None, None, None, 0, True, True, head_dim**-0.5
-    yield *qkv, None, None, None, 5, True, True, head_dim**-0.5  # a class token and four registers
+    of_patches = [table[4:] for table in tables]  # behind a class token and four registers
+    yield *qkv, *of_patches, None, 5, True, True, head_dim**-0.5
+    q, k, v = qkv
+    yield q, k[:, 1:], v[:, 1:], None, None, None, 0, True, True, head_dim**-0.5  # a query may see no key
 
 
 def rope_attention_backward(draw: Draw, head_dim: int, tokens: int) -> Iterator[tuple[Any, ...]]:
@@ -186,10 +189,13 @@ def rope_attention_backward(draw: Draw, head_dim: int, tokens: int) -> Iterator[
 
 
 def packed_attention_forward(draw: Draw, head_dim: int, tokens: int) -> Iterator[tuple[Any, ...]]:
-    (q, k, v), _ = _heads(draw, head_dim, tokens)
+    (q, k, v), tables = _heads(draw, head_dim, tokens)
     cu_seqlens = torch.arange(0, q.shape[0] * tokens + 1, tokens, device=draw.device)
-    rotation = None, None, None
-    yield *(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens, *rotation, tokens, True, True, head_dim**-0.5
+    qkv = [x.flatten(0, 1) for x in (q, k, v)]
+    options = tokens, True, True, head_dim**-0.5
+    yield *qkv, cu_seqlens, None, None, None, *options
+    index = torch.zeros(len(qkv[0]), dtype=torch.int64, device=draw.device)
+    yield *qkv, cu_seqlens, *tables, index, *options
 
 
 def packed_attention_backward(draw: Draw, head_dim: int, tokens: int) -> Iterator[tuple[Any, ...]]:

@@ -301,6 +301,25 @@ def test_autocast_casts_as_for_torch(dtype):
     assert gradient.dtype == torch.float32
 
 
+@pytest.mark.parametrize("per_head", [False, True])
+def test_of_a_long_table_the_rows_count_that_are_asked_for(per_head):
+    """However many there are, and in whichever order."""
+    q, k, v = (x.float() for x in packed([5, 2]).unbind(1))
+    heads, head_dim = q.shape[1:]
+    angles = randn(*((heads,) if per_head else ()), 1000, head_dim // 2, seed=5).float()
+    positions = torch.tensor([999, 3, -1, 3, 500, 0, 998])
+    short = angles[..., positions.clamp(min=0), :]
+    own = torch.arange(7).masked_fill(positions < 0, -1)
+    options = {"max_seqlen": 5, "causal": False}
+    results = [
+        evakernels.packed_attention(
+            q, k, v, offsets_of([5, 2]), cos=table.cos(), sin=table.sin(), positions=index, **options
+        )
+        for table, index in ((angles, positions), (short, own))
+    ]
+    assert torch.equal(*results)
+
+
 X = torch.ones(5, 3, 8)
 GRID, ROWS = torch.ones(2, 3, 2), torch.arange(5)
 TABLES = {"cos": GRID, "sin": GRID}
@@ -323,7 +342,13 @@ PLACES = torch.tensor([[0, 0], [0, 1], [0, 2], [1, 0], [2, 2]])
         ({"cu_seqlens": torch.tensor([0, 4])}, ValueError, "cu_seqlens go from 0 to 4; expected 0 to T = 5"),
         ({"cu_seqlens": torch.tensor([1, 5])}, ValueError, "cu_seqlens go from 1 to 5; expected 0 to T = 5"),
         ({"cu_seqlens": torch.tensor([0, 6, 5])}, ValueError, "lengths from -1 to 6; accepted: 0 to max_seqlen = 5"),
-        ({"max_seqlen": 4}, ValueError, "lengths from 5 to 5; accepted: 0 to max_seqlen = 4"),
+        (
+            {"cu_seqlens": torch.tensor([0, 5, 5]), "max_seqlen": 4},
+            ValueError,
+            "lengths from 0 to 5; accepted: 0 to max_seqlen = 4",
+        ),
+        ({"max_seqlen": 4}, ValueError, "5 tokens in 1 sequences; accepted: at most max_seqlen = 4 in each"),
+        ({"max_seqlen": 5.0}, TypeError, "max_seqlen is 5.0, a float; accepted: an integer, at least 0"),
         ({"max_seqlen": -1}, ValueError, "max_seqlen is -1; accepted: at least 0"),
         ({"k": X[:, :2], "v": X[:, :2]}, ValueError, "k has 2 heads and q has 3; accepted: a number that divides 3"),
         ({"positions": ROWS}, ValueError, "positions without cos and sin; they select rows of these tables"),
@@ -349,6 +374,12 @@ PLACES = torch.tensor([[0, 0], [0, 1], [0, 2], [1, 0], [2, 2]])
             {"cos": torch.ones(9, 4), "sin": torch.ones(9, 4), "positions": PLACES},
             ValueError,
             r"positions \[T, 2\] with a table of shape \(9, 4\); they are for the compact table \[2, G, D/4\]",
+        ),
+        (  # of each head, of which there are two
+            dict.fromkeys("qkv", X[:, :2])
+            | {"cos": torch.ones(2, 5, 4), "sin": torch.ones(2, 5, 4), "positions": PLACES},
+            ValueError,
+            r"positions \[T, 2\] with a table of shape \(2, 5, 4\); they are for the compact table",
         ),
         (
             {"cos": torch.ones(4, 4), "sin": torch.ones(4, 4)},

@@ -55,6 +55,13 @@ def test_odd_shapes_keep_the_error_rule(form, dtype, shape):
     assert_as_accurate_as_torch(ours(form), theirs(form), inputs_of(*shape), dtype)
 
 
+@pytest.mark.parametrize(("residual", "branch"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_an_eps_of_none_is_that_of_the_sums_of_what_is_normed(residual, branch):
+    x = torch.full((1, 4), 1e-6, dtype=branch)
+    found = evakernels.rms_norm_add(torch.zeros(1, 4, dtype=residual), x)
+    torch.testing.assert_close(found.to(branch), F.rms_norm(x, (4,)), atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_row_of_one_element_is_its_own_mean(form):
     """The norm is the bias and passes no gradient, up to rounding times rstd = 1 / sqrt(eps)."""
