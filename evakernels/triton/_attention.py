@@ -41,8 +41,8 @@ SIZES += (
     "tiles",
     "heads",
     "group",
-    "tokens",
-    "keys",
+    "seqlen_q",
+    "seqlen_k",
     "num_prefix",
 )
 """What Triton shall not compile again for."""
@@ -78,16 +78,16 @@ class Form(NamedTuple):
 
 
 @triton.jit
-def _place(tiles, heads, tokens, offsets):
+def _place(tiles, heads, seqlen_q, cu_seqlens):
     """Tile, head and sample of a program; of the sample, the first row in a packed batch, and how many it has."""
     program = tl.program_id(0)
     sample = program // tiles // heads
-    if offsets is None:
+    if cu_seqlens is None:
         first = 0
     else:
-        first = tl.load(offsets + sample).to(tl.int64)
-        tokens = (tl.load(offsets + sample + 1) - first).to(tl.int32)
-    return program % tiles, program // tiles % heads, sample.to(tl.int64), first, tokens
+        first = tl.load(cu_seqlens + sample).to(tl.int64)
+        seqlen_q = (tl.load(cu_seqlens + sample + 1) - first).to(tl.int32)
+    return program % tiles, program // tiles % heads, sample.to(tl.int64), first, seqlen_q
 
 
 @triton.jit
@@ -99,22 +99,22 @@ def _strided(tensor, place, head, stride_z, stride_m, stride_h, VECTOR: tl.const
 
 
 @triton.jit
-def _dense(tensors, place, heads, tokens, keys, offsets, PASS: tl.constexpr, D: tl.constexpr):
+def _dense(tensors, place, heads, seqlen_q, seqlen_k, cu_seqlens, PASS: tl.constexpr, D: tl.constexpr):
     """The same of contiguous tensors, of which dk and dv have a row for each key."""
     _, head, sample, first, _ = place
     found = ()
     for i in tl.static_range(len(tensors)):
-        of_sample = sample * (keys if PASS == "dkdv" and i > 0 else tokens)
-        row = of_sample if offsets is None else first
+        of_sample = sample * (seqlen_k if PASS == "dkdv" and i > 0 else seqlen_q)
+        row = of_sample if cu_seqlens is None else first
         found += ((tensors[i] + (row * heads + head) * D, heads * D),)
     return found
 
 
 @triton.jit
-def _of_rows(tensors, place, heads, tokens, offsets):
+def _of_rows(tensors, place, heads, seqlen_q, cu_seqlens):
     """Where a head's numbers begin in `[B, H, N]` or, packed, `[H, T]`: lse and delta."""
     _, head, sample, first, _ = place
-    at = (sample * heads + head) * tokens if offsets is None else head.to(tl.int64) * tokens + first
+    at = (sample * heads + head) * seqlen_q if cu_seqlens is None else head.to(tl.int64) * seqlen_q + first
     found = ()
     for i in tl.static_range(len(tensors)):
         found += (tensors[i] + at,)
@@ -122,14 +122,14 @@ def _of_rows(tensors, place, heads, tokens, offsets):
 
 
 @triton.jit
-def _rope(tables, num_prefix, grid, place, tokens, offsets, table_rows, D: tl.constexpr):
+def _rope(tables, num_prefix, grid, place, seqlen_q, cu_seqlens, table_rows, D: tl.constexpr):
     """What a rotation needs for a head; () without one. What is absent is (), as Triton 3.6 takes no None."""
     _, head, sample, first, _ = place
     cos, sin, token_index = tables
     if cos is None:
         return ()
     else:
-        row = sample * (tokens - num_prefix) if offsets is None else first
+        row = sample * (seqlen_q - num_prefix) if cu_seqlens is None else first
         index = () if token_index is None else (token_index + row,)
         sides = () if grid is None else (grid,)
         table = head * table_rows * (D // 2)
@@ -417,7 +417,7 @@ def attention_kernel(
     dense,
     of_rows,
     tables,
-    offsets,
+    cu_seqlens,
     stride_qz: tl.int64,
     stride_qm: tl.int64,
     stride_qh: tl.int64,
@@ -432,8 +432,8 @@ def attention_kernel(
     tiles,
     heads,
     group,
-    tokens,
-    keys,
+    seqlen_q,
+    seqlen_k,
     num_prefix,
     scale: tl.float32,
     PASS: tl.constexpr,
@@ -450,27 +450,27 @@ def attention_kernel(
             rotated q; dout, and dk and dv of each head of q.
         of_rows: lse, and in backward delta.
         tables: cos, sin and token_index, each of which may be None.
-        offsets: of a packed batch, else None.
+        cu_seqlens: of a packed batch, else None.
         table_rows: from the table of one head to that of the next; 0 where all have one.
         grid: the side of a compact table's grid, else None.
         group: of consecutive heads of q that share one of k and v.
-        tokens, keys: N and M, or T.
+        seqlen_q, seqlen_k: N and M, or T.
         scale: of the scores, times log2(e).
         BLOCK_M, BLOCK_N: how many queries and keys are multiplied at a time.
     """
     BLOCK: tl.constexpr = BLOCK_N if PASS == "rotate" or PASS == "dkdv" else BLOCK_M
     STEP: tl.constexpr = BLOCK_M if PASS == "dkdv" else BLOCK_N
-    place = _place(tiles, heads, tokens, offsets)
+    place = _place(tiles, heads, seqlen_q, cu_seqlens)
     tile, head, _, _, length = place
     qkv = (
         _strided(qkv[0], place, head, stride_qz, stride_qm, stride_qh, FORM.VECTOR),
         _strided(qkv[1], place, head // group, stride_kz, stride_kn, stride_kh, FORM.VECTOR),
         _strided(qkv[2], place, head // group, stride_vz, stride_vn, stride_vh, FORM.VECTOR),
     )
-    dense = _dense(dense, place, heads, tokens, keys, offsets, PASS, FORM.D)
-    of_rows = _of_rows(of_rows, place, heads, tokens, offsets)
-    rope = _rope(tables, num_prefix, grid, place, tokens, offsets, table_rows, FORM.D)
-    of_keys = keys if offsets is None else length
+    dense = _dense(dense, place, heads, seqlen_q, seqlen_k, cu_seqlens, PASS, FORM.D)
+    of_rows = _of_rows(of_rows, place, heads, seqlen_q, cu_seqlens)
+    rope = _rope(tables, num_prefix, grid, place, seqlen_q, cu_seqlens, table_rows, FORM.D)
+    of_keys = seqlen_k if cu_seqlens is None else length
     start, limit, end = num_prefix if FORM.PREFIX else 0, length, of_keys
     if PASS == "dkdv":
         limit, end = end, limit

@@ -23,18 +23,18 @@ class Attention:
     Attributes:
         q: `[B, N, H, D]`, or packed `[T, H, D]`.
         k, v: `[B, M, Hkv, D]`, or packed `[T, Hkv, D]`.
-        tokens: N, or the length of the longest sequence.
-        offsets: of a packed batch, where its sequences begin and the last one ends.
+        max_seqlen: N, or the length of the longest sequence.
+        cu_seqlens: of a packed batch, where its sequences begin and the last one ends.
         cos, sin, token_index, num_prefix, interleaved: as for `evakernels.rope_attention`.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    tokens: int
+    max_seqlen: int
     causal: bool
     scale: float
-    offsets: Tensor | None = None
+    cu_seqlens: Tensor | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
     token_index: Tensor | None = None
@@ -75,8 +75,8 @@ class Attention:
 
     def _launch(self, kind: str, op: str, heads: tuple[Tensor, ...], of_rows: tuple[Tensor, ...]) -> None:
         """Launches the pass `kind` of `attention_kernel`, which says what it is given."""
-        head_dim, packed = self.q.shape[-1], self.offsets is not None
-        chosen = config(op, {"head_dim": head_dim, "tokens": self.tokens}, self.q)
+        head_dim, packed = self.q.shape[-1], self.cu_seqlens is not None
+        chosen = config(op, {"head_dim": head_dim, "tokens": self.max_seqlen}, self.q)
         block, step = chosen["BLOCK_M"], chosen["BLOCK_N"]
         if kind == "dkdv":  # whose programs have keys
             chosen |= {"BLOCK_M": step, "BLOCK_N": block}
@@ -85,7 +85,7 @@ class Attention:
         else:
             prefix = self._prefix(block, step)
         queries, keys = self.q.shape[-3], self.k.shape[-3]
-        length = keys if kind == "dkdv" and not packed else self.tokens
+        length = keys if kind == "dkdv" and not packed else self.max_seqlen
         tiles = triton.cdiv(length - (self.num_prefix if prefix else 0), block) + (prefix > 0)
         vector, strides = in_vectors(
             [s for x in (self.q, self.k, self.v) for s in (0 if packed else x.stride(0), *x.stride()[-3:-1])],
@@ -106,7 +106,7 @@ class Attention:
         )
         with on_device_of(self.q):
             attention_kernel[(tiles * self.heads * self.samples,)](
-                *((self.q, self.k, self.v), heads, of_rows, tables, self.offsets, *strides, table_rows, grid),
+                *((self.q, self.k, self.v), heads, of_rows, tables, self.cu_seqlens, *strides, table_rows, grid),
                 *(tiles, self.heads, self.heads // self.k.shape[-2], queries, keys, self.num_prefix),
                 self.scale * math.log2(math.e),
                 PASS=kind,
@@ -120,12 +120,12 @@ class Attention:
 
     @property
     def samples(self) -> int:
-        return self.q.shape[0] if self.offsets is None else self.offsets.shape[0] - 1
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     def _prefix(self, rows: int, step: int) -> int:
         """Rows of a prefix that stands apart; 0 where it had better go with the patches, for less work in all."""
-        together = _padded(self.tokens, rows) * _padded(self.tokens, step)
-        patches = self.tokens - self.num_prefix
+        together = _padded(self.max_seqlen, rows) * _padded(self.max_seqlen, step)
+        patches = self.max_seqlen - self.num_prefix
         apart = (_padded(patches, rows) + PREFIX_ROWS.value) * (_padded(patches, step) + PREFIX_ROWS.value)
         if self.num_prefix == 0 or together <= apart:
             return 0
