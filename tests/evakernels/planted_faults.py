@@ -114,7 +114,7 @@ FAULTS = {
         "PLANTED ? wait_for_rows<L>(dx) : wait_for_rows<L>(dx, branch);",
     ),
     "a row that isn't stored": Fault(
-        "error nan",
+        "error inf",
         "add_norm_backward.cu",
         "finish_rows<L>(dresidual, dbranch);",
         "PLANTED ? finish_rows<L>(dresidual) : finish_rows<L>(dresidual, dbranch);",
