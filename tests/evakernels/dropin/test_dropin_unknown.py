@@ -311,7 +311,7 @@ def test_a_class_that_has_another_name_is_not_passed_over(rename, unknown):
         report = evakernels.accelerate(model, unknown=unknown)
     assert {"EvaLayer", "EvaSelfAttention"} <= {left.module for left in report.unknown}
     assert {"GluMlp"} <= {done.module for done in report.replaced}
-    with pytest.raises(RuntimeError, match="accelerate: 0 of 2 blocks.*there is no timm.models.eva.Eva"):
+    with pytest.raises(RuntimeError, match=r"accelerate: 0 of 2 blocks.*there is no timm.models.eva.Eva"):
         evakernels.accelerate(model, unknown=unknown, strict=True)
 
 
@@ -373,10 +373,7 @@ def test_attention_behind_the_interface_needs_no_known_form(monkeypatch):
 
 def test_what_the_op_lacks_runs_the_librarys_own_code():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    shared = LlamaModel(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=50))
-    report = evakernels.accelerate(shared, force=True)
-    assert "2 query heads share a key" in {left.reason for left in report.left}
-    model = LlamaModel(LlamaConfig(**sizes, vocab_size=50)).eval()
+    model = LlamaModel(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=50)).eval()
     untouched = copy.deepcopy(model)
     evakernels.accelerate(model, force=True, include="LlamaAttention")
     ids, mask = torch.randint(3, 49, (2, 6)), torch.ones(2, 6, dtype=torch.long)
@@ -391,6 +388,15 @@ def test_what_the_op_lacks_runs_the_librarys_own_code():
     cache = [m(ids, use_cache=True).past_key_values for m in (model, untouched)]  # one query, seven keys
     steps = [m(ids[:, :1], past_key_values=c) for m, c in zip((model, untouched), cache, strict=True)]
     close(steps[0].last_hidden_state, steps[1].last_hidden_state)
+
+
+@pytest.mark.parametrize("name", ["clip", "dinov3-vit"])
+def test_attention_of_another_implementation_is_left(name):
+    model = FAMILIES[name].build()
+    model.set_attn_implementation("eager")
+    report = evakernels.accelerate(model, force=True)
+    assert "its attn_implementation is eager, not sdpa" in {left.reason for left in report.left}
+    assert "rope_attention" not in {done.op for done in report.replaced}
 
 
 def test_what_somebody_else_has_registered_stays():
