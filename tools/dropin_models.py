@@ -39,7 +39,6 @@ TIMM = (
     "vit_base_patch16_224",
     "vit_small_patch14_reg4_dinov2",
     "vit_giant_patch14_dinov2",
-    "vit_base_patch16_xp_224",
     "vit_relpos_small_patch16_224",
 )
 """One model of each kind, in all releases that are tried."""

@@ -14,17 +14,13 @@ from typing import Any
 from evakernels.dropin._form import FORMS, fingerprint
 from evakernels.dropin._rule import form_names
 
-DIFFERENT = frozenset({"2c07eab619e036a2", "5c4c682fc65e3d9d"})
-"""Forms that compute something else than the op: timm's `ParallelScalingBlock` before 1.0.25 added its MLP's bias to
-queries and keys."""
-
 
 def add(known: dict[str, dict[str, str]], names: list[str], folder: Path) -> None:
     """Adds the forms of `names` that the sources in `folder` have, a site-packages or an unpacked sdist or wheel."""
     for name in names:
         source, version = _source(folder, name), _version(folder, name.partition(".")[0])
         form = None if source is None else fingerprint(source)
-        if form is not None and version is not None and form not in DIFFERENT:
+        if form is not None and version is not None:
             of_name = known.setdefault(name, {})
             versions = {*of_name.get(form, "").split(), version}
             of_name[form] = " ".join(sorted(versions, key=lambda v: [int(n) for n in re.findall(r"\d+", v)]))

@@ -18,7 +18,13 @@ def blocks(model: nn.Module) -> list[str]:
     return list(found)
 
 
+def attentions(model: nn.Module, found: list[str]) -> frozenset[str]:
+    """Names of the innermost modules whose class is an attention by its name, and of the `found` blocks without one."""
+    named = {name for name, module in model.named_modules() if "attention" in type(module).__name__.lower()} | {*found}
+    return frozenset(named - {path for name in named for path in _paths(name) if path != name})
+
+
 def _paths(name: str) -> list[str]:
     """The name of a module, and those of the modules that hold it."""
     parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return [".".join(parts[:count]) for count in range(len(parts) + 1)]

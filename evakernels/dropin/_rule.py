@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -97,24 +97,22 @@ def rules() -> tuple[Rule, ...]:
 
 def form_names() -> list[str]:
     """Every function whose form is kept."""
-    roles = [f"{name}.forward" for library in LIBRARIES for name in _file(library).ROLES]
-    return sorted({*roles, *(name for rule in rules() for name in rule.forms)})
+    return sorted({*(f"{name}.forward" for name in _roles()), *(name for rule in rules() for name in rule.forms)})
 
 
 def prepare() -> None:
     """Finds the classes of the libraries that have been imported since; imports none."""
     _file("transformers").prepare()
-    for library in LIBRARIES:
-        for name, role in _file(library).ROLES.items():
-            cls = _find(name)
-            if cls is not None and cls not in ROLES and _form.is_known(_find(f"{name}.forward"), f"{name}.forward"):
-                ROLES[cls] = role
+    for name, role in _roles().items():
+        cls = _find(name)
+        if cls is not None and cls not in ROLES and _form.is_known(_find(f"{name}.forward"), f"{name}.forward"):
+            ROLES[cls] = role
 
 
 def find(cls: Any) -> Rule | None:
     """The rule for exactly this class, also where the library has moved it, or for what its forward reads like."""
     named = [rule for rule in rules() if rule.target.rpartition(".")[2] == cls.__name__]
-    exact = next((rule for rule in named if cls is _find(rule.target)), None)
+    exact = next((rule for rule in rules() if cls is _find(rule.target)), None)
     if exact is not None or not hasattr(cls, "forward"):
         return exact
     alike = next((r for r in rules() if r.any_class and _form.is_known(cls.forward, f"{r.target}.forward")), None)
@@ -144,21 +142,39 @@ def of_base(cls: type) -> Rule | None:
 
 def name_of(cls: type) -> str:
     """The name under which a class has a role, or none."""
-    return next((name for library in LIBRARIES for name in _file(library).ROLES if _find(name) is cls), "")
+    return next((name for name in _roles() if _find(name) is cls), "")
 
 
 def doubtful_role(cls: type) -> str | None:
     """The role that a class would have if its form were known."""
-    if cls in ROLES:
-        return None
-    return next((roles[name] for roles in (_file(n).ROLES for n in LIBRARIES) if (name := name_of(cls)) in roles), None)
+    return None if cls in ROLES else _roles().get(name_of(cls))
+
+
+def gone(classes: Iterable[type]) -> list[str]:
+    """The classes with a rule or a role that aren't in their imported module, nor of that name among `classes`."""
+    moved = {(cls.__module__.partition(".")[0], cls.__name__) for cls in classes}
+    names = {*(rule.target for rule in rules()), *_roles()}
+    return [
+        name
+        for name in sorted(names)
+        if name.rpartition(".")[0] in sys.modules
+        and _find(name) is None
+        and (name.partition(".")[0], name.rpartition(".")[2]) not in moved
+    ]
+
+
+def may_be(cls: type, name: str) -> bool:
+    """Whether a class may have taken the place of one that is gone: it is of the same file, or an attention as well."""
+    module, _, known = name.rpartition(".")
+    attend = all("attention" in either.lower() for either in (known, cls.__name__))
+    return cls.__module__ == module or (attend and cls.__module__.partition(".")[0] == module.partition(".")[0])
 
 
 def stranger(name: str, changed: str) -> tuple[str, str]:
     """Why a class of this name isn't known for certain, and of which library's version it is."""
     library = name.partition(".")[0]
     version = _version(library)
-    return f"unknown version {version} of {library}: {changed} reads differently", f"{library} {version}"
+    return f"unknown version {version} of {library}: {changed}", f"{library} {version}"
 
 
 def _find(name: str) -> Any:
@@ -178,6 +194,12 @@ def _version(library: str) -> str:
         return metadata.version({"open_clip": "open_clip_torch"}.get(library, library))
     except metadata.PackageNotFoundError:
         return "unknown"
+
+
+@cache
+def _roles() -> dict[str, str]:
+    """The roles of the libraries' classes by their names; those of torch's need no form."""
+    return {name: role for library in LIBRARIES[1:] for name, role in _file(library).ROLES.items()}
 
 
 @cache

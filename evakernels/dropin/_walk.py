@@ -3,13 +3,13 @@
 import warnings
 import weakref
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 from torch import nn
 
 from evakernels.dropin import _rule, _swap
-from evakernels.dropin._blocks import blocks
+from evakernels.dropin._blocks import attentions, blocks
 from evakernels.dropin._choice import Choice, Patterns
 from evakernels.dropin._report import Left, Replaced, Report
 from evakernels.dropin._roles import ROLE_RULES
@@ -56,7 +56,7 @@ def accelerate(
 
     Returns:
         What runs on which op and backend, and what was left and why; in its `watch` what then ran. `str` of it is a
-        line such as "12 of 12 blocks" and a table.
+        line such as "12 of 12 blocks, 109 of 133 modules" and a table.
 
     Raises:
         TypeError: for what isn't an `nn.Module`.
@@ -73,7 +73,8 @@ def accelerate(
     named = [(name, module, _class_of(module)) for name, module in model.named_modules()]
     choice = Choice([(name, cls.__name__) for name, _, cls in named], include, exclude)
     report = Report(model=weakref.ref(model), blocks=blocks(model), tried=unknown == "verify")
-    plan = _Plan(choice, force, Trials() if unknown == "verify" else None)
+    report.attentions = attentions(model, report.blocks)
+    plan = _Plan(choice, force, Trials() if unknown == "verify" else None, [cls for *_, cls in named])
     plan.learn_roles(named)
     classes: list[tuple[nn.Module, type]] = []
     for name, module, _ in named:
@@ -84,6 +85,8 @@ def accelerate(
             report.replaced.append(found)
         elif found is not None:
             report.left.append(found)
+        elif name in report.attentions:
+            report.left.append(Left(name, type(module).__name__, "no rule is for it"))
     if strict and report.unknown:
         raise RuntimeError(f"accelerate: {report.headline}; {report.unknown[0].reason}")
     if report.unknown:  # a filter may make an error of it, so before anything is changed
@@ -144,32 +147,31 @@ class _Known:
     hooked: _rule.Rule | None = None
 
 
-def _known(cls: type) -> _Known:
+def _known(cls: type, gone: list[str]) -> _Known:
     rule, hooked = _rule.find(cls), _rule.hooked(cls)
     if rule is not None:
         changed = rule.unknown(cls)
         if changed is None:
             return _Known(rule)
-        return _Known(rule, *_rule.stranger(rule.target, changed), hooked)
+        return _Known(rule, *_rule.stranger(rule.target, f"{changed} reads differently"), hooked)
     if hooked is not None:
         return _Known(hooked)
     base = _rule.of_base(cls)
-    if base is None:
-        role = _rule.doubtful_role(cls)
-        return (
-            _Known(None)
-            if role is None
-            else _Known(None, *_rule.stranger(_rule.name_of(cls), f"{_rule.name_of(cls)}.forward"))
-        )
-    return _Known(base, f"a subclass of {base.target.rpartition('.')[2]} changed it")
+    if _rule.doubtful_role(cls) is not None:
+        name = _rule.name_of(cls)
+        return _Known(base, *_rule.stranger(name, f"{name}.forward reads differently"))
+    lacking = next((name for name in gone if cls not in ROLES and _rule.may_be(cls, name)), None)
+    if lacking is not None:
+        return _Known(base, *_rule.stranger(lacking, f"there is no {lacking}, and no rule for {cls.__name__}"))
+    return _Known(base, None if base is None else f"a subclass of {base.target.rpartition('.')[2]} changed it")
 
 
 class _Plan:
     """What becomes of each module, without changing any."""
 
-    def __init__(self, choice: Choice, force: bool, trials: Trials | None) -> None:
+    def __init__(self, choice: Choice, force: bool, trials: Trials | None, classes: list[type]) -> None:
         self.choice, self.force, self.trials = choice, force, trials
-        self.known = cache(_known)
+        self.known = cache(partial(_known, gone=_rule.gone(classes)))
 
     def step(self, name: str, module: nn.Module) -> tuple[Replaced | Left | None, type]:
         """What to report of a module, and the class that it is to have."""
@@ -183,10 +185,10 @@ class _Plan:
         included = self.choice.includes(name, cls.__name__)
         if not included and not _is_swapped(module):
             return Left(name, cls.__name__, "not included"), current
+        if "forward" in module.__dict__:
+            return Left(name, cls.__name__, "its forward was replaced"), current
         forced = (self.force and included) or getattr(current, "is_forced", False)
         rule, verified, reason = self._settle(module, cls, known)
-        if "forward" in module.__dict__:
-            reason = "its forward was replaced"
         reason = reason or _unserved(module, rule, forced)
         if reason is not None:
             library = known.library if reason.startswith("unknown version") else ""
@@ -233,6 +235,4 @@ def _tried(trials: Trials, module: nn.Module, cls: type, rule: _rule.Rule) -> st
 
 
 def _unserved(module: nn.Module, rule: _rule.Rule, forced: bool) -> str | None:
-    if "forward" in module.__dict__:
-        return "its forward was replaced"
     return rule.reason(module) or (None if forced else rule.slow(module))

@@ -66,7 +66,7 @@ def _causal(is_causal: bool) -> dict[str, bool]:
 
 
 class _Attention(Swapped):
-    """What the three attention modules share."""
+    """What the attention modules share."""
 
     def _is_fused(self, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None) -> bool:
         unrotated = "attention_training" if torch.is_grad_enabled() else "attention"
@@ -79,7 +79,7 @@ class _Attention(Swapped):
         )
 
     def _project(self, x: Tensor) -> list[Tensor]:
-        """q, k, v, `[B, N, heads, head_dim]`."""
+        """q, k, v, `[B, N, heads, head_dim]`; keys and values may have fewer heads."""
         parts: Any
         if self.qkv is None:
             parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -89,7 +89,7 @@ class _Attention(Swapped):
             bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
             projected = self.qkv(x) + bias if self.qkv_bias_separate else linear(x, self.qkv.weight, bias)
             parts = projected.chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in parts)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         return [self.q_norm(q), self.k_norm(k), v]
 
     def _attend(self, x: Tensor, **options: Any) -> Tensor:
@@ -152,11 +152,6 @@ class RotaryAttention(_Attention):
         }
 
 
-def _as_many_keys(module: Any) -> str | None:
-    groups = getattr(module, "num_kv_groups", 1)
-    return None if groups == 1 else f"{groups} query heads share a key"
-
-
 # --- blocks ---------------------------------------------------------------------------------------------------------
 
 
@@ -184,24 +179,6 @@ class PostNormBlock(Swapped):
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         x = norm_add(x, self.attn(x, *args, **options), self.norm1, self.drop_path1, forced=self.is_forced)
         return norm_add(x, self.mlp(x), self.norm2, self.drop_path2, forced=self.is_forced)
-
-
-class ParallelScalingBlock(_Attention):
-    """Attention and MLP side by side behind one projection."""
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if not self._is_fused(x, None, attn_mask):
-            whole: Tensor = super().forward(x, attn_mask=attn_mask, **_causal(is_causal))
-            return whole
-        hidden, *parts = self.in_proj(self.in_norm(x)).split(self.in_split, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in parts)
-        attended = rope_attention(self.q_norm(q), self.k_norm(k), v, causal=is_causal).flatten(2)
-        hidden = self.mlp_drop(self.mlp_act(hidden if self.mlp_bias is None else hidden + self.mlp_bias))
-        if self.out_proj is None:
-            y = self.attn_out_proj(attended) + self.mlp_out_proj(hidden)
-        else:
-            y = self.out_proj(torch.cat((attended, hidden), dim=-1))
-        return add(x, y, self.ls, self.drop_path)
 
 
 def _block_gate(module: Any) -> str:
@@ -291,7 +268,6 @@ RULES = (
         "rope_attention",
         "rope_attention",
         helpers=_ROTATION,
-        reason=_as_many_keys,
         calls=_rotated,
     ),
     Rule(
@@ -300,7 +276,6 @@ RULES = (
     Rule(Block, f"{_VIT}.Block", "add_layer_norm", _block_gate, helpers=_DROP_PATH, calls=_masked),
     Rule(PostNormBlock, f"{_VIT}.ResPostBlock", "layer_norm_add", "norm_add", helpers=_DROP_PATH, calls=_masked),
     Rule(PostNormBlock, f"{_EVA}.EvaBlockPostNorm", "layer_norm_add", "norm_add", helpers=_DROP_PATH, calls=_rotated),
-    Rule(ParallelScalingBlock, f"{_VIT}.ParallelScalingBlock", "rope_attention", "attention", calls=_masked),
     Rule(Block, f"{_RELATIVE}.RelPosBlock", "add_layer_norm", _block_gate, helpers=_DROP_PATH, calls=_biased),
     Rule(
         PostNormBlock,

@@ -11,14 +11,6 @@ from evakernels.dropin._swap import Swapped
 from evakernels.nn import linear
 from evakernels.ops import gelu, layer_norm, rms_norm
 
-ROLES = {
-    "torch.nn.modules.linear.Identity": "identity",
-    "torch.nn.modules.dropout.Dropout": "dropout",
-    "torch.nn.modules.activation.SiLU": "silu",
-    "torch.nn.modules.normalization.LayerNorm": "layer_norm",
-    "torch.nn.modules.normalization.RMSNorm": "rms_norm",
-}
-
 
 class Linear(Swapped):
     """On a CPU, by oneDNN where that is faster."""

@@ -107,13 +107,14 @@ def _asks_more(options: dict[str, Any]) -> bool:
 
 def _takes(module: Any, query: Tensor, key: Tensor, value: Tensor) -> bool:
     op = "attention_training" if torch.is_grad_enabled() else "attention"
-    same = query.shape == key.shape == value.shape and query.dtype == key.dtype == value.dtype
+    same = key.shape == value.shape == (query.shape[0], key.shape[1], *query.shape[2:])  # heads may share keys
+    same = same and query.dtype == key.dtype == value.dtype
     return same and query.dim() == 4 and serves(op, query, of_product=True, forced=module.is_forced)
 
 
-def _as_many_keys(module: Any) -> str | None:
-    groups = getattr(module, "num_key_value_groups", 1)
-    return None if groups == 1 else f"{groups} query heads share a key"
+def _by_sdpa(module: Any) -> str | None:
+    chosen = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return None if chosen == "sdpa" else f"its attn_implementation is {chosen}, not sdpa"
 
 
 class DINOv3Attention(HookedAttention):
@@ -215,17 +216,11 @@ RULES = (
         "rope_attention",
         "rope_attention",
         helpers=(f"{_DINOV3}.apply_rotary_pos_emb", f"{_DINOV3}.rotate_half"),
+        reason=_by_sdpa,
         calls=_rotated,
     ),
     Rule(EncoderLayer, f"{_CLIP}.CLIPEncoderLayer", "add_layer_norm", "add_norm", any_class=True, calls=_masked),
     Rule(EncoderLayer, f"{_SIGLIP}.SiglipEncoderLayer", "add_layer_norm", "add_norm", any_class=True, calls=_masked),
     Rule(DINOv3Layer, f"{_DINOV3}.DINOv3ViTLayer", "add_layer_norm", "scaled_add_norm", calls=_rotated),
-    Rule(
-        HookedAttention,
-        _INTERFACE,
-        "rope_attention",
-        "attention",
-        reason=_as_many_keys,
-        hook=asks_the_interface,
-    ),
+    Rule(HookedAttention, _INTERFACE, "rope_attention", "attention", reason=_by_sdpa, hook=asks_the_interface),
 )

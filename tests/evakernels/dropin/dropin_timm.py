@@ -7,7 +7,7 @@ import torch
 from dropin_family import Family, randomised
 from timm.layers import RmsNorm, SwiGLUPacked
 from timm.models.eva import Eva
-from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
 
@@ -69,6 +69,16 @@ TIMM = {
         global_pool="map",
         init_values=0.5,
     ),
+    "rope-grouped": _timm(
+        Eva,
+        **_ROPE,
+        attn_type="rope",
+        rope_type="dinov3",
+        rope_rotate_half=True,
+        qkv_fused=False,
+        num_kv_heads=1,
+        qk_norm=True,
+    ),
     "rope-mixed": _timm(Eva, **_ROPE, attn_type="rope", rope_type="mixed", qk_norm=True),
     "vit": _timm(
         VisionTransformer, "token_dropout", init_values=0.5, drop_path_rate=0.3, patch_drop_rate=0.4, reg_tokens=2
@@ -78,20 +88,10 @@ TIMM = {
     ),
     "vit-rms": _timm(VisionTransformer, norm_layer=RmsNorm, class_token=False, global_pool="avg"),
     "vit-post-norm": _timm(VisionTransformer, "layer_norm_add", block_fn=ResPostBlock, init_values=0.5),
-    "vit-parallel": _timm(
-        VisionTransformer,
-        block_fn=ParallelScalingBlock,
-        norm_layer=RmsNorm,
-        qkv_bias=False,
-        qk_norm=True,
-        init_values=0.5,
-        drop_path_rate=0.2,
-    ),
     "relative": _timm(VisionTransformerRelPos, init_values=0.5, drop_path_rate=0.2, class_token=True),
     "relative-post-norm": _timm(VisionTransformerRelPos, "layer_norm_add", block_fn=ResPostRelPosBlock),
 }
 TIMM["eva-post-norm"].ops.difference_update({ADD_NORM, NORM})
 TIMM["vit-post-norm"].ops.discard(ADD_NORM)
-TIMM["vit-parallel"].ops.discard(ADD_NORM)
 TIMM["relative"].ops.discard(ATTENTION)
 TIMM["relative-post-norm"].ops.difference_update({ATTENTION, ADD_NORM})

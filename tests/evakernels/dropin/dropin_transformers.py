@@ -94,4 +94,9 @@ TRANSFORMERS = {
         {"layer_norm", "swiglu", "rope_attention"},
         lambda seed: {"input_ids": _tokens(seed)},
     ),
+    "llama-grouped": _family(
+        lambda: LlamaModel(LlamaConfig(**{**_SIZES, "num_attention_heads": 4}, num_key_value_heads=2, vocab_size=50)),
+        {"layer_norm", "swiglu", "rope_attention"},
+        lambda seed: {"input_ids": _tokens(seed)},
+    ),
 }

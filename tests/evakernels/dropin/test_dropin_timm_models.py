@@ -12,7 +12,9 @@ OPTIONS = {"sapiens2": {"num_heads": 8, "num_kv_heads": (8, 4)}}
 
 LEFT = {
     ("GELU", "exact GELU: torch's own is as fast"),
-    ("AttentionRope", "2 query heads share a key"),
+    *((name, "no rule is for it") for name in ("AttentionPoolLatent", "RelPosAttention", "DiffAttention")),
+    # Its attention is in the block itself.
+    *((name, "no rule is for it") for name in ("ParallelScalingBlock", "DiffParallelScalingBlock")),
 }
 """Modules of classes that a rule knows, and why they are left."""
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from dropin_families import FAMILIES, close
 from dropin_family import gradients, log_ops, ops_of, run
-from timm.layers import LayerScale, SwiGLU
+from timm.layers import AttentionRope, LayerScale, SwiGLU
 from timm.models.eva import EvaAttention, EvaBlock
 from torch import nn
 from transformers import AttentionInterface, LlamaConfig, LlamaModel
@@ -64,10 +64,10 @@ def later_attention(monkeypatch):
 
 
 def test_what_is_unknown_is_left_with_a_warning(later_attention):
-    with pytest.warns(UnknownFormWarning, match="0 of 2 blocks: timm .*EvaAttention.forward reads differently"):
+    with pytest.warns(UnknownFormWarning, match="0 of 2 blocks, .*: timm .*EvaAttention.forward reads differently"):
         report = evakernels.accelerate(later_attention)
     first = str(report).splitlines()[0]
-    assert first.startswith("0 of 2 blocks: timm 1.")
+    assert re.match(r"0 of 2 blocks, \d+ of \d+ modules: timm 1\.", first)
     assert first.endswith('is unknown; unknown="verify" tries by behaviour')
     assert {left.name for left in report.unknown} == {"blocks.0.attn", "blocks.1.attn"}
     assert type(later_attention.blocks[0].attn) is EvaAttention
@@ -78,7 +78,7 @@ def test_what_is_known_is_counted_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name, count in (("eva02", "2 of 2"), ("clip", "4 of 4"), ("open-clip", "4 of 4")):
-            assert str(evakernels.accelerate(FAMILIES[name].build())).splitlines()[0] == f"{count} blocks"
+            assert str(evakernels.accelerate(FAMILIES[name].build())).splitlines()[0].startswith(f"{count} blocks, ")
 
 
 def test_the_warning_can_be_filtered(gated):
@@ -137,7 +137,7 @@ def test_what_behaves_equally_is_taken(later_attention):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report = evakernels.accelerate(later_attention, unknown="verify", strict=True)
-    assert report.headline == "2 of 2 blocks, 2 modules by behaviour"
+    assert re.fullmatch(r"2 of 2 blocks, \d+ of \d+ modules, 2 by behaviour", report.headline)
     assert [done.name for done in report.replaced if done.verified] == ["blocks.0.attn", "blocks.1.attn"]
     assert ops_of(family, later_attention) >= {"rope_attention", "add_layer_norm", "swiglu"}
     close(run(family, later_attention, 1), run(family, untouched, 1))
@@ -269,7 +269,7 @@ def test_children_that_a_step_reads_are_tried_as_well(monkeypatch, forward, take
     monkeypatch.delitem(_serve.ROLES, LayerScale)
     monkeypatch.setattr(LayerScale, "forward", forward)
     model = FAMILIES["vit"].build()
-    with pytest.warns(UnknownFormWarning, match=r"0 of 2 blocks: timm .*LayerScale.forward reads differently"):
+    with pytest.warns(UnknownFormWarning, match=r"0 of 2 blocks, .*: timm .*LayerScale.forward reads differently"):
         assert {left.module for left in evakernels.accelerate(model).unknown} == {"LayerScale"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -285,6 +285,75 @@ def test_a_class_that_moved_is_known_by_its_name_and_form(monkeypatch):
     assert [done.module for done in report.replaced].count(EvaBlock.__name__) == 2
 
 
+@pytest.fixture
+def rename(monkeypatch):
+    """Gives a class another name, and perhaps another file, as a later release could."""
+    before = []
+
+    def renamed(cls, name, file=None):
+        before.append((cls, cls.__name__, cls.__module__))
+        monkeypatch.delattr(sys.modules[cls.__module__], cls.__name__)
+        cls.__name__, cls.__module__ = name, file or cls.__module__
+
+    yield renamed
+    for cls, *names in before:
+        cls.__name__, cls.__module__ = names
+
+
+@pytest.mark.parametrize("unknown", ["skip", "verify"])
+def test_a_class_that_has_another_name_is_not_passed_over(rename, unknown):
+    model = FAMILIES["eva02-packed"].build()
+    rename(EvaBlock, "EvaLayer")
+    rename(EvaAttention, "EvaSelfAttention")
+    with pytest.warns(
+        UnknownFormWarning, match=r"0 of 2 blocks, .*: timm .* is unknown \(.*there is no timm.models.eva"
+    ):
+        report = evakernels.accelerate(model, unknown=unknown)
+    assert {"EvaLayer", "EvaSelfAttention"} <= {left.module for left in report.unknown}
+    assert {"GluMlp"} <= {done.module for done in report.replaced}
+    with pytest.raises(RuntimeError, match=r"accelerate: 0 of 2 blocks.*there is no timm.models.eva.Eva"):
+        evakernels.accelerate(model, unknown=unknown, strict=True)
+
+
+def test_an_attention_that_has_another_name_in_another_file_is_not_passed_over(rename):
+    model = FAMILIES["perception-encoder"].build()
+    rename(AttentionRope, "RotaryAttention", "timm.layers.rotary")
+    with pytest.raises(
+        RuntimeError, match=r"accelerate: 0 of 2 blocks.*there is no timm.layers.attention.AttentionRope"
+    ):
+        evakernels.accelerate(model, strict=True)
+
+
+def test_a_class_of_another_name_that_keeps_the_old_one_is_known(rename, monkeypatch):
+    model = FAMILIES["eva02"].build()
+    rename(EvaBlock, "EvaLayer")
+    monkeypatch.setattr("timm.models.eva.EvaBlock", EvaBlock, raising=False)
+    assert "EvaLayer" in {done.module for done in evakernels.accelerate(model, strict=True).replaced}
+
+
+def test_models_without_what_is_gone_are_known(rename):
+    rename(EvaBlock, "EvaLayer")
+    rename(EvaAttention, "EvaSelfAttention")
+    assert evakernels.accelerate(FAMILIES["vit"].build(), strict=True).headline.startswith("2 of 2 blocks")
+
+
+# --- what counts -----------------------------------------------------------------------------------------------------
+
+
+def test_a_block_counts_if_it_or_its_attention_was_replaced():
+    build = FAMILIES["vit"].build
+    assert evakernels.accelerate(build(), include="*.mlp.fc1").headline.startswith("0 of 2 blocks, ")
+    assert evakernels.accelerate(build(), include="*.attn", force=True).headline.startswith("2 of 2 blocks, 2 of ")
+    report = evakernels.accelerate(build(), include="blocks.0")
+    assert report.headline == f"1 of 2 blocks, 1 of {1 + len(report.left)} modules"
+
+
+def test_an_attention_without_a_rule_is_told():
+    report = evakernels.accelerate(FAMILIES["relative"].build())
+    told = {(left.name, left.module) for left in report.left if left.reason == "no rule is for it"}
+    assert told == {(f"blocks.{number}.attn", "RelPosAttention") for number in range(2)}
+
+
 # --- transformers' own interface -------------------------------------------------------------------------------------
 
 
@@ -296,7 +365,7 @@ def test_attention_behind_the_interface_needs_no_known_form(monkeypatch):
     family, untouched = FAMILIES["clip"], FAMILIES["clip"].build()
     model = copy.deepcopy(untouched)
     report = evakernels.accelerate(model, include="CLIPAttention", strict=True)
-    assert report.headline == "4 of 4 blocks"
+    assert report.headline.startswith("4 of 4 blocks, 4 of ")
     assert ops_of(family, model) == {"rope_attention"}
     close(run(family, model, 1), run(family, untouched, 1))
     assert ops_of(family, untouched) == set()
@@ -304,10 +373,7 @@ def test_attention_behind_the_interface_needs_no_known_form(monkeypatch):
 
 def test_what_the_op_lacks_runs_the_librarys_own_code():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    shared = LlamaModel(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=50))
-    report = evakernels.accelerate(shared, force=True)
-    assert "2 query heads share a key" in {left.reason for left in report.left}
-    model = LlamaModel(LlamaConfig(**sizes, vocab_size=50)).eval()
+    model = LlamaModel(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=50)).eval()
     untouched = copy.deepcopy(model)
     evakernels.accelerate(model, force=True, include="LlamaAttention")
     ids, mask = torch.randint(3, 49, (2, 6)), torch.ones(2, 6, dtype=torch.long)
@@ -322,6 +388,15 @@ def test_what_the_op_lacks_runs_the_librarys_own_code():
     cache = [m(ids, use_cache=True).past_key_values for m in (model, untouched)]  # one query, seven keys
     steps = [m(ids[:, :1], past_key_values=c) for m, c in zip((model, untouched), cache, strict=True)]
     close(steps[0].last_hidden_state, steps[1].last_hidden_state)
+
+
+@pytest.mark.parametrize("name", ["clip", "dinov3-vit"])
+def test_attention_of_another_implementation_is_left(name):
+    model = FAMILIES[name].build()
+    model.set_attn_implementation("eager")
+    report = evakernels.accelerate(model, force=True)
+    assert "its attn_implementation is eager, not sdpa" in {left.reason for left in report.left}
+    assert "rope_attention" not in {done.op for done in report.replaced}
 
 
 def test_what_somebody_else_has_registered_stays():
