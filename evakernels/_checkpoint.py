@@ -1,18 +1,19 @@
 """What selective activation checkpointing keeps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils.checkpoint import CheckpointPolicy
 
 from evakernels import backends
+from evakernels.ops import _check
 
 
 def checkpoint_policy(
-    save: Sequence[str | OpOverload] = ("rope_attention", "packed_attention"),
+    save: str | Sequence[str | OpOverload] = ("rope_attention", "packed_attention"),
 ) -> Callable[..., CheckpointPolicy]:
     """A policy of selective activation checkpointing that knows the ops of this library.
 
@@ -20,7 +21,7 @@ def checkpoint_policy(
     activations and everything else in the region run again in the backward pass.
 
     Args:
-        save: what is kept: names of public functions, such as `"swiglu"`, or overloads of any operators, such as
+        save: what is kept: a name of a public function, such as `"swiglu"`, or a list of them and of overloads of any operators, such as
             `torch.ops.aten.mm.default`. Under `torch.compile` what isn't named runs again unless the compiler finds it
             better kept.
 
@@ -28,6 +29,7 @@ def checkpoint_policy(
         What `torch.utils.checkpoint.create_selective_checkpoint_contexts` takes.
 
     Raises:
+        TypeError: for what is neither, as an operator with all its overloads, `torch.ops.aten.mm`.
         ValueError: for an unknown name.
 
     Examples:
@@ -38,14 +40,25 @@ def checkpoint_policy(
         >>> x = torch.randn(2, 16, 192, requires_grad=True)
         >>> checkpoint(block, x, use_reentrant=False, context_fn=contexts).sum().backward()
     """
-    kept = frozenset(op for given in save for op in _overloads(given))
+    single = isinstance(save, str | OpOverload) or not isinstance(save, Iterable)
+    kept = frozenset(op for given in ([save] if single else save) for op in _overloads(given))
     return partial(_policy, kept)
 
 
-def _overloads(given: str | OpOverload) -> list[OpOverload]:
+def _overloads(given: Any) -> list[OpOverload]:
     if isinstance(given, OpOverload):
         return [given]
-    return [getattr(torch.ops.evakernels, name).default for name in backends.ops_of(given)]
+    accepted = "names of ops and overloads, such as 'swiglu' and torch.ops.aten.mm.default"
+    if isinstance(given, OpOverloadPacket):
+        accepted = f"one of its overloads, such as torch.ops.{given}.{given.overloads()[0]}"
+    if not isinstance(given, str):
+        found = given if isinstance(given, OpOverloadPacket) else _check.kind(given)
+        raise TypeError(f"checkpoint_policy: save has {found}; accepted: {accepted}")
+    try:
+        names = backends.ops_of(given)
+    except ValueError as exc:
+        raise ValueError(f"checkpoint_policy: {exc}") from None
+    return [getattr(torch.ops.evakernels, name).default for name in names]
 
 
 def _policy(kept: frozenset[OpOverload], context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

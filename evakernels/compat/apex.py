@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from evakernels.compat._missing import missing
 from evakernels.nn.layer_norm import over_trailing
 from evakernels.ops import adamw_update, gradient_norm, lamb_step, layer_norm, rms_norm
 from evakernels.ops._autocast import is_on
@@ -29,6 +30,16 @@ __all__ = [
     "MixedFusedLayerNorm",
     "MixedFusedRMSNorm",
 ]
+
+__getattr__ = missing(
+    __name__,
+    {
+        "fused_layer_norm fused_layer_norm_affine mixed_dtype_fused_layer_norm_affine": "use evakernels.layer_norm",
+        "fused_rms_norm fused_rms_norm_affine mixed_dtype_fused_rms_norm_affine manual_rms_norm": "use "
+        "evakernels.rms_norm",
+        "FusedSGD FusedNovoGrad FusedAdagrad FusedMixedPrecisionLamb": "FusedAdam and FusedLAMB are served",
+    },
+)
 
 
 # --- norms ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """flash-attn's functions, with its signatures and layouts, without flash-attn.
 
-    from evakernels.compat.flash_attn import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
+    from evakernels.compat.flash_attn import flash_attn_func, flash_attn_varlen_func
 
 in the place of `from flash_attn import ...` is the whole change. All of it also runs on a CPU and in float32. What the
 ops don't serve is a `NotImplementedError` that says what is accepted: dropout, windows, ALiBi, a cap on scores, paged
@@ -13,11 +13,28 @@ import torch
 from torch import Tensor
 
 from evakernels.compat._attention import attend, attend_packed, check_options, refuse_lengths
+from evakernels.compat._missing import missing
 
 Result = Any  # a union would have every caller narrow it
 """The output; with `return_attn_probs` also lse, and in the place of probabilities a tensor of no elements."""
 
-__all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func"]
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+]
+
+__getattr__ = missing(
+    __name__,
+    {
+        "flash_attn_with_kvcache": "there is no cache; flash_attn_func takes more keys than queries",
+        "apply_rotary_emb RotaryEmbedding": "evakernels.rope_attention rotates queries and keys inside the attention",
+        "pad_input unpad_input": "torch.cat packs sequences, and torch.split gives them back",
+    },
+)
 
 
 def flash_attn_func(
@@ -52,11 +69,25 @@ def flash_attn_func(
         NotImplementedError: for what isn't offered.
         TypeError, ValueError: as `evakernels.rope_attention`.
     """
-    name = "flash_attn_func"
-    check_options(name, dropout_p=dropout_p, window_size=window_size, softcap=softcap)
-    check_options(name, alibi_slopes=alibi_slopes)
-    found = attend(name, {"q": q, "k": k, "v": v}, causal=causal, scale=softmax_scale, return_lse=return_attn_probs)
-    return _result(*found)
+    options = {"dropout_p": dropout_p, "window_size": window_size, "softcap": softcap, "alibi_slopes": alibi_slopes}
+    return _attend("flash_attn_func", {"q": q, "k": k, "v": v}, options, softmax_scale, causal, return_attn_probs)
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_func` with keys and values in one tensor `[B, M, 2, Hkv, D]`."""
+    options = {"dropout_p": dropout_p, "window_size": window_size, "softcap": softcap, "alibi_slopes": alibi_slopes}
+    return _attend("flash_attn_kvpacked_func", {"q": q, "kv": kv}, options, softmax_scale, causal, return_attn_probs)
 
 
 def flash_attn_qkvpacked_func(
@@ -71,14 +102,8 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """`flash_attn_func` of one tensor `[B, N, 3, H, D]`: queries, keys and values."""
-    name = "flash_attn_qkvpacked_func"
-    check_options(name, dropout_p=dropout_p, window_size=window_size, softcap=softcap)
-    check_options(name, alibi_slopes=alibi_slopes)
-    if qkv.dim() != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"{name}: qkv has shape {tuple(qkv.shape)}; expected [B, N, 3, H, D]")
-    q, k, v = qkv.unbind(2)
-    found = attend(name, {"q": q, "k": k, "v": v}, causal=causal, scale=softmax_scale, return_lse=return_attn_probs)
-    return _result(*found)
+    options = {"dropout_p": dropout_p, "window_size": window_size, "softcap": softcap, "alibi_slopes": alibi_slopes}
+    return _attend("flash_attn_qkvpacked_func", {"qkv": qkv}, options, softmax_scale, causal, return_attn_probs)
 
 
 def flash_attn_varlen_func(
@@ -116,21 +141,86 @@ def flash_attn_varlen_func(
         NotImplementedError: for what isn't offered, and for keys that lie otherwise than queries.
         TypeError, ValueError: as `evakernels.packed_attention`.
     """
-    name = "flash_attn_varlen_func"
-    check_options(name, dropout_p=dropout_p, window_size=window_size, softcap=softcap)
-    check_options(name, alibi_slopes=alibi_slopes, block_table=block_table)
-    if max_seqlen_k != max_seqlen_q:
-        refuse_lengths(name, f"max_seqlen_k is {max_seqlen_k} and max_seqlen_q is {max_seqlen_q}")
-    if cu_seqlens_k is not cu_seqlens_q and not _are_same(cu_seqlens_q, cu_seqlens_k):
-        refuse_lengths(name, "cu_seqlens_k isn't cu_seqlens_q (pass one tensor for both: on a GPU none is compared)")
-    qkv = {"q": q, "k": k, "v": v}
-    found = attend_packed(
-        name, qkv, cu_seqlens_q, max_seqlen_q, causal=causal, scale=softmax_scale, return_lse=return_attn_probs
+    options = {"dropout_p": dropout_p, "window_size": window_size, "softcap": softcap, "alibi_slopes": alibi_slopes}
+    options["block_table"] = block_table
+    where = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return _attend(
+        "flash_attn_varlen_func", {"q": q, "k": k, "v": v}, options, softmax_scale, causal, return_attn_probs, where
     )
-    return _result(*found)
 
 
-def _result(out: Tensor, lse: Tensor | None) -> Result:
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_varlen_func` with keys and values in one tensor `[T, 2, Hkv, D]`."""
+    options = {"dropout_p": dropout_p, "window_size": window_size, "softcap": softcap, "alibi_slopes": alibi_slopes}
+    where = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return _attend(
+        "flash_attn_varlen_kvpacked_func", {"q": q, "kv": kv}, options, softmax_scale, causal, return_attn_probs, where
+    )
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_varlen_func` of one tensor `[T, 3, H, D]`: queries, keys and values."""
+    options = {"dropout_p": dropout_p, "window_size": window_size, "softcap": softcap, "alibi_slopes": alibi_slopes}
+    where = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
+    return _attend(
+        "flash_attn_varlen_qkvpacked_func", {"qkv": qkv}, options, softmax_scale, causal, return_attn_probs, where
+    )
+
+
+def _attend(
+    function: str,
+    given: dict[str, Tensor],
+    options: dict[str, Any],
+    scale: float | None,
+    causal: bool,
+    return_lse: bool,
+    where: tuple[Tensor, Tensor, int, int] | None = None,
+) -> Result:
+    """Attention of tensors or, under a name such as `kv`, of some in one; `where` is of sequences that are packed."""
+    check_options(function, **options)
+    qkv: dict[str, Tensor] = {}
+    for names, tensor in given.items():
+        layout = f"[{'B, N' if where is None else 'T'}, {len(names)}, H, D]"
+        if len(names) > 1 and (tensor.dim() != layout.count(",") + 1 or tensor.shape[-3] != len(names)):
+            raise ValueError(f"{function}: {names} has shape {tuple(tensor.shape)}; expected {layout}")
+        qkv.update(zip(names, tensor.unbind(-3) if len(names) > 1 else [tensor], strict=True))
+    if where is None:
+        out, lse = attend(function, qkv, causal=causal, scale=scale, return_lse=return_lse)
+    else:
+        starts, others, longest, other = where
+        if other != longest:
+            refuse_lengths(function, f"max_seqlen_k is {other} and max_seqlen_q is {longest}")
+        if others is not starts and not _are_same(starts, others):
+            found = "cu_seqlens_k isn't cu_seqlens_q (pass one tensor for both: on a GPU none is compared)"
+            refuse_lengths(function, found)
+        out, lse = attend_packed(function, qkv, starts, longest, causal=causal, scale=scale, return_lse=return_lse)
     return out if lse is None else (out, lse, out.new_empty(0))
 
 

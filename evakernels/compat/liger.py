@@ -3,7 +3,6 @@
     from evakernels.compat.liger import LigerLayerNorm, LigerRMSNorm, LigerSwiGLUMLP
 
 in the place of `from liger_kernel.transformers import ...` is the whole change. All of it also runs on a CPU.
-`liger_rotary_pos_emb` has no counterpart: `evakernels.rope_attention` rotates queries and keys inside the attention.
 """
 
 from typing import Any
@@ -11,11 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evakernels.compat._missing import missing
 from evakernels.nn import Linear
 from evakernels.ops import add_rms_norm, layer_norm, rms_norm, swiglu
 from evakernels.reference._numerics import accumulation_dtype
 
 __all__ = ["LigerFusedAddRMSNorm", "LigerLayerNorm", "LigerRMSNorm", "LigerSwiGLUMLP"]
+
+__getattr__ = missing(
+    __name__,
+    {
+        "liger_rotary_pos_emb": "evakernels.rope_attention rotates queries and keys inside the attention",
+        "LigerRMSNormForGemma LigerRMSNormForGemma2 LigerRMSNormForGemma3 LigerRMSNormForQwen3Next": "it is "
+        "LigerRMSNorm with offset=1.0 and init_fn='zeros'",
+        "LigerRMSNormForOlmo2 LigerRMSNormForGlm4": "it is LigerRMSNorm",
+        "LigerGEGLUMLP": "evakernels.gelu(x, approximate='tanh') is its activation",
+        "LigerPhi3SwiGLUMLP LigerTiledSwiGLUMLP LigerQwen3MoeSwiGLUMLP": "evakernels.swiglu(gate, up) is its product",
+        "LigerCrossEntropyLoss LigerFusedLinearCrossEntropyLoss": "there are no losses of a vocabulary",
+        "AutoLigerKernelForCausalLM": "evakernels.accelerate takes the model itself",
+    },
+)
 
 _INITIAL = {"ones": torch.ones, "zeros": torch.zeros}
 _CASTING_MODES = ("llama", "gemma", "none")

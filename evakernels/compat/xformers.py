@@ -2,20 +2,48 @@
 
     import evakernels.compat.xformers as xops
 
-in the place of `import xformers.ops as xops` is the whole change for the names below. All of it also runs on a CPU.
+in the place of `import xformers.ops as xops` is the whole change for the names below, which are enough for DINOv2. All
+of it also runs on a CPU.
 What the ops don't serve is a `NotImplementedError` that says what is accepted.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from types import SimpleNamespace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from evakernels.compat._attention import attend, attend_packed, check_options, refuse_lengths
+from evakernels.compat._missing import missing
 from evakernels.nn import Linear, linear
 from evakernels.ops import swiglu as gated
 
-__all__ = ["LowerTriangularMask", "SwiGLU", "memory_efficient_attention", "swiglu"]
+__all__ = [
+    "BlockDiagonalMask",
+    "LowerTriangularMask",
+    "SwiGLU",
+    "fmha",
+    "index_select_cat",
+    "memory_efficient_attention",
+    "scaled_index_add",
+    "swiglu",
+    "unbind",
+]
+
+__getattr__ = missing(
+    __name__,
+    {
+        "RMSNorm rms_norm rms_norm_add": "evakernels.nn.RMSNorm and evakernels.add_rms_norm take their place",
+        "rope_padded": "evakernels.rope_attention rotates queries and keys inside the attention",
+        "AttentionBias AttentionMask": "memory_efficient_attention names the masks that it takes",
+        "memory_efficient_attention_forward memory_efficient_attention_forward_requires_grad "
+        "memory_efficient_attention_partial": "evakernels.rope_attention(return_lse=True) returns lse",
+        "AttentionOp MemoryEfficientAttentionCutlassOp MemoryEfficientAttentionFlashAttentionOp": "evakernels."
+        "use_backend chooses kernels",
+    },
+)
 
 _DENSE = ("LowerTriangularMask", "LowerTriangularFromBottomRightMask")
 _PACKED = {
@@ -30,6 +58,33 @@ class LowerTriangularMask:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device
+
+
+class BlockDiagonalMask:
+    """xformers' `BlockDiagonalMask`: of sequences that lie one behind the other each sees itself."""
+
+    _batch_sizes: Sequence[int] | None = None  # DINOv2 sets it
+
+    def __init__(self, q_seqinfo: Any, k_seqinfo: Any) -> None:
+        self.q_seqinfo, self.k_seqinfo = q_seqinfo, k_seqinfo
+
+    @classmethod
+    def from_seqlens(
+        cls, q_seqlen: Sequence[int], kv_seqlen: Sequence[int] | None = None, *, device: torch.device | None = None
+    ) -> Self:
+        """The mask of sequences of these lengths; without a device it fits queries on any."""
+        infos = []
+        for lengths in (q_seqlen, q_seqlen if kv_seqlen is None else kv_seqlen):
+            starts = [0, *accumulate(lengths)]
+            seqstart = torch.tensor(starts, dtype=torch.int32, device=device)
+            infos.append(SimpleNamespace(seqstart=seqstart, seqstart_py=starts, max_seqlen=max(lengths, default=0)))
+        return cls(*infos)
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """`[1, T, ...]` to the sequences, `[1, N, ...]` each; as many as `_batch_sizes` says in one batch."""
+        starts = self.q_seqinfo.seqstart_py
+        ends = [0, *accumulate(self._batch_sizes or [1] * (len(starts) - 1))]
+        return [tensor[0, starts[a] : starts[b]].unflatten(0, (b - a, -1)) for a, b in pairwise(ends)]
 
 
 def memory_efficient_attention(
@@ -97,6 +152,27 @@ def memory_efficient_attention(
 def _shared(keys: Tensor) -> Tensor:
     """`[B, M, G, H, K]` to the heads of keys that there are: G, where H is an expanded one."""
     return keys[:, :, :, 0] if keys.stride(3) == 0 or keys.shape[3] == 1 else keys.flatten(2, 3)
+
+
+fmha = SimpleNamespace(BlockDiagonalMask=BlockDiagonalMask, memory_efficient_attention=memory_efficient_attention)
+"""What is served of xformers' module of this name."""
+
+
+def unbind(x: Tensor, dim: int) -> tuple[Tensor, ...]:
+    """`torch.unbind`; in xformers its gradient needs no copy where those of the parts lie side by side."""
+    return x.unbind(dim)
+
+
+def index_select_cat(sources: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
+    """The rows `indices[i]` of each `[N_i, D_i]` of `sources`, one behind the other in one dimension."""
+    return torch.cat([x.index_select(0, index).flatten() for x, index in zip(sources, indices, strict=True)])
+
+
+def scaled_index_add(
+    input: Tensor, index: Tensor, source: Tensor, scaling: Tensor | None = None, alpha: float = 1.0
+) -> Tensor:
+    """Adds `alpha * scaling * source`, `[n, M, D]`, to the rows `index` of `input`, `[B, M, D]`, in place."""
+    return input.index_add_(0, index, source if scaling is None else scaling * source, alpha=alpha)
 
 
 def swiglu(

@@ -1,5 +1,6 @@
 """Selective activation checkpointing: what the policy keeps runs once, everything else in the region twice."""
 
+import re
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -87,6 +88,27 @@ def test_what_is_kept_runs_once_and_no_gradient_changes(given, kept, compiled):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_an_unknown_name():
-    with pytest.raises(ValueError, match=r"unknown op 'rope_atention'; did you mean 'rope_attention'"):
-        evakernels.checkpoint_policy(["rope_atention"])
+@pytest.mark.parametrize("one", ["swiglu", torch.ops.aten.mm.default])
+def test_one_is_kept_without_a_list(one):
+    (kept,), (same,) = (evakernels.checkpoint_policy(given).args for given in (one, [one]))
+    assert kept == same
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        ("rope_atention", ValueError, "checkpoint_policy: unknown op 'rope_atention'; did you mean 'rope_attention'?"),
+        (["s"], ValueError, "checkpoint_policy: unknown op 's'"),
+        (
+            [torch.ops.aten.mm],
+            TypeError,
+            "checkpoint_policy: save has aten.mm; accepted: one of its overloads, such as "
+            "torch.ops.aten.mm.default",
+        ),
+        (torch.mm, TypeError, "checkpoint_policy: save has a builtin_function_or_method; accepted: "),
+        ([3], TypeError, "checkpoint_policy: save has an int; accepted: "),
+    ],
+)
+def test_what_is_not_an_op_is_named(given, kind, message):
+    with pytest.raises(kind, match=f"^{re.escape(message)}"):
+        evakernels.checkpoint_policy(given)

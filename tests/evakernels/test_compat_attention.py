@@ -73,6 +73,27 @@ def test_flash_attn_of_packed_sequences(scale, causal):
         assert_same(out, packed_by_torch(q, k, v, causal, scale), [q, k, v])
 
 
+def test_flash_attn_of_keys_and_values_in_one_tensor():
+    q, k, v = randn(B, N, H, D), *(randn(B, N + 3, 1, D, seed=seed) for seed in (1, 2))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = flash_attn.flash_attn_kvpacked_func(q, torch.stack((k, v), 2), causal=True, softmax_scale=0.3)
+    assert_same(out, by_torch(q, k, v, True, 0.3), leaves)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_attn_of_packed_sequences_in_one_tensor(causal):
+    q, k, v = heads(sum(LENGTHS), H, D)
+    expected = packed_by_torch(q, k, v, causal, 0.3)
+    three = flash_attn.flash_attn_varlen_qkvpacked_func(torch.stack((q, k, v), 1), OFFSETS, 7, 0.0, 0.3, causal)
+    assert_same(three, expected, [q, k, v])
+    two = flash_attn.flash_attn_varlen_kvpacked_func
+    kv = torch.stack((k, v), 1)
+    out, lse, _ = two(q, kv, OFFSETS, OFFSETS, 7, 7, 0.0, 0.3, causal, return_attn_probs=True)
+    torch.testing.assert_close(out, expected)
+    assert lse.shape == (H, sum(LENGTHS))
+    refused(lambda: two(q, kv, OFFSETS, OFFSETS, 7, 9), "flash_attn_varlen_kvpacked_func: max_seqlen_k is 9")
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("keys", "kv_heads"), [(N, 1), (N + 4, H), (N + 1, 1)])
 def test_flash_attn_of_shared_heads_and_more_keys(keys, kv_heads, causal):
@@ -127,6 +148,11 @@ def test_options_of_flash_attn_that_are_not_served_are_named(options, words):
     refused(lambda: flash_attn.flash_attn_varlen_func(*packed, *where, **options), f"flash_attn_varlen_func: {words}")
     qkv = torch.stack((q, k, v), 2)
     refused(lambda: flash_attn.flash_attn_qkvpacked_func(qkv, **options), f"flash_attn_qkvpacked_func: {words}")
+    kv = torch.stack((k, v), 2)
+    refused(lambda: flash_attn.flash_attn_kvpacked_func(q, kv, **options), f"flash_attn_kvpacked_func: {words}")
+    of_two, of_three = flash_attn.flash_attn_varlen_kvpacked_func, flash_attn.flash_attn_varlen_qkvpacked_func
+    refused(lambda: of_two(packed[0], kv.flatten(0, 1), *where, **options), f"flash_attn_varlen_kvpacked_func: {words}")
+    refused(lambda: of_three(qkv.flatten(0, 1), OFFSETS, 7, **options), f"flash_attn_varlen_qkvpacked_func: {words}")
 
 
 def test_shapes_of_flash_attn_that_are_not_served_are_named():
@@ -135,6 +161,9 @@ def test_shapes_of_flash_attn_that_are_not_served_are_named():
     refused(lambda: flash_attn.flash_attn_func(q, *two), "k has 2 heads and q has 3; accepted: a number that", **wrong)
     refused(lambda: flash_attn.flash_attn_func(q[0], k, v), r"q has shape \(11, 3, 8\); expected \[B, N, H", **wrong)
     refused(lambda: flash_attn.flash_attn_qkvpacked_func(q), r"qkv has shape .* \[B, N, 3, H, D\]", **wrong)
+    refused(lambda: flash_attn.flash_attn_kvpacked_func(q, q), r"kv has shape .* \[B, N, 2, H, D\]", **wrong)
+    of_three = flash_attn.flash_attn_varlen_qkvpacked_func
+    refused(lambda: of_three(q, OFFSETS, 7), r"qkv has shape .* \[T, 3, H, D\]", **wrong)
     refused(lambda: flash_attn.flash_attn_func("q", k, v), "flash_attn_func: q is a str", kind=TypeError)
 
 
@@ -205,6 +234,30 @@ def test_what_xformers_has_beyond_is_named():
     refused(lambda: attention(q, k, v, lies), "BlockDiagonalMask of keys in other places than the queries; accepted")
     refused(lambda: attention(q, k, v, mask("BlockDiagonalMask")), r"expected \[1, T, H, K\]", kind=ValueError)
     refused(lambda: attention(q[0, 0], k, v), r"query has shape .* expected \[B, N, H, D\]", kind=ValueError)
+
+
+def test_nested_batches_of_dinov2():
+    """Its calls: samples of several batches, one attention over all of them, and what it gives added to each."""
+    batches, rows = [randn(3, 4, H * D), randn(2, 6, H * D)], [torch.tensor([2, 0]), torch.tensor([1])]
+    mask = xops.fmha.BlockDiagonalMask.from_seqlens([4, 4, 6])
+    mask._batch_sizes = [2, 1]
+    x = xops.index_select_cat([x.flatten(1) for x in batches], rows).view(1, -1, H * D)
+    q, k, v = xops.unbind(torch.stack([x.unflatten(2, (H, D))] * 3, 2), 2)
+    parts = mask.split(xops.fmha.memory_efficient_attention(q, k, v, attn_bias=mask).flatten(2))
+    scaling = randn(H * D)
+    for batch, chosen, part in zip(batches, rows, parts, strict=True):
+        alone = batch[chosen].unflatten(2, (H, D))
+        torch.testing.assert_close(part, by_torch(alone, alone, alone).flatten(2))
+        expected = batch.index_add(0, chosen, 1.5 * scaling * part)
+        assert xops.scaled_index_add(batch, chosen, part, scaling=scaling, alpha=1.5) is batch
+        torch.testing.assert_close(batch, expected)
+    assert [x.shape[:2] for x in xops.BlockDiagonalMask.from_seqlens([4, 0, 6]).split(x[:, :10])] == [
+        (1, 4),
+        (1, 0),
+        (1, 6),
+    ]
+    longer = xops.BlockDiagonalMask.from_seqlens([4, 4, 6], [4, 5, 5])
+    refused(lambda: xops.memory_efficient_attention(q, k, v, longer), "keys in other places than the queries")
 
 
 @pytest.mark.parametrize("expanded", [True, False])
