@@ -97,13 +97,12 @@ def test_one_is_kept_without_a_list(one):
 @pytest.mark.parametrize(
     ("given", "kind", "message"),
     [
-        ("rope_atention", ValueError, "checkpoint_policy: unknown op 'rope_atention'; did you mean 'rope_attention'?"),
+        ("rope_atention", ValueError, "checkpoint_policy: unknown op 'rope_atention'; did you mean 'rope_attention'"),
         (["s"], ValueError, "checkpoint_policy: unknown op 's'"),
         (
             [torch.ops.aten.mm],
             TypeError,
-            "checkpoint_policy: save has aten.mm; accepted: one of its overloads, such as "
-            "torch.ops.aten.mm.default",
+            "checkpoint_policy: save has aten.mm; accepted: one of its overloads, such as torch.ops.aten.mm.default",
         ),
         (torch.mm, TypeError, "checkpoint_policy: save has a builtin_function_or_method; accepted: "),
         ([3], TypeError, "checkpoint_policy: save has an int; accepted: "),
