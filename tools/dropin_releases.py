@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ MODELS = Path(__file__).with_name("dropin_models.py")
 BOUND = 1e-5
 
 Row = dict[str, Any]
+Pair = tuple[list[Row], list[Row]]
+"""The models' rows with the library's forms known, and by behaviour."""
 
 
 def releases(package: str, last: int) -> list[str]:
@@ -62,27 +65,39 @@ def rows(library: str, target: Path | None, *options: str) -> list[Row]:
     return found
 
 
+def both(library: str, target: Path | None, *options: str) -> Pair:
+    """The rows of `rows` with forms and without."""
+    with ThreadPoolExecutor() as pool:
+        found, tried = pool.map(lambda more: rows(library, target, *options, *more), ((), ("--by-behaviour",)))
+    return found, tried
+
+
 def _is_equal(row: Row) -> bool:
     return "error" not in row and max(row["forward"], row["gradients"]) <= BOUND
 
 
-def release_line(name: str, found: list[Row]) -> str:
-    """A release's line: what its models have in common, and which differ."""
+def _blocks(found: list[Row]) -> str:
+    """How many blocks of how many are replaced, in all models."""
+    counted = [re.findall(r"(\d+) of (\d+)", row["headline"])[0] for row in found if "error" not in row]
+    return f"{sum(int(done) for done, _ in counted)} of {sum(int(there) for _, there in counted)}"
+
+
+def release_line(name: str, found: list[Row], tried: list[Row]) -> str:
+    """A release's line: what its models have in common, with its forms known and with none, and which differ."""
     ran = [row for row in found if "error" not in row]
-    counted = [tuple(map(int, re.findall(r"(\d+) of (\d+)", row["headline"])[0])) for row in ran]
-    replaced = f"{sum(a for a, _ in counted)} of {sum(b for _, b in counted)}"
     worst = [f"{max((row[part] for row in ran), default=0):.0e}" for part in ("forward", "gradients")]
     notes = [f"{row['model']}: {row['error']}" for row in found if "error" in row]
     notes += [f"{row['model']}: differs" for row in ran if not _is_equal(row)]
     notes += [f"{row['model']}: {row['headline']}" for row in ran if "unknown" in row["headline"]]
+    notes += [f"{row['model']}, tried: {row.get('error', 'differs')}" for row in tried if not _is_equal(row)]
     equal = f"{sum(map(_is_equal, found))} of {len(found)}"
-    return _line(name, equal, replaced, *worst, "; ".join(notes))
+    return _line(name, equal, _blocks(found), *worst, _blocks(tried), "; ".join(notes))
 
 
-def model_line(library: str, row: Row) -> str:
-    """A model's line: what of it runs on the ops, and why the rest doesn't."""
+def model_line(library: str, row: Row, tried: Row) -> str:
+    """A model's line: what of it runs on the ops, with its forms known and with none, and why the rest doesn't."""
     if "error" in row:
-        return _line(f"{library}: {row['model']}", "", "", "", "", row["error"])
+        return _line(f"{library}: {row['model']}", "", "", "", "", "", row["error"])
     replaced = ", ".join(f"{count} {name}" for name, count in row["replaced"].items())
     left = "; ".join(f"{count} {why}" for why, count in row["left"].items())
     return _line(
@@ -91,6 +106,7 @@ def model_line(library: str, row: Row) -> str:
         replaced,
         f"{row['forward']:.0e}",
         f"{row['gradients']:.0e}",
+        tried.get("headline", tried.get("error", "")).partition(":")[0],
         left,
     )
 
@@ -99,10 +115,14 @@ def _line(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
-def page(by_release: dict[str, list[Row]], by_library: dict[str, list[Row]]) -> str:
+def page(by_release: dict[str, Pair], by_library: dict[str, Pair]) -> str:
     """The page, in Markdown."""
     versions = f"torch {torch.__version__.partition('+')[0]}, Python {sys.version_info.major}.{sys.version_info.minor}"
-    models = [model_line(library, row) for library, found in by_library.items() for row in found]
+    models = [
+        model_line(library, row, next((other for other in tried if other["model"] == row["model"]), {}))
+        for library, (found, tried) in by_library.items()
+        for row in found
+    ]
     return "\n".join(
         [
             "# Drop-in, release by release",
@@ -112,22 +132,26 @@ def page(by_release: dict[str, list[Row]], by_library: dict[str, list[Row]]) -> 
             "itself untouched, in evaluation and in training: the largest difference of outputs and of gradients, of",
             f"their largest value. Equal is what differs by {BOUND:.0e} at most.",
             "",
+            "*By behaviour* is the same once more with no form of any library known, as of a release that is yet to",
+            'come, and `unknown="verify"`: what is replaced then was tried and found to behave like the library\'s own',
+            "code, or asks a public interface of its library. Those models must be equal as well.",
+            "",
             "## Releases",
             "",
             "Blocks count as replaced if they or their attention were, and nothing in them is of an unknown form; of a",
             "loss, the loss itself is counted.",
             "",
-            _line("release", "models that are equal", "blocks replaced", "outputs", "gradients", "not so"),
-            "|" + "---|" * 6,
-            *(release_line(name, found) for name, found in by_release.items()),
+            _line("release", "models that are equal", "blocks replaced", "outputs", "gradients", "by behaviour", "not so"),
+            "|" + "---|" * 7,
+            *(release_line(name, *pair) for name, pair in by_release.items()),
             "",
             "## Models",
             "",
             "Of the environment's releases: every model of timm's class `Eva`, every DINOv2 of timm's, and one of each",
             "kind of the others. What is left keeps its own code.",
             "",
-            _line("model", "replaced", "modules", "outputs", "gradients", "left, and why"),
-            "|" + "---|" * 6,
+            _line("model", "replaced", "modules", "outputs", "gradients", "by behaviour", "left, and why"),
+            "|" + "---|" * 7,
             *models,
             "",
         ]
@@ -150,9 +174,9 @@ def main(arguments: list[str] | None = None) -> None:
         add_forms([str(folder) for folder in folders.values()])
     by_release = {}
     for (library, version), folder in folders.items():
-        by_release[f"{library} {version}"] = rows(library, folder)
-        print(release_line(f"{library} {version}", by_release[f"{library} {version}"]), flush=True)
-    by_library = {library: rows(library, None, "--all") for library in (*PACKAGES, "torchvision")}
+        by_release[f"{library} {version}"] = pair = both(library, folder)
+        print(release_line(f"{library} {version}", *pair), flush=True)
+    by_library = {library: both(library, None, "--all") for library in (*PACKAGES, "torchvision")}
     options.write.write_text(page(by_release, by_library))
 
 
