@@ -199,6 +199,15 @@ def test_options_that_the_forward_lacks_are_named():
     assert [_reason(report, name) for name in "01"] == ["its activation is Sigmoid", "it is made of convolutions"]
 
 
+def test_attention_of_timm_that_holds_no_head_dim_runs():
+    """Before 1.0.24 it held none."""
+    family, model, untouched = pair("eva02")
+    evakernels.accelerate(model, force=True)
+    for block in model.blocks:
+        del block.attn.head_dim
+    close(run(family, model, 1), run(family, untouched, 1))
+
+
 def test_what_is_as_fast_in_torch_is_left_and_said():
     report = evakernels.accelerate(nn.Sequential(nn.LayerNorm(8), nn.GELU()))
     assert [left.reason for left in report.left] == [
