@@ -15,27 +15,11 @@ from evaclip.errors import UserError
 from evaclip.loading import LoadedModel
 from evaclip.runtime import encoder as runtime
 from evaclip.runtime.encoder import Encoder
-from evaclip.transforms import EvalTransform
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    torch.manual_seed(0)
-    model = evaclip.create_model("tiny").eval()
-    transform = EvalTransform(model.config.vision.image_size, model.config.preprocess)
-    return LoadedModel("tiny", "random weights", model, evaclip.get_tokenizer("tiny"), transform)
 
 
 @pytest.fixture
 def encoder(loaded):
     return Encoder(loaded, device="cpu", precision="fp32", batch_size=4, threads=2)
-
-
-@pytest.fixture(scope="module")
-def pictures():
-    draw = np.random.default_rng(0)
-    sizes = [(40, 60), (64, 64), (90, 30), (33, 35), (50, 50), (20, 70), (64, 48)]
-    return [Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
 
 
 def _expected(loaded, pictures):
