@@ -72,7 +72,8 @@ def test_torch_fx_traces_the_untouched_code(name):
     """The model's own options, such as `is_causal`, are proxies then."""
     family, model, untouched = pair(name)
     evakernels.accelerate(model.eval(), force=True)
-    model.patch_drop = nn.Identity()  # which timm's own code of it doesn't let through either
+    # Torch.fx doesn't read timm's own patch dropout either.
+    model.patch_drop = None if name == "eva02" else nn.Identity()
     last = get_graph_node_names(model)[1][-1]
     x = family.inputs(1)["x"]
     close(create_feature_extractor(model, [last])(x)[last], untouched.eval()(x))
