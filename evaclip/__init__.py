@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from evaclip.model.vision_model import (
         VisionModel,
     )
+    from evaclip.runtime.encoder import (
+        Encoder,
+    )
     from evaclip.tokenizer import (
         Tokenizer,
         decode,
@@ -74,6 +77,7 @@ __all__ = [
     "SIMPLE_IMAGENET_TEMPLATES",
     "Augmentation",
     "CLIPConfig",
+    "Encoder",
     "Preprocess",
     "Savings",
     "TextConfig",
@@ -131,6 +135,7 @@ _MODULES = {
     ),
     "evaclip.model.savings": ("Savings",),
     "evaclip.model.vision_model": ("VisionModel",),
+    "evaclip.runtime.encoder": ("Encoder",),
     "evaclip.tokenizer": (
         "Tokenizer",
         "decode",

@@ -139,8 +139,8 @@ def _setting(args: argparse.Namespace) -> "Setting":
 
     from evaclip.atomic import require_writable
     from evaclip.eval.features import FeatureOptions
-    from evaclip.eval.load import load_model
     from evaclip.eval.runs import Setting
+    from evaclip.loading import load_model
 
     for file in filter(None, (args.json, args.cache and args.cache / "features")):
         require_writable(file)

@@ -1,4 +1,4 @@
-"""A folder with one subfolder of pictures per class."""
+"""A folder with one subfolder of pictures per class, and a folder with pictures."""
 
 from pathlib import Path
 
@@ -45,7 +45,40 @@ class FolderSource(Source):
         return RawSample(key, read_image_file(self._root / key), (caption,))
 
     def name(self, index: int) -> str:
-        return str(self._root / self._files[index])
+        return str(self.file(index))
+
+    def file(self, index: int) -> Path:
+        return self._root / self._files[index]
+
+    def place(self, index: int) -> tuple[str, str]:
+        return self.name(index), self._files[index]
+
+
+class PictureFolder(Source):
+    """All pictures in a folder, at any depth, in sorted order; without captions.
+
+    Keys are paths below the root, and hidden files and folders don't count. Raises UserError if there is no picture.
+    """
+
+    def __init__(self, root: Path) -> None:
+        files = _pictures(root)
+        if not files:
+            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise UserError(f"there are 0 pictures ({suffixes}) in {root}" + ("" if root.is_dir() else ": no folder"))
+        self.description = str(root)
+        self._root = root
+        self._files = PackedStrings.pack(file.relative_to(root).as_posix() for file in files)
+        self.shard_sizes = [len(files)]
+        self.fingerprint = hash_list("pictures", ((name, "") for name in self._files))
+
+    def __getitem__(self, index: int) -> RawSample:
+        return RawSample(self._files[index], read_image_file(self._root / self._files[index]), ())
+
+    def name(self, index: int) -> str:
+        return str(self.file(index))
+
+    def file(self, index: int) -> Path:
+        return self._root / self._files[index]
 
     def place(self, index: int) -> tuple[str, str]:
         return self.name(index), self._files[index]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from evaclip.data import webdataset
 from evaclip.data.config import DEFAULT_TEMPLATE, DataConfig, RemoteConfig
-from evaclip.data.image_folder import FolderSource
+from evaclip.data.image_folder import FolderSource, PictureFolder
 from evaclip.data.kinds import KINDS, Kind
 from evaclip.data.mixture import MixtureSource
 from evaclip.data.paths import expand_paths
@@ -34,13 +34,15 @@ def open_source(
     remote: RemoteConfig | None = None,
     exif_orientation: bool = False,
     min_size: int = 0,
+    captions: bool = True,
 ) -> Source:
     """Opens and indexes a data set.
 
     `path` names tar shards (a brace pattern, a glob, a folder of them, URLs, 'pipe:COMMAND', several joined by '::',
     or a list of shards), a table (.csv, .tsv, .jsonl, .ndjson, .parquet), a folder of class folders, or 'synthetic'.
-    The keys are those of DataConfig; those of another kind of data are not looked at. Raises UserError if there is
-    nothing usable, and says what was found.
+    The keys are those of DataConfig; those of another kind of data are not looked at. Without `captions` a sample may
+    lack one, and a folder has pictures at any depth instead of classes. Raises UserError if there is nothing usable,
+    and says what was found.
     """
     if min_size < 0:
         raise UserError(f"the smallest size of pictures must be 0 or more, got {min_size}")
@@ -55,11 +57,13 @@ def open_source(
             keys = (image_key or webdataset.IMAGE_KEY, caption_key or webdataset.CAPTION_KEY)
             source = _open_shards(paths, ShardCache(_fetching(remote or RemoteConfig())), *keys)
         elif chosen == "folder":
-            source = FolderSource(_one_local(chosen, path, paths), caption_template)
+            root = _one_local(chosen, path, paths)
+            source = FolderSource(root, caption_template) if captions else PictureFolder(root)
         else:
             columns = Columns(image_key or COLUMNS.image, caption_key or COLUMNS.caption)
             source = TableSource(_one_local(chosen, path, paths), chosen, columns, csv_separator)
     source.decoding = Decoding(exif_orientation, min_size)
+    source.wants_captions = captions
     return source
 
 

@@ -59,7 +59,10 @@ class BadSample(Exception):
 
 @dataclass(frozen=True)
 class RawSample:
-    """An undecoded sample: its key, the bytes of its image file, and one or more captions, main one first."""
+    """An undecoded sample: its key, the bytes of its image file, and its captions, main one first.
+
+    There is one at least unless the source's `wants_captions` is off.
+    """
 
     key: str
     image: bytes
@@ -67,8 +70,8 @@ class RawSample:
 
     @property
     def caption(self) -> str:
-        """The main caption."""
-        return self.captions[0]
+        """The main caption; "" without any."""
+        return self.captions[0] if self.captions else ""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from evaclip.data.order import I64
 from evaclip.data.prefetch import Copy
@@ -20,6 +21,7 @@ class Source(ABC):
         notes: what was guessed on opening, for whoever asks.
         decoding: how its image files are to be decoded.
         classes: names of the classes where the kind of data has them, in label order; else empty.
+        wants_captions: whether a sample without a caption can't be used.
         remote: whether there are shards that are read from local copies, see `copies`.
     """
 
@@ -30,6 +32,7 @@ class Source(ABC):
     notes: Sequence[str] = ()
     decoding: Decoding = WHOLE
     classes: Sequence[str] = ()
+    wants_captions: bool = True
     remote: bool = False
 
     def __len__(self) -> int:
@@ -46,6 +49,10 @@ class Source(ABC):
     def place(self, index: int) -> tuple[str, str]:
         """The file that holds a sample (shard, table or picture) and its key there; "" for what isn't known."""
         return "", self.name(index)
+
+    def file(self, index: int) -> Path | None:
+        """The file that is a sample's picture; None where that is a part of another."""
+        return None
 
     def pictures(self) -> I64 | None:
         """A number for each sample, the same for those that share a picture; None where each has its own."""

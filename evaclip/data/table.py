@@ -72,7 +72,7 @@ class TableSource(Source):
         image, captions = self._images[index], not_blank(self._texts(index))
         if not image:
             raise BadSample(FaultKind.MISSING_IMAGE, self.name(index), "the row names no picture")
-        if not captions:
+        if not captions and self.wants_captions:
             raise BadSample(FaultKind.MISSING_CAPTION, self.name(index))
         return RawSample(image, read_image_file(self._folder / image), captions)
 
@@ -83,6 +83,9 @@ class TableSource(Source):
 
     def name(self, index: int) -> str:
         return f"{self.description}:row {index + 1}:{self._images[index]}"
+
+    def file(self, index: int) -> Path:
+        return self._folder / self._images[index]
 
     def place(self, index: int) -> tuple[str, str]:
         return self.description, self._images[index]

@@ -168,6 +168,8 @@ class WebDatasetSource(Source):
                     raise BadSample(FaultKind.MISSING_CAPTION, self.name(index), detail) from exc
                 if captions:
                     return captions
+        if not self.wants_captions:
+            return ()
         wanted = " or ".join(map(str, self._captions))
         detail = f"no text in {wanted}; members: {', '.join(members)}"
         raise BadSample(FaultKind.MISSING_CAPTION, self.name(index), detail)

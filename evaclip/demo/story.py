@@ -144,9 +144,9 @@ def evaluate_run(run: Path, data: Path) -> list["Evaluation"]:
     import torch
 
     from evaclip.data import open_source
-    from evaclip.eval.load import load_model
     from evaclip.eval.prompts import load_classnames
     from evaclip.eval.runs import Setting, run_retrieval, run_zero_shot, store
+    from evaclip.loading import load_model
 
     loaded = load_model(str(run), device="cuda" if torch.cuda.is_available() else "cpu")
     classnames = load_classnames(data / "classes.txt")

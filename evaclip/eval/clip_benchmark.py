@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from evaclip.errors import UserError
-from evaclip.eval.load import load_model
+from evaclip.loading import load_model
 
 MODEL_TYPE = "evaclip"
 

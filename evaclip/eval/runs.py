@@ -21,10 +21,10 @@ from evaclip.eval.features import (
 from evaclip.eval.gallery import FOLDER as GALLERIES
 from evaclip.eval.gallery import Gallery, build_gallery
 from evaclip.eval.labels import assign_labels
-from evaclip.eval.load import LoadedModel
 from evaclip.eval.pairs import encode_pairs
 from evaclip.eval.results import FOLDER as EVALUATIONS
 from evaclip.eval.results import DataFacts, Evaluation, ModelFacts, Task
+from evaclip.loading import LoadedModel
 
 _ALLOW = "--allow-unreadable"
 

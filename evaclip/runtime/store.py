@@ -29,6 +29,8 @@ _ROTATION_FILE = "rotation.npy"
 
 _FORMAT = 1
 _KINDS = {"embeddings": "<f2", "codes": "|i1", "scales": "<f4"}
+_BEFORE = {_ROTATION_FILE, *(f"{name}-0.npy" for name in _KINDS)}
+"""What `create` makes before the folder is a store, and leaves if it is killed."""
 _PATIENCE = 600.0
 """Seconds that a writer waits for another one's transaction."""
 _TABLES = """
@@ -95,7 +97,7 @@ class Store:
         dim = model.get("dim")
         if not isinstance(dim, int) or dim < 1:
             raise UserError(f"a store's model needs 'dim', the length of its embeddings, got {dim!r}")
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or {file.name for file in folder.iterdir()} - _BEFORE):
             raise UserError(f"cannot make a store of {folder}: it isn't an empty folder; give another one")
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +113,11 @@ class Store:
                 database.commit()
         return cls.open(folder)
 
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        """Whether the folder is a store."""
+        return (folder / ROWS_FILE).is_file()
+
     @classmethod
     def open(cls, folder: Path) -> Self:
         """Opens a store, to read and to write.
@@ -119,7 +126,7 @@ class Store:
             UserError: the folder isn't a store, or is one of a later version.
         """
         path = folder / ROWS_FILE
-        if not path.is_file():
+        if not cls.exists(folder):
             raise UserError(f"{folder} isn't a store: there is no {ROWS_FILE} in it; `evaclip index` makes one")
         uri = f"{path.absolute().as_uri()}?mode=rw"
         database = sqlite3.connect(uri, _PATIENCE, isolation_level=None, check_same_thread=False, uri=True)

@@ -27,6 +27,9 @@ HEARTBEAT = 5.0
 STALE = 60.0
 """Seconds without one after which a holder on another machine counts as dead."""
 
+CLAIM = 2.0
+"""Seconds that removing a lock may take another process."""
+
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -243,18 +246,37 @@ def _appear(source: Path, path: Path) -> bool:
 
 def _remove(path: Path, holder: Holder) -> None:
     """Removes the lock of this holder, and of no other one that may have taken its place meanwhile."""
-    found = read_lock(path)
-    if found is None or found[0] != holder:
-        return
-    aside = path.with_name(f".{LOCK_FILE}.{uuid.uuid4().hex}")
+    claim = path.with_name(f".{LOCK_FILE}.claim.{holder.id}")
+    _claim(claim)
     try:
-        path.rename(aside)
-    except FileNotFoundError:
-        return
-    found = read_lock(aside)
-    if found is not None and found[0] != holder:
-        _appear(aside, path)
-    aside.unlink()
+        found = read_lock(path)
+        if found is None or found[0] != holder:
+            return
+        aside = path.with_name(f".{LOCK_FILE}.{uuid.uuid4().hex}")
+        try:
+            path.rename(aside)
+        except FileNotFoundError:
+            return
+        found = read_lock(aside)
+        if found is not None and found[0] != holder:
+            _appear(aside, path)
+        aside.unlink()
+    finally:
+        claim.unlink(missing_ok=True)
+
+
+def _claim(claim: Path) -> None:
+    """Waits to be the one who may remove a lock: another could take away the lock that was made in its place.
+
+    Who made the claim may have died since, so the wait has an end.
+    """
+    end = time.monotonic() + CLAIM
+    while time.monotonic() < end:
+        try:
+            claim.touch(exist_ok=False)
+            return
+        except FileExistsError:
+            time.sleep(0.01)
 
 
 def _machine() -> str:

@@ -61,8 +61,14 @@ def _packed_by_silu(module: Any) -> str | None:
 
 
 def _causal(is_causal: bool) -> dict[str, bool]:
-    """The option where it is given: before 1.0.26 timm had none."""
-    return {"is_causal": True} if is_causal else {}
+    """The option where it is given: before 1.0.26 timm had none. Under torch.fx it is what stands for a bool."""
+    return {} if is_causal is False else {"is_causal": is_causal}
+
+
+def _head_dim(module: Any) -> int:
+    """Channels of a head, which modules hold since 1.0.24."""
+    width: int = module.proj.in_features
+    return width // module.num_heads
 
 
 class _Attention(Swapped):
@@ -89,7 +95,7 @@ class _Attention(Swapped):
             bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
             projected = self.qkv(x) + bias if self.qkv_bias_separate else linear(x, self.qkv.weight, bias)
             parts = projected.chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        q, k, v = (part.unflatten(-1, (-1, _head_dim(self))) for part in parts)
         return [self.q_norm(q), self.k_norm(k), v]
 
     def _attend(self, x: Tensor, **options: Any) -> Tensor:
@@ -233,7 +239,7 @@ def _masked(module: Any, x: Tensor, **options: Any) -> list[Call]:
 def _rotated(module: Any, x: Tensor) -> list[Call]:
     """With a table that holds each angle twice, as timm's."""
     attention = getattr(module, "attn", module)
-    patches, pairs = x.shape[1] - attention.num_prefix_tokens, attention.head_dim // 2
+    patches, pairs = x.shape[1] - attention.num_prefix_tokens, _head_dim(attention) // 2
     angles, half = x.new_empty(patches, pairs).uniform_(-3, 3), getattr(attention, "rotate_half", False)
     twice = torch.cat((angles, angles), -1) if half else angles.repeat_interleave(2, -1)
     return [*_masked(module, x, rope=torch.cat((twice.sin(), twice.cos()), -1)), ((x,), {})]

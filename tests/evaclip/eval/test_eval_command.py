@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from evaclip.commands.main import main
 from evaclip.errors import UserError
-from evaclip.eval.load import load_model
+from evaclip.loading import load_model
 from evaclip.report import write_report
 from evaclip.train.config import EvalConfig, LogConfig
 from evaclip.train.recipes import get_recipe

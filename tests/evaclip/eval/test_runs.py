@@ -11,8 +11,8 @@ from eval_fakes import COLORS, ColorModel, ToTensor, png, tokenize_colors, write
 from evaclip.data import open_source
 from evaclip.errors import Refused
 from evaclip.eval.features import FeatureOptions
-from evaclip.eval.load import LoadedModel
 from evaclip.eval.runs import Setting, run_linear_probe, run_retrieval, run_zero_shot
+from evaclip.loading import LoadedModel
 
 SAMPLES = 20
 

@@ -1,5 +1,6 @@
 """One process trains into a folder at a time, whatever happens to it."""
 
+import contextlib
 import errno
 import json
 import os
@@ -160,6 +161,44 @@ def test_who_is_late_leaves_the_lock_to_who_took_it_over(tmp_path: Path, monkeyp
         run_lock._remove(path, dead)
     assert names(tmp_path) == [LOCK_FILE]
     assert holder_of(tmp_path) not in (None, dead)
+
+
+def test_nobody_else_removes_a_lock_that_is_being_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third process could otherwise make a lock while that of the second is taken away and put back."""
+    write(tmp_path, born="1")
+    rename, held, goes_on, won = Path.rename, threading.Event(), threading.Event(), list[object]()
+
+    def start() -> None:
+        with contextlib.suppress(UserError):
+            won.append(acquire(tmp_path))
+
+    first, second = threading.Thread(target=start), threading.Thread(target=start)
+
+    def slow(source: Path, target: Path) -> Path:
+        if threading.current_thread() is first:
+            held.set()
+            goes_on.wait(10)
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", slow)
+    first.start()
+    assert held.wait(10)
+    second.start()
+    second.join(0.3)
+    assert second.is_alive()
+    goes_on.set()
+    first.join()
+    second.join()
+    assert len(won) == 1
+
+
+def test_a_claim_whose_owner_died_holds_up_nobody_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = write(tmp_path, born="1")
+    (tmp_path / f".{LOCK_FILE}.claim.{dead.id}").touch()
+    monkeypatch.setattr(run_lock, "CLAIM", 0.1)
+    with acquire(tmp_path) as lock:
+        assert lock.taken_from == dead
+    assert names(tmp_path) == []
 
 
 def test_a_file_system_without_hard_links_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

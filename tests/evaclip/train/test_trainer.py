@@ -19,9 +19,9 @@ from torch import Tensor
 from evaclip.data import Batch, TrainLoader, open_source
 from evaclip.data.shard_writer import write_shard
 from evaclip.errors import UserError
-from evaclip.eval.load import load_model
 from evaclip.eval.runs import Setting, run_retrieval, run_zero_shot
 from evaclip.factory import create_model
+from evaclip.loading import load_model
 from evaclip.train.config import TrainConfig
 from evaclip.train.progress import read_log
 from evaclip.train.step import StepResult, TrainStep

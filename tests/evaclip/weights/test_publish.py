@@ -16,7 +16,7 @@ from PIL import Image
 
 import evaclip
 from evaclip.errors import UserError
-from evaclip.eval.load import load_model
+from evaclip.loading import load_model
 from evaclip.model import vision_names
 from evaclip.weights.open_clip_config import CONFIG_FILE, to_open_clip_config
 from evaclip.weights.publish import SAFE_FILE

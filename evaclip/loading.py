@@ -18,7 +18,7 @@ from evaclip.weights.hub import HUB, LOCAL
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to be measured.
+    """A model with what its inputs need.
 
     Attributes:
         name: of the configuration.

@@ -1,0 +1,261 @@
+"""A model at work: pictures and texts to embeddings, with decoding, transfer and compute at the same time."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from evaclip.data.samples import BadSample, Decoding, Fault, decode_image, read_image_file
+from evaclip.errors import UserError, unknown_name
+from evaclip.loading import LoadedModel, load_model
+from evaclip.machine import multiplies_bfloat16
+from evaclip.runtime.ahead import ahead
+
+T = TypeVar("T")
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TEXT_TOKENS = 4096
+"""Of one batch of texts: about as much work as 20 pictures of a B/16."""
+
+
+@dataclass(frozen=True)
+class Encoded(Generic[T]):
+    """Some of the items that `Encoder.stream` was given, in their order.
+
+    Attributes:
+        items: those that were encoded.
+        embeddings: float32 `[len(items), dim]` on the CPU, of length 1.
+        faults: of the items of this part that can't be read.
+        waited: seconds in which this thread had no picture to encode.
+    """
+
+    items: list[T]
+    embeddings: Tensor
+    faults: list[Fault] = field(default_factory=list)
+    waited: float = 0.0
+
+
+class Encoder:
+    """A model for inference. Embeddings are those of `encode_image` and `encode_text`, of length 1.
+
+    Args:
+        model: what `evaclip eval` takes, `NAME[:WEIGHTS]`, a run or checkpoint folder, `hf-hub:OWNER/NAME`; or a model
+            that is loaded already, which then is this object's alone.
+        device: `auto` for a GPU if there is one, else the CPU.
+        precision: of the weights and of what is computed between them. `auto` is bf16 where the device has
+            instructions for it, else fp32. In fp32 embeddings differ by less than 1e-5 from the model's own.
+        batch_size: pictures at once; None for 32 on a CPU and 256 on a GPU.
+        threads: that decode pictures while others are computed; None for one a core, 8 at most.
+        compile: let torch.compile make the image tower's code; on a GPU with CUDA graphs. Batches are then filled up
+            to powers of two, for each of which it takes minutes, once.
+
+    Raises:
+        UserError: for a model, device or number that doesn't exist.
+
+    Example:
+        ```python
+        encoder = evaclip.Encoder("EVA02-CLIP-B-16:merged2b_s8b_b131k")
+        scores = encoder.images(["cat.jpg", "dog.jpg"]) @ encoder.texts(["a cat", "a dog"]).T
+        ```
+    """
+
+    def __init__(
+        self,
+        model: str | LoadedModel,
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        batch_size: int | None = None,
+        threads: int | None = None,
+        compile: bool = False,
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"the batch size must be 1 or more, got {batch_size}")
+        if threads is not None and threads < 1:
+            raise UserError(f"the number of decoding threads must be 1 or more, got {threads}")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.precision = _precision(precision, device)
+        loaded = load_model(model, device=device) if isinstance(model, str) else model
+        self.name, self.origin = loaded.name, loaded.origin
+        self.tokenizer, self.transform = loaded.tokenizer, loaded.transform
+        self.device = torch.device(device)
+        self.model = loaded.model.to(self.device, PRECISIONS[self.precision]).eval().requires_grad_(False)
+        self.batch_size = batch_size or (32 if self.device.type == "cpu" else 256)
+        self.threads = threads or min(8, torch.get_num_threads())
+        self._fills_up = compile
+        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+        self._tower: Callable[[Tensor], Tensor] = (
+            torch.compile(self.model.visual, mode=mode) if compile else self.model.visual
+        )
+
+    @property
+    def dim(self) -> int:
+        """Elements of an embedding."""
+        return self.model.config.embed_dim
+
+    def images(self, pictures: Iterable[Any]) -> Tensor:
+        """Embeddings float32 `[n, dim]` on the CPU, of length 1.
+
+        Args:
+            pictures: paths, files as bytes, PIL images, uint8 arrays `[H, W, 3]` or `[H, W]`, or tensors
+                `[3, height, width]` as the model's preprocessing gives them.
+
+        Raises:
+            UserError: for a picture that can't be read, which is named.
+            TypeError: for what is no picture.
+        """
+        parts = []
+        for part in self.stream(pictures):
+            if part.faults:
+                raise UserError(str(part.faults[0]))
+            parts.append(part.embeddings)
+        return torch.cat(parts) if parts else torch.empty(0, self.dim)
+
+    def texts(self, texts: str | Sequence[str]) -> Tensor:
+        """Embeddings float32 `[n, dim]` on the CPU, of length 1. Texts of about the same length are computed together.
+
+        Raises:
+            TypeError: for what isn't a string or a sequence of strings.
+        """
+        tokens = self.tokenizer(texts)
+        found = torch.empty(len(tokens), self.dim)
+        for rows in _by_length(tokens.argmax(dim=1) + 1):
+            with torch.inference_mode():
+                found[rows] = F.normalize(self.model.text(tokens[rows].to(self.device)).float(), dim=-1).cpu()
+        self._check(found, range(len(found)), "text")
+        return found
+
+    def stream(self, items: Iterable[T], picture: Callable[[T], Any] | None = None) -> Iterator[Encoded[T]]:
+        """Encodes pictures as they come, any number of them, in batches, while the next ones are read and decoded.
+
+        Args:
+            items: whatever stands for a picture; one thread goes through them.
+            picture: of an item, in any form that `images` takes, called in threads; without it items are pictures. An
+                item whose picture is None is left out, and BadSample makes a fault of it.
+
+        Raises:
+            UserError: if the model gives NaN or infinity.
+        """
+        read = ahead(
+            items, lambda item: (item, self._read(item, picture)), threads=self.threads, depth=3 * self.batch_size
+        )
+        queued: _Batch[T] | None = None
+        for batch in _batches(read, self.batch_size):
+            # On a GPU this returns at once, and the one before is fetched while it is computed.
+            batch.features = self._encode(batch.pixels) if batch.pixels else None
+            if queued is not None:
+                yield self._finished(queued)
+            queued = batch
+        if queued is not None:
+            yield self._finished(queued)
+
+    def _read(self, item: T, picture: Callable[[T], Any] | None) -> Tensor | Fault | None:
+        try:
+            given = item if picture is None else picture(item)
+            return None if given is None else self._pixels(given)
+        except BadSample as exc:
+            return exc.fault
+
+    def _pixels(self, given: Any) -> Tensor:
+        if isinstance(given, Tensor):
+            expected = (3, *self.model.config.vision.image_shape)
+            if given.shape != expected:
+                raise TypeError(f"a tensor of a picture has shape {list(given.shape)}; expected {list(expected)}")
+            return given.float()
+        return self.transform(_decoded(given))
+
+    def _encode(self, pixels: list[Tensor]) -> Tensor:
+        images = torch.stack(pixels)
+        if self._fills_up:
+            size = min(self.batch_size, 1 << (len(pixels) - 1).bit_length())
+            images = torch.cat((images, images[:1].expand(size - len(pixels), -1, -1, -1)))
+        if self.device.type == "cuda":
+            images = images.pin_memory()
+        images = images.to(self.device, non_blocking=True).to(PRECISIONS[self.precision])
+        with torch.inference_mode():
+            return F.normalize(self._tower(images)[: len(pixels)].float(), dim=-1)
+
+    def _finished(self, batch: "_Batch[T]") -> Encoded[T]:
+        embeddings = torch.empty(0, self.dim) if batch.features is None else batch.features.cpu()
+        self._check(embeddings, batch.items, "picture")
+        return Encoded(batch.items, embeddings, batch.faults, batch.waited)
+
+    def _check(self, embeddings: Tensor, items: Sequence[object], what: str) -> None:
+        bad = (~embeddings.isfinite().all(1)).nonzero().flatten().tolist()
+        if bad:
+            raise UserError(
+                f"the model gives NaN or infinity in {self.precision} for {len(bad)} of {len(embeddings)} {what}s,"
+                f" first for {str(items[bad[0]])[:80]!r}: its weights are broken, or need precision fp32"
+            )
+
+
+@dataclass
+class _Batch(Generic[T]):
+    """What is encoded at once."""
+
+    items: list[T] = field(default_factory=list)
+    pixels: list[Tensor] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    waited: float = 0.0
+    features: Tensor | None = None
+
+
+def _batches(read: Iterator[tuple[T, Tensor | Fault | None]], size: int) -> Iterator[_Batch[T]]:
+    batch, asked = _Batch[T](), time.monotonic()
+    for item, found in read:
+        batch.waited += time.monotonic() - asked
+        if isinstance(found, Fault):
+            batch.faults.append(found)
+        elif found is not None:
+            batch.items.append(item)
+            batch.pixels.append(found)
+        if len(batch.pixels) == size:
+            yield batch
+            batch = _Batch[T]()
+        asked = time.monotonic()
+    if batch.items or batch.faults:
+        yield batch
+
+
+def _by_length(lengths: Tensor) -> Iterator[Tensor]:
+    """Rows of texts of these numbers of tokens, in batches of `TEXT_TOKENS` at most, the longest texts first."""
+    rows = lengths.argsort(descending=True, stable=True)
+    while len(rows):
+        count = max(1, int((lengths[rows].cumsum(0) <= TEXT_TOKENS).sum()))
+        yield rows[:count]
+        rows = rows[count:]
+
+
+def _decoded(given: Any) -> Image.Image:
+    if isinstance(given, str | Path):
+        return decode_image(read_image_file(Path(given)), str(given), _UPRIGHT)
+    if isinstance(given, bytes):
+        return decode_image(given, f"a picture of {len(given):,} bytes", _UPRIGHT)
+    if isinstance(given, Image.Image):
+        return given
+    if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.ndim in (2, 3):
+        return Image.fromarray(given)
+    kind = f"{given.dtype} array {list(given.shape)}" if isinstance(given, np.ndarray) else type(given).__name__
+    raise TypeError(
+        f"a picture is a {kind}; accepted: a path, bytes, a PIL image, a uint8 array [H, W, 3] or [H, W], a tensor"
+        " as the model's preprocessing gives it"
+    )
+
+
+_UPRIGHT = Decoding(exif_orientation=True)
+
+
+def _precision(given: str, device: str) -> str:
+    if given == "auto":
+        return "bf16" if not device.startswith("cpu") or multiplies_bfloat16() else "fp32"
+    if given not in PRECISIONS:
+        raise unknown_name("precision", given, ("auto", *PRECISIONS))
+    return given

@@ -1,0 +1,184 @@
+"""From pictures to a store of their embeddings: each once, whatever ended the work before."""
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from evaclip.atomic import write_text, writing
+from evaclip.data import BadSample, Fault, RawSample, Source
+from evaclip.data.samples import Decoding, decode_image
+from evaclip.eval.features import weights_hash
+from evaclip.runtime.encoder import Encoder
+from evaclip.runtime.store import Row, Store
+
+Array = np.ndarray[Any, np.dtype[np.float32]]
+
+UNREADABLE_FILE = "unreadable.jsonl"
+_ROWS, _SECONDS = 4096, 30.0
+"""Embeddings are written when there are so many, or after this time; that much work a crash can cost."""
+_UPRIGHT = Decoding(exif_orientation=True)
+
+
+@dataclass
+class Progress:
+    """What came of the pictures so far.
+
+    Attributes:
+        seen: pictures that were looked at, of `total`.
+        embedded, unchanged: those that were embedded, and those that the store had with the same content.
+        faults: what was wrong with those that can't be read.
+        waited, seconds: in which the encoder had nothing to do, and in all.
+    """
+
+    total: int
+    embedded: int = 0
+    unchanged: int = 0
+    faults: list[Fault] = field(default_factory=list)
+    waited: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def seen(self) -> int:
+        return self.embedded + self.unchanged + len(self.faults)
+
+    @property
+    def rate(self) -> float:
+        """Pictures that are embedded in a second."""
+        return self.embedded / self.seconds if self.seconds else 0.0
+
+    @property
+    def busy(self) -> float:
+        """The share of the time in which the encoder computed."""
+        return 1 - self.waited / self.seconds if self.seconds else 0.0
+
+
+def index(
+    source: Source,
+    encoder: Encoder,
+    store: Store,
+    *,
+    thumbnail: int = 0,
+    progress: Progress | None = None,
+) -> Progress:
+    """Embeds the pictures of a source that the store doesn't have, or has with another content.
+
+    What has been embedded is in the store at the latest 30 seconds later; a run that is ended goes on there. Pictures
+    that can't be read are listed in `unreadable.jsonl`, with the reasons.
+
+    Args:
+        source: opened with `captions=False`, unless samples without a caption are to be left out.
+        encoder: of the store's model.
+        store: which is written.
+        thumbnail: side in pixels of small copies that the store keeps; 0 for none.
+        progress: is kept up to date, for who wants to show it.
+
+    Raises:
+        UserError: if the store can't be written, or the model gives NaN.
+    """
+    progress = progress or Progress(len(source))
+    rows, parts, written = list[Row](), list[Array](), time.monotonic()
+    with store.writing():
+        for more, embeddings in embedded(source, encoder, progress, store.contents(), thumbnail):
+            rows += more
+            parts.append(embeddings)
+            if len(rows) >= _ROWS or time.monotonic() - written >= _SECONDS:
+                store.add(np.concatenate(parts), rows)
+                rows, parts, written = [], [], time.monotonic()
+        if rows:
+            store.add(np.concatenate(parts), rows)
+        _write_faults(store.folder / UNREADABLE_FILE, progress.faults)
+    return progress
+
+
+def embedded(
+    source: Source, encoder: Encoder, progress: Progress, known: Mapping[str, str] | None = None, thumbnail: int = 0
+) -> Iterator[tuple[list[Row], Array]]:
+    """The rows of a source's pictures with their embeddings, float32 `[n, dim]`, but for those that are `known`.
+
+    Args:
+        known: the SHA-256 of a picture's file by its id.
+        source, encoder, progress, thumbnail: as for `index`.
+    """
+    began = time.monotonic()
+    progress.faults += source.faults
+    for part in encoder.stream(_changed(source, known or {}, progress), partial(_Job.picture, thumbnail=thumbnail)):
+        progress.embedded += len(part.items)
+        progress.faults += part.faults
+        progress.waited += part.waited
+        progress.seconds = time.monotonic() - began
+        yield [job.row() for job in part.items], part.embeddings.numpy()
+
+
+def describe(encoder: Encoder) -> dict[str, Any]:
+    """What embeddings depend on."""
+    return {
+        "name": encoder.name,
+        "weights": weights_hash(encoder.model),
+        "precision": encoder.precision,
+        "dim": encoder.dim,
+    }
+
+
+@dataclass
+class _Job:
+    """A picture on its way."""
+
+    id: str
+    name: str
+    read: RawSample | BadSample
+    content: str
+    small: bytes | None = None
+
+    def picture(self, thumbnail: int) -> Image.Image:
+        if isinstance(self.read, BadSample):
+            raise self.read
+        image = decode_image(self.read.image, self.name, _UPRIGHT)
+        if thumbnail:
+            self.small = _small(image, thumbnail)
+        return image
+
+    def row(self) -> Row:
+        assert isinstance(self.read, RawSample)
+        captions = list(self.read.captions)
+        metadata = {"captions": captions} if len(captions) > 1 else {}
+        return Row(self.id, self.content, self.read.caption, metadata, self.small)
+
+
+def _changed(source: Source, known: Mapping[str, str], progress: Progress) -> Iterator[_Job]:
+    """The pictures whose content isn't `known`."""
+    for number in range(len(source)):
+        file, name = source.file(number), source.name(number)
+        key = name if file is None else str(file)
+        try:
+            raw = source[number]
+        except BadSample as exc:
+            yield _Job(key, name, exc, "")
+            continue
+        content = hashlib.sha256(raw.image).hexdigest()
+        if known.get(key) == content:
+            progress.unchanged += 1
+        else:
+            yield _Job(key, name, raw, content)
+
+
+def _small(image: Image.Image, side: int) -> bytes:
+    picture = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    picture.thumbnail((side, side))
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=80)
+    return buffer.getvalue()
+
+
+def _write_faults(path: Path, faults: list[Fault]) -> None:
+    lines = [json.dumps({"name": f.name, "what": f.kind, "detail": f.detail}, ensure_ascii=False) for f in faults]
+    with writing(path):
+        write_text(path, "".join(f"{line}\n" for line in lines))

@@ -1,0 +1,26 @@
+"""A small model with its tokenizer and transform, and pictures."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaclip
+from evaclip.loading import LoadedModel
+from evaclip.transforms import EvalTransform
+
+
+@pytest.fixture(scope="session")
+def loaded():
+    """The caller may not change its dtype."""
+    torch.manual_seed(0)
+    model = evaclip.create_model("tiny").eval()
+    transform = EvalTransform(model.config.vision.image_size, model.config.preprocess)
+    return LoadedModel("tiny", "random weights", model, evaclip.get_tokenizer("tiny"), transform)
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    draw = np.random.default_rng(0)
+    sizes = [(40, 60), (64, 64), (90, 30), (33, 35), (50, 50), (20, 70), (64, 48)]
+    return [Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]

@@ -1,0 +1,168 @@
+"""Embeddings by `Encoder` are those of the model, whatever comes, in whatever batches."""
+
+import io
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import evaclip
+from evaclip.data.samples import BadSample, FaultKind
+from evaclip.errors import UserError
+from evaclip.loading import LoadedModel
+from evaclip.runtime import encoder as runtime
+from evaclip.runtime.encoder import Encoder
+
+
+@pytest.fixture
+def encoder(loaded):
+    return Encoder(loaded, device="cpu", precision="fp32", batch_size=4, threads=2)
+
+
+def _expected(loaded, pictures):
+    with torch.no_grad():
+        return loaded.model.encode_image(torch.stack([loaded.transform(p) for p in pictures]), normalize=True)
+
+
+def _png(picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_every_form_of_a_picture_gives_the_models_embedding(encoder, loaded, pictures, tmp_path):
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{number}.png")
+    forms = {
+        "paths": [tmp_path / f"{number}.png" for number in range(len(pictures))],
+        "names": [str(tmp_path / f"{number}.png") for number in range(len(pictures))],
+        "pictures": pictures,
+        "bytes": [_png(picture) for picture in pictures],
+        "arrays": [np.asarray(picture) for picture in pictures],
+        "tensors": [loaded.transform(picture) for picture in pictures],
+    }
+    expected = _expected(loaded, pictures)
+    for name, given in forms.items():
+        found = encoder.images(given)
+        assert found.dtype == torch.float32, name
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=name)
+
+
+def test_files_are_turned_as_their_exif_data_says(encoder, pictures, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    pictures[0].save(tmp_path / "a.png", exif=exif)
+    upright = pictures[0].transpose(Image.Transpose.ROTATE_270)
+    torch.testing.assert_close(encoder.images([tmp_path / "a.png"]), encoder.images([upright]))
+
+
+def test_texts_come_back_in_their_order_whatever_their_length(encoder, loaded, monkeypatch):
+    texts = ["a", "a red bicycle in front of a blue wall", "", "two cats", "a " * 30, "dog"]
+    with torch.no_grad():
+        expected = loaded.model.encode_text(loaded.tokenizer(texts), normalize=True)
+    for budget in (1, 8, 40, 10_000):
+        monkeypatch.setattr(runtime, "TEXT_TOKENS", budget)
+        torch.testing.assert_close(encoder.texts(texts), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(encoder.texts("dog"), expected[-1:], rtol=0, atol=1e-5)
+
+
+def test_a_batch_of_texts_keeps_to_its_budget(monkeypatch):
+    monkeypatch.setattr(runtime, "TEXT_TOKENS", 10)
+    lengths = torch.tensor([3, 12, 4, 3, 5, 2])
+    batches = [lengths[rows].tolist() for rows in runtime._by_length(lengths)]
+    assert batches == [[12], [5, 4], [3, 3, 2]]
+
+
+def test_nothing_gives_nothing(encoder):
+    assert encoder.images([]).shape == encoder.texts([]).shape == (0, encoder.dim)
+
+
+def test_what_cannot_be_read_is_a_fault_and_what_is_none_is_left_out(encoder, loaded, pictures):
+    def picture(number):
+        if number == 2:
+            raise BadSample(FaultKind.CORRUPT_IMAGE, "the third")
+        return None if number == 4 else pictures[number]
+
+    parts = list(encoder.stream(range(7), picture))
+    assert [number for part in parts for number in part.items] == [0, 1, 3, 5, 6]
+    assert [fault.name for part in parts for fault in part.faults] == ["the third"]
+    expected = _expected(loaded, [pictures[number] for number in (0, 1, 3, 5, 6)])
+    torch.testing.assert_close(torch.cat([part.embeddings for part in parts]), expected, rtol=0, atol=1e-5)
+
+
+def test_a_stream_begins_before_its_end_is_known(encoder, pictures):
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(len(taken))
+            yield pictures[0]
+
+    stream = encoder.stream(endless())
+    assert len(next(stream).items) == 4
+    stream.close()
+    assert len(taken) < 100
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("evaclip-")]
+
+
+def test_16_bits_are_near(loaded, pictures):
+    # Its own model: the encoder changes the dtype of what it is given.
+    model = evaclip.create_model("tiny").eval()
+    model.load_state_dict(loaded.model.state_dict())
+    half = Encoder(LoadedModel("tiny", "", model, loaded.tokenizer, loaded.transform), precision="bf16", device="cpu")
+    cosines = (half.images(pictures) * _expected(loaded, pictures)).sum(1)
+    assert cosines.min() > 0.999
+
+
+def test_a_compiled_tower_gives_the_same_for_any_number(loaded, pictures, monkeypatch):
+    sizes = []
+
+    def compiled(tower, mode):
+        return lambda images: (sizes.append(len(images)), tower(images))[1]
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    encoder = Encoder(loaded, device="cpu", precision="fp32", batch_size=6, compile=True)
+    for count in (1, 3, 7):
+        found = encoder.images(pictures[:count])
+        torch.testing.assert_close(found, _expected(loaded, pictures[:count]), rtol=0, atol=1e-5)
+    assert sizes == [1, 4, 6, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "says"),
+    [
+        (["nowhere.jpg"], UserError, "missing image: nowhere.jpg"),
+        ([b"no picture"], UserError, "corrupt image: a picture of 10 bytes"),
+        ([3], TypeError, "a picture is a int; accepted: a path"),
+        ([np.zeros((4, 4, 3))], TypeError, "a picture is a float64 array"),
+        ([torch.zeros(3, 5, 5)], TypeError, r"shape \[3, 5, 5\]; expected \[3, 32, 32\]"),
+    ],
+)
+def test_what_is_no_picture_is_said(encoder, given, error, says):
+    with pytest.raises(error, match=says):
+        encoder.images(given)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"precision": "int4"}, "int4"),
+        ({"batch_size": 0}, "batch size must be 1 or more, got 0"),
+        ({"threads": 0}, "threads must be 1 or more, got 0"),
+        ({"device": "nowhere"}, "nowhere"),
+    ],
+)
+def test_wrong_options_are_refused(options, says):
+    with pytest.raises(UserError, match=says):
+        Encoder("tiny", **{"device": "cpu", **options})
+
+
+def test_broken_weights_are_said(loaded, pictures):
+    model = evaclip.create_model("tiny").eval()
+    nn.init.constant_(model.visual.pos_embed, float("nan"))
+    broken = Encoder(LoadedModel("tiny", "", model, loaded.tokenizer, loaded.transform), precision="fp32", device="cpu")
+    with pytest.raises(UserError, match="NaN or infinity in fp32 for 7 of 7 pictures"):
+        broken.images(pictures)

@@ -1,0 +1,149 @@
+"""Pictures to a store: each once, with its own embedding, whatever ends the work."""
+
+import hashlib
+import io
+import json
+import os
+import signal
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaclip.runtime.store import Store
+from PIL import Image
+
+from evaclip.data import open_source
+from evaclip.runtime import indexing
+from evaclip.runtime.encoder import Encoder
+from evaclip.runtime.indexing import UNREADABLE_FILE, Progress, describe, index
+
+
+@pytest.fixture
+def encoder(loaded):
+    return Encoder(loaded, device="cpu", precision="fp32", batch_size=4, threads=2)
+
+
+@pytest.fixture
+def folder(pictures, tmp_path):
+    """Pictures at several depths, one that can't be read, and what is none."""
+    root = tmp_path / "pictures"
+    (root / "deep" / "deeper").mkdir(parents=True)
+    for number, picture in enumerate(pictures):
+        picture.save(root / ("", "deep", "deep/deeper")[number % 3] / f"{number}.png")
+    (root / "broken.jpg").write_bytes(b"no picture")
+    (root / "notes.txt").write_text("no picture either")
+    return root
+
+
+def _store(path, encoder):
+    return Store.open(path) if path.exists() else Store.create(path, describe(encoder))
+
+
+def _index(folder, path, encoder, **options):
+    store = _store(path, encoder)
+    return store, index(open_source(str(folder), captions=False), encoder, store, **options)
+
+
+def _by_id(store):
+    """Each row's embedding and content, by its id."""
+    rows = [store.row(number) for number in range(len(store))]
+    assert len({row.id for row in rows}) == len(rows)
+    return {row.id: (embedding, row.content) for row, embedding in zip(rows, store.embeddings, strict=True)}
+
+
+def _is_right(store, files, encoder):
+    found = _by_id(store)
+    assert found.keys() == set(map(str, files))
+    for file in files:
+        embedding, content = found[str(file)]
+        assert content == hashlib.sha256(file.read_bytes()).hexdigest()
+        np.testing.assert_allclose(embedding, encoder.images([file])[0].numpy(), atol=1e-3)  # it is kept in 16 bits
+
+
+def _good(folder):
+    return sorted(folder.rglob("*.png"))
+
+
+def test_all_pictures_of_a_folder_and_what_is_none(folder, tmp_path, encoder):
+    store, progress = _index(folder, tmp_path / "store", encoder)
+    _is_right(store, _good(folder), encoder)
+    assert (progress.embedded, progress.unchanged, len(progress.faults)) == (7, 0, 1)
+    listed = [json.loads(line) for line in (store.folder / UNREADABLE_FILE).read_text().splitlines()]
+    assert [(fault["name"], fault["what"]) for fault in listed] == [(str(folder / "broken.jpg"), "corrupt image")]
+
+
+def test_later_what_is_new_or_changed_is_embedded_alone(folder, tmp_path, encoder, pictures):
+    _index(folder, tmp_path / "store", encoder)
+    pictures[0].save(folder / "new.png")
+    pictures[1].save(folder / "0.png")
+    store, progress = _index(folder, tmp_path / "store", encoder)
+    assert (progress.embedded, progress.unchanged) == (2, 6)
+    _is_right(store, _good(folder), encoder)
+    assert _index(folder, tmp_path / "store", encoder)[1].embedded == 0
+
+
+def test_small_copies_are_kept(folder, tmp_path, encoder):
+    store, _ = _index(folder, tmp_path / "store", encoder, thumbnail=16)
+    sizes = {Image.open(io.BytesIO(store.row(number).thumbnail)).size for number in range(len(store))}
+    assert {max(size) for size in sizes} == {16}
+    assert len(sizes) > 1
+
+
+def test_shards_keep_their_captions_and_may_lack_them(pictures, tmp_path, encoder):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number, picture in enumerate(pictures[:3]):
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            members = {f"{number}.png": buffer.getvalue()} | ({f"{number}.txt": b"a cat"} if number == 1 else {})
+            for name, data in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    store, _ = _index(tmp_path / "a.tar", tmp_path / "store", encoder)
+    rows = [store.row(number) for number in range(len(store))]
+    assert [(row.id.rpartition(":")[2], row.caption) for row in rows] == [("0", ""), ("1", "a cat"), ("2", "")]
+
+
+def test_what_is_embedded_is_written_before_the_end(folder, tmp_path, encoder, monkeypatch):
+    monkeypatch.setattr(indexing, "_ROWS", 4)
+    stored = []
+
+    class Watched(Progress):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "seconds":
+                stored.append(len(Store.open(tmp_path / "store")))
+
+    store = _store(tmp_path / "store", encoder)
+    index(open_source(str(folder), captions=False), encoder, store, progress=Watched(8))
+    assert stored[-1] == 4
+    assert len(Store.open(tmp_path / "store")) == 7
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_killed_fifty_times_no_picture_is_lost_and_none_twice(tmp_path, encoder, monkeypatch):
+    root, draw = tmp_path / "pictures", np.random.default_rng(0)
+    root.mkdir()
+    for number in range(400):
+        Image.fromarray(draw.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(root / f"{number}.png")
+    monkeypatch.setattr(indexing, "_ROWS", 8)
+    torch.set_num_threads(1)  # a child that is forked has no other threads
+    path, sizes = tmp_path / "store", []
+    for _ in range(50):
+        child = os.fork()
+        if child == 0:
+            _index(root, path, encoder)
+            os._exit(0)
+        time.sleep(float(draw.uniform(0, 0.2)))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if path.exists():
+            sizes.append(len(_by_id(Store.open(path))))
+    assert sizes == sorted(sizes)
+    assert 0 < sizes[len(sizes) // 2] < 400
+    store, _ = _index(root, path, encoder)
+    _is_right(store, sorted(Path(root).iterdir()), encoder)
