@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from evaclip.data import Source
     from evaclip.runtime.encoder import Encoder
     from evaclip.runtime.indexing import Progress
+    from evaclip.runtime.store import Store
 
 _NAMED_FAULTS = 3
 _IMAGES = "a folder of pictures, tar shards, or a table of paths: all that training reads"
@@ -105,13 +106,24 @@ def _run_index(args: argparse.Namespace) -> None:
     source = _open(args.images, args)
     encoder = _encoder(model, args)
     described = {"given": model, **describe(encoder)}
-    store = store or Store.create(args.store, described)
+    if store is None:
+        store = Store.create(args.store, described)
+        _keep_text_tower(store, encoder)
     store.require_model(described)
     progress = Progress(len(source) * (part[0] + 1) // part[1] - len(source) * part[0] // part[1])
     with _shown(progress):
         index(source, encoder, store, thumbnail=args.thumbnails, part=part, progress=progress)
     _tell(progress, store.folder / UNREADABLE_FILE.format(part[0]))
     print(f"{args.store} has {len(store):,} pictures: evaclip search {args.store} 'a red bicycle'")
+
+
+def _keep_text_tower(store: "Store", encoder: "Encoder") -> None:
+    from evaclip.runtime.text import save_text_tower
+
+    try:
+        save_text_tower(store, encoder.model)
+    except UserError as exc:
+        print(f"searches will take seconds longer, for torch and the whole model: {exc}")
 
 
 def _run_embed(args: argparse.Namespace) -> None:
