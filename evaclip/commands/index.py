@@ -44,6 +44,7 @@ def _add_index(subparsers: Any) -> None:
     parser.add_argument(
         "--thumbnails", type=int, default=0, metavar="PIXELS", help="keep small copies of this side (default: none)"
     )
+    parser.add_argument("--approximate", action="store_true", help="make what 'search --approximate' looks into, too")
     _add_model(parser, "of a store that exists, by default its own")
     parser.set_defaults(run=_run_index)
 
@@ -114,6 +115,10 @@ def _run_index(args: argparse.Namespace) -> None:
     with _shown(progress):
         index(source, encoder, store, thumbnail=args.thumbnails, part=part, progress=progress)
     _tell(progress, store.folder / UNREADABLE_FILE.format(part[0]))
+    if args.approximate:
+        from evaclip.runtime.approximate import build_approximate
+
+        build_approximate(store)
     print(f"{args.store} has {len(store):,} pictures: evaclip search {args.store} 'a red bicycle'")
 
 

@@ -71,8 +71,8 @@ def _load(store: Store) -> tuple[Any, int]:
     from usearch.index import Index
 
     path = store.folder / _ABOUT
-    about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"generation": None}
+    about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"generation": None}
     if about["generation"] != store.generation:
-        raise UserError(f"{store.folder} has no approximate index of its rows: make one with build_approximate")
+        raise UserError(f"{store.folder} has no approximate index of its rows: `evaclip index --approximate` makes one")
     graph = Index.restore(str(store.folder / _GRAPH.format(store.generation)), view=True)
     return graph, int(about["slots"])
