@@ -26,9 +26,7 @@ def build_approximate(store: Store) -> None:
     Raises:
         UserError: the store can't be written.
     """
-    from usearch.index import Index
-
-    graph = Index(ndim=store.dim, metric="ip", dtype="i8")
+    graph = _index_class()(ndim=store.dim, metric="ip", dtype="i8")
     numbers = np.flatnonzero(store.alive())
     for start in range(0, len(numbers), 65536):
         part = numbers[start : start + 65536]
@@ -67,12 +65,18 @@ def search_approximate(
     return np.stack([scores for scores, _ in ranked]), np.stack([numbers for _, numbers in ranked])
 
 
-def _load(store: Store) -> tuple[Any, int]:
+def _index_class() -> Any:
+    # usearch brings symbols of the same names along; loaded second, simsimd would take them for its own and fail.
+    import simsimd  # noqa: F401
     from usearch.index import Index
 
+    return Index
+
+
+def _load(store: Store) -> tuple[Any, int]:
     path = store.folder / _ABOUT
     about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"generation": None}
     if about["generation"] != store.generation:
         raise UserError(f"{store.folder} has no approximate index of its rows: make one with build_approximate")
-    graph = Index.restore(str(store.folder / _GRAPH.format(store.generation)), view=True)
+    graph = _index_class().restore(str(store.folder / _GRAPH.format(store.generation)), view=True)
     return graph, int(about["slots"])
