@@ -66,8 +66,8 @@ def search_approximate(
 
 
 def _index_class() -> Any:
-    # usearch brings symbols of the same names along; loaded second, simsimd would take them for its own and fail.
-    import simsimd  # noqa: F401
+    # After simsimd, which evaclip.runtime.search imports: it fails where usearch, with symbols of the same names, is
+    # loaded first.
     from usearch.index import Index
 
     return Index

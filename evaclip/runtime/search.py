@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from simsimd import cdist
 
 from evaclip.errors import UserError
 from evaclip.runtime.codes import encode
@@ -96,8 +97,6 @@ class _Scan:
         return kept
 
     def _scores(self, part: slice) -> Scores:
-        from simsimd import cdist
-
         products = np.asarray(cdist(self.queries, self.codes[part], "dot", out_dtype="float32"))
         scores = products * self.scales[part, 0] * self.factors[:, None]
         if self.mask is not None:
