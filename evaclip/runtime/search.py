@@ -96,7 +96,7 @@ class _Scan:
         return kept
 
     def _scores(self, part: slice) -> Scores:
-        from simsimd import cdist
+        from numkong import cdist  # of an extra
 
         products = np.asarray(cdist(self.queries, self.codes[part], "dot", out_dtype="float32"))
         scores = products * self.scales[part, 0] * self.factors[:, None]
