@@ -81,7 +81,8 @@ def check_target(target: Path, overwrite: bool, dtype: str = "fp32", int8: bool 
         raise UserError(f"{str(target)!r} can't be written; expected {' or '.join(SUFFIXES)}")
     if target.suffix == ".pt2" and (dtype != "fp32" or int8):
         raise UserError("dtype and int8 are those of ONNX files; a .pt2 has the dtype of the model's parameters")
-    check_output(target, overwrite=overwrite)
+    for written in (target, target.with_name(f"{target.name}.data")):
+        check_output(written, overwrite=overwrite)
 
 
 def exported(model: CLIP, tower: TowerName, normalize: bool = False) -> ExportedProgram:

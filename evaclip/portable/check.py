@@ -5,6 +5,7 @@ Needs numpy and onnxruntime, and openvino where that engine is asked for; no tor
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -91,7 +92,9 @@ def require(outcomes: Sequence[Outcome], lowest: float, file: str) -> None:
     failed = [outcome for outcome in outcomes if not outcome.passes(lowest)]
     if failed:
         where = "; ".join(f"{each.engine} {each.provider} {each.level}: {_reason(each)}" for each in failed)
-        raise Refused(f"{file!r} doesn't compute the model's embeddings; expected a cosine of {lowest} or more: {where}")
+        raise Refused(
+            f"{file!r} doesn't compute the model's embeddings; expected a cosine of {lowest} or more: {where}"
+        )
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
@@ -99,7 +102,9 @@ def table(outcomes: Sequence[Outcome]) -> str:
     rows = [("engine", "provider", "level", "cosine")]
     rows += [(each.engine, each.provider, each.level, _reason(each)) for each in outcomes]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def _reason(outcome: Outcome) -> str:
@@ -115,7 +120,9 @@ def _outcome(probe: Probe, engine: str, provider: str, level: str, load: Callabl
     except UserError:
         raise
     except Exception as exc:  # Each engine has its own, for graphs that it can't run.
-        return Outcome(engine, provider, level, float("nan"), False, f"can't run it: {' '.join(str(exc).split())[:200]}")
+        return Outcome(
+            engine, provider, level, float("nan"), False, f"can't run it: {' '.join(str(exc).split())[:200]}"
+        )
     cosine, apart = agreement(found[1:], probe.expected)
     alone, _ = agreement(found[:1], probe.expected[:1])
     return Outcome(engine, provider, level, float(np.minimum(cosine, alone)), apart)
@@ -129,7 +136,7 @@ def _onnxruntime_runs(path: Path, providers: Sequence[str]) -> Iterator[tuple[st
             raise UserError(f"provider {provider!r} isn't there; this onnxruntime has: {', '.join(available)}")
     for provider in providers:
         for level in _LEVELS:
-            yield f"onnxruntime {ort.__version__}", provider, level, lambda p=provider, at=level: _runner(path, at, [p])
+            yield f"onnxruntime {ort.__version__}", provider, level, partial(_runner, path, level, [provider])
 
 
 def _runner(path: Path, level: str, providers: list[str]) -> _Run:

@@ -26,8 +26,17 @@ _PILLOW = {"bilinear": 2, "bicubic": 3}
 _SUFFIXES = {"fp32": "", "fp16": "_fp16", "bf16": "_bf16", "int8": "_int8"}
 
 
+# Of each half: the name of its file or folder, of what goes in, and of what comes out.
+_Halves = tuple[tuple[Literal["image", "text"], str, str, str], ...]
+_IMMICH: _Halves = (("image", "visual", "image", "embedding"), ("text", "textual", "text", "embedding"))
+_TRANSFORMERS_JS: _Halves = (
+    ("image", "vision_model", "pixel_values", "image_embeds"),
+    ("text", "text_model", "input_ids", "text_embeds"),
+)
+
+
 def check_folder(target: Path, config: CLIPConfig) -> None:
-    """Raises UserError for a folder that `export_folder` doesn't write, or a model that the layouts have no place for."""
+    """Raises UserError for a folder that `export_folder` doesn't write, or a model that has no place in the layouts."""
     if target.exists():
         raise UserError(f"{str(target)!r} exists; give a folder that isn't there yet")
     check_output(target, overwrite=False)
@@ -40,7 +49,7 @@ def check_folder(target: Path, config: CLIPConfig) -> None:
 def export_folder(
     model: CLIP, target: Path, layout: Layout, *, dtype: str = "fp32", int8: bool = False
 ) -> dict[str, list[Outcome]]:
-    """Writes both towers, with the tokenizer and the preprocessing, for another program to load; embeddings have length 1.
+    """Writes both towers, with tokenizer and preprocessing, for another program to load; embeddings have length 1.
 
     Args:
         model: in evaluation mode.
@@ -86,10 +95,11 @@ def tokenizer_file(config: CLIPConfig) -> Tokenizer:
 
 
 def _write_immich(model: CLIP, folder: Path, dtype: str, int8: bool) -> dict[str, list[Outcome]]:
-    config, outcomes = model.config, {}
-    for tower, name, entry in (("image", "visual", "image"), ("text", "textual", "text")):
+    config = model.config
+    outcomes: dict[str, list[Outcome]] = {}
+    for tower, name, entry, result in _IMMICH:
         (folder / name).mkdir()
-        spec = Spec(tower, True, dtype, int8, input=entry, output="embedding", int32=True)
+        spec = Spec(tower, True, dtype, int8, entry, result, int32=True)
         outcomes[f"{name}/model.onnx"] = write_checked(model, spec, folder / name / "model.onnx")
     _write_tokenizer(config, folder / "textual")
     images = config.preprocess
@@ -104,13 +114,11 @@ def _write_immich(model: CLIP, folder: Path, dtype: str, int8: bool) -> dict[str
 
 
 def _write_transformers_js(model: CLIP, folder: Path, dtype: str, int8: bool) -> dict[str, list[Outcome]]:
-    config, outcomes = model.config, {}
+    config = model.config
+    outcomes: dict[str, list[Outcome]] = {}
     (folder / "onnx").mkdir()
     suffix = _SUFFIXES["int8" if int8 else dtype]
-    for tower, name, entry, result in (
-        ("image", "vision_model", "pixel_values", "image_embeds"),
-        ("text", "text_model", "input_ids", "text_embeds"),
-    ):
+    for tower, name, entry, result in _TRANSFORMERS_JS:
         path = folder / "onnx" / f"{name}{suffix}.onnx"
         outcomes[f"onnx/{path.name}"] = write_checked(model, Spec(tower, True, dtype, int8, entry, result), path)
     _write_tokenizer(config, folder)

@@ -1,7 +1,7 @@
 """Inputs and the embeddings that belong to them, kept in an ONNX file's metadata so that anyone can check the file.
 
-The inputs come from a seed by numpy's `RandomState`, whose stream is frozen. Pictures are noise of several scales, so that
-places in them differ; captions have several lengths.
+The inputs come from a seed by numpy's `RandomState`, whose stream is frozen. Pictures are noise of several scales, so
+that places in them differ; captions have several lengths.
 """
 
 import base64

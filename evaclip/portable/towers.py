@@ -1,11 +1,10 @@
 """The two towers as ONNX graphs.
 
-What a runtime would do again for every batch is done here, once: the scale of the scores, layer scales, and the order of
-the channels that are rotated are in the weights; the rotation is by constant tables, in which the class token turns by 0.
-Attention stands in the form that runtimes fuse: MatMul, Softmax, MatMul. Sizes are fixed but for the batch.
+What a runtime would do again for every batch is done here, once: the scale of the scores, layer scales, and the order
+of the channels that are rotated are in the weights; the rotation is by constant tables, in which the class token turns
+by 0. Attention stands in the form that runtimes fuse: MatMul, Softmax, MatMul. Sizes are fixed but for the batch.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -211,7 +210,7 @@ def _norm(graph: Graph, norm: nn.Module | None, x: str, gain: Array | None = Non
 
 
 def _layer_norm(
-    graph: Graph, x: str, weight: Tensor, bias: Tensor | None, eps: float, gain: Array | None = None
+    graph: Graph, x: str, weight: Tensor | None, bias: Tensor | None, eps: float, gain: Array | None = None
 ) -> str:
     given = [weight] if bias is None else [weight, bias]
     parameters = [graph.weight(_scaled(parameter, gain)) for parameter in given]
@@ -225,11 +224,11 @@ def _linear(graph: Graph, layer: nn.Module, x: str, gain: Array | None = None) -
     return graph.linear(x, weight, None if layer.bias is None else _scaled(layer.bias, gain))
 
 
-def _scaled(parameter: Tensor, gain: Array | None) -> Array:
+def _scaled(parameter: Tensor | None, gain: Array | None) -> Array:
     return _values(parameter) if gain is None else _values(parameter) * gain
 
 
-def _values(parameter: Tensor | Sequence[float] | None) -> Array:
+def _values(parameter: Tensor | None) -> Array:
     """A copy in float32."""
     assert isinstance(parameter, Tensor)
     return np.array(parameter.detach().to("cpu", torch.float32).numpy())
