@@ -162,7 +162,7 @@ def _session(path: Path, level: str, providers: list[str]) -> Any:
         return ort.InferenceSession(str(path), options, providers=providers)
     except Exception as exc:
         # A file that is no ONNX at all, which the levels needn't be tried for.
-        if type(exc).__name__ in ("InvalidProtobuf", "InvalidGraph", "NoSuchFile"):
+        if type(exc).__name__ in ("InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile"):
             raise UserError(f"{str(path)!r} can't be read as ONNX: {' '.join(str(exc).split())}") from exc
         raise
 
