@@ -77,7 +77,7 @@ class Probe:
 def make_inputs(tower: str, shape: tuple[int, ...], vocab_size: int, seed: int, count: int = COUNT) -> NDArray[Any]:
     """The inputs of a seed; see `Probe.inputs`."""
     random = np.random.RandomState(seed)
-    return _pictures(random, count, *shape[1:]) if tower == "image" else _captions(random, count, *shape, vocab_size)
+    return _pictures(random, count, *shape[1:]) if tower == "image" else _captions(random, count, shape[0], vocab_size)
 
 
 def cosines(found: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.float64]:
@@ -107,7 +107,7 @@ def _pictures(random: np.random.RandomState, count: int, height: int, width: int
         noise = random.standard_normal((count, 3, cells, cells))
         rows, columns = (np.arange(side) * cells // side for side in (height, width))
         total += noise[:, :, rows][..., columns]
-    return (total / np.sqrt(5)).astype(np.float32)
+    return np.asarray(total / np.sqrt(5), dtype=np.float32)
 
 
 def _captions(random: np.random.RandomState, count: int, length: int, vocab_size: int) -> NDArray[np.int64]:
