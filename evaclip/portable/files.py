@@ -3,7 +3,7 @@
 import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import onnx
 import torch
@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from evaclip.errors import UserError, unknown_name
 from evaclip.model.clip import CLIP
 from evaclip.portable.check import Outcome, check_everywhere, require
-from evaclip.portable.graph import DTYPES, Graph, save
+from evaclip.portable.graph import DTYPES, Dtype, Graph, save
 from evaclip.portable.probe import LOWEST, SEED, Probe, make_inputs
 from evaclip.portable.towers import image_graph, text_graph
 
@@ -78,7 +78,7 @@ def make_probe(model: CLIP, spec: Spec) -> Probe:
 
 def build(model: CLIP, spec: Spec, probe: Probe) -> onnx.ModelProto:
     """The file's contents."""
-    graph = Graph(spec.dtype)
+    graph = Graph(cast(Dtype, spec.dtype))
     kind = TensorProto.FLOAT if spec.tower == "image" else TensorProto.INT32 if spec.int32 else TensorProto.INT64
     entry = helper.make_tensor_value_info(spec.input, kind, ["batch", *probe.shape])
     towers: dict[str, Any] = {"image": (image_graph, model.visual), "text": (text_graph, model.text)}

@@ -6,6 +6,7 @@ by 0. Attention stands in the form that runtimes fuse: MatMul, Softmax, MatMul. 
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ class Heads:
 def image_graph(graph: Graph, tower: VisionTower, images: str) -> str:
     """Embeddings of float32 `[batch, 3, height, width]`."""
     config, proj = tower.config, tower.patch_embed.proj
-    sizes = {"kernel_shape": [config.patch_size] * 2, "strides": [config.patch_size] * 2}
+    sizes: dict[str, Any] = {"kernel_shape": [config.patch_size] * 2, "strides": [config.patch_size] * 2}
     kernel, bias = graph.weight(_values(proj.weight)), graph.weight(_values(proj.bias))
     x = graph.op("Conv", graph.cast(images, "computed"), kernel, bias, **sizes)
     x = graph.transpose(graph.reshape(x, 0, config.width, -1), 0, 2, 1)

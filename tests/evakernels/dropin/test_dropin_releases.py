@@ -38,15 +38,24 @@ ERROR = {"model": "c", "error": "ImportError: no | here"}
 
 
 def test_a_release_that_is_not_equal_or_unknown_or_fails_is_told():
-    assert dropin_releases.release_line("timm 9", [EQUAL]) == "| timm 9 | 1 of 1 | 2 of 2 | 1e-07 | 2e-07 |  |"
-    line = dropin_releases.release_line("timm 9", [EQUAL, OFF, ERROR, UNKNOWN])
-    assert line.startswith("| timm 9 | 2 of 4 | 4 of 6 | 1e-07 | 1e-03 |")
-    assert line.endswith(r"| c: ImportError: no \| here; b: differs; d: 0 of 2 blocks: timm 9 is unknown; and so on |")
+    line = dropin_releases.release_line("timm 9", [EQUAL], [EQUAL])
+    assert line == "| timm 9 | 1 of 1 | 2 of 2 | 1e-07 | 2e-07 | 2 of 2 |  |"
+    line = dropin_releases.release_line("timm 9", [EQUAL, OFF, ERROR, UNKNOWN], [EQUAL, OFF, ERROR])
+    assert line.startswith("| timm 9 | 2 of 4 | 4 of 6 | 1e-07 | 1e-03 | 4 of 4 |")
+    known = r"c: ImportError: no \| here; b: differs; d: 0 of 2 blocks: timm 9 is unknown; and so on; "
+    assert line.endswith(f"| {known}b, tried: differs; c, tried: ImportError: no \\| here |")
 
 
 def test_a_model_says_what_is_left_and_why():
-    line = dropin_releases.model_line("timm", EQUAL)
-    assert line == "| timm: a | 2 of 2 blocks | 2 Block | 1e-07 | 2e-07 | 2 GELU: slow |"
+    line = dropin_releases.model_line("timm", EQUAL, UNKNOWN)
+    assert line == "| timm: a | 2 of 2 blocks | 2 Block | 1e-07 | 2e-07 | 0 of 2 blocks | 2 GELU: slow |"
+
+
+@pytest.mark.exhaustive
+def test_with_no_form_known_all_that_is_replaced_was_tried():
+    for row in dropin_releases.both("torchvision", None)[1]:
+        assert row["headline"].startswith("2 of 2 blocks, ")
+        assert row["headline"].endswith(f" {sum(row['replaced'].values())} by behaviour")
 
 
 def test_the_page_in_the_documentation_has_every_kind():
