@@ -66,7 +66,7 @@ def _causal(is_causal: bool) -> dict[str, bool]:
 
 
 def _head_dim(module: Any) -> int:
-    """Channels of a head, which modules hold since 1.0.24."""
+    """Channels of a head, which modules hold since 1.0.26."""
     width, heads = int(module.proj.in_features), int(module.num_heads)
     return width // heads
 

@@ -213,7 +213,7 @@ def test_options_that_the_forward_lacks_are_named():
 
 
 def test_attention_of_timm_that_holds_no_head_dim_runs():
-    """Before 1.0.24 it held none."""
+    """Before 1.0.26 it held none."""
     family, model, untouched = pair("eva02")
     evakernels.accelerate(model, force=True)
     for block in model.blocks:
