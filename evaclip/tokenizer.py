@@ -11,14 +11,18 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import regex
-import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer as BpeTokenizer
 from tokenizers import models, pre_tokenizers
-from torch import Tensor
 
 from evaclip.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 START, END = "<start_of_text>", "<end_of_text>"
 VOCAB_SIZE = 49408
@@ -52,7 +56,7 @@ class Tokenizer:
         self.start_id, self.end_id = vocab_size - 2, vocab_size - 1
         self._bpe = _byte_pair_encoder(vocab_size)
 
-    def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
+    def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> "Tensor":
         """Token ids of each text, int64 `[n, context_length]`.
 
         A row is the start token, the text, the end token, and zeros. A text that is too long is cut, so that
@@ -62,12 +66,19 @@ class Tokenizer:
         Raises:
             TypeError: when `texts` isn't a string or a sequence of strings.
         """
+        # Imported here so that who looks into a store doesn't wait for torch.
+        import torch
+
+        return torch.from_numpy(self.array(texts, context_length))
+
+    def array(self, texts: str | Sequence[str], context_length: int | None = None) -> NDArray[np.int64]:
+        """What a call returns, as an array of numpy and without torch."""
         length = self.context_length if context_length is None else _checked_length(context_length)
         texts = [texts] if isinstance(texts, str) else texts
-        rows = torch.zeros(len(texts), length, dtype=torch.int64)
+        rows = np.zeros((len(texts), length), dtype=np.int64)
         for row, text in zip(rows, texts, strict=True):
             ids = [self.start_id, *self.encode(text)[: length - 2], self.end_id]
-            row[: len(ids)] = torch.tensor(ids)
+            row[: len(ids)] = ids
         return rows
 
     def encode(self, text: str) -> list[int]:
@@ -77,7 +88,7 @@ class Tokenizer:
         ids: list[int] = self._bpe.encode(_WORD.findall(clean(text)), is_pretokenized=True).ids
         return ids
 
-    def decode(self, ids: Sequence[int] | Tensor) -> str:
+    def decode(self, ids: "Sequence[int] | Tensor") -> str:
         """The text of token ids, as `encode` gives them or a row that a call returns; without start, end and padding.
 
         It is in lower case and has a space behind each word: what `encode` leaves out doesn't come back.
@@ -85,7 +96,7 @@ class Tokenizer:
         Example:
             `tokenizer.decode(tokenizer("A cat!")[0])` is `"a cat !"`.
         """
-        listed = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        listed: list[int] = ids.tolist() if hasattr(ids, "tolist") else list(ids)
         if self.end_id in listed:
             listed = listed[: listed.index(self.end_id)]
         for index in listed:
@@ -97,7 +108,7 @@ class Tokenizer:
         return data.decode("utf-8", errors="replace").strip()
 
 
-def tokenize(texts: str | Sequence[str], context_length: int = 77) -> Tensor:
+def tokenize(texts: str | Sequence[str], context_length: int = 77) -> "Tensor":
     """Token ids int64 `[n, context_length]` of texts, by the tokenizer of all released models.
 
     Example:
@@ -106,7 +117,7 @@ def tokenize(texts: str | Sequence[str], context_length: int = 77) -> Tensor:
     return _released_tokenizer()(texts, context_length)
 
 
-def decode(output_ids: Tensor) -> str:
+def decode(output_ids: "Tensor") -> str:
     """The text of a row of token ids; see `Tokenizer.decode`.
 
     Example:

@@ -6,18 +6,18 @@ from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Annotated, Any
 
-from fastapi import FastAPI, File, Form, Request, Response, UploadFile
+from fastapi import FastAPI, Form, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, RedirectResponse
-from pydantic import BaseModel
+from fastapi.responses import RedirectResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from evaclip.runtime.encoder import Encoder
 from evaclip.runtime.store import Store
-from evaclip.serve.limits import Guard, Limits, Rejected, extra_headers
+from evaclip.serve.limits import Guard, Limits, Rejected
 from evaclip.serve.metrics import Measured, Metrics
-from evaclip.serve.service import Query, Service
+from evaclip.serve.service import Hits, Query, Service
 
 _PAGE = {
     "/": ("serve/page/index.html", "text/html; charset=utf-8"),
@@ -26,53 +26,7 @@ _PAGE = {
     "/theme.css": ("report/theme.css", "text/css; charset=utf-8"),
 }
 
-Text = Annotated[str, Form()]
-Picture = Annotated[UploadFile | None, File()]
-
-
-class About(BaseModel):
-    """What is served."""
-
-    model: str
-    dim: int
-    pictures: int
-
-
-class Embeddings(BaseModel):
-    """Of length 1 each, in the order of what was sent."""
-
-    embeddings: list[list[float]]
-
-
-class Hit(BaseModel):
-    """A row of the store, its cosine, and where a small copy of its picture is."""
-
-    row: int
-    score: float
-    id: str
-    caption: str
-    metadata: dict[str, Any]
-    thumbnail: str
-
-
-class Hits(BaseModel):
-    """The best first."""
-
-    results: list[Hit]
-    seconds: float
-
-
-class Label(BaseModel):
-    """A label and its probability."""
-
-    label: str
-    probability: float
-
-
-class Labels(BaseModel):
-    """The likeliest first; probabilities add up to 1."""
-
-    labels: list[Label]
+Texts = Annotated[list[str], Form()]
 
 
 def create_app(
@@ -90,13 +44,10 @@ def create_app(
         store: to search in; it may grow meanwhile.
         encoder: of the store's model.
         key: what requests must bring; None for no key.
-        hosts: names that the server may be called by; others are refused, so that no web page can reach a server
-            without a key under a name of its own.
+        hosts: names that the server may be called by. Where there is no key, all but its own are to be refused: a web
+            page could reach it by a name that leads to this machine.
         limits: of requests.
         delay: seconds that a picture or text waits for others to be encoded with.
-
-    Raises:
-        UserError: the encoder isn't of the store's model.
 
     Example:
         ```python
@@ -106,8 +57,6 @@ def create_app(
     """
     limits, metrics = limits or Limits(), Metrics()
     service = Service(store, encoder, limits, metrics, delay)
-    metrics.gauge("evaclip_waiting", "Pictures and texts that wait to be encoded", service.batcher.waiting)
-    metrics.gauge("evaclip_rows", "Rows of the store", lambda: len(store))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -127,13 +76,16 @@ def create_app(
 
 
 def _add_page(app: FastAPI) -> None:
+    def add(path: str, content: bytes, media_type: str) -> None:
+        @app.get(path, include_in_schema=False)
+        async def file() -> Response:
+            return Response(content, media_type=media_type, headers={"Cache-Control": "no-cache"})
+
     for path, (name, media_type) in _PAGE.items():
-        content = files("evaclip").joinpath(name).read_bytes()
-        answer = {"content": content, "media_type": media_type, "headers": {"Cache-Control": "no-cache"}}
-        app.get(path, include_in_schema=False)(lambda answer=answer: Response(**answer))
+        add(path, files("evaclip").joinpath(name).read_bytes(), media_type)
 
     @app.get("/docs", include_in_schema=False)
-    def docs() -> Response:
+    async def docs() -> Response:
         return RedirectResponse("/openapi.json")
 
 
@@ -146,61 +98,46 @@ def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
         return {"status": "ok"}
 
     @app.get("/about")
-    async def about() -> About:
-        """The model, and how many pictures there are."""
-        return About(model=service.encoder.name, dim=service.store.dim, pictures=len(service.store))
+    async def about() -> dict[str, Any]:
+        """The model, the length of its embeddings, and how many pictures there are."""
+        return {"model": service.encoder.name, "dim": service.store.dim, "pictures": len(service.store)}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=Response)
     async def text() -> Response:
         """For Prometheus."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        metrics.waiting.set(service.batcher.waiting())
+        metrics.rows.set(len(service.store))
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_api(app: FastAPI, service: Service) -> None:
     @app.post("/embed/image")
-    async def embed_image(image: list[UploadFile]) -> Embeddings:
-        """Embeddings of pictures: JPEG, PNG, WebP, GIF or AVIF files."""
-        found = await service.pictures([await one.read() for one in image])
-        return Embeddings(embeddings=found.tolist())
+    async def embed_image(image: list[UploadFile]) -> dict[str, list[list[float]]]:
+        """Embeddings of pictures (JPEG, PNG, WebP, GIF or AVIF files), of length 1, in their order."""
+        return {"embeddings": (await service.pictures([await one.read() for one in image])).tolist()}
 
     @app.post("/embed/text")
-    async def embed_text(text: Annotated[list[str], Form()]) -> Embeddings:
-        """Embeddings of texts."""
-        return Embeddings(embeddings=(await service.texts(text)).tolist())
+    async def embed_text(text: Texts) -> dict[str, list[list[float]]]:
+        """Embeddings of texts, of length 1, in their order."""
+        return {"embeddings": (await service.texts(text)).tolist()}
 
     @app.post("/search")
-    async def search(
-        text: Text = "",
-        image: Picture = None,
-        minus: Text = "",
-        like: Annotated[int | None, Form()] = None,
-        top: Annotated[int, Form()] = 10,
-        filter: Text = "",
-    ) -> Hits:
-        """Pictures that are like a text, a picture, a row of the store, or all of these at once, and unlike `minus`.
+    async def search(query: Annotated[Query, Form(media_type="multipart/form-data")]) -> Hits:
+        """Pictures that are like a text, a picture, a row of the store or all of these at once, the nearest first.
 
-        `filter` is a condition on the rows, such as `year>=2020 and caption~bicycle`.
+        `minus` is a text that they shall be unlike; `filter` a condition such as `year>=2020 and caption~bicycle`.
         """
         began = time.perf_counter()
-        data = await image.read() if image is not None else None
-        found = await service.search(Query(text.strip(), data, minus.strip(), like, top, filter.strip()))
-        hits = [
-            Hit(
-                row=hit.number, score=hit.score, id=hit.row.id, caption=hit.row.caption,
-                metadata=dict(hit.row.metadata), thumbnail=f"/thumbnail/{hit.number}?v={hit.row.content[:16]}",
-            )
-            for hit in found
-        ]  # fmt: skip
-        return Hits(results=hits, seconds=time.perf_counter() - began)
+        return Hits(results=await service.search(query), seconds=time.perf_counter() - began)
 
     @app.post("/label")
     async def label(
-        image: UploadFile, label: Annotated[list[str], Form()], template: Text = "a photo of a {}"
-    ) -> Labels:
-        """Which of some labels a picture has, by the model: each takes the place of `{}` in the template."""
-        found = await service.label(await image.read(), label, template)
-        ranked = sorted(zip(found, label, strict=True), key=lambda pair: -pair[0])
-        return Labels(labels=[Label(label=name, probability=share) for share, name in ranked])
+        image: UploadFile, label: Texts, template: Annotated[str, Form()] = "a photo of a {}"
+    ) -> dict[str, list[dict[str, Any]]]:
+        """The probability of each label, likeliest first, if one of them is right. It stands for `{}` in the template."""
+        shares = await service.label(await image.read(), label, template)
+        ranked = sorted(zip(shares, label, strict=True), key=lambda pair: -pair[0])
+        return {"labels": [{"label": name, "probability": share} for share, name in ranked]}
 
     @app.get("/thumbnail/{row}", response_class=Response)
     async def thumbnail(row: int) -> Response:
@@ -210,24 +147,19 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
 
 def _add_errors(app: FastAPI) -> None:
-    """Every error is `{"error": a sentence}`."""
-
-    def told(status: int, reason: str) -> JSONResponse:
-        return JSONResponse({"error": reason}, status, extra_headers(status))
-
     @app.exception_handler(Rejected)
-    async def rejected(request: Request, exc: Rejected) -> JSONResponse:
-        return told(exc.status, exc.reason)
+    async def rejected(request: Request, exc: Rejected) -> Response:
+        return exc.response()
 
     @app.exception_handler(HTTPException)
-    async def refused(request: Request, exc: HTTPException) -> JSONResponse:
-        return told(exc.status_code, f"{exc.detail}.")
+    async def refused(request: Request, exc: HTTPException) -> Response:
+        return Rejected(exc.status_code, f"{exc.detail.rstrip('.')}: {request.method} {request.url.path}.").response()
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, exc: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, exc: RequestValidationError) -> Response:
         faults = (f"{'.'.join(map(str, error['loc'][1:]))!r}: {error['msg']}" for error in exc.errors())
-        return told(422, f"The request can't be used: {'; '.join(faults)}.")
+        return Rejected(422, f"The request can't be used: {'; '.join(faults)}.").response()
 
     @app.exception_handler(Exception)
-    async def failed(request: Request, exc: Exception) -> JSONResponse:
-        return told(500, "The server failed at this; its log says why.")
+    async def failed(request: Request, exc: Exception) -> Response:
+        return Rejected(500, "The server failed at this; its log says why.").response()

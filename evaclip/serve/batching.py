@@ -63,12 +63,12 @@ class Batcher:
     @property
     def alive(self) -> bool:
         """Whether items are computed."""
-        return self._thread.is_alive() and not self._closed
+        return self._thread.is_alive()
 
     def waiting(self) -> int:
         """Items whose turn hasn't come."""
         with self._changed:
-            return sum(not job.future.cancelled() for jobs in self._waiting.values() for job in jobs)
+            return self._count()
 
     def submit(self, kind: str, item: Any) -> Future[Any]:
         """The result of an item, once there is one. Raises QueueFull."""
@@ -76,8 +76,7 @@ class Batcher:
         with self._changed:
             if self._closed:
                 raise RuntimeError("the batcher is closed")
-            self._drop_cancelled()
-            if sum(map(len, self._waiting.values())) >= self._depth:
+            if self._count() >= self._depth:
                 raise QueueFull
             self._waiting[kind].append(job)
             self._changed.notify()
@@ -107,20 +106,19 @@ class Batcher:
                 self._changed.wait()
             if self._closed:
                 return None
-            kind = min((jobs[0].since, kind) for kind, jobs in self._waiting.items() if jobs)[1]
-            jobs = self._waiting[kind]
-            end = jobs[0].since + self._delay
-            while len(jobs) < self._size and not self._closed and (left := end - time.monotonic()) > 0:
+            since, kind = min((jobs[0].since, kind) for kind, jobs in self._waiting.items() if jobs)
+            end = since + self._delay
+            while len(self._waiting[kind]) < self._size and not self._closed and (left := end - time.monotonic()) > 0:
                 self._changed.wait(left)
-            self._drop_cancelled()
+            self._count()
+            jobs = self._waiting[kind]
             return kind, [jobs.popleft() for _ in range(min(self._size, len(jobs)))]
 
-    def _drop_cancelled(self) -> None:
-        for jobs in self._waiting.values():
-            live = [job for job in jobs if not job.future.cancelled()]
-            if len(live) < len(jobs):
-                jobs.clear()
-                jobs.extend(live)
+    def _count(self) -> int:
+        """How many wait, once those are gone for which nobody waits any more."""
+        for kind, jobs in self._waiting.items():
+            self._waiting[kind] = deque(job for job in jobs if not job.future.cancelled())
+        return sum(map(len, self._waiting.values()))
 
     def _finish(self, compute: Compute, jobs: list[_Job]) -> None:
         try:

@@ -4,13 +4,13 @@ import asyncio
 import base64
 import hmac
 import io
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evaclip.data.samples import BadSample, Decoding, decode_image
@@ -60,6 +60,11 @@ class Rejected(Exception):
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
         self.status, self.reason = status, reason
+
+    def response(self) -> JSONResponse:
+        """What is sent: `{"error": reason}`."""
+        headers = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": 'Basic realm="evaclip", charset="UTF-8"'}}
+        return JSONResponse({"error": self.reason}, self.status, headers.get(self.status))
 
 
 def decode(data: bytes, limits: Limits) -> Image.Image:
@@ -120,7 +125,15 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        answer = _Answer(send)
+        begun = False
+
+        async def answer(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
         try:
             if scope["path"] != "/healthz":
                 self._admit(Headers(scope=scope))
@@ -132,16 +145,17 @@ class Guard:
             finally:
                 self._running -= 1
         except Rejected as exc:
-            await answer.reject(exc)
+            if not begun:
+                await exc.response()(scope, receive, answer)
 
     def _admit(self, headers: Headers) -> None:
         if self._key is not None and not _same(_key_of(headers.get("authorization", "")), self._key):
             raise Rejected(401, "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'.")
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._limits.body:
-            raise self._too_long()
+            raise _too_long(self._limits)
 
-    async def _serve(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+    async def _serve(self, scope: Scope, receive: Receive, answer: Send) -> None:
         end = asyncio.get_running_loop().time() + self._limits.seconds
         try:
             async with asyncio.timeout_at(end):
@@ -151,7 +165,7 @@ class Guard:
         if body is None:
             return
         gone = asyncio.ensure_future(receive())
-        work = asyncio.ensure_future(self._app(scope, _replay(body, gone), answer.send))
+        work = asyncio.ensure_future(self._app(scope, _replay(body, gone), answer))
         left = end - asyncio.get_running_loop().time()
         try:
             done, _ = await asyncio.wait({gone, work}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
@@ -174,41 +188,9 @@ class Guard:
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > self._limits.body:
-                raise self._too_long()
+                raise _too_long(self._limits)
             more = message.get("more_body", False)
         return b"".join(parts)
-
-    def _too_long(self) -> Rejected:
-        return Rejected(413, f"The request is too large; send {self._limits.body >> 20} MiB at most.")
-
-
-class _Answer:
-    """Sends with the headers that protect the page, once."""
-
-    def __init__(self, send: Send) -> None:
-        self._send, self._begun = send, False
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self._begun = True
-            MutableHeaders(scope=message).update(_HEADERS)
-        await self._send(message)
-
-    async def reject(self, exc: Rejected) -> None:
-        if self._begun:
-            return
-        body = json.dumps({"error": exc.reason}).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        headers += [(name.lower().encode(), value.encode()) for name, value in extra_headers(exc.status).items()]
-        await self.send({"type": "http.response.start", "status": exc.status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
-
-
-def extra_headers(status: int) -> dict[str, str]:
-    """What a client is told beside an error of this status."""
-    if status == 503:
-        return {"Retry-After": "1"}
-    return {"WWW-Authenticate": 'Basic realm="evaclip", charset="UTF-8"'} if status == 401 else {}
 
 
 def _replay(body: bytes, gone: "asyncio.Future[Message]") -> Receive:
@@ -218,6 +200,10 @@ def _replay(body: bytes, gone: "asyncio.Future[Message]") -> Receive:
         return messages.pop() if messages else await asyncio.shield(gone)
 
     return receive
+
+
+def _too_long(limits: Limits) -> Rejected:
+    return Rejected(413, f"The request is too large; send {limits.body >> 20} MiB at most.")
 
 
 def _key_of(authorization: str) -> str:

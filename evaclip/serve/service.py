@@ -3,16 +3,17 @@
 import asyncio
 import io
 import sqlite3
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from fastapi import UploadFile
 from PIL import Image
+from pydantic import BaseModel
 
 from evaclip.data.samples import BadSample, Decoding, decode_image, read_image_file
 from evaclip.errors import UserError
@@ -31,25 +32,33 @@ _SIDE, _KEPT = 256, 2048
 """Pixels of a small copy's longer side, and how many of them are kept."""
 
 
-@dataclass(frozen=True)
-class Query:
+class Query(BaseModel, extra="forbid"):
     """What to search for: the direction of the sum of what is given, less that of `minus`."""
 
     text: str = ""
-    image: bytes | None = None
+    image: UploadFile | None = None
     minus: str = ""
     like: int | None = None
     top: int = 10
     filter: str = ""
 
 
-@dataclass(frozen=True)
-class Found:
-    """A row that was found, with its cosine."""
+class Hit(BaseModel):
+    """A row of the store, its cosine with the query, and where a small copy of its picture is."""
 
-    number: int
+    row: int
     score: float
-    row: Row
+    id: str
+    caption: str
+    metadata: dict[str, Any]
+    thumbnail: str
+
+
+class Hits(BaseModel):
+    """The best first."""
+
+    results: list[Hit]
+    seconds: float
 
 
 class Service:
@@ -110,18 +119,18 @@ class Service:
         weights = np.exp(logits - logits.max())
         return [float(weight) for weight in weights / weights.sum()]
 
-    async def search(self, query: Query) -> list[Found]:
+    async def search(self, query: Query) -> list[Hit]:
         """The rows of the store that are nearest to a query, the best first."""
         if not 1 <= query.top <= self.limits.top:
             raise Rejected(422, f"'top' is {query.top}; send 1 to {self.limits.top:,}.")
         check_texts([query.text, query.minus, query.filter], self.limits)
-        if not (query.text or query.image is not None or query.like is not None):
+        texts = {name: text for name in ("text", "minus") if (text := getattr(query, name).strip())}
+        files = [] if query.image is None else [await query.image.read()]
+        if "text" not in texts and not files and query.like is None:
             raise Rejected(422, "There is nothing to look for; send a text, a picture or the number of a row.")
-        texts = [text for text in (query.text, query.minus) if text]
-        embedded, pictures = await _all(
-            (self.texts(texts), self.pictures([] if query.image is None else [query.image]))
-        )
-        vector = pictures.sum(axis=0) + (embedded[0] if query.text else 0) - (embedded[-1] if query.minus else 0)
+        embedded, pictures = await _all((self.texts(list(texts.values())), self.pictures(files)))
+        signs = np.array([-1 if name == "minus" else 1 for name in texts], np.float32)
+        vector = pictures.sum(axis=0) + signs @ embedded
         return await _in(self._reader, partial(self._search, vector, query))
 
     async def thumbnail(self, number: int) -> tuple[bytes, str]:
@@ -145,20 +154,19 @@ class Service:
     def _pixels(self, data: bytes) -> Any:
         return self.encoder.transform(decode(data, self.limits))
 
-    def _search(self, vector: Vector, query: Query) -> list[Found]:
+    def _search(self, vector: Vector, query: Query) -> list[Hit]:
         self.store.refresh()
-        others = query.top
         if query.like is not None:
             self._rows([query.like])
-            vector, others = vector + self.store.embeddings[query.like].astype(np.float32), query.top + 1
+            vector = vector + self.store.embeddings[query.like].astype(np.float32)
         try:
-            scores, numbers = search(self.store, vector, others, query.filter or None)
+            # One more, as the row itself isn't told.
+            found = search(self.store, vector, query.top + 1, query.filter.strip() or None)
         except (UserError, sqlite3.Error, OverflowError) as exc:
             raise Rejected(422, f"The search can't be made: {exc}.") from exc
-        pairs = [(n, s) for n, s in zip(numbers.tolist(), scores.tolist(), strict=True) if n != query.like]
-        pairs = pairs[: query.top]
-        rows = self._rows([number for number, _ in pairs])
-        return [Found(number, score, row) for (number, score), row in zip(pairs, rows, strict=True)]
+        pairs = [pair for pair in zip(*(part.tolist() for part in found), strict=True) if pair[1] != query.like]
+        rows = self._rows([number for _, number in pairs[: query.top]])
+        return [_hit(*pair, row) for pair, row in zip(pairs, rows, strict=False)]
 
     def _rows(self, numbers: Sequence[int]) -> list[Row]:
         for number in numbers:
@@ -169,6 +177,13 @@ class Service:
         except UserError as exc:
             self.store.refresh()
             raise Rejected(404, "The store has changed, and this row is no longer there; search again.") from exc
+
+
+def _hit(score: float, number: int, row: Row) -> Hit:
+    # What a row holds tells apart the pictures that have been under its number.
+    address = f"/thumbnail/{number}?v={row.content[:16]}"
+    known = {"id": row.id, "caption": row.caption, "metadata": dict(row.metadata)}
+    return Hit(row=number, score=score, thumbnail=address, **known)
 
 
 def _small_copy_of_file(id: str, content: str) -> bytes | None:

@@ -61,8 +61,8 @@ def _packed_by_silu(module: Any) -> str | None:
 
 
 def _causal(is_causal: bool) -> dict[str, bool]:
-    """The option where it is given: before 1.0.26 timm had none."""
-    return {"is_causal": True} if is_causal else {}
+    """The option where it is given: before 1.0.26 timm had none. Under torch.fx it is what stands for a bool."""
+    return {} if is_causal is False else {"is_causal": is_causal}
 
 
 def _head_dim(module: Any) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import evakernels
 from evakernels import _native
@@ -64,6 +65,18 @@ def test_transforms_and_tracers_see_the_untouched_code():
     parameters = dict(model.named_parameters())
     close(vmap(lambda one: functional_call(model, parameters, (one[None],))[0])(x), untouched(x))
     close(torch.jit.trace(model, x, check_trace=False)(x), untouched(x))
+
+
+@pytest.mark.parametrize("name", ["eva02", "vit"])
+def test_torch_fx_traces_the_untouched_code(name):
+    """The model's own options, such as `is_causal`, are proxies then."""
+    family, model, untouched = pair(name)
+    evakernels.accelerate(model.eval(), force=True)
+    # Torch.fx doesn't read timm's own patch dropout either.
+    model.patch_drop = None if name == "eva02" else nn.Identity()
+    last = get_graph_node_names(model)[1][-1]
+    x = family.inputs(1)["x"]
+    close(create_feature_extractor(model, [last])(x)[last], untouched.eval()(x))
 
 
 @everything_served

@@ -1,0 +1,350 @@
+"""The store: embeddings with what they are of, in a folder that a killed process leaves whole.
+
+STORE/rows.sqlite has the rows, the free numbers and what model the embeddings are of; STORE/embeddings-G.npy has the
+embeddings, where row number i is that of the database; beside it is what a search reads in their place. Numbers in the
+database alone decide what counts: rows are appended to the matrices first, and a transaction then says that they are
+there. One process at a time has that transaction, so writers don't mix; the kernel ends it with the process.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaclip.atomic import replacing, writing
+from evaclip.errors import UserError
+from evaclip.runtime.codes import encode, random_rotation
+from evaclip.runtime.matrix import map_rows, write_header, write_rows
+from evaclip.runtime.where import as_sql
+
+ROWS_FILE = "rows.sqlite"
+_ROTATION_FILE = "rotation.npy"
+
+_FORMAT = 1
+_KINDS = {"embeddings": "<f2", "codes": "|i1", "scales": "<f4"}
+_BEFORE = {_ROTATION_FILE, *(f"{name}-0.npy" for name in _KINDS)}
+"""What `create` makes before the folder is a store, and leaves if it is killed."""
+_PATIENCE = 600.0
+"""Seconds that a writer waits for another one's transaction."""
+_TABLES = """
+CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE rows (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, content TEXT NOT NULL, caption TEXT NOT NULL,
+                   metadata TEXT NOT NULL);
+CREATE TABLE thumbnails (number INTEGER PRIMARY KEY, data BLOB NOT NULL);
+CREATE TABLE free (number INTEGER PRIMARY KEY);
+"""
+_ROW = (
+    "SELECT number, id, content, caption, metadata, data FROM rows LEFT JOIN thumbnails USING (number) WHERE number = ?"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What an embedding is of.
+
+    Attributes:
+        id: where it is: a path, or the shard and the key in it.
+        content: hash of the file's bytes, in hexadecimal.
+        metadata: anything that JSON has.
+        thumbnail: an encoded picture.
+    """
+
+    id: str
+    content: str
+    caption: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    thumbnail: bytes | None = None
+
+
+class Store:
+    """A folder of embeddings. Made by `create` or `open`; a context manager that closes it.
+
+    What it shows is the store at the time when it was opened, or last written or refreshed by this object.
+
+    Attributes:
+        folder: where it is.
+        model: what the embeddings are of, as given to `create`.
+        dim: length of an embedding.
+    """
+
+    def __init__(self, folder: Path, database: sqlite3.Connection) -> None:
+        self.folder = folder
+        self._database = database
+        self.refresh()
+
+    @classmethod
+    def create(cls, folder: Path, model: Mapping[str, Any]) -> Self:
+        """Makes an empty store.
+
+        Args:
+            folder: to make; one that exists must be empty.
+            model: what its embeddings are made with: `dim`, and name, weights, their hash, precision or whatever else
+                tells them from those of other models. JSON values.
+
+        Raises:
+            UserError: the folder holds something, can't be written, or `model` has no `dim`.
+
+        Example:
+            `Store.create(Path("photos.store"), {"name": "EVA02-CLIP-B-16", "sha256": "...", "dim": 512})`
+        """
+        dim = model.get("dim")
+        if not isinstance(dim, int) or dim < 1:
+            raise UserError(f"a store's model needs 'dim', the length of its embeddings, got {dim!r}")
+        if folder.exists() and (not folder.is_dir() or {file.name for file in folder.iterdir()} - _BEFORE):
+            raise UserError(f"cannot make a store of {folder}: it isn't an empty folder; give another one")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            np.save(folder / _ROTATION_FILE, random_rotation(dim))
+            for name, dtype in _KINDS.items():
+                write_header(folder / f"{name}-0.npy", dtype, 0, _columns(name, dim))
+            # From when this file is there the folder is a store.
+            with replacing(folder / ROWS_FILE) as temporary, closing(sqlite3.connect(temporary)) as database:
+                about = {"format": _FORMAT, "model": dict(model), "slots": 0, "generation": 0}
+                database.executescript(_TABLES)
+                values = ((key, json.dumps(value)) for key, value in about.items())
+                database.executemany("INSERT INTO about VALUES (?, ?)", values)
+                database.commit()
+        return cls.open(folder)
+
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        """Whether the folder is a store."""
+        return (folder / ROWS_FILE).is_file()
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Opens a store, to read and to write.
+
+        Raises:
+            UserError: the folder isn't a store, or is one of a later version.
+        """
+        path = folder / ROWS_FILE
+        if not cls.exists(folder):
+            raise UserError(f"{folder} isn't a store: there is no {ROWS_FILE} in it; `evaclip index` makes one")
+        uri = f"{path.absolute().as_uri()}?mode=rw"
+        database = sqlite3.connect(uri, _PATIENCE, isolation_level=None, check_same_thread=False, uri=True)
+        try:
+            return cls(folder, database)
+        except sqlite3.DatabaseError as exc:
+            raise UserError(f"{path} can't be read: {exc}") from exc
+
+    def refresh(self) -> None:
+        """Takes in what other processes have written."""
+        about = {key: json.loads(value) for key, value in self._database.execute("SELECT key, value FROM about")}
+        if about.get("format") != _FORMAT:
+            raise UserError(f"{self.folder} has the format {about.get('format')!r}; this version reads {_FORMAT}")
+        self.model: dict[str, Any] = about["model"]
+        self.dim: int = self.model["dim"]
+        self._slots: int = about["slots"]
+        self._generation: int = about["generation"]
+        free = self._database.execute("SELECT number FROM free").fetchall()
+        self._free = np.array(free, dtype=np.int64).reshape(-1)
+        self._maps: dict[str, NDArray[Any]] = {}
+
+    def require_model(self, model: Mapping[str, Any]) -> None:
+        """Raises UserError if embeddings of this model can't be compared with the store's."""
+        keys = sorted(key for key in {*self.model, *model} if self.model.get(key) != model.get(key))
+        if keys:
+            unlike = "; ".join(f"{key} is {self.model.get(key)!r} there, {model.get(key)!r} here" for key in keys)
+            raise UserError(f"the embeddings in {self.folder} are of another model ({unlike}): make a new store")
+
+    def add(self, embeddings: NDArray[np.floating[Any]], rows: Sequence[Row]) -> None:
+        """Adds rows, all or none of them, in place of those that have the same ids; when it returns they are on disk.
+
+        Args:
+            embeddings: float `[n, dim]`, each of length 1; kept as float16.
+            rows: what they are of; no two have the same id.
+
+        Raises:
+            UserError: for wrong shapes, lengths or ids, or a folder that can't be written.
+        """
+        vectors = self._checked(embeddings, rows)
+        with self._writing() as database:
+            first = self._slots
+            codes, scales = encode(vectors.astype(np.float32), self.rotation)
+            for name, data in (("embeddings", vectors), ("codes", codes), ("scales", scales)):
+                write_rows(self._path(name), first, data)
+            self._forget(database, [row.id for row in rows])
+            records = (
+                (number, row.id, row.content, row.caption, json.dumps(dict(row.metadata), ensure_ascii=False))
+                for number, row in enumerate(rows, start=first)
+            )
+            database.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?)", records)
+            pictures = ((number, row.thumbnail) for number, row in enumerate(rows, start=first) if row.thumbnail)
+            database.executemany("INSERT INTO thumbnails VALUES (?, ?)", pictures)
+            self._tell(database, "slots", first + len(rows))
+        self._write_headers()
+
+    def remove(self, ids: Iterable[str]) -> int:
+        """Removes the rows of these ids; returns how many there were."""
+        with self._writing() as database:
+            count = self._forget(database, list(dict.fromkeys(ids)))
+        return count
+
+    def contents(self) -> dict[str, str]:
+        """The hash of what each id held when it was embedded."""
+        return dict(self._database.execute("SELECT id, content FROM rows").fetchall())
+
+    def compact(self) -> None:
+        """Gives the space of removed rows back. Rows get other numbers: who searches meanwhile opens the store anew."""
+        with self._writing() as database:
+            kept = np.flatnonzero(self.alive())
+            for name, dtype in _KINDS.items():
+                path = self._path(name, self._generation + 1)
+                write_header(path, dtype, len(kept), _columns(name, self.dim))
+                for start in range(0, len(kept), 65536):
+                    write_rows(path, start, self._mapped(name)[kept[start : start + 65536]])
+            database.execute("CREATE TEMP TABLE moved (old INTEGER PRIMARY KEY, new INTEGER)")
+            database.executemany("INSERT INTO moved VALUES (?, ?)", zip(kept.tolist(), range(len(kept)), strict=True))
+            for table in ("rows", "thumbnails"):
+                # By way of negative numbers, as no two rows may have the same one in between.
+                database.execute(f"UPDATE {table} SET number = (SELECT -1 - new FROM moved WHERE old = number)")
+                database.execute(f"UPDATE {table} SET number = -1 - number")
+            database.execute("DROP TABLE moved")
+            database.execute("DELETE FROM free")
+            self._tell(database, "slots", len(kept))
+            self._tell(database, "generation", self._generation + 1)
+        self._database.execute("VACUUM")
+        for name in _KINDS:
+            for path in self.folder.glob(f"{name}-*.npy"):
+                if path != self._path(name):
+                    path.unlink(missing_ok=True)
+
+    def __len__(self) -> int:
+        return self._slots - len(self._free)
+
+    @property
+    def slots(self) -> int:
+        """How many numbers are given out: of the rows, and of those that are gone."""
+        return self._slots
+
+    @property
+    def generation(self) -> int:
+        """Counts the times that rows got other numbers."""
+        return self._generation
+
+    @cached_property
+    def rotation(self) -> NDArray[np.float32]:
+        """What vectors are turned by before they are rounded to codes, float32 `[dim, dim]`."""
+        matrix: NDArray[np.float32] = np.load(self.folder / _ROTATION_FILE)
+        return matrix
+
+    @property
+    def embeddings(self) -> NDArray[np.float16]:
+        """All embeddings, float16 `[slots, dim]`, mapped into memory; `alive` says which of them count."""
+        return self._mapped("embeddings")
+
+    @property
+    def codes(self) -> NDArray[np.int8]:
+        """What a search reads first: `codes.encode` of all embeddings, int8 `[slots, dim]`."""
+        return self._mapped("codes")
+
+    @property
+    def scales(self) -> NDArray[np.float32]:
+        """Scale and error of each code, float32 `[slots, 2]`."""
+        return self._mapped("scales")
+
+    def alive(self) -> NDArray[np.bool_]:
+        """Which numbers have a row, bool `[slots]`."""
+        mask = np.ones(self._slots, dtype=np.bool_)
+        mask[self._free] = False
+        return mask
+
+    def select(self, where: str) -> NDArray[np.int64]:
+        """Numbers of the rows that meet a condition, in rising order; see `where.as_sql`."""
+        sql, values = as_sql(where)
+        found = self._database.execute(f"SELECT number FROM rows WHERE {sql} ORDER BY number", values).fetchall()
+        numbers = np.array(found, dtype=np.int64).reshape(-1)
+        return numbers[numbers < self._slots]
+
+    def rows(self, numbers: Iterable[int]) -> list[Row]:
+        """The rows of these numbers, in their order.
+
+        Raises:
+            UserError: one of them is gone, as another process has replaced or moved it.
+        """
+        (generation,) = self._database.execute("SELECT value FROM about WHERE key = 'generation'").fetchone()
+        found = [self._database.execute(_ROW, (int(number),)).fetchone() for number in numbers]
+        if json.loads(generation) != self._generation or None in found:
+            raise UserError(f"{self.folder} was changed by another process: open it again")
+        return [
+            Row(id, content, caption, json.loads(metadata), data) for _, id, content, caption, metadata, data in found
+        ]
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _checked(self, embeddings: NDArray[Any], rows: Sequence[Row]) -> NDArray[np.float16]:
+        expected = (len(rows), self.dim)
+        if embeddings.shape != expected:
+            raise UserError(f"{len(rows)} rows need embeddings {list(expected)}, got {list(embeddings.shape)}")
+        lengths = np.linalg.norm(embeddings.astype(np.float32), axis=1)
+        wrong = np.flatnonzero(~(np.abs(lengths - 1) < 0.01))
+        if len(wrong):
+            raise UserError(f"embeddings must have length 1; that of {rows[wrong[0]].id!r} has {lengths[wrong[0]]:g}")
+        ids = [row.id for row in rows]
+        if len(set(ids)) < len(ids):
+            twice = next(id for number, id in enumerate(ids) if id in ids[:number])
+            raise UserError(f"the id {twice!r} is given twice: one row each")
+        return embeddings.astype("<f2")
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction, the only one of all processes."""
+        with writing(self.folder):
+            try:
+                self._database.execute("BEGIN IMMEDIATE")
+                try:
+                    self.refresh()
+                    yield self._database
+                    self._database.execute("COMMIT")
+                except BaseException:
+                    self._database.execute("ROLLBACK")
+                    raise
+                finally:
+                    self.refresh()
+            except sqlite3.OperationalError as exc:
+                raise UserError(f"cannot write {self.folder}: {exc}") from exc
+
+    def _forget(self, database: sqlite3.Connection, ids: list[str]) -> int:
+        numbers = [
+            found for id in ids if (found := database.execute("SELECT number FROM rows WHERE id = ?", (id,)).fetchone())
+        ]
+        for table in ("rows", "thumbnails"):
+            database.executemany(f"DELETE FROM {table} WHERE number = ?", numbers)
+        database.executemany("INSERT INTO free VALUES (?)", numbers)
+        return len(numbers)
+
+    def _tell(self, database: sqlite3.Connection, key: str, value: int) -> None:
+        database.execute("UPDATE about SET value = ? WHERE key = ?", (json.dumps(value), key))
+
+    def _write_headers(self) -> None:
+        for name, dtype in _KINDS.items():
+            write_header(self._path(name), dtype, self._slots, _columns(name, self.dim))
+
+    def _path(self, name: str, generation: int | None = None) -> Path:
+        return self.folder / f"{name}-{self._generation if generation is None else generation}.npy"
+
+    def _mapped(self, name: str) -> NDArray[Any]:
+        # Kept, as each page that is touched for the first time costs a fault.
+        if name not in self._maps:
+            self._maps[name] = map_rows(self._path(name), _KINDS[name], self._slots, _columns(name, self.dim))
+        return self._maps[name]
+
+
+def _columns(name: str, dim: int) -> int:
+    return 2 if name == "scales" else dim

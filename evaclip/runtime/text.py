@@ -1,0 +1,97 @@
+"""Embeddings of texts for a search: by the text tower as an ONNX program in the store, without torch, which takes
+seconds to import; or by the model itself where there is no such program."""
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaclip.atomic import write_json
+from evaclip.errors import UserError
+from evaclip.runtime.store import Store
+
+if TYPE_CHECKING:
+    from evaclip.model.clip import CLIP
+
+PROGRAM_FILE = "text.onnx"
+TOKENS_FILE = "text.json"
+
+TextEncoder = Callable[[Sequence[str]], NDArray[np.float32]]
+
+
+def save_text_tower(store: Store, model: "CLIP") -> None:
+    """Puts the text tower of a model into the store, in float32, so that searches need no torch.
+
+    Raises:
+        UserError: the packages that write ONNX are missing (`evakernels[export]`), or the store can't be written.
+    """
+    import torch
+
+    from evaclip.model.export import export
+
+    parameter = next(model.parameters())
+    if (parameter.dtype, parameter.device.type) != (torch.float32, "cpu"):
+        model = copy.deepcopy(model).to("cpu", torch.float32)
+    export(model.eval(), "text", store.folder / PROGRAM_FILE, normalize=True, overwrite=True)
+    text = model.config.text
+    # Written last: without it there is no program.
+    write_json(store.folder / TOKENS_FILE, {"context_length": text.context_length, "vocab_size": text.vocab_size})
+
+
+def text_encoder(store: Store) -> TextEncoder:
+    """What turns texts into embeddings float32 `[n, dim]` of length 1, by the store's model.
+
+    Raises:
+        UserError: there is neither a program in the store nor a model that its description names.
+
+    Example:
+        `text_encoder(store)(["a red bicycle", "a cat"])`
+    """
+    if (store.folder / TOKENS_FILE).is_file() and find_spec("onnxruntime"):
+        return _Program(store.folder)
+    given = store.model.get("given")
+    if not given:
+        raise UserError(
+            f"{store.folder} has no text tower ({PROGRAM_FILE}, for onnxruntime) and doesn't say whose embeddings it "
+            "has; put the tower into it with evaclip.runtime.text.save_text_tower"
+        )
+    from evaclip.runtime.encoder import Encoder
+
+    encoder = Encoder(given, device="cpu", precision="fp32")
+    return lambda texts: encoder.texts(list(texts)).numpy()
+
+
+class _Program:
+    """The tower in ONNX Runtime. It is loaded while the tokenizer is made."""
+
+    def __init__(self, folder: Path) -> None:
+        sizes = json.loads((folder / TOKENS_FILE).read_text(encoding="utf-8"))
+        with ThreadPoolExecutor(1) as pool:
+            loading = pool.submit(_session, folder / PROGRAM_FILE)
+            from evaclip.tokenizer import Tokenizer
+
+            self._tokens = Tokenizer(**sizes).array
+            self._session = loading.result()
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        (found,) = self._session.run(None, {"inputs": self._tokens(list(texts))})
+        embeddings: NDArray[np.float32] = found
+        return embeddings
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    # For one text the rest takes longer than it gains.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as exc:
+        raise UserError(f"{path} can't be read by onnxruntime: {exc}") from exc
