@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ _EXAMPLES = {
         "python -m benchmarks all --first 2 --dtype float32 --backend cpu --page docs/benchmarks.md",
     ],
     "overhead": ["python -m benchmarks overhead", "python -m benchmarks overhead --device cuda"],
+    "search": ["python -m benchmarks search", "python -m benchmarks search --rows 100000 --approximate"],
     "compare": ["python -m benchmarks compare before.json after.json"],
     "report": [
         "python -m benchmarks report run.json --out report/",
@@ -85,6 +87,11 @@ def _build_parser() -> argparse.ArgumentParser:
     for verb in (op, model, dropin, everything):
         _add_measuring(verb)
     _add(verbs, "overhead", "measure what small calls cost the host, beside torch's own", _overhead)
+    searching = _add(verbs, "search", "measure recall and time of searches in a store", _measure_search)
+    searching.add_argument(
+        "--rows", type=int, action="append", metavar="N", help="of the store, may be repeated (default: 10000, 1000000)"
+    )
+    searching.add_argument("--approximate", action="store_true", help="also by the approximate index, built first")
     compare = _add(verbs, "compare", "find what became slower between two results", _compare)
     compare.add_argument("before", type=Path, help="a result of --json")
     compare.add_argument("after", type=Path, help="a result of --json")
@@ -240,6 +247,19 @@ def _overhead(args: argparse.Namespace) -> None:
     _load(args)
     device = torch.device(args.device)
     overhead.show(overhead.measure(device), device)
+
+
+def _measure_search(args: argparse.Namespace) -> None:
+    from benchmarks import search
+
+    found = []
+    for rows in args.rows or [10_000, 1_000_000]:
+        if rows < search.QUERIES:
+            raise UserError(f"--rows must be at least {search.QUERIES}, got {rows}")
+        with tempfile.TemporaryDirectory() as folder:
+            say = partial(print, file=sys.stderr, flush=True)
+            found += search.measure(Path(folder) / "store", rows, args.approximate, say)
+    search.show(found)
 
 
 def _measure_all(args: argparse.Namespace) -> None:

@@ -15,6 +15,9 @@ from evaclip.transforms import EvalTransform
 from evaclip.weights import find_weights
 from evaclip.weights.hub import HUB, LOCAL
 
+RANDOM = "random weights"
+"""The origin of the weights of a model that is named without any."""
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -56,7 +59,7 @@ def load_model(given: str, *, device: str = "cpu", average: bool = True) -> Load
     if find_model(name) is None and len(path.parts) > 1:
         raise UserError(f"there is no folder {given!r}; give a run folder, a checkpoint folder or NAME[:WEIGHTS]")
     model = create_model(name, pretrained=weights or None, device=device)
-    return _loaded(name, weights or "random weights", model)
+    return _loaded(name, weights or RANDOM, model)
 
 
 def _load_checkpoint(folder: Path, device: str, average: bool) -> LoadedModel:

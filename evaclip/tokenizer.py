@@ -54,7 +54,7 @@ class Tokenizer:
             raise UserError(f"vocab_size is {vocab_size}; expected {_BYTES_AND_ENDS} to {VOCAB_SIZE}")
         self.vocab_size = vocab_size
         self.start_id, self.end_id = vocab_size - 2, vocab_size - 1
-        self._bpe = _byte_pair_encoder(vocab_size)
+        self._bpe = byte_pair_encoder(vocab_size)
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> "Tensor":
         """Token ids of each text, int64 `[n, context_length]`.
@@ -162,7 +162,7 @@ def vocabulary_file() -> Path:
 
 
 @cache
-def _byte_pair_encoder(vocab_size: int) -> BpeTokenizer:
+def byte_pair_encoder(vocab_size: int) -> BpeTokenizer:
     with gzip.open(vocabulary_file(), "rt", encoding="utf-8") as lines:
         # The first line is a version header; after the merges in use come others that CLIP never used.
         count = vocab_size - _BYTES_AND_ENDS

@@ -2,11 +2,18 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evaclip.commands.parser import leaf
+from evaclip.errors import UserError
+
+if TYPE_CHECKING:
+    from evaclip.portable.check import Outcome
 
 _TOWERS = ("image", "text")
+_DTYPES = ("fp32", "fp16", "bf16")
+_LAYOUTS = ("immich", "transformers.js")
+_ENGINES = ("onnxruntime", "openvino")
 
 
 def add_commands(subparsers: Any) -> None:
@@ -14,30 +21,80 @@ def add_commands(subparsers: Any) -> None:
     parser = leaf(
         subparsers,
         "export",
-        help="write a tower of a model as a program of torch.export or ONNX, for any batch size",
+        help="write the towers of a model as programs of torch.export or ONNX (opset 20), for any batch size; an ONNX "
+        "file holds inputs and embeddings, and is written only if ONNX Runtime reproduces these",
         examples=[
             "evaclip export EVA02-CLIP-B-16 image.onnx --tower image --pretrained merged2b_s8b_b131k",
             "evaclip export emoji text.pt2 --tower text --pretrained runs/demo",
+            "evaclip export emoji immich/emoji --layout immich --pretrained runs/demo",
+            "evaclip export --check image.onnx --provider CPUExecutionProvider",
         ],
     )
-    parser.add_argument("model", metavar="MODEL", help="name of the model")
-    parser.add_argument("target", metavar="OUT", type=Path, help="file to write: .pt2 (torch.export) or .onnx")
-    parser.add_argument("--tower", choices=_TOWERS, required=True, help="which half of the model")
-    weights = parser.add_mutually_exclusive_group(required=True)
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="name of the model")
+    parser.add_argument(
+        "target", metavar="OUT", nargs="?", type=Path, help="what to write: .pt2 (torch.export), .onnx, or a folder"
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--tower", choices=_TOWERS, help="which half of the model")
+    what.add_argument("--layout", choices=_LAYOUTS, help="both halves, in a new folder that this program loads")
+    what.add_argument("--check", metavar="FILE", type=Path, help="run the probe that an exported ONNX file holds")
+    weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--pretrained", help="weights: a file, a folder, a tag, hf-hub:OWNER/NAME")
     weights.add_argument("--random", action="store_true", help="random weights, to try out what runs the program")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--dtype", choices=_DTYPES, default="fp32", help="of ONNX weights (default: %(default)s)")
+    kinds.add_argument("--int8", action="store_true", help="ONNX with matrix products of 8-bit integers")
     parser.add_argument("--normalize", action="store_true", help="divide the embeddings by their L2 norm")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it is a file that exists")
+    parser.add_argument("--engine", choices=_ENGINES, default=_ENGINES[0], help="what --check runs the file in")
+    parser.add_argument("--provider", nargs="+", help="execution providers of ONNX Runtime that --check tries")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.check:
+        _check(args)
+        return
+    if args.model is None or args.target is None:
+        raise UserError("MODEL and OUT aren't both given; expected `evaclip export MODEL OUT ...`")
+    if not args.pretrained and not args.random:
+        raise UserError("one of the arguments --pretrained --random is required")
     # Imported here so that `evaclip --help` doesn't wait for torch.
-    from evaclip.factory import create_model
+    from evaclip.factory import create_model, get_config
     from evaclip.model.export import check_target, export
 
     # Before the weights are fetched.
-    check_target(args.target, args.force)
+    if args.layout:
+        from evaclip.portable.layouts import check_folder, export_folder
+
+        check_folder(args.target, get_config(args.model))
+    else:
+        check_target(args.target, args.force, args.dtype, args.int8)
     model = create_model(args.model, pretrained=args.pretrained).eval()
-    export(model, args.tower, args.target, normalize=args.normalize, overwrite=args.force)
+    kind = {"dtype": args.dtype, "int8": args.int8}
+    if args.layout:
+        for name, outcomes in export_folder(model, args.target, args.layout, **kind).items():
+            _show(name, outcomes)
+    else:
+        kind |= {"normalize": args.normalize, "overwrite": args.force}
+        _show(args.target.name, export(model, args.tower, args.target, **kind))
     print(f"wrote {args.target}" + (", with random weights" if args.random else ""))
+
+
+def _check(args: argparse.Namespace) -> None:
+    from evaclip.portable.check import DEFAULT_PROVIDER, check, read_probe, require
+
+    if args.model is not None:
+        raise UserError("--check takes a file and nothing else; leave MODEL and OUT out")
+    if args.provider and args.engine != "onnxruntime":
+        raise UserError("--provider is ONNX Runtime's; leave it out with --engine openvino")
+    outcomes = check(args.check, args.engine, args.provider or [DEFAULT_PROVIDER])
+    _show(args.check.name, outcomes)
+    require(outcomes, read_probe(args.check).lowest, str(args.check))
+
+
+def _show(name: str, outcomes: "list[Outcome]") -> None:
+    if outcomes:
+        from evaclip.portable.check import table
+
+        print(f"{name}, lowest cosine to the model's embeddings in float32:\n{table(outcomes)}")

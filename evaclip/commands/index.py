@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from evaclip.data import Source
     from evaclip.runtime.encoder import Encoder
     from evaclip.runtime.indexing import Progress
+    from evaclip.runtime.store import Store
 
 _NAMED_FAULTS = 3
+_IMAGES = "a folder of pictures, tar shards, or a table of paths: all that training reads"
 
 
 def add_commands(subparsers: Any) -> None:
@@ -37,13 +39,12 @@ def _add_index(subparsers: Any) -> None:
         ],
     )
     parser.add_argument("store", metavar="STORE", type=Path, help="folder of the store, which is made if there is none")
-    parser.add_argument("--images", required=True, metavar="PATH", help="a folder, tar shards, or a table of paths")
-    parser.add_argument("--kind", choices=KINDS, default="auto", help="of the data (default: guessed)")
-    parser.add_argument("--image-key", metavar="KEY", help="column of a table, or suffix in shards, of the pictures")
-    parser.add_argument("--caption-key", metavar="KEY", help="the same of captions, which may be missing in shards")
+    parser.add_argument("--images", required=True, metavar="PATH", help=_IMAGES)
+    _add_keys(parser)
     parser.add_argument(
         "--thumbnails", type=int, default=0, metavar="PIXELS", help="keep small copies of this side (default: none)"
     )
+    parser.add_argument("--approximate", action="store_true", help="make what 'search --approximate' looks into, too")
     _add_model(parser, "of a store that exists, by default its own")
     parser.set_defaults(run=_run_index)
 
@@ -60,11 +61,18 @@ def _add_embed(subparsers: Any) -> None:
     )
     parser.add_argument("target", metavar="OUT", type=Path, help="the file, .npz")
     given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--images", metavar="PATH", help="a folder, tar shards, or a table of paths")
+    given.add_argument("--images", metavar="PATH", help=_IMAGES)
     given.add_argument("--texts", metavar="FILE", type=Path, help="a text in each line, in UTF-8")
+    _add_keys(parser)
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     _add_model(parser, "")
     parser.set_defaults(run=_run_embed)
+
+
+def _add_keys(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kind", choices=KINDS, default="auto", help="of the data (default: guessed)")
+    parser.add_argument("--image-key", metavar="KEY", help="column of a table, or suffix in shards, of the pictures")
+    parser.add_argument("--caption-key", metavar="KEY", help="the same of captions, which may be missing in shards")
 
 
 def _add_model(parser: argparse.ArgumentParser, default: str) -> None:
@@ -91,20 +99,36 @@ def _run_index(args: argparse.Namespace) -> None:
 
     if args.thumbnails < 0:
         raise UserError(f"the side of thumbnails must be 0 (none) or more, got {args.thumbnails}")
-    store = Store.open(args.store) if args.store.exists() else None
+    part = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    store = Store.open(args.store) if Store.exists(args.store) else None
     model = _lasting(args.model) if args.model else store and str(store.model["given"])
     if not model:
         raise UserError(f"there is no store {str(args.store)!r} yet: --model says whose embeddings it is to hold")
     source = _open(args.images, args)
     encoder = _encoder(model, args)
     described = {"given": model, **describe(encoder)}
-    store = store or Store.create(args.store, described)
+    if store is None:
+        store = Store.create(args.store, described)
+        _keep_text_tower(store, encoder)
     store.require_model(described)
-    progress = Progress(len(source))
+    progress = Progress(len(source) * (part[0] + 1) // part[1] - len(source) * part[0] // part[1])
     with _shown(progress):
-        index(source, encoder, store, thumbnail=args.thumbnails, progress=progress)
-    _tell(progress, store.folder / UNREADABLE_FILE)
+        index(source, encoder, store, thumbnail=args.thumbnails, part=part, progress=progress)
+    _tell(progress, store.folder / UNREADABLE_FILE.format(part[0]))
+    if args.approximate:
+        from evaclip.runtime.approximate import build_approximate
+
+        build_approximate(store)
     print(f"{args.store} has {len(store):,} pictures: evaclip search {args.store} 'a red bicycle'")
+
+
+def _keep_text_tower(store: "Store", encoder: "Encoder") -> None:
+    from evaclip.runtime.text import save_text_tower
+
+    try:
+        save_text_tower(store, encoder.model)
+    except UserError as exc:
+        print(f"searches will take seconds longer, for torch and the whole model: {exc}")
 
 
 def _run_embed(args: argparse.Namespace) -> None:
@@ -155,10 +179,14 @@ def _open(path: str, args: argparse.Namespace) -> "Source":
 
 
 def _encoder(model: str, args: argparse.Namespace) -> "Encoder":
+    from evaclip.loading import RANDOM
     from evaclip.runtime.encoder import Encoder
 
     options = {"batch_size": args.batch_size, "threads": args.threads, "compile": args.compile}
-    return Encoder(model, device=args.device, precision=args.precision, **options)
+    encoder = Encoder(model, device=args.device, precision=args.precision, **options)
+    if encoder.origin == RANDOM:
+        raise UserError(f"the model {model!r} has random weights, whose embeddings find nothing: give NAME:WEIGHTS")
+    return encoder
 
 
 def _absolute(path: str) -> str:

@@ -53,7 +53,7 @@ def _run(args: argparse.Namespace) -> None:
         require_writable(args.html)
     with Store.open(args.store) as store:
         if args.approximate:
-            from evaclip.runtime.approximate import search_approximate as search  # noqa: F811
+            from evaclip.runtime.approximate import search_approximate as search
         scores, numbers = search(store, _query(store, args), args.top, args.where)
         found = list(zip(scores.tolist(), store.rows(numbers), strict=True))
     if args.html:
@@ -107,7 +107,7 @@ def _print(found: "list[tuple[float, Row]]") -> None:
 
 
 def _title(args: argparse.Namespace) -> str:
-    less = f" − {args.minus}" if args.minus else ""
+    less = f" - {args.minus}" if args.minus else ""
     return " + ".join(str(part) for part in (args.text, args.image) if part is not None) + less
 
 

@@ -1,7 +1,11 @@
-"""Towers as programs of torch's own operators, which run without this library."""
+"""Towers as programs that run without this library: of torch's own operators, or ONNX files that were run before."""
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,54 +14,79 @@ from torch.export import Dim, ExportedProgram
 import evakernels
 from evaclip.atomic import replacing, writing
 from evaclip.errors import UserError
+from evaclip.extras import with_remedy
 from evaclip.model.clip import CLIP
 from evaclip.outputs import check_output
 
+if TYPE_CHECKING:
+    from evaclip.portable.check import Outcome
+
 SUFFIXES = (".pt2", ".onnx")
-_OPSET = 20
+TowerName = Literal["image", "text"]
 
 
 def export(
     model: CLIP,
-    tower: Literal["image", "text"],
+    tower: TowerName,
     target: Path,
     *,
     normalize: bool = False,
     overwrite: bool = False,
-) -> None:
+    dtype: str = "fp32",
+    int8: bool = False,
+) -> "list[Outcome]":
     """Writes a program from images `[B, 3, H, W]`, or token ids `[B, context_length]`, to embeddings `[B, embed_dim]`.
 
-    B is any number. The ops of evakernels are replaced by what they mean in torch's operators.
+    B is any number. An ONNX file takes float32 or int64 and gives float32, whatever its weights are. It holds a probe,
+    inputs by a seed and the embeddings that the model computes of them in float32, and gets its name only after it has
+    reproduced these in ONNX Runtime at every level of optimisation, and in OpenVINO where that is installed.
 
     Args:
-        model: in evaluation mode; the program computes in the dtype of its parameters.
+        model: in evaluation mode; a `.pt2` computes in the dtype of its parameters.
         tower: which half of the model.
-        target: `.pt2` for `torch.export.load`, `.onnx` for any ONNX runtime; appears complete or not at all.
+        target: `.pt2` for `torch.export.load`, `.onnx` for any ONNX runtime; appears complete or not at all. Weights of
+            more than 1.9 GB lie in a second file, `NAME.onnx.data`.
         normalize: whether embeddings have length 1.
         overwrite: replace `target` if it exists. What lies in a run or a checkpoint is never replaced.
+        dtype: of an ONNX file's weights: fp32; fp16, computed in as well; bf16, computed in float32.
+        int8: matrix products of 8-bit integers, of ONNX files with fp32 weights otherwise.
+
+    Returns:
+        What each engine made of an ONNX file's probe; nothing for a `.pt2`.
 
     Raises:
-        UserError: for a target that may not or can't be written, or where the packages that write ONNX are missing.
+        Refused: an engine's embeddings have a cosine of less than 0.9999 (int8: 0.99) to the model's.
+        UserError: for a target that may not or can't be written, options that don't fit it, or missing packages.
+
+    Example:
+        `export(model, "image", Path("image.onnx"), dtype="fp16")`
     """
-    check_target(target, overwrite)
-    program = exported(model, tower, normalize)
-    with writing(target), replacing(target) as temporary:
-        if target.suffix == ".pt2":
-            with temporary.open("wb") as stream:
-                torch.export.save(program, stream)
-        else:
-            _save_onnx(program, temporary)
+    check_target(target, overwrite, dtype, int8)
+    if target.suffix == ".pt2":
+        program = exported(model, tower, normalize)
+        with writing(target), replacing(target) as temporary, temporary.open("wb") as stream:
+            torch.export.save(program, stream)
+        return []
+    try:
+        from evaclip.portable.files import Spec, write_checked
+    except ModuleNotFoundError as exc:
+        raise with_remedy(exc) from exc
+    with writing(target), _together(target) as folder:
+        return write_checked(model, Spec(tower, normalize=normalize, dtype=dtype, int8=int8), folder / target.name)
 
 
-def check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool, dtype: str = "fp32", int8: bool = False) -> None:
     """Raises UserError for a file that `export` doesn't write."""
     if target.suffix not in SUFFIXES:
         raise UserError(f"{str(target)!r} can't be written; expected {' or '.join(SUFFIXES)}")
-    check_output(target, overwrite=overwrite)
+    if target.suffix == ".pt2" and (dtype != "fp32" or int8):
+        raise UserError("dtype and int8 are those of ONNX files; a .pt2 has the dtype of the model's parameters")
+    for written in (target, target.with_name(f"{target.name}.data")):
+        check_output(written, overwrite=overwrite)
 
 
-def exported(model: CLIP, tower: Literal["image", "text"], normalize: bool = False) -> ExportedProgram:
-    """The program that `export` writes."""
+def exported(model: CLIP, tower: TowerName, normalize: bool = False) -> ExportedProgram:
+    """The program that `export` writes to a `.pt2`. The ops of evakernels are replaced by what they mean in torch's."""
     # Of two samples: one is a size that programs take for a constant.
     if tower == "image":
         weight = model.visual.pos_embed
@@ -71,7 +100,7 @@ def exported(model: CLIP, tower: Literal["image", "text"], normalize: bool = Fal
 
 
 class _Encoder(nn.Module):
-    def __init__(self, model: CLIP, tower: Literal["image", "text"], normalize: bool) -> None:
+    def __init__(self, model: CLIP, tower: TowerName, normalize: bool) -> None:
         super().__init__()
         self.tower = model.visual if tower == "image" else model.text
         self.normalize = normalize
@@ -81,12 +110,10 @@ class _Encoder(nn.Module):
         return nn.functional.normalize(features, dim=-1) if self.normalize else features
 
 
-def _save_onnx(program: ExportedProgram, target: Path) -> None:
-    try:
-        onnx = torch.onnx.export(
-            program, input_names=["inputs"], output_names=["embeddings"], opset_version=_OPSET, verbose=False
-        )
-    except ImportError as exc:
-        raise UserError("writing ONNX needs onnx and onnxscript: pip install 'evakernels[export]'") from exc
-    assert onnx is not None
-    onnx.save(target)
+@contextmanager
+def _together(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, whose files get its place if the block succeeds: the file itself last."""
+    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        yield Path(folder)
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == target.name):
+            shutil.move(path, target.with_name(path.name))

@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from evaclip.runtime.store import Row, Store
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
-UNREADABLE_FILE = "unreadable.jsonl"
+UNREADABLE_FILE = "unreadable-{}.jsonl"
 _ROWS, _SECONDS = 4096, 30.0
 """Embeddings are written when there are so many, or after this time; that much work a crash can cost."""
 _UPRIGHT = Decoding(exif_orientation=True)
@@ -67,55 +67,46 @@ def index(
     store: Store,
     *,
     thumbnail: int = 0,
+    part: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
 ) -> Progress:
     """Embeds the pictures of a source that the store doesn't have, or has with another content.
 
     What has been embedded is in the store at the latest 30 seconds later; a run that is ended goes on there. Pictures
-    that can't be read are listed in `unreadable.jsonl`, with the reasons.
+    that can't be read are listed in the store's `unreadable-N.jsonl`, N being the part, with the reasons.
 
     Args:
         source: opened with `captions=False`, unless samples without a caption are to be left out.
         encoder: of the store's model.
         store: which is written.
         thumbnail: side in pixels of small copies that the store keeps; 0 for none.
+        part: which part of how many this process does; several may write into one store at a time.
         progress: is kept up to date, for who wants to show it.
 
     Raises:
         UserError: if the store can't be written, or the model gives NaN.
     """
-    progress = progress or Progress(len(source))
+    numbers = _numbers(source, part)
+    progress = progress or Progress(len(numbers))
     rows, parts, written = list[Row](), list[Array](), time.monotonic()
-    with store.writing():
-        for more, embeddings in embedded(source, encoder, progress, store.contents(), thumbnail):
-            rows += more
-            parts.append(embeddings)
-            if len(rows) >= _ROWS or time.monotonic() - written >= _SECONDS:
-                store.add(np.concatenate(parts), rows)
-                rows, parts, written = [], [], time.monotonic()
-        if rows:
+    jobs = _changed(source, numbers, store.contents(), progress)
+    for more, embeddings in _embedded(jobs, encoder, thumbnail, progress):
+        rows += more
+        parts.append(embeddings)
+        if len(rows) >= _ROWS or time.monotonic() - written >= _SECONDS:
             store.add(np.concatenate(parts), rows)
-        _write_faults(store.folder / UNREADABLE_FILE, progress.faults)
+            rows, parts, written = [], [], time.monotonic()
+    if rows:
+        store.add(np.concatenate(parts), rows)
+    progress.faults += source.faults
+    _write_faults(store.folder / UNREADABLE_FILE.format(part[0]), progress.faults)
     return progress
 
 
-def embedded(
-    source: Source, encoder: Encoder, progress: Progress, known: Mapping[str, str] | None = None, thumbnail: int = 0
-) -> Iterator[tuple[list[Row], Array]]:
-    """The rows of a source's pictures with their embeddings, float32 `[n, dim]`, but for those that are `known`.
-
-    Args:
-        known: the SHA-256 of a picture's file by its id.
-        source, encoder, progress, thumbnail: as for `index`.
-    """
-    began = time.monotonic()
+def embedded(source: Source, encoder: Encoder, progress: Progress) -> Iterator[tuple[list[Row], Array]]:
+    """The rows of all pictures of a source that can be read, with their embeddings, float32 `[n, dim]`."""
+    yield from _embedded(_changed(source, range(len(source)), {}, progress), encoder, 0, progress)
     progress.faults += source.faults
-    for part in encoder.stream(_changed(source, known or {}, progress), partial(_Job.picture, thumbnail=thumbnail)):
-        progress.embedded += len(part.items)
-        progress.faults += part.faults
-        progress.waited += part.waited
-        progress.seconds = time.monotonic() - began
-        yield [job.row() for job in part.items], part.embeddings.numpy()
 
 
 def describe(encoder: Encoder) -> dict[str, Any]:
@@ -153,9 +144,27 @@ class _Job:
         return Row(self.id, self.content, self.read.caption, metadata, self.small)
 
 
-def _changed(source: Source, known: Mapping[str, str], progress: Progress) -> Iterator[_Job]:
+def _numbers(source: Source, part: tuple[int, int]) -> range:
+    """The samples of one part of several: those of a shard are in one, but for the first and the last."""
+    number, count = part
+    return range(len(source) * number // count, len(source) * (number + 1) // count)
+
+
+def _embedded(
+    jobs: Iterable[_Job], encoder: Encoder, thumbnail: int, progress: Progress
+) -> Iterator[tuple[list[Row], Array]]:
+    began = time.monotonic()
+    for part in encoder.stream(jobs, partial(_Job.picture, thumbnail=thumbnail)):
+        progress.embedded += len(part.items)
+        progress.faults += part.faults
+        progress.waited += part.waited
+        progress.seconds = time.monotonic() - began
+        yield [job.row() for job in part.items], part.embeddings.numpy()
+
+
+def _changed(source: Source, numbers: Iterable[int], known: Mapping[str, str], progress: Progress) -> Iterator[_Job]:
     """The pictures whose content isn't `known`."""
-    for number in range(len(source)):
+    for number in numbers:
         file, name = source.file(number), source.name(number)
         key = name if file is None else str(file)
         try:

@@ -30,7 +30,7 @@ def write_rows(path: Path, first: int, rows: NDArray[Any]) -> None:
     data = np.ascontiguousarray(rows)
     with path.open("r+b") as file:
         file.seek(_HEADER + first * data.dtype.itemsize * data.shape[1])
-        file.write(memoryview(data).cast("B"))
+        file.write(data.data.cast("B"))
         file.flush()
         os.fsync(file.fileno())
 

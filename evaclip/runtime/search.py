@@ -45,7 +45,7 @@ def search(
     Example:
         `scores, numbers = search(store, text_encoder(store)(["a red bicycle"])[0], where="year>=2020")`
     """
-    queries = _checked(store, query, top)
+    queries = checked(store, query, top)
     mask = _mask(store, where)
     count = len(store) if mask is None else int(mask.sum())
     top = min(top, count)
@@ -96,7 +96,7 @@ class _Scan:
         return kept
 
     def _scores(self, part: slice) -> Scores:
-        from simsimd import cdist
+        from numkong import cdist  # of an extra
 
         products = np.asarray(cdist(self.queries, self.codes[part], "dot", out_dtype="float32"))
         scores = products * self.scales[part, 0] * self.factors[:, None]
@@ -126,7 +126,8 @@ class _Scan:
         return float(least - 2 * self.errors[one])
 
 
-def _checked(store: Store, query: NDArray[Any], top: int) -> Scores:
+def checked(store: Store, query: NDArray[Any], top: int) -> Scores:
+    """The queries `[q, dim]` in float32 and of length 1; raises UserError for what is none."""
     if query.ndim not in (1, 2) or query.shape[-1] != store.dim or 0 in query.shape:
         raise UserError(f"a query is {list(query.shape)}; expected [{store.dim}] or [q, {store.dim}]")
     if top < 1:

@@ -152,7 +152,9 @@ class Store:
         """Raises UserError if embeddings of this model can't be compared with the store's."""
         keys = sorted(key for key in {*self.model, *model} if self.model.get(key) != model.get(key))
         if keys:
-            unlike = "; ".join(f"{key} is {self.model.get(key)!r} there, {model.get(key)!r} here" for key in keys)
+            unlike = "; ".join(
+                f"{key} is {_short(self.model.get(key))} there, {_short(model.get(key))} here" for key in keys
+            )
             raise UserError(f"the embeddings in {self.folder} are of another model ({unlike}): make a new store")
 
     def add(self, embeddings: NDArray[np.floating[Any]], rows: Sequence[Row]) -> None:
@@ -344,6 +346,11 @@ class Store:
         if name not in self._maps:
             self._maps[name] = map_rows(self._path(name), _KINDS[name], self._slots, _columns(name, self.dim))
         return self._maps[name]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:12]}...{text[-8:]}"
 
 
 def _columns(name: str, dim: int) -> int:

@@ -9,7 +9,7 @@ COLUMNS = ("id", "content", "caption")
 HELP = "conditions joined by 'and', each KEY OP VALUE; OP is one of = != < <= > >= ~ (contains)"
 
 _CONDITION = re.compile(r"\s*(?P<key>[\w.:/-]+)\s*(?P<op><=|>=|!=|=|<|>|~)\s*(?P<value>\"[^\"]*\"|'[^']*'|.*?)\s*$")
-_AND = re.compile(r"\s+and\s+(?=(?:[^\"']|\"[^\"]*\"|'[^']*')*$)", re.IGNORECASE)
+_AND = re.compile(r"\s+and(?:\s+|$)(?=(?:[^\"']|\"[^\"]*\"|'[^']*')*$)", re.IGNORECASE)
 _SQL = {"=": "IN (?, ?)", "!=": "NOT IN (?, ?)"}
 
 

@@ -67,8 +67,8 @@ def _causal(is_causal: bool) -> dict[str, bool]:
 
 def _head_dim(module: Any) -> int:
     """Channels of a head, which modules hold since 1.0.24."""
-    width: int = module.proj.in_features
-    return width // module.num_heads
+    width, heads = int(module.proj.in_features), int(module.num_heads)
+    return width // heads
 
 
 class _Attention(Swapped):

@@ -1,7 +1,11 @@
 """Exported towers against the model that they come from."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -11,6 +15,7 @@ from evaclip.commands.main import main
 from evaclip.errors import UserError
 from evaclip.model.clip import CLIP
 from evaclip.model.export import export, exported
+from evaclip.portable.probe import OPSET
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +78,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_random_weights_are_exported_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["export", "tiny", str(tmp_path / "text.pt2"), "--tower", "text"])
+    assert main(["export", "tiny", str(tmp_path / "text.pt2"), "--tower", "text"]) == 2
     assert "one of the arguments --pretrained --random is required" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -88,10 +92,42 @@ def test_a_run_stays_as_it_is_and_no_model_is_made_in_vain(tmp_path: Path, monke
 
 
 def test_missing_packages_are_named(model: CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object, **kwargs: object) -> None:
-        raise ModuleNotFoundError("No module named 'onnxscript'")
-
-    monkeypatch.setattr(torch.onnx, "export", fail)
-    with pytest.raises(UserError, match=r"pip install 'evakernels\[export\]'"):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    for name in [name for name in sys.modules if name.startswith("evaclip.portable")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(UserError, match=r"the package onnx is not installed: pip install 'evakernels\[export\]'"):
         export(model, "text", tmp_path / "text.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_command_checks_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "text.onnx"
+    assert main(["export", "tiny", str(target), "--tower", "text", "--random", "--dtype", "fp16"]) == 0
+    assert re.search(r"onnxruntime \S+ +CPUExecutionProvider +extended +(1\.0|0\.9999)", capsys.readouterr().out)
+    assert main(["export", "--check", str(target), "--provider", "CPUExecutionProvider"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 6
+    probe = onnx.load(target)
+    embedding = next(each for each in probe.graph.initializer if 49408 in each.dims)
+    embedding.raw_data = embedding.raw_data[::-1]
+    onnx.save(probe, target)
+    assert main(["export", "--check", str(target)]) == 1
+    assert "expected a cosine of 0.9999 or more" in capsys.readouterr().err
+    assert main(["export", "tiny", "--check", str(target)]) == 2
+    assert main(["export", "--check", str(tmp_path / "missing.onnx")]) == 2
+
+
+def test_help_states_the_opset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    assert f"opset {OPSET}" in capsys.readouterr().out
+
+
+def test_check_needs_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "other.onnx").touch()
+    code = f"""
+import sys
+sys.modules["torch"] = sys.modules["onnx"] = None
+from evaclip.commands.main import main
+assert main(["export", "--check", {str(tmp_path / "other.onnx")!r}]) == 2
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

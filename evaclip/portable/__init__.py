@@ -1,0 +1,1 @@
+"""Towers as ONNX files that carry the proof of what they compute."""

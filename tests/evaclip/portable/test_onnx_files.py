@@ -1,0 +1,171 @@
+"""ONNX files against the model that they come from, and what keeps a wrong one from being written."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from lively_model import lively
+
+from evaclip.errors import Refused, UserError
+from evaclip.model.clip import CLIP
+from evaclip.model.export import export
+from evaclip.portable import towers
+from evaclip.portable.check import check, read_probe
+from evaclip.portable.probe import KEY
+
+OPTIONS = {
+    "large": {"vision": {"layers": 2, "sub_norm": False, "post_norm": True, "mlp": "gelu", "rope": False}},
+    "rms": {"vision": {"layers": 2, "sub_norm": False, "norm": "rms_norm", "qkv_bias": False, "pool": "mean"}},
+    "scaled": {"vision": {"layers": 2, "sub_norm": False, "layer_scale_init": 0.1, "image_size": (32, 48)}},
+}
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_any_batch_gives_the_models_embeddings(model: CLIP, tower: str, normalize: bool, tmp_path: Path) -> None:
+    outcomes = export(model, tower, tmp_path / "tower.onnx", normalize=normalize)
+    assert {outcome.level for outcome in outcomes} >= {"none", "basic", "extended", "all"}
+    session = onnxruntime.InferenceSession(tmp_path / "tower.onnx")
+    encode = model.encode_image if tower == "image" else model.encode_text
+    for batch in (1, 3):
+        images = torch.randn(batch, 3, *model.config.vision.image_shape)
+        inputs = images if tower == "image" else torch.randint(1, 400, (batch, model.config.text.context_length))
+        with torch.no_grad():
+            expected = encode(inputs, normalize=normalize)
+        (found,) = session.run(None, {"inputs": inputs.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-4)
+    assert [path.name for path in tmp_path.iterdir()] == ["tower.onnx"]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_kind_of_block(options: dict[str, dict[str, object]], tmp_path: Path) -> None:
+    assert all(each.cosine > 0.99999 for each in export(lively(**options), "image", tmp_path / "image.onnx"))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_sixteen_bits_halve_the_file(model: CLIP, dtype: str, tower: str, tmp_path: Path) -> None:
+    export(model, tower, tmp_path / "fp32.onnx")
+    export(model, tower, tmp_path / "half.onnx", dtype=dtype)
+    assert (tmp_path / "half.onnx").stat().st_size < 0.6 * (tmp_path / "fp32.onnx").stat().st_size
+
+
+def test_fp16_is_computed_in_throughout(model: CLIP, tmp_path: Path) -> None:
+    export(model, "image", tmp_path / "image.onnx", dtype="fp16")
+    nodes = onnx.load(tmp_path / "image.onnx").graph.node
+    assert [node.op_type for node in nodes].count("Cast") == 2
+
+
+def test_int8(model: CLIP, tmp_path: Path) -> None:
+    outcomes = export(model, "image", tmp_path / "image.onnx", int8=True)
+    assert all(outcome.cosine >= 0.99 for outcome in outcomes)
+    assert read_probe(tmp_path / "image.onnx").lowest == 0.99
+    assert "MatMulInteger" in {node.op_type for node in onnx.load(tmp_path / "image.onnx").graph.node}
+
+
+def test_weights_of_another_dtype_are_checked_against_float32(model: CLIP, tmp_path: Path) -> None:
+    halved = lively(vision={"layers": 2}, text={"layers": 2}).bfloat16()
+    assert all(outcome.cosine > 0.999999 for outcome in export(halved, "image", tmp_path / "image.onnx"))
+    assert halved.logit_scale.dtype == torch.bfloat16
+
+
+def test_a_wrong_rotation_is_refused_and_leaves_nothing(
+    model: CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = towers._rotation
+
+    def transposed(graph: towers.Graph, tower: torch.nn.Module) -> tuple[str, str] | None:
+        rows, columns = tower.config.grid
+        order = torch.arange(rows * columns).view(rows, columns).T.flatten()
+        kept = tower.rope.cos, tower.rope.sin
+        tower.rope.cos, tower.rope.sin = (table[order] for table in kept)
+        try:
+            return right(graph, tower)
+        finally:
+            tower.rope.cos, tower.rope.sin = kept
+
+    monkeypatch.setattr(towers, "_rotation", transposed)
+    with pytest.raises(Refused, match=r"expected a cosine of 0\.9999 or more: onnxruntime .* none: 0\."):
+        export(model, "image", tmp_path / "image.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_whose_weights_change_afterwards_is_found_out(model: CLIP, tmp_path: Path) -> None:
+    path = tmp_path / "image.onnx"
+    export(model, "image", path)
+    changed = onnx.load(path)
+    largest = max(changed.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    largest.raw_data = bytes(len(largest.raw_data))
+    onnx.save(changed, path)
+    assert not any(outcome.passes(0.9999) for outcome in check(path))
+
+
+def test_one_vector_for_all_inputs_is_found_out(model: CLIP, tmp_path: Path) -> None:
+    path = tmp_path / "image.onnx"
+    export(model, "image", path)
+    changed = onnx.load(path)
+    (patches,) = [tensor for tensor in changed.graph.initializer if tuple(tensor.dims)[2:] == (8, 8)]
+    patches.raw_data = bytes(len(patches.raw_data))
+    onnx.save(changed, path)
+    assert not any(outcome.apart for outcome in check(path))
+
+
+@pytest.mark.skipif(not find_spec("openvino"), reason="openvino isn't installed")
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_openvino_is_asked_where_it_is_there(model: CLIP, tower: str, dtype: str, tmp_path: Path) -> None:
+    outcomes = export(model, tower, tmp_path / "tower.onnx", dtype=dtype)
+    assert [outcome.cosine > 0.9999 for outcome in outcomes if "openvino" in outcome.engine] == [True]
+
+
+def test_large_weights_lie_beside_the_file(model: CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evaclip.portable.graph._LARGEST_MESSAGE", 1000)
+    export(model, "image", tmp_path / "image.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["image.onnx", "image.onnx.data"]
+    assert all(outcome.passes(0.9999) for outcome in check(tmp_path / "image.onnx"))
+
+
+def test_files_without_a_probe_and_other_files(model: CLIP, tmp_path: Path) -> None:
+    path = tmp_path / "image.onnx"
+    export(model, "image", path)
+    bare = onnx.load(path)
+    kept = [entry for entry in bare.metadata_props if entry.key != KEY]
+    del bare.metadata_props[:]
+    onnx.save(bare, path)
+    with pytest.raises(UserError, match="holds no probe; expected a file that `evaclip export` wrote"):
+        check(path)
+    bare.metadata_props.extend([*kept, onnx.StringStringEntryProto(key=KEY, value="{}")])
+    onnx.save(bare, path)
+    with pytest.raises(UserError, match=r"can't be read.*export the file again"):
+        check(path)
+    path.write_bytes(b"no model")
+    with pytest.raises(UserError, match="can't be read as ONNX"):
+        check(path)
+    with pytest.raises(UserError, match="there is no file"):
+        check(tmp_path / "missing.onnx")
+
+
+def test_unknown_providers_and_dtypes_are_named(model: CLIP, tmp_path: Path) -> None:
+    export(model, "text", tmp_path / "text.onnx")
+    with pytest.raises(UserError, match=r"'TPU' isn't there; this onnxruntime has: .*CPUExecutionProvider"):
+        check(tmp_path / "text.onnx", providers=["TPU"])
+    with pytest.raises(UserError, match="fp23"):
+        export(model, "text", tmp_path / "other.onnx", dtype="fp23")
+    with pytest.raises(UserError, match="don't go together"):
+        export(model, "text", tmp_path / "other.onnx", dtype="fp16", int8=True)
+    with pytest.raises(UserError, match=r"those of ONNX files"):
+        export(model, "text", tmp_path / "text.pt2", int8=True)
+
+
+def test_inputs_are_those_of_the_seed(model: CLIP, tmp_path: Path) -> None:
+    export(model, "text", tmp_path / "text.onnx")
+    tokens = read_probe(tmp_path / "text.onnx").inputs()
+    assert (tokens.argmax(1) == [2, 6, 10, 15]).all()
+    export(model, "image", tmp_path / "image.onnx")
+    images = read_probe(tmp_path / "image.onnx").inputs()
+    assert images.shape == (4, 3, 32, 32)
+    assert np.isclose(images.std(), 1, atol=0.3)

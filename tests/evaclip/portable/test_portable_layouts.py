@@ -1,0 +1,106 @@
+"""The folders, loaded as the programs that they are for load them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import tokenizers
+import torch
+from PIL import Image
+
+from evaclip import get_tokenizer
+from evaclip.errors import Refused, UserError
+from evaclip.model.clip import CLIP
+from evaclip.portable import layouts, towers
+from evaclip.portable.layouts import export_folder
+from evaclip.transforms import EvalTransform
+
+TEXTS = ["A photo of a cat's  dinner, 2 dishes!", "", "word " * 40]
+
+
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 32, 3), dtype=np.uint8))
+
+
+def cosine(a: np.ndarray, b: torch.Tensor) -> float:
+    return torch.nn.functional.cosine_similarity(torch.from_numpy(a), b, dim=-1).min().item()
+
+
+def encoded(model: CLIP, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    transform = EvalTransform(model.config.vision.image_size, model.config.preprocess)
+    with torch.no_grad():
+        images = model.encode_image(transform(picture())[None], normalize=True)
+        return images, model.encode_text(get_tokenizer("tiny")(texts), normalize=True)
+
+
+def test_immich(model: CLIP, tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    export_folder(model, folder, "immich")
+    images, texts = encoded(model, TEXTS)
+    # As its OpenClipVisualEncoder and OpenClipTextualEncoder do.
+    given = json.loads((folder / "visual/preprocess_cfg.json").read_text())
+    assert given["resize_mode"] == "shortest"
+    size, resample = given["size"], Image.Resampling[given["interpolation"].upper()]
+    resized = picture().resize((size, int(40 / 32 * size)), resample)
+    cropped = resized.crop((0, int(resized.height / 2 - size / 2), size, int(resized.height / 2 - size / 2) + size))
+    pixels = (np.asarray(cropped, np.float32) / 255 - given["mean"]) / given["std"]
+    visual = onnxruntime.InferenceSession(folder / "visual/model.onnx")
+    (found,) = visual.run(None, {"image": pixels.astype(np.float32).transpose(2, 0, 1)[None]})
+    assert cosine(found, images) > 0.999
+    length = json.loads((folder / "config.json").read_text())["text_cfg"]["context_length"]
+    pad = json.loads((folder / "textual/tokenizer_config.json").read_text())["pad_token"]
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "textual/tokenizer.json"))
+    tokenizer.enable_padding(length=length, pad_token=pad, pad_id=tokenizer.token_to_id(pad))
+    tokenizer.enable_truncation(max_length=length)
+    textual = onnxruntime.InferenceSession(folder / "textual/model.onnx")
+    for text, expected in zip(TEXTS, texts, strict=True):
+        tokens = np.array([tokenizer.encode(" ".join(text.split())).ids], dtype=np.int32)
+        assert cosine(textual.run(None, {"text": tokens})[0], expected[None]) > 0.9999
+
+
+def test_transformers_js(model: CLIP, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+    folder = tmp_path / "tiny"
+    export_folder(model, folder, "transformers.js", dtype="fp16")
+    images, texts = encoded(model, TEXTS)
+    config = AutoConfig.from_pretrained(folder)
+    assert (config.model_type, config.projection_dim, config.text_config.vocab_size) == ("clip", 128, 49408)
+    pixels = AutoImageProcessor.from_pretrained(folder)(picture(), return_tensors="np")
+    vision = onnxruntime.InferenceSession(folder / "onnx/vision_model_fp16.onnx")
+    assert cosine(vision.run(["image_embeds"], {"pixel_values": pixels["pixel_values"]})[0], images) > 0.999
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    given = tokenizer(TEXTS, padding="max_length", truncation=True, return_tensors="np")
+    text = onnxruntime.InferenceSession(folder / "onnx/text_model_fp16.onnx")
+    found = text.run(["text_embeds"], {"input_ids": given["input_ids"].astype(np.int64)})[0]
+    assert cosine(found, texts) > 0.9999
+
+
+def test_tokenizer_file_gives_the_ids_of_the_tokenizer(model: CLIP) -> None:
+    ours, file = get_tokenizer("tiny"), layouts.tokenizer_file(model.config)
+    texts = [*TEXTS, "Ünïcödé ÀÉ 日本語 12345", "it's we'll 'tis\tnew\nline", "<end_of_text> a", "😀!!??..."]
+    for text, row in zip(texts, ours(texts), strict=True):
+        found = np.array(file.encode(text).ids)
+        used = min(2 + len(ours.encode(text)), len(row))
+        assert found[:used].tolist() == row[:used].tolist(), text
+        assert (found[used:] == ours.end_id).all()
+
+
+def test_nothing_stays_of_a_refused_folder(model: CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(towers, "_HIDDEN", 0.0)
+    with pytest.raises(Refused, match=r"model\.onnx' doesn't compute"):
+        export_folder(model, tmp_path / "tiny", "immich")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_there_and_models_without_a_place(model: CLIP, tmp_path: Path) -> None:
+    from lively_model import lively
+
+    with pytest.raises(UserError, match="exists; give a folder that isn't there yet"):
+        export_folder(model, tmp_path, "immich")
+    with pytest.raises(UserError, match="square"):
+        export_folder(lively(vision={"image_size": (32, 48)}), tmp_path / "tiny", "immich")
+    with pytest.raises(UserError, match=r"preprocess\.crop is 0\.9"):
+        export_folder(lively(preprocess={"crop": 0.9}), tmp_path / "tiny", "transformers.js")

@@ -1,0 +1,98 @@
+"""`evaclip index` and `evaclip embed` on the command line."""
+
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+
+from evaclip.commands.main import main
+from evaclip.runtime.encoder import Encoder
+from evaclip.runtime.store import Store
+
+
+@pytest.fixture(scope="module")
+def model(loaded, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_file(loaded.model.state_dict(), path)
+    return f"tiny:{path}"
+
+
+@pytest.fixture
+def folder(pictures, tmp_path):
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for number, picture in enumerate(pictures):
+        picture.save(root / f"{number}.png")
+    (root / "broken.jpg").write_bytes(b"no picture")
+    return root
+
+
+def test_a_folder_is_indexed_and_later_what_is_new(model, folder, pictures, tmp_path, capsys, monkeypatch):
+    store = tmp_path / "a.store"
+    assert main(["index", str(store), "--images", str(folder), "--model", model, "--precision", "fp32"]) == 0
+    out = capsys.readouterr().out
+    assert "7 embedded, 0 unchanged, 1 unreadable" in out
+    assert f"corrupt image: {folder / 'broken.jpg'}" in out
+    pictures[0].save(folder / "new.png")
+    monkeypatch.chdir(tmp_path)  # a name of the same data from elsewhere, by the store's own model
+    assert main(["index", "a.store", "--images", "pictures", "--precision", "fp32"]) == 0
+    assert "1 embedded, 7 unchanged, 1 unreadable" in capsys.readouterr().out
+    assert len(Store.open(store)) == 8
+
+
+def test_processes_of_torchrun_share_the_work(model, folder, tmp_path, capsys, monkeypatch):
+    store = tmp_path / "a.store"
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        assert main(["index", str(store), "--images", str(folder), "--model", model]) == 0
+    found = capsys.readouterr().out
+    assert [found.count(f"{number} embedded") for number in (2, 3)] == [2, 1]  # of eight files one can't be read
+    assert len(Store.open(store)) == 7
+
+
+def test_embeddings_of_pictures_and_texts_in_a_file(model, loaded, folder, pictures, tmp_path):
+    encoder = Encoder(loaded, device="cpu", precision="fp32")
+    compute = ["--model", model, "--precision", "fp32"]
+    assert main(["embed", str(tmp_path / "a.npz"), "--images", str(folder), *compute]) == 0
+    with np.load(tmp_path / "a.npz") as found:
+        assert found["ids"].tolist() == [str(folder / f"{number}.png") for number in range(7)]
+        np.testing.assert_allclose(found["embeddings"], encoder.images(pictures), atol=1e-5)
+    (tmp_path / "texts.txt").write_text("a cat\na dög\n", encoding="utf-8")
+    assert main(["embed", str(tmp_path / "t.npz"), "--texts", str(tmp_path / "texts.txt"), *compute]) == 0
+    with np.load(tmp_path / "t.npz") as found:
+        assert found["ids"].tolist() == ["a cat", "a dög"]
+        np.testing.assert_allclose(found["embeddings"], encoder.texts(["a cat", "a dög"]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["index", "a.store", "--images", "pictures"], "there is no store 'a.store' yet: --model says"),
+        (["index", "a.store", "--images", "pictures", "--model", "tiny"], "'tiny' has random weights"),
+        (["index", "a.store", "--images", "nowhere", "--model", "MODEL"], "nowhere"),
+        (["index", "a.store", "--images", "pictures", "--model", "MODEL", "--thumbnails", "-1"], "got -1"),
+        (["index", "pictures", "--images", "pictures", "--model", "MODEL"], "it isn't an empty folder"),
+        (["embed", "a.npy", "--images", "pictures", "--model", "MODEL"], "expected .npz"),
+        (["embed", "a.npz", "--texts", "nowhere.txt", "--model", "MODEL"], "cannot read nowhere.txt"),
+        (["embed", "pictures/0.npz", "--images", "pictures", "--model", "MODEL"], "exists; --force"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, says, model, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (folder / "0.npz").touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert main([model if word == "MODEL" else word for word in arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_store_takes_embeddings_of_its_own_model_alone(model, folder, loaded, tmp_path, capsys):
+    store = tmp_path / "a.store"
+    assert main(["index", str(store), "--images", str(folder), "--model", model, "--precision", "fp32"]) == 0
+    other = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    other["logit_scale"] += 1
+    save_file(other, tmp_path / "other.safetensors")
+    again = ["index", str(store), "--images", str(folder), "--model", f"tiny:{tmp_path / 'other.safetensors'}"]
+    assert main([*again, "--precision", "fp32"]) == 2
+    assert "of another model" in capsys.readouterr().err

@@ -1,0 +1,100 @@
+"""`evaclip search`, with the text tower of a small model in the store."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from evaclip.commands.main import main
+from evaclip.errors import UserError
+from evaclip.runtime.encoder import Encoder
+from evaclip.runtime.store import Row, Store
+from evaclip.runtime.text import PROGRAM_FILE, TOKENS_FILE, save_text_tower, text_encoder
+
+TEXTS = ["a red bicycle", "a cat", "snow on [a] roof <b>"]
+
+
+@pytest.fixture(scope="module")
+def folder(loaded, tmp_path_factory):
+    """A store of embeddings of texts, which a search for the same text finds."""
+    folder = tmp_path_factory.mktemp("store")
+    encoder = Encoder(loaded, device="cpu", precision="fp32")
+    with Store.create(folder, {"name": "tiny", "dim": encoder.dim}) as store:
+        rows = [Row(f"{n}.jpg", "00", text, {"n": n}, b"\xff\xd8") for n, text in enumerate(TEXTS)]
+        store.add(encoder.texts(TEXTS).numpy(), rows)
+        save_text_tower(store, loaded.model)
+    return folder
+
+
+def test_the_program_is_the_text_tower(folder, loaded):
+    with Store.open(folder) as store:
+        found = text_encoder(store)(["a dog", *TEXTS])
+    expected = Encoder(loaded, device="cpu", precision="fp32").texts(["a dog", *TEXTS]).numpy()
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_it_finds_without_torch(folder):
+    code = (
+        "import sys; from evaclip.commands.main import main; code = main(sys.argv[1:]); "
+        "sys.exit(9 if 'torch' in sys.modules else code)"
+    )
+    command = [sys.executable, "-c", code, "search", str(folder), TEXTS[0], "--json", "--top", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    first, _ = map(json.loads, done.stdout.splitlines())
+    assert first["id"] == "0.jpg"
+    assert first["score"] == pytest.approx(1, abs=1e-3)
+    assert first["metadata"] == {"n": 0}
+
+
+def test_table_and_page_show_names_as_they_are(folder, tmp_path, capsys):
+    page = tmp_path / "found.html"
+    assert main(["search", str(folder), TEXTS[2], "--html", str(page), "--where", "n>=1"]) == 0
+    shown = capsys.readouterr().out
+    assert "[a]" in shown
+    assert "0.jpg" not in shown
+    text = page.read_text()
+    assert text.count("data:image/jpeg;base64,/9g=") == 2
+    assert "<b>" not in text
+
+
+def test_minus_turns_the_order_round(folder, capsys):
+    assert main(["search", str(folder), "a dog", "--minus", TEXTS[0], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["id"] == "0.jpg"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "nothing to look for"),
+        (["x", "--top", "0"], "top is 0"),
+        (["x", "--where", "n"], "can't be read; expected conditions"),
+        (["--image", "x.jpg"], "doesn't say which model"),
+        (["x", "--html", "."], "it is a folder"),
+    ],
+)
+def test_wrong_input_is_one_line(folder, capsys, arguments, reason):
+    assert main(["search", str(folder), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert reason in error
+    assert error.count("\n") == 1
+
+
+def test_a_folder_that_is_no_store(tmp_path, capsys):
+    assert main(["search", str(tmp_path), "x"]) == 2
+    assert "isn't a store" in capsys.readouterr().err
+
+
+def test_a_store_without_a_text_tower_says_so(tmp_path):
+    with Store.create(tmp_path / "s", {"dim": 4}) as store, pytest.raises(UserError, match="save_text_tower"):
+        text_encoder(store)
+
+
+def test_a_broken_program_is_named(tmp_path):
+    with Store.create(tmp_path / "s", {"dim": 4}) as store:
+        (store.folder / PROGRAM_FILE).write_bytes(b"no program")
+        (store.folder / TOKENS_FILE).write_text('{"context_length": 16, "vocab_size": 1000}')
+        with pytest.raises(UserError, match=r"text.onnx can't be read"):
+            text_encoder(store)

@@ -1,0 +1,181 @@
+"""What a store keeps, and what is left of it when its writer is killed."""
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from store_makers import DIM, filled, named, unit
+
+from evaclip.errors import UserError
+from evaclip.runtime.store import ROWS_FILE, Row, Store
+
+
+def is_whole(folder):
+    """Each row has its own embedding: that of `unit` whose number its name has."""
+    with Store.open(folder) as store:
+        numbers = np.flatnonzero(store.alive())
+        ids = [int(Path(row.id).stem) for row in store.rows(numbers)]
+        assert len(ids) == len(set(ids)) == len(store)
+        expected = unit(max(ids, default=0) + 1)[ids]
+        np.testing.assert_allclose(store.embeddings[numbers], expected, atol=1e-3)
+        return len(store)
+
+
+def test_rows_come_back_from_a_store_opened_anew(tmp_path):
+    row = Row("a/ä.jpg", "ff", "a [red] bicycle", {"tags": ["x"], "size": 1.5}, b"\xff\xd8")
+    with Store.create(tmp_path / "s", {"name": "tiny", "dim": DIM}) as store:
+        store.add(unit(1), [row])
+        assert store.rows([0]) == [row]
+    with Store.open(tmp_path / "s") as store:
+        assert store.rows([0]) == [row]
+        assert store.contents() == {"a/ä.jpg": "ff"}
+        assert store.embeddings.dtype == np.float16
+        np.testing.assert_array_equal(store.embeddings, unit(1).astype(np.float16))
+
+
+def test_other_tools_read_its_files(tmp_path):
+    filled(tmp_path, unit(3)).close()
+    np.testing.assert_array_equal(np.load(tmp_path / "embeddings-0.npy", mmap_mode="r"), unit(3).astype(np.float16))
+    rows = sqlite3.connect(tmp_path / ROWS_FILE).execute("SELECT id, metadata FROM rows").fetchall()
+    assert [(id, json.loads(text)["year"]) for id, text in rows] == [("0.jpg", 2000), ("1.jpg", 2001), ("2.jpg", 2002)]
+
+
+def test_a_row_takes_the_place_of_that_of_the_same_id(tmp_path):
+    store = filled(tmp_path, unit(3))
+    store.add(unit(1, seed=9), [Row("1.jpg", "new")])
+    assert len(store) == 3
+    assert store.contents()["1.jpg"] == "new"
+    alive = store.embeddings[store.alive()].astype(np.float32)
+    expected = np.concatenate([unit(3)[[0, 2]], unit(1, seed=9)])
+    np.testing.assert_allclose(alive, expected, atol=1e-3)
+
+
+def test_removed_rows_are_gone_and_compacting_gives_their_space_back(tmp_path):
+    store = filled(tmp_path, unit(100))
+    assert store.remove([f"{n}.jpg" for n in range(0, 100, 2)] + ["0.jpg", "none"]) == 50
+    before = (tmp_path / "embeddings-0.npy").stat().st_size
+    reader = Store.open(tmp_path)
+    store.compact()
+    assert (len(store), store.slots) == (50, 50)
+    assert is_whole(tmp_path) == 50
+    (file,) = tmp_path.glob("embeddings-*.npy")
+    assert file.stat().st_size < 0.6 * before
+    with pytest.raises(UserError, match="open it again"):
+        reader.rows([1])
+    store.add(unit(101)[100:], named(1, 100))
+    assert is_whole(tmp_path) == 51
+
+
+def test_nothing_is_added_when_something_is_wrong(tmp_path, monkeypatch):
+    store = filled(tmp_path, unit(2))
+    with pytest.raises(UserError, match=r"3 rows need embeddings \[3, 24\], got \[2, 24\]"):
+        store.add(unit(2), named(3))
+    with pytest.raises(UserError, match=r"length 1; that of '0.jpg' has 2"):
+        store.add(2 * unit(1), named(1))
+    with pytest.raises(UserError, match="length 1"):
+        store.add(np.full((1, DIM), np.nan, np.float32), named(1))
+    with pytest.raises(UserError, match=r"'0.jpg' is given twice"):
+        store.add(unit(2), named(1) * 2)
+    with pytest.raises(TypeError):
+        store.add(unit(2, seed=5), [Row("x", "00"), Row("y", "00", metadata={"no": object()})])
+    assert is_whole(tmp_path) == 2
+
+
+def test_what_is_no_store_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"isn't a store.*evaclip index"):
+        Store.open(tmp_path / "none")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="isn't an empty folder"):
+        Store.create(tmp_path, {"dim": 4})
+    with pytest.raises(UserError, match="'dim'"):
+        Store.create(tmp_path / "new", {"name": "tiny"})
+    (tmp_path / ROWS_FILE).write_text("no database at all, but long enough to be looked at" * 9)
+    with pytest.raises(UserError, match="can't be read"):
+        Store.open(tmp_path)
+
+
+def test_embeddings_of_another_model_are_refused(tmp_path):
+    store = Store.create(tmp_path / "s", {"name": "tiny", "weights": "aa", "dim": 4})
+    store.require_model({"name": "tiny", "weights": "aa", "dim": 4})
+    with pytest.raises(UserError, match=r"another model \(weights is .aa. there, .bb. here\)"):
+        store.require_model({"name": "tiny", "weights": "bb", "dim": 4})
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("year>=2003", [3, 4]),
+        ("year < 2002 and flag=true", [0]),
+        ("year != 2001", [0, 2, 3, 4, 5]),
+        ("caption~TURE 4", [4]),
+        ("id = '2.jpg'", [2]),
+        ("caption='x and y'", [5]),
+        ("caption~%", []),
+        ("missing=1", []),
+    ],
+)
+def test_conditions(tmp_path, where, expected):
+    store = filled(tmp_path, unit(5))
+    store.add(unit(1), [Row("other", "00", "x and y", {"year": "unknown"})])
+    assert store.select(where).tolist() == expected
+
+
+@pytest.mark.parametrize("where", ["", "year", "year=", "'; DROP TABLE rows", "a=1 and"])
+def test_a_condition_that_cannot_be_read(tmp_path, where):
+    with pytest.raises(UserError, match=r"can't be read; expected conditions"):
+        filled(tmp_path, unit(1)).select(where)
+
+
+_WRITER = """
+import sys
+from pathlib import Path
+from evaclip.runtime.store import Store
+from store_makers import named, unit
+start, stop = int(sys.argv[2]), int(sys.argv[3])
+vectors = unit(stop)
+store = Store.open(Path(sys.argv[1]))
+for n in range(start, stop, 10):
+    store.add(vectors[n : n + 10], named(10, n))
+    print(n + 10, flush=True)
+    if n % 50 == 40 and start == 0:
+        store.compact()
+"""
+
+
+def writer(folder, start, stop):
+    command = [sys.executable, "-c", _WRITER, str(folder), str(start), str(stop)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=Path.cwd())
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in range(1, 20))])
+def test_a_killed_writer_loses_nothing_that_it_was_told_is_written(tmp_path, seed):
+    Store.create(tmp_path, {"name": "tiny", "dim": DIM}).close()
+    with writer(tmp_path, 0, 100_000) as process:
+        for _ in range(5):
+            line = process.stdout.readline()
+        time.sleep(random.Random(seed).random() / 10)
+        process.send_signal(signal.SIGKILL)
+        lines = process.stdout.read().split()
+    told = int(lines[-1] if lines else line)
+    count = is_whole(tmp_path)
+    assert count % 10 == 0
+    assert told <= count <= told + 10
+    with Store.open(tmp_path) as store:
+        store.compact()
+    assert is_whole(tmp_path) == count
+
+
+def test_two_writers_do_not_mix(tmp_path):
+    Store.create(tmp_path, {"name": "tiny", "dim": DIM}).close()
+    both = [writer(tmp_path, 0, 100), writer(tmp_path, 200, 300)]
+    assert [process.communicate() and process.returncode for process in both] == [0, 0]
+    assert is_whole(tmp_path) == 200
