@@ -4,7 +4,7 @@ import asyncio
 import io
 import sqlite3
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -144,9 +144,13 @@ class Service:
             raise Rejected(404, f"There is no picture of row {number} to show.") from exc
 
     async def _embeddings(self, kind: str, items: Sequence[Any]) -> Vector:
+        futures: list[Future[Any]] = []
         try:
-            futures = [self.batcher.submit(kind, item) for item in items]
+            for item in items:
+                futures.append(self.batcher.submit(kind, item))
         except QueueFull as exc:
+            for future in futures:
+                future.cancel()
             raise Rejected(503, "The server has too much to do; try again in a second.") from exc
         found = await _all(asyncio.wrap_future(future) for future in futures)
         return np.stack(found) if found else np.empty((0, self.store.dim), np.float32)

@@ -171,11 +171,16 @@ def test_a_key_is_asked_for(store, encoder):
         assert client.get("/").status_code == client.get("/metrics").status_code == 401
 
 
-def test_more_than_the_server_can_do_is_sent_away(store, encoder):
-    with TestClient(create_app(store, encoder, limits=Limits(waiting=1))) as client:
+def test_more_than_the_server_can_do_is_sent_away(store, encoder, monkeypatch):
+    held, real = threading.Event(), encoder.texts
+    monkeypatch.setattr(encoder, "texts", lambda texts: held.wait(10) and real(texts))
+    with TestClient(create_app(store, encoder, limits=Limits(waiting=20))) as client:
         refused = client.post("/embed/text", data={"text": ["a"] * 50})
         assert "too much to do" in _error(refused, 503)
         assert refused.headers["retry-after"] == "1"
+        # What had been let in of it doesn't wait any more.
+        assert "evaclip_waiting 0.0" in client.get("/metrics").text
+        held.set()
         assert client.post("/embed/text", data={"text": "a"}).status_code == 200
     with TestClient(create_app(store, encoder, limits=Limits(requests=0))) as client:
         assert "too much to do" in _error(client.post("/search", data={"text": "a"}), 503)
