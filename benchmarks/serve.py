@@ -1,4 +1,4 @@
-"""`evaclip serve` under load: many clients on loopback, how long they wait, and whether answers are those of one alone."""
+"""`evaclip serve` under load: many clients, how long they wait, and whether answers are those that one alone gets."""
 
 import http.client
 import io

@@ -71,7 +71,9 @@ def _run(args: argparse.Namespace) -> None:
         async def startup(self, sockets: list[Any] | None = None) -> None:
             await super().startup(sockets)
             if self.started:
-                print(f"open {_address(args.host, self.servers[0].sockets[0].getsockname()[1])} (Ctrl-C ends)", flush=True)
+                print(
+                    f"open {_address(args.host, self.servers[0].sockets[0].getsockname()[1])} (Ctrl-C ends)", flush=True
+                )
 
     Server(uvicorn.Config(app, args.host, args.port, log_level="warning", timeout_graceful_shutdown=5)).run()
 
@@ -102,8 +104,8 @@ def _key(file: Path | None) -> str | None:
     if len(key) < _KEY_LENGTH or not key.isascii() or not key.isprintable():
         where = KEY_VARIABLE if file is None else file
         raise UserError(
-            f"the key in {where} has {len(key)} characters; expected {_KEY_LENGTH} or more of ASCII in one line, such as"
-            " 'openssl rand -hex 32' makes"
+            f"the key in {where} has {len(key)} characters; expected {_KEY_LENGTH} or more of ASCII in one line, such"
+            " as 'openssl rand -hex 32' makes"
         )
     return key
 

@@ -134,7 +134,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
     async def label(
         image: UploadFile, label: Texts, template: Annotated[str, Form()] = "a photo of a {}"
     ) -> dict[str, list[dict[str, Any]]]:
-        """The probability of each label, likeliest first, if one of them is right. It stands for `{}` in the template."""
+        """The probability of each label, likeliest first, if one of them is right; it replaces `{}` in the template."""
         shares = await service.label(await image.read(), label, template)
         ranked = sorted(zip(shares, label, strict=True), key=lambda pair: -pair[0])
         return {"labels": [{"label": name, "probability": share} for share, name in ranked]}

@@ -39,7 +39,7 @@ class Batcher:
     Example:
         ```python
         batcher = Batcher({"text": encoder.texts}, size=32, delay=0.002, depth=256)
-        embedding = batcher.submit("text", "a cat").result()
+        embedding = batcher.submit("text", ["a cat"])[0].result()
         ```
     """
 
@@ -70,17 +70,17 @@ class Batcher:
         with self._changed:
             return self._count()
 
-    def submit(self, kind: str, item: Any) -> Future[Any]:
-        """The result of an item, once there is one. Raises QueueFull."""
-        job = _Job(item)
+    def submit(self, kind: str, items: Sequence[Any]) -> list[Future[Any]]:
+        """The results of items, once there are some. Raises QueueFull if there isn't room for all."""
+        jobs = [_Job(item) for item in items]
         with self._changed:
             if self._closed:
                 raise RuntimeError("the batcher is closed")
-            if self._count() >= self._depth:
+            if self._count() + len(jobs) > self._depth:
                 raise QueueFull
-            self._waiting[kind].append(job)
+            self._waiting[kind] += jobs
             self._changed.notify()
-        return job.future
+        return [job.future for job in jobs]
 
     def close(self) -> None:
         """Ends the thread after the batch that it computes; what waits is cancelled."""

@@ -6,6 +6,7 @@ import hmac
 import io
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from PIL import Image
@@ -30,28 +31,17 @@ _HEADERS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What is accepted.
+    """What is accepted."""
 
-    Attributes:
-        body: bytes of a request.
-        pixels: of a picture.
-        pictures, texts: of a request.
-        length: characters of a text.
-        top: results of a search.
-        requests: that are worked on at the same time.
-        waiting: pictures and texts that wait to be encoded.
-        seconds: that a request may take.
-    """
-
-    body: int = 16 << 20
-    pixels: int = 50_000_000
-    pictures: int = 16
+    body: int = 16 << 20  # bytes of a request
+    pixels: int = 50_000_000  # of a picture
+    pictures: int = 16  # of a request, as are the texts
     texts: int = 128
-    length: int = 1000
-    top: int = 200
-    requests: int = 128
-    waiting: int = 1024
-    seconds: float = 30.0
+    length: int = 1000  # characters of a text
+    top: int = 200  # results of a search
+    requests: int = 128  # that are worked on at once
+    waiting: int = 1024  # pictures and texts that wait to be encoded
+    seconds: float = 30.0  # for a request
 
 
 class Rejected(Exception):
@@ -114,8 +104,7 @@ class Guard:
     Args:
         app: what answers.
         limits: see there.
-        key: what requests must bring, as `Authorization: Bearer KEY` or as the password of HTTP's basic
-            authentication, which browsers ask for; None for no key.
+        key: what requests must bring, as a bearer token or the password of basic authentication; None for no key.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, key: str | None = None) -> None:
@@ -149,7 +138,7 @@ class Guard:
                 await exc.response()(scope, receive, answer)
 
     def _admit(self, headers: Headers) -> None:
-        if self._key is not None and not _same(_key_of(headers.get("authorization", "")), self._key):
+        if self._key is not None and not _has_key(headers.get("authorization", ""), self._key):
             raise Rejected(401, "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'.")
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._limits.body:
@@ -206,15 +195,11 @@ def _too_long(limits: Limits) -> Rejected:
     return Rejected(413, f"The request is too large; send {limits.body >> 20} MiB at most.")
 
 
-def _key_of(authorization: str) -> str:
-    scheme, _, value = authorization.partition(" ")
-    if scheme.lower() != "basic":
-        return value.strip() if scheme.lower() == "bearer" else ""
-    try:
-        return base64.b64decode(value).decode("utf-8").partition(":")[2]
-    except ValueError:
-        return ""
-
-
-def _same(given: str, key: str) -> bool:
-    return hmac.compare_digest(given.encode("utf-8", "replace"), key.encode())
+def _has_key(authorization: str, key: str) -> bool:
+    scheme, _, given = authorization.partition(" ")
+    if scheme.lower() == "basic":
+        with suppress(ValueError):
+            given = base64.b64decode(given).decode("utf-8").partition(":")[2]
+    elif scheme.lower() != "bearer":
+        return False
+    return hmac.compare_digest(given.strip().encode("utf-8", "replace"), key.encode())

@@ -4,14 +4,14 @@ import asyncio
 import io
 import sqlite3
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from fastapi import UploadFile
+from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel
 
@@ -144,13 +144,9 @@ class Service:
             raise Rejected(404, f"There is no picture of row {number} to show.") from exc
 
     async def _embeddings(self, kind: str, items: Sequence[Any]) -> Vector:
-        futures: list[Future[Any]] = []
         try:
-            for item in items:
-                futures.append(self.batcher.submit(kind, item))
+            futures = self.batcher.submit(kind, items)
         except QueueFull as exc:
-            for future in futures:
-                future.cancel()
             raise Rejected(503, "The server has too much to do; try again in a second.") from exc
         found = await _all(asyncio.wrap_future(future) for future in futures)
         return np.stack(found) if found else np.empty((0, self.store.dim), np.float32)
@@ -207,7 +203,7 @@ async def _in(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
 
 
 async def _all(parts: Any) -> list[Any]:
-    """Of several things to wait for the results; where one fails, or nobody waits any more, the others are cancelled."""
+    """The results of all; where one fails, or nobody waits any more, the others are cancelled."""
     tasks = [asyncio.ensure_future(part) for part in parts]
     try:
         return await asyncio.gather(*tasks)

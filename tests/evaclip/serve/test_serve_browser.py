@@ -57,7 +57,8 @@ def page(browser, address, request):
         opened = context.new_page()
         opened.on("pageerror", lambda error: complaints.append(str(error)))
         opened.on("console", lambda said: "the server responded" in said.text or complaints.append(said.text))
-        opened.on("request", lambda sent: sent.url.startswith((address, "blob:", "data:")) or complaints.append(sent.url))
+        own = (address, "blob:", "data:")
+        opened.on("request", lambda sent: sent.url.startswith(own) or complaints.append(sent.url))
         opened.goto(address)
         yield opened
     assert complaints == []
