@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "EVACLIP_API_KEY"
 _KEY_LENGTH = 16
+_CPU_BATCH = 8
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -43,7 +44,7 @@ def add_commands(subparsers: Any) -> None:
     compute.add_argument("--model", help="what the store's embeddings are of, if that has moved (default: as indexed)")
     compute.add_argument("--device", default="auto", help="cpu, cuda, cuda:N (default: a GPU if there is one)")
     compute.add_argument("--threads", type=int, metavar="N", help="that decode (default: one a core, 8 at most)")
-    compute.add_argument("--batch-size", type=int, metavar="N", help="encoded at once (default: 32, on a GPU 256)")
+    compute.add_argument("--batch-size", type=int, metavar="N", help="encoded at once (default: 8, on a GPU 256)")
     compute.add_argument(
         "--delay", type=float, default=3.0, metavar="MS",
         help="milliseconds that a request waits for others to be encoded with (default: %(default)g)",
@@ -88,6 +89,9 @@ def _app(args: argparse.Namespace, key: str | None, hosts: tuple[str, ...]) -> "
     given = args.model or store.model["given"]
     options = {"batch_size": args.batch_size, "threads": args.threads, "precision": store.model["precision"]}
     encoder = Encoder(given, device=args.device, **options)
+    if args.batch_size is None and encoder.device.type == "cpu":
+        # More at once is no faster there, and what comes next waits for it.
+        encoder.batch_size = _CPU_BATCH
     store.require_model({"given": store.model["given"], **describe(encoder)})
     print(f"{args.store}: {len(store):,} pictures, {encoder.name} on {encoder.device}", flush=True)
     return create_app(store, encoder, key=key, hosts=hosts, delay=args.delay / 1000)
