@@ -90,7 +90,7 @@ def _app(args: argparse.Namespace, key: str | None, hosts: tuple[str, ...]) -> "
     options = {"batch_size": args.batch_size, "threads": args.threads, "precision": store.model["precision"]}
     encoder = Encoder(given, device=args.device, **options)
     if args.batch_size is None and encoder.device.type == "cpu":
-        # More at once is no faster there, and what comes next waits for it.
+        # What comes next waits for all of a batch.
         encoder.batch_size = _CPU_BATCH
     store.require_model({"given": store.model["given"], **describe(encoder)})
     print(f"{args.store}: {len(store):,} pictures, {encoder.name} on {encoder.device}", flush=True)
