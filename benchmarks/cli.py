@@ -42,6 +42,7 @@ _EXAMPLES = {
     ],
     "overhead": ["python -m benchmarks overhead", "python -m benchmarks overhead --device cuda"],
     "search": ["python -m benchmarks search", "python -m benchmarks search --rows 100000 --approximate"],
+    "serve": ["python -m benchmarks serve", "python -m benchmarks serve --model EVA02-CLIP-B-16 --seconds 30"],
     "compare": ["python -m benchmarks compare before.json after.json"],
     "report": [
         "python -m benchmarks report run.json --out report/",
@@ -92,6 +93,10 @@ def _build_parser() -> argparse.ArgumentParser:
         "--rows", type=int, action="append", metavar="N", help="of the store, may be repeated (default: 10000, 1000000)"
     )
     searching.add_argument("--approximate", action="store_true", help="also by the approximate index, built first")
+    serve = _add(verbs, "serve", "ask a server of embeddings from many clients at once", _serve)
+    serve.add_argument("--model", default="tiny", help="with random weights (default: %(default)s)")
+    serve.add_argument("--clients", type=int, default=50, metavar="N", help="default: %(default)s")
+    serve.add_argument("--seconds", type=float, default=60.0, metavar="S", help="default: %(default)g")
     compare = _add(verbs, "compare", "find what became slower between two results", _compare)
     compare.add_argument("before", type=Path, help="a result of --json")
     compare.add_argument("after", type=Path, help="a result of --json")
@@ -260,6 +265,15 @@ def _measure_search(args: argparse.Namespace) -> None:
             say = partial(print, file=sys.stderr, flush=True)
             found += search.measure(Path(folder) / "store", rows, args.approximate, say)
     search.show(found)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from benchmarks import serve
+
+    if args.clients < 1 or args.seconds <= 0:
+        raise UserError(f"--clients is 1 or more and --seconds above 0, got {args.clients} and {args.seconds:g}")
+    load = serve.Load(args.model, args.clients, args.seconds)
+    serve.show(load, serve.measure(load))
 
 
 def _measure_all(args: argparse.Namespace) -> None:

@@ -134,7 +134,7 @@ class _Job:
             raise self.read
         image = decode_image(self.read.image, self.name, _UPRIGHT)
         if thumbnail:
-            self.small = _small(image, thumbnail)
+            self.small = small_copy(image, thumbnail)
         return image
 
     def row(self) -> Row:
@@ -179,7 +179,8 @@ def _changed(source: Source, numbers: Iterable[int], known: Mapping[str, str], p
             yield _Job(key, name, raw, content)
 
 
-def _small(image: Image.Image, side: int) -> bytes:
+def small_copy(image: Image.Image, side: int) -> bytes:
+    """The picture with its longer side cut down to `side` pixels, as a WebP file."""
     picture = image.convert("RGBA" if image.has_transparency_data else "RGB")
     picture.thumbnail((side, side))
     buffer = io.BytesIO()

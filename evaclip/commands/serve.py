@@ -1,0 +1,126 @@
+"""`evaclip serve`: search in a store over HTTP, with a page for people and an API for programs."""
+
+import argparse
+import ipaddress
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evaclip.commands.parser import leaf
+from evaclip.errors import UserError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+KEY_VARIABLE = "EVACLIP_API_KEY"
+_KEY_LENGTH = 16
+_CPU_BATCH = 8
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+
+def add_commands(subparsers: Any) -> None:
+    """Adds `serve` to the command line."""
+    parser = leaf(
+        subparsers,
+        "serve",
+        help="search in a store in the browser, and by an HTTP API",
+        examples=[
+            "evaclip serve photos.store                       # then open http://127.0.0.1:8000",
+            "curl -F text='a red bicycle' -F top=5 http://127.0.0.1:8000/search",
+            "curl -F image=@cat.jpg -F label=cat -F label=dog http://127.0.0.1:8000/label",
+            "evaclip serve photos.store --host 0.0.0.0 --api-key-file key.txt",
+        ],
+    )
+    parser.add_argument("store", metavar="STORE", type=Path, help="folder of the store, as 'evaclip index' makes it")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at; any but this machine's own needs an API key"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="0 for any that is free (default: %(default)s)")
+    parser.add_argument(
+        "--api-key-file", type=Path, metavar="FILE",
+        help=f"with the key that requests must bring, in one line (default: the variable {KEY_VARIABLE}, if set)",
+    )  # fmt: skip
+    compute = parser.add_argument_group("compute")
+    compute.add_argument("--model", help="what the store's embeddings are of, if that has moved (default: as indexed)")
+    compute.add_argument("--device", default="auto", help="cpu, cuda, cuda:N (default: a GPU if there is one)")
+    compute.add_argument("--threads", type=int, metavar="N", help="that decode (default: one a core, 8 at most)")
+    compute.add_argument("--batch-size", type=int, metavar="N", help="encoded at once (default: 8, on a GPU 256)")
+    compute.add_argument(
+        "--delay", type=float, default=3.0, metavar="MS",
+        help="milliseconds that a request waits for others to be encoded with (default: %(default)g)",
+    )  # fmt: skip
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    key = _key(args.api_key_file)
+    local = _is_loopback(args.host)
+    if key is None and not local:
+        raise UserError(
+            f"--host {args.host} lets other machines in, which needs a key: give --api-key-file or {KEY_VARIABLE}"
+        )
+    if not 0 <= args.port <= 65535 or not 0 <= args.delay <= 1000:
+        raise UserError(f"--port is 0 to 65535 and --delay 0 to 1000, got {args.port} and {args.delay:g}")
+    # Imported here so that `evaclip --help` doesn't wait for torch.
+    import uvicorn
+
+    app = _app(args, key, (*_LOOPBACK, args.host) if local else ("*",))
+
+    class Server(uvicorn.Server):
+        """Says where it is once it is there."""
+
+        async def startup(self, sockets: list[Any] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                print(
+                    f"open {_address(args.host, self.servers[0].sockets[0].getsockname()[1])} (Ctrl-C ends)", flush=True
+                )
+
+    Server(uvicorn.Config(app, args.host, args.port, log_level="warning", timeout_graceful_shutdown=5)).run()
+
+
+def _app(args: argparse.Namespace, key: str | None, hosts: tuple[str, ...]) -> "FastAPI":
+    from evaclip.runtime.encoder import Encoder
+    from evaclip.runtime.indexing import describe
+    from evaclip.runtime.store import Store
+    from evaclip.serve import create_app
+
+    store = Store.open(args.store)
+    given = args.model or store.model["given"]
+    options = {"batch_size": args.batch_size, "threads": args.threads, "precision": store.model["precision"]}
+    encoder = Encoder(given, device=args.device, **options)
+    if args.batch_size is None and encoder.device.type == "cpu":
+        # What comes next waits for all of a batch.
+        encoder.batch_size = _CPU_BATCH
+    store.require_model({"given": store.model["given"], **describe(encoder)})
+    print(f"{args.store}: {len(store):,} pictures, {encoder.name} on {encoder.device}", flush=True)
+    return create_app(store, encoder, key=key, hosts=hosts, delay=args.delay / 1000)
+
+
+def _key(file: Path | None) -> str | None:
+    try:
+        key = os.environ.get(KEY_VARIABLE) if file is None else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise UserError(f"cannot read the key in {file}: {exc}") from exc
+    if key is None:
+        return None
+    key = key.strip()
+    if len(key) < _KEY_LENGTH or not key.isascii() or not key.isprintable():
+        where = KEY_VARIABLE if file is None else file
+        raise UserError(
+            f"the key in {where} has {len(key)} characters; expected {_KEY_LENGTH} or more of ASCII in one line, such"
+            " as 'openssl rand -hex 32' makes"
+        )
+    return key
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _address(host: str, port: int) -> str:
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{port}"

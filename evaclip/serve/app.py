@@ -1,0 +1,165 @@
+"""The HTTP API and the page."""
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Form, Request, Response, UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import RedirectResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from evaclip.runtime.encoder import Encoder
+from evaclip.runtime.store import Store
+from evaclip.serve.limits import Guard, Limits, Rejected
+from evaclip.serve.metrics import Measured, Metrics
+from evaclip.serve.service import Hits, Query, Service
+
+_PAGE = {
+    "/": ("serve/page/index.html", "text/html; charset=utf-8"),
+    "/page.js": ("serve/page/page.js", "text/javascript; charset=utf-8"),
+    "/page.css": ("serve/page/page.css", "text/css; charset=utf-8"),
+    "/theme.css": ("report/theme.css", "text/css; charset=utf-8"),
+}
+
+Texts = Annotated[list[str], Form()]
+
+
+def create_app(
+    store: Store,
+    encoder: Encoder,
+    *,
+    key: str | None = None,
+    hosts: Sequence[str] = ("*",),
+    limits: Limits | None = None,
+    delay: float = 0.003,
+) -> FastAPI:
+    """An ASGI app that searches in a store.
+
+    Args:
+        store: to search in; it may grow meanwhile.
+        encoder: of the store's model.
+        key: what requests must bring; None for no key.
+        hosts: names that the server may be called by. Where there is no key, all but its own are to be refused: a web
+            page could reach it by a name that leads to this machine.
+        limits: of requests.
+        delay: seconds that a picture or text waits for others to be encoded with.
+
+    Example:
+        ```python
+        store = Store.open(Path("photos.store"))
+        app = create_app(store, Encoder(store.model["given"], precision=store.model["precision"]))
+        ```
+    """
+    limits, metrics = limits or Limits(), Metrics()
+    service = Service(store, encoder, limits, metrics, delay)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    # FastAPI's own pages about the API load scripts from elsewhere.
+    app = FastAPI(title="evaclip", lifespan=lifespan, docs_url=None, redoc_url=None)
+    _add_page(app)
+    _add_state(app, service, metrics)
+    _add_api(app, service)
+    _add_errors(app)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    app.add_middleware(Guard, limits=limits, key=key)
+    app.add_middleware(Measured, metrics=metrics)
+    return app
+
+
+def _add_page(app: FastAPI) -> None:
+    def add(path: str, content: bytes, media_type: str) -> None:
+        @app.get(path, include_in_schema=False)
+        async def file() -> Response:
+            return Response(content, media_type=media_type, headers={"Cache-Control": "no-cache"})
+
+    for path, (name, media_type) in _PAGE.items():
+        add(path, files("evaclip").joinpath(name).read_bytes(), media_type)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return RedirectResponse("/openapi.json")
+
+
+def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """Whether the server works; needs no key."""
+        if not service.batcher.alive:
+            raise Rejected(503, "The encoder has ended; start the server anew.")
+        return {"status": "ok"}
+
+    @app.get("/about")
+    async def about() -> dict[str, Any]:
+        """The model, the length of its embeddings, and how many pictures there are."""
+        return {"model": service.encoder.name, "dim": service.store.dim, "pictures": len(service.store)}
+
+    @app.get("/metrics", response_class=Response)
+    async def text() -> Response:
+        """For Prometheus."""
+        metrics.waiting.set(service.batcher.waiting())
+        metrics.rows.set(len(service.store))
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_api(app: FastAPI, service: Service) -> None:
+    @app.post("/embed/image")
+    async def embed_image(image: list[UploadFile]) -> dict[str, list[list[float]]]:
+        """Embeddings of pictures (JPEG, PNG, WebP, GIF or AVIF files), of length 1, in their order."""
+        return {"embeddings": (await service.pictures([await one.read() for one in image])).tolist()}
+
+    @app.post("/embed/text")
+    async def embed_text(text: Texts) -> dict[str, list[list[float]]]:
+        """Embeddings of texts, of length 1, in their order."""
+        return {"embeddings": (await service.texts(text)).tolist()}
+
+    @app.post("/search")
+    async def search(query: Annotated[Query, Form(media_type="multipart/form-data")]) -> Hits:
+        """Pictures that are like a text, a picture, a row of the store or all of these at once, the nearest first.
+
+        `minus` is a text that they shall be unlike; `filter` a condition such as `year>=2020 and caption~bicycle`.
+        """
+        began = time.perf_counter()
+        return Hits(results=await service.search(query), seconds=time.perf_counter() - began)
+
+    @app.post("/label")
+    async def label(
+        image: UploadFile, label: Texts, template: Annotated[str, Form()] = "a photo of a {}"
+    ) -> dict[str, list[dict[str, Any]]]:
+        """The probability of each label, likeliest first, if one of them is right; it replaces `{}` in the template."""
+        shares = await service.label(await image.read(), label, template)
+        ranked = sorted(zip(shares, label, strict=True), key=lambda pair: -pair[0])
+        return {"labels": [{"label": name, "probability": share} for share, name in ranked]}
+
+    @app.get("/thumbnail/{row}", response_class=Response)
+    async def thumbnail(row: int) -> Response:
+        """A small copy of a row's picture."""
+        data, media_type = await service.thumbnail(row)
+        return Response(data, media_type=media_type, headers={"Cache-Control": "private, max-age=86400"})
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(Rejected)
+    async def rejected(request: Request, exc: Rejected) -> Response:
+        return exc.response()
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, exc: HTTPException) -> Response:
+        return Rejected(exc.status_code, f"{exc.detail.rstrip('.')}: {request.method} {request.url.path}.").response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, exc: RequestValidationError) -> Response:
+        faults = (f"{'.'.join(map(str, error['loc'][1:]))!r}: {error['msg']}" for error in exc.errors())
+        return Rejected(422, f"The request can't be used: {'; '.join(faults)}.").response()
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, exc: Exception) -> Response:
+        return Rejected(500, "The server failed at this; its log says why.").response()

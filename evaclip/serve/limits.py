@@ -1,0 +1,205 @@
+"""What a request may be: its size, its time, its pictures and texts, and who may ask."""
+
+import asyncio
+import base64
+import hmac
+import io
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from PIL import Image
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from evaclip.data.samples import BadSample, Decoding, decode_image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF")
+_SCANS = 100
+"""Of a JPEG file. Each costs a pass over all pixels and may take a few bytes; a picture has some ten."""
+_UPRIGHT = Decoding(exif_orientation=True)
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:;"
+    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is accepted."""
+
+    body: int = 16 << 20  # bytes of a request
+    pixels: int = 50_000_000  # of a picture
+    pictures: int = 16  # of a request, as are the texts
+    texts: int = 128
+    length: int = 1000  # characters of a text
+    top: int = 200  # results of a search
+    requests: int = 128  # that are worked on at once
+    waiting: int = 1024  # pictures and texts that wait to be encoded
+    seconds: float = 30.0  # for a request
+
+
+class Rejected(Exception):
+    """A request that isn't answered: the status, and a sentence for who asked."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+    def response(self) -> JSONResponse:
+        """What is sent: `{"error": reason}`."""
+        headers = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": 'Basic realm="evaclip", charset="UTF-8"'}}
+        return JSONResponse({"error": self.reason}, self.status, headers.get(self.status))
+
+
+def decode(data: bytes, limits: Limits) -> Image.Image:
+    """The picture in an uploaded file, upright. Its size is read, and judged, before any pixel.
+
+    Raises:
+        Rejected: it is no picture, a damaged one, or one with too many pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as header:
+                width, height = header.size
+    except Image.DecompressionBombError as exc:
+        raise _too_large(limits) from exc
+    except Exception as exc:  # the parsers raise almost anything on damaged data
+        known = "JPEG, PNG, WebP, GIF or AVIF"
+        raise Rejected(415, f"The file of {len(data):,} bytes is no picture that can be read; send {known}.") from exc
+    if width * height > limits.pixels:
+        raise _too_large(limits, f" of {width:,} x {height:,} pixels")
+    if data.count(b"\xff\xda") > _SCANS:
+        raise Rejected(422, f"The JPEG file has more than {_SCANS} scans; save it anew.")
+    try:
+        return decode_image(data, "the picture", _UPRIGHT)
+    except (BadSample, MemoryError) as exc:
+        raise Rejected(422, "The picture is damaged and can't be decoded; save it anew.") from exc
+
+
+def _too_large(limits: Limits, given: str = "") -> Rejected:
+    return Rejected(413, f"A picture{given} is too large; send one of {limits.pixels:,} pixels at most.")
+
+
+def check_texts(texts: Sequence[str], limits: Limits) -> None:
+    """Raises Rejected where texts are too many, or one is too long."""
+    if len(texts) > limits.texts:
+        raise Rejected(422, f"There are {len(texts):,} texts; send {limits.texts:,} at most.")
+    longest = max(map(len, texts), default=0)
+    if longest > limits.length:
+        raise Rejected(422, f"A text has {longest:,} characters; send {limits.length:,} at most.")
+
+
+class Guard:
+    """ASGI middleware that reads a request, and lets it through if it is within the limits and brings the key.
+
+    Work on a request ends when its time is over, and when nobody waits for the answer any more.
+
+    Args:
+        app: what answers.
+        limits: see there.
+        key: what requests must bring, as a bearer token or the password of basic authentication; None for no key.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits, key: str | None = None) -> None:
+        self._app, self._limits, self._key = app, limits, key
+        self._running = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        begun = False
+
+        async def answer(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        try:
+            if scope["path"] != "/healthz":
+                self._admit(Headers(scope=scope))
+            if self._running >= self._limits.requests:
+                raise Rejected(503, "The server has too much to do; try again in a second.")
+            self._running += 1
+            try:
+                await self._serve(scope, receive, answer)
+            finally:
+                self._running -= 1
+        except Rejected as exc:
+            if not begun:
+                await exc.response()(scope, receive, answer)
+
+    def _admit(self, headers: Headers) -> None:
+        if self._key is not None and not _has_key(headers.get("authorization", ""), self._key):
+            raise Rejected(401, "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'.")
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > self._limits.body:
+            raise _too_long(self._limits)
+
+    async def _serve(self, scope: Scope, receive: Receive, answer: Send) -> None:
+        end = asyncio.get_running_loop().time() + self._limits.seconds
+        try:
+            async with asyncio.timeout_at(end):
+                body = await self._body(receive)
+        except TimeoutError as exc:
+            raise Rejected(408, f"The request didn't arrive within {self._limits.seconds:g} seconds.") from exc
+        if body is None:
+            return
+        gone = asyncio.ensure_future(receive())
+        work = asyncio.ensure_future(self._app(scope, _replay(body, gone), answer))
+        left = end - asyncio.get_running_loop().time()
+        try:
+            done, _ = await asyncio.wait({gone, work}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (gone, work):
+                if not task.done():
+                    task.cancel()
+        if work in done:
+            work.result()
+        elif not done:
+            raise Rejected(503, f"The answer took more than {self._limits.seconds:g} seconds; try again later.")
+
+    async def _body(self, receive: Receive) -> bytes | None:
+        """All of it; None where who asked is gone."""
+        parts, size, more = list[bytes](), 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self._limits.body:
+                raise _too_long(self._limits)
+            more = message.get("more_body", False)
+        return b"".join(parts)
+
+
+def _replay(body: bytes, gone: "asyncio.Future[Message]") -> Receive:
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        return messages.pop() if messages else await asyncio.shield(gone)
+
+    return receive
+
+
+def _too_long(limits: Limits) -> Rejected:
+    return Rejected(413, f"The request is too large; send {limits.body >> 20} MiB at most.")
+
+
+def _has_key(authorization: str, key: str) -> bool:
+    scheme, _, given = authorization.partition(" ")
+    if scheme.lower() == "basic":
+        with suppress(ValueError):
+            given = base64.b64decode(given).decode("utf-8").partition(":")[2]
+    elif scheme.lower() != "bearer":
+        return False
+    return hmac.compare_digest(given.strip().encode("utf-8", "replace"), key.encode())

@@ -1,0 +1,212 @@
+"""What the server answers with: embeddings, rows of the store, labels and small pictures."""
+
+import asyncio
+import io
+import sqlite3
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from fastapi import UploadFile
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import BaseModel
+
+from evaclip.data.samples import BadSample, Decoding, decode_image, read_image_file
+from evaclip.errors import UserError
+from evaclip.runtime.encoder import Encoder
+from evaclip.runtime.indexing import small_copy
+from evaclip.runtime.search import search
+from evaclip.runtime.store import Row, Store
+from evaclip.serve.batching import Batcher, QueueFull
+from evaclip.serve.limits import FORMATS, Limits, Rejected, check_texts, decode
+from evaclip.serve.metrics import Metrics
+
+T = TypeVar("T")
+Vector = NDArray[np.float32]
+
+_SIDE, _KEPT = 256, 2048
+"""Pixels of a small copy's longer side, and how many of them are kept."""
+
+
+class Query(BaseModel, extra="forbid"):
+    """What to search for: the direction of the sum of what is given, less that of `minus`."""
+
+    text: str = ""
+    image: UploadFile | None = None
+    minus: str = ""
+    like: int | None = None
+    top: int = 10
+    filter: str = ""
+
+
+class Hit(BaseModel):
+    """A row of the store, its cosine with the query, and where a small copy of its picture is."""
+
+    row: int
+    score: float
+    id: str
+    caption: str
+    metadata: dict[str, Any]
+    thumbnail: str
+
+
+class Hits(BaseModel):
+    """The best first."""
+
+    results: list[Hit]
+    seconds: float
+
+
+class Service:
+    """The work behind the API. One thread has the encoder, another one the store, and some decode pictures.
+
+    Args:
+        store: to search in.
+        encoder: of the store's model.
+        limits: of requests.
+        metrics: told of each batch.
+        delay: seconds that a picture or text waits for others to be encoded with.
+
+    Raises:
+        Rejected: by all methods, for what isn't accepted.
+    """
+
+    def __init__(self, store: Store, encoder: Encoder, limits: Limits, metrics: Metrics, delay: float) -> None:
+        self.store, self.encoder, self.limits = store, encoder, limits
+        self.batcher = Batcher(
+            {"picture": lambda pixels: encoder.images(pixels).numpy(), "text": lambda t: encoder.texts(t).numpy()},
+            size=encoder.batch_size,
+            delay=delay,
+            depth=limits.waiting,
+            observe=lambda kind, count: metrics.batches.labels(kind).observe(count),
+        )
+        self._scale = float(encoder.model.logit_scale.exp())
+        self._decoders = ThreadPoolExecutor(encoder.threads, "evaclip-decode")
+        self._reader = ThreadPoolExecutor(1, "evaclip-store")
+        self._small = lru_cache(_KEPT)(_small_copy_of_file)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self.batcher.close()
+        self._decoders.shutdown(cancel_futures=True)
+        self._reader.shutdown(cancel_futures=True)
+
+    async def pictures(self, files: Sequence[bytes]) -> Vector:
+        """Embeddings `[n, dim]` of image files."""
+        if len(files) > self.limits.pictures:
+            raise Rejected(422, f"There are {len(files):,} pictures; send {self.limits.pictures:,} at most.")
+        pixels = await _all(_in(self._decoders, partial(self._pixels, data)) for data in files)
+        return await self._embeddings("picture", pixels)
+
+    async def texts(self, texts: Sequence[str]) -> Vector:
+        """Embeddings `[n, dim]` of texts."""
+        check_texts(texts, self.limits)
+        return await self._embeddings("text", texts)
+
+    async def label(self, picture: bytes, labels: Sequence[str], template: str) -> list[float]:
+        """The probability of each label by the model, for one of them to be right."""
+        if "{}" not in template:
+            raise Rejected(422, f"The template {template!r} has no place for the label; write {{}} there.")
+        check_texts([template, *labels], self.limits)
+        (image,), texts = await _all(
+            (self.pictures([picture]), self.texts([template.replace("{}", label) for label in labels]))
+        )
+        logits = self._scale * (texts @ image).astype(np.float64)
+        weights = np.exp(logits - logits.max())
+        return [float(weight) for weight in weights / weights.sum()]
+
+    async def search(self, query: Query) -> list[Hit]:
+        """The rows of the store that are nearest to a query, the best first."""
+        if not 1 <= query.top <= self.limits.top:
+            raise Rejected(422, f"'top' is {query.top}; send 1 to {self.limits.top:,}.")
+        check_texts([query.text, query.minus, query.filter], self.limits)
+        texts = {name: text for name in ("text", "minus") if (text := getattr(query, name).strip())}
+        files = [] if query.image is None else [await query.image.read()]
+        if "text" not in texts and not files and query.like is None:
+            raise Rejected(422, "There is nothing to look for; send a text, a picture or the number of a row.")
+        embedded, pictures = await _all((self.texts(list(texts.values())), self.pictures(files)))
+        signs = np.array([-1 if name == "minus" else 1 for name in texts], np.float32)
+        vector = pictures.sum(axis=0) + signs @ embedded
+        return await _in(self._reader, partial(self._search, vector, query))
+
+    async def thumbnail(self, number: int) -> tuple[bytes, str]:
+        """A small copy of a row's picture, and its media type."""
+        row = (await _in(self._reader, partial(self._rows, [number])))[0]
+        data = row.thumbnail or await _in(self._decoders, partial(self._small, row.id, row.content))
+        try:
+            with Image.open(io.BytesIO(data or b""), formats=FORMATS) as image:
+                return data or b"", image.get_format_mimetype() or ""
+        except Exception as exc:
+            raise Rejected(404, f"There is no picture of row {number} to show.") from exc
+
+    async def _embeddings(self, kind: str, items: Sequence[Any]) -> Vector:
+        try:
+            futures = self.batcher.submit(kind, items)
+        except QueueFull as exc:
+            raise Rejected(503, "The server has too much to do; try again in a second.") from exc
+        found = await _all(asyncio.wrap_future(future) for future in futures)
+        return np.stack(found) if found else np.empty((0, self.store.dim), np.float32)
+
+    def _pixels(self, data: bytes) -> Any:
+        return self.encoder.transform(decode(data, self.limits))
+
+    def _search(self, vector: Vector, query: Query) -> list[Hit]:
+        self.store.refresh()
+        if query.like is not None:
+            self._rows([query.like])
+            vector = vector + self.store.embeddings[query.like].astype(np.float32)
+        try:
+            # One more, as the row itself isn't told.
+            found = search(self.store, vector, query.top + 1, query.filter.strip() or None)
+        except (UserError, sqlite3.Error, OverflowError) as exc:
+            raise Rejected(422, f"The search can't be made: {exc}.") from exc
+        pairs = [pair for pair in zip(*(part.tolist() for part in found), strict=True) if pair[1] != query.like]
+        rows = self._rows([number for _, number in pairs[: query.top]])
+        return [_hit(*pair, row) for pair, row in zip(pairs, rows, strict=False)]
+
+    def _rows(self, numbers: Sequence[int]) -> list[Row]:
+        for number in numbers:
+            if not 0 <= number < self.store.slots:
+                raise Rejected(404, f"There is no row {number}.")
+        try:
+            return self.store.rows(numbers)
+        except UserError as exc:
+            self.store.refresh()
+            raise Rejected(404, "The store has changed, and this row is no longer there; search again.") from exc
+
+
+def _hit(score: float, number: int, row: Row) -> Hit:
+    # What a row holds tells apart the pictures that have been under its number.
+    address = f"/thumbnail/{number}?v={row.content[:16]}"
+    known = {"id": row.id, "caption": row.caption, "metadata": dict(row.metadata)}
+    return Hit(row=number, score=score, thumbnail=address, **known)
+
+
+def _small_copy_of_file(id: str, content: str) -> bytes | None:
+    """Of the picture that was embedded, where that is a file. The content tells apart what a file held when."""
+    path = Path(id)
+    try:
+        if not (path.is_absolute() and path.is_file()):
+            return None
+        picture = decode_image(read_image_file(path), id, Decoding(exif_orientation=True, at_least=_SIDE))
+        return small_copy(picture, _SIDE)
+    except (BadSample, OSError, ValueError):
+        return None
+
+
+async def _in(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+
+async def _all(parts: Any) -> list[Any]:
+    """The results of all; where one fails, or nobody waits any more, the others are cancelled."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,164 @@
+"""The page in a real browser: search, a dropped picture, more like a result, words for a picture, keys, a phone."""
+
+import shutil
+import threading
+import time
+
+import pytest
+import uvicorn
+from serve_files import as_file
+
+from evaclip.serve import create_app
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no browser: chromium, chromium-browser or google-chrome isn't in PATH"
+    ),
+]
+QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-gpu", "--disable-sync"]
+DROP = """([bytes, name, type]) => {
+    const data = new DataTransfer();
+    data.items.add(new File([new Uint8Array(bytes)], name, {type}));
+    document.body.dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true}));
+}"""
+
+
+@pytest.fixture(scope="module")
+def address(store, encoder):
+    server = uvicorn.Server(uvicorn.Config(create_app(store, encoder), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET, timeout=60_000)
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def page(browser, address, request):
+    """The page, which may load from its server only, and whose errors fail the test."""
+    complaints = []
+    size = getattr(request, "param", (1280, 900))
+    with browser.new_context(viewport={"width": size[0], "height": size[1]}) as context:
+        opened = context.new_page()
+        opened.on("pageerror", lambda error: complaints.append(str(error)))
+        opened.on("console", lambda said: "the server responded" in said.text or complaints.append(said.text))
+        own = (address, "blob:", "data:")
+        opened.on("request", lambda sent: sent.url.startswith(own) or complaints.append(sent.url))
+        opened.goto(address)
+        yield opened
+    assert complaints == []
+
+
+def _search(page, text):
+    page.get_by_label("What to look for").fill(text)
+    page.keyboard.press("Enter")
+    page.locator(".card").first.wait_for()
+
+
+def test_a_search_shows_pictures_with_captions_and_scores(page):
+    assert page.get_by_text("Find a picture by what it shows.").is_visible()
+    _search(page, "a red bicycle")
+    assert page.locator(".card").count() == 12
+    assert "text=a+red+bicycle" in page.url
+    shown = page.locator(".card img").evaluate_all("all => all.map(one => [one.alt, one.complete && one.naturalWidth])")
+    assert all(alt for alt, _ in shown)
+    scores = [float(score) for score in page.locator(".score").all_inner_texts()]
+    assert scores == sorted(scores, reverse=True)
+    assert page.get_by_role("status").first.inner_text().startswith("The nearest 12 pictures")
+    page.reload()
+    page.locator(".card").first.wait_for()
+    assert page.get_by_label("What to look for").input_value() == "a red bicycle"
+
+
+def test_a_picture_can_be_dropped_and_is_compared_with_words(page, pictures):
+    page.evaluate(DROP, [list(as_file(pictures[5])), "five.png", "image/png"])
+    page.locator(".card").first.wait_for()
+    assert page.locator(".caption").first.inner_text() == "picture 5"
+    page.get_by_label("Which of these words?").fill("cat, dog, bicycle")
+    page.keyboard.press("Enter")
+    page.locator("#bars li").first.wait_for()
+    shares = page.locator("#bars li span:nth-child(2)").all_inner_texts()
+    assert len(shares) == 3
+    assert sum(float(share.split()[0]) for share in shares) == pytest.approx(100, abs=0.2)
+    page.get_by_label("Search without this picture").click()
+    assert page.get_by_text("Find a picture by what it shows.").is_visible()
+
+
+def test_a_picture_can_be_chosen(page, pictures):
+    file = {"name": "seven.png", "mimeType": "image/png", "buffer": as_file(pictures[7])}
+    page.get_by_label("Search with a picture").set_input_files(file)
+    page.locator(".card").first.wait_for()
+    assert page.locator(".caption").first.inner_text() == "picture 7"
+
+
+def test_a_click_shows_more_like_that_and_back_leads_back(page):
+    _search(page, "a")
+    name = page.locator(".caption").nth(3).inner_text()
+    page.locator(".card").nth(3).click()
+    page.get_by_text("More like this", exact=True).wait_for()
+    page.get_by_text("The nearest 11 pictures").wait_for()
+    assert name not in page.locator(".caption").all_inner_texts()
+    page.go_back()
+    page.get_by_text("The nearest 12 pictures").wait_for()
+
+
+def test_keys_move_through_the_grid(page):
+    def focused():
+        return page.evaluate("[...document.querySelectorAll('.card')].indexOf(document.activeElement)")
+
+    _search(page, "a")
+    page.keyboard.press("ArrowDown")
+    assert focused() == 0
+    columns = page.evaluate("getComputedStyle(results).gridTemplateColumns.split(' ').length")
+    for key, expected in (("ArrowRight", 1), ("ArrowDown", 1 + columns), ("ArrowUp", 1), ("ArrowLeft", 0)):
+        page.keyboard.press(key)
+        assert focused() == expected
+    page.keyboard.press("Enter")
+    page.get_by_text("More like this", exact=True).wait_for()
+    page.keyboard.press("Escape")
+    assert page.get_by_text("Find a picture by what it shows.").is_visible()
+    assert page.evaluate("document.activeElement.id") == "text"
+
+
+def test_errors_are_sentences(page):
+    page.get_by_text("Narrow it down").click()
+    page.get_by_label("Only where").fill("n=")
+    page.get_by_label("What to look for").fill("a")
+    page.keyboard.press("Enter")
+    alert = page.get_by_role("alert")
+    alert.wait_for()
+    assert alert.inner_text().startswith("The search can't be made: the condition 'n=' can't be read")
+    page.evaluate(DROP, [[1, 2, 3], "broken.png", "image/png"])
+    page.get_by_text("is no picture that can be read").wait_for()
+    page.evaluate(DROP, [[1, 2, 3], "notes.txt", "text/plain"])
+    page.get_by_text("notes.txt is no picture").wait_for()
+
+
+@pytest.mark.parametrize("page", [(360, 740)], indirect=True)
+def test_nothing_sticks_out_on_a_phone(page, pictures):
+    for _ in range(2):
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        page.evaluate(DROP, [list(as_file(pictures[5])), "five.png", "image/png"])
+        page.locator(".card").first.wait_for()
+    assert page.evaluate("getComputedStyle(results).gridTemplateColumns.split(' ').length") == 2
+
+
+@pytest.mark.parametrize(("scheme", "paper"), [("light", "rgb(254, 254, 254)"), ("dark", "rgb(20, 23, 28)")])
+def test_the_page_follows_the_readers_theme(page, scheme, paper):
+    page.emulate_media(color_scheme=scheme)
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == paper
