@@ -141,7 +141,9 @@ def page(by_release: dict[str, Pair], by_library: dict[str, Pair]) -> str:
             "Blocks count as replaced if they or their attention were, and nothing in them is of an unknown form; of a",
             "loss, the loss itself is counted.",
             "",
-            _line("release", "models that are equal", "blocks replaced", "outputs", "gradients", "by behaviour", "not so"),
+            _line(
+                "release", "models that are equal", "blocks replaced", "outputs", "gradients", "by behaviour", "not so"
+            ),
             "|" + "---|" * 7,
             *(release_line(name, *pair) for name, pair in by_release.items()),
             "",

@@ -78,7 +78,7 @@ class Service:
     def __init__(self, store: Store, encoder: Encoder, limits: Limits, metrics: Metrics, delay: float) -> None:
         self.store, self.encoder, self.limits = store, encoder, limits
         self.batcher = Batcher(
-            {"picture": lambda pixels: encoder.images(pixels).numpy(), "text": lambda t: encoder.texts(t).numpy()},
+            {"picture": lambda p: list(encoder.images(p).numpy()), "text": lambda t: list(encoder.texts(t).numpy())},
             size=encoder.batch_size,
             delay=delay,
             depth=limits.waiting,
@@ -166,7 +166,7 @@ class Service:
             raise Rejected(422, f"The search can't be made: {exc}.") from exc
         pairs = [pair for pair in zip(*(part.tolist() for part in found), strict=True) if pair[1] != query.like]
         rows = self._rows([number for _, number in pairs[: query.top]])
-        return [_hit(*pair, row) for pair, row in zip(pairs, rows, strict=False)]
+        return [_hit(score, number, row) for (score, number), row in zip(pairs, rows, strict=False)]
 
     def _rows(self, numbers: Sequence[int]) -> list[Row]:
         for number in numbers:
@@ -182,8 +182,8 @@ class Service:
 def _hit(score: float, number: int, row: Row) -> Hit:
     # What a row holds tells apart the pictures that have been under its number.
     address = f"/thumbnail/{number}?v={row.content[:16]}"
-    known = {"id": row.id, "caption": row.caption, "metadata": dict(row.metadata)}
-    return Hit(row=number, score=score, thumbnail=address, **known)
+    metadata = dict(row.metadata)
+    return Hit(row=number, score=score, thumbnail=address, id=row.id, caption=row.caption, metadata=metadata)
 
 
 def _small_copy_of_file(id: str, content: str) -> bytes | None:
