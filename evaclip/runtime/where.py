@@ -55,4 +55,5 @@ def _value(raw: str) -> object:
         value = json.loads(raw)
     except ValueError:
         return raw
-    return value if isinstance(value, bool | int | float) else raw
+    # SQLite has no larger numbers, and takes them for text.
+    return value if isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 1 << 63) else raw

@@ -120,6 +120,7 @@ def test_embeddings_of_another_model_are_refused(tmp_path):
         ("caption='x and y'", [5]),
         ("caption~%", []),
         ("missing=1", []),
+        ("year=123456789012345678901234567890", []),
     ],
 )
 def test_conditions(tmp_path, where, expected):
