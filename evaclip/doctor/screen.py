@@ -117,11 +117,20 @@ def _package_lines(packages: dict[str, dict[str, str | None]]) -> list[str]:
 
 
 def _missing(packages: dict[str, dict[str, str | None]]) -> Iterator[str]:
-    """For each extra that isn't there as a whole: the command that installs it, and what it brings."""
+    """The commands that install the extras that aren't there as a whole, and what each alone brings.
+
+    Extras of one package of the same name share a line.
+    """
+    told, alike = set[str](), list[str]()
     for extra, found in packages.items():
-        names = [name for name, version in found.items() if version is None]
-        if extra and names:
+        names = [name for name, version in found.items() if version is None and name not in told]
+        told.update(names)
+        if names == [extra]:
+            alike.append(extra)
+        elif extra and names:
             yield f"{install_command(extra)} brings {', '.join(names)}"
+    if alike:
+        yield f"{install_command(','.join(alike))} brings {', '.join(alike)}"
 
 
 def _without_name(reason: str, op: str) -> str:
