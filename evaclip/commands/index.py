@@ -1,7 +1,8 @@
 """`evaclip index` and `evaclip embed`: embeddings of pictures and texts, into a store to search in or a file."""
 
 import argparse
-import os.path
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from evaclip.runtime.store import Store
 
 _NAMED_FAULTS = 3
+_PATIENCE = 600.0
+"""Seconds in which the first process is to have loaded its model."""
 _IMAGES = "a folder of pictures, tar shards, or a table of paths: all that training reads"
 
 
@@ -107,10 +110,13 @@ def _run_index(args: argparse.Namespace) -> None:
     source = _open(args.images, args)
     encoder = _encoder(model, args)
     described = {"given": model, **describe(encoder)}
-    if store is None:
+    if store is None and part[0] > 0:
+        store = _awaited(args.store)
+    elif store is None:
         store = Store.create(args.store, described)
         _keep_text_tower(store, encoder)
-    store.require_model(described)
+    # The same weights may lie elsewhere now.
+    store.require_model({**described, "given": store.model["given"]})
     progress = Progress(len(source) * (part[0] + 1) // part[1] - len(source) * part[0] // part[1])
     with _shown(progress):
         index(source, encoder, store, thumbnail=args.thumbnails, part=part, progress=progress)
@@ -120,6 +126,18 @@ def _run_index(args: argparse.Namespace) -> None:
 
         build_approximate(store)
     print(f"{args.store} has {len(store):,} pictures: evaclip search {args.store} 'a red bicycle'")
+
+
+def _awaited(folder: Path) -> "Store":
+    """The store that the first of several processes makes."""
+    from evaclip.runtime.store import Store
+
+    end = time.monotonic() + _PATIENCE
+    while not Store.exists(folder):
+        if time.monotonic() > end:
+            raise UserError(f"the first process has made no store {str(folder)!r} within {_PATIENCE:g} seconds")
+        time.sleep(0.2)
+    return Store.open(folder)
 
 
 def _keep_text_tower(store: "Store", encoder: "Encoder") -> None:
@@ -179,11 +197,16 @@ def _open(path: str, args: argparse.Namespace) -> "Source":
 
 
 def _encoder(model: str, args: argparse.Namespace) -> "Encoder":
+    import torch
+
     from evaclip.loading import RANDOM
     from evaclip.runtime.encoder import Encoder
 
     options = {"batch_size": args.batch_size, "threads": args.threads, "compile": args.compile}
-    encoder = Encoder(model, device=args.device, precision=args.precision, **options)
+    device = args.device
+    if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"  # each process has its own
+    encoder = Encoder(model, device=device, precision=args.precision, **options)
     if encoder.origin == RANDOM:
         raise UserError(f"the model {model!r} has random weights, whose embeddings find nothing: give NAME:WEIGHTS")
     return encoder

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
+from evaclip.commands import index
 from evaclip.commands.main import main
 from evaclip.runtime.encoder import Encoder
 from evaclip.runtime.store import Store
@@ -48,6 +49,23 @@ def test_processes_of_torchrun_share_the_work(model, folder, tmp_path, capsys, m
     found = capsys.readouterr().out
     assert [found.count(f"{number} embedded") for number in (2, 3)] == [2, 1]  # of eight files one can't be read
     assert len(Store.open(store)) == 7
+
+
+def test_a_process_that_is_early_waits_for_the_store_of_the_first(model, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(index, "_PATIENCE", 0.1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(["index", str(tmp_path / "a.store"), "--images", str(folder), "--model", model]) == 2
+    assert "the first process has made no store" in capsys.readouterr().err
+    assert not (tmp_path / "a.store").exists()
+
+
+def test_the_same_weights_may_lie_elsewhere(model, folder, loaded, tmp_path, capsys):
+    store, moved = tmp_path / "a.store", tmp_path / "moved.safetensors"
+    save_file(loaded.model.state_dict(), moved)
+    for given in (model, f"tiny:{moved}"):
+        assert main(["index", str(store), "--images", str(folder), "--model", given]) == 0
+    assert "0 embedded, 7 unchanged" in capsys.readouterr().out
 
 
 def test_embeddings_of_pictures_and_texts_in_a_file(model, loaded, folder, pictures, tmp_path):
