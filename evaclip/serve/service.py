@@ -162,7 +162,7 @@ class Service:
         try:
             # One more, as the row itself isn't told.
             found = search(self.store, vector, query.top + 1, query.filter.strip() or None)
-        except (UserError, sqlite3.Error, OverflowError) as exc:
+        except (UserError, sqlite3.Error) as exc:
             raise Rejected(422, f"The search can't be made: {exc}.") from exc
         pairs = [pair for pair in zip(*(part.tolist() for part in found), strict=True) if pair[1] != query.like]
         rows = self._rows([number for _, number in pairs[: query.top]])

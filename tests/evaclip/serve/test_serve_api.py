@@ -78,6 +78,11 @@ def test_thumbnails_come_from_the_store_or_from_the_rows_own_file(client, pictur
         assert client.get(f"/thumbnail/{path}").status_code in (404, 422)
 
 
+def test_a_number_that_no_row_can_have_finds_nothing(client):
+    answer = client.post("/search", data={"text": "a", "filter": f"n={10**30}"})
+    assert (answer.status_code, answer.json()["results"]) == (200, [])
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "words"),
     [
@@ -90,7 +95,6 @@ def test_thumbnails_come_from_the_store_or_from_the_rows_own_file(client, pictur
         ({"text": "a", "top": "many"}, 422, "'top'"),
         ({"like": 99}, 404, "no row 99"),
         ({"text": "a", "filter": "n="}, 422, "can't be read"),
-        ({"text": "a", "filter": f"n={10**30}"}, 422, "too large"),
         ({"txet": "a"}, 422, "'txet'"),
         ({"image": "no file"}, 422, "'image'"),
     ],
