@@ -91,6 +91,7 @@ class Decoding:
 
 
 WHOLE = Decoding()
+UPRIGHT = Decoding(exif_orientation=True)
 
 
 def decode_image(data: bytes, name: str, decoding: Decoding = WHOLE) -> Image.Image:

@@ -23,8 +23,8 @@ class Graph:
     """Nodes and constants so far. Names of values are strings, and every method that computes returns one.
 
     Args:
-        dtype: of the weights. `fp16` is computed in; `bf16` is widened to float32 by nodes that runtimes fold when they
-            load the file, as ONNX Runtime has no kernels of it for CPUs.
+        dtype: of the weights. `fp16` is computed in; `bf16` is widened to float32 by nodes, so no
+            runtime needs kernels of bfloat16.
     """
 
     def __init__(self, dtype: Dtype) -> None:

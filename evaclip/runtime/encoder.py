@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from evaclip.data.samples import BadSample, Decoding, Fault, decode_image, read_image_file
+from evaclip.data.samples import UPRIGHT, BadSample, Fault, decode_image, read_image_file
 from evaclip.errors import UserError, unknown_name
 from evaclip.loading import LoadedModel, load_model
 from evaclip.machine import multiplies_bfloat16
@@ -236,9 +236,9 @@ def _by_length(lengths: Tensor) -> Iterator[Tensor]:
 
 def _decoded(given: Any) -> Image.Image:
     if isinstance(given, str | Path):
-        return decode_image(read_image_file(Path(given)), str(given), _UPRIGHT)
+        return decode_image(read_image_file(Path(given)), str(given), UPRIGHT)
     if isinstance(given, bytes):
-        return decode_image(given, f"a picture of {len(given):,} bytes", _UPRIGHT)
+        return decode_image(given, f"a picture of {len(given):,} bytes", UPRIGHT)
     if isinstance(given, Image.Image):
         return given
     if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.ndim in (2, 3):
@@ -248,9 +248,6 @@ def _decoded(given: Any) -> Image.Image:
         f"a picture is a {kind}; accepted: a path, bytes, a PIL image, a uint8 array [H, W, 3] or [H, W], a tensor"
         " as the model's preprocessing gives it"
     )
-
-
-_UPRIGHT = Decoding(exif_orientation=True)
 
 
 def _precision(given: str, device: str) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from evaclip.atomic import write_text, writing
 from evaclip.data import BadSample, Fault, RawSample, Source
-from evaclip.data.samples import Decoding, decode_image
+from evaclip.data.samples import UPRIGHT, decode_image
 from evaclip.eval.features import weights_hash
 from evaclip.runtime.encoder import Encoder
 from evaclip.runtime.store import Row, Store
@@ -25,7 +25,6 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 UNREADABLE_FILE = "unreadable-{}.jsonl"
 _ROWS, _SECONDS = 4096, 30.0
 """Embeddings are written when there are so many, or after this time; that much work a crash can cost."""
-_UPRIGHT = Decoding(exif_orientation=True)
 
 
 @dataclass
@@ -132,7 +131,7 @@ class _Job:
     def picture(self, thumbnail: int) -> Image.Image:
         if isinstance(self.read, BadSample):
             raise self.read
-        image = decode_image(self.read.image, self.name, _UPRIGHT)
+        image = decode_image(self.read.image, self.name, UPRIGHT)
         if thumbnail:
             self.small = small_copy(image, thumbnail)
         return image

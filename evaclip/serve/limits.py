@@ -14,12 +14,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from evaclip.data.samples import BadSample, Decoding, decode_image
+from evaclip.data.samples import UPRIGHT, BadSample, decode_image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF")
 _SCANS = 100
 """Of a JPEG file. Each costs a pass over all pixels and may take a few bytes; a picture has some ten."""
-_UPRIGHT = Decoding(exif_orientation=True)
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:;"
     " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -78,7 +77,7 @@ def decode(data: bytes, limits: Limits) -> Image.Image:
     if data.count(b"\xff\xda") > _SCANS:
         raise Rejected(422, f"The JPEG file has more than {_SCANS} scans; save it anew.")
     try:
-        return decode_image(data, "the picture", _UPRIGHT)
+        return decode_image(data, "the picture", UPRIGHT)
     except (BadSample, MemoryError) as exc:
         raise Rejected(422, "The picture is damaged and can't be decoded; save it anew.") from exc
 
