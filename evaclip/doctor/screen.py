@@ -117,20 +117,18 @@ def _package_lines(packages: dict[str, dict[str, str | None]]) -> list[str]:
 
 
 def _missing(packages: dict[str, dict[str, str | None]]) -> Iterator[str]:
-    """The commands that install the extras that aren't there as a whole, and what each alone brings.
-
-    Extras of one package of the same name share a line.
-    """
-    told, alike = set[str](), list[str]()
+    """The command that installs the extras that aren't there as a whole, and what each alone brings."""
+    told, lacking = set[str](), dict[str, str]()
     for extra, found in packages.items():
         names = [name for name, version in found.items() if version is None and name not in told]
         told.update(names)
-        if names == [extra]:
-            alike.append(extra)
-        elif extra and names:
-            yield f"{install_command(extra)} brings {', '.join(names)}"
-    if alike:
-        yield f"{install_command(','.join(alike))} brings {', '.join(alike)}"
+        if extra and names:
+            lacking[extra] = ", ".join(names)
+    if len(lacking) == 1:
+        yield from (f"{install_command(extra)} brings {names}" for extra, names in lacking.items())
+    elif lacking:
+        yield f"{install_command('NAME,...')} brings what is wanted of"
+        yield "; ".join(extra if names == extra else f"{extra}: {names}" for extra, names in lacking.items())
 
 
 def _without_name(reason: str, op: str) -> str:
