@@ -24,6 +24,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 PACKAGE = "evakernels"
+MODULE, SCAN = f"{PACKAGE}._C", "evaclip.runtime._scan"
 RECORD = "_build.json"
 LIBRARY = "_ops.so"
 MODES = ("auto", "on", "off")
@@ -217,7 +218,8 @@ class BuildPython(build_py):
         folder = (ROOT if self.editable_mode else Path(self.build_lib)) / PACKAGE
         if NOT_NATIVE:
             # What an earlier build left in the source tree would be loaded in spite of the decision.
-            for stale in [*folder.glob("_C.*.so"), *folder.glob(LIBRARY)]:
+            scans = (folder.parent / "evaclip" / "runtime").glob("_scan.*.so")
+            for stale in [*folder.glob("_C.*.so"), *folder.glob(LIBRARY), *scans]:
                 stale.unlink()
         record = {
             "native": NOT_NATIVE is None,
@@ -237,7 +239,9 @@ class BuildNative(build_ext):
     """Runs CMake in place of the compiler commands of setuptools."""
 
     def build_extension(self, ext: Extension) -> None:
-        target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        if ext.name != MODULE:
+            return  # made with it
+        target = Path(self.get_ext_fullpath(ext.name)).parent.parent.resolve()
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         cmake = find_tool("cmake")
         forget_environment(build)
@@ -268,6 +272,6 @@ NOT_CUDA = why_not_cuda()
 CUDA_ARCHS = [] if NOT_CUDA else cuda_archs()
 
 setup(
-    ext_modules=[] if NOT_NATIVE else [Extension(f"{PACKAGE}._C", sources=[])],
+    ext_modules=[] if NOT_NATIVE else [Extension(name, sources=[]) for name in (MODULE, SCAN)],
     cmdclass={"build_py": BuildPython, "build_ext": BuildNative},
 )

@@ -66,7 +66,7 @@ def measure(folder: Path, rows: int, approximate: bool, say: Callable[[str], Non
 
 def show(found: list[Measured]) -> None:
     """A table, and what it was measured on."""
-    machine = describe(torch.device("cpu"), (), ("numpy", "numkong", "usearch"))
+    machine = describe(torch.device("cpu"), (), ("numpy", "usearch"))
     table = Table(title=f"The {TOP} nearest of rows of {DIM}, milliseconds a query", title_justify="left")
     for column in ("rows", "search", "recall", "median", "least", "processors: median", "least"):
         table.add_column(column, justify="left" if column == "search" else "right")

@@ -10,6 +10,7 @@ import html
 from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -166,7 +167,7 @@ def byte_pair_encoder(vocab_size: int) -> BpeTokenizer:
     with gzip.open(vocabulary_file(), "rt", encoding="utf-8") as lines:
         # The first line is a version header; after the merges in use come others that CLIP never used.
         count = vocab_size - _BYTES_AND_ENDS
-        merges = [_pair(line) for line, _ in zip(lines, range(count + 1), strict=False)][1:]
+        merges = [(first, second) for first, second in map(str.split, islice(lines, 1, count + 1))]
     letters = _byte_letters()
     words = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges), START, END]
     vocabulary = {word: index for index, word in enumerate(words)}
@@ -176,11 +177,6 @@ def byte_pair_encoder(vocab_size: int) -> BpeTokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.add_special_tokens([START, END])
     return tokenizer
-
-
-def _pair(line: str) -> tuple[str, str]:
-    first, _, second = line.strip().partition(" ")
-    return first, second
 
 
 def _byte_letters() -> list[str]:

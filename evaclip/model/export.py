@@ -34,6 +34,7 @@ def export(
     overwrite: bool = False,
     dtype: str = "fp32",
     int8: bool = False,
+    external: bool = False,
 ) -> "list[Outcome]":
     """Writes a program from images `[B, 3, H, W]`, or token ids `[B, context_length]`, to embeddings `[B, embed_dim]`.
 
@@ -50,6 +51,8 @@ def export(
         overwrite: replace `target` if it exists. What lies in a run or a checkpoint is never replaced.
         dtype: of an ONNX file's weights: fp32; fp16, computed in as well; bf16, computed in float32.
         int8: matrix products of 8-bit integers, of ONNX files with fp32 weights otherwise.
+        external: the weights of an ONNX file lie in the second one in any case: ONNX Runtime then maps them into
+            memory, in a fraction of the time.
 
     Returns:
         What each engine made of an ONNX file's probe; nothing for a `.pt2`.
@@ -71,8 +74,9 @@ def export(
         from evaclip.portable.files import Spec, write_checked
     except ModuleNotFoundError as exc:
         raise with_remedy(exc) from exc
+    spec = Spec(tower, normalize=normalize, dtype=dtype, int8=int8, external=external)
     with writing(target), _together(target) as folder:
-        return write_checked(model, Spec(tower, normalize=normalize, dtype=dtype, int8=int8), folder / target.name)
+        return write_checked(model, spec, folder / target.name)
 
 
 def check_target(target: Path, overwrite: bool, dtype: str = "fp32", int8: bool = False) -> None:

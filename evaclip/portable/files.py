@@ -28,6 +28,7 @@ class Spec:
         int8: whether matrix products are of 8-bit integers.
         input, output: the names of what goes in and what comes out.
         int32: whether token ids are int32, else int64.
+        external: whether the weights lie in a file beside it, `NAME.data`; else they do where they are too many.
     """
 
     tower: Literal["image", "text"]
@@ -37,6 +38,7 @@ class Spec:
     input: str = "inputs"
     output: str = "embeddings"
     int32: bool = False
+    external: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -52,7 +54,7 @@ def write_checked(model: CLIP, spec: Spec, path: Path) -> list[Outcome]:
         Refused: one of them doesn't give the model's embeddings. The file is there then; remove it.
     """
     probe = make_probe(model, spec)
-    save(build(model, spec, probe), path)
+    save(build(model, spec, probe), path, spec.external)
     if spec.int8:
         from evaclip.portable.int8 import quantize
 

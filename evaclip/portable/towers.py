@@ -2,7 +2,8 @@
 
 What a runtime would do again for every batch is done here, once: the scale of the scores, layer scales, and the order
 of the channels that are rotated are in the weights; the rotation is by constant tables, in which the class token turns
-by 0. Attention stands in the form that runtimes fuse: MatMul, Softmax, MatMul. Sizes are fixed but for the batch.
+by 0. Attention stands in the form that runtimes fuse: MatMul, Softmax, MatMul. Sizes are fixed but for the batch, and
+for texts, of which no more is computed than the longest one of a batch.
 """
 
 from dataclasses import dataclass, replace
@@ -67,12 +68,13 @@ def image_graph(graph: Graph, tower: VisionTower, images: str) -> str:
 def text_graph(graph: Graph, tower: TextTower, tokens: str) -> str:
     """Embeddings of token ids `[batch, context_length]`."""
     config = tower.config
-    length = config.context_length
-    embedded = graph.op("Gather", graph.weight(_values(tower.token_embedding.weight)), tokens)
-    x = graph.op("Add", embedded, graph.weight(_values(tower.positional_embedding)))
-    # The end token has the largest id; the first one counts.
+    # The end token has the largest id; the first one counts. No token sees one behind it.
     ends = graph.op("ArgMax", tokens, axis=1, keepdims=1)
-    mask = graph.weight(np.triu(np.full((length, length), _HIDDEN), 1))
+    length = graph.op("Add", graph.reshape(graph.op("ReduceMax", ends), 1), graph.integers(1))
+    embedded = graph.op("Gather", graph.weight(_values(tower.token_embedding.weight)), _first(graph, tokens, length, 1))
+    x = graph.op("Add", embedded, _first(graph, graph.weight(_values(tower.positional_embedding)), length, 0))
+    hidden = np.triu(np.full([config.context_length] * 2, _HIDDEN), 1)
+    mask = _first(graph, _first(graph, graph.weight(hidden), length, 0), length, 1)
     for block in tower.transformer.resblocks:
         assert isinstance(block, TextBlock)
         last = block is tower.transformer.resblocks[-1]
@@ -108,6 +110,11 @@ def _text_block(graph: Graph, block: TextBlock, x: str, heads: Heads, ends: str 
     x = graph.op("Add", kept, _linear(graph, attn.out_proj, out))
     hidden = _gelu(graph, _linear(graph, block.mlp.c_fc, _norm(graph, block.ln_2, x)))
     return str(graph.op("Add", x, _linear(graph, block.mlp.c_proj, hidden)))
+
+
+def _first(graph: Graph, x: str, count: str, axis: int) -> str:
+    """The first `count` `[1]` of `x` along a dimension."""
+    return str(graph.op("Slice", x, graph.integers(0), count, graph.integers(axis)))
 
 
 def _rows(graph: Graph, x: str, places: str) -> str:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from evaclip.atomic import replacing, write_json, writing
 from evaclip.errors import UserError
-from evaclip.runtime.search import Numbers, Scores, checked, rank, search
+from evaclip.runtime.codes import Numbers
+from evaclip.runtime.search import Scores, checked, rank, search
 from evaclip.runtime.store import Store
 
 _GRAPH, _ABOUT = "approximate-{}.usearch", "approximate.json"

@@ -38,7 +38,7 @@ def save_text_tower(store: Store, model: "CLIP") -> None:
     parameter = next(model.parameters())
     if (parameter.dtype, parameter.device.type) != (torch.float32, "cpu"):
         model = copy.deepcopy(model).to("cpu", torch.float32)
-    export(model.eval(), "text", store.folder / PROGRAM_FILE, normalize=True, overwrite=True)
+    export(model.eval(), "text", store.folder / PROGRAM_FILE, normalize=True, overwrite=True, external=True)
     text = model.config.text
     # Written last: without it there is no program.
     write_json(store.folder / TOKENS_FILE, {"context_length": text.context_length, "vocab_size": text.vocab_size})
@@ -89,8 +89,9 @@ def _session(path: Path) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    # For one text the rest takes longer than it gains.
+    # For one text the rest takes longer than it gains, most of all a copy of the weights.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as exc:

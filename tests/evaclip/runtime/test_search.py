@@ -1,19 +1,31 @@
 """A search finds exactly what comparing everything finds."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from store_makers import filled, named, unit
 
+import evakernels
 from evaclip.errors import UserError
-from evaclip.runtime import search as module
+from evaclip.runtime import codes
 from evaclip.runtime.search import search
 from evaclip.runtime.store import Row, Store
 
+NATIVE = evakernels.info()["native"]
+pytestmark = pytest.mark.filterwarnings("ignore:evakernels is installed without compiled code")
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(module, "_BLOCK", 64)
-    monkeypatch.setattr(module, "_processors", lambda: 3)
+
+@pytest.fixture(params=["compiled", "numpy"], autouse=True)
+def way(request, monkeypatch):
+    if request.param == "numpy":
+        monkeypatch.setattr(codes, "_BLOCK", 64)
+        monkeypatch.setattr(codes, "_compiled", lambda: None)
+    elif not NATIVE["loaded"]:
+        pytest.skip(NATIVE["reason"])
 
 
 def best(store, query, top, allowed=None):
@@ -88,3 +100,48 @@ def test_it_sees_what_was_replaced(tmp_path):
 def test_wrong_queries(tmp_path, query, top, reason):
     with pytest.raises(UserError, match=reason):
         search(filled(tmp_path, unit(3)), query, top)
+
+
+# Of whole numbers, which float32 adds exactly.
+SCAN = """
+import sys
+import numpy as np
+from evaclip.runtime import _scan
+from evaclip.runtime.codes import _possible
+draw = np.random.default_rng(0)
+for rows, dim, top in ((1, 1, 1), (300, 7, 3), (9000, 130, 10), (5000, 96, 4000), (20000, 24, 1)):
+    codes, queries = draw.integers(-3, 4, (rows, dim), np.int8), draw.integers(-3, 4, (3, dim), np.int16)
+    about = np.concatenate([np.ones((rows, 1)), draw.integers(0, 3, (rows, 1))], axis=1, dtype=np.float32)
+    about_queries = np.array([[1, 0, 0], [1, 1, 0], [0.5, 0.5, 2]], np.float32)
+    for allowed in (None, draw.integers(0, 2, rows).astype(bool)):
+        if allowed is not None and allowed.sum() < top:
+            continue
+        given = codes, about, queries, about_queries, top, allowed
+        for threads in (1, 3):
+            for found, expected in zip(_scan.possible(*given, threads), _possible(*given), strict=True):
+                np.testing.assert_array_equal(found, expected)
+"""
+
+
+@pytest.mark.parametrize("isa", NATIVE["isas_available"])
+def test_compiled_and_numpy_find_the_same(way, isa):
+    del way
+    environment = os.environ | {"EVAKERNELS_ISA": isa}
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", SCAN], check=True, env=environment, cwd=Path(codes.__file__).parents[2]
+    )
+
+
+def test_the_largest_sums_fit(tmp_path):
+    dim = 1536
+    signs = np.ones((40, dim), np.float32)
+    signs[1:, 0] = -1
+    signs[20:] *= -1
+    store = filled(tmp_path, signs / np.sqrt(dim))
+    assert search(store, np.ones(dim), 1)[1].tolist() == [0]
+
+
+def test_without_compiled_code_it_warns(tmp_path, monkeypatch):
+    monkeypatch.setattr(codes, "_compiled", lambda: None)
+    with pytest.warns(UserWarning, match="without compiled code"):
+        search(filled(tmp_path, unit(3)), np.ones(24))
