@@ -1,7 +1,6 @@
 """The packages that the distribution asks for, by extra, and the error where one of them is missing."""
 
 import re
-from importlib import metadata
 
 from evaclip.errors import UserError
 
@@ -18,6 +17,8 @@ def requirements() -> dict[str, list[str]]:
 
     Extras that serve work on the project itself are left out.
     """
+    from importlib import metadata  # 30 ms, which only those wait for who ask
+
     found: dict[str, list[str]] = {"": []}
     try:
         declared = metadata.requires(DISTRIBUTION) or []

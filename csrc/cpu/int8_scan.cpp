@@ -65,16 +65,17 @@ class Nearest {
 };
 
 void scan_block(const Int8Scan& scan, Isa isa, int64_t first, int64_t count, std::vector<Nearest>& nearest) {
+  const Int8Rows rows{scan.codes, scan.numbers, first, scan.compared, scan.dim};
   int32_t products[kBlock];
+  for (int64_t i = 0; scan.numbers && i < count; ++i) __builtin_prefetch(scan.about + rows.number(i));
   for (int64_t q = 0; q < scan.count; ++q) {
-    products_for(isa)(scan.codes + first * scan.dim, scan.queries + q * scan.dim, count, scan.dim, products);
+    products_for(isa)(rows, scan.queries + q * scan.dim, count, products);
     const Int16Query& query = scan.about_queries[q];
     for (int64_t i = 0; i < count; ++i) {
-      const Int8Row& row = scan.about[first + i];
+      const Int8Row& row = scan.about[rows.number(i)];
       const float score = static_cast<float>(products[i]) * (row.factor * query.factor);
       const float error = query.length * row.rest + query.error;
-      if (score + error < nearest[q].bound() || (scan.allowed && !scan.allowed[first + i])) continue;
-      nearest[q].add({score - error, score + error, first + i});
+      if (score + error >= nearest[q].bound()) nearest[q].add({score - error, score + error, rows.number(i)});
     }
   }
 }
@@ -82,13 +83,13 @@ void scan_block(const Int8Scan& scan, Isa isa, int64_t first, int64_t count, std
 }  // namespace
 
 std::vector<std::vector<int64_t>> int8_scan(const Int8Scan& scan, Isa isa, int threads) {
-  const int64_t tasks = (scan.rows + kTask - 1) / kTask;
+  const int64_t tasks = (scan.compared + kTask - 1) / kTask;
   const auto workers = static_cast<size_t>(std::clamp<int64_t>(threads, 1, std::max<int64_t>(tasks, 1)));
   std::vector<std::vector<Nearest>> found(workers, std::vector<Nearest>(scan.count, Nearest(scan.top)));
   std::atomic<int64_t> next = 0;
   const auto work = [&](size_t worker) {
     for (int64_t task = next++; task < tasks; task = next++) {
-      const int64_t end = std::min(scan.rows, (task + 1) * kTask);
+      const int64_t end = std::min(scan.compared, (task + 1) * kTask);
       for (int64_t row = task * kTask; row < end; row += kBlock) {
         scan_block(scan, isa, row, std::min(kBlock, end - row), found[worker]);
       }

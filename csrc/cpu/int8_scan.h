@@ -24,10 +24,10 @@ struct Int16Query {
 struct Int8Scan {
   const int8_t* codes;  // [rows, dim]
   const Int8Row* about;
-  const bool* allowed;     // [rows]; null for all
+  const int64_t* numbers;  // [compared], of the rows to compare, none twice; null for the first ones
   const int16_t* queries;  // [count, dim], such that no sum of products overflows 32 bits
   const Int16Query* about_queries;
-  int64_t rows;
+  int64_t compared;
   int64_t dim;
   int64_t count;
   int64_t top;

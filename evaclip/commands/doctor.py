@@ -7,8 +7,6 @@ import sys
 from typing import Any
 
 from evaclip.commands.parser import leaf
-from evaclip.doctor.diagnosis import diagnose
-from evaclip.doctor.screen import MAX_WIDTH, MIN_WIDTH, marks_for, render
 
 
 def add_commands(subparsers: Any) -> None:
@@ -23,6 +21,9 @@ def add_commands(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints one screen; exits with 1 if something is there that doesn't work."""
+    from evaclip.doctor.diagnosis import diagnose
+    from evaclip.doctor.screen import MAX_WIDTH, MIN_WIDTH, marks_for, render
+
     facts = diagnose()
     if args.json:
         print(json.dumps(facts, indent=2))

@@ -56,22 +56,22 @@ def possible(
     queries: NDArray[np.int16],
     about_queries: Floats,
     top: int,
-    allowed: NDArray[np.bool_] | None,
+    numbers: Numbers | None,
 ) -> list[Numbers]:
     """Of each query the rows, in ascending order, that can be among its `top` nearest by these bounds.
 
     Args:
         codes, about: int8 `[n, d]` and float32 `[n, 2]`, as `encode` gives them.
         queries, about_queries: int16 `[q, d]` and float32 `[q, 3]`, as `encode_queries` gives them.
-        top: 1 or more, and no more than rows are allowed.
-        allowed: bool `[n]`, the rows that count; None for all.
+        top: 1 or more, and no more than are compared.
+        numbers: int64 `[m]`, the rows to compare, none twice; None for all.
     """
     compiled = _compiled()
     if compiled is None:
         warnings.warn("evakernels is installed without compiled code: searches take ten times as long", stacklevel=2)
-        return _possible(codes, about, queries, about_queries, top, allowed)
+        return _possible(codes, about, queries, about_queries, top, numbers)
     found: list[Numbers] = compiled.possible(
-        codes, about, queries, about_queries, top, allowed, len(os.sched_getaffinity(0))
+        codes, about, queries, about_queries, top, numbers, len(os.sched_getaffinity(0))
     )
     return found
 
@@ -82,17 +82,17 @@ def _possible(
     queries: NDArray[np.int16],
     about_queries: Floats,
     top: int,
-    allowed: NDArray[np.bool_] | None,
+    numbers: Numbers | None,
 ) -> list[Numbers]:
+    numbers = np.arange(len(codes)) if numbers is None else numbers
+    factors, rests = about[numbers].T
     found = []
     for query, (factor, length, error) in zip(queries.astype(np.float64), about_queries, strict=True):
-        starts = range(0, len(codes), _BLOCK)
-        products = np.concatenate([codes[start : start + _BLOCK].astype(np.float64) @ query for start in starts])
-        scores, errors = products * about[:, 0] * factor, about[:, 1] * length + error
-        if allowed is not None:
-            scores[~allowed] = -np.inf
+        blocks = (numbers[start : start + _BLOCK] for start in range(0, len(numbers), _BLOCK))
+        scores = np.concatenate([codes[block].astype(np.float64) @ query for block in blocks]) * factors * factor
+        errors = rests * length + error
         bound = np.partition(scores - errors, len(scores) - top)[len(scores) - top]
-        found.append(np.flatnonzero(scores + errors >= bound))
+        found.append(np.sort(numbers[scores + errors >= bound]))
     return found
 
 

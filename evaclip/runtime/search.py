@@ -36,17 +36,21 @@ def search(
         `scores, numbers = search(store, text_encoder(store)(["a red bicycle"])[0], where="year>=2020")`
     """
     queries = checked(store, query, top)
-    allowed = _mask(store, where)
-    top = min(top, len(store) if allowed is None else int(allowed.sum()))
-    found = [np.empty(0, np.int64)] * len(queries)
-    if top:
-        found = possible(store.codes, store.scales, *encode_queries(queries, store.rotation), top, allowed)
-    ranked = [rank(store, one, numbers, top) for one, numbers in zip(queries, found, strict=True)]
-    scores, numbers = np.stack([pair[0] for pair in ranked]), np.stack([pair[1] for pair in ranked])
+    scores, numbers = best_of(store, queries, top, rows_meeting(store, where))
     return (scores[0], numbers[0]) if query.ndim == 1 else (scores, numbers)
 
 
-def rank(store: Store, query: Scores, numbers: Numbers, top: int) -> tuple[Scores, Numbers]:
+def best_of(store: Store, queries: Scores, top: int, rows: Numbers | None) -> tuple[Scores, Numbers]:
+    """The `top` nearest of these rows, None for all, and their scores, `[q, top]`."""
+    top = min(top, store.slots if rows is None else len(rows))
+    if top == 0:
+        return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+    found = possible(store.codes, store.scales, *encode_queries(queries, store.rotation), top, rows)
+    ranked = [_rank(store, one, numbers, top) for one, numbers in zip(queries, found, strict=True)]
+    return np.stack([scores for scores, _ in ranked]), np.stack([numbers for _, numbers in ranked])
+
+
+def _rank(store: Store, query: Scores, numbers: Numbers, top: int) -> tuple[Scores, Numbers]:
     """The `top` best of these rows by their float16 embeddings, and their scores."""
     scores = np.empty(len(numbers), np.float32)
     for start in range(0, len(numbers), 65536):
@@ -70,9 +74,8 @@ def checked(store: Store, query: NDArray[Any], top: int) -> Scores:
     return unit
 
 
-def _mask(store: Store, where: str | None) -> NDArray[np.bool_] | None:
-    if where is None:
-        return store.alive() if len(store) < store.slots else None
-    mask = np.zeros(store.slots, np.bool_)
-    mask[store.select(where)] = True
-    return mask & store.alive()
+def rows_meeting(store: Store, where: str | None) -> Numbers | None:
+    """Numbers of the rows that meet a condition, in ascending order; None for all numbers, if none of them is free."""
+    if where is not None:
+        return store.select(where)
+    return np.flatnonzero(store.alive()) if len(store) < store.slots else None

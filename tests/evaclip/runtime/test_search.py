@@ -113,10 +113,8 @@ for rows, dim, top in ((1, 1, 1), (300, 7, 3), (9000, 130, 10), (5000, 96, 4000)
     codes, queries = draw.integers(-3, 4, (rows, dim), np.int8), draw.integers(-3, 4, (3, dim), np.int16)
     about = np.concatenate([np.ones((rows, 1)), draw.integers(0, 3, (rows, 1))], axis=1, dtype=np.float32)
     about_queries = np.array([[1, 0, 0], [1, 1, 0], [0.5, 0.5, 2]], np.float32)
-    for allowed in (None, draw.integers(0, 2, rows).astype(bool)):
-        if allowed is not None and allowed.sum() < top:
-            continue
-        given = codes, about, queries, about_queries, top, allowed
+    for numbers in (None, np.sort(draw.permutation(rows)[: max(top, rows // 2)])):
+        given = codes, about, queries, about_queries, top, numbers
         for threads in (1, 3):
             for found, expected in zip(_scan.possible(*given, threads), _possible(*given), strict=True):
                 np.testing.assert_array_equal(found, expected)
