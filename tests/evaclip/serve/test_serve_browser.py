@@ -35,6 +35,13 @@ PASTE = """([bytes, type]) => {
     return document.activeElement.dispatchEvent(event);
 }"""
 
+PADDINGS = """async () => {
+    const shown = [document.querySelector("#preview"), document.querySelector(".card img")];
+    await Promise.all(shown.map(one => one.decode()));
+    await new Promise(after => setTimeout(after, 50));  // for their "load"
+    return shown.map(one => parseInt(getComputedStyle(one).padding));
+}"""
+
 
 @pytest.fixture(scope="module")
 def address(store, encoder):
@@ -121,23 +128,15 @@ def test_a_picture_can_be_pasted_into_the_search_box(page, pictures):
 
 
 def test_drawings_keep_clear_of_their_frames_and_photos_fill_them(page, pictures):
-    def paddings():
-        page.wait_for_function(
-            "preview.naturalWidth && [...document.querySelectorAll('.card img')].every(i => i.complete)"
-        )
-        return page.evaluate(
-            "[preview, results.querySelector('img')].map(one => parseInt(getComputedStyle(one).padding))"
-        )
-
     page.evaluate(DROP, [list(as_file(pictures[5])), "photo.png", "image/png"])
     page.locator(".card").first.wait_for()
-    assert paddings() == [0, 0]
+    assert page.evaluate(PADDINGS) == [0, 0]
     drawing = io.BytesIO()
     Image.new("RGBA", (40, 40)).save(drawing, "PNG")
     page.route("**/thumbnail/**", lambda route: route.fulfill(body=drawing.getvalue(), content_type="image/png"))
     page.evaluate(DROP, [list(drawing.getvalue()), "drawing.png", "image/png"])
     page.locator(".card").first.wait_for()
-    assert min(paddings()) > 10
+    assert min(page.evaluate(PADDINGS)) > 10
 
 
 def test_a_picture_can_be_chosen(page, pictures):
