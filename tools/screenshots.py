@@ -31,7 +31,7 @@ def main(address: str, folder: Path) -> None:
             page.wait_for_load_state("networkidle")
             page.wait_for_timeout(600)
             image = Image.open(io.BytesIO(page.screenshot()))
-            image.convert("RGB").quantize(128).save(folder / f"{name}.png", optimize=True)
+            image.convert("RGB").quantize(256).save(folder / f"{name}.png", optimize=True)
 
 
 def _compare(page: Any, address: str) -> None:

@@ -39,7 +39,7 @@ PADDINGS = """async () => {
     const shown = [document.querySelector("#preview"), document.querySelector(".card img")];
     await Promise.all(shown.map(one => one.decode()));
     await new Promise(after => setTimeout(after, 50));  // for their "load"
-    return shown.map(one => parseInt(getComputedStyle(one).padding));
+    return shown.map(one => parseInt(getComputedStyle(one).paddingLeft) / one.offsetWidth);
 }"""
 
 
@@ -136,7 +136,7 @@ def test_drawings_keep_clear_of_their_frames_and_photos_fill_them(page, pictures
     page.route("**/thumbnail/**", lambda route: route.fulfill(body=drawing.getvalue(), content_type="image/png"))
     page.evaluate(DROP, [list(drawing.getvalue()), "drawing.png", "image/png"])
     page.locator(".card").first.wait_for()
-    assert min(page.evaluate(PADDINGS)) > 10
+    assert all(0.1 < share < 0.2 for share in page.evaluate(PADDINGS))
 
 
 def test_a_picture_can_be_chosen(page, pictures):

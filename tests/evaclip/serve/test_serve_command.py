@@ -1,8 +1,8 @@
-"""`evaclip serve` refuses what would let others in unasked, before anything is loaded; the browser is opened if asked."""
+"""`evaclip serve` refuses what would let others in unasked, before anything is loaded; opens the browser if asked."""
 
 import os
 import signal
-from threading import Thread
+from threading import Thread, Timer
 from urllib.request import urlopen
 
 import pytest
@@ -50,7 +50,10 @@ def test_the_browser_is_opened_once_the_page_is_there(found, store, encoder, cap
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     monkeypatch.setattr("evaclip.commands.serve._app", lambda *args: create_app(store, encoder))
     monkeypatch.setattr("webbrowser.open", browse)
+    unasked = Timer(60, os.kill, (os.getpid(), signal.SIGINT))
+    unasked.start()
     assert main(["serve", "a.store", "--port", "0", "--open"]) == 130
+    unasked.cancel()
     ((address, page),) = shown
     assert b"Describe a picture" in page
     said = capsys.readouterr().out.splitlines()
