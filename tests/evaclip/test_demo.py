@@ -183,7 +183,8 @@ def test_the_last_line_is_a_command_that_serves(
     assert (args.store, args.open) == (out / "pictures.store", True)
 
 
-def test_another_store_is_not_replaced(tmp_path: Path) -> None:
+def test_another_store_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "draw_shards", lambda *args: pytest.fail("the demo begins"))
     store = tmp_path / "pictures.store"
     store.mkdir()
     (store / "letter.txt").write_text("mine")
