@@ -1,4 +1,4 @@
-# make demo         train on real pictures, evaluate, and write runs/demo/report.html: some minutes on two cores
+# make demo         train on real pictures, evaluate, write runs/demo/report.html, and index: some minutes on two cores
 # make test         everything that a user sees
 # make test-all     that, and the exhaustive proofs: compiled GPU kernels, interpreted, every instruction set, faults
 # make wheel        a manylinux wheel in dist/; `make wheel-cuda`: one with the kernels for GPUs

@@ -1,4 +1,7 @@
-"""Makes the pictures of docs/serve.md of a server that runs: python tools/screenshots.py http://127.0.0.1:8000 docs."""
+"""Makes the pictures of README.md and docs/serve.md, of a server that has the store of `evaclip demo`:
+
+python tools/screenshots.py http://127.0.0.1:8000 docs
+"""
 
 import io
 import shutil
@@ -9,10 +12,10 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-WORDS = "cherry, dog, car, red heart"
+WORDS = "red heart, heart suit, lips, red apple"
 SHOTS = {
-    "serve-light": ("light", (1200, 780), "red fruit", False),
-    "serve-dark": ("dark", (1200, 780), "red fruit", True),
+    "serve-light": ("light", (1200, 780), "person in a boat", False),
+    "serve-dark": ("dark", (1200, 780), "red heart", True),
     "serve-phone": ("light", (390, 760), "blue heart", False),
 }
 
@@ -31,7 +34,7 @@ def main(address: str, folder: Path) -> None:
             page.wait_for_load_state("networkidle")
             page.wait_for_timeout(600)
             image = Image.open(io.BytesIO(page.screenshot()))
-            image.convert("RGB").quantize(128).save(folder / f"{name}.png", optimize=True)
+            image.convert("RGB").quantize(256).save(folder / f"{name}.png", optimize=True)
 
 
 def _compare(page: Any, address: str) -> None:

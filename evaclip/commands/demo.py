@@ -1,6 +1,9 @@
 """`evaclip demo`: the whole story in one command."""
 
 import argparse
+import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,10 @@ def add_commands(subparsers: Any) -> None:
     parser = leaf(
         subparsers,
         "demo",
-        help="train on real pictures, evaluate on a style never seen, and write a report",
+        help="train on real pictures, evaluate on a style never seen, write a report, and search in the pictures",
         examples=["evaclip demo", "evaclip demo --out runs/demo --budget-minutes 8"],
     )
-    folders = (("--out", RUN_FOLDER, "the run and its report"), ("--data", DATA_FOLDER, "the shards"))
+    folders = (("--out", RUN_FOLDER, "the run, its report and its store"), ("--data", DATA_FOLDER, "the shards"))
     for name, folder, what in folders:
         parser.add_argument(name, type=Path, default=folder, metavar="FOLDER", help=f"for {what} (default: {folder})")
     parser.add_argument(
@@ -30,5 +33,20 @@ def add_commands(subparsers: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    for path in run_demo(args.out, data=args.data, minutes=args.budget_minutes):
+    *reports, store = run_demo(args.out, data=args.data, minutes=args.budget_minutes)
+    for path in reports:
         print(path)
+    print("search in these pictures, in the browser:")
+    print(f"  {_program()} serve {shlex.quote(str(store))} --open")
+
+
+def _program() -> str:
+    """What starts this program from here: its name, or where the environment isn't active, its path."""
+    own = Path(sys.executable).with_name("evaclip")
+    if not own.is_file():
+        return f"{shlex.quote(sys.executable)} -m evaclip"
+    found = shutil.which("evaclip")
+    if found and Path(found).samefile(own):
+        return "evaclip"
+    here = Path.cwd()
+    return shlex.quote(str(own.relative_to(here) if own.is_relative_to(here) else own))

@@ -3,6 +3,7 @@
 import argparse
 import ipaddress
 import os
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ def add_commands(subparsers: Any) -> None:
         "serve",
         help="search in a store in the browser, and by an HTTP API",
         examples=[
-            "evaclip serve photos.store                       # then open http://127.0.0.1:8000",
+            "evaclip serve photos.store --open                # or without it, then open http://127.0.0.1:8000",
             "curl -F text='a red bicycle' -F top=5 http://127.0.0.1:8000/search",
             "curl -F image=@cat.jpg -F label=cat -F label=dog http://127.0.0.1:8000/label",
             "evaclip serve photos.store --host 0.0.0.0 --api-key-file key.txt",
@@ -40,6 +41,7 @@ def add_commands(subparsers: Any) -> None:
         "--api-key-file", type=Path, metavar="FILE",
         help=f"with the key that requests must bring, in one line (default: the variable {KEY_VARIABLE}, if set)",
     )  # fmt: skip
+    parser.add_argument("--open", action="store_true", help="open the page in the browser")
     compute = parser.add_argument_group("compute")
     compute.add_argument("--model", help="what the store's embeddings are of, if that has moved (default: as indexed)")
     compute.add_argument("--device", default="auto", help="cpu, cuda, cuda:N (default: a GPU if there is one)")
@@ -72,11 +74,23 @@ def _run(args: argparse.Namespace) -> None:
         async def startup(self, sockets: list[Any] | None = None) -> None:
             await super().startup(sockets)
             if self.started:
-                print(
-                    f"open {_address(args.host, self.servers[0].sockets[0].getsockname()[1])} (Ctrl-C ends)", flush=True
-                )
+                _tell(_address(args.host, self.servers[0].sockets[0].getsockname()[1]), args.open)
 
     Server(uvicorn.Config(app, args.host, args.port, log_level="warning", timeout_graceful_shutdown=5)).run()
+
+
+def _tell(address: str, show: bool) -> None:
+    print(f"open {address} (Ctrl-C ends)", flush=True)
+    if show:
+        # In a thread, as some browsers return when they are closed, and wait for the server until then.
+        threading.Thread(target=_show, args=(address,), daemon=True).start()
+
+
+def _show(address: str) -> None:
+    import webbrowser
+
+    if not webbrowser.open(address):
+        print("no browser was found here to open it", flush=True)
 
 
 def _app(args: argparse.Namespace, key: str | None, hosts: tuple[str, ...]) -> "FastAPI":

@@ -122,6 +122,11 @@ def render_png(file: str, size: int) -> bytes:
 
     The drawing fills the picture in its own proportions: how wide a margin it has is a matter of the style.
     """
+    return _render(file, size)[0]
+
+
+def _render(file: str, size: int) -> tuple[bytes, bytes]:
+    """That of `render_png`, and the larger one that it is made of, of `_FINER * size` pixels at most."""
     content = Path(file).read_bytes()
     text = (gzip.decompress(content) if file.endswith(".gz") else content).decode("utf-8")
     side = _FINER * size
@@ -131,7 +136,11 @@ def render_png(file: str, size: int) -> bytes:
     # The square around the middle of what is drawn; what lies outside of the rendering is transparent.
     extent = max(right - left, bottom - top)
     left, top = (left + right - extent) // 2, (top + bottom - extent) // 2
-    image = image.crop((left, top, left + extent, top + extent)).resize((size, size), Image.Resampling.LANCZOS)
+    image = image.crop((left, top, left + extent, top + extent))
+    return _png(image.resize((size, size), Image.Resampling.LANCZOS)), _png(image)
+
+
+def _png(image: Image.Image) -> bytes:
     png = io.BytesIO()
     image.save(png, "PNG")
     return png.getvalue()
@@ -142,9 +151,9 @@ def build_emoji(
 ) -> dict[str, list[Path]]:
     """Writes shards `folder/STYLE-*.tar`, `classes.txt`, `classes.json` and `LICENSES` for each of `styles`.
 
-    A sample is KEY.png, KEY.txt (its main name) and KEY.json (`caption`, `captions` with all names,
-    `codepoints`, `character`, `style`, `label`: the line of `classes.txt` counted from 0). Raises UserError
-    for an unknown style, a size below 8 or a missing package.
+    A sample is KEY.png, KEY.large.png (the same, up to twice as large), KEY.txt (its main name) and KEY.json
+    (`caption`, `captions` with all names, `codepoints`, `character`, `style`, `label`: the line of `classes.txt`
+    counted from 0). Raises UserError for an unknown style, a size below 8 or a missing package.
     """
     if size < 8:
         raise UserError(f"the picture size must be 8 pixels or more, not {size}")
@@ -155,9 +164,7 @@ def build_emoji(
     with ProcessPoolExecutor(processes) as pool, _progress() as progress:
         for style in styles:
             task = progress.add_task(style, total=len(concepts))
-            pictures = pool.map(
-                partial(render_png, size=size), [drawings[style][c.key] for c in concepts], chunksize=32
-            )
+            pictures = pool.map(partial(_render, size=size), [drawings[style][c.key] for c in concepts], chunksize=32)
             samples = progress.track(_samples(concepts, style, pictures), task_id=task)
             shards[style] = write_shards(folder, style, samples, SAMPLES_PER_SHARD)
     write_text(folder / "classes.txt", "".join(f"{concept.names[0]}\n" for concept in concepts))
@@ -169,9 +176,9 @@ def build_emoji(
 
 
 def _samples(
-    concepts: Sequence[Concept], style: str, pictures: Iterator[bytes]
+    concepts: Sequence[Concept], style: str, pictures: Iterator[tuple[bytes, bytes]]
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    for label, (concept, picture) in enumerate(zip(concepts, pictures, strict=True)):
+    for label, (concept, (picture, large)) in enumerate(zip(concepts, pictures, strict=True)):
         facts = {
             "caption": concept.names[0],
             "captions": concept.names,
@@ -180,8 +187,8 @@ def _samples(
             "style": style,
             "label": label,
         }
-        members = {"png": picture, "txt": concept.names[0].encode(), "json": json.dumps(facts).encode()}
-        yield concept.key, members
+        words = {"txt": concept.names[0].encode(), "json": json.dumps(facts).encode()}
+        yield concept.key, {"png": picture, "large.png": large, **words}
 
 
 def _main_name(key: str, name: str) -> str:

@@ -1,10 +1,11 @@
-"""The whole story: real shards, training, evaluation on a style never seen, and the report."""
+"""The whole story: real shards, training, evaluation on a style never seen, the report, and a store to search in."""
 
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,15 @@ STYLES = ("twemoji", "openmoji")
 BUDGET_MINUTES = 3.2
 RUN_FOLDER = Path("runs/demo")
 DATA_FOLDER = Path("data/emoji")
+STORE_FOLDER = "pictures.store"
 
 _TITLES = {"openmoji": "OpenMoji, a style never seen", "twemoji": "Twemoji, the drawings trained on"}
 _PICTURE_SIZE = 64  # twice what the model sees, for the report's gallery
 _SPEED_STEPS = 48  # the first ones are slow: pictures are decoded, memory is taken
-_PHASES = ("drawings", "training", "evaluation", "report")
+_PHASES = ("drawings", "training", "evaluation", "report", "index")
+_LARGE = "large.png;png"  # what is drawn for looking at; shards of an earlier version don't have it
+_THUMBNAIL = 128
+_BATCH = 256  # of so few tokens each that a smaller batch takes longer
 
 Say = Callable[[str], None]
 
@@ -35,8 +40,8 @@ def run_demo(
     data: Path = DATA_FOLDER,
     minutes: float = BUDGET_MINUTES,
     say: Say = print,
-) -> tuple[Path, Path]:
-    """Trains on Twemoji's drawings and measures on OpenMoji's drawings of the same concepts.
+) -> tuple[Path, Path, Path]:
+    """Trains on Twemoji's drawings, measures on OpenMoji's drawings of the same concepts, and indexes both.
 
     Args:
         out: the folder of the run; an earlier demo in it is replaced.
@@ -45,10 +50,10 @@ def run_demo(
         say: is told what happens.
 
     Returns:
-        The paths of `report.html` and `report.png`.
+        The paths of `report.html`, `report.png` and the store.
 
     Raises:
-        UserError: a package of the demo is missing, or `out` holds a run of another kind.
+        UserError: a package of the demo is missing, or `out` holds a run or a store of another kind.
     """
     from evaclip.report import write_report
     from evaclip.train.trainer import train
@@ -65,9 +70,11 @@ def run_demo(
         evaluations = evaluate_run(out, data)
     with _phase("report", say):
         reports = write_report(out)
+    with _phase("index", say):
+        store = index_drawings(out, data)
     for line in summary(evaluations):
         say(line)
-    return reports
+    return *reports, store
 
 
 @contextmanager
@@ -162,6 +169,31 @@ def evaluate_run(run: Path, data: Path) -> list["Evaluation"]:
     return [*evaluations, retrieval]
 
 
+def index_drawings(run: Path, data: Path) -> Path:
+    """Puts the drawings of both styles into the run's store, by its weights, in place of an earlier demo's store."""
+    from evaclip.data import open_source
+    from evaclip.runtime.encoder import Encoder
+    from evaclip.runtime.indexing import describe, index
+    from evaclip.runtime.store import Store
+    from evaclip.runtime.text import save_text_tower
+
+    folder = run / STORE_FOLDER
+    encoder = Encoder(str(run), precision="fp32", batch_size=_BATCH)
+    shards = "::".join(str(data.absolute() / f"{style}-*.tar") for style in STYLES)
+    source = open_source(shards, image_key=_LARGE, caption_key="json:captions", captions=False)
+    # Beside the run, as no program may be written into one, and so that the earlier store is there until this one is.
+    with tempfile.TemporaryDirectory(prefix=f".{run.name}-", dir=run.absolute().parent) as temporary:
+        made = Path(temporary) / "made"
+        with Store.create(made, {"given": str(run.resolve()), **describe(encoder)}) as store:
+            if find_spec("onnx") and find_spec("onnxruntime"):
+                save_text_tower(store, encoder.model)
+            index(source, encoder, store, thumbnail=_THUMBNAIL)
+        if folder.exists():
+            folder.rename(Path(temporary) / "earlier")
+        made.rename(folder)
+    return folder
+
+
 def summary(evaluations: Sequence["Evaluation"]) -> list[str]:
     """The zero-shot results against chance, as the lines of a table."""
     found = [evaluation for evaluation in evaluations if evaluation.task == "zero-shot"]
@@ -186,9 +218,18 @@ def _stop_if_asked(outcome: "Outcome") -> None:
 
 
 def _check_replaceable(out: Path) -> None:
+    """Raises UserError if a run or a store would be lost that isn't a demo's."""
     from evaclip.run_files import CONFIG_FILE
+    from evaclip.runtime.store import Store
     from evaclip.train.overrides import load_yaml
 
-    path = out / CONFIG_FILE
+    path, store = out / CONFIG_FILE, out / STORE_FOLDER
     if path.is_file() and load_yaml(path).get("model", {}).get("name") != RECIPE:
         raise UserError(f"{str(out)!r} holds another run, which the demo would replace: choose another folder by --out")
+    if not store.exists():
+        return
+    if Store.exists(store):
+        with Store.open(store) as earlier:
+            if earlier.model.get("name") == RECIPE:
+                return
+    raise UserError(f"{str(store)!r} isn't a demo's store, and the demo would replace it: choose another --out")

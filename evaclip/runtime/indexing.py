@@ -183,7 +183,8 @@ def small_copy(image: Image.Image, side: int) -> bytes:
     picture = image.convert("RGBA" if image.has_transparency_data else "RGB")
     picture.thumbnail((side, side))
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=80)
+    # Method 2 takes half of the time that the default, 4, takes, for an eighth more bytes.
+    picture.save(buffer, "WEBP", quality=80, method=2)
     return buffer.getvalue()
 
 

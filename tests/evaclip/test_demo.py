@@ -1,16 +1,25 @@
 import io
 import json
 import re
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from evaclip.commands.main import build_parser, main
 from evaclip.data.shard_writer import write_shard
 from evaclip.demo import story as demo
 from evaclip.errors import UserError
 from evaclip.eval.results import Evaluation
+from evaclip.loading import load_model
+from evaclip.runtime.encoder import Encoder
+from evaclip.runtime.indexing import describe
+from evaclip.runtime.search import search
+from evaclip.runtime.store import Store
+from evaclip.runtime.text import text_encoder
 from evaclip.train.recipes import RECIPES, get_recipe
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "black", "white")
@@ -57,8 +66,8 @@ def test_the_whole_story(
 ) -> None:
     monkeypatch.setattr(demo, "_steps_per_second", lambda config: 1000.0)
     out = tmp_path / "runs" / "demo"
-    html, png = demo.run_demo(out, data=data)
-    assert (html, png) == (out / "report.html", out / "report.png")
+    html, png, pictures = demo.run_demo(out, data=data)
+    assert (html, png, pictures) == (out / "report.html", out / "report.png", out / "pictures.store")
     assert "place" in html.read_text() or "first" in html.read_text()
     results = {path.stem: Evaluation.load(path) for path in (out / "evaluations").iterdir()}
     assert sorted(results) == [
@@ -70,15 +79,30 @@ def test_the_whole_story(
     assert results["zero-shot-openmoji-a-style-never-seen"].metrics["chance_top1"] == 1 / 8
     printed = capsys.readouterr().out
     assert "the shards in" in printed
-    for number, phase in enumerate(("drawings", "training", "evaluation", "report"), 1):
-        assert re.search(rf"^\[{number}/4\] {phase} \.\.\.$", printed, re.MULTILINE)
-        assert re.search(rf"^\[{number}/4\] {phase}: \d+\.\d s$", printed, re.MULTILINE)
+    for number, phase in enumerate(("drawings", "training", "evaluation", "report", "index"), 1):
+        assert re.search(rf"^\[{number}/5\] {phase} \.\.\.$", printed, re.MULTILINE)
+        assert re.search(rf"^\[{number}/5\] {phase}: \d+\.\d s$", printed, re.MULTILINE)
     for style in ("OpenMoji, a style never seen", "Twemoji, the drawings trained on"):
         # Of eight classes chance is 12.5 %.
         share, times = re.search(rf"^{style} +([\d.]+)% \((\d+) x chance\)", printed, re.MULTILINE).groups()
         assert int(times) == round(float(share) / 12.5)
-    # The same folder again: the earlier demo is replaced.
+    with Store.open(pictures) as earlier:
+        first = earlier.model["weights"]
+        assert len(earlier) == 2 * len(COLORS)
+        query = text_encoder(earlier)(["red square"])
+        rows = earlier.rows(search(earlier, query, top=16)[1][0])
+        assert {row.caption for row in rows} == set(COLORS)
+        assert {tuple(row.metadata["captions"]) for row in rows} == {(color, f"{color} square") for color in COLORS}
+        assert all(Image.open(io.BytesIO(row.thumbnail)).width in (24, 40) for row in rows)
+    # The same folder again: the earlier demo is replaced, and its store is one of the new weights.
+    recipe = RECIPES["emoji"]()
+    monkeypatch.setitem(RECIPES, "emoji", lambda: replace(recipe, seed=recipe.seed + 1))
     demo.run_demo(out, data=data)
+    with Store.open(pictures) as now:
+        assert now.model["weights"] != first
+        now.require_model({"given": str(out), **describe(Encoder(str(out), precision="fp32"))})
+        assert len(now) == 2 * len(COLORS)
+    assert [path.name for path in out.parent.iterdir()] == ["demo"]
 
 
 @pytest.mark.usefixtures("small_recipe")
@@ -118,6 +142,59 @@ def test_shards_that_are_missing_are_drawn(data: Path, tmp_path: Path, monkeypat
     (data / "classes.txt").unlink()
     demo.draw_shards(data)
     assert drawn == [(data, ("twemoji", "openmoji"))]
+
+
+def test_what_is_drawn_large_is_shown_large(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(color: str, side: int) -> bytes:
+        picture = io.BytesIO()
+        Image.new("RGBA", (side, side), color).save(picture, "PNG")
+        return picture.getvalue()
+
+    for style in demo.STYLES:
+        large = [(color, {"png": drawn(color, 64), "large.png": drawn(color, 120), "txt": b"x"}) for color in COLORS]
+        write_shard(data / f"{style}-00000.tar", large)
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    monkeypatch.setattr("evaclip.runtime.encoder.load_model", lambda given, device: load_model("tiny", device=device))
+    (tmp_path / "run").mkdir()
+    with Store.open(demo.index_drawings(tmp_path / "run", data)) as store:
+        assert {Image.open(io.BytesIO(row.thumbnail)).size for row in store.rows(range(16))} == {(120, 120)}
+        # Without the packages that write it, no text tower: the server has the model itself.
+        assert not (store.folder / "text.onnx").exists()
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_the_last_line_is_a_command_that_serves(
+    active: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs = tmp_path / "my env/bin"
+    programs.mkdir(parents=True)
+    for name in ("python", "evaclip"):
+        (programs / name).touch(mode=0o755)
+    out = tmp_path / "my runs/demo"
+    made = out / "report.html", out / "report.png", out / "pictures.store"
+    monkeypatch.setattr("evaclip.commands.demo.run_demo", lambda *args, **options: made)
+    monkeypatch.setattr(sys, "executable", str(programs / "python"))
+    monkeypatch.setenv("PATH", str(programs) if active else str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--out", str(out)]) == 0
+    program, *words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert program == ("evaclip" if active else "my env/bin/evaclip")
+    args = build_parser().parse_args(words)
+    assert (args.store, args.open) == (out / "pictures.store", True)
+
+
+def test_another_store_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "draw_shards", lambda *args: pytest.fail("the demo begins"))
+    store = tmp_path / "pictures.store"
+    store.mkdir()
+    (store / "letter.txt").write_text("mine")
+    with pytest.raises(UserError, match="isn't a demo's store"):
+        demo.run_demo(tmp_path)
+    (store / "letter.txt").unlink()
+    Store.create(store, {"name": "EVA02-CLIP-B-16", "dim": 8}).close()
+    with pytest.raises(UserError, match="isn't a demo's store"):
+        demo.run_demo(tmp_path)
+    assert Store.exists(store)
 
 
 def test_another_run_is_not_replaced(tmp_path: Path) -> None:

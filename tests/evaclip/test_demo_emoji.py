@@ -72,6 +72,7 @@ def test_shards_of_both_styles_match_sample_by_sample(few, tmp_path, capsys):
     shards = emoji.build_emoji(tmp_path / "out", ("twemoji", "openmoji"), size=32)
     assert [path.name for path in shards["twemoji"]] == [f"twemoji-{i:05d}.tar" for i in range(3)]
     sources = [open_source(str(tmp_path / "out" / f"{style}-*.tar"), caption_key="json:captions") for style in shards]
+    larger = [open_source(str(tmp_path / "out" / f"{style}-*.tar"), image_key="large.png") for style in shards]
     classes = (tmp_path / "out" / "classes.txt").read_text(encoding="utf-8").splitlines()
     records = json.loads((tmp_path / "out" / "classes.json").read_text(encoding="utf-8"))
     assert len(sources[0]) == len(sources[1]) == len(classes) == len(records) == len(few) == 40
@@ -84,6 +85,8 @@ def test_shards_of_both_styles_match_sample_by_sample(few, tmp_path, capsys):
         pictures = [np.asarray(decode_image(raw.image, raw.key)) for raw in pair]
         assert [picture.shape for picture in pictures] == [(32, 32, 4)] * 2
         assert all(picture[..., 3].max() == 255 for picture in pictures)
+        large = [decode_image(source[i].image, concept.key) for source in larger]
+        assert all(32 < picture.width == picture.height <= 64 for picture in large)
         assert pair[0].image != pair[1].image
     corners = [decode_image(sources[0][i].image, "x").getpixel((0, 0)) for i in range(40)]
     assert sum(alpha == 0 for *_, alpha in corners) > 20

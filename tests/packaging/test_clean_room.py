@@ -14,6 +14,14 @@ from pathlib import Path
 import pytest
 from clean_room import BUILD_TOOLS, CHECK, PACKAGES, ROOT, Room, build, make_room, tracked, tracked_modules
 
+SERVES = """
+import uvicorn
+from pathlib import Path
+from evaclip import Encoder
+from evaclip.runtime.store import Store
+from evaclip.serve import create_app
+create_app(Store.open(Path("runs/demo/pictures.store")), Encoder("runs/demo"))
+"""
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("build")]
 
 
@@ -158,3 +166,5 @@ def test_the_extra_demo_is_all_that_the_demo_needs(wheel: Path, tmp_path_factory
     told = room.output("evaclip", "demo", "--budget-minutes", "0.05")
     assert "OpenMoji, a style never seen" in told
     assert (room.work / "runs/demo/report.html").exists()
+    assert told.splitlines()[-1] == "  evaclip serve runs/demo/pictures.store --open"
+    room.output("python", "-c", SERVES)

@@ -87,6 +87,14 @@ async function search() {
   }
 }
 
+// A drawing that is transparent somewhere keeps clear of its frame, which a photo fills.
+function fit({target}) {
+  const small = Object.assign(make("canvas", ""), {width: 8, height: 8}).getContext("2d");
+  small.drawImage(target, 0, 0, 8, 8);
+  const transparent = small.getImageData(0, 0, 8, 8).data.some((value, at) => at % 4 === 3 && value < 255);
+  target.classList.toggle("drawing", transparent);
+}
+
 function skeleton() {
   return make("li", "wait", make("div", "picture"));
 }
@@ -97,6 +105,7 @@ function card(hit) {
   image.alt = name;
   image.loading = "lazy";
   image.addEventListener("error", () => image.replaceWith("No picture to show"));
+  image.addEventListener("load", fit);
   image.src = hit.thumbnail;
   const words = make("span", "words", make("span", "caption", name), make("span", "score", hit.score.toFixed(3)));
   const button = make("button", "card", make("span", "picture", image), words);
@@ -156,6 +165,7 @@ function neighbour(current, key) {
   return at + step < 0 ? $("text") : cards[at + step];
 }
 
+for (const name of ["chip-image", "preview"]) $(name).addEventListener("load", fit);
 $("search").addEventListener("submit", event => {
   event.preventDefault();
   const {image, like, thumbnail} = query;

@@ -1,11 +1,14 @@
-"""The page in a real browser: search, a dropped picture, more like a result, words for a picture, keys, a phone."""
+"""The page in a real browser: search, a dropped or pasted picture, more like a result, words for a picture, keys, a
+phone."""
 
+import io
 import shutil
 import threading
 import time
 
 import pytest
 import uvicorn
+from PIL import Image
 from serve_files import as_file
 
 from evaclip.serve import create_app
@@ -22,6 +25,21 @@ DROP = """([bytes, name, type]) => {
     const data = new DataTransfer();
     data.items.add(new File([new Uint8Array(bytes)], name, {type}));
     document.body.dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true}));
+}"""
+
+PASTE = """([bytes, type]) => {
+    const data = new DataTransfer();
+    data.items.add("words beside the picture", "text/plain");
+    data.items.add(new File([new Uint8Array(bytes)], "image.png", {type}));
+    const event = new ClipboardEvent("paste", {clipboardData: data, bubbles: true, cancelable: true});
+    return document.activeElement.dispatchEvent(event);
+}"""
+
+PADDINGS = """async () => {
+    const shown = [document.querySelector("#preview"), document.querySelector(".card img")];
+    await Promise.all(shown.map(one => one.decode()));
+    await new Promise(after => setTimeout(after, 50));  // for their "load"
+    return shown.map(one => parseInt(getComputedStyle(one).paddingLeft) / one.offsetWidth);
 }"""
 
 
@@ -97,6 +115,28 @@ def test_a_picture_can_be_dropped_and_is_compared_with_words(page, pictures):
     assert sum(float(share.split()[0]) for share in shares) == pytest.approx(100, abs=0.2)
     page.get_by_label("Search without this picture").click()
     assert page.get_by_text("Find a picture by what it shows.").is_visible()
+
+
+def test_a_picture_can_be_pasted_into_the_search_box(page, pictures):
+    assert page.evaluate("document.activeElement.id") == "text"
+    assert page.evaluate(PASTE, [list(as_file(pictures[9])), "image/png"]) is False
+    page.get_by_text("Your picture", exact=True).wait_for()
+    page.locator(".card").first.wait_for()
+    assert page.locator(".caption").first.inner_text() == "picture 9"
+    # Text is the search box's own.
+    assert page.evaluate(PASTE, [[104, 105], "text/plain"]) is True
+
+
+def test_drawings_keep_clear_of_their_frames_and_photos_fill_them(page, pictures):
+    page.evaluate(DROP, [list(as_file(pictures[5])), "photo.png", "image/png"])
+    page.locator(".card").first.wait_for()
+    assert page.evaluate(PADDINGS) == [0, 0]
+    drawing = io.BytesIO()
+    Image.new("RGBA", (40, 40)).save(drawing, "PNG")
+    page.route("**/thumbnail/**", lambda route: route.fulfill(body=drawing.getvalue(), content_type="image/png"))
+    page.evaluate(DROP, [list(drawing.getvalue()), "drawing.png", "image/png"])
+    page.locator(".card").first.wait_for()
+    assert all(0.1 < share < 0.2 for share in page.evaluate(PADDINGS))
 
 
 def test_a_picture_can_be_chosen(page, pictures):

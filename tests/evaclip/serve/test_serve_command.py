@@ -1,9 +1,15 @@
-"""`evaclip serve` refuses what would let others in unasked, before anything is loaded."""
+"""`evaclip serve` refuses what would let others in unasked, before anything is loaded; opens the browser if asked."""
+
+import os
+import signal
+from threading import Thread, Timer
+from urllib.request import urlopen
 
 import pytest
 
 from evaclip.commands.main import main
-from evaclip.commands.serve import KEY_VARIABLE
+from evaclip.commands.serve import KEY_VARIABLE, _tell
+from evaclip.serve import create_app
 
 
 @pytest.mark.parametrize(
@@ -27,3 +33,36 @@ def test_mistakes_are_one_line(arguments, key, says, tmp_path, capsys, monkeypat
     assert main(["serve", "a.store", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_the_browser_is_opened_once_the_page_is_there(found, store, encoder, capsys, monkeypatch):
+    shown = []
+
+    def browse(address):
+        try:
+            with urlopen(address) as page:
+                shown.append((address, page.read()))
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+        return found
+
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    monkeypatch.setattr("evaclip.commands.serve._app", lambda *args: create_app(store, encoder))
+    monkeypatch.setattr("webbrowser.open", browse)
+    unasked = Timer(60, os.kill, (os.getpid(), signal.SIGINT))
+    unasked.start()
+    assert main(["serve", "a.store", "--port", "0", "--open"]) == 130
+    unasked.cancel()
+    ((address, page),) = shown
+    assert b"Describe a picture" in page
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"open {address} (Ctrl-C ends)"
+    assert said[1:] == ([] if found else ["no browser was found here to open it"])
+
+
+def test_the_browser_is_left_alone_unless_asked(capsys, monkeypatch):
+    monkeypatch.setattr("webbrowser.open", lambda address: pytest.fail("opened"))
+    monkeypatch.setattr("threading.Thread.start", Thread.run)
+    _tell("http://127.0.0.1:8000", False)
+    assert capsys.readouterr().out == "open http://127.0.0.1:8000 (Ctrl-C ends)\n"
