@@ -1,11 +1,14 @@
 """Ctrl-C and SIGTERM as a request to stop after the present step."""
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+INSISTING = 2.0
+"""Seconds from a signal to a Ctrl-C that is meant: torchrun sends on at once what a terminal has sent to all."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -27,7 +30,10 @@ def _exit(number: int, frame: FrameType | None) -> None:
 
 
 class StopSignals:
-    """While active, the first signal is remembered; a second one ends the process at once.
+    """While active, the first signal is remembered, and the last checkpoint can be written in peace.
+
+    Launchers and schedulers repeat their signals, and send them to all processes: that changes nothing. Only a second
+    Ctrl-C, some seconds after the first signal, ends the process at once.
 
     Attributes:
         received: the first signal's number, or None.
@@ -35,6 +41,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     @property
@@ -52,6 +59,8 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        for other in _SIGNALS:
-            signal.signal(other, signal.SIG_DFL)
+        if self.received is None:
+            self.received, self._since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since >= INSISTING:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)

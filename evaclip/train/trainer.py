@@ -138,6 +138,9 @@ class Trainer:
                 stopped = self._loop(batches, signals)
             if self._saved_at != self.position.step:
                 self._save()
+            self._saver.finish()
+            # Torchrun ends those that still write, once one has ended.
+            self.world.any(False)
         if stopped:
             self.report.say(f"{STOPPED}; --resume auto goes on from step {self.position.step}")
             return Outcome(self.folder.path, self.position.step, self.metrics, signals.exit_code)

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,15 +140,23 @@ def test_meter_separates_waiting_from_work(monkeypatch: pytest.MonkeyPatch) -> N
     assert meter.seconds == 111.0
 
 
-def test_the_first_signal_is_remembered_and_handlers_come_back() -> None:
-    import os
-    import signal
-
+def test_the_first_signal_is_remembered_repeats_are_ignored_and_handlers_come_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with StopSignals() as signals:
         assert signals.received is None
-        os.kill(os.getpid(), signal.SIGTERM)
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
         assert signals.received == signal.SIGTERM
         assert signals.exit_code == 143
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_later_ctrl_c_ends_at_once() -> None:
+    code = (
+        "import os, signal; from evaclip.train import signals; signals.INSISTING = 0\n"
+        "with signals.StopSignals():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('goes on')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGINT, "")

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from evaclip.errors import UserError
 from evaclip.eval.runs import Setting, run_retrieval, run_zero_shot
 from evaclip.factory import create_model
 from evaclip.loading import load_model
+from evaclip.train import saver
 from evaclip.train.config import TrainConfig
 from evaclip.train.progress import read_log
 from evaclip.train.step import StepResult, TrainStep
@@ -235,6 +237,23 @@ def test_a_signal_finishes_the_step_saves_and_resumes(
     straight = train(run_config("name=straight"))
     weights = [load_file(o.folder / "checkpoints/step_00000006/model.safetensors") for o in (resumed, straight)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_signals_while_the_last_checkpoint_is_written_do_not_cost_it(
+    run_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = saver.checkpoint.save
+
+    def save(*args: Any) -> Any:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)  # signals that wait together are one
+        return original(*args)
+
+    monkeypatch.setattr(saver.checkpoint, "save", save)
+    outcome = train(run_config("checkpoint.every_steps=2"))
+    assert outcome.stopped_by == 143
+    assert checkpoints(outcome.folder)[-1] == f"step_{outcome.steps:08d}"
 
 
 def test_a_truncated_checkpoint_is_passed_over_aloud(run_config: Make, tmp_path: Path, capsys: Any) -> None:

@@ -36,7 +36,7 @@ from evaclip.data.shard_writer import write_shard
 from evaclip.train import checkpoint
 from evaclip.train.progress import read_log
 
-KINDS = ("kill", "SIGTERM", "full disk", "corrupt shard", "truncated checkpoint", "NaN batch")
+KINDS = ("kill", "SIGTERM", "SIGTERM to all, twice", "full disk", "corrupt shard", "truncated checkpoint", "NaN batch")
 PROCESSES, BATCH, SAMPLES, STEPS = 2, 8, 48, 12
 EVERY = 2
 """Steps from checkpoint to checkpoint."""
@@ -67,7 +67,7 @@ def draw(rng: random.Random) -> tuple[dict[str, Any], str]:
     """A fault and the mode of the run that it strikes."""
     kind = rng.choice(KINDS)
     fault: dict[str, Any] = {"kind": kind, "rank": rng.randrange(PROCESSES)}
-    if kind in ("kill", "SIGTERM", "truncated checkpoint"):
+    if kind in ("kill", "SIGTERM", "SIGTERM to all, twice", "truncated checkpoint"):
         fault |= {"step": rng.randrange(STEPS - 1), "seconds": rng.uniform(0, _STEP)}
     elif kind == "full disk":
         fault["save"] = rng.randrange(1, 6)

@@ -46,8 +46,8 @@ def write_down_samples() -> None:
     TrainStep.__call__ = call  # type: ignore[method-assign]
 
 
-def strike_in(blow: int, seconds: float, number: int) -> None:
-    """Sends this process a signal some time after the beginning of the step `blow`."""
+def strike_in(blow: int, seconds: float, number: int, times: int = 1) -> None:
+    """Sends this process a signal some time after the beginning of the step `blow`, or several, as long apart."""
     original = TrainStep.__call__
 
     def call(self: TrainStep, images: torch.Tensor, tokens: torch.Tensor, step: int, **options: bool) -> Any:
@@ -56,8 +56,9 @@ def strike_in(blow: int, seconds: float, number: int) -> None:
         return original(self, images, tokens, step, **options)
 
     def strike() -> None:
-        time.sleep(seconds)
-        os.kill(os.getpid(), number)
+        for _ in range(times):
+            time.sleep(seconds)
+            os.kill(os.getpid(), number)
 
     TrainStep.__call__ = call  # type: ignore[method-assign]
 
@@ -95,6 +96,8 @@ def poison(batch: int) -> None:
 
 
 def install(fault: dict[str, Any]) -> None:
+    if fault["kind"] == "SIGTERM to all, twice":
+        strike_in(fault["step"], fault["seconds"], signal.SIGTERM, times=2)
     if str(fault["rank"]) != os.environ["RANK"]:
         return
     if fault["kind"] in ("kill", "truncated checkpoint"):
