@@ -187,10 +187,8 @@ def _merged(args: argparse.Namespace) -> "Store":
     from evaclip.runtime.store import Store
     from evaclip.runtime.text import copy_text_tower
 
-    if unused := [
-        name for name in ("model", "thumbnails", "workers", "image_key", "caption_key") if getattr(args, name)
-    ]:
-        raise UserError(f"--merge takes rows as they are, so --{unused[0].replace('_', '-')} can't be given with it")
+    if unused := [name for name in ("model", "thumbnails", "workers") if getattr(args, name)]:
+        raise UserError(f"--merge takes rows as they are: --{unused[0]} is for --images")
     others = [Store.open(folder) for folder in args.merge]
     store = Store.open(args.store) if Store.exists(args.store) else Store.create(args.store, others[0].model)
     for other in others:

@@ -204,7 +204,7 @@ class Store:
         self.require_model(other.model)
         if self.folder.samefile(other.folder):
             raise UserError(f"{other.folder} can't be merged into itself")
-        taken, embeddings = 0, other.embeddings
+        taken = 0
         for start in range(0, other.slots, _BLOCK):
             block = (start, min(start + _BLOCK, other.slots))
             found = other._database.execute(
@@ -212,7 +212,8 @@ class Store:
             )
             numbers = [number for number, id, content in found if self._content(id) != content]
             if numbers:
-                self.add(embeddings[numbers], other.rows(numbers))
+                rows = other.rows(numbers)
+                self.add(other.embeddings[numbers], rows)
             taken += len(numbers)
         return taken
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 import threading
 import time
@@ -19,8 +18,8 @@ from evaclip.runtime import indexing
 from evaclip.runtime.ray_engine import Cluster, _shared_out
 from evaclip.runtime.store import Store
 
-COUNT = 400
-"""Pictures, the last of which can't be read: so batches are the same whoever makes them."""
+COUNT, BROKEN = 400, 123
+"""Pictures, and the one of them that can't be read."""
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def arguments(loaded, tmp_path, monkeypatch):
     root.mkdir()
     for number in range(COUNT):
         Image.fromarray(draw.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(root / f"{number:03}.png")
-    (root / f"{COUNT - 1:03}.png").write_bytes(b"no picture")
+    (root / f"{BROKEN:03}.png").write_bytes(b"no picture")
     save_file(loaded.model.state_dict(), tmp_path / "tiny.safetensors")
     monkeypatch.setenv("RAY_ADDRESS", "local")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(part for part in sys.path if part))
@@ -40,41 +39,53 @@ def arguments(loaded, tmp_path, monkeypatch):
 
 def _rows(folder):
     with Store.open(folder) as store:
-        numbers = store.alive().nonzero()[0]
-        rows = store.rows(numbers)
-        found = {row.id: (row, embedding) for row, embedding in zip(rows, store.embeddings[numbers], strict=True)}
+        rows = store.rows(store.alive().nonzero()[0])
+    found = {row.id: row for row in rows}
     assert len(found) == len(rows)
     return found
 
 
-def _kill_a_worker(store, told):
-    """Waits until a part of the work is done, ends one of the cluster's processes that do it, and tells its name."""
+@pytest.fixture
+def added(monkeypatch):
+    """The embeddings that are written, before they are rounded to 16 bits: by store and id."""
+    add, found = Store.add, {}
+
+    def told(self, embeddings, rows):
+        add(self, embeddings, rows)
+        found.setdefault(self.folder, {}).update((row.id, of) for row, of in zip(rows, embeddings, strict=True))
+
+    monkeypatch.setattr(Store, "add", told)
+    return found
+
+
+def _kill_workers(store, told):
+    """Waits until a part of the work is done, which it tells, and kills all that do it."""
     while not Store.exists(store) or not len(Store.open(store)):
         time.sleep(0.02)
-    worker = next(child for child in psutil.Process().children(recursive=True) if "MapWorker" in child.name())
-    worker.send_signal(signal.SIGKILL)
-    told.append(len(Store.open(store)))
+    workers = [child for child in psutil.Process().children(recursive=True) if "MapWorker" in child.name()]
+    for worker in workers:
+        worker.kill()
+    told += [len(workers), len(Store.open(store))]
 
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
-def test_a_killed_worker_costs_no_picture(arguments, tmp_path, capsys, monkeypatch):
+def test_killed_workers_cost_no_picture(arguments, added, tmp_path, capsys, monkeypatch):
     pytest.importorskip("ray", reason="the extra ray isn't installed")
     monkeypatch.setattr(indexing, "_ROWS", 8)
     ray, told = tmp_path / "ray.store", []
-    threading.Thread(target=_kill_a_worker, args=(ray, told), daemon=True).start()
+    threading.Thread(target=_kill_workers, args=(ray, told), daemon=True).start()
     on_ray = [*arguments, "--engine", "ray", "--workers", "2"]
     assert main(["index", str(ray), *on_ray]) == 0
-    assert 0 < told[0] < COUNT - 1
+    assert told[0] == 2
+    assert 0 < told[1] < COUNT - 1
     assert f"{COUNT - 1} embedded, 0 unchanged, 1 unreadable" in capsys.readouterr().out
     assert main(["index", str(tmp_path / "local.store"), *arguments]) == 0
-    here, there = _rows(tmp_path / "local.store"), _rows(ray)
-    assert there.keys() == here.keys()
-    for id, (row, embedding) in here.items():
-        assert there[id][0] == row
-        np.testing.assert_allclose(there[id][1], embedding, atol=1e-6)
+    assert _rows(ray) == _rows(tmp_path / "local.store")
+    for id, embedding in added[tmp_path / "local.store"].items():
+        np.testing.assert_allclose(added[ray][id], embedding, atol=1e-6)
     listed = [json.loads(line) for line in (ray / indexing.UNREADABLE_FILE.format(0)).read_text().splitlines()]
-    assert [(fault["what"], Path(fault["name"]).stem) for fault in listed] == [("corrupt image", f"{COUNT - 1:03}")]
+    assert [(fault["what"], Path(fault["name"]).stem) for fault in listed] == [("corrupt image", f"{BROKEN:03}")]
     capsys.readouterr()
     assert main(["index", str(ray), *on_ray]) == 0
     assert f"0 embedded, {COUNT - 1} unchanged, 1 unreadable" in capsys.readouterr().out
