@@ -45,7 +45,7 @@ def connected(device: str = "auto", workers: int | None = None) -> Iterator[Clus
         workers: None for one a GPU or, on CPUs, one a machine.
 
     Raises:
-        UserError: for another device, fewer than one worker, or if there is no cluster at that address.
+        UserError: for another device or one that no node has, fewer than one worker, or if there is no cluster there.
     """
     import ray
 
@@ -73,10 +73,12 @@ def _shared_out(nodes: Sequence[Mapping[str, float]], device: str, workers: int 
     # A node may have no CPU for workers: often it is the cluster's head.
     resource = "GPU" if device == "cuda" else "CPU"
     hosts = [node for node in nodes if min(node.get(resource, 0), node.get("CPU", 0)) >= 1]
+    if not hosts:
+        raise UserError(f"--device {device}: no node of the cluster has a {resource}")
     gpus = [int(node.get("GPU", 0)) for node in hosts]
-    workers = workers or max(1, sum(gpus) if device == "cuda" else len(hosts))
+    workers = workers or (sum(gpus) if device == "cuda" else len(hosts))
     on_each = gpus if device == "cuda" else [-(-workers // len(hosts))] * len(hosts)
-    cpus = min((int(node["CPU"]) // count for node, count in zip(hosts, on_each, strict=True)), default=1)
+    cpus = min(int(node["CPU"]) // count for node, count in zip(hosts, on_each, strict=True))
     return Cluster(workers, device, max(1, cpus))
 
 
@@ -145,7 +147,7 @@ def _pipeline(work: Work, encoder: Callable[..., Encoder], cluster: Cluster) -> 
 
 
 class _Worker:
-    """An actor."""
+    """The actor of a worker: it has the source and a model, and does tasks."""
 
     def __init__(self, shared: Any, device: str) -> None:
         import ray

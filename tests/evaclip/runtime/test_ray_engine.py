@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 
 from evaclip.commands.main import main
+from evaclip.errors import UserError
 from evaclip.runtime import indexing
 from evaclip.runtime.ray_engine import Cluster, _shared_out
 from evaclip.runtime.store import Store
@@ -91,6 +93,16 @@ def test_killed_workers_cost_no_picture(arguments, added, tmp_path, capsys, monk
     assert f"0 embedded, {COUNT - 1} unchanged, 1 unreadable" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_a_worker_says_what_is_wrong_with_the_model(arguments, loaded, tmp_path, capsys):
+    pytest.importorskip("ray", reason="the extra ray isn't installed")
+    weights = {name: torch.full_like(tensor, torch.nan) for name, tensor in loaded.model.state_dict().items()}
+    save_file(weights, tmp_path / "tiny.safetensors")
+    assert main(["index", str(tmp_path / "a.store"), *arguments, "--engine", "ray"]) == 2
+    assert "error: the model gives NaN or infinity in fp32 for 4 of 4 pictures" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("nodes", "asked", "given"),
     [
@@ -101,12 +113,17 @@ def test_killed_workers_cost_no_picture(arguments, added, tmp_path, capsys, monk
         ([{"CPU": 4}, {"CPU": 64, "GPU": 8}, {"CPU": 32, "GPU": 8}], ("auto", None), Cluster(16, "cuda", 4)),
         ([{"CPU": 64, "GPU": 8}], ("auto", 2), Cluster(2, "cuda", 8)),
         ([{"CPU": 64, "GPU": 8}], ("cpu", None), Cluster(1, "cpu", 64)),
-        ([{"CPU": 0}], ("cuda", 4), Cluster(4, "cuda", 1)),
+        ([{"CPU": 4, "GPU": 8}], ("cuda", None), Cluster(8, "cuda", 1)),
     ],
     ids=str,
 )
 def test_workers_share_the_nodes(nodes, asked, given):
     assert _shared_out(nodes, *asked) == given
+
+
+def test_a_device_that_no_node_has():
+    with pytest.raises(UserError, match="--device cuda: no node of the cluster has a GPU"):
+        _shared_out([{"CPU": 8}, {"CPU": 0}], "cuda", 2)
 
 
 @pytest.mark.parametrize(
