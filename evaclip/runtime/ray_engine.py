@@ -58,7 +58,7 @@ def connected(device: str = "auto", workers: int | None = None) -> Iterator[Clus
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS", "local")
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as exc:
         raise UserError(f"there is no Ray cluster at RAY_ADDRESS={address}: {exc}") from exc
     try:
@@ -130,7 +130,7 @@ def _pipeline(work: Work, encoder: Callable[..., Encoder], cluster: Cluster) -> 
     import ray.data
 
     # Its bars and notes would get into the way of the command's own.
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     count = len(work.source)
