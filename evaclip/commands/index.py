@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,16 +40,30 @@ def _add_index(subparsers: Any) -> None:
             "evaclip index photos.store --images ~/Pictures --model EVA02-CLIP-B-16:merged2b_s8b_b131k",
             "evaclip index cc3m.store --images 'cc3m/{00000..00331}.tar' --model runs/b16 --thumbnails 128",
             "evaclip index photos.store --images ~/Pictures     # later: what is new or changed, by the same model",
+            "evaclip index photos.store --merge photos.store-0 photos.store-1    # what two machines have embedded",
         ],
     )
     parser.add_argument("store", metavar="STORE", type=Path, help="folder of the store, which is made if there is none")
-    parser.add_argument("--images", required=True, metavar="PATH", help=_IMAGES)
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--images", metavar="PATH", help=_IMAGES)
+    given.add_argument(
+        "--merge", nargs="+", type=Path, metavar="OTHER", help="stores of the same model, whose rows STORE takes"
+    )
     _add_keys(parser)
     parser.add_argument(
         "--thumbnails", type=int, default=0, metavar="PIXELS", help="keep small copies of this side (default: none)"
     )
     parser.add_argument("--approximate", action="store_true", help="make what 'search --approximate' looks into, too")
-    _add_model(parser, "of a store that exists, by default its own")
+    compute = _add_model(parser, "of a store that exists, by default its own")
+    compute.add_argument(
+        "--engine",
+        choices=tuple(_ENGINES),
+        default="local",
+        help="ray: on the cluster that RAY_ADDRESS names, each node of which must see the pictures; or on this machine",
+    )
+    compute.add_argument(
+        "--workers", type=int, metavar="N", help="of ray (default: one a GPU or, if there is none, one a node)"
+    )
     parser.set_defaults(run=_run_index)
 
 
@@ -78,7 +93,7 @@ def _add_keys(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--caption-key", metavar="KEY", help="the same of captions, which may be missing in shards")
 
 
-def _add_model(parser: argparse.ArgumentParser, default: str) -> None:
+def _add_model(parser: argparse.ArgumentParser, default: str) -> Any:
     compute = parser.add_argument_group("compute")
     more = f"; {default}" if default else ""
     compute.add_argument(
@@ -93,39 +108,109 @@ def _add_model(parser: argparse.ArgumentParser, default: str) -> None:
     compute.add_argument("--batch-size", type=int, metavar="N", help="pictures at once (default: 32, on a GPU 256)")
     compute.add_argument("--threads", type=int, metavar="N", help="that decode (default: one a core, 8 at most)")
     compute.add_argument("--compile", action="store_true", help="let torch.compile make the code, which takes minutes")
+    return compute
 
 
 def _run_index(args: argparse.Namespace) -> None:
     # Imported here so that `evaclip --help` doesn't wait for torch.
-    from evaclip.runtime.indexing import UNREADABLE_FILE, Progress, describe, index
     from evaclip.runtime.store import Store
 
-    if args.thumbnails < 0:
-        raise UserError(f"the side of thumbnails must be 0 (none) or more, got {args.thumbnails}")
-    part = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    store = Store.open(args.store) if Store.exists(args.store) else None
-    model = _lasting(args.model) if args.model else store and str(store.model["given"])
-    if not model:
-        raise UserError(f"there is no store {str(args.store)!r} yet: --model says whose embeddings it is to hold")
-    source = _open(args.images, args)
-    encoder = _encoder(model, args)
-    described = {"given": model, **describe(encoder)}
-    if store is None and part[0] > 0:
-        store = _awaited(args.store)
-    elif store is None:
-        store = Store.create(args.store, described)
-        _keep_text_tower(store, encoder)
-    # The same weights may lie elsewhere now.
-    store.require_model({**described, "given": store.model["given"]})
-    progress = Progress(len(source) * (part[0] + 1) // part[1] - len(source) * part[0] // part[1])
-    with _shown(progress):
-        index(source, encoder, store, thumbnail=args.thumbnails, part=part, progress=progress)
-    _tell(progress, store.folder / UNREADABLE_FILE.format(part[0]))
+    if args.merge:
+        store, told = _merged(args), f"evaclip search {args.store} 'a red bicycle'"
+    else:
+        if args.thumbnails < 0:
+            raise UserError(f"the side of thumbnails must be 0 (none) or more, got {args.thumbnails}")
+        folder, told = _node_folder(args.store)
+        model = _lasting(args.model) if args.model else Store.exists(folder) and Store.open(folder).model["given"]
+        if not model:
+            raise UserError(f"there is no store {str(folder)!r} yet: --model says whose embeddings it is to hold")
+        store = _ENGINES[args.engine](_open(args.images, args), folder, str(model), args)
     if args.approximate:
         from evaclip.runtime.approximate import build_approximate
 
         build_approximate(store)
-    print(f"{args.store} has {len(store):,} pictures: evaclip search {args.store} 'a red bicycle'")
+    print(f"{store.folder} has {len(store):,} pictures: {told}")
+
+
+def _node_folder(store: Path) -> tuple[Path, str]:
+    """The store that this process writes, and the command that comes next."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if on_node == size:
+        return store, f"evaclip search {store} 'a red bicycle'"
+    # Processes of several machines can't rely on one lock.
+    node = os.environ.get("GROUP_RANK", int(os.environ["RANK"]) // on_node)
+    return store.with_name(f"{store.name}-{node}"), f"when all are done, evaclip index {store} --merge {store}-*"
+
+
+def _index_here(source: "Source", folder: Path, model: str, args: argparse.Namespace) -> "Store":
+    from evaclip.runtime.indexing import UNREADABLE_FILE, Progress, index
+
+    if args.workers is not None:
+        raise UserError("--workers is for --engine ray; here torchrun --nproc-per-node starts several processes")
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    encoder = _encoder(model, args)
+    # Where there are several machines, each has a store, which its own first process makes.
+    store = _ready_store(folder, model, encoder, first=(rank if folder == args.store else _local_rank()) == 0)
+    progress = Progress(len(source) * (rank + 1) // size - len(source) * rank // size)
+    with _shown(progress):
+        index(source, encoder, store, thumbnail=args.thumbnails, part=(rank, size), progress=progress)
+    _tell(progress, store.folder / UNREADABLE_FILE.format(rank))
+    return store
+
+
+def _index_on_ray(source: "Source", folder: Path, model: str, args: argparse.Namespace) -> "Store":
+    from evaclip.loading import LoadedModel
+    from evaclip.runtime.encoder import Encoder, chosen_precision
+    from evaclip.runtime.indexing import UNREADABLE_FILE, Progress
+    from evaclip.runtime.ray_engine import connected, index_on_ray
+
+    if "WORLD_SIZE" in os.environ:
+        raise UserError("--engine ray starts its processes itself: run it without torchrun")
+    with connected(args.device, args.workers) as cluster:
+        precision = chosen_precision(args.precision, cluster.device)
+        # Here it says what the store is of; the workers have copies.
+        here = _encoder(model, args, device="cpu", precision=precision, compile=False)
+        loaded = LoadedModel(here.name, here.origin, here.model, here.tokenizer, here.transform)
+        encoder = partial(Encoder, loaded, precision=precision, **_options(args))
+        store, progress = _ready_store(folder, model, here), Progress(len(source))
+        with _shown(progress):
+            index_on_ray(source, encoder, store, cluster, thumbnail=args.thumbnails, progress=progress)
+    _tell(progress, store.folder / UNREADABLE_FILE.format(0))
+    return store
+
+
+_ENGINES = {"local": _index_here, "ray": _index_on_ray}
+
+
+def _merged(args: argparse.Namespace) -> "Store":
+    from evaclip.runtime.store import Store
+    from evaclip.runtime.text import copy_text_tower
+
+    if unused := [name for name in ("model", "thumbnails", "workers") if getattr(args, name)]:
+        raise UserError(f"--merge takes rows as they are: --{unused[0]} is for --images")
+    others = [Store.open(folder) for folder in args.merge]
+    store = Store.open(args.store) if Store.exists(args.store) else Store.create(args.store, others[0].model)
+    for other in others:
+        taken = store.merge(other)
+        copy_text_tower(other, store)
+        print(f"{other.folder}: {taken:,} rows taken, {len(other) - taken:,} were there")
+    return store
+
+
+def _ready_store(folder: Path, model: str, encoder: "Encoder", *, first: bool = True) -> "Store":
+    """The store, which is made if there is none; by the first of several processes."""
+    from evaclip.runtime.indexing import describe
+    from evaclip.runtime.store import Store
+
+    described = {"given": model, **describe(encoder)}
+    if not Store.exists(folder) and first:
+        store = Store.create(folder, described)
+        _keep_text_tower(store, encoder)
+    else:
+        store = _awaited(folder)
+    store.require_model(described)
+    return store
 
 
 def _awaited(folder: Path) -> "Store":
@@ -196,20 +281,27 @@ def _open(path: str, args: argparse.Namespace) -> "Source":
     )
 
 
-def _encoder(model: str, args: argparse.Namespace) -> "Encoder":
+def _encoder(model: str, args: argparse.Namespace, **otherwise: Any) -> "Encoder":
     import torch
 
     from evaclip.loading import RANDOM
     from evaclip.runtime.encoder import Encoder
 
-    options = {"batch_size": args.batch_size, "threads": args.threads, "compile": args.compile}
     device = args.device
     if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"  # each process has its own
-    encoder = Encoder(model, device=device, precision=args.precision, **options)
+        device = f"cuda:{_local_rank()}"  # each process has its own
+    encoder = Encoder(model, **{"device": device, "precision": args.precision, **_options(args), **otherwise})
     if encoder.origin == RANDOM:
         raise UserError(f"the model {model!r} has random weights, whose embeddings find nothing: give NAME:WEIGHTS")
     return encoder
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"batch_size": args.batch_size, "threads": args.threads, "compile": args.compile}
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _absolute(path: str) -> str:

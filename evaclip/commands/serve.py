@@ -106,7 +106,7 @@ def _app(args: argparse.Namespace, key: str | None, hosts: tuple[str, ...]) -> "
     if args.batch_size is None and encoder.device.type == "cpu":
         # What comes next waits for all of a batch.
         encoder.batch_size = _CPU_BATCH
-    store.require_model({"given": store.model["given"], **describe(encoder)})
+    store.require_model(describe(encoder))
     print(f"{args.store}: {len(store):,} pictures, {encoder.name} on {encoder.device}", flush=True)
     return create_app(store, encoder, key=key, hosts=hosts, delay=args.delay / 1000)
 

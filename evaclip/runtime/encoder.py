@@ -25,6 +25,15 @@ TEXT_TOKENS = 4096
 """Of one batch of texts: about as much work as 20 pictures of a B/16."""
 
 
+def chosen_precision(given: str, device: str) -> str:
+    """What `auto` is on a device; raises UserError for what is none."""
+    if given == "auto":
+        return "bf16" if not device.startswith("cpu") or multiplies_bfloat16() else "fp32"
+    if given not in PRECISIONS:
+        raise unknown_name("precision", given, ("auto", *PRECISIONS))
+    return given
+
+
 @dataclass(frozen=True)
 class Encoded(Generic[T]):
     """Some of the items that `Encoder.stream` was given, in their order.
@@ -82,7 +91,7 @@ class Encoder:
             raise UserError(f"the number of decoding threads must be 1 or more, got {threads}")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.precision = _precision(precision, device)
+        self.precision = chosen_precision(precision, device)
         loaded = load_model(model, device=device) if isinstance(model, str) else model
         self.name, self.origin = loaded.name, loaded.origin
         self.tokenizer, self.transform = loaded.tokenizer, loaded.transform
@@ -248,11 +257,3 @@ def _decoded(given: Any) -> Image.Image:
         f"a picture is a {kind}; accepted: a path, bytes, a PIL image, a uint8 array [H, W, 3] or [H, W], a tensor"
         " as the model's preprocessing gives it"
     )
-
-
-def _precision(given: str, device: str) -> str:
-    if given == "auto":
-        return "bf16" if not device.startswith("cpu") or multiplies_bfloat16() else "fp32"
-    if given not in PRECISIONS:
-        raise unknown_name("precision", given, ("auto", *PRECISIONS))
-    return given

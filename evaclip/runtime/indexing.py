@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,8 @@ from evaclip.runtime.encoder import Encoder
 from evaclip.runtime.store import Row, Store
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
+Parts = Iterator[tuple[list[Row], Array]]
+"""Rows with their embeddings, float32 `[n, dim]`."""
 
 UNREADABLE_FILE = "unreadable-{}.jsonl"
 _ROWS, _SECONDS = 4096, 30.0
@@ -87,24 +88,15 @@ def index(
     """
     numbers = _numbers(source, part)
     progress = progress or Progress(len(numbers))
-    rows, parts, written = list[Row](), list[Array](), time.monotonic()
-    jobs = _changed(source, numbers, store.contents(), progress)
-    for more, embeddings in _embedded(jobs, encoder, thumbnail, progress):
-        rows += more
-        parts.append(embeddings)
-        if len(rows) >= _ROWS or time.monotonic() - written >= _SECONDS:
-            store.add(np.concatenate(parts), rows)
-            rows, parts, written = [], [], time.monotonic()
-    if rows:
-        store.add(np.concatenate(parts), rows)
-    progress.faults += source.faults
-    _write_faults(store.folder / UNREADABLE_FILE.format(part[0]), progress.faults)
+    work = Work(source, store.contents(), thumbnail)
+    keep(work.embedded(numbers, encoder, progress), store)
+    list_faults(source, store, progress, part[0])
     return progress
 
 
-def embedded(source: Source, encoder: Encoder, progress: Progress) -> Iterator[tuple[list[Row], Array]]:
+def embedded(source: Source, encoder: Encoder, progress: Progress) -> Parts:
     """The rows of all pictures of a source that can be read, with their embeddings, float32 `[n, dim]`."""
-    yield from _embedded(_changed(source, range(len(source)), {}, progress), encoder, 0, progress)
+    yield from Work(source).embedded(range(len(source)), encoder, progress)
     progress.faults += source.faults
 
 
@@ -149,33 +141,64 @@ def _numbers(source: Source, part: tuple[int, int]) -> range:
     return range(len(source) * number // count, len(source) * (number + 1) // count)
 
 
-def _embedded(
-    jobs: Iterable[_Job], encoder: Encoder, thumbnail: int, progress: Progress
-) -> Iterator[tuple[list[Row], Array]]:
-    began = time.monotonic()
-    for part in encoder.stream(jobs, partial(_Job.picture, thumbnail=thumbnail)):
-        progress.embedded += len(part.items)
-        progress.faults += part.faults
-        progress.waited += part.waited
-        progress.seconds = time.monotonic() - began
-        yield [job.row() for job in part.items], part.embeddings.numpy()
+@dataclass(frozen=True)
+class Work:
+    """The pictures of a source whose content isn't that of the same id in `known`.
+
+    Attributes:
+        thumbnail: side in pixels of small copies that rows get; 0 for none.
+    """
+
+    source: Source
+    known: Mapping[str, str] = field(default_factory=dict)
+    thumbnail: int = 0
+
+    def embedded(self, numbers: Iterable[int], encoder: Encoder, progress: Progress) -> Parts:
+        """The rows of those samples that are to be embedded and can be."""
+        began = time.monotonic()
+        for part in encoder.stream(self._changed(numbers, progress), partial(_Job.picture, thumbnail=self.thumbnail)):
+            progress.embedded += len(part.items)
+            progress.faults += part.faults
+            progress.waited += part.waited
+            progress.seconds = time.monotonic() - began
+            yield [job.row() for job in part.items], part.embeddings.numpy()
+
+    def _changed(self, numbers: Iterable[int], progress: Progress) -> Iterator[_Job]:
+        for number in numbers:
+            file, name = self.source.file(number), self.source.name(number)
+            key = name if file is None else str(file)
+            try:
+                raw = self.source[number]
+            except BadSample as exc:
+                yield _Job(key, name, exc, "")
+                continue
+            content = hashlib.sha256(raw.image).hexdigest()
+            if self.known.get(key) == content:
+                progress.unchanged += 1
+            else:
+                yield _Job(key, name, raw, content)
 
 
-def _changed(source: Source, numbers: Iterable[int], known: Mapping[str, str], progress: Progress) -> Iterator[_Job]:
-    """The pictures whose content isn't `known`."""
-    for number in numbers:
-        file, name = source.file(number), source.name(number)
-        key = name if file is None else str(file)
-        try:
-            raw = source[number]
-        except BadSample as exc:
-            yield _Job(key, name, exc, "")
-            continue
-        content = hashlib.sha256(raw.image).hexdigest()
-        if known.get(key) == content:
-            progress.unchanged += 1
-        else:
-            yield _Job(key, name, raw, content)
+def keep(parts: Parts, store: Store) -> None:
+    """Writes parts as they come, many at once."""
+    rows, embeddings, written = list[Row](), list[Array](), time.monotonic()
+    for more, of_them in parts:
+        rows += more
+        embeddings.append(of_them)
+        if len(rows) >= _ROWS or (rows and time.monotonic() - written >= _SECONDS):
+            store.add(np.concatenate(embeddings), rows)
+            rows, embeddings, written = [], [], time.monotonic()
+    if rows:
+        store.add(np.concatenate(embeddings), rows)
+
+
+def list_faults(source: Source, store: Store, progress: Progress, number: int = 0) -> None:
+    """Ends the work on a source: its own faults count too, and all are listed in the store."""
+    progress.faults += source.faults
+    faults = [{"name": f.name, "what": f.kind, "detail": f.detail} for f in progress.faults]
+    path = store.folder / UNREADABLE_FILE.format(number)
+    with writing(path):
+        write_text(path, "".join(f"{json.dumps(fault, ensure_ascii=False)}\n" for fault in faults))
 
 
 def small_copy(image: Image.Image, side: int) -> bytes:
@@ -186,9 +209,3 @@ def small_copy(image: Image.Image, side: int) -> bytes:
     # Method 2 takes half of the time that the default, 4, takes, for an eighth more bytes.
     picture.save(buffer, "WEBP", quality=80, method=2)
     return buffer.getvalue()
-
-
-def _write_faults(path: Path, faults: list[Fault]) -> None:
-    lines = [json.dumps({"name": f.name, "what": f.kind, "detail": f.detail}, ensure_ascii=False) for f in faults]
-    with writing(path):
-        write_text(path, "".join(f"{line}\n" for line in lines))

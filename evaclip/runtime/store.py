@@ -33,6 +33,8 @@ _BEFORE = {_ROTATION_FILE, *(f"{name}-0.npy" for name in _KINDS)}
 """What `create` makes before the folder is a store, and leaves if it is killed."""
 _PATIENCE = 600.0
 """Seconds that a writer waits for another one's transaction."""
+_BLOCK = 4096
+"""Rows that `merge` takes at once."""
 _TABLES = """
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE rows (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, content TEXT NOT NULL, caption TEXT NOT NULL,
@@ -149,8 +151,11 @@ class Store:
         self._maps: dict[str, NDArray[Any]] = {}
 
     def require_model(self, model: Mapping[str, Any]) -> None:
-        """Raises UserError if embeddings of this model can't be compared with the store's."""
-        keys = sorted(key for key in {*self.model, *model} if self.model.get(key) != model.get(key))
+        """Raises UserError if embeddings of this model can't be compared with the store's.
+
+        Where its weights lie, `given`, may differ.
+        """
+        keys = sorted(key for key in {*self.model, *model} - {"given"} if self.model.get(key) != model.get(key))
         if keys:
             unlike = "; ".join(
                 f"{key} is {_short(self.model.get(key))} there, {_short(model.get(key))} here" for key in keys
@@ -183,6 +188,33 @@ class Store:
             database.executemany("INSERT INTO thumbnails VALUES (?, ?)", pictures)
             self._tell(database, "slots", first + len(rows))
         self._write_headers()
+
+    def merge(self, other: "Store") -> int:
+        """Takes over the rows of another store, but for those that this one has with the same id and content.
+
+        A block of rows is written after the other, each as a whole; what was ended goes on when it is asked for again.
+
+        Returns:
+            How many rows were taken.
+
+        Raises:
+            UserError: the other store is of another model or is this one, or rows of it are replaced meanwhile.
+        """
+        self.require_model(other.model)
+        if self.folder.samefile(other.folder):
+            raise UserError(f"{other.folder} can't be merged into itself")
+        taken = 0
+        for start in range(0, other.slots, _BLOCK):
+            block = (start, min(start + _BLOCK, other.slots))
+            found = other._database.execute(
+                "SELECT number, id, content FROM rows WHERE number >= ? AND number < ?", block
+            )
+            numbers = [number for number, id, content in found if self._content(id) != content]
+            if numbers:
+                rows = other.rows(numbers)
+                self.add(other.embeddings[numbers], rows)
+            taken += len(numbers)
+        return taken
 
     def remove(self, ids: Iterable[str]) -> int:
         """Removes the rows of these ids; returns how many there were."""
@@ -321,6 +353,10 @@ class Store:
                     self.refresh()
             except sqlite3.OperationalError as exc:
                 raise UserError(f"cannot write {self.folder}: {exc}") from exc
+
+    def _content(self, id: str) -> str | None:
+        found = self._database.execute("SELECT content FROM rows WHERE id = ?", (id,)).fetchone()
+        return found[0] if found else None
 
     def _forget(self, database: sqlite3.Connection, ids: list[str]) -> int:
         numbers = [

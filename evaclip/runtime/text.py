@@ -3,6 +3,7 @@ seconds to import; or by the model itself where there is no such program."""
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaclip.atomic import write_json
+from evaclip.atomic import replacing, write_json, writing
 from evaclip.errors import UserError
 from evaclip.runtime.store import Store
 
@@ -42,6 +43,14 @@ def save_text_tower(store: Store, model: "CLIP") -> None:
     text = model.config.text
     # Written last: without it there is no program.
     write_json(store.folder / TOKENS_FILE, {"context_length": text.context_length, "vocab_size": text.vocab_size})
+
+
+def copy_text_tower(store: Store, target: Store) -> None:
+    """Puts the text tower of a store, if it has one, into another of the same model, if that has none."""
+    if (store.folder / TOKENS_FILE).is_file() and not (target.folder / TOKENS_FILE).is_file():
+        for name in (f"{PROGRAM_FILE}.data", PROGRAM_FILE, TOKENS_FILE):
+            with writing(target.folder), replacing(target.folder / name) as temporary:
+                shutil.copyfile(store.folder / name, temporary)
 
 
 def text_encoder(store: Store) -> TextEncoder:

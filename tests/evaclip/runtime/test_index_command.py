@@ -60,6 +60,27 @@ def test_a_process_that_is_early_waits_for_the_store_of_the_first(model, folder,
     assert not (tmp_path / "a.store").exists()
 
 
+def test_each_of_several_machines_writes_a_store_and_one_joins_them(model, folder, tmp_path, capsys, monkeypatch):
+    store = tmp_path / "a.store"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for rank in range(4):
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank % 2), ("GROUP_RANK", rank // 2)):
+            monkeypatch.setenv(name, str(value))
+        assert main(["index", str(store), "--images", str(folder), "--model", model, "--thumbnails", "16"]) == 0
+        assert f"evaclip index {store} --merge {store}-*" in capsys.readouterr().out
+    nodes = sorted(tmp_path.glob("a.store-*"))
+    assert [(node.name, len(Store.open(node))) for node in nodes] == [("a.store-0", 4), ("a.store-1", 3)]
+    assert not store.exists()
+    for name in ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    assert main(["index", str(store), "--merge", *map(str, nodes)]) == 0
+    assert f"{nodes[1]}: 3 rows taken, 0 were there" in capsys.readouterr().out
+    assert (store / "text.json").exists() == (nodes[0] / "text.json").exists()
+    assert main(["index", str(store), "--images", str(folder)]) == 0
+    assert "0 embedded, 7 unchanged" in capsys.readouterr().out
+
+
 def test_the_same_weights_may_lie_elsewhere(model, folder, loaded, tmp_path, capsys):
     store, moved = tmp_path / "a.store", tmp_path / "moved.safetensors"
     save_file(loaded.model.state_dict(), moved)
@@ -89,6 +110,8 @@ def test_embeddings_of_pictures_and_texts_in_a_file(model, loaded, folder, pictu
         (["index", "a.store", "--images", "pictures", "--model", "tiny"], "'tiny' has random weights"),
         (["index", "a.store", "--images", "nowhere", "--model", "MODEL"], "nowhere"),
         (["index", "a.store", "--images", "pictures", "--model", "MODEL", "--thumbnails", "-1"], "got -1"),
+        (["index", "a.store", "--merge", "pictures"], "pictures isn't a store"),
+        (["index", "a.store", "--merge", "pictures", "--model", "MODEL"], "--model is for --images"),
         (["index", "pictures", "--images", "pictures", "--model", "MODEL"], "it isn't an empty folder"),
         (["embed", "a.npy", "--images", "pictures", "--model", "MODEL"], "expected .npz"),
         (["embed", "a.npz", "--texts", "nowhere.txt", "--model", "MODEL"], "cannot read nowhere.txt"),

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from store_makers import DIM, filled, named, unit
 
 from evaclip.errors import UserError
+from evaclip.runtime import store as store_module
 from evaclip.runtime.store import ROWS_FILE, Row, Store
 
 
@@ -105,8 +107,65 @@ def test_what_is_no_store_is_refused(tmp_path):
 def test_embeddings_of_another_model_are_refused(tmp_path):
     store = Store.create(tmp_path / "s", {"name": "tiny", "weights": "aa", "dim": 4})
     store.require_model({"name": "tiny", "weights": "aa", "dim": 4})
+    store.require_model({"name": "tiny", "weights": "aa", "dim": 4, "given": "where they lie now"})
     with pytest.raises(UserError, match=r"another model \(weights is .aa. there, .bb. here\)"):
         store.require_model({"name": "tiny", "weights": "bb", "dim": 4})
+
+
+@pytest.fixture
+def two_stores(tmp_path, monkeypatch):
+    """One with rows 0 to 5, another with 3 to 9, where 4 has another content and all have thumbnails; blocks of 3."""
+    monkeypatch.setattr(store_module, "_BLOCK", 3)
+    store, other = filled(tmp_path / "a", unit(6)), Store.create(tmp_path / "b", {"name": "tiny", "dim": DIM})
+    rows = [replace(row, thumbnail=b"small") for row in named(7, 3)]
+    rows[1] = replace(rows[1], content="new")
+    other.add(unit(10)[3:], rows)
+    return store, other
+
+
+def test_of_another_store_what_is_new_or_differs_is_taken(two_stores):
+    store, other = two_stores
+    other.remove(["9.jpg"])
+    assert store.merge(other) == 4
+    assert is_whole(store.folder) == 9
+    numbers = np.flatnonzero(store.alive())
+    found = {row.id: row for row in store.rows(numbers)}
+    expected = {row.id: row for row in [*named(6), *other.rows(np.flatnonzero(other.alive()))]}
+    expected["3.jpg"], expected["5.jpg"] = named(1, 3)[0], named(1, 5)[0]  # they were there with the same content
+    assert found == expected
+    assert store.merge(other) == 0
+
+
+def test_a_merge_that_is_ended_goes_on_where_it_was(two_stores, monkeypatch):
+    store, other = two_stores
+    add, blocks = Store.add, []
+
+    def interrupted(self, embeddings, rows):
+        if blocks:
+            raise KeyboardInterrupt
+        blocks.append(len(rows))
+        add(self, embeddings, rows)
+
+    monkeypatch.setattr(Store, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.merge(other)
+    monkeypatch.undo()
+    assert store.merge(other) == 5 - blocks[0]
+    assert is_whole(store.folder) == 10
+
+
+def test_stores_that_do_not_merge(two_stores, tmp_path):
+    store, other = two_stores
+    with pytest.raises(UserError, match="can't be merged into itself"):
+        store.merge(Store.open(store.folder))
+    with pytest.raises(UserError, match=r"another model \(name is 'tiny' there, 'huge' here\)"):
+        store.merge(Store.create(tmp_path / "c", {"name": "huge", "dim": DIM}))
+    with Store.open(other.folder) as writer:
+        writer.add(unit(4)[3:], named(1, 3))
+        writer.compact()
+    with pytest.raises(UserError, match="open it again"):
+        store.merge(other)
+    assert is_whole(store.folder) == 6
 
 
 @pytest.mark.parametrize(
