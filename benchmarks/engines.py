@@ -7,7 +7,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -157,6 +156,8 @@ def _in_torch(module: Callable[[Tensor], Tensor], subject: Subject, dtype: str) 
 def _onnxruntime(subject: Subject, dtype: str, plain: bool = False, level: str = "all") -> Run:
     from evaclip.portable.check import run_in_onnxruntime
 
+    if plain and (subject.tower, dtype) == ("text", "fp16"):
+        raise UserError("onnxruntime 1.32.0 ends the process when it loads this file")
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[subject.device]
     run = run_in_onnxruntime(_file(subject, dtype, plain), level, provider, torch.get_num_threads())
     return lambda batch: run(batch.array)
