@@ -145,7 +145,9 @@ def _add(verbs: Any, name: str, help: str, action: Any) -> argparse.ArgumentPars
 def _add_infer(parser: argparse.ArgumentParser) -> None:
     several: dict[str, Any] = {"nargs": "+"}
     parser.add_argument(
-        "--model", default="EVA02-CLIP-B-16", help="NAME[:WEIGHTS] or a run; a NAME has random weights (default: it)"
+        "--model",
+        default="EVA02-CLIP-B-16",
+        help="NAME, with random weights, NAME:WEIGHTS or a run (default: %(default)s)",
     )
     parser.add_argument("--tower", choices=["image", "text", "both"], default="image", help="default: %(default)s")
     parser.add_argument("--batch", **several, type=int, default=[1, 8, 32], metavar="N", help="default: 1 8 32")
