@@ -113,7 +113,7 @@ def show(results: Results) -> None:
         rows = [row for row in results.rows if row.op == op]
         batches = list(dict.fromkeys(row.sizes["batch"] for row in rows))
         table = plain_table()
-        table.title, table.title_justify = f"{op}: median and least ms of a call, inputs a second", "left"
+        console.print(f"\n{op}: median and least ms of a call, inputs a second", style="bold")
         for title in ("engine", "dtype", "cosine"):
             table.add_column(title, no_wrap=True)
         for batch, title in product(batches, ("median", "least", "/s")):
