@@ -48,8 +48,8 @@ def test_the_export_of_open_clips_model_is_another_engine(tmp_path: Path) -> Non
 
 
 def test_weights_of_fewer_bits_are_told_by_their_cosine(tmp_path: Path) -> None:
-    rows = run(tmp_path, "--batch", "2", "--dtype", "int8", "bf16", "--engine", "onnxruntime")
-    assert 0.99 < rows["onnxruntime", "tiny b2"].cosine < 0.99999
+    rows = run(tmp_path, "--batch", "2", "--dtype", "int8", "--engine", "onnxruntime")
+    assert 0.99 < rows["onnxruntime", "tiny b2"].cosine < 0.9995
 
 
 @pytest.mark.slow
