@@ -43,6 +43,11 @@ _EXAMPLES = {
     "overhead": ["python -m benchmarks overhead", "python -m benchmarks overhead --device cuda"],
     "search": ["python -m benchmarks search", "python -m benchmarks search --rows 100000 --approximate"],
     "serve": ["python -m benchmarks serve", "python -m benchmarks serve --model EVA02-CLIP-B-16 --seconds 30"],
+    "infer": [
+        "python -m benchmarks infer",
+        "python -m benchmarks infer --model tiny --tower both --batch 1 8 --dtype fp32 int8 --rounds 20",
+        "python -m benchmarks infer --engine evaclip onnxruntime openvino --pictures Pictures --json infer.json",
+    ],
     "compare": ["python -m benchmarks compare before.json after.json"],
     "report": [
         "python -m benchmarks report run.json --out report/",
@@ -97,6 +102,7 @@ def _build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--model", default="tiny", help="with random weights (default: %(default)s)")
     serve.add_argument("--clients", type=int, default=50, metavar="N", help="default: %(default)s")
     serve.add_argument("--seconds", type=float, default=60.0, metavar="S", help="default: %(default)g")
+    _add_infer(_add(verbs, "infer", "measure a model's towers by engine: this library, PyTorch, ONNX runtimes", _infer))
     compare = _add(verbs, "compare", "find what became slower between two results", _compare)
     compare.add_argument("before", type=Path, help="a result of --json")
     compare.add_argument("after", type=Path, help="a result of --json")
@@ -134,6 +140,32 @@ def _add(verbs: Any, name: str, help: str, action: Any) -> argparse.ArgumentPars
         )
     parser.set_defaults(run=action)
     return parser
+
+
+def _add_infer(parser: argparse.ArgumentParser) -> None:
+    several: dict[str, Any] = {"nargs": "+"}
+    parser.add_argument(
+        "--model",
+        default="EVA02-CLIP-B-16",
+        help="NAME, with random weights, NAME:WEIGHTS or a run (default: %(default)s)",
+    )
+    parser.add_argument("--tower", choices=["image", "text", "both"], default="image", help="default: %(default)s")
+    parser.add_argument("--batch", **several, type=int, default=[1, 8, 32], metavar="N", help="default: 1 8 32")
+    dtypes = ("fp32", "bf16", "fp16", "int8")
+    parser.add_argument("--dtype", **several, choices=dtypes, default=dtypes, help="of the weights (default: all)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--engine",
+        **several,
+        default=[],
+        metavar="NAME",
+        help="default: all; names with open_clip are those of its model with the same weights",
+    )
+    parser.add_argument("--device", choices=sorted(DEFAULT_DTYPES), default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FOLDER", help="photographs (default: those of installed packages)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all that was measured; a folder will do")
 
 
 def _add_choice(parser: Any, shapes: str) -> None:
@@ -274,6 +306,18 @@ def _serve(args: argparse.Namespace) -> None:
         raise UserError(f"--clients is 1 or more and --seconds above 0, got {args.clients} and {args.seconds:g}")
     load = serve.Load(args.model, args.clients, args.seconds)
     serve.show(load, serve.measure(load))
+
+
+def _infer(args: argparse.Namespace) -> None:
+    from benchmarks import infer
+
+    towers = ("image", "text") if args.tower == "both" else (args.tower,)
+    several = {"batches": tuple(args.batch), "dtypes": tuple(args.dtype), "engines": tuple(args.engine)}
+    plan = infer.Plan(args.model, towers, **several, rounds=args.rounds, device=args.device, pictures=args.pictures)
+    results = infer.measure(plan, partial(print, file=sys.stderr, flush=True))
+    infer.show(results)
+    if args.json:
+        results.write_json(args.json)
 
 
 def _measure_all(args: argparse.Namespace) -> None:

@@ -36,6 +36,7 @@ class Row:
         saved_bytes: what the forward pass keeps for the backward pass, inputs not counted.
         error, baseline_error: relative RMS error against float64, the candidate's and that of plain PyTorch in the
             same dtype: of the outputs, or in training of the gradients; the worst one.
+        cosine: of embeddings to those in float32, the lowest one; measured by `infer` alone.
         failure: why there is no time: an error that was raised, or behind `WRONG` what is wrong with the result.
     """
 
@@ -57,6 +58,7 @@ class Row:
     saved_bytes: int | None = None
     error: float | None = None
     baseline_error: float | None = None
+    cosine: float | None = None
     failure: str | None = None
 
     @property

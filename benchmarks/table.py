@@ -42,12 +42,12 @@ def print_table(results: Results) -> None:
     Columns that a table has no values for are left out; in a narrow terminal also the less important ones.
     """
     console, found = make_console(), contests(results.rows)
-    _print_machine(console, results.machine)
+    print_machine(console, results.machine)
     _print_summary(console, found)
     for group in panels(found).values():
         _print_group(console, group)
-    _print_notes(console, results.machine.notes)
-    _print_absent(console, results.absent)
+    print_notes(console, results.machine.notes)
+    print_absent(console, results.absent)
 
 
 def print_operations(operations: Sequence[Operation], device: str) -> None:
@@ -83,7 +83,7 @@ def plain_table() -> Table:
     return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
 
 
-def _print_machine(console: Console, machine: Machine) -> None:
+def print_machine(console: Console, machine: Machine) -> None:
     facts = machine_facts(machine)
     name, command = facts.pop("device"), facts.pop("command", "")
     console.print(Text(name, "bold"))
@@ -92,16 +92,16 @@ def _print_machine(console: Console, machine: Machine) -> None:
         " · ".join(f"{what} {version}" for what, version in machine.versions.items()), style="dim", markup=False
     )
     console.print(command, style="dim", markup=False)
-    _print_notes(console, machine.notes)
+    print_notes(console, machine.notes)
 
 
-def _print_notes(console: Console, notes: Iterable[str]) -> None:
+def print_notes(console: Console, notes: Iterable[str]) -> None:
     """Before the tables and after them: the lines before may have scrolled away."""
     for note in notes:
         console.print(Text(f"! {note}", "bold yellow"))
 
 
-def _print_absent(console: Console, absent: dict[str, str]) -> None:
+def print_absent(console: Console, absent: dict[str, str]) -> None:
     for name, reason in absent.items():
         console.print(Text.assemble((f"absent: {name}", "dim"), (f", {reason}", "dim")))
 

@@ -105,19 +105,19 @@ def _step_inputs(shape: Shape, draw: Draw) -> Inputs:
 
 def _model(shape: Shape, draw: Draw, part: str, dtype: torch.dtype) -> Inputs:
     """Both networks of a part of the model, and its parameters: as in use, the same for every set of samples."""
-    check_comparable(shape)
+    check_comparable(f"shape {shape.name!r}", shape.config)
     pixels = _pixels(shape)
     parameters = _parameters(shape.model, pixels, draw.device)
     own = [values.detach().to(dtype) for name, values in parameters.items() if name.startswith(part)]
     return {"pair": _pair(shape.model, pixels, draw.device, part), "parameters": own}
 
 
-def check_comparable(shape: Shape) -> None:
+def check_comparable(what: str, config: CLIPConfig) -> None:
     """Raises `UserError` where open_clip has no model like this one to compare with."""
-    text, pool = shape.config.text, shape.config.vision.pool
+    text, pool = config.text, config.vision.pool
     if pool != "token" or text.vocab_size < VOCAB_SIZE:
         raise UserError(
-            f"shape {shape.name!r}: open_clip pools by class token and has {VOCAB_SIZE:,} words, this model pools by "
+            f"{what}: open_clip pools by class token and has {VOCAB_SIZE:,} words, this model pools by "
             f"{pool} and has {text.vocab_size:,}; expected another model, such as tiny@32"
         )
 

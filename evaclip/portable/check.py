@@ -21,8 +21,11 @@ Engine = Literal["onnxruntime", "openvino"]
 ENGINES: tuple[Engine, ...] = ("onnxruntime", "openvino")
 DEFAULT_PROVIDER = "CPUExecutionProvider"
 
-_LEVELS = {"none": "DISABLE_ALL", "basic": "ENABLE_BASIC", "extended": "ENABLE_EXTENDED", "all": "ENABLE_ALL"}
-_Run = Callable[[NDArray[Any]], NDArray[Any]]
+LEVELS = {"none": "DISABLE_ALL", "basic": "ENABLE_BASIC", "extended": "ENABLE_EXTENDED", "all": "ENABLE_ALL"}
+Run = Callable[[NDArray[Any]], NDArray[Any]]
+"""Inputs to embeddings."""
+
+_KINDS = {"float": np.float32, "float16": np.float16, "int32": np.int32, "int64": np.int64}
 
 
 @dataclass(frozen=True)
@@ -107,12 +110,45 @@ def table(outcomes: Sequence[Outcome]) -> str:
     )
 
 
+def run_in_onnxruntime(path: Path, level: str, provider: str = DEFAULT_PROVIDER, threads: int = 0) -> Run:
+    """A file in a session of ONNX Runtime.
+
+    Args:
+        path: the ONNX file, of one input and one output.
+        level: of graph optimisation, one of `LEVELS`.
+        provider: what runs it.
+        threads: of the processor; 0 for ONNX Runtime's own number.
+
+    Raises:
+        RuntimeError: the provider is there, but can't be started.
+        UserError: the file can't be read.
+    """
+    session = _session(path, level, [provider], threads)
+    if session.get_providers()[0] != provider:
+        raise RuntimeError(f"{provider} couldn't be started; onnxruntime fell back to {session.get_providers()[0]}")
+    (entry,) = session.get_inputs()
+    kind = _KINDS[entry.type.removeprefix("tensor(").removesuffix(")")]
+    return lambda inputs: np.asarray(session.run(None, {entry.name: inputs.astype(kind, copy=False)})[0])
+
+
+def run_in_openvino(path: Path, threads: int = 0) -> Run:
+    """A file compiled by OpenVINO for the CPU, with so many threads; 0 for OpenVINO's own number.
+
+    By itself a CPU that has bfloat16 computes in it, and what the file says is then not what is run.
+    """
+    openvino = _openvino()
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    compiled = openvino.Core().compile_model(str(path), "CPU", options)
+    kind = compiled.input(0).element_type.to_dtype()
+    return lambda inputs: np.asarray(compiled(inputs.astype(kind, copy=False))[0])
+
+
 def _reason(outcome: Outcome) -> str:
     told = outcome.problem or f"{outcome.cosine:.7f}"
     return told if outcome.apart or outcome.problem else f"{told}, inputs aren't told apart"
 
 
-def _outcome(probe: Probe, engine: str, provider: str, level: str, load: Callable[[], _Run]) -> Outcome:
+def _outcome(probe: Probe, engine: str, provider: str, level: str, load: Callable[[], Run]) -> Outcome:
     try:
         run, inputs = load(), probe.inputs()
         # One alone, too: a graph may be right for the batch that it was made with only.
@@ -128,35 +164,22 @@ def _outcome(probe: Probe, engine: str, provider: str, level: str, load: Callabl
     return Outcome(engine, provider, level, float(np.minimum(cosine, alone)), apart)
 
 
-def _onnxruntime_runs(path: Path, providers: Sequence[str]) -> Iterator[tuple[str, str, str, Callable[[], _Run]]]:
+def _onnxruntime_runs(path: Path, providers: Sequence[str]) -> Iterator[tuple[str, str, str, Callable[[], Run]]]:
     ort = _onnxruntime()
     available = ort.get_available_providers()
     for provider in providers:
         if provider not in available:
             raise UserError(f"provider {provider!r} isn't there; this onnxruntime has: {', '.join(available)}")
     for provider in providers:
-        for level in _LEVELS:
-            yield f"onnxruntime {ort.__version__}", provider, level, partial(_runner, path, level, [provider])
+        for level in LEVELS:
+            yield f"onnxruntime {ort.__version__}", provider, level, partial(run_in_onnxruntime, path, level, provider)
 
 
-def _runner(path: Path, level: str, providers: list[str]) -> _Run:
-    session = _session(path, level, providers)
-    if session.get_providers()[0] != providers[0]:
-        raise RuntimeError(f"{providers[0]} couldn't be started; onnxruntime fell back to {session.get_providers()[0]}")
-    (entry,) = session.get_inputs()
-    integers = np.int32 if "int32" in entry.type else np.int64
-
-    def run(inputs: NDArray[Any]) -> NDArray[Any]:
-        typed = inputs if inputs.dtype == np.float32 else inputs.astype(integers)
-        return np.asarray(session.run(None, {entry.name: typed})[0])
-
-    return run
-
-
-def _session(path: Path, level: str, providers: list[str]) -> Any:
+def _session(path: Path, level: str, providers: list[str], threads: int = 0) -> Any:
     ort = _onnxruntime()
     options = ort.SessionOptions()
-    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_{_LEVELS[level]}")
+    options.intra_op_num_threads = threads
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_{LEVELS[level]}")
     options.log_severity_level = 3
     try:
         return ort.InferenceSession(str(path), options, providers=providers)
@@ -175,16 +198,14 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _openvino_runs(path: Path) -> Iterator[tuple[str, str, str, Callable[[], _Run]]]:
+def _openvino() -> Any:
     try:
         import openvino
     except ModuleNotFoundError as exc:
         raise UserError("the package openvino is not installed: pip install openvino") from exc
+    return openvino
 
-    def load() -> _Run:
-        # By itself a CPU that has bfloat16 computes in it, and what the file says is then not what is checked.
-        compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        kind = compiled.input(0).element_type.to_dtype()
-        return lambda inputs: np.asarray(compiled(inputs.astype(kind))[0])
 
-    yield f"openvino {openvino.__version__.split('-')[0]}", "CPU", "default", load
+def _openvino_runs(path: Path) -> Iterator[tuple[str, str, str, Callable[[], Run]]]:
+    version = _openvino().__version__.split("-")[0]
+    yield f"openvino {version}", "CPU", "default", partial(run_in_openvino, path)

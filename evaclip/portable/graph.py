@@ -99,7 +99,7 @@ class Graph:
         return name
 
 
-def save(model: onnx.ModelProto, path: Path, external: bool) -> None:
+def save(model: onnx.ModelProto, path: Path, external: bool = False) -> None:
     """Writes a file, and beside it `NAME.data` with the weights if asked for or where they are too many for one."""
     if external or sum(len(tensor.raw_data) for tensor in model.graph.initializer) > _LARGEST_MESSAGE:
         data = path.with_name(f"{path.name}.data")

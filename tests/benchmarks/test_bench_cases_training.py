@@ -119,7 +119,7 @@ def test_towers_refuse_dropped_patches(name: str) -> None:
 def test_the_default_models_are_those_that_open_clip_has(name: str) -> None:
     op = get_operation(name)
     for shape in map(parse_shape, {*op.shapes["cpu"], *op.shapes["cuda"]}):
-        models.check_comparable(shape)
+        models.check_comparable("", shape.config)
     with pytest.raises(UserError, match=r"'emoji@48 b1': .* pools by mean and has 8,192; expected another model"):
         draw(op, parse_shape("emoji@48 b1"))
 
