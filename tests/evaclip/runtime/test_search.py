@@ -121,7 +121,7 @@ for rows, dim, top in ((1, 1, 1), (300, 7, 3), (9000, 130, 10), (5000, 96, 4000)
 """
 
 
-@pytest.mark.parametrize("isa", NATIVE["isas_available"])
+@pytest.mark.parametrize("isa", NATIVE.get("isas_available", []))
 def test_compiled_and_numpy_find_the_same(way, isa):
     del way
     environment = os.environ | {"EVAKERNELS_ISA": isa}
