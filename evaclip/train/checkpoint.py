@@ -128,7 +128,11 @@ def _agreed(action: Callable[[], None], group: Any) -> None:
     problems = [problem]
     if group is not None:
         problems = [None] * dist.get_world_size(group)
-        dist.all_gather_object(problems, problem, group=group)
+        try:
+            dist.all_gather_object(problems, problem, group=group)
+        except RuntimeError as exc:  # a process is gone, or took longer than the group waits; gloo then closes it
+            reason = problem or str(exc).splitlines()[0]
+            raise NotWritten(f"the processes lost each other, and write none until a new start: {reason}") from exc
     if found := [text for text in problems if text is not None]:
         raise NotWritten(found[0])
 
@@ -140,9 +144,11 @@ def _start_folder(unfinished: Path, guard: Callable[[], None]) -> None:
 
 
 def _finish_folder(unfinished: Path, step: int, content: Content) -> None:
-    for parts in unfinished.glob(f"*.safetensors{_PARTS}"):
-        tensor_files.join(parts, parts.with_suffix(""))
-        shutil.rmtree(parts)
+    for name, tensors in {MODEL_FILE: content.model, EMA_FILE: content.ema}.items():
+        parts = _parts(unfinished / name)
+        if tensors is not None and parts.is_dir():
+            tensor_files.join(parts, unfinished / name, tensors)
+            shutil.rmtree(parts)
     for name, value in content.descriptions.items():
         _write_json(unfinished / name, value)
     torch.save(dict(content.state), unfinished / STATE_FILE)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from evaclip.errors import UserError
 from evaclip.train.config import process_count
 
 _BUCKET_BYTES = 32 * 2**20
+_SAVING_LIMIT = timedelta(days=1)
+"""A slow disk is no failure, and what waited too long can't be used again. A dead process ends a wait at once."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class World:
     Attributes:
         group: of all processes, for tensors on `device`; None for one process.
         control: of all processes, for tensors on the CPU, so that agreeing never waits for the device.
-        saving: as `control`, for a thread beside the training.
+        saving: as `control`, for a thread beside the training; its processes wait a day for one that writes.
     """
 
     device: torch.device
@@ -125,7 +128,7 @@ def connect(device_name: str, *, offload: bool = False) -> World:
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     else:
         dist.init_process_group(backend)
-    control, saving = (dist.new_group(backend="gloo") for _ in range(2))
+    control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=_SAVING_LIMIT)
     return World(device, dist.get_rank(), size, dist.group.WORLD, control, saving)
 
 

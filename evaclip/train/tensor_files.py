@@ -7,9 +7,11 @@ than a second, and a run in one process that begins anew needs none of it.
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import product, zip_longest
+from operator import mul
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_PLACES = "DCP_SHARDING_INFO"
+"""Where torch's writer notes the place of each part, in the metadata of a file."""
 
 
 def write_whole(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -79,22 +83,59 @@ def read(targets: dict[str, Tensor], folder: Path) -> None:
         load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
-def join(folder: Path, path: Path) -> None:
-    """Puts all tensors in `folder` whole into one safetensors file, with one of them in memory at a time.
+def join(folder: Path, path: Path, likes: Mapping[str, Tensor]) -> None:
+    """Puts all tensors in `folder` whole into one safetensors file.
 
-    Torch's `consolidate_safetensors_files` would do, but writes zeros for tensors without dimensions (2.13).
+    Each file of the folder is opened once and each part goes straight to its place, so no tensor is ever whole in
+    memory. Torch's `consolidate_safetensors_files` opens all files at once, and writes zeros for tensors without
+    dimensions (2.13).
+
+    Args:
+        likes: tensors of any device with the names, the dtypes and the whole shapes of those in `folder`; what
+            `write_parts` was given.
+
+    Raises:
+        OSError: the parts in `folder` don't make up these tensors, or can't be read or written.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    tensors = empty(folder)
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for name, like in sorted(likes.items()):
+        start, end = end, end + like.shape.numel() * like.dtype.itemsize
+        header[name] = {"dtype": _DTYPES[like.dtype], "shape": list(like.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    missing = {name: like.shape.numel() for name, like in likes.items()}
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors.items():
-            value = torch.empty_like(tensor, device="cpu")
-            read({name: value}, folder)
-            file.write(value.reshape(-1).view(torch.uint8).numpy().data)
+        first = file.tell()
+        for name, offsets, part in _parts(folder):
+            if name not in likes or part.dtype != likes[name].dtype:
+                raise OSError(
+                    f"{folder} has parts of {name} as {part.dtype}, which the tensors to be joined don't have"
+                )
+            missing[name] -= part.numel()
+            _put(part, offsets, likes[name].shape, file, first + header[name]["data_offsets"][0])
+    if wrong := [name for name, count in missing.items() if count]:
+        raise OSError(f"the parts in {folder} don't make up {len(wrong)} of {len(likes)} tensors, such as {wrong[0]}")
+
+
+def _parts(folder: Path) -> Iterator[tuple[str, list[int], Tensor]]:
+    """Name, place in the whole tensor and values of all parts, one file after the other; nothing is copied."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            places = json.loads(file.metadata()[_PLACES])
+            for name in file.keys():  # noqa: SIM118
+                yield name, places[name]["saved_offsets"], file.get_tensor(name)
+
+
+def _put(part: Tensor, offsets: list[int], shape: torch.Size, file: IO[bytes], start: int) -> None:
+    """Writes a part of a tensor of this shape, which begins at byte `start`, in runs that lie together in both."""
+    if not part.numel():  # of a process beyond the last row
+        return
+    strides = torch.empty(shape, device="meta").stride()
+    cut = max((dim for dim, size in enumerate(part.shape) if size < shape[dim]), default=0)
+    runs = part.reshape(part.shape[:cut].numel(), -1).view(torch.uint8).numpy()
+    for index, run in zip(product(*map(range, part.shape[:cut])), runs, strict=True):
+        where = [offset + inside for offset, inside in zip_longest(offsets, index, fillvalue=0)]
+        file.seek(start + part.dtype.itemsize * sum(map(mul, where, strides)))
+        file.write(run.data)
