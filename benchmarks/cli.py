@@ -310,8 +310,9 @@ def _serve(args: argparse.Namespace) -> None:
 
 def _infer(args: argparse.Namespace) -> None:
     from benchmarks import infer
+    from benchmarks.engines import TOWERS
 
-    towers = ("image", "text") if args.tower == "both" else (args.tower,)
+    towers = TOWERS if args.tower == "both" else (args.tower,)
     several = {"batches": tuple(args.batch), "dtypes": tuple(args.dtype), "engines": tuple(args.engine)}
     plan = infer.Plan(args.model, towers, **several, rounds=args.rounds, device=args.device, pictures=args.pictures)
     results = infer.measure(plan, partial(print, file=sys.stderr, flush=True))

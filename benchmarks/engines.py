@@ -132,7 +132,7 @@ def _compiled(subject: Subject, dtype: str, freezing: bool = False) -> Run:
     from torch._inductor import config
 
     # Options tell apart what was compiled with and without them; dynamo, too, asks whether weights are frozen.
-    options = {"freezing": True} if freezing else None
+    options: dict[str, Any] | None = {"freezing": True} if freezing else None
     module = torch.compile(subject.plain(dtype, subject.device), fullgraph=True, dynamic=False, options=options)
     run = _in_torch(module, subject, dtype)
 
