@@ -164,9 +164,14 @@ class Work:
             yield [job.row() for job in part.items], part.embeddings.numpy()
 
     def _changed(self, numbers: Iterable[int], progress: Progress) -> Iterator[_Job]:
+        seen = set[str]()
         for number in numbers:
             file, name = self.source.file(number), self.source.name(number)
             key = name if file is None else str(file)
+            if key in seen:  # a table may name a picture with each of its captions
+                progress.unchanged += 1
+                continue
+            seen.add(key)
             try:
                 raw = self.source[number]
             except BadSample as exc:
@@ -180,11 +185,13 @@ class Work:
 
 
 def keep(parts: Parts, store: Store) -> None:
-    """Writes parts as they come, many at once."""
-    rows, embeddings, written = list[Row](), list[Array](), time.monotonic()
+    """Writes parts as they come, many at once; of rows with the same id, the first."""
+    rows, embeddings, written, ids = list[Row](), list[Array](), time.monotonic(), set[str]()
     for more, of_them in parts:
-        rows += more
-        embeddings.append(of_them)
+        new = [place for place, row in enumerate(more) if row.id not in ids]
+        rows += [more[place] for place in new]
+        embeddings.append(of_them[new])
+        ids.update(row.id for row in more)
         if len(rows) >= _ROWS or (rows and time.monotonic() - written >= _SECONDS):
             store.add(np.concatenate(embeddings), rows)
             rows, embeddings, written = [], [], time.monotonic()

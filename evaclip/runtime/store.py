@@ -30,7 +30,7 @@ _ROTATION_FILE = "rotation.npy"
 _FORMAT = 1
 _KINDS = {"embeddings": "<f2", "codes": "|i1", "scales": "<f4"}
 _BEFORE = {_ROTATION_FILE, *(f"{name}-0.npy" for name in _KINDS)}
-"""What `create` makes before the folder is a store, and leaves if it is killed."""
+"""What `create` makes before the folder is a store."""
 _PATIENCE = 600.0
 """Seconds that a writer waits for another one's transaction."""
 _BLOCK = 4096
@@ -99,7 +99,7 @@ class Store:
         dim = model.get("dim")
         if not isinstance(dim, int) or dim < 1:
             raise UserError(f"a store's model needs 'dim', the length of its embeddings, got {dim!r}")
-        if folder.exists() and (not folder.is_dir() or {file.name for file in folder.iterdir()} - _BEFORE):
+        if folder.exists() and not (folder.is_dir() and all(map(_is_left, folder.iterdir()))):
             raise UserError(f"cannot make a store of {folder}: it isn't an empty folder; give another one")
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -382,6 +382,11 @@ class Store:
         if name not in self._maps:
             self._maps[name] = map_rows(self._path(name), _KINDS[name], self._slots, _columns(name, self.dim))
         return self._maps[name]
+
+
+def _is_left(file: Path) -> bool:
+    """Whether a `create` that was killed leaves such a file."""
+    return file.name in _BEFORE or file.name.startswith(f".{ROWS_FILE}.")
 
 
 def _short(value: object) -> str:

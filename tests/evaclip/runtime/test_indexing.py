@@ -151,3 +151,16 @@ def test_killed_fifty_times_no_picture_is_lost_and_none_twice(tmp_path, encoder,
     assert any(0 < size < 400 for size in sizes)
     store, _ = _index(root, path, encoder)
     _is_right(store, sorted(Path(root).iterdir()), encoder)
+
+
+def test_a_picture_that_a_table_names_twice_is_one_row(folder, encoder, tmp_path):
+    table = tmp_path / "pairs.csv"
+    names = ["0.png", "3.png", "0.png", "6.png", "0.png"]
+    table.write_text("filepath,title\n" + "".join(f"{folder / name},caption {n}\n" for n, name in enumerate(names)))
+    store, progress = _index(table, tmp_path / "store", encoder)
+    assert [row.caption for row in _rows(store)] == ["caption 0", "caption 1", "caption 3"]
+    assert (progress.embedded, progress.unchanged) == (3, 2)
+    parts = [(_rows(store), store.embeddings[:3].astype(np.float32))] * 2  # as from two workers
+    twice = Store.create(tmp_path / "twice", describe(encoder))
+    indexing.keep(iter(parts), twice)
+    assert len(twice) == 3

@@ -91,6 +91,12 @@ def test_nothing_is_added_when_something_is_wrong(tmp_path, monkeypatch):
     assert is_whole(tmp_path) == 2
 
 
+def test_what_a_killed_create_leaves_is_no_obstacle(tmp_path):
+    for name in ("rotation.npy", "codes-0.npy", ".rows.sqlite.4752.tmp", ".rows.sqlite.4752.tmp-journal"):
+        (tmp_path / name).write_bytes(b"")
+    assert len(filled(tmp_path, unit(3))) == 3
+
+
 def test_what_is_no_store_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"isn't a store.*evaclip index"):
         Store.open(tmp_path / "none")
