@@ -50,10 +50,13 @@ def test_the_browser_is_opened_once_the_page_is_there(found, store, encoder, cap
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     monkeypatch.setattr("evaclip.commands.serve._app", lambda *args: create_app(store, encoder))
     monkeypatch.setattr("webbrowser.open", browse)
+    # Where nobody could press Ctrl-C, processes are started to ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     unasked = Timer(60, os.kill, (os.getpid(), signal.SIGINT))
     unasked.start()
     assert main(["serve", "a.store", "--port", "0", "--open"]) == 130
     unasked.cancel()
+    signal.signal(signal.SIGINT, before)
     ((address, page),) = shown
     assert b"Describe a picture" in page
     said = capsys.readouterr().out.splitlines()
