@@ -59,6 +59,9 @@ def write_checked(model: CLIP, spec: Spec, path: Path) -> list[Outcome]:
         from evaclip.portable.int8 import quantize
 
         quantize(path)
+    data = path.with_name(f"{path.name}.data")
+    if data.exists():
+        data.chmod(path.stat().st_mode)  # onnx makes it its owner's alone
     outcomes = check_everywhere(path)
     require(outcomes, probe.lowest, path.name)
     return outcomes

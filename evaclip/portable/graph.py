@@ -102,8 +102,6 @@ class Graph:
 def save(model: onnx.ModelProto, path: Path, external: bool = False) -> None:
     """Writes a file, and beside it `NAME.data` with the weights if asked for or where they are too many for one."""
     if external or sum(len(tensor.raw_data) for tensor in model.graph.initializer) > _LARGEST_MESSAGE:
-        data = path.with_name(f"{path.name}.data")
-        onnx.save_model(model, path, save_as_external_data=True, location=data.name)
-        data.chmod(path.stat().st_mode)  # onnx makes it its owner's alone
+        onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data")
     else:
         onnx.save_model(model, path)

@@ -68,7 +68,7 @@ def possible(
     """
     compiled = _compiled()
     if compiled is None:
-        warnings.warn("evakernels is installed without compiled code: searches take ten times as long", stacklevel=2)
+        warnings.warn("evakernels is installed without compiled code: searches take many times as long", stacklevel=2)
         return _possible(codes, about, queries, about_queries, top, numbers)
     found: list[Numbers] = compiled.possible(
         codes, about, queries, about_queries, top, numbers, len(os.sched_getaffinity(0))

@@ -132,6 +132,16 @@ def test_large_weights_lie_beside_the_file(model: CLIP, tmp_path: Path, monkeypa
     assert all(outcome.passes(0.9999) for outcome in check(tmp_path / "image.onnx"))
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_weights_lie_beside_the_file_if_asked_for(model: CLIP, int8: bool, tmp_path: Path) -> None:
+    path, data = tmp_path / "text.onnx", tmp_path / "text.onnx.data"
+    export(model, "text", path, int8=int8, external=True)
+    assert sorted(tmp_path.iterdir()) == [path, data]
+    assert path.stat().st_size < data.stat().st_size / 10
+    assert path.stat().st_mode == data.stat().st_mode
+    assert all(outcome.passes(0.99 if int8 else 0.9999) for outcome in check(path))
+
+
 def test_files_without_a_probe_and_other_files(model: CLIP, tmp_path: Path) -> None:
     path = tmp_path / "image.onnx"
     export(model, "image", path)
