@@ -1,11 +1,14 @@
 """The spellings of other trainers."""
 
+import argparse
 import ast
+from collections.abc import Iterator
 from functools import reduce
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from evaclip import create_model
 from evaclip.commands.main import build_parser
@@ -185,3 +188,25 @@ def test_values_reach_the_model() -> None:
 def test_a_tracker_that_does_not_exist_is_named() -> None:
     with pytest.raises(UserError, match="unknown --report-to 'wandbb'; did you mean 'wandb'"):
         changed("--report-to", "wandbb")
+
+
+def _options(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Each command's words with each spelling of each of its options."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, below in action.choices.items():
+                yield from _options(below, (*words, word))
+        yield from ((words, spelling) for spelling in action.option_strings)
+
+
+def test_every_option_gets_through_torchruns_parser(capsys: pytest.CaptureFixture[str]) -> None:
+    stopped = set()
+    for words, option in _options(build_parser()):
+        command = ("-m", "evaclip", "--", *words, option, "x")
+        assert get_args_parser().parse_args(command).training_script_args == [*words, option, "x"]
+        try:
+            get_args_parser().parse_args([word for word in command if word != "--"])
+        except SystemExit:
+            stopped.add(option)
+    assert stopped == {"--logs"}, "documented as the one that needs --"
+    assert "ambiguous option: --logs" in capsys.readouterr().err
