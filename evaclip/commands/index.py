@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from evaclip.commands.parser import leaf
 from evaclip.data.kinds import KINDS
 from evaclip.errors import UserError
+from evaclip.slurm import take_over
 
 if TYPE_CHECKING:
     from evaclip.data import Source
@@ -115,6 +116,7 @@ def _run_index(args: argparse.Namespace) -> None:
     # Imported here so that `evaclip --help` doesn't wait for torch.
     from evaclip.runtime.store import Store
 
+    take_over()
     if args.merge:
         store, told = _merged(args), f"evaclip search {args.store} 'a red bicycle'"
     else:

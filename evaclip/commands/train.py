@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from evaclip.commands.parser import leaf
+from evaclip.slurm import take_over
 from evaclip.train import aliases
 
 _EXAMPLES = (
@@ -14,7 +15,8 @@ _EXAMPLES = (
     "evaclip train eva02-b-16 --config my.yaml --set optim.lr=1e-3 data.workers=4 --dry-run",
     "evaclip train eva02-b-16 --config my.yaml --resume auto",
     "evaclip train eva02-b-16 --config my.yaml --resume weights:runs/mine/checkpoints/step_00001000 --set name=next",
-    "torchrun --nproc-per-node 8 -m evaclip train eva02-b-16 --config my.yaml",
+    "torchrun --nproc-per-node 8 -m evaclip -- train eva02-b-16 --config my.yaml",
+    "srun --nodes 4 --ntasks-per-node 8 evaclip train eva02-b-16 --config my.yaml      # SLURM, without torchrun",
 )
 
 
@@ -67,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
     from evaclip.train import recipes
     from evaclip.train.comments import commented_yaml
 
+    take_over()
     if args.recipe is None:
         for name, description in recipes.describe_recipes().items():
             print(f"{name:16} {description}")

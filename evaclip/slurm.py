@@ -1,0 +1,42 @@
+"""Processes that SLURM's `srun` has started, which are told what torchrun tells its own."""
+
+import os
+import re
+from collections.abc import MutableMapping
+
+_PORTS = range(20000, 30000)
+
+
+def take_over(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Sets what torchrun sets, where `srun` has started this process as one of several; else changes nothing.
+
+    Addresses that are set already stay, so MASTER_ADDR and MASTER_PORT may be given.
+    """
+    # A batch script, and what it starts without srun, isn't part of a step.
+    size = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if size == 1 or "WORLD_SIZE" in environment:
+        return
+    node, job, step = (int(environment[f"SLURM_{name}"]) for name in ("NODEID", "JOB_ID", "STEP_ID"))
+    ours = {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "GROUP_RANK": str(node),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(_tasks_of(environment["SLURM_STEP_TASKS_PER_NODE"])[node]),
+        "MASTER_ADDR": _first_host(environment["SLURM_STEP_NODELIST"]),
+        # Several jobs, and steps of one, may share a node.
+        "MASTER_PORT": str(_PORTS[(31 * job + step) % len(_PORTS)]),
+    }
+    for name, value in ours.items():
+        environment.setdefault(name, value)
+
+
+def _tasks_of(counts: str) -> list[int]:
+    """The tasks of each node: `8(x2),4` is 8, 8, 4."""
+    found = (re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in counts.split(","))
+    return [int(match[1]) for match in found if match for _ in range(int(match[2] or "1"))]
+
+
+def _first_host(hosts: str) -> str:
+    """Of a list as `rack1n[04-07,12],login`: `rack1n04`."""
+    return re.sub(r"\[(\d+)[^]]*\]", r"\1", re.split(r",(?![^[]*\])", hosts)[0])

@@ -1,0 +1,44 @@
+"""What `srun` tells, as SLURM 24.11 does, in the words of torchrun."""
+
+import pytest
+
+from evaclip.slurm import take_over
+
+STEP = {
+    "SLURM_JOB_ID": "41", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "20", "SLURM_STEP_NODELIST": "n[04-05,9],m1",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2),4", "SLURM_PROCID": "17", "SLURM_LOCALID": "1", "SLURM_NODEID": "2",
+}  # fmt: skip
+
+
+def taken(**changes: str) -> dict[str, str]:
+    """What is added to a step's environment."""
+    environment = STEP | changes
+    take_over(environment)
+    return {name: value for name, value in environment.items() if name not in STEP}
+
+
+def test_a_task_of_several_is_told_its_place() -> None:
+    assert taken() == {
+        "RANK": "17", "LOCAL_RANK": "1", "GROUP_RANK": "2", "WORLD_SIZE": "20", "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "n04", "MASTER_PORT": "21274",
+    }  # fmt: skip
+    assert taken(SLURM_NODEID="1")["LOCAL_WORLD_SIZE"] == "8"
+    assert taken(SLURM_STEP_ID="4")["MASTER_PORT"] != "21274"
+    given = taken(MASTER_ADDR="10.0.0.1", MASTER_PORT="5")
+    assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("10.0.0.1", "5")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [("vm", "vm"), ("n1,n2", "n1"), ("n[1-2]", "n1"), ("a[007,3]x,b", "a007x"), ("r[1-2]n[3,5-8],z", "r1n3")],
+)
+def test_the_first_host_leads(hosts: str, first: str) -> None:
+    assert taken(SLURM_STEP_NODELIST=hosts)["MASTER_ADDR"] == first
+
+
+def test_torchrun_a_single_task_and_a_batch_script_are_left_alone() -> None:
+    assert taken(WORLD_SIZE="2") == {"WORLD_SIZE": "2"}
+    assert taken(SLURM_STEP_NUM_TASKS="1") == {}
+    script = {name: value for name, value in STEP.items() if not name.startswith("SLURM_STEP_")}
+    take_over(script)
+    assert "WORLD_SIZE" not in script
