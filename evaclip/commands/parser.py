@@ -7,6 +7,7 @@ from typing import Any
 
 from evaclip.errors import Refused, UserError
 from evaclip.extras import with_remedy
+from evaclip.torchrun import stop_restarts
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -43,7 +44,9 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
             raise
         exc = with_remedy(raised)
         print(f"error: {_one_line(exc)}", file=sys.stderr)
-        if not isinstance(exc, UserError):
+        if isinstance(exc, UserError):
+            stop_restarts(str(exc))
+        else:
             print("(--debug shows the traceback)", file=sys.stderr)
         return 2 if isinstance(exc, UserError | ValueError | TypeError) and not isinstance(exc, Refused) else 1
     return 0

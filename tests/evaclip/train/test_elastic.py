@@ -53,6 +53,23 @@ def test_a_killed_process_changes_nothing(mode: str, run_config: Callable[..., T
     assert [record["loss"] for record in records] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
+def test_a_mistake_is_not_made_for_ever(tmp_path: Path) -> None:
+    starts = tmp_path / "starts"
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\nfrom evaclip.commands.main import main\n"
+        f"with open({str(starts)!r}, 'a') as file: file.write(os.environ['RANK'])\n"
+        "sys.exit(main(['train', 'tiny', '--set', 'optim.speed=1']))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "20"]
+    done = subprocess.run([*command, str(program)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0
+    assert len(starts.read_text()) <= 4
+    assert "optim.speed" in done.stderr
+    assert "torchrun is told to stop" in done.stderr
+
+
 def _second(torchrun: int) -> psutil.Process:
     """The process of rank 1."""
     workers = [child for child in psutil.Process(torchrun).children() if child.environ().get("RANK") == "1"]
