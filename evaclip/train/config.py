@@ -183,6 +183,11 @@ class ParallelConfig:
     offload: Literal["none", "cpu"] = "none"
     """cpu: what a process holds of parameters, gradients and moments lies in host memory, and the optimizer runs there.
     A GPU has a copy of a block's parameters while it computes with them. On a CPU there is nothing to move."""
+    timeout_minutes: Annotated[float, Field(gt=0)] = 120.0
+    """A process waits so long for another one, which opens a cold index or compiles, before the run fails; that one has
+    died is noticed at once."""
+    saving_timeout_minutes: Annotated[float, Field(gt=0)] = 1440.0
+    """And so long for one that writes its part of a checkpoint, before the run goes on without that checkpoint."""
 
     @model_validator(mode="after")
     def _offload_is_of_shards(self) -> Self:

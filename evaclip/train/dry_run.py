@@ -45,7 +45,7 @@ def dry_run(config: TrainConfig, *, resume: str = "none", overwrite: bool = Fals
     Raises:
         UserError: as the run itself would.
     """
-    with closing(connect(config.device, offload=config.parallel.offload != "none")) as world:
+    with closing(connect(config.device, config.parallel)) as world:
         host.prepare(world.device, config.data.workers)
         trackers.require(config.log)
         remarks: list[str] = []

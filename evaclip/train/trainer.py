@@ -17,7 +17,7 @@ from evaclip.train import checkpoint, host, snapshot, trackers
 from evaclip.train.build import Parts, build
 from evaclip.train.communication import CommunicationSampler
 from evaclip.train.config import TrainConfig, to_tree
-from evaclip.train.distributed import World, connect
+from evaclip.train.distributed import World, connect, naming_timeouts
 from evaclip.train.evaluation import Metrics
 from evaclip.train.host import peak_memory, slow_precision
 from evaclip.train.meter import Meter
@@ -71,9 +71,9 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
         RunTaken: another process has taken the run over.
         TrainingDiverged: see `NonfiniteConfig`.
     """
-    world = connect(config.device, offload=config.parallel.offload != "none")
+    world = connect(config.device, config.parallel)
     host.prepare(world.device, config.data.workers)
-    with closing(world), ExitStack() as stack:
+    with closing(world), naming_timeouts(config.parallel), ExitStack() as stack:
         messages = list(filter(None, [slow_precision(world.device, config.precision)]))
         trackers.require(config.log)
         folder, lock, start = RunFolder.of(config), None, None
