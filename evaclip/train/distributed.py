@@ -105,7 +105,7 @@ class World:
             dist.destroy_process_group()
 
 
-def connect(device_name: str, config: ParallelConfig = ParallelConfig()) -> World:
+def connect(device_name: str, config: ParallelConfig | None = None) -> World:
     """Joins the processes that torchrun started, or returns a world of one.
 
     Args:
@@ -116,6 +116,7 @@ def connect(device_name: str, config: ParallelConfig = ParallelConfig()) -> Worl
     Raises:
         UserError: the device does not exist.
     """
+    config = config or ParallelConfig()
     size, offload = process_count(), config.offload != "none"
     device = _device(device_name, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else None)
     if size == 1 and not offload:

@@ -83,6 +83,7 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
             if lock.taken_from is not None:
                 messages.append(f"took the run over from {lock.taken_from}")
             start = locate(config, resume, overwrite, messages.append)
+        folder.require_shared(world, lock)
         start = world.from_main(start)
         parts = build(config, world)
         messages += parts.remarks

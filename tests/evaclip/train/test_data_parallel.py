@@ -2,13 +2,16 @@
 
 import io
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,6 +21,8 @@ from safetensors.torch import load_file
 from sharded_run import train_all
 
 from evaclip.data.shard_writer import write_shard
+from evaclip.errors import UserError
+from evaclip.train import run_folder
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World, _buckets, connect
 from evaclip.train.overrides import dump_yaml
@@ -111,6 +116,28 @@ def wait_in_vain(config: TrainConfig, gone: Path) -> None:
 @pytest.mark.xdist_group("processes")
 def test_an_error_of_waiting_names_its_key(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     in_processes(2, wait_in_vain, run_config("parallel.timeout_minutes=0.05"), tmp_path / "gone")
+
+
+def train_elsewhere(config: TrainConfig, folder: Path, shared: bool) -> None:
+    """The second process is in another folder, or finds the first one's there after a moment."""
+    mine = folder / os.environ["RANK"]
+    mine.mkdir()
+    os.chdir(mine)
+    if os.environ["RANK"] == "1" and shared:
+        threading.Timer(2, lambda: (mine / "runs").symlink_to(folder / "0" / "runs")).start()
+    elsewhere = pytest.raises(
+        UserError, match=rf"/0/runs/run.*1 of 2 processes, on {socket.gethostname()}: a run needs"
+    )
+    with patch.object(run_folder, "ATTRIBUTES", 300 if shared else 1), nullcontext() if shared else elsewhere:
+        train(config)
+
+
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_folder_that_is_not_shared_is_seen_at_start(
+    shared: bool, run_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    in_processes(2, train_elsewhere, run_config("output=runs", "schedule.steps=1"), tmp_path, shared)
 
 
 def group_limits(config: TrainConfig) -> None:
