@@ -282,7 +282,8 @@ class TrainConfig:
     name: str
     """The run's folder inside `output`."""
     batch_size: Count
-    """Samples of one optimizer step, over all processes: the contrastive batch."""
+    """Samples of one optimizer step, over all processes: the contrastive batch. Some processes, and some chunks of one,
+    have one sample more than others if it can't be divided."""
     data: DataConfig
     held_out: Share | None = None
     """Share of the data, at most 5,000 samples, that training never sees and that is evaluated unless `eval.data` names
@@ -311,9 +312,9 @@ class TrainConfig:
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
-    def _chunks_divide_the_batch(self) -> Self:
-        if self.batch_size % self.accumulation:
-            raise ValueError(f"batch_size={self.batch_size} is no multiple of accumulation={self.accumulation}")
+    def _no_chunk_is_empty(self) -> Self:
+        if self.batch_size < self.accumulation:
+            raise ValueError(f"batch_size={self.batch_size} is less than accumulation={self.accumulation}")
         return self
 
     @model_validator(mode="after")

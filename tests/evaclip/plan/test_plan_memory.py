@@ -261,7 +261,7 @@ def test_the_loss_is_planned_in_chunks() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gpus": 3, "global_batch": 16}, "no multiple of 3"),
+        ({"gpus": 3, "global_batch": 16, "accumulation": 6}, "less than one sample for each of 18 chunks"),
         ({"mode": "hybrid"}, "shard_size"),
         ({"gpus": 4, "global_batch": 16, "mode": "hybrid", "shard_size": 3}, "doesn't divide 4 GPUs"),
         ({"precision": "amp_b16"}, "did you mean 'amp_bf16'"),
