@@ -1,10 +1,11 @@
 """Data parallelism over the processes that torchrun starts: plain all-reduces, no wrapper around the model."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from evaclip.train.config import ParallelConfig, process_count
 _BUCKET_BYTES = 32 * 2**20
 
 
+def _no_group() -> None:
+    """Of one process."""
+
+
 @dataclass(frozen=True)
 class World:
     """The processes that train together.
@@ -24,7 +29,8 @@ class World:
     Attributes:
         group: of all processes, for tensors on `device`; None for one process.
         control: of all processes, for tensors on the CPU, so that agreeing never waits for the device.
-        saving: as `control`, for a thread beside the training; it waits longer, as a slow disk is no failure.
+        new_saving_group: makes one like `control`, if all processes call it, for a thread beside the training; it waits
+            longer, as a slow disk is no failure.
     """
 
     device: torch.device
@@ -32,7 +38,7 @@ class World:
     size: int = 1
     group: Any = None
     control: Any = None
-    saving: Any = None
+    new_saving_group: Callable[[], Any] = _no_group
 
     @property
     def is_main(self) -> bool:
@@ -130,8 +136,9 @@ def connect(device_name: str, config: ParallelConfig | None = None) -> World:
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
     else:
         dist.init_process_group(backend, timeout=limit)
-    control, saving = (dist.new_group(backend="gloo", timeout=time) for time in (limit, saving_limit))
-    return World(device, dist.get_rank(), size, dist.group.WORLD, control, saving)
+    new_group = partial(dist.new_group, backend="gloo")
+    control, new_saving_group = new_group(timeout=limit), partial(new_group, timeout=saving_limit)
+    return World(device, dist.get_rank(), size, dist.group.WORLD, control, new_saving_group)
 
 
 @contextmanager

@@ -125,12 +125,12 @@ class Trainer:
         self.metrics: Metrics = {}
         self._evaluated_at: int | None = None
         self._saved_at: int | None = None
-        group = self.world.saving if is_sharded(parts.model) else None
+        writers = self.world if is_sharded(parts.model) else None
         spikes = self.config.spikes
         self._spikes = SpikeDetector(spikes.deviations, spikes.patience, spikes.window)
         self._watchdog = Watchdog(self.world.rank, self.config.watchdog.seconds, self.config.watchdog.abort)
         self._lock = lock
-        self._saver = Saver(folder.checkpoints, self.config.checkpoint, group, report.say, self._check_lock)
+        self._saver = Saver(folder.checkpoints, self.config.checkpoint, writers, report.say, self._check_lock)
         self._saved_time = time.monotonic()
 
     def run(self) -> Outcome:

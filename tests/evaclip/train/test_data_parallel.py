@@ -143,7 +143,7 @@ def test_a_folder_that_is_not_shared_is_seen_at_start(
 def group_limits(config: TrainConfig) -> None:
     with closing(connect("cpu", config.parallel)) as world:
         mesh = _mesh(config.parallel, world)
-        groups = [world.group, world.control, world.saving, *mesh.get_all_groups()]
+        groups = [world.group, world.control, world.new_saving_group(), *mesh.get_all_groups()]
         limits = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
     assert [limit / timedelta(minutes=1) for limit in limits] == [240, 240, 720, 240, 240]
 
