@@ -282,8 +282,7 @@ class TrainConfig:
     name: str
     """The run's folder inside `output`."""
     batch_size: Count
-    """Samples of one optimizer step, over all processes: the contrastive batch. Some processes, and some chunks of one,
-    have one sample more than others if it can't be divided."""
+    """Samples of one optimizer step, over all processes: the contrastive batch."""
     data: DataConfig
     held_out: Share | None = None
     """Share of the data, at most 5,000 samples, that training never sees and that is evaluated unless `eval.data` names
