@@ -41,7 +41,7 @@ class Saver:
         self._root = root
         self._config = config
         self._world = world
-        self._group = world and world.new_saving_group()
+        self._group: Any = None if world is None else world.new_saving_group()
         self._say = say
         self._guard = guard
         self._thread = ThreadPoolExecutor(1, "checkpoint")

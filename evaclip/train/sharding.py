@@ -124,8 +124,9 @@ def _mesh(config: ParallelConfig, world: World) -> "DeviceMesh":
     assert size is not None
     if world.size % size:
         raise UserError(f"parallel.shard_size={size} is no divisor of the {world.size} processes")
-    ranks = torch.arange(world.size).view(-1, size)
+    copies = [list(range(first, first + size)) for first in range(0, world.size, size)]
+    same_rows = [list(ranks) for ranks in zip(*copies, strict=True)]
     limit = timedelta(minutes=config.timeout_minutes)
     # A mesh that made its groups itself would give them torch's own limit.
-    groups = [dist.new_subgroups_by_enumeration(part.tolist(), limit)[0] for part in (ranks.T, ranks)]
-    return DeviceMesh.from_group(groups, world.device.type, ranks, mesh_dim_names=("replicate", "shard"))
+    groups = [dist.new_subgroups_by_enumeration(ranks, limit)[0] for ranks in (same_rows, copies)]
+    return DeviceMesh.from_group(groups, world.device.type, copies, mesh_dim_names=("replicate", "shard"))
