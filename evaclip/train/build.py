@@ -13,7 +13,7 @@ from torch import Tensor
 from evaclip.data import Source, TrainLoader, open_configured
 from evaclip.data.config import DataConfig
 from evaclip.data.held_out import hold_out
-from evaclip.data.loader import TrainTransform
+from evaclip.data.loader import TrainTransform, part_of_batch
 from evaclip.errors import UserError
 from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
@@ -69,7 +69,7 @@ def build(config: TrainConfig, world: World) -> Parts:
     Raises:
         UserError: a name or path does not exist, or the numbers do not fit one another.
     """
-    per_process = _per_process(config, world)
+    rows = _rows(config, world)
     if not (config.data.train or config.data.mixture):
         raise UserError("data.train is not set: name your data, such as --train-data 'shards/{00000..00099}.tar'")
     whole = open_configured(config.data)
@@ -78,9 +78,10 @@ def build(config: TrainConfig, world: World) -> Parts:
     rng.seed_all(config.seed, 0)
     model = build_model(config, world)
     rng.seed_all(config.seed, 1 + world.rank)
-    loss = ContrastiveLoss(config.loss, world.group).to(world.device)
+    loss = ContrastiveLoss(config.loss, world.group, [len(part) for part in rows]).to(world.device)
     optimizer = build_optimizer(parameter_groups(model, loss, config.optim), config.optim, config.seed)
-    options = StepOptions(config.precision, config.accumulation, config.optim.grad_clip_norm, config.seed)
+    first = rows[world.rank].start
+    options = StepOptions(config.precision, config.accumulation, config.optim.grad_clip_norm, config.seed, first)
     tokenizer = Tokenizer(model.config.text.context_length, model.config.text.vocab_size)
     epoch_samples = config.schedule.epoch_samples or len(source)
     return Parts(
@@ -88,7 +89,7 @@ def build(config: TrainConfig, world: World) -> Parts:
         world=world,
         model=model,
         source=source,
-        loader=_loader(config, world, source, model, tokenizer, per_process),
+        loader=_loader(config, world, source, model, tokenizer),
         step=TrainStep(model, loss, optimizer, options, world),
         ema=None if config.ema_decay is None else Ema(model, config.ema_decay),
         evaluation=_evaluation(config, world, model, tokenizer, held_out),
@@ -140,14 +141,15 @@ def _model_options(config: ModelConfig) -> dict[str, Any]:
     return options
 
 
-def _per_process(config: TrainConfig, world: World) -> int:
-    parts = world.size * config.accumulation
-    if config.batch_size % parts:
+def _rows(config: TrainConfig, world: World) -> list[range]:
+    """The rows of a batch that each process has."""
+    chunks = world.size * config.accumulation
+    if config.batch_size < chunks:
         raise UserError(
-            f"batch_size={config.batch_size} is no multiple of {parts} "
+            f"batch_size={config.batch_size} is less than one sample for each of {chunks} chunks "
             f"({world.size} processes x accumulation {config.accumulation})"
         )
-    return config.batch_size // world.size
+    return [part_of_batch(config.batch_size, rank, world.size) for rank in range(world.size)]
 
 
 def _loader(
@@ -156,12 +158,11 @@ def _loader(
     source: Source,
     model: CLIP,
     tokenizer: Callable[[list[str]], Tensor],
-    per_process: int,
 ) -> TrainLoader:
     data = config.data
     return TrainLoader(
         source,
-        batch_size=per_process,
+        batch_size=config.batch_size,
         transform=training_transform(data, model.config.vision.image_size, model.config.preprocess),
         tokenizer=tokenizer,
         seed=config.seed,
