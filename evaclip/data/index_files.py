@@ -76,7 +76,7 @@ class IndexCache:
     cannot be read or written costs time, nothing else: indexes that could not be stored stay in memory.
     """
 
-    def __init__(self, folder: Path | None = None, capacity: int = 128, beside: bool = False) -> None:
+    def __init__(self, folder: Path | None = None, capacity: int = 256, beside: bool = False) -> None:
         self._folder = folder or default_cache_folder()
         self._capacity = capacity
         self._beside = beside

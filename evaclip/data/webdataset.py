@@ -24,7 +24,7 @@ from evaclip.errors import UserError
 
 IMAGE_KEY = "jpg;jpeg;png;webp"
 CAPTION_KEY = "txt;json:caption"
-_OPEN_SHARDS = 64
+_OPEN_SHARDS = 128
 _SHARDS_KEPT = 1024
 
 
