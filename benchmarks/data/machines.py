@@ -94,8 +94,8 @@ def _look(name: str, batches: Batches, plan: MachinesPlan) -> Spread:
     for batch in batches:
         shards = batch // plan.per_shard
         found = np.bincount(shards.ravel(), minlength=plan.shards)
-        counts.append(np.count_nonzero(found))
-        largest.append(found.max())
+        counts.append(int(np.count_nonzero(found)))
+        largest.append(int(found.max()))
         for machine, row in enumerate(shards):
             read[machine, row] = True
     return Spread(name, float(np.mean(counts)), float(np.mean(largest)) / plan.batch, float(read.mean()))
