@@ -16,10 +16,10 @@ from evaclip.data.prefetch import Copy
 from evaclip.data.remote import RemoteError, file_name, is_remote
 from evaclip.data.samples import BadSample, FaultKind, RawSample, not_blank, texts_of
 from evaclip.data.shard_cache import ShardCache
-from evaclip.data.shard_list import ShardList
+from evaclip.data.shard_list import ShardList, agree
 from evaclip.data.shards import LocalShard, RemoteShard, Shard, shard_at
 from evaclip.data.source import Source, hash_list
-from evaclip.data.tar_index import Member, TarIndex, build_index
+from evaclip.data.tar_index import Member, ShardFacts, TarIndex, build_index
 from evaclip.errors import UserError
 
 IMAGE_KEY = "jpg;jpeg;png;webp"
@@ -50,7 +50,7 @@ class WebDatasetSource(Source):
         self._image_suffixes = image_key.split(";")
         self._captions = [_CaptionField(text) for text in caption_key.split(";")]
         self._handles: OrderedDict[int, int] = OrderedDict()
-        self._recent = dict[int, Shard]()
+        self._recent = dict[int, tuple[Shard, ShardFacts]]()
         self._ends = np.cumsum(shards.samples)
         first = shards[0].location
         self.description = f"{len(shards)} shards, the first {first}" if len(shards) > 1 else first
@@ -85,8 +85,8 @@ class WebDatasetSource(Source):
 
     def copies(self, shards: Sequence[int]) -> list[Copy]:
         return [
-            Copy(shard.cache, shard.wanted, partial(self._check, number), self.shards[number].facts.size)
-            for number, shard in ((number, self._shard(number)) for number in shards)
+            Copy(shard.cache, shard.wanted, partial(self._check, number), facts.size)
+            for number, (shard, facts) in ((number, self._shard(number)) for number in shards)
             if isinstance(shard, RemoteShard)
         ]
 
@@ -118,35 +118,35 @@ class WebDatasetSource(Source):
         except OSError as exc:
             raise BadSample(FaultKind.UNREADABLE, self.name(index), str(exc)) from exc
 
-    def _shard(self, number: int) -> Shard:
+    def _shard(self, number: int) -> tuple[Shard, ShardFacts]:
         if number not in self._recent:
             if len(self._recent) >= _SHARDS_KEPT:
                 self._recent.clear()
             entry = self.shards[number]
-            self._recent[number] = shard_at(entry.location, self._cache, entry.version)
+            self._recent[number] = shard_at(entry.location, self._cache, entry.version), entry.facts
         return self._recent[number]
 
     def _table(self, number: int, position: int) -> TarIndex:
         """The index of a shard that is what it was on opening."""
-        shard = self._shard(number)
+        shard, facts = self._shard(number)
         try:
             table = self._indexes.get(shard)
         except (UserError, OSError) as exc:
             kind = FaultKind.UNREACHABLE if isinstance(shard, RemoteShard) else FaultKind.UNREADABLE
             raise BadSample(kind, str(shard), f"sample {position}: {exc}") from exc
-        if table.facts.digest != self.shards[number].facts.digest:
+        if not agree(facts, table.facts):
             detail = f"sample {position}: the shard changed after it was indexed"
             raise BadSample(FaultKind.UNREADABLE, str(shard), detail)
         return table
 
     def _check(self, number: int, path: Path) -> None:
         """Refuses a copy that is not the shard that was indexed, and keeps the index of one that is."""
-        shard = self._shard(number)
+        shard, facts = self._shard(number)
         try:
             index = build_index(path, str(shard))
         except UserError as exc:
             raise RemoteError(str(exc)) from exc
-        if index.facts.digest == self.shards[number].facts.digest:
+        if agree(facts, index.facts):
             self._indexes.put(shard, index)
             return
         self._indexes.forget(shard)
@@ -184,7 +184,7 @@ class WebDatasetSource(Source):
         return data
 
     def _descriptor(self, number: int) -> AbstractContextManager[int]:
-        shard = self._shard(number)
+        shard, _ = self._shard(number)
         # A copy is opened for each sample: one that is held open would still take room after it was deleted.
         if isinstance(shard, RemoteShard):
             return shard.opened(partial(self._check, number))
