@@ -103,6 +103,14 @@ def test_assignments_that_cannot_be_read(text: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_recipes_batch_has_as_many_samples_of_each_part_of_the_data(name):
+    config = get_recipe(name)
+    assert config.batch_size % config.data.canonical_nodes == 0
+    if config.batch_size > 10_000:
+        assert config.data.canonical_nodes * config.data.shuffle_window == 8 * config.batch_size
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
 def test_recipes_survive_yaml_and_comments_change_nothing(name: str, tmp_path: Path) -> None:
     config = resolve(get_recipe(name), [{"eval": {"data": {"train": "a: b # c " * 30}}}])
     path = tmp_path / "config.yaml"
