@@ -40,6 +40,9 @@ def log_record(step: int, loss: float | None) -> dict[str, Any]:
         "epoch": step / 4,
         "loss": loss,
         "lr": 1e-3 / step,
+        "lr_visual": 2e-3 / step,
+        "accuracy": 0.01 * step,
+        "loss_scale": 65536.0 if step < 9 else 32768.0,
         "grad_norm": 2.0,
         "grad_norm_visual": 1.5,
         "grad_norm_text": 0.5,
@@ -236,15 +239,19 @@ def test_a_run_of_the_trainer_has_a_report(tmp_path: Path) -> None:
             "model": {"name": "tiny", "options": options},
             "schedule": {"steps": 4},
             "log": {"every_steps": 1, "tensorboard": False, "progress": "none"},
-            "eval": {"data": {"num_samples": 32, "workers": 0}, "samples": 8, "every_steps": 2},
+            "eval": {"sets": {"val": {"data": {"num_samples": 32, "workers": 0}, "samples": 8}}, "every_steps": 2},
         }
     )
     train(config)
     text = render_page(read_run(tmp_path / "run"))
     figures = re.findall(r"<figcaption>(.*?)</figcaption>", text)
-    for expected in ("Tokens a second", "Update over weights, a step", "Memory, GiB", "Evaluation: zero_shot_top1"):
+    for expected in (
+        "Tokens a second", "Update over weights, a step", "Memory, GiB", "In-batch accuracy, image to text",
+        "Evaluation: val/zero_shot_top1", "Evaluation: val/loss", "Evaluation: seconds",
+    ):  # fmt: skip
         assert expected in figures
     assert "Time in communication" not in figures
+    assert "Loss scale" not in figures
     words = Page(text).words
     assert "start of 1 process" in words
     assert "ended: done" in words
