@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evaclip.data import RawSample, Source, open_configured
 from evaclip.data.held_out import Selection
+from evaclip.data.image_folder import FolderSource
 from evaclip.errors import UserError
 from evaclip.eval import retrieval, zero_shot
 from evaclip.eval.features import (
@@ -89,16 +90,17 @@ def _open(name: str, config: EvalSetConfig, run: TrainConfig, held_out: Source |
     # The names of class folders go into templates, and into a caption's template no less.
     whole = held_out if data is None else open_configured(replace(data, caption_template=PLACEHOLDER))
     assert whole is not None
+    source = _Part(whole, config, f"eval.sets.{name}")
     templates = config.templates
     if templates is None:
         templates = IMAGENET if config.classes == IMAGENET else PLACEHOLDER
-        if templates == PLACEHOLDER and data is not None and whole.classes:
+        if templates == PLACEHOLDER and data is not None and source.classes:
             templates = data.caption_template
     given = (templates,) if isinstance(templates, str) else templates
     return EvalSet(
         name,
         config,
-        _Part(whole, config, f"eval.sets.{name}"),
+        source,
         load_classnames(config.classes) if isinstance(config.classes, str) else config.classes,
         tuple(template for each in given for template in load_templates(each)),
         _options(run, (data or run.data).workers),
@@ -295,7 +297,8 @@ class _Part(Source):
         self.fingerprint = f"{whole.fingerprint}-{first}-{count}"
         self.faults = whole.faults
         self.decoding = whole.decoding
-        self.classes = whole.classes
+        # Those of drawn pictures are their captions, which differ as captions do.
+        self.classes = whole.classes if isinstance(whole, FolderSource) else ()
 
     def __getitem__(self, index: int) -> RawSample:
         return self._whole[self._first + index]

@@ -144,7 +144,7 @@ def test_the_charts_follow_the_theme(run: Path) -> None:
     save_evaluations(run)
     text = render_page(read_run(run))
     charts = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(charts) == 2 + 7
+    assert len(charts) == 2 + 9
     assert all("var(--chance)" in chart for chart in charts[:2])
     for chart in charts:
         assert "var(--accent)" in chart
@@ -156,8 +156,10 @@ def test_the_charts_follow_the_theme(run: Path) -> None:
 def test_every_number_that_was_logged_has_a_chart(run: Path) -> None:
     figures = re.findall(r"<figcaption>(.*?)</figcaption>", render_page(read_run(run)))
     assert figures == [
+        "In-batch accuracy, image to text",
         "Learning rate",
         "Gradient norm",
+        "Loss scale",
         "Image-text pairs a second",
         "Model FLOP/s over the peak (MFU)",
         "Time in communication",
@@ -166,6 +168,7 @@ def test_every_number_that_was_logged_has_a_chart(run: Path) -> None:
     ]
     charts = {panel.title: panel.series for panel in panels(read_run(run).log)}
     assert [series.label for series in charts["Gradient norm"]] == ["all", "image tower", "text tower"]
+    assert [series.label for series in charts["Learning rate"] if series.y] == ["image tower", "the rest"]
     assert charts["Time in communication"][0].x == [step * 256 for step in (1, 11, 21, 31)]
     assert charts["Evaluation: top1"][0] == Series("", [40 * 256], [0.4])
 
