@@ -193,9 +193,9 @@ def test_features_that_are_not_finite_cost_a_line_and_no_training(
 @pytest.mark.parametrize("step", [3, 6])
 def test_a_signal_stops_an_evaluation_between_batches(run_config: Make, step: int) -> None:
     """During an evaluation in between, and that of the end; what is to be saved is saved before."""
-    saving = "checkpoint={every_steps: 3, background: false}"
-    in_between = EVAL if step == 3 else EVAL.replace("every_steps: 3", "every_steps: null")
-    config = run_config(in_between, saving, "ema_decay=0.9")
+    due = EVAL.replace("every_steps: 3", f"every_steps: {step}")
+    saving = f"checkpoint={{every_steps: {'3' if step == 3 else 'null'}, background: false}}"
+    config = run_config(due, saving, "ema_decay=0.9")
 
     def stop() -> None:
         assert (Path(config.output) / config.name / f"checkpoints/step_{step:08d}").is_dir()
