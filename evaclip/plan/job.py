@@ -30,6 +30,7 @@ class Job:
         accumulation: chunks that each process passes through the model one after the other.
         mode, reshard, shard_size, offload: as `parallel` in a training configuration.
         state_dtype: of the optimizer's two moments.
+        ema: whether a moving average of the weights is kept, in float32.
         caption_tokens: mean length of a caption from its start to its end token.
         samples: of the whole run; None for what isn't known.
         fused: false for a model in torch's own operators, without this library's.
@@ -48,6 +49,7 @@ class Job:
     offload: Offload = "none"
     optimizer: Literal["adamw", "lamb"] = "lamb"
     state_dtype: StateType = "fp32"
+    ema: bool = False
     accumulation: int = 1
     caption_tokens: int = CAPTION_TOKENS
     samples: int | None = None
@@ -96,6 +98,7 @@ class Job:
             "precision": config.precision,
             "savings": config.model.savings,
             "optimizer": config.optim.name,
+            "ema": config.ema_decay is not None,
             "accumulation": config.accumulation,
             "mode": config.parallel.mode,
             "reshard": config.parallel.reshard,
@@ -137,6 +140,11 @@ class Job:
     def state_bytes(self) -> int:
         """Of a parameter's two moments."""
         return 2 * {"fp32": 4, "bf16": 2}[self.state_dtype]
+
+    @property
+    def average_bytes(self) -> int:
+        """Of a parameter's moving average."""
+        return 4 if self.ema else 0
 
     @property
     def kept_patches(self) -> int:

@@ -25,7 +25,7 @@ from evaclip.train.compiled import compile_blocks
 from evaclip.train.config import ModelConfig, TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.ema import Ema
-from evaclip.train.evaluation import Evaluation, feature_options
+from evaclip.train.evaluation import Evaluation, open_sets
 from evaclip.train.loss import SIGLIP_INITIAL_SCALE, ContrastiveLoss
 from evaclip.train.optimizer import build_optimizer, parameter_groups
 from evaclip.train.schedule import total_steps
@@ -92,7 +92,7 @@ def build(config: TrainConfig, world: World) -> Parts:
         loader=_loader(config, world, source, model, tokenizer),
         step=TrainStep(model, loss, optimizer, options, world),
         ema=None if config.ema_decay is None else Ema(model, config.ema_decay),
-        evaluation=_evaluation(config, world, model, tokenizer, held_out),
+        evaluation=_evaluation(config, world, model, tokenizer, loss, held_out),
         total_steps=total_steps(config.schedule, config.batch_size, len(source)),
         epoch_samples=epoch_samples,
         flops_per_sample=BACKWARD_FACTOR * flops_per_sample(model.config, 1 - model.visual.patch_dropout),
@@ -198,19 +198,16 @@ def _evaluation(
     world: World,
     model: CLIP,
     tokenizer: Callable[[list[str]], Tensor],
+    loss: ContrastiveLoss,
     held_out: Source | None,
 ) -> Evaluation | None:
-    source = open_configured(config.eval.data) if config.eval.data else held_out
-    if source is None:
-        return None
+    sets = open_sets(config, held_out)
     transform = EvalTransform(model.config.vision.image_size, model.config.preprocess)
-    options = feature_options(config.eval, config.precision, (config.eval.data or config.data).workers)
-    return Evaluation(source, config.eval, tokenizer, transform, options, world)
+    return Evaluation(sets, tokenizer, transform, loss, world) if sets else None
 
 
 def _held_out_of(config: TrainConfig, whole: Source, held_out: Source | None) -> str:
     share = f"held_out={config.held_out:g} of {len(whole):,} samples"
     if held_out is None:
         return f"{share} is none: nothing is held out"
-    use = "evaluated" if config.eval.data is None else "not used, as eval.data names another set to evaluate"
-    return f"{share}: {len(held_out):,} are never trained on; they are {use}"
+    return f"{share}: {len(held_out):,} are never trained on"

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from evaclip.train.config import LossConfig
+from evakernels import clip_loss, siglip_loss
 from evakernels.nn import ClipLoss, SigLipLoss
+from evakernels.ops._collectives import gather_rows, resolved
 
 SIGLIP_INITIAL_SCALE = math.log(10.0)
 SIGLIP_INITIAL_BIAS = -10.0
+_TILE = 1 << 24
+"""Similarities at a time, 64 MiB."""
 
 
 class ContrastiveLoss(nn.Module):
@@ -52,3 +56,41 @@ class ContrastiveLoss(nn.Module):
             scale = (logit_scale, self.logit_bias)
         loss: Tensor = self.loss(image_features, text_features, *scale, counts=self.counts)
         return loss
+
+    @torch.no_grad()
+    def accuracy(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """The share of images whose own text is the most similar one of all processes' texts, after a mean over processes.
+
+        Of equal ones the first counts, so that features that are all alike have no more than chance.
+
+        Args:
+            image_features, text_features: [batch, embed_dim], normalised.
+
+        Returns:
+            0-D float32, on the device.
+        """
+        op, counts = "accuracy", self.counts or [len(image_features)]
+        text, offset = gather_rows(op, "text_features", text_features, resolved(op, self.loss.group), counts)
+        own = torch.arange(offset, offset + len(image_features), device=text.device)
+        rows = max(1, _TILE // len(text))
+        tiles = zip(image_features.float().split(rows), own.split(rows), strict=True)
+        text = text.float().T
+        hits = torch.cat([(image @ text).argmax(1) == label for image, label in tiles]).sum()
+        # Processes may have unequal parts of the batch.
+        return hits * (len(counts) / sum(counts))
+
+    @torch.no_grad()
+    def of_set(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+        """The loss of these pairs in this process alone, without label smoothing.
+
+        Args:
+            image_features, text_features: [pairs, embed_dim] float32, normalised.
+            logit_scale: 0-D, already exponentiated.
+
+        Returns:
+            0-D float32.
+        """
+        pairs = image_features, text_features, logit_scale
+        if self.logit_bias is None:
+            return clip_loss(*pairs, group=False)
+        return siglip_loss(*pairs, self.logit_bias, group=False)

@@ -18,6 +18,7 @@ from evaclip.model.savings import Savings
 from evaclip.train.config import (
     CheckpointConfig,
     EvalConfig,
+    EvalSetConfig,
     LogConfig,
     ModelConfig,
     OptimConfig,
@@ -57,16 +58,21 @@ def get_recipe(name: str) -> TrainConfig:
 
 
 def with_own_evaluation(config: TrainConfig, base: TrainConfig) -> TrainConfig:
-    """`config`, but for the evaluation set of the recipe `base` where the training data is no longer the recipe's.
+    """`config`, but for the evaluation sets of the recipe `base` where the training data is no longer the recipe's.
 
-    A part of the training data is held out in its place, unless `held_out` says otherwise.
+    Where no other is left, a part of the training data is held out in their place, unless `held_out` says otherwise.
     """
+    sets, of_recipe = config.eval.sets or {}, base.eval.sets or {}
+    left = {name: each for name, each in sets.items() if not _same_data(each, of_recipe.get(name))}
     same_data = (config.data.train, config.data.mixture) == (base.data.train, base.data.mixture)
-    if same_data or base.eval.data is None or config.eval.data != base.eval.data:
+    if same_data or left == sets:
         return config
-    evaluation = replace(config.eval, data=None, first=0, samples=None)
-    held_out = HELD_OUT if config.held_out is None else config.held_out
-    return replace(config, eval=evaluation, held_out=held_out)
+    held_out = HELD_OUT if config.held_out is None and not left else config.held_out
+    return replace(config, eval=replace(config.eval, sets=left or None), held_out=held_out)
+
+
+def _same_data(one: EvalSetConfig | None, other: EvalSetConfig | None) -> bool:
+    return one is not None and other is not None and one.data == other.data
 
 
 def _spelling(name: str) -> str:
@@ -91,7 +97,9 @@ def tiny() -> TrainConfig:
         optim=OptimConfig(lr=5e-4, grad_clip_norm=1.0),
         schedule=ScheduleConfig(steps=180, warmup_steps=10),
         log=LogConfig(every_steps=10),
-        eval=EvalConfig(data=replace(drawn, num_samples=samples + held_out), first=samples),
+        eval=EvalConfig(
+            sets={"shapes": EvalSetConfig(data=replace(drawn, num_samples=samples + held_out), first=samples)}
+        ),
     )
 
 
@@ -125,7 +133,9 @@ def emoji() -> TrainConfig:
         optim=OptimConfig(lr=5e-4, text=TowerConfig(lr=1e-3), weight_decay=0.1, grad_clip_norm=1.0),
         schedule=ScheduleConfig(steps=1600, warmup_steps=80),
         log=LogConfig(every_steps=50),
-        eval=EvalConfig(data=DataConfig(train="data/emoji/openmoji-*.tar"), batch_size=128),
+        eval=EvalConfig(
+            sets={"openmoji": EvalSetConfig(data=DataConfig(train="data/emoji/openmoji-*.tar"))}, batch_size=128
+        ),
     )
 
 

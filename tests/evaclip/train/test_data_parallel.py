@@ -70,7 +70,7 @@ def test_two_processes_equal_one(loss: str, run_config: Callable[..., TrainConfi
     common = [
         f"data.train={data}",
         f"loss.name={loss}", "accumulation=2", "model.patch_dropout=0.5", "schedule.steps=4", "optim.name=lamb",
-        "optim.grad_clip_norm=0.5", "eval={data: {num_samples: 64, workers: 0}, samples: 16}",
+        "optim.grad_clip_norm=0.5", "eval.sets.val={data: {num_samples: 64, workers: 0}, samples: 16}",
     ]  # fmt: skip
     one = train(run_config(*common, "name=one")).folder
     config = run_config(*common, "name=two")
@@ -87,11 +87,14 @@ def test_two_processes_equal_one(loss: str, run_config: Callable[..., TrainConfi
     for left, right in zip(*logs, strict=True):
         assert right["loss"] == pytest.approx(left["loss"], rel=1e-5)
         assert right["grad_norm"] == pytest.approx(left["grad_norm"], rel=1e-4)
-        assert right["samples"] == left["samples"]
+        assert (right["samples"], right["accuracy"]) == (left["samples"], left["accuracy"])
         for key in ("update_norm_visual", "update_norm_text", "update_ratio_visual", "update_ratio_text"):
             assert right[key] == pytest.approx(left[key], rel=1e-3), key
         tokens = [record["tokens_per_second"] / record["samples_per_second"] for record in (left, right)]
         assert tokens[1] == pytest.approx(tokens[0])
+    metrics = [next(r["eval"] for r in read_log(run / "log.jsonl") if "eval" in r) for run in (one, two)]
+    assert {"val/zero_shot_top1", "val/text_to_image_r5", "val/loss"} < metrics[0].keys()
+    assert metrics[1] == pytest.approx(metrics[0] | {"seconds": metrics[1]["seconds"]}, rel=1e-5)
     # One process talks to no other; of two the first step after the first record is sampled.
     assert [record["communication"] for record in logs[0]] == [0, 0, 0, 0]
     assert [record["communication"] is None for record in logs[1]] == [True, False, True, True]

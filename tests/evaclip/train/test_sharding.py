@@ -27,7 +27,7 @@ MODES = {
     "shard": ["parallel.mode=shard", "model.savings.recompute=block"],
     "hybrid": ["parallel={mode: hybrid, shard_size: 2, reshard: false}", "model.savings.recompute=activations"],
 }
-EVAL = "eval={data: {num_samples: 112, workers: 0}, first: 96, samples: 13, batch_size: 3}"
+EVAL = "eval={sets: {val: {data: {num_samples: 112, workers: 0}, first: 96, samples: 13}}, batch_size: 3}"
 
 
 def losses(folder: Path) -> list[float]:
@@ -60,8 +60,9 @@ def test_four_processes_equal_one(run_config: Callable[..., TrainConfig], tmp_pa
             for key, value in expected.items():
                 torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4, msg=f"{name} {file} {key}")
         (evaluation,) = [record["eval"] for record in read_log(folder / "log.jsonl") if "eval" in record]
+        assert evaluation.pop("seconds") > 0
         assert evaluation == pytest.approx(one.metrics)
-        assert evaluation["samples"] == 13
+        assert evaluation["val/samples"] == 13
 
 
 @pytest.mark.slow

@@ -185,7 +185,7 @@ class Bench:
         return [
             "tiny", "--resume", "auto", "--device", "cpu", "--set",
             f"name={name}", f"output={self.folder}", f"data={{train: {data}, workers: 0, num_samples: 1}}",
-            f"batch_size={BATCH}", f"schedule={{steps: {STEPS}, name: constant, warmup_steps: 0}}", "eval.data=null",
+            f"batch_size={BATCH}", f"schedule={{steps: {STEPS}, name: constant, warmup_steps: 0}}", "eval.sets=null",
             "optim={name: lamb, lr: 1e-3}", "log={every_steps: 1, tensorboard: false}",
             f"checkpoint={{every_steps: {EVERY}, every_minutes: null, keep: 99}}",
             f"model.options={json.dumps(_SMALL)}",
