@@ -1,9 +1,11 @@
 """`evaclip train`."""
 
 import argparse
+from functools import partial
 from typing import Any
 
 from evaclip.commands.parser import leaf
+from evaclip.errors import UserError
 from evaclip.slurm import take_over
 from evaclip.train import aliases
 
@@ -13,6 +15,7 @@ _EXAMPLES = (
     "evaclip train finetune --train-data mine/ --pretrained EVA02-CLIP-B-16:merged2b_s8b_b131k",
     "evaclip train eva02-b-16 --print-config > my.yaml",
     "evaclip train eva02-b-16 --config my.yaml --set optim.lr=1e-3 data.workers=4 --dry-run",
+    "evaclip train eva02-e-14-plus --dry-run --as-gpus 144",
     "evaclip train eva02-b-16 --config my.yaml --resume auto",
     "evaclip train eva02-b-16 --config my.yaml --resume weights:runs/mine/checkpoints/step_00001000 --set name=next",
     "torchrun --nproc-per-node 8 -m evaclip -- train eva02-b-16 --config my.yaml",
@@ -49,6 +52,12 @@ def add_commands(subparsers: Any) -> None:
         "--print-config", action="store_true", help="print the whole configuration with what its keys mean"
     )
     parser.add_argument("--dry-run", action="store_true", help="build everything, time a few steps, save nothing")
+    parser.add_argument(
+        "--as-gpus",
+        type=int,
+        metavar="N",
+        help="with --dry-run: as one of N GPUs, the others of which aren't there; on a CPU the step's memory is traced",
+    )
     _add_aliases(parser)
     parser.set_defaults(run=run)
 
@@ -79,10 +88,13 @@ def run(args: argparse.Namespace) -> None:
         print(commented_yaml(config), end="")
         return
     if args.dry_run:
-        from evaclip.train.dry_run import dry_run
+        from evaclip.train.dry_run import dry_run, dry_run_as
 
-        dry_run(config, resume=args.resume, overwrite=args.overwrite)
+        dry = dry_run if args.as_gpus is None else partial(dry_run_as, gpus=args.as_gpus)
+        dry(config, resume=args.resume, overwrite=args.overwrite)
         return
+    if args.as_gpus is not None:
+        raise UserError("--as-gpus is for a --dry-run; torchrun starts the processes of a run")
     from evaclip.train.trainer import train
 
     for note in aliases.notes(vars(args)):
@@ -101,7 +113,7 @@ def configure(args: argparse.Namespace) -> Any:
     recipe = config = get_recipe(args.recipe)
     if args.config:
         config = resolve(config, [load_yaml(args.config)])
-    changes = aliases.changes(vars(args), config.accumulation, process_count())
+    changes = aliases.changes(vars(args), config.accumulation, args.as_gpus or process_count())
     if args.device:
         changes.append({"device": args.device})
     return with_own_evaluation(resolve(config, [*changes, *map(parse_assignment, args.set)]), recipe)

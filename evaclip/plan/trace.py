@@ -56,6 +56,12 @@ def caption_tokens(lengths: list[int], config: TextConfig) -> Tensor:
     return tokens
 
 
+def without_data(model: CLIP, mode: FakeTensorMode) -> None:
+    """Gives a model on the meta device parameters and buffers that count as memory of a CPU."""
+    with mode:
+        model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))  # type: ignore[no-untyped-call]
+
+
 class Trace(NamedTuple):
     """A step of a model with few blocks.
 
@@ -108,8 +114,7 @@ def _traced(job: Job, blocks: int) -> Trace:
             stack.enter_context(_process_group(few.gpus))
         tokens, layout = _captions(few)
         model, mode = _build(few), FakeTensorMode()
-        with mode:
-            model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))  # type: ignore[no-untyped-call]
+        without_data(model, mode)
         if few.mode != "replicate":
             shard(model, *few.sharding())
         stack.enter_context(mode)

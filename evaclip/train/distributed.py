@@ -117,7 +117,7 @@ def connect(device_name: str, *, offload: bool = False) -> World:
         UserError: the device does not exist.
     """
     size = process_count()
-    device = _device(device_name, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else None)
+    device = device_of(device_name, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else None)
     if size == 1 and not offload:
         return World(device)
     if device.type == "cuda":
@@ -132,7 +132,7 @@ def connect(device_name: str, *, offload: bool = False) -> World:
     return World(device, dist.get_rank(), size, dist.group.WORLD, control, saving)
 
 
-def _device(name: str, local_rank: int | None) -> torch.device:
+def device_of(name: str, local_rank: int | None = None) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
