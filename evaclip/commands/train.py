@@ -26,16 +26,7 @@ _EXAMPLES = (
 def add_commands(subparsers: Any) -> None:
     """Adds `train` to the command line."""
     parser = leaf(subparsers, "train", help="train a model from a recipe", examples=_EXAMPLES)
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="where the configuration starts; none lists them")
-    parser.add_argument("--config", metavar="YAML", help="a file whose keys replace the recipe's")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="replace single keys, after all else",
-    )
+    add_configuration(parser)
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--resume",
@@ -58,11 +49,21 @@ def add_commands(subparsers: Any) -> None:
         metavar="N",
         help="with --dry-run: as one of N GPUs, the others of which aren't there; on a CPU the step's memory is traced",
     )
-    _add_aliases(parser)
     parser.set_defaults(run=run)
 
 
-def _add_aliases(parser: argparse.ArgumentParser) -> None:
+def add_configuration(parser: argparse.ArgumentParser) -> None:
+    """Adds all that says what a run is: `configure` reads it."""
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="where the configuration starts; none lists them")
+    parser.add_argument("--config", metavar="YAML", help="a file whose keys replace the recipe's")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace single keys, after all else",
+    )
     group = parser.add_argument_group("spellings of open_clip and EVA-CLIP, for --set KEY=VALUE")
     for alias in aliases.ALIASES:
         if not alias.takes_value:
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
         for name, description in recipes.describe_recipes().items():
             print(f"{name:16} {description}")
         return
-    config = configure(args)
+    config = configure(args, args.as_gpus)
     if args.print_config:
         print(commented_yaml(config), end="")
         return
@@ -104,8 +105,12 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit(outcome.stopped_by)
 
 
-def configure(args: argparse.Namespace) -> Any:
-    """The `TrainConfig` of a command line: the recipe, then the file, then the aliases, then `--set`."""
+def configure(args: argparse.Namespace, processes: int | None = None) -> Any:
+    """The `TrainConfig` of a command line: the recipe, then the file, then the aliases, then `--set`.
+
+    Args:
+        processes: how many there will be; None for those that torchrun has started.
+    """
     from evaclip.train.config import process_count
     from evaclip.train.overrides import load_yaml, parse_assignment, resolve
     from evaclip.train.recipes import get_recipe, with_own_evaluation
@@ -113,7 +118,7 @@ def configure(args: argparse.Namespace) -> Any:
     recipe = config = get_recipe(args.recipe)
     if args.config:
         config = resolve(config, [load_yaml(args.config)])
-    changes = aliases.changes(vars(args), config.accumulation, args.as_gpus or process_count())
-    if args.device:
+    changes = aliases.changes(vars(args), config.accumulation, processes or process_count())
+    if getattr(args, "device", None):
         changes.append({"device": args.device})
     return with_own_evaluation(resolve(config, [*changes, *map(parse_assignment, args.set)]), recipe)

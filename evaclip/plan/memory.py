@@ -7,9 +7,9 @@ from evaclip.plan.job import Job
 from evaclip.plan.loss import LOSS, loss_bytes
 from evaclip.plan.phases import Bytes, Moment, Steps, course, deepen, insert
 from evaclip.plan.recorder import COMMUNICATION, GRADIENTS, INPUTS, PARAMETERS
-from evaclip.plan.trace import BLOCKS, Trace, trace
+from evaclip.plan.trace import BLOCKS, Trace, evaluation_bytes, trace
 
-OPTIMIZER = "optimizer state"
+OPTIMIZER, AVERAGE = "optimizer state", "averaged weights"
 _BUCKET = 32 * 2**20
 _COPIES = 2
 """Of a shard under offload: the parameters that a GPU gathers, and the gradient that it has summed."""
@@ -56,14 +56,20 @@ def memory_of(job: Job, traced: Trace) -> Memory:
     if job.mode == "replicate" and job.gpus > 1:
         steps = insert(steps, "end", peak=Counter({COMMUNICATION: 2 * max(_BUCKET, _largest(job))}))
     host = 0
+    # It is as large as the parameters, in float32, and lies where they do.
+    average = 4 * elements * job.averaged
     if job.offload != "none":
         # The temperature stays on the GPU.
-        steps, host = _offloaded(steps, job, traced), (2 * job.weight_bytes + job.state_bytes) * (elements - 1)
+        steps, host = _offloaded(steps, job, traced), (2 * job.weight_bytes + job.state_bytes) * (elements - 1) + average
+    else:
+        steps = replace(steps, start=steps.start + Counter({AVERAGE: average}))
+    # Of chunks the features are there before the first backward pass, and the loss is on its own.
+    alone = [] if job.accumulation == 1 else [Moment(LOSS, steps.start + loss_bytes(job))]
+    if job.evaluated:
+        alone.append(Moment("evaluation", steps.start + evaluation_bytes(job)))
     if job.accumulation == 1:
         steps = insert(steps, LOSS, peak=loss_bytes(job))
-        return Memory(steps, tuple(course(steps)), elements, traced.parameters, host)
-    alone = Moment(LOSS, steps.start + loss_bytes(job))
-    return Memory(steps, (alone, *course(steps)), elements, traced.parameters, host)
+    return Memory(steps, (*alone, *course(steps)), elements, traced.parameters, host)
 
 
 def _offloaded(steps: Steps, job: Job, traced: Trace) -> Steps:
