@@ -27,7 +27,7 @@ class Job:
         global_batch: samples of one optimizer step over all of them: the contrastive batch.
         token_dropout: share of the patches that training leaves out.
         accumulation: chunks that each process passes through the model one after the other.
-        mode, reshard, shard_size, offload: as `parallel` in a training configuration.
+        mode, reshard, shard_size, accumulate, offload: as `parallel` in a training configuration.
         state_dtype: of the optimizer's two moments.
         caption_tokens: mean length of a caption from its start to its end token.
         samples: of the whole run; None for what isn't known.
@@ -45,6 +45,7 @@ class Job:
     mode: Mode = "shard"
     reshard: bool = True
     shard_size: int | None = None
+    accumulate: Literal["whole", "shards"] = "whole"
     offload: Offload = "none"
     optimizer: Literal["adamw", "lamb"] = "lamb"
     state_dtype: StateType = "fp32"
@@ -92,6 +93,7 @@ class Job:
             "mode": parallel.mode if is_cut else "replicate",
             "reshard": parallel.reshard,
             "shard_size": parallel.shard_size if is_cut else None,
+            "accumulate": parallel.accumulate,
             "offload": parallel.offload,
             "samples": None if steps is None else steps * config.batch_size,
             "averaged": config.ema_decay is not None,

@@ -8,9 +8,9 @@ from evaclip.plan.loss import LOSS, loss_bytes
 from evaclip.plan.phases import Bytes, Moment, Steps, course, deepen, insert
 from evaclip.plan.recorder import COMMUNICATION, GRADIENTS, INPUTS, PARAMETERS
 from evaclip.plan.trace import BLOCKS, Trace, evaluation_bytes, trace
+from evaclip.train.distributed import BUCKET_BYTES
 
 OPTIMIZER, AVERAGE = "optimizer state", "averaged weights"
-_BUCKET = 32 * 2**20
 _COPIES = 2
 """Of a shard under offload: the parameters that a GPU gathers, and the gradient that it has summed."""
 
@@ -54,7 +54,7 @@ def memory_of(job: Job, traced: Trace) -> Memory:
     elements = traced.elements["rest"] + sum(depths[tower] * traced.elements[tower] for tower in depths)
     steps = deepen(few, depths["image"], depths["text"], parameters + _besides(job, elements))
     if job.mode == "replicate" and job.gpus > 1:
-        steps = insert(steps, "end", peak=Counter({COMMUNICATION: 2 * max(_BUCKET, _largest(job))}))
+        steps = _with_buckets(steps, 3 * BUCKET_BYTES + max(BUCKET_BYTES, _largest(job)))
     host = 0
     # It is as large as the parameters, in float32, and lies where they do.
     average = 4 * elements * job.averaged
@@ -70,6 +70,19 @@ def memory_of(job: Job, traced: Trace) -> Memory:
     if job.accumulation == 1:
         steps = insert(steps, LOSS, peak=loss_bytes(job))
     return Memory(steps, (*alone, *course(steps)), elements, traced.parameters, host)
+
+
+def _with_buckets(steps: Steps, most: int) -> Steps:
+    """The step with the copies of gradients that are on their way to their mean, in its last backward pass."""
+    phases, made = [], 0
+    last = max(i for i, phase in enumerate(steps.phases) if phase.name == "loss")
+    for index, phase in enumerate(steps.phases):
+        # One that isn't full waits, until the pass is over.
+        begun = made if phase.name == "end" else made // BUCKET_BYTES * BUCKET_BYTES
+        moving = Counter({COMMUNICATION: min(most, begun) if index > last else 0})
+        phases.append(replace(phase, peak=phase.peak + moving))
+        made += phase.kept[GRADIENTS]
+    return Steps(steps.start, tuple(phases))
 
 
 def _offloaded(steps: Steps, job: Job, traced: Trace) -> Steps:

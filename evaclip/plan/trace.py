@@ -112,7 +112,7 @@ def _traced(job: Job, blocks: int) -> Trace:
         recorder = _recorder(model, batch)
         with recorder:
             for last in (False, True) if few.accumulation > 1 else (True,):
-                synchronize_gradients(model, last)
+                synchronize_gradients(model, last or job.accumulate == "shards")
                 _pass(model, few, batch, recorder)
             for parameter in model.parameters():
                 if parameter.grad is not None:

@@ -20,7 +20,7 @@ from evaclip.plan.phases import Bytes, highest
 from evaclip.plan.recorder import GRADIENTS, INPUTS, PARAMETERS, Recorder
 from evaclip.plan.trace import caption_lengths, caption_tokens, without_data
 from evaclip.train import rng
-from evaclip.train.build import build_step, is_cut_up, lock, model_options, per_process, precision_of_parameters
+from evaclip.train.build import build_step, is_cut_up, lock, model_options, samples_of_a_process, precision_of_parameters
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World, device_of
 from evaclip.train.ema import Ema
@@ -56,7 +56,7 @@ def traced_peak(config: TrainConfig, world: World, caption_mean: int = CAPTION_T
     """
     if config.parallel.offload != "none":
         raise UserError("--as-gpus under parallel.offload needs a GPU: without one, all memory is the host's")
-    mode, batch = FakeTensorMode(), per_process(config, world)
+    mode, batch = FakeTensorMode(), samples_of_a_process(config, world)
     options = model_options(config.model)
     precision = precision_of_parameters(config.precision)
     model = create_model(

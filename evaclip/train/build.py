@@ -69,7 +69,7 @@ def build(config: TrainConfig, world: World) -> Parts:
     Raises:
         UserError: a name or path does not exist, or the numbers do not fit one another.
     """
-    per_process = per_process(config, world)
+    per_process = samples_of_a_process(config, world)
     if not (config.data.train or config.data.mixture):
         raise UserError("data.train is not set: name your data, such as --train-data 'shards/{00000..00099}.tar'")
     whole = open_configured(config.data)
@@ -130,7 +130,8 @@ def build_step(config: TrainConfig, world: World, model: CLIP) -> TrainStep:
     """The step with its loss and its optimizer."""
     loss = ContrastiveLoss(config.loss, world.group).to(world.device)
     optimizer = build_optimizer(parameter_groups(model, loss, config.optim), config.optim, config.seed)
-    options = StepOptions(config.precision, config.accumulation, config.optim.grad_clip_norm, config.seed)
+    clip, each_chunk = config.optim.grad_clip_norm, config.parallel.accumulate == "shards"
+    options = StepOptions(config.precision, config.accumulation, clip, config.seed, each_chunk)
     return TrainStep(model, loss, optimizer, options, world)
 
 
@@ -160,7 +161,7 @@ def model_options(config: ModelConfig) -> dict[str, Any]:
     return options
 
 
-def per_process(config: TrainConfig, world: World) -> int:
+def samples_of_a_process(config: TrainConfig, world: World) -> int:
     parts = world.size * config.accumulation
     if config.batch_size % parts:
         raise UserError(

@@ -224,10 +224,18 @@ def test_averages_and_evaluations_are_counted() -> None:
     job = Job(model="tiny", **ONE)
     plain, averaged = (plan_memory(replace(job, averaged=on)) for on in (False, True))
     assert averaged.peak.total - plain.peak.total == 4 * plain.parameters
-    # One of hundreds of pictures takes more than a step of sixteen that is computed in chunks.
-    evaluated = plan_memory(replace(job, accumulation=16, evaluated=512))
+    # One of thousands of pictures takes more than a step of sixteen that is computed in chunks.
+    evaluated = plan_memory(replace(job, accumulation=16, evaluated=8192))
     assert evaluated.peak.phase == "evaluation"
     assert evaluated.peak.total > plan_memory(replace(job, accumulation=16, evaluated=1)).peak.total
+
+
+def test_chunks_that_add_up_shards_hold_no_whole_gradients() -> None:
+    options = {"vision": {"layers": 3}, "text": {"layers": 2, "vocab_size": 1000}}
+    job = Job(model="EVA02-CLIP-B-16", options=options, gpus=8, global_batch=64, accumulation=4)
+    whole, shards = (plan_memory(replace(job, accumulate=way)) for way in ("whole", "shards"))
+    # Seven eighths of the gradients, in float32, but for those of the block that is just computed.
+    assert whole.peak.total - shards.peak.total == pytest.approx(4 * 7 / 8 * whole.model_parameters, rel=0.25)
 
 
 def test_a_storage_counts_once_until_nothing_refers_to_it() -> None:
