@@ -301,6 +301,9 @@ class TrainConfig:
     loss: LossConfig = LossConfig()
     ema_decay: Share | None = None
     """Keep a moving average of the weights, and evaluate it; none keeps none."""
+    collect_every: Count | None = 50
+    """Steps from one run of Python's garbage collector to the next, in all processes after the same one: where each has
+    its pauses by itself, all wait for every one of them. none leaves it to Python."""
     nonfinite: NonfiniteConfig = NonfiniteConfig()
     spikes: SpikeConfig = SpikeConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
@@ -324,6 +327,7 @@ class TrainConfig:
 ADAPTER: TypeAdapter[TrainConfig] = TypeAdapter(TrainConfig)
 
 _NOT_THE_RESULT = (
+    "collect_every",
     "name",
     "output",
     "device",

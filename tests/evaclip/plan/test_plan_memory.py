@@ -234,8 +234,8 @@ def test_chunks_that_add_up_shards_hold_no_whole_gradients() -> None:
     options = {"vision": {"layers": 3}, "text": {"layers": 2, "vocab_size": 1000}}
     job = Job(model="EVA02-CLIP-B-16", options=options, gpus=8, global_batch=64, accumulation=4)
     whole, shards = (plan_memory(replace(job, accumulate=way)) for way in ("whole", "shards"))
-    # Seven eighths of the gradients, in float32, but for those of the block that is just computed.
-    assert whole.peak.total - shards.peak.total == pytest.approx(4 * 7 / 8 * whole.model_parameters, rel=0.25)
+    # Of seven eighths of the gradients, in float32, only those of the blocks that are just computed stay.
+    assert 0.5 < (whole.peak.total - shards.peak.total) / (4 * 7 / 8 * whole.model_parameters) < 1
 
 
 def test_a_storage_counts_once_until_nothing_refers_to_it() -> None:
