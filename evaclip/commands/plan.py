@@ -27,7 +27,7 @@ def add_commands(subparsers: Any) -> None:
     add("--gpu", default="a100-80g", metavar="KIND", help="which kind (a100-80g)")
     add("--caption-tokens", type=int, default=15, metavar="N", help="mean length of captions, with start and end (15)")
     add("--state-dtype", default="fp32", choices=("fp32", "bf16"), help="of the moments (fp32)")
-    add("--beside", type=float, metavar="GIB", help="what a GPU holds besides tensors, as 'train --dry-run' measures it")
+    add("--beside", type=float, metavar="GIB", help="what a GPU holds besides tensors, as 'train --dry-run' finds")
     add("--images-per-core", type=float, metavar="N", help="that one core decodes a second ('data bench'), for cores")
     add("--storage-gbps", type=float, metavar="GB/S", help="at which all GPUs write together, for a checkpoint's time")
     add("--savings", action="store_true", help="say what each saving is worth")

@@ -29,7 +29,7 @@ def loss_bytes(job: Job) -> Bytes:
 
 
 def loss_costs(job: Job) -> Costs:
-    """What the loss computes on one GPU: the logits, twice unless they are kept, and the gradients of images and texts."""
+    """What the loss computes on one GPU: the logits, twice unless they are kept, and the gradients of both features."""
     rows, columns, depth = job.local_batch, job.global_batch, job.config.embed_dim
     features, logits = (rows + columns) * depth * _FLOAT, rows * columns * _FLOAT
     product = 2 * rows * columns * depth

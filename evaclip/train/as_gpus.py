@@ -20,7 +20,14 @@ from evaclip.plan.phases import Bytes, highest
 from evaclip.plan.recorder import GRADIENTS, INPUTS, PARAMETERS, Recorder
 from evaclip.plan.trace import caption_lengths, caption_tokens, without_data
 from evaclip.train import rng
-from evaclip.train.build import build_step, is_cut_up, lock, model_options, samples_of_a_process, precision_of_parameters
+from evaclip.train.build import (
+    build_step,
+    is_cut_up,
+    lock,
+    model_options,
+    precision_of_parameters,
+    samples_of_a_process,
+)
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World, device_of
 from evaclip.train.ema import Ema
@@ -35,7 +42,7 @@ def pretended(device: str, size: int) -> World:
     """
     if size < 1:
         raise UserError(f"--as-gpus {size}; expected at least 1")
-    if dist.is_available() and dist.is_initialized() or dist.is_torchelastic_launched():
+    if (dist.is_available() and dist.is_initialized()) or dist.is_torchelastic_launched():
         raise UserError("--as-gpus stands for many processes; start one, without torchrun")
     found = device_of(device)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)

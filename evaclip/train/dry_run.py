@@ -153,7 +153,9 @@ def _measured(parts: Parts, position: Position, timing: _Timing) -> list[tuple[s
         free, whole = torch.cuda.mem_get_info(parts.world.device)
         rows.append(("GPU memory", f"{tensors / _GIB:.1f} GiB of tensors at the peak"))
         beside = (whole - free - tensors) / _GIB
-        rows.append(("beside them", f"{beside:.1f} GiB: context, libraries, fragments; evaclip plan --beside {beside:.1f}"))
+        rows.append(
+            ("beside them", f"{beside:.1f} GiB: context, libraries, fragments; evaclip plan --beside {beside:.1f}")
+        )
     return rows
 
 

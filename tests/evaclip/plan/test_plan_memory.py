@@ -33,8 +33,8 @@ from evaclip.train.config import (
 )
 from evaclip.train.distributed import connect
 from evaclip.train.loss import ContrastiveLoss
-from evaclip.train.recipes import get_recipe
 from evaclip.train.optimizer import build_optimizer, parameter_groups
+from evaclip.train.recipes import get_recipe
 from evaclip.train.step import StepOptions, TrainStep
 
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from sharded_run import train_all
 
 from evaclip.data.shard_writer import write_shard
-from evaclip.train.config import TrainConfig
 from evaclip.train import distributed
+from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import GradientMean, World, _buckets, connect
 from evaclip.train.overrides import dump_yaml
 from evaclip.train.progress import read_log

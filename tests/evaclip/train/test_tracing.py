@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from evaclip.train.config import TrainConfig
-from evaclip.train.trainer import Trainer, train
 from evaclip.train.tracing import REQUEST, STEPS, Tracer, collecting
+from evaclip.train.trainer import Trainer, train
 
 
 def test_a_run_traces_its_steps_when_a_file_asks(
