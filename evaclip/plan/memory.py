@@ -60,10 +60,8 @@ def memory_of(job: Job, traced: Trace) -> Memory:
     average = 4 * elements * job.averaged
     if job.offload != "none":
         # The temperature stays on the GPU.
-        steps, host = (
-            _offloaded(steps, job, traced),
-            (2 * job.weight_bytes + job.state_bytes) * (elements - 1) + average,
-        )
+        host = (2 * job.weight_bytes + job.state_bytes) * (elements - 1) + average
+        steps = _offloaded(steps, job, traced)
     else:
         steps = replace(steps, start=steps.start + Counter({AVERAGE: average}))
     # Of chunks the features are there before the first backward pass, and the loss is on its own.
