@@ -150,9 +150,9 @@ def _measured(parts: Parts, position: Position, timing: _Timing) -> list[tuple[s
         rows.append((f"{left:,} steps", f"at most about {whole}, an estimate: the first step is the slowest"))
     if parts.world.device.type == "cuda":
         tensors = torch.cuda.max_memory_allocated(parts.world.device)
-        free, whole = torch.cuda.mem_get_info(parts.world.device)
+        free, there = torch.cuda.mem_get_info(parts.world.device)
         rows.append(("GPU memory", f"{tensors / _GIB:.1f} GiB of tensors at the peak"))
-        beside = (whole - free - tensors) / _GIB
+        beside = (there - free - tensors) / _GIB
         rows.append(
             ("beside them", f"{beside:.1f} GiB: context, libraries, fragments; evaclip plan --beside {beside:.1f}")
         )
