@@ -37,7 +37,8 @@ struct Tail {
   int lanes;
 };
 
-// The difference is the value whatever its sign, so that compilers know it; of 0 + value they don't: that of -0 is 0.
+// The difference is the value whatever its sign, so that compilers know it; of 0 + value they don't: that of
+// -0 is 0.
 static inline F32 broadcast(float value) { return value - F32{}; }
 
 // __builtin_convertvector would do, but GCC builds it from halves.

@@ -60,9 +60,9 @@ class Job:
         if self.gpus < 1:
             raise UserError(f"gpus is {self.gpus}; expected at least 1")
         parts = self.gpus * self.accumulation
-        if self.global_batch % parts:
+        if self.global_batch < parts:
             raise UserError(
-                f"global_batch {self.global_batch:,} is no multiple of {parts:,} "
+                f"global_batch {self.global_batch:,} is less than one sample for each of {parts:,} chunks "
                 f"({self.gpus} GPUs x accumulation {self.accumulation})"
             )
         if self.shard_size is not None and self.gpus % self.shard_size:
@@ -116,13 +116,13 @@ class Job:
 
     @property
     def local_batch(self) -> int:
-        """Samples of one step on one GPU."""
-        return self.global_batch // self.gpus
+        """Samples of one step on one GPU, the one that has most."""
+        return -(-self.global_batch // self.gpus)
 
     @property
     def chunk(self) -> int:
-        """Samples that pass through the model at a time."""
-        return self.local_batch // self.accumulation
+        """Samples that pass through the model at a time, at most."""
+        return -(-self.local_batch // self.accumulation)
 
     @property
     def weight_bytes(self) -> int:

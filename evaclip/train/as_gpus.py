@@ -26,7 +26,7 @@ from evaclip.train.build import (
     lock,
     model_options,
     precision_of_parameters,
-    samples_of_a_process,
+    rows_of_processes,
 )
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World, device_of
@@ -46,7 +46,7 @@ def pretended(device: str, size: int) -> World:
         raise UserError("--as-gpus stands for many processes; start one, without torchrun")
     found = device_of(device)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-    return World(found, 0, size, *[dist.group.WORLD] * 3)
+    return World(found, 0, size, dist.group.WORLD, dist.group.WORLD, lambda: dist.group.WORLD)
 
 
 def traced_peak(config: TrainConfig, world: World, caption_mean: int = CAPTION_TOKENS) -> Bytes:
@@ -63,7 +63,7 @@ def traced_peak(config: TrainConfig, world: World, caption_mean: int = CAPTION_T
     """
     if config.parallel.offload != "none":
         raise UserError("--as-gpus under parallel.offload needs a GPU: without one, all memory is the host's")
-    mode, batch = FakeTensorMode(), samples_of_a_process(config, world)
+    mode, batch = FakeTensorMode(), len(rows_of_processes(config, world)[0])
     options = model_options(config.model)
     precision = precision_of_parameters(config.precision)
     model = create_model(
@@ -74,17 +74,19 @@ def traced_peak(config: TrainConfig, world: World, caption_mean: int = CAPTION_T
         shard(model, config.parallel, config.precision, world)
     lock(model, config.model)
     tokens = caption_tokens(caption_lengths(batch, caption_mean, model.context_length), model.config.text)
-    chunk = batch // config.accumulation
-    layout = Layout.packed(tokens[:chunk]) if config.model.savings.pack_text else Layout.padded(tokens[:chunk])
+    # Chunks differ by one at most.
+    chunk = -(-batch // config.accumulation)
+    lay_out = Layout.packed if config.model.savings.pack_text else Layout.padded
+    layouts = {size: lay_out(tokens[:size]) for size in (batch // config.accumulation, chunk)}
     # States of random generators are read as numbers, and nothing is drawn here.
     with patch.multiple(rng, capture=lambda device: {}, restore=lambda state, device: None), mode:
-        tokens, layout = tree_map_only(Tensor, mode.from_tensor, (tokens, layout))
+        tokens, layouts = tree_map_only(Tensor, mode.from_tensor, (tokens, layouts))
         images = torch.empty(batch, 3, *model.config.vision.image_shape)
         step = build_step(config, world, model)
         ema = None if config.ema_decay is None else Ema(model, config.ema_decay)
 
         def given(_: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, {**kwargs, "layout": layout}
+            return args, {**kwargs, "layout": layouts[len(args[1])]}
 
         # Which rows a caption has can't be read from tokens without data.
         model.register_forward_pre_hook(given, with_kwargs=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from evaclip.data import Source, TrainLoader, open_configured
 from evaclip.data.config import DataConfig
 from evaclip.data.held_out import hold_out
-from evaclip.data.loader import TrainTransform
+from evaclip.data.loader import TrainTransform, part_of_batch
 from evaclip.errors import UserError
 from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
@@ -69,7 +69,7 @@ def build(config: TrainConfig, world: World) -> Parts:
     Raises:
         UserError: a name or path does not exist, or the numbers do not fit one another.
     """
-    per_process = samples_of_a_process(config, world)
+    rows_of_processes(config, world)
     if not (config.data.train or config.data.mixture):
         raise UserError("data.train is not set: name your data, such as --train-data 'shards/{00000..00099}.tar'")
     whole = open_configured(config.data)
@@ -85,7 +85,7 @@ def build(config: TrainConfig, world: World) -> Parts:
         world=world,
         model=model,
         source=source,
-        loader=_loader(config, world, source, model, tokenizer, per_process),
+        loader=_loader(config, world, source, model, tokenizer),
         step=build_step(config, world, model),
         ema=None if config.ema_decay is None else Ema(model, config.ema_decay),
         evaluation=_evaluation(config, world, model, tokenizer, held_out),
@@ -128,10 +128,12 @@ def build_model(config: TrainConfig, world: World) -> CLIP:
 
 def build_step(config: TrainConfig, world: World, model: CLIP) -> TrainStep:
     """The step with its loss and its optimizer."""
-    loss = ContrastiveLoss(config.loss, world.group).to(world.device)
+    rows = rows_of_processes(config, world)
+    loss = ContrastiveLoss(config.loss, world.group, [len(part) for part in rows]).to(world.device)
     optimizer = build_optimizer(parameter_groups(model, loss, config.optim), config.optim, config.seed)
     clip, each_chunk = config.optim.grad_clip_norm, config.parallel.accumulate == "shards"
-    options = StepOptions(config.precision, config.accumulation, clip, config.seed, each_chunk)
+    first = rows[world.rank].start
+    options = StepOptions(config.precision, config.accumulation, clip, config.seed, first, each_chunk)
     return TrainStep(model, loss, optimizer, options, world)
 
 
@@ -161,14 +163,15 @@ def model_options(config: ModelConfig) -> dict[str, Any]:
     return options
 
 
-def samples_of_a_process(config: TrainConfig, world: World) -> int:
-    parts = world.size * config.accumulation
-    if config.batch_size % parts:
+def rows_of_processes(config: TrainConfig, world: World) -> list[range]:
+    """The rows of a batch that each process has."""
+    chunks = world.size * config.accumulation
+    if config.batch_size < chunks:
         raise UserError(
-            f"batch_size={config.batch_size} is no multiple of {parts} "
+            f"batch_size={config.batch_size} is less than one sample for each of {chunks} chunks "
             f"({world.size} processes x accumulation {config.accumulation})"
         )
-    return config.batch_size // world.size
+    return [part_of_batch(config.batch_size, rank, world.size) for rank in range(world.size)]
 
 
 def _loader(
@@ -177,12 +180,11 @@ def _loader(
     source: Source,
     model: CLIP,
     tokenizer: Callable[[list[str]], Tensor],
-    per_process: int,
 ) -> TrainLoader:
     data = config.data
     return TrainLoader(
         source,
-        batch_size=per_process,
+        batch_size=config.batch_size,
         transform=training_transform(data, model.config.vision.image_size, model.config.preprocess),
         tokenizer=tokenizer,
         seed=config.seed,

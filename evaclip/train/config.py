@@ -186,6 +186,11 @@ class ParallelConfig:
     offload: Literal["none", "cpu"] = "none"
     """cpu: what a process holds of parameters, gradients and moments lies in host memory, and the optimizer runs there.
     A GPU has a copy of a block's parameters while it computes with them. On a CPU there is nothing to move."""
+    timeout_minutes: Annotated[float, Field(gt=0)] = 120.0
+    """A process waits so long for another one, which opens a cold index or compiles, before the run fails; that one has
+    died is noticed at once."""
+    saving_timeout_minutes: Annotated[float, Field(gt=0)] = 1440.0
+    """And so long for one that writes its part of a checkpoint, before the run goes on without that checkpoint."""
 
     @model_validator(mode="after")
     def _offload_is_of_shards(self) -> Self:
@@ -312,9 +317,9 @@ class TrainConfig:
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
-    def _chunks_divide_the_batch(self) -> Self:
-        if self.batch_size % self.accumulation:
-            raise ValueError(f"batch_size={self.batch_size} is no multiple of accumulation={self.accumulation}")
+    def _no_chunk_is_empty(self) -> Self:
+        if self.batch_size < self.accumulation:
+            raise ValueError(f"batch_size={self.batch_size} is less than accumulation={self.accumulation}")
         return self
 
     @model_validator(mode="after")

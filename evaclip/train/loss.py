@@ -1,6 +1,7 @@
 """The contrastive loss as a module, with what it learns itself."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ class ContrastiveLoss(nn.Module):
     Args:
         config: which loss.
         group: the process group over which features are gathered; None for one process.
+        counts: samples of each process, which so need not ask one another; none, where there is one process.
     """
 
-    def __init__(self, config: LossConfig, group: Any = None) -> None:
+    def __init__(self, config: LossConfig, group: Any = None, counts: Sequence[int] | None = None) -> None:
         super().__init__()
         self.logit_bias: nn.Parameter | None = None
-        self.processes = 1 if group is None else group.size()
+        self.counts = counts
         group = False if group is None else group  # None would mean all that there are
         if config.name == "siglip":
             self.loss: ClipLoss | SigLipLoss = SigLipLoss(group=group)
@@ -48,7 +50,5 @@ class ContrastiveLoss(nn.Module):
         scale: tuple[Tensor, ...] = (logit_scale,)
         if self.logit_bias is not None:
             scale = (logit_scale, self.logit_bias)
-        # All processes have equal parts of a batch, and need not ask one another.
-        counts = [len(image_features)] * self.processes
-        loss: Tensor = self.loss(image_features, text_features, *scale, counts=counts)
+        loss: Tensor = self.loss(image_features, text_features, *scale, counts=self.counts)
         return loss

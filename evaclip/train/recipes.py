@@ -7,11 +7,12 @@ start from. Merged-2B is a `data.mixture` of LAION-2B and COYO-700M, 80 to 20. A
 values in force when the models were trained. Samples are what the model cards state.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
 from evaclip.augmentation import Augmentation
-from evaclip.data.config import DataConfig
+from evaclip.data.config import DataConfig, RemoteConfig
 from evaclip.errors import unknown_name
 from evaclip.model.savings import Savings
 from evaclip.train.config import (
@@ -198,6 +199,23 @@ def _cut(config: TrainConfig) -> TrainConfig:
     return replace(config, parallel=ParallelConfig(mode="shard"))
 
 
+def _in_parts(batch_size: int) -> DataConfig:
+    """Shards whose samples are mixed over eight batches, and of which a machine reads its part only.
+
+    In 64 parts, as most batches can be divided by it: a batch of 131,072 is drawn from 165 shards, by
+    `python -m benchmarks data`. On two machines and more the local copies have room for the next window.
+    """
+    parts = math.gcd(batch_size, 64)
+    return DataConfig(
+        train="",
+        kind="webdataset",
+        workers=8,
+        canonical_nodes=parts,
+        shuffle_window=8 * batch_size // parts,
+        remote=RemoteConfig(cache_gb=80),
+    )
+
+
 _TEXT = TowerConfig(lr=4e-5, layer_decay=0.75)
 
 
@@ -215,7 +233,7 @@ def _published(
         seed=4096,
         batch_size=batch_size,
         precision="amp_fp16",
-        data=DataConfig(train="", kind="webdataset", workers=8),
+        data=_in_parts(batch_size),
         model=ModelConfig(name=model, patch_dropout=patch_dropout, savings=Savings(recompute="block")),
         optim=OptimConfig(name="lamb", lr=5e-4, visual=visual, text=text, grad_clip_norm=5.0),
         schedule=ScheduleConfig(steps=steps, epoch_samples=40_000_000, warmup_steps=2000),

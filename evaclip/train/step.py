@@ -32,6 +32,7 @@ class StepOptions:
         accumulation: chunks that each process passes through the model one after the other.
         grad_clip_norm: bound on the L2 norm of all gradients, or None.
         seed: of the token dropout.
+        first_row: of the batch of all processes that this one has.
         reduce_each_chunk: gradients of shards are summed over the processes with every chunk, not with the last alone.
     """
 
@@ -39,6 +40,7 @@ class StepOptions:
     accumulation: int = 1
     grad_clip_norm: float | None = None
     seed: int = 0
+    first_row: int = 0
     reduce_each_chunk: bool = False
 
 
@@ -148,16 +150,15 @@ class TrainStep:
     def _chunks(self, images: Tensor, tokens: Tensor, step: int) -> Iterator[_Chunk]:
         count = len(images)
         kept = self._kept_tokens(count, step)
-        size = count // self.options.accumulation
-        for start in range(0, count, size):
-            rows = slice(start, start + size)
+        bounds = [number * count // self.options.accumulation for number in range(self.options.accumulation + 1)]
+        for rows in map(slice, bounds, bounds[1:]):
             yield _Chunk(rows, images[rows], tokens[rows], None if kept is None else kept[rows])
 
     def _kept_tokens(self, count: int, step: int) -> Tensor | None:
         visual = self.model.visual
         if not visual.patch_dropout:
             return None
-        start = self.world.rank * count
+        start = self.options.first_row
         return token_index(
             (self.options.seed, step),
             range(start, start + count),

@@ -17,7 +17,7 @@ from evaclip.train import checkpoint, host, snapshot, trackers
 from evaclip.train.build import Parts, build
 from evaclip.train.communication import CommunicationSampler
 from evaclip.train.config import TrainConfig, to_tree
-from evaclip.train.distributed import World, connect
+from evaclip.train.distributed import World, connect, naming_timeouts
 from evaclip.train.evaluation import Metrics
 from evaclip.train.host import peak_memory, slow_precision
 from evaclip.train.meter import Meter
@@ -72,9 +72,9 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
         RunTaken: another process has taken the run over.
         TrainingDiverged: see `NonfiniteConfig`.
     """
-    world = connect(config.device, offload=config.parallel.offload != "none")
+    world = connect(config.device, config.parallel)
     host.prepare(world.device, config.data.workers)
-    with closing(world), ExitStack() as stack:
+    with closing(world), naming_timeouts(config.parallel), ExitStack() as stack:
         messages = list(filter(None, [slow_precision(world.device, config.precision)]))
         trackers.require(config.log)
         folder, lock, start = RunFolder.of(config), None, None
@@ -84,6 +84,7 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
             if lock.taken_from is not None:
                 messages.append(f"took the run over from {lock.taken_from}")
             start = locate(config, resume, overwrite, messages.append)
+        folder.require_shared(world, lock)
         start = world.from_main(start)
         parts = build(config, world)
         messages += parts.remarks
@@ -125,12 +126,12 @@ class Trainer:
         self.metrics: Metrics = {}
         self._evaluated_at: int | None = None
         self._saved_at: int | None = None
-        group = self.world.saving if is_sharded(parts.model) else None
+        writers = self.world if is_sharded(parts.model) else None
         spikes = self.config.spikes
         self._spikes = SpikeDetector(spikes.deviations, spikes.patience, spikes.window)
         self._watchdog = Watchdog(self.world.rank, self.config.watchdog.seconds, self.config.watchdog.abort)
         self._lock = lock
-        self._saver = Saver(folder.checkpoints, self.config.checkpoint, group, report.say, self._check_lock)
+        self._saver = Saver(folder.checkpoints, self.config.checkpoint, writers, report.say, self._check_lock)
         self._saved_time = time.monotonic()
         # One process is like another; the others wait for it meanwhile.
         self._tracer = Tracer(folder.path, self.world.device, report.say) if self.world.is_main else None

@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_said(capsys: Any) -> None:
         (["eva02"], "unknown recipe"),
         (["tiny", "--set", "model.savings.recompute=blocks"], "model.savings.recompute='blocks'"),
         (["tiny", "--gpus", "0"], "gpus is 0; expected at least 1"),
-        (["tiny", "--gpus", "3"], "no multiple of 3"),
+        (["tiny", "--gpus", "64"], "less than one sample for each of 64 chunks"),
         (["tiny", "--caption-tokens", "-1"], "caption_tokens is -1; expected 2 to"),
         (["tiny", "--beside", "0"], "--beside is 0; expected more than 0"),
     ],

@@ -40,7 +40,7 @@ def test_the_step_of_one_of_four_holds_what_is_planned(name: str, run_config: Ca
     [
         (["--as-gpus", "4"], "--as-gpus is for a --dry-run"),
         (["--as-gpus", "0", "--dry-run"], "--as-gpus 0; expected at least 1"),
-        (["--as-gpus", "5", "--dry-run"], "no multiple of 5"),
+        (["--as-gpus", "64", "--dry-run"], "less than one sample for each of 64 chunks"),
         (["--as-gpus", "4", "--dry-run", "--set", "parallel={mode: shard, offload: cpu}"], "needs a GPU"),
     ],
 )

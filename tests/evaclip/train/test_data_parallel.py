@@ -3,10 +3,14 @@
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,11 +24,13 @@ from safetensors.torch import load_file
 from sharded_run import train_all
 
 from evaclip.data.shard_writer import write_shard
-from evaclip.train import distributed
+from evaclip.errors import UserError
+from evaclip.train import distributed, run_folder
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import GradientMean, World, _buckets, connect
 from evaclip.train.overrides import dump_yaml
 from evaclip.train.progress import read_log
+from evaclip.train.sharding import _mesh
 from evaclip.train.trainer import train
 
 LAST = "checkpoints/step_00000004/model.safetensors"
@@ -94,6 +100,61 @@ def test_two_processes_equal_one(loss: str, run_config: Callable[..., TrainConfi
     assert [record["communication"] is None for record in logs[1]] == [True, False, True, True]
     sampled = logs[1][1]
     assert 0 < sampled["communication_exposed"] <= sampled["communication"] < 1
+
+
+def wait_in_vain(config: TrainConfig, gone: Path) -> None:
+    if os.environ["RANK"] == "1":
+        with closing(connect("cpu", config.parallel)):
+            while not gone.exists():
+                time.sleep(0.1)
+        return
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            train(config)
+    finally:
+        gone.touch()
+    assert "parallel.timeout_minutes=0.05" in caught.value.__notes__[0]
+
+
+@pytest.mark.xdist_group("processes")
+def test_an_error_of_waiting_names_its_key(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    in_processes(2, wait_in_vain, run_config("parallel.timeout_minutes=0.05"), tmp_path / "gone")
+
+
+def train_elsewhere(config: TrainConfig, folder: Path, shared: bool) -> None:
+    """The second process is in another folder, or finds the first one's there after a moment."""
+    mine = folder / os.environ["RANK"]
+    mine.mkdir()
+    os.chdir(mine)
+    if os.environ["RANK"] == "1" and shared:
+        threading.Timer(2, lambda: (mine / "runs").symlink_to(folder / "0" / "runs")).start()
+    elsewhere = pytest.raises(
+        UserError, match=rf"/0/runs/run.*1 of 2 processes, on {socket.gethostname()}: a run needs"
+    )
+    with patch.object(run_folder, "ATTRIBUTES", 300 if shared else 1), nullcontext() if shared else elsewhere:
+        train(config)
+
+
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_folder_that_is_not_shared_is_seen_at_start(
+    shared: bool, run_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    in_processes(2, train_elsewhere, run_config("output=runs", "schedule.steps=1"), tmp_path, shared)
+
+
+def group_limits(config: TrainConfig) -> None:
+    with closing(connect("cpu", config.parallel)) as world:
+        mesh = _mesh(config.parallel, world)
+        groups = [world.group, world.control, world.new_saving_group(), *mesh.get_all_groups()]
+        limits = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+    assert [limit / timedelta(minutes=1) for limit in limits] == [240, 240, 720, 240, 240]
+
+
+@pytest.mark.xdist_group("processes")
+def test_every_group_has_its_limit(run_config: Callable[..., TrainConfig]) -> None:
+    limits = "timeout_minutes: 240, saving_timeout_minutes: 720"
+    in_processes(2, group_limits, run_config(f"parallel={{mode: hybrid, shard_size: 2, {limits}}}"))
 
 
 def test_a_world_of_one_changes_nothing() -> None:

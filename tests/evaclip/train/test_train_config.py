@@ -52,7 +52,7 @@ def test_unknown_keys_are_errors_with_the_nearest(run_config: Make, assignment: 
         ("parallel.mode=hybrid", "hybrid needs a shard_size"),
         ("parallel={mode: shard, shard_size: 2}", "no other mode has one"),
         ("ema_decay=1.0", "ema_decay=1.0: input should be less than 1"),
-        ("accumulation=3", "batch_size=8 is no multiple of accumulation=3"),
+        ("accumulation=9", "batch_size=8 is less than accumulation=9"),
         ("schedule.epochs=2", "schedule: set either steps or epochs, got steps=6 and epochs=2"),
         ("schedule={steps: 9, warmup_steps: 2, warmup_share: 0.1}", "set either warmup_steps or warmup_share"),
         ("optim=5", "optim=5"),
@@ -100,6 +100,14 @@ def test_values_are_read_as_yaml(run_config: Make, text: str, expected: Any) -> 
 def test_assignments_that_cannot_be_read(text: str) -> None:
     with pytest.raises(UserError, match="--set"):
         parse_assignment(text)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_recipes_batch_has_as_many_samples_of_each_part_of_the_data(name):
+    config = get_recipe(name)
+    assert config.batch_size % config.data.canonical_nodes == 0
+    if config.batch_size > 10_000:
+        assert config.data.canonical_nodes * config.data.shuffle_window == 8 * config.batch_size
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
