@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from evaclip.train.spikes import SpikeDetector
 from evaclip.train.spread import Stopped
 from evaclip.train.step import StepResult
 from evaclip.train.throughput import tokens_computed
+from evaclip.train.tracing import Tracer, collecting
 from evaclip.train.watchdog import Watchdog
 from evaclip.weights import is_sharded
 
@@ -130,11 +131,14 @@ class Trainer:
         self._lock = lock
         self._saver = Saver(folder.checkpoints, self.config.checkpoint, writers, report.say, self._check_lock)
         self._saved_time = time.monotonic()
+        # One process is like another; the others wait for it meanwhile.
+        self._tracer = Tracer(folder.path, self.world.device, report.say) if self.world.is_main else None
 
     def run(self) -> Outcome:
         with closing(self._watchdog), StopSignals() as signals, closing(self._saver):
-            with closing(self.parts.loader.batches(self.position.samples)) as batches:
-                stopped = self._loop(batches, signals)
+            batches = self.parts.loader.batches(self.position.samples)
+            with closing(batches), collecting(self.config.collect_every) as collect:
+                stopped = self._loop(batches, signals, collect)
             if self._saved_at != self.position.step:
                 self._save()
             self._saver.finish()
@@ -146,9 +150,11 @@ class Trainer:
             return Outcome(self.folder.path, self.position.step, self.metrics, signals.exit_code)
         return Outcome(self.folder.path, self.position.step, self.metrics)
 
-    def _loop(self, batches: Iterator[Batch], signals: StopSignals) -> bool:
+    def _loop(self, batches: Iterator[Batch], signals: StopSignals, collect: Callable[[int], None]) -> bool:
         """Steps until the end; True if a signal stopped it before."""
         while self.position.step < self.parts.total_steps:
+            if self._tracer:
+                self._tracer.between(self.position.step)
             before = self.position.samples
             with self._watchdog.phase("data"):
                 batch = self.meter.fetch(batches)
@@ -156,6 +162,7 @@ class Trainer:
                 result = self._step(batch)
                 taken = self._lock is not None and self._lock.robber is not None
                 stop, time_is_up, taken = self.world.any(signals.received is not None, self._time_is_up(), taken)
+            collect(self.position.step)
             if taken:
                 self._check_lock()
                 raise RunTaken("the run was taken over by another process")
@@ -180,7 +187,8 @@ class Trainer:
         after = position.step + 1
         set_lr_factor(parts.step.optimizer, self._lr_factor())
         is_logged = after % log_every == 0 or after == parts.total_steps
-        is_sampled = self._communication.is_due(position.step, log_every)
+        is_traced = self._tracer is not None and self._tracer.is_on
+        is_sampled = self._communication.is_due(position.step, log_every) and not is_traced
         with self._communication.step() if is_sampled else nullcontext():
             result = parts.step(batch.images, batch.tokens, position.step, measure=is_logged)
         position.step = after
