@@ -78,6 +78,7 @@ def build(config: TrainConfig, world: World) -> Parts:
     rng.seed_all(config.seed, 0)
     model = build_model(config, world)
     rng.seed_all(config.seed, 1 + world.rank)
+    step = build_step(config, world, model)
     tokenizer = Tokenizer(model.config.text.context_length, model.config.text.vocab_size)
     epoch_samples = config.schedule.epoch_samples or len(source)
     return Parts(
@@ -86,9 +87,9 @@ def build(config: TrainConfig, world: World) -> Parts:
         model=model,
         source=source,
         loader=_loader(config, world, source, model, tokenizer),
-        step=build_step(config, world, model),
+        step=step,
         ema=None if config.ema_decay is None else Ema(model, config.ema_decay),
-        evaluation=_evaluation(config, world, model, tokenizer, loss, held_out),
+        evaluation=_evaluation(config, world, model, tokenizer, step.loss, held_out),
         total_steps=total_steps(config.schedule, config.batch_size, len(source)),
         epoch_samples=epoch_samples,
         flops_per_sample=BACKWARD_FACTOR * flops_per_sample(model.config, 1 - model.visual.patch_dropout),
