@@ -103,7 +103,13 @@ class ScheduleConfig:
     warmup_share: Share | None = None
     """Share of all steps that is warm-up, in the place of `warmup_steps`."""
     final_factor: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the peak rate at which the cosine ends."""
+    """Share of the peak rate at which the cosine or the cooldown ends."""
+    cooldown_steps: Annotated[int, Field(ge=0)] = 0
+    """Last steps of a constant schedule in which the rate falls: warm-up, stable, decay (WSD)."""
+    cooldown_share: Share | None = None
+    """Share of all steps that is cooldown, in the place of `cooldown_steps`."""
+    cooldown: Literal["linear", "1-sqrt"] = "1-sqrt"
+    """How it falls: in proportion, or by the square root of the cooldown's part that is done."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -118,6 +124,15 @@ class ScheduleConfig:
                 "set either warmup_steps or warmup_share, and the other to null, "
                 f"got warmup_steps={self.warmup_steps} and warmup_share={self.warmup_share}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_cooldown(self) -> Self:
+        given = f"got cooldown_steps={self.cooldown_steps} and cooldown_share={self.cooldown_share}"
+        if self.cooldown_share and self.cooldown_steps:
+            raise ValueError(f"set either cooldown_steps or cooldown_share, and the other to null, {given}")
+        if self.name != "constant" and (self.cooldown_share or self.cooldown_steps):
+            raise ValueError(f"a cooldown needs name=constant; {self.name} falls all the time; {given}")
         return self
 
 
@@ -214,6 +229,8 @@ class CheckpointConfig:
     """Write from a copy in host memory, while the training goes on."""
     allow_data_change: bool = False
     """Resume although the data is no longer what the checkpoint was trained on."""
+    allow_schedule_change: bool = False
+    """Resume although steps that are done would have had another rate."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)

@@ -13,7 +13,8 @@ from evaclip.errors import UserError
 from evaclip.run_files import EMA_FILE, MODEL_CONFIG_FILE, MODEL_FILE, OPTIMIZER_FOLDER, PREPROCESS_FILE
 from evaclip.train import checkpoint, moments, rng
 from evaclip.train.build import Parts
-from evaclip.train.config import config_hash, training_tree
+from evaclip.train.config import ScheduleConfig, config_hash, training_tree
+from evaclip.train.schedule import lr_factor, total_steps
 from evaclip.train.sharding import forget_gathered
 from evaclip.train.tree import differences
 from evaclip.weights import describe_preprocess, is_sharded, load_weights, put
@@ -116,7 +117,7 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
         the position, and lines on what is no longer as it was when the checkpoint was written.
 
     Raises:
-        UserError: the data or the model is another one.
+        UserError: the data or the model is another one, or steps that are done would have had another rate.
     """
     state = checkpoint.load_state(folder)
     remarks = [
@@ -124,6 +125,8 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
     ]
     if state["fingerprint"] != parts.source.fingerprint:
         remarks.append(_data_changed(parts))
+    if not parts.config.checkpoint.allow_schedule_change:
+        _check_schedule(folder, state, parts)
     try:
         put(parts.model, load_file(folder / MODEL_FILE))
         parts.step.load_state_dict(state["train_step"])
@@ -141,6 +144,21 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
             f"{len(state['rng'])} processes wrote the checkpoint, {parts.world.size} go on: new random states"
         )
     return Position(state["step"], state["samples"], state["bad_samples"], state["seconds"]), remarks
+
+
+def _check_schedule(folder: Path, state: dict[str, Any], parts: Parts) -> None:
+    """A changed schedule is a change of what is to come: the steps that are done must have the same place in both."""
+    before = ScheduleConfig(**state["config"]["schedule"])
+    total = total_steps(before, state["config"]["batch_size"], len(parts.source))
+    for step in range(state["step"]):
+        rates = lr_factor(step, total, before), lr_factor(step, parts.total_steps, parts.config.schedule)
+        if rates[0] != rates[1]:
+            raise UserError(
+                f"the checkpoint {str(folder)!r} was trained by another schedule: step {step + 1} had "
+                f"{rates[0]:.4g} of the peak rate, and would now have {rates[1]:.4g}; a schedule may change in what "
+                f"follows step {state['step']} only, as one with name=constant does that gets a cooldown or is longer; "
+                "checkpoint.allow_schedule_change=true goes on nevertheless"
+            )
 
 
 def _misfit(folder: Path, config: dict[str, Any], parts: Parts, exc: Exception) -> str:

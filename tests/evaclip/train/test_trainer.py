@@ -346,11 +346,27 @@ def test_other_data_is_refused_unless_allowed(run_config: Make, capsys: Any) -> 
     other = ("data.num_samples=48", "schedule.steps=8")
     with pytest.raises(UserError, match=r"not what the checkpoint was trained on.*allow_data_change"):
         train(run_config(*other), resume="auto")
-    outcome = train(run_config(*other, "checkpoint.allow_data_change=true"), resume="auto")
+    allowed = "checkpoint={allow_data_change: true, allow_schedule_change: true}"
+    outcome = train(run_config(*other, allowed), resume="auto")
     assert outcome.steps == 8
     text = capsys.readouterr().out
     assert "changed since the checkpoint: data.num_samples: 40 -> 48" in text
     assert "changed since the checkpoint: schedule.steps: 6 -> 8" in text
+
+
+def test_a_schedule_changes_in_what_is_to_come_alone(run_config: Make, tmp_path: Path, capsys: Any) -> None:
+    train(run_config("schedule.name=constant", "checkpoint.every_steps=4", "optim.lr=1"))
+    trunk = str(tmp_path / "run/checkpoints/step_00000004")
+    cooled = "schedule={name: constant, cooldown_steps: 4, cooldown: linear, steps: 8}"
+    branch = train(run_config(cooled, "name=branch", "optim.lr=1"), resume=trunk)
+    assert [r["lr"] for r in read_log(branch.folder / "log.jsonl")] == [1.0, 0.75, 0.5, 0.25]
+    assert "changed since the checkpoint: schedule.cooldown_steps: 0 -> 4" in capsys.readouterr().out
+    assert train(run_config("schedule={name: constant, steps: 7}"), resume="auto").steps == 7
+    # The cooldown would have begun two steps ago.
+    with pytest.raises(UserError, match=r"step 4 had 1 of the peak rate, and would now have 0.75; .*follows step 4"):
+        train(run_config(cooled, "schedule.steps=6", "name=late"), resume=trunk)
+    allowed = train(run_config(cooled, "schedule.steps=6", "checkpoint.allow_schedule_change=true"), resume=trunk)
+    assert allowed.steps == 6
 
 
 @pytest.mark.parametrize(
