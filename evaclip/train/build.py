@@ -18,7 +18,6 @@ from evaclip.errors import UserError
 from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
 from evaclip.model.config import Preprocess
-from evaclip.model.flops import flops_per_sample
 from evaclip.tokenizer import Tokenizer
 from evaclip.train import rng
 from evaclip.train.compiled import compile_blocks
@@ -28,10 +27,11 @@ from evaclip.train.ema import Ema
 from evaclip.train.evaluation import Evaluation, feature_options
 from evaclip.train.loss import SIGLIP_INITIAL_SCALE, ContrastiveLoss
 from evaclip.train.optimizer import build_optimizer, parameter_groups
+from evaclip.train.resolution import Resolution
 from evaclip.train.schedule import total_steps
 from evaclip.train.sharding import WholeRandomNumbers, move_all_but_shards, shard
 from evaclip.train.step import StepOptions, TrainStep
-from evaclip.train.throughput import BACKWARD_FACTOR, peak_flops
+from evaclip.train.throughput import peak_flops
 from evaclip.transforms import EvalTransform
 
 _JPEG_MARGIN = 2
@@ -42,7 +42,7 @@ class Parts:
     """What the loop works with.
 
     Attributes:
-        flops_per_sample: model FLOPs of a training step per sample, forward and backward.
+        resolution: which size images have at each step, and what that costs.
         peak_flops: FLOP/s of all devices together.
         epoch_samples: samples that count as one epoch.
         remarks: what is to be said about the data before the run begins.
@@ -58,7 +58,7 @@ class Parts:
     evaluation: Evaluation | None
     total_steps: int
     epoch_samples: int
-    flops_per_sample: float
+    resolution: Resolution
     peak_flops: float
     remarks: list[str]
 
@@ -83,18 +83,23 @@ def build(config: TrainConfig, world: World) -> Parts:
     options = StepOptions(config.precision, config.accumulation, config.optim.grad_clip_norm, config.seed)
     tokenizer = Tokenizer(model.config.text.context_length, model.config.text.vocab_size)
     epoch_samples = config.schedule.epoch_samples or len(source)
+    steps = total_steps(config.schedule, config.batch_size, len(source))
+    loader = _loader(config, world, source, model, tokenizer, per_process)
+    make_transform = partial(training_transform, config.data, preprocess=model.config.preprocess)
+    resolution = Resolution(model, loader, config.schedule, steps, make_transform)
+    resolution.flops_left(0)  # refuses sizes that the model can't take
     return Parts(
         config=config,
         world=world,
         model=model,
         source=source,
-        loader=_loader(config, world, source, model, tokenizer, per_process),
+        loader=loader,
         step=TrainStep(model, loss, optimizer, options, world),
         ema=None if config.ema_decay is None else Ema(model, config.ema_decay),
         evaluation=_evaluation(config, world, model, tokenizer, held_out),
-        total_steps=total_steps(config.schedule, config.batch_size, len(source)),
+        total_steps=steps,
         epoch_samples=epoch_samples,
-        flops_per_sample=BACKWARD_FACTOR * flops_per_sample(model.config, 1 - model.visual.patch_dropout),
+        resolution=resolution,
         peak_flops=world.size * peak_flops(world.device, config.precision),
         remarks=[_held_out_of(config, whole, held_out)] if config.held_out else [],
     )

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, so that resuming needs no scheduler state."""
+"""The learning rate and the image size as pure functions of the step, so that resuming needs no scheduler state."""
 
 import math
 
@@ -31,6 +31,16 @@ def warmup_steps(total_steps: int, config: ScheduleConfig) -> int:
 def cooldown_steps(total_steps: int, config: ScheduleConfig) -> int:
     """Steps in which the rate of a constant schedule falls at its end."""
     return config.cooldown_steps if config.cooldown_share is None else round(config.cooldown_share * total_steps)
+
+
+def image_size_at(step: int, total_steps: int, config: ScheduleConfig) -> int | None:
+    """Side of the images of step `step` (from 0), or None for the model's own size."""
+    end = 0.0
+    for part in config.resolutions:
+        end += total_steps * part.share if part.share is not None else part.steps or 0
+        if step < round(end):
+            return part.image_size
+    return None
 
 
 def total_steps(config: ScheduleConfig, batch_size: int, data_samples: int) -> int:

@@ -14,7 +14,7 @@ from evaclip.run_files import EMA_FILE, MODEL_CONFIG_FILE, MODEL_FILE, OPTIMIZER
 from evaclip.train import checkpoint, moments, rng
 from evaclip.train.build import Parts
 from evaclip.train.config import ScheduleConfig, config_hash, training_tree
-from evaclip.train.schedule import lr_factor, total_steps
+from evaclip.train.schedule import image_size_at, lr_factor, total_steps
 from evaclip.train.sharding import forget_gathered
 from evaclip.train.tree import differences
 from evaclip.weights import describe_preprocess, is_sharded, load_weights, put
@@ -117,7 +117,8 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
         the position, and lines on what is no longer as it was when the checkpoint was written.
 
     Raises:
-        UserError: the data or the model is another one, or steps that are done would have had another rate.
+        UserError: the data or the model is another one, or steps that are done would have had another rate or image
+            size.
     """
     state = checkpoint.load_state(folder)
     remarks = [
@@ -151,14 +152,19 @@ def _check_schedule(folder: Path, state: dict[str, Any], parts: Parts) -> None:
     before = ScheduleConfig(**state["config"]["schedule"])
     total = total_steps(before, state["config"]["batch_size"], len(parts.source))
     for step in range(state["step"]):
-        rates = lr_factor(step, total, before), lr_factor(step, parts.total_steps, parts.config.schedule)
-        if rates[0] != rates[1]:
+        had, has = _course(step, total, before), _course(step, parts.total_steps, parts.config.schedule)
+        if had != has:
             raise UserError(
                 f"the checkpoint {str(folder)!r} was trained by another schedule: step {step + 1} had "
-                f"{rates[0]:.4g} of the peak rate, and would now have {rates[1]:.4g}; a schedule may change in what "
+                f"{had}, and would now have {has}; a schedule may change in what "
                 f"follows step {state['step']} only, as one with name=constant does that gets a cooldown or is longer; "
                 "checkpoint.allow_schedule_change=true goes on nevertheless"
             )
+
+
+def _course(step: int, total: int, config: ScheduleConfig) -> str:
+    rate, size = lr_factor(step, total, config), image_size_at(step, total, config)
+    return f"{rate:.6g} of the peak rate" + (f" and images of {size} pixels" if size else "")
 
 
 def _misfit(folder: Path, config: dict[str, Any], parts: Parts, exc: Exception) -> str:

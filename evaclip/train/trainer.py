@@ -134,8 +134,9 @@ class Trainer:
 
     def run(self) -> Outcome:
         with closing(self._watchdog), StopSignals() as signals, closing(self._saver):
-            with closing(self.parts.loader.batches(self.position.samples)) as batches:
-                stopped = self._loop(batches, signals)
+            stopped = False
+            while not stopped and self.position.step < self.parts.total_steps:
+                stopped = self._part(signals)
             if self._saved_at != self.position.step:
                 self._save()
             self._saver.finish()
@@ -148,9 +149,19 @@ class Trainer:
             self._evaluate()
         return Outcome(self.folder.path, self.position.step, self.metrics)
 
+    def _part(self, signals: StopSignals) -> bool:
+        """The steps to come with one image size; True if a signal stopped them before."""
+        self.parts.resolution.begin(self.position.step)
+        # Time without batches is not the training's, and images of two sizes don't cost the same.
+        self.meter.restart()
+        with closing(self.parts.loader.batches(self.position.samples)) as batches:
+            return self._loop(batches, signals)
+
     def _loop(self, batches: Iterator[Batch], signals: StopSignals) -> bool:
-        """Steps until the end; True if a signal stopped it before."""
-        while self.position.step < self.parts.total_steps:
+        """Steps until the end, or another image size; True if a signal stopped them before."""
+        size_at = self.parts.resolution.at
+        size = size_at(self.position.step)
+        while self.position.step < self.parts.total_steps and size_at(self.position.step) == size:
             before = self.position.samples
             with self._watchdog.phase("data"):
                 batch = self.meter.fetch(batches)
@@ -214,7 +225,7 @@ class Trainer:
         loss, grad_norm, visual_norm, text_norm, *updates, skipped, in_a_row, log_scale = values
         interval = self.meter.read()
         tokens, *communication = self.world.sum(interval.tokens, *self._communication.take())
-        flops = interval.samples * self.parts.flops_per_sample / interval.seconds
+        flops = interval.samples * self.parts.resolution.flops_per_sample(self.position.step - 1) / interval.seconds
         self.report.record(
             Record(
                 step=self.position.step,
@@ -276,7 +287,8 @@ class Trainer:
         evaluation, ema = self.parts.evaluation, self.parts.ema
         if evaluation is not None:
             refused: Exception | None = None
-            with self._watchdog.phase("evaluation"), ema.applied() if ema else nullcontext():
+            whole = self.parts.resolution.whole()
+            with self._watchdog.phase("evaluation"), whole, ema.applied() if ema else nullcontext():
                 try:
                     self.metrics = evaluation(self.parts.model)
                 except (Refused, NothingReadable) as exc:
