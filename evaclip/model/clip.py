@@ -28,6 +28,7 @@ class CLIP(nn.Module):
     Attributes:
         visual, text: the towers.
         logit_scale: 0-D, the logarithm of the factor of the cosine similarities.
+        logit_bias: 0-D, what SigLIP adds to them then; None for a model without one.
         config: what the model was built from.
         context_length: tokens of the longest text.
     """
@@ -39,12 +40,16 @@ class CLIP(nn.Module):
         self.visual = VisionTower(config.vision, config.embed_dim, savings)
         self.text = TextTower(config.text, config.embed_dim, savings)
         self.logit_scale = nn.Parameter(torch.tensor(INIT_LOGIT_SCALE))
+        bias = config.init_logit_bias
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
 
     def reset_parameters(self) -> None:
         """Start values for training from scratch, as after construction."""
         self.visual.reset_parameters()
         self.text.reset_parameters()
         nn.init.constant_(self.logit_scale, INIT_LOGIT_SCALE)
+        if self.logit_bias is not None:
+            nn.init.constant_(self.logit_bias, self.config.init_logit_bias or 0.0)
 
     def set_savings(self, savings: Savings) -> None:
         """Changes what both towers leave out, from the next forward pass on."""
@@ -102,13 +107,15 @@ class CLIP(nn.Module):
 
     def get_logits(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine similarities times `logit_scale.exp()`, `[B, M]`, of images `[B, 3, height, width]` and token ids
-        `[M, N]`; and the same transposed.
+        `[M, N]`, plus `logit_bias` where the model has one; and the same transposed.
 
         Example:
-            `model.get_logits(images, tokenizer(names))[0].softmax(-1)`
+            `model.get_logits(images, tokenizer(names))[0].softmax(-1)`; with a `logit_bias` `.sigmoid()`
         """
         image_features, text_features, scale = self(images, tokens)
         logits = scale * image_features @ text_features.T
+        if self.logit_bias is not None:
+            logits = logits + self.logit_bias
         return logits, logits.T
 
     def forward(

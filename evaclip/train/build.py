@@ -21,11 +21,11 @@ from evaclip.model.config import Preprocess
 from evaclip.tokenizer import Tokenizer
 from evaclip.train import rng
 from evaclip.train.compiled import compile_blocks
-from evaclip.train.config import ModelConfig, TrainConfig
+from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.ema import Ema
 from evaclip.train.evaluation import Evaluation, feature_options
-from evaclip.train.loss import SIGLIP_INITIAL_SCALE, ContrastiveLoss
+from evaclip.train.loss import SIGLIP_INITIAL_BIAS, SIGLIP_INITIAL_SCALE, ContrastiveLoss
 from evaclip.train.optimizer import build_optimizer, parameter_groups
 from evaclip.train.resolution import Resolution
 from evaclip.train.schedule import total_steps
@@ -79,7 +79,7 @@ def build(config: TrainConfig, world: World) -> Parts:
     model = build_model(config, world)
     rng.seed_all(config.seed, 1 + world.rank)
     loss = ContrastiveLoss(config.loss, world.group).to(world.device)
-    optimizer = build_optimizer(parameter_groups(model, loss, config.optim), config.optim, config.seed)
+    optimizer = build_optimizer(parameter_groups(model, config.optim), config.optim, config.seed)
     options = StepOptions(config.precision, config.accumulation, config.optim.grad_clip_norm, config.seed)
     tokenizer = Tokenizer(model.config.text.context_length, model.config.text.vocab_size)
     epoch_samples = config.schedule.epoch_samples or len(source)
@@ -121,7 +121,7 @@ def build_model(config: TrainConfig, world: World) -> CLIP:
             precision=precision,
             savings=config.model.savings,
             prepare=prepare if sharded else None,
-            **_model_options(config.model),
+            **_model_options(config),
         )
     if offloaded:
         move_all_but_shards(model, world.device)
@@ -135,13 +135,18 @@ def build_model(config: TrainConfig, world: World) -> CLIP:
         compile_blocks(model)
     if config.loss.name == "siglip" and config.model.pretrained is None:
         torch.nn.init.constant_(model.logit_scale, SIGLIP_INITIAL_SCALE)
+    if model.logit_bias is not None:
+        # In bfloat16 a value near 10 would stay where it is: its neighbours are 0.06 away.
+        model.logit_bias.data = model.logit_bias.data.float()
     return model
 
 
-def _model_options(config: ModelConfig) -> dict[str, Any]:
-    options = dict(config.options)
-    if config.patch_dropout is not None:
-        options["vision"] = {**options.get("vision", {}), "patch_dropout": config.patch_dropout}
+def _model_options(config: TrainConfig) -> dict[str, Any]:
+    options = dict(config.model.options)
+    if config.model.patch_dropout is not None:
+        options["vision"] = {**options.get("vision", {}), "patch_dropout": config.model.patch_dropout}
+    if config.loss.name == "siglip":
+        options.setdefault("init_logit_bias", SIGLIP_INITIAL_BIAS)
     return options
 
 

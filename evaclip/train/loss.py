@@ -1,9 +1,8 @@
-"""The contrastive loss as a module, with what it learns itself."""
+"""The contrastive loss as a module."""
 
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from evaclip.train.config import LossConfig
@@ -11,13 +10,11 @@ from evakernels.nn import ClipLoss, SigLipLoss
 
 SIGLIP_INITIAL_SCALE = math.log(10.0)
 SIGLIP_INITIAL_BIAS = -10.0
+"""Start values of SigLIP (arXiv 2303.15343, section 3.2)."""
 
 
 class ContrastiveLoss(nn.Module):
     """Loss over the batch of all processes; after a mean over processes its gradients are exact.
-
-    SigLIP's bias is a parameter of this module and not of the model, which has no use for it after training
-    (initial values: arXiv 2303.15343, section 3.2).
 
     Args:
         config: which loss.
@@ -26,28 +23,28 @@ class ContrastiveLoss(nn.Module):
 
     def __init__(self, config: LossConfig, group: Any = None) -> None:
         super().__init__()
-        self.logit_bias: nn.Parameter | None = None
         self.processes = 1 if group is None else group.size()
         group = False if group is None else group  # None would mean all that there are
+        self.loss: ClipLoss | SigLipLoss
         if config.name == "siglip":
-            self.loss: ClipLoss | SigLipLoss = SigLipLoss(group=group)
-            self.logit_bias = nn.Parameter(torch.tensor(SIGLIP_INITIAL_BIAS))
+            self.loss = SigLipLoss(group=group)
         else:
             self.loss = ClipLoss(label_smoothing=config.label_smoothing, group=group)
 
-    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+    ) -> Tensor:
         """
         Args:
             image_features: [batch, embed_dim], normalised.
             text_features: [batch, embed_dim], normalised.
             logit_scale: 0-D, already exponentiated.
+            logit_bias: 0-D, which siglip alone needs and uses.
 
         Returns:
             0-D loss of this process.
         """
-        scale: tuple[Tensor, ...] = (logit_scale,)
-        if self.logit_bias is not None:
-            scale = (logit_scale, self.logit_bias)
+        scale = (logit_scale, logit_bias) if isinstance(self.loss, SigLipLoss) else (logit_scale,)
         # All processes have equal parts of a batch, and need not ask one another.
         counts = [len(image_features)] * self.processes
         loss: Tensor = self.loss(image_features, text_features, *scale, counts=counts)

@@ -53,7 +53,7 @@ def take(parts: Parts, position: Position, *, calm: bool) -> checkpoint.Content 
         return None
     step = parts.step
     tree = training_tree(parts.config)
-    tensors, scalars = moments.take(parts.model, step.loss, step.optimizer)
+    tensors, scalars = moments.take(parts.model, step.optimizer)
     state = {
         "step": position.step,
         "samples": position.samples,
@@ -128,16 +128,19 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
         remarks.append(_data_changed(parts))
     if not parts.config.checkpoint.allow_schedule_change:
         _check_schedule(folder, state, parts)
+    # SigLIP's bias in checkpoints of earlier versions, which kept it apart from the model.
+    bias = state["train_step"].get("loss", {})
+    scalars = {name.removeprefix("loss."): value for name, value in state["moments"].items()}
     try:
-        put(parts.model, load_file(folder / MODEL_FILE))
+        put(parts.model, {**load_file(folder / MODEL_FILE), **bias})
         parts.step.load_state_dict(state["train_step"])
         step = parts.step
-        moments.put_back(parts.model, step.loss, step.optimizer, folder / OPTIMIZER_FOLDER, state["moments"])
+        moments.put_back(parts.model, step.optimizer, folder / OPTIMIZER_FOLDER, scalars)
     except (UserError, RuntimeError, ValueError, KeyError) as exc:
         raise UserError(_misfit(folder, state["config"], parts, exc)) from exc
     forget_gathered(parts.model)
     if parts.ema:
-        parts.ema.load_state_dict(_averages(folder, parts, remarks))
+        parts.ema.load_state_dict({**bias, **_averages(folder, remarks)})
     if len(state["rng"]) == parts.world.size:
         rng.restore(state["rng"][parts.world.rank], parts.world.device)
     else:
@@ -187,7 +190,7 @@ def _data_changed(parts: Parts) -> str:
     return "the training data has changed since the checkpoint"
 
 
-def _averages(folder: Path, parts: Parts, remarks: list[str]) -> dict[str, Tensor]:
+def _averages(folder: Path, remarks: list[str]) -> dict[str, Tensor]:
     path = folder / EMA_FILE
     if path.exists():
         return load_file(path)

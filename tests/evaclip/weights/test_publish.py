@@ -3,6 +3,7 @@
 import functools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import evaclip
 from evaclip.errors import UserError
 from evaclip.loading import load_model
 from evaclip.model import vision_names
+from evaclip.weights.load import load_weights
 from evaclip.weights.open_clip_config import CONFIG_FILE, to_open_clip_config
 from evaclip.weights.publish import SAFE_FILE
 
@@ -64,6 +66,26 @@ def test_a_saved_folder_is_loaded_by_open_clip_and_here(folder: Path, model: eva
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", CONFIG_FILE, SAFE_FILE]
     assert_loaded(f"local-dir:{folder}", model)
     assert load_model(f"local-dir:{folder}").model.config == evaclip.create_model(f"local-dir:{folder}").config
+
+
+def test_siglips_bias_goes_to_open_clip_and_back(model: evaclip.CLIP, tmp_path: Path) -> None:
+    biased = evaclip.CLIP(replace(model.config, init_logit_bias=-10.0))
+    load_weights(biased, model.state_dict())
+    assert biased.logit_bias == -10
+    with torch.no_grad():
+        biased.logit_bias.fill_(-7.5)
+    evaclip.save_for_hf(biased.eval(), save_directory=tmp_path / "siglip")
+    for library in (evaclip, open_clip):
+        loaded = library.create_model(f"local-dir:{tmp_path / 'siglip'}")
+        assert loaded.logit_bias.item() == -7.5
+    images, tokens = torch.randn(2, 3, 224, 224), evaclip.get_tokenizer()(TEXTS)
+    with torch.no_grad():
+        difference = biased.get_logits(images, tokens)[1] - model.get_logits(images, tokens)[1]
+    torch.testing.assert_close(difference, torch.full((2, 2), -7.5), atol=1e-4, rtol=0)
+    with pytest.raises(UserError, match="unexpected: logit_bias"):
+        load_weights(model, biased.state_dict())
+    with pytest.raises(UserError, match="init_logit_bias is 'low'; expected a number, or null"):
+        evaclip.create_model("tiny", init_logit_bias="low")
 
 
 @pytest.mark.parametrize(
