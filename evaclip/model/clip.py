@@ -1,6 +1,5 @@
 """The two towers and the temperature between them."""
 
-import math
 from dataclasses import replace
 
 import torch
@@ -12,8 +11,6 @@ from evaclip.model.config import CLIPConfig
 from evaclip.model.savings import Savings
 from evaclip.model.text import TextTower
 from evaclip.model.vision import VisionTower
-
-INIT_LOGIT_SCALE = math.log(1 / 0.07)
 
 
 class CLIP(nn.Module):
@@ -39,7 +36,7 @@ class CLIP(nn.Module):
         savings = savings or Savings()
         self.visual = VisionTower(config.vision, config.embed_dim, savings)
         self.text = TextTower(config.text, config.embed_dim, savings)
-        self.logit_scale = nn.Parameter(torch.tensor(INIT_LOGIT_SCALE))
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.init_logit_scale)))
         bias = config.init_logit_bias
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
 
@@ -47,7 +44,7 @@ class CLIP(nn.Module):
         """Start values for training from scratch, as after construction."""
         self.visual.reset_parameters()
         self.text.reset_parameters()
-        nn.init.constant_(self.logit_scale, INIT_LOGIT_SCALE)
+        nn.init.constant_(self.logit_scale, self.config.init_logit_scale)
         if self.logit_bias is not None:
             nn.init.constant_(self.logit_bias, self.config.init_logit_bias or 0.0)
 

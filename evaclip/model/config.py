@@ -5,6 +5,7 @@ A configuration file holds only what differs from the defaults here, which are t
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
@@ -201,11 +202,13 @@ class CLIPConfig:
     """Both towers, the width of the space they share, and the preprocessing of images.
 
     Attributes:
+        init_logit_scale: start value of the temperature, the logarithm of what similarities are multiplied by.
         init_logit_bias: start value of the bias of a model for SigLIP's loss (Zhai et al. 2023, arXiv 2303.15343), as
             in open_clip's configurations; None for a model without one.
     """
 
     embed_dim: int = 512
+    init_logit_scale: float = math.log(1 / 0.07)
     init_logit_bias: float | None = None
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)

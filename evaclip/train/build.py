@@ -7,7 +7,6 @@ from functools import partial
 from pkgutil import resolve_name
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from evaclip.data import Source, TrainLoader, open_configured
@@ -25,7 +24,7 @@ from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.ema import Ema
 from evaclip.train.evaluation import Evaluation, feature_options
-from evaclip.train.loss import SIGLIP_INITIAL_BIAS, SIGLIP_INITIAL_SCALE, ContrastiveLoss
+from evaclip.train.loss import SIGLIP_START, ContrastiveLoss
 from evaclip.train.optimizer import build_optimizer, parameter_groups
 from evaclip.train.resolution import Resolution
 from evaclip.train.schedule import total_steps
@@ -133,8 +132,6 @@ def build_model(config: TrainConfig, world: World) -> CLIP:
         model.lock_text_tower(config.model.lock_text_unlocked_layers)
     if config.compile == "blocks":
         compile_blocks(model)
-    if config.loss.name == "siglip" and config.model.pretrained is None:
-        torch.nn.init.constant_(model.logit_scale, SIGLIP_INITIAL_SCALE)
     if model.logit_bias is not None:
         # In bfloat16 a value near 10 would stay where it is: its neighbours are 0.06 away.
         model.logit_bias.data = model.logit_bias.data.float()
@@ -146,7 +143,7 @@ def _model_options(config: TrainConfig) -> dict[str, Any]:
     if config.model.patch_dropout is not None:
         options["vision"] = {**options.get("vision", {}), "patch_dropout": config.model.patch_dropout}
     if config.loss.name == "siglip":
-        options.setdefault("init_logit_bias", SIGLIP_INITIAL_BIAS)
+        options = {**SIGLIP_START, **options}
     return options
 
 

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from evaclip.train.config import LossConfig
 from evakernels.nn import ClipLoss, SigLipLoss
 
-SIGLIP_INITIAL_SCALE = math.log(10.0)
-SIGLIP_INITIAL_BIAS = -10.0
-"""Start values of SigLIP (arXiv 2303.15343, section 3.2)."""
+SIGLIP_START = {"init_logit_scale": math.log(10.0), "init_logit_bias": -10.0}
+"""Options of a model that is trained with SigLIP (arXiv 2303.15343, section 3.2)."""
 
 
 class ContrastiveLoss(nn.Module):

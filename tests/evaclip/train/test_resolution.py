@@ -105,9 +105,7 @@ def test_a_run_goes_on_bit_for_bit_within_a_part_and_over_its_end(
 def test_the_past_keeps_its_size(run_config: Make, tmp_path: Path) -> None:
     common = ("schedule={name: constant, steps: 2}", "data.num_samples=16")
     train(run_config(*common, "schedule.resolutions=[{image_size: 8, steps: 9}]"))
-    with pytest.raises(
-        UserError, match=r"step 2 had 1 of the peak rate and images of 8 pixels, and would now have 1"
-    ):
+    with pytest.raises(UserError, match=r"step 2 had 1 of the peak rate and images of 8 pixels, and would now have 1"):
         train(run_config(*common, "schedule.resolutions=[{image_size: 8, steps: 1}]"), resume="auto")
     longer = ("schedule.steps=3", "schedule.resolutions=[{image_size: 8, steps: 2}]")
     assert train(run_config(*common, *longer), resume="auto").steps == 3
