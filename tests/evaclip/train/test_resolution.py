@@ -1,6 +1,7 @@
 """Progressive resolution: the model at another image size, and runs that cross from one size to the next."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from safetensors.torch import load_file
 from evaclip.errors import UserError
 from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
+from evaclip.model.flops import flops_per_sample
 from evaclip.model.savings import Savings
+from evaclip.train.build import build
 from evaclip.train.config import ScheduleConfig, TrainConfig
+from evaclip.train.distributed import World
 from evaclip.train.progress import read_log
 from evaclip.train.schedule import image_size_at
 from evaclip.train.step import StepResult, TrainStep
@@ -100,6 +104,16 @@ def test_a_run_goes_on_bit_for_bit_within_a_part_and_over_its_end(
         for name in ("model.safetensors", "optimizer/moments.safetensors"):
             left, right = (load_file(f / "checkpoints/step_00000006" / name) for f in (straight, found))
             assert all(torch.equal(right[key], value) for key, value in left.items())
+
+
+def test_operations_are_those_of_each_part(run_config: Make) -> None:
+    parts = build(run_config(PHASES), World(torch.device("cpu")))
+    resolution, config = parts.resolution, parts.model.config
+    sizes = [8, 8, 12, 12, 16, 16]
+    assert [resolution.at(step) for step in range(6)] == sizes
+    forward = [flops_per_sample(replace(config, vision=replace(config.vision, image_size=size))) for size in sizes]
+    assert [resolution.flops_per_sample(step) for step in range(6)] == [3 * cost for cost in forward]
+    assert resolution.flops_left(1) == 3 * sum(forward[1:])
 
 
 def test_the_past_keeps_its_size(run_config: Make, tmp_path: Path) -> None:
