@@ -363,7 +363,7 @@ def test_a_schedule_changes_in_what_is_to_come_alone(run_config: Make, tmp_path:
     assert "changed since the checkpoint: schedule.cooldown_steps: 0 -> 4" in capsys.readouterr().out
     assert train(run_config("schedule={name: constant, steps: 7}"), resume="auto").steps == 7
     # The cooldown would have begun two steps ago.
-    with pytest.raises(UserError, match=r"step 4 had 1 of the peak rate, and would now have 0.75; .*follows step 4"):
+    with pytest.raises(UserError, match=r"step 4 had 1 of the peak rate, and would now have 0.75 of .*follows step 4"):
         train(run_config(cooled, "schedule.steps=6", "name=late"), resume=trunk)
     allowed = train(run_config(cooled, "schedule.steps=6", "checkpoint.allow_schedule_change=true"), resume=trunk)
     assert allowed.steps == 6
