@@ -230,7 +230,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _measure_data(args: argparse.Namespace) -> None:
-    from benchmarks.data import plans, rate, shuffle
+    from benchmarks.data import machines, plans, rate, shuffle
     from benchmarks.data.show import DataResult, print_result, save_plot
     from benchmarks.machine import describe
 
@@ -239,7 +239,8 @@ def _measure_data(args: argparse.Namespace) -> None:
     machine = describe(torch.device("cpu"), (), ("torch", "webdataset"))
     with tempfile.TemporaryDirectory() as folder:
         rates = rate.measure(plan, Path(folder), lambda line: print(line, file=sys.stderr, flush=True))
-    result = DataResult(machine, plan, rates, mixing, shuffle.measure(mixing))
+    spread = plans.MachinesPlan()
+    result = DataResult(machine, plan, rates, mixing, shuffle.measure(mixing), spread, machines.measure(spread))
     print_result(result)
     if args.json:
         result.write_json(args.json)

@@ -12,7 +12,7 @@ from benchmarks.operation import Operation, Sizes, peers_of
 from benchmarks.results import Results
 from benchmarks.timing import CpuTimer, Timer
 from evaclip.errors import UserError
-from evaclip.train.host import keep_freed_memory
+from evaclip.machine import keep_freed_memory
 
 DTYPES = {
     "float32": torch.float32,

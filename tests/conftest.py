@@ -2,12 +2,17 @@
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,3 +62,19 @@ def wheel(made_once: Callable[..., Path]) -> Path:
 
     (built,) = made_once("wheel", make).glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """A real one that asks nobody for anything by itself. Without one in PATH the test is skipped."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no browser: chromium, chromium-browser or google-chrome isn't in PATH")
+    from playwright.sync_api import sync_playwright
+
+    quiet = ("background-networking", "component-update", "gpu", "quic", "sync")
+    with sync_playwright() as playwright:
+        options = ["--no-first-run", *(f"--disable-{name}" for name in quiet)]
+        found = playwright.chromium.launch(executable_path=program, args=options, timeout=60_000)
+        yield found
+        found.close()

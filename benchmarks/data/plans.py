@@ -52,3 +52,24 @@ class ShufflePlan:
                 "shuffling wants at least 2 shards of 2 samples and a batch of 2 samples up to all of them, got"
                 f" {self.shards}, {self.per_shard} and {self.batch}"
             )
+
+
+@dataclass(frozen=True)
+class MachinesPlan:
+    """A recipe's batches on many machines, all numbers of samples divided by `scale`: those of shards stay as they are.
+
+    Attributes:
+        shards, per_shard: the data set; 10,000 samples a shard in full size.
+        batch: samples, over all machines.
+        gpus: of each machine.
+        workers: of each GPU.
+    """
+
+    recipe: str = "eva02-b-16"
+    scale: int = 16
+    shards: int = 2_048
+    per_shard: int = 625
+    batch: int = 8_192
+    machines: int = 8
+    gpus: int = 8
+    workers: int = 8

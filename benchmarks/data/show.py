@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.columns import significant
-from benchmarks.data.plans import RatePlan, ShufflePlan
+from benchmarks.data.machines import Spread
+from benchmarks.data.plans import MachinesPlan, RatePlan, ShufflePlan
 from benchmarks.data.rate import Rate
 from benchmarks.data.shuffle import QUANTILES, Shuffle
 from benchmarks.report.drawing import LOOK, grid, number_axis
@@ -26,6 +27,10 @@ _MEANING = (
     "meet again: pairs that share a batch in two epochs in a row, over those by chance",
     "distance: between samples that are neighbours in a shard, in % of the epoch, 5 % quantile and median",
 )
+_MEANING_ON_MACHINES = (
+    "shards: from how many a batch is drawn; largest: the share in it of the shard that has most",
+    "read: which part of all shards each machine reads in an epoch",
+)
 _PEER = "webdataset"
 
 
@@ -38,6 +43,8 @@ class DataResult:
     rates: Sequence[Rate]
     shuffle_plan: ShufflePlan
     shuffles: Sequence[Shuffle]
+    machines_plan: MachinesPlan
+    spreads: Sequence[Spread]
 
     def write_json(self, path: Path) -> None:
         """Writes everything."""
@@ -45,7 +52,7 @@ class DataResult:
 
 
 def print_result(result: DataResult) -> None:
-    """Two tables."""
+    """Three tables."""
     console = make_console()
     console.print(Text(f"{result.machine.name}, copy {significant(result.machine.copy_gbps)} GB/s", "bold"))
     plan = result.rate_plan
@@ -62,6 +69,18 @@ def print_result(result: DataResult) -> None:
         table.add_row(row.order, f"{row.held:,}", f"{row.same_shard:.2f}", f"{row.meet_again:.2f}", *distances)
     console.print(table)
     for line in _MEANING:
+        console.print(Text(line, "dim"))
+    spread = result.machines_plan
+    console.print(
+        f"\non {spread.machines} machines: {spread.shards:,} shards of {spread.scale * spread.per_shard:,} samples,"
+        f" batches of {spread.scale * spread.batch:,}; computed at 1/{spread.scale} of the samples"
+    )
+    table = _table("order", "shards", "largest, %", "read, %")
+    for found in result.spreads:
+        shares = (f"{100 * share:.3g}" for share in (found.largest_share, found.shards_of_machine))
+        table.add_row(found.order, f"{found.shards_of_batch:,.0f}", *shares)
+    console.print(table)
+    for line in _MEANING_ON_MACHINES:
         console.print(Text(line, "dim"))
 
 

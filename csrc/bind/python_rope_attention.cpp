@@ -1,10 +1,9 @@
-// The launchers of attention on arrays. On a CPU that of whole samples calls the matrix products of torch, so
-// there only packed sequences are served.
+// The launchers of attention on arrays, of samples and of packed sequences.
 #include <algorithm>
 #include <array>
 
 #include "bind/python_launch.h"
-#include "cpu/packed_attention.h"
+#include "cpu/rope_attention.h"
 #include "cuda/rope_attention.h"
 
 namespace py = pybind11;
@@ -155,11 +154,8 @@ void rope_attention_forward(const py::object& q_any, const py::object& k_any, co
       .tables = tables_of(arrays, shape, options),
       .shape = shape,
   };
-  if (is_packed(q)) {
-    return launch<cpu::packed_attention_forward, cuda::rope_attention_forward>("rope_attention_forward",
-                                                                               arrays, options.isa, params);
-  }
-  launch_on_gpu<cuda::rope_attention_forward>("rope_attention_forward", arrays, params);
+  launch<cpu::rope_attention_forward, cuda::rope_attention_forward>("rope_attention_forward", arrays,
+                                                                    options.isa, params);
 }
 
 // The arrays of a backward pass: dout, q, k, v, out, lse and the gradients.
@@ -186,11 +182,8 @@ void rope_attention_backward(const Nine& given, const Options& options, uintptr_
       .tables = tables_of(arrays, shape, options),
       .shape = shape,
   };
-  if (is_packed(q)) {
-    return launch<cpu::packed_attention_backward, cuda::rope_attention_backward>("rope_attention_backward",
-                                                                                 arrays, options.isa, params);
-  }
-  launch_on_gpu<cuda::rope_attention_backward>("rope_attention_backward", arrays, params);
+  launch<cpu::rope_attention_backward, cuda::rope_attention_backward>("rope_attention_backward", arrays,
+                                                                      options.isa, params);
 }
 
 }  // namespace
@@ -209,7 +202,7 @@ void register_rope_attention(py::module_& m) {
       "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, py::kw_only(), "cos"_a = py::none(), "sin"_a = py::none(),
       "token_index"_a = py::none(), "cu_seqlens"_a = py::none(), "num_prefix"_a = 0, "max_seqlen"_a = 0,
       "causal"_a = false, "interleaved"_a = true, "scale"_a, "isa"_a = py::none(), "stream"_a = 0,
-      R"(Writes out and the log-sum-exps lse; on a CPU of packed sequences only, those with cu_seqlens.
+      R"(Writes out and the log-sum-exps lse.
 
 q: [B, N, H, D], k and v: [B, M, Hkv, D], with dense vectors; out: like q, dense; lse: float32 [B, H, N]. cos, sin: float32, as
 evakernels.rope_attention takes them, or None. With cu_seqlens, int64 [B + 1], the tensors are [T, H, D] and lse

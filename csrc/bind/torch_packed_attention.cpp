@@ -1,8 +1,8 @@
-// packed_attention as torch operators. On a GPU its kernels are those of rope_attention, whose samples are
-// sequences here.
+// packed_attention as torch operators. Its kernels are those of rope_attention, whose samples are sequences
+// here.
 #include "bind/attention_arguments.h"
 #include "bind/launch.h"
-#include "cpu/packed_attention.h"
+#include "cpu/rope_attention.h"
 #include "cuda/rope_attention.h"
 
 namespace evakernels {
@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor> packed_attention_forward(const Tensor& q_any, const T
       .tables = tables.tables(),
       .shape = packed_shape_of(q, k, {cu_seqlens, max_seqlen, causal, scale}),
   };
-  launch<cpu::packed_attention_forward, cuda::rope_attention_forward>("packed_attention_forward", q, params);
+  launch<cpu::rope_attention_forward, cuda::rope_attention_forward>("packed_attention_forward", q, params);
   return {out, lse};
 }
 
@@ -95,8 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(
       .tables = tables.tables(),
       .shape = packed_shape_of(q, k, {cu_seqlens, max_seqlen, causal, scale}),
   };
-  launch<cpu::packed_attention_backward, cuda::rope_attention_backward>("packed_attention_backward", q,
-                                                                        params);
+  launch<cpu::rope_attention_backward, cuda::rope_attention_backward>("packed_attention_backward", q, params);
   return {dq, dk, dv};
 }
 

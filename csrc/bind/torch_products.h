@@ -17,11 +17,6 @@ inline void add_product(const Tensor& sum, const Tensor& a, const Tensor& b) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(sum.get(), sum.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
-// The same for stacks of matrices.
-inline void multiply_stacks_into(const Tensor& out, const Tensor& a, const Tensor& b) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(out.get(), a.get(), b.get()));
-}
-
 // a * b, the dtype that of torch.
 inline Tensor product_of_elements(const Tensor& a, const Tensor& b) {
   AtenTensorHandle result = nullptr;

@@ -33,54 +33,6 @@ struct Rotation {
   bool backwards;
 };
 
-// --- CPU: what stands between torch's matrix products, which work on a chunk of consecutive heads ----------
-
-// packed = factor * rotate(heads), or the other way round.
-struct PackHeads {
-  HeadsView heads;  // dtype
-  float* packed;    // [count, N, D]
-  HeadsShape shape;
-  int64_t group;  // of `shape.heads`, as many in a row are the same one of `heads`
-  Rotation rotation;
-  float factor;
-  int64_t first;  // of `count` heads
-  int64_t count;
-  DType dtype;
-};
-
-// Softmax over the last axis, in place.
-struct AttentionWeights {
-  float* scores;    // [rows, keys]
-  float* lse;       // [rows]
-  int64_t rows;     // of all heads, one after the other
-  int64_t queries;  // of a head
-  int64_t keys;
-  bool causal;
-};
-
-// The same in backward: scores become weights, and the gradients of the weights become those of the scores.
-struct AttentionGradients {
-  float* scores;
-  float* gradients;
-  const float* lse;   // [rows]
-  const float* mean;  // [rows], of the gradients under the weights
-  int64_t rows;
-  int64_t queries;
-  int64_t keys;
-  bool causal;
-};
-
-// The dot products of two tensors' vectors.
-struct HeadDots {
-  HeadsView a;
-  HeadsView b;
-  float* products;  // [count, N]
-  HeadsShape shape;
-  int64_t first;
-  int64_t count;
-  DType dtype;
-};
-
 // --- CPU: attention of whole heads in bfloat16 -------------------------------------------------------------
 
 struct AttentionOfHeads {
@@ -115,7 +67,7 @@ struct BFloat16AttentionBackward {
   AttentionOfHeads of;
 };
 
-// --- the whole op: on a GPU, and of a packed batch on a CPU ------------------------------------------------
+// --- the whole op -----------------------------------------------------------------------------------------
 
 // One entry for each pair of elements.
 struct RotaryTables {

@@ -37,7 +37,9 @@ struct Tail {
   int lanes;
 };
 
-static inline F32 broadcast(float value) { return F32{} + value; }
+// The difference is the value whatever its sign, so that compilers know it; of 0 + value they don't: that of
+// -0 is 0.
+static inline F32 broadcast(float value) { return value - F32{}; }
 
 // __builtin_convertvector would do, but GCC builds it from halves.
 static inline U32 zero_extend(U16 bits) {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from evaclip.commands.parser import leaf
 from evaclip.data.kinds import KINDS
 from evaclip.errors import UserError
+from evaclip.slurm import take_over
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,10 +56,18 @@ def _add_index(verbs: Any) -> None:
         examples=[
             "evaclip data index 's3://bucket/cc3m/{00000..00331}.tar' --out cc3m.json",
             "evaclip train eva02-b-16 --set data.train=cc3m.json",
+            "evaclip data index 'laion/{000000..159999}.tar' --out laion.json --part 3/64   # one of 64 machines",
+            "evaclip data index 'laion-*.json' --out laion.json                             # all their lists as one",
         ],
     )
-    parser.add_argument("path", metavar="PATH", help="tar shards")
+    parser.add_argument("path", metavar="PATH", help="tar shards, or lists of them to be joined")
     parser.add_argument("--out", required=True, metavar="FILE", help="the list, a .json file")
+    parser.add_argument(
+        "--part",
+        metavar="I/N",
+        help="index the I-th of N parts of the shards, from 0, into FILE-0000I-of-0000N.json; under torchrun and srun"
+        " each process takes one",
+    )
     parser.set_defaults(run=_run_index)
 
 
@@ -141,20 +150,33 @@ def _run_emoji(args: argparse.Namespace) -> None:
 
 def _run_index(args: argparse.Namespace) -> None:
     from evaclip.atomic import require_writable, writing
-    from evaclip.data import open_source
+    from evaclip.data.opening import index_shards
     from evaclip.data.shard_list import LIST_SUFFIX, write_list
-    from evaclip.data.webdataset import WebDatasetSource
 
     if not args.out.endswith(LIST_SUFFIX):
         raise UserError(f"--out must end in {LIST_SUFFIX}, got {args.out!r}")
-    require_writable(Path(args.out))
-    source = open_source(args.path, "webdataset")
-    assert isinstance(source, WebDatasetSource)
+    part, parts = _part(args.part)
+    out = Path(args.out)
+    if parts > 1:
+        out = out.with_stem(f"{out.stem}-{part:05d}-of-{parts:05d}")
+    require_writable(out)
+    source = index_shards(args.path, part, parts)
     for fault in source.faults:
         print(fault)
-    with writing(Path(args.out)):
-        write_list(Path(args.out), source.entries())
-    print(f"{args.out}: {len(source.shard_sizes)} shards, {len(source)} samples, fingerprint {source.fingerprint}")
+    with writing(out):
+        write_list(out, source.shards)
+    print(f"{out}: {len(source.shards)} shards, {len(source)} samples, fingerprint {source.fingerprint}")
+
+
+def _part(text: str | None) -> tuple[int, int]:
+    """Which part of how many; what isn't said is what torchrun or srun says."""
+    if text is None:
+        take_over()
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise UserError(f"--part must be I/N, with I from 0 to N - 1, got {text!r}")
+    return int(number), int(count)
 
 
 def _run_check(args: argparse.Namespace) -> None:

@@ -40,6 +40,7 @@ def add_commands(subparsers: Any) -> None:
     add("--offload", choices=("none", "cpu"), help="keep parameters, gradients and moments in host memory (none)")
     add("--optimizer", choices=("adamw", "lamb"), help="whose moments are held (lamb)")
     add("--state-dtype", default="fp32", choices=("fp32", "bf16"), help="of the moments (fp32)")
+    add("--ema", action="store_true", default=None, help="a moving average of the weights is kept")
     add("--samples", type=int, metavar="N", help="of the whole run, for GPU-hours and days")
     add("--savings", action="store_true", help="say what each saving is worth")
     add("--plot", type=Path, metavar="FILE", help="draw that as stacked bars")
@@ -127,7 +128,7 @@ def job_of(args: argparse.Namespace) -> Any:
 
     names = (
         "model", "gpus", "global_batch", "accumulation", "token_dropout", "caption_tokens", "precision", "optimizer",
-        "state_dtype", "samples", "shard_size", "offload",
+        "state_dtype", "ema", "samples", "shard_size", "offload",
     )  # fmt: skip
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     given |= {"mode": args.parallel} if args.parallel else {}

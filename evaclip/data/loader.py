@@ -35,8 +35,8 @@ class Batch:
     """One process's part of a global batch.
 
     Attributes:
-        images: float32 [batch_size, 3, H, W].
-        tokens: int64 [batch_size, context_length].
+        images: float32 [rows, 3, H, W].
+        tokens: int64 [rows, context_length].
         position: global samples consumed, over all processes, once this batch is used; `batches(position)`
             goes on.
         skipped: bad samples that were replaced in this batch.
@@ -51,15 +51,15 @@ class Batch:
 class TrainLoader:
     """Endless shuffled batches of a source, decoded and augmented by worker processes.
 
-    The global batch at position p holds the samples with the global indices [p, p + batch_size *
-    world_size), by canonical node, of which rank r gets the r-th part: which samples a batch holds, their
+    The global batch at position p holds the samples with the global indices [p, p + batch_size), by canonical node, of
+    which rank r gets the r-th part, see `part_of_batch`: which samples a batch holds, their
     order, captions and augmentation depend on seed and position alone. Epochs follow one another without a
     gap, so a batch can hold the end of one and the start of the next. A bad sample is logged and replaced by
     one that its global index determines. Shards that are read soon are fetched meanwhile, if they are remote.
 
     Args:
         source: the indexed samples.
-        batch_size: samples per batch of this process.
+        batch_size: samples of a global batch, over all processes.
         transform: see TrainTransform; its seed is a hash of `seed` and the global index.
         tokenizer: see Tokenizer. A sample with several captions gives one at random.
         seed: of everything random.
@@ -95,29 +95,30 @@ class TrainLoader:
     ) -> None:
         if batch_size < 1:
             raise UserError(f"the batch size must be 1 or more, got {batch_size}")
+        if batch_size < world_size:
+            raise UserError(f"a global batch of {batch_size} samples is none for some of {world_size} processes")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in [0, world_size), got rank {rank} of {world_size}")
         if window < 0:
             raise UserError(f"the shuffle window must be 0 (everything) or more, got {window}")
-        if nodes < 1 or batch_size * world_size % nodes:
+        if nodes < 1 or batch_size % nodes:
             raise UserError(
-                f"the global batch of {batch_size * world_size} samples must be a multiple of the canonical nodes,"
-                f" got {nodes}"
+                f"the global batch of {batch_size} samples must be a multiple of the canonical nodes, got {nodes}"
             )
-        if len(source) < batch_size * world_size:
+        if len(source) < batch_size:
             raise UserError(
-                f"{source.description}: {len(source)} samples are too few for one global batch of"
-                f" {batch_size * world_size} ({batch_size} samples x {world_size} processes);"
+                f"{source.description}: {len(source)} samples are too few for one global batch of {batch_size};"
                 " use a smaller batch size"
             )
         self.faults = FaultLog()
         self.faults.add(source.faults)
-        self._global_batch = batch_size * world_size
+        self._global_batch = batch_size
         self._options = WorkerOptions(workers, prefetch, patience)
         self._reader = _BatchReader(
             source,
             _order(source, seed, window, nodes),
-            _Slice(rank * batch_size, batch_size, batch_size * world_size),
+            part_of_batch(batch_size, rank, world_size),
+            batch_size,
             transform,
             tokenizer,
             seed,
@@ -152,13 +153,9 @@ def _order(source: Source, seed: int, window: int, nodes: int) -> SampleOrder | 
     return sample_order(len(source), seed, window, source.shard_sizes, nodes)
 
 
-@dataclass(frozen=True)
-class _Slice:
-    """The part of a global batch, of `whole` samples, that belongs to one process."""
-
-    offset: int
-    length: int
-    whole: int
+def part_of_batch(batch_size: int, rank: int, processes: int) -> range:
+    """The rows of a global batch that belong to one process; some have one row more than others if they must."""
+    return range(rank * batch_size // processes, (rank + 1) * batch_size // processes)
 
 
 @dataclass(frozen=True)
@@ -174,7 +171,8 @@ class _BatchReader:
 
     source: Source
     order: SampleOrder | MixedOrder
-    part: _Slice
+    part: range
+    batch_size: int
     transform: TrainTransform
     tokenizer: Tokenizer
     seed: int
@@ -214,9 +212,9 @@ class _BatchReader:
 
     def _global_indices(self, position: int) -> I64:
         """Of this process's part [n] of the batch. Processes take its samples by canonical node."""
-        batch = np.arange(position, position + self.part.whole, dtype=np.int64)
+        batch = np.arange(position, position + self.batch_size, dtype=np.int64)
         by_node = np.argsort(self.order.nodes(batch), kind="stable")
-        return batch[by_node][self.part.offset : self.part.offset + self.part.length]
+        return batch[by_node][self.part.start : self.part.stop]
 
     def _load(self, sample: int, global_index: int, faults: list[Fault]) -> tuple[RawSample, Image.Image]:
         """The sample, or the first good one of those that replace it."""

@@ -1,19 +1,21 @@
 """From a path to a source."""
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from evaclip.data import webdataset
 from evaclip.data.config import DEFAULT_TEMPLATE, DataConfig, RemoteConfig
 from evaclip.data.image_folder import FolderSource, PictureFolder
+from evaclip.data.index_files import IndexCache
 from evaclip.data.kinds import KINDS, Kind
 from evaclip.data.mixture import MixtureSource
 from evaclip.data.paths import expand_paths
 from evaclip.data.remote import is_remote
 from evaclip.data.samples import Decoding
 from evaclip.data.shard_cache import Fetching, ShardCache
-from evaclip.data.shard_list import LIST_SUFFIX, read_list
-from evaclip.data.shards import LocalShard, RemoteShard, Shard
+from evaclip.data.shard_list import LIST_SUFFIX, ShardList, read_list
+from evaclip.data.shards import list_shards, shards_at
 from evaclip.data.source import Source
 from evaclip.data.synthetic import SyntheticSource
 from evaclip.data.table import COLUMNS, TABLES, TableSource
@@ -55,7 +57,7 @@ def open_source(
         chosen = _guess_kind(paths[0]) if kind == "auto" else kind
         if chosen == "webdataset":
             keys = (image_key or webdataset.IMAGE_KEY, caption_key or webdataset.CAPTION_KEY)
-            source = _open_shards(paths, ShardCache(_fetching(remote or RemoteConfig())), *keys)
+            source = _open_shards(paths, remote or RemoteConfig(), IndexCache(), keys)
         elif chosen == "folder":
             root = _one_local(chosen, path, paths)
             source = FolderSource(root, caption_template) if captions else PictureFolder(root)
@@ -95,18 +97,36 @@ def _fetching(config: RemoteConfig) -> Fetching:
     return Fetching(folder, int(config.cache_gb * 1e9), config.timeout, config.attempts)
 
 
-def _open_shards(paths: Sequence[str], cache: ShardCache, image_key: str, caption_key: str) -> Source:
-    if not paths[0].endswith(LIST_SUFFIX):
-        shards = [shard for path in paths for shard in _shards_in(path, cache)]
-        return WebDatasetSource(shards, image_key, caption_key)
-    entries = [entry for path in paths for entry in read_list(path)]
-    shards = [
-        RemoteShard(entry.location, cache, entry.version)
-        if is_remote(entry.location)
-        else LocalShard(Path(entry.location))
-        for entry in entries
-    ]
-    return WebDatasetSource(shards, image_key, caption_key, [entry.facts for entry in entries])
+def index_shards(path: str, part: int = 0, parts: int = 1) -> WebDatasetSource:
+    """Opens tar shards, or lists of them, and writes the indexes of local ones beside them, where that is possible.
+
+    Args:
+        path: as `open_source` takes it.
+        part, parts: which of so many equal parts of the shards is indexed; from 0.
+
+    Raises:
+        UserError: as `open_source` does, for parts of a list, and if there are fewer shards than parts.
+    """
+    return _open_shards(expand_paths(path), RemoteConfig(), IndexCache(beside=True), part=(part, parts))
+
+
+def _open_shards(
+    paths: Sequence[str],
+    remote: RemoteConfig,
+    indexes: IndexCache,
+    keys: tuple[str, str] = (webdataset.IMAGE_KEY, webdataset.CAPTION_KEY),
+    part: tuple[int, int] = (0, 1),
+) -> WebDatasetSource:
+    cache = ShardCache(_fetching(remote))
+    if paths[0].endswith(LIST_SUFFIX):
+        if part[1] > 1:
+            raise UserError(f"lists of shards are joined as a whole, so part {part[0]}/{part[1]} is none of {paths[0]}")
+        return WebDatasetSource(ShardList(chain.from_iterable(map(read_list, paths))), cache, indexes, *keys)
+    shards = shards_at(paths, cache)
+    if len(shards) < part[1]:
+        raise UserError(f"{len(shards)} shards can't be divided into {part[1]} parts")
+    begin, end = (len(shards) * bound // part[1] for bound in (part[0], part[0] + 1))
+    return WebDatasetSource(list_shards(shards[begin:end], indexes), cache, indexes, *keys)
 
 
 def _guess_kind(path: str) -> Kind:
@@ -123,17 +143,6 @@ def _guess_kind(path: str) -> Kind:
         f"{path} is neither a .tar shard, a list of shards ({LIST_SUFFIX}), a table ({' '.join(TABLES)}), a folder nor"
         " the word 'synthetic'; if it is one of these by another name, give the kind (webdataset, csv, jsonl, parquet)"
     )
-
-
-def _shards_in(path: str, cache: ShardCache) -> list[Shard]:
-    if is_remote(path):
-        return [RemoteShard(path, cache)]
-    if not Path(path).is_dir():
-        return [LocalShard(Path(path))]
-    shards = sorted(Path(path).glob("*.tar"))
-    if not shards:
-        raise UserError(f"there are 0 .tar shards in the folder {path}")
-    return [LocalShard(shard) for shard in shards]
 
 
 def _one_local(kind: str, path: str, paths: Sequence[str]) -> Path:

@@ -1,8 +1,8 @@
 """Many strings in two flat arrays."""
 
 from array import array
-from collections.abc import Iterable, Sequence
-from typing import overload
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ class PackedStrings(Sequence[str]):
     page by page into every forked worker; these arrays are neither.
     """
 
-    def __init__(self, text: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
+    def __init__(self, text: NDArray[np.uint8], ends: NDArray[np.integer[Any]]) -> None:
         self.text = text
         self.ends = ends
 
@@ -40,6 +40,12 @@ class PackedStrings(Sequence[str]):
         position = range(len(self))[index]
         start = int(self.ends[position - 1]) if position else 0
         return self.text[start : int(self.ends[position])].tobytes().decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        text, start = self.text.tobytes(), 0
+        for end in self.ends.tolist():
+            yield text[start:end].decode("utf-8", "surrogateescape")
+            start = end
 
 
 class StringPacker:

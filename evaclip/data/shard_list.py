@@ -2,39 +2,27 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 from urllib.parse import urljoin
 
+import numpy as np
+
 from evaclip.atomic import write_text
+from evaclip.data.packed_strings import StringPacker
 from evaclip.data.remote import COMMAND, RemoteError, Version, is_remote, open_remote
-from evaclip.data.tar_index import TarIndex
+from evaclip.data.samples import Fault, FaultKind
+from evaclip.data.tar_index import ShardFacts
 from evaclip.errors import UserError
 
 KIND = "evaclip-shards-v1"
+WIDS_KIND = "wids-shard-index-v1"
+_WIDS = "wids"
 LIST_SUFFIX = ".json"
 _TIMEOUT = 60.0
-
-
-@dataclass(frozen=True)
-class ShardFacts:
-    """What the order of samples and the fingerprint are made of.
-
-    Attributes:
-        samples: how many the shard has.
-        digest: hash of its keys, suffixes and sizes.
-        damage: why it ends early; empty for a sound one.
-        size: in bytes, of what the index covers.
-        duplicates: keys that come again in it.
-    """
-
-    samples: int
-    digest: str
-    damage: str
-    size: int
-    duplicates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,13 +34,68 @@ class Entry:
     facts: ShardFacts
 
 
-def facts_of(index: TarIndex) -> ShardFacts:
-    """The facts of an indexed shard."""
-    size = int((index.offsets + index.sizes).max(initial=0))
-    return ShardFacts(len(index), index.digest, index.damage, size, tuple(index.duplicates))
+def agree(listed: ShardFacts, found: ShardFacts) -> bool:
+    """Whether a shard is the one that is listed; lists of wids tell the number of samples alone."""
+    return listed.samples == found.samples and (listed.digest == found.digest or listed.digest.startswith(_WIDS))
 
 
-def write_list(path: Path, entries: Sequence[Entry]) -> None:
+class ShardList(Sequence[Entry]):
+    """Shards in flat arrays: a worker shares those of the process that opened them, and 160,000 take 24 MB.
+
+    Attributes:
+        samples: int64 [n], of each shard.
+    """
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        texts, numbers, odd = StringPacker(), array("q"), dict[int, tuple[str, tuple[str, ...]]]()
+        for number, entry in enumerate(entries):
+            for text in (entry.location, entry.version.tag, entry.facts.digest):
+                texts.add(text)
+            size = -1 if entry.version.size is None else entry.version.size
+            numbers.extend((entry.facts.samples, entry.facts.size, size))
+            if entry.facts.damage or entry.facts.duplicates:
+                odd[number] = entry.facts.damage, entry.facts.duplicates
+        self._texts = texts.packed()
+        self._numbers = np.array(numbers, np.int64).reshape(-1, 3)
+        self._odd = odd
+        self.samples = self._numbers[:, 0].copy()
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Entry: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Entry]: ...
+    def __getitem__(self, index: int | slice) -> Entry | list[Entry]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        location, tag, digest = self._texts[3 * number : 3 * number + 3]
+        samples, size, version = self._numbers[number].tolist()
+        damage, duplicates = self._odd.get(number, ("", ()))
+        facts = ShardFacts(samples, digest, damage, size, duplicates)
+        return Entry(location, Version(None if version < 0 else version, tag), facts)
+
+    def digests(self) -> Iterator[tuple[str, str]]:
+        """Location and digest of each, faster than its entry."""
+        texts = iter(self._texts)
+        return ((location, digest) for location, _, digest in zip(texts, texts, texts, strict=True))
+
+    def faults(self) -> Iterator[Fault]:
+        """What is wrong with shards as a whole."""
+        for number in self._odd:
+            entry = self[number]
+            shard, facts = entry.location, entry.facts
+            if facts.damage:
+                detail = f"{facts.damage}; its first {facts.samples} samples are used"
+                yield Fault(FaultKind.DAMAGED_SHARD, shard, detail, file=shard)
+            for key in facts.duplicates:
+                detail = "it comes again in this shard; the first copy is used"
+                yield Fault(FaultKind.DUPLICATE_KEY, f"{shard}:{key}", detail, shard, key)
+
+
+def write_list(path: Path, entries: Iterable[Entry]) -> None:
     """Writes a list. Local shards in its folder or below are named relative to it, so that they can move together."""
     folder = path.absolute().parent
     shards = [
@@ -72,24 +115,33 @@ def write_list(path: Path, entries: Sequence[Entry]) -> None:
     write_text(path, f'{{"kind": "{KIND}", "shardlist": [\n{lines}\n]}}\n')
 
 
-def read_list(location: str) -> list[Entry]:
-    """Reads a list from a file or URL; relative names in it are taken from where it lies.
+def read_list(location: str) -> Iterator[Entry]:
+    """Reads a list, ours or one of wids, from a file or URL; relative names in it are taken from where it lies.
 
     Raises UserError if it cannot be read or is none.
     """
     text = _fetch(location) if is_remote(location) else Path(location).read_text(encoding="utf-8")
     try:
         content = json.loads(text)
+        if "__kind__" in content and content["__kind__"] == WIDS_KIND:
+            content = {"kind": KIND, "shardlist": list(map(_of_wids, content["shardlist"]))}
         if content["kind"] != KIND:
             raise ValueError(f"its kind is {content['kind']!r}")
-        entries = [_entry(shard, location) for shard in content["shardlist"]]
+        shards = content["shardlist"]
+        yield from (_entry(shard, location) for shard in shards)
     except (ValueError, KeyError, TypeError) as exc:
         raise UserError(
             f"{location} is no list of shards ({KIND}), as `evaclip data index` writes it: {type(exc).__name__}: {exc}"
         ) from exc
-    if not entries:
+    if not shards:
         raise UserError(f"there are 0 shards in the list {location}")
-    return entries
+
+
+def _of_wids(shard: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of webdataset's `wids`, which knows less, as one of ours."""
+    size = shard.get("filesize")
+    digest = f"{_WIDS} {shard['nsamples']} {shard.get('md5sum', size)}"
+    return {"digest": digest, "damage": "", "indexed_bytes": size or 0, "etag": "", **shard, "filesize": size}
 
 
 def _entry(shard: Mapping[str, Any], location: str) -> Entry:
@@ -111,7 +163,7 @@ def _relative(location: str, folder: Path) -> str:
 
 
 def _absolute(url: str, location: str) -> str:
-    if is_remote(url) or Path(url).is_absolute():
+    if url.startswith("/") or is_remote(url):
         return url
     if location.startswith(COMMAND):
         raise ValueError(f"{url!r} is relative, and a command has no folder")

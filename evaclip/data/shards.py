@@ -2,14 +2,16 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from evaclip.data.remote import RemoteError, Version, file_name
+from evaclip.data.index_files import IndexCache
+from evaclip.data.remote import RemoteError, Version, is_remote
 from evaclip.data.shard_cache import Check, ShardCache, Wanted
+from evaclip.data.shard_list import Entry, ShardList
 from evaclip.data.tar_index import TarIndex, build_index
 from evaclip.errors import UserError
 
@@ -23,12 +25,7 @@ class LocalShard:
     def __str__(self) -> str:
         return str(self.path)
 
-    @property
-    def name(self) -> str:
-        """The name that goes into fingerprints."""
-        return self.path.name
-
-    @property
+    @cached_property
     def identity(self) -> bytes:
         """What a stored index is named after."""
         return os.fsencode(self.path.absolute())
@@ -54,8 +51,8 @@ class RemoteShard:
 
     def __init__(self, url: str, cache: ShardCache, version: Version | None = None) -> None:
         self.url = url
-        self.name = file_name(url)
         self.identity = os.fsencode(url)
+        self.path = None
         self.cache = cache
         self._version = version
 
@@ -98,3 +95,30 @@ class RemoteShard:
 
 
 Shard = LocalShard | RemoteShard
+
+
+def shard_at(location: str, cache: ShardCache, version: Version | None = None) -> Shard:
+    """The shard of a path, URL or command; arguments as those of `RemoteShard`."""
+    return RemoteShard(location, cache, version) if is_remote(location) else LocalShard(Path(location))
+
+
+def shards_at(paths: Sequence[str], cache: ShardCache) -> list[Shard]:
+    """The shards of paths, URLs, commands and folders. Raises UserError for a folder without shards."""
+    return [shard_at(location, cache) for path in paths for location in _shards_in(path)]
+
+
+def list_shards(shards: Sequence[Shard], indexes: IndexCache) -> ShardList:
+    """Indexes shards, as far as that isn't done. Raises UserError as `build_index` does."""
+    return ShardList(
+        Entry(str(shard), shard.version if isinstance(shard, RemoteShard) else Version(), index.facts)
+        for shard, index in zip(shards, indexes.get_all(shards), strict=True)
+    )
+
+
+def _shards_in(path: str) -> list[str]:
+    if is_remote(path) or not Path(path).is_dir():
+        return [path]
+    shards = sorted(Path(path).glob("*.tar"))
+    if not shards:
+        raise UserError(f"there are 0 .tar shards in the folder {path}")
+    return list(map(str, shards))

@@ -3,6 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from evaclip.data.order import I64
@@ -36,6 +37,10 @@ class Source(ABC):
     remote: bool = False
 
     def __len__(self) -> int:
+        return self._length
+
+    @cached_property
+    def _length(self) -> int:
         return sum(self.shard_sizes)
 
     @abstractmethod

@@ -2,65 +2,62 @@
 
 import json
 import os
-from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from evaclip.data.index_files import IndexCache
 from evaclip.data.prefetch import Copy
-from evaclip.data.remote import RemoteError, Version
-from evaclip.data.samples import BadSample, Fault, FaultKind, RawSample, not_blank, texts_of
-from evaclip.data.shard_list import Entry, ShardFacts, facts_of
-from evaclip.data.shards import LocalShard, RemoteShard, Shard
+from evaclip.data.remote import RemoteError, file_name, is_remote
+from evaclip.data.samples import BadSample, FaultKind, RawSample, not_blank, texts_of
+from evaclip.data.shard_cache import ShardCache
+from evaclip.data.shard_list import ShardList, agree
+from evaclip.data.shards import LocalShard, RemoteShard, Shard, shard_at
 from evaclip.data.source import Source, hash_list
-from evaclip.data.tar_index import IndexCache, Member, TarIndex, build_index
+from evaclip.data.tar_index import Member, ShardFacts, TarIndex, build_index
 from evaclip.errors import UserError
 
 IMAGE_KEY = "jpg;jpeg;png;webp"
 CAPTION_KEY = "txt;json:caption"
-_OPEN_SHARDS = 64
+_OPEN_SHARDS = 128
+_SHARDS_KEPT = 1024
 
 
 class WebDatasetSource(Source):
     """Samples of plain tar shards, read with one `pread` per member; of remote ones, from local copies.
 
     `image_key` lists member suffixes by preference, `caption_key` captions: 'txt' is the text of a member,
-    'json:FIELD' a string or a list of strings in a JSON member. With `facts`, one for each shard, nothing is read on
-    opening. A damaged shard counts up to the damage and is listed in `faults`. Raises UserError if a shard cannot be
-    had or is no plain tar, or if no sample is left.
+    'json:FIELD' a string or a list of strings in a JSON member. Nothing is read on opening. A damaged shard counts up
+    to the damage and is listed in `faults`. Raises UserError if there is no sample.
     """
 
     def __init__(
         self,
-        shards: Sequence[Shard],
+        shards: ShardList,
+        cache: ShardCache,
+        indexes: IndexCache,
         image_key: str = IMAGE_KEY,
         caption_key: str = CAPTION_KEY,
-        facts: Sequence[ShardFacts] | None = None,
     ) -> None:
-        self._shards = list(shards)
+        self.shards = shards
+        self._cache = cache
+        self._indexes = indexes
         self._image_suffixes = image_key.split(";")
         self._captions = [_CaptionField(text) for text in caption_key.split(";")]
-        self._indexes = IndexCache()
         self._handles: OrderedDict[int, int] = OrderedDict()
-        self.shard_facts = list(facts or map(facts_of, self._indexes.get_all(self._shards)))
-        first = str(shards[0])
+        self._recent = dict[int, tuple[Shard, ShardFacts]]()
+        self._ends = np.cumsum(shards.samples)
+        first = shards[0].location
         self.description = f"{len(shards)} shards, the first {first}" if len(shards) > 1 else first
-        self.remote = any(isinstance(shard, RemoteShard) for shard in self._shards)
-        self.shard_sizes = [fact.samples for fact in self.shard_facts]
-        self.faults = [
-            fault
-            for shard, fact in zip(self._shards, self.shard_facts, strict=True)
-            for fault in _faults(str(shard), fact)
-        ]
-        self.fingerprint = hash_list(
-            "webdataset",
-            ((shard.name, fact.digest) for shard, fact in zip(self._shards, self.shard_facts, strict=True)),
-        )
-        self._ends = list(accumulate(self.shard_sizes))
+        self.shard_sizes = shards.samples.tolist()
+        self.remote = any(is_remote(location) for location, _ in shards.digests())
+        self.faults = list(shards.faults())
+        self.fingerprint = hash_list("webdataset", ((_name(location), digest) for location, digest in shards.digests()))
         if not self._ends[-1]:
             reasons = "".join(f"; {fault.name}: {fault.detail}" for fault in self.faults[:1])
             raise UserError(f"there are 0 samples in {len(shards)} shard(s), the first {first}{reasons}")
@@ -70,7 +67,7 @@ class WebDatasetSource(Source):
         try:
             return self._sample(index, shard, position)
         except RemoteError as exc:
-            name = str(self._shards[shard])
+            name = self.shards[shard].location
             raise BadSample(FaultKind.UNREACHABLE, name, f"sample {position}: {exc}") from exc
 
     def name(self, index: int) -> str:
@@ -80,23 +77,17 @@ class WebDatasetSource(Source):
 
     def place(self, index: int) -> tuple[str, str]:
         shard, position = self._locate(index)
+        file = self.shards[shard].location
         try:
-            return str(self._shards[shard]), self._table(shard, position).keys[position]
+            return file, self._table(shard, position).keys[position]
         except BadSample:
-            return str(self._shards[shard]), ""
+            return file, ""
 
     def copies(self, shards: Sequence[int]) -> list[Copy]:
         return [
-            Copy(shard.cache, shard.wanted, partial(self._check, number), self.shard_facts[number].size)
-            for number, shard in ((number, self._shards[number]) for number in shards)
+            Copy(shard.cache, shard.wanted, partial(self._check, number), facts.size)
+            for number, (shard, facts) in ((number, self._shard(number)) for number in shards)
             if isinstance(shard, RemoteShard)
-        ]
-
-    def entries(self) -> list[Entry]:
-        """All shards as a list of shards holds them."""
-        return [
-            Entry(str(shard), shard.version if isinstance(shard, RemoteShard) else Version(), facts)
-            for shard, facts in zip(self._shards, self.shard_facts, strict=True)
         ]
 
     def close(self) -> None:
@@ -127,36 +118,47 @@ class WebDatasetSource(Source):
         except OSError as exc:
             raise BadSample(FaultKind.UNREADABLE, self.name(index), str(exc)) from exc
 
-    def _table(self, shard: int, position: int) -> TarIndex:
+    def _shard(self, number: int) -> tuple[Shard, ShardFacts]:
+        if number not in self._recent:
+            if len(self._recent) >= _SHARDS_KEPT:
+                self._recent.clear()
+            entry = self.shards[number]
+            self._recent[number] = shard_at(entry.location, self._cache, entry.version), entry.facts
+        return self._recent[number]
+
+    def _table(self, number: int, position: int) -> TarIndex:
         """The index of a shard that is what it was on opening."""
+        shard, facts = self._shard(number)
         try:
-            table = self._indexes.get(self._shards[shard])
+            table = self._indexes.get(shard)
         except (UserError, OSError) as exc:
-            kind = FaultKind.UNREACHABLE if isinstance(self._shards[shard], RemoteShard) else FaultKind.UNREADABLE
-            raise BadSample(kind, str(self._shards[shard]), f"sample {position}: {exc}") from exc
-        if table.digest != self.shard_facts[shard].digest:
+            kind = FaultKind.UNREACHABLE if isinstance(shard, RemoteShard) else FaultKind.UNREADABLE
+            raise BadSample(kind, str(shard), f"sample {position}: {exc}") from exc
+        if not agree(facts, table.facts):
             detail = f"sample {position}: the shard changed after it was indexed"
-            raise BadSample(FaultKind.UNREADABLE, str(self._shards[shard]), detail)
+            raise BadSample(FaultKind.UNREADABLE, str(shard), detail)
         return table
 
     def _check(self, number: int, path: Path) -> None:
-        """Refuses a copy that is not the shard that was indexed."""
-        shard = self._shards[number]
+        """Refuses a copy that is not the shard that was indexed, and keeps the index of one that is."""
+        shard, facts = self._shard(number)
         try:
             index = build_index(path, str(shard))
         except UserError as exc:
             raise RemoteError(str(exc)) from exc
-        if index.digest != self.shard_facts[number].digest:
-            self._indexes.forget(shard)
-            found = f"it has {len(index)} samples now" + (f"; {index.damage}" if index.damage else "")
-            # A transfer that was cut off is worth another try.
-            raise RemoteError(f"the shard changed after it was indexed: {found}", permanent=not index.damage)
+        if agree(facts, index.facts):
+            self._indexes.put(shard, index)
+            return
+        self._indexes.forget(shard)
+        found = f"it has {len(index)} samples now" + (f"; {index.facts.damage}" if index.facts.damage else "")
+        # A transfer that was cut off is worth another try.
+        raise RemoteError(f"the shard changed after it was indexed: {found}", permanent=not index.facts.damage)
 
     def _locate(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < self._ends[-1]:
-            raise IndexError(f"sample {index} of {self._ends[-1]}")
-        shard = bisect_right(self._ends, index)
-        return shard, index - (self._ends[shard] - self.shard_sizes[shard])
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return shard, index - int(self._ends[shard]) + self.shard_sizes[shard]
 
     def _read_captions(self, index: int, descriptor: int, members: Mapping[str, Member]) -> tuple[str, ...]:
         for field in self._captions:
@@ -182,7 +184,7 @@ class WebDatasetSource(Source):
         return data
 
     def _descriptor(self, number: int) -> AbstractContextManager[int]:
-        shard = self._shards[number]
+        shard, _ = self._shard(number)
         # A copy is opened for each sample: one that is held open would still take room after it was deleted.
         if isinstance(shard, RemoteShard):
             return shard.opened(partial(self._check, number))
@@ -197,14 +199,9 @@ class WebDatasetSource(Source):
         return self._handles[number]
 
 
-def _faults(shard: str, facts: ShardFacts) -> Iterator[Fault]:
-    """What is wrong with a shard as a whole."""
-    if facts.damage:
-        detail = f"{facts.damage}; its first {facts.samples} samples are used"
-        yield Fault(FaultKind.DAMAGED_SHARD, shard, detail, file=shard)
-    for key in facts.duplicates:
-        detail = "it comes again in this shard; the first copy is used"
-        yield Fault(FaultKind.DUPLICATE_KEY, f"{shard}:{key}", detail, shard, key)
+def _name(location: str) -> str:
+    """What goes into the fingerprint: equal wherever the shard lies."""
+    return file_name(location) if is_remote(location) else location.rpartition("/")[2]
 
 
 class _CaptionField:

@@ -34,7 +34,8 @@ def assign_labels(
         keys: the names of the samples, for the errors.
         classnames: in the order of the labels; None takes `folders`, or else the distinct captions, sorted.
         folders: the source's own names of all classes, in label order, if it has any. They may differ from
-            `classnames` (as those of ImageNet do) if there are as many: the n-th folder holds the n-th class.
+            `classnames` (as those of ImageNet do) if there are as many: the n-th folder holds the n-th class. Whole
+            numbers are labels (as those of ImageNet-V2 are): folder 10 holds class 10, though it comes before 2.
 
     Raises:
         UserError: a caption that is no class, with the sample and the nearest names.
@@ -42,7 +43,7 @@ def assign_labels(
     if classnames is None:
         classnames = folders or _distinct(captions)
     known = classnames
-    if folders and not set(folders) <= set(classnames):
+    if folders and not set(folders) <= set(classnames) and not all(map(str.isdecimal, folders)):
         if len(folders) != len(classnames):
             raise UserError(
                 f"there are {len(classnames)} class names for {len(folders)} folders of other names"

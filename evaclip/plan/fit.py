@@ -88,10 +88,11 @@ def _in_chunks(job: Job, gpu: Gpu) -> Option:
 
 
 def chunkings(batch: int, ratio: float = 1.8) -> list[int]:
-    """Numbers of equal chunks that a batch can be cut into, each at least `ratio` times the one before."""
+    """Numbers of chunks to cut a batch into, equal ones if there are, each at least `ratio` times the one before."""
     numbers = [1]
     for number in range(2, batch + 1):
-        if batch % number == 0 and number >= ratio * numbers[-1]:
+        enough = ratio * numbers[-1]
+        if number == batch or (number >= enough and (batch % number == 0 or number >= 2 * enough)):
             numbers.append(number)
     return numbers
 
@@ -128,8 +129,8 @@ def _between(low: Option, high: Option, gpu: Gpu) -> int:
 def smallest(job: Job, gpu: Gpu) -> Option | None:
     """The fewest GPUs, of one node or of whole nodes, that can run the job with its whole batch."""
     for count in _counts(job.gpus):
-        if job.global_batch % count:
-            continue
+        if job.global_batch < count:
+            break
         mode: Mode = "replicate" if count == 1 and job.offload == "none" else "shard"
         smaller = replace(job, gpus=count, mode=mode, shard_size=None, reshard=True, accumulation=1)
         if _can_fit(smaller, gpu):

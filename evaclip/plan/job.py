@@ -30,6 +30,7 @@ class Job:
         accumulation: chunks that each process passes through the model one after the other.
         mode, reshard, shard_size, offload: as `parallel` in a training configuration.
         state_dtype: of the optimizer's two moments.
+        ema: whether a moving average of the weights is kept, in float32.
         caption_tokens: mean length of a caption from its start to its end token.
         samples: of the whole run; None for what isn't known.
         fused: false for a model in torch's own operators, without this library's.
@@ -48,6 +49,7 @@ class Job:
     offload: Offload = "none"
     optimizer: Literal["adamw", "lamb"] = "lamb"
     state_dtype: StateType = "fp32"
+    ema: bool = False
     accumulation: int = 1
     caption_tokens: int = CAPTION_TOKENS
     samples: int | None = None
@@ -66,9 +68,9 @@ class Job:
         if not 0 <= self.token_dropout < 1:
             raise UserError(f"token_dropout is {self.token_dropout}; expected 0 <= share < 1")
         parts = self.gpus * self.accumulation
-        if self.global_batch % parts:
+        if self.global_batch < parts:
             raise UserError(
-                f"global_batch {self.global_batch:,} is no multiple of {parts:,} "
+                f"global_batch {self.global_batch:,} is less than one sample for each of {parts:,} chunks "
                 f"({self.gpus} GPUs x accumulation {self.accumulation})"
             )
         if (self.shard_size is not None) != (self.mode == "hybrid"):
@@ -96,6 +98,7 @@ class Job:
             "precision": config.precision,
             "savings": config.model.savings,
             "optimizer": config.optim.name,
+            "ema": config.ema_decay is not None,
             "accumulation": config.accumulation,
             "mode": config.parallel.mode,
             "reshard": config.parallel.reshard,
@@ -120,13 +123,13 @@ class Job:
 
     @property
     def local_batch(self) -> int:
-        """Samples of one step on one GPU."""
-        return self.global_batch // self.gpus
+        """Samples of one step on one GPU, the one that has most."""
+        return -(-self.global_batch // self.gpus)
 
     @property
     def chunk(self) -> int:
-        """Samples that pass through the model at a time."""
-        return self.local_batch // self.accumulation
+        """Samples that pass through the model at a time, at most."""
+        return -(-self.local_batch // self.accumulation)
 
     @property
     def weight_bytes(self) -> int:
@@ -137,6 +140,11 @@ class Job:
     def state_bytes(self) -> int:
         """Of a parameter's two moments."""
         return 2 * {"fp32": 4, "bf16": 2}[self.state_dtype]
+
+    @property
+    def average_bytes(self) -> int:
+        """Of a parameter's moving average."""
+        return 4 if self.ema else 0
 
     @property
     def kept_patches(self) -> int:

@@ -10,6 +10,7 @@ from evaclip.plan.recorder import COMMUNICATION, GRADIENTS, INPUTS, PARAMETERS
 from evaclip.plan.trace import BLOCKS, Trace, trace
 
 OPTIMIZER = "optimizer state"
+AVERAGE = "averaged weights"
 _BUCKET = 32 * 2**20
 _COPIES = 2
 """Of a shard under offload: the parameters that a GPU gathers, and the gradient that it has summed."""
@@ -24,7 +25,7 @@ class Memory:
         moments: the highest of each phase.
         parameters: how many one GPU holds.
         model_parameters: how many the model has.
-        host: bytes of parameters, gradients and moments that lie in host memory for this GPU.
+        host: bytes of parameters, gradients, moments and averages that lie in host memory for this GPU.
     """
 
     steps: Steps
@@ -58,7 +59,7 @@ def memory_of(job: Job, traced: Trace) -> Memory:
     host = 0
     if job.offload != "none":
         # The temperature stays on the GPU.
-        steps, host = _offloaded(steps, job, traced), (2 * job.weight_bytes + job.state_bytes) * (elements - 1)
+        steps, host = _offloaded(steps, job, traced), _host_bytes(job) * (elements - 1)
     if job.accumulation == 1:
         steps = insert(steps, LOSS, peak=loss_bytes(job))
         return Memory(steps, tuple(course(steps)), elements, traced.parameters, host)
@@ -70,7 +71,7 @@ def _offloaded(steps: Steps, job: Job, traced: Trace) -> Steps:
     """The step without what lies in host memory, and with the copies that are on their way to it or from it."""
     largest = max(traced.elements.values())
     copies = Counter({COMMUNICATION: _COPIES * job.weight_bytes * largest})
-    start = Counter({kind: size for kind, size in steps.start.items() if kind not in (PARAMETERS, OPTIMIZER)})
+    start = Counter({kind: size for kind, size in steps.start.items() if kind not in (PARAMETERS, OPTIMIZER, AVERAGE)})
     # Whole gradients that chunks leave on the GPU are none of the parameters' yet, and stay counted.
     phases = tuple(
         replace(phase, kept=_without_gradients(phase.kept), peak=_without_gradients(phase.peak))
@@ -84,14 +85,20 @@ def _without_gradients(change: Bytes) -> Bytes:
 
 
 def _besides(job: Job, elements: int) -> Bytes:
-    """What there is from the start and the trace doesn't hold: moments, and what chunks need to know of each other.
+    """What there is from the start and the trace doesn't hold: moments, averages, what chunks know of each other.
 
     Images and tokens of the chunks whose turn it isn't wait in host memory; which patches are kept is drawn for all.
     """
     others = job.local_batch - job.chunk
     kept_tokens = others * job.kept_patches * 8 if job.token_dropout else 0
     features = 4 * job.local_batch * job.config.embed_dim * 4 if others else 0
-    return Counter({OPTIMIZER: elements * job.state_bytes, INPUTS: kept_tokens, "features": features})
+    held = {OPTIMIZER: elements * job.state_bytes, AVERAGE: elements * job.average_bytes}
+    return Counter({**held, INPUTS: kept_tokens, "features": features})
+
+
+def _host_bytes(job: Job) -> int:
+    """Of one offloaded parameter, its gradient, its moments and its average."""
+    return 2 * job.weight_bytes + job.state_bytes + job.average_bytes
 
 
 def _largest(job: Job) -> int:

@@ -27,10 +27,11 @@ def summary(job: Job, memory: Memory, gpu: Gpu) -> Table:
     if job.mode != "replicate" and not job.reshard:
         spread += "; gathered once a step"
     table = Table(show_header=False, title="Plan")
+    at_most = "at most " if job.global_batch % (job.gpus * job.accumulation) else ""
     rows = [
         ("model", job.model),
         ("GPUs", f"{job.gpus} x {gpu.name}"),
-        ("batch", f"{job.global_batch:,} = {job.gpus} (GPUs) x {job.accumulation} (chunks) x {job.chunk:,}"),
+        ("batch", f"{job.global_batch:,} = {job.gpus} (GPUs) x {job.accumulation} (chunks) x {at_most}{job.chunk:,}"),
         ("tokens", f"{kept} of {job.config.vision.num_patches} patches; captions of {job.caption_tokens} on average"),
         ("precision", f"{job.precision}; {job.optimizer} with moments in {job.state_dtype}"),
         ("parameters", f"{memory.model_parameters:,}, {spread}: {memory.parameters:,} on the first one"),

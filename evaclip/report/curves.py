@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from evaclip.report.charts import short_number
 from evaclip.report.theme import COLOURS, PALETTE, STYLE, themed_svg
+from evaclip.train.sinks import is_share
 
 MOST_POINTS = 2000
 RUN_COLOURS: Mapping[str, str] = {
@@ -71,9 +72,11 @@ def _of_towers(key: str) -> dict[str, str]:
 
 
 _KINDS = (
-    _Kind("Learning rate", {"": "lr"}, "{:.2g}".format),
+    _Kind("In-batch accuracy, image to text", {"": "accuracy"}, _share),
+    _Kind("Learning rate", {**_of_towers("lr"), "the rest": "lr"}, "{:.2g}".format),
     _Kind("Temperature: the factor of the similarities", {"": "logit_scale"}),
     _Kind("Gradient norm", {"all": "grad_norm", **_of_towers("grad_norm")}, "{:.2g}".format, log=True),
+    _Kind("Loss scale", {"": "loss_scale"}, log=True),
     _Kind("Update over weights, a step", _of_towers("update_ratio"), "{:.1g}".format, log=True),
     _Kind("Image-text pairs a second", {"": "samples_per_second"}),
     _Kind("Tokens a second", {"": "tokens_per_second"}),
@@ -166,11 +169,17 @@ def _evaluations(log: Log) -> list[tuple[str, Series, Callable[[float], str]]]:
                 x, y = lines.setdefault(name, ([], []))
                 x.append(samples)
                 y.append(value)
-    return [(f"Evaluation: {name}", Series("", x, y), _share) for name, (x, y) in lines.items() if "chance" not in name]
+    return [
+        (f"Evaluation: {name}", Series("", x, y), _share if is_share(name) else short_number)
+        for name, (x, y) in lines.items()
+        if "chance" not in name
+    ]
 
 
 def _is_worth_it(panel: Panel) -> bool:
     values = [value for series in panel.series for value in series.y]
+    if panel.title.startswith("Loss scale"):
+        return len(set(values)) > 1
     return any(values) if panel.title.startswith(("Left out", "Time in communication")) else bool(values)
 
 

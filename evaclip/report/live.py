@@ -14,15 +14,18 @@ _BARS = "▁▂▃▄▅▆▇█"
 # What matters less comes later: it is the first to go where a terminal is low.
 _ROWS = (
     ("loss", "loss", "{:.4f}"),
+    ("in-batch accuracy", "accuracy", "{:.1%}"),
     ("samples/s", "samples_per_second", "{:,.1f}"),
     ("data wait", "data_wait", "{:.0%}"),
     ("gradient norm", "grad_norm", "{:.3g}"),
-    ("learning rate", "lr", "{:.2e}"),
+    ("learning rate, image tower", "lr_visual", "{:.2e}"),
+    ("learning rate, text tower", "lr_text", "{:.2e}"),
     ("skipped steps", "skipped", "{:,}"),
     ("bad samples", "bad_samples", "{:,}"),
     ("MFU", "mfu", "{:.1%}"),
     ("memory, GiB", "memory_gib", "{:.2f}"),
     ("logit scale", "logit_scale", "{:.2f}"),
+    ("loss scale", "loss_scale", "{:g}"),
     ("communication", "communication", "{:.0%}"),
     ("communication, nothing beside it", "communication_exposed", "{:.0%}"),
     ("update / weights, image tower", "update_ratio_visual", "{:.2e}"),
@@ -84,9 +87,13 @@ def _rows(records: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[st
     if evaluations:
         last = evaluations[-1]
         rows[1:1] = [
-            _Row(f"{name}, step {last['step']:,}", f"{value:.4g}", [other["eval"].get(name) for other in evaluations])
+            _Row(
+                f"{name}, step {last['step']:,}",
+                "" if value is None else f"{value:.4g}",
+                [other["eval"].get(name) for other in evaluations],
+            )
             for name, value in last["eval"].items()
-            if isinstance(value, float)  # counts don't change
+            if not isinstance(value, int)  # counts don't change
         ]
     return rows
 

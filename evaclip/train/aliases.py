@@ -62,8 +62,12 @@ def _pretrained(value: str) -> Tree:
 
 
 def _validation(value: str) -> Tree:
-    """The whole of another set than the recipe's, so that nothing need be held out of the training data."""
-    return {"held_out": None, "eval": {"data": {"train": value}, "first": 0, "samples": None}}
+    """A set of its own, so that nothing need be held out of the training data."""
+    return {"held_out": None, **nest(f"{_VALIDATION}.data.train", value)}
+
+
+def _imagenet(name: str) -> Callable[[str], Tree]:
+    return lambda value: nest(f"eval.sets.{name}", {"data": {"train": value}, "classes": "imagenet"})
 
 
 def _trackers(value: str) -> Tree:
@@ -89,6 +93,7 @@ def _whole_number(key: str) -> Callable[[str], Tree]:
     return lambda value: nest(key, int(value) if value.isdecimal() else value)
 
 
+_VALIDATION = "eval.sets.val"
 _TRACKERS = ("tensorboard", "wandb", "all")
 _PROJECT = "open-clip"
 _PRECISIONS = {
@@ -107,7 +112,6 @@ _COOLDOWN = (
     "the steps"
 )
 _TORCHRUN = "torchrun starts the processes, and its --rdzv-endpoint and --rdzv-backend say where they meet"
-_IMAGENET = "measure it with: evaclip eval zero-shot RUN --data FOLDER --classes imagenet, also while the run goes on"
 _SYNC = "copy the run beside the training, as with aws s3 sync: its checkpoints appear whole or not at all"
 _IN_PLACE_OF = {"schedule.epochs": "schedule.steps", "schedule.warmup_steps": "schedule.warmup_share"}
 _OF_EITHER_SET = ("--dataset-type", "--csv-img-key", "--csv-caption-key", "--csv-separator")
@@ -119,10 +123,10 @@ ALIASES = (
         "--train-data-upsampling-factors",
         refused="data.mixture={NAME: {train: PATH, weight: SHARE}, ...} mixes data sets in proportions",
     ),
-    Alias("--val-data", "eval.data.train", read=_validation),
-    Alias("--val-num-samples", "eval.samples"),
-    Alias("--imagenet-val", refused=_IMAGENET),
-    Alias("--imagenet-v2", refused=_IMAGENET),
+    Alias("--val-data", f"{_VALIDATION}.data.train", read=_validation),
+    Alias("--val-num-samples", f"{_VALIDATION}.samples"),
+    Alias("--imagenet-val", "eval.sets.imagenet", read=_imagenet("imagenet")),
+    Alias("--imagenet-v2", "eval.sets.imagenet_v2", read=_imagenet("imagenet_v2")),
     Alias("--val-frequency", "eval.every_epochs", words=_NEVER),
     Alias("--zeroshot-frequency", "eval.every_epochs", words=_NEVER),
     Alias(
@@ -251,7 +255,7 @@ def changes(given: Mapping[str, Any], accumulation: int, processes: int) -> list
         if alias.key in _IN_PLACE_OF:
             found.append(nest(_IN_PLACE_OF[alias.key], None))
         if alias.flag in _OF_EITHER_SET and given.get("--val-data"):
-            found.append({"eval": alias.change(value)})
+            found.append(nest(_VALIDATION, alias.change(value)))
     return found
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from evaclip.data import Source, TrainLoader, open_configured
 from evaclip.data.config import DataConfig
 from evaclip.data.held_out import hold_out
-from evaclip.data.loader import TrainTransform
+from evaclip.data.loader import TrainTransform, part_of_batch
 from evaclip.errors import UserError
 from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
@@ -23,7 +23,7 @@ from evaclip.train.compiled import compile_blocks
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.ema import Ema
-from evaclip.train.evaluation import Evaluation, feature_options
+from evaclip.train.evaluation import Evaluation, open_sets
 from evaclip.train.loss import SIGLIP_START, ContrastiveLoss
 from evaclip.train.optimizer import build_optimizer, parameter_groups
 from evaclip.train.resolution import Resolution
@@ -68,7 +68,7 @@ def build(config: TrainConfig, world: World) -> Parts:
     Raises:
         UserError: a name or path does not exist, or the numbers do not fit one another.
     """
-    per_process = _per_process(config, world)
+    rows = _rows(config, world)
     if not (config.data.train or config.data.mixture):
         raise UserError("data.train is not set: name your data, such as --train-data 'shards/{00000..00099}.tar'")
     whole = open_configured(config.data)
@@ -77,13 +77,14 @@ def build(config: TrainConfig, world: World) -> Parts:
     rng.seed_all(config.seed, 0)
     model = build_model(config, world)
     rng.seed_all(config.seed, 1 + world.rank)
-    loss = ContrastiveLoss(config.loss, world.group).to(world.device)
+    loss = ContrastiveLoss(config.loss, world.group, [len(part) for part in rows]).to(world.device)
     optimizer = build_optimizer(parameter_groups(model, config.optim), config.optim, config.seed)
-    options = StepOptions(config.precision, config.accumulation, config.optim.grad_clip_norm, config.seed)
+    first = rows[world.rank].start
+    options = StepOptions(config.precision, config.accumulation, config.optim.grad_clip_norm, config.seed, first)
     tokenizer = Tokenizer(model.config.text.context_length, model.config.text.vocab_size)
     epoch_samples = config.schedule.epoch_samples or len(source)
     steps = total_steps(config.schedule, config.batch_size, len(source))
-    loader = _loader(config, world, source, model, tokenizer, per_process)
+    loader = _loader(config, world, source, model, tokenizer)
     make_transform = partial(training_transform, config.data, preprocess=model.config.preprocess)
     resolution = Resolution(model, loader, config.schedule, steps, make_transform)
     resolution.flops_left(0)  # refuses sizes that the model can't take
@@ -95,7 +96,7 @@ def build(config: TrainConfig, world: World) -> Parts:
         loader=loader,
         step=TrainStep(model, loss, optimizer, options, world),
         ema=None if config.ema_decay is None else Ema(model, config.ema_decay),
-        evaluation=_evaluation(config, world, model, tokenizer, held_out),
+        evaluation=_evaluation(config, world, model, tokenizer, loss, held_out),
         total_steps=steps,
         epoch_samples=epoch_samples,
         resolution=resolution,
@@ -147,14 +148,15 @@ def _model_options(config: TrainConfig) -> dict[str, Any]:
     return options
 
 
-def _per_process(config: TrainConfig, world: World) -> int:
-    parts = world.size * config.accumulation
-    if config.batch_size % parts:
+def _rows(config: TrainConfig, world: World) -> list[range]:
+    """The rows of a batch that each process has."""
+    chunks = world.size * config.accumulation
+    if config.batch_size < chunks:
         raise UserError(
-            f"batch_size={config.batch_size} is no multiple of {parts} "
+            f"batch_size={config.batch_size} is less than one sample for each of {chunks} chunks "
             f"({world.size} processes x accumulation {config.accumulation})"
         )
-    return config.batch_size // world.size
+    return [part_of_batch(config.batch_size, rank, world.size) for rank in range(world.size)]
 
 
 def _loader(
@@ -163,12 +165,11 @@ def _loader(
     source: Source,
     model: CLIP,
     tokenizer: Callable[[list[str]], Tensor],
-    per_process: int,
 ) -> TrainLoader:
     data = config.data
     return TrainLoader(
         source,
-        batch_size=per_process,
+        batch_size=config.batch_size,
         transform=training_transform(data, model.config.vision.image_size, model.config.preprocess),
         tokenizer=tokenizer,
         seed=config.seed,
@@ -204,19 +205,16 @@ def _evaluation(
     world: World,
     model: CLIP,
     tokenizer: Callable[[list[str]], Tensor],
+    loss: ContrastiveLoss,
     held_out: Source | None,
 ) -> Evaluation | None:
-    source = open_configured(config.eval.data) if config.eval.data else held_out
-    if source is None:
-        return None
+    sets = open_sets(config, held_out)
     transform = EvalTransform(model.config.vision.image_size, model.config.preprocess)
-    options = feature_options(config.eval, config.precision, (config.eval.data or config.data).workers)
-    return Evaluation(source, config.eval, tokenizer, transform, options, world)
+    return Evaluation(sets, tokenizer, transform, loss, world) if sets else None
 
 
 def _held_out_of(config: TrainConfig, whole: Source, held_out: Source | None) -> str:
     share = f"held_out={config.held_out:g} of {len(whole):,} samples"
     if held_out is None:
         return f"{share} is none: nothing is held out"
-    use = "evaluated" if config.eval.data is None else "not used, as eval.data names another set to evaluate"
-    return f"{share}: {len(held_out):,} are never trained on; they are {use}"
+    return f"{share}: {len(held_out):,} are never trained on"

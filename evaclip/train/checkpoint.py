@@ -37,6 +37,10 @@ class NotWritten(Exception):
     """A checkpoint that could not be written, on a full disk for example; the message says why."""
 
 
+class Lost(NotWritten):
+    """The processes that write together lost each other, and need another group."""
+
+
 @dataclass(frozen=True)
 class Start:
     """The checkpoint folder that a run goes on from, or with `weights_only` begins with the weights of."""
@@ -132,7 +136,9 @@ def _agreed(action: Callable[[], None], group: Any) -> None:
             dist.all_gather_object(problems, problem, group=group)
         except RuntimeError as exc:  # a process is gone, or took longer than the group waits; gloo then closes it
             reason = problem or str(exc).splitlines()[0]
-            raise NotWritten(f"the processes lost each other, and write none until a new start: {reason}") from exc
+            raise Lost(
+                f"the processes lost each other, or one took longer than parallel.saving_timeout_minutes: {reason}"
+            ) from exc
     if found := [text for text in problems if text is not None]:
         raise NotWritten(found[0])
 

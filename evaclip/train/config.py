@@ -15,6 +15,8 @@ Precision = Literal["fp32", "amp_bf16", "amp_fp16", "bf16", "fp16"]
 Count = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Measure = Literal["classify", "retrieval", "loss"]
+SetName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 
 _STRICT_KEYS = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
@@ -225,6 +227,11 @@ class ParallelConfig:
     offload: Literal["none", "cpu"] = "none"
     """cpu: what a process holds of parameters, gradients and moments lies in host memory, and the optimizer runs there.
     A GPU has a copy of a block's parameters while it computes with them. On a CPU there is nothing to move."""
+    timeout_minutes: Annotated[float, Field(gt=0)] = 120.0
+    """A process waits so long for another one, which opens a cold index or compiles, before the run fails; that one has
+    died is noticed at once."""
+    saving_timeout_minutes: Annotated[float, Field(gt=0)] = 1440.0
+    """And so long for one that writes its part of a checkpoint, before the run goes on without that checkpoint."""
 
     @model_validator(mode="after")
     def _offload_is_of_shards(self) -> Self:
@@ -294,23 +301,40 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
-class EvalConfig:
-    """Zero-shot classification among the distinct captions of an evaluation set, and retrieval of the captions."""
+class EvalSetConfig:
+    """One set that the model is measured on."""
 
     data: DataConfig | None = None
-    """The evaluation set; none takes the held-out samples of the training data, if there are any."""
-    every_steps: Count | None = None
-    """Also evaluate while training; the end of the run always does."""
-    every_epochs: Count | None = None
-    """Also evaluate at the end of these epochs."""
+    """Where it is; none: the held-out samples. Of class folders the captions are the classes' names, and
+    `caption_template` is the prompt."""
+    measure: tuple[Measure, ...] | None = None
+    """classify: zero-shot accuracy; retrieval: recall of captions by picture and the other way round; loss: the
+    contrastive loss of all pairs at once. None: all three, but classify alone where captions are names of classes."""
+    classes: str | tuple[str, ...] | None = None
+    """Names of the classes in the order of the labels: `imagenet`, a file with one a line, or a list; none: those of
+    the class folders, or else the distinct captions. Captions are names of classes, or their numbers from 0."""
+    templates: str | tuple[str, ...] | None = None
+    """Prompts in which {} stands for the class, whose embeddings are averaged: `imagenet`, a file, one or a list; none:
+    the 80 of ImageNet with its classes, else the name alone."""
     first: Annotated[int, Field(ge=0)] = 0
     """Samples of the set that are left out before the first one used."""
     samples: Count | None = None
     """How many are used; none uses all."""
     allow_unreadable: bool = False
     """Measure what is left even if more than 10 % of the samples cannot be read."""
-    templates: tuple[str, ...] = ("{}",)
-    """Prompts in which `{}` stands for the caption; their embeddings are averaged."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class EvalConfig:
+    """What a model in training is measured on, and when."""
+
+    sets: dict[SetName, EvalSetConfig | None] | None = None
+    """By name; null leaves a set out, or all. What is held out of the training data is the set `held_out` beside
+    them."""
+    every_steps: Count | None = None
+    """Also evaluate while training; the end of the run always does."""
+    every_epochs: Count | None = None
+    """Also evaluate at the end of these epochs."""
     batch_size: Count = 64
 
 
@@ -324,8 +348,8 @@ class TrainConfig:
     """Samples of one optimizer step, over all processes: the contrastive batch."""
     data: DataConfig
     held_out: Share | None = None
-    """Share of the data, at most 5,000 samples, that training never sees and that is evaluated unless `eval.data` names
-    another set; `seed` decides which. None and 0 hold out nothing."""
+    """Share of the data, at most 5,000 samples, that training never sees and that is evaluated; `seed` decides which.
+    None and 0 hold out nothing."""
     schedule: ScheduleConfig
     output: str = "runs"
     seed: Annotated[int, Field(ge=0)] = 0
@@ -350,9 +374,9 @@ class TrainConfig:
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
-    def _chunks_divide_the_batch(self) -> Self:
-        if self.batch_size % self.accumulation:
-            raise ValueError(f"batch_size={self.batch_size} is no multiple of accumulation={self.accumulation}")
+    def _no_chunk_is_empty(self) -> Self:
+        if self.batch_size < self.accumulation:
+            raise ValueError(f"batch_size={self.batch_size} is less than accumulation={self.accumulation}")
         return self
 
     @model_validator(mode="after")

@@ -1,9 +1,11 @@
 """Data parallelism over the processes that torchrun starts: plain all-reduces, no wrapper around the model."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from evaclip.errors import UserError
-from evaclip.train.config import process_count
+from evaclip.train.config import ParallelConfig, process_count
 
 _BUCKET_BYTES = 32 * 2**20
-_SAVING_LIMIT = timedelta(days=1)
-"""A slow disk is no failure, and what waited too long can't be used again. A dead process ends a wait at once."""
+
+
+def _no_group() -> None:
+    """Of one process."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class World:
     Attributes:
         group: of all processes, for tensors on `device`; None for one process.
         control: of all processes, for tensors on the CPU, so that agreeing never waits for the device.
-        saving: as `control`, for a thread beside the training; its processes wait a day for one that writes.
+        new_saving_group: makes one like `control`, if all processes call it, for a thread beside the training; it waits
+            longer, as a slow disk is no failure.
     """
 
     device: torch.device
@@ -33,7 +38,7 @@ class World:
     size: int = 1
     group: Any = None
     control: Any = None
-    saving: Any = None
+    new_saving_group: Callable[[], Any] = _no_group
 
     @property
     def is_main(self) -> bool:
@@ -106,30 +111,48 @@ class World:
             dist.destroy_process_group()
 
 
-def connect(device_name: str, *, offload: bool = False) -> World:
+def connect(device_name: str, config: ParallelConfig | None = None) -> World:
     """Joins the processes that torchrun started, or returns a world of one.
 
     Args:
         device_name: a torch device, or auto for a GPU if there is one.
-        offload: the groups are also of one process, as sharding needs one, and serve tensors in host memory too.
+        config: how long the processes wait for each other. With `offload` the groups are also of one process, as
+            sharding needs one, and serve tensors in host memory too.
 
     Raises:
         UserError: the device does not exist.
     """
-    size = process_count()
+    config = config or ParallelConfig()
+    size, offload = process_count(), config.offload != "none"
     device = _device(device_name, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else None)
     if size == 1 and not offload:
         return World(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    limit, saving_limit = timedelta(minutes=config.timeout_minutes), timedelta(minutes=config.saving_timeout_minutes)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl" if offload else "nccl"
     if size == 1:
         store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
     else:
-        dist.init_process_group(backend)
-    control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=_SAVING_LIMIT)
-    return World(device, dist.get_rank(), size, dist.group.WORLD, control, saving)
+        dist.init_process_group(backend, timeout=limit)
+    new_group = partial(dist.new_group, backend="gloo")
+    control, new_saving_group = new_group(timeout=limit), partial(new_group, timeout=saving_limit)
+    return World(device, dist.get_rank(), size, dist.group.WORLD, control, new_saving_group)
+
+
+@contextmanager
+def naming_timeouts(config: ParallelConfig) -> Iterator[None]:
+    """Inside, an error of a process that waited too long says which key has the limit."""
+    try:
+        yield
+    except RuntimeError as exc:
+        if any(sign in str(exc).lower() for sign in ("timed out", "timeout")):
+            exc.add_note(
+                f"parallel.timeout_minutes={config.timeout_minutes:g}: so long a process waits for the others. The "
+                "watchdog's lines, if there are any, say which one it was and where; a longer limit waits longer for it"
+            )
+        raise
 
 
 def _device(name: str, local_rank: int | None) -> torch.device:

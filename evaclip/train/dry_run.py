@@ -45,7 +45,7 @@ def dry_run(config: TrainConfig, *, resume: str = "none", overwrite: bool = Fals
     Raises:
         UserError: as the run itself would.
     """
-    with closing(connect(config.device, offload=config.parallel.offload != "none")) as world:
+    with closing(connect(config.device, config.parallel)) as world:
         host.prepare(world.device, config.data.workers)
         trackers.require(config.log)
         remarks: list[str] = []
@@ -89,7 +89,7 @@ def _plan(parts: Parts) -> list[tuple[str, str]]:
     sizes = ", ".join(f"{name} {_count(tower)}" for name, tower in towers.items())
     kept = model.visual.num_kept_patches() if model.visual.patch_dropout else model.visual.num_patches
     samples = parts.total_steps * config.batch_size
-    chunk = config.batch_size // world.size // config.accumulation
+    chunk = config.batch_size / world.size / config.accumulation
     return [
         ("model", f"{config.model.name}: {_count(model)} parameters ({sizes})"),
         ("weights from", _weights(config.model)),
@@ -97,7 +97,7 @@ def _plan(parts: Parts) -> list[tuple[str, str]]:
         *(("held out", remark) for remark in parts.remarks),
         (
             "batch",
-            f"{config.batch_size:,} = {world.size} processes x {config.accumulation} chunks x {chunk:,}",
+            f"{config.batch_size:,} = {world.size} processes x {config.accumulation} chunks x {chunk:,.6g}",
         ),
         ("patches kept", f"{kept} of {model.visual.num_patches}"),
         (

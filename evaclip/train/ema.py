@@ -36,14 +36,21 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model holds the averaged weights inside this context, its own again afterwards."""
-        own = {name: value.detach().clone() for name, value in self._parameters.items()}
-        self._write(self._average)
+        """The model holds the averaged weights inside this context, its own again afterwards.
+
+        They change places a tensor at a time, as shards can too. Only 16-bit weights are kept beside the average: there
+        is no room for them in it, from which they would come back rounded.
+        """
+        pairs = [(parameter, self._average[name]) for name, parameter in self._parameters.items()]
+        own = [None if value.dtype == parameter.dtype else parameter.detach().clone() for parameter, value in pairs]
+        for parameter, value in pairs:
+            _exchange(parameter, value)
         forget_gathered(self._model)
         try:
             yield
         finally:
-            self._write(own)
+            for (parameter, value), kept in zip(pairs, own, strict=True):
+                _exchange(parameter, value, kept)
             forget_gathered(self._model)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -55,10 +62,14 @@ class Ema:
         for name, value in self._average.items():
             value.copy_(part_of(state[name], value))
 
-    @torch.no_grad()
-    def _write(self, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.copy_(values[name])
+
+@torch.no_grad()
+def _exchange(parameter: Tensor, average: Tensor, own: Tensor | None = None) -> None:
+    """Puts the average, or `own`, into the parameter; and what was there into an average of the same dtype."""
+    before = parameter.detach().clone() if average.dtype == parameter.dtype else None
+    parameter.copy_(average if own is None else own)
+    if before is not None:
+        average.copy_(before)
 
 
 def _at_least_fp32(value: Tensor) -> Tensor:

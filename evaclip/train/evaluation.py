@@ -1,232 +1,294 @@
-"""Evaluation while training and at its end, by the functions of `evaclip.eval`: zero-shot classification and retrieval.
+"""Evaluation while training and at its end, on any number of sets, by the functions of `evaclip.eval`."""
 
-Zero-shot asks which of all distinct captions belongs to each picture; retrieval finds captions by picture and pictures
-by caption, all captions of a picture counted.
-"""
-
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from itertools import takewhile
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from evaclip.data import RawSample, Source
+from evaclip.data import RawSample, Source, open_configured
 from evaclip.data.held_out import Selection
+from evaclip.data.image_folder import FolderSource
 from evaclip.errors import UserError
-from evaclip.eval import retrieval
+from evaclip.eval import retrieval, zero_shot
 from evaclip.eval.features import (
     ALLOWED_UNREADABLE,
     FeatureOptions,
     ImageFeatures,
     NothingReadable,
     encode_images,
+    encode_texts,
     refuse_rest,
 )
+from evaclip.eval.labels import assign_labels
 from evaclip.eval.pairs import Picture, distinct_pictures, merge
-from evaclip.eval.zero_shot import build_classifier, evaluate
+from evaclip.eval.prompts import IMAGENET, PLACEHOLDER, load_classnames, load_templates
 from evaclip.model.clip import CLIP
-from evaclip.train.config import EvalConfig, Precision
+from evaclip.train.config import EvalSetConfig, Measure, TrainConfig
 from evaclip.train.distributed import World
-from evaclip.weights import is_sharded
+from evaclip.train.loss import ContrastiveLoss
+from evaclip.train.spread import Spread
 
 Metrics = dict[str, float]
-Result = TypeVar("Result")
 
+HELD_OUT = "held_out"
+_DIRECTIONS = ("image_to_text", "text_to_image")
+_CUTOFFS = (1, 5)
+_HEADLINES: dict[Measure, tuple[str, ...]] = {
+    "classify": ("zero_shot_top1", "zero_shot_top5"),
+    "retrieval": tuple(f"{direction}_r{k}" for direction in _DIRECTIONS for k in _CUTOFFS),
+    "loss": ("loss",),
+}
 _AUTOCAST = {"amp_bf16": "bf16", "amp_fp16": "fp16"}
-_PLAIN = ("{}",)
+_PLAIN = (PLACEHOLDER,)
+
+
+@dataclass
+class EvalSet:
+    """A set that is open, with its prompts.
+
+    Attributes:
+        options: how features are computed.
+        pictures: the distinct ones, once they have been looked for.
+    """
+
+    name: str
+    config: EvalSetConfig
+    source: Source
+    classnames: tuple[str, ...] | None
+    templates: tuple[str, ...]
+    options: FeatureOptions
+    pictures: list[Picture] | None = None
+
+
+def open_sets(config: TrainConfig, held_out: Source | None) -> list[EvalSet]:
+    """The sets that a run is evaluated on.
+
+    Args:
+        held_out: samples that are held out of the training data; they are a set too.
+
+    Raises:
+        UserError: a set, or what it names, is not there.
+    """
+    sets = dict(config.eval.sets or {})
+    if held_out is not None:
+        sets.setdefault(HELD_OUT, EvalSetConfig())
+    return [_open(name, each, config, held_out) for name, each in sets.items() if each is not None]
+
+
+def _open(name: str, config: EvalSetConfig, run: TrainConfig, held_out: Source | None) -> EvalSet:
+    data = config.data
+    if data is None and held_out is None:
+        raise UserError(
+            f"eval.sets.{name}.data is not set and nothing is held out: name its data, as eval.sets.{name}.data.train="
+            "PATH, or set held_out"
+        )
+    # The names of class folders go into templates, and into a caption's template no less.
+    whole = held_out if data is None else open_configured(replace(data, caption_template=PLACEHOLDER))
+    assert whole is not None
+    source = _Part(whole, config, f"eval.sets.{name}")
+    templates = config.templates
+    if templates is None:
+        templates = IMAGENET if config.classes == IMAGENET else PLACEHOLDER
+        if templates == PLACEHOLDER and data is not None and source.classes:
+            templates = data.caption_template
+    given = (templates,) if isinstance(templates, str) else templates
+    return EvalSet(
+        name,
+        config,
+        source,
+        load_classnames(config.classes) if isinstance(config.classes, str) else config.classes,
+        tuple(template for each in given for template in load_templates(each)),
+        _options(run, (data or run.data).workers),
+    )
+
+
+def _options(run: TrainConfig, workers: int) -> FeatureOptions:
+    autocast: Any = _AUTOCAST.get(run.precision, "fp32")
+    return FeatureOptions(run.eval.batch_size, workers, autocast, progress=False)
 
 
 class Evaluation:
-    """Scores a model on a source whose captions are the class names; every process encodes its part of both.
+    """Measures a model on its sets; every process encodes its part of each.
 
     Args:
-        source: the evaluation set.
-        config: which part of it, and the prompts.
+        sets: what is measured on.
         tokenizer: texts to tokens.
         transform: a PIL image to a tensor, without augmentation.
-        options: how features are computed; see `feature_options`.
+        loss: that of the training.
         world: the processes that evaluate together.
     """
 
     def __init__(
         self,
-        source: Source,
-        config: EvalConfig,
+        sets: Sequence[EvalSet],
         tokenizer: Callable[[list[str]], Tensor],
         transform: Callable[[Any], Tensor],
-        options: FeatureOptions,
+        loss: ContrastiveLoss,
         world: World,
     ) -> None:
-        self._source = _Part(source, config.first, config.samples)
-        self._world = world
-        self._templates = config.templates
-        self._allowed = 1.0 if config.allow_unreadable else ALLOWED_UNREADABLE
+        self._sets = sets
         self._tokenizer = tokenizer
         self._transform = transform
-        self._options = options
-        self._pictures: list[Picture] | None = None
+        self._loss = loss
+        self._world = world
 
-    def __call__(self, model: CLIP) -> Metrics:
-        """Top-1 and top-5 accuracy, the accuracy of guessing, over how many pictures and classes that is, and how many
-        could not be read; the recalls at 1 and 5 of retrieval, unless captions are names of classes: most of them then
-        belong to several pictures, and to find one picture's own means nothing.
+    def __call__(self, model: CLIP, stop: Callable[[], bool]) -> tuple[Metrics, list[str]]:
+        """The metrics of all sets as `NAME/METRIC`, and a line on each set that could not be measured.
+
+        Those of such a set are not a number: too much of it can't be read, its captions are no classes, or the model
+        gives NaN or infinity.
+
+        Args:
+            stop: whether this process was asked to stop, looked at between batches.
 
         Raises:
-            Refused: more samples could not be read than the configuration allows.
-            NothingReadable: none could.
+            Stopped: a process was asked to stop.
         """
-        clip = _InStep(model, self._world) if is_sharded(model) else model
-        found = [part for part in self._everywhere(clip, partial(self._encode, clip), self._blank_image) if part]
-        captions = [caption for part in found for caption in part.captions]
-        unreadable = len(self._source) - len(captions)
-        refuse_rest(self._source, unreadable, self._allowed, "eval.allow_unreadable=true")
+        was_training = model.training
+        model.eval()
+        metrics: Metrics = {}
+        problems = []
+        try:
+            clip = Spread(model, self._world, self._tokenizer, stop)
+            for each in self._sets:
+                try:
+                    found = _Measurement(each, clip, self._transform, self._loss).metrics()
+                except UserError as exc:
+                    headlines = (_HEADLINES[measure] for measure in each.config.measure or ("classify",))
+                    found = dict.fromkeys((name for names in headlines for name in names), math.nan)
+                    problems.append(f"not evaluated on {each.name}: {exc}")
+                metrics |= {f"{each.name}/{name}": value for name, value in found.items()}
+        finally:
+            model.train(was_training)
+        return metrics, problems
+
+
+class _Measurement:
+    """One set as one model sees it; whatever several metrics need is encoded once."""
+
+    def __init__(self, each: EvalSet, clip: Spread, transform: Callable[[Any], Tensor], loss: ContrastiveLoss) -> None:
+        self._set = each
+        self._clip = clip
+        self._loss = loss
+        self._texts: dict[str, Tensor] = {}
+        source, config = each.source, each.config
+        found = [part for part in clip.everywhere(partial(self._encode_images, transform)) if part]
+        self._captions = [caption for part in found for caption in part.captions]
+        self._numbers = [int(key) for part in found for key in part.keys]
+        self._unreadable = len(source) - len(self._captions)
+        allowed = 1.0 if config.allow_unreadable else ALLOWED_UNREADABLE
+        refuse_rest(source, self._unreadable, allowed, f"eval.sets.{each.name}.allow_unreadable=true")
         if not found:
-            raise NothingReadable(f"none of the {unreadable:,} samples of {self._source.description} could be read")
-        names = sorted(set(captions))
-        number = {name: i for i, name in enumerate(names)}
-        classifier = self._encode_texts(clip, names, self._templates)
-        features = torch.cat([part.features for part in found])
-        result = evaluate(features, torch.tensor([number[caption] for caption in captions]), classifier, names)
-        metrics: Metrics = {
+            raise NothingReadable(f"none of the {len(source):,} samples of {source.description} could be read")
+        self._features = torch.cat([part.features for part in found])
+
+    def metrics(self) -> Metrics:
+        """Of all that the set is to be measured by."""
+        metrics: Metrics = {"samples": len(self._captions), "unreadable": self._unreadable}
+        measures = self._measures()
+        if "classify" in measures:
+            metrics |= self._classify()
+        if "retrieval" in measures:
+            metrics |= self._retrieve()
+        if "loss" in measures:
+            images, texts = (part.to(self._clip.device) for part in (self._features, self._encoded(self._captions)))
+            scale, bias = self._clip.model.logit_scale.float().exp(), self._clip.model.logit_bias
+            metrics["loss"] = self._loss.of_set(images, texts, scale, None if bias is None else bias.float()).item()
+        return metrics
+
+    def _measures(self) -> tuple[Measure, ...]:
+        each = self._set
+        if each.config.measure is not None:
+            return each.config.measure
+        if each.classnames is not None or each.source.classes:
+            return ("classify",)
+        # Names of classes belong to several pictures each, and to find one picture's own means nothing.
+        texts = [text for picture in self._pictures() for text in picture.captions]
+        return ("classify",) if 2 * len(set(texts)) < len(texts) else ("classify", "retrieval", "loss")
+
+    def _classify(self) -> Metrics:
+        each = self._set
+        names = [each.source.name(number) for number in self._numbers]
+        labels = assign_labels(self._captions, names, each.classnames, each.source.classes)
+        result = zero_shot.evaluate(
+            self._features, labels.indices, self._classifier(labels.classnames), labels.classnames
+        )
+        return {
             "zero_shot_top1": result.top1,
             "zero_shot_top5": result.top5,
             "chance_top1": result.chance_top1,
-            "samples": result.samples,
             "classes": result.classes,
-            "unreadable": unreadable,
         }
-        pairs = self._pairs(clip, [int(key) for part in found for key in part.keys])
-        texts = sorted(set(pairs.texts))
-        if 2 * len(texts) < len(pairs.texts):
-            return metrics
-        # Where there is one caption a picture and no template, they are encoded already.
-        is_known = texts == names and self._templates == _PLAIN
-        return metrics | _recalls(pairs, features, texts, classifier if is_known else self._encode_texts(clip, texts))
 
-    def _encode(self, clip: Any) -> ImageFeatures | None:
+    def _retrieve(self) -> Metrics:
+        pictures = self._pictures()
+        row = {number: i for i, number in enumerate(self._numbers)}
+        texts = self._encoded([text for picture in pictures for text in picture.captions])
+        image_of_text = torch.tensor([image for image, picture in enumerate(pictures) for _ in picture.captions])
+        result = retrieval.evaluate(self._features[[row[each.index] for each in pictures]], texts, image_of_text)
+        return {f"{name}_r{k}": getattr(result, name).recall[k] for name in _DIRECTIONS for k in _CUTOFFS}
+
+    def _pictures(self) -> list[Picture]:
+        """The distinct pictures among the samples that were encoded."""
+        each, clip = self._set, self._clip
+        if each.pictures is None:
+            mine = takewhile(lambda _: not clip.stop(), clip.share(range(len(each.source))))
+            everywhere: dict[bytes, Picture] = {}
+            for part in clip.everywhere(partial(distinct_pictures, each.source, mine)):
+                merge(everywhere, part)
+            each.pictures = list(everywhere.values())
+        known = set(self._numbers)
+        return [picture for picture in each.pictures if picture.index in known]
+
+    def _classifier(self, classnames: Sequence[str]) -> Tensor:
+        """[classes, embed_dim], each the mean over the templates."""
+        if self._set.templates == _PLAIN:
+            return self._encoded(classnames)
+        encode = partial(self._encode_texts, classnames, self._set.templates)
+        return torch.cat(self._clip.everywhere(encode, texts=True))
+
+    def _encoded(self, texts: Sequence[str]) -> Tensor:
+        """Normalised features [texts, embed_dim]."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        if missing:
+            rows = torch.cat(self._clip.everywhere(partial(self._encode_texts, missing), texts=True))
+            self._texts |= zip(missing, rows, strict=True)
+        return torch.stack([self._texts[text] for text in texts])
+
+    def _encode_images(self, transform: Callable[[Any], Tensor]) -> ImageFeatures | None:
         """Of this process's part; keys are the samples' numbers."""
-        mine = self._share(range(len(self._source)))
+        mine = self._clip.share(range(len(self._set.source)))
         if not mine:
             return None
         try:
-            return encode_images(clip, self._transform, Selection(self._source, mine), self._options)
+            return encode_images(self._clip, transform, Selection(self._set.source, mine), self._set.options)
         except NothingReadable:
             return None
 
-    def _encode_texts(self, clip: Any, texts: list[str], templates: Sequence[str] = _PLAIN) -> Tensor:
-        """Normalised features [texts, embed_dim], each the mean over the templates."""
-        action = partial(self._encode_my_texts, clip, texts, templates)
-        return torch.cat(self._everywhere(clip, action, self._blank_text))
-
-    def _encode_my_texts(self, clip: Any, texts: list[str], templates: Sequence[str]) -> Tensor:
-        mine = self._share(texts)
+    def _encode_texts(self, texts: Sequence[str], templates: Sequence[str] = _PLAIN) -> Tensor:
+        """This process's part of the texts, or of classes of these names."""
+        clip, mine = self._clip, self._clip.share(texts)
         if not mine:
             return torch.empty(0, clip.config.embed_dim)
-        return build_classifier(clip, self._tokenizer, mine, templates, replace(self._options, workers=0))
-
-    def _pairs(self, clip: Any, numbers: list[int]) -> "_Pairs":
-        """The distinct pictures among the samples that were encoded, and their captions."""
-        if self._pictures is None:
-            mine = partial(distinct_pictures, self._source, self._share(range(len(self._source))))
-            everywhere: dict[bytes, Picture] = {}
-            for part in self._everywhere(clip, mine, self._blank_image):
-                merge(everywhere, part)
-            self._pictures = list(everywhere.values())
-        row = {sample: i for i, sample in enumerate(numbers)}
-        pictures = [picture for picture in self._pictures if picture.index in row]
-        return _Pairs(
-            [row[picture.index] for picture in pictures],
-            [text for picture in pictures for text in picture.captions],
-            [image for image, picture in enumerate(pictures) for _ in picture.captions],
-        )
-
-    def _share(self, items: Sequence[Any]) -> Sequence[Any]:
-        """This process's part, next to those of the others."""
-        rank, size = self._world.rank, self._world.size
-        return items[len(items) * rank // size : len(items) * (rank + 1) // size]
-
-    def _blank_image(self, model: CLIP) -> Tensor:
-        return model.encode_image(torch.zeros(1, 3, *model.config.vision.image_shape, device=self._world.device))
-
-    def _blank_text(self, model: CLIP) -> Tensor:
-        return model.encode_text(self._tokenizer([""]).to(self._world.device))
-
-    def _everywhere(
-        self, clip: nn.Module, action: Callable[[], Result], stand_in: Callable[[CLIP], Tensor]
-    ) -> list[Result]:
-        """What the action gives in every process; if it fails in one, all raise that."""
-        outcome: Result | UserError
-        try:
-            outcome = action()
-        except UserError as exc:
-            outcome = exc
-        if isinstance(clip, _InStep):
-            clip.keep_up(stand_in)
-        outcomes = self._world.gather_everywhere(outcome)
-        for failure in outcomes:
-            if isinstance(failure, UserError):
-                raise failure
-        return outcomes
-
-
-class _InStep(nn.Module):
-    """A sharded model, whose every call takes all processes, for those that have different numbers of batches."""
-
-    def __init__(self, model: CLIP, world: World) -> None:
-        super().__init__()
-        self.model = model
-        self.config = model.config
-        self._world = world
-
-    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
-        self._world.any(True)
-        return self.model.encode_image(images, normalize)
-
-    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
-        self._world.any(True)
-        return self.model.encode_text(tokens, normalize)
-
-    @torch.no_grad()
-    def keep_up(self, encode: Callable[[CLIP], Tensor]) -> None:
-        """Takes part in the calls of the processes that have more batches, until none has."""
-        while self._world.any(False)[0]:
-            encode(self.model)
-
-
-def feature_options(config: EvalConfig, precision: Precision, workers: int) -> FeatureOptions:
-    """How an evaluation computes features in a training of this precision."""
-    autocast: Any = _AUTOCAST.get(precision, "fp32")
-    return FeatureOptions(config.batch_size, workers, autocast, progress=False)
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """Pictures and captions: the pictures' rows among the features, the captions, and whose each of them is."""
-
-    rows: list[int]
-    texts: list[str]
-    image_of_text: list[int]
-
-
-def _recalls(pairs: _Pairs, features: Tensor, texts: Sequence[str], encoded: Tensor) -> Metrics:
-    """Recall at 1 and 5 both ways; `encoded` are the features of the distinct `texts`."""
-    place = {text: i for i, text in enumerate(texts)}
-    text_features = encoded[[place[text] for text in pairs.texts]]
-    result = retrieval.evaluate(features[pairs.rows], text_features, torch.tensor(pairs.image_of_text))
-    directions = {"image_to_text": result.image_to_text, "text_to_image": result.text_to_image}
-    return {f"{name}_r{k}": direction.recall[k] for name, direction in directions.items() for k in (1, 5)}
+        if templates == _PLAIN:
+            return encode_texts(clip, clip.tokenizer, mine, self._set.options)
+        return zero_shot.build_classifier(clip, clip.tokenizer, mine, templates, self._set.options)
 
 
 class _Part(Source):
     """Consecutive samples of a source."""
 
-    def __init__(self, whole: Source, first: int, samples: int | None) -> None:
+    def __init__(self, whole: Source, config: EvalSetConfig, key: str) -> None:
+        first, samples = config.first, config.samples
         count = len(whole) - first if samples is None else samples
         if count < 1 or first + count > len(whole):
             raise UserError(
-                f"eval.first={first} and eval.samples={samples} ask for samples that {whole.description} does not "
+                f"{key}.first={first} and {key}.samples={samples} ask for samples that {whole.description} does not "
                 f"have: it has {len(whole)}"
             )
         self._whole = whole
@@ -236,6 +298,8 @@ class _Part(Source):
         self.fingerprint = f"{whole.fingerprint}-{first}-{count}"
         self.faults = whole.faults
         self.decoding = whole.decoding
+        # Those of drawn pictures are their captions, which differ as captions do.
+        self.classes = whole.classes if isinstance(whole, FolderSource) else ()
 
     def __getitem__(self, index: int) -> RawSample:
         return self._whole[self._first + index]

@@ -1,38 +1,18 @@
 """What training on a CPU asks of the machine: memory that stays, and cores for the data workers."""
 
-import ctypes
 import os
 import resource
-import sys
 
 import torch
 
-from evaclip.machine import multiplies_bfloat16
-
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # names of parameters in glibc's malloc.h
-_NEVER = 2**31 - 1
+from evaclip.machine import keep_freed_memory, multiplies_bfloat16
 
 
 def prepare(device: torch.device, workers: int) -> None:
-    """Does for training on a CPU what the other functions say; does nothing for another device."""
+    """Keeps freed memory and leaves cores to the workers, for training on a CPU; nothing for another device."""
     if device.type == "cpu":
         keep_freed_memory()
         leave_cores_to_workers(workers)
-
-
-def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory for what comes next instead of returning it; does nothing on other systems.
-
-    By default every activation above 128 KiB is mapped anew and its pages are zeroed at the first touch, which costs
-    more than many an op and varies: the reference of layer_norm took 1.0 or 7.5 ms from pass to pass. The demo's step
-    took 0.68 s so and 0.60 s with this (two AMD EPYC cores, 2026-11-24).
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_MMAP_MAX, 0)
-        mallopt(_TRIM_THRESHOLD, _NEVER)
 
 
 def leave_cores_to_workers(workers: int) -> None:

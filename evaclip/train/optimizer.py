@@ -76,6 +76,12 @@ def set_lr_factor(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["peak_lr"] * factor
 
 
+def tower_rate(optimizer: torch.optim.Optimizer, tower: str) -> float:
+    """The largest rate of a tower's groups at present; 0 for a tower that isn't trained."""
+    groups = optimizer.param_groups
+    return max((float(group["lr"]) for group in groups if group["name"].startswith(f"{tower}.")), default=0.0)
+
+
 def _layer_rate(tower: Any, name: str, options: TowerConfig, default_lr: float) -> tuple[float, str]:
     lr = default_lr if options.lr is None else options.lr
     if options.layer_decay == 1.0:

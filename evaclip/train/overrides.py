@@ -1,7 +1,7 @@
 """From a recipe, a YAML file and `--set a.b=c` to one checked configuration, and back to YAML."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -77,9 +77,8 @@ def _check_keys(cls: type, tree: Mapping[str, Any], path: tuple[str, ...]) -> No
     for key, value in tree.items():
         if key not in known:
             raise _unknown_key((*path, str(key)), known)
-        inner = _dataclass_in(hints[key])
-        if inner is not None and isinstance(value, Mapping):
-            _check_keys(inner, value, (*path, key))
+        for inner, part, where in _dataclasses_in(hints[key], value, (*path, key)):
+            _check_keys(inner, part, where)
 
 
 def _unknown_key(path: tuple[str, ...], known: list[str]) -> UserError:
@@ -94,10 +93,18 @@ def _unknown_key(path: tuple[str, ...], known: list[str]) -> UserError:
     return UserError(f"unknown configuration key {'.'.join(path)!r}; {hint}")
 
 
-def _dataclass_in(hint: Any) -> type | None:
+def _dataclasses_in(hint: Any, value: Any, path: tuple[str, ...]) -> Iterator[tuple[type, Tree, tuple[str, ...]]]:
+    """The dataclasses that the value, of this type, is of or has by name; with their own values and paths."""
+    if not isinstance(value, Mapping):
+        return
     if get_origin(hint) in (Union, UnionType):
-        return next(filter(None, map(_dataclass_in, get_args(hint))), None)
-    return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
+        for each in get_args(hint):
+            yield from _dataclasses_in(each, value, path)
+    elif get_origin(hint) is dict:
+        for name, part in value.items():
+            yield from _dataclasses_in(get_args(hint)[1], part, (*path, str(name)))
+    elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        yield hint, dict(value), path
 
 
 def _describe(error: Any) -> str:

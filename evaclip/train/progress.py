@@ -17,7 +17,7 @@ from evaclip.atomic import write_text
 from evaclip.errors import UserError
 from evaclip.run_files import EVENTS_FILE, LOG_FILE, TENSORBOARD_FOLDER
 from evaclip.train.config import LogConfig
-from evaclip.train.sinks import Record, Sink
+from evaclip.train.sinks import Record, Sink, is_share
 
 
 class Report:
@@ -132,11 +132,10 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def record(self, record: Record) -> None:
-        # JSON has no NaN.
-        self._write({name: value if math.isfinite(value) else None for name, value in asdict(record).items()})
+        self._write(_without_nan(asdict(record)))
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._write({"step": step, "eval": dict(metrics)})
+        self._write({"step": step, "eval": _without_nan(metrics)})
 
     def say(self, message: str) -> None:
         pass
@@ -213,9 +212,11 @@ def summary(record: Record) -> str:
     """The numbers that a person watches."""
     skipped = f"  skipped {record.skipped}" if record.skipped else ""
     bad = f"  bad samples {record.bad_samples}" if record.bad_samples else ""
+    rates = dict.fromkeys(f"{rate:.2e}" for rate in (record.lr_visual, record.lr_text))
     return (
-        f"loss {record.loss:.4f}  lr {record.lr:.2e}  {record.samples_per_second:,.1f} samples/s  "
-        f"data wait {record.data_wait:.0%}  MFU {record.mfu:.1%}{skipped}{bad}"
+        f"loss {record.loss:.4f}  accuracy {record.accuracy:.1%}  lr {'/'.join(rates)}  "
+        f"{record.samples_per_second:,.1f} samples/s  data wait {record.data_wait:.0%}  MFU {record.mfu:.1%}"
+        f"{skipped}{bad}"
     )
 
 
@@ -227,17 +228,24 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def _without_nan(values: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
 def _drop_later_records(path: Path, step: int) -> None:
     kept = [record for record in read_log(path) if record["step"] <= step]
     write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _metrics_line(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {_number(value)}" for name, value in metrics.items())
+    return "  ".join(f"{name} {_number(name, value)}" for name, value in metrics.items())
 
 
-def _number(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.2%}"
+def _number(name: str, value: float) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.2%}" if is_share(name) else f"{value:.4g}"
 
 
 def _duration(seconds: float) -> str:

@@ -13,12 +13,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from evaclip.augmentation import Augmentation
-from evaclip.data.config import DataConfig
+from evaclip.data.config import DataConfig, RemoteConfig
 from evaclip.errors import unknown_name
 from evaclip.model.savings import Savings
 from evaclip.train.config import (
     CheckpointConfig,
     EvalConfig,
+    EvalSetConfig,
     LogConfig,
     LossConfig,
     ModelConfig,
@@ -59,16 +60,21 @@ def get_recipe(name: str) -> TrainConfig:
 
 
 def with_own_evaluation(config: TrainConfig, base: TrainConfig) -> TrainConfig:
-    """`config`, but for the evaluation set of the recipe `base` where the training data is no longer the recipe's.
+    """`config`, but for the evaluation sets of the recipe `base` where the training data is no longer the recipe's.
 
-    A part of the training data is held out in its place, unless `held_out` says otherwise.
+    Where no other is left, a part of the training data is held out in their place, unless `held_out` says otherwise.
     """
+    sets, of_recipe = config.eval.sets or {}, base.eval.sets or {}
+    left = {name: each for name, each in sets.items() if not _same_data(each, of_recipe.get(name))}
     same_data = (config.data.train, config.data.mixture) == (base.data.train, base.data.mixture)
-    if same_data or base.eval.data is None or config.eval.data != base.eval.data:
+    if same_data or left == sets:
         return config
-    evaluation = replace(config.eval, data=None, first=0, samples=None)
-    held_out = HELD_OUT if config.held_out is None else config.held_out
-    return replace(config, eval=evaluation, held_out=held_out)
+    held_out = HELD_OUT if config.held_out is None and not left else config.held_out
+    return replace(config, eval=replace(config.eval, sets=left or None), held_out=held_out)
+
+
+def _same_data(one: EvalSetConfig | None, other: EvalSetConfig | None) -> bool:
+    return one is not None and other is not None and one.data == other.data
 
 
 def _spelling(name: str) -> str:
@@ -93,7 +99,9 @@ def tiny() -> TrainConfig:
         optim=OptimConfig(lr=5e-4, grad_clip_norm=1.0),
         schedule=ScheduleConfig(steps=180, warmup_steps=10),
         log=LogConfig(every_steps=10),
-        eval=EvalConfig(data=replace(drawn, num_samples=samples + held_out), first=samples),
+        eval=EvalConfig(
+            sets={"shapes": EvalSetConfig(data=replace(drawn, num_samples=samples + held_out), first=samples)}
+        ),
     )
 
 
@@ -127,7 +135,9 @@ def emoji() -> TrainConfig:
         optim=OptimConfig(lr=5e-4, text=TowerConfig(lr=1e-3), weight_decay=0.1, grad_clip_norm=1.0),
         schedule=ScheduleConfig(steps=1600, warmup_steps=80),
         log=LogConfig(every_steps=50),
-        eval=EvalConfig(data=DataConfig(train="data/emoji/openmoji-*.tar"), batch_size=128),
+        eval=EvalConfig(
+            sets={"openmoji": EvalSetConfig(data=DataConfig(train="data/emoji/openmoji-*.tar"))}, batch_size=128
+        ),
     )
 
 
@@ -246,6 +256,23 @@ def _cut(config: TrainConfig) -> TrainConfig:
     return replace(config, parallel=ParallelConfig(mode="shard"))
 
 
+def _in_parts(batch_size: int) -> DataConfig:
+    """Shards whose samples are mixed over eight batches, and of which a machine reads its part only.
+
+    In 64 parts, as most batches can be divided by it: a batch of 131,072 is drawn from 165 shards, by
+    `python -m benchmarks data`. On two machines and more the local copies have room for the next window.
+    """
+    parts = math.gcd(batch_size, 64)
+    return DataConfig(
+        train="",
+        kind="webdataset",
+        workers=8,
+        canonical_nodes=parts,
+        shuffle_window=8 * batch_size // parts,
+        remote=RemoteConfig(cache_gb=80),
+    )
+
+
 _TEXT = TowerConfig(lr=4e-5, layer_decay=0.75)
 
 
@@ -263,7 +290,7 @@ def _published(
         seed=4096,
         batch_size=batch_size,
         precision="amp_fp16",
-        data=DataConfig(train="", kind="webdataset", workers=8),
+        data=_in_parts(batch_size),
         model=ModelConfig(name=model, patch_dropout=patch_dropout, savings=Savings(recompute="block")),
         optim=OptimConfig(name="lamb", lr=5e-4, visual=visual, text=text, grad_clip_norm=5.0),
         schedule=ScheduleConfig(steps=steps, epoch_samples=40_000_000, warmup_steps=2000),

@@ -1,7 +1,9 @@
 """The folder of a run: what lies where, and who may write into it."""
 
 import shutil
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from evaclip.run_files import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     EVENTS_FILE,
+    LOCK_FILE,
     LOG_FILE,
     TENSORBOARD_FOLDER,
     TRACKIO_FILE,
@@ -22,10 +25,13 @@ from evaclip.run_files import (
 from evaclip.train import checkpoint
 from evaclip.train.checkpoint import DamagedCheckpoint, Start
 from evaclip.train.config import TrainConfig
+from evaclip.train.distributed import World
 from evaclip.train.overrides import dump_yaml
-from evaclip.train.run_lock import RunLock
+from evaclip.train.run_lock import RunLock, read_lock
 
 _WEIGHTS = "weights:"
+ATTRIBUTES = 70.0
+"""Seconds after which NFS has looked again at a folder, which by default it does every 60 at the latest."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,33 @@ class RunFolder:
         """
         with self.writing():
             return RunLock.acquire(self.path, steal=steal, say=_at_once)
+
+    def require_shared(self, world: World, lock: RunLock | None) -> None:
+        """Looks whether all processes see the lock that the main one holds; every process must call it.
+
+        Raises:
+            UserError: some don't, in every process: the folder is another one there.
+        """
+        wanted, where = world.from_main((lock and lock.id, str(self.path.absolute())))
+        end = time.monotonic() + ATTRIBUTES
+        while not (sees := self._sees(wanted)) and time.monotonic() < end:
+            time.sleep(0.5)
+        found = world.gather_everywhere((socket.gethostname(), sees))
+        if blind := sorted({host for host, sees in found if not sees}):
+            raise UserError(
+                f"the run folder {where!r} that the first process has made on {found[0][0]} isn't "
+                f"there for {sum(not sees for _, sees in found)} of {world.size} processes, on {', '.join(blind)}: a "
+                "run needs a folder that all its nodes share; --set output=FOLDER names one"
+            )
+
+    def _sees(self, lock: str) -> bool:
+        try:
+            # Listing makes NFS ask the server again for what it has found missing.
+            next(self.path.iterdir(), None)
+            found = read_lock(self.path / LOCK_FILE)
+        except OSError:
+            return False
+        return found is not None and found[0].id == lock
 
     @contextmanager
     def writing(self) -> Iterator[None]:

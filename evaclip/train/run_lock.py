@@ -95,6 +95,11 @@ class RunLock:
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._keep_alive, name="run lock", daemon=True)
 
+    @property
+    def id(self) -> str:
+        """What no other lock has."""
+        return self._holder.id
+
     @classmethod
     def acquire(cls, folder: Path, *, steal: bool = False, say: Callable[[str], None]) -> Self:
         """Takes the lock; waits up to `STALE` seconds to see whether a holder on another machine is alive.

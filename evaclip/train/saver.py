@@ -11,8 +11,9 @@ from torch import Tensor
 
 from evaclip.errors import UserError
 from evaclip.train import checkpoint
-from evaclip.train.checkpoint import Content, NotWritten
+from evaclip.train.checkpoint import Content, Lost, NotWritten
 from evaclip.train.config import CheckpointConfig
+from evaclip.train.distributed import World
 
 
 class Saver:
@@ -24,7 +25,7 @@ class Saver:
     Args:
         root: the folder of all checkpoints.
         config: how many stay, and whether they are written in the background.
-        group: the processes that write together; None for one that has everything.
+        world: the processes that write together; None for one that has everything.
         say: takes a line on what could not be written.
         guard: as for `checkpoint.save`.
     """
@@ -33,13 +34,14 @@ class Saver:
         self,
         root: Path,
         config: CheckpointConfig,
-        group: Any,
+        world: World | None,
         say: Callable[[str], None],
         guard: Callable[[], None],
     ) -> None:
         self._root = root
         self._config = config
-        self._group = group
+        self._world = world
+        self._group: Any = None if world is None else world.new_saving_group()
         self._say = say
         self._guard = guard
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -47,8 +49,9 @@ class Saver:
         self._failure: NotWritten | None = None
 
     def start(self, step: int, content: Content) -> None:
-        """Begins to write the checkpoint of a step, after the one before is done."""
+        """Begins to write the checkpoint of a step, after the one before is done; all of `world` must call it."""
         self.finish()
+        self._find_each_other()
         background = self._config.background
         self._pending = self._thread.submit(self._write, step, _copied(content) if background else content)
         if not background:
@@ -78,6 +81,12 @@ class Saver:
         self._thread.shutdown()
         if self._failure is not None:
             raise UserError(f"the last checkpoint could not be written: {self._failure}")
+
+    def _find_each_other(self) -> None:
+        """Makes the group anew if a process waited too long in it, as nothing gets through it any more."""
+        if self._world and self._world.any(isinstance(self._failure, Lost))[0]:
+            torch.distributed.destroy_process_group(self._group)
+            self._group = self._world.new_saving_group()
 
     def _write(self, step: int, content: Content) -> None:
         checkpoint.save(self._root, step, content, self._group, self._guard)

@@ -6,9 +6,11 @@ What torch has for it is imported where it is used: that takes a second, and mos
 
 import sys
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -114,7 +116,7 @@ class WholeRandomNumbers(TorchDispatchMode):
 
 
 def _mesh(config: ParallelConfig, world: World) -> "DeviceMesh":
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     if config.mode == "shard":
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
@@ -122,4 +124,9 @@ def _mesh(config: ParallelConfig, world: World) -> "DeviceMesh":
     assert size is not None
     if world.size % size:
         raise UserError(f"parallel.shard_size={size} is no divisor of the {world.size} processes")
-    return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
+    copies = [list(range(first, first + size)) for first in range(0, world.size, size)]
+    same_rows = [list(ranks) for ranks in zip(*copies, strict=True)]
+    limit = timedelta(minutes=config.timeout_minutes)
+    # A mesh that made its groups itself would give them torch's own limit.
+    groups = [dist.new_subgroups_by_enumeration(ranks, limit)[0] for ranks in (same_rows, copies)]
+    return DeviceMesh.from_group(groups, world.device.type, copies, mesh_dim_names=("replicate", "shard"))

@@ -13,11 +13,14 @@ class Record:
         step: optimizer steps so far.
         samples: samples so far, over all processes.
         epoch: `samples` in passes over the data.
-        lr: the optimizer's own rate at this step.
+        accuracy: share of the batch's images whose own text is the most similar one of the whole batch.
+        lr: the rate of this step of what belongs to no tower, such as logit_scale.
+        lr_visual, lr_text: the largest of each tower's, that of its output; 0 for a tower that isn't trained.
         logit_scale: the factor on the similarities, exponentiated.
         grad_norm, grad_norm_visual, grad_norm_text: L2 norms of all gradients and of each tower's, before clipping.
         update_norm_visual, update_norm_text: L2 norm of what each tower's weights changed by in this step.
         update_ratio_visual, update_ratio_text: the same over the norm of the tower's weights.
+        loss_scale: what the loss of the next step is multiplied by; 1 but under amp_fp16.
         skipped: steps so far whose update was left out because something was not finite.
         bad_samples: samples so far that could not be used and were replaced, in the main process's part.
         samples_per_second: over all processes, since the last record.
@@ -35,7 +38,10 @@ class Record:
     samples: int
     epoch: float
     loss: float
+    accuracy: float
     lr: float
+    lr_visual: float
+    lr_text: float
     logit_scale: float
     grad_norm: float
     grad_norm_visual: float
@@ -44,6 +50,7 @@ class Record:
     update_norm_text: float
     update_ratio_visual: float
     update_ratio_text: float
+    loss_scale: float
     skipped: int
     bad_samples: int
     samples_per_second: float
@@ -68,3 +75,8 @@ class Sink(Protocol):
     def close(self, error: BaseException | None = None) -> None:
         """`error` is what ended the run, if anything did."""
         ...
+
+
+def is_share(metric: str) -> bool:
+    """Whether this metric of an evaluation lies in [0, 1]."""
+    return metric.rpartition("/")[2] not in ("loss", "seconds")

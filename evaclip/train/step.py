@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from evaclip.model.clip import CLIP
 from evaclip.train import rng
 from evaclip.train.config import Precision
 from evaclip.train.distributed import World
+from evaclip.train.loss import ContrastiveLoss
 from evaclip.train.loss_scale import LossScale
 from evaclip.train.sharding import synchronize_gradients
 from evaclip.train.token_sampling import token_index
@@ -32,12 +33,14 @@ class StepOptions:
         accumulation: chunks that each process passes through the model one after the other.
         grad_clip_norm: bound on the L2 norm of all gradients, or None.
         seed: of the token dropout.
+        first_row: of the batch of all processes that this one has.
     """
 
     precision: Precision = "fp32"
     accumulation: int = 1
     grad_clip_norm: float | None = None
     seed: int = 0
+    first_row: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class StepResult:
         found_inf: 1 if the loss or a gradient was not finite and the update was left out, else 0.
         updates: for each tower `[2]`, the L2 norm of what its weights changed by, and that over the norm of the weights
             themselves; None where it was not asked for.
+        accuracy: share of the images whose own text is, of all texts of the batch, the most similar one; None where it
+            was not asked for.
     """
 
     loss: Tensor
@@ -58,6 +63,7 @@ class StepResult:
     tower_norms: dict[str, Tensor]
     found_inf: Tensor
     updates: dict[str, Tensor] | None = None
+    accuracy: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class TrainStep:
     def __init__(
         self,
         model: CLIP,
-        loss: nn.Module,
+        loss: ContrastiveLoss,
         optimizer: torch.optim.Optimizer,
         options: StepOptions,
         world: World,
@@ -111,12 +117,12 @@ class TrainStep:
                 than the device: it gets each chunk when it is that one's turn.
             tokens: [b, context_length] int64.
             step: number of the step from 0; decides which tokens are kept.
-            measure: also tell how far the weights moved. The step stays the same, to the bit.
+            measure: also tell the accuracy and how far the weights moved. The step stays the same, to the bit.
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         chunks = list(self._chunks(images, tokens, step))
-        loss = self._backward(chunks) if len(chunks) == 1 else self._backward_in_chunks(chunks)
+        loss, *features = self._backward(chunks) if len(chunks) == 1 else self._backward_in_chunks(chunks)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         # Those of shards are averaged already.
         self.world.average_gradients([gradient for gradient in gradients if not is_cut(gradient)])
@@ -127,7 +133,8 @@ class TrainStep:
         # A tower that isn't trained has no gradients.
         norms = {name: tower_norms.get(name, torch.zeros_like(grad_norm)) for name in TOWERS}
         updates = {name: self._tower_update(name, moved) for name in TOWERS} if measure else None
-        return StepResult(loss, grad_norm, norms, found_inf, updates)
+        accuracy = self.world.mean_(self.loss.accuracy(*features)) if measure else None
+        return StepResult(loss, grad_norm, norms, found_inf, updates, accuracy)
 
     def state_dict(self) -> dict[str, Any]:
         """All but the weights and the optimizer's moments."""
@@ -145,16 +152,15 @@ class TrainStep:
     def _chunks(self, images: Tensor, tokens: Tensor, step: int) -> Iterator[_Chunk]:
         count = len(images)
         kept = self._kept_tokens(count, step)
-        size = count // self.options.accumulation
-        for start in range(0, count, size):
-            rows = slice(start, start + size)
+        bounds = [number * count // self.options.accumulation for number in range(self.options.accumulation + 1)]
+        for rows in map(slice, bounds, bounds[1:]):
             yield _Chunk(rows, images[rows], tokens[rows], None if kept is None else kept[rows])
 
     def _kept_tokens(self, count: int, step: int) -> Tensor | None:
         visual = self.model.visual
         if not visual.patch_dropout:
             return None
-        start = self.world.rank * count
+        start = self.options.first_row
         return token_index(
             (self.options.seed, step),
             range(start, start + count),
@@ -163,12 +169,14 @@ class TrainStep:
             self.world.device,
         )
 
-    def _backward(self, chunks: list[_Chunk]) -> Tensor:
-        loss = self._loss(*self._features(chunks[0]))
+    def _backward(self, chunks: list[_Chunk]) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, and the features that it is of."""
+        image_features, text_features = self._features(chunks[0])
+        loss = self._loss(image_features, text_features)
         (loss * self.loss_scale.scale).backward()
-        return loss
+        return loss, image_features.detach(), text_features.detach()
 
-    def _backward_in_chunks(self, chunks: list[_Chunk]) -> Tensor:
+    def _backward_in_chunks(self, chunks: list[_Chunk]) -> tuple[Tensor, Tensor, Tensor]:
         states, features = [], []
         for chunk in chunks:
             states.append(rng.capture(self.world.device))
@@ -186,7 +194,7 @@ class TrainStep:
             trained = [(features, gradient) for features, gradient in pairs if features.requires_grad]
             if trained:
                 torch.autograd.backward([features for features, _ in trained], [gradient for _, gradient in trained])
-        return loss
+        return loss, image_features.detach(), text_features.detach()
 
     def _features(self, chunk: _Chunk) -> tuple[Tensor, Tensor]:
         device = self.world.device

@@ -101,10 +101,10 @@ class Wandb:
         self._run.define_metric("*", step_metric="train/samples")
 
     def record(self, record: Record) -> None:
-        self._run.log(_scalars(record))
+        self._run.log(_scalars("train", asdict(record)))
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log({f"eval/{key}": value for key, value in metrics.items()})
+        self._run.log(_scalars("eval", metrics))
 
     def say(self, message: str) -> None:
         pass
@@ -131,10 +131,10 @@ class Trackio:
         known.touch()
 
     def record(self, record: Record) -> None:
-        self._run.log(_scalars(record), step=record.step)
+        self._run.log(_scalars("train", asdict(record)), step=record.step)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log({f"eval/{key}": value for key, value in metrics.items()}, step=step)
+        self._run.log(_scalars("eval", metrics), step=step)
 
     def say(self, message: str) -> None:
         pass
@@ -143,6 +143,6 @@ class Trackio:
         self._run.finish()
 
 
-def _scalars(record: Record) -> dict[str, float]:
-    """The record by the names that TensorBoard has for it, without what is no number."""
-    return {f"train/{key}": value for key, value in asdict(record).items() if math.isfinite(value)}
+def _scalars(kind: str, values: Mapping[str, float]) -> dict[str, float]:
+    """By the names that TensorBoard has for them, without what is no number."""
+    return {f"{kind}/{key}": value for key, value in values.items() if math.isfinite(value)}

@@ -10,18 +10,16 @@ from pathlib import Path
 import torch
 
 from evaclip.data import Batch
-from evaclip.errors import Refused
-from evaclip.eval.features import NothingReadable
 from evaclip.run_files import STOPPED
 from evaclip.train import checkpoint, host, snapshot, trackers
 from evaclip.train.build import Parts, build
 from evaclip.train.communication import CommunicationSampler
 from evaclip.train.config import TrainConfig, to_tree
-from evaclip.train.distributed import World, connect
+from evaclip.train.distributed import World, connect, naming_timeouts
 from evaclip.train.evaluation import Metrics
 from evaclip.train.host import peak_memory, slow_precision
 from evaclip.train.meter import Meter
-from evaclip.train.optimizer import set_lr_factor
+from evaclip.train.optimizer import set_lr_factor, tower_rate
 from evaclip.train.progress import Report, open_report
 from evaclip.train.run_folder import RunFolder, locate, permit
 from evaclip.train.run_lock import RunLock, RunTaken
@@ -32,6 +30,7 @@ from evaclip.train.signals import StopSignals, unwinding_on_sigterm
 from evaclip.train.sinks import Record
 from evaclip.train.snapshot import Position
 from evaclip.train.spikes import SpikeDetector
+from evaclip.train.spread import Stopped
 from evaclip.train.step import StepResult
 from evaclip.train.throughput import tokens_computed
 from evaclip.train.watchdog import Watchdog
@@ -71,9 +70,9 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
         RunTaken: another process has taken the run over.
         TrainingDiverged: see `NonfiniteConfig`.
     """
-    world = connect(config.device, offload=config.parallel.offload != "none")
+    world = connect(config.device, config.parallel)
     host.prepare(world.device, config.data.workers)
-    with closing(world), ExitStack() as stack:
+    with closing(world), naming_timeouts(config.parallel), ExitStack() as stack:
         messages = list(filter(None, [slow_precision(world.device, config.precision)]))
         trackers.require(config.log)
         folder, lock, start = RunFolder.of(config), None, None
@@ -83,6 +82,7 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
             if lock.taken_from is not None:
                 messages.append(f"took the run over from {lock.taken_from}")
             start = locate(config, resume, overwrite, messages.append)
+        folder.require_shared(world, lock)
         start = world.from_main(start)
         parts = build(config, world)
         messages += parts.remarks
@@ -122,14 +122,13 @@ class Trainer:
         self.meter = Meter(position.seconds)
         self._communication = CommunicationSampler(self.world, self.config.log.communication_every)
         self.metrics: Metrics = {}
-        self._evaluated_at: int | None = None
         self._saved_at: int | None = None
-        group = self.world.saving if is_sharded(parts.model) else None
+        writers = self.world if is_sharded(parts.model) else None
         spikes = self.config.spikes
         self._spikes = SpikeDetector(spikes.deviations, spikes.patience, spikes.window)
         self._watchdog = Watchdog(self.world.rank, self.config.watchdog.seconds, self.config.watchdog.abort)
         self._lock = lock
-        self._saver = Saver(folder.checkpoints, self.config.checkpoint, group, report.say, self._check_lock)
+        self._saver = Saver(folder.checkpoints, self.config.checkpoint, writers, report.say, self._check_lock)
         self._saved_time = time.monotonic()
 
     def run(self) -> Outcome:
@@ -142,11 +141,10 @@ class Trainer:
             self._saver.finish()
             # Torchrun ends those that still write, once one has ended.
             self.world.any(False)
+            stopped = stopped or self._evaluate(signals)
         if stopped:
             self.report.say(f"{STOPPED}; --resume auto goes on from step {self.position.step}")
             return Outcome(self.folder.path, self.position.step, self.metrics, signals.exit_code)
-        if self._evaluated_at != self.position.step:
-            self._evaluate()
         return Outcome(self.folder.path, self.position.step, self.metrics)
 
     def _part(self, signals: StopSignals) -> bool:
@@ -174,14 +172,14 @@ class Trainer:
                 raise RunTaken("the run was taken over by another process")
             if result.updates is not None:
                 self._log(result)
-            evaluation = self.config.eval
-            if self._is_due(evaluation.every_steps) or self._epochs_ended(before, evaluation.every_epochs):
-                self._evaluate()
-            if stop:
-                return True
-            saving = self.config.checkpoint
+            if stop or self.position.step == self.parts.total_steps:
+                return stop
+            saving, evaluation = self.config.checkpoint, self.config.eval
             if time_is_up or self._is_due(saving.every_steps) or self._epochs_ended(before, saving.every_epochs):
                 self._save()
+            is_due = self._is_due(evaluation.every_steps) or self._epochs_ended(before, evaluation.every_epochs)
+            if is_due and self._evaluate(signals):
+                return True
         return False
 
     def _check_lock(self) -> None:
@@ -210,9 +208,12 @@ class Trainer:
 
     def _log(self, result: StepResult) -> None:
         assert result.updates is not None
+        assert result.accuracy is not None
         step = self.parts.step
         measured = (
             result.loss,
+            result.accuracy,
+            step.loss_scale.scale,
             result.grad_norm,
             *result.tower_norms.values(),
             *torch.cat(list(result.updates.values())),
@@ -222,7 +223,7 @@ class Trainer:
         )
         # One copy to the host, which waits for the device.
         values = torch.stack([value.detach().double() for value in measured]).tolist()
-        loss, grad_norm, visual_norm, text_norm, *updates, skipped, in_a_row, log_scale = values
+        loss, accuracy, loss_scale, grad_norm, visual_norm, text_norm, *updates, skipped, in_a_row, log_scale = values
         interval = self.meter.read()
         tokens, *communication = self.world.sum(interval.tokens, *self._communication.take())
         flops = interval.samples * self.parts.resolution.flops_per_sample(self.position.step - 1) / interval.seconds
@@ -232,7 +233,10 @@ class Trainer:
                 samples=self.position.samples,
                 epoch=self.position.samples / self.parts.epoch_samples,
                 loss=loss,
+                accuracy=accuracy,
                 lr=self.config.optim.lr * self._lr_factor(self.position.step - 1),
+                lr_visual=tower_rate(step.optimizer, "visual"),
+                lr_text=tower_rate(step.optimizer, "text"),
                 logit_scale=math.exp(log_scale),
                 grad_norm=grad_norm,
                 grad_norm_visual=visual_norm,
@@ -241,6 +245,7 @@ class Trainer:
                 update_norm_text=updates[2],
                 update_ratio_visual=updates[1],
                 update_ratio_text=updates[3],
+                loss_scale=loss_scale,
                 skipped=int(skipped),
                 bad_samples=self.position.bad_samples,
                 samples_per_second=interval.samples / interval.seconds,
@@ -282,23 +287,25 @@ class Trainer:
         self._saved_at = None
         self.report.say(f"{problem}: went back to {good.name}, leaving out the data in between")
 
-    def _evaluate(self) -> None:
-        self._evaluated_at = self.position.step
+    def _evaluate(self, signals: StopSignals) -> bool:
+        """True if a signal stopped it. What can't be measured costs a line, and the training goes on."""
         evaluation, ema = self.parts.evaluation, self.parts.ema
-        if evaluation is not None:
-            refused: Exception | None = None
-            whole = self.parts.resolution.whole()
+        if evaluation is None:
+            return False
+        begun = time.monotonic()
+        whole = self.parts.resolution.whole()
+        try:
             with self._watchdog.phase("evaluation"), whole, ema.applied() if ema else nullcontext():
-                try:
-                    self.metrics = evaluation(self.parts.model)
-                except (Refused, NothingReadable) as exc:
-                    self.metrics, refused = {}, exc
+                self.metrics, problems = evaluation(self.parts.model, lambda: signals.received is not None)
+        except Stopped:
+            return True
+        finally:
             forget_gathered(self.parts.model)
-            if refused is None:
-                self.report.evaluation(self.position.step, self.metrics)
-            else:  # The training is none the worse for it.
-                self.report.say(f"not evaluated: {refused}")
-        self.meter.restart()
+            self.meter.restart()
+        for problem in problems:
+            self.report.say(problem)
+        self.report.evaluation(self.position.step, {**self.metrics, "seconds": time.monotonic() - begun})
+        return False
 
     def _save(self) -> None:
         self.position.seconds = self.meter.seconds

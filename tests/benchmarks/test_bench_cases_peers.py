@@ -25,6 +25,7 @@ from benchmarks.accuracy import as_double, relative_error
 from benchmarks.cases import rope_attention
 from benchmarks.operation import Outputs, get_operation, peers_of
 from benchmarks.shapes import parse_shape
+from evakernels.compat import flash_attn, xformers
 
 pytestmark = pytest.mark.usefixtures("few_parameters")
 
@@ -85,7 +86,7 @@ def test_open_clip_runs_under_autocast(name: str) -> None:
     assert seen == [True, False]
 
 
-# --- stand-ins with the signatures and the meaning that the packages document ----------------------------------------
+# --- stand-ins with the signatures and the meaning that the packages document, for what evakernels.compat has not ----
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -93,20 +94,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
 
 
-def _flash_2(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False
-) -> Tensor:
-    return _attention(q, k, v, causal)
-
-
 def _flash_4(
     q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None = None, *, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
     return _attention(q, k, v, causal), q.detach().sum(-1)
-
-
-class _LowerTriangularMask:
-    pass
 
 
 def _varlen_2_11(
@@ -138,33 +129,8 @@ def _varlen(
     return _varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size == (-1, 0))
 
 
-def _flash_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool = False,
-) -> Tensor:
-    assert cu_seqlens_q.dtype == torch.int32
-    return _varlen_2_11(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
-
-
-class _BlockDiagonalCausalMask:
-    def __init__(self, lengths: list[int]) -> None:
-        self.offsets = F.pad(torch.tensor(lengths).cumsum(0), (1, 0))
-
-    @classmethod
-    def from_seqlens(cls, q_seqlen: list[int]) -> "_BlockDiagonalCausalMask":
-        return cls(q_seqlen)
-
-
-def _memory_efficient(query: Tensor, key: Tensor, value: Tensor, attn_bias: Any = None) -> Tensor:
-    if isinstance(attn_bias, _BlockDiagonalCausalMask):
-        return each_caption_alone(query[0], key[0], value[0], attn_bias.offsets)[None]
-    return _attention(query, key, value, isinstance(attn_bias, _LowerTriangularMask))
+class BlockDiagonalCausalMask(xformers.BlockDiagonalMask):
+    """Masks are known by their names."""
 
 
 class _LigerSiLUMul(torch.autograd.Function):
@@ -279,10 +245,10 @@ def _multi_tensor_applier(op: Any, overflow: Tensor, lists: list[list[Tensor]], 
 
 
 STAND_INS: dict[str, dict[str, Any]] = {
-    "flash_attn": {"flash_attn_func": _flash_2, "flash_attn_varlen_func": _flash_varlen},
+    "flash_attn": {name: getattr(flash_attn, name) for name in flash_attn.__all__},
     "flash_attn.cute": {"flash_attn_func": _flash_4},
-    "xformers.ops": {"memory_efficient_attention": _memory_efficient, "LowerTriangularMask": _LowerTriangularMask},
-    "xformers.ops.fmha.attn_bias": {"BlockDiagonalCausalMask": _BlockDiagonalCausalMask},
+    "xformers.ops": {name: getattr(xformers, name) for name in xformers.__all__},
+    "xformers.ops.fmha.attn_bias": {"BlockDiagonalCausalMask": BlockDiagonalCausalMask},
     "liger_kernel.ops.swiglu": {"LigerSiLUMulFunction": _LigerSiLUMul},
     "quack.linear": {"linear_gated_func": _linear_gated},
     "inf_cl": {"cal_flash_loss": _flash_loss},

@@ -8,10 +8,12 @@ import pytest
 
 from benchmarks import cli
 from benchmarks import machine as machines
+from benchmarks.data import machines as on_machines
 from benchmarks.data import rate, shuffle
-from benchmarks.data.shuffle import ShufflePlan
+from benchmarks.data.plans import MachinesPlan, ShufflePlan
 
 SMALL = ShufflePlan(shards=20, per_shard=50, batch=100, windows=(0, 100), buffers=(100,), nodes=2)
+FEW = MachinesPlan(scale=100, shards=128, per_shard=100, batch=1280, machines=4, gpus=2, workers=2)
 
 
 def test_both_are_measured_shown_and_kept(
@@ -20,6 +22,7 @@ def test_both_are_measured_shown_and_kept(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(machines, "ceilings", lambda device, dtypes: (10.0, {}))
     monkeypatch.setattr(shuffle, "measure", lambda plan, look=shuffle.measure: look(SMALL))
+    monkeypatch.setattr(on_machines, "measure", lambda plan, look=on_machines.measure: look(FEW))
     files = ["--json", str(tmp_path / "data.json"), "--plot", str(tmp_path / "data.png")]
     sizes = ["--shards", "2", "--per-shard", "10", "--image-bytes", "100", "--window", "10", "--passes", "1"]
     assert cli.main(["data", *sizes, *files]) == 0
@@ -37,6 +40,7 @@ def test_both_are_measured_shown_and_kept(
         "2 canonical nodes, window of 50 each",
         "webdataset, buffer of 100",
     ]
+    assert all(found["order"].split(":")[0] in text for found in result["spreads"])
     assert (tmp_path / "data.png").stat().st_size > 10_000
 
 
@@ -56,6 +60,21 @@ def test_a_full_permutation_is_the_measure_and_windows_mix_less() -> None:
     assert window.same_shard == pytest.approx(999 / 99, rel=0.01)
     assert window.distance(99) < 0.1
     assert (window.held, nodes.held) == (100, 100)
+
+
+def test_parts_of_their_own_spread_a_batch_and_spare_machines_shards() -> None:
+    full, window, recipe, open_clip = on_machines.measure(FEW)
+    # 1280 samples of 128 shards at random; of a window of 1,000, ten shards, the next one is begun.
+    assert (full.shards_of_batch, full.shards_of_machine) == (pytest.approx(128, abs=1), 1)
+    assert 12 < window.shards_of_batch < 24
+    assert window.largest_share == pytest.approx(0.078, abs=0.02)
+    assert window.shards_of_machine == pytest.approx(1, abs=0.02)
+    # Each of the 64 parts is of two shards, which both lie in its windows of 163 and 37.
+    assert 64 * 1.5 < recipe.shards_of_batch <= 128
+    assert recipe.shards_of_machine == pytest.approx(1 / 4, abs=0.03)
+    # Batches of 160 samples from eight GPUs, whose buffers hold 50.
+    assert 8 < open_clip.shards_of_batch < 32
+    assert open_clip.shards_of_machine <= 1 / 4
 
 
 def test_an_order_that_loses_a_sample_is_noticed() -> None:

@@ -1,6 +1,5 @@
 """The pages in a real browser: plots that are drawn, tables that sort, nothing that sticks out on a phone."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,22 +13,8 @@ from benchmarks.results import Results
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.exhaustive,
-    pytest.mark.skipif(
-        CHROMIUM is None, reason="no browser: chromium, chromium-browser or google-chrome isn't in PATH"
-    ),
-]
+pytestmark = pytest.mark.exhaustive
 PAGES = ("index.html", "rope_attention.html")
-QUIET = [
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-sync",
-    "--no-first-run",
-]
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +23,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     everything = results()
     rows = [row for row in everything.rows if row.op == "rope_attention" and row.dtype == "float32"]
     return write_report(Results(everything.machine, rows), tmp_path_factory.mktemp("browser")).parent
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator["Browser"]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET, timeout=60_000)
-        yield found
-        found.close()
 
 
 @pytest.fixture

@@ -40,6 +40,9 @@ def log_record(step: int, loss: float | None) -> dict[str, Any]:
         "epoch": step / 4,
         "loss": loss,
         "lr": 1e-3 / step,
+        "lr_visual": 2e-3 / step,
+        "accuracy": 0.01 * step,
+        "loss_scale": 65536.0 if step < 9 else 32768.0,
         "grad_norm": 2.0,
         "grad_norm_visual": 1.5,
         "grad_norm_text": 0.5,
@@ -141,7 +144,7 @@ def test_the_charts_follow_the_theme(run: Path) -> None:
     save_evaluations(run)
     text = render_page(read_run(run))
     charts = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(charts) == 2 + 7
+    assert len(charts) == 2 + 9
     assert all("var(--chance)" in chart for chart in charts[:2])
     for chart in charts:
         assert "var(--accent)" in chart
@@ -153,8 +156,10 @@ def test_the_charts_follow_the_theme(run: Path) -> None:
 def test_every_number_that_was_logged_has_a_chart(run: Path) -> None:
     figures = re.findall(r"<figcaption>(.*?)</figcaption>", render_page(read_run(run)))
     assert figures == [
+        "In-batch accuracy, image to text",
         "Learning rate",
         "Gradient norm",
+        "Loss scale",
         "Image-text pairs a second",
         "Model FLOP/s over the peak (MFU)",
         "Time in communication",
@@ -163,6 +168,7 @@ def test_every_number_that_was_logged_has_a_chart(run: Path) -> None:
     ]
     charts = {panel.title: panel.series for panel in panels(read_run(run).log)}
     assert [series.label for series in charts["Gradient norm"]] == ["all", "image tower", "text tower"]
+    assert [series.label for series in charts["Learning rate"] if series.y] == ["image tower", "the rest"]
     assert charts["Time in communication"][0].x == [step * 256 for step in (1, 11, 21, 31)]
     assert charts["Evaluation: top1"][0] == Series("", [40 * 256], [0.4])
 
@@ -236,15 +242,19 @@ def test_a_run_of_the_trainer_has_a_report(tmp_path: Path) -> None:
             "model": {"name": "tiny", "options": options},
             "schedule": {"steps": 4},
             "log": {"every_steps": 1, "tensorboard": False, "progress": "none"},
-            "eval": {"data": {"num_samples": 32, "workers": 0}, "samples": 8, "every_steps": 2},
+            "eval": {"sets": {"val": {"data": {"num_samples": 32, "workers": 0}, "samples": 8}}, "every_steps": 2},
         }
     )
     train(config)
     text = render_page(read_run(tmp_path / "run"))
     figures = re.findall(r"<figcaption>(.*?)</figcaption>", text)
-    for expected in ("Tokens a second", "Update over weights, a step", "Memory, GiB", "Evaluation: zero_shot_top1"):
+    for expected in (
+        "Tokens a second", "Update over weights, a step", "Memory, GiB", "In-batch accuracy, image to text",
+        "Evaluation: val/zero_shot_top1", "Evaluation: val/loss", "Evaluation: seconds",
+    ):  # fmt: skip
         assert expected in figures
     assert "Time in communication" not in figures
+    assert "Loss scale" not in figures
     words = Page(text).words
     assert "start of 1 process" in words
     assert "ended: done" in words

@@ -82,7 +82,7 @@ def age(folder: Path, seconds: float) -> None:
 def test_the_newest_record_is_always_seen(tmp_path: Path, width: int) -> None:
     write_run(tmp_path / "run", [0.0] * 500 + [9.0])
     lines = shown(tmp_path / "run", width)
-    (loss,) = (line for line in lines if "loss" in line)
+    loss = next(line for line in lines if "loss" in line)
     assert "▁█" in loss
     assert max(map(len, lines)) <= width
     assert loss.count("▁") > (width - 40) // 2
@@ -91,12 +91,13 @@ def test_the_newest_record_is_always_seen(tmp_path: Path, width: int) -> None:
 def test_evaluations_are_seen_on_a_low_terminal(tmp_path: Path) -> None:
     write_run(tmp_path / "run", [4.0, 3.0])
     with (tmp_path / "run" / LOG_FILE).open("a") as file:
-        file.write(json.dumps({"step": 2, "eval": {"zero_shot_top1": 0.5, "samples": 24}}) + "\n")
+        file.write(json.dumps({"step": 2, "eval": {"zero_shot_top1": 0.5, "loss": None, "samples": 24}}) + "\n")
     add_events(tmp_path / "run", *({"message": f"message {number} " + 99 * "-"} for number in range(5)))
     lines = shown(tmp_path / "run", 80, 16)
     assert len(lines) == 15
     text = "\n".join(lines)
     assert "0.5 │ ▁█" in text
+    assert "loss, step 2" in text
     assert "samples, step" not in text
     assert [f"message {number}" in text for number in range(5)] == [False, False, True, True, True]
     assert "27 Nov 00:00:05  step 4  message 4" in text

@@ -246,8 +246,7 @@ def test_attention_of_float32_is_refused_by_the_kernels_for_gpus() -> None:
             call()
 
 
-@gpu_kernels
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [*ATTENTION_FLOAT32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("compact", [False, True])
 def test_rope_attention(dtype: torch.dtype, compact: bool) -> None:
     q, k, v = normal(2, 5, 3, 2, 16, dtype=dtype).unbind(2)
@@ -285,8 +284,7 @@ def test_packed_attention_with_a_rotation_and_shared_heads(dtype: torch.dtype, f
     same("rope_attention_backward", (q, q, k, v, *results), more, "packed_attention_backward", **options)
 
 
-@gpu_kernels
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [*ATTENTION_FLOAT32, torch.bfloat16, torch.float16], ids=str)
 def test_rope_attention_of_shared_heads_and_fewer_keys(dtype: torch.dtype) -> None:
     q, k, v = normal(2, 5, 4, 16, dtype=dtype), *normal(2, 3, 2, 2, 16, dtype=dtype, seed=1).unbind(2)
     more = (None, None, None, 0, True, True, 0.3)
@@ -315,9 +313,6 @@ def test_packed_attention_refuses_offsets_that_do_not_fit(offsets: list[int], me
 def test_what_has_kernels_for_gpus_only_refuses_a_cpu() -> None:
     with pytest.raises(ValueError, match="gradient_norm has kernels for GPUs only; the arrays are on a CPU"):
         _C.gradient_norm([torch.ones(3)], torch.empty(()))
-    q = normal(1, 9, 2, 16)
-    with pytest.raises(ValueError, match="rope_attention_forward has kernels for GPUs only"):
-        _C.rope_attention_forward(q, q, q, q.clone(), q.new_empty(1, 2, 9), scale=1.0)
 
 
 X, ROWS = torch.zeros(2, 4), torch.zeros(2)

@@ -164,6 +164,7 @@ def test_sizes_around_a_tile_are_as_accurate_as_torch(patches, num_prefix, optio
         pytest.param((70, 70), (4, 2), {"causal": True}, id="grouped-causal"),
         pytest.param((33, 101), (2, 1), {"causal": True}, id="101-keys-causal"),
         pytest.param((100, 37), (2, 2), {"causal": True}, id="37-keys-causal"),
+        pytest.param((110, 301), (2, 2), {"causal": True}, id="301-keys-causal"),
         pytest.param((1, 130), (4, 2), {}, id="one-query"),
     ],
 )

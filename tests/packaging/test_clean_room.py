@@ -46,7 +46,7 @@ def clip(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Room
 @pytest.fixture(scope="session")
 def trained(clip: Room) -> Room:
     """The room `clip`, with a run in `runs/tiny`."""
-    steps = ("schedule.steps=4", "schedule.warmup_steps=1", "batch_size=8", "eval.samples=32")
+    steps = ("schedule.steps=4", "schedule.warmup_steps=1", "batch_size=8", "eval.sets.shapes.samples=32")
     clip.output("evaclip", "train", "tiny", "--set", *steps)
     return clip
 

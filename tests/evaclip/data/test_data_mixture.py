@@ -63,7 +63,7 @@ def test_batches_do_not_depend_on_processes():
         ]  # fmt: skip
         return [image.sum().item() for _ in range(count) for loader in loaders for image in next(loader).images]
 
-    assert batches(8, 1, 6) == batches(4, 2, 6) == batches(2, 2, 12)
+    assert batches(8, 1, 6) == batches(8, 3, 6) == batches(4, 2, 12)
 
 
 def test_counts_add_up():

@@ -8,14 +8,15 @@ from data_samples import sample
 from shard_server import ShardServer
 
 from evaclip.commands.main import build_parser
-from evaclip.data import BadSample, FaultKind, open_source, tar_index
+from evaclip.data import BadSample, FaultKind, open_source
+from evaclip.data import shards as data_shards
 from evaclip.data.config import RemoteConfig
 from evaclip.data.shard_writer import write_shard
 from evaclip.errors import UserError
 
 
-def index(path: str, out) -> None:
-    args = build_parser().parse_args(["data", "index", path, "--out", str(out)])
+def index(path: str, out, *options: str) -> None:
+    args = build_parser().parse_args(["data", "index", path, "--out", str(out), *options])
     args.run(args)
 
 
@@ -35,7 +36,7 @@ def test_a_list_opens_the_data_without_a_look_at_it(
     shutil.rmtree(cache_folder.parent)
     server.requests.clear()
     with monkeypatch.context() as patched:
-        patched.setattr(tar_index, "_scan", lambda *_: pytest.fail("a shard is read"))
+        patched.setattr(data_shards, "build_index", lambda *_: pytest.fail("a shard is read"))
         listed = open_source(str(tmp_path / "list.json"))
     assert not server.requests
     assert (listed.fingerprint, listed.shard_sizes) == (source.fingerprint, source.shard_sizes)
@@ -65,7 +66,7 @@ def test_shards_that_changed_since_they_were_listed_are_faults(remote, shards, s
     index(server.url("{00..02}.tar") if remote else shards, tmp_path / "list.json")
     (tmp_path / "kept.tar").rename(tmp_path / "00.tar")
     (tmp_path / "02.tar").unlink()
-    shutil.rmtree(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     source = open_source(str(tmp_path / "list.json"), remote=RemoteConfig(attempts=1))
     for number, reason in ((3, "changed after it was indexed"), (60, "HTTP 404" if remote else "No such file")):
         with pytest.raises(BadSample, match=reason) as caught:
@@ -98,6 +99,28 @@ def test_what_is_no_list(text, message, tmp_path):
         open_source(str(tmp_path / "list.json"))
 
 
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_list_of_wids_opens_the_data_too(remote, shards, server, tmp_path):
+    shardlist = [{"url": f"{i:02d}.tar", "nsamples": n} for i, n in enumerate((20, 30, 14))]
+    shardlist[0] |= {"filesize": (tmp_path / "00.tar").stat().st_size, "md5sum": "0" * 32}
+    content = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shardlist}
+    (tmp_path / "wids.json").write_text(json.dumps(content))
+    listed = open_source(server.url("wids.json") if remote else str(tmp_path / "wids.json"))
+    source = open_source(shards)
+    assert listed.shard_sizes == source.shard_sizes
+    assert [listed[i] for i in (0, 20, 63)] == [source[i] for i in (0, 20, 63)]
+    shardlist[2]["nsamples"] = 15
+    (tmp_path / "wids.json").write_text(json.dumps(content))
+    with pytest.raises(BadSample, match="changed after it was indexed"):
+        open_source(str(tmp_path / "wids.json"))[63]
+
+
+@pytest.mark.parametrize("part", ["3", "2/2", "-1/2", "1/0", "a/b"])
+def test_what_is_no_part(part, shards, tmp_path):
+    with pytest.raises(UserError, match=f"--part must be I/N, with I from 0 to N - 1, got '{part}'"):
+        index(shards, tmp_path / "list.json", f"--part={part}")
+
+
 def test_mistakes(shards, server, tmp_path):
     with pytest.raises(UserError, match=r"--out must end in \.json, got '\S+list'"):
         index(shards, tmp_path / "list")
@@ -111,3 +134,37 @@ def test_a_list_knows_of_keys_that_come_again(tmp_path):
     opened = open_source(str(tmp_path / "a.tar")).faults
     assert [fault.key for fault in opened] == ["000001"]
     assert open_source(str(tmp_path / "list.json")).faults == opened
+
+
+def test_parts_are_indexed_apart_and_joined(shards, tmp_path, monkeypatch, capsys):
+    index(shards, tmp_path / "list.json", "--part", "0/2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    index(shards, tmp_path / "list.json")
+    index(str(tmp_path / "list-*.json"), tmp_path / "whole.json", "--part", "0/1")
+    source = open_source(shards)
+    assert f"whole.json: 3 shards, 64 samples, fingerprint {source.fingerprint}" in capsys.readouterr().out
+    joined = open_source(str(tmp_path / "whole.json"))
+    assert (joined.fingerprint, joined.shard_sizes) == (source.fingerprint, [20, 30, 14])
+    with pytest.raises(UserError, match="3 shards can't be divided into 4 parts"):
+        index(shards, tmp_path / "list.json", "--part", "0/4")
+    with pytest.raises(UserError, match=r"lists of shards are joined as a whole, so part 1/2 is none of \S+whole.json"):
+        index(str(tmp_path / "whole.json"), tmp_path / "list.json")
+
+
+def test_indexes_lie_beside_the_shards_and_are_not_made_again(shards, tmp_path, cache_folder, monkeypatch, caplog):
+    index(shards, tmp_path / "list.json")
+    assert sorted(path.name for path in tmp_path.glob("*.index")) == ["00.tar.index", "01.tar.index", "02.tar.index"]
+    assert not cache_folder.exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(data_shards, "build_index", lambda *_: pytest.fail("a shard is read"))
+        index(shards, tmp_path / "again.json")
+        assert open_source(shards)[63] == open_source(str(tmp_path / "again.json"))[63]
+    write_shard(tmp_path / "01.tar", map(sample, range(100, 120)))
+    index(shards, tmp_path / "again.json")
+    assert open_source(str(tmp_path / "again.json"))[20].caption == "caption 100"
+    (tmp_path / "02.tar.index").unlink()
+    (tmp_path / "02.tar.index").mkdir()
+    index(shards, tmp_path / "again.json")
+    assert "02.tar.index" in caplog.text
+    assert len(list(cache_folder.iterdir())) == 1

@@ -1,3 +1,4 @@
+import io
 import logging
 import os
 import tarfile
@@ -7,10 +8,11 @@ from data_samples import sample
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evaclip.data import shards, tar_index
+from evaclip.data import index_files, shards, tar_headers, tar_index
+from evaclip.data.index_files import IndexCache
 from evaclip.data.shard_writer import write_shard
 from evaclip.data.shards import LocalShard
-from evaclip.data.tar_index import IndexCache, build_index
+from evaclip.data.tar_index import build_index
 from evaclip.errors import UserError
 
 
@@ -29,7 +31,7 @@ def test_offsets_lead_to_the_contents(shard):
         members = index.members(number)
         assert list(members) == ["png", "txt", "json"]
         assert {name: data[m.offset : m.offset + m.size] for name, m in members.items()} == sample(number)[1]
-    assert index.damage == ""
+    assert index.facts.damage == ""
 
 
 def test_members_need_not_be_adjacent_and_folders_count(tmp_path):
@@ -60,7 +62,7 @@ def test_a_truncated_tar_is_indexed_up_to_the_damage(shard, data):
     damaged = shard.with_name("damaged.tar")
     damaged.write_bytes(whole[:cut])
     index = build_index(damaged)
-    assert index.damage
+    assert index.facts.damage
     for number in range(len(index)):
         assert index.keys[number] == full.keys[number]
         assert index.members(number).items() <= full.members(number).items()
@@ -78,31 +80,33 @@ def test_where_a_truncation_lies_decides_what_is_left(shard):
         shard.write_bytes(whole[:cut])
         index = build_index(shard)
         assert len(index) == left
-        assert damage in index.damage
+        assert damage in index.facts.damage
 
 
 def test_a_copy_that_is_cut_off_does_not_take_the_first_with_it(tmp_path):
     write_shard(tmp_path / "a.tar", [*map(sample, range(3)), sample(1)])
     whole = build_index(tmp_path / "a.tar")
-    assert list(whole.duplicates) == ["000001"]
+    assert list(whole.facts.duplicates) == ["000001"]
     end = whole.members(2)["json"]
     data = (tmp_path / "a.tar").read_bytes()
     copy = data.index(sample(1)[1]["png"], end.offset)
     (tmp_path / "a.tar").write_bytes(data[: copy + 10])
     cut = build_index(tmp_path / "a.tar")
     assert list(cut.keys) == ["000000", "000001", "000002"]
-    assert "000001.png is cut off" in cut.damage
+    assert "000001.png is cut off" in cut.facts.damage
 
 
-@pytest.mark.parametrize("rubbish", [b"\xff" * 512, b"\0" * 512], ids=["unreadable header", "lone zero block"])
+@pytest.mark.parametrize(
+    "rubbish", [b"\xff" * 512, b"\0" * 512, b"y"], ids=["unreadable header", "lone zero block", "another checksum"]
+)
 def test_a_broken_header_in_the_middle_is_noticed(shard, rubbish):
     header = build_index(shard).members(5)["png"].offset - 512
     data = bytearray(shard.read_bytes())
-    data[header : header + 512] = rubbish
+    data[header : header + len(rubbish)] = rubbish
     shard.write_bytes(data)
     index = build_index(shard)
     assert len(index) == 5
-    assert "unreadable from byte" in index.damage
+    assert "unreadable from byte" in index.facts.damage
 
 
 def test_what_is_no_tar_is_refused(tmp_path):
@@ -123,7 +127,72 @@ def test_a_file_without_bytes_is_a_damaged_shard_without_samples(tmp_path):
     (tmp_path / "empty.tar").touch()
     index = build_index(tmp_path / "empty.tar")
     assert len(index) == 0
-    assert "0 bytes" in index.damage
+    assert "0 bytes" in index.facts.damage
+
+
+def test_plain_headers_are_read_without_tarfile_and_to_the_same_end(tmp_path, monkeypatch):
+    for form, mtime in ((tarfile.USTAR_FORMAT, 0), (tarfile.GNU_FORMAT, 0), (tarfile.PAX_FORMAT, 1.5)):
+        path = tmp_path / "plain.tar"
+        with tarfile.open(path, "w", format=form) as tar:
+            for name in ("set", *(f"set/{i:02d}.{s}" for i in range(30) for s in ("JPG", "seg.png", "txt")), "set/._x"):
+                info = tarfile.TarInfo(name)
+                info.mtime, info.size = mtime, 0 if name == "set" else 700 * len(name)
+                info.type = tarfile.DIRTYPE if name == "set" else tarfile.REGTYPE
+                tar.addfile(info, io.BytesIO(bytes(info.size)))
+        with monkeypatch.context() as patched:
+            patched.setattr(tar_headers, "_TOGETHER", 16)
+            patched.setattr(tar_index, "_scan", lambda *_: pytest.fail("tarfile is asked"))
+            fast = build_index(path)
+        with monkeypatch.context() as patched:
+            patched.setattr(tar_index, "scan", lambda _: None)
+            slow = build_index(path)
+        assert fast.facts == slow.facts
+        assert list(fast.keys) == list(slow.keys) == [f"set/{i:02d}" for i in range(30)]
+        assert [fast.members(i) for i in range(30)] == [slow.members(i) for i in range(30)]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a.jpg", "b.jpg", "a.txt"],
+        ["a.jpg", "a.txt", "a.jpg"],
+        ["a.jpg", "ä.jpg"],
+        ["/a.jpg", "/a.txt"],
+        ["folder/" * 15 + "a.jpg"],
+        ["x" * 120 + ".jpg"],
+        ["a", "a.", ".jpg", "__a.jpg", "b.c.JPG"],
+    ],
+    ids=["apart", "again", "not ASCII", "absolute", "two fields", "long", "bare"],
+)
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_what_is_not_plain_is_left_to_tarfile(names, form, tmp_path, monkeypatch):
+    path = tmp_path / "odd.tar"
+    with tarfile.open(path, "w", format=form) as tar:
+        for name in names if form != tarfile.USTAR_FORMAT else [name for name in names if len(name) < 115]:
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"abc"))
+    found = build_index(path)
+    monkeypatch.setattr(tar_index, "scan", lambda _: None)
+    expected = build_index(path)
+    assert found.facts == expected.facts
+    assert list(found.keys) == list(expected.keys)
+    assert [found.members(i) for i in range(len(found))] == [expected.members(i) for i in range(len(found))]
+
+
+def test_the_cache_folder_has_a_bound_and_the_oldest_go_first(tmp_path, cache_folder, monkeypatch):
+    monkeypatch.setattr(index_files, "_TRIM_EVERY", 1)
+    monkeypatch.setattr(index_files, "_CAPACITY", 4000)
+    left_behind = cache_folder / "older.npz"
+    cache_folder.mkdir(parents=True)
+    left_behind.write_bytes(bytes(4000))
+    os.utime(left_behind, (1, 1))
+    for number in range(8):
+        write_shard(tmp_path / f"{number}.tar", map(sample, range(2)))
+        IndexCache().get(LocalShard(tmp_path / f"{number}.tar"))
+    assert not left_behind.exists()
+    assert 2 <= len(list(cache_folder.iterdir())) < 8
+    assert sum(file.stat().st_size for file in cache_folder.iterdir()) <= 4000
 
 
 def test_the_second_time_comes_from_the_cache(shard, cache_folder, monkeypatch):
@@ -131,9 +200,8 @@ def test_the_second_time_comes_from_the_cache(shard, cache_folder, monkeypatch):
     assert len(list(cache_folder.iterdir())) == 1
     monkeypatch.setattr(shards, "build_index", lambda *args: pytest.fail("built again"))
     second = IndexCache().get(LocalShard(shard))
-    assert second.digest == first.digest
+    assert second.facts == first.facts
     assert list(second.keys) == list(first.keys)
-    assert list(second.duplicates) == list(first.duplicates) == []
     assert [second.members(i) for i in range(12)] == [first.members(i) for i in range(12)]
 
 
@@ -165,13 +233,13 @@ def test_a_folder_that_cannot_be_used_costs_nothing_but_time(shard, tmp_path, mo
     cache = IndexCache(blocked / "cache", capacity=1)
     with caplog.at_level(logging.DEBUG, "evaclip.data"):
         index = cache.get(LocalShard(shard))
-    assert "not cached" in caplog.text
+    assert "not stored" in caplog.text
     monkeypatch.setattr(shards, "build_index", lambda *args: pytest.fail("built again"))
     assert cache.get(LocalShard(shard)) is index
 
 
 def test_slow_indexing_reports_how_far_it_is(shard, monkeypatch, caplog):
-    monkeypatch.setattr(tar_index, "_SECONDS_BETWEEN_REPORTS", 0.0)
+    monkeypatch.setattr(index_files, "_SECONDS_BETWEEN_REPORTS", 0.0)
     with caplog.at_level(logging.INFO, "evaclip.data"):
         list(IndexCache().get_all([LocalShard(shard)] * 2))
     assert [record.getMessage() for record in caplog.records] == ["indexed 1 of 2 shards", "indexed 2 of 2 shards"]
@@ -184,10 +252,10 @@ def test_memory_holds_the_most_recent_indexes_only(tmp_path, monkeypatch):
     cache = IndexCache(capacity=2)
     first, second, third = cache.get_all(list(map(LocalShard, paths)))
     loads = []
-    load = tar_index._load
-    monkeypatch.setattr(tar_index, "_load", lambda file, stamp: loads.append(file) or load(file, stamp))
+    load = index_files._load
+    monkeypatch.setattr(index_files, "_load", lambda file, stamp: loads.append(file) or load(file, stamp))
     assert cache.get(LocalShard(paths[1])) is second
     assert cache.get(LocalShard(paths[2])) is third
     assert not loads
     assert cache.get(LocalShard(paths[0])) is not first
-    assert len(loads) == 1
+    assert loads

@@ -172,7 +172,7 @@ def test_the_first_of_two_samples_with_one_key_is_used_and_the_other_is_a_fault(
     assert (fault.file, fault.key) == (str(tmp_path / "a.tar"), "000001")
     assert "a.tar:000001 (it comes again in this shard; the first copy is used)" in str(fault)
     write_shard(tmp_path / "once.tar", map(sample, range(3)))
-    assert source.shard_facts[0].digest == open_source(str(tmp_path / "once.tar")).shard_facts[0].digest
+    assert source.shards[0].facts.digest == open_source(str(tmp_path / "once.tar")).shards[0].facts.digest
 
 
 def test_nothing_usable_is_an_error_that_says_what_was_there(tmp_path):
@@ -196,7 +196,7 @@ def test_open_files_stay_bounded_and_close(tmp_path):
     source = open_source(str(tmp_path / "*.tar"))
     before = len(list(OPEN_FILES.iterdir()))
     assert [source[i].caption for i in range(150)] == [f"caption {i}" for i in range(150)]
-    assert len(list(OPEN_FILES.iterdir())) - before <= 64
+    assert len(list(OPEN_FILES.iterdir())) - before <= 128
     source.close()
     assert len(list(OPEN_FILES.iterdir())) == before
     assert source[7].caption == "caption 7"
@@ -221,7 +221,7 @@ def test_a_shard_cut_short_after_indexing_gives_no_wrong_data(shards, tmp_path):
 
 def test_a_shard_indexed_again_gives_no_wrong_data(shards, tmp_path, monkeypatch):
     """Every index is forgotten at once, as the older ones of a large data set are."""
-    monkeypatch.setattr("evaclip.data.tar_index.IndexCache._keep", lambda self, path, index, stored: index)
+    monkeypatch.setattr("evaclip.data.index_files.IndexCache._keep", lambda self, path, index, stored: index)
     source = open_source(shards)
     write_shard(tmp_path / "00.tar", map(sample, range(100, 120)))
     with pytest.raises(BadSample, match="changed after it was indexed") as caught:

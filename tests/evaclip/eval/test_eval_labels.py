@@ -37,6 +37,13 @@ def test_folders_of_other_names_are_renamed_in_order() -> None:
     assert by_name.indices.tolist() == [2]
 
 
+def test_folders_that_are_numbers_are_labels() -> None:
+    """Sorted as text, as folders are."""
+    folders = sorted(map(str, range(12)))
+    names = [f"class {number}" for number in range(12)]
+    assert assign_labels(["10", "2"], list("xy"), names, folders).indices.tolist() == [10, 2]
+
+
 def test_two_classes_of_one_name_stay_apart() -> None:
     crane = ["crane", "jay", "crane"]
     assert assign_labels(["2", "0"], list("xy"), crane).indices.tolist() == [2, 0]

@@ -1,12 +1,16 @@
 """`evaclip plan` as it is typed."""
 
 import json
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from evaclip.commands.main import main
 from evaclip.plan.gpus import get_gpu, gpus
+from evaclip.plan.job import Job
+from evaclip.train.recipes import get_recipe
 
 
 def plan(capsys: Any, *arguments: str) -> str:
@@ -29,11 +33,21 @@ def test_json_holds_the_same(capsys: Any) -> None:
     assert memory["of_the_gpu"] == get_gpu("h100-80g").memory
 
 
-def test_offload_is_in_host_memory(capsys: Any) -> None:
-    arguments = ("--model", "tiny", "--gpus", "8", "--offload", "cpu", "--parallel", "shard")
+def test_an_average_is_counted(capsys: Any) -> None:
+    arguments = ("--model", "tiny", "--parallel", "replicate", "--json")
+    without, memory = (json.loads(plan(capsys, *arguments, *more))["memory"] for more in ([], ["--ema"]))
+    assert memory["kinds"]["averaged weights"] == memory["peak"] - without["peak"] == 4 * memory["parameters"]
+    averaged = replace(get_recipe("tiny"), ema_decay=0.9)
+    with patch("evaclip.plan.job.get_recipe", lambda name: averaged):
+        assert Job.of_recipe("tiny").ema
+
+
+@pytest.mark.parametrize(("more", "of_each"), [([], 16), (["--ema"], 20)])
+def test_offload_is_in_host_memory(capsys: Any, more: list[str], of_each: int) -> None:
+    arguments = ("--model", "tiny", "--gpus", "8", "--offload", "cpu", "--parallel", "shard", *more)
     tree = json.loads(plan(capsys, *arguments, "--json"))
-    assert tree["memory"]["host"] == 16 * (tree["memory"]["parameters"] - 1)
-    assert not {"parameters", "optimizer state"} & tree["memory"]["kinds"].keys()
+    assert tree["memory"]["host"] == of_each * (tree["memory"]["parameters"] - 1)
+    assert not {"parameters", "optimizer state", "averaged weights"} & tree["memory"]["kinds"].keys()
     assert tree["time"]["seconds"]["host link"][0] > 0
     assert " a node" in plan(capsys, *arguments)
 

@@ -183,7 +183,7 @@ def test_state_in_16_bits_is_half() -> None:
 @pytest.mark.parametrize(("precision", "optimizer"), [("amp_bf16", "adamw"), ("bf16", "lamb")])
 def test_what_lies_in_host_memory_is_what_a_real_step_leaves(precision: Precision, optimizer: str) -> None:
     """All of it under offload; in bfloat16 parameters and gradients are half as large, and there are no copies."""
-    world = connect("cpu", offload=True)
+    world = connect("cpu", ParallelConfig(mode="shard", offload="cpu"))
     with closing(world):
         options = {"embed_dim": 16, "vision": {"width": 16, "layers": 2, "heads": 2, "image_size": 16, "patch_size": 4}}
         job = Job(
@@ -261,7 +261,7 @@ def test_the_loss_is_planned_in_chunks() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gpus": 3, "global_batch": 16}, "no multiple of 3"),
+        ({"gpus": 3, "global_batch": 16, "accumulation": 6}, "less than one sample for each of 18 chunks"),
         ({"mode": "hybrid"}, "shard_size"),
         ({"gpus": 4, "global_batch": 16, "mode": "hybrid", "shard_size": 3}, "doesn't divide 4 GPUs"),
         ({"precision": "amp_b16"}, "did you mean 'amp_bf16'"),

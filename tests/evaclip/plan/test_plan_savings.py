@@ -94,7 +94,8 @@ def test_the_usual_operators_give_the_same(model: str, vision: dict[str, Any]) -
 def test_chunks_divide_the_batch() -> None:
     assert chunkings(1000) == [1, 2, 4, 8, 20, 40, 100, 200, 500, 1000]
     assert chunkings(1) == [1]
-    assert chunkings(7) == [1, 7]
+    assert chunkings(7) == [1, 4, 7]
+    assert chunkings(1059) == [1, 3, 11, 40, 144, 353, 1059]
 
 
 def _with_room(bytes_of_a_parameter: int) -> Gpu:

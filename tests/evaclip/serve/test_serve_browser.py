@@ -2,7 +2,6 @@
 phone."""
 
 import io
-import shutil
 import threading
 import time
 
@@ -13,14 +12,7 @@ from serve_files import as_file
 
 from evaclip.serve import create_app
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.exhaustive,
-    pytest.mark.skipif(
-        CHROMIUM is None, reason="no browser: chromium, chromium-browser or google-chrome isn't in PATH"
-    ),
-]
-QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-gpu", "--disable-sync"]
+pytestmark = pytest.mark.exhaustive
 DROP = """([bytes, name, type]) => {
     const data = new DataTransfer();
     data.items.add(new File([new Uint8Array(bytes)], name, {type}));
@@ -54,16 +46,6 @@ def address(store, encoder):
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
     thread.join()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET, timeout=60_000)
-        yield found
-        found.close()
 
 
 @pytest.fixture

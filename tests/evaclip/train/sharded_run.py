@@ -17,6 +17,6 @@ def train_all(*runs: tuple[TrainConfig, str]) -> None:
         kept = patch.object(World, "close")
         # Graphs without generated code: a compiler would take longer than all the rest.
         graphs = patch.object(build, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
-        with patch.object(trainer, "connect", lambda device, offload: world), kept, graphs:
+        with patch.object(trainer, "connect", lambda device, parallel: world), kept, graphs:
             for config, resume in runs:
                 trainer.train(config, resume=resume)

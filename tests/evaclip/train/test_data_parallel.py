@@ -2,10 +2,16 @@
 
 import io
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from contextlib import closing, nullcontext
+from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,10 +21,13 @@ from safetensors.torch import load_file
 from sharded_run import train_all
 
 from evaclip.data.shard_writer import write_shard
+from evaclip.errors import UserError
+from evaclip.train import run_folder
 from evaclip.train.config import TrainConfig
-from evaclip.train.distributed import World, _buckets
+from evaclip.train.distributed import World, _buckets, connect
 from evaclip.train.overrides import dump_yaml
 from evaclip.train.progress import read_log
+from evaclip.train.sharding import _mesh
 from evaclip.train.trainer import train
 
 LAST = "checkpoints/step_00000004/model.safetensors"
@@ -61,7 +70,7 @@ def test_two_processes_equal_one(loss: str, run_config: Callable[..., TrainConfi
     common = [
         f"data.train={data}",
         f"loss.name={loss}", "accumulation=2", "model.patch_dropout=0.5", "schedule.steps=4", "optim.name=lamb",
-        "optim.grad_clip_norm=0.5", "eval={data: {num_samples: 64, workers: 0}, samples: 16}",
+        "optim.grad_clip_norm=0.5", "eval.sets.val={data: {num_samples: 64, workers: 0}, samples: 16}",
     ]  # fmt: skip
     one = train(run_config(*common, "name=one")).folder
     config = run_config(*common, "name=two")
@@ -78,16 +87,74 @@ def test_two_processes_equal_one(loss: str, run_config: Callable[..., TrainConfi
     for left, right in zip(*logs, strict=True):
         assert right["loss"] == pytest.approx(left["loss"], rel=1e-5)
         assert right["grad_norm"] == pytest.approx(left["grad_norm"], rel=1e-4)
-        assert right["samples"] == left["samples"]
+        assert (right["samples"], right["accuracy"]) == (left["samples"], left["accuracy"])
         for key in ("update_norm_visual", "update_norm_text", "update_ratio_visual", "update_ratio_text"):
             assert right[key] == pytest.approx(left[key], rel=1e-3), key
         tokens = [record["tokens_per_second"] / record["samples_per_second"] for record in (left, right)]
         assert tokens[1] == pytest.approx(tokens[0])
+    metrics = [next(r["eval"] for r in read_log(run / "log.jsonl") if "eval" in r) for run in (one, two)]
+    assert {"val/zero_shot_top1", "val/text_to_image_r5", "val/loss"} < metrics[0].keys()
+    assert metrics[1] == pytest.approx(metrics[0] | {"seconds": metrics[1]["seconds"]}, rel=1e-5)
     # One process talks to no other; of two the first step after the first record is sampled.
     assert [record["communication"] for record in logs[0]] == [0, 0, 0, 0]
     assert [record["communication"] is None for record in logs[1]] == [True, False, True, True]
     sampled = logs[1][1]
     assert 0 < sampled["communication_exposed"] <= sampled["communication"] < 1
+
+
+def wait_in_vain(config: TrainConfig, gone: Path) -> None:
+    if os.environ["RANK"] == "1":
+        with closing(connect("cpu", config.parallel)):
+            while not gone.exists():
+                time.sleep(0.1)
+        return
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            train(config)
+    finally:
+        gone.touch()
+    assert "parallel.timeout_minutes=0.05" in caught.value.__notes__[0]
+
+
+@pytest.mark.xdist_group("processes")
+def test_an_error_of_waiting_names_its_key(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    in_processes(2, wait_in_vain, run_config("parallel.timeout_minutes=0.05"), tmp_path / "gone")
+
+
+def train_elsewhere(config: TrainConfig, folder: Path, shared: bool) -> None:
+    """The second process is in another folder, or finds the first one's there after a moment."""
+    mine = folder / os.environ["RANK"]
+    mine.mkdir()
+    os.chdir(mine)
+    if os.environ["RANK"] == "1" and shared:
+        threading.Timer(2, lambda: (mine / "runs").symlink_to(folder / "0" / "runs")).start()
+    elsewhere = pytest.raises(
+        UserError, match=rf"/0/runs/run.*1 of 2 processes, on {socket.gethostname()}: a run needs"
+    )
+    with patch.object(run_folder, "ATTRIBUTES", 300 if shared else 1), nullcontext() if shared else elsewhere:
+        train(config)
+
+
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_folder_that_is_not_shared_is_seen_at_start(
+    shared: bool, run_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    in_processes(2, train_elsewhere, run_config("output=runs", "schedule.steps=1"), tmp_path, shared)
+
+
+def group_limits(config: TrainConfig) -> None:
+    with closing(connect("cpu", config.parallel)) as world:
+        mesh = _mesh(config.parallel, world)
+        groups = [world.group, world.control, world.new_saving_group(), *mesh.get_all_groups()]
+        limits = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+    assert [limit / timedelta(minutes=1) for limit in limits] == [240, 240, 720, 240, 240]
+
+
+@pytest.mark.xdist_group("processes")
+def test_every_group_has_its_limit(run_config: Callable[..., TrainConfig]) -> None:
+    limits = "timeout_minutes: 240, saving_timeout_minutes: 720"
+    in_processes(2, group_limits, run_config(f"parallel={{mode: hybrid, shard_size: 2, {limits}}}"))
 
 
 def test_a_world_of_one_changes_nothing() -> None:

@@ -1,10 +1,13 @@
 """The moving average of the weights."""
 
 import copy
+import weakref
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from evaclip.train.ema import Ema
 
@@ -33,21 +36,52 @@ def test_16_bit_weights_are_averaged_in_fp32() -> None:
     assert 256.0 < average.item() < 256.01
 
 
-def test_applied_shows_the_average_and_puts_back_even_on_an_error() -> None:
-    model = nn.Linear(3, 2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_applied_shows_the_average_and_puts_back_even_on_an_error(dtype: torch.dtype) -> None:
+    model = nn.Linear(3, 2).to(dtype)
     ema = Ema(model, decay=0.9)
-    average = ema.state_dict()["weight"].clone()
     nn.init.ones_(model.weight)
+    ema.update(1)
+    average = ema.state_dict()["weight"].clone()
+    assert not torch.equal(average, average.to(torch.bfloat16))
     own = copy.deepcopy(model.state_dict())
 
     def use() -> None:
         with ema.applied():
-            assert torch.equal(model.weight, average)
+            assert torch.equal(model.weight, average.to(dtype))
             raise RuntimeError("inside")
 
     with pytest.raises(RuntimeError, match="inside"):
         use()
     assert torch.equal(model.weight, own["weight"])
+    assert torch.equal(ema.state_dict()["weight"], average)
+
+
+class Clones(TorchDispatchMode):
+    """Counts the bytes of copies that are there at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        if func is torch.ops.aten.clone.default:
+            self.now += result.nbytes
+            self.most = max(self.most, self.now)
+            weakref.finalize(result.untyped_storage(), self._gone, result.nbytes)
+        return result
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+def test_applied_copies_one_tensor_at_a_time() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(5)))
+    ema = Ema(model, decay=0.9)
+    with Clones() as clones, ema.applied():
+        pass
+    assert clones.most == 8 * 8 * 4
 
 
 def test_load_replaces_the_average() -> None:

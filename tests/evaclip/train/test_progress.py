@@ -23,7 +23,10 @@ RECORD = Record(
     samples=40,
     epoch=0.4,
     loss=2.5,
+    accuracy=0.125,
     lr=1e-3,
+    lr_visual=2e-3,
+    lr_text=4e-3,
     logit_scale=14.3,
     grad_norm=1.0,
     grad_norm_visual=0.8,
@@ -32,6 +35,7 @@ RECORD = Record(
     update_norm_text=0.01,
     update_ratio_visual=2e-4,
     update_ratio_text=1e-4,
+    loss_scale=65536.0,
     skipped=0,
     bad_samples=0,
     samples_per_second=100.0,
@@ -72,8 +76,11 @@ def test_a_resumed_run_logs_no_step_twice(tmp_path: Path) -> None:
 def test_what_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
     with open_report(LogConfig(tensorboard=False, progress="none"), tmp_path, 0, 20) as report:
         report.record(replace(RECORD, loss=math.nan, grad_norm=math.inf))
-    line = (tmp_path / LOG_FILE).read_text()
-    record = json.loads(line, parse_constant=pytest.fail)
+        report.evaluation(5, {"top1": math.nan})
+    record, evaluation = (
+        json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / LOG_FILE).read_text().splitlines()
+    )
+    assert evaluation["eval"] == {"top1": None}
     assert record["loss"] is None
     assert record["grad_norm"] is None
 
@@ -104,10 +111,11 @@ def test_the_terminal_shows_what_matters(
     with open_report(LogConfig(progress=progress), None, 0, 20) as report:  # type: ignore[arg-type]
         report.say("resuming [from] somewhere")
         report.record(replace(RECORD, skipped=3, bad_samples=7))
-        report.evaluation(5, {"top1": 0.5, "samples": 512})
+        report.evaluation(5, {"top1": 0.5, "samples": 512, "val/loss": 2.25, "val/r1": math.nan})
     text = capsys.readouterr().out
     for part in ("resuming [from] somewhere", "loss 2.5000", "100.0 samples/s", "data wait 25%", "MFU 37.5%",
-                 "skipped 3", "bad samples 7", "eta", "5/20", "top1 50.00%", "samples 512"):  # fmt: skip
+                 "skipped 3", "bad samples 7", "eta", "5/20", "top1 50.00%", "samples 512", "val/loss 2.25",
+                 "val/r1 nan", "accuracy 12.5%", "lr 2.00e-03/4.00e-03"):  # fmt: skip
         assert part in text
 
 

@@ -27,7 +27,7 @@ MODES = {
     "shard": ["parallel.mode=shard", "model.savings.recompute=block"],
     "hybrid": ["parallel={mode: hybrid, shard_size: 2, reshard: false}", "model.savings.recompute=activations"],
 }
-EVAL = "eval={data: {num_samples: 112, workers: 0}, first: 96, samples: 13, batch_size: 3}"
+EVAL = "eval={sets: {val: {data: {num_samples: 112, workers: 0}, first: 96, samples: 13}}, batch_size: 3}"
 
 
 def losses(folder: Path) -> list[float]:
@@ -60,8 +60,33 @@ def test_four_processes_equal_one(run_config: Callable[..., TrainConfig], tmp_pa
             for key, value in expected.items():
                 torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4, msg=f"{name} {file} {key}")
         (evaluation,) = [record["eval"] for record in read_log(folder / "log.jsonl") if "eval" in record]
+        assert evaluation.pop("seconds") > 0
         assert evaluation == pytest.approx(one.metrics)
-        assert evaluation["samples"] == 13
+        assert evaluation["val/samples"] == 13
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_unequal_parts_of_a_batch_equal_one(loss: str, run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """Of 8 samples 2, 3 and 3, and the 3 in chunks of 1 and 2; then two processes go on."""
+    common = [*COMMON, "batch_size=8", f"loss.name={loss}", "checkpoint.every_steps=4", "accumulation=2"]
+    more = [*common, "schedule={steps: 6, name: constant}"]
+    one = train(run_config(*more, "name=one")).folder
+    part = "schedule={steps: 4, name: constant}"
+    modes = ("replicate", "shard")
+    begun = [run_config(*common, part, f"parallel.mode={mode}", f"name={mode}") for mode in modes]
+    in_processes(3, train_all, *((config, "none") for config in begun))
+    goes_on = [run_config(*more, f"parallel.mode={mode}", f"name={mode}") for mode in modes]
+    in_processes(2, train_all, *((config, "auto") for config in goes_on))
+    for mode in modes:
+        assert losses(tmp_path / mode) == pytest.approx(losses(one), rel=1e-5), mode
+        assert update_norms(tmp_path / mode) == pytest.approx(update_norms(one), rel=2e-3), mode
+        for step in (4, 6):
+            file = f"checkpoints/step_{step:08d}/model.safetensors"
+            expected, found = load_file(one / file), load_file(tmp_path / mode / file)
+            for key, value in expected.items():
+                torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4, msg=f"{mode} {step} {key}")
 
 
 @pytest.mark.slow

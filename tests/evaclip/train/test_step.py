@@ -51,7 +51,7 @@ def test_accumulation_equals_the_whole_batch(
     small_model.double().visual.patch_dropout = 0.5
     small_model.set_savings(Savings(recompute=recompute))
     found = []
-    for accumulation in (1, 4):
+    for accumulation in (1, 3):  # of 8 samples
         step = make_step(copy.deepcopy(small_model), StepOptions(accumulation=accumulation), LossConfig(name=loss))
         result = step(batch[0].double(), batch[1], step=3)
         found.append((result, gradients(step)))
@@ -255,7 +255,8 @@ def test_how_far_the_towers_moved(small_model: CLIP, batch: tuple[Tensor, Tensor
     plain = make_step(copy.deepcopy(small_model), name=optimizer)
     step = make_step(small_model, name=optimizer)
     before = copy.deepcopy(small_model)
-    assert plain(*batch, 0).updates is None
+    unmeasured = plain(*batch, 0)
+    assert (unmeasured.updates, unmeasured.accuracy) == (None, None)
     result = step(*batch, 0, measure=True)
     assert result.updates is not None
     for name, found in result.updates.items():
@@ -278,3 +279,26 @@ def test_what_is_frozen_or_skipped_does_not_move(small_model: CLIP, batch: tuple
     assert frozen["visual"].min() > 0
     assert torch.equal(frozen["text"], torch.zeros(2))
     assert torch.equal(skipped["visual"], torch.zeros(2))
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_accuracy_is_that_of_the_whole_batch(
+    small_model: CLIP, batch: tuple[Tensor, Tensor], accumulation: int
+) -> None:
+    small_model.eval()
+    with torch.no_grad():
+        image, text, _ = small_model(*batch)
+    right = sum(int((own @ text.T).argmax() == row) for row, own in enumerate(image))
+    assert 0 < right < BATCH
+    step = make_step(small_model, StepOptions(accumulation=accumulation))
+    assert step(*batch, 0, measure=True).accuracy == right / BATCH
+
+
+@pytest.mark.parametrize("tile", [1, 12, 1 << 24])
+def test_accuracy_of_features_that_are_alike_is_chance(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+    monkeypatch.setattr("evaclip.train.loss._TILE", tile)
+    loss = ContrastiveLoss(LossConfig())
+    alike, apart = torch.ones(4, 4), torch.eye(4)
+    assert loss.accuracy(alike, alike) == 0.25
+    assert loss.accuracy(apart, apart) == 1
+    assert loss.accuracy(apart, apart[[0, 2, 1, 3]]) == 0.5

@@ -3,7 +3,6 @@
 import json
 import time
 from contextlib import closing
-from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
 from processes import in_processes
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,8 +17,8 @@ from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 from evaclip.train import checkpoint, tensor_files
-from evaclip.train.checkpoint import Content, NotWritten
-from evaclip.train.config import CheckpointConfig
+from evaclip.train.checkpoint import Content
+from evaclip.train.config import CheckpointConfig, ParallelConfig
 from evaclip.train.distributed import connect
 from evaclip.train.saver import Saver
 
@@ -121,31 +119,32 @@ def content() -> Content:
 
 
 def save_slowly(root: Path) -> None:
-    """The main process takes 3 s to begin, where others wait for 1 s unless they are told to wait longer."""
-    with patch.object(dist.distributed_c10d, "default_pg_timeout", timedelta(seconds=1)):
-        world = connect("cpu")
-    with closing(world):
-        parts = content()
-        patient = dist.new_group(backend="gloo")
-        hasty = dist.new_group(backend="gloo", timeout=timedelta(seconds=1))
-        checkpoint.save(root, 1, parts, world.saving, lambda: time.sleep(3))
+    """The main process begins the first checkpoint when the other one has given up waiting for it."""
+    given_up = root.with_name("given-up")
+
+    def wait() -> None:
+        while not given_up.exists():
+            time.sleep(0.1)
+
+    with closing(connect("cpu", ParallelConfig(saving_timeout_minutes=1 / 20))) as world:
         said: list[str] = []
-        saver = Saver(root, CheckpointConfig(), hasty, said.append, lambda: time.sleep(3))
-        for step in (2, 3):
-            saver.start(step, parts)
-            saver.finish()
-            assert "the processes lost each other" in said[-1]
-            assert "the run goes on" in said[-1]
-        dist.barrier(group=patient)
-        with pytest.raises(NotWritten):
-            checkpoint.save(root, 4, parts, hasty)
+        with closing(Saver(root, CheckpointConfig(), world, said.append, wait)) as saver:
+            for step in (1, 2):
+                saver.start(step, content())
+                saver.finish()
+                if not world.is_main:
+                    given_up.touch()
+    (line,) = said
+    assert "the processes lost each other" in line
+    assert "the run goes on, no earlier one is there" in line
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("processes")
-def test_a_slow_disk_ends_no_run(tmp_path: Path) -> None:
-    in_processes(2, save_slowly, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
-    checkpoint.read_meta(tmp_path / "step_00000001")
-    assert_equal(tmp_path / "step_00000001" / "model.safetensors")
-    assert_equal(tmp_path / "step_00000001" / "ema.safetensors")
+def test_a_slow_disk_ends_neither_run_nor_saving(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    in_processes(2, save_slowly, root)
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step_00000002"]
+    checkpoint.read_meta(root / "step_00000002")
+    assert_equal(root / "step_00000002" / "model.safetensors")
+    assert_equal(root / "step_00000002" / "ema.safetensors")

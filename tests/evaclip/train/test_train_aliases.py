@@ -140,14 +140,25 @@ def test_every_option_of_open_clip_is_known() -> None:
     [
         (
             ["--val-data", "v.csv"],
-            {"held_out": None, "eval": {"data": {"train": "v.csv"}, "first": 0, "samples": None}},
+            {"held_out": None, "eval": {"sets": {"val": {"data": {"train": "v.csv"}}}}},
         ),
         (
             ["--val-data", "v.csv", "--csv-img-key", "i", "--val-num-samples", "9"],
             {
                 "data": {"image_key": "i"},
                 "held_out": None,
-                "eval": {"data": {"train": "v.csv", "image_key": "i"}, "first": 0, "samples": "9"},
+                "eval": {"sets": {"val": {"data": {"train": "v.csv", "image_key": "i"}, "samples": "9"}}},
+            },
+        ),
+        (
+            ["--imagenet-val", "a", "--imagenet-v2", "b"],
+            {
+                "eval": {
+                    "sets": {
+                        "imagenet": {"data": {"train": "a"}, "classes": "imagenet"},
+                        "imagenet_v2": {"data": {"train": "b"}, "classes": "imagenet"},
+                    }
+                }
             },
         ),
         (["--zeroshot-frequency", "0"], {"eval": {"every_epochs": None}}),

@@ -29,7 +29,8 @@ Make = Callable[..., TrainConfig]
         ("optim.visual.layerdecay=1", "did you mean 'optim.visual.layer_decay'?"),
         ("bathc_size=8", "did you mean 'batch_size'?"),
         ("data.augmentation.sacle=1", "did you mean 'data.augmentation.scale'?"),
-        ("eval.data.trian=x", "did you mean 'eval.data.train'?"),
+        ("eval.sets.val.data.trian=x", "did you mean 'eval.sets.val.data.train'?"),
+        ("data.mixture.a.wieght=1", "did you mean 'data.mixture.a.weight'?"),
         ("checkpoint.qqqq=1", "checkpoint has: every_steps"),
         ("qqqqqqqq=1", "the configuration has: name"),
     ],
@@ -54,10 +55,12 @@ def test_unknown_keys_are_errors_with_the_nearest(run_config: Make, assignment: 
         ("parallel.mode=hybrid", "hybrid needs a shard_size"),
         ("parallel={mode: shard, shard_size: 2}", "no other mode has one"),
         ("ema_decay=1.0", "ema_decay=1.0: input should be less than 1"),
-        ("accumulation=3", "batch_size=8 is no multiple of accumulation=3"),
+        ("accumulation=9", "batch_size=8 is less than accumulation=9"),
         ("schedule.epochs=2", "schedule: set either steps or epochs, got steps=6 and epochs=2"),
         ("schedule={steps: 9, warmup_steps: 2, warmup_share: 0.1}", "set either warmup_steps or warmup_share"),
         ("optim=5", "optim=5"),
+        ("eval.sets.val.measure=[accuracy]", "input should be 'classify', 'retrieval' or 'loss'"),
+        ("eval.sets={a/b: {}}", "string should match pattern"),
         ("data.train=null", "data.train=None: input should be a valid string"),
     ],
 )
@@ -87,7 +90,7 @@ def test_later_changes_win_and_the_rest_stays(run_config: Make) -> None:
         ("optim.lr=0.001", 1e-3),
         ("optim.visual.lr=null", None),
         ("name=123", "123"),
-        ("eval.templates=['a {}', 'the {}']", ("a {}", "the {}")),
+        ("log.communication_every=null", None),
         ("checkpoint.allow_data_change=true", True),
     ],
 )
@@ -105,8 +108,16 @@ def test_assignments_that_cannot_be_read(text: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_recipes_batch_has_as_many_samples_of_each_part_of_the_data(name):
+    config = get_recipe(name)
+    assert config.batch_size % config.data.canonical_nodes == 0
+    if config.batch_size > 10_000:
+        assert config.data.canonical_nodes * config.data.shuffle_window == 8 * config.batch_size
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
 def test_recipes_survive_yaml_and_comments_change_nothing(name: str, tmp_path: Path) -> None:
-    config = resolve(get_recipe(name), [{"eval": {"data": {"train": "a: b # c " * 30}}}])
+    config = resolve(get_recipe(name), [nest("eval.sets.val.data.train", "a: b # c " * 30)])
     path = tmp_path / "config.yaml"
     for text in (dump_yaml(config), commented_yaml(config)):
         path.write_text(text)
@@ -115,7 +126,7 @@ def test_recipes_survive_yaml_and_comments_change_nothing(name: str, tmp_path: P
 
 
 def test_comments_say_what_keys_mean_once(run_config: Make) -> None:
-    text = commented_yaml(run_config("eval.data={train: x}"))
+    text = commented_yaml(run_config("eval.sets.val.data={train: x}"))
     lines = text.splitlines()
     # Of what comes twice the first one.
     above = {line.strip(): before.strip() for before, line in reversed(list(pairwise(lines)))}
@@ -197,9 +208,11 @@ def test_other_data_is_not_measured_on_the_drawn_circles() -> None:
     tiny = get_recipe("tiny")
     mine = resolve(tiny, [nest("data.train", "mine")])
     found = with_own_evaluation(mine, tiny)
-    assert (found.eval.data, found.eval.first, found.held_out) == (None, 0, 0.05)
+    assert (found.eval.sets, found.held_out) == (None, 0.05)
     assert with_own_evaluation(resolve(mine, [{"held_out": 0}]), tiny).held_out == 0
-    for kept in (tiny, resolve(mine, [nest("eval.data.train", "other")]), get_recipe("finetune")):
+    other = with_own_evaluation(resolve(mine, [nest("eval.sets.val.data.train", "other")]), tiny)
+    assert (list(other.eval.sets or {}), other.held_out) == (["val"], None)
+    for kept in (tiny, resolve(mine, [nest("eval.sets.shapes.data.train", "other")]), get_recipe("finetune")):
         assert with_own_evaluation(kept, tiny) == kept
 
 

@@ -1,6 +1,5 @@
 """Whole runs: what they leave behind, and what they do when something goes wrong."""
 
-import io
 import json
 import math
 import os
@@ -13,14 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from evaclip.data import Batch, TrainLoader, open_source
-from evaclip.data.shard_writer import write_shard
+from evaclip.data import Batch, TrainLoader
 from evaclip.errors import UserError
-from evaclip.eval.runs import Setting, run_retrieval, run_zero_shot
 from evaclip.factory import create_model
 from evaclip.loading import load_model
 from evaclip.train import saver, snapshot
@@ -31,12 +27,6 @@ from evaclip.train.trainer import TrainingDiverged, train
 
 Make = Callable[..., TrainConfig]
 Change = Callable[[int, Batch], Batch]
-
-
-def picture(number: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), (20 * number, 250 - 20 * number, 7)).save(buffer, "png")
-    return buffer.getvalue()
 
 
 def checkpoints(folder: Path) -> list[str]:
@@ -70,7 +60,10 @@ def nan_in(*numbers: int) -> Change:
 
 def test_a_run_leaves_what_it_should(run_config: Make) -> None:
     config = run_config(
-        "ema_decay=0.9", "log.tensorboard=true", "eval={data: {num_samples: 64, workers: 0}, first: 40, every_steps: 4}"
+        "ema_decay=0.9",
+        "log.tensorboard=true",
+        "optim.visual={lr: 2e-3, layer_decay: 0.5}",
+        "eval={sets: {val: {data: {num_samples: 64, workers: 0}, first: 40}}, every_steps: 4}",
     )
     outcome = train(config)
     assert (outcome.steps, outcome.stopped_by) == (6, None)
@@ -84,84 +77,20 @@ def test_a_run_leaves_what_it_should(run_config: Make) -> None:
     assert [record["samples"] for record in steps] == [8, 16, 24, 32, 40, 48]
     assert steps[4]["epoch"] == 1.0
     assert all(record["mfu"] > 0 and record["samples_per_second"] > 0 for record in steps)
-    assert [record["step"] for record in records if "eval" in record] == [4, 6]
+    rates = [(record["lr"], record["lr_visual"], record["lr_text"], record["loss_scale"]) for record in steps[:1]]
+    assert rates == [(1e-3, 2e-3, 1e-3, 1.0)]
+    assert all(0 <= record["accuracy"] <= 1 for record in steps)
+    evaluations = {record["step"]: record["eval"]["seconds"] for record in records if "eval" in record}
+    assert list(evaluations) == [4, 6]
+    assert all(seconds > 0 for seconds in evaluations.values())
     metrics = outcome.metrics
-    assert (metrics["samples"], metrics["classes"]) == (24, 24)
-    assert metrics["chance_top1"] == pytest.approx(1 / 24)
+    assert (metrics["val/samples"], metrics["val/classes"]) == (24, 24)
+    assert metrics["val/chance_top1"] == pytest.approx(1 / 24)
     checkpoint = folder / "checkpoints" / "step_00000006"
     assert json.loads((checkpoint / "preprocess.json").read_text())["image_size"] == 16
     model = create_model("tiny", pretrained=folder, **config.model.options)
     averaged = create_model("tiny", pretrained=checkpoint / "ema.safetensors", **config.model.options)
     assert not torch.equal(model.visual.head.weight, averaged.visual.head.weight)
-
-
-def test_held_out_samples_are_evaluated_every_epoch_and_the_run_goes_on_with_the_same(
-    run_config: Make, capsys: Any
-) -> None:
-    """40 samples, 10 of which are held out: an epoch is 30 samples, and the third step of 8 ends none."""
-    config = ("held_out=0.25", "eval.every_epochs=1", "schedule.steps=8")
-    outcome = train(run_config(*config, "checkpoint.every_steps=3"))
-    assert "held_out=0.25 of 40 samples: 10 are never trained on; they are evaluated" in capsys.readouterr().out
-    records = read_log(outcome.folder / "log.jsonl")
-    assert [record["step"] for record in records if "eval" in record] == [4, 8]
-    assert outcome.metrics["samples"] == 10
-    assert {"image_to_text_r1", "image_to_text_r5", "text_to_image_r1", "text_to_image_r5"} < outcome.metrics.keys()
-    (outcome.folder / "checkpoints/step_00000008/state.pt").unlink()
-    resumed = train(run_config(*config), resume="auto")
-    assert resumed.metrics == outcome.metrics
-    with pytest.raises(UserError, match="not what the checkpoint was trained on"):
-        train(run_config(*config, "held_out=0.3"), resume="auto")
-
-
-def test_a_run_measures_what_the_command_measures(run_config: Make, tmp_path: Path) -> None:
-    """Two captions a picture, a picture in two samples, and one that can't be read."""
-    samples = [
-        (
-            f"{number:03d}",
-            {"png": picture(number), "json": json.dumps({"text": [f"a {number}", f"b {number}"]}).encode()},
-        )
-        for number in range(12)
-    ]
-    samples += [
-        ("x", {"png": picture(3), "json": b'{"text": ["c 3"]}'}),
-        ("y", {"png": b"?", "json": b'{"text": "d"}'}),
-    ]
-    write_shard(tmp_path / "eval.tar", samples)
-    data = {"train": str(tmp_path / "eval.tar"), "caption_key": "json:text", "workers": 0}
-    outcome = train(run_config(f"eval={{data: {json.dumps(data)}}}"))
-    source = open_source(data["train"], caption_key="json:text")
-    setting = Setting(load_model(str(outcome.folder)), data["train"], source, "title")
-    measured, _ = run_retrieval(setting)
-    zero_shot = run_zero_shot(setting, None, ("{}",))
-    for direction in ("image_to_text", "text_to_image"):
-        for k in (1, 5):
-            assert outcome.metrics[f"{direction}_r{k}"] == measured.metrics[direction]["recall"][str(k)]
-    assert outcome.metrics["zero_shot_top1"] == zero_shot.metrics["top1"]
-    assert (outcome.metrics["samples"], outcome.metrics["unreadable"]) == (13, 1)
-    assert (measured.metrics["images"], measured.metrics["captions"]) == (12, 25)
-
-
-@pytest.mark.parametrize("readable", [0, 6])
-def test_what_cannot_be_read_is_no_result_and_no_end(
-    run_config: Make, tmp_path: Path, capsys: Any, readable: int
-) -> None:
-    """Of 8 samples all are damaged, or 2."""
-    pictures = [picture(number) if number < readable else b"?" for number in range(8)]
-    samples = [(f"{n}", {"png": data, "txt": f"a {n}".encode()}) for n, data in enumerate(pictures)]
-    write_shard(tmp_path / "eval.tar", samples)
-    evaluation = f"eval={{every_steps: 3, data: {{train: {tmp_path}/eval.tar, workers: 0}}}}"
-    outcome = train(run_config(evaluation))
-    assert (outcome.steps, outcome.metrics) == (6, {})
-    assert not [record for record in read_log(outcome.folder / "log.jsonl") if "eval" in record]
-    told = capsys.readouterr().out
-    assert told.count(f"not evaluated: {8 - readable} of the 8 samples of ") == 2
-    assert "eval.allow_unreadable=true measures the rest all the same" in told
-    allowed = train(run_config(evaluation, "eval.allow_unreadable=true"), overwrite=True)
-    if readable:
-        assert (allowed.metrics["samples"], allowed.metrics["unreadable"]) == (6, 2)
-    else:
-        assert allowed.metrics == {}
-        assert "not evaluated: none of the 8 samples of" in capsys.readouterr().out
 
 
 def test_an_existing_run_is_not_overwritten_unless_asked(run_config: Make, tmp_path: Path) -> None:
@@ -228,8 +157,8 @@ def test_a_signal_finishes_the_step_saves_and_resumes(
                 yield batch
 
         patch.setattr(TrainLoader, "batches", batches)
-        outcome = train(run_config())
-    assert (outcome.stopped_by, outcome.steps) == (code, 3)
+        outcome = train(run_config("eval={sets: {val: {data: {num_samples: 8, workers: 0}}}, every_steps: 3}"))
+    assert (outcome.stopped_by, outcome.steps, outcome.metrics) == (code, 3, {})
     assert checkpoints(outcome.folder) == ["step_00000003"]
     assert "--resume auto goes on from step 3" in capsys.readouterr().out
     resumed = train(run_config(), resume="auto")
@@ -465,7 +394,10 @@ def test_resume_auto_without_a_checkpoint_starts_at_the_beginning(run_config: Ma
         ("model.name=EVA02-B16", "unknown model 'EVA02-B16'.*'EVA02-B-16'"),
         ("device=tpu", "device 'tpu' cannot be used.*accepted: auto, cpu"),
         ("device=meta", "device 'meta' cannot be used.*accepted: auto, cpu"),
-        ("eval={data: {num_samples: 8}, first: 8}", "eval.first=8.*has 8"),
+        ("eval.sets.val={data: {num_samples: 8}, first: 8}", r"eval\.sets\.val\.first=8.*has 8"),
+        ("eval.sets.val={samples: 3}", r"eval\.sets\.val\.data is not set and nothing is held out"),
+        ("eval.sets.val={data: {num_samples: 8}, classes: nowhere.txt}", "cannot read class names from 'nowhere.txt'"),
+        ("eval.sets.val={data: {num_samples: 8}, templates: [a photo]}", "cannot read templates from 'a photo'"),
         ("model.pretrained=nowhere.pt", "nowhere.pt"),
     ],
 )

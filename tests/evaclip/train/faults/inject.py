@@ -36,12 +36,18 @@ from evaclip.data.shard_writer import write_shard
 from evaclip.train import checkpoint
 from evaclip.train.progress import read_log
 
-KINDS = ("kill", "SIGTERM", "SIGTERM to all, twice", "full disk", "corrupt shard", "truncated checkpoint", "NaN batch")
+KINDS = (
+    "kill", "SIGTERM", "SIGTERM to all, twice", "SIGTERM to the agent", "full disk", "slow disk", "unshared folder",
+    "corrupt shard", "truncated checkpoint", "NaN batch",
+)  # fmt: skip
+_STRUCK = ("kill", "SIGTERM", "SIGTERM to all, twice", "SIGTERM to the agent", "truncated checkpoint")
 PROCESSES, BATCH, SAMPLES, STEPS = 2, 8, 48, 12
 EVERY = 2
 """Steps from checkpoint to checkpoint."""
-TIMEOUT = 90
+TIMEOUT = 300
 """Seconds after which a run counts as hanging."""
+_PATIENCE = 6
+"""Seconds that processes wait for one with a slow disk, which takes 2 or 12."""
 _MODES = ("shard", "replicate")
 _STEP = 0.05
 """Seconds after the beginning of a step within which a signal strikes: one takes about that long."""
@@ -67,16 +73,16 @@ def draw(rng: random.Random) -> tuple[dict[str, Any], str]:
     """A fault and the mode of the run that it strikes."""
     kind = rng.choice(KINDS)
     fault: dict[str, Any] = {"kind": kind, "rank": rng.randrange(PROCESSES)}
-    if kind in ("kill", "SIGTERM", "SIGTERM to all, twice", "truncated checkpoint"):
+    if kind in _STRUCK:
         fault |= {"step": rng.randrange(STEPS - 1), "seconds": rng.uniform(0, _STEP)}
-    elif kind == "full disk":
-        fault["save"] = rng.randrange(1, 6)
+    elif kind in ("full disk", "slow disk"):
+        fault |= {"save": rng.randrange(1, 6), "seconds": rng.choice((2, 2 * _PATIENCE))}
     elif kind == "NaN batch":
         fault["batch"] = rng.randrange(STEPS)
-    else:
+    elif kind == "corrupt shard":
         fault["sample"] = rng.randrange(SAMPLES)
     mode = rng.choice(_MODES)
-    if kind == "full disk" and mode == "replicate":
+    if kind in ("full disk", "slow disk") and mode == "replicate":
         fault["rank"] = 0  # the one that writes
     return fault, mode
 
@@ -162,6 +168,8 @@ class Bench:
         if outcome.starts == 1:
             environment["FAULT"] = json.dumps(outcome.fault)
         arguments, told = [*self._arguments(name, data), f"parallel.mode={outcome.mode}"], self.folder / "told.txt"
+        if outcome.fault["kind"] == "slow disk":
+            arguments.append(f"parallel.saving_timeout_minutes={_PATIENCE / 60}")
         torchrun = start_torchrun(options, worker.work, arguments, environment, told)
         torchrun.join(TIMEOUT)
         if torchrun.exitcode is None:
@@ -177,7 +185,7 @@ class Bench:
         return [
             "tiny", "--resume", "auto", "--device", "cpu", "--set",
             f"name={name}", f"output={self.folder}", f"data={{train: {data}, workers: 0, num_samples: 1}}",
-            f"batch_size={BATCH}", f"schedule={{steps: {STEPS}, name: constant, warmup_steps: 0}}", "eval.data=null",
+            f"batch_size={BATCH}", f"schedule={{steps: {STEPS}, name: constant, warmup_steps: 0}}", "eval.sets=null",
             "optim={name: lamb, lr: 1e-3}", "log={every_steps: 1, tensorboard: false}",
             f"checkpoint={{every_steps: {EVERY}, every_minutes: null, keep: 99}}",
             f"model.options={json.dumps(_SMALL)}",
@@ -200,8 +208,7 @@ class Bench:
                 outcome.problems.append(f"{folder.name}: {exc}")
         written = {int(folder.name.removeprefix("step_")) for folder in (run / "checkpoints").glob("step_*")}
         missing = sorted(set(range(EVERY, STEPS + 1, EVERY)) - written)
-        # The one that a full disk refused was never there.
-        if missing != ([EVERY * outcome.fault["save"]] if kind == "full disk" else []):
+        if missing != _refused(outcome):
             outcome.problems.append(f"step_: checkpoints are missing of steps {missing}")
         outcome.problems += self._wrong_samples(run, outcome)
 
@@ -231,6 +238,13 @@ _SMALL = {
     "vision": {"width": 16, "layers": 2, "heads": 2, "image_size": 16, "patch_size": 4},
     "text": {"width": 16, "layers": 1, "heads": 2},
 }
+
+
+def _refused(outcome: Outcome) -> list[int]:
+    """The steps whose checkpoints were never there: the disk was full, or others waited too long for it."""
+    fault = outcome.fault
+    is_slow = fault["kind"] == "slow disk" and fault["seconds"] > _PATIENCE and outcome.mode == "shard"
+    return [EVERY * fault["save"]] if is_slow or fault["kind"] == "full disk" else []
 
 
 def _losses(run: Path) -> list[float]:

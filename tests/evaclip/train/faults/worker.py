@@ -19,7 +19,7 @@ import torch
 
 from evaclip.commands.main import main
 from evaclip.data import Batch, TrainLoader
-from evaclip.train import saver
+from evaclip.train import checkpoint, run_folder, saver
 from evaclip.train.step import TrainStep
 
 
@@ -46,8 +46,9 @@ def write_down_samples() -> None:
     TrainStep.__call__ = call  # type: ignore[method-assign]
 
 
-def strike_in(blow: int, seconds: float, number: int, times: int = 1) -> None:
-    """Sends this process a signal some time after the beginning of the step `blow`, or several, as long apart."""
+def strike_in(blow: int, seconds: float, number: int, times: int = 1, victim: int | None = None) -> None:
+    """Sends this process, or `victim`, a signal some time after the beginning of the step `blow`, or several, as long
+    apart."""
     original = TrainStep.__call__
 
     def call(self: TrainStep, images: torch.Tensor, tokens: torch.Tensor, step: int, **options: bool) -> Any:
@@ -58,7 +59,7 @@ def strike_in(blow: int, seconds: float, number: int, times: int = 1) -> None:
     def strike() -> None:
         for _ in range(times):
             time.sleep(seconds)
-            os.kill(os.getpid(), number)
+            os.kill(victim or os.getpid(), number)
 
     TrainStep.__call__ = call  # type: ignore[method-assign]
 
@@ -82,6 +83,20 @@ def fill_disk(save: int) -> None:
     saver.checkpoint.save = limited
 
 
+def slow_disk(save: int, seconds: float) -> None:
+    """This process takes so long to write its tensors of the n-th checkpoint."""
+    original = checkpoint._write_tensors
+    calls = []
+
+    def slow(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == save:
+            time.sleep(seconds)
+        original(*args)
+
+    checkpoint._write_tensors = slow
+
+
 def poison(batch: int) -> None:
     """The n-th batch of this process is not a number."""
     original: Callable[..., Iterator[Batch]] = TrainLoader.batches
@@ -95,7 +110,16 @@ def poison(batch: int) -> None:
     TrainLoader.batches = batches  # type: ignore[assignment, method-assign]
 
 
-def install(fault: dict[str, Any]) -> None:
+def go_elsewhere(arguments: list[str]) -> None:
+    """This process has another folder under the name of the one that the runs lie in."""
+    for place, argument in enumerate(arguments):
+        if argument.startswith("output="):
+            arguments[place] = f"{argument}/elsewhere"
+
+
+def install(fault: dict[str, Any], arguments: list[str]) -> None:
+    if fault["kind"] == "unshared folder":
+        run_folder.ATTRIBUTES = 1.0
     if fault["kind"] == "SIGTERM to all, twice":
         strike_in(fault["step"], fault["seconds"], signal.SIGTERM, times=2)
     if str(fault["rank"]) != os.environ["RANK"]:
@@ -104,15 +128,22 @@ def install(fault: dict[str, Any]) -> None:
         strike_in(fault["step"], fault["seconds"], signal.SIGKILL)
     elif fault["kind"] == "SIGTERM":
         strike_in(fault["step"], fault["seconds"], signal.SIGTERM)
+    elif fault["kind"] == "SIGTERM to the agent":
+        strike_in(fault["step"], fault["seconds"], signal.SIGTERM, victim=os.getppid())
+    elif fault["kind"] == "unshared folder":
+        go_elsewhere(arguments)
+    elif fault["kind"] == "slow disk":
+        slow_disk(fault["save"], fault["seconds"])
     elif fault["kind"] == "full disk":
         fill_disk(fault["save"])
     elif fault["kind"] == "NaN batch":
         poison(fault["batch"])
 
 
-def work(*arguments: str) -> None:
+def work(*given: str) -> None:
+    arguments = list(given)
     torch.set_num_threads(1)
     write_down_samples()
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and "FAULT" in os.environ:
-        install(json.loads(os.environ["FAULT"]))
+        install(json.loads(os.environ["FAULT"]), arguments)
     raise SystemExit(main(["train", *arguments]))

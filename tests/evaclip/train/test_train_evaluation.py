@@ -1,0 +1,226 @@
+"""Evaluation while training and at its end: what it measures, and that it never ends a run."""
+
+import io
+import json
+import math
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evaluated_run import counting_batches, train_and_stop
+from PIL import Image
+from processes import in_processes
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from evaclip.data import open_source
+from evaclip.data.held_out import hold_out
+from evaclip.data.shard_writer import write_shard
+from evaclip.errors import UserError
+from evaclip.eval.pairs import encode_pairs
+from evaclip.eval.runs import Setting, run_retrieval, run_zero_shot
+from evaclip.loading import load_model
+from evaclip.model.clip import CLIP
+from evaclip.run_files import EVENTS_FILE
+from evaclip.train.config import TrainConfig
+from evaclip.train.progress import read_log
+from evaclip.train.trainer import train
+
+Make = Callable[..., TrainConfig]
+EVAL = "eval={sets: {val: {data: {num_samples: 40, workers: 0}}}, every_steps: 3, batch_size: 4}"
+
+
+def picture(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (20 * number, 250 - 20 * number, 7)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def test_held_out_samples_are_evaluated_every_epoch_and_the_run_goes_on_with_the_same(
+    run_config: Make, capsys: Any
+) -> None:
+    """40 samples, 10 of which are held out: an epoch is 30 samples, and the third step of 8 ends none."""
+    config = ("held_out=0.25", "eval.every_epochs=1", "schedule.steps=8")
+    outcome = train(run_config(*config, "checkpoint.every_steps=3"))
+    assert "held_out=0.25 of 40 samples: 10 are never trained on" in capsys.readouterr().out
+    records = read_log(outcome.folder / "log.jsonl")
+    assert [record["step"] for record in records if "eval" in record] == [4, 8]
+    assert outcome.metrics["held_out/samples"] == 10
+    recalls = {f"held_out/{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5)}
+    assert {"held_out/loss", *recalls} < outcome.metrics.keys()
+    (outcome.folder / "checkpoints/step_00000008/state.pt").unlink()
+    resumed = train(run_config(*config), resume="auto")
+    assert resumed.metrics == outcome.metrics
+    with pytest.raises(UserError, match="not what the checkpoint was trained on"):
+        train(run_config(*config, "held_out=0.3"), resume="auto")
+
+
+def test_a_run_measures_what_the_command_measures(run_config: Make, tmp_path: Path) -> None:
+    """Two captions a picture, a picture in two samples, and one that can't be read."""
+    samples = [
+        (
+            f"{number:03d}",
+            {"png": picture(number), "json": json.dumps({"text": [f"a {number}", f"b {number}"]}).encode()},
+        )
+        for number in range(12)
+    ]
+    samples += [
+        ("x", {"png": picture(3), "json": b'{"text": ["c 3"]}'}),
+        ("y", {"png": b"?", "json": b'{"text": "d"}'}),
+    ]
+    write_shard(tmp_path / "eval.tar", samples)
+    data = {"train": str(tmp_path / "eval.tar"), "caption_key": "json:text", "workers": 0}
+    outcome = train(run_config(f"eval.sets.val.data={json.dumps(data)}"))
+    source = open_source(data["train"], caption_key="json:text")
+    setting = Setting(load_model(str(outcome.folder)), data["train"], source, "title")
+    measured, _ = run_retrieval(setting)
+    zero_shot = run_zero_shot(setting, None, ("{}",))
+    for direction in ("image_to_text", "text_to_image"):
+        for k in (1, 5):
+            assert outcome.metrics[f"val/{direction}_r{k}"] == measured.metrics[direction]["recall"][str(k)]
+    assert outcome.metrics["val/zero_shot_top1"] == zero_shot.metrics["top1"]
+    assert (outcome.metrics["val/samples"], outcome.metrics["val/unreadable"]) == (13, 1)
+    assert (measured.metrics["images"], measured.metrics["captions"]) == (12, 25)
+
+
+@pytest.mark.parametrize("readable", [0, 6])
+def test_what_cannot_be_read_is_no_result_and_no_end(
+    run_config: Make, tmp_path: Path, capsys: Any, readable: int
+) -> None:
+    """Of 8 samples all are damaged, or 2."""
+    pictures = [picture(number) if number < readable else b"?" for number in range(8)]
+    samples = [(f"{n}", {"png": data, "txt": f"a {n}".encode()}) for n, data in enumerate(pictures)]
+    write_shard(tmp_path / "eval.tar", samples)
+    evaluation = f"eval={{every_steps: 3, sets: {{val: {{data: {{train: {tmp_path}/eval.tar, workers: 0}}}}}}}}"
+    outcome = train(run_config(evaluation))
+    assert outcome.steps == 6
+    assert all(math.isnan(value) for value in outcome.metrics.values())
+    records = [record for record in read_log(outcome.folder / "log.jsonl") if "eval" in record]
+    assert [(record["step"], record["eval"]["val/zero_shot_top1"]) for record in records] == [(3, None), (6, None)]
+    told = capsys.readouterr().out
+    assert told.count(f"not evaluated on val: {8 - readable} of the 8 samples of ") == 2
+    assert "eval.sets.val.allow_unreadable=true measures the rest all the same" in told
+    allowed = train(run_config(evaluation, "eval.sets.val.allow_unreadable=true"), overwrite=True)
+    if readable:
+        assert (allowed.metrics["val/samples"], allowed.metrics["val/unreadable"]) == (6, 2)
+    else:
+        assert math.isnan(allowed.metrics["val/zero_shot_top1"])
+        assert "not evaluated on val: none of the 8 samples of" in capsys.readouterr().out
+
+
+def class_folders(folder: Path) -> str:
+    """Two pictures in each of three folders, whose names are no class names."""
+    for number in range(6):
+        path = folder / f"n0{number // 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(2 * number))
+    return str(folder)
+
+
+def test_any_number_of_sets_by_name(run_config: Make, tmp_path: Path) -> None:
+    """Class folders, the same in a shard by number, a held-out part by its loss alone, and one that is no set of it."""
+    folder, shard = class_folders(tmp_path / "folders"), tmp_path / "labels.tar"
+    write_shard(shard, [(f"{n}", {"png": picture(2 * n), "cls": b"%d" % (n // 2)}) for n in range(6)])
+    prompts = {"classes": ["red", "green", "blue"], "templates": ["a {} thing", "the {}"]}
+    sets: dict[str, Any] = {
+        "folders": {"data": {"train": folder, "workers": 0}, **prompts},
+        "shard": {"data": {"train": str(shard), "caption_key": "cls", "workers": 0}, **prompts},
+        "named": {"data": {"train": folder, "caption_template": "one {}", "workers": 0}},
+        "held_out": {"measure": ["loss"]},
+        "wrong": {"data": {"train": str(shard), "caption_key": "cls", "workers": 0}, "classes": ["red"]},
+        "left-out": None,
+    }
+    outcome = train(run_config(f"eval.sets={json.dumps(sets)}", "held_out=0.2", "loss.label_smoothing=0.2"))
+    metrics = outcome.metrics
+    setting = Setting(load_model(str(outcome.folder)), folder, open_source(folder, caption_template="{}"), "title")
+    for name, classes, templates in (
+        ("folders", prompts["classes"], prompts["templates"]),
+        ("shard", prompts["classes"], prompts["templates"]),
+        ("named", None, ["one {}"]),
+    ):
+        expected = run_zero_shot(setting, classes, templates).metrics
+        assert {key.partition("/")[2] for key in metrics if key.startswith(f"{name}/")} == {
+            "samples", "unreadable", "zero_shot_top1", "zero_shot_top5", "chance_top1", "classes",
+        }  # fmt: skip
+        assert metrics[f"{name}/zero_shot_top1"] == expected["top1"]
+        assert metrics[f"{name}/classes"] == 3
+    loaded = setting.loaded
+    _, held_out = hold_out(open_source("synthetic", num_samples=40), 0.2, 0)
+    assert held_out is not None
+    pairs = encode_pairs(loaded.model, loaded.tokenizer, loaded.transform, held_out)
+    logits = loaded.model.logit_scale.exp() * pairs.image_features @ pairs.text_features.T
+    pair = torch.arange(len(logits))
+    loss = (cross_entropy(logits, pair) + cross_entropy(logits.T, pair)) / 2
+    assert metrics["held_out/loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert {key for key in metrics if "held" in key} == {f"held_out/{k}" for k in ("samples", "unreadable", "loss")}
+    assert math.isnan(metrics["wrong/zero_shot_top1"])
+    told = [event.get("message", "") for event in read_log(outcome.folder / EVENTS_FILE)]
+    (line,) = (text for text in told if text.startswith("not evaluated on"))
+    assert re.fullmatch(r"not evaluated on wrong: sample .* has label 1, but the 1 classes are 0\.\.0", line)
+    assert not any("left-out" in key for key in metrics)
+
+
+@pytest.mark.parametrize("parallel", ["replicate", "{mode: shard, offload: cpu}"])
+def test_features_that_are_not_finite_cost_a_line_and_no_training(
+    run_config: Make, monkeypatch: pytest.MonkeyPatch, capsys: Any, parallel: str
+) -> None:
+    original = CLIP.encode_image
+
+    def encode_image(self: CLIP, *args: Any, **options: Any) -> Tensor:
+        features = original(self, *args, **options)
+        return features if self.training else features.where(torch.arange(len(features))[:, None] > 0, math.nan)
+
+    mode = f"parallel={parallel}" if "{" in parallel else f"parallel.mode={parallel}"
+    straight = train(run_config("name=straight", mode, "ema_decay=0.9"))
+    monkeypatch.setattr(CLIP, "encode_image", encode_image)
+    outcome = train(run_config(EVAL, mode, "ema_decay=0.9"))
+    assert outcome.steps == 6
+    records = [record for record in read_log(outcome.folder / "log.jsonl") if "eval" in record]
+    assert [(record["step"], record["eval"]["val/zero_shot_top1"]) for record in records] == [(3, None), (6, None)]
+    told = [event.get("message", "") for event in read_log(outcome.folder / EVENTS_FILE)]
+    assert [line for line in told if "NaN or infinite features for 10 of 40 pictures" in line] == told[1:3]
+    files = [o.folder / "checkpoints/step_00000006/model.safetensors" for o in (outcome, straight)]
+    weights, expected = (load_file(file) for file in files)
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_signal_stops_an_evaluation_between_batches(run_config: Make, step: int) -> None:
+    """During an evaluation in between, and that of the end; what is to be saved is saved before."""
+    due = EVAL.replace("every_steps: 3", f"every_steps: {step}")
+    saving = f"checkpoint={{every_steps: {'3' if step == 3 else 'null'}, background: false}}"
+    config = run_config(due, saving, "ema_decay=0.9")
+
+    def stop() -> None:
+        assert (Path(config.output) / config.name / f"checkpoints/step_{step:08d}").is_dir()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with counting_batches(stop) as batches:
+        outcome = train(config)
+    assert (outcome.stopped_by, outcome.steps, batches) == (143, step, [4])
+    assert not [record for record in read_log(outcome.folder / "log.jsonl") if "eval" in record]
+    resumed = train(config, resume="auto")
+    assert (resumed.stopped_by, resumed.steps) == (None, 6)
+    straight = train(run_config("name=straight", "ema_decay=0.9"))
+    for name in ("model.safetensors", "ema.safetensors"):
+        files = [o.folder / "checkpoints/step_00000006" / name for o in (resumed, straight)]
+        weights, expected = (load_file(file) for file in files)
+        assert all(torch.equal(weights[key], value) for key, value in expected.items())
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize("mode", ["replicate", pytest.param("shard", marks=pytest.mark.exhaustive)])
+def test_processes_stop_an_evaluation_together(run_config: Make, mode: str) -> None:
+    """Two have 5 and 6 batches each; the signal reaches the second alone, in its last one."""
+    config = run_config(EVAL.replace("40", "11").replace("batch_size: 4", "batch_size: 1"), f"parallel.mode={mode}")
+    in_processes(2, train_and_stop, config)
+    folder = Path(config.output) / config.name
+    assert sorted(path.name for path in (folder / "checkpoints").glob("step_*")) == ["step_00000003"]
+    assert not [record for record in read_log(folder / "log.jsonl") if "eval" in record]

@@ -1,0 +1,184 @@
+"""The faulty formulas of docs/wrong-gradients.md, and ours, against float64 autograd of the whole batch."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evaclip.model.clip import CLIP
+from evaclip.train.config import LossConfig, OptimConfig
+from evaclip.train.distributed import World
+from evaclip.train.loss import SIGLIP_START, ContrastiveLoss
+from evaclip.train.optimizer import build_optimizer, parameter_groups
+from evaclip.train.step import StepOptions, TrainStep
+
+PAGE = Path(__file__).parents[3] / "docs" / "wrong-gradients.md"
+EQUAL = (2, 2, 2, 2)
+UNEVEN = (1, 1, 1, 5)
+BATCH = sum(EQUAL)
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Gradients = dict[str, Tensor]
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(BATCH, 3, 16, 16, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(1, 40_000, (BATCH, 16), generator=generator)
+    tokens[:, 7] = 49_407
+    return images, tokens
+
+
+@pytest.fixture
+def model(small_model: CLIP) -> CLIP:
+    return small_model.double()
+
+
+def clip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    logits = scale * image @ text.T
+    labels = torch.arange(len(logits))
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def siglip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return -_log_likelihoods(image, text, scale, bias).sum() / len(image)
+
+
+def siglip_averaged_over_pairs(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return -_log_likelihoods(image, text, scale, bias).mean() / len(image)
+
+
+def whole(model: CLIP, batch: tuple[Tensor, Tensor], loss: Loss, sizes: Sequence[int] = EQUAL) -> Gradients:
+    """All features with their graphs, chunk by chunk so that chunks draw what they draw elsewhere; one backward."""
+    torch.manual_seed(2)
+    features = [model(*chunk)[:2] for chunk in _cut(batch, sizes)]
+    bias = _bias()
+    image, text = (torch.cat(part) for part in zip(*features, strict=True))
+    loss(image, text, model.logit_scale.exp(), bias).backward()
+    return _taken(model, bias)
+
+
+def replayed(
+    model: CLIP,
+    batch: tuple[Tensor, Tensor],
+    loss: Loss,
+    sizes: Sequence[int] = EQUAL,
+    weights: Sequence[float] = (1, 1, 1, 1),
+) -> Gradients:
+    """Accumulation over cached features: the loss of the whole batch once a chunk, of which that chunk alone has a
+    graph, and with it everything that is no feature. Random states are not brought back."""
+    torch.manual_seed(2)
+    chunks = list(_cut(batch, sizes))
+    with torch.no_grad():
+        cached = [model(*chunk)[:2] for chunk in chunks]
+    bias = _bias()
+    for index, (chunk, weight) in enumerate(zip(chunks, weights, strict=True)):
+        features = [*cached[:index], model(*chunk)[:2], *cached[index + 1 :]]
+        image, text = (torch.cat(part) for part in zip(*features, strict=True))
+        (weight * loss(image, text, model.logit_scale.exp(), bias)).backward()
+    return _taken(model, bias)
+
+
+def ours(model: CLIP, batch: tuple[Tensor, Tensor], loss: Loss, accumulation: int = 4) -> Gradients:
+    torch.manual_seed(2)
+    module = ContrastiveLoss(LossConfig(name="clip" if loss is clip else "siglip"))
+    model.logit_bias = None if loss is clip else _bias()
+    config = OptimConfig(lr=0.0)
+    optimizer = build_optimizer(parameter_groups(model, config), config)
+    step = TrainStep(model, module, optimizer, StepOptions(accumulation=accumulation), World(torch.device("cpu")))
+    step(*batch, step=0)
+    found, model.logit_bias = _taken(model, None), None
+    return found
+
+
+def _log_likelihoods(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return F.logsigmoid((2 * torch.eye(len(image)) - 1) * (scale * image @ text.T + bias))
+
+
+def _cut(batch: tuple[Tensor, Tensor], sizes: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(part.split(list(sizes)) for part in batch), strict=True)
+
+
+def _bias() -> nn.Parameter:
+    return nn.Parameter(torch.tensor(SIGLIP_START["init_logit_bias"], dtype=torch.float64))
+
+
+def _taken(model: CLIP, bias: Tensor | None) -> Gradients:
+    values = dict(model.named_parameters()) | ({} if bias is None else {"logit_bias": bias})
+    found = {name: value.grad.clone() for name, value in values.items() if value.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def _ratio(found: Gradients, expected: Gradients, name: str) -> str:
+    return f"{found[name] / expected[name]:.2f} times"
+
+
+def _towers(found: Gradients, expected: Gradients) -> str:
+    """Error of the towers' gradients, over their norm."""
+    names = [name for name in expected if name.startswith(("visual.", "text."))]
+    error = torch.cat([(found[name] - expected[name]).flatten() for name in names]).norm()
+    return f"{100 * error / torch.cat([expected[name].flatten() for name in names]).norm():.1f} %"
+
+
+def _drop_paths(model: CLIP) -> CLIP:
+    model.train()
+    for block in model.visual.blocks:
+        block.drop_path = 0.5
+    return model
+
+
+@pytest.mark.parametrize("loss", [clip, siglip])
+def test_scale_and_bias_in_the_graph_of_every_chunk(model: CLIP, batch: tuple[Tensor, Tensor], loss: Loss) -> None:
+    expected, found = whole(model, batch, loss), replayed(model, batch, loss)
+    assert _towers(found, expected) == "0.0 %"
+    scalars = {clip: ["logit_scale"], siglip: ["logit_scale", "logit_bias"]}[loss]
+    assert [_ratio(found, expected, name) for name in scalars] == ["4.00 times"] * len(scalars)
+    assert "| 4.00 times |" in PAGE.read_text()
+
+
+def test_dividing_by_the_number_of_chunks_is_no_repair(model: CLIP, batch: tuple[Tensor, Tensor]) -> None:
+    expected, found = whole(model, batch, clip), replayed(model, batch, clip, weights=[1 / 4] * 4)
+    assert _ratio(found, expected, "logit_scale") == "1.00 times"
+    assert f"| {_towers(found, expected)} |" in PAGE.read_text()
+
+
+def test_chunks_weighted_by_their_own_size(model: CLIP, batch: tuple[Tensor, Tensor]) -> None:
+    # Over the mean size, the one factor that the batch as a whole would have.
+    weights = [size * len(UNEVEN) / BATCH for size in UNEVEN]
+    expected, found = whole(model, batch, clip), replayed(model, batch, clip, UNEVEN, weights)
+    assert f"| {_towers(found, expected)} |" in PAGE.read_text()
+
+
+def test_the_last_chunk_alone(model: CLIP, batch: tuple[Tensor, Tensor]) -> None:
+    expected, found = whole(model, batch, clip), replayed(model, batch, clip, weights=[0, 0, 0, 1])
+    assert f"| {_towers(found, expected)} |" in PAGE.read_text()
+
+
+def test_a_second_pass_that_draws_anew(model: CLIP, batch: tuple[Tensor, Tensor]) -> None:
+    model = _drop_paths(model)
+    expected, found = whole(model, batch, clip), replayed(model, batch, clip)
+    assert f"| {_towers(found, expected)} |" in PAGE.read_text()
+
+
+def test_siglip_averaged_over_pairs(model: CLIP, batch: tuple[Tensor, Tensor]) -> None:
+    expected, found = whole(model, batch, siglip), whole(model, batch, siglip_averaged_over_pairs)
+    assert f"1/{1 / (found['logit_bias'] / expected['logit_bias']):.0f}" == f"1/{BATCH**2}"
+    assert f"| 1/{BATCH**2} |" in PAGE.read_text()
+
+
+@pytest.mark.parametrize("loss", [clip, siglip])
+@pytest.mark.parametrize("draws", [False, True])
+def test_ours_is_the_gradient_of_the_whole_batch(
+    model: CLIP, batch: tuple[Tensor, Tensor], loss: Loss, draws: bool
+) -> None:
+    model = _drop_paths(model) if draws else model
+    expected, found = whole(copy.deepcopy(model), batch, loss), ours(model, batch, loss)
+    assert expected.keys() == found.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient.to(found[name].dtype), rtol=1e-7, atol=1e-12, msg=name)
