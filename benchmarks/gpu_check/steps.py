@@ -79,7 +79,7 @@ def _step(job: Any, device: torch.device) -> tuple[Any, Tensor, Tensor, str]:
     torch.manual_seed(0)
     model = create_model(job.model, device=device, vision={"patch_dropout": job.token_dropout})
     loss, options = ContrastiveLoss(LossConfig()).to(device), OptimConfig()
-    optimizer = build_optimizer(parameter_groups(model, loss, options), options)
+    optimizer = build_optimizer(parameter_groups(model, options), options)
     images = torch.randn(job.global_batch, 3, *job.config.vision.image_shape, device=device)
     tokens, note = _tokens(job)
     step = TrainStep(model, loss, optimizer, StepOptions(job.precision), World(device))

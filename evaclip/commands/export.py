@@ -73,7 +73,10 @@ def _run(args: argparse.Namespace) -> None:
     model = create_model(args.model, pretrained=args.pretrained).eval()
     kind = {"dtype": args.dtype, "int8": args.int8}
     if args.layout:
-        for name, outcomes in export_folder(model, args.target, args.layout, **kind).items():
+        from evaclip.weights.card import is_of_run, run_facts
+
+        card = run_facts(args.pretrained) if is_of_run(args.pretrained) else None
+        for name, outcomes in export_folder(model, args.target, args.layout, **kind, model_card=card).items():
             _show(name, outcomes)
     else:
         kind |= {"normalize": args.normalize, "overwrite": args.force}

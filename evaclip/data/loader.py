@@ -127,6 +127,10 @@ class TrainLoader:
         )
         self._reader.check_room(window)
 
+    def set_transform(self, transform: TrainTransform) -> None:
+        """What the iterators of later calls of `batches` do with pictures; which ones and how drawn stays the same."""
+        self._reader = replace(self._reader, transform=transform)
+
     def batches(self, position: int = 0) -> Generator[Batch, None, None]:
         """The batches from a position on, endlessly; any position that a batch reported, at any world size,
         will do.

@@ -1,6 +1,5 @@
 """The two towers and the temperature between them."""
 
-import math
 from dataclasses import replace
 
 import torch
@@ -12,8 +11,6 @@ from evaclip.model.config import CLIPConfig
 from evaclip.model.savings import Savings
 from evaclip.model.text import TextTower
 from evaclip.model.vision import VisionTower
-
-INIT_LOGIT_SCALE = math.log(1 / 0.07)
 
 
 class CLIP(nn.Module):
@@ -28,6 +25,7 @@ class CLIP(nn.Module):
     Attributes:
         visual, text: the towers.
         logit_scale: 0-D, the logarithm of the factor of the cosine similarities.
+        logit_bias: 0-D, what SigLIP adds to them then; None for a model without one.
         config: what the model was built from.
         context_length: tokens of the longest text.
     """
@@ -38,13 +36,17 @@ class CLIP(nn.Module):
         savings = savings or Savings()
         self.visual = VisionTower(config.vision, config.embed_dim, savings)
         self.text = TextTower(config.text, config.embed_dim, savings)
-        self.logit_scale = nn.Parameter(torch.tensor(INIT_LOGIT_SCALE))
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.init_logit_scale)))
+        bias = config.init_logit_bias
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
 
     def reset_parameters(self) -> None:
         """Start values for training from scratch, as after construction."""
         self.visual.reset_parameters()
         self.text.reset_parameters()
-        nn.init.constant_(self.logit_scale, INIT_LOGIT_SCALE)
+        nn.init.constant_(self.logit_scale, self.config.init_logit_scale)
+        if self.logit_bias is not None:
+            nn.init.constant_(self.logit_bias, self.config.init_logit_bias or 0.0)
 
     def set_savings(self, savings: Savings) -> None:
         """Changes what both towers leave out, from the next forward pass on."""
@@ -102,13 +104,15 @@ class CLIP(nn.Module):
 
     def get_logits(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine similarities times `logit_scale.exp()`, `[B, M]`, of images `[B, 3, height, width]` and token ids
-        `[M, N]`; and the same transposed.
+        `[M, N]`, plus `logit_bias` where the model has one; and the same transposed.
 
         Example:
-            `model.get_logits(images, tokenizer(names))[0].softmax(-1)`
+            `model.get_logits(images, tokenizer(names))[0].softmax(-1)`; with a `logit_bias` `.sigmoid()`
         """
         image_features, text_features, scale = self(images, tokens)
         logits = scale * image_features @ text_features.T
+        if self.logit_bias is not None:
+            logits = logits + self.logit_bias
         return logits, logits.T
 
     def forward(

@@ -5,6 +5,7 @@ A configuration file holds only what differs from the defaults here, which are t
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
@@ -198,9 +199,17 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Both towers, the width of the space they share, and the preprocessing of images."""
+    """Both towers, the width of the space they share, and the preprocessing of images.
+
+    Attributes:
+        init_logit_scale: start value of the temperature, the logarithm of what similarities are multiplied by.
+        init_logit_bias: start value of the bias of a model for SigLIP's loss (Zhai et al. 2023, arXiv 2303.15343), as
+            in open_clip's configurations; None for a model without one.
+    """
 
     embed_dim: int = 512
+    init_logit_scale: float = math.log(1 / 0.07)
+    init_logit_bias: float | None = None
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     preprocess: Preprocess = field(default_factory=Preprocess)
@@ -348,6 +357,8 @@ def _check_fields(part: str, config: Any) -> None:
             continue
         if isinstance(entry.default, bool):
             accepted, expected = isinstance(value, bool), "true or false"
+        elif entry.name == "init_logit_bias":
+            accepted, expected = number or value is None, "a number, or null"
         elif entry.name in _RATES:
             accepted, expected = number and 0 <= value < 1, "0 <= rate < 1"
         elif isinstance(entry.default, int):

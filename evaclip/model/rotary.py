@@ -26,6 +26,11 @@ class RotaryTable(nn.Module):
         self._config = config
         self.fill(torch.get_default_device())
 
+    def resize(self, config: VisionConfig) -> None:
+        """Computes the table for the grid of `config`, where it is."""
+        self._config = config
+        self.fill(self.cos.device)
+
     def fill(self, device: torch.device) -> None:
         """Computes the table on `device`."""
         for name, values in zip(("cos", "sin"), self._table(device), strict=True):

@@ -1,5 +1,7 @@
 """The vision tower of all EVA-CLIP models: options of one transformer, not a class for each model."""
 
+import math
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -47,6 +49,7 @@ class VisionTower(Tower):
         savings: what is left out without changing a result.
 
     Attributes:
+        present: `config`, but for the image size that `set_image_size` gave.
         num_patches: patches in an image.
         patch_dropout: share of the patches left out in training; may be changed at any time.
     """
@@ -56,12 +59,14 @@ class VisionTower(Tower):
 
     def __init__(self, config: VisionConfig, embed_dim: int, savings: Savings) -> None:
         super().__init__(config.layers, savings)
-        self.config = config
+        self.config = self.present = config
         self.num_patches = config.num_patches
         self.patch_dropout = config.patch_dropout
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(empty(1, 1, config.width))
         self.pos_embed = nn.Parameter(empty(1, 1 + config.num_patches, config.width))
+        self.resizing: Tensor | None
+        self.register_buffer("resizing", None, persistent=False)
         self.rope = RotaryTable(config) if config.rope else None
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.layers))
         # Behind the mean of the patches the last norm has another name.
@@ -94,6 +99,22 @@ class VisionTower(Tower):
         norm = self.norm or self.fc_norm
         assert norm is not None
         return norm
+
+    def set_image_size(self, image_size: int | tuple[int, int]) -> None:
+        """Takes images of another size from now on; the parameters stay as they are.
+
+        The position embedding keeps the grid of `config`, and is resized in every forward pass: bicubic, as weights are
+        for another image size, but as a product with a fixed matrix, whose gradient is the same in every run.
+
+        Raises:
+            UserError: for a size that isn't a multiple of the patches'.
+        """
+        self.present = replace(self.config, image_size=image_size)
+        self.num_patches = self.present.num_patches
+        own = self.present.grid == self.config.grid
+        self.resizing = None if own else resizing(self.config.grid, self.present.grid).to(self.cls_token.device)
+        if self.rope is not None:
+            self.rope.resize(self.present)
 
     def num_kept_patches(self) -> int:
         """Patches that training keeps at the present rate of patch dropout, at least one."""
@@ -140,19 +161,34 @@ class VisionTower(Tower):
 
     def _embed(self, images: Tensor, token_index: Tensor | None) -> Tensor:
         """Class token and kept patches with their positions, `[B, 1 + K, width]`."""
-        prefix, pos_embed = self.cls_token[0], self.pos_embed[0]
+        prefix, pos_embed = self.cls_token[0], self._positions()
         if token_index is None or not self.savings.early_drop:
             return token_dropout(self.patch_embed(images), token_index, prefix=prefix, pos_embed=pos_embed)
         first, positions = pos_embed.split([1, self.num_patches])
         patches = self.patch_embed.of_kept(images, token_index) + F.embedding(token_index, positions)
         return torch.cat(((prefix + first).expand(len(images), -1, -1), patches), 1)
 
+    def _positions(self) -> Tensor:
+        """Of the class token and of all patches of the present size, `[1 + num_patches, width]`."""
+        if self.resizing is None:
+            return self.pos_embed[0]
+        first, patches = self.pos_embed[0].split([1, self.config.num_patches])
+        with torch.autocast(patches.device.type, enabled=False):
+            resized = self.resizing.float() @ patches.float()
+        return torch.cat((first, resized.to(first.dtype)))
+
     def _check(self, images: Tensor) -> None:
-        height, width = self.config.image_shape
+        height, width = self.present.image_shape
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
             raise ValueError(f"images have shape {tuple(images.shape)}; expected [batch, 3, {height}, {width}]")
         if not images.is_floating_point():
             raise TypeError(f"images are {images.dtype}; expected normalised floating-point pixels")
+
+
+def resizing(old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """The float32 matrix `[new rows * columns, old rows * columns]` that resizes what a grid of patches has."""
+    each = torch.eye(math.prod(old)).unflatten(1, old).unsqueeze(0)
+    return F.interpolate(each, size=new, mode="bicubic", align_corners=False)[0].flatten(1).T.contiguous()
 
 
 def _table_follows_weights(tower: nn.Module, _: Any) -> None:

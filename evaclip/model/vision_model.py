@@ -72,7 +72,7 @@ class VisionModel(VisionTower):
             x = block(x, *context, False)
             if index in wanted:
                 patches = (x if self.norm is None or not norm else self.norm(x))[:, 1:]
-                found[index] = patches.transpose(1, 2).unflatten(2, self.config.grid)
+                found[index] = patches.transpose(1, 2).unflatten(2, self.present.grid)
         return x if self.norm is None else self.norm(x), [found[index] for index in wanted]
 
     def reset_classifier(self, num_classes: int, pool: Pool | None = None) -> None:

@@ -1,6 +1,6 @@
 """Both towers in a folder as Immich and transformers.js expect it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 
-from evaclip.atomic import require_writable, write_json, writing
+from evaclip.atomic import require_writable, write_json, write_text, writing
 from evaclip.errors import UserError
 from evaclip.model.clip import CLIP
 from evaclip.model.config import CLIPConfig
@@ -16,6 +16,7 @@ from evaclip.outputs import check_output
 from evaclip.portable.check import Outcome
 from evaclip.portable.files import Spec, write_checked
 from evaclip.tokenizer import END, START, byte_pair_encoder
+from evaclip.weights.card import CARD_FILE, card_text
 
 Layout = Literal["immich", "transformers.js"]
 LAYOUTS: tuple[Layout, ...] = ("immich", "transformers.js")
@@ -25,6 +26,17 @@ _PILLOW = {"bilinear": 2, "bicubic": 3}
 # transformers.js finds weights of another kind by the end of the file's name.
 _SUFFIXES = {"fp32": "", "fp16": "_fp16", "bf16": "_bf16", "int8": "_int8"}
 
+_CARDS: dict[Layout, dict[str, Any]] = {
+    "immich": {
+        "tags": ["clip", "onnx", "immich"],
+        "usage": "In the model folder of Immich's machine learning service.",
+    },
+    "transformers.js": {
+        "library_name": "transformers.js",
+        "tags": ["clip", "onnx"],
+        "usage": "By CLIPVisionModelWithProjection and CLIPTextModelWithProjection.",
+    },
+}
 
 # Of each half: the name of its file or folder, of what goes in, and of what comes out.
 _Halves = tuple[tuple[Literal["image", "text"], str, str, str], ...]
@@ -47,7 +59,13 @@ def check_folder(target: Path, config: CLIPConfig) -> None:
 
 
 def export_folder(
-    model: CLIP, target: Path, layout: Layout, *, dtype: str = "fp32", int8: bool = False
+    model: CLIP,
+    target: Path,
+    layout: Layout,
+    *,
+    dtype: str = "fp32",
+    int8: bool = False,
+    model_card: Mapping[str, Any] | None = None,
 ) -> dict[str, list[Outcome]]:
     """Writes both towers, with tokenizer and preprocessing, for another program to load; embeddings have length 1.
 
@@ -57,6 +75,7 @@ def export_folder(
         layout: `immich` for its machine learning service, or `transformers.js` for the classes
             CLIPVisionModelWithProjection and CLIPTextModelWithProjection.
         dtype, int8: as for `export`.
+        model_card: parts of the card, as for `evaclip.save_for_hf`.
 
     Returns:
         What each engine made of each tower, by the file's place in the folder.
@@ -70,7 +89,9 @@ def export_folder(
     """
     check_folder(target, model.config)
     write = _write_immich if layout == "immich" else _write_transformers_js
+    card = card_text({**_CARDS[layout], **(model_card or {})}, target.name)
     with writing(target), _folder(target) as folder:
+        write_text(folder / CARD_FILE, card)
         return write(model, folder, dtype, int8)
 
 

@@ -84,7 +84,8 @@ class Service:
             depth=limits.waiting,
             observe=lambda kind, count: metrics.batches.labels(kind).observe(count),
         )
-        self._scale = float(encoder.model.logit_scale.exp())
+        self._scale, bias = float(encoder.model.logit_scale.exp()), encoder.model.logit_bias
+        self._bias = None if bias is None else bias.item()
         self._decoders = ThreadPoolExecutor(encoder.threads, "evaclip-decode")
         self._reader = ThreadPoolExecutor(1, "evaclip-store")
         self._small = lru_cache(_KEPT)(_small_copy_of_file)
@@ -108,7 +109,8 @@ class Service:
         return await self._embeddings("text", texts)
 
     async def label(self, picture: bytes, labels: Sequence[str], template: str) -> list[float]:
-        """The probability of each label by the model, for one of them to be right."""
+        """The probability of each label by the model, for one of them to be right; of a model with SigLIP's bias that
+        of each label by itself."""
         if "{}" not in template:
             raise Rejected(422, f"The template {template!r} has no place for the label; write {{}} there.")
         check_texts([template, *labels], self.limits)
@@ -116,6 +118,8 @@ class Service:
             (self.pictures([picture]), self.texts([template.replace("{}", label) for label in labels]))
         )
         logits = self._scale * (texts @ image).astype(np.float64)
+        if self._bias is not None:
+            return [float(share) for share in 1 / (1 + np.exp(-logits - self._bias))]
         weights = np.exp(logits - logits.max())
         return [float(weight) for weight in weights / weights.sum()]
 

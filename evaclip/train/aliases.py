@@ -107,7 +107,10 @@ _EXACT = "the loss here is always that of the whole batch, exact, and without a 
 _NO_BATCH_NORM = "EVA-CLIP has no batch norm"
 _NO_COCA = "there is no CoCa here"
 _NO_DISTILLATION = "there is no distillation here"
-_COOLDOWN = "schedule.name is cosine or constant; schedule.final_factor is where the cosine ends"
+_COOLDOWN = (
+    "schedule={name: constant, cooldown_share: 0.2, cooldown: linear, final_factor: 0} is one of the last fifth of "
+    "the steps"
+)
 _TORCHRUN = "torchrun starts the processes, and its --rdzv-endpoint and --rdzv-backend say where they meet"
 _SYNC = "copy the run beside the training, as with aws s3 sync: its checkpoints appear whole or not at all"
 _IN_PLACE_OF = {"schedule.epochs": "schedule.steps", "schedule.warmup_steps": "schedule.warmup_share"}

@@ -64,7 +64,7 @@ def traced_peak(config: TrainConfig, world: World, caption_mean: int = CAPTION_T
     if config.parallel.offload != "none":
         raise UserError("--as-gpus under parallel.offload needs a GPU: without one, all memory is the host's")
     mode, batch = FakeTensorMode(), len(rows_of_processes(config, world)[0])
-    options = model_options(config.model)
+    options = model_options(config)
     precision = precision_of_parameters(config.precision)
     model = create_model(
         config.model.name, device="meta", precision=precision, savings=config.model.savings, **options

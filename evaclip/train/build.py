@@ -7,7 +7,6 @@ from functools import partial
 from pkgutil import resolve_name
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from evaclip.data import Source, TrainLoader, open_configured
@@ -18,7 +17,6 @@ from evaclip.errors import UserError
 from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
 from evaclip.model.config import Preprocess
-from evaclip.model.flops import flops_per_sample
 from evaclip.tokenizer import Tokenizer
 from evaclip.train import rng
 from evaclip.train.compiled import compile_blocks
@@ -26,12 +24,13 @@ from evaclip.train.config import ModelConfig, Precision, TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.ema import Ema
 from evaclip.train.evaluation import Evaluation, open_sets
-from evaclip.train.loss import SIGLIP_INITIAL_SCALE, ContrastiveLoss
+from evaclip.train.loss import SIGLIP_START, ContrastiveLoss
 from evaclip.train.optimizer import build_optimizer, parameter_groups
+from evaclip.train.resolution import Resolution
 from evaclip.train.schedule import total_steps
 from evaclip.train.sharding import WholeRandomNumbers, move_all_but_shards, shard
 from evaclip.train.step import StepOptions, TrainStep
-from evaclip.train.throughput import BACKWARD_FACTOR, peak_flops
+from evaclip.train.throughput import peak_flops
 from evaclip.transforms import EvalTransform
 
 _JPEG_MARGIN = 2
@@ -42,7 +41,7 @@ class Parts:
     """What the loop works with.
 
     Attributes:
-        flops_per_sample: model FLOPs of a training step per sample, forward and backward.
+        resolution: which size images have at each step, and what that costs.
         peak_flops: FLOP/s of all devices together.
         epoch_samples: samples that count as one epoch.
         remarks: what is to be said about the data before the run begins.
@@ -58,7 +57,7 @@ class Parts:
     evaluation: Evaluation | None
     total_steps: int
     epoch_samples: int
-    flops_per_sample: float
+    resolution: Resolution
     peak_flops: float
     remarks: list[str]
 
@@ -81,18 +80,23 @@ def build(config: TrainConfig, world: World) -> Parts:
     step = build_step(config, world, model)
     tokenizer = Tokenizer(model.config.text.context_length, model.config.text.vocab_size)
     epoch_samples = config.schedule.epoch_samples or len(source)
+    steps = total_steps(config.schedule, config.batch_size, len(source))
+    loader = _loader(config, world, source, model, tokenizer)
+    make_transform = partial(training_transform, config.data, preprocess=model.config.preprocess)
+    resolution = Resolution(model, loader, config.schedule, steps, make_transform)
+    resolution.flops_left(0)  # refuses sizes that the model can't take
     return Parts(
         config=config,
         world=world,
         model=model,
         source=source,
-        loader=_loader(config, world, source, model, tokenizer),
+        loader=loader,
         step=step,
         ema=None if config.ema_decay is None else Ema(model, config.ema_decay),
         evaluation=_evaluation(config, world, model, tokenizer, step.loss, held_out),
-        total_steps=total_steps(config.schedule, config.batch_size, len(source)),
+        total_steps=steps,
         epoch_samples=epoch_samples,
-        flops_per_sample=BACKWARD_FACTOR * flops_per_sample(model.config, 1 - model.visual.patch_dropout),
+        resolution=resolution,
         peak_flops=world.size * peak_flops(world.device, config.precision),
         remarks=[_held_out_of(config, whole, held_out)] if config.held_out else [],
     )
@@ -113,7 +117,7 @@ def build_model(config: TrainConfig, world: World) -> CLIP:
             precision=precision_of_parameters(config.precision),
             savings=config.model.savings,
             prepare=prepare if sharded else None,
-            **model_options(config.model),
+            **model_options(config),
         )
     if offloaded:
         move_all_but_shards(model, world.device)
@@ -122,8 +126,9 @@ def build_model(config: TrainConfig, world: World) -> CLIP:
     lock(model, config.model)
     if config.compile == "blocks":
         compile_blocks(model)
-    if config.loss.name == "siglip" and config.model.pretrained is None:
-        torch.nn.init.constant_(model.logit_scale, SIGLIP_INITIAL_SCALE)
+    if model.logit_bias is not None:
+        # In bfloat16 a value near 10 would stay where it is: its neighbours are 0.06 away.
+        model.logit_bias.data = model.logit_bias.data.float()
     return model
 
 
@@ -131,7 +136,7 @@ def build_step(config: TrainConfig, world: World, model: CLIP) -> TrainStep:
     """The step with its loss and its optimizer."""
     rows = rows_of_processes(config, world)
     loss = ContrastiveLoss(config.loss, world.group, [len(part) for part in rows]).to(world.device)
-    optimizer = build_optimizer(parameter_groups(model, loss, config.optim), config.optim, config.seed)
+    optimizer = build_optimizer(parameter_groups(model, config.optim), config.optim, config.seed)
     clip, each_chunk = config.optim.grad_clip_norm, config.parallel.accumulate == "shards"
     first = rows[world.rank].start
     options = StepOptions(config.precision, config.accumulation, clip, config.seed, first, each_chunk)
@@ -156,11 +161,13 @@ def precision_of_parameters(precision: Precision) -> str:
     return precision if precision in ("bf16", "fp16") else "fp32"
 
 
-def model_options(config: ModelConfig) -> dict[str, Any]:
-    """Those of the architecture, with the share of patches that training leaves out."""
-    options = dict(config.options)
-    if config.patch_dropout is not None:
-        options["vision"] = {**options.get("vision", {}), "patch_dropout": config.patch_dropout}
+def model_options(config: TrainConfig) -> dict[str, Any]:
+    """Those of the architecture, with the share of patches that training leaves out and what the loss needs."""
+    options = dict(config.model.options)
+    if config.model.patch_dropout is not None:
+        options["vision"] = {**options.get("vision", {}), "patch_dropout": config.model.patch_dropout}
+    if config.loss.name == "siglip":
+        options = {**SIGLIP_START, **options}
     return options
 
 

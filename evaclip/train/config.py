@@ -93,8 +93,26 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class ResolutionConfig:
+    """A part of the run with another image size than the model's."""
+
+    image_size: Count
+    """Side of the images in pixels, a multiple of the patches' side."""
+    steps: Count | None = None
+    """How many steps the part takes."""
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The same as a share of all steps."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.share is None):
+            raise ValueError(f"set either steps or share, got steps={self.steps} and share={self.share}")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class ScheduleConfig:
-    """How long the run is, and the learning rate's course over it."""
+    """How long the run is, and the course of learning rate and image size over it."""
 
     name: Literal["cosine", "constant"] = "cosine"
     steps: Count | None = None
@@ -105,7 +123,15 @@ class ScheduleConfig:
     warmup_share: Share | None = None
     """Share of all steps that is warm-up, in the place of `warmup_steps`."""
     final_factor: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the peak rate at which the cosine ends."""
+    """Share of the peak rate at which the cosine or the cooldown ends."""
+    cooldown_steps: Annotated[int, Field(ge=0)] = 0
+    """Last steps of a constant schedule in which the rate falls: warm-up, stable, decay (WSD)."""
+    cooldown_share: Share | None = None
+    """Share of all steps that is cooldown, in the place of `cooldown_steps`."""
+    cooldown: Literal["linear", "1-sqrt"] = "1-sqrt"
+    """How it falls: in proportion, or by the square root of the cooldown's part that is done."""
+    resolutions: tuple[ResolutionConfig, ...] = ()
+    """Parts that the run begins with, one after the other; the rest of it has the model's own image size."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -120,6 +146,22 @@ class ScheduleConfig:
                 "set either warmup_steps or warmup_share, and the other to null, "
                 f"got warmup_steps={self.warmup_steps} and warmup_share={self.warmup_share}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_cooldown(self) -> Self:
+        given = f"got cooldown_steps={self.cooldown_steps} and cooldown_share={self.cooldown_share}"
+        if self.cooldown_share and self.cooldown_steps:
+            raise ValueError(f"set either cooldown_steps or cooldown_share, and the other to null, {given}")
+        if self.name != "constant" and (self.cooldown_share or self.cooldown_steps):
+            raise ValueError(f"a cooldown needs name=constant; {self.name} falls all the time; {given}")
+        return self
+
+    @model_validator(mode="after")
+    def _ends_with_the_models_size(self) -> Self:
+        shares = [part.share or 0.0 for part in self.resolutions]
+        if sum(shares) >= 1:
+            raise ValueError(f"the shares of resolutions leave nothing for the model's own image size: {shares}")
         return self
 
 
@@ -224,6 +266,8 @@ class CheckpointConfig:
     """Write from a copy in host memory, while the training goes on."""
     allow_data_change: bool = False
     """Resume although the data is no longer what the checkpoint was trained on."""
+    allow_schedule_change: bool = False
+    """Resume although steps that are done would have had another rate or image size."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)

@@ -93,6 +93,7 @@ def _start(config: TrainConfig, resume: str, overwrite: bool, say: Callable[[str
 def _time(parts: Parts, position: Position) -> _Timing:
     timing = _Timing(math.nan, [])
     begin = time.perf_counter()
+    parts.resolution.begin(position.step)
     with closing(parts.loader.batches(position.samples)) as batches:
         for step in range(position.step, min(position.step + _STEPS, parts.total_steps)):
             start = time.perf_counter()
@@ -130,7 +131,7 @@ def _plan(parts: Parts) -> list[tuple[str, str]]:
         ),
         ("optimizer", f"{config.optim.name}, {len(parts.step.optimizer.param_groups)} parameter groups"),
         ("precision", f"{config.precision} on {world.device}"),
-        ("cost", f"{parts.flops_per_sample * config.batch_size / 1e12:,.3g} TFLOP a step"),
+        ("cost", f"{parts.resolution.flops_left(0) / parts.total_steps * config.batch_size / 1e12:,.3g} TFLOP a step"),
     ]
 
 
@@ -139,8 +140,10 @@ def _measured(parts: Parts, position: Position, timing: _Timing) -> list[tuple[s
     if not timing.seconds:
         return [("steps left", "none")]
     count, seconds = len(timing.seconds), timing.of_a_step
-    share = parts.flops_per_sample * parts.config.batch_size / seconds / parts.peak_flops
-    whole = timedelta(seconds=round(seconds * left))
+    flops = parts.resolution.flops_per_sample(position.step)
+    share = flops * parts.config.batch_size / seconds / parts.peak_flops
+    # Steps with larger images take longer.
+    whole = timedelta(seconds=round(seconds * parts.resolution.flops_left(position.step) / flops))
     rows = [("first step", f"loss {timing.loss:.4f}, {timing.seconds[0]:.2f} s with all that starts")]
     if count > 1:
         steps = "step 2" if count == 2 else f"steps 2 to {count}"

@@ -197,7 +197,8 @@ class _Measurement:
             metrics |= self._retrieve()
         if "loss" in measures:
             images, texts = (part.to(self._clip.device) for part in (self._features, self._encoded(self._captions)))
-            metrics["loss"] = self._loss.of_set(images, texts, self._clip.model.logit_scale.float().exp()).item()
+            scale, bias = self._clip.model.logit_scale.float().exp(), self._clip.model.logit_bias
+            metrics["loss"] = self._loss.of_set(images, texts, scale, None if bias is None else bias.float()).item()
         return metrics
 
     def _measures(self) -> tuple[Measure, ...]:

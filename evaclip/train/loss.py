@@ -1,4 +1,4 @@
-"""The contrastive loss as a module, with what it learns itself."""
+"""The contrastive loss as a module."""
 
 import math
 from collections.abc import Sequence
@@ -12,17 +12,14 @@ from evakernels import clip_loss, siglip_loss
 from evakernels.nn import ClipLoss, SigLipLoss
 from evakernels.ops._collectives import gather_rows, resolved
 
-SIGLIP_INITIAL_SCALE = math.log(10.0)
-SIGLIP_INITIAL_BIAS = -10.0
+SIGLIP_START = {"init_logit_scale": math.log(10.0), "init_logit_bias": -10.0}
+"""Options of a model that is trained with SigLIP (arXiv 2303.15343, section 3.2)."""
 _TILE = 1 << 24
 """Similarities at a time, 64 MiB."""
 
 
 class ContrastiveLoss(nn.Module):
     """Loss over the batch of all processes; after a mean over processes its gradients are exact.
-
-    SigLIP's bias is a parameter of this module and not of the model, which has no use for it after training
-    (initial values: arXiv 2303.15343, section 3.2).
 
     Args:
         config: which loss.
@@ -32,28 +29,28 @@ class ContrastiveLoss(nn.Module):
 
     def __init__(self, config: LossConfig, group: Any = None, counts: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.logit_bias: nn.Parameter | None = None
         self.counts = counts
         group = False if group is None else group  # None would mean all that there are
+        self.loss: ClipLoss | SigLipLoss
         if config.name == "siglip":
-            self.loss: ClipLoss | SigLipLoss = SigLipLoss(group=group)
-            self.logit_bias = nn.Parameter(torch.tensor(SIGLIP_INITIAL_BIAS))
+            self.loss = SigLipLoss(group=group)
         else:
             self.loss = ClipLoss(label_smoothing=config.label_smoothing, group=group)
 
-    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+    ) -> Tensor:
         """
         Args:
             image_features: [batch, embed_dim], normalised.
             text_features: [batch, embed_dim], normalised.
             logit_scale: 0-D, already exponentiated.
+            logit_bias: 0-D, which siglip alone needs and uses.
 
         Returns:
             0-D loss of this process.
         """
-        scale: tuple[Tensor, ...] = (logit_scale,)
-        if self.logit_bias is not None:
-            scale = (logit_scale, self.logit_bias)
+        scale = (logit_scale, logit_bias) if isinstance(self.loss, SigLipLoss) else (logit_scale,)
         loss: Tensor = self.loss(image_features, text_features, *scale, counts=self.counts)
         return loss
 
@@ -80,17 +77,20 @@ class ContrastiveLoss(nn.Module):
         return hits * (len(counts) / sum(counts))
 
     @torch.no_grad()
-    def of_set(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    def of_set(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+    ) -> Tensor:
         """The loss of these pairs in this process alone, without label smoothing.
 
         Args:
             image_features, text_features: [pairs, embed_dim] float32, normalised.
-            logit_scale: 0-D, already exponentiated.
+            logit_scale, logit_bias: as for the loss itself.
 
         Returns:
             0-D float32.
         """
         pairs = image_features, text_features, logit_scale
-        if self.logit_bias is None:
+        if isinstance(self.loss, ClipLoss):
             return clip_loss(*pairs, group=False)
-        return siglip_loss(*pairs, self.logit_bias, group=False)
+        assert logit_bias is not None
+        return siglip_loss(*pairs, logit_bias, group=False)

@@ -11,26 +11,24 @@ from evaclip.errors import UserError
 from evaclip.train import tensor_files
 
 
-def take(model: nn.Module, loss: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
+def take(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
     """Moments as `NAME.KIND`, and those without dimensions (with the step counts) apart, which are whole everywhere."""
     state = {
         f"{name}.{kind}": value
-        for name, parameter in _named(model, loss).items()
+        for name, parameter in model.named_parameters()
         for kind, value in optimizer.state.get(parameter, {}).items()
     }
     moments = {name: value for name, value in state.items() if value.ndim}
     return moments, {name: value for name, value in state.items() if not value.ndim}
 
 
-def put_back(
-    model: nn.Module, loss: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, scalars: Mapping[str, Tensor]
-) -> None:
+def put_back(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, scalars: Mapping[str, Tensor]) -> None:
     """Restores what `take` gave, in the dtypes it had; rates and decays stay those of the present configuration.
 
     Raises:
         UserError: a moment is of a parameter that doesn't exist, or that has another shape.
     """
-    parameters = _named(model, loss)
+    parameters = dict(model.named_parameters())
     moments: dict[str, Tensor] = {}
     for key, like in tensor_files.empty(folder).items():
         parameter = _parameter(parameters, key)
@@ -42,10 +40,6 @@ def put_back(
     for key, value in {**moments, **scalars}.items():
         parameter = _parameter(parameters, key)
         optimizer.state[parameter][key.rpartition(".")[2]] = value.to(parameter.device)
-
-
-def _named(model: nn.Module, loss: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(model.named_parameters()) | {f"loss.{name}": value for name, value in loss.named_parameters()}
 
 
 def _parameter(parameters: Mapping[str, nn.Parameter], key: str) -> nn.Parameter:

@@ -1,10 +1,9 @@
 """Parameter groups with per-tower learning rate, weight decay and layer decay; AdamW and LAMB on top of them."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from evaclip.train.config import OptimConfig, TowerConfig
 from evaclip.train.zero_lamb import ZeroLamb
@@ -16,8 +15,8 @@ _SEEDS = 1 << 31
 _NEVER_DECAYED = ("pos_embed", "cls_token", "positional_embedding")
 
 
-def parameter_groups(model: nn.Module, loss: nn.Module, config: OptimConfig) -> list[Group]:
-    """Groups of equal learning rate and weight decay, over the trainable parameters of the model and the loss.
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[Group]:
+    """Groups of equal learning rate and weight decay, over the trainable parameters of the model.
 
     A tower's rate at depth d is `lr * layer_decay ** (depth + 1 - d)`: embeddings have d = 0, block i has d = i + 1,
     what comes after the blocks has d = depth + 1. Biases, norms, scales and position embeddings are not decayed. What
@@ -28,7 +27,9 @@ def parameter_groups(model: nn.Module, loss: nn.Module, config: OptimConfig) -> 
     """
     towers = {"visual": config.visual, "text": config.text}
     groups: dict[str, Group] = {}
-    for name, parameter in _trainable(model, loss):
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         tower, _, inner = name.partition(".")
         decayed = parameter.ndim > 1 and inner.rpartition(".")[2] not in _NEVER_DECAYED
         label = "decay" if decayed else "no_decay"
@@ -57,7 +58,7 @@ def build_optimizer(groups: list[Group], config: OptimConfig, seed: int = 0) -> 
         seed: of stochastic rounding.
     """
     for group in groups:
-        # The loss has a parameter of its own, which stays in float32.
+        # SigLIP's bias stays in float32.
         bfloat16 = all(parameter.dtype == torch.bfloat16 for parameter in group["params"])
         group["stochastic_rounding"] = config.stochastic_rounding and bfloat16
     options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
@@ -87,8 +88,3 @@ def _layer_rate(tower: Any, name: str, options: TowerConfig, default_lr: float) 
         return lr, ""
     layer = tower.layer_id(name)
     return lr * options.layer_decay ** (tower.num_layer_ids - 1 - layer), f"layer{layer:02d}."
-
-
-def _trainable(model: nn.Module, loss: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for module in (model, loss):
-        yield from ((name, value) for name, value in module.named_parameters() if value.requires_grad)

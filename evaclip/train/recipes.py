@@ -4,7 +4,8 @@ The published ones hold the hyper-parameters of the EVA-CLIP release (Sun et al.
 steps of warm-up and a cosine to 0, weight decay 0.05, gradients clipped at 5, activation checkpointing. They do not set
 `data.train`, `model.pretrained_image` or `model.pretrained_text`: give your shards and the weights that the towers
 start from. Merged-2B is a `data.mixture` of LAION-2B and COYO-700M, 80 to 20. Adam's moments are (0.9, 0.98, 1e-6), the
-values in force when the models were trained. Samples are what the model cards state.
+values in force when the models were trained. Samples are what the model cards state. The two largest models have
+other values (Sun et al. 2024), and those of g/14 are published in part.
 """
 
 import math
@@ -20,6 +21,7 @@ from evaclip.train.config import (
     EvalConfig,
     EvalSetConfig,
     LogConfig,
+    LossConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -162,6 +164,27 @@ def finetune() -> TrainConfig:
 
 
 @recipe
+def siglip_b_16() -> TrainConfig:
+    """EVA02-CLIP-B/16 by SigLIP's sigmoid loss, from random values: batches of 32,768."""
+    # From Zhai et al. 2023 (arXiv 2303.15343): batch, rate, decay, beta2 and the bound on the gradient. The model, the
+    # 4B samples and the warm-up are not.
+    config = _published("EVA02-CLIP-B-16", 32_768, 122_070, TowerConfig(), TowerConfig())
+    optim = OptimConfig(lr=1e-3, weight_decay=1e-4, beta2=0.95, eps=1e-8, grad_clip_norm=1.0)
+    return replace(config, name="siglip-b-16", precision="amp_bf16", loss=LossConfig(name="siglip"), optim=optim)
+
+
+@recipe
+def eva01_g_14() -> TrainConfig:
+    """EVA01-CLIP-g/14: LAION-400M, 11B samples, batches of 41k; rates and warm-up aren't published."""
+    # Published: the data, 11B samples, 41k of them on 256 GPUs (40,960 = 256 x 160), stochastic depth of 0.4 (the
+    # model's own), no patch dropout, fp16, an epoch of a tenth of the data. LAMB came with the models after it. What
+    # isn't published is that of g/14+.
+    visual = TowerConfig(lr=4e-4, layer_decay=0.85)
+    config = _published("EVA01-CLIP-g-14", 40_960, 268_555, visual)
+    return replace(config, optim=replace(config.optim, name="adamw"))
+
+
+@recipe
 def eva01_g_14_plus() -> TrainConfig:
     """EVA01-CLIP-g/14+: Merged-2B, 11B samples, batches of 114,688."""
     return _published(
@@ -204,8 +227,32 @@ def eva02_e_14_plus() -> TrainConfig:
     return replace(_cut(config), precision="amp_bf16")
 
 
+@recipe
+def eva_clip_8b() -> TrainConfig:
+    """EVA-CLIP-8B: Merged-2B, 9B samples, batches of 178k, bf16."""
+    # 178k on 384 GPUs: 464 samples on each are nearest.
+    return _sun_2024("EVA-CLIP-8B", 178_176, 50_512)
+
+
+@recipe
+def eva_clip_18b() -> TrainConfig:
+    """EVA-CLIP-18B: Merged-2B and others, 6B samples, batches of 108k on 360 GPUs, bf16."""
+    # The last 0.6B samples had no patch dropout: go on with model.patch_dropout=0 from step 50,000. The data is
+    # Merged-2B, 20M pairs of LAION-COCO and, at the end, 23M of videos, in proportions that aren't published.
+    return _sun_2024("EVA-CLIP-18B", 108_000, 55_556)
+
+
+def _sun_2024(model: str, batch_size: int, steps: int) -> TrainConfig:
+    """What Sun et al. 2024 (arXiv 2402.04252) share; the bound on the gradient isn't published, nor the epoch."""
+    config = _cut(_published(model, batch_size, steps, TowerConfig(lr=4e-4, layer_decay=0.9), patch_dropout=0.5))
+    # The temperature stays 0.01: its rate is that of what belongs to no tower.
+    fixed = replace(config.model, options={"init_logit_scale": math.log(100.0)})
+    optim = replace(config.optim, lr=0.0, beta2=0.95, weight_decay=0.0)
+    return replace(config, precision="amp_bf16", model=fixed, optim=optim)
+
+
 def _cut(config: TrainConfig) -> TrainConfig:
-    """What a GPU with 80 GB can't hold whole: 4.7 and 5.0 billion parameters, each of 16 bytes in training."""
+    """What a GPU with 80 GB can't hold whole: 4.7 billion parameters and more, each of 16 bytes in training."""
     return replace(config, parallel=ParallelConfig(mode="shard"))
 
 

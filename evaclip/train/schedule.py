@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, so that resuming needs no scheduler state."""
+"""The learning rate and the image size as pure functions of the step, so that resuming needs no scheduler state."""
 
 import math
 
@@ -8,21 +8,39 @@ from evaclip.train.config import ScheduleConfig
 def lr_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:
     """Share of the peak learning rate that step `step` (from 0) of `total_steps` uses.
 
-    Linear warm-up, `(step + 1) / warm-up steps`, then constant or a half cosine down to `final_factor`.
+    Linear warm-up, `(step + 1) / warm-up steps`, then down to `final_factor`: by half a cosine, or constant until the
+    cooldown (Hägele et al. 2024, arXiv 2405.18392), which begins when the warm-up has ended.
     """
     warmup = warmup_steps(total_steps, config)
     if step < warmup:
         return (step + 1) / warmup
-    if config.name == "constant":
-        return 1.0
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.final_factor + (1 - config.final_factor) * cosine
+    start = warmup if config.name == "cosine" else max(warmup, total_steps - cooldown_steps(total_steps, config))
+    progress = min(1.0, max(0, step - start) / max(1, total_steps - start))
+    if config.name == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        left = 1 - (progress if config.cooldown == "linear" else math.sqrt(progress))
+    return config.final_factor + (1 - config.final_factor) * left
 
 
 def warmup_steps(total_steps: int, config: ScheduleConfig) -> int:
     """Steps in which the rate rises."""
     return config.warmup_steps if config.warmup_share is None else round(config.warmup_share * total_steps)
+
+
+def cooldown_steps(total_steps: int, config: ScheduleConfig) -> int:
+    """Steps in which the rate of a constant schedule falls at its end."""
+    return config.cooldown_steps if config.cooldown_share is None else round(config.cooldown_share * total_steps)
+
+
+def image_size_at(step: int, total_steps: int, config: ScheduleConfig) -> int | None:
+    """Side of the images of step `step` (from 0), or None for the model's own size."""
+    end = 0.0
+    for part in config.resolutions:
+        end += total_steps * part.share if part.share is not None else part.steps or 0
+        if step < round(end):
+            return part.image_size
+    return None
 
 
 def total_steps(config: ScheduleConfig, batch_size: int, data_samples: int) -> int:

@@ -13,7 +13,8 @@ from evaclip.errors import UserError
 from evaclip.run_files import EMA_FILE, MODEL_CONFIG_FILE, MODEL_FILE, OPTIMIZER_FOLDER, PREPROCESS_FILE
 from evaclip.train import checkpoint, moments, rng
 from evaclip.train.build import Parts
-from evaclip.train.config import config_hash, training_tree
+from evaclip.train.config import ScheduleConfig, config_hash, training_tree
+from evaclip.train.schedule import image_size_at, lr_factor, total_steps
 from evaclip.train.sharding import forget_gathered
 from evaclip.train.tree import differences
 from evaclip.weights import describe_preprocess, is_sharded, load_weights, put
@@ -52,7 +53,7 @@ def take(parts: Parts, position: Position, *, calm: bool) -> checkpoint.Content 
         return None
     step = parts.step
     tree = training_tree(parts.config)
-    tensors, scalars = moments.take(parts.model, step.loss, step.optimizer)
+    tensors, scalars = moments.take(parts.model, step.optimizer)
     state = {
         "step": position.step,
         "samples": position.samples,
@@ -116,7 +117,8 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
         the position, and lines on what is no longer as it was when the checkpoint was written.
 
     Raises:
-        UserError: the data or the model is another one.
+        UserError: the data or the model is another one, or steps that are done would have had another rate or image
+            size.
     """
     state = checkpoint.load_state(folder)
     remarks = [
@@ -124,16 +126,21 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
     ]
     if state["fingerprint"] != parts.source.fingerprint:
         remarks.append(_data_changed(parts))
+    if not parts.config.checkpoint.allow_schedule_change:
+        _check_schedule(folder, state, parts)
+    # SigLIP's bias in checkpoints of earlier versions, which kept it apart from the model.
+    bias = state["train_step"].get("loss", {})
+    scalars = {name.removeprefix("loss."): value for name, value in state["moments"].items()}
     try:
-        put(parts.model, load_file(folder / MODEL_FILE))
+        put(parts.model, {**load_file(folder / MODEL_FILE), **bias})
         parts.step.load_state_dict(state["train_step"])
         step = parts.step
-        moments.put_back(parts.model, step.loss, step.optimizer, folder / OPTIMIZER_FOLDER, state["moments"])
+        moments.put_back(parts.model, step.optimizer, folder / OPTIMIZER_FOLDER, scalars)
     except (UserError, RuntimeError, ValueError, KeyError) as exc:
         raise UserError(_misfit(folder, state["config"], parts, exc)) from exc
     forget_gathered(parts.model)
     if parts.ema:
-        parts.ema.load_state_dict(_averages(folder, parts, remarks))
+        parts.ema.load_state_dict({**bias, **_averages(folder, remarks)})
     if len(state["rng"]) == parts.world.size:
         rng.restore(state["rng"][parts.world.rank], parts.world.device)
     else:
@@ -141,6 +148,26 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
             f"{len(state['rng'])} processes wrote the checkpoint, {parts.world.size} go on: new random states"
         )
     return Position(state["step"], state["samples"], state["bad_samples"], state["seconds"]), remarks
+
+
+def _check_schedule(folder: Path, state: dict[str, Any], parts: Parts) -> None:
+    """A changed schedule is a change of what is to come: the steps that are done must have the same place in both."""
+    before = ScheduleConfig(**state["config"]["schedule"])
+    total = total_steps(before, state["config"]["batch_size"], len(parts.source))
+    for step in range(state["step"]):
+        had, has = _course(step, total, before), _course(step, parts.total_steps, parts.config.schedule)
+        if had != has:
+            raise UserError(
+                f"the checkpoint {str(folder)!r} was trained by another schedule: step {step + 1} had "
+                f"{had}, and would now have {has}; a schedule may change in what "
+                f"follows step {state['step']} only, as one with name=constant does that gets a cooldown or is longer; "
+                "checkpoint.allow_schedule_change=true goes on nevertheless"
+            )
+
+
+def _course(step: int, total: int, config: ScheduleConfig) -> str:
+    rate, size = lr_factor(step, total, config), image_size_at(step, total, config)
+    return f"{rate:.6g} of the peak rate" + (f" and images of {size} pixels" if size else "")
 
 
 def _misfit(folder: Path, config: dict[str, Any], parts: Parts, exc: Exception) -> str:
@@ -163,7 +190,7 @@ def _data_changed(parts: Parts) -> str:
     return "the training data has changed since the checkpoint"
 
 
-def _averages(folder: Path, parts: Parts, remarks: list[str]) -> dict[str, Tensor]:
+def _averages(folder: Path, remarks: list[str]) -> dict[str, Tensor]:
     path = folder / EMA_FILE
     if path.exists():
         return load_file(path)

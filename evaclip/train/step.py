@@ -140,14 +140,12 @@ class TrainStep:
     def state_dict(self) -> dict[str, Any]:
         """All but the weights and the optimizer's moments."""
         return {
-            "loss": self.loss.state_dict(),
             "loss_scale": self.loss_scale.state_dict(),
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loss.load_state_dict(state["loss"])
         self.loss_scale.load_state_dict(state["loss_scale"])
         self.skipped.copy_(state["skipped"])
         self.skipped_in_a_row.copy_(state["skipped_in_a_row"])
@@ -213,9 +211,12 @@ class TrainStep:
         return features[0], features[1]
 
     def _loss(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        logit_scale = self.model.logit_scale
+        scale, bias = self.model.logit_scale, self.model.logit_bias
         loss: Tensor = self.loss(
-            _at_least_fp32(image_features), _at_least_fp32(text_features), _at_least_fp32(logit_scale).exp()
+            _at_least_fp32(image_features),
+            _at_least_fp32(text_features),
+            _at_least_fp32(scale).exp(),
+            None if bias is None else _at_least_fp32(bias),
         )
         return loss
 

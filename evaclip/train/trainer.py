@@ -136,9 +136,10 @@ class Trainer:
 
     def run(self) -> Outcome:
         with closing(self._watchdog), StopSignals() as signals, closing(self._saver):
-            batches = self.parts.loader.batches(self.position.samples)
-            with closing(batches), collecting(self.config.collect_every) as collect:
-                stopped = self._loop(batches, signals, collect)
+            stopped = False
+            with collecting(self.config.collect_every) as collect:
+                while not stopped and self.position.step < self.parts.total_steps:
+                    stopped = self._part(signals, collect)
             if self._saved_at != self.position.step:
                 self._save()
             self._saver.finish()
@@ -150,9 +151,19 @@ class Trainer:
             return Outcome(self.folder.path, self.position.step, self.metrics, signals.exit_code)
         return Outcome(self.folder.path, self.position.step, self.metrics)
 
+    def _part(self, signals: StopSignals, collect: Callable[[int], None]) -> bool:
+        """The steps to come with one image size; True if a signal stopped them before."""
+        self.parts.resolution.begin(self.position.step)
+        # Time without batches is not the training's, and images of two sizes don't cost the same.
+        self.meter.restart()
+        with closing(self.parts.loader.batches(self.position.samples)) as batches:
+            return self._loop(batches, signals, collect)
+
     def _loop(self, batches: Iterator[Batch], signals: StopSignals, collect: Callable[[int], None]) -> bool:
-        """Steps until the end; True if a signal stopped it before."""
-        while self.position.step < self.parts.total_steps:
+        """Steps until the end, or another image size; True if a signal stopped them before."""
+        size_at = self.parts.resolution.at
+        size = size_at(self.position.step)
+        while self.position.step < self.parts.total_steps and size_at(self.position.step) == size:
             if self._tracer:
                 self._tracer.between(self.position.step)
             before = self.position.samples
@@ -223,7 +234,7 @@ class Trainer:
         loss, accuracy, loss_scale, grad_norm, visual_norm, text_norm, *updates, skipped, in_a_row, log_scale = values
         interval = self.meter.read()
         tokens, *communication = self.world.sum(interval.tokens, *self._communication.take())
-        flops = interval.samples * self.parts.flops_per_sample / interval.seconds
+        flops = interval.samples * self.parts.resolution.flops_per_sample(self.position.step - 1) / interval.seconds
         self.report.record(
             Record(
                 step=self.position.step,
@@ -290,8 +301,9 @@ class Trainer:
         if evaluation is None:
             return False
         begun = time.monotonic()
+        whole = self.parts.resolution.whole()
         try:
-            with self._watchdog.phase("evaluation"), ema.applied() if ema else nullcontext():
+            with self._watchdog.phase("evaluation"), whole, ema.applied() if ema else nullcontext():
                 self.metrics, problems = evaluation(self.parts.model, lambda: signals.received is not None)
         except Stopped:
             return True

@@ -50,7 +50,7 @@ def identify(state: Mapping[str, Tensor]) -> str:
     Raises:
         UserError: if there is none.
     """
-    shapes = {name: tensor.shape for name, tensor in state.items()}
+    shapes = {name: tensor.shape for name, tensor in state.items() if name != "logit_bias"}
     for name in list_models():
         if _shapes(get_config(name)) == shapes:
             return name

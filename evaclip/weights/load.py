@@ -66,6 +66,8 @@ def _fitting(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> dic
         state = {name: t for name, t in state.items() if not _OF_PRETRAINING.match(name)}
         fit_image_size(state, expected, model.config.grid)
     elif isinstance(model, CLIP):
+        if model.config.init_logit_bias is not None:  # It may be that of a model that goes on with SigLIP's loss.
+            state.setdefault("logit_bias", torch.tensor(float(model.config.init_logit_bias)))
         fit_image_size(state, expected, model.config.vision.grid, _IMAGE)
     problems = differences(state, expected)
     if problems:

@@ -31,6 +31,8 @@ def to_open_clip_config(config: CLIPConfig) -> dict[str, Any]:
         "text_cfg": {name: getattr(text, name) for name in _TEXT},
         "custom_text": True,
     }
+    if config.init_logit_bias is not None:
+        model["init_logit_bias"] = config.init_logit_bias
     if text.mlp_ratio != TextConfig.mlp_ratio:
         model["text_cfg"]["mlp_ratio"] = text.mlp_ratio
     for name, value, only in (
@@ -90,4 +92,5 @@ def _parsed(model: Mapping[str, Any], preprocess: Mapping[str, Any]) -> CLIPConf
     if strange:
         raise UserError(f"a model with {', '.join(f'{k}={v!r}' for k, v in strange.items())} doesn't exist here")
     images = {ours: preprocess[theirs] for ours, theirs in _PREPROCESS.items() if theirs in preprocess}
-    return override(CLIPConfig(vision=vision), {"embed_dim": model["embed_dim"], "text": text, "preprocess": images})
+    common = {name: model[name] for name in ("embed_dim", "init_logit_bias") if name in model}
+    return override(CLIPConfig(vision=vision), {**common, "text": text, "preprocess": images})

@@ -5,14 +5,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-import yaml
-
 from evaclip.atomic import write_json, write_text, writing
-from evaclip.errors import UserError, unknown_name
+from evaclip.errors import UserError
 from evaclip.extras import with_remedy
 from evaclip.model.clip import CLIP
 from evaclip.outputs import check_output
 from evaclip.tokenizer import Tokenizer
+from evaclip.weights.card import CARD_FILE, card_text, check_card, run_facts
 from evaclip.weights.files import save_tensors
 from evaclip.weights.hub import HUB, LOCAL
 from evaclip.weights.layouts import to_open_clip
@@ -21,11 +20,6 @@ from evaclip.weights.shards import is_sharded
 
 SAFE_FILE = "open_clip_model.safetensors"
 PICKLE_FILE = "open_clip_pytorch_model.bin"
-CARD_FILE = "README.md"
-_CARD_PARTS = (
-    *("license", "tags", "datasets", "pipeline_tag"),
-    *("description", "details", "usage", "comparison", "citation"),
-)
 _FILES: dict[bool | str, tuple[str, ...]] = {
     True: (SAFE_FILE,),
     False: (PICKLE_FILE,),
@@ -51,6 +45,7 @@ def save_for_hf(
     skip_weights: bool = False,
     *,
     model_card: Mapping[str, Any] | None = None,
+    run: str | Path | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a folder that `create_model("local-dir:FOLDER")` loads, of evaclip and of open_clip: configuration, model
@@ -64,6 +59,8 @@ def save_for_hf(
         skip_weights: write the configuration and the card only.
         model_card: what the card says: `license`, `tags`, `datasets`, `description`, `details` (a mapping), `usage`,
             `comparison`, `citation`.
+        run: the run folder, or the checkpoint in it, that the weights are of: the card then tells data, recipe, steps
+            and evaluations.
         overwrite: replace files that are there.
 
     Raises:
@@ -75,9 +72,7 @@ def save_for_hf(
     """
     if not str(save_directory):
         raise UserError("save_directory isn't given: name the folder to write")
-    _check_card(model_card or {})
-    source = f"{LOCAL}{save_directory}"
-    card = _card(model_card or {}, Path(save_directory).name, source)
+    card = _card(model_card, run, Path(save_directory).name, f"{LOCAL}{save_directory}")
     _save(model, tokenizer, Path(save_directory), _weight_files(safe_serialization, skip_weights), card, overwrite)
 
 
@@ -93,6 +88,8 @@ def push_to_hf_hub(
     create_pr: bool = False,
     model_card: Mapping[str, Any] | None = None,
     safe_serialization: bool | Literal["both"] = True,
+    *,
+    run: str | Path | None = None,
 ) -> str:
     """Pushes what `save_for_hf` writes to a repository of the hub, which is made if it isn't there.
 
@@ -104,7 +101,7 @@ def push_to_hf_hub(
         revision: the branch; None for main.
         private: whether a new repository is private.
         create_pr: make a pull request instead of a commit.
-        model, tokenizer, model_config, model_card, safe_serialization: as for `save_for_hf`.
+        model, tokenizer, model_config, model_card, safe_serialization, run: as for `save_for_hf`.
 
     Returns:
         The address of the commit, an object of huggingface_hub with more facts.
@@ -123,14 +120,14 @@ def push_to_hf_hub(
         raise with_remedy(exc) from exc
     files = _weight_files(safe_serialization, skip=False)
     # Before anything is made on the hub.
-    _check_card(model_card or {})
+    _card(model_card, run, "", "")
     _described(model, tokenizer)
     api = HfApi(token=token)
     with TemporaryDirectory() as folder:
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             has_card = api.file_exists(repo_id, CARD_FILE, revision=revision)
-            card = None if has_card else _card(model_card or {}, repo_id.rpartition("/")[2], f"{HUB}{repo_id}")
+            card = None if has_card else _card(model_card, run, repo_id.rpartition("/")[2], f"{HUB}{repo_id}")
             _save(model, tokenizer, Path(folder), files, card)
             return api.upload_folder(
                 repo_id=repo_id,
@@ -183,41 +180,12 @@ def _weight_files(safe_serialization: bool | str, skip: bool) -> tuple[str, ...]
     return () if skip else _FILES[safe_serialization]
 
 
-def _check_card(facts: Mapping[str, Any]) -> None:
-    for name in facts:
-        if name not in _CARD_PARTS:
-            raise unknown_name("part of a model card", name, _CARD_PARTS)
-
-
-def _card(facts: Mapping[str, Any], name: str, source: str) -> str:
-    """The text of a model card, with the header that the hub reads."""
-    header = {
-        "library_name": "open_clip",
-        "tags": list(facts.get("tags", ["clip"])),
-        "pipeline_tag": facts.get("pipeline_tag", "zero-shot-image-classification"),
-        **{key: facts[key] for key in ("license", "datasets") if key in facts},
-    }
-    usage = facts.get(
-        "usage", "\n".join(_USAGE.format(library=each, source=source) for each in ("evaclip", "open_clip"))
-    )
-    details = "\n".join(f"- **{key}:** {_listed(value)}" for key, value in facts.get("details", {}).items())
-    citations = facts.get("citation", [])
-    cited = [f"```bibtex\n{text}\n```" for text in ([citations] if isinstance(citations, str) else citations)]
-    sections = {
-        "Details": details,
-        "Usage": usage,
-        "Comparison": facts.get("comparison", ""),
-        "Citation": "\n".join(cited),
-    }
-    told = [f"# {name}", facts.get("description", "")]
-    told += [f"## {title}\n\n{text.strip()}" for title, text in sections.items() if text]
-    return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n" + "\n\n".join(filter(None, told)) + "\n"
-
-
-def _listed(value: Any) -> str:
-    if isinstance(value, Mapping):
-        value = [f"{key}: {each}" for key, each in value.items()]
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+def _card(facts: Mapping[str, Any] | None, run: str | Path | None, name: str, source: str) -> str:
+    usage = "\n".join(_USAGE.format(library=each, source=source) for each in ("evaclip", "open_clip"))
+    told, facts = run_facts(run) if run else {}, facts or {}
+    check_card(facts)
+    details = {**told.get("details", {}), **facts.get("details", {})}
+    return card_text({"library_name": "open_clip", "usage": usage, **told, **facts, "details": details}, name)
 
 
 def _reason(exc: Exception, errors: Any) -> str:

@@ -35,7 +35,7 @@ def peak_of_step(job: Job) -> int:
     model = create_model(job.model, savings=job.savings, precision=precision, **{**job.options, "vision": vision})
     loss = ContrastiveLoss(LossConfig())
     config = OptimConfig(name=job.optimizer)
-    optimizer = build_optimizer(parameter_groups(model, loss, config), config)
+    optimizer = build_optimizer(parameter_groups(model, config), config)
     step = TrainStep(model, loss, optimizer, StepOptions(job.precision, job.accumulation), World(torch.device("cpu")))
     step(images, tokens, 0)
     model.zero_grad()

@@ -196,7 +196,7 @@ def test_what_lies_in_host_memory_is_what_a_real_step_leaves(precision: Precisio
             optim=OptimConfig(name=optimizer, stochastic_rounding=precision == "bf16"),
         )  # fmt: skip
         model, loss = build_model(config, world), ContrastiveLoss(LossConfig())
-        adam = build_optimizer(parameter_groups(model, loss, config.optim), config.optim)
+        adam = build_optimizer(parameter_groups(model, config.optim), config.optim)
         TrainStep(model, loss, adam, StepOptions(precision), world)(*batch_of(job), 0)
         on_the_host = [p for p in model.parameters() if isinstance(p, DTensor)]
         tensors = [t for p in on_the_host for t in (p, p.grad, adam.state[p]["exp_avg"], adam.state[p]["exp_avg_sq"])]

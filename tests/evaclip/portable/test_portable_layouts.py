@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import tokenizers
 import torch
+import yaml
 from PIL import Image
 
 from evaclip import get_tokenizer
@@ -37,7 +38,10 @@ def encoded(model: CLIP, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_immich(model: CLIP, tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
-    export_folder(model, folder, "immich")
+    export_folder(model, folder, "immich", model_card={"license": "mit"})
+    header = (folder / "README.md").read_text().split("---")[1]
+    assert yaml.safe_load(header)["tags"] == ["clip", "onnx", "immich"]
+    assert "license: mit" in header
     images, texts = encoded(model, TEXTS)
     # As its OpenClipVisualEncoder and OpenClipTextualEncoder do.
     given = json.loads((folder / "visual/preprocess_cfg.json").read_text())

@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from serve_files import as_file
 from starlette.testclient import TestClient
 
@@ -65,6 +66,16 @@ def test_labels_have_probabilities(client, encoder, pictures):
     found = answer.json()["labels"]
     assert [label["probability"] for label in found] == pytest.approx(sorted(expected.values(), reverse=True))
     assert {label["label"]: label["probability"] for label in found} == pytest.approx(expected)
+
+
+def test_labels_of_a_model_with_siglips_bias_stand_by_themselves(store, encoder, pictures, monkeypatch):
+    monkeypatch.setattr(encoder.model, "logit_bias", torch.tensor(-3.0))
+    cosine = float(encoder.texts(["a photo of a cat"])[0] @ encoder.images([pictures[0]])[0])
+    with TestClient(create_app(store, encoder, hosts=("localhost",)), base_url="http://localhost") as client:
+        answer = client.post("/label", files={"image": as_file(pictures[0])}, data={"label": ["cat", "dog"]})
+    found = {label["label"]: label["probability"] for label in answer.json()["labels"]}
+    expected = (encoder.model.logit_scale.exp() * cosine - 3).sigmoid().item()
+    assert found["cat"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_thumbnails_come_from_the_store_or_from_the_rows_own_file(client, pictures):

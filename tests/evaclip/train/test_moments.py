@@ -9,23 +9,20 @@ import torch
 from evaclip.errors import UserError
 from evaclip.model.clip import CLIP
 from evaclip.train import moments, tensor_files
-from evaclip.train.config import LossConfig, OptimConfig
-from evaclip.train.loss import ContrastiveLoss
+from evaclip.train.config import OptimConfig
 from evaclip.train.optimizer import build_optimizer, parameter_groups
-
-LOSS = ContrastiveLoss(LossConfig(name="siglip"))
 
 
 def stepped(model: CLIP, config: OptimConfig) -> torch.optim.Optimizer:
-    optimizer = build_optimizer(parameter_groups(model, LOSS, config), config)
-    for parameter in [*model.parameters(), *LOSS.parameters()]:
+    optimizer = build_optimizer(parameter_groups(model, config), config)
+    for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     return optimizer
 
 
 def saved(model: CLIP, optimizer: torch.optim.Optimizer, folder: Path) -> Any:
-    tensors, scalars = moments.take(model, LOSS, optimizer)
+    tensors, scalars = moments.take(model, optimizer)
     tensor_files.write_whole(tensors, folder / "moments.safetensors")
     return scalars
 
@@ -36,9 +33,9 @@ def test_moments_come_back_and_rates_stay(small_model: CLIP, name: Any, tmp_path
     scalars = saved(small_model, first, tmp_path)
     # Other groups, in another order.
     config = OptimConfig(name=name, lr=2e-2, weight_decay=0.3, visual={"layer_decay": 0.5})  # type: ignore[arg-type]
-    second = build_optimizer(parameter_groups(small_model, LOSS, config), config)
-    moments.put_back(small_model, LOSS, second, tmp_path, scalars)
-    for parameter in (*small_model.parameters(), *LOSS.parameters()):
+    second = build_optimizer(parameter_groups(small_model, config), config)
+    moments.put_back(small_model, second, tmp_path, scalars)
+    for parameter in small_model.parameters():
         for kind, value in first.state[parameter].items():
             assert torch.equal(second.state[parameter][kind], value)
             assert second.state[parameter][kind].dtype == value.dtype
@@ -50,4 +47,4 @@ def test_moments_of_another_model_are_refused(small_model: CLIP, tmp_path: Path)
     scalars = saved(small_model, optimizer, tmp_path)
     del small_model.visual.head
     with pytest.raises(UserError, match=r"no parameter visual\.head\.bias"):
-        moments.put_back(small_model, LOSS, optimizer, tmp_path, scalars)
+        moments.put_back(small_model, optimizer, tmp_path, scalars)

@@ -1,8 +1,11 @@
 """The learning rate's course and the length of a run."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from evaclip.train.config import ScheduleConfig
 from evaclip.train.schedule import lr_factor, total_steps
@@ -40,6 +43,39 @@ def test_warm_up_may_be_the_whole_run() -> None:
     config = ScheduleConfig(steps=4, warmup_steps=4)
     assert lr_factor(3, 4, config) == 1.0
     assert math.isfinite(lr_factor(4, 4, config))
+
+
+@pytest.mark.parametrize(
+    ("cooldown", "middle"), [("linear", 0.2 + 0.8 * 0.75), ("1-sqrt", 0.2 + 0.8 * 0.5)], ids=["linear", "1-sqrt"]
+)
+def test_warm_up_stable_cooldown(cooldown: str, middle: float) -> None:
+    config = ScheduleConfig(
+        name="constant", steps=100, warmup_steps=10, cooldown_share=0.4, cooldown=cooldown, final_factor=0.2
+    )
+    factors = [lr_factor(step, 100, config) for step in range(101)]
+    assert factors[9:61] == [1.0] * 52
+    assert factors[70] == pytest.approx(middle)
+    assert factors[100] == pytest.approx(0.2)
+    assert factors[60:] == sorted(factors[60:], reverse=True)
+    by_steps = replace(config, cooldown_share=None, cooldown_steps=40)
+    assert [lr_factor(step, 100, by_steps) for step in range(101)] == factors
+
+
+def test_a_cooldown_begins_after_the_warm_up() -> None:
+    config = ScheduleConfig(name="constant", steps=10, warmup_steps=5, cooldown_steps=8, cooldown="linear")
+    assert [lr_factor(step, 10, config) for step in (4, 5, 6)] == [1.0, 1.0, pytest.approx(0.8)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cooldown_steps": 5}, "a cooldown needs name=constant; cosine falls all the time"),
+        ({"name": "constant", "cooldown_steps": 5, "cooldown_share": 0.1}, "either cooldown_steps or cooldown_share"),
+    ],
+)
+def test_cooldowns_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ScheduleConfig(steps=10, **options)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,13 @@ from PIL import Image
 
 from evaclip import Preprocess
 from evaclip.errors import UserError
+from evaclip.factory import create_model
 from evaclip.train.build import training_transform
 from evaclip.train.comments import commented_yaml
 from evaclip.train.config import TrainConfig, config_hash
 from evaclip.train.overrides import dump_yaml, load_yaml, parse_assignment, resolve, validate
 from evaclip.train.recipes import RECIPES, get_recipe, with_own_evaluation
+from evaclip.train.step import MAX_LOG_SCALE
 from evaclip.train.tree import differences, merge, nest
 
 Make = Callable[..., TrainConfig]
@@ -168,6 +170,9 @@ def test_unknown_recipe_names_the_nearest() -> None:
         ("eva02-l-14-336", 61_440, 2.02e9, (4e-4, 0.75), (4e-5, 0.65), 0.0),
         ("eva02-e-14", 115_200, 4.06e9, (4e-4, 0.9), (4e-5, 0.75), 0.5),
         ("eva02-e-14-plus", 144_000, 9e9, (4e-4, 0.9), (4e-5, 0.75), 0.5),
+        ("eva01-g-14", 40_960, 11e9, (4e-4, 0.85), (4e-5, 0.75), 0.0),
+        ("eva-clip-8b", 178_176, 9e9, (4e-4, 0.9), (4e-5, 0.75), 0.5),
+        ("eva-clip-18b", 108_000, 6e9, (4e-4, 0.9), (4e-5, 0.75), 0.5),
     ],
 )
 def test_published_numbers(
@@ -180,11 +185,16 @@ def test_published_numbers(
     assert config.schedule.steps * batch == pytest.approx(samples, rel=5e-3)
     assert (optim.visual.lr, optim.visual.layer_decay) == visual
     assert (optim.text.lr, optim.text.layer_decay) == text
-    assert (optim.name, optim.lr, optim.beta1, optim.beta2, optim.eps) == ("lamb", 5e-4, 0.9, 0.98, 1e-6)
-    assert (optim.weight_decay, optim.grad_clip_norm, config.schedule.warmup_steps) == (0.05, 5.0, 2000)
+    lr, beta2, decay = (0.0, 0.95, 0.0) if name.endswith("8b") else (5e-4, 0.98, 0.05)
+    kind = "adamw" if name == "eva01-g-14" else "lamb"
+    assert (optim.name, optim.lr, optim.beta1, optim.beta2, optim.eps) == (kind, lr, 0.9, beta2, 1e-6)
+    assert (optim.weight_decay, optim.grad_clip_norm, config.schedule.warmup_steps) == (decay, 5.0, 2000)
     assert config.model.patch_dropout == dropout
     assert config.model.savings.recompute == "block"
-    assert config.precision == ("amp_bf16" if name == "eva02-e-14-plus" else "amp_fp16")
+    bf16 = name in ("eva02-e-14-plus", "eva-clip-8b", "eva-clip-18b")
+    assert config.precision == ("amp_bf16" if bf16 else "amp_fp16")
+    model = create_model(config.model.name, device="meta", **config.model.options)
+    assert (model.config.init_logit_scale == MAX_LOG_SCALE) == name.endswith("8b")
 
 
 def test_hash_tells_what_changes_the_weights(run_config: Make) -> None:

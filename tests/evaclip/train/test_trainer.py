@@ -18,7 +18,8 @@ from torch import Tensor
 from evaclip.data import Batch, TrainLoader
 from evaclip.errors import UserError
 from evaclip.factory import create_model
-from evaclip.train import saver
+from evaclip.loading import load_model
+from evaclip.train import saver, snapshot
 from evaclip.train.config import TrainConfig
 from evaclip.train.progress import read_log
 from evaclip.train.step import StepResult, TrainStep
@@ -274,11 +275,53 @@ def test_other_data_is_refused_unless_allowed(run_config: Make, capsys: Any) -> 
     other = ("data.num_samples=48", "schedule.steps=8")
     with pytest.raises(UserError, match=r"not what the checkpoint was trained on.*allow_data_change"):
         train(run_config(*other), resume="auto")
-    outcome = train(run_config(*other, "checkpoint.allow_data_change=true"), resume="auto")
+    allowed = "checkpoint={allow_data_change: true, allow_schedule_change: true}"
+    outcome = train(run_config(*other, allowed), resume="auto")
     assert outcome.steps == 8
     text = capsys.readouterr().out
     assert "changed since the checkpoint: data.num_samples: 40 -> 48" in text
     assert "changed since the checkpoint: schedule.steps: 6 -> 8" in text
+
+
+def test_a_schedule_changes_in_what_is_to_come_alone(run_config: Make, tmp_path: Path, capsys: Any) -> None:
+    train(run_config("schedule.name=constant", "checkpoint.every_steps=4", "optim.lr=1"))
+    trunk = str(tmp_path / "run/checkpoints/step_00000004")
+    cooled = "schedule={name: constant, cooldown_steps: 4, cooldown: linear, steps: 8}"
+    branch = train(run_config(cooled, "name=branch", "optim.lr=1"), resume=trunk)
+    assert [r["lr"] for r in read_log(branch.folder / "log.jsonl")] == [1.0, 0.75, 0.5, 0.25]
+    assert "changed since the checkpoint: schedule.cooldown_steps: 0 -> 4" in capsys.readouterr().out
+    assert train(run_config("schedule={name: constant, steps: 7}"), resume="auto").steps == 7
+    # The cooldown would have begun two steps ago.
+    with pytest.raises(UserError, match=r"step 4 had 1 of the peak rate, and would now have 0.75 of .*follows step 4"):
+        train(run_config(cooled, "schedule.steps=6", "name=late"), resume=trunk)
+    allowed = train(run_config(cooled, "schedule.steps=6", "checkpoint.allow_schedule_change=true"), resume=trunk)
+    assert allowed.steps == 6
+
+
+def test_siglips_bias_is_the_models_also_of_earlier_checkpoints(
+    run_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ("loss.name=siglip", "checkpoint.every_steps=3", "schedule.name=constant", "ema_decay=0.9", "optim.lr=0.1")
+    straight = train(run_config(*config)).folder / "checkpoints"
+    expected = load_file(straight / "step_00000006/model.safetensors")
+    assert abs(float(expected["logit_bias"]) + 10) > 0.1
+    average = load_file(straight / "step_00000006/ema.safetensors")["logit_bias"]
+    assert torch.equal(load_model(str(straight / "step_00000006")).model.logit_bias.detach(), average)
+
+    def without_bias(path: Path) -> dict[str, Tensor]:
+        return {name: value for name, value in load_file(path).items() if name != "logit_bias"}
+
+    def load_state(folder: Path) -> dict[str, Any]:
+        state = torch.load(folder / "state.pt", weights_only=True)
+        bias = load_file(folder / "model.safetensors")["logit_bias"]
+        moments = {name.replace("logit_bias.", "loss.logit_bias."): value for name, value in state["moments"].items()}
+        return {**state, "moments": moments, "train_step": {**state["train_step"], "loss": {"logit_bias": bias}}}
+
+    monkeypatch.setattr(snapshot, "load_file", without_bias)
+    monkeypatch.setattr(snapshot.checkpoint, "load_state", load_state)
+    resumed = train(run_config(*config, "name=resumed"), resume=str(straight / "step_00000003")).folder
+    found = load_file(resumed / "checkpoints/step_00000006/model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from evaclip.model.clip import CLIP
 from evaclip.train.config import LossConfig, OptimConfig
 from evaclip.train.distributed import World
-from evaclip.train.loss import SIGLIP_INITIAL_BIAS, ContrastiveLoss
+from evaclip.train.loss import SIGLIP_START, ContrastiveLoss
 from evaclip.train.optimizer import build_optimizer, parameter_groups
 from evaclip.train.step import StepOptions, TrainStep
 
@@ -87,11 +87,13 @@ def replayed(
 def ours(model: CLIP, batch: tuple[Tensor, Tensor], loss: Loss, accumulation: int = 4) -> Gradients:
     torch.manual_seed(2)
     module = ContrastiveLoss(LossConfig(name="clip" if loss is clip else "siglip"))
+    model.logit_bias = None if loss is clip else _bias()
     config = OptimConfig(lr=0.0)
-    optimizer = build_optimizer(parameter_groups(model, module, config), config)
+    optimizer = build_optimizer(parameter_groups(model, config), config)
     step = TrainStep(model, module, optimizer, StepOptions(accumulation=accumulation), World(torch.device("cpu")))
     step(*batch, step=0)
-    return _taken(model, module.logit_bias)
+    found, model.logit_bias = _taken(model, None), None
+    return found
 
 
 def _log_likelihoods(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -103,7 +105,7 @@ def _cut(batch: tuple[Tensor, Tensor], sizes: Sequence[int]) -> Iterator[tuple[T
 
 
 def _bias() -> nn.Parameter:
-    return nn.Parameter(torch.tensor(SIGLIP_INITIAL_BIAS, dtype=torch.float64))
+    return nn.Parameter(torch.tensor(SIGLIP_START["init_logit_bias"], dtype=torch.float64))
 
 
 def _taken(model: CLIP, bias: Tensor | None) -> Gradients:

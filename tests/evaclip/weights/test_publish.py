@@ -3,6 +3,7 @@
 import functools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import open_clip
 import pytest
 import timm
 import torch
+import yaml
 from hub_server import Hub
 from huggingface_hub import constants
 from PIL import Image
@@ -18,6 +20,9 @@ import evaclip
 from evaclip.errors import UserError
 from evaclip.loading import load_model
 from evaclip.model import vision_names
+from evaclip.train.overrides import dump_yaml
+from evaclip.train.recipes import get_recipe
+from evaclip.weights.load import load_weights
 from evaclip.weights.open_clip_config import CONFIG_FILE, to_open_clip_config
 from evaclip.weights.publish import SAFE_FILE
 
@@ -64,6 +69,29 @@ def test_a_saved_folder_is_loaded_by_open_clip_and_here(folder: Path, model: eva
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", CONFIG_FILE, SAFE_FILE]
     assert_loaded(f"local-dir:{folder}", model)
     assert load_model(f"local-dir:{folder}").model.config == evaclip.create_model(f"local-dir:{folder}").config
+
+
+def test_siglips_bias_goes_to_open_clip_and_back(model: evaclip.CLIP, tmp_path: Path) -> None:
+    biased = evaclip.CLIP(replace(model.config, init_logit_bias=-10.0))
+    load_weights(biased, model.state_dict())
+    assert biased.logit_bias == -10
+    with torch.no_grad():
+        biased.logit_bias.fill_(-7.5)
+    evaclip.save_for_hf(biased.eval(), save_directory=tmp_path / "siglip")
+    loads = [library.create_model(f"local-dir:{tmp_path / 'siglip'}") for library in (evaclip, open_clip)]
+    # The weights alone say that there is a bias.
+    text = biased.config.to_dict()["text"]
+    loads.append(evaclip.create_model(NAME, tmp_path / "siglip" / SAFE_FILE, vision={"layers": 1}, text=text))
+    for loaded in loads:
+        assert loaded.logit_bias.item() == -7.5
+    images, tokens = torch.randn(2, 3, 224, 224), evaclip.get_tokenizer()(TEXTS)
+    with torch.no_grad():
+        difference = biased.get_logits(images, tokens)[1] - model.get_logits(images, tokens)[1]
+    torch.testing.assert_close(difference, torch.full((2, 2), -7.5), atol=1e-4, rtol=0)
+    with pytest.raises(UserError, match="unexpected: logit_bias"):
+        load_weights(model, biased.state_dict())
+    with pytest.raises(UserError, match="init_logit_bias is 'low'; expected a number, or null"):
+        evaclip.create_model("tiny", init_logit_bias="low")
 
 
 @pytest.mark.parametrize(
@@ -140,6 +168,38 @@ def test_what_is_there_is_replaced_only_when_asked(folder: Path, model: evaclip.
     assert "license: mit\n---\n\n# mine\n\nCats.\n\n## Details\n\n- **Data:** a, b\n\n## Usage\n" in text
     assert text.endswith("## Citation\n\n```bibtex\n@misc{x}\n```\n")
     assert (folder / SAFE_FILE).read_bytes() == before
+
+
+def test_the_card_tells_what_the_run_did(model: evaclip.CLIP, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    checkpoint = run / "checkpoints" / "step_00000010"
+    checkpoint.mkdir(parents=True)
+    (run / "config.yaml").write_text(dump_yaml(get_recipe("tiny")))
+    records = [{"step": s, "samples": 32 * s, "loss": 1 / s} for s in (5, 10, 15)]
+    measured = [{"step": s, "eval": {"zero_shot_top1": s / 100}} for s in (10, 15)]
+    (run / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in (*records, *measured)))
+    card = {"license": "mit", "details": {"Seed": "secret"}}
+    evaclip.save_for_hf(model, save_directory=tmp_path / "new", skip_weights=True, model_card=card, run=checkpoint)
+    text = (tmp_path / "new/README.md").read_text()
+    header = yaml.safe_load(text.split("---")[1])
+    assert header == {
+        "library_name": "open_clip",
+        "tags": ["clip"],
+        "pipeline_tag": "zero-shot-image-classification",
+        "license": "mit",
+    }
+    for line in (
+        "- **Training data:** synthetic\n",
+        "- **Steps:** 10 of 32 pairs, 320 in all\n",
+        "- **Loss:** clip, at the end 0.1\n",
+        "- **Optimizer:** adamw, peak rate 0.0005, weight decay 0.05\n",
+        "- **Seed:** secret\n",
+        "## Evaluation\n\nAt step 10:\n\n| measure | value |\n|---|---|\n| zero_shot_top1 | 0.1 |\n",
+    ):
+        assert line in text
+    with pytest.raises(UserError, match="is no run folder: it has no log"):
+        evaclip.save_for_hf(model, save_directory=tmp_path / "other", run=tmp_path / "nowhere")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,125 @@
+"""Progressive resolution: the model at another image size, and runs that cross from one size to the next."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import OPTIONS
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from evaclip.errors import UserError
+from evaclip.factory import create_model
+from evaclip.model.clip import CLIP
+from evaclip.model.flops import flops_per_sample
+from evaclip.model.savings import Savings
+from evaclip.train.build import build
+from evaclip.train.config import ScheduleConfig, TrainConfig
+from evaclip.train.distributed import World
+from evaclip.train.progress import read_log
+from evaclip.train.schedule import image_size_at
+from evaclip.train.step import StepResult, TrainStep
+from evaclip.train.trainer import train
+from evaclip.weights.load import load_weights
+
+Make = Callable[..., TrainConfig]
+PHASES = "schedule.resolutions=[{image_size: 8, steps: 2}, {image_size: 12, share: 0.34}]"
+
+
+@pytest.mark.parametrize("early_drop", [True, False])
+def test_a_smaller_image_is_that_of_a_model_of_its_size(small_model: CLIP, early_drop: bool) -> None:
+    small = create_model("tiny", **{**OPTIONS, "vision": {**OPTIONS["vision"], "image_size": 8}})
+    load_weights(small, small_model.state_dict())
+    images, kept = torch.randn(3, 3, 8, 8), torch.tensor([[0, 3], [1, 2], [3, 1]])
+    whole = torch.randn(3, 3, 16, 16)
+    before = small_model.encode_image(whole)
+    small_model.set_savings(Savings(early_drop=early_drop))
+    small_model.visual.set_image_size(8)
+    for index in (None, kept):
+        expected, found = (m.encode_image(images, token_index=index) for m in (small, small_model))
+        torch.testing.assert_close(found, expected)
+    assert small_model.visual.num_patches == 4
+    found.square().sum().backward()
+    gradient = small_model.visual.pos_embed.grad
+    assert gradient is not None
+    assert gradient.shape == small_model.visual.pos_embed.shape
+    with pytest.raises(ValueError, match=r"expected \[batch, 3, 8, 8\]"):
+        small_model.encode_image(whole)
+    small_model.visual.set_image_size(16)
+    assert torch.equal(small_model.encode_image(whole), before)
+
+
+def test_the_course_of_the_size() -> None:
+    parts: Any = [{"image_size": 98, "share": 0.4}, {"image_size": 154, "steps": 3}]
+    config = ScheduleConfig(steps=10, resolutions=parts)
+    assert [image_size_at(step, 10, config) for step in range(10)] == [98] * 4 + [154] * 3 + [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([{"image_size": 98}], "set either steps or share"),
+        ([{"image_size": 98, "steps": 3, "share": 0.1}], "set either steps or share"),
+        ([{"image_size": 98, "share": 0.5}, {"image_size": 154, "share": 0.5}], "leave nothing for the model's own"),
+    ],
+)
+def test_parts_that_make_no_sense(parts: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ScheduleConfig(steps=10, resolutions=parts)
+
+
+def test_a_size_of_parts_of_patches_is_refused(run_config: Make) -> None:
+    with pytest.raises(UserError, match="image_size 10 isn't a multiple of patch_size 4"):
+        train(run_config("schedule.resolutions=[{image_size: 10, steps: 2}]"))
+
+
+def test_a_run_goes_on_bit_for_bit_within_a_part_and_over_its_end(
+    run_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, seen = TrainStep.__call__, list[int]()
+
+    def step(self: TrainStep, images: torch.Tensor, *rest: Any, **options: bool) -> StepResult:
+        seen.append(images.shape[-1])
+        return original(self, images, *rest, **options)
+
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    common = (PHASES, "checkpoint={every_steps: 1, keep: 9}", "model.patch_dropout=0.25", "eval.every_steps=3")
+    evaluated = "eval.data={train: synthetic, num_samples: 16}"
+    straight = train(run_config(*common, evaluated)).folder
+    assert seen == [8, 8, 12, 12, 16, 16]
+    for done in (1, 2, 3):
+        found = train(
+            run_config(*common, evaluated, f"name=from-{done}"),
+            resume=str(straight / f"checkpoints/step_{done:08d}"),
+        ).folder
+        logs = [
+            {r["step"]: (r["loss"], r["lr"]) for r in read_log(f / "log.jsonl") if "loss" in r}
+            for f in (straight, found)
+        ]
+        assert list(logs[1]) == list(range(done + 1, 7))
+        assert logs[1].items() <= logs[0].items()
+        for name in ("model.safetensors", "optimizer/moments.safetensors"):
+            left, right = (load_file(f / "checkpoints/step_00000006" / name) for f in (straight, found))
+            assert all(torch.equal(right[key], value) for key, value in left.items())
+
+
+def test_operations_are_those_of_each_part(run_config: Make) -> None:
+    parts = build(run_config(PHASES), World(torch.device("cpu")))
+    resolution, config = parts.resolution, parts.model.config
+    sizes = [8, 8, 12, 12, 16, 16]
+    assert [resolution.at(step) for step in range(6)] == sizes
+    forward = [flops_per_sample(replace(config, vision=replace(config.vision, image_size=size))) for size in sizes]
+    assert [resolution.flops_per_sample(step) for step in range(6)] == [3 * cost for cost in forward]
+    assert resolution.flops_left(1) == 3 * sum(forward[1:])
+
+
+def test_the_past_keeps_its_size(run_config: Make, tmp_path: Path) -> None:
+    common = ("schedule={name: constant, steps: 2}", "data.num_samples=16")
+    train(run_config(*common, "schedule.resolutions=[{image_size: 8, steps: 9}]"))
+    with pytest.raises(UserError, match=r"step 2 had 1 of the peak rate and images of 8 pixels, and would now have 1"):
+        train(run_config(*common, "schedule.resolutions=[{image_size: 8, steps: 1}]"), resume="auto")
+    longer = ("schedule.steps=3", "schedule.resolutions=[{image_size: 8, steps: 2}]")
+    assert train(run_config(*common, *longer), resume="auto").steps == 3
