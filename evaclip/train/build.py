@@ -14,6 +14,7 @@ from evaclip.data import Source, TrainLoader, open_configured
 from evaclip.data.config import DataConfig
 from evaclip.data.held_out import hold_out
 from evaclip.data.loader import TrainTransform
+from evaclip.data.samples import REDUCTION_MARGIN
 from evaclip.errors import UserError
 from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
@@ -33,8 +34,6 @@ from evaclip.train.sharding import WholeRandomNumbers, move_all_but_shards, shar
 from evaclip.train.step import StepOptions, TrainStep
 from evaclip.train.throughput import BACKWARD_FACTOR, peak_flops
 from evaclip.transforms import EvalTransform
-
-_JPEG_MARGIN = 2
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def _loader(
         window=data.shuffle_window,
         nodes=data.canonical_nodes,
         prefetch=data.prefetch,
-        decode_size=_JPEG_MARGIN * max(model.config.vision.image_shape) if data.jpeg_reduction else None,
+        decode_size=REDUCTION_MARGIN * max(model.config.vision.image_shape) if data.jpeg_reduction else None,
     )
 
 
