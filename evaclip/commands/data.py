@@ -223,10 +223,12 @@ def _run_bench(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     source = _open(args)
     opened = time.perf_counter() - began
-    size = args.image_size or (get_config(args.model).vision.image_size if args.model else 224)
+    size = (args.image_size or 224,) * 2
+    if args.model and not args.image_size:
+        size = get_config(args.model).vision.image_shape
     transform = TrainTransform(size)
     loader = bench.make_loader(source, transform, args.batch_size, args.workers)
-    reduced = replace(source.decoding, at_least=REDUCTION_MARGIN * size)
+    reduced = replace(source.decoding, at_least=REDUCTION_MARGIN * max(size))
     decoders = {"whole": source.decoding, "jpeg_reduction": reduced}
     stages = {name: bench.time_stages(source, transform, decoding) for name, decoding in decoders.items()}
     console.print(_stage_table(stages, rate, args.gpus))
@@ -270,7 +272,9 @@ def _training_rate(args: argparse.Namespace) -> float | None:
     if not 0 < args.mfu <= 1:
         raise UserError(f"--mfu must be more than 0 and at most 1, got {args.mfu}")
     flops = BACKWARD_FACTOR * flops_per_sample(get_config(args.model))
-    return 1e12 * get_gpu(args.gpu).half_tflops * args.mfu / flops
+    peak = 1e12 * get_gpu(args.gpu).half_tflops
+    mfu: float = args.mfu
+    return peak * mfu / flops
 
 
 def _stage_table(stages: dict[str, "StageTimes"], rate: float | None, gpus: int) -> "Table":

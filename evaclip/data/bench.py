@@ -98,7 +98,7 @@ def time_loader(loader: TrainLoader, step_seconds: float = 0.0, seconds: float =
     while (start := time.perf_counter()) - first < seconds or not samples:
         time.sleep(step_seconds)
         waited -= time.perf_counter()
-        samples += len(next(batches).images)
+        samples += len(next(batches).tokens)
         waited += time.perf_counter()
         shared = max(shared, _shared_bytes() - held)
     batches.close()

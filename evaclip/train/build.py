@@ -33,7 +33,7 @@ from evaclip.train.schedule import total_steps
 from evaclip.train.sharding import WholeRandomNumbers, move_all_but_shards, shard
 from evaclip.train.step import StepOptions, TrainStep
 from evaclip.train.throughput import BACKWARD_FACTOR, peak_flops
-from evaclip.transforms import EvalTransform
+from evaclip.transforms import EvalTransform, levels_of
 
 
 @dataclass(frozen=True)
@@ -158,10 +158,11 @@ def _loader(
     per_process: int,
 ) -> TrainLoader:
     data = config.data
+    transform = training_transform(data, model.config.vision.image_size, model.config.preprocess)
     return TrainLoader(
         source,
         batch_size=per_process,
-        transform=training_transform(data, model.config.vision.image_size, model.config.preprocess),
+        transform=levels_of(transform, model.config.preprocess),
         tokenizer=tokenizer,
         seed=config.seed,
         workers=data.workers,
@@ -170,6 +171,7 @@ def _loader(
         window=data.shuffle_window,
         nodes=data.canonical_nodes,
         prefetch=data.prefetch,
+        pin=world.device.type == "cuda",
         decode_size=REDUCTION_MARGIN * max(model.config.vision.image_shape) if data.jpeg_reduction else None,
     )
 
