@@ -226,7 +226,7 @@ def _run_bench(args: argparse.Namespace) -> None:
     size = (args.image_size or 224,) * 2
     if args.model and not args.image_size:
         size = get_config(args.model).vision.image_shape
-    transform = TrainTransform(size)
+    transform = TrainTransform(size).levels
     loader = bench.make_loader(source, transform, args.batch_size, args.workers)
     reduced = replace(source.decoding, at_least=REDUCTION_MARGIN * max(size))
     decoders = {"whole": source.decoding, "jpeg_reduction": reduced}
