@@ -5,7 +5,7 @@ in any thread, worker or process.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -19,6 +19,7 @@ from evaclip.model.config import Interpolation, Preprocess, Resize
 from evaclip.pixels import eight_bit
 
 Color = tuple[int, int, int]
+SeededTransform = Callable[[Image.Image, int], Tensor]
 
 WHITE: Color = (255, 255, 255)
 _CROP_ATTEMPTS = 10
@@ -64,6 +65,13 @@ class TrainTransform:
 
     def __call__(self, image: Image.Image, seed: int | None = None) -> Tensor:
         """The augmented image, a pure function of `image` and `seed`; None draws a seed from torch."""
+        return _to_tensor(self._augmented(image, seed), self.preprocess)
+
+    def levels(self, image: Image.Image, seed: int | None = None) -> Tensor:
+        """The same before `Normalization`, uint8 `[3, height, width]`: a quarter of the bytes."""
+        return torch.from_numpy(np.array(self._augmented(image, seed))).permute(2, 0, 1)
+
+    def _augmented(self, image: Image.Image, seed: int | None) -> Image.Image:
         if seed is None:
             seed = int(torch.randint(2**63 - 1, ()))
         generator = torch.Generator().manual_seed(seed)
@@ -78,7 +86,7 @@ class TrainTransform:
         image = _rgb(image)
         if options.moves:
             image = _move(image, options, background, draws)
-        return _to_tensor(self.recolored(image, draws), self.preprocess)
+        return _rgb(self.recolored(image, draws))
 
     def background(self, draws: Iterator[float]) -> Color:
         """The colour behind a transparent picture and beside one that is moved; `draws` are numbers in [0, 1)."""
@@ -87,6 +95,32 @@ class TrainTransform:
     def recolored(self, image: Image.Image, draws: Iterator[float]) -> Image.Image:
         """The RGB picture of the final size, its colours changed at random."""
         return _recolor(image, self.augmentation, draws)
+
+
+class Normalization:
+    """From levels to what the vision tower takes, on a device: to the bit what the transforms give on a CPU."""
+
+    def __init__(self, preprocess: Preprocess, device: torch.device | str = "cpu") -> None:
+        # 255 is a tensor too: by a number GPUs don't divide, they multiply by its reciprocal.
+        self._constants = [
+            torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1).to(device)
+            for values in ((255.0,), preprocess.mean, preprocess.std)
+        ]
+
+    def __call__(self, levels: Tensor) -> Tensor:
+        """float32 of uint8 `[..., 3, height, width]`; anything but uint8 as it is."""
+        if levels.dtype != torch.uint8:
+            return levels
+        top, mean, std = self._constants
+        return levels.to(torch.float32).div_(top).sub_(mean).div_(std)
+
+
+def levels_of(transform: SeededTransform, preprocess: Preprocess) -> SeededTransform:
+    """What gives the levels that `Normalization` makes a transform's tensors of; the transform itself if none does."""
+    if not isinstance(transform, TrainTransform) or transform.preprocess != preprocess:
+        return transform
+    # A subclass may do anything to the tensors.
+    return transform.levels if type(transform).__call__ is TrainTransform.__call__ else transform
 
 
 def _shape(size: int | tuple[int, int]) -> list[int]:
@@ -239,17 +273,16 @@ def _turn_hue(image: Image.Image, share: float) -> Image.Image:
 def _to_tensor(image: Image.Image, preprocess: Preprocess) -> Tensor:
     pixels = np.asarray(_rgb(image))
     planes = np.empty((3, *pixels.shape[:2]), np.float32)
-    for channel, values in enumerate(_pixel_values(preprocess.mean, preprocess.std)):
+    for channel, values in enumerate(_pixel_values(preprocess)):
         np.take(values, pixels[:, :, channel], out=planes[channel], mode="clip")
     return torch.from_numpy(planes)
 
 
 @cache
-def _pixel_values(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+def _pixel_values(preprocess: Preprocess) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     """What each of the 256 levels becomes in each channel, `[3, 256]`."""
-    levels = torch.arange(256, dtype=torch.float32) / 255
-    center, spread = (torch.tensor(values, dtype=torch.float32).unsqueeze(1) for values in (mean, std))
-    return ((levels - center) / spread).numpy()
+    levels = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
+    return Normalization(preprocess)(levels).squeeze(1).numpy()
 
 
 def _draws(generator: Generator) -> Iterator[float]:

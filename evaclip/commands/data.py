@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from evaclip.data import Source
+    from evaclip.data.bench import StageTimes
     from evaclip.data.check import CheckReport
 
 _STYLES = ("twemoji", "openmoji")
@@ -93,13 +94,23 @@ def _add_bench(verbs: Any) -> None:
     parser = leaf(
         verbs,
         "bench",
-        help="measure how fast batches are read, decoded and augmented",
-        examples=["evaclip data bench 'data/cc3m/{00000..00331}.tar' --workers 8 --batch-size 256"],
+        help="measure how fast batches are read, decoded and augmented, and say how many cores a node needs",
+        examples=[
+            "evaclip data bench 'data/cc3m/{00000..00331}.tar' --workers 8 --batch-size 256",
+            "evaclip data bench 'data/cc3m/{00000..00331}.tar' --model EVA02-CLIP-L-14 --gpu h100-80g --mfu 0.4",
+            "evaclip data bench 'data/cc3m/{00000..00331}.tar' --images-per-second 2600",
+        ],
     )
     _add_source_options(parser)
-    parser.add_argument("--batch-size", type=int, default=64, help="samples per batch (default: 64)")
-    parser.add_argument("--image-size", type=int, default=224, help="side of the tensors (default: 224)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="how long to measure (default: 10)")
+    add = parser.add_argument
+    add("--batch-size", type=int, default=64, help="samples per batch (default: 64)")
+    add("--image-size", type=int, help="side of the tensors (default: the model's, else 224)")
+    add("--seconds", type=float, default=10.0, help="how long to measure (default: 10)")
+    add("--model", metavar="NAME", help="with --gpu: the model that is trained")
+    add("--gpu", metavar="KIND", help="which kind of GPU, as in `evaclip plan`")
+    add("--mfu", type=float, default=0.5, help="share of its peak in 16 bits that the GPU reaches (default: 0.5)")
+    add("--images-per-second", type=float, metavar="N", help="that a GPU trains, where it is known, in place of --gpu")
+    add("--gpus", type=int, default=8, metavar="N", help="of a node (default: 8)")
     parser.set_defaults(run=_run_bench)
 
 
@@ -217,33 +228,88 @@ def _fault_table(report: "CheckReport", named: int | None) -> "Table":
 
 
 def _run_bench(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     from rich.console import Console
     from rich.table import Table
 
     from evaclip.data import bench
-    from evaclip.transforms import train_transform
+    from evaclip.data.samples import REDUCTION_MARGIN
+    from evaclip.model.config import get_config
+    from evaclip.transforms import TrainTransform
 
     if args.seconds <= 0:
         raise UserError(f"--seconds must be more than 0, got {args.seconds}")
+    rate = _training_rate(args)
     console = Console()
     began = time.perf_counter()
     source = _open(args)
     opened = time.perf_counter() - began
-    transform = train_transform(args.image_size)
-    stages = bench.time_stages(source, transform)
-    throughput = bench.time_loader(source, transform, args.batch_size, args.workers, args.seconds)
-    table = Table("stage", "ms per sample, one process")
-    table.add_row("read", f"{stages.read_ms:.2f}")
-    table.add_row("decode", f"{stages.decode_ms:.2f}")
-    table.add_row("transform", f"{stages.transform_ms:.2f}")
-    console.print(table)
-    table = Table("workers", "batch size", "samples/s", "MB/s", "first batch, s", "opening, s")
+    size = (args.image_size or 224,) * 2
+    if args.model and not args.image_size:
+        size = get_config(args.model).vision.image_shape
+    transform = TrainTransform(size).levels
+    loader = bench.make_loader(source, transform, args.batch_size, args.workers)
+    reduced = replace(source.decoding, at_least=REDUCTION_MARGIN * max(size))
+    decoders = {"whole": source.decoding, "jpeg_reduction": reduced}
+    stages = {name: bench.time_stages(source, transform, decoding) for name, decoding in decoders.items()}
+    console.print(_stage_table(stages, rate, args.gpus))
+    throughput = bench.time_loader(loader, args.batch_size / rate if rate else 0.0, args.seconds)
+    bytes_a_second = throughput.samples_per_second * stages["whole"].image_bytes
+    shared = "" if throughput.shared_bytes is None else f"{throughput.shared_bytes / 1e6:,.0f}"
+    table = Table(
+        "workers", "batch size", "samples/s", "MB/s", "waiting", "first batch, s", "opening, s", "shared memory, MB"
+    )
     table.add_row(
         str(args.workers),
         str(args.batch_size),
         f"{throughput.samples_per_second:.0f}",
-        f"{throughput.samples_per_second * stages.image_bytes / 1e6:.1f}",
+        f"{bytes_a_second / 1e6:.1f}",
+        f"{throughput.waited:.0%}",
         f"{throughput.first_batch_seconds:.2f}",
         f"{opened:.2f}",
+        shared,
     )
     console.print(table)
+
+
+def _training_rate(args: argparse.Namespace) -> float | None:
+    """Images that a GPU trains a second; None where nothing says so."""
+    if args.gpus < 1:
+        raise UserError(f"--gpus must be 1 or more, got {args.gpus}")
+    if args.images_per_second is not None:
+        if args.images_per_second <= 0:
+            raise UserError(f"--images-per-second must be more than 0, got {args.images_per_second}")
+        rate: float = args.images_per_second
+        return rate
+    if not args.gpu:
+        return None
+    from evaclip.model.config import get_config
+    from evaclip.model.flops import flops_per_sample
+    from evaclip.plan.gpus import get_gpu
+    from evaclip.train.throughput import BACKWARD_FACTOR
+
+    if not args.model:
+        raise UserError("--gpu needs --model NAME: what an image costs depends on it; or give --images-per-second")
+    if not 0 < args.mfu <= 1:
+        raise UserError(f"--mfu must be more than 0 and at most 1, got {args.mfu}")
+    flops = BACKWARD_FACTOR * flops_per_sample(get_config(args.model))
+    peak = 1e12 * get_gpu(args.gpu).half_tflops
+    mfu: float = args.mfu
+    return peak * mfu / flops
+
+
+def _stage_table(stages: dict[str, "StageTimes"], rate: float | None, gpus: int) -> "Table":
+    from math import ceil
+
+    from rich.table import Table
+
+    columns = ["decoding", "read, ms", "decode, ms", "transform, ms", "images/s a core"]
+    if rate is not None:
+        columns.append(f"cores for {gpus} GPUs of {rate:,.0f} images/s")
+    table = Table(*columns)
+    for name, times in stages.items():
+        row = [f"{value:.2f}" for value in (times.read_ms, times.decode_ms, times.transform_ms)]
+        cores = [f"{ceil(gpus * rate / times.per_second):,}"] if rate is not None else []
+        table.add_row(name, *row, f"{times.per_second:.0f}", *cores)
+    return table

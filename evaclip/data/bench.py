@@ -1,29 +1,37 @@
 """How fast a source can be read: the stages one by one, then whole batches from worker processes."""
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from evaclip.data.loader import TrainLoader, TrainTransform
 from evaclip.data.order import sample_order
-from evaclip.data.samples import BadSample, decode_image
+from evaclip.data.samples import BadSample, Decoding, decode_image
 from evaclip.data.source import Source
 
 _STAGE_SAMPLES = 256
 _SEED = 0
+_SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Mean cost of one sample in one process: milliseconds per stage, and the bytes of its image file."""
+    """Mean cost of one sample: milliseconds of a core per stage, and the bytes of its image file."""
 
     read_ms: float
     decode_ms: float
     transform_ms: float
     image_bytes: float
+
+    @property
+    def per_second(self) -> float:
+        """Samples a second that one core makes ready."""
+        return 1e3 / (self.read_ms + self.decode_ms + self.transform_ms)
 
 
 @dataclass(frozen=True)
@@ -33,16 +41,23 @@ class Throughput:
     Attributes:
         first_batch_seconds: from the start of the workers to the first batch.
         samples_per_second: after the first batch.
+        waited: share of the time in which the consumer waited for a batch.
+        shared_bytes: most shared memory that the machine held more than before; None where there is none to look at.
     """
 
     first_batch_seconds: float
     samples_per_second: float
+    waited: float
+    shared_bytes: int | None
 
 
-def time_stages(source: Source, transform: TrainTransform, seconds: float = 5.0) -> StageTimes:
+def time_stages(
+    source: Source, transform: TrainTransform, decoding: Decoding | None = None, seconds: float = 5.0
+) -> StageTimes:
     """Times the stages on up to 256 samples in training order; bad samples do not count.
 
-    torch uses one thread meanwhile, as it does in a worker. Takes little more than `seconds`.
+    torch uses one thread meanwhile, as it does in a worker. Takes little more than `seconds`. `decoding` is that of
+    the source unless given. Times are the processor's: a wait for the disk isn't in them.
     """
     order = sample_order(len(source), _SEED, shard_sizes=source.shard_sizes)
     totals = [0.0, 0.0, 0.0]
@@ -52,45 +67,53 @@ def time_stages(source: Source, transform: TrainTransform, seconds: float = 5.0)
     torch.set_num_threads(1)
     for position in range(min(_STAGE_SAMPLES, len(source))):
         index = order.index(position)[1]
-        marks = [time.perf_counter()]
+        marks = [time.thread_time()]
         try:
             raw = source[index]
-            marks.append(time.perf_counter())
-            picture = decode_image(raw.image, source.name(index), source.decoding)
+            marks.append(time.thread_time())
+            picture = decode_image(raw.image, source.name(index), decoding or source.decoding)
         except BadSample:
             continue
-        marks.append(time.perf_counter())
+        marks.append(time.thread_time())
         transform(picture, position)
-        marks.append(time.perf_counter())
+        marks.append(time.thread_time())
         totals = [total + end - start for total, start, end in zip(totals, marks, marks[1:], strict=False)]
         samples += 1
         image_bytes += len(raw.image)
-        if marks[-1] > deadline:
+        if time.perf_counter() > deadline:
             break
     torch.set_num_threads(threads)
     read, decode, change = (1e3 * total / max(samples, 1) for total in totals)
     return StageTimes(read, decode, change, image_bytes / max(samples, 1))
 
 
-def time_loader(
-    source: Source, transform: TrainTransform, batch_size: int, workers: int, seconds: float = 10.0
-) -> Throughput:
-    """Takes batches as fast as they come, for `seconds` and at least one batch after the first."""
-    loader = TrainLoader(
-        source, batch_size=batch_size, transform=transform, tokenizer=_no_tokens, seed=_SEED, workers=workers
-    )
+def time_loader(loader: TrainLoader, step_seconds: float = 0.0, seconds: float = 10.0) -> Throughput:
+    """Takes batches for `seconds` and at least one after the first, each followed by a pause of a step's length."""
+    held = _shared_bytes()
     began = time.perf_counter()
     batches = loader.batches()
     next(batches)
     first = time.perf_counter()
-    samples = 0
-    for batch in batches:
-        samples += len(batch.images)
-        now = time.perf_counter()
-        if now - first >= seconds:
-            break
+    samples, waited, shared = 0, 0.0, 0
+    while (start := time.perf_counter()) - first < seconds or not samples:
+        time.sleep(step_seconds)
+        waited -= time.perf_counter()
+        samples += len(next(batches).tokens)
+        waited += time.perf_counter()
+        shared = max(shared, _shared_bytes() - held)
     batches.close()
-    return Throughput(first - began, samples / (now - first))
+    return Throughput(first - began, samples / (start - first), waited / (start - first), shared or None)
+
+
+def make_loader(source: Source, transform: TrainTransform, batch_size: int, workers: int) -> TrainLoader:
+    """A loader as training has it, but that captions make no tokens."""
+    return TrainLoader(
+        source, batch_size=batch_size, transform=transform, tokenizer=_no_tokens, seed=_SEED, workers=workers
+    )
+
+
+def _shared_bytes() -> int:
+    return shutil.disk_usage(_SHARED_MEMORY).used if _SHARED_MEMORY.exists() else 0
 
 
 def _no_tokens(captions: Sequence[str]) -> Tensor:

@@ -63,7 +63,7 @@ class DataConfig:
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that read and decode, per training process; 0 does it in the training process."""
     prefetch: Count = 2
-    """Batches that each worker may hold ready."""
+    """Batches that wait ready, over all workers; of small ones as many a worker."""
     shuffle_window: Annotated[int, Field(ge=0)] = DEFAULT_WINDOW
     """Samples of the shuffled shards that are mixed with one another; 0 mixes all."""
     canonical_nodes: Count = 1
@@ -81,7 +81,8 @@ class DataConfig:
     """What happens to training pictures at random."""
     transform: str = "evaclip.transforms:TrainTransform"
     """MODULE:NAME of what makes tensors of training pictures, your own too: called with the size, the `Preprocess` and
-    the augmentation, it gives a function of a PIL image and a seed that returns float32 [3, height, width]."""
+    the augmentation, it gives a function of a PIL image and a seed that returns float32 [3, height, width], or
+    uint8 to be normalised on the device."""
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:

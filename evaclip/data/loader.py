@@ -2,28 +2,32 @@
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import chain, count
+from itertools import chain, count, islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from evaclip.data.config import DEFAULT_WINDOW
 from evaclip.data.faults import FaultLog
 from evaclip.data.mixture import MixedOrder, MixtureSource
 from evaclip.data.order import I64, SampleOrder, mix, sample_order
 from evaclip.data.prefetch import Prefetcher
+from evaclip.data.rows import Rows
 from evaclip.data.samples import BadSample, Decoding, Fault, RawSample, decode_image
 from evaclip.data.source import Source
 from evaclip.data.workers import WorkerOptions, run_batches
 from evaclip.errors import UserError
 
 TrainTransform = Callable[[Image.Image, int], Tensor]
-"""(picture, seed) -> float32 [3, H, W]; a pure function of both."""
+"""(picture, seed) -> float32 or uint8 [3, H, W]; a pure function of both."""
 Tokenizer = Callable[[list[str]], Tensor]
 """n captions -> int64 [n, context_length]."""
 
+UNIT = 64
 _ATTEMPTS = 100
 _KEPT_BYTES = 2**26
 _NEARBY = 50
@@ -35,14 +39,14 @@ class Batch:
     """One process's part of a global batch.
 
     Attributes:
-        images: float32 [rows, 3, H, W].
+        images: [rows, 3, H, W], as the transform gives them; in parts where they are pinned.
         tokens: int64 [rows, context_length].
         position: global samples consumed, over all processes, once this batch is used; `batches(position)`
             goes on.
         skipped: bad samples that were replaced in this batch.
     """
 
-    images: Tensor
+    images: Tensor | Rows
     tokens: Tensor
     position: int
     skipped: int
@@ -52,10 +56,10 @@ class TrainLoader:
     """Endless shuffled batches of a source, decoded and augmented by worker processes.
 
     The global batch at position p holds the samples with the global indices [p, p + batch_size), by canonical node, of
-    which rank r gets the r-th part, see `part_of_batch`: which samples a batch holds, their
-    order, captions and augmentation depend on seed and position alone. Epochs follow one another without a
-    gap, so a batch can hold the end of one and the start of the next. A bad sample is logged and replaced by
-    one that its global index determines. Shards that are read soon are fetched meanwhile, if they are remote.
+    which rank r gets the r-th part, see `part_of_batch`: which samples a batch holds, their order, captions and
+    augmentation depend on seed and position alone. Epochs follow one another without a gap, so a batch can hold the end
+    of one and the start of the next. A bad sample is logged and replaced by one that its global index determines.
+    Shards that are read soon are fetched meanwhile, if they are remote.
 
     Args:
         source: the indexed samples.
@@ -67,7 +71,8 @@ class TrainLoader:
         rank, world_size: this process and the number of processes.
         window: samples that the shuffle mixes with one another; 0 mixes all.
         nodes: parts that the shards are divided among, see `sample_order`; machines, in general.
-        prefetch: batches that each worker may hold ready.
+        prefetch: batches that wait ready, over all workers; or as many parts a worker, if these are more.
+        pin: give `images` in parts that are pinned, for a GPU to fetch.
         decode_size: a large JPEG may be decoded at a fraction of its size as long as both sides keep this
             many pixels; None always decodes it whole.
         patience: seconds without a batch after which a warning is logged.
@@ -90,6 +95,7 @@ class TrainLoader:
         window: int = DEFAULT_WINDOW,
         nodes: int = 1,
         prefetch: int = 2,
+        pin: bool = False,
         decode_size: int | None = None,
         patience: float = 60.0,
     ) -> None:
@@ -112,12 +118,15 @@ class TrainLoader:
             )
         self.faults = FaultLog()
         self.faults.add(source.faults)
+        part = part_of_batch(batch_size, rank, world_size)
         self._global_batch = batch_size
-        self._options = WorkerOptions(workers, prefetch, patience)
+        self._units = _units(len(part))
+        held = max(prefetch, -(-prefetch * len(self._units) // max(workers, 1)))
+        self._options = WorkerOptions(workers, held, pin, patience)
         self._reader = _BatchReader(
             source,
             _order(source, seed, window, nodes),
-            part_of_batch(batch_size, rank, world_size),
+            part,
             batch_size,
             transform,
             tokenizer,
@@ -142,9 +151,20 @@ class TrainLoader:
             raise ValueError(f"the data position must be 0 or more, got {position}")
         step = self._global_batch
         ends = count(position + step, step)
-        for end, loaded in zip(ends, run_batches(self._reader, count(position, step), self._options), strict=False):
-            self.faults.add(loaded.faults)
-            yield Batch(loaded.images, loaded.tokens, end, len(loaded.faults))
+        units = ((start, rows) for start in count(position, step) for rows in self._units)
+        loaded = run_batches(self._reader, units, self._options)
+        for end in ends:
+            images, tokens, faults = zip(*islice(loaded, len(self._units)), strict=True)
+            found = list(chain.from_iterable(faults))
+            self.faults.add(found)
+            rows = Rows(images)
+            yield Batch(rows if self._options.pin else rows.to("cpu"), torch.cat(tokens), end, len(found))
+
+
+def _units(batch_size: int) -> list[slice]:
+    """The rows of a process's batch in equal parts, each the work of one worker at a time."""
+    bounds = np.linspace(0, batch_size, -(-batch_size // UNIT) + 1).astype(int).tolist()
+    return list(map(slice, bounds, bounds[1:]))
 
 
 def _order(source: Source, seed: int, window: int, nodes: int) -> SampleOrder | MixedOrder:
@@ -158,8 +178,7 @@ def part_of_batch(batch_size: int, rank: int, processes: int) -> range:
     return range(rank * batch_size // processes, (rank + 1) * batch_size // processes)
 
 
-@dataclass(frozen=True)
-class _Loaded:
+class _Loaded(NamedTuple):
     images: Tensor
     tokens: Tensor
     faults: list[Fault]
@@ -167,7 +186,7 @@ class _Loaded:
 
 @dataclass(frozen=True)
 class _BatchReader:
-    """Loads the batch at a position; everything a worker needs."""
+    """Loads some rows of the batch at a position; everything a worker needs."""
 
     source: Source
     order: SampleOrder | MixedOrder
@@ -191,8 +210,9 @@ class _BatchReader:
                 " the next window to be fetched meanwhile, or lower data.shuffle_window"
             )
 
-    def __call__(self, position: int) -> _Loaded:
-        global_indices = self._global_indices(position)
+    def __call__(self, unit: tuple[int, slice]) -> _Loaded:
+        position, rows = unit
+        global_indices = self._global_indices(position)[rows]
         if self.source.remote:
             now, after = self.order.shards(global_indices)
             self.prefetcher.want(self.source.copies([*now, *after]))
@@ -208,7 +228,8 @@ class _BatchReader:
             except Exception as exc:
                 exc.add_note(f"while transforming {raw.key} of {self.source.description}")
                 raise
-        return _Loaded(torch.stack(images), self.tokenizer(captions), faults)
+        # In a worker this is shared memory at once.
+        return _Loaded(default_collate(images), self.tokenizer(captions), faults)
 
     def _global_indices(self, position: int) -> I64:
         """Of this process's part [n] of the batch. Processes take its samples by canonical node."""

@@ -91,6 +91,8 @@ class Decoding:
 
 
 WHOLE = Decoding()
+REDUCTION_MARGIN = 2
+"""`at_least` over the size of a model's pictures, where `jpeg_reduction` is on."""
 UPRIGHT = Decoding(exif_orientation=True)
 
 

@@ -19,6 +19,7 @@ from evaclip.errors import UserError
 
 _LOG = logging.getLogger("evaclip.data")
 
+P = TypeVar("P")
 T = TypeVar("T")
 
 
@@ -28,12 +29,14 @@ class WorkerOptions:
 
     Attributes:
         workers: processes; 0 works in the calling process.
-        prefetch: batches that each worker may hold ready.
+        prefetch: results that each worker may hold ready.
+        pin: a thread copies the tensors of what workers give into pinned memory, where there is a GPU.
         patience: seconds without a batch after which a warning is logged, and again after each such time.
     """
 
     workers: int = 0
     prefetch: int = 2
+    pin: bool = False
     patience: float = 60.0
 
     def __post_init__(self) -> None:
@@ -50,20 +53,20 @@ class _Refused:
     message: str
 
 
-class _BatchFunction(Dataset[Any], Generic[T]):
+class _BatchFunction(Dataset[Any], Generic[P, T]):
     """A function from a position to a batch, as the map-style data set that DataLoader wants."""
 
-    def __init__(self, function: Callable[[int], T]) -> None:
+    def __init__(self, function: Callable[[P], T]) -> None:
         self._function = function
 
-    def __getitem__(self, position: int) -> T | _Refused:
+    def __getitem__(self, position: P) -> T | _Refused:
         try:
             return self._function(position)
         except UserError as exc:
             return _Refused(str(exc))
 
 
-def run_batches(function: Callable[[int], T], positions: Iterable[int], options: WorkerOptions) -> Iterator[T]:
+def run_batches(function: Callable[[P], T], positions: Iterable[P], options: WorkerOptions) -> Iterator[T]:
     """Yields `function(position)` for each position, in order, computed by worker processes.
 
     The default random generators are neither read nor changed. Raises UserError if the function does,
@@ -76,6 +79,7 @@ def run_batches(function: Callable[[int], T], positions: Iterable[int], options:
         num_workers=options.workers,
         prefetch_factor=options.prefetch if options.workers else None,
         collate_fn=_unchanged,
+        pin_memory=options.pin,
         worker_init_fn=_init_worker,
         # DataLoader draws a seed for its workers; from this generator, so that the training's own stays as
         # it is.
@@ -179,7 +183,7 @@ class _StallWatch:
                 worker = self._batches % len(self._processes)
                 process = self._processes[worker]
                 _LOG.warning(
-                    "no batch for %.0f s: waiting for batch %d from data worker %d (pid %s, %s)",
+                    "no samples for %.0f s: waiting for part %d from data worker %d (pid %s, %s)",
                     now - since,
                     self._batches,
                     worker,

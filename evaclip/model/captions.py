@@ -1,5 +1,6 @@
 """Where the tokens of a batch of captions lie: in a padded grid, or packed without the padding."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -38,6 +39,11 @@ class Layout(NamedTuple):
         used = torch.arange(length, device=tokens.device) <= last.unsqueeze(1)
         rows = used.flatten().nonzero().squeeze(1)
         return cls(len(tokens), length, last, F.pad((last + 1).cumsum(0), (1, 0)), rows)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Self:
+        """The same with its tensors moved to where the tokens go."""
+        rows = None if self.rows is None else move(self.rows)
+        return self._replace(last=move(self.last), cu_seqlens=move(self.cu_seqlens), rows=rows)
 
     def positions(self) -> Tensor:
         """int64 `[T]`, the position of each row in its caption; for packed rows only."""

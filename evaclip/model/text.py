@@ -168,15 +168,17 @@ class TextTower(Tower):
         """
         self._check(tokens)
         if layout is None:
-            layout = Layout.packed(tokens) if self._packs(tokens) else Layout.padded(tokens)
+            layout = self.layout(tokens)
         x = self.run_blocks(self.transformer.resblocks, self._embed(tokens, layout), layout)
         at_ends = x if self.savings.pooled_last_block else layout.at_ends(x)
         embeddings: Tensor = self.ln_final(at_ends) @ self.text_projection
         return embeddings
 
-    def _packs(self, tokens: Tensor) -> bool:
+    def layout(self, tokens: Tensor) -> Layout:
+        """Where the tower computes the tokens of ids `[B, N]`. If they are on a device, the host may wait for it."""
         # How many tokens there are is known from the data alone, and a graph can't ask for it.
-        return self.savings.pack_text and not torch.compiler.is_compiling() and not tokens.is_meta and len(tokens) > 0
+        known = not torch.compiler.is_compiling() and not tokens.is_meta and len(tokens) > 0
+        return Layout.packed(tokens) if known and self.savings.pack_text else Layout.padded(tokens)
 
     def _embed(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Rows `[T, width]`."""

@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
+from evaclip.data.loader import UNIT
 from evaclip.plan.gpus import PER_NODE
 from evaclip.plan.job import Job
 from evaclip.plan.memory import Memory
@@ -24,7 +25,8 @@ def host_tree(
     """
     in_node, saving = min(PER_NODE, job.gpus), config.checkpoint
     pixels = 3 * job.config.vision.image_shape[0] * job.config.vision.image_shape[1]
-    waiting = config.data.workers * config.data.prefetch
+    # Bytes, in parts of which each worker has as many as there are batches.
+    waiting = config.data.prefetch * max(job.local_batch, config.data.workers * min(UNIT, job.local_batch))
     each = job.weight_bytes + job.state_bytes + 4 * job.averaged
     checkpoint = each * memory.model_parameters
     # Replicas write once; the copy that is written from in the background lies on the main process's node.
@@ -32,7 +34,7 @@ def host_tree(
     steps = config.schedule.steps or 0
     forever = steps // saving.keep_every if saving.keep_every else 0
     tree: dict[str, Any] = {
-        "batches_waiting_in_a_node": in_node * waiting * job.local_batch * pixels * 4,
+        "batches_waiting_in_a_node": in_node * waiting * pixels,
         "copy_of_a_checkpoint_in_a_node": in_copy if saving.background else 0,
         "checkpoint": checkpoint,
         "storage": checkpoint * (saving.keep + forever + 1),

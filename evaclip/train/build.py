@@ -13,6 +13,7 @@ from evaclip.data import Source, TrainLoader, open_configured
 from evaclip.data.config import DataConfig
 from evaclip.data.held_out import hold_out
 from evaclip.data.loader import TrainTransform, part_of_batch
+from evaclip.data.samples import REDUCTION_MARGIN
 from evaclip.errors import UserError
 from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
@@ -31,9 +32,7 @@ from evaclip.train.schedule import total_steps
 from evaclip.train.sharding import WholeRandomNumbers, move_all_but_shards, shard
 from evaclip.train.step import StepOptions, TrainStep
 from evaclip.train.throughput import peak_flops
-from evaclip.transforms import EvalTransform
-
-_JPEG_MARGIN = 2
+from evaclip.transforms import EvalTransform, levels_of
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,9 @@ def build(config: TrainConfig, world: World) -> Parts:
     epoch_samples = config.schedule.epoch_samples or len(source)
     steps = total_steps(config.schedule, config.batch_size, len(source))
     loader = _loader(config, world, source, model, tokenizer)
-    make_transform = partial(training_transform, config.data, preprocess=model.config.preprocess)
-    resolution = Resolution(model, loader, config.schedule, steps, make_transform)
+    resolution = Resolution(
+        model, loader, config.schedule, steps, partial(_levels, config.data, model.config.preprocess)
+    )
     resolution.flops_left(0)  # refuses sizes that the model can't take
     return Parts(
         config=config,
@@ -193,7 +193,7 @@ def _loader(
     return TrainLoader(
         source,
         batch_size=config.batch_size,
-        transform=training_transform(data, model.config.vision.image_size, model.config.preprocess),
+        transform=_levels(data, model.config.preprocess, model.config.vision.image_size),
         tokenizer=tokenizer,
         seed=config.seed,
         workers=data.workers,
@@ -202,8 +202,14 @@ def _loader(
         window=data.shuffle_window,
         nodes=data.canonical_nodes,
         prefetch=data.prefetch,
-        decode_size=_JPEG_MARGIN * max(model.config.vision.image_shape) if data.jpeg_reduction else None,
+        pin=world.device.type == "cuda",
+        decode_size=REDUCTION_MARGIN * max(model.config.vision.image_shape) if data.jpeg_reduction else None,
     )
+
+
+def _levels(data: DataConfig, preprocess: Preprocess, size: int | tuple[int, int]) -> TrainTransform:
+    """What the workers do; the device does the rest."""
+    return levels_of(training_transform(data, size, preprocess), preprocess)
 
 
 def training_transform(data: DataConfig, size: int | tuple[int, int], preprocess: Preprocess) -> TrainTransform:

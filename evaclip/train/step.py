@@ -4,11 +4,14 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from evaclip.data.rows import Rows
+from evaclip.model.captions import Layout
 from evaclip.model.clip import CLIP
 from evaclip.train import rng
 from evaclip.train.config import Precision
@@ -17,6 +20,8 @@ from evaclip.train.loss import ContrastiveLoss
 from evaclip.train.loss_scale import LossScale
 from evaclip.train.sharding import synchronize_gradients
 from evaclip.train.token_sampling import token_index
+from evaclip.train.upload import Upload, send
+from evaclip.transforms import Normalization
 from evaclip.weights import is_sharded
 from evakernels import gradient_norm
 
@@ -71,8 +76,8 @@ class StepResult:
 @dataclass(frozen=True)
 class _Chunk:
     rows: slice
-    images: Tensor
     tokens: Tensor
+    layout: Layout
     token_index: Tensor | None
 
 
@@ -109,23 +114,31 @@ class TrainStep:
         self._mean = GradientMean([p for name in TOWERS for p in towers[name]], self._parts["rest"], world)
         # Shards are gathered in the 16-bit type, so that there is nothing left to cast.
         self._is_sharded = is_sharded(model)
+        self._normalize = Normalization(model.config.preprocess, world.device)
+        self._copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         self.loss_scale = LossScale(world.device, enabled=options.precision == "amp_fp16")
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=world.device)
 
-    def __call__(self, images: Tensor, tokens: Tensor, step: int, *, measure: bool = False) -> StepResult:
+    def __call__(self, images: Tensor | Rows, tokens: Tensor, step: int, *, measure: bool = False) -> StepResult:
         """
         Args:
-            images: [b, 3, height, width] float32, this process's rows of the batch. In host memory they may be larger
-                than the device: it gets each chunk when it is that one's turn.
-            tokens: [b, context_length] int64.
+            images: [b, 3, height, width], this process's rows of the batch: float32, or uint8 to be normalised as the
+                model says. In host memory they may be larger than the device: it gets each chunk while the one before
+                is computed, and the host doesn't wait if they are pinned.
+            tokens: [b, context_length] int64, in host memory: if not, the host waits for the device.
             step: number of the step from 0; decides which tokens are kept.
             measure: also tell the accuracy and how far the weights moved. The step stays the same, to the bit.
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        chunks = list(self._chunks(images, tokens, step))
-        loss, *features = self._backward(chunks) if len(chunks) == 1 else self._backward_in_chunks(chunks)
+        chunks = list(self._chunks(tokens, step))
+        passes = 1 if len(chunks) == 1 else 2
+        upload = Upload(
+            (images[chunk.rows] for chunk in chunks * passes), self.world.device, self._copies, self._normalize
+        )
+        backward = self._backward if passes == 1 else self._backward_in_chunks
+        loss, *features = backward(chunks, upload)
         self._mean.finish()
         loss = self.world.mean_(loss.detach().clone())
         tower_norms = self._tower_norms()
@@ -150,12 +163,13 @@ class TrainStep:
         self.skipped.copy_(state["skipped"])
         self.skipped_in_a_row.copy_(state["skipped_in_a_row"])
 
-    def _chunks(self, images: Tensor, tokens: Tensor, step: int) -> Iterator[_Chunk]:
-        count = len(images)
+    def _chunks(self, tokens: Tensor, step: int) -> Iterator[_Chunk]:
+        count, device = len(tokens), self.world.device
         kept = self._kept_tokens(count, step)
         bounds = [number * count // self.options.accumulation for number in range(self.options.accumulation + 1)]
         for rows in map(slice, bounds, bounds[1:]):
-            yield _Chunk(rows, images[rows], tokens[rows], None if kept is None else kept[rows])
+            layout = self.model.text.layout(tokens[rows]).moved(partial(send, device=device))
+            yield _Chunk(rows, send(tokens[rows], device), layout, None if kept is None else kept[rows])
 
     def _kept_tokens(self, count: int, step: int) -> Tensor | None:
         visual = self.model.visual
@@ -170,20 +184,20 @@ class TrainStep:
             self.world.device,
         )
 
-    def _backward(self, chunks: list[_Chunk]) -> tuple[Tensor, Tensor, Tensor]:
+    def _backward(self, chunks: list[_Chunk], upload: Upload) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, and the features that it is of."""
-        image_features, text_features = self._features(chunks[0])
+        image_features, text_features = self._features(chunks[0], next(upload))
         loss = self._loss(image_features, text_features)
         self._mean.begin()
         (loss * self.loss_scale.scale).backward()
         return loss, image_features.detach(), text_features.detach()
 
-    def _backward_in_chunks(self, chunks: list[_Chunk]) -> tuple[Tensor, Tensor, Tensor]:
+    def _backward_in_chunks(self, chunks: list[_Chunk], upload: Upload) -> tuple[Tensor, Tensor, Tensor]:
         states, features = [], []
         for chunk in chunks:
             states.append(rng.capture(self.world.device))
             with torch.no_grad():
-                features.append(self._features(chunk))
+                features.append(self._features(chunk, next(upload)))
         image_features, text_features = (torch.cat(part).requires_grad_() for part in zip(*features, strict=True))
         loss = self._loss(image_features, text_features)
         (loss * self.loss_scale.scale).backward()
@@ -195,19 +209,17 @@ class TrainStep:
             rng.restore(state, self.world.device)
             gradients = [_gradient(features)[chunk.rows] for features in (image_features, text_features)]
             # The features of a locked tower have no graph.
-            pairs = zip(self._features(chunk), gradients, strict=True)
+            pairs = zip(self._features(chunk, next(upload)), gradients, strict=True)
             trained = [(features, gradient) for features, gradient in pairs if features.requires_grad]
             if trained:
                 torch.autograd.backward([features for features, _ in trained], [gradient for _, gradient in trained])
         return loss, image_features.detach(), text_features.detach()
 
-    def _features(self, chunk: _Chunk) -> tuple[Tensor, Tensor]:
-        device = self.world.device
-        images, tokens = (part.to(device, non_blocking=True) for part in (chunk.images, chunk.tokens))
+    def _features(self, chunk: _Chunk, images: Tensor) -> tuple[Tensor, Tensor]:
         # One autocast region per pass: its cache of cast weights would carry the graph-free casts of the first pass
         # of accumulation over into the second.
         with self._autocast():
-            features = self.model(images, tokens, token_index=chunk.token_index)
+            features = self.model(images, chunk.tokens, token_index=chunk.token_index, layout=chunk.layout)
         return features[0], features[1]
 
     def _loss(self, image_features: Tensor, text_features: Tensor) -> Tensor:

@@ -50,6 +50,44 @@ def drawing(size: int = 64) -> Image.Image:
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_levels_normalised_later_are_the_same_bits(mode: str) -> None:
+    preprocess = Preprocess(mean=(0.5, 0.1, 0.7), std=(0.3, 0.25, 0.9))
+    transform = TrainTransform((32, 48), preprocess, STRONG)
+    for seed in range(4):
+        image = _picture((90, 70), mode, seed)
+        levels = transforms.levels_of(transform, preprocess)(image, seed)
+        assert (levels.dtype, levels.shape) == (torch.uint8, (3, 32, 48))
+        assert torch.equal(transforms.Normalization(preprocess)(levels), transform(image, seed))
+    every = np.arange(256, dtype=np.uint8)[:, None, None].repeat(3, 2)
+    later = transforms.Normalization(preprocess)(torch.from_numpy(every).permute(2, 0, 1))
+    expected = (torch.arange(256) / 255 - torch.tensor(preprocess.mean)[:, None]) / torch.tensor(preprocess.std)[
+        :, None
+    ]
+    assert torch.equal(later.squeeze(2), expected)
+
+
+def test_tensors_that_normalisation_does_not_give_stay_as_they_are() -> None:
+    class Noisy(TrainTransform):
+        def __call__(self, image: Image.Image, seed: int | None = None) -> torch.Tensor:
+            return super().__call__(image, seed) + 1
+
+    class Recoloured(TrainTransform):
+        def recolored(self, image: Image.Image, draws: object) -> Image.Image:
+            return image.convert("L")
+
+    def own(image: Image.Image, seed: int) -> torch.Tensor:
+        return torch.zeros(3, 8, 8)
+
+    for transform in (Noisy(8), TrainTransform(8, PLAIN), own):
+        assert transforms.levels_of(transform, Preprocess()) is transform
+    levels = transforms.levels_of(Recoloured(8), Preprocess())(_picture((9, 9)), 0)
+    assert levels.dtype == torch.uint8
+    assert torch.equal(levels[0], levels[2])
+    values = torch.rand(3, 8, 8)
+    assert transforms.Normalization(PLAIN)(values) is values
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("resize", ["shortest", "squash"])
 def test_evaluation_gives_the_bits_of_open_clip(mode: str, size: tuple[int, int], resize: str) -> None:

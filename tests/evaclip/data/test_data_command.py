@@ -1,4 +1,5 @@
 import json
+import math
 
 import numpy as np
 import pytest
@@ -7,13 +8,15 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from evaclip.commands.main import build_parser
-from evaclip.data import DataConfig, open_configured, open_source
-from evaclip.data.bench import time_stages
+from evaclip.data import DataConfig, bench, open_configured, open_source
+from evaclip.data.bench import StageTimes, Throughput, time_stages
 from evaclip.data.check import check
 from evaclip.data.samples import Decoding
 from evaclip.data.shard_writer import write_shard
 from evaclip.demo import emoji
 from evaclip.errors import UserError
+from evaclip.model.config import get_config
+from evaclip.model.flops import flops_per_sample
 from evaclip.transforms import train_transform
 
 
@@ -152,7 +155,7 @@ def test_bench_shows_stages_and_throughput(shards, capsys):
         "0.1",
     )
     output = capsys.readouterr().out
-    assert all(word in output for word in ("read", "decode", "transform", "samples/s", "MB/s"))
+    assert all(word in output for word in ("read", "decode", "transform", "samples/s", "MB/s", "waiting"))
 
 
 def test_bench_does_not_count_bad_samples(tmp_path):
@@ -160,6 +163,42 @@ def test_bench_does_not_count_bad_samples(tmp_path):
     stages = time_stages(open_source(str(tmp_path / "a.tar")), train_transform(16))
     assert stages.image_bytes == len(picture(0))
     assert min(stages.read_ms, stages.decode_ms, stages.transform_ms) > 0
+
+
+@pytest.mark.parametrize(
+    ("rate", "options"),
+    [
+        (250, ["--images-per-second", "250"]),
+        (
+            312e12 * 0.4 / (3 * flops_per_sample(get_config("tiny"))),
+            ["--model", "tiny", "--gpu", "a100-80g", "--mfu", "0.4"],
+        ),
+    ],
+)
+def test_bench_says_how_many_cores_a_node_needs(shards, capsys, monkeypatch, rate, options):
+    monkeypatch.setattr(bench, "time_stages", lambda *_: StageTimes(1.0, 2.0, 5.0, 100.0))
+    monkeypatch.setattr(bench, "time_loader", lambda *_: Throughput(1.0, 2.0, 0.5, None))
+    evaclip("data", "bench", shards, "--workers", "0", "--gpus", "4", *options)
+    output = capsys.readouterr().out
+    assert f"cores for 4 GPUs of {rate:,.0f} images/s" in output
+    for decoding in ("whole", "jpeg_reduction"):
+        (line,) = [line for line in output.splitlines() if decoding in line]
+        assert line.replace("│", " ").split()[-2:] == ["125", f"{math.ceil(4 * rate / 125):,}"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu", "h100-80g"], "--gpu needs --model NAME"),
+        (["--gpu", "h100", "--model", "tiny"], "unknown GPU"),
+        (["--gpu", "h100-80g", "--model", "tiny", "--mfu", "40"], "--mfu must be more than 0 and at most 1, got 40"),
+        (["--images-per-second", "0"], "--images-per-second must be more than 0, got 0"),
+        (["--images-per-second", "9", "--gpus", "0"], "--gpus must be 1 or more, got 0"),
+    ],
+)
+def test_bench_of_an_impossible_node(shards, options, message):
+    with pytest.raises(UserError, match=message):
+        evaclip("data", "bench", shards, *options)
 
 
 def test_bench_mistakes(shards):

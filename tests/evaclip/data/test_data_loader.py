@@ -54,6 +54,36 @@ def test_every_epoch_holds_every_sample_once(shards):
     assert epochs[0] != epochs[1] != epochs[2]
 
 
+@pytest.mark.parametrize(("size", "parts"), [(1, 1), (64, 1), (65, 2), (1125, 18)])
+def test_the_work_of_a_batch_is_divided_equally(size, parts):
+    units = loader._units(size)
+    sizes = [len(range(size)[rows]) for rows in units]
+    assert [index for rows in units for index in range(size)[rows]] == list(range(size))
+    assert (len(sizes), max(sizes) - min(sizes)) == (parts, size % parts > 0)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_parts_of_a_batch_are_the_batch(shards, monkeypatch, workers):
+    """To the bit, with bad samples in it, from a position in the middle, as one tensor or in parts for a GPU."""
+    write_shard(
+        Path(shards).parent / "01.tar", (damaged(i, **({"png": None} if i == 33 else {})) for i in range(20, 50))
+    )
+    source = open_source(shards, caption_key="json:captions")
+    expected = take(make_loader(source, 16), 6, position=24)
+    monkeypatch.setattr(loader, "UNIT", 5)
+    batches = take(make_loader(source, 16, workers=workers), 6, position=24)
+    in_parts = take(make_loader(source, 16, workers=workers, pin=True), 6, position=24)
+    for whole, batch, parts in zip(expected, batches, in_parts, strict=True):
+        assert torch.equal(batch.images, whole.images)
+        assert torch.equal(batch.tokens, whole.tokens)
+        assert (batch.position, batch.skipped) == (whole.position, whole.skipped)
+        assert [len(part) for part in parts.images.parts] == [4, 4, 4, 4]
+        for rows in (slice(0, 16), slice(3, 9), slice(4, 8), slice(15, 16)):
+            assert torch.equal(parts.images[rows].to("cpu"), whole.images[rows])
+    assert sum(batch.skipped for batch in batches) >= 1
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_the_stream_is_the_same_for_any_number_of_workers_and_processes(shards):
     """One process, four workers, two processes with a worker each: epoch ends, captions and augmentation."""
@@ -293,7 +323,7 @@ def test_waiting_is_reported_while_it_lasts(shards, tmp_path, caplog):
     finally:
         logging.getLogger("evaclip.data").removeHandler(handler)
     assert len(batches) == 1
-    assert "waiting for batch 0 from data worker 0 (pid" in caplog.text
+    assert "waiting for part 0 from data worker 0 (pid" in caplog.text
 
 
 def broken_transform(image, seed):

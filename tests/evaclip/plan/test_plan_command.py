@@ -47,7 +47,7 @@ def test_a_file_and_what_nodes_need(capsys: Any, tmp_path: Path) -> None:
     tree = json.loads(plan(capsys, "tiny", *given, "--set", "checkpoint.keep_every=45", "--json"))
     assert (tree["job"]["global_batch"], tree["job"]["accumulation"]) == (64, 2)
     host, whole = tree["host"], 12 * tree["memory"]["model_parameters"]
-    assert host["batches_waiting_in_a_node"] == 8 * 3 * 2 * 4 * 3 * 32**2 * 4
+    assert host["batches_waiting_in_a_node"] == 8 * 3 * 2 * 4 * 3 * 32**2
     # One that is kept, one that is being written, and those of steps 45, 90, 135 and 180.
     assert (host["checkpoint"], host["storage"]) == (whole, 6 * whole)
     assert host["seconds_of_a_checkpoint"] == whole / 2e9

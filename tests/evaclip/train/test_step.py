@@ -2,20 +2,28 @@
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from evaclip.data.rows import Rows
 from evaclip.model.clip import CLIP
 from evaclip.model.savings import Savings
+from evaclip.train import rng
 from evaclip.train.config import LossConfig, OptimConfig
 from evaclip.train.distributed import World
 from evaclip.train.loss import ContrastiveLoss
 from evaclip.train.optimizer import build_optimizer, parameter_groups
 from evaclip.train.step import StepOptions, TrainStep
 from evaclip.train.token_sampling import token_index
+from evaclip.train.upload import Upload
+from evaclip.transforms import Normalization
 
 BATCH = 8
 
@@ -30,12 +38,16 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def make_step(
-    model: CLIP, options: StepOptions | None = None, loss: LossConfig | None = None, **optim: Any
+    model: CLIP,
+    options: StepOptions | None = None,
+    loss: LossConfig | None = None,
+    device: str = "cpu",
+    **optim: Any,
 ) -> TrainStep:
     config = OptimConfig(**{"lr": 1e-2, **optim})
-    module = ContrastiveLoss(loss or LossConfig())
+    module = ContrastiveLoss(loss or LossConfig()).to(device)
     optimizer = build_optimizer(parameter_groups(model, config), config)
-    return TrainStep(model, module, optimizer, options or StepOptions(), World(torch.device("cpu")))
+    return TrainStep(model, module, optimizer, options or StepOptions(), World(torch.device(device)))
 
 
 def gradients(step: TrainStep) -> dict[str, Tensor]:
@@ -302,3 +314,132 @@ def test_accuracy_of_features_that_are_alike_is_chance(monkeypatch: pytest.Monke
     assert loss.accuracy(alike, alike) == 0.25
     assert loss.accuracy(apart, apart) == 1
     assert loss.accuracy(apart, apart[[0, 2, 1, 3]]) == 0.5
+
+
+class _Waits(TorchDispatchMode):
+    """What makes the host wait for a device, here "meta": a copy to the host, or a size that only the data tells.
+
+    Indices by masks and other ops of such a size fail on this device by themselves.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not any(isinstance(value, Tensor) and value.is_meta for value in tree_leaves((args, kwargs))):
+            return func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.found.append(str(func))
+            return 1
+        if func is torch.ops.aten.nonzero.default:
+            self.found.append(str(func))
+            return torch.zeros(1, args[0].ndim, dtype=torch.int64, device="meta")
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(value, Tensor) and not value.is_meta for value in tree_leaves(result)):
+            self.found.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize("measure", [False, True])
+def test_a_step_never_waits_for_the_device(
+    small_model: CLIP,
+    batch: tuple[Tensor, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    accumulation: int,
+    optimizer: Any,
+    measure: bool,
+) -> None:
+    """Pictures and tokens are the host's, all else lies on a device that has no values to tell."""
+    layouts = []
+    original = type(small_model.text).forward
+
+    def spy(self: Any, tokens: Tensor, layout: Any = None) -> Tensor:
+        layouts.append(layout)
+        return original(self, tokens, layout)
+
+    monkeypatch.setattr(type(small_model.text), "forward", spy)
+    monkeypatch.setattr(rng, "capture", lambda device: {})
+    monkeypatch.setattr(rng, "restore", lambda state, device: None)
+    options = StepOptions(accumulation=accumulation, grad_clip_norm=1.0)
+    step = make_step(small_model.to("meta"), options, device="meta", name=optimizer)
+    with _Waits() as waits:
+        result = step(*batch, step=0, measure=measure)
+    assert waits.found == []
+    assert result.loss.is_meta
+    # Not by leaving the packing out.
+    assert len(layouts) == (8 if accumulation == 4 else 1)
+    assert all(len(layout.rows) == 8 * (BATCH // accumulation) and layout.rows.is_meta for layout in layouts)
+    with _Waits() as waits:
+        result.loss.item()
+    assert waits.found == ["aten._local_scalar_dense.default"]
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_levels_in_parts_are_the_normalised_batch(
+    small_model: CLIP, batch: tuple[Tensor, Tensor], accumulation: int
+) -> None:
+    """What the loader gives for a GPU, bytes in parts that are no multiple of the chunks, trains the same bits."""
+    levels = torch.randint(0, 256, batch[0].shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    whole = Normalization(small_model.config.preprocess)(levels)
+    found = []
+    for images in (whole, levels, Rows([levels[:3], levels[3:4], levels[4:]])):
+        step = make_step(copy.deepcopy(small_model), StepOptions(accumulation=accumulation))
+        result = step(images, batch[1], step=0)
+        found.append({"loss": result.loss, **gradients(step)})
+    for others in found[1:]:
+        assert all(torch.equal(value, found[0][name]) for name, value in others.items())
+
+
+def test_the_next_chunk_is_copied_while_the_present_one_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of work on two streams, of a GPU that isn't there."""
+    log: list[str] = []
+
+    class Chunk:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def to(self, device: Any, non_blocking: bool) -> "Chunk":
+            log.append(f"copy {self.number} {'without' if non_blocking else 'with'} a wait, on {streams[-1]}")
+            return self
+
+        def record_stream(self, stream: Any) -> None:
+            log.append(f"keep {self.number} for {stream}")
+
+    class Compute(str):
+        def wait_stream(self, stream: Any) -> None:
+            log.append(f"{self} waits for {stream}")
+
+    @contextmanager
+    def stream(name: Any) -> Iterator[None]:
+        streams.append(name)
+        yield
+        streams.pop()
+
+    def normalize(chunk: Any) -> Any:
+        log.append(f"normalise {chunk.number} on {streams[-1]}")
+        return chunk
+
+    compute: Any = Compute("compute")
+    streams = [compute]
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
+    copies: Any = "copies"
+    chunks: Any = map(Chunk, range(2))
+    for chunk in Upload(chunks, torch.device("cuda"), copies, normalize):  # type: ignore[arg-type]
+        number = chunk.number  # type: ignore[attr-defined]
+        log += [f"compute {number}"]
+    assert log == [
+        "copy 0 without a wait, on copies",
+        "compute waits for copies",
+        "keep 0 for compute",
+        "normalise 0 on compute",
+        "copy 1 without a wait, on copies",
+        "compute 0",
+        "compute waits for copies",
+        "keep 1 for compute",
+        "normalise 1 on compute",
+        "compute 1",
+    ]

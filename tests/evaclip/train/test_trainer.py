@@ -52,7 +52,7 @@ def change_batches(monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], None]:
 def nan_in(*numbers: int) -> Change:
     def change(number: int, batch: Batch) -> Batch:
         if number in numbers:
-            batch.images.fill_(math.nan)
+            return replace(batch, images=torch.full(batch.images.shape, math.nan))
         return batch
 
     return change

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ import torch
 
 from evaclip.commands.main import main
 from evaclip.data import Batch, TrainLoader
+from evaclip.model.config import Preprocess
 from evaclip.train import checkpoint, run_folder, saver
 from evaclip.train.step import TrainStep
+from evaclip.transforms import Normalization
 
 
 def numbers(images: torch.Tensor) -> list[int]:
-    """The samples' numbers, of normalised pictures [n, 3, height, width]."""
+    """The samples' numbers, of pictures [n, 3, height, width], normalised or not."""
+    images = Normalization(Preprocess())(images)
     mean, std = (torch.tensor(values)[None, :, None, None] for values in (_MEAN, _STD))
     colours = ((images * std + mean) * 255).mean(dim=(2, 3)).nan_to_num().round().int()
     return [int(red) * 256 + int(green) for red, green, _ in colours.tolist()]
@@ -104,7 +108,9 @@ def poison(batch: int) -> None:
     def batches(self: TrainLoader, position: int = 0) -> Iterator[Batch]:
         for index, loaded in enumerate(original(self, position)):
             if index == batch:
-                loaded.images[0, 2] = float("nan")  # blue isn't part of the number
+                images = Normalization(Preprocess())(loaded.images)
+                images[0, 2] = float("nan")  # blue isn't part of the number
+                loaded = replace(loaded, images=images)
             yield loaded
 
     TrainLoader.batches = batches  # type: ignore[assignment, method-assign]
