@@ -1,9 +1,11 @@
 """`evaclip train`."""
 
 import argparse
+from functools import partial
 from typing import Any
 
 from evaclip.commands.parser import leaf
+from evaclip.errors import UserError
 from evaclip.slurm import take_over
 from evaclip.train import aliases
 
@@ -13,6 +15,7 @@ _EXAMPLES = (
     "evaclip train finetune --train-data mine/ --pretrained EVA02-CLIP-B-16:merged2b_s8b_b131k",
     "evaclip train eva02-b-16 --print-config > my.yaml",
     "evaclip train eva02-b-16 --config my.yaml --set optim.lr=1e-3 data.workers=4 --dry-run",
+    "evaclip train eva02-e-14-plus --dry-run --as-gpus 144",
     "evaclip train eva02-b-16 --config my.yaml --resume auto",
     "evaclip train eva02-b-16 --config my.yaml --resume weights:runs/mine/checkpoints/step_00001000 --set name=next",
     "torchrun --nproc-per-node 8 -m evaclip -- train eva02-b-16 --config my.yaml",
@@ -23,16 +26,7 @@ _EXAMPLES = (
 def add_commands(subparsers: Any) -> None:
     """Adds `train` to the command line."""
     parser = leaf(subparsers, "train", help="train a model from a recipe", examples=_EXAMPLES)
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="where the configuration starts; none lists them")
-    parser.add_argument("--config", metavar="YAML", help="a file whose keys replace the recipe's")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="replace single keys, after all else",
-    )
+    add_configuration(parser)
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--resume",
@@ -49,11 +43,27 @@ def add_commands(subparsers: Any) -> None:
         "--print-config", action="store_true", help="print the whole configuration with what its keys mean"
     )
     parser.add_argument("--dry-run", action="store_true", help="build everything, time a few steps, save nothing")
-    _add_aliases(parser)
+    parser.add_argument(
+        "--as-gpus",
+        type=int,
+        metavar="N",
+        help="with --dry-run: as one of N GPUs, the others of which aren't there; on a CPU the step's memory is traced",
+    )
     parser.set_defaults(run=run)
 
 
-def _add_aliases(parser: argparse.ArgumentParser) -> None:
+def add_configuration(parser: argparse.ArgumentParser) -> None:
+    """Adds all that says what a run is: `configure` reads it."""
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="where the configuration starts; none lists them")
+    parser.add_argument("--config", metavar="YAML", help="a file whose keys replace the recipe's")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace single keys, after all else",
+    )
     group = parser.add_argument_group("spellings of open_clip and EVA-CLIP, for --set KEY=VALUE")
     for alias in aliases.ALIASES:
         if not alias.takes_value:
@@ -74,15 +84,18 @@ def run(args: argparse.Namespace) -> None:
         for name, description in recipes.describe_recipes().items():
             print(f"{name:16} {description}")
         return
-    config = configure(args)
+    config = configure(args, args.as_gpus)
     if args.print_config:
         print(commented_yaml(config), end="")
         return
     if args.dry_run:
-        from evaclip.train.dry_run import dry_run
+        from evaclip.train.dry_run import dry_run, dry_run_as
 
-        dry_run(config, resume=args.resume, overwrite=args.overwrite)
+        dry = dry_run if args.as_gpus is None else partial(dry_run_as, gpus=args.as_gpus)
+        dry(config, resume=args.resume, overwrite=args.overwrite)
         return
+    if args.as_gpus is not None:
+        raise UserError("--as-gpus is for a --dry-run; torchrun starts the processes of a run")
     from evaclip.train.trainer import train
 
     for note in aliases.notes(vars(args)):
@@ -92,8 +105,12 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit(outcome.stopped_by)
 
 
-def configure(args: argparse.Namespace) -> Any:
-    """The `TrainConfig` of a command line: the recipe, then the file, then the aliases, then `--set`."""
+def configure(args: argparse.Namespace, processes: int | None = None) -> Any:
+    """The `TrainConfig` of a command line: the recipe, then the file, then the aliases, then `--set`.
+
+    Args:
+        processes: how many there will be; None for those that torchrun has started.
+    """
     from evaclip.train.config import process_count
     from evaclip.train.overrides import load_yaml, parse_assignment, resolve
     from evaclip.train.recipes import get_recipe, with_own_evaluation
@@ -101,7 +118,7 @@ def configure(args: argparse.Namespace) -> Any:
     recipe = config = get_recipe(args.recipe)
     if args.config:
         config = resolve(config, [load_yaml(args.config)])
-    changes = aliases.changes(vars(args), config.accumulation, process_count())
-    if args.device:
+    changes = aliases.changes(vars(args), config.accumulation, processes or process_count())
+    if getattr(args, "device", None):
         changes.append({"device": args.device})
     return with_own_evaluation(resolve(config, [*changes, *map(parse_assignment, args.set)]), recipe)

@@ -11,8 +11,6 @@ from evaclip.plan.job import Job, Mode
 from evaclip.plan.memory import Memory, plan_memory
 from evaclip.plan.time import Time, plan_time
 
-RESERVED_GIB = (2.0, 4.0)
-"""What else a GPU holds: the CUDA context, NCCL's and cuBLAS's buffers, and what the allocator can't use. Assumed."""
 _ACCURACY = 0.02
 
 
@@ -51,7 +49,7 @@ def fit(job: Job, gpu: Gpu) -> Fit:
 
 def room(gpu: Gpu) -> int:
     """Bytes that tensors may take, if all else takes the most that is assumed."""
-    return gpu.memory - int(RESERVED_GIB[1] * 2**30)
+    return gpu.memory - int(gpu.beside_gib[1] * 2**30)
 
 
 def option(job: Job, gpu: Gpu) -> Option:

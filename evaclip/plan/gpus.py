@@ -21,6 +21,8 @@ class Gpu:
         node_gbps: GB/s from one GPU to the others of its node, in one direction.
         network_gbps: GB/s of a whole node to other nodes: from what slow to what fast clusters have.
         source: where the numbers are from.
+        beside_gib: what else it holds than tensors, from the least to the most: the CUDA context, buffers of NCCL and
+            cuBLAS, and what the allocator can't use. Assumed, until `evaclip train --dry-run` has measured it.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Gpu:
     node_gbps: float
     network_gbps: tuple[float, float]
     source: str
+    beside_gib: tuple[float, float] = (2.0, 4.0)
 
     @property
     def memory(self) -> int:

@@ -1,16 +1,15 @@
 """What is planned: a model, a batch, and how it is spread."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import torch
 
-from evaclip.errors import UserError, unknown_name
+from evaclip.errors import UserError
 from evaclip.model.config import CLIPConfig, get_config, override
 from evaclip.model.savings import Savings
-from evaclip.train.config import ParallelConfig, Precision
+from evaclip.train.config import ParallelConfig, Precision, TrainConfig
 from evaclip.train.distributed import World
-from evaclip.train.recipes import get_recipe
 
 Mode = Literal["replicate", "shard", "hybrid"]
 StateType = Literal["fp32", "bf16"]
@@ -28,12 +27,12 @@ class Job:
         global_batch: samples of one optimizer step over all of them: the contrastive batch.
         token_dropout: share of the patches that training leaves out.
         accumulation: chunks that each process passes through the model one after the other.
-        mode, reshard, shard_size, offload: as `parallel` in a training configuration.
+        mode, reshard, shard_size, accumulate, offload: as `parallel` in a training configuration.
         state_dtype: of the optimizer's two moments.
-        ema: whether a moving average of the weights is kept, in float32.
         caption_tokens: mean length of a caption from its start to its end token.
         samples: of the whole run; None for what isn't known.
-        fused: false for a model in torch's own operators, without this library's.
+        averaged: a moving average of the weights is kept, in float32.
+        evaluated: samples of a batch of an evaluation; 0 for a run that evaluates nothing.
         options: of the model that differ from the named one's.
     """
 
@@ -46,39 +45,28 @@ class Job:
     mode: Mode = "shard"
     reshard: bool = True
     shard_size: int | None = None
+    accumulate: Literal["whole", "shards"] = "whole"
     offload: Offload = "none"
     optimizer: Literal["adamw", "lamb"] = "lamb"
     state_dtype: StateType = "fp32"
-    ema: bool = False
     accumulation: int = 1
     caption_tokens: int = CAPTION_TOKENS
     samples: int | None = None
-    fused: bool = True
+    averaged: bool = False
+    evaluated: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        kinds = {"precision": Precision, "mode": Mode, "state_dtype": StateType, "offload": Offload}
-        for name, choices in kinds.items():
-            if getattr(self, name) not in get_args(choices):
-                raise unknown_name(name, str(getattr(self, name)), get_args(choices))
-        for name in ("gpus", "global_batch", "accumulation", "samples", "shard_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; expected at least 1")
-        if not 0 <= self.token_dropout < 1:
-            raise UserError(f"token_dropout is {self.token_dropout}; expected 0 <= share < 1")
+        if self.gpus < 1:
+            raise UserError(f"gpus is {self.gpus}; expected at least 1")
         parts = self.gpus * self.accumulation
         if self.global_batch < parts:
             raise UserError(
                 f"global_batch {self.global_batch:,} is less than one sample for each of {parts:,} chunks "
                 f"({self.gpus} GPUs x accumulation {self.accumulation})"
             )
-        if (self.shard_size is not None) != (self.mode == "hybrid"):
-            raise UserError(f"hybrid, and no other mode, has a shard_size; given {self.mode} and {self.shard_size}")
         if self.shard_size is not None and self.gpus % self.shard_size:
             raise UserError(f"shard_size {self.shard_size} doesn't divide {self.gpus} GPUs")
-        if self.offload != "none" and self.mode == "replicate":
-            raise UserError(f"offload {self.offload} needs mode shard or hybrid, given replicate")
         longest = self.config.text.context_length
         if not 2 <= self.caption_tokens <= longest:
             raise UserError(f"caption_tokens is {self.caption_tokens}; expected 2 to {longest}")
@@ -88,26 +76,31 @@ class Job:
         return hash((self.model, self.gpus, self.global_batch, self.accumulation, self.token_dropout, self.savings))
 
     @classmethod
-    def of_recipe(cls, name: str, **changes: Any) -> Self:
-        """The job that a recipe of `evaclip train` describes, but for `changes`."""
-        config = get_recipe(name)
+    def of(cls, config: TrainConfig, gpus: int = 1, **more: Any) -> Self:
+        """The job that a configuration of `evaclip train` describes, on this many GPUs."""
+        model, parallel, steps = config.model, config.parallel, config.schedule.steps
+        evaluated = bool(config.eval.sets or config.held_out)
+        vision = override(get_config(model.name), model.options).vision
+        is_cut = gpus > 1 or parallel.offload != "none"
         values: dict[str, Any] = {
-            "model": config.model.name,
+            "model": model.name,
             "global_batch": config.batch_size,
-            "token_dropout": config.model.patch_dropout or 0.0,
+            "token_dropout": vision.patch_dropout if model.patch_dropout is None else model.patch_dropout,
             "precision": config.precision,
-            "savings": config.model.savings,
+            "savings": model.savings,
             "optimizer": config.optim.name,
-            "ema": config.ema_decay is not None,
             "accumulation": config.accumulation,
-            "mode": config.parallel.mode,
-            "reshard": config.parallel.reshard,
-            "shard_size": config.parallel.shard_size,
-            "offload": config.parallel.offload,
-            "samples": None if config.schedule.steps is None else config.schedule.steps * config.batch_size,
-            "options": config.model.options,
+            "mode": parallel.mode if is_cut else "replicate",
+            "reshard": parallel.reshard,
+            "shard_size": parallel.shard_size if is_cut else None,
+            "accumulate": parallel.accumulate,
+            "offload": parallel.offload,
+            "samples": None if steps is None else steps * config.batch_size,
+            "averaged": config.ema_decay is not None,
+            "evaluated": config.eval.batch_size if evaluated else 0,
+            "options": model.options,
         }
-        return cls(**{**values, **changes})
+        return cls(gpus=gpus, **{**values, **more})
 
     def sharding(self) -> tuple[ParallelConfig, Precision, World]:
         """What `evaclip.train.sharding.shard` takes besides the model."""
@@ -140,11 +133,6 @@ class Job:
     def state_bytes(self) -> int:
         """Of a parameter's two moments."""
         return 2 * {"fp32": 4, "bf16": 2}[self.state_dtype]
-
-    @property
-    def average_bytes(self) -> int:
-        """Of a parameter's moving average."""
-        return 4 if self.ema else 0
 
     @property
     def kept_patches(self) -> int:

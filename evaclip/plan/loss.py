@@ -17,15 +17,10 @@ def loss_bytes(job: Job) -> Bytes:
     """The most that the loss and its gradients take at a time, in backward.
 
     The texts of all GPUs, their gradient, the copy of it that the reduce-scatter of a list of tensors makes, one chunk
-    of the logits' gradients, and the logits where they are few enough to be kept. Without this library's loss: images
-    as well as texts, and four matrices of a row for each sample of the GPU: the logits of both directions and the
-    results of both softmaxes.
+    of the logits' gradients, and the logits where they are few enough to be kept.
     """
     rows, columns, depth = job.local_batch, job.global_batch, job.config.embed_dim
     height = min(rows, max(MIN_CHUNK, CHUNK_BYTES // (_FLOAT * columns)))
-    if not job.fused:
-        gathered = 2 * columns * depth * _FLOAT if job.gpus > 1 else 0
-        return Counter({LOSS: 3 * gathered + 4 * rows * columns * _FLOAT})
     texts = columns * depth * _FLOAT if job.gpus > 1 else 0
     own = 2 * rows * depth * _FLOAT
     statistics = (3 * rows + 4 * columns) * _FLOAT
@@ -34,25 +29,19 @@ def loss_bytes(job: Job) -> Bytes:
 
 
 def loss_costs(job: Job) -> Costs:
-    """What the loss computes on one GPU: the logits, twice unless they are kept, and the gradients of images and texts.
-
-    Without this library's loss: the logits of both directions, and both gradients of each.
-    """
+    """What the loss computes on one GPU: the logits, twice unless they are kept, and the gradients of both features."""
     rows, columns, depth = job.local_batch, job.global_batch, job.config.embed_dim
     features, logits = (rows + columns) * depth * _FLOAT, rows * columns * _FLOAT
     product = 2 * rows * columns * depth
     # The tiles of logits that aren't kept stay in registers, but for their gradient.
-    first, second = ((0, 3) if _keeps_logits(job) else (2, 2)) if job.fused else (0, 6)
+    first, second = (0, 3) if _keeps_logits(job) else (2, 2)
     costs: Costs = Counter({("loss", Cost("products", False, 32, product, features)): first})
     costs["loss", Cost("products", False, 32, product, features + logits)] += second
-    if not job.fused:
-        # Two softmaxes read and write the logits, forward and backward.
-        costs["loss", Cost("elementwise", False, 32, 0, 2 * logits)] += 4
     if job.gpus > 1:
         for term in ("gather", "scatter"):
-            costs["loss", Cost(f"{term} of texts", False, 0, 0, columns * depth * _FLOAT)] += 1 if job.fused else 2
+            costs["loss", Cost(f"{term} of texts", False, 0, 0, columns * depth * _FLOAT)] += 1
     return costs
 
 
 def _keeps_logits(job: Job) -> bool:
-    return job.fused and job.local_batch * job.global_batch * _FLOAT <= MEMORY_BUDGET
+    return job.local_batch * job.global_batch * _FLOAT <= MEMORY_BUDGET

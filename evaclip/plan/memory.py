@@ -7,11 +7,10 @@ from evaclip.plan.job import Job
 from evaclip.plan.loss import LOSS, loss_bytes
 from evaclip.plan.phases import Bytes, Moment, Steps, course, deepen, insert
 from evaclip.plan.recorder import COMMUNICATION, GRADIENTS, INPUTS, PARAMETERS
-from evaclip.plan.trace import BLOCKS, Trace, trace
+from evaclip.plan.trace import BLOCKS, Trace, evaluation_bytes, trace
+from evaclip.train.distributed import BUCKET_BYTES
 
-OPTIMIZER = "optimizer state"
-AVERAGE = "averaged weights"
-_BUCKET = 32 * 2**20
+OPTIMIZER, AVERAGE = "optimizer state", "averaged weights"
 _COPIES = 2
 """Of a shard under offload: the parameters that a GPU gathers, and the gradient that it has summed."""
 
@@ -25,7 +24,7 @@ class Memory:
         moments: the highest of each phase.
         parameters: how many one GPU holds.
         model_parameters: how many the model has.
-        host: bytes of parameters, gradients, moments and averages that lie in host memory for this GPU.
+        host: bytes of parameters, gradients and moments that lie in host memory for this GPU.
     """
 
     steps: Steps
@@ -55,23 +54,43 @@ def memory_of(job: Job, traced: Trace) -> Memory:
     elements = traced.elements["rest"] + sum(depths[tower] * traced.elements[tower] for tower in depths)
     steps = deepen(few, depths["image"], depths["text"], parameters + _besides(job, elements))
     if job.mode == "replicate" and job.gpus > 1:
-        steps = insert(steps, "end", peak=Counter({COMMUNICATION: 2 * max(_BUCKET, _largest(job))}))
+        steps = _with_buckets(steps, 3 * BUCKET_BYTES + max(BUCKET_BYTES, _largest(job)))
     host = 0
+    # It is as large as the parameters, in float32, and lies where they do.
+    average = 4 * elements * job.averaged
     if job.offload != "none":
         # The temperature stays on the GPU.
-        steps, host = _offloaded(steps, job, traced), _host_bytes(job) * (elements - 1)
+        host = (2 * job.weight_bytes + job.state_bytes) * (elements - 1) + average
+        steps = _offloaded(steps, job, traced)
+    else:
+        steps = replace(steps, start=steps.start + Counter({AVERAGE: average}))
+    # Of chunks the features are there before the first backward pass, and the loss is on its own.
+    alone = [] if job.accumulation == 1 else [Moment(LOSS, steps.start + loss_bytes(job))]
+    if job.evaluated:
+        alone.append(Moment("evaluation", steps.start + evaluation_bytes(job)))
     if job.accumulation == 1:
         steps = insert(steps, LOSS, peak=loss_bytes(job))
-        return Memory(steps, tuple(course(steps)), elements, traced.parameters, host)
-    alone = Moment(LOSS, steps.start + loss_bytes(job))
-    return Memory(steps, (alone, *course(steps)), elements, traced.parameters, host)
+    return Memory(steps, (*alone, *course(steps)), elements, traced.parameters, host)
+
+
+def _with_buckets(steps: Steps, most: int) -> Steps:
+    """The step with the copies of gradients that are on their way to their mean, in its last backward pass."""
+    phases, made = [], 0
+    last = max(i for i, phase in enumerate(steps.phases) if phase.name == "loss")
+    for index, phase in enumerate(steps.phases):
+        # One that isn't full waits, until the pass is over.
+        begun = made if phase.name == "end" else made // BUCKET_BYTES * BUCKET_BYTES
+        moving = Counter({COMMUNICATION: min(most, begun) if index > last else 0})
+        phases.append(replace(phase, peak=phase.peak + moving))
+        made += phase.kept[GRADIENTS]
+    return Steps(steps.start, tuple(phases))
 
 
 def _offloaded(steps: Steps, job: Job, traced: Trace) -> Steps:
     """The step without what lies in host memory, and with the copies that are on their way to it or from it."""
     largest = max(traced.elements.values())
     copies = Counter({COMMUNICATION: _COPIES * job.weight_bytes * largest})
-    start = Counter({kind: size for kind, size in steps.start.items() if kind not in (PARAMETERS, OPTIMIZER, AVERAGE)})
+    start = Counter({kind: size for kind, size in steps.start.items() if kind not in (PARAMETERS, OPTIMIZER)})
     # Whole gradients that chunks leave on the GPU are none of the parameters' yet, and stay counted.
     phases = tuple(
         replace(phase, kept=_without_gradients(phase.kept), peak=_without_gradients(phase.peak))
@@ -85,20 +104,14 @@ def _without_gradients(change: Bytes) -> Bytes:
 
 
 def _besides(job: Job, elements: int) -> Bytes:
-    """What there is from the start and the trace doesn't hold: moments, averages, what chunks know of each other.
+    """What there is from the start and the trace doesn't hold: moments, and what chunks need to know of each other.
 
     Images and tokens of the chunks whose turn it isn't wait in host memory; which patches are kept is drawn for all.
     """
     others = job.local_batch - job.chunk
     kept_tokens = others * job.kept_patches * 8 if job.token_dropout else 0
     features = 4 * job.local_batch * job.config.embed_dim * 4 if others else 0
-    held = {OPTIMIZER: elements * job.state_bytes, AVERAGE: elements * job.average_bytes}
-    return Counter({**held, INPUTS: kept_tokens, "features": features})
-
-
-def _host_bytes(job: Job) -> int:
-    """Of one offloaded parameter, its gradient, its moments and its average."""
-    return 2 * job.weight_bytes + job.state_bytes + job.average_bytes
+    return Counter({OPTIMIZER: elements * job.state_bytes, INPUTS: kept_tokens, "features": features})
 
 
 def _largest(job: Job) -> int:

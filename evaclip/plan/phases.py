@@ -94,6 +94,11 @@ def read(recording: Recording) -> Steps:
     return Steps(start, tuple(phases))
 
 
+def highest(recording: Recording) -> Bytes:
+    """What there is at the moment when there is most, by what made it."""
+    return _course(recording.makers, recording.changes)[1]
+
+
 def deepen(steps: Steps, image_blocks: int, text_blocks: int, more: Bytes) -> Steps:
     """The step of the model with this many blocks, from one with fewer.
 

@@ -27,7 +27,7 @@ class Rung:
 
 
 def ladder(job: Job, gpu: Gpu) -> list[Rung]:
-    """From plain float32 training in torch's own operators to `job`, a saving at a time, without those it lacks."""
+    """From plain float32 training to `job`, a saving at a time, without those it lacks."""
     rungs = []
     previous = None
     for name, step in _jobs(job):
@@ -50,14 +50,11 @@ def _jobs(job: Job) -> Iterator[tuple[str, Job]]:
         shard_size=None,
         reshard=True,
         state_dtype="fp32",
-        fused=False,
         savings=plain,
     )
     yield NOTHING, now
     now = replace(now, precision=job.precision)
     yield f"precision {job.precision}", now
-    now = replace(now, fused=job.fused)
-    yield "fused ops, loss in tiles", now
     for name, text in (("pack_text", "packed captions"), ("pooled_last_block", "pooled last block")):
         now = replace(now, savings=replace(now.savings, **{name: getattr(wanted, name)}))
         yield text, now

@@ -4,15 +4,14 @@ from typing import Any
 
 from rich.table import Table
 
-from evaclip.plan.fit import RESERVED_GIB
 from evaclip.plan.gpus import PER_NODE, Gpu
 from evaclip.plan.job import Job
-from evaclip.plan.memory import OPTIMIZER, Memory
+from evaclip.plan.memory import AVERAGE, OPTIMIZER, Memory
 from evaclip.plan.phases import WORKING, Moment
 from evaclip.plan.recorder import CASTS, COMMUNICATION, GRADIENTS, INPUTS, PARAMETERS
 
 _GIB = 2**30
-_FIRST = (PARAMETERS, CASTS, GRADIENTS, OPTIMIZER)
+_FIRST = (PARAMETERS, CASTS, GRADIENTS, OPTIMIZER, AVERAGE)
 _LAST = (INPUTS, COMMUNICATION, "loss", WORKING)
 
 
@@ -52,10 +51,12 @@ def memory_table(memory: Memory, gpu: Gpu, gpus: int = 1) -> Table:
     for kind, size in in_order(peak):
         table.add_row(kind, f"{size / _GIB:.2f}", f"{size / peak.total:.1%}")
     table.add_section()
-    low, high = RESERVED_GIB
+    low, high = gpu.beside_gib
+    known = low == high
     total = peak.total / _GIB
     table.add_row("tensors", f"{total:.2f}", "")
-    table.add_row("context, NCCL, workspaces, fragments (assumed)", f"{low:.0f} to {high:.0f}", "")
+    beside = f"{low:.1f}" if known else f"{low:.0f} to {high:.0f}"
+    table.add_row("context, NCCL, workspaces, fragments" + ("" if known else " (assumed)"), beside, "")
     table.add_row("of the GPU", f"{gpu.memory_gib:.1f}", verdict(peak.total, gpu))
     if memory.host:
         table.add_section()
@@ -66,7 +67,7 @@ def memory_table(memory: Memory, gpu: Gpu, gpus: int = 1) -> Table:
 
 def verdict(total: int, gpu: Gpu) -> str:
     """Whether this fits."""
-    low, high = (gpu.memory_gib - total / _GIB - reserved for reserved in RESERVED_GIB)
+    low, high = (gpu.memory_gib - total / _GIB - reserved for reserved in gpu.beside_gib)
     if high >= 0:
         return f"fits, {high:.1f} to {low:.1f} free"
     return f"misses by {-low:.1f} to {-high:.1f}" if low < 0 else f"may fit: {high:.1f} to {low:.1f} free"
@@ -99,5 +100,5 @@ def memory_tree(memory: Memory, gpu: Gpu) -> dict[str, Any]:
         "host": memory.host,
         "kinds": {kind: size for kind, size in sorted(peak.bytes.items()) if size},
         "of_the_gpu": gpu.memory,
-        "reserved": [int(gib * _GIB) for gib in RESERVED_GIB],
+        "reserved": [int(gib * _GIB) for gib in gpu.beside_gib],
     }

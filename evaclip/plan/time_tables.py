@@ -1,6 +1,7 @@
 """Time, savings and what fits, as tables for a terminal and as plain data."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
@@ -65,7 +66,7 @@ def assumptions_text(gpu: Gpu, assumptions: Assumptions = ASSUMPTIONS) -> str:
     return "\n".join(["Assumed, not measured:", *lines, f"  {gpu.name}: {gpu.source}"])
 
 
-def savings_table(rungs: Sequence[Rung], gpu: Gpu) -> Table:
+def savings_table(rungs: Sequence[Rung]) -> Table:
     """A row for each saving: the job with it and all above it."""
     table = Table("saving", "GiB", "change", "seconds", "change", "GPU-hours", title="Each row adds one saving")
     for column in table.columns[1:]:
@@ -99,6 +100,11 @@ def fit_table(found: Fit, gpu: Gpu) -> Table:
         else:
             _add_option(table, name, chosen)
     return table
+
+
+def inputs_tree(job: Job, gpu: Gpu) -> dict[str, Any]:
+    """What the plan was made from."""
+    return {"job": asdict(job), "gpu": asdict(gpu), "assumptions": asdict(ASSUMPTIONS)}
 
 
 def time_tree(time: Time, job: Job, gpu: Gpu) -> dict[str, Any]:

@@ -22,9 +22,8 @@ from evaclip.model.clip import CLIP
 from evaclip.model.config import TextConfig
 from evaclip.model.recompute import ResidualBlock
 from evaclip.plan.job import Job
-from evaclip.plan.phases import UNCAST, Steps, read
+from evaclip.plan.phases import UNCAST, Bytes, Steps, read
 from evaclip.plan.recorder import GRADIENTS, INPUTS, PARAMETERS, Recorder, local
-from evaclip.plan.unfused import as_usual
 from evaclip.train.sharding import forget_gathered, shard, synchronize_gradients
 
 BLOCKS = 5
@@ -54,6 +53,12 @@ def caption_tokens(lengths: list[int], config: TextConfig) -> Tensor:
     tokens = torch.zeros(len(lengths), config.context_length, dtype=torch.int64)
     tokens[torch.arange(len(lengths)), torch.tensor(lengths) - 1] = config.vocab_size - 1
     return tokens
+
+
+def without_data(model: CLIP, mode: FakeTensorMode) -> None:
+    """Gives a model on the meta device parameters and buffers that count as memory of a CPU."""
+    with mode:
+        model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))  # type: ignore[no-untyped-call]
 
 
 class Trace(NamedTuple):
@@ -103,28 +108,51 @@ def _as_traced(job: Job) -> Job:
 @lru_cache(maxsize=256)
 def _traced(job: Job, blocks: int) -> Trace:
     few, parameters = _shallow(job, blocks), sum(p.numel() for p in _build(job).parameters())
-    with ExitStack() as stack:
-        if few.mode != "replicate":
-            stack.enter_context(_process_group(few.gpus))
-        tokens, layout = _captions(few)
-        model, mode = _build(few), FakeTensorMode()
-        with mode:
-            model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))  # type: ignore[no-untyped-call]
-        if few.mode != "replicate":
-            shard(model, *few.sharding())
-        stack.enter_context(mode)
-        batch = _batch(few, tokens, layout, mode)
-        if few.mode != "replicate":
-            _gather_once(model)
+    with _ready(few) as (model, batch):
         recorder = _recorder(model, batch)
         with recorder:
             for last in (False, True) if few.accumulation > 1 else (True,):
-                synchronize_gradients(model, last)
+                synchronize_gradients(model, last or job.accumulate == "shards")
                 _pass(model, few, batch, recorder)
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     recorder.relabel(parameter.grad, GRADIENTS)
         return Trace(read(recorder.recording), *_sizes(model), parameters)
+
+
+def evaluation_bytes(job: Job) -> Bytes:
+    """What an evaluation's forward pass takes at its highest moment, besides what there is all the time."""
+    return _evaluation_bytes(_as_traced(replace(job, accumulation=1, global_batch=job.evaluated * job.gpus)))
+
+
+@lru_cache(maxsize=256)
+def _evaluation_bytes(job: Job) -> Bytes:
+    # Nothing is kept, so that a deep model needs no more than a shallow one; no patch is dropped.
+    few = _shallow(replace(job, token_dropout=0.0), 2)
+    with _ready(few) as (model, batch):
+        recorder = _recorder(model.eval(), batch)
+        recorder.mark("evaluation")
+        with recorder, torch.no_grad(), _autocast(few):
+            model(batch.images, batch.tokens, layout=batch.layout)
+        return read(recorder.recording).phases[0].peak
+
+
+@contextmanager
+def _ready(job: Job) -> Iterator[tuple[CLIP, Batch]]:
+    """The model and a batch without data, and what they need to be run."""
+    with ExitStack() as stack:
+        if job.mode != "replicate":
+            stack.enter_context(_process_group(job.gpus))
+        tokens, layout = _captions(job)
+        model, mode = _build(job), FakeTensorMode()
+        without_data(model, mode)
+        if job.mode != "replicate":
+            shard(model, *job.sharding())
+        stack.enter_context(mode)
+        batch = _batch(job, tokens, layout, mode)
+        if job.mode != "replicate":
+            _gather_once(model)
+        yield model, batch
 
 
 def _shallow(job: Job, blocks: int) -> Job:
@@ -159,7 +187,7 @@ def _pass(model: CLIP, job: Job, batch: Batch, recorder: Recorder) -> None:
     with ExitStack() as stack:
         for handle in _hooks(model, recorder):
             stack.callback(handle.remove)
-        with _autocast(job), nullcontext() if job.fused else as_usual():
+        with _autocast(job):
             features = model(batch.images, batch.tokens, token_index=batch.token_index, layout=batch.layout)[:2]
             recorder.mark(UNCAST)
         recorder.mark("loss")

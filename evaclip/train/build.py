@@ -20,7 +20,7 @@ from evaclip.model.config import Preprocess
 from evaclip.tokenizer import Tokenizer
 from evaclip.train import rng
 from evaclip.train.compiled import compile_blocks
-from evaclip.train.config import TrainConfig
+from evaclip.train.config import ModelConfig, Precision, TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.ema import Ema
 from evaclip.train.evaluation import Evaluation, open_sets
@@ -68,7 +68,7 @@ def build(config: TrainConfig, world: World) -> Parts:
     Raises:
         UserError: a name or path does not exist, or the numbers do not fit one another.
     """
-    rows = _rows(config, world)
+    rows_of_processes(config, world)
     if not (config.data.train or config.data.mixture):
         raise UserError("data.train is not set: name your data, such as --train-data 'shards/{00000..00099}.tar'")
     whole = open_configured(config.data)
@@ -77,10 +77,7 @@ def build(config: TrainConfig, world: World) -> Parts:
     rng.seed_all(config.seed, 0)
     model = build_model(config, world)
     rng.seed_all(config.seed, 1 + world.rank)
-    loss = ContrastiveLoss(config.loss, world.group, [len(part) for part in rows]).to(world.device)
-    optimizer = build_optimizer(parameter_groups(model, config.optim), config.optim, config.seed)
-    first = rows[world.rank].start
-    options = StepOptions(config.precision, config.accumulation, config.optim.grad_clip_norm, config.seed, first)
+    step = build_step(config, world, model)
     tokenizer = Tokenizer(model.config.text.context_length, model.config.text.vocab_size)
     epoch_samples = config.schedule.epoch_samples or len(source)
     steps = total_steps(config.schedule, config.batch_size, len(source))
@@ -94,9 +91,9 @@ def build(config: TrainConfig, world: World) -> Parts:
         model=model,
         source=source,
         loader=loader,
-        step=TrainStep(model, loss, optimizer, options, world),
+        step=step,
         ema=None if config.ema_decay is None else Ema(model, config.ema_decay),
-        evaluation=_evaluation(config, world, model, tokenizer, loss, held_out),
+        evaluation=_evaluation(config, world, model, tokenizer, step.loss, held_out),
         total_steps=steps,
         epoch_samples=epoch_samples,
         resolution=resolution,
@@ -107,9 +104,8 @@ def build(config: TrainConfig, world: World) -> Parts:
 
 def build_model(config: TrainConfig, world: World) -> CLIP:
     """The model in training precision, on the device, and sharded if the configuration says so."""
-    precision = config.precision if config.precision in ("bf16", "fp16") else "fp32"
     offloaded = config.parallel.offload != "none"
-    sharded = config.parallel.mode != "replicate" and (world.size > 1 or offloaded)
+    sharded = is_cut_up(config, world)
     prepare = partial(shard, config=config.parallel, precision=config.precision, world=world)
     with WholeRandomNumbers() if sharded else nullcontext():
         model: CLIP = create_model(
@@ -118,19 +114,16 @@ def build_model(config: TrainConfig, world: World) -> CLIP:
             pretrained_image=config.model.pretrained_image,
             pretrained_text=config.model.pretrained_text,
             device="cpu" if offloaded else world.device,
-            precision=precision,
+            precision=precision_of_parameters(config.precision),
             savings=config.model.savings,
             prepare=prepare if sharded else None,
-            **_model_options(config),
+            **model_options(config),
         )
     if offloaded:
         move_all_but_shards(model, world.device)
     if not sharded:
         world.broadcast_(list(model.parameters()))
-    if config.model.lock_image:
-        model.lock_image_tower(config.model.lock_image_unlocked_groups)
-    if config.model.lock_text:
-        model.lock_text_tower(config.model.lock_text_unlocked_layers)
+    lock(model, config.model)
     if config.compile == "blocks":
         compile_blocks(model)
     if model.logit_bias is not None:
@@ -139,7 +132,37 @@ def build_model(config: TrainConfig, world: World) -> CLIP:
     return model
 
 
-def _model_options(config: TrainConfig) -> dict[str, Any]:
+def build_step(config: TrainConfig, world: World, model: CLIP) -> TrainStep:
+    """The step with its loss and its optimizer."""
+    rows = rows_of_processes(config, world)
+    loss = ContrastiveLoss(config.loss, world.group, [len(part) for part in rows]).to(world.device)
+    optimizer = build_optimizer(parameter_groups(model, config.optim), config.optim, config.seed)
+    clip, each_chunk = config.optim.grad_clip_norm, config.parallel.accumulate == "shards"
+    first = rows[world.rank].start
+    options = StepOptions(config.precision, config.accumulation, clip, config.seed, first, each_chunk)
+    return TrainStep(model, loss, optimizer, options, world)
+
+
+def is_cut_up(config: TrainConfig, world: World) -> bool:
+    """Whether the processes share out parameters; one process does so for offload's sake alone."""
+    return config.parallel.mode != "replicate" and (world.size > 1 or config.parallel.offload != "none")
+
+
+def lock(model: CLIP, config: ModelConfig) -> None:
+    """Takes out of training what the configuration says."""
+    if config.lock_image:
+        model.lock_image_tower(config.lock_image_unlocked_groups)
+    if config.lock_text:
+        model.lock_text_tower(config.lock_text_unlocked_layers)
+
+
+def precision_of_parameters(precision: Precision) -> str:
+    """Under autocast it is float32."""
+    return precision if precision in ("bf16", "fp16") else "fp32"
+
+
+def model_options(config: TrainConfig) -> dict[str, Any]:
+    """Those of the architecture, with the share of patches that training leaves out, and what the loss needs."""
     options = dict(config.model.options)
     if config.model.patch_dropout is not None:
         options["vision"] = {**options.get("vision", {}), "patch_dropout": config.model.patch_dropout}
@@ -148,7 +171,7 @@ def _model_options(config: TrainConfig) -> dict[str, Any]:
     return options
 
 
-def _rows(config: TrainConfig, world: World) -> list[range]:
+def rows_of_processes(config: TrainConfig, world: World) -> list[range]:
     """The rows of a batch that each process has."""
     chunks = world.size * config.accumulation
     if config.batch_size < chunks:

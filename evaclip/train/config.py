@@ -224,6 +224,9 @@ class ParallelConfig:
     """Processes that share one copy under hybrid, such as those of one node."""
     reshard: bool = True
     """Gather a block's parameters once more for the backward pass (ZeRO-3) instead of keeping them (ZeRO-2)."""
+    accumulate: Literal["whole", "shards"] = "whole"
+    """What the chunks of `accumulation` add up under shard and hybrid. whole: every process keeps whole gradients, in
+    float32 under amp_*, and sums them over the processes once a step; shards: its part, and sums with every chunk."""
     offload: Literal["none", "cpu"] = "none"
     """cpu: what a process holds of parameters, gradients and moments lies in host memory, and the optimizer runs there.
     A GPU has a copy of a block's parameters while it computes with them. On a CPU there is nothing to move."""
@@ -366,6 +369,9 @@ class TrainConfig:
     loss: LossConfig = LossConfig()
     ema_decay: Share | None = None
     """Keep a moving average of the weights, and evaluate it; none keeps none."""
+    collect_every: Count | None = 50
+    """Steps from one run of Python's garbage collector to the next, in all processes after the same one: where each has
+    its pauses by itself, all wait for every one of them. none leaves it to Python."""
     nonfinite: NonfiniteConfig = NonfiniteConfig()
     spikes: SpikeConfig = SpikeConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
@@ -389,6 +395,7 @@ class TrainConfig:
 ADAPTER: TypeAdapter[TrainConfig] = TypeAdapter(TrainConfig)
 
 _NOT_THE_RESULT = (
+    "collect_every",
     "name",
     "output",
     "device",

@@ -1,6 +1,7 @@
-"""Data parallelism over the processes that torchrun starts: plain all-reduces, no wrapper around the model."""
+"""Data parallelism over the processes that torchrun starts: plain collectives, no wrapper around the model."""
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from evaclip.errors import UserError
 from evaclip.train.config import ParallelConfig, process_count
+from evaclip.weights import is_cut
 
-_BUCKET_BYTES = 32 * 2**20
+BUCKET_BYTES = 32 * 2**20
+_IN_FLIGHT = 4
 
 
 def _no_group() -> None:
@@ -50,16 +53,6 @@ class World:
             dist.all_reduce(tensor, group=self.group)
             tensor /= self.size
         return tensor
-
-    def average_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """Replaces gradients by their mean over all processes, a bucket of several at a time."""
-        if self.size == 1:
-            return
-        for bucket in _buckets(gradients):
-            flat = self.mean_(torch.cat([gradient.reshape(-1) for gradient in bucket]))
-            parts = flat.split([gradient.numel() for gradient in bucket])
-            for gradient, part in zip(bucket, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether it is set in any process."""
@@ -124,7 +117,7 @@ def connect(device_name: str, config: ParallelConfig | None = None) -> World:
     """
     config = config or ParallelConfig()
     size, offload = process_count(), config.offload != "none"
-    device = _device(device_name, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else None)
+    device = device_of(device_name, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else None)
     if size == 1 and not offload:
         return World(device)
     if device.type == "cuda":
@@ -155,7 +148,7 @@ def naming_timeouts(config: ParallelConfig) -> Iterator[None]:
         raise
 
 
-def _device(name: str, local_rank: int | None) -> torch.device:
+def device_of(name: str, local_rank: int | None = None) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -171,12 +164,78 @@ def _device(name: str, local_rank: int | None) -> torch.device:
     return device
 
 
+class GradientMean:
+    """Takes the mean of gradients over all processes, while the backward pass that makes them goes on.
+
+    Buckets are fixed, and so is their order: one begins when its gradients and those of all buckets before it are
+    there. So every process sends the same, and a run that is resumed sums as one that isn't; torch's
+    `DistributedDataParallel` makes other buckets after its first step. At most `_IN_FLIGHT` have memory at a time.
+
+    Args:
+        parameters: in the order in which a forward pass uses them; those that are cut up are left alone.
+        others: whose gradients may be there before the last backward pass begins.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], others: Sequence[Tensor], world: World) -> None:
+        self._world = world
+        self._buckets: list[list[Tensor]] = []
+        self._missing: list[int] = []
+        self._begun = 0
+        self._running: deque[tuple[Any, Tensor, list[Tensor]]] = deque()
+        if world.size == 1:
+            return
+        whole = [p for p in reversed(parameters) if p.requires_grad and not is_cut(p)]
+        self._buckets = [*_buckets(whole), *_buckets([p for p in others if not is_cut(p)])]
+        known = {id(p): index for index, bucket in enumerate(self._buckets) for p in bucket}
+        for parameter in whole:
+            parameter.register_post_accumulate_grad_hook(partial(self._arrived, known[id(parameter)]))
+
+    def begin(self) -> None:
+        """Call it before the last backward pass of a step, after which gradients are whole."""
+        self._missing, self._begun = [len(bucket) for bucket in self._buckets], 0
+
+    def finish(self) -> None:
+        """Call it after that pass: from then on gradients are the mean."""
+        while self._begun < len(self._buckets):
+            self._start()
+        while self._running:
+            self._take()
+        self._missing = []
+
+    def _arrived(self, index: int, _: Tensor) -> None:
+        if not self._missing:  # other chunks follow
+            return
+        self._missing[index] -= 1
+        while self._begun < len(self._buckets) and self._missing[self._begun] == 0:
+            self._start()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        gradients = [p.grad for p in self._buckets[self._begun] if p.grad is not None]
+        self._begun += 1
+        if len(self._running) == _IN_FLIGHT:
+            self._take()
+        if gradients:
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            work = dist.all_reduce(flat, group=self._world.group, async_op=True)
+            self._running.append((work, flat, gradients))
+
+    @torch.no_grad()
+    def _take(self) -> None:
+        work, flat, gradients = self._running.popleft()
+        work.wait()
+        flat /= self._world.size
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Groups neighbours of one dtype up to the bucket size: few large messages instead of many small ones."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
-        if bucket and (tensor.dtype != bucket[0].dtype or size + tensor.nbytes > _BUCKET_BYTES):
+        if bucket and (tensor.dtype != bucket[0].dtype or size + tensor.nbytes > BUCKET_BYTES):
             yield bucket
             bucket, size = [], 0
         bucket.append(tensor)

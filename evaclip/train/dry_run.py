@@ -16,13 +16,14 @@ from evaclip.train import host, snapshot, trackers
 from evaclip.train.build import Parts, build
 from evaclip.train.checkpoint import Start
 from evaclip.train.config import ModelConfig, TrainConfig
-from evaclip.train.distributed import connect
+from evaclip.train.distributed import World, connect
 from evaclip.train.optimizer import set_lr_factor
 from evaclip.train.run_folder import RunFolder, locate
 from evaclip.train.schedule import lr_factor
 from evaclip.train.snapshot import Position
 
 _STEPS = 4
+_GIB = 2**30
 _PATIENCE = 60.0
 """Seconds after which no further step is timed."""
 
@@ -46,16 +47,40 @@ def dry_run(config: TrainConfig, *, resume: str = "none", overwrite: bool = Fals
         UserError: as the run itself would.
     """
     with closing(connect(config.device, config.parallel)) as world:
-        host.prepare(world.device, config.data.workers)
-        trackers.require(config.log)
-        remarks: list[str] = []
-        start = _start(config, resume, overwrite, remarks.append) if world.is_main else None
-        parts = build(config, world)
-        position, more = snapshot.begin(world.from_main(start), parts)
-        timing = _time(parts, position)
-        if world.is_main:
-            where = [("run folder", str(RunFolder.of(config).path)), *(("", remark) for remark in (*remarks, *more))]
-            Console().print(_table([*where, *_plan(parts), *_measured(parts, position, timing)]))
+        _try(config, world, resume, overwrite)
+
+
+def dry_run_as(config: TrainConfig, gpus: int, *, resume: str = "none", overwrite: bool = False) -> None:
+    """The same as one of so many processes, the others of which aren't there: nothing is sent, all else is done.
+
+    On a CPU nothing is computed either, and no data is read: what a GPU would hold is traced.
+
+    Raises:
+        UserError: as the run itself would.
+    """
+    # Imported here because torch's tools take a second, which other runs needn't wait.
+    from evaclip.train.as_gpus import pretended, traced_peak
+
+    with closing(pretended(config.device, gpus)) as world:
+        if world.device.type == "cpu":
+            peak = traced_peak(config, world)
+            rows = [(kind, f"{size / _GIB:,.3f} GiB") for kind, size in (*peak.most_common(), ("all", peak.total()))]
+            Console().print(_table([("one of", f"{gpus} GPUs, at the highest moment of a step, as traced"), *rows]))
+        else:
+            _try(config, world, resume, overwrite)
+
+
+def _try(config: TrainConfig, world: World, resume: str, overwrite: bool) -> None:
+    host.prepare(world.device, config.data.workers)
+    trackers.require(config.log)
+    remarks: list[str] = []
+    start = _start(config, resume, overwrite, remarks.append) if world.is_main else None
+    parts = build(config, world)
+    position, more = snapshot.begin(world.from_main(start), parts)
+    timing = _time(parts, position)
+    if world.is_main:
+        where = [("run folder", str(RunFolder.of(config).path)), *(("", remark) for remark in (*remarks, *more))]
+        Console().print(_table([*where, *_plan(parts), *_measured(parts, position, timing)]))
 
 
 def _start(config: TrainConfig, resume: str, overwrite: bool, say: Callable[[str], None]) -> Start | None:
@@ -127,8 +152,13 @@ def _measured(parts: Parts, position: Position, timing: _Timing) -> list[tuple[s
     else:
         rows.append((f"{left:,} steps", f"at most about {whole}, an estimate: the first step is the slowest"))
     if parts.world.device.type == "cuda":
-        gib = torch.cuda.max_memory_allocated(parts.world.device) / 2**30
-        rows.append(("GPU memory", f"{gib:.1f} GiB at the peak"))
+        tensors = torch.cuda.max_memory_allocated(parts.world.device)
+        free, there = torch.cuda.mem_get_info(parts.world.device)
+        rows.append(("GPU memory", f"{tensors / _GIB:.1f} GiB of tensors at the peak"))
+        beside = (there - free - tensors) / _GIB
+        rows.append(
+            ("beside them", f"{beside:.1f} GiB: context, libraries, fragments; evaclip plan --beside {beside:.1f}")
+        )
     return rows
 
 

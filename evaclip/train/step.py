@@ -12,12 +12,12 @@ from torch import Tensor
 from evaclip.model.clip import CLIP
 from evaclip.train import rng
 from evaclip.train.config import Precision
-from evaclip.train.distributed import World
+from evaclip.train.distributed import GradientMean, World
 from evaclip.train.loss import ContrastiveLoss
 from evaclip.train.loss_scale import LossScale
 from evaclip.train.sharding import synchronize_gradients
 from evaclip.train.token_sampling import token_index
-from evaclip.weights import is_cut, is_sharded
+from evaclip.weights import is_sharded
 from evakernels import gradient_norm
 
 TOWERS = ("visual", "text")
@@ -34,6 +34,7 @@ class StepOptions:
         grad_clip_norm: bound on the L2 norm of all gradients, or None.
         seed: of the token dropout.
         first_row: of the batch of all processes that this one has.
+        reduce_each_chunk: gradients of shards are summed over the processes with every chunk, not with the last alone.
     """
 
     precision: Precision = "fp32"
@@ -41,6 +42,7 @@ class StepOptions:
     grad_clip_norm: float | None = None
     seed: int = 0
     first_row: int = 0
+    reduce_each_chunk: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class TrainStep:
         towers = {name: list(getattr(model, name).parameters()) for name in TOWERS}
         known = {id(parameter) for parameters in towers.values() for parameter in parameters}
         self._parts = {**towers, "rest": [value for value in self.parameters if id(value) not in known]}
+        self._mean = GradientMean([p for name in TOWERS for p in towers[name]], self._parts["rest"], world)
         # Shards are gathered in the 16-bit type, so that there is nothing left to cast.
         self._is_sharded = is_sharded(model)
         self.loss_scale = LossScale(world.device, enabled=options.precision == "amp_fp16")
@@ -123,9 +126,7 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         chunks = list(self._chunks(images, tokens, step))
         loss, *features = self._backward(chunks) if len(chunks) == 1 else self._backward_in_chunks(chunks)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        # Those of shards are averaged already.
-        self.world.average_gradients([gradient for gradient in gradients if not is_cut(gradient)])
+        self._mean.finish()
         loss = self.world.mean_(loss.detach().clone())
         tower_norms = self._tower_norms()
         grad_norm = self._set_divisor(list(tower_norms.values()))
@@ -173,6 +174,7 @@ class TrainStep:
         """The loss, and the features that it is of."""
         image_features, text_features = self._features(chunks[0])
         loss = self._loss(image_features, text_features)
+        self._mean.begin()
         (loss * self.loss_scale.scale).backward()
         return loss, image_features.detach(), text_features.detach()
 
@@ -186,7 +188,10 @@ class TrainStep:
         loss = self._loss(image_features, text_features)
         (loss * self.loss_scale.scale).backward()
         for chunk, state in zip(chunks, states, strict=True):
-            synchronize_gradients(self.model, chunk is chunks[-1])
+            is_last = chunk is chunks[-1]
+            synchronize_gradients(self.model, is_last or self.options.reduce_each_chunk)
+            if is_last:
+                self._mean.begin()
             rng.restore(state, self.world.device)
             gradients = [_gradient(features)[chunk.rows] for features in (image_features, text_features)]
             # The features of a locked tower have no graph.

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from evaclip.train.spikes import SpikeDetector
 from evaclip.train.spread import Stopped
 from evaclip.train.step import StepResult
 from evaclip.train.throughput import tokens_computed
+from evaclip.train.tracing import Tracer, collecting
 from evaclip.train.watchdog import Watchdog
 from evaclip.weights import is_sharded
 
@@ -130,12 +131,15 @@ class Trainer:
         self._lock = lock
         self._saver = Saver(folder.checkpoints, self.config.checkpoint, writers, report.say, self._check_lock)
         self._saved_time = time.monotonic()
+        # One process is like another; the others wait for it meanwhile.
+        self._tracer = Tracer(folder.path, self.world.device, report.say) if self.world.is_main else None
 
     def run(self) -> Outcome:
         with closing(self._watchdog), StopSignals() as signals, closing(self._saver):
             stopped = False
-            while not stopped and self.position.step < self.parts.total_steps:
-                stopped = self._part(signals)
+            with collecting(self.config.collect_every) as collect:
+                while not stopped and self.position.step < self.parts.total_steps:
+                    stopped = self._part(signals, collect)
             if self._saved_at != self.position.step:
                 self._save()
             self._saver.finish()
@@ -147,19 +151,21 @@ class Trainer:
             return Outcome(self.folder.path, self.position.step, self.metrics, signals.exit_code)
         return Outcome(self.folder.path, self.position.step, self.metrics)
 
-    def _part(self, signals: StopSignals) -> bool:
+    def _part(self, signals: StopSignals, collect: Callable[[int], None]) -> bool:
         """The steps to come with one image size; True if a signal stopped them before."""
         self.parts.resolution.begin(self.position.step)
         # Time without batches is not the training's, and images of two sizes don't cost the same.
         self.meter.restart()
         with closing(self.parts.loader.batches(self.position.samples)) as batches:
-            return self._loop(batches, signals)
+            return self._loop(batches, signals, collect)
 
-    def _loop(self, batches: Iterator[Batch], signals: StopSignals) -> bool:
+    def _loop(self, batches: Iterator[Batch], signals: StopSignals, collect: Callable[[int], None]) -> bool:
         """Steps until the end, or another image size; True if a signal stopped them before."""
         size_at = self.parts.resolution.at
         size = size_at(self.position.step)
         while self.position.step < self.parts.total_steps and size_at(self.position.step) == size:
+            if self._tracer:
+                self._tracer.between(self.position.step)
             before = self.position.samples
             with self._watchdog.phase("data"):
                 batch = self.meter.fetch(batches)
@@ -167,6 +173,7 @@ class Trainer:
                 result = self._step(batch)
                 taken = self._lock is not None and self._lock.robber is not None
                 stop, time_is_up, taken = self.world.any(signals.received is not None, self._time_is_up(), taken)
+            collect(self.position.step)
             if taken:
                 self._check_lock()
                 raise RunTaken("the run was taken over by another process")
@@ -191,7 +198,8 @@ class Trainer:
         after = position.step + 1
         set_lr_factor(parts.step.optimizer, self._lr_factor())
         is_logged = after % log_every == 0 or after == parts.total_steps
-        is_sampled = self._communication.is_due(position.step, log_every)
+        is_traced = self._tracer is not None and self._tracer.is_on
+        is_sampled = self._communication.is_due(position.step, log_every) and not is_traced
         with self._communication.step() if is_sampled else nullcontext():
             result = parts.step(batch.images, batch.tokens, position.step, measure=is_logged)
         position.step = after

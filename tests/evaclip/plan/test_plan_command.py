@@ -1,16 +1,13 @@
 """`evaclip plan` as it is typed."""
 
 import json
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 
 from evaclip.commands.main import main
 from evaclip.plan.gpus import get_gpu, gpus
-from evaclip.plan.job import Job
-from evaclip.train.recipes import get_recipe
 
 
 def plan(capsys: Any, *arguments: str) -> str:
@@ -20,57 +17,60 @@ def plan(capsys: Any, *arguments: str) -> str:
 
 
 def test_shows_what_a_gpu_holds(capsys: Any) -> None:
-    text = plan(capsys, "--model", "tiny", "--gpus", "2", "--global-batch", "64", "--parallel", "replicate")
-    for word in ("parameters", "optimizer state", "tensors", "fits"):
+    text = plan(capsys, "tiny", "--gpus", "2", "--set", "batch_size=64")
+    for word in ("parameters", "optimizer state", "tensors", "fits", "64 = 2 (GPUs) x 1 (chunks) x 32"):
         assert word in text
 
 
 def test_json_holds_the_same(capsys: Any) -> None:
-    arguments = ("--recipe", "eva02-b-16", "--gpus", "64", "--gpu", "h100-80g", "--json")
+    arguments = ("eva02-b-16", "--gpus", "64", "--gpu", "h100-80g", "--beside", "3.5", "--json")
     memory = json.loads(plan(capsys, *arguments))["memory"]
     assert memory["model_parameters"] == 149_691_137
     assert memory["peak"] == sum(memory["kinds"].values())
     assert memory["of_the_gpu"] == get_gpu("h100-80g").memory
+    assert memory["reserved"] == [3.5 * 2**30] * 2
 
 
-def test_an_average_is_counted(capsys: Any) -> None:
-    arguments = ("--model", "tiny", "--parallel", "replicate", "--json")
-    without, memory = (json.loads(plan(capsys, *arguments, *more))["memory"] for more in ([], ["--ema"]))
-    assert memory["kinds"]["averaged weights"] == memory["peak"] - without["peak"] == 4 * memory["parameters"]
-    averaged = replace(get_recipe("tiny"), ema_decay=0.9)
-    with patch("evaclip.plan.job.get_recipe", lambda name: averaged):
-        assert Job.of_recipe("tiny").ema
-
-
-@pytest.mark.parametrize(("more", "of_each"), [([], 16), (["--ema"], 20)])
-def test_offload_is_in_host_memory(capsys: Any, more: list[str], of_each: int) -> None:
-    arguments = ("--model", "tiny", "--gpus", "8", "--offload", "cpu", "--parallel", "shard", *more)
+def test_offload_is_in_host_memory(capsys: Any) -> None:
+    arguments = ("tiny", "--gpus", "8", "--set", "parallel={mode: shard, offload: cpu}", "ema_decay=0.9")
     tree = json.loads(plan(capsys, *arguments, "--json"))
-    assert tree["memory"]["host"] == of_each * (tree["memory"]["parameters"] - 1)
+    # The average of the temperature is there too.
+    assert tree["memory"]["host"] == 20 * (tree["memory"]["parameters"] - 1) + 4
     assert not {"parameters", "optimizer state", "averaged weights"} & tree["memory"]["kinds"].keys()
     assert tree["time"]["seconds"]["host link"][0] > 0
     assert " a node" in plan(capsys, *arguments)
 
 
+def test_a_file_and_what_nodes_need(capsys: Any, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("{batch_size: 64, accumulation: 2, data: {workers: 3}, checkpoint: {keep: 1}}")
+    given = ("--gpus", "16", "--config", str(tmp_path / "my.yaml"), "--images-per-core", "100", "--storage-gbps", "2")
+    tree = json.loads(plan(capsys, "tiny", *given, "--set", "checkpoint.keep_every=45", "--json"))
+    assert (tree["job"]["global_batch"], tree["job"]["accumulation"]) == (64, 2)
+    host, whole = tree["host"], 12 * tree["memory"]["model_parameters"]
+    assert host["batches_waiting_in_a_node"] == 8 * 3 * 2 * 4 * 3 * 32**2 * 4
+    # One that is kept, one that is being written, and those of steps 45, 90, 135 and 180.
+    assert (host["checkpoint"], host["storage"]) == (whole, 6 * whole)
+    assert host["seconds_of_a_checkpoint"] == whole / 2e9
+    assert host["decoding_cores_of_a_node"][0] == pytest.approx(32 / tree["time"]["seconds"]["step"][0] / 100)
+    assert "decoding cores of a node" in plan(capsys, "tiny", *given)
+
+
 def test_what_does_not_fit_is_said(capsys: Any) -> None:
-    text = plan(capsys, "--model", "tiny", "--gpu", "rtx-4090", "--global-batch", "131072", "--recompute", "none")
-    assert "misses by" in text
+    assert "misses by" in plan(capsys, "tiny", "--gpu", "rtx-4090", "--set", "batch_size=131072")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpus", "2"], "name a --model or a --recipe"),
-        (["--model", "EVA02-CLIP-B-1"], "did you mean"),
-        (["--model", "tiny", "--gpu", "a100"], "did you mean 'a100-40g' or 'a100-80g'"),
-        (["--recipe", "eva02"], "unknown recipe"),
-        (["--model", "tiny", "--recompute", "blocks"], "did you mean 'block'"),
-        (["--model", "tiny", "--samples", "-5"], "samples is -5; expected at least 1"),
-        (["--model", "tiny", "--gpus", "0"], "gpus is 0; expected at least 1"),
-        (["--model", "tiny", "--parallel", "hybrid", "--shard-size", "0"], "shard_size is 0; expected at least 1"),
-        (["--model", "tiny", "--caption-tokens", "-1"], "caption_tokens is -1; expected 2 to"),
-        (["--model", "tiny", "--plot", "nowhere/x.png"], "cannot write nowhere/x.png: there is no folder 'nowhere'"),
-        (["--model", "tiny", "--plot", "x.doc"], "'x.doc' can't be written; its name must end in"),
+        (["--gpus", "2"], "name a RECIPE"),
+        (["tiny", "--set", "model.name=EVA02-CLIP-B-1"], "did you mean"),
+        (["tiny", "--gpu", "a100"], "did you mean 'a100-40g' or 'a100-80g'"),
+        (["eva02"], "unknown recipe"),
+        (["tiny", "--set", "model.savings.recompute=blocks"], "model.savings.recompute='blocks'"),
+        (["tiny", "--gpus", "0"], "gpus is 0; expected at least 1"),
+        (["tiny", "--gpus", "64"], "less than one sample for each of 64 chunks"),
+        (["tiny", "--caption-tokens", "-1"], "caption_tokens is -1; expected 2 to"),
+        (["tiny", "--beside", "0"], "--beside is 0; expected more than 0"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: Any) -> None:

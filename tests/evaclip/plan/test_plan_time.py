@@ -17,6 +17,7 @@ from evaclip.plan.loss import loss_bytes, loss_costs
 from evaclip.plan.memory import plan_memory
 from evaclip.plan.operators import Cost
 from evaclip.plan.time import Assumptions, plan_time, seconds_of, seconds_of_collective
+from evaclip.train.recipes import get_recipe
 from evakernels import sample_token_index
 from evakernels.reference import contrastive
 
@@ -107,7 +108,7 @@ def test_operations_are_those_that_torch_counts(model: str, recompute: Any) -> N
 
 
 def test_operations_agree_with_the_formula() -> None:
-    job = Job.of_recipe("eva02-e-14-plus", gpus=144, mode="shard", caption_tokens=77)
+    job = Job.of(get_recipe("eva02-e-14-plus"), gpus=144, mode="shard", caption_tokens=77)
     job = replace(job, options={"vision": {"layers": 3}, "text": {"layers": 2}})
     flops = plan_time(job, plan_memory(job), A100).flops
     expected = flops_per_sample(job.config, 0.5, job.savings, text_tokens=77)

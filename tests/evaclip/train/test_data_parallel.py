@@ -1,6 +1,7 @@
 """Two processes give what one gives."""
 
 import io
+import json
 import os
 import socket
 import subprocess
@@ -11,10 +12,12 @@ from collections.abc import Callable
 from contextlib import closing, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from processes import in_processes
 from safetensors.torch import load_file
@@ -22,9 +25,9 @@ from sharded_run import train_all
 
 from evaclip.data.shard_writer import write_shard
 from evaclip.errors import UserError
-from evaclip.train import run_folder
+from evaclip.train import distributed, run_folder
 from evaclip.train.config import TrainConfig
-from evaclip.train.distributed import World, _buckets, connect
+from evaclip.train.distributed import GradientMean, World, _buckets, connect
 from evaclip.train.overrides import dump_yaml
 from evaclip.train.progress import read_log
 from evaclip.train.sharding import _mesh
@@ -171,3 +174,58 @@ def test_buckets_hold_neighbours_of_one_type_up_to_the_limit() -> None:
     tensors = [torch.empty(3), big, big, torch.empty(2, dtype=torch.bfloat16), torch.empty(1, dtype=torch.bfloat16)]
     assert [[t.numel() for t in bucket] for bucket in _buckets(tensors)] == [[3, 5 * 2**20], [5 * 2**20], [2, 1]]
     assert list(_buckets([])) == []
+
+
+def write_course(folder: Path, chunks: int) -> None:
+    """Process 0 writes when each of the reductions of a step begins, its gradients, and what it should have got."""
+    with closing(connect("cpu")) as world:
+        torch.manual_seed(world.rank)
+        layers = [torch.nn.Linear(64, 64) for _ in range(6)]
+        model, rest = torch.nn.Sequential(*layers), torch.nn.Parameter(torch.ones(()))
+        x, course = torch.randn(8, 64), []
+        # Each layer is a bucket.
+        with patch.object(distributed, "BUCKET_BYTES", 4 * 65 * 64), patch.object(distributed, "_IN_FLIGHT", 2):
+            mean = GradientMean(list(model.parameters()), [rest], world)
+        layers[0].weight.register_post_accumulate_grad_hook(lambda _: course.append("last gradient"))
+        reduce = dist.all_reduce
+
+        def recorded(tensor: torch.Tensor, **options: Any) -> Any:
+            course.append(tensor.numel())
+            return reduce(tensor, **options)
+
+        def backward(*, reduced: bool = True) -> None:
+            for part in range(chunks):
+                if reduced and part == chunks - 1:
+                    mean.begin()
+                (rest * model(x + part)).square().mean().backward()
+
+        found: list[list[torch.Tensor]] = []
+        for _ in range(2):
+            model.zero_grad()
+            rest.grad, course[:] = None, []
+            with patch.object(dist, "all_reduce", recorded):
+                backward()
+                during = list(course)
+                mean.finish()
+            found.append([p.grad.clone() for p in (*model.parameters(), rest)])
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        model.zero_grad()
+        rest.grad = None
+        backward(reduced=False)
+        for parameter, gradient in zip((*model.parameters(), rest), found[0], strict=True):
+            torch.testing.assert_close(gradient, world.mean_(parameter.grad.clone()))
+        if world.is_main:
+            (folder / f"{chunks}.json").write_text(json.dumps({"during": during, "all": course}))
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_gradients_are_reduced_while_others_are_made(chunks: int, tmp_path: Path) -> None:
+    in_processes(2, write_course, tmp_path, chunks)
+    course = json.loads((tmp_path / f"{chunks}.json").read_text())
+    # Five of six layers are on their way before the first layer's gradient is there; of chunks, in the last one only.
+    passes = course["during"]
+    assert passes.count("last gradient") == chunks
+    assert passes[: chunks - 1] == ["last gradient"] * (chunks - 1)
+    assert passes[chunks - 1 :].index("last gradient") >= 4
+    reductions = [event for event in course["all"] if event != "last gradient"]
+    assert reductions == [65 * 64] * 6 + [1]

@@ -25,7 +25,10 @@ COMMON = (
 MODES = {
     "replicate": ["parallel.mode=replicate"],
     "shard": ["parallel.mode=shard", "model.savings.recompute=block"],
-    "hybrid": ["parallel={mode: hybrid, shard_size: 2, reshard: false}", "model.savings.recompute=activations"],
+    "hybrid": [
+        "parallel={mode: hybrid, shard_size: 2, reshard: false, accumulate: shards}",
+        "model.savings.recompute=activations",
+    ],
 }
 EVAL = "eval={sets: {val: {data: {num_samples: 112, workers: 0}, first: 96, samples: 13}}, batch_size: 3}"
 

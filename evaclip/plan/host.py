@@ -1,0 +1,58 @@
+"""What a run asks of a node besides its GPUs: memory for batches and checkpoints, cores that decode, storage."""
+
+from typing import Any
+
+from rich.table import Table
+
+from evaclip.plan.gpus import PER_NODE
+from evaclip.plan.job import Job
+from evaclip.plan.memory import Memory
+from evaclip.plan.time import Time
+from evaclip.train.config import TrainConfig
+
+_GB = 1e9
+
+
+def host_tree(
+    config: TrainConfig, job: Job, memory: Memory, time: Time, images_per_core: float | None, storage_gbps: float | None
+) -> dict[str, Any]:
+    """Bytes, cores and seconds; of a node, where it says so.
+
+    Args:
+        images_per_core: pictures a second that one core decodes, as `evaclip data bench` tells; None for unknown.
+        storage_gbps: GB/s at which all processes together write; None for unknown.
+    """
+    in_node, saving = min(PER_NODE, job.gpus), config.checkpoint
+    pixels = 3 * job.config.vision.image_shape[0] * job.config.vision.image_shape[1]
+    waiting = config.data.workers * config.data.prefetch
+    each = job.weight_bytes + job.state_bytes + 4 * job.averaged
+    checkpoint = each * memory.model_parameters
+    # Replicas write once; the copy that is written from in the background lies on the main process's node.
+    in_copy = checkpoint if job.mode == "replicate" else each * memory.parameters * in_node
+    steps = config.schedule.steps or 0
+    forever = steps // saving.keep_every if saving.keep_every else 0
+    tree: dict[str, Any] = {
+        "batches_waiting_in_a_node": in_node * waiting * job.local_batch * pixels * 4,
+        "copy_of_a_checkpoint_in_a_node": in_copy if saving.background else 0,
+        "checkpoint": checkpoint,
+        "storage": checkpoint * (saving.keep + forever + 1),
+    }
+    if images_per_core:
+        samples = [in_node * job.local_batch / seconds for seconds in time.step]
+        tree["decoding_cores_of_a_node"] = [rate / images_per_core for rate in samples]
+    if storage_gbps:
+        tree["seconds_of_a_checkpoint"] = checkpoint / (storage_gbps * _GB)
+    return tree
+
+
+def host_table(tree: dict[str, Any]) -> Table:
+    """The same for a terminal."""
+    table = Table("besides the GPUs", "", title="Nodes and storage")
+    table.columns[1].justify = "right"
+    for name, value in tree.items():
+        if name.startswith("decoding"):
+            text = " to ".join(f"{cores:,.1f}" for cores in value)
+        else:
+            text = f"{value:,.1f} s" if name.startswith("seconds") else f"{value / _GB:,.1f} GB"
+        table.add_row(name.replace("_", " "), text)
+    return table

@@ -1,0 +1,100 @@
+"""What a step does, seen while a run goes on: a trace by request, and the garbage collector's pauses at fixed steps."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+REQUEST = "want_trace"
+"""A file of this name in a run's folder asks for a trace, and is taken away when that begins."""
+TRACES = "traces"
+STEPS = 3
+_ALLOCATIONS = 200_000
+
+
+class Tracer:
+    """Records some steps of this process when it is asked to, by torch's profiler; on a GPU memory too.
+
+    Args:
+        folder: of the run.
+        say: takes a line on what was written, or couldn't be.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, say: Callable[[str], None]) -> None:
+        self._folder = folder
+        self._on_gpu = device.type == "cuda"
+        self._say = say
+        self._profiler: profile | None = None
+        self._left = 0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether steps are recorded: there can't be two profilers at a time."""
+        return self._profiler is not None
+
+    def between(self, step: int) -> None:
+        """Call it before the first step and after each; `step` counts those that are done."""
+        try:
+            if self._profiler is None:
+                request = self._folder / REQUEST
+                if request.exists():
+                    request.unlink()
+                    self._begin()
+                return
+            self._left -= 1
+            if self._left == 0:
+                self._end(step)
+        except OSError as exc:  # The training is none the worse for it.
+            self._say(f"no trace: {exc}")
+
+    def _begin(self) -> None:
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
+        if self._on_gpu:
+            torch.cuda.memory._record_memory_history(max_entries=_ALLOCATIONS)
+        self._profiler, self._left = profile(activities=activities, profile_memory=True), STEPS
+        self._profiler.start()
+
+    def _end(self, step: int) -> None:
+        profiler, self._profiler = self._profiler, None
+        assert profiler is not None
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        profiler.stop()
+        folder = self._folder / TRACES
+        folder.mkdir(exist_ok=True)
+        file = folder / f"step_{step:08d}.json"
+        # Written beside it first, so that nobody opens half of one.
+        profiler.export_chrome_trace(str(file.with_suffix(".part")))
+        file.with_suffix(".part").replace(file)
+        if self._on_gpu:
+            torch.cuda.memory._dump_snapshot(str(file.with_suffix(".pickle")))
+            torch.cuda.memory._record_memory_history(enabled=None)
+        self._say(f"traced the last {STEPS} steps: {file}")
+
+
+@contextmanager
+def collecting(every: int | None) -> Iterator[Callable[[int], None]]:
+    """Inside, Python's garbage collector runs when the number of steps that is given is a multiple of `every`.
+
+    Left to itself it stops each process at another step, and the others wait for that one. What there is at the
+    beginning is never looked through again. None leaves it to itself.
+    """
+    if every is None:
+        yield lambda step: None
+        return
+
+    def step_done(step: int) -> None:
+        if step % every == 0:
+            gc.collect()
+
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield step_done
+    finally:
+        gc.enable()
+        gc.unfreeze()

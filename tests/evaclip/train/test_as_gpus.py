@@ -1,0 +1,49 @@
+"""A step as one of many GPUs, traced where there is none: it holds what is planned."""
+
+import json
+from collections.abc import Callable
+from contextlib import closing
+
+import pytest
+
+from evaclip.commands.main import main
+from evaclip.plan.job import Job
+from evaclip.plan.memory import AVERAGE, plan_memory
+from evaclip.train.as_gpus import pretended, traced_peak
+from evaclip.train.config import TrainConfig
+
+OPTIONS = {"embed_dim": 64, "vision": {"width": 128, "layers": 6}, "text": {"width": 64, "layers": 3}}
+CASES = {
+    "shard": ["parallel.mode=shard", "precision=amp_bf16", "model.savings.recompute=block", "ema_decay=0.9"],
+    "hybrid": ["parallel={mode: hybrid, shard_size: 2}", "precision=amp_bf16", "optim.name=lamb"],
+    "chunks": ["parallel.mode=shard", "accumulation=2"],
+    "replicate": ["model.patch_dropout=0.5"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [name if name == "shard" else pytest.param(name, marks=pytest.mark.exhaustive) for name in CASES]
+)
+def test_the_step_of_one_of_four_holds_what_is_planned(name: str, run_config: Callable[..., TrainConfig]) -> None:
+    """The trainer's own step, in its whole depth, with its optimizer, which the plan knows by formulas."""
+    config = run_config("batch_size=256", f"model.options={json.dumps(OPTIONS)}", *CASES[name])
+    with closing(pretended("cpu", 4)) as world:
+        traced = traced_peak(config, world)
+    planned = plan_memory(Job.of(config, 4)).peak
+    assert planned.total == pytest.approx(traced.total(), rel=0.02)
+    assert traced[AVERAGE] == planned.bytes[AVERAGE]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--as-gpus", "4"], "--as-gpus is for a --dry-run"),
+        (["--as-gpus", "0", "--dry-run"], "--as-gpus 0; expected at least 1"),
+        (["--as-gpus", "64", "--dry-run"], "less than one sample for each of 64 chunks"),
+        (["--as-gpus", "4", "--dry-run", "--set", "parallel={mode: shard, offload: cpu}"], "needs a GPU"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "tiny", "--device", "cpu", *arguments]) == 2
+    assert message in capsys.readouterr().err

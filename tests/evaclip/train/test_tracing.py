@@ -1,0 +1,69 @@
+"""A trace by request, and the garbage collector at fixed steps."""
+
+import gc
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evaclip.train.config import TrainConfig
+from evaclip.train.tracing import REQUEST, STEPS, Tracer, collecting
+from evaclip.train.trainer import Trainer, train
+
+
+def test_a_run_traces_its_steps_when_a_file_asks(
+    run_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer._step
+
+    def asking(self: Trainer, batch: Any) -> Any:
+        if self.position.step == 1:
+            (self.folder.path / REQUEST).touch()
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "_step", asking)
+    folder = train(run_config("collect_every=2")).folder
+    assert not (folder / REQUEST).exists()
+    # Steps 3, 4 and 5 of six.
+    (file,) = (folder / "traces").iterdir()
+    assert file.name == f"step_{2 + STEPS:08d}.json"
+    names = [event.get("name") for event in json.loads(file.read_text())["traceEvents"]]
+    assert "aten::mm" in names
+    assert "[memory]" in names
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def test_a_trace_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / REQUEST).touch()
+    (tmp_path / "traces").write_text("no folder")
+    said: list[str] = []
+    tracer = Tracer(tmp_path, torch.device("cpu"), said.append)
+    for step in range(STEPS + 1):
+        tracer.between(step)
+    assert not tracer.is_on
+    (line,) = said
+    assert line.startswith("no trace: ")
+
+
+class _Cycle:
+    def __init__(self) -> None:
+        self.self = self
+
+
+def test_garbage_is_collected_at_fixed_steps_alone() -> None:
+    with collecting(3) as collect:
+        assert not gc.isenabled()
+        left = weakref.ref(_Cycle())
+        collect(2)
+        assert left() is not None
+        collect(3)
+        assert left() is None
+    assert gc.isenabled()
+    with collecting(None) as collect:
+        assert gc.isenabled()
+        collect(3)
