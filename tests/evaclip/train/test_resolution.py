@@ -87,7 +87,7 @@ def test_a_run_goes_on_bit_for_bit_within_a_part_and_over_its_end(
 
     monkeypatch.setattr(TrainStep, "__call__", step)
     common = (PHASES, "checkpoint={every_steps: 1, keep: 9}", "model.patch_dropout=0.25", "eval.every_steps=3")
-    evaluated = "eval.data={train: synthetic, num_samples: 16}"
+    evaluated = "eval.sets={val: {data: {train: synthetic, num_samples: 16, workers: 0}}}"
     straight = train(run_config(*common, evaluated)).folder
     assert seen == [8, 8, 12, 12, 16, 16]
     for done in (1, 2, 3):
