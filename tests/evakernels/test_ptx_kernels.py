@@ -420,5 +420,5 @@ def test_triton_widths(served: Environment, capability: int) -> None:
 
 
 @needs_triton
-def test_triton_traffic() -> None:
-    run_ops(choice="test_", ops=["triton_traffic"], PYTHONPATH=str(ROOT), TRITON_PTX="1")
+def test_triton_edges() -> None:
+    run_ops(choice="test_", ops=["triton_edges"], PYTHONPATH=str(ROOT), TRITON_PTX="1")
