@@ -129,10 +129,6 @@ def test_the_first_hour_with_dirty_data(trained: Room) -> None:
     trained.script("hour_of_data.py")
 
 
-def test_the_first_hour_with_single_ops(core: Room) -> None:
-    core.script("hour_of_ops.py")
-
-
 def test_the_first_hour_of_profiling(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     with closing(make_room(tmp_path_factory.mktemp("bench"), wheel, "bench")) as room:
         # A checkout that nobody has compiled.
