@@ -17,6 +17,7 @@ from evaclip.errors import UserError, unknown_name
 from evaclip.loading import LoadedModel, load_model
 from evaclip.machine import keep_freed_memory, multiplies_bfloat16
 from evaclip.runtime.ahead import ahead
+from evaclip.runtime.graphs import GraphedTower
 
 T = TypeVar("T")
 
@@ -55,6 +56,8 @@ class Encoder:
     """A model for inference. Embeddings are those of `encode_image` and `encode_text`, of length 1.
 
     On a CPU, under Linux, the process keeps memory that it has freed: passes needn't have it zeroed again each time.
+    On a GPU the image tower runs as CUDA graphs, compiled or not. There, and wherever it is compiled, batches are
+    filled up to powers of two.
 
     Args:
         model: what `evaclip eval` takes, `NAME[:WEIGHTS]`, a run or checkpoint folder, `hf-hub:OWNER/NAME`; or a model
@@ -64,8 +67,7 @@ class Encoder:
             instructions for it, else fp32. In fp32 embeddings differ by less than 1e-5 from the model's own.
         batch_size: pictures at once; None for 32 on a CPU and 256 on a GPU.
         threads: that decode pictures while others are computed; None for one a core, 8 at most.
-        compile: let torch.compile make the image tower's code; on a GPU with CUDA graphs. Batches are then filled up
-            to powers of two, for each of which it takes minutes, once.
+        compile: let torch.compile make the image tower's code, which takes minutes for each size of batch, once.
 
     Raises:
         UserError: for a model, device or number that doesn't exist.
@@ -103,11 +105,13 @@ class Encoder:
         self.model = loaded.model.to(self.device, PRECISIONS[self.precision]).eval().requires_grad_(False)
         self.batch_size = batch_size or (32 if self.device.type == "cpu" else 256)
         self.threads = threads or min(8, torch.get_num_threads())
-        self._fills_up = compile
-        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-        self._tower: Callable[[Tensor], Tensor] = (
-            torch.compile(self.model.visual, mode=mode) if compile else self.model.visual
-        )
+        on_gpu = self.device.type == "cuda"
+        self._fills_up = compile or on_gpu
+        self._tower: Callable[[Tensor], Tensor] = self.model.visual
+        if compile:
+            self._tower = torch.compile(self.model.visual, mode="reduce-overhead" if on_gpu else "default")
+        elif on_gpu:
+            self._tower = GraphedTower(self.model.visual)
 
     @property
     def dim(self) -> int:
