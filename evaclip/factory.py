@@ -104,7 +104,7 @@ def create_model(
     weights = find_weights(pretrained, known_name) if pretrained else None
     if weights is not None:
         config = _with_stored_preprocess(config, weights, options)
-        if config.init_logit_bias is None and "logit_bias" in read_tensors(weights):
+        if target.type != "meta" and config.init_logit_bias is None and "logit_bias" in read_tensors(weights):
             config = replace(config, init_logit_bias=0.0)  # which the weights replace
     # On the meta device first: no value is computed that is overwritten afterwards.
     with torch.device("meta"), _WithoutValues():

@@ -5,8 +5,8 @@ import json
 from dataclasses import replace
 from typing import Any
 
+from evaclip.commands.configuration import add_configuration, configure
 from evaclip.commands.parser import leaf
-from evaclip.commands.train import add_configuration, configure
 from evaclip.errors import UserError
 
 _EXAMPLES = (

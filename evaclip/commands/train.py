@@ -4,6 +4,7 @@ import argparse
 from functools import partial
 from typing import Any
 
+from evaclip.commands.configuration import add_configuration, configure
 from evaclip.commands.parser import leaf
 from evaclip.errors import UserError
 from evaclip.slurm import take_over
@@ -52,27 +53,6 @@ def add_commands(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def add_configuration(parser: argparse.ArgumentParser) -> None:
-    """Adds all that says what a run is: `configure` reads it."""
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="where the configuration starts; none lists them")
-    parser.add_argument("--config", metavar="YAML", help="a file whose keys replace the recipe's")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="replace single keys, after all else",
-    )
-    group = parser.add_argument_group("spellings of open_clip and EVA-CLIP, for --set KEY=VALUE")
-    for alias in aliases.ALIASES:
-        if not alias.takes_value:
-            group.add_argument(alias.flag, dest=alias.flag, action="store_true", help=alias.meaning)
-            continue
-        nargs = "*" if alias.many else None
-        group.add_argument(alias.flag, dest=alias.flag, metavar="VALUE", nargs=nargs, help=alias.meaning)
-
-
 def run(args: argparse.Namespace) -> None:
     """Does what the command line asks for; a run that a signal ended exits with 130 or 143."""
     # Imported here so that `evaclip --help` does not wait for torch.
@@ -103,22 +83,3 @@ def run(args: argparse.Namespace) -> None:
     outcome = train(config, resume=args.resume, overwrite=args.overwrite, steal=args.steal)
     if outcome.stopped_by is not None:
         raise SystemExit(outcome.stopped_by)
-
-
-def configure(args: argparse.Namespace, processes: int | None = None) -> Any:
-    """The `TrainConfig` of a command line: the recipe, then the file, then the aliases, then `--set`.
-
-    Args:
-        processes: how many there will be; None for those that torchrun has started.
-    """
-    from evaclip.train.config import process_count
-    from evaclip.train.overrides import load_yaml, parse_assignment, resolve
-    from evaclip.train.recipes import get_recipe, with_own_evaluation
-
-    recipe = config = get_recipe(args.recipe)
-    if args.config:
-        config = resolve(config, [load_yaml(args.config)])
-    changes = aliases.changes(vars(args), config.accumulation, processes or process_count())
-    if getattr(args, "device", None):
-        changes.append({"device": args.device})
-    return with_own_evaluation(resolve(config, [*changes, *map(parse_assignment, args.set)]), recipe)

@@ -134,7 +134,7 @@ def test_comments_say_what_keys_mean_once(run_config: Make) -> None:
     assert above["optim:"] == "# The optimizer; the moments' defaults are those of the released EVA-CLIP models."
     assert above["hue: 0.0"].startswith("# largest shift of the hue")
     assert "# run the text tower on the tokens up to each caption's end alone, without padding." in text
-    assert text.count("# Batches that each worker may hold ready.") == 1
+    assert text.count("# Batches that wait ready, over all workers; of small ones as many a worker.") == 1
 
 
 def test_a_file_may_hold_some_keys(run_config: Make, tmp_path: Path) -> None:

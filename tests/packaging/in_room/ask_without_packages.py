@@ -5,7 +5,7 @@ from evaclip.commands.main import main
 COMMANDS = (
     "train tiny",
     "watch runs/x",
-    "plan --model EVA02-CLIP-B-16",
+    "plan eva02-b-16",
     "eval zero-shot runs/x --data x.csv",
     "data check x.csv",
     "convert x.pt y.pt --to timm",

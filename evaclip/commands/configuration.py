@@ -1,0 +1,46 @@
+"""What a run is, as 'evaclip train' and 'evaclip plan' are told."""
+
+import argparse
+from typing import Any
+
+from evaclip.train import aliases
+
+
+def add_configuration(parser: argparse.ArgumentParser) -> None:
+    """Adds all that says what a run is: `configure` reads it."""
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="where the configuration starts; none lists them")
+    parser.add_argument("--config", metavar="YAML", help="a file whose keys replace the recipe's")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace single keys, after all else",
+    )
+    group = parser.add_argument_group("spellings of open_clip and EVA-CLIP, for --set KEY=VALUE")
+    for alias in aliases.ALIASES:
+        if not alias.takes_value:
+            group.add_argument(alias.flag, dest=alias.flag, action="store_true", help=alias.meaning)
+            continue
+        nargs = "*" if alias.many else None
+        group.add_argument(alias.flag, dest=alias.flag, metavar="VALUE", nargs=nargs, help=alias.meaning)
+
+
+def configure(args: argparse.Namespace, processes: int | None = None) -> Any:
+    """The `TrainConfig` of a command line: the recipe, then the file, then the aliases, then `--set`.
+
+    Args:
+        processes: how many there will be; None for those that torchrun has started.
+    """
+    from evaclip.train.config import process_count
+    from evaclip.train.overrides import load_yaml, parse_assignment, resolve
+    from evaclip.train.recipes import get_recipe, with_own_evaluation
+
+    recipe = config = get_recipe(args.recipe)
+    if args.config:
+        config = resolve(config, [load_yaml(args.config)])
+    changes = aliases.changes(vars(args), config.accumulation, processes or process_count())
+    if getattr(args, "device", None):
+        changes.append({"device": args.device})
+    return with_own_evaluation(resolve(config, [*changes, *map(parse_assignment, args.set)]), recipe)
