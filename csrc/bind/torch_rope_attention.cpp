@@ -50,10 +50,6 @@ std::tuple<Tensor, Tensor, Tensor> rope_attention_backward(
   const Tensor dq = new_tensor(q, q.sizes());
   const Tensor dk = new_tensor(q, sizes_of_gradients(q, k));
   const Tensor dv = new_tensor(q, sizes_of_gradients(q, k));
-  if (q.numel() == 0) {
-    for (Tensor gradient : {dk, dv}) torch::stable::zero_(gradient);
-    return {dq, dk, dv};
-  }
   const RopeAttentionBackward params = {
       .dout = view_of(dout),
       .q = view_of(q),

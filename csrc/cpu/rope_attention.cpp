@@ -1,5 +1,6 @@
 #include "cpu/rope_attention.h"
 
+#include <cstring>
 #include <stdexcept>
 #include <vector>
 
@@ -46,6 +47,9 @@ class Heads {
                                            : static_cast<const int32_t*>(data)[i];
       const bool fits = i == 0 ? firsts_[0] == 0 : firsts_[i] >= firsts_[i - 1];
       if (!fits) throw std::invalid_argument("cu_seqlens must rise from 0");
+      if (i > 0 && tokens(i - 1) > shape_.tokens) {
+        throw std::invalid_argument("a sequence has more tokens than max_seqlen");
+      }
     }
     if (firsts_.back() != shape_.offsets.tokens) {
       throw std::invalid_argument("cu_seqlens must end with the number of tokens");
@@ -184,6 +188,14 @@ void rope_attention_forward(const RopeAttentionForward& params, Isa isa, Paralle
 }
 
 void rope_attention_backward(const RopeAttentionBackward& params, Isa isa, ParallelFor parallel_for) {
+  // Keys that no query has seen are nobody's work.
+  const AttentionShape& shape = params.shape;
+  if (shape.offsets.data == nullptr && shape.tokens == 0) {
+    const int64_t elements = shape.batch * shape.keys * shape.heads * shape.head_dim;
+    const int64_t bytes = elements * (shape.dtype == DType::Float32 ? 4 : 2);
+    for (void* gradient : {params.dk, params.dv}) std::memset(gradient, 0, bytes);
+    return;
+  }
   const RopeAttentionKernels& kernels = EVAKERNELS_OF_ISA(isa, rope_attention);
   attend(
       params, isa, parallel_for, kernels.backward_workspace,

@@ -8,7 +8,7 @@
 
 namespace evakernels::cpu {
 
-// There must be keys. Both throw std::invalid_argument for offsets that don't rise from 0 to the number of
+// Both throw std::invalid_argument for offsets that don't rise from 0 to the number of
 // tokens.
 EVAKERNELS_API void rope_attention_forward(const RopeAttentionForward& params, Isa isa,
                                            ParallelFor parallel_for);

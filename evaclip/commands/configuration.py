@@ -35,7 +35,7 @@ def configure(args: argparse.Namespace, processes: int | None = None) -> Any:
     """
     from evaclip.train.config import process_count
     from evaclip.train.overrides import load_yaml, parse_assignment, resolve
-    from evaclip.train.recipes import get_recipe, with_own_evaluation
+    from evaclip.train.recipes import get_recipe, with_fitting_parts, with_own_evaluation
 
     recipe = config = get_recipe(args.recipe)
     if args.config:
@@ -43,4 +43,5 @@ def configure(args: argparse.Namespace, processes: int | None = None) -> Any:
     changes = aliases.changes(vars(args), config.accumulation, processes or process_count())
     if getattr(args, "device", None):
         changes.append({"device": args.device})
-    return with_own_evaluation(resolve(config, [*changes, *map(parse_assignment, args.set)]), recipe)
+    config = resolve(config, [*changes, *map(parse_assignment, args.set)])
+    return with_fitting_parts(with_own_evaluation(config, recipe), recipe)

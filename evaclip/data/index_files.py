@@ -167,14 +167,19 @@ def _stamp(shard: Indexed) -> list[int]:
 
 def _trim(folder: Path) -> None:
     """Deletes the oldest files of the cache folder, until the rest takes no more than it may."""
-    with suppress(OSError):
-        files = [(facts.st_mtime, facts.st_size, path) for path in folder.iterdir() if (facts := path.stat())]
-        total = sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
-            if total <= _CAPACITY:
-                break
-            path.unlink(missing_ok=True)
-            total -= size
+    files = []
+    for path in folder.glob("[!.]*"):
+        # Another process may have deleted it.
+        with suppress(OSError):
+            facts = path.stat()
+            files.append((facts.st_mtime, facts.st_size, path))
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if total <= _CAPACITY:
+            break
+        with suppress(OSError):
+            path.unlink()
+        total -= size
 
 
 def _packed(stamp: Sequence[int], index: TarIndex) -> bytes:

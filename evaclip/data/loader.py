@@ -109,7 +109,7 @@ class TrainLoader:
             raise UserError(f"the shuffle window must be 0 (everything) or more, got {window}")
         if nodes < 1 or batch_size % nodes:
             raise UserError(
-                f"the global batch of {batch_size} samples must be a multiple of the canonical nodes, got {nodes}"
+                f"the global batch of {batch_size} samples must be a multiple of data.canonical_nodes, got {nodes}"
             )
         if len(source) < batch_size:
             raise UserError(
@@ -198,6 +198,8 @@ class _BatchReader:
     decoding: Decoding
     prefetcher: Prefetcher
     kept: dict[int, tuple[RawSample, Image.Image]] = field(default_factory=dict)
+    ordered: dict[int, I64] = field(default_factory=dict)
+    """The batch in order, by its position; the last one alone, of which a worker has several units."""
 
     def check_room(self, window: int) -> None:
         """Raises UserError if the local copies of the shards that are read at a time don't fit into their cache."""
@@ -233,9 +235,12 @@ class _BatchReader:
 
     def _global_indices(self, position: int) -> I64:
         """Of this process's part [n] of the batch. Processes take its samples by canonical node."""
-        batch = np.arange(position, position + self.batch_size, dtype=np.int64)
-        by_node = np.argsort(self.order.nodes(batch), kind="stable")
-        return batch[by_node][self.part.start : self.part.stop]
+        if position not in self.ordered:
+            batch = np.arange(position, position + self.batch_size, dtype=np.int64)
+            by_node = np.argsort(self.order.nodes(batch), kind="stable")
+            self.ordered.clear()
+            self.ordered[position] = batch[by_node][self.part.start : self.part.stop]
+        return self.ordered[position]
 
     def _load(self, sample: int, global_index: int, faults: list[Fault]) -> tuple[RawSample, Image.Image]:
         """The sample, or the first good one of those that replace it."""

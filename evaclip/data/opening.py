@@ -1,5 +1,7 @@
 """From a path to a source."""
 
+import re
+import resource
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -22,6 +24,8 @@ from evaclip.data.table import COLUMNS, TABLES, TableSource
 from evaclip.data.table_text import Columns
 from evaclip.data.webdataset import WebDatasetSource
 from evaclip.errors import UserError, unknown_name
+
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.json$")
 
 
 def open_source(
@@ -110,6 +114,13 @@ def index_shards(path: str, part: int = 0, parts: int = 1) -> WebDatasetSource:
     return _open_shards(expand_paths(path), RemoteConfig(), IndexCache(beside=True), part=(part, parts))
 
 
+def _allow_open_files() -> None:
+    """As many open files as this process may have: a source keeps 400 shards and indexes, and a mixture has several."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _open_shards(
     paths: Sequence[str],
     remote: RemoteConfig,
@@ -117,16 +128,33 @@ def _open_shards(
     keys: tuple[str, str] = (webdataset.IMAGE_KEY, webdataset.CAPTION_KEY),
     part: tuple[int, int] = (0, 1),
 ) -> WebDatasetSource:
+    _allow_open_files()
     cache = ShardCache(_fetching(remote))
     if paths[0].endswith(LIST_SUFFIX):
         if part[1] > 1:
             raise UserError(f"lists of shards are joined as a whole, so part {part[0]}/{part[1]} is none of {paths[0]}")
+        _require_all_parts(paths)
         return WebDatasetSource(ShardList(chain.from_iterable(map(read_list, paths))), cache, indexes, *keys)
     shards = shards_at(paths, cache)
     if len(shards) < part[1]:
         raise UserError(f"{len(shards)} shards can't be divided into {part[1]} parts")
     begin, end = (len(shards) * bound // part[1] for bound in (part[0], part[0] + 1))
     return WebDatasetSource(list_shards(shards[begin:end], indexes), cache, indexes, *keys)
+
+
+def _require_all_parts(lists: Sequence[str]) -> None:
+    """Raises UserError unless lists that `evaclip data index --part` has written are all parts of one whole."""
+    found = [(int(name[1]), int(name[2])) for path in lists if (name := _PART.search(path))]
+    counts = {count for _, count in found}
+    if not found or (len(counts) == 1 and sorted(found) == [(part, len(found)) for part in range(max(counts))]):
+        return
+    missing = sorted({(part, count) for count in counts for part in range(count)} - set(found))
+    lacking = ", ".join(f"{part:05d}-of-{count:05d}" for part, count in missing[:5]) + ", ..." * (len(missing) > 5)
+    raise UserError(
+        f"{len(found)} lists of parts of {' and of '.join(map(str, sorted(counts)))} are no whole"
+        + (f": there is no {lacking}" if missing else ": some are given twice")
+        + "; 'evaclip data index --part' makes what is missing, and what is of another division must go"
+    )
 
 
 def _guess_kind(path: str) -> Kind:

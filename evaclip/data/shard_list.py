@@ -152,7 +152,9 @@ def _entry(shard: Mapping[str, Any], location: str) -> Entry:
         int(shard["indexed_bytes"]),
         tuple(map(str, shard.get("duplicates", ()))),
     )
-    return Entry(_absolute(str(shard["url"]), location), Version(shard["filesize"], shard["etag"]), facts)
+    size = shard["filesize"]
+    version = Version(None if size is None else int(size), str(shard["etag"] or ""))
+    return Entry(_absolute(str(shard["url"]), location), version, facts)
 
 
 def _relative(location: str, folder: Path) -> str:

@@ -18,7 +18,7 @@ BLOCK = 512
 _RECORD = 20 * BLOCK
 _AHEAD = 8 * BLOCK
 _TOGETHER = 8192
-_NAME, _SIZE, _SUM, _TYPE = slice(0, 100), slice(124, 135), slice(148, 156), 156
+_NAME, _SIZE, _SUM, _TYPE = slice(0, 100), slice(124, 136), slice(148, 156), 156
 _MAGIC, _PREFIX = slice(257, 262), slice(345, 500)
 _FILE, _FOLDER, _PAX = (0, ord("0")), ord("5"), ord("x")
 _LONGEST_PAX = 16 * BLOCK
@@ -72,7 +72,7 @@ def _walk(descriptor: int) -> list[tuple[U8, I64, I64]]:
             raise ValueError("no end-of-archive mark")
         if not header[0]:
             break
-        kind, size = header[_TYPE], int(header[_SIZE], 8)
+        kind, size = header[_TYPE], int(header[_SIZE].rstrip(b"\0"), 8)
         position += BLOCK
         if kind == _PAX:
             if not (0 <= size <= _LONGEST_PAX and _HARMLESS.fullmatch(os.pread(descriptor, size, position))):
@@ -113,7 +113,7 @@ def _files(parts: list[bytes], offsets: list[int], sizes: list[int]) -> tuple[U8
 
 def _grouped(names: U8, offsets: I64, sizes: I64) -> Members | None:
     """The members by sample; None if members of a sample lie apart or come again."""
-    columns = np.arange(names.shape[1])
+    columns = np.arange(names.shape[1], dtype=np.uint8)
     ends = np.where((names == 0).any(axis=1), (names == 0).argmax(axis=1), names.shape[1])
     bases = np.where(names == ord("/"), columns + 1, 0).max(axis=1)
     if (bases == ends).any():

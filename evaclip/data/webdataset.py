@@ -119,12 +119,14 @@ class WebDatasetSource(Source):
             raise BadSample(FaultKind.UNREADABLE, self.name(index), str(exc)) from exc
 
     def _shard(self, number: int) -> tuple[Shard, ShardFacts]:
-        if number not in self._recent:
+        # The thread that fetches ahead asks too, and may clear what is kept.
+        found = self._recent.get(number)
+        if found is None:
             if len(self._recent) >= _SHARDS_KEPT:
                 self._recent.clear()
             entry = self.shards[number]
-            self._recent[number] = shard_at(entry.location, self._cache, entry.version), entry.facts
-        return self._recent[number]
+            found = self._recent[number] = shard_at(entry.location, self._cache, entry.version), entry.facts
+        return found
 
     def _table(self, number: int, position: int) -> TarIndex:
         """The index of a shard that is what it was on opening."""

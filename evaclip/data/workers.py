@@ -1,5 +1,6 @@
 """Runs a data set of batches in worker processes, and says so when one dies or nothing comes."""
 
+import gc
 import logging
 import os
 import signal
@@ -108,6 +109,7 @@ def _unchanged(batch: T) -> T:
 
 
 def _init_worker(worker: int) -> None:
+    gc.enable()  # which the trainer has taken over in its own process
     # Ctrl-C, and a job scheduler's SIGTERM, reach the whole process group. The trainer wants to end its step and
     # save, and a worker that died meanwhile would break that off: only the parent may end a worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -137,7 +139,8 @@ def _describe_exit(code: int) -> str:
     name = signal.Signals(-code).name
     hint = {
         "SIGKILL": ": most often the machine ran out of memory; use fewer workers or a smaller prefetch",
-        "SIGBUS": ": most often /dev/shm is full; enlarge it or use fewer workers",
+        "SIGBUS": ": most often /dev/shm is full; enlarge it or use fewer workers. Or a shard's index was overwritten"
+        " in its place, as cp does it",
     }.get(name, "")
     return f"was killed by {name}{hint}"
 

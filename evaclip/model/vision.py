@@ -174,7 +174,8 @@ class VisionTower(Tower):
             return self.pos_embed[0]
         first, patches = self.pos_embed[0].split([1, self.config.num_patches])
         with torch.autocast(patches.device.type, enabled=False):
-            resized = self.resizing.float() @ patches.float()
+            # Parameters that are offloaded are gathered on the GPU.
+            resized = self.resizing.to(patches.device).float() @ patches.float()
         return torch.cat((first, resized.to(first.dtype)))
 
     def _check(self, images: Tensor) -> None:

@@ -40,14 +40,16 @@ class GraphedTower:
         return found.features.clone()
 
     def _capture(self, images: Tensor) -> _Captured:
-        held, present, aside = images.clone(), torch.cuda.current_stream(images.device), torch.cuda.Stream()
+        held, device = images.clone(), images.device
+        present, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         aside.wait_stream(present)
         with torch.cuda.stream(aside):
             for _ in range(_WARM_UP):
                 self._tower(held)
         present.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # On a stream of the images' GPU: torch's own is of the current one.
+        with torch.cuda.graph(graph, pool=self._pool, stream=aside):
             features = self._tower(held)
         self._pool = graph.pool()
         self._captured[images.shape] = _Captured(graph, held, features)

@@ -59,6 +59,14 @@ def get_recipe(name: str) -> TrainConfig:
     raise unknown_name("recipe", name, RECIPES)
 
 
+def with_fitting_parts(config: TrainConfig, base: TrainConfig) -> TrainConfig:
+    """`config`, whose batch the recipe's `canonical_nodes` divide, or as many of them as do."""
+    nodes = config.data.canonical_nodes
+    if nodes != base.data.canonical_nodes or config.batch_size % nodes == 0:
+        return config
+    return replace(config, data=replace(config.data, canonical_nodes=math.gcd(config.batch_size, nodes)))
+
+
 def with_own_evaluation(config: TrainConfig, base: TrainConfig) -> TrainConfig:
     """`config`, but for the evaluation sets of the recipe `base` where the training data is no longer the recipe's.
 

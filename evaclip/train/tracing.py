@@ -46,9 +46,24 @@ class Tracer:
                 return
             self._left -= 1
             if self._left == 0:
-                self._end(step)
+                try:
+                    self._end(step)
+                finally:
+                    self._forget()
         except OSError as exc:  # The training is none the worse for it.
             self._say(f"no trace: {exc}")
+
+    def close(self) -> None:
+        """Ends a trace for which no steps are left."""
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler = None
+            self._say(f"no trace: the run ended within the {STEPS} steps that it takes")
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._on_gpu:
+            torch.cuda.memory._record_memory_history(enabled=None)
 
     def _begin(self) -> None:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
@@ -71,7 +86,6 @@ class Tracer:
         file.with_suffix(".part").replace(file)
         if self._on_gpu:
             torch.cuda.memory._dump_snapshot(str(file.with_suffix(".pickle")))
-            torch.cuda.memory._record_memory_history(enabled=None)
         self._say(f"traced the last {STEPS} steps: {file}")
 
 

@@ -137,7 +137,8 @@ class Trainer:
     def run(self) -> Outcome:
         with closing(self._watchdog), StopSignals() as signals, closing(self._saver):
             stopped = False
-            with collecting(self.config.collect_every) as collect:
+            tracing = closing(self._tracer) if self._tracer else nullcontext()
+            with collecting(self.config.collect_every) as collect, tracing:
                 while not stopped and self.position.step < self.parts.total_steps:
                     stopped = self._part(signals, collect)
             if self._saved_at != self.position.step:

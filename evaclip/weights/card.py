@@ -1,14 +1,14 @@
 """Model cards: the README.md of a folder of weights, with the header that the Hugging Face hub reads."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from evaclip.errors import unknown_name
-from evaclip.run_files import CONFIG_FILE
+from evaclip.run_files import CONFIG_FILE, LOG_FILE
 
 CARD_FILE = "README.md"
 _CARD_PARTS = (
@@ -49,8 +49,7 @@ def run_facts(source: str | Path) -> dict[str, Any]:
         "Model": config["model"]["name"],
         "Starts from": [v for k, v in config["model"].items() if k.startswith("pretrained") and v] or "random values",
         "Training data": sets,
-        "Steps": f"{records[-1]['step']:,} of {config['batch_size']:,} pairs, {records[-1]['samples']:,} in all",
-        "Loss": f"{config['loss']['name']}, at the end {records[-1]['loss']:.4g}",
+        **_reached(config, records),
         "Optimizer": f"{optim['name']}, peak rate {optim['lr']:g}, weight decay {optim['weight_decay']:g}",
         "Precision": config["precision"],
         "Seed": config["seed"],
@@ -58,16 +57,33 @@ def run_facts(source: str | Path) -> dict[str, Any]:
     facts: dict[str, Any] = {"details": details}
     if evaluations:
         newest = evaluations[-1]
-        rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in newest["eval"].items())
+        told = {name: "not measured" if value is None else f"{value:.6g}" for name, value in newest["eval"].items()}
+        rows = "".join(f"| {name} | {text} |\n" for name, text in told.items())
         facts["evaluation"] = f"At step {newest['step']:,}:\n\n| measure | value |\n|---|---|\n{rows}"
     return facts
 
 
+def _reached(config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """How far it came, if a step has been logged."""
+    if not records:
+        return {"Loss": config["loss"]["name"]}
+    last = records[-1]
+    return {
+        "Steps": f"{last['step']:,} of {config['batch_size']:,} pairs, {last['samples']:,} in all",
+        "Loss": f"{config['loss']['name']}, at the end {last['loss']:.4g}",
+    }
+
+
 def is_of_run(source: str | Path | None) -> bool:
-    """Whether this is a run folder or a checkpoint in one."""
+    """Whether this is the folder of a run that has logged something, or a checkpoint in one."""
     folder = Path(source or "")
     places = (folder, folder.absolute().parent.parent)
-    return bool(source) and folder.is_dir() and any((each / CONFIG_FILE).is_file() for each in places)
+    return bool(source) and folder.is_dir() and any(_is_run(each) for each in places)
+
+
+def _is_run(folder: Path) -> bool:
+    log = folder / LOG_FILE
+    return (folder / CONFIG_FILE).is_file() and log.is_file() and '"loss"' in log.read_text(encoding="utf-8")
 
 
 def card_text(facts: Mapping[str, Any], name: str) -> str:

@@ -68,6 +68,8 @@ def _fitting(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> dic
     elif isinstance(model, CLIP):
         if model.config.init_logit_bias is not None:  # It may be that of a model that goes on with SigLIP's loss.
             state.setdefault("logit_bias", torch.tensor(float(model.config.init_logit_bias)))
+        elif state.pop("logit_bias", None) is not None:
+            _log.warning("the weights' logit_bias is left out: this model, without SigLIP's loss, has none")
         fit_image_size(state, expected, model.config.vision.grid, _IMAGE)
     problems = differences(state, expected)
     if problems:

@@ -297,15 +297,16 @@ def test_rope_attention_of_shared_heads_and_fewer_keys(dtype: torch.dtype) -> No
     ("offsets", "message"),
     [
         ([1, 9], "cu_seqlens must rise from 0"),
-        ([0, 7, 5, 9], "must rise"),
-        ([0, 8], "must end with the number of tokens"),
+        ([0, 5, 3, 9], "must rise"),
+        ([0, 4, 8], "must end with the number of tokens"),
+        ([0, 2, 9], "a sequence has more tokens than max_seqlen"),
     ],
 )
 def test_packed_attention_refuses_offsets_that_do_not_fit(offsets: list[int], message: str) -> None:
     q = normal(9, 2, 16)
     with pytest.raises(ValueError, match=message):
         _C.rope_attention_forward(
-            q, q, q, q.clone(), q.new_empty(2, 9), cu_seqlens=torch.tensor(offsets), max_seqlen=9, scale=1.0
+            q, q, q, q.clone(), q.new_empty(2, 9), cu_seqlens=torch.tensor(offsets), max_seqlen=6, scale=1.0
         )
 
 

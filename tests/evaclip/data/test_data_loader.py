@@ -1,3 +1,4 @@
+import gc
 import itertools
 import logging
 import multiprocessing
@@ -130,6 +131,21 @@ def test_augmentation_and_captions_change_from_epoch_to_epoch(shards):
     assert all(first != second for first, second in augmentations)
     assert 16 < sum(first != second for first, second in captions) < 48
     assert 40 < sum(sum(pair) for pair in captions) < 88
+
+
+def _collects_garbage(image, seed):
+    return torch.full((3, 1, 1), float(gc.isenabled()))
+
+
+def test_workers_collect_garbage_whatever_the_trainer_does(shards):
+    loader = make_loader(open_source(shards), workers=1)
+    loader.set_transform(_collects_garbage)
+    gc.disable()
+    try:
+        (batch,) = take(loader, 1)
+    finally:
+        gc.enable()
+    assert batch.images.all()
 
 
 def test_another_seed_gives_another_order(shards):
@@ -370,5 +386,5 @@ def test_canonical_nodes_give_each_process_shards_of_its_own(tmp_path, nodes):
     assert [len({number // 16 for number in numbers(batches)}) for batches in ranks] == [8, 8]
     # The position means the same for any batch size.
     assert sorted(numbers(take(make_loader(source, 32, **options), 4, 128))) == sorted(numbers(alone[8:16]))
-    with pytest.raises(UserError, match="global batch of 16 samples must be a multiple of the canonical nodes, got 3"):
+    with pytest.raises(UserError, match="global batch of 16 samples must be a multiple of data.canonical_nodes, got 3"):
         make_loader(source, 16, rank=0, world_size=2, nodes=3)

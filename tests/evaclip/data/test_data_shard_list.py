@@ -91,6 +91,11 @@ def test_damage_is_listed_too(shards, tmp_path, capsys):
         ('{"kind": "other", "shardlist": []}', "its kind is 'other'"),
         ('{"kind": "evaclip-shards-v1", "shardlist": [{"url": "a.tar"}]}', "KeyError: 'nsamples'"),
         ('{"kind": "evaclip-shards-v1", "shardlist": []}', "there are 0 shards"),
+        (
+            '{"kind": "evaclip-shards-v1", "shardlist": [{"url": "a.tar", "nsamples": 1, "digest": "", "damage": "",'
+            ' "indexed_bytes": 0, "filesize": "big", "etag": null}]}',
+            "invalid literal",
+        ),
     ],
 )
 def test_what_is_no_list(text, message, tmp_path):
@@ -146,6 +151,14 @@ def test_parts_are_indexed_apart_and_joined(shards, tmp_path, monkeypatch, capsy
     assert f"whole.json: 3 shards, 64 samples, fingerprint {source.fingerprint}" in capsys.readouterr().out
     joined = open_source(str(tmp_path / "whole.json"))
     assert (joined.fingerprint, joined.shard_sizes) == (source.fingerprint, [20, 30, 14])
+    lists = [tmp_path / f"list-0000{part}-of-00002.json" for part in (0, 1)]
+    for paths, message in (
+        (lists[:1], "1 lists of parts of 2 are no whole: there is no 00001-of-00002;"),
+        ([*lists, lists[0]], "some are given twice"),
+        ([*lists, shutil.copy(lists[0], tmp_path / "list-00000-of-00001.json")], "of parts of 1 and of 2 are no whole"),
+    ):
+        with pytest.raises(UserError, match=message):
+            index("::".join(map(str, paths)), tmp_path / "whole.json", "--part", "0/1")
     with pytest.raises(UserError, match="3 shards can't be divided into 4 parts"):
         index(shards, tmp_path / "list.json", "--part", "0/4")
     with pytest.raises(UserError, match=r"lists of shards are joined as a whole, so part 1/2 is none of \S+whole.json"):

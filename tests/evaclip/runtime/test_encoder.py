@@ -163,7 +163,8 @@ class _Gpu:
         return SimpleNamespace(recorded=recorded, replay=replay, pool=lambda: "pool")
 
     @contextmanager
-    def _capture(self, graph, pool):
+    def _capture(self, graph, pool, stream):
+        assert stream is not None
         self.pools.append(pool)
         self.recorded = graph.recorded
         yield

@@ -6,18 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from small_options import OPTIONS
 
 from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
 from evaclip.train.config import TrainConfig
 from evaclip.train.overrides import parse_assignment, validate
 from evaclip.train.tree import merge
-
-OPTIONS: dict[str, Any] = {
-    "embed_dim": 16,
-    "vision": {"width": 16, "layers": 2, "heads": 2, "image_size": 16, "patch_size": 4},
-    "text": {"width": 16, "layers": 1, "heads": 2},
-}
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import OPTIONS
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from small_options import OPTIONS
 
 from evaclip.errors import UserError
 from evaclip.factory import create_model

@@ -50,6 +50,19 @@ def test_a_trace_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     assert line.startswith("no trace: ")
 
 
+def test_a_run_that_ends_within_a_trace_says_so(tmp_path: Path) -> None:
+    (tmp_path / REQUEST).touch()
+    said: list[str] = []
+    tracer = Tracer(tmp_path, torch.device("cpu"), said.append)
+    tracer.between(0)
+    assert tracer.is_on
+    tracer.close()
+    assert not tracer.is_on
+    assert said == ["no trace: the run ended within the 3 steps that it takes"]
+    tracer.close()
+    assert len(said) == 1
+
+
 class _Cycle:
     def __init__(self) -> None:
         self.self = self

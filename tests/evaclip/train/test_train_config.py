@@ -13,9 +13,9 @@ from evaclip.errors import UserError
 from evaclip.factory import create_model
 from evaclip.train.build import training_transform
 from evaclip.train.comments import commented_yaml
-from evaclip.train.config import TrainConfig, config_hash
+from evaclip.train.config import TrainConfig, config_hash, to_tree
 from evaclip.train.overrides import dump_yaml, load_yaml, parse_assignment, resolve, validate
-from evaclip.train.recipes import RECIPES, get_recipe, with_own_evaluation
+from evaclip.train.recipes import RECIPES, get_recipe, with_fitting_parts, with_own_evaluation
 from evaclip.train.step import MAX_LOG_SCALE
 from evaclip.train.tree import differences, merge, nest
 
@@ -214,6 +214,24 @@ def test_other_data_is_not_measured_on_the_drawn_circles() -> None:
     assert (list(other.eval.sets or {}), other.held_out) == (["val"], None)
     for kept in (tiny, resolve(mine, [nest("eval.sets.shapes.data.train", "other")]), get_recipe("finetune")):
         assert with_own_evaluation(kept, tiny) == kept
+
+
+def test_a_batch_of_ones_own_takes_as_many_parts_of_the_recipe_as_divide_it() -> None:
+    recipe = get_recipe("eva02-b-16")
+    assert recipe.data.canonical_nodes == 64
+    for batch, nodes in ((131_072, 64), (1_000, 8), (7, 1)):
+        mine = resolve(recipe, [{"batch_size": batch}])
+        assert with_fitting_parts(mine, recipe).data.canonical_nodes == nodes
+    own = resolve(recipe, [nest("data.canonical_nodes", 3), {"batch_size": 7}])
+    assert with_fitting_parts(own, recipe) == own
+
+
+def test_configurations_of_one_evaluation_set_are_read_while_they_name_none(run_config: Make) -> None:
+    tree = to_tree(run_config())
+    old = {"data": None, "first": 0, "samples": None, "allow_unreadable": False, "templates": ["{}"]}
+    assert validate({**tree, "eval": {**tree["eval"], **old}}) == run_config()
+    with pytest.raises(UserError, match=r"unknown configuration key 'eval.samples'; .* 'eval.sets.NAME.samples'"):
+        validate({**tree, "eval": {**old, "samples": 5}})
 
 
 def test_trees() -> None:
