@@ -322,7 +322,7 @@ def test_two_starts_of_one_run(run_config: Callable[..., TrainConfig], tmp_path:
         assert main(arguments) == 2
         assert capsys.readouterr().err.startswith(f"error: process {first.pid} on ")
         first.kill()
-    assert main([*arguments, "--set", "schedule.steps=1"]) == 0
+    assert main([*arguments, "--set", "schedule.steps=1", "checkpoint.allow_schedule_change=true"]) == 0
     text = capsys.readouterr().out
     assert f"took the run over from process {first.pid} on" in text
     assert "resuming from" in text
