@@ -174,8 +174,8 @@ def finetune() -> TrainConfig:
 @recipe
 def siglip_b_16() -> TrainConfig:
     """EVA02-CLIP-B/16 by SigLIP's sigmoid loss, from random values: batches of 32,768."""
-    # From Zhai et al. 2023 (arXiv 2303.15343): batch, rate, decay, beta2 and the bound on the gradient. The model, the
-    # 4B samples and the warm-up are not.
+    # Batch and beta2 are those of Zhai et al. 2023 (arXiv 2303.15343). Rate, decay and the bound on the gradient
+    # weren't compared with the paper's; the model, the 4B samples and the warm-up are not its.
     config = _published("EVA02-CLIP-B-16", 32_768, 122_070, TowerConfig(), TowerConfig())
     optim = OptimConfig(lr=1e-3, weight_decay=1e-4, beta2=0.95, eps=1e-8, grad_clip_norm=1.0)
     return replace(config, name="siglip-b-16", precision="amp_bf16", loss=LossConfig(name="siglip"), optim=optim)
