@@ -19,7 +19,7 @@ from evaclip.model.vision_names import RELEASES, split_name, vision_config
 from evaclip.tokenizer import Tokenizer
 from evaclip.transforms import EvalTransform, TrainTransform
 from evaclip.weights import find_weights, materialize, read_preprocess, start_image_tower, start_text_tower
-from evaclip.weights.files import read_tensors
+from evaclip.weights.files import holds
 from evaclip.weights.hub import HUB, LOCAL, download_beside
 from evaclip.weights.open_clip_config import CONFIG_FILE, read_open_clip_config
 from evaclip.weights.released import RELEASED
@@ -104,7 +104,7 @@ def create_model(
     weights = find_weights(pretrained, known_name) if pretrained else None
     if weights is not None:
         config = _with_stored_preprocess(config, weights, options)
-        if target.type != "meta" and config.init_logit_bias is None and "logit_bias" in read_tensors(weights):
+        if target.type != "meta" and config.init_logit_bias is None and holds(weights, "logit_bias"):
             config = replace(config, init_logit_bias=0.0)  # which the weights replace
     # On the meta device first: no value is computed that is overwritten afterwards.
     with torch.device("meta"), _WithoutValues():

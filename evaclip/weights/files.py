@@ -3,12 +3,13 @@
 import json
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -81,6 +82,23 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             message = str(exc)
             raise exc if str(part) in message else UserError(f"{str(part)!r}: {message}") from None
     return tensors
+
+
+def holds(path: Path, name: str) -> bool:
+    """Whether a weights file has a tensor of this name, whatever is put around it; of safetensors reads no tensor.
+
+    Raises:
+        UserError: as `load_state_dict`.
+    """
+    if all(part.suffix == ".safetensors" and part.is_file() for part in weight_files(path)):
+        with suppress(SafetensorError):  # which reading the tensors explains
+            return any(f".{key}".endswith(f".{name}") for part in weight_files(path) for key in _names(part))
+    return name in read_tensors(path)
+
+
+def _names(path: Path) -> list[str]:
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
 
 
 def weight_files(path: Path) -> list[Path]:
