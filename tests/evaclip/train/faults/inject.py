@@ -38,16 +38,19 @@ from evaclip.train.progress import read_log
 
 KINDS = (
     "kill", "SIGTERM", "SIGTERM to all, twice", "SIGTERM to the agent", "full disk", "slow disk", "unshared folder",
-    "corrupt shard", "truncated checkpoint", "NaN batch",
+    "corrupt shard", "truncated checkpoint", "NaN batch", "NaN evaluation",
 )  # fmt: skip
 _STRUCK = ("kill", "SIGTERM", "SIGTERM to all, twice", "SIGTERM to the agent", "truncated checkpoint")
 PROCESSES, BATCH, SAMPLES, STEPS = 2, 8, 48, 12
 EVERY = 2
 """Steps from checkpoint to checkpoint."""
+EVALUATE_EVERY = 3
+"""Steps from evaluation to evaluation, of the runs in which one fails."""
 TIMEOUT = 300
 """Seconds after which a run counts as hanging."""
 _PATIENCE = 6
 """Seconds that processes wait for one with a slow disk, which takes 2 or 12."""
+_SET = "pairs"
 _MODES = ("shard", "replicate")
 _STEP = 0.05
 """Seconds after the beginning of a step within which a signal strikes: one takes about that long."""
@@ -79,6 +82,8 @@ def draw(rng: random.Random) -> tuple[dict[str, Any], str]:
         fault |= {"save": rng.randrange(1, 6), "seconds": rng.choice((2, 2 * _PATIENCE))}
     elif kind == "NaN batch":
         fault["batch"] = rng.randrange(STEPS)
+    elif kind == "NaN evaluation":
+        fault["evaluation"] = rng.randrange(STEPS // EVALUATE_EVERY)
     elif kind == "corrupt shard":
         fault["sample"] = rng.randrange(SAMPLES)
     mode = rng.choice(_MODES)
@@ -170,6 +175,9 @@ class Bench:
         arguments, told = [*self._arguments(name, data), f"parallel.mode={outcome.mode}"], self.folder / "told.txt"
         if outcome.fault["kind"] == "slow disk":
             arguments.append(f"parallel.saving_timeout_minutes={_PATIENCE / 60}")
+        if outcome.fault["kind"] == "NaN evaluation":
+            one_set = f"{{data: {{train: {data}, workers: 0}}, measure: [loss]}}"
+            arguments += [f"eval.sets={{{_SET}: {one_set}}}", f"eval.every_steps={EVALUATE_EVERY}"]
         torchrun = start_torchrun(options, worker.work, arguments, environment, told)
         torchrun.join(TIMEOUT)
         if torchrun.exitcode is None:
@@ -201,6 +209,10 @@ class Bench:
                 outcome.problems.append(f"the losses differ by {off:.1e}")
         elif kind == "NaN batch" and sum(map(math.isnan, losses)) != 1:
             outcome.problems.append("not one step was skipped")
+        if kind == "NaN evaluation":
+            failed = [number == outcome.fault["evaluation"] for number in range(STEPS // EVALUATE_EVERY)]
+            if _failed_evaluations(run) != failed:
+                outcome.problems.append(f"evaluations failed: {_failed_evaluations(run)}, not {failed}")
         for folder in sorted((run / "checkpoints").glob("step_*")):
             try:
                 checkpoint.read_meta(folder)
@@ -250,6 +262,12 @@ def _refused(outcome: Outcome) -> list[int]:
 def _losses(run: Path) -> list[float]:
     records = [record for record in read_log(run / "log.jsonl") if "loss" in record]
     return [math.nan if record["loss"] is None else record["loss"] for record in records]
+
+
+def _failed_evaluations(run: Path) -> list[bool]:
+    """Of each evaluation, whether it has no loss."""
+    records = [record for record in read_log(run / "log.jsonl") if "eval" in record]
+    return [record["eval"][f"{_SET}/loss"] is None for record in records]
 
 
 def _corrupt(data: Path, sample: int) -> None:

@@ -6,6 +6,7 @@ colour, which is the sample's number.
 """
 
 import json
+import math
 import os
 import resource
 import signal
@@ -22,6 +23,8 @@ from evaclip.commands.main import main
 from evaclip.data import Batch, TrainLoader
 from evaclip.model.config import Preprocess
 from evaclip.train import checkpoint, run_folder, saver
+from evaclip.train.evaluation import Evaluation
+from evaclip.train.spread import Spread
 from evaclip.train.step import TrainStep
 from evaclip.transforms import Normalization
 
@@ -116,6 +119,23 @@ def poison(batch: int) -> None:
     TrainLoader.batches = batches  # type: ignore[assignment, method-assign]
 
 
+def poison_evaluation(number: int) -> None:
+    """This process's pictures have no features in the n-th evaluation."""
+    evaluate, encode = Evaluation.__call__, Spread.encode_image
+    calls = []
+
+    def evaluated(*args: Any) -> Any:
+        calls.append(args)
+        return evaluate(*args)
+
+    def encoded(*args: Any, **options: bool) -> torch.Tensor:
+        features = encode(*args, **options)
+        return features * math.nan if len(calls) == number + 1 else features
+
+    Evaluation.__call__ = evaluated  # type: ignore[method-assign]
+    Spread.encode_image = encoded  # type: ignore[method-assign]
+
+
 def go_elsewhere(arguments: list[str]) -> None:
     """This process has another folder under the name of the one that the runs lie in."""
     for place, argument in enumerate(arguments):
@@ -144,6 +164,8 @@ def install(fault: dict[str, Any], arguments: list[str]) -> None:
         fill_disk(fault["save"])
     elif fault["kind"] == "NaN batch":
         poison(fault["batch"])
+    elif fault["kind"] == "NaN evaluation":
+        poison_evaluation(fault["evaluation"])
 
 
 def work(*given: str) -> None:
