@@ -8,7 +8,7 @@ from evaclip.data.loader import TrainLoader, TrainTransform
 from evaclip.model.clip import CLIP
 from evaclip.model.flops import flops_per_sample
 from evaclip.train.config import ScheduleConfig
-from evaclip.train.schedule import image_size_at
+from evaclip.train.schedule import image_parts, image_size_at
 from evaclip.train.throughput import BACKWARD_FACTOR
 
 Size = int | tuple[int, int]
@@ -55,6 +55,5 @@ class Resolution:
 
     def flops_left(self, step: int) -> float:
         """The same of one sample in each of the steps from `step` to the end."""
-        sizes = [self.at(each) for each in range(step, self.total_steps)]
-        first = {size: step + sizes.index(size) for size in dict.fromkeys(sizes)}
-        return sum(sizes.count(size) * self.flops_per_sample(at) for size, at in first.items())
+        parts = [range(max(step, steps.start), steps.stop) for steps, _ in image_parts(self.total_steps, self.schedule)]
+        return sum(len(steps) * self.flops_per_sample(steps.start) for steps in parts if steps)

@@ -33,14 +33,20 @@ def cooldown_steps(total_steps: int, config: ScheduleConfig) -> int:
     return config.cooldown_steps if config.cooldown_share is None else round(config.cooldown_share * total_steps)
 
 
-def image_size_at(step: int, total_steps: int, config: ScheduleConfig) -> int | None:
-    """Side of the images of step `step` (from 0), or None for the model's own size."""
-    end = 0.0
+def image_parts(total_steps: int, config: ScheduleConfig) -> list[tuple[range, int | None]]:
+    """The parts of the run with one image size each: steps (from 0) and the images' side, None for the model's own."""
+    parts: list[tuple[range, int | None]] = []
+    begin, end = 0, 0.0
     for part in config.resolutions:
         end += total_steps * part.share if part.share is not None else part.steps or 0
-        if step < round(end):
-            return part.image_size
-    return None
+        parts.append((range(begin, min(round(end), total_steps)), part.image_size))
+        begin = parts[-1][0].stop
+    return [(steps, size) for steps, size in [*parts, (range(begin, total_steps), None)] if steps]
+
+
+def image_size_at(step: int, total_steps: int, config: ScheduleConfig) -> int | None:
+    """Side of the images of step `step` (from 0), or None for the model's own size."""
+    return next((size for steps, size in image_parts(total_steps, config) if step in steps), None)
 
 
 def total_steps(config: ScheduleConfig, batch_size: int, data_samples: int) -> int:

@@ -20,7 +20,7 @@ from evaclip.train.build import build
 from evaclip.train.config import ScheduleConfig, TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.progress import read_log
-from evaclip.train.schedule import image_size_at
+from evaclip.train.schedule import image_parts, image_size_at
 from evaclip.train.step import StepResult, TrainStep
 from evaclip.train.trainer import train
 from evaclip.weights.load import load_weights
@@ -56,6 +56,12 @@ def test_the_course_of_the_size() -> None:
     parts: Any = [{"image_size": 98, "share": 0.4}, {"image_size": 154, "steps": 3}]
     config = ScheduleConfig(steps=10, resolutions=parts)
     assert [image_size_at(step, 10, config) for step in range(10)] == [98] * 4 + [154] * 3 + [None] * 3
+    assert image_parts(10, config) == [(range(4), 98), (range(4, 7), 154), (range(7, 10), None)]
+
+
+def test_parts_without_a_step_are_left_out() -> None:
+    parts: Any = [{"image_size": 98, "share": 0.01}, {"image_size": 154, "steps": 99}, {"image_size": 182, "steps": 2}]
+    assert image_parts(10, ScheduleConfig(steps=10, resolutions=parts)) == [(range(10), 154)]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +119,7 @@ def test_operations_are_those_of_each_part(run_config: Make) -> None:
     assert [resolution.at(step) for step in range(6)] == sizes
     forward = [flops_per_sample(replace(config, vision=replace(config.vision, image_size=size))) for size in sizes]
     assert [resolution.flops_per_sample(step) for step in range(6)] == [3 * cost for cost in forward]
-    assert resolution.flops_left(1) == 3 * sum(forward[1:])
+    assert [resolution.flops_left(step) for step in range(7)] == [3 * sum(forward[step:]) for step in range(7)]
 
 
 def test_the_past_keeps_its_size(run_config: Make, tmp_path: Path) -> None:
