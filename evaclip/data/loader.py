@@ -71,6 +71,7 @@ class TrainLoader:
         rank, world_size: this process and the number of processes.
         window: samples that the shuffle mixes with one another; 0 mixes all.
         nodes: parts that the shards are divided among, see `sample_order`; machines, in general.
+        machine: ranks of the processes of this machine, which share its copies of remote shards; None: this one alone.
         prefetch: batches that wait ready, over all workers; or as many parts a worker, if these are more.
         pin: give `images` in parts that are pinned, for a GPU to fetch.
         decode_size: a large JPEG may be decoded at a fraction of its size as long as both sides keep this
@@ -94,6 +95,7 @@ class TrainLoader:
         world_size: int = 1,
         window: int = DEFAULT_WINDOW,
         nodes: int = 1,
+        machine: range | None = None,
         prefetch: int = 2,
         pin: bool = False,
         decode_size: int | None = None,
@@ -134,7 +136,9 @@ class TrainLoader:
             replace(source.decoding, at_least=decode_size),
             Prefetcher(),
         )
-        self._reader.check_room(window)
+        ends = [part_of_batch(batch_size, each, world_size) for each in machine or [rank]]
+        together = replace(self._reader, part=range(ends[0].start, ends[-1].stop), ordered={})
+        together.check_room(window, len(ends))
 
     def set_transform(self, transform: TrainTransform) -> None:
         """What the iterators of later calls of `batches` do with pictures; which ones and how drawn stays the same."""
@@ -201,15 +205,16 @@ class _BatchReader:
     ordered: dict[int, I64] = field(default_factory=dict)
     """The batch in order, by its position; the last one alone, of which a worker has several units."""
 
-    def check_room(self, window: int) -> None:
+    def check_room(self, window: int, processes: int) -> None:
         """Raises UserError if the local copies of the shards that are read at a time don't fit into their cache."""
         copies = self.source.copies(self.order.shards(self._global_indices(0))[0]) if self.source.remote else []
         size = sum(copy.size for copy in copies)
         if copies and size > (capacity := copies[0].cache.capacity):
+            readers = f", which {processes} processes of this machine read," if processes > 1 else ""
             raise UserError(
-                f"a shuffle window of {window} samples (0: all) takes {len(copies)} remote shards, {size / 1e9:.3g} GB,"
-                f" but local copies may take {capacity / 1e9:.3g} GB: raise data.remote.cache_gb, to twice as much for"
-                " the next window to be fetched meanwhile, or lower data.shuffle_window"
+                f"a shuffle window of {window} samples (0: all){readers} takes {len(copies)} remote shards,"
+                f" {size / 1e9:.3g} GB, but local copies may take {capacity / 1e9:.3g} GB: raise data.remote.cache_gb,"
+                " to twice as much for the next window to be fetched meanwhile, or lower data.shuffle_window"
             )
 
     def __call__(self, unit: tuple[int, slice]) -> _Loaded:

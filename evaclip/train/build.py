@@ -201,6 +201,7 @@ def _loader(
         world_size=world.size,
         window=data.shuffle_window,
         nodes=data.canonical_nodes,
+        machine=world.machine,
         prefetch=data.prefetch,
         pin=world.device.type == "cuda",
         decode_size=REDUCTION_MARGIN * max(model.config.vision.image_shape) if data.jpeg_reduction else None,

@@ -47,6 +47,13 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def machine(self) -> range:
+        """The ranks of this machine's processes, which torchrun numbers one after the other."""
+        local, count = (int(os.environ.get(f"LOCAL_{name}", 0)) for name in ("RANK", "WORLD_SIZE"))
+        first = self.rank - local
+        return range(max(0, first), min(self.size, first + max(1, count)))
+
     def mean_(self, tensor: Tensor) -> Tensor:
         """The mean over all processes, in place."""
         if self.size > 1:

@@ -261,6 +261,19 @@ def test_a_window_that_does_not_fit_is_an_error_at_the_start(server):
         make_loader(source, window=0)
 
 
+def test_the_processes_of_a_machine_share_its_room(tmp_path, copies):
+    for number in range(4):
+        write_shard(tmp_path / f"n{number}.tar", map(sample, range(20 * number, 20 * number + 20)))
+    size = (tmp_path / "n0.tar").stat().st_size
+    with ShardServer(tmp_path).running() as server:
+        source = open_source(server.url("n{0..3}.tar"), remote=RemoteConfig(cache_gb=1.5 * size / 1e9))
+        options = {"nodes": 2, "window": 20, "world_size": 2}
+        for rank in range(2):
+            make_loader(source, rank=rank, machine=range(rank, rank + 1), **options)
+            with pytest.raises(UserError, match="which 2 processes of this machine read, takes 2 remote shards"):
+                make_loader(source, rank=rank, machine=range(2), **options)
+
+
 def test_the_next_window_is_fetched_before_it_is_read(tmp_path, copies):
     for number in range(6):
         write_shard(tmp_path / f"n{number}.tar", map(sample, range(20 * number, 20 * number + 20)))

@@ -36,6 +36,14 @@ from evaclip.train.trainer import train
 LAST = "checkpoints/step_00000004/model.safetensors"
 
 
+def test_the_processes_of_a_machine_are_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(torch.device("cpu"), rank=13, size=20)
+    assert list(world.machine) == [13]
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert world.machine == range(8, 16)
+
+
 def run_two(config: TrainConfig, folder: Path) -> str:
     """Trains in two processes that torchrun starts, as users do; returns what they printed."""
     path = folder / "config.yaml"
