@@ -20,7 +20,7 @@ class Saver:
     """Writes the checkpoints of a run and thins them out.
 
     A checkpoint that can't be written, because the disk is full for example, is reported and the run goes on: the
-    earlier ones stay as they are. Only the last one must succeed.
+    earlier ones stay as they are. Only the last one must succeed: `lost` says that it is worth another try.
 
     Args:
         root: the folder of all checkpoints.
@@ -82,9 +82,14 @@ class Saver:
         if self._failure is not None:
             raise UserError(f"the last checkpoint could not be written: {self._failure}")
 
+    def lost(self) -> bool:
+        """Whether the last checkpoint failed as processes lost each other; all of `world` must call it."""
+        lost = isinstance(self._failure, Lost)
+        return self._world.any(lost)[0] if self._world else lost
+
     def _find_each_other(self) -> None:
         """Makes the group anew if a process waited too long in it, as nothing gets through it any more."""
-        if self._world and self._world.any(isinstance(self._failure, Lost))[0]:
+        if self._world and self.lost():
             torch.distributed.destroy_process_group(self._group)
             self._group = self._world.new_saving_group()
 

@@ -144,6 +144,9 @@ class Trainer:
             if self._saved_at != self.position.step:
                 self._save()
             self._saver.finish()
+            if self._saver.lost():
+                self._save()  # in a new group; nothing follows that could make up for this one
+                self._saver.finish()
             # Torchrun ends those that still write, once one has ended.
             self.world.any(False)
             stopped = stopped or self._evaluate(signals)

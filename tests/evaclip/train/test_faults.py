@@ -32,6 +32,13 @@ def test_a_fault_changes_nothing(kind: str, bench: Bench) -> None:
     assert outcome.problems == []
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("faults")
+def test_the_last_checkpoint_survives_a_slow_disk(bench: Bench) -> None:
+    outcome = bench.strike(1, {"kind": "slow disk", "rank": 1, "save": STEPS // EVERY, "seconds": 12}, "shard")
+    assert (outcome.problems, outcome.starts) == ([], 1)
+
+
 def test_a_sample_that_was_left_out_would_be_seen(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "bench")
     seen = tmp_path / "bench" / "run-seen"

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from evaclip.errors import UserError
 from evaclip.factory import create_model
 from evaclip.loading import load_model
 from evaclip.train import saver, snapshot
+from evaclip.train.checkpoint import Lost, NotWritten
 from evaclip.train.config import TrainConfig
 from evaclip.train.progress import read_log
 from evaclip.train.step import StepResult, TrainStep
@@ -183,6 +185,29 @@ def test_signals_while_the_last_checkpoint_is_written_do_not_cost_it(
     outcome = train(run_config("checkpoint.every_steps=2"))
     assert outcome.stopped_by == 143
     assert checkpoints(outcome.folder)[-1] == f"step_{outcome.steps:08d}"
+
+
+@pytest.mark.parametrize(
+    ("failures", "tries", "succeeds"),
+    [([Lost], 2, True), ([Lost, Lost], 2, False), ([NotWritten], 1, False)],
+    ids=["lost once", "lost twice", "full disk"],
+)
+def test_the_last_checkpoint_is_tried_again_in_a_new_group(
+    run_config: Make, monkeypatch: pytest.MonkeyPatch, failures: list[type], tries: int, succeeds: bool
+) -> None:
+    original, steps, left = saver.checkpoint.save, list[int](), list(failures)
+
+    def save(root: Path, step: int, *rest: Any) -> Path:
+        steps.append(step)
+        if left:
+            raise left.pop(0)("no")
+        return original(root, step, *rest)
+
+    monkeypatch.setattr(saver.checkpoint, "save", save)
+    config = run_config("schedule.steps=1", "checkpoint.every_steps=null")
+    with nullcontext() if succeeds else pytest.raises(UserError, match="the last checkpoint could not be written: no"):
+        train(config)
+    assert steps == [1] * tries
 
 
 def test_a_truncated_checkpoint_is_passed_over_aloud(run_config: Make, tmp_path: Path, capsys: Any) -> None:

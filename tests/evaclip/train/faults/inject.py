@@ -79,7 +79,7 @@ def draw(rng: random.Random) -> tuple[dict[str, Any], str]:
     if kind in _STRUCK:
         fault |= {"step": rng.randrange(STEPS - 1), "seconds": rng.uniform(0, _STEP)}
     elif kind in ("full disk", "slow disk"):
-        fault |= {"save": rng.randrange(1, 6), "seconds": rng.choice((2, 2 * _PATIENCE))}
+        fault |= {"save": rng.randrange(1, STEPS // EVERY + 1), "seconds": rng.choice((2, 2 * _PATIENCE))}
     elif kind == "NaN batch":
         fault["batch"] = rng.randrange(STEPS)
     elif kind == "NaN evaluation":
@@ -256,7 +256,9 @@ def _refused(outcome: Outcome) -> list[int]:
     """The steps whose checkpoints were never there: the disk was full, or others waited too long for it."""
     fault = outcome.fault
     is_slow = fault["kind"] == "slow disk" and fault["seconds"] > _PATIENCE and outcome.mode == "shard"
-    return [EVERY * fault["save"]] if is_slow or fault["kind"] == "full disk" else []
+    is_refused = is_slow or fault["kind"] == "full disk"
+    # The last one is tried again, by the run itself or by the one that takes its place.
+    return [EVERY * fault["save"]] if is_refused and EVERY * fault["save"] < STEPS else []
 
 
 def _losses(run: Path) -> list[float]:
