@@ -19,7 +19,6 @@ from evaclip.model.config import Interpolation, Preprocess, Resize
 from evaclip.pixels import eight_bit
 
 Color = tuple[int, int, int]
-SeededTransform = Callable[[Image.Image, int], Tensor]
 
 WHITE: Color = (255, 255, 255)
 _CROP_ATTEMPTS = 10
@@ -40,6 +39,13 @@ class EvalTransform:
     preprocess: Preprocess = field(default_factory=Preprocess)
 
     def __call__(self, image: Image.Image) -> Tensor:
+        return _to_tensor(self._cropped(image), self.preprocess)
+
+    def levels(self, image: Image.Image) -> Tensor:
+        """The same before `Normalization`, uint8 `[3, height, width]`: a quarter of the bytes."""
+        return _levels(_rgb(self._cropped(image))).contiguous()
+
+    def _cropped(self, image: Image.Image) -> Image.Image:
         image = _on_background(eight_bit(image), WHITE)
         height, width = shape = _shape(self.size)
         resized = [int(side / self.preprocess.crop) for side in shape]
@@ -49,7 +55,7 @@ class EvalTransform:
         top, left = round((image.height - height) / 2), round((image.width - width) / 2)
         if (top, left, *shape) != (0, 0, image.height, image.width):
             image = image.crop((left, top, left + width, top + height))
-        return _to_tensor(image, self.preprocess)
+        return image
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class TrainTransform:
 
     def levels(self, image: Image.Image, seed: int | None = None) -> Tensor:
         """The same before `Normalization`, uint8 `[3, height, width]`: a quarter of the bytes."""
-        return torch.from_numpy(np.array(self._augmented(image, seed))).permute(2, 0, 1)
+        return _levels(self._augmented(image, seed))
 
     def _augmented(self, image: Image.Image, seed: int | None) -> Image.Image:
         if seed is None:
@@ -115,12 +121,13 @@ class Normalization:
         return levels.to(torch.float32).div_(top).sub_(mean).div_(std)
 
 
-def levels_of(transform: SeededTransform, preprocess: Preprocess) -> SeededTransform:
+def levels_of(transform: Callable[..., Tensor], preprocess: Preprocess) -> Callable[..., Tensor]:
     """What gives the levels that `Normalization` makes a transform's tensors of; the transform itself if none does."""
-    if not isinstance(transform, TrainTransform) or transform.preprocess != preprocess:
-        return transform
-    # A subclass may do anything to the tensors.
-    return transform.levels if type(transform).__call__ is TrainTransform.__call__ else transform
+    for kind in (TrainTransform, EvalTransform):
+        # A subclass may do anything to the tensors.
+        if isinstance(transform, kind) and type(transform).__call__ is kind.__call__:
+            return transform.levels if transform.preprocess == preprocess else transform
+    return transform
 
 
 def _shape(size: int | tuple[int, int]) -> list[int]:
@@ -268,6 +275,10 @@ def _turn_hue(image: Image.Image, share: float) -> Image.Image:
     hue, saturation, value = image.convert("HSV").split()
     turned = np.asarray(hue) + np.uint8(int(share * 255) % 256)
     return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
+
+
+def _levels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _to_tensor(image: Image.Image, preprocess: Preprocess) -> Tensor:

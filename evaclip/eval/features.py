@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from evaclip.atomic import replacing, writing
 from evaclip.data import BadSample, Source, iterate
 from evaclip.errors import Refused, UserError
+from evaclip.model.config import Preprocess
+from evaclip.transforms import Normalization, levels_of
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Item = TypeVar("Item")
@@ -106,10 +108,14 @@ def encode_images(
     if cached and (hit := cached.load()):
         return ImageFeatures(hit["features"], _unpack(hit["captions"]), _unpack(hit["keys"]))
     rows, captions, keys = [], list[str](), list[str]()
-    batches = iterate(source, transform, options.batch_size, workers=options.workers)
+    # Workers send uint8: a quarter of the shared memory, and of the way to the device.
+    preprocess = getattr(transform, "preprocess", Preprocess())
+    levels = levels_of(transform, preprocess)
+    batches = iterate(source, levels, options.batch_size, workers=options.workers)
     with _inference(model, options.precision) as device:
+        finish = nn.Identity() if levels is transform else Normalization(preprocess, device)
         for images, batch_captions, batch_keys in _progress(batches, len(source), "images", options):
-            rows.append(model.encode_image(images.to(device), normalize=True).float().cpu())
+            rows.append(model.encode_image(finish(images.to(device)), normalize=True).float().cpu())
             captions += batch_captions
             keys += batch_keys
     if not rows:

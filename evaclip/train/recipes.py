@@ -175,9 +175,9 @@ def finetune() -> TrainConfig:
 def siglip_b_16() -> TrainConfig:
     """EVA02-CLIP-B/16 by SigLIP's sigmoid loss, from random values: batches of 32,768."""
     # Batch and beta2 are those of Zhai et al. 2023 (arXiv 2303.15343), rate and decay those of SigLIP 2 (Tschannen et
-    # al. 2025, arXiv 2502.14786). SigLIP's configuration in google-research/big_vision (siglip_lit_coco, its image tower
-    # locked) has the same rate and bound on the gradient with a decay of 1e-2. What the paper of 2023 trains from random
-    # values with wasn't compared; the model, the 4B samples and the warm-up are not its.
+    # al. 2025, arXiv 2502.14786). The configuration of SigLIP in google-research/big_vision (siglip_lit_coco, a locked
+    # image tower) has the same rate and bound on the gradient, and a decay of 1e-2. What the paper of 2023 has from
+    # random values wasn't compared; the model, the 4B samples and the warm-up are not its.
     config = _published("EVA02-CLIP-B-16", 32_768, 122_070, TowerConfig(), TowerConfig())
     optim = OptimConfig(lr=1e-3, weight_decay=1e-4, beta2=0.95, eps=1e-8, grad_clip_norm=1.0)
     return replace(config, name="siglip-b-16", precision="amp_bf16", loss=LossConfig(name="siglip"), optim=optim)

@@ -14,7 +14,7 @@ from torchvision.transforms import functional as F
 
 from evaclip import Augmentation, Preprocess, eval_transform, train_transform, transforms
 from evaclip.errors import UserError
-from evaclip.transforms import TrainTransform, crop_box
+from evaclip.transforms import EvalTransform, TrainTransform, crop_box
 
 SIZES = [(300, 200), (48, 224), (224, 224), (37, 500)]
 MODES = ["RGB", "L", "CMYK", "P", "1", "RGBA"]
@@ -58,6 +58,10 @@ def test_levels_normalised_later_are_the_same_bits(mode: str) -> None:
         levels = transforms.levels_of(transform, preprocess)(image, seed)
         assert (levels.dtype, levels.shape) == (torch.uint8, (3, 32, 48))
         assert torch.equal(transforms.Normalization(preprocess)(levels), transform(image, seed))
+    whole = EvalTransform((32, 48), preprocess)
+    levels = transforms.levels_of(whole, preprocess)(image)
+    assert (levels.dtype, levels.shape) == (torch.uint8, (3, 32, 48))
+    assert torch.equal(transforms.Normalization(preprocess)(levels), whole(image))
     every = np.arange(256, dtype=np.uint8)[:, None, None].repeat(3, 2)
     later = transforms.Normalization(preprocess)(torch.from_numpy(every).permute(2, 0, 1))
     expected = (torch.arange(256) / 255 - torch.tensor(preprocess.mean)[:, None]) / torch.tensor(preprocess.std)[
@@ -78,7 +82,7 @@ def test_tensors_that_normalisation_does_not_give_stay_as_they_are() -> None:
     def own(image: Image.Image, seed: int) -> torch.Tensor:
         return torch.zeros(3, 8, 8)
 
-    for transform in (Noisy(8), TrainTransform(8, PLAIN), own):
+    for transform in (Noisy(8), TrainTransform(8, PLAIN), EvalTransform(8, PLAIN), own):
         assert transforms.levels_of(transform, Preprocess()) is transform
     levels = transforms.levels_of(Recoloured(8), Preprocess())(_picture((9, 9)), 0)
     assert levels.dtype == torch.uint8

@@ -1,13 +1,21 @@
+import io
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from eval_fakes import COLORS, ColorModel, ToTensor, png, tokenize_colors, write_tar
+from PIL import Image
 
+from evaclip import create_model, data
 from evaclip.data import open_source
 from evaclip.errors import UserError
+from evaclip.eval import features
 from evaclip.eval.features import FeatureOptions, encode_images, encode_texts, weights_hash
+from evaclip.transforms import EvalTransform
 
 OPTIONS = FeatureOptions(batch_size=3, progress=False)
 
@@ -19,6 +27,37 @@ def test_features_are_normalised_and_in_order(color_model: ColorModel, color_sha
     expected = torch.tensor(list(COLORS.values())).float() / 255 - 0.5
     assert torch.allclose(images.features, expected / expected.norm(dim=1, keepdim=True), atol=1e-6)
     assert torch.allclose(encode_texts(color_model, tokenize_colors, list(COLORS), OPTIONS), images.features)
+
+
+def test_workers_send_uint8_and_features_are_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Floats(EvalTransform):
+        def __call__(self, image: Image.Image) -> torch.Tensor:
+            return super().__call__(image)
+
+    sent: list[torch.dtype] = []
+
+    def iterate(*args: Any, **options: Any) -> Iterator[Any]:
+        for batch in data.iterate(*args, **options):
+            sent.append(batch.images.dtype)
+            yield batch
+
+    monkeypatch.setattr(features, "iterate", iterate)
+    samples = {f"{number}": {"png": noise(number), "txt": b"noise"} for number in range(5)}
+    source, options = open_source(str(write_tar(tmp_path / "x.tar", samples))), replace(OPTIONS, workers=1)
+    model = create_model("tiny")
+    found = [
+        encode_images(model, make(model.config.vision.image_size, model.config.preprocess), source, options).features
+        for make in (Floats, EvalTransform)
+    ]
+    assert torch.equal(*found)
+    assert sent == [torch.float32] * 2 + [torch.uint8] * 2
+
+
+def noise(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (50, 70, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def test_the_models_mode_is_put_back_and_no_gradient_kept(color_model: ColorModel) -> None:
