@@ -51,24 +51,28 @@ def run(args: argparse.Namespace) -> None:
     from evaclip.plan.gpus import get_gpu
     from evaclip.plan.host import host_table, host_tree
     from evaclip.plan.job import Job
-    from evaclip.plan.memory import plan_memory
+    from evaclip.plan.parts import parts_table, parts_tree, plan_parts, run_hours
     from evaclip.plan.savings import ladder
-    from evaclip.plan.time import plan_time
 
     config, gpu = configure(args, args.gpus), get_gpu(args.gpu)
     if args.beside is not None:
         gpu = replace(gpu, beside_gib=(args.beside, args.beside))
     job = Job.of(config, args.gpus, caption_tokens=args.caption_tokens, state_dtype=args.state_dtype)
-    memory = plan_memory(job)
-    time = plan_time(job, memory, gpu)
-    host = host_tree(config, job, memory, time, args.images_per_core, args.storage_gbps)
-    rungs = ladder(job, gpu) if args.savings else None
-    found = fit(job, gpu) if args.fit else None
+    parts = plan_parts(config, job, gpu)
+    largest = max(parts, key=lambda part: part.memory.peak.total)
+    memory, time = largest.memory, largest.time
+    fastest = min((part.time for part in parts), key=lambda time: sum(time.step))
+    host = host_tree(config, job, memory, fastest, args.images_per_core, args.storage_gbps)
+    # What follows is of a step with the largest images; the hours of a run of several parts stand with these.
+    of_step = largest.job if len(parts) == 1 else replace(largest.job, samples=None)
+    rungs = ladder(of_step, gpu) if args.savings else None
+    found = fit(of_step, gpu) if args.fit else None
     if args.json:
         tree = {
             **time_tables.inputs_tree(job, gpu),
             "memory": tables.memory_tree(memory, gpu),
-            "time": time_tables.time_tree(time, job, gpu),
+            "time": {**time_tables.time_tree(time, of_step, gpu), "gpu_hours": run_hours(parts)},
+            "parts": parts_tree(parts, args.images_per_core),
             "host": host,
             **({"savings": time_tables.savings_tree(rungs)} if rungs else {}),
             **({"fit": time_tables.fit_tree(found)} if found else {}),
@@ -78,10 +82,12 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     console = Console()
-    console.print(tables.summary(job, memory, gpu))
+    console.print(tables.summary(of_step, memory, gpu))
     console.print(tables.memory_table(memory, gpu, job.gpus))
-    console.print(time_tables.flops_table(time, job))
-    console.print(time_tables.time_table(time, job, gpu))
+    console.print(time_tables.flops_table(time, of_step))
+    console.print(time_tables.time_table(time, of_step, gpu))
+    if len(parts) > 1:
+        console.print(parts_table(parts, args.images_per_core))
     console.print(host_table(host))
     if rungs:
         console.print(time_tables.savings_table(rungs))

@@ -20,6 +20,7 @@ def host_tree(
     """Bytes, cores and seconds; of a node, where it says so.
 
     Args:
+        time: of a step, where the images differ in size that of the fastest.
         images_per_core: pictures a second that one core decodes, as `evaclip data bench` tells; None for unknown.
         storage_gbps: GB/s at which all processes together write; None for unknown.
     """
@@ -40,11 +41,17 @@ def host_tree(
         "storage": checkpoint * (saving.keep + forever + 1),
     }
     if images_per_core:
-        samples = [in_node * job.local_batch / seconds for seconds in time.step]
-        tree["decoding_cores_of_a_node"] = [rate / images_per_core for rate in samples]
+        tree["decoding_cores_of_a_node"] = decoding_cores(job, time, images_per_core)
     if storage_gbps:
         tree["seconds_of_a_checkpoint"] = checkpoint / (storage_gbps * _GB)
     return tree
+
+
+def decoding_cores(job: Job, time: Time, images_per_core: float) -> tuple[float, float]:
+    """That a node needs for its GPUs not to wait: slow and fast."""
+    pictures = min(PER_NODE, job.gpus) * job.local_batch
+    slow, fast = (pictures / seconds / images_per_core for seconds in time.step)
+    return slow, fast
 
 
 def host_table(tree: dict[str, Any]) -> Table:

@@ -55,6 +55,39 @@ def test_a_file_and_what_nodes_need(capsys: Any, tmp_path: Path) -> None:
     assert "decoding cores of a node" in plan(capsys, "tiny", *given)
 
 
+def test_parts_of_other_image_sizes_are_planned_as_runs_of_their_own(capsys: Any) -> None:
+    sizes = "schedule.resolutions=[{image_size: 16, share: 0.4}, {image_size: 64, steps: 20}]"
+    given = ("tiny", "--gpus", "2", "--images-per-core", "100", "--set", "batch_size=64", "schedule.steps=100")
+    tree = json.loads(plan(capsys, *given, sizes, "--json"))
+    parts = tree["parts"]
+    assert [(part["image_size"], part["steps"]) for part in parts] == [(16, 40), (64, 20), (32, 40)]
+    for part in parts:
+        alone = json.loads(plan(capsys, *given, f"model.options.vision.image_size={part['image_size']}", "--json"))
+        assert len(alone["parts"]) == 1
+        assert part["seconds"] == alone["time"]["seconds"]["step"]
+        assert part["peak"] == alone["memory"]["peak"]
+        assert part["flops"] == sum(sum(of_stage.values()) for of_stage in alone["time"]["flops"].values())
+        assert part["gpu_hours"] == pytest.approx([part["steps"] / 100 * each for each in alone["time"]["gpu_hours"]])
+        assert part["decoding_cores_of_a_node"] == alone["host"]["decoding_cores_of_a_node"]
+    # Memory is that of the largest images, and the node decodes for the smallest.
+    assert tree["memory"]["peak"] == parts[1]["peak"] == max(part["peak"] for part in parts)
+    assert tree["time"]["gpu_hours"] == pytest.approx([sum(part["gpu_hours"][i] for part in parts) for i in (0, 1)])
+    assert tree["host"]["decoding_cores_of_a_node"] == parts[0]["decoding_cores_of_a_node"]
+    text = plan(capsys, *given, sizes)
+    assert "Parts of the run" in text
+    assert "GPU-hours for" not in text
+    assert "Parts of the run" not in plan(capsys, *given)
+
+
+def test_parts_of_a_run_whose_steps_the_data_tells(capsys: Any) -> None:
+    epochs = ("schedule={steps: null, epochs: 3, resolutions: [{image_size: 16, share: 0.4}]}",)
+    parts = json.loads(plan(capsys, "tiny", "--set", *epochs, "--json"))["parts"]
+    assert [(part["image_size"], part["steps"], part["gpu_hours"]) for part in parts] == [
+        (16, None, None),
+        (32, None, None),
+    ]
+
+
 def test_what_does_not_fit_is_said(capsys: Any) -> None:
     assert "misses by" in plan(capsys, "tiny", "--gpu", "rtx-4090", "--set", "batch_size=131072")
 
@@ -70,6 +103,7 @@ def test_what_does_not_fit_is_said(capsys: Any) -> None:
         (["tiny", "--gpus", "0"], "gpus is 0; expected at least 1"),
         (["tiny", "--gpus", "64"], "less than one sample for each of 64 chunks"),
         (["tiny", "--caption-tokens", "-1"], "caption_tokens is -1; expected 2 to"),
+        (["tiny", "--set", "schedule.resolutions=[{image_size: 30, steps: 2}]"], "image_size 30 isn't a multiple of"),
         (["tiny", "--beside", "0"], "--beside is 0; expected more than 0"),
     ],
 )
