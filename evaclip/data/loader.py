@@ -25,8 +25,8 @@ from evaclip.errors import UserError
 TrainTransform = Callable[[Image.Image, int], Tensor]
 """(picture, seed) -> float32 or uint8 [3, H, W]; a pure function of both."""
 Targets = Callable[[list[str], U64], Tensor]
-"""(n captions, their samples' seeds uint64 [n]) -> [n, ...], what is learnt of the pictures: tokens, labels, masks; a pure function of each
-sample's own."""
+"""(n captions, as many seeds) -> [n, ...], what is learnt of the pictures: tokens, labels, masks; a pure function of
+each sample's own caption and seed."""
 
 UNIT = 64
 _ATTEMPTS = 100

@@ -67,6 +67,13 @@ class StepResult:
     updates: dict[str, Tensor] | None = None
     measures: dict[str, Tensor] | None = None
 
+    def named(self) -> dict[str, Tensor]:
+        """What was asked for, and the towers' norms, by the names in the log."""
+        found = {f"grad_norm_{tower}": norm for tower, norm in self.tower_norms.items()}
+        for tower, values in (self.updates or {}).items():
+            found[f"update_norm_{tower}"], found[f"update_ratio_{tower}"] = values.unbind()
+        return {**(self.measures or {}), **found}
+
 
 @dataclass(frozen=True)
 class Chunk:

@@ -1,6 +1,7 @@
 """Contrastive training of a CLIP: exact gradients of one loss over the whole batch, whatever the number of chunks."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
@@ -129,6 +130,21 @@ class Contrastive(Task):
         text = int(targets.argmax(dim=-1).sum()) + len(targets) if packed else targets.numel()
         return len(targets) * (1 + patches) + text
 
+    def stand_ins(self, rows: int, chunks: set[int], fake: Callable[[Any], Any]) -> Tensor:
+        # Imported here because torch's tools take a second, which a run needn't wait.
+        from evaclip.plan.job import CAPTION_TOKENS
+        from evaclip.plan.trace import caption_lengths, caption_tokens
+
+        text = self.model.text
+        tokens = caption_tokens(
+            caption_lengths(rows, CAPTION_TOKENS, self.model.context_length), self.model.config.text
+        )
+        # Which rows a caption has can't be read from tokens without data.
+        layouts = fake({size: text.layout(tokens[:size]) for size in chunks})
+        text.layout = lambda tokens: layouts[len(tokens)]  # type: ignore[method-assign]
+        found: Tensor = fake(tokens)
+        return found
+
     def descriptions(self, config: TrainConfig) -> dict[str, Any]:
         return {
             PREPROCESS_FILE: describe_preprocess(self.model.config),
@@ -169,9 +185,7 @@ class Contrastive(Task):
 
     def _features(self, pairs: _Pairs, images: Tensor, passes: Passes) -> tuple[Tensor, Tensor]:
         with passes.autocast():
-            features = self.model(
-                images, pairs.tokens, token_index=pairs.chunk.token_index, layout=pairs.layout
-            )
+            features = self.model(images, pairs.tokens, token_index=pairs.chunk.token_index, layout=pairs.layout)
         return features[0], features[1]
 
     def _loss(self, image_features: Tensor, text_features: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class Task(ABC):
             `passes.measure` asks for it what else is logged of a batch, by the names in the log, such as `accuracy`.
         """
 
-    def after_update(self) -> None:
+    def after_update(self) -> None:  # noqa: B027 - most bound nothing
         """Called behind each update of the weights, without gradients, such as to bound them."""
 
     def measures(self) -> dict[str, Tensor]:
@@ -110,6 +110,16 @@ class Task(ABC):
         """Tokens that enter blocks in a step with these targets, which lie in host memory.
 
         A token counts once, whatever is computed again.
+        """
+
+    @abstractmethod
+    def stand_ins(self, rows: int, chunks: set[int], fake: Callable[[Any], Any]) -> Tensor:
+        """Targets of samples that are as they are on average, without values, for `--as-gpus`.
+
+        What a step on them reads of the values of targets in chunks of these sizes is settled here.
+
+        Args:
+            fake: takes the values from all tensors in what it is given.
         """
 
     @abstractmethod
