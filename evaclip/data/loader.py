@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, count, islice
 from typing import NamedTuple
 
@@ -177,6 +178,15 @@ def _order(source: Source, seed: int, window: int, nodes: int) -> SampleOrder | 
 def part_of_batch(batch_size: int, rank: int, processes: int) -> range:
     """The rows of a global batch that belong to one process; some have one row more than others if they must."""
     return range(rank * batch_size // processes, (rank + 1) * batch_size // processes)
+
+
+def tokenized(tokenizer: Callable[[list[str]], Tensor]) -> Targets:
+    """The targets that are the captions' tokens, int64 [n, context_length]."""
+    return partial(_tokens, tokenizer)
+
+
+def _tokens(tokenizer: Callable[[list[str]], Tensor], captions: list[str], seeds: U64) -> Tensor:
+    return tokenizer(captions)
 
 
 class _Loaded(NamedTuple):

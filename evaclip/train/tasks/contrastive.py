@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from evaclip.data import Source
-from evaclip.data.loader import Targets, part_of_batch
-from evaclip.data.order import U64
+from evaclip.data.loader import Targets, part_of_batch, tokenized
 from evaclip.factory import create_model
 from evaclip.model.captions import Layout
 from evaclip.model.clip import CLIP
@@ -97,7 +96,7 @@ class Contrastive(Task):
         return cls(model, ContrastiveLoss(config.loss, world.group, counts).to(world.device))
 
     def targets(self, size: Size) -> Targets:
-        return partial(_tokens, self._tokenizer)
+        return tokenized(self._tokenizer)
 
     def backward(self, passes: Passes) -> dict[str, Tensor]:
         pairs = [self._pairs(chunk, passes.device) for chunk in passes.chunks]
@@ -197,10 +196,6 @@ class Contrastive(Task):
             None if bias is None else _at_least_fp32(bias),
         )
         return loss
-
-
-def _tokens(tokenizer: Tokenizer, captions: list[str], seeds: U64) -> Tensor:
-    return tokenizer(captions)
 
 
 def _gradient(value: Tensor) -> Tensor:

@@ -34,5 +34,6 @@ def number_transform(image: Image.Image, seed: int = 0) -> torch.Tensor:
 
 
 def number_tokens(captions: list[str], seeds: U64) -> torch.Tensor:
-    """[n, 1]: the number in each caption."""
-    return torch.tensor([[int(caption.split()[-1])] for caption in captions])
+    """[n, 2]: the number in each caption, and the draw of its seed."""
+    pairs = zip(captions, seeds.tolist(), strict=True)
+    return torch.tensor([[int(caption.split()[-1]), seed % 10007] for caption, seed in pairs])

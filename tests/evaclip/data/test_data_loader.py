@@ -43,9 +43,11 @@ def damaged(number: int, **changes) -> tuple[str, dict[str, bytes]]:
 def test_batches_hold_what_the_interface_says(shards):
     first, second = take(make_loader(open_source(shards)), 2)
     assert (first.images.shape, first.images.dtype) == ((8, 3, 1, 1), torch.float32)
-    assert (first.targets.shape, first.targets.dtype) == ((8, 1), torch.int64)
+    assert (first.targets.shape, first.targets.dtype) == ((8, 2), torch.int64)
     assert (first.position, second.position, first.skipped) == (8, 16, 0)
     assert numbers([first]) == first.targets[:, 0].tolist()
+    draws = torch.cat([first.targets[:, 1], second.targets[:, 1], first.images[:, 1, 0, 0]]).tolist()
+    assert len(set(draws)) == len(draws)  # each sample has its own, and another one for its pixels
 
 
 def test_every_epoch_holds_every_sample_once(shards):
@@ -93,7 +95,7 @@ def test_the_stream_is_the_same_for_any_number_of_workers_and_processes(shards):
     with_workers = take(make_loader(source, 8, workers=4), 10)
     ranks = [take(make_loader(source, 8, workers=1, rank=rank, world_size=2), 10) for rank in range(2)]
     for one, other, left, right in zip(alone, with_workers, *ranks, strict=True):
-        for name in ("images", "tokens"):
+        for name in ("images", "targets"):
             expected = getattr(one, name)
             assert torch.equal(expected, getattr(other, name))
             assert torch.equal(expected, torch.cat([getattr(left, name), getattr(right, name)]))
