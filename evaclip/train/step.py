@@ -108,7 +108,7 @@ class TrainStep:
         self.options = options
         self.world = world
         self.parameters: list[Tensor] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        towers = {name: list(tower.parameters()) for name, tower in task.towers.items()}
+        towers: dict[str, list[Tensor]] = {name: list(tower.parameters()) for name, tower in task.towers.items()}
         known = {id(parameter) for parameters in towers.values() for parameter in parameters}
         self._parts = {**towers, "rest": [value for value in self.parameters if id(value) not in known]}
         self.mean = GradientMean([p for tower in towers.values() for p in tower], self._parts["rest"], world)
