@@ -75,14 +75,15 @@ def _step(job: Any, device: torch.device) -> tuple[Any, Tensor, Tensor, str]:
     from evaclip.train.loss import ContrastiveLoss
     from evaclip.train.optimizer import build_optimizer, parameter_groups
     from evaclip.train.step import StepOptions, TrainStep
+    from evaclip.train.tasks.contrastive import Contrastive
 
     torch.manual_seed(0)
     model = create_model(job.model, device=device, vision={"patch_dropout": job.token_dropout})
-    loss, options = ContrastiveLoss(LossConfig()).to(device), OptimConfig()
-    optimizer = build_optimizer(parameter_groups(model, options), options)
+    task, options = Contrastive(model, ContrastiveLoss(LossConfig()).to(device)), OptimConfig()
+    optimizer = build_optimizer(parameter_groups(model, task.towers, options), options)
     images = torch.randn(job.global_batch, 3, *job.config.vision.image_shape, device=device)
     tokens, note = _tokens(job)
-    step = TrainStep(model, loss, optimizer, StepOptions(job.precision), World(device))
+    step = TrainStep(task, optimizer, StepOptions(job.precision), World(device))
     return step, images, tokens.to(device), note
 
 

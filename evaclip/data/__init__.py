@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from evaclip.data.config import DataConfig
     from evaclip.data.evaluation import EvalBatch, iterate
-    from evaclip.data.loader import Batch, TrainLoader
+    from evaclip.data.loader import Batch, TrainLoader, tokenized
     from evaclip.data.opening import open_configured, open_source
     from evaclip.data.order import SampleOrder, sample_order
     from evaclip.data.samples import BadSample, Decoding, Fault, FaultKind, RawSample
@@ -28,12 +28,13 @@ __all__ = [
     "open_configured",
     "open_source",
     "sample_order",
+    "tokenized",
 ]
 
 _MODULES = {
     "config": ("DataConfig",),
     "evaluation": ("EvalBatch", "iterate"),
-    "loader": ("Batch", "TrainLoader"),
+    "loader": ("Batch", "TrainLoader", "tokenized"),
     "opening": ("open_configured", "open_source"),
     "order": ("SampleOrder", "sample_order"),
     "samples": ("BadSample", "Decoding", "Fault", "FaultKind", "RawSample"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evaclip.data.loader import TrainLoader, TrainTransform
-from evaclip.data.order import sample_order
+from evaclip.data.order import U64, sample_order
 from evaclip.data.samples import BadSample, Decoding, decode_image
 from evaclip.data.source import Source
 
@@ -98,7 +98,7 @@ def time_loader(loader: TrainLoader, step_seconds: float = 0.0, seconds: float =
     while (start := time.perf_counter()) - first < seconds or not samples:
         time.sleep(step_seconds)
         waited -= time.perf_counter()
-        samples += len(next(batches).tokens)
+        samples += len(next(batches).images)
         waited += time.perf_counter()
         shared = max(shared, _shared_bytes() - held)
     batches.close()
@@ -106,9 +106,9 @@ def time_loader(loader: TrainLoader, step_seconds: float = 0.0, seconds: float =
 
 
 def make_loader(source: Source, transform: TrainTransform, batch_size: int, workers: int) -> TrainLoader:
-    """A loader as training has it, but that captions make no tokens."""
+    """A loader as training has it, but that captions come to nothing."""
     return TrainLoader(
-        source, batch_size=batch_size, transform=transform, tokenizer=_no_tokens, seed=_SEED, workers=workers
+        source, batch_size=batch_size, transform=transform, targets=_no_targets, seed=_SEED, workers=workers
     )
 
 
@@ -116,5 +116,5 @@ def _shared_bytes() -> int:
     return shutil.disk_usage(_SHARED_MEMORY).used if _SHARED_MEMORY.exists() else 0
 
 
-def _no_tokens(captions: Sequence[str]) -> Tensor:
+def _no_targets(captions: Sequence[str], seeds: U64) -> Tensor:
     return torch.zeros(len(captions), 1, dtype=torch.int64)

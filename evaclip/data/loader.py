@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, count, islice
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch.utils.data import default_collate
 from evaclip.data.config import DEFAULT_WINDOW
 from evaclip.data.faults import FaultLog
 from evaclip.data.mixture import MixedOrder, MixtureSource
-from evaclip.data.order import I64, SampleOrder, mix, sample_order
+from evaclip.data.order import I64, U64, SampleOrder, mix, sample_order
 from evaclip.data.prefetch import Prefetcher
 from evaclip.data.rows import Rows
 from evaclip.data.samples import BadSample, Decoding, Fault, RawSample, decode_image
@@ -24,14 +25,15 @@ from evaclip.errors import UserError
 
 TrainTransform = Callable[[Image.Image, int], Tensor]
 """(picture, seed) -> float32 or uint8 [3, H, W]; a pure function of both."""
-Tokenizer = Callable[[list[str]], Tensor]
-"""n captions -> int64 [n, context_length]."""
+Targets = Callable[[list[str], U64], Tensor]
+"""(n captions, as many seeds) -> [n, ...], what is learnt of the pictures: tokens, labels, masks; a pure function of
+each sample's own caption and seed."""
 
 UNIT = 64
 _ATTEMPTS = 100
 _KEPT_BYTES = 2**26
 _NEARBY = 50
-_REPLACEMENT, _CAPTION, _AUGMENTATION = 1, 2, 3
+_REPLACEMENT, _CAPTION, _AUGMENTATION, _TARGET = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,14 @@ class Batch:
 
     Attributes:
         images: [rows, 3, H, W], as the transform gives them; in parts where they are pinned.
-        tokens: int64 [rows, context_length].
+        targets: [rows, ...], see Targets.
         position: global samples consumed, over all processes, once this batch is used; `batches(position)`
             goes on.
         skipped: bad samples that were replaced in this batch.
     """
 
     images: Tensor | Rows
-    tokens: Tensor
+    targets: Tensor
     position: int
     skipped: int
 
@@ -65,7 +67,7 @@ class TrainLoader:
         source: the indexed samples.
         batch_size: samples of a global batch, over all processes.
         transform: see TrainTransform; its seed is a hash of `seed` and the global index.
-        tokenizer: see Tokenizer. A sample with several captions gives one at random.
+        targets: see Targets; a sample with several captions gives one at random.
         seed: of everything random.
         workers: processes that read and decode; 0 does it in the calling process.
         rank, world_size: this process and the number of processes.
@@ -88,7 +90,7 @@ class TrainLoader:
         *,
         batch_size: int,
         transform: TrainTransform,
-        tokenizer: Tokenizer,
+        targets: Targets,
         seed: int,
         workers: int = 0,
         rank: int = 0,
@@ -131,7 +133,7 @@ class TrainLoader:
             part,
             batch_size,
             transform,
-            tokenizer,
+            targets,
             seed,
             replace(source.decoding, at_least=decode_size),
             Prefetcher(),
@@ -140,9 +142,9 @@ class TrainLoader:
         together = replace(self._reader, part=range(ends[0].start, ends[-1].stop), ordered={})
         together.check_room(window, len(ends))
 
-    def set_transform(self, transform: TrainTransform) -> None:
-        """What the iterators of later calls of `batches` do with pictures; which ones and how drawn stays the same."""
-        self._reader = replace(self._reader, transform=transform)
+    def set_transform(self, transform: TrainTransform, targets: Targets) -> None:
+        """What the iterators of later calls of `batches` make of samples; which ones and how drawn stays the same."""
+        self._reader = replace(self._reader, transform=transform, targets=targets)
 
     def batches(self, position: int = 0) -> Generator[Batch, None, None]:
         """The batches from a position on, endlessly; any position that a batch reported, at any world size,
@@ -158,11 +160,11 @@ class TrainLoader:
         units = ((start, rows) for start in count(position, step) for rows in self._units)
         loaded = run_batches(self._reader, units, self._options)
         for end in ends:
-            images, tokens, faults = zip(*islice(loaded, len(self._units)), strict=True)
+            images, targets, faults = zip(*islice(loaded, len(self._units)), strict=True)
             found = list(chain.from_iterable(faults))
             self.faults.add(found)
             rows = Rows(images)
-            yield Batch(rows if self._options.pin else rows.to("cpu"), torch.cat(tokens), end, len(found))
+            yield Batch(rows if self._options.pin else rows.to("cpu"), torch.cat(targets), end, len(found))
 
 
 def _units(batch_size: int) -> list[slice]:
@@ -182,9 +184,18 @@ def part_of_batch(batch_size: int, rank: int, processes: int) -> range:
     return range(rank * batch_size // processes, (rank + 1) * batch_size // processes)
 
 
+def tokenized(tokenizer: Callable[[list[str]], Tensor]) -> Targets:
+    """The targets that are the captions' tokens, int64 [n, context_length]."""
+    return partial(_tokens, tokenizer)
+
+
+def _tokens(tokenizer: Callable[[list[str]], Tensor], captions: list[str], seeds: U64) -> Tensor:
+    return tokenizer(captions)
+
+
 class _Loaded(NamedTuple):
     images: Tensor
-    tokens: Tensor
+    targets: Tensor
     faults: list[Fault]
 
 
@@ -197,7 +208,7 @@ class _BatchReader:
     part: range
     batch_size: int
     transform: TrainTransform
-    tokenizer: Tokenizer
+    targets: Targets
     seed: int
     decoding: Decoding
     prefetcher: Prefetcher
@@ -236,7 +247,7 @@ class _BatchReader:
                 exc.add_note(f"while transforming {raw.key} of {self.source.description}")
                 raise
         # In a worker this is shared memory at once.
-        return _Loaded(default_collate(images), self.tokenizer(captions), faults)
+        return _Loaded(default_collate(images), self.targets(captions, mix(self.seed, _TARGET, global_indices)), faults)
 
     def _global_indices(self, position: int) -> I64:
         """Of this process's part [n] of the batch. Processes take its samples by canonical node."""

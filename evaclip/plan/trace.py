@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
+from torch.nn import Module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -55,10 +56,10 @@ def caption_tokens(lengths: list[int], config: TextConfig) -> Tensor:
     return tokens
 
 
-def without_data(model: CLIP, mode: FakeTensorMode) -> None:
+def without_data(model: Module, mode: FakeTensorMode) -> None:
     """Gives a model on the meta device parameters and buffers that count as memory of a CPU."""
     with mode:
-        model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))  # type: ignore[no-untyped-call]
+        model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
 
 
 class Trace(NamedTuple):
@@ -112,7 +113,7 @@ def _traced(job: Job, blocks: int) -> Trace:
         recorder = _recorder(model, batch)
         with recorder:
             for last in (False, True) if few.accumulation > 1 else (True,):
-                synchronize_gradients(model, last or job.accumulate == "shards")
+                synchronize_gradients(model.children(), last or job.accumulate == "shards")
                 _pass(model, few, batch, recorder)
             for parameter in model.parameters():
                 if parameter.grad is not None:
@@ -147,7 +148,7 @@ def _ready(job: Job) -> Iterator[tuple[CLIP, Batch]]:
         model, mode = _build(job), FakeTensorMode()
         without_data(model, mode)
         if job.mode != "replicate":
-            shard(model, *job.sharding())
+            shard((model.visual, model.text), *job.sharding())
         stack.enter_context(mode)
         batch = _batch(job, tokens, layout, mode)
         if job.mode != "replicate":

@@ -1,15 +1,15 @@
-"""torch.compile of the towers' blocks."""
+"""torch.compile of a model's blocks."""
 
 import torch
+from torch import nn
 
-from evaclip.model.clip import CLIP
 from evaclip.model.recompute import ResidualBlock
 
 _MOST_GRAPHS = 64
 
 
-def compile_blocks(model: CLIP, backend: str = "inductor") -> None:
-    """Compiles every block of both towers in place; the compiler runs when a block is called first.
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
+    """Compiles every block of the towers in place; the compiler runs when a block is called first.
 
     Blocks that are alike share one graph: a tower has two, since its last block computes one token alone, and each
     once more without gradients. Stochastic depth makes every block another one, with graphs of its own. The number of

@@ -180,6 +180,17 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class ContrastiveTask:
+    """Images and texts of pairs are made alike, and unlike those of all other pairs: see `loss`."""
+
+    name: Literal["contrastive"] = "contrastive"
+
+
+TaskConfig = ContrastiveTask
+"""Told apart by their `name`."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class NonfiniteConfig:
     """What happens when the loss or a gradient is not a number."""
 
@@ -364,6 +375,8 @@ class TrainConfig:
     compile: Literal["none", "blocks"] = "none"
     """blocks: every block of both towers goes through torch.compile."""
     parallel: ParallelConfig = ParallelConfig()
+    task: TaskConfig = ContrastiveTask()
+    """What the model learns."""
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     loss: LossConfig = LossConfig()
@@ -417,7 +430,10 @@ def to_tree(config: TrainConfig) -> dict[str, Any]:
 
 def training_tree(config: TrainConfig) -> dict[str, Any]:
     """The part of the configuration that decides what weights come out."""
-    return {key: value for key, value in to_tree(config).items() if key not in _NOT_THE_RESULT}
+    tree = {key: value for key, value in to_tree(config).items() if key not in _NOT_THE_RESULT}
+    if config.task == ContrastiveTask():  # as it was before there were others
+        del tree["task"]
+    return tree
 
 
 def config_hash(config: TrainConfig) -> str:

@@ -100,7 +100,7 @@ def _time(parts: Parts, position: Position) -> _Timing:
             batch = next(batches)
             set_lr_factor(parts.step.optimizer, lr_factor(step, parts.total_steps, parts.config.schedule))
             # Reading the loss waits for the device.
-            loss = parts.step(batch.images, batch.tokens, step).loss.item()
+            loss = parts.step(batch.images, batch.targets, step).loss.item()
             end = time.perf_counter()
             timing = _Timing(timing.loss if timing.seconds else loss, [*timing.seconds, end - start])
             if parts.world.any(end - begin > _PATIENCE)[0]:
@@ -109,14 +109,13 @@ def _time(parts: Parts, position: Position) -> _Timing:
 
 
 def _plan(parts: Parts) -> list[tuple[str, str]]:
-    config, world, model = parts.config, parts.world, parts.model
-    towers = {"visual": model.visual, "text": model.text}
-    sizes = ", ".join(f"{name} {_count(tower)}" for name, tower in towers.items())
-    kept = model.visual.num_kept_patches() if model.visual.patch_dropout else model.visual.num_patches
+    config, world, visual = parts.config, parts.world, parts.task.visual
+    sizes = ", ".join(f"{name} {_count(tower)}" for name, tower in parts.task.towers.items())
+    kept = visual.num_kept_patches() if visual.patch_dropout else visual.num_patches
     samples = parts.total_steps * config.batch_size
     chunk = config.batch_size / world.size / config.accumulation
     return [
-        ("model", f"{config.model.name}: {_count(model)} parameters ({sizes})"),
+        ("model", f"{config.model.name}: {_count(parts.model)} parameters ({sizes})"),
         ("weights from", _weights(config.model)),
         ("data", f"{parts.source.description}: {len(parts.source):,} samples"),
         *(("held out", remark) for remark in parts.remarks),
@@ -124,7 +123,7 @@ def _plan(parts: Parts) -> list[tuple[str, str]]:
             "batch",
             f"{config.batch_size:,} = {world.size} processes x {config.accumulation} chunks x {chunk:,.6g}",
         ),
-        ("patches kept", f"{kept} of {model.visual.num_patches}"),
+        ("patches kept", f"{kept} of {visual.num_patches}"),
         (
             "length",
             f"{parts.total_steps:,} steps, {samples:,} samples, {samples / parts.epoch_samples:.2f} epochs",

@@ -1,5 +1,6 @@
 """Parameter groups with per-tower learning rate, weight decay and layer decay; AdamW and LAMB on top of them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ _SEEDS = 1 << 31
 _NEVER_DECAYED = ("pos_embed", "cls_token", "positional_embedding")
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[Group]:
+def parameter_groups(model: nn.Module, towers: Mapping[str, nn.Module], config: OptimConfig) -> list[Group]:
     """Groups of equal learning rate and weight decay, over the trainable parameters of the model.
 
     A tower's rate at depth d is `lr * layer_decay ** (depth + 1 - d)`: embeddings have d = 0, block i has d = i + 1,
@@ -25,17 +26,18 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[Group]:
     Returns:
         groups with `params`, `name`, `lr`, `peak_lr` and `weight_decay`.
     """
-    towers = {"visual": config.visual, "text": config.text}
+    options_of = {"visual": config.visual, "text": config.text}
+    places = {id(value): (tower, name) for tower in towers for name, value in towers[tower].named_parameters()}
     groups: dict[str, Group] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        tower, _, inner = name.partition(".")
+        tower, inner = places.get(id(parameter), (name.partition(".")[0], name))
         decayed = parameter.ndim > 1 and inner.rpartition(".")[2] not in _NEVER_DECAYED
         label = "decay" if decayed else "no_decay"
-        if tower in towers:
-            options = towers[tower]
-            lr, layer = _layer_rate(getattr(model, tower), inner, options, config.lr)
+        if tower in options_of:
+            options = options_of[tower]
+            lr, layer = _layer_rate(towers[tower], inner, options, config.lr)
             decay = config.weight_decay if options.weight_decay is None else options.weight_decay
             label = f"{tower}.{layer}{label}"
         else:

@@ -4,7 +4,6 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -132,7 +131,7 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def record(self, record: Record) -> None:
-        self._write(_without_nan(asdict(record)))
+        self._write(_without_nan(record.flat()))
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         self._write({"step": step, "eval": _without_nan(metrics)})
@@ -193,7 +192,7 @@ class TensorBoard:
         self._writer: Any = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def record(self, record: Record) -> None:
-        for name, value in asdict(record).items():
+        for name, value in record.flat().items():
             if name != "step":
                 self._writer.add_scalar(f"train/{name}", value, record.step)
 
@@ -212,9 +211,10 @@ def summary(record: Record) -> str:
     """The numbers that a person watches."""
     skipped = f"  skipped {record.skipped}" if record.skipped else ""
     bad = f"  bad samples {record.bad_samples}" if record.bad_samples else ""
-    rates = dict.fromkeys(f"{rate:.2e}" for rate in (record.lr_visual, record.lr_text))
+    rates = dict.fromkeys(f"{rate:.2e}" for name, rate in record.more.items() if name.startswith("lr_"))
+    accuracy = f"accuracy {record.more['accuracy']:.1%}  " if "accuracy" in record.more else ""
     return (
-        f"loss {record.loss:.4f}  accuracy {record.accuracy:.1%}  lr {'/'.join(rates)}  "
+        f"loss {record.loss:.4f}  {accuracy}lr {'/'.join(rates)}  "
         f"{record.samples_per_second:,.1f} samples/s  data wait {record.data_wait:.0%}  MFU {record.mfu:.1%}"
         f"{skipped}{bad}"
     )

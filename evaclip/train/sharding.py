@@ -1,4 +1,4 @@
-"""Fully sharded training: torch's `fully_shard` around every block of both towers.
+"""Fully sharded training: torch's `fully_shard` around every block of the towers.
 
 Each process keeps its rows of every parameter, gradient and moment, and a block is whole only while it is used.
 What torch has for it is imported where it is used: that takes a second, and most runs shard nothing.
@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evaclip.errors import UserError
-from evaclip.model.clip import CLIP
 from evaclip.model.recompute import ResidualBlock
 from evaclip.train.config import ParallelConfig, Precision
 from evaclip.train.distributed import World
@@ -30,15 +29,15 @@ _aten = torch.ops.aten
 _RANDOM = (_aten.normal_.default, _aten.uniform_.default)
 
 
-def shard(model: CLIP, config: ParallelConfig, precision: Precision, world: World) -> None:
-    """Makes every block of both towers, and what is left of each tower, a group of its own.
+def shard(towers: Iterable[nn.Module], config: ParallelConfig, precision: Precision, world: World) -> None:
+    """Makes every block of the towers, and what is left of each tower, a group of its own.
 
-    The parameters become DTensors under the same names. The temperature stays whole in every process: a number
-    can't be cut. Under amp_bf16 and amp_fp16 parameters are gathered and used in 16 bits, gradients are summed in
-    float32 and the towers return float32; tables that are no parameters stay as they are.
+    The parameters become DTensors under the same names. What belongs to no tower stays whole in every process, as a
+    temperature: a number can't be cut. Under amp_bf16 and amp_fp16 parameters are gathered and used in 16 bits,
+    gradients are summed in float32 and the towers return float32; tables that are no parameters stay as they are.
 
     Args:
-        model: on the meta device, so that no process ever holds it whole.
+        towers: on the meta device, so that no process ever holds one whole.
 
     Raises:
         UserError: `config.shard_size` doesn't divide the number of processes.
@@ -55,7 +54,7 @@ def shard(model: CLIP, config: ParallelConfig, precision: Precision, world: Worl
     around = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32 if dtype else None
     )
-    for tower in (model.visual, model.text):
+    for tower in towers:
         for block in tower.modules():
             if isinstance(block, ResidualBlock):
                 fully_shard(block, mp_policy=in_block, **common)
@@ -73,9 +72,9 @@ def move_all_but_shards(model: nn.Module, device: torch.device) -> None:
                 parameter.data = parameter.data.to(device)
 
 
-def synchronize_gradients(model: nn.Module, wanted: bool) -> None:
+def synchronize_gradients(towers: Iterable[nn.Module], wanted: bool) -> None:
     """Whether the next backward pass sums the gradients of shards over the processes, or keeps its own sums."""
-    for tower in _sharded(model.children()):
+    for tower in _sharded(towers):
         tower.set_requires_gradient_sync(wanted)
 
 

@@ -1,7 +1,7 @@
 """What a run reports, and the form of those that are told."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -13,13 +13,8 @@ class Record:
         step: optimizer steps so far.
         samples: samples so far, over all processes.
         epoch: `samples` in passes over the data.
-        accuracy: share of the batch's images whose own text is the most similar one of the whole batch.
         lr: the rate of this step of what belongs to no tower, such as logit_scale.
-        lr_visual, lr_text: the largest of each tower's, that of its output; 0 for a tower that isn't trained.
-        logit_scale: the factor on the similarities, exponentiated.
-        grad_norm, grad_norm_visual, grad_norm_text: L2 norms of all gradients and of each tower's, before clipping.
-        update_norm_visual, update_norm_text: L2 norm of what each tower's weights changed by in this step.
-        update_ratio_visual, update_ratio_text: the same over the norm of the tower's weights.
+        grad_norm: L2 norm of all gradients, before clipping.
         loss_scale: what the loss of the next step is multiplied by; 1 but under amp_fp16.
         skipped: steps so far whose update was left out because something was not finite.
         bad_samples: samples so far that could not be used and were replaced, in the main process's part.
@@ -32,24 +27,18 @@ class Record:
         mfu: model FLOP/s over the device's peak.
         memory_gib: most memory held so far: that of the GPU's allocator, or of the main process where there is none.
         seconds: that the run has taken so far, over all processes that went on with it.
+        more: what depends on the task. Of each tower, `visual`, and `text` where there is one: lr_TOWER, the largest of
+            its rates, that of its output, 0 if it isn't trained; grad_norm_TOWER; update_norm_TOWER, the L2 norm of
+            what its weights changed by in this step; update_ratio_TOWER, the same over the norm of its weights. And
+            what the task itself measures, see `Task.backward` and `Task.measures`.
     """
 
     step: int
     samples: int
     epoch: float
     loss: float
-    accuracy: float
     lr: float
-    lr_visual: float
-    lr_text: float
-    logit_scale: float
     grad_norm: float
-    grad_norm_visual: float
-    grad_norm_text: float
-    update_norm_visual: float
-    update_norm_text: float
-    update_ratio_visual: float
-    update_ratio_text: float
     loss_scale: float
     skipped: int
     bad_samples: int
@@ -61,6 +50,11 @@ class Record:
     mfu: float
     memory_gib: float
     seconds: float
+    more: Mapping[str, float] = field(default_factory=dict)
+
+    def flat(self) -> dict[str, float]:
+        """All numbers by name, as logs have them."""
+        return {name: value for name, value in vars(self).items() if name != "more"} | dict(self.more)
 
 
 class Sink(Protocol):

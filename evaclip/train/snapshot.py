@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from evaclip.errors import UserError
-from evaclip.run_files import EMA_FILE, MODEL_CONFIG_FILE, MODEL_FILE, OPTIMIZER_FOLDER, PREPROCESS_FILE
+from evaclip.run_files import EMA_FILE, MODEL_FILE, OPTIMIZER_FOLDER
 from evaclip.train import checkpoint, moments, rng
 from evaclip.train.build import Parts
 from evaclip.train.config import ScheduleConfig, config_hash, training_tree
 from evaclip.train.schedule import image_size_at, lr_factor, total_steps
 from evaclip.train.sharding import forget_gathered
 from evaclip.train.tree import differences
-from evaclip.weights import describe_preprocess, is_sharded, load_weights, put
+from evaclip.weights import is_sharded, load_weights, put
 
 _SHAPING = ("model.name", "model.options", "loss.name", "optim.name")
 """Keys that decide what tensors there are, as far as a configuration does."""
@@ -69,10 +69,7 @@ def take(parts: Parts, position: Position, *, calm: bool) -> checkpoint.Content 
         model=parts.model.state_dict(),
         ema=parts.ema.state_dict() if parts.ema else None,
         moments=tensors,
-        descriptions={
-            PREPROCESS_FILE: describe_preprocess(parts.model.config),
-            MODEL_CONFIG_FILE: {"name": parts.config.model.name, **parts.model.config.to_dict()},
-        },
+        descriptions=parts.task.descriptions(parts.config),
         state=state,
         meta={
             "samples": position.samples,

@@ -1,32 +1,25 @@
-"""One optimizer step: features, one loss over the whole batch, exact gradients, a guarded update."""
+"""One optimizer step of any task: its loss and gradients, their mean over the processes, a guarded update."""
 
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from evaclip.data.rows import Rows
-from evaclip.model.captions import Layout
-from evaclip.model.clip import CLIP
-from evaclip.train import rng
 from evaclip.train.config import Precision
 from evaclip.train.distributed import GradientMean, World
-from evaclip.train.loss import ContrastiveLoss
 from evaclip.train.loss_scale import LossScale
 from evaclip.train.sharding import synchronize_gradients
+from evaclip.train.tasks.task import Task
 from evaclip.train.token_sampling import token_index
 from evaclip.train.upload import Upload, send
 from evaclip.transforms import Normalization
 from evaclip.weights import is_sharded
 from evakernels import gradient_norm
 
-TOWERS = ("visual", "text")
-MAX_LOG_SCALE = math.log(100.0)
 _AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
 
@@ -39,6 +32,7 @@ class StepOptions:
         grad_clip_norm: bound on the L2 norm of all gradients, or None.
         seed: of the token dropout.
         first_row: of the batch of all processes that this one has.
+        batch_size: of all processes together; None: each has as many rows.
         reduce_each_chunk: gradients of shards are summed over the processes with every chunk, not with the last alone.
     """
 
@@ -47,6 +41,7 @@ class StepOptions:
     grad_clip_norm: float | None = None
     seed: int = 0
     first_row: int = 0
+    batch_size: int | None = None
     reduce_each_chunk: bool = False
 
 
@@ -61,8 +56,8 @@ class StepResult:
         found_inf: 1 if the loss or a gradient was not finite and the update was left out, else 0.
         updates: for each tower `[2]`, the L2 norm of what its weights changed by, and that over the norm of the weights
             themselves; None where it was not asked for.
-        accuracy: share of the images whose own text is, of all texts of the batch, the most similar one; None where it
-            was not asked for.
+        measures: what the task measured of the batch and of the model beside the loss, by the names in the log; None
+            where it was not asked for.
     """
 
     loss: Tensor
@@ -70,85 +65,87 @@ class StepResult:
     tower_norms: dict[str, Tensor]
     found_inf: Tensor
     updates: dict[str, Tensor] | None = None
-    accuracy: Tensor | None = None
+    measures: dict[str, Tensor] | None = None
+
+    def named(self) -> dict[str, Tensor]:
+        """What was asked for, and the towers' norms, by the names in the log."""
+        found = {f"grad_norm_{tower}": norm for tower, norm in self.tower_norms.items()}
+        for tower, values in (self.updates or {}).items():
+            found[f"update_norm_{tower}"], found[f"update_ratio_{tower}"] = values.unbind()
+        return {**(self.measures or {}), **found}
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class Chunk:
+    """Rows that pass through the model together.
+
+    Attributes:
+        rows: which of this process's.
+        targets: theirs, in host memory as the loader gave them.
+        token_index: int64 [rows, kept], patches that patch dropout leaves, on the device; None keeps all.
+    """
+
     rows: slice
-    tokens: Tensor
-    layout: Layout
+    targets: Tensor
     token_index: Tensor | None
+
+    def sent(self, device: torch.device) -> "Chunk":
+        """The same, with targets on the device."""
+        return replace(self, targets=send(self.targets, device))
 
 
 class TrainStep:
-    """Trains `model` on one batch per call.
-
-    With `accumulation` > 1 the loss still sees every pair of the batch: features of all chunks are computed without a
-    graph, one loss gives the gradient of each feature and of logit_scale, then each chunk is computed again and
-    its features' gradients are passed backward. Both passes use the same kept tokens and the same random states, so
-    that the result equals that of the whole batch at once.
+    """Trains a task's model on one batch per call.
 
     A loss or gradient that is not finite makes the optimizer skip its update on the device, through the `found_inf`
     attribute that evakernels' optimizers obey; nothing waits for the device. The loss scale and the bound on the norm
     reach them as one divisor of the gradients, `grad_scale`; the gradients themselves stay as they are.
     """
 
-    def __init__(
-        self,
-        model: CLIP,
-        loss: ContrastiveLoss,
-        optimizer: torch.optim.Optimizer,
-        options: StepOptions,
-        world: World,
-    ) -> None:
-        self.model = model
-        self.loss = loss
+    def __init__(self, task: Task, optimizer: torch.optim.Optimizer, options: StepOptions, world: World) -> None:
+        self.task = task
         self.optimizer: Any = optimizer
         self.options = options
         self.world = world
         self.parameters: list[Tensor] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        towers = {name: list(getattr(model, name).parameters()) for name in TOWERS}
+        towers: dict[str, list[Tensor]] = {name: list(tower.parameters()) for name, tower in task.towers.items()}
         known = {id(parameter) for parameters in towers.values() for parameter in parameters}
         self._parts = {**towers, "rest": [value for value in self.parameters if id(value) not in known]}
-        self._mean = GradientMean([p for name in TOWERS for p in towers[name]], self._parts["rest"], world)
+        self.mean = GradientMean([p for tower in towers.values() for p in tower], self._parts["rest"], world)
         # Shards are gathered in the 16-bit type, so that there is nothing left to cast.
-        self._is_sharded = is_sharded(model)
-        self._normalize = Normalization(model.config.preprocess, world.device)
-        self._copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
+        self.autocast_dtype = None if is_sharded(task.model) else _AUTOCAST.get(options.precision)
+        self.normalize = Normalization(task.preprocess, world.device)
+        self.copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         self.loss_scale = LossScale(world.device, enabled=options.precision == "amp_fp16")
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=world.device)
 
-    def __call__(self, images: Tensor | Rows, tokens: Tensor, step: int, *, measure: bool = False) -> StepResult:
+    def __call__(self, images: Tensor | Rows, targets: Tensor, step: int, *, measure: bool = False) -> StepResult:
         """
         Args:
             images: [b, 3, height, width], this process's rows of the batch: float32, or uint8 to be normalised as the
                 model says. In host memory they may be larger than the device: it gets each chunk while the one before
                 is computed, and the host doesn't wait if they are pinned.
-            tokens: [b, context_length] int64, in host memory: if not, the host waits for the device.
+            targets: [b, ...], what the task has beside them, in host memory: if not, the host waits for the device.
             step: number of the step from 0; decides which tokens are kept.
-            measure: also tell the accuracy and how far the weights moved. The step stays the same, to the bit.
+            measure: also tell what the task measures and how far the weights moved. The step stays the same, to the
+                bit.
         """
-        self.model.train()
+        self.task.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        chunks = list(self._chunks(tokens, step))
-        passes = 1 if len(chunks) == 1 else 2
-        upload = Upload(
-            (images[chunk.rows] for chunk in chunks * passes), self.world.device, self._copies, self._normalize
-        )
-        backward = self._backward if passes == 1 else self._backward_in_chunks
-        loss, *features = backward(chunks, upload)
-        self._mean.finish()
-        loss = self.world.mean_(loss.detach().clone())
+        found = self.task.backward(Passes(self, images, targets, step, measure))
+        self.mean.finish()
+        loss = self.world.mean_(found.pop("loss").detach().clone())
         tower_norms = self._tower_norms()
         grad_norm = self._set_divisor(list(tower_norms.values()))
         found_inf, moved = self._update(loss, grad_norm, measure)
         # A tower that isn't trained has no gradients.
-        norms = {name: tower_norms.get(name, torch.zeros_like(grad_norm)) for name in TOWERS}
-        updates = {name: self._tower_update(name, moved) for name in TOWERS} if measure else None
-        accuracy = self.world.mean_(self.loss.accuracy(*features)) if measure else None
-        return StepResult(loss, grad_norm, norms, found_inf, updates, accuracy)
+        norms = {name: tower_norms.get(name, torch.zeros_like(grad_norm)) for name in self.task.towers}
+        if not measure:
+            return StepResult(loss, grad_norm, norms, found_inf)
+        updates = {name: self._tower_update(name, moved) for name in self.task.towers}
+        measures = {name: self.world.mean_(value) for name, value in found.items()} | self.task.measures()
+        return StepResult(loss, grad_norm, norms, found_inf, updates, measures)
 
     def state_dict(self) -> dict[str, Any]:
         """All but the weights and the optimizer's moments."""
@@ -162,79 +159,6 @@ class TrainStep:
         self.loss_scale.load_state_dict(state["loss_scale"])
         self.skipped.copy_(state["skipped"])
         self.skipped_in_a_row.copy_(state["skipped_in_a_row"])
-
-    def _chunks(self, tokens: Tensor, step: int) -> Iterator[_Chunk]:
-        count, device = len(tokens), self.world.device
-        kept = self._kept_tokens(count, step)
-        bounds = [number * count // self.options.accumulation for number in range(self.options.accumulation + 1)]
-        for rows in map(slice, bounds, bounds[1:]):
-            layout = self.model.text.layout(tokens[rows]).moved(partial(send, device=device))
-            yield _Chunk(rows, send(tokens[rows], device), layout, None if kept is None else kept[rows])
-
-    def _kept_tokens(self, count: int, step: int) -> Tensor | None:
-        visual = self.model.visual
-        if not visual.patch_dropout:
-            return None
-        start = self.options.first_row
-        return token_index(
-            (self.options.seed, step),
-            range(start, start + count),
-            visual.num_patches,
-            visual.num_kept_patches(),
-            self.world.device,
-        )
-
-    def _backward(self, chunks: list[_Chunk], upload: Upload) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, and the features that it is of."""
-        image_features, text_features = self._features(chunks[0], next(upload))
-        loss = self._loss(image_features, text_features)
-        self._mean.begin()
-        (loss * self.loss_scale.scale).backward()
-        return loss, image_features.detach(), text_features.detach()
-
-    def _backward_in_chunks(self, chunks: list[_Chunk], upload: Upload) -> tuple[Tensor, Tensor, Tensor]:
-        states, features = [], []
-        for chunk in chunks:
-            states.append(rng.capture(self.world.device))
-            with torch.no_grad():
-                features.append(self._features(chunk, next(upload)))
-        image_features, text_features = (torch.cat(part).requires_grad_() for part in zip(*features, strict=True))
-        loss = self._loss(image_features, text_features)
-        (loss * self.loss_scale.scale).backward()
-        for chunk, state in zip(chunks, states, strict=True):
-            is_last = chunk is chunks[-1]
-            synchronize_gradients(self.model, is_last or self.options.reduce_each_chunk)
-            if is_last:
-                self._mean.begin()
-            rng.restore(state, self.world.device)
-            gradients = [_gradient(features)[chunk.rows] for features in (image_features, text_features)]
-            # The features of a locked tower have no graph.
-            pairs = zip(self._features(chunk, next(upload)), gradients, strict=True)
-            trained = [(features, gradient) for features, gradient in pairs if features.requires_grad]
-            if trained:
-                torch.autograd.backward([features for features, _ in trained], [gradient for _, gradient in trained])
-        return loss, image_features.detach(), text_features.detach()
-
-    def _features(self, chunk: _Chunk, images: Tensor) -> tuple[Tensor, Tensor]:
-        # One autocast region per pass: its cache of cast weights would carry the graph-free casts of the first pass
-        # of accumulation over into the second.
-        with self._autocast():
-            features = self.model(images, chunk.tokens, token_index=chunk.token_index, layout=chunk.layout)
-        return features[0], features[1]
-
-    def _loss(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        scale, bias = self.model.logit_scale, self.model.logit_bias
-        loss: Tensor = self.loss(
-            _at_least_fp32(image_features),
-            _at_least_fp32(text_features),
-            _at_least_fp32(scale).exp(),
-            None if bias is None else _at_least_fp32(bias),
-        )
-        return loss
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        dtype = None if self._is_sharded else _AUTOCAST.get(self.options.precision)
-        return torch.autocast(self.world.device.type, dtype=dtype) if dtype else nullcontext()
 
     @torch.no_grad()
     def _tower_norms(self) -> dict[str, Tensor]:
@@ -275,14 +199,71 @@ class TrainStep:
         self.loss_scale.update(found_inf)
         self.skipped += found_inf.long()
         self.skipped_in_a_row.copy_(torch.where(found_inf > 0, self.skipped_in_a_row + 1, 0))
-        self.model.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
+        self.task.after_update()
         return found_inf, moved
 
 
-def _gradient(value: Tensor) -> Tensor:
-    assert value.grad is not None
-    return value.grad
+class Passes:
+    """What a task has to pass the rows of one step through its model with.
 
+    Attributes:
+        chunks: this process's rows, in parts that pass one after the other.
+        step: its number, from 0.
+        measure: whether more than the loss is asked for.
+        device: that computes.
+    """
 
-def _at_least_fp32(value: Tensor) -> Tensor:
-    return value.to(torch.promote_types(value.dtype, torch.float32))
+    def __init__(self, owner: TrainStep, images: Tensor | Rows, targets: Tensor, step: int, measure: bool) -> None:
+        self._owner = owner
+        self._images = images
+        self.step = step
+        self.measure = measure
+        self.device = owner.world.device
+        count, parts = len(targets), owner.options.accumulation
+        self._rows = count * owner.world.size if owner.options.batch_size is None else owner.options.batch_size
+        kept = self._kept_tokens(count)
+        bounds = [number * count // parts for number in range(parts + 1)]
+        self.chunks = [
+            Chunk(rows, targets[rows], None if kept is None else kept[rows]) for rows in map(slice, bounds, bounds[1:])
+        ]
+
+    def images(self, rounds: int = 1) -> Iterator[Tensor]:
+        """Each chunk's, on the device and normalised, float32 [rows, 3, height, width]; all of them `rounds` times.
+
+        Ask for them with `next`, in the call that takes them: what holds one needs memory for it, beside the next one,
+        which is copied meanwhile.
+        """
+        owner = self._owner
+        parts = (self._images[chunk.rows] for chunk in self.chunks * rounds)
+        return Upload(parts, self.device, owner.copies, owner.normalize)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Around one pass: its cache of cast weights would carry casts without a graph over into the next."""
+        dtype = self._owner.autocast_dtype
+        return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
+
+    def begin(self, chunk: Chunk) -> None:
+        """Call it before the backward pass through the model of each chunk, the last one's last."""
+        is_last = chunk is self.chunks[-1]
+        synchronize_gradients(self._owner.task.towers.values(), is_last or self._owner.options.reduce_each_chunk)
+        if is_last:
+            self._owner.mean.begin()
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What `backward` is to be called on; only under amp_fp16 it isn't the loss."""
+        return loss * self._owner.loss_scale.scale
+
+    def mean_of(self, values: Tensor) -> Tensor:
+        """The part of these rows in a mean over all samples: their sum over chunks, its mean over processes, is that.
+
+        Processes may have unequal numbers of rows.
+        """
+        return values.sum() * (self._owner.world.size / self._rows)
+
+    def _kept_tokens(self, count: int) -> Tensor | None:
+        visual, options = self._owner.task.visual, self._owner.options
+        if not visual.patch_dropout:
+            return None
+        rows = range(options.first_row, options.first_row + count)
+        kept = visual.num_kept_patches()
+        return token_index((options.seed, self.step), rows, visual.num_patches, kept, self.device)

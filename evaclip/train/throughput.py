@@ -1,11 +1,9 @@
-"""How much a batch computes, how fast the device could be, and what share of that training reaches (MFU)."""
+"""How fast the device could be, of which training reaches a share (MFU)."""
 
 import time
 
 import torch
-from torch import Tensor
 
-from evaclip.model.clip import CLIP
 from evaclip.train.config import Precision
 
 BACKWARD_FACTOR = 3
@@ -28,21 +26,6 @@ _DATA_SHEET_TFLOPS = {
     "RTX 4090": (165.2, 82.6),
     "RTX 3090": (71.0, 35.6),
 }
-
-
-def tokens_computed(model: CLIP, tokens: Tensor) -> int:
-    """Tokens that enter the blocks of both towers in a training step.
-
-    Of each image the patches that patch dropout keeps and the class token; of each text its tokens up to the end token
-    where texts are packed, the whole context elsewhere. A token counts once, whatever is computed again.
-
-    Args:
-        tokens: [batch, context_length] ids, on the CPU: on a GPU the host would wait for them.
-    """
-    visual = model.visual
-    patches = visual.num_kept_patches() if visual.patch_dropout else visual.num_patches
-    text = int(tokens.argmax(dim=-1).sum()) + len(tokens) if model.text.savings.pack_text else tokens.numel()
-    return len(tokens) * (1 + patches) + text
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float:

@@ -3,7 +3,6 @@
 import math
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,7 @@ class Wandb:
         self._run.define_metric("*", step_metric="train/samples")
 
     def record(self, record: Record) -> None:
-        self._run.log(_scalars("train", asdict(record)))
+        self._run.log(_scalars("train", record.flat()))
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(_scalars("eval", metrics))
@@ -131,7 +130,7 @@ class Trackio:
         known.touch()
 
     def record(self, record: Record) -> None:
-        self._run.log(_scalars("train", asdict(record)), step=record.step)
+        self._run.log(_scalars("train", record.flat()), step=record.step)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(_scalars("eval", metrics), step=step)

@@ -1,6 +1,5 @@
 """The loop: fetch, step, report, evaluate, save; stopping, resuming and going back when it must."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, nullcontext
@@ -32,7 +31,6 @@ from evaclip.train.snapshot import Position
 from evaclip.train.spikes import SpikeDetector
 from evaclip.train.spread import Stopped
 from evaclip.train.step import StepResult
-from evaclip.train.throughput import tokens_computed
 from evaclip.train.tracing import Tracer, collecting
 from evaclip.train.watchdog import Watchdog
 from evaclip.weights import is_sharded
@@ -205,7 +203,7 @@ class Trainer:
         is_traced = self._tracer is not None and self._tracer.is_on
         is_sampled = self._communication.is_due(position.step, log_every) and not is_traced
         with self._communication.step() if is_sampled else nullcontext():
-            result = parts.step(batch.images, batch.tokens, position.step, measure=is_logged)
+            result = parts.step(batch.images, batch.targets, position.step, measure=is_logged)
         position.step = after
         position.samples = batch.position
         position.bad_samples += batch.skipped
@@ -213,29 +211,26 @@ class Trainer:
             # The profiler's time is not the training's.
             self.meter.restart()
         else:
-            self.meter.count(self.config.batch_size, tokens_computed(parts.model, batch.tokens))
+            self.meter.count(self.config.batch_size, parts.task.tokens_computed(batch.targets))
         if parts.ema:
             parts.ema.update(position.step)
         return result
 
     def _log(self, result: StepResult) -> None:
-        assert result.updates is not None
-        assert result.accuracy is not None
         step = self.parts.step
-        measured = (
-            result.loss,
-            result.accuracy,
-            step.loss_scale.scale,
-            result.grad_norm,
-            *result.tower_norms.values(),
-            *torch.cat(list(result.updates.values())),
-            step.skipped,
-            step.skipped_in_a_row,
-            self.parts.model.logit_scale,
-        )
+        measured = {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "loss_scale": step.loss_scale.scale,
+            "skipped": step.skipped,
+            "skipped_in_a_row": step.skipped_in_a_row,
+            **result.named(),
+        }
         # One copy to the host, which waits for the device.
-        values = torch.stack([value.detach().double() for value in measured]).tolist()
-        loss, accuracy, loss_scale, grad_norm, visual_norm, text_norm, *updates, skipped, in_a_row, log_scale = values
+        numbers = torch.stack([value.detach().double() for value in measured.values()]).tolist()
+        values = dict(zip(measured, numbers, strict=True))
+        loss, in_a_row = values.pop("loss"), values.pop("skipped_in_a_row")
+        rates = {f"lr_{tower}": tower_rate(step.optimizer, tower) for tower in self.parts.task.towers}
         interval = self.meter.read()
         tokens, *communication = self.world.sum(interval.tokens, *self._communication.take())
         flops = interval.samples * self.parts.resolution.flops_per_sample(self.position.step - 1) / interval.seconds
@@ -245,20 +240,10 @@ class Trainer:
                 samples=self.position.samples,
                 epoch=self.position.samples / self.parts.epoch_samples,
                 loss=loss,
-                accuracy=accuracy,
                 lr=self.config.optim.lr * self._lr_factor(self.position.step - 1),
-                lr_visual=tower_rate(step.optimizer, "visual"),
-                lr_text=tower_rate(step.optimizer, "text"),
-                logit_scale=math.exp(log_scale),
-                grad_norm=grad_norm,
-                grad_norm_visual=visual_norm,
-                grad_norm_text=text_norm,
-                update_norm_visual=updates[0],
-                update_norm_text=updates[2],
-                update_ratio_visual=updates[1],
-                update_ratio_text=updates[3],
-                loss_scale=loss_scale,
-                skipped=int(skipped),
+                grad_norm=values.pop("grad_norm"),
+                loss_scale=values.pop("loss_scale"),
+                skipped=int(values.pop("skipped")),
                 bad_samples=self.position.bad_samples,
                 samples_per_second=interval.samples / interval.seconds,
                 tokens_per_second=tokens / interval.seconds,
@@ -268,6 +253,7 @@ class Trainer:
                 mfu=flops / self.parts.peak_flops,
                 memory_gib=peak_memory(self.world.device) / 2**30,
                 seconds=self.meter.seconds,
+                more={**values, **rates},
             )
         )
         if in_a_row >= self.config.nonfinite.max_skipped:

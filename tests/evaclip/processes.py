@@ -12,7 +12,10 @@ import torch
 import torch.multiprocessing as mp
 
 SECONDS = 500
-PRELOADED = ["torch.distributed.fsdp", "evaclip.train.trainer", "evaclip.plan.memory", "tensorboard"]
+PRELOADED = [
+    "torch.distributed.fsdp", "evaclip.train.trainer", "evaclip.train.tasks.contrastive", "evaclip.plan.memory",
+    "tensorboard",
+]  # fmt: skip
 
 
 def in_processes(count: int, work: Callable[..., None], *arguments: Any) -> None:

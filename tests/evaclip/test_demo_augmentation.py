@@ -9,8 +9,8 @@ from test_transforms import PLAIN, drawing
 
 from evaclip import Augmentation
 from evaclip.demo.augmentation import DrawingTransform, outlined
-from evaclip.train.build import training_transform
 from evaclip.train.recipes import get_recipe
+from evaclip.train.transform import training_transform
 
 
 def test_the_recipe_gives_the_pictures_that_its_results_were_measured_with() -> None:

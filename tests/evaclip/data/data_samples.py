@@ -6,6 +6,8 @@ import json
 import torch
 from PIL import Image
 
+from evaclip.data.order import U64
+
 
 def picture(number: int, size: int = 8, kind: str = "png") -> bytes:
     """An image file whose colour tells its number (lossless for PNG, below 65536)."""
@@ -31,6 +33,7 @@ def number_transform(image: Image.Image, seed: int = 0) -> torch.Tensor:
     return torch.tensor([red * 256 + green, seed % 10007, 1.0]).reshape(3, 1, 1)
 
 
-def number_tokens(captions: list[str]) -> torch.Tensor:
-    """[n, 1]: the number in each caption."""
-    return torch.tensor([[int(caption.split()[-1])] for caption in captions])
+def number_tokens(captions: list[str], seeds: U64) -> torch.Tensor:
+    """[n, 2]: the number in each caption, and the draw of its seed."""
+    pairs = zip(captions, seeds.tolist(), strict=True)
+    return torch.tensor([[int(caption.split()[-1]), seed % 10007] for caption, seed in pairs])

@@ -20,7 +20,7 @@ from evaclip.errors import UserError
 
 def make_loader(source, batch_size=8, **options) -> TrainLoader:
     options = {"seed": 3, "window": 20, **options}
-    return TrainLoader(source, batch_size=batch_size, transform=number_transform, tokenizer=number_tokens, **options)
+    return TrainLoader(source, batch_size=batch_size, transform=number_transform, targets=number_tokens, **options)
 
 
 def take(loader: TrainLoader, batches: int, position: int = 0) -> list:
@@ -43,9 +43,11 @@ def damaged(number: int, **changes) -> tuple[str, dict[str, bytes]]:
 def test_batches_hold_what_the_interface_says(shards):
     first, second = take(make_loader(open_source(shards)), 2)
     assert (first.images.shape, first.images.dtype) == ((8, 3, 1, 1), torch.float32)
-    assert (first.tokens.shape, first.tokens.dtype) == ((8, 1), torch.int64)
+    assert (first.targets.shape, first.targets.dtype) == ((8, 2), torch.int64)
     assert (first.position, second.position, first.skipped) == (8, 16, 0)
-    assert numbers([first]) == first.tokens[:, 0].tolist()
+    assert numbers([first]) == first.targets[:, 0].tolist()
+    draws = torch.cat([first.targets[:, 1], second.targets[:, 1], first.images[:, 1, 0, 0]]).tolist()
+    assert len(set(draws)) == len(draws)  # each sample has its own, and another one for its pixels
 
 
 def test_every_epoch_holds_every_sample_once(shards):
@@ -77,7 +79,7 @@ def test_parts_of_a_batch_are_the_batch(shards, monkeypatch, workers):
     in_parts = take(make_loader(source, 16, workers=workers, pin=True), 6, position=24)
     for whole, batch, parts in zip(expected, batches, in_parts, strict=True):
         assert torch.equal(batch.images, whole.images)
-        assert torch.equal(batch.tokens, whole.tokens)
+        assert torch.equal(batch.targets, whole.targets)
         assert (batch.position, batch.skipped) == (whole.position, whole.skipped)
         assert [len(part) for part in parts.images.parts] == [4, 4, 4, 4]
         for rows in (slice(0, 16), slice(3, 9), slice(4, 8), slice(15, 16)):
@@ -93,7 +95,7 @@ def test_the_stream_is_the_same_for_any_number_of_workers_and_processes(shards):
     with_workers = take(make_loader(source, 8, workers=4), 10)
     ranks = [take(make_loader(source, 8, workers=1, rank=rank, world_size=2), 10) for rank in range(2)]
     for one, other, left, right in zip(alone, with_workers, *ranks, strict=True):
-        for name in ("images", "tokens"):
+        for name in ("images", "targets"):
             expected = getattr(one, name)
             assert torch.equal(expected, getattr(other, name))
             assert torch.equal(expected, torch.cat([getattr(left, name), getattr(right, name)]))
@@ -106,7 +108,7 @@ def test_a_position_in_the_middle_of_an_epoch_goes_on_bit_for_bit(shards):
     resumed = take(make_loader(source, workers=2), 9, position=straight[10].position)
     for expected, batch in zip(straight[11:], resumed, strict=True):
         assert torch.equal(expected.images, batch.images)
-        assert torch.equal(expected.tokens, batch.tokens)
+        assert torch.equal(expected.targets, batch.targets)
         assert expected.position == batch.position
 
 
@@ -124,7 +126,7 @@ def test_augmentation_and_captions_change_from_epoch_to_epoch(shards):
     batches = take(make_loader(open_source(shards, caption_key="json:captions")), 16)
     draws = [{}, {}]
     for epoch, batch in ((i // 8, batch) for i, batch in enumerate(batches)):
-        for image, tokens in zip(batch.images, batch.tokens, strict=True):
+        for image, tokens in zip(batch.images, batch.targets, strict=True):
             draws[epoch][int(image[0])] = (int(image[1]), int(tokens[0]) // 1000)
     augmentations = [(draws[0][i][0], draws[1][i][0]) for i in range(64)]
     captions = [(draws[0][i][1], draws[1][i][1]) for i in range(64)]
@@ -139,7 +141,7 @@ def _collects_garbage(image, seed):
 
 def test_workers_collect_garbage_whatever_the_trainer_does(shards):
     loader = make_loader(open_source(shards), workers=1)
-    loader.set_transform(_collects_garbage)
+    loader.set_transform(_collects_garbage, number_tokens)
     gc.disable()
     try:
         (batch,) = take(loader, 1)
@@ -297,7 +299,7 @@ def kill_yourself(image, seed):
 
 def test_a_dead_worker_is_named(shards):
     loader = TrainLoader(
-        open_source(shards), batch_size=8, transform=kill_yourself, tokenizer=number_tokens, seed=0, workers=1
+        open_source(shards), batch_size=8, transform=kill_yourself, targets=number_tokens, seed=0, workers=1
     )
     with pytest.raises(RuntimeError, match=r"data worker 0 \(pid \d+\) was killed by SIGKILL: .*memory"):
         take(loader, 1)
@@ -327,7 +329,7 @@ def test_waiting_is_reported_while_it_lasts(shards, tmp_path, caplog):
         open_source(shards),
         batch_size=2,
         transform=SlowTransform(gate),
-        tokenizer=number_tokens,
+        targets=number_tokens,
         seed=0,
         workers=1,
         patience=0.2,
@@ -347,7 +349,7 @@ def broken_transform(image, seed):
 
 
 def test_a_mistake_in_the_transform_is_no_bad_sample(shards):
-    loader = TrainLoader(open_source(shards), batch_size=8, transform=broken_transform, tokenizer=number_tokens, seed=0)
+    loader = TrainLoader(open_source(shards), batch_size=8, transform=broken_transform, targets=number_tokens, seed=0)
     with pytest.raises(AttributeError, match="no such thing") as caught:
         take(loader, 1)
     assert caught.value.__notes__[0].startswith("while transforming 0000")

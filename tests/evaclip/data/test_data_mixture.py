@@ -56,7 +56,7 @@ def test_batches_do_not_depend_on_processes():
         loaders = [
             TrainLoader(
                 mixture(), batch_size=size, transform=lambda image, seed: number_transform(image, seed),
-                tokenizer=lambda captions: number_tokens([f"0 {len(caption)}" for caption in captions]),
+                targets=lambda captions, seeds: number_tokens([f"0 {len(caption)}" for caption in captions], seeds),
                 seed=3, rank=rank, world_size=world_size,
             ).batches(20)
             for rank in range(world_size)

@@ -54,7 +54,7 @@ def forget_copies(copies: Path) -> None:
 
 def make_loader(source, **options) -> TrainLoader:
     options = {"seed": 3, "window": 20, "batch_size": 8, **options}
-    return TrainLoader(source, transform=number_transform, tokenizer=number_tokens, **options)
+    return TrainLoader(source, transform=number_transform, targets=number_tokens, **options)
 
 
 def take(loader: TrainLoader, count: int, position: int = 0) -> list:
@@ -110,7 +110,7 @@ def test_remote_shards_are_what_local_ones_are(how, shards, server, tmp_path, co
     found = take(make_loader(remote, workers=2), 10)
     for one, other in zip(expected, found, strict=True):
         assert torch.equal(one.images, other.images)
-        assert torch.equal(one.tokens, other.tokens)
+        assert torch.equal(one.targets, other.targets)
 
 
 def test_a_shard_is_fetched_once_for_all_processes_and_runs(server, copies):

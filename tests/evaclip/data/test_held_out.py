@@ -18,7 +18,7 @@ def numbers(source: Source) -> list[int]:
 
 
 def trained_on(source: Source, seed: int, batches: int, workers: int = 0) -> Iterator[int]:
-    options = {"batch_size": 4, "transform": number_transform, "tokenizer": number_tokens, "window": 8}
+    options = {"batch_size": 4, "transform": number_transform, "targets": number_tokens, "window": 8}
     loader = TrainLoader(source, seed=seed, workers=workers, **options)
     for batch in itertools.islice(loader.batches(), batches):
         yield from batch.images[:, 0, 0, 0].int().tolist()

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from contrastive_step import contrastive_step
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -11,12 +12,9 @@ from evaclip import CLIP, create_model
 from evaclip.plan.job import Job
 from evaclip.plan.recorder import local
 from evaclip.plan.trace import caption_lengths, caption_tokens
-from evaclip.train.config import LossConfig, OptimConfig
-from evaclip.train.distributed import World
-from evaclip.train.loss import ContrastiveLoss
-from evaclip.train.optimizer import build_optimizer, parameter_groups
+from evaclip.train.config import OptimConfig
 from evaclip.train.sharding import shard
-from evaclip.train.step import StepOptions, TrainStep
+from evaclip.train.step import StepOptions
 from evakernels import clip_loss
 
 
@@ -33,15 +31,12 @@ def peak_of_step(job: Job) -> int:
     vision = {**job.options.get("vision", {}), "patch_dropout": job.token_dropout}
     precision = job.precision if job.precision in ("bf16", "fp16") else "fp32"
     model = create_model(job.model, savings=job.savings, precision=precision, **{**job.options, "vision": vision})
-    loss = ContrastiveLoss(LossConfig())
-    config = OptimConfig(name=job.optimizer)
-    optimizer = build_optimizer(parameter_groups(model, config), config)
-    step = TrainStep(model, loss, optimizer, StepOptions(job.precision, job.accumulation), World(torch.device("cpu")))
+    step = contrastive_step(model, OptimConfig(name=job.optimizer), StepOptions(job.precision, job.accumulation))
     step(images, tokens, 0)
     model.zero_grad()
     # Images and tokens lie in host memory, but for those of a chunk.
     known = [*model.parameters(), *model.buffers(), images[: job.chunk].clone(), tokens[: job.chunk].clone()]
-    known += [value for state in optimizer.state.values() for value in state.values()]
+    known += [value for state in step.optimizer.state.values() for value in state.values()]
     return sum(value.untyped_storage().nbytes() for value in known) + highest(lambda: step(images, tokens, 1))
 
 
@@ -67,7 +62,7 @@ def sharded_model(job: Job) -> CLIP:
     """The model of `job`, cut over the processes of the present group, with start values."""
     vision = {**job.options.get("vision", {}), "patch_dropout": job.token_dropout}
     model = create_model(job.model, device="meta", savings=job.savings, **{**job.options, "vision": vision})
-    shard(model, *job.sharding())
+    shard((model.visual, model.text), *job.sharding())
     model.to_empty(device="cpu").reset_parameters()
     return model
 

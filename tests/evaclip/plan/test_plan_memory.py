@@ -21,9 +21,8 @@ from evaclip.plan.job import Job
 from evaclip.plan.memory import OPTIMIZER, plan_memory
 from evaclip.plan.recorder import GRADIENTS, PARAMETERS, Recorder, local
 from evaclip.plan.trace import caption_lengths, caption_tokens
-from evaclip.train.build import build_model
+from evaclip.train.build import build_step, build_task
 from evaclip.train.config import (
-    LossConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -32,10 +31,7 @@ from evaclip.train.config import (
     TrainConfig,
 )
 from evaclip.train.distributed import connect
-from evaclip.train.loss import ContrastiveLoss
-from evaclip.train.optimizer import build_optimizer, parameter_groups
 from evaclip.train.recipes import get_recipe
-from evaclip.train.step import StepOptions, TrainStep
 
 
 def few_of(cases: dict[str, Any], *quick: str) -> list[Any]:
@@ -195,9 +191,10 @@ def test_what_lies_in_host_memory_is_what_a_real_step_leaves(precision: Precisio
             parallel=ParallelConfig(mode="shard", offload="cpu"), model=ModelConfig(name="tiny", options=options),
             optim=OptimConfig(name=optimizer, stochastic_rounding=precision == "bf16"),
         )  # fmt: skip
-        model, loss = build_model(config, world), ContrastiveLoss(LossConfig())
-        adam = build_optimizer(parameter_groups(model, config.optim), config.optim)
-        TrainStep(model, loss, adam, StepOptions(precision), world)(*batch_of(job), 0)
+        task = build_task(config, world)
+        step = build_step(config, world, task)
+        step(*batch_of(job), 0)
+        model, adam = task.model, step.optimizer
         on_the_host = [p for p in model.parameters() if isinstance(p, DTensor)]
         tensors = [t for p in on_the_host for t in (p, p.grad, adam.state[p]["exp_avg"], adam.state[p]["exp_avg_sq"])]
         measured = sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from small_options import OPTIONS
+from small_tasks import TASKS
 
 from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
@@ -33,21 +34,21 @@ def small_model() -> CLIP:
 
 @pytest.fixture
 def run_config(tmp_path: Path) -> Callable[..., TrainConfig]:
-    """Makes the configuration of a run of 6 steps; arguments are assignments as in `--set`."""
+    """Makes the configuration of a run of 6 steps; arguments are assignments as in `--set`, and one of `TASKS`."""
 
-    def make(*assignments: str) -> TrainConfig:
+    def make(*assignments: str, task: str = "clip") -> TrainConfig:
         tree: dict[str, Any] = {
             "name": "run",
             "output": str(tmp_path),
             "batch_size": 8,
             "device": "cpu",
             "data": {"train": "synthetic", "num_samples": 40, "workers": 0},
-            "model": {"name": "tiny", "options": OPTIONS},
             "optim": {"lr": 1e-3},
             "schedule": {"steps": 6},
             "checkpoint": {"every_minutes": None},
             "log": {"every_steps": 1, "tensorboard": False, "progress": "plain"},
         }
+        tree = merge(tree, TASKS[task].tree)
         for assignment in assignments:
             tree = merge(tree, parse_assignment(assignment))
         return validate(tree)

@@ -5,16 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from contrastive_step import groups_of
 
 from evaclip.errors import UserError
 from evaclip.model.clip import CLIP
 from evaclip.train import moments, tensor_files
 from evaclip.train.config import OptimConfig
-from evaclip.train.optimizer import build_optimizer, parameter_groups
+from evaclip.train.optimizer import build_optimizer
 
 
 def stepped(model: CLIP, config: OptimConfig) -> torch.optim.Optimizer:
-    optimizer = build_optimizer(parameter_groups(model, config), config)
+    optimizer = build_optimizer(groups_of(model, config), config)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -33,7 +34,7 @@ def test_moments_come_back_and_rates_stay(small_model: CLIP, name: Any, tmp_path
     scalars = saved(small_model, first, tmp_path)
     # Other groups, in another order.
     config = OptimConfig(name=name, lr=2e-2, weight_decay=0.3, visual={"layer_decay": 0.5})  # type: ignore[arg-type]
-    second = build_optimizer(parameter_groups(small_model, config), config)
+    second = build_optimizer(groups_of(small_model, config), config)
     moments.put_back(small_model, second, tmp_path, scalars)
     for parameter in small_model.parameters():
         for kind, value in first.state[parameter].items():

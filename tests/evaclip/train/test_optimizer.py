@@ -1,10 +1,11 @@
 """Parameter groups against the published numbers, and the optimizers on top."""
 
 import pytest
+from contrastive_step import groups_of
 
 from evaclip.factory import create_model
 from evaclip.train.config import OptimConfig, TowerConfig
-from evaclip.train.optimizer import build_optimizer, parameter_groups, set_lr_factor
+from evaclip.train.optimizer import build_optimizer, set_lr_factor
 from evaclip.train.recipes import get_recipe
 
 
@@ -22,7 +23,7 @@ def test_published_models(
 ) -> None:
     config = get_recipe(recipe)
     model = create_model(config.model.name, device="meta")
-    found = {group["name"]: group for group in parameter_groups(model, config.optim)}
+    found = {group["name"]: group for group in groups_of(model, config.optim)}
     assert len(found) == groups
     visual, text = config.optim.visual, config.optim.text
     assert visual.lr is not None
@@ -42,7 +43,7 @@ def test_published_models(
 
 def test_every_parameter_is_in_one_group_and_the_right_ones_decay() -> None:
     model = create_model("EVA02-CLIP-B-16", device="meta")
-    groups = parameter_groups(model, OptimConfig(weight_decay=0.1))
+    groups = groups_of(model, OptimConfig(weight_decay=0.1))
     members = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(members) == sorted(map(id, model.parameters()))
     decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
@@ -57,7 +58,7 @@ def test_every_parameter_is_in_one_group_and_the_right_ones_decay() -> None:
 
 def test_a_tower_without_layer_decay_has_two_groups() -> None:
     config = OptimConfig(lr=1.0, visual=TowerConfig(lr=0.5, weight_decay=0.2), text=TowerConfig(lr=0.25))
-    groups = {group["name"]: group for group in parameter_groups(create_model("tiny", device="meta"), config)}
+    groups = {group["name"]: group for group in groups_of(create_model("tiny", device="meta"), config)}
     assert set(groups) == {
         "visual.decay", "visual.no_decay", "text.decay", "text.no_decay", "logit_scale.no_decay",
     }  # fmt: skip
@@ -69,7 +70,7 @@ def test_a_tower_without_layer_decay_has_two_groups() -> None:
 
 def test_siglip_bias_is_trained() -> None:
     model = create_model("tiny", device="meta", init_logit_bias=-10.0)
-    (group,) = (group for group in parameter_groups(model, OptimConfig()) if group["name"] == "logit_bias.no_decay")
+    (group,) = (group for group in groups_of(model, OptimConfig()) if group["name"] == "logit_bias.no_decay")
     assert group["params"] == [model.logit_bias]
     assert group["weight_decay"] == 0.0
 
@@ -77,7 +78,7 @@ def test_siglip_bias_is_trained() -> None:
 def test_set_lr_factor_scales_each_peak() -> None:
     config = OptimConfig(lr=1.0, visual=TowerConfig(lr=0.5))
     model = create_model("tiny", device="meta")
-    optimizer = build_optimizer(parameter_groups(model, config), config)
+    optimizer = build_optimizer(groups_of(model, config), config)
     set_lr_factor(optimizer, 0.5)
     set_lr_factor(optimizer, 0.1)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.05, 0.05, 0.1, 0.1])
@@ -89,7 +90,7 @@ def test_only_parameters_in_bfloat16_are_rounded_stochastically(name: str) -> No
     model = create_model("tiny", precision="bf16", init_logit_bias=-10.0)
     model.logit_bias.data = model.logit_bias.data.float()
     config = OptimConfig(name=name, stochastic_rounding=True)
-    groups = parameter_groups(model, config)
+    groups = groups_of(model, config)
     optimizer = build_optimizer(groups, config, seed=(1 << 31) + 5)
     found = {group["name"]: group["stochastic_rounding"] for group in optimizer.param_groups}
     assert not found.pop("logit_bias.no_decay")
@@ -100,5 +101,5 @@ def test_only_parameters_in_bfloat16_are_rounded_stochastically(name: str) -> No
 def test_lamb_takes_the_ratios_of_zero() -> None:
     model = create_model("tiny", device="meta")
     config = OptimConfig(name="lamb", zero_processes=3)
-    optimizer = build_optimizer(parameter_groups(model, config), config)
+    optimizer = build_optimizer(groups_of(model, config), config)
     assert {group["zero_processes"] for group in optimizer.param_groups} == {3}

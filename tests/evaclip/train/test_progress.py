@@ -23,18 +23,8 @@ RECORD = Record(
     samples=40,
     epoch=0.4,
     loss=2.5,
-    accuracy=0.125,
     lr=1e-3,
-    lr_visual=2e-3,
-    lr_text=4e-3,
-    logit_scale=14.3,
     grad_norm=1.0,
-    grad_norm_visual=0.8,
-    grad_norm_text=0.6,
-    update_norm_visual=0.02,
-    update_norm_text=0.01,
-    update_ratio_visual=2e-4,
-    update_ratio_text=1e-4,
     loss_scale=65536.0,
     skipped=0,
     bad_samples=0,
@@ -46,6 +36,7 @@ RECORD = Record(
     mfu=0.375,
     memory_gib=1.5,
     seconds=1.0,
+    more={"accuracy": 0.125, "lr_visual": 2e-3, "lr_text": 4e-3, "logit_scale": 14.3},
 )
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from processes import in_processes
 from safetensors.torch import load_file
+from small_tasks import TASKS
 from torch.multiprocessing import ProcessExitedException
 
 from evaclip.train.config import TrainConfig
@@ -23,8 +24,8 @@ LAST = "checkpoints/step_00000008"
 VARIANTS = {
     "adamw_workers_ema": ["optim.name=adamw", "data.workers=2", "ema_decay=0.9", "optim.grad_clip_norm=1.0"],
     "lamb_accumulation_dropout": [
-        "optim.name=lamb", "accumulation=2", "model.patch_dropout=0.5", "model.options.vision.drop_path=0.3",
-        "precision=amp_fp16", "optim.visual.layer_decay=0.8", "model.savings.recompute=block", "loss.name=siglip",
+        "optim.name=lamb", "accumulation=2", "precision=amp_fp16", "optim.visual.layer_decay=0.8",
+        "model.savings.recompute=block",
     ],
 }  # fmt: skip
 
@@ -48,17 +49,22 @@ def train_until_killed(config: TrainConfig, step: int) -> None:
 @pytest.mark.parametrize(
     "variant", ["adamw_workers_ema", pytest.param("lamb_accumulation_dropout", marks=pytest.mark.exhaustive)]
 )
-def test_kill_and_resume_is_bit_exact(variant: str, run_config: Callable[..., TrainConfig], capsys: Any) -> None:
+@pytest.mark.parametrize("task", TASKS)
+def test_kill_and_resume_is_bit_exact(
+    task: str, variant: str, run_config: Callable[..., TrainConfig], capsys: Any
+) -> None:
+    dropout = [*TASKS[task].patch_dropout, *TASKS[task].drop_path]
     common = [
         *VARIANTS[variant],
+        *(dropout if "dropout" in variant else []),
         "schedule={steps: 8, warmup_steps: 3}",
         "checkpoint={every_steps: 3, background: false}",
     ]
-    straight = train(run_config(*common, "name=straight")).folder
+    straight = train(run_config(*common, "name=straight", task=task)).folder
     with pytest.raises(ProcessExitedException, match="SIGKILL"):
-        in_processes(1, train_until_killed, run_config(*common), 5)
+        in_processes(1, train_until_killed, run_config(*common, task=task), 5)
     capsys.readouterr()
-    resumed = train(run_config(*common), resume="auto").folder
+    resumed = train(run_config(*common, task=task), resume="auto").folder
     # In the middle of an epoch of 40 samples.
     assert re.search(r"resuming from \S+ at step 3\b", capsys.readouterr().out)
     averages = ["ema.safetensors"] if "ema_decay=0.9" in common else []

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from processes import in_processes
 from safetensors.torch import load_file
 from sharded_run import train_all
+from small_tasks import TASKS
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 
 from evaclip.train.config import TrainConfig
@@ -19,8 +21,7 @@ from evaclip.weights import part_of
 
 STEPS = 12
 COMMON = (
-    "batch_size=16", "optim.name=lamb", "optim.grad_clip_norm=0.5", "model.patch_dropout=0.5", "ema_decay=0.9",
-    "data.num_samples=96",
+    "batch_size=16", "optim.name=lamb", "optim.grad_clip_norm=0.5", "ema_decay=0.9", "data.num_samples=96",
 )  # fmt: skip
 MODES = {
     "replicate": ["parallel.mode=replicate"],
@@ -39,14 +40,16 @@ def losses(folder: Path) -> list[float]:
 
 def update_norms(folder: Path) -> list[float]:
     records = [record for record in read_log(folder / "log.jsonl") if "loss" in record]
-    return [record[f"update_norm_{tower}"] for record in records for tower in ("visual", "text")]
+    return [value for record in records for name, value in record.items() if name.startswith("update_norm_")]
 
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_four_processes_equal_one(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", TASKS)
+def test_four_processes_equal_one(task: str, run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     """The same losses, weights, averages and evaluation, with accumulation, in all modes."""
-    common = [*COMMON, f"schedule.steps={STEPS}", EVAL]
+    run_config = partial(run_config, *COMMON, *TASKS[task].patch_dropout, task=task)
+    common = [f"schedule.steps={STEPS}", EVAL]
     one = train(run_config(*common, "accumulation=8", "name=one"))
     configs = [run_config(*common, "accumulation=2", *mode, f"name={name}") for name, mode in MODES.items()]
     in_processes(4, train_all, *((config, "none") for config in configs))
@@ -70,10 +73,11 @@ def test_four_processes_equal_one(run_config: Callable[..., TrainConfig], tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("processes")
-@pytest.mark.parametrize("loss", ["clip", "siglip"])
-def test_unequal_parts_of_a_batch_equal_one(loss: str, run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", TASKS)
+def test_unequal_parts_of_a_batch_equal_one(task: str, run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     """Of 8 samples 2, 3 and 3, and the 3 in chunks of 1 and 2; then two processes go on."""
-    common = [*COMMON, "batch_size=8", f"loss.name={loss}", "checkpoint.every_steps=4", "accumulation=2"]
+    run_config = partial(run_config, *COMMON, *TASKS[task].patch_dropout, task=task)
+    common = ["batch_size=8", "checkpoint.every_steps=4", "accumulation=2"]
     more = [*common, "schedule={steps: 6, name: constant}"]
     one = train(run_config(*more, "name=one")).folder
     part = "schedule={steps: 4, name: constant}"
@@ -94,9 +98,11 @@ def test_unequal_parts_of_a_batch_equal_one(loss: str, run_config: Callable[...,
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_other_numbers_of_processes_go_on(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", TASKS)
+def test_other_numbers_of_processes_go_on(task: str, run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     """4 processes, then 2 with compiled blocks, then 3, then one that isn't sharded: one loss curve."""
-    common = [*COMMON, "batch_size=12", "checkpoint.every_steps=5"]
+    run_config = partial(run_config, *COMMON, *TASKS[task].patch_dropout, task=task)
+    common = ["batch_size=12", "checkpoint.every_steps=5"]
 
     def part(steps: int, mode: str, *more: str) -> TrainConfig:
         # A constant rate: the schedule would otherwise depend on where the run is to end.
@@ -117,7 +123,7 @@ def test_other_numbers_of_processes_go_on(run_config: Callable[..., TrainConfig]
 @pytest.mark.xdist_group("processes")
 def test_sixteen_bits(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     """The first losses are those of one process but for rounding; parameters have the dtype that they should."""
-    common = [*COMMON, "schedule.steps=2", "optim.lr=1e-4", "optim.zero_processes=3"]
+    common = [*COMMON, *TASKS["clip"].patch_dropout, "schedule.steps=2", "optim.lr=1e-4", "optim.zero_processes=3"]
     dtypes = {"amp_bf16": torch.float32, "bf16": torch.bfloat16}
     sharded = []
     for precision in dtypes:
@@ -151,9 +157,13 @@ def test_parts_are_what_torch_would_cut(alone: None) -> None:
     assert part_of(whole, torch.zeros(5, 3)) is whole
 
 
-def test_offload_of_one_process_changes_nothing(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", TASKS)
+def test_offload_of_one_process_changes_nothing(
+    task: str, run_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     """On a CPU host memory is where all lies already; the run is sharded over one process, stopped and resumed."""
-    common = [*COMMON, "schedule={steps: 6, name: constant}", "checkpoint.every_steps=3", EVAL]
+    run_config = partial(run_config, *COMMON, *TASKS[task].patch_dropout, task=task)
+    common = ["schedule={steps: 6, name: constant}", "checkpoint.every_steps=3", EVAL]
     plain = train(run_config(*common, "name=plain"))
     offloaded = run_config(*common, "parallel={mode: shard, offload: cpu}", "name=offloaded")
     outcome = train(offloaded)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from contrastive_step import contrastive_step
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,9 +18,7 @@ from evaclip.model.clip import CLIP
 from evaclip.model.savings import Savings
 from evaclip.train import rng
 from evaclip.train.config import LossConfig, OptimConfig
-from evaclip.train.distributed import World
 from evaclip.train.loss import ContrastiveLoss
-from evaclip.train.optimizer import build_optimizer, parameter_groups
 from evaclip.train.step import StepOptions, TrainStep
 from evaclip.train.token_sampling import token_index
 from evaclip.train.upload import Upload
@@ -44,14 +43,11 @@ def make_step(
     device: str = "cpu",
     **optim: Any,
 ) -> TrainStep:
-    config = OptimConfig(**{"lr": 1e-2, **optim})
-    module = ContrastiveLoss(loss or LossConfig()).to(device)
-    optimizer = build_optimizer(parameter_groups(model, config), config)
-    return TrainStep(model, module, optimizer, options or StepOptions(), World(torch.device(device)))
+    return contrastive_step(model, OptimConfig(**{"lr": 1e-2, **optim}), options, loss, device)
 
 
 def gradients(step: TrainStep) -> dict[str, Tensor]:
-    return {name: value.grad.clone() for name, value in step.model.named_parameters() if value.grad is not None}
+    return {name: value.grad.clone() for name, value in step.task.model.named_parameters() if value.grad is not None}
 
 
 @pytest.mark.parametrize("loss", ["clip", "siglip"])
@@ -268,7 +264,7 @@ def test_how_far_the_towers_moved(small_model: CLIP, batch: tuple[Tensor, Tensor
     step = make_step(small_model, name=optimizer)
     before = copy.deepcopy(small_model)
     unmeasured = plain(*batch, 0)
-    assert (unmeasured.updates, unmeasured.accuracy) == (None, None)
+    assert (unmeasured.updates, unmeasured.measures) == (None, None)
     result = step(*batch, 0, measure=True)
     assert result.updates is not None
     for name, found in result.updates.items():
@@ -277,7 +273,7 @@ def test_how_far_the_towers_moved(small_model: CLIP, batch: tuple[Tensor, Tensor
         change = torch.stack([(n - o).norm() for n, o in zip(new, old, strict=True)]).norm()
         weights = torch.stack([o.norm() for o in old]).norm()
         torch.testing.assert_close(found.double(), torch.stack([change, change / weights]), rtol=1e-4, atol=0)
-    for (name, value), other in zip(small_model.named_parameters(), plain.model.parameters(), strict=True):
+    for (name, value), other in zip(small_model.named_parameters(), plain.task.model.parameters(), strict=True):
         assert torch.equal(value, other), name
 
 
@@ -303,7 +299,10 @@ def test_the_accuracy_is_that_of_the_whole_batch(
     right = sum(int((own @ text.T).argmax() == row) for row, own in enumerate(image))
     assert 0 < right < BATCH
     step = make_step(small_model, StepOptions(accumulation=accumulation))
-    assert step(*batch, 0, measure=True).accuracy == right / BATCH
+    measures = step(*batch, 0, measure=True).measures
+    assert measures is not None
+    assert measures["accuracy"] == right / BATCH
+    torch.testing.assert_close(measures["logit_scale"].float(), small_model.logit_scale.detach().exp())
 
 
 @pytest.mark.parametrize("tile", [1, 12, 1 << 24])

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from evaclip.model.clip import CLIP
-from evaclip.train.throughput import peak_flops, tokens_computed
+from evaclip.train.config import LossConfig
+from evaclip.train.loss import ContrastiveLoss
+from evaclip.train.tasks.contrastive import Contrastive
+from evaclip.train.throughput import peak_flops
 
 
 @pytest.mark.parametrize(
@@ -48,4 +51,4 @@ def test_tokens_are_the_rows_that_reach_the_blocks(small_model: CLIP, pack: bool
     for row, end in enumerate((2, 9, 5)):
         tokens[row, end] = 49_407
     small_model.train()(torch.randn(3, 3, 16, 16), tokens)
-    assert tokens_computed(small_model, tokens) == sum(rows)
+    assert Contrastive(small_model, ContrastiveLoss(LossConfig())).tokens_computed(tokens) == sum(rows)

@@ -11,12 +11,12 @@ from PIL import Image
 from evaclip import Preprocess
 from evaclip.errors import UserError
 from evaclip.factory import create_model
-from evaclip.train.build import training_transform
 from evaclip.train.comments import commented_yaml
 from evaclip.train.config import TrainConfig, config_hash, to_tree
 from evaclip.train.overrides import dump_yaml, load_yaml, parse_assignment, resolve, validate
 from evaclip.train.recipes import RECIPES, get_recipe, with_fitting_parts, with_own_evaluation
-from evaclip.train.step import MAX_LOG_SCALE
+from evaclip.train.tasks.contrastive import MAX_LOG_SCALE
+from evaclip.train.transform import training_transform
 from evaclip.train.tree import differences, merge, nest
 
 Make = Callable[..., TrainConfig]

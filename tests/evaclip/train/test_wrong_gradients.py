@@ -3,18 +3,18 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from contrastive_step import contrastive_step
 from torch import Tensor, nn
 
 from evaclip.model.clip import CLIP
 from evaclip.train.config import LossConfig, OptimConfig
-from evaclip.train.distributed import World
-from evaclip.train.loss import SIGLIP_START, ContrastiveLoss
-from evaclip.train.optimizer import build_optimizer, parameter_groups
-from evaclip.train.step import StepOptions, TrainStep
+from evaclip.train.loss import SIGLIP_START
+from evaclip.train.step import StepOptions
 
 PAGE = Path(__file__).parents[3] / "docs" / "wrong-gradients.md"
 EQUAL = (2, 2, 2, 2)
@@ -86,11 +86,9 @@ def replayed(
 
 def ours(model: CLIP, batch: tuple[Tensor, Tensor], loss: Loss, accumulation: int = 4) -> Gradients:
     torch.manual_seed(2)
-    module = ContrastiveLoss(LossConfig(name="clip" if loss is clip else "siglip"))
     model.logit_bias = None if loss is clip else _bias()
-    config = OptimConfig(lr=0.0)
-    optimizer = build_optimizer(parameter_groups(model, config), config)
-    step = TrainStep(model, module, optimizer, StepOptions(accumulation=accumulation), World(torch.device("cpu")))
+    name: Any = "clip" if loss is clip else "siglip"
+    step = contrastive_step(model, OptimConfig(lr=0.0), StepOptions(accumulation=accumulation), LossConfig(name=name))
     step(*batch, step=0)
     found, model.logit_bias = _taken(model, None), None
     return found

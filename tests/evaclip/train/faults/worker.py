@@ -44,11 +44,11 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 def write_down_samples() -> None:
     original = TrainStep.__call__
 
-    def call(self: TrainStep, images: torch.Tensor, tokens: torch.Tensor, step: int, **options: bool) -> Any:
+    def call(self: TrainStep, images: torch.Tensor, targets: torch.Tensor, step: int, **options: bool) -> Any:
         line = json.dumps({"step": step, "numbers": numbers(images)})
         with (Path(os.environ["FAULT_FOLDER"]) / f"samples-{os.environ['RANK']}.jsonl").open("a") as file:
             file.write(line + "\n")
-        return original(self, images, tokens, step, **options)
+        return original(self, images, targets, step, **options)
 
     TrainStep.__call__ = call  # type: ignore[method-assign]
 
@@ -58,10 +58,10 @@ def strike_in(blow: int, seconds: float, number: int, times: int = 1, victim: in
     apart."""
     original = TrainStep.__call__
 
-    def call(self: TrainStep, images: torch.Tensor, tokens: torch.Tensor, step: int, **options: bool) -> Any:
+    def call(self: TrainStep, images: torch.Tensor, targets: torch.Tensor, step: int, **options: bool) -> Any:
         if step == blow:
             threading.Thread(target=strike, daemon=True).start()
-        return original(self, images, tokens, step, **options)
+        return original(self, images, targets, step, **options)
 
     def strike() -> None:
         for _ in range(times):

@@ -1,0 +1,207 @@
+"""Contrastive training of a CLIP: exact gradients of one loss over the whole batch, whatever the number of chunks."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from evaclip.data import Source
+from evaclip.data.loader import Targets, part_of_batch, tokenized
+from evaclip.factory import create_model
+from evaclip.model.captions import Layout
+from evaclip.model.clip import CLIP
+from evaclip.model.flops import flops_per_sample
+from evaclip.run_files import MODEL_CONFIG_FILE, PREPROCESS_FILE
+from evaclip.tokenizer import Tokenizer
+from evaclip.train import rng
+from evaclip.train.config import TrainConfig
+from evaclip.train.distributed import World
+from evaclip.train.evaluation import Evaluation, open_sets
+from evaclip.train.loss import SIGLIP_START, ContrastiveLoss
+from evaclip.train.step import Chunk, Passes
+from evaclip.train.tasks.task import Size, Task
+from evaclip.train.throughput import BACKWARD_FACTOR
+from evaclip.train.upload import send
+from evaclip.transforms import EvalTransform
+from evaclip.weights import describe_preprocess
+
+MAX_LOG_SCALE = math.log(100.0)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """A chunk of pairs, its captions on the device with where their tokens lie."""
+
+    chunk: Chunk
+    tokens: Tensor
+    layout: Layout
+
+
+class Contrastive(Task):
+    """Images and texts of pairs are made alike, and unlike all others of the batch.
+
+    With several chunks the loss still sees every pair of the batch: features of all chunks are computed without a
+    graph, one loss gives the gradient of each feature and of logit_scale, then each chunk is computed again and its
+    features' gradients are passed backward (Gao et al. 2021, arXiv 2101.06983). Both passes use the same kept tokens
+    and the same random states, so that the result equals that of the whole batch at once.
+
+    Args:
+        model: whose targets are int64 tokens [b, context_length].
+        loss: over the batch of all processes.
+    """
+
+    model: CLIP
+
+    def __init__(self, model: CLIP, loss: ContrastiveLoss) -> None:
+        super().__init__(model, self.towers_of(model), model.config.preprocess)
+        self.loss = loss
+        self._tokenizer = Tokenizer(model.config.text.context_length, model.config.text.vocab_size)
+
+    @classmethod
+    def create_model(cls, config: TrainConfig, **how: Any) -> CLIP:
+        given = config.model
+        options = dict(given.options)
+        if given.patch_dropout is not None:
+            options["vision"] = {**options.get("vision", {}), "patch_dropout": given.patch_dropout}
+        if config.loss.name == "siglip":
+            options = {**SIGLIP_START, **options}
+        return create_model(
+            given.name,
+            pretrained=given.pretrained,
+            pretrained_image=given.pretrained_image,
+            pretrained_text=given.pretrained_text,
+            savings=given.savings,
+            **how,
+            **options,
+        )
+
+    @staticmethod
+    def towers_of(model: CLIP) -> dict[str, nn.Module]:
+        return {"visual": model.visual, "text": model.text}
+
+    @classmethod
+    def build(cls, config: TrainConfig, world: World, model: CLIP) -> Self:
+        if config.model.lock_image:
+            model.lock_image_tower(config.model.lock_image_unlocked_groups)
+        if config.model.lock_text:
+            model.lock_text_tower(config.model.lock_text_unlocked_layers)
+        if model.logit_bias is not None:
+            # In bfloat16 a value near 10 would stay where it is: its neighbours are 0.06 away.
+            model.logit_bias.data = model.logit_bias.data.float()
+        counts = [len(part_of_batch(config.batch_size, rank, world.size)) for rank in range(world.size)]
+        return cls(model, ContrastiveLoss(config.loss, world.group, counts).to(world.device))
+
+    def targets(self, size: Size) -> Targets:
+        return tokenized(self._tokenizer)
+
+    def backward(self, passes: Passes) -> dict[str, Tensor]:
+        pairs = [self._pairs(chunk, passes.device) for chunk in passes.chunks]
+        backward = self._backward if len(pairs) == 1 else self._backward_in_chunks
+        loss, *features = backward(pairs, passes)
+        return {"loss": loss, "accuracy": self.loss.accuracy(*features)} if passes.measure else {"loss": loss}
+
+    def after_update(self) -> None:
+        self.model.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
+
+    def measures(self) -> dict[str, Tensor]:
+        return {"logit_scale": self.model.logit_scale.detach().double().exp()}
+
+    def evaluation(self, config: TrainConfig, world: World, held_out: Source | None) -> Evaluation | None:
+        sets = open_sets(config, held_out)
+        transform = EvalTransform(self.model.config.vision.image_size, self.preprocess)
+        return Evaluation(sets, self._tokenizer, transform, self.loss, world) if sets else None
+
+    def flops_per_sample(self, size: Size) -> float:
+        config = self.model.config
+        config = replace(config, vision=replace(config.vision, image_size=size))
+        return BACKWARD_FACTOR * flops_per_sample(config, 1 - self.visual.patch_dropout)
+
+    def tokens_computed(self, targets: Tensor) -> int:
+        """Of each image the patches that patch dropout keeps and the class token; of each text its tokens up to the
+        end token where texts are packed, the whole context elsewhere.
+        """
+        patches = self.visual.num_kept_patches() if self.visual.patch_dropout else self.visual.num_patches
+        packed = self.model.text.savings.pack_text
+        text = int(targets.argmax(dim=-1).sum()) + len(targets) if packed else targets.numel()
+        return len(targets) * (1 + patches) + text
+
+    def stand_ins(self, rows: int, chunks: set[int], fake: Callable[[Any], Any]) -> Tensor:
+        # Imported here because torch's tools take a second, which a run needn't wait.
+        from evaclip.plan.job import CAPTION_TOKENS
+        from evaclip.plan.trace import caption_lengths, caption_tokens
+
+        text = self.model.text
+        tokens = caption_tokens(
+            caption_lengths(rows, CAPTION_TOKENS, self.model.context_length), self.model.config.text
+        )
+        # Which rows a caption has can't be read from tokens without data.
+        layouts = fake({size: text.layout(tokens[:size]) for size in chunks})
+        text.layout = lambda tokens: layouts[len(tokens)]  # type: ignore[method-assign]
+        found: Tensor = fake(tokens)
+        return found
+
+    def descriptions(self, config: TrainConfig) -> dict[str, Any]:
+        return {
+            PREPROCESS_FILE: describe_preprocess(self.model.config),
+            MODEL_CONFIG_FILE: {"name": config.model.name, **self.model.config.to_dict()},
+        }
+
+    def _pairs(self, chunk: Chunk, device: torch.device) -> _Pairs:
+        layout = self.model.text.layout(chunk.targets).moved(partial(send, device=device))
+        return _Pairs(chunk, send(chunk.targets, device), layout)
+
+    def _backward(self, pairs: list[_Pairs], passes: Passes) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, and the features that it is of."""
+        image_features, text_features = self._features(pairs[0], next(passes.images()), passes)
+        loss = self._loss(image_features, text_features)
+        passes.begin(pairs[0].chunk)
+        passes.scaled(loss).backward()
+        return loss, image_features.detach(), text_features.detach()
+
+    def _backward_in_chunks(self, pairs: list[_Pairs], passes: Passes) -> tuple[Tensor, Tensor, Tensor]:
+        states, features, images = [], [], passes.images(rounds=2)
+        for part in pairs:
+            states.append(rng.capture(passes.device))
+            with torch.no_grad():
+                features.append(self._features(part, next(images), passes))
+        image_features, text_features = (torch.cat(each).requires_grad_() for each in zip(*features, strict=True))
+        loss = self._loss(image_features, text_features)
+        passes.scaled(loss).backward()
+        for part, state in zip(pairs, states, strict=True):
+            passes.begin(part.chunk)
+            rng.restore(state, passes.device)
+            gradients = [_gradient(value)[part.chunk.rows] for value in (image_features, text_features)]
+            # The features of a locked tower have no graph.
+            found = zip(self._features(part, next(images), passes), gradients, strict=True)
+            trained = [(value, gradient) for value, gradient in found if value.requires_grad]
+            if trained:
+                torch.autograd.backward([value for value, _ in trained], [gradient for _, gradient in trained])
+        return loss, image_features.detach(), text_features.detach()
+
+    def _features(self, pairs: _Pairs, images: Tensor, passes: Passes) -> tuple[Tensor, Tensor]:
+        with passes.autocast():
+            features = self.model(images, pairs.tokens, token_index=pairs.chunk.token_index, layout=pairs.layout)
+        return features[0], features[1]
+
+    def _loss(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        scale, bias = self.model.logit_scale, self.model.logit_bias
+        loss: Tensor = self.loss(
+            _at_least_fp32(image_features),
+            _at_least_fp32(text_features),
+            _at_least_fp32(scale).exp(),
+            None if bias is None else _at_least_fp32(bias),
+        )
+        return loss
+
+
+def _gradient(value: Tensor) -> Tensor:
+    assert value.grad is not None
+    return value.grad
+
+
+def _at_least_fp32(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))

@@ -1,0 +1,160 @@
+"""What a run trains, as the trainer knows it: a model, what a batch is of, its loss, and how it is measured."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import Tensor, nn
+
+from evaclip.data import Source
+from evaclip.data.config import DataConfig
+from evaclip.data.loader import Targets, TrainTransform
+from evaclip.model.config import Preprocess
+from evaclip.model.vision import VisionTower
+from evaclip.train.config import TrainConfig
+from evaclip.train.distributed import World
+from evaclip.train.transform import training_transform
+from evaclip.transforms import levels_of
+
+if TYPE_CHECKING:
+    from evaclip.train.step import Chunk, Passes
+
+Size = int | tuple[int, int]
+Evaluate = Callable[[Any, Callable[[], bool]], tuple[dict[str, float], list[str]]]
+"""(model, whether this process was asked to stop) -> metrics, and a line on each set that could not be measured."""
+
+
+class Task(ABC):
+    """A model in training, and all that depends on what it learns.
+
+    Whatever is the same for all tasks stays in the trainer: accumulation's chunks, processes, precision, clipping,
+    skipped updates, checkpoints, resolution, averages. It asks nothing but this class.
+
+    Attributes:
+        model: in training precision, on its device, sharded if the configuration says so. What it holds is trained and
+            saved; what a task needs beside it, such as a teacher, it keeps for itself.
+        towers: parts of the model by name, whose rates, gradients and updates are logged each; those named `visual` and
+            `text` have the options of `optim.visual` and `optim.text`. `visual` is always there; of an image model it
+            is the model itself.
+        preprocess: what the model's images go through; the device normalises them so.
+    """
+
+    def __init__(self, model: nn.Module, towers: Mapping[str, nn.Module], preprocess: Preprocess) -> None:
+        self.model = model
+        self.towers = dict(towers)
+        self.preprocess = preprocess
+
+    @classmethod
+    @abstractmethod
+    def create_model(cls, config: TrainConfig, **how: Any) -> nn.Module:
+        """The model with its start values, or the weights that the configuration names.
+
+        Args:
+            how: device, precision, savings and prepare, as `evaclip.create_model` takes them: on the meta device the
+                model has no values, and `prepare` shards it before it has any.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def towers_of(model: Any) -> dict[str, nn.Module]:
+        """See `towers`; known of a model before there is a task, to shard it."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: TrainConfig, world: World, model: Any) -> Self:
+        """The task, on a model of `create_model`, out of whose training it takes what the configuration locks."""
+
+    @classmethod
+    def data(cls, config: TrainConfig) -> DataConfig:
+        """How the training data is opened."""
+        return config.data
+
+    def transform(self, data: DataConfig, size: Size) -> TrainTransform:
+        """What the data workers make of a picture, for images of this size; the device does the rest."""
+        return levels_of(training_transform(data, size, self.preprocess), self.preprocess)
+
+    @abstractmethod
+    def targets(self, size: Size) -> Targets:
+        """What they make beside the pixels, of captions and seeds: tokens, labels of classes, masks of patches."""
+
+    @abstractmethod
+    def backward(self, passes: "Passes") -> dict[str, Tensor]:
+        """Passes this process's rows of a batch through the model, and adds up the loss's gradients.
+
+        Returns:
+            0-D tensors on the device, whose mean over the processes is that of the batch: `loss`, and where
+            `passes.measure` asks for it what else is logged of a batch, by the names in the log, such as `accuracy`.
+        """
+
+    def after_update(self) -> None:  # noqa: B027 - most bound nothing
+        """Called behind each update of the weights, without gradients, such as to bound them."""
+
+    def measures(self) -> dict[str, Tensor]:
+        """What is logged of the model itself, by the names in the log: 0-D on the device, the same in all processes."""
+        return {}
+
+    @abstractmethod
+    def evaluation(self, config: TrainConfig, world: World, held_out: Source | None) -> Evaluate | None:
+        """Measures the model while it trains, in all processes together; None without a set to measure it on.
+
+        Args:
+            held_out: samples that are held out of the training data.
+        """
+
+    @abstractmethod
+    def flops_per_sample(self, size: Size) -> float:
+        """Model FLOPs of a training step per sample with images of this size, forward and backward."""
+
+    @abstractmethod
+    def tokens_computed(self, targets: Tensor) -> int:
+        """Tokens that enter blocks in a step with these targets, which lie in host memory.
+
+        A token counts once, whatever is computed again.
+        """
+
+    @abstractmethod
+    def stand_ins(self, rows: int, chunks: set[int], fake: Callable[[Any], Any]) -> Tensor:
+        """Targets of samples that are as they are on average, without values, for `--as-gpus`.
+
+        What a step on them reads of the values of targets in chunks of these sizes is settled here.
+
+        Args:
+            fake: takes the values from all tensors in what it is given.
+        """
+
+    @abstractmethod
+    def descriptions(self, config: TrainConfig) -> dict[str, Any]:
+        """What lies beside the weights in a checkpoint, by file name, for those who read them: JSON's values."""
+
+    @property
+    def visual(self) -> VisionTower:
+        """The image tower."""
+        tower = self.towers["visual"]
+        assert isinstance(tower, VisionTower)
+        return tower
+
+
+class MeanOverSamples(Task):
+    """A task whose loss is the mean over all samples of the batch, so that gradients of chunks add up."""
+
+    @abstractmethod
+    def of_samples(self, images: Tensor, chunk: "Chunk") -> dict[str, Tensor]:
+        """What is measured of each sample of a chunk, `[rows]` in float32 at least: `loss`, and others of the log.
+
+        It runs under autocast where the configuration says so.
+
+        Args:
+            images: float32 [rows, 3, height, width], on the device and normalised.
+            chunk: the rest of them; its targets are on the device.
+        """
+
+    def backward(self, passes: "Passes") -> dict[str, Tensor]:
+        images, sums = passes.images(), dict[str, Tensor]()
+        for chunk in passes.chunks:
+            with passes.autocast():
+                found = self.of_samples(next(images), chunk.sent(passes.device))
+            means = {name: passes.mean_of(values) for name, values in found.items()}
+            passes.begin(chunk)
+            passes.scaled(means["loss"]).backward()
+            sums = {name: value.detach() + sums.get(name, 0.0) for name, value in means.items()}
+        return sums

@@ -1,0 +1,27 @@
+"""The trainer's step on a CLIP, made without a run."""
+
+import torch
+
+from evaclip.model.clip import CLIP
+from evaclip.train.config import LossConfig, OptimConfig
+from evaclip.train.distributed import World
+from evaclip.train.loss import ContrastiveLoss
+from evaclip.train.optimizer import Group, build_optimizer, parameter_groups
+from evaclip.train.step import StepOptions, TrainStep
+from evaclip.train.tasks.contrastive import Contrastive
+
+
+def groups_of(model: CLIP, config: OptimConfig) -> list[Group]:
+    return parameter_groups(model, Contrastive.towers_of(model), config)
+
+
+def contrastive_step(
+    model: CLIP,
+    optim: OptimConfig,
+    options: StepOptions | None = None,
+    loss: LossConfig | None = None,
+    device: str = "cpu",
+) -> TrainStep:
+    task = Contrastive(model, ContrastiveLoss(loss or LossConfig()).to(device))
+    optimizer = build_optimizer(groups_of(model, optim), optim)
+    return TrainStep(task, optimizer, options or StepOptions(), World(torch.device(device)))

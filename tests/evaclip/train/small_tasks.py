@@ -1,0 +1,34 @@
+"""Small runs of all tasks: what the trainer promises, it promises of each, and the same tests show it."""
+
+from typing import Any, NamedTuple
+
+from small_options import OPTIONS
+
+
+class SmallTask(NamedTuple):
+    """A task, small enough that a step takes milliseconds.
+
+    Attributes:
+        tree: the part of a run's configuration that is the task's; data of 40 samples is there if it names none.
+        patch_dropout: assignments by which steps draw random numbers that the seed and the sample's place decide.
+        drop_path: and those that a process draws in turn, which so depend on the number of processes.
+        metrics: some of those that the evaluation of a set named val has.
+    """
+
+    tree: dict[str, Any]
+    patch_dropout: list[str]
+    drop_path: list[str]
+    metrics: set[str]
+
+
+_CLIP = SmallTask(
+    tree={"model": {"name": "tiny", "options": OPTIONS}},
+    patch_dropout=["model.patch_dropout=0.5"],
+    drop_path=["model.options.vision.drop_path=0.3"],
+    metrics={"val/zero_shot_top1", "val/text_to_image_r5", "val/loss"},
+)
+
+TASKS = {
+    "clip": _CLIP,
+    "siglip": _CLIP._replace(tree={**_CLIP.tree, "loss": {"name": "siglip"}}),
+}
