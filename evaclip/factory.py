@@ -19,7 +19,7 @@ from evaclip.model.vision_names import RELEASES, split_name, vision_config
 from evaclip.tokenizer import Tokenizer
 from evaclip.transforms import EvalTransform, TrainTransform
 from evaclip.weights import find_weights, materialize, read_preprocess, start_image_tower, start_text_tower
-from evaclip.weights.files import holds
+from evaclip.weights.files import classifier_size, holds
 from evaclip.weights.hub import HUB, LOCAL, download_beside
 from evaclip.weights.open_clip_config import CONFIG_FILE, read_open_clip_config
 from evaclip.weights.released import RELEASED
@@ -132,6 +132,7 @@ def create_vision_model(
     device: str | torch.device = "cpu",
     precision: str = "fp32",
     savings: Savings | None = None,
+    antialias: bool = False,
     **overrides: Any,
 ) -> VisionModel:
     """An image model of the EVA series in training mode, with random or pretrained weights.
@@ -139,10 +140,11 @@ def create_vision_model(
     Args:
         model_name: timm's name, such as `eva02_base_patch14_448.mim_in22k_ft_in1k`; without a tag the model's first.
         pretrained: True for the weights that the tag stands for; or a file, or `hf-hub:OWNER/NAME`, in timm's layout
-            or the authors'.
+            or the authors'. A `preprocess.json` beside it is taken.
         num_classes: of the classifier; None for that of the weights, 0 for none. A classifier of another size than
             that of the weights gets start values.
         device, precision, savings: as for `create_model`.
+        antialias: resize the positions of weights of another image size as timm does, not as the authors do.
         overrides: options of `VisionConfig` to change, such as `image_size=(448, 672)`.
 
     Raises:
@@ -156,17 +158,21 @@ def create_vision_model(
     tag = tag or next(iter(RELEASES[architecture]))
     release = RELEASES[architecture][tag]
     config = override(vision_config(architecture), overrides)
-    classes = release.num_classes if num_classes is None else num_classes
+    stored, preprocess = release.num_classes, release.preprocess
+    weights = None
+    if pretrained and target.type != "meta":
+        weights = find_weights(f"hf-hub:timm/{architecture}.{tag}" if pretrained is True else pretrained, model_name)
+        stored, preprocess = classifier_size(weights) or stored, read_preprocess(weights) or preprocess
+    classes = stored if num_classes is None else num_classes
     with torch.device("meta"), _WithoutValues():
-        model = VisionModel(config, release.num_classes if pretrained else classes, release.preprocess, savings)
+        model = VisionModel(config, stored if pretrained else classes, preprocess, savings)
     if target.type == "meta":
         return model.to(dtype)
-    if not pretrained:
+    if weights is None:
         model.to_empty(device=target).reset_parameters()
         return model.to(dtype)
-    source = f"hf-hub:timm/{architecture}.{tag}" if pretrained is True else pretrained
-    materialize(model.to(dtype), find_weights(source, model_name), target)
-    if classes != release.num_classes:
+    materialize(model.to(dtype), weights, target, antialias)
+    if classes != stored:
         model.reset_classifier(classes)
     return model
 

@@ -1,18 +1,21 @@
 """From what a user names, a run, a checkpoint or a model, to a model with its tokenizer and transform."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from evaclip.errors import UserError
-from evaclip.factory import create_model
+from evaclip.factory import create_model, create_vision_model
 from evaclip.model.clip import CLIP
 from evaclip.model.config import find_model
+from evaclip.model.vision_model import VisionModel
+from evaclip.model.vision_names import RELEASES, is_vision_model, split_name
 from evaclip.run_files import CONFIG_FILE, EMA_FILE, MODEL_CONFIG_FILE, PREPROCESS_FILE
 from evaclip.tokenizer import Tokenizer
-from evaclip.transforms import EvalTransform
+from evaclip.transforms import EvalTransform, OpaqueTransform
 from evaclip.weights import find_weights
+from evaclip.weights.files import classifier_size
 from evaclip.weights.hub import HUB, LOCAL
 
 RANDOM = "random weights"
@@ -35,6 +38,96 @@ class LoadedModel:
     tokenizer: Tokenizer
     transform: EvalTransform
     run: Path | None = None
+
+
+@dataclass(frozen=True)
+class LoadedClassifier:
+    """An image model with its classifier, and what its pictures go through; the rest as for `LoadedModel`."""
+
+    name: str
+    origin: str
+    model: VisionModel
+    transform: EvalTransform
+    run: Path | None = None
+
+
+@dataclass(frozen=True)
+class FoundClassifier:
+    """A classifier that is there and isn't loaded yet.
+
+    Attributes:
+        name: timm's.
+        weights: their file; None for random ones.
+        num_classes: of the classifier; 0 without one.
+        options: of `create_vision_model`.
+        run: the folder of the run that it belongs to, if it belongs to one.
+    """
+
+    name: str
+    weights: Path | None
+    num_classes: int
+    options: dict[str, Any] = field(default_factory=dict)
+    run: Path | None = None
+
+    def load(
+        self,
+        *,
+        device: str = "cpu",
+        image_size: int | tuple[int, int] | None = None,
+        crop: float | None = None,
+        antialias: bool = False,
+    ) -> LoadedClassifier:
+        """The model, in fp32.
+
+        Args:
+            device: where it runs.
+            image_size: of the pictures, as side or height and width; None for that of the model.
+            crop: share of the side that the centre crop keeps; None for that of the weights.
+            antialias: resize positions as timm does, see `create_vision_model`.
+
+        Raises:
+            UserError: for a size, a share or weights that don't fit the model.
+        """
+        options = self.options if image_size is None else {**self.options, "image_size": image_size}
+        model = create_vision_model(self.name, self.weights or False, device=device, antialias=antialias, **options)
+        preprocess = model.preprocess if crop is None else replace(model.preprocess, crop=crop)
+        transform = OpaqueTransform(model.config.image_size, preprocess)
+        return LoadedClassifier(self.name, str(self.weights or RANDOM), model, transform, self.run)
+
+
+def find_classifier(given: str, *, average: bool = True) -> FoundClassifier:
+    """Looks for the classifier that `given` names.
+
+    Args:
+        given: a run folder or a checkpoint folder of an image model (its `model.json` has timm's name of it and
+            options of `create_vision_model`), `hf-hub:timm/NAME`, or NAME[:WEIGHTS] with timm's NAME, where WEIGHTS is
+            a file, a folder or `hf-hub:OWNER/NAME`; a NAME alone has random weights.
+        average: of a checkpoint that holds averaged weights too, take those.
+
+    Raises:
+        UserError: it is none of these, or a CLIP model.
+    """
+    path = Path(given).expanduser()
+    if path.is_dir():
+        name, weights, options, run = _read_checkpoint(path, average)
+        _require_classifier(name)
+        return FoundClassifier(name, weights, options.get("num_classes") or classifier_size(weights), options, run)
+    name, _, source = (given, "", given) if given.startswith(HUB) else given.partition(":")
+    if find_model(name) is None and not is_vision_model(name) and len(path.parts) > 1:
+        raise UserError(f"there is no folder {given!r}; give a run folder, a checkpoint folder or NAME[:WEIGHTS]")
+    _require_classifier(name)
+    if not source:
+        architecture, tag = split_name(name)
+        releases = RELEASES[architecture]
+        return FoundClassifier(name, None, releases[tag or next(iter(releases))].num_classes)
+    weights = find_weights(source, name)
+    return FoundClassifier(name, weights, classifier_size(weights))
+
+
+def _require_classifier(name: str) -> None:
+    if find_model(name) is not None:
+        raise UserError(f"{name!r} is a CLIP model, which has no classifier: `evaclip eval zero-shot` measures it")
+    split_name(name)
 
 
 def load_model(given: str, *, device: str = "cpu", average: bool = True) -> LoadedModel:
@@ -63,6 +156,14 @@ def load_model(given: str, *, device: str = "cpu", average: bool = True) -> Load
 
 
 def _load_checkpoint(folder: Path, device: str, average: bool) -> LoadedModel:
+    name, weights, options, run = _read_checkpoint(folder, average)
+    if is_vision_model(name):
+        raise UserError(f"{str(folder)!r} holds an image model with a classifier: `evaclip eval classify` measures it")
+    return _loaded(name, str(weights), create_model(name, pretrained=weights, device=device, **options), run)
+
+
+def _read_checkpoint(folder: Path, average: bool) -> tuple[str, Path, dict[str, Any], Path | None]:
+    """The model's name, its weights, the options to create it with, and the folder of its run."""
     weights = find_weights(folder, "")
     checkpoint = weights.parent
     if average and (checkpoint / EMA_FILE).is_file():
@@ -72,9 +173,7 @@ def _load_checkpoint(folder: Path, device: str, average: bool) -> LoadedModel:
     if (checkpoint / PREPROCESS_FILE).is_file():
         options.pop("preprocess", None)
     run = folder if (folder / CONFIG_FILE).is_file() else checkpoint.parent.parent
-    is_run = (run / CONFIG_FILE).is_file()
-    model = create_model(name, pretrained=weights, device=device, **options)
-    return _loaded(name, str(weights), model, run if is_run else None)
+    return name, weights, options, run if (run / CONFIG_FILE).is_file() else None
 
 
 def _model_options(path: Path) -> dict[str, Any]:

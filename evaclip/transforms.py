@@ -46,7 +46,7 @@ class EvalTransform:
         return _levels(_rgb(self._cropped(image))).contiguous()
 
     def _cropped(self, image: Image.Image) -> Image.Image:
-        image = _on_background(eight_bit(image), WHITE)
+        image = self._opaque(eight_bit(image))
         height, width = shape = _shape(self.size)
         resized = [int(side / self.preprocess.crop) for side in shape]
         if self.preprocess.resize == "shortest":
@@ -56,6 +56,20 @@ class EvalTransform:
         if (top, left, *shape) != (0, 0, image.height, image.width):
             image = image.crop((left, top, left + width, top + height))
         return image
+
+    def _opaque(self, image: Image.Image) -> Image.Image:
+        return _on_background(image, WHITE)
+
+
+@dataclass(frozen=True)
+class OpaqueTransform(EvalTransform):
+    """`EvalTransform` of a picture that is made RGB first, as timm reads it: transparent pixels keep their colour.
+
+    Pictures of any mode but those of more than 8 bits give the same bits as timm's transform.
+    """
+
+    def _opaque(self, image: Image.Image) -> Image.Image:
+        return _rgb(image)
 
 
 @dataclass(frozen=True)
@@ -143,8 +157,9 @@ def _shortest(image: Image.Image, side: int) -> list[int]:
 
 def _covering(image: Image.Image, shape: Sequence[int]) -> list[int]:
     """The smallest size of the image's own proportions that covers a rectangle."""
-    factor = max(shape[0] / image.height, shape[1] / image.width)
-    return [max(shape[0], round(image.height * factor)), max(shape[1], round(image.width * factor))]
+    # Divided, not multiplied by the reciprocal: as open_clip and timm round what lies between two pixels.
+    ratio = min(image.height / shape[0], image.width / shape[1])
+    return [round(image.height / ratio), round(image.width / ratio)]
 
 
 def train_transform(

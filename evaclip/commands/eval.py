@@ -1,4 +1,4 @@
-"""`evaclip eval zero-shot | retrieval | linear-probe`."""
+"""`evaclip eval zero-shot | classify | retrieval | linear-probe`."""
 
 import argparse
 from dataclasses import replace
@@ -10,16 +10,19 @@ from evaclip.data.kinds import KINDS
 
 if TYPE_CHECKING:
     from evaclip.data import Source
+    from evaclip.eval.features import FeatureOptions
     from evaclip.eval.gallery import Gallery
     from evaclip.eval.results import Evaluation
     from evaclip.eval.runs import Setting
+    from evaclip.loading import LoadedClassifier, LoadedModel
 
 _MODEL_HELP = "a run folder, a checkpoint folder, hf-hub:OWNER/NAME, local-dir:FOLDER, or NAME[:WEIGHTS]"
+_CLASSIFIER_HELP = "a run or checkpoint folder of a classifier, hf-hub:timm/NAME, or NAME[:WEIGHTS] with timm's NAME"
 _DATA_HELP = "tar shards (pattern or folder), a table (CSV, JSON Lines, Parquet), or a folder of class folders"
 
 
 def add_commands(subparsers: Any) -> None:
-    """Adds `evaclip eval` and its three tasks."""
+    """Adds `evaclip eval` and its four tasks."""
     group = subparsers.add_parser("eval", help="measure a model", description="Measure a model.")
     tasks = group.add_subparsers(title="tasks", metavar="TASK", required=True, parser_class=type(group))
     zero_shot = leaf(
@@ -47,6 +50,7 @@ def add_commands(subparsers: Any) -> None:
     )
     zero_shot.add_argument("--show-classes", action="store_true", help="print the accuracy of every class, worst first")
     zero_shot.set_defaults(run=_run_zero_shot)
+    _add_classify(tasks)
     retrieval = leaf(
         tasks,
         "retrieval",
@@ -71,8 +75,58 @@ def add_commands(subparsers: Any) -> None:
     probe.set_defaults(run=_run_linear_probe)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+def _add_classify(tasks: Any) -> None:
+    parser = leaf(
+        tasks,
+        "classify",
+        help="classify pictures by the model's own classifier, as timm's validate does",
+        examples=[
+            "evaclip eval classify hf-hub:timm/eva02_base_patch14_448.mim_in22k_ft_in22k_in1k --data imagenet/val",
+            "evaclip eval classify eva02_tiny_patch14_336:tiny.safetensors --data 'val/{00..49}.tar' --caption-key cls",
+            "evaclip eval classify eva02_base_patch14_448.mim_in22k_ft_in22k:b.pt --data imagenet/val --subset in1k",
+        ],
+    )
+    _add_common(parser, _CLASSIFIER_HELP)
+    parser.add_argument(
+        "--classes",
+        metavar="FILE",
+        help="class names, one a line or a JSON list, in the classifier's order (default: the folders' sorted names, "
+        "or the numbers from 0)",
+    )
+    parser.add_argument(
+        "--subset",
+        metavar="SUBSET",
+        help="choose among these of its classes only: in1k, for classifiers of ImageNet's larger sets, or a file with "
+        "their numbers, one a line, in the order of the labels",
+    )
+    parser.add_argument(
+        "--real-labels",
+        metavar="FILE",
+        help="reassessed labels of ImageNet's validation set (real.json), or 'imagenet' for those that timm carries",
+    )
+    parser.add_argument("--show-classes", action="store_true", help="print the accuracy of every class, worst first")
+    pictures = parser.add_argument_group("pictures")
+    pictures.add_argument(
+        "--image-size", type=_image_size, metavar="N", help="side in pixels, or HEIGHTxWIDTH (default: the model's)"
+    )
+    pictures.add_argument(
+        "--crop-pct", type=float, metavar="SHARE", help="share that the centre crop keeps (default: the weights')"
+    )
+    pictures.add_argument(
+        "--antialias", action="store_true", help="resize positions as timm does (default: as the models' authors do)"
+    )
+    parser.set_defaults(run=_run_classify)
+
+
+def _image_size(text: str) -> int | tuple[int, int]:
+    sides = text.split("x")
+    if len(sides) > 2 or not all(map(str.isdecimal, sides)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected N or HEIGHTxWIDTH, in pixels")
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
+def _add_common(parser: argparse.ArgumentParser, model_help: str = _MODEL_HELP) -> None:
+    parser.add_argument("model", metavar="MODEL", help=model_help)
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="PATH", required=True, help=_DATA_HELP)
     data.add_argument("--kind", choices=KINDS, default="auto", help="what the data is (default: auto)")
@@ -99,7 +153,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     compute.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="autocast (default: fp32)"
     )
-    compute.add_argument("--cache", type=Path, metavar="FOLDER", help="keep features here, and use what is kept")
+    if model_help == _MODEL_HELP:
+        compute.add_argument("--cache", type=Path, metavar="FOLDER", help="keep features here, and use what is kept")
+    else:
+        parser.set_defaults(cache=None)
     compute.add_argument("--no-average", action="store_true", help="the weights themselves, not their moving average")
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=Path, metavar="FILE", help="write the result, with all that it depends on, here")
@@ -113,6 +170,28 @@ def _run_zero_shot(args: argparse.Namespace) -> None:
     templates = load_templates(args.templates or (IMAGENET if args.classes == IMAGENET else PLACEHOLDER))
     setting = _setting(args)
     evaluation = run_zero_shot(setting, _classnames(args), templates)
+    if args.show_classes:
+        print_classes(evaluation)
+    _report(args, setting, evaluation)
+
+
+def _run_classify(args: argparse.Namespace) -> None:
+    from evaclip.eval.class_space import class_space, load_real_labels
+    from evaclip.eval.results import print_classes
+    from evaclip.eval.runs import run_classify
+    from evaclip.loading import find_classifier
+    from evaclip.model.config import Preprocess
+
+    if args.crop_pct is not None:
+        Preprocess(crop=args.crop_pct)  # told before weights are looked for
+    classnames = _classnames(args)
+    source, options = _prepare(args)
+    found = find_classifier(args.model, average=not args.no_average)
+    classes = class_space(found.num_classes, source, classnames, args.subset)
+    real = load_real_labels(args.real_labels, source, len(classes.names)) if args.real_labels else None
+    pictures = {"image_size": args.image_size, "crop": args.crop_pct, "antialias": args.antialias}
+    setting = _set(args, source, options, found.load(device=_device(args), **pictures))
+    evaluation = run_classify(setting, classes, real)
     if args.show_classes:
         print_classes(evaluation)
     _report(args, setting, evaluation)
@@ -134,20 +213,34 @@ def _run_linear_probe(args: argparse.Namespace) -> None:
 
 
 def _setting(args: argparse.Namespace) -> "Setting":
-    # Everything that can be wrong with the data and the numbers is found before the model is loaded.
-    import torch
+    from evaclip.loading import load_model
 
+    source, options = _prepare(args)
+    return _set(args, source, options, load_model(args.model, device=_device(args), average=not args.no_average))
+
+
+def _prepare(args: argparse.Namespace) -> tuple["Source", "FeatureOptions"]:
+    # Everything that can be wrong with the data and the numbers is found before the model is loaded.
     from evaclip.atomic import require_writable
     from evaclip.eval.features import FeatureOptions
-    from evaclip.eval.runs import Setting
-    from evaclip.loading import load_model
 
     for file in filter(None, (args.json, args.cache and args.cache / "features")):
         require_writable(file)
     options = FeatureOptions(args.batch_size, args.workers, args.precision, args.cache)
-    source = _open(args, args.data)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_model(args.model, device=device, average=not args.no_average)
+    return _open(args, args.data), options
+
+
+def _device(args: argparse.Namespace) -> str:
+    import torch
+
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _set(
+    args: argparse.Namespace, source: "Source", options: "FeatureOptions", loaded: "LoadedModel | LoadedClassifier"
+) -> "Setting":
+    from evaclip.eval.runs import Setting
+
     title = args.title or "/".join(Path(args.data).parts[-2:]).replace("//", "/")
     setting = Setting(loaded, args.data, source, title, options)
     return replace(setting, allowed_unreadable=1.0) if args.allow_unreadable else setting

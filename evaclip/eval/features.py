@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from evaclip.atomic import replacing, writing
-from evaclip.data import BadSample, Source, iterate
+from evaclip.data import BadSample, EvalBatch, Source, iterate
 from evaclip.errors import Refused, UserError
 from evaclip.model.config import Preprocess
 from evaclip.transforms import Normalization, levels_of
@@ -108,23 +108,44 @@ def encode_images(
     if cached and (hit := cached.load()):
         return ImageFeatures(hit["features"], _unpack(hit["captions"]), _unpack(hit["keys"]))
     rows, captions, keys = [], list[str](), list[str]()
+
+    def encode(batch: EvalBatch) -> None:
+        rows.append(model.encode_image(batch.images, normalize=True).float().cpu())
+        captions.extend(batch.captions)
+        keys.extend(batch.keys)
+
+    for_each_batch(model, encode, transform, source, options)
+    result = ImageFeatures(torch.cat(rows), captions, keys)
+    _check_finite(result.features, keys, "picture")
+    if cached:
+        cached.save({"features": result.features, "captions": _pack(captions), "keys": _pack(keys)})
+    return result
+
+
+def for_each_batch(
+    model: object,
+    action: Callable[[EvalBatch], None],
+    transform: Callable[[Any], Tensor],
+    source: Source,
+    options: FeatureOptions,
+) -> None:
+    """Hands every batch of a source to `action`, its pictures on the device of the model, which is in evaluation mode.
+
+    Raises:
+        NothingReadable: no sample could be read.
+    """
+    found = False
     # Workers send uint8: a quarter of the shared memory, and of the way to the device.
     preprocess = getattr(transform, "preprocess", Preprocess())
     levels = levels_of(transform, preprocess)
     batches = iterate(source, levels, options.batch_size, workers=options.workers)
     with _inference(model, options.precision) as device:
         finish = nn.Identity() if levels is transform else Normalization(preprocess, device)
-        for images, batch_captions, batch_keys in _progress(batches, len(source), "images", options):
-            rows.append(model.encode_image(finish(images.to(device)), normalize=True).float().cpu())
-            captions += batch_captions
-            keys += batch_keys
-    if not rows:
+        for batch in _progress(batches, len(source), "images", options):
+            action(batch._replace(images=finish(batch.images.to(device))))
+            found = True
+    if not found:
         raise NothingReadable(f"none of the {len(source)} samples could be read")
-    result = ImageFeatures(torch.cat(rows), captions, keys)
-    _check_finite(result.features, keys, "picture")
-    if cached:
-        cached.save({"features": result.features, "captions": _pack(captions), "keys": _pack(keys)})
-    return result
 
 
 def refuse_rest(source: Source, unreadable: int, allowed: float, option: str) -> None:
@@ -176,7 +197,7 @@ def encode_texts(
     return features
 
 
-def weights_hash(model: ImageTextModel) -> str:
+def weights_hash(model: object) -> str:
     """SHA-256 (hex) over the names, types, shapes and bytes of all weights; the same anywhere."""
     digest = hashlib.sha256()
     for name, tensor in sorted(_module(model).state_dict().items()):
@@ -186,7 +207,7 @@ def weights_hash(model: ImageTextModel) -> str:
 
 
 @contextmanager
-def _inference(model: ImageTextModel, precision: Precision) -> Iterator[torch.device]:
+def _inference(model: object, precision: Precision) -> Iterator[torch.device]:
     """Evaluation mode (until the end), no gradients, autocast; yields the model's device."""
     module = _module(model)
     device = next(module.parameters()).device
@@ -203,9 +224,9 @@ def _inference(model: ImageTextModel, precision: Precision) -> Iterator[torch.de
         module.train(was_training)
 
 
-def _module(model: ImageTextModel) -> nn.Module:
+def _module(model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module with encode_image and encode_text, got {type(model).__name__}")
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     return model
 
 

@@ -14,7 +14,7 @@ from evaclip.atomic import write_json
 from evaclip.errors import UserError
 from evaclip.machine import machine, versions
 
-Task = Literal["zero-shot", "retrieval", "linear-probe"]
+Task = Literal["zero-shot", "classify", "retrieval", "linear-probe"]
 FOLDER = "evaluations"
 """Where a run folder keeps its results."""
 
@@ -87,7 +87,12 @@ class Evaluation:
 def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> None:
     """A table of the result, and for classes the best and the worst of them."""
     console = console or Console()
-    rows = {"zero-shot": _zero_shot_rows, "retrieval": _retrieval_rows, "linear-probe": _linear_probe_rows}
+    rows = {
+        "zero-shot": _zero_shot_rows,
+        "classify": _classify_rows,
+        "retrieval": _retrieval_rows,
+        "linear-probe": _linear_probe_rows,
+    }
     (size, *header), *lines = rows[evaluation.task](evaluation.metrics)
     console.print(f"{evaluation.task}: {evaluation.title}, {size}", style="bold", markup=False, soft_wrap=True)
     table = Table("")
@@ -98,6 +103,9 @@ def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> 
     console.print(table)
     for what, unreadable in _unreadable(evaluation):
         console.print(f"{unreadable:,} {what} could not be read and took no part", style="yellow", soft_wrap=True)
+    if lacking := evaluation.metrics.get("lacking"):
+        what = f"{evaluation.metrics['left_out']:,} pictures took no part: the classifier lacks {len(lacking):,} of"
+        console.print(f"{what} their classes, such as {lacking[0]}", style="yellow", markup=False, soft_wrap=True)
     console.print(
         f"{evaluation.model.name} ({evaluation.model.origin}), {evaluation.data.samples:,} samples of "
         f"{evaluation.data.path}, {evaluation.precision} on {evaluation.device}, {evaluation.seconds:.1f} s",
@@ -115,7 +123,7 @@ def _unreadable(evaluation: Evaluation) -> Iterator[tuple[str, int]]:
 
 
 def print_classes(evaluation: Evaluation, console: Console | None = None) -> None:
-    """The table of all classes of a zero-shot result, worst first."""
+    """The table of all classes of a classification, worst first."""
     table = Table(title=f"classes of {evaluation.title}", title_justify="left")
     for name in ("class", "samples", "top-1", "top-5", "most often taken for"):
         table.add_column(name, justify="right" if name in ("samples", "top-1", "top-5") else "left")
@@ -134,6 +142,13 @@ def _zero_shot_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
         ("top-5", _percent(metrics["top5"]), _percent(metrics["chance_top5"])),
         ("mean per class", _percent(metrics["mean_per_class"]), _percent(metrics["chance_top1"])),
     ]
+
+
+def _classify_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows = _zero_shot_rows(metrics)
+    if real := metrics["real"]:
+        rows += [(f"ReaL top-{k}, of {real['samples']:,}", _percent(real[f"top{k}"]), "") for k in (1, 5)]
+    return rows
 
 
 def _retrieval_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from evaclip.data import Source
-from evaclip.eval import linear_probe, retrieval, zero_shot
+from evaclip.eval import classify, linear_probe, retrieval, zero_shot
+from evaclip.eval.class_space import ClassSpace
 from evaclip.eval.features import (
     ALLOWED_UNREADABLE,
     FeatureOptions,
@@ -24,7 +25,7 @@ from evaclip.eval.labels import assign_labels
 from evaclip.eval.pairs import encode_pairs
 from evaclip.eval.results import FOLDER as EVALUATIONS
 from evaclip.eval.results import DataFacts, Evaluation, ModelFacts, Task
-from evaclip.loading import LoadedModel
+from evaclip.loading import LoadedClassifier, LoadedModel
 
 _ALLOW = "--allow-unreadable"
 
@@ -34,7 +35,7 @@ class Setting:
     """What is common to all evaluations.
 
     Attributes:
-        loaded: the model.
+        loaded: the model; for `run_classify` a classifier.
         path: where the data lies, as the user wrote it.
         source: the data, opened.
         title: what the data is called in tables and reports.
@@ -42,7 +43,7 @@ class Setting:
         allowed_unreadable: share of the samples that may be unreadable; with more of them there is no result.
     """
 
-    loaded: LoadedModel
+    loaded: LoadedModel | LoadedClassifier
     path: str
     source: Source
     title: str
@@ -61,7 +62,7 @@ def run_zero_shot(setting: Setting, classnames: Sequence[str] | None, templates:
         Refused: more samples than `setting` allows could not be read.
     """
     started = time.monotonic()
-    loaded, options = setting.loaded, setting.options
+    loaded, options = _clip(setting), setting.options
     images = _encode(setting, setting.source)
     labels = assign_labels(images.captions, images.keys, classnames, setting.source.classes)
     classifier = zero_shot.build_classifier(loaded.model, loaded.tokenizer, labels.classnames, templates, options)
@@ -77,7 +78,7 @@ def run_retrieval(setting: Setting) -> tuple[Evaluation, Gallery]:
         Refused: more samples than `setting` allows could not be read.
     """
     started = time.monotonic()
-    loaded = setting.loaded
+    loaded = _clip(setting)
     pairs = encode_pairs(loaded.model, loaded.tokenizer, loaded.transform, setting.source, setting.options)
     refuse_rest(setting.source, pairs.unreadable, setting.allowed_unreadable, _ALLOW)
     result = retrieval.evaluate(pairs.image_features, pairs.text_features, pairs.image_of_text)
@@ -105,6 +106,25 @@ def run_linear_probe(setting: Setting, train: Source, classnames: Sequence[str] 
     return _evaluation("linear-probe", setting, metrics, started, len(tested))
 
 
+def run_classify(setting: Setting, classes: ClassSpace, real: Sequence[frozenset[int]] | None = None) -> Evaluation:
+    """Classification of a source by the model's own classifier.
+
+    Args:
+        classes: what captions and logits stand for, from `class_space`.
+        real: reassessed labels, from `load_real_labels`.
+
+    Raises:
+        Refused: more samples than `setting` allows could not be read.
+    """
+    started = time.monotonic()
+    loaded, source = setting.loaded, setting.source
+    assert isinstance(loaded, LoadedClassifier)
+    found = classify.predict(loaded.model, loaded.transform, source, classes, setting.options)
+    refuse_rest(source, len(source) - len(found), setting.allowed_unreadable, _ALLOW)
+    result = classify.evaluate(found, classes, real)
+    return _evaluation("classify", setting, result.to_dict(), started, len(found))
+
+
 def store(run: Path, evaluation: Evaluation, gallery: Gallery | None = None) -> Path:
     """Keeps a result in the folder of its run, for its report; one of the same name is replaced."""
     name = f"{evaluation.task}-{re.sub(r'[^a-z0-9]+', '-', evaluation.title.lower()).strip('-')}.json"
@@ -114,8 +134,14 @@ def store(run: Path, evaluation: Evaluation, gallery: Gallery | None = None) -> 
     return run / EVALUATIONS / name
 
 
+def _clip(setting: Setting) -> LoadedModel:
+    assert isinstance(setting.loaded, LoadedModel)
+    return setting.loaded
+
+
 def _encode(setting: Setting, source: Source) -> ImageFeatures:
-    images = encode_images(setting.loaded.model, setting.loaded.transform, source, setting.options)
+    loaded = _clip(setting)
+    images = encode_images(loaded.model, loaded.transform, source, setting.options)
     refuse_rest(source, len(source) - len(images), setting.allowed_unreadable, _ALLOW)
     return images
 

@@ -123,18 +123,33 @@ def evaluate(features: Tensor, labels: Tensor, classifier: Tensor, classnames: S
         raise ValueError(f"expected {len(classifier)} class names, got {len(classnames)}")
     ranks = target_ranks(features, classifier, labels)
     predictions = top_items(features, classifier, 1)[1][:, 0]
+    return summarize(ranks, predictions, labels, classnames, len(classnames))
+
+
+def summarize(
+    ranks: Tensor, predictions: Tensor, labels: Tensor, classnames: Sequence[str], classes: int
+) -> ZeroShotResult:
+    """The accuracies that follow from ranks.
+
+    Args:
+        ranks: [N] the place (0 is best) of each picture's own class; from 5 on they are all the same.
+        predictions: [N] int64, the classes that the pictures were taken for.
+        labels: [N] int64, their own.
+        classnames: by label.
+        classes: how many there are to choose among.
+    """
     per_class = tuple(
         _class_result(label, classnames, ranks[labels == label], predictions[labels == label])
         for label in torch.bincount(labels).nonzero().flatten().tolist()
     )
     return ZeroShotResult(
         samples=len(labels),
-        classes=len(classnames),
+        classes=classes,
         top1=hit_rate(ranks, 1),
         top5=hit_rate(ranks, 5),
         mean_per_class=sum(result.top1 for result in per_class) / len(per_class),
-        chance_top1=1 / len(classnames),
-        chance_top5=min(1.0, 5 / len(classnames)),
+        chance_top1=1 / classes,
+        chance_top5=min(1.0, 5 / classes),
         per_class=per_class,
     )
 

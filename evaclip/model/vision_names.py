@@ -92,18 +92,27 @@ RELEASES: dict[str, dict[str, Release]] = {
 """Model -> tag -> release."""
 
 
+def _plain(name: str) -> str:
+    return name.lower().removeprefix("hf-hub:").removeprefix("timm/").partition(".")[0]
+
+
 def split_name(name: str) -> tuple[str, str | None]:
     """Model and tag of `NAME` or `NAME.TAG`, in any case, also with `timm/` or `hf-hub:timm/` in front.
 
     Raises:
         UserError: for a model or a tag that doesn't exist.
     """
-    model, _, tag = name.lower().removeprefix("hf-hub:").removeprefix("timm/").partition(".")
+    model, tag = _plain(name), name.lower().partition(".")[2]
     if model not in RELEASES:
         raise unknown_name("vision model", model, RELEASES)
     if tag and tag not in RELEASES[model]:
         raise unknown_name(f"tag of {model}", tag, RELEASES[model])
     return model, tag or None
+
+
+def is_vision_model(name: str) -> bool:
+    """Whether `split_name` knows the model of this name."""
+    return _plain(name) in RELEASES
 
 
 def vision_config(model: str) -> VisionConfig:

@@ -96,6 +96,16 @@ def holds(path: Path, name: str) -> bool:
     return name in read_tensors(path)
 
 
+def classifier_size(path: Path) -> int:
+    """The number of classes that the classifier of an image model's weights has; 0 without one.
+
+    Raises:
+        UserError: as `load_state_dict`.
+    """
+    head = read_tensors(path).get("head.weight")
+    return 0 if head is None else len(head)
+
+
 def _names(path: Path) -> list[str]:
     with safe_open(path, "pt") as file:
         return list(file.keys())

@@ -42,13 +42,14 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
     put(model, _fitting(model, source))
 
 
-def materialize(model: nn.Module, source: Path, device: torch.device) -> None:
+def materialize(model: nn.Module, source: Path, device: torch.device, antialias: bool = False) -> None:
     """Gives a model on the meta device its weights: no memory is taken beside that of the weights themselves.
 
     Tensors that need no conversion are views of the mapped file; they are copied when they are first written to, or at
-    once where the model is sharded. The rest is as for `load_weights`.
+    once where the model is sharded. `antialias` is for positions of another image size, see `resize_pos_embed`. The
+    rest is as for `load_weights`.
     """
-    state = _fitting(model, source)
+    state = _fitting(model, source, antialias)
     if is_sharded(model):
         put(model.to_empty(device=device), state)
         return
@@ -58,13 +59,13 @@ def materialize(model: nn.Module, source: Path, device: torch.device) -> None:
     model.load_state_dict(state, assign=True)
 
 
-def _fitting(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _fitting(model: nn.Module, source: str | Path | Mapping[str, Tensor], antialias: bool = False) -> dict[str, Tensor]:
     """The weights of `source`, which have the names and shapes of the model's."""
     state = to_original(source) if isinstance(source, Mapping) else load_state_dict(source)
     expected = model.state_dict()
     if isinstance(model, VisionModel):
         state = {name: t for name, t in state.items() if not _OF_PRETRAINING.match(name)}
-        fit_image_size(state, expected, model.config.grid)
+        fit_image_size(state, expected, model.config.grid, antialias=antialias)
     elif isinstance(model, CLIP):
         if model.config.init_logit_bias is not None:  # It may be that of a model that goes on with SigLIP's loss.
             state.setdefault("logit_bias", torch.tensor(float(model.config.init_logit_bias)))
@@ -79,26 +80,30 @@ def _fitting(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> dic
 
 
 def fit_image_size(
-    state: dict[str, Tensor], expected: Mapping[str, Tensor], grid: tuple[int, int], prefix: str = ""
+    state: dict[str, Tensor],
+    expected: Mapping[str, Tensor],
+    grid: tuple[int, int],
+    prefix: str = "",
+    antialias: bool = False,
 ) -> None:
     """Resizes the position embedding and the patch kernel among `state` to those of the model, and logs it."""
     pos_embed, kernel = prefix + _POS_EMBED, prefix + _PATCH_KERNEL
     if pos_embed in state:
-        state[pos_embed] = _fitted(state[pos_embed], grid)
+        state[pos_embed] = _fitted(state[pos_embed], grid, antialias)
     if kernel in state and kernel in expected:
         state[kernel] = _fitted_kernel(state[kernel], expected[kernel].shape)
 
 
-def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
+def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], antialias: bool = False) -> Tensor:
     """A position embedding `[1, 1 + g*g, C]` for a grid of rows and columns of patches; the class token's stays.
 
-    Bicubic without antialiasing, as the released models were adapted to other sizes. Libraries that antialias
-    get other numbers.
+    Bicubic without antialiasing, as the released models were adapted to other sizes. Libraries that antialias, as timm
+    does, get other numbers: those of `antialias`.
     """
     cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
     old = math.isqrt(patches.shape[1])
     image = patches.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    resized = F.interpolate(image, size=grid, mode="bicubic", align_corners=False, antialias=False)
+    resized = F.interpolate(image, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
     return torch.cat([cls, resized.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
 
 
@@ -111,13 +116,13 @@ def _fitted_kernel(kernel: Tensor, shape: torch.Size) -> Tensor:
     return resized.to(kernel.dtype)
 
 
-def _fitted(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
+def _fitted(pos_embed: Tensor, grid: tuple[int, int], antialias: bool) -> Tensor:
     patches = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 else 0
     old = math.isqrt(max(patches, 0))
     if patches < 1 or (old, old) == grid or old**2 != patches:
         return pos_embed
     _log.info("resizing the position embedding from %d to %d patches", patches, math.prod(grid))
-    return resize_pos_embed(pos_embed, grid)
+    return resize_pos_embed(pos_embed, grid, antialias)
 
 
 def differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

@@ -2,6 +2,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -282,14 +283,17 @@ def test_the_command_prints_both_paths(run: Path, capsys: pytest.CaptureFixture[
 
 def test_groups_come_from_evaluations_in_the_order_of_tasks(run: Path) -> None:
     save_evaluations(run)
+    found = replace(Evaluation.load(run / "evaluations" / "zero-shot.json"), task="classify")
+    found.save(run / "evaluations" / "a.json")
     groups = read_run(run).groups
     assert [group.title for group in groups] == [
         "Shapes & more: zero-shot",
+        "Shapes & more: classification",
         "Shapes & more: text finds picture",
         "Shapes & more: picture finds text",
     ]
     assert groups[0].bars == (Bar("top-1", 0.4, 0.02, main=True), Bar("top-5", 0.8, 0.1))
-    assert [bar.label for bar in groups[1].bars] == ["first", "within 5", "within 10"]
+    assert [bar.label for bar in groups[2].bars] == ["first", "within 5", "within 10"]
 
 
 def test_the_loss_curve_is_smoothed_by_a_trailing_mean() -> None:

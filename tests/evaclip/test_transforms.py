@@ -101,6 +101,14 @@ def test_evaluation_gives_the_bits_of_open_clip(mode: str, size: tuple[int, int]
     assert torch.equal(ours, image_transform(112, is_train=False, resize_mode=resize)(_as_loaded(image)))
 
 
+@pytest.mark.parametrize("size", [(216, 459), (504, 585), (88, 429), (48, 114), (90, 70)])
+def test_pictures_that_are_not_square_are_those_of_open_clip(size: tuple[int, int]) -> None:
+    """The first ones end between two pixels, where a last bit decides."""
+    image, shape = _picture(size), (336, 196) if size == (216, 459) else (112, 196)
+    theirs = image_transform(shape, is_train=False)(image)
+    assert torch.equal(transforms.EvalTransform(shape)(image), theirs)
+
+
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_options_reach_the_transform(interpolation: str) -> None:
     image, mean, std = _picture((90, 70)), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)

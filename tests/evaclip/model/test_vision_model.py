@@ -152,6 +152,21 @@ def test_classifier_of_another_size(tmp_path: Path) -> None:
         bare.reset_classifier(3, "token")
 
 
+def test_the_classifier_and_the_preprocessing_of_the_weights_are_taken(tmp_path: Path) -> None:
+    name, file = "eva02_tiny_patch14_336.mim_in22k_ft_in1k", tmp_path / "weights.pt"
+    peer = peer_of("eva02_tiny_patch14_336", depth=1, num_classes=10)
+    torch.save(peer.state_dict(), file)
+    (tmp_path / "preprocess.json").write_text('{"image_size": 336, "crop": 0.7, "resize": "squash"}')
+    model = create_vision_model(name, pretrained=file, layers=1)
+    assert model.num_classes == 10
+    assert torch.equal(model.head.weight, peer.head.weight)
+    assert (model.preprocess.crop, model.preprocess.resize) == (0.7, "squash")
+    peer.reset_classifier(0)
+    torch.save(peer.state_dict(), file)
+    with pytest.raises(UserError, match="missing: head"):
+        create_vision_model(name, pretrained=file, layers=1)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

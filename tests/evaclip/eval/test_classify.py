@@ -1,0 +1,371 @@
+"""Classification by a model's own classifier against timm's `validate`, picture by picture."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from eval_fakes import ToTensor, evaclip, png, write_tar
+from labelled_pictures import WNIDS, picture, targets, teach, validate, write_folders
+from safetensors.torch import save_file
+from timm.data.imagenet_info import ImageNetInfo
+from torch import Tensor, nn
+
+from evaclip import create_vision_model
+from evaclip.commands.main import main
+from evaclip.data import iterate, open_source
+from evaclip.data.held_out import Selection
+from evaclip.errors import UserError
+from evaclip.eval.class_space import ClassSpace, class_space
+from evaclip.eval.classify import Predictions, evaluate, predict
+from evaclip.eval.features import FeatureOptions
+from evaclip.eval.results import Evaluation, print_classes, print_evaluation
+from evaclip.loading import find_classifier, load_model
+from evaclip.transforms import EvalTransform, OpaqueTransform
+from evaclip.weights import load_weights
+
+TINY = "eva02_tiny_patch14_336.mim_in22k_ft_in1k"
+QUIET = FeatureOptions(batch_size=4, progress=False)
+
+
+@pytest.fixture(scope="module")
+def val(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two pictures of each of six ImageNet classes."""
+    return write_folders(tmp_path_factory.mktemp("imagenet") / "val")
+
+
+def taught(name: str, root: Path, classes: int, **options: Any) -> nn.Module:
+    """A random model of timm that finds some of the pictures."""
+    torch.manual_seed(0)
+    model: nn.Module = timm.create_model(name, num_classes=classes, **options).eval()
+    size = options.get("img_size")
+    found = validate(model, root, **({} if size is None else {"input_size": (3, *_pair(size))}))
+    teach(model, found.inputs, targets(root))
+    return model
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return size if isinstance(size, tuple) else (size, size)
+
+
+# Crop 1 and the whole side, crop 0.9, squash with the means of CLIP, squash with those of ImageNet, not square.
+MODELS = [
+    (TINY, {"depth": 2, "img_size": 70}, {}),
+    ("eva02_tiny_patch14_224.mim_in22k", {"depth": 2, "img_size": 84}, {}),
+    ("eva02_tiny_patch14_224.mim_in22k", {"depth": 1, "img_size": (56, 112)}, {"crop_pct": 0.8}),
+    ("eva_giant_patch14_336.m30m_ft_in22k_in1k", {"depth": 1, "img_size": 28}, {}),
+    ("eva02_base_patch14_448.mim_in22k_ft_in22k_in1k", {"img_size": 56}, {}),
+    ("eva02_base_patch14_448.mim_in22k_ft_in22k_in1k", {"depth": 1, "img_size": 70}, {"crop_pct": 0.875}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "options", "args"), MODELS, ids=["whole", "crop", "oblong", "giant", "base", "both"])
+def test_every_picture_is_that_of_timm(name: str, options: dict[str, Any], args: dict[str, Any], val: Path) -> None:
+    peer = taught(name, val, len(WNIDS), **options)
+    size = options["img_size"]
+    theirs = validate(peer, val, input_size=(3, *_pair(size)), **args)
+    model = create_vision_model(name, num_classes=6, image_size=size, layers=options.get("depth", 12)).eval()
+    load_weights(model, peer.state_dict())
+    preprocess = model.preprocess
+    if args:
+        preprocess = type(preprocess)(**{**vars(preprocess), "crop": args["crop_pct"]})
+    transform, source = OpaqueTransform(size, preprocess), open_source(str(val), caption_template="{}")
+    inputs = torch.cat([batch.images for batch in iterate(source, transform, 5)])
+    assert torch.equal(inputs, theirs.inputs)
+    with torch.no_grad():
+        logits = torch.cat([model(part) for part in inputs.split(5)])
+    assert (logits - theirs.logits).abs().max() <= 1e-5 * max(1.0, float(theirs.logits.abs().max()))
+    space = class_space(6, source)
+    found = predict(model, transform, source, space, QUIET)
+    assert torch.equal(found.best, theirs.best)
+    assert len(found.best[:, 0].unique()) > 2
+    result = evaluate(found, space).accuracy
+    assert (result.top1, result.top5) == pytest.approx((theirs.top1, theirs.top5), abs=1e-6)
+    assert 0 < result.top1 < 1
+    prefetched = validate(peer, val, input_size=(3, *_pair(size)), prefetch=True, **args)
+    assert torch.equal(found.best, prefetched.best)
+
+
+@pytest.fixture(scope="module")
+def tiny(val: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    """A small model of timm with random weights and 1,000 classes, and a folder with them."""
+    peer = taught(TINY, val, 1000, depth=2, img_size=56)
+    return peer, write_model(tmp_path_factory.mktemp("tiny"), peer.state_dict(), layers=2, image_size=56)
+
+
+def write_model(folder: Path, weights: dict[str, Tensor], num_classes: int = 1000, **options: Any) -> Path:
+    save_file(weights, folder / "model.safetensors")
+    (folder / "model.json").write_text(json.dumps({"name": TINY, "num_classes": num_classes, **options}))
+    return folder
+
+
+def classify(out: Path, *words: object) -> dict[str, Any]:
+    evaclip("eval", "classify", *words, "--workers", 0, "--json", out)
+    content: dict[str, Any] = json.loads(out.read_text())
+    return content
+
+
+def in1k_file(folder: Path) -> Path:
+    """All 1,000 classes by their folders' names."""
+    file = folder / "wnids.txt"
+    file.write_text("\n".join(ImageNetInfo().label_names()))
+    return file
+
+
+def in1k_map() -> dict[str, int]:
+    return {name: label for label, name in enumerate(ImageNetInfo().label_names())}
+
+
+@pytest.mark.slow
+def test_a_named_model_of_full_size_gives_timms_numbers(tmp_path: Path) -> None:
+    few, names = write_folders(tmp_path / "few", each=1), in1k_file(tmp_path)
+    peer, file = taught(TINY, few, 1000), tmp_path / "tiny.safetensors"
+    save_file(peer.state_dict(), file)
+    found = classify(tmp_path / "out.json", f"{TINY}:{file}", "--data", few, "--classes", names)
+    metrics, theirs = found["metrics"], validate(peer, few, class_map=in1k_map())
+    assert (metrics["top1"], metrics["top5"]) == pytest.approx((theirs.top1, theirs.top5), abs=1e-6)
+    assert metrics["classes"] == 1000
+    assert found["task"] == "classify"
+    assert found["model"]["origin"] == str(file)
+    assert found["transform"].startswith("OpaqueTransform(size=336")
+
+
+@pytest.mark.slow
+def test_another_resolution_and_crop(val: Path, tmp_path: Path) -> None:
+    """A file of weights of 336 pixels, used at 112: with `--antialias` as timm does, which resizes positions so."""
+    torch.manual_seed(0)
+    native, file = timm.create_model(TINY).eval(), tmp_path / "weights.safetensors"
+    teach(native, torch.zeros(6, 3, 336, 336) + torch.arange(6)[:, None, None, None], torch.arange(6))
+    save_file(native.state_dict(), file)
+    peer = timm.create_model(TINY, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, img_size=112)
+    theirs = validate(peer, val, img_size=112, crop_pct=0.8, columns=list(range(6)))
+    given = f"{TINY}:{file}"
+    found = find_classifier(given).load(image_size=112, crop=0.8, antialias=True)
+    assert torch.equal(found.model.pos_embed, peer.pos_embed)
+    source = open_source(str(val), caption_template="{}")
+    subset = numbers(tmp_path, range(6))
+    space = class_space(1000, source, subset=subset)
+    assert torch.equal(predict(found.model, found.transform, source, space, QUIET).best, theirs.best)
+    words = ("--data", val, "--subset", subset, "--image-size", 112, "--crop-pct", 0.8, "--antialias")
+    metrics = classify(tmp_path / "out.json", given, *words)["metrics"]
+    assert (metrics["top1"], metrics["top5"]) == pytest.approx((theirs.top1, theirs.top5), abs=1e-6)
+    assert not torch.equal(find_classifier(given).load(image_size=112).model.pos_embed, peer.pos_embed)
+    oblong = find_classifier(given).load(image_size=(56, 112))
+    assert oblong.transform.size == oblong.model.config.image_size == (56, 112)
+
+
+def numbers(folder: Path, values: Any) -> Path:
+    file = folder / "numbers.txt"
+    file.write_text("".join(f"{value}\n" for value in values))
+    return file
+
+
+@pytest.mark.parametrize("outputs", [21841, 21842])
+def test_the_thousand_classes_of_a_larger_head(outputs: int, val: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    peer = timm.create_model(TINY, num_classes=outputs, depth=1, img_size=56).eval()
+    head = ImageNetInfo("imagenet-22k" if outputs == 21841 else "imagenet-22k-ms").label_names()
+    column_of = {wnid: column for column, wnid in enumerate(head)}
+    present = [wnid for wnid in ImageNetInfo().label_names() if wnid in column_of]
+    columns, class_map = [column_of[wnid] for wnid in present], {wnid: i for i, wnid in enumerate(present)}
+    inputs = validate(peer, val, img_size=56).inputs
+    teach(peer, inputs, torch.tensor([column_of.get(wnid, 0) for wnid in WNIDS for _ in range(2)]))
+    theirs = validate(peer, val, img_size=56, columns=columns, class_map=class_map)
+    model = write_model(tmp_path, peer.state_dict(), outputs, layers=1, image_size=56)
+    metrics = classify(tmp_path / "out.json", model, "--data", val, "--subset", "in1k")["metrics"]
+    assert (metrics["top1"], metrics["top5"]) == pytest.approx((theirs.top1, theirs.top5), abs=1e-6)
+    assert 0 < metrics["top1"] < 1
+    assert len(theirs.best) == metrics["samples"] == 12 - metrics["left_out"]
+    # The list of 21,841 classes has all of the thousand but the teddy bear.
+    assert metrics["lacking"] == (["n04399382"] if outputs == 21841 else [])
+    assert metrics["classes"] == len(present) == 1000 - len(metrics["lacking"])
+
+
+def test_real_labels_are_timms(val: Path, tiny: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    peer, model = tiny
+    best = validate(peer, val, img_size=56, class_map=in1k_map()).best
+    first, third = int(best[0, 0]), int(best[3, 2])
+    real = [[first, 7], [third, first], [], [999], *([third], [], [5, 6]) * 2, [0], [1]]
+    (tmp_path / "real.json").write_text(json.dumps(real))
+    theirs = validate(peer, val, img_size=56, real=tmp_path / "real.json", class_map=in1k_map())
+    words = (model, "--classes", in1k_file(tmp_path), "--real-labels", tmp_path / "real.json")
+    ours = classify(tmp_path / "out.json", *words, "--data", val)["metrics"]["real"]
+    assert (ours["top1"], ours["top5"]) == pytest.approx((theirs.top1, theirs.top5), abs=1e-6)
+    assert ours["samples"] == sum(map(bool, real)) == 9
+    assert 0 < ours["top1"] < ours["top5"] < 1
+
+
+def test_shards_give_what_folders_give(val: Path, tiny: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    _, model = tiny
+    label_of = in1k_map()
+    samples = {
+        path.stem: {"jpg": path.read_bytes(), "cls": str(label_of[path.parent.name]).encode()}
+        for path in sorted(val.rglob("*.JPEG"), key=lambda path: path.name)
+    }
+    shard = write_tar(tmp_path / "val.tar", samples)
+    (tmp_path / "real.json").write_text(json.dumps([[number] for number in range(12)]))
+    common = (model, "--real-labels", tmp_path / "real.json", "--data")
+    folders = classify(tmp_path / "a.json", *common, val, "--classes", in1k_file(tmp_path))["metrics"]
+    shards = classify(tmp_path / "b.json", *common, shard, "--caption-key", "cls")["metrics"]
+    for metrics in (folders, shards):
+        for entry in metrics["per_class"]:
+            del entry["name"], entry["mistaken_for"]
+    assert folders == shards
+    (tmp_path / "b.json").unlink()
+    with pytest.raises(UserError, match=r"sample 'a' has label 1000, but the 1000 classes are 0\.\.999"):
+        bad = write_tar(tmp_path / "bad.tar", {"a": {"png": png((0, 0, 0)), "cls": b"1000"}})
+        classify(tmp_path / "b.json", model, "--data", bad, "--caption-key", "cls")
+
+
+class Fixed(nn.Module):
+    """Logits that a picture's red channel chooses among the rows of a table."""
+
+    def __init__(self, table: list[list[float]]) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.tensor(table))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.table[(images[:, 0, 0, 0] * 255).round().long()]
+
+
+def reds(path: Path, labels: list[int]) -> Any:
+    samples = {f"{i}": {"png": png((i, 0, 0)), "cls": str(label).encode()} for i, label in enumerate(labels)}
+    return open_source(str(write_tar(path, samples)), caption_key="cls")
+
+
+def test_ties_go_to_the_lower_label_and_parts_make_the_whole(tmp_path: Path) -> None:
+    table = [[0.0] * 7, [0, 1, 1, 0, 0, 0, 0], [9, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 4.0]]
+    source = reds(tmp_path / "x.tar", [6, 1, 1, 6])
+    space, model = class_space(7, source), Fixed(table)
+    found = predict(model, ToTensor(), source, space, QUIET)
+    assert found.best.tolist() == [[0, 1, 2, 3, 4], [1, 2, 0, 3, 4], [0, 1, 2, 3, 4], [6, 0, 1, 2, 3]]
+    result = evaluate(found, space).accuracy
+    assert (result.top1, result.top5, result.mean_per_class) == (0.5, 0.75, 0.5)
+    assert [(entry.name, entry.samples, entry.mistaken_for) for entry in result.per_class] == [
+        ("1", 2, "0"),
+        ("6", 2, "0"),
+    ]
+    parts = [predict(model, ToTensor(), Selection(source, mine), space, QUIET) for mine in ([0], [1, 2, 3])]
+    whole = Predictions(
+        torch.cat([part.best for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        [key for part in parts for key in part.keys],
+    )
+    assert evaluate(whole, space).accuracy == result
+    assert model.training
+    subset = ClassSpace(("a", "b"), (), (6, 1), 7)
+    assert predict(Fixed(table[2:] * 2), ToTensor(), reds(tmp_path / "y.tar", [1, 0]), subset, QUIET).best.tolist() == [
+        [0, 1],
+        [0, 1],
+    ]
+    with pytest.raises(UserError, match="NaN or infinite logits for '1'"):
+        predict(
+            Fixed([[1.0, 2], [float("nan"), 0]]), ToTensor(), reds(tmp_path / "z.tar", [1, 0]), class_space(2, source)
+        )
+
+
+def test_what_is_printed(val: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"layers": 1, "image_size": 28}
+    weights = create_vision_model(TINY, num_classes=6, **options).state_dict()
+    model = write_model(tmp_path, weights, 6, **options)
+    (model / "preprocess.json").write_text(json.dumps({"image_size": 28, "resize": "squash", "crop": 0.5}))
+    save_file({**weights, "head.bias": 1 + weights["head.bias"]}, model / "ema.safetensors")
+    found = find_classifier(str(model))
+    assert found.weights == model / "ema.safetensors"
+    assert find_classifier(str(model), average=False).weights == model / "model.safetensors"
+    transform = found.load().transform
+    assert (transform.preprocess.resize, transform.preprocess.crop) == ("squash", 0.5)
+    classify(tmp_path / "out.json", model, "--data", val, "--show-classes", "--title", "Six classes")
+    printed = capsys.readouterr().out
+    assert "classify: Six classes, 12 pictures, 6 classes" in printed
+    assert "most often taken for" in printed
+    assert "16.67 %" in printed
+    evaluation = Evaluation.load(tmp_path / "out.json")
+    evaluation.metrics.update(lacking=["teddy"], left_out=50, real={"samples": 9, "top1": 0.25, "top5": 0.5})
+    print_evaluation(evaluation)
+    print_classes(evaluation)
+    printed = capsys.readouterr().out
+    assert "50 pictures took no part: the classifier lacks 1 of their classes, such as teddy" in printed
+    assert "ReaL top-1, of 9" in printed
+    with pytest.raises(UserError, match="`evaclip eval classify` measures it"):
+        load_model(str(model))
+
+
+def test_transparent_pictures_keep_their_colours_only_here(tmp_path: Path) -> None:
+    """A training lays them on white; timm, and so classification, takes the colour under the transparency."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").write_bytes(picture("RGBA", (40, 40), 5))
+    source = open_source(str(tmp_path))
+    opaque, white = (next(iterate(source, kind(28), 1)).images for kind in (OpaqueTransform, EvalTransform))
+    assert not torch.equal(opaque, white)
+
+
+WRONG: list[tuple[list[object], str]] = [
+    (["EVA02-CLIP-B-16"], "'EVA02-CLIP-B-16' is a CLIP model, which has no classifier: `evaclip eval zero-shot`"),
+    (["eva02_tiny_patch14_335"], "unknown vision model 'eva02_tiny_patch14_335'; did you mean"),
+    (["runs/none"], "there is no folder 'runs/none'"),
+    (["eva02_tiny_patch14_224.mim_in22k"], "the model has no classifier"),
+    ([TINY], "the classifier has 1,000 classes, but the data has 6 class folders, such as 'n01440764': name all"),
+    ([TINY, "--classes", "two.txt"], "the classifier has 1,000 classes, but 2 classes are named, such as 'a'"),
+    ([TINY, "--subset", "in1k"], "--subset in1k is for classifiers of 21,841, .* got one of 1,000"),
+    ([TINY, "--subset", "two.txt"], r"two.txt holds 'a'; expected numbers of the classifier's classes, 0\.\.999"),
+    ([TINY, "--subset", "twice.txt"], "twice.txt holds a number twice"),
+    ([TINY, "--subset", "none.txt"], "cannot read the subset from 'none.txt': No such file"),
+    ([TINY, "--subset", "five.txt"], "the classifier has 5 classes in five.txt, but the data has 6 class folders"),
+    (
+        [TINY, "--subset", "six.txt", "--real-labels", "short.json"],
+        "short.json has labels of 2 pictures, but .* has 12",
+    ),
+    (
+        [TINY, "--subset", "six.txt", "--real-labels", "high.json"],
+        r"high.json has label 6, but the 6 classes are 0\.\.5",
+    ),
+    ([TINY, "--subset", "six.txt", "--real-labels", "flat.json"], "flat.json: expected a JSON list with a list"),
+    ([TINY, "--subset", "six.txt", "--real-labels", "two.txt"], "two.txt: expected a JSON list with a list"),
+    ([TINY, "--crop-pct", "1.5"], "preprocess.crop is 1.5; expected 0 < share <= 1"),
+    ([TINY, "--subset", "six.txt", "--image-size", "100"], "image_size 100 isn't a multiple of patch_size 14"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG)
+def test_wrong_input_is_told(
+    words: list[str], message: str, val: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "two.txt": "a\nb\n",
+        "twice.txt": "1\n2\n1\n",
+        "five.txt": "1\n2\n3\n4\n5\n",
+        "six.txt": "1\n2\n3\n4\n5\n6\n",
+        "short.json": "[[1], [2]]",
+        "high.json": json.dumps([[6]] * 12),
+        "flat.json": json.dumps([1] * 12),
+    }
+    for name, text in files.items():
+        Path(name).write_text(text)
+    monkeypatch.setattr("evaclip.loading.create_vision_model", _unless_config_is_wrong)
+    with pytest.raises(UserError, match=message):
+        evaclip("eval", "classify", *words, "--data", val, "--workers", 0)
+
+
+def _unless_config_is_wrong(name: str, weights: object, **options: Any) -> None:
+    options.pop("antialias")
+    create_vision_model(name, **{**options, "device": "meta"})
+    pytest.fail("the model was made")
+
+
+def test_other_names_of_pictures_have_no_real_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("0", "1"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        (tmp_path / "val" / name / "x.png").write_bytes(png((0, 0, 0)))
+    (tmp_path / "real.json").write_text("[[0], [1]]")
+    words = ["eval", "classify", TINY, "--data", str(tmp_path / "val"), "--real-labels", str(tmp_path / "real.json")]
+    assert main(words) == 2
+    assert "x.png has no labels in" in (error := capsys.readouterr().err)
+    assert "pictures called ILSVRC2012_val_00000001 to ILSVRC2012_val_00000002" in error
+    with pytest.raises(SystemExit):
+        main([*words[:-2], "--image-size", "28 28"])
+    assert "'28 28' is no size; expected N or HEIGHTxWIDTH" in capsys.readouterr().err
