@@ -215,8 +215,8 @@ def test_shards_give_what_folders_give(val: Path, tiny: tuple[nn.Module, Path], 
             del entry["name"], entry["mistaken_for"]
     assert folders == shards
     (tmp_path / "b.json").unlink()
+    bad = write_tar(tmp_path / "bad.tar", {"a": {"png": png((0, 0, 0)), "cls": b"1000"}})
     with pytest.raises(UserError, match=r"sample 'a' has label 1000, but the 1000 classes are 0\.\.999"):
-        bad = write_tar(tmp_path / "bad.tar", {"a": {"png": png((0, 0, 0)), "cls": b"1000"}})
         classify(tmp_path / "b.json", model, "--data", bad, "--caption-key", "cls")
 
 
@@ -261,10 +261,9 @@ def test_ties_go_to_the_lower_label_and_parts_make_the_whole(tmp_path: Path) -> 
         [0, 1],
         [0, 1],
     ]
+    broken, two = Fixed([[1.0, 2], [float("nan"), 0]]), reds(tmp_path / "z.tar", [1, 0])
     with pytest.raises(UserError, match="NaN or infinite logits for '1'"):
-        predict(
-            Fixed([[1.0, 2], [float("nan"), 0]]), ToTensor(), reds(tmp_path / "z.tar", [1, 0]), class_space(2, source)
-        )
+        predict(broken, ToTensor(), two, class_space(2, two))
 
 
 def test_what_is_printed(val: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,6 +302,7 @@ def test_transparent_pictures_keep_their_colours_only_here(tmp_path: Path) -> No
     assert not torch.equal(opaque, white)
 
 
+SIX = (TINY, "--subset", "six.txt")
 WRONG: list[tuple[list[object], str]] = [
     (["EVA02-CLIP-B-16"], "'EVA02-CLIP-B-16' is a CLIP model, which has no classifier: `evaclip eval zero-shot`"),
     (["eva02_tiny_patch14_335"], "unknown vision model 'eva02_tiny_patch14_335'; did you mean"),
@@ -315,18 +315,12 @@ WRONG: list[tuple[list[object], str]] = [
     ([TINY, "--subset", "twice.txt"], "twice.txt holds a number twice"),
     ([TINY, "--subset", "none.txt"], "cannot read the subset from 'none.txt': No such file"),
     ([TINY, "--subset", "five.txt"], "the classifier has 5 classes in five.txt, but the data has 6 class folders"),
-    (
-        [TINY, "--subset", "six.txt", "--real-labels", "short.json"],
-        "short.json has labels of 2 pictures, but .* has 12",
-    ),
-    (
-        [TINY, "--subset", "six.txt", "--real-labels", "high.json"],
-        r"high.json has label 6, but the 6 classes are 0\.\.5",
-    ),
-    ([TINY, "--subset", "six.txt", "--real-labels", "flat.json"], "flat.json: expected a JSON list with a list"),
-    ([TINY, "--subset", "six.txt", "--real-labels", "two.txt"], "two.txt: expected a JSON list with a list"),
+    ([*SIX, "--real-labels", "short.json"], "short.json has labels of 2 pictures, but .* has 12"),
+    ([*SIX, "--real-labels", "high.json"], r"high.json has label 6, but the 6 classes are 0\.\.5"),
+    ([*SIX, "--real-labels", "flat.json"], "flat.json: expected a JSON list with a list"),
+    ([*SIX, "--real-labels", "two.txt"], "two.txt: expected a JSON list with a list"),
     ([TINY, "--crop-pct", "1.5"], "preprocess.crop is 1.5; expected 0 < share <= 1"),
-    ([TINY, "--subset", "six.txt", "--image-size", "100"], "image_size 100 isn't a multiple of patch_size 14"),
+    ([*SIX, "--image-size", "100"], "image_size 100 isn't a multiple of patch_size 14"),
 ]
 
 
