@@ -42,47 +42,34 @@ def assign_labels(
     """
     if classnames is None:
         classnames = folders or _distinct(captions)
-    label_of = LabelTable(classnames, folders)
-    indices = [label_of(caption, key) for caption, key in zip(captions, keys, strict=True)]
+    known = classnames
+    if folders and not set(folders) <= set(classnames) and not all(map(str.isdecimal, folders)):
+        if len(folders) != len(classnames):
+            raise UserError(
+                f"there are {len(classnames)} class names for {len(folders)} folders of other names"
+                f" (such as {folders[0]!r}): give one name per folder, in their sorted order"
+            )
+        known = folders
+    index_of = {name: index for index, name in enumerate(known)}
+    # Two classes may have the same name, as in ImageNet; only numbers and folders tell those apart.
+    unclear = sorted(name for name, count in Counter(known).items() if count > 1 and name in set(captions))
+    if unclear:
+        raise UserError(f"several classes are called {unclear[0]!r}: label by number or by folder")
+    indices = [_index(caption, key, index_of, len(classnames)) for caption, key in zip(captions, keys, strict=True)]
     return Labels(torch.tensor(indices, dtype=torch.int64), tuple(classnames))
-
-
-class LabelTable:
-    """The label of a caption; the arguments are those of `assign_labels`.
-
-    Raises:
-        UserError: there is another number of folders than of classes.
-    """
-
-    def __init__(self, classnames: Sequence[str], folders: Sequence[str] = ()) -> None:
-        known = classnames
-        if folders and not set(folders) <= set(classnames) and not all(map(str.isdecimal, folders)):
-            if len(folders) != len(classnames):
-                raise UserError(
-                    f"there are {len(classnames)} class names for {len(folders)} folders of other names"
-                    f" (such as {folders[0]!r}): give one name per folder, in their sorted order"
-                )
-            known = folders
-        self.classes = len(classnames)
-        self._index_of = {name: index for index, name in enumerate(known)}
-        # Two classes may have the same name, as in ImageNet; only numbers and folders tell those apart.
-        self._unclear = {name for name, count in Counter(known).items() if count > 1}
-
-    def __call__(self, caption: str, key: str) -> int:
-        """Raises UserError for a caption that is no class, naming the sample `key`."""
-        if caption in self._unclear:
-            raise UserError(f"several classes are called {caption!r}: label by number or by folder")
-        if caption in self._index_of:
-            return self._index_of[caption]
-        if caption.isdecimal():
-            if int(caption) < self.classes:
-                return int(caption)
-            last = self.classes - 1
-            raise UserError(f"sample {key!r} has label {caption}, but the {self.classes} classes are 0..{last}")
-        raise unknown_name(f"class of sample {key!r}:", caption, self._index_of)
 
 
 def _distinct(captions: Sequence[str]) -> list[str]:
     names = set(captions)
     numbers = all(name.isdecimal() for name in names)
     return sorted(names, key=lambda name: (int(name) if numbers else 0, name))
+
+
+def _index(caption: str, key: str, index_of: dict[str, int], classes: int) -> int:
+    if caption in index_of:
+        return index_of[caption]
+    if caption.isdecimal():
+        if int(caption) < classes:
+            return int(caption)
+        raise UserError(f"sample {key!r} has label {caption}, but the {classes} classes are 0..{classes - 1}")
+    raise unknown_name(f"class of sample {key!r}:", caption, index_of)
