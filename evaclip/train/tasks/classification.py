@@ -27,7 +27,6 @@ from evaclip.train.tasks.classifying import open_classifying
 from evaclip.train.tasks.task import Evaluate, MeanOverSamples, Size
 from evaclip.train.throughput import BACKWARD_FACTOR
 from evaclip.train.timm_data import Mixing, TimmTransform, partners
-from evaclip.train.transform import training_transform
 
 _OF_CLIP = ("pretrained_text", "lock_text")
 _TRANSFORM = DataConfig(train="").transform
@@ -108,7 +107,7 @@ class Classification(MeanOverSamples):
     def transform(self, data: DataConfig, size: Size) -> TrainTransform:
         """timm's, unless the configuration names another."""
         if data.transform != _TRANSFORM:
-            return training_transform(data, size, self.preprocess)
+            return super().transform(data, size)
         return TimmTransform(size, self.preprocess, data.augmentation, self._config)
 
     def targets(self, size: Size) -> Targets:
