@@ -124,6 +124,7 @@ class Classification(MeanOverSamples):
         loss = cross_entropy(labels)
         if shares is not None and others is not None:
             # What the cross-entropy with the mixed labels is, without a matrix of them.
+            shares = shares.to(loss.dtype)
             loss = shares * loss + (1 - shares) * cross_entropy(others)
             labels = torch.where(shares < 0.5, others, labels)
         return {"loss": loss, "accuracy": (logits.detach().argmax(1) == labels).float()}
