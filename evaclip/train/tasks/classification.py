@@ -166,6 +166,10 @@ def classes_for(config: TrainConfig) -> Classes:
             "task.classes is not set, and the training data has no class folders: give the number of classes, their "
             "names, a file with one name a line, or imagenet"
         )
+    if isinstance(given, int) and folders and len(folders) != given:
+        raise UserError(
+            f"task.classes={given}, but the training data has {len(folders)} class folders; task.classes=null takes these"
+        )
     if given is None:
         names = folders
     elif isinstance(given, int):
