@@ -169,14 +169,14 @@ def create_vision_model(
     weights = find_weights(source, model_name) if source and target.type != "meta" else None
     if weights is not None and pretrained:
         stored, preprocess = classifier_size(weights), read_preprocess(weights) or preprocess
-    classes = stored if num_classes is None else num_classes
+    classes = stored or release.num_classes if num_classes is None else num_classes
     with torch.device("meta"), _WithoutValues():
         model = VisionModel(config, classes, preprocess, savings)
     if prepare is not None:
         prepare(model)
     if target.type == "meta":
         return model.to(dtype)
-    if weights is not None and pretrained and classes == stored:
+    if weights is not None and pretrained and (num_classes is None or classes == stored):
         materialize(model.to(dtype), weights, target, antialias)
         return model
     model.to_empty(device=target).reset_parameters()
