@@ -45,8 +45,8 @@ _HF_LAYER_NAMES = {
 def start_image_tower(tower: VisionTower, source: Path | Mapping[str, Tensor], antialias: bool = False) -> None:
     """Copies the image tower of `source` into `tower`, a `VisionTower`.
 
-    Position embedding and patch kernel are resized to the tower's, as the authors did (bicubic), or with `antialias` as timm does. The
-    head keeps its start values; so do parameters that the source lacks, which are named in a warning.
+    Position embedding and patch kernel are resized to the tower's, as the authors did (bicubic), or with `antialias`
+    as timm does. The head keeps its start values; so do parameters that the source lacks, which are named in a warning.
 
     Raises:
         UserError: naming every unexpected and misshapen parameter; the tower is then unchanged.

@@ -168,7 +168,8 @@ def classes_for(config: TrainConfig) -> Classes:
         )
     if isinstance(given, int) and folders and len(folders) != given:
         raise UserError(
-            f"task.classes={given}, but the training data has {len(folders)} class folders; task.classes=null takes these"
+            f"task.classes={given}, but the training data has {len(folders)} class folders: "
+            "task.classes=null takes these"
         )
     if given is None:
         names = folders

@@ -170,7 +170,10 @@ def test_classes(given: Any, folders: bool, names: tuple[str, ...], run_config: 
         (["model.lock_text=true"], "task.name=classification has no model.lock_text"),
         (["data.augmentation.rotation=5"], "data.augmentation.rotation is not used in classification"),
         (["task.auto_augment=rand-q1"], "task.auto_augment='rand-q1' is no policy of timm"),
-        (["task.classes=3"], "task.classes=3, but the training data has 64 class folders; task.classes=null takes these"),
+        (
+            ["task.classes=3"],
+            "task.classes=3, but the training data has 64 class folders: task.classes=null",
+        ),
         (["task.classes=[a,b]"], "there are 2 class names for 64 folders of other names"),
         (["eval.sets.val={data: {train: synthetic}, measure: [loss]}"], "eval.sets.val.measure is loss; with"),
         (["eval.sets.val={data: {train: synthetic}, classes: [a, b]}"], "are 2, but the classifier has 64"),
