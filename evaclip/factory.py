@@ -128,10 +128,12 @@ def create_vision_model(
     model_name: str,
     pretrained: bool | str | Path = False,
     *,
+    pretrained_image: str | Path | None = None,
     num_classes: int | None = None,
     device: str | torch.device = "cpu",
     precision: str = "fp32",
     savings: Savings | None = None,
+    prepare: Callable[[VisionModel], None] | None = None,
     antialias: bool = False,
     **overrides: Any,
 ) -> VisionModel:
@@ -139,11 +141,13 @@ def create_vision_model(
 
     Args:
         model_name: timm's name, such as `eva02_base_patch14_448.mim_in22k_ft_in1k`; without a tag the model's first.
-        pretrained: True for the weights that the tag stands for; or a file, or `hf-hub:OWNER/NAME`, in timm's layout
-            or the authors'. A `preprocess.json` beside it is taken.
+        pretrained: True for the weights that the tag stands for; or a file, a checkpoint or run folder, or
+            `hf-hub:OWNER/NAME`, in timm's layout or the authors'. A `preprocess.json` beside it is taken.
+        pretrained_image: weights that all but the classifier starts from, of masked image modelling, of a CLIP model
+            or of another classifier.
         num_classes: of the classifier; None for that of the weights, 0 for none. A classifier of another size than
             that of the weights gets start values.
-        device, precision, savings: as for `create_model`.
+        device, precision, savings, prepare: as for `create_model`.
         antialias: resize the positions of weights of another image size as timm does, not as the authors do.
         overrides: options of `VisionConfig` to change, such as `image_size=(448, 672)`.
 
@@ -158,23 +162,27 @@ def create_vision_model(
     tag = tag or next(iter(RELEASES[architecture]))
     release = RELEASES[architecture][tag]
     config = override(vision_config(architecture), overrides)
+    if pretrained and pretrained_image:
+        raise UserError("give either pretrained, for the whole model, or pretrained_image, for all but the classifier")
     stored, preprocess = release.num_classes, release.preprocess
-    weights = None
-    if pretrained and target.type != "meta":
-        weights = find_weights(f"hf-hub:timm/{architecture}.{tag}" if pretrained is True else pretrained, model_name)
-        stored, preprocess = classifier_size(weights) or stored, read_preprocess(weights) or preprocess
-    classes = stored if num_classes is None else num_classes
+    source = f"hf-hub:timm/{architecture}.{tag}" if pretrained is True else pretrained or pretrained_image
+    weights = find_weights(source, model_name) if source and target.type != "meta" else None
+    if weights is not None and pretrained:
+        stored, preprocess = classifier_size(weights), read_preprocess(weights) or preprocess
+    classes = stored or release.num_classes if num_classes is None else num_classes
     with torch.device("meta"), _WithoutValues():
-        model = VisionModel(config, stored if pretrained else classes, preprocess, savings)
+        model = VisionModel(config, classes, preprocess, savings)
+    if prepare is not None:
+        prepare(model)
     if target.type == "meta":
         return model.to(dtype)
-    if weights is None:
-        model.to_empty(device=target).reset_parameters()
-        return model.to(dtype)
-    materialize(model.to(dtype), weights, target, antialias)
-    if classes != stored:
-        model.reset_classifier(classes)
-    return model
+    if weights is not None and pretrained and (num_classes is None or classes == stored):
+        materialize(model.to(dtype), weights, target, antialias)
+        return model
+    model.to_empty(device=target).reset_parameters()
+    if weights is not None:
+        start_image_tower(model, weights, antialias)
+    return model.to(dtype)
 
 
 def create_model_and_transforms(

@@ -11,6 +11,15 @@ from evaclip.errors import UserError
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
 
+def class_folders(root: Path) -> list[str]:
+    """The classes of a folder of class folders, as `FolderSource.classes`, found without looking at every picture."""
+    inside = sorted(root.iterdir()) if root.is_dir() else []
+    folders = [path for path in inside if path.is_dir() and not _is_hidden(path.name)]
+    return [
+        _class_name(folder.name) for folder in folders if any(_is_picture(file, folder) for file in folder.rglob("*"))
+    ]
+
+
 class FolderSource(Source):
     """ROOT/CLASS/**/*.jpg in sorted order; the caption is the template with the class name.
 
@@ -86,11 +95,11 @@ class PictureFolder(Source):
 
 def _pictures(folder: Path) -> list[Path]:
     """The picture files in a folder, at any depth, in sorted order."""
-    return [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES and not any(map(_is_hidden, file.relative_to(folder).parts))
-    ]
+    return [file for file in sorted(folder.rglob("*")) if _is_picture(file, folder)]
+
+
+def _is_picture(file: Path, folder: Path) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES and not any(map(_is_hidden, file.relative_to(folder).parts))
 
 
 def _is_hidden(name: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evaclip.data import webdataset
 from evaclip.data.config import DEFAULT_TEMPLATE, DataConfig, RemoteConfig
-from evaclip.data.image_folder import FolderSource, PictureFolder
+from evaclip.data.image_folder import FolderSource, PictureFolder, class_folders
 from evaclip.data.index_files import IndexCache
 from evaclip.data.kinds import KINDS, Kind
 from evaclip.data.mixture import MixtureSource
@@ -79,6 +79,17 @@ def open_configured(config: DataConfig) -> Source:
         return _open(config.train, config)
     parts = [_open(part.train, config) for part in config.mixture.values()]
     return MixtureSource(parts, [part.weight for part in config.mixture.values()])
+
+
+def classes_of(config: DataConfig) -> Sequence[str]:
+    """`Source.classes` of what a configuration names, without opening it."""
+    if config.mixture or not config.train:
+        return ()
+    if config.train == "synthetic" or config.kind == "synthetic":
+        return SyntheticSource(1).classes
+    paths = expand_paths(config.train)
+    kind = _guess_kind(paths[0]) if config.kind == "auto" else config.kind
+    return class_folders(_one_local(kind, config.train, paths)) if kind == "folder" else ()
 
 
 def _open(path: str, config: DataConfig) -> Source:

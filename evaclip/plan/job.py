@@ -78,6 +78,11 @@ class Job:
     @classmethod
     def of(cls, config: TrainConfig, gpus: int = 1, **more: Any) -> Self:
         """The job that a configuration of `evaclip train` describes, on this many GPUs."""
+        if config.task.name != "contrastive":
+            raise UserError(
+                f"task.name={config.task.name} isn't planned: `evaclip train RECIPE --dry-run` runs some steps, with "
+                "--as-gpus N as one process of N"
+            )
         model, parallel, steps = config.model, config.parallel, config.schedule.steps
         evaluated = bool(config.eval.sets or config.held_out)
         vision = override(get_config(model.name), model.options).vision

@@ -15,6 +15,7 @@ Precision = Literal["fp32", "amp_bf16", "amp_fp16", "bf16", "fp16"]
 Count = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 Measure = Literal["classify", "retrieval", "loss"]
 SetName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 
@@ -186,7 +187,45 @@ class ContrastiveTask:
     name: Literal["contrastive"] = "contrastive"
 
 
-TaskConfig = ContrastiveTask
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class ClassificationTask:
+    """Pictures are told their classes, by an image model with a classifier: the mean of the patches or the class
+    token, a linear layer, and cross-entropy. timm augments and mixes the pictures; of `data.augmentation` it takes
+    `scale` and `ratio`."""
+
+    name: Literal["classification"] = "classification"
+    classes: Count | str | tuple[str, ...] | None = None
+    """How many there are; or their names in the order of the labels: `imagenet`, a file with one a line, or a list.
+    None: those of the class folders. Captions are names of classes, or their numbers from 0 as `cls` members hold
+    them."""
+    label_smoothing: Share = 0.1
+    """Share of a label that all classes have in equal parts."""
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """A policy of timm, such as RandAugment's; none has no policy."""
+    color_jitter: Rate | None = 0.4
+    """Largest change of brightness, contrast and saturation; as in timm, where there is no policy."""
+    flip: Probability = 0.5
+    """How likely a picture is mirrored."""
+    random_erasing: Probability = 0.0
+    """How likely rectangles of a picture are erased."""
+    erasing_mode: Literal["pixel", "rand", "const"] = "pixel"
+    """What is there then: noise, a colour of noise, or the mean colour."""
+    erasing_count: Count = 1
+    """Rectangles at most."""
+    mixup: Rate = 0.0
+    """Both parameters of the beta distribution that mixup's shares are drawn from; 0 does no mixup."""
+    cutmix: Rate = 0.0
+    """The same of CutMix."""
+    mix_prob: Probability = 1.0
+    """How likely pictures are mixed at all, where mixup or CutMix is on."""
+    switch_prob: Probability = 0.5
+    """How likely it is CutMix that mixes them, where both are on."""
+    mix_mode: Literal["batch", "pair", "elem"] = "batch"
+    """What shares a draw: all pictures of a batch, both of a pair, or none. Partners are rows 2n and 2n + 1 of the
+    batch of all processes."""
+
+
+TaskConfig = Annotated[ContrastiveTask | ClassificationTask, Field(discriminator="name")]
 """Told apart by their `name`."""
 
 

@@ -176,16 +176,12 @@ class _Measurement:
         self._clip = clip
         self._loss = loss
         self._texts: dict[str, Tensor] = {}
-        source, config = each.source, each.config
-        found = [part for part in clip.everywhere(partial(self._encode_images, transform)) if part]
-        self._captions = [caption for part in found for caption in part.captions]
-        self._numbers = [int(key) for part in found for key in part.keys]
-        self._unreadable = len(source) - len(self._captions)
-        allowed = 1.0 if config.allow_unreadable else ALLOWED_UNREADABLE
-        refuse_rest(source, self._unreadable, allowed, f"eval.sets.{each.name}.allow_unreadable=true")
-        if not found:
-            raise NothingReadable(f"none of the {len(source):,} samples of {source.description} could be read")
-        self._features = torch.cat([part.features for part in found])
+        source = each.source
+        found = encode_everywhere(clip, transform, source, each)
+        self._captions = found.captions
+        self._numbers = [int(key) for key in found.keys]
+        self._unreadable = len(source) - len(found)
+        self._features = found.features
 
     def metrics(self) -> Metrics:
         """Of all that the set is to be measured by."""
@@ -260,16 +256,6 @@ class _Measurement:
             self._texts |= zip(missing, rows, strict=True)
         return torch.stack([self._texts[text] for text in texts])
 
-    def _encode_images(self, transform: Callable[[Any], Tensor]) -> ImageFeatures | None:
-        """Of this process's part; keys are the samples' numbers."""
-        mine = self._clip.share(range(len(self._set.source)))
-        if not mine:
-            return None
-        try:
-            return encode_images(self._clip, transform, Selection(self._set.source, mine), self._set.options)
-        except NothingReadable:
-            return None
-
     def _encode_texts(self, texts: Sequence[str], templates: Sequence[str] = _PLAIN) -> Tensor:
         """This process's part of the texts, or of classes of these names."""
         clip, mine = self._clip, self._clip.share(texts)
@@ -278,6 +264,37 @@ class _Measurement:
         if templates == _PLAIN:
             return encode_texts(clip, clip.tokenizer, mine, self._set.options)
         return zero_shot.build_classifier(clip, clip.tokenizer, mine, templates, self._set.options)
+
+
+def encode_everywhere(
+    model: Spread, transform: Callable[[Any], Tensor], source: Source, each: EvalSet
+) -> ImageFeatures:
+    """Features of all pictures of a source, of which each process encodes its part; keys are the samples' numbers.
+
+    Raises:
+        UserError: more of them than the set's configuration allows could not be read, or none.
+    """
+    found = [part for part in model.everywhere(partial(_encode_part, model, transform, source, each.options)) if part]
+    captions = [caption for part in found for caption in part.captions]
+    allowed = 1.0 if each.config.allow_unreadable else ALLOWED_UNREADABLE
+    refuse_rest(source, len(source) - len(captions), allowed, f"eval.sets.{each.name}.allow_unreadable=true")
+    if not found:
+        raise NothingReadable(f"none of the {len(source):,} samples of {source.description} could be read")
+    return ImageFeatures(
+        torch.cat([part.features for part in found]), captions, [key for part in found for key in part.keys]
+    )
+
+
+def _encode_part(
+    model: Spread, transform: Callable[[Any], Tensor], source: Source, options: FeatureOptions
+) -> ImageFeatures | None:
+    mine = model.share(range(len(source)))
+    if not mine:
+        return None
+    try:
+        return encode_images(model, transform, Selection(source, mine), options)
+    except NothingReadable:
+        return None
 
 
 class _Part(Source):

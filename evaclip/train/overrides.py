@@ -113,13 +113,23 @@ def _dataclasses_in(hint: Any, value: Any, path: tuple[str, ...]) -> Iterator[tu
     if not isinstance(value, Mapping):
         return
     if get_origin(hint) in (Union, UnionType):
-        for each in get_args(hint):
+        for each in _meant(get_args(hint), value):
             yield from _dataclasses_in(each, value, path)
     elif get_origin(hint) is dict:
         for name, part in value.items():
             yield from _dataclasses_in(get_args(hint)[1], part, (*path, str(name)))
     elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
         yield hint, dict(value), path
+
+
+def _meant(options: tuple[Any, ...], value: Tree) -> Iterable[Any]:
+    """Of several dataclasses the one that has the value's `name`; of a part without one, that has most of its keys."""
+    classes = [option for option in options if dataclasses.is_dataclass(option)]
+    if len(classes) < 2:
+        return options
+    fields = {option: {field.name: field.default for field in dataclasses.fields(option)} for option in classes}
+    named = [option for option in classes if "name" in value and fields[option].get("name") == value["name"]]
+    return named or [max(classes, key=lambda option: len(value.keys() & fields[option].keys()))]
 
 
 def _describe(error: Any) -> str:

@@ -18,6 +18,7 @@ from evaclip.errors import unknown_name
 from evaclip.model.savings import Savings
 from evaclip.train.config import (
     CheckpointConfig,
+    ClassificationTask,
     EvalConfig,
     EvalSetConfig,
     LogConfig,
@@ -169,6 +170,143 @@ def finetune() -> TrainConfig:
         schedule=ScheduleConfig(epochs=10, warmup_share=0.1),
         eval=EvalConfig(every_epochs=1),
     )
+
+
+@recipe
+def finetune_eva02_ti_in1k() -> TrainConfig:
+    """eva02_tiny_patch14_336.mim_in22k_ft_in1k: EVA-02 Ti from masked image modelling, 100 epochs of ImageNet-1K."""
+    model, start = "eva02_tiny_patch14_336.mim_in22k_ft_in1k", "eva02_tiny_patch14_224.mim_in22k"
+    return _classifier(model, start, 1024, 100, 5, lr=2e-4, layer_decay=0.9)
+
+
+@recipe
+def finetune_eva02_s_in1k() -> TrainConfig:
+    """eva02_small_patch14_336.mim_in22k_ft_in1k: EVA-02 S from masked image modelling, 100 epochs of ImageNet-1K."""
+    model, start = "eva02_small_patch14_336.mim_in22k_ft_in1k", "eva02_small_patch14_224.mim_in22k"
+    return _classifier(model, start, 1024, 100, 5, lr=1e-4, layer_decay=0.8)
+
+
+@recipe
+def finetune_eva02_b_in1k() -> TrainConfig:
+    """eva02_base_patch14_448.mim_in22k_ft_in1k: EVA-02 B from masked image modelling, 30 epochs of ImageNet-1K."""
+    model, start = "eva02_base_patch14_448.mim_in22k_ft_in1k", "eva02_base_patch14_224.mim_in22k"
+    return _classifier(model, start, 1024, 30, 3, lr=1e-4, layer_decay=0.7)
+
+
+@recipe
+def finetune_eva02_l_in1k() -> TrainConfig:
+    """eva02_large_patch14_448.mim_in22k_ft_in1k: EVA-02 L from masked image modelling, 30 epochs of ImageNet-1K."""
+    model, start = "eva02_large_patch14_448.mim_in22k_ft_in1k", "eva02_large_patch14_224.mim_in22k"
+    return _classifier(model, start, 1024, 30, 3, lr=5e-5, layer_decay=0.8, drop_path=0.15, smoothing=0.2)
+
+
+@recipe
+def finetune_eva02_l_m38m_in1k() -> TrainConfig:
+    """eva02_large_patch14_448.mim_m38m_ft_in1k: the same from 38M pictures of masked image modelling."""
+    model, start = "eva02_large_patch14_448.mim_m38m_ft_in1k", "eva02_large_patch14_224.mim_m38m"
+    return _classifier(model, start, 1024, 30, 3, lr=7e-5, layer_decay=0.8, drop_path=0.15, smoothing=0.2)
+
+
+@recipe
+def finetune_eva02_b_in22k() -> TrainConfig:
+    """eva02_base_patch14_448.mim_in22k_ft_in22k: EVA-02 B from masked image modelling, 40 epochs of ImageNet-21K."""
+    model, start = "eva02_base_patch14_448.mim_in22k_ft_in22k", "eva02_base_patch14_224.mim_in22k"
+    return _of_in22k(_classifier(model, start, 2048, 40, 1, lr=3e-4, layer_decay=0.7))
+
+
+@recipe
+def finetune_eva02_l_in22k() -> TrainConfig:
+    """eva02_large_patch14_448.mim_in22k_ft_in22k: EVA-02 L from masked image modelling, 20 epochs of ImageNet-21K."""
+    model, start = "eva02_large_patch14_448.mim_in22k_ft_in22k", "eva02_large_patch14_224.mim_in22k"
+    return _of_in22k(_classifier(model, start, 1024, 20, 1, lr=2e-4, layer_decay=0.75, drop_path=0.15))
+
+
+@recipe
+def finetune_eva02_l_m38m_in22k() -> TrainConfig:
+    """eva02_large_patch14_448.mim_m38m_ft_in22k: 30 epochs, from 38M pictures of masked image modelling."""
+    model, start = "eva02_large_patch14_448.mim_m38m_ft_in22k", "eva02_large_patch14_224.mim_m38m"
+    return _of_in22k(_classifier(model, start, 2048, 30, 1, lr=3e-4, layer_decay=0.75, drop_path=0.15))
+
+
+@recipe
+def finetune_eva02_b_in22k_in1k() -> TrainConfig:
+    """eva02_base_patch14_448.mim_in22k_ft_in22k_in1k: EVA-02 B from ImageNet-21K's classifier, 15 epochs of 1K."""
+    model, start = "eva02_base_patch14_448.mim_in22k_ft_in22k_in1k", "eva02_base_patch14_448.mim_in22k_ft_in22k"
+    return _classifier(model, start, 512, 15, 2, lr=5e-5, layer_decay=0.8, drop_path=0.15, smoothing=0.2)
+
+
+@recipe
+def finetune_eva02_l_in22k_in1k() -> TrainConfig:
+    """eva02_large_patch14_448.mim_in22k_ft_in22k_in1k: EVA-02 L from ImageNet-21K's classifier, 20 epochs of 1K."""
+    model, start = "eva02_large_patch14_448.mim_in22k_ft_in22k_in1k", "eva02_large_patch14_448.mim_in22k_ft_in22k"
+    return _classifier(model, start, 512, 20, 2, lr=2e-5, layer_decay=0.85, drop_path=0.15, smoothing=0.2)
+
+
+@recipe
+def finetune_eva02_l_m38m_in22k_in1k() -> TrainConfig:
+    """eva02_large_patch14_448.mim_m38m_ft_in22k_in1k: the same after 38M pictures of masked image modelling."""
+    model, start = "eva02_large_patch14_448.mim_m38m_ft_in22k_in1k", "eva02_large_patch14_448.mim_m38m_ft_in22k"
+    return _classifier(model, start, 512, 20, 2, lr=2e-5, layer_decay=0.85, drop_path=0.15, smoothing=0.2)
+
+
+@recipe
+def finetune_eva_g_clip_in1k() -> TrainConfig:
+    """eva_giant_patch14_224.clip_ft_in1k: the image tower of EVA01-CLIP-g/14, 20 epochs of ImageNet-1K."""
+    model, start = "eva_giant_patch14_224.clip_ft_in1k", "eva_giant_patch14_clip_224.laion400m"
+    return _giant(_classifier(model, start, 1024, 20, 2, lr=3e-5, layer_decay=0.9, drop_path=0.4, smoothing=0.3))
+
+
+@recipe
+def finetune_eva_g_clip_in1k_336() -> TrainConfig:
+    """eva_giant_patch14_336.clip_ft_in1k: the same at 336 pixels, in batches of half the size."""
+    model, start = "eva_giant_patch14_336.clip_ft_in1k", "eva_giant_patch14_clip_224.laion400m"
+    return _giant(_classifier(model, start, 512, 20, 2, lr=3e-5, layer_decay=0.9, drop_path=0.4, smoothing=0.3))
+
+
+def _classifier(
+    model: str,
+    start: str,
+    batch_size: int,
+    epochs: int,
+    warmup_epochs: int,
+    *,
+    lr: float,
+    layer_decay: float,
+    drop_path: float = 0.1,
+    smoothing: float = 0.1,
+) -> TrainConfig:
+    """Fine-tuning on ImageNet-1K from the weights `start` of timm.
+
+    Every number is that of the authors' commands: the README files of EVA-02/asuka and of EVA-01/eva in baaivision/EVA,
+    with the defaults of `run_class_finetuning.py` there (AdamW's moments, the average's decay, the policy, jitter that
+    the policy turns off). They neither mix nor erase, and don't clip gradients.
+
+    Two things differ from theirs: the last norm starts from that of the pre-training, as in timm, where theirs starts
+    anew; and the moving average warms up, see `Ema`.
+    """
+    return TrainConfig(
+        name=model,
+        batch_size=batch_size,
+        precision="amp_fp16",
+        data=DataConfig(train="", workers=8, augmentation=Augmentation(scale=(0.08, 1.0))),
+        task=ClassificationTask(classes=1000, label_smoothing=smoothing),
+        model=ModelConfig(name=model, pretrained_image=f"hf-hub:timm/{start}", options={"drop_path": drop_path}),
+        optim=OptimConfig(lr=lr, beta2=0.999, eps=1e-8, visual=TowerConfig(layer_decay=layer_decay)),
+        schedule=ScheduleConfig(epochs=epochs, warmup_share=warmup_epochs / epochs),
+        ema_decay=0.9999,
+        eval=EvalConfig(every_epochs=1),
+    )
+
+
+def _of_in22k(config: TrainConfig) -> TrainConfig:
+    """The same on ImageNet-21K: larger crops, no moving average."""
+    data = replace(config.data, augmentation=Augmentation(scale=(0.2, 1.0)))
+    return replace(config, data=data, task=ClassificationTask(classes=21_841), ema_decay=None)
+
+
+def _giant(config: TrainConfig) -> TrainConfig:
+    """A billion parameters: blocks are computed again in the backward pass."""
+    return replace(config, model=replace(config.model, savings=Savings(recompute="block")))
 
 
 @recipe

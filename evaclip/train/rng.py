@@ -1,6 +1,9 @@
 """The state of every random generator of this process, as plain values that load with `weights_only=True`."""
 
+import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -34,3 +37,24 @@ def seed_all(seed: int, stream: int) -> None:
     random.seed(int(python))
     np.random.seed(int(numpy) % 2**32)
     torch.manual_seed(int(torch_seed) % 2**63)
+
+
+def reseed(*key: int) -> None:
+    """Gives Python's, NumPy's and torch's CPU generators states that are a function of `key`; others stay."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    random.seed(digest)
+    np.random.seed(np.frombuffer(digest, np.uint32))
+    torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Begins with `reseed`, for libraries that draw from these generators; behind it they go on as if nothing was."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    reseed(*key)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])

@@ -19,7 +19,7 @@ from evaclip.train.sharding import forget_gathered
 from evaclip.train.tree import differences
 from evaclip.weights import is_sharded, load_weights, put
 
-_SHAPING = ("model.name", "model.options", "loss.name", "optim.name")
+_SHAPING = ("model.name", "model.options", "task.", "loss.name", "optim.name")
 """Keys that decide what tensors there are, as far as a configuration does."""
 _LONGEST = 200
 

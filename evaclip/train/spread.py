@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from evaclip.errors import UserError
-from evaclip.model.clip import CLIP
 from evaclip.train.distributed import World
 from evaclip.weights import is_sharded
 
@@ -25,18 +24,19 @@ class Spread(nn.Module):
     batches compute blank ones until none has any left.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; a CLIP, or what has its `encode_image` and the `config` of an image tower.
         world: the processes.
         tokenizer: texts to tokens.
         stop: whether this process was asked to stop.
     """
 
     def __init__(
-        self, model: CLIP, world: World, tokenizer: Callable[[list[str]], Tensor], stop: Callable[[], bool]
+        self, model: Any, world: World, tokenizer: Callable[[list[str]], Tensor] | None, stop: Callable[[], bool]
     ) -> None:
         super().__init__()
         self.model = model
         self.config = model.config
+        self._image_shape = getattr(model.config, "vision", model.config).image_shape
         self.tokenizer = tokenizer
         self.stop = stop
         self.device = world.device
@@ -82,10 +82,10 @@ class Spread(nn.Module):
     @torch.no_grad()
     def _keep_up(self, texts: bool) -> None:
         while self._meet(False):
-            if self._is_sharded and texts:
+            if self._is_sharded and texts and self.tokenizer:
                 self.model.encode_text(self.tokenizer([""]).to(self.device))
             elif self._is_sharded:
-                self.model.encode_image(torch.zeros(1, 3, *self.config.vision.image_shape, device=self.device))
+                self.model.encode_image(torch.zeros(1, 3, *self._image_shape, device=self.device))
 
     def _meet(self, is_busy: bool) -> bool:
         """Whether any process has a batch."""

@@ -83,11 +83,15 @@ class Chunk:
         rows: which of this process's.
         targets: theirs, in host memory as the loader gave them.
         token_index: int64 [rows, kept], patches that patch dropout leaves, on the device; None keeps all.
+        step: number of the step, from 0.
+        first_row: of the batch of all processes that is the first of these.
     """
 
     rows: slice
     targets: Tensor
     token_index: Tensor | None
+    step: int
+    first_row: int
 
     def sent(self, device: torch.device) -> "Chunk":
         """The same, with targets on the device."""
@@ -223,8 +227,10 @@ class Passes:
         self._rows = count * owner.world.size if owner.options.batch_size is None else owner.options.batch_size
         kept = self._kept_tokens(count)
         bounds = [number * count // parts for number in range(parts + 1)]
+        first = owner.options.first_row
         self.chunks = [
-            Chunk(rows, targets[rows], None if kept is None else kept[rows]) for rows in map(slice, bounds, bounds[1:])
+            Chunk(rows, targets[rows], None if kept is None else kept[rows], step, first + rows.start)
+            for rows in map(slice, bounds, bounds[1:])
         ]
 
     def images(self, rounds: int = 1) -> Iterator[Tensor]:

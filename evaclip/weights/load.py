@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from evaclip.errors import UserError
 from evaclip.model.clip import CLIP
+from evaclip.model.vision import VisionTower
 from evaclip.model.vision_model import VisionModel
 from evaclip.weights.files import load_state_dict
 from evaclip.weights.layouts import to_original
@@ -64,7 +65,7 @@ def _fitting(model: nn.Module, source: str | Path | Mapping[str, Tensor], antial
     state = to_original(source) if isinstance(source, Mapping) else load_state_dict(source)
     expected = model.state_dict()
     if isinstance(model, VisionModel):
-        state = {name: t for name, t in state.items() if not _OF_PRETRAINING.match(name)}
+        state = with_last_norm_of(model, {name: t for name, t in state.items() if not _OF_PRETRAINING.match(name)})
         fit_image_size(state, expected, model.config.grid, antialias=antialias)
     elif isinstance(model, CLIP):
         if model.config.init_logit_bias is not None:  # It may be that of a model that goes on with SigLIP's loss.
@@ -77,6 +78,14 @@ def _fitting(model: nn.Module, source: str | Path | Mapping[str, Tensor], antial
         origin = "the weights" if isinstance(source, Mapping) else f"the weights {str(source)!r}"
         raise UserError(f"{origin} don't fit the model: {'; '.join(problems)}")
     return state
+
+
+def with_last_norm_of(tower: VisionTower, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of an image tower, whose last norm has the name of this one's: behind the mean it has another."""
+    theirs, own = ("fc_norm.", "norm.") if tower.norm is not None else ("norm.", "fc_norm.")
+    if f"{own}weight" in state:
+        return state
+    return {own + name.removeprefix(theirs) if name.startswith(theirs) else name: t for name, t in state.items()}
 
 
 def fit_image_size(

@@ -1,8 +1,8 @@
-"""Starting a CLIP model from the weights of other models, tower by tower.
+"""Starting a CLIP model or a classifier from the weights of other models, tower by tower.
 
-The image tower starts from masked image modelling (EVA, EVA-02) or from a CLIP model; the text tower from a CLIP model
-of OpenAI, open_clip, transformers or EVA. What belongs to the other task is left out: the heads, the mask token, the
-projections and the temperature (Sun et al. 2023, section 3).
+The image tower starts from masked image modelling (EVA, EVA-02), a CLIP model or a classifier; the text tower from a
+CLIP model of OpenAI, open_clip, transformers or EVA. What belongs to the other task is left out: the heads, the mask
+token, the projections and the temperature (Sun et al. 2023, section 3).
 """
 
 import logging
@@ -17,7 +17,7 @@ from evaclip.errors import UserError
 from evaclip.model.vision import VisionTower
 from evaclip.weights.files import read_tensors
 from evaclip.weights.layouts import is_image_tower, to_original
-from evaclip.weights.load import differences, fit_image_size, summarize
+from evaclip.weights.load import differences, fit_image_size, summarize, with_last_norm_of
 from evaclip.weights.shards import put
 
 _log = logging.getLogger(__name__)
@@ -42,11 +42,11 @@ _HF_LAYER_NAMES = {
 }
 
 
-def start_image_tower(tower: VisionTower, source: Path | Mapping[str, Tensor]) -> None:
+def start_image_tower(tower: VisionTower, source: Path | Mapping[str, Tensor], antialias: bool = False) -> None:
     """Copies the image tower of `source` into `tower`, a `VisionTower`.
 
-    Position embedding and patch kernel are resized to the tower's, as the authors did (bicubic, no antialiasing). The
-    head keeps its start values; so do parameters that the source lacks, which are named in a warning.
+    Position embedding and patch kernel are resized to the tower's, as the authors did (bicubic), or with `antialias`
+    as timm does. The head keeps its start values; so do parameters that the source lacks, which are named in a warning.
 
     Raises:
         UserError: naming every unexpected and misshapen parameter; the tower is then unchanged.
@@ -54,10 +54,9 @@ def start_image_tower(tower: VisionTower, source: Path | Mapping[str, Tensor]) -
     state = to_original(source if isinstance(source, Mapping) else read_tensors(source))
     if not is_image_tower(state):
         state = {name.removeprefix(_IMAGE): t for name, t in state.items() if name.startswith(_IMAGE)}
-    if "norm.weight" not in state:  # A model that was fine-tuned on the mean of its patches.
-        state = {re.sub(r"^fc_norm\.", "norm.", name): tensor for name, tensor in state.items()}
+    state = with_last_norm_of(tower, state)
     state = {name: tensor for name, tensor in state.items() if not _IMAGE_SKIPPED.match(name)}
-    fit_image_size(state, tower.state_dict(), tower.config.grid)
+    fit_image_size(state, tower.state_dict(), tower.config.grid, antialias=antialias)
     _start(tower, state, "image tower", source, ("head.",))
 
 

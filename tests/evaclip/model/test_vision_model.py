@@ -167,6 +167,36 @@ def test_the_classifier_and_the_preprocessing_of_the_weights_are_taken(tmp_path:
         create_vision_model(name, pretrained=file, layers=1)
 
 
+@pytest.mark.parametrize("kind", ["masked image modelling", "CLIP", "classifier"])
+def test_all_but_the_classifier_starts_from_other_weights(kind: str, tmp_path: Path) -> None:
+    name, options = "eva02_tiny_patch14_336", {"layers": 1, "image_size": 28}
+    source = create_vision_model(name, num_classes=5, **options)
+    stir(source)
+    state, file = source.state_dict(), tmp_path / "weights.pt"
+    bare = {name.replace("fc_norm", "norm"): t for name, t in state.items() if not name.startswith("head.")}
+    layouts = {
+        "masked image modelling": {**bare, "mask_token": torch.zeros(1, 1, 192), "lm_head.weight": torch.zeros(9, 192)},
+        "CLIP": {
+            **{f"visual.{name}": t for name, t in bare.items()},
+            "visual.head.weight": torch.ones(5, 192),
+            "text.token_embedding.weight": torch.zeros(9, 8),
+            "logit_scale": torch.zeros(()),
+        },
+        "classifier": state,
+    }
+    torch.save(layouts[kind], file)
+    for how in ({"pretrained_image": file}, {"pretrained": file}):
+        found = create_vision_model(name, num_classes=5, **how, **options)
+        for key, value in found.state_dict().items():
+            kept = kind == "classifier" and "pretrained" in how
+            assert torch.equal(value, state[key]) == (kept or not key.startswith("head.")), key
+    assert create_vision_model(name, pretrained=file, num_classes=3, **options).head.weight.shape == (3, 192)
+    if kind == "classifier":
+        assert create_vision_model(name, pretrained=file, **options).num_classes == 5
+    with pytest.raises(UserError, match="give either pretrained, for the whole model, or pretrained_image"):
+        create_vision_model(name, pretrained=file, pretrained_image=file)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from small_options import OPTIONS
+from small_options import CLASSIFIER, OPTIONS
 
 
 class SmallTask(NamedTuple):
@@ -28,7 +28,18 @@ _CLIP = SmallTask(
     metrics={"val/zero_shot_top1", "val/text_to_image_r5", "val/loss"},
 )
 
+_CLASSIFICATION = SmallTask(
+    tree={
+        "task": {"name": "classification", "mixup": 0.8, "cutmix": 1.0, "mix_mode": "elem", "random_erasing": 0.5},
+        "model": {"name": "eva02_base_patch14_448", "options": CLASSIFIER},
+    },
+    patch_dropout=["model.patch_dropout=0.5"],
+    drop_path=["model.options.drop_path=0.3"],
+    metrics={"val/top1", "val/top5"},
+)
+
 TASKS = {
     "clip": _CLIP,
     "siglip": _CLIP._replace(tree={**_CLIP.tree, "loss": {"name": "siglip"}}),
+    "classification": _CLASSIFICATION,
 }

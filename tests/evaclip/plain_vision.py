@@ -24,7 +24,11 @@ def plain_vision(
     for index in range(config.layers):
         block = {k.removeprefix(f"blocks.{index}."): v for k, v in state.items()}
         x = _block(block, config, x, angles)
-    return F.linear(_norm(state, "norm", config, x)[:, 0], state["head.weight"], state.get("head.bias"))
+    if config.pool == "token":
+        pooled = _norm(state, "norm", config, x)[:, 0]
+    else:
+        pooled = _norm(state, "fc_norm", config, x[:, 1:].mean(1))
+    return F.linear(pooled, state["head.weight"], state.get("head.bias"))
 
 
 def plain_angles(config: VisionConfig) -> Tensor:
@@ -69,7 +73,7 @@ def _attention(state: Mapping[str, Tensor], config: VisionConfig, x: Tensor, ang
     if config.rope:
         q, k = _rotate(q, angles), _rotate(k, angles)
     out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    if config.sub_norm:
+    if config.sub_norm and config.attn_sub_norm:
         out = _norm(state, "attn.inner_attn_ln", config, out)
     return F.linear(out, state["attn.proj.weight"], state["attn.proj.bias"])
 

@@ -1,0 +1,204 @@
+"""Fine-tuning of classifiers: pictures and their classes (EVA, Fang et al. 2022; EVA-02, Fang et al. 2023)."""
+
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evaclip.data import Source
+from evaclip.data.config import DataConfig
+from evaclip.data.loader import Targets, TrainTransform
+from evaclip.data.opening import classes_of
+from evaclip.data.order import U64
+from evaclip.errors import UserError
+from evaclip.eval.labels import assign_labels
+from evaclip.eval.prompts import PLACEHOLDER, load_classnames
+from evaclip.factory import create_vision_model
+from evaclip.model.flops import vision_flops
+from evaclip.model.vision_model import VisionModel
+from evaclip.run_files import MODEL_CONFIG_FILE, PREPROCESS_FILE
+from evaclip.train.config import ClassificationTask, LossConfig, ModelConfig, TrainConfig
+from evaclip.train.distributed import World
+from evaclip.train.step import Chunk
+from evaclip.train.tasks.classifying import open_classifying
+from evaclip.train.tasks.task import Evaluate, MeanOverSamples, Size
+from evaclip.train.throughput import BACKWARD_FACTOR
+from evaclip.train.timm_data import Mixing, TimmTransform, partners
+
+_OF_CLIP = ("pretrained_text", "lock_text")
+_TRANSFORM = DataConfig(train="").transform
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What labels stand for.
+
+    Attributes:
+        names: by label.
+        folders: the training data's own names of its classes, if it has any.
+    """
+
+    names: tuple[str, ...]
+    folders: tuple[str, ...] = ()
+
+    def labels(self, captions: list[str], seeds: U64 | None = None) -> Tensor:
+        """int64 [n] of n captions.
+
+        Raises:
+            UserError: a caption that is no class.
+        """
+        return assign_labels(captions, captions, self.names, self.folders).indices
+
+
+class Classification(MeanOverSamples):
+    """The loss is cross-entropy with smoothed labels, of pictures that may be mixed with their neighbours in the batch.
+
+    Args:
+        model: whose targets are int64 labels [b].
+        config: of the labels and of the pictures.
+        classes: of the labels.
+        seed: of the mixing.
+    """
+
+    model: VisionModel
+
+    def __init__(self, model: VisionModel, config: ClassificationTask, classes: Classes, seed: int = 0) -> None:
+        super().__init__(model, self.towers_of(model), model.preprocess)
+        self._config = config
+        self._classes = classes
+        self._mixing = Mixing(config, seed) if config.mixup or config.cutmix else None
+
+    @classmethod
+    def create_model(cls, config: TrainConfig, **how: Any) -> VisionModel:
+        given, options = config.model, dict(config.model.options)
+        _refuse_what_is_of_clip(config)
+        if given.patch_dropout is not None:
+            options["patch_dropout"] = given.patch_dropout
+        return create_vision_model(
+            given.name,
+            given.pretrained or False,
+            pretrained_image=given.pretrained_image,
+            num_classes=len(classes_for(config).names),
+            savings=given.savings,
+            **how,
+            **options,
+        )
+
+    @staticmethod
+    def towers_of(model: Any) -> dict[str, nn.Module]:
+        return {"visual": model}
+
+    @classmethod
+    def build(cls, config: TrainConfig, world: World, model: VisionModel) -> Self:
+        task = _task(config)
+        _check_pairs(config, task, world)
+        if config.model.lock_image:
+            model.lock(config.model.lock_image_unlocked_groups)
+        return cls(model, task, classes_for(config), config.seed)
+
+    @classmethod
+    def data(cls, config: TrainConfig) -> DataConfig:
+        """Captions of class folders are the names alone."""
+        return replace(config.data, caption_template=PLACEHOLDER)
+
+    def transform(self, data: DataConfig, size: Size) -> TrainTransform:
+        """timm's, unless the configuration names another."""
+        if data.transform != _TRANSFORM:
+            return super().transform(data, size)
+        return TimmTransform(size, self.preprocess, data.augmentation, self._config)
+
+    def targets(self, size: Size) -> Targets:
+        return self._classes.labels
+
+    def of_samples(self, images: Tensor, chunk: Chunk) -> dict[str, Tensor]:
+        labels, others, shares = chunk.targets, None, None
+        if self._mixing is not None:
+            images, shares = self._mixing(images, chunk.step, chunk.first_row)
+            others = partners(labels)
+        logits = self.model(images, chunk.token_index)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        cross_entropy = partial(F.cross_entropy, logits, reduction="none", label_smoothing=self._config.label_smoothing)
+        loss = cross_entropy(labels)
+        if shares is not None and others is not None:
+            # What the cross-entropy with the mixed labels is, without a matrix of them.
+            shares = shares.to(loss.dtype)
+            loss = shares * loss + (1 - shares) * cross_entropy(others)
+            labels = torch.where(shares < 0.5, others, labels)
+        return {"loss": loss, "accuracy": (logits.detach().argmax(1) == labels).float()}
+
+    def evaluation(self, config: TrainConfig, world: World, held_out: Source | None) -> Evaluate | None:
+        return open_classifying(config, world, self._classes.names, self._classes.folders, self.model, held_out)
+
+    def flops_per_sample(self, size: Size) -> float:
+        config, kept = replace(self.model.config, image_size=size), 1 - self.visual.patch_dropout
+        return BACKWARD_FACTOR * vision_flops(config, self.model.num_classes, kept)
+
+    def tokens_computed(self, targets: Tensor) -> int:
+        """Of each image the class token, and the patches that patch dropout keeps."""
+        patches = self.visual.num_kept_patches() if self.visual.patch_dropout else self.visual.num_patches
+        return len(targets) * (1 + patches)
+
+    def stand_ins(self, rows: int, chunks: set[int], fake: Any) -> Tensor:
+        labels: Tensor = fake(torch.arange(rows) % self.model.num_classes)
+        return labels
+
+    def descriptions(self, config: TrainConfig) -> dict[str, Any]:
+        model = self.model
+        options = {"num_classes": model.num_classes, **asdict(model.config)}
+        return {
+            PREPROCESS_FILE: {"image_size": model.config.image_size, **asdict(model.preprocess)},
+            MODEL_CONFIG_FILE: {"name": config.model.name, **options},
+        }
+
+
+def classes_for(config: TrainConfig) -> Classes:
+    """The classes that a run learns.
+
+    Raises:
+        UserError: neither the configuration nor the data names them, or both do and they don't fit together.
+    """
+    given, folders = _task(config).classes, tuple(classes_of(config.data))
+    if given is None and not folders:
+        raise UserError(
+            "task.classes is not set, and the training data has no class folders: give the number of classes, their "
+            "names, a file with one name a line, or imagenet"
+        )
+    if isinstance(given, int) and folders and len(folders) != given:
+        raise UserError(
+            f"task.classes={given}, but the training data has {len(folders)} class folders: "
+            "task.classes=null takes these"
+        )
+    if given is None:
+        names = folders
+    elif isinstance(given, int):
+        names = tuple(map(str, range(given)))
+    else:
+        names = load_classnames(given) if isinstance(given, str) else given
+    found = Classes(names, folders)
+    found.labels(list(folders))  # Folders that are no classes are told now.
+    return found
+
+
+def _task(config: TrainConfig) -> ClassificationTask:
+    assert isinstance(config.task, ClassificationTask)
+    return config.task
+
+
+def _refuse_what_is_of_clip(config: TrainConfig) -> None:
+    given = [f"model.{key}" for key in _OF_CLIP if getattr(config.model, key) != getattr(ModelConfig(), key)]
+    given += ["loss"] if config.loss != LossConfig() else []
+    if given:
+        raise UserError(f"task.name=classification has no {', '.join(given)}: leave that at its default")
+
+
+def _check_pairs(config: TrainConfig, task: ClassificationTask, world: World) -> None:
+    pairs = 2 * world.size * config.accumulation
+    if (task.mixup or task.cutmix) and config.batch_size % pairs:
+        raise UserError(
+            f"batch_size={config.batch_size} leaves a picture without the one that it is mixed with: with task.mixup "
+            f"or task.cutmix it must be a multiple of {pairs} (2 x {world.size} processes x accumulation "
+            f"{config.accumulation})"
+        )

@@ -1,0 +1,135 @@
+"""Augmentation and mixing of labelled pictures by timm, as pure functions of seeds.
+
+timm draws from the process's own generators. Here they are seeded for each sample and each row, so that no picture
+depends on the data workers, the processes, accumulation or the steps before.
+"""
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from evaclip.augmentation import Augmentation
+from evaclip.errors import UserError
+from evaclip.model.config import Preprocess
+from evaclip.pixels import eight_bit
+from evaclip.train import rng
+from evaclip.train.config import ClassificationTask
+from evaclip.transforms import Normalization
+
+_CROP = ("scale", "ratio")
+_MIXING = 5
+
+
+@dataclass(frozen=True)
+class TimmTransform:
+    """PIL image of any mode and size, seed -> uint8 `[3, height, width]`, or with erasing float32, normalised.
+
+    A random crop, a flip, and a policy such as RandAugment (Cubuk et al. 2019, arXiv 1909.13719) or else changes of
+    colour, by `timm.data.create_transform`; behind them random erasing (Zhong et al. 2017, arXiv 1708.04896).
+
+    Args:
+        size: side of the result in pixels, or height and width.
+        preprocess: of the model.
+        augmentation: the crop; timm has the rest of it in `task`.
+        task: flip, policy or colours, and erasing.
+
+    Raises:
+        UserError: for an augmentation that isn't the crop, or a policy that timm doesn't know.
+    """
+
+    size: int | tuple[int, int]
+    preprocess: Preprocess
+    augmentation: Augmentation
+    task: ClassificationTask
+
+    def __post_init__(self) -> None:
+        for option in fields(Augmentation):
+            if option.name not in _CROP and getattr(self.augmentation, option.name) != option.default:
+                raise UserError(
+                    f"data.augmentation.{option.name} is not used in classification, where timm augments: of "
+                    "data.augmentation it takes scale and ratio, and see task.auto_augment and task.color_jitter"
+                )
+        try:
+            self._steps  # noqa: B018 - timm reads the policy here
+        except (AssertionError, KeyError, ValueError) as exc:
+            raise UserError(f"task.auto_augment={self.task.auto_augment!r} is no policy of timm: {exc!r}") from exc
+
+    def __call__(self, image: Image.Image, seed: int) -> Tensor:
+        augment, erase = self._steps
+        with rng.seeded(seed):
+            levels: Tensor = augment(eight_bit(image).convert("RGB"))
+            return levels if erase is None else erase(Normalization(self.preprocess)(levels))
+
+    @cached_property
+    def _steps(self) -> tuple[Any, Any]:
+        from timm.data import create_transform
+        from timm.data.random_erasing import RandomErasing
+
+        task, preprocess = self.task, self.preprocess
+        augment = create_transform(
+            self.size,
+            is_training=True,
+            scale=self.augmentation.scale,
+            ratio=self.augmentation.ratio,
+            hflip=task.flip,
+            color_jitter=task.color_jitter,
+            auto_augment=task.auto_augment,
+            interpolation=preprocess.interpolation,
+            mean=preprocess.mean,
+            std=preprocess.std,
+            use_prefetcher=True,  # which leaves pixels as bytes
+        )
+        if not task.random_erasing:
+            return augment, None
+        return augment, RandomErasing(
+            task.random_erasing, mode=task.erasing_mode, max_count=task.erasing_count, device="cpu"
+        )
+
+
+class Mixing:
+    """mixup (Zhang et al. 2018, arXiv 1710.09412) and CutMix (Yun et al. 2019, arXiv 1905.04899), by timm's `Mixup`.
+
+    timm mixes the first row of a batch with its last, which on another number of processes are other samples, and draws
+    once a batch. Here rows 2n and 2n + 1 of the batch of all processes are each other's partners, and timm is given
+    such a pair at a time. What it draws for it is a function of the seed and of the step (`mix_mode: batch`), the pair
+    (`pair`) or the row (`elem`).
+    """
+
+    def __init__(self, task: ClassificationTask, seed: int) -> None:
+        from timm.data import Mixup
+
+        self._rows_a_draw = {"batch": None, "pair": 2, "elem": 1}[task.mix_mode]
+        self._seed = seed
+        self._mixup = Mixup(
+            task.mixup, task.cutmix, prob=task.mix_prob, switch_prob=task.switch_prob, label_smoothing=0, num_classes=2
+        )
+
+    def __call__(self, images: Tensor, step: int, first_row: int) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            images: float `[rows, 3, height, width]`, whole pairs; they stay as they are.
+            first_row: of the batch of all processes that is the first here.
+
+        Returns:
+            the mixed images, and the share `[rows]` in float32 that each one's own label has; the partner's has the
+            rest.
+        """
+        order = torch.arange(2, device=images.device)
+        mixed, shares = torch.empty_like(images), []
+        with rng.seeded(self._seed):
+            for row, pair in enumerate(zip(images, partners(images), strict=True)):
+                draw = 0 if self._rows_a_draw is None else (first_row + row) // self._rows_a_draw
+                rng.reseed(self._seed, _MIXING, step, draw)
+                both, labels = self._mixup(torch.stack(pair), order)
+                mixed[row] = both[0]
+                shares.append(labels[0, 0])
+        return mixed, torch.stack(shares)
+
+
+def partners(rows: Tensor) -> Tensor:
+    """`[rows, ...]`, rows 2n and 2n + 1 having changed places."""
+    return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)

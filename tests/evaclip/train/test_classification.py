@@ -1,0 +1,248 @@
+"""Fine-tuning of classifiers: one step against the formulas, a run that learns, and the published recipes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from plain_vision import plain_angles, plain_vision
+from small_options import CLASSIFIER
+from torch import Tensor
+
+from evaclip import create_vision_model
+from evaclip.data.config import DataConfig
+from evaclip.errors import UserError
+from evaclip.model.vision_model import VisionModel
+from evaclip.model.vision_names import RELEASES
+from evaclip.train.build import build
+from evaclip.train.config import ClassificationTask, OptimConfig, TowerConfig, TrainConfig
+from evaclip.train.distributed import World
+from evaclip.train.optimizer import build_optimizer, parameter_groups
+from evaclip.train.progress import read_log
+from evaclip.train.recipes import RECIPES, get_recipe
+from evaclip.train.step import StepOptions, TrainStep
+from evaclip.train.tasks.classification import Classes, Classification, classes_for
+from evaclip.train.timm_data import Mixing
+from evaclip.train.trainer import train
+from evaclip.weights import to_timm
+
+NAME = "eva02_base_patch14_448"
+ALONE = World(torch.device("cpu"))
+CLASSES = 5
+BATCH = 8
+STEP = 3
+LR, DECAY, LAYER_DECAY, EPS = 1e-2, 0.3, 0.5, 1e-8
+
+
+def small_classifier(**options: Any) -> VisionModel:
+    """In float64, without a parameter that has its start value."""
+    torch.manual_seed(0)
+    model = create_vision_model(NAME, num_classes=CLASSES, **{**CLASSIFIER, **options}).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    # Tables of rotations are made in float32.
+    angles = plain_angles(model.config)[:, ::2]
+    assert model.rope is not None
+    model.rope.cos, model.rope.sin = angles.cos(), angles.sin()
+    return model
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(BATCH, 3, 16, 16, generator=generator, dtype=torch.float64)
+    return images, torch.randint(CLASSES, (BATCH,), generator=generator)
+
+
+def step_of(model: VisionModel, config: ClassificationTask, accumulation: int = 1) -> TrainStep:
+    task = Classification(model, config, Classes(tuple("abcde")), seed=7)
+    optim = OptimConfig(lr=LR, beta2=0.999, eps=EPS, weight_decay=DECAY, visual=TowerConfig(layer_decay=LAYER_DECAY))
+    optimizer = build_optimizer(parameter_groups(model, task.towers, optim), optim)
+    return TrainStep(task, optimizer, StepOptions(accumulation=accumulation), ALONE)
+
+
+def expected_loss(state: dict[str, Tensor], model: VisionModel, config: ClassificationTask) -> Tensor:
+    """The tower's equations, mixed labels written out as a matrix, and cross-entropy."""
+    images, labels = batch()
+    targets = torch.full((BATCH, CLASSES), config.label_smoothing / CLASSES, dtype=torch.float64)
+    targets[range(BATCH), labels] += 1 - config.label_smoothing
+    if config.mixup or config.cutmix:
+        images, shares = Mixing(config, 7)(images, STEP, 0)
+        own = shares.double()[:, None]
+        neighbours = torch.tensor([1, 0, 3, 2, 5, 4, 7, 6])
+        targets = own * targets + (1 - own) * targets[neighbours]
+    logits = plain_vision(state, model.config, images)
+    logarithms = logits - logits.exp().sum(1, keepdim=True).log()
+    return -(targets * logarithms).sum() / BATCH
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("mixing", [{}, {"mixup": 0.8}, {"mixup": 0.8, "cutmix": 1.0, "mix_mode": "elem"}])
+def test_one_step_equals_the_formulas(mixing: dict[str, Any], accumulation: int) -> None:
+    """Loss, each gradient, and each weight behind AdamW with rates that fall with depth (BEiT, Bao et al. 2021)."""
+    model, config = small_classifier(), ClassificationTask(label_smoothing=0.2, **mixing)
+    before = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
+    loss = expected_loss(before, model, config)
+    loss.backward()
+    result = step_of(model, config, accumulation)(*batch(), STEP)
+    torch.testing.assert_close(result.loss, loss.detach(), rtol=1e-10, atol=0)
+    for name, parameter in model.named_parameters():
+        gradient = before[name].grad
+        assert gradient is not None
+        assert gradient.abs().max() > 1e-6, name
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-12, msg=name)
+        top, *inner = name.split(".")
+        embedding = top in ("cls_token", "pos_embed", "patch_embed")
+        depth = int(inner[0]) + 1 if top == "blocks" else 0 if embedding else 3
+        rate = LR * LAYER_DECAY ** (3 - depth)
+        decay = 0.0 if parameter.ndim == 1 or top in ("cls_token", "pos_embed") else DECAY
+        moved = before[name] - rate * (gradient / (gradient.abs() + EPS) + decay * before[name])
+        torch.testing.assert_close(parameter.detach(), moved.detach(), rtol=1e-7, atol=1e-9, msg=name)
+
+
+def colour_folders(root: Path, count: int = 12) -> Path:
+    """Pictures in three colours with noise, in folders named by these."""
+    generator = np.random.default_rng(0)
+    for number, colour in enumerate(("dark_red", "green", "sky_blue")):
+        (root / colour).mkdir(parents=True)
+        for index in range(count):
+            pixels = generator.integers(0, 90, (20, 24, 3))
+            pixels[..., number] += 150
+            Image.fromarray(pixels.astype(np.uint8)).save(root / colour / f"{index}.png")
+    return root
+
+
+@pytest.mark.slow
+def test_a_run_learns_and_its_weights_come_back(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    data = colour_folders(tmp_path / "train")
+    config = run_config(
+        f"data.train={data}", f"eval.sets.val.data.train={colour_folders(tmp_path / 'val', 3)}",
+        "data.augmentation.scale=[0.5,1.0]", "task.auto_augment=rand-m3", "schedule.steps=30", "optim.lr=0.01",
+        "batch_size=12", "ema_decay=0.9", task="classification",
+    )  # fmt: skip
+    run = train(config).folder
+    log = read_log(run / "log.jsonl")
+    assert next(record["eval"] for record in log if "eval" in record)["val/top1"] == 1.0
+    assert np.mean([record["accuracy"] for record in log if "accuracy" in record][-5:]) > 0.7
+    checkpoint = run / "checkpoints" / "step_00000030"
+    described = json.loads((checkpoint / "model.json").read_text())
+    options = {name: value for name, value in described.items() if name in CLASSIFIER}
+    model = create_vision_model(NAME, pretrained=run, **options).eval()
+    assert model.num_classes == described["num_classes"] == 3
+    peer = timm.create_model(
+        NAME, num_classes=3, img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2,
+        ref_feat_shape=(16, 16),
+    ).eval()  # fmt: skip
+    peer.load_state_dict(to_timm(model.state_dict()))
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), peer(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "folders", "names"),
+    [
+        (None, True, ("dark red", "green", "sky blue")),
+        (3, True, ("0", "1", "2")),
+        (7, False, tuple("0123456")),
+        (("a", "b", "c"), True, ("a", "b", "c")),
+    ],
+)
+def test_classes(given: Any, folders: bool, names: tuple[str, ...], run_config: Any, tmp_path: Path) -> None:
+    data = colour_folders(tmp_path / "data", 1) if folders else tmp_path / "rows.csv"
+    (tmp_path / "rows.csv").touch()
+    (tmp_path / "data" / "no_pictures").mkdir(parents=True)
+    config = run_config(f"data.train={data}", f"task.classes={json.dumps(given)}", task="classification")
+    classes = classes_for(config)
+    assert classes.names == names
+    assert classes.labels(["1", "sky blue"] if folders else ["1", "2"]).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["batch_size=6", "accumulation=2"], r"batch_size=6 leaves a picture .* multiple of 4 \(2 x 1 processes x"),
+        (["model.lock_text=true"], "task.name=classification has no model.lock_text"),
+        (["data.augmentation.rotation=5"], "data.augmentation.rotation is not used in classification"),
+        (["task.auto_augment=rand-q1"], "task.auto_augment='rand-q1' is no policy of timm"),
+        (
+            ["task.classes=3"],
+            "task.classes=3, but the training data has 64 class folders: task.classes=null",
+        ),
+        (["task.classes=[a,b]"], "there are 2 class names for 64 folders of other names"),
+        (["eval.sets.val={data: {train: synthetic}, measure: [loss]}"], "eval.sets.val.measure is loss; with"),
+        (["eval.sets.val={data: {train: synthetic}, classes: [a, b]}"], "are 2, but the classifier has 64"),
+        (["data={train: x.csv}"], "task.classes is not set, and the training data has no class folders"),
+    ],
+)
+def test_mistakes(assignments: list[str], message: str, run_config: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.csv").write_text("filepath,title\nx.png,y\n" * 9)
+    with pytest.raises(UserError, match=message):
+        build(run_config(*assignments, task="classification"), ALONE)
+
+
+PUBLISHED = {
+    # batch, epochs, warm-up, rate, layer decay, drop path, smoothing, smallest crop, average
+    "finetune-eva02-ti-in1k": (1024, 100, 5, 2e-4, 0.9, 0.1, 0.1, 0.08, True),
+    "finetune-eva02-s-in1k": (1024, 100, 5, 1e-4, 0.8, 0.1, 0.1, 0.08, True),
+    "finetune-eva02-b-in1k": (1024, 30, 3, 1e-4, 0.7, 0.1, 0.1, 0.08, True),
+    "finetune-eva02-l-in1k": (1024, 30, 3, 5e-5, 0.8, 0.15, 0.2, 0.08, True),
+    "finetune-eva02-l-m38m-in1k": (1024, 30, 3, 7e-5, 0.8, 0.15, 0.2, 0.08, True),
+    "finetune-eva02-b-in22k": (2048, 40, 1, 3e-4, 0.7, 0.1, 0.1, 0.2, False),
+    "finetune-eva02-l-in22k": (1024, 20, 1, 2e-4, 0.75, 0.15, 0.1, 0.2, False),
+    "finetune-eva02-l-m38m-in22k": (2048, 30, 1, 3e-4, 0.75, 0.15, 0.1, 0.2, False),
+    "finetune-eva02-b-in22k-in1k": (512, 15, 2, 5e-5, 0.8, 0.15, 0.2, 0.08, True),
+    "finetune-eva02-l-in22k-in1k": (512, 20, 2, 2e-5, 0.85, 0.15, 0.2, 0.08, True),
+    "finetune-eva02-l-m38m-in22k-in1k": (512, 20, 2, 2e-5, 0.85, 0.15, 0.2, 0.08, True),
+    "finetune-eva-g-clip-in1k": (1024, 20, 2, 3e-5, 0.9, 0.4, 0.3, 0.08, True),
+    "finetune-eva-g-clip-in1k-336": (512, 20, 2, 3e-5, 0.9, 0.4, 0.3, 0.08, True),
+}
+"""Read once more from the authors' commands."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipes_have_the_published_values(name: str) -> None:
+    config = get_recipe(name)
+    batch_size, epochs, warmup, rate, layer_decay, drop_path, smoothing, crop, averaged = PUBLISHED[name]
+    task, optim, schedule = config.task, config.optim, config.schedule
+    assert isinstance(task, ClassificationTask)
+    assert (config.batch_size, schedule.epochs, optim.lr) == (batch_size, epochs, rate)
+    assert schedule.warmup_share == pytest.approx(warmup / epochs)
+    assert (optim.name, optim.beta1, optim.beta2, optim.eps) == ("adamw", 0.9, 0.999, 1e-8)
+    assert (optim.weight_decay, optim.grad_clip_norm, optim.visual.layer_decay) == (0.05, None, layer_decay)
+    assert (schedule.name, schedule.final_factor) == ("cosine", 0.0)
+    assert config.model.options == {"drop_path": drop_path}
+    assert (task.label_smoothing, task.auto_augment) == (smoothing, "rand-m9-mstd0.5-inc1")
+    assert (task.mixup, task.cutmix, task.random_erasing) == (0, 0, 0)
+    assert config.data.augmentation.scale == (crop, 1.0)
+    assert config.ema_decay == (0.9999 if averaged else None)
+    model, _, tag = config.model.name.partition(".")
+    assert task.classes == RELEASES[model][tag].num_classes
+    start, _, tag = str(config.model.pretrained_image).removeprefix("hf-hub:timm/").partition(".")
+    assert tag in RELEASES[start]
+    # A model by whose name a recipe is found, too.
+    assert get_recipe(config.model.name) == config
+
+
+def test_every_classifier_that_was_fine_tuned_has_its_recipe() -> None:
+    assert set(PUBLISHED) == {name for name in RECIPES if name.startswith("finetune-")}
+    wanted = {
+        f"{model}.{tag}"
+        for model, tags in RELEASES.items()
+        for tag in tags
+        if tag.startswith(("clip_ft", "mim_in22k_ft", "mim_m38m_ft"))
+    }
+    assert {RECIPES[name]().model.name for name in PUBLISHED} == wanted
+
+
+def test_another_transform_is_taken_as_it_is() -> None:
+    task = Classification(small_classifier(), ClassificationTask(), Classes(tuple("abcde")))
+    named = task.transform(DataConfig(train="", transform="evaclip.demo.augmentation:DrawingTransform"), 16)
+    picture = Image.new("RGB", (20, 20), (9, 9, 9))
+    assert named(picture, 1).shape == (3, 16, 16)
