@@ -15,10 +15,12 @@ from small_options import CLASSIFIER
 from torch import Tensor
 
 from evaclip import create_vision_model
+from evaclip.commands.main import main
 from evaclip.data.config import DataConfig
 from evaclip.errors import UserError
 from evaclip.model.vision_model import VisionModel
 from evaclip.model.vision_names import RELEASES
+from evaclip.report import write_report
 from evaclip.train.build import build
 from evaclip.train.config import ClassificationTask, OptimConfig, TowerConfig, TrainConfig
 from evaclip.train.distributed import World
@@ -142,6 +144,12 @@ def test_a_run_learns_and_its_weights_come_back(run_config: Callable[..., TrainC
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(model(images), peer(images), rtol=1e-4, atol=1e-4)
+    # The command measures the run as the run did, and its report has it.
+    assert main(["eval", "classify", str(run), "--data", str(tmp_path / "val"), "--workers", "0"]) == 0
+    found = json.loads(next((run / "evaluations").iterdir()).read_text())
+    assert found["model"]["origin"] == str(checkpoint / "ema.safetensors")
+    assert (found["metrics"]["top1"], found["metrics"]["samples"]) == (1.0, 9)
+    assert "classification" in write_report(run)[0].read_text()
 
 
 @pytest.mark.parametrize(
