@@ -153,7 +153,8 @@ def check_batch(config: TrainConfig, world: World) -> None:
     if config.batch_size < chunks * together:
         least = "one sample" if together == 1 else f"{together} samples"
         raise UserError(
-            f"batch_size={config.batch_size} is less than {least} for each of {chunks} chunks ({world.size} processes x accumulation {config.accumulation})"
+            f"batch_size={config.batch_size} is less than {least} for each of {chunks} chunks "
+            f"({world.size} processes x accumulation {config.accumulation})"
         )
 
 
