@@ -79,6 +79,7 @@ class TrainLoader:
         decode_size: a large JPEG may be decoded at a fraction of its size as long as both sides keep this
             many pixels; None always decodes it whole.
         patience: seconds without a batch after which a warning is logged.
+        together: rows of a global batch that stay in one process, see `part_of_batch`.
 
     Raises:
         UserError: the source has fewer samples than one global batch, or a number is out of range.
@@ -102,6 +103,7 @@ class TrainLoader:
         pin: bool = False,
         decode_size: int | None = None,
         patience: float = 60.0,
+        together: int = 1,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"the batch size must be 1 or more, got {batch_size}")
@@ -122,7 +124,7 @@ class TrainLoader:
             )
         self.faults = FaultLog()
         self.faults.add(source.faults)
-        part = part_of_batch(batch_size, rank, world_size)
+        part = part_of_batch(batch_size, rank, world_size, together)
         self._global_batch = batch_size
         self._units = _units(len(part))
         held = max(prefetch, -(-prefetch * len(self._units) // max(workers, 1)))
@@ -138,9 +140,9 @@ class TrainLoader:
             replace(source.decoding, at_least=decode_size),
             Prefetcher(),
         )
-        ends = [part_of_batch(batch_size, each, world_size) for each in machine or [rank]]
-        together = replace(self._reader, part=range(ends[0].start, ends[-1].stop), ordered={})
-        together.check_room(window, len(ends))
+        ends = [part_of_batch(batch_size, each, world_size, together) for each in machine or [rank]]
+        of_machine = replace(self._reader, part=range(ends[0].start, ends[-1].stop), ordered={})
+        of_machine.check_room(window, len(ends))
 
     def set_transform(self, transform: TrainTransform, targets: Targets) -> None:
         """What the iterators of later calls of `batches` make of samples; which ones and how drawn stays the same."""
@@ -179,9 +181,13 @@ def _order(source: Source, seed: int, window: int, nodes: int) -> SampleOrder | 
     return sample_order(len(source), seed, window, source.shard_sizes, nodes)
 
 
-def part_of_batch(batch_size: int, rank: int, processes: int) -> range:
-    """The rows of a global batch that belong to one process; some have one row more than others if they must."""
-    return range(rank * batch_size // processes, (rank + 1) * batch_size // processes)
+def part_of_batch(batch_size: int, rank: int, processes: int, together: int = 1) -> range:
+    """The rows of a global batch that belong to one process; some have one row more than others if they must.
+
+    Rows stay `together` so many at a time, where the batch is a multiple of that: then it is one such group more.
+    """
+    groups = batch_size // together
+    return range(rank * groups // processes * together, (rank + 1) * groups // processes * together)
 
 
 def tokenized(tokenizer: Callable[[list[str]], Tensor]) -> Targets:

@@ -57,18 +57,16 @@ def traced_peak(config: TrainConfig, world: World) -> Bytes:
     if config.parallel.offload != "none":
         raise UserError("--as-gpus under parallel.offload needs a GPU: without one, all memory is the host's")
     check_batch(config, world)
-    mode, batch = FakeTensorMode(), len(part_of_batch(config.batch_size, world.rank, world.size))
     kind, precision = task_class(config.task.name), precision_of_parameters(config.precision)
+    together = kind.rows_together(config)
+    mode, batch = FakeTensorMode(), len(part_of_batch(config.batch_size, world.rank, world.size, together))
     model = kind.create_model(config, device="meta", precision=precision).train()
     without_data(model, mode)
     if is_cut_up(config, world):
         shard(kind.towers_of(model).values(), config.parallel, config.precision, world)
     task = kind.build(config, world, model)
-    # Chunks differ by one at most.
-    chunk = -(-batch // config.accumulation)
-    targets = task.stand_ins(
-        batch, {batch // config.accumulation, chunk}, partial(tree_map_only, Tensor, mode.from_tensor)
-    )
+    chunks = {len(part_of_batch(batch, n, config.accumulation, together)) for n in range(config.accumulation)}
+    targets = task.stand_ins(batch, chunks, partial(tree_map_only, Tensor, mode.from_tensor))
     # States of random generators are read as numbers, and nothing is drawn here.
     with patch.multiple(rng, capture=lambda device: {}, restore=lambda state, device: None), mode:
         images = torch.empty(batch, 3, *task.visual.config.image_shape)
@@ -78,7 +76,8 @@ def traced_peak(config: TrainConfig, world: World) -> Bytes:
         step.optimizer.zero_grad()
         recorder = Recorder()
         # What isn't the present chunk's waits in host memory.
-        present = [images[:chunk].clone(), targets[:chunk].clone(), *model.buffers()]
+        largest = max(chunks)
+        present = [images[:largest].clone(), targets[:largest].clone(), *model.buffers()]
         averages = list(ema.state_dict().values()) if ema else []
         moments = [value for state in step.optimizer.state.values() for value in state.values()]
         kinds = {PARAMETERS: model.parameters(), INPUTS: present, OPTIMIZER: moments, "averaged weights": averages}

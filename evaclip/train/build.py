@@ -121,13 +121,15 @@ def build_task(config: TrainConfig, world: World) -> Task:
 def build_step(config: TrainConfig, world: World, task: Task) -> TrainStep:
     """The step with its optimizer."""
     optimizer = build_optimizer(parameter_groups(task.model, task.towers, config.optim), config.optim, config.seed)
+    together = task.rows_together(config)
     options = StepOptions(
         precision=config.precision,
         accumulation=config.accumulation,
         grad_clip_norm=config.optim.grad_clip_norm,
         seed=config.seed,
-        first_row=part_of_batch(config.batch_size, world.rank, world.size).start,
+        first_row=part_of_batch(config.batch_size, world.rank, world.size, together).start,
         batch_size=config.batch_size,
+        together=together,
         reduce_each_chunk=config.parallel.accumulate == "shards",
     )
     return TrainStep(task, optimizer, options, world)
@@ -144,11 +146,14 @@ def precision_of_parameters(precision: Precision) -> str:
 
 
 def check_batch(config: TrainConfig, world: World) -> None:
-    """Raises UserError if a batch has less than one sample for each chunk of each process."""
-    chunks = world.size * config.accumulation
-    if config.batch_size < chunks:
+    """Raises UserError if a batch has less than one sample for each chunk of each process, or than belong together."""
+    chunks, together = world.size * config.accumulation, task_class(config.task.name).rows_together(config)
+    if config.batch_size % together:
+        raise UserError(f"batch_size={config.batch_size} is no multiple of {together}, the samples that are mixed")
+    if config.batch_size < chunks * together:
+        least = "one sample" if together == 1 else f"{together} samples"
         raise UserError(
-            f"batch_size={config.batch_size} is less than one sample for each of {chunks} chunks "
+            f"batch_size={config.batch_size} is less than {least} for each of {chunks} chunks "
             f"({world.size} processes x accumulation {config.accumulation})"
         )
 
@@ -170,6 +175,7 @@ def _loader(config: TrainConfig, world: World, source: Source, task: Task) -> Tr
         prefetch=data.prefetch,
         pin=world.device.type == "cuda",
         decode_size=REDUCTION_MARGIN * max(images.image_shape) if data.jpeg_reduction else None,
+        together=task.rows_together(config),
     )
 
 

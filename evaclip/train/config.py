@@ -202,7 +202,7 @@ class ClassificationTask:
     """Share of a label that all classes have in equal parts."""
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     """A policy of timm, such as RandAugment's; none has no policy."""
-    color_jitter: Rate | None = 0.4
+    color_jitter: Rate = 0.4
     """Largest change of brightness, contrast and saturation; as in timm, where there is no policy."""
     flip: Probability = 0.5
     """How likely a picture is mirrored."""

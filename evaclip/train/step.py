@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evaclip.data.loader import part_of_batch
 from evaclip.data.rows import Rows
 from evaclip.train.config import Precision
 from evaclip.train.distributed import GradientMean, World
@@ -33,6 +34,7 @@ class StepOptions:
         seed: of the token dropout.
         first_row: of the batch of all processes that this one has.
         batch_size: of all processes together; None: each has as many rows.
+        together: rows that one chunk has, from each multiple of that on.
         reduce_each_chunk: gradients of shards are summed over the processes with every chunk, not with the last alone.
     """
 
@@ -42,6 +44,7 @@ class StepOptions:
     seed: int = 0
     first_row: int = 0
     batch_size: int | None = None
+    together: int = 1
     reduce_each_chunk: bool = False
 
 
@@ -226,11 +229,11 @@ class Passes:
         count, parts = len(targets), owner.options.accumulation
         self._rows = count * owner.world.size if owner.options.batch_size is None else owner.options.batch_size
         kept = self._kept_tokens(count)
-        bounds = [number * count // parts for number in range(parts + 1)]
         first = owner.options.first_row
+        chunks = [part_of_batch(count, number, parts, owner.options.together) for number in range(parts)]
         self.chunks = [
             Chunk(rows, targets[rows], None if kept is None else kept[rows], step, first + rows.start)
-            for rows in map(slice, bounds, bounds[1:])
+            for rows in (slice(chunk.start, chunk.stop) for chunk in chunks)
         ]
 
     def images(self, rounds: int = 1) -> Iterator[Tensor]:

@@ -66,8 +66,8 @@ class TimmTransform:
 
     @cached_property
     def _steps(self) -> tuple[Any, Any]:
-        from timm.data import create_transform
         from timm.data.random_erasing import RandomErasing
+        from timm.data.transforms_factory import create_transform
 
         task, preprocess = self.task, self.preprocess
         augment = create_transform(
@@ -100,7 +100,7 @@ class Mixing:
     """
 
     def __init__(self, task: ClassificationTask, seed: int) -> None:
-        from timm.data import Mixup
+        from timm.data.mixup import Mixup
 
         self._rows_a_draw = {"batch": None, "pair": 2, "elem": 1}[task.mix_mode]
         self._seed = seed
@@ -132,4 +132,5 @@ class Mixing:
 
 def partners(rows: Tensor) -> Tensor:
     """`[rows, ...]`, rows 2n and 2n + 1 having changed places."""
-    return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    swapped: Tensor = rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return swapped

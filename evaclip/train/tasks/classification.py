@@ -69,7 +69,7 @@ class Classification(MeanOverSamples):
         super().__init__(model, self.towers_of(model), model.preprocess)
         self._config = config
         self._classes = classes
-        self._mixing = Mixing(config, seed) if config.mixup or config.cutmix else None
+        self._mixing = Mixing(config, seed) if _mixes(config) else None
 
     @classmethod
     def create_model(cls, config: TrainConfig, **how: Any) -> VisionModel:
@@ -93,16 +93,19 @@ class Classification(MeanOverSamples):
 
     @classmethod
     def build(cls, config: TrainConfig, world: World, model: VisionModel) -> Self:
-        task = _task(config)
-        _check_pairs(config, task, world)
         if config.model.lock_image:
             model.lock(config.model.lock_image_unlocked_groups)
-        return cls(model, task, classes_for(config), config.seed)
+        return cls(model, _task(config), classes_for(config), config.seed)
 
     @classmethod
     def data(cls, config: TrainConfig) -> DataConfig:
         """Captions of class folders are the names alone."""
         return replace(config.data, caption_template=PLACEHOLDER)
+
+    @classmethod
+    def rows_together(cls, config: TrainConfig) -> int:
+        """Pairs that are mixed."""
+        return 2 if _mixes(_task(config)) else 1
 
     def transform(self, data: DataConfig, size: Size) -> TrainTransform:
         """timm's, unless the configuration names another."""
@@ -194,11 +197,5 @@ def _refuse_what_is_of_clip(config: TrainConfig) -> None:
         raise UserError(f"task.name=classification has no {', '.join(given)}: leave that at its default")
 
 
-def _check_pairs(config: TrainConfig, task: ClassificationTask, world: World) -> None:
-    pairs = 2 * world.size * config.accumulation
-    if (task.mixup or task.cutmix) and config.batch_size % pairs:
-        raise UserError(
-            f"batch_size={config.batch_size} leaves a picture without the one that it is mixed with: with task.mixup "
-            f"or task.cutmix it must be a multiple of {pairs} (2 x {world.size} processes x accumulation "
-            f"{config.accumulation})"
-        )
+def _mixes(task: ClassificationTask) -> bool:
+    return bool(task.mixup or task.cutmix)

@@ -69,6 +69,11 @@ class Task(ABC):
         """How the training data is opened."""
         return config.data
 
+    @classmethod
+    def rows_together(cls, config: TrainConfig) -> int:
+        """How many rows of a batch belong together, from each multiple of that on: no process or chunk parts them."""
+        return 1
+
     def transform(self, data: DataConfig, size: Size) -> TrainTransform:
         """What the data workers make of a picture, for images of this size; the device does the rest."""
         return levels_of(training_transform(data, size, self.preprocess), self.preprocess)

@@ -174,7 +174,8 @@ def test_classes(given: Any, folders: bool, names: tuple[str, ...], run_config: 
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [
-        (["batch_size=6", "accumulation=2"], r"batch_size=6 leaves a picture .* multiple of 4 \(2 x 1 processes x"),
+        (["batch_size=7"], "batch_size=7 is no multiple of 2, the samples that are mixed"),
+        (["batch_size=6", "accumulation=4"], r"batch_size=6 is less than 2 samples for each of 4 chunks"),
         (["model.lock_text=true"], "task.name=classification has no model.lock_text"),
         (["data.augmentation.rotation=5"], "data.augmentation.rotation is not used in classification"),
         (["task.auto_augment=rand-q1"], "task.auto_augment='rand-q1' is no policy of timm"),

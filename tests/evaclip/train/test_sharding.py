@@ -75,9 +75,9 @@ def test_four_processes_equal_one(task: str, run_config: Callable[..., TrainConf
 @pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("task", TASKS)
 def test_unequal_parts_of_a_batch_equal_one(task: str, run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    """Of 8 samples 2, 3 and 3, and the 3 in chunks of 1 and 2; then two processes go on."""
+    """Of 16 samples 5, 5 and 6, and the 5 in chunks of 2 and 3, or as many pairs; then two processes go on."""
     run_config = partial(run_config, *COMMON, *TASKS[task].patch_dropout, task=task)
-    common = ["batch_size=8", "checkpoint.every_steps=4", "accumulation=2"]
+    common = ["batch_size=16", "checkpoint.every_steps=4", "accumulation=2"]
     more = [*common, "schedule={steps: 6, name: constant}"]
     one = train(run_config(*more, "name=one")).folder
     part = "schedule={steps: 4, name: constant}"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
 from evaclip.augmentation import Augmentation
@@ -124,7 +124,7 @@ def test_the_mode_says_what_shares_a_draw(mode: str, distinct: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
-def test_parts_of_a_batch_are_mixed_as_the_whole(mode: str) -> None:
+def test_parts_of_a_batch_are_mixed_as_the_whole(mode: Any) -> None:
     whole = mixed(mixup=0.8, cutmix=1.0, mix_mode=mode)
     mixing = Mixing(ClassificationTask(mixup=0.8, cutmix=1.0, mix_mode=mode), 3)
     parts = [mixing(pictures()[first : first + 2], 0, first) for first in range(0, 8, 2)]
