@@ -159,6 +159,11 @@ class VisionTower(Tower):
         pooled: Tensor = self.last_norm(x[:, 0] if self.config.pool == "token" else x[:, 1:].mean(1))
         return pooled if self.head is None else self.head(pooled)
 
+    def patch_features(self, images: Tensor) -> Tensor:
+        """Every patch through the last norm and the head, as the embedding is made, `[B, num_patches, embed_dim]`."""
+        patches: Tensor = self.last_norm(self.tokens(images)[:, 1:])
+        return patches if self.head is None else self.head(patches)
+
     def _embed(self, images: Tensor, token_index: Tensor | None) -> Tensor:
         """Class token and kept patches with their positions, `[B, 1 + K, width]`."""
         prefix, pos_embed = self.cls_token[0], self._positions()
