@@ -14,6 +14,8 @@ from evaclip.model.vision_block import INIT_STD, Block, reset_linear, vision_nor
 from evaclip.model.vision_model import VisionModel
 from evakernels import token_dropout
 
+_WITHIN_ONE = math.erf(math.sqrt(0.5))
+"""Share of a normal distribution."""
 _LARGER_WITH_SUB_NORM = ("mlp.w", "attn.proj", "attn.v_proj")
 
 
@@ -32,7 +34,7 @@ class MaskedImageModel(VisionModel):
         config: of the transformer, whose last norm stands on every token: with `pool="token"`.
         features: width of the teacher's features.
         decoder_layers: blocks that see all tokens where masked ones are dropped; 0 computes all tokens.
-        patch_gradient: factor of the gradient that reaches the patch embedding.
+        patch_gradient: factor of the gradient that reaches the patch embedding: less is a more stable start.
         preprocess: what images go through before the model sees them.
         savings: what is left out without changing a result.
     """
@@ -55,7 +57,7 @@ class MaskedImageModel(VisionModel):
                 f"patch_dropout={config.patch_dropout:g}"
             )
         super().__init__(config, 0, preprocess, savings)
-        self.patch_gradient = patch_gradient
+        self.patch_embed.gradient = patch_gradient
         self.mask_token = nn.Parameter(empty(1, 1, config.width))
         self.lm_head = nn.Linear(config.width, features)
         steady = replace(config, drop_path=0.0)
@@ -73,8 +75,11 @@ class MaskedImageModel(VisionModel):
             block.reset_parameters()
         if self.decoder_norm is not None:
             self.decoder_norm.reset_parameters()
-        for parameter in (self.cls_token, self.pos_embed, self.mask_token):
-            nn.init.trunc_normal_(parameter, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
+        with torch.no_grad():
+            for parameter in (self.cls_token, self.pos_embed, self.mask_token):
+                # Normal up to one standard deviation. torch's function draws again what lies outside, as often as it
+                # takes: processes that share out a parameter would no longer have the same random numbers.
+                parameter.uniform_(-_WITHIN_ONE, _WITHIN_ONE).erfinv_().mul_(math.sqrt(2) * INIT_STD)
         reset_linear(self.lm_head)
         if self.config.mlp == "swiglu":
             self._reset_as_eva02()
@@ -95,7 +100,7 @@ class MaskedImageModel(VisionModel):
                 nn.init.normal_(module.weight, std=scale * math.sqrt(2 / (rows + columns)))
 
     def forward(self, images: Tensor, token_index: Tensor | None = None) -> Tensor:
-        """Predictions `[B, K, features]` of the masked patches `token_index`, int64 `[B, K]`, each once in a row.
+        """Predictions `[B * K, features]` of the masked patches `token_index`, int64 `[B, K]`, each once in a row.
 
         Without `token_index` the features of whole pictures that are measured meanwhile, `[B, width]`: the mean of the
         patches behind the last block, through the last norm, as timm pools these models.
@@ -110,8 +115,9 @@ class MaskedImageModel(VisionModel):
         if token_index is None:
             return self.last_norm(self.tokens(images)[:, 1:].mean(1))
         self._check(images)
-        predicted = self._among_all(images, token_index) if self.decoder_norm is None else self._behind(images, token_index)
-        return self.lm_head(predicted)
+        compute = self._among_all if self.decoder_norm is None else self._behind
+        # In rows, as a sharded model had better return no view.
+        return self.lm_head(compute(images, token_index).flatten(0, 1))
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         """Features of whole pictures `[B, width]`, see `forward`; of length 1 if `normalize`."""
@@ -120,7 +126,7 @@ class MaskedImageModel(VisionModel):
 
     def _among_all(self, images: Tensor, masked: Tensor) -> Tensor:
         """Of the masked patches, computed with all others."""
-        patches = self._gently(self.patch_embed(images))
+        patches = self.patch_embed(images)
         token = self.mask_token.to(patches.dtype).expand(*masked.shape, -1)
         patches = patches.scatter(1, _columns(masked, patches), token)
         x = token_dropout(patches, None, prefix=self.cls_token[0], pos_embed=self._positions())
@@ -129,8 +135,8 @@ class MaskedImageModel(VisionModel):
 
     def _behind(self, images: Tensor, masked: Tensor) -> Tensor:
         """Of the masked patches, which come in behind the blocks."""
-        hidden = torch.zeros(len(masked), self.num_patches, dtype=torch.int8, device=masked.device).scatter(1, masked, 1)
-        visible = hidden.argsort(1, stable=True)[:, : self.num_patches - masked.shape[1]]
+        shown = torch.zeros(len(masked), self.num_patches, dtype=torch.int8, device=masked.device)
+        visible = shown.scatter(1, masked, 1).argsort(stable=True, dim=1)[:, : self.num_patches - masked.shape[1]]
         x, context = self.start(images, visible)
         assert self.decoder_norm is not None
         x = self.last_norm(self.run_blocks(self.blocks, x, *context, pooled_last=False))
@@ -142,10 +148,6 @@ class MaskedImageModel(VisionModel):
 
     def _tables(self) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if self.rope is None else (self.rope.cos, self.rope.sin)
-
-    def _gently(self, patches: Tensor) -> Tensor:
-        """The same values, with a smaller gradient: the more stable start that the authors chose."""
-        return patches if self.patch_gradient == 1.0 else patches.detach().lerp(patches, self.patch_gradient)
 
 
 def _columns(index: Tensor, tokens: Tensor) -> Tensor:

@@ -70,4 +70,3 @@ def pack(state: Mapping[str, Tensor], joint_bias: bool = False) -> dict[str, Ten
 def _is_gated(state: Mapping[str, Tensor], mlp: str) -> bool:
     first, last = state.get(f"{mlp}fc1.weight"), state.get(f"{mlp}fc2.weight")
     return first is not None and last is not None and first.shape[0] == 2 * last.shape[1]
-
