@@ -121,6 +121,7 @@ def _swiglu(state: State, x: Tensor) -> Tensor:
 
 def _norm(state: State, name: str, x: Tensor) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * state[f"{name}.weight"] + state[
-        f"{name}.bias"
-    ]
+    return (
+        centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * state[f"{name}.weight"]
+        + state[f"{name}.bias"]
+    )

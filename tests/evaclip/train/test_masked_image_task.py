@@ -24,6 +24,7 @@ from evaclip.data.shard_writer import write_shard
 from evaclip.data.synthetic import SyntheticSource
 from evaclip.errors import UserError
 from evaclip.factory import create_masked_image_model
+from evaclip.loading import load_features
 from evaclip.model.config import Preprocess
 from evaclip.model.flops import masked_image_flops, vision_flops
 from evaclip.model.vision_names import vision_config
@@ -210,6 +211,11 @@ def test_what_cannot_be_measured_is_told(sets: dict[str, Any], message: str, run
         train(run_config(f"eval.sets.x={json.dumps(sets)}", task="masked_image"))
 
 
+def test_a_clip_in_training_is_not_probed(run_config: Make) -> None:
+    with pytest.raises(UserError, match=r"measure has knn, which task\.name=masked_image has alone"):
+        train(run_config("eval.sets.x={data: {num_samples: 8}, measure: [loss, knn]}"))
+
+
 @pytest.mark.parametrize(
     ("key", "message"),
     [
@@ -265,6 +271,7 @@ def test_weights_leave_in_timms_and_the_authors_names_and_come_back(
     for layout in ("original", "timm"):
         ours = create_vision_model(name, tmp_path / f"{layout}.pt", num_classes=0, **small).eval()
         torch.testing.assert_close(ours(images), expected)
+    torch.testing.assert_close(load_features(str(run)).model(images), expected)
     peer = timm.create_model(name, num_classes=0, img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)
     assert timms.keys() == peer.state_dict().keys()
     peer.load_state_dict(timms)
