@@ -14,6 +14,7 @@ class Augmentation:
     Attributes:
         scale: share of the image's area that the crop covers, smallest and largest.
         ratio: width / height of the crop, smallest and largest.
+        flip: probability of a mirrored picture, left for right.
         rotation: largest rotation, in degrees.
         translation: largest shift, as a share of the side.
         zoom: factor of size, smallest and largest.
@@ -24,6 +25,7 @@ class Augmentation:
 
     scale: Range = (0.9, 1.0)
     ratio: Range = (3 / 4, 4 / 3)
+    flip: float = 0.0
     rotation: float = 0.0
     translation: float = 0.0
     zoom: Range = (1.0, 1.0)
@@ -41,7 +43,7 @@ class Augmentation:
             object.__setattr__(self, name, (float(low), float(high)))
         if self.scale[1] > 1:
             raise UserError(f"augmentation.scale is {self.scale}; a crop can't exceed the image (1.0)")
-        limits = {"rotation": 180.0, "translation": 1.0, "hue": 0.5, "grayscale": 1.0}
+        limits = {"rotation": 180.0, "translation": 1.0, "flip": 1.0, "hue": 0.5, "grayscale": 1.0}
         limits |= dict.fromkeys(("brightness", "contrast", "saturation"), 1.0)
         for name, limit in limits.items():
             if not 0 <= getattr(self, name) <= limit:

@@ -13,6 +13,7 @@ from evaclip.augmentation import Augmentation
 from evaclip.errors import UserError, unknown_name
 from evaclip.model.clip import CLIP
 from evaclip.model.config import CLIPConfig, TextConfig, find_model, get_config, list_models, override
+from evaclip.model.masked_image import MaskedImageModel
 from evaclip.model.savings import Savings
 from evaclip.model.vision_model import VisionModel
 from evaclip.model.vision_names import RELEASES, split_name, vision_config
@@ -25,6 +26,7 @@ from evaclip.weights.open_clip_config import CONFIG_FILE, read_open_clip_config
 from evaclip.weights.released import RELEASED
 
 __all__ = [
+    "create_masked_image_model",
     "create_model",
     "create_model_and_transforms",
     "create_model_from_pretrained",
@@ -182,6 +184,58 @@ def create_vision_model(
     model.to_empty(device=target).reset_parameters()
     if weights is not None:
         start_image_tower(model, weights, antialias)
+    return model.to(dtype)
+
+
+def create_masked_image_model(
+    model_name: str,
+    features: int,
+    pretrained: str | Path | None = None,
+    *,
+    pretrained_image: str | Path | None = None,
+    decoder_layers: int = 0,
+    patch_gradient: float = 1.0,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    savings: Savings | None = None,
+    prepare: Callable[[MaskedImageModel], None] | None = None,
+    **overrides: Any,
+) -> MaskedImageModel:
+    """An image model of the EVA series for masked image modelling, in training mode.
+
+    Args:
+        model_name: timm's name of the image model.
+        features: width of the features that it predicts.
+        pretrained: weights of masked image modelling: a file, a run or checkpoint folder, `hf-hub:OWNER/NAME`.
+        pretrained_image: weights of an image tower to start from; what predicts keeps its start values.
+        decoder_layers, patch_gradient: as for `MaskedImageModel`.
+        device, precision, savings, prepare: as for `create_model`.
+        overrides: options of `VisionConfig` to change.
+
+    Raises:
+        UserError: for names, options or weights that don't exist or don't fit together.
+
+    Example:
+        `evaclip.factory.create_masked_image_model("eva02_tiny_patch14_224", 1024)`
+    """
+    if pretrained and pretrained_image:
+        raise UserError("give either pretrained, for the whole model, or pretrained_image")
+    dtype, target = _dtype(precision), _device(device)
+    architecture, tag = split_name(model_name)
+    release = RELEASES[architecture][tag or next(iter(RELEASES[architecture]))]
+    config = override(vision_config(architecture), {"pool": "token", **overrides})
+    with torch.device("meta"), _WithoutValues():
+        model = MaskedImageModel(config, features, decoder_layers, patch_gradient, release.preprocess, savings)
+    if prepare is not None:
+        prepare(model)
+    if target.type == "meta":
+        return model.to(dtype)
+    if pretrained:
+        materialize(model.to(dtype), find_weights(pretrained, model_name), target)
+        return model
+    model.to_empty(device=target).reset_parameters()
+    if pretrained_image:
+        start_image_tower(model, find_weights(pretrained_image, model_name))
     return model.to(dtype)
 
 

@@ -130,6 +130,16 @@ def _require_classifier(name: str) -> None:
     split_name(name)
 
 
+def load_features(given: str, *, device: str = "cpu", average: bool = True) -> "LoadedModel | LoadedClassifier":
+    """Loads a CLIP as `load_model` does, or an image model as `find_classifier` finds it, for features of pictures."""
+    path = Path(given).expanduser()
+    name = _read_checkpoint(path, average)[0] if path.is_dir() else given
+    name = name if name.startswith(HUB) else name.partition(":")[0]
+    if find_model(name) is None and is_vision_model(name):
+        return find_classifier(given, average=average).load(device=device)
+    return load_model(given, device=device, average=average)
+
+
 def load_model(given: str, *, device: str = "cpu", average: bool = True) -> LoadedModel:
     """Loads what `given` names, in fp32.
 
@@ -158,7 +168,10 @@ def load_model(given: str, *, device: str = "cpu", average: bool = True) -> Load
 def _load_checkpoint(folder: Path, device: str, average: bool) -> LoadedModel:
     name, weights, options, run = _read_checkpoint(folder, average)
     if is_vision_model(name):
-        raise UserError(f"{str(folder)!r} holds an image model with a classifier: `evaclip eval classify` measures it")
+        raise UserError(
+            f"{str(folder)!r} holds an image model, which knows no texts: `evaclip eval classify`, `linear-probe` and "
+            "`knn` measure it"
+        )
     return _loaded(name, str(weights), create_model(name, pretrained=weights, device=device, **options), run)
 
 

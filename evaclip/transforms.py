@@ -104,6 +104,8 @@ class TrainTransform:
         image = _on_background(image.crop((left, top, left + width, top + height)), background)
         image = _resize(image, _shape(self.size), self.preprocess.interpolation)
         image = _rgb(image)
+        if _happens(options.flip, draws):
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if options.moves:
             image = _move(image, options, background, draws)
         return _rgb(self.recolored(image, draws))

@@ -22,7 +22,7 @@ _DATA_HELP = "tar shards (pattern or folder), a table (CSV, JSON Lines, Parquet)
 
 
 def add_commands(subparsers: Any) -> None:
-    """Adds `evaclip eval` and its four tasks."""
+    """Adds `evaclip eval` and its tasks."""
     group = subparsers.add_parser("eval", help="measure a model", description="Measure a model.")
     tasks = group.add_subparsers(title="tasks", metavar="TASK", required=True, parser_class=type(group))
     zero_shot = leaf(
@@ -63,16 +63,16 @@ def add_commands(subparsers: Any) -> None:
     )
     _add_common(retrieval)
     retrieval.set_defaults(run=_run_retrieval)
-    probe = leaf(
-        tasks,
-        "linear-probe",
-        help="train a linear classifier on frozen features",
-        examples=["evaclip eval linear-probe runs/demo --train flowers/train --data flowers/test --cache features"],
-    )
-    _add_common(probe)
-    probe.add_argument("--train", metavar="PATH", required=True, help=f"to train on: {_DATA_HELP}")
-    probe.add_argument("--classes", metavar="FILE", help="class names in label order, or 'imagenet'")
-    probe.set_defaults(run=_run_linear_probe)
+    for name, what in (
+        ("linear-probe", "train a linear classifier on frozen features"),
+        ("knn", "classify by the 20 nearest neighbours among frozen features"),
+    ):
+        example = f"evaclip eval {name} runs/demo --train flowers/train --data flowers/test --cache features"
+        probe = leaf(tasks, name, help=what, examples=[example])
+        _add_common(probe, f"{_MODEL_HELP}; or an image model's as for classify")
+        probe.add_argument("--train", metavar="PATH", required=True, help=f"to train on: {_DATA_HELP}")
+        probe.add_argument("--classes", metavar="FILE", help="class names in label order, or 'imagenet'")
+        probe.set_defaults(run=_run_by_features, task=name)
 
 
 def _add_classify(tasks: Any) -> None:
@@ -204,12 +204,16 @@ def _run_retrieval(args: argparse.Namespace) -> None:
     _report(args, setting, *run_retrieval(setting))
 
 
-def _run_linear_probe(args: argparse.Namespace) -> None:
-    from evaclip.eval.runs import run_linear_probe
+def _run_by_features(args: argparse.Namespace) -> None:
+    from evaclip.eval.runs import run_knn, run_linear_probe
+    from evaclip.loading import load_features
 
     train = _open(args, args.train)
-    setting = _setting(args)
-    _report(args, setting, run_linear_probe(setting, train, _classnames(args)))
+    source, options = _prepare(args)
+    loaded = load_features(args.model, device=_device(args), average=not args.no_average)
+    setting = _set(args, source, options, loaded)
+    run = run_knn if args.task == "knn" else run_linear_probe
+    _report(args, setting, run(setting, train, _classnames(args)))
 
 
 def _setting(args: argparse.Namespace) -> "Setting":

@@ -246,7 +246,7 @@ class _BatchReader:
         images, captions, faults = list[Tensor](), list[str](), list[Fault]()
         for slot, sample in enumerate(samples.tolist()):
             raw, picture = self._load(sample, int(global_indices[slot]), faults)
-            captions.append(raw.captions[int(caption_draws[slot]) % len(raw.captions)])
+            captions.append(raw.captions[int(caption_draws[slot]) % len(raw.captions)] if raw.captions else "")
             try:
                 images.append(self.transform(picture, int(seeds[slot])))
             except Exception as exc:

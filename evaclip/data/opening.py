@@ -73,11 +73,11 @@ def open_source(
     return source
 
 
-def open_configured(config: DataConfig) -> Source:
-    """Opens the data set, or the mixture of several, that a configuration names."""
+def open_configured(config: DataConfig, *, captions: bool = True) -> Source:
+    """Opens the data set, or the mixture of several, that a configuration names; `captions` as for `open_source`."""
     if not config.mixture:
-        return _open(config.train, config)
-    parts = [_open(part.train, config) for part in config.mixture.values()]
+        return _open(config.train, config, captions)
+    parts = [_open(part.train, config, captions) for part in config.mixture.values()]
     return MixtureSource(parts, [part.weight for part in config.mixture.values()])
 
 
@@ -92,7 +92,7 @@ def classes_of(config: DataConfig) -> Sequence[str]:
     return class_folders(_one_local(kind, config.train, paths)) if kind == "folder" else ()
 
 
-def _open(path: str, config: DataConfig) -> Source:
+def _open(path: str, config: DataConfig, captions: bool) -> Source:
     return open_source(
         path,
         config.kind,
@@ -104,6 +104,7 @@ def _open(path: str, config: DataConfig) -> Source:
         remote=config.remote,
         exif_orientation=config.exif_orientation,
         min_size=config.min_size,
+        captions=captions,
     )
 
 

@@ -14,7 +14,7 @@ from evaclip.atomic import write_json
 from evaclip.errors import UserError
 from evaclip.machine import machine, versions
 
-Task = Literal["zero-shot", "classify", "retrieval", "linear-probe"]
+Task = Literal["zero-shot", "classify", "retrieval", "linear-probe", "knn"]
 FOLDER = "evaluations"
 """Where a run folder keeps its results."""
 
@@ -92,6 +92,7 @@ def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> 
         "classify": _classify_rows,
         "retrieval": _retrieval_rows,
         "linear-probe": _linear_probe_rows,
+        "knn": _knn_rows,
     }
     (size, *header), *lines = rows[evaluation.task](evaluation.metrics)
     console.print(f"{evaluation.task}: {evaluation.title}, {size}", style="bold", markup=False, soft_wrap=True)
@@ -165,11 +166,17 @@ def _retrieval_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _linear_probe_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
+def _knn_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
     return [
         (f"{metrics['train_samples']:,} to train, {metrics['samples']:,} to test", "accuracy", "chance"),
         ("top-1", _percent(metrics["top1"]), _percent(metrics["chance_top1"])),
         ("top-5", _percent(metrics["top5"]), ""),
+    ]
+
+
+def _linear_probe_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        *_knn_rows(metrics),
         ("mean per class", _percent(metrics["mean_per_class"]), _percent(metrics["chance_top1"])),
         (f"chosen C: {metrics['strength']:g}", "", ""),
     ]

@@ -5,11 +5,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from evaclip.data import Source
-from evaclip.eval import classify, linear_probe, retrieval, zero_shot
+from evaclip.eval import classify, knn, linear_probe, retrieval, zero_shot
 from evaclip.eval.class_space import ClassSpace
 from evaclip.eval.features import (
     ALLOWED_UNREADABLE,
@@ -93,17 +94,29 @@ def run_linear_probe(setting: Setting, train: Source, classnames: Sequence[str] 
     Raises:
         Refused: more samples of either than `setting` allows could not be read.
     """
+    return _by_features("linear-probe", setting, train, classnames)
+
+
+def run_knn(setting: Setting, train: Source, classnames: Sequence[str] | None) -> Evaluation:
+    """The same by votes of the nearest of `train`."""
+    return _by_features("knn", setting, train, classnames)
+
+
+def _by_features(
+    task: Literal["linear-probe", "knn"], setting: Setting, train: Source, classnames: Sequence[str] | None
+) -> Evaluation:
     started = time.monotonic()
     fitted, tested = _encode(setting, train), _encode(setting, setting.source)
     train_labels = assign_labels(fitted.captions, fitted.keys, classnames, train.classes)
     test_labels = assign_labels(tested.captions, tested.keys, train_labels.classnames, setting.source.classes)
-    result = linear_probe.linear_probe(
+    measure = linear_probe.linear_probe if task == "linear-probe" else knn.knn
+    result = measure(
         (fitted.features, train_labels.indices),
         (tested.features, test_labels.indices),
         classes=len(train_labels.classnames),
     )
     metrics = {**result.to_dict(), "train_unreadable": len(train) - len(fitted)}
-    return _evaluation("linear-probe", setting, metrics, started, len(tested))
+    return _evaluation(task, setting, metrics, started, len(tested))
 
 
 def run_classify(setting: Setting, classes: ClassSpace, real: Sequence[frozenset[int]] | None = None) -> Evaluation:

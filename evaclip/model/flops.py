@@ -1,5 +1,7 @@
 """What a forward pass costs, from the configuration alone."""
 
+from dataclasses import replace
+
 from evaclip.model.config import CLIPConfig, TextConfig, VisionConfig
 from evaclip.model.savings import Savings
 
@@ -32,6 +34,21 @@ def vision_flops(config: VisionConfig, embed_dim: int, token_keep: float = 1.0, 
     mlp_matrices = 3 if config.mlp == "swiglu" else 2
     blocks = _block_macs(config, 1 + kept, mlp_matrices * config.hidden, savings)
     return 2 * (embedding + blocks + config.width * embed_dim)
+
+
+def masked_image_flops(config: VisionConfig, features: int, masked: int, decoder_layers: int = 0) -> int:
+    """Floating-point operations of one image in masked image modelling, forward, without the teacher.
+
+    Args:
+        features: width of what is predicted.
+        masked: patches that are; with `decoder_layers` the blocks don't see them, and that many more see all.
+    """
+    patches, mlp_columns = config.num_patches, (3 if config.mlp == "swiglu" else 2) * config.hidden
+    seen = patches - masked if decoder_layers else patches
+    blocks = _block_macs(config, 1 + seen, mlp_columns, PLAIN)
+    if decoder_layers:
+        blocks += _block_macs(replace(config, layers=decoder_layers), 1 + patches, mlp_columns, PLAIN)
+    return 2 * (seen * config.width * 3 * config.patch_size**2 + blocks + masked * config.width * features)
 
 
 def text_flops(config: TextConfig, embed_dim: int, savings: Savings = PLAIN, text_tokens: int | None = None) -> int:

@@ -20,15 +20,20 @@ _HEAD_INIT_FACTOR = 0.001
 
 
 class PatchEmbed(nn.Module):
-    """Images `[B, 3, H, W]` -> patches `[B, num_patches, width]`, row by row."""
+    """Images `[B, 3, H, W]` -> patches `[B, num_patches, width]`, row by row.
+
+    Attributes:
+        gradient: factor of the gradient that reaches the parameters.
+    """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
+        self.gradient = 1.0
         self.proj = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
         patches: Tensor = self.proj(images.to(self.proj.weight.dtype))
-        return patches.flatten(2).transpose(1, 2)
+        return self._gently(patches.flatten(2).transpose(1, 2))
 
     def of_kept(self, images: Tensor, token_index: Tensor) -> Tensor:
         """Only the patches `token_index` `[B, K]`, `[B, K, width]`: one matrix product instead of the convolution."""
@@ -37,7 +42,10 @@ class PatchEmbed(nn.Module):
         rows, columns = token_index // grid.shape[4], token_index % grid.shape[4]
         samples = torch.arange(len(images), device=images.device).unsqueeze(1)
         pixels = grid.permute(0, 2, 4, 1, 3, 5)[samples, rows, columns].flatten(2)
-        return F.linear(pixels.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
+        return self._gently(F.linear(pixels.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias))
+
+    def _gently(self, patches: Tensor) -> Tensor:
+        return patches if self.gradient == 1.0 else patches.detach().lerp(patches, self.gradient)
 
 
 class VisionTower(Tower):
@@ -158,6 +166,11 @@ class VisionTower(Tower):
         # A norm works on each token by itself: the class token's is the only one that is needed.
         pooled: Tensor = self.last_norm(x[:, 0] if self.config.pool == "token" else x[:, 1:].mean(1))
         return pooled if self.head is None else self.head(pooled)
+
+    def patch_features(self, images: Tensor) -> Tensor:
+        """Every patch through the last norm and the head, as the embedding is made, `[B, num_patches, embed_dim]`."""
+        patches: Tensor = self.last_norm(self.tokens(images)[:, 1:])
+        return patches if self.head is None else self.head(patches)
 
     def _embed(self, images: Tensor, token_index: Tensor | None) -> Tensor:
         """Class token and kept patches with their positions, `[B, 1 + K, width]`."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaclip.errors import UserError
@@ -50,6 +51,11 @@ class VisionModel(VisionTower):
         if self.fc_norm is not None:
             x = self.fc_norm(x)
         return x if pre_logits or self.head is None else self.head(x)
+
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        """The classifier's input `[B, width]` of images `[B, 3, height, width]`, of length 1 if `normalize`."""
+        features = self.forward_head(self.forward_features(images), pre_logits=True)
+        return F.normalize(features, dim=-1) if normalize else features
 
     def forward_intermediates(
         self, images: Tensor, indices: int | Sequence[int] | None = None, *, norm: bool = False

@@ -115,7 +115,7 @@ def read_log_of(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return load_yaml(folder / CONFIG_FILE), log
 
 
-_ORDER = {"zero-shot": 0, "classify": 1, "retrieval": 2, "linear-probe": 3}
+_ORDER = {"zero-shot": 0, "classify": 1, "retrieval": 2, "linear-probe": 3, "knn": 4}
 
 
 def loss_curve(records: Sequence[dict[str, Any]], batch_size: int, loss_name: str) -> LossCurve:
@@ -149,7 +149,9 @@ def _bar_groups(evaluation: Evaluation) -> Iterator[BarGroup]:
         Bar("top-1", metrics["top1"], chance, main=True),
         Bar("top-5", metrics["top5"], min(1.0, 5 * chance)),
     ]
-    kind = {"classify": "classification", "linear-probe": "linear probe"}.get(evaluation.task, evaluation.task)
+    kind = {"classify": "classification", "linear-probe": "linear probe", "knn": "k-NN"}.get(
+        evaluation.task, evaluation.task
+    )
     yield BarGroup(f"{evaluation.title}: {kind}", detail, tuple(bars))
 
 

@@ -81,6 +81,7 @@ def traced_peak(config: TrainConfig, world: World) -> Bytes:
         averages = list(ema.state_dict().values()) if ema else []
         moments = [value for state in step.optimizer.state.values() for value in state.values()]
         kinds = {PARAMETERS: model.parameters(), INPUTS: present, OPTIMIZER: moments, "averaged weights": averages}
+        kinds["frozen weights"] = task.beside()
         for name, tensors in kinds.items():
             for tensor in tensors:
                 recorder.know(tensor, name)

@@ -65,7 +65,8 @@ def build(config: TrainConfig, world: World) -> Parts:
     check_batch(config, world)
     if not (config.data.train or config.data.mixture):
         raise UserError("data.train is not set: name your data, such as --train-data 'shards/{00000..00099}.tar'")
-    whole = open_configured(task_class(config.task.name).data(config))
+    kind = task_class(config.task.name)
+    whole = open_configured(kind.data(config), captions=kind.captions)
     source, held_out = hold_out(whole, config.held_out or 0.0, config.seed)
     # All processes draw the same start weights, and different random numbers from then on.
     rng.seed_all(config.seed, 0)

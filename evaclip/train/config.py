@@ -16,7 +16,7 @@ Count = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-Measure = Literal["classify", "retrieval", "loss"]
+Measure = Literal["classify", "retrieval", "loss", "linear_probe", "knn"]
 SetName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 
 _STRICT_KEYS = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
@@ -225,7 +225,53 @@ class ClassificationTask:
     batch of all processes."""
 
 
-TaskConfig = Annotated[ContrastiveTask | ClassificationTask, Field(discriminator="name")]
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class TeacherConfig:
+    """Whose features of patches are predicted; a frozen image tower."""
+
+    name: str = "EVA01-CLIP-g-14"
+    """Of any CLIP, or timm's name of an image model."""
+    pretrained: str | None = None
+    """Its weights, as `model.pretrained` is given; none: random ones."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of its architecture that differ from the named model's."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Of its parameters, and of what it computes; none: the 16-bit type of the run's `precision`, if it has one."""
+    shard: bool = False
+    """Cut it up over the processes as `parallel` says, whose mode is then shard or hybrid; else each has it whole."""
+    cache: str | None = None
+    """A folder that keeps its features for views that come again: in later epochs where `data.augmentation` draws none
+    at random, and in later runs of the same `seed`, data and image size."""
+    cache_leaves_gb: Annotated[float, Field(ge=0)] = 10.0
+    """What stays free of the disk: with less than this nothing more is kept."""
+
+    @model_validator(mode="after")
+    def _each_process_by_itself(self) -> Self:
+        if self.cache and self.shard:
+            raise ValueError("a sharded teacher takes all processes at once and can't be cached: set shard=false")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class MaskedImageTask:
+    """An image model predicts a teacher's features of masked patches (EVA-02, Fang et al. 2023, arXiv 2303.11331)."""
+
+    name: Literal["masked_image"] = "masked_image"
+    teacher: TeacherConfig = TeacherConfig()
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    """Share of the patches that is masked, in blocks."""
+    smallest_block: Count = 16
+    """Patches of the smallest block, while there is room."""
+    masked: Literal["compute", "drop"] = "compute"
+    """compute: the mask token takes the place of masked patches in front of the first block, as in EVA. drop: behind
+    the last one, in front of `decoder_layers` more, as in MAE (He et al. 2022, arXiv 2111.06377)."""
+    decoder_layers: Count = 1
+    """Blocks that see all patches under drop."""
+    patch_gradient: Probability = 1.0
+    """Factor of the gradient that reaches the patch embedding."""
+
+
+TaskConfig = Annotated[ContrastiveTask | ClassificationTask | MaskedImageTask, Field(discriminator="name")]
 """Told apart by their `name`."""
 
 
@@ -362,7 +408,12 @@ class EvalSetConfig:
     `caption_template` is the prompt."""
     measure: tuple[Measure, ...] | None = None
     """classify: zero-shot accuracy; retrieval: recall of captions by picture and the other way round; loss: the
-    contrastive loss of all pairs at once. None: all three, but classify alone where captions are names of classes."""
+    contrastive loss of all pairs at once. None: all three, but classify alone where captions are names of classes.
+
+    With task.name=masked_image linear_probe and knn, accuracies by what frozen features of `fit` teach, and loss, with
+    every second patch masked; None: those two where there is a `fit`, else loss."""
+    fit: DataConfig | None = None
+    """Labelled pictures that linear_probe and knn learn from."""
     classes: str | tuple[str, ...] | None = None
     """Names of the classes in the order of the labels: `imagenet`, a file with one a line, or a list; none: those of
     the class folders, or else the distinct captions. Captions are names of classes, or their numbers from 0."""

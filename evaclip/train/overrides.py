@@ -134,7 +134,10 @@ def _meant(options: tuple[Any, ...], value: Mapping[str, Any]) -> Iterable[Any]:
 
 def _describe(error: Any) -> str:
     """One pydantic error as `path=value: what is accepted`."""
-    path = ".".join(str(part) for part in error["loc"])
+    parts = list(error["loc"])
+    if parts[:1] == ["task"]:
+        del parts[1:2]  # the kind of task, which is no key
+    path = ".".join(map(str, parts))
     if error["type"] == "missing":
         return f"{path} is not set"
     message = error["msg"].removeprefix("Value error, ")

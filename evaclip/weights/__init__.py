@@ -1,7 +1,7 @@
 """Reading weights: files of every known layout, released models, and their preprocessing."""
 
 from evaclip.weights.files import find_weights, load_state_dict
-from evaclip.weights.layouts import to_open_clip, to_original, to_timm
+from evaclip.weights.layouts import to_authors, to_open_clip, to_original, to_timm
 from evaclip.weights.load import load_weights, materialize
 from evaclip.weights.preprocess import describe_preprocess, read_preprocess
 from evaclip.weights.shards import is_cut, is_sharded, part_of, put
@@ -20,6 +20,7 @@ __all__ = [
     "read_preprocess",
     "start_image_tower",
     "start_text_tower",
+    "to_authors",
     "to_open_clip",
     "to_original",
     "to_timm",

@@ -12,7 +12,7 @@ from evaclip.model.config import CLIPConfig, get_config, list_models
 from evaclip.model.rotary import RotaryTable
 from evaclip.outputs import check_output
 from evaclip.weights.files import check_suffix, load_state_dict, save_tensors, weight_files
-from evaclip.weights.layouts import is_image_tower, to_open_clip, to_timm
+from evaclip.weights.layouts import is_image_tower, to_authors, to_open_clip, to_timm
 
 FORMATS = ("original", "open_clip", "timm", "safetensors")
 """`original`: the authors' file, rotary tables included; `safetensors`: the same names without the tables."""
@@ -63,9 +63,9 @@ def _shapes(config: CLIPConfig) -> dict[str, torch.Size]:
 
 
 def _with_rotary_tables(state: Mapping[str, Tensor], model: str | None) -> dict[str, Tensor]:
-    """The authors' layout: their files hold the tables once for the tower and once for each block."""
+    """The authors' layout: their files of CLIP hold the tables once for the tower and once for each block."""
     if is_image_tower(state):
-        return dict(state)
+        return to_authors(state)
     vision = get_config(model or identify(state)).vision
     if not vision.rope:
         return dict(state)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from evaclip.errors import UserError
-from evaclip.weights.packing import pack, unpack
+from evaclip.weights.packing import pack, pack_gates, unpack
 
 _WRAPPERS = ("model", "module", "state_dict")
 _PARALLEL = "module."
@@ -24,6 +24,8 @@ _FLAT_TEXT = ("text_projection", "positional_embedding", "token_embedding", "tra
 _ROTARY = re.compile(r"(^|\.)rope\.freqs_(cos|sin)$")
 
 _ORIGINAL, _OPEN_CLIP = "visual.", "visual.trunk."
+MASKED_IMAGE = re.compile(r"(mask_token|lm_head|decoder_blocks|decoder_norm)(\.|$)")
+"""How the names begin of what masked image modelling has beside the model."""
 _IN_BLOCK = re.compile(r"(blocks\.\d+\.)(.+)")
 # Inside a block, original -> open_clip; each pair also stands for all names that go on with a dot.
 _SPLIT_QKV_NAMES = {
@@ -70,12 +72,22 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {_renamed(name, _ORIGINAL, _OPEN_CLIP, names): tensor for name, tensor in packed.items()}
 
 
+def to_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An image tower alone under the names of the authors' files of masked image modelling and fine-tuning."""
+    return pack_gates(state)
+
+
 def to_timm(state: Mapping[str, Tensor], joint_bias: bool = False) -> dict[str, Tensor]:
     """The image tower of a model here, or an image tower alone, under timm's names.
+
+    From masked image modelling it leaves with what timm's models have, its last norm behind the mean of the patches.
 
     `joint_bias` is for `eva_large_*`, whose q, k and v have one bias there.
     """
     old = "" if is_image_tower(state) else _ORIGINAL
+    if "mask_token" in state:
+        kept = {name: tensor for name, tensor in state.items() if not MASKED_IMAGE.match(name)}
+        state = {re.sub(r"^norm\.", "fc_norm.", name): tensor for name, tensor in kept.items()}
     packed = pack({name: tensor for name, tensor in state.items() if name.startswith(old)}, joint_bias)
     names = _block_names(packed)
     return {_renamed(name, old, "", names): tensor for name, tensor in packed.items()}

@@ -12,18 +12,17 @@ from torch import Tensor, nn
 
 from evaclip.errors import UserError
 from evaclip.model.clip import CLIP
+from evaclip.model.masked_image import MaskedImageModel
 from evaclip.model.vision import VisionTower
 from evaclip.model.vision_model import VisionModel
 from evaclip.weights.files import load_state_dict
-from evaclip.weights.layouts import to_original
+from evaclip.weights.layouts import MASKED_IMAGE, to_original
 from evaclip.weights.shards import is_sharded, put
 
 _log = logging.getLogger(__name__)
 
 _POS_EMBED, _PATCH_KERNEL = "pos_embed", "patch_embed.proj.weight"
 _IMAGE = "visual."
-# What masked image modelling has beside the model.
-_OF_PRETRAINING = re.compile(r"(lm_head|mask_token)(\.|$)")
 _INDEX = re.compile(r"\b(blocks|resblocks)\.(\d+)\.")
 
 
@@ -65,7 +64,9 @@ def _fitting(model: nn.Module, source: str | Path | Mapping[str, Tensor], antial
     state = to_original(source) if isinstance(source, Mapping) else load_state_dict(source)
     expected = model.state_dict()
     if isinstance(model, VisionModel):
-        state = with_last_norm_of(model, {name: t for name, t in state.items() if not _OF_PRETRAINING.match(name)})
+        if not isinstance(model, MaskedImageModel):
+            state = {name: t for name, t in state.items() if not MASKED_IMAGE.match(name)}
+        state = with_last_norm_of(model, state)
         fit_image_size(state, expected, model.config.grid, antialias=antialias)
     elif isinstance(model, CLIP):
         if model.config.init_logit_bias is not None:  # It may be that of a model that goes on with SigLIP's loss.

@@ -57,7 +57,7 @@ def start_image_tower(tower: VisionTower, source: Path | Mapping[str, Tensor], a
     state = with_last_norm_of(tower, state)
     state = {name: tensor for name, tensor in state.items() if not _IMAGE_SKIPPED.match(name)}
     fit_image_size(state, tower.state_dict(), tower.config.grid, antialias=antialias)
-    _start(tower, state, "image tower", source, ("head.",))
+    _start(tower, state, "image tower", source, ("head.", "lm_head.", "mask_token", "decoder_"))
 
 
 def start_text_tower(tower: nn.Module, source: Path | Mapping[str, Tensor]) -> None:

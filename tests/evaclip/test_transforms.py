@@ -20,6 +20,7 @@ SIZES = [(300, 200), (48, 224), (224, 224), (37, 500)]
 MODES = ["RGB", "L", "CMYK", "P", "1", "RGBA"]
 STRONG = Augmentation(
     scale=(0.3, 1.0),
+    flip=0.5,
     rotation=20,
     translation=0.1,
     zoom=(0.8, 1.2),
@@ -212,6 +213,18 @@ def test_pictures_move_as_torchvision_moves_them(draws: tuple[float, ...]) -> No
     shift = [round(right), round(down)]
     expected = F.affine(image, angle, shift, zoom, [0.0], InterpolationMode.BILINEAR, [10, 20, 30])
     assert np.array_equal(transforms._move(image, options, (10, 20, 30), iter(draws)), expected)
+
+
+def test_some_pictures_are_mirrored() -> None:
+    image = _picture((40, 30))
+    plain, mirrored, either = (train_transform(16, augmentation=Augmentation(flip=share)) for share in (0.0, 1.0, 0.5))
+    found = []
+    for seed in range(40):
+        expected = plain(image, seed)
+        assert torch.equal(mirrored(image, seed), expected.flip(2))
+        found.append(torch.equal(either(image, seed), expected))
+        assert found[-1] or torch.equal(either(image, seed), expected.flip(2))
+    assert 10 < sum(found) < 30
 
 
 def test_brightness_stays_within_its_bounds() -> None:

@@ -7,6 +7,7 @@ from evaclip.train.tasks.task import Task
 _CLASSES = {
     "contrastive": "contrastive:Contrastive",
     "classification": "classification:Classification",
+    "masked_image": "masked_image:MaskedImage",
 }
 """By `task.name` of a configuration; a class's module is imported where it is needed."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from evaclip.data import Source
 from evaclip.data.loader import Targets, part_of_batch, tokenized
+from evaclip.errors import UserError
 from evaclip.factory import create_model
 from evaclip.model.captions import Layout
 from evaclip.model.clip import CLIP
@@ -112,6 +113,12 @@ class Contrastive(Task):
 
     def evaluation(self, config: TrainConfig, world: World, held_out: Source | None) -> Evaluation | None:
         sets = open_sets(config, held_out)
+        for each in sets:
+            if strange := [measure for measure in each.config.measure or () if measure in ("linear_probe", "knn")]:
+                raise UserError(
+                    f"eval.sets.{each.name}.measure has {', '.join(strange)}, which task.name=masked_image has alone: "
+                    "`evaclip eval` measures a CLIP by them"
+                )
         transform = EvalTransform(self.model.config.vision.image_size, self.preprocess)
         return Evaluation(sets, self._tokenizer, transform, self.loss, world) if sets else None
 

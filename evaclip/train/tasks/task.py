@@ -1,8 +1,8 @@
 """What a run trains, as the trainer knows it: a model, what a batch is of, its loss, and how it is measured."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -37,7 +37,10 @@ class Task(ABC):
             `text` have the options of `optim.visual` and `optim.text`. `visual` is always there; of an image model it
             is the model itself.
         preprocess: what the model's images go through; the device normalises them so.
+        captions: whether a sample without one can't be used.
     """
+
+    captions: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, towers: Mapping[str, nn.Module], preprocess: Preprocess) -> None:
         self.model = model
@@ -63,6 +66,10 @@ class Task(ABC):
     @abstractmethod
     def build(cls, config: TrainConfig, world: World, model: Any) -> Self:
         """The task, on a model of `create_model`, out of whose training it takes what the configuration locks."""
+
+    def beside(self) -> Iterable[Tensor]:
+        """The tensors beside the model that a step needs: what `--as-gpus` counts, too."""
+        return ()
 
     @classmethod
     def data(cls, config: TrainConfig) -> DataConfig:

@@ -67,7 +67,9 @@ def test_retrieval_leaves_what_the_report_needs(run: Path, color_shard: Path) ->
     assert png_file.stat().st_size > 20_000
 
 
-def test_linear_probe_on_folders(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["linear-probe", "knn"])
+@pytest.mark.parametrize("kind", ["clip", "image model"])
+def test_frozen_features_of_folders(task: str, kind: str, run: Path, tmp_path: Path) -> None:
     for part in ("train", "test"):
         for color in ("red", "blue"):
             folder = tmp_path / part / color
@@ -78,7 +80,10 @@ def test_linear_probe_on_folders(run: Path, tmp_path: Path) -> None:
                 (folder / f"{number}.png").write_bytes(png(picture, 32))
     out = tmp_path / "probe.json"
     common = ("--train", tmp_path / "train", "--data", tmp_path / "test", "--cache", tmp_path / "cache")
-    evaclip("eval", "linear-probe", run, *common, "--workers", 0, "--json", out)
+    model: Path | str = run
+    if kind == "image model":
+        model = "eva02_tiny_patch14_224"  # with random weights
+    evaclip("eval", task, model, *common, "--workers", 0, "--json", out)
     assert json.loads(out.read_text())["metrics"]["top1"] == 1.0
     assert len(list((tmp_path / "cache").iterdir())) == 2
 

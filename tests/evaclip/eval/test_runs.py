@@ -11,7 +11,7 @@ from eval_fakes import COLORS, ColorModel, ToTensor, png, tokenize_colors, write
 from evaclip.data import open_source
 from evaclip.errors import Refused
 from evaclip.eval.features import FeatureOptions
-from evaclip.eval.runs import Setting, run_linear_probe, run_retrieval, run_zero_shot
+from evaclip.eval.runs import Setting, run_knn, run_linear_probe, run_retrieval, run_zero_shot
 from evaclip.loading import LoadedModel
 
 SAMPLES = 20
@@ -45,10 +45,11 @@ TASKS: list[Callable[[Setting], Any]] = [
     lambda setting: run_zero_shot(setting, None, ["{}"]),
     lambda setting: run_retrieval(setting)[0],
     probe,
+    lambda setting: run_knn(setting, setting.source, None),
 ]
 
 
-@pytest.mark.parametrize("run", TASKS, ids=["zero-shot", "retrieval", "linear-probe"])
+@pytest.mark.parametrize("run", TASKS, ids=["zero-shot", "retrieval", "linear-probe", "knn"])
 def test_too_many_unreadable_samples_are_refused(run: Callable[[Setting], Any], tmp_path: Path) -> None:
     result = run(setting(shard(tmp_path / "few.tar", 2)))
     assert (result.data.samples, result.data.unreadable) == (18, 2)

@@ -38,8 +38,19 @@ _CLASSIFICATION = SmallTask(
     metrics={"val/top1", "val/top5"},
 )
 
+_MASKED_IMAGE = SmallTask(
+    tree={
+        "task": {"name": "masked_image", "smallest_block": 2, "teacher": {"name": "tiny", "options": OPTIONS}},
+        "model": {"name": "eva02_base_patch14_224", "options": OPTIONS["vision"]},
+    },
+    patch_dropout=[],  # masks are drawn by seed and place in any case
+    drop_path=["model.options.drop_path=0.3"],
+    metrics={"val/loss"},
+)
+
 TASKS = {
     "clip": _CLIP,
     "siglip": _CLIP._replace(tree={**_CLIP.tree, "loss": {"name": "siglip"}}),
     "classification": _CLASSIFICATION,
+    "masked_image": _MASKED_IMAGE,
 }

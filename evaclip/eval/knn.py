@@ -1,0 +1,67 @@
+"""k nearest neighbours on frozen features, as DINO measures them (Caron et al. 2021, arXiv 2104.14294)."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evaclip.errors import UserError
+from evaclip.eval.ranking import hit_rate, top_items
+
+NEIGHBOURS = 20
+TEMPERATURE = 0.07
+
+
+@dataclass(frozen=True)
+class KnnResult:
+    """Accuracies in [0, 1] on the test set, by the votes of `neighbours` training samples."""
+
+    train_samples: int
+    samples: int
+    classes: int
+    neighbours: int
+    top1: float
+    top5: float
+    chance_top1: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def knn(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    *,
+    classes: int,
+    neighbours: int = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+) -> KnnResult:
+    """Classifies `test` by the nearest of `train`, each (features [N, width], labels [N] int64 in [0, classes)).
+
+    A neighbour votes for its class by `exp(cosine / temperature)`. Of classes with equal votes the lower one wins.
+
+    Raises:
+        UserError: one of them is empty.
+    """
+    (train_features, train_labels), (features, labels) = train, test
+    if not len(train_labels) or not len(labels):
+        raise UserError(f"k-NN needs pictures to vote and to test on, got {len(train_labels)} and {len(labels)}")
+    neighbours = min(neighbours, len(train_labels))
+    cosines, nearest = top_items(F.normalize(features, dim=1), F.normalize(train_features, dim=1), neighbours)
+    # Of the largest: as weights they are the same, and no power overflows.
+    weights = ((cosines.double() - cosines[:, :1]) / temperature).exp()
+    votes = torch.zeros(len(labels), classes, dtype=torch.float64).scatter_add_(1, train_labels[nearest], weights)
+    own = votes.gather(1, labels[:, None])
+    ranks = ((votes > own) | ((votes == own) & (torch.arange(classes) < labels[:, None]))).sum(1)
+    return KnnResult(
+        train_samples=len(train_labels),
+        samples=len(labels),
+        classes=classes,
+        neighbours=neighbours,
+        top1=hit_rate(ranks, 1),
+        top5=hit_rate(ranks, 5),
+        chance_top1=1 / classes,
+    )

@@ -1,0 +1,155 @@
+"""The image models of the EVA series in masked image modelling, and their start values."""
+
+import math
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, empty, nn
+
+from evaclip.errors import UserError
+from evaclip.model.config import Preprocess, VisionConfig
+from evaclip.model.savings import Savings
+from evaclip.model.vision_block import INIT_STD, Block, reset_linear, vision_norm
+from evaclip.model.vision_model import VisionModel
+from evakernels import token_dropout
+
+_WITHIN_ONE = math.erf(math.sqrt(0.5))
+"""Share of a normal distribution."""
+_LARGER_WITH_SUB_NORM = ("mlp.w", "attn.proj", "attn.v_proj")
+
+
+class MaskedImageModel(VisionModel):
+    """An EVA image model that predicts a teacher's features of masked patches.
+
+    EVA (Fang et al. 2022, arXiv 2211.07636) and EVA-02 (Fang et al. 2023, arXiv 2303.11331) put a learned token in the
+    place of each masked patch, in front of the positions, and compute all tokens; a linear layer behind the last norm
+    predicts. With `decoder_layers` masked patches are dropped instead, as in MAE (He et al. 2022, arXiv 2111.06377):
+    the blocks see the other patches alone, and so many further blocks of the same kind, behind the last norm, see all.
+
+    The names of parameters are the authors': `mask_token`, `lm_head`; the further blocks are `decoder_blocks` and
+    `decoder_norm`.
+
+    Args:
+        config: of the transformer, whose last norm stands on every token: with `pool="token"`.
+        features: width of the teacher's features.
+        decoder_layers: blocks that see all tokens where masked ones are dropped; 0 computes all tokens.
+        patch_gradient: factor of the gradient that reaches the patch embedding: less is a more stable start.
+        preprocess: what images go through before the model sees them.
+        savings: what is left out without changing a result.
+    """
+
+    embeddings: ClassVar[tuple[str, ...]] = (*VisionModel.embeddings, "mask_token")
+    projection: ClassVar[str] = "lm_head"
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        features: int,
+        decoder_layers: int = 0,
+        patch_gradient: float = 1.0,
+        preprocess: Preprocess | None = None,
+        savings: Savings | None = None,
+    ) -> None:
+        if config.pool != "token" or config.patch_dropout:
+            raise UserError(
+                f"masked image modelling needs pool=token and patch_dropout=0, given pool={config.pool} and "
+                f"patch_dropout={config.patch_dropout:g}"
+            )
+        super().__init__(config, 0, preprocess, savings)
+        self.patch_embed.gradient = patch_gradient
+        self.mask_token = nn.Parameter(empty(1, 1, config.width))
+        self.lm_head = nn.Linear(config.width, features)
+        steady = replace(config, drop_path=0.0)
+        self.decoder_blocks = nn.ModuleList(Block(steady, config.layers + i) for i in range(decoder_layers))
+        self.decoder_norm = vision_norm(config, config.width) if decoder_layers else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start values of EVA-02, or of EVA for a model without SwiGLU."""
+        super().reset_parameters()
+        if not hasattr(self, "lm_head"):  # called by the base, before there is more than its parameters
+            return
+        for block in self.decoder_blocks:
+            assert isinstance(block, Block)
+            block.reset_parameters()
+        if self.decoder_norm is not None:
+            self.decoder_norm.reset_parameters()
+        with torch.no_grad():
+            for parameter in (self.cls_token, self.pos_embed, self.mask_token):
+                # Normal up to one standard deviation. torch's function draws again what lies outside, as often as it
+                # takes: processes that share out a parameter would no longer have the same random numbers.
+                parameter.uniform_(-_WITHIN_ONE, _WITHIN_ONE).erfinv_().mul_(math.sqrt(2) * INIT_STD)
+        reset_linear(self.lm_head)
+        if self.config.mlp == "swiglu":
+            self._reset_as_eva02()
+
+    def _reset_as_eva02(self) -> None:
+        """Matrices are Xavier's; where norms stand inside the branches, some are larger by `sqrt(log(2 * layers))`."""
+        kernel = self.patch_embed.proj.weight
+        bound = math.sqrt(6 / (kernel[0].numel() + len(kernel)))
+        nn.init.uniform_(kernel, -bound, bound)
+        sub_norm = self.config.sub_norm
+        factor = math.sqrt(math.log(2 * self.config.layers)) if sub_norm else 1.0
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                rows, columns = module.weight.shape
+                if not sub_norm and name.endswith(("mlp.w1", "mlp.w2")):
+                    rows *= 2  # Both are one matrix in the authors' smallest models.
+                scale = factor if any(part in name for part in _LARGER_WITH_SUB_NORM) else 1.0
+                nn.init.normal_(module.weight, std=scale * math.sqrt(2 / (rows + columns)))
+
+    def forward(self, images: Tensor, token_index: Tensor | None = None) -> Tensor:
+        """Predictions `[B * K, features]` of the masked patches `token_index`, int64 `[B, K]`, each once in a row.
+
+        Without `token_index` the features of whole pictures that are measured meanwhile, `[B, width]`: the mean of the
+        patches behind the last block, through the last norm, as timm pools these models.
+
+        Args:
+            images: normalised, `[B, 3, height, width]`.
+
+        Raises:
+            TypeError: for images that aren't floating-point.
+            ValueError: for images of another size.
+        """
+        if token_index is None:
+            return self.last_norm(self.tokens(images)[:, 1:].mean(1))
+        self._check(images)
+        compute = self._among_all if self.decoder_norm is None else self._behind
+        # In rows, as a sharded model had better return no view.
+        return self.lm_head(compute(images, token_index).flatten(0, 1))
+
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        """Features of whole pictures `[B, width]`, see `forward`; of length 1 if `normalize`."""
+        features = self(images)
+        return nn.functional.normalize(features, dim=-1) if normalize else features
+
+    def _among_all(self, images: Tensor, masked: Tensor) -> Tensor:
+        """Of the masked patches, computed with all others."""
+        patches = self.patch_embed(images)
+        token = self.mask_token.to(patches.dtype).expand(*masked.shape, -1)
+        patches = patches.scatter(1, _columns(masked, patches), token)
+        x = token_dropout(patches, None, prefix=self.cls_token[0], pos_embed=self._positions())
+        x = self.run_blocks(self.blocks, x, *self._tables(), None, pooled_last=False)
+        return self.last_norm(x[:, 1:].gather(1, _columns(masked, x)))
+
+    def _behind(self, images: Tensor, masked: Tensor) -> Tensor:
+        """Of the masked patches, which come in behind the blocks."""
+        shown = torch.zeros(len(masked), self.num_patches, dtype=torch.int8, device=masked.device)
+        visible = shown.scatter(1, masked, 1).argsort(stable=True, dim=1)[:, : self.num_patches - masked.shape[1]]
+        x, context = self.start(images, visible)
+        assert self.decoder_norm is not None
+        x = self.last_norm(self.run_blocks(self.blocks, x, *context, pooled_last=False))
+        everywhere = (self.mask_token[0] + self._positions()[1:]).to(x.dtype).expand(len(x), -1, -1)
+        patches = everywhere.scatter(1, _columns(visible, x), x[:, 1:])
+        x = torch.cat((x[:, :1], patches), 1)
+        x = self.run_blocks(self.decoder_blocks, x, *self._tables(), None, pooled_last=False)
+        return self.decoder_norm(x[:, 1:].gather(1, _columns(masked, x)))
+
+    def _tables(self) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if self.rope is None else (self.rope.cos, self.rope.sin)
+
+
+def _columns(index: Tensor, tokens: Tensor) -> Tensor:
+    """An index `[B, K]` for all channels of `tokens`, `[B, K, width]`."""
+    return index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])

@@ -1,0 +1,149 @@
+"""What masked image modelling is measured by: labels from frozen features, and the loss of pictures held out."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from evaclip.data import Source, open_configured
+from evaclip.errors import UserError
+from evaclip.eval.knn import knn
+from evaclip.eval.labels import assign_labels
+from evaclip.eval.linear_probe import linear_probe
+from evaclip.model.masked_image import MaskedImageModel
+from evaclip.train.config import Measure, TrainConfig
+from evaclip.train.distributed import World
+from evaclip.train.evaluation import EvalSet, Metrics, encode_everywhere, open_sets
+from evaclip.train.spread import Spread
+from evaclip.train.tasks.teacher import Teacher, similarity
+from evaclip.transforms import EvalTransform
+
+_METRICS: dict[Measure, str] = {"linear_probe": "linear_probe_top1", "knn": "knn_top1", "loss": "loss"}
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A set, the labelled pictures that its classes are learnt from, and what it is measured by."""
+
+    tested: EvalSet
+    fit: Source | None
+    measures: tuple[Measure, ...]
+
+
+def open_probing(
+    config: TrainConfig, world: World, teacher: Teacher, transform: EvalTransform, held_out: Source | None
+) -> "Probing | None":
+    """The measurement that a configuration asks for; None for one without sets.
+
+    Raises:
+        UserError: a set isn't there, or is to be measured by what an image model can't do.
+    """
+    probes = [_open(each) for each in open_sets(config, held_out)]
+    return Probing(probes, world, teacher, transform) if probes else None
+
+
+def _open(each: EvalSet) -> _Probe:
+    fit, measures = each.config.fit, each.config.measure
+    if measures is None:
+        measures = ("loss",) if fit is None else ("linear_probe", "knn")
+    strange = [measure for measure in measures if measure not in _METRICS]
+    if strange:
+        raise UserError(
+            f"eval.sets.{each.name}.measure is {', '.join(strange)}, which needs texts; with task.name=masked_image it "
+            f"is one of {', '.join(_METRICS)}"
+        )
+    if fit is None and measures != ("loss",):
+        raise UserError(f"eval.sets.{each.name}.fit is not set: name labelled pictures that {measures[0]} learns from")
+    return _Probe(each, None if fit is None else open_configured(replace(fit, caption_template="{}")), measures)
+
+
+class Probing:
+    """Measures a student on its sets; every process encodes its part of each.
+
+    Args:
+        probes: the sets.
+        world: the processes that evaluate together.
+        teacher: for the loss.
+        transform: a PIL image to a tensor, without augmentation.
+    """
+
+    def __init__(self, probes: list[_Probe], world: World, teacher: Teacher, transform: EvalTransform) -> None:
+        self._probes = probes
+        self._world = world
+        self._teacher = teacher
+        self._transform = transform
+
+    def __call__(self, model: MaskedImageModel, stop: Callable[[], bool]) -> tuple[Metrics, list[str]]:
+        """The metrics of all sets as `NAME/METRIC`, and a line on each set that could not be measured.
+
+        Raises:
+            Stopped: a process was asked to stop.
+        """
+        was_training = model.training
+        model.eval()
+        metrics: Metrics = {}
+        problems = []
+        try:
+            for probe in self._probes:
+                name = probe.tested.name
+                try:
+                    found = self._measure(probe, model, stop)
+                except UserError as exc:
+                    found = {_METRICS[measure]: math.nan for measure in probe.measures}
+                    problems.append(f"not evaluated on {name}: {exc}")
+                metrics |= {f"{name}/{key}": value for key, value in found.items()}
+        finally:
+            model.train(was_training)
+        return metrics, problems
+
+    def _measure(self, probe: _Probe, model: MaskedImageModel, stop: Callable[[], bool]) -> Metrics:
+        metrics: Metrics = {}
+        if "loss" in probe.measures:
+            metrics |= self._loss(probe.tested, model, stop)
+        if probe.fit is not None:
+            metrics |= self._classify(probe, probe.fit, model, stop)
+        return metrics
+
+    def _loss(self, each: EvalSet, model: MaskedImageModel, stop: Callable[[], bool]) -> Metrics:
+        spread = Spread(_Loss(model, self._teacher), self._world, None, stop)
+        found = encode_everywhere(spread, self._transform, each.source, each)
+        return {"loss": found.features.double().mean().item(), "samples": len(found)}
+
+    def _classify(self, probe: _Probe, fit: Source, model: MaskedImageModel, stop: Callable[[], bool]) -> Metrics:
+        each, spread = probe.tested, Spread(model, self._world, None, stop)
+        fitted, tested = (encode_everywhere(spread, self._transform, source, each) for source in (fit, each.source))
+        names = [each.source.name(int(key)) for key in tested.keys]
+        known = assign_labels(fitted.captions, fitted.keys, each.classnames, fit.classes)
+        labels = assign_labels(tested.captions, names, known.classnames, each.source.classes)
+        data = (fitted.features, known.indices), (tested.features, labels.indices)
+        classes = len(known.classnames)
+        metrics: Metrics = {"samples": len(tested), "fit_samples": len(fitted), "classes": classes}
+        if "knn" in probe.measures:
+            near = knn(*data, classes=classes)
+            metrics |= {"knn_top1": near.top1, "knn_top5": near.top5}
+        if "linear_probe" in probe.measures:
+            # One process fits, and all know what it found.
+            fit_here = partial(linear_probe, *data, classes=classes) if self._world.is_main else lambda: None
+            line = spread.everywhere(fit_here)[0]
+            assert line is not None
+            metrics |= {"linear_probe_top1": line.top1, "linear_probe_top5": line.top5}
+        return metrics
+
+
+class _Loss(nn.Module):
+    """A student whose features of a picture are its loss, every second patch masked, as the authors watch it."""
+
+    def __init__(self, model: MaskedImageModel, teacher: Teacher) -> None:
+        super().__init__()
+        self.student = model
+        self.config = model.config
+        self._teacher = teacher
+
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        grid = self.student.present.grid
+        masked = torch.arange(0, self.student.num_patches, 2, device=images.device).expand(len(images), -1)
+        wanted = self._teacher(images, grid)[:, ::2].flatten(0, 1)
+        return -similarity(self.student(images, masked), wanted).unflatten(0, masked.shape).mean(1, keepdim=True)

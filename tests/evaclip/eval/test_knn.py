@@ -1,0 +1,48 @@
+"""Votes of the nearest neighbours, against the definition written out."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from evaclip.errors import UserError
+from evaclip.eval.knn import knn
+
+
+def drawn(samples: int, seed: int, classes: int = 5) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (samples,), generator=generator)
+    return torch.eye(classes, 8)[labels] + 0.8 * torch.randn(samples, 8, generator=generator), labels
+
+
+@pytest.mark.parametrize(("neighbours", "temperature"), [(20, 0.07), (3, 1.0), (1000, 0.07)])
+def test_votes_are_those_of_the_definition(neighbours: int, temperature: float) -> None:
+    (train, train_labels), (test, labels) = drawn(60, 0), drawn(40, 1)
+    hits = []
+    for query, label in zip(test.double(), labels.tolist(), strict=True):
+        cosines = [float(query @ each / query.norm() / each.norm()) for each in train.double()]
+        nearest = sorted(range(60), key=lambda i: -cosines[i])[:neighbours]
+        votes = [0.0] * 5
+        for i in nearest:
+            votes[train_labels[i]] += math.exp(cosines[i] / temperature)
+        hits.append(max(range(5), key=lambda c: votes[c]) == label)
+    found = knn((train, train_labels), (test, labels), classes=5, neighbours=neighbours, temperature=temperature)
+    assert found.top1 == pytest.approx(sum(hits) / 40)
+    assert 0.3 < found.top1 < found.top5 == 1.0
+    assert (found.train_samples, found.samples, found.neighbours) == (60, 40, min(neighbours, 60))
+
+
+def test_lengths_and_low_temperatures_change_nothing() -> None:
+    (train, train_labels), test = drawn(60, 0), drawn(40, 1)
+    plain = knn((train, train_labels), test, classes=5)
+    scaled = knn((train * torch.rand(60, 1) * 9, train_labels), (test[0] * 7, test[1]), classes=5)
+    assert scaled == plain
+    nearest = knn((train, train_labels), test, classes=5, neighbours=1)
+    assert knn((train, train_labels), test, classes=5, temperature=1e-6).top1 == nearest.top1
+
+
+def test_nothing_to_vote_is_refused() -> None:
+    train, test = drawn(60, 0), drawn(0, 1)
+    with pytest.raises(UserError, match="got 60 and 0"):
+        knn(train, test, classes=5)

@@ -1,0 +1,333 @@
+"""Masked image modelling in the trainer: its teacher, the cache, what is measured, and where the weights go."""
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from processes import in_processes
+from safetensors.torch import load_file
+from sharded_run import train_all
+from small_options import OPTIONS
+from torch import Tensor
+
+from evaclip import create_model, create_vision_model
+from evaclip.data.shard_writer import write_shard
+from evaclip.data.synthetic import SyntheticSource
+from evaclip.errors import UserError
+from evaclip.factory import create_masked_image_model
+from evaclip.loading import load_features
+from evaclip.model.config import Preprocess
+from evaclip.model.flops import masked_image_flops, vision_flops
+from evaclip.model.vision_names import vision_config
+from evaclip.train.as_gpus import pretended, traced_peak
+from evaclip.train.config import MaskedImageTask, TeacherConfig, TrainConfig
+from evaclip.train.progress import read_log
+from evaclip.train.tasks.teacher import FeatureCache, Teacher, digests
+from evaclip.train.trainer import train
+from evaclip.weights.convert import convert
+
+Make = Callable[..., TrainConfig]
+SAME = Preprocess()
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["loss"] for record in read_log(folder / "log.jsonl") if "loss" in record]
+
+
+def small_teacher(own: Preprocess = SAME, students: Preprocess = SAME, **how: Any) -> Teacher:
+    torch.manual_seed(0)
+    tower = create_model("tiny", **OPTIONS).visual
+    return Teacher(tower, own, students, **how)
+
+
+def test_the_teacher_sees_its_own_normalisation() -> None:
+    levels = torch.randint(256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0)) / 255
+    other = Preprocess(mean=(0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7))
+
+    def normalised(kind: Preprocess) -> Tensor:
+        mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (kind.mean, kind.std))
+        return (levels - mean) / std
+
+    expected = small_teacher()(normalised(SAME), (4, 4))
+    found = small_teacher(SAME, other)(normalised(other), (4, 4))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
+    assert not torch.allclose(small_teacher()(normalised(other), (4, 4)), expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("side", [32, 8])
+def test_the_teacher_sees_images_of_its_own_size(side: int) -> None:
+    """Whose patches are as many as the student's; resized as Pillow resizes pictures."""
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    resized = [
+        [torch.from_numpy(np.array(Image.fromarray(plane.numpy()).resize((16, 16), Image.BICUBIC))) for plane in image]
+        for image in images
+    ]
+    expected = small_teacher()(torch.stack([torch.stack(planes) for planes in resized]), (4, 4))
+    torch.testing.assert_close(small_teacher()(images, (4, 4)), expected, rtol=1e-3, atol=1e-7)
+
+
+def test_the_teacher_follows_the_students_grid() -> None:
+    teacher = small_teacher()
+    assert teacher(torch.rand(1, 3, 32, 32), (8, 8)).shape == (1, 64, 16)
+    assert teacher(torch.rand(1, 3, 32, 32), (2, 6)).shape == (1, 12, 16)
+
+
+def test_the_teacher_computes_in_its_own_precision_without_gradients() -> None:
+    teacher = small_teacher()
+    teacher.tower.bfloat16()
+    with torch.autocast("cpu", dtype=torch.float16):
+        features = teacher(torch.rand(1, 3, 16, 16), (4, 4))
+    assert features.dtype == torch.bfloat16
+    assert not features.requires_grad
+    assert not any(parameter.requires_grad for parameter in teacher.tower.parameters())
+
+
+class Counting:
+    """Computes features of a kind, and counts how many."""
+
+    def __init__(self) -> None:
+        self.images = 0
+
+    def __call__(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        self.images += len(images)
+        return (images.mean((1, 2, 3), keepdim=True).flatten(2) * torch.arange(12.0).reshape(4, 3)).bfloat16()
+
+
+def test_the_cache_knows_pixels_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = torch.rand(3, 3, 8, 8)
+    cache, compute = FeatureCache(tmp_path, 0.0), Counting()
+    first = cache(images, (2, 2), compute)
+    assert compute.images == 3
+    again = FeatureCache(tmp_path, 0.0)(images.flip(0), (2, 2), compute)
+    assert compute.images == 3
+    assert again.dtype == torch.bfloat16
+    assert torch.equal(again.flip(0), first)
+    # One pixel, in its last bit; then another grid. Where one is missing all are computed.
+    changed = images.clone()
+    changed[1, 2, 7, 7] = torch.nextafter(changed[1, 2, 7, 7], torch.tensor(2.0))
+    cache(changed, (2, 2), compute)
+    assert compute.images == 6
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 4
+    cache(images, (4, 1), compute)
+    assert compute.images == 9
+    damaged = next(tmp_path.rglob("*2x2.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    assert torch.equal(cache(images, (2, 2), compute), first)
+    assert torch.equal(cache(images, (2, 2), compute), first)
+    full, before = FeatureCache(tmp_path, 1e9), len(list(tmp_path.rglob("*")))
+    with caplog.at_level(logging.WARNING):
+        full(torch.rand(3, 3, 8, 8), (2, 2), compute)
+    assert caplog.text.count("nothing more is kept") == 1
+    assert len(list(tmp_path.rglob("*"))) == before
+
+
+def test_digests_tell_images_apart() -> None:
+    images = torch.rand(40, 3, 4, 4)
+    images[1] = images[0].flip(2)  # the same pixels in other places
+    images[2] = 0.0
+    images[3] = -images[0]
+    found = digests(images)
+    assert len(set(found)) == 40
+    assert digests(images[[5, 5]]) == [found[5]] * 2
+    assert all(len(each) == 32 for each in found)
+
+
+FIXED = "data.augmentation={scale: [1.0, 1.0], ratio: [1.0, 1.0]}"
+
+
+def test_a_run_with_a_cache_is_the_same_run(run_config: Make, tmp_path: Path) -> None:
+    common = [FIXED, "schedule.steps=8", "data.num_samples=16"]  # two batches an epoch
+    plain = train(run_config(*common, "name=plain", task="masked_image")).folder
+    cached = [*common, f"task.teacher.cache={tmp_path / 'cache'}"]
+    kept = train(run_config(*cached, "name=kept", task="masked_image")).folder
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 16
+    # A whole run that finds all: what it finds can only be what was kept.
+    (folder,) = (tmp_path / "cache").iterdir()
+    found = train(run_config(*cached, "name=found", task="masked_image")).folder
+    assert losses(plain) == losses(kept) == losses(found)
+    last = "checkpoints/step_00000008/model.safetensors"
+    expected = load_file(plain / last)
+    for run in (kept, found):
+        assert all(torch.equal(value, expected[name]) for name, value in load_file(run / last).items())
+    for file in folder.rglob("*.safetensors"):
+        file.write_bytes(next(iter(folder.rglob("*.safetensors"))).read_bytes())
+    wrong = train(run_config(*cached, "name=wrong", task="masked_image")).folder
+    assert losses(wrong) != losses(plain)
+    # Of another teacher there is nothing.
+    train(run_config(*cached, "name=other", "seed=1", "schedule.steps=1", task="masked_image"))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize("how", [[], ["task.masked=drop", "precision=amp_bf16"]])
+def test_the_loss_falls(how: list[str], run_config: Make) -> None:
+    common = ["optim.lr=3e-3", "schedule={steps: 40, warmup_steps: 4}", "log.every_steps=1", *how]
+    found = losses(train(run_config(*common, task="masked_image")).folder)
+    assert np.mean(found[-5:]) < np.mean(found[:3]) - 0.3
+
+
+def labelled(folder: Path, samples: int, seed: int) -> Path:
+    """Class folders of dark and of bright noise."""
+    generator = np.random.default_rng(seed)
+    for number in range(samples):
+        name, low = (("bright", 150), ("dark", 0))[number % 2]
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(low, low + 100, (20, 20, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+def test_frozen_features_are_measured_while_it_trains(run_config: Make, tmp_path: Path) -> None:
+    fit, test = labelled(tmp_path / "fit", 30, 0), labelled(tmp_path / "test", 10, 1)
+    sets = {"noise": {"data": {"train": str(test), "workers": 0}, "fit": {"train": str(fit), "workers": 0}}}
+    config = run_config("eval.every_steps=3", "held_out=0.2", f"eval.sets={json.dumps(sets)}", task="masked_image")
+    outcome = train(config)
+    evaluations = [record["eval"] for record in read_log(outcome.folder / "log.jsonl") if "eval" in record]
+    assert len(evaluations) == 2
+    for found in evaluations:
+        assert found["noise/knn_top1"] == found["noise/linear_probe_top1"] == 1.0
+        assert (found["noise/samples"], found["noise/fit_samples"], found["noise/classes"]) == (10, 30, 2)
+        assert -1 < found["held_out/loss"] < 1
+    assert evaluations[1]["held_out/loss"] < evaluations[0]["held_out/loss"]
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ({"measure": ["classify"], "data": {"num_samples": 8}}, "measure is classify, which needs texts"),
+        ({"measure": ["knn"], "data": {"num_samples": 8}}, "fit is not set: name labelled pictures that knn"),
+    ],
+)
+def test_what_cannot_be_measured_is_told(sets: dict[str, Any], message: str, run_config: Make) -> None:
+    with pytest.raises(UserError, match=message):
+        train(run_config(f"eval.sets.x={json.dumps(sets)}", task="masked_image"))
+
+
+def test_a_clip_in_training_is_not_probed(run_config: Make) -> None:
+    with pytest.raises(UserError, match=r"measure has knn, which task\.name=masked_image has alone"):
+        train(run_config("eval.sets.x={data: {num_samples: 8}, measure: [loss, knn]}"))
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("model.lock_text=true", "has no model.lock_text"),
+        ("loss.name=siglip", "has no loss"),
+        ("model.name=tiny", "unknown vision model 'tiny'"),
+        ("task.teacher.name=no-such", "no-such"),
+        ("task.mask_ratio=0.01", "is 0 of them"),
+        ("task.teacher.shard=true", "needs parallel.mode=shard or hybrid"),
+        ("task.teacher={shard: true, cache: x}", "set shard=false"),
+        ("task.teacher.nam=tiny", "did you mean 'task.teacher.name'"),
+        ("task.mask_ratio=1.5", "task.mask_ratio=1.5"),
+    ],
+)
+def test_mistakes(key: str, message: str, run_config: Make) -> None:
+    with pytest.raises(UserError, match=message):
+        train(run_config(key, task="masked_image"))
+
+
+def test_pictures_need_no_captions(run_config: Make, tmp_path: Path) -> None:
+    source = SyntheticSource(24)
+    samples = [(f"{number}", {"png": source[number].image}) for number in range(24)]
+    write_shard(tmp_path / "shard.tar", samples)
+    folder = train(run_config(f"data.train={tmp_path / 'shard.tar'}", "schedule.steps=2", task="masked_image")).folder
+    assert len(losses(folder)) == 2
+
+
+def test_a_teacher_may_be_an_image_model(run_config: Make) -> None:
+    config = run_config("schedule.steps=1", task="masked_image")
+    teacher = TeacherConfig(name="eva02_tiny_patch14_224", options={**OPTIONS["vision"], "width": 24})
+    folder = train(replace(config, task=MaskedImageTask(name="masked_image", teacher=teacher, smallest_block=2))).folder
+    weights = load_file(folder / "checkpoints/step_00000001/model.safetensors")
+    assert weights["lm_head.weight"].shape == (24, 16)
+
+
+@pytest.mark.parametrize("name", ["eva02_base_patch14_224", "eva02_tiny_patch14_224"])
+def test_weights_leave_in_timms_and_the_authors_names_and_come_back(
+    name: str, run_config: Make, tmp_path: Path
+) -> None:
+    small = {**OPTIONS["vision"], "layers": 2}
+    run = train(run_config(f"model.name={name}", "schedule.steps=1", task="masked_image")).folder
+    file = run / "checkpoints/step_00000001/model.safetensors"
+    state, images = load_file(file), torch.randn(2, 3, 16, 16)
+    for layout in ("original", "timm"):
+        convert(file, tmp_path / f"{layout}.pt", layout)
+    authors, timms = (torch.load(tmp_path / f"{layout}.pt") for layout in ("original", "timm"))
+    assert {"mask_token", "lm_head.weight", "norm.weight"} < authors.keys()
+    assert ("blocks.0.mlp.w12.weight" in authors) == ("tiny" in name)
+    back = create_masked_image_model(name, 16, tmp_path / "original.pt", **small)
+    assert all(torch.equal(value, state[key]) for key, value in back.state_dict().items())
+    # The same features from our image model, from either file, and from timm's own.
+    expected = back.eval()(images)
+    for layout in ("original", "timm"):
+        ours = create_vision_model(name, tmp_path / f"{layout}.pt", num_classes=0, **small).eval()
+        torch.testing.assert_close(ours(images), expected)
+    torch.testing.assert_close(load_features(str(run)).model(images), expected)
+    peer = timm.create_model(name, num_classes=0, img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)
+    assert timms.keys() == peer.state_dict().keys()
+    peer.load_state_dict(timms)
+    torch.testing.assert_close(peer.eval()(images), expected, rtol=1e-4, atol=1e-5)
+    # CLIP training starts from any of them.
+    vision = {**small, "mlp_ratio": 2.6667, "sub_norm": "base" in name, "attn_sub_norm": False}
+    options = {**OPTIONS, "vision": vision}
+    for start in (file, tmp_path / "original.pt", tmp_path / "timm.pt"):
+        visual = create_model("tiny", pretrained_image=start, **options).visual
+        assert torch.equal(visual.pos_embed, state["pos_embed"])
+        assert torch.equal(visual.norm.weight, state["norm.weight"])
+        assert torch.equal(visual.blocks[1].mlp.w1.weight, state["blocks.1.mlp.w1.weight"])
+
+
+def test_training_starts_from_weights(run_config: Make) -> None:
+    first = train(run_config("name=first", task="masked_image")).folder
+    state = load_file(first / "checkpoints/step_00000006/model.safetensors")
+    for key, own in (("pretrained", ()), ("pretrained_image", ("mask_token", "lm_head"))):
+        common = [f"name={key}", f"model.{key}={first}", "optim.lr=0.0", "schedule.steps=1"]
+        folder = train(run_config(*common, task="masked_image")).folder
+        for name, value in load_file(folder / "checkpoints/step_00000001/model.safetensors").items():
+            assert torch.equal(value, state[name]) != name.startswith(own), name
+
+
+def test_flops_of_masked_and_of_dropped_patches() -> None:
+    config = vision_config("eva02_base_patch14_224")
+    computed = masked_image_flops(config, 1024, 105)
+    assert computed == vision_flops(config, 0) + 2 * 105 * 768 * 1024
+    dropped = masked_image_flops(config, 1024, 105, decoder_layers=1)
+    # Twelve blocks of 152 tokens and one of 257, in the place of twelve of 257.
+    assert dropped / computed == pytest.approx((12 * 152 + 257) / (12 * 257), rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+def test_a_sharded_teacher_is_the_whole_one(run_config: Make, tmp_path: Path) -> None:
+    sets = "eval.sets.val={data: {num_samples: 48, workers: 0}, first: 40, samples: 3}"
+    common = ["parallel.mode=shard", "schedule.steps=3", sets]
+    alone = train(run_config(*common, "name=alone", task="masked_image"))
+    configs = [
+        run_config(*common, f"task.teacher.shard={shard}", f"name=shard-{shard}", task="masked_image")
+        for shard in ("false", "true")
+    ]
+    in_processes(2, train_all, *((config, "none") for config in configs))
+    for name in ("shard-false", "shard-true"):
+        assert losses(tmp_path / name) == pytest.approx(losses(alone.folder), abs=1e-6)
+        (found,) = [record["eval"] for record in read_log(tmp_path / name / "log.jsonl") if "eval" in record]
+        assert found["val/loss"] == pytest.approx(alone.metrics["val/loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_traced_step_counts_the_teacher(shard: bool, run_config: Make) -> None:
+    changes = ["batch_size=64", "parallel.mode=shard", "precision=amp_bf16", f"task.teacher.shard={str(shard).lower()}"]
+    config = run_config(*changes, task="masked_image")
+    with closing(pretended("cpu", 4)) as world:
+        peak = traced_peak(config, world)
+    tower = create_model("tiny", **OPTIONS).visual
+    whole = 2 * sum(parameter.numel() for parameter in tower.parameters())
+    assert peak["frozen weights"] == pytest.approx(whole / 4 if shard else whole, rel=0.3)
