@@ -61,8 +61,10 @@ def run(args: argparse.Namespace) -> None:
 
     take_over()
     if args.recipe is None:
-        for name, description in recipes.describe_recipes().items():
-            print(f"{name:16} {description}")
+        described = recipes.describe_recipes()
+        width = max(map(len, described))
+        for name, description in described.items():
+            print(f"{name:{width}}  {description}")
         return
     config = configure(args, args.as_gpus)
     if args.print_config:
