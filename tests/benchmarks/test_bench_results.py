@@ -19,30 +19,6 @@ def test_derived_numbers() -> None:
     assert measured.roofline == pytest.approx(0.5)
 
 
-def test_a_failure_has_no_numbers() -> None:
-    failed = row(samples_ms=[], failure="RuntimeError: no")
-    assert failed.median_ms is None
-    assert failed.quantile_ms(0.5) is None
-    assert failed.gigabytes_per_second is None
-    assert failed.roofline is None
-
-
-@pytest.mark.parametrize(
-    ("mode", "error", "broken"),
-    [
-        ("forward", 2e-3, False),
-        ("forward", 2.1e-3, True),
-        ("training", 2.9e-3, False),
-        ("training", 3.1e-3, True),
-        ("forward", float("nan"), True),
-        ("forward", float("inf"), True),
-        ("forward", None, False),
-    ],
-)
-def test_the_error_rule(mode: str, error: float | None, broken: bool) -> None:
-    assert row(mode=mode, error=error, baseline_error=1e-3).breaks_error_rule is broken
-
-
 def test_a_file_holds_everything(tmp_path: Path) -> None:
     results = Results(
         machine(notes=["busy"]), [row(), row(candidate="torch eager", failure="E: x")], {"apex": "absent"}
