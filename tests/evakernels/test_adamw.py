@@ -1,7 +1,6 @@
 """AdamW: the op on every backend, and the optimizer beside torch's own."""
 
 import inspect
-from itertools import product
 
 import pytest
 import torch
@@ -9,10 +8,7 @@ from on_device import COMPILED, DEVICE
 from op_checks import assert_opcheck
 from optimizer_checks import (
     BUFFERS,
-    DTYPES,
-    FLOAT32,
     SHAPES,
-    SIZES,
     assert_states_close,
     everything,
     lists,
@@ -97,75 +93,6 @@ def test_kernels_are_as_accurate_as_torch():
         assert error <= 2 * torchs + slack, (name, error, torchs)
 
 
-@NATIVE
-def test_more_tensors_than_one_launch_brings_to_the_device_change_no_formula():
-    sizes = [i % 3 for i in range(700)]
-    ours, theirs = lists(sizes=sizes), lists(sizes=sizes)
-    update(ours)
-    update(theirs, "reference")
-    assert_states_close(ours, theirs, lr_of_last=7.0)
-
-
-@NATIVE
-@pytest.mark.parametrize("dtypes", list(product(DTYPES, repeat=4)), ids=str)
-def test_every_mix_of_dtypes(dtypes):
-    ours, theirs = lists(dtypes, [1061, 5]), lists(dtypes, [1061, 5])
-    update(ours)
-    update(theirs, "reference")
-    for name, got, expected in zip(BUFFERS, ours, theirs, strict=False):
-        for a, b in zip(got, expected, strict=True):
-            # A value next to the middle of two stored ones may fall to either side.
-            unit = torch.finfo(a.dtype).eps
-            torch.testing.assert_close(a, b, rtol=1.01 * unit + 1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.mark.parametrize("offsets", [(1, 1, 1, 1), (7, 3, 3, 3), (4, 4, 4, 4), (0, 0, 0, 2)])
-@pytest.mark.parametrize("dtypes", [FLOAT32, (torch.bfloat16, torch.float16, torch.float32, torch.float32)], ids=str)
-def test_strided_parts_of_a_flat_buffer(dtypes, offsets):
-    """As sharded training makes them: they begin anywhere, and nothing around them is written."""
-    sizes = [2, 64, 1061, 2 * 8192 + 3]
-    plain, parts, flat = lists(dtypes, sizes), lists(dtypes, sizes), []
-    for buffers, offset in zip(parts[:4], offsets, strict=True):
-        for i, tensor in enumerate(buffers):
-            flat.append(torch.full((offset + len(tensor) + 9,), 7.0, dtype=tensor.dtype))
-            buffers[i] = flat[-1][offset : offset + len(tensor)].copy_(tensor)
-    for state in (parts, plain):
-        evakernels.adamw_update(*state, [0.1] * 4, [0.05] * 4, betas=BETAS, eps=EPS)
-    for a, b in zip(everything(parts), everything(plain), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=torch.finfo(a.dtype).eps)
-    for i, buffer in enumerate(flat):
-        begin = offsets[i // len(sizes)]
-        assert (buffer[:begin] == 7.0).all()
-        assert (buffer[begin + sizes[i % len(sizes)] :] == 7.0).all()
-
-
-@NATIVE
-@pytest.mark.parametrize("name", BUFFERS)
-def test_tensors_that_are_strided(name):
-    dense, strided = (lists(sizes=[60]) for _ in range(2))
-    for state in (dense, strided):
-        state[:4] = ([t.view(6, 10) for t in buffers] for buffers in state[:4])
-    storage = torch.full((10, 12), 7.0)
-    strided[BUFFERS.index(name)] = [storage.T[::2].copy_(strided[BUFFERS.index(name)][0])]
-    for state in (dense, strided):
-        update(state)
-    for a, b in zip(everything(dense), everything(strided), strict=True):
-        assert torch.equal(a, b)
-    assert (storage.T[1::2] == 7.0).all()
-
-
-@pytest.mark.cpu_only("its threads")
-@NATIVE
-def test_the_number_of_threads_changes_nothing():
-    before, results = torch.get_num_threads(), []
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
-        results.append(lists())
-        update(results[-1])
-    torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*map(everything, results), strict=True))
-
-
 @pytest.mark.parametrize("backend", ["reference", pytest.param(COMPILED, marks=NATIVE)])
 @pytest.mark.parametrize("scale", [None, float("nan")])
 def test_found_inf_writes_nothing_that_is_not_finite(backend, scale):
@@ -175,26 +102,6 @@ def test_found_inf_writes_nothing_that_is_not_finite(backend, scale):
         one[4][1].zero_()
     update(state, backend, scale, found_inf=1.0)
     assert all(torch.equal(a, b) for a, b in zip(everything(state), everything(before), strict=True))
-
-
-@NATIVE
-def test_a_gradient_that_is_not_finite_spoils_its_own_tensor_only():
-    bad, good = lists(), lists()
-    bad[1][5][3] = torch.nan
-    for state in (bad, good):
-        update(state)
-    assert not bad[0][5].isfinite().all()
-    assert all(i == 5 or torch.equal(bad[0][i], good[0][i]) for i in range(len(SIZES)))
-
-
-@NATIVE
-@pytest.mark.parametrize("where", range(4))
-def test_float64_anywhere_in_the_lists_goes_to_the_reference(where):
-    state = lists(sizes=[3, 4])
-    state[where][1] = state[where][1].double()
-    with pytest.raises(evakernels.BackendError, match="float64 is not one of float32, bfloat16, float16"):
-        update(state)
-    evakernels.adamw_update(*state, [0.1] * 2, [0.0] * 2, betas=BETAS, eps=EPS)
 
 
 @pytest.mark.parametrize("flagged", [True, False])

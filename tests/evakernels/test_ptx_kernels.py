@@ -24,21 +24,31 @@ from evakernels.triton import FAMILIES
 from ptx_interpreter.lines import lines_of
 from ptx_interpreter.runtime import newest_for, ptx_in
 
-OPS = ("adamw", "gelu", "gradient_norm", "lamb", "native_lamb")
+OPS = ("adamw", "gelu", "gradient_norm", "lamb", "native_optimizers")
 OPS += ("layer_norm", "residual_norm", "norm_widths", "packed_attention", "rope_attention", "stochastic_rounding")
 OPS += ("swiglu", "token_dropout")
-MORE = ("every_mix", "no_rows", "one_element", "strided", "finite", "bit_equal", "lamb", "any_layout")
-# Not the tests that are about the size of other kernels' chunks, nor those of the file that "lamb" names too which are
-# of its op, whichever kernels serve it.
+MORE = (
+    "every_mix",
+    "no_rows",
+    "one_element",
+    "strided",
+    "finite",
+    "bit_equal",
+    "lamb",
+    "native_optimizers",
+    "any_layout",
+)
+# Not the tests that are about the size of other kernels' chunks, nor those of the files that "lamb" and
+# "native_optimizers" name which are of their ops, whichever kernels serve them.
 CHECKS = f"({' or '.join((CHOICE, *MORE))}) and not (several_chunks or opcheck or compiles)"
 CHECKED = {80: CHECKS, 100: f"({CHECKS}) and not dtype2"}
 """By the compute capability that the PTX is for: float16 runs on the older one alone."""
 SHARED_KB = {80: 163, 100: 227}
 """What a block may have, by the compute capability that PTX was made for: attention plans for it."""
 AGAIN = ("adamw", "gelu", "gradient_norm", "lamb", "layer_norm", "residual_norm", "packed_attention", "rope_attention")
-AGAIN += ("swiglu", "token_dropout")
+AGAIN += ("native_optimizers", "swiglu", "token_dropout")
 """What of the ops the PTX for the later one runs, too: of each kernel what another compiler made."""
-FILES = {"layer_norm": ("layer_norm", "residual_norm"), "adamw": ("adamw", "stochastic_rounding")}
+FILES = {"layer_norm": ("layer_norm", "residual_norm"), "adamw": ("adamw", "native_optimizers", "stochastic_rounding")}
 """Test files of a family, where it has others than its own."""
 
 # Rows that are longer than registers hold are refused where there is a norm, as is a scale that isn't positive. The
