@@ -4,14 +4,19 @@ import inspect
 
 import pytest
 import torch
-from on_device import COMPILED, DEVICE
+from on_device import COMPILED
 from op_checks import assert_opcheck
 from optimizer_checks import (
+    BETAS,
     BUFFERS,
-    SHAPES,
+    DECAYS,
+    EPS,
+    LRS,
+    assert_compiles_in_place,
     assert_states_close,
     everything,
     lists,
+    optimizer_of,
     parameters,
     step,
     tensors,
@@ -23,8 +28,6 @@ from evakernels import _native
 from evakernels.optim import AdamW
 
 UPDATE = torch.ops.evakernels.adamw_update.default
-BETAS, EPS = (0.9, 0.98), 1e-6
-LRS, DECAYS = [0.1, 0.02, 0.3, 0.05], [0.05, 0.0, 0.0, 0.2]
 NATIVE = pytest.mark.skipif(not _native.LOADED, reason="the native library is not built")
 
 
@@ -120,25 +123,10 @@ def test_compiles_without_graph_break():
         evakernels.adamw_update(params, grads, exp_avgs, exp_avg_sqs, steps, LRS, DECAYS, betas=BETAS, eps=EPS, **flags)
         return norm
 
-    def run(function):
-        state = [*(tensors(seed) for seed in (0, 1)), *([t.abs() for t in tensors(seed)] for seed in (2, 3))]
-        state.append([torch.ones(()) for _ in SHAPES])
-        return [function(*state), *everything(state)]
-
-    torch._dynamo.reset()
-    compiled = torch.compile(clipped_step, fullgraph=True, backend="aot_eager")
-    for a, b in zip(run(clipped_step), run(compiled), strict=True):
-        assert torch.equal(a, b)
+    assert_compiles_in_place(clipped_step)
 
 
 # --- the optimizer --------------------------------------------------------------------------------------------------
-
-
-def optimizer_of(params, kind=AdamW, **options) -> torch.optim.Optimizer:
-    """Every parameter in a group of its own, as layer-wise learning rates make it."""
-    leaves = [nn.Parameter(p.detach().clone()) for p in params]
-    groups = [{"params": [p], "lr": lr, "weight_decay": d} for p, lr, d in zip(leaves, LRS, DECAYS, strict=True)]
-    return kind(groups, betas=BETAS, eps=EPS, **options)
 
 
 def assert_same_state(ours, theirs, tolerance):
@@ -252,44 +240,10 @@ def test_clipping_on_the_device_equals_torchs():
     assert_same_state(ours, theirs, 1e-5)  # torch adds 1e-6 to the norm
 
 
-def test_grad_scaler_drives_it_without_reading_the_flag():
-    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=4.0)
-    optimizer, plain = (optimizer_of(tensors(0, torch.float32)) for _ in range(2))
-    for factor in (torch.inf, 1.0):
-        optimizer.zero_grad()
-        loss = sum((p * g).sum() for p, g in zip(parameters(optimizer), tensors(1, torch.float32), strict=True))
-        scaler.scale(factor * loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    step(plain, tensors(1))
-    assert_same_state(optimizer, plain, 1e-6)
-
-
-def test_one_call_for_all_groups_and_one_more_for_other_betas(monkeypatch):
-    from evakernels.optim import adamw as module
-
-    calls = []
-    monkeypatch.setattr(module, "adamw_update", lambda params, *args, **options: calls.append(len(params)))
-    optimizer = optimizer_of(tensors(0))
-    step(optimizer, tensors(1))
-    optimizer.param_groups[0]["betas"] = [0.5, 0.5]
-    step(optimizer, tensors(1))
-    assert calls == [4, 1, 3]
-
-
 def test_moments_of_16_bit_parameters_are_float32():
     optimizer = optimizer_of(tensors(0, torch.bfloat16))
     step(optimizer, tensors(1))
     assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
-
-
-def test_a_step_is_seen_by_a_graph_that_saved_the_parameter():
-    weight = nn.Parameter(torch.ones(3))
-    loss = weight.square().sum()
-    weight.grad = torch.ones(3)
-    AdamW([weight]).step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
 
 
 ONE = [nn.Parameter(torch.ones(3))]

@@ -28,6 +28,7 @@ FILES = {
     "contrastive": ("contrastive_forward", ("triton",)),
     "gradient_norm": ("gradient_norm", ("cuda", "triton")),
     "native_optimizers": ("adamw_update", ("cuda", "triton")),
+    "optimizers": ("adamw_update", ("cuda", "triton")),
     "norm_widths": ("layer_norm_forward", ("cuda", "triton")),
 }
 """The most valuable first. Without a backend the first that serves a call does: other ones for what one lacks."""
