@@ -26,18 +26,12 @@ def _assert_close(actual, expected, bound):
 @every_family
 @both_modes
 def test_features_are_those_of_the_untouched_model(name, training):
+    """With gradients and without."""
     family, model, untouched = pair(name)
-    actual, expected = (run(family, m.train(training), 1) for m in (model, untouched))
-    _assert_close(actual, expected, 1e-5)
-
-
-@every_family
-@both_modes
-def test_features_without_gradients(name, training):
-    family, model, untouched = pair(name)
-    with torch.no_grad():
-        actual, expected = (run(family, m.train(training), 1) for m in (model, untouched))
-    _assert_close(actual, expected, 1e-5)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            actual, expected = (run(family, m.train(training), 1) for m in (model, untouched))
+        _assert_close(actual, expected, 1e-5)
 
 
 @every_family
