@@ -19,6 +19,11 @@ def test_derived_numbers() -> None:
     assert measured.roofline == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(("error", "broken"), [(2e-3, False), (2.1e-3, True), (float("nan"), True), (None, False)])
+def test_the_error_rule(error: float | None, broken: bool) -> None:
+    assert row(error=error, baseline_error=1e-3).breaks_error_rule is broken
+
+
 def test_a_file_holds_everything(tmp_path: Path) -> None:
     results = Results(
         machine(notes=["busy"]), [row(), row(candidate="torch eager", failure="E: x")], {"apex": "absent"}
