@@ -62,10 +62,7 @@ def test_a_file_of_ones_own_adds_a_candidate(tmp_path: Path) -> None:
         (["op", "tanh", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["op", "tanh", "--shape", "tiny@32 2"], "unknown shape 'tiny@32 2'"),
         (["op", "tanh", "--shape", "tinyb2"], "did you mean 'tiny b2'?"),
-        (
-            ["op", "tanh", "--shape", "4x8"],
-            "shape '4x8': tanh needs more than sizes; expected a name",
-        ),
+        (["op", "tanh", "--shape", "4x8"], "shape '4x8': tanh needs more than sizes; expected a name"),
         (["op", "layer_norm", "--shape", "8"], "shape '8': layer_norm has 2 sizes of 1 or more, rows x channels"),
         (["op", "layer_norm", "--shape", "8x0"], "layer_norm has 2 sizes of 1 or more, rows x channels"),
         (["op", "tanh", "--plugin", "missing.py"], "--plugin 'missing.py' isn't a Python file"),

@@ -83,11 +83,7 @@ def test_a_run_has_one_sample_list_a_pass(steady: None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "message"),
-    [
-        (Plan(backends=("gpu",)), "unknown backend 'gpu'"),
-        (Plan(device="cuda"), "no GPU here"),
-    ],
+    ("plan", "message"), [(Plan(backends=("gpu",)), "unknown backend 'gpu'"), (Plan(device="cuda"), "no GPU here")]
 )
 def test_wrong_plans_are_refused(plan: Plan, message: str) -> None:
     if plan.device == "cuda" and torch.cuda.is_available():

@@ -199,11 +199,7 @@ def test_a_first_call_waits_for_the_gpu_before_and_after(gpu: FakeCuda) -> None:
 
 @pytest.mark.parametrize(
     ("replay_ms", "seconds", "repeats", "count"),
-    [
-        ([0.1, 1.0, 5.0], 0.1, [10, 1, 1], 20),
-        ([0.3], 0.0, [4], MIN_ROUNDS),
-        ([0.0], 10.0, [10_000], MAX_ROUNDS),
-    ],
+    [([0.1, 1.0, 5.0], 0.1, [10, 1, 1], 20), ([0.3], 0.0, [4], MIN_ROUNDS), ([0.0], 10.0, [10_000], MAX_ROUNDS)],
 )
 def test_schedule(replay_ms: list[float], seconds: float, repeats: list[int], count: int) -> None:
     assert schedule(replay_ms, 1.0, seconds) == (repeats, count)

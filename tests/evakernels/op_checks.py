@@ -97,10 +97,7 @@ def with_gradients(
 
 
 def assert_as_accurate_as_torch(
-    ours: Callable[..., Any],
-    theirs: Callable[..., Any],
-    inputs: Sequence[Tensor | None],
-    dtype: torch.dtype,
+    ours: Callable[..., Any], theirs: Callable[..., Any], inputs: Sequence[Tensor | None], dtype: torch.dtype
 ) -> None:
     """The error rule: against float64 inputs rounded to `dtype`, at most 2x torch's error forward and 3x backward.
 

@@ -114,11 +114,7 @@ CASES = {
         add_layer_norm,
         inputs(BATCH, BATCH, (4,), (4,), (4,), (2,)),
     ),
-    "add_rms_norm": (
-        lambda *t: evakernels.add_rms_norm(*t, eps=EPS),
-        add_rms_norm,
-        inputs(BATCH, BATCH, (4,)),
-    ),
+    "add_rms_norm": (lambda *t: evakernels.add_rms_norm(*t, eps=EPS), add_rms_norm, inputs(BATCH, BATCH, (4,))),
     "layer_norm_add": (
         lambda r, b, w, c, s, d: evakernels.layer_norm_add(r, b, w, c, layer_scale=s, row_scale=d, eps=EPS),
         lambda r, b, w, c, s, d: total(r, layer_norm(b, w, c), s, d),

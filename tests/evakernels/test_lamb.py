@@ -124,11 +124,7 @@ def test_one_call_is_both_phases_to_the_bit(variant, dtype, skipped):
 def test_low_precision_rounds_only_what_is_stored(param_dtype, state_dtype, variant):
     params, grads = tensors(0, param_dtype), tensors(1, param_dtype)
     state = [[torch.zeros_like(p, dtype=state_dtype) for p in params] for _ in range(2)]
-    exact = (
-        [p.double() for p in params],
-        [g.double() for g in grads],
-        *([s.double() for s in half] for half in state),
-    )
+    exact = ([p.double() for p in params], [g.double() for g in grads], *([s.double() for s in half] for half in state))
     options = {"betas": BETAS, "eps": EPS, "variant": variant}
     for w, g, m, v in ((params, grads, *state), exact):
         steps = [torch.zeros(()) for _ in w]
@@ -289,36 +285,20 @@ ONE = [nn.Parameter(torch.ones(3))]
         (lambda: Lamb(ONE, eps=-1e-6), ValueError, "eps is -1e-06"),
         (lambda: Lamb([{"params": ONE, "weight_decay": -0.1}]), ValueError, "weight_decay is -0.1"),
         (lambda: Lamb(ONE, betas=(0.9, 1.0)), ValueError, r"betas are \(0.9, 1.0\)"),
-        (
-            lambda: Lamb(ONE, variant="nvlam"),
-            ValueError,
-            "accepted: 'deepspeed', 'nvlamb'; did you mean 'nvlamb'",
-        ),
+        (lambda: Lamb(ONE, variant="nvlam"), ValueError, "accepted: 'deepspeed', 'nvlamb'; did you mean 'nvlamb'"),
         (
             with_gradient(torch.ones(3, 2), torch.eye(3, 2).to_sparse()).step,
             TypeError,
             r"grads\[0\] is torch.sparse_coo; accepted: dense",
         ),
-        (
-            with_gradient(torch.ones(3) + 0j, torch.ones(3) + 0j).step,
-            TypeError,
-            r"params\[0\] is torch.complex64",
-        ),
+        (with_gradient(torch.ones(3) + 0j, torch.ones(3) + 0j).step, TypeError, r"params\[0\] is torch.complex64"),
         (lambda: update(params=[]), ValueError, "params is empty"),
         (lambda: update(grads=[]), ValueError, "grads has 0 entries; expected one for each of the 1 params"),
         (lambda: update(exp_avgs=[torch.ones(4)]), ValueError, r"exp_avgs\[0\] has shape \(4,\)"),
         (lambda: update(grads=[torch.ones(3, device="meta")]), ValueError, r"grads\[0\] on meta"),
         (lambda: update(weight_decays=[0.0, 0.0]), ValueError, "weight_decays has 2 entries"),
-        (
-            lambda: update(steps=[torch.tensor(1)]),
-            TypeError,
-            r"steps\[0\] is torch.int64 \(\); accepted: 0-D float32",
-        ),
-        (
-            lambda: update(found_inf=torch.zeros(2)),
-            ValueError,
-            r"found_inf has shape \(2,\); expected one element",
-        ),
+        (lambda: update(steps=[torch.tensor(1)]), TypeError, r"steps\[0\] is torch.int64 \(\); accepted: 0-D float32"),
+        (lambda: update(found_inf=torch.zeros(2)), ValueError, r"found_inf has shape \(2,\); expected one element"),
     ],
 )
 def test_wrong_input_says_what_is_accepted(call, exception, message):

@@ -66,11 +66,7 @@ OPTIMIZERS = {80: "formula or accurate or rounds_by", 90: f"({CHECKS} or seen or
 """The same of tests over lists of tensors, whose names tell no dtypes. Every mix of dtypes is 81 kernels."""
 LEAST_COVERAGE = 0.95
 
-pytestmark = [
-    pytest.mark.exhaustive,
-    pytest.mark.slow,
-    pytest.mark.skipif(gxx() is None, reason="no g++"),
-]
+pytestmark = [pytest.mark.exhaustive, pytest.mark.slow, pytest.mark.skipif(gxx() is None, reason="no g++")]
 needs_nvcc = pytest.mark.skipif(budget.nvcc() is None, reason="no nvcc")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 Environment = Callable[..., dict[str, str]]

@@ -498,16 +498,8 @@ INDEX = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
             ValueError,
             r"expected \[H, P, D/2\] = \(3, 4, 4\)",
         ),
-        (
-            {"cos": torch.ones(4, 8), "sin": TABLE, "num_prefix": 1},
-            ValueError,
-            r"expected \[P, D/2\] = \(4, 4\)",
-        ),
-        (
-            {"cos": TABLE.clone().requires_grad_(), "sin": TABLE, "num_prefix": 1},
-            ValueError,
-            "the tables get none",
-        ),
+        ({"cos": torch.ones(4, 8), "sin": TABLE, "num_prefix": 1}, ValueError, r"expected \[P, D/2\] = \(4, 4\)"),
+        ({"cos": TABLE.clone().requires_grad_(), "sin": TABLE, "num_prefix": 1}, ValueError, "the tables get none"),
         (
             {"cos": TABLE, "sin": TABLE, "num_prefix": 1, "token_index": INDEX.int()},
             TypeError,
