@@ -200,7 +200,6 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     results.add_argument(
         "--json", type=Path, metavar="FILE", help="everything, for `compare` and `report`; a folder will do"
     )
-    results.add_argument("--csv", type=Path, metavar="FILE", help="one line a row")
     results.add_argument("--plot", type=Path, metavar="FOLDER", help="pages and plots")
     results.add_argument("--page", type=Path, metavar="FILE", help=_PAGE)
 
@@ -339,8 +338,6 @@ def _measure(chosen: list[Operation], args: argparse.Namespace) -> None:
     print_table(results)
     if args.json:
         results.write_json(args.json)
-    if args.csv:
-        results.write_csv(args.csv)
     if args.plot:
         _write_report(results, args.plot)
     if args.page:

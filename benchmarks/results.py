@@ -1,12 +1,9 @@
 """What a run leaves: rows, the machine they were measured on, and the file that holds both."""
 
-import csv
-import io
 import json
 import re
 import statistics
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +172,6 @@ class Results:
         rows = ",\n".join(json.dumps(_shortened(row)) for row in self.rows)
         write_text(target, json.dumps(head, indent=1).removesuffix("\n}") + f',\n "rows": [\n{rows}\n ]\n}}\n')
 
-    def write_csv(self, path: Path) -> None:
-        """Writes one line a row, with the derived numbers instead of the samples."""
-        write_text(path, to_csv(self.rows))
-
 
 def _shortened(row: Row) -> dict[str, Any]:
     """A row for the file: its times with four digits, which is more than they repeat to."""
@@ -203,25 +196,3 @@ def read_results(path: Path) -> Results:
         return Results(Machine(**data["machine"]), rows, data["absent"])
     except (KeyError, TypeError) as exc:
         raise UserError(f"{path} isn't a whole benchmark result: {exc}") from exc
-
-
-_DERIVED = ("median_ms", "p20_ms", "p80_ms", "gigabytes_per_second", "tflops", "roofline")
-_PLAIN = [f.name for f in fields(Row) if f.name not in ("sizes", "samples_ms")]
-
-
-def to_csv(rows: Iterable[Row]) -> str:
-    """One line a row, numbers in full."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*_PLAIN, *_DERIVED], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        derived: dict[str, Any] = {
-            "median_ms": row.median_ms,
-            "p20_ms": row.quantile_ms(0.2),
-            "p80_ms": row.quantile_ms(0.8),
-            "gigabytes_per_second": row.gigabytes_per_second,
-            "tflops": row.tflops,
-            "roofline": row.roofline,
-        }
-        writer.writerow({name: getattr(row, name) for name in _PLAIN} | derived)
-    return text.getvalue()

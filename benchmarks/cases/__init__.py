@@ -1,31 +1,7 @@
 """The operations that ship, one file per op family, each with its peers. Importing this package registers them all."""
 
-from benchmarks.cases import (
-    adamw,
-    contrastive,
-    dropin,
-    gelu,
-    gradient_norm,
-    lamb,
-    layer_norm,
-    models,
-    packed_attention,
-    rope_attention,
-    swiglu,
-    token_dropout,
-)
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = [
-    "adamw",
-    "contrastive",
-    "dropin",
-    "gelu",
-    "gradient_norm",
-    "lamb",
-    "layer_norm",
-    "models",
-    "packed_attention",
-    "rope_attention",
-    "swiglu",
-    "token_dropout",
-]
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

@@ -16,10 +16,7 @@ STEPS = 10
 
 Tensors = list[Tensor]
 
-SHAPES = {
-    "cpu": ("tiny@32 b1",),
-    "cuda": ("eva02-b16@224 b1", "eva02-l14@224 b1", "eva01-g14@224 b1"),
-}
+SHAPES = {"cpu": ("tiny@32 b1",), "cuda": ("eva02-b16@224 b1", "eva02-l14@224 b1", "eva01-g14@224 b1")}
 
 
 def raw(tensors: int, elements: int) -> Shape:

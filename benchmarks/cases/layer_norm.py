@@ -32,10 +32,7 @@ def _raw(rows: int, channels: int) -> Shape:
 
 
 def _affine(shape: Shape, draw: Draw) -> Inputs:
-    return {
-        "weight": draw.normal(shape.width, scale=0.1, mean=1.0),
-        "bias": draw.normal(shape.width, scale=0.1),
-    }
+    return {"weight": draw.normal(shape.width, scale=0.1, mean=1.0), "bias": draw.normal(shape.width, scale=0.1)}
 
 
 def _norm_inputs(shape: Shape, draw: Draw) -> Inputs:

@@ -25,10 +25,7 @@ _SHAPES = {
     ),
 }
 _PRODUCT_SHAPES = _SHAPES | {"cpu": ("eva02-b16@224 b1", "eva02-b16@224 b8", "eva02-l14@224 b4")}
-_MLP_SHAPES = {
-    "cpu": ("eva02-b16@224 b1", "eva02-b16@224 b2", "eva02-l14@224 b1"),
-    "cuda": _SHAPES["cuda"],
-}
+_MLP_SHAPES = {"cpu": ("eva02-b16@224 b1", "eva02-b16@224 b2", "eva02-l14@224 b1"), "cuda": _SHAPES["cuda"]}
 
 
 def _raw(rows: int, hidden: int) -> Shape:

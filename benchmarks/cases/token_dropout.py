@@ -10,11 +10,7 @@ from benchmarks.shapes import Shape
 from evaclip.errors import UserError
 
 _SHAPES = {
-    "cpu": (
-        "eva02-b16@224 b1 drop50",
-        "eva02-b16@224 b8 drop50",
-        "eva02-l14@336 b8 drop50",
-    ),
+    "cpu": ("eva02-b16@224 b1 drop50", "eva02-b16@224 b8 drop50", "eva02-l14@336 b8 drop50"),
     "cuda": (
         "eva02-b16@224 b64 drop50",
         "eva02-b16@224 b512",

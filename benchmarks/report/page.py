@@ -13,14 +13,7 @@ from benchmarks.contests import Contest, contests, panels, tally
 from benchmarks.operation import operations
 from benchmarks.report.charts import LINE, Sweep, bar_lines, draw_bars, draw_sweep, quantities, sweeps
 from benchmarks.report.drawing import MARKERS, Paint, svg
-from benchmarks.report.roofline import (
-    STRIP,
-    draw_roofline,
-    draw_shares,
-    draw_speedups,
-    page_name,
-    strip_lines,
-)
+from benchmarks.report.roofline import STRIP, draw_roofline, draw_shares, draw_speedups, page_name, strip_lines
 from benchmarks.report.tables import rows_table, summary_table
 from benchmarks.results import Results, Row
 from evaclip.report.theme import document

@@ -14,7 +14,7 @@ from benchmarks.cases import models
 from benchmarks.cases._open_clip import PlainClip
 from benchmarks.cases.models import MODEL_OPERATIONS
 from benchmarks.memory import saved_bytes
-from benchmarks.operation import get_operation, operations
+from benchmarks.operation import get_operation
 from benchmarks.shapes import parse_shape
 from evaclip import create_model, get_config, list_models
 from evaclip.errors import UserError
@@ -122,11 +122,6 @@ def test_the_default_models_are_those_that_open_clip_has(name: str) -> None:
         models.check_comparable("", shape.config)
     with pytest.raises(UserError, match=r"'emoji@48 b1': .* pools by mean and has 8,192; expected another model"):
         draw(op, parse_shape("emoji@48 b1"))
-
-
-def test_whole_models_are_known_by_name() -> None:
-    assert set(MODEL_OPERATIONS) <= set(operations())
-    assert all(get_operation(name).registered is None for name in MODEL_OPERATIONS)
 
 
 # --- the plain model ------------------------------------------------------------------------------------------------

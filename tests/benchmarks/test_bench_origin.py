@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_fakes import tanh_operation
 
 import evakernels
 from benchmarks import cli, origin
@@ -75,16 +74,3 @@ def test_without_the_compiled_library_a_run_says_so_loudly(
     assert there.notes[0].startswith(told)
     assert cli.main(["list"]) == 0
     assert f"warning: {told}" in capsys.readouterr().err
-
-
-def test_the_child_of_ncu_measures_the_same_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.candidates import candidates
-    from benchmarks.measure import Case
-    from benchmarks.profiling import ncu_command
-    from benchmarks.shapes import parse_shape
-
-    case = Case(tanh_operation(), parse_shape("tiny b2"), "forward", torch.float32, torch.device("cuda"))
-    command = ncu_command(case, candidates(case.op, "cpu")[0][0], Path("out"))
-    assert command[-1] == "evakernels"
-    monkeypatch.setattr(origin, "ROOT", Path("/elsewhere"))
-    assert ncu_command(case, candidates(case.op, "cpu")[0][0], Path("out"))[-1] == "--installed"

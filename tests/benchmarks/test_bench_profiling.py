@@ -10,7 +10,7 @@ import pytest
 import torch
 from bench_fakes import registered, tanh_operation
 
-from benchmarks import profiling
+from benchmarks import origin, profiling
 from benchmarks.candidates import Candidate, candidates
 from benchmarks.measure import Case
 from benchmarks.operation import Operation
@@ -77,6 +77,8 @@ def test_ncu_runs_one_call_of_the_candidate(tmp_path: Path, monkeypatch: pytest.
     assert ncu[:3] == ["ncu", "--profile-from-start", "off"]
     assert ncu[-1] == str(tmp_path / "out" / "tanh-torch_eager-eva02-b16@224_b1-training-float32.ncu-rep")
     assert child == ["-m", "benchmarks.profiling", "tanh", SHAPE, "training", "float32", "torch eager"]
+    monkeypatch.setattr(origin, "ROOT", Path("/elsewhere"))
+    assert ncu_command(*a_case(tanh_operation(), device="cuda"), Path("out"))[-1] == "--installed"
 
 
 def test_what_ncu_runs_makes_one_call_after_warming_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,11 +48,6 @@ def test_a_case_is_measured_and_carries_its_numbers(tmp_path: Path) -> None:
     assert info["sizes"] == {"batch": 1, "tokens": 197}
     assert info["bytes"] == 2 * 197 * 768 * 4
     assert info["roofline"] == pytest.approx(info["floor_ms"] / (1e3 * found["stats"]["median"]))
-
-
-def test_the_default_run_leaves_them_out() -> None:
-    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
-    assert options["testpaths"] == ["tests", "ptx_interpreter/tests"]
 
 
 def a_case() -> Case:

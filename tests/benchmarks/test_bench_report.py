@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks.columns import LEVEL, time_text, verdict_text
-from benchmarks.contests import contests, panels, verdict
+from benchmarks.contests import contests, verdict
 from benchmarks.report import write_beside, write_report, write_section
 from benchmarks.report.charts import sweeps
 from benchmarks.report.colours import COLOURS, colour_names
@@ -294,12 +294,6 @@ def test_the_best_peer_is_the_fastest_that_is_right() -> None:
     assert time_text(contest, "baseline", "peer") == "3.00 torch eager"
     (alone,) = contests([row(samples_ms=[[2.0]]), fast])
     assert (verdict_text(alone), time_text(alone, "baseline", "peer")) == ("–", "wrong")  # noqa: RUF001
-
-
-def test_panels_hold_the_shapes_of_an_operation_mode_and_dtype() -> None:
-    found = panels(contests(results().rows))
-    assert len(found) == 8
-    assert [contest.shape for contest in found["layer_norm", "training", "bfloat16"]] == list(SHAPES)
 
 
 def test_a_result_in_which_everything_failed_still_has_its_pages(tmp_path: Path) -> None:

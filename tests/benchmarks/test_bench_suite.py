@@ -10,7 +10,6 @@ from bench_fakes import machine, registered, tanh, tanh_operation
 from torch import Tensor
 
 from benchmarks import machine as machines
-from benchmarks import suite
 from benchmarks.candidates import candidates
 from benchmarks.cases import layer_norm  # noqa: F401  registers the operations
 from benchmarks.operation import get_operation, peer
@@ -60,11 +59,6 @@ def test_a_peer_needs_a_name() -> None:
         peer("layer_norm")
 
 
-def test_unknown_operations_are_told() -> None:
-    with pytest.raises(UserError, match="did you mean 'layer_norm'"):
-        get_operation("layernorm")
-
-
 def test_a_plan_is_the_product_of_its_choices() -> None:
     plan = Plan(shapes=("tiny b2", "tiny b4"), dtypes=("float16",), modes=("training",))
     titles = [case.title for case in list_cases([tanh_operation()], plan)]
@@ -89,14 +83,7 @@ def test_a_run_has_one_sample_list_a_pass(steady: None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "message"),
-    [
-        (Plan(shapes=("nothing b1",)), "unknown model 'nothing'"),
-        (Plan(dtypes=("float31",)), "unknown dtype 'float31'; accepted: float32"),
-        (Plan(backends=("gpu",)), "unknown backend 'gpu'"),
-        (Plan(peers=("appex",)), "did you mean 'apex'"),
-        (Plan(device="cuda"), "no GPU here"),
-    ],
+    ("plan", "message"), [(Plan(backends=("gpu",)), "unknown backend 'gpu'"), (Plan(device="cuda"), "no GPU here")]
 )
 def test_wrong_plans_are_refused(plan: Plan, message: str) -> None:
     if plan.device == "cuda" and torch.cuda.is_available():
@@ -163,7 +150,3 @@ def test_busy_seconds_are_those_of_the_processors(monkeypatch: pytest.MonkeyPatc
     total, own, _ = machines._busy_seconds()
     assert total == pytest.approx(times.user + times.nice + times.system + times.irq + times.softirq + times.steal)
     assert own > 0
-
-
-def test_the_timer_fits_the_device() -> None:
-    assert type(suite.timer_for(CPU)).__name__ == "CpuTimer"

@@ -2,7 +2,7 @@
 
 import pytest
 from bench_fakes import machine, registered, row, tanh, tanh_operation
-from bench_report_fakes import FAILURE, SHAPES, contest, results
+from bench_report_fakes import SHAPES, contest, results
 
 from benchmarks.columns import mebibytes, percent, scientific, significant
 from benchmarks.operation import peer
@@ -55,12 +55,6 @@ def test_columns_without_values_are_left_out(capsys: pytest.CaptureFixture[str])
     assert "TFLOP/s  " not in text
     assert "saved" not in text
     assert "GB/s" in text
-
-
-def test_a_failure_is_marked_and_told_below(capsys: pytest.CaptureFixture[str]) -> None:
-    text = shown(capsys, Results(machine(), contest("rope_attention", SHAPES[0], "float32", "training")))
-    assert cells(text, "some peer").startswith("failed ")
-    assert f"some peer, {SHAPES[0]}: {FAILURE}" in text
 
 
 def test_there_is_one_table_for_each_operation_mode_and_dtype(capsys: pytest.CaptureFixture[str]) -> None:

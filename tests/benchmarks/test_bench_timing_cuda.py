@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from benchmarks import timing_cuda
-from benchmarks.timing import MAX_ROUNDS, MIN_ROUNDS, Rotation
-from benchmarks.timing_cuda import CudaTimer, schedule
+from benchmarks.timing import MAX_ROUNDS, MIN_ROUNDS, Rotation, interleave, schedule
+from benchmarks.timing_cuda import CudaTimer
 
 
 class FakeGraph:
@@ -147,17 +147,10 @@ def test_every_set_of_inputs_is_in_the_graph_and_graphs_are_freed(gpu: FakeCuda)
     assert len(set(gpu.used_pools)) == 1
 
 
-def test_rounds_start_with_another_candidate_each(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[float] = []
-    sample = CudaTimer._sample
-
-    def logged(self: CudaTimer, work: Any, repeats: int) -> float:
-        order.append(work.graph.work[0])
-        return sample(self, work, repeats)
-
-    monkeypatch.setattr(CudaTimer, "_sample", logged)
-    CudaTimer("cuda").rounds([rotation(gpu, 1.0), rotation(gpu, 2.0)], seconds=0.01)
-    assert order[-2 * MIN_ROUNDS :][:6] == [1.0, 2.0, 2.0, 1.0, 1.0, 2.0]
+def test_rounds_start_with_another_candidate_each() -> None:
+    order: list[int] = []
+    interleave(2, 3, lambda candidate, current: order.append(candidate) or 0.0)
+    assert order == [0, 1, 1, 0, 0, 1]
 
 
 def test_capture_happens_in_the_candidates_context(gpu: FakeCuda) -> None:
@@ -206,11 +199,7 @@ def test_a_first_call_waits_for_the_gpu_before_and_after(gpu: FakeCuda) -> None:
 
 @pytest.mark.parametrize(
     ("replay_ms", "seconds", "repeats", "count"),
-    [
-        ([0.1, 1.0, 5.0], 0.1, [10, 1, 1], 20),
-        ([0.3], 0.0, [4], MIN_ROUNDS),
-        ([0.0], 10.0, [10_000], MAX_ROUNDS),
-    ],
+    [([0.1, 1.0, 5.0], 0.1, [10, 1, 1], 20), ([0.3], 0.0, [4], MIN_ROUNDS), ([0.0], 10.0, [10_000], MAX_ROUNDS)],
 )
 def test_schedule(replay_ms: list[float], seconds: float, repeats: list[int], count: int) -> None:
     assert schedule(replay_ms, 1.0, seconds) == (repeats, count)

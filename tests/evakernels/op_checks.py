@@ -51,6 +51,27 @@ def assert_opcheck(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> None:
     assert set(results.values()) == {"SUCCESS"}, results
 
 
+def assert_opcheck_of_attention(name: str, q: Tensor, k: Tensor, v: Tensor, rest: tuple[Any, ...]) -> None:
+    """Forward with gradients, and backward of what it gives; `rest` are the arguments that both take last."""
+    forward, backward = (getattr(torch.ops.evakernels, f"{name}_{way}").default for way in ("forward", "backward"))
+    assert_opcheck(forward, (*(t.detach().requires_grad_() for t in (q, k, v)), *rest))
+    out, lse = forward(q, k, v, *rest)
+    assert_opcheck(backward, (torch.ones_like(out), q, k, v, out, lse, *rest))
+
+
+def assert_autocast_is_torchs(
+    ours: Callable[..., Tensor], theirs: Callable[..., Tensor], x: Tensor, dtype: torch.dtype
+) -> None:
+    """Of float32 it makes the same dtype; the gradient is float32 again."""
+    x.requires_grad_()
+    with torch.autocast(DEVICE.type, dtype=dtype):
+        actual, expected = ours(x), theirs(x)
+    assert actual.dtype == expected.dtype == dtype
+    torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
+    (gradient,) = torch.autograd.grad(actual.float().square().sum(), x)
+    assert gradient.dtype == torch.float32
+
+
 def error(actual: Tensor, expected: Tensor) -> float:
     """Largest absolute difference, in float64."""
     if actual.numel() == 0:
@@ -76,10 +97,7 @@ def with_gradients(
 
 
 def assert_as_accurate_as_torch(
-    ours: Callable[..., Any],
-    theirs: Callable[..., Any],
-    inputs: Sequence[Tensor | None],
-    dtype: torch.dtype,
+    ours: Callable[..., Any], theirs: Callable[..., Any], inputs: Sequence[Tensor | None], dtype: torch.dtype
 ) -> None:
     """The error rule: against float64 inputs rounded to `dtype`, at most 2x torch's error forward and 3x backward.
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-OPS = ("adamw", "contrastive", "gelu", "lamb", "layer_norm", "residual_norm")
-OPS += ("packed_attention", "rope_attention", "stochastic_rounding", "swiglu", "token_dropout")
+OPS = ("adamw", "contrastive", "gelu", "lamb", "layer_norm", "norm_widths", "residual_norm")
+OPS += ("native_optimizers", "packed_attention", "rope_attention", "stochastic_rounding", "swiglu", "token_dropout")
 CHOICE = "accurate or odd_shapes or formula or error_rule"
 RUN = "import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', {choice!r}, *{arguments!r}]))"
 

@@ -3,12 +3,16 @@
 import torch
 from torch import nn
 
+from evakernels.optim import AdamW
+
 SHAPES = [(4, 3), (5,), (), (2, 3, 2)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLOAT32 = (torch.float32,) * 4
 # Around the CPU kernel's block (1,024) and chunk (16,384), of which the GPU's (8,192) is a half; and nothing at all.
 SIZES = [1, 7, 37, 0, 1024, 1061, 16384, 3 * 16384 + 5]
 BUFFERS = ("params", "grads", "exp_avgs", "exp_avg_sqs")
+BETAS, EPS = (0.9, 0.98), 1e-6
+LRS, DECAYS = [0.1, 0.02, 0.3, 0.05], [0.05, 0.0, 0.0, 0.2]
 
 
 def tensors(seed: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -18,6 +22,15 @@ def tensors(seed: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]
 
 def parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def optimizer_of(
+    params: list[torch.Tensor], kind: type[torch.optim.Optimizer] = AdamW, lrs=LRS, decays=DECAYS, **options
+) -> torch.optim.Optimizer:
+    """Every parameter in a group of its own, as layer-wise learning rates make it."""
+    leaves = [nn.Parameter(p.detach().clone()) for p in params]
+    groups = [{"params": [p], "lr": lr, "weight_decay": d} for p, lr, d in zip(leaves, lrs, decays, strict=True)]
+    return kind(groups, betas=BETAS, eps=EPS, **options)
 
 
 def step(optimizer: torch.optim.Optimizer, grads: list[torch.Tensor]) -> None:
@@ -48,3 +61,17 @@ def assert_states_close(ours, theirs, lr_of_last=0.1):
         slack = 2e-6 * lr_of_last if name == "params" else 2e-8
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-6, atol=slack, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_compiles_in_place(function) -> None:
+    """Without a graph break, to the bit; what is written and what is returned."""
+
+    def run(function):
+        state = [*(tensors(seed) for seed in (0, 1)), *([t.abs() for t in tensors(seed)] for seed in (2, 3))]
+        state.append([torch.ones(()) for _ in SHAPES])
+        return [function(*state), *everything(state)]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(function), run(compiled), strict=True):
+        assert torch.equal(a, b)

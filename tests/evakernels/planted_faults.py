@@ -96,10 +96,7 @@ FAULTS = {
         "    if (!PLANTED) synchronize_row();\n    (outputs",
     ),
     "the whole of a last word": Fault(
-        "out of bounds at",
-        "staged_rows.cuh",
-        "at < end; at += step",
-        "at < (PLANTED ? bytes : end); at += step",
+        "out of bounds at", "staged_rows.cuh", "at < end; at += step", "at < (PLANTED ? bytes : end); at += step"
     ),
     "the whole of a first word": Fault(
         "uninitialised at",
@@ -132,10 +129,7 @@ FAULTS = {
         "sums[i];\n  if (!PLANTED) __syncthreads();\n",
     ),
     "alignment": Fault(
-        "misaligned at",
-        "norm_plan.h",
-        "width % elements == 0",
-        "(PLANTED ? width > 0 : width % elements == 0)",
+        "misaligned at", "norm_plan.h", "width % elements == 0", "(PLANTED ? width > 0 : width % elements == 0)"
     ),
     "barrier of a stage": Fault(
         "race at",
@@ -174,16 +168,10 @@ FAULTS = {
         "wrong: out of", "attention_plan.h", "return first < 0 ||", "return (first < 0 && !PLANTED) ||"
     ),
     "empty slots": Fault(
-        "wrong: out of",
-        "rope_attention_forward.cu",
-        "values[i] = -INFINITY",
-        "values[i] = PLANTED ? 0.0f : -INFINITY",
+        "wrong: out of", "rope_attention_forward.cu", "values[i] = -INFINITY", "values[i] = PLANTED ? 0.0f : -INFINITY"
     ),
     "a column's angles": Fault(
-        "wrong: out of",
-        "rotary.cuh",
-        "(grid + patch % grid - 1)",
-        "(patch % grid + (PLANTED ? 0 : grid - 1))",
+        "wrong: out of", "rotary.cuh", "(grid + patch % grid - 1)", "(patch % grid + (PLANTED ? 0 : grid - 1))"
     ),
     "a query that sees nothing": Fault(
         "wrong: out of",
@@ -219,10 +207,7 @@ FAULTS = {
         "  if (!PLANTED) __syncthreads();\n  if (threadIdx.x >= N) return 0.0f;",
     ),
     "alignment of one buffer": Fault(
-        "misaligned at",
-        "tensor_table.cuh",
-        "common ? head : kNoVectors",
-        "common || PLANTED ? head : kNoVectors",
+        "misaligned at", "tensor_table.cuh", "common ? head : kNoVectors", "common || PLANTED ? head : kNoVectors"
     ),
     "one edge too many": Fault(
         "out of bounds at",
@@ -231,19 +216,13 @@ FAULTS = {
         "edges = size - vectors * kVector + PLANTED;",
     ),
     "part of a step": Fault(
-        "wrong",
-        "adamw.cu",
-        "entry.kept - entry.rate",
-        "entry.kept - (PLANTED ? -entry.rate : entry.rate)",
+        "wrong", "adamw.cu", "entry.kept - entry.rate", "entry.kept - (PLANTED ? -entry.rate : entry.rate)"
     ),
     "a strip's columns": Fault(
         "wrong", "gelu.cu", "partials + strip.first()", "partials + (PLANTED ? 0 : strip.first())"
     ),
     "one too far": Fault(
-        "out of bounds at",
-        "norm_rows.cuh",
-        "if (vector < vectors) body",
-        "if (vector < vectors + PLANTED) body",
+        "out of bounds at", "norm_rows.cuh", "if (vector < vectors) body", "if (vector < vectors + PLANTED) body"
     ),
 }
 NUMBERS = {name: number for number, name in enumerate(FAULTS, 1)}

@@ -1,21 +1,22 @@
 """AdamW: the op on every backend, and the optimizer beside torch's own."""
 
 import inspect
-from itertools import product
 
 import pytest
 import torch
-from on_device import COMPILED, DEVICE
+from on_device import COMPILED
 from op_checks import assert_opcheck
 from optimizer_checks import (
+    BETAS,
     BUFFERS,
-    DTYPES,
-    FLOAT32,
-    SHAPES,
-    SIZES,
+    DECAYS,
+    EPS,
+    LRS,
+    assert_compiles_in_place,
     assert_states_close,
     everything,
     lists,
+    optimizer_of,
     parameters,
     step,
     tensors,
@@ -27,8 +28,6 @@ from evakernels import _native
 from evakernels.optim import AdamW
 
 UPDATE = torch.ops.evakernels.adamw_update.default
-BETAS, EPS = (0.9, 0.98), 1e-6
-LRS, DECAYS = [0.1, 0.02, 0.3, 0.05], [0.05, 0.0, 0.0, 0.2]
 NATIVE = pytest.mark.skipif(not _native.LOADED, reason="the native library is not built")
 
 
@@ -97,75 +96,6 @@ def test_kernels_are_as_accurate_as_torch():
         assert error <= 2 * torchs + slack, (name, error, torchs)
 
 
-@NATIVE
-def test_more_tensors_than_one_launch_brings_to_the_device_change_no_formula():
-    sizes = [i % 3 for i in range(700)]
-    ours, theirs = lists(sizes=sizes), lists(sizes=sizes)
-    update(ours)
-    update(theirs, "reference")
-    assert_states_close(ours, theirs, lr_of_last=7.0)
-
-
-@NATIVE
-@pytest.mark.parametrize("dtypes", list(product(DTYPES, repeat=4)), ids=str)
-def test_every_mix_of_dtypes(dtypes):
-    ours, theirs = lists(dtypes, [1061, 5]), lists(dtypes, [1061, 5])
-    update(ours)
-    update(theirs, "reference")
-    for name, got, expected in zip(BUFFERS, ours, theirs, strict=False):
-        for a, b in zip(got, expected, strict=True):
-            # A value next to the middle of two stored ones may fall to either side.
-            unit = torch.finfo(a.dtype).eps
-            torch.testing.assert_close(a, b, rtol=1.01 * unit + 1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.mark.parametrize("offsets", [(1, 1, 1, 1), (7, 3, 3, 3), (4, 4, 4, 4), (0, 0, 0, 2)])
-@pytest.mark.parametrize("dtypes", [FLOAT32, (torch.bfloat16, torch.float16, torch.float32, torch.float32)], ids=str)
-def test_strided_parts_of_a_flat_buffer(dtypes, offsets):
-    """As sharded training makes them: they begin anywhere, and nothing around them is written."""
-    sizes = [2, 64, 1061, 2 * 8192 + 3]
-    plain, parts, flat = lists(dtypes, sizes), lists(dtypes, sizes), []
-    for buffers, offset in zip(parts[:4], offsets, strict=True):
-        for i, tensor in enumerate(buffers):
-            flat.append(torch.full((offset + len(tensor) + 9,), 7.0, dtype=tensor.dtype))
-            buffers[i] = flat[-1][offset : offset + len(tensor)].copy_(tensor)
-    for state in (parts, plain):
-        evakernels.adamw_update(*state, [0.1] * 4, [0.05] * 4, betas=BETAS, eps=EPS)
-    for a, b in zip(everything(parts), everything(plain), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=torch.finfo(a.dtype).eps)
-    for i, buffer in enumerate(flat):
-        begin = offsets[i // len(sizes)]
-        assert (buffer[:begin] == 7.0).all()
-        assert (buffer[begin + sizes[i % len(sizes)] :] == 7.0).all()
-
-
-@NATIVE
-@pytest.mark.parametrize("name", BUFFERS)
-def test_tensors_that_are_strided(name):
-    dense, strided = (lists(sizes=[60]) for _ in range(2))
-    for state in (dense, strided):
-        state[:4] = ([t.view(6, 10) for t in buffers] for buffers in state[:4])
-    storage = torch.full((10, 12), 7.0)
-    strided[BUFFERS.index(name)] = [storage.T[::2].copy_(strided[BUFFERS.index(name)][0])]
-    for state in (dense, strided):
-        update(state)
-    for a, b in zip(everything(dense), everything(strided), strict=True):
-        assert torch.equal(a, b)
-    assert (storage.T[1::2] == 7.0).all()
-
-
-@pytest.mark.cpu_only("its threads")
-@NATIVE
-def test_the_number_of_threads_changes_nothing():
-    before, results = torch.get_num_threads(), []
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
-        results.append(lists())
-        update(results[-1])
-    torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*map(everything, results), strict=True))
-
-
 @pytest.mark.parametrize("backend", ["reference", pytest.param(COMPILED, marks=NATIVE)])
 @pytest.mark.parametrize("scale", [None, float("nan")])
 def test_found_inf_writes_nothing_that_is_not_finite(backend, scale):
@@ -175,26 +105,6 @@ def test_found_inf_writes_nothing_that_is_not_finite(backend, scale):
         one[4][1].zero_()
     update(state, backend, scale, found_inf=1.0)
     assert all(torch.equal(a, b) for a, b in zip(everything(state), everything(before), strict=True))
-
-
-@NATIVE
-def test_a_gradient_that_is_not_finite_spoils_its_own_tensor_only():
-    bad, good = lists(), lists()
-    bad[1][5][3] = torch.nan
-    for state in (bad, good):
-        update(state)
-    assert not bad[0][5].isfinite().all()
-    assert all(i == 5 or torch.equal(bad[0][i], good[0][i]) for i in range(len(SIZES)))
-
-
-@NATIVE
-@pytest.mark.parametrize("where", range(4))
-def test_float64_anywhere_in_the_lists_goes_to_the_reference(where):
-    state = lists(sizes=[3, 4])
-    state[where][1] = state[where][1].double()
-    with pytest.raises(evakernels.BackendError, match="float64 is not one of float32, bfloat16, float16"):
-        update(state)
-    evakernels.adamw_update(*state, [0.1] * 2, [0.0] * 2, betas=BETAS, eps=EPS)
 
 
 @pytest.mark.parametrize("flagged", [True, False])
@@ -213,25 +123,10 @@ def test_compiles_without_graph_break():
         evakernels.adamw_update(params, grads, exp_avgs, exp_avg_sqs, steps, LRS, DECAYS, betas=BETAS, eps=EPS, **flags)
         return norm
 
-    def run(function):
-        state = [*(tensors(seed) for seed in (0, 1)), *([t.abs() for t in tensors(seed)] for seed in (2, 3))]
-        state.append([torch.ones(()) for _ in SHAPES])
-        return [function(*state), *everything(state)]
-
-    torch._dynamo.reset()
-    compiled = torch.compile(clipped_step, fullgraph=True, backend="aot_eager")
-    for a, b in zip(run(clipped_step), run(compiled), strict=True):
-        assert torch.equal(a, b)
+    assert_compiles_in_place(clipped_step)
 
 
 # --- the optimizer --------------------------------------------------------------------------------------------------
-
-
-def optimizer_of(params, kind=AdamW, **options) -> torch.optim.Optimizer:
-    """Every parameter in a group of its own, as layer-wise learning rates make it."""
-    leaves = [nn.Parameter(p.detach().clone()) for p in params]
-    groups = [{"params": [p], "lr": lr, "weight_decay": d} for p, lr, d in zip(leaves, LRS, DECAYS, strict=True)]
-    return kind(groups, betas=BETAS, eps=EPS, **options)
 
 
 def assert_same_state(ours, theirs, tolerance):
@@ -345,44 +240,10 @@ def test_clipping_on_the_device_equals_torchs():
     assert_same_state(ours, theirs, 1e-5)  # torch adds 1e-6 to the norm
 
 
-def test_grad_scaler_drives_it_without_reading_the_flag():
-    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=4.0)
-    optimizer, plain = (optimizer_of(tensors(0, torch.float32)) for _ in range(2))
-    for factor in (torch.inf, 1.0):
-        optimizer.zero_grad()
-        loss = sum((p * g).sum() for p, g in zip(parameters(optimizer), tensors(1, torch.float32), strict=True))
-        scaler.scale(factor * loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    step(plain, tensors(1))
-    assert_same_state(optimizer, plain, 1e-6)
-
-
-def test_one_call_for_all_groups_and_one_more_for_other_betas(monkeypatch):
-    from evakernels.optim import adamw as module
-
-    calls = []
-    monkeypatch.setattr(module, "adamw_update", lambda params, *args, **options: calls.append(len(params)))
-    optimizer = optimizer_of(tensors(0))
-    step(optimizer, tensors(1))
-    optimizer.param_groups[0]["betas"] = [0.5, 0.5]
-    step(optimizer, tensors(1))
-    assert calls == [4, 1, 3]
-
-
 def test_moments_of_16_bit_parameters_are_float32():
     optimizer = optimizer_of(tensors(0, torch.bfloat16))
     step(optimizer, tensors(1))
     assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
-
-
-def test_a_step_is_seen_by_a_graph_that_saved_the_parameter():
-    weight = nn.Parameter(torch.ones(3))
-    loss = weight.square().sum()
-    weight.grad = torch.ones(3)
-    AdamW([weight]).step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
 
 
 ONE = [nn.Parameter(torch.ones(3))]

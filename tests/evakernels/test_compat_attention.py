@@ -207,11 +207,7 @@ def test_xformers_is_attention(scale, bias, causal):
 
 @pytest.mark.parametrize(
     ("name", "causal"),
-    [
-        ("BlockDiagonalMask", False),
-        ("BlockDiagonalCausalMask", True),
-        ("BlockDiagonalCausalFromBottomRightMask", True),
-    ],
+    [("BlockDiagonalMask", False), ("BlockDiagonalCausalMask", True), ("BlockDiagonalCausalFromBottomRightMask", True)],
 )
 def test_xformers_of_packed_sequences(name, causal):
     q, k, v = heads(1, sum(LENGTHS), H, D)

@@ -34,12 +34,7 @@ PATCHES = (ROWS, (1, 24), (6, 24))
 CASES = {
     "layer_norm": ("layer_norm_backward", evakernels.layer_norm, (ROWS, VECTOR, VECTOR), {1: 1, 2: 2}),
     "rms_norm": ("layer_norm_backward", evakernels.rms_norm, (ROWS, VECTOR), {1: 1}),
-    "add_layer_norm": (
-        "add_layer_norm_backward",
-        joined(evakernels.add_layer_norm),
-        NORM,
-        {1: 1, 2: 2, 3: 3, 4: 4},
-    ),
+    "add_layer_norm": ("add_layer_norm_backward", joined(evakernels.add_layer_norm), NORM, {1: 1, 2: 2, 3: 3, 4: 4}),
     "add_layer_norm, unscaled": (
         "add_layer_norm_backward",
         joined(evakernels.add_layer_norm, False),

@@ -14,11 +14,7 @@ import pytest
 from op_suite import ROOT
 from ptx_build import BUILD, budget
 
-pytestmark = [
-    pytest.mark.exhaustive,
-    pytest.mark.slow,
-    pytest.mark.skipif(budget.nvcc() is None, reason="no nvcc"),
-]
+pytestmark = [pytest.mark.exhaustive, pytest.mark.slow, pytest.mark.skipif(budget.nvcc() is None, reason="no nvcc")]
 LEFT_OUT = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
 
 

@@ -1,10 +1,6 @@
 import pytest
 import torch
-from op_checks import (
-    DTYPES,
-    OPCHECK_DTYPES,
-    assert_opcheck,
-)
+from op_checks import DTYPES, OPCHECK_DTYPES, assert_opcheck
 from optimizer_checks import SIZES, lists
 
 import evakernels

@@ -322,26 +322,10 @@ def test_a_dropped_sample_keeps_its_residual_and_passes_no_gradient():
 @pytest.mark.parametrize(
     ("call", "exception", "message"),
     [
-        (
-            lambda: evakernels.layer_norm(torch.ones(2, 4, dtype=torch.int64)),
-            TypeError,
-            "int64; accepted: float64",
-        ),
-        (
-            lambda: evakernels.layer_norm(torch.ones(2, 4), torch.ones(3)),
-            ValueError,
-            r"weight has shape \(3,\)",
-        ),
-        (
-            lambda: evakernels.layer_norm(torch.ones(2, 4), bias=torch.ones(4)),
-            ValueError,
-            "bias without weight",
-        ),
-        (
-            lambda: evakernels.rms_norm(torch.ones(2, 4), torch.ones(4).half()),
-            TypeError,
-            "weight is torch.float16",
-        ),
+        (lambda: evakernels.layer_norm(torch.ones(2, 4, dtype=torch.int64)), TypeError, "int64; accepted: float64"),
+        (lambda: evakernels.layer_norm(torch.ones(2, 4), torch.ones(3)), ValueError, r"weight has shape \(3,\)"),
+        (lambda: evakernels.layer_norm(torch.ones(2, 4), bias=torch.ones(4)), ValueError, "bias without weight"),
+        (lambda: evakernels.rms_norm(torch.ones(2, 4), torch.ones(4).half()), TypeError, "weight is torch.float16"),
         (
             lambda: evakernels.rms_norm(torch.ones(2, 4), torch.ones(4).half(), out_dtype=torch.bfloat16),
             TypeError,

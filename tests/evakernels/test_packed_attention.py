@@ -1,15 +1,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from on_device import COMPILED, DEVICE
+from on_device import COMPILED
 from op_checks import (
     DTYPES,
     OPCHECK_DTYPES,
     assert_as_accurate_as_torch,
+    assert_autocast_is_torchs,
     assert_compiles,
     assert_deterministic,
     assert_gradcheck,
-    assert_opcheck,
+    assert_opcheck_of_attention,
     assert_threads_change_no_bit,
     exhaustive_but,
     randn,
@@ -249,13 +250,8 @@ def test_two_runs_are_bit_equal(pair, qkv):
 @pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
 def test_opcheck(dtype):
     lengths = LENGTHS["several"]
-    qkv = packed(lengths).to(dtype)
     rest = (offsets_of(lengths), *UNROTATED, 17, True, True, 0.5)
-    assert_opcheck(OPS.packed_attention_forward.default, (*(t.requires_grad_() for t in qkv.unbind(1)), *rest))
-    with torch.no_grad():
-        q, k, v = qkv.unbind(1)
-        out, lse = OPS.packed_attention_forward(q, k, v, *rest)
-        assert_opcheck(OPS.packed_attention_backward.default, (torch.ones_like(out), q, k, v, out, lse, *rest))
+    assert_opcheck_of_attention("packed_attention", *packed(lengths).to(dtype).unbind(1), rest)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -271,13 +267,9 @@ def test_lse_is_the_natural_logarithm_of_the_softmax_denominator(causal):
 @pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
 def test_opcheck_of_rotated_shared_heads(dtype):
     lengths = LENGTHS["several"]
-    q, k, v = (t.requires_grad_() for t in shared(lengths, 4, 2).to(dtype).split((4, 2, 2), 1))
     cos, sin, _, rows = _by_place(lengths)
     rest = (offsets_of(lengths), cos, sin, rows, 17, True, True, 0.5)
-    assert_opcheck(OPS.packed_attention_forward.default, (q, k, v, *rest))
-    with torch.no_grad():
-        out, lse = OPS.packed_attention_forward(q, k, v, *rest)
-        assert_opcheck(OPS.packed_attention_backward.default, (torch.ones_like(out), q, k, v, out, lse, *rest))
+    assert_opcheck_of_attention("packed_attention", *shared(lengths, 4, 2).to(dtype).split((4, 2, 2), 1), rest)
 
 
 def test_lse_is_returned_without_a_gradient():
@@ -291,14 +283,7 @@ def test_lse_is_returned_without_a_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_as_for_torch(dtype):
-    ours, theirs = pair([5, 2])
-    qkv = packed([5, 2]).float().requires_grad_()
-    with torch.autocast(DEVICE.type, dtype=dtype):
-        actual, expected = ours(qkv), theirs(qkv)
-    assert actual.dtype == expected.dtype == dtype
-    torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
-    (gradient,) = torch.autograd.grad(actual.float().square().sum(), qkv)
-    assert gradient.dtype == torch.float32
+    assert_autocast_is_torchs(*pair([5, 2]), packed([5, 2]).float(), dtype)
 
 
 @pytest.mark.parametrize("per_head", [False, True])

@@ -24,21 +24,35 @@ from evakernels.triton import FAMILIES
 from ptx_interpreter.lines import lines_of
 from ptx_interpreter.runtime import newest_for, ptx_in
 
-OPS = ("adamw", "gelu", "gradient_norm", "lamb", "native_lamb")
+OPS = ("adamw", "gelu", "gradient_norm", "lamb", "native_optimizers", "optimizers")
 OPS += ("layer_norm", "residual_norm", "norm_widths", "packed_attention", "rope_attention", "stochastic_rounding")
 OPS += ("swiglu", "token_dropout")
-MORE = ("every_mix", "no_rows", "one_element", "strided", "finite", "bit_equal", "lamb", "any_layout")
-# Not the tests that are about the size of other kernels' chunks, nor those of the file that "lamb" names too which are
-# of its op, whichever kernels serve it.
+MORE = (
+    "every_mix",
+    "no_rows",
+    "one_element",
+    "strided",
+    "finite",
+    "bit_equal",
+    "lamb",
+    "native_optimizers",
+    "any_layout",
+)
+# Not the tests that are about the size of other kernels' chunks, nor those of the files that "lamb" and
+# "native_optimizers" name which are of their ops, whichever kernels serve them.
 CHECKS = f"({' or '.join((CHOICE, *MORE))}) and not (several_chunks or opcheck or compiles)"
 CHECKED = {80: CHECKS, 100: f"({CHECKS}) and not dtype2"}
 """By the compute capability that the PTX is for: float16 runs on the older one alone."""
 SHARED_KB = {80: 163, 100: 227}
 """What a block may have, by the compute capability that PTX was made for: attention plans for it."""
 AGAIN = ("adamw", "gelu", "gradient_norm", "lamb", "layer_norm", "residual_norm", "packed_attention", "rope_attention")
-AGAIN += ("swiglu", "token_dropout")
+AGAIN += ("native_optimizers", "optimizers", "swiglu", "token_dropout")
 """What of the ops the PTX for the later one runs, too: of each kernel what another compiler made."""
-FILES = {"layer_norm": ("layer_norm", "residual_norm"), "adamw": ("adamw", "stochastic_rounding")}
+FILES = {
+    "layer_norm": ("layer_norm", "residual_norm"),
+    "adamw": ("adamw", "native_optimizers", "optimizers", "stochastic_rounding"),
+    "lamb": ("lamb", "optimizers"),
+}
 """Test files of a family, where it has others than its own."""
 
 # Rows that are longer than registers hold are refused where there is a norm, as is a scale that isn't positive. The
@@ -52,15 +66,11 @@ SMALL += " and not (many and tiles)"
 CHOSEN = f"({CHOICE}) and {SERVED} and {SMALL} and (accurate or not dtype2)"
 TRITON = {80: f"({CHOSEN}) and dtype1", 90: CHOSEN}
 """Which tests run on Triton's PTX, by the compute capability that it is for: of the older one those in bfloat16."""
-OPTIMIZERS = {80: "formula or accurate or rounds_by", 90: f"({CHECKS} or seen or odd) and not (every_mix or learns)"}
+OPTIMIZERS = {80: "formula or accurate or rounds_by", 90: f"({CHECKS} or seen or odd) and not every_mix"}
 """The same of tests over lists of tensors, whose names tell no dtypes. Every mix of dtypes is 81 kernels."""
 LEAST_COVERAGE = 0.95
 
-pytestmark = [
-    pytest.mark.exhaustive,
-    pytest.mark.slow,
-    pytest.mark.skipif(gxx() is None, reason="no g++"),
-]
+pytestmark = [pytest.mark.exhaustive, pytest.mark.slow, pytest.mark.skipif(gxx() is None, reason="no g++")]
 needs_nvcc = pytest.mark.skipif(budget.nvcc() is None, reason="no nvcc")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 Environment = Callable[..., dict[str, str]]
@@ -407,7 +417,10 @@ def test_triton_ops(served: Environment, capability: int, family: str) -> None:
     files = FILES.get(family, [family])
     if family in ("adamw", "gradient_norm", "lamb"):
         # Their tests name the backend, and skip what it refuses: float64, which other tests of the same names have.
-        run_triton(served, capability, OPTIMIZERS[capability], files, ["--backend", "triton"])
+        choice = OPTIMIZERS[capability]
+        if family == "adamw":
+            choice = f"({choice}) and not (deepspeed or nvlamb)"  # what of its files is LAMB's
+        run_triton(served, capability, choice, files, ["--backend", "triton"])
     else:
         run_triton(served, capability, TRITON[capability], files)
 

@@ -9,10 +9,11 @@ from op_checks import (
     DTYPES,
     OPCHECK_DTYPES,
     assert_as_accurate_as_torch,
+    assert_autocast_is_torchs,
     assert_compiles,
     assert_deterministic,
     assert_gradcheck,
-    assert_opcheck,
+    assert_opcheck_of_attention,
     assert_threads_change_no_bit,
     exhaustive_but,
     randn,
@@ -338,23 +339,13 @@ def test_two_runs_are_bit_equal(pair, qkv):
 def test_opcheck(dtype, token_index):
     cos, sin = tables("shared")
     qkv = packed(patches=PATCHES if token_index is None else 3, dtype=dtype)
-    q, k, v = (t.requires_grad_() for t in qkv.unbind(2))
-    rest = (cos, sin, token_index, 1, True, True, 0.5)
-    assert_opcheck(OPS.rope_attention_forward.default, (q, k, v, *rest))
-    with torch.no_grad():
-        q, k, v = qkv.unbind(2)
-        out, lse = OPS.rope_attention_forward(q, k, v, *rest)
-        assert_opcheck(OPS.rope_attention_backward.default, (torch.ones_like(out), q, k, v, out, lse, *rest))
+    assert_opcheck_of_attention("rope_attention", *qkv.unbind(2), (cos, sin, token_index, 1, True, True, 0.5))
 
 
 @pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
 def test_opcheck_of_shared_heads(dtype):
-    q, k, v = (randn(2, n, heads, 8).to(dtype).requires_grad_() for n, heads in ((3, 4), (5, 2), (5, 2)))
-    rest = (None, None, None, 0, True, True, 0.5)
-    assert_opcheck(OPS.rope_attention_forward.default, (q, k, v, *rest))
-    with torch.no_grad():
-        out, lse = OPS.rope_attention_forward(q, k, v, *rest)
-        assert_opcheck(OPS.rope_attention_backward.default, (torch.ones_like(out), q, k, v, out, lse, *rest))
+    given = (randn(2, n, heads, 8).to(dtype) for n, heads in ((3, 4), (5, 2), (5, 2)))
+    assert_opcheck_of_attention("rope_attention", *given, (None, None, None, 0, True, True, 0.5))
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
@@ -443,14 +434,7 @@ def test_kept_tokens_attend_as_in_the_full_grid_when_the_others_are_masked():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_as_for_torch(dtype):
-    ours, theirs = pair()
-    qkv = packed(dtype=torch.float32).requires_grad_()
-    with torch.autocast(DEVICE.type, dtype=dtype):
-        actual, expected = ours(qkv), theirs(qkv)
-    assert actual.dtype == expected.dtype == dtype
-    torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
-    (gradient,) = torch.autograd.grad(actual.float().square().sum(), qkv)
-    assert gradient.dtype == torch.float32
+    assert_autocast_is_torchs(*pair(), packed(dtype=torch.float32), dtype)
 
 
 def test_results_are_contiguous_and_inputs_untouched():
@@ -497,6 +481,11 @@ INDEX = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
             ValueError,
             "cos has a table for each of 3 heads and k has 1; heads that share keys share a table",
         ),
+        (
+            dict.fromkeys("qkv", torch.ones(2, 5, 3, 7)) | {"cos": TABLE, "sin": TABLE, "num_prefix": 1},
+            ValueError,
+            "head_dim 7 is odd",
+        ),
         ({"num_prefix": 17}, ValueError, "num_prefix is 17; accepted: 0 to 16"),
         ({"num_prefix": 6}, ValueError, "num_prefix is 6; .* at most N = 5"),
         ({"token_index": INDEX}, ValueError, "token_index without cos and sin"),
@@ -509,16 +498,8 @@ INDEX = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
             ValueError,
             r"expected \[H, P, D/2\] = \(3, 4, 4\)",
         ),
-        (
-            {"cos": torch.ones(4, 8), "sin": TABLE, "num_prefix": 1},
-            ValueError,
-            r"expected \[P, D/2\] = \(4, 4\)",
-        ),
-        (
-            {"cos": TABLE.clone().requires_grad_(), "sin": TABLE, "num_prefix": 1},
-            ValueError,
-            "the tables get none",
-        ),
+        ({"cos": torch.ones(4, 8), "sin": TABLE, "num_prefix": 1}, ValueError, r"expected \[P, D/2\] = \(4, 4\)"),
+        ({"cos": TABLE.clone().requires_grad_(), "sin": TABLE, "num_prefix": 1}, ValueError, "the tables get none"),
         (
             {"cos": TABLE, "sin": TABLE, "num_prefix": 1, "token_index": INDEX.int()},
             TypeError,
@@ -586,9 +567,3 @@ def test_the_gpu_kernels_say_what_they_do_not_serve(q, reason, monkeypatch):
     for op in ("rope_attention_forward", "rope_attention_backward"):
         found = backends.why_not(op, "cuda", q)
         assert found[1:] == ([] if reason is None else [reason])
-
-
-def test_an_odd_head_dim_cannot_be_rotated():
-    x = torch.ones(1, 2, 1, 3)
-    with pytest.raises(ValueError, match="head_dim 3 is odd"):
-        evakernels.rope_attention(x, x, x, torch.ones(2, 1), torch.ones(2, 1))

@@ -312,25 +312,13 @@ ONE = [nn.Parameter(torch.ones(3))]
 @pytest.mark.parametrize(
     ("wrong", "exception", "message"),
     [
-        (
-            lambda: call(params=[torch.ones(3)]),
-            TypeError,
-            r"params\[0\] is torch.float32; accepted with seeds: torch",
-        ),
+        (lambda: call(params=[torch.ones(3)]), TypeError, r"params\[0\] is torch.float32; accepted with seeds: torch"),
         (lambda: call(seeds=[1, 2]), ValueError, "seeds has 2 entries; expected one for each of the 1 params"),
         (lambda: call(first_elements=[1, 2]), ValueError, "first_elements has 2 entries"),
         (lambda: call(seeds=[], first_elements=[1]), ValueError, "first_elements are given without seeds"),
         (lambda: call(seeds=[-1]), ValueError, r"seeds are \[-1\]; expected numbers from 0 to below 2\^63"),
-        (
-            lambda: AdamW(ONE, stochastic_rounding=True),
-            TypeError,
-            "AdamW: stochastic_rounding is for .*, and these",
-        ),
-        (
-            lambda: Lamb(ONE, stochastic_rounding=True),
-            TypeError,
-            "Lamb: .*these are torch.float32; set stochastic",
-        ),
+        (lambda: AdamW(ONE, stochastic_rounding=True), TypeError, "AdamW: stochastic_rounding is for .*, and these"),
+        (lambda: Lamb(ONE, stochastic_rounding=True), TypeError, "Lamb: .*these are torch.float32; set stochastic"),
         (lambda: Lamb(ONE, seed=-1), ValueError, r"Lamb: seed is -1; accepted: a number from 0 to below 2\^31"),
     ],
 )

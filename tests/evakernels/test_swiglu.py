@@ -215,11 +215,7 @@ ONES = torch.ones(2, 4)
         ((torch.tensor(1.0), torch.tensor(1.0)), ValueError, r"gate is a scalar; expected \[..., F\]"),
         ((ONES.long(), ONES), TypeError, "gate is torch.int64; accepted: float64"),
         ((ONES, ONES.half()), TypeError, r"up is torch.float16; accepted: torch.float32 \(as gate\)"),
-        (
-            (ONES, torch.ones(2, 5)),
-            ValueError,
-            r"up has shape \(2, 5\); expected the shape of gate = \(2, 4\)",
-        ),
+        ((ONES, torch.ones(2, 5)), ValueError, r"up has shape \(2, 5\); expected the shape of gate = \(2, 4\)"),
         ((ONES, ONES, torch.ones(3)), ValueError, r"norm_weight has shape \(3,\); expected \[F\] = \(4,\)"),
         ((ONES, ONES, torch.ones(4), torch.ones(1)), ValueError, r"norm_bias has shape \(1,\)"),
         ((ONES, ONES, torch.ones(4).half()), TypeError, "norm_weight is torch.float16"),

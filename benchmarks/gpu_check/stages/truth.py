@@ -27,7 +27,8 @@ FILES = {
     "packed_attention": ("packed_attention_forward", ("cuda", "triton")),
     "contrastive": ("contrastive_forward", ("triton",)),
     "gradient_norm": ("gradient_norm", ("cuda", "triton")),
-    "native_lamb": ("lamb_step", ("cuda",)),
+    "native_optimizers": ("adamw_update", ("cuda", "triton")),
+    "optimizers": ("adamw_update", ("cuda", "triton")),
     "norm_widths": ("layer_norm_forward", ("cuda", "triton")),
 }
 """The most valuable first. Without a backend the first that serves a call does: other ones for what one lacks."""

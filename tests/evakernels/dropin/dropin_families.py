@@ -26,3 +26,13 @@ def pair(name: str) -> tuple[Family, nn.Module, nn.Module]:
 
 def close(actual: Any, expected: Any) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def assert_same_gradients(actual, expected):
+    """Compiled code gives parameters that had no part in the loss a gradient of zeros."""
+    assert all(not actual[key].any() for key in actual.keys() - expected.keys())
+    largest = max(float(g.abs().max()) for g in expected.values() if g.numel())
+    for key, value in expected.items():
+        torch.testing.assert_close(
+            actual[key], value, rtol=1e-4, atol=1e-5 * largest, msg=lambda text, k=key: f"{k}: {text}"
+        )

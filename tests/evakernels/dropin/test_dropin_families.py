@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from dropin_families import FAMILIES, pair
+from dropin_families import FAMILIES, assert_same_gradients, pair
 from dropin_family import gradients, ops_of, run
 
 pytestmark = pytest.mark.usefixtures("everything_served")
@@ -26,18 +26,12 @@ def _assert_close(actual, expected, bound):
 @every_family
 @both_modes
 def test_features_are_those_of_the_untouched_model(name, training):
+    """With gradients and without."""
     family, model, untouched = pair(name)
-    actual, expected = (run(family, m.train(training), 1) for m in (model, untouched))
-    _assert_close(actual, expected, 1e-5)
-
-
-@every_family
-@both_modes
-def test_features_without_gradients(name, training):
-    family, model, untouched = pair(name)
-    with torch.no_grad():
-        actual, expected = (run(family, m.train(training), 1) for m in (model, untouched))
-    _assert_close(actual, expected, 1e-5)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            actual, expected = (run(family, m.train(training), 1) for m in (model, untouched))
+        _assert_close(actual, expected, 1e-5)
 
 
 @every_family
@@ -45,11 +39,7 @@ def test_gradients_are_those_of_the_untouched_model(name):
     family, model, untouched = pair(name)
     actual, expected = (gradients(family, m.train(), 2) for m in (model, untouched))
     assert list(actual) == list(expected)
-    largest = max(float(g.abs().max()) for g in expected.values() if g.numel())
-    for key, gradient in expected.items():
-        torch.testing.assert_close(
-            actual[key], gradient, rtol=1e-4, atol=1e-5 * largest, msg=lambda m, k=key: f"{k}: {m}"
-        )
+    assert_same_gradients(actual, expected)
 
 
 @every_family

@@ -244,14 +244,6 @@ def test_without_avx512_less_is_served():
         assert served == {name for name, table in _gate.cpu_table(isa).items() if torch.bfloat16 in table}
 
 
-@pytest.mark.parametrize(("avx512", "served"), [(True, {torch.float32}), (False, set())])
-def test_linear_layers_stay_torchs_on_amds_processors_without_avx512(avx512, served, monkeypatch):
-    module = sys.modules[evakernels.nn.linear.__module__]
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "AMD EPYC", "avx512_f": avx512})
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    assert module.served_dtypes.__wrapped__() - {torch.bfloat16} == served
-
-
 def test_only_modules_are_taken():
     for function in (evakernels.accelerate, evakernels.restore):
         with pytest.raises(TypeError, match=r"model is a list; accepted: a torch.nn.Module"):

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from dropin_families import close, pair
+from dropin_families import assert_same_gradients, close, pair
 from dropin_family import gradients, log_ops, ops_of, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -64,16 +64,6 @@ def _drop_nothing(model):
 
 def _classes(model):
     return [type(module) for module in model.modules()]
-
-
-def _assert_same_gradients(actual, expected):
-    """Compiled code gives parameters that had no part in the loss a gradient of zeros."""
-    assert all(not actual[key].any() for key in actual.keys() - expected.keys())
-    largest = max(float(g.abs().max()) for g in expected.values())
-    for key, value in expected.items():
-        torch.testing.assert_close(
-            actual[key], value, rtol=1e-4, atol=1e-5 * largest, msg=lambda text, k=key: f"{k}: {text}"
-        )
 
 
 def _fill(model, source):
@@ -203,7 +193,7 @@ def test_its_training_compiles_without_a_graph_break(name):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if name in TRACED else "eager")
     expected = gradients(family, model, 1)
     actual = {key.removeprefix("_orig_mod."): value for key, value in gradients(family, compiled, 1).items()}
-    _assert_same_gradients(actual, expected)
+    assert_same_gradients(actual, expected)
 
 
 @pytest.mark.parametrize("name", [pytest.param("eva02", marks=pytest.mark.exhaustive), "vit"])
@@ -297,7 +287,7 @@ def test_fsdp2_before_and_after(name, whole_blocks, first, one_process):
     close(run(family, model, 1), run(family, untouched, 1))
     expected = gradients(family, untouched.train(), 2)
     actual = {key: _whole(value) for key, value in gradients(family, model.train(), 2).items()}
-    _assert_same_gradients(actual, expected)
+    assert_same_gradients(actual, expected)
     # A fused step calls a norm that is sharded on its own.
     assert ops_of(family, model) == (family.ops if whole_blocks else family.ops - {"add_layer_norm"})
     evakernels.restore(model)
