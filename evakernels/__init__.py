@@ -4,7 +4,7 @@ from evakernels import nn, optim
 from evakernels._checkpoint import checkpoint_policy
 from evakernels._info import info
 from evakernels._version import __version__
-from evakernels.backends import BackendError, ReferenceWarning, explain, use_backend
+from evakernels.backends import BackendError, ReferenceWarning, explain, set_loss_products, use_backend
 from evakernels.dropin import UnknownFormWarning, accelerate, restore
 from evakernels.ops import (
     adamw_update,
@@ -62,6 +62,7 @@ __all__ = [
     "rms_norm_add",
     "rope_attention",
     "sample_token_index",
+    "set_loss_products",
     "siglip_loss",
     "swiglu",
     "token_dropout",

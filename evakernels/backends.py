@@ -18,6 +18,9 @@ from evakernels import _names
 PREFERENCE = ("cuda", "triton", "cpu", "reference")
 """Backend names, the preferred one first."""
 
+LOSS_PRODUCTS = ("ieee", "tf32x3")
+"""What `set_loss_products` takes."""
+
 Reasons = Callable[..., list[str]]
 """Maps the arguments of a call to the reasons why a backend can't serve it; an empty list means that it can."""
 
@@ -67,6 +70,28 @@ _kept: dict[str, dict[Any, Any]] = {}
 _warned: set[tuple[str, str]] = set()
 overrides: Overrides | None = None
 """None outside of all their blocks."""
+loss_products = "ieee"
+"""What `set_loss_products` has set."""
+
+
+def set_loss_products(kind: str) -> None:
+    """How the contrastive losses' Triton kernels multiply float32 from now on, in the whole process.
+
+    It is read at each launch, in backward again, and changes nothing where `torch.set_float32_matmul_precision` has
+    products rounded to TF32. The gradients' products are cuBLAS's, which only that rule is for.
+
+    Args:
+        kind: `ieee`, the default, for sums of float32 products, without matrix units; `tf32x3` for sums of three
+            products of TF32 on tensor cores, of numbers that are split in two (Ootomo and Yokota 2022, arXiv
+            2203.03341), whose error is about the same.
+
+    Raises:
+        ValueError: for another kind.
+    """
+    global loss_products
+    if kind not in LOSS_PRODUCTS:
+        raise ValueError(_names.unknown("kind of products", kind, LOSS_PRODUCTS))
+    loss_products = kind
 
 
 def register(

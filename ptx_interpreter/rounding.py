@@ -10,6 +10,7 @@ from .types import Array, Value
 SMALLEST_NORMAL = np.float32(2.0**-126)
 NAN16 = np.uint16(0x7FFF)
 """The NaN that conversions to 16 bits give, of bf16 and of f16."""
+_TF32 = np.uint32(0xFFFFE000)
 _LOW_BITS = np.uint64((1 << 29) - 1)
 _MIDPOINT = np.uint64(1 << 28)
 """Of the bits of a float64 that a float32 hasn't: those of a number in the middle of two float32."""
@@ -38,6 +39,17 @@ def to_f16(x: Value) -> Array:
     rounded = np.asarray(x, np.float32).astype(np.float16).view(np.uint16)
     nan = np.isnan(x)
     return np.where(nan, NAN16, rounded) if np.any(nan) else rounded
+
+
+def to_tf32(x: Value) -> Array:
+    """The bits of TF32, rounded to nearest, halves away from zero; the 13 that it hasn't are zero."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    return np.where(np.isfinite(x), bits + np.uint32(1 << 12), bits) & _TF32
+
+
+def cut_to_tf32(bits: Array) -> Array:
+    """float32 of the bits of TF32: tensor cores don't look at those that it hasn't."""
+    return (bits & _TF32).view(np.float32)
 
 
 def flushed(x: Value) -> Value:

@@ -91,11 +91,11 @@ def parts_table(parts: Sequence[Part], images_per_core: float | None) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     for tree in parts_tree(parts, images_per_core):
-        steps = "?" if tree["steps"] is None else f"{tree['steps']:,}"
+        count = "?" if tree["steps"] is None else f"{tree['steps']:,}"
         of_step = f"{tree['peak'] / _GIB:.2f}", f"{tree['flops'] / 1e12:,.1f}", spread(tree["seconds"])
-        hours = spread(tree["gpu_hours"]) if tree["gpu_hours"] else "?"
+        took = spread(tree["gpu_hours"]) if tree["gpu_hours"] else "?"
         cores = [spread(tree["decoding_cores_of_a_node"])] if images_per_core else []
-        table.add_row(f"{tree['image_size']}", steps, *of_step, hours, *cores)
+        table.add_row(f"{tree['image_size']}", count, *of_step, took, *cores)
     if hours := run_hours(parts):
         table.add_section()
         days = [each / parts[0].job.gpus / 24 for each in hours]

@@ -71,7 +71,7 @@ def dry_run_as(config: TrainConfig, gpus: int, *, resume: str = "none", overwrit
 
 
 def _try(config: TrainConfig, world: World, resume: str, overwrite: bool) -> None:
-    host.prepare(world.device, config.data.workers)
+    host.prepare(world.device, config.data.workers, config.loss.products)
     trackers.require(config.log)
     remarks: list[str] = []
     start = _start(config, resume, overwrite, remarks.append) if world.is_main else None

@@ -6,12 +6,14 @@ import resource
 import torch
 
 from evaclip.machine import keep_freed_memory, multiplies_bfloat16
+from evakernels import set_loss_products
 
 
-def prepare(device: torch.device, workers: int) -> None:
+def prepare(device: torch.device, workers: int, loss_products: str = "ieee") -> None:
     """Keeps freed memory and leaves cores to the workers, for training on a CPU; on a GPU, one rule for float32."""
     # By torch's defaults cuDNN rounds to TF32 in the patch embedding, where no other product of a float32 model is.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    set_loss_products(loss_products)
     if device.type == "cpu":
         keep_freed_memory()
         leave_cores_to_workers(workers)

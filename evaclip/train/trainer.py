@@ -70,7 +70,7 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
         TrainingDiverged: see `NonfiniteConfig`.
     """
     world = connect(config.device, config.parallel)
-    host.prepare(world.device, config.data.workers)
+    host.prepare(world.device, config.data.workers, config.loss.products)
     with closing(world), naming_timeouts(config.parallel), ExitStack() as stack:
         messages = list(filter(None, [slow_precision(world.device, config.precision)]))
         trackers.require(config.log)

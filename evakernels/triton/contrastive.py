@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from evakernels import backends
 from evakernels.reference import contrastive as reference
 from evakernels.triton import INTERPRETED
 from evakernels.triton._launch import float32_products, on_device_of
@@ -518,7 +519,10 @@ def _chunks(rows: int, row_bytes: int, multiple: int) -> Iterator[slice]:
 
 
 def _launch(op: str, image: Tensor) -> dict[str, Any]:
-    return config(op, {"depth": image.shape[1]}, image) | {"PRECISION": float32_products(image)}
+    precision = float32_products(image)
+    if precision == "ieee" and image.dtype == torch.float32:
+        precision = backends.loss_products
+    return config(op, {"depth": image.shape[1]}, image) | {"PRECISION": precision}
 
 
 def _padded(features: Tensor, launch: dict[str, Any]) -> Tensor:

@@ -77,8 +77,13 @@ MODES = "rn rz rm rp rni rzi rmi rpi"
 TYPES = "u8 s8 u16 s16 u32 s32 u64 s64 f16 f32 f64 bf16 bf16x2 f16x2"
 
 
-@makes("cvt", f"{MODES} sat {TYPES}")
+@makes("cvt", f"{MODES} rna sat tf32 {TYPES}")
 def convert(machine: Machine, i: Instruction) -> Step:
+    if "tf32" in i.mods:
+        if i.mods != ("rna", "tf32", "f32"):
+            raise Unsupported("a conversion to TF32 but .rna.tf32.f32")
+        target, source = machine.registers.target(i.args[0], "b32"), machine.registers.source(i.args[1], "f32")
+        return elementwise(target, rounding.to_tf32, source)
     to, of = (mod for mod in i.mods if mod in DTYPES)
     sources = [machine.registers.source(arg, of) for arg in i.args[1:]]
     if to.endswith("x2"):

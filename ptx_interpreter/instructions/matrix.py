@@ -89,22 +89,26 @@ def store_matrices(machine: Machine, i: Instruction) -> Step:
 
 
 def numbers(bits: Array, kind: str) -> Array:
-    """float32 of pairs [..., n] in 32 bits, the lower half first: [..., 2 n]."""
+    """float32 of elements [..., n] in 32 bits: pairs of 16 bits, the lower half first, [..., 2 n]; TF32 [..., n]."""
+    if kind == "tf32":
+        return rounding.cut_to_tf32(bits.view(np.uint32))
     if kind == "f16":
         return bits.view(np.float16).astype(np.float32)
     return rounding.from_bf16(bits.view(np.uint16))
 
 
-@makes("mma", "sync aligned m16n8k16 row col f32 bf16 f16")
+@makes("mma", "sync aligned m16n8k16 m16n8k8 row col f32 bf16 f16 tf32")
 def multiply(machine: Machine, i: Instruction) -> Step:
     """d = a b + c. In PTX's figures for m16n8k16: row or column of an element is lane / 4, its pair lane % 4.
 
     Register n of a (16 x 16) has rows 8 (n % 2) on and columns 8 (n / 2) on; that of b (16 x 8) has rows 8 n on; of d
-    and c (16 x 8) registers 2 n and 2 n + 1 have the two columns of a pair in rows 8 n on.
+    and c (16 x 8) registers 2 n and 2 n + 1 have the two columns of a pair in rows 8 n on. In m16n8k8 an element of
+    TF32 is in the place of a pair.
     """
-    kinds = [mod for mod in i.mods if mod in ("f32", "bf16", "f16")]
-    if kinds[0] != "f32" or kinds[3] != "f32" or kinds[1] != kinds[2]:
-        raise Unsupported(f"a product of {kinds}")
+    kinds = [mod for mod in i.mods if mod in ("f32", "bf16", "f16", "tf32")]
+    shape = "m16n8k8" if kinds[1] == "tf32" else "m16n8k16"
+    if kinds[0] != "f32" or kinds[3] != "f32" or kinds[1] != kinds[2] or shape not in i.mods:
+        raise Unsupported(f"a product of {kinds} in this shape")
     d, a, b, c = i.args
     targets = [machine.registers.target(name, "f32") for name in d]
     left, right = ([machine.registers.source(name, "u32") for name in names] for names in (a, b))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 GROUP = 4 * WARP
 DEPTH = 16
+"""Elements of 16 bits; of TF32 half as many, which `numbers` makes of them."""
 WIDTH_OF_SWIZZLE = {0: 1, 1: 8, 2: 4, 3: 2}
 """By bits 62 and 63 of a descriptor: how many units of 16 bytes are exchanged among each other."""
 
@@ -67,7 +68,7 @@ class Factor:
     kind: str
 
     def read(self, groups: Array) -> Array:
-        """[groups, rows, 16] as float32."""
+        """[groups, rows, 16] as float32, of TF32 [groups, rows, 8]."""
         machine, lanes = self.machine, groups * GROUP
         descriptors = np.broadcast_to(self.descriptor, machine.lanes)[lanes]
         try:
@@ -92,23 +93,24 @@ class Factor:
 
 
 def _in_registers(machine: Machine, sources: list[Value], kind: str, groups: Array) -> Array:
-    """The left factor [groups, 64, 16]: each warp has 16 rows, as in mma."""
+    """The left factor [groups, 64, 16], of TF32 [groups, 64, 8]: each warp has 16 rows, as in mma."""
     bits = np.empty((len(groups), 4, 2, 8, 2, 4), np.uint32)
     for n, source in enumerate(sources):
         bits[:, :, n % 2, :, n // 2] = np.broadcast_to(source, machine.lanes).reshape(-1, 4, 8, 4)[groups]
     return numbers(bits.reshape(-1, 64, 8), kind)
 
 
-SHAPES = " ".join(f"m64n{n}k16" for n in range(8, 257, 8))
+SHAPES = " ".join(f"m64n{n}k{k}" for n in range(8, 257, 8) for k in (8, 16))
 
 
-@makes("wgmma", f"fence commit_group wait_group mma_async sync aligned f32 bf16 f16 {SHAPES}")
+@makes("wgmma", f"fence commit_group wait_group mma_async sync aligned f32 bf16 f16 tf32 {SHAPES}")
 def warpgroup(machine: Machine, i: Instruction) -> Step:
     """mma_async: d = a b + d if the predicate holds, else a b; the factors may be negated."""
     if i.mods[0] != "mma_async":
         return NO_STEP
-    columns, kind = int(re.findall(r"\d+", i.mods[3])[1]), i.mods[5]
-    if i.mods[4] != "f32" or kind == "f32" or i.mods[6] != kind:
+    (_, columns, depth), kind = map(int, re.findall(r"\d+", i.mods[3])), i.mods[5]
+    fits = depth == (8 if kind == "tf32" else 16)
+    if i.mods[4] != "f32" or kind == "f32" or i.mods[6] != kind or not fits:
         raise Unsupported(f"a product of {i.mods[4:]}")
     registers = machine.registers
     sums = [registers.target(name, "f32") for name in i.args[0]]
@@ -116,7 +118,7 @@ def warpgroup(machine: Machine, i: Instruction) -> Step:
         raise Unsupported(f"{columns} columns in {len(sums)} registers")
     keep = registers.source(i.args[3], "pred")
     signs = [registers.number(arg) for arg in i.args[4:6]]
-    major = [bool(registers.number(arg)) for arg in i.args[6:]]
+    major = [bool(registers.number(arg)) for arg in i.args[6:]] or [False, False]  # TF32 is K-major
     right = _factor(machine, i, i.args[2], columns, major[-1])
     if isinstance(i.args[1], list):
         words = [registers.source(name, "u32") for name in i.args[1]]

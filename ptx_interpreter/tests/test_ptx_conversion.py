@@ -215,3 +215,16 @@ def test_fused_sums_of_16_bits_are_rounded_once(name):
     pairs = [word.astype(np.uint32) | word[::-1].astype(np.uint32) << 16 for word in words]
     both = apply(f"fma.rn.{name}x2 %o, %a0, %a1, %a2;", *pairs, out=np.uint32)
     assert (both == found.astype(np.uint32) | found[::-1].astype(np.uint32) << 16).all()
+
+
+def test_to_tf32_is_to_the_nearest_with_halves_away_from_zero():
+    x = floats(3000)
+    x = x[np.isfinite(x) & (np.abs(x) >= 2.0**-126) & (np.abs(x) < 2.0**127)]
+    x[::3] = (x[::3].view(np.uint32) & np.uint32(0xFFFFE000) | np.uint32(0x1000)).view(np.float32)  # halves
+    mantissa, exponent = np.frexp(x.astype(np.float64))
+    expected = np.copysign(np.ldexp(np.floor(np.abs(mantissa) * 2**11 + 0.5), exponent - 11), x)
+    found = apply("cvt.rna.tf32.f32 %o, %a0;", x, out=np.float32)
+    assert (found == expected).all()
+    assert (found[::3] != x[::3]).all()
+    special = np.array([np.inf, -np.inf, np.nan], np.float32)
+    np.testing.assert_array_equal(apply("cvt.rna.tf32.f32 %o, %a0;", special, out=np.float32), special)

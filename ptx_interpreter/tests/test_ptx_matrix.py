@@ -155,6 +155,42 @@ def test_mma(kind):
             assert found[lane, i] == exact[place_in_c(lane, i)]
 
 
+def place_in_a_of_tf32(lane, i):
+    """Element a_i of 4, of m16n8k8: row groupID, + 8 for i = 1 and 3; column threadID, + 4 for i >= 2."""
+    group, thread = lane >> 2, lane % 4
+    return group + 8 * (i % 2), thread + 4 * (i // 2)
+
+
+def place_in_b_of_tf32(lane, i):
+    """Element b_i of 2: row threadID, + 4 for i = 1; column groupID."""
+    return lane % 4 + 4 * i, lane >> 2
+
+
+def words_of(matrix, place, elements, lanes=32):
+    """[lanes, elements] words of TF32, with bits that tensor cores don't look at."""
+    bits = np.array([[matrix[place(lane, i)] for i in range(elements)] for lane in range(lanes)], np.float32)
+    return bits.view(np.uint32) | random.integers(0, 1 << 13, bits.shape).astype(np.uint32)
+
+
+def test_mma_of_tf32():
+    a, b, c = small_numbers(16, 8), small_numbers(8, 8), small_numbers(16, 8)
+    start = np.array([[c[place_in_c(lane, i)] for i in range(4)] for lane in range(32)], np.float32)
+    found = np.zeros((32, 4), np.float32)
+    body = f"""{FILL}
+    mul.wide.u32 %d1, %r1, 16; mul.wide.u32 %d2, %r1, 8;
+    add.s64 %d3, %d1, %d30; ld.global.v4.u32 {{{listed("%r", 4, 10)}}}, [%d3];
+    add.s64 %d4, %d2, %d31; ld.global.v2.u32 {{%r20, %r21}}, [%d4];
+    add.s64 %d5, %d1, %d32; ld.global.v4.f32 {{{listed("%f", 4)}}}, [%d5];
+    mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32
+        {{{listed("%f", 4)}}}, {{{listed("%r", 4, 10)}}}, {{%r20, %r21}}, {{{listed("%f", 4)}}};
+    add.s64 %d6, %d1, %d33; st.global.v4.f32 [%d6], {{{listed("%f", 4)}}};
+    """
+    arrays = [words_of(a, place_in_a_of_tf32, 4), words_of(b, place_in_b_of_tf32, 2), start, found]
+    run(kernel(body, 4), arrays)
+    exact = a @ b + c
+    assert (found == [[exact[place_in_c(lane, i)] for i in range(4)] for lane in range(32)]).all()
+
+
 # --- wgmma.m64nNk16: PTX ISA, "asynchronous warpgroup level matrix" ------------------------------------------------
 
 
@@ -220,6 +256,8 @@ def wgmma(columns, left, right, **options):
     turned = [str(int(each == "mn")) for each in major]
     first = f"{{{listed('%r', 4, 10)}}}" if in_registers else "%d7"
     rest = turned[1:] if in_registers else turned
+    of_tf32 = options.get("tf32", False)  # which has no choice of what is major
+    kind, turns = ("k8.f32.tf32.tf32", "") if of_tf32 else ("k16.f32.bf16.bf16", ", " + ", ".join(rest))
     body = f"""{FILL}
     mul.wide.u32 %d1, %r1, 16; add.s64 %d2, %d1, %d30; ld.global.v4.u32 {{{listed("%r", 4, 10)}}}, [%d2];
     mov.u32 %r2, %r1;
@@ -234,8 +272,8 @@ def wgmma(columns, left, right, **options):
     mov.u64 %d6, {right[1]}; mov.u64 %d7, {0 if in_registers else left[1]};
     setp.ne.s32 %p2, {keep}, 0;
     wgmma.fence.sync.aligned;
-    wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {{{listed("%s", count)}}}, {first}, %d6,
-        %p2, {signs[0]}, {signs[1]}, {", ".join(rest)};
+    wgmma.mma_async.sync.aligned.m64n{columns}{kind} {{{listed("%s", count)}}}, {first}, %d6,
+        %p2, {signs[0]}, {signs[1]}{turns};
     wgmma.commit_group.sync.aligned;
     wgmma.wait_group.sync.aligned 0;
     {" ".join(f"st.global.f32 [%d3+{4 * n}], %s{n};" for n in range(count))}
@@ -285,3 +323,26 @@ def test_wgmma_scales():
     assert (found == sums - gathered(a @ b.T, 16)).all()
     _, found = wgmma(16, in_registers(a), right, keep=0, signs=(-1, -1))
     assert (found == gathered(a @ b.T, 16)).all()
+
+
+@pytest.mark.parametrize("in_registers", [True, False])
+def test_wgmma_of_tf32(in_registers):
+    """Its 8 elements of 4 bytes lie as 16 of 2 bytes do."""
+
+    def place(thread, i):
+        row, column = place_in_a_of_tf32(thread % 32, i)
+        return 16 * (thread // 32) + row, column
+
+    def in_memory(matrix, start):
+        memory = np.zeros((len(matrix), 32), np.uint32)
+        for row in range(len(matrix)):
+            for k in range(8):
+                at = swizzled(row * 128 + k * 4, 128) // 4
+                memory[at // 32, at % 32] = np.float32(matrix[row, k]).view(np.uint32)
+        return memory.view(np.uint16).reshape(-1), descriptor(start, 16, 1024, 128)
+
+    a, b = small_numbers(64, 8), small_numbers(32, 8)
+    right = in_memory(b, 0)
+    left = words_of(a, place, 4, 128) if in_registers else in_memory(a, 2 * len(right[0]))
+    sums, found = wgmma(32, left, right, tf32=True)
+    assert (found == gathered(a @ b.T, 32) + sums).all()

@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+import evakernels
 import evakernels.triton
 from evakernels import tuning
 from evakernels.tuning.calls import Draw, calls
@@ -32,8 +33,9 @@ THOROUGH = 90
 HEAD_DIMS = (80, 88, 112, 128)
 """Of models, beside the 64 and 96 of the entries: for the thorough one each is compiled with the nearest entry."""
 
-PRECISIONS = ("highest", "high")
-"""Of float32 products, as torch calls them: that of sums of float32 products, and that of tensor cores."""
+PRECISIONS = ("highest", "high", "tf32x3")
+"""Of float32 products: as torch calls them that of sums of float32 products and that of tensor cores; and the losses'
+own."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,11 @@ def usages(capability: int) -> Iterator[Usage]:
     for op, entries in tuning.table("", capability).items():
         for shape, dtype, arguments in calls_of(op, entries, thorough=capability == THOROUGH):
             for precision in PRECISIONS if dtype == torch.float32 else PRECISIONS[:1]:
-                torch.set_float32_matmul_precision(precision)
+                split = precision == "tf32x3"
+                if split and not op.startswith(("contrastive", "siglip")):
+                    continue
+                torch.set_float32_matmul_precision("highest" if split else precision)
+                evakernels.set_loss_products("tf32x3" if split else "ieee")
                 for kernel in compiled(op, arguments):
                     if kernel.hash not in measured:
                         measured[kernel.hash] = registers_and_stack(kernel.asm["cubin"])
