@@ -39,9 +39,12 @@ class Life:
         steps = steps or self.steps
         run = self.folder / f"{name}-{self.seed}"
         common = (
-            f"name={run.name}", f"output={self.folder}", f"seed={self.seed}", "log.tensorboard=false",
-            f"schedule={{steps: {steps}, epochs: null, warmup_steps: {steps // 10}, warmup_share: null}}", "log.every_steps=10",
-        )  # fmt: skip
+            f"name={run.name}",
+            f"output={self.folder}",
+            f"seed={self.seed}",
+            f"schedule={{steps: {steps}, epochs: null, warmup_steps: {steps // 10}, warmup_share: null}}",
+            "log={tensorboard: false, every_steps: 10}",
+        )
         arguments = ["train", recipe, "--resume", "auto", "--set", *common, *settings]
         print(f"\n$ evaclip {shlex.join(arguments)}", flush=True)
         if evaclip(arguments) != 0:
