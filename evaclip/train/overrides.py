@@ -122,7 +122,7 @@ def _dataclasses_in(hint: Any, value: Any, path: tuple[str, ...]) -> Iterator[tu
         yield hint, dict(value), path
 
 
-def _meant(options: tuple[Any, ...], value: Tree) -> Iterable[Any]:
+def _meant(options: tuple[Any, ...], value: Mapping[str, Any]) -> Iterable[Any]:
     """Of several dataclasses the one that has the value's `name`; of a part without one, that has most of its keys."""
     classes = [option for option in options if dataclasses.is_dataclass(option)]
     if len(classes) < 2:
