@@ -153,7 +153,7 @@ def _add_common(parser: argparse.ArgumentParser, model_help: str = _MODEL_HELP) 
     compute.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="autocast (default: fp32)"
     )
-    if model_help == _MODEL_HELP:
+    if model_help != _CLASSIFIER_HELP:
         compute.add_argument("--cache", type=Path, metavar="FOLDER", help="keep features here, and use what is kept")
     else:
         parser.set_defaults(cache=None)

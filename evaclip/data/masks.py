@@ -61,7 +61,7 @@ class BlockMasks:
                 (height, width), (rows, columns) = block, self.grid
                 top, first = int(uniform() * (rows - height + 1)), int(uniform() * (columns - width + 1))
                 part = masked[top : top + height, first : first + width]
-                added = height * width - np.count_nonzero(part)
+                added = height * width - int(np.count_nonzero(part))
                 if 0 < added <= left:
                     part[:] = True
                     left -= added

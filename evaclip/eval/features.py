@@ -34,10 +34,14 @@ class NothingReadable(UserError):
     """Not one of the samples could be read."""
 
 
-class ImageTextModel(Protocol):
-    """What the evaluation needs of a model: evaclip's CLIP, or any `nn.Module` with the same two methods."""
+class ImageModel(Protocol):
+    """What features of pictures need of a model."""
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor: ...
+
+
+class ImageTextModel(ImageModel, Protocol):
+    """What the evaluation needs of a model: evaclip's CLIP, or any `nn.Module` with the same two methods."""
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor: ...
 
@@ -90,7 +94,7 @@ class ImageFeatures:
 
 
 def encode_images(
-    model: ImageTextModel,
+    model: ImageModel,
     transform: Callable[[Any], Tensor],
     source: Source,
     options: FeatureOptions | None = None,
@@ -277,9 +281,7 @@ class _CacheFile:
     path: Path
 
     @classmethod
-    def of(
-        cls, options: FeatureOptions, model: ImageTextModel, kind: str, inputs: Sequence[str]
-    ) -> "_CacheFile | None":
+    def of(cls, options: FeatureOptions, model: object, kind: str, inputs: Sequence[str]) -> "_CacheFile | None":
         if options.cache is None:
             return None
         described = json.dumps([kind, weights_hash(model), options.precision, *inputs])

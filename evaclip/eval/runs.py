@@ -36,7 +36,7 @@ class Setting:
     """What is common to all evaluations.
 
     Attributes:
-        loaded: the model; for `run_classify` a classifier.
+        loaded: the model; for `run_classify` a classifier, for `run_linear_probe` and `run_knn` either.
         path: where the data lies, as the user wrote it.
         source: the data, opened.
         title: what the data is called in tables and reports.
@@ -153,7 +153,7 @@ def _clip(setting: Setting) -> LoadedModel:
 
 
 def _encode(setting: Setting, source: Source) -> ImageFeatures:
-    loaded = _clip(setting)
+    loaded = setting.loaded
     images = encode_images(loaded.model, loaded.transform, source, setting.options)
     refuse_rest(source, len(source) - len(images), setting.allowed_unreadable, _ALLOW)
     return images

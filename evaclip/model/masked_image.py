@@ -112,16 +112,19 @@ class MaskedImageModel(VisionModel):
             TypeError: for images that aren't floating-point.
             ValueError: for images of another size.
         """
+        result: Tensor
         if token_index is None:
-            return self.last_norm(self.tokens(images)[:, 1:].mean(1))
+            result = self.last_norm(self.tokens(images)[:, 1:].mean(1))
+            return result
         self._check(images)
         compute = self._among_all if self.decoder_norm is None else self._behind
         # In rows, as a sharded model had better return no view.
-        return self.lm_head(compute(images, token_index).flatten(0, 1))
+        result = self.lm_head(compute(images, token_index).flatten(0, 1))
+        return result
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         """Features of whole pictures `[B, width]`, see `forward`; of length 1 if `normalize`."""
-        features = self(images)
+        features: Tensor = self(images)
         return nn.functional.normalize(features, dim=-1) if normalize else features
 
     def _among_all(self, images: Tensor, masked: Tensor) -> Tensor:
@@ -131,7 +134,8 @@ class MaskedImageModel(VisionModel):
         patches = patches.scatter(1, _columns(masked, patches), token)
         x = token_dropout(patches, None, prefix=self.cls_token[0], pos_embed=self._positions())
         x = self.run_blocks(self.blocks, x, *self._tables(), None, pooled_last=False)
-        return self.last_norm(x[:, 1:].gather(1, _columns(masked, x)))
+        predicted: Tensor = self.last_norm(x[:, 1:].gather(1, _columns(masked, x)))
+        return predicted
 
     def _behind(self, images: Tensor, masked: Tensor) -> Tensor:
         """Of the masked patches, which come in behind the blocks."""
@@ -144,7 +148,8 @@ class MaskedImageModel(VisionModel):
         patches = everywhere.scatter(1, _columns(visible, x), x[:, 1:])
         x = torch.cat((x[:, :1], patches), 1)
         x = self.run_blocks(self.decoder_blocks, x, *self._tables(), None, pooled_last=False)
-        return self.decoder_norm(x[:, 1:].gather(1, _columns(masked, x)))
+        predicted: Tensor = self.decoder_norm(x[:, 1:].gather(1, _columns(masked, x)))
+        return predicted
 
     def _tables(self) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if self.rope is None else (self.rope.cos, self.rope.sin)

@@ -37,7 +37,7 @@ class Spread(nn.Module):
         self.model = model
         self.config = model.config
         self._image_shape = getattr(model.config, "vision", model.config).image_shape
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer
         self.stop = stop
         self.device = world.device
         self._world = world
@@ -46,11 +46,13 @@ class Spread(nn.Module):
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         self._meet(True)
-        return self.model.encode_image(images, normalize)
+        features: Tensor = self.model.encode_image(images, normalize)
+        return features
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
         self._meet(True)
-        return self.model.encode_text(tokens, normalize)
+        features: Tensor = self.model.encode_text(tokens, normalize)
+        return features
 
     def share(self, items: Sequence[Any]) -> Sequence[Any]:
         """This process's part, next to those of the others."""

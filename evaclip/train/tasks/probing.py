@@ -46,9 +46,8 @@ def open_probing(
 
 
 def _open(each: EvalSet) -> _Probe:
-    fit, measures = each.config.fit, each.config.measure
-    if measures is None:
-        measures = ("loss",) if fit is None else ("linear_probe", "knn")
+    fit = each.config.fit
+    measures: tuple[Measure, ...] = each.config.measure or (("loss",) if fit is None else ("linear_probe", "knn"))
     strange = [measure for measure in measures if measure not in _METRICS]
     if strange:
         raise UserError(
@@ -146,4 +145,5 @@ class _Loss(nn.Module):
         grid = self.student.present.grid
         masked = torch.arange(0, self.student.num_patches, 2, device=images.device).expand(len(images), -1)
         wanted = self._teacher(images, grid)[:, ::2].flatten(0, 1)
-        return -similarity(self.student(images, masked), wanted).unflatten(0, masked.shape).mean(1, keepdim=True)
+        cosines: Tensor = similarity(self.student(images, masked), wanted).unflatten(0, masked.shape)
+        return -cosines.mean(1, keepdim=True)

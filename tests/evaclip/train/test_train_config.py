@@ -59,7 +59,10 @@ def test_unknown_keys_are_errors_with_the_nearest(run_config: Make, assignment: 
         ("schedule.epochs=2", "schedule: set either steps or epochs, got steps=6 and epochs=2"),
         ("schedule={steps: 9, warmup_steps: 2, warmup_share: 0.1}", "set either warmup_steps or warmup_share"),
         ("optim=5", "optim=5"),
-        ("eval.sets.val.measure=[accuracy]", "input should be 'classify', 'retrieval' or 'loss'"),
+        (
+            "eval.sets.val.measure=[accuracy]",
+            "input should be 'classify', 'retrieval', 'loss', 'linear_probe' or 'knn'",
+        ),
         ("eval.sets={a/b: {}}", "string should match pattern"),
         ("data.train=null", "data.train=None: input should be a valid string"),
     ],
