@@ -11,7 +11,7 @@ from evaclip.model.clip import CLIP
 from evaclip.model.config import find_model
 from evaclip.model.vision_model import VisionModel
 from evaclip.model.vision_names import RELEASES, is_vision_model, split_name
-from evaclip.run_files import CONFIG_FILE, EMA_FILE, MODEL_CONFIG_FILE, PREPROCESS_FILE
+from evaclip.run_files import CLASSES_FILE, CONFIG_FILE, EMA_FILE, MODEL_CONFIG_FILE, PREPROCESS_FILE
 from evaclip.tokenizer import Tokenizer
 from evaclip.transforms import EvalTransform, OpaqueTransform
 from evaclip.weights import find_weights
@@ -59,6 +59,7 @@ class FoundClassifier:
         name: timm's.
         weights: their file; None for random ones.
         num_classes: of the classifier; 0 without one.
+        classes: their names by label, where a training left them.
         options: of `create_vision_model`.
         run: the folder of the run that it belongs to, if it belongs to one.
     """
@@ -68,6 +69,7 @@ class FoundClassifier:
     num_classes: int
     options: dict[str, Any] = field(default_factory=dict)
     run: Path | None = None
+    classes: tuple[str, ...] | None = None
 
     def load(
         self,
@@ -111,7 +113,10 @@ def find_classifier(given: str, *, average: bool = True) -> FoundClassifier:
     if path.is_dir():
         name, weights, options, run = _read_checkpoint(path, average)
         _require_classifier(name)
-        return FoundClassifier(name, weights, options.get("num_classes") or classifier_size(weights), options, run)
+        count = options.get("num_classes") or classifier_size(weights)
+        names = weights.with_name(CLASSES_FILE)
+        classes = tuple(json.loads(names.read_text(encoding="utf-8"))) if names.exists() else None
+        return FoundClassifier(name, weights, count, options, run, classes)
     name, _, source = (given, "", given) if given.startswith(HUB) else given.partition(":")
     if find_model(name) is None and not is_vision_model(name) and len(path.parts) > 1:
         raise UserError(f"there is no folder {given!r}; give a run folder, a checkpoint folder or NAME[:WEIGHTS]")
@@ -136,7 +141,9 @@ def load_features(given: str, *, device: str = "cpu", average: bool = True) -> "
     name = _read_checkpoint(path, average)[0] if path.is_dir() else given
     name = name if name.startswith(HUB) else name.partition(":")[0]
     if find_model(name) is None and is_vision_model(name):
-        return find_classifier(given, average=average).load(device=device)
+        loaded = find_classifier(given, average=average).load(device=device)
+        # On white, as features are everywhere else.
+        return replace(loaded, transform=EvalTransform(loaded.model.config.image_size, loaded.model.preprocess))
     return load_model(given, device=device, average=average)
 
 

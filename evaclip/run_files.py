@@ -2,7 +2,7 @@
 
 RUN/config.yaml  log.jsonl  events.jsonl  tensorboard/  wandb/  trackio  checkpoints/latest  checkpoints/step_00000100/
 RUN/lock (while a process trains)
-step_.../model.safetensors  ema.safetensors  optimizer/  model.json  preprocess.json  state.pt  meta.json
+step_.../model.safetensors  ema.safetensors  optimizer/  model.json  preprocess.json  classes.json  state.pt  meta.json
 """
 
 CONFIG_FILE = "config.yaml"
@@ -20,6 +20,8 @@ EMA_FILE = "ema.safetensors"
 OPTIMIZER_FOLDER = "optimizer"
 MODEL_CONFIG_FILE = "model.json"
 PREPROCESS_FILE = "preprocess.json"
+CLASSES_FILE = "classes.json"
+"""The names of a classifier's classes, by label, if they have any."""
 STATE_FILE = "state.pt"
 META_FILE = "meta.json"
 

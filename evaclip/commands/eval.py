@@ -187,6 +187,8 @@ def _run_classify(args: argparse.Namespace) -> None:
     classnames = _classnames(args)
     source, options = _prepare(args)
     found = find_classifier(args.model, average=not args.no_average)
+    if classnames is None and args.subset is None:
+        classnames = found.classes
     classes = class_space(found.num_classes, source, classnames, args.subset)
     real = load_real_labels(args.real_labels, source, len(classes.names)) if args.real_labels else None
     pictures = {"image_size": args.image_size, "crop": args.crop_pct, "antialias": args.antialias}

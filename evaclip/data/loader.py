@@ -243,17 +243,22 @@ class _BatchReader:
         samples = self.order.indices(global_indices)
         caption_draws = mix(self.seed, _CAPTION, global_indices)
         seeds = mix(self.seed, _AUGMENTATION, global_indices) >> np.uint64(1)
-        images, captions, faults = list[Tensor](), list[str](), list[Fault]()
+        images, captions, keys, faults = list[Tensor](), list[str](), list[str](), list[Fault]()
         for slot, sample in enumerate(samples.tolist()):
             raw, picture = self._load(sample, int(global_indices[slot]), faults)
+            keys.append(raw.key)
             captions.append(raw.captions[int(caption_draws[slot]) % len(raw.captions)] if raw.captions else "")
             try:
                 images.append(self.transform(picture, int(seeds[slot])))
             except Exception as exc:
                 exc.add_note(f"while transforming {raw.key} of {self.source.description}")
                 raise
+        try:
+            targets = self.targets(captions, mix(self.seed, _TARGET, global_indices))
+        except UserError as exc:
+            raise UserError(f"{exc}; in {self.source.description}, one of {', '.join(keys)}") from exc
         # In a worker this is shared memory at once.
-        return _Loaded(default_collate(images), self.targets(captions, mix(self.seed, _TARGET, global_indices)), faults)
+        return _Loaded(default_collate(images), targets, faults)
 
     def _global_indices(self, position: int) -> I64:
         """Of this process's part [n] of the batch. Processes take its samples by canonical node."""

@@ -1,6 +1,6 @@
 """Fine-tuning of classifiers: pictures and their classes (EVA, Fang et al. 2022; EVA-02, Fang et al. 2023)."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any, Self
 
@@ -17,9 +17,10 @@ from evaclip.errors import UserError
 from evaclip.eval.labels import assign_labels
 from evaclip.eval.prompts import PLACEHOLDER, load_classnames
 from evaclip.factory import create_vision_model
+from evaclip.model.config import VisionConfig
 from evaclip.model.flops import vision_flops
 from evaclip.model.vision_model import VisionModel
-from evaclip.run_files import MODEL_CONFIG_FILE, PREPROCESS_FILE
+from evaclip.run_files import CLASSES_FILE, MODEL_CONFIG_FILE, PREPROCESS_FILE
 from evaclip.train.config import ClassificationTask, LossConfig, ModelConfig, TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.step import Chunk
@@ -28,7 +29,8 @@ from evaclip.train.tasks.task import Evaluate, MeanOverSamples, Size
 from evaclip.train.throughput import BACKWARD_FACTOR
 from evaclip.train.timm_data import Mixing, TimmTransform, partners
 
-_OF_CLIP = ("pretrained_text", "lock_text")
+_OF_CLIP = ("pretrained_text", "lock_text", "lock_text_unlocked_layers")
+_OPTIONS = {each.name for each in fields(VisionConfig)}
 _TRANSFORM = DataConfig(train="").transform
 
 
@@ -94,7 +96,7 @@ class Classification(MeanOverSamples):
     @classmethod
     def build(cls, config: TrainConfig, world: World, model: VisionModel) -> Self:
         if config.model.lock_image:
-            model.lock(config.model.lock_image_unlocked_groups)
+            model.lock(max(1, config.model.lock_image_unlocked_groups))  # the classifier has start values
         return cls(model, _task(config), classes_for(config), config.seed)
 
     @classmethod
@@ -151,9 +153,11 @@ class Classification(MeanOverSamples):
     def descriptions(self, config: TrainConfig) -> dict[str, Any]:
         model = self.model
         options = {"num_classes": model.num_classes, **asdict(model.config)}
+        names = self._classes.names
         return {
             PREPROCESS_FILE: {"image_size": model.config.image_size, **asdict(model.preprocess)},
             MODEL_CONFIG_FILE: {"name": config.model.name, **options},
+            **({} if names == _numbers(len(names)) else {CLASSES_FILE: list(names)}),
         }
 
 
@@ -174,15 +178,19 @@ def classes_for(config: TrainConfig) -> Classes:
             f"task.classes={given}, but the training data has {len(folders)} class folders: "
             "task.classes=null takes these"
         )
-    if given is None:
-        names = folders
-    elif isinstance(given, int):
-        names = tuple(map(str, range(given)))
+    if given is None or isinstance(given, int):
+        # Folders called by numbers are labels: folder 10 holds class 10, though it comes before 2.
+        numbers = _numbers(given or len(folders))
+        names = numbers if not folders or set(folders) == set(numbers) else folders
     else:
         names = load_classnames(given) if isinstance(given, str) else given
     found = Classes(names, folders)
     found.labels(list(folders))  # Folders that are no classes are told now.
     return found
+
+
+def _numbers(count: int) -> tuple[str, ...]:
+    return tuple(map(str, range(count)))
 
 
 def _task(config: TrainConfig) -> ClassificationTask:
@@ -193,6 +201,7 @@ def _task(config: TrainConfig) -> ClassificationTask:
 def _refuse_what_is_of_clip(config: TrainConfig) -> None:
     given = [f"model.{key}" for key in _OF_CLIP if getattr(config.model, key) != getattr(ModelConfig(), key)]
     given += ["loss"] if config.loss != LossConfig() else []
+    given += [f"model.options.{key}" for key in config.model.options if key not in _OPTIONS]
     if given:
         raise UserError(f"task.name=classification has no {', '.join(given)}: leave that at its default")
 

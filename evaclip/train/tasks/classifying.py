@@ -57,6 +57,8 @@ def open_classifying(
         )
         for each in sets
     ]
+    for space in spaces:
+        space.labels(space.folders, space.folders)  # Folders that are no classes are told now.
     return Classifying(list(zip(sets, spaces, strict=True)), transform, world) if sets else None
 
 

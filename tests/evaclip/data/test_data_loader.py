@@ -355,6 +355,17 @@ def test_a_mistake_in_the_transform_is_no_bad_sample(shards):
     assert caught.value.__notes__[0].startswith("while transforming 0000")
 
 
+def no_class(captions, seeds):
+    raise UserError("label 7 is no class")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_captions_that_give_no_targets_are_placed(shards, workers):
+    options = {"batch_size": 2, "transform": number_transform, "targets": no_class, "seed": 0, "workers": workers}
+    with pytest.raises(UserError, match=r"^label 7 is no class; in 3 shards, .*, one of 0000\d+, 0000\d+$"):
+        take(TrainLoader(open_source(shards), **options), 1)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_sees_every_sample_once_and_in_order(shards, workers):
     batches = list(iterate(open_source(shards, caption_key="json:captions"), number_transform, 10, workers))

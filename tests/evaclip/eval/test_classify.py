@@ -289,7 +289,7 @@ def test_what_is_printed(val: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert "50 pictures took no part: the classifier lacks 1 of their classes, such as teddy" in printed
     assert "ReaL top-1, of 9" in printed
-    with pytest.raises(UserError, match="`evaclip eval classify` measures it"):
+    with pytest.raises(UserError, match="`evaclip eval classify`, `linear-probe` and `knn` measure it"):
         load_model(str(model))
 
 

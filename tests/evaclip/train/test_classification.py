@@ -125,7 +125,7 @@ def test_a_run_learns_and_its_weights_come_back(run_config: Callable[..., TrainC
     config = run_config(
         f"data.train={data}", f"eval.sets.val.data.train={colour_folders(tmp_path / 'val', 3)}",
         "data.augmentation.scale=[0.5,1.0]", "task.auto_augment=rand-m3", "schedule.steps=30", "optim.lr=0.01",
-        "batch_size=12", "ema_decay=0.9", task="classification",
+        "batch_size=12", "ema_decay=0.9", "task.classes=[sky blue, dark red, green]", task="classification",
     )  # fmt: skip
     run = train(config).folder
     log = read_log(run / "log.jsonl")
@@ -156,7 +156,7 @@ def test_a_run_learns_and_its_weights_come_back(run_config: Callable[..., TrainC
     ("given", "folders", "names"),
     [
         (None, True, ("dark red", "green", "sky blue")),
-        (3, True, ("0", "1", "2")),
+        (3, True, ("dark red", "green", "sky blue")),
         (7, False, tuple("0123456")),
         (("a", "b", "c"), True, ("a", "b", "c")),
     ],
@@ -171,6 +171,19 @@ def test_classes(given: Any, folders: bool, names: tuple[str, ...], run_config: 
     assert classes.labels(["1", "sky blue"] if folders else ["1", "2"]).tolist() == [1, 2]
 
 
+def test_folders_called_by_numbers_are_labels(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    for number in range(11):
+        (tmp_path / str(number)).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / str(number) / "a.png")
+    classes = classes_for(run_config(f"data.train={tmp_path}", task="classification"))
+    assert classes.labels(["10", "2"]).tolist() == [10, 2]
+
+
+def test_a_locked_model_trains_its_classifier(run_config: Callable[..., TrainConfig]) -> None:
+    model = build(run_config("model.lock_image=true", task="classification"), ALONE).model
+    assert {name for name, value in model.named_parameters() if value.requires_grad} == {"head.weight", "head.bias"}
+
+
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [
@@ -178,6 +191,7 @@ def test_classes(given: Any, folders: bool, names: tuple[str, ...], run_config: 
         (["batch_size=6", "accumulation=4"], r"batch_size=6 is less than 2 samples for each of 4 chunks"),
         (["model.lock_text=true"], "task.name=classification has no model.lock_text"),
         (["data.augmentation.rotation=5"], "data.augmentation.rotation is not used in classification"),
+        (["model.options.num_classes=10"], "task.name=classification has no model.options.num_classes"),
         (["task.auto_augment=rand-q1"], "task.auto_augment='rand-q1' is no policy of timm"),
         (
             ["task.classes=3"],
