@@ -128,7 +128,7 @@ class FeatureCache:
     """Features of views on disk, a file each, by what is in their pixels: what was kept is never another view's.
 
     A file's name is a hash of 128 bits of the normalised pixels and the grid, in a folder for the teacher's weights,
-    precision and preprocessing. It appears complete or not at all, and is mapped when it is read; a damaged one is
+    architecture, precision and preprocessing. It appears complete or not at all, and is mapped when it is read; a damaged one is
     written anew. Where one view of a batch is missing, all are computed: so the products have the shapes that they
     would have without a cache.
 
@@ -219,7 +219,7 @@ def open_teacher(config: TeacherConfig, run: TrainConfig, world: World, model: V
         without_data(tower, mode)
         if cut:
             cut_up(tower)
-    cache = None if config.cache is None or mode else _cache(config, tower, (own, model.preprocess), precision)
+    cache = None if mode else _cache(config, tower, (own, model.preprocess), precision)
     with mode or nullcontext():
         return Teacher(tower, own, model.preprocess, cache)
 
@@ -247,7 +247,8 @@ def _cache(
 ) -> FeatureCache | None:
     if config.cache is None:
         return None
-    described = json.dumps([weights_hash(tower), precision, *map(asdict, preprocesses)])
+    # Options such as the heads or a norm's epsilon change features, and no parameter's name or shape.
+    described = json.dumps([weights_hash(tower), asdict(tower.config), precision, *map(asdict, preprocesses)])
     name = hashlib.sha256(described.encode()).hexdigest()[:24]
     return FeatureCache(Path(config.cache).expanduser() / name, config.cache_leaves_gb)
 

@@ -165,6 +165,9 @@ def test_a_run_with_a_cache_is_the_same_run(run_config: Make, tmp_path: Path) ->
     # Of another teacher there is nothing.
     train(run_config(*cached, "name=other", "seed=1", "schedule.steps=1", task="masked_image"))
     assert len(list((tmp_path / "cache").iterdir())) == 2
+    # Nor of one with the same weights and other options.
+    train(run_config(*cached, "name=eps", "task.teacher.options.vision.norm_eps=0.1", task="masked_image"))
+    assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
 @pytest.mark.parametrize("how", [[], ["task.masked=drop", "precision=amp_bf16"]])
