@@ -42,6 +42,7 @@ def knn(
     """Classifies `test` by the nearest of `train`, each (features [N, width], labels [N] int64 in [0, classes)).
 
     A neighbour votes for its class by `exp(cosine / temperature)`. Of classes with equal votes the lower one wins.
+    A class without a neighbour is in no place, so a miss.
 
     Raises:
         UserError: one of them is empty.
@@ -53,9 +54,13 @@ def knn(
     cosines, nearest = top_items(F.normalize(features, dim=1), F.normalize(train_features, dim=1), neighbours)
     # Of the largest: as weights they are the same, and no power overflows.
     weights = ((cosines.double() - cosines[:, :1]) / temperature).exp()
-    votes = torch.zeros(len(labels), classes, dtype=torch.float64).scatter_add_(1, train_labels[nearest], weights)
+    voters = train_labels[nearest]
+    # Less than nothing for a class that none votes for; a vote may underflow to 0.
+    votes = torch.full((len(labels), classes), -1.0, dtype=torch.float64).scatter_(1, voters, 0.0)
+    votes.scatter_add_(1, voters, weights)
     own = votes.gather(1, labels[:, None])
     ranks = ((votes > own) | ((votes == own) & (torch.arange(classes) < labels[:, None]))).sum(1)
+    ranks[own[:, 0] < 0] = max(classes, 5)
     return KnnResult(
         train_samples=len(train_labels),
         samples=len(labels),
