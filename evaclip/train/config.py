@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
+from evaclip.augmentation import Augmentation
 from evaclip.data.config import DataConfig
 from evaclip.model.savings import Savings
 
@@ -526,6 +527,13 @@ def training_tree(config: TrainConfig) -> dict[str, Any]:
     tree = {key: value for key, value in to_tree(config).items() if key not in _NOT_THE_RESULT}
     if config.task == ContrastiveTask():  # as it was before there were others
         del tree["task"]
+    elif isinstance(config.task, MaskedImageTask):
+        for key in ("cache", "cache_leaves_gb", "shard"):
+            del tree["task"]["teacher"][key]
+    if config.loss.products == LossConfig().products:  # likewise
+        del tree["loss"]["products"]
+    if config.data.augmentation.flip == Augmentation().flip:
+        del tree["data"]["augmentation"]["flip"]
     return tree
 
 

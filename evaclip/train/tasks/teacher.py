@@ -128,9 +128,9 @@ class FeatureCache:
     """Features of views on disk, a file each, by what is in their pixels: what was kept is never another view's.
 
     A file's name is a hash of 128 bits of the normalised pixels and the grid, in a folder for the teacher's weights,
-    architecture, precision and preprocessing. It appears complete or not at all, and is mapped when it is read; a damaged one is
-    written anew. Where one view of a batch is missing, all are computed: so the products have the shapes that they
-    would have without a cache.
+    architecture, precision and preprocessing. It appears complete or not at all, and is mapped when it is read; a
+    damaged one is written anew. Where one view of a batch is missing, all are computed: so the products have the shapes
+    that they would have without a cache.
 
     Args:
         folder: of this teacher.

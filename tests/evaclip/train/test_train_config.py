@@ -205,6 +205,19 @@ def test_hash_tells_what_changes_the_weights(run_config: Make) -> None:
     assert config_hash(same) == config_hash(run_config())
     assert config_hash(run_config("optim.lr=2e-3")) != config_hash(run_config())
     assert config_hash(run_config("data.augmentation.hue=0.1")) != config_hash(run_config())
+    assert config_hash(run_config("loss.products=tf32x3")) != config_hash(run_config())
+
+
+def test_hash_of_masked_image_modelling_leaves_out_where_features_lie(run_config: Make) -> None:
+    plain = config_hash(run_config(task="masked_image"))
+    for same in ("cache=elsewhere", "cache_leaves_gb=1.0", "shard=true"):
+        assert config_hash(run_config(f"task.teacher.{same}", task="masked_image")) == plain
+    assert config_hash(run_config("task.teacher.precision=bf16", task="masked_image")) != plain
+
+
+def test_hash_is_that_of_earlier_versions() -> None:
+    """As they wrote it into checkpoints, before there were tasks and kinds of products."""
+    assert config_hash(get_recipe("tiny")) == "6e278467c5e5e3ba"
 
 
 def test_other_data_is_not_measured_on_the_drawn_circles() -> None:
