@@ -33,7 +33,7 @@ class Parts:
         resolution: which size images have at each step, and what that costs.
         peak_flops: FLOP/s of all devices together.
         epoch_samples: samples that count as one epoch.
-        remarks: what is to be said about the data before the run begins.
+        remarks: what is to be said about the data and the task before the run begins.
     """
 
     config: TrainConfig
@@ -90,7 +90,7 @@ def build(config: TrainConfig, world: World) -> Parts:
         epoch_samples=config.schedule.epoch_samples or len(source),
         resolution=resolution,
         peak_flops=world.size * peak_flops(world.device, config.precision),
-        remarks=[_held_out_of(config, whole, held_out)] if config.held_out else [],
+        remarks=([_held_out_of(config, whole, held_out)] if config.held_out else []) + task.remarks(),
     )
 
 

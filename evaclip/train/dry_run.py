@@ -118,7 +118,7 @@ def _plan(parts: Parts) -> list[tuple[str, str]]:
         ("model", f"{config.model.name}: {_count(parts.model)} parameters ({sizes})"),
         ("weights from", _weights(config.model)),
         ("data", f"{parts.source.description}: {len(parts.source):,} samples"),
-        *(("held out", remark) for remark in parts.remarks),
+        *(("", remark) for remark in parts.remarks),
         (
             "batch",
             f"{config.batch_size:,} = {world.size} processes x {config.accumulation} chunks x {chunk:,.6g}",

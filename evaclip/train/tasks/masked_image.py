@@ -78,6 +78,10 @@ class MaskedImage(MeanOverSamples):
     def beside(self) -> Iterator[Tensor]:
         return self.teacher.tensors()
 
+    def remarks(self) -> list[str]:
+        has_weights = self._config.teacher.pretrained is not None
+        return [] if has_weights else ["the teacher has random weights: set task.teacher.pretrained"]
+
     def targets(self, size: Size) -> Targets:
         return partial(_masked, self._masks(size))
 

@@ -71,6 +71,10 @@ class Task(ABC):
         """The tensors beside the model that a step needs: what `--as-gpus` counts, too."""
         return ()
 
+    def remarks(self) -> list[str]:
+        """What is to be said before the run begins."""
+        return []
+
     @classmethod
     def data(cls, config: TrainConfig) -> DataConfig:
         """How the training data is opened."""
