@@ -33,10 +33,13 @@ class MaskedImageModel(VisionModel):
     Args:
         config: of the transformer, whose last norm stands on every token: with `pool="token"`.
         features: width of the teacher's features.
-        decoder_layers: blocks that see all tokens where masked ones are dropped; 0 computes all tokens.
+        decoder_layers: blocks that see all tokens where masked ones are dropped, with `rope`; 0 computes all tokens.
         patch_gradient: factor of the gradient that reaches the patch embedding: less is a more stable start.
         preprocess: what images go through before the model sees them.
         savings: what is left out without changing a result.
+
+    Raises:
+        UserError: for a `config` that can't be trained so.
     """
 
     embeddings: ClassVar[tuple[str, ...]] = (*VisionModel.embeddings, "mask_token")
@@ -55,6 +58,11 @@ class MaskedImageModel(VisionModel):
             raise UserError(
                 f"masked image modelling needs pool=token and patch_dropout=0, given pool={config.pool} and "
                 f"patch_dropout={config.patch_dropout:g}"
+            )
+        if decoder_layers and not config.rope:
+            raise UserError(
+                "dropped patches need rope=True, by which the decoder's blocks know where visible ones are, given "
+                "rope=False: set task.masked=compute"
             )
         super().__init__(config, 0, preprocess, savings)
         self.patch_embed.gradient = patch_gradient
