@@ -236,7 +236,7 @@ class TeacherConfig:
     name: str = "EVA01-CLIP-g-14"
     """Of any CLIP, or timm's name of an image model."""
     pretrained: str | None = None
-    """Its weights, as `model.pretrained` is given; none: random ones."""
+    """Its weights, as `model.pretrained` is given; none: random ones, which the run says."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of its architecture that differ from the named model's."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
@@ -415,7 +415,8 @@ class EvalSetConfig:
     contrastive loss of all pairs at once. None: all three, but classify alone where captions are names of classes.
 
     With task.name=masked_image linear_probe and knn, accuracies by what frozen features of `fit` teach, and loss, with
-    every second patch masked; None: those two where there is a `fit`, else loss."""
+    every second patch masked; None: knn where there is a `fit`, else loss. A linear probe must be asked for: one
+    process fits it, for hours on a large `fit`, while the others wait."""
     fit: DataConfig | None = None
     """Labelled pictures that linear_probe and knn learn from."""
     classes: str | tuple[str, ...] | None = None

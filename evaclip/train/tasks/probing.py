@@ -1,7 +1,7 @@
 """What masked image modelling is measured by: labels from frozen features, and the loss of pictures held out."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from evaclip.data import Source, open_configured
 from evaclip.errors import UserError
-from evaclip.eval.knn import knn
+from evaclip.eval.knn import KnnResult, knn
 from evaclip.eval.labels import assign_labels
-from evaclip.eval.linear_probe import linear_probe
+from evaclip.eval.linear_probe import LinearProbeResult, linear_probe
 from evaclip.model.masked_image import MaskedImageModel
 from evaclip.train.config import Measure, TrainConfig
 from evaclip.train.distributed import World
@@ -22,6 +22,7 @@ from evaclip.train.tasks.teacher import Teacher, similarity
 from evaclip.transforms import EvalTransform
 
 _METRICS: dict[Measure, str] = {"linear_probe": "linear_probe_top1", "knn": "knn_top1", "loss": "loss"}
+_Attempt = Callable[[Sequence[Measure], Callable[[], Metrics]], Metrics]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def open_probing(
 
 def _open(each: EvalSet) -> _Probe:
     fit = each.config.fit
-    measures: tuple[Measure, ...] = each.config.measure or (("loss",) if fit is None else ("linear_probe", "knn"))
+    measures: tuple[Measure, ...] = each.config.measure or (("loss",) if fit is None else ("knn",))
     strange = [measure for measure in measures if measure not in _METRICS]
     if strange:
         raise UserError(
@@ -76,7 +77,7 @@ class Probing:
         self._transform = transform
 
     def __call__(self, model: MaskedImageModel, stop: Callable[[], bool]) -> tuple[Metrics, list[str]]:
-        """The metrics of all sets as `NAME/METRIC`, and a line on each set that could not be measured.
+        """The metrics of all sets as `NAME/METRIC`, and a line on each measurement that failed; others go on.
 
         Raises:
             Stopped: a process was asked to stop.
@@ -84,26 +85,22 @@ class Probing:
         was_training = model.training
         model.eval()
         metrics: Metrics = {}
-        problems = []
+        problems: list[str] = []
         try:
             for probe in self._probes:
-                name = probe.tested.name
-                try:
-                    found = self._measure(probe, model, stop)
-                except UserError as exc:
-                    found = {_METRICS[measure]: math.nan for measure in probe.measures}
-                    problems.append(f"not evaluated on {name}: {exc}")
-                metrics |= {f"{name}/{key}": value for key, value in found.items()}
+                found = self._measure(probe, model, stop, partial(_attempt, probe.tested.name, problems))
+                metrics |= {f"{probe.tested.name}/{key}": value for key, value in found.items()}
         finally:
             model.train(was_training)
         return metrics, problems
 
-    def _measure(self, probe: _Probe, model: MaskedImageModel, stop: Callable[[], bool]) -> Metrics:
+    def _measure(self, probe: _Probe, model: MaskedImageModel, stop: Callable[[], bool], attempt: _Attempt) -> Metrics:
         metrics: Metrics = {}
         if "loss" in probe.measures:
-            metrics |= self._loss(probe.tested, model, stop)
-        if probe.fit is not None:
-            metrics |= self._classify(probe, probe.fit, model, stop)
+            metrics |= attempt(["loss"], partial(self._loss, probe.tested, model, stop))
+        if by_labels := [measure for measure in probe.measures if measure != "loss"]:
+            spread = Spread(model, self._world, None, stop)
+            metrics |= attempt(by_labels, partial(self._classify, probe, spread, attempt))
         return metrics
 
     def _loss(self, each: EvalSet, model: MaskedImageModel, stop: Callable[[], bool]) -> Metrics:
@@ -111,9 +108,13 @@ class Probing:
         found = encode_everywhere(spread, self._transform, each.source, each)
         return {"loss": found.features.double().mean().item(), "samples": len(found)}
 
-    def _classify(self, probe: _Probe, fit: Source, model: MaskedImageModel, stop: Callable[[], bool]) -> Metrics:
-        each, spread = probe.tested, Spread(model, self._world, None, stop)
-        fitted, tested = (encode_everywhere(spread, self._transform, source, each) for source in (fit, each.source))
+    def _classify(self, probe: _Probe, spread: Spread, attempt: _Attempt) -> Metrics:
+        each, fit = probe.tested, probe.fit
+        assert fit is not None
+        assert each.config.fit is not None
+        learning = replace(each, options=replace(each.options, workers=each.config.fit.workers))
+        fitted = encode_everywhere(spread, self._transform, fit, learning)
+        tested = encode_everywhere(spread, self._transform, each.source, each)
         names = [each.source.name(int(key)) for key in tested.keys]
         known = assign_labels(fitted.captions, fitted.keys, each.classnames, fit.classes)
         labels = assign_labels(tested.captions, names, known.classnames, each.source.classes)
@@ -121,15 +122,26 @@ class Probing:
         classes = len(known.classnames)
         metrics: Metrics = {"samples": len(tested), "fit_samples": len(fitted), "classes": classes}
         if "knn" in probe.measures:
-            near = knn(*data, classes=classes)
-            metrics |= {"knn_top1": near.top1, "knn_top5": near.top5}
+            metrics |= attempt(["knn"], lambda: _tops("knn", knn(*data, classes=classes)))
         if "linear_probe" in probe.measures:
             # One process fits, and all know what it found.
             fit_here = partial(linear_probe, *data, classes=classes) if self._world.is_main else lambda: None
-            line = spread.everywhere(fit_here)[0]
-            assert line is not None
-            metrics |= {"linear_probe_top1": line.top1, "linear_probe_top5": line.top5}
+            metrics |= attempt(["linear_probe"], lambda: _tops("linear_probe", spread.everywhere(fit_here)[0]))
         return metrics
+
+
+def _attempt(name: str, problems: list[str], measures: Sequence[Measure], action: Callable[[], Metrics]) -> Metrics:
+    """What the action measures on the set `name`; where it can't, no numbers and a line on why."""
+    try:
+        return action()
+    except UserError as exc:
+        problems.append(f"not evaluated on {name}: {exc}")
+        return {_METRICS[measure]: math.nan for measure in measures}
+
+
+def _tops(name: str, result: KnnResult | LinearProbeResult | None) -> Metrics:
+    assert result is not None
+    return {f"{name}_top1": result.top1, f"{name}_top5": result.top5}
 
 
 class _Loss(nn.Module):
@@ -142,6 +154,7 @@ class _Loss(nn.Module):
         self._teacher = teacher
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        images = images.to(self._teacher.tower.cls_token.device)  # that of an offloaded student is host memory
         grid = self.student.present.grid
         masked = torch.arange(0, self.student.num_patches, 2, device=images.device).expand(len(images), -1)
         wanted = self._teacher(images, grid)[:, ::2].flatten(0, 1)

@@ -30,7 +30,9 @@ from evaclip.model.flops import masked_image_flops, vision_flops
 from evaclip.model.vision_names import vision_config
 from evaclip.train.as_gpus import pretended, traced_peak
 from evaclip.train.config import MaskedImageTask, TeacherConfig, TrainConfig
+from evaclip.train.evaluation import EvalSet, encode_everywhere
 from evaclip.train.progress import read_log
+from evaclip.train.tasks import probing
 from evaclip.train.tasks.teacher import FeatureCache, Teacher, digests
 from evaclip.train.trainer import train
 from evaclip.weights.convert import convert
@@ -190,7 +192,10 @@ def labelled(folder: Path, samples: int, seed: int) -> Path:
 
 def test_frozen_features_are_measured_while_it_trains(run_config: Make, tmp_path: Path) -> None:
     fit, test = labelled(tmp_path / "fit", 30, 0), labelled(tmp_path / "test", 10, 1)
-    sets = {"noise": {"data": {"train": str(test), "workers": 0}, "fit": {"train": str(fit), "workers": 0}}}
+    noise = {"data": {"train": str(test), "workers": 0}, "fit": {"train": str(fit), "workers": 0}}
+    few = {**noise, "fit": {"train": str(labelled(tmp_path / "few", 8, 2)), "workers": 0}}
+    every = ["loss", "linear_probe", "knn"]
+    sets = {"noise": {**noise, "measure": every}, "few": {**few, "measure": every}, "unasked": noise}
     config = run_config("eval.every_steps=3", "held_out=0.2", f"eval.sets={json.dumps(sets)}", task="masked_image")
     outcome = train(config)
     evaluations = [record["eval"] for record in read_log(outcome.folder / "log.jsonl") if "eval" in record]
@@ -199,7 +204,45 @@ def test_frozen_features_are_measured_while_it_trains(run_config: Make, tmp_path
         assert found["noise/knn_top1"] == found["noise/linear_probe_top1"] == 1.0
         assert (found["noise/samples"], found["noise/fit_samples"], found["noise/classes"]) == (10, 30, 2)
         assert -1 < found["held_out/loss"] < 1
+        # Too few for a probe, which costs the others nothing; and none where none is asked for.
+        assert found["few/linear_probe_top1"] is None
+        assert found["few/knn_top1"] == found["unasked/knn_top1"] == 1.0
+        assert found["few/loss"] == found["noise/loss"]
+        assert not {"unasked/linear_probe_top1", "unasked/loss"} & found.keys()
     assert evaluations[1]["held_out/loss"] < evaluations[0]["held_out/loss"]
+
+
+def test_pictures_to_learn_from_have_their_own_workers(
+    run_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, test = labelled(tmp_path / "fit", 4, 0), labelled(tmp_path / "test", 2, 1)
+    workers = []
+
+    def encode(model: Any, transform: Any, source: Any, each: EvalSet) -> Any:
+        workers.append((len(source), each.options.workers))
+        return encode_everywhere(model, transform, source, replace(each, options=replace(each.options, workers=0)))
+
+    monkeypatch.setattr(probing, "encode_everywhere", encode)
+    sets = {"noise": {"data": {"train": str(test), "workers": 2}, "fit": {"train": str(fit), "workers": 3}}}
+    train(run_config("schedule.steps=1", f"eval.sets={json.dumps(sets)}", task="masked_image"))
+    assert workers == [(4, 3), (2, 2)]
+
+
+def test_the_loss_is_measured_where_the_teacher_is() -> None:
+    """An offloaded student lies in host memory, and pictures go where it lies."""
+    student = create_masked_image_model("eva02_tiny_patch14_224", 16, **OPTIONS["vision"])
+    # As FSDP does, it computes where its images are.
+    student.forward = lambda images, masked: images.new_empty(masked.numel(), 16)  # type: ignore[method-assign]
+    seen = []
+
+    class Elsewhere(Teacher):
+        def __call__(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+            seen.append(images.device.type)
+            return images.new_empty(len(images), grid[0] * grid[1], 16)
+
+    teacher = Elsewhere(create_model("tiny", device="meta", **OPTIONS).visual, SAME, SAME)
+    found = probing._Loss(student, teacher).encode_image(torch.rand(2, 3, 16, 16))
+    assert seen == [found.device.type] == ["meta"]
 
 
 @pytest.mark.parametrize(
@@ -236,6 +279,12 @@ def test_a_clip_in_training_is_not_probed(run_config: Make) -> None:
 def test_mistakes(key: str, message: str, run_config: Make) -> None:
     with pytest.raises(UserError, match=message):
         train(run_config(key, task="masked_image"))
+
+
+def test_dropped_patches_need_rotary_positions(run_config: Make) -> None:
+    with pytest.raises(UserError, match=r"need rope=True, .*: set task\.masked=compute"):
+        train(run_config("task.masked=drop", "model.options.rope=false", task="masked_image"))
+    train(run_config("schedule.steps=1", "model.options.rope=false", task="masked_image"))
 
 
 def test_pictures_need_no_captions(run_config: Make, tmp_path: Path) -> None:
@@ -323,6 +372,21 @@ def test_a_sharded_teacher_is_the_whole_one(run_config: Make, tmp_path: Path) ->
         assert losses(tmp_path / name) == pytest.approx(losses(alone.folder), abs=1e-6)
         (found,) = [record["eval"] for record in read_log(tmp_path / name / "log.jsonl") if "eval" in record]
         assert found["val/loss"] == pytest.approx(alone.metrics["val/loss"], abs=1e-5)
+
+
+def test_a_teacher_of_random_weights_is_told(
+    run_config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "the teacher has random weights: set task.teacher.pretrained"
+    once = ["schedule.steps=1"]
+    first = train(run_config(*once, task="masked_image")).folder
+    assert line in capsys.readouterr().out
+    given = ["name=given", f"task.teacher={{name: eva02_base_patch14_224, pretrained: {first}}}"]
+    config = run_config(*once, *given, task="masked_image")
+    assert isinstance(config.task, MaskedImageTask)
+    teacher = replace(config.task.teacher, options=OPTIONS["vision"])
+    train(replace(config, task=replace(config.task, teacher=teacher)))
+    assert line not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("shard", [False, True])
