@@ -79,7 +79,7 @@ def test_statements_over_several_lines():
         ("add.sat.s32 %r1, %r2, %r3", "the modifier .sat of add"),
         (
             "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%f1}, {%r1}, {%r2}, {%f1}",
-            "the modifier .m16n8k8 of mma",
+            "a product of ['f32', 'bf16', 'bf16', 'f32'] in this shape",
         ),
         ("ld.local.u32 %r1, [%d30]", "the modifier .local of ld"),
         ("mov.u32 %r1, %clock", "the special register %clock"),
