@@ -63,6 +63,9 @@ class TowerConfig:
     weight_decay: Rate | None = None
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The learning rate falls by this factor with each block away from the output."""
+    frozen_steps: Annotated[int, Field(ge=0)] = 0
+    """So many steps at the beginning leave the tower's weights as they are: its rate is 0. Gradients are computed, and
+    the optimizer's moments are warm when it ends; `model.lock_image` and `lock_text` spare that for a whole run."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
@@ -535,6 +538,9 @@ def training_tree(config: TrainConfig) -> dict[str, Any]:
         del tree["loss"]["products"]
     if config.data.augmentation.flip == Augmentation().flip:
         del tree["data"]["augmentation"]["flip"]
+    for tower in ("visual", "text"):
+        if not tree["optim"][tower]["frozen_steps"]:
+            del tree["optim"][tower]["frozen_steps"]
     return tree
 
 

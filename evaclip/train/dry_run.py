@@ -98,7 +98,7 @@ def _time(parts: Parts, position: Position) -> _Timing:
         for step in range(position.step, min(position.step + _STEPS, parts.total_steps)):
             start = time.perf_counter()
             batch = next(batches)
-            set_lr_factor(parts.step.optimizer, lr_factor(step, parts.total_steps, parts.config.schedule))
+            set_lr_factor(parts.step.optimizer, lr_factor(step, parts.total_steps, parts.config.schedule), step)
             # Reading the loss waits for the device.
             loss = parts.step(batch.images, batch.targets, step).loss.item()
             end = time.perf_counter()

@@ -24,7 +24,7 @@ def parameter_groups(model: nn.Module, towers: Mapping[str, nn.Module], config: 
     belongs to no tower (logit_scale, logit_bias) has the optimizer's own rate.
 
     Returns:
-        groups with `params`, `name`, `lr`, `peak_lr` and `weight_decay`.
+        groups with `params`, `name`, `lr`, `peak_lr`, `frozen_steps` and `weight_decay`.
     """
     options_of = {"visual": config.visual, "text": config.text}
     places = {id(value): (tower, name) for tower in towers for name, value in towers[tower].named_parameters()}
@@ -39,13 +39,11 @@ def parameter_groups(model: nn.Module, towers: Mapping[str, nn.Module], config: 
             options = options_of[tower]
             lr, layer = _layer_rate(towers[tower], inner, options, config.lr)
             decay = config.weight_decay if options.weight_decay is None else options.weight_decay
-            label = f"{tower}.{layer}{label}"
+            label, frozen = f"{tower}.{layer}{label}", options.frozen_steps
         else:
-            lr, decay, label = config.lr, config.weight_decay, f"{tower}.{label}"
-        group = groups.setdefault(
-            label,
-            {"name": label, "lr": lr, "peak_lr": lr, "weight_decay": decay if decayed else 0.0, "params": []},
-        )
+            lr, decay, label, frozen = config.lr, config.weight_decay, f"{tower}.{label}", 0
+        rates = {"lr": lr, "peak_lr": lr, "frozen_steps": frozen, "weight_decay": decay if decayed else 0.0}
+        group = groups.setdefault(label, {"name": label, **rates, "params": []})
         group["params"].append(parameter)
     return list(groups.values())
 
@@ -72,10 +70,10 @@ def build_optimizer(groups: list[Group], config: OptimConfig, seed: int = 0) -> 
     return ZeroLamb(groups, **options, zero_processes=config.zero_processes)
 
 
-def set_lr_factor(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Sets every group's rate to this share of its peak."""
+def set_lr_factor(optimizer: torch.optim.Optimizer, factor: float, step: int) -> None:
+    """Sets every group's rate to this share of its peak, or to 0 while its tower is frozen at this step."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        group["lr"] = 0.0 if step < group["frozen_steps"] else group["peak_lr"] * factor
 
 
 def tower_rate(optimizer: torch.optim.Optimizer, tower: str) -> float:

@@ -198,7 +198,7 @@ class Trainer:
     def _step(self, batch: Batch) -> StepResult:
         position, parts, log_every = self.position, self.parts, self.config.log.every_steps
         after = position.step + 1
-        set_lr_factor(parts.step.optimizer, self._lr_factor())
+        set_lr_factor(parts.step.optimizer, self._lr_factor(), position.step)
         is_logged = after % log_every == 0 or after == parts.total_steps
         is_traced = self._tracer is not None and self._tracer.is_on
         is_sampled = self._communication.is_due(position.step, log_every) and not is_traced

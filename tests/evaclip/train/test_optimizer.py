@@ -79,8 +79,8 @@ def test_set_lr_factor_scales_each_peak() -> None:
     config = OptimConfig(lr=1.0, visual=TowerConfig(lr=0.5))
     model = create_model("tiny", device="meta")
     optimizer = build_optimizer(groups_of(model, config), config)
-    set_lr_factor(optimizer, 0.5)
-    set_lr_factor(optimizer, 0.1)
+    set_lr_factor(optimizer, 0.5, 0)
+    set_lr_factor(optimizer, 0.1, 1)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.05, 0.05, 0.1, 0.1])
 
 

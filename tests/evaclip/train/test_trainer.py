@@ -123,6 +123,22 @@ def test_a_locked_tower_stays_as_it_is_and_the_run_goes_on(run_config: Make, acc
     assert all(torch.equal(value, last[name]) for name, value in again.items())
 
 
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_a_tower_is_frozen_for_the_first_steps_alone(run_config: Make, tmp_path: Path, name: str) -> None:
+    config = run_config(
+        "optim.visual.frozen_steps=2", f"optim.name={name}", "log.every_steps=1", "schedule.steps=4",
+        "checkpoint.every_steps=1", "checkpoint.keep=9",
+    )  # fmt: skip
+    run = train(config).folder
+    first, second, third = (load_file(run / f"checkpoints/step_0000000{step}/model.safetensors") for step in (1, 2, 3))
+    changed = {key for key in first if not torch.equal(first[key], second[key])}
+    assert changed
+    assert not any(key.startswith("visual.") for key in changed)
+    assert not torch.equal(second["visual.blocks.0.attn.proj.weight"], third["visual.blocks.0.attn.proj.weight"])
+    rates = [record["lr_visual"] for record in read_log(run / "log.jsonl") if "lr_visual" in record]
+    assert [rate > 0 for rate in rates] == [False, False, True, True]
+
+
 def test_both_towers_may_be_locked(run_config: Make) -> None:
     """What is left is the temperature."""
     folder = train(run_config("model.lock_image=true", "model.lock_text=true", "accumulation=2")).folder
