@@ -36,7 +36,7 @@ RECORD = Record(
     mfu=0.375,
     memory_gib=1.5,
     seconds=1.0,
-    more={"accuracy": 0.125, "lr_visual": 2e-3, "lr_text": 4e-3, "logit_scale": 14.3},
+    more={"accuracy": 0.125, "lr_visual": 2e-3, "lr_text": 4e-3, "logit_scale": 14.3, "update_ratio_text": 1e-3},
 )
 
 
