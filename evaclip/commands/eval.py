@@ -86,7 +86,7 @@ def _add_classify(tasks: Any) -> None:
             "evaclip eval classify eva02_base_patch14_448.mim_in22k_ft_in22k:b.pt --data imagenet/val --subset in1k",
         ],
     )
-    _add_common(parser, _CLASSIFIER_HELP)
+    _add_common(parser, _CLASSIFIER_HELP, cache=False)
     parser.add_argument(
         "--classes",
         metavar="FILE",
@@ -125,7 +125,7 @@ def _image_size(text: str) -> int | tuple[int, int]:
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
-def _add_common(parser: argparse.ArgumentParser, model_help: str = _MODEL_HELP) -> None:
+def _add_common(parser: argparse.ArgumentParser, model_help: str = _MODEL_HELP, *, cache: bool = True) -> None:
     parser.add_argument("model", metavar="MODEL", help=model_help)
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="PATH", required=True, help=_DATA_HELP)
@@ -153,7 +153,7 @@ def _add_common(parser: argparse.ArgumentParser, model_help: str = _MODEL_HELP) 
     compute.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="autocast (default: fp32)"
     )
-    if model_help != _CLASSIFIER_HELP:
+    if cache:
         compute.add_argument("--cache", type=Path, metavar="FOLDER", help="keep features here, and use what is kept")
     else:
         parser.set_defaults(cache=None)

@@ -1,14 +1,14 @@
 """Evaluation while training and at its end, on any number of sets, by the functions of `evaclip.eval`."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evaclip.data import RawSample, Source, open_configured
 from evaclip.data.held_out import Selection
@@ -34,6 +34,8 @@ from evaclip.train.loss import ContrastiveLoss
 from evaclip.train.spread import Spread
 
 Metrics = dict[str, float]
+Attempt = Callable[[Sequence[str], Callable[[], Metrics]], Metrics]
+"""(metrics, what measures them) -> what it gives; where it can't, those metrics are not a number."""
 
 HELD_OUT = "held_out"
 _DIRECTIONS = ("image_to_text", "text_to_image")
@@ -149,23 +151,40 @@ class Evaluation:
         Raises:
             Stopped: a process was asked to stop.
         """
-        was_training = model.training
-        model.eval()
-        metrics: Metrics = {}
-        problems = []
-        try:
-            clip = Spread(model, self._world, self._tokenizer, stop)
-            for each in self._sets:
-                try:
-                    found = _Measurement(each, clip, self._transform, self._loss).metrics()
-                except UserError as exc:
-                    headlines = (_HEADLINES[measure] for measure in each.config.measure or ("classify",))
-                    found = dict.fromkeys((name for names in headlines for name in names), math.nan)
-                    problems.append(f"not evaluated on {each.name}: {exc}")
-                metrics |= {f"{each.name}/{name}": value for name, value in found.items()}
-        finally:
-            model.train(was_training)
-        return metrics, problems
+        clip = Spread(model, self._world, self._tokenizer, stop)
+        return measured(model, {each.name: partial(self._measure, each, clip) for each in self._sets})
+
+    def _measure(self, each: EvalSet, clip: Spread, attempt: Attempt) -> Metrics:
+        headlines = [name for measure in each.config.measure or ("classify",) for name in _HEADLINES[measure]]
+        return attempt(headlines, lambda: _Measurement(each, clip, self._transform, self._loss).metrics())
+
+
+def measured(model: nn.Module, sets: Mapping[str, Callable[[Attempt], Metrics]]) -> tuple[Metrics, list[str]]:
+    """The metrics of all sets as `NAME/METRIC`, and a line on each measurement that failed; others go on.
+
+    Args:
+        model: is in evaluation mode meanwhile.
+        sets: by name, what measures one.
+    """
+    was_training = model.training
+    model.eval()
+    metrics: Metrics = {}
+    problems: list[str] = []
+    try:
+        for name, measure in sets.items():
+            found = measure(partial(_attempt, name, problems))
+            metrics |= {f"{name}/{key}": value for key, value in found.items()}
+    finally:
+        model.train(was_training)
+    return metrics, problems
+
+
+def _attempt(name: str, problems: list[str], metrics: Sequence[str], action: Callable[[], Metrics]) -> Metrics:
+    try:
+        return action()
+    except UserError as exc:
+        problems.append(f"not evaluated on {name}: {exc}")
+        return dict.fromkeys(metrics, math.nan)
 
 
 class _Measurement:

@@ -18,6 +18,7 @@ from evaclip.model.config import Preprocess
 from evaclip.pixels import eight_bit
 from evaclip.train import rng
 from evaclip.train.config import ClassificationTask
+from evaclip.train.upload import send
 from evaclip.transforms import Normalization
 
 _CROP = ("scale", "ratio")
@@ -94,9 +95,9 @@ class Mixing:
     """mixup (Zhang et al. 2018, arXiv 1710.09412) and CutMix (Yun et al. 2019, arXiv 1905.04899), by timm's `Mixup`.
 
     timm mixes the first row of a batch with its last, which on another number of processes are other samples, and draws
-    once a batch. Here rows 2n and 2n + 1 of the batch of all processes are each other's partners, and timm is given
-    such a pair at a time. What it draws for it is a function of the seed and of the step (`mix_mode: batch`), the pair
-    (`pair`) or the row (`elem`).
+    once a batch. Here rows 2n and 2n + 1 of the batch of all processes are each other's partners. timm is given a white
+    and a black picture, and what it makes of them weighs the rows that share the draw: a function of the seed and of
+    the step (`mix_mode: batch`), the pair (`pair`) or the row (`elem`).
     """
 
     def __init__(self, task: ClassificationTask, seed: int) -> None:
@@ -118,16 +119,22 @@ class Mixing:
             the mixed images, and the share `[rows]` in float32 that each one's own label has; the partner's has the
             rest.
         """
-        order = torch.arange(2, device=images.device)
-        mixed, shares = torch.empty_like(images), []
-        with rng.seeded(self._seed):
-            for row, pair in enumerate(zip(images, partners(images), strict=True)):
-                draw = 0 if self._rows_a_draw is None else (first_row + row) // self._rows_a_draw
-                rng.reseed(self._seed, _MIXING, step, draw)
-                both, labels = self._mixup(torch.stack(pair), order)
-                mixed[row] = both[0]
-                shares.append(labels[0, 0])
-        return mixed, torch.stack(shares)
+        rows = range(first_row, first_row + len(images))
+        draws = [0 if self._rows_a_draw is None else row // self._rows_a_draw for row in rows]
+        found = {draw: number for number, draw in enumerate(dict.fromkeys(draws))}
+        masks, shares = zip(*(self._draw(images.shape[2:], step, draw) for draw in found), strict=True)
+        which = torch.tensor([found[draw] for draw in draws])
+        weights = send(torch.stack(masks), images.device).to(images.dtype)
+        if len(found) > 1:  # else one weighs all rows
+            weights = weights[send(which, images.device)]
+        return torch.lerp(partners(images), images, weights), send(torch.stack(shares)[which], images.device)
+
+    def _draw(self, size: torch.Size, step: int, draw: int) -> tuple[Tensor, Tensor]:
+        """What is left of a row, pixel by pixel [1, height, width], and of its label, 0-D; the partner has the rest."""
+        pair = torch.stack((torch.ones(1, *size), torch.zeros(1, *size)))
+        with rng.seeded(self._seed, _MIXING, step, draw):
+            mixed, labels = self._mixup(pair, torch.arange(2))
+        return mixed[0], labels[0, 0]
 
 
 def partners(rows: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """Fine-tuning of classifiers: pictures and their classes (EVA, Fang et al. 2022; EVA-02, Fang et al. 2023)."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from evaclip.data import Source
 from evaclip.data.config import DataConfig
@@ -17,20 +17,18 @@ from evaclip.errors import UserError
 from evaclip.eval.labels import assign_labels
 from evaclip.eval.prompts import PLACEHOLDER, load_classnames
 from evaclip.factory import create_vision_model
-from evaclip.model.config import VisionConfig
 from evaclip.model.flops import vision_flops
 from evaclip.model.vision_model import VisionModel
-from evaclip.run_files import CLASSES_FILE, MODEL_CONFIG_FILE, PREPROCESS_FILE
-from evaclip.train.config import ClassificationTask, LossConfig, ModelConfig, TrainConfig
+from evaclip.run_files import CLASSES_FILE
+from evaclip.train.config import ClassificationTask, TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.step import Chunk
 from evaclip.train.tasks.classifying import open_classifying
-from evaclip.train.tasks.task import Evaluate, MeanOverSamples, Size
+from evaclip.train.tasks.image_model import ImageModelTask, described
+from evaclip.train.tasks.task import Evaluate, Size
 from evaclip.train.throughput import BACKWARD_FACTOR
 from evaclip.train.timm_data import Mixing, TimmTransform, partners
 
-_OF_CLIP = ("pretrained_text", "lock_text", "lock_text_unlocked_layers")
-_OPTIONS = {each.name for each in fields(VisionConfig)}
 _TRANSFORM = DataConfig(train="").transform
 
 
@@ -55,7 +53,7 @@ class Classes:
         return assign_labels(captions, captions, self.names, self.folders).indices
 
 
-class Classification(MeanOverSamples):
+class Classification(ImageModelTask):
     """The loss is cross-entropy with smoothed labels, of pictures that may be mixed with their neighbours in the batch.
 
     Args:
@@ -76,7 +74,7 @@ class Classification(MeanOverSamples):
     @classmethod
     def create_model(cls, config: TrainConfig, **how: Any) -> VisionModel:
         given, options = config.model, dict(config.model.options)
-        _refuse_what_is_of_clip(config)
+        cls.refuse_unused(config)
         if given.patch_dropout is not None:
             options["patch_dropout"] = given.patch_dropout
         return create_vision_model(
@@ -88,10 +86,6 @@ class Classification(MeanOverSamples):
             **how,
             **options,
         )
-
-    @staticmethod
-    def towers_of(model: Any) -> dict[str, nn.Module]:
-        return {"visual": model}
 
     @classmethod
     def build(cls, config: TrainConfig, world: World, model: VisionModel) -> Self:
@@ -151,14 +145,9 @@ class Classification(MeanOverSamples):
         return labels
 
     def descriptions(self, config: TrainConfig) -> dict[str, Any]:
-        model = self.model
-        options = {"num_classes": model.num_classes, **asdict(model.config)}
         names = self._classes.names
-        return {
-            PREPROCESS_FILE: {"image_size": model.config.image_size, **asdict(model.preprocess)},
-            MODEL_CONFIG_FILE: {"name": config.model.name, **options},
-            **({} if names == _numbers(len(names)) else {CLASSES_FILE: list(names)}),
-        }
+        known = {} if names == _numbers(len(names)) else {CLASSES_FILE: list(names)}
+        return described(self.model, config, self.model.num_classes) | known
 
 
 def classes_for(config: TrainConfig) -> Classes:
@@ -196,14 +185,6 @@ def _numbers(count: int) -> tuple[str, ...]:
 def _task(config: TrainConfig) -> ClassificationTask:
     assert isinstance(config.task, ClassificationTask)
     return config.task
-
-
-def _refuse_what_is_of_clip(config: TrainConfig) -> None:
-    given = [f"model.{key}" for key in _OF_CLIP if getattr(config.model, key) != getattr(ModelConfig(), key)]
-    given += ["loss"] if config.loss != LossConfig() else []
-    given += [f"model.options.{key}" for key in config.model.options if key not in _OPTIONS]
-    if given:
-        raise UserError(f"task.name=classification has no {', '.join(given)}: leave that at its default")
 
 
 def _mixes(task: ClassificationTask) -> bool:

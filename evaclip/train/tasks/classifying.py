@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from evaclip.eval.classify import TOP, Predictions, evaluate
 from evaclip.model.vision_model import VisionModel
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World
-from evaclip.train.evaluation import EvalSet, Metrics, encode_everywhere, open_sets
+from evaclip.train.evaluation import Attempt, EvalSet, Metrics, encode_everywhere, measured, open_sets
 from evaclip.train.spread import Spread
 from evaclip.transforms import EvalTransform, OpaqueTransform
 
@@ -82,22 +83,11 @@ class Classifying:
         Raises:
             Stopped: a process was asked to stop.
         """
-        was_training = model.training
-        model.eval()
-        metrics: Metrics = {}
-        problems = []
-        try:
-            spread = Spread(_Best(model), self._world, None, stop)
-            for each, classes in self._sets:
-                try:
-                    found = self._measure(spread, each, classes)
-                except UserError as exc:
-                    found = {"top1": math.nan, "top5": math.nan}
-                    problems.append(f"not evaluated on {each.name}: {exc}")
-                metrics |= {f"{each.name}/{name}": value for name, value in found.items()}
-        finally:
-            model.train(was_training)
-        return metrics, problems
+        spread = Spread(_Best(model), self._world, None, stop)
+        return measured(model, {each.name: partial(self._attempt, spread, each, named) for each, named in self._sets})
+
+    def _attempt(self, spread: Spread, each: EvalSet, classes: ClassSpace, attempt: Attempt) -> Metrics:
+        return attempt(["top1", "top5"], lambda: self._measure(spread, each, classes))
 
     def _measure(self, spread: Spread, each: EvalSet, classes: ClassSpace) -> Metrics:
         found = encode_everywhere(spread, self._transform, each.source, each)

@@ -1,36 +1,33 @@
 """Masked image modelling: features of a teacher, predicted for the patches that are masked (EVA, Fang et al. 2022)."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from evaclip.data import Source
 from evaclip.data.loader import Targets
 from evaclip.data.masks import BlockMasks
 from evaclip.data.order import U64
-from evaclip.errors import UserError
 from evaclip.factory import create_masked_image_model
 from evaclip.model.flops import masked_image_flops
 from evaclip.model.masked_image import MaskedImageModel
-from evaclip.run_files import MODEL_CONFIG_FILE, PREPROCESS_FILE
-from evaclip.train.config import LossConfig, MaskedImageTask, ModelConfig, TrainConfig
+from evaclip.train.config import MaskedImageTask, TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.step import Chunk
+from evaclip.train.tasks.image_model import ImageModelTask, described
 from evaclip.train.tasks.probing import open_probing
-from evaclip.train.tasks.task import Evaluate, MeanOverSamples, Size
+from evaclip.train.tasks.task import Evaluate, Size
 from evaclip.train.tasks.teacher import Teacher, features_of, open_teacher, similarity
 from evaclip.train.throughput import BACKWARD_FACTOR
 from evaclip.transforms import EvalTransform
 
-_OF_CLIP = ("pretrained_text", "patch_dropout", "lock_image", "lock_text")
 
-
-class MaskedImage(MeanOverSamples):
+class MaskedImage(ImageModelTask):
     """The loss is the negative cosine of prediction and feature, the mean over all masked patches of the batch.
 
     Targets are the masked patches of each sample, int64 `[rows, masked]`, the same number in all: so the mean over
@@ -43,6 +40,9 @@ class MaskedImage(MeanOverSamples):
     """
 
     captions: ClassVar[bool] = False
+    unused: ClassVar[tuple[str, ...]] = (
+        *ImageModelTask.unused, "patch_dropout", "lock_image", "lock_image_unlocked_groups",
+    )  # fmt: skip
     model: MaskedImageModel
 
     def __init__(self, model: MaskedImageModel, teacher: Teacher, config: MaskedImageTask) -> None:
@@ -53,7 +53,7 @@ class MaskedImage(MeanOverSamples):
     @classmethod
     def create_model(cls, config: TrainConfig, **how: Any) -> MaskedImageModel:
         task, given = _task(config), config.model
-        _refuse_what_is_of_clip(config)
+        cls.refuse_unused(config)
         return create_masked_image_model(
             given.name,
             features_of(task.teacher),
@@ -65,10 +65,6 @@ class MaskedImage(MeanOverSamples):
             **how,
             **given.options,
         )
-
-    @staticmethod
-    def towers_of(model: Any) -> dict[str, nn.Module]:
-        return {"visual": model}
 
     @classmethod
     def build(cls, config: TrainConfig, world: World, model: MaskedImageModel) -> Self:
@@ -113,12 +109,7 @@ class MaskedImage(MeanOverSamples):
 
     def descriptions(self, config: TrainConfig) -> dict[str, Any]:
         """Those of the image model that the weights give once what predicts is left out."""
-        model = self.model
-        options = asdict(replace(model.config, pool="mean"))
-        return {
-            PREPROCESS_FILE: {"image_size": model.config.image_size, **asdict(model.preprocess)},
-            MODEL_CONFIG_FILE: {"name": config.model.name, "num_classes": 0, **options},
-        }
+        return described(self.model, config, 0, pool="mean")
 
     def _masks(self, size: Size) -> BlockMasks:
         grid = replace(self.model.config, image_size=size).grid
@@ -132,10 +123,3 @@ def _masked(masks: BlockMasks, captions: list[str], seeds: U64) -> Tensor:
 def _task(config: TrainConfig) -> MaskedImageTask:
     assert isinstance(config.task, MaskedImageTask)
     return config.task
-
-
-def _refuse_what_is_of_clip(config: TrainConfig) -> None:
-    given = [f"model.{key}" for key in _OF_CLIP if getattr(config.model, key) != getattr(ModelConfig(), key)]
-    given += ["loss"] if config.loss != LossConfig() else []
-    if given:
-        raise UserError(f"task.name=masked_image has no {', '.join(given)}: leave that at its default")

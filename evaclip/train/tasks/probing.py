@@ -1,7 +1,6 @@
 """What masked image modelling is measured by: labels from frozen features, and the loss of pictures held out."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,13 +15,12 @@ from evaclip.eval.linear_probe import LinearProbeResult, linear_probe
 from evaclip.model.masked_image import MaskedImageModel
 from evaclip.train.config import Measure, TrainConfig
 from evaclip.train.distributed import World
-from evaclip.train.evaluation import EvalSet, Metrics, encode_everywhere, open_sets
+from evaclip.train.evaluation import Attempt, EvalSet, Metrics, encode_everywhere, measured, open_sets
 from evaclip.train.spread import Spread
 from evaclip.train.tasks.teacher import Teacher, similarity
 from evaclip.transforms import EvalTransform
 
 _METRICS: dict[Measure, str] = {"linear_probe": "linear_probe_top1", "knn": "knn_top1", "loss": "loss"}
-_Attempt = Callable[[Sequence[Measure], Callable[[], Metrics]], Metrics]
 
 
 @dataclass(frozen=True)
@@ -82,23 +80,13 @@ class Probing:
         Raises:
             Stopped: a process was asked to stop.
         """
-        was_training = model.training
-        model.eval()
-        metrics: Metrics = {}
-        problems: list[str] = []
-        try:
-            for probe in self._probes:
-                found = self._measure(probe, model, stop, partial(_attempt, probe.tested.name, problems))
-                metrics |= {f"{probe.tested.name}/{key}": value for key, value in found.items()}
-        finally:
-            model.train(was_training)
-        return metrics, problems
+        return measured(model, {each.tested.name: partial(self._measure, each, model, stop) for each in self._probes})
 
-    def _measure(self, probe: _Probe, model: MaskedImageModel, stop: Callable[[], bool], attempt: _Attempt) -> Metrics:
+    def _measure(self, probe: _Probe, model: MaskedImageModel, stop: Callable[[], bool], attempt: Attempt) -> Metrics:
         metrics: Metrics = {}
         if "loss" in probe.measures:
             metrics |= attempt(["loss"], partial(self._loss, probe.tested, model, stop))
-        if by_labels := [measure for measure in probe.measures if measure != "loss"]:
+        if by_labels := [_METRICS[measure] for measure in probe.measures if measure != "loss"]:
             spread = Spread(model, self._world, None, stop)
             metrics |= attempt(by_labels, partial(self._classify, probe, spread, attempt))
         return metrics
@@ -108,7 +96,7 @@ class Probing:
         found = encode_everywhere(spread, self._transform, each.source, each)
         return {"loss": found.features.double().mean().item(), "samples": len(found)}
 
-    def _classify(self, probe: _Probe, spread: Spread, attempt: _Attempt) -> Metrics:
+    def _classify(self, probe: _Probe, spread: Spread, attempt: Attempt) -> Metrics:
         each, fit = probe.tested, probe.fit
         assert fit is not None
         assert each.config.fit is not None
@@ -122,21 +110,14 @@ class Probing:
         classes = len(known.classnames)
         metrics: Metrics = {"samples": len(tested), "fit_samples": len(fitted), "classes": classes}
         if "knn" in probe.measures:
-            metrics |= attempt(["knn"], lambda: _tops("knn", knn(*data, classes=classes)))
+            metrics |= attempt([_METRICS["knn"]], lambda: _tops("knn", knn(*data, classes=classes)))
         if "linear_probe" in probe.measures:
             # One process fits, and all know what it found.
             fit_here = partial(linear_probe, *data, classes=classes) if self._world.is_main else lambda: None
-            metrics |= attempt(["linear_probe"], lambda: _tops("linear_probe", spread.everywhere(fit_here)[0]))
+            metrics |= attempt(
+                [_METRICS["linear_probe"]], lambda: _tops("linear_probe", spread.everywhere(fit_here)[0])
+            )
         return metrics
-
-
-def _attempt(name: str, problems: list[str], measures: Sequence[Measure], action: Callable[[], Metrics]) -> Metrics:
-    """What the action measures on the set `name`; where it can't, no numbers and a line on why."""
-    try:
-        return action()
-    except UserError as exc:
-        problems.append(f"not evaluated on {name}: {exc}")
-        return {_METRICS[measure]: math.nan for measure in measures}
 
 
 def _tops(name: str, result: KnnResult | LinearProbeResult | None) -> Metrics:
