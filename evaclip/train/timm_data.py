@@ -6,6 +6,7 @@ depends on the data workers, the processes, accumulation or the steps before.
 
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -84,11 +85,25 @@ class TimmTransform:
             std=preprocess.std,
             use_prefetcher=True,  # which leaves pixels as bytes
         )
+        _keep_no_bits(augment)
         if not task.random_erasing:
             return augment, None
         return augment, RandomErasing(
             task.random_erasing, mode=task.erasing_mode, max_count=task.erasing_count, device="cpu"
         )
+
+
+def _keep_no_bits(augment: Any) -> None:
+    """Let a policy of timm's posterize to 0 bits, its strongest level: black up to Pillow 12, an error from 13 on."""
+    from timm.data.auto_augment import posterize
+
+    def posterized(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+        return posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
+
+    for policy in augment.transforms:
+        for step in chain(getattr(policy, "ops", ()), *getattr(policy, "policy", ())):
+            if step.aug_fn is posterize:
+                step.aug_fn = posterized
 
 
 class Mixing:

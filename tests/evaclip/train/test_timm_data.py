@@ -1,12 +1,13 @@
 """timm's augmentation and mixing as pure functions of seeds."""
 
 import random
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
@@ -51,6 +52,20 @@ def test_generators_go_on_as_if_nothing_was_drawn(picture: Image.Image) -> None:
             transform(random_erasing=0.5)(picture, 5)
         drawn.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
     assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-n1-inc1", "augmix-m10", "v0"])
+def test_no_bits_left_are_black_with_each_pillow(
+    picture: Image.Image, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow 13 refuses to posterize to 0 bits, which timm draws at the highest magnitude."""
+    steps, _ = transform(auto_augment=policy)._steps
+    ops = [op for step in steps.transforms for op in chain(getattr(step, "ops", ()), *getattr(step, "policy", ()))]
+    posterizing = [op for op in ops if op.name.startswith("Posterize")]
+    monkeypatch.setattr(ImageOps, "posterize", lambda image, bits: 1 / 0)
+    for op in posterizing:
+        assert not np.asarray(op.aug_fn(picture, 0)).any()
+    assert posterizing
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", None])
