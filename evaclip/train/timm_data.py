@@ -4,8 +4,9 @@ timm draws from the process's own generators. Here they are seeded for each samp
 depends on the data workers, the processes, accumulation or the steps before.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
@@ -97,13 +98,14 @@ def _keep_no_bits(augment: Any) -> None:
     """Let a policy of timm's posterize to 0 bits, its strongest level: black up to Pillow 12, an error from 13 on."""
     from timm.data.auto_augment import posterize
 
-    def posterized(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-        return posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
-
     for policy in augment.transforms:
         for step in chain(getattr(policy, "ops", ()), *getattr(policy, "policy", ())):
             if step.aug_fn is posterize:
-                step.aug_fn = posterized
+                step.aug_fn = partial(_posterized, posterize)
+
+
+def _posterized(posterize: Callable[..., Image.Image], image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    return posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
 
 
 class Mixing:

@@ -1,5 +1,6 @@
 """timm's augmentation and mixing as pure functions of seeds."""
 
+import pickle
 import random
 from itertools import chain
 from typing import Any
@@ -58,8 +59,10 @@ def test_generators_go_on_as_if_nothing_was_drawn(picture: Image.Image) -> None:
 def test_no_bits_left_are_black_with_each_pillow(
     picture: Image.Image, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pillow 13 refuses to posterize to 0 bits, which timm draws at the highest magnitude."""
-    steps, _ = transform(auto_augment=policy)._steps
+    """Pillow 13 refuses to posterize to 0 bits, which timm draws at the highest magnitude. Workers get a copy."""
+    augment = transform(auto_augment=policy)
+    augment(picture, 0)
+    steps, _ = pickle.loads(pickle.dumps(augment))._steps
     ops = [op for step in steps.transforms for op in chain(getattr(step, "ops", ()), *getattr(step, "policy", ()))]
     posterizing = [op for op in ops if op.name.startswith("Posterize")]
     monkeypatch.setattr(ImageOps, "posterize", lambda image, bits: 1 / 0)
