@@ -208,7 +208,7 @@ _PLAIN = ("open_clip_torch", "timm")
 _OURS, _THEIRS = ("onnx",), ("onnx", "onnxscript", *_PLAIN)
 
 ENGINES = (
-    Engine("evaclip", "ours", ("evakernels",), _TORCH, _evaclip),
+    Engine("evaclip", "ours", ("evakernels",), DTYPES, _evaclip),
     Engine("evaclip-compile", "ours", ("evakernels",), _TORCH, partial(_evaclip, compile=True), towers=("image",)),
     Engine("open_clip", "baseline", _PLAIN, _TORCH, _open_clip),
     Engine("compile", "peer", ("torch", *_PLAIN), _TORCH, _compiled),

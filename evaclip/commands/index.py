@@ -104,7 +104,10 @@ def _add_model(parser: argparse.ArgumentParser, default: str) -> Any:
     )
     compute.add_argument("--device", default="auto", help="cpu, cuda, cuda:N (default: a GPU if there is one)")
     compute.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default: what the device has"
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16", "int8"),
+        default="auto",
+        help="default: what the device has",
     )
     compute.add_argument("--batch-size", type=int, metavar="N", help="pictures at once (default: 32, on a GPU 256)")
     compute.add_argument("--threads", type=int, metavar="N", help="that decode (default: one a core, 8 at most)")

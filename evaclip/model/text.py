@@ -29,6 +29,8 @@ def cut_padding(tokens: Tensor) -> Tensor:
 class TextAttention(nn.Module):
     """Causal multi-head self-attention, one packed projection with bias. `[T, width]` -> same."""
 
+    linear_weights: ClassVar[tuple[str, ...]] = ("in_proj_weight",)
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.heads = config.heads

@@ -18,10 +18,13 @@ from evaclip.loading import LoadedModel, load_model
 from evaclip.machine import keep_freed_memory, multiplies_bfloat16
 from evaclip.runtime.ahead import ahead
 from evaclip.runtime.graphs import GraphedTower
+from evakernels.nn import freeze
+from evakernels.nn.frozen import why_not_int8
 
 T = TypeVar("T")
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+INT8 = "int8"
 TEXT_TOKENS = 4096
 """Of one batch of texts: about as much work as 20 pictures of a B/16."""
 
@@ -30,9 +33,18 @@ def chosen_precision(given: str, device: str) -> str:
     """What `auto` is on a device; raises UserError for what is none."""
     if given == "auto":
         return "bf16" if not device.startswith("cpu") or multiplies_bfloat16() else "fp32"
-    if given not in PRECISIONS:
-        raise unknown_name("precision", given, ("auto", *PRECISIONS))
+    if given not in (*PRECISIONS, INT8):
+        raise unknown_name("precision", given, ("auto", *PRECISIONS, INT8))
+    if given == INT8 and (reason := why_not_int8() if device.startswith("cpu") else "is for a CPU"):
+        raise UserError(f"precision int8 {reason}; expected one of auto, {', '.join(PRECISIONS)}")
     return given
+
+
+def computed_dtype(precision: str) -> torch.dtype:
+    """What is computed in between linear layers, and in them but for int8."""
+    if precision == INT8:
+        return torch.bfloat16 if multiplies_bfloat16() else torch.float32
+    return PRECISIONS[precision]
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,8 @@ class Encoded(Generic[T]):
 class Encoder:
     """A model for inference. Embeddings are those of `encode_image` and `encode_text`, of length 1.
 
-    On a CPU, under Linux, the process keeps memory that it has freed: passes needn't have it zeroed again each time.
+    On a CPU the weights of linear layers are laid out once for its products (`evakernels.nn.freeze`), unless the tower
+    is compiled, and under Linux the process keeps memory that it has freed, which passes needn't have zeroed again.
     On a GPU the image tower runs as CUDA graphs, compiled or not. There, and wherever it is compiled, batches are
     filled up to powers of two.
 
@@ -64,7 +77,8 @@ class Encoder:
             that is loaded already, which then is this object's alone.
         device: `auto` for a GPU if there is one, else the CPU.
         precision: of the weights and of what is computed between them. `auto` is bf16 where the device has
-            instructions for it, else fp32. In fp32 embeddings differ by less than 1e-5 from the model's own.
+            instructions for it, else fp32. In fp32 embeddings differ by less than 1e-5 from the model's own. `int8`, on
+            a CPU with VNNI or AMX, multiplies in 8 bits in linear layers, and does the rest as `auto` does.
         batch_size: pictures at once; None for 32 on a CPU and 256 on a GPU.
         threads: that decode pictures while others are computed; None for one a core, 8 at most.
         compile: let torch.compile make the image tower's code, which takes minutes for each size of batch, once.
@@ -102,7 +116,13 @@ class Encoder:
         self.device = torch.device(device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.model = loaded.model.to(self.device, PRECISIONS[self.precision]).eval().requires_grad_(False)
+        self._dtype = computed_dtype(self.precision)
+        self.model = loaded.model.to(self.device, self._dtype).eval().requires_grad_(False)
+        int8 = self.precision == INT8
+        if int8 and compile:
+            raise UserError("precision int8 isn't compiled; expected compile=False")
+        if self.device.type == "cpu" and not compile:
+            freeze(self.model, int8=int8)
         self.batch_size = batch_size or (32 if self.device.type == "cpu" else 256)
         self.threads = threads or min(8, torch.get_num_threads())
         on_gpu = self.device.type == "cuda"
@@ -196,7 +216,7 @@ class Encoder:
             images = torch.cat((images, images[:1].expand(size - len(pixels), -1, -1, -1)))
         if self.device.type == "cuda":
             images = images.pin_memory()
-        images = images.to(self.device, non_blocking=True).to(PRECISIONS[self.precision])
+        images = images.to(self.device, non_blocking=True).to(self._dtype)
         with torch.inference_mode():
             return F.normalize(self._tower(images)[: len(pixels)].float(), dim=-1)
 

@@ -15,6 +15,7 @@ from evakernels.dropin._report import Left, Replaced, Report
 from evakernels.dropin._roles import ROLE_RULES
 from evakernels.dropin._serve import ROLES
 from evakernels.dropin._verify import Trials
+from evakernels.nn import frozen
 
 Unknown = Literal["skip", "verify"]
 
@@ -31,6 +32,7 @@ def accelerate(
     force: bool = False,
     unknown: Unknown = "skip",
     strict: bool = False,
+    freeze: bool = False,
 ) -> Report:
     """Makes the modules of a model that these ops serve run on them, in place.
 
@@ -53,6 +55,7 @@ def accelerate(
             and without a graph, in float32 (to 1e-5 of the largest value), float64, 16 bit and under autocast. That
             holds for these inputs; options of a call that weren't tried may still differ. It also tries subclasses.
         strict: raise where modules of an unknown form are left, instead of warning.
+        freeze: lay out the weights of linear layers for this CPU, by `evakernels.nn.freeze`: for inference alone.
 
     Returns:
         What runs on which op and backend, and what was left and why; in its `watch` what then ran. `str` of it is a
@@ -60,7 +63,8 @@ def accelerate(
 
     Raises:
         TypeError: for what isn't an `nn.Module`.
-        ValueError: for a pattern that matches no module, which names the nearest, or another `unknown`.
+        ValueError: for a pattern that matches no module, which names the nearest, another `unknown`, or what `freeze`
+            can't take: a model in training mode or on a GPU.
         RuntimeError: under `strict`, where modules of an unknown form are left.
 
     Warns:
@@ -69,6 +73,8 @@ def accelerate(
     _check("accelerate", model)
     if unknown not in ("skip", "verify"):
         raise ValueError(f'accelerate: unknown={unknown!r}; accepted: "skip", "verify"')
+    if freeze:
+        frozen.check(model)
     _rule.prepare()
     named = [(name, module, _class_of(module)) for name, module in model.named_modules()]
     choice = Choice([(name, cls.__name__) for name, _, cls in named], include, exclude)
@@ -92,11 +98,13 @@ def accelerate(
     if report.unknown:  # a filter may make an error of it, so before anything is changed
         warnings.warn(f"{report.headline} ({report.unknown[0].reason})", UnknownFormWarning, stacklevel=2)
     _set_classes(classes)
+    if freeze:
+        frozen.freeze(model)
     return report
 
 
 def restore(model: nn.Module) -> int:
-    """Takes back what `accelerate` did, in place.
+    """Takes back what `accelerate` did, in place; frozen weights are dense again.
 
     Returns:
         The number of modules that have their own class again.
@@ -107,6 +115,7 @@ def restore(model: nn.Module) -> int:
     _check("restore", model)
     swapped = [module for module in model.modules() if _is_swapped(module)]
     _set_classes([(module, _class_of(module)) for module in swapped])
+    frozen.unfreeze(model)
     return len(swapped)
 
 

@@ -1,6 +1,7 @@
 """Modules on top of the ops."""
 
 from evakernels.nn.contrastive import ClipLoss, SigLipLoss
+from evakernels.nn.frozen import FrozenWeight, freeze, unfreeze
 from evakernels.nn.layer_norm import LayerNorm, RMSNorm
 from evakernels.nn.linear import Linear, linear
 from evakernels.nn.rope_attention import RotaryAttention, axial_rope
@@ -9,6 +10,7 @@ from evakernels.nn.token_dropout import PatchDropout
 
 __all__ = [
     "ClipLoss",
+    "FrozenWeight",
     "LayerNorm",
     "Linear",
     "PatchDropout",
@@ -17,5 +19,7 @@ __all__ = [
     "SigLipLoss",
     "SwiGLU",
     "axial_rope",
+    "freeze",
     "linear",
+    "unfreeze",
 ]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evakernels import backends
+from evakernels.nn.frozen import FrozenWeight
 from evakernels.ops._autocast import is_on
 from evakernels.ops._eager import is_plain, wants_gradient
 
@@ -17,7 +18,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, forced: boo
 
     Args:
         x: `[..., in]`.
-        weight: `[out, in]`.
+        weight: `[out, in]`, which `evakernels.nn.freeze` may have laid out.
         bias: `[out]`.
         forced: take oneDNN's where torch's function would be faster, too. Gradients are taken from the faster one.
 
@@ -25,6 +26,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, forced: boo
         `[..., out]`. On a CPU in eager mode, in float32 on AMD's processors with AVX-512 and in bfloat16 where oneDNN
         has it, the product and the sum with the bias are one call of oneDNN. Otherwise this is torch's function.
     """
+    if isinstance(weight, FrozenWeight):
+        return weight.product(x, bias)
     args = (x, weight, bias)
     if not (x.is_cpu and weight.is_cpu and is_plain(*args) and _is_served(x, weight, bias, forced)):
         return F.linear(x, weight, bias)

@@ -19,6 +19,8 @@ from evaclip.loading import LoadedModel
 from evaclip.runtime import encoder as runtime
 from evaclip.runtime.encoder import Encoder
 from evaclip.runtime.graphs import GraphedTower
+from evakernels.nn import FrozenWeight
+from evakernels.nn.frozen import why_not_int8
 
 
 @pytest.fixture
@@ -119,6 +121,32 @@ def test_16_bits_are_near(loaded, pictures):
     half = Encoder(LoadedModel("tiny", "", model, loaded.tokenizer, loaded.transform), precision="bf16", device="cpu")
     cosines = (half.images(pictures) * _expected(loaded, pictures)).sum(1)
     assert cosines.min() > 0.999
+
+
+@pytest.mark.skipif(why_not_int8() is not None, reason=f"int8 {why_not_int8()}")
+def test_8_bits_are_near(loaded, pictures):
+    model = evaclip.create_model("tiny").eval()
+    model.load_state_dict(loaded.model.state_dict())
+    texts = ["a dog", "two cats on a red bicycle"]
+    with torch.no_grad():
+        expected = loaded.model.encode_text(loaded.tokenizer(texts), normalize=True)
+    eighth = Encoder(LoadedModel("tiny", "", model, loaded.tokenizer, loaded.transform), precision="int8", device="cpu")
+    assert {weight.is_int8 for weight in model.parameters() if isinstance(weight, FrozenWeight)} == {True}
+    assert (eighth.images(pictures) * _expected(loaded, pictures)).sum(1).min() > 0.99
+    assert (eighth.texts(texts) * expected).sum(1).min() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "precision int8 needs a processor with VNNI; expected one of auto, fp32, bf16, fp16"),
+        ({"device": "cuda"}, "precision int8 is for a CPU"),
+    ],
+)
+def test_8_bits_where_there_are_none(options, says, monkeypatch):
+    monkeypatch.setattr(runtime, "why_not_int8", lambda: "needs a processor with VNNI")
+    with pytest.raises(UserError, match=says):
+        Encoder("tiny", **{"device": "cpu", "precision": "int8", **options})
 
 
 def test_a_compiled_tower_gives_the_same_for_any_number(loaded, pictures, monkeypatch):

@@ -1,0 +1,200 @@
+"""Weights that are laid out once: the same products, and no way to change them unseen."""
+
+import copy
+import io
+import pickle
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import evakernels
+from evakernels.nn import FrozenWeight, Linear, freeze, frozen, linear, unfreeze
+
+KINDS = [
+    pytest.param(dtype, int8, id=f"{str(dtype)[6:]}{'-int8' * int8}")
+    for dtype in (torch.float32, torch.bfloat16)
+    for int8 in (False, True)
+]
+
+
+@pytest.fixture(autouse=True)
+def served(monkeypatch):
+    """float32 too, on processors for which MKL is the faster library."""
+    module = sys.modules[linear.__module__]
+    if torch.bfloat16 not in module.multiplied_dtypes():
+        pytest.skip("this torch has no oneDNN, or the processor none of its products of bfloat16")
+    monkeypatch.setattr(module, "served_dtypes", module.multiplied_dtypes)
+
+
+def skip_unless_served(int8):
+    if int8 and (reason := frozen.why_not_int8()):
+        pytest.skip(f"int8 {reason}")
+
+
+def model(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(Linear(96, 200), nn.GELU(), nn.Linear(200, 65)).to(dtype).eval()
+
+
+def error(found, expected):
+    """Root of the mean square, relative to that of `expected`."""
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def with_int8(weight, x):
+    """What a product in 8 bits is to give, in float64."""
+    scale, rows = weight.abs().amax(1, keepdim=True) / 127, x.abs().amax(-1, keepdim=True) / 127
+    return ((x / rows).round() @ (weight / scale).round().T) * rows * scale.T
+
+
+@pytest.mark.parametrize(("dtype", "int8"), KINDS)
+@pytest.mark.parametrize("shape", [(96,), (1, 96), (10, 96), (3, 50, 96), (0, 96)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_product(dtype, int8, shape, bias):
+    skip_unless_served(int8)
+    layer = nn.Linear(96, 200, bias=bias).to(dtype).eval().requires_grad_(False)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight, expected = layer.weight.double(), layer.double()(x.double())
+    plain = layer.to(dtype)(x)
+    if int8:
+        expected = with_int8(weight, x.double()) + (layer.bias.double() if bias else 0)
+    found = freeze(layer, int8=int8)(x)
+    assert isinstance(layer.weight, FrozenWeight)
+    assert (found.shape, found.dtype) == (plain.shape, dtype)
+    if x.numel():
+        # In 8 bits a code at half of a unit goes either way, and bfloat16 is rounded twice.
+        bound = (
+            (2e-3 if dtype == torch.float32 else 5e-3)
+            if int8
+            else 2 * max(error(plain, expected), torch.finfo(dtype).eps)
+        )
+        assert error(found, expected) <= bound
+    assert torch.equal(found, layer(x))
+
+
+@pytest.mark.parametrize(("dtype", "int8"), KINDS)
+def test_what_is_thawed_is_what_was_frozen(dtype, int8):
+    skip_unless_served(int8)
+    plain = model(dtype)
+    thawed = unfreeze(freeze(copy.deepcopy(plain), int8=int8))
+    assert [type(p) for p in thawed.parameters()] == [nn.Parameter] * 4
+    for found, weight in ((thawed[0].weight, plain[0].weight), (thawed[2].weight, plain[2].weight)):
+        step = weight.float().abs().amax(1, keepdim=True) / 127
+        assert torch.equal(found, weight) if not int8 else ((found.float() - weight).abs() <= step).all()
+
+
+@pytest.mark.parametrize(("dtype", "int8"), KINDS)
+def test_a_model_can_be_read_copied_and_saved(dtype, int8):
+    skip_unless_served(int8)
+    froze = freeze(model(dtype), int8=int8)
+    weight, x = froze[0].weight, torch.ones(2, 96, dtype=dtype)
+    twin, thawed = copy.deepcopy(froze), unfreeze(copy.deepcopy(froze))
+    assert torch.equal(twin(x), froze(x))
+    file = io.BytesIO()
+    torch.save(froze.state_dict(), file)
+    file.seek(0)
+    for state in (torch.load(file, weights_only=True), pickle.loads(pickle.dumps(froze)).state_dict()):
+        assert not isinstance(state["0.weight"], FrozenWeight)
+        assert all(torch.equal(state[name], value) for name, value in thawed.state_dict().items())
+    assert float(weight.double().sum()) == float(thawed[0].weight.double().sum())
+    assert (weight.shape, weight.dtype, weight.device.type) == ((200, 96), dtype, "cpu")
+    assert sum(p.numel() for p in froze.parameters()) == sum(p.numel() for p in model().parameters())
+    assert "FrozenWeight([200, 96]" in repr(weight)
+    assert froze.to("cpu")[0].weight is weight
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m[0].weight.zero_(),
+        lambda m: m[0].weight.data.mul_(2),
+        lambda m: m[0].weight.__setitem__(0, 1.0),
+        lambda m: m[0].weight[0].zero_(),
+        lambda m: setattr(m[0].weight, "data", torch.ones(200, 96)),
+        lambda m: torch.add(torch.ones(200, 96), 1, out=m[0].weight),
+        lambda m: nn.init.ones_(m[0].weight),
+        lambda m: m.double(),
+    ],
+)
+def test_a_change_is_refused(change):
+    froze = freeze(model())
+    before = froze(torch.ones(2, 96))
+    with torch.no_grad(), pytest.raises(TypeError, match="frozen"):
+        change(froze)
+    assert torch.equal(froze(torch.ones(2, 96)), before)
+
+
+def test_loading_into_a_frozen_model_is_refused():
+    with pytest.raises(RuntimeError, match=r"frozen; change it before `evakernels\.nn\.freeze`"):
+        freeze(model()).load_state_dict(model().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m(torch.ones(2, 96, requires_grad=True)), "the input wants a gradient"),
+        (lambda m: m(torch.ones(2, 96, dtype=torch.bfloat16)), "frozen in torch.float32 got torch.bfloat16"),
+        (lambda m: m(torch.ones(2, 95)), r"x has shape \[2, 95\]; expected \[..., 96\]"),
+        (lambda m: torch.autocast("cpu")(m)(torch.ones(2, 96)), "under autocast"),
+    ],
+)
+def test_products_that_are_refused(call, message):
+    with pytest.raises(RuntimeError, match=message):
+        call(freeze(model()))
+
+
+def test_models_that_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"training mode.*model\.eval\(\)"):
+        freeze(model().train())
+    with pytest.raises(ValueError, match="weight is on meta"):
+        freeze(model().to("meta"))
+    monkeypatch.setattr(frozen, "why_not_int8", lambda: "needs a processor with products of bytes")
+    with pytest.raises(RuntimeError, match="int8 needs a processor with products of bytes"):
+        freeze(model(), int8=True)
+
+
+def test_other_dtypes_stay_as_they_are():
+    assert type(freeze(model(torch.float64))[0].weight) is nn.Parameter
+
+
+def test_tied_weights_stay_tied():
+    tied = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
+    tied[1].weight = tied[0].weight
+    freeze(tied)
+    assert tied[0].weight is tied[1].weight
+
+
+def test_parts_of_a_weight_are_laid_out_once():
+    layer, x = nn.Linear(8, 24).eval(), torch.ones(2, 8)
+    expected = [F.linear(x, part) for part in layer.weight.detach().split([8, 16])]
+    freeze(layer)
+    parts = layer.weight.split([8, 16])
+    assert all(a is b for a, b in zip(parts, layer.weight.split([8, 16]), strict=True))
+    for part, value in zip(parts, expected, strict=True):
+        torch.testing.assert_close(linear(x, part), value)
+
+
+def test_attention_of_torch_stays_dense():
+    attention = nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    freeze(attention)
+    assert not any(isinstance(p, FrozenWeight) or p.requires_grad for p in attention.parameters())
+    assert attention(x, x, x)[0].shape == x.shape
+
+
+def test_accelerate_freezes_and_restore_thaws():
+    plain = model()
+    x = torch.randn(4, 96)
+    accelerated = copy.deepcopy(plain)
+    with torch.no_grad():
+        expected = plain(x)
+        with evakernels.accelerate(accelerated, freeze=True).watch() as report:
+            torch.testing.assert_close(accelerated(x), expected)
+    assert {ran.backend for ran in report.ran} >= {"oneDNN, packed"}
+    evakernels.restore(accelerated)
+    assert all(torch.equal(a, b) for a, b in zip(accelerated.parameters(), plain.parameters(), strict=True))
+    with pytest.raises(ValueError, match="training mode"):
+        evakernels.accelerate(accelerated.train(), freeze=True)
