@@ -138,7 +138,7 @@ _FROZEN = "the weight is frozen; change it before `evakernels.nn.freeze`, or aft
 _ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
-def freeze(model: nn.Module, *, int8: bool = False) -> nn.Module:
+def freeze(model: nn.Module, *, int8: bool | Callable[[str], bool] = False) -> nn.Module:
     """Lays out the weights of a model's linear layers for the products of this CPU, in place, once: for inference.
 
     A product of few rows is up to 1.7 times as fast then, of many 1.05 times. Weights become `FrozenWeight`, which
@@ -150,7 +150,8 @@ def freeze(model: nn.Module, *, int8: bool = False) -> nn.Module:
         model: in evaluation mode, on a CPU. Of each `torch.nn.Linear` the weight is frozen, and of other modules the
             parameters that their class names in `linear_weights`; those of `torch.nn.MultiheadAttention` stay dense. No
             parameter wants a gradient afterwards.
-        int8: compute in 8 bits: weights with a scale for each output, inputs with one for each row, sums in 32 bits.
+        int8: compute in 8 bits: weights with a scale for each output, inputs with one for each row, sums in 32 bits. A
+            function tells of the name of a parameter, as in `named_parameters`, whether to.
 
     Returns:
         The model.
@@ -169,11 +170,12 @@ def freeze(model: nn.Module, *, int8: bool = False) -> nn.Module:
         raise RuntimeError(f"freeze: int8 {reason}")
     frozen: dict[Tensor, nn.Parameter] = {}
     for module, name, weight in _weights(model):
-        if isinstance(weight, FrozenWeight) or weight.dtype not in _frozen_dtypes(int8):
+        in_int8 = int8(name) if callable(int8) else int8
+        if isinstance(weight, FrozenWeight) or weight.dtype not in _frozen_dtypes(in_int8):
             continue
         if weight not in frozen:
-            frozen[weight] = nn.Parameter(FrozenWeight.of(weight, int8=int8), requires_grad=False)
-        module.register_parameter(name, frozen[weight])
+            frozen[weight] = nn.Parameter(FrozenWeight.of(weight, int8=in_int8), requires_grad=False)
+        module.register_parameter(name.rpartition(".")[2], frozen[weight])
     return model.requires_grad_(False)
 
 
@@ -190,7 +192,7 @@ def unfreeze(model: nn.Module) -> nn.Module:
     """Makes the weights dense again that `freeze` has laid out, in place; returns the model."""
     for module, name, weight in _weights(model):
         if isinstance(weight, FrozenWeight):
-            module.register_parameter(name, nn.Parameter(weight.dense(), requires_grad=False))
+            module.register_parameter(name.rpartition(".")[2], nn.Parameter(weight.dense(), requires_grad=False))
     return model
 
 
@@ -205,16 +207,17 @@ def why_not_int8() -> str | None:
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Modules, and name in the model and value of their parameters that products of linear layers take."""
     # torch's attention takes views of its weights, and of its output layer reads the weight alone.
     closed = {
         part for module in model.modules() if isinstance(module, nn.MultiheadAttention) for part in module.modules()
     }
-    for module in model.modules():
+    for path, module in model.named_modules():
         names: tuple[str, ...] = getattr(module, "linear_weights", ("weight",) if isinstance(module, nn.Linear) else ())
         for name in names if module not in closed else ():
             weight = module._parameters.get(name)
             if weight is not None:
-                yield module, name, weight
+                yield module, f"{path}.{name}".lstrip("."), weight
 
 
 def _frozen_dtypes(int8: bool) -> frozenset[torch.dtype]:

@@ -160,6 +160,12 @@ def test_other_dtypes_stay_as_they_are():
     assert type(freeze(model(torch.float64))[0].weight) is nn.Parameter
 
 
+@pytest.mark.skipif(frozen.why_not_int8() is not None, reason=f"int8 {frozen.why_not_int8()}")
+def test_layers_are_chosen_by_name():
+    froze = freeze(model(), int8=lambda name: name == "2.weight")
+    assert [froze[0].weight.is_int8, froze[2].weight.is_int8] == [False, True]
+
+
 def test_tied_weights_stay_tied():
     tied = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
     tied[1].weight = tied[0].weight
