@@ -129,8 +129,11 @@ def _open_clip(subject: Subject, dtype: str) -> Run:
 
 
 def _compiled(subject: Subject, dtype: str, freezing: bool = False) -> Run:
+    from torch._dynamo import config as dynamo
     from torch._inductor import config
 
+    # Each size and dtype of either tower is a form of the same code, of which torch makes eight and then fails.
+    dynamo.recompile_limit = 64
     # Options tell apart what was compiled with and without them; dynamo, too, asks whether weights are frozen.
     options: dict[str, Any] | None = {"freezing": True} if freezing else None
     module = torch.compile(subject.plain(dtype, subject.device), fullgraph=True, dynamic=False, options=options)

@@ -1,14 +1,15 @@
 """Other people's models before and after `evakernels.accelerate`, and through torch.compile.
 
 A model has random weights in float32; samples in bfloat16 make it run under autocast, as users do. Both sides are
-copies of one model and share its parameters.
+copies of one model and share its parameters. For inference alone (`dropin_frozen`) the weights are in the dtype of the
+samples, and laid out once by whoever can.
 """
 
 import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 import evakernels
-from benchmarks.operation import Baseline, Cost, Draw, Inputs, Operation, Work, register
+from benchmarks.operation import Baseline, Cost, Draw, Inputs, Operation, Work, peer, register
 from evaclip.errors import UserError, unknown_name
 
-DROPIN = "dropin"
+DROPIN, FROZEN = "dropin", "dropin_frozen"
 _FORM = re.compile(r"(?P<model>[\w./-]+) b(?P<batch>\d+)")
 
 
@@ -165,6 +166,17 @@ def _pair(name: str, device: torch.device) -> Pair:
     return Pair(before, after, tuple(key for key, value in before.named_parameters() if value.requires_grad))
 
 
+@lru_cache(maxsize=3)  # the two of one dtype, and the truth
+def _frozen(name: str, dtype: torch.dtype, accelerated: bool) -> "_Encoder":
+    """A model for inference, as it was built or accelerated with its weights laid out."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        encoder = _Encoder(MODELS[name].build(torch.device("cpu")).to(dtype).eval(), MODELS[name].encode)
+    if accelerated:
+        evakernels.accelerate(encoder.model, freeze=True)
+    return encoder.requires_grad_(False)
+
+
 def _places(model: nn.Module) -> dict[tuple[str, str], nn.Parameter]:
     """Parameters by module and name within it."""
     split = ((name.rpartition("."), parameter) for name, parameter in model.named_parameters(remove_duplicate=False))
@@ -178,21 +190,48 @@ def _without_chance(model: nn.Module) -> None:
 
 
 def _inputs(shape: ModelShape, draw: Draw) -> Inputs:
+    pair = _pair(shape.model, draw.device)
+    return {
+        "pair": pair,
+        # As in any model that isn't frozen: torch multiplies by a weight that has no gradient in another way.
+        "parameters": [pair.before.get_parameter(name).detach().requires_grad_() for name in pair.trained],
+        **_samples(shape, draw),
+    }
+
+
+def _samples(shape: ModelShape, draw: Draw) -> Inputs:
     model = MODELS[shape.model]
     pixels = _PIXELS.get(shape.model, 224)
-    pair = _pair(shape.model, draw.device)
     texts = None
     if model.vocabulary:
         # The largest id is the end token, for some of them the place of the pooled output.
         texts = draw.integers(model.vocabulary - 2, shape.batch, model.context)
         texts[:, -1] = model.vocabulary - 1
-    return {
-        "pair": pair,
-        # As in any model that isn't frozen: torch multiplies by a weight that has no gradient in another way.
-        "parameters": [pair.before.get_parameter(name).detach().requires_grad_() for name in pair.trained],
-        "images": draw.normal(shape.batch, 3, pixels, pixels),
-        "texts": texts,
-    }
+    return {"images": draw.normal(shape.batch, 3, pixels, pixels), "texts": texts}
+
+
+def _frozen_inputs(shape: ModelShape, draw: Draw) -> Inputs:
+    return {"model": shape.model, **_samples(shape, draw)}
+
+
+def _encode(model: str, images: Tensor, texts: Tensor | None, accelerated: bool = False) -> Any:
+    return _frozen(model, images.dtype, accelerated)(images, texts)
+
+
+@peer(FROZEN, "compile-freezing", package="torch", devices=("cpu",))
+def _compile_freezing(shape: ModelShape) -> Callable[..., Any]:
+    from torch._inductor import config
+
+    compiled: dict[torch.dtype, Any] = {}
+
+    def encode(model: str, images: Tensor, texts: Tensor | None) -> Any:
+        encoder = compiled.setdefault(
+            images.dtype, torch.compile(_frozen(model, images.dtype, False), dynamic=False, options={"freezing": True})
+        )
+        with torch.no_grad(), config.patch(freezing=True):
+            return encoder(images, texts)
+
+    return encode
 
 
 def _before(pair: Pair, **inputs: Any) -> Any:
@@ -249,6 +288,21 @@ register(
             "cuda": tuple(f"{name} b64" for name in MODELS),
         },
         gradients=("parameters",),
+        by_request=True,
+    )
+)
+
+register(
+    Operation(
+        name=FROZEN,
+        summary="other people's models for inference after evakernels.accelerate(freeze=True), weights in this dtype",
+        inputs=_frozen_inputs,
+        eager=_encode,
+        ours=partial(_encode, accelerated=True),
+        baseline=Baseline("untouched", "torch"),
+        work=_work,
+        parse=parse,
+        shapes={"cpu": tuple(f"{name} b{2 if name == 'timm/eva02-l' else 4}" for name in MODELS)},
         by_request=True,
     )
 )

@@ -69,6 +69,8 @@ class FrozenWeight(Tensor):
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x [..., in]` to `[..., out]`."""
+        if is_on("cpu"):
+            x = x.to(torch.get_autocast_dtype("cpu"))
         self._check(x)
         if bias is not None:
             bias = bias.to(self.dtype)
@@ -94,10 +96,10 @@ class FrozenWeight(Tensor):
     def _check(self, x: Tensor) -> None:
         if x.shape[-1:] != self.shape[1:]:
             raise RuntimeError(f"linear: x has shape {list(x.shape)}; expected [..., {self.shape[1]}]")
-        if x.dtype != self.dtype or is_on("cpu"):
+        if x.dtype != self.dtype:
             raise RuntimeError(
-                f"linear: a weight that was frozen in {self.dtype} got {x.dtype}{' under autocast' * is_on('cpu')}; "
-                "freeze a model in the dtype that it computes in, as by model.to(torch.bfloat16), without autocast"
+                f"linear: a weight that was frozen in {self.dtype} got {x.dtype}; freeze a model in the dtype that it "
+                "computes in, under autocast too, as by model.to(torch.bfloat16)"
             )
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("linear: the weight is frozen, for inference alone, and the input wants a gradient")
@@ -157,7 +159,7 @@ def freeze(model: nn.Module, *, int8: bool | Callable[[str], bool] = False) -> n
         The model.
 
     Raises:
-        ValueError: for a model in training mode or on another device.
+        ValueError: for a model in training mode, on another device, or frozen otherwise before.
         RuntimeError: for `int8` on a processor that has no products of bytes (VNNI, AMX), where they are slow or wrong.
 
     Examples:
@@ -171,6 +173,8 @@ def freeze(model: nn.Module, *, int8: bool | Callable[[str], bool] = False) -> n
     frozen: dict[Tensor, nn.Parameter] = {}
     for module, name, weight in _weights(model):
         in_int8 = int8(name) if callable(int8) else int8
+        if isinstance(weight, FrozenWeight) and weight.is_int8 != in_int8:
+            raise ValueError(f"freeze: {name} is frozen {'in' if weight.is_int8 else 'not in'} int8; unfreeze it first")
         if isinstance(weight, FrozenWeight) or weight.dtype not in _frozen_dtypes(in_int8):
             continue
         if weight not in frozen:

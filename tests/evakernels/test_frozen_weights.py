@@ -138,7 +138,7 @@ def test_loading_into_a_frozen_model_is_refused():
         (lambda m: m(torch.ones(2, 96, requires_grad=True)), "the input wants a gradient"),
         (lambda m: m(torch.ones(2, 96, dtype=torch.bfloat16)), "frozen in torch.float32 got torch.bfloat16"),
         (lambda m: m(torch.ones(2, 95)), r"x has shape \[2, 95\]; expected \[..., 96\]"),
-        (lambda m: torch.autocast("cpu")(m)(torch.ones(2, 96)), "under autocast"),
+        (lambda m: torch.autocast("cpu")(m)(torch.ones(2, 96)), "under autocast too"),
     ],
 )
 def test_products_that_are_refused(call, message):
@@ -156,6 +156,15 @@ def test_models_that_are_refused(monkeypatch):
         freeze(model(), int8=True)
 
 
+@pytest.mark.skipif(frozen.why_not_int8() is not None, reason=f"int8 {frozen.why_not_int8()}")
+def test_frozen_twice():
+    froze = freeze(model())
+    weight = froze[0].weight
+    assert freeze(froze)[0].weight is weight
+    with pytest.raises(ValueError, match=r"0\.weight is frozen not in int8; unfreeze it first"):
+        freeze(froze, int8=True)
+
+
 def test_other_dtypes_stay_as_they_are():
     assert type(freeze(model(torch.float64))[0].weight) is nn.Parameter
 
@@ -164,6 +173,14 @@ def test_other_dtypes_stay_as_they_are():
 def test_layers_are_chosen_by_name():
     froze = freeze(model(), int8=lambda name: name == "2.weight")
     assert [froze[0].weight.is_int8, froze[2].weight.is_int8] == [False, True]
+
+
+def test_autocast_to_the_dtype_of_the_weights():
+    froze = freeze(model(torch.bfloat16))
+    x = torch.randn(4, 96)
+    with torch.autocast("cpu"):
+        found = froze(x)
+    assert torch.equal(found, froze(x.bfloat16()))
 
 
 def test_tied_weights_stay_tied():
