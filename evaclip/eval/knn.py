@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaclip.errors import UserError
-from evaclip.eval.ranking import hit_rate, top_items
+from evaclip.eval.ranking import Over, here, hit_rate, top_items
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
+_QUERIES = 512
+"""That vote at once. Processes share such blocks and never cut one, so that no sum depends on how many they are."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,15 @@ def knn(
     classes: int,
     neighbours: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
+    over: Over = here,
 ) -> KnnResult:
     """Classifies `test` by the nearest of `train`, each (features [N, width], labels [N] int64 in [0, classes)).
 
-    A neighbour votes for its class by `exp(cosine / temperature)`. Of classes with equal votes the lower one wins.
-    A class without a neighbour is in no place, so a miss.
+    A neighbour votes for its class by `exp(cosine / temperature)`. Of equally near ones the earlier is a neighbour, and
+    of classes with equal votes the lower one wins. A class without a neighbour is in no place, so a miss.
+
+    Args:
+        over: has blocks of `test` vote, here or in several processes that all have both sets; the result is the same.
 
     Raises:
         UserError: one of them is empty.
@@ -51,16 +57,15 @@ def knn(
     if not len(train_labels) or not len(labels):
         raise UserError(f"k-NN needs pictures to vote and to test on, got {len(train_labels)} and {len(labels)}")
     neighbours = min(neighbours, len(train_labels))
-    cosines, nearest = top_items(F.normalize(features, dim=1), F.normalize(train_features, dim=1), neighbours)
-    # Of the largest: as weights they are the same, and no power overflows.
-    weights = ((cosines.double() - cosines[:, :1]) / temperature).exp()
-    voters = train_labels[nearest]
-    # Less than nothing for a class that none votes for; a vote may underflow to 0.
-    votes = torch.full((len(labels), classes), -1.0, dtype=torch.float64).scatter_(1, voters, 0.0)
-    votes.scatter_add_(1, voters, weights)
-    own = votes.gather(1, labels[:, None])
-    ranks = ((votes > own) | ((votes == own) & (torch.arange(classes) < labels[:, None]))).sum(1)
-    ranks[own[:, 0] < 0] = max(classes, 5)
+    voting = F.normalize(train_features, dim=1)
+
+    def ranks_from(first: int) -> Tensor:
+        """[n] the place of each of a block's own classes."""
+        rows = slice(first, first + _QUERIES)
+        cosines, nearest = top_items(F.normalize(features[rows], dim=1), voting, neighbours)
+        return _places(cosines, train_labels[nearest], labels[rows], classes, temperature)
+
+    ranks = torch.cat(over(range(0, len(labels), _QUERIES), ranks_from))
     return KnnResult(
         train_samples=len(train_labels),
         samples=len(labels),
@@ -70,3 +75,16 @@ def knn(
         top5=hit_rate(ranks, 5),
         chance_top1=1 / classes,
     )
+
+
+def _places(cosines: Tensor, voters: Tensor, labels: Tensor, classes: int, temperature: float) -> Tensor:
+    """[n] the place of each label by the votes of its neighbours, whose classes are `voters` [n, neighbours]."""
+    # Of the largest: as weights they are the same, and no power overflows.
+    weights = ((cosines.double() - cosines[:, :1]) / temperature).exp()
+    # Less than nothing for a class that none votes for; a vote may underflow to 0.
+    votes = torch.full((len(labels), classes), -1.0, dtype=torch.float64).scatter_(1, voters, 0.0)
+    votes.scatter_add_(1, voters, weights)
+    own = votes.gather(1, labels[:, None])
+    places = ((votes > own) | ((votes == own) & (torch.arange(classes) < labels[:, None]))).sum(1)
+    places[own[:, 0] < 0] = max(classes, 5)
+    return places

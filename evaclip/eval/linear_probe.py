@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evaclip.errors import UserError
-from evaclip.eval.ranking import hit_rate
+from evaclip.eval.ranking import Over, here, hit_rate
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
@@ -52,8 +52,12 @@ def linear_probe(
     classes: int,
     seed: int = 0,
     max_iter: int = 1000,
+    over: Over = here,
 ) -> LinearProbeResult:
     """Fits on `train` and scores on `test`, each (features [N, embed_dim], labels [N] int64 in [0, classes)).
+
+    Args:
+        over: has each strength fitted, here or in several processes that all have both sets, as `knn` takes it.
 
     Raises:
         UserError: fewer than two classes, or fewer than ten pictures, to train on; nothing to test on.
@@ -69,12 +73,14 @@ def linear_probe(
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     cut = round(len(order) * HELD_OUT)
     held_out, fitted = order[:cut], order[cut:]
-    accuracy = {}
-    for strength in STRENGTHS:
+
+    def accuracy_with(strength: float) -> float:
         probe = _fit(features[fitted], labels[fitted], strength, max_iter)
-        accuracy[strength] = hit_rate(_ranks(probe, features[held_out], labels[held_out], classes), 1)
+        return hit_rate(_ranks(probe, features[held_out], labels[held_out], classes), 1)
+
+    accuracy = dict(zip(STRENGTHS, over(STRENGTHS, accuracy_with), strict=True))
     best = max(STRENGTHS, key=lambda strength: accuracy[strength])
-    ranks = _ranks(_fit(features, labels, best, max_iter), *test, classes)
+    (ranks,) = over([best], lambda strength: _ranks(_fit(features, labels, strength, max_iter), *test, classes))
     return LinearProbeResult(
         train_samples=len(labels),
         samples=len(ranks),

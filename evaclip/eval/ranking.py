@@ -5,12 +5,21 @@ block size. Of equal scores the one with the lower index comes first: a model th
 is ranked like a fixed list, and so reaches exactly chance on average.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 BLOCK = 2048
+
+Over = Callable[[Sequence[Any], Callable[[Any], Any]], list[Any]]
+"""(items, what is done with one) -> what comes of each, in their order; several processes may share the work."""
+
+
+def here(items: Sequence[Any], action: Callable[[Any], Any]) -> list[Any]:
+    """In this process alone."""
+    return [action(item) for item in items]
 
 
 def target_ranks(queries: Tensor, items: Tensor, targets: Tensor, *, block: int = BLOCK) -> Tensor:
@@ -56,28 +65,42 @@ def top_items(queries: Tensor, items: Tensor, k: int, *, block: int = BLOCK) -> 
         (scores [Q, min(k, M)] float32, indices [Q, min(k, M)] int64)
     """
     _check_features(queries, items)
-    best_scores, best_indices = [], []
+    best = torch.empty(len(queries), min(k, len(items)), dtype=torch.int64)
     for rows in _slices(len(queries), block):
         query = queries[rows].double()
-        scores = torch.empty(len(query), 0)
-        indices = torch.empty(len(query), 0, dtype=torch.int64)
+        kept = best[rows, :0]
         for columns in _slices(len(items), block):
             tile = (query @ items[columns].double().T).float()
-            scores = torch.cat([scores, tile], 1)
-            indices = torch.cat([indices, torch.arange(columns.start, columns.stop).expand_as(tile)], 1)
-            # Stable, and what was kept so far stands left with lower indices: ties stay in index order.
-            scores, order = scores.sort(dim=1, descending=True, stable=True)
-            scores, indices = scores[:, :k], indices.gather(1, order[:, :k])
-        best_scores.append(scores)
-        best_indices.append(indices)
-    if not best_scores:
-        return torch.empty(0, min(k, len(items))), torch.empty(0, min(k, len(items)), dtype=torch.int64)
-    return torch.cat(best_scores), torch.cat(best_indices)
+            kept = torch.cat([kept, _sortable(tile, columns.start)], 1)
+            kept = kept.topk(min(k, kept.shape[1]), dim=1).values
+        best[rows] = kept
+    return _scores_of(best), _LAST - (best & _LAST)
 
 
 def hit_rate(ranks: Tensor, k: int) -> float:
     """The share of ranks that lie within the first k places."""
     return float((ranks < k).double().mean())
+
+
+_LAST = 2**32 - 1
+
+
+def _sortable(scores: Tensor, first: int) -> Tensor:
+    """Scores [n, m] of items from number `first` on, as int64 of which no two are equal: a score, then less its item.
+
+    So a selection that promises nothing about ties has none to break; a stable sort takes longer than the products.
+    """
+    items = torch.arange(first, first + scores.shape[1])
+    return (_ordered(scores.add(0.0).view(torch.int32)).long() << 32) + (_LAST - items)  # -0.0 becomes 0.0
+
+
+def _scores_of(sortable: Tensor) -> Tensor:
+    return _ordered((sortable >> 32).int()).view(torch.float32)
+
+
+def _ordered(bits: Tensor) -> Tensor:
+    """Bits of float32 to int32 of the same order, and back: below 0 they grow as the number falls."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _slices(length: int, block: int) -> Iterator[slice]:

@@ -19,7 +19,7 @@ def loss_svg(curve: LossCurve) -> str:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.4), layout="constrained")
         draw_loss(figure.subplots(), curve)
-        return themed_svg(figure, "Line plot: the contrastive loss over the image-text pairs seen")
+        return themed_svg(figure, "Line plot: the loss over the samples seen")
 
 
 def accuracy_svg(groups: Sequence[BarGroup]) -> str:
@@ -43,7 +43,8 @@ def draw_loss(axes: Axes, curve: LossCurve) -> None:
         axes.plot(curve.samples, curve.loss, "o", color=PALETTE.accent)
     for place in curve.returns:
         axes.axvline(place, color=PALETTE.chance, linewidth=1.0)
-    top = max(curve.loss)
+    # A negative cosine lies below 0.
+    bottom, top = min(0.0, *curve.loss), max(0.0, *curve.loss)
     if curve.guessing is not None:
         axes.axhline(curve.guessing, color=PALETTE.chance, linewidth=1.0, dashes=(4, 3))
         axes.annotate(
@@ -67,8 +68,8 @@ def draw_loss(axes: Axes, curve: LossCurve) -> None:
         fontweight="bold",
     )
     axes.set_xlim(0, curve.samples[-1])
-    axes.set_ylim(0, top * 1.12)
-    axes.set_xlabel("image-text pairs seen")
+    axes.set_ylim(bottom * 1.12, top * 1.12)
+    axes.set_xlabel("samples seen")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_locator(MaxNLocator(5))

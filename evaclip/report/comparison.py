@@ -31,7 +31,7 @@ def render_comparison(folders: Sequence[Path]) -> str:
     css = (files("evaclip.report") / "style.css").read_text(encoding="utf-8")
     body = [
         f'<p class="kind">{KIND}</p><h1>{escape(", ".join(names))}</h1>',
-        '<p class="summary">Every chart is over the image-text pairs seen.</p>',
+        '<p class="summary">Every chart is over the samples seen.</p>',
         "<h2>Where they stand</h2>",
         _table(["", *names], [[title, *values] for title, values in _standing(configs, logs)]),
         "<h2>Curves</h2>",
@@ -62,10 +62,10 @@ def _standing(configs: Mapping[str, Any], logs: Mapping[str, Any]) -> list[tuple
     return [
         ("model", each(lambda config, log: config["model"]["name"])),
         ("step", each(lambda config, log: f"{log[-1]['step']:,}")),
-        ("pairs seen", each(lambda config, log: f"{log[-1]['samples']:,}")),
+        ("samples seen", each(lambda config, log: f"{log[-1]['samples']:,}")),
         ("time", each(lambda config, log: duration(log[-1]["seconds"]))),
         ("loss, mean of the last tenth", each(lambda config, log: f"{_mean_of_end(log):.4f}")),
-        ("pairs a second, median", each(lambda config, log: f"{_median(log, 'samples_per_second'):,.1f}")),
+        ("samples a second, median", each(lambda config, log: f"{_median(log, 'samples_per_second'):,.1f}")),
         ("MFU, median", each(lambda config, log: f"{_median(log, 'mfu'):.1%}")),
         ("steps left out", each(lambda config, log: f"{log[-1]['skipped']:,}")),
     ]

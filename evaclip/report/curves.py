@@ -30,7 +30,7 @@ Log = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Series:
-    """One line: `y` over the image-text pairs seen."""
+    """One line: `y` over the samples seen."""
 
     label: str
     x: list[int]
@@ -72,13 +72,13 @@ def _of_towers(key: str) -> dict[str, str]:
 
 
 _KINDS = (
-    _Kind("In-batch accuracy, image to text", {"": "accuracy"}, _share),
+    _Kind("Accuracy in the batch", {"": "accuracy"}, _share),
     _Kind("Learning rate", {**_of_towers("lr"), "the rest": "lr"}, "{:.2g}".format),
     _Kind("Temperature: the factor of the similarities", {"": "logit_scale"}),
     _Kind("Gradient norm", {"all": "grad_norm", **_of_towers("grad_norm")}, "{:.2g}".format, log=True),
     _Kind("Loss scale", {"": "loss_scale"}, log=True),
     _Kind("Update over weights, a step", _of_towers("update_ratio"), "{:.1g}".format, log=True),
-    _Kind("Image-text pairs a second", {"": "samples_per_second"}),
+    _Kind("Samples a second", {"": "samples_per_second"}),
     _Kind("Tokens a second", {"": "tokens_per_second"}),
     _Kind("Model FLOP/s over the peak (MFU)", {"": "mfu"}, _share),
     _Kind("Time spent waiting for data", {"": "data_wait"}, _share),

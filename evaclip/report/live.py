@@ -14,7 +14,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 # What matters less comes later: it is the first to go where a terminal is low.
 _ROWS = (
     ("loss", "loss", "{:.4f}"),
-    ("in-batch accuracy", "accuracy", "{:.1%}"),
+    ("accuracy in the batch", "accuracy", "{:.1%}"),
     ("samples/s", "samples_per_second", "{:,.1f}"),
     ("data wait", "data_wait", "{:.0%}"),
     ("gradient norm", "grad_norm", "{:.3g}"),

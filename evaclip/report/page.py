@@ -6,17 +6,15 @@ from importlib.resources import files
 from evaclip.eval.gallery import Found, Gallery, Query, Section
 from evaclip.report.charts import accuracy_svg, loss_svg, percent, times_chance
 from evaclip.report.curves import panel_html, panels
-from evaclip.report.run_data import Bar, BarGroup, RunData
+from evaclip.report.run_data import Bar, BarGroup, LossCurve, RunData
 from evaclip.report.theme import document
 
 KIND = "Report of a training run"
-NO_EVALUATIONS = "Nothing has been evaluated yet: `evaclip eval zero-shot RUN_DIR --data PATH` adds a result."
-LOSS_NOTE = (
-    "The contrastive loss of each logged step (pale) and its running mean. The dashed line is the loss of "
-    "guessing which of the batch's texts belongs to a picture."
-)
+NO_EVALUATIONS = "Nothing has been evaluated yet: `evaclip eval` adds results."
+LOSS_NOTE = "The loss of each logged step (pale) and its running mean."
+GUESSING_NOTE = " The dashed line is the loss of guessing which of the batch's texts belongs to a picture."
 RETURNS_NOTE = " Vertical lines: the run went back to a checkpoint and left data out."
-CURVES_NOTE = "What else was logged, over the image-text pairs seen."
+CURVES_NOTE = "What else was logged, over the samples seen."
 EVENTS_NOTE = "Starts, messages and ends of the run, in UTC."
 ACCURACY_NOTE = "Every number stands beside what guessing would reach on the same data."
 GALLERY_NOTE = "Each row is a text and the pictures nearest to it, best first."
@@ -29,7 +27,7 @@ def render_page(run: RunData) -> str:
         f'<p class="kind">{KIND}</p><h1>{escape(run.name)}</h1>',
         f'<p class="summary">{escape(run.summary)}</p>',
         _tiles(run.groups),
-        f"<h2>Training</h2><p>{escape(LOSS_NOTE + (RETURNS_NOTE if run.curve.returns else ''))}</p>",
+        f"<h2>Training</h2><p>{escape(_loss_note(run.curve))}</p>",
         loss_svg(run.curve),
         "<h2>Accuracy against chance</h2>",
         _accuracy(run.groups),
@@ -41,6 +39,11 @@ def render_page(run: RunData) -> str:
         _facts(run),
     ]
     return document(f"{run.name}: {KIND.lower()}", "\n".join(body), css)
+
+
+def _loss_note(curve: LossCurve) -> str:
+    guessing = "" if curve.guessing is None else GUESSING_NOTE
+    return LOSS_NOTE + guessing + (RETURNS_NOTE if curve.returns else "")
 
 
 def headline_bars(groups: tuple[BarGroup, ...]) -> list[tuple[BarGroup, Bar]]:

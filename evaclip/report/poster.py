@@ -56,7 +56,7 @@ def write_poster(run: RunData, path: Path) -> None:
         sheet.skip(_HEADER)
         if run.groups:
             _draw_tiles(sheet, run)
-        _draw_title(sheet, "Training", "contrastive loss: each logged step, and the running mean")
+        _draw_title(sheet, "Training", "the loss of each logged step, and the running mean")
         draw_loss(sheet.axes(_LOSS - 0.4, left=MARGIN + 0.35, width=WIDTH - 2 * MARGIN - 0.8), run.curve)
         sheet.skip(_LOSS + _GAP)
         if run.groups:

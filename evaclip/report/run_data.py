@@ -27,7 +27,7 @@ class LossCurve:
     Attributes:
         smooth: the running mean of `loss`, over a window of 2 % of the run.
         guessing: the loss of a model that knows nothing, or None where that is no single number.
-        returns: where the run went back to a checkpoint, in pairs seen.
+        returns: where the run went back to a checkpoint, in samples seen.
     """
 
     samples: list[int]
@@ -95,7 +95,8 @@ def read_run(folder: Path) -> RunData:
     groups = tuple(group for evaluation in evaluations for group in _bar_groups(evaluation))
     state = what_stands_still(folder, records, events) or "goes on"
     facts = _facts(config, records, evaluations, events, state)
-    curve = loss_curve(records, config["batch_size"], config["loss"]["name"])
+    loss_name = config["loss"]["name"] if _is_contrastive(config) else None
+    curve = loss_curve(records, config["batch_size"], loss_name)
     summary, told = _summary(config, records, evaluations), [_dated(event) for event in events]
     return RunData(folder.name, summary, curve, groups, galleries, log, told, facts, text)
 
@@ -118,8 +119,12 @@ def read_log_of(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 _ORDER = {"zero-shot": 0, "classify": 1, "retrieval": 2, "linear-probe": 3, "knn": 4}
 
 
-def loss_curve(records: Sequence[dict[str, Any]], batch_size: int, loss_name: str) -> LossCurve:
-    """The losses of a log's records, with their running mean."""
+def loss_curve(records: Sequence[dict[str, Any]], batch_size: int, loss_name: str | None) -> LossCurve:
+    """The losses of a log's records, with their running mean.
+
+    Args:
+        loss_name: of a contrastive loss; None for any other.
+    """
     losses = [record["loss"] for record in records]
     window = max(1, round(len(losses) * _SMOOTHING))
     smooth = [sum(part) / len(part) for part in _trailing(losses, window)]
@@ -160,11 +165,17 @@ def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], evaluati
     parts = [config["model"]["name"]]
     if evaluations:
         parts.append(f"{evaluations[-1].model.parameters / 1e6:.1f} M parameters")
-    parts.append(f"{last['samples']:,} image-text pairs in {duration(last['seconds'])}")
+    samples = "image-text pairs" if _is_contrastive(config) else "pictures"
+    parts.append(f"{last['samples']:,} {samples} in {duration(last['seconds'])}")
     if evaluations:
         machine = evaluations[-1].machine
         parts.append(", ".join(machine["gpus"]) or f"{machine['cores']} CPU cores, no GPU")
     return " · ".join(parts)
+
+
+def _is_contrastive(config: dict[str, Any]) -> bool:
+    """So were all runs before configurations had a task."""
+    return bool(config.get("task", {}).get("name", "contrastive") == "contrastive")
 
 
 def _dated(event: dict[str, Any]) -> tuple[str, int, str]:
@@ -185,11 +196,11 @@ def _facts(
         "Training": [
             ("model", config["model"]["name"]),
             ("data", config["data"]["train"] or "a mixture"),
-            ("steps", f"{last['step']:,} of {config['batch_size']:,} pairs"),
+            ("steps", f"{last['step']:,} of {config['batch_size']:,} samples"),
             ("state", state),
-            ("pairs seen", f"{last['samples']:,} ({last['epoch']:.1f} epochs)"),
+            ("samples seen", f"{last['samples']:,} ({last['epoch']:.1f} epochs)"),
             ("time", duration(last["seconds"])),
-            ("speed", f"{rates[len(rates) // 2]:,.0f} pairs/s (median), MFU {last['mfu']:.0%}"),
+            ("speed", f"{rates[len(rates) // 2]:,.0f} samples/s (median), MFU {last['mfu']:.0%}"),
             ("optimizer", f"{config['optim']['name']}, peak rate {config['optim']['lr']:g}"),
             ("precision", config["precision"]),
             ("skipped steps", f"{last['skipped']:,}"),

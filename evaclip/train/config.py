@@ -369,6 +369,8 @@ class CheckpointConfig:
     """Write from a copy in host memory, while the training goes on."""
     allow_data_change: bool = False
     """Resume although the data is no longer what the checkpoint was trained on."""
+    allow_teacher_change: bool = False
+    """Resume although the teacher isn't the one that the checkpoint was trained with (`task.name=masked_image`)."""
     allow_schedule_change: bool = False
     """Resume although steps that are done would have had another rate or image size."""
 

@@ -63,6 +63,7 @@ def take(parts: Parts, position: Position, *, calm: bool) -> checkpoint.Content 
         "moments": scalars,
         "rng": states,
         "fingerprint": parts.source.fingerprint,
+        "taught_by": parts.task.taught_by(),
         "config": tree,
     }
     return checkpoint.Content(
@@ -123,6 +124,9 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
     ]
     if state["fingerprint"] != parts.source.fingerprint:
         remarks.append(_data_changed(parts))
+    taught_by = parts.task.taught_by()
+    if other := differences(state.get("taught_by", taught_by), taught_by):
+        remarks.append(_teacher_changed(folder, other, parts))
     if not parts.config.checkpoint.allow_schedule_change:
         _check_schedule(folder, state, parts)
     # SigLIP's bias in checkpoints of earlier versions, which kept it apart from the model.
@@ -187,6 +191,15 @@ def _data_changed(parts: Parts) -> str:
             "checkpoint.allow_data_change=true goes on nevertheless, from the same position"
         )
     return "the training data has changed since the checkpoint"
+
+
+def _teacher_changed(folder: Path, other: list[str], parts: Parts) -> str:
+    told = f"the teacher is not the one that {str(folder)!r} was trained with ({'; '.join(other)})"
+    if not parts.config.checkpoint.allow_teacher_change:
+        raise UserError(
+            f"{told}: put back what task.teacher named then; checkpoint.allow_teacher_change=true goes on nevertheless"
+        )
+    return told
 
 
 def _averages(folder: Path, remarks: list[str]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """An evaluation's work, shared by all processes of a training, which agree between batches on whether to stop."""
 
 from collections.abc import Callable, Sequence
+from itertools import chain, takewhile
 from typing import Any, TypeVar
 
 import torch
@@ -80,6 +81,14 @@ class Spread(nn.Module):
             if isinstance(failure, UserError):
                 raise failure
         return outcomes
+
+    def over(self, items: Sequence[Any], action: Callable[[Any], Result]) -> list[Result]:
+        """What the action, which encodes nothing, gives of each item; each process does it with its part of them.
+
+        Raises as `everywhere`.
+        """
+        mine = takewhile(lambda _: not self.stop(), self.share(items))
+        return list(chain(*self.everywhere(lambda: [action(item) for item in mine])))
 
     @torch.no_grad()
     def _keep_up(self, texts: bool) -> None:

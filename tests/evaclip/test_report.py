@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from html_page import Page
+from matplotlib.figure import Figure
 from PIL import Image
 
 from evaclip.commands.main import main
@@ -15,7 +16,7 @@ from evaclip.errors import UserError
 from evaclip.eval.gallery import Found, Gallery, Query, Section, thumbnail
 from evaclip.eval.results import DataFacts, Evaluation, ModelFacts
 from evaclip.report import write_report
-from evaclip.report.charts import Bar, percent, short_number, times_chance
+from evaclip.report.charts import Bar, draw_loss, percent, short_number, times_chance
 from evaclip.report.curves import Series, panels, thinned
 from evaclip.report.page import render_page
 from evaclip.report.run_data import duration, loss_curve, read_run
@@ -135,6 +136,22 @@ def test_the_page_says_what_was_measured(run: Path) -> None:
         assert expected in text, expected
 
 
+@pytest.mark.parametrize("task", ["contrastive", "classification", "masked_image"])
+def test_a_report_speaks_of_what_the_task_has(task: str, run: Path) -> None:
+    (run / "config.yaml").write_text(f"{CONFIG}task: {{name: {task}}}\n")
+    write_lines(run / "log.jsonl", [log_record(step, -0.1 * step) for step in (1, 2, 3)])
+    data = read_run(run)
+    words = " ".join(Page(render_page(data)).words)
+    assert ("768 image-text pairs in" in words, "768 pictures in" in words) == (
+        (True, False) if task == "contrastive" else (False, True)
+    )
+    assert ("guessing among 256" in words) == ("which of the batch's texts" in words) == (task == "contrastive")
+    figure = Figure()
+    draw_loss(figure.subplots(), data.curve)
+    low, high = figure.axes[0].get_ylim()
+    assert low < -0.3 <= 0 <= high
+
+
 def test_the_right_pictures_are_framed(run: Path) -> None:
     save_gallery(run)
     images = Page(render_page(read_run(run))).images
@@ -157,11 +174,11 @@ def test_the_charts_follow_the_theme(run: Path) -> None:
 def test_every_number_that_was_logged_has_a_chart(run: Path) -> None:
     figures = re.findall(r"<figcaption>(.*?)</figcaption>", render_page(read_run(run)))
     assert figures == [
-        "In-batch accuracy, image to text",
+        "Accuracy in the batch",
         "Learning rate",
         "Gradient norm",
         "Loss scale",
-        "Image-text pairs a second",
+        "Samples a second",
         "Model FLOP/s over the peak (MFU)",
         "Time in communication",
         "Left out so far",
@@ -250,7 +267,7 @@ def test_a_run_of_the_trainer_has_a_report(tmp_path: Path) -> None:
     text = render_page(read_run(tmp_path / "run"))
     figures = re.findall(r"<figcaption>(.*?)</figcaption>", text)
     for expected in (
-        "Tokens a second", "Update over weights, a step", "Memory, GiB", "In-batch accuracy, image to text",
+        "Tokens a second", "Update over weights, a step", "Memory, GiB", "Accuracy in the batch",
         "Evaluation: val/zero_shot_top1", "Evaluation: val/loss", "Evaluation: seconds",
     ):  # fmt: skip
         assert expected in figures
@@ -302,7 +319,7 @@ def test_the_loss_curve_is_smoothed_by_a_trailing_mean() -> None:
     assert curve.smooth[0] == 1.0
     assert curve.smooth[3:] == [0.5] * 197
     assert curve.guessing == math.log(64)
-    assert loss_curve(records, 64, "siglip").guessing is None
+    assert loss_curve(records, 64, "siglip").guessing is loss_curve(records, 64, None).guessing is None
 
 
 def test_folders_that_are_no_runs_are_told(run: Path, tmp_path: Path) -> None:

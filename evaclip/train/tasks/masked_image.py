@@ -74,6 +74,9 @@ class MaskedImage(ImageModelTask):
     def beside(self) -> Iterator[Tensor]:
         return self.teacher.tensors()
 
+    def taught_by(self) -> dict[str, Any]:
+        return self.teacher.facts
+
     def remarks(self) -> list[str]:
         has_weights = self._config.teacher.pretrained is not None
         return [] if has_weights else ["the teacher has random weights: set task.teacher.pretrained"]

@@ -110,18 +110,16 @@ class Probing:
         classes = len(known.classnames)
         metrics: Metrics = {"samples": len(tested), "fit_samples": len(fitted), "classes": classes}
         if "knn" in probe.measures:
-            metrics |= attempt([_METRICS["knn"]], lambda: _tops("knn", knn(*data, classes=classes)))
+            metrics |= attempt([_METRICS["knn"]], lambda: _tops("knn", knn(*data, classes=classes, over=spread.over)))
         if "linear_probe" in probe.measures:
-            # One process fits, and all know what it found.
-            fit_here = partial(linear_probe, *data, classes=classes) if self._world.is_main else lambda: None
             metrics |= attempt(
-                [_METRICS["linear_probe"]], lambda: _tops("linear_probe", spread.everywhere(fit_here)[0])
+                [_METRICS["linear_probe"]],
+                lambda: _tops("linear_probe", linear_probe(*data, classes=classes, over=spread.over)),
             )
         return metrics
 
 
-def _tops(name: str, result: KnnResult | LinearProbeResult | None) -> Metrics:
-    assert result is not None
+def _tops(name: str, result: KnnResult | LinearProbeResult) -> Metrics:
     return {f"{name}_top1": result.top1, f"{name}_top5": result.top5}
 
 

@@ -71,6 +71,13 @@ class Task(ABC):
         """The tensors beside the model that a step needs: what `--as-gpus` counts, too."""
         return ()
 
+    def taught_by(self) -> dict[str, Any]:
+        """What tells the teacher from any other, such as a hash of its weights: plain values by name.
+
+        A checkpoint keeps it, and a run goes on with the same alone. Without a teacher it is empty.
+        """
+        return {}
+
     def remarks(self) -> list[str]:
         """What is to be said before the run begins."""
         return []

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from evaclip.atomic import replacing, writing
 from evaclip.errors import UserError
-from evaclip.eval.features import weights_hash
 from evaclip.factory import create_model, create_vision_model
 from evaclip.model.clip import CLIP
 from evaclip.model.config import Preprocess, VisionConfig, find_model, get_config, override
@@ -38,6 +37,9 @@ _log = logging.getLogger(__name__)
 
 _LIKE_THE_RUN = {"amp_bf16": "bf16", "bf16": "bf16", "amp_fp16": "fp16", "fp16": "fp16"}
 _FEATURES = "features"
+_WORDS = 2**18
+"""Of a tensor, that are summed at once."""
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def features_of(config: TeacherConfig) -> int:
@@ -60,12 +62,19 @@ class Teacher:
         tower: on its device, in its own precision.
         own, students: what images go through for the one and for the other.
         cache: of features; None always computes them.
+        facts: what tells it from any other, see `Task.taught_by`.
     """
 
     def __init__(
-        self, tower: VisionTower, own: Preprocess, students: Preprocess, cache: "FeatureCache | None" = None
+        self,
+        tower: VisionTower,
+        own: Preprocess,
+        students: Preprocess,
+        cache: "FeatureCache | None" = None,
+        facts: dict[str, Any] | None = None,
     ) -> None:
         self.tower = tower.requires_grad_(False).eval()
+        self.facts = facts or {}
         self._cache = cache
         self._change: tuple[Tensor, Tensor] | None = None
         if (own.mean, own.std) != (students.mean, students.std):
@@ -176,16 +185,37 @@ class FeatureCache:
 
 
 def digests(images: Tensor) -> list[str]:
-    """A hash of 128 bits in hexadecimal digits of each image, computed where they are.
-
-    Two sums of the pixels' bits times fixed random odd numbers, modulo 2^64: the same on any device.
-    """
+    """A hash of 128 bits in hexadecimal digits of each image, computed where they are."""
     words = images.float().flatten(1).view(torch.int32)
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (2, words.shape[1]), generator=generator) * 2 + 1
-    factors = factors.to(images.device)
-    sums = torch.stack([(factors * row).sum(1) for row in words.long()]).cpu()
-    return [row.numpy().tobytes().hex() for row in sums]
+    return [row.numpy().tobytes().hex() for row in _sums(words, words.shape[1])]
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A hash (hexadecimal digits) of the names, types, shapes and bits of all weights, computed where they are.
+
+    Of a module that is cut up it is that of the whole, which all processes put together, a tensor at a time.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        whole = tensor.full_tensor() if is_cut(tensor) else tensor
+        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
+        if whole.numel():
+            bits = whole.flatten().view(_BITS[whole.element_size()])
+            digest.update(_sums(bits.split(_WORDS), min(_WORDS, len(bits))).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _sums(rows: Iterable[Tensor], width: int) -> Tensor:
+    """int64 [rows, 2] in host memory, of rows of at most `width` integers: 128 bits that tell a row from any other.
+
+    They are sums of the integers times fixed random odd numbers, modulo 2^64: the same on any device.
+    """
+    factors = torch.randint(-(2**62), 2**62, (2, width), generator=torch.Generator().manual_seed(0)) * 2 + 1
+    found = list[Tensor]()
+    for row in rows:
+        factors = factors.to(row.device)
+        found.append((factors[:, : len(row)] * row.long()).sum(1))
+    return torch.stack(found).cpu()
 
 
 def open_teacher(config: TeacherConfig, run: TrainConfig, world: World, model: VisionModel) -> Teacher:
@@ -219,9 +249,11 @@ def open_teacher(config: TeacherConfig, run: TrainConfig, world: World, model: V
         without_data(tower, mode)
         if cut:
             cut_up(tower)
-    cache = None if mode else _cache(config, tower, (own, model.preprocess), precision)
-    with mode or nullcontext():
-        return Teacher(tower, own, model.preprocess, cache)
+    if mode is not None:
+        with mode:
+            return Teacher(tower, own, model.preprocess)
+    facts = {"weights": fingerprint(tower), "precision": precision, "mean": list(own.mean), "std": list(own.std)}
+    return Teacher(tower, own, model.preprocess, _cache(config, tower, model.preprocess, facts), facts)
 
 
 def _tower(model: CLIP | VisionModel) -> VisionTower:
@@ -243,12 +275,12 @@ def _fake_mode(model: VisionModel) -> FakeTensorMode | None:
 
 
 def _cache(
-    config: TeacherConfig, tower: VisionTower, preprocesses: tuple[Preprocess, ...], precision: str
+    config: TeacherConfig, tower: VisionTower, students: Preprocess, facts: dict[str, Any]
 ) -> FeatureCache | None:
     if config.cache is None:
         return None
     # Options such as the heads or a norm's epsilon change features, and no parameter's name or shape.
-    described = json.dumps([weights_hash(tower), asdict(tower.config), precision, *map(asdict, preprocesses)])
+    described = json.dumps([facts, asdict(tower.config), asdict(students)])
     name = hashlib.sha256(described.encode()).hexdigest()[:24]
     return FeatureCache(Path(config.cache).expanduser() / name, config.cache_leaves_gb)
 

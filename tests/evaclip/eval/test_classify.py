@@ -9,7 +9,9 @@ import timm
 import torch
 from eval_fakes import ToTensor, evaclip, png, write_tar
 from labelled_pictures import WNIDS, picture, targets, teach, validate, write_folders
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
 from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 
@@ -155,6 +157,37 @@ def test_another_resolution_and_crop(val: Path, tmp_path: Path) -> None:
     assert not torch.equal(find_classifier(given).load(image_size=112).model.pos_embed, peer.pos_embed)
     oblong = find_classifier(given).load(image_size=(56, 112))
     assert oblong.transform.size == oblong.model.config.image_size == (56, 112)
+
+
+def test_a_trained_classifier_gives_timms_predictions(tmp_path: Path) -> None:
+    """Handwritten digits, learnt by the trainer: its weights in timm's own model, behind timm's own pipeline."""
+    digits = load_digits()
+    levels = (digits.images * 255 / 16).astype("uint8")
+    for number, (pixels, label) in enumerate(zip(levels, digits.target, strict=True)):
+        folder = tmp_path / ("train" if number < 1500 else "val") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{number:04}.png")
+    words = ["--set", f"output={tmp_path}", "model.options={image_size: 28, layers: 2}", "task.classes=null"]
+    words += ["model.pretrained_image=null", "batch_size=50", "schedule={steps: 60, epochs: null}"]
+    words += ["optim.lr=2e-3", "precision=fp32", "device=cpu", "data.workers=0", "log.progress=none", "ema_decay=null"]
+    words += ["task.auto_augment=null", "task.flip=0.0", "data.augmentation.scale=[0.8, 1.0]", "seed=1"]
+    evaclip("train", "finetune-eva02-ti-in1k", "--name", "run", "--train-data", tmp_path / "train", *words)
+    evaclip("convert", tmp_path / "run", tmp_path / "timm.safetensors", "--to", "timm")
+    peer = timm.create_model(TINY, num_classes=10, img_size=28, depth=2)
+    peer.load_state_dict(load_file(tmp_path / "timm.safetensors"))
+    theirs = validate(peer, tmp_path / "val", input_size=(3, 28, 28))
+    loaded, source = (
+        find_classifier(str(tmp_path / "run")).load(),
+        open_source(str(tmp_path / "val"), caption_template="{}"),
+    )
+    found = predict(loaded.model, loaded.transform, source, class_space(10, source), QUIET)
+    assert found.labels.tolist() == targets(tmp_path / "val").tolist()
+    assert torch.equal(found.best, theirs.best)
+    metrics = classify(tmp_path / "out.json", tmp_path / "run", "--data", tmp_path / "val")["metrics"]
+    assert (metrics["top1"], metrics["top5"]) == pytest.approx((theirs.top1, theirs.top5), abs=1e-6)
+    assert metrics["samples"] == 297
+    # It has learnt, and not all: a wrong label, or a wrong place among the five, would be seen.
+    assert 0.5 < metrics["top1"] < metrics["top5"] < 1
 
 
 def numbers(folder: Path, values: Any) -> Path:

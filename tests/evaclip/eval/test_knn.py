@@ -1,6 +1,8 @@
 """Votes of the nearest neighbours, against the definition written out."""
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +46,29 @@ def test_lengths_and_low_temperatures_change_nothing() -> None:
     assert scaled == plain
     nearest = knn((train, train_labels), test, classes=5, neighbours=1)
     assert knn((train, train_labels), test, classes=5, temperature=1e-6).top1 == nearest.top1
+
+
+def test_of_equally_near_ones_the_earlier_votes() -> None:
+    train, labels = torch.eye(3)[[0, 1, 1, 0, 1]], torch.tensor([4, 2, 3, 1, 0])
+    for first in (1, 2, 4):
+        order = torch.tensor([first, *(number for number in range(5) if number != first)])
+        found = knn((train[order], labels[order]), (torch.eye(3)[[1]], labels[[first]]), classes=5, neighbours=1)
+        assert found.top1 == 1.0
+
+
+def test_blocks_are_only_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = drawn(60, 0), drawn(40, 1)
+    whole = knn(*data, classes=5)
+    sizes = list[int]()
+
+    def over(items: Sequence[Any], action: Callable[[Any], Any]) -> list[Any]:
+        found = [action(item) for item in items]
+        sizes.extend(map(len, found))
+        return found
+
+    monkeypatch.setattr("evaclip.eval.knn._QUERIES", 16)
+    assert knn(*data, classes=5, over=over) == whole
+    assert sizes == [16, 16, 8]
 
 
 def test_a_class_that_none_votes_for_is_a_miss() -> None:

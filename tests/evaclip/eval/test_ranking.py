@@ -49,11 +49,15 @@ def test_a_model_without_knowledge_reaches_exactly_chance() -> None:
 
 
 @pytest.mark.parametrize("block", [2, 9, 50])
-def test_top_items_equal_a_full_sort(block: int) -> None:
+@pytest.mark.parametrize("k", [6, 60])
+def test_top_items_equal_a_full_sort(block: int, k: int) -> None:
+    """Of scores of both signs, and of zeros of both: each twice."""
     queries, items = features(11, 4, 4), features(30, 4, 5).repeat(2, 1)
-    scores, indices = top_items(queries, items, 6, block=block)
-    assert indices.tolist() == [order[:6] for order in brute_force_order(queries, items)]
-    assert torch.allclose(scores, (queries @ items.T).gather(1, indices))
+    queries[3] = torch.tensor([-1.0, 0.0, 0.0, 0.0])
+    items[[1, 31, 8, 38], 0] = torch.tensor([0.0, 0.0, -0.0, -0.0])
+    scores, indices = top_items(queries, items, k, block=block)
+    assert indices.tolist() == [order[:k] for order in brute_force_order(queries, items)]
+    assert torch.equal(scores, (queries.double() @ items.double().T).float().gather(1, indices))
 
 
 def test_top_items_returns_all_where_there_are_fewer() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -14,10 +15,10 @@ import timm
 import torch
 from PIL import Image
 from processes import in_processes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sharded_run import train_all
 from small_options import OPTIONS
-from torch import Tensor
+from torch import Tensor, nn
 
 from evaclip import create_model, create_vision_model
 from evaclip.data.shard_writer import write_shard
@@ -33,7 +34,7 @@ from evaclip.train.config import MaskedImageTask, TeacherConfig, TrainConfig
 from evaclip.train.evaluation import EvalSet, encode_everywhere
 from evaclip.train.progress import read_log
 from evaclip.train.tasks import probing
-from evaclip.train.tasks.teacher import FeatureCache, Teacher, digests
+from evaclip.train.tasks.teacher import FeatureCache, Teacher, digests, fingerprint
 from evaclip.train.trainer import train
 from evaclip.weights.convert import convert
 
@@ -141,6 +142,47 @@ def test_digests_tell_images_apart() -> None:
     assert len(set(found)) == 40
     assert digests(images[[5, 5]]) == [found[5]] * 2
     assert all(len(each) == 32 for each in found)
+
+
+def test_a_fingerprint_is_of_every_bit_and_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(change: Callable[[Tensor], Tensor] = lambda weight: weight, name: str = "a") -> nn.Module:
+        weights = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+        return nn.ParameterDict({name: nn.Parameter(change(weights)), "empty": nn.Parameter(torch.empty(0))})
+
+    def one_bit(weight: Tensor) -> Tensor:
+        weight[2, 6] = torch.nextafter(weight[2, 6], torch.tensor(9.0))
+        return weight
+
+    monkeypatch.setattr("evaclip.train.tasks.teacher._WORDS", 4)  # the last part has one word
+    changes = [one_bit, lambda w: w.roll(4), lambda w: w.reshape(7, 3), Tensor.half, Tensor.double, Tensor.neg]
+    found = [fingerprint(made()), fingerprint(made(name="b")), *(fingerprint(made(change)) for change in changes)]
+    assert len(set(found)) == 8
+    assert fingerprint(made()) == found[0]
+
+
+def test_another_teacher_is_refused_unless_allowed(run_config: Make, tmp_path: Path, capsys: Any) -> None:
+    """Whether its file was replaced or another one is named; the same weights may lie elsewhere."""
+    file, weights = tmp_path / "teacher.safetensors", create_model("tiny", **OPTIONS).state_dict()
+    save_file(weights, file)
+
+    def go_on(*changes: str, resume: str = "auto") -> dict[str, Tensor]:
+        given = ["schedule.steps=4", "checkpoint.every_steps=2", f"task.teacher.pretrained={file}", *changes]
+        folder = train(run_config(*given, task="masked_image"), resume=resume).folder
+        return load_file(folder / "checkpoints/step_00000004/model.safetensors")
+
+    straight, halfway = go_on(resume="none"), str(tmp_path / "run/checkpoints/step_00000002")
+    moved = file.rename(tmp_path / "moved.safetensors")
+    found = go_on(f"task.teacher.pretrained={moved}", resume=halfway)
+    assert all(torch.equal(value, found[name]) for name, value in straight.items())
+    assert "changed since the checkpoint: task.teacher.pretrained" in capsys.readouterr().out
+    save_file({name: value * 1.01 for name, value in weights.items()}, file)
+    with pytest.raises(UserError, match=r"the teacher is not the one .* \(weights: \w+ -> \w+\).*allow_teacher_change"):
+        go_on(resume=halfway)
+    with pytest.raises(UserError, match=r"weights: .*precision: fp32 -> bf16"):
+        go_on(f"task.teacher={{pretrained: {moved}, precision: bf16}}", resume=halfway)
+    changed = go_on("checkpoint.allow_teacher_change=true", resume=halfway)
+    assert not torch.equal(changed["lm_head.weight"], straight["lm_head.weight"])
+    assert re.search(r"the teacher is not the one .* was trained with \(weights", capsys.readouterr().out)
 
 
 FIXED = "data.augmentation={scale: [1.0, 1.0], ratio: [1.0, 1.0]}"
@@ -368,6 +410,11 @@ def test_a_sharded_teacher_is_the_whole_one(run_config: Make, tmp_path: Path) ->
         for shard in ("false", "true")
     ]
     in_processes(2, train_all, *((config, "none") for config in configs))
+    runs = [
+        torch.load(tmp_path / name / "checkpoints/step_00000003/state.pt")["taught_by"]
+        for name in ("alone", "shard-true")
+    ]
+    assert runs[0] == runs[1]
     for name in ("shard-false", "shard-true"):
         assert losses(tmp_path / name) == pytest.approx(losses(alone.folder), abs=1e-6)
         (found,) = [record["eval"] for record in read_log(tmp_path / name / "log.jsonl") if "eval" in record]
