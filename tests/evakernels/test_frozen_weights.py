@@ -96,7 +96,9 @@ def test_a_model_can_be_read_copied_and_saved(dtype, int8):
     file = io.BytesIO()
     torch.save(froze.state_dict(), file)
     file.seek(0)
-    for state in (torch.load(file, weights_only=True), pickle.loads(pickle.dumps(froze)).state_dict()):
+    outer = {name.removeprefix("0."): value for name, value in nn.Sequential(froze).state_dict().items()}
+    of_copy = pickle.loads(pickle.dumps(froze)).state_dict()
+    for state in (torch.load(file, weights_only=True), froze.state_dict(), outer, of_copy):
         assert not isinstance(state["0.weight"], FrozenWeight)
         assert all(torch.equal(state[name], value) for name, value in thawed.state_dict().items())
     assert float(weight.double().sum()) == float(thawed[0].weight.double().sum())
