@@ -49,8 +49,11 @@ class FrozenWeight(Tensor):
         if not int8:
             return cls(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), None, weight.shape, weight.dtype)
         scale = weight.float().abs().amax(1).div_(LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
-        codes = (weight.float() / scale.unsqueeze(1)).round_().to(torch.int8)
-        return cls(torch.ops.onednn.qlinear_prepack(codes, None), scale, weight.shape, weight.dtype)
+        return cls._of_codes((weight.float() / scale.unsqueeze(1)).round_().to(torch.int8), scale, weight.dtype)
+
+    @classmethod
+    def _of_codes(cls, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Self:
+        return cls(torch.ops.onednn.qlinear_prepack(codes.contiguous(), None), scale, codes.shape, dtype)
 
     @property
     def is_int8(self) -> bool:
@@ -65,12 +68,18 @@ class FrozenWeight(Tensor):
     def rows(self, sizes: tuple[int, ...]) -> tuple["FrozenWeight", ...]:
         """Its parts of so many outputs each; made once."""
         if sizes not in self._pieces:
-            parts = self.dense().split(sizes)
-            self._pieces[sizes] = tuple(FrozenWeight.of(part, int8=self.is_int8) for part in parts)
+            if self._scale is None:
+                parts = [FrozenWeight.of(part) for part in self._packed.to_dense().split(sizes)]
+            else:
+                codes, scales = self._packed.to_dense().t().split(sizes), self._scale.split(sizes)
+                parts = [FrozenWeight._of_codes(*part, self.dtype) for part in zip(codes, scales, strict=True)]
+            self._pieces[sizes] = tuple(parts)
         return self._pieces[sizes]
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x [..., in]` to `[..., out]`."""
+        if torch.compiler.is_compiling():  # which then leaves what is around it to eager mode
+            raise RuntimeError("linear: torch.compile lays out weights itself (`freezing`): unfreeze the model for it")
         if is_on("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
         self._check(x)

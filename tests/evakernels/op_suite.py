@@ -9,7 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 OPS = ("adamw", "contrastive", "gelu", "lamb", "layer_norm", "norm_widths", "residual_norm")
-OPS += ("native_optimizers", "packed_attention", "rope_attention", "stochastic_rounding", "swiglu", "token_dropout")
+OPS += ("native_optimizers", "packed_attention", "rope_attention", "row_quantization", "stochastic_rounding", "swiglu")
+OPS += ("token_dropout",)
 CHOICE = "accurate or odd_shapes or formula or error_rule"
 RUN = "import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', {choice!r}, *{arguments!r}]))"
 

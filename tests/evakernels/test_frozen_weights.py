@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import evakernels
@@ -100,6 +99,7 @@ def test_a_model_can_be_read_copied_and_saved(dtype, int8):
     of_copy = pickle.loads(pickle.dumps(froze)).state_dict()
     for state in (torch.load(file, weights_only=True), froze.state_dict(), outer, of_copy):
         assert not isinstance(state["0.weight"], FrozenWeight)
+        assert state["0.weight"].is_contiguous()  # as safetensors wants it
         assert all(torch.equal(state[name], value) for name, value in thawed.state_dict().items())
     assert float(weight.double().sum()) == float(thawed[0].weight.double().sum())
     assert (weight.shape, weight.dtype, weight.device.type) == ((200, 96), dtype, "cpu")
@@ -192,14 +192,14 @@ def test_tied_weights_stay_tied():
     assert tied[0].weight is tied[1].weight
 
 
-def test_parts_of_a_weight_are_laid_out_once():
-    layer, x = nn.Linear(8, 24).eval(), torch.ones(2, 8)
-    expected = [F.linear(x, part) for part in layer.weight.detach().split([8, 16])]
-    freeze(layer)
+@pytest.mark.parametrize(("dtype", "int8"), KINDS)
+def test_parts_of_a_weight_are_laid_out_once(dtype, int8):
+    skip_unless_served(int8)
+    layer, x = nn.Linear(8, 24, bias=False).to(dtype).eval(), torch.ones(2, 8, dtype=dtype)
+    freeze(layer, int8=int8)
     parts = layer.weight.split([8, 16])
     assert all(a is b for a, b in zip(parts, layer.weight.split([8, 16]), strict=True))
-    for part, value in zip(parts, expected, strict=True):
-        torch.testing.assert_close(linear(x, part), value)
+    torch.testing.assert_close(torch.cat([linear(x, part) for part in parts], 1), layer(x))
 
 
 def test_attention_of_torch_stays_dense():
@@ -223,3 +223,8 @@ def test_accelerate_freezes_and_restore_thaws():
     assert all(torch.equal(a, b) for a, b in zip(accelerated.parameters(), plain.parameters(), strict=True))
     with pytest.raises(ValueError, match="training mode"):
         evakernels.accelerate(accelerated.train(), freeze=True)
+
+
+def test_compiled_code_leaves_frozen_products_to_eager_mode():
+    froze, x = freeze(model()), torch.randn(4, 96)
+    assert torch.equal(torch.compile(froze, backend="eager")(x), froze(x))

@@ -23,7 +23,7 @@ WIDTHS = pytest.mark.parametrize("width", [1, 7, 64, 131])
 @BACKENDS
 @WIDTHS
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_codes_are_the_nearest(backend, width, dtype):
+def test_codes_are_as_accurate_as_8_bits(backend, width, dtype):
     if backend == "cpu" and dtype == torch.float64:
         pytest.skip("the reference alone has float64")
     x = (randn(2, 3, width) * torch.tensor([1e-6, 1.0, 1e4]).unsqueeze(1)).to(dtype)
@@ -37,7 +37,7 @@ def test_codes_are_the_nearest(backend, width, dtype):
 
 
 @BACKENDS
-def test_rows_without_a_scale(backend):
+def test_formula_of_rows_without_a_scale(backend):
     x = torch.tensor([[0.0, -0.0, 0.0], [1e-38, 0.0, -1e-38], [1.0, torch.nan, 0.0], [torch.inf, 1.0, 0.0]])
     with backends.use_backend(backend):
         codes, scale = quantize_rows(x)
@@ -50,7 +50,7 @@ def test_rows_without_a_scale(backend):
 
 @WIDTHS
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_kernels_give_the_reference(width, dtype):
+def test_odd_shapes_give_the_reference(width, dtype):
     x, scale, bias = randn(5, 11, width).to(dtype), randn(5, 11, seed=1).abs().float(), randn(width, seed=2).to(dtype)
     found = {}
     for backend in ("reference", "cpu"):
