@@ -74,7 +74,7 @@ SIZES = {
     "swiglu_mlp": "4x8x16",
     "token_dropout": "2x9x4x8",
 }
-OF_MODELS = {"encode_image", "encode_text", "clip_step", "dropin"}
+OF_MODELS = {"encode_image", "encode_text", "clip_step", "dropin", "dropin_frozen"}
 
 
 @pytest.mark.parametrize("name", SIZES)
