@@ -14,6 +14,7 @@ _EXAMPLES = (
     "evaclip plan eva02-b-16 --config my.yaml --set accumulation=8 --gpus 8 --gpu h100-80g",
     "evaclip plan eva02-l-14 --gpus 8 --gpu h100-80g --set batch_size=16384 model.savings.recompute=activations --json",
     "evaclip plan eva02-l-14 --gpus 8 --gpu h100-80g --fit",
+    "evaclip plan finetune-eva02-b-in1k --gpus 8 --set schedule.epoch_samples=1281167",
     "evaclip plan eva02-l-14 --gpus 128 --images-per-core 400 --storage-gbps 5",
 )
 
@@ -25,7 +26,7 @@ def add_commands(subparsers: Any) -> None:
     add = parser.add_argument
     add("--gpus", type=int, default=1, metavar="N", help="how many (1)")
     add("--gpu", default="a100-80g", metavar="KIND", help="which kind (a100-80g)")
-    add("--caption-tokens", type=int, default=15, metavar="N", help="mean length of captions, with start and end (15)")
+    add("--caption-tokens", type=int, metavar="N", help="mean length of captions, with start and end (15)")
     add("--state-dtype", default="fp32", choices=("fp32", "bf16"), help="of the moments (fp32)")
     add("--beside", type=float, metavar="GIB", help="what a GPU holds besides tensors, as 'train --dry-run' finds")
     add("--images-per-core", type=float, metavar="N", help="that one core decodes a second ('data bench'), for cores")
@@ -57,7 +58,8 @@ def run(args: argparse.Namespace) -> None:
     config, gpu = configure(args, args.gpus), get_gpu(args.gpu)
     if args.beside is not None:
         gpu = replace(gpu, beside_gib=(args.beside, args.beside))
-    job = Job.of(config, args.gpus, caption_tokens=args.caption_tokens, state_dtype=args.state_dtype)
+    captions = {} if args.caption_tokens is None else {"caption_tokens": args.caption_tokens}
+    job = Job.of(config, args.gpus, state_dtype=args.state_dtype, **captions)
     parts = plan_parts(config, job, gpu)
     largest = max(parts, key=lambda part: part.memory.peak.total)
     memory, time = largest.memory, largest.time

@@ -70,7 +70,7 @@ def _in_chunks(job: Job, gpu: Gpu) -> Option:
     def at(number: int) -> Option:
         return option(replace(job, accumulation=number), gpu)
 
-    found, numbers = at(1), chunkings(job.local_batch)[1:]
+    found, numbers = at(1), chunkings(job.local_batch // job.together)[1:]
     # One chunk needs no gradients besides its own; of two and more, the more the less.
     if found.fits or not numbers:
         return found
@@ -97,13 +97,14 @@ def chunkings(batch: int, ratio: float = 1.8) -> list[int]:
 
 def largest(job: Job, gpu: Gpu) -> Option | None:
     """The most samples that one GPU can take in one chunk; the global batch grows with them."""
+    together = job.together
 
     @cache
-    def at(samples: int) -> Option:
-        return option(replace(job, global_batch=samples * job.gpus, accumulation=1), gpu)
+    def at(groups: int) -> Option:
+        return option(replace(job, global_batch=groups * together * job.gpus, accumulation=1), gpu)
 
     low, high = 0, 0
-    guess = max(job.chunk, 2)
+    guess = max(job.chunk // together, 2)
     while high == 0 or high - low > max(1, _ACCURACY * low):
         fits = at(guess).fits
         low, high = (guess, high) if fits else (low, guess)
@@ -120,14 +121,14 @@ def largest(job: Job, gpu: Gpu) -> Option | None:
 
 def _between(low: Option, high: Option, gpu: Gpu) -> int:
     """Bytes grow in proportion to samples, but for what there is without any and the matrix of the logits."""
-    (a, x), (b, y) = ((o.memory.peak.total, o.job.chunk) for o in (low, high))
+    (a, x), (b, y) = ((o.memory.peak.total, o.job.chunk // o.job.together) for o in (low, high))
     return x + int((y - x) * (room(gpu) - a) / (b - a))
 
 
 def smallest(job: Job, gpu: Gpu) -> Option | None:
     """The fewest GPUs, of one node or of whole nodes, that can run the job with its whole batch."""
     for count in _counts(job.gpus):
-        if job.global_batch < count:
+        if job.global_batch < count * job.together:
             break
         mode: Mode = "replicate" if count == 1 and job.offload == "none" else "shard"
         smaller = replace(job, gpus=count, mode=mode, shard_size=None, reshard=True, accumulation=1)
@@ -138,7 +139,7 @@ def smallest(job: Job, gpu: Gpu) -> Option | None:
 
 def _can_fit(job: Job, gpu: Gpu) -> bool:
     thrifty = replace(job, savings=replace(job.savings, recompute="block"))
-    ends = {1, chunkings(job.local_batch)[-1]}
+    ends = {1, job.local_batch // job.together}
     return any(option(replace(thrifty, accumulation=accumulation), gpu).fits for accumulation in ends)
 
 

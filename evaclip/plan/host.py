@@ -6,7 +6,7 @@ from rich.table import Table
 
 from evaclip.data.loader import UNIT
 from evaclip.plan.gpus import PER_NODE
-from evaclip.plan.job import Job
+from evaclip.plan.job import Job, known_steps
 from evaclip.plan.memory import Memory
 from evaclip.plan.time import Time
 from evaclip.train.config import TrainConfig
@@ -25,14 +25,14 @@ def host_tree(
         storage_gbps: GB/s at which all processes together write; None for unknown.
     """
     in_node, saving = min(PER_NODE, job.gpus), config.checkpoint
-    pixels = 3 * job.config.vision.image_shape[0] * job.config.vision.image_shape[1]
+    pixels = 3 * job.vision.image_shape[0] * job.vision.image_shape[1]
     # Bytes, in parts of which each worker has as many as there are batches.
     waiting = config.data.prefetch * max(job.local_batch, config.data.workers * min(UNIT, job.local_batch))
     each = job.weight_bytes + job.state_bytes + 4 * job.averaged
     checkpoint = each * memory.model_parameters
     # Replicas write once; the copy that is written from in the background lies on the main process's node.
     in_copy = checkpoint if job.mode == "replicate" else each * memory.parameters * in_node
-    steps = config.schedule.steps or 0
+    steps = known_steps(config) or 0
     forever = steps // saving.keep_every if saving.keep_every else 0
     tree: dict[str, Any] = {
         "batches_waiting_in_a_node": in_node * waiting * pixels,

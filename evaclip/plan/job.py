@@ -1,15 +1,29 @@
 """What is planned: a model, a batch, and how it is spread."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
 import torch
 
+from evaclip.data.config import DataConfig
 from evaclip.errors import UserError
-from evaclip.model.config import CLIPConfig, get_config, override
+from evaclip.model.config import CLIPConfig, VisionConfig, get_config, override
 from evaclip.model.savings import Savings
-from evaclip.train.config import ParallelConfig, Precision, TrainConfig
+from evaclip.model.vision_names import split_name, vision_config
+from evaclip.plan.tasks import planned
+from evaclip.train.build import check_batch
+from evaclip.train.config import (
+    ContrastiveTask,
+    ModelConfig,
+    ParallelConfig,
+    Precision,
+    ScheduleConfig,
+    TaskConfig,
+    TrainConfig,
+)
 from evaclip.train.distributed import World
+from evaclip.train.schedule import total_steps
+from evaclip.train.tasks import task_class
 
 Mode = Literal["replicate", "shard", "hybrid"]
 StateType = Literal["fp32", "bf16"]
@@ -24,7 +38,8 @@ class Job:
 
     Attributes:
         gpus: processes, one for each.
-        global_batch: samples of one optimizer step over all of them: the contrastive batch.
+        task: what is learnt; what it takes of the data, such as the number of classes, is in it.
+        global_batch: samples of one optimizer step over all of them.
         token_dropout: share of the patches that training leaves out.
         accumulation: chunks that each process passes through the model one after the other.
         mode, reshard, shard_size, accumulate, offload: as `parallel` in a training configuration.
@@ -37,6 +52,7 @@ class Job:
     """
 
     model: str
+    task: TaskConfig = field(default_factory=ContrastiveTask)
     gpus: int = 1
     global_batch: int = 1024
     token_dropout: float = 0.0
@@ -67,7 +83,7 @@ class Job:
             )
         if self.shard_size is not None and self.gpus % self.shard_size:
             raise UserError(f"shard_size {self.shard_size} doesn't divide {self.gpus} GPUs")
-        longest = self.config.text.context_length
+        longest = self.config.text.context_length if self.has_texts else self.caption_tokens
         if not 2 <= self.caption_tokens <= longest:
             raise UserError(f"caption_tokens is {self.caption_tokens}; expected 2 to {longest}")
 
@@ -77,20 +93,19 @@ class Job:
 
     @classmethod
     def of(cls, config: TrainConfig, gpus: int = 1, **more: Any) -> Self:
-        """The job that a configuration of `evaclip train` describes, on this many GPUs."""
-        if config.task.name != "contrastive":
-            raise UserError(
-                f"task.name={config.task.name} isn't planned: `evaclip train RECIPE --dry-run` runs some steps, with "
-                "--as-gpus N as one process of N"
-            )
-        model, parallel, steps = config.model, config.parallel, config.schedule.steps
+        """The job that a configuration of `evaclip train` describes, on this many GPUs.
+
+        Raises:
+            UserError: as the run itself would.
+        """
+        check_batch(config, World(torch.device("cpu"), size=gpus))
+        model, parallel, steps = config.model, config.parallel, known_steps(config)
         evaluated = bool(config.eval.sets or config.held_out)
-        vision = override(get_config(model.name), model.options).vision
         is_cut = gpus > 1 or parallel.offload != "none"
         values: dict[str, Any] = {
             "model": model.name,
+            "task": planned(config.task).settled(config),
             "global_batch": config.batch_size,
-            "token_dropout": vision.patch_dropout if model.patch_dropout is None else model.patch_dropout,
             "precision": config.precision,
             "savings": model.savings,
             "optimizer": config.optim.name,
@@ -105,7 +120,13 @@ class Job:
             "evaluated": config.eval.batch_size if evaluated else 0,
             "options": model.options,
         }
-        return cls(gpus=gpus, **{**values, **more})
+        if model.patch_dropout is not None:
+            values["token_dropout"] = model.patch_dropout
+        given = {**values, **more}
+        job = cls(gpus=gpus, **given)
+        if "caption_tokens" in more and not job.has_texts:
+            raise UserError(f"task.name={config.task.name} has no captions: leave out how long they are")
+        return job if "token_dropout" in given else replace(job, token_dropout=job.vision.patch_dropout)
 
     def sharding(self) -> tuple[ParallelConfig, Precision, World]:
         """What `evaclip.train.sharding.shard` takes besides the model."""
@@ -115,19 +136,60 @@ class Job:
         return parallel, self.precision, World(torch.device("cpu"), size=self.gpus)
 
     @property
+    def run(self) -> TrainConfig:
+        """The configuration that model and task are built from."""
+        options = self.with_vision(patch_dropout=self.token_dropout)
+        return replace(
+            _run(self.task),
+            batch_size=self.global_batch,
+            precision=self.precision,
+            accumulation=self.accumulation,
+            parallel=self.sharding()[0],
+            model=ModelConfig(name=self.model, options=options, savings=self.savings),
+        )
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether the model is a CLIP, and not an image model by itself."""
+        return isinstance(self.task, ContrastiveTask)
+
+    @property
+    def couples(self) -> bool:
+        """Whether the loss is of all samples at once: see `Planned`."""
+        return planned(self.task).couples
+
+    @property
     def config(self) -> CLIPConfig:
-        """Of the model."""
+        """Of a CLIP."""
         return override(get_config(self.model), self.options)
+
+    @property
+    def vision(self) -> VisionConfig:
+        """Of the image tower."""
+        if self.has_texts:
+            return self.config.vision
+        return override(vision_config(split_name(self.model)[0]), self.options)
+
+    def with_vision(self, **changes: Any) -> dict[str, Any]:
+        """The options, but for those of the image tower that change."""
+        if not self.has_texts:
+            return {**self.options, **changes}
+        return {**self.options, "vision": {**self.options.get("vision", {}), **changes}}
+
+    @property
+    def together(self) -> int:
+        """Samples that no GPU and no chunk parts."""
+        return task_class(self.task.name).rows_together(_run(self.task))
 
     @property
     def local_batch(self) -> int:
         """Samples of one step on one GPU, the one that has most."""
-        return -(-self.global_batch // self.gpus)
+        return self.together * -(-self.global_batch // self.together // self.gpus)
 
     @property
     def chunk(self) -> int:
         """Samples that pass through the model at a time, at most."""
-        return -(-self.local_batch // self.accumulation)
+        return self.together * -(-self.local_batch // self.together // self.accumulation)
 
     @property
     def weight_bytes(self) -> int:
@@ -142,7 +204,7 @@ class Job:
     @property
     def kept_patches(self) -> int:
         """Of each image, in training."""
-        return max(1, int(self.config.vision.num_patches * (1 - self.token_dropout)))
+        return max(1, int(self.vision.num_patches * (1 - self.token_dropout)))
 
     @property
     def shards(self) -> int:
@@ -150,3 +212,14 @@ class Job:
         if self.mode == "replicate":
             return 1
         return self.shard_size or self.gpus
+
+
+def known_steps(config: TrainConfig) -> int | None:
+    """How many the run has; None where its data alone can tell."""
+    schedule = config.schedule
+    return total_steps(schedule, config.batch_size, 0) if schedule.steps or schedule.epoch_samples else None
+
+
+def _run(task: TaskConfig) -> TrainConfig:
+    data, schedule = DataConfig(train=""), ScheduleConfig(steps=1)
+    return TrainConfig(name="plan", batch_size=1, data=data, schedule=schedule, task=task)

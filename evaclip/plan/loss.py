@@ -17,8 +17,10 @@ def loss_bytes(job: Job) -> Bytes:
     """The most that the loss and its gradients take at a time, in backward.
 
     The texts of all GPUs, their gradient, the copy of it that the reduce-scatter of a list of tensors makes, one chunk
-    of the logits' gradients, and the logits where they are few enough to be kept.
+    of the logits' gradients, and the logits where they are few enough to be kept. Nothing where a trace sees the loss.
     """
+    if not job.couples:
+        return Counter()
     rows, columns, depth = job.local_batch, job.global_batch, job.config.embed_dim
     height = min(rows, max(MIN_CHUNK, CHUNK_BYTES // (_FLOAT * columns)))
     texts = columns * depth * _FLOAT if job.gpus > 1 else 0
@@ -30,6 +32,8 @@ def loss_bytes(job: Job) -> Bytes:
 
 def loss_costs(job: Job) -> Costs:
     """What the loss computes on one GPU: the logits, twice unless they are kept, and the gradients of both features."""
+    if not job.couples:
+        return Counter()
     rows, columns, depth = job.local_batch, job.global_batch, job.config.embed_dim
     features, logits = (rows + columns) * depth * _FLOAT, rows * columns * _FLOAT
     product = 2 * rows * columns * depth

@@ -24,6 +24,7 @@ class Memory:
         moments: the highest of each phase.
         parameters: how many one GPU holds.
         model_parameters: how many the model has.
+        flops_per_sample: that the model is known by, forward and backward, nothing left out but dropped patches.
         host: bytes of parameters, gradients and moments that lie in host memory for this GPU.
     """
 
@@ -31,6 +32,7 @@ class Memory:
     moments: tuple[Moment, ...]
     parameters: int
     model_parameters: int
+    flops_per_sample: float
     host: int = 0
 
     @property
@@ -46,21 +48,19 @@ def plan_memory(job: Job, blocks: int = BLOCKS) -> Memory:
 
 def memory_of(job: Job, traced: Trace) -> Memory:
     """The same from a trace that is there."""
-    config = job.config
-    depths = {"image": config.vision.layers, "text": config.text.layers}
-    few = traced.steps
+    few, depths = traced.steps, traced.whole.depths
     missing = {tower: depths[tower] - few.blocks(tower) for tower in depths}
     parameters = Counter({PARAMETERS: sum(missing[tower] * traced.block_bytes[tower] for tower in depths)})
     elements = traced.elements["rest"] + sum(depths[tower] * traced.elements[tower] for tower in depths)
-    steps = deepen(few, depths["image"], depths["text"], parameters + _besides(job, elements))
+    steps = deepen(few, depths, parameters + _besides(job, elements))
     if job.mode == "replicate" and job.gpus > 1:
-        steps = _with_buckets(steps, 3 * BUCKET_BYTES + max(BUCKET_BYTES, _largest(job)))
+        steps = _with_buckets(steps, 3 * BUCKET_BYTES + max(BUCKET_BYTES, job.weight_bytes * traced.whole.largest))
     host = 0
     # It is as large as the parameters, in float32, and lies where they do.
     average = 4 * elements * job.averaged
     if job.offload != "none":
-        # The temperature stays on the GPU.
-        host = (2 * job.weight_bytes + job.state_bytes) * (elements - 1) + average
+        # What is in no tower, such as a temperature, stays on the GPU.
+        host = (2 * job.weight_bytes + job.state_bytes) * (elements - traced.uncut) + average
         steps = _offloaded(steps, job, traced)
     else:
         steps = replace(steps, start=steps.start + Counter({AVERAGE: average}))
@@ -70,7 +70,8 @@ def memory_of(job: Job, traced: Trace) -> Memory:
         alone.append(Moment("evaluation", steps.start + evaluation_bytes(job)))
     if job.accumulation == 1:
         steps = insert(steps, LOSS, peak=loss_bytes(job))
-    return Memory(steps, (*alone, *course(steps)), elements, traced.parameters, host)
+    moments, whole = (*alone, *course(steps)), traced.whole
+    return Memory(steps, moments, elements, whole.parameters, whole.flops_per_sample, host)
 
 
 def _with_buckets(steps: Steps, most: int) -> Steps:
@@ -110,11 +111,5 @@ def _besides(job: Job, elements: int) -> Bytes:
     """
     others = job.local_batch - job.chunk
     kept_tokens = others * job.kept_patches * 8 if job.token_dropout else 0
-    features = 4 * job.local_batch * job.config.embed_dim * 4 if others else 0
+    features = 4 * job.local_batch * job.config.embed_dim * 4 if others and job.couples else 0
     return Counter({OPTIMIZER: elements * job.state_bytes, INPUTS: kept_tokens, "features": features})
-
-
-def _largest(job: Job) -> int:
-    """Bytes of the largest gradient, which is reduced alone."""
-    vision, text = job.config.vision, job.config.text
-    return job.weight_bytes * max(text.vocab_size * text.width, vision.width * vision.hidden, 3 * vision.width**2)

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from evaclip.plan.gpus import Gpu
 from evaclip.plan.host import decoding_cores
-from evaclip.plan.job import Job
+from evaclip.plan.job import Job, known_steps
 from evaclip.plan.memory import Memory, plan_memory
 from evaclip.plan.time import Time, plan_time
 from evaclip.plan.time_tables import Range, spread
@@ -42,18 +42,17 @@ def plan_parts(config: TrainConfig, job: Job, gpu: Gpu) -> list[Part]:
     Raises:
         UserError: the model can't take an image size.
     """
-    schedule = config.schedule
-    if schedule.steps is None:
+    schedule, total = config.schedule, known_steps(config)
+    if total is None:
         sizes = [part.image_size for part in schedule.resolutions]
         return [_part(job, size, None, gpu) for size in (*sizes, None)]
-    return [_part(job, size, len(steps), gpu) for steps, size in image_parts(schedule.steps, schedule)]
+    return [_part(job, size, len(steps), gpu) for steps, size in image_parts(total, schedule)]
 
 
 def _part(job: Job, size: int | None, steps: int | None, gpu: Gpu) -> Part:
     if size is not None:
-        vision = {**job.options.get("vision", {}), "image_size": size}
         # Evaluations have the model's own size in every part.
-        job = replace(job, options={**job.options, "vision": vision}, evaluated=0)
+        job = replace(job, options=job.with_vision(image_size=size), evaluated=0)
     job = replace(job, samples=None if steps is None else steps * job.global_batch)
     memory = plan_memory(job)
     return Part(job, steps, memory, plan_time(job, memory, gpu))
@@ -70,7 +69,7 @@ def parts_tree(parts: Sequence[Part], images_per_core: float | None) -> list[dic
     trees = []
     for part in parts:
         tree = {
-            "image_size": part.job.config.vision.image_size,
+            "image_size": part.job.vision.image_size,
             "steps": part.steps,
             "peak": part.memory.peak.total,
             "flops": sum(sum(of_stage.values()) for of_stage in part.time.flops.values()),

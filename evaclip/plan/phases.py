@@ -1,20 +1,21 @@
 """A recorded step as a list of phases, and the same list for a model with more blocks."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from evaclip.plan.operators import Cost
 from evaclip.plan.recorder import CASTS, COMMUNICATION, GRADIENTS, INPUTS, PARAMETERS, Recording
 
 WORKING = "working memory"
+TEACHER = "teacher"
 UNCAST = "autocast.end"
 """The phase in which weights in 16 bits go that nothing has kept for the backward pass."""
 _STAYS = (PARAMETERS, INPUTS, GRADIENTS, COMMUNICATION)
 
 Bytes = Counter[str]
 Costs = Counter[tuple[str, Cost]]
-"""How many calls of each cost there are in `forward`, `backward` and `recomputation`."""
+"""How many calls of each cost there are in `teacher`, `forward`, `backward` and `recomputation`."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,14 @@ class Steps:
     start: Bytes
     phases: tuple[Phase, ...]
 
-    def costs(self, accumulation: int) -> Costs:
-        """Of all chunks of a step; those of the features, which are computed without a graph first, included."""
+    def costs(self, accumulation: int, again: bool) -> Costs:
+        """Of all chunks of a step; `again`: each of several has passed forward once before."""
         first, last = self._costs_of_chunks()
         if accumulation == 1:
             return last
         total: Costs = Counter()
         for key, calls in last.items():
-            total[key] += calls * (1 + accumulation * (key[0] == "forward"))
+            total[key] += calls * (1 + accumulation * (again and key[0] == "forward"))
         for key, calls in first.items():
             total[key] += calls * (accumulation - 1)
         return total
@@ -99,15 +100,15 @@ def highest(recording: Recording) -> Bytes:
     return _course(recording.makers, recording.changes)[1]
 
 
-def deepen(steps: Steps, image_blocks: int, text_blocks: int, more: Bytes) -> Steps:
-    """The step of the model with this many blocks, from one with fewer.
+def deepen(steps: Steps, wanted: Mapping[str, int], more: Bytes) -> Steps:
+    """The step of a model with more blocks.
 
     Each tower's middle block stands for those that are missing.
 
     Args:
+        wanted: blocks of each tower.
         more: what there is from the start besides, by kind.
     """
-    wanted = {"image": image_blocks, "text": text_blocks}
     more_blocks = {tower: blocks - steps.blocks(tower) for tower, blocks in wanted.items()}
     middles = {tower: steps.blocks(tower) // 2 for tower in wanted}
     phases: list[Phase] = []
@@ -212,5 +213,5 @@ def _without_empty(sums: Bytes) -> Bytes:
 
 
 def _counted(name: str, costs: Sequence[Cost]) -> Costs:
-    stage = "backward" if name.startswith("~") else "forward"
+    stage = "backward" if name.startswith("~") else TEACHER if name == TEACHER else "forward"
     return Counter(("recomputation" if cost.again else stage, cost) for cost in costs if cost.term)

@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 from evaclip.plan.operators import Cost, cost_of
 from evaclip.weights import is_cut
 
-PARAMETERS, INPUTS, CASTS, GRADIENTS, COMMUNICATION = (
+PARAMETERS, FROZEN, INPUTS, CASTS, GRADIENTS, COMMUNICATION = (
     "parameters",
+    "frozen weights",
     "inputs",
     "weights in 16 bits",
     "gradients",
@@ -38,6 +39,8 @@ _MAKERS = {
     "PatchEmbed": "embedding",
     "VisionTower._embed": "embedding",
     "TextTower._embed": "embedding",
+    "MaskedImageModel._among_all": "embedding",
+    "Teacher": "teacher's features",
 }
 _SHARDING = "/torch/distributed/"
 

@@ -27,14 +27,16 @@ class Rung:
 
 
 def ladder(job: Job, gpu: Gpu) -> list[Rung]:
-    """From plain float32 training to `job`, a saving at a time, without those it lacks."""
-    rungs = []
-    previous = None
+    """From plain float32 training to `job`, a saving at a time, without those it lacks and those that save nothing."""
+    rungs: list[Rung] = []
     for name, step in _jobs(job):
-        if step != previous:
+        if not rungs or step != rungs[-1].job:
             memory = plan_memory(step)
-            rungs.append(Rung(name, step, memory, plan_time(step, memory, gpu)))
-        previous = step
+            rung = Rung(name, step, memory, plan_time(step, memory, gpu))
+            if rungs and (memory.peak, rung.time) == (rungs[-1].memory.peak, rungs[-1].time):
+                rungs[-1] = replace(rung, name=rungs[-1].name)
+            else:
+                rungs.append(rung)
     return rungs
 
 

@@ -7,18 +7,17 @@ from rich.table import Table
 from evaclip.plan.gpus import PER_NODE, Gpu
 from evaclip.plan.job import Job
 from evaclip.plan.memory import AVERAGE, OPTIMIZER, Memory
-from evaclip.plan.phases import WORKING, Moment
-from evaclip.plan.recorder import CASTS, COMMUNICATION, GRADIENTS, INPUTS, PARAMETERS
+from evaclip.plan.phases import TEACHER, WORKING, Moment
+from evaclip.plan.recorder import CASTS, COMMUNICATION, FROZEN, GRADIENTS, INPUTS, PARAMETERS
 
 _GIB = 2**30
-_FIRST = (PARAMETERS, CASTS, GRADIENTS, OPTIMIZER, AVERAGE)
+_FIRST = (PARAMETERS, FROZEN, CASTS, GRADIENTS, OPTIMIZER, AVERAGE)
 _LAST = (INPUTS, COMMUNICATION, "loss", WORKING)
 
 
 def summary(job: Job, memory: Memory, gpu: Gpu) -> Table:
     """What is planned."""
     savings = job.savings
-    kept = max(1, int(job.config.vision.num_patches * (1 - job.token_dropout)))
     share = {"replicate": "whole on each GPU", "shard": f"cut over {job.gpus} GPUs"}
     spread = share.get(job.mode, f"cut over {job.shard_size} GPUs, {job.gpus // job.shards} copies")
     if job.offload != "none":
@@ -26,16 +25,20 @@ def summary(job: Job, memory: Memory, gpu: Gpu) -> Table:
     if job.mode != "replicate" and not job.reshard:
         spread += "; gathered once a step"
     table = Table(show_header=False, title="Plan")
+    captions = ""
+    if job.has_texts:
+        packed = "packed" if savings.pack_text else "padded"
+        captions = f"; captions of {job.caption_tokens} on average, {packed}"
     at_most = "at most " if job.global_batch % (job.gpus * job.accumulation) else ""
     rows = [
         ("model", job.model),
+        ("task", job.task.name),
         ("GPUs", f"{job.gpus} x {gpu.name}"),
         ("batch", f"{job.global_batch:,} = {job.gpus} (GPUs) x {job.accumulation} (chunks) x {at_most}{job.chunk:,}"),
-        ("tokens", f"{kept} of {job.config.vision.num_patches} patches; captions of {job.caption_tokens} on average"),
+        ("tokens", f"{job.kept_patches} of {job.vision.num_patches} patches" + captions),
         ("precision", f"{job.precision}; {job.optimizer} with moments in {job.state_dtype}"),
         ("parameters", f"{memory.model_parameters:,}, {spread}: {memory.parameters:,} on the first one"),
         ("computed again", savings.recompute),
-        ("captions", "packed" if savings.pack_text else "padded"),
     ]
     for row in rows:
         table.add_row(*row)
@@ -85,7 +88,7 @@ def when(moment: Moment) -> str:
     direction = "backward pass" if moment.phase.startswith("~") else "forward pass"
     tower, *rest = moment.phase.lstrip("~").split(".")
     if tower not in ("image", "text"):
-        return {"loss": "the loss", "end": "the mean of the gradients"}.get(tower, tower)
+        return {TEACHER: "the teacher", "loss": "the loss", "end": "the mean of the gradients"}.get(tower, tower)
     return f"{direction} of the {tower} tower's {' '.join(rest)}"
 
 

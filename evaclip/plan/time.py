@@ -2,15 +2,13 @@
 
 from dataclasses import dataclass
 
-from evaclip.model.flops import flops_per_sample
 from evaclip.plan.gpus import PER_NODE, Gpu
 from evaclip.plan.job import Job
 from evaclip.plan.loss import loss_costs
 from evaclip.plan.memory import Memory
 from evaclip.plan.operators import Cost
-from evaclip.plan.phases import Costs
+from evaclip.plan.phases import TEACHER, Costs
 
-BACKWARD_FACTOR = 3
 COMMUNICATION = ("gather", "scatter", "reduce", "gather of texts", "scatter of texts")
 
 
@@ -38,8 +36,8 @@ class Time:
     """Of one step on one GPU; ranges are (slow, fast), in seconds.
 
     Attributes:
-        terms: of `forward`, `backward`, `recomputation`, `loss`, `optimizer` and `communication`, and under offload of
-            `host link`, which is communication too.
+        terms: of `forward`, `backward`, `recomputation`, `loss`, `optimizer` and `communication`, where there is one of
+            `teacher`, and under offload of `host link`, which is communication too.
         step: the whole.
         flops: floating-point operations by stage and term.
         model_flops: those that the model is known by, forward and backward, nothing left out but dropped patches.
@@ -66,14 +64,15 @@ class Time:
 
 def plan_time(job: Job, memory: Memory, gpu: Gpu, assumptions: Assumptions = ASSUMPTIONS) -> Time:
     """The time of a step, from what its trace has computed and moved."""
-    costs = memory.steps.costs(job.accumulation) + loss_costs(job) + _optimizer(job, memory) + _mean(job, memory)
+    costs = memory.steps.costs(job.accumulation, again=job.couples)
+    costs += loss_costs(job) + _optimizer(job, memory) + _mean(job, memory)
     both = [_terms(job, gpu, costs, assumptions, place) for place in (0, 1)]
     if job.offload != "none":
         for place, slow_or_fast in enumerate(both):
             _on_the_host(slow_or_fast, job, memory, assumptions, place)
     terms = {name: (both[0][name], both[1][name]) for name in both[0]}
     steps = [_whole(both[place], assumptions.overlap[place]) for place in (0, 1)]
-    return Time(terms, (steps[0], steps[1]), _flops(costs), _model_flops(job))
+    return Time(terms, (steps[0], steps[1]), _flops(costs), int(job.local_batch * memory.flops_per_sample))
 
 
 def seconds_of(cost: Cost, gpu: Gpu, assumptions: Assumptions, place: int) -> float:
@@ -101,27 +100,27 @@ def seconds_of_collective(cost: Cost, job: Job, gpu: Gpu, assumptions: Assumptio
 
 
 def _terms(job: Job, gpu: Gpu, costs: Costs, assumptions: Assumptions, place: int) -> dict[str, float]:
-    terms = dict.fromkeys(("forward", "backward", "recomputation", "loss", "optimizer", "communication"), 0.0)
+    stages = (TEACHER, "forward", "backward", "recomputation", "loss", "optimizer", "communication")
+    terms = dict.fromkeys(stages, 0.0)
     for (stage, cost), calls in costs.items():
         if cost.term in COMMUNICATION:
             terms["communication"] += calls * seconds_of_collective(cost, job, gpu, assumptions, place)
         else:
             terms[stage] += calls * seconds_of(cost, gpu, assumptions, place)
-    return terms
+    return {stage: seconds for stage, seconds in terms.items() if seconds or stage != TEACHER}
 
 
 def _on_the_host(terms: dict[str, float], job: Job, memory: Memory, assumptions: Assumptions, place: int) -> None:
     """Under offload the optimizer is as fast as host memory; shards go to the GPU, gradients come back."""
     moved, gathered = _optimizer_bytes(job) * memory.parameters, job.weight_bytes * memory.parameters
     terms["optimizer"] = moved / (1e9 * assumptions.host_memory_gbps[place])
-    # Forward and backward pass; in chunks, the one for the features too.
-    passes = 1 if not job.reshard else 2 if job.accumulation == 1 else 3 * job.accumulation
+    passes = (2 + (job.couples and job.accumulation > 1)) * job.accumulation if job.reshard else 1
     terms["host link"] = (passes + 1) * gathered / (1e9 * assumptions.host_link_gbps[place])
 
 
 def _whole(terms: dict[str, float], overlap: float) -> float:
     """What communication there is beside the towers' work costs nothing, as far as it overlaps."""
-    beside = terms["forward"] + terms["backward"] + terms["recomputation"]
+    beside = sum(terms.get(stage, 0.0) for stage in (TEACHER, "forward", "backward", "recomputation"))
     hidden = overlap * min(beside, terms["communication"] + terms.get("host link", 0.0))
     return sum(terms.values()) - hidden
 
@@ -133,10 +132,6 @@ def _flops(costs: Costs) -> dict[str, dict[str, int]]:
             of_stage = flops.setdefault(stage, {})
             of_stage[cost.term] = of_stage.get(cost.term, 0) + calls * cost.flops
     return flops
-
-
-def _model_flops(job: Job) -> int:
-    return BACKWARD_FACTOR * job.local_batch * flops_per_sample(job.config, 1 - job.token_dropout)
 
 
 def _optimizer(job: Job, memory: Memory) -> Costs:

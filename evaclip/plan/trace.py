@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from copy import deepcopy
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -17,43 +17,22 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from evaclip.errors import UserError
-from evaclip.factory import create_model
-from evaclip.model.captions import Layout
-from evaclip.model.clip import CLIP
-from evaclip.model.config import TextConfig
 from evaclip.model.recompute import ResidualBlock
+from evaclip.model.tower import Tower
 from evaclip.plan.job import Job
 from evaclip.plan.phases import UNCAST, Bytes, Steps, read
-from evaclip.plan.recorder import GRADIENTS, INPUTS, PARAMETERS, Recorder, local
+from evaclip.plan.recorder import FROZEN, GRADIENTS, INPUTS, PARAMETERS, Recorder, local
+from evaclip.plan.tasks import Batch, Planned, planned
+from evaclip.train.build import precision_of_parameters
 from evaclip.train.sharding import forget_gathered, shard, synchronize_gradients
+from evaclip.train.tasks import task_class
+from evaclip.weights import is_cut
 
 BLOCKS = 5
 """Of each tower that are traced: the first, the last, and three between, whose middle one stands for all others."""
 _AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
-
-
-class Batch(NamedTuple):
-    """What a step gets."""
-
-    images: Tensor
-    tokens: Tensor
-    token_index: Tensor | None
-    layout: Layout
-
-
-def caption_lengths(count: int, mean: int, longest: int) -> list[int]:
-    """Of `count` captions: one as long as can be, as in any large batch, and the others so that the mean is right."""
-    if count == 1:
-        return [mean]
-    rest, extra = divmod(max(count * mean - longest, 2 * (count - 1)), count - 1)
-    return [longest, *(min(rest + (index < extra), longest) for index in range(count - 1))]
-
-
-def caption_tokens(lengths: list[int], config: TextConfig) -> Tensor:
-    """Token ids `[len(lengths), context_length]` whose end tokens stand where the lengths say."""
-    tokens = torch.zeros(len(lengths), config.context_length, dtype=torch.int64)
-    tokens[torch.arange(len(lengths)), torch.tensor(lengths) - 1] = config.vocab_size - 1
-    return tokens
+_TOWERS = {"visual": "image", "text": "text"}
+"""Names of phases, by those that tasks have."""
 
 
 def without_data(model: Module, mode: FakeTensorMode) -> None:
@@ -69,21 +48,40 @@ class Trace(NamedTuple):
         steps: its phases.
         block_bytes: what one block's parameters take on one GPU, by tower.
         elements: parameters that one GPU holds outside of blocks, and in one block of each tower.
-        parameters: of the model with all its blocks.
+        uncut: those of them that are in no tower, and whole everywhere.
+        whole: the model with all its blocks.
     """
 
     steps: Steps
     block_bytes: dict[str, int]
     elements: dict[str, int]
+    uncut: int
+    whole: "Whole"
+
+
+class Whole(NamedTuple):
+    """A model with all its blocks.
+
+    Attributes:
+        parameters: how many.
+        largest: how many are in the largest one.
+        depths: blocks of each tower.
+        flops_per_sample: that it is known by, forward and backward.
+    """
+
     parameters: int
+    largest: int
+    depths: dict[str, int]
+    flops_per_sample: float
 
 
 def trace(job: Job, blocks: int = BLOCKS) -> Trace:
     """One training step of one GPU, from the forward pass to the end of the backward pass.
 
-    The phases are `image.embed`, `image.block.I`, `image.head`, the same of `text`, `autocast.end`, `loss`, those of
-    the towers once more with `~` in front for the backward pass, and `end`. The loss itself isn't run. With
-    accumulation there are two chunks, the first and the last.
+    The phases are `teacher`, `image.embed`, `image.block.I`, `image.head`, the same of `text`, as far as there are
+    such, `autocast.end`, `loss`, those of the towers once more with `~` in front for the backward pass, and `end`. A
+    loss that couples samples isn't run; any other one is part of `image.head`. With accumulation there are two chunks,
+    the first and the last.
 
     Args:
         blocks: the towers are cut to this many blocks, if they have more.
@@ -102,80 +100,105 @@ def _as_traced(job: Job) -> Job:
         optimizer="lamb",
         state_dtype="fp32",
         samples=None,
+        task=deepcopy(job.task),
         options=deepcopy(job.options),
     )
 
 
 @lru_cache(maxsize=256)
 def _traced(job: Job, blocks: int) -> Trace:
-    few, parameters = _shallow(job, blocks), sum(p.numel() for p in _build(job).parameters())
-    with _ready(few) as (model, batch):
-        recorder = _recorder(model, batch)
+    few = _shallow(job, blocks)
+    alone = replace(job, gpus=1, mode="replicate", shard_size=None, offload="none")
+    whole = _whole(replace(alone, global_batch=job.together, accumulation=1))
+    with _ready(few) as (task, batch):
+        model, recorder = task.model, _recorder(task, batch)
         with recorder:
             for last in (False, True) if few.accumulation > 1 else (True,):
-                synchronize_gradients(model.children(), last or job.accumulate == "shards")
-                _pass(model, few, batch, recorder)
+                synchronize_gradients(_towers(task).values(), last or job.accumulate == "shards")
+                _pass(task, batch, recorder)
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     recorder.relabel(parameter.grad, GRADIENTS)
-        return Trace(read(recorder.recording), *_sizes(model), parameters)
+        return Trace(read(recorder.recording), *_sizes(task), whole)
+
+
+@lru_cache(maxsize=256)
+def _whole(job: Job) -> Whole:
+    model = _build(job)
+    without_data(model, FakeTensorMode())
+    task, sizes = planned(job.task)(job, model), [parameter.numel() for parameter in model.parameters()]
+    depths = {name: tower.layers for name, tower in _towers(task).items()}
+    return Whole(sum(sizes), max(sizes), depths, task.task.flops_per_sample(job.vision.image_size))
 
 
 def evaluation_bytes(job: Job) -> Bytes:
     """What an evaluation's forward pass takes at its highest moment, besides what there is all the time."""
-    return _evaluation_bytes(_as_traced(replace(job, accumulation=1, global_batch=job.evaluated * job.gpus)))
+    samples = max(job.evaluated, job.together) * job.gpus
+    return _evaluation_bytes(_as_traced(replace(job, accumulation=1, global_batch=samples)))
 
 
 @lru_cache(maxsize=256)
 def _evaluation_bytes(job: Job) -> Bytes:
     # Nothing is kept, so that a deep model needs no more than a shallow one; no patch is dropped.
     few = _shallow(replace(job, token_dropout=0.0), 2)
-    with _ready(few) as (model, batch):
-        recorder = _recorder(model.eval(), batch)
+    with _ready(few) as (task, batch):
+        recorder = _recorder(task, batch)
+        task.model.eval()
         recorder.mark("evaluation")
         with recorder, torch.no_grad(), _autocast(few):
-            model(batch.images, batch.tokens, layout=batch.layout)
+            task.evaluate(batch)
         return read(recorder.recording).phases[0].peak
 
 
 @contextmanager
-def _ready(job: Job) -> Iterator[tuple[CLIP, Batch]]:
-    """The model and a batch without data, and what they need to be run."""
+def _ready(job: Job) -> Iterator[tuple[Planned, Batch]]:
+    """The task and a batch without data, and what they need to be run."""
     with ExitStack() as stack:
         if job.mode != "replicate":
             stack.enter_context(_process_group(job.gpus))
-        tokens, layout = _captions(job)
         model, mode = _build(job), FakeTensorMode()
         without_data(model, mode)
         if job.mode != "replicate":
-            shard((model.visual, model.text), *job.sharding())
+            shard(task_class(job.task.name).towers_of(model).values(), *job.sharding())
+        task = planned(job.task)(job, model)
+        targets, layout = task.targets(partial(tree_map_only, Tensor, mode.from_tensor))
         stack.enter_context(mode)
-        batch = _batch(job, tokens, layout, mode)
+        index = torch.empty(job.chunk, job.kept_patches, dtype=torch.int64) if job.token_dropout else None
+        batch = Batch(torch.empty(job.chunk, 3, *job.vision.image_shape), targets, index, layout)
         if job.mode != "replicate":
             _gather_once(model)
-        yield model, batch
+        task.warm_up(batch)
+        yield task, batch
 
 
 def _shallow(job: Job, blocks: int) -> Job:
-    config, options = job.config, dict(job.options)
-    for part in ("vision", "text"):
-        options[part] = {**options.get(part, {}), "layers": min(blocks, getattr(config, part).layers)}
-    options["vision"]["patch_dropout"] = job.token_dropout
+    options = job.with_vision(layers=min(blocks, job.vision.layers))
+    if job.has_texts:
+        options["text"] = {**options.get("text", {}), "layers": min(blocks, job.config.text.layers)}
     return replace(job, options=options)
 
 
-def _recorder(model: CLIP, batch: Batch) -> Recorder:
+def _towers(task: Planned) -> dict[str, Tower]:
+    towers = task_class(task.job.task.name).towers_of(task.model)
+    return {_TOWERS[name]: cast(Tower, tower) for name, tower in towers.items()}
+
+
+def _blocks(tower: Tower) -> list[ResidualBlock]:
+    """Without those of a decoder, which come behind them."""
+    return [module for module in tower.modules() if isinstance(module, ResidualBlock)][: tower.layers]
+
+
+def _recorder(task: Planned, batch: Batch) -> Recorder:
     """One that knows what there is before the step."""
     recorder = Recorder()
-    for parameter in model.parameters():
-        recorder.know(parameter, PARAMETERS)
-    for value in tree_leaves((batch, list(model.buffers()))):
-        if isinstance(value, Tensor):
-            recorder.know(value, INPUTS)
+    inputs = [leaf for leaf in tree_leaves((batch, list(task.model.buffers()))) if isinstance(leaf, Tensor)]
+    for kind, tensors in {PARAMETERS: task.model.parameters(), INPUTS: inputs, FROZEN: task.task.beside()}.items():
+        for tensor in tensors:
+            recorder.know(tensor, kind)
     return recorder
 
 
-def _gather_once(model: CLIP) -> None:
+def _gather_once(model: Module) -> None:
     """What sharding does at the first step only, which isn't recorded."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -183,34 +206,37 @@ def _gather_once(model: CLIP) -> None:
     forget_gathered(model)
 
 
-def _pass(model: CLIP, job: Job, batch: Batch, recorder: Recorder) -> None:
+def _pass(task: Planned, batch: Batch, recorder: Recorder) -> None:
     """Forward and backward pass of one chunk."""
     with ExitStack() as stack:
-        for handle in _hooks(model, recorder):
+        for handle in _hooks(task, recorder):
             stack.callback(handle.remove)
-        with _autocast(job):
-            features = model(batch.images, batch.tokens, token_index=batch.token_index, layout=batch.layout)[:2]
+        if task.before:
+            recorder.mark(task.before)
+        with _autocast(task.job):
+            found = task.forward(batch)
             recorder.mark(UNCAST)
         recorder.mark("loss")
-        for value, name in zip(features, ("~image.head", "~text.head"), strict=True):
-            value.register_hook(lambda _, name=name: recorder.mark(name))
-        gradients = [torch.empty_like(value) for value in features]
-        torch.autograd.backward(features, gradients)
+        for name, value in found.items():
+            value.register_hook(lambda _, name=name: recorder.mark(f"~{name}"))
+        gradients = [torch.empty_like(value) for value in found.values()]
+        torch.autograd.backward(list(found.values()), gradients)
         recorder.mark("end")
 
 
-def _sizes(model: CLIP) -> tuple[dict[str, int], dict[str, int]]:
-    sizes, elements = {}, {"rest": sum(local(p).numel() for p in model.parameters())}
-    for name, tower in (("image", model.visual), ("text", model.text)):
-        blocks = [module for module in tower.modules() if isinstance(module, ResidualBlock)]
+def _sizes(task: Planned) -> tuple[dict[str, int], dict[str, int], int]:
+    everything = list(task.model.parameters())
+    sizes, elements = {}, {"rest": sum(local(p).numel() for p in everything)}
+    for name, tower in _towers(task).items():
+        blocks = _blocks(tower)
         parameters = [local(parameter) for parameter in blocks[len(blocks) // 2].parameters()]
         sizes[name] = sum(parameter.untyped_storage().nbytes() for parameter in parameters)
         elements[name] = sum(parameter.numel() for parameter in parameters)
         elements["rest"] -= elements[name] * len(blocks)
-    return sizes, elements
+    return sizes, elements, sum(p.numel() for p in everything if not is_cut(p))
 
 
-def _hooks(model: CLIP, recorder: Recorder) -> Iterator[Any]:
+def _hooks(task: Planned, recorder: Recorder) -> Iterator[Any]:
     """Marks where phases begin, forward and backward."""
 
     def before(name: str, backward: str, module: Any, args: Any) -> None:
@@ -226,9 +252,9 @@ def _hooks(model: CLIP, recorder: Recorder) -> Iterator[Any]:
         recorder.mark(name)
         output.register_hook(lambda _: recorder.mark(backward))
 
-    for name, tower in (("image", model.visual), ("text", model.text)):
+    for name, tower in _towers(task).items():
         yield tower.register_forward_pre_hook(lambda _, args, name=name: recorder.mark(f"{name}.embed"), prepend=True)
-        blocks = [module for module in tower.modules() if isinstance(module, ResidualBlock)]
+        blocks = _blocks(tower)
         for index, block in enumerate(blocks):
             # The gradient of a block's input ends its own backward pass, and begins that of what is in front of it.
             previous = f"~{name}.block.{index - 1}" if index else f"~{name}.embed"
@@ -236,23 +262,9 @@ def _hooks(model: CLIP, recorder: Recorder) -> Iterator[Any]:
         yield blocks[-1].register_forward_hook(partial(after, f"{name}.head", f"~{name}.block.{len(blocks) - 1}"))
 
 
-def _build(job: Job) -> CLIP:
-    precision = job.precision if job.precision in ("bf16", "fp16") else "fp32"
-    model: CLIP = create_model(job.model, device="meta", precision=precision, savings=job.savings, **job.options)
-    return model.train()
-
-
-def _captions(job: Job) -> tuple[Tensor, Layout]:
-    text = job.config.text
-    tokens = caption_tokens(caption_lengths(job.chunk, job.caption_tokens, text.context_length), text)
-    return tokens, Layout.packed(tokens) if job.savings.pack_text else Layout.padded(tokens)
-
-
-def _batch(job: Job, tokens: Tensor, layout: Layout, mode: FakeTensorMode) -> Batch:
-    vision = job.config.vision
-    index = torch.empty(job.chunk, job.kept_patches, dtype=torch.int64) if job.token_dropout else None
-    tokens, layout = tree_map_only(Tensor, mode.from_tensor, (tokens, layout))
-    return Batch(torch.empty(job.chunk, 3, *vision.image_shape), tokens, index, layout)
+def _build(job: Job) -> Module:
+    precision = precision_of_parameters(job.precision)
+    return task_class(job.task.name).create_model(job.run, device="meta", precision=precision).train()
 
 
 def _autocast(job: Job) -> AbstractContextManager[object]:

@@ -14,7 +14,7 @@ from evaclip.data.loader import part_of_batch
 from evaclip.errors import UserError
 from evaclip.plan.memory import OPTIMIZER
 from evaclip.plan.phases import Bytes, highest
-from evaclip.plan.recorder import GRADIENTS, INPUTS, PARAMETERS, Recorder
+from evaclip.plan.recorder import FROZEN, GRADIENTS, INPUTS, PARAMETERS, Recorder
 from evaclip.plan.trace import without_data
 from evaclip.train import rng
 from evaclip.train.build import (
@@ -81,7 +81,7 @@ def traced_peak(config: TrainConfig, world: World) -> Bytes:
         averages = list(ema.state_dict().values()) if ema else []
         moments = [value for state in step.optimizer.state.values() for value in state.values()]
         kinds = {PARAMETERS: model.parameters(), INPUTS: present, OPTIMIZER: moments, "averaged weights": averages}
-        kinds["frozen weights"] = task.beside()
+        kinds[FROZEN] = task.beside()
         for name, tensors in kinds.items():
             for tensor in tensors:
                 recorder.know(tensor, name)

@@ -139,7 +139,7 @@ class Contrastive(Task):
     def stand_ins(self, rows: int, chunks: set[int], fake: Callable[[Any], Any]) -> Tensor:
         # Imported here because torch's tools take a second, which a run needn't wait.
         from evaclip.plan.job import CAPTION_TOKENS
-        from evaclip.plan.trace import caption_lengths, caption_tokens
+        from evaclip.plan.tasks import caption_lengths, caption_tokens
 
         text = self.model.text
         tokens = caption_tokens(

@@ -222,26 +222,26 @@ def open_teacher(config: TeacherConfig, run: TrainConfig, world: World, model: V
     """The teacher of a run, on its device: whole, or this process's part of it.
 
     Args:
-        model: the student. Of one without data the teacher has none either.
+        model: the student. Of one without data the teacher has none either, and no weights are looked for.
 
     Raises:
         UserError: the model or its weights aren't there, or the processes share out nothing.
     """
-    if config.shard and run.parallel.mode == "replicate":
-        raise UserError("task.teacher.shard=true needs parallel.mode=shard or hybrid, which say over what it is cut up")
+    refuse_lone_parts(config, run.parallel)
     mode, cut = _fake_mode(model), config.shard and world.size > 1
     precision = config.precision or _LIKE_THE_RUN.get(run.precision, "fp32")
     cut_up = partial(_cut_up, parallel=replace(run.parallel, offload="none"), world=world)
     how: dict[str, Any] = {"device": world.device if mode is None else "meta", "precision": precision, **config.options}
+    pretrained = config.pretrained if mode is None else None
     # One of random weights is the same in all processes, and whatever the student is.
     rng.seed_all(run.seed, 0)
     prepare = (lambda found: cut_up(_tower(found))) if cut and mode is None else None
     with WholeRandomNumbers() if cut else nullcontext():
         found: CLIP | VisionModel
         if find_model(config.name) is None:
-            found = create_vision_model(config.name, config.pretrained or False, num_classes=0, prepare=prepare, **how)
+            found = create_vision_model(config.name, pretrained or False, num_classes=0, prepare=prepare, **how)
         else:
-            found = create_model(config.name, config.pretrained, prepare=prepare, **how)
+            found = create_model(config.name, pretrained, prepare=prepare, **how)
     tower, own = _tower(found), found.config.preprocess if isinstance(found, CLIP) else found.preprocess
     if mode is not None:
         from evaclip.plan.trace import without_data
@@ -254,6 +254,12 @@ def open_teacher(config: TeacherConfig, run: TrainConfig, world: World, model: V
             return Teacher(tower, own, model.preprocess)
     facts = {"weights": fingerprint(tower), "precision": precision, "mean": list(own.mean), "std": list(own.std)}
     return Teacher(tower, own, model.preprocess, _cache(config, tower, model.preprocess, facts), facts)
+
+
+def refuse_lone_parts(config: TeacherConfig, parallel: ParallelConfig) -> None:
+    """Raises UserError for a teacher that is to be cut up where nothing else is."""
+    if config.shard and parallel.mode == "replicate":
+        raise UserError("task.teacher.shard=true needs parallel.mode=shard or hybrid, which say over what it is cut up")
 
 
 def _tower(model: CLIP | VisionModel) -> VisionTower:

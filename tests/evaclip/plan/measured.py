@@ -1,20 +1,24 @@
 """What a real training step on this CPU allocates, as torch's own allocator reports it."""
 
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from contrastive_step import contrastive_step
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from evaclip import CLIP, create_model
 from evaclip.plan.job import Job
 from evaclip.plan.recorder import local
-from evaclip.plan.trace import caption_lengths, caption_tokens
+from evaclip.plan.tasks import caption_lengths, caption_tokens
+from evaclip.train.as_gpus import pretended
+from evaclip.train.build import build_step, build_task
 from evaclip.train.config import OptimConfig
+from evaclip.train.distributed import World
 from evaclip.train.sharding import shard
-from evaclip.train.step import StepOptions
+from evaclip.train.tasks.task import Task
 from evakernels import clip_loss
 
 
@@ -26,18 +30,32 @@ def batch_of(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def peak_of_step(job: Job) -> int:
-    """Bytes at the highest moment of the second step of `job` in this process, of all that the run has allocated."""
-    images, tokens = batch_of(job)
-    vision = {**job.options.get("vision", {}), "patch_dropout": job.token_dropout}
-    precision = job.precision if job.precision in ("bf16", "fp16") else "fp32"
-    model = create_model(job.model, savings=job.savings, precision=precision, **{**job.options, "vision": vision})
-    step = contrastive_step(model, OptimConfig(name=job.optimizer), StepOptions(job.precision, job.accumulation))
-    step(images, tokens, 0)
-    model.zero_grad()
-    # Images and tokens lie in host memory, but for those of a chunk.
-    known = [*model.parameters(), *model.buffers(), images[: job.chunk].clone(), tokens[: job.chunk].clone()]
-    known += [value for state in step.optimizer.state.values() for value in state.values()]
-    return sum(value.untyped_storage().nbytes() for value in known) + highest(lambda: step(images, tokens, 1))
+    """Bytes at the highest moment of the trainer's second step of `job`, of all that the run has allocated.
+
+    In this process, which is one of `job.gpus` where parameters are cut up, the others of which aren't there.
+    """
+    alone = nullcontext(World(torch.device("cpu")))
+    with alone if job.mode == "replicate" else closing(pretended("cpu", job.gpus)) as world:
+        config = replace(job.run, optim=OptimConfig(name=job.optimizer))
+        task = build_task(config, world)
+        step = build_step(config, world, task)
+        images, targets = rows_of(job, task)
+        step(images, targets, 0)
+        step.optimizer.zero_grad()
+        # Images and targets lie in host memory, but for those of a chunk.
+        known = [*task.model.parameters(), *task.model.buffers(), *task.beside()]
+        known += [images[: job.chunk].clone(), targets[: job.chunk].clone()]
+        known += [value for state in step.optimizer.state.values() for value in state.values()]
+        held = sum(local(value).untyped_storage().nbytes() for value in known)
+        return held + highest(lambda: step(images, targets, 1))
+
+
+def rows_of(job: Job, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and targets of one GPU, for any task."""
+    if job.has_texts:
+        return batch_of(job)
+    targets = task.stand_ins(job.local_batch, {job.chunk}, lambda tensors: tensors)
+    return torch.randn(job.local_batch, 3, *job.vision.image_shape), targets
 
 
 def highest(run: Any) -> int:

@@ -20,14 +20,17 @@ from evaclip.plan import loss
 from evaclip.plan.job import Job
 from evaclip.plan.memory import OPTIMIZER, plan_memory
 from evaclip.plan.recorder import GRADIENTS, PARAMETERS, Recorder, local
-from evaclip.plan.trace import caption_lengths, caption_tokens
+from evaclip.plan.tasks import caption_lengths, caption_tokens
 from evaclip.train.build import build_step, build_task
 from evaclip.train.config import (
+    ClassificationTask,
+    MaskedImageTask,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
     Precision,
     ScheduleConfig,
+    TeacherConfig,
     TrainConfig,
 )
 from evaclip.train.distributed import connect
@@ -46,6 +49,14 @@ E = {
 }
 NARROW = {"vision": {"width": 192, "heads": 3, "layers": 7}, "text": {"width": 128, "heads": 2, "layers": 6}}
 ONE = {"gpus": 1, "global_batch": 16, "mode": "replicate"}
+IMAGE = {"width": 192, "heads": 3, "layers": 7, "image_size": 112, "drop_path": 0.1}
+TEACHER = TeacherConfig(name="EVA01-CLIP-g-14", options={"vision": {"width": 256, "layers": 8}, "embed_dim": 256})
+CLASSIFIER = {"model": "eva02_base_patch14_448", "task": ClassificationTask(classes=1000), "options": IMAGE}
+MIXED = ClassificationTask(classes=10, mixup=0.8, mix_mode="elem")
+TASK = MaskedImageTask(teacher=TEACHER, smallest_block=4)
+STUDENT = {"model": "eva02_base_patch14_224", "task": TASK, "options": IMAGE}
+FOUR = {"gpus": 4, "global_batch": 64, "mode": "shard"}
+FP32 = {"precision": "fp32"}
 STEPS: dict[str, dict[str, Any]] = {
     "B-narrow": {"model": "EVA02-CLIP-B-16", "options": NARROW, "precision": "fp32"},
     "B": {"model": "EVA02-CLIP-B-16", "options": B, "precision": "fp32"},
@@ -71,6 +82,14 @@ STEPS: dict[str, dict[str, Any]] = {
         "accumulation": 2,
         "optimizer": "adamw",
     },
+    "classifier": {**CLASSIFIER, **FP32},
+    "classifier-token": {**CLASSIFIER, **FP32, "model": "eva02_base_patch16_clip_224", "token_dropout": 0.5},
+    "classifier-mixed": {**CLASSIFIER, **FP32, "task": MIXED, "accumulation": 3},
+    "classifier-four": {**CLASSIFIER, **FOUR, "accumulation": 2, "savings": Savings(recompute="activations")},
+    "student": {**STUDENT, **FP32},
+    "student-chunks": {**STUDENT, "accumulation": 2, "savings": Savings(recompute="block")},
+    "student-drop": {**STUDENT, **FP32, "task": replace(TASK, masked="drop", decoder_layers=2)},
+    "student-four": {**STUDENT, **FP32, **FOUR, "task": replace(TASK, teacher=replace(TEACHER, shard=True))},
 }
 
 
@@ -81,9 +100,9 @@ def _skip_without_bfloat16(job: Job) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", few_of(STEPS, "B-narrow", "E-block"))
+@pytest.mark.parametrize("name", few_of(STEPS, "B-narrow", "E-block", "classifier", "student"))
 def test_peak_of_a_real_step(name: str) -> None:
-    job = Job(**ONE, **STEPS[name])
+    job = Job(**{**ONE, **STEPS[name]})
     _skip_without_bfloat16(job)
     _compare(name, plan_memory(job).peak.total, peak_of_step(job), 0.02)
 
@@ -146,6 +165,8 @@ DEEP: dict[str, dict[str, Any]] = {
     "replicate-none": {"mode": "replicate", "token_dropout": 0.5},
     "chunks": {"accumulation": 4, "savings": Savings(recompute="block")},
     "fp32": {"precision": "fp32", "mode": "replicate", "accumulation": 2},
+    "classifier": {**CLASSIFIER, "accumulation": 2, "mode": "replicate"},
+    "student": {**STUDENT, "savings": Savings(recompute="block")},
 }
 
 
@@ -153,8 +174,9 @@ DEEP: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", DEEP)
 def test_five_blocks_tell_of_nine(name: str) -> None:
     model = ("EVA02-CLIP-L-14", "EVA02-CLIP-bigE-14")[list(DEEP).index(name) % 2]
-    job = Job(model=model, gpus=16, global_batch=16 * 64, **DEEP[name])
-    job = replace(job, options={"vision": {"layers": 9}, "text": {"layers": 8}})
+    job = Job(**{"model": model, "gpus": 16, "global_batch": 16 * 64, **DEEP[name]})
+    texts = {"text": {"layers": 8}} if job.has_texts else {}
+    job = replace(job, options={**job.with_vision(layers=9), **texts})
     few, all_of_them = plan_memory(job), plan_memory(job, blocks=9)
     assert few.parameters == all_of_them.parameters
     assert [moment.phase for moment in few.moments] == [moment.phase for moment in all_of_them.moments]

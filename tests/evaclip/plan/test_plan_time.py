@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from measured import batch_of
+from measured import rows_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from evaclip import Savings, create_model
@@ -17,7 +17,11 @@ from evaclip.plan.loss import loss_bytes, loss_costs
 from evaclip.plan.memory import plan_memory
 from evaclip.plan.operators import Cost
 from evaclip.plan.time import Assumptions, plan_time, seconds_of, seconds_of_collective
+from evaclip.train.build import build_task
+from evaclip.train.config import ClassificationTask, MaskedImageTask, TeacherConfig
+from evaclip.train.distributed import World
 from evaclip.train.recipes import get_recipe
+from evaclip.train.step import Chunk
 from evakernels import sample_token_index
 from evakernels.reference import contrastive
 
@@ -25,7 +29,22 @@ A100 = get_gpu("a100-80g")
 FULL = Assumptions(products=(1, 1), attention=(1, 1), memory=(1, 1), links=(1, 1), overlap=(0, 1))
 SMALL = {
     "vision": {"width": 64, "heads": 4, "layers": 7, "image_size": 64},
-    "text": {"width": 64, "heads": 4, "layers": 6, "vocab_size": 100},
+    "text": {"width": 64, "heads": 4, "layers": 6, "vocab_size": 600},
+}
+IMAGE = {**SMALL["vision"], "image_size": 56}
+STUDENT = MaskedImageTask(
+    teacher=TeacherConfig(name="EVA01-CLIP-g-14", options={"vision": {"width": 32, "heads": 2, "layers": 3}}),
+    smallest_block=2,
+)
+CLIP = {"options": SMALL, "token_dropout": 0.5, "caption_tokens": 77}
+CLASSIFIER = {"task": ClassificationTask(classes=10, mixup=0.8), "options": IMAGE, "token_dropout": 0.5}
+DROPPING = replace(STUDENT, masked="drop", decoder_layers=2)
+COUNTED_JOBS: dict[str, dict[str, Any]] = {
+    "B": {"model": "EVA02-CLIP-B-16", **CLIP},
+    "E": {"model": "EVA02-CLIP-bigE-14", **CLIP, "options": {**SMALL, "vision": IMAGE}},
+    "classifier": {"model": "eva02_base_patch14_448", **CLASSIFIER},
+    "student": {"model": "eva02_base_patch14_224", "task": STUDENT, "options": IMAGE},
+    "student-drop": {"model": "eva02_tiny_patch14_224", "task": DROPPING, "options": IMAGE},
 }
 
 
@@ -67,19 +86,19 @@ COUNTED = {
 
 def _counted(job: Job) -> int:
     """Of a real forward and backward pass."""
-    options = {**job.options, "vision": {**job.options["vision"], "patch_dropout": job.token_dropout}}
-    model = create_model(job.model, savings=job.savings, **options).train()
-    images, tokens = batch_of(job)
-    features = model(images, tokens, token_index=_index(job))
-    gradients = [torch.ones_like(value) for value in features[:2]]
+    task: Any = build_task(job.run, World(torch.device("cpu")))
+    (images, targets), index = rows_of(job, task), _index(job)
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
-        features = model(images, tokens, token_index=_index(job))
-        torch.autograd.backward(features[:2], gradients)
+        if job.has_texts:
+            results = task.model(images, targets, token_index=index)[:2]
+        else:
+            results = (task.of_samples(images, Chunk(slice(0, 2), targets, index, 0, 0))["loss"],)
+        torch.autograd.backward(results, [torch.ones_like(value) for value in results])
     return counter.get_total_flops()
 
 
 def _index(job: Job) -> torch.Tensor | None:
-    patches = job.config.vision.num_patches
+    patches = job.vision.num_patches
     kept = int(patches * (1 - job.token_dropout))
     return sample_token_index(job.chunk, patches, kept) if job.token_dropout else None
 
@@ -87,24 +106,22 @@ def _index(job: Job) -> torch.Tensor | None:
 @pytest.mark.parametrize(
     "recompute", [*(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("none", "activations")), "block"]
 )
-@pytest.mark.parametrize("model", ["EVA02-CLIP-B-16", pytest.param("EVA02-CLIP-bigE-14", marks=pytest.mark.exhaustive)])
-def test_operations_are_those_that_torch_counts(model: str, recompute: Any) -> None:
-    size = 64 if model.endswith("16") else 56
-    options = {**SMALL, "vision": {**SMALL["vision"], "image_size": size}}
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.exhaustive) if name == "E" else name for name in COUNTED_JOBS]
+)
+def test_operations_are_those_that_torch_counts(name: str, recompute: Any) -> None:
     job = Job(
-        model=model,
-        options=options,
         global_batch=2,
         mode="replicate",
         precision="fp32",
-        token_dropout=0.5,
         savings=Savings(recompute=recompute),
-        caption_tokens=77,
+        **COUNTED_JOBS[name],
     )
     time = plan_time(job, plan_memory(job), A100)
     planned = sum(sum(of_stage.values()) for stage, of_stage in time.flops.items() if stage != "loss")
     assert planned == _counted(job)
     assert ("recomputation" in time.flops) == (recompute != "none")
+    assert ("teacher" in time.flops) == name.startswith("student")
 
 
 def test_operations_agree_with_the_formula() -> None:
@@ -129,13 +146,25 @@ def test_chunks_pass_forward_twice() -> None:
         assert cut.flops["backward"][term] == pytest.approx(whole.flops["backward"][term], rel=0.01)
 
 
+def test_chunks_of_a_mean_over_samples_pass_once() -> None:
+    job = Job(model="eva02_base_patch14_224", task=STUDENT, options=IMAGE, gpus=2, global_batch=48)
+    whole, cut = (
+        plan_time(replace(job, accumulation=n), plan_memory(replace(job, accumulation=n)), A100) for n in (1, 4)
+    )
+    assert cut.flops.keys() == {"teacher", "forward", "backward"}
+    for stage, terms in cut.flops.items():
+        # The teacher's positions are resized once a chunk.
+        assert terms == pytest.approx(whole.flops[stage], rel=0.02)
+    assert cut.model_flops == whole.model_flops
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("reshard", "gathers"), [(True, 2), (False, 1)])
 def test_what_sharding_sends(reshard: bool, gathers: int) -> None:
     job = Job(model="EVA02-CLIP-L-14", gpus=8, global_batch=8 * 16, reshard=reshard)
     memory = plan_memory(job)
     sent = {"gather": 0, "scatter": 0}
-    for (_, cost), calls in memory.steps.costs(1).items():
+    for (_, cost), calls in memory.steps.costs(1, again=True).items():
         if cost.term in sent:
             sent[cost.term] += calls * cost.bytes
     parameters = sum(p.numel() for p in create_model(job.model, device="meta").parameters())

@@ -5,34 +5,46 @@ from collections.abc import Callable
 from contextlib import closing
 
 import pytest
+from small_tasks import TASKS
 
 from evaclip.commands.main import main
 from evaclip.plan.job import Job
 from evaclip.plan.memory import AVERAGE, plan_memory
+from evaclip.plan.recorder import FROZEN
 from evaclip.train.as_gpus import pretended, traced_peak
 from evaclip.train.config import TrainConfig
 
 OPTIONS = {"embed_dim": 64, "vision": {"width": 128, "layers": 6}, "text": {"width": 64, "layers": 3}}
+IMAGE = f"model.options={json.dumps(OPTIONS['vision'])}"
 CASES = {
     "shard": ["parallel.mode=shard", "precision=amp_bf16", "model.savings.recompute=block", "ema_decay=0.9"],
     "hybrid": ["parallel={mode: hybrid, shard_size: 2}", "precision=amp_bf16", "optim.name=lamb"],
     "chunks": ["parallel.mode=shard", "accumulation=2"],
     "replicate": ["model.patch_dropout=0.5"],
+    "classification": ["parallel.mode=shard", "accumulation=2", "ema_decay=0.9"],
+    "masked_image": ["parallel.mode=shard", "precision=amp_bf16", "task.teacher.shard=true"],
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [name if name == "shard" else pytest.param(name, marks=pytest.mark.exhaustive) for name in CASES]
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.exhaustive) if name in ("hybrid", "chunks", "replicate") else name
+        for name in CASES
+    ],
 )
 def test_the_step_of_one_of_four_holds_what_is_planned(name: str, run_config: Callable[..., TrainConfig]) -> None:
     """The trainer's own step, in its whole depth, with its optimizer, which the plan knows by formulas."""
-    config = run_config("batch_size=256", f"model.options={json.dumps(OPTIONS)}", *CASES[name])
+    task = name if name in TASKS else "clip"
+    options = IMAGE if name in TASKS else f"model.options={json.dumps(OPTIONS)}"
+    config = run_config("batch_size=256", options, *CASES[name], task=task)
     with closing(pretended("cpu", 4)) as world:
         traced = traced_peak(config, world)
     planned = plan_memory(Job.of(config, 4)).peak
     assert planned.total == pytest.approx(traced.total(), rel=0.02)
     assert traced[AVERAGE] == planned.bytes[AVERAGE]
+    assert traced[FROZEN] == planned.bytes[FROZEN]
 
 
 @pytest.mark.parametrize(
