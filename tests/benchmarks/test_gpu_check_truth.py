@@ -40,7 +40,8 @@ def ended(journal: Path) -> Records:
 def test_every_op_test_is_run_on_every_backend_that_has_kernels() -> None:
     units = [unit.name for unit in truth.units(Settings())]
     assert len(set(units)) == len(units)
-    assert set(OPS) <= set(truth.FILES)
+    # A GPU has no kernels of the latter.
+    assert set(OPS) <= {*truth.FILES, "row_quantization"}
     for file in truth.FILES:
         assert (ROOT / f"tests/evakernels/test_{file}.py").exists(), file
     assert {f"{family} triton" for family in FAMILIES} <= set(units)
