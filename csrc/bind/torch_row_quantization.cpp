@@ -8,7 +8,8 @@ namespace {
 
 std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_any) {
   const Tensor x = as_contiguous(x_any);
-  const RowSizes size(array_of(x, "x"));
+  const Array rows = array_of(x, "x");
+  const RowSizes size(rows);
   const Tensor codes = new_tensor(x, x.sizes(), ScalarType::Byte), scale = new_float32(x, leading_sizes(x));
   const QuantizeRows params = {
       .x = x.const_data_ptr(),
@@ -16,7 +17,7 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_any) {
       .scale = static_cast<float*>(scale.mutable_data_ptr()),
       .rows = size.rows,
       .width = size.width,
-      .dtype = dtype_of(x, "x"),
+      .dtype = rows.dtype,
   };
   cpu::quantize_rows(params, cpu::active_isa(), torch_parallel);
   return {codes, scale};
@@ -29,7 +30,6 @@ Tensor dequantize_rows(const Tensor& y_any, const Tensor& scale_any, std::option
   const RowSizes size(rows);
   require(scale.scalar_type() == ScalarType::Float && scale.numel() == size.rows,
           "scale must be float32, one for each row");
-  require(!bias || bias->numel() == size.width, "bias must have an element for each column");
   const Tensor out = new_tensor(y, y.sizes());
   const DequantizeRows params = {
       .y = y.const_data_ptr(),

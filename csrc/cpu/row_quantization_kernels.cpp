@@ -47,7 +47,8 @@ void quantize(const QuantizeRows& params, int64_t begin, int64_t end) {
   with_element_type(params.dtype, [&]<class T>(T) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t start = row * params.width;
-      quantize_row(static_cast<const T*>(params.x) + start, params.codes + start, params.scale + row, params.width);
+      quantize_row(static_cast<const T*>(params.x) + start, params.codes + start, params.scale + row,
+                   params.width);
     }
   });
 }

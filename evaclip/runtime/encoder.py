@@ -236,7 +236,8 @@ class Encoder:
 
 
 def _in_8_bits(parameter: str) -> bool:
-    """All blocks' but the first one's, of a tower: its rounding makes half of all error in a B/16."""
+    """All blocks' but the first one's, of a tower: in a B/16 with random weights its rounding made half of the
+    error (distance from a cosine of 1, eight photographs, AMD EPYC, Zen 5, 2026-11-28)."""
     return "blocks.0." not in parameter
 
 

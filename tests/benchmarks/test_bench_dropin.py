@@ -102,3 +102,13 @@ def test_it_is_measured_by_request_only(tmp_path: Path) -> None:
     assert {row.candidate for row in rows} == {"untouched", "evakernels"}
     assert {row.mode for row in rows} == {"forward", "training"}
     assert not [row.failure for row in rows if row.failure]
+
+
+def test_frozen_models_give_what_untouched_ones_give() -> None:
+    operation, shape = get_operation(dropin.FROZEN), dropin.ModelShape("timm/small", 2)
+    dropin._frozen.cache_clear()
+    inputs = operation.inputs(shape, Draw(torch.float32, CPU, torch.Generator()))
+    with torch.no_grad():
+        expected = operation.eager(**inputs)
+        for run in (operation.ours, dropin._compile_freezing(shape)):
+            torch.testing.assert_close(run(**inputs), expected, rtol=1e-4, atol=1e-5)
