@@ -88,5 +88,6 @@ def _machine(
         machine.hasty = options[3]
     _machines[key] = machine
     while len(_machines) > 1 and sum(kept.size for kept in _machines.values()) > MACHINES_BYTES:
-        _machines.popitem(last=False)
+        _, oldest = _machines.popitem(last=False)
+        vars(oldest).clear()  # its parts hold each other
     return machine

@@ -54,6 +54,7 @@ class Machine:
         self.hasty = False
         self.checks = Watch(self)
         self._code: dict[int, ReadyBlock] = {}
+        self._steps = 0
 
     def prepare(self, dynamic_shared: int, *, watch: bool, count: bool) -> None:
         """Lays out shared memory. `watch`: races and what is uninitialised; `count`: traffic."""
@@ -81,8 +82,8 @@ class Machine:
     @property
     def size(self) -> int:
         """In bytes, about."""
-        steps = sum(len(code.for_all) for code in self._code.values())
-        return self.registers.bytes + len(self.shared.bytes) + 8 * 4 * len(self.shared.writer) + BYTES_OF_STEP * steps
+        shared = len(self.shared.bytes) + 8 * 4 * len(self.shared.writer)
+        return self.registers.bytes + shared + BYTES_OF_STEP * self._steps
 
     # --- faults --------------------------------------------------------------------------------------------------
 
@@ -114,6 +115,7 @@ class Machine:
             code = self._code.get(number)
             if code is None:
                 code = self._code[number] = ReadyBlock(self, self.body.blocks[number])
+                self._steps += len(code.for_all)
             active = int(np.count_nonzero(mask))
             threads[number] += active
             if self.count:

@@ -5,6 +5,7 @@
 prints the counts as JSON; in place of LIBRARY `triton` counts the Triton kernels. `build.count_all` starts it.
 """
 
+import gc
 import json
 import sys
 from collections import Counter
@@ -169,6 +170,7 @@ def spans_of(tensors: Mapping[str, Sequence[Tensor]]) -> Buffers:
 
 def main() -> None:
     """Counts what the command line asks for."""
+    gc.disable()  # of the many objects that kernels are read into none is garbage
     arch, library, asked = sys.argv[1:]
     kernels = TRITON if library == TRITON else "cuda"
     with served(arch, library) as reports:

@@ -4,6 +4,7 @@ LD_PRELOAD=allocations.so python tests/cuda/drive.py LIBRARY CAPABILITY [FAMILY 
 """
 
 import ctypes
+import gc
 import os
 import sys
 
@@ -16,6 +17,7 @@ def with_planted_fault(ptx: str) -> str:
 
 
 if __name__ == "__main__":
+    gc.disable()  # of the many objects that kernels are read into none is garbage
     library, capability, *families = sys.argv[1:]
     names = [argument.encode() for argument in (library, *families)]
     with Launches(library, int(capability), edit=with_planted_fault, count=False):

@@ -12,7 +12,9 @@ OPS = ("adamw", "contrastive", "gelu", "lamb", "layer_norm", "norm_widths", "res
 OPS += ("native_optimizers", "packed_attention", "rope_attention", "row_quantization", "stochastic_rounding", "swiglu")
 OPS += ("token_dropout",)
 CHOICE = "accurate or odd_shapes or formula or error_rule"
-RUN = "import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', {choice!r}, *{arguments!r}]))"
+# Not the plugin that collects garbage at the end, of which there is much.
+RUN = "import pytest, sys; sys.exit(pytest.main([*{plugins!r}, '-q', '-k', {choice!r}, *{arguments!r}]))"
+PLUGINS = ("-p", "no:cacheprovider", "-p", "no:unraisableexception")
 
 
 def run_ops(
@@ -29,7 +31,7 @@ def run_ops(
     """
     # Threads that wait for others asleep, as other tests may need the processor.
     environment = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"} | environment
-    call = RUN.format(choice=choice, arguments=[*options, *(f"test_{op}.py" for op in ops)])
+    call = RUN.format(plugins=PLUGINS, choice=choice, arguments=[*options, *(f"test_{op}.py" for op in ops)])
     code = f"import evakernels\n{before}:\n    {call}" if before else call
     result = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,5 +1,6 @@
 """`with` statements for run_ops: ptx_interpreter runs what nvcc or Triton made of the kernels, on CPU tensors."""
 
+import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ import evakernels
 import evakernels.triton
 from evakernels import tuning
 from ptx_interpreter.runtime import Launches
+
+gc.disable()  # of the many objects that kernels are read into none is garbage
 
 
 @contextmanager

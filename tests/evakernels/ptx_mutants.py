@@ -8,6 +8,7 @@ that reach its instruction, the smallest first, until one has a fault or other r
 
 import argparse
 import ctypes
+import gc
 import hashlib
 import json
 import os
@@ -295,6 +296,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--run"]:
+        gc.disable()
         Path(sys.argv[3]).write_text(json.dumps(run(sys.argv[2], json.loads(sys.argv[4]))))
     else:
         main()

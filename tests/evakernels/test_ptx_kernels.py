@@ -24,9 +24,14 @@ from evakernels.triton import FAMILIES
 from ptx_interpreter.lines import lines_of
 from ptx_interpreter.runtime import newest_for, ptx_in
 
-OPS = ("adamw", "gelu", "gradient_norm", "lamb", "native_optimizers", "optimizers")
-OPS += ("layer_norm", "residual_norm", "norm_widths", "packed_attention", "rope_attention", "stochastic_rounding")
-OPS += ("swiglu", "token_dropout")
+OPS = {
+    "optimizers": ("adamw", "gradient_norm", "lamb", "native_optimizers", "optimizers", "stochastic_rounding"),
+    "norms": ("layer_norm", "residual_norm"),
+    "widths": ("norm_widths",),
+    "attention": ("packed_attention", "rope_attention"),
+    "elements": ("gelu", "swiglu", "token_dropout"),
+}
+"""What one process runs: it reads the kernels that these have in common once."""
 MORE = (
     "every_mix",
     "no_rows",
@@ -40,13 +45,12 @@ MORE = (
 )
 # Not the tests that are about the size of other kernels' chunks, nor those of the files that "lamb" and
 # "native_optimizers" name which are of their ops, whichever kernels serve them.
-CHECKS = f"({' or '.join((CHOICE, *MORE))}) and not (several_chunks or opcheck or compiles)"
+CHECKS = f"({' or '.join((CHOICE, *MORE))}) and not (several_chunks or opcheck or compiles or training)"
 CHECKED = {80: CHECKS, 100: f"({CHECKS}) and not dtype2"}
 """By the compute capability that the PTX is for: float16 runs on the older one alone."""
 SHARED_KB = {80: 163, 100: 227}
 """What a block may have, by the compute capability that PTX was made for: attention plans for it."""
-AGAIN = ("adamw", "gelu", "gradient_norm", "lamb", "layer_norm", "residual_norm", "packed_attention", "rope_attention")
-AGAIN += ("native_optimizers", "optimizers", "swiglu", "token_dropout")
+AGAIN = OPS.keys() - {"widths"}
 """What of the ops the PTX for the later one runs, too: of each kernel what another compiler made."""
 FILES = {
     "layer_norm": ("layer_norm", "residual_norm"),
@@ -97,30 +101,30 @@ def built(made_once: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def lines_run(built: Path, served: Environment, made_once: Callable[..., Path]) -> Callable[[int, str], Path]:
-    """`lines_run(capability, op)` runs the op's tests, and is the file that tells which lines they ran."""
+    """`lines_run(capability, name)` runs the tests of OPS[name], and is the file that tells which lines they ran."""
 
-    def run(folder: Path, capability: int, op: str) -> None:
+    def run(folder: Path, capability: int, ops: str) -> None:
         folder.mkdir(exist_ok=True)  # after a failure
         tests = copy_with_library(Path(mkdtemp(dir=folder)), built / "_ops.so")
         before = f"from ptx_launches import nvcc_kernels\nwith nvcc_kernels({capability}, {str(folder / 'lines')!r})"
         environment = served(tests.parent, PTX_SHARED_KB=SHARED_KB[capability])
-        run_ops(before, CHECKED[capability], tests, [op], **environment)
+        run_ops(before, CHECKED[capability], tests, OPS[ops], **environment)
 
-    def lines(capability: int, op: str) -> Path:
-        return made_once(f"ptx-{capability}-{op}", lambda folder: run(folder, capability, op)) / "lines"
+    def lines(capability: int, ops: str) -> Path:
+        return made_once(f"ptx-{capability}-{ops}", lambda folder: run(folder, capability, ops)) / "lines"
 
     return lines
 
 
 @needs_nvcc
-@pytest.mark.parametrize(("capability", "op"), [(80, op) for op in OPS] + [(100, op) for op in AGAIN])
-def test_ops(lines_run: Callable[[int, str], Path], capability: int, op: str) -> None:
-    assert lines_run(capability, op).exists()
+@pytest.mark.parametrize(("capability", "ops"), [(80, ops) for ops in OPS] + [(100, ops) for ops in sorted(AGAIN)])
+def test_ops(lines_run: Callable[[int, str], Path], capability: int, ops: str) -> None:
+    assert lines_run(capability, ops).exists()
 
 
 @needs_nvcc
 def test_ops_run_nearly_every_line_of_device_code(built: Path, lines_run: Callable[[int, str], Path]) -> None:
-    counts = [count for op in OPS for count in json.loads(lines_run(80, op).read_text())]
+    counts = [count for ops in OPS for count in json.loads(lines_run(80, ops).read_text())]
     runs = {(file, line) for file, line, count in counts if count}
     lines: dict[str, set[tuple[str, int]]] = defaultdict(set)
     for texts in ptx_in((built / "_ops.so").read_bytes()):

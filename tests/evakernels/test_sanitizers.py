@@ -10,7 +10,7 @@ import evakernels
 
 pytestmark = pytest.mark.exhaustive
 
-SANITIZE = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+SANITIZE = "-Og -fsanitize=address,undefined -fno-sanitize-recover=all"
 NATIVE = evakernels.info()["native"]
 ISAS = NATIVE.get("isas_available", [])
 # What this machine can't run is compiled for the linker alone.
