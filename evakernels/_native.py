@@ -130,9 +130,10 @@ def _runs_on(code: str, capability: tuple[int, int]) -> bool:
 
 @cache
 def active_isa() -> str | None:
-    """The instruction set that the kernels for CPUs run on: "baseline", "avx2", "avx512" or "avx512_bf16".
+    """The instruction set that the kernels for CPUs run on: "baseline", "avx2", "avx512", "avx512_bf16" or "amx".
 
-    None where there are none, or where EVAKERNELS_ISA asks for one that this machine lacks.
+    The last, which nobody has measured yet, only where EVAKERNELS_ISA asks for it. None where there are no kernels, or
+    where EVAKERNELS_ISA asks for what this machine lacks.
     """
     try:
         isa: str = python_module().active_isa()

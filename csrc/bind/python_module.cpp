@@ -36,9 +36,9 @@ The launchers write into arrays that the caller allocated: a way to profile a ke
 and to use it on arrays that are not torch's. An array is anything with the buffer protocol or DLPack; dense unless said
 otherwise; float32, float16, or bfloat16 (through DLPack only). All arrays of a call are on one device.
 
-On the CPU a launcher runs on the calling thread alone. isa: "baseline", "avx2", "avx512", "avx512_bf16", or None
-for the active one. On a GPU, if this build has kernels for it, it returns before they have run; stream: the address of
-the cudaStream_t that they are put on, 0 for the default one.
+On the CPU a launcher runs on the calling thread alone. isa: "baseline", "avx2", "avx512", "avx512_bf16", "amx",
+or None for the active one. On a GPU, if this build has kernels for it, it returns before they have run; stream: the
+address of the cudaStream_t that they are put on, 0 for the default one.
 
 Attention and gradient_norm have launchers for GPUs only, the contrastive losses none: on the CPU they call functions of
 torch. Wrong arrays raise a ValueError or a TypeError that names them.)";
@@ -53,7 +53,9 @@ PYBIND11_MODULE(_C, m) {
         "Version, compiler, instruction sets built and available, GPUs built for.");
   m.def(
       "active_isa", [] { return std::string(cpu::name(cpu::active_isa())); },
-      "The instruction set in use: $EVAKERNELS_ISA, else the best; ValueError if that one is unavailable.");
+      "The instruction set in use: $EVAKERNELS_ISA, else the best but \"amx\", which nobody has measured "
+      "yet; "
+      "ValueError if that one is unavailable.");
   register_layer_norm(m);
   register_residual_norm(m);
   register_swiglu(m);

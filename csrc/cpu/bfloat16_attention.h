@@ -11,7 +11,7 @@ namespace evakernels::cpu {
 // which it costs little not to round weights.
 bool has_bfloat16_attention(Isa isa, const HeadsShape& shape);
 
-void bfloat16_attention_forward(const BFloat16AttentionForward& params, ParallelFor parallel_for);
-void bfloat16_attention_backward(const BFloat16AttentionBackward& params, ParallelFor parallel_for);
+void bfloat16_attention_forward(const BFloat16AttentionForward& params, Isa isa, ParallelFor parallel_for);
+void bfloat16_attention_backward(const BFloat16AttentionBackward& params, Isa isa, ParallelFor parallel_for);
 
 }  // namespace evakernels::cpu

@@ -1,11 +1,15 @@
-// Compiled for AVX-512 with its BF16 extension only.
+// Compiled for AVX-512 with its BF16 extension, without and with AMX.
 //
 // A head's keys and values are laid out for the products once; then kPanelRows queries at a time meet all
 // keys that they see. Scores stay in the cache, in float32; only the weights, and in backward the scores'
 // gradients, are rounded to bfloat16, for the products that follow.
 #include "cpu/bfloat16_attention_kernels.h"
 
+#ifdef __AMX_BF16__
+#include "cpu/amx_products.h"
+#else
 #include "cpu/bfloat16_products.h"
+#endif
 #include "cpu/rotation.h"
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
@@ -16,17 +20,21 @@ constexpr int64_t kBlockPairs = kAttentionBlockRows / 2;
 
 static_assert(kMaxAttentionHeadDim <= 2 * kChunkPairs, "vectors fit into one chunk");
 static_assert(kAttentionBlockRows % kPanelRows == 0, "a block consists of panels");
+static_assert(kPanelRows % (2 * kPairStep) == 0,
+              "a panel's queries, and a causal one's keys, are whole steps");
+static_assert(kBlockPairs <= kChunkPairs, "a block's pairs fit into one chunk");
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Lengths in elements of what is kept of a head. Rows of a product are written in whole blocks.
+// Lengths in elements of what is kept of a head. Rows of a product are written in whole blocks. Pairs beyond
+// the channels are zero.
 struct Extents {
   explicit Extents(const HeadsShape& shape)
       : tokens(round_up(shape.tokens, 2 * kPanelRows)),
         channel_vectors((shape.head_dim + kLanes - 1) / kLanes),
         channels(channel_vectors * kLanes),
-        pairs((shape.head_dim + 1) / 2),
+        pairs(round_up(shape.head_dim, 2 * kPairStep) / 2),
         pair_vectors((pairs + kLanes - 1) / kLanes) {}
 
   int64_t tokens;
@@ -99,7 +107,7 @@ struct HeadMatrix {
       load_rows(source, shape, head, count, slab);
       for (int64_t row = count; row < kLanes; ++row) clear_row(slab, row);
       if (by_channel != nullptr) {
-        transpose_rows(slab, extents.pair_vectors, by_channel + head.token, extents.tokens);
+        transpose_rows(slab, kChunkPairs, extents.pair_vectors, by_channel + head.token, extents.tokens);
       }
       if (by_token != nullptr) {
         pair_rows(slab, kLanes, extents.channel_vectors, by_token + head.token / 2 * extents.channels,
@@ -152,6 +160,9 @@ struct Tile {
         columns(of.causal ? first + rows : of.shape.tokens),
         vectors((columns + kLanes - 1) / kLanes) {}
 
+  // With rows of zeros that make whole steps of pairs.
+  int64_t rows_in_steps() const { return round_up(rows, 2 * kPairStep); }
+
   int64_t visible(const AttentionOfHeads& of, int64_t row) const {
     return of.causal ? smaller(first + row + 1, columns) : columns;
   }
@@ -164,11 +175,12 @@ void score(const Tile& tile, const Extents& extents, const uint32_t* panel, cons
                   extents.pairs, false});
 }
 
-// Sums of all keys' or values' vectors by a panel's weights.
+// Sums of all keys' or values' vectors by a panel's weights. What whole steps of pairs have beyond its keys
+// lies beyond the head's tokens, where both are zero.
 void combine(const Tile& tile, const Extents& extents, const uint32_t* panel, const uint32_t* by_token,
              float* sums) {
   multiply_panel({panel, 1, kPanelChunk, by_token, extents.channels, sums, extents.channels, tile.rows,
-                  extents.channel_vectors, (tile.columns + 1) / 2, false});
+                  extents.channel_vectors, round_up(tile.columns, 2 * kPairStep) / 2, false});
 }
 
 // --- forward -----------------------------------------------------------------------------------------------
@@ -247,6 +259,7 @@ void forward(const BFloat16AttentionForward& params, float* workspace, int64_t b
   Arena arena{workspace};
   const ForwardBuffers buffers(arena, Extents(of.shape));
   const int64_t blocks = (of.shape.tokens + kAttentionBlockRows - 1) / kAttentionBlockRows;
+  begin_products();
   for (int64_t block = begin; block < end; ++block) {
     const int64_t head = block / blocks;
     const Position at = position_of(of.shape, head * of.shape.tokens);
@@ -260,6 +273,7 @@ void forward(const BFloat16AttentionForward& params, float* workspace, int64_t b
       forward_tile(params, buffers, Tile(of, row, kPanelRows), at, params.lse + head * params.lse_stride);
     }
   }
+  end_products();
 }
 
 int64_t forward_workspace(const HeadsShape& shape) {
@@ -393,7 +407,7 @@ class HeadBackward {
     score(tile, extents_, buffers_.queries, buffers_.keys.by_channel, buffers_.scores);
     score(tile, extents_, buffers_.dout, buffers_.values.by_channel, buffers_.dweights);
     const int64_t end = round_up(block.columns, 2 * kPanelRows);
-    for (int64_t row = 0; row < tile.rows; row += 2) {
+    for (int64_t row = 0; row < tile.rows_in_steps(); row += 2) {
       const int64_t pair = (start + row) / 2 * extents_.tokens;
       const GradientRows target = {buffers_.dscores, row, buffers_.weight_pairs + pair,
                                    buffers_.dscore_pairs + pair};
@@ -403,19 +417,19 @@ class HeadBackward {
     store_rows(buffers_.dqueries, {params_.dq, unrotation_, of_.scale}, of_.shape, at, tile.rows);
   }
 
-  // As a panel and as pairs of rows, the last of which may have one of zeros.
+  // As a panel and as pairs of rows, the last of which may have zeros.
   void load_queries(const Vectors& source, const Tile& tile, uint32_t* panel, uint32_t* pairs) const {
     Position at = at_;
     at.token = tile.first;
     load_rows(source, of_.shape, at, tile.rows, panel);
-    if (tile.rows % 2 != 0) clear_row(panel, tile.rows);
-    pair_rows(panel, tile.rows, extents_.channel_vectors, pairs, extents_.channels);
+    for (int64_t row = tile.rows; row < tile.rows_in_steps(); ++row) clear_row(panel, row);
+    pair_rows(panel, tile.rows_in_steps(), extents_.channel_vectors, pairs, extents_.channels);
   }
 
   SoftmaxRow softmax_row(const Tile& tile, int64_t row) const {
     SoftmaxRow result = {buffers_.scores + row * extents_.tokens, buffers_.dweights + row * extents_.tokens,
                          0, 0.0f, 0.0f};
-    if (row == tile.rows) return result;
+    if (row >= tile.rows) return result;
     Position at = at_;
     at.token = tile.first + row;
     result.visible = tile.visible(of_, row);
@@ -429,7 +443,7 @@ class HeadBackward {
                         float* sums, bool add) const {
     multiply_transposed({over_keys, extents_.tokens, kChunkPairs * extents_.tokens, over_channels,
                          extents_.channels, sums, extents_.channels, block.columns, extents_.channel_vectors,
-                         (block.rows + 1) / 2, add});
+                         block.rows_in_steps() / 2, add});
   }
 
   const BFloat16AttentionBackward& params_;
@@ -444,7 +458,9 @@ class HeadBackward {
 void backward(const BFloat16AttentionBackward& params, float* workspace, int64_t begin, int64_t end) {
   Arena arena{workspace};
   const BackwardBuffers buffers(arena, Extents(params.of.shape));
+  begin_products();
   for (int64_t head = begin; head < end; ++head) HeadBackward(params, buffers, head).run();
+  end_products();
 }
 
 int64_t backward_workspace(const HeadsShape& shape) {

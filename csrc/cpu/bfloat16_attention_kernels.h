@@ -1,4 +1,4 @@
-// The loops of attention in bfloat16, for the one instruction set that has products of it.
+// The loops of attention in bfloat16, for the instruction sets that have products of it.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +25,9 @@ struct BFloat16AttentionKernels {
 };
 
 namespace avx512_bf16 {
+extern const BFloat16AttentionKernels bfloat16_attention;
+}
+namespace amx {
 extern const BFloat16AttentionKernels bfloat16_attention;
 }
 

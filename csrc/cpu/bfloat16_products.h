@@ -1,36 +1,22 @@
-// Matrix products of bfloat16 with sums in float32, for AVX-512 with its BF16 extension. A pair is two
-// neighbours along the axis that is summed over: vdpbf16ps adds the products of both.
-//
-// The left matrix is a panel of kPanelRows rows, or the transpose of a pair matrix. A pair matrix has a row
-// for each pair, which holds that pair of every column; it is what stands at the right.
+// Products of bfloat16 for AVX-512 with its BF16 extension: vdpbf16ps adds the products of both of a pair.
 #pragma once
 
 #if defined(__AVX512BF16__)
 
-#include "cpu/transpose.h"
+#include "cpu/pair_matrices.h"
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 
 // Divisible by the rows of every block of the products below.
 constexpr int64_t kPanelRows = 24;
-
-// A panel is a stack of chunks of so many pairs a row, so that the distance of rows is known to the compiler.
-constexpr int64_t kChunkPairs = 64;
 constexpr int64_t kPanelChunk = kPanelRows * kChunkPairs;
 
-struct Product {
-  const uint32_t* a;  // panel: rows kChunkPairs apart; transposed pair matrix: 1
-  int64_t a_step;     // from pair to pair
-  int64_t a_chunk;    // from chunk to chunk
-  const uint32_t* b;  // pair matrix, aligned to a vector
-  int64_t b_stride;   // of pair rows, as are all strides a multiple of kLanes
-  float* c;
-  int64_t c_stride;
-  int64_t rows;     // of c; up to a whole block more are written
-  int64_t vectors;  // of kLanes columns of c
-  int64_t pairs;
-  bool add;  // to what c holds
-};
+// Products take pairs in steps of so many.
+constexpr int64_t kPairStep = 1;
+
+// A thread multiplies between these two.
+static inline void begin_products() {}
+static inline void end_products() {}
 
 // c[row.., vector..] = a b: kRows * kVectors sums, few enough for the registers and enough to hide the
 // latency.
@@ -105,48 +91,6 @@ __attribute__((noinline)) static void multiply(const Product& product) {
 
 static inline void multiply_panel(const Product& product) { multiply<kChunkPairs>(product); }
 static inline void multiply_transposed(const Product& product) { multiply<1>(product); }
-
-// --- pair matrices -----------------------------------------------------------------------------------------
-
-// Two rows as one of pairs: lane i has a[i] below b[i].
-static inline U32 interleave(U16 a, U16 b) { return zero_extend(a) | (zero_extend(b) << 16); }
-
-static inline void store_pairs(uint32_t* target, U32 pairs) {
-  __builtin_memcpy(target, &pairs, sizeof pairs);
-}
-
-static inline void store_bits(BFloat16* target, U16 bits) { __builtin_memcpy(target, &bits, sizeof bits); }
-
-static inline U16 load_bits(const BFloat16* source) {
-  U16 bits;
-  __builtin_memcpy(&bits, source, sizeof bits);
-  return bits;
-}
-
-// Rows [0, rows) of a slab as rows of pairs of rows: target[i] = (slab[2 i], slab[2 i + 1]). rows is even.
-static inline void pair_rows(const uint32_t* slab, int64_t rows, int64_t vectors, uint32_t* target,
-                             int64_t stride) {
-  for (int64_t row = 0; row < rows; row += 2) {
-    const auto* a = reinterpret_cast<const BFloat16*>(slab + row * kChunkPairs);
-    const BFloat16* b = a + 2 * kChunkPairs;
-    for (int64_t i = 0; i < vectors; ++i) {
-      const U32 pairs = interleave(load_bits(a + i * kLanes), load_bits(b + i * kLanes));
-      store_pairs(target + row / 2 * stride + i * kLanes, pairs);
-    }
-  }
-}
-
-// kLanes rows of a slab as columns: target[pair][row] = slab[row][pair], for `vectors` vectors of pairs.
-static inline void transpose_rows(const uint32_t* slab, int64_t vectors, uint32_t* target, int64_t stride) {
-  for (int64_t vector = 0; vector < vectors; ++vector) {
-    U32 rows[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      __builtin_memcpy(&rows[i], slab + i * kChunkPairs + vector * kLanes, sizeof rows[i]);
-    }
-    transpose_square(rows);
-    for (int i = 0; i < kLanes; ++i) store_pairs(target + (vector * kLanes + i) * stride, rows[i]);
-  }
-}
 
 }  // namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE
 

@@ -3,10 +3,29 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef EVAKERNELS_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace evakernels::cpu {
 namespace {
 
 constexpr const char* kOverride = "EVAKERNELS_ISA";
+
+#ifdef EVAKERNELS_AMX
+// Tiles, and products of bfloat16 on them. Linux has a process ask for the memory that their state takes.
+bool has_tiles() {
+  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24, kStates = 3u << 17;
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBFloat16) == 0 || (d & kTiles) == 0) return false;
+  unsigned low, high;
+  asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & kStates) == kStates && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#endif
 
 bool machine_has(Isa isa) {
 #ifdef EVAKERNELS_X86
@@ -16,7 +35,12 @@ bool machine_has(Isa isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (isa == Isa::Avx512) return avx512;
-  if (isa == Isa::Avx512Bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (isa == Isa::Avx512Bf16) return avx512_bf16;
+#ifdef EVAKERNELS_AMX
+  static const bool tiles = avx512_bf16 && has_tiles();
+  if (isa == Isa::Amx) return tiles;
+#endif
 #endif
   return isa == Isa::Baseline;
 }
@@ -27,9 +51,17 @@ std::string join(const std::vector<Isa>& isas) {
   return text;
 }
 
+// Not Amx, which is left to who asks for it: nobody has measured it yet.
+Isa best() {
+  for (Isa isa : {Isa::Avx512Bf16, Isa::Avx512, Isa::Avx2}) {
+    if (machine_has(isa)) return isa;
+  }
+  return Isa::Baseline;
+}
+
 Isa choose() {
   const char* wanted = std::getenv(kOverride);
-  if (wanted == nullptr || *wanted == '\0') return available_isas().back();
+  if (wanted == nullptr || *wanted == '\0') return best();
   try {
     return parse_isa(wanted);
   } catch (const std::invalid_argument& error) {
@@ -41,6 +73,8 @@ Isa choose() {
 
 const char* name(Isa isa) {
   switch (isa) {
+    case Isa::Amx:
+      return "amx";
     case Isa::Avx512Bf16:
       return "avx512_bf16";
     case Isa::Avx512:
@@ -53,7 +87,9 @@ const char* name(Isa isa) {
 }
 
 std::vector<Isa> built_isas() {
-#ifdef EVAKERNELS_X86
+#if defined(EVAKERNELS_AMX)
+  return {Isa::Baseline, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx};
+#elif defined(EVAKERNELS_X86)
   return {Isa::Baseline, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16};
 #else
   return {Isa::Baseline};

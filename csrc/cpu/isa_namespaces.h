@@ -2,7 +2,7 @@
 #pragma once
 
 // A declaration in the namespace of each instruction set, and what that of `isa` has by this name; `isa`
-// is an evakernels::cpu::Isa.
+// is an evakernels::cpu::Isa. Amx has Avx512Bf16's: only attention in bfloat16 is compiled for it.
 #ifdef EVAKERNELS_X86
 #define EVAKERNELS_FOR_EACH_ISA(declaration) \
   namespace baseline {                       \
@@ -18,7 +18,7 @@
   declaration                                \
   }
 #define EVAKERNELS_OF_ISA(isa, name)            \
-  ((isa) == Isa::Avx512Bf16 ? avx512_bf16::name \
+  ((isa) >= Isa::Avx512Bf16 ? avx512_bf16::name \
    : (isa) == Isa::Avx512   ? avx512::name      \
    : (isa) == Isa::Avx2     ? avx2::name        \
                             : baseline::name)

@@ -120,7 +120,7 @@ struct BFloat16Part {
   }
 };
 
-void forward_in_bfloat16(const RopeAttentionForward& params, const BFloat16Part& part,
+void forward_in_bfloat16(const RopeAttentionForward& params, const BFloat16Part& part, Isa isa,
                          ParallelFor parallel_for) {
   const AttentionShape& shape = params.shape;
   const BFloat16AttentionForward given = {
@@ -132,10 +132,10 @@ void forward_in_bfloat16(const RopeAttentionForward& params, const BFloat16Part&
       .lse_stride = lse_stride(shape),
       .of = part.attention(shape),
   };
-  bfloat16_attention_forward(given, parallel_for);
+  bfloat16_attention_forward(given, isa, parallel_for);
 }
 
-void backward_in_bfloat16(const RopeAttentionBackward& params, const BFloat16Part& part,
+void backward_in_bfloat16(const RopeAttentionBackward& params, const BFloat16Part& part, Isa isa,
                           ParallelFor parallel_for) {
   const AttentionShape& shape = params.shape;
   const BFloat16AttentionBackward given = {
@@ -151,7 +151,7 @@ void backward_in_bfloat16(const RopeAttentionBackward& params, const BFloat16Par
       .dv = part.of_dense(params.dv, shape),
       .of = part.attention(shape),
   };
-  bfloat16_attention_backward(given, parallel_for);
+  bfloat16_attention_backward(given, isa, parallel_for);
 }
 
 // Calls in_bfloat16(part, parallel_for) or in_float32(rotation, workspace, heads) until all heads have been
@@ -181,7 +181,7 @@ void rope_attention_forward(const RopeAttentionForward& params, Isa isa, Paralle
   const RopeAttentionKernels& kernels = EVAKERNELS_OF_ISA(isa, rope_attention);
   attend(
       params, isa, parallel_for, kernels.forward_workspace,
-      [&](const BFloat16Part& part, ParallelFor threads) { forward_in_bfloat16(params, part, threads); },
+      [&](const BFloat16Part& part, ParallelFor threads) { forward_in_bfloat16(params, part, isa, threads); },
       [&](const Rotation& rotation, float* workspace, const SequenceHeads& heads) {
         kernels.forward(params, rotation, workspace, heads);
       });
@@ -199,7 +199,9 @@ void rope_attention_backward(const RopeAttentionBackward& params, Isa isa, Paral
   const RopeAttentionKernels& kernels = EVAKERNELS_OF_ISA(isa, rope_attention);
   attend(
       params, isa, parallel_for, kernels.backward_workspace,
-      [&](const BFloat16Part& part, ParallelFor threads) { backward_in_bfloat16(params, part, threads); },
+      [&](const BFloat16Part& part, ParallelFor threads) {
+        backward_in_bfloat16(params, part, isa, threads);
+      },
       [&](const Rotation& rotation, float* workspace, const SequenceHeads& heads) {
         kernels.backward(params, rotation, workspace, heads);
       });

@@ -90,7 +90,7 @@ def _is_live(name: str, device: str) -> bool:
 
 def cpu_table(isa: str | None) -> dict[str, dict[torch.dtype, int]]:
     """The table for the instruction set that the kernels run on."""
-    return _CPU if isa is not None and isa.startswith("avx512") else _CPU_AVX2
+    return _CPU if isa is not None and isa.startswith(("avx512", "amx")) else _CPU_AVX2
 
 
 _TABLES = {"cpu": cpu_table(_native.active_isa()), "cuda": _GPU}

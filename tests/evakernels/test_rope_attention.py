@@ -17,6 +17,7 @@ from op_checks import (
     assert_threads_change_no_bit,
     exhaustive_but,
     randn,
+    with_gradients,
 )
 
 import evakernels
@@ -257,6 +258,32 @@ def test_shapes_of_towers_are_as_accurate_as_torch(shape, num_prefix, options, d
     cos, sin = angles.cos().float(), angles.sin().float()
     functions = map(of_packed, both(cos=cos, sin=sin, num_prefix=num_prefix, **options))
     assert_as_accurate_as_torch(*functions, [randn(*shape[:2], 3, heads, head_dim)], dtype)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [32, 40, 64, 88, 112, 128])
+@pytest.mark.parametrize("tokens", [32, 50, 197, 257, 300])
+def test_sizes_of_bfloat16_products_are_as_accurate_as_torch(tokens, head_dim, causal):
+    """Whole tiles of keys, of queries, of channels and of pairs of any of these, and parts of one."""
+    angles = randn(tokens - 1, head_dim // 2, seed=3) * 3
+    ours, theirs = both(cos=angles.cos().float(), sin=angles.sin().float(), num_prefix=1, causal=causal)
+    packed = randn(1, tokens, 3, 2, head_dim)
+    assert_as_accurate_as_torch(of_packed(ours), of_packed(theirs), [packed], torch.bfloat16)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("tokens", "head_dim"), [(50, 40), (101, 37), (257, 88)])
+def test_a_head_of_nan_leaves_others_alone(tokens, head_dim, causal):
+    qkv = randn(1, tokens, 3, 4, head_dim).bfloat16()
+    touched = qkv.clone()
+    touched[:, :, :, 0] = torch.nan
+    results = []
+    for given in (qkv, touched):
+        outputs, gradients = with_gradients(of_packed(both(causal=causal)[0]), [given])
+        results.append((outputs[0][:, :, 1:], gradients[0][:, :, :, 1:]))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+        assert a.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
