@@ -43,9 +43,10 @@ MORE = (
     "native_optimizers",
     "any_layout",
 )
-# Not the tests that are about the size of other kernels' chunks, nor those of the files that "lamb" and
+# Not the tests that are about the size of other kernels' chunks and tiles, nor those of the files that "lamb" and
 # "native_optimizers" name which are of their ops, whichever kernels serve them.
-CHECKS = f"({' or '.join((CHOICE, *MORE))}) and not (several_chunks or opcheck or compiles or training)"
+OTHERS = "several_chunks or opcheck or compiles or training or of_bfloat16_products"
+CHECKS = f"({' or '.join((CHOICE, *MORE))}) and not ({OTHERS})"
 CHECKED = {80: CHECKS, 100: f"({CHECKS}) and not dtype2"}
 """By the compute capability that the PTX is for: float16 runs on the older one alone."""
 SHARED_KB = {80: 163, 100: 227}
@@ -64,7 +65,8 @@ FILES = {
 # only those of the towers and a causal one whose prefix is padded; shapes of models in bfloat16 alone, as odd ones have
 # every mask and dtype.
 SERVED = "not several_tiles and (plain or not (4100 or 8199 or 8200 or 16390)) and not (30 and 24) and not negative"
-SMALL = "not size_of_a_tower and not several_chunks and (not around_a_tile or 67) and (dtype1 or not shapes_of)"
+SMALL = "not (size_of_a_tower or several_chunks or of_bfloat16_products)"
+SMALL += " and (not around_a_tile or 67) and (dtype1 or not shapes_of)"
 # The tiles are the reference's.
 SMALL += " and not (many and tiles)"
 CHOSEN = f"({CHOICE}) and {SERVED} and {SMALL} and (accurate or not dtype2)"
