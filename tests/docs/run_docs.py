@@ -22,9 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from markdown_blocks import SHELL, Block, Mark, MarkError, read_blocks, read_spans
-from warm import warm
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests"))
+
+from warm import environment, warm  # noqa: E402
+
 INSIDE = Path(__file__).with_name("documented.py")
 SECONDS = 300
 # Several pages begin with the emoji shards: the first of them draws them, and the others get a copy. A ninth of the
@@ -73,21 +76,6 @@ def draw_once(folder: Path) -> None:
     folder.mkdir()
     (folder / "evaclip").write_text(DRAW_ONCE)
     (folder / "evaclip").chmod(0o755)
-
-
-def environment(python: Path, home: Path, *programs: Path) -> dict[str, str]:
-    """That of a user who has activated the virtual environment, with a home of its own and no hub to ask.
-
-    The folders of `programs` come first on PATH.
-    """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST", "COVERAGE"))}
-    return kept | {
-        "PATH": os.pathsep.join([*map(str, programs), str(python.parent), os.environ["PATH"]]),
-        "HOME": str(home),
-        "XDG_CACHE_HOME": str(home / "cache"),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
 
 
 class PageRunner:

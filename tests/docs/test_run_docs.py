@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from markdown_blocks import read_blocks, read_spans
-from run_docs import ROOT, draw_once, environment, pages, run_page
-from warm import warm
+from run_docs import ROOT, draw_once, pages, run_page
+from warm import environment, warm
 
 sys.path.append(str(ROOT / "tests/packaging"))
 

@@ -1,8 +1,8 @@
-"""A Python that has imported torch already: in front of a page's commands, it saves each of them seconds.
+"""A Python that has imported torch already: in front of what starts many programs, it saves each of them seconds.
 
 Inside `warm(python)` there is a folder with two programs, `python` and `evaclip`. Each hands its words, folder,
 environment and streams to a process of that Python, which waits behind a socket and runs them in a fork of itself; it
-ends as the fork does. Forks have modules of torch in memory and none of this project, so a command still has to find
+ends as the fork does. Forks have modules of torch in memory and none of this project, so a program still has to find
 what it imports. What begins with other options goes to the real Python.
 """
 
@@ -42,6 +42,21 @@ if status < 0:
     os.kill(os.getpid(), -status)
 sys.exit(status)
 """
+
+
+def environment(python: Path, home: Path, *programs: Path) -> dict[str, str]:
+    """That of a user who has activated the virtual environment, with a home of its own and no hub to ask.
+
+    The folders of `programs` come first on PATH.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST", "COVERAGE"))}
+    return kept | {
+        "PATH": os.pathsep.join([*map(str, programs), str(python.parent), os.environ["PATH"]]),
+        "HOME": str(home),
+        "XDG_CACHE_HOME": str(home / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 @contextmanager

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from run_docs import environment
-from warm import warm
+from warm import environment, warm
 
 pytestmark = pytest.mark.exhaustive
 PYTHON = Path(sys.executable)
