@@ -230,6 +230,11 @@ def test_without_a_gpu_every_stage_says_so(stages: Callable[..., dict[str, str]]
     assert not list(tmp_path.glob("*.jsonl"))
 
 
+def test_the_supervisor_does_not_hold_torch() -> None:
+    code = "import sys, benchmarks.gpu_check.cli, benchmarks.gpu_check.child; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def session_of(tmp_path: Path) -> Session:
     journal = Journal(tmp_path / "journal.jsonl")
     if not journal.path.exists():
