@@ -8,16 +8,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from evakernels import __version__
-
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # names of parameters in glibc's malloc.h
 _NEVER = 2**31 - 1
 
 
 def versions() -> dict[str, str]:
     """Versions by package, Python's among them."""
+    from evakernels import __version__
+
     found = {"python": platform.python_version(), "evakernels": __version__}
     for name in ("torch", "pillow", "scikit-learn"):
         try:
@@ -29,6 +27,8 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """`system`, `processor`, `cores` that this process may use, and the names of all `gpus`."""
+    import torch  # here, as `evaclip report` reads what others found, and shall not wait for it
+
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"system": platform.platform(terse=True), "processor": _processor(), "cores": cores, "gpus": gpus}
@@ -40,6 +40,8 @@ def multiplies_bfloat16() -> bool:
     Without them a product takes far longer than in float32: 0.9 GFLOP/s where float32 reaches 69 (one core of an AMD
     EPYC, Zen 3, torch 2.13, 2026-11-27).
     """
+    import torch
+
     found = torch.cpu.get_capabilities()
     return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 

@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _kernels_of(settings: Settings) -> AbstractContextManager[None]:
-    if not settings.rehearsal:
+    if not settings.rehearsal or settings.package != Settings.package:  # others' stages have no kernels
         return nullcontext()
     from benchmarks.gpu_check.rehearsal import interpreted
 

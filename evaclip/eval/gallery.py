@@ -5,16 +5,17 @@ import io
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from evaclip.atomic import write_json
 from evaclip.errors import UserError
-from evaclip.eval.pairs import EncodedPairs
-from evaclip.eval.ranking import target_ranks, top_items
+
+if TYPE_CHECKING:  # who shows a gallery shall not wait for torch
+    from torch import Tensor
+
+    from evaclip.eval.pairs import EncodedPairs
 
 FOLDER = "galleries"
 """Where a run folder keeps them."""
@@ -71,7 +72,7 @@ class Gallery:
             raise UserError(f"{path} is no gallery ({type(exc).__name__}: {exc})") from exc
 
 
-def build_gallery(title: str, pairs: EncodedPairs, *, queries: int = 8, per_query: int = 8, seed: int = 0) -> Gallery:
+def build_gallery(title: str, pairs: "EncodedPairs", *, queries: int = 8, per_query: int = 8, seed: int = 0) -> Gallery:
     """Two sections: queries drawn at random, and those answered best.
 
     Args:
@@ -79,6 +80,10 @@ def build_gallery(title: str, pairs: EncodedPairs, *, queries: int = 8, per_quer
         per_query: pictures shown for each.
         seed: of the random draw.
     """
+    import torch
+
+    from evaclip.eval.ranking import target_ranks, top_items
+
     ranks = target_ranks(pairs.text_features, pairs.image_features, pairs.image_of_text)
     drawn = torch.randperm(len(ranks), generator=torch.Generator().manual_seed(seed))[:queries].tolist()
     best = _answered_best(pairs, ranks)[:queries]
@@ -112,8 +117,10 @@ def open_thumbnail(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
 
-def _answered_best(pairs: EncodedPairs, ranks: Tensor) -> list[int]:
+def _answered_best(pairs: "EncodedPairs", ranks: "Tensor") -> list[int]:
     """Texts whose picture comes first, by the distance to the second; of each picture's texts the best."""
+    from evaclip.eval.ranking import top_items
+
     scores = top_items(pairs.text_features, pairs.image_features, 2)[0]
     order = (scores[:, 0] - scores[:, -1]).argsort(descending=True, stable=True)
     best: dict[int, int] = {}

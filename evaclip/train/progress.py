@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from evaclip.atomic import write_text
 from evaclip.errors import UserError
+from evaclip.machine import machine, versions
 from evaclip.run_files import EVENTS_FILE, LOG_FILE, TENSORBOARD_FOLDER
 from evaclip.train.config import LogConfig
 from evaclip.train.sinks import Record, Sink, is_share
@@ -157,8 +158,6 @@ class Events:
     def __init__(self, path: Path, start_step: int, processes: int) -> None:
         self._file = path.open("a", encoding="utf-8")
         self._step = start_step
-        from evaclip.machine import machine, versions  # and with it torch, which reading a log takes none of
-
         self._write("start", {"processes": processes, "machine": machine(), "versions": versions()})
 
     def record(self, record: Record) -> None:

@@ -20,17 +20,22 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from shlex import quote
 
 from markdown_blocks import SHELL, Block, Mark, MarkError, read_blocks, read_spans
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests"))
+
+from warm import environment, warm  # noqa: E402
+
 INSIDE = Path(__file__).with_name("documented.py")
 SECONDS = 300
-# Several pages begin with the emoji shards: the first of them draws them, and the others get a copy.
+# Several pages begin with the emoji shards: the first of them draws them, and the others get a copy. A ninth of the
+# pixels takes a third of the time.
 DRAW_ONCE = """#!/bin/sh
-[ "$*" = "data emoji data/emoji" ] || exec {evaclip} "$@"
-cd {folder} && flock lock sh -c '[ -e drawn ] || {{ "$0" data emoji data/emoji && touch drawn; }}' {evaclip} || exit
+PATH=${PATH#*:}
+[ "$*" = "data emoji data/emoji" ] || exec evaclip "$@"
+cd "${0%/*}" && flock lock sh -c '[ -e drawn ] || { evaclip "$@" --size 32 && touch drawn; }' sh "$@" || exit
 mkdir -p "$OLDPWD/data" && cp -r data/emoji "$OLDPWD/data"
 """
 
@@ -66,27 +71,11 @@ class Outcome:
         )
 
 
-def draw_once(python: Path, folder: Path) -> None:
-    """Makes `folder`, with an `evaclip` that pages may share; it stands in front of that beside `python`."""
+def draw_once(folder: Path) -> None:
+    """Makes `folder`, with an `evaclip` that pages may share; it stands on PATH in front of the next one."""
     folder.mkdir()
-    program = folder / "evaclip"
-    program.write_text(DRAW_ONCE.format(evaclip=quote(str(python.with_name("evaclip"))), folder=quote(str(folder))))
-    program.chmod(0o755)
-
-
-def environment(python: Path, home: Path, *programs: Path) -> dict[str, str]:
-    """That of a user who has activated the virtual environment, with a home of its own and no hub to ask.
-
-    The folders of `programs` come first on PATH.
-    """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST", "COVERAGE"))}
-    return kept | {
-        "PATH": os.pathsep.join([*map(str, programs), str(python.parent), os.environ["PATH"]]),
-        "HOME": str(home),
-        "XDG_CACHE_HOME": str(home / "cache"),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
+    (folder / "evaclip").write_text(DRAW_ONCE)
+    (folder / "evaclip").chmod(0o755)
 
 
 class PageRunner:
@@ -99,7 +88,7 @@ class PageRunner:
         (scratch / "home").mkdir()
         self.environment = environment(python, scratch / "home", *programs)
         self.inside = subprocess.Popen(
-            [python, INSIDE, ROOT],
+            ["python", INSIDE, ROOT],  # the first on PATH
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -223,11 +212,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"error: {python} imports {package}; install a wheel, or allow it with --editable")
     print(f"{package.parent} by {python}")
     total = Outcome()
-    with tempfile.TemporaryDirectory() as top:
-        draw_once(python, shared := Path(top) / "shared")
+    with tempfile.TemporaryDirectory() as top, warm(python, environment(python, Path(top))) as programs:
+        draw_once(shared := Path(top) / "shared")
         for number, page in enumerate(args.pages or pages()):
             (scratch := Path(top) / str(number)).mkdir()
-            outcome = run_page(page, python, scratch, shared)
+            outcome = run_page(page, python, scratch, shared, programs)
             print(f"{page}: {outcome}", *outcome.failures, sep="\n", flush=True)
             total += outcome
     print(f"all pages: {total}")

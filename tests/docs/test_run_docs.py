@@ -2,12 +2,15 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import pytest
 from markdown_blocks import read_blocks, read_spans
 from run_docs import ROOT, draw_once, pages, run_page
+from warm import environment, warm
 
 sys.path.append(str(ROOT / "tests/packaging"))
 
@@ -118,12 +121,12 @@ def test_the_emoji_shards_are_drawn_once_for_all_pages(page: Path, tmp_path: Pat
         f'#!/bin/sh\necho "$@" >> {told}; mkdir -p data/emoji; echo 1 > data/emoji/a.tar\n'
     )
     (programs / "evaclip").chmod(0o755)
-    draw_once(programs / "python", shared)
+    draw_once(shared)
     page.write_text("```bash\nevaclip data emoji data/emoji\ncat data/emoji/a.tar\nevaclip train tiny\n```\n")
     for number in range(2):
         (scratch := tmp_path / str(number)).mkdir()
         assert run_page(page, programs / "python", scratch, shared).failures == []
-    assert told.read_text() == "data emoji data/emoji\ntrain tiny\ntrain tiny\n"
+    assert told.read_text() == "data emoji data/emoji --size 32\ntrain tiny\ntrain tiny\n"
 
 
 @pytest.fixture
@@ -143,9 +146,20 @@ def clean(path: Path, request: pytest.FixtureRequest, made_once: Callable[..., P
     return made_once(f"documented-{extra}", make) / "env/bin/python"
 
 
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Callable[[Path], Path]]:
+    """The folder of a Python's programs that have torch imported already."""
+    with ExitStack() as stack:
+        yield cache(lambda python: stack.enter_context(warm(python, environment(python, Path("/")))))
+
+
 @pytest.fixture
-def shared(clean: Path, made_once: Callable[..., Path]) -> Path:
-    return made_once("shared", lambda folder: draw_once(clean, folder))
+def programs(
+    path: Path, clean: Path, made_once: Callable[..., Path], hosts: Callable[[Path], Path]
+) -> tuple[Path, ...]:
+    """What stands in front of the environment's own programs; of the first pages everything is started as users do."""
+    shared = made_once("shared", draw_once)
+    return (shared,) if str(path).startswith(FIRST) else (shared, hosts(clean))
 
 
 @pytest.mark.parametrize("path", pages(), ids=str)
@@ -156,6 +170,6 @@ def test_every_block_says_what_is_to_be_done_with_it(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PAGES)
-def test_the_page_works(path: Path, clean: Path, shared: Path, tmp_path: Path) -> None:
-    outcome = run_page(path, clean, tmp_path, shared)
+def test_the_page_works(path: Path, clean: Path, programs: tuple[Path, ...], tmp_path: Path) -> None:
+    outcome = run_page(path, clean, tmp_path, *programs)
     assert outcome.failures == [], "\n\n".join(outcome.failures)

@@ -2,6 +2,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -343,3 +345,8 @@ def test_numbers_have_the_digits_they_deserve() -> None:
     assert times_chance(Bar("", 0.0006, 0.0005)) == "1.2 ×"  # noqa: RUF001
     assert [short_number(value) for value in (12, 1_500, 2_000_000, 3e9)] == ["12", "1.5k", "2M", "3B"]
     assert [duration(seconds) for seconds in (4.4, 65, 3725)] == ["4 s", "1 min 5 s", "1 h 2 min"]
+
+
+def test_no_report_waits_for_torch() -> None:
+    code = "import sys, evaclip.report.comparison, evaclip.report.poster; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -10,7 +10,7 @@ import torch
 import evakernels
 from evakernels import _native
 
-pytestmark = [pytest.mark.exhaustive, pytest.mark.slow]
+pytestmark = [pytest.mark.exhaustive, pytest.mark.slow, pytest.mark.xdist_group("packages")]
 
 LOAD = """
 import sys, torch
