@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from processes import in_processes
-from safetensors.torch import load_file
 from sharded_run import train_all
 from small_tasks import TASKS
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
@@ -18,6 +17,7 @@ from evaclip.train.config import TrainConfig
 from evaclip.train.progress import read_log
 from evaclip.train.trainer import train
 from evaclip.weights import part_of
+from evaclip.weights.files import read_tensors as load_file
 
 STEPS = 12
 COMMON = (
