@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +39,7 @@ _JOINED = "joined.json"
 """The size and the hash of the file that was made of the parts."""
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """Rows of a tensor, from `first` on, in a mapped file."""
 
     name: str
@@ -165,29 +164,34 @@ def join(folder: Path, path: Path, check: Callable[[Path], None] = lambda part: 
     """
     index = _read_index(folder)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    rows: dict[str, tuple[torch.dtype, tuple[int, ...], int, int]] = {}  # what they are, where they begin, bytes of one
+    missing = {}
     end = 0
     for name, whole in sorted(index.tensors.items()):
-        start, end = end, end + whole.nbytes
+        start, end, missing[name] = end, end + whole.nbytes, _rows(whole.shape)
         header[name] = {"dtype": DTYPES[whole.dtype], "shape": list(whole.shape), "data_offsets": [start, end]}
+        rows[name] = whole.dtype, tuple(whole.shape[1:]), start, whole.nbytes // max(1, missing[name])
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    missing = {name: _rows(whole.shape) for name, whole in index.tensors.items()}
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        begin = file.tell()
+    begin = 8 + len(text)
+    with path.open("wb", buffering=0) as file:
+        _write_at(file.fileno(), 0, memoryview(len(text).to_bytes(8, "little") + text))
         for source in index.files:
             check(source)
             for part in _parts(source):
-                like = index.tensors.get(part.name)
-                if like is None or (part.dtype, part.shape[1:]) != (like.dtype, like.shape[1:]):
+                dtype, shape, start, size = rows.get(part.name, (None, (), 0, 0))
+                if (part.dtype, part.shape[1:]) != (dtype, shape):
                     raise OSError(f"{source} has a part of {part.name} that doesn't belong to what {INDEX} names")
                 missing[part.name] -= part.rows
-                row = like.nbytes // max(1, _rows(like.shape))
-                file.seek(begin + header[part.name]["data_offsets"][0] + part.first * row)
-                file.write(part.data)
+                _write_at(file.fileno(), begin + start + part.first * size, part.data)
         _require_all(folder, missing)
-        file.flush()
         os.fsync(file.fileno())
+
+
+def _write_at(file: int, at: int, data: memoryview) -> None:
+    while data:  # a call writes 2 GiB at the most
+        written = os.pwrite(file, data, at)
+        at, data = at + written, data[written:]
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
