@@ -354,15 +354,23 @@ def prune(root: Path, step: int, keep: int, keep_every: int | None) -> None:
     earlier = sorted((at, folder) for at, folder in _steps(root) if at <= step)
     for at, folder in earlier[:-keep]:
         if keep_every is None or at % keep_every:
-            shutil.rmtree(folder)
+            _delete(folder)
 
 
 def go_back_to(folder: Path) -> None:
     """Makes `folder` the latest checkpoint, and deletes those of later steps."""
     for _, other in list(_steps(folder.parent)):
         if other.name > folder.name:
-            shutil.rmtree(other)
+            _delete(other)
     _point_latest_at(folder.parent, folder.name)
+
+
+def _delete(folder: Path) -> None:
+    """By another name, under which nobody joins weights meanwhile; what can't be deleted goes at the next start."""
+    gone = folder.with_name(f"{_UNFINISHED}gone-{folder.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def remove_unfinished(root: Path) -> None:
