@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -367,9 +368,7 @@ def go_back_to(folder: Path) -> None:
 
 def _delete(folder: Path) -> None:
     """By another name, under which nobody joins weights meanwhile; what can't be deleted goes at the next start."""
-    gone = folder.with_name(f"{_UNFINISHED}gone-{folder.name}")
-    shutil.rmtree(gone, ignore_errors=True)
-    folder.rename(gone)
+    gone = folder.rename(folder.with_name(f"{_UNFINISHED}{time.time_ns()}-{folder.name}"))
     shutil.rmtree(gone, ignore_errors=True)
 
 

@@ -172,8 +172,9 @@ def test_offload_of_one_process_changes_nothing(
     shutil.rmtree(outcome.folder / "checkpoints/step_00000006")
     (outcome.folder / "checkpoints/latest").write_text("step_00000003")
     train(offloaded, resume="auto")
-    files = [folder / "checkpoints/step_00000006/model.safetensors" for folder in (plain.folder, outcome.folder)]
-    expected, found = (load_file(file) for file in files)
-    for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=key)
+    for name in ("model.safetensors", "ema.safetensors"):
+        files = [folder / "checkpoints/step_00000006" / name for folder in (plain.folder, outcome.folder)]
+        expected, found = (load_file(file) for file in files)
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=f"{name} {key}")
     assert not torch.distributed.is_initialized()
