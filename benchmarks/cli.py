@@ -58,6 +58,10 @@ _EXAMPLES = {
         "python -m benchmarks data",
         "python -m benchmarks data --shards 20 --per-shard 2000 --json data.json --plot data.png",
     ],
+    "metadata": [
+        "python -m benchmarks metadata",
+        "python -m benchmarks metadata --ranks 8 --shards 1000",
+    ],
     "audit": [
         "python -m benchmarks audit layer_norm swiglu",
         "python -m benchmarks audit --kernels triton",
@@ -115,6 +119,11 @@ def _build_parser() -> argparse.ArgumentParser:
     report.add_argument("--page", type=Path, metavar="FILE", help=_PAGE)
     data = _add(verbs, "data", "measure how fast shards are read, and how well their samples are mixed", _measure_data)
     _add_data(data)
+    names = _add(
+        verbs, "metadata", "measure checkpoints of many processes and lists of many shards, by names", _metadata
+    )
+    names.add_argument("--ranks", type=int, nargs="+", default=[144, 1024], metavar="N", help="default: 144 1024")
+    names.add_argument("--shards", type=int, default=160_000, metavar="N", help="default: 160000")
     audit = _add(verbs, "audit", "count what the GPU kernels do, in their PTX", _audit)
     audit.add_argument("names", nargs="*", metavar="NAME", help="an audited operation (default: all)")
     audit.add_argument("--kernels", choices=["cuda", "triton"], help="of which language (default: both)")
@@ -245,6 +254,12 @@ def _measure_data(args: argparse.Namespace) -> None:
         result.write_json(args.json)
     if args.plot:
         save_plot(result, args.plot)
+
+
+def _metadata(args: argparse.Namespace) -> None:
+    from benchmarks import metadata
+
+    metadata.show(args.ranks, args.shards)
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from evaclip.transforms import EvalTransform, OpaqueTransform
 from evaclip.weights import find_weights
 from evaclip.weights.files import classifier_size
 from evaclip.weights.hub import HUB, LOCAL
+from evaclip.weights.parts import is_there
 
 RANDOM = "random weights"
 """The origin of the weights of a model that is named without any."""
@@ -186,7 +187,7 @@ def _read_checkpoint(folder: Path, average: bool) -> tuple[str, Path, dict[str, 
     """The model's name, its weights, the options to create it with, and the folder of its run."""
     weights = find_weights(folder, "")
     checkpoint = weights.parent
-    if average and (checkpoint / EMA_FILE).is_file():
+    if average and is_there(checkpoint / EMA_FILE):
         weights = checkpoint / EMA_FILE
     options = _model_options(checkpoint / MODEL_CONFIG_FILE)
     name = str(options.pop("name"))

@@ -3,6 +3,7 @@
 RUN/config.yaml  log.jsonl  events.jsonl  tensorboard/  wandb/  trackio  checkpoints/latest  checkpoints/step_00000100/
 RUN/lock (while a process trains)
 step_.../model.safetensors  ema.safetensors  optimizer/  model.json  preprocess.json  classes.json  state.pt  meta.json
+step_.../model.safetensors.parts/  ema.safetensors.parts/ (of a sharded run, until they are joined in their place)
 """
 
 CONFIG_FILE = "config.yaml"
@@ -17,6 +18,8 @@ LATEST_FILE = "latest"
 
 MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
+PARTS = ".parts"
+"""What the folder of a file's parts has behind its name."""
 OPTIMIZER_FOLDER = "optimizer"
 MODEL_CONFIG_FILE = "model.json"
 PREPROCESS_FILE = "preprocess.json"

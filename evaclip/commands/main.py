@@ -4,10 +4,25 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from evaclip.commands import convert, data, demo, doctor, eval, export, index, plan, report, search, serve, train, watch
+from evaclip.commands import (
+    convert,
+    data,
+    demo,
+    doctor,
+    eval,
+    export,
+    index,
+    plan,
+    report,
+    search,
+    serve,
+    train,
+    watch,
+    weights,
+)
 from evaclip.commands.parser import CommandParser, run_command
 
-_VERBS = (train, watch, plan, eval, index, search, serve, data, convert, export, demo, report, doctor)
+_VERBS = (train, watch, plan, eval, index, search, serve, data, weights, convert, export, demo, report, doctor)
 
 
 class _Version(argparse.Action):

@@ -12,6 +12,8 @@ from evaclip.plan.time import Time
 from evaclip.train.config import TrainConfig
 
 _GB = 1e9
+_HASHED = 1.9 * _GB
+"""Bytes of which a core makes SHA-256 in a second, by instructions for it: a Zen 5, beside other work, 2026-11-28."""
 
 
 def host_tree(
@@ -43,7 +45,13 @@ def host_tree(
     if images_per_core:
         tree["decoding_cores_of_a_node"] = decoding_cores(job, time, images_per_core)
     if storage_gbps:
-        tree["seconds_of_a_checkpoint"] = checkpoint / (storage_gbps * _GB)
+        sharded = job.mode != "replicate"
+        hashing = checkpoint / _HASHED / (job.gpus if sharded else 1)  # each process its own files
+        tree["seconds_of_a_checkpoint"] = checkpoint / (storage_gbps * _GB) + hashing
+        if sharded:
+            # By one process, after the run or beside it: read and written, and either hashed.
+            weights = (job.weight_bytes + 4 * job.averaged) * memory.model_parameters
+            tree["seconds_to_join_its_weights"] = 2 * weights / (storage_gbps * _GB) + 2 * weights / _HASHED
     return tree
 
 

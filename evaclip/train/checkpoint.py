@@ -1,12 +1,12 @@
 """Checkpoint folders: written all or nothing, checked before use, thinned out by rule."""
 
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +20,14 @@ from torch import Tensor
 from evaclip.errors import UserError
 from evaclip.run_files import EMA_FILE, LATEST_FILE, META_FILE, MODEL_FILE, OPTIMIZER_FOLDER, STATE_FILE
 from evaclip.train import tensor_files
+from evaclip.weights.parts import damage, fingerprint, is_there, joined_fingerprint, part_name, parts_of
 
 _log = logging.getLogger(__name__)
 
 FORMAT = 2
+_NAMED = 10
+"""As many damaged files are named."""
 _UNFINISHED = ".unfinished-"
-_PARTS = ".parts"
 _FOLDER = re.compile(r"step_(\d{8})")
 
 
@@ -95,8 +97,8 @@ def save(root: Path, step: int, content: Content, group: Any = None, guard: Call
     try:
         # The first and the last are the main process's; the others learn whether they went well.
         _agreed(partial(_start_folder, unfinished, guard) if is_main else _nothing, group)
-        _agreed(partial(_write_tensors, unfinished, content, group), group)
-        _agreed(partial(_finish_folder, unfinished, step, content) if is_main else _nothing, group)
+        written = _agreed(partial(_write_own, unfinished, content, group), group)
+        _agreed(partial(_finish_folder, unfinished, step, content, written) if is_main else _nothing, group)
         _agreed(partial(_publish, unfinished, final, guard) if is_main else _nothing, group)
     except NotWritten:
         if is_main:
@@ -105,42 +107,52 @@ def save(root: Path, step: int, content: Content, group: Any = None, guard: Call
     return final
 
 
+def _write_own(unfinished: Path, content: Content, group: Any) -> dict[str, Any]:
+    """Writes the tensors that this process holds; the fingerprints of its files, which are on the disk then."""
+    _write_tensors(unfinished, content, group)
+    name = "*.safetensors" if group is None else part_name(dist.get_rank(group))
+    paths = sorted(unfinished.rglob(name))
+    for path in paths:
+        _flush(path)
+    return {str(path.relative_to(unfinished)): fingerprint(path) for path in paths}
+
+
 def _write_tensors(unfinished: Path, content: Content, group: Any) -> None:
     moments = f"{OPTIMIZER_FOLDER}/moments.safetensors" if group is None else OPTIMIZER_FOLDER
     for name, tensors in {MODEL_FILE: content.model, EMA_FILE: content.ema, moments: content.moments}.items():
+        path = unfinished / name
         if tensors is None:
             continue
         if group is None:
-            tensor_files.write_whole(tensors, unfinished / name)
+            tensor_files.write_whole(tensors, path)
         else:
-            tensor_files.write_parts(tensors, _parts(unfinished / name), group)
+            folder = parts_of(path) if path.suffix else path
+            tensor_files.write_parts(tensors, folder, dist.get_rank(group), dist.get_world_size(group))
 
 
-def _parts(path: Path) -> Path:
-    """Where the parts of a file are put before they are joined; the moments stay in parts."""
-    return path.with_name(path.name + _PARTS) if path.suffix else path
-
-
-def _agreed(action: Callable[[], None], group: Any) -> None:
-    """Does it, and raises in all processes when it fails in one: none may wait for one that has given up."""
+def _agreed(action: Callable[[], Any], group: Any) -> list[Any]:
+    """Does it, and returns what it gave in all processes, or raises in all when it fails in one: none may wait for one
+    that has given up."""
+    result: Any = None
     problem: str | None = None
     try:
-        action()
+        result = action()
     except Exception as exc:  # a full disk alone is an OSError, a SafetensorError or a RuntimeError, by who writes
         problem = f"{type(exc).__name__}: {exc}"
         _log.debug("a checkpoint could not be written", exc_info=exc)
-    problems = [problem]
+    found = [(result, problem)]
     if group is not None:
-        problems = [None] * dist.get_world_size(group)
+        found = [(None, None)] * dist.get_world_size(group)
         try:
-            dist.all_gather_object(problems, problem, group=group)
+            dist.all_gather_object(found, (result, problem), group=group)
         except RuntimeError as exc:  # a process is gone, or took longer than the group waits; gloo then closes it
             reason = problem or str(exc).splitlines()[0]
             raise Lost(
                 f"the processes lost each other, or one took longer than parallel.saving_timeout_minutes: {reason}"
             ) from exc
-    if found := [text for text in problems if text is not None]:
-        raise NotWritten(found[0])
+    if problems := [text for _, text in found if text is not None]:
+        raise NotWritten(problems[0])
+    return [value for value, _ in found]
 
 
 def _start_folder(unfinished: Path, guard: Callable[[], None]) -> None:
@@ -149,20 +161,20 @@ def _start_folder(unfinished: Path, guard: Callable[[], None]) -> None:
     (unfinished / OPTIMIZER_FOLDER).mkdir(parents=True)
 
 
-def _finish_folder(unfinished: Path, step: int, content: Content) -> None:
-    for name, tensors in {MODEL_FILE: content.model, EMA_FILE: content.ema}.items():
-        parts = _parts(unfinished / name)
-        if tensors is not None and parts.is_dir():
-            tensor_files.join(parts, unfinished / name, tensors)
-            shutil.rmtree(parts)
+def _finish_folder(unfinished: Path, step: int, content: Content, written: Sequence[Mapping[str, Any]]) -> None:
+    """Writes what isn't tensors; the others' files may not be seen on this machine yet, and needn't."""
     for name, value in content.descriptions.items():
         _write_json(unfinished / name, value)
     torch.save(dict(content.state), unfinished / STATE_FILE)
-    paths = sorted(path for path in unfinished.rglob("*") if path.is_file())
-    files = {str(path.relative_to(unfinished)): _fingerprint(path) for path in paths}
-    _write_json(unfinished / META_FILE, {"format": FORMAT, "step": step, **content.meta, "files": files})
+    files = {name: facts for own in written for name, facts in own.items()}
+    for path in unfinished.rglob("*"):
+        if path.is_file() and (name := str(path.relative_to(unfinished))) not in files:
+            files[name] = fingerprint(path)
+    facts = {"format": FORMAT, "step": step, **content.meta, "files": dict(sorted(files.items()))}
+    _write_json(unfinished / META_FILE, facts)
     for path in (*unfinished.rglob("*"), unfinished):
-        _flush(path)
+        if path.suffix != ".safetensors":  # which its writer has flushed
+            _flush(path)
 
 
 def _publish(unfinished: Path, final: Path, guard: Callable[[], None]) -> None:
@@ -175,21 +187,37 @@ def _publish(unfinished: Path, final: Path, guard: Callable[[], None]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
+Ask = Callable[[tuple[Path, Mapping[str, Any]]], list[list[str]]]
+"""Has all processes call `damage_in_share`, and returns what each of them found."""
+
+
+def damage_in_share(job: tuple[Path, Mapping[str, Any]], share: int = 0, shares: int = 1) -> list[str]:
+    """What is wrong with the files of a checkpoint that fall to one of several processes, as a rule those that it will
+    read.
+
+    Args:
+        job: the folder, and the size and the hash of each file.
+    """
+    folder, files = job
+    numbers = (int((re.findall(r"\d+", Path(name).name) or [place])[0]) for place, name in enumerate(files))
+    own = [name for name, number in zip(files, numbers, strict=True) if number % shares == share]
+    return [problem for name in own if (problem := damage(folder, name, files[name]))]
+
+
+def alone(job: tuple[Path, Mapping[str, Any]]) -> list[list[str]]:
+    """`Ask` for one process."""
+    return [damage_in_share(job)]
+
+
+def read_meta(folder: Path, ask: Ask = alone) -> dict[str, Any]:
     """The facts of a checkpoint, after a check of every file's size and SHA-256.
 
     Raises:
         DamagedCheckpoint: a file is missing, short or changed, or the format is unknown.
     """
     meta = _read_facts(folder)
-    problems = []
-    for name in meta["files"]:
-        try:
-            _check_file(folder, name, meta)
-        except DamagedCheckpoint as exc:
-            problems.append(str(exc))
-    if problems:
-        raise DamagedCheckpoint(" and ".join(problems))
+    if problems := [problem for found in ask((folder, meta["files"])) for problem in found]:
+        raise DamagedCheckpoint(" and ".join(problems[:_NAMED]))
     return meta
 
 
@@ -199,13 +227,18 @@ def check_weights(folder: Path) -> str | None:
     Raises:
         DamagedCheckpoint: they are missing, short or changed.
     """
+    weights = folder / MODEL_FILE
     try:
         meta = _read_facts(folder)
     except DamagedCheckpoint as exc:
-        if not tensor_files.is_complete(folder / MODEL_FILE):
+        if not tensor_files.is_complete(weights) and (weights.is_file() or not is_there(weights)):
             raise DamagedCheckpoint(f"{MODEL_FILE} is missing or can't be read") from exc
         return f"whether the weights of {folder} are as they were written can't be known: {exc}"
-    _check_file(folder, MODEL_FILE, meta)
+    files = {name: facts for name, facts in meta["files"].items() if name.startswith(MODEL_FILE)}
+    if facts := joined_fingerprint(weights):
+        files[MODEL_FILE] = facts
+    if problems := damage_in_share((folder, files)):
+        raise DamagedCheckpoint(" and ".join(problems[:_NAMED]))
     return None
 
 
@@ -221,16 +254,6 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _check_file(folder: Path, name: str, meta: Mapping[str, Any]) -> None:
-    path, expected = folder / name, meta["files"][name]
-    if not path.is_file():
-        raise DamagedCheckpoint(f"{name} is missing")
-    if path.stat().st_size != expected["bytes"]:
-        raise DamagedCheckpoint(f"{name} has {path.stat().st_size} bytes, {expected['bytes']} were written")
-    if _fingerprint(path) != expected:
-        raise DamagedCheckpoint(f"the contents of {name} have changed since they were written")
-
-
 def load_state(folder: Path) -> dict[str, Any]:
     """What `Content.state` held, with tensors on the CPU; no code of the file is run."""
     state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
@@ -238,13 +261,16 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def choose(
-    root: Path, say: Callable[[str], None], accept: Callable[[dict[str, Any]], bool] = lambda meta: True
+    root: Path,
+    say: Callable[[str], None],
+    accept: Callable[[dict[str, Any]], bool] = lambda meta: True,
+    ask: Ask = alone,
 ) -> Path | None:
     """The newest checkpoint under `root` that is whole and accepted; says which damaged ones it passed over.
 
     Checkpoints of later steps than the one that `latest` names are not newer: the run went back before them.
     """
-    for folder, found in _checked(root):
+    for folder, found in _checked(root, ask):
         if isinstance(found, DamagedCheckpoint):
             say(f"skipped the checkpoint {folder}: {found}")
         elif accept(found):
@@ -252,17 +278,17 @@ def choose(
     return None
 
 
-def _checked(root: Path) -> Iterator[tuple[Path, dict[str, Any] | DamagedCheckpoint]]:
+def _checked(root: Path, ask: Ask) -> Iterator[tuple[Path, dict[str, Any] | DamagedCheckpoint]]:
     """The checkpoints up to the latest, the newest first, with their facts or what is wrong with them."""
     for _, folder in sorted(_steps(root), reverse=True):
         if folder.name <= _latest_name(root, default=folder.name):
             try:
-                yield folder, read_meta(folder)
+                yield folder, read_meta(folder, ask)
             except DamagedCheckpoint as exc:
                 yield folder, exc
 
 
-def find(request: str, root: Path, say: Callable[[str], None]) -> Path | None:
+def find(request: str, root: Path, say: Callable[[str], None], ask: Ask = alone) -> Path | None:
     """The checkpoint that `--resume REQUEST` means.
 
     Args:
@@ -275,7 +301,7 @@ def find(request: str, root: Path, say: Callable[[str], None]) -> Path | None:
     if request == "none":
         return None
     if request == "auto":
-        return _newest_whole(root, say)
+        return _newest_whole(root, say, ask)
     folder = root / _latest_name(root, default="latest") if request == "latest" else Path(request)
     if not folder.is_dir():
         raise UserError(
@@ -283,15 +309,15 @@ def find(request: str, root: Path, say: Callable[[str], None]) -> Path | None:
             "weights:FOLDER"
         )
     try:
-        read_meta(folder)
+        read_meta(folder, ask)
     except DamagedCheckpoint as exc:
         raise UserError(f"the checkpoint {str(folder)!r} is damaged: {exc}; --resume auto takes an older one") from exc
     return folder
 
 
-def _newest_whole(root: Path, say: Callable[[str], None]) -> Path | None:
+def _newest_whole(root: Path, say: Callable[[str], None], ask: Ask) -> Path | None:
     damage: dict[Path, DamagedCheckpoint] = {}
-    for folder, found in _checked(root):
+    for folder, found in _checked(root, ask):
         if not isinstance(found, DamagedCheckpoint):
             for damaged, reason in damage.items():
                 say(f"skipped the checkpoint {damaged}: {reason}")
@@ -329,15 +355,21 @@ def prune(root: Path, step: int, keep: int, keep_every: int | None) -> None:
     earlier = sorted((at, folder) for at, folder in _steps(root) if at <= step)
     for at, folder in earlier[:-keep]:
         if keep_every is None or at % keep_every:
-            shutil.rmtree(folder)
+            _delete(folder)
 
 
 def go_back_to(folder: Path) -> None:
     """Makes `folder` the latest checkpoint, and deletes those of later steps."""
     for _, other in list(_steps(folder.parent)):
         if other.name > folder.name:
-            shutil.rmtree(other)
+            _delete(other)
     _point_latest_at(folder.parent, folder.name)
+
+
+def _delete(folder: Path) -> None:
+    """By another name, under which nobody joins weights meanwhile; what can't be deleted goes at the next start."""
+    gone = folder.rename(folder.with_name(f"{_UNFINISHED}{time.time_ns()}-{folder.name}"))
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def remove_unfinished(root: Path) -> None:
@@ -374,11 +406,6 @@ def _point_latest_at(root: Path, name: str) -> None:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _flush(path: Path) -> None:

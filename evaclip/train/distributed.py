@@ -100,6 +100,23 @@ class World:
         dist.broadcast_object_list(values, group=self.control)
         return values[0]
 
+    def decide(self, choose: Callable[[Callable[[Any], list[Any]]], Any], work: Callable[[Any, int, int], Any]) -> Any:
+        """What `choose(ask)` gives in the main process, in all; every process must call it.
+
+        Args:
+            choose: may call `ask(job)`, which has each process do `work(job, rank, size)`, and gives all results.
+        """
+        if not self.is_main:
+            while (said := self.from_main(None))[1]:
+                self.gather_everywhere(work(said[0], self.rank, self.size))
+            return said[0]
+
+        def ask(job: Any) -> list[Any]:
+            self.from_main((job, True))
+            return self.gather_everywhere(work(job, self.rank, self.size))
+
+        return self.from_main((choose(ask), False))[0]
+
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Overwrites the tensors by the main process's."""
         if self.size > 1:

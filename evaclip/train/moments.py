@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from evaclip.errors import UserError
-from evaclip.train import tensor_files
+from evaclip.weights import parts
 
 
 def take(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
@@ -30,12 +30,12 @@ def put_back(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, s
     """
     parameters = dict(model.named_parameters())
     moments: dict[str, Tensor] = {}
-    for key, like in tensor_files.empty(folder).items():
+    for key, like in parts.likes(folder).items():
         parameter = _parameter(parameters, key)
         if parameter.shape != like.shape:
             raise UserError(f"the moment {key} is {list(like.shape)}, the parameter {list(parameter.shape)}")
         moments[key] = torch.zeros_like(parameter, dtype=like.dtype)
-    tensor_files.read(moments, folder)
+    parts.read(moments, folder)
     optimizer.state.clear()
     for key, value in {**moments, **scalars}.items():
         parameter = _parameter(parameters, key)

@@ -18,16 +18,18 @@ from evaclip.run_files import (
     EVENTS_FILE,
     LOCK_FILE,
     LOG_FILE,
+    MODEL_FILE,
     TENSORBOARD_FOLDER,
     TRACKIO_FILE,
     WANDB_FOLDER,
 )
 from evaclip.train import checkpoint
-from evaclip.train.checkpoint import DamagedCheckpoint, Start
+from evaclip.train.checkpoint import Ask, DamagedCheckpoint, Start
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.overrides import dump_yaml
 from evaclip.train.run_lock import RunLock, read_lock
+from evaclip.weights.parts import joined
 
 _WEIGHTS = "weights:"
 ATTRIBUTES = 70.0
@@ -120,11 +122,14 @@ class RunFolder:
             (self.path / file).unlink(missing_ok=True)
 
 
-def locate(config: TrainConfig, resume: str, overwrite: bool, say: Callable[[str], None]) -> Start | None:
-    """Where a run goes on from, None for the beginning; changes nothing.
+def locate(
+    config: TrainConfig, resume: str, overwrite: bool, say: Callable[[str], None], ask: Ask = checkpoint.alone
+) -> Start | None:
+    """Where a run goes on from, None for the beginning; changes nothing, but for joining weights that are asked for.
 
     Args:
         resume: `weights:PATH` for the weights of a checkpoint folder alone, or as for `checkpoint.find`.
+        ask: checks files, in several processes.
 
     Raises:
         UserError: as `permit`, or the checkpoint that was asked for cannot be used.
@@ -132,7 +137,7 @@ def locate(config: TrainConfig, resume: str, overwrite: bool, say: Callable[[str
     folder = permit(config, resume, overwrite)
     if resume.startswith(_WEIGHTS):
         return _weights_of(Path(resume.removeprefix(_WEIGHTS)), folder, overwrite, say)
-    found = checkpoint.find(resume, folder.checkpoints, say)
+    found = checkpoint.find(resume, folder.checkpoints, say, ask)
     if resume == "auto" and found is None:
         say(f"no checkpoint under {folder.checkpoints}: starting from the beginning")
     return None if found is None else Start(found)
@@ -167,6 +172,7 @@ def _weights_of(source: Path, folder: RunFolder, overwrite: bool, say: Callable[
         raise UserError(f"the weights of the checkpoint {str(source)!r} are damaged: {exc}") from exc
     if remark:
         say(remark)
+    joined(source / MODEL_FILE)  # here, where one process does it
     return Start(source, weights_only=True)
 
 

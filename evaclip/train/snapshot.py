@@ -1,5 +1,6 @@
 """What of a run a checkpoint holds, and how it comes back."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -7,17 +8,19 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from evaclip.errors import UserError
 from evaclip.run_files import EMA_FILE, MODEL_FILE, OPTIMIZER_FOLDER
 from evaclip.train import checkpoint, moments, rng
 from evaclip.train.build import Parts
 from evaclip.train.config import ScheduleConfig, config_hash, training_tree
+from evaclip.train.ema import Ema
 from evaclip.train.schedule import image_size_at, lr_factor, total_steps
 from evaclip.train.sharding import forget_gathered
 from evaclip.train.tree import differences
 from evaclip.weights import is_sharded, load_weights, put
+from evaclip.weights.parts import is_there, likes, parts_of, read
 
 _SHAPING = ("model.name", "model.options", "task.", "loss.name", "optim.name")
 """Keys that decide what tensors there are, as far as a configuration does."""
@@ -133,7 +136,7 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
     bias = state["train_step"].get("loss", {})
     scalars = {name.removeprefix("loss."): value for name, value in state["moments"].items()}
     try:
-        put(parts.model, {**load_file(folder / MODEL_FILE), **bias})
+        _put_model(folder / MODEL_FILE, parts.model, bias)
         parts.step.load_state_dict(state["train_step"])
         step = parts.step
         moments.put_back(parts.model, step.optimizer, folder / OPTIMIZER_FOLDER, scalars)
@@ -141,7 +144,7 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
         raise UserError(_misfit(folder, state["config"], parts, exc)) from exc
     forget_gathered(parts.model)
     if parts.ema:
-        parts.ema.load_state_dict({**bias, **_averages(folder, remarks)})
+        _put_average(folder, parts.ema, bias, remarks)
     if len(state["rng"]) == parts.world.size:
         rng.restore(state["rng"][parts.world.rank], parts.world.device)
     else:
@@ -202,9 +205,23 @@ def _teacher_changed(folder: Path, other: list[str], parts: Parts) -> str:
     return told
 
 
-def _averages(folder: Path, remarks: list[str]) -> dict[str, Tensor]:
+def _put_model(path: Path, model: nn.Module, bias: Mapping[str, Tensor]) -> None:
+    folder = parts_of(path)
+    if not folder.is_dir():
+        put(model, {**load_file(path), **bias})
+        return
+    state = model.state_dict()
+    if others := likes(folder).keys() - state.keys():
+        raise UserError(f"the model has no {', '.join(sorted(others)[:3])}")
+    read(state, folder)
+
+
+def _put_average(folder: Path, ema: Ema, bias: Mapping[str, Tensor], remarks: list[str]) -> None:
     path = folder / EMA_FILE
-    if path.exists():
-        return load_file(path)
-    remarks.append("the checkpoint has no averaged weights: the average starts from its weights")
-    return load_file(folder / MODEL_FILE)
+    if not is_there(path):
+        remarks.append("the checkpoint has no averaged weights: the average starts from its weights")
+        path = folder / MODEL_FILE
+    if parts_of(path).is_dir():
+        read(ema.state_dict(), parts_of(path))
+    else:
+        ema.load_state_dict({**bias, **load_file(path)})

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,15 +75,15 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
     with closing(world), naming_timeouts(config.parallel), ExitStack() as stack:
         messages = list(filter(None, [slow_precision(world.device, config.precision)]))
         trackers.require(config.log)
-        folder, lock, start = RunFolder.of(config), None, None
+        folder, lock = RunFolder.of(config), None
         if world.is_main:
             stack.enter_context(unwinding_on_sigterm())
             lock = stack.enter_context(permit(config, resume, overwrite).lock(steal))
             if lock.taken_from is not None:
                 messages.append(f"took the run over from {lock.taken_from}")
-            start = locate(config, resume, overwrite, messages.append)
         folder.require_shared(world, lock)
-        start = world.from_main(start)
+        find = partial(locate, config, resume, overwrite, messages.append)
+        start = world.decide(find, checkpoint.damage_in_share)
         parts = build(config, world)
         messages += parts.remarks
         position, remarks = snapshot.begin(start, parts)
@@ -272,8 +273,8 @@ class Trainer:
             raise TrainingDiverged(f"{problem}, after {policy.max_rollbacks} returns to a checkpoint already")
         self._saver.finish()
         root = self.folder.checkpoints
-        good = checkpoint.choose(root, self.report.say, snapshot.is_good) if self.world.is_main else None
-        good = self.world.from_main(good)
+        choose = partial(checkpoint.choose, root, self.report.say, snapshot.is_good)
+        good = self.world.decide(choose, checkpoint.damage_in_share)
         if good is None:
             raise TrainingDiverged(f"{problem}, and there is no good checkpoint to return to")
         restored, _ = snapshot.put_back(good, self.parts)

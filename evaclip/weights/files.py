@@ -18,6 +18,7 @@ from evaclip.errors import UserError
 from evaclip.run_files import CHECKPOINTS_FOLDER, LATEST_FILE, MODEL_FILE
 from evaclip.weights.hub import HUB, LOCAL, download, download_released, find_in_folder
 from evaclip.weights.layouts import to_original, unwrapped
+from evaclip.weights.parts import is_there, joined
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _INDEX = ".index.json"
@@ -46,7 +47,7 @@ def find_weights(source: str | Path, model: str) -> Path:
         return _in_folder(path)
     if path.name == LATEST_FILE and path.is_file():
         return _in_folder(_pointed_at(path))
-    if path.is_file():
+    if is_there(path):
         return path
     if isinstance(source, Path) or path.suffix in _SUFFIXES or len(path.parts) > 1:
         raise UserError(f"there is no weights file or checkpoint folder {str(source)!r}")
@@ -112,12 +113,12 @@ def _names(path: Path) -> list[str]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold the tensors: those that an index names, else `path` itself.
+    """The files that hold the tensors: those that an index names, else `path` itself, which is joined if it must be.
 
     Raises:
-        UserError: for an index that can't be read or that names what isn't there.
+        UserError: for an index that can't be read or that names what isn't there; as `parts.joined`.
     """
-    return _parts(path) if path.name.endswith(_INDEX) else [path]
+    return _parts(path) if path.name.endswith(_INDEX) else [joined(path)]
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -191,7 +192,7 @@ def _in_folder(folder: Path) -> Path:
     pointer = folder / CHECKPOINTS_FOLDER / LATEST_FILE
     if pointer.is_file():
         folder = _pointed_at(pointer)
-    if (folder / MODEL_FILE).is_file():
+    if is_there(folder / MODEL_FILE):
         return folder / MODEL_FILE
     indices = sorted(folder.glob(f"*{_INDEX}"))
     if len(indices) == 1:

@@ -39,6 +39,23 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
     return part
 
 
+def first_row(tensor: Tensor) -> int:
+    """Where the rows that this process holds of a tensor begin in the whole one; 0 for a tensor that isn't cut up.
+
+    Raises:
+        NotImplementedError: it is cut up otherwise than by rows, once.
+    """
+    if not is_cut(tensor):
+        return 0
+    from torch.distributed.tensor import Shard
+
+    mesh, shards = tensor.device_mesh, [dim for dim, how in enumerate(tensor.placements) if isinstance(how, Shard)]
+    if len(shards) > 1 or any(tensor.placements[dim] != Shard(0) for dim in shards):
+        raise NotImplementedError(f"parts of tensors that are cut as {tensor.placements}; by rows is accepted")
+    rows = tensor.shape[0]
+    return max((min(rows, mesh.get_local_rank(dim) * -(-rows // mesh.size(dim))) for dim in shards), default=0)
+
+
 def is_cut(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether a tensor is a part of one that lies in several processes, a DTensor."""
     # The import takes half a second, and nobody has a DTensor who hasn't made it.

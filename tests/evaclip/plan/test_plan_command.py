@@ -39,6 +39,10 @@ def test_offload_is_in_host_memory(capsys: Any) -> None:
     assert not {"parameters", "optimizer state", "averaged weights"} & tree["memory"]["kinds"].keys()
     assert tree["time"]["seconds"]["host link"][0] > 0
     assert " a node" in plan(capsys, *arguments)
+    host, count = json.loads(plan(capsys, *arguments, "--storage-gbps", "2", "--json"))["host"], 8
+    assert host["seconds_of_a_checkpoint"] == host["checkpoint"] / 2e9 + host["checkpoint"] / 1.9e9 / count
+    # Weights and averages, half of the checkpoint, are read and written once, and hashed each time.
+    assert host["seconds_to_join_its_weights"] == pytest.approx(host["checkpoint"] * (1 / 2e9 + 1 / 1.9e9))
 
 
 def test_a_file_and_what_nodes_need(capsys: Any, tmp_path: Path) -> None:
@@ -50,7 +54,8 @@ def test_a_file_and_what_nodes_need(capsys: Any, tmp_path: Path) -> None:
     assert host["batches_waiting_in_a_node"] == 8 * 3 * 2 * 4 * 3 * 32**2
     # One that is kept, one that is being written, and those of steps 45, 90, 135 and 180.
     assert (host["checkpoint"], host["storage"]) == (whole, 6 * whole)
-    assert host["seconds_of_a_checkpoint"] == whole / 2e9
+    assert host["seconds_of_a_checkpoint"] == whole / 2e9 + whole / 1.9e9
+    assert "seconds_to_join_its_weights" not in host
     assert host["decoding_cores_of_a_node"][0] == pytest.approx(32 / tree["time"]["seconds"]["step"][0] / 100)
     assert "decoding cores of a node" in plan(capsys, "tiny", *given)
 

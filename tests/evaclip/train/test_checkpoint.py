@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -215,6 +216,20 @@ def test_pruning_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
     save(tmp_path, *range(10, 80, 10))
     checkpoint.prune(tmp_path, 60, keep=2, keep_every=30)
     assert names(tmp_path) == ["latest", "step_00000030", "step_00000050", "step_00000060", "step_00000070"]
+
+
+def test_a_checkpoint_is_deleted_under_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who joins its weights meanwhile would put a file into a folder that is being emptied, which ended the run."""
+    older, _ = save(tmp_path, 1, 2)
+    original = shutil.rmtree
+
+    def delete(folder: Path, **options: bool) -> None:
+        assert not older.exists()
+        original(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", delete)
+    checkpoint.prune(tmp_path, 2, keep=1, keep_every=None)
+    assert names(tmp_path) == ["latest", "step_00000002"]
 
 
 def test_going_back_makes_later_ones_not_newer(tmp_path: Path) -> None:

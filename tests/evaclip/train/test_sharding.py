@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from processes import in_processes
-from safetensors.torch import load_file
 from sharded_run import train_all
 from small_tasks import TASKS
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
@@ -18,6 +17,7 @@ from evaclip.train.config import TrainConfig
 from evaclip.train.progress import read_log
 from evaclip.train.trainer import train
 from evaclip.weights import part_of
+from evaclip.weights.files import read_tensors as load_file
 
 STEPS = 12
 COMMON = (
@@ -172,8 +172,9 @@ def test_offload_of_one_process_changes_nothing(
     shutil.rmtree(outcome.folder / "checkpoints/step_00000006")
     (outcome.folder / "checkpoints/latest").write_text("step_00000003")
     train(offloaded, resume="auto")
-    files = [folder / "checkpoints/step_00000006/model.safetensors" for folder in (plain.folder, outcome.folder)]
-    expected, found = (load_file(file) for file in files)
-    for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=key)
+    for name in ("model.safetensors", "ema.safetensors"):
+        files = [folder / "checkpoints/step_00000006" / name for folder in (plain.folder, outcome.folder)]
+        expected, found = (load_file(file) for file in files)
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=f"{name} {key}")
     assert not torch.distributed.is_initialized()

@@ -1,8 +1,13 @@
-"""What each process writes of a checkpoint is joined in one pass, however slow the disk is."""
+"""Each process writes its part and reads its part; who needs whole weights has them joined, once."""
 
 import json
+import re
+import shutil
+import threading
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,43 +15,89 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from processes import in_processes
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from evaclip.commands.main import main
+from evaclip.errors import UserError
 from evaclip.train import checkpoint, tensor_files
-from evaclip.train.checkpoint import Content
+from evaclip.train.checkpoint import Content, DamagedCheckpoint
 from evaclip.train.config import CheckpointConfig, ParallelConfig
 from evaclip.train.distributed import connect
 from evaclip.train.saver import Saver
+from evaclip.weights import load_state_dict, part_of, parts
 
 WHOLE = {
     "scale": torch.tensor(2.5),
     "rows": torch.arange(35.0).reshape(7, 5),
-    "columns": torch.arange(42).reshape(2, 7, 3).to(torch.bfloat16),
+    "more": torch.arange(42).reshape(14, 3).to(torch.bfloat16),
     "short": torch.ones(1, 2, dtype=torch.float64),
 }
-CUT_AT = {"rows": 0, "columns": 1, "short": 0}
+CUT = ("rows", "more", "short")
 
 
-def write_parts(tensors: dict[str, Tensor], folder: Path, ranks: int) -> None:
-    """As torch's writer does: what isn't cut is in one file, and some have empty parts of what is."""
+@contextmanager
+def as_process(rank: int, shape: tuple[int, ...]) -> Iterator[Any]:
+    """Gives the mesh of one of several processes, the others of which aren't there; the last dimension is cut over."""
+    size = torch.Size(shape).numel()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield init_device_mesh("cpu", shape)
+    finally:
+        dist.destroy_process_group()
+
+
+def held(mesh: Any) -> dict[str, Tensor]:
+    """What a process holds of `WHOLE`."""
+    how = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+    empty = {name: DTensor.from_local(torch.empty(0), mesh, how, run_check=False, shape=WHOLE[name].shape,
+             stride=WHOLE[name].stride()) for name in CUT}  # fmt: skip
+    return {name: part_of(value, empty[name]) if name in CUT else value for name, value in WHOLE.items()}
+
+
+def write(folder: Path, *shape: int) -> None:
+    """As all processes of a mesh do."""
+    size = torch.Size(shape).numel()
+    for rank in range(size):
+        with as_process(rank, shape) as mesh:
+            tensor_files.write_parts(held(mesh), folder, rank, size)
+
+
+def write_as_torch(folder: Path, ranks: int) -> None:
+    """As torch's writer did for earlier versions: what isn't cut is in one file, and some have empty parts."""
     folder.mkdir()
     for rank in range(ranks):
-        parts, places = {}, {}
-        for name, whole in tensors.items():
-            if name in CUT_AT:
-                dim = CUT_AT[name]
-                step = -(-whole.shape[dim] // ranks)
-                begin = min(rank * step, whole.shape[dim])
-                parts[name] = whole.narrow(dim, begin, min(step, whole.shape[dim] - begin)).contiguous()
-                places[name] = {"saved_offsets": [begin if at == dim else 0 for at in range(whole.ndim)]}
+        own, places = {}, {}
+        for name, whole in WHOLE.items():
+            if name in CUT:
+                step = -(-len(whole) // ranks)
+                begin = min(rank * step, len(whole))
+                own[name] = whole[begin : begin + step].contiguous()
+                places[name] = {"saved_offsets": [begin, *[0] * (whole.ndim - 1)]}
             elif rank == ranks - 1:
-                parts[name], places[name] = whole, {"saved_offsets": [0] * whole.ndim}
+                own[name], places[name] = whole, {"saved_offsets": [0] * whole.ndim}
         about = {"DCP_SHARDING_INFO": json.dumps(places), "format": "pt"}
-        save_file(parts, folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors", metadata=about)
+        save_file(own, folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors", metadata=about)
+
+
+@contextmanager
+def counting_opens() -> Iterator[list[str]]:
+    """Gives the names of the files of parts that are opened, and of their indexes."""
+    opened: list[str] = []
+    original = Path.open
+
+    def counted(self: Path, *args: Any, **options: Any) -> Any:
+        opened.append(self.name)
+        return original(self, *args, **options)
+
+    with patch.object(Path, "open", counted):
+        yield opened
 
 
 def assert_equal(path: Path) -> None:
@@ -57,63 +108,206 @@ def assert_equal(path: Path) -> None:
         assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, 9])
+def names(*numbers: int) -> list[str]:
+    return [f"{number:05d}.safetensors" for number in numbers]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 9])
 def test_parts_are_joined_in_one_pass(ranks: int, tmp_path: Path) -> None:
-    opened: list[Path] = []
-    read: list[str] = []
-
-    class Counted:
-        def __init__(self, path: Path, framework: str) -> None:
-            opened.append(path)
-            self._file = safe_open(path, framework)
-
-        def __enter__(self) -> Any:
-            return self
-
-        def __exit__(self, *exc: object) -> None:
-            pass
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._file, name)
-
-        def get_tensor(self, name: str) -> Tensor:
-            read.append(name)
-            return self._file.get_tensor(name)
-
-    write_parts(WHOLE, tmp_path / "parts", ranks)
-    with patch.object(tensor_files, "safe_open", Counted), patch("safetensors.safe_open", Counted):
-        tensor_files.join(tmp_path / "parts", tmp_path / "joined.safetensors", WHOLE)
+    write(tmp_path / "parts", ranks)
+    with counting_opens() as opened:
+        parts.join(tmp_path / "parts", tmp_path / "joined.safetensors")
     assert_equal(tmp_path / "joined.safetensors")
-    assert opened == sorted((tmp_path / "parts").iterdir())
-    assert len(read) == ranks * len(CUT_AT) + 1
+    assert sorted(opened) == sorted([*names(*range(ranks)), "index.json", "joined.safetensors"])
 
 
 def test_the_file_is_the_same_from_any_number_of_processes(tmp_path: Path) -> None:
     files = []
-    for ranks in (1, 3, 8):
-        write_parts(WHOLE, tmp_path / f"{ranks}", ranks)
-        files.append(tmp_path / f"{ranks}.safetensors")
-        tensor_files.join(tmp_path / f"{ranks}", files[-1], WHOLE)
+    for shape in ((1,), (3,), (8,), (3, 2)):
+        name = "x".join(map(str, shape))
+        write(tmp_path / name, *shape)
+        files.append(tmp_path / f"{name}.safetensors")
+        parts.join(tmp_path / name, files[-1])
     assert all(one.read_bytes() == other.read_bytes() for one, other in pairwise(files))
 
 
+def test_replicas_take_turns(tmp_path: Path) -> None:
+    """No row is written twice, and no copy of the model writes all."""
+    write(tmp_path / "parts", 3, 2)
+    written = [sorted(load_file(tmp_path / "parts" / name)) for name in names(*range(6))]
+    assert written == [["more", "scale"], ["more"], ["rows"], ["rows"], ["short"], ["short"]]
+
+
 def test_what_is_incomplete_is_not_joined(tmp_path: Path) -> None:
-    """A file of another machine may not be seen yet; torch's reader would leave memory as it was in its place."""
-    write_parts(WHOLE, tmp_path / "parts", 3)
-    with pytest.raises(OSError, match="has parts of rows as"):
-        tensor_files.join(
-            tmp_path / "parts", tmp_path / "joined.safetensors", {**WHOLE, "rows": torch.ones(7, 5).half()}
-        )
+    """A file of another machine may not be seen yet."""
+    write(tmp_path / "parts", 3)
+    index = tmp_path / "parts" / "index.json"
+    index.write_text(index.read_text().replace('"F32", "shape": [7', '"F16", "shape": [7'))
+    with pytest.raises(OSError, match="a part of rows that doesn't belong"):
+        parts.join(tmp_path / "parts", tmp_path / "joined.safetensors")
+    write(tmp_path / "parts", 3)
+    save_file({}, tmp_path / "parts" / names(1)[0])
+    with pytest.raises(OSError, match="don't make up 2 of 4 tensors, such as more"):
+        parts.join(tmp_path / "parts", tmp_path / "joined.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("rank", "shape", "files"),
+    [
+        (3, (8,), [0, 3]),  # the same number: its own, and the first one's, which has what isn't cut
+        (5, (2, 8), [0, 5]),  # as many rows of another number
+        (0, (2,), [0, 1, 2, 3]),
+        (1, (2,), [0, 3, 4, 5, 6]),  # the eighth has no rows, of 7 in steps of 1 as of 14 in steps of 2
+        (0, (1,), [0, 1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_a_process_opens_the_files_that_hold_its_rows(
+    rank: int, shape: tuple[int, ...], files: list[int], tmp_path: Path
+) -> None:
+    write(tmp_path / "parts", 8)
+    with as_process(rank, shape) as mesh, counting_opens() as opened:
+        expected = held(mesh)
+        targets = {name: torch.zeros_like(value) for name, value in expected.items()}
+        assert {name: value.shape for name, value in parts.likes(tmp_path / "parts").items()} == {
+            name: value.shape for name, value in WHOLE.items()
+        }
+        parts.read(targets, tmp_path / "parts")
+        for name, value in expected.items():
+            here, there = (t.to_local() if isinstance(t, DTensor) else t for t in (value, targets[name]))
+            assert torch.equal(here, there), name
+    assert sorted(set(opened)) == [*names(*files), "index.json"]
+    assert opened.count("index.json") == 2
+    assert len(opened) == len(files) + 2
+
+
+def test_what_earlier_versions_wrote_is_read(tmp_path: Path) -> None:
+    write_as_torch(tmp_path / "parts", 9)
+    with as_process(1, (2,)) as mesh:
+        expected = held(mesh)
+        targets = {name: torch.zeros_like(value) for name, value in expected.items()}
+        parts.read(targets, tmp_path / "parts")
+        for name in CUT:
+            assert torch.equal(targets[name].to_local(), expected[name].to_local()), name  # type: ignore[attr-defined]
+    assert parts.likes(tmp_path / "parts")["rows"].shape == (7, 5)
     sorted((tmp_path / "parts").iterdir())[1].unlink()
-    with pytest.raises(OSError, match="don't make up 2 of 4 tensors, such as rows"):
-        tensor_files.join(tmp_path / "parts", tmp_path / "joined.safetensors", WHOLE)
+    with pytest.raises(OSError, match="don't make up 2 of 4"):
+        parts.read({name: torch.zeros_like(value) for name, value in WHOLE.items()}, tmp_path / "parts")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_torch_reads_what_is_written(tmp_path: Path) -> None:
+    write(tmp_path / "parts", 3)
+    targets = {name: torch.zeros_like(value) for name, value in WHOLE.items()}
+    load(targets, storage_reader=HuggingFaceStorageReader(str(tmp_path / "parts")), no_dist=True)
+    assert all(torch.equal(targets[name], value) for name, value in WHOLE.items())
+
+
+def test_other_tensors_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "parts", 2)
+    with pytest.raises(UserError, match=r"rows is \[7, 5\] in .*; expected \[7, 6\]"):
+        parts.read({"rows": torch.zeros(7, 6)}, tmp_path / "parts")
+    with pytest.raises(UserError, match="new isn't there"):
+        parts.read({"new": torch.zeros(7, 6)}, tmp_path / "parts")
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A checkpoint of three processes as far as its weights go."""
+    folder = tmp_path / "checkpoints" / "step_00000002"
+    for file in ("model.safetensors", "ema.safetensors"):
+        write(folder / f"{file}.parts", 3)
+    (folder.parent / "latest").write_text("step_00000002\n")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    facts = {str(path.relative_to(folder)): parts.fingerprint(path) for path in files}
+    (folder / "meta.json").write_text(json.dumps({"format": checkpoint.FORMAT, "step": 2, "files": facts}))
+    return folder
+
+
+def test_who_reads_weights_joins_them_once(sharded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        found = load_state_dict(sharded / "model.safetensors")
+        assert torch.equal(found["rows"], WHOLE["rows"])
+    assert capsys.readouterr().err.count("joining the parts of") == 1
+    assert sorted(path.name for path in sharded.iterdir() if path.is_file()) == ["meta.json", "model.safetensors"]
+    checkpoint.read_meta(sharded)
+
+
+def test_two_readers_at_once_wait_for_one_join(sharded: Path) -> None:
+    joins = []
+
+    def slowly(*args: Any) -> None:
+        joins.append(args)
+        time.sleep(0.2)
+        original(*args)
+
+    original = parts.join
+    with patch.object(parts, "join", slowly):
+        threads = [threading.Thread(target=parts.joined, args=(sharded / "model.safetensors",)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(joins) == 1
+    assert_equal(sharded / "model.safetensors")
+
+
+def test_a_command_joins_model_and_average(sharded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["weights", "join", str(sharded.parents[1])]) == 0
+    told = capsys.readouterr().out.split()
+    assert told == [str(sharded / "model.safetensors"), str(sharded / "ema.safetensors")]
+    for path in told:
+        assert_equal(Path(path))
+    shutil.rmtree(sharded)
+    assert main(["weights", "join", str(sharded.parents[1])]) == 2
+
+
+@pytest.mark.parametrize("harm", ["truncated", "changed", "missing"])
+def test_a_damaged_part_is_noticed(harm: str, sharded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = sharded / "model.safetensors.parts" / names(1)[0]
+    data = path.read_bytes()
+    if harm == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-4] if harm == "truncated" else data[:-1] + bytes([data[-1] ^ 1]))
+    for check in (checkpoint.read_meta, checkpoint.check_weights):
+        with pytest.raises(DamagedCheckpoint, match="parts/00001"):
+            check(sharded)
+    assert main(["weights", "join", str(sharded)]) == 2
+    assert re.search(r"is damaged: .*model\.safetensors\.parts/00001", capsys.readouterr().err)
+    assert [path.name for path in sharded.iterdir() if path.is_file()] == ["meta.json"]
+
+
+def test_damage_to_what_was_joined_is_noticed(sharded: Path) -> None:
+    path = parts.joined(sharded / "model.safetensors")
+    assert checkpoint.check_weights(sharded) is None
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(DamagedCheckpoint, match=r"contents of model\.safetensors have changed"):
+        checkpoint.check_weights(sharded)
+    checkpoint.read_meta(sharded)  # the run goes on from the parts
+
+
+def test_files_are_checked_once_over_all_processes(sharded: Path) -> None:
+    """Each process has those of its number."""
+    files = json.loads((sharded / "meta.json").read_text())["files"]
+    checked: list[list[str]] = []
+
+    def noted(folder: Path, name: str, expected: Any) -> None:
+        checked[-1].append(name)
+
+    with patch.object(checkpoint, "damage", noted):
+        for share in range(3):
+            checked.append([])
+            checkpoint.damage_in_share((sharded, files), share, 3)
+    assert sorted(name for share in checked for name in share) == sorted(files)
+    for share, found in enumerate(checked):
+        assert {name for name in found if "0000" in name} == {name for name in files if names(share)[0] in name}
 
 
 def content() -> Content:
     mesh = init_device_mesh("cpu", (2,))
     model = {
-        name: distribute_tensor(value, mesh, [Shard(CUT_AT[name])]) if name in CUT_AT else value
-        for name, value in WHOLE.items()
+        name: distribute_tensor(value, mesh, [Shard(0)]) if name in CUT else value for name, value in WHOLE.items()
     }
     return Content(model=model, ema=model, moments={"rows.m": model["rows"]}, descriptions={}, state={}, meta={})
 
@@ -134,9 +328,27 @@ def save_slowly(root: Path) -> None:
                 saver.finish()
                 if not world.is_main:
                     given_up.touch()
+        check_together(root, world)
     (line,) = said
     assert "the processes lost each other" in line
     assert "the run goes on, no earlier one is there" in line
+
+
+def check_together(root: Path, world: Any) -> None:
+    """What one process finds damaged, all pass over."""
+    files = [root / "step_00000002" / folder / names(1)[0] for folder in ("optimizer", "ema.safetensors.parts")]
+    found = []
+    for path in (None, *files):
+        if world.is_main and path:
+            path.rename(path.with_name("away"))
+        said: list[str] = []
+        choose = partial(checkpoint.choose, root, said.append, lambda meta: True)
+        found.append(world.decide(choose, checkpoint.damage_in_share))
+        world.any(False)
+        if world.is_main and path:
+            path.with_name("away").rename(path)
+            assert f"{path.parent.name}/00001.safetensors is missing" in said[0]
+    assert found == [root / "step_00000002", None, None]
 
 
 @pytest.mark.slow
@@ -146,5 +358,6 @@ def test_a_slow_disk_ends_neither_run_nor_saving(tmp_path: Path) -> None:
     in_processes(2, save_slowly, root)
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step_00000002"]
     checkpoint.read_meta(root / "step_00000002")
-    assert_equal(root / "step_00000002" / "model.safetensors")
-    assert_equal(root / "step_00000002" / "ema.safetensors")
+    for file in ("model.safetensors", "ema.safetensors"):
+        assert not (root / "step_00000002" / file).exists()
+        assert_equal(parts.joined(root / "step_00000002" / file))

@@ -284,7 +284,7 @@ def _corrupt(data: Path, sample: int) -> None:
 def _truncate_newest(checkpoints: Path) -> None:
     folders = sorted(checkpoints.glob("step_*"))
     if len(folders) > 1:
-        path = folders[-1] / "model.safetensors"
+        path = next(path for path in sorted(folders[-1].rglob("*.safetensors")) if path.stat().st_size > 100)
         path.write_bytes(path.read_bytes()[:-100])
 
 

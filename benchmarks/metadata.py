@@ -1,0 +1,201 @@
+"""What many processes and many shards cost in names alone: generated checkpoints and lists, with next to no bytes."""
+
+import json
+import os
+import pickle
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import psutil
+import safetensors
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from benchmarks.machine import describe
+from benchmarks.table import plain_table
+from evaclip.data.config import DEFAULT_WINDOW
+from evaclip.data.opening import open_source
+from evaclip.data.order import sample_order
+from evaclip.data.remote import Version
+from evaclip.data.shard_list import Entry, write_list
+from evaclip.data.tar_index import ShardFacts
+from evaclip.train import tensor_files
+from evaclip.weights import parts
+
+TENSORS = 1_230
+"""As many as E/14+ has parameters; its moments are twice as many."""
+ROWS = 4
+"""Of each tensor in each process, in float32: 16 bytes."""
+PER_SHARD = 10_000
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What something took.
+
+    Attributes:
+        seconds: of a processor, in this process and its threads.
+        opens: of files of tensors and their index.
+        megabytes: by which the process grew.
+    """
+
+    what: str
+    seconds: float
+    opens: int
+    megabytes: float
+
+
+def measure_checkpoint(ranks: int, folder: Path) -> Iterator[Cost]:
+    """The costs of one set of tensors, such as the weights or the averages, in so many processes' parts.
+
+    What torch's distributed checkpointing takes for the same is measured beside it; nothing of a training uses that.
+    """
+    whole = folder / "joined.safetensors"
+    names = [f"visual.blocks.{number // 12}.part.{number % 12}.weight" for number in range(TENSORS)]
+    own = {name: torch.zeros(ROWS) for name in names}
+    yield _cost("save: the first process's part and the index", lambda: tensor_files.write_parts(own, folder, 0, ranks))
+    plans = [_plan(names, ranks, rank) for rank in range(ranks)]
+    yield _cost("save by torch: the plan of all, by the first", lambda: create_default_global_save_plan(plans))
+    _write(folder, names, ranks)
+    yield _cost("join", lambda: parts.join(folder, whole))
+    whole.unlink()
+    with _as_process(ranks // 2, ranks) as mesh:
+        shape = torch.Size([ROWS * ranks])
+        how: dict[str, Any] = {"run_check": False, "shape": shape, "stride": (1,)}
+        targets: dict[str, Tensor] = {
+            name: DTensor.from_local(torch.zeros(ROWS), mesh, [Shard(0)], **how) for name in names
+        }
+        yield _cost("resume: one process", lambda: (parts.likes(folder), parts.read(targets, folder)))
+        yield _cost("resume by torch: one process", lambda: _read_by_torch(targets, folder))
+
+
+def measure_list(shards: int, folder: Path) -> Iterator[Cost]:
+    """The costs of opening a list of so many shards, none of which is there, and of a worker beside it."""
+    path = folder / "list.json"
+    facts = (ShardFacts(PER_SHARD, f"{number:032x}", "", 2**30, ()) for number in range(shards))
+    entries = (Entry(str(folder / f"{n:06d}.tar"), Version(2**30, ""), fact) for n, fact in enumerate(facts))
+    write_list(path, entries)
+    found: list[Any] = []
+    yield _cost(
+        f"a list of {shards:,} shards, {shards * PER_SHARD:,} samples: open",
+        lambda: found.append(open_source(str(path))),
+    )
+    yield _cost("the same: pickle", lambda: pickle.dumps(found[0]))
+    context = get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    worker = context.Process(target=_work, args=(found[0], send))
+    worker.start()
+    yield Cost("the same: a forked worker's first units", *receive.recv())
+    worker.join()
+
+
+def show(ranks: Sequence[int], shards: int) -> None:
+    """Measures and prints."""
+    table = plain_table()
+    for title in ("", "CPU s", "opens", "MB"):
+        table.add_column(title, justify="right" if title else "left")
+    machine = describe(torch.device("cpu"), (), ("torch",))
+    for count in ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            for cost in measure_checkpoint(count, Path(folder)):
+                _add(table, f"{count:,} processes, {cost.what}", cost)
+    with tempfile.TemporaryDirectory() as folder:
+        for cost in measure_list(shards, Path(folder)):
+            _add(table, cost.what, cost)
+    Console(width=120).print(table)
+    print(f"{machine.name}, torch {torch.__version__}, {machine.date}; {TENSORS:,} tensors, {4 * ROWS} bytes of each")
+
+
+def _add(table: Any, what: str, cost: Cost) -> None:
+    print(what, file=sys.stderr, flush=True)
+    table.add_row(what, f"{cost.seconds:.2f}", f"{cost.opens:,}", f"{cost.megabytes:.0f}")
+
+
+def _work(source: Any, send: Any) -> None:
+    process = psutil.Process()
+    before, begin = process.memory_full_info().uss, time.process_time()
+    order = sample_order(len(source), 0, DEFAULT_WINDOW, source.shard_sizes)
+    for number in order.indices(np.arange(256)).tolist():
+        source.shards[number // PER_SHARD]
+    seconds = time.process_time() - begin
+    send.send((seconds, 0, (process.memory_full_info().uss - before) / 1e6))
+
+
+def _cost(what: str, call: Callable[[], object]) -> Cost:
+    opens = 0
+    original = safetensors.safe_open
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal opens
+        if counting and event == "open" and str(arguments[0]).endswith((".safetensors", parts.INDEX)):
+            opens += 1
+
+    def opened(*arguments: Any, **options: Any) -> Any:  # by code that isn't Python's
+        nonlocal opens
+        opens += 1
+        return original(*arguments, **options)
+
+    counting = True
+    sys.addaudithook(count)
+    process = psutil.Process()
+    with patch("safetensors.safe_open", opened):
+        before, begin = process.memory_info().rss, time.process_time()
+        call()
+        seconds, after = time.process_time() - begin, process.memory_info().rss
+    counting = False  # a hook can't be removed
+    return Cost(what, seconds, opens, max(0, after - before) / 1e6)
+
+
+def _write(folder: Path, names: Sequence[str], ranks: int) -> None:
+    """The files of all processes, as `write_parts` makes them there."""
+    for rank in range(ranks):
+        places = json.dumps({name: {"saved_offsets": [rank * ROWS]} for name in names})
+        own = {name: torch.zeros(ROWS) for name in names}
+        save_file(own, folder / parts.part_name(rank), {parts.PLACES: places, "format": "pt"})
+    about = {name: {"dtype": "F32", "shape": [ROWS * ranks], "files": [0, ranks]} for name in names}
+    (folder / parts.INDEX).write_text(json.dumps({"files": ranks, "tensors": about}))
+
+
+def _plan(names: Sequence[str], ranks: int, rank: int) -> SavePlan:
+    offsets, size, about = torch.Size([rank * ROWS]), torch.Size([ROWS * ranks]), TensorProperties(torch.float32)
+    data = TensorWriteData(ChunkStorageMetadata(offsets, torch.Size([ROWS])), about, size)
+    return SavePlan([WriteItem(MetadataIndex(name, offsets), WriteItemType.SHARD, tensor_data=data) for name in names])
+
+
+def _read_by_torch(targets: dict[str, Tensor], folder: Path) -> None:
+    HuggingFaceStorageReader(str(folder)).read_metadata()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+@contextmanager
+def _as_process(rank: int, size: int) -> Iterator[Any]:
+    """The mesh of one of many processes, the others of which aren't there."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield init_device_mesh("cpu", (size,))
+    finally:
+        dist.destroy_process_group()
