@@ -13,8 +13,8 @@ import torch.multiprocessing as mp
 
 SECONDS = 500
 PRELOADED = [
-    "torch.distributed.fsdp", "evaclip.train.trainer", "evaclip.train.tasks.contrastive", "evaclip.plan.memory",
-    "tensorboard",
+    "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo", "evaclip.train.trainer",
+    "evaclip.train.tasks.contrastive", "evaclip.plan.memory", "tensorboard",
 ]  # fmt: skip
 
 
