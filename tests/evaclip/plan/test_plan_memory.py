@@ -119,10 +119,10 @@ SHARDED: dict[str, dict[str, Any]] = {
 }
 
 
-def _sharded_job(name: str) -> Job:
+def _sharded_job(name: str, **layers: int) -> Job:
     case = SHARDED[name]
     # Few words: what a CPU's operators allocate inside themselves for a large embedding isn't there on a GPU.
-    options = {**E, "text": {**E["text"], "vocab_size": 1000}}
+    options = {"vision": {**E["vision"], **layers}, "text": {**E["text"], "vocab_size": 1000, **layers}}
     return Job(model="EVA02-CLIP-bigE-14", options=options, global_batch=16 * case["gpus"], **case)
 
 
@@ -144,7 +144,7 @@ def test_peak_of_a_real_sharded_step(name: str) -> None:
 @pytest.mark.parametrize("processes", [2, 4])
 def test_peak_of_real_processes(processes: int, tmp_path: Path) -> None:
     names = [name for name in SHARDED if SHARDED[name]["gpus"] == processes]
-    jobs = [_sharded_job(name) for name in names]
+    jobs = [_sharded_job(name, layers=3) for name in names]
     for job in jobs:
         _skip_without_bfloat16(job)
     in_processes(processes, write_peaks, jobs, tmp_path / "peaks.json")
