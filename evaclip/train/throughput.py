@@ -1,6 +1,7 @@
 """How fast the device could be, of which training reaches a share (MFU)."""
 
 import time
+from functools import cache
 
 import torch
 
@@ -30,7 +31,7 @@ _DATA_SHEET_TFLOPS = {
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float:
-    """Peak FLOP/s: from the GPU's data sheet, or else measured by a short matrix product (0.2 s)."""
+    """Peak FLOP/s: from the GPU's data sheet, or else measured by a short matrix product (0.2 s, once)."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         known = [key for key in _DATA_SHEET_TFLOPS if key in name]
@@ -46,8 +47,10 @@ def _matmul_type(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision.endswith("bf16") else torch.float16
 
 
+# Once for each process, of numbers that leave the run's own random numbers alone.
+@cache
 def _measure_peak(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
-    a = torch.randn(size, size, device=device).to(dtype)
+    a = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
     _timed_product(a)
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:

@@ -15,8 +15,10 @@ def train_all(*runs: tuple[TrainConfig, str]) -> None:
     with closing(connect("cpu")) as world:
         # The trainer closes its world, which the next run needs still.
         kept = patch.object(World, "close")
-        # Graphs without generated code: a compiler would take longer than all the rest.
-        graphs = patch.object(build, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
+        # Graphs without generated code: a compiler would take longer than all the rest. One process makes them, and
+        # what blocks of all others compute is what its own have to.
+        compiled = partial(compile_blocks, backend="aot_eager") if world.is_main else lambda model: None
+        graphs = patch.object(build, "compile_blocks", compiled)
         with patch.object(trainer, "connect", lambda device, parallel: world), kept, graphs:
             for config, resume in runs:
                 trainer.train(config, resume=resume)

@@ -35,7 +35,7 @@ def test_a_fault_changes_nothing(kind: str, bench: Bench) -> None:
 @pytest.mark.slow
 @pytest.mark.xdist_group("faults")
 def test_the_last_checkpoint_survives_a_slow_disk(bench: Bench) -> None:
-    outcome = bench.strike(1, {"kind": "slow disk", "rank": 1, "save": STEPS // EVERY, "seconds": 12}, "shard")
+    outcome = bench.strike(1, {"kind": "slow disk", "rank": 1, "save": STEPS // EVERY, "seconds": 9}, "shard")
     assert (outcome.problems, outcome.starts) == ([], 1)
 
 

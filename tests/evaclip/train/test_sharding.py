@@ -19,7 +19,7 @@ from evaclip.train.trainer import train
 from evaclip.weights import part_of
 from evaclip.weights.files import read_tensors as load_file
 
-STEPS = 12
+STEPS = 4
 COMMON = (
     "batch_size=16", "optim.name=lamb", "optim.grad_clip_norm=0.5", "ema_decay=0.9", "data.num_samples=96",
 )  # fmt: skip
@@ -45,21 +45,26 @@ def update_norms(folder: Path) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("task", TASKS)
-def test_four_processes_equal_one(task: str, run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+@pytest.mark.xdist_group("processes")
+def test_four_processes_equal_one(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     """The same losses, weights, averages and evaluation, with accumulation, in all modes."""
-    run_config = partial(run_config, *COMMON, *TASKS[task].patch_dropout, task=task)
-    common = [f"schedule.steps={STEPS}", EVAL]
-    one = train(run_config(*common, "accumulation=8", "name=one"))
-    configs = [run_config(*common, "accumulation=2", *mode, f"name={name}") for name, mode in MODES.items()]
+    ones, runs, configs = {}, {}, []
+    for task in TASKS:
+        # SigLIP's loss is the same in all modes; the others are in the test of unequal parts.
+        modes = ["hybrid"] if task == "siglip" else list(MODES)
+        of_task = partial(run_config, *COMMON, *TASKS[task].patch_dropout, f"schedule.steps={STEPS}", EVAL, task=task)
+        ones[task] = train(of_task("accumulation=8", f"name={task}"))
+        more = ("accumulation=2", "log.communication_every=2")
+        runs |= {f"{task}-{name}": task for name in modes}
+        configs += [of_task(*more, *MODES[name], f"name={task}-{name}") for name in modes]
     in_processes(4, train_all, *((config, "none") for config in configs))
     last = f"checkpoints/step_{STEPS:08d}"
-    for name in MODES:
-        folder = tmp_path / name
+    for name, task in runs.items():
+        one, folder = ones[task], tmp_path / name
         assert losses(folder) == pytest.approx(losses(one.folder), rel=1e-5, abs=1e-6), name
         assert update_norms(folder) == pytest.approx(update_norms(one.folder), rel=2e-3), name
         shares = [record["communication"] for record in read_log(folder / "log.jsonl") if "loss" in record]
-        assert [i for i, share in enumerate(shares) if share is not None] == list(range(1, STEPS, 10)), name
+        assert [i for i, share in enumerate(shares) if share is not None] == list(range(1, STEPS, 2)), name
         assert all(0 < share < 1 for share in shares if share is not None), name
         for file in ("model.safetensors", "ema.safetensors"):
             expected, found = load_file(one.folder / last / file), load_file(folder / last / file)
@@ -98,24 +103,37 @@ def test_unequal_parts_of_a_batch_equal_one(task: str, run_config: Callable[...,
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("task", TASKS)
-def test_other_numbers_of_processes_go_on(task: str, run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    """4 processes, then 2 with compiled blocks, then 3, then one that isn't sharded: one loss curve."""
-    run_config = partial(run_config, *COMMON, *TASKS[task].patch_dropout, task=task)
-    common = ["batch_size=12", "checkpoint.every_steps=5"]
+@pytest.mark.xdist_group("processes")
+def test_other_numbers_of_processes_go_on(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """4 processes, then 2 with compiled blocks, then 3, then one that isn't sharded: one loss curve.
 
-    def part(steps: int, mode: str, *more: str) -> TrainConfig:
-        # A constant rate: the schedule would otherwise depend on where the run is to end.
-        return run_config(*common, f"schedule={{steps: {steps}, name: constant}}", "name=parts", *MODES[mode], *more)
+    One after the other the processes train all tasks; blocks of some of them are the same to the compiler.
+    """
 
-    straight = train(run_config(*common, "schedule={steps: 20, name: constant}", "name=constant")).folder
-    in_processes(4, train_all, (part(5, "hybrid"), "none"))
-    in_processes(2, train_all, (part(10, "shard", "compile=blocks"), "auto"))
-    in_processes(3, train_all, (part(15, "shard"), "auto"))
-    train(part(20, "shard"), resume="auto")
-    assert losses(tmp_path / "parts") == pytest.approx(losses(straight), rel=1e-5, abs=1e-6)
-    records = [read_log(path / "log.jsonl")[-1] for path in (straight, tmp_path / "parts")]
-    assert records[0].get("samples") == records[1].get("samples")
+    def part(task: str, name: str, steps: int, *more: str) -> TrainConfig:
+        # A constant rate: the schedule would otherwise depend on where the run is to end. 36 samples: three epochs.
+        common = ["batch_size=12", "data.num_samples=36", f"schedule={{steps: {steps}, name: constant}}"]
+        return run_config(*COMMON, *TASKS[task].patch_dropout, *common, f"name={task}-{name}", *more, task=task)
+
+    def parts(steps: int, mode: str) -> list[TrainConfig]:
+        return [part(task, "parts", steps, *MODES[mode]) for task in TASKS]
+
+    def compiled(task: str) -> list[str]:
+        # Blocks that are computed again take twice as many graphs: one task is enough to show them.
+        recompute = "block" if task == "masked_image" else "none"
+        return [*MODES["shard"], "compile=blocks", f"model.savings.recompute={recompute}"]
+
+    straight = {task: train(part(task, "straight", 8)).folder for task in TASKS}
+    in_processes(4, train_all, *((config, "none") for config in parts(2, "hybrid")))
+    in_processes(2, train_all, *((part(task, "parts", 4, *compiled(task)), "auto") for task in TASKS))
+    in_processes(3, train_all, *((config, "auto") for config in parts(6, "shard")))
+    for config in parts(8, "shard"):
+        train(config, resume="auto")
+    for task, one in straight.items():
+        folder = tmp_path / f"{task}-parts"
+        assert losses(folder) == pytest.approx(losses(one), rel=1e-5, abs=1e-6), task
+        records = [read_log(path / "log.jsonl")[-1] for path in (one, folder)]
+        assert records[0].get("samples") == records[1].get("samples"), task
 
 
 @pytest.mark.slow

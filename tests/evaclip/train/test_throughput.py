@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from evaclip.model.clip import CLIP
+from evaclip.train import throughput
 from evaclip.train.config import LossConfig
 from evaclip.train.loss import ContrastiveLoss
 from evaclip.train.tasks.contrastive import Contrastive
@@ -31,8 +32,13 @@ def test_data_sheet(monkeypatch: pytest.MonkeyPatch, name: str, half: float, sin
     assert peak_flops(cuda, "fp32") == single
 
 
-def test_a_cpu_is_measured() -> None:
-    assert 1e8 < peak_flops(torch.device("cpu"), "fp32") < 1e14
+def test_a_cpu_is_measured_once_and_a_runs_random_numbers_stay() -> None:
+    throughput._measure_peak.cache_clear()
+    before = torch.get_rng_state()
+    found = peak_flops(torch.device("cpu"), "fp32")
+    assert 1e8 < found < 1e14
+    assert peak_flops(torch.device("cpu"), "fp32") == found
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("pack", [True, False])

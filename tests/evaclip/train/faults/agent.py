@@ -9,6 +9,7 @@ from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from processes import PRELOADED
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
@@ -19,7 +20,7 @@ def start_torchrun(
 ) -> ForkServerProcess:
     """`torchrun` with these options, whose workers call `work(*arguments)`; what all of them print goes to `told`."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.run", "evaclip.train.trainer"])
+    context.set_forkserver_preload([*PRELOADED, "torch.distributed.run"])
     process = context.Process(target=_run, args=(options, work, arguments, environment, told))
     process.start()
     return process

@@ -22,7 +22,7 @@ import torch
 from evaclip.commands.main import main
 from evaclip.data import Batch, TrainLoader
 from evaclip.model.config import Preprocess
-from evaclip.train import checkpoint, run_folder, saver
+from evaclip.train import checkpoint, run_folder, saver, throughput
 from evaclip.train.evaluation import Evaluation
 from evaclip.train.spread import Spread
 from evaclip.train.step import TrainStep
@@ -171,6 +171,7 @@ def install(fault: dict[str, Any], arguments: list[str]) -> None:
 def work(*given: str) -> None:
     arguments = list(given)
     torch.set_num_threads(1)
+    throughput._measure_peak = lambda device, dtype: 1e11
     write_down_samples()
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and "FAULT" in os.environ:
         install(json.loads(os.environ["FAULT"]), arguments)
