@@ -33,9 +33,14 @@ def add_commands(subparsers: Any) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     # Imported here so that `evaclip --help` doesn't wait for torch.
+    from evaclip.atomic import write_text
+    from evaclip.weights.card import card_beside
     from evaclip.weights.convert import convert
     from evaclip.weights.files import find_weights
 
     source = find_weights(args.source, args.model or "")
+    card = card_beside(args.target, args.source, overwrite=args.force)
     convert(source, args.target, args.to, args.model, overwrite=args.force)
+    if card:
+        write_text(*card)
     print(f"wrote {args.target}")

@@ -70,17 +70,21 @@ def _run(args: argparse.Namespace) -> None:
         check_folder(args.target, get_config(args.model))
     else:
         check_target(args.target, args.force, args.dtype, args.int8)
+    from evaclip.atomic import write_text
+    from evaclip.weights.card import card_beside, is_of_run, run_facts
+
+    beside = None if args.layout else card_beside(args.target, args.pretrained, overwrite=args.force)
     model = create_model(args.model, pretrained=args.pretrained).eval()
     kind = {"dtype": args.dtype, "int8": args.int8}
     if args.layout:
-        from evaclip.weights.card import is_of_run, run_facts
-
         card = run_facts(args.pretrained) if is_of_run(args.pretrained) else None
         for name, outcomes in export_folder(model, args.target, args.layout, **kind, model_card=card).items():
             _show(name, outcomes)
     else:
         kind |= {"normalize": args.normalize, "overwrite": args.force}
         _show(args.target.name, export(model, args.tower, args.target, **kind))
+        if beside:
+            write_text(*beside)
     print(f"wrote {args.target}" + (", with random weights" if args.random else ""))
 
 

@@ -24,6 +24,10 @@ P = TypeVar("P")
 T = TypeVar("T")
 
 
+class WorkerDied(RuntimeError):
+    """A data worker is gone; the message has its number and how it ended."""
+
+
 @dataclass(frozen=True)
 class WorkerOptions:
     """How batches are produced.
@@ -70,8 +74,7 @@ class _BatchFunction(Dataset[Any], Generic[P, T]):
 def run_batches(function: Callable[[P], T], positions: Iterable[P], options: WorkerOptions) -> Iterator[T]:
     """Yields `function(position)` for each position, in order, computed by worker processes.
 
-    The default random generators are neither read nor changed. Raises UserError if the function does,
-    RuntimeError with the worker's number and end if a worker process dies.
+    The default random generators are neither read nor changed. Raises UserError if the function does, and WorkerDied.
     """
     loader: DataLoader[Any] = DataLoader(
         _BatchFunction(function),
@@ -88,6 +91,7 @@ def run_batches(function: Callable[[P], T], positions: Iterable[P], options: Wor
     )
     batches = iter(loader)
     processes: Sequence[BaseProcess] = getattr(batches, "_workers", ())
+    _raise_in_waits_alone()
     with _StallWatch(processes, options.patience) as watch:
         while True:
             try:
@@ -98,10 +102,20 @@ def run_batches(function: Callable[[P], T], positions: Iterable[P], options: Wor
             except RuntimeError as exc:
                 if not (ended := _ended(processes)):
                     raise
-                raise RuntimeError(ended) from exc
+                raise WorkerDied(ended) from exc
             if isinstance(batch, _Refused):
                 raise UserError(batch.message)
             yield batch
+
+
+def _raise_in_waits_alone() -> None:
+    """Torch's handler raises wherever the main thread is, in the midst of a collective too, when a worker ends.
+
+    Outside of a wait for a batch that is left to the next one, which asks for its workers every 5 s.
+    """
+    found: Any = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is threading.main_thread() and getattr(found, "__module__", "").startswith("torch."):
+        signal.signal(signal.SIGCHLD, lambda number, frame: found(number, frame) if _StallWatch.waits else None)
 
 
 def _unchanged(batch: T) -> T:
@@ -146,7 +160,13 @@ def _describe_exit(code: int) -> str:
 
 
 class _StallWatch:
-    """Logs a warning while the consumer waits for a batch longer than `patience` seconds."""
+    """Logs a warning while the consumer waits for a batch longer than `patience` seconds.
+
+    Attributes:
+        waits: whether a consumer of this process waits.
+    """
+
+    waits = False
 
     def __init__(self, processes: Sequence[BaseProcess], patience: float) -> None:
         self._processes = processes
@@ -169,11 +189,11 @@ class _StallWatch:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """The time in which the consumer waits for one batch."""
-        self._waiting_since = time.monotonic()
+        self._waiting_since, _StallWatch.waits = time.monotonic(), True
         try:
             yield
         finally:
-            self._waiting_since = None
+            self._waiting_since, _StallWatch.waits = None, False
             self._batches += 1
 
     def _watch(self) -> None:

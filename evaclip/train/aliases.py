@@ -224,7 +224,9 @@ ALIASES = (
     Alias("--dist-url", refused=_TORCHRUN),
     Alias("--dist-backend", refused=_TORCHRUN),
     Alias("--horovod", constant=True, refused=_TORCHRUN),
-    Alias("--ddp-static-graph", constant=True, note="gradients are averaged after the backward pass, without DDP"),
+    Alias(
+        "--ddp-static-graph", constant=True, note="gradients are averaged while the backward pass goes on, without DDP"
+    ),
     Alias("--no-set-device-rank", constant=True, refused="--device cuda:0 names the device of each process"),
     Alias("--name", "name"),
     Alias("--logs", "output"),

@@ -2,13 +2,18 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from shlex import quote
 
 from torch import nn
 
 from evaclip.data import Source, TrainLoader, open_configured
+from evaclip.data.config import DataConfig
 from evaclip.data.held_out import hold_out
 from evaclip.data.loader import part_of_batch
+from evaclip.data.mixture import MixtureSource
 from evaclip.data.samples import REDUCTION_MARGIN
+from evaclip.data.shard_list import LIST_SUFFIX
+from evaclip.data.webdataset import WebDatasetSource
 from evaclip.errors import UserError
 from evaclip.train import rng
 from evaclip.train.compiled import compile_blocks
@@ -23,6 +28,9 @@ from evaclip.train.step import StepOptions, TrainStep
 from evaclip.train.tasks import task_class
 from evaclip.train.tasks.task import Evaluate, Task
 from evaclip.train.throughput import peak_flops
+
+MANY_SHARDS = 1000
+"""From more shards on, that all processes look at each of them is worth a line."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,11 @@ def build(config: TrainConfig, world: World) -> Parts:
         epoch_samples=config.schedule.epoch_samples or len(source),
         resolution=resolution,
         peak_flops=world.size * peak_flops(world.device, config.precision),
-        remarks=([_held_out_of(config, whole, held_out)] if config.held_out else []) + task.remarks(),
+        remarks=[
+            *([_held_out_of(config, whole, held_out)] if config.held_out else []),
+            *unlisted(config.data, whole, world.size),
+            *task.remarks(),
+        ],
     )
 
 
@@ -178,6 +190,21 @@ def _loader(config: TrainConfig, world: World, source: Source, task: Task) -> Tr
         decode_size=REDUCTION_MARGIN * max(images.image_shape) if data.jpeg_reduction else None,
         together=task.rows_together(config),
     )
+
+
+def unlisted(data: DataConfig, whole: Source, processes: int) -> list[str]:
+    """A line on each set of many local shards that has no list, where there are several processes."""
+    sets = [part.train for part in data.mixture.values()] if data.mixture else [data.train]
+    sources = whole.parts if isinstance(whole, MixtureSource) else [whole]
+    return [
+        f"each of {processes} processes has looked at all {len(source.shard_sizes):,} shards of {path}; one look for "
+        f"all, and data.train=shards.json that opens at once: evaclip data index {quote(path)} --out shards.json"
+        for path, source in zip(sets, sources, strict=True)
+        if processes > 1
+        and isinstance(source, WebDatasetSource)
+        and not (source.remote or path.endswith(LIST_SUFFIX))
+        and len(source.shard_sizes) > MANY_SHARDS
+    ]
 
 
 def _held_out_of(config: TrainConfig, whole: Source, held_out: Source | None) -> str:

@@ -7,11 +7,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from evaclip.data.workers import WorkerDied
 from evaclip.errors import UserError
 from evaclip.train.distributed import World
 from evaclip.weights import is_sharded
 
 Result = TypeVar("Result")
+_HARMLESS = (OSError, MemoryError, WorkerDied)
+"""What leaves a process able to go on, other than an error of a device or a process that is lost."""
 
 
 class Stopped(Exception):
@@ -67,7 +70,8 @@ class Spread(nn.Module):
             action: encodes pictures, or `texts`.
 
         Raises:
-            UserError: that of the first process in which it failed, in all.
+            UserError: that of the first process in which it failed, in all; also for what can't be read, a lack of host
+                memory, and a data worker that died.
             Stopped: in all.
         """
         outcome: Result | UserError
@@ -75,6 +79,8 @@ class Spread(nn.Module):
             outcome = action()
         except UserError as exc:
             outcome = exc
+        except _HARMLESS as exc:
+            outcome = UserError(str(exc) if isinstance(exc, WorkerDied) else f"{type(exc).__name__}: {exc}")
         self._keep_up(texts)
         outcomes = self._world.gather_everywhere(outcome)
         for failure in outcomes:

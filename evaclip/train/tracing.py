@@ -9,7 +9,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 REQUEST = "want_trace"
-"""A file of this name in a run's folder asks for a trace, and is taken away when that begins."""
+"""A file of this name in a run's folder asks for a trace, and is taken away when that begins.
+
+It holds the number of a process, or nothing for the main one.
+"""
 TRACES = "traces"
 STEPS = 3
 _ALLOCATIONS = 200_000
@@ -21,12 +24,25 @@ class Tracer:
     Args:
         folder: of the run.
         say: takes a line on what was written, or couldn't be.
+        rank, size: this process's number, of how many.
+        every: steps from one look for a request to the next; all processes look.
     """
 
-    def __init__(self, folder: Path, device: torch.device, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        say: Callable[[str], None],
+        rank: int = 0,
+        size: int = 1,
+        every: int = 1,
+    ) -> None:
         self._folder = folder
         self._on_gpu = device.type == "cuda"
         self._say = say
+        self._rank = rank
+        self._size = size
+        self._every = every
         self._profiler: profile | None = None
         self._left = 0
 
@@ -39,9 +55,7 @@ class Tracer:
         """Call it before the first step and after each; `step` counts those that are done."""
         try:
             if self._profiler is None:
-                request = self._folder / REQUEST
-                if request.exists():
-                    request.unlink()
+                if step % self._every == 0 and self._is_asked():
                     self._begin()
                 return
             self._left -= 1
@@ -52,6 +66,21 @@ class Tracer:
                     self._forget()
         except OSError as exc:  # The training is none the worse for it.
             self._say(f"no trace: {exc}")
+
+    def _is_asked(self) -> bool:
+        """Takes the request away if it is for this process, and the main one if it is for none."""
+        request = self._folder / REQUEST
+        try:
+            asked = request.read_text(encoding="utf-8").strip() or "0"
+        except FileNotFoundError:
+            return False
+        is_known = asked.isdecimal() and int(asked) < self._size
+        if self._rank == (int(asked) if is_known else 0):
+            request.unlink()
+            if is_known:
+                return True
+            self._say(f"no trace: {REQUEST} names process {asked!r}; expected 0 to {self._size - 1}")
+        return False
 
     def close(self) -> None:
         """Ends a trace for which no steps are left."""
@@ -80,7 +109,7 @@ class Tracer:
         profiler.stop()
         folder = self._folder / TRACES
         folder.mkdir(exist_ok=True)
-        file = folder / f"step_{step:08d}.json"
+        file = folder / f"step_{step:08d}{f'-rank{self._rank}' if self._rank else ''}.json"
         # Written beside it first, so that nobody opens half of one.
         profiler.export_chrome_trace(str(file.with_suffix(".part")))
         file.with_suffix(".part").replace(file)

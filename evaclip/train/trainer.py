@@ -130,14 +130,19 @@ class Trainer:
         self._lock = lock
         self._saver = Saver(folder.checkpoints, self.config.checkpoint, writers, report.say, self._check_lock)
         self._saved_time = time.monotonic()
-        # One process is like another; the others wait for it meanwhile.
-        self._tracer = Tracer(folder.path, self.world.device, report.say) if self.world.is_main else None
+        self._tracer = Tracer(
+            folder.path,
+            self.world.device,
+            report.say if self.world.is_main else partial(print, flush=True),
+            self.world.rank,
+            self.world.size,
+            self.config.log.every_steps,
+        )
 
     def run(self) -> Outcome:
         with closing(self._watchdog), StopSignals() as signals, closing(self._saver):
             stopped = False
-            tracing = closing(self._tracer) if self._tracer else nullcontext()
-            with collecting(self.config.collect_every) as collect, tracing:
+            with collecting(self.config.collect_every) as collect, closing(self._tracer):
                 while not stopped and self.position.step < self.parts.total_steps:
                     stopped = self._part(signals, collect)
             if self._saved_at != self.position.step:
@@ -167,8 +172,7 @@ class Trainer:
         size_at = self.parts.resolution.at
         size = size_at(self.position.step)
         while self.position.step < self.parts.total_steps and size_at(self.position.step) == size:
-            if self._tracer:
-                self._tracer.between(self.position.step)
+            self._tracer.between(self.position.step)
             before = self.position.samples
             with self._watchdog.phase("data"):
                 batch = self.meter.fetch(batches)
@@ -201,8 +205,7 @@ class Trainer:
         after = position.step + 1
         set_lr_factor(parts.step.optimizer, self._lr_factor(), position.step)
         is_logged = after % log_every == 0 or after == parts.total_steps
-        is_traced = self._tracer is not None and self._tracer.is_on
-        is_sampled = self._communication.is_due(position.step, log_every) and not is_traced
+        is_sampled = self._communication.is_due(position.step, log_every) and not self._tracer.is_on
         with self._communication.step() if is_sampled else nullcontext():
             result = parts.step(batch.images, batch.targets, position.step, measure=is_logged)
         position.step = after

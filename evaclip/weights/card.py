@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from evaclip.errors import unknown_name
+from evaclip.outputs import check_output
 from evaclip.run_files import CONFIG_FILE, LOG_FILE
 
 CARD_FILE = "README.md"
@@ -84,6 +85,19 @@ def is_of_run(source: str | Path | None) -> bool:
 def _is_run(folder: Path) -> bool:
     log = folder / LOG_FILE
     return (folder / CONFIG_FILE).is_file() and log.is_file() and '"loss"' in log.read_text(encoding="utf-8")
+
+
+def card_beside(target: Path, source: str | Path | None, *, overwrite: bool) -> tuple[Path, str] | None:
+    """The card of a file of weights, `NAME.safetensors.md` beside it, and its text; None for weights of no run.
+
+    Raises:
+        UserError: it may not be written.
+    """
+    if source is None or not is_of_run(source):
+        return None
+    path = target.with_name(f"{target.name}.md")
+    check_output(path, overwrite=overwrite)
+    return path, card_text(run_facts(source), target.stem)
 
 
 def card_text(facts: Mapping[str, Any], name: str) -> str:

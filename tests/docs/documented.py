@@ -60,8 +60,14 @@ class Page:
         words = shlex.split(command, comments=True)
         while re.fullmatch(r"\w+=.*", words[0]):
             words.pop(0)
+        if words[0] == "srun":
+            words = words[next(place for place, word in enumerate(words) if word in ("evaclip", "torchrun")) :]
+        if words[0] == "sbatch":
+            script = next(place for place, word in enumerate(words) if word.endswith(".sbatch"))
+            self._files([words[script]])
+            words[: script + 1] = ["evaclip", "train"]
         if words[0] in ("python", "torchrun") and "-m" in words:
-            words = words[words.index("-m") + 1 :]
+            words = [word for word in words[words.index("-m") + 1 :] if word != "--"]
         match words:
             case ["pip", *_]:
                 self._extras(command)

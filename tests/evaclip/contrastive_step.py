@@ -21,7 +21,8 @@ def contrastive_step(
     options: StepOptions | None = None,
     loss: LossConfig | None = None,
     device: str = "cpu",
+    world: World | None = None,
 ) -> TrainStep:
     task = Contrastive(model, ContrastiveLoss(loss or LossConfig()).to(device))
     optimizer = build_optimizer(groups_of(model, optim), optim)
-    return TrainStep(task, optimizer, options or StepOptions(), World(torch.device(device)))
+    return TrainStep(task, optimizer, options or StepOptions(), world or World(torch.device(device)))

@@ -1,9 +1,14 @@
-"""What `srun` tells, as SLURM 24.11 does, in the words of torchrun."""
+"""What `srun` tells, as SLURM 24.11 does, in the words of torchrun; and the batch script that starts it."""
+
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 
 from evaclip.slurm import take_over
 
+SCRIPT = Path(__file__).parents[2] / "examples" / "slurm" / "train.sbatch"
 STEP = {
     "SLURM_JOB_ID": "41", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "20", "SLURM_STEP_NODELIST": "n[04-05,9],m1",
     "SLURM_STEP_TASKS_PER_NODE": "8(x2),4", "SLURM_PROCID": "17", "SLURM_LOCALID": "1", "SLURM_NODEID": "2",
@@ -42,3 +47,24 @@ def test_torchrun_a_single_task_and_a_batch_script_are_left_alone() -> None:
     script = {name: value for name, value in STEP.items() if not name.startswith("SLURM_STEP_")}
     take_over(script)
     assert "WORLD_SIZE" not in script
+
+
+@pytest.mark.parametrize(("code", "is_requeued"), [(143, True), (0, False), (2, False), (1, False), (137, False)])
+def test_the_batch_script_goes_back_into_the_queue_when_a_signal_has_stopped_the_run(
+    code: int, is_requeued: bool, tmp_path: Path
+) -> None:
+    told = tmp_path / "told"
+    for name in ("srun", "scontrol"):
+        program = tmp_path / name
+        program.write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$@" >> {told}\nexit {code if name == "srun" else 0}\n')
+        program.chmod(0o755)
+    given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "41", "SLURM_CPUS_PER_TASK": "12"}
+    done = subprocess.run(["bash", SCRIPT, "tiny", "--set", "name=a b"], env=given, check=False)
+    assert done.returncode == code
+    step = told.read_text().splitlines()
+    if is_requeued:
+        assert step[-3:] == ["scontrol", "requeue", "41"]
+        del step[-3:]
+    # The highest code of all is srun's: SIGTERM to the others, when one makes a mistake, would make that 143.
+    assert step[:4] == ["srun", "--cpus-per-task=12", "--kill-on-bad-exit=0", "--wait=120"]
+    assert step[4:] == ["evaclip", "train", "--workers", "11", "tiny", "--set", "name=a b", "--resume", "auto"]

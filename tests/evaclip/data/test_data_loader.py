@@ -15,6 +15,7 @@ from data_samples import number_tokens, number_transform, picture, sample
 from evaclip.data import TrainLoader, iterate, loader, open_source
 from evaclip.data.samples import decode_image
 from evaclip.data.shard_writer import write_shard
+from evaclip.data.workers import WorkerDied
 from evaclip.errors import UserError
 
 
@@ -303,6 +304,18 @@ def test_a_dead_worker_is_named(shards):
     )
     with pytest.raises(RuntimeError, match=r"data worker 0 \(pid \d+\) was killed by SIGKILL: .*memory"):
         take(loader, 1)
+
+
+def test_a_worker_that_dies_interrupts_no_step(shards):
+    """Torch's handler of SIGCHLD would raise between any two lines, and leave other processes in a collective."""
+    stream = make_loader(open_source(shards), workers=1, prefetch=1).batches()
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    worker.join(5)
+    assert not worker.is_alive()
+    with pytest.raises(WorkerDied, match=r"data worker 0 \(pid \d+\) was killed by SIGKILL"):
+        list(itertools.islice(stream, 3))  # what waits ready comes first
 
 
 class SlowTransform:

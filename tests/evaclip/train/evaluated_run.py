@@ -1,9 +1,10 @@
-"""Runs whose evaluation is watched and stopped."""
+"""Runs whose evaluation is watched, stopped, and disturbed."""
 
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import active_children
 from typing import Any
 from unittest.mock import patch
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from evaclip.model.clip import CLIP
 from evaclip.train.config import TrainConfig
+from evaclip.train.spread import Spread
 from evaclip.train.trainer import train
 
 
@@ -36,3 +38,23 @@ def train_and_stop(config: TrainConfig) -> None:
     with counting_batches(lambda: os.kill(os.getpid(), signal.SIGTERM), at=6 if is_told else -1):
         outcome = train(config)
     assert (outcome.stopped_by, outcome.steps) == (143, 3)
+
+
+def train_with_a_fault(config: TrainConfig, fault: str) -> None:
+    """One of two processes, of which the second loses its data worker or disk after the first evaluation's first read.
+
+    Not within the model: where that is cut up, the others would wait there.
+    """
+    original, calls = Spread.encode_image, list[int]()
+
+    def encode_image(self: Spread, images: Tensor, normalize: bool = False) -> Tensor:
+        calls.append(len(images))
+        if len(calls) == 1 and os.environ["RANK"] == "1":
+            if fault == "disk":
+                raise OSError("no such disk")
+            for worker in active_children():
+                worker.kill()
+        return original(self, images, normalize)
+
+    with patch.object(Spread, "encode_image", encode_image):
+        assert train(config).steps == 6

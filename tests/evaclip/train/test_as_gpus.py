@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
+from typing import Any
 
 import pytest
 from small_tasks import TASKS
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from evaclip.commands.main import main
 from evaclip.plan.job import Job
@@ -13,6 +15,7 @@ from evaclip.plan.memory import AVERAGE, plan_memory
 from evaclip.plan.recorder import FROZEN
 from evaclip.train.as_gpus import pretended, traced_peak
 from evaclip.train.config import TrainConfig
+from evaclip.train.step import StepResult, TrainStep
 
 OPTIONS = {"embed_dim": 64, "vision": {"width": 128, "layers": 6}, "text": {"width": 64, "layers": 3}}
 IMAGE = f"model.options={json.dumps(OPTIONS['vision'])}"
@@ -45,6 +48,26 @@ def test_the_step_of_one_of_four_holds_what_is_planned(name: str, run_config: Ca
     assert planned.total == pytest.approx(traced.total(), rel=0.02)
     assert traced[AVERAGE] == planned.bytes[AVERAGE]
     assert traced[FROZEN] == planned.bytes[FROZEN]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_step_that_waits_for_the_device_could_not_be_traced(
+    waits: bool, run_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So none does, cut up and in chunks: these tensors have no values that anyone could wait for."""
+    original = TrainStep.__call__
+
+    def step(self: TrainStep, *args: Any, **options: Any) -> StepResult:
+        result = original(self, *args, **options)
+        if waits:
+            result.grad_norm.item()
+        return result
+
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    config = run_config("batch_size=32", "parallel.mode=shard", "accumulation=2")
+    expected = pytest.raises(DataDependentOutputException) if waits else nullcontext()
+    with closing(pretended("cpu", 4)) as world, expected:
+        traced_peak(config, world)
 
 
 @pytest.mark.parametrize(

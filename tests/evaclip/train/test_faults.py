@@ -39,6 +39,16 @@ def test_the_last_checkpoint_survives_a_slow_disk(bench: Bench) -> None:
     assert (outcome.problems, outcome.starts) == ([], 1)
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("faults")
+def test_no_process_ends_while_another_writes_the_last_checkpoint(bench: Bench) -> None:
+    """Torchrun would kill the one that writes."""
+    fault = {"kind": "SIGTERM", "rank": 1, "step": 6, "seconds": 0.0, "save": 4, "slow": 5.0}
+    outcome = bench.strike(2, fault, "replicate")
+    assert (outcome.problems, outcome.starts) == ([], 1)
+    assert "; --resume auto goes on from step " in (bench.folder / "told.txt").read_text()
+
+
 def test_a_sample_that_was_left_out_would_be_seen(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "bench")
     seen = tmp_path / "bench" / "run-seen"

@@ -3,7 +3,8 @@
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from evaclip.data.rows import Rows
 from evaclip.model.clip import CLIP
 from evaclip.model.savings import Savings
 from evaclip.train import rng
+from evaclip.train.as_gpus import pretended
 from evaclip.train.config import LossConfig, OptimConfig
+from evaclip.train.distributed import World
 from evaclip.train.loss import ContrastiveLoss
 from evaclip.train.step import StepOptions, TrainStep
 from evaclip.train.token_sampling import token_index
@@ -41,9 +44,10 @@ def make_step(
     options: StepOptions | None = None,
     loss: LossConfig | None = None,
     device: str = "cpu",
+    world: World | None = None,
     **optim: Any,
 ) -> TrainStep:
-    return contrastive_step(model, OptimConfig(**{"lr": 1e-2, **optim}), options, loss, device)
+    return contrastive_step(model, OptimConfig(**{"lr": 1e-2, **optim}), options, loss, device, world)
 
 
 def gradients(step: TrainStep) -> dict[str, Tensor]:
@@ -343,6 +347,7 @@ class _Waits(TorchDispatchMode):
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
 @pytest.mark.parametrize("measure", [False, True])
+@pytest.mark.parametrize("processes", [1, 4])
 def test_a_step_never_waits_for_the_device(
     small_model: CLIP,
     batch: tuple[Tensor, Tensor],
@@ -350,8 +355,10 @@ def test_a_step_never_waits_for_the_device(
     accumulation: int,
     optimizer: Any,
     measure: bool,
+    processes: int,
 ) -> None:
-    """Pictures and tokens are the host's, all else lies on a device that has no values to tell."""
+    """Pictures and tokens are the host's, all else lies on a device that has no values to tell; of four processes, that
+    average gradients, the other three aren't there. What is cut up is looked at in `test_as_gpus.py`."""
     layouts = []
     original = type(small_model.text).forward
 
@@ -362,10 +369,12 @@ def test_a_step_never_waits_for_the_device(
     monkeypatch.setattr(type(small_model.text), "forward", spy)
     monkeypatch.setattr(rng, "capture", lambda device: {})
     monkeypatch.setattr(rng, "restore", lambda state, device: None)
-    options = StepOptions(accumulation=accumulation, grad_clip_norm=1.0)
-    step = make_step(small_model.to("meta"), options, device="meta", name=optimizer)
-    with _Waits() as waits:
-        result = step(*batch, step=0, measure=measure)
+    options = StepOptions(accumulation=accumulation, grad_clip_norm=1.0, batch_size=processes * BATCH)
+    with closing(pretended("cpu", processes)) as made:
+        world = replace(made, device=torch.device("meta"))
+        step = make_step(small_model.to("meta"), options, device="meta", world=world, name=optimizer)
+        with _Waits() as waits:
+            result = step(*batch, step=0, measure=measure)
     assert waits.found == []
     assert result.loss.is_meta
     # Not by leaving the packing out.

@@ -38,6 +38,26 @@ def test_a_run_traces_its_steps_when_a_file_asks(
     assert gc.get_freeze_count() == 0
 
 
+def test_a_request_with_a_number_is_for_that_process(tmp_path: Path) -> None:
+    said: list[str] = []
+    tracers = [Tracer(tmp_path, torch.device("cpu"), said.append, rank, 3, every=5) for rank in range(3)]
+
+    def trace(request: str) -> None:
+        (tmp_path / REQUEST).write_text(request)
+        for step in range(6, 6 + 5 + STEPS):  # the one step in which they look is 10
+            for tracer in tracers:
+                tracer.between(step)
+
+    trace("2\n")
+    assert [file.name for file in (tmp_path / "traces").iterdir()] == [f"step_{10 + STEPS:08d}-rank2.json"]
+    for wrong in ("3", "all"):
+        trace(wrong)
+        assert said[-1] == f"no trace: want_trace names process '{wrong}'; expected 0 to 2"
+    assert len(said) == 3
+    assert not (tmp_path / REQUEST).exists()
+    assert not any(tracer.is_on for tracer in tracers)
+
+
 def test_a_trace_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / REQUEST).touch()
     (tmp_path / "traces").write_text("no folder")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from evaluated_run import counting_batches, train_and_stop
+from evaluated_run import counting_batches, train_and_stop, train_with_a_fault
 from PIL import Image
 from processes import in_processes
 from safetensors.torch import load_file
@@ -188,6 +188,22 @@ def test_features_that_are_not_finite_cost_a_line_and_no_training(
     files = [o.folder / "checkpoints/step_00000006/model.safetensors" for o in (outcome, straight)]
     weights, expected = (load_file(file) for file in files)
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize("fault", ["worker", "disk"])
+@pytest.mark.parametrize("mode", ["replicate", pytest.param("shard", marks=pytest.mark.exhaustive)])
+def test_a_failure_of_one_process_costs_a_line_in_all(run_config: Make, fault: str, mode: str) -> None:
+    """The second one loses a data worker in the midst of a batch, or can't read, in the first of two evaluations."""
+    config = run_config(EVAL.replace("workers: 0", "workers: 1"), f"parallel.mode={mode}")
+    in_processes(2, train_with_a_fault, config, fault)
+    folder = Path(config.output) / config.name
+    records = [record for record in read_log(folder / "log.jsonl") if "eval" in record]
+    assert [record["eval"]["val/zero_shot_top1"] is None for record in records] == [True, False]
+    told = [event.get("message", "") for event in read_log(folder / EVENTS_FILE)]
+    (line,) = (text for text in told if text.startswith("not evaluated on val: "))
+    assert re.search("data worker 0 .* was killed by SIGKILL" if fault == "worker" else "OSError: .*no such disk", line)
 
 
 @pytest.mark.parametrize("step", [3, 6])

@@ -12,6 +12,8 @@ from torch import Tensor
 from evaclip import create_model, load_state_dict
 from evaclip.commands.main import main
 from evaclip.errors import UserError
+from evaclip.train.overrides import dump_yaml
+from evaclip.train.recipes import get_recipe
 from evaclip.weights.convert import convert, identify
 from evaclip.weights.files import read_tensors
 
@@ -150,6 +152,25 @@ def test_nothing_is_written_into_a_run(run_folder: Path, name: str, capsys: pyte
         assert "never written over" in (error := capsys.readouterr().err) or "only the training writes" in error
     assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == files
     assert main(["convert", str(run_folder), str(run_folder.with_name("out.pt")), "--to", "open_clip"]) == 0
+
+
+def test_a_file_of_a_run_has_a_card_beside_it(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_folder / "config.yaml").write_text(dump_yaml(get_recipe("tiny")))
+    (run_folder / "log.jsonl").write_text('{"step": 1, "samples": 32, "loss": 0.5}\n')
+    converted, exported = (run_folder.with_name(name) for name in ("mine.pt", "text.pt2"))
+    for command in (
+        ["convert", str(run_folder), str(converted), "--to", "open_clip"],
+        ["export", "tiny", str(exported), "--tower", "text", "--pretrained", str(run_folder)],
+    ):
+        assert main(command) == 0
+        assert main([*command, "--force"]) == 0
+        Path(command[2]).unlink()
+        assert main(command) == 2
+        assert f"{Path(command[2]).name}.md' exists; --force" in capsys.readouterr().err
+    for file in (converted, exported):
+        text = file.with_name(f"{file.name}.md").read_text()
+        assert f"# {file.stem}\n" in text
+        assert "- **Steps:** 1 of 32 pairs, 32 in all\n" in text
 
 
 @pytest.mark.parametrize(

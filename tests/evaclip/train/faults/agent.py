@@ -13,6 +13,7 @@ from processes import PRELOADED
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
+from torch.multiprocessing.spawn import ProcessContext
 
 
 def start_torchrun(
@@ -36,4 +37,8 @@ def _run(
             os.dup2(file.fileno(), descriptor)
     config, _, _ = config_from_args(parse_args([*options, "program"]))
     config.start_method = "fork"
+    if "SHUTDOWN" in environment:
+        # From one worker's end to the kill of the others: 30 s, whatever --shutdown-timeout says.
+        wait, seconds = ProcessContext._join_procs_with_timeout, float(environment["SHUTDOWN"])
+        ProcessContext._join_procs_with_timeout = lambda self, _: wait(self, seconds)  # type: ignore[method-assign]
     elastic_launch(config, work)(*arguments)

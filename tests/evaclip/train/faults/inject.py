@@ -37,10 +37,10 @@ from evaclip.train import checkpoint
 from evaclip.train.progress import read_log
 
 KINDS = (
-    "kill", "SIGTERM", "SIGTERM to all, twice", "SIGTERM to the agent", "full disk", "slow disk", "unshared folder",
-    "corrupt shard", "truncated checkpoint", "NaN batch", "NaN evaluation",
+    "kill", "SIGTERM", "SIGTERM to all, twice", "SIGTERM to the agent", "SIGTERM to the agent and all", "full disk",
+    "slow disk", "unshared folder", "corrupt shard", "truncated checkpoint", "NaN batch", "NaN evaluation",
 )  # fmt: skip
-_STRUCK = ("kill", "SIGTERM", "SIGTERM to all, twice", "SIGTERM to the agent", "truncated checkpoint")
+_STRUCK = (*(kind for kind in KINDS if kind.startswith("SIGTERM")), "kill", "truncated checkpoint")
 PROCESSES, BATCH, SAMPLES, STEPS = 2, 8, 48, 12
 EVERY = 2
 """Steps from checkpoint to checkpoint."""
@@ -50,6 +50,8 @@ TIMEOUT = 300
 """Seconds after which a run counts as hanging."""
 _PATIENCE = 6
 """Seconds that processes wait for one with a slow disk, which takes 2 or 12."""
+_SHUTDOWN = 2
+"""Seconds that torchrun gives a worker when another one has ended, of the runs whose last checkpoint is slow."""
 _SET = "pairs"
 _MODES = ("shard", "replicate")
 _STEP = 0.05
@@ -89,6 +91,7 @@ def draw(rng: random.Random) -> tuple[dict[str, Any], str]:
     mode = rng.choice(_MODES)
     if kind in ("full disk", "slow disk") and mode == "replicate":
         fault["rank"] = 0  # the one that writes
+    fault["workers"] = rng.randrange(2)
     return fault, mode
 
 
@@ -173,6 +176,10 @@ class Bench:
         if outcome.starts == 1:
             environment["FAULT"] = json.dumps(outcome.fault)
         arguments, told = [*self._arguments(name, data), f"parallel.mode={outcome.mode}"], self.folder / "told.txt"
+        if "slow" in outcome.fault:
+            environment["SHUTDOWN"] = str(_SHUTDOWN)
+        if workers := outcome.fault.get("workers"):
+            arguments.append(f"data.workers={workers}")
         if outcome.fault["kind"] == "slow disk":
             arguments.append(f"parallel.saving_timeout_minutes={_PATIENCE / 60}")
         if outcome.fault["kind"] == "NaN evaluation":

@@ -13,10 +13,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from evaclip.commands.main import main
@@ -53,9 +55,24 @@ def write_down_samples() -> None:
     TrainStep.__call__ = call  # type: ignore[method-assign]
 
 
-def strike_in(blow: int, seconds: float, number: int, times: int = 1, victim: int | None = None) -> None:
-    """Sends this process, or `victim`, a signal some time after the beginning of the step `blow`, or several, as long
-    apart."""
+def _myself() -> list[int]:
+    return [os.getpid()]
+
+
+def _agent() -> list[int]:
+    return [os.getppid()]
+
+
+def _agent_and_all() -> list[int]:
+    """Data workers too."""
+    agent = psutil.Process(os.getppid())
+    return [process.pid for process in (agent, *agent.children(recursive=True))]
+
+
+def strike_in(
+    blow: int, seconds: float, number: int, times: int = 1, victims: Callable[[], list[int]] = _myself
+) -> None:
+    """Sends the victims a signal some time after the beginning of the step `blow`, or several, as long apart."""
     original = TrainStep.__call__
 
     def call(self: TrainStep, images: torch.Tensor, targets: torch.Tensor, step: int, **options: bool) -> Any:
@@ -66,7 +83,9 @@ def strike_in(blow: int, seconds: float, number: int, times: int = 1, victim: in
     def strike() -> None:
         for _ in range(times):
             time.sleep(seconds)
-            os.kill(victim or os.getpid(), number)
+            for victim in victims():
+                with suppress(ProcessLookupError):
+                    os.kill(victim, number)
 
     TrainStep.__call__ = call  # type: ignore[method-assign]
 
@@ -148,6 +167,8 @@ def install(fault: dict[str, Any], arguments: list[str]) -> None:
         run_folder.ATTRIBUTES = 1.0
     if fault["kind"] == "SIGTERM to all, twice":
         strike_in(fault["step"], fault["seconds"], signal.SIGTERM, times=2)
+    if "slow" in fault and os.environ["RANK"] == "0":
+        slow_disk(fault["save"], fault["slow"])
     if str(fault["rank"]) != os.environ["RANK"]:
         return
     if fault["kind"] in ("kill", "truncated checkpoint"):
@@ -155,7 +176,9 @@ def install(fault: dict[str, Any], arguments: list[str]) -> None:
     elif fault["kind"] == "SIGTERM":
         strike_in(fault["step"], fault["seconds"], signal.SIGTERM)
     elif fault["kind"] == "SIGTERM to the agent":
-        strike_in(fault["step"], fault["seconds"], signal.SIGTERM, victim=os.getppid())
+        strike_in(fault["step"], fault["seconds"], signal.SIGTERM, victims=_agent)
+    elif fault["kind"] == "SIGTERM to the agent and all":
+        strike_in(fault["step"], fault["seconds"], signal.SIGTERM, victims=_agent_and_all)
     elif fault["kind"] == "unshared folder":
         go_elsewhere(arguments)
     elif fault["kind"] == "slow disk":
