@@ -129,7 +129,7 @@ def test_what_is_embedded_is_written_before_the_end(folder, tmp_path, encoder, m
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
-def test_killed_twenty_times_no_picture_is_lost_and_none_twice(tmp_path, encoder, monkeypatch):
+def test_killed_fifty_times_no_picture_is_lost_and_none_twice(tmp_path, encoder, monkeypatch):
     root, draw = tmp_path / "pictures", np.random.default_rng(0)
     root.mkdir()
     for number in range(200):
@@ -137,7 +137,7 @@ def test_killed_twenty_times_no_picture_is_lost_and_none_twice(tmp_path, encoder
     monkeypatch.setattr(indexing, "_ROWS", 8)
     torch.set_num_threads(1)  # a child that is forked has no other threads
     path, sizes, seconds = tmp_path / "store", [0], 0.1
-    for _ in range(20):
+    for _ in range(50):
         child = os.fork()
         if child == 0:
             _index(root, path, encoder)
