@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import parent_process
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, Self, TypeVar
 
@@ -19,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from evaclip.errors import UserError
 
 _LOG = logging.getLogger("evaclip.data")
+_A_MOMENT = 1.0
+"""Seconds from a broken connection to a worker until its end must be there to be seen."""
 
 P = TypeVar("P")
 T = TypeVar("T")
@@ -99,7 +102,7 @@ def run_batches(function: Callable[[P], T], positions: Iterable[P], options: Wor
                     batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as exc:
+            except (RuntimeError, OSError, EOFError) as exc:  # the latter two within what a worker was sending
                 if not (ended := _ended(processes)):
                     raise
                 raise WorkerDied(ended) from exc
@@ -140,6 +143,10 @@ def _obey_parent(parent: BaseProcess) -> None:
 
 
 def _ended(processes: Sequence[BaseProcess]) -> str:
+    ready = wait([process.sentinel for process in processes], timeout=_A_MOMENT) if processes else []
+    for process in processes:
+        if process.sentinel in ready:
+            process.join(_A_MOMENT)
     return "; ".join(
         f"data worker {number} (pid {process.pid}) {_describe_exit(process.exitcode)}"
         for number, process in enumerate(processes)
