@@ -34,11 +34,13 @@ def add_commands(subparsers: Any) -> None:
 def _run(args: argparse.Namespace) -> None:
     # Imported here so that `evaclip --help` doesn't wait for torch.
     from evaclip.atomic import write_text
+    from evaclip.outputs import check_output
     from evaclip.weights.card import card_beside
     from evaclip.weights.convert import convert
     from evaclip.weights.files import find_weights
 
     source = find_weights(args.source, args.model or "")
+    check_output(args.target, overwrite=args.force, sources=[source])
     card = card_beside(args.target, args.source, overwrite=args.force)
     convert(source, args.target, args.to, args.model, overwrite=args.force)
     if card:

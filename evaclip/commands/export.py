@@ -60,8 +60,10 @@ def _run(args: argparse.Namespace) -> None:
     if not args.pretrained and not args.random:
         raise UserError("one of the arguments --pretrained --random is required")
     # Imported here so that `evaclip --help` doesn't wait for torch.
+    from evaclip.atomic import write_text
     from evaclip.factory import create_model, get_config
     from evaclip.model.export import check_target, export
+    from evaclip.weights.card import card_beside, is_of_run, run_facts
 
     # Before the weights are fetched.
     if args.layout:
@@ -70,9 +72,6 @@ def _run(args: argparse.Namespace) -> None:
         check_folder(args.target, get_config(args.model))
     else:
         check_target(args.target, args.force, args.dtype, args.int8)
-    from evaclip.atomic import write_text
-    from evaclip.weights.card import card_beside, is_of_run, run_facts
-
     beside = None if args.layout else card_beside(args.target, args.pretrained, overwrite=args.force)
     model = create_model(args.model, pretrained=args.pretrained).eval()
     kind = {"dtype": args.dtype, "int8": args.int8}

@@ -15,7 +15,6 @@ import torch
 from evaluated_run import counting_batches, train_and_stop, train_with_a_fault
 from PIL import Image
 from processes import in_processes
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -31,6 +30,7 @@ from evaclip.run_files import EVENTS_FILE
 from evaclip.train.config import TrainConfig
 from evaclip.train.progress import read_log
 from evaclip.train.trainer import train
+from evaclip.weights.files import read_tensors
 
 Make = Callable[..., TrainConfig]
 EVAL = "eval={sets: {val: {data: {num_samples: 40, workers: 0}}}, every_steps: 3, batch_size: 4}"
@@ -186,7 +186,7 @@ def test_features_that_are_not_finite_cost_a_line_and_no_training(
     told = [event.get("message", "") for event in read_log(outcome.folder / EVENTS_FILE)]
     assert [line for line in told if "NaN or infinite features for 10 of 40 pictures" in line] == told[1:3]
     files = [o.folder / "checkpoints/step_00000006/model.safetensors" for o in (outcome, straight)]
-    weights, expected = (load_file(file) for file in files)
+    weights, expected = (read_tensors(file) for file in files)
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
 
 
@@ -226,7 +226,7 @@ def test_a_signal_stops_an_evaluation_between_batches(run_config: Make, step: in
     straight = train(run_config("name=straight", "ema_decay=0.9"))
     for name in ("model.safetensors", "ema.safetensors"):
         files = [o.folder / "checkpoints/step_00000006" / name for o in (resumed, straight)]
-        weights, expected = (load_file(file) for file in files)
+        weights, expected = (read_tensors(file) for file in files)
         assert all(torch.equal(weights[key], value) for key, value in expected.items())
 
 
