@@ -15,7 +15,7 @@ from evaclip.train import throughput
 
 SECONDS = 500
 PRELOADED = [
-    "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo", "evaclip.train.trainer",
+    "torch.distributed.fsdp", "torch._dynamo", "evaclip.train.trainer",
     "evaclip.train.tasks.contrastive", "evaclip.plan.memory", "tensorboard",
 ]  # fmt: skip
 

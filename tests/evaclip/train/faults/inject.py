@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path += [str(folder) for folder in Path(__file__).parents[1:3]]
 
 from faults import worker
 from faults.agent import start_torchrun
