@@ -32,7 +32,7 @@ def arguments(op: str, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 def _gelu_forward(draw: _Draw) -> tuple[Any, ...]:
-    return draw(40, 96), draw(96), False
+    return draw(40, 96), draw(96), 0
 
 
 def _gelu_backward(draw: _Draw) -> tuple[Any, ...]:
