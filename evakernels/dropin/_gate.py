@@ -31,6 +31,7 @@ _OPS = {
     "swiglu": "swiglu_forward",
     "swiglu_norm": "swiglu_forward",
     "gelu": "gelu_forward",
+    "quick_gelu": "gelu_forward",
     "token_dropout": "token_dropout_forward",
     "clip_loss": "contrastive_forward",
     "siglip_loss": "siglip_value",
@@ -54,6 +55,7 @@ _CPU: dict[str, dict[torch.dtype, int]] = {
     "swiglu_norm": dict.fromkeys(_ALL, 0),
     # By tanh, which torch computes slowly: 2.5 to 4.9 times. Exact GELU is faster in torch.
     "gelu": dict.fromkeys(_ALL, 0),
+    "quick_gelu": dict.fromkeys(_ALL, 1 << 15),
     "token_dropout": dict.fromkeys(_ALL, 0),
     # In bfloat16 torch's products are twice as fast as these in float32. Of 64 pairs a step is 0.8 times as fast.
     "clip_loss": {torch.float32: 1 << 16},

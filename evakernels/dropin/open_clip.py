@@ -13,6 +13,7 @@ from evakernels.dropin._rule import Call, Rule
 from evakernels.dropin._serve import add, add_norm, drops
 from evakernels.dropin._swap import Swapped
 from evakernels.dropin.timm import LayerNorm
+from evakernels.dropin.torch_modules import QuickGELU as _QuickGELU
 from evakernels.dropin.torch_modules import last_dimension
 from evakernels.nn import linear
 from evakernels.ops import clip_loss, contrastive_statistics, rope_attention, token_dropout
@@ -24,6 +25,13 @@ ROLES = {
     "open_clip.transformer.LayerNormFp32": "layer_norm",
     "open_clip.transformer.LayerScale": "layer_scale",
 }
+
+
+class QuickGELU(_QuickGELU):
+    """With an argument of another name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -279,6 +287,7 @@ RULES = (
     ),
     Rule(LayerNorm, f"{_TRANSFORMER}.LayerNorm", "layer_norm", "layer_norm", reason=last_dimension),
     Rule(LayerNorm, f"{_TRANSFORMER}.LayerNormFp32", "layer_norm", "layer_norm", reason=last_dimension),
+    Rule(QuickGELU, f"{_TRANSFORMER}.QuickGELU", "gelu", "quick_gelu"),
     Rule(
         ResidualAttentionBlock,
         f"{_TRANSFORMER}.ResidualAttentionBlock",

@@ -54,6 +54,16 @@ class GELU(Swapped):
         return y
 
 
+class QuickGELU(Swapped):
+    """CLIP's, of three libraries."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if serves("quick_gelu", input, forced=self.is_forced):
+            return gelu(input, approximate="sigmoid")
+        y: Tensor = super().forward(input)
+        return y
+
+
 def last_dimension(module: Any) -> str | None:
     """Why a norm isn't one of the last dimension."""
     shape = module.normalized_shape

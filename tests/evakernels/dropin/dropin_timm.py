@@ -87,7 +87,9 @@ TIMM = {
         VisionTransformer, SWIGLU, mlp_layer=SwiGLUPacked, act_layer=nn.SiLU, qk_norm=True, scale_attn_norm=True
     ),
     "vit-rms": _timm(VisionTransformer, norm_layer=RmsNorm, class_token=False, global_pool="avg"),
-    "vit-post-norm": _timm(VisionTransformer, "layer_norm_add", block_fn=ResPostBlock, init_values=0.5),
+    "vit-post-norm": _timm(
+        VisionTransformer, "layer_norm_add", "gelu", block_fn=ResPostBlock, init_values=0.5, act_layer="quick_gelu"
+    ),
     "relative": _timm(VisionTransformerRelPos, init_values=0.5, drop_path_rate=0.2, class_token=True),
     "relative-post-norm": _timm(VisionTransformerRelPos, "layer_norm_add", block_fn=ResPostRelPosBlock),
 }

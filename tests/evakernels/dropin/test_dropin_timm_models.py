@@ -20,7 +20,7 @@ LEFT = {
 
 WITHOUT_RULE = {
     # torch's own is as fast, or the op of the parent reads them.
-    "Conv2d", "Dropout", "Identity", "LayerScale", "DropPath", "Mlp", "QuickGELU", "SiLU",
+    "Conv2d", "Dropout", "Identity", "LayerScale", "DropPath", "Mlp", "SiLU",
     # One query, scores with a bias, or a difference of two softmaxes: the op has none of these.
     "AttentionPoolLatent", "RelPosAttention", "RelPosMlp", "ReLU", "DiffAttention", "DiffParallelScalingBlock",
     # Two attentions or MLPs side by side, each of which is served.
