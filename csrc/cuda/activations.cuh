@@ -66,7 +66,7 @@ struct SigmoidCurve {
   static __device__ __forceinline__ float slope(float) { return kSigmoidGeluSlope; }
 };
 
-using TanhGelu = SigmoidOf<TanhCurve>;
-using SigmoidGelu = SigmoidOf<SigmoidCurve>;
+struct TanhGelu : SigmoidOf<TanhCurve> {};
+struct SigmoidGelu : SigmoidOf<SigmoidCurve> {};
 
 }  // namespace evakernels::cuda
