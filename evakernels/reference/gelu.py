@@ -16,7 +16,6 @@ from torch import Tensor
 
 from evakernels.reference._numerics import accumulation_dtype
 
-
 FORMS = ("none", "tanh", "sigmoid")
 """By number: exact and torch's approximation have its own names."""
 SLOPE = 1.702

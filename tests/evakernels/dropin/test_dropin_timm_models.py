@@ -11,7 +11,7 @@ from evakernels.dropin import _swap
 OPTIONS = {"sapiens2": {"num_heads": 8, "num_kv_heads": (8, 4)}}
 
 LEFT = {
-    ("GELU", "exact GELU: torch's own is as fast"),
+    ("GELU", "its own is as fast"),  # without AVX-512
     *((name, "no rule is for it") for name in ("AttentionPoolLatent", "RelPosAttention", "DiffAttention")),
     # Its attention is in the block itself.
     *((name, "no rule is for it") for name in ("ParallelScalingBlock", "DiffParallelScalingBlock")),
