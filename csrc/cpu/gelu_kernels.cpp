@@ -57,17 +57,17 @@ struct ExactGelu {
   }
 };
 
-// x sigmoid(v) for a polynomial v of x.
+// x sigmoid(u) for a polynomial u of x.
 template <class T, class Curve>
 struct SigmoidOf {
   static F32 of(F32 x) { return x / (1.0f + exp<T>(-Curve::of(x))); }
 
   static F32 derivative(F32 x) {
-    const F32 v = Curve::of(x);
-    const F32 e = exp<T>(-v);
+    const F32 u = Curve::of(x);
+    const F32 e = exp<T>(-u);
     const F32 s = 1.0f / (1.0f + e);
     // 1 - s, which would cancel where s is close to 1; e overflows only where it isn't.
-    const F32 rest = v > 0.0f ? e * s : 1.0f - s;
+    const F32 rest = u > 0.0f ? e * s : 1.0f - s;
     return s + x * s * rest * Curve::slope(x);
   }
 };

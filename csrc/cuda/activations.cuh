@@ -37,17 +37,17 @@ struct ExactGelu {
   }
 };
 
-// x sigmoid(v) for the polynomial v of x that Curve gives.
+// x sigmoid(u) for the polynomial u of x that Curve gives.
 template <class Curve>
 struct SigmoidOf {
   static __device__ __forceinline__ float of(float x) { return x * sigmoid(Curve::of(x)); }
 
   static __device__ __forceinline__ float derivative(float x) {
-    const float v = Curve::of(x);
-    const float e = expf(-v);
+    const float u = Curve::of(x);
+    const float e = expf(-u);
     const float s = __fdividef(1.0f, 1.0f + e);
     // 1 - s, which would cancel where s is close to 1; e overflows only where it isn't.
-    const float rest = v > 0.0f ? e * s : 1.0f - s;
+    const float rest = u > 0.0f ? e * s : 1.0f - s;
     return s + x * s * rest * Curve::slope(x);
   }
 };
