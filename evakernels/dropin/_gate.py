@@ -56,10 +56,11 @@ _CPU: dict[str, dict[torch.dtype, int]] = {
     "swiglu_norm": dict.fromkeys(_ALL, 0),
     # By tanh, which torch computes slowly: 2.5 to 4.9 times.
     "gelu": dict.fromkeys(_ALL, 0),
-    # Of 25,000 elements as fast as torch's, of 2.4 million 1.1 times in bfloat16 and 1.8 times with gradients, in
-    # float16 2.2 times.
+    # Of 150,000 elements 1.05 (bfloat16) to 1.8 times (float16) as fast, of 2.4 million 1.03 to 2.2 times, with gradients
+    # 1.1 to 2.3 times (2026-11-29).
     "exact_gelu": dict.fromkeys(_ALL, 1 << 16),
-    # Three passes in torch. Of 6,000 elements 1.3 times as fast, with gradients as fast; of 25,000 1.2 to 1.9 times.
+    # Three passes in torch. Of 6,000 elements 1.3 times as fast, with gradients as fast; of 25,000 1.2 to 2.5 times, of
+    # 2.4 million 3 times (2026-11-29).
     "quick_gelu": dict.fromkeys(_ALL, 1 << 13),
     "token_dropout": dict.fromkeys(_ALL, 0),
     # In bfloat16 torch's products are twice as fast as these in float32. Of 64 pairs a step is 0.8 times as fast.
@@ -76,7 +77,7 @@ _CPU_AVX2: dict[str, dict[torch.dtype, int]] = _CPU | {
     "norm_add": {torch.float32: 1 << 19} | dict.fromkeys(_HALF, 1 << 19),
     # Scores in float32 are products in float32 here: as fast as torch's bfloat16, of which only the gradients are slow.
     "attention": {torch.float16: 1 << 18},
-    # The exact form has not been measured.
+    # On a Zen 5 that was kept to AVX2; the exact form isn't known to be faster.
     "exact_gelu": {},
     "quick_gelu": dict.fromkeys(_ALL, 1 << 17),
 }
