@@ -13,7 +13,7 @@ from evaclip.model.pooled import attend_once
 from evaclip.model.recompute import ResidualBlock
 from evaclip.model.savings import Savings
 from evaclip.model.tower import Tower
-from evakernels import packed_attention, rope_attention
+from evakernels import gelu, packed_attention, rope_attention
 from evakernels.nn import Linear, linear
 
 
@@ -76,7 +76,7 @@ class TextMlp(nn.Module):
         self.c_proj = Linear(config.hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.c_proj(F.gelu(self.c_fc(x)))
+        out: Tensor = self.c_proj(gelu(linear(x, self.c_fc.weight), self.c_fc.bias))
         return out
 
 

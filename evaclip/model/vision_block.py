@@ -3,14 +3,13 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaclip.model.config import VisionConfig
 from evaclip.model.norm import Norm, Stream, product_dtype
 from evaclip.model.pooled import attend_once, rotate_patches
 from evaclip.model.recompute import ResidualBlock
-from evakernels import rope_attention
+from evakernels import gelu, rope_attention
 from evakernels.nn import Linear, SwiGLU, linear
 
 INIT_STD = 0.02
@@ -128,7 +127,7 @@ class GeluMlp(nn.Module):
         self.fc2 = Linear(config.hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        out: Tensor = self.fc2(gelu(linear(x, self.fc1.weight), self.fc1.bias))
         return out
 
 
