@@ -35,11 +35,13 @@ class FrozenWeight(Tensor):
     _scale: Tensor | None
     """Of each output in 8 bits, float32 `[out]`."""
     _pieces: dict[Any, tuple["FrozenWeight", ...]]
+    _layout: tuple[int, int, torch.dtype]
+    """Outputs, inputs and dtype: the properties of a tensor of another class take some microseconds each."""
 
     @staticmethod
     def __new__(cls, packed: Tensor, scale: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Self:
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=_CPU)
-        self._packed, self._scale, self._pieces = packed, scale, {}
+        self._packed, self._scale, self._pieces, self._layout = packed, scale, {}, (*shape, dtype)
         return self
 
     @classmethod
@@ -82,34 +84,35 @@ class FrozenWeight(Tensor):
             raise RuntimeError("linear: torch.compile lays out weights itself (`freezing`): unfreeze the model for it")
         if is_on("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
-        self._check(x)
-        if bias is not None:
-            bias = bias.to(self.dtype)
-        rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
-        if not len(rows):
-            y = rows.new_empty(0, self.shape[0])
+        outputs, inputs, dtype = self._layout
+        self._check(x, inputs, dtype)
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+        rows = x if x.dim() == 2 else x.reshape(-1, inputs)
+        if not rows.shape[0]:
+            y = rows.new_empty(0, outputs)
         elif self._scale is None:
             backends.observe("linear", "oneDNN, packed")
             y = torch.ops.mkldnn._linear_pointwise(rows, self._packed, bias, "none", [], "")
         else:
             backends.observe("linear", "oneDNN, int8")
             y = self._multiply_int8(rows, self._scale, bias)
-        return y.view(*x.shape[:-1], self.shape[0])
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], outputs)
 
     def _multiply_int8(self, rows: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         codes, row_scale = quantize_rows(rows)
         y = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, ZERO, self._packed, scale, _zeros(len(scale)), None, 1.0, 0, self.dtype, "none", [], ""
+            codes, 1.0, ZERO, self._packed, scale, _zeros(len(scale)), None, 1.0, 0, self._layout[2], "none", [], ""
         )  # fmt: skip
         out: Tensor = dequantize_rows(y, row_scale, bias)
         return out
 
-    def _check(self, x: Tensor) -> None:
-        if x.shape[-1:] != self.shape[1:]:
-            raise RuntimeError(f"linear: x has shape {list(x.shape)}; expected [..., {self.shape[1]}]")
-        if x.dtype != self.dtype:
+    def _check(self, x: Tensor, inputs: int, dtype: torch.dtype) -> None:
+        if x.dim() == 0 or x.shape[-1] != inputs:
+            raise RuntimeError(f"linear: x has shape {list(x.shape)}; expected [..., {inputs}]")
+        if x.dtype != dtype:
             raise RuntimeError(
-                f"linear: a weight that was frozen in {self.dtype} got {x.dtype}; freeze a model in the dtype that it "
+                f"linear: a weight that was frozen in {dtype} got {x.dtype}; freeze a model in the dtype that it "
                 "computes in, under autocast too, as by model.to(torch.bfloat16)"
             )
         if x.requires_grad and torch.is_grad_enabled():
