@@ -12,7 +12,7 @@ from benchmarks.operation import Operation, Sizes, peers_of
 from benchmarks.results import Results
 from benchmarks.timing import CpuTimer, Timer
 from evaclip.errors import UserError
-from evaclip.machine import keep_freed_memory
+from evakernels import keep_freed_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}

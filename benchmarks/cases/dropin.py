@@ -224,15 +224,27 @@ def _encode(model: str, images: Tensor, texts: Tensor | None, accelerated: bool 
 
 @peer(FROZEN, "compile-freezing", package="torch", devices=("cpu",))
 def _compile_freezing(shape: ModelShape) -> Callable[..., Any]:
+    return _compiled(options={"freezing": True})
+
+
+@peer(FROZEN, package="zentorch", devices=("cpu",))
+def _zentorch(shape: ModelShape) -> Callable[..., Any]:
+    import zentorch  # noqa: F401, which registers it
+
+    return _compiled(backend="zentorch")
+
+
+def _compiled(**options: Any) -> Callable[..., Any]:
     from torch._inductor import config
 
     compiled: dict[torch.dtype, Any] = {}
 
     def encode(model: str, images: Tensor, texts: Tensor | None) -> Any:
         encoder = compiled.setdefault(
-            images.dtype, torch.compile(_frozen(model, images.dtype, False), dynamic=False, options={"freezing": True})
+            images.dtype, torch.compile(_frozen(model, images.dtype, False), dynamic=False, **options)
         )
-        with torch.no_grad(), config.patch(freezing=True):
+        # The last is what zentorch sets, for everything that is compiled afterwards.
+        with torch.no_grad(), config.patch(freezing=True, joint_custom_post_pass=None):
             return encoder(images, texts)
 
     return encode

@@ -15,9 +15,10 @@ from torch import Tensor
 from evaclip.data.samples import UPRIGHT, BadSample, Fault, decode_image, read_image_file
 from evaclip.errors import UserError, unknown_name
 from evaclip.loading import LoadedModel, load_model
-from evaclip.machine import keep_freed_memory, multiplies_bfloat16
+from evaclip.machine import multiplies_bfloat16
 from evaclip.runtime.ahead import ahead
 from evaclip.runtime.graphs import GraphedTower
+from evakernels import keep_freed_memory
 from evakernels.nn import freeze
 from evakernels.nn.frozen import why_not_int8
 
