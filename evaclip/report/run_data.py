@@ -95,7 +95,7 @@ def read_run(folder: Path) -> RunData:
     groups = tuple(group for evaluation in evaluations for group in _bar_groups(evaluation))
     state = what_stands_still(folder, records, events) or "goes on"
     facts = _facts(config, records, evaluations, events, state)
-    loss_name = config["loss"]["name"] if _is_contrastive(config) else None
+    loss_name = config["loss"]["name"] if config["task"]["name"] == "contrastive" else None
     curve = loss_curve(records, config["batch_size"], loss_name)
     summary, told = _summary(config, records, evaluations), [_dated(event) for event in events]
     return RunData(folder.name, summary, curve, groups, galleries, log, told, facts, text)
@@ -165,17 +165,12 @@ def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], evaluati
     parts = [config["model"]["name"]]
     if evaluations:
         parts.append(f"{evaluations[-1].model.parameters / 1e6:.1f} M parameters")
-    samples = "image-text pairs" if _is_contrastive(config) else "pictures"
+    samples = "image-text pairs" if config["task"]["name"] == "contrastive" else "pictures"
     parts.append(f"{last['samples']:,} {samples} in {duration(last['seconds'])}")
     if evaluations:
         machine = evaluations[-1].machine
         parts.append(", ".join(machine["gpus"]) or f"{machine['cores']} CPU cores, no GPU")
     return " · ".join(parts)
-
-
-def _is_contrastive(config: dict[str, Any]) -> bool:
-    """So were all runs before configurations had a task."""
-    return bool(config.get("task", {}).get("name", "contrastive") == "contrastive")
 
 
 def _dated(event: dict[str, Any]) -> tuple[str, int, str]:

@@ -33,6 +33,7 @@ model: {name: tiny}
 data: {train: "data/<shards>.tar"}
 loss: {name: clip}
 optim: {name: adamw, lr: 0.001}
+task: {name: contrastive}
 schedule: {steps: 80}
 """
 
