@@ -112,9 +112,7 @@ def measure_list(shards: int, folder: Path) -> Iterator[Cost]:
 
 def show(ranks: Sequence[int], shards: int) -> None:
     """Measures and prints."""
-    table = plain_table()
-    for title in ("", "CPU s", "opens", "MB"):
-        table.add_column(title, justify="right" if title else "left")
+    table = plain_table("", "CPU s", "opens", "MB")
     machine = describe(torch.device("cpu"), (), ("torch",))
     for count in ranks:
         with tempfile.TemporaryDirectory() as folder:

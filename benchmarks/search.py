@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.machine import describe
+from benchmarks.table import plain_table
 from evaclip.runtime.search import search
 from evaclip.runtime.store import Row, Store
 
@@ -69,13 +69,12 @@ def measure(folder: Path, rows: int, approximate: bool, say: Callable[[str], Non
 def show(found: list[Measured]) -> None:
     """A table, and what it was measured on."""
     machine = describe(torch.device("cpu"), (), ("numpy", "scikit-learn"))
-    table = Table(title=f"The {TOP} nearest of rows of {DIM}, milliseconds a query", title_justify="left")
-    for column in ("rows", "search", "recall", "median", "least", "processors: median", "least"):
-        table.add_column(column, justify="left" if column == "search" else "right")
+    table = plain_table("search", "rows", "recall", "median", "least", "processors: median", "least")
     for row in found:
         times = (f"{value:.1f}" for value in (row.wall, row.least_wall, row.cpu, row.least_cpu))
-        table.add_row(f"{row.rows:,}", row.name, f"{row.recall:.3f}", *times)
+        table.add_row(row.name, f"{row.rows:,}", f"{row.recall:.3f}", *times)
     console = Console()
+    console.print(f"The {TOP} nearest of rows of {DIM}, milliseconds a query")
     console.print(table)
     console.print(f"{machine.name}, {machine.date}", style="dim")
 

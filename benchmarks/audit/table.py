@@ -6,7 +6,6 @@ from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +14,7 @@ from benchmarks.audit.pipes import GPUS
 from benchmarks.audit.result import Count, Launch, Line
 from benchmarks.audit.roofline import PARTS, limiter, share_of_floor, times, times_of_line
 from benchmarks.columns import NOTHING, TIMES, percent, significant
-from benchmarks.table import make_console
+from benchmarks.table import make_console, plain_table
 from evaclip.atomic import write_text
 
 PREDICTED = "predicted from counted instructions, not measured"
@@ -69,10 +68,7 @@ def write_json(counts: Sequence[Count], file: Path) -> None:
 
 
 def _table(first: str, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-    table.add_column(first)
-    for title in titles:
-        table.add_column(title.replace(" ", "\n"), justify="right", no_wrap=True)
+    table = plain_table(first, *(title.replace(" ", "\n") for title in titles))
     for row in rows:
         table.add_row(*row)
     return table
