@@ -132,9 +132,7 @@ def _add_common(parser: argparse.ArgumentParser, model_help: str = _MODEL_HELP, 
     data.add_argument("--kind", choices=KINDS, default="auto", help="what the data is (default: auto)")
     data.add_argument("--image-key", metavar="KEY", help="member suffixes, or the column, of the pictures")
     data.add_argument(
-        "--caption-key",
-        metavar="KEY",
-        help="'txt', 'cls', 'json:FIELD', or the column, of captions or labels",
+        "--caption-key", metavar="KEY", help="'txt', 'cls', 'json:FIELD', or the column, of captions or labels"
     )
     data.add_argument("--exif-orientation", action="store_true", help="turn pictures as their EXIF data says")
     data.add_argument(

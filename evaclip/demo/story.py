@@ -35,11 +35,7 @@ Say = Callable[[str], None]
 
 
 def run_demo(
-    out: Path,
-    *,
-    data: Path = DATA_FOLDER,
-    minutes: float = BUDGET_MINUTES,
-    say: Say = print,
+    out: Path, *, data: Path = DATA_FOLDER, minutes: float = BUDGET_MINUTES, say: Say = print
 ) -> tuple[Path, Path]:
     """Trains on Twemoji's drawings, measures on OpenMoji's drawings of the same concepts, and indexes both.
 

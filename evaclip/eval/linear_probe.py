@@ -39,10 +39,7 @@ class LinearProbeResult:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, whose keys are texts."""
-        return {
-            **asdict(self),
-            "held_out": {f"{strength:g}": share for strength, share in self.held_out.items()},
-        }
+        return {**asdict(self), "held_out": {f"{strength:g}": share for strength, share in self.held_out.items()}}
 
 
 def linear_probe(

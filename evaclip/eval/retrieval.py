@@ -46,10 +46,7 @@ class RetrievalResult:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, whose keys are texts."""
-        return {
-            **asdict(self),
-            **{name: _json(getattr(self, name)) for name in ("image_to_text", "text_to_image")},
-        }
+        return {**asdict(self), **{name: _json(getattr(self, name)) for name in ("image_to_text", "text_to_image")}}
 
 
 def evaluate(

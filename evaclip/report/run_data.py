@@ -150,10 +150,7 @@ def _bar_groups(evaluation: Evaluation) -> Iterator[BarGroup]:
         return
     detail = f"{metrics['samples']:,} pictures, {metrics['classes']:,} classes"
     chance = metrics["chance_top1"]
-    bars = [
-        Bar("top-1", metrics["top1"], chance, main=True),
-        Bar("top-5", metrics["top5"], min(1.0, 5 * chance)),
-    ]
+    bars = [Bar("top-1", metrics["top1"], chance, main=True), Bar("top-5", metrics["top5"], min(1.0, 5 * chance))]
     kind = {"classify": "classification", "linear-probe": "linear probe", "knn": "k-NN"}.get(
         evaluation.task, evaluation.task
     )

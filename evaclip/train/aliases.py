@@ -96,12 +96,7 @@ def _whole_number(key: str) -> Callable[[str], Tree]:
 _VALIDATION = "eval.sets.val"
 _TRACKERS = ("tensorboard", "wandb", "all")
 _PROJECT = "open-clip"
-_PRECISIONS = {
-    "amp": "amp_fp16",
-    "amp_bfloat16": "amp_bf16",
-    "pure_bf16": "bf16",
-    "pure_fp16": "fp16",
-}
+_PRECISIONS = {"amp": "amp_fp16", "amp_bfloat16": "amp_bf16", "pure_bf16": "bf16", "pure_fp16": "fp16"}
 _NEVER = {"0": None}
 _EXACT = "the loss here is always that of the whole batch, exact, and without a matrix of the batch's size"
 _NO_BATCH_NORM = "EVA-CLIP has no batch norm"

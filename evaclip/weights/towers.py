@@ -76,11 +76,7 @@ def start_text_tower(tower: nn.Module, source: Path | Mapping[str, Tensor]) -> N
 
 
 def _start(
-    tower: nn.Module,
-    state: Mapping[str, Tensor],
-    kind: str,
-    source: Path | Mapping[str, Tensor],
-    own: tuple[str, ...],
+    tower: nn.Module, state: Mapping[str, Tensor], kind: str, source: Path | Mapping[str, Tensor], own: tuple[str, ...]
 ) -> None:
     origin = "the weights" if isinstance(source, Mapping) else f"the weights {str(source)!r}"
     if not state:
