@@ -1,38 +1,19 @@
 """Rows side by side: who is the fastest of each kind in a case, and how this library compares with the others."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from benchmarks.results import Row
 
 
-@dataclass(frozen=True)
 class Contest:
-    """The rows of one case: candidates that were measured side by side."""
+    """The rows of one case, `op`, `mode`, `shape` and `dtype`: candidates that were measured side by side."""
 
-    rows: tuple[Row, ...]
-
-    @property
-    def op(self) -> str:
-        """The operation."""
-        return self.rows[0].op
-
-    @property
-    def mode(self) -> str:
-        """`forward` or `training`."""
-        return self.rows[0].mode
-
-    @property
-    def shape(self) -> str:
-        """Name of the shape."""
-        return self.rows[0].shape
-
-    @property
-    def dtype(self) -> str:
-        """Name of the dtype."""
-        return self.rows[0].dtype
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = tuple(rows)
+        self.op, self.mode, self.shape, self.dtype, _ = rows[0].case
 
     @property
     def title(self) -> str:
@@ -91,7 +72,7 @@ def contests(rows: Iterable[Row]) -> list[Contest]:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(row.case, []).append(row)
-    return [Contest(tuple(group)) for group in groups.values()]
+    return list(map(Contest, groups.values()))
 
 
 def panels(found: Iterable[Contest]) -> dict[tuple[str, str, str], list[Contest]]:

@@ -1,7 +1,7 @@
 """Recall and time of a search: generated embeddings in a store, exactly and by the approximate index."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,8 @@ def measure(folder: Path, rows: int, approximate: bool, say: Callable[[str], Non
     queries = _unit(_around(QUERIES, np.random.default_rng(1)))
     with Store.create(folder, {"name": "generated", "dim": DIM}) as store:
         began, best = time.process_time(), []
-        for start, embeddings in _batches(rows):
+        for start in range(0, rows, BATCH):
+            embeddings = _unit(_around(min(BATCH, rows - start), np.random.default_rng([2, start])))
             store.add(embeddings, [Row(f"{n}.jpg", "00") for n in range(start, start + len(embeddings))])
             best.append(_best(queries @ embeddings.astype(np.float16).astype(np.float32).T, start))
         say(f"{rows:,} rows: added and compared in {time.process_time() - began:.0f} s of processors")
@@ -89,11 +90,6 @@ def _measured(name: str, method: Callable[..., Any], store: Store, queries: Arra
         cpu.append(1e3 * (time.process_time() - began[1]))
         hits += len(set(numbers.tolist()) & set(expected.tolist()))
     return Measured(len(store), name, hits / truth.size, median(wall), min(wall), median(cpu), min(cpu))
-
-
-def _batches(rows: int) -> Iterator[tuple[int, Array]]:
-    for start in range(0, rows, BATCH):
-        yield start, _unit(_around(min(BATCH, rows - start), np.random.default_rng([2, start])))
 
 
 def _around(count: int, draw: np.random.Generator) -> Array:
