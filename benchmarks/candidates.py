@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 import evakernels
-from benchmarks.operation import Function, Kind, Operation, peers_of, version_of
+from benchmarks.operation import Function, Kind, Operation, peers_of
 from evaclip.errors import UserError, unknown_name
+from evaclip.machine import version_of
 from evakernels.backends import PREFERENCE, why_not
 
 OURS, COMPILE = "evakernels", "torch.compile"

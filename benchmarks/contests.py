@@ -1,11 +1,15 @@
 """Rows side by side: who is the fastest of each kind in a case, and how this library compares with the others."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import TypeVar
 
 from benchmarks.results import Row
+
+T = TypeVar("T")
+K = TypeVar("K")
 
 
 class Contest:
@@ -67,20 +71,22 @@ class Contest:
         return min(rows, key=lambda row: row.median_ms or 0.0, default=None)
 
 
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """The items by their keys, in the order of the first ones."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
 def contests(rows: Iterable[Row]) -> list[Contest]:
     """The rows by case, in the order of their first rows."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.case, []).append(row)
-    return list(map(Contest, groups.values()))
+    return list(map(Contest, grouped(rows, lambda row: row.case).values()))
 
 
 def panels(found: Iterable[Contest]) -> dict[tuple[str, str, str], list[Contest]]:
     """The contests that are shown together: of the same operation, mode and dtype; they differ in their shapes."""
-    groups: dict[tuple[str, str, str], list[Contest]] = {}
-    for contest in found:
-        groups.setdefault((contest.op, contest.mode, contest.dtype), []).append(contest)
-    return groups
+    return grouped(found, lambda contest: (contest.op, contest.mode, contest.dtype))
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from torch import nn
 from benchmarks import machine as machines
 from benchmarks.cases._captions import texts
 from benchmarks.engines import DTYPES, ENGINES, Array, Batch, Engine, Run, Subject
-from benchmarks.operation import version_of
 from benchmarks.results import Results, Row
 from benchmarks.table import make_console, plain_table, print_absent, print_machine, print_notes
 from evaclip.errors import UserError, unknown_name
 from evaclip.loading import RANDOM, LoadedModel, load_model
+from evaclip.machine import version_of
 from evaclip.portable.probe import cosines
 
 LONGEST = 15.0

@@ -19,8 +19,8 @@ import evakernels
 from benchmarks import origin
 from benchmarks.gpu_state import notes as gpu_notes
 from benchmarks.gpu_state import read_state
-from benchmarks.operation import version_of
 from benchmarks.results import Machine
+from evaclip.machine import version_of
 from evakernels.nn import linear
 
 _DEFAULT_CACHE = 32 << 20

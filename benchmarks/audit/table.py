@@ -46,7 +46,8 @@ def print_audit(counts: Sequence[Count], *, explain: bool = False) -> None:
         console.print(_table("shape, dtype, direction", _OF_CALL, [(_title(count), *_cells(count)) for count in found]))
         console.print(_table("kernel, us", _OF_KERNEL, [cells for count in found for cells in _kernels(count)]))
         for count in found if explain else ():
-            console.print(_table(f"line of {_title(count)}, us", PARTS, list(_costly(count))))
+            lines = [[line.place, *_microseconds(times_of_line(count.arch, line))] for line in costly_lines(count)]
+            console.print(_table(f"line of {_title(count)}, us", PARTS, lines))
     console.print()
     for line in _MEANING:
         console.print(Text(line, "dim"))
@@ -111,8 +112,3 @@ def costly_lines(count: Count, most: int = MOST_LINES) -> list[Line]:
     """Those whose slowest part takes longest, of all kernels of a call."""
     lines = [line for launch in count.launches for line in launch.lines]
     return sorted(lines, key=lambda line: max(times_of_line(count.arch, line).values()), reverse=True)[:most]
-
-
-def _costly(count: Count) -> Iterator[list[str]]:
-    for line in costly_lines(count):
-        yield [line.place, *_microseconds(times_of_line(count.arch, line))]

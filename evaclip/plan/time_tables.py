@@ -1,7 +1,6 @@
 """Time, savings and what fits, as tables for a terminal and as plain data."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
@@ -95,11 +94,6 @@ def fit_table(found: Fit, gpu: Gpu) -> Table:
     return table
 
 
-def inputs_tree(job: Job, gpu: Gpu) -> dict[str, Any]:
-    """What the plan was made from."""
-    return {"job": asdict(job), "gpu": asdict(gpu), "assumptions": asdict(ASSUMPTIONS)}
-
-
 def time_tree(time: Time, job: Job, gpu: Gpu) -> dict[str, Any]:
     """The same as plain data; ranges are [slow, fast]."""
     return {
@@ -113,15 +107,12 @@ def time_tree(time: Time, job: Job, gpu: Gpu) -> dict[str, Any]:
 
 def savings_tree(rungs: Sequence[Rung]) -> list[dict[str, Any]]:
     """The same as plain data."""
-    return [
-        {"saving": rung.name, "peak": rung.memory.peak.total, "seconds": rung.time.step, "kinds": kinds(rung)}
-        for rung in rungs
-    ]
-
-
-def kinds(rung: Rung) -> dict[str, int]:
-    """Bytes at the peak by kind."""
-    return {kind: size for kind, size in rung.memory.peak.bytes.items() if size}
+    trees = []
+    for rung in rungs:
+        peak = rung.memory.peak
+        kinds = {kind: size for kind, size in peak.bytes.items() if size}
+        trees.append({"saving": rung.name, "peak": peak.total, "seconds": rung.time.step, "kinds": kinds})
+    return trees
 
 
 def fit_tree(found: Fit) -> dict[str, Any]:

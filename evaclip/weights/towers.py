@@ -7,7 +7,7 @@ token, the projections and the temperature (Sun et al. 2023, section 3).
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -87,12 +87,9 @@ def _start(
         raise UserError(f"{origin} don't fit the {kind}: {'; '.join(problems)}")
     missing = expected.keys() - state.keys()
     if missing:
-        _log.warning("%s lack %s of the %s; they keep their start values", origin, _listed(missing), kind)
+        listed = ", ".join(summarize(missing))
+        _log.warning("%s lack %s of the %s; they keep their start values", origin, listed, kind)
     put(tower, state, strict=False)
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(summarize(names))
 
 
 def _from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
