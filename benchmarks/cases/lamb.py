@@ -48,23 +48,6 @@ def _eager(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tens
 register_step("lamb_step", "LAMB", "lamb_step", _eager, _ours)
 
 
-@peer("lamb_step", "evakernels in one group", package="evakernels", devices=("cuda",))
-def one_group(shape: Shape) -> Function:
-    """This library's two phases, each over all tensors at once: fewer launches, and nothing is left in the cache.
-
-    `lamb_step` makes both phases of as many tensors as half the L2 cache holds before it turns to the next ones.
-    """
-
-    def step(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors) -> Tensors:
-        decays, moments = decays_of(params), (exp_avgs, exp_avg_sqs, steps)
-        variant, rates = "nvlamb", ([LR] * len(params), decays)
-        norms = evakernels.lamb_update(params, grads, *moments, decays, betas=BETAS, eps=EPS, variant=variant)
-        evakernels.lamb_apply(params, *moments, norms, *rates, betas=BETAS, eps=EPS, variant=variant)
-        return params
-
-    return step
-
-
 @peer("lamb_step", package="timm")
 def timm(shape: Shape) -> Function:
     """timm's LAMB, the function behind its optimizer, without the clipping of gradients that it adds by default."""
