@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from benchmarks.cases._open_clip import PlainClip
 from benchmarks.cases.models import check_comparable
-from benchmarks.operation import Kind, version_of
+from benchmarks.operation import Kind
 from evaclip import CLIP, Encoder
 from evaclip.errors import UserError
 from evaclip.loading import LoadedModel
+from evaclip.machine import version_of
 from evaclip.runtime.encoder import PRECISIONS
 from evaclip.weights import to_open_clip
 

@@ -12,12 +12,20 @@ def versions() -> dict[str, str]:
     from evakernels import __version__
 
     found = {"python": platform.python_version(), "evakernels": __version__}
-    for name in ("torch", "pillow", "scikit-learn"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return found | {name: version_of(name) or "not installed" for name in ("torch", "pillow", "scikit-learn")}
+
+
+def version_of(package: str) -> str | None:
+    """The version of a distribution; None if it isn't installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def user_cache(name: str) -> Path:
+    """`evaclip/NAME` in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "evaclip" / name
 
 
 def machine() -> dict[str, Any]:
