@@ -55,8 +55,8 @@ _CPU: dict[str, dict[torch.dtype, int]] = {
     "swiglu_norm": dict.fromkeys(_ALL, 0),
     # By tanh, which torch computes slowly: 2.5 to 4.9 times.
     "gelu": dict.fromkeys(_ALL, 0),
-    # Of 150,000 elements 1.05 (bfloat16) to 1.8 times (float16) as fast, of 2.4 million 1.03 to 2.2 times, with gradients
-    # 1.1 to 2.3 times (2026-11-29).
+    # Of 150,000 elements 1.05 (bfloat16) to 1.8 times (float16) as fast, of 2.4 million 1.03 to 2.2 times, with
+    # gradients 1.1 to 2.3 times (2026-11-29).
     "exact_gelu": dict.fromkeys(_ALL, 1 << 16),
     # Three passes in torch. Of 6,000 elements 1.3 times as fast, with gradients as fast; of 25,000 1.2 to 2.5 times, of
     # 2.4 million 3 times (2026-11-29).
