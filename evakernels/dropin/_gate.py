@@ -55,11 +55,11 @@ _CPU: dict[str, dict[torch.dtype, int]] = {
     "swiglu_norm": dict.fromkeys(_ALL, 0),
     # By tanh, which torch computes slowly: 2.5 to 4.9 times.
     "gelu": dict.fromkeys(_ALL, 0),
-    # Of 150,000 elements 1.05 (bfloat16) to 1.8 times (float16) as fast, of 2.4 million 1.03 to 2.2 times, with
-    # gradients 1.1 to 2.3 times (2026-11-29).
+    # Of 25,000 elements as fast. Of 150,000 1.06 (bfloat16) to 1.76 times (float16), of 2.4 million 1.05 to 2.2 times,
+    # with gradients 1.06 to 1.55 and 1.45 to 2.5 times (2026-11-29).
     "exact_gelu": dict.fromkeys(_ALL, 1 << 16),
-    # Three passes in torch. Of 6,000 elements 1.3 times as fast, with gradients as fast; of 25,000 1.2 to 2.5 times, of
-    # 2.4 million 3 times (2026-11-29).
+    # Three passes in torch. Of 6,000 elements 1.3 times as fast, with gradients as fast; of 25,000 1.2 to 2.4 times, of
+    # 2.4 million 3 times and more (2026-11-29).
     "quick_gelu": dict.fromkeys(_ALL, 1 << 13),
     "token_dropout": dict.fromkeys(_ALL, 0),
     # In bfloat16 torch's products are twice as fast as these in float32. Of 64 pairs a step is 0.8 times as fast.
