@@ -84,7 +84,7 @@ _CPU_AVX2: dict[str, dict[torch.dtype, int]] = _CPU | {
     "norm_add": {torch.float32: 1 << 19} | dict.fromkeys(_HALF, 1 << 19),
     # Scores in float32 are products in float32 here: as fast as torch's bfloat16, of which only the gradients are slow.
     "attention": {torch.float16: 1 << 18},
-    # On a Zen 5 that was kept to AVX2: the exact form 1.4 to 2 times as fast in 16 bits, in float32 with gradients 0.93;
+    # On a Zen 5 kept to AVX2: the exact form 1.4 to 2 times as fast in 16 bits, in float32 with gradients 0.93 times;
     # QuickGELU 1.1 to 6 times (2026-11-29).
     "exact_gelu": dict.fromkeys(_HALF, 1 << 17),
     "quick_gelu": dict.fromkeys(_ALL, 1 << 17),
