@@ -1,5 +1,9 @@
 """GELU with the bias in front of it, as it stands between the two projections of an MLP."""
 
+from dataclasses import replace
+from functools import partial
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,7 +35,12 @@ def _eager(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(x + bias)
 
 
-register(
+def _quick(x: Tensor, bias: Tensor) -> Tensor:
+    total = x + bias
+    return total * torch.sigmoid(1.702 * total)
+
+
+_GELU = register(
     Operation(
         name="gelu",
         summary="gelu(x + bias), exact",
@@ -43,5 +52,14 @@ register(
         raw=_raw,
         gradients=("x", "bias"),
         registered="gelu_forward",
+    )
+)
+register(
+    replace(
+        _GELU,
+        name="quick_gelu",
+        summary="gelu(x + bias) as x sigmoid(1.702 x), CLIP's",
+        eager=_quick,
+        ours=partial(evakernels.gelu, approximate="sigmoid"),
     )
 )

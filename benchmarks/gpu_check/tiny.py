@@ -59,8 +59,8 @@ def _siglip_backward(draw: _Draw) -> tuple[Any, ...]:
 _RATES, _DECAYS = [1e-2, 1e-2, 1e-2], [0.0, 0.1, 0.1]
 _CALLS: dict[str, Callable[[_Draw], tuple[Any, ...]]] = {
     "siglip_backward": _siglip_backward,
-    "gelu_forward": lambda draw: (draw(40, 96), draw(96), False),
-    "gelu_backward": lambda draw: (draw(40, 96), draw(40, 96), draw(96), False, (True,)),
+    "gelu_forward": lambda draw: (draw(40, 96), draw(96), 0),
+    "gelu_backward": lambda draw: (draw(40, 96), draw(40, 96), draw(96), 0, (True,)),
     "gradient_norm": lambda draw: (_gradients(draw),),
     "adamw_update": lambda draw: (*_state(draw), _RATES, _DECAYS, _BETAS_AND_EPS, None, None, [], []),
     "lamb_update": lambda draw: (*_state(draw), _DECAYS, _BETAS_AND_EPS, False, None, None),

@@ -6,15 +6,15 @@
 
 namespace evakernels {
 
-inline GeluForward gelu_forward_params(const Array& x, const Array& bias, const Array& out, bool tanh) {
+inline GeluForward gelu_forward_params(const Array& x, const Array& bias, const Array& out, GeluForm form) {
   const RowSizes size(x);
   require_like(out, x);
-  return {x.data, bias.data, out.data, size.rows, size.width, x.dtype, parameter_dtype(x, {&bias}), tanh};
+  return {x.data, bias.data, out.data, size.rows, size.width, x.dtype, parameter_dtype(x, {&bias}), form};
 }
 
 // dbias doesn't exist where it isn't wanted.
 inline GeluBackward gelu_backward_params(const Array& dout, const Array& x, const Array& bias,
-                                         const Array& dx, const Array& dbias, bool tanh) {
+                                         const Array& dx, const Array& dbias, GeluForm form) {
   const RowSizes size(x);
   require_like(dout, x);
   require_like(dx, x);
@@ -30,7 +30,7 @@ inline GeluBackward gelu_backward_params(const Array& dout, const Array& x, cons
       .width = size.width,
       .dtype = x.dtype,
       .bias_dtype = parameter_dtype(x, {&bias}),
-      .tanh = tanh,
+      .form = form,
   };
 }
 

@@ -26,6 +26,11 @@ constexpr DegreeEight kLog2NormalTail = {{-2.334947112e-06f, 3.373779327e-05f, -
 constexpr float kTanhGeluLinear = 1.595769122f;  // 2 sqrt(2 / pi)
 constexpr float kTanhGeluCubic = kTanhGeluLinear * 0.044715f;
 
+constexpr float kSigmoidGeluSlope = 1.702f;  // x sigmoid(1.702 x)
+
+enum class GeluForm { Exact, Tanh, Sigmoid };
+constexpr int kGeluForms = 3;
+
 struct GeluForward {
   const void* x;     // [rows, width], dtype
   const void* bias;  // [width], bias_dtype; null: zeros
@@ -34,7 +39,7 @@ struct GeluForward {
   int64_t width;
   DType dtype;
   DType bias_dtype;
-  bool tanh;  // the approximation by a tanh instead of the exact form
+  GeluForm form;
 };
 
 struct GeluBackward {
@@ -47,7 +52,7 @@ struct GeluBackward {
   int64_t width;
   DType dtype;
   DType bias_dtype;
-  bool tanh;
+  GeluForm form;
 };
 
 }  // namespace evakernels

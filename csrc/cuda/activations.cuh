@@ -37,23 +37,36 @@ struct ExactGelu {
   }
 };
 
-// x sigmoid(2 u).
-struct TanhGelu {
-  static __device__ __forceinline__ float of(float x) { return x * sigmoid(twice_u(x)); }
+// x sigmoid(u) for the polynomial u of x that Curve gives.
+template <class Curve>
+struct SigmoidOf {
+  static __device__ __forceinline__ float of(float x) { return x * sigmoid(Curve::of(x)); }
 
   static __device__ __forceinline__ float derivative(float x) {
-    const float u = twice_u(x);
+    const float u = Curve::of(x);
     const float e = expf(-u);
     const float s = __fdividef(1.0f, 1.0f + e);
     // 1 - s, which would cancel where s is close to 1; e overflows only where it isn't.
     const float rest = u > 0.0f ? e * s : 1.0f - s;
-    return s + x * s * rest * (kTanhGeluLinear + 3.0f * kTanhGeluCubic * x * x);
-  }
-
- private:
-  static __device__ __forceinline__ float twice_u(float x) {
-    return x * (kTanhGeluLinear + kTanhGeluCubic * x * x);
+    return s + x * s * rest * Curve::slope(x);
   }
 };
+
+struct TanhCurve {
+  static __device__ __forceinline__ float of(float x) {
+    return x * (kTanhGeluLinear + kTanhGeluCubic * x * x);
+  }
+  static __device__ __forceinline__ float slope(float x) {
+    return kTanhGeluLinear + 3.0f * kTanhGeluCubic * x * x;
+  }
+};
+
+struct SigmoidCurve {
+  static __device__ __forceinline__ float of(float x) { return kSigmoidGeluSlope * x; }
+  static __device__ __forceinline__ float slope(float) { return kSigmoidGeluSlope; }
+};
+
+struct TanhGelu : SigmoidOf<TanhCurve> {};
+struct SigmoidGelu : SigmoidOf<SigmoidCurve> {};
 
 }  // namespace evakernels::cuda

@@ -166,7 +166,14 @@ auto plan_gelu(const Params& params, const std::vector<Buffer>& buffers, const K
     using T = decltype(element);
     constexpr int kWide = kWidestVector<T>;
     const auto kernel = [&](auto E) {
-      return params.tanh ? kernel_of(element, E, TanhGelu{}) : kernel_of(element, E, ExactGelu{});
+      switch (params.form) {
+        case GeluForm::Tanh:
+          return kernel_of(element, E, TanhGelu{});
+        case GeluForm::Sigmoid:
+          return kernel_of(element, E, SigmoidGelu{});
+        default:
+          return kernel_of(element, E, ExactGelu{});
+      }
     };
     // Nothing in between: every model's hidden width is a multiple of 16 bytes.
     const int elements = aligned_elements(kWide, std::gcd(shape.width, shape.size), buffers);

@@ -38,7 +38,6 @@ class Rule:
         gate: name of the op in `_gate`, or a function of the module that tells it.
         helpers: functions that the class's forward calls and the new one stands for; their forms are known too.
         reason: tells why this module isn't for the rule, such as an option that the forward doesn't have.
-        slow: tells why a module that the forward does serve is left for its speed.
         any_class: serve every class whose forward reads like that of `target`.
         hook: tells whether a class asks a public interface of its library, `target`, that serves it, whatever its
             source reads like.
@@ -51,7 +50,6 @@ class Rule:
     gate: str | Callable[[Any], str]
     helpers: tuple[str, ...] = ()
     reason: Callable[[Any], str | None] = field(default=_fits)
-    slow: Callable[[Any], str | None] = field(default=_fits)
     any_class: bool = False
     hook: Callable[[type], bool] | None = None
     calls: Callable[[Any, Tensor], list[Call]] = field(default=_tokens_alone)

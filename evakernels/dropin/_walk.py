@@ -198,7 +198,7 @@ class _Plan:
             return Left(name, cls.__name__, "its forward was replaced"), current
         forced = (self.force and included) or getattr(current, "is_forced", False)
         rule, verified, reason = self._settle(module, cls, known)
-        reason = reason or _unserved(module, rule, forced)
+        reason = reason or rule.reason(module)
         if reason is not None:
             library = known.library if reason.startswith("unknown version") else ""
             return Left(name, cls.__name__, reason, library), current
@@ -237,11 +237,7 @@ class _Plan:
 
 def _tried(trials: Trials, module: nn.Module, cls: type, rule: _rule.Rule) -> str | None:
     try:
-        reason = _unserved(module, rule, forced=True)
+        reason = rule.reason(module)
     except AttributeError as error:  # it is built differently
         reason = str(error)
     return reason or trials.difference(module, cls, rule)
-
-
-def _unserved(module: nn.Module, rule: _rule.Rule, forced: bool) -> str | None:
-    return rule.reason(module) or (None if forced else rule.slow(module))

@@ -12,6 +12,7 @@ from evakernels.dropin._rule import Call, Rule
 from evakernels.dropin._serve import add, add_norm, drops
 from evakernels.dropin._swap import Swapped
 from evakernels.dropin.timm import LayerNorm
+from evakernels.dropin.torch_modules import QuickGELU as _QuickGELU
 from evakernels.dropin.torch_modules import last_dimension
 from evakernels.nn import linear
 from evakernels.ops import clip_loss, contrastive_statistics, rope_attention, token_dropout
@@ -23,6 +24,13 @@ ROLES = {
     "open_clip.transformer.LayerNormFp32": "layer_norm",
     "open_clip.transformer.LayerScale": "layer_scale",
 }
+
+
+class QuickGELU(_QuickGELU):
+    """With an argument of another name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
 
 
 # --- blocks ---------------------------------------------------------------------------------------------------------
@@ -195,6 +203,7 @@ _TRANSFORMER, _LOSS = "open_clip.transformer", "open_clip.loss"
 RULES = (
     Rule(LayerNorm, f"{_TRANSFORMER}.LayerNorm", "layer_norm", "layer_norm", reason=last_dimension),
     Rule(LayerNorm, f"{_TRANSFORMER}.LayerNormFp32", "layer_norm", "layer_norm", reason=last_dimension),
+    Rule(QuickGELU, f"{_TRANSFORMER}.QuickGELU", "gelu", "quick_gelu"),
     Rule(
         ResidualAttentionBlock,
         f"{_TRANSFORMER}.ResidualAttentionBlock",

@@ -9,7 +9,7 @@ from evakernels.dropin._gate import serves
 from evakernels.dropin._rule import Call, Rule
 from evakernels.dropin._serve import add, add_norm, drops, gated, norm_add, role
 from evakernels.dropin._swap import Swapped
-from evakernels.dropin.torch_modules import GELU, RMSNorm, by_silu, last_dimension
+from evakernels.dropin.torch_modules import GELU, QuickGELU, RMSNorm, by_silu, last_dimension
 from evakernels.dropin.torch_modules import LayerNorm as _LayerNorm
 from evakernels.nn import linear
 from evakernels.ops import rope_attention, token_dropout
@@ -253,6 +253,7 @@ def _biased(module: Any, x: Tensor) -> list[Call]:
 
 
 _VIT, _EVA, _LAYERS = "timm.models.vision_transformer", "timm.models.eva", "timm.layers"
+_ACTIVATIONS = f"{_LAYERS}.activations"
 _RELATIVE = f"{_VIT}_relpos"
 _ROTATION = tuple(
     f"{_LAYERS}.pos_embed_sincos.{name}"
@@ -264,7 +265,8 @@ _DROP_PATCHES = (f"{_LAYERS}.patch_dropout.patch_dropout_forward",)
 RULES = (
     Rule(LayerNorm, f"{_LAYERS}.norm.LayerNorm", "layer_norm", "layer_norm", reason=last_dimension),
     Rule(RMSNorm, f"{_LAYERS}.norm.RmsNorm", "rms_norm", "rms_norm", reason=last_dimension),
-    Rule(GELU, f"{_LAYERS}.activations.GELUTanh", "gelu", "gelu"),
+    Rule(GELU, f"{_ACTIVATIONS}.GELUTanh", "gelu", "gelu"),
+    Rule(QuickGELU, f"{_ACTIVATIONS}.QuickGELU", "gelu", "quick_gelu", helpers=(f"{_ACTIVATIONS}.quick_gelu",)),
     Rule(SwiGLU, f"{_LAYERS}.mlp.SwiGLU", "swiglu", "swiglu_norm", reason=by_silu),
     Rule(GluMlp, f"{_LAYERS}.mlp.GluMlp", "swiglu", "swiglu", reason=_packed_by_silu),
     Rule(Attention, f"{_LAYERS}.attention.Attention", "rope_attention", "attention", calls=_masked),

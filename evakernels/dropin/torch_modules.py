@@ -51,8 +51,18 @@ class GELU(Swapped):
     """By tanh, the only one that some classes have, or exact."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if serves("gelu", input, forced=self.is_forced):
+        if serves(_gelu_gate(self), input, forced=self.is_forced):
             return gelu(input, approximate=getattr(self, "approximate", "tanh"))
+        y: Tensor = super().forward(input)
+        return y
+
+
+class QuickGELU(Swapped):
+    """CLIP's, of three libraries."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if serves("quick_gelu", input, forced=self.is_forced):
+            return gelu(input, approximate="sigmoid")
         y: Tensor = super().forward(input)
         return y
 
@@ -180,8 +190,8 @@ def by_silu(module: Any) -> str | None:
     return None if role(act) == "silu" else f"its activation is {type(act).__name__}"
 
 
-def _by_tanh(module: Any) -> str | None:
-    return None if module.approximate == "tanh" else "exact GELU: torch's own is as fast"
+def _gelu_gate(module: Any) -> str:
+    return "gelu" if getattr(module, "approximate", "tanh") == "tanh" else "exact_gelu"
 
 
 _NORMS = "torch.nn.modules.normalization"
@@ -190,7 +200,7 @@ RULES = (
     Rule(Linear, "torch.nn.modules.linear.Linear", "linear", "linear"),
     Rule(LayerNorm, f"{_NORMS}.LayerNorm", "layer_norm", "layer_norm", reason=last_dimension),
     Rule(RMSNorm, f"{_NORMS}.RMSNorm", "rms_norm", "rms_norm", reason=last_dimension),
-    Rule(GELU, "torch.nn.modules.activation.GELU", "gelu", "gelu", slow=_by_tanh),
+    Rule(GELU, "torch.nn.modules.activation.GELU", "gelu", _gelu_gate),
     Rule(
         MultiheadAttention,
         "torch.nn.modules.activation.MultiheadAttention",

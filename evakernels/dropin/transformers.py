@@ -13,7 +13,7 @@ from evakernels.dropin._gate import serves
 from evakernels.dropin._rule import Call, Rule
 from evakernels.dropin._serve import add, add_norm, gated, own_norm_parameters
 from evakernels.dropin._swap import Swapped
-from evakernels.dropin.torch_modules import GELU, by_silu
+from evakernels.dropin.torch_modules import GELU, QuickGELU, by_silu
 from evakernels.ops import rms_norm, rope_attention
 from evakernels.ops.rope_attention import MAX_PREFIX
 
@@ -208,6 +208,7 @@ _DINOV3, _LLAMA = f"{_MODELS}.dinov3_vit.modeling_dinov3_vit", f"{_MODELS}.llama
 RULES = (
     Rule(GELU, "transformers.activations.GELUTanh", "gelu", "gelu"),
     Rule(GELU, "transformers.activations.NewGELUActivation", "gelu", "gelu"),
+    Rule(QuickGELU, "transformers.activations.QuickGELUActivation", "gelu", "quick_gelu"),
     Rule(RMSNorm, f"{_LLAMA}.LlamaRMSNorm", "rms_norm", "rms_norm", any_class=True),
     Rule(GatedMLP, f"{_LLAMA}.LlamaMLP", "swiglu", "swiglu", reason=by_silu, any_class=True),
     Rule(

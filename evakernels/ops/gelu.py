@@ -10,8 +10,6 @@ from evakernels.ops._op import define, differentiable
 from evakernels.ops._sharding import Rule
 from evakernels.reference import gelu as reference
 
-APPROXIMATIONS = ("none", "tanh")
-
 
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
     """`gelu(x + bias)` (Hendrycks and Gimpel 2016), element by element.
@@ -22,7 +20,8 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Te
     Args:
         x: `[..., F]`.
         bias: `[F]`, in the dtype of `x` or float32; None for none.
-        approximate: `"none"`: x times the normal distribution function; `"tanh"`: the approximation by a tanh.
+        approximate: how the normal distribution function, which multiplies x, is computed: `"none"`: exactly; `"tanh"`:
+            by a tanh; `"sigmoid"`: as `sigmoid(1.702 x)`, which CLIP's code calls QuickGELU.
 
     Returns:
         `[..., F]`, contiguous, in the dtype of `x`, under autocast too, as torch's own.
@@ -36,14 +35,14 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Te
         >>> evakernels.gelu(torch.ones(2, 4) @ layer.weight.T, layer.bias).shape
         torch.Size([2, 8])
     """
-    if approximate not in APPROXIMATIONS:
-        accepted = ", ".join(map(repr, APPROXIMATIONS)) + _names.hint(approximate, APPROXIMATIONS)
+    if approximate not in reference.FORMS:
+        accepted = ", ".join(map(repr, reference.FORMS)) + _names.hint(approximate, reference.FORMS)
         raise ValueError(f"gelu: approximate is {approximate!r}; accepted: {accepted}")
-    out: Tensor = _forward(x, bias, approximate == "tanh")
+    out: Tensor = _forward(x, bias, reference.FORMS.index(approximate))
     return out
 
 
-def _check_call(x: Tensor, bias: Tensor | None, tanh: bool) -> Any:
+def _check_call(x: Tensor, bias: Tensor | None, form: int) -> Any:
     op = "gelu"
     _check.floating(op, x=x)
     if x.dim() == 0:
@@ -51,19 +50,19 @@ def _check_call(x: Tensor, bias: Tensor | None, tanh: bool) -> Any:
     _check.parameter_dtype(op, x, bias=bias)
     _check.same_device(op, x=x, bias=bias)
     _check.shape(op, "bias", bias, (x.shape[-1],), "[F]")
-    return x, bias, tanh
+    return x, bias, form
 
 
 # --- ops ------------------------------------------------------------------------------------------------------------
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, bias, ctx.tanh = inputs
+    x, bias, ctx.form = inputs
     ctx.save_for_backward(x, bias)
 
 
 def _gradient(ctx: Any, dout: Tensor) -> Any:
-    return _backward(dout, *ctx.saved_tensors, ctx.tanh, ctx.needs_input_grad[1:2])
+    return _backward(dout, *ctx.saved_tensors, ctx.form, ctx.needs_input_grad[1:2])
 
 
 _forward = define(reference.gelu_forward, check=_check_call, rule=Rule(whole_rows=lambda *args: False))

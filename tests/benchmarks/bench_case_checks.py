@@ -44,6 +44,7 @@ OPERATIONS = {
     "causal_attention": Traffic((), _QKV),
     "packed_attention": Traffic(("cu_seqlens",), _QKV),
     "gelu": Traffic(("bias",), ("x",)),
+    "quick_gelu": Traffic(("bias",), ("x",)),
     "silu_mul": Traffic((), ("gate", "up")),
     "swiglu": Traffic(_NORM, ("gate", "up")),
     "swiglu_mlp": Traffic((*_NORM, "b1", "b2", "b3"), ("x", "w1", "w2", "w3")),

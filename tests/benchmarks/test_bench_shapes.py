@@ -67,6 +67,7 @@ SIZES = {
     "layer_norm": "4x8",
     "layer_norm_add": "4x8",
     "packed_attention": "3x5x2x8",
+    "quick_gelu": "4x8",
     "rope_attention": "2x5x3x8",
     "siglip_loss": "6x8",
     "silu_mul": "4x8",

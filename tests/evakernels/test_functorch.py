@@ -133,6 +133,11 @@ CASES = {
         lambda x: F.gelu(x, approximate="tanh"),
         inputs(BATCH),
     ),
+    "gelu-sigmoid": (
+        lambda x: evakernels.gelu(x, approximate="sigmoid"),
+        lambda x: x * torch.sigmoid(1.702 * x),
+        inputs(BATCH),
+    ),
     "rope_attention": (
         lambda q, k, v: evakernels.rope_attention(q, k, v, COS, SIN, num_prefix=1),
         lambda q, k, v: attention(rotated(q), rotated(k), v),

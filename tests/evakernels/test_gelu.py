@@ -19,7 +19,7 @@ import evakernels
 
 OPS = torch.ops.evakernels
 WIDTH = 7
-APPROXIMATIONS = ["none", "tanh"]
+APPROXIMATIONS = ["none", "tanh", "sigmoid"]
 
 
 def pair(approximate):
@@ -29,7 +29,10 @@ def pair(approximate):
         return evakernels.gelu(x, bias, approximate)
 
     def theirs(x, bias):
-        return F.gelu(x if bias is None else x + bias, approximate=approximate)
+        total = x if bias is None else x + bias
+        if approximate == "sigmoid":
+            return total * torch.sigmoid(1.702 * total)
+        return F.gelu(total, approximate=approximate)
 
     return ours, theirs
 
@@ -59,9 +62,9 @@ def test_compiles_without_graph_break(bias, approximate, dynamic):
 @pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
 def test_opcheck(bias, dtype):
     x, b = (None if t is None else t.to(dtype).requires_grad_() for t in inputs(bias))
-    assert_opcheck(OPS.gelu_forward.default, (x, b, False))
+    assert_opcheck(OPS.gelu_forward.default, (x, b, 0))
     x, b = (None if t is None else t.detach() for t in (x, b))
-    assert_opcheck(OPS.gelu_backward.default, (torch.ones_like(x), x, b, True, [b is not None]))
+    assert_opcheck(OPS.gelu_backward.default, (torch.ones_like(x), x, b, 1, [b is not None]))
 
 
 # Around the number of columns that a block of the GPU's kernels takes (2,048 and 4,096), and what is odd.
@@ -83,6 +86,34 @@ def test_both_tails_are_as_accurate_as_torch(limits, dtype):
     x = torch.linspace(*limits, 4096, dtype=torch.float64)
     for approximate in APPROXIMATIONS:
         assert_as_accurate_as_torch(*pair(approximate), (x, None), dtype)
+
+
+def assert_rounded_right(dtype, least):
+    """For every x from `least` on: where the error relative to all values says nothing of the small ones."""
+    x = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+    x = x[(x > least) & (x < 1e4)]
+    (out,), (slope,) = with_gradients(lambda x, _: evakernels.gelu(x), (x, None))
+    cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    z = x.double()
+    tail = 0.5 * torch.special.erfc(-z / 2**0.5)
+    exact = z * tail, cotangent.double() * (tail + z * torch.exp(-z * z / 2) / (2 * torch.pi) ** 0.5)
+    tiny = torch.finfo(dtype).smallest_normal
+    for actual, expected in zip((out, slope), exact, strict=True):
+        half = 2.0 ** torch.floor(torch.log2(expected.abs().clamp(min=tiny))) * torch.finfo(dtype).eps / 2
+        off = (actual.double() - expected).abs() / half
+        assert (off > 1).float().mean() < 0.02  # what lies in the middle between two numbers
+        assert off.quantile(0.999) < 1.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_as_accurate_as_rounding_leaves_them(dtype):
+    assert_rounded_right(dtype, -3.5)
+
+
+@pytest.mark.cpu_only("of the CPU: polynomials that are fitted for 16 bits")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_rounded_right_in_the_tail(dtype):
+    assert_rounded_right(dtype, -6)
 
 
 @EVERY
@@ -131,8 +162,14 @@ def test_no_columns(bias):
 def test_large_values_stay_finite(approximate, dtype):
     x = torch.tensor([-3e4, -200.0, -17.0, -0.0, 0.0, 17.0, 200.0, 3e4]).to(dtype)
     (out,), (dx,) = with_gradients(pair(approximate)[0], (x, None))
-    assert torch.equal(out, x.clamp(min=0))
+    torch.testing.assert_close(out, x.clamp(min=0), atol=0 if approximate != "sigmoid" else 1e-11, rtol=0)
     assert dx.isfinite().all()
+
+
+def test_sigmoid_of_what_is_not_finite_is_that_of_the_formula():
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf, -1e38, 1e38, -0.0])
+    for actual, expected in zip(*(with_gradients(f, (x, None)) for f in pair("sigmoid")), strict=True):
+        torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
 @EVERY
@@ -172,7 +209,7 @@ ONES = torch.ones(2, 4)
         ((ONES.long(),), TypeError, "x is torch.int64; accepted: float64"),
         ((ONES, torch.ones(3)), ValueError, r"bias has shape \(3,\); expected \[F\] = \(4,\)"),
         ((ONES, torch.ones(4).half()), TypeError, r"bias is torch.float16; accepted: torch.float32"),
-        ((ONES, None, "erf"), ValueError, "approximate is 'erf'; accepted: 'none', 'tanh'"),
+        ((ONES, None, "erf"), ValueError, "approximate is 'erf'; accepted: 'none', 'tanh', 'sigmoid'"),
     ],
 )
 def test_wrong_input_says_what_is_accepted(arguments, exception, message):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from evakernels import _native
+from evakernels.reference.gelu import FORMS
 
 _C = pytest.importorskip("evakernels._C", reason="the native library is not built")
 
@@ -218,11 +219,12 @@ def test_adamw() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tanh", [False, True])
-def test_gelu(dtype: torch.dtype, tanh: bool) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_gelu(dtype: torch.dtype, form: str) -> None:
     x, dout, bias = normal(3, 5, 40, dtype=dtype), normal(3, 5, 40, dtype=dtype, seed=1), normal(40)
-    same("gelu_forward", (x, bias), (tanh,), tanh=tanh)
-    same("gelu_backward", (dout, x, bias), (tanh, [True]), tanh=tanh)
+    number = FORMS.index(form)
+    same("gelu_forward", (x, bias), (number,), approximate=form)
+    same("gelu_backward", (dout, x, bias), (number, [True]), approximate=form)
 
 
 @gpu_kernels

@@ -25,12 +25,14 @@ def _embeddings(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return torch.cat((image, text))
 
 
-def _family(kind: type[nn.Module], vision: dict[str, Any], text: dict[str, Any], *ops: str) -> Family:
+def _family(
+    kind: type[nn.Module], vision: dict[str, Any], text: dict[str, Any], *ops: str, quick_gelu: bool = False
+) -> Family:
     def build() -> nn.Module:
-        return kind(16, CLIPVisionCfg(**vision), CLIPTextCfg(**text))
+        return kind(16, CLIPVisionCfg(**vision), CLIPTextCfg(**text), quick_gelu=quick_gelu)
 
     return Family(
-        partial(randomised, build), {"layer_norm", "add_layer_norm", "rope_attention", *ops}, _pair, _embeddings
+        partial(randomised, build), {"layer_norm", "add_layer_norm", "rope_attention", "gelu", *ops}, _pair, _embeddings
     )
 
 
@@ -57,10 +59,13 @@ def _eva() -> nn.Module:
 
 
 OPEN_CLIP = {
-    "open-clip": _family(CLIP, {**_VISION, "ls_init_value": 0.5}, _TEXT),
+    "open-clip": _family(CLIP, {**_VISION, "ls_init_value": 0.5}, _TEXT, quick_gelu=True),
     "open-clip-dropout": _family(CLIP, {**_VISION, "patch_dropout": 0.4}, _TEXT, "token_dropout"),
     "open-clip-eva": Family(
-        partial(randomised, _eva), {"layer_norm", "add_layer_norm", "rope_attention", "swiglu"}, _pair, _embeddings
+        partial(randomised, _eva),
+        {"layer_norm", "add_layer_norm", "rope_attention", "swiglu", "gelu"},
+        _pair,
+        _embeddings,
     ),
     "open-clip-custom": _family(CustomTextCLIP, {**_VISION, **_CUSTOM}, {**_TEXT, "ls_init_value": 0.5}),
 }

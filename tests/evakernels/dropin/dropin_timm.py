@@ -23,7 +23,7 @@ def _timm(kind: type[nn.Module], *ops: str, **options: Any) -> Family:
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
     return Family(
         partial(randomised, partial(kind, **sizes, **options)),
-        BLOCK | set(ops),
+        BLOCK | set(ops) | (set() if SWIGLU in ops else {"gelu"}),
         images,
         lambda model, inputs: model.forward_features(**inputs),
     )
@@ -87,7 +87,9 @@ TIMM = {
         VisionTransformer, SWIGLU, mlp_layer=SwiGLUPacked, act_layer=nn.SiLU, qk_norm=True, scale_attn_norm=True
     ),
     "vit-rms": _timm(VisionTransformer, norm_layer=RmsNorm, class_token=False, global_pool="avg"),
-    "vit-post-norm": _timm(VisionTransformer, "layer_norm_add", block_fn=ResPostBlock, init_values=0.5),
+    "vit-post-norm": _timm(
+        VisionTransformer, "layer_norm_add", block_fn=ResPostBlock, init_values=0.5, act_layer="quick_gelu"
+    ),
     "relative": _timm(VisionTransformerRelPos, init_values=0.5, drop_path_rate=0.2, class_token=True),
     "relative-post-norm": _timm(VisionTransformerRelPos, "layer_norm_add", block_fn=ResPostRelPosBlock),
 }

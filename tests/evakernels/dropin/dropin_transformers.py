@@ -63,7 +63,7 @@ _NORMS = {"layer_norm", "add_layer_norm"}
 TRANSFORMERS = {
     "clip": _family(
         lambda: CLIPModel(CLIPConfig(text_config=_TEXT, vision_config=_VISION, projection_dim=16)),
-        {*_NORMS, "rope_attention"},
+        {*_NORMS, "rope_attention", "gelu"},
         _pair,
         _embeddings,
     ),

@@ -11,7 +11,7 @@ from evakernels.dropin import _swap
 OPTIONS = {"sapiens2": {"num_heads": 8, "num_kv_heads": (8, 4)}}
 
 LEFT = {
-    ("GELU", "exact GELU: torch's own is as fast"),
+    ("GELU", "its own is as fast"),  # without AVX-512
     *((name, "no rule is for it") for name in ("AttentionPoolLatent", "RelPosAttention", "DiffAttention")),
     # Its attention is in the block itself.
     *((name, "no rule is for it") for name in ("ParallelScalingBlock", "DiffParallelScalingBlock")),
@@ -20,7 +20,7 @@ LEFT = {
 
 WITHOUT_RULE = {
     # torch's own is as fast, or the op of the parent reads them.
-    "Conv2d", "Dropout", "Identity", "LayerScale", "DropPath", "Mlp", "QuickGELU", "SiLU",
+    "Conv2d", "Dropout", "Identity", "LayerScale", "DropPath", "Mlp", "SiLU",
     # One query, scores with a bias, or a difference of two softmaxes: the op has none of these.
     "AttentionPoolLatent", "RelPosAttention", "RelPosMlp", "ReLU", "DiffAttention", "DiffParallelScalingBlock",
     # Two attentions or MLPs side by side, each of which is served.
