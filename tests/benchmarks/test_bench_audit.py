@@ -127,9 +127,7 @@ def test_without_nvcc_its_package_is_named(monkeypatch: pytest.MonkeyPatch, caps
     assert "pip install nvidia-cuda-nvcc" in line
 
 
-def test_the_command_shows_that_it_predicts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_shows_that_it_predicts(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # names are broken in a narrow table
     asked = []
     monkeypatch.setattr(build, "count_all", lambda *arguments: asked.append(arguments) or [COUNT])

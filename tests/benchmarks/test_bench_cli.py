@@ -95,9 +95,7 @@ def test_wrong_input_is_one_line(arguments: list[str], message: str, capsys: pyt
         ("from benchmarks import peer\n\n@peer('tanh', 'torch eager')\ndef f(shape):\n    ...\n", "two candidates"),
     ],
 )
-def test_a_plugin_that_adds_nothing_measurable_is_told(
-    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plugin_that_adds_nothing_measurable_is_told(text, message, tmp_path, capsys):
     plugin = tmp_path / "mine.py"
     plugin.write_text(text)
     try:

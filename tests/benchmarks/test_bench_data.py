@@ -16,9 +16,7 @@ SMALL = ShufflePlan(shards=20, per_shard=50, batch=100, windows=(0, 100), buffer
 FEW = MachinesPlan(scale=100, shards=128, per_shard=100, batch=1280, machines=4, gpus=2, workers=2)
 
 
-def test_both_are_measured_shown_and_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_both_are_measured_shown_and_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(machines, "ceilings", lambda device, dtypes: (10.0, {}))
     monkeypatch.setattr(shuffle, "measure", lambda plan, look=shuffle.measure: look(SMALL))

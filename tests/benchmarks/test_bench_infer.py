@@ -58,9 +58,7 @@ def test_what_torch_compiles_gives_the_same(engine: str, tmp_path: Path) -> None
     assert run(tmp_path, "--batch", "1", "--dtype", "fp32", "--engine", engine)[engine, "tiny b1"].cosine > 0.9999
 
 
-def test_who_is_absent_fails_or_is_slow_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_who_is_absent_fails_or_is_slow_is_named(tmp_path, monkeypatch, capsys):
     def broken(subject: engines.Subject, dtype: str) -> engines.Run:
         raise RuntimeError("no such kernel")
 

@@ -15,14 +15,7 @@ def groups_of(model: CLIP, config: OptimConfig) -> list[Group]:
     return parameter_groups(model, Contrastive.towers_of(model), config)
 
 
-def contrastive_step(
-    model: CLIP,
-    optim: OptimConfig,
-    options: StepOptions | None = None,
-    loss: LossConfig | None = None,
-    device: str = "cpu",
-    world: World | None = None,
-) -> TrainStep:
+def contrastive_step(model, optim, options=None, loss=None, device="cpu", world=None):
     task = Contrastive(model, ContrastiveLoss(loss or LossConfig()).to(device))
     optimizer = build_optimizer(groups_of(model, optim), optim)
     return TrainStep(task, optimizer, options or StepOptions(), world or World(torch.device(device)))

@@ -9,9 +9,7 @@ from torch import Tensor
 from evaclip import VisionConfig
 
 
-def plain_vision(
-    state: Mapping[str, Tensor], config: VisionConfig, images: Tensor, token_index: Tensor | None = None
-) -> Tensor:
+def plain_vision(state, config, images, token_index=None):
     """What `VisionTower` should return for `images`; `token_index` [B, K] are the patches that are kept."""
     x = F.conv2d(images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=config.patch_size)
     x = x.flatten(2).transpose(1, 2)

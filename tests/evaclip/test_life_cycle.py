@@ -15,9 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "life_cycle" / "life_cycle.py"
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_the_chain_runs_and_is_not_run_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_chain_runs_and_is_not_run_twice(tmp_path, monkeypatch, capsys):
     """On 160 of the concepts, with narrow towers: all else is the example's own."""
     concepts = emoji.load_concepts()[:160]
     monkeypatch.setattr(emoji, "load_concepts", lambda skin_tones=False: concepts)

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import mkdtemp
@@ -409,9 +409,7 @@ def test_a_planted_fault_is_seen(planted: Path, complaint: Callable[..., str], n
 # --- Triton --------------------------------------------------------------------------------------------------------
 
 
-def run_triton(
-    served: Environment, capability: int, choice: str, ops: Sequence[str], options: Sequence[str] = ()
-) -> None:
+def run_triton(served, capability, choice, ops, options=()):
     before = f"from ptx_launches import triton_kernels\nwith triton_kernels({capability})"
     run_ops(before, choice, ops=ops, options=options, **served())
 

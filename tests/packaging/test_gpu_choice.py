@@ -127,9 +127,7 @@ def test_an_older_nvcc_compiles_for_what_it_knows(machine: Machine) -> None:
         (["120-real"], ["120,code=sm_120"]),
     ],
 )
-def test_gpus_that_nvcc_reads_the_sources_alike_for_share_a_ptx(
-    archs: list[str], codes: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpus_that_nvcc_reads_the_sources_alike_for_share_a_ptx(archs, codes, monkeypatch):
     monkeypatch.setenv("EVAKERNELS_CUDA", "off")
     monkeypatch.setattr("setuptools.setup", lambda **options: None)
     options = runpy.run_path(str(ROOT / "setup.py"))["codes_to_generate"](archs)

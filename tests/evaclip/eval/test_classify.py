@@ -358,9 +358,7 @@ WRONG: list[tuple[list[object], str]] = [
 
 
 @pytest.mark.parametrize(("words", "message"), WRONG)
-def test_wrong_input_is_told(
-    words: list[str], message: str, val: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_input_is_told(words, message, val, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = {
         "two.txt": "a\nb\n",

@@ -121,9 +121,7 @@ def test_wrong_models_are_told(run: Path, tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
-def test_what_could_not_be_read_decides_the_exit_code(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_could_not_be_read_decides_the_exit_code(run, tmp_path, capsys):
     samples = {name: {"png": png(color), "txt": name.encode()} for name, color in COLORS.items()}
     samples["red"]["png"] = samples["blue"]["png"] = b"damaged"
     path = str(write_tar(tmp_path / "x.tar", samples))
@@ -154,9 +152,7 @@ def test_small_pictures_are_left_out_when_asked(run: Path, tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize("option", ["--json", "--cache"])
-def test_outputs_that_cannot_be_written_are_told_before_the_model_is_looked_for(
-    tmp_path: Path, color_shard: Path, option: str
-) -> None:
+def test_outputs_that_cannot_be_written_are_told_before_the_model_is_looked_for(tmp_path, color_shard, option):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=rf"^cannot write {tmp_path}/file/out\S*: Not a directory"):
         evaclip("eval", "zero-shot", "no-model", "--data", color_shard, option, tmp_path / "file" / "out")

@@ -74,9 +74,7 @@ def test_weights_of_another_dtype_are_checked_against_float32(model: CLIP, tmp_p
     assert halved.logit_scale.dtype == torch.bfloat16
 
 
-def test_a_wrong_rotation_is_refused_and_leaves_nothing(
-    model: CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_rotation_is_refused_and_leaves_nothing(model, tmp_path, monkeypatch):
     right = towers._rotation
 
     def transposed(graph: towers.Graph, tower: torch.nn.Module) -> tuple[str, str] | None:

@@ -18,9 +18,7 @@ from evaclip.train.recipes import get_recipe
         ("eva02-e-14-plus", 201, 0.001061, 0.001179, 7.53e-5),
     ],
 )
-def test_published_models(
-    recipe: str, groups: int, visual_embedding: float, visual_first: float, text_embedding: float
-) -> None:
+def test_published_models(recipe, groups, visual_embedding, visual_first, text_embedding):
     config = get_recipe(recipe)
     model = create_model(config.model.name, device="meta")
     found = {group["name"]: group for group in groups_of(model, config.optim)}

@@ -95,9 +95,7 @@ def test_what_happens_is_kept_over_all_starts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("progress", ["plain", "rich", "auto"])
-def test_the_terminal_shows_what_matters(
-    progress: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_terminal_shows_what_matters(progress, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with open_report(LogConfig(progress=progress), None, 0, 20) as report:  # type: ignore[arg-type]
         report.say("resuming [from] somewhere")

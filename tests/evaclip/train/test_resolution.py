@@ -82,9 +82,7 @@ def test_a_size_of_parts_of_patches_is_refused(run_config: Make) -> None:
         train(run_config("schedule.resolutions=[{image_size: 10, steps: 2}]"))
 
 
-def test_a_run_goes_on_bit_for_bit_within_a_part_and_over_its_end(
-    run_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_goes_on_bit_for_bit_within_a_part_and_over_its_end(run_config, tmp_path, monkeypatch):
     original, seen = TrainStep.__call__, list[int]()
 
     def step(self: TrainStep, images: torch.Tensor, *rest: Any, **options: bool) -> StepResult:

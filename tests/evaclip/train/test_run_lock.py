@@ -102,9 +102,7 @@ def test_a_number_that_another_process_has_now_holds_nothing(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("other", [{"host": "elsewhere"}, {"machine": "another container"}])
-def test_another_machine_is_watched_for_a_sign_of_life(
-    other: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeps: list[float]
-) -> None:
+def test_another_machine_is_watched_for_a_sign_of_life(other, tmp_path, monkeypatch, sleeps):
     dead = write(tmp_path, **other)
     with acquire(tmp_path) as lock:
         assert lock.taken_from == dead
@@ -235,9 +233,7 @@ def test_a_sign_of_life_comes_by_itself(tmp_path: Path, monkeypatch: pytest.Monk
         assert all(beats.acquire(timeout=30) for _ in range(3))
 
 
-def test_a_deleted_lock_is_made_again_unless_others_may_have_come_and_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_deleted_lock_is_made_again_unless_others_may_have_come_and_gone(tmp_path, monkeypatch):
     with acquire(tmp_path) as lock:
         (tmp_path / LOCK_FILE).unlink()
         lock.check()
@@ -260,9 +256,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("how", [{"resume": "auto"}, {"overwrite": True}])
-def test_a_run_that_goes_on_is_not_touched(
-    how: dict[str, Any], run_config: Callable[..., TrainConfig], tmp_path: Path
-) -> None:
+def test_a_run_that_goes_on_is_not_touched(how, run_config, tmp_path):
     config = run_config()
     train(config)
     with acquire(tmp_path / "run"):
@@ -275,13 +269,7 @@ def test_a_run_that_goes_on_is_not_touched(
 
 
 @pytest.mark.parametrize("is_noticed", [True, False])
-def test_a_robbed_run_stops_and_writes_no_checkpoint(
-    is_noticed: bool,
-    run_config: Callable[..., TrainConfig],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    sleeps: list[float],
-) -> None:
+def test_a_robbed_run_stops_and_writes_no_checkpoint(is_noticed, run_config, tmp_path, monkeypatch, sleeps):
     original, locks = TrainLoader.batches, list[RunLock]()
 
     def batches(self: TrainLoader, position: int = 0) -> Iterator[Batch]:

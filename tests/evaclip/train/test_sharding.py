@@ -176,9 +176,7 @@ def test_parts_are_what_torch_would_cut(alone: None) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_offload_of_one_process_changes_nothing(
-    task: str, run_config: Callable[..., TrainConfig], tmp_path: Path
-) -> None:
+def test_offload_of_one_process_changes_nothing(task, run_config, tmp_path):
     """On a CPU host memory is where all lies already; the run is sharded over one process, stopped and resumed."""
     run_config = partial(run_config, *COMMON, *TASKS[task].patch_dropout, task=task)
     common = ["schedule={steps: 6, name: constant}", "checkpoint.every_steps=3", EVAL]

@@ -70,9 +70,7 @@ def test_tower_rates() -> None:
         (["--batch-size", "64"], 2, 1, 128),
     ],
 )
-def test_batch_size_counts_one_chunk_of_one_process(
-    arguments: list[str], accumulation: int, processes: int, expected: int
-) -> None:
+def test_batch_size_counts_one_chunk_of_one_process(arguments, accumulation, processes, expected):
     assert apply(*arguments, accumulation=accumulation, processes=processes).batch_size == expected
 
 
