@@ -55,11 +55,7 @@ def report_of(wheel: Path, folder: Path) -> dict:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     result = subprocess.run(
-        [sys.executable, "-c", REPORT],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": "."},
+        [sys.executable, "-c", REPORT], cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."}
     )
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)

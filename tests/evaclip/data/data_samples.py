@@ -19,11 +19,7 @@ def picture(number: int, size: int = 8, kind: str = "png") -> bytes:
 def sample(number: int) -> tuple[str, dict[str, bytes]]:
     """A sample in img2dataset's layout."""
     facts = {"caption": f"caption {number}", "captions": [f"caption {number}", f"caption {number + 1000}"]}
-    members = {
-        "png": picture(number),
-        "txt": f"caption {number}\n".encode(),
-        "json": json.dumps(facts).encode(),
-    }
+    members = {"png": picture(number), "txt": f"caption {number}\n".encode(), "json": json.dumps(facts).encode()}
     return f"{number:06d}", members
 
 

@@ -30,10 +30,7 @@ def test_a_table_with_the_usual_columns(pictures, separator):
     rows = [("filepath", "id", "title"), ("a.png", "1", "a cat"), ("b.png", "2", "ein Hund\u00e9")]
     path = write(pictures / "pairs.csv", "".join(separator.join(row) + "\n" for row in rows))
     source = open_source(path)
-    assert [(raw.key, raw.caption) for raw in (source[0], source[1])] == [
-        ("a.png", "a cat"),
-        ("b.png", "ein Hundé"),
-    ]
+    assert [(raw.key, raw.caption) for raw in (source[0], source[1])] == [("a.png", "a cat"), ("b.png", "ein Hundé")]
     assert source[0].image == picture(1)
     assert source.place(1) == (path, "b.png")
 
@@ -146,17 +143,7 @@ def test_json_lines_that_cannot_be_used(pictures, text, message):
 
 def test_rows_with_faults(pictures):
     (pictures / "void.png").touch()
-    rows = [
-        "filepath,title",
-        "a.png,",
-        "gone.png,text",
-        ",text",
-        "b.png",
-        "",
-        ".,text",
-        "void.png,text",
-        "a.png,good",
-    ]
+    rows = ["filepath,title", "a.png,", "gone.png,text", ",text", "b.png", "", ".,text", "void.png,text", "a.png,good"]
     source = open_source(write(pictures / "pairs.csv", "\n".join(rows)))
     kinds = []
     for index in range(len(source) - 1):

@@ -111,11 +111,7 @@ def _index(job: Job) -> torch.Tensor | None:
 )
 def test_operations_are_those_that_torch_counts(name: str, recompute: Any) -> None:
     job = Job(
-        global_batch=2,
-        mode="replicate",
-        precision="fp32",
-        savings=Savings(recompute=recompute),
-        **COUNTED_JOBS[name],
+        global_batch=2, mode="replicate", precision="fp32", savings=Savings(recompute=recompute), **COUNTED_JOBS[name]
     )
     time = plan_time(job, plan_memory(job), A100)
     planned = sum(sum(of_stage.values()) for stage, of_stage in time.flops.items() if stage != "loss")

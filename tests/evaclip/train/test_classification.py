@@ -193,10 +193,7 @@ def test_a_locked_model_trains_its_classifier(run_config: Callable[..., TrainCon
         (["data.augmentation.rotation=5"], "data.augmentation.rotation is not used in classification"),
         (["model.options.num_classes=10"], "task.name=classification has no model.options.num_classes"),
         (["task.auto_augment=rand-q1"], "task.auto_augment='rand-q1' is no policy of timm"),
-        (
-            ["task.classes=3"],
-            "task.classes=3, but the training data has 64 class folders: task.classes=null",
-        ),
+        (["task.classes=3"], "task.classes=3, but the training data has 64 class folders: task.classes=null"),
         (["task.classes=[a,b]"], "there are 2 class names for 64 folders of other names"),
         (["eval.sets.val={data: {train: synthetic}, measure: [loss]}"], "eval.sets.val.measure is loss; with"),
         (["eval.sets.val={data: {train: synthetic}, classes: [a, b]}"], "are 2, but the classifier has 64"),

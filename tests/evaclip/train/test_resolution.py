@@ -96,8 +96,7 @@ def test_a_run_goes_on_bit_for_bit_within_a_part_and_over_its_end(run_config, tm
     assert seen == [8, 8, 12, 12, 16, 16]
     for done in (1, 2, 3):
         found = train(
-            run_config(*common, evaluated, f"name=from-{done}"),
-            resume=str(straight / f"checkpoints/step_{done:08d}"),
+            run_config(*common, evaluated, f"name=from-{done}"), resume=str(straight / f"checkpoints/step_{done:08d}")
         ).folder
         logs = [
             {r["step"]: (r["loss"], r["lr"]) for r in read_log(f / "log.jsonl") if "loss" in r}

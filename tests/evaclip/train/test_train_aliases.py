@@ -136,10 +136,7 @@ def test_every_option_of_open_clip_is_known() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (
-            ["--val-data", "v.csv"],
-            {"held_out": None, "eval": {"sets": {"val": {"data": {"train": "v.csv"}}}}},
-        ),
+        (["--val-data", "v.csv"], {"held_out": None, "eval": {"sets": {"val": {"data": {"train": "v.csv"}}}}}),
         (
             ["--val-data", "v.csv", "--csv-img-key", "i", "--val-num-samples", "9"],
             {

@@ -33,12 +33,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "target"),
-    [
-        ("original", "out.pt"),
-        ("open_clip", "out.safetensors"),
-        ("safetensors", "out.safetensors"),
-    ],
+    ("layout", "target"), [("original", "out.pt"), ("open_clip", "out.safetensors"), ("safetensors", "out.safetensors")]
 )
 def test_round_trip(source: Path, layout: str, target: str) -> None:
     there, back = source.with_name(target), source.with_name("back.safetensors")
