@@ -53,7 +53,6 @@ def test_plots_are_drawn(page: "Page", folder: Path, name: str, scheme: str) -> 
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     for plot in plots:
         box = plot.bounding_box()
-        assert box is not None
         assert min(box["width"], box["height"]) > 100
         facts = plot.evaluate(
             """plot => {

@@ -131,7 +131,6 @@ def test_a_class_token_in_front_of_256_patches_costs_no_tiles(counts: list[Count
     assert {launch.kernel for _, launch in chosen} == {"forward_kernel", "dq_kernel", "dkdv_kernel"}
     for count, launch in chosen:
         share = useful(count, [launch])
-        assert share is not None
         assert USEFUL.get((count.arch, launch.kernel), 0.9) <= share <= 1, (count.arch, launch.kernel)
 
 

@@ -22,8 +22,6 @@ def test_the_chain_runs_and_is_not_run_twice(tmp_path, monkeypatch, capsys):
     told = subprocess.run([sys.executable, SCRIPT, "--help"], check=True, capture_output=True, text=True).stdout
     assert "--seeds" in told
     spec = spec_from_file_location("life_cycle", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
     script = module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, script)
     spec.loader.exec_module(script)

@@ -115,7 +115,6 @@ def test_pairs_that_are_mixed_are_not_parted() -> None:
 @pytest.mark.exhaustive
 def test_the_largest_batch_is_of_whole_pairs() -> None:
     found = largest(MIXED, replace(H100, memory_gib=0.2 + H100.beside_gib[1]))
-    assert found is not None
     assert found.job.chunk > 16
     assert found.job.global_batch == 3 * found.job.chunk
     assert found.job.chunk % 2 == 0

@@ -50,7 +50,6 @@ def small_classifier(**options: Any) -> VisionModel:
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     # Tables of rotations are made in float32.
     angles = plain_angles(model.config)[:, ::2]
-    assert model.rope is not None
     model.rope.cos, model.rope.sin = angles.cos(), angles.sin()
     return model
 
@@ -95,7 +94,6 @@ def test_one_step_equals_the_formulas(mixing: dict[str, Any], accumulation: int)
     torch.testing.assert_close(result.loss, loss.detach(), rtol=1e-10, atol=0)
     for name, parameter in model.named_parameters():
         gradient = before[name].grad
-        assert gradient is not None
         assert gradient.abs().max() > 1e-6, name
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-12, msg=name)
         top, *inner = name.split(".")
@@ -231,7 +229,6 @@ def test_recipes_have_the_published_values(name: str) -> None:
     config = get_recipe(name)
     batch_size, epochs, warmup, rate, layer_decay, drop_path, smoothing, crop, averaged = PUBLISHED[name]
     task, optim, schedule = config.task, config.optim, config.schedule
-    assert isinstance(task, ClassificationTask)
     assert (config.batch_size, schedule.epochs, optim.lr) == (batch_size, epochs, rate)
     assert schedule.warmup_share == pytest.approx(warmup / epochs)
     assert (optim.name, optim.beta1, optim.beta2, optim.eps) == ("adamw", 0.9, 0.999, 1e-8)

@@ -81,7 +81,6 @@ def test_a_killed_process_of_this_machine_holds_nothing(tmp_path: Path, sleeps: 
     with subprocess.Popen(
         [sys.executable, "-c", HOLDING, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=f"process {process.pid} on"):
             acquire(tmp_path)
@@ -89,7 +88,6 @@ def test_a_killed_process_of_this_machine_holds_nothing(tmp_path: Path, sleeps: 
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         # Nobody has asked for how it ended: its number is still there.
         with acquire(tmp_path) as lock:
-            assert lock.taken_from is not None
             assert lock.taken_from.pid == process.pid
     assert sleeps == []
     assert names(tmp_path) == []
@@ -305,7 +303,6 @@ def test_two_starts_of_one_run(run_config: Callable[..., TrainConfig], tmp_path:
     arguments = ["train", "tiny", "--config", str(path), "--resume", "auto"]
     command = [sys.executable, "-m", "evaclip", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout is not None
         next(line for line in first.stdout if line.startswith("step 10/"))
         assert main(arguments) == 2
         assert capsys.readouterr().err.startswith(f"error: process {first.pid} on ")

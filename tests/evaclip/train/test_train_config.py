@@ -180,7 +180,6 @@ def test_published_numbers(name, batch, samples, visual, text, dropout):
     config = get_recipe(name)
     optim = config.optim
     assert config.batch_size == batch
-    assert config.schedule.steps is not None
     assert config.schedule.steps * batch == pytest.approx(samples, rel=5e-3)
     assert (optim.visual.lr, optim.visual.layer_decay) == visual
     assert (optim.text.lr, optim.text.layer_decay) == text

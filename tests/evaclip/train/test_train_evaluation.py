@@ -148,7 +148,6 @@ def test_any_number_of_sets_by_name(run_config: Make, tmp_path: Path) -> None:
         assert metrics[f"{name}/classes"] == 3
     loaded = setting.loaded
     _, held_out = hold_out(open_source("synthetic", num_samples=40), 0.2, 0)
-    assert held_out is not None
     pairs = encode_pairs(loaded.model, loaded.tokenizer, loaded.transform, held_out)
     logits = loaded.model.logit_scale.exp() * pairs.image_features @ pairs.text_features.T
     pair = torch.arange(len(logits))
