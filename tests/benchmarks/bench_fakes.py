@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, float64
 
 from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, _registry, peer, register
 from benchmarks.results import Machine, Row
@@ -19,6 +19,17 @@ def tanh_inputs(shape: Shape, draw: Draw) -> Inputs:
 def tanh(x: Tensor) -> Tensor:
     """The operation."""
     return x.tanh()
+
+
+def tanh_but_in_float64(error: Exception) -> Function:
+    """The operation, with an error in the place of the truth."""
+
+    def function(x: Tensor) -> Tensor:
+        if x.dtype is float64:
+            raise error
+        return x.tanh()
+
+    return function
 
 
 def tanh_operation(**changes: Any) -> Operation:

@@ -152,30 +152,16 @@ class _LigerLoss(nn.Module):
 
 
 def _multi_tensor_lamb(
-    chunk: int,
-    overflow: Tensor,
-    lists: list[list[Tensor]],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    step: int,
-    bias_correction: int,
-    weight_decay: float,
-    grad_averaging: int,
-    mode: int,
-    global_grad_norm: Tensor,
-    max_grad_norm: float,
-    use_nvlamb: bool | None,
-) -> None:
+    chunk, overflow, lists, lr, beta1, beta2, epsilon, step, bias_correction, decay, averaging, mode, norm, most, nvlamb
+):
     """The kernel's arithmetic; like the kernel, it leaves the direction in the gradients."""
-    assert (bias_correction, grad_averaging, mode) == (1, 1, 1)
-    assert float(global_grad_norm) <= max_grad_norm
+    assert (bias_correction, averaging, mode) == (1, 1, 1)
+    assert float(norm) <= most
     for g, p, m, v in zip(*lists, strict=True):
         m.mul_(beta1).add_(g, alpha=1 - beta1)
         v.mul_(beta2).add_(g.square(), alpha=1 - beta2)
-        g.copy_(m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + epsilon) + weight_decay * p)
-        ratio = p.norm() / g.norm() if use_nvlamb or weight_decay != 0 else 1.0
+        g.copy_(m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + epsilon) + decay * p)
+        ratio = p.norm() / g.norm() if nvlamb or decay != 0 else 1.0
         p.sub_(lr * ratio * g)
 
 

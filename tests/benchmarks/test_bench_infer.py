@@ -6,15 +6,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cli, engines, infer
-from benchmarks import machine as machines
 from benchmarks.engines import ENGINES, Engine
 from benchmarks.results import read_results
 
 
 @pytest.fixture(autouse=True)
-def steady(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine whose ceilings need not be measured, and no pauses."""
-    monkeypatch.setattr(machines, "ceilings", lambda device, dtypes: (10.0, {"float32": 0.1}))
+def without_pauses(monkeypatch, steady):
     monkeypatch.setattr(infer, "_PAUSE", 0)
 
 

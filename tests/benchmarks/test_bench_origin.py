@@ -46,8 +46,7 @@ def test_of_a_checkout_that_is_not_compiled_the_installed_one_is_measured(checko
     assert chosen(monkeypatch, "all", path=[checkout]) == ["", str(checkout)]
 
 
-def test_a_run_says_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machines, "ceilings", lambda device, dtypes: (10.0, {"float32": 0.1}))
+def test_a_run_says_what_it_measured(monkeypatch, steady):
     there = machines.describe(torch.device("cpu"), (), ())
     assert there.package == (
         f"evakernels/__init__.py of this checkout, {evakernels.__version__}, compiled, {_native.active_isa()}"
@@ -58,10 +57,9 @@ def test_a_run_says_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machines.describe(torch.device("cpu"), (), ()).package.startswith(f"{evakernels.__file__}, ")
 
 
-def test_without_the_compiled_library_a_run_says_so_loudly(monkeypatch, capsys):
+def test_without_the_compiled_library_a_run_says_so_loudly(monkeypatch, capsys, steady):
     monkeypatch.setattr(_native, "LOADED", False)
     monkeypatch.setattr(_native, "REASON", "not built: nobody did")
-    monkeypatch.setattr(machines, "ceilings", lambda device, dtypes: (10.0, {"float32": 0.1}))
     told = "NO COMPILED LIBRARY (not built: nobody did): evakernels is measured on its references"
     there = machines.describe(torch.device("cpu"), (), ())
     assert there.package.endswith(", not compiled")
