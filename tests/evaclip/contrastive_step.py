@@ -15,6 +15,15 @@ def groups_of(model: CLIP, config: OptimConfig) -> list[Group]:
     return parameter_groups(model, Contrastive.towers_of(model), config)
 
 
+def random_batch(dtype=torch.float32):
+    """Eight pictures and captions."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(8, 3, 16, 16, generator=generator, dtype=dtype)
+    tokens = torch.randint(1, 40_000, (8, 16), generator=generator)
+    tokens[:, 7] = 49_407
+    return images, tokens
+
+
 def contrastive_step(model, optim, options=None, loss=None, device="cpu", world=None):
     task = Contrastive(model, ContrastiveLoss(loss or LossConfig()).to(device))
     optimizer = build_optimizer(groups_of(model, optim), optim)

@@ -36,34 +36,35 @@ def plain(kind):
 
 def scaled(branch, layer_scale, row_scale):
     branch = branch if layer_scale is None else branch * layer_scale
-    return branch if row_scale is None else branch * row_scale.to(branch.dtype)[:, None, None]
+    if row_scale is None:
+        return branch
+    return branch * row_scale.to(branch.dtype).view(-1, *[1] * (branch.dim() - 1))
+
+
+def joined(name, row_scale):
+    """Our norm of this name that is joined with a residual connection."""
+
+    def ours(residual, branch, weight, bias, layer_scale):
+        parameters = (weight,) if "rms" in name else (weight, bias)
+        options = {"layer_scale": layer_scale, "row_scale": row_scale, "eps": EPS}
+        return getattr(evakernels, name)(residual, branch, *parameters, **options)
+
+    return ours
 
 
 def add_then_norm(kind, row_scale):
-    def ours(residual, branch, weight, bias, layer_scale):
-        options = {"layer_scale": layer_scale, "row_scale": row_scale, "eps": EPS}
-        if kind == "rms":
-            return evakernels.add_rms_norm(residual, branch, weight, **options)
-        return evakernels.add_layer_norm(residual, branch, weight, bias, **options)
-
     def theirs(residual, branch, weight, bias, layer_scale):
         x = residual + scaled(branch, layer_scale, row_scale)
         return torch_norm(kind, x, weight, bias), x
 
-    return ours, theirs
+    return joined(f"add_{kind}_norm", row_scale), theirs
 
 
 def norm_then_add(kind, row_scale):
-    def ours(residual, branch, weight, bias, layer_scale):
-        options = {"layer_scale": layer_scale, "row_scale": row_scale, "eps": EPS}
-        if kind == "rms":
-            return evakernels.rms_norm_add(residual, branch, weight, **options)
-        return evakernels.layer_norm_add(residual, branch, weight, bias, **options)
-
     def theirs(residual, branch, weight, bias, layer_scale):
         return residual + scaled(torch_norm(kind, branch, weight, bias), layer_scale, row_scale)
 
-    return ours, theirs
+    return joined(f"{kind}_norm_add", row_scale), theirs
 
 
 def parameters(kind, width, affine):

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from plain_vision import plain_angles, plain_vision
+from plain_vision import plain_vision, turn_exactly
 from small_options import CLASSIFIER
 from torch import Tensor
 
@@ -48,9 +48,7 @@ def small_classifier(**options: Any) -> VisionModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    # Tables of rotations are made in float32.
-    angles = plain_angles(model.config)[:, ::2]
-    model.rope.cos, model.rope.sin = angles.cos(), angles.sin()
+    turn_exactly(model)
     return model
 
 

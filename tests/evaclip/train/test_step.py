@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from contrastive_step import contrastive_step
+from contrastive_step import contrastive_step, random_batch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,11 +31,7 @@ BATCH = 8
 
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(BATCH, 3, 16, 16, generator=generator)
-    tokens = torch.randint(1, 40_000, (BATCH, 16), generator=generator)
-    tokens[:, 7] = 49_407
-    return images, tokens
+    return random_batch()
 
 
 def make_step(model, options=None, loss=None, device="cpu", world=None, **optim):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_step import contrastive_step
+from contrastive_step import contrastive_step, random_batch
 from torch import Tensor, nn
 
 from evaclip.model.clip import CLIP
@@ -27,11 +27,7 @@ Gradients = dict[str, Tensor]
 
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(BATCH, 3, 16, 16, generator=generator, dtype=torch.float64)
-    tokens = torch.randint(1, 40_000, (BATCH, 16), generator=generator)
-    tokens[:, 7] = 49_407
-    return images, tokens
+    return random_batch(torch.float64)
 
 
 @pytest.fixture
