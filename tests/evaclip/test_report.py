@@ -39,24 +39,12 @@ schedule: {steps: 80}
 
 def log_record(step: int, loss: float | None) -> dict[str, Any]:
     return {
-        "step": step,
-        "samples": step * 256,
-        "epoch": step / 4,
-        "loss": loss,
-        "lr": 1e-3 / step,
-        "lr_visual": 2e-3 / step,
-        "accuracy": 0.01 * step,
-        "loss_scale": 65536.0 if step < 9 else 32768.0,
-        "grad_norm": 2.0,
-        "grad_norm_visual": 1.5,
-        "grad_norm_text": 0.5,
-        "skipped": 0,
-        "bad_samples": step // 30,
-        "samples_per_second": 100.0 + step,
-        "communication": 0.25 if step % 10 == 1 else None,
-        "mfu": 0.25,
+        "step": step, "samples": step * 256, "epoch": step / 4, "loss": loss, "lr": 1e-3 / step,
+        "lr_visual": 2e-3 / step, "accuracy": 0.01 * step, "loss_scale": 65536.0 if step < 9 else 32768.0,
+        "grad_norm": 2.0, "grad_norm_visual": 1.5, "grad_norm_text": 0.5, "skipped": 0, "bad_samples": step // 30,
+        "samples_per_second": 100.0 + step, "communication": 0.25 if step % 10 == 1 else None, "mfu": 0.25,
         "seconds": step * 2.0,
-    }
+    }  # fmt: skip
 
 
 def save_evaluations(folder: Path) -> None:
@@ -176,16 +164,9 @@ def test_the_charts_follow_the_theme(run: Path) -> None:
 def test_every_number_that_was_logged_has_a_chart(run: Path) -> None:
     figures = re.findall(r"<figcaption>(.*?)</figcaption>", render_page(read_run(run)))
     assert figures == [
-        "Accuracy in the batch",
-        "Learning rate",
-        "Gradient norm",
-        "Loss scale",
-        "Samples a second",
-        "Model FLOP/s over the peak (MFU)",
-        "Time in communication",
-        "Left out so far",
-        "Evaluation: top1",
-    ]
+        "Accuracy in the batch", "Learning rate", "Gradient norm", "Loss scale", "Samples a second",
+        "Model FLOP/s over the peak (MFU)", "Time in communication", "Left out so far", "Evaluation: top1",
+    ]  # fmt: skip
     charts = {panel.title: panel.series for panel in panels(read_run(run).log)}
     assert [series.label for series in charts["Gradient norm"]] == ["all", "image tower", "text tower"]
     assert [series.label for series in charts["Learning rate"] if series.y] == ["image tower", "the rest"]
@@ -334,13 +315,8 @@ def test_folders_that_are_no_runs_are_told(run: Path, tmp_path: Path) -> None:
 
 def test_numbers_have_the_digits_they_deserve() -> None:
     assert [percent(share) for share in (0, 0.00052, 0.0052, 0.0123, 0.063, 0.9)] == [
-        "0 %",
-        "0.052 %",
-        "0.52 %",
-        "1.2 %",
-        "6.3 %",
-        "90.0 %",
-    ]
+        "0 %", "0.052 %", "0.52 %", "1.2 %", "6.3 %", "90.0 %",
+    ]  # fmt: skip
     assert times_chance(Bar("", 0.06, 0.0005)) == "120 ×"  # noqa: RUF001
     assert times_chance(Bar("", 0.0006, 0.0005)) == "1.2 ×"  # noqa: RUF001
     assert [short_number(value) for value in (12, 1_500, 2_000_000, 3e9)] == ["12", "1.5k", "2M", "3B"]

@@ -33,16 +33,8 @@ OPS = {
 }
 """What one process runs: it reads the kernels that these have in common once."""
 MORE = (
-    "every_mix",
-    "no_rows",
-    "one_element",
-    "strided",
-    "finite",
-    "bit_equal",
-    "lamb",
-    "native_optimizers",
-    "any_layout",
-)
+    "every_mix", "no_rows", "one_element", "strided", "finite", "bit_equal", "lamb", "native_optimizers", "any_layout",
+)  # fmt: skip
 # Not the tests that are about the size of other kernels' chunks and tiles, nor those of the files that "lamb" and
 # "native_optimizers" name which are of their ops, whichever kernels serve them.
 OTHERS = "several_chunks or opcheck or compiles or training or of_bfloat16_products"

@@ -54,13 +54,9 @@ class Machine:
         path = {"PATH": os.pathsep.join([str(self.programs), os.environ["PATH"]])}
         command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", "built"]
         done = subprocess.run(
-            command,
-            cwd=self.project,
-            env=os.environ | asked | path | environment,
-            capture_output=True,
-            text=True,
+            command, cwd=self.project, env=os.environ | asked | path | environment, capture_output=True, text=True,
             check=False,
-        )
+        )  # fmt: skip
         record = self.project / "built" / RECORD
         return json.loads(record.read_text()) if done.returncode == 0 else {}, done.stdout + done.stderr
 

@@ -302,14 +302,9 @@ def test_waiting_is_reported_while_it_lasts(shards, tmp_path, caplog):
             gate.touch()
 
     loader = TrainLoader(
-        open_source(shards),
-        batch_size=2,
-        transform=SlowTransform(gate),
-        targets=number_tokens,
-        seed=0,
-        workers=1,
+        open_source(shards), batch_size=2, transform=SlowTransform(gate), targets=number_tokens, seed=0, workers=1,
         patience=0.2,
-    )
+    )  # fmt: skip
     handler = OpensTheGate()
     logging.getLogger("evaclip.data").addHandler(handler)
     try:

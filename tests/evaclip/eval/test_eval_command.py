@@ -24,14 +24,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a few steps that also kept a moving average."""
     recipe = get_recipe("tiny")
     config = replace(
-        recipe,
-        output=str(tmp_path_factory.mktemp("runs")),
-        batch_size=8,
-        schedule=replace(recipe.schedule, steps=4),
-        ema_decay=0.5,
-        eval=EvalConfig(),
-        log=LogConfig(every_steps=1, tensorboard=False, progress="none"),
-    )
+        recipe, output=str(tmp_path_factory.mktemp("runs")), batch_size=8, schedule=replace(recipe.schedule, steps=4),
+        ema_decay=0.5, eval=EvalConfig(), log=LogConfig(every_steps=1, tensorboard=False, progress="none"),
+    )  # fmt: skip
     return train(config).folder
 
 

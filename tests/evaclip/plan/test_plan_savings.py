@@ -20,14 +20,9 @@ searched = pytest.mark.exhaustive
 A100 = get_gpu("a100-80g")
 # A trace takes as long as there are operators, so blocks are few; 343 samples can be cut into 1, 7, 49 or 343 chunks.
 JOB = Job(
-    model="EVA02-CLIP-B-16",
-    options={"vision": {"layers": 2}, "text": {"layers": 1, "vocab_size": 1000}},
-    gpus=2,
-    global_batch=2 * 343,
-    token_dropout=0.5,
-    savings=Savings(recompute="activations"),
-    samples=10**9,
-)
+    model="EVA02-CLIP-B-16", options={"vision": {"layers": 2}, "text": {"layers": 1, "vocab_size": 1000}}, gpus=2,
+    global_batch=2 * 343, token_dropout=0.5, savings=Savings(recompute="activations"), samples=10**9,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
