@@ -22,7 +22,6 @@ from evaclip.report.charts import Bar, draw_loss, percent, short_number, times_c
 from evaclip.report.curves import Series, panels, thinned
 from evaclip.report.page import render_page
 from evaclip.report.run_data import duration, loss_curve, read_run
-from evaclip.train.overrides import validate
 from evaclip.train.trainer import train
 
 CONFIG = """\
@@ -229,23 +228,10 @@ def test_several_runs_stand_beside_each_other(run: Path, tmp_path: Path, capsys:
     assert "the same run is given twice" in capsys.readouterr().err
 
 
-def test_a_run_of_the_trainer_has_a_report(tmp_path: Path) -> None:
+def test_a_run_of_the_trainer_has_a_report(run_config, tmp_path):
     """Nothing but what `evaclip train` leaves."""
-    tiny = {"width": 16, "layers": 1, "heads": 2}
-    options = {"embed_dim": 16, "vision": {**tiny, "image_size": 16, "patch_size": 4}, "text": tiny}
-    config = validate(
-        {
-            "name": "run",
-            "output": str(tmp_path),
-            "batch_size": 8,
-            "device": "cpu",
-            "data": {"train": "synthetic", "num_samples": 40, "workers": 0},
-            "model": {"name": "tiny", "options": options},
-            "schedule": {"steps": 4},
-            "log": {"every_steps": 1, "tensorboard": False, "progress": "none"},
-            "eval": {"sets": {"val": {"data": {"num_samples": 32, "workers": 0}, "samples": 8}}, "every_steps": 2},
-        }
-    )
+    val = "{val: {data: {num_samples: 32, workers: 0}, samples: 8}}"
+    config = run_config("schedule.steps=4", "log.progress=none", f"eval={{sets: {val}, every_steps: 2}}")
     train(config)
     text = render_page(read_run(tmp_path / "run"))
     figures = re.findall(r"<figcaption>(.*?)</figcaption>", text)
