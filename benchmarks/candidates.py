@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 import evakernels
-from benchmarks.operation import Function, Kind, Operation, peers_of, version_of
+from benchmarks.operation import Function, Kind, Operation, peers_of
 from evaclip.errors import UserError, unknown_name
+from evaclip.machine import version_of
 from evakernels.backends import PREFERENCE, why_not
 
 OURS, COMPILE = "evakernels", "torch.compile"
@@ -51,7 +52,7 @@ def candidates(
     """
     found, absent = _ours(op, device, backends)
     version = version_of(op.baseline.package) or ""
-    found.append(Candidate(op.baseline.name, "baseline", version, lambda shape: op.eager))
+    found.append(Candidate(op.baseline.name, "baseline", version, _always(op.eager)))
     if not peers or COMPILE in peers:
         found.append(Candidate(COMPILE, "peer", torch.__version__, lambda shape: compiled(op.eager)))
     for peer in peers_of(op.name):
@@ -84,19 +85,19 @@ def _composed(op: Operation, backends: Sequence[str], version: str) -> list[Cand
     found = []
     if set(backends) != {"reference"}:
         ways = {OURS: op.ours, **{f"{OURS} {name}": function for name, function in op.variants.items()}}
-        found += [Candidate(name, "ours", version, partial(_given, function)) for name, function in ways.items()]
+        found += [Candidate(name, "ours", version, _always(function)) for name, function in ways.items()]
     if not backends or "reference" in backends:
         found.append(_on_backend(op, "reference", version))
     return found
 
 
-def _given(function: Function, shape: Any) -> Function:
-    return function
+def _always(function: Function) -> Callable[[Any], Function]:
+    return lambda shape: function
 
 
 def _on_backend(op: Operation, backend: str, version: str) -> Candidate:
     context = partial(evakernels.use_backend, backend)
-    return Candidate(f"{OURS} {backend}", "ours", version, lambda shape: op.ours, context)
+    return Candidate(f"{OURS} {backend}", "ours", version, _always(op.ours), context)
 
 
 def check_names(chosen: Sequence[Operation], backends: Sequence[str], peers: Sequence[str]) -> None:

@@ -58,10 +58,7 @@ _EXAMPLES = {
         "python -m benchmarks data",
         "python -m benchmarks data --shards 20 --per-shard 2000 --json data.json --plot data.png",
     ],
-    "metadata": [
-        "python -m benchmarks metadata",
-        "python -m benchmarks metadata --ranks 8 --shards 1000",
-    ],
+    "metadata": ["python -m benchmarks metadata", "python -m benchmarks metadata --ranks 8 --shards 1000"],
     "audit": [
         "python -m benchmarks audit layer_norm swiglu",
         "python -m benchmarks audit --kernels triton",

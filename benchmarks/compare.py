@@ -333,11 +333,7 @@ def _print_shifts(console: Console, shifts: Sequence[Shift]) -> None:
 def _print_differences(console: Console, title: str, differences: Sequence[Difference], style: str) -> None:
     if not differences:
         return
-    table = plain_table()
-    for name in ("what", "operation", "candidate"):
-        table.add_column(name, overflow="fold")
-    for name in ("before", "after", "change", "noise"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = plain_table("what", "operation", "candidate", "before", "after", "change", "noise", texts=3)
     for difference in sorted(differences, key=lambda one: (one.what, -(one.change or 0))):
         table.add_row(*map(Text, _cells(difference)))
     console.print()

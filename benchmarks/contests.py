@@ -1,38 +1,23 @@
 """Rows side by side: who is the fastest of each kind in a case, and how this library compares with the others."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import TypeVar
 
 from benchmarks.results import Row
 
+T = TypeVar("T")
+K = TypeVar("K")
 
-@dataclass(frozen=True)
+
 class Contest:
-    """The rows of one case: candidates that were measured side by side."""
+    """The rows of one case, `op`, `mode`, `shape` and `dtype`: candidates that were measured side by side."""
 
-    rows: tuple[Row, ...]
-
-    @property
-    def op(self) -> str:
-        """The operation."""
-        return self.rows[0].op
-
-    @property
-    def mode(self) -> str:
-        """`forward` or `training`."""
-        return self.rows[0].mode
-
-    @property
-    def shape(self) -> str:
-        """Name of the shape."""
-        return self.rows[0].shape
-
-    @property
-    def dtype(self) -> str:
-        """Name of the dtype."""
-        return self.rows[0].dtype
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = tuple(rows)
+        self.op, self.mode, self.shape, self.dtype, _ = rows[0].case
 
     @property
     def title(self) -> str:
@@ -86,20 +71,22 @@ class Contest:
         return min(rows, key=lambda row: row.median_ms or 0.0, default=None)
 
 
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """The items by their keys, in the order of the first ones."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
 def contests(rows: Iterable[Row]) -> list[Contest]:
     """The rows by case, in the order of their first rows."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.case, []).append(row)
-    return [Contest(tuple(group)) for group in groups.values()]
+    return list(map(Contest, grouped(rows, lambda row: row.case).values()))
 
 
 def panels(found: Iterable[Contest]) -> dict[tuple[str, str, str], list[Contest]]:
     """The contests that are shown together: of the same operation, mode and dtype; they differ in their shapes."""
-    groups: dict[tuple[str, str, str], list[Contest]] = {}
-    for contest in found:
-        groups.setdefault((contest.op, contest.mode, contest.dtype), []).append(contest)
-    return groups
+    return grouped(found, lambda contest: (contest.op, contest.mode, contest.dtype))
 
 
 @dataclass(frozen=True)

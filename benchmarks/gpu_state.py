@@ -2,8 +2,7 @@
 
 import importlib
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +64,13 @@ def read_state(device: torch.device) -> GpuState | None:
     except ModuleNotFoundError:
         return None
     try:
-        with _session(nvml):
-            return _read(nvml, _handle(nvml, device))
+        nvml.nvmlInit()
+        try:
+            # By UUID: torch numbers the GPUs that CUDA_VISIBLE_DEVICES leaves, NVML those of the machine.
+            uuid = torch.cuda.get_device_properties(device).uuid
+            return _read(nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
+        finally:
+            nvml.nvmlShutdown()
     except (nvml.NVMLError, AttributeError):  # later versions have other names for some of it
         return None
 
@@ -89,20 +93,6 @@ def notes(before: GpuState | None, after: GpuState | None) -> list[str]:
     if others:
         found.append(f"busy: {others} other {'process' if others == 1 else 'processes'} on the GPU")
     return found
-
-
-@contextmanager
-def _session(nvml: Any) -> Iterator[None]:
-    nvml.nvmlInit()
-    try:
-        yield
-    finally:
-        nvml.nvmlShutdown()
-
-
-def _handle(nvml: Any, device: torch.device) -> Any:
-    """By UUID: torch numbers the GPUs that CUDA_VISIBLE_DEVICES leaves, NVML those of the machine."""
-    return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
 
 def _read(nvml: Any, handle: Any) -> GpuState:

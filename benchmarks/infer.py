@@ -18,11 +18,11 @@ from torch import nn
 from benchmarks import machine as machines
 from benchmarks.cases._captions import texts
 from benchmarks.engines import DTYPES, ENGINES, Array, Batch, Engine, Run, Subject
-from benchmarks.operation import version_of
 from benchmarks.results import Results, Row
 from benchmarks.table import make_console, plain_table, print_absent, print_machine, print_notes
 from evaclip.errors import UserError, unknown_name
 from evaclip.loading import RANDOM, LoadedModel, load_model
+from evaclip.machine import version_of
 from evaclip.portable.probe import cosines
 
 LONGEST = 15.0
@@ -112,12 +112,9 @@ def show(results: Results) -> None:
     for op in dict.fromkeys(row.op for row in results.rows):
         rows = [row for row in results.rows if row.op == op]
         batches = list(dict.fromkeys(row.sizes["batch"] for row in rows))
-        table = plain_table()
         console.print(f"\n{op}: median and least ms of a call, inputs a second", style="bold")
-        for title in ("engine", "dtype", "cosine"):
-            table.add_column(title, no_wrap=True)
-        for batch, title in product(batches, ("median", "least", "/s")):
-            table.add_column(f"{batch}: {title}" if title == "median" else title, justify="right", no_wrap=True)
+        titles = [title for batch in batches for title in (f"{batch}: median", "least", "/s")]
+        table = plain_table("engine", "dtype", "cosine", *titles, texts=3)
         for candidate, dtype in dict.fromkeys((row.candidate, row.dtype) for row in rows):
             own = {row.sizes["batch"]: row for row in rows if (row.candidate, row.dtype) == (candidate, dtype)}
             cells = [cell for batch in batches for cell in _cells(own.get(batch))]

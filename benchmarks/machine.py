@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 import cpuinfo
@@ -21,6 +20,7 @@ from benchmarks import origin
 from benchmarks.gpu_state import notes as gpu_notes
 from benchmarks.gpu_state import read_state
 from benchmarks.results import Machine
+from evaclip.machine import version_of
 from evakernels.nn import linear
 
 _DEFAULT_CACHE = 32 << 20
@@ -156,13 +156,8 @@ def _cache_bytes(device: torch.device) -> int:
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in sorted({"torch", "triton", *packages}):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    found = {package: version_of(package) for package in sorted({"torch", "triton", *packages})}
+    return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
 
 
 def commit() -> str:

@@ -124,12 +124,9 @@ def _appoint(case: Case) -> _Judge:
         (_, outputs), *gradients = _results(case, case.op.eager, case.draw(_JUDGED_SEED))
     except Exception:  # its own row will tell
         return _Judge(truth)
-    found = [("forward", outputs), *gradients]
-    return _Judge(truth, accuracy.forms(outputs), _errors(found, truth))
-
-
-def _errors(found: Iterable[tuple[str, list[Tensor]]], truth: dict[str, list[Tensor]]) -> dict[str, float]:
-    return {mode: accuracy.relative_error(values, truth[mode]) for mode, values in found if mode in truth}
+    found = dict([("forward", outputs), *gradients])
+    errors = {mode: accuracy.relative_error(values, truth[mode]) for mode, values in found.items() if mode in truth}
+    return _Judge(truth, accuracy.forms(outputs), errors)
 
 
 def _first(case: Case, candidate: Candidate, timer: Timer, judge: _Judge) -> None:

@@ -6,28 +6,20 @@ import pickle
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import psutil
-import safetensors
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -67,16 +59,11 @@ class Cost:
 
 
 def measure_checkpoint(ranks: int, folder: Path) -> Iterator[Cost]:
-    """The costs of one set of tensors, such as the weights or the averages, in so many processes' parts.
-
-    What torch's distributed checkpointing takes for the same is measured beside it; nothing of a training uses that.
-    """
+    """The costs of one set of tensors, such as the weights or the averages, in so many processes' parts."""
     whole = folder / "joined.safetensors"
     names = [f"visual.blocks.{number // 12}.part.{number % 12}.weight" for number in range(TENSORS)]
     own = {name: torch.zeros(ROWS) for name in names}
     yield _cost("save: the first process's part and the index", lambda: tensor_files.write_parts(own, folder, 0, ranks))
-    plans = [_plan(names, ranks, rank) for rank in range(ranks)]
-    yield _cost("save by torch: the plan of all, by the first", lambda: create_default_global_save_plan(plans))
     _write(folder, names, ranks)
     yield _cost("join", lambda: parts.join(folder, whole))
     whole.unlink()
@@ -87,7 +74,6 @@ def measure_checkpoint(ranks: int, folder: Path) -> Iterator[Cost]:
             name: DTensor.from_local(torch.zeros(ROWS), mesh, [Shard(0)], **how) for name in names
         }
         yield _cost("resume: one process", lambda: (parts.likes(folder), parts.read(targets, folder)))
-        yield _cost("resume by torch: one process", lambda: _read_by_torch(targets, folder))
 
 
 def measure_list(shards: int, folder: Path) -> Iterator[Cost]:
@@ -112,9 +98,7 @@ def measure_list(shards: int, folder: Path) -> Iterator[Cost]:
 
 def show(ranks: Sequence[int], shards: int) -> None:
     """Measures and prints."""
-    table = plain_table()
-    for title in ("", "CPU s", "opens", "MB"):
-        table.add_column(title, justify="right" if title else "left")
+    table = plain_table("", "CPU s", "opens", "MB")
     machine = describe(torch.device("cpu"), (), ("torch",))
     for count in ranks:
         with tempfile.TemporaryDirectory() as folder:
@@ -144,25 +128,18 @@ def _work(source: Any, send: Any) -> None:
 
 def _cost(what: str, call: Callable[[], object]) -> Cost:
     opens = 0
-    original = safetensors.safe_open
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal opens
         if counting and event == "open" and str(arguments[0]).endswith((".safetensors", parts.INDEX)):
             opens += 1
 
-    def opened(*arguments: Any, **options: Any) -> Any:  # by code that isn't Python's
-        nonlocal opens
-        opens += 1
-        return original(*arguments, **options)
-
     counting = True
     sys.addaudithook(count)
     process = psutil.Process()
-    with patch("safetensors.safe_open", opened):
-        before, begin = process.memory_info().rss, time.process_time()
-        call()
-        seconds, after = time.process_time() - begin, process.memory_info().rss
+    before, begin = process.memory_info().rss, time.process_time()
+    call()
+    seconds, after = time.process_time() - begin, process.memory_info().rss
     counting = False  # a hook can't be removed
     return Cost(what, seconds, opens, max(0, after - before) / 1e6)
 
@@ -175,19 +152,6 @@ def _write(folder: Path, names: Sequence[str], ranks: int) -> None:
         save_file(own, folder / parts.part_name(rank), {parts.PLACES: places, "format": "pt"})
     about = {name: {"dtype": "F32", "shape": [ROWS * ranks], "files": [0, ranks]} for name in names}
     (folder / parts.INDEX).write_text(json.dumps({"files": ranks, "tensors": about}))
-
-
-def _plan(names: Sequence[str], ranks: int, rank: int) -> SavePlan:
-    offsets, size, about = torch.Size([rank * ROWS]), torch.Size([ROWS * ranks]), TensorProperties(torch.float32)
-    data = TensorWriteData(ChunkStorageMetadata(offsets, torch.Size([ROWS])), about, size)
-    return SavePlan([WriteItem(MetadataIndex(name, offsets), WriteItemType.SHARD, tensor_data=data) for name in names])
-
-
-def _read_by_torch(targets: dict[str, Tensor], folder: Path) -> None:
-    HuggingFaceStorageReader(str(folder)).read_metadata()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
 @contextmanager

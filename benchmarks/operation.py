@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from inspect import signature
 from typing import Any, Literal, Protocol
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.shapes import Shape, parse_shape
 from evaclip.errors import UserError, unknown_name
+from evaclip.machine import version_of
 from evakernels._names import hint
 
 Inputs = dict[str, Any]
@@ -232,14 +232,6 @@ def peer(
         return build
 
     return add
-
-
-def version_of(package: str) -> str | None:
-    """The version of a distribution; None if it isn't installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def operations() -> dict[str, Operation]:

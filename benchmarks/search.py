@@ -1,7 +1,7 @@
 """Recall and time of a search: generated embeddings in a store, exactly and by the approximate index."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.machine import describe
+from benchmarks.table import plain_table
 from evaclip.runtime.search import search
 from evaclip.runtime.store import Row, Store
 
@@ -49,7 +49,8 @@ def measure(folder: Path, rows: int, approximate: bool, say: Callable[[str], Non
     queries = _unit(_around(QUERIES, np.random.default_rng(1)))
     with Store.create(folder, {"name": "generated", "dim": DIM}) as store:
         began, best = time.process_time(), []
-        for start, embeddings in _batches(rows):
+        for start in range(0, rows, BATCH):
+            embeddings = _unit(_around(min(BATCH, rows - start), np.random.default_rng([2, start])))
             store.add(embeddings, [Row(f"{n}.jpg", "00") for n in range(start, start + len(embeddings))])
             best.append(_best(queries @ embeddings.astype(np.float16).astype(np.float32).T, start))
         say(f"{rows:,} rows: added and compared in {time.process_time() - began:.0f} s of processors")
@@ -69,13 +70,12 @@ def measure(folder: Path, rows: int, approximate: bool, say: Callable[[str], Non
 def show(found: list[Measured]) -> None:
     """A table, and what it was measured on."""
     machine = describe(torch.device("cpu"), (), ("numpy", "scikit-learn"))
-    table = Table(title=f"The {TOP} nearest of rows of {DIM}, milliseconds a query", title_justify="left")
-    for column in ("rows", "search", "recall", "median", "least", "processors: median", "least"):
-        table.add_column(column, justify="left" if column == "search" else "right")
+    table = plain_table("search", "rows", "recall", "median", "least", "processors: median", "least")
     for row in found:
         times = (f"{value:.1f}" for value in (row.wall, row.least_wall, row.cpu, row.least_cpu))
-        table.add_row(f"{row.rows:,}", row.name, f"{row.recall:.3f}", *times)
+        table.add_row(row.name, f"{row.rows:,}", f"{row.recall:.3f}", *times)
     console = Console()
+    console.print(f"The {TOP} nearest of rows of {DIM}, milliseconds a query")
     console.print(table)
     console.print(f"{machine.name}, {machine.date}", style="dim")
 
@@ -90,11 +90,6 @@ def _measured(name: str, method: Callable[..., Any], store: Store, queries: Arra
         cpu.append(1e3 * (time.process_time() - began[1]))
         hits += len(set(numbers.tolist()) & set(expected.tolist()))
     return Measured(len(store), name, hits / truth.size, median(wall), min(wall), median(cpu), min(cpu))
-
-
-def _batches(rows: int) -> Iterator[tuple[int, Array]]:
-    for start in range(0, rows, BATCH):
-        yield start, _unit(_around(min(BATCH, rows - start), np.random.default_rng([2, start])))
 
 
 def _around(count: int, draw: np.random.Generator) -> Array:

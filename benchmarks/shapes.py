@@ -70,7 +70,8 @@ class Shape:
 @cache
 def short_names() -> dict[str, str]:
     """Configuration names by the short names that shapes use: `eva02-l14` for `EVA02-CLIP-L-14`."""
-    return {_shorten(name): name for name in list_models()}
+    names = {name.lower().replace("-clip", ""): name for name in list_models()}
+    return {re.sub(r"-([a-z]+)-(\d+)", r"-\1\2", short): name for short, name in names.items()}
 
 
 def parse_shape(name: str) -> Shape:
@@ -132,7 +133,3 @@ def _vision_shape(config: CLIPConfig, model: str, pixels: int, batch: int, drop:
         pixels=pixels,
         drop=drop,
     )
-
-
-def _shorten(name: str) -> str:
-    return re.sub(r"-([a-z]+)-(\d+)", r"-\1\2", name.lower().replace("-clip", ""))

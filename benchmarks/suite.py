@@ -8,11 +8,11 @@ import torch
 from benchmarks import machine as machines
 from benchmarks.candidates import candidates, check_names
 from benchmarks.measure import Case, measure
-from benchmarks.operation import Operation, Sizes, peers_of
+from benchmarks.operation import Operation, peers_of
 from benchmarks.results import Results
 from benchmarks.timing import CpuTimer, Timer
 from evaclip.errors import UserError
-from evaclip.machine import keep_freed_memory
+from evakernels import keep_freed_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
@@ -75,15 +75,11 @@ def list_cases(operations: Sequence[Operation], plan: Plan) -> list[Case]:
     return [
         Case(op, shape, mode, DTYPES[dtype], torch.device(plan.device))
         for op in operations
-        for shape in _shapes(op, plan)
+        for shape in map(op.shape, plan.shapes or op.shapes[plan.device][: plan.first or None])
         for dtype in plan.dtypes or DEFAULT_DTYPES[plan.device]
         for mode in op.modes
         if not plan.modes or mode in plan.modes
     ]
-
-
-def _shapes(op: Operation, plan: Plan) -> list[Sizes]:
-    return [op.shape(name) for name in plan.shapes or op.shapes[plan.device][: plan.first or None]]
 
 
 def _device(name: str) -> torch.device:

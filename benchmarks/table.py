@@ -78,9 +78,15 @@ def make_console() -> Console:
     return Console(highlight=False, width=PIPED_WIDTH)
 
 
-def plain_table() -> Table:
-    """A table without lines but that below its head."""
-    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+def plain_table(*titles: str, texts: int = 1) -> Table:
+    """A table without lines but that below its head; its columns are so many of texts, and then numbers."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    for number, title in enumerate(titles):
+        if number < texts:
+            table.add_column(title, overflow="fold")
+        else:
+            table.add_column(title, justify="right", no_wrap=True)
+    return table
 
 
 def print_machine(console: Console, machine: Machine) -> None:
@@ -107,9 +113,7 @@ def print_absent(console: Console, absent: dict[str, str]) -> None:
 
 
 def _print_summary(console: Console, found: Sequence[Contest]) -> None:
-    table = plain_table()
-    for title in ("operation", "mode", "shape", "dtype", "ours, ms", "best peer, ms", "verdict"):
-        table.add_column(title, overflow="fold")
+    table = plain_table("operation", "mode", "shape", "dtype", "ours, ms", "best peer, ms", "verdict", texts=7)
     for contest in found:
         one = verdict(contest)
         style = {"faster": "green", "slower": "yellow"}.get(one.word, "") if one else ""
@@ -143,10 +147,7 @@ def _used_columns(group: list[Contest]) -> list[Column]:
 
 
 def _group_table(group: list[Contest], columns: list[Column]) -> Table:
-    table = plain_table()
-    table.add_column("shape, candidate")
-    for column in columns:
-        table.add_column(column.title.replace(" ", "\n"), justify="right", no_wrap=True)
+    table = plain_table("shape, candidate", *(column.title.replace(" ", "\n") for column in columns))
     for contest in group:
         table.add_row(Text(contest.shape, "bold"))
         for row in contest.rows:

@@ -4,17 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evaclip.augmentation import (
-        Augmentation,
-    )
-    from evaclip.eval.prompts import (
-        IMAGENET_CLASSNAMES,
-        OPENAI_IMAGENET_TEMPLATES,
-        SIMPLE_IMAGENET_TEMPLATES,
-    )
-    from evaclip.eval.zero_shot import (
-        build_zero_shot_classifier,
-    )
+    from evaclip.augmentation import Augmentation
+    from evaclip.eval.prompts import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+    from evaclip.eval.zero_shot import build_zero_shot_classifier
     from evaclip.factory import (
         create_model,
         create_model_and_transforms,
@@ -22,9 +14,7 @@ if TYPE_CHECKING:
         create_vision_model,
         get_tokenizer,
     )
-    from evaclip.model.clip import (
-        CLIP,
-    )
+    from evaclip.model.clip import CLIP
     from evaclip.model.config import (
         CLIPConfig,
         Preprocess,
@@ -34,41 +24,15 @@ if TYPE_CHECKING:
         get_config,
         list_models,
     )
-    from evaclip.model.savings import (
-        Savings,
-    )
-    from evaclip.model.vision_model import (
-        VisionModel,
-    )
-    from evaclip.runtime.encoder import (
-        Encoder,
-    )
-    from evaclip.tokenizer import (
-        Tokenizer,
-        decode,
-        tokenize,
-    )
-    from evaclip.transforms import (
-        eval_transform,
-        train_transform,
-    )
-    from evaclip.weights import (
-        load_state_dict,
-        load_weights,
-    )
-    from evaclip.weights.publish import (
-        push_to_hf_hub,
-        save_for_hf,
-    )
-    from evaclip.zoo import (
-        get_model_config,
-        list_pretrained,
-        list_pretrained_tags_by_model,
-        list_vision_models,
-    )
-    from evakernels import (
-        __version__,
-    )
+    from evaclip.model.savings import Savings
+    from evaclip.model.vision_model import VisionModel
+    from evaclip.runtime.encoder import Encoder
+    from evaclip.tokenizer import Tokenizer, decode, tokenize
+    from evaclip.transforms import eval_transform, train_transform
+    from evaclip.weights import load_state_dict, load_weights
+    from evaclip.weights.publish import push_to_hf_hub, save_for_hf
+    from evaclip.zoo import get_model_config, list_pretrained, list_pretrained_tags_by_model, list_vision_models
+    from evakernels import __version__
 
 __all__ = [
     "CLIP",
@@ -110,11 +74,7 @@ __all__ = [
 
 _MODULES = {
     "evaclip.augmentation": ("Augmentation",),
-    "evaclip.eval.prompts": (
-        "IMAGENET_CLASSNAMES",
-        "OPENAI_IMAGENET_TEMPLATES",
-        "SIMPLE_IMAGENET_TEMPLATES",
-    ),
+    "evaclip.eval.prompts": ("IMAGENET_CLASSNAMES", "OPENAI_IMAGENET_TEMPLATES", "SIMPLE_IMAGENET_TEMPLATES"),
     "evaclip.eval.zero_shot": ("build_zero_shot_classifier",),
     "evaclip.factory": (
         "create_model",
@@ -136,29 +96,11 @@ _MODULES = {
     "evaclip.model.savings": ("Savings",),
     "evaclip.model.vision_model": ("VisionModel",),
     "evaclip.runtime.encoder": ("Encoder",),
-    "evaclip.tokenizer": (
-        "Tokenizer",
-        "decode",
-        "tokenize",
-    ),
-    "evaclip.transforms": (
-        "eval_transform",
-        "train_transform",
-    ),
-    "evaclip.weights": (
-        "load_state_dict",
-        "load_weights",
-    ),
-    "evaclip.weights.publish": (
-        "push_to_hf_hub",
-        "save_for_hf",
-    ),
-    "evaclip.zoo": (
-        "get_model_config",
-        "list_pretrained",
-        "list_pretrained_tags_by_model",
-        "list_vision_models",
-    ),
+    "evaclip.tokenizer": ("Tokenizer", "decode", "tokenize"),
+    "evaclip.transforms": ("eval_transform", "train_transform"),
+    "evaclip.weights": ("load_state_dict", "load_weights"),
+    "evaclip.weights.publish": ("push_to_hf_hub", "save_for_hf"),
+    "evaclip.zoo": ("get_model_config", "list_pretrained", "list_pretrained_tags_by_model", "list_vision_models"),
     "evakernels": ("__version__",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

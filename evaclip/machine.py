@@ -1,15 +1,10 @@
 """What a run or an evaluation was done with: the machine, and the versions of what computes."""
 
-import ctypes
 import os
 import platform
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # names of parameters in glibc's malloc.h
-_NEVER = 2**31 - 1
 
 
 def versions() -> dict[str, str]:
@@ -17,12 +12,20 @@ def versions() -> dict[str, str]:
     from evakernels import __version__
 
     found = {"python": platform.python_version(), "evakernels": __version__}
-    for name in ("torch", "pillow", "scikit-learn"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return found | {name: version_of(name) or "not installed" for name in ("torch", "pillow", "scikit-learn")}
+
+
+def version_of(package: str) -> str | None:
+    """The version of a distribution; None if it isn't installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def user_cache(name: str) -> Path:
+    """`evaclip/NAME` in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "evaclip" / name
 
 
 def machine() -> dict[str, Any]:
@@ -44,21 +47,6 @@ def multiplies_bfloat16() -> bool:
 
     found = torch.cpu.get_capabilities()
     return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def keep_freed_memory() -> None:
-    """Makes glibc keep this process's freed memory for what comes next, instead of returning it; nothing elsewhere.
-
-    By default every activation above 128 KiB is mapped anew and its pages are zeroed at the first touch, which costs
-    more than many an op and varies: the reference of layer_norm took 1.0 or 7.5 ms from pass to pass. The demo's step
-    took 0.68 s so and 0.60 s with this (two AMD EPYC cores, 2026-11-24).
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_MMAP_MAX, 0)
-        mallopt(_TRIM_THRESHOLD, _NEVER)
 
 
 def _processor() -> str:

@@ -22,17 +22,13 @@ def check_output(target: Path, *, overwrite: bool, sources: Iterable[Path] = ())
         UserError: it may not, or its folder doesn't exist or can't be written to.
     """
     name = repr(str(target))
-    if any(_is_same(target, source) for source in sources):
+    if target.exists() and any(source.exists() and target.samefile(source) for source in sources):
         raise UserError(f"{name} is what is read, and is never written over; choose another file")
     if (training := _run_around(target)) is not None:
         raise UserError(f"{name} lies in {str(training)!r}, where only the training writes; choose a place outside")
     require_writable(target, make_folder=False)
     if os.path.lexists(target) and not overwrite:
         raise UserError(f"{name} exists; --force (overwrite=True in Python) replaces it")
-
-
-def _is_same(target: Path, source: Path) -> bool:
-    return target.exists() and source.exists() and target.samefile(source)
 
 
 def _run_around(target: Path) -> Path | None:

@@ -186,11 +186,7 @@ def _byte_letters() -> list[str]:
     Bytes that are printable in Latin-1 stand for themselves and come first; the others follow as U+0100,
     U+0101, ...
     """
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(code) for code in printable] + [chr(256 + index) for index in range(256 - len(printable))]
 
 

@@ -3,6 +3,7 @@
 from evakernels import nn, optim
 from evakernels._checkpoint import checkpoint_policy
 from evakernels._info import info
+from evakernels._memory import keep_freed_memory
 from evakernels._version import __version__
 from evakernels.backends import BackendError, ReferenceWarning, explain, set_loss_products, use_backend
 from evakernels.dropin import UnknownFormWarning, accelerate, restore
@@ -49,6 +50,7 @@ __all__ = [
     "gelu",
     "gradient_norm",
     "info",
+    "keep_freed_memory",
     "lamb_apply",
     "lamb_step",
     "lamb_update",

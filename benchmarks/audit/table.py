@@ -6,7 +6,6 @@ from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +14,7 @@ from benchmarks.audit.pipes import GPUS
 from benchmarks.audit.result import Count, Launch, Line
 from benchmarks.audit.roofline import PARTS, limiter, share_of_floor, times, times_of_line
 from benchmarks.columns import NOTHING, TIMES, percent, significant
-from benchmarks.table import make_console
+from benchmarks.table import make_console, plain_table
 from evaclip.atomic import write_text
 
 PREDICTED = "predicted from counted instructions, not measured"
@@ -47,7 +46,8 @@ def print_audit(counts: Sequence[Count], *, explain: bool = False) -> None:
         console.print(_table("shape, dtype, direction", _OF_CALL, [(_title(count), *_cells(count)) for count in found]))
         console.print(_table("kernel, us", _OF_KERNEL, [cells for count in found for cells in _kernels(count)]))
         for count in found if explain else ():
-            console.print(_table(f"line of {_title(count)}, us", PARTS, list(_costly(count))))
+            lines = [[line.place, *_microseconds(times_of_line(count.arch, line))] for line in costly_lines(count)]
+            console.print(_table(f"line of {_title(count)}, us", PARTS, lines))
     console.print()
     for line in _MEANING:
         console.print(Text(line, "dim"))
@@ -69,10 +69,7 @@ def write_json(counts: Sequence[Count], file: Path) -> None:
 
 
 def _table(first: str, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-    table.add_column(first)
-    for title in titles:
-        table.add_column(title.replace(" ", "\n"), justify="right", no_wrap=True)
+    table = plain_table(first, *(title.replace(" ", "\n") for title in titles))
     for row in rows:
         table.add_row(*row)
     return table
@@ -115,8 +112,3 @@ def costly_lines(count: Count, most: int = MOST_LINES) -> list[Line]:
     """Those whose slowest part takes longest, of all kernels of a call."""
     lines = [line for launch in count.launches for line in launch.lines]
     return sorted(lines, key=lambda line: max(times_of_line(count.arch, line).values()), reverse=True)[:most]
-
-
-def _costly(count: Count) -> Iterator[list[str]]:
-    for line in costly_lines(count):
-        yield [line.place, *_microseconds(times_of_line(count.arch, line))]

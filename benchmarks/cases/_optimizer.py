@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from benchmarks.operation import Cost, Draw, Inputs, Work
+from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, register
 from benchmarks.shapes import Shape, short_names
 from evaclip import create_model
 
@@ -46,6 +46,23 @@ def draw_inputs(shape: Shape, draw: Draw) -> Inputs:
         "exp_avg_sqs": [values.square_() for values in moments[1]],
         "steps": [torch.tensor(float(STEPS), device=draw.device) for _ in sizes],
     }
+
+
+def register_step(name: str, algorithm: str, registered: str, eager: Function, ours: Function) -> None:
+    """Registers the step of an optimizer, by functions that return the parameters."""
+    register(
+        Operation(
+            name=name,
+            summary=f"one {algorithm} step over all parameters of a model, moments in float32",
+            inputs=draw_inputs,
+            eager=eager,
+            ours=ours,
+            work=work_of,
+            shapes=SHAPES,
+            raw=raw,
+            registered=registered,
+        )
+    )
 
 
 def decays_of(params: Sequence[Tensor]) -> list[float]:

@@ -7,17 +7,14 @@ from benchmarks.cases._optimizer import (
     BETAS,
     EPS,
     LR,
-    SHAPES,
     STEPS,
     Tensors,
     by_decay,
     decays_of,
-    draw_inputs,
-    raw,
+    register_step,
     update_moments,
-    work_of,
 )
-from benchmarks.operation import NVIDIA_APEX, Function, Operation, peer, register
+from benchmarks.operation import NVIDIA_APEX, Function, peer
 from benchmarks.shapes import Shape
 
 
@@ -38,19 +35,7 @@ def _eager(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tens
     return params
 
 
-register(
-    Operation(
-        name="adamw_step",
-        summary="one AdamW step over all parameters of a model, moments in float32",
-        inputs=draw_inputs,
-        eager=_eager,
-        ours=_ours,
-        work=work_of,
-        shapes=SHAPES,
-        raw=raw,
-        registered="adamw_update",
-    )
-)
+register_step("adamw_step", "AdamW", "adamw_update", _eager, _ours)
 
 
 @peer("adamw_step", "torch fused")

@@ -12,17 +12,14 @@ from benchmarks.cases._optimizer import (
     BETAS,
     EPS,
     LR,
-    SHAPES,
     STEPS,
     Tensors,
     by_decay,
     decays_of,
-    draw_inputs,
-    raw,
+    register_step,
     update_moments,
-    work_of,
 )
-from benchmarks.operation import NVIDIA_APEX, Function, Operation, peer, register
+from benchmarks.operation import NVIDIA_APEX, Function, peer
 from benchmarks.shapes import Shape
 
 
@@ -48,36 +45,7 @@ def _eager(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tens
     return params
 
 
-register(
-    Operation(
-        name="lamb_step",
-        summary="one LAMB step over all parameters of a model, moments in float32",
-        inputs=draw_inputs,
-        eager=_eager,
-        ours=_ours,
-        work=work_of,
-        shapes=SHAPES,
-        raw=raw,
-        registered="lamb_step",
-    )
-)
-
-
-@peer("lamb_step", "evakernels in one group", package="evakernels", devices=("cuda",))
-def one_group(shape: Shape) -> Function:
-    """This library's two phases, each over all tensors at once: fewer launches, and nothing is left in the cache.
-
-    `lamb_step` makes both phases of as many tensors as half the L2 cache holds before it turns to the next ones.
-    """
-
-    def step(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors) -> Tensors:
-        decays, moments = decays_of(params), (exp_avgs, exp_avg_sqs, steps)
-        variant, rates = "nvlamb", ([LR] * len(params), decays)
-        norms = evakernels.lamb_update(params, grads, *moments, decays, betas=BETAS, eps=EPS, variant=variant)
-        evakernels.lamb_apply(params, *moments, norms, *rates, betas=BETAS, eps=EPS, variant=variant)
-        return params
-
-    return step
+register_step("lamb_step", "LAMB", "lamb_step", _eager, _ours)
 
 
 @peer("lamb_step", package="timm")

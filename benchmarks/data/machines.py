@@ -72,8 +72,9 @@ def _buffered(plan: MachinesPlan, shuffle: Shuffle) -> Batches:
     local = plan.batch // gpus
     shards = list(shuffle(_SHARD_BUFFER, initial=_SHARD_INITIAL, rng=rng)(iter(range(plan.shards))))
     mixed = shuffle(_SAMPLE_BUFFER // plan.scale, initial=_SAMPLE_INITIAL // plan.scale, rng=rng)
+    samples = [range(shard * plan.per_shard, (shard + 1) * plan.per_shard) for shard in shards]
     streams = [
-        [mixed(_samples(plan, shards[gpu::gpus][worker :: plan.workers])) for gpu in range(gpus)]
+        [mixed(chain.from_iterable(samples[gpu::gpus][worker :: plan.workers])) for gpu in range(gpus)]
         for worker in range(plan.workers)
     ]
     while True:
@@ -82,10 +83,6 @@ def _buffered(plan: MachinesPlan, shuffle: Shuffle) -> Batches:
             if len(batch) < plan.batch:
                 return
             yield batch.reshape(plan.machines, -1)
-
-
-def _samples(plan: MachinesPlan, shards: Iterable[int]) -> Iterator[int]:
-    return chain.from_iterable(range(shard * plan.per_shard, (shard + 1) * plan.per_shard) for shard in shards)
 
 
 def _look(name: str, batches: Batches, plan: MachinesPlan) -> Spread:

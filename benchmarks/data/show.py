@@ -8,7 +8,6 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.table import Table
 from rich.text import Text
 
 from benchmarks.columns import significant
@@ -57,13 +56,13 @@ def print_result(result: DataResult) -> None:
     console.print(Text(f"{result.machine.name}, copy {significant(result.machine.copy_gbps)} GB/s", "bold"))
     plan = result.rate_plan
     console.print(f"\nreading {plan.shards} shards of {plan.per_shard:,} samples, {plan.image_bytes:,} bytes each")
-    table = _table("reader", "samples/s", "MB/s")
+    table = plain_table("reader", "samples/s", "MB/s")
     for rate in result.rates:
         table.add_row(rate.reader, f"{rate.samples_per_second:,.0f}", f"{rate.megabytes_per_second:,.0f}")
     console.print(table)
     mixed = result.shuffle_plan
     console.print(f"\nmixing {mixed.shards} shards of {mixed.per_shard:,} samples, batches of {mixed.batch:,}")
-    table = _table("order", "samples held", "same shard", "meet again", "distance 5 %", "median")
+    table = plain_table("order", "samples held", "same shard", "meet again", "distance 5 %", "median")
     for row in result.shuffles:
         distances = (f"{100 * row.distance(percent):.2g}" for percent in (5, 50))
         table.add_row(row.order, f"{row.held:,}", f"{row.same_shard:.2f}", f"{row.meet_again:.2f}", *distances)
@@ -75,7 +74,7 @@ def print_result(result: DataResult) -> None:
         f"\non {spread.machines} machines: {spread.shards:,} shards of {spread.scale * spread.per_shard:,} samples,"
         f" batches of {spread.scale * spread.batch:,}; computed at 1/{spread.scale} of the samples"
     )
-    table = _table("order", "shards", "largest, %", "read, %")
+    table = plain_table("order", "shards", "largest, %", "read, %")
     for found in result.spreads:
         shares = (f"{100 * share:.3g}" for share in (found.largest_share, found.shards_of_machine))
         table.add_row(found.order, f"{found.shards_of_batch:,.0f}", *shares)
@@ -117,10 +116,3 @@ def _draw_distances(axes: Axes, shuffles: Sequence[Shuffle]) -> None:
     axes.legend(fontsize=7, frameon=False)
     grid(axes, "both")
     number_axis(axes.xaxis)
-
-
-def _table(*titles: str) -> Table:
-    table = plain_table()
-    for number, title in enumerate(titles):
-        table.add_column(title, justify="right" if number else "left", no_wrap=True)
-    return table

@@ -92,11 +92,6 @@ class Session:
         self._journal = journal
         self._ended = {key_of(record): record for record in journal.read() if record["record"] in ("end", "died")}
 
-    @property
-    def left(self) -> float:
-        """Seconds until the deadline; negative behind it."""
-        return self.deadline - time.monotonic()
-
     def case(self, name: str, function: Callable[[], dict[str, Any] | None]) -> None:
         """Runs one case, unless it was run before or the time is over.
 
@@ -105,14 +100,17 @@ class Session:
         """
         if self.done(name):
             return
-        if self.left <= 0:
+        if self.deadline <= time.monotonic():
             self.complete = False
             return
-        self.begin(name)
+        names = {"stage": self.unit.stage, "unit": self.unit.name, "case": name}
+        self._journal.append("begin", **names)
         start = time.monotonic()
         status, error, data = _outcome(function, self.settings.device)
         broken = "" if status == "passed" else _broken_context(self.settings.device)
-        self.end(name, status, time.monotonic() - start, data, error)
+        took = round(time.monotonic() - start, 4)
+        self._ended[self.unit.stage, self.unit.name, name] = {"data": data, "status": status}
+        self._journal.append("end", **names, status=status, seconds=took, data=data, error=error[:2000])
         if broken:
             os._exit(RESTART)
 
@@ -129,19 +127,6 @@ class Session:
     def start(self) -> None:
         """Records that the unit's process is ready."""
         self._journal.append("start", stage=self.unit.stage, unit=self.unit.name)
-
-    def begin(self, name: str) -> None:
-        """Records that a case begins, for what `case` can't call, such as a test of pytest's."""
-        self._journal.append("begin", **self._names(name))
-
-    def end(self, name: str, status: str, seconds: float, data: dict[str, Any] | None = None, error: str = "") -> None:
-        """Records how a case ended: `passed`, `failed` or `refused`."""
-        self._ended[self.unit.stage, self.unit.name, name] = {"data": data or {}, "status": status}
-        values = {"status": status, "seconds": round(seconds, 4), "data": data or {}, "error": error[:2000]}
-        self._journal.append("end", **self._names(name), **values)
-
-    def _names(self, case: str) -> dict[str, str]:
-        return {"stage": self.unit.stage, "unit": self.unit.name, "case": case}
 
 
 def _outcome(function: Callable[[], dict[str, Any] | None], device: str) -> tuple[str, str, dict[str, Any]]:

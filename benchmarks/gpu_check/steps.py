@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_check.stage import Refusal, Settings
-from benchmarks.operation import version_of
 from evaclip.errors import UserError
+from evaclip.machine import version_of
 
 STEPS = (
     ("EVA02-CLIP-B-16", 512, 0.0),

@@ -1,5 +1,6 @@
 """A small call of each op that has a kernel for GPUs, with the arguments of its schema."""
 
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -31,45 +32,22 @@ def arguments(op: str, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
         return next(calls.calls(op, tuning.table("", 80)[op][0]["shape"], draw))
 
 
-def _gelu_forward(draw: _Draw) -> tuple[Any, ...]:
-    return draw(40, 96), draw(96), False
-
-
-def _gelu_backward(draw: _Draw) -> tuple[Any, ...]:
-    return draw(40, 96), *_gelu_forward(draw), (True,)
-
-
-def _gradient_norm(draw: _Draw) -> tuple[Any, ...]:
-    return ([draw(33), draw(20, 96), draw(5000)],)
+def _gradients(draw: _Draw) -> list[Tensor]:
+    return [draw(33), draw(20, 96), draw(5000)]
 
 
 def _state(draw: _Draw) -> list[list[Tensor]]:
     """Parameters, gradients, both moments and step counts of three tensors."""
-    (values,) = _gradient_norm(draw)
+    values = _gradients(draw)
     grads, exp_avgs = ([draw(*value.shape) for value in values] for _ in range(2))
     exp_avg_sqs = [draw.statistic(*value.shape) for value in values]
     steps = [torch.tensor(3.0, device=draw.device) for _ in values]
     return [values, grads, [value.float() for value in exp_avgs], exp_avg_sqs, steps]
 
 
-_RATES, _DECAYS = [1e-2, 1e-2, 1e-2], [0.0, 0.1, 0.1]
-
-
-def _adamw_update(draw: _Draw) -> tuple[Any, ...]:
-    return *_state(draw), _RATES, _DECAYS, _BETAS_AND_EPS, None, None, [], []
-
-
-def _lamb_update(draw: _Draw) -> tuple[Any, ...]:
-    return *_state(draw), _DECAYS, _BETAS_AND_EPS, False, None, None
-
-
 def _lamb_apply(draw: _Draw) -> tuple[Any, ...]:
     params, _, *state = _state(draw)
     return params, *state, draw.statistic(3, 2), _RATES, _DECAYS, _BETAS_AND_EPS, False, None, [], []
-
-
-def _lamb_step(draw: _Draw) -> tuple[Any, ...]:
-    return *_state(draw), _RATES, _DECAYS, _BETAS_AND_EPS, False, None, None, [], []
 
 
 def _siglip_backward(draw: _Draw) -> tuple[Any, ...]:
@@ -78,13 +56,14 @@ def _siglip_backward(draw: _Draw) -> tuple[Any, ...]:
     return draw.statistic(), *inputs[:4], *reference.siglip_forward(*inputs)[1:]
 
 
-_CALLS = {
+_RATES, _DECAYS = [1e-2, 1e-2, 1e-2], [0.0, 0.1, 0.1]
+_CALLS: dict[str, Callable[[_Draw], tuple[Any, ...]]] = {
     "siglip_backward": _siglip_backward,
-    "gelu_forward": _gelu_forward,
-    "gelu_backward": _gelu_backward,
-    "gradient_norm": _gradient_norm,
-    "adamw_update": _adamw_update,
-    "lamb_update": _lamb_update,
+    "gelu_forward": lambda draw: (draw(40, 96), draw(96), False),
+    "gelu_backward": lambda draw: (draw(40, 96), draw(40, 96), draw(96), False, (True,)),
+    "gradient_norm": lambda draw: (_gradients(draw),),
+    "adamw_update": lambda draw: (*_state(draw), _RATES, _DECAYS, _BETAS_AND_EPS, None, None, [], []),
+    "lamb_update": lambda draw: (*_state(draw), _DECAYS, _BETAS_AND_EPS, False, None, None),
     "lamb_apply": _lamb_apply,
-    "lamb_step": _lamb_step,
+    "lamb_step": lambda draw: (*_state(draw), _RATES, _DECAYS, _BETAS_AND_EPS, False, None, None, [], []),
 }

@@ -1,17 +1,14 @@
-"""The plots of one operation: bars of all candidates, and time and memory against the size of the input."""
+"""The plots of one operation: bars of all candidates."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
 from benchmarks.columns import times
-from benchmarks.contests import Contest, contests
-from benchmarks.report.drawing import Dot, Paint, draw_dots, grid, milliseconds, number_axis, tip
+from benchmarks.contests import Contest
+from benchmarks.report.drawing import Paint, milliseconds, tip
 from benchmarks.report.roofline import describe
 from benchmarks.results import Row
-from benchmarks.shapes import Shape, parse_shape
-from evaclip.errors import UserError
 from evaclip.report.theme import PALETTE
 
 LINE = 0.2
@@ -94,89 +91,3 @@ def _write_value(axes: Axes, x: float, y: float, contest: Contest, row: Row) -> 
             fontsize=7.5,
             color=PALETTE.muted,
         )
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Contests that differ in one size only: `batch` or `tokens`.
-
-    Attributes:
-        title: what they have in common.
-        size: the one that differs, a key of `Row.sizes`.
-        contests: in the order of that size.
-    """
-
-    title: str
-    size: str
-    contests: tuple[Contest, ...]
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """What is drawn against a size."""
-
-    title: str
-    unit: str
-    value: Callable[[Row], float | None]
-
-
-TIME = Quantity("time", "ms", lambda row: row.median_ms)
-PEAK = Quantity("peak memory", "MiB", lambda row: None if row.peak_bytes is None else row.peak_bytes / 2**20)
-SAVED = Quantity("saved for backward", "MiB", lambda row: None if row.saved_bytes is None else row.saved_bytes / 2**20)
-
-
-def sweeps(rows: Sequence[Row]) -> list[Sweep]:
-    """All sweeps of at least two sizes among the rows of one operation."""
-    groups: dict[tuple[str, str], dict[int, Contest]] = {}
-    for contest in contests(rows):
-        shape = _shape(contest)
-        if shape is None:
-            continue
-        tower = f"{shape.model}, {shape.tower}"
-        where = f"{shape.name.split(' ')[0]}{f' drop{shape.drop}' if shape.drop else ''}"
-        about = f"{contest.mode}, {contest.dtype}"
-        groups.setdefault((f"{where}, {about}", "batch"), {})[shape.batch] = contest
-        groups.setdefault((f"{tower} b{shape.batch}, {about}", "tokens"), {})[shape.tokens] = contest
-    return [
-        Sweep(title, size, tuple(contest for _, contest in sorted(group.items())))
-        for (title, size), group in groups.items()
-        if len(group) > 1
-    ]
-
-
-def _shape(contest: Contest) -> Shape | None:
-    """The shape that the name stands for; a result of another version may know names that this one doesn't."""
-    try:
-        return parse_shape(contest.shape)
-    except UserError:
-        return None
-
-
-def quantities(sweep: Sweep) -> list[Quantity]:
-    """What the rows of a sweep have values for."""
-    rows = [row for contest in sweep.contests for row in contest.measured]
-    return [quantity for quantity in (TIME, PEAK, SAVED) if any(quantity.value(row) is not None for row in rows)]
-
-
-def draw_sweep(axes: Axes, sweep: Sweep, quantity: Quantity, paint: Paint) -> None:
-    """A line for each candidate; time on logarithmic axes, memory on linear ones that start at zero."""
-    lines: dict[str, list[Dot]] = {}
-    for contest in sweep.contests:
-        for row in contest.measured:
-            value = quantity.value(row)
-            if value is not None:
-                lines.setdefault(row.candidate, []).append((row.sizes[sweep.size], value, describe(contest, row)))
-    for candidate, dots in lines.items():
-        x, y, _ = zip(*dots, strict=True)
-        axes.plot(x, y, color=paint[candidate], linewidth=1.6)
-        draw_dots(axes, dots, color=paint[candidate], markersize=5.5)
-    if quantity is TIME:
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        number_axis(axes.yaxis)
-    else:
-        axes.set_ylim(bottom=0)
-    number_axis(axes.xaxis, sorted({x for dots in lines.values() for x, *_ in dots}))
-    axes.set_xlabel(sweep.size)
-    axes.set_ylabel(f"{quantity.title}, {quantity.unit}")
-    grid(axes, "y")

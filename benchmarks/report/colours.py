@@ -31,11 +31,8 @@ def colour_names(rows: Iterable[Row]) -> dict[str, str]:
     """
     kinds = {row.candidate: row.kind for row in rows}
     peers = sorted(name for name, kind in kinds.items() if kind == "peer" and name != COMPILE)
-    names = {name: _ours(name) for name in sorted(kinds) if kinds[name] == "ours"}
+    names = {name: "accent" for name in sorted(kinds) if kinds[name] == "ours"}
+    names |= {name: "ours-reference" for name in names if name == f"{OURS} reference"}
     names |= {name: "eager" for name, kind in kinds.items() if kind == "baseline"}
     names |= {name: "compile" for name in kinds if name == COMPILE}
     return names | {name: _PEERS[index % len(_PEERS)] for index, name in enumerate(peers)}
-
-
-def _ours(name: str) -> str:
-    return "ours-reference" if name == f"{OURS} reference" else "accent"

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from benchmarks.columns import LEVEL, machine_facts, significant
 from benchmarks.contests import Contest, contests, panels, tally
 from benchmarks.operation import operations
-from benchmarks.report.charts import LINE, Sweep, bar_lines, draw_bars, draw_sweep, quantities, sweeps
+from benchmarks.report.charts import LINE, bar_lines, draw_bars
 from benchmarks.report.drawing import MARKERS, Paint, svg
 from benchmarks.report.roofline import STRIP, draw_roofline, draw_shares, draw_speedups, page_name, strip_lines
 from benchmarks.report.tables import rows_table, summary_table
@@ -33,7 +33,6 @@ _BARS_NOTE = (
     "Length is time relative to torch eager, the dashed line: shorter is faster. The pale number is how many times as "
     "fast as torch eager it is. A thin line spans p20 to p80. Bars above three times torch eager's time are cut."
 )
-_SWEEP_NOTE = "Shapes that differ in one size only. Times are on logarithmic axes, memory on linear ones."
 _VERDICT_NOTE = (
     "The verdict is the time of the best peer over that of this library's fastest backend. The best peer is the "
     "fastest of all others whose results are right, torch eager and torch.compile among them. Both are measured in the "
@@ -85,7 +84,6 @@ def op_page(book: Book, op: str) -> str:
         _navigation(book, here=op),
         notes_box(book.results),
         f"<h2>Time</h2><p>{_BARS_NOTE}</p>{_bars(found, book.paint)}",
-        _sweeps(rows, book.paint),
         f"<h2>All rows</h2><p>{_TABLE_NOTE}</p>{rows_table(found, book.paint)}",
         _failures(found),
     ]
@@ -220,24 +218,6 @@ def _bars(found: Sequence[Contest], paint: Paint) -> str:
         plot = svg(label, (4.7, 0.2 + LINE * bar_lines(panel)), partial(draw_bars, panel=panel, paint=paint))
         plots.append(f"<figure><figcaption>{mode.capitalize()}, {dtype}</figcaption>{plot}</figure>")
     return f'<div class="plots">{"".join(plots)}</div>'
-
-
-def _sweeps(rows: Sequence[Row], paint: Paint) -> str:
-    parts, found = [], sweeps(rows)
-    for size, title in (("batch", "Against the batch"), ("tokens", "Against the tokens")):
-        plots = [_sweep(sweep, paint) for sweep in found if sweep.size == size]
-        if plots:
-            parts.append(f"<h2>{title}</h2><p>{_SWEEP_NOTE}</p>{_legend(rows, paint)}{''.join(plots)}")
-    return "\n".join(parts)
-
-
-def _sweep(sweep: Sweep, paint: Paint) -> str:
-    plots = "".join(
-        f"<figure>{svg(f'Lines: {quantity.title} against {sweep.size}, {sweep.title}', (3.6, 2.5), draw)}</figure>"
-        for quantity in quantities(sweep)
-        for draw in [partial(draw_sweep, sweep=sweep, quantity=quantity, paint=paint)]
-    )
-    return f'<h3>{escape(sweep.title)}</h3><div class="plots three">{plots}</div>'
 
 
 def _failures(found: Sequence[Contest]) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from benchmarks.columns import percent, significant, times
-from benchmarks.contests import Contest
+from benchmarks.contests import Contest, grouped
 from benchmarks.report.drawing import MARKERS, Paint, draw_dots, grid, milliseconds, number_axis
 from benchmarks.report.labels import place_labels
 from benchmarks.results import Machine, Row
@@ -120,10 +120,7 @@ Place = tuple[float, float, Contest, Row]
 
 def _draw_rows(axes: Axes, places: Sequence[Place], paint: Paint) -> None:
     """A dot for each row: its colour is the candidate's, its form the dtype's, and it leads to the op's page."""
-    groups: dict[tuple[str, str, str], list[Place]] = {}
-    for place in places:
-        *_, contest, row = place
-        groups.setdefault((contest.op, contest.dtype, row.candidate), []).append(place)
+    groups = grouped(places, lambda place: (place[2].op, place[2].dtype, place[3].candidate))
     for (op, dtype, candidate), group in groups.items():
         ours = group[0][3].kind == "ours"
         draw_dots(
@@ -157,11 +154,8 @@ def page_name(op: str) -> str:
 
 def strip_lines(found: Sequence[Contest]) -> dict[str, list[Contest]]:
     """The contests by the line of a strip plot that they stand in: `op, mode`."""
-    lines: dict[str, list[Contest]] = {}
-    for contest in found:
-        if contest.measured:
-            lines.setdefault(f"{contest.op}, {contest.mode}", []).append(contest)
-    return lines
+    measured = (contest for contest in found if contest.measured)
+    return grouped(measured, lambda contest: f"{contest.op}, {contest.mode}")
 
 
 def draw_speedups(axes: Axes, found: Sequence[Contest], paint: Paint) -> None:

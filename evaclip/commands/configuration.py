@@ -11,12 +11,7 @@ def add_configuration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="where the configuration starts; none lists them")
     parser.add_argument("--config", metavar="YAML", help="a file whose keys replace the recipe's")
     parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="replace single keys, after all else",
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="replace single keys, after all else"
     )
     group = parser.add_argument_group("spellings of open_clip and EVA-CLIP, for --set KEY=VALUE")
     for alias in aliases.ALIASES:

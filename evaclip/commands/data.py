@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaclip.commands.parser import leaf
-from evaclip.data.kinds import KINDS
+from evaclip.commands.reading import add_reading, open_data
 from evaclip.errors import UserError
 from evaclip.slurm import take_over
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from evaclip.data import Source
     from evaclip.data.bench import StageTimes
     from evaclip.data.check import CheckReport
 
@@ -37,10 +36,7 @@ def _add_emoji(verbs: Any) -> None:
         verbs,
         "emoji",
         help="build shards of captioned emoji pictures from installed packages",
-        examples=[
-            "evaclip data emoji data/emoji",
-            "evaclip data emoji data/emoji --style twemoji --skin-tones",
-        ],
+        examples=["evaclip data emoji data/emoji", "evaclip data emoji data/emoji --style twemoji --skin-tones"],
     )
     parser.add_argument("out", metavar="OUT", help="folder that the shards are written to")
     parser.add_argument("--style", choices=(*_STYLES, "both"), default="both", help="default: both")
@@ -116,28 +112,10 @@ def _add_bench(verbs: Any) -> None:
 
 def _add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="tar shards, a table, a folder, or the word synthetic")
-    parser.add_argument("--kind", choices=KINDS, default="auto", help="what PATH is (default: auto)")
-    parser.add_argument("--image-key", help="member suffixes ('jpg;png') or the column of picture paths")
-    parser.add_argument("--caption-key", help="'txt', 'json:FIELD' or the column of captions")
+    add_reading(parser)
     parser.add_argument("--csv-separator", help="default: tab, comma, semicolon or pipe, whichever gives the columns")
-    parser.add_argument("--exif-orientation", action="store_true", help="turn pictures as their EXIF data says")
-    parser.add_argument("--min-size", type=int, default=0, metavar="N", help="pixels that the shorter side must have")
     parser.add_argument(
         "--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)"
-    )
-
-
-def _open(args: argparse.Namespace) -> "Source":
-    from evaclip.data import open_source
-
-    return open_source(
-        args.path,
-        args.kind,
-        image_key=args.image_key,
-        caption_key=args.caption_key,
-        csv_separator=args.csv_separator,
-        exif_orientation=args.exif_orientation,
-        min_size=args.min_size,
     )
 
 
@@ -198,7 +176,7 @@ def _run_check(args: argparse.Namespace) -> None:
 
     if args.json:
         require_writable(args.json)
-    source = _open(args)
+    source = open_data(args.path, args)
     console = Console()
     report = check(source, args.workers, console)
     size = report.image_bytes / 1e6
@@ -243,7 +221,7 @@ def _run_bench(args: argparse.Namespace) -> None:
     rate = _training_rate(args)
     console = Console()
     began = time.perf_counter()
-    source = _open(args)
+    source = open_data(args.path, args)
     opened = time.perf_counter() - began
     size = (args.image_size or 224,) * 2
     if args.model and not args.image_size:
@@ -257,19 +235,18 @@ def _run_bench(args: argparse.Namespace) -> None:
     throughput = bench.time_loader(loader, args.batch_size / rate if rate else 0.0, args.seconds)
     bytes_a_second = throughput.samples_per_second * stages["whole"].image_bytes
     shared = "" if throughput.shared_bytes is None else f"{throughput.shared_bytes / 1e6:,.0f}"
-    table = Table(
-        "workers", "batch size", "samples/s", "MB/s", "waiting", "first batch, s", "opening, s", "shared memory, MB"
-    )
-    table.add_row(
-        str(args.workers),
-        str(args.batch_size),
-        f"{throughput.samples_per_second:.0f}",
-        f"{bytes_a_second / 1e6:.1f}",
-        f"{throughput.waited:.0%}",
-        f"{throughput.first_batch_seconds:.2f}",
-        f"{opened:.2f}",
-        shared,
-    )
+    found = {
+        "workers": str(args.workers),
+        "batch size": str(args.batch_size),
+        "samples/s": f"{throughput.samples_per_second:.0f}",
+        "MB/s": f"{bytes_a_second / 1e6:.1f}",
+        "waiting": f"{throughput.waited:.0%}",
+        "first batch, s": f"{throughput.first_batch_seconds:.2f}",
+        "opening, s": f"{opened:.2f}",
+        "shared memory, MB": shared,
+    }
+    table = Table(*found)
+    table.add_row(*found.values())
     console.print(table)
 
 

@@ -33,9 +33,8 @@ def add_commands(subparsers: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    *reports, store = run_demo(args.out, data=args.data, minutes=args.budget_minutes)
-    for path in reports:
-        print(path)
+    report, store = run_demo(args.out, data=args.data, minutes=args.budget_minutes)
+    print(report)
     print("search in these pictures, in the browser:")
     print(f"  {_program()} serve {shlex.quote(str(store))} --open")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaclip.commands.parser import leaf
-from evaclip.data.kinds import KINDS
+from evaclip.commands.reading import add_reading, open_data
 
 if TYPE_CHECKING:
     from evaclip.data import Source
@@ -129,17 +129,7 @@ def _add_common(parser: argparse.ArgumentParser, model_help: str = _MODEL_HELP, 
     parser.add_argument("model", metavar="MODEL", help=model_help)
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="PATH", required=True, help=_DATA_HELP)
-    data.add_argument("--kind", choices=KINDS, default="auto", help="what the data is (default: auto)")
-    data.add_argument("--image-key", metavar="KEY", help="member suffixes, or the column, of the pictures")
-    data.add_argument(
-        "--caption-key",
-        metavar="KEY",
-        help="'txt', 'cls', 'json:FIELD', or the column, of captions or labels",
-    )
-    data.add_argument("--exif-orientation", action="store_true", help="turn pictures as their EXIF data says")
-    data.add_argument(
-        "--min-size", type=int, default=0, metavar="N", help="leave out pictures whose shorter side has fewer pixels"
-    )
+    add_reading(data)
     data.add_argument(
         "--allow-unreadable", action="store_true", help="measure what is left even if many samples cannot be read"
     )
@@ -210,7 +200,7 @@ def _run_by_features(args: argparse.Namespace) -> None:
     from evaclip.eval.runs import run_knn, run_linear_probe
     from evaclip.loading import load_features
 
-    train = _open(args, args.train)
+    train = open_data(args.train, args, caption_template="{}")
     source, options = _prepare(args)
     loaded = load_features(args.model, device=_device(args), average=not args.no_average)
     setting = _set(args, source, options, loaded)
@@ -233,7 +223,7 @@ def _prepare(args: argparse.Namespace) -> tuple["Source", "FeatureOptions"]:
     for file in filter(None, (args.json, args.cache and args.cache / "features")):
         require_writable(file)
     options = FeatureOptions(args.batch_size, args.workers, args.precision, args.cache)
-    return _open(args, args.data), options
+    return open_data(args.data, args, caption_template="{}"), options
 
 
 def _device(args: argparse.Namespace) -> str:
@@ -250,14 +240,6 @@ def _set(
     title = args.title or "/".join(Path(args.data).parts[-2:]).replace("//", "/")
     setting = Setting(loaded, args.data, source, title, options)
     return replace(setting, allowed_unreadable=1.0) if args.allow_unreadable else setting
-
-
-def _open(args: argparse.Namespace, path: str) -> "Source":
-    from evaclip.data import open_source
-
-    keys = {"image_key": args.image_key, "caption_key": args.caption_key}
-    decoding = {"exif_orientation": args.exif_orientation, "min_size": args.min_size}
-    return open_source(path, args.kind, caption_template="{}", **decoding, **keys)
 
 
 def _classnames(args: argparse.Namespace) -> tuple[str, ...] | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaclip.commands.parser import leaf
-from evaclip.data.kinds import KINDS
+from evaclip.commands.reading import add_reading, open_data
 from evaclip.errors import UserError
 from evaclip.slurm import take_over
 
@@ -50,7 +50,7 @@ def _add_index(subparsers: Any) -> None:
     given.add_argument(
         "--merge", nargs="+", type=Path, metavar="OTHER", help="stores of the same model, whose rows STORE takes"
     )
-    _add_keys(parser)
+    add_reading(parser, decoding=False)
     parser.add_argument(
         "--thumbnails", type=int, default=0, metavar="PIXELS", help="keep small copies of this side (default: none)"
     )
@@ -82,16 +82,10 @@ def _add_embed(subparsers: Any) -> None:
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--images", metavar="PATH", help=_IMAGES)
     given.add_argument("--texts", metavar="FILE", type=Path, help="a text in each line, in UTF-8")
-    _add_keys(parser)
+    add_reading(parser, decoding=False)
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     _add_model(parser, "")
     parser.set_defaults(run=_run_embed)
-
-
-def _add_keys(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kind", choices=KINDS, default="auto", help="of the data (default: guessed)")
-    parser.add_argument("--image-key", metavar="KEY", help="column of a table, or suffix in shards, of the pictures")
-    parser.add_argument("--caption-key", metavar="KEY", help="the same of captions, which may be missing in shards")
 
 
 def _add_model(parser: argparse.ArgumentParser, default: str) -> Any:
@@ -129,7 +123,7 @@ def _run_index(args: argparse.Namespace) -> None:
         model = _lasting(args.model) if args.model else Store.exists(folder) and Store.open(folder).model["given"]
         if not model:
             raise UserError(f"there is no store {str(folder)!r} yet: --model says whose embeddings it is to hold")
-        store = _ENGINES[args.engine](_open(args.images, args), folder, str(model), args)
+        store = _ENGINES[args.engine](open_data(_absolute(args.images), args, captions=False), folder, str(model), args)
     if args.approximate:
         from evaclip.runtime.approximate import build_approximate
 
@@ -267,7 +261,7 @@ def _embedded_pictures(args: argparse.Namespace) -> tuple[list[str], Any]:
 
     from evaclip.runtime.indexing import Progress, embedded
 
-    source = _open(args.images, args)
+    source = open_data(_absolute(args.images), args, captions=False)
     encoder, progress = _encoder(args.model, args), Progress(len(source))
     ids, parts = list[str](), [np.empty((0, encoder.dim), np.float32)]
     with _shown(progress):
@@ -276,14 +270,6 @@ def _embedded_pictures(args: argparse.Namespace) -> tuple[list[str], Any]:
             parts.append(embeddings)
     _tell(progress)
     return ids, np.concatenate(parts)
-
-
-def _open(path: str, args: argparse.Namespace) -> "Source":
-    from evaclip.data import open_source
-
-    return open_source(
-        _absolute(path), args.kind, image_key=args.image_key, caption_key=args.caption_key, captions=False
-    )
 
 
 def _encoder(model: str, args: argparse.Namespace, **otherwise: Any) -> "Encoder":

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from evaclip.commands.configuration import add_configuration, configure
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
     from evaclip.plan.job import Job
     from evaclip.plan.parts import parts_table, parts_tree, plan_parts, run_hours
     from evaclip.plan.savings import ladder
+    from evaclip.plan.time import ASSUMPTIONS
 
     config, gpu = configure(args, args.gpus), get_gpu(args.gpu)
     if args.beside is not None:
@@ -70,8 +71,10 @@ def run(args: argparse.Namespace) -> None:
     rungs = ladder(of_step, gpu) if args.savings else None
     found = fit(of_step, gpu) if args.fit else None
     if args.json:
-        tree = {
-            **time_tables.inputs_tree(job, gpu),
+        tree: dict[str, Any] = {
+            "job": asdict(job),
+            "gpu": asdict(gpu),
+            "assumptions": asdict(ASSUMPTIONS),
             "memory": tables.memory_tree(memory, gpu),
             "time": {**time_tables.time_tree(time, of_step, gpu), "gpu_hours": run_hours(parts)},
             "parts": parts_tree(parts, args.images_per_core),

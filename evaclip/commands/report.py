@@ -1,4 +1,4 @@
-"""`evaclip report`: a run as a page and a picture, or several runs beside each other."""
+"""`evaclip report`: a run as a page, or several runs beside each other."""
 
 import argparse
 from pathlib import Path
@@ -13,7 +13,7 @@ def add_commands(subparsers: Any) -> None:
     parser = leaf(
         subparsers,
         "report",
-        help="write report.html and report.png of a run, or comparison.html of several",
+        help="write report.html of a run, or comparison.html of several",
         examples=[
             "evaclip report runs/demo",
             "evaclip report runs/demo --output docs/report",
@@ -31,8 +31,7 @@ def _run(args: argparse.Namespace) -> None:
     from evaclip.report import write_comparison, write_report
 
     if len(args.run_dirs) == 1:
-        for path in write_report(args.run_dirs[0], args.output):
-            print(path)
+        print(write_report(args.run_dirs[0], args.output))
         return
     if args.output is None:
         raise UserError("--output FOLDER is not set: a comparison of several runs belongs into none of them")

@@ -8,7 +8,7 @@ from evaclip.data.mixture import MixtureSource
 from evaclip.data.order import I64, mix
 from evaclip.data.prefetch import Copy
 from evaclip.data.samples import RawSample
-from evaclip.data.source import Source, hash_list
+from evaclip.data.source import Source, View, hash_list
 
 MOST = 5000
 """More make an evaluation slower and hardly more exact: 0.7 % is the standard error of a share of one half."""
@@ -52,33 +52,24 @@ def _choose(source: Source, share: float, seed: int) -> I64:
     return np.sort(order[:wanted])
 
 
-class Selection(Source):
+class Selection(View):
     """Some samples of another source, in the given order; a sample's key is its index in that source."""
 
     def __init__(self, source: Source, indices: Sequence[int]) -> None:
-        self._source = source
+        super().__init__(source)
         self._indices = list(indices)
-        self.description = source.description
-        self.decoding = source.decoding
         self.fingerprint = hash_list(source.fingerprint, (("", index) for index in self._indices))
         self.shard_sizes = [len(self._indices)]
-        self.faults = source.faults
+
+    def number(self, index: int) -> int:
+        return self._indices[index]
 
     def __getitem__(self, index: int) -> RawSample:
-        sample = self._source[self._indices[index]]
-        return RawSample(str(self._indices[index]), sample.image, sample.captions)
-
-    def name(self, index: int) -> str:
-        return self._source.name(self._indices[index])
-
-    def place(self, index: int) -> tuple[str, str]:
-        return self._source.place(self._indices[index])
-
-    def close(self) -> None:
-        self._source.close()
+        sample = super().__getitem__(index)
+        return RawSample(str(self.number(index)), sample.image, sample.captions)
 
 
-class Rest(Source):
+class Rest(View):
     """All samples of another source but some, in the same shards.
 
     Args:
@@ -87,34 +78,20 @@ class Rest(Source):
     """
 
     def __init__(self, whole: Source, left_out: I64) -> None:
-        self._whole = whole
+        super().__init__(whole)
         # How many samples lie in front of each one that is left out.
         self._before = left_out - np.arange(len(left_out))
         gone = np.searchsorted(left_out, np.cumsum(np.asarray(whole.shard_sizes, np.int64)))
         self.shard_sizes = (np.asarray(whole.shard_sizes, np.int64) - np.diff(gone, prepend=0)).tolist()
         self.description = f"{whole.description}, but for {len(left_out)} held out"
         self.fingerprint = hash_list(whole.fingerprint, (("", index) for index in left_out.tolist()))
-        self.faults = whole.faults
         self.classes = whole.classes
-        self.decoding = whole.decoding
         self.remote = whole.remote
 
-    def __getitem__(self, index: int) -> RawSample:
-        return self._whole[self._number(index)]
-
-    def name(self, index: int) -> str:
-        return self._whole.name(self._number(index))
-
-    def place(self, index: int) -> tuple[str, str]:
-        return self._whole.place(self._number(index))
-
     def copies(self, shards: Sequence[int]) -> list[Copy]:
-        return self._whole.copies(shards)
+        return self.whole.copies(shards)
 
-    def close(self) -> None:
-        self._whole.close()
-
-    def _number(self, index: int) -> int:
+    def number(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         return index + int(np.searchsorted(self._before, index, side="right"))

@@ -1,5 +1,6 @@
 """A folder with one subfolder of pictures per class, and a folder with pictures."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from evaclip.data.config import DEFAULT_TEMPLATE
@@ -20,7 +21,26 @@ def class_folders(root: Path) -> list[str]:
     ]
 
 
-class FolderSource(Source):
+class _Files(Source):
+    """Picture files, in this order, by their paths below a root."""
+
+    def __init__(self, root: Path, files: Sequence[Path]) -> None:
+        self.description = str(root)
+        self.shard_sizes = [len(files)]
+        self._root = root
+        self._files = PackedStrings.pack(file.relative_to(root).as_posix() for file in files)
+
+    def name(self, index: int) -> str:
+        return str(self.file(index))
+
+    def file(self, index: int) -> Path:
+        return self._root / self._files[index]
+
+    def place(self, index: int) -> tuple[str, str]:
+        return self.name(index), self._files[index]
+
+
+class FolderSource(_Files):
     """ROOT/CLASS/**/*.jpg in sorted order; the caption is the template with the class name.
 
     Underscores in folder names stand for spaces. A sample's key is its path below the root. Hidden files and folders
@@ -35,17 +55,14 @@ class FolderSource(Source):
         if not files:
             suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
             raise UserError(f"there are 0 pictures ({suffixes}) in the {len(folders)} class folders of {root}")
-        self.description = str(root)
-        self._root = root
+        super().__init__(root, files)
         self._template = template
-        self._files = PackedStrings.pack(file.relative_to(root).as_posix() for file in files)
         self.classes = [_class_name(folder.name) for folder in folders if by_folder[folder]]
         self.faults = [
             Fault(FaultKind.EMPTY_CLASS, str(folder), "it is not taken for a class", file=str(folder))
             for folder in folders
             if not by_folder[folder]
         ]
-        self.shard_sizes = [len(files)]
         self.fingerprint = hash_list("folder", ((name, (root / name).stat().st_size) for name in self._files))
 
     def __getitem__(self, index: int) -> RawSample:
@@ -53,17 +70,8 @@ class FolderSource(Source):
         caption = self._template.format(_class_name(key.split("/", 1)[0]))
         return RawSample(key, read_image_file(self._root / key), (caption,))
 
-    def name(self, index: int) -> str:
-        return str(self.file(index))
 
-    def file(self, index: int) -> Path:
-        return self._root / self._files[index]
-
-    def place(self, index: int) -> tuple[str, str]:
-        return self.name(index), self._files[index]
-
-
-class PictureFolder(Source):
+class PictureFolder(_Files):
     """All pictures in a folder, at any depth, in sorted order; without captions.
 
     Keys are paths below the root, and hidden files and folders don't count. Raises UserError if there is no picture.
@@ -74,23 +82,11 @@ class PictureFolder(Source):
         if not files:
             suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
             raise UserError(f"there are 0 pictures ({suffixes}) in {root}" + ("" if root.is_dir() else ": no folder"))
-        self.description = str(root)
-        self._root = root
-        self._files = PackedStrings.pack(file.relative_to(root).as_posix() for file in files)
-        self.shard_sizes = [len(files)]
+        super().__init__(root, files)
         self.fingerprint = hash_list("pictures", ((name, "") for name in self._files))
 
     def __getitem__(self, index: int) -> RawSample:
         return RawSample(self._files[index], read_image_file(self._root / self._files[index]), ())
-
-    def name(self, index: int) -> str:
-        return str(self.file(index))
-
-    def file(self, index: int) -> Path:
-        return self._root / self._files[index]
-
-    def place(self, index: int) -> tuple[str, str]:
-        return self.name(index), self._files[index]
 
 
 def _pictures(folder: Path) -> list[Path]:

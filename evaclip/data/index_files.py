@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import mmap
-import os
 import time
 import zlib
 from collections import OrderedDict
@@ -27,6 +26,7 @@ from safetensors.numpy import save
 from evaclip.atomic import replacing
 from evaclip.data.packed_strings import PackedStrings
 from evaclip.data.tar_index import ShardFacts, TarIndex
+from evaclip.machine import user_cache
 
 _LOG = logging.getLogger("evaclip.data")
 _FORMAT = 3
@@ -39,12 +39,6 @@ _TRIM_EVERY = 256
 _CAPACITY = 10 * 10**9
 _ARRAYS = ("key_text", "key_ends", "starts", "codes", "blocks", "sizes")
 _DTYPES = {"U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8"}
-
-
-def default_cache_folder() -> Path:
-    """`evaclip/tar-index` in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache)."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "evaclip" / "tar-index"
 
 
 class Indexed(Protocol):
@@ -77,7 +71,7 @@ class IndexCache:
     """
 
     def __init__(self, folder: Path | None = None, capacity: int = 256, beside: bool = False) -> None:
-        self._folder = folder or default_cache_folder()
+        self._folder = folder or user_cache("tar-index")
         self._capacity = capacity
         self._beside = beside
         self._recent: OrderedDict[bytes, TarIndex] = OrderedDict()

@@ -92,20 +92,14 @@ def classes_of(config: DataConfig) -> Sequence[str]:
     return class_folders(_one_local(kind, config.train, paths)) if kind == "folder" else ()
 
 
+_KEYS = (
+    *("image_key", "caption_key", "csv_separator", "caption_template"),
+    *("num_samples", "remote", "exif_orientation", "min_size"),
+)
+
+
 def _open(path: str, config: DataConfig, captions: bool) -> Source:
-    return open_source(
-        path,
-        config.kind,
-        image_key=config.image_key,
-        caption_key=config.caption_key,
-        csv_separator=config.csv_separator,
-        caption_template=config.caption_template,
-        num_samples=config.num_samples,
-        remote=config.remote,
-        exif_orientation=config.exif_orientation,
-        min_size=config.min_size,
-        captions=captions,
-    )
+    return open_source(path, config.kind, **{name: getattr(config, name) for name in _KEYS}, captions=captions)
 
 
 def _fetching(config: RemoteConfig) -> Fetching:

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from evaclip.data.remote import COMMAND, RemoteError, Version, open_remote
 from evaclip.errors import UserError
+from evaclip.machine import user_cache
 
 _LOG = logging.getLogger("evaclip.data")
 _CHUNK = 2**20
@@ -29,18 +30,12 @@ Check = Callable[[Path], None]
 """Looks at a copy before anybody else sees it, and raises RemoteError to refuse it."""
 
 
-def default_shard_folder() -> Path:
-    """`evaclip/shards` in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache)."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "evaclip" / "shards"
-
-
 @dataclass(frozen=True)
 class Fetching:
     """How shards are fetched.
 
     Attributes:
-        folder: where the copies lie; None: `default_shard_folder()`.
+        folder: where the copies lie; None: `shards` in the user's cache.
         capacity: bytes that the copies may take together; those being written come on top.
         timeout: seconds without a byte after which a try fails.
         attempts: tries, with pauses of 1, 2, 4, ... seconds between them.
@@ -78,7 +73,7 @@ class ShardCache:
     def __init__(self, fetching: Fetching) -> None:
         self.capacity = fetching.capacity
         self._options = fetching
-        self._folder = fetching.folder or default_shard_folder()
+        self._folder = fetching.folder or user_cache("shards")
         self._failures: dict[str, tuple[float, RemoteError]] = {}
 
     def version(self, url: str) -> Version:

@@ -3,7 +3,7 @@
 import logging
 import zlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,10 +59,7 @@ class TableSource(Source):
         if not len(self._images):
             raise UserError(f"there are 0 rows {'below the header of' if kind == 'csv' else 'in'} {path}")
         self.shard_sizes = [len(self._images)]
-        by_row: Iterable[object] = map(self._texts, range(len(self._images)))
-        if kind == "csv":
-            # Each row has one caption; the fingerprint is the one that checkpoints hold.
-            by_row = self._captions
+        by_row = map(self._texts, range(len(self._images)))
         self.fingerprint = hash_list(kind, zip(self._images, by_row, strict=True))
         self.notes = [reader.note] if reader.note else []
         for note in self.notes:

@@ -117,16 +117,12 @@ def clean_name(name: str) -> str:
     return name.strip(":").replace("_", " ").translate(_PLAIN_QUOTES).strip()
 
 
-def render_png(file: str, size: int) -> bytes:
+def render_png(file: str, size: int) -> tuple[bytes, bytes]:
     """Renders a drawing (`.svg` or `.svg.gz`) to a square RGBA PNG of `size` pixels, transparency kept.
 
-    The drawing fills the picture in its own proportions: how wide a margin it has is a matter of the style.
+    The drawing fills the picture in its own proportions: how wide a margin it has is a matter of the style. The second
+    picture is the larger one that the first is made of, of `_FINER * size` pixels at most.
     """
-    return _render(file, size)[0]
-
-
-def _render(file: str, size: int) -> tuple[bytes, bytes]:
-    """That of `render_png`, and the larger one that it is made of, of `_FINER * size` pixels at most."""
     content = Path(file).read_bytes()
     text = (gzip.decompress(content) if file.endswith(".gz") else content).decode("utf-8")
     side = _FINER * size
@@ -164,7 +160,9 @@ def build_emoji(
     with ProcessPoolExecutor(processes) as pool, _progress() as progress:
         for style in styles:
             task = progress.add_task(style, total=len(concepts))
-            pictures = pool.map(partial(_render, size=size), [drawings[style][c.key] for c in concepts], chunksize=32)
+            pictures = pool.map(
+                partial(render_png, size=size), [drawings[style][c.key] for c in concepts], chunksize=32
+            )
             samples = progress.track(_samples(concepts, style, pictures), task_id=task)
             shards[style] = write_shards(folder, style, samples, SAMPLES_PER_SHARD)
     write_text(folder / "classes.txt", "".join(f"{concept.names[0]}\n" for concept in concepts))

@@ -35,12 +35,8 @@ Say = Callable[[str], None]
 
 
 def run_demo(
-    out: Path,
-    *,
-    data: Path = DATA_FOLDER,
-    minutes: float = BUDGET_MINUTES,
-    say: Say = print,
-) -> tuple[Path, Path, Path]:
+    out: Path, *, data: Path = DATA_FOLDER, minutes: float = BUDGET_MINUTES, say: Say = print
+) -> tuple[Path, Path]:
     """Trains on Twemoji's drawings, measures on OpenMoji's drawings of the same concepts, and indexes both.
 
     Args:
@@ -50,7 +46,7 @@ def run_demo(
         say: is told what happens.
 
     Returns:
-        The paths of `report.html`, `report.png` and the store.
+        The paths of `report.html` and the store.
 
     Raises:
         UserError: a package of the demo is missing, or `out` holds a run or a store of another kind.
@@ -69,12 +65,12 @@ def run_demo(
     with _phase("evaluation", say):
         evaluations = evaluate_run(out, data)
     with _phase("report", say):
-        reports = write_report(out)
+        report = write_report(out)
     with _phase("index", say):
         store = index_drawings(out, data)
     for line in summary(evaluations):
         say(line)
-    return *reports, store
+    return report, store
 
 
 @contextmanager

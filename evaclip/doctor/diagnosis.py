@@ -3,11 +3,11 @@
 import os
 import re
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from evaclip.extras import requirements
+from evaclip.machine import version_of
 
 Facts = dict[str, Any]
 
@@ -37,7 +37,7 @@ def diagnose() -> Facts:
     facts: Facts = {"problems": [], "machine": machine(), **info()}
     facts["native"] |= {"built": build_record().get("native"), "module_error": _module_error()}
     facts["cuda"] |= {"driver": _driver(), "capabilities": _capabilities(), "error": _cuda_error()}
-    facts["packages"] = {extra: {name: _version(name) for name in names} for extra, names in requirements().items()}
+    facts["packages"] = {extra: {name: version_of(name) for name in names} for extra, names in requirements().items()}
     facts["problems"] = list(problems(facts))
     facts["ops"] = op_states({p["backend"]: p["what"] for p in facts["problems"] if p["backend"]})
     return facts
@@ -142,10 +142,3 @@ def _cuda_error(devices: Path = Path("/dev")) -> str | None:
     except RuntimeError as exc:
         return " ".join(str(exc).split())
     return "it doesn't say why"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

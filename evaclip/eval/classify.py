@@ -1,7 +1,7 @@
 """Classification by a model's own classifier: top-1 and top-5 of its logits, as timm's `validate` counts them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from evaclip.data import EvalBatch, Source
 from evaclip.errors import UserError
 from evaclip.eval.class_space import ClassSpace, validation_number
 from evaclip.eval.features import FeatureOptions, for_each_batch
-from evaclip.eval.ranking import hit_rate
+from evaclip.eval.ranking import Result, hit_rate
 from evaclip.eval.zero_shot import ZeroShotResult, summarize
 
 TOP = 5
@@ -45,7 +45,7 @@ class RealResult:
 
 
 @dataclass(frozen=True)
-class ClassifyResult:
+class ClassifyResult(Result):
     """Accuracies as for zero-shot classification, with what is peculiar to a classifier.
 
     Attributes:
@@ -62,7 +62,7 @@ class ClassifyResult:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        given = asdict(self)
+        given = super().to_dict()
         return {**given.pop("accuracy"), **given}
 
 

@@ -94,10 +94,7 @@ class ImageFeatures:
 
 
 def encode_images(
-    model: ImageModel,
-    transform: Callable[[Any], Tensor],
-    source: Source,
-    options: FeatureOptions | None = None,
+    model: ImageModel, transform: Callable[[Any], Tensor], source: Source, options: FeatureOptions | None = None
 ) -> ImageFeatures:
     """Normalised features of all pictures of a source.
 

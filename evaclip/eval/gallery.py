@@ -112,11 +112,6 @@ def thumbnail(image: Image.Image, size: int = THUMBNAIL) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def open_thumbnail(uri: str) -> Image.Image:
-    """The picture that `thumbnail` packed."""
-    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
-
-
 def _answered_best(pairs: "EncodedPairs", ranks: "Tensor") -> list[int]:
     """Texts whose picture comes first, by the distance to the second; of each picture's texts the best."""
     from evaclip.eval.ranking import top_items

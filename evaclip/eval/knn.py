@@ -1,14 +1,13 @@
 """k nearest neighbours on frozen features, as DINO measures them (Caron et al. 2021, arXiv 2104.14294)."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from evaclip.errors import UserError
-from evaclip.eval.ranking import Over, here, hit_rate, top_items
+from evaclip.eval.ranking import Over, Result, here, hit_rate, top_items
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
@@ -17,7 +16,7 @@ _QUERIES = 512
 
 
 @dataclass(frozen=True)
-class KnnResult:
+class KnnResult(Result):
     """Accuracies in [0, 1] on the test set, by the votes of `neighbours` training samples."""
 
     train_samples: int
@@ -27,10 +26,6 @@ class KnnResult:
     top1: float
     top5: float
     chance_top1: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def knn(

@@ -19,10 +19,7 @@ class Labels:
 
 
 def assign_labels(
-    captions: Sequence[str],
-    keys: Sequence[str],
-    classnames: Sequence[str] | None = None,
-    folders: Sequence[str] = (),
+    captions: Sequence[str], keys: Sequence[str], classnames: Sequence[str] | None = None, folders: Sequence[str] = ()
 ) -> Labels:
     """Reads each caption as the class of its sample.
 

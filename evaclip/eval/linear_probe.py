@@ -1,14 +1,14 @@
 """Linear probe: logistic regression on frozen features, its strength chosen on held-out training data."""
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from evaclip.errors import UserError
-from evaclip.eval.ranking import Over, here, hit_rate
+from evaclip.eval.ranking import Over, Result, here, hit_rate
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
@@ -19,7 +19,7 @@ STRENGTHS = tuple(10.0**power for power in range(-2, 5))
 
 
 @dataclass(frozen=True)
-class LinearProbeResult:
+class LinearProbeResult(Result):
     """Accuracies in [0, 1] on the test set.
 
     Attributes:
@@ -36,13 +36,6 @@ class LinearProbeResult:
     chance_top1: float
     strength: float
     held_out: dict[float, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON, whose keys are texts."""
-        return {
-            **asdict(self),
-            "held_out": {f"{strength:g}": share for strength, share in self.held_out.items()},
-        }
 
 
 def linear_probe(

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -30,16 +29,9 @@ def __getattr__(name: str) -> Any:
     return getattr(_open_clip_data(), name)
 
 
-@dataclass(frozen=True)
-class PromptSet:
-    """Class names, and the sentences into which each of them is put (each holds `{}` once or more)."""
-
-    classnames: tuple[str, ...]
-    templates: tuple[str, ...] = (PLACEHOLDER,)
-
-    def prompts(self, classname: str) -> list[str]:
-        """The sentences that describe one class."""
-        return [template.replace(PLACEHOLDER, classname) for template in self.templates]
+def prompts(classname: str, templates: Sequence[str]) -> list[str]:
+    """The sentences that describe one class; each template holds `{}` once or more."""
+    return [template.replace(PLACEHOLDER, classname) for template in templates]
 
 
 def imagenet_classnames() -> tuple[str, ...]:

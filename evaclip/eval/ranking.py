@@ -6,6 +6,7 @@ is ranked like a fixed list, and so reaches exactly chance on average.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,22 @@ BLOCK = 2048
 
 Over = Callable[[Sequence[Any], Callable[[Any], Any]], list[Any]]
 """(items, what is done with one) -> what comes of each, in their order; several processes may share the work."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an evaluation found."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, whose keys are texts."""
+        found: dict[str, Any] = _with_texts(asdict(self))
+        return found
+
+
+def _with_texts(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    return {key if isinstance(key, str) else f"{key:g}": _with_texts(value) for key, value in tree.items()}
 
 
 def here(items: Sequence[Any], action: Callable[[Any], Any]) -> list[Any]:

@@ -87,14 +87,8 @@ class Evaluation:
 def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> None:
     """A table of the result, and for classes the best and the worst of them."""
     console = console or Console()
-    rows = {
-        "zero-shot": _zero_shot_rows,
-        "classify": _classify_rows,
-        "retrieval": _retrieval_rows,
-        "linear-probe": _linear_probe_rows,
-        "knn": _knn_rows,
-    }
-    (size, *header), *lines = rows[evaluation.task](evaluation.metrics)
+    rows = _retrieval_rows if evaluation.task == "retrieval" else _class_rows
+    (size, *header), *lines = rows(evaluation.metrics)
     console.print(f"{evaluation.task}: {evaluation.title}, {size}", style="bold", markup=False, soft_wrap=True)
     table = Table("")
     for column in header:
@@ -136,19 +130,22 @@ def print_classes(evaluation: Evaluation, console: Console | None = None) -> Non
     (console or Console()).print(table)
 
 
-def _zero_shot_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
-    return [
-        (f"{metrics['samples']:,} pictures, {metrics['classes']:,} classes", "accuracy", "chance"),
-        ("top-1", _percent(metrics["top1"]), _percent(metrics["chance_top1"])),
-        ("top-5", _percent(metrics["top5"]), _percent(metrics["chance_top5"])),
-        ("mean per class", _percent(metrics["mean_per_class"]), _percent(metrics["chance_top1"])),
-    ]
-
-
-def _classify_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
-    rows = _zero_shot_rows(metrics)
-    if real := metrics["real"]:
+def _class_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Of all tasks that find a picture's class, each with what it has."""
+    if "train_samples" in metrics:
+        size = f"{metrics['train_samples']:,} to train, {metrics['samples']:,} to test"
+    else:
+        size = f"{metrics['samples']:,} pictures, {metrics['classes']:,} classes"
+    chance = _percent(metrics["chance_top1"])
+    chance5 = _percent(metrics["chance_top5"]) if "chance_top5" in metrics else ""
+    rows: list[tuple[str, ...]] = [(size, "accuracy", "chance")]
+    rows += [("top-1", _percent(metrics["top1"]), chance), ("top-5", _percent(metrics["top5"]), chance5)]
+    if "mean_per_class" in metrics:
+        rows.append(("mean per class", _percent(metrics["mean_per_class"]), chance))
+    if real := metrics.get("real"):
         rows += [(f"ReaL top-{k}, of {real['samples']:,}", _percent(real[f"top{k}"]), "") for k in (1, 5)]
+    if "strength" in metrics:
+        rows.append((f"chosen C: {metrics['strength']:g}", "", ""))
     return rows
 
 
@@ -164,22 +161,6 @@ def _retrieval_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
         rows.append(("  chance", *(_percent(direction["chance"][k]) for k in cutoffs), "", ""))
     rows.append(("mean recall", _percent(metrics["mean_recall"]), *("" for _ in range(len(cutoffs) + 1))))
     return rows
-
-
-def _knn_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
-    return [
-        (f"{metrics['train_samples']:,} to train, {metrics['samples']:,} to test", "accuracy", "chance"),
-        ("top-1", _percent(metrics["top1"]), _percent(metrics["chance_top1"])),
-        ("top-5", _percent(metrics["top5"]), ""),
-    ]
-
-
-def _linear_probe_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
-    return [
-        *_knn_rows(metrics),
-        ("mean per class", _percent(metrics["mean_per_class"]), _percent(metrics["chance_top1"])),
-        (f"chosen C: {metrics['strength']:g}", "", ""),
-    ]
 
 
 def _percent(share: float) -> str:

@@ -4,15 +4,14 @@ The protocol of the Karpathy splits (Flickr30K, COCO): a picture counts as a hit
 within the first k; the recall of the other direction is the average over all captions.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from evaclip.errors import UserError
-from evaclip.eval.ranking import BLOCK, hit_rate, target_ranks
+from evaclip.eval.ranking import BLOCK, Result, hit_rate, target_ranks
 
 CUTOFFS = (1, 5, 10)
 
@@ -35,7 +34,7 @@ class DirectionResult:
 
 
 @dataclass(frozen=True)
-class RetrievalResult:
+class RetrievalResult(Result):
     """`mean_recall` is the mean of the recalls at 1, 5 and 10 of both directions."""
 
     images: int
@@ -43,13 +42,6 @@ class RetrievalResult:
     image_to_text: DirectionResult
     text_to_image: DirectionResult
     mean_recall: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON, whose keys are texts."""
-        return {
-            **asdict(self),
-            **{name: _json(getattr(self, name)) for name in ("image_to_text", "text_to_image")},
-        }
 
 
 def evaluate(
@@ -82,13 +74,6 @@ def evaluate(
     text_to_image = _direction(text_ranks, chance_text)
     recalls = [*image_to_text.recall.values(), *text_to_image.recall.values()]
     return RetrievalResult(images, captions, image_to_text, text_to_image, sum(recalls) / len(recalls))
-
-
-def _json(direction: DirectionResult) -> dict[str, Any]:
-    by_cutoff = {
-        name: {str(k): share for k, share in getattr(direction, name).items()} for name in ("recall", "chance")
-    }
-    return {**asdict(direction), **by_cutoff}
 
 
 def _best_caption(image_features: Tensor, text_features: Tensor, image_of_text: Tensor) -> Tensor:

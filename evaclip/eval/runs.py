@@ -169,6 +169,7 @@ def _evaluation(
 ) -> Evaluation:
     loaded, source = setting.loaded, setting.source
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    device = next(loaded.model.parameters()).device
     return Evaluation(
         task=task,
         title=setting.title,
@@ -184,11 +185,7 @@ def _evaluation(
         ),
         transform=repr(loaded.transform),
         precision=setting.options.precision,
-        device=_device_name(next(loaded.model.parameters()).device),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         seconds=time.monotonic() - started,
         prompts=prompts,
     )
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

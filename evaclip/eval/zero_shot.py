@@ -1,8 +1,7 @@
 """Zero-shot classification: pictures against each class's mean prompt (arXiv 2103.00020, section 3.1)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +9,8 @@ from torch.nn.functional import normalize
 
 from evaclip.errors import UserError
 from evaclip.eval.features import FeatureOptions, ImageTextModel, Tokenizer, encode_texts
-from evaclip.eval.prompts import PLACEHOLDER, PromptSet
-from evaclip.eval.ranking import hit_rate, target_ranks, top_items
+from evaclip.eval.prompts import PLACEHOLDER, prompts
+from evaclip.eval.ranking import Result, hit_rate, target_ranks, top_items
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class ClassResult:
 
 
 @dataclass(frozen=True)
-class ZeroShotResult:
+class ZeroShotResult(Result):
     """Accuracies are shares in [0, 1]; classes without pictures take no part in the mean per class.
 
     Attributes:
@@ -44,10 +43,6 @@ class ZeroShotResult:
     chance_top5: float
     per_class: tuple[ClassResult, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
 
 def build_classifier(
     model: ImageTextModel,
@@ -61,10 +56,9 @@ def build_classifier(
     Returns:
         [classes, embed_dim] float32 on the CPU.
     """
-    prompts = PromptSet(tuple(classnames), tuple(templates))
-    texts = [text for name in prompts.classnames for text in prompts.prompts(name)]
+    texts = [text for name in classnames for text in prompts(name, templates)]
     features = encode_texts(model, tokenizer, texts, options)
-    return normalize(features.view(len(prompts.classnames), len(prompts.templates), -1).mean(1), dim=-1)
+    return normalize(features.view(len(classnames), len(templates), -1).mean(1), dim=-1)
 
 
 def build_zero_shot_classifier(

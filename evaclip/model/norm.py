@@ -1,5 +1,7 @@
 """One norm, three places to put it: alone, behind a residual add, and inside the residual branch."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -76,3 +78,36 @@ class Norm(nn.Module):
         if self.rms:
             return rms_norm_add(residual, branch, self.weight, eps=self.eps, **scales)
         return layer_norm_add(residual, branch, self.weight, self.bias, eps=self.eps, **scales)
+
+
+class Stream(NamedTuple):
+    """The residual stream between two blocks. The branch of the last one is added by the norm that reads it.
+
+    Attributes:
+        x: `[..., width]`.
+        branch: of the shape of `x`, what is still to be added; None for nothing.
+        layer_scale: `[width]`, factors of the branch; None for none.
+        row_scale: `[B]`, the same.
+    """
+
+    x: Tensor
+    branch: Tensor | None = None
+    layer_scale: Tensor | None = None
+    row_scale: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """The sum."""
+        branch = self.branch
+        if branch is None:
+            return self.x
+        if self.layer_scale is not None:
+            branch = branch * self.layer_scale
+        if self.row_scale is not None:
+            branch = branch * self.row_scale[:, None, None]
+        return self.x + branch
+
+    def read(self, norm: Norm, out_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """`(norm(x), x)` of the sum `x`; `out_dtype` as in `Norm`."""
+        if self.branch is None:
+            return norm(self.x, out_dtype), self.x
+        return norm.of_sum(self.x, self.branch, self.layer_scale, self.row_scale, out_dtype)

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from evaclip.model.captions import Layout
 from evaclip.model.config import TextConfig
-from evaclip.model.norm import Norm, product_dtype
+from evaclip.model.norm import Norm, Stream, product_dtype
 from evaclip.model.pooled import attend_once
 from evaclip.model.recompute import ResidualBlock
 from evaclip.model.savings import Savings
 from evaclip.model.tower import Tower
-from evakernels import packed_attention, rope_attention
+from evakernels import gelu, packed_attention, rope_attention
 from evakernels.nn import Linear, linear
 
 
@@ -76,7 +76,7 @@ class TextMlp(nn.Module):
         self.c_proj = Linear(config.hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.c_proj(F.gelu(self.c_fc(x)))
+        out: Tensor = self.c_proj(gelu(linear(x, self.c_fc.weight), self.c_fc.bias))
         return out
 
 
@@ -105,20 +105,15 @@ class TextBlock(ResidualBlock):
         self.ln_1.reset_parameters()
         self.ln_2.reset_parameters()
 
-    def attend(self, x: Tensor, layout: Layout, pooled: bool = False) -> Tensor:
+    def attend(self, stream: Stream, layout: Layout, pooled: bool = False) -> tuple[Tensor, Tensor]:
         """`layout` and `pooled` as in `TextAttention`."""
         # Of two readers, the gradients of a 16-bit y would be summed in 16 bits.
-        y = self.ln_1(x, None if pooled else product_dtype(x))
-        branch: Tensor = self.attn(y, layout, pooled)
-        return branch
+        y, x = stream.read(self.ln_1, None if pooled else product_dtype(stream.x))
+        return layout.at_ends(x) if pooled else x, self.attn(y, layout, pooled)
 
-    def residual(self, x: Tensor, layout: Layout, pooled: bool = False) -> Tensor:
-        return layout.at_ends(x) if pooled else x
-
-    def mix(self, x: Tensor, branch: Tensor) -> Tensor:
+    def mix(self, x: Tensor, branch: Tensor) -> Stream:
         y, x = self.ln_2.of_sum(x, branch, out_dtype=product_dtype(x))
-        out: Tensor = x + self.mlp(y)
-        return out
+        return Stream(x, self.mlp(y))
 
 
 class Transformer(nn.Module):

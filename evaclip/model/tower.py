@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from evaclip.model.norm import Stream
 from evaclip.model.recompute import ResidualBlock, run_block
 from evaclip.model.savings import Savings
 
@@ -55,14 +56,15 @@ class Tower(nn.Module):
             parameter.requires_grad_(layer - behind >= self.num_layer_ids - unlocked_groups)
 
     def run_blocks(self, blocks: nn.ModuleList, x: Tensor, *context: Any, pooled_last: bool = True) -> Tensor:
-        """`x` through all blocks; each is called as `block(x, *context, pooled)`.
+        """`x` through all blocks; each is called as `block(stream, *context, pooled)`.
 
         `pooled` asks a block for the one token of each sample that the tower uses. It is true for the last block,
         if that saving is on and `pooled_last` says that no other token is used.
         """
         recompute = self.savings.recompute if self.training else "none"
+        stream = Stream(x)
         for index, block in enumerate(blocks):
             assert isinstance(block, ResidualBlock)
             pooled = pooled_last and self.savings.pooled_last_block and index == len(blocks) - 1
-            x = run_block(block, recompute, x, *context, pooled)
-        return x
+            stream = run_block(block, recompute, stream, *context, pooled)
+        return stream.total()

@@ -15,6 +15,7 @@ from evaclip.model.savings import Savings
 from evaclip.model.tower import Tower
 from evaclip.model.vision_block import INIT_STD, Block, reset_linear, vision_norm
 from evakernels import sample_token_index, token_dropout
+from evakernels.nn import linear
 
 _HEAD_INIT_FACTOR = 0.001
 
@@ -32,17 +33,29 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
+        # For a CPU's inference: 0.3 ms in place of 0.5 of one picture of B/16 in bfloat16, 17 in place of 21 of 32 in
+        # float32 (AMD EPYC, Zen 5, 2 threads, 2026-11-29). With gradients in float32 the convolution is the faster one.
+        if images.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self._multiply(self._grid(images).flatten(1, 2).flatten(2))
         patches: Tensor = self.proj(images.to(self.proj.weight.dtype))
         return self._gently(patches.flatten(2).transpose(1, 2))
 
     def of_kept(self, images: Tensor, token_index: Tensor) -> Tensor:
         """Only the patches `token_index` `[B, K]`, `[B, K, width]`: one matrix product instead of the convolution."""
-        side = self.proj.kernel_size[0]
-        grid = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [B, 3, rows, side, columns, side]
-        rows, columns = token_index // grid.shape[4], token_index % grid.shape[4]
+        grid = self._grid(images)
+        rows, columns = token_index // grid.shape[2], token_index % grid.shape[2]
         samples = torch.arange(len(images), device=images.device).unsqueeze(1)
-        pixels = grid.permute(0, 2, 4, 1, 3, 5)[samples, rows, columns].flatten(2)
-        return self._gently(F.linear(pixels.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias))
+        return self._multiply(grid[samples, rows, columns].flatten(2))
+
+    def _grid(self, images: Tensor) -> Tensor:
+        """The same pixels as `[B, rows, columns, 3, side, side]`."""
+        side = self.proj.kernel_size[0]
+        grid: Tensor = images.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5)
+        return grid
+
+    def _multiply(self, pixels: Tensor) -> Tensor:
+        weight = self.proj.weight
+        return self._gently(linear(pixels.to(weight.dtype), weight.flatten(1), self.proj.bias))
 
     def _gently(self, patches: Tensor) -> Tensor:
         return patches if self.gradient == 1.0 else patches.detach().lerp(patches, self.gradient)

@@ -3,14 +3,13 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaclip.model.config import VisionConfig
-from evaclip.model.norm import Norm, product_dtype
+from evaclip.model.norm import Norm, Stream, product_dtype
 from evaclip.model.pooled import attend_once, rotate_patches
 from evaclip.model.recompute import ResidualBlock
-from evakernels import rope_attention
+from evakernels import gelu, rope_attention
 from evakernels.nn import Linear, SwiGLU, linear
 
 INIT_STD = 0.02
@@ -128,7 +127,7 @@ class GeluMlp(nn.Module):
         self.fc2 = Linear(config.hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        out: Tensor = self.fc2(gelu(linear(x, self.fc1.weight), self.fc1.bias))
         return out
 
 
@@ -186,40 +185,24 @@ class Block(ResidualBlock):
 
     def attend(
         self,
-        x: Tensor,
+        stream: Stream,
         cos: Tensor | None = None,
         sin: Tensor | None = None,
         token_index: Tensor | None = None,
         pooled: bool = False,
-    ) -> Tensor:
-        """The arguments are those of `Attention`."""
-        y = x if self.post_norm else self.norm1(x, product_dtype(x))
+    ) -> tuple[Tensor, Tensor]:
+        """The other arguments are those of `Attention`."""
+        y, x = (stream.x, stream.x) if self.post_norm else stream.read(self.norm1, product_dtype(stream.x))
         branch: Tensor = self.attn(cast_once(y), cos, sin, token_index, pooled)
-        return branch
+        return x[:, :1] if pooled else x, branch
 
-    def residual(
-        self,
-        x: Tensor,
-        cos: Tensor | None = None,
-        sin: Tensor | None = None,
-        token_index: Tensor | None = None,
-        pooled: bool = False,
-    ) -> Tensor:
-        return x[:, :1] if pooled else x
-
-    def mix(self, x: Tensor, branch: Tensor) -> Tensor:
+    def mix(self, x: Tensor, branch: Tensor) -> Stream:
         row_scale = self._row_scale(x)
         if self.post_norm:
             x = self.norm1.of_branch(x, branch, self.gamma_1, row_scale)
-            return self.norm2.of_branch(x, self.mlp(cast_once(x)), self.gamma_2, self._row_scale(x))
+            return Stream(self.norm2.of_branch(x, self.mlp(cast_once(x)), self.gamma_2, self._row_scale(x)))
         y, x = self.norm2.of_sum(x, branch, self.gamma_1, row_scale, product_dtype(x))
-        branch = self.mlp(cast_once(y))
-        row_scale = self._row_scale(x)
-        if self.gamma_2 is not None:
-            branch = branch * self.gamma_2
-        if row_scale is not None:
-            branch = branch * row_scale[:, None, None]
-        return x + branch
+        return Stream(x, self.mlp(cast_once(y)), self.gamma_2, self._row_scale(x))
 
     def _row_scale(self, x: Tensor) -> Tensor | None:
         """Stochastic depth (Huang et al. 2016): 0 where the branch is skipped, else 1 / keep. `[B]`."""

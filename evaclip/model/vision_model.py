@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from evaclip.errors import UserError
 from evaclip.model.config import Pool, Preprocess, VisionConfig
+from evaclip.model.norm import Stream
 from evaclip.model.savings import Savings
 from evaclip.model.vision import VisionTower
 from evaclip.model.vision_block import Block
@@ -72,13 +73,15 @@ class VisionModel(VisionTower):
         """
         wanted = self._blocks(indices)
         x, context = self.start(images)
-        found: dict[int, Tensor] = {}
+        stream, found = Stream(x), dict[int, Tensor]()
         for index, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            x = block(x, *context, False)
+            stream = block(stream, *context, False)
             if index in wanted:
+                x = stream.total()
                 patches = (x if self.norm is None or not norm else self.norm(x))[:, 1:]
                 found[index] = patches.transpose(1, 2).unflatten(2, self.present.grid)
+        x = stream.total()
         return x if self.norm is None else self.norm(x), [found[index] for index in wanted]
 
     def reset_classifier(self, num_classes: int, pool: Pool | None = None) -> None:

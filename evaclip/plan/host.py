@@ -8,6 +8,7 @@ from evaclip.data.loader import UNIT
 from evaclip.plan.gpus import PER_NODE
 from evaclip.plan.job import Job, known_steps
 from evaclip.plan.memory import Memory
+from evaclip.plan.tables import numbers
 from evaclip.plan.time import Time
 from evaclip.train.config import TrainConfig
 
@@ -64,8 +65,7 @@ def decoding_cores(job: Job, time: Time, images_per_core: float) -> tuple[float,
 
 def host_table(tree: dict[str, Any]) -> Table:
     """The same for a terminal."""
-    table = Table("besides the GPUs", "", title="Nodes and storage")
-    table.columns[1].justify = "right"
+    table = numbers("besides the GPUs", "", title="Nodes and storage")
     for name, value in tree.items():
         if name.startswith("decoding"):
             text = " to ".join(f"{cores:,.1f}" for cores in value)

@@ -10,6 +10,7 @@ from evaclip.plan.gpus import Gpu
 from evaclip.plan.host import decoding_cores
 from evaclip.plan.job import Job, known_steps
 from evaclip.plan.memory import Memory, plan_memory
+from evaclip.plan.tables import numbers
 from evaclip.plan.time import Time, plan_time
 from evaclip.plan.time_tables import Range, spread
 from evaclip.train.config import TrainConfig
@@ -86,9 +87,7 @@ def parts_table(parts: Sequence[Part], images_per_core: float | None) -> Table:
     """The same for a terminal, with the whole run's hours."""
     cores = ["decoding cores of a node"] if images_per_core else []
     columns = ("image size", "steps", "GiB", "TFLOP of a GPU and step", "seconds a step", "GPU-hours", *cores)
-    table = Table(*columns, title="Parts of the run: predicted, from slow to fast")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = numbers(*columns, title="Parts of the run: predicted, from slow to fast")
     for tree in parts_tree(parts, images_per_core):
         count = "?" if tree["steps"] is None else f"{tree['steps']:,}"
         of_step = f"{tree['peak'] / _GIB:.2f}", f"{tree['flops'] / 1e12:,.1f}", spread(tree["seconds"])

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from evaclip.plan.gpus import PER_NODE, Gpu
 from evaclip.plan.job import Job
@@ -45,12 +45,15 @@ def summary(job: Job, memory: Memory, gpu: Gpu) -> Table:
     return table
 
 
+def numbers(name: str, *columns: str, title: str | None = None) -> Table:
+    """An empty table whose columns but for the first are numbers."""
+    return Table(name, *(Column(column, justify="right") for column in columns), title=title)
+
+
 def memory_table(memory: Memory, gpu: Gpu, gpus: int = 1) -> Table:
     """What one GPU holds at the highest moment of a step, by kind."""
     peak = memory.peak
-    table = Table("kind", "GiB", "share", title=f"Memory of one GPU at its peak: {when(peak)}", show_footer=False)
-    for _ in range(1, 3):
-        table.columns[_].justify = "right"
+    table = numbers("kind", "GiB", "share", title=f"Memory of one GPU at its peak: {when(peak)}")
     for kind, size in in_order(peak):
         table.add_row(kind, f"{size / _GIB:.2f}", f"{size / peak.total:.1%}")
     table.add_section()

@@ -1,7 +1,6 @@
 """Time, savings and what fits, as tables for a terminal and as plain data."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
@@ -10,6 +9,7 @@ from evaclip.plan.fit import Fit, Option
 from evaclip.plan.gpus import Gpu
 from evaclip.plan.job import Job
 from evaclip.plan.savings import Rung
+from evaclip.plan.tables import numbers
 from evaclip.plan.time import ASSUMPTIONS, Assumptions, Time
 
 _GIB = 2**30
@@ -19,9 +19,7 @@ Range = tuple[float, float]
 def flops_table(time: Time, job: Job) -> Table:
     """Floating-point operations of one GPU and step."""
     terms = sorted({term for of_stage in time.flops.values() for term in of_stage})
-    table = Table("TFLOP of a GPU and step", *terms, "all", "GFLOP a sample")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = numbers("TFLOP of a GPU and step", *terms, "all", "GFLOP a sample")
     for stage, of_stage in time.flops.items():
         _add_flops(table, stage, [of_stage.get(term, 0) for term in terms], job)
     table.add_section()
@@ -32,8 +30,7 @@ def flops_table(time: Time, job: Job) -> Table:
 
 def time_table(time: Time, job: Job, gpu: Gpu) -> Table:
     """Seconds of a step by term, and what follows for the run."""
-    table = Table("of a step", "seconds", title="Time: predicted, from slow to fast")
-    table.columns[1].justify = "right"
+    table = numbers("of a step", "seconds", title="Time: predicted, from slow to fast")
     for term, seconds in time.terms.items():
         table.add_row(term, spread(seconds))
     table.add_section()
@@ -68,9 +65,7 @@ def assumptions_text(gpu: Gpu, assumptions: Assumptions = ASSUMPTIONS) -> str:
 
 def savings_table(rungs: Sequence[Rung]) -> Table:
     """A row for each saving: the job with it and all above it."""
-    table = Table("saving", "GiB", "change", "seconds", "change", "GPU-hours", title="Each row adds one saving")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = numbers("saving", "GiB", "change", "seconds", "change", "GPU-hours", title="Each row adds one saving")
     previous: Rung | None = None
     for rung in rungs:
         memory, seconds = rung.memory.peak.total / _GIB, middle(rung.time.step)
@@ -90,21 +85,13 @@ def fit_table(found: Fit, gpu: Gpu) -> Table:
     for option in found.options:
         _add_option(table, "as planned", option)
     table.add_section()
-    for name, chosen in (
-        ("largest batch", found.largest),
-        ("cheapest", found.cheapest),
-        ("fewest GPUs", found.smallest),
-    ):
+    chosen_for = {"largest batch": found.largest, "cheapest": found.cheapest, "fewest GPUs": found.smallest}
+    for name, chosen in chosen_for.items():
         if chosen is None:
             table.add_row(name, *["-"] * 5, "none")
         else:
             _add_option(table, name, chosen)
     return table
-
-
-def inputs_tree(job: Job, gpu: Gpu) -> dict[str, Any]:
-    """What the plan was made from."""
-    return {"job": asdict(job), "gpu": asdict(gpu), "assumptions": asdict(ASSUMPTIONS)}
 
 
 def time_tree(time: Time, job: Job, gpu: Gpu) -> dict[str, Any]:
@@ -120,15 +107,12 @@ def time_tree(time: Time, job: Job, gpu: Gpu) -> dict[str, Any]:
 
 def savings_tree(rungs: Sequence[Rung]) -> list[dict[str, Any]]:
     """The same as plain data."""
-    return [
-        {"saving": rung.name, "peak": rung.memory.peak.total, "seconds": rung.time.step, "kinds": kinds(rung)}
-        for rung in rungs
-    ]
-
-
-def kinds(rung: Rung) -> dict[str, int]:
-    """Bytes at the peak by kind."""
-    return {kind: size for kind, size in rung.memory.peak.bytes.items() if size}
+    trees = []
+    for rung in rungs:
+        peak = rung.memory.peak
+        kinds = {kind: size for kind, size in peak.bytes.items() if size}
+        trees.append({"saving": rung.name, "peak": peak.total, "seconds": rung.time.step, "kinds": kinds})
+    return trees
 
 
 def fit_tree(found: Fit) -> dict[str, Any]:

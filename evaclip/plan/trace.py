@@ -17,6 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from evaclip.errors import UserError
+from evaclip.model.norm import Stream
 from evaclip.model.recompute import ResidualBlock
 from evaclip.model.tower import Tower
 from evaclip.plan.job import Job
@@ -239,18 +240,20 @@ def _sizes(task: Planned) -> tuple[dict[str, int], dict[str, int], int]:
 def _hooks(task: Planned, recorder: Recorder) -> Iterator[Any]:
     """Marks where phases begin, forward and backward."""
 
-    def before(name: str, backward: str, module: Any, args: Any) -> None:
+    def mark(name: str, backward: str, stream: Stream) -> None:
         if torch._C._current_graph_task_id() >= 0:
             return
         recorder.mark(name)
-        if args[0].requires_grad:
-            args[0].register_hook(lambda _: recorder.mark(backward))
+        # That of the last branch comes first: the backward pass of what made it begins with it.
+        last = stream.x if stream.branch is None else stream.branch
+        if last.requires_grad:
+            last.register_hook(lambda _: recorder.mark(backward))
 
-    def after(name: str, backward: str, module: Any, args: Any, output: Tensor) -> None:
-        if torch._C._current_graph_task_id() >= 0:
-            return
-        recorder.mark(name)
-        output.register_hook(lambda _: recorder.mark(backward))
+    def before(name: str, backward: str, module: Any, args: Any) -> None:
+        mark(name, backward, args[0])
+
+    def after(name: str, backward: str, module: Any, args: Any, output: Stream) -> None:
+        mark(name, backward, output)
 
     for name, tower in _towers(task).items():
         yield tower.register_forward_pre_hook(lambda _, args, name=name: recorder.mark(f"{name}.embed"), prepend=True)

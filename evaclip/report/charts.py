@@ -1,4 +1,4 @@
-"""The report's charts, drawn once with matplotlib for both of its forms: the poster and the page."""
+"""The report's charts, drawn with matplotlib."""
 
 from collections.abc import Sequence
 
@@ -10,8 +10,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from evaclip.report.run_data import Bar, BarGroup, LossCurve
 from evaclip.report.theme import PALETTE, STYLE, themed_svg
 
-ROW = 0.36
-"""Height of one bar's row in inches: the chart grows with what it shows."""
+_ROW = 0.36  # height of one bar's row in inches: the chart grows with what it shows
+_TITLE_ROWS = 1.5  # a group's title, with some air above it
 
 
 def loss_svg(curve: LossCurve) -> str:
@@ -25,14 +25,10 @@ def loss_svg(curve: LossCurve) -> str:
 def accuracy_svg(groups: Sequence[BarGroup]) -> str:
     """The accuracies against chance as an inline SVG element."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 0.5 + ROW * bar_rows(groups)), layout="constrained")
-        draw_accuracy(figure.subplots(), groups)
+        rows = sum(len(group.bars) + _TITLE_ROWS for group in groups)
+        figure = Figure(figsize=(9.6, 0.5 + _ROW * rows), layout="constrained")
+        _draw_accuracy(figure.subplots(), groups)
         return themed_svg(figure, "Bars: every accuracy beside its chance level")
-
-
-def bar_rows(groups: Sequence[BarGroup]) -> float:
-    """How many rows `draw_accuracy` takes: bars, and for each group a title with some air above it."""
-    return sum(len(group.bars) + _TITLE_ROWS for group in groups)
 
 
 def draw_loss(axes: Axes, curve: LossCurve) -> None:
@@ -78,10 +74,7 @@ def draw_loss(axes: Axes, curve: LossCurve) -> None:
     axes.spines["left"].set_visible(False)
 
 
-_TITLE_ROWS = 1.5
-
-
-def draw_accuracy(axes: Axes, groups: Sequence[BarGroup]) -> None:
+def _draw_accuracy(axes: Axes, groups: Sequence[BarGroup]) -> None:
     """One horizontal bar per accuracy, in groups, each with its chance level as a line across it."""
     scale = max(bar.value for group in groups for bar in group.bars) or 1.0
     y = 0.0

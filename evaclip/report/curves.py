@@ -90,8 +90,11 @@ _KINDS = (
 
 def panels(log: Log) -> list[Panel]:
     """The charts of one run; what it has no numbers of is left out, and so are counts that stayed 0."""
-    found = [Panel(kind.title, _series(log, kind.keys), kind.form, kind.log) for kind in _KINDS]
-    found += [Panel(title, (series,), form) for title, series, form in _evaluations(log)]
+    found = []
+    for kind in _KINDS:
+        series = tuple(_line(label, log, key) for label, key in kind.keys.items())
+        found.append(Panel(kind.title, series, kind.form, kind.log))
+    found += [Panel(title, (line,), form) for title, line, form in _evaluations(log)]
     return [panel for panel in found if _is_worth_it(panel)]
 
 
@@ -133,10 +136,6 @@ def panel_html(panel: Panel, runs: Sequence[str] = ()) -> str:
         )
         legend = f'<div class="legend">{"".join(keys)}</div>'
     return f"<figure><figcaption>{escape(panel.title)}</figcaption>{legend}{_svg(panel, drawn)}</figure>"
-
-
-def _series(log: Log, keys: Mapping[str, str]) -> tuple[Series, ...]:
-    return tuple(_line(label, log, key) for label, key in keys.items())
 
 
 def _line(label: str, log: Log, key: str) -> Series:

@@ -122,10 +122,7 @@ def sparkline(values: Sequence[float | None]) -> str:
 
 
 def _title(
-    folder: Path,
-    config: Mapping[str, Any],
-    records: Sequence[Mapping[str, Any]],
-    events: Sequence[Mapping[str, Any]],
+    folder: Path, config: Mapping[str, Any], records: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
 ) -> str:
     from evaclip.report.state import what_stands_still
 

@@ -6,7 +6,7 @@ from importlib.resources import files
 from evaclip.eval.gallery import Found, Gallery, Query, Section
 from evaclip.report.charts import accuracy_svg, loss_svg, percent, times_chance
 from evaclip.report.curves import panel_html, panels
-from evaclip.report.run_data import Bar, BarGroup, LossCurve, RunData
+from evaclip.report.run_data import BarGroup, LossCurve, RunData
 from evaclip.report.theme import document
 
 KIND = "Report of a training run"
@@ -46,17 +46,14 @@ def _loss_note(curve: LossCurve) -> str:
     return LOSS_NOTE + guessing + (RETURNS_NOTE if curve.returns else "")
 
 
-def headline_bars(groups: tuple[BarGroup, ...]) -> list[tuple[BarGroup, Bar]]:
-    """The main bar of each of the first four evaluations."""
-    return [(group, bar) for group in groups for bar in group.bars if bar.main][:4]
-
-
 def _tiles(groups: tuple[BarGroup, ...]) -> str:
+    """The main bar of each of the first four evaluations."""
+    main = [(group, bar) for group in groups for bar in group.bars if bar.main]
     tiles = [
         f'<div class="tile"><div class="label">{escape(group.title)}, {escape(bar.label)}</div>'
         f'<div class="value">{percent(bar.value)}</div>'
         f'<div class="note">{times_chance(bar)} chance</div></div>'
-        for group, bar in headline_bars(groups)
+        for group, bar in main[:4]
     ]
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 

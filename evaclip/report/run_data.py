@@ -90,12 +90,12 @@ def read_run(folder: Path) -> RunData:
     records = [record for record in log if record.get("loss") is not None]
     events = read_log(folder / EVENTS_FILE)
     evaluations = [Evaluation.load(path) for path in sorted((folder / results.FOLDER).glob("*.json"))]
-    evaluations.sort(key=lambda evaluation: (_ORDER[evaluation.task], evaluation.date))
+    evaluations.sort(key=lambda evaluation: (list(_TASKS).index(evaluation.task), evaluation.date))
     galleries = tuple(Gallery.load(path) for path in sorted((folder / gallery.FOLDER).glob("*.json")))
     groups = tuple(group for evaluation in evaluations for group in _bar_groups(evaluation))
     state = what_stands_still(folder, records, events) or "goes on"
     facts = _facts(config, records, evaluations, events, state)
-    loss_name = config["loss"]["name"] if _is_contrastive(config) else None
+    loss_name = config["loss"]["name"] if config["task"]["name"] == "contrastive" else None
     curve = loss_curve(records, config["batch_size"], loss_name)
     summary, told = _summary(config, records, evaluations), [_dated(event) for event in events]
     return RunData(folder.name, summary, curve, groups, galleries, log, told, facts, text)
@@ -116,7 +116,14 @@ def read_log_of(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return load_yaml(folder / CONFIG_FILE), log
 
 
-_ORDER = {"zero-shot": 0, "classify": 1, "retrieval": 2, "linear-probe": 3, "knn": 4}
+_TASKS = {
+    "zero-shot": "zero-shot",
+    "classify": "classification",
+    "retrieval": "retrieval",
+    "linear-probe": "linear probe",
+    "knn": "k-NN",
+}
+"""What they are called, in the order in which they are shown."""
 
 
 def loss_curve(records: Sequence[dict[str, Any]], batch_size: int, loss_name: str | None) -> LossCurve:
@@ -127,15 +134,11 @@ def loss_curve(records: Sequence[dict[str, Any]], batch_size: int, loss_name: st
     """
     losses = [record["loss"] for record in records]
     window = max(1, round(len(losses) * _SMOOTHING))
-    smooth = [sum(part) / len(part) for part in _trailing(losses, window)]
+    trailing = (losses[max(0, end - window) : end] for end in range(1, len(losses) + 1))
+    smooth = [sum(part) / len(part) for part in trailing]
     guessing = math.log(batch_size) if loss_name == "clip" else None
     returns = tuple(new["samples"] for old, new in pairwise(records) if new["step"] <= old["step"])
     return LossCurve([record["samples"] for record in records], losses, smooth, batch_size, guessing, returns)
-
-
-def _trailing(values: list[float], window: int) -> Iterator[list[float]]:
-    for end in range(1, len(values) + 1):
-        yield values[max(0, end - window) : end]
 
 
 def _bar_groups(evaluation: Evaluation) -> Iterator[BarGroup]:
@@ -150,14 +153,8 @@ def _bar_groups(evaluation: Evaluation) -> Iterator[BarGroup]:
         return
     detail = f"{metrics['samples']:,} pictures, {metrics['classes']:,} classes"
     chance = metrics["chance_top1"]
-    bars = [
-        Bar("top-1", metrics["top1"], chance, main=True),
-        Bar("top-5", metrics["top5"], min(1.0, 5 * chance)),
-    ]
-    kind = {"classify": "classification", "linear-probe": "linear probe", "knn": "k-NN"}.get(
-        evaluation.task, evaluation.task
-    )
-    yield BarGroup(f"{evaluation.title}: {kind}", detail, tuple(bars))
+    top = Bar("top-1", metrics["top1"], chance, main=True), Bar("top-5", metrics["top5"], min(1.0, 5 * chance))
+    yield BarGroup(f"{evaluation.title}: {_TASKS[evaluation.task]}", detail, top)
 
 
 def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], evaluations: Sequence[Evaluation]) -> str:
@@ -165,17 +162,12 @@ def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], evaluati
     parts = [config["model"]["name"]]
     if evaluations:
         parts.append(f"{evaluations[-1].model.parameters / 1e6:.1f} M parameters")
-    samples = "image-text pairs" if _is_contrastive(config) else "pictures"
+    samples = "image-text pairs" if config["task"]["name"] == "contrastive" else "pictures"
     parts.append(f"{last['samples']:,} {samples} in {duration(last['seconds'])}")
     if evaluations:
         machine = evaluations[-1].machine
         parts.append(", ".join(machine["gpus"]) or f"{machine['cores']} CPU cores, no GPU")
     return " · ".join(parts)
-
-
-def _is_contrastive(config: dict[str, Any]) -> bool:
-    """So were all runs before configurations had a task."""
-    return bool(config.get("task", {}).get("name", "contrastive") == "contrastive")
 
 
 def _dated(event: dict[str, Any]) -> tuple[str, int, str]:

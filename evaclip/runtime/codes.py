@@ -51,12 +51,7 @@ def encode_queries(queries: Floats, rotation: Floats) -> tuple[NDArray[np.int16]
 
 
 def possible(
-    codes: Codes,
-    about: Floats,
-    queries: NDArray[np.int16],
-    about_queries: Floats,
-    top: int,
-    numbers: Numbers | None,
+    codes: Codes, about: Floats, queries: NDArray[np.int16], about_queries: Floats, top: int, numbers: Numbers | None
 ) -> list[Numbers]:
     """Of each query the rows, in ascending order, that can be among its `top` nearest by these bounds.
 
@@ -77,12 +72,7 @@ def possible(
 
 
 def _possible(
-    codes: Codes,
-    about: Floats,
-    queries: NDArray[np.int16],
-    about_queries: Floats,
-    top: int,
-    numbers: Numbers | None,
+    codes: Codes, about: Floats, queries: NDArray[np.int16], about_queries: Floats, top: int, numbers: Numbers | None
 ) -> list[Numbers]:
     numbers = np.arange(len(codes)) if numbers is None else numbers
     factors, rests = about[numbers].T

@@ -15,9 +15,10 @@ from torch import Tensor
 from evaclip.data.samples import UPRIGHT, BadSample, Fault, decode_image, read_image_file
 from evaclip.errors import UserError, unknown_name
 from evaclip.loading import LoadedModel, load_model
-from evaclip.machine import keep_freed_memory, multiplies_bfloat16
+from evaclip.machine import multiplies_bfloat16
 from evaclip.runtime.ahead import ahead
 from evaclip.runtime.graphs import GraphedTower
+from evakernels import keep_freed_memory
 from evakernels.nn import freeze
 from evakernels.nn.frozen import why_not_int8
 
@@ -182,9 +183,12 @@ class Encoder:
         Raises:
             UserError: if the model gives NaN or infinity.
         """
-        read = ahead(
-            items, lambda item: (item, self._read(item, picture)), threads=self.threads, depth=3 * self.batch_size
-        )
+        step = lambda item: (item, self._read(item, picture))  # noqa: E731
+        read: Iterator[tuple[T, Tensor | Fault | None]]
+        if isinstance(items, Sequence) and len(items) == 1:
+            read = map(step, items)  # nothing is ahead of it, and threads cost a picture some 3 ms
+        else:
+            read = ahead(items, step, threads=self.threads, depth=3 * self.batch_size)
         queued: _Batch[T] | None = None
         for batch in _batches(read, self.batch_size):
             # On a GPU this returns at once, and the one before is fetched while it is computed.

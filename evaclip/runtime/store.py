@@ -187,7 +187,8 @@ class Store:
             pictures = ((number, row.thumbnail) for number, row in enumerate(rows, start=first) if row.thumbnail)
             database.executemany("INSERT INTO thumbnails VALUES (?, ?)", pictures)
             self._tell(database, "slots", first + len(rows))
-        self._write_headers()
+        for name, dtype in _KINDS.items():
+            write_header(self._path(name), dtype, self._slots, _columns(name, self.dim))
 
     def merge(self, other: "Store") -> int:
         """Takes over the rows of another store, but for those that this one has with the same id and content.
@@ -369,10 +370,6 @@ class Store:
 
     def _tell(self, database: sqlite3.Connection, key: str, value: int) -> None:
         database.execute("UPDATE about SET value = ? WHERE key = ?", (json.dumps(value), key))
-
-    def _write_headers(self) -> None:
-        for name, dtype in _KINDS.items():
-            write_header(self._path(name), dtype, self._slots, _columns(name, self.dim))
 
     def _path(self, name: str, generation: int | None = None) -> Path:
         return self.folder / f"{name}-{self._generation if generation is None else generation}.npy"

@@ -93,15 +93,14 @@ def _whole_number(key: str) -> Callable[[str], Tree]:
     return lambda value: nest(key, int(value) if value.isdecimal() else value)
 
 
+def _refused(reason: str, *flags: str) -> list[Alias]:
+    return [Alias(flag, refused=reason) for flag in flags]
+
+
 _VALIDATION = "eval.sets.val"
 _TRACKERS = ("tensorboard", "wandb", "all")
 _PROJECT = "open-clip"
-_PRECISIONS = {
-    "amp": "amp_fp16",
-    "amp_bfloat16": "amp_bf16",
-    "pure_bf16": "bf16",
-    "pure_fp16": "fp16",
-}
+_PRECISIONS = {"amp": "amp_fp16", "amp_bfloat16": "amp_bf16", "pure_bf16": "bf16", "pure_fp16": "fp16"}
 _NEVER = {"0": None}
 _EXACT = "the loss here is always that of the whole batch, exact, and without a matrix of the batch's size"
 _NO_BATCH_NORM = "EVA-CLIP has no batch norm"
@@ -142,9 +141,7 @@ ALIASES = (
     Alias("--warmup", "schedule.warmup_steps"),
     Alias("--lr-scheduler", "schedule.name", words={"const": "constant"}),
     Alias("--skip-scheduler", "schedule.name", constant="constant", note="warm-up stays; --warmup 0 leaves it out too"),
-    Alias("--epochs-cooldown", refused=_COOLDOWN),
-    Alias("--lr-cooldown-end", refused=_COOLDOWN),
-    Alias("--lr-cooldown-power", refused=_COOLDOWN),
+    *_refused(_COOLDOWN, "--epochs-cooldown", "--lr-cooldown-end", "--lr-cooldown-power"),
     Alias("--batch-size", "batch_size"),
     Alias("--accum-freq", "accumulation"),
     Alias("--precision", "precision", words=_PRECISIONS),
@@ -202,16 +199,12 @@ ALIASES = (
     Alias("--local-loss", None, constant=True, note=_EXACT),
     Alias("--gather-with-grad", None, constant=True, note=_EXACT),
     Alias("--loss-dist-impl", note=_EXACT),
-    Alias("--coca-caption-loss-weight", refused=_NO_COCA),
-    Alias("--coca-contrastive-loss-weight", refused=_NO_COCA),
-    Alias("--distill-model", refused=_NO_DISTILLATION),
-    Alias("--distill-pretrained", refused=_NO_DISTILLATION),
+    *_refused(_NO_COCA, "--coca-caption-loss-weight", "--coca-contrastive-loss-weight"),
+    *_refused(_NO_DISTILLATION, "--distill-model", "--distill-pretrained"),
     Alias("--save-frequency", "checkpoint.every_epochs", words=_NEVER),
     Alias("--save-most-recent", constant=True, note="checkpoints/latest always names the newest"),
     Alias("--delete-previous-checkpoint", "checkpoint.keep", constant=1),
-    Alias("--remote-sync", refused=_SYNC),
-    Alias("--remote-sync-frequency", refused=_SYNC),
-    Alias("--remote-sync-protocol", refused=_SYNC),
+    *_refused(_SYNC, "--remote-sync", "--remote-sync-frequency", "--remote-sync-protocol"),
     Alias("--log-every-n-steps", "log.every_steps"),
     Alias("--log-local", constant=True, note="the first process logs for all"),
     Alias("--report-to", "log", read=_trackers),
@@ -221,8 +214,7 @@ ALIASES = (
         "--copy-codebase", constant=True, refused="RUN/config.yaml and RUN/events.jsonl hold configuration and versions"
     ),
     Alias("--cache-dir", refused="the environment variable HF_HOME says where downloads lie"),
-    Alias("--dist-url", refused=_TORCHRUN),
-    Alias("--dist-backend", refused=_TORCHRUN),
+    *_refused(_TORCHRUN, "--dist-url", "--dist-backend"),
     Alias("--horovod", constant=True, refused=_TORCHRUN),
     Alias(
         "--ddp-static-graph", constant=True, note="gradients are averaged while the backward pass goes on, without DDP"

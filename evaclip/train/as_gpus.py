@@ -17,12 +17,7 @@ from evaclip.plan.phases import Bytes, highest
 from evaclip.plan.recorder import FROZEN, GRADIENTS, INPUTS, PARAMETERS, Recorder
 from evaclip.plan.trace import without_data
 from evaclip.train import rng
-from evaclip.train.build import (
-    build_step,
-    check_batch,
-    is_cut_up,
-    precision_of_parameters,
-)
+from evaclip.train.build import build_step, check_batch, is_cut_up, precision_of_parameters
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World, device_of
 from evaclip.train.ema import Ema

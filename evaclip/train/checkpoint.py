@@ -24,7 +24,7 @@ from evaclip.weights.parts import damage, fingerprint, is_there, joined_fingerpr
 
 _log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 _NAMED = 10
 """As many damaged files are named."""
 _UNFINISHED = ".unfinished-"

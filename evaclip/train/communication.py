@@ -91,34 +91,15 @@ def shares_of(events: Iterable[Any], seconds: float) -> Shares:
             others.append(span)
     if not (collectives or others) or seconds <= 0:
         return UNKNOWN
-    collectives, others = _union(collectives), _union(others)
-    running = _length(collectives)
-    exposed = running - _overlap(collectives, others)
+    running, busy = _length(collectives), _length([*collectives, *others])
+    exposed = busy - _length(others)
     return Shares(min(1.0, running / seconds / 1e9), min(1.0, exposed / seconds / 1e9))
 
 
-def _union(spans: list[Span]) -> list[Span]:
-    """The same times as spans that don't touch, in order."""
-    joined: list[Span] = []
-    for start, end in sorted(spans):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = joined[-1][0], max(joined[-1][1], end)
-        else:
-            joined.append((start, end))
-    return joined
-
-
 def _length(spans: list[Span]) -> float:
-    return sum(end - start for start, end in spans)
-
-
-def _overlap(left: list[Span], right: list[Span]) -> float:
-    total, i, j = 0.0, 0, 0
-    while i < len(left) and j < len(right):
-        start, end = max(left[i][0], right[j][0]), min(left[i][1], right[j][1])
-        total += max(0.0, end - start)
-        if left[i][1] < right[j][1]:
-            i += 1
-        else:
-            j += 1
+    """The time in which one of them runs at least."""
+    total, covered = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, covered))
+        covered = max(covered, end)
     return total

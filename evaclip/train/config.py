@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
-from evaclip.augmentation import Augmentation
 from evaclip.data.config import DataConfig
 from evaclip.model.savings import Savings
 
@@ -531,18 +530,9 @@ def to_tree(config: TrainConfig) -> dict[str, Any]:
 def training_tree(config: TrainConfig) -> dict[str, Any]:
     """The part of the configuration that decides what weights come out."""
     tree = {key: value for key, value in to_tree(config).items() if key not in _NOT_THE_RESULT}
-    if config.task == ContrastiveTask():  # as it was before there were others
-        del tree["task"]
-    elif isinstance(config.task, MaskedImageTask):
+    if isinstance(config.task, MaskedImageTask):
         for key in ("cache", "cache_leaves_gb", "shard"):
             del tree["task"]["teacher"][key]
-    if config.loss.products == LossConfig().products:  # likewise
-        del tree["loss"]["products"]
-    if config.data.augmentation.flip == Augmentation().flip:
-        del tree["data"]["augmentation"]["flip"]
-    for tower in ("visual", "text"):
-        if not tree["optim"][tower]["frozen_steps"]:
-            del tree["optim"][tower]["frozen_steps"]
     return tree
 
 

@@ -119,15 +119,9 @@ def _plan(parts: Parts) -> list[tuple[str, str]]:
         ("weights from", _weights(config.model)),
         ("data", f"{parts.source.description}: {len(parts.source):,} samples"),
         *(("", remark) for remark in parts.remarks),
-        (
-            "batch",
-            f"{config.batch_size:,} = {world.size} processes x {config.accumulation} chunks x {chunk:,.6g}",
-        ),
+        ("batch", f"{config.batch_size:,} = {world.size} processes x {config.accumulation} chunks x {chunk:,.6g}"),
         ("patches kept", f"{kept} of {visual.num_patches}"),
-        (
-            "length",
-            f"{parts.total_steps:,} steps, {samples:,} samples, {samples / parts.epoch_samples:.2f} epochs",
-        ),
+        ("length", f"{parts.total_steps:,} steps, {samples:,} samples, {samples / parts.epoch_samples:.2f} epochs"),
         ("optimizer", f"{config.optim.name}, {len(parts.step.optimizer.param_groups)} parameter groups"),
         ("precision", f"{config.precision} on {world.device}"),
         ("cost", f"{parts.resolution.flops_left(0) / parts.total_steps * config.batch_size / 1e12:,.3g} TFLOP a step"),

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evaclip.data import RawSample, Source, open_configured
+from evaclip.data import Source, open_configured
 from evaclip.data.held_out import Selection
 from evaclip.data.image_folder import FolderSource
+from evaclip.data.source import View
 from evaclip.errors import UserError
 from evaclip.eval import retrieval, zero_shot
 from evaclip.eval.features import (
@@ -316,7 +317,7 @@ def _encode_part(
         return None
 
 
-class _Part(Source):
+class _Part(View):
     """Consecutive samples of a source."""
 
     def __init__(self, whole: Source, config: EvalSetConfig, key: str) -> None:
@@ -327,18 +328,13 @@ class _Part(Source):
                 f"{key}.first={first} and {key}.samples={samples} ask for samples that {whole.description} does not "
                 f"have: it has {len(whole)}"
             )
-        self._whole = whole
+        super().__init__(whole)
         self._first = first
         self.shard_sizes = [count]
         self.description = f"{whole.description}, {count} from number {first} on"
         self.fingerprint = f"{whole.fingerprint}-{first}-{count}"
-        self.faults = whole.faults
-        self.decoding = whole.decoding
         # Those of drawn pictures are their captions, which differ as captions do.
         self.classes = whole.classes if isinstance(whole, FolderSource) else ()
 
-    def __getitem__(self, index: int) -> RawSample:
-        return self._whole[self._first + index]
-
-    def name(self, index: int) -> str:
-        return self._whole.name(self._first + index)
+    def number(self, index: int) -> int:
+        return self._first + index

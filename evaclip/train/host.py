@@ -5,8 +5,8 @@ import resource
 
 import torch
 
-from evaclip.machine import keep_freed_memory, multiplies_bfloat16
-from evakernels import set_loss_products
+from evaclip.machine import multiplies_bfloat16
+from evakernels import keep_freed_memory, set_loss_products
 
 
 def prepare(device: torch.device, workers: int, loss_products: str = "ieee") -> None:

@@ -33,7 +33,6 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
     Raises:
         UserError: names the key, the value that was given and what is accepted.
     """
-    tree = _without_old(tree)
     _check_keys(TrainConfig, tree, ())
     try:
         return ADAPTER.validate_python(tree)
@@ -72,18 +71,6 @@ def parse_assignment(text: str) -> Tree:
         raise UserError(f"the value in --set {text!r} is not YAML") from exc
 
 
-_OF_ONE_SET: Tree = {"data": None, "first": 0, "samples": None, "allow_unreadable": False, "templates": ["{}"]}
-"""Keys that `eval` had for its only set, with their defaults, which complete configurations of that time hold."""
-
-
-def _without_old(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    given = tree.get("eval")
-    if not isinstance(given, Mapping):
-        return tree
-    kept = {key: value for key, value in given.items() if key not in _OF_ONE_SET or value != _OF_ONE_SET[key]}
-    return {**tree, "eval": kept}
-
-
 def _check_keys(cls: type, tree: Mapping[str, Any], path: tuple[str, ...]) -> None:
     hints = get_type_hints(cls)
     known = [field.name for field in dataclasses.fields(cls)]
@@ -98,8 +85,6 @@ def _unknown_key(path: tuple[str, ...], known: list[str]) -> UserError:
     from evakernels._names import nearest  # and with it torch
 
     *parents, key = path
-    if parents == ["eval"] and key in _OF_ONE_SET:
-        return UserError(f"unknown configuration key 'eval.{key}'; each set has its own: 'eval.sets.NAME.{key}'")
     near = nearest(key, known)
     if near:
         hint = f"did you mean {'.'.join([*parents, near[0]])!r}?"

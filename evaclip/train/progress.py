@@ -73,7 +73,7 @@ def open_report(
     return Report(sinks)
 
 
-class PlainLines:
+class PlainLines(Sink):
     """One line per record on standard output."""
 
     def __init__(self, total_steps: int) -> None:
@@ -91,11 +91,8 @@ class PlainLines:
     def say(self, message: str) -> None:
         print(message, flush=True)
 
-    def close(self, error: BaseException | None = None) -> None:
-        pass
 
-
-class LiveDisplay:
+class LiveDisplay(Sink):
     """A bar with the latest numbers, below the messages."""
 
     def __init__(self, start_step: int, total_steps: int) -> None:
@@ -124,7 +121,7 @@ class LiveDisplay:
         self._progress.stop()
 
 
-class JsonLines:
+class JsonLines(Sink):
     """A file with one JSON object per record: `Record`'s fields, or `step` and `eval`."""
 
     def __init__(self, path: Path, start_step: int) -> None:
@@ -137,9 +134,6 @@ class JsonLines:
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         self._write({"step": step, "eval": _without_nan(metrics)})
 
-    def say(self, message: str) -> None:
-        pass
-
     def close(self, error: BaseException | None = None) -> None:
         self._file.close()
 
@@ -148,7 +142,7 @@ class JsonLines:
         self._file.flush()
 
 
-class Events:
+class Events(Sink):
     """A file with one JSON object for what happened: each start and end, and every message.
 
     Each has `time` (UTC) and `step`, and `start` (processes, machine, versions), `message`, or `end` (null, or what
@@ -162,9 +156,6 @@ class Events:
 
     def record(self, record: Record) -> None:
         self._step = record.step
-
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        pass
 
     def say(self, message: str) -> None:
         self._write("message", message)
@@ -180,7 +171,7 @@ class Events:
         self._file.flush()
 
 
-class TensorBoard:
+class TensorBoard(Sink):
     """Curves over the step."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
@@ -198,9 +189,6 @@ class TensorBoard:
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(f"eval/{name}", value, step)
-
-    def say(self, message: str) -> None:
-        pass
 
     def close(self, error: BaseException | None = None) -> None:
         self._writer.close()

@@ -11,6 +11,8 @@ other values (Sun et al. 2024), and those of g/14 are published in part.
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 from evaclip.augmentation import Augmentation
 from evaclip.data.config import DataConfig, RemoteConfig
@@ -45,6 +47,16 @@ def recipe(function: Recipe) -> Recipe:
     """Registers a recipe under its function's name, with `-` for `_`."""
     RECIPES[function.__name__.replace("_", "-")] = function
     return function
+
+
+def _register(name: str, about: str, make: Recipe) -> None:
+    """Registers one of a table."""
+
+    def function() -> TrainConfig:
+        return make()
+
+    function.__doc__ = about
+    RECIPES[name] = function
 
 
 def get_recipe(name: str) -> TrainConfig:
@@ -174,141 +186,81 @@ def finetune() -> TrainConfig:
     )
 
 
-@recipe
-def finetune_eva02_ti_in1k() -> TrainConfig:
-    """eva02_tiny_patch14_336.mim_in22k_ft_in1k: EVA-02 Ti from masked image modelling, 100 epochs of ImageNet-1K."""
-    model, start = "eva02_tiny_patch14_336.mim_in22k_ft_in1k", "eva02_tiny_patch14_224.mim_in22k"
-    return _classifier(model, start, 1024, 100, 5, lr=2e-4, layer_decay=0.9)
+class _FineTuning(NamedTuple):
+    """One of timm's classifiers, and the values of its training."""
+
+    model: str
+    batch_size: int
+    epochs: int
+    warmup_epochs: int
+    lr: float
+    layer_decay: float
+    drop_path: float = 0.1
+    smoothing: float = 0.1
+
+    @property
+    def start(self) -> str:
+        """The weights of timm that it starts from: a classifier of ImageNet-21K, masked image modelling, or CLIP."""
+        architecture, tag = self.model.split(".")
+        if tag.endswith("_in22k_in1k"):
+            return self.model.removesuffix("_in1k")
+        if tag == "clip_ft_in1k":
+            return "eva_giant_patch14_clip_224.laion400m"
+        return f"{architecture.rpartition('_')[0]}_224.{tag.partition('_ft_')[0]}"
+
+    def config(self) -> TrainConfig:
+        """Fine-tuning on ImageNet-1K, or on ImageNet-21K with larger crops and without a moving average.
+
+        Every number is that of the authors' commands: the README files of EVA-02/asuka and of EVA-01/eva in
+        baaivision/EVA, with the defaults of `run_class_finetuning.py` there (AdamW's moments, the average's decay, the
+        policy, jitter that the policy turns off). They neither mix nor erase, and don't clip gradients.
+
+        Two things differ from theirs: the last norm starts from that of the pre-training, as in timm, where theirs
+        starts anew; and the moving average warms up, see `Ema`.
+        """
+        large, options = self.model.endswith("_ft_in22k"), {"drop_path": self.drop_path}
+        # A model of a billion parameters computes its blocks again in the backward pass.
+        savings = Savings(recompute="block") if self.model.startswith("eva_giant") else Savings()
+        start = f"hf-hub:timm/{self.start}"
+        return TrainConfig(
+            name=self.model,
+            batch_size=self.batch_size,
+            precision="amp_fp16",
+            data=DataConfig(train="", workers=8, augmentation=Augmentation(scale=(0.2 if large else 0.08, 1.0))),
+            task=ClassificationTask(classes=21_841 if large else 1000, label_smoothing=self.smoothing),
+            model=ModelConfig(name=self.model, pretrained_image=start, options=options, savings=savings),
+            optim=OptimConfig(lr=self.lr, beta2=0.999, eps=1e-8, visual=TowerConfig(layer_decay=self.layer_decay)),
+            schedule=ScheduleConfig(epochs=self.epochs, warmup_share=self.warmup_epochs / self.epochs),
+            ema_decay=None if large else 0.9999,
+            eval=EvalConfig(every_epochs=1),
+        )
 
 
-@recipe
-def finetune_eva02_s_in1k() -> TrainConfig:
-    """eva02_small_patch14_336.mim_in22k_ft_in1k: EVA-02 S from masked image modelling, 100 epochs of ImageNet-1K."""
-    model, start = "eva02_small_patch14_336.mim_in22k_ft_in1k", "eva02_small_patch14_224.mim_in22k"
-    return _classifier(model, start, 1024, 100, 5, lr=1e-4, layer_decay=0.8)
-
-
-@recipe
-def finetune_eva02_b_in1k() -> TrainConfig:
-    """eva02_base_patch14_448.mim_in22k_ft_in1k: EVA-02 B from masked image modelling, 30 epochs of ImageNet-1K."""
-    model, start = "eva02_base_patch14_448.mim_in22k_ft_in1k", "eva02_base_patch14_224.mim_in22k"
-    return _classifier(model, start, 1024, 30, 3, lr=1e-4, layer_decay=0.7)
-
-
-@recipe
-def finetune_eva02_l_in1k() -> TrainConfig:
-    """eva02_large_patch14_448.mim_in22k_ft_in1k: EVA-02 L from masked image modelling, 30 epochs of ImageNet-1K."""
-    model, start = "eva02_large_patch14_448.mim_in22k_ft_in1k", "eva02_large_patch14_224.mim_in22k"
-    return _classifier(model, start, 1024, 30, 3, lr=5e-5, layer_decay=0.8, drop_path=0.15, smoothing=0.2)
-
-
-@recipe
-def finetune_eva02_l_m38m_in1k() -> TrainConfig:
-    """eva02_large_patch14_448.mim_m38m_ft_in1k: the same from 38M pictures of masked image modelling."""
-    model, start = "eva02_large_patch14_448.mim_m38m_ft_in1k", "eva02_large_patch14_224.mim_m38m"
-    return _classifier(model, start, 1024, 30, 3, lr=7e-5, layer_decay=0.8, drop_path=0.15, smoothing=0.2)
-
-
-@recipe
-def finetune_eva02_b_in22k() -> TrainConfig:
-    """eva02_base_patch14_448.mim_in22k_ft_in22k: EVA-02 B from masked image modelling, 40 epochs of ImageNet-21K."""
-    model, start = "eva02_base_patch14_448.mim_in22k_ft_in22k", "eva02_base_patch14_224.mim_in22k"
-    return _of_in22k(_classifier(model, start, 2048, 40, 1, lr=3e-4, layer_decay=0.7))
-
-
-@recipe
-def finetune_eva02_l_in22k() -> TrainConfig:
-    """eva02_large_patch14_448.mim_in22k_ft_in22k: EVA-02 L from masked image modelling, 20 epochs of ImageNet-21K."""
-    model, start = "eva02_large_patch14_448.mim_in22k_ft_in22k", "eva02_large_patch14_224.mim_in22k"
-    return _of_in22k(_classifier(model, start, 1024, 20, 1, lr=2e-4, layer_decay=0.75, drop_path=0.15))
-
-
-@recipe
-def finetune_eva02_l_m38m_in22k() -> TrainConfig:
-    """eva02_large_patch14_448.mim_m38m_ft_in22k: 30 epochs, from 38M pictures of masked image modelling."""
-    model, start = "eva02_large_patch14_448.mim_m38m_ft_in22k", "eva02_large_patch14_224.mim_m38m"
-    return _of_in22k(_classifier(model, start, 2048, 30, 1, lr=3e-4, layer_decay=0.75, drop_path=0.15))
-
-
-@recipe
-def finetune_eva02_b_in22k_in1k() -> TrainConfig:
-    """eva02_base_patch14_448.mim_in22k_ft_in22k_in1k: EVA-02 B from ImageNet-21K's classifier, 15 epochs of 1K."""
-    model, start = "eva02_base_patch14_448.mim_in22k_ft_in22k_in1k", "eva02_base_patch14_448.mim_in22k_ft_in22k"
-    return _classifier(model, start, 512, 15, 2, lr=5e-5, layer_decay=0.8, drop_path=0.15, smoothing=0.2)
-
-
-@recipe
-def finetune_eva02_l_in22k_in1k() -> TrainConfig:
-    """eva02_large_patch14_448.mim_in22k_ft_in22k_in1k: EVA-02 L from ImageNet-21K's classifier, 20 epochs of 1K."""
-    model, start = "eva02_large_patch14_448.mim_in22k_ft_in22k_in1k", "eva02_large_patch14_448.mim_in22k_ft_in22k"
-    return _classifier(model, start, 512, 20, 2, lr=2e-5, layer_decay=0.85, drop_path=0.15, smoothing=0.2)
-
-
-@recipe
-def finetune_eva02_l_m38m_in22k_in1k() -> TrainConfig:
-    """eva02_large_patch14_448.mim_m38m_ft_in22k_in1k: the same after 38M pictures of masked image modelling."""
-    model, start = "eva02_large_patch14_448.mim_m38m_ft_in22k_in1k", "eva02_large_patch14_448.mim_m38m_ft_in22k"
-    return _classifier(model, start, 512, 20, 2, lr=2e-5, layer_decay=0.85, drop_path=0.15, smoothing=0.2)
-
-
-@recipe
-def finetune_eva_g_clip_in1k() -> TrainConfig:
-    """eva_giant_patch14_224.clip_ft_in1k: the image tower of EVA01-CLIP-g/14, 20 epochs of ImageNet-1K."""
-    model, start = "eva_giant_patch14_224.clip_ft_in1k", "eva_giant_patch14_clip_224.laion400m"
-    return _giant(_classifier(model, start, 1024, 20, 2, lr=3e-5, layer_decay=0.9, drop_path=0.4, smoothing=0.3))
-
-
-@recipe
-def finetune_eva_g_clip_in1k_336() -> TrainConfig:
-    """eva_giant_patch14_336.clip_ft_in1k: the same at 336 pixels, in batches of half the size."""
-    model, start = "eva_giant_patch14_336.clip_ft_in1k", "eva_giant_patch14_clip_224.laion400m"
-    return _giant(_classifier(model, start, 512, 20, 2, lr=3e-5, layer_decay=0.9, drop_path=0.4, smoothing=0.3))
-
-
-def _classifier(
-    model: str,
-    start: str,
-    batch_size: int,
-    epochs: int,
-    warmup_epochs: int,
-    *,
-    lr: float,
-    layer_decay: float,
-    drop_path: float = 0.1,
-    smoothing: float = 0.1,
-) -> TrainConfig:
-    """Fine-tuning on ImageNet-1K from the weights `start` of timm.
-
-    Every number is that of the authors' commands: the README files of EVA-02/asuka and of EVA-01/eva in baaivision/EVA,
-    with the defaults of `run_class_finetuning.py` there (AdamW's moments, the average's decay, the policy, jitter that
-    the policy turns off). They neither mix nor erase, and don't clip gradients.
-
-    Two things differ from theirs: the last norm starts from that of the pre-training, as in timm, where theirs starts
-    anew; and the moving average warms up, see `Ema`.
-    """
-    return TrainConfig(
-        name=model,
-        batch_size=batch_size,
-        precision="amp_fp16",
-        data=DataConfig(train="", workers=8, augmentation=Augmentation(scale=(0.08, 1.0))),
-        task=ClassificationTask(classes=1000, label_smoothing=smoothing),
-        model=ModelConfig(name=model, pretrained_image=f"hf-hub:timm/{start}", options={"drop_path": drop_path}),
-        optim=OptimConfig(lr=lr, beta2=0.999, eps=1e-8, visual=TowerConfig(layer_decay=layer_decay)),
-        schedule=ScheduleConfig(epochs=epochs, warmup_share=warmup_epochs / epochs),
-        ema_decay=0.9999,
-        eval=EvalConfig(every_epochs=1),
-    )
-
-
-def _of_in22k(config: TrainConfig) -> TrainConfig:
-    """The same on ImageNet-21K: larger crops, no moving average."""
-    data = replace(config.data, augmentation=Augmentation(scale=(0.2, 1.0)))
-    return replace(config, data=data, task=ClassificationTask(classes=21_841), ema_decay=None)
-
-
-def _giant(config: TrainConfig) -> TrainConfig:
-    """A billion parameters: blocks are computed again in the backward pass."""
-    return replace(config, model=replace(config.model, savings=Savings(recompute="block")))
+_FINE_TUNINGS = {
+    "eva02-ti-in1k": _FineTuning("eva02_tiny_patch14_336.mim_in22k_ft_in1k", 1024, 100, 5, 2e-4, 0.9),
+    "eva02-s-in1k": _FineTuning("eva02_small_patch14_336.mim_in22k_ft_in1k", 1024, 100, 5, 1e-4, 0.8),
+    "eva02-b-in1k": _FineTuning("eva02_base_patch14_448.mim_in22k_ft_in1k", 1024, 30, 3, 1e-4, 0.7),
+    "eva02-l-in1k": _FineTuning("eva02_large_patch14_448.mim_in22k_ft_in1k", 1024, 30, 3, 5e-5, 0.8, 0.15, 0.2),
+    "eva02-l-m38m-in1k": _FineTuning("eva02_large_patch14_448.mim_m38m_ft_in1k", 1024, 30, 3, 7e-5, 0.8, 0.15, 0.2),
+    "eva02-b-in22k": _FineTuning("eva02_base_patch14_448.mim_in22k_ft_in22k", 2048, 40, 1, 3e-4, 0.7),
+    "eva02-l-in22k": _FineTuning("eva02_large_patch14_448.mim_in22k_ft_in22k", 1024, 20, 1, 2e-4, 0.75, 0.15),
+    "eva02-l-m38m-in22k": _FineTuning("eva02_large_patch14_448.mim_m38m_ft_in22k", 2048, 30, 1, 3e-4, 0.75, 0.15),
+    "eva02-b-in22k-in1k": _FineTuning(
+        "eva02_base_patch14_448.mim_in22k_ft_in22k_in1k", 512, 15, 2, 5e-5, 0.8, 0.15, 0.2
+    ),
+    "eva02-l-in22k-in1k": _FineTuning(
+        "eva02_large_patch14_448.mim_in22k_ft_in22k_in1k", 512, 20, 2, 2e-5, 0.85, 0.15, 0.2
+    ),
+    "eva02-l-m38m-in22k-in1k": _FineTuning(
+        "eva02_large_patch14_448.mim_m38m_ft_in22k_in1k", 512, 20, 2, 2e-5, 0.85, 0.15, 0.2
+    ),
+    "eva-g-clip-in1k": _FineTuning("eva_giant_patch14_224.clip_ft_in1k", 1024, 20, 2, 3e-5, 0.9, 0.4, 0.3),
+    "eva-g-clip-in1k-336": _FineTuning("eva_giant_patch14_336.clip_ft_in1k", 512, 20, 2, 3e-5, 0.9, 0.4, 0.3),
+}
+for _name, _tuning in _FINE_TUNINGS.items():
+    _data = "ImageNet-21K" if _tuning.model.endswith("_ft_in22k") else "ImageNet-1K"
+    _about = f"{_tuning.model}: {_tuning.epochs} epochs of {_data} from {_tuning.start}."
+    _register(f"finetune-{_name}", _about, _tuning.config)
 
 
 @recipe
@@ -392,32 +344,7 @@ def eva_clip_18b() -> TrainConfig:
     return _sun_2024("EVA-CLIP-18B", 108_000, 55_556)
 
 
-@recipe
-def pretrain_mim_eva02_tiny() -> TrainConfig:
-    """EVA-02 Ti by masked image modelling, taught by EVA01-CLIP-g/14: ImageNet-21K, 240 epochs, batches of 4,000."""
-    return _fang_2023("tiny", 4000, 240, 3e-3)
-
-
-@recipe
-def pretrain_mim_eva02_small() -> TrainConfig:
-    """EVA-02 S by masked image modelling, taught by EVA01-CLIP-g/14: ImageNet-21K, 240 epochs, batches of 4,000."""
-    return _fang_2023("small", 4000, 240, 3e-3)
-
-
-@recipe
-def pretrain_mim_eva02_base() -> TrainConfig:
-    """EVA-02 B by masked image modelling, taught by EVA01-CLIP-g/14: ImageNet-21K, 150 epochs, batches of 2,048."""
-    return _fang_2023("base", 2048, 150, 1.5e-3)
-
-
-@recipe
-def pretrain_mim_eva02_large() -> TrainConfig:
-    """EVA-02 L by masked image modelling, taught by EVA01-CLIP-g/14: ImageNet-21K, 150 epochs, batches of 2,048."""
-    # On Merged-38M it was 56 epochs, the rest being the same.
-    return _fang_2023("large", 2048, 150, 1.5e-3, drop_path=0.1)
-
-
-def _fang_2023(size: str, batch_size: int, epochs: int, lr: float, drop_path: float = 0.0) -> TrainConfig:
+def _fang_2023(size: str, batch_size: int, epochs: int, lr: float, drop_path: float) -> TrainConfig:
     """EVA-02 (Fang et al. 2023, arXiv 2303.11331), with the values of the authors' commands and their defaults."""
     # The authors train in float16 by DeepSpeed. They mask 105 of 256 patches, in blocks of 16 and more.
     crop = Augmentation(scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5)
@@ -437,6 +364,20 @@ def _fang_2023(size: str, batch_size: int, epochs: int, lr: float, drop_path: fl
         optim=OptimConfig(lr=lr, weight_decay=0.05, beta2=0.98, eps=1e-6, grad_clip_norm=3.0),
         schedule=ScheduleConfig(epochs=epochs, warmup_share=1 / epochs, final_factor=1e-5 / lr),
         checkpoint=CheckpointConfig(every_epochs=1, keep_every=None),
+    )
+
+
+for _size, _letters, _batch, _epochs, _rate, _drop in (
+    ("tiny", "Ti", 4000, 240, 3e-3, 0.0),
+    ("small", "S", 4000, 240, 3e-3, 0.0),
+    ("base", "B", 2048, 150, 1.5e-3, 0.0),
+    ("large", "L", 2048, 150, 1.5e-3, 0.1),  # on Merged-38M it was 56 epochs, the rest being the same
+):
+    _register(
+        f"pretrain-mim-eva02-{_size}",
+        f"EVA-02 {_letters} by masked image modelling, taught by EVA01-CLIP-g/14: ImageNet-21K, {_epochs} epochs, "
+        f"batches of {_batch:,}.",
+        partial(_fang_2023, _size, _batch, _epochs, _rate, _drop),
     )
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evaclip.errors import UserError
+from evaclip.model.norm import Stream
 from evaclip.model.recompute import ResidualBlock
 from evaclip.train.config import ParallelConfig, Precision
 from evaclip.train.distributed import World
@@ -57,9 +58,16 @@ def shard(towers: Iterable[nn.Module], config: ParallelConfig, precision: Precis
     for tower in towers:
         for block in tower.modules():
             if isinstance(block, ResidualBlock):
+                block.register_forward_hook(_without_views)
                 fully_shard(block, mp_policy=in_block, **common)
         # Each tower is a root, so that either may be called alone.
         fully_shard(tower, mp_policy=around, **common)
+
+
+def _without_views(block: nn.Module, args: Any, stream: Stream) -> Stream:
+    """FSDP hooks into what a block returns. Of a view it warns, as a write to it would lose the hook."""
+    branch = stream.branch
+    return stream if branch is None else stream._replace(branch=torch.ops.aten._unsafe_view(branch, branch.shape))
 
 
 def move_all_but_shards(model: nn.Module, device: torch.device) -> None:

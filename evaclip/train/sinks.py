@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -57,18 +56,20 @@ class Record:
         return {name: value for name, value in vars(self).items() if name != "more"} | dict(self.more)
 
 
-class Sink(Protocol):
-    """Something that is told what happens."""
+class Sink:
+    """Something that is told what happens; what it has no method of its own for is nothing to it."""
 
-    def record(self, record: Record) -> None: ...
+    def record(self, record: Record) -> None:
+        """One logged step."""
 
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """What was measured after `step` steps."""
 
-    def say(self, message: str) -> None: ...
+    def say(self, message: str) -> None:
+        """A line for those who watch."""
 
     def close(self, error: BaseException | None = None) -> None:
         """`error` is what ended the run, if anything did."""
-        ...
 
 
 def is_share(metric: str) -> bool:

@@ -1,6 +1,5 @@
 """What of a run a checkpoint holds, and how it comes back."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -8,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from evaclip.errors import UserError
 from evaclip.run_files import EMA_FILE, MODEL_FILE, OPTIMIZER_FOLDER
@@ -128,23 +127,19 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
     if state["fingerprint"] != parts.source.fingerprint:
         remarks.append(_data_changed(parts))
     taught_by = parts.task.taught_by()
-    if other := differences(state.get("taught_by", taught_by), taught_by):
+    if other := differences(state["taught_by"], taught_by):
         remarks.append(_teacher_changed(folder, other, parts))
     if not parts.config.checkpoint.allow_schedule_change:
         _check_schedule(folder, state, parts)
-    # SigLIP's bias in checkpoints of earlier versions, which kept it apart from the model.
-    bias = state["train_step"].get("loss", {})
-    scalars = {name.removeprefix("loss."): value for name, value in state["moments"].items()}
     try:
-        _put_model(folder / MODEL_FILE, parts.model, bias)
+        _put_model(folder / MODEL_FILE, parts.model)
         parts.step.load_state_dict(state["train_step"])
-        step = parts.step
-        moments.put_back(parts.model, step.optimizer, folder / OPTIMIZER_FOLDER, scalars)
+        moments.put_back(parts.model, parts.step.optimizer, folder / OPTIMIZER_FOLDER, state["moments"])
     except (UserError, RuntimeError, ValueError, KeyError) as exc:
         raise UserError(_misfit(folder, state["config"], parts, exc)) from exc
     forget_gathered(parts.model)
     if parts.ema:
-        _put_average(folder, parts.ema, bias, remarks)
+        _put_average(folder, parts.ema, remarks)
     if len(state["rng"]) == parts.world.size:
         rng.restore(state["rng"][parts.world.rank], parts.world.device)
     else:
@@ -205,10 +200,10 @@ def _teacher_changed(folder: Path, other: list[str], parts: Parts) -> str:
     return told
 
 
-def _put_model(path: Path, model: nn.Module, bias: Mapping[str, Tensor]) -> None:
+def _put_model(path: Path, model: nn.Module) -> None:
     folder = parts_of(path)
     if not folder.is_dir():
-        put(model, {**load_file(path), **bias})
+        put(model, load_file(path))
         return
     state = model.state_dict()
     if others := likes(folder).keys() - state.keys():
@@ -216,7 +211,7 @@ def _put_model(path: Path, model: nn.Module, bias: Mapping[str, Tensor]) -> None
     read(state, folder)
 
 
-def _put_average(folder: Path, ema: Ema, bias: Mapping[str, Tensor], remarks: list[str]) -> None:
+def _put_average(folder: Path, ema: Ema, remarks: list[str]) -> None:
     path = folder / EMA_FILE
     if not is_there(path):
         remarks.append("the checkpoint has no averaged weights: the average starts from its weights")
@@ -224,4 +219,4 @@ def _put_average(folder: Path, ema: Ema, bias: Mapping[str, Tensor], remarks: li
     if parts_of(path).is_dir():
         read(ema.state_dict(), parts_of(path))
     else:
-        ema.load_state_dict({**bias, **load_file(path)})
+        ema.load_state_dict(load_file(path))

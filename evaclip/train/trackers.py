@@ -42,7 +42,7 @@ def open_trackers(config: LogConfig, folder: Path, name: str, tree: Mapping[str,
     return sinks
 
 
-class Guarded:
+class Guarded(Sink):
     """A sink that is left out from its first failure on, opening included."""
 
     def __init__(self, name: str, opened: Callable[[], Sink], say: Say) -> None:
@@ -59,9 +59,6 @@ class Guarded:
         if sink := self._sink:
             self._do(lambda: sink.evaluation(step, metrics))
 
-    def say(self, message: str) -> None:
-        pass
-
     def close(self, error: BaseException | None = None) -> None:
         if sink := self._sink:
             self._do(lambda: sink.close(error))
@@ -75,7 +72,7 @@ class Guarded:
             self._say(f"{self._name} failed and is left out from now on ({type(exc).__name__}: {reason})")
 
 
-class Wandb:
+class Wandb(Sink):
     """A run of Weights & Biases, in RUN/wandb; offline by `mode` or WANDB_MODE."""
 
     def __init__(self, config: WandbConfig, folder: Path, name: str, tree: Mapping[str, Any]) -> None:
@@ -105,14 +102,11 @@ class Wandb:
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(_scalars("eval", metrics))
 
-    def say(self, message: str) -> None:
-        pass
-
     def close(self, error: BaseException | None = None) -> None:
         self._run.finish(exit_code=0 if error is None else 1)
 
 
-class Trackio:
+class Trackio(Sink):
     """A run of trackio: on this machine (TRACKIO_DIR), or in a Space."""
 
     def __init__(self, config: TrackioConfig, folder: Path, name: str, tree: Mapping[str, Any]) -> None:
@@ -134,9 +128,6 @@ class Trackio:
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(_scalars("eval", metrics), step=step)
-
-    def say(self, message: str) -> None:
-        pass
 
     def close(self, error: BaseException | None = None) -> None:
         self._run.finish()

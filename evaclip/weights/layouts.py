@@ -33,12 +33,7 @@ _SPLIT_QKV_NAMES = {
     "attn.v_bias": "attn.v_proj.bias",
     "attn.inner_attn_ln": "attn.norm",
 }
-_SWIGLU_NAMES = {
-    "mlp.w1": "mlp.fc1_g",
-    "mlp.w2": "mlp.fc1_x",
-    "mlp.ffn_ln": "mlp.norm",
-    "mlp.w3": "mlp.fc2",
-}
+_SWIGLU_NAMES = {"mlp.w1": "mlp.fc1_g", "mlp.w2": "mlp.fc1_x", "mlp.ffn_ln": "mlp.norm", "mlp.w3": "mlp.fc2"}
 # A table holds for a model that has one of these parameters.
 _SPLIT_QKV_SIGNS = ("attn.q_proj.weight",)
 _SWIGLU_SIGNS = ("mlp.w1.weight", "mlp.fc1_g.weight")

@@ -7,7 +7,7 @@ token, the projections and the temperature (Sun et al. 2023, section 3).
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -76,11 +76,7 @@ def start_text_tower(tower: nn.Module, source: Path | Mapping[str, Tensor]) -> N
 
 
 def _start(
-    tower: nn.Module,
-    state: Mapping[str, Tensor],
-    kind: str,
-    source: Path | Mapping[str, Tensor],
-    own: tuple[str, ...],
+    tower: nn.Module, state: Mapping[str, Tensor], kind: str, source: Path | Mapping[str, Tensor], own: tuple[str, ...]
 ) -> None:
     origin = "the weights" if isinstance(source, Mapping) else f"the weights {str(source)!r}"
     if not state:
@@ -91,12 +87,9 @@ def _start(
         raise UserError(f"{origin} don't fit the {kind}: {'; '.join(problems)}")
     missing = expected.keys() - state.keys()
     if missing:
-        _log.warning("%s lack %s of the %s; they keep their start values", origin, _listed(missing), kind)
+        listed = ", ".join(summarize(missing))
+        _log.warning("%s lack %s of the %s; they keep their start values", origin, listed, kind)
     put(tower, state, strict=False)
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(summarize(names))
 
 
 def _from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

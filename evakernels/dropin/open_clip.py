@@ -1,7 +1,6 @@
-"""Rules for open_clip: the blocks of both towers and the losses, whose towers by timm have timm's rules."""
+"""Rules for open_clip: the blocks of both towers and the losses. Its towers by timm have timm's rules."""
 
 import sys
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,70 +23,6 @@ ROLES = {
     "open_clip.transformer.LayerNormFp32": "layer_norm",
     "open_clip.transformer.LayerScale": "layer_scale",
 }
-
-
-# --- attention ------------------------------------------------------------------------------------------------------
-
-
-class MultiheadAttention(Swapped):
-    """torch's, of a sequence with itself: without its copies of the packed projection."""
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> Any:
-        plain = query is key is value and not need_weights and key_padding_mask is None and not is_causal
-        dropped = self.training and self.dropout > 0
-        if plain and not dropped and self._takes(query, attn_mask):
-            return self._attend(query, attn_mask), None
-        return super().forward(
-            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-        )
-
-    def _takes(self, x: Tensor, mask: Tensor | None) -> bool:
-        if not serves("multi_head", x, of_product=True, forced=self.is_forced):
-            return False
-        mask_fits = mask is None or (mask.dim() == 2 and mask.is_floating_point())
-        return x.dim() == 3 and mask_fits
-
-    def _attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        packed = linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in packed.chunk(3, dim=-1))
-        op = "attention_training" if torch.is_grad_enabled() else "attention"
-        causal = mask is not None and _is_causal(mask)
-        if (mask is None or causal) and serves(op, x, of_product=True, forced=self.is_forced):
-            out = rope_attention(q, k, v, causal=causal)
-        else:
-            q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-        return linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
-
-
-def _is_causal(mask: Tensor) -> bool:
-    """Whether the mask hides later keys and nothing else; on a CPU only, where looking at it costs nothing."""
-    if not mask.is_cpu or torch.compiler.is_compiling() or mask.shape[0] != mask.shape[1]:
-        return False
-    return torch.equal(mask, _causal_mask(mask.shape[0], mask.dtype))
-
-
-@cache
-def _causal_mask(tokens: int, dtype: torch.dtype) -> Tensor:
-    return torch.full((tokens, tokens), float("-inf"), dtype=dtype).triu_(1)
-
-
-def _packs_all(module: Any) -> str | None:
-    if not module.batch_first:
-        return "its sequences come first"
-    if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
-        return "its keys have a width or a bias of their own"
-    return None
 
 
 # --- blocks ---------------------------------------------------------------------------------------------------------
@@ -241,17 +176,6 @@ def _gate(module: Any) -> str:
 # --- what to try a module of an unknown form with --------------------------------------------------------------------
 
 
-def _with_itself(module: Any, x: Tensor) -> list[Call]:
-    options = {"need_weights": False}
-    masks = _causal_mask(x.shape[1], x.dtype).to(x.device), torch.randn_like(x @ x.mT)[0]
-    return [
-        ((x, x, x), options),
-        *(((x, x, x), {**options, "attn_mask": mask}) for mask in masks),
-        ((x, x.flip(1), x), options),
-        ((x, x, x), {}),
-    ]
-
-
 def _masked(module: Any, x: Tensor) -> list[Call]:
     return [((x,), {}), ((x,), {"attn_mask": torch.randn_like(x @ x.mT)[0]})]
 
@@ -269,14 +193,6 @@ def _pairs(module: Any, x: Tensor) -> list[Call]:
 _TRANSFORMER, _LOSS = "open_clip.transformer", "open_clip.loss"
 
 RULES = (
-    Rule(
-        MultiheadAttention,
-        "torch.nn.modules.activation.MultiheadAttention",
-        "linear, rope_attention",
-        "multi_head",
-        reason=_packs_all,
-        calls=_with_itself,
-    ),
     Rule(LayerNorm, f"{_TRANSFORMER}.LayerNorm", "layer_norm", "layer_norm", reason=last_dimension),
     Rule(LayerNorm, f"{_TRANSFORMER}.LayerNormFp32", "layer_norm", "layer_norm", reason=last_dimension),
     Rule(

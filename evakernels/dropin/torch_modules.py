@@ -1,15 +1,18 @@
 """Rules for torch's own modules."""
 
+from functools import cache
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from evakernels.dropin._gate import serves
-from evakernels.dropin._rule import Rule
+from evakernels.dropin._rule import Call, Rule
 from evakernels.dropin._serve import own_norm_parameters, role
 from evakernels.dropin._swap import Swapped
-from evakernels.nn import linear
-from evakernels.ops import gelu, layer_norm, rms_norm
+from evakernels.nn import FrozenWeight, linear
+from evakernels.ops import gelu, layer_norm, rms_norm, rope_attention
 
 
 class Linear(Swapped):
@@ -54,6 +57,117 @@ class GELU(Swapped):
         return y
 
 
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+class MultiheadAttention(Swapped):
+    """Of a sequence with itself or with another, which is keys and values both: without copies of the projection.
+
+    torch multiplies sequences that come first, so it turns those that don't. Where the weight has no gradient either,
+    it then makes a copy of the weight for each token: in bfloat16 that was half of the time of SigLIP's model.
+    """
+
+    linear_weights = ("in_proj_weight",)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> Any:
+        dropped = self.training and self.dropout > 0
+        plain = key is value and key_padding_mask is None and not is_causal and not dropped
+        if not (plain and self._takes(query, key, attn_mask)):
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        q, k, v = self._project(query, key)
+        weights = None
+        if need_weights:
+            out, weights = self._weigh(q, k, v, attn_mask)
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            out = self._attend(q, k, v, attn_mask)
+        return linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias), weights
+
+    def _takes(self, query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+        # Of a frozen weight torch's code would make a dense one at each call.
+        forced = self.is_forced or isinstance(self.in_proj_weight, FrozenWeight)
+        if not serves("multi_head", key, of_product=True, forced=forced):
+            return False
+        mask_fits = mask is None or (mask.dim() == 2 and mask.is_floating_point())
+        return query.dim() == key.dim() == 3 and query.dtype == key.dtype and mask_fits
+
+    def _project(self, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v, `[B, N, heads, head_dim]`."""
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if query is key:
+            parts = linear(query, weight, bias).chunk(3, dim=-1)
+        else:
+            sizes = [self.embed_dim, 2 * self.embed_dim]
+            of_query, of_key = zip(
+                weight.split(sizes), (None, None) if bias is None else bias.split(sizes), strict=True
+            )
+            parts = linear(query, *of_query), *linear(key, *of_key).chunk(2, dim=-1)
+        return tuple(part.unflatten(-1, (self.num_heads, -1)) for part in parts)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """`[B, N, heads, head_dim]`."""
+        op = "attention_training" if torch.is_grad_enabled() else "attention"
+        causal = mask is not None and _is_causal(mask)
+        if q.shape == k.shape and (mask is None or causal) and serves(op, q, forced=self.is_forced):
+            return rope_attention(q, k, v, causal=causal)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+    def _weigh(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same with its weights, `[B, heads, queries, keys]`."""
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        scores = q * self.head_dim**-0.5 @ k.mT
+        weights = (scores if mask is None else scores + mask).softmax(-1)
+        return (weights @ v).transpose(1, 2), weights
+
+
+def _is_causal(mask: Tensor) -> bool:
+    """Whether the mask hides later keys and nothing else; on a CPU only, where looking at it costs nothing."""
+    if not mask.is_cpu or torch.compiler.is_compiling() or mask.shape[0] != mask.shape[1]:
+        return False
+    return torch.equal(mask, _causal_mask(mask.shape[0], mask.dtype))
+
+
+@cache
+def _causal_mask(tokens: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((tokens, tokens), float("-inf"), dtype=dtype).triu_(1)
+
+
+def _packs_all(module: Any) -> str | None:
+    if not module.batch_first:
+        return "its sequences come first"
+    if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
+        return "its keys have a width or a bias of their own"
+    return None
+
+
+def _with_itself_and_others(module: Any, x: Tensor) -> list[Call]:
+    options = {"need_weights": False}
+    masks = _causal_mask(x.shape[1], x.dtype).to(x.device), torch.randn_like(x @ x.mT)[0]
+    given = [(x, x, x), (x[:, :1], x, x), (x, x.flip(1), x)]
+    return [
+        *((tokens, options) for tokens in given),
+        *((given[0], {**options, "attn_mask": mask}) for mask in masks),
+        *((tokens, {"average_attn_weights": mean}) for tokens in given for mean in (True, False)),
+        (given[0], {"attn_mask": masks[1]}),
+    ]
+
+
+# --- which modules --------------------------------------------------------------------------------------------------
+
+
 def last_dimension(module: Any) -> str | None:
     """Why a norm isn't one of the last dimension."""
     shape = module.normalized_shape
@@ -77,4 +191,12 @@ RULES = (
     Rule(LayerNorm, f"{_NORMS}.LayerNorm", "layer_norm", "layer_norm", reason=last_dimension),
     Rule(RMSNorm, f"{_NORMS}.RMSNorm", "rms_norm", "rms_norm", reason=last_dimension),
     Rule(GELU, "torch.nn.modules.activation.GELU", "gelu", "gelu", slow=_by_tanh),
+    Rule(
+        MultiheadAttention,
+        "torch.nn.modules.activation.MultiheadAttention",
+        "linear, rope_attention",
+        "multi_head",
+        reason=_packs_all,
+        calls=_with_itself_and_others,
+    ),
 )

@@ -35,11 +35,13 @@ class FrozenWeight(Tensor):
     _scale: Tensor | None
     """Of each output in 8 bits, float32 `[out]`."""
     _pieces: dict[Any, tuple["FrozenWeight", ...]]
+    _layout: tuple[int, int, torch.dtype]
+    """Outputs, inputs and dtype: the properties of a tensor of another class take some microseconds each."""
 
     @staticmethod
     def __new__(cls, packed: Tensor, scale: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Self:
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=_CPU)
-        self._packed, self._scale, self._pieces = packed, scale, {}
+        self._packed, self._scale, self._pieces, self._layout = packed, scale, {}, (*shape, dtype)
         return self
 
     @classmethod
@@ -82,38 +84,42 @@ class FrozenWeight(Tensor):
             raise RuntimeError("linear: torch.compile lays out weights itself (`freezing`): unfreeze the model for it")
         if is_on("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
-        self._check(x)
-        if bias is not None:
-            bias = bias.to(self.dtype)
-        rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
-        if not len(rows):
-            y = rows.new_empty(0, self.shape[0])
+        outputs, inputs, dtype = self._layout
+        self._check(x, inputs, dtype)
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+        rows = x if x.dim() == 2 else x.reshape(-1, inputs)
+        if not rows.shape[0]:
+            y = rows.new_empty(0, outputs)
         elif self._scale is None:
             backends.observe("linear", "oneDNN, packed")
             y = torch.ops.mkldnn._linear_pointwise(rows, self._packed, bias, "none", [], "")
         else:
             backends.observe("linear", "oneDNN, int8")
             y = self._multiply_int8(rows, self._scale, bias)
-        return y.view(*x.shape[:-1], self.shape[0])
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], outputs)
 
     def _multiply_int8(self, rows: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         codes, row_scale = quantize_rows(rows)
         y = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, ZERO, self._packed, scale, _zeros(len(scale)), None, 1.0, 0, self.dtype, "none", [], ""
+            codes, 1.0, ZERO, self._packed, scale, _zeros(len(scale)), None, 1.0, 0, self._layout[2], "none", [], ""
         )  # fmt: skip
         out: Tensor = dequantize_rows(y, row_scale, bias)
         return out
 
-    def _check(self, x: Tensor) -> None:
-        if x.shape[-1:] != self.shape[1:]:
-            raise RuntimeError(f"linear: x has shape {list(x.shape)}; expected [..., {self.shape[1]}]")
-        if x.dtype != self.dtype:
+    def _check(self, x: Tensor, inputs: int, dtype: torch.dtype) -> None:
+        if x.dim() == 0 or x.shape[-1] != inputs:
+            raise RuntimeError(f"linear: x has shape {list(x.shape)}; expected [..., {inputs}]")
+        if x.dtype != dtype:
             raise RuntimeError(
-                f"linear: a weight that was frozen in {self.dtype} got {x.dtype}; freeze a model in the dtype that it "
+                f"linear: a weight that was frozen in {dtype} got {x.dtype}; freeze a model in the dtype that it "
                 "computes in, under autocast too, as by model.to(torch.bfloat16)"
             )
         if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("linear: the weight is frozen, for inference alone, and the input wants a gradient")
+            raise RuntimeError(
+                "linear: the weight is frozen, for inference alone, and the input wants a gradient: call the model "
+                "under torch.inference_mode()"
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -162,8 +168,9 @@ def freeze(model: Model, *, int8: bool | Callable[[str], bool] = False) -> Model
 
     Args:
         model: in evaluation mode, on a CPU. Of each `torch.nn.Linear` the weight is frozen, and of other modules the
-            parameters that their class names in `linear_weights`; those of `torch.nn.MultiheadAttention` stay dense. No
-            parameter wants a gradient afterwards.
+            parameters that their class names in `linear_weights`. No parameter wants a gradient afterwards but those
+            of a `torch.nn.MultiheadAttention` that `evakernels.accelerate` doesn't serve. It stays as it is: torch
+            takes several times as long for it in bfloat16 where its weights have no gradient.
         int8: compute in 8 bits: weights with a scale for each output, inputs with one for each row, sums in 32 bits. A
             function tells of the name of a parameter, as in `named_parameters`, whether to.
 
@@ -194,7 +201,11 @@ def freeze(model: Model, *, int8: bool | Callable[[str], bool] = False) -> Model
         module.register_parameter(name.rpartition(".")[2], frozen[weight])
         if _with_dense_weights not in module._state_dict_hooks.values():
             module.register_state_dict_post_hook(_with_dense_weights)
-    return model.requires_grad_(False)
+    closed = _parts_of_torch_attention(model)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False) if module not in closed else ():
+            parameter.requires_grad_(False)
+    return model
 
 
 def check(model: nn.Module) -> None:
@@ -208,9 +219,10 @@ def check(model: nn.Module) -> None:
 
 def unfreeze(model: Model) -> Model:
     """Makes the weights dense again that `freeze` has laid out, in place; returns the model."""
-    for module, name, weight in _weights(model):
-        if isinstance(weight, FrozenWeight):
-            module.register_parameter(name.rpartition(".")[2], nn.Parameter(weight.dense(), requires_grad=False))
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if isinstance(weight, FrozenWeight):
+                module.register_parameter(name, nn.Parameter(weight.dense(), requires_grad=False))
     return model
 
 
@@ -233,16 +245,19 @@ def why_not_int8() -> str | None:
 
 def _weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     """Modules, and name in the model and value of their parameters that products of linear layers take."""
-    # torch's attention takes views of its weights, and of its output layer reads the weight alone.
-    closed = {
-        part for module in model.modules() if isinstance(module, nn.MultiheadAttention) for part in module.modules()
-    }
+    closed = _parts_of_torch_attention(model)
     for path, module in model.named_modules():
         names: tuple[str, ...] = getattr(module, "linear_weights", ("weight",) if isinstance(module, nn.Linear) else ())
         for name in names if module not in closed else ():
             weight = module._parameters.get(name)
             if weight is not None:
                 yield module, f"{path}.{name}".lstrip("."), weight
+
+
+def _parts_of_torch_attention(model: nn.Module) -> set[nn.Module]:
+    """It takes views of its weights, and of its output layer reads the weight alone."""
+    closed = (m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and not hasattr(m, "linear_weights"))
+    return {part for module in closed for part in module.modules()}
 
 
 def _frozen_dtypes(int8: bool) -> frozenset[torch.dtype]:
@@ -264,6 +279,12 @@ def _split(weight: FrozenWeight, sizes: int | list[int], dim: int = 0) -> Any:
     return weight.rows(tuple(sizes)) if dim == 0 and not isinstance(sizes, int) else NotImplemented
 
 
+def _attend_densely(*args: Any, **kwargs: Any) -> Any:
+    # What `evakernels.accelerate` doesn't serve of a torch.nn.MultiheadAttention, such as a mask of padding.
+    args, kwargs = tree_map_only(FrozenWeight, FrozenWeight.dense, (args, kwargs))
+    return F.multi_head_attention_forward(*args, **kwargs)
+
+
 def _refuse_item(weight: Any, *args: Any) -> Any:
     if isinstance(weight, FrozenWeight):
         raise TypeError(_FROZEN)
@@ -278,6 +299,7 @@ def _refuse_data(weight: FrozenWeight, data: Tensor) -> None:
 
 _SERVED: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
+    F.multi_head_attention_forward: _attend_densely,
     Tensor.split: _split,
     Tensor.__setitem__: _refuse_item,
     Tensor.data.__set__: _refuse_data,  # type: ignore[attr-defined]

@@ -206,7 +206,7 @@ ELSEWHERE = {
     "silu_mul": ("liger-kernel",),
     "swiglu_mlp": ("liger-kernel", "quack-kernels"),
     "clip_loss": ("inf-cl", "cut-cross-entropy", "liger-kernel"),
-    "lamb_step": ("evakernels in one group", "apex"),
+    "lamb_step": ("apex",),
     "adamw_step": ("apex",),
     "gradient_norm": ("apex",),
 }

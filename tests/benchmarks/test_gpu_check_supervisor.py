@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_check.records import Journal
-from benchmarks.gpu_check.stage import Refusal, Session, Settings, Unit
+from benchmarks.gpu_check.stage import Failure, Refusal, Session, Settings, Unit
 
 ROOT = Path(__file__).parents[2]
 RUN = "import sys; from benchmarks.gpu_check.cli import main; sys.exit(main(sys.argv[1:], package='fake_stages'))"
@@ -242,16 +242,18 @@ def test_a_session_records_and_leaves_out_what_was_recorded(tmp_path: Path) -> N
     def refuse() -> None:
         raise Refusal("not here")
 
+    def fail() -> None:
+        raise Failure("wrong", {})
+
     session = session_of(tmp_path)
     session.case("passed", lambda: {"value": 1})
     session.case("refused", refuse)
-    session.begin("by hand")
-    session.end("by hand", "failed", 0.5, error="wrong")
+    session.case("failed", fail)
     again = session_of(tmp_path)
     again.case("passed", lambda: pytest.fail("it was run before"))
-    assert all(again.done(name) for name in ("passed", "refused", "by hand"))
+    assert all(again.done(name) for name in ("passed", "refused", "failed"))
     assert again.earlier("stage", "unit", "passed") == {"value": 1}
-    assert again.earlier("stage", "unit", "by hand") is None
+    assert again.earlier("stage", "unit", "failed") is None
     again.deadline = time.monotonic()
     again.case("late", lambda: pytest.fail("the time is over"))
     assert not again.complete
@@ -259,5 +261,5 @@ def test_a_session_records_and_leaves_out_what_was_recorded(tmp_path: Path) -> N
     assert [(end["case"], end["status"], end["error"]) for end in ends] == [
         ("passed", "passed", ""),
         ("refused", "refused", "not here"),
-        ("by hand", "failed", "wrong"),
+        ("failed", "failed", "wrong"),
     ]

@@ -64,8 +64,8 @@ def small_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_whole_story(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "_steps_per_second", lambda config: 1000.0)
     out = tmp_path / "runs" / "demo"
-    html, png, pictures = demo.run_demo(out, data=data)
-    assert (html, png, pictures) == (out / "report.html", out / "report.png", out / "pictures.store")
+    html, pictures = demo.run_demo(out, data=data)
+    assert (html, pictures) == (out / "report.html", out / "pictures.store")
     assert "place" in html.read_text() or "first" in html.read_text()
     results = {path.stem: Evaluation.load(path) for path in (out / "evaluations").iterdir()}
     assert sorted(results) == [
@@ -163,7 +163,7 @@ def test_the_last_line_is_a_command_that_serves(active, tmp_path, monkeypatch, c
     for name in ("python", "evaclip"):
         (programs / name).touch(mode=0o755)
     out = tmp_path / "my runs/demo"
-    made = out / "report.html", out / "report.png", out / "pictures.store"
+    made = out / "report.html", out / "pictures.store"
     monkeypatch.setattr("evaclip.commands.demo.run_demo", lambda *args, **options: made)
     monkeypatch.setattr(sys, "executable", str(programs / "python"))
     monkeypatch.setenv("PATH", str(programs) if active else str(tmp_path))

@@ -110,7 +110,7 @@ def test_drawings_fill_their_pictures_whatever_margin_a_style_leaves(tmp_path):
     opaque = {}
     for name, drawing in drawings.items():
         (tmp_path / name).write_text(frame.format(drawing))
-        picture = np.asarray(decode_image(emoji.render_png(str(tmp_path / name), 40), name))
+        picture = np.asarray(decode_image(emoji.render_png(str(tmp_path / name), 40)[0], name))
         assert picture.shape == (40, 40, 4)
         opaque[name] = picture[..., 3] == 255
     assert opaque["small"].all()

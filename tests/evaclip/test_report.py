@@ -32,6 +32,7 @@ model: {name: tiny}
 data: {train: "data/<shards>.tar"}
 loss: {name: clip}
 optim: {name: adamw, lr: 0.001}
+task: {name: contrastive}
 schedule: {steps: 80}
 """
 
@@ -91,19 +92,14 @@ def save_events(folder: Path) -> None:
 def test_the_page_is_whole_and_needs_nothing_from_outside(run: Path) -> None:
     save_evaluations(run)
     save_gallery(run)
-    html, png = write_report(run)
-    text = html.read_text(encoding="utf-8")
+    text = write_report(run).read_text(encoding="utf-8")
     page = Page(text)
     assert page.open == []
     assert all(address.startswith(("data:", "#")) for address in page.addresses)
     assert "@import" not in text
     assert not re.search(r"url\((?!#)", text)
     assert not re.search(r"<(script|link|iframe)\b", text)
-    with Image.open(png) as poster:
-        assert poster.format == "PNG"
-        assert poster.width == 1800
-        assert poster.height > poster.width
-    assert sorted(path.name for path in run.glob("*report*")) == ["report.html", "report.png"]
+    assert [path.name for path in run.glob("*report*")] == ["report.html"]
 
 
 def test_the_page_says_what_was_measured(run: Path) -> None:
@@ -248,23 +244,21 @@ def test_a_run_of_the_trainer_has_a_report(run_config, tmp_path):
 
 
 def test_without_evaluations_the_report_says_so(run: Path) -> None:
-    html, png = write_report(run)
-    assert "Nothing has been evaluated yet" in html.read_text(encoding="utf-8")
-    assert png.is_file()
+    assert "Nothing has been evaluated yet" in write_report(run).read_text(encoding="utf-8")
 
 
 def test_a_report_is_written_where_asked_and_twice_the_same(run: Path, tmp_path: Path) -> None:
     save_evaluations(run)
-    first, _ = write_report(run, tmp_path / "a")
-    second, _ = write_report(run, tmp_path / "b")
+    first = write_report(run, tmp_path / "a")
+    second = write_report(run, tmp_path / "b")
     assert first.parent == tmp_path / "a"
     assert first.read_bytes() == second.read_bytes()
     assert not (run / "report.html").exists()
 
 
-def test_the_command_prints_both_paths(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_path(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(run)]) == 0
-    assert capsys.readouterr().out.split() == [str(run / "report.html"), str(run / "report.png")]
+    assert capsys.readouterr().out.split() == [str(run / "report.html")]
 
 
 def test_groups_come_from_evaluations_in_the_order_of_tasks(run: Path) -> None:
@@ -310,5 +304,5 @@ def test_numbers_have_the_digits_they_deserve() -> None:
 
 
 def test_no_report_waits_for_torch() -> None:
-    code = "import sys, evaclip.report.comparison, evaclip.report.poster; sys.exit('torch' in sys.modules)"
+    code = "import sys, evaclip.report.comparison, evaclip.report.page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -202,12 +202,18 @@ def test_parts_of_a_weight_are_laid_out_once(dtype, int8):
     torch.testing.assert_close(torch.cat([linear(x, part) for part in parts], 1), layer(x))
 
 
-def test_attention_of_torch_stays_dense():
-    attention = nn.MultiheadAttention(16, 2, batch_first=True).eval()
+def test_attention_of_torch_stays_as_it_is():
+    layer = nn.TransformerEncoderLayer(16, 2, batch_first=True).eval()
     x = torch.randn(2, 5, 16)
-    freeze(attention)
-    assert not any(isinstance(p, FrozenWeight) or p.requires_grad for p in attention.parameters())
-    assert attention(x, x, x)[0].shape == x.shape
+    expected = layer(x)
+    freeze(layer)
+    kept = {f"self_attn.{name}" for name, _ in layer.self_attn.named_parameters()}
+    assert {name for name, parameter in layer.named_parameters() if parameter.requires_grad} == kept
+    assert isinstance(layer.linear1.weight, FrozenWeight)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), expected)
+    with pytest.raises(RuntimeError, match=r"under torch\.inference_mode\(\)"):
+        layer(x)
 
 
 def test_accelerate_freezes_and_restore_thaws():

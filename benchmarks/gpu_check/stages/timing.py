@@ -20,9 +20,10 @@ from benchmarks.gpu_check.stage import Failure, Refusal, Session, Settings, Unit
 from benchmarks.gpu_state import notes as gpu_notes
 from benchmarks.gpu_state import read_state
 from benchmarks.measure import Case, measure
-from benchmarks.operation import Operation, get_operation, operations, suite_operations, version_of
+from benchmarks.operation import Operation, get_operation, operations, suite_operations
 from benchmarks.results import Machine, Row
 from benchmarks.suite import DTYPES, timer_for
+from evaclip.machine import version_of
 
 SECONDS = 280
 _MACHINE = ("machine", "ceilings")

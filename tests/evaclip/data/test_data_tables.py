@@ -9,7 +9,6 @@ from evaclip.data.order import mix
 from evaclip.data.packed_strings import PackedStrings
 from evaclip.data.paths import expand_braces, expand_paths
 from evaclip.data.samples import decode_image
-from evaclip.data.source import hash_list
 from evaclip.errors import UserError
 
 
@@ -125,11 +124,6 @@ def test_the_fingerprint_of_json_lines_tells_one_row_from_two(pictures):
     one = write(pictures / "one.jsonl", '{"filepath": "a.png", "title": ["x", "y"]}')
     two = write(pictures / "two.jsonl", '{"filepath": "a.png", "title": "x"}\n{"filepath": "a.png", "title": "y"}')
     assert open_source(one).fingerprint != open_source(two).fingerprint
-
-
-def test_the_fingerprint_of_a_csv_file_is_that_of_older_checkpoints(pictures):
-    path = write(pictures / "a.csv", "filepath,title\na.png,x\nb.png, y\n")
-    assert open_source(path).fingerprint == hash_list("csv", [("a.png", "x"), ("b.png", " y")])
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def concepts():
 def pictures(concepts):
     """On white: what is transparent is white to us and whatever lies under it to webdataset."""
     drawings = emoji.style_drawings("twemoji")
-    drawn = (Image.open(io.BytesIO(emoji.render_png(drawings[concept.key], 48))) for concept in concepts)
+    drawn = (Image.open(io.BytesIO(emoji.render_png(drawings[concept.key], 48)[0])) for concept in concepts)
     return [Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB") for image in drawn]
 
 

@@ -57,9 +57,7 @@ def test_retrieval_leaves_what_the_report_needs(run: Path, color_shard: Path) ->
     evaclip("eval", "retrieval", run / "checkpoints" / "step_00000004", "--data", color_shard, "--workers", 0)
     (result,) = (run / "evaluations").iterdir()
     assert json.loads(result.read_text())["metrics"]["images"] == 8
-    html, png_file = write_report(run)
-    assert "pictures searched" in html.read_text()
-    assert png_file.stat().st_size > 20_000
+    assert "pictures searched" in write_report(run).read_text()
 
 
 @pytest.mark.parametrize("task", ["linear-probe", "knn"])

@@ -1,13 +1,16 @@
+import base64
+import io
 import json
 from pathlib import Path
 
 import pytest
 from eval_fakes import COLORS, ColorModel, ToTensor, png, tokenize_colors, write_tar
+from PIL import Image
 
 from evaclip.data import open_source
 from evaclip.errors import UserError
 from evaclip.eval.features import FeatureOptions
-from evaclip.eval.gallery import Gallery, build_gallery, open_thumbnail
+from evaclip.eval.gallery import Gallery, build_gallery
 from evaclip.eval.pairs import EncodedPairs, encode_pairs
 
 OPTIONS = FeatureOptions(batch_size=3, progress=False)
@@ -69,7 +72,8 @@ def test_the_gallery_shows_what_was_found(color_shard: Path) -> None:
         assert query.rank == 1
         assert [found.correct for found in query.found] == [True, False, False]
         assert query.found[0].key == f"{list(COLORS).index(query.text):03d}"
-        pixel = open_thumbnail(query.found[0].image).getpixel((40, 40))
+        webp = base64.b64decode(query.found[0].image.partition(",")[2])
+        pixel = Image.open(io.BytesIO(webp)).getpixel((40, 40))
         assert all(abs(a - b) < 12 for a, b in zip(pixel, COLORS[query.text], strict=True))
 
 

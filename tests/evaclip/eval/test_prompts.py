@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from evaclip.errors import UserError
-from evaclip.eval.prompts import PromptSet, imagenet_classnames, imagenet_templates, load_classnames, load_templates
+from evaclip.eval.prompts import imagenet_classnames, imagenet_templates, load_classnames, load_templates, prompts
 
 
 def test_imagenet_has_its_names_and_templates() -> None:
@@ -40,7 +40,7 @@ def test_templates_come_from_a_file_or_are_one_themselves(tmp_path: Path) -> Non
     file.write_text("a photo of {}\n{}, drawn\n")
     assert load_templates(file) == ("a photo of {}", "{}, drawn")
     assert load_templates("a sketch of {}") == ("a sketch of {}",)
-    assert PromptSet(("{x}",), load_templates(file)).prompts("{x}") == ["a photo of {x}", "{x}, drawn"]
+    assert prompts("{x}", load_templates(file)) == ["a photo of {x}", "{x}, drawn"]
 
 
 @pytest.mark.parametrize(

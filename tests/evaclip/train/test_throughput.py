@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from evaclip.model.clip import CLIP
+from evaclip.model.norm import Stream
 from evaclip.train import throughput
 from evaclip.train.config import LossConfig
 from evaclip.train.loss import ContrastiveLoss
@@ -46,8 +47,8 @@ def test_a_cpu_is_measured_once_and_a_runs_random_numbers_stay() -> None:
 def test_tokens_are_the_rows_that_reach_the_blocks(small_model: CLIP, pack: bool, dropout: float) -> None:
     rows: list[int] = []
 
-    def count(block: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        rows.append(arguments[0].shape[:-1].numel())
+    def count(block: nn.Module, arguments: tuple[Stream, ...]) -> None:
+        rows.append(arguments[0].x.shape[:-1].numel())
 
     small_model.set_savings(dataclasses.replace(small_model.visual.savings, pack_text=pack))
     small_model.visual.patch_dropout = dropout

@@ -12,7 +12,7 @@ from evaclip import Preprocess
 from evaclip.errors import UserError
 from evaclip.factory import create_model
 from evaclip.train.comments import commented_yaml
-from evaclip.train.config import TrainConfig, config_hash, to_tree
+from evaclip.train.config import TrainConfig, config_hash
 from evaclip.train.overrides import dump_yaml, load_yaml, parse_assignment, resolve, validate
 from evaclip.train.recipes import RECIPES, get_recipe, with_fitting_parts, with_own_evaluation
 from evaclip.train.tasks.contrastive import MAX_LOG_SCALE
@@ -210,11 +210,6 @@ def test_hash_of_masked_image_modelling_leaves_out_where_features_lie(run_config
     assert config_hash(run_config("task.teacher.precision=bf16", task="masked_image")) != plain
 
 
-def test_hash_is_that_of_earlier_versions() -> None:
-    """As they wrote it into checkpoints, before there were tasks and kinds of products."""
-    assert config_hash(get_recipe("tiny")) == "6e278467c5e5e3ba"
-
-
 def test_other_data_is_not_measured_on_the_drawn_circles() -> None:
     tiny = get_recipe("tiny")
     mine = resolve(tiny, [nest("data.train", "mine")])
@@ -235,14 +230,6 @@ def test_a_batch_of_ones_own_takes_as_many_parts_of_the_recipe_as_divide_it() ->
         assert with_fitting_parts(mine, recipe).data.canonical_nodes == nodes
     own = resolve(recipe, [nest("data.canonical_nodes", 3), {"batch_size": 7}])
     assert with_fitting_parts(own, recipe) == own
-
-
-def test_configurations_of_one_evaluation_set_are_read_while_they_name_none(run_config: Make) -> None:
-    tree = to_tree(run_config())
-    old = {"data": None, "first": 0, "samples": None, "allow_unreadable": False, "templates": ["{}"]}
-    assert validate({**tree, "eval": {**tree["eval"], **old}}) == run_config()
-    with pytest.raises(UserError, match=r"unknown configuration key 'eval.samples'; .* 'eval.sets.NAME.samples'"):
-        validate({**tree, "eval": {**old, "samples": 5}})
 
 
 def test_trees() -> None:

@@ -1,0 +1,134 @@
+"""torch's MultiheadAttention, accelerated: of a sequence with itself and with another."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import evakernels
+from evakernels.nn import FrozenWeight, linear
+
+everything_served = pytest.mark.usefixtures("everything_served")
+
+WIDTH, HEADS, QUERIES, KEYS = 48, 3, 4, 20
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """Freezes float32 too, on processors for which MKL is the faster library."""
+    module = sys.modules[linear.__module__]
+    if torch.bfloat16 not in module.multiplied_dtypes():
+        pytest.skip("this torch has no oneDNN, or the processor none of its products of bfloat16")
+    monkeypatch.setattr(module, "served_dtypes", module.multiplied_dtypes)
+
+
+def attention(bias=True, dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.MultiheadAttention(WIDTH, HEADS, bias=bias, batch_first=True).to(dtype).eval()
+
+
+def accelerated(untouched, **options):
+    module = copy.deepcopy(untouched)
+    assert evakernels.accelerate(module, **options).replaced[0].name == ""
+    return module
+
+
+def tokens(count, dtype=torch.float32):
+    return torch.randn(2, count, WIDTH, generator=torch.Generator().manual_seed(count)).to(dtype)
+
+
+def causal(tokens):
+    return torch.full((tokens, tokens), float("-inf")).triu_(1)
+
+
+def calls(dtype=torch.float32):
+    """Arguments and options by name."""
+    keys, queries = tokens(KEYS, dtype), tokens(QUERIES, dtype)
+    itself, other = (keys, keys, keys), (queries, keys, keys)
+    shape = QUERIES, KEYS
+    any_mask = torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+    return {
+        "itself": (itself, {"need_weights": False}),
+        "itself, causal": (itself, {"need_weights": False, "attn_mask": causal(KEYS).to(dtype)}),
+        "itself, weights": (itself, {}),
+        "other": (other, {"need_weights": False}),
+        "other, mask": (other, {"need_weights": False, "attn_mask": any_mask}),
+        "other, weights": (other, {"attn_mask": any_mask}),
+        "other, weights of heads": (other, {"average_attn_weights": False}),
+        "values of their own": ((queries, keys, keys.flip(1)), {"need_weights": False}),
+        "padding": (other, {"key_padding_mask": torch.arange(KEYS).expand(2, -1) > 15}),
+        "bool mask": (other, {"attn_mask": torch.ones(shape, dtype=torch.bool).triu(9)}),
+    }
+
+
+def assert_same(found, expected, **tolerance):
+    assert (found[1] is None) == (expected[1] is None)
+    for a, b in zip(found, expected, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b, **tolerance)
+
+
+@everything_served
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("call", calls())
+def test_values_weights_and_gradients(call, bias):
+    untouched = attention(bias)
+    ours = accelerated(untouched)
+    args, options = calls()[call]
+    found, expected = ours(*args, **options), untouched(*args, **options)
+    assert_same(found, expected, rtol=1e-5, atol=1e-6)
+    for module, (out, _) in ((ours, found), (untouched, expected)):
+        out.square().sum().backward()
+        assert all(parameter.grad is not None for parameter in module.parameters())
+    for a, b in zip(ours.parameters(), untouched.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+@everything_served
+@pytest.mark.parametrize("call", ["itself", "other", "other, weights"])
+def test_no_weight_is_copied_for_each_token(call):
+    """torch does so in products of a turned sequence where the weight has no gradient."""
+    ours = accelerated(attention(dtype=torch.bfloat16)).requires_grad_(False)
+    args, options = calls(torch.bfloat16)[call]
+    with torch.profiler.profile(record_shapes=True) as profile, torch.inference_mode():
+        ours(*args, **options)
+    largest = max(
+        (torch.Size(shape).numel() for event in profile.events() for shape in event.input_shapes if shape), default=0
+    )
+    assert largest <= max(3 * WIDTH * WIDTH, 2 * KEYS * 3 * WIDTH)
+
+
+@pytest.mark.usefixtures("everything_served", "onednn")
+@pytest.mark.parametrize("call", calls())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen(call, dtype):
+    untouched = attention(dtype=dtype)
+    ours = accelerated(untouched, freeze=True)
+    assert isinstance(ours.in_proj_weight, FrozenWeight)
+    assert isinstance(ours.out_proj.weight, FrozenWeight)
+    args, options = calls(dtype)[call]
+    with torch.inference_mode():
+        found, expected = ours(*args, **options), untouched(*args, **options)
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    assert_same(found, expected, rtol=bound, atol=bound)
+    of_both = zip(ours.state_dict().values(), untouched.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in of_both)
+    evakernels.restore(ours)
+    assert not any(isinstance(parameter, FrozenWeight) for parameter in ours.parameters())
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.skipif(not evakernels.info()["native"]["loaded"], reason="without kernels nothing is served")
+def test_small_calls_of_frozen_weights_are_served_too(monkeypatch):
+    ours = accelerated(attention(dtype=torch.bfloat16), freeze=True)
+    monkeypatch.setattr(FrozenWeight, "dense", lambda self: pytest.fail("a dense weight was made"))
+    x = tokens(3, torch.bfloat16)
+    with torch.inference_mode():
+        assert ours(x, x, x, need_weights=False)[0].shape == x.shape
+
+
+def test_sequences_that_come_first_are_left():
+    report = evakernels.accelerate(nn.MultiheadAttention(WIDTH, HEADS))
+    assert "its sequences come first" in {left.reason for left in report.left}
