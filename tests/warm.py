@@ -77,7 +77,6 @@ def warm(python: Path, environment: Mapping[str, str]) -> Iterator[Path]:
         pipe = subprocess.PIPE
         with subprocess.Popen(command, cwd="/", env=environment, stdin=pipe, stdout=pipe) as host:
             assert host.stdin is not None
-            assert host.stdout is not None
             if not host.stdout.readline():
                 raise RuntimeError(f"{python} can't import {', '.join(PRELOADED)}")
             yield folder

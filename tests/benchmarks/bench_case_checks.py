@@ -96,14 +96,7 @@ def gradients(op: Operation, function: Function, inputs: Inputs) -> list[Tensor]
     return list(torch.autograd.grad(out, leaves, upstream))
 
 
-def assert_exact(
-    op: Operation,
-    function: Function,
-    shape: Shape,
-    dtype: torch.dtype = torch.float32,
-    training: bool = True,
-    tolerance: float | None = None,
-) -> None:
+def assert_exact(op, function, shape, dtype=torch.float32, training=True, tolerance=None):
     """Outputs and gradients of `function` against float64, of an operation that has gradients."""
     inputs = draw(op, shape, dtype)
     exact = as_double(inputs)

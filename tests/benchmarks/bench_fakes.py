@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, float64
 
 from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, _registry, peer, register
 from benchmarks.results import Machine, Row
@@ -19,6 +19,17 @@ def tanh_inputs(shape: Shape, draw: Draw) -> Inputs:
 def tanh(x: Tensor) -> Tensor:
     """The operation."""
     return x.tanh()
+
+
+def tanh_but_in_float64(error: Exception) -> Function:
+    """The operation, with an error in the place of the truth."""
+
+    def function(x: Tensor) -> Tensor:
+        if x.dtype is float64:
+            raise error
+        return x.tanh()
+
+    return function
 
 
 def tanh_operation(**changes: Any) -> Operation:
@@ -52,30 +63,17 @@ def registered(op: Operation, **peers: Function) -> Iterator[Operation]:
 def machine(**changes: Any) -> Machine:
     """A machine that copies 10 GB/s and multiplies 0.1 TFLOP/s."""
     options: dict[str, Any] = {
-        "device": "cpu",
-        "name": "Fake CPU",
-        "threads": 1,
-        "copy_gbps": 10.0,
-        "matmul_tflops": {"float32": 0.1, "bfloat16": 0.2},
-        "cache_bytes": 1024,
-    }
+        "device": "cpu", "name": "Fake CPU", "threads": 1, "copy_gbps": 10.0,
+        "matmul_tflops": {"float32": 0.1, "bfloat16": 0.2}, "cache_bytes": 1024,
+    }  # fmt: skip
     return Machine(**(options | changes))
 
 
 def row(**changes: Any) -> Row:
     """A row of the layer_norm op that took 2 ms."""
     options: dict[str, Any] = {
-        "op": "layer_norm",
-        "mode": "forward",
-        "shape": "eva02-b16@224 b8",
-        "dtype": "float32",
-        "device": "cpu",
-        "candidate": "evakernels cpu",
-        "kind": "ours",
-        "version": "0.1.0",
-        "sizes": {"batch": 8, "tokens": 197},
-        "samples_ms": [[2.0, 2.1, 1.9], [2.0, 2.0, 2.2]],
-        "bytes": 1e7,
-        "floor_ms": 1.0,
-    }
+        "op": "layer_norm", "mode": "forward", "shape": "eva02-b16@224 b8", "dtype": "float32", "device": "cpu",
+        "candidate": "evakernels cpu", "kind": "ours", "version": "0.1.0", "sizes": {"batch": 8, "tokens": 197},
+        "samples_ms": [[2.0, 2.1, 1.9], [2.0, 2.0, 2.2]], "bytes": 1e7, "floor_ms": 1.0,
+    }  # fmt: skip
     return Row(**(options | changes))

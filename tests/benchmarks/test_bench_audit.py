@@ -29,27 +29,15 @@ KERNEL = "norm_add_forward<BFloat16, BFloat16, 8, 4>"
 LINE = Line("norm.cu:7", {ALU: 4000, MEMORY: 41, MOVES: 10**9}, 0, Shared(10, 25, 20, 2), 41, 650)
 OTHER = Line("rows.h:3", {ALU: 500, TENSOR: 2}, 2 * 4096, Shared(), 0, 0)
 LAUNCH = Launch(
-    kernel=KERNEL,
-    grid=(3, 1, 1),
-    block=(32, 4, 1),
-    dynamic_bytes=0,
-    barriers=2.0,
-    threads={ALU: 32 * 4500, MEMORY: 32 * 41},
-    lines=(OTHER, LINE),
+    kernel=KERNEL, grid=(3, 1, 1), block=(32, 4, 1), dynamic_bytes=0, barriers=2.0,
+    threads={ALU: 32 * 4500, MEMORY: 32 * 41}, lines=(OTHER, LINE),
     loads={"x": Traffic(10, 5120, 160, 160), "weight": Traffic(20, 10240, 320, 32), REST: Traffic(1, 4, 1, 1)},
     stores={"out 0": Traffic(10, 2560, 160, 160)},
-)
+)  # fmt: skip
 COUNT = Count(
-    kernels="cuda",
-    arch="sm_80",
-    op="layer_norm",
-    shape="eva02-l14@224 b1",
-    dtype="bfloat16",
-    direction="forward",
-    floor=10240,
-    sizes={"x": 5120, "weight": 1024, "out 0": 5120},
-    launches=(LAUNCH,),
-)
+    kernels="cuda", arch="sm_80", op="layer_norm", shape="eva02-l14@224 b1", dtype="bfloat16", direction="forward",
+    floor=10240, sizes={"x": 5120, "weight": 1024, "out 0": 5120}, launches=(LAUNCH,),
+)  # fmt: skip
 
 
 def test_large_buffers_count_each_time_and_small_ones_once() -> None:
@@ -127,9 +115,7 @@ def test_without_nvcc_its_package_is_named(monkeypatch: pytest.MonkeyPatch, caps
     assert "pip install nvidia-cuda-nvcc" in line
 
 
-def test_the_command_shows_that_it_predicts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_shows_that_it_predicts(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # names are broken in a narrow table
     asked = []
     monkeypatch.setattr(build, "count_all", lambda *arguments: asked.append(arguments) or [COUNT])

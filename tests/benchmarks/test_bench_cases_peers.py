@@ -94,38 +94,17 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
 
 
-def _flash_4(
-    q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None = None, *, causal: bool = False
-) -> tuple[Tensor, Tensor]:
+def _flash_4(q, k, v, qv=None, *, causal=False):
     return _attention(q, k, v, causal), q.detach().sum(-1)
 
 
-def _varlen_2_11(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    is_causal: bool = False,
-) -> Tensor:
+def _varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
     assert is_causal
     assert max_q == max_k == cu_seq_q.diff().max()
     return each_caption_alone(query, key, value, cu_seq_k)
 
 
-def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    window_size: tuple[int, int] = (-1, -1),
-) -> Tensor:
+def _varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
     return _varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size == (-1, 0))
 
 
@@ -150,31 +129,19 @@ class _LigerSiLUMul(torch.autograd.Function):
         return a, b
 
 
-def _linear_gated(
-    x: Tensor,
-    weight: Tensor,
-    activation: str,
-    bias: Tensor | None = None,
-    store_preact: bool = True,
-    concat_layout: bool = False,
-) -> tuple[Tensor | None, Tensor]:
+def _linear_gated(x, weight, activation, bias=None, store_preact=True, concat_layout=False):
     assert activation == "swiglu"
     hidden = F.linear(x, weight, bias)
     gate, up = hidden.chunk(2, -1) if concat_layout else (hidden[..., ::2], hidden[..., 1::2])
     return hidden if store_preact else None, F.silu(gate) * up
 
 
-def _flash_loss(
-    q: Tensor, k: Tensor, labels: Tensor | None = None, scale: Tensor | None = None, head_dim: int = 256
-) -> Tensor:
+def _flash_loss(q, k, labels=None, scale=None, head_dim=256):
     assert labels is None
-    assert scale is not None
     return F.cross_entropy(scale * q @ k.T, torch.arange(len(q)), reduction="none")
 
 
-def _linear_cross_entropy(
-    e: Tensor, c: Tensor, targets: Tensor, reduction: str = "mean", filter_eps: float | str | None = "high"
-) -> Tensor:
+def _linear_cross_entropy(e, c, targets, reduction="mean", filter_eps="high"):
     assert filter_eps is None
     return F.cross_entropy(e @ c.T, targets, reduction=reduction)
 
@@ -185,46 +152,20 @@ class _LigerLoss(nn.Module):
 
 
 def _multi_tensor_lamb(
-    chunk: int,
-    overflow: Tensor,
-    lists: list[list[Tensor]],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    step: int,
-    bias_correction: int,
-    weight_decay: float,
-    grad_averaging: int,
-    mode: int,
-    global_grad_norm: Tensor,
-    max_grad_norm: float,
-    use_nvlamb: bool | None,
-) -> None:
+    chunk, overflow, lists, lr, beta1, beta2, epsilon, step, bias_correction, decay, averaging, mode, norm, most, nvlamb
+):
     """The kernel's arithmetic; like the kernel, it leaves the direction in the gradients."""
-    assert (bias_correction, grad_averaging, mode) == (1, 1, 1)
-    assert float(global_grad_norm) <= max_grad_norm
+    assert (bias_correction, averaging, mode) == (1, 1, 1)
+    assert float(norm) <= most
     for g, p, m, v in zip(*lists, strict=True):
         m.mul_(beta1).add_(g, alpha=1 - beta1)
         v.mul_(beta2).add_(g.square(), alpha=1 - beta2)
-        g.copy_(m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + epsilon) + weight_decay * p)
-        ratio = p.norm() / g.norm() if use_nvlamb or weight_decay != 0 else 1.0
+        g.copy_(m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + epsilon) + decay * p)
+        ratio = p.norm() / g.norm() if nvlamb or decay != 0 else 1.0
         p.sub_(lr * ratio * g)
 
 
-def _multi_tensor_adam(
-    chunk: int,
-    overflow: Tensor,
-    lists: list[list[Tensor]],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    step: int,
-    mode: int,
-    bias_correction: int,
-    weight_decay: float,
-) -> None:
+def _multi_tensor_adam(chunk, overflow, lists, lr, beta1, beta2, epsilon, step, mode, bias_correction, weight_decay):
     """The kernel's arithmetic; mode 1 is AdamW."""
     assert (mode, bias_correction) == (1, 1)
     for g, p, m, v in zip(*lists, strict=True):
@@ -233,9 +174,7 @@ def _multi_tensor_adam(
         p.sub_(lr * (m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + epsilon) + weight_decay * p))
 
 
-def _multi_tensor_l2norm(
-    chunk: int, overflow: Tensor, lists: list[list[Tensor]], per_tensor: bool
-) -> tuple[Tensor, Tensor]:
+def _multi_tensor_l2norm(chunk, overflow, lists, per_tensor):
     norms = torch.stack([values.float().norm() for values in lists[0]])
     return norms.norm().view(1), norms if per_tensor else norms.new_empty(0)
 

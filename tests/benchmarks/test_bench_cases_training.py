@@ -33,27 +33,25 @@ def test_losses_are_equal_in_float64(name: str) -> None:
     assert relative_error(gradients(op, op.ours, exact), gradients(op, op.eager, exact)) <= 1e-12
 
 
-def test_lamb_moves_parameters_and_state_alike() -> None:
-    op, shape = get_operation("lamb_step"), parse_shape("tiny b1")
+@pytest.mark.parametrize("name", ["lamb_step", "adamw_step"])
+def test_optimizers_move_parameters_and_state_alike(name):
+    op, shape = get_operation(name), parse_shape("tiny b1")
     ours, plain = draw(op, shape), as_double(draw(op, shape))
+    assert relative_error(moved(op.ours, ours), moved(op.eager, plain)) <= 5e-5
+    for buffers in ("exp_avgs", "exp_avg_sqs", "steps"):
+        assert relative_error(ours[buffers], plain[buffers]) <= 1e-6, buffers
+    assert {float(step) for step in ours["steps"]} == {11.0}
+
+
+def test_lamb_moves_matrices_by_their_size():
+    op = get_operation("lamb_step")
+    plain = as_double(draw(op, parse_shape("tiny b1")))
     sizes = torch.stack([w.norm() for w in plain["params"]])
     expected = moved(op.eager, plain)
-    assert relative_error(moved(op.ours, ours), expected) <= 5e-5
-    for name in ("exp_avgs", "exp_avg_sqs", "steps"):
-        assert relative_error(ours[name], plain[name]) <= 1e-6, name
-    assert {float(step) for step in ours["steps"]} == {11.0}
     matrices = torch.tensor([w.ndim > 1 for w in plain["params"]])
     ratios = torch.stack([move.norm() for move in expected]) / sizes
     torch.testing.assert_close(ratios[matrices], torch.full_like(ratios[matrices], 0.01))
     assert (ratios[~matrices] > 0.1).all()  # neither decayed nor brought to the size of the parameter
-
-
-def test_adamw_moves_parameters_and_state_alike() -> None:
-    op, shape = get_operation("adamw_step"), parse_shape("tiny b1")
-    ours, plain = draw(op, shape), as_double(draw(op, shape))
-    assert relative_error(moved(op.ours, ours), moved(op.eager, plain)) <= 5e-5
-    for name in ("exp_avgs", "exp_avg_sqs", "steps"):
-        assert relative_error(ours[name], plain[name]) <= 1e-6, name
 
 
 def test_pairs_have_length_one_in_the_space_of_the_model() -> None:

@@ -6,17 +6,19 @@ import pytest
 from bench_fakes import machine, registered, row, tanh, tanh_operation
 
 from benchmarks import cli, plugins
-from benchmarks import machine as machines
 from benchmarks.operation import _registry, operations, peers_of
 from benchmarks.results import Results, read_results
 
 QUICK = ["--shape", "tiny b2", "--dtype", "float32", "--mode", "forward", "--passes", "1", "--seconds", "0.001"]
 
+pytestmark = pytest.mark.usefixtures("steady")
 
-@pytest.fixture(autouse=True)
-def steady(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine whose ceilings need not be measured."""
-    monkeypatch.setattr(machines, "ceilings", lambda device, dtypes: (10.0, {"float32": 0.1}))
+
+def exit_code(arguments):
+    try:
+        return cli.main(arguments)
+    except SystemExit as exc:
+        return int(exc.code or 0)
 
 
 def test_an_operation_is_measured_shown_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,10 +79,7 @@ def test_a_file_of_ones_own_adds_a_candidate(tmp_path: Path) -> None:
 )
 def test_wrong_input_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with registered(tanh_operation()):
-        try:
-            code = cli.main(arguments)
-        except SystemExit as exc:
-            code = int(exc.code or 0)
+        code = exit_code(arguments)
     error = capsys.readouterr().err
     assert code == 2
     assert message in error
@@ -95,9 +94,7 @@ def test_wrong_input_is_one_line(arguments: list[str], message: str, capsys: pyt
         ("from benchmarks import peer\n\n@peer('tanh', 'torch eager')\ndef f(shape):\n    ...\n", "two candidates"),
     ],
 )
-def test_a_plugin_that_adds_nothing_measurable_is_told(
-    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plugin_that_adds_nothing_measurable_is_told(text, message, tmp_path, capsys):
     plugin = tmp_path / "mine.py"
     plugin.write_text(text)
     try:
@@ -113,12 +110,7 @@ def test_a_plugin_that_adds_nothing_measurable_is_told(
 @pytest.mark.parametrize(("factor", "code"), [(1.0, 0), (1.01, 1), (float("nan"), 1)])
 def test_check_refuses_what_is_inexact(factor: float, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     with registered(tanh_operation(ours=lambda x: factor * x.tanh())):
-        arguments = ["op", "tanh", *QUICK, "--peer", "none", "--check"]
-        try:
-            found = cli.main(arguments)
-        except SystemExit as exc:
-            found = int(exc.code or 0)
-    assert found == code
+        assert exit_code(["op", "tanh", *QUICK, "--peer", "none", "--check"]) == code
     assert ("tanh forward tiny@32 b2 float32 cpu evakernels: wrong: " in capsys.readouterr().out) == bool(code)
 
 
@@ -165,11 +157,7 @@ def test_compare_tells_by_its_exit_code(tmp_path: Path, times: list[float], code
     baseline = row(candidate="torch eager", kind="baseline", samples_ms=[[2.0] * 3] * 3)
     for name, samples in (("before", [2.0] * 3), ("after", times)):
         Results(machine(), [row(samples_ms=[samples] * 3), baseline]).write_json(tmp_path / f"{name}.json")
-    try:
-        found = cli.main(["compare", str(tmp_path / "before.json"), str(tmp_path / "after.json")])
-    except SystemExit as exc:
-        found = int(exc.code or 0)
-    assert found == code
+    assert exit_code(["compare", str(tmp_path / "before.json"), str(tmp_path / "after.json")]) == code
 
 
 def test_list_shows_operations_and_who_is_absent(capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,13 +74,6 @@ def test_two_runs_of_the_same_code_differ_by_noise_only() -> None:
     assert sum(alarms) <= 4  # of 8000 rows
 
 
-def test_an_op_slower_by_20_percent_is_found() -> None:
-    for seed in range(50):
-        found = compare(simulate(2 * seed), simulate(2 * seed + 1, plant=in_op("swiglu", 1.2)))
-        slower = [(one.row.op, one.row.candidate) for one in found.regressions if one.what == "slower"]
-        assert ("swiglu", "evakernels cpu") in slower
-
-
 @pytest.mark.parametrize("drift", [1.3, 1 / 1.3])
 def test_the_drift_of_the_whole_machine_is_no_regression(drift: float) -> None:
     for seed in range(50):
@@ -89,11 +82,12 @@ def test_the_drift_of_the_whole_machine_is_no_regression(drift: float) -> None:
         assert found.drift == pytest.approx(drift, rel=0.05)
 
 
-@pytest.mark.parametrize("drift", [1.3, 1 / 1.3])
-def test_a_slower_op_is_found_under_drift(drift: float) -> None:
-    for seed in range(20):
+@pytest.mark.parametrize("drift", [1.0, 1.3, 1 / 1.3])
+def test_an_op_slower_by_20_percent_is_found_under_drift_too(drift: float) -> None:
+    for seed in range(50):
         found = compare(simulate(2 * seed), simulate(2 * seed + 1, drift, in_op("swiglu", 1.2)))
-        assert "swiglu" in {one.row.op for one in found.regressions}
+        slower = [(one.row.op, one.row.candidate) for one in found.regressions if one.what == "slower"]
+        assert ("swiglu", "evakernels cpu") in slower
 
 
 def test_a_baseline_that_became_faster_does_not_make_the_others_slower() -> None:
@@ -139,10 +133,6 @@ def test_passes_that_do_not_repeat_hide_a_change() -> None:
         assert whats(found) == expected
 
 
-def test_a_new_failure_is_a_regression() -> None:
-    assert whats(changed(failure="RuntimeError: no kernel", samples_ms=[])) == ["fails"]
-
-
 def test_an_old_failure_is_none() -> None:
     broken = row(failure="RuntimeError: no kernel", samples_ms=[])
     before = Results(machine(), [broken])
@@ -154,6 +144,7 @@ def test_an_old_failure_is_none() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
+        ({"failure": "RuntimeError: no kernel", "samples_ms": []}, ["fails"]),
         ({"error": 1.9e-7}, []),
         ({"error": 2.1e-7}, ["less exact"]),
         ({"error": float("nan")}, ["less exact"]),
@@ -164,7 +155,7 @@ def test_an_old_failure_is_none() -> None:
         ({"saved_bytes": None, "peak_bytes": None, "error": None}, []),
     ],
 )
-def test_errors_and_memory_may_not_grow(change: dict[str, Any], expected: list[str]) -> None:
+def test_nothing_may_fail_and_errors_and_memory_may_not_grow(change: dict[str, Any], expected: list[str]) -> None:
     assert whats(changed(**change)) == expected
 
 

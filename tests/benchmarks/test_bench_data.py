@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from benchmarks import cli
-from benchmarks import machine as machines
 from benchmarks.data import machines as on_machines
 from benchmarks.data import rate, shuffle
 from benchmarks.data.plans import MachinesPlan, ShufflePlan
@@ -16,11 +15,8 @@ SMALL = ShufflePlan(shards=20, per_shard=50, batch=100, windows=(0, 100), buffer
 FEW = MachinesPlan(scale=100, shards=128, per_shard=100, batch=1280, machines=4, gpus=2, workers=2)
 
 
-def test_both_are_measured_shown_and_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_both_are_measured_shown_and_kept(tmp_path, monkeypatch, capsys, steady):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(machines, "ceilings", lambda device, dtypes: (10.0, {}))
     monkeypatch.setattr(shuffle, "measure", lambda plan, look=shuffle.measure: look(SMALL))
     monkeypatch.setattr(on_machines, "measure", lambda plan, look=on_machines.measure: look(FEW))
     files = ["--json", str(tmp_path / "data.json"), "--plot", str(tmp_path / "data.png")]

@@ -81,13 +81,11 @@ def read(monkeypatch: pytest.MonkeyPatch, **answers: Any) -> GpuState | None:
 
 def test_clocks_are_those_of_the_gpu_that_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     state = read(monkeypatch)
-    assert state is not None
     assert state.clocks == {"sm_mhz": 1980, "memory_mhz": 2619, "power_w": 350.0, "temperature_c": 61}
 
 
 def test_what_the_card_does_not_tell_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     state = read(monkeypatch, power=None, reasons=None, limited=None, processes=None)
-    assert state is not None
     assert state.clocks == {"sm_mhz": 1980, "memory_mhz": 2619, "temperature_c": 61}
     assert notes(state, state) == []
 
@@ -105,7 +103,6 @@ def test_throttling_between_two_looks_is_told_with_its_share() -> None:
 
 def test_counters_are_nanoseconds_and_reasons_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
     state = read(monkeypatch, reasons=1 | 8 | 64, limited={0: 2_500_000_000, 1: 0})
-    assert state is not None
     assert state.limited_s == (("power cap", 2.5), ("temperature", 0.0))
     assert state.reasons == ("hardware slowdown", "hardware temperature limit")
     assert notes(state, state) == [

@@ -6,15 +6,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cli, engines, infer
-from benchmarks import machine as machines
 from benchmarks.engines import ENGINES, Engine
 from benchmarks.results import read_results
 
 
 @pytest.fixture(autouse=True)
-def steady(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine whose ceilings need not be measured, and no pauses."""
-    monkeypatch.setattr(machines, "ceilings", lambda device, dtypes: (10.0, {"float32": 0.1}))
+def without_pauses(monkeypatch, steady):
     monkeypatch.setattr(infer, "_PAUSE", 0)
 
 
@@ -58,9 +55,7 @@ def test_what_torch_compiles_gives_the_same(engine: str, tmp_path: Path) -> None
     assert run(tmp_path, "--batch", "1", "--dtype", "fp32", "--engine", engine)[engine, "tiny b1"].cosine > 0.9999
 
 
-def test_who_is_absent_fails_or_is_slow_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_who_is_absent_fails_or_is_slow_is_named(tmp_path, monkeypatch, capsys):
     def broken(subject: engines.Subject, dtype: str) -> engines.Run:
         raise RuntimeError("no such kernel")
 

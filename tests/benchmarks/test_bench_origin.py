@@ -33,25 +33,20 @@ def chosen(monkeypatch: pytest.MonkeyPatch, *arguments: str, path: Sequence[Path
     return sys.path
 
 
-def test_a_compiled_checkout_is_measured_unless_the_installed_one_is_asked_for(
-    checkout: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiled_checkout_is_measured_unless_the_installed_one_is_asked_for(checkout, monkeypatch):
     installed = checkout.parent / "installed"
     (checkout / "evakernels" / "_ops.so").touch()
     assert chosen(monkeypatch, "all", path=[checkout, installed]) == ["", str(checkout), str(installed)]
     assert chosen(monkeypatch, "all", "--installed", path=[checkout, installed]) == [str(installed)]
 
 
-def test_of_a_checkout_that_is_not_compiled_the_installed_one_is_measured(
-    checkout: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_a_checkout_that_is_not_compiled_the_installed_one_is_measured(checkout, monkeypatch):
     installed = checkout.parent / "installed"
     assert chosen(monkeypatch, "all", path=[checkout, installed]) == [str(installed)]
     assert chosen(monkeypatch, "all", path=[checkout]) == ["", str(checkout)]
 
 
-def test_a_run_says_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machines, "ceilings", lambda device, dtypes: (10.0, {"float32": 0.1}))
+def test_a_run_says_what_it_measured(monkeypatch, steady):
     there = machines.describe(torch.device("cpu"), (), ())
     assert there.package == (
         f"evakernels/__init__.py of this checkout, {evakernels.__version__}, compiled, {_native.active_isa()}"
@@ -62,12 +57,9 @@ def test_a_run_says_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machines.describe(torch.device("cpu"), (), ()).package.startswith(f"{evakernels.__file__}, ")
 
 
-def test_without_the_compiled_library_a_run_says_so_loudly(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_the_compiled_library_a_run_says_so_loudly(monkeypatch, capsys, steady):
     monkeypatch.setattr(_native, "LOADED", False)
     monkeypatch.setattr(_native, "REASON", "not built: nobody did")
-    monkeypatch.setattr(machines, "ceilings", lambda device, dtypes: (10.0, {"float32": 0.1}))
     told = "NO COMPILED LIBRARY (not built: nobody did): evakernels is measured on its references"
     there = machines.describe(torch.device("cpu"), (), ())
     assert there.package.endswith(", not compiled")

@@ -53,7 +53,6 @@ def test_plots_are_drawn(page: "Page", folder: Path, name: str, scheme: str) -> 
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     for plot in plots:
         box = plot.bounding_box()
-        assert box is not None
         assert min(box["width"], box["height"]) > 100
         facts = plot.evaluate(
             """plot => {
@@ -70,9 +69,7 @@ def test_plots_are_drawn(page: "Page", folder: Path, name: str, scheme: str) -> 
 
 
 @pytest.mark.parametrize(("name", "table", "number"), [("index.html", "cases", 5), ("rope_attention.html", "rows", 5)])
-def test_a_click_sorts_by_number_and_another_one_reverses(
-    page: "Page", folder: Path, name: str, table: str, number: int
-) -> None:
+def test_a_click_sorts_by_number_and_another_one_reverses(page, folder, name, table, number):
     page.goto((folder / name).as_uri())
     heading = page.locator(f"#{table} thead th:nth-child({number})")
     before = column(page, table, number)

@@ -20,12 +20,6 @@ from evakernels import backends
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def steady(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine whose ceilings need not be measured."""
-    monkeypatch.setattr(machines, "ceilings", lambda device, dtypes: (10.0, {"float32": 0.1, "bfloat16": 0.2}))
-
-
 def test_our_backends_are_measured_one_by_one() -> None:
     found, absent = candidates(get_operation("layer_norm"), "cpu", peers=["none"])
     assert [candidate.name for candidate in found] == ["evakernels cpu", "evakernels reference", "torch eager"]
@@ -107,19 +101,17 @@ def test_the_machine_says_what_it_is(steady: None) -> None:
     assert "no-such-distribution" not in described.versions
 
 
-def test_a_quiet_run_has_no_notes(monkeypatch: pytest.MonkeyPatch, steady: None) -> None:
-    monkeypatch.setattr(machines, "_busy_seconds", lambda: (100.0, 50.0, 10.0))
-    watch = machines.Watch(machine(), CPU)
-    monkeypatch.setattr(machines, "_busy_seconds", lambda: (110.0, 60.0, 20.0))
-    assert watch.notes() == []
-
-
-def test_a_busy_run_says_so(monkeypatch: pytest.MonkeyPatch, steady: None) -> None:
+@pytest.mark.parametrize(
+    ("total", "notes"),
+    [(110.0, []), (116.0, ["busy: other processes used 30% of the processors during the run"])],
+    ids=["quiet", "busy"],
+)
+def test_a_busy_run_says_so(monkeypatch, steady, total, notes):
     monkeypatch.setattr(machines.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(machines, "_busy_seconds", lambda: (100.0, 50.0, 10.0))
     watch = machines.Watch(machine(), CPU)
-    monkeypatch.setattr(machines, "_busy_seconds", lambda: (116.0, 60.0, 20.0))
-    assert watch.notes() == ["busy: other processes used 30% of the processors during the run"]
+    monkeypatch.setattr(machines, "_busy_seconds", lambda: (total, 60.0, 20.0))
+    assert watch.notes() == notes
 
 
 def test_a_product_that_takes_long_is_measured_at_a_smaller_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,9 +90,7 @@ def test_a_pipe_gets_plain_text_of_120_columns_that_hold_everything(capsys: pyte
     assert len(cells(text, "torch eager").split()) >= 9
 
 
-def test_a_narrow_terminal_gets_the_important_columns(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_narrow_terminal_gets_the_important_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     text = shown(capsys, Results(machine(), contest("rope_attention", SHAPES[1], "float32", "training")))
     assert cells(text, "torch.compile") == "0.960 0.00821 31 % 1.25 3.20 2.00 8.0e-07"

@@ -31,9 +31,7 @@ def places_in(top: Path) -> Places:
     return Places(top / "results", top / "page.md", top / "report", top / "tuning")
 
 
-def journal_in(
-    top: Path, name: str = "a", *, rehearsal: bool = False, commit: str = "c0ffee", card: str = CARD
-) -> Journal:
+def journal_in(top, name="a", *, rehearsal=False, commit="c0ffee", card=CARD):
     journal = Journal(top / f"{name}.jsonl")
     described = {"name": card, "driver": "580.1", "evakernels": {"torch": "2.11.0"}}
     journal.append("header", schema=1, rehearsal=rehearsal, commit=commit, bundle="", machine=described)

@@ -172,9 +172,7 @@ def test_each_disaster_costs_its_own_case_alone(stages: Callable[..., dict[str, 
 @pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_ended_is_resumed(
-    stages: Callable[..., dict[str, str]], tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_run_that_is_ended_is_resumed(stages, tmp_path, number):
     environment = stages(slow=SLOW)
     process = start(tmp_path, environment)
     wait_for(lambda: ("b", "only") in records_of(tmp_path, "begin") if list(tmp_path.glob("*.jsonl")) else False)
@@ -194,9 +192,7 @@ def test_a_run_that_is_ended_is_resumed(
 
 
 @pytest.mark.exhaustive
-def test_a_run_stops_in_time_with_the_most_valuable_first(
-    stages: Callable[..., dict[str, str]], tmp_path: Path
-) -> None:
+def test_a_run_stops_in_time_with_the_most_valuable_first(stages, tmp_path):
     status, output = check(tmp_path, stages(slow=SLOW), "--budget", "2")
     assert status == 3, output
     assert set(records_of(tmp_path, "end")) <= {("a", "only")}

@@ -154,9 +154,7 @@ def hosts() -> Iterator[Callable[[Path], Path]]:
 
 
 @pytest.fixture
-def programs(
-    path: Path, clean: Path, made_once: Callable[..., Path], hosts: Callable[[Path], Path]
-) -> tuple[Path, ...]:
+def programs(path, clean, made_once, hosts):
     """What stands in front of the environment's own programs; of the first pages everything is started as users do."""
     shared = made_once("shared", draw_once)
     return (shared,) if str(path).startswith(FIRST) else (shared, hosts(clean))

@@ -15,14 +15,16 @@ def groups_of(model: CLIP, config: OptimConfig) -> list[Group]:
     return parameter_groups(model, Contrastive.towers_of(model), config)
 
 
-def contrastive_step(
-    model: CLIP,
-    optim: OptimConfig,
-    options: StepOptions | None = None,
-    loss: LossConfig | None = None,
-    device: str = "cpu",
-    world: World | None = None,
-) -> TrainStep:
+def random_batch(dtype=torch.float32):
+    """Eight pictures and captions."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(8, 3, 16, 16, generator=generator, dtype=dtype)
+    tokens = torch.randint(1, 40_000, (8, 16), generator=generator)
+    tokens[:, 7] = 49_407
+    return images, tokens
+
+
+def contrastive_step(model, optim, options=None, loss=None, device="cpu", world=None):
     task = Contrastive(model, ContrastiveLoss(loss or LossConfig()).to(device))
     optimizer = build_optimizer(groups_of(model, optim), optim)
     return TrainStep(task, optimizer, options or StepOptions(), world or World(torch.device(device)))

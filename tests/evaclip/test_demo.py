@@ -61,9 +61,7 @@ def small_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_recipe")
-def test_the_whole_story(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_whole_story(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "_steps_per_second", lambda config: 1000.0)
     out = tmp_path / "runs" / "demo"
     html, pictures = demo.run_demo(out, data=data)
@@ -107,9 +105,7 @@ def test_the_whole_story(
 
 @pytest.mark.usefixtures("small_recipe")
 @pytest.mark.parametrize(("speed", "steps", "warmup"), [(10.0, 4, 2), (2 / 60, 2, 1), (0.001, 1, 0)])
-def test_the_budget_shortens_but_never_lengthens(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speed: float, steps: int, warmup: int
-) -> None:
+def test_the_budget_shortens_but_never_lengthens(data, tmp_path, monkeypatch, speed, steps, warmup):
     monkeypatch.setattr(demo, "_steps_per_second", lambda config: speed)
     config = demo.demo_config(tmp_path / "run", data)
     schedule = demo.fit_to_budget(config, 1.0, say=lambda message: None).schedule
@@ -117,9 +113,7 @@ def test_the_budget_shortens_but_never_lengthens(
 
 
 @pytest.mark.parametrize(("multiplies", "precision"), [(True, "amp_bf16"), (False, "fp32")])
-def test_bfloat16_only_where_the_processor_multiplies_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, multiplies: bool, precision: str
-) -> None:
+def test_bfloat16_only_where_the_processor_multiplies_it(tmp_path, monkeypatch, multiplies, precision):
     monkeypatch.setattr("evaclip.machine.multiplies_bfloat16", lambda: multiplies)
     assert demo.demo_config(tmp_path / "run", tmp_path).precision == precision
 
@@ -163,9 +157,7 @@ def test_what_is_drawn_large_is_shown_large(data: Path, tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("active", [True, False])
-def test_the_last_line_is_a_command_that_serves(
-    active: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_last_line_is_a_command_that_serves(active, tmp_path, monkeypatch, capsys):
     programs = tmp_path / "my env/bin"
     programs.mkdir(parents=True)
     for name in ("python", "evaclip"):

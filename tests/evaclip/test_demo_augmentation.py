@@ -41,5 +41,4 @@ def test_an_outline_darkens_edges_and_nothing_else() -> None:
     assert changed.getpixel((32, 32)) == (255, 0, 0)
     assert changed.getpixel((4, 4)) == (255, 255, 255)
     edge = changed.getpixel((16, 32))
-    assert isinstance(edge, tuple)
     assert edge[0] < 255

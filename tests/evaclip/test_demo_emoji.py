@@ -58,11 +58,7 @@ def test_names(key, names):
 
 
 def test_file_names_of_both_styles_give_the_same_key():
-    for name, key in [
-        ("0023-FE0F-20E3", "23-20e3"),
-        ("1F468-200D-2695-FE0F", "1f468-200d-2695"),
-        ("a9", "a9"),
-    ]:
+    for name, key in [("0023-FE0F-20E3", "23-20e3"), ("1F468-200D-2695-FE0F", "1f468-200d-2695"), ("a9", "a9")]:
         assert emoji.codepoint_key(name) == key
     twemoji, openmoji = (set(emoji.style_drawings(style)) for style in emoji.STYLES)
     assert len(twemoji & openmoji) > 3900
@@ -100,12 +96,7 @@ def test_a_second_build_gives_the_same_bytes(few, tmp_path):
         emoji.build_emoji(tmp_path, ["twemoji"], size=16)
         contents.append({path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()})
     assert contents[0] == contents[1]
-    assert set(contents[0]) == {
-        "LICENSES",
-        "classes.json",
-        "classes.txt",
-        *(f"twemoji-{i:05d}.tar" for i in range(3)),
-    }
+    assert set(contents[0]) == {"LICENSES", "classes.json", "classes.txt", *(f"twemoji-{i:05d}.tar" for i in range(3))}
 
 
 def test_drawings_fill_their_pictures_whatever_margin_a_style_leaves(tmp_path):

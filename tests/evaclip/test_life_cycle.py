@@ -15,17 +15,13 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "life_cycle" / "life_cycle.py"
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_the_chain_runs_and_is_not_run_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_chain_runs_and_is_not_run_twice(tmp_path, monkeypatch, capsys):
     """On 160 of the concepts, with narrow towers: all else is the example's own."""
     concepts = emoji.load_concepts()[:160]
     monkeypatch.setattr(emoji, "load_concepts", lambda skin_tones=False: concepts)
     told = subprocess.run([sys.executable, SCRIPT, "--help"], check=True, capture_output=True, text=True).stdout
     assert "--seeds" in told
     spec = spec_from_file_location("life_cycle", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
     script = module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, script)
     spec.loader.exec_module(script)

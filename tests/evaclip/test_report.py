@@ -22,7 +22,6 @@ from evaclip.report.charts import Bar, draw_loss, percent, short_number, times_c
 from evaclip.report.curves import Series, panels, thinned
 from evaclip.report.page import render_page
 from evaclip.report.run_data import duration, loss_curve, read_run
-from evaclip.train.overrides import validate
 from evaclip.train.trainer import train
 
 CONFIG = """\
@@ -40,24 +39,12 @@ schedule: {steps: 80}
 
 def log_record(step: int, loss: float | None) -> dict[str, Any]:
     return {
-        "step": step,
-        "samples": step * 256,
-        "epoch": step / 4,
-        "loss": loss,
-        "lr": 1e-3 / step,
-        "lr_visual": 2e-3 / step,
-        "accuracy": 0.01 * step,
-        "loss_scale": 65536.0 if step < 9 else 32768.0,
-        "grad_norm": 2.0,
-        "grad_norm_visual": 1.5,
-        "grad_norm_text": 0.5,
-        "skipped": 0,
-        "bad_samples": step // 30,
-        "samples_per_second": 100.0 + step,
-        "communication": 0.25 if step % 10 == 1 else None,
-        "mfu": 0.25,
+        "step": step, "samples": step * 256, "epoch": step / 4, "loss": loss, "lr": 1e-3 / step,
+        "lr_visual": 2e-3 / step, "accuracy": 0.01 * step, "loss_scale": 65536.0 if step < 9 else 32768.0,
+        "grad_norm": 2.0, "grad_norm_visual": 1.5, "grad_norm_text": 0.5, "skipped": 0, "bad_samples": step // 30,
+        "samples_per_second": 100.0 + step, "communication": 0.25 if step % 10 == 1 else None, "mfu": 0.25,
         "seconds": step * 2.0,
-    }
+    }  # fmt: skip
 
 
 def save_evaluations(folder: Path) -> None:
@@ -172,16 +159,9 @@ def test_the_charts_follow_the_theme(run: Path) -> None:
 def test_every_number_that_was_logged_has_a_chart(run: Path) -> None:
     figures = re.findall(r"<figcaption>(.*?)</figcaption>", render_page(read_run(run)))
     assert figures == [
-        "Accuracy in the batch",
-        "Learning rate",
-        "Gradient norm",
-        "Loss scale",
-        "Samples a second",
-        "Model FLOP/s over the peak (MFU)",
-        "Time in communication",
-        "Left out so far",
-        "Evaluation: top1",
-    ]
+        "Accuracy in the batch", "Learning rate", "Gradient norm", "Loss scale", "Samples a second",
+        "Model FLOP/s over the peak (MFU)", "Time in communication", "Left out so far", "Evaluation: top1",
+    ]  # fmt: skip
     charts = {panel.title: panel.series for panel in panels(read_run(run).log)}
     assert [series.label for series in charts["Gradient norm"]] == ["all", "image tower", "text tower"]
     assert [series.label for series in charts["Learning rate"] if series.y] == ["image tower", "the rest"]
@@ -244,23 +224,10 @@ def test_several_runs_stand_beside_each_other(run: Path, tmp_path: Path, capsys:
     assert "the same run is given twice" in capsys.readouterr().err
 
 
-def test_a_run_of_the_trainer_has_a_report(tmp_path: Path) -> None:
+def test_a_run_of_the_trainer_has_a_report(run_config, tmp_path):
     """Nothing but what `evaclip train` leaves."""
-    tiny = {"width": 16, "layers": 1, "heads": 2}
-    options = {"embed_dim": 16, "vision": {**tiny, "image_size": 16, "patch_size": 4}, "text": tiny}
-    config = validate(
-        {
-            "name": "run",
-            "output": str(tmp_path),
-            "batch_size": 8,
-            "device": "cpu",
-            "data": {"train": "synthetic", "num_samples": 40, "workers": 0},
-            "model": {"name": "tiny", "options": options},
-            "schedule": {"steps": 4},
-            "log": {"every_steps": 1, "tensorboard": False, "progress": "none"},
-            "eval": {"sets": {"val": {"data": {"num_samples": 32, "workers": 0}, "samples": 8}}, "every_steps": 2},
-        }
-    )
+    val = "{val: {data: {num_samples: 32, workers: 0}, samples: 8}}"
+    config = run_config("schedule.steps=4", "log.progress=none", f"eval={{sets: {val}, every_steps: 2}}")
     train(config)
     text = render_page(read_run(tmp_path / "run"))
     figures = re.findall(r"<figcaption>(.*?)</figcaption>", text)
@@ -328,13 +295,8 @@ def test_folders_that_are_no_runs_are_told(run: Path, tmp_path: Path) -> None:
 
 def test_numbers_have_the_digits_they_deserve() -> None:
     assert [percent(share) for share in (0, 0.00052, 0.0052, 0.0123, 0.063, 0.9)] == [
-        "0 %",
-        "0.052 %",
-        "0.52 %",
-        "1.2 %",
-        "6.3 %",
-        "90.0 %",
-    ]
+        "0 %", "0.052 %", "0.52 %", "1.2 %", "6.3 %", "90.0 %",
+    ]  # fmt: skip
     assert times_chance(Bar("", 0.06, 0.0005)) == "120 ×"  # noqa: RUF001
     assert times_chance(Bar("", 0.0006, 0.0005)) == "1.2 ×"  # noqa: RUF001
     assert [short_number(value) for value in (12, 1_500, 2_000_000, 3e9)] == ["12", "1.5k", "2M", "3B"]

@@ -50,9 +50,7 @@ def test_torchrun_a_single_task_and_a_batch_script_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize(("code", "is_requeued"), [(143, True), (0, False), (2, False), (1, False), (137, False)])
-def test_the_batch_script_goes_back_into_the_queue_when_a_signal_has_stopped_the_run(
-    code: int, is_requeued: bool, tmp_path: Path
-) -> None:
+def test_the_batch_script_goes_back_into_the_queue_when_a_signal_has_stopped_the_run(code, is_requeued, tmp_path):
     told = tmp_path / "told"
     for name in ("srun", "scontrol"):
         program = tmp_path / name

@@ -19,17 +19,9 @@ from evaclip.transforms import EvalTransform, TrainTransform, crop_box
 SIZES = [(300, 200), (48, 224), (224, 224), (37, 500)]
 MODES = ["RGB", "L", "CMYK", "P", "1", "RGBA"]
 STRONG = Augmentation(
-    scale=(0.3, 1.0),
-    flip=0.5,
-    rotation=20,
-    translation=0.1,
-    zoom=(0.8, 1.2),
-    brightness=0.4,
-    contrast=0.4,
-    saturation=0.4,
-    hue=0.1,
-    grayscale=0.3,
-)
+    scale=(0.3, 1.0), flip=0.5, rotation=20, translation=0.1, zoom=(0.8, 1.2), brightness=0.4, contrast=0.4,
+    saturation=0.4, hue=0.1, grayscale=0.3,
+)  # fmt: skip
 PLAIN = Preprocess(mean=(0, 0, 0), std=(1, 1, 1))
 
 

@@ -59,9 +59,7 @@ def assert_opcheck_of_attention(name: str, q: Tensor, k: Tensor, v: Tensor, rest
     assert_opcheck(backward, (torch.ones_like(out), q, k, v, out, lse, *rest))
 
 
-def assert_autocast_is_torchs(
-    ours: Callable[..., Tensor], theirs: Callable[..., Tensor], x: Tensor, dtype: torch.dtype
-) -> None:
+def assert_autocast_is_torchs(ours, theirs, x, dtype):
     """Of float32 it makes the same dtype; the gradient is float32 again."""
     x.requires_grad_()
     with torch.autocast(DEVICE.type, dtype=dtype):
@@ -79,9 +77,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return (actual.double() - expected.double()).abs().max().item()
 
 
-def with_gradients(
-    function: Callable[..., Any], inputs: Sequence[Tensor | None], seed: int = 0
-) -> tuple[list[Tensor], list[Tensor]]:
+def with_gradients(function, inputs, seed=0):
     """Outputs of `function(*inputs)` and the gradients of all inputs for one fixed random cotangent an output.
 
     The cotangents are drawn in float64 and cast, so that runs in different dtypes see the same ones.
@@ -96,9 +92,7 @@ def with_gradients(
     return [o.detach() for o in outputs], list(gradients)
 
 
-def assert_as_accurate_as_torch(
-    ours: Callable[..., Any], theirs: Callable[..., Any], inputs: Sequence[Tensor | None], dtype: torch.dtype
-) -> None:
+def assert_as_accurate_as_torch(ours, theirs, inputs, dtype):
     """The error rule: against float64 inputs rounded to `dtype`, at most 2x torch's error forward and 3x backward.
 
     `theirs` computes the same thing from PyTorch's own functions; run in float64 it is the truth, run in `dtype` it is

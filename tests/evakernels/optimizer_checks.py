@@ -24,9 +24,7 @@ def parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def optimizer_of(
-    params: list[torch.Tensor], kind: type[torch.optim.Optimizer] = AdamW, lrs=LRS, decays=DECAYS, **options
-) -> torch.optim.Optimizer:
+def optimizer_of(params, kind=AdamW, lrs=LRS, decays=DECAYS, **options):
     """Every parameter in a group of its own, as layer-wise learning rates make it."""
     leaves = [nn.Parameter(p.detach().clone()) for p in params]
     groups = [{"params": [p], "lr": lr, "weight_decay": d} for p, lr, d in zip(leaves, lrs, decays, strict=True)]

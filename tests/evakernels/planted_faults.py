@@ -15,15 +15,22 @@ ASKED_FOR = "EVAKERNELS_PLANTED"
 
 @dataclass(frozen=True)
 class Fault:
-    """`right`, which stands once in the file, becomes `wrong`, in which PLANTED is true if the fault is asked for.
+    """`text` stands once in the file, but for what is planted, between « and »; PLANTED is true if it is asked for.
 
     `said` is a part of what the driver then says.
     """
 
     said: str
     file: str
-    right: str
-    wrong: str
+    text: str
+
+    @property
+    def right(self) -> str:
+        return re.sub("«.*?»", "", self.text, flags=re.DOTALL)
+
+    @property
+    def wrong(self) -> str:
+        return re.sub("[«»]", "", self.text)
 
     @property
     def unit(self) -> str:
@@ -59,171 +66,90 @@ FAMILIES = {
     "lamb": "lamb",
     "rope_attention": "rope_attention",
 }
-SUM_OF_WARPS = "    __syncthreads();\n    const int warps"
 FAULTS = {
-    "barrier": Fault("race at", "norm_rows.cuh", SUM_OF_WARPS, f"    if (!PLANTED)\n{SUM_OF_WARPS}"),
-    "reuse": Fault("race at", "norm_rows.cuh", "buffer_ ^= 1;", "if (!PLANTED) buffer_ ^= 1;"),
-    "rows of a block": Fault(
-        "race at",
-        "column_sums.cuh",
-        "      }\n      __syncthreads();\n    }",
-        "      }\n      if (!PLANTED) __syncthreads();\n    }",
-    ),
+    "barrier": Fault("race at", "norm_rows.cuh", "«    if (!PLANTED)\n»    __syncthreads();\n    const int warps"),
+    "reuse": Fault("race at", "norm_rows.cuh", "«if (!PLANTED) »buffer_ ^= 1;"),
+    "rows of a block": Fault("race at", "column_sums.cuh", "      }\n      «if (!PLANTED) »__syncthreads();\n    }"),
     # Before the next one, with which it shares a place.
     "uneven barrier": Fault(
         "race at",
         "norm_rows.cuh",
-        f"    }}\n{SUM_OF_WARPS}",
-        f"      if (PLANTED) __syncthreads();\n    }}\n    if (!PLANTED)\n{SUM_OF_WARPS}",
+        "«      if (PLANTED) __syncthreads();\n»    }\n«    if (!PLANTED)\n»    __syncthreads();\n    const int warps",
     ),
-    "barrier, by its result": Fault("race at", "norm_rows.cuh", SUM_OF_WARPS, f"    if (!PLANTED)\n{SUM_OF_WARPS}"),
     "uninitialised": Fault(
         "uninitialised at",
         "column_sums.cuh",
-        "    scratch.sums[n][threadIdx.y][threadIdx.x] = sum;",
-        "    if (!PLANTED || sum != 0.0f) scratch.sums[n][threadIdx.y][threadIdx.x] = sum;",
+        "    «if (!PLANTED || sum != 0.0f) »scratch.sums[n][threadIdx.y][threadIdx.x] = sum;",
     ),
     "rows that haven't arrived": Fault(
-        "race at",
-        "staged_rows.cuh",
-        "    wait_for_copies();\n    synchronize_row();\n",
-        "    wait_for_copies();\n    if (!PLANTED) synchronize_row();\n",
+        "race at", "staged_rows.cuh", "    wait_for_copies();\n    «if (!PLANTED) »synchronize_row();\n"
     ),
     "a row that isn't finished": Fault(
-        "race at",
-        "staged_rows.cuh",
-        "    synchronize_row();\n    (outputs",
-        "    if (!PLANTED) synchronize_row();\n    (outputs",
+        "race at", "staged_rows.cuh", "    «if (!PLANTED) »synchronize_row();\n    (outputs"
     ),
     "the whole of a last word": Fault(
-        "out of bounds at", "staged_rows.cuh", "at < end; at += step", "at < (PLANTED ? bytes : end); at += step"
+        "out of bounds at", "staged_rows.cuh", "at < «(PLANTED ? bytes : »end«)»; at += step"
     ),
     "the whole of a first word": Fault(
-        "uninitialised at",
-        "staged_rows.cuh",
-        "at >= (last ? begin : 0)",
-        "at >= (last ? begin : PLANTED && begin > 0 ? -kWidestAccess : 0)",
+        "uninitialised at", "staged_rows.cuh", "at >= (last ? begin : «PLANTED && begin > 0 ? -kWidestAccess : »0)"
     ),
     "a stage that isn't changed": Fault(
-        "uninitialised at",
-        "norm_add_backward.cu",
-        "wait_for_rows<L>(dx, branch);",
-        "PLANTED ? wait_for_rows<L>(dx) : wait_for_rows<L>(dx, branch);",
+        "uninitialised at", "norm_add_backward.cu", "«PLANTED ? wait_for_rows<L>(dx) : »wait_for_rows<L>(dx, branch);"
     ),
     "a row that isn't stored": Fault(
         "error inf",
         "add_norm_backward.cu",
-        "finish_rows<L>(dresidual, dbranch);",
-        "PLANTED ? finish_rows<L>(dresidual) : finish_rows<L>(dresidual, dbranch);",
+        "«PLANTED ? finish_rows<L>(dresidual) : »finish_rows<L>(dresidual, dbranch);",
     ),
-    "tile": Fault(
-        "race at",
-        "token_dropout_tiles.cu",
-        "    }\n    __syncthreads();\n\n",
-        "    }\n    if (!PLANTED) __syncthreads();\n\n",
-    ),
+    "tile": Fault("race at", "token_dropout_tiles.cu", "    }\n    «if (!PLANTED) »__syncthreads();\n\n"),
     "sums over samples": Fault(
-        "race at",
-        "token_dropout_backward.cu",
-        "sums[i];\n  __syncthreads();\n",
-        "sums[i];\n  if (!PLANTED) __syncthreads();\n",
+        "race at", "token_dropout_backward.cu", "sums[i];\n  «if (!PLANTED) »__syncthreads();\n"
     ),
-    "alignment": Fault(
-        "misaligned at", "norm_plan.h", "width % elements == 0", "(PLANTED ? width > 0 : width % elements == 0)"
-    ),
+    "alignment": Fault("misaligned at", "norm_plan.h", "«(PLANTED ? width > 0 : »width % elements == 0«)»"),
     "barrier of a stage": Fault(
-        "race at",
-        "rope_attention_forward.cu",
-        "        __syncthreads();  // The stage has arrived",
-        "        if (!PLANTED) __syncthreads();  // The stage has arrived",
+        "race at", "rope_attention_forward.cu", "        «if (!PLANTED) »__syncthreads();  // The stage has arrived"
     ),
     "wait for copies": Fault(
         "not waited for at",
         "rope_attention_forward.cu",
-        "        wait_for_copies();\n        __syncthreads();  // The stage has arrived",
-        "        if (!PLANTED) wait_for_copies();\n        __syncthreads();  // The stage has arrived",
+        "        «if (!PLANTED) »wait_for_copies();\n        __syncthreads();  // The stage has arrived",
     ),
     "gradients of scores": Fault(
-        "race at",
-        "rope_attention_backward.cu",
-        "      __syncthreads();  // dS is there.",
-        "      if (!PLANTED) __syncthreads();  // dS is there.",
+        "race at", "rope_attention_backward.cu", "      «if (!PLANTED) »__syncthreads();  // dS is there."
     ),
     "a stage that is overwritten": Fault(
-        "race at",
-        "rope_attention_backward.cu",
-        "stages + (stage / kStageTiles & 1) * 2",
-        "stages + (PLANTED ? 0 : stage / kStageTiles & 1) * 2",
+        "race at", "rope_attention_backward.cu", "stages + («PLANTED ? 0 : »stage / kStageTiles & 1) * 2"
     ),
-    "sums of earlier rounds": Fault(
-        "wrong: dq of", "rope_attention_backward.cu", "if (is_first) return;", "if (is_first || PLANTED) return;"
-    ),
+    "sums of earlier rounds": Fault("wrong: dq of", "rope_attention_backward.cu", "if (is_first« || PLANTED») return;"),
     "rows of the gradient before": Fault(
-        "race at",
-        "rope_attention_backward.cu",
-        "  });\n  __syncwarp();\n#pragma unroll\n",
-        "  });\n  if (!PLANTED) __syncwarp();\n#pragma unroll\n",
+        "race at", "rope_attention_backward.cu", "  });\n  «if (!PLANTED) »__syncwarp();\n#pragma unroll\n"
     ),
-    "slots before the first token": Fault(
-        "wrong: out of", "attention_plan.h", "return first < 0 ||", "return (first < 0 && !PLANTED) ||"
-    ),
-    "empty slots": Fault(
-        "wrong: out of", "rope_attention_forward.cu", "values[i] = -INFINITY", "values[i] = PLANTED ? 0.0f : -INFINITY"
-    ),
-    "a column's angles": Fault(
-        "wrong: out of", "rotary.cuh", "(grid + patch % grid - 1)", "(patch % grid + (PLANTED ? 0 : grid - 1))"
-    ),
+    "slots before the first token": Fault("wrong: out of", "attention_plan.h", "return «(»first < 0« && !PLANTED)» ||"),
+    "empty slots": Fault("wrong: out of", "rope_attention_forward.cu", "values[i] = «PLANTED ? 0.0f : »-INFINITY"),
+    "a column's angles": Fault("wrong: out of", "rotary.cuh", "(«(PLANTED ? 1 : »grid«)» + patch % grid - 1)"),
     "a query that sees nothing": Fault(
-        "wrong: out of",
-        "online_softmax.cuh",
-        "fmaxf(row_sum[row], FLT_MIN)",
-        "fmaxf(row_sum[row], PLANTED ? 0.0f : FLT_MIN)",
+        "wrong: out of", "online_softmax.cuh", "fmaxf(row_sum[row], «PLANTED ? 0.0f : »FLT_MIN)"
     ),
     "the last key that is seen": Fault(
-        "wrong: out of",
-        "attention_plan.h",
-        "static_cast<int>(shape.keys - shape.tokens) : k",
-        "static_cast<int>(PLANTED ? 0 : shape.keys - shape.tokens) : k",
+        "wrong: out of", "attention_plan.h", "static_cast<int>(«PLANTED ? 0 : »shape.keys - shape.tokens) : k"
     ),
     "a head of keys for itself": Fault(
-        "wrong: out of", "attention_tiles.cuh", "head / static_cast", "(PLANTED ? 0 : head) / static_cast"
+        "wrong: out of", "attention_tiles.cuh", "«(PLANTED ? 0 : »head«)» / static_cast"
     ),
     "the place of an index": Fault(
-        "out of bounds at",
-        "attention_tiles.cuh",
-        "first = shape.offsets.data ?",
-        "first = shape.offsets.data && !PLANTED ?",
+        "out of bounds at", "attention_tiles.cuh", "first = shape.offsets.data« && !PLANTED» ?"
     ),
     "another sequence": Fault(
-        "wrong: out of",
-        "attention_tiles.cuh",
-        "first_token() * view.token_stride",
-        "(PLANTED ? sample : first_token()) * view.token_stride",
+        "wrong: out of", "attention_tiles.cuh", "«(PLANTED ? sample : »first_token()«)» * view.token_stride"
     ),
     "barrier of the norms": Fault(
-        "race at",
-        "tensor_chunks.cuh",
-        "  __syncthreads();\n  if (threadIdx.x >= N) return 0.0f;",
-        "  if (!PLANTED) __syncthreads();\n  if (threadIdx.x >= N) return 0.0f;",
+        "race at", "tensor_chunks.cuh", "  «if (!PLANTED) »__syncthreads();\n  if (threadIdx.x >= N) return 0.0f;"
     ),
-    "alignment of one buffer": Fault(
-        "misaligned at", "tensor_table.cuh", "common ? head : kNoVectors", "common || PLANTED ? head : kNoVectors"
-    ),
-    "one edge too many": Fault(
-        "out of bounds at",
-        "tensor_table.cuh",
-        "edges = size - vectors * kVector;",
-        "edges = size - vectors * kVector + PLANTED;",
-    ),
-    "part of a step": Fault(
-        "wrong", "adamw.cu", "entry.kept - entry.rate", "entry.kept - (PLANTED ? -entry.rate : entry.rate)"
-    ),
-    "a strip's columns": Fault(
-        "wrong", "gelu.cu", "partials + strip.first()", "partials + (PLANTED ? 0 : strip.first())"
-    ),
-    "one too far": Fault(
-        "out of bounds at", "norm_rows.cuh", "if (vector < vectors) body", "if (vector < vectors + PLANTED) body"
-    ),
+    "alignment of one buffer": Fault("misaligned at", "tensor_table.cuh", "common« || PLANTED» ? head : kNoVectors"),
+    "one edge too many": Fault("out of bounds at", "tensor_table.cuh", "edges = size - vectors * kVector« + PLANTED»;"),
+    "part of a step": Fault("wrong", "adamw.cu", "entry.kept - «(PLANTED ? -entry.rate : »entry.rate«)»"),
+    "a strip's columns": Fault("wrong", "gelu.cu", "partials + «(PLANTED ? 0 : »strip.first()«)»"),
+    "one too far": Fault("out of bounds at", "norm_rows.cuh", "if (vector < vectors« + PLANTED») body"),
 }
 NUMBERS = {name: number for number, name in enumerate(FAULTS, 1)}
 

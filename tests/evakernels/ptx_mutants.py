@@ -238,7 +238,7 @@ def listed() -> dict[Outcome, str]:
     return {
         Outcome(*(entry[name] for name in Outcome._fields[:5]), number): entry["reason"]
         for entry in entries
-        for number in entry["numbers"]
+        for number in map(int, entry["numbers"].split())
     }
 
 
@@ -247,7 +247,10 @@ def write_list(reasons: Mapping[Outcome, str]) -> None:
     for outcome in sorted(reasons):
         entries[*outcome[:5], reasons[outcome]].append(outcome.number)
     fields = (*Outcome._fields[:5], "reason")
-    made = [dict(zip(fields, entry, strict=True)) | {"numbers": numbers} for entry, numbers in entries.items()]
+    made = [
+        dict(zip(fields, entry, strict=True)) | {"numbers": " ".join(map(str, numbers))}
+        for entry, numbers in entries.items()
+    ]
     LIST.write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n")
 
 

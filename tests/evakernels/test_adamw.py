@@ -2,6 +2,7 @@
 
 import inspect
 
+import optimizer_checks
 import pytest
 import torch
 from on_device import COMPILED
@@ -12,8 +13,6 @@ from optimizer_checks import (
     DECAYS,
     EPS,
     LRS,
-    assert_compiles_in_place,
-    assert_states_close,
     everything,
     lists,
     optimizer_of,
@@ -76,7 +75,7 @@ def test_kernels_equal_the_formula_of_torch(flags):
     state = lists()
     expected = by_torch(state, flags.get("scale", 1.0))
     update(state, **flags)
-    assert_states_close(state, [[t.float() for t in buffers] for buffers in expected])
+    optimizer_checks.assert_states_close(state, [[t.float() for t in buffers] for buffers in expected])
 
 
 @NATIVE
@@ -123,7 +122,7 @@ def test_compiles_without_graph_break():
         evakernels.adamw_update(params, grads, exp_avgs, exp_avg_sqs, steps, LRS, DECAYS, betas=BETAS, eps=EPS, **flags)
         return norm
 
-    assert_compiles_in_place(clipped_step)
+    optimizer_checks.assert_compiles_in_place(clipped_step)
 
 
 # --- the optimizer --------------------------------------------------------------------------------------------------

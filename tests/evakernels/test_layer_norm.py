@@ -1,21 +1,11 @@
 import itertools
 
+import op_checks
 import pytest
 import torch
 import torch.nn.functional as F
 from on_device import DEVICE
-from op_checks import (
-    DTYPES,
-    OPCHECK_DTYPES,
-    assert_as_accurate_as_torch,
-    assert_compiles,
-    assert_deterministic,
-    assert_gradcheck,
-    assert_opcheck,
-    exhaustive_but,
-    randn,
-    with_gradients,
-)
+from op_checks import DTYPES, OPCHECK_DTYPES, assert_opcheck, exhaustive_but, randn, with_gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,34 +36,35 @@ def plain(kind):
 
 def scaled(branch, layer_scale, row_scale):
     branch = branch if layer_scale is None else branch * layer_scale
-    return branch if row_scale is None else branch * row_scale.to(branch.dtype)[:, None, None]
+    if row_scale is None:
+        return branch
+    return branch * row_scale.to(branch.dtype).view(-1, *[1] * (branch.dim() - 1))
+
+
+def joined(name, row_scale):
+    """Our norm of this name that is joined with a residual connection."""
+
+    def ours(residual, branch, weight, bias, layer_scale):
+        parameters = (weight,) if "rms" in name else (weight, bias)
+        options = {"layer_scale": layer_scale, "row_scale": row_scale, "eps": EPS}
+        return getattr(evakernels, name)(residual, branch, *parameters, **options)
+
+    return ours
 
 
 def add_then_norm(kind, row_scale):
-    def ours(residual, branch, weight, bias, layer_scale):
-        options = {"layer_scale": layer_scale, "row_scale": row_scale, "eps": EPS}
-        if kind == "rms":
-            return evakernels.add_rms_norm(residual, branch, weight, **options)
-        return evakernels.add_layer_norm(residual, branch, weight, bias, **options)
-
     def theirs(residual, branch, weight, bias, layer_scale):
         x = residual + scaled(branch, layer_scale, row_scale)
         return torch_norm(kind, x, weight, bias), x
 
-    return ours, theirs
+    return joined(f"add_{kind}_norm", row_scale), theirs
 
 
 def norm_then_add(kind, row_scale):
-    def ours(residual, branch, weight, bias, layer_scale):
-        options = {"layer_scale": layer_scale, "row_scale": row_scale, "eps": EPS}
-        if kind == "rms":
-            return evakernels.rms_norm_add(residual, branch, weight, **options)
-        return evakernels.layer_norm_add(residual, branch, weight, bias, **options)
-
     def theirs(residual, branch, weight, bias, layer_scale):
         return residual + scaled(torch_norm(kind, branch, weight, bias), layer_scale, row_scale)
 
-    return ours, theirs
+    return joined(f"{kind}_norm_add", row_scale), theirs
 
 
 def parameters(kind, width, affine):
@@ -101,24 +92,24 @@ COMPILED += ("norm_then_add-layer-False-False", "norm_then_add-rms-True-True")
 
 @pytest.mark.parametrize(("pair", "inputs"), CASES)
 def test_gradcheck(pair, inputs):
-    assert_gradcheck(pair[0], inputs)
+    op_checks.assert_gradcheck(pair[0], inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("pair", "inputs"), CASES)
 def test_as_accurate_as_torch(pair, inputs, dtype):
-    assert_as_accurate_as_torch(*pair, inputs, dtype)
+    op_checks.assert_as_accurate_as_torch(*pair, inputs, dtype)
 
 
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(("pair", "inputs"), exhaustive_but(CASES, *COMPILED))
 def test_compiles_without_graph_break(pair, inputs, dynamic):
-    assert_compiles(pair[0], inputs, dynamic)
+    op_checks.assert_compiles(pair[0], inputs, dynamic)
 
 
 @pytest.mark.parametrize(("pair", "inputs"), CASES)
 def test_two_runs_are_bit_equal(pair, inputs):
-    assert_deterministic(pair[0], [None if t is None else t.float() for t in inputs])
+    op_checks.assert_deterministic(pair[0], [None if t is None else t.float() for t in inputs])
 
 
 @pytest.mark.parametrize("kind", NORMS)
@@ -191,13 +182,13 @@ OUT_FORMS = ["to half", "to float32", "add", "add, rms"]
 def test_out_dtype_is_as_accurate_as_torch(form, half):
     """As the norm of float32 that is cast, where one is cast."""
     ours, theirs, inputs = with_out_dtype(form, half)
-    assert_as_accurate_as_torch(ours, theirs, inputs, torch.float32)
+    op_checks.assert_as_accurate_as_torch(ours, theirs, inputs, torch.float32)
 
 
 @pytest.mark.parametrize("form", ["to half", pytest.param("add", marks=pytest.mark.exhaustive)])
 def test_out_dtype_compiles_without_graph_break(form):
     ours, _, inputs = with_out_dtype(form, torch.bfloat16)
-    assert_compiles(ours, [None if t is None else t.float() for t in inputs])
+    op_checks.assert_compiles(ours, [None if t is None else t.float() for t in inputs])
 
 
 def test_out_dtype_opcheck():

@@ -176,11 +176,14 @@ def test_lamb(nvlamb: bool) -> None:
         assert_same(ours, tuple(other))
 
 
-def test_lamb_in_one_call() -> None:
-    betas, rates = (0.9, 0.98), ([0.1, 0.2], [0.05, 0.0])
+@pytest.mark.parametrize(("name", "more"), [("adamw_update", ()), ("lamb_step", (False,))])
+@pytest.mark.parametrize("flags", [(None, None), (torch.tensor(4.0), torch.tensor(0.0))])
+def test_steps_in_one_call(name, more, flags):
+    beta1, beta2, rates = 0.9, 0.98, ([0.1, 0.2], [0.05, 0.0])
+    options = {"beta1": beta1, "beta2": beta2, "eps": EPS, "grad_scale": flags[0], "found_inf": flags[1]}
     ours, theirs = states(), states()
-    _C.lamb_step(*ours, *rates, beta1=betas[0], beta2=betas[1], eps=EPS)
-    native.lamb_step(*theirs, *rates, (*betas, EPS), False, None, None, [], [])
+    getattr(_C, name)(*ours, *rates, **options)
+    getattr(native, name)(*theirs, *rates, (beta1, beta2, EPS), *more, *flags, [], [])
     for a, b in zip(ours, theirs, strict=True):
         assert_same(a, tuple(b))
 
@@ -206,16 +209,6 @@ def test_stochastic_rounding() -> None:
         assert any(not torch.equal(a, b) for a, b in zip(stochastic, nearest, strict=True))
     with pytest.raises(ValueError, match="params must be bfloat16 where there are seeds"):
         _C.adamw_update(*states(), lrs, decays, **options, seeds=seeds, first_elements=firsts)
-
-
-def test_adamw() -> None:
-    betas, rates = (0.9, 0.98), ([0.1, 0.2], [0.05, 0.0])
-    scale, found_inf = torch.tensor(4.0), torch.tensor(0.0)
-    ours, theirs = states(), states()
-    _C.adamw_update(*ours, *rates, beta1=betas[0], beta2=betas[1], eps=EPS, grad_scale=scale, found_inf=found_inf)
-    native.adamw_update(*theirs, *rates, (*betas, EPS), scale, found_inf, [], [])
-    for a, b in zip(ours, theirs, strict=True):
-        assert_same(a, tuple(b))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

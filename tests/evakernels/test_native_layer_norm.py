@@ -24,25 +24,14 @@ HALVES = (torch.bfloat16, torch.float16)
 native = torch.ops.evakernels_native
 
 
-def launch_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, rms: bool = False, isa: str | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def launch_forward(x, weight, bias, *, rms=False, isa=None):
     y = torch.full_like(x, math.nan)
     mean, rstd = torch.full((2, x.shape[:-1].numel()), math.nan)
     _C.layer_norm_forward(x, weight, bias, y, None if rms else mean, rstd, eps=EPS, rms=rms, isa=isa)
     return y, mean, rstd
 
 
-def launch_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    *,
-    rms: bool = False,
-    isa: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def launch_backward(dy, x, weight, mean, rstd, *, rms=False, isa=None):
     dx = torch.full_like(x, math.nan)
     dweight, dbias = torch.full((2, x.shape[-1]), math.nan, dtype=x.dtype if weight is None else weight.dtype)
     _C.layer_norm_backward(dy, x, weight, None if rms else mean, rstd, dx, dweight, dbias, rms=rms, isa=isa)

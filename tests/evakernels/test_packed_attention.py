@@ -1,20 +1,9 @@
+import op_checks
 import pytest
 import torch
 import torch.nn.functional as F
 from on_device import COMPILED
-from op_checks import (
-    DTYPES,
-    OPCHECK_DTYPES,
-    assert_as_accurate_as_torch,
-    assert_autocast_is_torchs,
-    assert_compiles,
-    assert_deterministic,
-    assert_gradcheck,
-    assert_opcheck_of_attention,
-    assert_threads_change_no_bit,
-    exhaustive_but,
-    randn,
-)
+from op_checks import DTYPES, OPCHECK_DTYPES, exhaustive_but, randn
 from test_rope_attention import attention, expanded
 
 import evakernels
@@ -138,26 +127,27 @@ CASES = [
 
 @pytest.mark.parametrize(("pair", "qkv"), exhaustive_but(CASES, "causal", "places"))
 def test_gradcheck(pair, qkv):
-    assert_gradcheck(pair[0], [qkv])
+    op_checks.assert_gradcheck(pair[0], [qkv])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("pair", "qkv"), CASES)
 def test_as_accurate_as_torch(pair, qkv, dtype):
-    assert_as_accurate_as_torch(*pair, [qkv], dtype)
+    op_checks.assert_as_accurate_as_torch(*pair, [qkv], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_as_accurate_as_torch_at_the_size_of_a_tower(dtype):
     lengths = [77, 1, 30, 64]
-    assert_as_accurate_as_torch(*pair(lengths), [packed(lengths, heads=1, head_dim=64)], dtype)
+    op_checks.assert_as_accurate_as_torch(*pair(lengths), [packed(lengths, heads=1, head_dim=64)], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "causal"), [(20, True), (64, False)])
 def test_as_accurate_as_torch_at_lengths_around_those_of_tiles(head_dim, causal, dtype):
     lengths = [1, 4, 7, 8, 9, 48, 49, 97]
-    assert_as_accurate_as_torch(*pair(lengths, causal=causal), [packed(lengths, heads=1, head_dim=head_dim)], dtype)
+    given = [packed(lengths, heads=1, head_dim=head_dim)]
+    op_checks.assert_as_accurate_as_torch(*pair(lengths, causal=causal), given, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -181,15 +171,15 @@ def test_images_of_several_sizes_are_as_accurate_as_torch(dtype):
             found.append(attention(*(t[None] for t in image.split((2, 1, 1), 1)), *table, num_prefix=1)[0])
         return torch.cat(found)
 
-    assert_as_accurate_as_torch(ours, theirs, [randn(sum(lengths), 4, head_dim)], dtype)
+    op_checks.assert_as_accurate_as_torch(ours, theirs, [randn(sum(lengths), 4, head_dim)], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_number_of_threads_does_not_change_a_bit(dtype):
     lengths = [40, 3, 0, 90, 17, 60]
     qkv = packed(lengths, heads=5, head_dim=32).to(dtype)
-    assert_threads_change_no_bit(pair(lengths)[0], [qkv])
-    assert_threads_change_no_bit(rotated_pair(lengths, 6, 2, "rows")[0], [shared(lengths, 6, 2).to(dtype)])
+    op_checks.assert_threads_change_no_bit(pair(lengths)[0], [qkv])
+    op_checks.assert_threads_change_no_bit(rotated_pair(lengths, 6, 2, "rows")[0], [shared(lengths, 6, 2).to(dtype)])
 
 
 @pytest.mark.skipif(not evakernels.info()["native"]["loaded"], reason="the native library is not built")
@@ -202,16 +192,6 @@ def test_compiled_kernels_serve_it(dtype):
     )
     refused = dtype == torch.float32 and _native.runs_gpu_kernels(COMPILED)
     assert [reason.split(";")[0] for reason in reasons] == ["float32"] * refused
-
-
-def test_a_sequence_is_that_of_rope_attention():
-    lengths = [5, 9]
-    q, k, v = packed(lengths).float().unbind(1)
-    out = evakernels.packed_attention(q, k, v, offsets_of(lengths), max_seqlen=9)
-    alone = [
-        evakernels.rope_attention(q[None, s], k[None, s], v[None, s], causal=True)[0] for s in (slice(5), slice(5, 14))
-    ]
-    torch.testing.assert_close(out, torch.cat(alone))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -239,19 +219,12 @@ def test_a_batch_may_be_empty(lengths):
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(("pair", "qkv"), exhaustive_but(CASES, "causal", "places"))
 def test_compiles_without_graph_break(pair, qkv, dynamic):
-    assert_compiles(pair[0], [qkv.float()], dynamic)
+    op_checks.assert_compiles(pair[0], [qkv.float()], dynamic)
 
 
 @pytest.mark.parametrize(("pair", "qkv"), CASES)
 def test_two_runs_are_bit_equal(pair, qkv):
-    assert_deterministic(pair[0], [qkv.bfloat16()])
-
-
-@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
-def test_opcheck(dtype):
-    lengths = LENGTHS["several"]
-    rest = (offsets_of(lengths), *UNROTATED, 17, True, True, 0.5)
-    assert_opcheck_of_attention("packed_attention", *packed(lengths).to(dtype).unbind(1), rest)
+    op_checks.assert_deterministic(pair[0], [qkv.bfloat16()])
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -265,11 +238,13 @@ def test_lse_is_the_natural_logarithm_of_the_softmax_denominator(causal):
 
 
 @pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
-def test_opcheck_of_rotated_shared_heads(dtype):
+@pytest.mark.parametrize("rotated", [False, True])
+def test_opcheck_of_shared_heads(dtype, rotated):
     lengths = LENGTHS["several"]
-    cos, sin, _, rows = _by_place(lengths)
+    cos, sin, _, rows = _by_place(lengths) if rotated else (*UNROTATED, None)
     rest = (offsets_of(lengths), cos, sin, rows, 17, True, True, 0.5)
-    assert_opcheck_of_attention("packed_attention", *shared(lengths, 4, 2).to(dtype).split((4, 2, 2), 1), rest)
+    given = shared(lengths, 4, 2).to(dtype).split((4, 2, 2), 1)
+    op_checks.assert_opcheck_of_attention("packed_attention", *given, rest)
 
 
 def test_lse_is_returned_without_a_gradient():
@@ -283,7 +258,7 @@ def test_lse_is_returned_without_a_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_as_for_torch(dtype):
-    assert_autocast_is_torchs(*pair([5, 2]), packed([5, 2]).float(), dtype)
+    op_checks.assert_autocast_is_torchs(*pair([5, 2]), packed([5, 2]).float(), dtype)
 
 
 @pytest.mark.parametrize("per_head", [False, True])

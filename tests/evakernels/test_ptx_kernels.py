@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import mkdtemp
@@ -33,16 +33,8 @@ OPS = {
 }
 """What one process runs: it reads the kernels that these have in common once."""
 MORE = (
-    "every_mix",
-    "no_rows",
-    "one_element",
-    "strided",
-    "finite",
-    "bit_equal",
-    "lamb",
-    "native_optimizers",
-    "any_layout",
-)
+    "every_mix", "no_rows", "one_element", "strided", "finite", "bit_equal", "lamb", "native_optimizers", "any_layout",
+)  # fmt: skip
 # Not the tests that are about the size of other kernels' chunks and tiles, nor those of the files that "lamb" and
 # "native_optimizers" name which are of their ops, whichever kernels serve them.
 OTHERS = "several_chunks or opcheck or compiles or training or of_bfloat16_products"
@@ -409,9 +401,7 @@ def test_a_planted_fault_is_seen(planted: Path, complaint: Callable[..., str], n
 # --- Triton --------------------------------------------------------------------------------------------------------
 
 
-def run_triton(
-    served: Environment, capability: int, choice: str, ops: Sequence[str], options: Sequence[str] = ()
-) -> None:
+def run_triton(served, capability, choice, ops, options=()):
     before = f"from ptx_launches import triton_kernels\nwith triton_kernels({capability})"
     run_ops(before, choice, ops=ops, options=options, **served())
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from op_checks import DTYPES, assert_as_accurate_as_torch, assert_threads_change_no_bit, randn, with_gradients
+from test_layer_norm import add_then_norm, norm_then_add
 from torch import Tensor
 
 import evakernels
 from evakernels import _native, backends
 
-EPS = 1e-6
-FORMS = ["add", "post"]
+FORMS = {"add": add_then_norm, "post": norm_then_add}
 
 
 def inputs_of(*shape: int) -> tuple[Tensor, ...]:
@@ -24,28 +24,16 @@ def row_scale_of(batch: int) -> Tensor:
     return torch.tensor([0.0, 1.25, 2.0]).repeat(batch)[:batch]
 
 
-def ours(form: str, rms: bool = False):
-    def function(residual, branch, weight, bias, layer_scale):
-        options = {"layer_scale": layer_scale, "row_scale": row_scale_of(residual.shape[0]), "eps": EPS}
-        if rms:
-            norm = evakernels.add_rms_norm if form == "add" else evakernels.rms_norm_add
-            return norm(residual, branch, weight, **options)
-        norm = evakernels.add_layer_norm if form == "add" else evakernels.layer_norm_add
-        return norm(residual, branch, weight, bias, **options)
-
-    return function
+def pair(form, rms, residual):
+    return FORMS[form]("rms" if rms else "layer", row_scale_of(len(residual)))
 
 
-def theirs(form: str):
-    def function(residual, branch, weight, bias, layer_scale):
-        row_scale = row_scale_of(residual.shape[0]).to(branch.dtype).view(-1, *[1] * (branch.dim() - 1))
-        width = (branch.shape[-1],)
-        if form == "add":
-            x = residual + branch * layer_scale * row_scale
-            return F.layer_norm(x, width, weight, bias, EPS), x
-        return residual + F.layer_norm(branch, width, weight, bias, EPS) * layer_scale * row_scale
+def ours(form, rms=False):
+    return lambda residual, *given: pair(form, rms, residual)[0](residual, *given)
 
-    return function
+
+def theirs(form):
+    return lambda residual, *given: pair(form, False, residual)[1](residual, *given)
 
 
 @pytest.mark.parametrize("form", FORMS)

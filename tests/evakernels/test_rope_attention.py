@@ -1,24 +1,12 @@
 import math
 from functools import partial
 
+import op_checks
 import pytest
 import torch
 import torch.nn.functional as F
 from on_device import DEVICE
-from op_checks import (
-    DTYPES,
-    OPCHECK_DTYPES,
-    assert_as_accurate_as_torch,
-    assert_autocast_is_torchs,
-    assert_compiles,
-    assert_deterministic,
-    assert_gradcheck,
-    assert_opcheck_of_attention,
-    assert_threads_change_no_bit,
-    exhaustive_but,
-    randn,
-    with_gradients,
-)
+from op_checks import DTYPES, OPCHECK_DTYPES, exhaustive_but, randn, with_gradients
 
 import evakernels
 from evakernels import _native, backends
@@ -156,7 +144,7 @@ def test_sizes_around_a_tile_are_as_accurate_as_torch(patches, num_prefix, optio
     angles = randn(patches, 44, seed=1)
     cos, sin = angles.cos().float(), angles.sin().float()
     functions = map(of_packed, both(cos=cos, sin=sin, num_prefix=num_prefix, **options))
-    assert_as_accurate_as_torch(*functions, [randn(1, num_prefix + patches, 3, 1, 88)], dtype)
+    op_checks.assert_as_accurate_as_torch(*functions, [randn(1, num_prefix + patches, 3, 1, 88)], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -172,7 +160,7 @@ def test_sizes_around_a_tile_are_as_accurate_as_torch(patches, num_prefix, optio
 )
 def test_shared_heads_and_other_numbers_of_keys_are_as_accurate_as_torch(sizes, heads, options, dtype):
     x = randn(2, max(sizes), heads[0] + 2 * heads[1], 64)
-    assert_as_accurate_as_torch(*shared(heads[0], *sizes, **options), [x], dtype)
+    op_checks.assert_as_accurate_as_torch(*shared(heads[0], *sizes, **options), [x], dtype)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -201,13 +189,13 @@ def test_keys_without_queries_get_gradients_of_zero(causal):
     exhaustive_but(CASES, "registers-causal-scaled", "dropout-table-a-head", "heads-share-keys", "fewer-keys-causal"),
 )
 def test_gradcheck(pair, qkv):
-    assert_gradcheck(pair[0], [qkv])
+    op_checks.assert_gradcheck(pair[0], [qkv])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("pair", "qkv"), CASES)
 def test_as_accurate_as_torch(pair, qkv, dtype):
-    assert_as_accurate_as_torch(*pair, [qkv], dtype)
+    op_checks.assert_as_accurate_as_torch(*pair, [qkv], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -218,7 +206,7 @@ def test_as_accurate_as_torch_at_the_size_of_a_tower(dtype, sharpness):
     index = evakernels.sample_token_index(2, 64, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     inputs = [randn(2, 33, 2, 64, seed=s) for s in range(3)]
     inputs[0] *= sharpness
-    assert_as_accurate_as_torch(*both(cos=cos, sin=sin, token_index=index, num_prefix=1), inputs, dtype)
+    op_checks.assert_as_accurate_as_torch(*both(cos=cos, sin=sin, token_index=index, num_prefix=1), inputs, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -228,7 +216,7 @@ def test_several_chunks_of_an_odd_size_are_as_accurate_as_torch(head_dim, causal
     cos, sin = (None, None) if causal else axial_rope(20, 15, head_dim, device=DEVICE)
     # Values with a mean: their products with dout, less the mean of these, cancel.
     inputs = [randn(2, 301, 7, head_dim, seed=s) + (s == 2) for s in range(3)]
-    assert_as_accurate_as_torch(*both(cos=cos, sin=sin, num_prefix=1, causal=causal), inputs, dtype)
+    op_checks.assert_as_accurate_as_torch(*both(cos=cos, sin=sin, num_prefix=1, causal=causal), inputs, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -257,7 +245,7 @@ def test_shapes_of_towers_are_as_accurate_as_torch(shape, num_prefix, options, d
     angles = randn(heads, patches, head_dim // 2, seed=3) * 3
     cos, sin = angles.cos().float(), angles.sin().float()
     functions = map(of_packed, both(cos=cos, sin=sin, num_prefix=num_prefix, **options))
-    assert_as_accurate_as_torch(*functions, [randn(*shape[:2], 3, heads, head_dim)], dtype)
+    op_checks.assert_as_accurate_as_torch(*functions, [randn(*shape[:2], 3, heads, head_dim)], dtype)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -268,7 +256,7 @@ def test_sizes_of_bfloat16_products_are_as_accurate_as_torch(tokens, head_dim, c
     angles = randn(tokens - 1, head_dim // 2, seed=3) * 3
     ours, theirs = both(cos=angles.cos().float(), sin=angles.sin().float(), num_prefix=1, causal=causal)
     packed = randn(1, tokens, 3, 2, head_dim)
-    assert_as_accurate_as_torch(of_packed(ours), of_packed(theirs), [packed], torch.bfloat16)
+    op_checks.assert_as_accurate_as_torch(of_packed(ours), of_packed(theirs), [packed], torch.bfloat16)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -291,15 +279,15 @@ def test_large_scores_are_as_accurate_as_torch(dtype):
     """Without a rotation torch rounds nothing before the softmax: scores of 8 bits have seven times its error."""
     inputs = [randn(2, 64, 3, 64, seed=s) for s in range(3)]
     inputs[0] *= 8
-    assert_as_accurate_as_torch(*both(), inputs, dtype)
+    op_checks.assert_as_accurate_as_torch(*both(), inputs, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_number_of_threads_does_not_change_a_bit(dtype):
     cos, sin = axial_rope(20, 15, 32)
     ours, _ = map(of_packed, both(cos=cos, sin=sin, num_prefix=1))
-    assert_threads_change_no_bit(ours, [randn(2, 301, 3, 7, 32).to(dtype)])
-    assert_threads_change_no_bit(shared(6, 301, 150, causal=True)[0], [randn(2, 301, 10, 32).to(dtype)])
+    op_checks.assert_threads_change_no_bit(ours, [randn(2, 301, 3, 7, 32).to(dtype)])
+    op_checks.assert_threads_change_no_bit(shared(6, 301, 150, causal=True)[0], [randn(2, 301, 10, 32).to(dtype)])
 
 
 def test_inputs_may_be_strided_in_every_dimension():
@@ -353,12 +341,12 @@ def test_a_batch_may_be_empty():
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(("pair", "qkv"), exhaustive_but(CASES, "text", "table-a-head", "dropout", "more-keys-causal"))
 def test_compiles_without_graph_break(pair, qkv, dynamic):
-    assert_compiles(pair[0], [qkv.float()], dynamic)
+    op_checks.assert_compiles(pair[0], [qkv.float()], dynamic)
 
 
 @pytest.mark.parametrize(("pair", "qkv"), CASES)
 def test_two_runs_are_bit_equal(pair, qkv):
-    assert_deterministic(pair[0], [qkv.bfloat16()])
+    op_checks.assert_deterministic(pair[0], [qkv.bfloat16()])
 
 
 @pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
@@ -366,13 +354,13 @@ def test_two_runs_are_bit_equal(pair, qkv):
 def test_opcheck(dtype, token_index):
     cos, sin = tables("shared")
     qkv = packed(patches=PATCHES if token_index is None else 3, dtype=dtype)
-    assert_opcheck_of_attention("rope_attention", *qkv.unbind(2), (cos, sin, token_index, 1, True, True, 0.5))
+    op_checks.assert_opcheck_of_attention("rope_attention", *qkv.unbind(2), (cos, sin, token_index, 1, True, True, 0.5))
 
 
 @pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
 def test_opcheck_of_shared_heads(dtype):
     given = (randn(2, n, heads, 8).to(dtype) for n, heads in ((3, 4), (5, 2), (5, 2)))
-    assert_opcheck_of_attention("rope_attention", *given, (None, None, None, 0, True, True, 0.5))
+    op_checks.assert_opcheck_of_attention("rope_attention", *given, (None, None, None, 0, True, True, 0.5))
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
@@ -461,7 +449,7 @@ def test_kept_tokens_attend_as_in_the_full_grid_when_the_others_are_masked():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_as_for_torch(dtype):
-    assert_autocast_is_torchs(*pair(), packed(dtype=torch.float32), dtype)
+    op_checks.assert_autocast_is_torchs(*pair(), packed(dtype=torch.float32), dtype)
 
 
 def test_results_are_contiguous_and_inputs_untouched():

@@ -1,19 +1,9 @@
+import op_checks
 import pytest
 import torch
 import torch.nn.functional as F
 from on_device import DEVICE
-from op_checks import (
-    DTYPES,
-    OPCHECK_DTYPES,
-    assert_as_accurate_as_torch,
-    assert_compiles,
-    assert_deterministic,
-    assert_gradcheck,
-    assert_opcheck,
-    assert_threads_change_no_bit,
-    randn,
-    with_gradients,
-)
+from op_checks import DTYPES, OPCHECK_DTYPES, assert_opcheck, randn, with_gradients
 
 import evakernels
 from evakernels import _native
@@ -45,30 +35,30 @@ CASES = [pytest.param(inputs(norm), id=norm) for norm in NORMS]
 
 @pytest.mark.parametrize("inputs", CASES)
 def test_gradcheck(inputs):
-    assert_gradcheck(ours, inputs)
+    op_checks.assert_gradcheck(ours, inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inputs", CASES)
 def test_as_accurate_as_torch(inputs, dtype):
-    assert_as_accurate_as_torch(ours, theirs, inputs, dtype)
+    op_checks.assert_as_accurate_as_torch(ours, theirs, inputs, dtype)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_number_of_threads_changes_no_bit(norm):
     many_rows = [None if t is None else t.float() for t in inputs(norm, rows=(300,), width=257)]
-    assert_threads_change_no_bit(ours, many_rows)
+    op_checks.assert_threads_change_no_bit(ours, many_rows)
 
 
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("inputs", CASES)
 def test_compiles_without_graph_break(inputs, dynamic):
-    assert_compiles(ours, inputs, dynamic)
+    op_checks.assert_compiles(ours, inputs, dynamic)
 
 
 @pytest.mark.parametrize("inputs", CASES)
 def test_two_runs_are_bit_equal(inputs):
-    assert_deterministic(ours, [None if t is None else t.bfloat16() for t in inputs])
+    op_checks.assert_deterministic(ours, [None if t is None else t.bfloat16() for t in inputs])
 
 
 @pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
@@ -104,7 +94,7 @@ WIDTHS = (2, 250, 512, 2048, 2730, 4100, 8199, 8200, 16_390)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", NORMS[:2])
 def test_every_width_keeps_the_error_rule(norm, dtype, width):
-    assert_as_accurate_as_torch(ours, theirs, inputs(norm, (7,), width), dtype)
+    op_checks.assert_as_accurate_as_torch(ours, theirs, inputs(norm, (7,), width), dtype)
 
 
 @pytest.mark.skipif(
@@ -114,7 +104,7 @@ def test_every_width_keeps_the_error_rule(norm, dtype, width):
 @pytest.mark.parametrize("norm", NORMS[:2])
 def test_a_row_of_one_element_is_as_exact_as_torch(norm, dtype):
     """Product and mean cancel, and with them every gradient behind the norm."""
-    assert_as_accurate_as_torch(ours, theirs, inputs(norm, (7,), 1), dtype)
+    op_checks.assert_as_accurate_as_torch(ours, theirs, inputs(norm, (7,), 1), dtype)
 
 
 @pytest.mark.parametrize("width", [6, 8, 36, 2048, 2730])

@@ -1,22 +1,11 @@
 import itertools
 import math
 
+import op_checks
 import pytest
 import torch
 from on_device import DEVICE
-from op_checks import (
-    DTYPES,
-    OPCHECK_DTYPES,
-    assert_as_accurate_as_torch,
-    assert_compiles,
-    assert_deterministic,
-    assert_gradcheck,
-    assert_opcheck,
-    assert_threads_change_no_bit,
-    exhaustive_but,
-    randn,
-    with_gradients,
-)
+from op_checks import DTYPES, OPCHECK_DTYPES, assert_opcheck, exhaustive_but, randn, with_gradients
 
 import evakernels
 from evakernels import _native
@@ -61,24 +50,24 @@ CASES = list(cases())
 
 @pytest.mark.parametrize(("token_index", "inputs"), CASES)
 def test_gradcheck(token_index, inputs):
-    assert_gradcheck(pair(token_index)[0], inputs)
+    op_checks.assert_gradcheck(pair(token_index)[0], inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("token_index", "inputs"), CASES)
 def test_as_accurate_as_torch(token_index, inputs, dtype):
-    assert_as_accurate_as_torch(*pair(token_index), inputs, dtype)
+    op_checks.assert_as_accurate_as_torch(*pair(token_index), inputs, dtype)
 
 
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(("token_index", "inputs"), exhaustive_but(CASES, "dropped-prefix-pos_embed"))
 def test_compiles_without_graph_break(token_index, inputs, dynamic):
-    assert_compiles(pair(token_index)[0], inputs, dynamic)
+    op_checks.assert_compiles(pair(token_index)[0], inputs, dynamic)
 
 
 @pytest.mark.parametrize(("token_index", "inputs"), CASES)
 def test_two_runs_are_bit_equal(token_index, inputs):
-    assert_deterministic(pair(token_index)[0], [None if t is None else t.bfloat16() for t in inputs])
+    op_checks.assert_deterministic(pair(token_index)[0], [None if t is None else t.bfloat16() for t in inputs])
 
 
 @pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
@@ -164,7 +153,7 @@ def test_odd_shapes(shape, dtype):
     batch, tokens, _ = shape
     index = torch.stack([torch.randperm(tokens)[: tokens // 2 + 1] for _ in range(batch)])
     for token_index in (None, index):
-        assert_as_accurate_as_torch(*pair(token_index), wide_inputs(*shape), dtype)
+        op_checks.assert_as_accurate_as_torch(*pair(token_index), wide_inputs(*shape), dtype)
 
 
 def test_no_samples_no_tokens_none_kept():
@@ -249,7 +238,7 @@ def test_a_dropped_patch_may_hold_anything():
 def test_the_number_of_threads_changes_no_bit():
     inputs = [t.bfloat16() for t in wide_inputs(16, 40, 64)]
     index = evakernels.sample_token_index(16, 40, 20, generator=torch.Generator().manual_seed(0))
-    assert_threads_change_no_bit(pair(index)[0], inputs)
+    op_checks.assert_threads_change_no_bit(pair(index)[0], inputs)
 
 
 @pytest.mark.cpu_only("a GPU's kernels alone read an index, and a wrong one ends all work of the process there")

@@ -74,8 +74,6 @@ class Room:
     def run_script(self, file: str | Path, *arguments: object) -> subprocess.CompletedProcess[str]:
         """Runs a script, such as one of `in_room`, without the script's folder on its path; torch is imported."""
         words = [str(SCRIPTS / file), *map(str, arguments)]
-        assert self._host.stdin is not None
-        assert self._host.stdout is not None
         self._host.stdin.write(json.dumps(words) + "\n")
         self._host.stdin.flush()
         return subprocess.CompletedProcess(words, *json.loads(self._host.stdout.readline()))

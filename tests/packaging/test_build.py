@@ -55,11 +55,7 @@ def report_of(wheel: Path, folder: Path) -> dict:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     result = subprocess.run(
-        [sys.executable, "-c", REPORT],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": "."},
+        [sys.executable, "-c", REPORT], cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."}
     )
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
@@ -170,7 +166,6 @@ def assert_instruction_sets_share_no_symbol(build: Path) -> None:
 def assert_nothing_outside_of_csrc_is_compiled(build: Path) -> None:
     """A source distribution has no other sources."""
     ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    assert ninja is not None
     result = subprocess.run([ninja, "-t", "deps"], cwd=build, capture_output=True, text=True, check=True)
     read = {(build / line.strip()).resolve() for line in result.stdout.splitlines() if line.startswith(" ")}
     own = {path for path in read if path.is_relative_to(ROOT) and not path.is_relative_to(sys.prefix)}

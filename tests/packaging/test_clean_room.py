@@ -137,9 +137,7 @@ def test_the_first_hour_of_profiling(wheel: Path, tmp_path_factory: pytest.TempP
 
 
 @pytest.mark.exhaustive
-def test_the_source_distribution_installs_without_a_compiler(
-    sdist: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_the_source_distribution_installs_without_a_compiler(sdist, tmp_path_factory):
     plain = make_room(tmp_path_factory.mktemp("plain"), sdist, tools=BUILD_TOOLS, EVAKERNELS_NATIVE="off")
     with closing(plain) as room:
         assert {name for name in missing_modules(room) if name.startswith("evakernels.ops")} == set()

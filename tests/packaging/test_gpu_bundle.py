@@ -192,9 +192,7 @@ def wheels_in(target: Path) -> set[str]:
     return {path.name.partition("-")[0] for path in (target / "wheels").iterdir()}
 
 
-def test_the_least_valuable_peers_are_left_out(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_least_valuable_peers_are_left_out(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "download", fill({"xformers": 500, "cut-cross-entropy": "no such wheel"}))
     left_out = tool.add_wheels(Path("python"), "3.12", tmp_path, room=100)
     assert {"pydantic", "open_clip_torch", "liger_kernel", "flash_attn_4"} <= wheels_in(tmp_path)
@@ -205,17 +203,13 @@ def test_the_least_valuable_peers_are_left_out(
 
 
 @pytest.mark.parametrize("size", ["no such wheel", 500])
-def test_what_the_check_needs_is_not_left_out(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int | str
-) -> None:
+def test_what_the_check_needs_is_not_left_out(tool, tmp_path, monkeypatch, size):
     monkeypatch.setattr(tool, "download", fill({"pydantic": size}))
     with pytest.raises(SystemExit, match="error: the check needs pydantic"):
         tool.add_wheels(Path("python"), "3.12", tmp_path, room=100)
 
 
-def test_predictions_are_made_for_the_gpu_of_the_bundle(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_predictions_are_made_for_the_gpu_of_the_bundle(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "ROOT", tmp_path)
     assert "`make test` sets up" in tool.add_predictions("90-real", tmp_path)
     python = tmp_path / ".venv/bin/python"
@@ -232,9 +226,7 @@ def test_of_what_pip_says_the_last_error_is_told(tool: ModuleType) -> None:
     assert tool.last_error("") == "pip failed without a word"
 
 
-def test_a_bundle_that_could_not_be_finished_leaves_the_former_one(
-    tool: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundle_that_could_not_be_finished_leaves_the_former_one(tool, folder, monkeypatch):
     def fail(*arguments: object) -> None:
         raise SystemExit("error: the compiler failed")
 
@@ -248,9 +240,7 @@ def test_a_bundle_that_could_not_be_finished_leaves_the_former_one(
     assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
 
 
-def test_of_a_failed_phase_the_compilers_errors_are_shown(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_of_a_failed_phase_the_compilers_errors_are_shown(tool, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(tool, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match="error: sh ended with 3"), tool.phase("Compiling"):
         subprocess.run(["sh", "-c", "echo 'x.cu:1: error: no such kernel'; echo noise; exit 3"], check=True)

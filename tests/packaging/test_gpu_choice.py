@@ -54,13 +54,9 @@ class Machine:
         path = {"PATH": os.pathsep.join([str(self.programs), os.environ["PATH"]])}
         command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", "built"]
         done = subprocess.run(
-            command,
-            cwd=self.project,
-            env=os.environ | asked | path | environment,
-            capture_output=True,
-            text=True,
+            command, cwd=self.project, env=os.environ | asked | path | environment, capture_output=True, text=True,
             check=False,
-        )
+        )  # fmt: skip
         record = self.project / "built" / RECORD
         return json.loads(record.read_text()) if done.returncode == 0 else {}, done.stdout + done.stderr
 
@@ -127,9 +123,7 @@ def test_an_older_nvcc_compiles_for_what_it_knows(machine: Machine) -> None:
         (["120-real"], ["120,code=sm_120"]),
     ],
 )
-def test_gpus_that_nvcc_reads_the_sources_alike_for_share_a_ptx(
-    archs: list[str], codes: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpus_that_nvcc_reads_the_sources_alike_for_share_a_ptx(archs, codes, monkeypatch):
     monkeypatch.setenv("EVAKERNELS_CUDA", "off")
     monkeypatch.setattr("setuptools.setup", lambda **options: None)
     options = runpy.run_path(str(ROOT / "setup.py"))["codes_to_generate"](archs)

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 from data_samples import sample
+from shard_server import ShardServer
 
 from evaclip.data.shard_writer import write_shard
 
@@ -21,3 +22,9 @@ def shards(tmp_path) -> str:
         write_shard(tmp_path / f"{shard:02d}.tar", map(sample, range(start, start + size)))
         start += size
     return str(tmp_path / "{00..02}.tar")
+
+
+@pytest.fixture
+def server(shards, tmp_path):
+    with ShardServer(tmp_path).running() as running:
+        yield running

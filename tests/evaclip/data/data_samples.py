@@ -1,11 +1,13 @@
 """Numbered samples whose pictures, captions and tensors tell their number."""
 
 import io
+import itertools
 import json
 
 import torch
 from PIL import Image
 
+from evaclip.data import TrainLoader
 from evaclip.data.order import U64
 
 
@@ -19,11 +21,7 @@ def picture(number: int, size: int = 8, kind: str = "png") -> bytes:
 def sample(number: int) -> tuple[str, dict[str, bytes]]:
     """A sample in img2dataset's layout."""
     facts = {"caption": f"caption {number}", "captions": [f"caption {number}", f"caption {number + 1000}"]}
-    members = {
-        "png": picture(number),
-        "txt": f"caption {number}\n".encode(),
-        "json": json.dumps(facts).encode(),
-    }
+    members = {"png": picture(number), "txt": f"caption {number}\n".encode(), "json": json.dumps(facts).encode()}
     return f"{number:06d}", members
 
 
@@ -37,3 +35,20 @@ def number_tokens(captions: list[str], seeds: U64) -> torch.Tensor:
     """[n, 2]: the number in each caption, and the draw of its seed."""
     pairs = zip(captions, seeds.tolist(), strict=True)
     return torch.tensor([[int(caption.split()[-1]), seed % 10007] for caption, seed in pairs])
+
+
+def make_loader(source, batch_size=8, **options) -> TrainLoader:
+    options = {"seed": 3, "window": 20, **options}
+    return TrainLoader(source, batch_size=batch_size, transform=number_transform, targets=number_tokens, **options)
+
+
+def take(loader: TrainLoader, batches: int, position: int = 0) -> list:
+    stream = loader.batches(position)
+    taken = list(itertools.islice(stream, batches))
+    stream.close()
+    return taken
+
+
+def numbers(batches: list) -> list[int]:
+    """The numbers of the samples, read from the pictures."""
+    return torch.cat([batch.images[:, 0, 0, 0] for batch in batches]).int().tolist()

@@ -104,12 +104,7 @@ def test_check_decodes_as_it_is_told(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "words",
-    [
-        ("check", "SHARDS", "--json", "OUT"),
-        ("index", "SHARDS", "--out", "OUT"),
-        ("emoji", "OUT"),
-    ],
+    "words", [("check", "SHARDS", "--json", "OUT"), ("index", "SHARDS", "--out", "OUT"), ("emoji", "OUT")]
 )
 def test_outputs_that_cannot_be_written_are_told_at_once(shards, tmp_path, monkeypatch, words):
     (tmp_path / "file").touch()
@@ -141,19 +136,7 @@ def test_check_takes_the_columns_of_a_table(tmp_path, capsys):
 
 
 def test_bench_shows_stages_and_throughput(shards, capsys):
-    evaclip(
-        "data",
-        "bench",
-        shards,
-        "--workers",
-        "1",
-        "--batch-size",
-        "16",
-        "--image-size",
-        "32",
-        "--seconds",
-        "0.1",
-    )
+    evaclip("data", "bench", shards, "--workers", "1", "--batch-size", "16", "--image-size", "32", "--seconds", "0.1")
     output = capsys.readouterr().out
     assert all(word in output for word in ("read", "decode", "transform", "samples/s", "MB/s", "waiting"))
 

@@ -14,10 +14,10 @@ import fsspec
 import psutil
 import pytest
 import torch
-from data_samples import number_tokens, number_transform, sample
+from data_samples import make_loader, numbers, sample, take
 from shard_server import ShardServer
 
-from evaclip.data import BadSample, FaultKind, TrainLoader, open_source
+from evaclip.data import BadSample, FaultKind, open_source
 from evaclip.data.config import RemoteConfig
 from evaclip.data.remote import RemoteError, file_name
 from evaclip.data.shard_cache import Fetching, ShardCache, Wanted
@@ -37,12 +37,6 @@ def short_pauses(monkeypatch):
 
 
 @pytest.fixture
-def server(shards, tmp_path):
-    with ShardServer(tmp_path).running() as running:
-        yield running
-
-
-@pytest.fixture
 def copies(cache_folder) -> Path:
     return cache_folder.parent / "shards"
 
@@ -52,20 +46,9 @@ def forget_copies(copies: Path) -> None:
         path.unlink()
 
 
-def make_loader(source, **options) -> TrainLoader:
-    options = {"seed": 3, "window": 20, "batch_size": 8, **options}
-    return TrainLoader(source, transform=number_transform, targets=number_tokens, **options)
-
-
-def take(loader: TrainLoader, count: int, position: int = 0) -> list:
-    stream = loader.batches(position)
-    batches = list(itertools.islice(stream, count))
-    stream.close()
-    return batches
-
-
-def numbers(batches: list) -> list[int]:
-    return torch.cat([batch.images[:, 0, 0, 0] for batch in batches]).int().tolist()
+def write_twenties(folder: Path, shards: int) -> None:
+    for number in range(shards):
+        write_shard(folder / f"n{number}.tar", map(sample, range(20 * number, 20 * number + 20)))
 
 
 def in_group(process: psutil.Process, group: int) -> bool:
@@ -232,8 +215,7 @@ def test_a_shard_that_changes_gives_no_wrong_data(how, server, copies, tmp_path)
 
 def test_copies_stay_within_their_bound_and_the_oldest_go_first(server, copies, tmp_path):
     size = (tmp_path / "00.tar").stat().st_size
-    for number in range(6):
-        write_shard(tmp_path / f"n{number}.tar", map(sample, range(20 * number, 20 * number + 20)))
+    write_twenties(tmp_path, 6)
     config = RemoteConfig(cache_gb=2.5 * size / 1e9)
     source = open_source(server.url("n{0..5}.tar"), remote=config)
     for index in range(0, 120, 10):
@@ -262,8 +244,7 @@ def test_a_window_that_does_not_fit_is_an_error_at_the_start(server):
 
 
 def test_the_processes_of_a_machine_share_its_room(tmp_path, copies):
-    for number in range(4):
-        write_shard(tmp_path / f"n{number}.tar", map(sample, range(20 * number, 20 * number + 20)))
+    write_twenties(tmp_path, 4)
     size = (tmp_path / "n0.tar").stat().st_size
     with ShardServer(tmp_path).running() as server:
         source = open_source(server.url("n{0..3}.tar"), remote=RemoteConfig(cache_gb=1.5 * size / 1e9))
@@ -275,8 +256,7 @@ def test_the_processes_of_a_machine_share_its_room(tmp_path, copies):
 
 
 def test_the_next_window_is_fetched_before_it_is_read(tmp_path, copies):
-    for number in range(6):
-        write_shard(tmp_path / f"n{number}.tar", map(sample, range(20 * number, 20 * number + 20)))
+    write_twenties(tmp_path, 6)
     with ShardServer(tmp_path).running() as server:
         source = open_source(server.url("n{0..5}.tar"))
         forget_copies(copies)

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 from data_samples import sample
-from shard_server import ShardServer
 
 from evaclip.commands.main import build_parser
 from evaclip.data import BadSample, FaultKind, open_source
@@ -18,12 +17,6 @@ from evaclip.errors import UserError
 def index(path: str, out, *options: str) -> None:
     args = build_parser().parse_args(["data", "index", path, "--out", str(out), *options])
     args.run(args)
-
-
-@pytest.fixture
-def server(shards, tmp_path):
-    with ShardServer(tmp_path).running() as running:
-        yield running
 
 
 @pytest.mark.parametrize("remote", [False, True])

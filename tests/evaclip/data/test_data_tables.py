@@ -15,8 +15,13 @@ from evaclip.errors import UserError
 @pytest.fixture
 def pictures(tmp_path):
     for name in ("a.png", "b.png"):
-        (tmp_path / name).write_bytes(picture(1))
+        write_picture(tmp_path / name)
     return tmp_path
+
+
+def write_picture(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(picture(1))
 
 
 def write(path, text: str, encoding: str = "utf-8") -> str:
@@ -29,10 +34,7 @@ def test_a_table_with_the_usual_columns(pictures, separator):
     rows = [("filepath", "id", "title"), ("a.png", "1", "a cat"), ("b.png", "2", "ein Hund\u00e9")]
     path = write(pictures / "pairs.csv", "".join(separator.join(row) + "\n" for row in rows))
     source = open_source(path)
-    assert [(raw.key, raw.caption) for raw in (source[0], source[1])] == [
-        ("a.png", "a cat"),
-        ("b.png", "ein Hundé"),
-    ]
+    assert [(raw.key, raw.caption) for raw in (source[0], source[1])] == [("a.png", "a cat"), ("b.png", "ein Hundé")]
     assert source[0].image == picture(1)
     assert source.place(1) == (path, "b.png")
 
@@ -140,17 +142,7 @@ def test_json_lines_that_cannot_be_used(pictures, text, message):
 
 def test_rows_with_faults(pictures):
     (pictures / "void.png").touch()
-    rows = [
-        "filepath,title",
-        "a.png,",
-        "gone.png,text",
-        ",text",
-        "b.png",
-        "",
-        ".,text",
-        "void.png,text",
-        "a.png,good",
-    ]
+    rows = ["filepath,title", "a.png,", "gone.png,text", ",text", "b.png", "", ".,text", "void.png,text", "a.png,good"]
     source = open_source(write(pictures / "pairs.csv", "\n".join(rows)))
     kinds = []
     for index in range(len(source) - 1):
@@ -191,9 +183,7 @@ def test_the_fingerprint_of_a_table_follows_its_rows(pictures):
 
 def test_a_folder_of_classes(tmp_path):
     for name in ("tabby_cat/1.png", "dog/deep/2.JPG", "dog/3.png", "dog/notes.txt"):
-        file = tmp_path / "root" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(picture(1))
+        write_picture(tmp_path / "root" / name)
     source = open_source(str(tmp_path / "root"), caption_template="a drawing of a {}, cropped")
     assert list(source.classes) == ["dog", "tabby cat"]
     assert [source[i].key for i in range(3)] == ["dog/3.png", "dog/deep/2.JPG", "tabby_cat/1.png"]
@@ -203,9 +193,7 @@ def test_a_folder_of_classes(tmp_path):
 def test_hidden_and_empty_folders_are_no_classes(tmp_path):
     names = ("dog/1.png", "dog/._1.png", "dog/.ipynb_checkpoints/1-checkpoint.png", ".hidden/2.png")
     for name in (*names, "__MACOSX/dog/3.png", "cat/notes.txt"):
-        file = tmp_path / "root" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(picture(1))
+        write_picture(tmp_path / "root" / name)
     source = open_source(str(tmp_path / "root"))
     assert list(source.classes) == ["dog"]
     assert [source[i].key for i in range(len(source))] == ["dog/1.png"]

@@ -36,13 +36,7 @@ def test_offsets_lead_to_the_contents(shard):
 
 def test_members_need_not_be_adjacent_and_folders_count(tmp_path):
     path = tmp_path / "mixed.tar"
-    entries = [
-        ("a/1.PNG", b"x"),
-        ("b/1.png", b"yy"),
-        ("a/1.txt", b"t"),
-        ("a/._1.png", b"mac"),
-        ("b/1.seg.png", b"s"),
-    ]
+    entries = [("a/1.PNG", b"x"), ("b/1.png", b"yy"), ("a/1.txt", b"t"), ("a/._1.png", b"mac"), ("b/1.seg.png", b"s")]
     with tarfile.open(path, "w") as tar:
         for name, content in entries:
             (tmp_path / "content").write_bytes(content)

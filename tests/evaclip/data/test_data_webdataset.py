@@ -40,12 +40,7 @@ def test_samples_of_all_shards_in_order(shards):
 def test_patterns_lists_globs_and_folders_name_the_same_shards(shards, tmp_path):
     expected = open_source(shards).fingerprint
     listed = "::".join(str(tmp_path / f"{i:02d}.tar") for i in range(3))
-    for path in (
-        listed,
-        str(tmp_path / "*.tar"),
-        str(tmp_path),
-        f"{tmp_path}/00.tar::{tmp_path}/{{01,02}}.tar",
-    ):
+    for path in (listed, str(tmp_path / "*.tar"), str(tmp_path), f"{tmp_path}/00.tar::{tmp_path}/{{01,02}}.tar"):
         assert open_source(path).fingerprint == expected
 
 
@@ -243,11 +238,7 @@ def test_fewer_shards_replace_more(tmp_path):
         "s-00000.tar",
         "s-00001.tar",
     ]
-    assert sorted(path.name for path in tmp_path.glob("*.tar")) == [
-        "s-00000.tar",
-        "s-00001.tar",
-        "s-extra.tar",
-    ]
+    assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["s-00000.tar", "s-00001.tar", "s-extra.tar"]
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path):

@@ -27,7 +27,6 @@ def trained_on(source: Source, seed: int, batches: int, workers: int = 0) -> Ite
 def test_both_halves_make_the_whole_and_keep_their_shards(shards: str) -> None:
     whole = open_source(shards)
     rest, held = hold_out(whole, 0.25, seed=3)
-    assert held is not None
     assert len(held) == 16
     assert sorted(numbers(rest) + numbers(held)) == list(range(64))
     assert numbers(rest) == sorted(numbers(rest))
@@ -40,7 +39,6 @@ def test_both_halves_make_the_whole_and_keep_their_shards(shards: str) -> None:
 
 def test_training_never_sees_them_in_any_epoch(shards: str) -> None:
     rest, held = hold_out(open_source(shards), 0.25, seed=3)
-    assert held is not None
     seen = list(trained_on(rest, seed=3, batches=36))
     assert set(seen) == set(range(64)) - set(numbers(held))
     assert sorted(seen[:48]) == sorted(set(seen))
@@ -78,7 +76,6 @@ def test_the_captions_of_one_picture_stay_together(tmp_path: Path) -> None:
         rows += [f"{number}.png,caption {number}", f"{number}.png,again {number}"]
     (tmp_path / "table.csv").write_text("\n".join(rows))
     rest, held = hold_out(open_source(str(tmp_path / "table.csv")), 0.2, seed=0)
-    assert held is not None
     assert len(held) == 12
     assert not set(numbers(rest)) & set(numbers(held))
 
@@ -87,8 +84,6 @@ def test_each_part_of_a_mixture_gives_its_share(shards: str) -> None:
     parts = [open_source(shards), open_source(shards.replace("{00..02}", "00"))]
     mixed = MixtureSource(parts, [3, 1])
     rest, held = hold_out(mixed, 0.25, seed=0)
-    assert held is not None
-    assert isinstance(rest, MixtureSource)
     assert [len(part) for part in rest.parts] == [48, 15]
     assert len(held) == 16 + 5
     assert [held.name(i) for i in range(len(held))] == [mixed.name(int(held[i].key)) for i in range(len(held))]

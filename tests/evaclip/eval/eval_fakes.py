@@ -13,15 +13,9 @@ from evaclip.commands.main import build_parser
 from evaclip.data.shard_writer import write_shard
 
 COLORS = {
-    "red": (255, 0, 0),
-    "green": (0, 255, 0),
-    "blue": (0, 0, 255),
-    "yellow": (255, 255, 0),
-    "cyan": (0, 255, 255),
-    "magenta": (255, 0, 255),
-    "black": (0, 0, 0),
-    "white": (255, 255, 255),
-}
+    "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0), "cyan": (0, 255, 255),
+    "magenta": (255, 0, 255), "black": (0, 0, 0), "white": (255, 255, 255),
+}  # fmt: skip
 
 
 class ColorModel(nn.Module):

@@ -66,16 +66,7 @@ class Validated:
     best: Tensor
 
 
-def validate(
-    model: nn.Module,
-    root: Path,
-    *,
-    real: Path | None = None,
-    columns: list[int] | None = None,
-    class_map: dict[str, int] | None = None,
-    prefetch: bool = False,
-    **args: Any,
-) -> Validated:
+def validate(model, root, *, real=None, columns=None, class_map=None, prefetch=False, **args):
     """The loop of timm's script of that name, of the same parts; `args` are its options of the same names."""
     config = resolve_data_config(args, model=model, use_test_size=True)
     dataset = create_dataset("", str(root), split="validation", class_map=class_map or "")

@@ -358,19 +358,12 @@ WRONG: list[tuple[list[object], str]] = [
 
 
 @pytest.mark.parametrize(("words", "message"), WRONG)
-def test_wrong_input_is_told(
-    words: list[str], message: str, val: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_input_is_told(words, message, val, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = {
-        "two.txt": "a\nb\n",
-        "twice.txt": "1\n2\n1\n",
-        "five.txt": "1\n2\n3\n4\n5\n",
-        "six.txt": "1\n2\n3\n4\n5\n6\n",
-        "short.json": "[[1], [2]]",
-        "high.json": json.dumps([[6]] * 12),
-        "flat.json": json.dumps([1] * 12),
-    }
+        "two.txt": "a\nb\n", "twice.txt": "1\n2\n1\n", "five.txt": "1\n2\n3\n4\n5\n", "six.txt": "1\n2\n3\n4\n5\n6\n",
+        "short.json": "[[1], [2]]", "high.json": json.dumps([[6]] * 12), "flat.json": json.dumps([1] * 12),
+    }  # fmt: skip
     for name, text in files.items():
         Path(name).write_text(text)
     monkeypatch.setattr("evaclip.loading.create_vision_model", _unless_config_is_wrong)

@@ -24,14 +24,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a few steps that also kept a moving average."""
     recipe = get_recipe("tiny")
     config = replace(
-        recipe,
-        output=str(tmp_path_factory.mktemp("runs")),
-        batch_size=8,
-        schedule=replace(recipe.schedule, steps=4),
-        ema_decay=0.5,
-        eval=EvalConfig(),
-        log=LogConfig(every_steps=1, tensorboard=False, progress="none"),
-    )
+        recipe, output=str(tmp_path_factory.mktemp("runs")), batch_size=8, schedule=replace(recipe.schedule, steps=4),
+        ema_decay=0.5, eval=EvalConfig(), log=LogConfig(every_steps=1, tensorboard=False, progress="none"),
+    )  # fmt: skip
     return train(config).folder
 
 
@@ -119,9 +114,7 @@ def test_wrong_models_are_told(run: Path, tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
-def test_what_could_not_be_read_decides_the_exit_code(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_could_not_be_read_decides_the_exit_code(run, tmp_path, capsys):
     samples = {name: {"png": png(color), "txt": name.encode()} for name, color in COLORS.items()}
     samples["red"]["png"] = samples["blue"]["png"] = b"damaged"
     path = str(write_tar(tmp_path / "x.tar", samples))
@@ -152,9 +145,7 @@ def test_small_pictures_are_left_out_when_asked(run: Path, tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize("option", ["--json", "--cache"])
-def test_outputs_that_cannot_be_written_are_told_before_the_model_is_looked_for(
-    tmp_path: Path, color_shard: Path, option: str
-) -> None:
+def test_outputs_that_cannot_be_written_are_told_before_the_model_is_looked_for(tmp_path, color_shard, option):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=rf"^cannot write {tmp_path}/file/out\S*: Not a directory"):
         evaclip("eval", "zero-shot", "no-model", "--data", color_shard, option, tmp_path / "file" / "out")

@@ -88,9 +88,7 @@ def test_nothing_readable_is_an_error(tmp_path: Path, color_model: ColorModel) -
         encode_texts(color_model, tokenize_colors, [], OPTIONS)
 
 
-def test_the_cache_spares_the_model_and_gives_the_same(
-    tmp_path: Path, color_model: ColorModel, color_shard: Path
-) -> None:
+def test_the_cache_spares_the_model_and_gives_the_same(tmp_path, color_model, color_shard):
     options = replace(OPTIONS, cache=tmp_path / "cache")
     source = open_source(str(color_shard))
     first = encode_images(color_model, ToTensor(), source, options)
@@ -103,9 +101,7 @@ def test_the_cache_spares_the_model_and_gives_the_same(
     assert color_model.calls == calls
 
 
-def test_the_cache_knows_weights_data_transform_and_precision_apart(
-    tmp_path: Path, color_model: ColorModel, color_shard: Path
-) -> None:
+def test_the_cache_knows_weights_data_transform_and_precision_apart(tmp_path, color_model, color_shard):
     options = replace(OPTIONS, cache=tmp_path / "cache")
 
     class Other(ToTensor):
@@ -133,9 +129,7 @@ def test_a_damaged_cache_file_is_written_anew(tmp_path: Path, color_model: Color
     assert encode_texts(color_model, tokenize_colors, ["red"], options).shape == (1, 3)
 
 
-def test_a_transform_that_tells_nothing_is_not_cached(
-    tmp_path: Path, color_model: ColorModel, color_shard: Path
-) -> None:
+def test_a_transform_that_tells_nothing_is_not_cached(tmp_path, color_model, color_shard):
     with pytest.raises(UserError, match="repr tells what it does"):
         encode_images(
             color_model,

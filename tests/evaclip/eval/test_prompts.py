@@ -5,13 +5,7 @@ from pathlib import Path
 import pytest
 
 from evaclip.errors import UserError
-from evaclip.eval.prompts import (
-    imagenet_classnames,
-    imagenet_templates,
-    load_classnames,
-    load_templates,
-    prompts,
-)
+from evaclip.eval.prompts import imagenet_classnames, imagenet_templates, load_classnames, load_templates, prompts
 
 
 def test_imagenet_has_its_names_and_templates() -> None:

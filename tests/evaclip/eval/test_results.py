@@ -20,15 +20,9 @@ def zero_shot() -> Evaluation:
     worst = {"name": "red", "samples": 4, "top1": 0.0, "top5": 0.5, "mistaken_for": "blue"}
     best = {"name": "blue", "samples": 4, "top1": 1.0, "top5": 1.0, "mistaken_for": None}
     return evaluation(
-        samples=8,
-        classes=1000,
-        top1=0.5,
-        top5=0.75,
-        mean_per_class=0.5,
-        chance_top1=0.001,
-        chance_top5=0.005,
+        samples=8, classes=1000, top1=0.5, top5=0.75, mean_per_class=0.5, chance_top1=0.001, chance_top5=0.005,
         per_class=[best, worst],
-    )
+    )  # fmt: skip
 
 
 def printed(function: Any, subject: Evaluation) -> str:

@@ -12,18 +12,10 @@ from evaclip.errors import UserError
 from evaclip.model.config import ALIASES, override
 
 EVA_CLIP = {
-    "EVA01-CLIP-B-16",
-    "EVA01-CLIP-g-14",
-    "EVA01-CLIP-g-14-plus",
-    "EVA02-CLIP-B-16",
-    "EVA02-CLIP-L-14",
-    "EVA02-CLIP-L-14-336",
-    "EVA02-CLIP-bigE-14",
-    "EVA02-CLIP-bigE-14-plus",
-    "EVA-CLIP-8B",
-    "EVA-CLIP-8B-plus",
+    "EVA01-CLIP-B-16", "EVA01-CLIP-g-14", "EVA01-CLIP-g-14-plus", "EVA02-CLIP-B-16", "EVA02-CLIP-L-14",
+    "EVA02-CLIP-L-14-336", "EVA02-CLIP-bigE-14", "EVA02-CLIP-bigE-14-plus", "EVA-CLIP-8B", "EVA-CLIP-8B-plus",
     "EVA-CLIP-18B",
-}
+}  # fmt: skip
 
 
 def test_ships_all_models() -> None:

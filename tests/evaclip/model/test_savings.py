@@ -177,9 +177,7 @@ def test_the_convolution_is_not_run_on_dropped_patches(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("vision_options", [{"layers": 2}, {**NO_ROPE, "layers": 2}, {"layers": 1}])
 @pytest.mark.parametrize("saving", ["nothing", "pack_text", "pooled_last_block", "early_drop", "all"])
-def test_operations_agree_with_the_formula(
-    saving: str, vision_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_operations_agree_with_the_formula(saving, vision_options, monkeypatch):
     model = small_model(**vision_options)
     savings = {"nothing": PLAIN, **SAVINGS}[saving]
     model.set_savings(savings)

@@ -10,45 +10,39 @@ from evaclip.commands.main import main
 from evaclip.plan.gpus import get_gpu, gpus
 
 
-def plan(capsys: Any, *arguments: str) -> str:
-    assert main(["plan", *arguments]) == 0
-    text: str = capsys.readouterr().out
-    return text
-
-
-def test_shows_what_a_gpu_holds(capsys: Any) -> None:
-    text = plan(capsys, "tiny", "--gpus", "2", "--set", "batch_size=64")
+def test_shows_what_a_gpu_holds(plan: Any) -> None:
+    text = plan("tiny", "--gpus", "2", "--set", "batch_size=64")
     for word in ("parameters", "optimizer state", "tensors", "fits", "64 = 2 (GPUs) x 1 (chunks) x 32"):
         assert word in text
 
 
-def test_json_holds_the_same(capsys: Any) -> None:
+def test_json_holds_the_same(plan: Any) -> None:
     arguments = ("eva02-b-16", "--gpus", "64", "--gpu", "h100-80g", "--beside", "3.5", "--json")
-    memory = json.loads(plan(capsys, *arguments))["memory"]
+    memory = json.loads(plan(*arguments))["memory"]
     assert memory["model_parameters"] == 149_691_137
     assert memory["peak"] == sum(memory["kinds"].values())
     assert memory["of_the_gpu"] == get_gpu("h100-80g").memory
     assert memory["reserved"] == [3.5 * 2**30] * 2
 
 
-def test_offload_is_in_host_memory(capsys: Any) -> None:
+def test_offload_is_in_host_memory(plan: Any) -> None:
     arguments = ("tiny", "--gpus", "8", "--set", "parallel={mode: shard, offload: cpu}", "ema_decay=0.9")
-    tree = json.loads(plan(capsys, *arguments, "--json"))
+    tree = json.loads(plan(*arguments, "--json"))
     # The average of the temperature is there too.
     assert tree["memory"]["host"] == 20 * (tree["memory"]["parameters"] - 1) + 4
     assert not {"parameters", "optimizer state", "averaged weights"} & tree["memory"]["kinds"].keys()
     assert tree["time"]["seconds"]["host link"][0] > 0
-    assert " a node" in plan(capsys, *arguments)
-    host, count = json.loads(plan(capsys, *arguments, "--storage-gbps", "2", "--json"))["host"], 8
+    assert " a node" in plan(*arguments)
+    host, count = json.loads(plan(*arguments, "--storage-gbps", "2", "--json"))["host"], 8
     assert host["seconds_of_a_checkpoint"] == host["checkpoint"] / 2e9 + host["checkpoint"] / 1.9e9 / count
     # Weights and averages, half of the checkpoint, are read and written once, and hashed each time.
     assert host["seconds_to_join_its_weights"] == pytest.approx(host["checkpoint"] * (1 / 2e9 + 1 / 1.9e9))
 
 
-def test_a_file_and_what_nodes_need(capsys: Any, tmp_path: Path) -> None:
+def test_a_file_and_what_nodes_need(plan: Any, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("{batch_size: 64, accumulation: 2, data: {workers: 3}, checkpoint: {keep: 1}}")
     given = ("--gpus", "16", "--config", str(tmp_path / "my.yaml"), "--images-per-core", "100", "--storage-gbps", "2")
-    tree = json.loads(plan(capsys, "tiny", *given, "--set", "checkpoint.keep_every=45", "--json"))
+    tree = json.loads(plan("tiny", *given, "--set", "checkpoint.keep_every=45", "--json"))
     assert (tree["job"]["global_batch"], tree["job"]["accumulation"]) == (64, 2)
     host, whole = tree["host"], 12 * tree["memory"]["model_parameters"]
     assert host["batches_waiting_in_a_node"] == 8 * 3 * 2 * 4 * 3 * 32**2
@@ -57,17 +51,17 @@ def test_a_file_and_what_nodes_need(capsys: Any, tmp_path: Path) -> None:
     assert host["seconds_of_a_checkpoint"] == whole / 2e9 + whole / 1.9e9
     assert "seconds_to_join_its_weights" not in host
     assert host["decoding_cores_of_a_node"][0] == pytest.approx(32 / tree["time"]["seconds"]["step"][0] / 100)
-    assert "decoding cores of a node" in plan(capsys, "tiny", *given)
+    assert "decoding cores of a node" in plan("tiny", *given)
 
 
-def test_parts_of_other_image_sizes_are_planned_as_runs_of_their_own(capsys: Any) -> None:
+def test_parts_of_other_image_sizes_are_planned_as_runs_of_their_own(plan: Any) -> None:
     sizes = "schedule.resolutions=[{image_size: 16, share: 0.4}, {image_size: 64, steps: 20}]"
     given = ("tiny", "--gpus", "2", "--images-per-core", "100", "--set", "batch_size=64", "schedule.steps=100")
-    tree = json.loads(plan(capsys, *given, sizes, "--json"))
+    tree = json.loads(plan(*given, sizes, "--json"))
     parts = tree["parts"]
     assert [(part["image_size"], part["steps"]) for part in parts] == [(16, 40), (64, 20), (32, 40)]
     for part in parts:
-        alone = json.loads(plan(capsys, *given, f"model.options.vision.image_size={part['image_size']}", "--json"))
+        alone = json.loads(plan(*given, f"model.options.vision.image_size={part['image_size']}", "--json"))
         assert len(alone["parts"]) == 1
         assert part["seconds"] == alone["time"]["seconds"]["step"]
         assert part["peak"] == alone["memory"]["peak"]
@@ -78,23 +72,23 @@ def test_parts_of_other_image_sizes_are_planned_as_runs_of_their_own(capsys: Any
     assert tree["memory"]["peak"] == parts[1]["peak"] == max(part["peak"] for part in parts)
     assert tree["time"]["gpu_hours"] == pytest.approx([sum(part["gpu_hours"][i] for part in parts) for i in (0, 1)])
     assert tree["host"]["decoding_cores_of_a_node"] == parts[0]["decoding_cores_of_a_node"]
-    text = plan(capsys, *given, sizes)
+    text = plan(*given, sizes)
     assert "Parts of the run" in text
     assert "GPU-hours for" not in text
-    assert "Parts of the run" not in plan(capsys, *given)
+    assert "Parts of the run" not in plan(*given)
 
 
-def test_parts_of_a_run_whose_steps_the_data_tells(capsys: Any) -> None:
+def test_parts_of_a_run_whose_steps_the_data_tells(plan: Any) -> None:
     epochs = ("schedule={steps: null, epochs: 3, resolutions: [{image_size: 16, share: 0.4}]}",)
-    parts = json.loads(plan(capsys, "tiny", "--set", *epochs, "--json"))["parts"]
+    parts = json.loads(plan("tiny", "--set", *epochs, "--json"))["parts"]
     assert [(part["image_size"], part["steps"], part["gpu_hours"]) for part in parts] == [
         (16, None, None),
         (32, None, None),
     ]
 
 
-def test_what_does_not_fit_is_said(capsys: Any) -> None:
-    assert "misses by" in plan(capsys, "tiny", "--gpu", "rtx-4090", "--set", "batch_size=131072")
+def test_what_does_not_fit_is_said(plan: Any) -> None:
+    assert "misses by" in plan("tiny", "--gpu", "rtx-4090", "--set", "batch_size=131072")
 
 
 @pytest.mark.parametrize(

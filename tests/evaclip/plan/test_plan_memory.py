@@ -58,31 +58,17 @@ TASK = MaskedImageTask(teacher=TEACHER, smallest_block=4)
 STUDENT = {"model": "eva02_base_patch14_224", "task": TASK, "options": IMAGE}
 FOUR = {"gpus": 4, "global_batch": 64, "mode": "shard"}
 FP32 = {"precision": "fp32"}
+CLIP_B = {"model": "EVA02-CLIP-B-16", "options": B}
+CLIP_E = {"model": "EVA02-CLIP-bigE-14", "options": E}
 STEPS: dict[str, dict[str, Any]] = {
-    "B-narrow": {"model": "EVA02-CLIP-B-16", "options": NARROW, "precision": "fp32"},
-    "B": {"model": "EVA02-CLIP-B-16", "options": B, "precision": "fp32"},
-    "B-amp-padded": {"model": "EVA02-CLIP-B-16", "options": B, "savings": Savings(pack_text=False)},
-    "B-activations": {
-        "model": "EVA02-CLIP-B-16",
-        "options": B,
-        "token_dropout": 0.5,
-        "savings": Savings(recompute="activations"),
-    },
-    "B-bf16": {"model": "EVA02-CLIP-B-16", "options": B, "precision": "bf16", "savings": Savings(recompute="block")},
-    "E-block": {
-        "model": "EVA02-CLIP-bigE-14",
-        "options": E,
-        "token_dropout": 0.5,
-        "savings": Savings(recompute="block"),
-    },
-    "E-activations": {"model": "EVA02-CLIP-bigE-14", "options": E, "savings": Savings(recompute="activations")},
-    "E-chunks": {
-        "model": "EVA02-CLIP-bigE-14",
-        "options": E,
-        "precision": "fp32",
-        "accumulation": 2,
-        "optimizer": "adamw",
-    },
+    "B-narrow": {**CLIP_B, **FP32, "options": NARROW},
+    "B": {**CLIP_B, **FP32},
+    "B-amp-padded": {**CLIP_B, "savings": Savings(pack_text=False)},
+    "B-activations": {**CLIP_B, "token_dropout": 0.5, "savings": Savings(recompute="activations")},
+    "B-bf16": {**CLIP_B, "precision": "bf16", "savings": Savings(recompute="block")},
+    "E-block": {**CLIP_E, "token_dropout": 0.5, "savings": Savings(recompute="block")},
+    "E-activations": {**CLIP_E, "savings": Savings(recompute="activations")},
+    "E-chunks": {**CLIP_E, **FP32, "accumulation": 2, "optimizer": "adamw"},
     "classifier": {**CLASSIFIER, **FP32},
     "classifier-token": {**CLASSIFIER, **FP32, "model": "eva02_base_patch16_clip_224", "token_dropout": 0.5},
     "classifier-mixed": {**CLASSIFIER, **FP32, "task": MIXED, "accumulation": 3},

@@ -115,35 +115,28 @@ def test_pairs_that_are_mixed_are_not_parted() -> None:
 @pytest.mark.exhaustive
 def test_the_largest_batch_is_of_whole_pairs() -> None:
     found = largest(MIXED, replace(H100, memory_gib=0.2 + H100.beside_gib[1]))
-    assert found is not None
     assert found.job.chunk > 16
     assert found.job.global_batch == 3 * found.job.chunk
     assert found.job.chunk % 2 == 0
 
 
-def plan(capsys: Any, *arguments: str) -> str:
-    assert main(["plan", *arguments]) == 0
-    text: str = capsys.readouterr().out
-    return text
-
-
-def test_tables_have_what_there_is(capsys: Any) -> None:
+def test_tables_have_what_there_is(plan: Any) -> None:
     given = ["--gpus", "2", "--set", OPTIONS, "batch_size=64", "schedule.epoch_samples=6400"]
-    text = plan(capsys, "finetune-eva02-b-in1k", *given, "--savings")
+    text = plan("finetune-eva02-b-in1k", *given, "--savings")
     assert "16 of 16 patches" in text
     assert "GPU-hours for 192,000 samples" in text
     assert not [word for word in ("caption", "the text", "teacher", "pooled") if word in text]
     teacher = f"task.teacher.options={json.dumps(TEACHER.options)}"
-    tree = json.loads(plan(capsys, "pretrain-mim-eva02-base", *given, teacher, "task.smallest_block=2", "--json"))
+    tree = json.loads(plan("pretrain-mim-eva02-base", *given, teacher, "task.smallest_block=2", "--json"))
     assert tree["memory"]["kinds"][FROZEN] > 0
     assert tree["time"]["seconds"]["teacher"][0] > tree["time"]["seconds"]["teacher"][1] > 0
     assert tree["host"]["checkpoint"] == 12 * tree["memory"]["model_parameters"]
 
 
-def test_parts_of_other_image_sizes(capsys: Any) -> None:
+def test_parts_of_other_image_sizes(plan: Any) -> None:
     sizes = "schedule.resolutions=[{image_size: 28, share: 0.5}]"
     given = ["finetune-eva02-b-in1k", "--set", OPTIONS, "schedule.epoch_samples=2048", sizes, "--json"]
-    parts = json.loads(plan(capsys, *given))["parts"]
+    parts = json.loads(plan(*given))["parts"]
     assert [(part["image_size"], part["steps"]) for part in parts] == [(28, 30), (56, 30)]
     assert parts[0]["flops"] < 0.4 * parts[1]["flops"]
 

@@ -48,6 +48,10 @@ COUNTED_JOBS: dict[str, dict[str, Any]] = {
 }
 
 
+def planned(job):
+    return plan_time(job, plan_memory(job), A100)
+
+
 def _attention(batch: int, heads: int, queries: int, keys: int, channels: int) -> int:
     return 4 * batch * heads * queries * keys * channels
 
@@ -111,15 +115,10 @@ def _index(job: Job) -> torch.Tensor | None:
 )
 def test_operations_are_those_that_torch_counts(name: str, recompute: Any) -> None:
     job = Job(
-        global_batch=2,
-        mode="replicate",
-        precision="fp32",
-        savings=Savings(recompute=recompute),
-        **COUNTED_JOBS[name],
+        global_batch=2, mode="replicate", precision="fp32", savings=Savings(recompute=recompute), **COUNTED_JOBS[name]
     )
-    time = plan_time(job, plan_memory(job), A100)
-    planned = sum(sum(of_stage.values()) for stage, of_stage in time.flops.items() if stage != "loss")
-    assert planned == _counted(job)
+    time = planned(job)
+    assert _counted(job) == sum(sum(terms.values()) for stage, terms in time.flops.items() if stage != "loss")
     assert ("recomputation" in time.flops) == (recompute != "none")
     assert ("teacher" in time.flops) == name.startswith("student")
 
@@ -127,7 +126,7 @@ def test_operations_are_those_that_torch_counts(name: str, recompute: Any) -> No
 def test_operations_agree_with_the_formula() -> None:
     job = Job.of(get_recipe("eva02-e-14-plus"), gpus=144, mode="shard", caption_tokens=77)
     job = replace(job, options={"vision": {"layers": 3}, "text": {"layers": 2}})
-    flops = plan_time(job, plan_memory(job), A100).flops
+    flops = planned(job).flops
     expected = flops_per_sample(job.config, 0.5, job.savings, text_tokens=77)
     assert sum(flops["forward"].values()) == pytest.approx(job.local_batch * expected, rel=1e-6)
     # All but the last product of each block is done again.
@@ -138,9 +137,7 @@ def test_chunks_pass_forward_twice() -> None:
     options = {"vision": {"layers": 2}, "text": {"layers": 1}}
     savings = Savings(recompute="block")
     job = Job(model="EVA02-CLIP-L-14", options=options, gpus=8, global_batch=8 * 64, mode="shard", savings=savings)
-    whole, cut = (
-        plan_time(replace(job, accumulation=n), plan_memory(replace(job, accumulation=n)), A100) for n in (1, 4)
-    )
+    whole, cut = (planned(replace(job, accumulation=n)) for n in (1, 4))
     for term in ("products", "attention"):
         assert cut.flops["forward"][term] == pytest.approx(2 * whole.flops["forward"][term], rel=0.01)
         assert cut.flops["backward"][term] == pytest.approx(whole.flops["backward"][term], rel=0.01)
@@ -148,9 +145,7 @@ def test_chunks_pass_forward_twice() -> None:
 
 def test_chunks_of_a_mean_over_samples_pass_once() -> None:
     job = Job(model="eva02_base_patch14_224", task=STUDENT, options=IMAGE, gpus=2, global_batch=48)
-    whole, cut = (
-        plan_time(replace(job, accumulation=n), plan_memory(replace(job, accumulation=n)), A100) for n in (1, 4)
-    )
+    whole, cut = (planned(replace(job, accumulation=n)) for n in (1, 4))
     assert cut.flops.keys() == {"teacher", "forward", "backward"}
     for stage, terms in cut.flops.items():
         # The teacher's positions are resized once a chunk.
@@ -203,7 +198,7 @@ def test_links_that_collectives_use(options: dict[str, Any], term: str, rate: fl
 def test_a_run_is_its_steps() -> None:
     options = {"vision": {"layers": 2}, "text": {"layers": 1}}
     job = Job(model="EVA02-CLIP-B-16", options=options, gpus=8, global_batch=8192, samples=8_192_000)
-    time = plan_time(job, plan_memory(job), A100)
+    time = planned(job)
     slow, fast = time.step
     assert slow > fast > 0
     assert time.gpu_hours(job) == pytest.approx((slow * 8000 / 3600, fast * 8000 / 3600))

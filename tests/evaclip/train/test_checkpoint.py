@@ -116,7 +116,6 @@ def test_weights_are_checked_alone(tmp_path: Path) -> None:
     assert checkpoint.check_weights(folder) is None
     (folder / "meta.json").unlink()
     remark = checkpoint.check_weights(folder)
-    assert remark is not None
     assert "can't be known: meta.json cannot be read" in remark
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[:-4])

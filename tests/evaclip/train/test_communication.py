@@ -26,14 +26,10 @@ def event(name: str, start: float, end: float, device: Any = DeviceType.CPU, ann
 
 def test_on_a_cpu_collectives_are_those_of_gloo() -> None:
     events = [
-        event("gloo:all_reduce", 1, 3),
-        event("gloo:all_gather", 2, 4),
-        event("gloo:all_reduce", 6, 7),
-        event("c10d::allreduce_", 1, 4),
-        event("FSDP::pre_forward (0)", 0, 9),
-        event("aten::mm", 3.5, 6.5),
+        event("gloo:all_reduce", 1, 3), event("gloo:all_gather", 2, 4), event("gloo:all_reduce", 6, 7),
+        event("c10d::allreduce_", 1, 4), event("FSDP::pre_forward (0)", 0, 9), event("aten::mm", 3.5, 6.5),
         event("aten::empty", 3.6, 3.7),
-    ]
+    ]  # fmt: skip
     assert shares_of(events, 10.0) == pytest.approx((0.4, 0.3))
 
 

@@ -153,9 +153,7 @@ def train_elsewhere(config: TrainConfig, folder: Path, shared: bool) -> None:
 
 @pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_folder_that_is_not_shared_is_seen_at_start(
-    shared: bool, run_config: Callable[..., TrainConfig], tmp_path: Path
-) -> None:
+def test_a_folder_that_is_not_shared_is_seen_at_start(shared, run_config, tmp_path):
     in_processes(2, train_elsewhere, run_config("output=runs", "schedule.steps=1"), tmp_path, shared)
 
 

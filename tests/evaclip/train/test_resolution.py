@@ -44,7 +44,6 @@ def test_a_smaller_image_is_that_of_a_model_of_its_size(small_model: CLIP, early
     assert small_model.visual.num_patches == 4
     found.square().sum().backward()
     gradient = small_model.visual.pos_embed.grad
-    assert gradient is not None
     assert gradient.shape == small_model.visual.pos_embed.shape
     with pytest.raises(ValueError, match=r"expected \[batch, 3, 8, 8\]"):
         small_model.encode_image(whole)
@@ -82,9 +81,7 @@ def test_a_size_of_parts_of_patches_is_refused(run_config: Make) -> None:
         train(run_config("schedule.resolutions=[{image_size: 10, steps: 2}]"))
 
 
-def test_a_run_goes_on_bit_for_bit_within_a_part_and_over_its_end(
-    run_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_goes_on_bit_for_bit_within_a_part_and_over_its_end(run_config, tmp_path, monkeypatch):
     original, seen = TrainStep.__call__, list[int]()
 
     def step(self: TrainStep, images: torch.Tensor, *rest: Any, **options: bool) -> StepResult:
@@ -98,8 +95,7 @@ def test_a_run_goes_on_bit_for_bit_within_a_part_and_over_its_end(
     assert seen == [8, 8, 12, 12, 16, 16]
     for done in (1, 2, 3):
         found = train(
-            run_config(*common, evaluated, f"name=from-{done}"),
-            resume=str(straight / f"checkpoints/step_{done:08d}"),
+            run_config(*common, evaluated, f"name=from-{done}"), resume=str(straight / f"checkpoints/step_{done:08d}")
         ).folder
         logs = [
             {r["step"]: (r["loss"], r["lr"]) for r in read_log(f / "log.jsonl") if "loss" in r}

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -50,9 +49,7 @@ def train_until_killed(config: TrainConfig, step: int) -> None:
     "variant", ["adamw_workers_ema", pytest.param("lamb_accumulation_dropout", marks=pytest.mark.exhaustive)]
 )
 @pytest.mark.parametrize("task", TASKS)
-def test_kill_and_resume_is_bit_exact(
-    task: str, variant: str, run_config: Callable[..., TrainConfig], capsys: Any
-) -> None:
+def test_kill_and_resume_is_bit_exact(task, variant, run_config, capsys):
     dropout = [*TASKS[task].patch_dropout, *TASKS[task].drop_path]
     common = [
         *VARIANTS[variant],

@@ -81,7 +81,6 @@ def test_a_killed_process_of_this_machine_holds_nothing(tmp_path: Path, sleeps: 
     with subprocess.Popen(
         [sys.executable, "-c", HOLDING, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=f"process {process.pid} on"):
             acquire(tmp_path)
@@ -89,7 +88,6 @@ def test_a_killed_process_of_this_machine_holds_nothing(tmp_path: Path, sleeps: 
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         # Nobody has asked for how it ended: its number is still there.
         with acquire(tmp_path) as lock:
-            assert lock.taken_from is not None
             assert lock.taken_from.pid == process.pid
     assert sleeps == []
     assert names(tmp_path) == []
@@ -102,9 +100,7 @@ def test_a_number_that_another_process_has_now_holds_nothing(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("other", [{"host": "elsewhere"}, {"machine": "another container"}])
-def test_another_machine_is_watched_for_a_sign_of_life(
-    other: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeps: list[float]
-) -> None:
+def test_another_machine_is_watched_for_a_sign_of_life(other, tmp_path, monkeypatch, sleeps):
     dead = write(tmp_path, **other)
     with acquire(tmp_path) as lock:
         assert lock.taken_from == dead
@@ -235,9 +231,7 @@ def test_a_sign_of_life_comes_by_itself(tmp_path: Path, monkeypatch: pytest.Monk
         assert all(beats.acquire(timeout=30) for _ in range(3))
 
 
-def test_a_deleted_lock_is_made_again_unless_others_may_have_come_and_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_deleted_lock_is_made_again_unless_others_may_have_come_and_gone(tmp_path, monkeypatch):
     with acquire(tmp_path) as lock:
         (tmp_path / LOCK_FILE).unlink()
         lock.check()
@@ -260,9 +254,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("how", [{"resume": "auto"}, {"overwrite": True}])
-def test_a_run_that_goes_on_is_not_touched(
-    how: dict[str, Any], run_config: Callable[..., TrainConfig], tmp_path: Path
-) -> None:
+def test_a_run_that_goes_on_is_not_touched(how, run_config, tmp_path):
     config = run_config()
     train(config)
     with acquire(tmp_path / "run"):
@@ -275,13 +267,7 @@ def test_a_run_that_goes_on_is_not_touched(
 
 
 @pytest.mark.parametrize("is_noticed", [True, False])
-def test_a_robbed_run_stops_and_writes_no_checkpoint(
-    is_noticed: bool,
-    run_config: Callable[..., TrainConfig],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    sleeps: list[float],
-) -> None:
+def test_a_robbed_run_stops_and_writes_no_checkpoint(is_noticed, run_config, tmp_path, monkeypatch, sleeps):
     original, locks = TrainLoader.batches, list[RunLock]()
 
     def batches(self: TrainLoader, position: int = 0) -> Iterator[Batch]:
@@ -317,7 +303,6 @@ def test_two_starts_of_one_run(run_config: Callable[..., TrainConfig], tmp_path:
     arguments = ["train", "tiny", "--config", str(path), "--resume", "auto"]
     command = [sys.executable, "-m", "evaclip", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout is not None
         next(line for line in first.stdout if line.startswith("step 10/"))
         assert main(arguments) == 2
         assert capsys.readouterr().err.startswith(f"error: process {first.pid} on ")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from contrastive_step import contrastive_step
+from contrastive_step import contrastive_step, random_batch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,7 +20,6 @@ from evaclip.model.savings import Savings
 from evaclip.train import rng
 from evaclip.train.as_gpus import pretended
 from evaclip.train.config import LossConfig, OptimConfig
-from evaclip.train.distributed import World
 from evaclip.train.loss import ContrastiveLoss
 from evaclip.train.step import StepOptions, TrainStep
 from evaclip.train.token_sampling import token_index
@@ -32,21 +31,10 @@ BATCH = 8
 
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(BATCH, 3, 16, 16, generator=generator)
-    tokens = torch.randint(1, 40_000, (BATCH, 16), generator=generator)
-    tokens[:, 7] = 49_407
-    return images, tokens
+    return random_batch()
 
 
-def make_step(
-    model: CLIP,
-    options: StepOptions | None = None,
-    loss: LossConfig | None = None,
-    device: str = "cpu",
-    world: World | None = None,
-    **optim: Any,
-) -> TrainStep:
+def make_step(model, options=None, loss=None, device="cpu", world=None, **optim):
     return contrastive_step(model, OptimConfig(**{"lr": 1e-2, **optim}), options, loss, device, world)
 
 
@@ -56,9 +44,7 @@ def gradients(step: TrainStep) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("loss", ["clip", "siglip"])
 @pytest.mark.parametrize("recompute", ["none", "activations", "block"])
-def test_accumulation_equals_the_whole_batch(
-    small_model: CLIP, batch: tuple[Tensor, Tensor], loss: Any, recompute: Any
-) -> None:
+def test_accumulation_equals_the_whole_batch(small_model, batch, loss, recompute):
     small_model.logit_bias = nn.Parameter(torch.tensor(-10.0))
     small_model.double().visual.patch_dropout = 0.5
     small_model.set_savings(Savings(recompute=recompute))
@@ -76,9 +62,7 @@ def test_accumulation_equals_the_whole_batch(
         torch.testing.assert_close(chunked_gradients[name], expected, rtol=1e-7, atol=1e-12, msg=name)
 
 
-def test_the_device_gets_one_chunk_at_a_time(
-    small_model: CLIP, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_device_gets_one_chunk_at_a_time(small_model, batch, monkeypatch):
     sent: list[int] = []
     original = Tensor.to
 
@@ -93,9 +77,7 @@ def test_the_device_gets_one_chunk_at_a_time(
     assert set(sent) == {BATCH // 4}
 
 
-def test_both_passes_of_accumulation_draw_the_same(
-    small_model: CLIP, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_passes_of_accumulation_draw_the_same(small_model, batch, monkeypatch):
     blocks: Any = small_model.visual.blocks
     for block in blocks:
         block.drop_path = 0.5
@@ -117,9 +99,7 @@ def test_both_passes_of_accumulation_draw_the_same(
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing(
-    small_model: CLIP, batch: tuple[Tensor, Tensor], optimizer: Any, where: str
-) -> None:
+def test_a_step_that_is_not_finite_changes_nothing(small_model, batch, optimizer, where):
     step = make_step(small_model, StepOptions(grad_clip_norm=1.0), name=optimizer)
     images, tokens = batch
     step(images, tokens, step=0)
@@ -153,9 +133,7 @@ def test_skipped_steps_in_a_row_are_counted(small_model: CLIP, batch: tuple[Tens
 
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "amp_fp16", "bf16", "fp16"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_every_precision_trains(
-    small_model: CLIP, batch: tuple[Tensor, Tensor], precision: Any, accumulation: int
-) -> None:
+def test_every_precision_trains(small_model, batch, precision, accumulation):
     if not precision.startswith("amp"):
         small_model.to({"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
     options = StepOptions(precision=precision, accumulation=accumulation, grad_clip_norm=1.0)
@@ -210,9 +188,7 @@ def test_loss_scale_does_not_change_the_gradients(small_model: CLIP, batch: tupl
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
 @pytest.mark.parametrize("precision", ["fp32", "amp_fp16"])
-def test_clipping_bounds_the_norm(
-    small_model: CLIP, batch: tuple[Tensor, Tensor], precision: Any, optimizer: Any
-) -> None:
+def test_clipping_bounds_the_norm(small_model, batch, precision, optimizer):
     """Of what reaches the moments: the gradients themselves stay as they are, times the loss scale."""
     step = make_step(small_model, StepOptions(precision=precision, grad_clip_norm=0.01), name=optimizer)
     step.loss_scale.scale.clamp_(max=1024.0)
@@ -250,7 +226,6 @@ def test_norms_of_the_towers(small_model: CLIP, batch: tuple[Tensor, Tensor]) ->
         parts = [p.grad.norm() for p in getattr(small_model, name).parameters() if p.grad is not None]
         torch.testing.assert_close(norm, torch.stack(parts).norm(), rtol=1e-5, atol=0)
     scale = small_model.logit_scale.grad
-    assert scale is not None
     whole = torch.stack([*result.tower_norms.values(), scale.abs()]).norm()
     torch.testing.assert_close(result.grad_norm, whole, rtol=1e-5, atol=0)
 
@@ -270,7 +245,6 @@ def test_how_far_the_towers_moved(small_model: CLIP, batch: tuple[Tensor, Tensor
     unmeasured = plain(*batch, 0)
     assert (unmeasured.updates, unmeasured.measures) == (None, None)
     result = step(*batch, 0, measure=True)
-    assert result.updates is not None
     for name, found in result.updates.items():
         old = [p.detach().double() for p in getattr(before, name).parameters()]
         new = [p.detach().double() for p in getattr(small_model, name).parameters()]
@@ -286,17 +260,13 @@ def test_what_is_frozen_or_skipped_does_not_move(small_model: CLIP, batch: tuple
     step = make_step(small_model)
     frozen = step(*batch, 0, measure=True).updates
     skipped = step(batch[0] * math.nan, batch[1], 1, measure=True).updates
-    assert frozen is not None
-    assert skipped is not None
     assert frozen["visual"].min() > 0
     assert torch.equal(frozen["text"], torch.zeros(2))
     assert torch.equal(skipped["visual"], torch.zeros(2))
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_the_accuracy_is_that_of_the_whole_batch(
-    small_model: CLIP, batch: tuple[Tensor, Tensor], accumulation: int
-) -> None:
+def test_the_accuracy_is_that_of_the_whole_batch(small_model, batch, accumulation):
     small_model.eval()
     with torch.no_grad():
         image, text, _ = small_model(*batch)
@@ -304,7 +274,6 @@ def test_the_accuracy_is_that_of_the_whole_batch(
     assert 0 < right < BATCH
     step = make_step(small_model, StepOptions(accumulation=accumulation))
     measures = step(*batch, 0, measure=True).measures
-    assert measures is not None
     assert measures["accuracy"] == right / BATCH
     torch.testing.assert_close(measures["logit_scale"].float(), small_model.logit_scale.detach().exp())
 
@@ -349,14 +318,8 @@ class _Waits(TorchDispatchMode):
 @pytest.mark.parametrize("measure", [False, True])
 @pytest.mark.parametrize("processes", [1, 4])
 def test_a_step_never_waits_for_the_device(
-    small_model: CLIP,
-    batch: tuple[Tensor, Tensor],
-    monkeypatch: pytest.MonkeyPatch,
-    accumulation: int,
-    optimizer: Any,
-    measure: bool,
-    processes: int,
-) -> None:
+    small_model, batch, monkeypatch, accumulation, optimizer, measure, processes
+):
     """Pictures and tokens are the host's, all else lies on a device that has no values to tell; of four processes, that
     average gradients, the other three aren't there. What is cut up is looked at in `test_as_gpus.py`."""
     layouts = []
@@ -386,9 +349,7 @@ def test_a_step_never_waits_for_the_device(
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_levels_in_parts_are_the_normalised_batch(
-    small_model: CLIP, batch: tuple[Tensor, Tensor], accumulation: int
-) -> None:
+def test_levels_in_parts_are_the_normalised_batch(small_model, batch, accumulation):
     """What the loader gives for a GPU, bytes in parts that are no multiple of the chunks, trains the same bits."""
     levels = torch.randint(0, 256, batch[0].shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     whole = Normalization(small_model.config.preprocess)(levels)

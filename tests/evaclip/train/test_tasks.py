@@ -48,7 +48,6 @@ def outcome(step: TrainStep) -> dict[str, Tensor]:
     rows = part_of_batch(BATCH, step.world.rank, step.world.size)
     images, labels = (part[rows.start : rows.stop] for part in batch())
     result = step(images, labels, STEP, measure=True)
-    assert result.measures is not None
     gradients = {name: p.grad for name, p in step.task.model.named_parameters() if p.grad is not None}
     whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients.items()}
     return {"loss": result.loss, "accuracy": result.measures["accuracy"], **whole}

@@ -161,9 +161,7 @@ def test_what_is_incomplete_is_not_joined(tmp_path: Path) -> None:
         (0, (1,), [0, 1, 2, 3, 4, 5, 6]),
     ],
 )
-def test_a_process_opens_the_files_that_hold_its_rows(
-    rank: int, shape: tuple[int, ...], files: list[int], tmp_path: Path
-) -> None:
+def test_a_process_opens_the_files_that_hold_its_rows(rank, shape, files, tmp_path):
     write(tmp_path / "parts", 8)
     with as_process(rank, shape) as mesh, counting_opens() as opened:
         expected = held(mesh)

@@ -56,9 +56,7 @@ def test_generators_go_on_as_if_nothing_was_drawn(picture: Image.Image) -> None:
 
 
 @pytest.mark.parametrize("policy", ["rand-m10-n1-inc1", "augmix-m10", "v0"])
-def test_no_bits_left_are_black_with_each_pillow(
-    picture: Image.Image, policy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_bits_left_are_black_with_each_pillow(picture, policy, monkeypatch):
     """Pillow 13 refuses to posterize to 0 bits, which timm draws at the highest magnitude. Workers get a copy."""
     augment = transform(auto_augment=policy)
     augment(picture, 0)

@@ -3,21 +3,16 @@
 import gc
 import json
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
-from evaclip.train.config import TrainConfig
 from evaclip.train.tracing import REQUEST, STEPS, Tracer, collecting
 from evaclip.train.trainer import Trainer, train
 
 
-def test_a_run_traces_its_steps_when_a_file_asks(
-    run_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_traces_its_steps_when_a_file_asks(run_config, tmp_path, monkeypatch):
     step = Trainer._step
 
     def asking(self: Trainer, batch: Any) -> Any:

@@ -12,7 +12,7 @@ from test_progress import RECORD
 
 from evaclip.errors import UserError
 from evaclip.train import trackers
-from evaclip.train.config import LogConfig, TrackioConfig, TrainConfig, WandbConfig
+from evaclip.train.config import LogConfig, TrackioConfig, WandbConfig
 from evaclip.train.trainer import train
 
 WANDB = LogConfig(wandb=WandbConfig(project="p", mode="offline"))
@@ -63,9 +63,7 @@ def test_trackio_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_what_is_not_installed_is_said_before_anything_is_written(
-    name: str, run_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_installed_is_said_before_anything_is_written(name, run_config, tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"log\.{name} needs `pip install 'evakernels\[{name}\]'`"):
         train(run_config(f"log.{name}={{project: p}}"))
@@ -73,9 +71,7 @@ def test_what_is_not_installed_is_said_before_anything_is_written(
 
 
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])
-def test_a_service_that_fails_does_not_fail_the_run(
-    fails: str, run_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_a_service_that_fails_does_not_fail_the_run(fails, run_config, monkeypatch, capsys):
     def call(name: str) -> Callable[..., Any]:
         def function(*args: Any, **kwargs: Any) -> Any:
             calls.append(name)

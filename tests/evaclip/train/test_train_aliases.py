@@ -70,9 +70,7 @@ def test_tower_rates() -> None:
         (["--batch-size", "64"], 2, 1, 128),
     ],
 )
-def test_batch_size_counts_one_chunk_of_one_process(
-    arguments: list[str], accumulation: int, processes: int, expected: int
-) -> None:
+def test_batch_size_counts_one_chunk_of_one_process(arguments, accumulation, processes, expected):
     assert apply(*arguments, accumulation=accumulation, processes=processes).batch_size == expected
 
 
@@ -138,10 +136,7 @@ def test_every_option_of_open_clip_is_known() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (
-            ["--val-data", "v.csv"],
-            {"held_out": None, "eval": {"sets": {"val": {"data": {"train": "v.csv"}}}}},
-        ),
+        (["--val-data", "v.csv"], {"held_out": None, "eval": {"sets": {"val": {"data": {"train": "v.csv"}}}}}),
         (
             ["--val-data", "v.csv", "--csv-img-key", "i", "--val-num-samples", "9"],
             {

@@ -43,9 +43,7 @@ def test_print_config_is_complete_and_later_words_win(capsys: Any, tmp_path: Pat
     assert config.schedule == get_recipe("tiny").schedule
 
 
-def test_released_weights_are_fine_tuned_on_a_folder(
-    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_released_weights_are_fine_tuned_on_a_folder(capsys, tmp_path, monkeypatch):
     """The whole way of one's own data, in small: a folder of classes, weights by name, and what is measured."""
     monkeypatch.chdir(tmp_path)
     for name in ("daisy", "rose"):
@@ -67,9 +65,7 @@ def test_released_weights_are_fine_tuned_on_a_folder(
     assert (config.model.name, config.model.pretrained) == ("tiny", "weights.safetensors")
 
 
-def test_a_dry_run_shows_the_plan_and_saves_nothing(
-    config_file: str, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dry_run_shows_the_plan_and_saves_nothing(config_file, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     arguments = ["--set", "model.patch_dropout=0.5", "accumulation=2", "optim.visual.layer_decay=0.9"]
     assert main(["train", "tiny", "--config", config_file, "--dry-run", *arguments]) == 0
@@ -79,9 +75,7 @@ def test_a_dry_run_shows_the_plan_and_saves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["my.yaml"]
 
 
-def test_a_dry_run_promises_what_warm_steps_take(
-    config_file: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dry_run_promises_what_warm_steps_take(config_file, capsys, monkeypatch):
     from evaclip.train import dry_run
     from evaclip.train.step import TrainStep
 

@@ -42,9 +42,7 @@ def picture(number: int) -> bytes:
     return buffer.getvalue()
 
 
-def test_held_out_samples_are_evaluated_every_epoch_and_the_run_goes_on_with_the_same(
-    run_config: Make, capsys: Any
-) -> None:
+def test_held_out_samples_are_evaluated_every_epoch_and_the_run_goes_on_with_the_same(run_config, capsys):
     """40 samples, 10 of which are held out: an epoch is 30 samples, and the third step of 8 ends none."""
     config = ("held_out=0.25", "eval.every_epochs=1", "schedule.steps=8")
     outcome = train(run_config(*config, "checkpoint.every_steps=3"))
@@ -90,9 +88,7 @@ def test_a_run_measures_what_the_command_measures(run_config: Make, tmp_path: Pa
 
 
 @pytest.mark.parametrize("readable", [0, 6])
-def test_what_cannot_be_read_is_no_result_and_no_end(
-    run_config: Make, tmp_path: Path, capsys: Any, readable: int
-) -> None:
+def test_what_cannot_be_read_is_no_result_and_no_end(run_config, tmp_path, capsys, readable):
     """Of 8 samples all are damaged, or 2."""
     pictures = [picture(number) if number < readable else b"?" for number in range(8)]
     samples = [(f"{n}", {"png": data, "txt": f"a {n}".encode()}) for n, data in enumerate(pictures)]
@@ -152,7 +148,6 @@ def test_any_number_of_sets_by_name(run_config: Make, tmp_path: Path) -> None:
         assert metrics[f"{name}/classes"] == 3
     loaded = setting.loaded
     _, held_out = hold_out(open_source("synthetic", num_samples=40), 0.2, 0)
-    assert held_out is not None
     pairs = encode_pairs(loaded.model, loaded.tokenizer, loaded.transform, held_out)
     logits = loaded.model.logit_scale.exp() * pairs.image_features @ pairs.text_features.T
     pair = torch.arange(len(logits))
@@ -167,9 +162,7 @@ def test_any_number_of_sets_by_name(run_config: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("parallel", ["replicate", "{mode: shard, offload: cpu}"])
-def test_features_that_are_not_finite_cost_a_line_and_no_training(
-    run_config: Make, monkeypatch: pytest.MonkeyPatch, capsys: Any, parallel: str
-) -> None:
+def test_features_that_are_not_finite_cost_a_line_and_no_training(run_config, monkeypatch, capsys, parallel):
     original = CLIP.encode_image
 
     def encode_image(self: CLIP, *args: Any, **options: Any) -> Tensor:

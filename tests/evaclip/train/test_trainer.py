@@ -162,9 +162,7 @@ def test_checkpoints_come_by_time(run_config: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_step_saves_and_resumes(
-    run_config: Make, change_batches: Callable[[Change], None], number: int, code: int, capsys: Any
-) -> None:
+def test_a_signal_finishes_the_step_saves_and_resumes(run_config, change_batches, number, code, capsys):
     with pytest.MonkeyPatch.context() as patch:
         original = TrainLoader.batches
 
@@ -186,9 +184,7 @@ def test_a_signal_finishes_the_step_saves_and_resumes(
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
-def test_signals_while_the_last_checkpoint_is_written_do_not_cost_it(
-    run_config: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_signals_while_the_last_checkpoint_is_written_do_not_cost_it(run_config, monkeypatch):
     original = saver.checkpoint.save
 
     def save(*args: Any) -> Any:
@@ -208,9 +204,7 @@ def test_signals_while_the_last_checkpoint_is_written_do_not_cost_it(
     [([Lost], 2, True), ([Lost, Lost], 2, False), ([NotWritten], 1, False)],
     ids=["lost once", "lost twice", "full disk"],
 )
-def test_the_last_checkpoint_is_tried_again_in_a_new_group(
-    run_config: Make, monkeypatch: pytest.MonkeyPatch, failures: list[type], tries: int, succeeds: bool
-) -> None:
+def test_the_last_checkpoint_is_tried_again_in_a_new_group(run_config, monkeypatch, failures, tries, succeeds):
     original, steps, left = saver.checkpoint.save, list[int](), list(failures)
 
     def save(root: Path, step: int, *rest: Any) -> Path:
@@ -257,9 +251,7 @@ def test_nan_for_long_stops_the_run(run_config: Make, change_batches: Callable[[
         train(run_config("nonfinite.max_skipped=3"))
 
 
-def test_nan_for_long_goes_back_and_leaves_the_data_out(
-    run_config: Make, change_batches: Callable[[Change], None], capsys: Any
-) -> None:
+def test_nan_for_long_goes_back_and_leaves_the_data_out(run_config, change_batches, capsys):
     change_batches(nan_in(4, 5, 6))
     config = run_config(
         "nonfinite={max_skipped: 2, action: rollback}", "checkpoint={every_steps: 1, keep: 9}", "schedule.steps=8"
@@ -282,9 +274,7 @@ def test_going_back_has_a_limit(run_config: Make, change_batches: Callable[[Chan
         train(run_config(policy, "name=other"))
 
 
-def test_a_spike_goes_back_and_leaves_the_data_out(
-    run_config: Make, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_a_spike_goes_back_and_leaves_the_data_out(run_config, monkeypatch, capsys):
     original = TrainStep.__call__
     calls = []
 
@@ -429,9 +419,7 @@ def test_resume_auto_without_a_checkpoint_starts_at_the_beginning(run_config: Ma
         ("model.pretrained=nowhere.pt", "nowhere.pt"),
     ],
 )
-def test_what_cannot_be_run_is_said_and_leaves_nothing(
-    run_config: Make, tmp_path: Path, assignment: str, message: str
-) -> None:
+def test_what_cannot_be_run_is_said_and_leaves_nothing(run_config, tmp_path, assignment, message):
     with pytest.raises(UserError, match=message):
         train(run_config(assignment))
     assert not (tmp_path / "run").exists()

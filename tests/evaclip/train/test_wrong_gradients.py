@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_step import contrastive_step
+from contrastive_step import contrastive_step, random_batch
 from torch import Tensor, nn
 
 from evaclip.model.clip import CLIP
@@ -27,11 +27,7 @@ Gradients = dict[str, Tensor]
 
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(BATCH, 3, 16, 16, generator=generator, dtype=torch.float64)
-    tokens = torch.randint(1, 40_000, (BATCH, 16), generator=generator)
-    tokens[:, 7] = 49_407
-    return images, tokens
+    return random_batch(torch.float64)
 
 
 @pytest.fixture
@@ -63,13 +59,7 @@ def whole(model: CLIP, batch: tuple[Tensor, Tensor], loss: Loss, sizes: Sequence
     return _taken(model, bias)
 
 
-def replayed(
-    model: CLIP,
-    batch: tuple[Tensor, Tensor],
-    loss: Loss,
-    sizes: Sequence[int] = EQUAL,
-    weights: Sequence[float] = (1, 1, 1, 1),
-) -> Gradients:
+def replayed(model, batch, loss, sizes=EQUAL, weights=(1, 1, 1, 1)):
     """Accumulation over cached features: the loss of the whole batch once a chunk, of which that chunk alone has a
     graph, and with it everything that is no feature. Random states are not brought back."""
     torch.manual_seed(2)
@@ -172,9 +162,7 @@ def test_siglip_averaged_over_pairs(model: CLIP, batch: tuple[Tensor, Tensor]) -
 
 @pytest.mark.parametrize("loss", [clip, siglip])
 @pytest.mark.parametrize("draws", [False, True])
-def test_ours_is_the_gradient_of_the_whole_batch(
-    model: CLIP, batch: tuple[Tensor, Tensor], loss: Loss, draws: bool
-) -> None:
+def test_ours_is_the_gradient_of_the_whole_batch(model, batch, loss, draws):
     model = _drop_paths(model) if draws else model
     expected, found = whole(copy.deepcopy(model), batch, loss), ours(model, batch, loss)
     assert expected.keys() == found.keys()

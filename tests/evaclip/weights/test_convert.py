@@ -33,12 +33,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "target"),
-    [
-        ("original", "out.pt"),
-        ("open_clip", "out.safetensors"),
-        ("safetensors", "out.safetensors"),
-    ],
+    ("layout", "target"), [("original", "out.pt"), ("open_clip", "out.safetensors"), ("safetensors", "out.safetensors")]
 )
 def test_round_trip(source: Path, layout: str, target: str) -> None:
     there, back = source.with_name(target), source.with_name("back.safetensors")
@@ -86,13 +81,7 @@ def test_original_file_has_the_authors_rotary_tables() -> None:
         (["out.pt", "--to", "original", "--model", "nothing"], "unknown model 'nothing'"),
     ],
 )
-def test_mistakes_are_one_line(
-    source: Path,
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_mistakes_are_one_line(source, arguments, message, capsys, monkeypatch):
     monkeypatch.chdir(source.parent)
     assert main(["convert", str(source), *arguments]) == 2
     assert message in capsys.readouterr().err
@@ -177,9 +166,7 @@ def test_a_file_of_a_run_has_a_card_beside_it(run_folder: Path, capsys: pytest.C
     ("target", "message"),
     [("no/such/folder/out.pt", "there is no folder"), ("folder.pt", "is a folder; give the file to write")],
 )
-def test_an_unwritable_target_is_one_line(
-    source: Path, target: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unwritable_target_is_one_line(source, target, message, capsys):
     source.with_name("folder.pt").mkdir()
     assert main(["convert", str(source), str(source.parent / target), "--to", "original"]) == 2
     error = capsys.readouterr().err

@@ -47,21 +47,10 @@ def test_image_tower(layout: str) -> None:
 def test_image_tower_of_timm_with_the_mean_of_patches(tmp_path: Path) -> None:
     """timm's own model, fine-tuned form: a classifier, and the last norm behind the mean."""
     peer = eva.Eva(
-        img_size=32,
-        patch_size=8,
-        embed_dim=128,
-        depth=2,
-        num_heads=2,
-        mlp_ratio=3,
-        swiglu_mlp=True,
-        scale_mlp=True,
-        scale_attn_inner=True,
-        qkv_fused=False,
-        use_rot_pos_emb=True,
-        ref_feat_shape=(16, 16),
-        num_classes=5,
+        img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2, mlp_ratio=3, swiglu_mlp=True, scale_mlp=True,
+        scale_attn_inner=True, qkv_fused=False, use_rot_pos_emb=True, ref_feat_shape=(16, 16), num_classes=5,
         global_pool="avg",
-    )
+    )  # fmt: skip
     model = create_model("tiny", vision={"layers": 2, "width": 128, "heads": 2})
     torch.save(peer.state_dict(), tmp_path / "timm.pt")
     start_image_tower(model.visual, tmp_path / "timm.pt")
@@ -119,15 +108,10 @@ def test_text_tower_of_transformers(tmp_path: Path) -> None:
     model = create_model("tiny", text={"layers": 2}).eval()
     text = model.config.text
     config = CLIPTextConfig(
-        vocab_size=text.vocab_size,
-        hidden_size=text.width,
-        intermediate_size=4 * text.width,
-        num_hidden_layers=2,
-        num_attention_heads=text.heads,
-        max_position_embeddings=text.context_length,
-        hidden_act="gelu",
+        vocab_size=text.vocab_size, hidden_size=text.width, intermediate_size=4 * text.width, num_hidden_layers=2,
+        num_attention_heads=text.heads, max_position_embeddings=text.context_length, hidden_act="gelu",
         layer_norm_eps=text.norm_eps,
-    )
+    )  # fmt: skip
     torch.manual_seed(0)
     peer = CLIPTextModel(config).eval()
     for parameter in peer.parameters():

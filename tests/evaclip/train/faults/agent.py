@@ -4,10 +4,7 @@
 """
 
 import os
-from collections.abc import Callable
 from multiprocessing import get_context
-from multiprocessing.context import ForkServerProcess
-from pathlib import Path
 
 from processes import PRELOADED
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -16,9 +13,7 @@ from torch.distributed.run import config_from_args, parse_args
 from torch.multiprocessing.spawn import ProcessContext
 
 
-def start_torchrun(
-    options: list[str], work: Callable[..., None], arguments: list[str], environment: dict[str, str], told: Path
-) -> ForkServerProcess:
+def start_torchrun(options, work, arguments, environment, told):
     """`torchrun` with these options, whose workers call `work(*arguments)`; what all of them print goes to `told`."""
     context = get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED, "torch.distributed.run"])
@@ -28,9 +23,7 @@ def start_torchrun(
 
 
 @record
-def _run(
-    options: list[str], work: Callable[..., None], arguments: list[str], environment: dict[str, str], told: Path
-) -> None:
+def _run(options, work, arguments, environment, told):
     os.environ |= environment
     with told.open("wb") as file:
         for descriptor in (1, 2):

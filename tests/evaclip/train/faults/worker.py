@@ -69,9 +69,7 @@ def _agent_and_all() -> list[int]:
     return [process.pid for process in (agent, *agent.children(recursive=True))]
 
 
-def strike_in(
-    blow: int, seconds: float, number: int, times: int = 1, victims: Callable[[], list[int]] = _myself
-) -> None:
+def strike_in(blow, seconds, number, times=1, victims=_myself):
     """Sends the victims a signal some time after the beginning of the step `blow`, or several, as long apart."""
     original = TrainStep.__call__
 
