@@ -53,7 +53,7 @@ def candidates(
     found, absent = _ours(op, device, backends)
     version = version_of(op.baseline.package) or ""
     found.append(Candidate(op.baseline.name, "baseline", version, _always(op.eager)))
-    if not peers or COMPILE in peers:
+    if op.compiles and (not peers or COMPILE in peers):
         found.append(Candidate(COMPILE, "peer", torch.__version__, lambda shape: compiled(op.eager)))
     for peer in peers_of(op.name):
         if peers and peer.name not in peers:

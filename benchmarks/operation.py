@@ -108,6 +108,7 @@ class Operation:
         registered: the op whose backends are measured one by one, such as `layer_norm_forward`; None for a composition
             of several ops, which is measured with the backends that are chosen for it, and on the references.
         by_request: it takes so long that it is measured only when it is named.
+        compiles: `eager` through torch.compile is a peer; False where peers of its own do that in another way.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Operation:
     parse: Callable[[str], Sizes] = parse_shape
     raw: Callable[..., Shape] | None = None
     by_request: bool = False
+    compiles: bool = True
 
     @property
     def modes(self) -> tuple[str, ...]:

@@ -320,5 +320,6 @@ register(
         parse=parse,
         shapes={"cpu": tuple(f"{name} b{2 if name == 'timm/eva02-l' else 4}" for name in MODELS)},
         by_request=True,
+        compiles=False,
     )
 )
