@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from evakernels.dropin._gate import serves
@@ -14,7 +15,7 @@ from evakernels.dropin._rule import Call, Rule
 from evakernels.dropin._serve import add, add_norm, gated, own_norm_parameters
 from evakernels.dropin._swap import Swapped
 from evakernels.dropin.torch_modules import GELU, QuickGELU, by_silu
-from evakernels.ops import rms_norm, rope_attention
+from evakernels.ops import gelu, rms_norm, rope_attention
 from evakernels.ops.rope_attention import MAX_PREFIX
 
 ROLES = {
@@ -42,6 +43,20 @@ class GatedMLP(Swapped):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.act_fn, forced=self.is_forced))
         return y
+
+
+class ExactGELU(Swapped):
+    """The one of DINOv3 and of ViTs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if serves("exact_gelu", input, forced=self.is_forced):
+            return gelu(input)
+        y: Tensor = super().forward(input)
+        return y
+
+
+def _by_torch(module: Any) -> str | None:
+    return None if module.act is F.gelu else "it makes GELU of other functions"
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -206,6 +221,7 @@ _CLIP, _SIGLIP = (f"{_MODELS}.{name}.modeling_{name}" for name in ("clip", "sigl
 _DINOV3, _LLAMA = f"{_MODELS}.dinov3_vit.modeling_dinov3_vit", f"{_MODELS}.llama.modeling_llama"
 
 RULES = (
+    Rule(ExactGELU, "transformers.activations.GELUActivation", "gelu", "exact_gelu", reason=_by_torch),
     Rule(GELU, "transformers.activations.GELUTanh", "gelu", "gelu"),
     Rule(GELU, "transformers.activations.NewGELUActivation", "gelu", "gelu"),
     Rule(QuickGELU, "transformers.activations.QuickGELUActivation", "gelu", "quick_gelu"),

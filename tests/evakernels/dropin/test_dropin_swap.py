@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+from transformers.activations import GELUActivation
 
 import evakernels
 from evakernels import _native
@@ -210,6 +211,7 @@ def test_options_that_the_forward_lacks_are_named():
     gated = nn.Sequential(GluMlp(8, 12, act_layer=nn.Sigmoid), GluMlp(8, 12, act_layer=nn.SiLU, use_conv=True))
     report = evakernels.accelerate(gated)
     assert [_reason(report, name) for name in "01"] == ["its activation is Sigmoid", "it is made of convolutions"]
+    assert _reason(evakernels.accelerate(GELUActivation(use_gelu_python=True)), "") == "it makes GELU of other functions"
 
 
 def test_attention_of_timm_that_holds_no_head_dim_runs():
