@@ -81,7 +81,7 @@ TRANSFORMERS = {
     ),
     "dinov3-vit": _family(
         lambda: DINOv3ViTModel(DINOv3ViTConfig(**_VISION, num_register_tokens=2, drop_path_rate=0.2)),
-        {*_NORMS, "rope_attention"},
+        {*_NORMS, "rope_attention", "gelu"},
         lambda seed: {"pixel_values": _pixels(seed)},
     ),
     "dinov3-vit-gated": _family(
