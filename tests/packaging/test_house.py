@@ -43,7 +43,7 @@ def test_the_library_knows_no_command_line(path: Path) -> None:
 
 
 def test_a_verb_imports_no_other_verb() -> None:
-    shared = {"evaclip.commands.parser", "evaclip.commands.configuration"}
+    shared = {f"evaclip.commands.{name}" for name in ("parser", "configuration", "reading")}
     for path in COMMANDS.glob("*.py"):
         others = {name for name in imported(path) if name.startswith("evaclip.commands.")}
         known = {name for name in others if (COMMANDS / f"{name.split('.')[2]}.py").is_file()}
