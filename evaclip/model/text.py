@@ -33,7 +33,7 @@ class TextAttention(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.heads = config.heads
+        self.heads, self.width = config.heads, config.width
         self.in_proj_weight = nn.Parameter(torch.empty(3 * config.width, config.width))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * config.width))
         self.out_proj = Linear(config.width, config.width)
@@ -62,7 +62,7 @@ class TextAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """`[..., parts * width]` -> each part, `[..., heads, head_dim]`."""
-        parts = x.shape[-1] // self.out_proj.in_features
+        parts = x.shape[-1] // self.width
         heads: tuple[Tensor, ...] = x.unflatten(-1, (parts, self.heads, -1)).unbind(-3)
         return heads
 
@@ -76,7 +76,7 @@ class TextMlp(nn.Module):
         self.c_proj = Linear(config.hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.c_proj(gelu(linear(x, self.c_fc.weight), self.c_fc.bias))
+        out: Tensor = self.c_proj(gelu(self.c_fc(x)))
         return out
 
 

@@ -35,6 +35,14 @@ def cast_once(x: Tensor) -> Tensor:
     return x if dtype is None else x.to(dtype)
 
 
+def _biased(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    """`layer(x) + bias`, by one product. What stands in the layer's place, such as one with an adapter, is called."""
+    if type(layer) is Linear:
+        return linear(x, layer.weight, bias)
+    y: Tensor = layer(x)
+    return y if bias is None else y + bias
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with rotary positions. `[B, N, width]` -> same.
 
@@ -104,9 +112,8 @@ class Attention(nn.Module):
         width, queried = x.shape[-1], x[:, :1] if pooled else x
         parts: tuple[Tensor, ...]
         if self.sub_norm:
-            q = linear(queried, self.q_proj.weight, self.q_bias)
-            parts = q, self.k_proj(x), linear(x, self.v_proj.weight, self.v_bias)
-        elif pooled:
+            parts = _biased(self.q_proj, queried, self.q_bias), self.k_proj(x), _biased(self.v_proj, x, self.v_bias)
+        elif pooled and type(self.qkv) is Linear:
             q_weight, kv_weight = self.qkv.weight.split([width, 2 * width])
             bias = None if self.v_bias is None else torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
             parts = linear(queried, q_weight, self.q_bias), *linear(x, kv_weight, bias).chunk(2, dim=-1)
@@ -114,7 +121,8 @@ class Attention(nn.Module):
             bias = None
             if self.q_bias is not None and self.v_bias is not None:
                 bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-            parts = linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
+            q, k, v = _biased(self.qkv, x, bias).chunk(3, dim=-1)
+            parts = q[:, :1] if pooled else q, k, v
         return tuple(part.unflatten(-1, (self.heads, -1)) for part in parts)
 
 
@@ -127,7 +135,7 @@ class GeluMlp(nn.Module):
         self.fc2 = Linear(config.hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(gelu(linear(x, self.fc1.weight), self.fc1.bias))
+        out: Tensor = self.fc2(gelu(self.fc1(x)))
         return out
 
 
@@ -192,7 +200,10 @@ class Block(ResidualBlock):
         pooled: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The other arguments are those of `Attention`."""
-        y, x = (stream.x, stream.x) if self.post_norm else stream.read(self.norm1, product_dtype(stream.x))
+        if self.post_norm:
+            y = x = stream.total()
+        else:
+            y, x = stream.read(self.norm1, product_dtype(stream.x))
         branch: Tensor = self.attn(cast_once(y), cos, sin, token_index, pooled)
         return x[:, :1] if pooled else x, branch
 

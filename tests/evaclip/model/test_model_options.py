@@ -6,6 +6,7 @@ import pytest
 import torch
 from plain_vision import plain_vision
 from small_models import NO_ROPE, random_images, random_tokens, small_model
+from torch import nn
 
 from evaclip import CLIP
 from evaclip.model.norm import Norm
@@ -34,6 +35,34 @@ def _check(model: CLIP, token_index: torch.Tensor | None = None) -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_all_tokens(name: str) -> None:
     _check(small_model(**OPTIONS[name]))
+
+
+class _Adapted(nn.Module):
+    """A linear layer and a matrix of low rank beside it (LoRA)."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down, self.up = (torch.randn(width, 2) / 8 for width in (layer.in_features, layer.out_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        adapted: torch.Tensor = self.layer(x) + x @ self.down @ self.up.T
+        return adapted
+
+
+@pytest.mark.parametrize("name", ["eva02", "eva01", "8B"])
+def test_every_linear_layer_of_a_block_may_have_an_adapter(name: str) -> None:
+    model, merged = small_model(**OPTIONS[name]), small_model(**OPTIONS[name])
+    torch.manual_seed(0)
+    for tower in ("visual.blocks", "text.transformer.resblocks"):
+        layers = [path for path, m in model.get_submodule(tower).named_modules() if isinstance(m, nn.Linear)]
+        for path in (f"{tower}.{layer}" for layer in layers):
+            adapted = _Adapted(model.get_submodule(path))
+            model.set_submodule(path, adapted)
+            merged.get_submodule(path).weight.data += adapted.up @ adapted.down.T
+    images, tokens = random_images(3, model.config.vision.image_size), random_tokens(3)
+    for found, expected in zip(model(images, tokens)[:2], merged(images, tokens)[:2], strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
