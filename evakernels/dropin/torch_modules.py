@@ -139,7 +139,8 @@ class MultiheadAttention(Swapped):
         """The same with its weights, `[B, heads, queries, keys]`."""
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         scores = q * self.head_dim**-0.5 @ k.mT
-        weights = (scores if mask is None else scores + mask).softmax(-1)
+        # Under autocast the product's dtype is another one than the mask's.
+        weights = (scores if mask is None else scores + mask.to(scores.dtype)).softmax(-1)
         return (weights @ v).transpose(1, 2), weights
 
 

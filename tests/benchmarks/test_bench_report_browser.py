@@ -49,7 +49,7 @@ def test_plots_are_drawn(page: "Page", folder: Path, name: str, scheme: str) -> 
     page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
     page.goto((folder / name).as_uri())
     plots = page.locator("svg[role=img]").all()
-    assert len(plots) >= 3
+    assert len(plots) >= 2
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     for plot in plots:
         box = plot.bounding_box()

@@ -87,6 +87,16 @@ def test_values_weights_and_gradients(call, bias):
 
 
 @everything_served
+@pytest.mark.parametrize("call", calls())
+def test_dtypes_under_autocast(call):
+    untouched = attention()
+    args, options = calls()[call]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = accelerated(untouched)(*args, **options), untouched(*args, **options)
+    assert_same(found, expected, rtol=2e-2, atol=2e-2)
+
+
+@everything_served
 @pytest.mark.parametrize("call", ["itself", "other", "other, weights"])
 def test_no_weight_is_copied_for_each_token(call):
     """torch does so in products of a turned sequence where the weight has no gradient."""
