@@ -97,6 +97,8 @@ class MultiheadAttention(Swapped):
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         q, k, v = self._project(query, key)
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
         weights = None
         if need_weights:
             out, weights = self._weigh(q, k, v, attn_mask)
@@ -110,7 +112,7 @@ class MultiheadAttention(Swapped):
         forced = self.is_forced or isinstance(self.in_proj_weight, FrozenWeight)
         if not serves("multi_head", key, of_product=True, forced=forced):
             return False
-        mask_fits = mask is None or (mask.dim() == 2 and mask.is_floating_point())
+        mask_fits = mask is None or (mask.dim() in (2, 3) and mask.is_floating_point())
         return query.dim() == key.dim() == 3 and query.dtype == key.dtype and mask_fits
 
     def _project(self, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
@@ -129,7 +131,7 @@ class MultiheadAttention(Swapped):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """`[B, N, heads, head_dim]`."""
         op = "attention_training" if torch.is_grad_enabled() else "attention"
-        causal = mask is not None and _is_causal(mask)
+        causal = mask is not None and mask.dim() == 2 and _is_causal(mask)
         if q.shape == k.shape and (mask is None or causal) and serves(op, q, forced=self.is_forced):
             return rope_attention(q, k, v, causal=causal)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
@@ -168,11 +170,12 @@ def _with_itself_and_others(module: Any, x: Tensor) -> list[Call]:
     options = {"need_weights": False}
     masks = _causal_mask(x.shape[1], x.dtype).to(x.device), torch.randn_like(x @ x.mT)[0]
     given = [(x, x, x), (x[:, :1], x, x), (x, x.flip(1), x)]
+    of_heads = torch.randn_like(x[:, :1] @ x.mT).repeat_interleave(module.num_heads, 0)
     return [
         *((tokens, options) for tokens in given),
         *((given[0], {**options, "attn_mask": mask}) for mask in masks),
         *((tokens, {"average_attn_weights": mean}) for tokens in given for mean in (True, False)),
-        (given[0], {"attn_mask": masks[1]}),
+        *((given[1], {"attn_mask": mask}) for mask in (masks[1][:1], of_heads)),
     ]
 
 

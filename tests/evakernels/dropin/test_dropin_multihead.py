@@ -49,12 +49,15 @@ def calls(dtype=torch.float32):
     itself, other = (keys, keys, keys), (queries, keys, keys)
     shape = QUERIES, KEYS
     any_mask = torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+    of_heads = torch.randn(2 * HEADS, *shape, generator=torch.Generator().manual_seed(8)).to(dtype)
     return {
         "itself": (itself, {"need_weights": False}),
         "itself, causal": (itself, {"need_weights": False, "attn_mask": causal(KEYS).to(dtype)}),
         "itself, weights": (itself, {}),
         "other": (other, {"need_weights": False}),
         "other, mask": (other, {"need_weights": False, "attn_mask": any_mask}),
+        "other, mask of each head": (other, {"need_weights": False, "attn_mask": of_heads}),
+        "other, weights by a mask of each head": (other, {"attn_mask": of_heads}),
         "other, weights": (other, {"attn_mask": any_mask}),
         "other, weights of heads": (other, {"average_attn_weights": False}),
         "values of their own": ((queries, keys, keys.flip(1)), {"need_weights": False}),
