@@ -142,6 +142,11 @@ def active_isa() -> str | None:
     return isa
 
 
+def is_amd() -> bool:
+    """Whether the processor is AMD's, on which torch's other library for products, MKL, isn't at its best."""
+    return str(torch.cpu.get_capabilities().get("cpu_name", "")).startswith("AMD")
+
+
 def is_module_built() -> bool:
     """Whether `evakernels._C` lies beside this file."""
     return any(_FOLDER.glob("_C.*.so"))

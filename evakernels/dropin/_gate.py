@@ -114,8 +114,7 @@ def cpu_table(isa: str | None, amd: bool = False) -> dict[str, dict[torch.dtype,
     return _CPU_AMD if amd else _CPU
 
 
-_IS_AMD = str(torch.cpu.get_capabilities().get("cpu_name", "")).startswith("AMD")
-_TABLES = {"cpu": cpu_table(_native.active_isa(), _IS_AMD), "cuda": _GPU}
+_TABLES = {"cpu": cpu_table(_native.active_isa(), _native.is_amd()), "cuda": _GPU}
 DEVICES = tuple(_TABLES)
 """The kinds of devices that there are kernels for."""
 

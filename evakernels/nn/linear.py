@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evakernels import backends
+from evakernels import _native, backends
 from evakernels.nn.frozen import FrozenWeight
 from evakernels.ops._autocast import is_on
 from evakernels.ops._eager import is_plain, wants_gradient
@@ -107,6 +107,5 @@ def multiplied_dtypes() -> frozenset[torch.dtype]:
 def served_dtypes() -> frozenset[torch.dtype]:
     """In bfloat16 torch asks oneDNN itself, but gives the bias a pass of its own. In float32 it asks MKL, which isn't
     at its best on AMD's processors with AVX-512. On those with AVX2 oneDNN is 0.67 to 1.1 times as fast (Zen 3)."""
-    machine = torch.cpu.get_capabilities()
-    slow_in_torch = str(machine.get("cpu_name", "")).startswith("AMD") and machine.get("avx512_f", False)
+    slow_in_torch = _native.is_amd() and torch.cpu.get_capabilities().get("avx512_f", False)
     return multiplied_dtypes() - (set() if slow_in_torch else {torch.float32})

@@ -247,7 +247,7 @@ def test_without_avx512_less_is_served():
     assert _gate.is_served("attention", "cpu", torch.bfloat16) == (isa is not None)  # in training at least
     if isa is not None:
         assert served == {
-            name for name, table in _gate.cpu_table(isa, _gate._IS_AMD).items() if torch.bfloat16 in table
+            name for name, table in _gate.cpu_table(isa, _native.is_amd()).items() if torch.bfloat16 in table
         }
 
 
