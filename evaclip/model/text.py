@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from evaclip.model.captions import Layout
 from evaclip.model.config import TextConfig
 from evaclip.model.norm import Norm, Stream, product_dtype
-from evaclip.model.pooled import attend_once
 from evaclip.model.recompute import ResidualBlock
 from evaclip.model.savings import Savings
 from evaclip.model.tower import Tower
@@ -58,7 +57,9 @@ class TextAttention(nn.Module):
         q_bias, kv_bias = self.in_proj_bias.split([width, 2 * width])
         q = linear(layout.at_ends(x), q_weight, q_bias).unflatten(-1, (self.heads, -1))
         k, v = self._heads(layout.spread(linear(x, kv_weight, kv_bias)))
-        return attend_once(q, k, v, layout.before_ends())
+        mask = layout.before_ends()[:, None, None]
+        q, k, v = q.unsqueeze(2), k.transpose(1, 2), v.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """`[..., parts * width]` -> each part, `[..., heads, head_dim]`."""

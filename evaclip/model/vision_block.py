@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from evaclip.model.config import VisionConfig
 from evaclip.model.norm import Norm, Stream, product_dtype
-from evaclip.model.pooled import attend_once, rotate_patches
 from evaclip.model.recompute import ResidualBlock
 from evakernels import gelu, rope_attention
 from evakernels.nn import Linear, SwiGLU, linear
@@ -96,12 +95,7 @@ class Attention(nn.Module):
         """
         q, k, v = self._project(x, pooled)
         # The class token, in front of the patches, has no place in the image and isn't rotated.
-        if pooled:
-            if cos is not None and sin is not None:
-                k = rotate_patches(k, cos, sin, token_index)
-            out = attend_once(q.squeeze(1), k, v).unsqueeze(1)
-        else:
-            out = rope_attention(q, k, v, cos, sin, token_index=token_index, num_prefix=1).flatten(2)
+        out = rope_attention(q, k, v, cos, sin, token_index=token_index, num_prefix=1).flatten(2)
         if self.sub_norm and self.inner_attn_ln is not None:
             out = self.inner_attn_ln(out, out.dtype)  # which is the projection's, under autocast too
         projected: Tensor = self.proj(out)

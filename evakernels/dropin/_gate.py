@@ -16,7 +16,8 @@ from evakernels import _native, triton
 from evakernels.ops._autocast import is_on
 
 _HALF = (torch.bfloat16, torch.float16)
-_ALL = (torch.float32, *_HALF)
+DTYPES = (torch.float32, *_HALF)
+"""Those that any op serves."""
 
 _OPS = {
     "layer_norm": "layer_norm_forward",
@@ -42,26 +43,26 @@ _OPS = {
 _CPU: dict[str, dict[torch.dtype, int]] = {
     # float32 is as fast in torch: 0.87 to 1.06 times.
     "layer_norm": dict.fromkeys(_HALF, 1 << 18),
-    "rms_norm": dict.fromkeys(_ALL, 0),
+    "rms_norm": dict.fromkeys(DTYPES, 0),
     "add_norm": {torch.float32: 1 << 20} | dict.fromkeys(_HALF, 1 << 18),
     "scaled_add_norm": {torch.float32: 1 << 18} | dict.fromkeys(_HALF, 1 << 18),
     "norm_add": {torch.float32: 1 << 18} | dict.fromkeys(_HALF, 1 << 18),
     # Without a rotation torch's 16-bit attention is 1.5 to 3 times slower, of few tokens only with gradients.
     "attention": dict.fromkeys(_HALF, 1 << 18),
     "attention_training": dict.fromkeys(_HALF, 1 << 15),
-    "multi_head": dict.fromkeys(_ALL, 1 << 15),
-    "rope_attention": dict.fromkeys(_ALL, 1 << 14),
+    "multi_head": dict.fromkeys(DTYPES, 1 << 15),
+    "rope_attention": dict.fromkeys(DTYPES, 1 << 14),
     "swiglu": {torch.float32: 0} | dict.fromkeys(_HALF, 1 << 18),
-    "swiglu_norm": dict.fromkeys(_ALL, 0),
+    "swiglu_norm": dict.fromkeys(DTYPES, 0),
     # By tanh, which torch computes slowly: 2.5 to 4.9 times.
-    "gelu": dict.fromkeys(_ALL, 0),
+    "gelu": dict.fromkeys(DTYPES, 0),
     # Of 25,000 elements as fast. Of 150,000 1.06 (bfloat16) to 1.76 times (float16), of 2.4 million 1.05 to 2.2 times,
     # with gradients 1.06 to 1.55 and 1.45 to 2.5 times (2026-11-29).
-    "exact_gelu": dict.fromkeys(_ALL, 1 << 16),
+    "exact_gelu": dict.fromkeys(DTYPES, 1 << 16),
     # Three passes in torch. Of 6,000 elements 1.3 times as fast, with gradients as fast; of 25,000 1.2 to 2.4 times, of
     # 2.4 million 3 times and more (2026-11-29).
-    "quick_gelu": dict.fromkeys(_ALL, 1 << 13),
-    "token_dropout": dict.fromkeys(_ALL, 0),
+    "quick_gelu": dict.fromkeys(DTYPES, 1 << 13),
+    "token_dropout": dict.fromkeys(DTYPES, 0),
     # In bfloat16 torch's products are twice as fast as these in float32. Of 64 pairs a step is 0.8 times as fast.
     "clip_loss": {torch.float32: 1 << 16},
     "siglip_loss": {torch.float32: 1 << 16},
@@ -71,8 +72,8 @@ _CPU: dict[str, dict[torch.dtype, int]] = {
 _CPU_AMD: dict[str, dict[torch.dtype, int]] = _CPU | {
     # As times as fast as torch's, which asks MKL, with 16 to 1,025 tokens (Zen 5, 2026-11-28): 1.6 to 4.4 in float32,
     # 1.3 to 9 in 16 bit, with gradients 1.3 to 16.
-    "attention": dict.fromkeys(_ALL, 0),
-    "attention_training": dict.fromkeys(_ALL, 0),
+    "attention": dict.fromkeys(DTYPES, 0),
+    "attention_training": dict.fromkeys(DTYPES, 0),
 }
 """The same on AMD's processors."""
 
@@ -80,19 +81,19 @@ _CPU_AVX2: dict[str, dict[torch.dtype, int]] = _CPU | {
     # Of 300,000 elements these norms are 0.8 to 1.1 times as fast, of 600,000 1.0 to 1.5 times; behind a plain add in
     # bfloat16 0.8 still.
     "layer_norm": dict.fromkeys(_HALF, 1 << 19),
-    "add_norm": dict.fromkeys(_ALL, 1 << 20),
+    "add_norm": dict.fromkeys(DTYPES, 1 << 20),
     "norm_add": {torch.float32: 1 << 19} | dict.fromkeys(_HALF, 1 << 19),
     # Scores in float32 are products in float32 here: as fast as torch's bfloat16, of which only the gradients are slow.
     "attention": {torch.float16: 1 << 18},
     # On a Zen 5 kept to AVX2: the exact form 1.4 to 2 times as fast in 16 bits, in float32 with gradients 0.93 times;
     # QuickGELU 1.1 to 6 times (2026-11-29).
     "exact_gelu": dict.fromkeys(_HALF, 1 << 17),
-    "quick_gelu": dict.fromkeys(_ALL, 1 << 17),
+    "quick_gelu": dict.fromkeys(DTYPES, 1 << 17),
 }
 """The same without AVX-512."""
 
 _PRODUCTS = ("attention", "attention_training", "multi_head", "rope_attention")
-_GPU = {name: dict.fromkeys(_ALL, 0) for name in _CPU if name not in (*_PRODUCTS, "gelu", "exact_gelu")} | {
+_GPU = {name: dict.fromkeys(DTYPES, 0) for name in _CPU if name not in (*_PRODUCTS, "gelu", "exact_gelu")} | {
     # Tensor cores take 16 bit; without a rotation torch's own attention kernels have nothing to gain.
     "rope_attention": dict.fromkeys(_HALF, 0),
 }
@@ -128,7 +129,7 @@ _SERVED: dict[tuple[str, str, torch.dtype], int] = {
 
 
 _FORCED: dict[tuple[str, str, torch.dtype], int] = {
-    (name, device, dtype): 0 for device in DEVICES for name in _OPS if _is_live(name, device) for dtype in _ALL
+    (name, device, dtype): 0 for device in DEVICES for name in _OPS if _is_live(name, device) for dtype in DTYPES
 }
 """The same for modules that are to run on the ops whether that is worth it or not."""
 
@@ -145,12 +146,12 @@ def serves(name: str, x: Tensor, *, of_product: bool = False, forced: bool = Fal
     Never for what isn't a plain tensor, such as a DTensor or a proxy of a tracer, nor under functorch's transforms:
     there the untouched code runs. So it is asked before anything else about `x`. With `forced`, whether it can serve.
     """
-    if not _is_ordinary(x):
+    if not is_ordinary(x):
         return False
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if of_product and is_on(device) else x.dtype
     if _on_trial:
-        return dtype in _ALL
+        return dtype in DTYPES
     least = (_FORCED if forced else _SERVED).get((name, device, dtype))
     return least is not None and x.numel() >= least
 
@@ -169,7 +170,7 @@ def on_trial() -> Iterator[None]:
         _on_trial = False
 
 
-def _is_ordinary(x: Tensor) -> bool:
+def is_ordinary(x: Tensor) -> bool:
     """Whether `x` is one of torch's own tensors, seen by nothing but autograd and a compiler."""
     if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
         return False

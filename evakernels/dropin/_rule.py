@@ -42,6 +42,7 @@ class Rule:
         hook: tells whether a class asks a public interface of its library, `target`, that serves it, whatever its
             source reads like.
         calls: arguments to try the module with, made of tokens `[2, N, C]` that fit it; all but the first may fail.
+            None for a whole model, which isn't tried.
     """
 
     forward: type[_swap.Swapped]
@@ -52,7 +53,7 @@ class Rule:
     reason: Callable[[Any], str | None] = field(default=_fits)
     any_class: bool = False
     hook: Callable[[type], bool] | None = None
-    calls: Callable[[Any, Tensor], list[Call]] = field(default=_tokens_alone)
+    calls: Callable[[Any, Tensor], list[Call]] | None = field(default=_tokens_alone)
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -74,6 +75,8 @@ class Rule:
         if device == "meta":
             return "of its later device"
         name = self.gate if isinstance(self.gate, str) else self.gate(module)
+        if name == "torch":
+            return "torch"
         if name == "linear":
             return "oneDNN" if device == "cpu" and dtype in _linear_dtypes(forced) else None
         if not is_served(name, device, dtype, forced):

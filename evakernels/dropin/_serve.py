@@ -26,10 +26,10 @@ ROLES: dict[type, str] = {
 def role(module: Any) -> str | None:
     """What the module does, or None if that isn't certain: another class, hooks, a forward of its own."""
     found = ROLES.get(type(module))
-    return None if found is None or _is_watched(module) else found
+    return None if found is None or is_watched(module) else found
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

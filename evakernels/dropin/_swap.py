@@ -5,7 +5,7 @@ Parameters, buffers, hooks and names stay, so do `isinstance` and the class's na
 
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from evakernels.dropin._serve import ROLES
 
@@ -18,6 +18,13 @@ class Swapped(nn.Module):
 
     is_forced = False
     """Whether the ops serve it where its own code would be faster, too."""
+
+    read: Any = None
+    """Which tokens it ends with, a `_pooled.Read`, where others aren't needed; None for all."""
+
+    def _ending(self, x: Tensor) -> Tensor:
+        """Of `x`, `[B, N, C]`, the tokens that it ends with."""
+        return x if self.read is None else self.read(x)
 
     if TYPE_CHECKING:
         # Its attributes are those of another library's class.

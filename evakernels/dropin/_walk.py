@@ -162,7 +162,10 @@ def _known(cls: type, gone: list[str]) -> _Known:
         changed = rule.unknown(cls)
         if changed is None:
             return _Known(rule)
-        return _Known(rule, *_rule.stranger(rule.target, f"{changed} reads differently"), hooked)
+        changed = f"{changed} reads differently"
+        if rule.calls is None:
+            return _Known(rule, changed)
+        return _Known(rule, *_rule.stranger(rule.target, changed), hooked)
     if hooked is not None:
         return _Known(hooked)
     base = _rule.of_base(cls)
@@ -227,7 +230,7 @@ class _Plan:
             return rule, False, None
         if rule.forward in type(module).__mro__:  # an earlier call has tried it
             return rule, True, None
-        if self.trials is not None:
+        if self.trials is not None and rule.calls is not None:
             found = _tried(self.trials, module, cls, rule)
             if found is None:
                 return rule, True, None

@@ -1,4 +1,4 @@
-"""Rules for open_clip: the blocks of both towers and the losses. Its towers by timm have timm's rules."""
+"""Rules for open_clip: both towers, their blocks, and the losses. Its towers by timm have timm's rules."""
 
 import sys
 from typing import Any
@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evakernels.dropin import _pooled
 from evakernels.dropin._gate import serves
 from evakernels.dropin._rule import Call, Rule
 from evakernels.dropin._serve import add, add_norm, drops
 from evakernels.dropin._swap import Swapped
 from evakernels.dropin.timm import LayerNorm
 from evakernels.dropin.torch_modules import QuickGELU as _QuickGELU
-from evakernels.dropin.torch_modules import last_dimension
+from evakernels.dropin.torch_modules import is_causal_mask, last_dimension
 from evakernels.nn import linear
 from evakernels.ops import clip_loss, contrastive_statistics, rope_attention, token_dropout
 from evakernels.ops._autocast import is_on, matmul_inputs
@@ -45,7 +46,12 @@ class ResidualAttentionBlock(Swapped):
         crosses = hasattr(self, "ln_1_kv")
         k_x = self.ln_1_kv(k_x) if crosses and k_x is not None else None
         v_x = self.ln_1_kv(v_x) if crosses and v_x is not None else None
-        branch = self.attention(q_x=self.ln_1(q_x), k_x=k_x, v_x=v_x, attn_mask=attn_mask)
+        queries = self.ln_1(q_x)
+        if self.read is not None:
+            k_x = v_x = queries
+            q_x, queries = self.read(q_x), self.read(queries)
+            attn_mask = None if attn_mask is None else self.read.of_mask(attn_mask, self.attn.num_heads)
+        branch = self.attention(q_x=queries, k_x=k_x, v_x=v_x, attn_mask=attn_mask)
         y, x = add_norm(q_x, branch, self.ln_2, self.ls_1, forced=self.is_forced)
         return add(x, self.mlp(y), self.ls_2)
 
@@ -83,6 +89,87 @@ def _has_dot_products(module: Any) -> str | None:
     if not getattr(module, "batch_first", True):
         return "its sequences come first"
     return None if module.logit_scale is None else "its scores are cosines"
+
+
+# --- towers ---------------------------------------------------------------------------------------------------------
+
+_BLOCKS = ("transformer", "resblocks")
+
+
+class VisionTower(Swapped):
+    """Of which the class token is read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tower = self
+        if _all_are_read(self) is None and _ends_early(x, self, self.ln_post):
+            tower = _pooled.ending_with(self, _BLOCKS, _pooled.Read())
+        features: Tensor = super(VisionTower, tower).forward(x)
+        return features
+
+
+def _all_are_read(module: Any) -> str | None:
+    """Why the last block has to compute all patches."""
+    read = module.pool_type == "tok" and module.attn_pool is None and not module.output_tokens
+    return _unserved_block(module.transformer) if read else "all of its tokens are read"
+
+
+def _ends_early(x: Tensor, tower: Any, norm: Any) -> bool:
+    return _pooled.may_end_early(x, tower.transformer.resblocks[-1], torch.nn.MultiheadAttention, norm)
+
+
+def _unserved_block(transformer: Any) -> str | None:
+    """Why its last block can't end with one token."""
+    if not getattr(transformer, "batch_first", True):
+        return "its sequences come first"
+    last = transformer.resblocks[-1] if len(getattr(transformer, "resblocks", ())) else None
+    served = isinstance(getattr(last, "attn", None), torch.nn.MultiheadAttention)
+    return None if served else f"its last block is {type(last).__name__}"
+
+
+class TextTower(Swapped):
+    """Of which the end token is read, or the last."""
+
+    def forward(self, text: Tensor) -> Tensor:
+        tower, text = _of_end(self, text, "pool_type")
+        features: Tensor = super(TextTower, tower).forward(text)
+        return features
+
+
+class Clip(Swapped):
+    """A model that is its text tower itself."""
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        tower, text = _of_end(self, text, "text_pool_type")
+        features: Tensor = super(Clip, tower).encode_text(text, normalize)  # type: ignore[misc]
+        return features
+
+
+def _of_end(tower: Any, text: Tensor, pool: str) -> tuple[Any, Tensor]:
+    """A view of a text tower whose last block ends with the token that is pooled, and the text for it.
+
+    Behind the end a causal tower computes nothing that is read: on a CPU, where to look at a text costs nothing, it is
+    cut there.
+    """
+    mask = tower.attn_mask
+    of_text = text.dim() == 2 and len(text) > 0 and (mask is None or mask.shape[-1] == text.shape[1])
+    if _reads_more(tower) or not of_text or not _ends_early(text, tower, tower.ln_final):
+        return tower, text
+    of_end, length = getattr(tower, pool) == "argmax", text.shape[1]
+    rows = text.argmax(-1) if of_end else torch.full((len(text),), length - 1, device=text.device)
+    changes: dict[str, Any] = {pool: "first"}
+    if of_end and mask is not None and is_causal_mask(mask):
+        length = int(rows.max()) + 1
+        positions = tower.positional_embedding[:length]
+        changes.update(attn_mask=mask[:length, :length], positional_embedding=positions)
+    return _pooled.ending_with(tower, _BLOCKS, _pooled.Read(rows), **changes), text[:, :length]
+
+
+def _reads_more(module: Any) -> str | None:
+    """Why a text tower has to compute more tokens than one."""
+    pool = getattr(module, "text_pool_type", getattr(module, "pool_type", None))
+    of_class = getattr(module, "cls_emb", None) is not None or getattr(module, "use_pad_mask", False)
+    read = pool in ("argmax", "last") and not of_class and not getattr(module, "output_tokens", False)
+    return _unserved_block(module.transformer) if read else "all of its tokens are read"
 
 
 class PatchDropout(Swapped):
@@ -224,6 +311,42 @@ RULES = (
         Attention, f"{_TRANSFORMER}.Attention", "rope_attention", "attention", reason=_has_dot_products, calls=_masked
     ),
     Rule(PatchDropout, f"{_TRANSFORMER}.PatchDropout", "token_dropout", "token_dropout"),
+    Rule(
+        VisionTower,
+        f"{_TRANSFORMER}.VisionTransformer",
+        "last block, class token",
+        "torch",
+        helpers=tuple(
+            f"{_TRANSFORMER}.{name}"
+            for name in ("VisionTransformer._pool", "VisionTransformer._global_pool", "Transformer.forward")
+        ),
+        reason=_all_are_read,
+        calls=None,
+    ),
+    Rule(
+        TextTower,
+        f"{_TRANSFORMER}.TextTransformer",
+        "last block, end token",
+        "torch",
+        helpers=tuple(
+            f"{_TRANSFORMER}.{name}" for name in ("TextTransformer._embeds", "text_global_pool", "Transformer.forward")
+        ),
+        reason=_reads_more,
+        calls=None,
+    ),
+    Rule(
+        Clip,
+        "open_clip.model.CLIP",
+        "last block, end token",
+        "torch",
+        helpers=(
+            "open_clip.model.CLIP.encode_text",
+            f"{_TRANSFORMER}.text_global_pool",
+            f"{_TRANSFORMER}.Transformer.forward",
+        ),
+        reason=_reads_more,
+        calls=None,
+    ),
     Rule(
         ClipLoss,
         f"{_LOSS}.ClipLoss",

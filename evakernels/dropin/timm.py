@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evakernels.dropin import _pooled
 from evakernels.dropin._gate import serves
 from evakernels.dropin._rule import Call, Rule
 from evakernels.dropin._serve import add, add_norm, drops, gated, norm_add, role
@@ -74,36 +75,50 @@ def _head_dim(module: Any) -> int:
 class _Attention(Swapped):
     """What the attention modules share."""
 
-    def _is_fused(self, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None) -> bool:
+    def _is_fused(self, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> bool:
         unrotated = "attention_training" if torch.is_grad_enabled() else "attention"
         op = unrotated if rope is None else "rope_attention"
         return (
             attn_mask is None
+            and (self.read is None or is_causal is False)
             and self.fused_attn
             and not drops(self.attn_drop)
             and serves(op, x, of_product=True, forced=self.is_forced)
         )
 
-    def _project(self, x: Tensor) -> list[Tensor]:
-        """q, k, v, `[B, N, heads, head_dim]`; keys and values may have fewer heads."""
+    def _project(self, queried: Tensor, x: Tensor) -> list[Tensor]:
+        """q of the tokens `queried`, k and v, `[B, N, heads, head_dim]`; keys and values may have fewer heads."""
         parts: Any
         if self.qkv is None:
-            parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            parts = self.q_proj(queried), self.k_proj(x), self.v_proj(x)
+        elif queried is not x:
+            width, bias = int(self.proj.in_features), self._bias()
+            (q, kv), biases = self.qkv.weight.split([width, 2 * width]), (None, None)
+            if bias is not None:
+                biases = bias.split([width, 2 * width])
+            parts = linear(queried, q, biases[0]), *linear(x, kv, biases[1]).chunk(2, dim=-1)
         elif getattr(self, "q_bias", None) is None:
             parts = self.qkv(x).chunk(3, dim=-1)
         else:
-            bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+            bias = self._bias()
             projected = self.qkv(x) + bias if self.qkv_bias_separate else linear(x, self.qkv.weight, bias)
             parts = projected.chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, _head_dim(self))) for part in parts)
         return [self.q_norm(q), self.k_norm(k), v]
 
+    def _bias(self) -> Tensor | None:
+        if getattr(self, "q_bias", None) is None:
+            bias: Tensor | None = self.qkv.bias
+            return bias
+        return torch.cat((self.q_bias, self.k_bias, self.v_bias))
+
     def _attend(self, x: Tensor, **options: Any) -> Tensor:
-        q, k, v = self._project(x)
+        queried = self._ending(x)
+        q, k, v = self._project(queried, x)
         out = self.norm(rope_attention(q.type_as(v), k.type_as(v), v, **options).flatten(2))
         gate = getattr(self, "gate", None)
         if gate is not None:
-            out = out * gate(x).sigmoid()
+            out = out * gate(queried).sigmoid()
         y: Tensor = self.proj_drop(self.proj(out))
         return y
 
@@ -112,10 +127,9 @@ class Attention(_Attention):
     """Without a rotation."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if self._is_fused(x, None, attn_mask):
+        if self._is_fused(x, None, attn_mask, is_causal):
             return self._attend(x, causal=is_causal)
-        y: Tensor = super().forward(x, attn_mask=attn_mask, **_causal(is_causal))
-        return y
+        return self._ending(super().forward(x, attn_mask=attn_mask, **_causal(is_causal)))
 
 
 class RotaryAttention(_Attention):
@@ -124,12 +138,11 @@ class RotaryAttention(_Attention):
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        if self._is_fused(x, rope, attn_mask):
+        if self._is_fused(x, rope, attn_mask, is_causal):
             rotation = {} if rope is None else self._rotation(x, rope)
             if rotation is not None:
                 return self._attend(x, causal=is_causal, **rotation)
-        y: Tensor = super().forward(x, rope=rope, attn_mask=attn_mask, **_causal(is_causal))
-        return y
+        return self._ending(super().forward(x, rope=rope, attn_mask=attn_mask, **_causal(is_causal)))
 
     def _rotation(self, x: Tensor, rope: Tensor) -> dict[str, Any] | None:
         """`rope_attention`'s arguments for timm's table `[..., P, 2 * head_dim]`, which holds each angle twice."""
@@ -161,35 +174,70 @@ class RotaryAttention(_Attention):
 # --- blocks ---------------------------------------------------------------------------------------------------------
 
 
-class Block(Swapped):
+class _Block(Swapped):
+    """What the blocks share."""
+
+    def _attention(self) -> Any:
+        return self.attn if self.read is None else _pooled.view(self.attn, read=self.read)
+
+
+class Block(_Block):
     """ViT's, and that with a bias by relative position, which its attention adds."""
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        branch = self.attn(self.norm1(x), *args, **options)
-        y, x = add_norm(x, branch, self.norm2, self.ls1, self.drop_path1, forced=self.is_forced)
+        branch = self._attention()(self.norm1(x), *args, **options)
+        y, x = add_norm(self._ending(x), branch, self.norm2, self.ls1, self.drop_path1, forced=self.is_forced)
         return add(x, self.mlp(y), self.ls2, self.drop_path2)
 
 
-class EvaBlock(Swapped):
+class EvaBlock(_Block):
     """EVA's, whose layer scale is a parameter of its own."""
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        branch = self.attn(self.norm1(x), *args, **options)
-        y, x = add_norm(x, branch, self.norm2, self.gamma_1, self.drop_path1, forced=self.is_forced)
+        branch = self._attention()(self.norm1(x), *args, **options)
+        y, x = add_norm(self._ending(x), branch, self.norm2, self.gamma_1, self.drop_path1, forced=self.is_forced)
         return add(x, self.mlp(y), self.gamma_2, self.drop_path2)
 
 
-class PostNormBlock(Swapped):
+class PostNormBlock(_Block):
     """Of any of them, with the norms behind the branches."""
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        x = norm_add(x, self.attn(x, *args, **options), self.norm1, self.drop_path1, forced=self.is_forced)
+        branch = self._attention()(x, *args, **options)
+        x = norm_add(self._ending(x), branch, self.norm1, self.drop_path1, forced=self.is_forced)
         return norm_add(x, self.mlp(x), self.norm2, self.drop_path2, forced=self.is_forced)
 
 
 def _block_gate(module: Any) -> str:
     scale = getattr(module, "gamma_1", getattr(module, "ls1", None))
     return "add_norm" if scale is None or role(scale) == "identity" else "scaled_add_norm"
+
+
+# --- towers ---------------------------------------------------------------------------------------------------------
+
+_BLOCKS = frozenset({"Block", "ResPostBlock", "EvaBlock", "EvaBlockPostNorm"})
+_ATTENTIONS = frozenset({"Attention", "AttentionRope", "EvaAttention"})
+
+
+class Tower(Swapped):
+    """Of which the class token is read."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        tower = self
+        if _all_are_read(self) is None and _pooled.may_end_early(x, self.blocks[-1], _Attention, self.norm):
+            tower = _pooled.ending_with(self, ("blocks",), _pooled.Read())
+        masked = {} if attn_mask is None else {"attn_mask": attn_mask}
+        y: Tensor = super(Tower, tower).forward(x, **masked, **_causal(is_causal))
+        return y
+
+
+def _all_are_read(module: Any) -> str | None:
+    """Why the last block has to compute all tokens."""
+    if module.global_pool != "token" or module.attn_pool is not None or module.num_prefix_tokens == 0:
+        return "all of its tokens are read"
+    last: Any = module.blocks[-1] if len(module.blocks) else None
+    served = type(last).__name__ in _BLOCKS and type(last.attn).__name__ in _ATTENTIONS
+    return None if served else f"its last block is {type(last).__name__}"
 
 
 # --- patch dropout --------------------------------------------------------------------------------------------------
@@ -294,6 +342,22 @@ RULES = (
         calls=_biased,
     ),
     Rule(EvaBlock, f"{_EVA}.EvaBlock", "add_layer_norm", _block_gate, helpers=_DROP_PATH, calls=_rotated),
+    *(
+        Rule(
+            Tower,
+            name,
+            "last block, class token",
+            "torch",
+            helpers=(
+                *(f"{name}.{part}" for part in ("forward_features", "forward_head", "pool")),
+                f"{_LAYERS}.pool1d.global_pool_nlc",
+                f"{_LAYERS}.mlp.Mlp.forward",
+            ),
+            reason=_all_are_read,
+            calls=None,
+        )
+        for name in (f"{_VIT}.VisionTransformer", f"{_EVA}.Eva")
+    ),
     Rule(
         PatchDropout,
         f"{_LAYERS}.patch_dropout.PatchDropout",

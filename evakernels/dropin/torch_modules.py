@@ -131,7 +131,7 @@ class MultiheadAttention(Swapped):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """`[B, N, heads, head_dim]`."""
         op = "attention_training" if torch.is_grad_enabled() else "attention"
-        causal = mask is not None and mask.dim() == 2 and _is_causal(mask)
+        causal = mask is not None and mask.dim() == 2 and is_causal_mask(mask)
         if q.shape == k.shape and (mask is None or causal) and serves(op, q, forced=self.is_forced):
             return rope_attention(q, k, v, causal=causal)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
@@ -146,7 +146,7 @@ class MultiheadAttention(Swapped):
         return (weights @ v).transpose(1, 2), weights
 
 
-def _is_causal(mask: Tensor) -> bool:
+def is_causal_mask(mask: Tensor) -> bool:
     """Whether the mask hides later keys and nothing else; on a CPU only, where looking at it costs nothing."""
     if not mask.is_cpu or torch.compiler.is_compiling() or mask.shape[0] != mask.shape[1]:
         return False

@@ -73,14 +73,15 @@ def rope_attention(
     Args:
         q: `[B, N, H, D]`; views of one packed projection are fine.
         k, v: `[B, M, Hkv, D]` in the dtype of `q`. H is a multiple of Hkv: query head h uses head h // (H // Hkv)
-            (grouped and multi-query attention). M may differ from N where nothing is rotated.
+            (grouped and multi-query attention). M may differ from N where nothing is rotated, or if `q` holds the first
+            N of the M tokens, all of the prefix.
         cos, sin: `[P, D/2]`, or `[H, P, D/2]` if Hkv is H: one entry per rotated pair. Or the compact
             `[2, G, D/4]` of a square grid, P = G * G: the token of table row r has its first D/4 pairs from
             `[0, r // G]` and the others from `[1, r % G]`. None: no rotation. They get no gradient.
             `evakernels.nn.axial_rope` makes those of EVA.
-        token_index: int64 `[B, N - num_prefix]`: token `num_prefix + i` of sample b takes table row
+        token_index: int64 `[B, M - num_prefix]`: token `num_prefix + i` of sample b takes table row
             `token_index[b, i]` (see `token_dropout`); of -1 it isn't rotated. None: it takes row i, and P is
-            `N - num_prefix`.
+            `M - num_prefix`.
         num_prefix: this many leading tokens (class token, registers) aren't rotated; 0 to 16. Without tables it has no
             meaning.
         causal: a query sees no later key; the last query sees all: query i sees keys up to number i + M - N.
@@ -109,6 +110,8 @@ def rope_attention(
         torch.Size([2, 197, 12, 64])
     """
     args = q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale
+    if cos is not None and _are_first_of(q, k):
+        args = _of_turned_keys(*args)
     if return_lse:
         both: tuple[Tensor, Tensor] = _forward_with_lse(*args)
         return both[0], both[1].detach()
@@ -121,34 +124,55 @@ def _check_call(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     _check.floating("rope_attention", q=q, k=k, v=v)
     q, k, v = matmul_inputs(q, k, v)
     _check.heads("rope_attention", "[B, N, H, D]", q, k, v)
-    num_prefix = _check_rotation(q, k, cos, sin, token_index, num_prefix)
+    num_prefix = _check_rotation(q, k, cos, sin, token_index, num_prefix, causal)
     _check.scale("rope_attention", scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale
 
 
+def _are_first_of(q: Any, k: Any) -> bool:
+    """Whether the queries are those of the first tokens alone."""
+    return isinstance(q, Tensor) and isinstance(k, Tensor) and q.dim() == k.dim() == 4 and q.shape[1] < k.shape[1]
+
+
+def _of_turned_keys(*args: Any) -> Any:
+    """The arguments without a rotation: that of the keys is made here, and tokens of the prefix have none."""
+    _check_call(*args)
+    q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale = args
+    rotation = reference.rotation_of(k, cos, sin, token_index, num_prefix)
+    k = reference.turned(k.transpose(1, 2), rotation, interleaved).transpose(1, 2)
+    return q, k, v, None, None, None, 0, causal, interleaved, scale
+
+
 def _check_rotation(
-    q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, token_index: Tensor | None, num_prefix: int
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    token_index: Tensor | None,
+    num_prefix: int,
+    causal: bool,
 ) -> int:
     """Returns `num_prefix`, as far as it has a meaning."""
-    op, (batch, tokens) = "rope_attention", q.shape[:2]
+    op, (batch, tokens) = "rope_attention", k.shape[:2]
     _check.integer(op, "num_prefix", num_prefix, f"0 to {MAX_PREFIX}")
-    if not 0 <= num_prefix <= MAX_PREFIX or num_prefix > tokens:
-        raise ValueError(f"{op}: num_prefix is {num_prefix}; accepted: 0 to {MAX_PREFIX}, and at most N = {tokens}")
+    if not 0 <= num_prefix <= MAX_PREFIX or (cos is not None and num_prefix > tokens):
+        raise ValueError(f"{op}: num_prefix is {num_prefix}; accepted: 0 to {MAX_PREFIX}, and at most M = {tokens}")
     if token_index is not None:
         if cos is None and sin is None:
             raise ValueError(f"{op}: token_index without cos and sin; it selects rows of these tables")
         _check.integers(op, (torch.int64,), token_index=token_index)
+    if cos is not None and q.shape[1] != tokens and (causal or q.shape[1] > num_prefix):
+        raise ValueError(
+            f"{op}: cos and sin with {q.shape[1]} queries and {tokens} keys{', causal' * causal}; accepted: as many of "
+            f"each, or queries of the num_prefix = {num_prefix} first tokens, not causal; or rotate them beforehand "
+            "and give no tables"
+        )
     patches = tokens - num_prefix
     if not check_tables(op, q, k, cos, sin, patches if token_index is None else None):
         return 0
-    if k.shape[1] != tokens:
-        raise ValueError(
-            f"{op}: cos and sin with {tokens} queries and {k.shape[1]} keys; accepted: as many of each; rotate them "
-            "beforehand and give no tables"
-        )
     _check.same_device(op, q=q, token_index=token_index)
-    _check.shape(op, "token_index", token_index, (batch, patches), "[B, N - num_prefix]")
+    _check.shape(op, "token_index", token_index, (batch, patches), "[B, M - num_prefix]")
     return num_prefix
 
 

@@ -12,6 +12,8 @@ OPTIONS = {"sapiens2": {"num_heads": 8, "num_kv_heads": (8, 4)}}
 
 LEFT = {
     ("GELU", "its own is as fast"),  # without AVX-512
+    *((name, "all of its tokens are read") for name in ("Eva", "VisionTransformer")),
+    *(("VisionTransformer", f"its last block is Parallel{kind}Block") for kind in ("Things", "Scaling")),
     *((name, "no rule is for it") for name in ("AttentionPoolLatent", "RelPosAttention", "DiffAttention")),
     # Its attention is in the block itself.
     *((name, "no rule is for it") for name in ("ParallelScalingBlock", "DiffParallelScalingBlock")),
@@ -26,7 +28,7 @@ WITHOUT_RULE = {
     # Two attentions or MLPs side by side, each of which is served.
     "ParallelThingsBlock",
     # Containers and tables.
-    "Eva", "VisionTransformer", "VisionTransformerRelPos", "Sequential", "ModuleList", "PatchEmbed", "HybridEmbed",
+    "VisionTransformerRelPos", "Sequential", "ModuleList", "PatchEmbed", "HybridEmbed",
     "RotaryEmbeddingCat", "RotaryEmbeddingDinoV3", "RotaryEmbeddingMixed",
 }  # fmt: skip
 """Classes in the models, but for convolutional stems, that no rule knows, and why."""

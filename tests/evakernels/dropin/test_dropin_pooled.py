@@ -1,0 +1,181 @@
+"""Towers of which one token is read: the last block computes that one, and nobody sees a difference."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from dropin_families import assert_same_gradients, close
+from dropin_open_clip import OPEN_CLIP
+from dropin_timm import TIMM, images
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import evakernels
+from evakernels.dropin import open_clip, timm
+
+pytestmark = pytest.mark.usefixtures("everything_served")
+
+TOWERS = [name for name in TIMM if name not in ("vit-rms", "perception-encoder", "relative", "relative-post-norm")]
+"""Those of timm with a class token."""
+
+END = 49
+"""Of a text; the highest id."""
+
+
+class Mixed(nn.Module):
+    """Every token of its output depends on all."""
+
+    def __init__(self, width, **options):
+        super().__init__()
+        self.fc = nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.fc(x - x.mean(1, keepdim=True))
+
+
+def vit(**options):
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return VisionTransformer(**sizes, **options).eval()
+
+
+def accelerated(model):
+    model = copy.deepcopy(model)
+    evakernels.accelerate(model)
+    return model
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """How many tokens each block ends with."""
+    found = []
+
+    def seen(function):
+        def wrapper(residual, *args, **options):
+            found.append(residual.shape[1])
+            return function(residual, *args, **options)
+
+        return wrapper
+
+    monkeypatch.setattr(timm, "add", seen(timm.add))
+    monkeypatch.setattr(timm, "norm_add", seen(timm.norm_add))
+    monkeypatch.setattr(open_clip, "add", seen(open_clip.add))
+    return found
+
+
+def features(model, seed, *args):
+    torch.manual_seed(seed)
+    out = model(*args)
+    return out[:2] if isinstance(out, tuple) else (out,)
+
+
+def results(model, seed, *args):
+    """Features, and gradients of a loss in which each has a weight of its own."""
+    model.zero_grad()
+    parts = features(model, seed, *args)
+    sum((part * torch.randn(part.shape, generator=torch.Generator().manual_seed(7))).sum() for part in parts).backward()
+    return parts, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal_results(model, untouched, *args):
+    for training in (False, True):
+        (ours, gradients), (theirs, expected) = (results(m.train(training), 1, *args) for m in (model, untouched))
+        close(ours, theirs)
+        assert_same_gradients(gradients, expected)
+        with torch.no_grad():
+            close(features(model, 1, *args), theirs)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_tower_of_timm(name, checkpointing, ends):
+    untouched = TIMM[name].build()
+    untouched.global_pool = "token"
+    untouched.set_grad_checkpointing(checkpointing)
+    model = accelerated(untouched)
+    assert_equal_results(model, untouched, images(3)["x"])
+    assert ends.count(1) >= len(ends) // 2 > 0
+
+
+@pytest.mark.parametrize("name", OPEN_CLIP)
+@pytest.mark.parametrize("lengths", [(12, 12, 12, 12), (3, 7, 5, 1)])
+def test_both_towers_of_open_clip(name, lengths, ends):
+    untouched = OPEN_CLIP[name].build()
+    model = accelerated(untouched)
+    text = torch.randint(1, END, (4, 12), generator=torch.Generator().manual_seed(0))
+    for row, length in zip(text, lengths, strict=True):
+        row[length - 1], row[length:] = END, 0
+    assert_equal_results(model, untouched, torch.randn(4, 3, 32, 32), text)
+    assert {1, max(lengths)} <= set(ends)
+    assert 12 not in ends or max(lengths) == 12
+
+
+def test_a_gate_of_attention(ends):
+    untouched = vit()
+    for block in untouched.blocks:
+        block.attn = Attention(64, num_heads=2, gated=True)
+    assert_equal_results(accelerated(untouched), untouched, images(3)["x"])
+    assert 1 in ends
+
+
+def test_all_other_questions_have_all_tokens():
+    untouched = vit()
+    model = accelerated(untouched)
+    x = images(1)["x"]
+    close(model.forward_features(x), untouched.forward_features(x))
+    close(model.forward_intermediates(x), untouched.forward_intermediates(x))
+    seen = []
+    model.blocks[1].mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    close(model(x), untouched(x))
+    assert seen == [(4, 17, 64)]
+
+
+@pytest.mark.parametrize(
+    ("options", "training"),
+    [
+        ({"global_pool": "avg"}, False),
+        ({"proj_drop_rate": 0.1}, True),
+        ({"attn_drop_rate": 0.1}, True),
+        ({"mlp_layer": lambda in_features, **more: Mixed(in_features)}, False),
+    ],
+    ids=["mean", "dropout", "dropout of attention", "mixed tokens"],
+)
+def test_where_more_tokens_are_needed_all_are_computed(options, training, ends):
+    untouched = vit(**options).train(training)
+    model = accelerated(untouched)
+    outputs = []
+    for m in (model, untouched):
+        torch.manual_seed(1)
+        outputs.append(m(images(1)["x"]))
+    close(*outputs)
+    assert set(ends) == {17}
+
+
+@pytest.mark.parametrize("options", [{"attn_mask": torch.randn(17, 17)}, {"is_causal": True}], ids=["mask", "causal"])
+def test_options_of_a_call(options, ends):
+    untouched = vit()
+    close(accelerated(untouched)(images(1)["x"], **options), untouched(images(1)["x"], **options))
+    assert ends == [17, 1]
+
+
+@pytest.mark.parametrize("change", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), torch.nn.Module.eval])
+def test_a_copy_and_a_restored_model(change, ends):
+    untouched = vit()
+    model = change(accelerated(untouched))
+    close(model(images(1)["x"]), untouched(images(1)["x"]))
+    assert ends == [17, 1]
+    ends.clear()
+    evakernels.restore(model)
+    assert torch.equal(model(images(1)["x"]), untouched(images(1)["x"]))
+    assert ends == []
+
+
+def test_frozen(ends):
+    model = accelerated(vit())
+    x = images(1)["x"]
+    with torch.inference_mode():
+        dense = model(x)
+        evakernels.nn.freeze(model)
+        close(model(x), dense)
+    assert ends == [17, 1] * 2
