@@ -5,7 +5,6 @@ of which that is certain runs its own forward on a view of itself, whose last bl
 doesn't change, so whatever else is asked of it, such as all tokens, comes out as before.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,30 +48,54 @@ def view(module: Any, **changes: Any) -> Any:
     return seen
 
 
-def ending_with(tower: Any, path: Iterable[str], read: Read, **changes: Any) -> Any:
-    """A view of the tower, with `changes`, whose last block, of the list at `path`, ends with what is read."""
-    name, *rest = path
-    child = tower._modules[name]
-    if rest:
-        return view(tower, **{name: ending_with(child, rest, read)}, **changes)
-    last = str(len(child) - 1)
-    return view(tower, **{name: view(child, **{last: view(child[-1], read=read)})}, **changes)
+@dataclass(frozen=True)
+class Ending:
+    """How a kind of tower ends.
 
-
-def may_end_early(x: Tensor, last: Any, attention: type | tuple[type, ...], norm: Any) -> bool:
-    """Whether for the input `x` nothing behind the attention in the block `last` needs, or shows, other tokens.
-
-    `norm` follows the block. Not where somebody watches, nor where dropout would draw other random numbers, nor in
-    float64, of which no bit is to change.
+    Args:
+        path: names that lead from the tower to the list of its blocks.
+        norm: name of the norm behind them.
+        attention: class of the attention in the last of them.
+        methods: of the tower, those that its own code calls.
     """
-    return (
-        is_ordinary(x)
-        and isinstance(last, Swapped)
-        and next(last.parameters()).dtype in DTYPES
-        and isinstance(last.attn, attention)
-        and role(norm) in ("layer_norm", "rms_norm", "identity")
-        and all(_is_of_each_token(module) for module in last.modules())
-    )
+
+    path: tuple[str, ...]
+    norm: str
+    attention: type
+    methods: tuple[str, ...]
+
+    def may_be_early(self, tower: Any, x: Tensor) -> bool:
+        """Whether for the input `x` nothing behind the last attention needs, or shows, other tokens than are read.
+
+        Not where somebody watches, nor where dropout would draw other random numbers, nor in float64, of which no bit
+        is to change.
+        """
+        if not is_ordinary(x) or any(name in tower.__dict__ for name in self.methods):
+            return False
+        part = tower
+        for name in self.path:
+            part = part._modules[name]
+            if is_watched(part):
+                return False
+        last = part[-1]
+        return (
+            isinstance(last, Swapped)
+            and isinstance(last.attn, self.attention)
+            and next(last.parameters()).dtype in DTYPES
+            and role(tower._modules[self.norm]) in ("layer_norm", "rms_norm", "identity")
+            and all(_is_of_each_token(module) for module in last.modules())
+        )
+
+    def early(self, tower: Any, read: Read, **changes: Any) -> Any:
+        """A view of the tower, with `changes`, whose last block ends with the tokens that are read."""
+        lists = [tower]
+        for name in self.path:
+            lists.append(lists[-1]._modules[name])
+        blocks = lists.pop()
+        seen = view(blocks, **{str(len(blocks) - 1): view(blocks[-1], read=read)})
+        for part, name in zip(reversed(lists[1:]), reversed(self.path[1:]), strict=True):
+            seen = view(part, **{name: seen})
+        return view(tower, **{self.path[0]: seen}, **changes)
 
 
 def _is_of_each_token(module: nn.Module) -> bool:

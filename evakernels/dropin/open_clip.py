@@ -93,7 +93,10 @@ def _has_dot_products(module: Any) -> str | None:
 
 # --- towers ---------------------------------------------------------------------------------------------------------
 
-_BLOCKS = ("transformer", "resblocks")
+_VISION, _TEXT = (
+    _pooled.Ending(("transformer", "resblocks"), norm, torch.nn.MultiheadAttention, methods)
+    for norm, methods in (("ln_post", ("_pool", "_global_pool")), ("ln_final", ("_embeds",)))
+)
 
 
 class VisionTower(Swapped):
@@ -101,8 +104,8 @@ class VisionTower(Swapped):
 
     def forward(self, x: Tensor) -> Tensor:
         tower = self
-        if _all_are_read(self) is None and _ends_early(x, self, self.ln_post):
-            tower = _pooled.ending_with(self, _BLOCKS, _pooled.Read())
+        if _all_are_read(self) is None and _VISION.may_be_early(self, x):
+            tower = _VISION.early(self, _pooled.Read())
         features: Tensor = super(VisionTower, tower).forward(x)
         return features
 
@@ -111,10 +114,6 @@ def _all_are_read(module: Any) -> str | None:
     """Why the last block has to compute all patches."""
     read = module.pool_type == "tok" and module.attn_pool is None and not module.output_tokens
     return _unserved_block(module.transformer) if read else "all of its tokens are read"
-
-
-def _ends_early(x: Tensor, tower: Any, norm: Any) -> bool:
-    return _pooled.may_end_early(x, tower.transformer.resblocks[-1], torch.nn.MultiheadAttention, norm)
 
 
 def _unserved_block(transformer: Any) -> str | None:
@@ -152,7 +151,7 @@ def _of_end(tower: Any, text: Tensor, pool: str) -> tuple[Any, Tensor]:
     """
     mask = tower.attn_mask
     of_text = text.dim() == 2 and len(text) > 0 and (mask is None or mask.shape[-1] == text.shape[1])
-    if _reads_more(tower) or not of_text or not _ends_early(text, tower, tower.ln_final):
+    if _reads_more(tower) or not of_text or not _TEXT.may_be_early(tower, text):
         return tower, text
     of_end, length = getattr(tower, pool) == "argmax", text.shape[1]
     rows = text.argmax(-1) if of_end else torch.full((len(text),), length - 1, device=text.device)
@@ -161,7 +160,7 @@ def _of_end(tower: Any, text: Tensor, pool: str) -> tuple[Any, Tensor]:
         length = int(rows.max()) + 1
         positions = tower.positional_embedding[:length]
         changes.update(attn_mask=mask[:length, :length], positional_embedding=positions)
-    return _pooled.ending_with(tower, _BLOCKS, _pooled.Read(rows), **changes), text[:, :length]
+    return _TEXT.early(tower, _pooled.Read(rows), **changes), text[:, :length]
 
 
 def _reads_more(module: Any) -> str | None:

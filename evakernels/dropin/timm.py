@@ -215,6 +215,8 @@ def _block_gate(module: Any) -> str:
 
 # --- towers ---------------------------------------------------------------------------------------------------------
 
+_METHODS = ("forward_features", "forward_head", "pool")
+_ENDING = _pooled.Ending(("blocks",), "norm", _Attention, _METHODS)
 _BLOCKS = frozenset({"Block", "ResPostBlock", "EvaBlock", "EvaBlockPostNorm"})
 _ATTENTIONS = frozenset({"Attention", "AttentionRope", "EvaAttention"})
 
@@ -224,8 +226,8 @@ class Tower(Swapped):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         tower = self
-        if _all_are_read(self) is None and _pooled.may_end_early(x, self.blocks[-1], _Attention, self.norm):
-            tower = _pooled.ending_with(self, ("blocks",), _pooled.Read())
+        if _all_are_read(self) is None and _ENDING.may_be_early(self, x):
+            tower = _ENDING.early(self, _pooled.Read())
         masked = {} if attn_mask is None else {"attn_mask": attn_mask}
         y: Tensor = super(Tower, tower).forward(x, **masked, **_causal(is_causal))
         return y
@@ -349,7 +351,7 @@ RULES = (
             "last block, class token",
             "torch",
             helpers=(
-                *(f"{name}.{part}" for part in ("forward_features", "forward_head", "pool")),
+                *(f"{name}.{part}" for part in _METHODS),
                 f"{_LAYERS}.pool1d.global_pool_nlc",
                 f"{_LAYERS}.mlp.Mlp.forward",
             ),

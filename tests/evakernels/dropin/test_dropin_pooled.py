@@ -125,10 +125,21 @@ def test_all_other_questions_have_all_tokens():
     x = images(1)["x"]
     close(model.forward_features(x), untouched.forward_features(x))
     close(model.forward_intermediates(x), untouched.forward_intermediates(x))
-    seen = []
-    model.blocks[1].mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    close(model(x), untouched(x))
+
+
+@pytest.mark.parametrize("name", ["blocks", "blocks.1", "blocks.1.mlp", "norm"])
+def test_who_watches_sees_all_tokens(name):
+    model, seen = accelerated(vit()), []
+    model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    model(images(1)["x"])
     assert seen == [(4, 17, 64)]
+
+
+def test_a_method_that_was_replaced_gets_all_tokens(ends):
+    model = accelerated(vit())
+    model.pool = lambda x: x.mean(1)
+    model(images(1)["x"])
+    assert ends == [17, 17]
 
 
 @pytest.mark.parametrize(
