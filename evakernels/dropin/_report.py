@@ -87,7 +87,7 @@ class Report:
 
     @property
     def headline(self) -> str:
-        """Such as "12 of 12 blocks, 84 of 110 modules": of those that a rule knows and of attentions.
+        """Such as "12 of 12 blocks, 109 of 110 modules": of those that a rule knows and of attentions.
 
         Blocks count that were replaced, or whose attention was, and that hold nothing of an unknown form.
         """

@@ -59,7 +59,7 @@ def accelerate(
 
     Returns:
         What runs on which op and backend, and what was left and why; in its `watch` what then ran. `str` of it is a
-        line such as "12 of 12 blocks, 84 of 110 modules" and a table.
+        line such as "12 of 12 blocks, 109 of 110 modules" and a table.
 
     Raises:
         TypeError: for what isn't an `nn.Module`.

@@ -224,7 +224,8 @@ def test_attention_of_timm_that_holds_no_head_dim_runs():
     close(run(family, model, 1), run(family, untouched, 1))
 
 
-def test_what_is_as_fast_in_torch_is_left_and_said():
+def test_what_is_as_fast_in_torch_is_left_and_said(monkeypatch):
+    monkeypatch.delitem(_gate._SERVED, ("layer_norm", "cpu", torch.float32), raising=False)
     report = evakernels.accelerate(nn.Sequential(nn.LayerNorm(8), nn.GELU()))
     wide = _gate.is_served("exact_gelu", "cpu", torch.float32)
     reasons = ["its own float32 on cpu is as fast", *([] if wide else ["its own is as fast"])]
@@ -266,7 +267,8 @@ def test_small_calls_run_the_untouched_code():
 # --- report and forms -----------------------------------------------------------------------------------------------
 
 
-def test_the_report_is_a_table():
+def test_the_report_is_a_table(monkeypatch):
+    monkeypatch.delitem(_gate._SERVED, ("layer_norm", "cpu", torch.float32), raising=False)
     report = evakernels.accelerate(FAMILIES["eva02"].build())
     blocks = [done for done in report.replaced if done.module == "EvaBlock"]
     assert [(b.name, b.op, b.backend) for b in blocks] == [(f"blocks.{i}", "add_layer_norm", "cpu") for i in range(2)]
