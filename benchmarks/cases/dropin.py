@@ -22,7 +22,7 @@ from benchmarks.operation import Baseline, Cost, Draw, Inputs, Operation, Work, 
 from evaclip.errors import UserError, unknown_name
 
 DROPIN, FROZEN = "dropin", "dropin_frozen"
-_FORM = re.compile(r"(?P<model>[\w./-]+) b(?P<batch>\d+)")
+_FORM = re.compile(r"(?P<model>[\w./-]+) b(?P<batch>[1-9]\d*)( t(?P<tokens>[1-9]\d*))?")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Model:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model and how many samples it gets at once."""
+    """A model, how many samples it gets at once, and how many tokens of each text are no padding: all, if 0."""
 
     model: str
     batch: int
@@ -54,21 +54,25 @@ class ModelShape:
     @property
     def name(self) -> str:
         """The name that `parse` reads."""
-        return f"{self.model} b{self.batch}"
+        return f"{self.model} b{self.batch}" + (f" t{self.tokens}" if self.tokens else "")
 
 
 def parse(name: str) -> ModelShape:
-    """The shape called `name`, such as `timm/vit-b b4`.
+    """The shape called `name`, such as `timm/vit-b b4`, or `open_clip/vit-b-32 b4 t13` for texts of 13 tokens.
 
     Raises:
-        UserError: the name has another form, or the model is unknown.
+        UserError: the name has another form, the model is unknown, or has no such texts.
     """
     match = _FORM.fullmatch(name.strip())
-    if match is None or int(match["batch"]) < 1:
-        raise UserError(f"unknown shape {name!r}; expected a model and a batch such as 'timm/vit-b b4'")
+    if match is None:
+        forms = "'timm/vit-b b4', or 'open_clip/vit-b-32 b4 t13' for texts of 13 tokens and padding"
+        raise UserError(f"unknown shape {name!r}; expected a model and a batch such as {forms}")
     if match["model"] not in MODELS:
         raise unknown_name("model", match["model"], MODELS)
-    return ModelShape(match["model"], int(match["batch"]))
+    tokens, context = int(match["tokens"] or 0), MODELS[match["model"]].context
+    if tokens > context:
+        raise UserError(f"shape {name!r}: {match['model']} takes texts of up to {context} tokens")
+    return ModelShape(match["model"], int(match["batch"]), tokens)
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -210,7 +214,8 @@ def _samples(shape: ModelShape, draw: Draw) -> Inputs:
     if model.vocabulary:
         # The largest id is the end token, for some of them the place of the pooled output.
         texts = draw.integers(model.vocabulary - 2, shape.batch, model.context)
-        texts[:, -1] = model.vocabulary - 1
+        end = (shape.tokens or model.context) - 1
+        texts[:, end], texts[:, end + 1 :] = model.vocabulary - 1, 0
     return {"images": draw.normal(shape.batch, 3, pixels, pixels), "texts": texts}
 
 

@@ -67,6 +67,17 @@ def test_shapes_have_names() -> None:
         dropin.parse("timm/vit-b")
     with pytest.raises(UserError, match="timm/vit-b"):
         dropin.parse("timm/vit-c b4")
+    for name in ("timm/vit-b b4 t13", "open_clip/vit-b-32 b4 t78"):
+        with pytest.raises(UserError, match=f"{name}.*takes texts of up to"):
+            dropin.parse(name)
+
+
+def test_texts_that_end_early() -> None:
+    shape = dropin.parse("open_clip/vit-b-32 b4 t13")
+    assert shape.name == "open_clip/vit-b-32 b4 t13"
+    texts = dropin._samples(shape, Draw(torch.float32, CPU, torch.Generator()))["texts"]
+    assert (texts.argmax(-1) == 12).all()
+    assert not texts[:, 13:].any()
 
 
 def test_both_share_parameters_and_agree() -> None:
