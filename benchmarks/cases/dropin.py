@@ -113,7 +113,9 @@ def _transformers(kind: str, vocabulary: int, context: int) -> Model:
 
 def _embed(model: Any, images: Tensor, texts: Tensor | None) -> Any:
     output = model(input_ids=texts, pixel_values=images)
-    return output.image_embeds, output.text_embeds, output.logits_per_image  # the last has the temperature
+    # Not the few logits: of random weights they are differences near zero, whose error is a matter of luck.
+    scalars = [getattr(model, name) for name in ("logit_scale", "logit_bias") if hasattr(model, name)]
+    return output.image_embeds, output.text_embeds, *scalars
 
 
 MODELS = {

@@ -35,7 +35,8 @@ class Rule:
         forward: class with the forward.
         target: the class, `package.module.Class`; its forward must have a known form.
         op: what runs instead, as the report names it.
-        gate: name of the op in `_gate`, or a function of the module that tells it.
+        gate: name of the op in `_gate`, or a function of the module that tells it; `"torch"` for what torch's own
+            operators do everywhere.
         helpers: functions that the class's forward calls and the new one stands for; their forms are known too.
         reason: tells why this module isn't for the rule, such as an option that the forward doesn't have.
         any_class: serve every class whose forward reads like that of `target`.
