@@ -93,11 +93,6 @@ def test_fewer_merges_cut_rarer_words_into_more_tokens() -> None:
     assert len(Tokenizer(16, 514).encode("cat")) == 3
 
 
-def test_can_be_sent_to_another_process() -> None:
-    tokenizer = Tokenizer(20)
-    assert torch.equal(pickle.loads(pickle.dumps(tokenizer))(WRITTEN), tokenizer(WRITTEN))
-
-
 def test_wrong_input() -> None:
     with pytest.raises(UserError, match="context_length is 1; expected 2 or more"):
         Tokenizer(1)
