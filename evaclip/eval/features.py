@@ -21,6 +21,7 @@ from evaclip.data import BadSample, EvalBatch, Source, iterate
 from evaclip.errors import Refused, UserError
 from evaclip.model.config import Preprocess
 from evaclip.transforms import Normalization, levels_of
+from evaclip.weights import is_cut
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Item = TypeVar("Item")
@@ -199,11 +200,15 @@ def encode_texts(
 
 
 def weights_hash(model: object) -> str:
-    """SHA-256 (hex) over the names, types, shapes and bytes of all weights; the same anywhere."""
+    """SHA-256 (hex) over the names, types, shapes and bytes of all weights; the same anywhere.
+
+    Of a module that is cut up it is that of the whole, which all processes put together, a tensor at a time.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(_module(model).state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        whole = tensor.full_tensor() if is_cut(tensor) else tensor
+        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
+        digest.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
