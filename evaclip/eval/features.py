@@ -118,7 +118,7 @@ def encode_images(
 
     for_each_batch(model, encode, transform, source, options)
     result = ImageFeatures(torch.cat(rows), captions, keys)
-    _check_finite(result.features, keys, "picture")
+    require_finite(result.features, keys, "picture")
     if cached:
         cached.save({"features": result.features, "captions": _pack(captions), "keys": _pack(keys)})
     return result
@@ -193,7 +193,7 @@ def encode_texts(
             for batch in _progress(batches, len(texts), "texts", options)
         ]
     features = torch.cat(rows)
-    _check_finite(features, texts, "text")
+    require_finite(features, texts, "text")
     if cached:
         cached.save({"features": features})
     return features
@@ -248,12 +248,13 @@ def _progress(batches: Iterable[Item], samples: int, what: str, options: Feature
     )
 
 
-def _check_finite(features: Tensor, names: Sequence[str], what: str) -> None:
-    bad = (~features.isfinite().all(1)).nonzero().flatten().tolist()
+def require_finite(values: Tensor, names: Sequence[object], what: str) -> None:
+    """Raises UserError for what a model gave of pictures or texts, `[n, width]`, if it has NaN or infinity."""
+    bad = (~values.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
         raise UserError(
-            f"the model gives NaN or infinite features for {len(bad)} of {len(features)} {what}s, "
-            f"first for {names[bad[0]]!r}: its weights are broken, or need --precision fp32"
+            f"the model gives NaN or infinity for {len(bad)} of {len(values)} {what}s, first for"
+            f" {str(names[bad[0]])[:80]!r}: its weights are broken, or need precision fp32"
         )
 
 
