@@ -26,11 +26,6 @@ def _assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert all(torch.equal(gradient, second[name]) for name, gradient in first.items())
 
 
-def test_every_parameter_learns() -> None:
-    model = small_model(layer_scale_init=0.5).train()
-    assert _gradients(model).keys() == dict(model.named_parameters()).keys()
-
-
 def test_patch_dropout_draws_from_the_default_generator_in_training_only() -> None:
     model = small_model(patch_dropout=0.5)
     images = random_images(4)
