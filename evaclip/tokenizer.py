@@ -17,7 +17,7 @@ import numpy as np
 import regex
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as BpeTokenizer
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from evaclip.errors import UserError
 
@@ -30,6 +30,7 @@ VOCAB_SIZE = 49408
 _DISTRIBUTION = "open_clip_torch"
 _FILE = "bpe_simple_vocab_16e6.txt.gz"
 _BYTES_AND_ENDS = 2 * 256 + 2
+_SPACE = "\u0120"  # the letter that stands for its byte
 _WORD = regex.compile(rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE)
 
 
@@ -103,9 +104,7 @@ class Tokenizer:
             if not 0 <= index < self.vocab_size:
                 raise ValueError(f"token id {index} is outside of 0..{self.vocab_size - 1}")
         tokens = [str(self._bpe.id_to_token(index)) for index in listed if index != self.start_id]
-        values = _bytes_by_letter()
-        data = bytes(values[letter] for letter in "".join(tokens).replace("</w>", " "))
-        return data.decode("utf-8", errors="replace").strip()
+        return str(decoders.ByteLevel().decode([token.replace("</w>", _SPACE) for token in tokens])).strip()
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = 77) -> "Tensor":
@@ -169,7 +168,8 @@ def byte_pair_encoder(vocab_size: int) -> BpeTokenizer:
         # The first line is a version header; after the merges in use come others that CLIP never used.
         count = vocab_size - _BYTES_AND_ENDS
         merges = [(first, second) for first, second in map(str.split, islice(lines, 1, count + 1))]
-    letters = _byte_letters()
+    # Bytes that are printable in Latin-1 stand for themselves and come first; the others follow as U+0100, U+0101, ...
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges), START, END]
     vocabulary = {word: index for index, word in enumerate(words)}
     if len(vocabulary) != vocab_size:
@@ -178,25 +178,6 @@ def byte_pair_encoder(vocab_size: int) -> BpeTokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.add_special_tokens([START, END])
     return tokenizer
-
-
-def _byte_letters() -> list[str]:
-    """A printable character for each of the 256 bytes, in the order of the vocabulary.
-
-    Bytes that are printable in Latin-1 stand for themselves and come first; the others follow as U+0100,
-    U+0101, ...
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(code) for code in printable] + [chr(256 + index) for index in range(256 - len(printable))]
-
-
-@cache
-def _bytes_by_letter() -> dict[str, int]:
-    """The byte that each letter stands for; a space is itself."""
-    letters = _byte_letters()
-    printable = [ord(letter) for letter in letters if ord(letter) < 256]
-    others = sorted(set(range(256)) - set(printable))
-    return {" ": ord(" "), **dict(zip(letters, [*printable, *others], strict=True))}
 
 
 def _checked_length(context_length: int) -> int:

@@ -57,7 +57,7 @@ class Selection(View):
 
     def __init__(self, source: Source, indices: Sequence[int]) -> None:
         super().__init__(source)
-        self._indices = list(indices)
+        self._indices = indices
         self.fingerprint = hash_list(source.fingerprint, (("", index) for index in self._indices))
         self.shard_sizes = [len(self._indices)]
 

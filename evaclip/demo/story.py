@@ -27,7 +27,6 @@ _TITLES = {"openmoji": "OpenMoji, a style never seen", "twemoji": "Twemoji, the 
 _PICTURE_SIZE = 64  # twice what the model sees, for the report's gallery
 _SPEED_STEPS = 48  # the first ones are slow: pictures are decoded, memory is taken
 _PHASES = ("drawings", "training", "evaluation", "report", "index")
-_LARGE = "large.png;png"  # what is drawn for looking at; shards of an earlier version don't have it
 _THUMBNAIL = 128
 _BATCH = 256  # of so few tokens each that a smaller batch takes longer
 
@@ -176,7 +175,7 @@ def index_drawings(run: Path, data: Path) -> Path:
     folder = run / STORE_FOLDER
     encoder = Encoder(str(run), precision="fp32", batch_size=_BATCH)
     shards = "::".join(str(data.absolute() / f"{style}-*.tar") for style in STYLES)
-    source = open_source(shards, image_key=_LARGE, caption_key="json:captions", captions=False)
+    source = open_source(shards, image_key="large.png", caption_key="json:captions", captions=False)
     # Beside the run, as no program may be written into one, and so that the earlier store is there until this one is.
     with tempfile.TemporaryDirectory(prefix=f".{run.name}-", dir=run.absolute().parent) as temporary:
         made = Path(temporary) / "made"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -31,12 +31,23 @@ class ClassSpace:
         folders: the source's own names of its classes, see `assign_labels`.
         columns: for each label the classifier's output; None for a class that it lacks.
         outputs: how many the classifier has.
+
+    Raises:
+        UserError: for folders that are no classes.
     """
 
     names: tuple[str, ...]
     folders: tuple[str, ...]
     columns: tuple[int | None, ...]
     outputs: int
+
+    def __post_init__(self) -> None:
+        self.labels(self.folders)
+
+    @classmethod
+    def whole(cls, names: Sequence[str], folders: Sequence[str] = ()) -> Self:
+        """All classes of a classifier that has these."""
+        return cls(tuple(names), tuple(folders), tuple(range(len(names))), len(names))
 
     @cached_property
     def places(self) -> Tensor:
@@ -54,13 +65,13 @@ class ClassSpace:
         """The classes that the classifier lacks."""
         return [name for name, column in zip(self.names, self.columns, strict=True) if column is None]
 
-    def labels(self, captions: Sequence[str], keys: Sequence[str]) -> Tensor:
-        """[n] int64 of n captions, by `assign_labels`.
+    def labels(self, captions: Sequence[str], keys: Sequence[str] | None = None) -> Tensor:
+        """[n] int64 of n captions, by `assign_labels`; `keys` name them in errors, without which they do themselves.
 
         Raises:
             UserError: a caption that is no class.
         """
-        return assign_labels(captions, keys, self.names, self.folders).indices
+        return assign_labels(captions, keys or captions, self.names, self.folders).indices
 
 
 def class_space(
@@ -94,9 +105,7 @@ def class_space(
             f" {names[0]!r}: name all of the classifier's in its order (--classes), or what it shall choose among"
             " (--subset)"
         )
-    space = ClassSpace(names, folders, columns, outputs)
-    space.labels(folders, folders)  # Folders that are no classes are told now.
-    return space
+    return ClassSpace(names, folders, columns, outputs)
 
 
 def _columns(outputs: int, subset: str | Path | None) -> tuple[tuple[str, ...] | None, tuple[int | None, ...]]:

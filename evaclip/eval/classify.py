@@ -10,7 +10,7 @@ from torch import Tensor
 from evaclip.data import EvalBatch, Source
 from evaclip.errors import UserError
 from evaclip.eval.class_space import ClassSpace, validation_number
-from evaclip.eval.features import FeatureOptions, for_each_batch
+from evaclip.eval.features import FeatureOptions, for_each_batch, require_finite
 from evaclip.eval.ranking import Result, hit_rate
 from evaclip.eval.zero_shot import ZeroShotResult, summarize
 
@@ -95,7 +95,7 @@ def predict(
             raise ValueError(f"expected logits [B, {classes.outputs}], got {list(logits.shape)}")
         if classes.chosen is not None:
             logits = logits[:, classes.chosen.to(logits.device)]
-        _check_finite(logits, batch.keys)
+        require_finite(logits, batch.keys, "picture")
         order = logits.float().sort(dim=1, descending=True, stable=True).indices
         best.append(classes.places[order[:, :TOP].cpu()])
         keys.extend(batch.keys)
@@ -138,12 +138,3 @@ def _real(best: Tensor, labels: Sequence[frozenset[int]]) -> RealResult:
 def _ranks(hits: Tensor) -> Tensor:
     """[N] the first column that hits, or TOP where none does."""
     return torch.where(hits.any(1), hits.int().argmax(1), TOP)
-
-
-def _check_finite(logits: Tensor, keys: Sequence[str]) -> None:
-    bad = (~logits.isfinite().all(1)).nonzero().flatten().tolist()
-    if bad:
-        raise UserError(
-            f"the model gives NaN or infinite logits for {keys[bad[0]]!r}: its weights are broken, or need"
-            " --precision fp32"
-        )

@@ -21,6 +21,7 @@ from evaclip.data import BadSample, EvalBatch, Source, iterate
 from evaclip.errors import Refused, UserError
 from evaclip.model.config import Preprocess
 from evaclip.transforms import Normalization, levels_of
+from evaclip.weights import is_cut
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Item = TypeVar("Item")
@@ -117,7 +118,7 @@ def encode_images(
 
     for_each_batch(model, encode, transform, source, options)
     result = ImageFeatures(torch.cat(rows), captions, keys)
-    _check_finite(result.features, keys, "picture")
+    require_finite(result.features, keys, "picture")
     if cached:
         cached.save({"features": result.features, "captions": _pack(captions), "keys": _pack(keys)})
     return result
@@ -192,18 +193,22 @@ def encode_texts(
             for batch in _progress(batches, len(texts), "texts", options)
         ]
     features = torch.cat(rows)
-    _check_finite(features, texts, "text")
+    require_finite(features, texts, "text")
     if cached:
         cached.save({"features": features})
     return features
 
 
 def weights_hash(model: object) -> str:
-    """SHA-256 (hex) over the names, types, shapes and bytes of all weights; the same anywhere."""
+    """SHA-256 (hex) over the names, types, shapes and bytes of all weights; the same anywhere.
+
+    Of a module that is cut up it is that of the whole, which all processes put together, a tensor at a time.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(_module(model).state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        whole = tensor.full_tensor() if is_cut(tensor) else tensor
+        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
+        digest.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -243,12 +248,13 @@ def _progress(batches: Iterable[Item], samples: int, what: str, options: Feature
     )
 
 
-def _check_finite(features: Tensor, names: Sequence[str], what: str) -> None:
-    bad = (~features.isfinite().all(1)).nonzero().flatten().tolist()
+def require_finite(values: Tensor, names: Sequence[object], what: str) -> None:
+    """Raises UserError for what a model gave of pictures or texts, `[n, width]`, if it has NaN or infinity."""
+    bad = (~values.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
         raise UserError(
-            f"the model gives NaN or infinite features for {len(bad)} of {len(features)} {what}s, "
-            f"first for {names[bad[0]]!r}: its weights are broken, or need --precision fp32"
+            f"the model gives NaN or infinity for {len(bad)} of {len(values)} {what}s, first for"
+            f" {str(names[bad[0]])[:80]!r}: its weights are broken, or need precision fp32"
         )
 
 

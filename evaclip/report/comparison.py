@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 from evaclip.errors import UserError
@@ -72,15 +73,11 @@ def _standing(configs: Mapping[str, Any], logs: Mapping[str, Any]) -> list[tuple
 
 
 def _mean_of_end(log: Sequence[Mapping[str, Any]]) -> float:
-    end = log[-max(1, len(log) // 10) :]
-    mean: float = sum(record["loss"] for record in end) / len(end)
-    return mean
+    return float(mean(record["loss"] for record in log[-max(1, len(log) // 10) :]))
 
 
 def _median(log: Sequence[Mapping[str, Any]], key: str) -> float:
-    values = sorted(record[key] for record in log)
-    middle: float = values[len(values) // 2]
-    return middle
+    return float(median(record[key] for record in log))
 
 
 def _differences(configs: Mapping[str, Mapping[str, Any]]) -> str:

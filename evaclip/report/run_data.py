@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from evaclip.errors import UserError
@@ -183,7 +184,7 @@ def _facts(
     state: str,
 ) -> dict[str, list[tuple[str, str]]]:
     last = records[-1]
-    rates = sorted(record["samples_per_second"] for record in records)
+    rate = median(record["samples_per_second"] for record in records)
     facts = {
         "Training": [
             ("model", config["model"]["name"]),
@@ -192,7 +193,7 @@ def _facts(
             ("state", state),
             ("samples seen", f"{last['samples']:,} ({last['epoch']:.1f} epochs)"),
             ("time", duration(last["seconds"])),
-            ("speed", f"{rates[len(rates) // 2]:,.0f} samples/s (median), MFU {last['mfu']:.0%}"),
+            ("speed", f"{rate:,.0f} samples/s (median), MFU {last['mfu']:.0%}"),
             ("optimizer", f"{config['optim']['name']}, peak rate {config['optim']['lr']:g}"),
             ("precision", config["precision"]),
             ("skipped steps", f"{last['skipped']:,}"),

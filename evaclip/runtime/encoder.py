@@ -14,6 +14,7 @@ from torch import Tensor
 
 from evaclip.data.samples import UPRIGHT, BadSample, Fault, decode_image, read_image_file
 from evaclip.errors import UserError, unknown_name
+from evaclip.eval.features import require_finite
 from evaclip.loading import LoadedModel, load_model
 from evaclip.machine import multiplies_bfloat16
 from evaclip.runtime.ahead import ahead
@@ -169,7 +170,7 @@ class Encoder:
         for rows in _by_length(tokens.argmax(dim=1) + 1):
             with torch.inference_mode():
                 found[rows] = F.normalize(self.model.text(tokens[rows].to(self.device)).float(), dim=-1).cpu()
-        self._check(found, range(len(found)), "text")
+        require_finite(found, range(len(found)), "text")
         return found
 
     def stream(self, items: Iterable[T], picture: Callable[[T], Any] | None = None) -> Iterator[Encoded[T]]:
@@ -230,16 +231,8 @@ class Encoder:
 
     def _finished(self, batch: "_Batch[T]") -> Encoded[T]:
         embeddings = torch.empty(0, self.dim) if batch.features is None else batch.features.cpu()
-        self._check(embeddings, batch.items, "picture")
+        require_finite(embeddings, batch.items, "picture")
         return Encoded(batch.items, embeddings, batch.faults, batch.waited)
-
-    def _check(self, embeddings: Tensor, items: Sequence[object], what: str) -> None:
-        bad = (~embeddings.isfinite().all(1)).nonzero().flatten().tolist()
-        if bad:
-            raise UserError(
-                f"the model gives NaN or infinity in {self.precision} for {len(bad)} of {len(embeddings)} {what}s,"
-                f" first for {str(items[bad[0]])[:80]!r}: its weights are broken, or need precision fp32"
-            )
 
 
 def _in_8_bits(parameter: str) -> bool:

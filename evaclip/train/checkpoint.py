@@ -24,7 +24,7 @@ from evaclip.weights.parts import damage, fingerprint, is_there, joined_fingerpr
 
 _log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 _NAMED = 10
 """As many damaged files are named."""
 _UNFINISHED = ".unfinished-"
@@ -118,16 +118,15 @@ def _write_own(unfinished: Path, content: Content, group: Any) -> dict[str, Any]
 
 
 def _write_tensors(unfinished: Path, content: Content, group: Any) -> None:
-    moments = f"{OPTIMIZER_FOLDER}/moments.safetensors" if group is None else OPTIMIZER_FOLDER
-    for name, tensors in {MODEL_FILE: content.model, EMA_FILE: content.ema, moments: content.moments}.items():
-        path = unfinished / name
+    rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    for name, tensors in {MODEL_FILE: content.model, EMA_FILE: content.ema}.items():
         if tensors is None:
             continue
         if group is None:
-            tensor_files.write_whole(tensors, path)
+            tensor_files.write_whole(tensors, unfinished / name)
         else:
-            folder = parts_of(path) if path.suffix else path
-            tensor_files.write_parts(tensors, folder, dist.get_rank(group), dist.get_world_size(group))
+            tensor_files.write_parts(tensors, parts_of(unfinished / name), rank, size)
+    tensor_files.write_parts(content.moments, unfinished / OPTIMIZER_FOLDER, rank, size)
 
 
 def _agreed(action: Callable[[], Any], group: Any) -> list[Any]:
@@ -158,7 +157,7 @@ def _agreed(action: Callable[[], Any], group: Any) -> list[Any]:
 def _start_folder(unfinished: Path, guard: Callable[[], None]) -> None:
     guard()
     shutil.rmtree(unfinished, ignore_errors=True)
-    (unfinished / OPTIMIZER_FOLDER).mkdir(parents=True)
+    unfinished.mkdir(parents=True)
 
 
 def _finish_folder(unfinished: Path, step: int, content: Content, written: Sequence[Mapping[str, Any]]) -> None:

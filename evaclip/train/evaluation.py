@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from evaclip.data import Source, open_configured
 from evaclip.data.held_out import Selection
 from evaclip.data.image_folder import FolderSource
-from evaclip.data.source import View
 from evaclip.errors import UserError
 from evaclip.eval import retrieval, zero_shot
 from evaclip.eval.features import (
@@ -93,7 +92,7 @@ def _open(name: str, config: EvalSetConfig, run: TrainConfig, held_out: Source |
     # The names of class folders go into templates, and into a caption's template no less.
     whole = held_out if data is None else open_configured(replace(data, caption_template=PLACEHOLDER))
     assert whole is not None
-    source = _Part(whole, config, f"eval.sets.{name}")
+    source = _part(whole, config, f"eval.sets.{name}")
     templates = config.templates
     if templates is None:
         templates = IMAGENET if config.classes == IMAGENET else PLACEHOLDER
@@ -317,24 +316,17 @@ def _encode_part(
         return None
 
 
-class _Part(View):
+def _part(whole: Source, config: EvalSetConfig, key: str) -> Source:
     """Consecutive samples of a source."""
-
-    def __init__(self, whole: Source, config: EvalSetConfig, key: str) -> None:
-        first, samples = config.first, config.samples
-        count = len(whole) - first if samples is None else samples
-        if count < 1 or first + count > len(whole):
-            raise UserError(
-                f"{key}.first={first} and {key}.samples={samples} ask for samples that {whole.description} does not "
-                f"have: it has {len(whole)}"
-            )
-        super().__init__(whole)
-        self._first = first
-        self.shard_sizes = [count]
-        self.description = f"{whole.description}, {count} from number {first} on"
-        self.fingerprint = f"{whole.fingerprint}-{first}-{count}"
-        # Those of drawn pictures are their captions, which differ as captions do.
-        self.classes = whole.classes if isinstance(whole, FolderSource) else ()
-
-    def number(self, index: int) -> int:
-        return self._first + index
+    first, samples = config.first, config.samples
+    count = len(whole) - first if samples is None else samples
+    if count < 1 or first + count > len(whole):
+        raise UserError(
+            f"{key}.first={first} and {key}.samples={samples} ask for samples that {whole.description} does not "
+            f"have: it has {len(whole)}"
+        )
+    part = Selection(whole, range(first, first + count))
+    part.description = f"{whole.description}, {count} from number {first} on"
+    # Those of drawn pictures are their captions, which differ as captions do.
+    part.classes = whole.classes if isinstance(whole, FolderSource) else ()
+    return part

@@ -5,8 +5,7 @@ FOLDER/00000.safetensors  00001.safetensors ...  index.json
 A tensor is cut by rows as `fully_shard` cuts it: `count` processes have ceil(rows / count) each, the last of them fewer
 or none. So `{"files": N, "tensors": {NAME: {"dtype", "shape", "files": [first, count]}}}` tells of any rows in which
 files they are, at any number of processes, in as many bytes as a list of the tensors. Each file says of its parts where
-they begin, as torch's distributed checkpointing does, which reads these folders too. Folders without an index are those
-that it wrote for earlier versions, and the one whole file of a run that isn't sharded: there every file is looked into.
+they begin, as torch's distributed checkpointing does, which reads these folders too.
 """
 
 import fcntl
@@ -55,16 +54,16 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True)
 class _Index:
-    """What is in a folder: tensors on the meta device, and their files, which without `places` may be any."""
+    """What is in a folder: tensors on the meta device, and the first of their files and how many they are."""
 
     files: list[Path]
     tensors: dict[str, Tensor]
-    places: dict[str, tuple[int, int]] | None
+    places: dict[str, tuple[int, int]]
 
     def holding(self, name: str, begin: int, end: int) -> list[Path]:
         """The files in which rows `begin` to `end` of a tensor are."""
-        if self.places is None or begin == end:
-            return [] if begin == end else self.files
+        if begin == end:
+            return []
         first, count = self.places[name]
         step = -(-_rows(self.tensors[name].shape) // count)
         return self.files[first + begin // step : first + (end - 1) // step + 1]
@@ -238,8 +237,6 @@ def _require_all(folder: Path, missing: Mapping[str, int]) -> None:
 
 
 def _read_index(folder: Path) -> _Index:
-    if not (folder / INDEX).is_file():
-        return _look_into_all(folder)
     found = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     files = [folder / part_name(number) for number in range(found["files"])]
     about = found["tensors"]
@@ -247,18 +244,6 @@ def _read_index(folder: Path) -> _Index:
         name: torch.empty(entry["shape"], dtype=_NAMED[entry["dtype"]], device="meta") for name, entry in about.items()
     }
     return _Index(files, tensors, {name: tuple(entry["files"]) for name, entry in about.items()})
-
-
-def _look_into_all(folder: Path) -> _Index:
-    files = sorted(folder.glob("*.safetensors"))
-    tensors: dict[str, Tensor] = {}
-    for path in files:
-        for part in _parts(path):
-            known = tensors.get(part.name)
-            rows = max(part.first + part.rows, 0 if known is None else _rows(known.shape))
-            shape = (rows, *part.shape[1:]) if part.shape else ()
-            tensors[part.name] = torch.empty(shape, dtype=part.dtype, device="meta")
-    return _Index(files, tensors, None)
 
 
 def _parts(path: Path) -> Iterator[_Part]:

@@ -28,15 +28,20 @@ COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "black", "white"
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Two styles of coloured squares as `evaclip data emoji` lays its shards out."""
+
+    def drawn(color: str, side: int) -> bytes:
+        picture = io.BytesIO()
+        Image.new("RGBA", (side, side), color).save(picture, "PNG")
+        return picture.getvalue()
+
     folder = tmp_path / "data"
     folder.mkdir()
     for style, size in (("twemoji", 24), ("openmoji", 40)):
         samples = []
         for number, color in enumerate(COLORS):
-            picture = io.BytesIO()
-            Image.new("RGB", (size, size), color).save(picture, "PNG")
             captions = json.dumps({"captions": [color, f"{color} square"]}).encode()
-            samples.append((f"{number}", {"png": picture.getvalue(), "txt": color.encode(), "json": captions}))
+            pictures = {"png": drawn(color, size), "large.png": drawn(color, 2 * size)}
+            samples.append((f"{number}", {**pictures, "txt": color.encode(), "json": captions}))
         write_shard(folder / f"{style}-00000.tar", samples)
     (folder / "classes.txt").write_text("\n".join(COLORS))
     return folder
@@ -91,7 +96,7 @@ def test_the_whole_story(data, tmp_path, monkeypatch, capsys):
         rows = earlier.rows(search(earlier, query, top=16)[1][0])
         assert {row.caption for row in rows} == set(COLORS)
         assert {tuple(row.metadata["captions"]) for row in rows} == {(color, f"{color} square") for color in COLORS}
-        assert all(Image.open(io.BytesIO(row.thumbnail)).width in (24, 40) for row in rows)
+        assert {Image.open(io.BytesIO(row.thumbnail)).width for row in rows} == {48, 80}  # what is drawn large
     # The same folder again: the earlier demo is replaced, and its store is one of the new weights.
     recipe = RECIPES["emoji"]()
     monkeypatch.setitem(RECIPES, "emoji", lambda: replace(recipe, seed=recipe.seed + 1))
@@ -138,22 +143,12 @@ def test_shards_that_are_missing_are_drawn(data: Path, tmp_path: Path, monkeypat
     assert drawn == [(data, ("twemoji", "openmoji"))]
 
 
-def test_what_is_drawn_large_is_shown_large(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def drawn(color: str, side: int) -> bytes:
-        picture = io.BytesIO()
-        Image.new("RGBA", (side, side), color).save(picture, "PNG")
-        return picture.getvalue()
-
-    for style in demo.STYLES:
-        large = [(color, {"png": drawn(color, 64), "large.png": drawn(color, 120), "txt": b"x"}) for color in COLORS]
-        write_shard(data / f"{style}-00000.tar", large)
+def test_without_the_packages_that_write_it_there_is_no_text_tower(data, tmp_path, monkeypatch):
+    """The server then has the model itself."""
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
     monkeypatch.setattr("evaclip.runtime.encoder.load_model", lambda given, device: load_model("tiny", device=device))
     (tmp_path / "run").mkdir()
-    with Store.open(demo.index_drawings(tmp_path / "run", data)) as store:
-        assert {Image.open(io.BytesIO(row.thumbnail)).size for row in store.rows(range(16))} == {(120, 120)}
-        # Without the packages that write it, no text tower: the server has the model itself.
-        assert not (store.folder / "text.onnx").exists()
+    assert not (demo.index_drawings(tmp_path / "run", data) / "text.onnx").exists()
 
 
 @pytest.mark.parametrize("active", [True, False])

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import onnx
-import onnxruntime
 import pytest
 import torch
 
@@ -40,20 +39,15 @@ def embeddings(model: CLIP, tower: str, inputs: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tower", ["image", pytest.param("text", marks=pytest.mark.exhaustive)])
-def test_both_programs_equal_the_model_for_any_batch(model: CLIP, tower: str, tmp_path: Path) -> None:
-    for suffix in (".pt2", ".onnx"):
-        export(model, tower, tmp_path / f"tower{suffix}", normalize=True)
+def test_the_program_equals_the_model_for_any_batch(model: CLIP, tower: str, tmp_path: Path) -> None:
+    export(model, tower, tmp_path / "tower.pt2", normalize=True)
     program = torch.export.load(tmp_path / "tower.pt2")
     operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not [name for name in operators if "evakernels" in name or "softmax" in name]
     assert "aten.scaled_dot_product_attention.default" in operators
-    session = onnxruntime.InferenceSession(tmp_path / "tower.onnx")
     for batch in (1, 3):
         inputs = example(model, tower, batch)
-        expected = embeddings(model, tower, inputs)
-        torch.testing.assert_close(program.module()(inputs), expected, atol=1e-5, rtol=0)
-        (found,) = session.run(None, {"inputs": inputs.numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(program.module()(inputs), embeddings(model, tower, inputs), atol=1e-5, rtol=0)
 
 
 def test_the_ops_are_back_afterwards(model: CLIP) -> None:

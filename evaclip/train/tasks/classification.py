@@ -1,6 +1,6 @@
 """Fine-tuning of classifiers: pictures and their classes (EVA, Fang et al. 2022; EVA-02, Fang et al. 2023)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -14,7 +14,7 @@ from evaclip.data.loader import Targets, TrainTransform
 from evaclip.data.opening import classes_of
 from evaclip.data.order import U64
 from evaclip.errors import UserError
-from evaclip.eval.labels import assign_labels
+from evaclip.eval.class_space import ClassSpace
 from evaclip.eval.prompts import PLACEHOLDER, load_classnames
 from evaclip.factory import create_vision_model
 from evaclip.model.flops import vision_flops
@@ -32,27 +32,6 @@ from evaclip.train.timm_data import Mixing, TimmTransform, partners
 _TRANSFORM = DataConfig(train="").transform
 
 
-@dataclass(frozen=True)
-class Classes:
-    """What labels stand for.
-
-    Attributes:
-        names: by label.
-        folders: the training data's own names of its classes, if it has any.
-    """
-
-    names: tuple[str, ...]
-    folders: tuple[str, ...] = ()
-
-    def labels(self, captions: list[str], seeds: U64 | None = None) -> Tensor:
-        """int64 [n] of n captions.
-
-        Raises:
-            UserError: a caption that is no class.
-        """
-        return assign_labels(captions, captions, self.names, self.folders).indices
-
-
 class Classification(ImageModelTask):
     """The loss is cross-entropy with smoothed labels, of pictures that may be mixed with their neighbours in the batch.
 
@@ -65,7 +44,7 @@ class Classification(ImageModelTask):
 
     model: VisionModel
 
-    def __init__(self, model: VisionModel, config: ClassificationTask, classes: Classes, seed: int = 0) -> None:
+    def __init__(self, model: VisionModel, config: ClassificationTask, classes: ClassSpace, seed: int = 0) -> None:
         super().__init__(model, self.towers_of(model), model.preprocess)
         self._config = config
         self._classes = classes
@@ -110,7 +89,7 @@ class Classification(ImageModelTask):
         return TimmTransform(size, self.preprocess, data.augmentation, self._config)
 
     def targets(self, size: Size) -> Targets:
-        return self._classes.labels
+        return partial(_labels, self._classes)
 
     def of_samples(self, images: Tensor, chunk: Chunk) -> dict[str, Tensor]:
         labels, others, shares = chunk.targets, None, None
@@ -129,7 +108,7 @@ class Classification(ImageModelTask):
         return {"loss": loss, "accuracy": (logits.detach().argmax(1) == labels).float()}
 
     def evaluation(self, config: TrainConfig, world: World, held_out: Source | None) -> Evaluate | None:
-        return open_classifying(config, world, self._classes.names, self._classes.folders, self.model, held_out)
+        return open_classifying(config, world, self._classes, self.model, held_out)
 
     def flops_per_sample(self, size: Size) -> float:
         config, kept = replace(self.model.config, image_size=size), 1 - self.visual.patch_dropout
@@ -150,7 +129,7 @@ class Classification(ImageModelTask):
         return described(self.model, config, self.model.num_classes) | known
 
 
-def classes_for(config: TrainConfig) -> Classes:
+def classes_for(config: TrainConfig) -> ClassSpace:
     """The classes that a run learns.
 
     Raises:
@@ -173,9 +152,11 @@ def classes_for(config: TrainConfig) -> Classes:
         names = numbers if not folders or set(folders) == set(numbers) else folders
     else:
         names = load_classnames(given) if isinstance(given, str) else given
-    found = Classes(names, folders)
-    found.labels(list(folders))  # Folders that are no classes are told now.
-    return found
+    return ClassSpace.whole(names, folders)
+
+
+def _labels(classes: ClassSpace, captions: list[str], seeds: U64) -> Tensor:
+    return classes.labels(captions)
 
 
 def _numbers(count: int) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from evaclip.atomic import replacing, writing
 from evaclip.errors import UserError
+from evaclip.eval.features import weights_hash
 from evaclip.factory import create_model, create_vision_model
 from evaclip.model.clip import CLIP
 from evaclip.model.config import Preprocess, VisionConfig, find_model, get_config, override
@@ -37,9 +38,6 @@ _log = logging.getLogger(__name__)
 
 _LIKE_THE_RUN = {"amp_bf16": "bf16", "bf16": "bf16", "amp_fp16": "fp16", "fp16": "fp16"}
 _FEATURES = "features"
-_WORDS = 2**18
-"""Of a tensor, that are summed at once."""
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def features_of(config: TeacherConfig) -> int:
@@ -185,37 +183,15 @@ class FeatureCache:
 
 
 def digests(images: Tensor) -> list[str]:
-    """A hash of 128 bits in hexadecimal digits of each image, computed where they are."""
+    """A hash of 128 bits in hexadecimal digits of each image, computed where they are.
+
+    It is sums of the pixels' bits times fixed random odd numbers, modulo 2^64: the same on any device.
+    """
     words = images.float().flatten(1).view(torch.int32)
-    return [row.numpy().tobytes().hex() for row in _sums(words, words.shape[1])]
-
-
-def fingerprint(module: nn.Module) -> str:
-    """A hash (hexadecimal digits) of the names, types, shapes and bits of all weights, computed where they are.
-
-    Of a module that is cut up it is that of the whole, which all processes put together, a tensor at a time.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        whole = tensor.full_tensor() if is_cut(tensor) else tensor
-        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
-        if whole.numel():
-            bits = whole.flatten().view(_BITS[whole.element_size()])
-            digest.update(_sums(bits.split(_WORDS), min(_WORDS, len(bits))).numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _sums(rows: Iterable[Tensor], width: int) -> Tensor:
-    """int64 [rows, 2] in host memory, of rows of at most `width` integers: 128 bits that tell a row from any other.
-
-    They are sums of the integers times fixed random odd numbers, modulo 2^64: the same on any device.
-    """
-    factors = torch.randint(-(2**62), 2**62, (2, width), generator=torch.Generator().manual_seed(0)) * 2 + 1
-    found = list[Tensor]()
-    for row in rows:
-        factors = factors.to(row.device)
-        found.append((factors[:, : len(row)] * row.long()).sum(1))
-    return torch.stack(found).cpu()
+    factors = torch.randint(-(2**62), 2**62, (2, words.shape[1]), generator=torch.Generator().manual_seed(0)) * 2 + 1
+    factors = factors.to(images.device)
+    sums = torch.stack([(factors * row.long()).sum(1) for row in words]).cpu()
+    return [row.numpy().tobytes().hex() for row in sums]
 
 
 def open_teacher(config: TeacherConfig, run: TrainConfig, world: World, model: VisionModel) -> Teacher:
@@ -252,7 +228,7 @@ def open_teacher(config: TeacherConfig, run: TrainConfig, world: World, model: V
     if mode is not None:
         with mode:
             return Teacher(tower, own, model.preprocess)
-    facts = {"weights": fingerprint(tower), "precision": precision, "mean": list(own.mean), "std": list(own.std)}
+    facts = {"weights": weights_hash(tower)[:32], "precision": precision, "mean": list(own.mean), "std": list(own.std)}
     return Teacher(tower, own, model.preprocess, _cache(config, tower, model.preprocess, facts), facts)
 
 

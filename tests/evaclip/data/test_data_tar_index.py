@@ -117,13 +117,6 @@ def test_what_is_no_tar_is_refused(tmp_path):
         build_index(tmp_path / "missing.tar")
 
 
-def test_a_file_without_bytes_is_a_damaged_shard_without_samples(tmp_path):
-    (tmp_path / "empty.tar").touch()
-    index = build_index(tmp_path / "empty.tar")
-    assert len(index) == 0
-    assert "0 bytes" in index.facts.damage
-
-
 def test_plain_headers_are_read_without_tarfile_and_to_the_same_end(tmp_path, monkeypatch):
     for form, mtime in ((tarfile.USTAR_FORMAT, 0), (tarfile.GNU_FORMAT, 0), (tarfile.PAX_FORMAT, 1.5)):
         path = tmp_path / "plain.tar"

@@ -295,7 +295,7 @@ def test_ties_go_to_the_lower_label_and_parts_make_the_whole(tmp_path: Path) -> 
         [0, 1],
     ]
     broken, two = Fixed([[1.0, 2], [float("nan"), 0]]), reds(tmp_path / "z.tar", [1, 0])
-    with pytest.raises(UserError, match="NaN or infinite logits for '1'"):
+    with pytest.raises(UserError, match="NaN or infinity for 1 of 2 pictures, first for '1'"):
         predict(broken, ToTensor(), two, class_space(2, two))
 
 

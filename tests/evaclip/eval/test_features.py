@@ -1,5 +1,5 @@
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import pytest
 import torch
 from eval_fakes import COLORS, ColorModel, ToTensor, png, tokenize_colors, write_tar
 from PIL import Image
+from torch import Tensor, nn
 
 from evaclip import create_model, data
 from evaclip.data import open_source
@@ -156,12 +157,19 @@ def test_features_that_are_not_finite_name_their_sample(color_model: ColorModel)
         encode_texts(color_model, tokenize_colors, ["red", "blue"], OPTIONS)
 
 
-def test_weights_hash_depends_on_values_and_types_only(color_model: ColorModel) -> None:
-    assert weights_hash(color_model) == weights_hash(ColorModel())
-    half = ColorModel().half()
-    with torch.no_grad():
-        color_model.scale[1] += 1e-6
-    assert len({weights_hash(color_model), weights_hash(ColorModel()), weights_hash(half)}) == 3
+def test_weights_hash_is_of_every_bit_place_and_name() -> None:
+    def made(change: Callable[[Tensor], Tensor] = lambda weight: weight, name: str = "a") -> nn.Module:
+        weights = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+        return nn.ParameterDict({name: nn.Parameter(change(weights)), "empty": nn.Parameter(torch.empty(0))})
+
+    def one_bit(weight: Tensor) -> Tensor:
+        weight[2, 6] = torch.nextafter(weight[2, 6], torch.tensor(9.0))
+        return weight
+
+    changes = [one_bit, lambda w: w.roll(4), lambda w: w.reshape(7, 3), Tensor.half, Tensor.double, Tensor.neg]
+    found = [weights_hash(made()), weights_hash(made(name="b")), *(weights_hash(made(change)) for change in changes)]
+    assert len(set(found)) == 8
+    assert weights_hash(made()) == found[0]
 
 
 def test_wrong_numbers_are_told() -> None:

@@ -78,13 +78,6 @@ def test_same_seed_gives_the_same_weights() -> None:
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_position_embedding_fits_another_image_size(tmp_path: Path) -> None:
-    folder = _checkpoint(tmp_path / "step", small_model())
-    model = create_model("tiny", pretrained=folder, vision={"image_size": 48})
-    assert model.visual.pos_embed.shape == (1, 37, 128)
-    assert model.encode_image(random_images(1, 48)).isfinite().all()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -39,11 +39,6 @@ def test_override_changes_nested_options_only() -> None:
     assert dataclasses.replace(config.vision, layers=3) == get_config("tiny").vision
 
 
-def test_hidden_width_is_truncated() -> None:
-    assert get_config("EVA02-CLIP-L-14").vision.hidden == 2730
-    assert get_config("EVA02-CLIP-B-16").vision.hidden == 2048
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -1,6 +1,5 @@
 """Training behaviour: dropout of patches and branches, recomputation, independence of models, compilation."""
 
-import copy
 import dataclasses
 from typing import Any
 
@@ -22,16 +21,9 @@ def _gradients(model: CLIP, token_index: Tensor | None = None) -> dict[str, Tens
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _assert_same(first: dict[str, Tensor], second: dict[str, Tensor], *, rounding: float = 0.0) -> None:
+def _assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert first.keys() == second.keys()
-    for name, gradient in first.items():
-        bound = rounding * float(gradient.abs().max())
-        torch.testing.assert_close(gradient, second[name], atol=bound, rtol=0, msg=name)
-
-
-def test_every_parameter_learns() -> None:
-    model = small_model(layer_scale_init=0.5).train()
-    assert _gradients(model).keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(gradient, second[name]) for name, gradient in first.items())
 
 
 def test_patch_dropout_draws_from_the_default_generator_in_training_only() -> None:
@@ -75,16 +67,6 @@ def test_drop_path_leaves_out_or_scales_whole_branches() -> None:
     close = torch.stack([(out - y).abs().amax(dim=(1, 2)) < 1e-4 for y in outcomes])
     assert (close.sum(dim=0) == 1).all()
     assert (close.sum(dim=1) > 6).all()
-
-
-@pytest.mark.parametrize("vision", [{}, {**NO_ROPE, "post_norm": True}])
-def test_gradients_are_the_same_with_checkpointing(vision: dict[str, object]) -> None:
-    model = small_model(**vision, patch_dropout=0.5, drop_path=0.3).train()
-    torch.manual_seed(1)
-    kept = _gradients(model)
-    model.set_savings(Savings(recompute="block"))
-    torch.manual_seed(1)
-    _assert_same(kept, _gradients(model), rounding=1e-5)  # blocks add up their streams themselves then
 
 
 def test_recomputation_after_a_second_forward_uses_its_own_tokens() -> None:
@@ -238,13 +220,3 @@ def test_norms_in_front_of_products_change_nothing_but_the_casts(monkeypatch: py
     assert torch.equal(texts, in_float32[1])
     assert all(torch.equal(gradient, in_float32[2][name]) for name, gradient in gradients.items())
     assert casts < in_float32[3]
-
-
-def test_copies_are_independent() -> None:
-    model = small_model()
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.zero_()
-        assert model.encode_image(random_images(1)).any()
-        assert not other.encode_image(random_images(1)).any()

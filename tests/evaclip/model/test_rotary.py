@@ -1,6 +1,5 @@
 """The rotary table: its values, and that no conversion of a model rounds or loses it."""
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from plain_vision import plain_angles
 from small_models import random_images, small_model
 
-from evaclip import CLIP, VisionConfig, create_model, get_config
+from evaclip import CLIP, create_model, get_config
 from evaclip.model.rotary import RotaryTable
 
 
@@ -20,15 +19,6 @@ def test_values(name: str) -> None:
     assert table.cos.dtype == torch.float32
     torch.testing.assert_close(table.cos, angles.cos().float(), atol=2e-7, rtol=0)
     torch.testing.assert_close(table.sin, angles.sin().float(), atol=2e-7, rtol=0)
-
-
-def test_rows_come_before_columns() -> None:
-    table = RotaryTable(VisionConfig(image_size=32, patch_size=16, pt_hw_seq_len=2))
-    row_0_column_1, row_1_column_0 = table.sin[1], table.sin[2]
-    assert row_0_column_1[16].item() == pytest.approx(math.sin(1.0))
-    assert not row_0_column_1[:16].any()
-    assert row_1_column_0[0].item() == pytest.approx(math.sin(1.0))
-    assert not row_1_column_0[16:].any()
 
 
 CONVERSIONS: dict[str, Callable[[CLIP], CLIP]] = {

@@ -100,7 +100,7 @@ def test_a_worker_says_what_is_wrong_with_the_model(arguments, loaded, tmp_path,
     weights = {name: torch.full_like(tensor, torch.nan) for name, tensor in loaded.model.state_dict().items()}
     save_file(weights, tmp_path / "tiny.safetensors")
     assert main(["index", str(tmp_path / "a.store"), *arguments, "--engine", "ray"]) == 2
-    assert "error: the model gives NaN or infinity in fp32 for 4 of 4 pictures" in capsys.readouterr().err
+    assert "error: the model gives NaN or infinity for 4 of 4 pictures" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from store_makers import filled, named, unit
+from store_makers import filled, unit
 
 import evakernels
 from evaclip.errors import UserError
@@ -85,7 +85,6 @@ def test_it_sees_what_was_replaced(tmp_path):
     store.add(-query[None], [Row("7.jpg", "new")])
     assert search(store, query, 1)[1].tolist() != [7]
     assert search(store, -query, 1)[1].tolist() == [50]
-    assert len(named(1)) == 1
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def content(value: float, *, good: bool = True) -> Content:
     return Content(
         model={"weight": torch.full((3,), value)},
         ema={"weight": torch.full((3,), value + 1)},
-        moments={"weight.exp_avg": torch.full((3,), value + 2)},
+        moments={"weight.exp_avg": torch.full((3,), value + 2.0)},
         descriptions={"preprocess.json": {"image_size": 8}},
         state={"step": int(value), "nested": {"tensor": torch.ones(2), "list": [1, "a", (2.0, None)]}},
         meta={"good": good},
@@ -54,7 +54,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     ("name", "damage"),
     [
         *product(
-            ["model.safetensors", "optimizer/moments.safetensors", "state.pt", "preprocess.json"],
+            ["model.safetensors", "optimizer/00000.safetensors", "state.pt", "preprocess.json"],
             ["truncated", "changed", "missing"],
         ),
         *product(["meta.json"], ["truncated", "missing"]),

@@ -18,6 +18,7 @@ from evaclip import create_vision_model
 from evaclip.commands.main import main
 from evaclip.data.config import DataConfig
 from evaclip.errors import UserError
+from evaclip.eval.class_space import ClassSpace
 from evaclip.model.vision_model import VisionModel
 from evaclip.model.vision_names import RELEASES
 from evaclip.report import write_report
@@ -28,7 +29,7 @@ from evaclip.train.optimizer import build_optimizer, parameter_groups
 from evaclip.train.progress import read_log
 from evaclip.train.recipes import RECIPES, get_recipe
 from evaclip.train.step import StepOptions, TrainStep
-from evaclip.train.tasks.classification import Classes, Classification, classes_for
+from evaclip.train.tasks.classification import Classification, classes_for
 from evaclip.train.timm_data import Mixing
 from evaclip.train.trainer import train
 from evaclip.weights import to_timm
@@ -59,7 +60,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def step_of(model: VisionModel, config: ClassificationTask, accumulation: int = 1) -> TrainStep:
-    task = Classification(model, config, Classes(tuple("abcde")), seed=7)
+    task = Classification(model, config, ClassSpace.whole("abcde"), seed=7)
     optim = OptimConfig(lr=LR, beta2=0.999, eps=EPS, weight_decay=DECAY, visual=TowerConfig(layer_decay=LAYER_DECAY))
     optimizer = build_optimizer(parameter_groups(model, task.towers, optim), optim)
     return TrainStep(task, optimizer, StepOptions(accumulation=accumulation), ALONE)
@@ -257,7 +258,7 @@ def test_every_classifier_that_was_fine_tuned_has_its_recipe() -> None:
 
 
 def test_another_transform_is_taken_as_it_is() -> None:
-    task = Classification(small_classifier(), ClassificationTask(), Classes(tuple("abcde")))
+    task = Classification(small_classifier(), ClassificationTask(), ClassSpace.whole("abcde"))
     named = task.transform(DataConfig(train="", transform="evaclip.demo.augmentation:DrawingTransform"), 16)
     picture = Image.new("RGB", (20, 20), (9, 9, 9))
     assert named(picture, 1).shape == (3, 16, 16)

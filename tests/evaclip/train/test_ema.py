@@ -82,10 +82,3 @@ def test_applied_copies_one_tensor_at_a_time() -> None:
     with Clones() as clones, ema.applied():
         pass
     assert clones.most == 8 * 8 * 4
-
-
-def test_load_replaces_the_average() -> None:
-    first, second = Ema(nn.Linear(3, 2), 0.9), Ema(nn.Linear(3, 2), 0.9)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    for name, value in first.state_dict().items():
-        assert torch.equal(second.state_dict()[name], value)

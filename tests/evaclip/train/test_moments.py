@@ -24,7 +24,7 @@ def stepped(model: CLIP, config: OptimConfig) -> torch.optim.Optimizer:
 
 def saved(model: CLIP, optimizer: torch.optim.Optimizer, folder: Path) -> Any:
     tensors, scalars = moments.take(model, optimizer)
-    tensor_files.write_whole(tensors, folder / "moments.safetensors")
+    tensor_files.write_parts(tensors, folder, 0, 1)
     return scalars
 
 

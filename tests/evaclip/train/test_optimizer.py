@@ -64,13 +64,6 @@ def test_a_tower_without_layer_decay_has_two_groups() -> None:
     assert groups["logit_scale.no_decay"]["lr"] == 1.0
 
 
-def test_siglip_bias_is_trained() -> None:
-    model = create_model("tiny", device="meta", init_logit_bias=-10.0)
-    (group,) = (group for group in groups_of(model, OptimConfig()) if group["name"] == "logit_bias.no_decay")
-    assert group["params"] == [model.logit_bias]
-    assert group["weight_decay"] == 0.0
-
-
 def test_set_lr_factor_scales_each_peak() -> None:
     config = OptimConfig(lr=1.0, visual=TowerConfig(lr=0.5))
     model = create_model("tiny", device="meta")

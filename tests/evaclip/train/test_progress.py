@@ -34,14 +34,6 @@ def report_steps(folder: Path, steps: list[int], start: int = 0) -> None:
             report.evaluation(step, {"top1": step / 10})
 
 
-def test_log_holds_one_object_per_event(tmp_path: Path) -> None:
-    report_steps(tmp_path, [1, 2])
-    records = read_log(tmp_path / LOG_FILE)
-    assert [record["step"] for record in records] == [1, 1, 2, 2]
-    assert records[0]["loss"] == 2.5
-    assert records[3] == {"step": 2, "eval": {"top1": 0.2}}
-
-
 def test_a_resumed_run_logs_no_step_twice(tmp_path: Path) -> None:
     report_steps(tmp_path, [1, 2, 3])
     path = tmp_path / LOG_FILE

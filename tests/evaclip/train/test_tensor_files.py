@@ -69,23 +69,6 @@ def write(folder: Path, *shape: int) -> None:
             tensor_files.write_parts(held(mesh), folder, rank, size)
 
 
-def write_as_torch(folder: Path, ranks: int) -> None:
-    """As torch's writer did for earlier versions: what isn't cut is in one file, and some have empty parts."""
-    folder.mkdir()
-    for rank in range(ranks):
-        own, places = {}, {}
-        for name, whole in WHOLE.items():
-            if name in CUT:
-                step = -(-len(whole) // ranks)
-                begin = min(rank * step, len(whole))
-                own[name] = whole[begin : begin + step].contiguous()
-                places[name] = {"saved_offsets": [begin, *[0] * (whole.ndim - 1)]}
-            elif rank == ranks - 1:
-                own[name], places[name] = whole, {"saved_offsets": [0] * whole.ndim}
-        about = {"DCP_SHARDING_INFO": json.dumps(places), "format": "pt"}
-        save_file(own, folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors", metadata=about)
-
-
 @contextmanager
 def counting_opens() -> Iterator[list[str]]:
     """Gives the names of the files of parts that are opened, and of their indexes."""
@@ -138,7 +121,7 @@ def test_replicas_take_turns(tmp_path: Path) -> None:
     assert written == [["more", "scale"], ["more"], ["rows"], ["rows"], ["short"], ["short"]]
 
 
-def test_what_is_incomplete_is_not_joined(tmp_path: Path) -> None:
+def test_what_is_incomplete_is_neither_joined_nor_read(tmp_path: Path) -> None:
     """A file of another machine may not be seen yet."""
     write(tmp_path / "parts", 3)
     index = tmp_path / "parts" / "index.json"
@@ -147,8 +130,12 @@ def test_what_is_incomplete_is_not_joined(tmp_path: Path) -> None:
         parts.join(tmp_path / "parts", tmp_path / "joined.safetensors")
     write(tmp_path / "parts", 3)
     save_file({}, tmp_path / "parts" / names(1)[0])
-    with pytest.raises(OSError, match="don't make up 2 of 4 tensors, such as more"):
-        parts.join(tmp_path / "parts", tmp_path / "joined.safetensors")
+    for use in (
+        lambda: parts.join(tmp_path / "parts", tmp_path / "joined.safetensors"),
+        lambda: parts.read({name: torch.zeros_like(value) for name, value in WHOLE.items()}, tmp_path / "parts"),
+    ):
+        with pytest.raises(OSError, match="don't make up 2 of 4 tensors, such as "):
+            use()
 
 
 @pytest.mark.parametrize(
@@ -176,20 +163,6 @@ def test_a_process_opens_the_files_that_hold_its_rows(rank, shape, files, tmp_pa
     assert sorted(set(opened)) == [*names(*files), "index.json"]
     assert opened.count("index.json") == 2
     assert len(opened) == len(files) + 2
-
-
-def test_what_earlier_versions_wrote_is_read(tmp_path: Path) -> None:
-    write_as_torch(tmp_path / "parts", 9)
-    with as_process(1, (2,)) as mesh:
-        expected = held(mesh)
-        targets = {name: torch.zeros_like(value) for name, value in expected.items()}
-        parts.read(targets, tmp_path / "parts")
-        for name in CUT:
-            assert torch.equal(targets[name].to_local(), expected[name].to_local()), name  # type: ignore[attr-defined]
-    assert parts.likes(tmp_path / "parts")["rows"].shape == (7, 5)
-    sorted((tmp_path / "parts").iterdir())[1].unlink()
-    with pytest.raises(OSError, match="don't make up 2 of 4"):
-        parts.read({name: torch.zeros_like(value) for name, value in WHOLE.items()}, tmp_path / "parts")
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

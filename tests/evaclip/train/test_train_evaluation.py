@@ -177,7 +177,7 @@ def test_features_that_are_not_finite_cost_a_line_and_no_training(run_config, mo
     records = [record for record in read_log(outcome.folder / "log.jsonl") if "eval" in record]
     assert [(record["step"], record["eval"]["val/zero_shot_top1"]) for record in records] == [(3, None), (6, None)]
     told = [event.get("message", "") for event in read_log(outcome.folder / EVENTS_FILE)]
-    assert [line for line in told if "NaN or infinite features for 10 of 40 pictures" in line] == told[1:3]
+    assert [line for line in told if "NaN or infinity for 10 of 40 pictures" in line] == told[1:3]
     files = [o.folder / "checkpoints/step_00000006/model.safetensors" for o in (outcome, straight)]
     weights, expected = (read_tensors(file) for file in files)
     assert all(torch.equal(weights[name], value) for name, value in expected.items())

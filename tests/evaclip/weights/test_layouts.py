@@ -59,24 +59,6 @@ def test_layouts_are_equal(layout: str, vision: dict[str, Any]) -> None:
     assert all(torch.equal(found[name], state[name]) for name in state)
 
 
-def test_names_of_open_clip() -> None:
-    names = set(to_open_clip(_state()))
-    block = {n.removeprefix("visual.trunk.blocks.1.") for n in names if n.startswith("visual.trunk.blocks.1.")}
-    both = ("weight", "bias")
-    assert block == {
-        *(f"{module}.{kind}" for module in ("norm1", "norm2", "attn.norm", "attn.proj") for kind in both),
-        *(f"mlp.{module}.{kind}" for module in ("fc1_g", "fc1_x", "norm", "fc2") for kind in both),
-        *("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight"),
-        *("attn.q_proj.bias", "attn.v_proj.bias"),
-    }
-    assert {"visual.trunk.head.weight", "text.text_projection", "logit_scale"} <= names
-
-
-def test_plain_mlp_keeps_its_names_in_open_clip() -> None:
-    names = set(to_open_clip(_state(**GELU)))
-    assert {"visual.trunk.blocks.0.mlp.fc2.weight", "visual.trunk.blocks.0.attn.q_bias"} <= names
-
-
 @pytest.mark.parametrize(
     ("state", "message"),
     [
