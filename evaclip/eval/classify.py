@@ -10,7 +10,8 @@ from torch import Tensor
 from evaclip.data import EvalBatch, Source
 from evaclip.errors import UserError
 from evaclip.eval.class_space import ClassSpace, validation_number
-from evaclip.eval.features import FeatureOptions, for_each_batch, require_finite
+from evaclip.eval.features import FeatureOptions, for_each_batch
+from evaclip.eval.finite import require_finite
 from evaclip.eval.ranking import Result, hit_rate
 from evaclip.eval.zero_shot import ZeroShotResult, summarize
 

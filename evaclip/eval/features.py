@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from evaclip.atomic import replacing, writing
 from evaclip.data import BadSample, EvalBatch, Source, iterate
 from evaclip.errors import Refused, UserError
+from evaclip.eval.finite import require_finite
 from evaclip.model.config import Preprocess
 from evaclip.transforms import Normalization, levels_of
 from evaclip.weights import is_cut
@@ -246,16 +247,6 @@ def _progress(batches: Iterable[Item], samples: int, what: str, options: Feature
         transient=True,
         disable=not (options.progress and console.is_terminal),
     )
-
-
-def require_finite(values: Tensor, names: Sequence[object], what: str) -> None:
-    """Raises UserError for what a model gave of pictures or texts, `[n, width]`, if it has NaN or infinity."""
-    bad = (~values.isfinite().all(1)).nonzero().flatten().tolist()
-    if bad:
-        raise UserError(
-            f"the model gives NaN or infinity for {len(bad)} of {len(values)} {what}s, first for"
-            f" {str(names[bad[0]])[:80]!r}: its weights are broken, or need precision fp32"
-        )
 
 
 def _describe_source(source: Source) -> str:
