@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from evaclip.atomic import replacing, writing
@@ -19,6 +19,7 @@ from evaclip.run_files import CHECKPOINTS_FOLDER, LATEST_FILE, MODEL_FILE
 from evaclip.weights.hub import HUB, LOCAL, download, download_released, find_in_folder
 from evaclip.weights.layouts import to_original, unwrapped
 from evaclip.weights.parts import is_there, joined
+from evaclip.weights.saving import save_file
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _INDEX = ".index.json"
