@@ -16,6 +16,7 @@ from rich.text import Text
 from evaclip.atomic import write_text
 from evaclip.errors import UserError
 from evaclip.machine import machine, versions
+from evaclip.outputs import silence
 from evaclip.run_files import EVENTS_FILE, LOG_FILE, TENSORBOARD_FOLDER
 from evaclip.train.config import LogConfig
 from evaclip.train.sinks import Record, Sink, is_share
@@ -81,13 +82,16 @@ class PlainLines(Sink):
         self._total = total_steps
 
     def record(self, record: Record) -> None:
-        print(f"step {record.step}/{self._total}  {summary(record)}  eta {_eta(record, self._total)}", flush=True)
+        self.say(f"step {record.step}/{self._total}  {summary(record)}  eta {_eta(record, self._total)}")
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        print(f"step {step}/{self._total}  {_metrics_line(metrics)}", flush=True)
+        self.say(f"step {step}/{self._total}  {_metrics_line(metrics)}")
 
     def say(self, message: str) -> None:
-        print(message, flush=True)
+        try:
+            print(message, flush=True)
+        except BrokenPipeError:
+            silence()  # no reason to end a training: its files tell the same
 
 
 class _BarAndNumbers(Progress):
