@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from evaclip.atomic import replacing, writing
+from evaclip.atomic import replacing, require_space, writing
 from evaclip.errors import UserError
 from evaclip.run_files import CHECKPOINTS_FOLDER, LATEST_FILE, MODEL_FILE
 from evaclip.weights.hub import HUB, LOCAL, download, download_released, find_in_folder
@@ -130,6 +130,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """
     check_suffix(path)
     dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    require_space(path, sum(tensor.nbytes for tensor in dense.values()))
     with writing(path), replacing(path) as temporary:
         try:
             if path.suffix == ".safetensors":
