@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +50,13 @@ def writing(path: Path) -> Iterator[None]:
         # That a folder exists is no error; that there is a file in its place is.
         reason = os.strerror(errno.ENOTDIR) if isinstance(exc, FileExistsError) else exc.strerror or exc
         raise UserError(f"cannot write {path}: {reason}{where}") from exc
+
+
+def require_space(path: Path, size: int) -> None:
+    """Raises UserError now where `size` bytes don't fit on the disk of `path`: torch ends the process on a full one."""
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise UserError(f"cannot write {path}: it takes {size / 1e6:,.1f} MB, and its disk has {free / 1e6:,.1f} free")
 
 
 def require_writable(path: Path, *, make_folder: bool = True) -> None:

@@ -112,7 +112,7 @@ def find_classifier(given: str, *, average: bool = True) -> FoundClassifier:
     """
     path = Path(given).expanduser()
     if path.is_dir():
-        name, weights, options, run = _read_checkpoint(path, average)
+        name, weights, options, run = read_checkpoint(path, average)
         _require_classifier(name)
         count = options.get("num_classes") or classifier_size(weights)
         names = weights.with_name(CLASSES_FILE)
@@ -139,7 +139,7 @@ def _require_classifier(name: str) -> None:
 def load_features(given: str, *, device: str = "cpu", average: bool = True) -> "LoadedModel | LoadedClassifier":
     """Loads a CLIP as `load_model` does, or an image model as `find_classifier` finds it, for features of pictures."""
     path = Path(given).expanduser()
-    name = _read_checkpoint(path, average)[0] if path.is_dir() else given
+    name = read_checkpoint(path, average)[0] if path.is_dir() else given
     name = name if name.startswith(HUB) else name.partition(":")[0]
     if find_model(name) is None and is_vision_model(name):
         loaded = find_classifier(given, average=average).load(device=device)
@@ -174,7 +174,7 @@ def load_model(given: str, *, device: str = "cpu", average: bool = True) -> Load
 
 
 def _load_checkpoint(folder: Path, device: str, average: bool) -> LoadedModel:
-    name, weights, options, run = _read_checkpoint(folder, average)
+    name, weights, options, run = read_checkpoint(folder, average)
     if is_vision_model(name):
         raise UserError(
             f"{str(folder)!r} holds an image model, which knows no texts: `evaclip eval classify`, `linear-probe` and "
@@ -183,8 +183,15 @@ def _load_checkpoint(folder: Path, device: str, average: bool) -> LoadedModel:
     return _loaded(name, str(weights), create_model(name, pretrained=weights, device=device, **options), run)
 
 
-def _read_checkpoint(folder: Path, average: bool) -> tuple[str, Path, dict[str, Any], Path | None]:
-    """The model's name, its weights, the options to create it with, and the folder of its run."""
+def read_checkpoint(folder: Path, average: bool) -> tuple[str, Path, dict[str, Any], Path | None]:
+    """What a run or checkpoint folder holds: the model's name, its weights, options of `create_model`, and the run.
+
+    Args:
+        average: where there are averaged weights too, take those.
+
+    Raises:
+        UserError: there is no checkpoint, or it doesn't tell its model.
+    """
     weights = find_weights(folder, "")
     checkpoint = weights.parent
     if average and is_there(checkpoint / EMA_FILE):

@@ -1,6 +1,8 @@
-"""Where a user may have a file written: never over what is read, and over others only if asked."""
+"""Where files may be written: never over what is read, and over others only if asked. Who reads what is said."""
 
-import os.path
+import os
+import select
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,6 +31,16 @@ def check_output(target: Path, *, overwrite: bool, sources: Iterable[Path] = ())
     require_writable(target, make_folder=False)
     if os.path.lexists(target) and not overwrite:
         raise UserError(f"{name} exists; --force (overwrite=True in Python) replaces it")
+
+
+def silence() -> bool:
+    """Discards what is printed from now on, if whoever read it, such as `head`, is gone; whether that is so."""
+    said = select.poll()
+    said.register(sys.stdout, 0)  # errors are told unasked: a pipe that nobody reads is one
+    gone = bool(said.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def _run_around(target: Path) -> Path | None:

@@ -3,11 +3,13 @@
 import argparse
 from typing import Any
 
+from evaclip.errors import UserError
 from evaclip.train import aliases
 
 
 def add_configuration(parser: argparse.ArgumentParser) -> None:
     """Adds all that says what a run is: `configure` reads it."""
+    parser.usage = "%(prog)s [RECIPE] [OPTION ...]"
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="where the configuration starts; none lists them")
     parser.add_argument("--config", metavar="YAML", help="a file whose keys replace the recipe's")
     parser.add_argument(
@@ -32,6 +34,8 @@ def configure(args: argparse.Namespace, processes: int | None = None) -> Any:
     from evaclip.train.overrides import load_yaml, parse_assignment, resolve
     from evaclip.train.recipes import get_recipe, with_fitting_parts, with_own_evaluation
 
+    if args.recipe is None:
+        raise UserError("name a RECIPE: 'evaclip train' lists them; --set model.name=NAME takes another model")
     recipe = config = get_recipe(args.recipe)
     if args.config:
         config = resolve(config, [load_yaml(args.config)])

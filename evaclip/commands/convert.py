@@ -17,7 +17,7 @@ def add_commands(subparsers: Any) -> None:
         help="write weights under the names of another library; no value changes",
         examples=[
             "evaclip convert EVA02_CLIP_B_psz16_s8B.pt b16.safetensors --to open_clip",
-            "evaclip convert runs/demo demo.pt --to original --model emoji",
+            "evaclip convert runs/demo demo.pt --to original",
             "evaclip convert hf-hub:timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k b16.pt --to original",
         ],
     )
@@ -26,7 +26,7 @@ def add_commands(subparsers: Any) -> None:
     )
     parser.add_argument("target", metavar="OUT", type=Path, help="file to write: .safetensors, .pt, .pth or .bin")
     parser.add_argument("--to", choices=_FORMATS, required=True, help="whose names; timm has the image tower only")
-    parser.add_argument("--model", help="name of the model (default: found by the shapes)")
+    parser.add_argument("--model", help="name of the model (default: as the checkpoint says, or by the shapes)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists; what is read never is")
     parser.set_defaults(run=_run)
 

@@ -245,8 +245,9 @@ def _run_bench(args: argparse.Namespace) -> None:
         "opening, s": f"{opened:.2f}",
         "shared memory, MB": shared,
     }
-    table = Table(*found)
-    table.add_row(*found.values())
+    table = Table(show_header=False)
+    for name, value in found.items():
+        table.add_row(name, value)
     console.print(table)
 
 

@@ -25,12 +25,17 @@ def add_commands(subparsers: Any) -> None:
         "file holds inputs and embeddings, and is written only if ONNX Runtime reproduces these",
         examples=[
             "evaclip export EVA02-CLIP-B-16 image.onnx --tower image --pretrained merged2b_s8b_b131k",
-            "evaclip export emoji text.pt2 --tower text --pretrained runs/demo",
-            "evaclip export emoji immich/emoji --layout immich --pretrained runs/demo",
+            "evaclip export runs/demo text.pt2 --tower text",
+            "evaclip export runs/demo immich/emoji --layout immich",
             "evaclip export --check image.onnx --provider CPUExecutionProvider",
         ],
     )
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="name of the model")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="a model's name; or a run or checkpoint folder, which is exported as it was trained",
+    )
     parser.add_argument(
         "target", metavar="OUT", nargs="?", type=Path, help="what to write: .pt2 (torch.export), .onnx, or a folder"
     )
@@ -46,7 +51,7 @@ def add_commands(subparsers: Any) -> None:
     kinds.add_argument("--int8", action="store_true", help="ONNX with matrix products of 8-bit integers")
     parser.add_argument("--normalize", action="store_true", help="divide the embeddings by their L2 norm")
     parser.add_argument("--force", action="store_true", help="replace OUT if it is a file that exists")
-    parser.add_argument("--engine", choices=_ENGINES, default=_ENGINES[0], help="what --check runs the file in")
+    parser.add_argument("--engine", choices=_ENGINES, help=f"what --check runs the file in (default: {_ENGINES[0]})")
     parser.add_argument("--provider", nargs="+", help="execution providers of ONNX Runtime that --check tries")
     parser.set_defaults(run=_run)
 
@@ -57,28 +62,38 @@ def _run(args: argparse.Namespace) -> None:
         return
     if args.model is None or args.target is None:
         raise UserError("MODEL and OUT aren't both given; expected `evaclip export MODEL OUT ...`")
-    if not args.pretrained and not args.random:
-        raise UserError("one of the arguments --pretrained --random is required")
+    if args.engine or args.provider:
+        raise UserError("--engine and --provider say where --check FILE runs a file that is there; leave them out")
+    is_run = not args.pretrained and not args.random
+    if is_run and not Path(args.model).is_dir():
+        raise UserError("one of the arguments --pretrained --random is required, unless MODEL is a run or checkpoint")
     # Imported here so that `evaclip --help` doesn't wait for torch.
     from evaclip.atomic import write_text
     from evaclip.factory import create_model, get_config
+    from evaclip.loading import read_checkpoint
+    from evaclip.model.config import override
     from evaclip.model.export import check_target, export
     from evaclip.weights.card import card_beside, is_of_run, run_facts
 
+    origin = args.model if is_run else args.pretrained
+    options: dict[str, Any] = {}
+    name, weights = args.model, args.pretrained
+    if is_run:
+        name, weights, options, _ = read_checkpoint(Path(args.model), average=True)
     # Before the weights are fetched.
     if args.layout:
         from evaclip.portable.layouts import check_folder, export_folder
 
-        check_folder(args.target, get_config(args.model))
+        check_folder(args.target, override(get_config(name), options))
     else:
         check_target(args.target, args.force, args.dtype, args.int8)
-    beside = None if args.layout else card_beside(args.target, args.pretrained, overwrite=args.force)
-    model = create_model(args.model, pretrained=args.pretrained).eval()
+    beside = None if args.layout else card_beside(args.target, origin, overwrite=args.force)
+    model = create_model(name, pretrained=weights, **options).eval()
     kind = {"dtype": args.dtype, "int8": args.int8}
     if args.layout:
-        card = run_facts(args.pretrained) if is_of_run(args.pretrained) else None
-        for name, outcomes in export_folder(model, args.target, args.layout, **kind, model_card=card).items():
-            _show(name, outcomes)
+        card = run_facts(origin) if is_of_run(origin) else None
+        for half, outcomes in export_folder(model, args.target, args.layout, **kind, model_card=card).items():
+            _show(half, outcomes)
     else:
         kind |= {"normalize": args.normalize, "overwrite": args.force}
         _show(args.target.name, export(model, args.tower, args.target, **kind))
@@ -92,9 +107,9 @@ def _check(args: argparse.Namespace) -> None:
 
     if args.model is not None:
         raise UserError("--check takes a file and nothing else; leave MODEL and OUT out")
-    if args.provider and args.engine != "onnxruntime":
+    if args.provider and args.engine == "openvino":
         raise UserError("--provider is ONNX Runtime's; leave it out with --engine openvino")
-    outcomes = check(args.check, args.engine, args.provider or [DEFAULT_PROVIDER])
+    outcomes = check(args.check, args.engine or "onnxruntime", args.provider or [DEFAULT_PROVIDER])
     _show(args.check.name, outcomes)
     require(outcomes, read_probe(args.check).lowest, str(args.check))
 

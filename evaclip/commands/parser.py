@@ -7,6 +7,7 @@ from typing import Any
 
 from evaclip.errors import Refused, UserError
 from evaclip.extras import with_remedy
+from evaclip.outputs import silence
 from evaclip.torchrun import stop_restarts
 
 
@@ -29,17 +30,28 @@ def leaf(subparsers: Any, name: str, *, help: str, examples: Sequence[str] = ())
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(parser=parser)
     return parser
 
 
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
-    """Runs the command that `argv` names; 0 on success, 1 for a failure, 2 for wrong input, 130 for Ctrl-C."""
-    args = parser.parse_args(argv)
+    """Runs the command that `argv` names.
+
+    Returns:
+        0 on success, 1 for a failure, 2 for wrong input, 130 for Ctrl-C, 141 where nobody read all that was printed.
+    """
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        of = getattr(args, "parser", parser)
+        of.error(_unknown_arguments(unknown, of))
     try:
         args.run(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
     except Exception as raised:
+        if isinstance(raised, BrokenPipeError) and silence():
+            return 141
         if args.debug:
             raise
         exc = with_remedy(raised)
@@ -50,6 +62,16 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
             print("(--debug shows the traceback)", file=sys.stderr)
         return 2 if isinstance(exc, UserError | ValueError | TypeError) and not isinstance(exc, Refused) else 1
     return 0
+
+
+def _unknown_arguments(unknown: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """What nobody asked for, and the option that the first one may mean."""
+    # Imported here as it brings torch along.
+    from evakernels._names import hint
+
+    option = unknown[0].partition("=")[0]
+    known = parser._option_string_actions if option.startswith("-") else ()
+    return f"unrecognized arguments: {' '.join(unknown)}{hint(option, known)}"
 
 
 def _one_line(exc: Exception) -> str:

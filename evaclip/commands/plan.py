@@ -40,8 +40,6 @@ def add_commands(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the plan that the command line asks for."""
-    if args.recipe is None:
-        raise UserError("name a RECIPE: 'evaclip train' lists them; --set model.name=NAME plans it for another model")
     for name in ("beside", "images_per_core", "storage_gbps"):
         value = getattr(args, name)
         if value is not None and value <= 0:

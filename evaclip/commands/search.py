@@ -45,6 +45,8 @@ def _run(args: argparse.Namespace) -> None:
     from evaclip.runtime.search import search
     from evaclip.runtime.store import Store
 
+    # An empty text, as of a variable of the shell that isn't set, is none.
+    args.text, args.minus = args.text or None, args.minus or None
     if args.text is None and args.image is None:
         raise UserError("nothing to look for: give a TEXT or --image FILE")
     if args.html:
@@ -56,13 +58,15 @@ def _run(args: argparse.Namespace) -> None:
             from evaclip.runtime.approximate import search_approximate as search
         scores, numbers = search(store, _query(store, args), args.top, args.where)
         found = list(zip(scores.tolist(), store.rows(numbers), strict=True))
+        if not found and not args.json:
+            print(f"none of {len(store):,} pictures" + (f" meets {args.where!r}" if args.where else ""))
     if args.html:
         write_text(args.html, _page(_title(args), found))
     if args.json:
         for score, row in found:
             shown = {"score": score, "id": row.id, "caption": row.caption, "metadata": row.metadata}
             print(json.dumps(shown, ensure_ascii=False))
-    else:
+    elif found:
         _print(found)
 
 
@@ -96,9 +100,6 @@ def _print(found: "list[tuple[float, Row]]") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    if not found:
-        print("nothing meets the condition, or the store is empty")
-        return
     table = Table("score", "id", "caption", box=None, header_style="dim")
     for score, row in found:
         # Text, as brackets in names aren't markup.

@@ -3,6 +3,7 @@
 import argparse
 import ipaddress
 import os
+import socket
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,17 @@ def _run(args: argparse.Namespace) -> None:
     Server(uvicorn.Config(app, args.host, args.port, log_level="warning", timeout_graceful_shutdown=5)).run()
 
 
+def _require_free(host: str, port: int) -> None:
+    """Raises UserError now, before the model is loaded, where nothing can listen at the address."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        socket.create_server(address[:2], family=family).close()
+    except OSError as exc:
+        raise UserError(
+            f"cannot listen at {host}, port {port}: {exc.strerror}; --port 0 takes any port that is free"
+        ) from exc
+
+
 def _tell(address: str, show: bool) -> None:
     print(f"open {address} (Ctrl-C ends)", flush=True)
     if show:
@@ -100,6 +112,7 @@ def _app(args: argparse.Namespace, key: str | None, hosts: tuple[str, ...]) -> "
     from evaclip.serve import create_app
 
     store = Store.open(args.store)
+    _require_free(args.host, args.port)
     given = args.model or store.model["given"]
     options = {"batch_size": args.batch_size, "threads": args.threads, "precision": store.model["precision"]}
     encoder = Encoder(given, device=args.device, **options)

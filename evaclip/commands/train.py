@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     from evaclip.train.comments import commented_yaml
 
     take_over()
-    if args.recipe is None:
+    if all(value == args.parser.get_default(name) for name, value in vars(args).items()):
         described = recipes.describe_recipes()
         width = max(map(len, described))
         for name, description in described.items():

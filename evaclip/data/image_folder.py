@@ -1,5 +1,7 @@
 """A folder with one subfolder of pictures per class, and a folder with pictures."""
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +11,12 @@ from evaclip.data.samples import Fault, FaultKind, RawSample, read_image_file
 from evaclip.data.source import Source, hash_list
 from evaclip.errors import UserError
 
+_LOG = logging.getLogger("evaclip.data")
+
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+_OTHER_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jxl", ".ppm", ".tif", ".tiff"})
+"""Of pictures that aren't taken, which is said."""
+_OUTSIDE = "outside of the class folders"
 
 
 def class_folders(root: Path) -> list[str]:
@@ -24,8 +31,12 @@ def class_folders(root: Path) -> list[str]:
 class _Files(Source):
     """Picture files, in this order, by their paths below a root."""
 
-    def __init__(self, root: Path, files: Sequence[Path]) -> None:
+    def __init__(self, root: Path, files: Sequence[Path], left_out: Counter[str]) -> None:
         self.description = str(root)
+        if left_out:
+            told = ", ".join(f"{count:,} {which}" for which, count in sorted(left_out.items()))
+            self.notes = [f"pictures left out: {told}"]
+            _LOG.warning("%s: %s", root, self.notes[0])
         self.shard_sizes = [len(files)]
         self._root = root
         self._files = PackedStrings.pack(file.relative_to(root).as_posix() for file in files)
@@ -50,12 +61,13 @@ class FolderSource(_Files):
     def __init__(self, root: Path, template: str = DEFAULT_TEMPLATE) -> None:
         inside = sorted(root.iterdir()) if root.is_dir() else []
         folders = [path for path in inside if path.is_dir() and not _is_hidden(path.name)]
-        by_folder = {folder: _pictures(folder) for folder in folders}
+        left_out = Counter(_OUTSIDE for path in inside if _is_picture(path, root) and path.is_file())
+        by_folder = {folder: _pictures(folder, left_out) for folder in folders}
         files = [file for pictures in by_folder.values() for file in pictures]
         if not files:
             suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
             raise UserError(f"there are 0 pictures ({suffixes}) in the {len(folders)} class folders of {root}")
-        super().__init__(root, files)
+        super().__init__(root, files, left_out)
         self._template = template
         self.classes = [_class_name(folder.name) for folder in folders if by_folder[folder]]
         self.faults = [
@@ -78,20 +90,27 @@ class PictureFolder(_Files):
     """
 
     def __init__(self, root: Path) -> None:
-        files = _pictures(root)
+        left_out = Counter[str]()
+        files = _pictures(root, left_out)
         if not files:
             suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
             raise UserError(f"there are 0 pictures ({suffixes}) in {root}" + ("" if root.is_dir() else ": no folder"))
-        super().__init__(root, files)
+        super().__init__(root, files, left_out)
         self.fingerprint = hash_list("pictures", ((name, "") for name in self._files))
 
     def __getitem__(self, index: int) -> RawSample:
         return RawSample(self._files[index], read_image_file(self._root / self._files[index]), ())
 
 
-def _pictures(folder: Path) -> list[Path]:
-    """The picture files in a folder, at any depth, in sorted order."""
-    return [file for file in sorted(folder.rglob("*")) if _is_picture(file, folder)]
+def _pictures(folder: Path, left_out: Counter[str]) -> list[Path]:
+    """The picture files in a folder, at any depth, in sorted order; `left_out` counts those of other kinds."""
+    found = []
+    for file in sorted(folder.rglob("*")):
+        if _is_picture(file, folder):
+            found.append(file)
+        elif file.suffix.lower() in _OTHER_SUFFIXES:
+            left_out[file.suffix.lower()] += 1
+    return found
 
 
 def _is_picture(file: Path, folder: Path) -> bool:

@@ -38,8 +38,8 @@ def _rows(path: Path, encoding: str, columns: Columns) -> Iterator[Row]:
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as exc:
-        raise UserError(f"{path}, line {number}: {exc}") from exc
+    except json.JSONDecodeError as exc:
+        raise UserError(f"{path}, line {number}: not valid JSON ({exc.msg}, at character {exc.pos + 1})") from exc
     if not isinstance(row, dict):
         raise UserError(f"{path}, line {number}: a JSON object is expected, got {line.strip()[:40]!r}")
     return row

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from evaclip.pixels import eight_bit
 
@@ -124,6 +124,8 @@ def load_image(data: bytes, name: str, decoding: Decoding = WHOLE) -> Image.Imag
         raise BadSample(FaultKind.OVERSIZED_IMAGE, name, str(exc)) from exc
     except (BadSample, MemoryError):
         raise
+    except UnidentifiedImageError as exc:
+        raise BadSample(FaultKind.CORRUPT_IMAGE, name, "no format of pictures that is known") from exc
     except Exception as exc:  # the decoders raise almost anything on damaged data: struct.error, IndexError, ...
         raise BadSample(FaultKind.CORRUPT_IMAGE, name, f"{type(exc).__name__}: {exc}") from exc
 
@@ -143,7 +145,7 @@ def read_image_file(path: Path) -> bytes:
     except FileNotFoundError as exc:
         raise BadSample(FaultKind.MISSING_IMAGE, str(path), "no such file") from exc
     except (OSError, ValueError) as exc:
-        raise BadSample(FaultKind.UNREADABLE, str(path), str(exc)) from exc
+        raise BadSample(FaultKind.UNREADABLE, str(path), getattr(exc, "strerror", None) or str(exc)) from exc
     if not data:
         raise BadSample(FaultKind.MISSING_IMAGE, str(path), "the file has 0 bytes")
     return data

@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from evaclip.atomic import write_text
+from evaclip.atomic import write_text, writing
 from evaclip.data.shard_writer import write_shards
 from evaclip.errors import UserError, unknown_name
 
@@ -149,13 +149,15 @@ def build_emoji(
 
     A sample is KEY.png, KEY.large.png (the same, up to twice as large), KEY.txt (its main name) and KEY.json
     (`caption`, `captions` with all names, `codepoints`, `character`, `style`, `label`: the line of `classes.txt`
-    counted from 0). Raises UserError for an unknown style, a size below 8 or a missing package.
+    counted from 0). Raises UserError for an unknown style, a size below 8, a missing package or a folder that can't be
+    made.
     """
     if size < 8:
         raise UserError(f"the picture size must be 8 pixels or more, not {size}")
     drawings = {style: style_drawings(style) for style in styles}
     concepts = load_concepts(skin_tones)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     shards = {}
     with ProcessPoolExecutor(processes) as pool, _progress() as progress:
         for style in styles:

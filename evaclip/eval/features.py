@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from evaclip.atomic import replacing, writing
@@ -23,6 +23,7 @@ from evaclip.eval.finite import require_finite
 from evaclip.model.config import Preprocess
 from evaclip.transforms import Normalization, levels_of
 from evaclip.weights import is_cut
+from evaclip.weights.saving import save_file
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Item = TypeVar("Item")

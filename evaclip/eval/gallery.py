@@ -17,9 +17,6 @@ if TYPE_CHECKING:  # who shows a gallery shall not wait for torch
 
     from evaclip.eval.pairs import EncodedPairs
 
-FOLDER = "galleries"
-"""Where a run folder keeps them."""
-
 THUMBNAIL = 80
 
 

@@ -65,21 +65,22 @@ def load_templates(given: str | Path) -> tuple[str, ...]:
         return imagenet_templates()
     if PLACEHOLDER in str(given):
         return (str(given),)
-    entries = _read_list(Path(given), "templates")
+    entries = _read_list(Path(given), "templates", f", or one template with {PLACEHOLDER}")
     for where, template in entries:
         if PLACEHOLDER not in template:
             raise UserError(f"{given}, {where}: template {template!r} lacks the placeholder {PLACEHOLDER}")
     return tuple(template for _, template in entries)
 
 
-def _read_list(path: Path, what: str) -> list[tuple[str, str]]:
+def _read_list(path: Path, what: str, more: str = "") -> list[tuple[str, str]]:
     """(where it stands, text) of every entry."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8 text"
         raise UserError(
-            f"cannot read {what} from {str(path)!r}: {reason}; give a file with one a line, a JSON list, or 'imagenet'"
+            f"cannot read {what} from {str(path)!r}: {reason}; "
+            f"give a file with one a line, a JSON list, or 'imagenet'{more}"
         ) from exc
     if path.suffix == ".json":
         entries = _parse_json(path, text)

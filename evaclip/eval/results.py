@@ -15,8 +15,6 @@ from evaclip.errors import UserError
 from evaclip.machine import machine, versions
 
 Task = Literal["zero-shot", "classify", "retrieval", "linear-probe", "knn"]
-FOLDER = "evaluations"
-"""Where a run folder keeps its results."""
 
 
 @dataclass(frozen=True)

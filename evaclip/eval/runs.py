@@ -20,13 +20,12 @@ from evaclip.eval.features import (
     refuse_rest,
     weights_hash,
 )
-from evaclip.eval.gallery import FOLDER as GALLERIES
 from evaclip.eval.gallery import Gallery, build_gallery
 from evaclip.eval.labels import assign_labels
 from evaclip.eval.pairs import encode_pairs
-from evaclip.eval.results import FOLDER as EVALUATIONS
 from evaclip.eval.results import DataFacts, Evaluation, ModelFacts, Task
 from evaclip.loading import LoadedClassifier, LoadedModel
+from evaclip.run_files import EVALUATIONS_FOLDER, GALLERIES_FOLDER
 
 _ALLOW = "--allow-unreadable"
 
@@ -141,10 +140,10 @@ def run_classify(setting: Setting, classes: ClassSpace, real: Sequence[frozenset
 def store(run: Path, evaluation: Evaluation, gallery: Gallery | None = None) -> Path:
     """Keeps a result in the folder of its run, for its report; one of the same name is replaced."""
     name = f"{evaluation.task}-{re.sub(r'[^a-z0-9]+', '-', evaluation.title.lower()).strip('-')}.json"
-    evaluation.save(run / EVALUATIONS / name)
+    evaluation.save(run / EVALUATIONS_FOLDER / name)
     if gallery:
-        gallery.save(run / GALLERIES / name)
-    return run / EVALUATIONS / name
+        gallery.save(run / GALLERIES_FOLDER / name)
+    return run / EVALUATIONS_FOLDER / name
 
 
 def _clip(setting: Setting) -> LoadedModel:

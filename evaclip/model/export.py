@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import evakernels
-from evaclip.atomic import replacing, writing
+from evaclip.atomic import replacing, require_space, writing
 from evaclip.errors import UserError
 from evaclip.extras import with_remedy
 from evaclip.model.clip import CLIP
@@ -67,6 +67,7 @@ def export(
     check_target(target, overwrite, dtype, int8)
     if target.suffix == ".pt2":
         program = exported(model, tower, normalize)
+        require_space(target, sum(tensor.nbytes for tensor in program.state_dict.values()))
         with writing(target), replacing(target) as temporary, temporary.open("wb") as stream:
             torch.export.save(program, stream)
         return []

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-HTML_FILE = "report.html"
+from evaclip.atomic import write_text, writing
+from evaclip.run_files import REPORT_FILE
+
 COMPARISON_FILE = "comparison.html"
 
 
@@ -18,30 +20,28 @@ def write_report(run_folder: Path, output: Path | None = None) -> Path:
         Its path.
 
     Raises:
-        UserError: it is no run folder, or nothing was logged yet.
+        UserError: it is no run folder, nothing was logged yet, or the page can't be written.
     """
     # Imported here: the command line should not wait for matplotlib.
-    from evaclip.atomic import write_text
     from evaclip.report.page import render_page
     from evaclip.report.run_data import read_run
 
-    page = render_page(read_run(run_folder))
-    folder = output or run_folder
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / HTML_FILE, page)
-    return folder / HTML_FILE
+    return _written((output or run_folder) / REPORT_FILE, render_page(read_run(run_folder)))
 
 
 def write_comparison(run_folders: Sequence[Path], output: Path) -> Path:
     """Writes `comparison.html`, several runs beside each other, and returns its path.
 
     Raises:
-        UserError: one is no run folder or logged nothing yet, or there are too many.
+        UserError: one is no run folder or logged nothing yet, there are too many, or the page can't be written.
     """
-    from evaclip.atomic import write_text
     from evaclip.report.comparison import render_comparison
 
-    page = render_comparison(run_folders)
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(output / COMPARISON_FILE, page)
-    return output / COMPARISON_FILE
+    return _written(output / COMPARISON_FILE, render_comparison(run_folders))
+
+
+def _written(path: Path, page: str) -> Path:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, page)
+    return path

@@ -10,11 +10,10 @@ from statistics import median
 from typing import Any
 
 from evaclip.errors import UserError
-from evaclip.eval import gallery, results
 from evaclip.eval.gallery import Gallery
 from evaclip.eval.results import Evaluation
 from evaclip.report.state import duration, told, what_stands_still
-from evaclip.run_files import CONFIG_FILE, EVENTS_FILE, LOG_FILE
+from evaclip.run_files import CONFIG_FILE, EVALUATIONS_FOLDER, EVENTS_FILE, GALLERIES_FOLDER, LOG_FILE
 from evaclip.train.overrides import load_yaml
 from evaclip.train.progress import read_log
 
@@ -90,9 +89,9 @@ def read_run(folder: Path) -> RunData:
     text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
     records = [record for record in log if record.get("loss") is not None]
     events = read_log(folder / EVENTS_FILE)
-    evaluations = [Evaluation.load(path) for path in sorted((folder / results.FOLDER).glob("*.json"))]
+    evaluations = [Evaluation.load(path) for path in sorted((folder / EVALUATIONS_FOLDER).glob("*.json"))]
     evaluations.sort(key=lambda evaluation: (list(_TASKS).index(evaluation.task), evaluation.date))
-    galleries = tuple(Gallery.load(path) for path in sorted((folder / gallery.FOLDER).glob("*.json")))
+    galleries = tuple(Gallery.load(path) for path in sorted((folder / GALLERIES_FOLDER).glob("*.json")))
     groups = tuple(group for evaluation in evaluations for group in _bar_groups(evaluation))
     state = what_stands_still(folder, records, events) or "goes on"
     facts = _facts(config, records, evaluations, events, state)

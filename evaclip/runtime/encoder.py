@@ -146,12 +146,14 @@ class Encoder:
 
         Args:
             pictures: paths, files as bytes, PIL images, uint8 arrays `[H, W, 3]` or `[H, W]`, or tensors
-                `[3, height, width]` as the model's preprocessing gives them.
+                `[3, height, width]` as the model's preprocessing gives them; or one path, file or PIL image.
 
         Raises:
             UserError: for a picture that can't be read, which is named.
             TypeError: for what is no picture.
         """
+        if isinstance(pictures, str | Path | bytes | Image.Image):
+            pictures = [pictures]
         parts = []
         for part in self.stream(pictures):
             if part.faults:

@@ -8,7 +8,9 @@ from evaclip.errors import UserError
 COLUMNS = ("id", "content", "caption")
 HELP = "conditions joined by 'and', each KEY OP VALUE; OP is one of = != < <= > >= ~ (contains)"
 
-_CONDITION = re.compile(r"\s*(?P<key>[\w.:/-]+)\s*(?P<op><=|>=|!=|=|<|>|~)\s*(?P<value>\"[^\"]*\"|'[^']*'|.*?)\s*$")
+_CONDITION = re.compile(
+    r"\s*(?P<key>[\w.:/-]+)\s*(?P<op><=|>=|!=|=|<|>|~)\s*(?![=<>~])(?P<value>\"[^\"]*\"|'[^']*'|.*?)\s*$"
+)
 _AND = re.compile(r"\s+and(?:\s+|$)(?=(?:[^\"']|\"[^\"]*\"|'[^']*')*$)", re.IGNORECASE)
 _SQL = {"=": "IN (?, ?)", "!=": "NOT IN (?, ?)"}
 

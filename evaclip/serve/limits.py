@@ -139,6 +139,8 @@ class Guard:
     def _admit(self, headers: Headers) -> None:
         if self._key is not None and not _has_key(headers.get("authorization", ""), self._key):
             raise Rejected(401, "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'.")
+        if headers.get("content-type", "").startswith("application/json"):
+            raise Rejected(415, "Requests are forms, and this one is JSON; send multipart or URL-encoded fields.")
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._limits.body:
             raise _too_long(self._limits)

@@ -3,18 +3,20 @@
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
 from evaclip.atomic import write_text
 from evaclip.errors import UserError
 from evaclip.machine import machine, versions
+from evaclip.outputs import silence
 from evaclip.run_files import EVENTS_FILE, LOG_FILE, TENSORBOARD_FOLDER
 from evaclip.train.config import LogConfig
 from evaclip.train.sinks import Record, Sink, is_share
@@ -80,36 +82,43 @@ class PlainLines(Sink):
         self._total = total_steps
 
     def record(self, record: Record) -> None:
-        left = (self._total - record.step) * record.samples / max(1, record.step)
-        eta = left / record.samples_per_second if record.samples_per_second else 0.0
-        line = f"step {record.step}/{self._total}  {summary(record)}  eta {_duration(eta)}"
-        print(line, flush=True)
+        self.say(f"step {record.step}/{self._total}  {summary(record)}  eta {_eta(record, self._total)}")
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        print(f"step {step}/{self._total}  {_metrics_line(metrics)}", flush=True)
+        self.say(f"step {step}/{self._total}  {_metrics_line(metrics)}")
 
     def say(self, message: str) -> None:
-        print(message, flush=True)
+        try:
+            print(message, flush=True)
+        except BrokenPipeError:
+            silence()  # no reason to end a training: its files tell the same
+
+
+class _BarAndNumbers(Progress):
+    """Numbers in a line of their own: beside the bar a terminal of 80 columns has no place for them."""
+
+    numbers = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.numbers:
+            yield Text(self.numbers)
 
 
 class LiveDisplay(Sink):
-    """A bar with the latest numbers, below the messages."""
+    """A bar and the latest numbers, below the messages."""
 
     def __init__(self, start_step: int, total_steps: int) -> None:
-        self._progress = Progress(
-            TextColumn("[bold]train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[summary]}"),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            console=Console(),
-        )
-        self._task = self._progress.add_task("train", total=total_steps, completed=start_step, summary="")
+        # Rich's own estimate is of the last 30 seconds, in which a large model makes no record.
+        columns = (TextColumn("[bold]train"), BarColumn(), MofNCompleteColumn(), TextColumn("eta {task.fields[eta]}"))
+        self._progress = _BarAndNumbers(*columns, console=Console())
+        self._total = total_steps
+        self._task = self._progress.add_task("train", total=total_steps, completed=start_step, eta="-:--")
         self._progress.start()
 
     def record(self, record: Record) -> None:
-        self._progress.update(self._task, completed=record.step, summary=summary(record))
+        self._progress.numbers = summary(record)
+        self._progress.update(self._task, completed=record.step, eta=_eta(record, self._total))
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         self.say(f"step {step}: {_metrics_line(metrics)}")
@@ -235,7 +244,10 @@ def _number(name: str, value: float) -> str:
     return f"{value:.2%}" if is_share(name) else f"{value:.4g}"
 
 
-def _duration(seconds: float) -> str:
+def _eta(record: Record, total_steps: int) -> str:
+    """How long the steps that are left take at the rate of the last ones."""
+    left = (total_steps - record.step) * record.samples / max(1, record.step)
+    seconds = left / record.samples_per_second if record.samples_per_second else 0.0
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -15,10 +15,13 @@ from evaclip.errors import UserError
 from evaclip.run_files import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
+    EVALUATIONS_FOLDER,
     EVENTS_FILE,
+    GALLERIES_FOLDER,
     LOCK_FILE,
     LOG_FILE,
     MODEL_FILE,
+    REPORT_FILE,
     TENSORBOARD_FOLDER,
     TRACKIO_FILE,
     WANDB_FOLDER,
@@ -115,10 +118,10 @@ class RunFolder:
         write_text(self.path / CONFIG_FILE, dump_yaml(config))
 
     def _delete_run(self) -> None:
-        # Only what a run writes: the folder may hold notes of its owner.
-        for folder in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER, WANDB_FOLDER):
+        # Only what is of the run, what was measured on its weights too: the folder may hold notes of its owner.
+        for folder in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER, WANDB_FOLDER, EVALUATIONS_FOLDER, GALLERIES_FOLDER):
             shutil.rmtree(self.path / folder, ignore_errors=True)
-        for file in (LOG_FILE, EVENTS_FILE, TRACKIO_FILE, CONFIG_FILE):
+        for file in (LOG_FILE, EVENTS_FILE, TRACKIO_FILE, REPORT_FILE, CONFIG_FILE):
             (self.path / file).unlink(missing_ok=True)
 
 

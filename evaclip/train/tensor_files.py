@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from evaclip.weights.parts import DTYPES, INDEX, PLACES, part_name
+from evaclip.weights.saving import save_file
 from evaclip.weights.shards import first_row, is_cut
 
 

@@ -1,5 +1,6 @@
 """Weights under the names of another library."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -8,11 +9,13 @@ from torch import Tensor
 
 from evaclip.errors import UserError, unknown_name
 from evaclip.model.clip import CLIP
-from evaclip.model.config import CLIPConfig, get_config, list_models
+from evaclip.model.config import CLIPConfig, find_model, get_config, list_models, override
 from evaclip.model.rotary import RotaryTable
 from evaclip.outputs import check_output
+from evaclip.run_files import MODEL_CONFIG_FILE
 from evaclip.weights.files import check_suffix, load_state_dict, save_tensors, weight_files
 from evaclip.weights.layouts import is_image_tower, to_authors, to_open_clip, to_timm
+from evaclip.weights.load import differences
 
 FORMATS = ("original", "open_clip", "timm", "safetensors")
 """`original`: the authors' file, rotary tables included; `safetensors`: the same names without the tables."""
@@ -25,8 +28,8 @@ def convert(source: Path, target: Path, layout: str, model: str | None = None, *
         source: what `load_state_dict` reads.
         target: `.safetensors`, or `.pt`, `.pth`, `.bin` for a file of `torch.save`.
         layout: one of `FORMATS`.
-        model: name of the configuration. `original` needs to know it, and finds it by the shapes for None; so does
-            `timm` of an `eva_large_*`.
+        model: name of the configuration. `original` needs to know it; None finds it in the checkpoint that `source`
+            lies in, or by the shapes. So does `timm` of an `eva_large_*`.
         overwrite: replace `target` if it exists. What is read, and what lies in a run or a checkpoint, is never
             replaced.
 
@@ -41,7 +44,7 @@ def convert(source: Path, target: Path, layout: str, model: str | None = None, *
     check_suffix(target)
     check_output(target, overwrite=overwrite, sources=[source, *weight_files(source)])
     state = load_state_dict(source)
-    save_tensors(_LAYOUTS[layout](state, model), target)
+    save_tensors(_LAYOUTS[layout](state, model, source), target)
 
 
 def identify(state: Mapping[str, Tensor]) -> str:
@@ -50,23 +53,42 @@ def identify(state: Mapping[str, Tensor]) -> str:
     Raises:
         UserError: if there is none.
     """
-    shapes = {name: tensor.shape for name, tensor in state.items() if name != "logit_bias"}
     for name in list_models():
-        if _shapes(get_config(name)) == shapes:
+        if not _unlike(state, get_config(name)):
             return name
     raise UserError("the weights have the shapes of no known model; name it with --model")
 
 
-def _shapes(config: CLIPConfig) -> dict[str, torch.Size]:
+def _unlike(state: Mapping[str, Tensor], config: CLIPConfig) -> list[str]:
+    """In what names and shapes the weights aren't those of the model, whatever its loss."""
     with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in CLIP(config).state_dict().items()}
+        expected = CLIP(config).state_dict()
+    expected.pop("logit_bias", None)
+    return differences({name: tensor for name, tensor in state.items() if name != "logit_bias"}, expected)
 
 
-def _with_rotary_tables(state: Mapping[str, Tensor], model: str | None) -> dict[str, Tensor]:
+def _config_of(state: Mapping[str, Tensor], model: str | None, source: Path) -> CLIPConfig:
+    """What the weights are of: as the training that they lie in says, or by name, or by the shapes.
+
+    Raises:
+        UserError: there is no such model, or the weights aren't of that one.
+    """
+    beside = source.with_name(MODEL_CONFIG_FILE)
+    options = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {"name": model or identify(state)}
+    name = options.pop("name")
+    if model and find_model(model) != find_model(name):
+        raise UserError(f"the weights are of {name!r}, not of {model!r}; leave --model out")
+    config = override(get_config(name), options)
+    if unlike := _unlike(state, config):
+        raise UserError(f"the weights aren't of {name!r}: {'; '.join(unlike)}")
+    return config
+
+
+def _with_rotary_tables(state: Mapping[str, Tensor], model: str | None, source: Path) -> dict[str, Tensor]:
     """The authors' layout: their files of CLIP hold the tables once for the tower and once for each block."""
     if is_image_tower(state):
         return to_authors(state)
-    vision = get_config(model or identify(state)).vision
+    vision = _config_of(state, model, source).vision
     if not vision.rope:
         return dict(state)
     table = RotaryTable(vision)
@@ -77,9 +99,9 @@ def _with_rotary_tables(state: Mapping[str, Tensor], model: str | None) -> dict[
     return {**state, **{name: tensor.clone() for name, tensor in rotary.items()}}
 
 
-_LAYOUTS: dict[str, Callable[[dict[str, Tensor], str | None], dict[str, Tensor]]] = {
+_LAYOUTS: dict[str, Callable[[dict[str, Tensor], str | None, Path], dict[str, Tensor]]] = {
     "original": _with_rotary_tables,
-    "open_clip": lambda state, model: to_open_clip(state),
-    "timm": lambda state, model: to_timm(state, joint_bias=(model or "").startswith("eva_large")),
-    "safetensors": lambda state, model: state,
+    "open_clip": lambda state, *_: to_open_clip(state),
+    "timm": lambda state, model, _: to_timm(state, joint_bias=(model or "").startswith("eva_large")),
+    "safetensors": lambda state, *_: state,
 }

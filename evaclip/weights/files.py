@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from evaclip.atomic import replacing, writing
+from evaclip.atomic import replacing, require_space, writing
 from evaclip.errors import UserError
 from evaclip.run_files import CHECKPOINTS_FOLDER, LATEST_FILE, MODEL_FILE
 from evaclip.weights.hub import HUB, LOCAL, download, download_released, find_in_folder
 from evaclip.weights.layouts import to_original, unwrapped
 from evaclip.weights.parts import is_there, joined
+from evaclip.weights.saving import save_file
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _INDEX = ".index.json"
@@ -129,6 +130,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """
     check_suffix(path)
     dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    require_space(path, sum(tensor.nbytes for tensor in dense.values()))
     with writing(path), replacing(path) as temporary:
         try:
             if path.suffix == ".safetensors":

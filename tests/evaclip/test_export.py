@@ -4,10 +4,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from evaclip import create_model
 from evaclip.commands.main import main
@@ -74,7 +76,24 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_random_weights_are_exported_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "tiny", str(tmp_path / "text.pt2"), "--tower", "text"]) == 2
     assert "one of the arguments --pretrained --random is required" in capsys.readouterr().err
+    command = ["export", "tiny", str(tmp_path / "text.onnx"), "--tower", "text", "--random", "--engine", "openvino"]
+    assert main(command) == 2
+    assert "--engine and --provider say where --check FILE runs" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_exported_as_it_was_trained(tmp_path: Path) -> None:
+    checkpoint, target = tmp_path / "run/checkpoints/step_00000001", tmp_path / "image.pt2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.json").write_text('{"name": "tiny", "vision": {"image_size": 64, "layers": 1}}')
+    (checkpoint.parent / "latest").write_text(checkpoint.name)
+    trained = create_model("tiny", vision={"image_size": 64, "layers": 1}).eval()
+    save_file(trained.state_dict(), checkpoint / "model.safetensors")
+    command = ["export", str(tmp_path / "run"), str(target), "--tower", "image"]
+    assert main(command) == 0
+    images = torch.randn(2, 3, 64, 64)
+    program = torch.export.load(target).module()
+    torch.testing.assert_close(program(images), trained.encode_image(images))
 
 
 def test_a_run_stays_as_it_is_and_no_model_is_made_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,3 +144,9 @@ from evaclip.commands.main import main
 assert main(["export", "--check", {str(tmp_path / "other.onnx")!r}]) == 2
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_disk_without_the_space_is_told_before_torch_meets_it(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10_000))
+    with pytest.raises(UserError, match=r"cannot write \S+image.pt2: it takes \d\.\d MB, and its disk has 0\.0 free"):
+        export(model, "image", tmp_path / "image.pt2")

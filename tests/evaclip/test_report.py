@@ -222,6 +222,8 @@ def test_several_runs_stand_beside_each_other(run: Path, tmp_path: Path, capsys:
     assert "--output FOLDER is not set" in capsys.readouterr().err
     assert main(["report", folders[0], folders[0], "--output", str(tmp_path)]) == 2
     assert "the same run is given twice" in capsys.readouterr().err
+    assert main(["report", folders[0], "--output", str(run / "config.yaml")]) == 2
+    assert re.search(r"^error: cannot write \S+report.html: Not a directory", capsys.readouterr().err)
 
 
 def test_a_run_of_the_trainer_has_a_report(run_config, tmp_path):

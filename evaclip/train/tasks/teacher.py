@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -33,6 +33,7 @@ from evaclip.train.config import ParallelConfig, TeacherConfig, TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.sharding import WholeRandomNumbers, shard
 from evaclip.weights import is_cut
+from evaclip.weights.saving import save_file
 
 _log = logging.getLogger(__name__)
 

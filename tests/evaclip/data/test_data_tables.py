@@ -130,7 +130,7 @@ def test_the_fingerprint_of_json_lines_tells_one_row_from_two(pictures):
     ("text", "message"),
     [
         ("", r"0 rows in .*x\.jsonl"),
-        ('{"filepath": "a.png", "title": "x"}\n{"filepath": ', r"x\.jsonl, line 2: Expecting value"),
+        ('{"filepath": "a.png", "title": "x"}\n{"filepath": ', r"l, line 2: not valid JSON \(Expecting value, "),
         ('["a.png", "x"]', r"line 1: a JSON object is expected, got '\[\"a.png\", \"x\"\]'"),
         ('{"FilePath": "a.png", "title": "x"}', "unknown key of .* 'filepath'; did you mean 'FilePath'"),
     ],
@@ -199,6 +199,16 @@ def test_hidden_and_empty_folders_are_no_classes(tmp_path):
     assert [source[i].key for i in range(len(source))] == ["dog/1.png"]
     (fault,) = source.faults
     assert str(fault) == f"class without pictures: {tmp_path}/root/cat (it is not taken for a class)"
+
+
+def test_pictures_that_are_left_out_are_told(tmp_path, caplog):
+    for name in ("dog/1.png", "dog/2.GIF", "dog/more/3.tiff", "loose.png"):
+        write_picture(tmp_path / "root" / name)
+    source = open_source(str(tmp_path / "root"))
+    assert len(source) == 1
+    assert source.notes == ["pictures left out: 1 .gif, 1 .tiff, 1 outside of the class folders"]
+    assert caplog.messages == [f"{tmp_path}/root: {source.notes[0]}"]
+    assert open_source(str(tmp_path / "root"), captions=False).notes == ["pictures left out: 1 .gif, 1 .tiff"]
 
 
 def test_a_folder_without_pictures(tmp_path):

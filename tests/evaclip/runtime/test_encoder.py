@@ -63,6 +63,9 @@ def test_files_are_turned_as_their_exif_data_says(encoder, pictures, tmp_path):
     pictures[0].save(tmp_path / "a.png", exif=exif)
     upright = pictures[0].transpose(Image.Transpose.ROTATE_270)
     torch.testing.assert_close(encoder.images([tmp_path / "a.png"]), encoder.images([upright]))
+    # One picture is no sequence of them, neither are the letters of its path.
+    for one in (tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes(), upright):
+        torch.testing.assert_close(encoder.images(one), encoder.images([upright]))
 
 
 def test_texts_come_back_in_their_order_whatever_their_length(encoder, loaded, monkeypatch):

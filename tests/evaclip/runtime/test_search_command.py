@@ -69,6 +69,7 @@ def test_minus_turns_the_order_round(folder, capsys):
     ("arguments", "reason"),
     [
         ([], "nothing to look for"),
+        (["", "--minus", "x"], "nothing to look for"),
         (["x", "--top", "0"], "top is 0"),
         (["x", "--where", "n"], "can't be read; expected conditions"),
         (["--image", "x.jpg"], "doesn't say which model"),

@@ -194,7 +194,7 @@ def test_conditions(tmp_path, where, expected):
     assert store.select(where).tolist() == expected
 
 
-@pytest.mark.parametrize("where", ["", "year", "year=", "'; DROP TABLE rows", "a=1 and"])
+@pytest.mark.parametrize("where", ["", "year", "year=", "year==1", "year=>1", "'; DROP TABLE rows", "a=1 and"])
 def test_a_condition_that_cannot_be_read(tmp_path, where):
     with pytest.raises(UserError, match=r"can't be read; expected conditions"):
         filled(tmp_path, unit(1)).select(where)

@@ -123,6 +123,7 @@ def test_other_wrong_requests_get_a_sentence(client, pictures):
     assert "16 MiB" in _error(client.post("/search", content=bytes((16 << 20) + 1)), 413)
     assert "16 MiB" in _error(client.post("/search", content=iter([bytes(9 << 20)] * 2)), 413)
     _error(client.post("/search", content=b"x", headers={"content-type": "multipart/form-data; boundary=y"}), 400)
+    assert "are forms" in _error(client.post("/search", json={"text": "a"}), 415)
     _error(client.get("/search"), 405)
     _error(client.get("/nowhere"), 404)
 

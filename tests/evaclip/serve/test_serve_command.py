@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 from threading import Thread, Timer
 from urllib.request import urlopen
 
@@ -33,6 +34,15 @@ def test_mistakes_are_one_line(arguments, key, says, tmp_path, capsys, monkeypat
     assert main(["serve", "a.store", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
+
+
+def test_a_port_in_use_is_told_before_the_model_is_loaded(store, capsys, monkeypatch):
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    monkeypatch.setattr("evaclip.runtime.encoder.Encoder", lambda *args, **kwargs: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", str(store.folder), "--port", str(port)]) == 2
+    assert f"error: cannot listen at 127.0.0.1, port {port}: Address already in use" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("found", [True, False])

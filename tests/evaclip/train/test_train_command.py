@@ -1,6 +1,9 @@
 """`evaclip train` on the command line."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +33,43 @@ def test_without_a_recipe_all_are_listed(capsys: Any) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(RECIPES)
     assert all(line.endswith(".") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train-data", "x"], "name a RECIPE: 'evaclip train' lists them"),
+        (["--set", "seed=1"], "name a RECIPE"),
+        (
+            ["tiny", "--batchsize", "3"],
+            "unrecognized arguments: --batchsize 3; did you mean '--batch-size'? (see 'evaclip train --help')",
+        ),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(arguments: list[str], message: str, capsys: Any) -> None:
+    try:
+        code: Any = main(["train", *arguments])
+    except SystemExit as exc:
+        code = exc.code
+    assert code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_who_reads_the_output_may_go(tmp_path: Path) -> None:
+    """As `head` does: a list ends without a word, a training goes on."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    small = (
+        "schedule.steps=2 schedule.warmup_steps=1 log.every_steps=1 batch_size=8 eval.sets=null log.tensorboard=false"
+    )
+    train = ["train", "tiny", "--device", "cpu", "--set", f"output={tmp_path}", *small.split()]
+    for arguments, code in ((["train"], 141), (train, 0)):
+        command = [sys.executable, "-m", "evaclip", *arguments]
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+        assert (done.returncode, done.stderr) == (code, "")
+    os.close(writer)
+    assert (tmp_path / "tiny/checkpoints/step_00000002").is_dir()
 
 
 def test_print_config_is_complete_and_later_words_win(capsys: Any, tmp_path: Path) -> None:

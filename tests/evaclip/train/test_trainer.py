@@ -89,6 +89,8 @@ def test_a_run_leaves_what_it_should(run_config: Make) -> None:
     assert (metrics["val/samples"], metrics["val/classes"]) == (24, 24)
     assert metrics["val/chance_top1"] == pytest.approx(1 / 24)
     checkpoint = folder / "checkpoints" / "step_00000006"
+    # As readable for others as any file that is made here.
+    assert len({path.stat().st_mode for path in [*checkpoint.rglob("*.*"), folder / "config.yaml"]}) == 1
     assert json.loads((checkpoint / "preprocess.json").read_text())["image_size"] == 16
     model = create_model("tiny", pretrained=folder, **config.model.options)
     averaged = create_model("tiny", pretrained=checkpoint / "ema.safetensors", **config.model.options)
@@ -99,6 +101,9 @@ def test_an_existing_run_is_not_overwritten_unless_asked(run_config: Make, tmp_p
     config = run_config()
     train(config)
     (tmp_path / "run" / "notes.txt").write_text("mine")
+    for measured in ("evaluations/zero-shot.json", "galleries/zero-shot.json", "report.html"):
+        (tmp_path / "run" / measured).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / measured).write_text("of the run that is deleted")
     with pytest.raises(UserError, match="exists: --resume auto goes on with it, --overwrite deletes it"):
         train(config)
     with pytest.raises(UserError, match="choose one"):
@@ -106,7 +111,8 @@ def test_an_existing_run_is_not_overwritten_unless_asked(run_config: Make, tmp_p
     train(run_config("schedule.steps=3"), overwrite=True)
     assert checkpoints(tmp_path / "run") == ["step_00000003"]
     assert len(read_log(tmp_path / "run" / "log.jsonl")) == 3
-    assert (tmp_path / "run" / "notes.txt").exists()
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {"notes.txt", "checkpoints", "config.yaml", "events.jsonl", "log.jsonl"}
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -62,7 +62,7 @@ def test_original_file_has_the_authors_rotary_tables() -> None:
 
     state = create_model("EVA02-CLIP-B-16", device="meta").state_dict()
     assert identify(state) == "EVA02-CLIP-B-16"
-    original = _with_rotary_tables(state, None)
+    original = _with_rotary_tables(state, None, Path("b16.pt"))
     assert len(original) == 436
     cos = original["visual.blocks.11.attn.rope.freqs_cos"]
     assert cos.shape == (196, 64)
@@ -79,6 +79,7 @@ def test_original_file_has_the_authors_rotary_tables() -> None:
         (["out.pt", "--to", "safetensors"], "doesn't end in .safetensors"),
         (["out.onnx", "--to", "original"], "expected one of .safetensors, .pt"),
         (["out.pt", "--to", "original", "--model", "nothing"], "unknown model 'nothing'"),
+        (["out.pt", "--to", "original", "--model", "emoji"], "the weights aren't of 'emoji': "),
     ],
 )
 def test_mistakes_are_one_line(source, arguments, message, capsys, monkeypatch):
@@ -98,6 +99,17 @@ def run_folder(tmp_path: Path) -> Path:
     (checkpoint / "model.json").write_text('{"name": "tiny"}')
     save_file(create_model("tiny").state_dict(), checkpoint / "model.safetensors")
     return tmp_path / "runs/first"
+
+
+def test_a_runs_rotary_tables_are_of_its_own_size(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, target = run_folder / "checkpoints/step_00000001", run_folder.parent / "out.pt"
+    (checkpoint / "model.json").write_text('{"name": "tiny", "vision": {"image_size": 64}}')
+    state = create_model("tiny", vision={"image_size": 64}).state_dict()
+    save_file(state, checkpoint / "model.safetensors")
+    assert main(["convert", str(run_folder), str(target), "--to", "original", "--model", "EVA02-B-16"]) == 2
+    assert "the weights are of 'tiny', not of 'EVA02-B-16'" in capsys.readouterr().err
+    assert main(["convert", str(run_folder), str(target), "--to", "original", "--model", "tiny"]) == 0
+    assert len(torch.load(target)["visual.rope.freqs_cos"]) == 8 * 8 == len(state["visual.pos_embed"][0]) - 1
 
 
 def test_an_existing_file_is_replaced_only_when_asked(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
