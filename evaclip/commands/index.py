@@ -252,7 +252,7 @@ def _embedded_texts(args: argparse.Namespace) -> tuple[list[str], Any]:
     try:
         texts = args.texts.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as exc:
-        raise UserError(f"cannot read {args.texts}: {exc}") from exc
+        raise UserError(f"cannot read {args.texts}: {getattr(exc, 'strerror', None) or exc}") from exc
     return texts, _encoder(args.model, args).texts(texts).numpy()
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from evaclip.errors import UserError
 from evaclip.run_files import CONFIG_FILE, EVENTS_FILE, LOG_FILE
+from evaclip.train.sinks import is_share
 
 _BARS = "▁▂▃▄▅▆▇█"
 # What matters less comes later: it is the first to go where a terminal is low.
@@ -88,8 +89,8 @@ def _rows(records: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[st
         last = evaluations[-1]
         rows[1:1] = [
             _Row(
-                f"{name}, step {last['step']:,}",
-                "" if value is None else f"{value:.4g}",
+                f"{'evaluation, seconds' if name == 'seconds' else name}, step {last['step']:,}",
+                "" if value is None else f"{value:.2%}" if is_share(name) else f"{value:.4g}",
                 [other["eval"].get(name) for other in evaluations],
             )
             for name, value in last["eval"].items()

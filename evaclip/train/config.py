@@ -140,7 +140,9 @@ class ScheduleConfig:
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError(f"set either steps or epochs, got steps={self.steps} and epochs={self.epochs}")
+            raise ValueError(
+                f"set either steps or epochs, and the other to null, got steps={self.steps} and epochs={self.epochs}"
+            )
         return self
 
     @model_validator(mode="after")

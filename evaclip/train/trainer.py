@@ -157,6 +157,8 @@ class Trainer:
         if stopped:
             self.report.say(f"{STOPPED}; --resume auto goes on from step {self.position.step}")
             return Outcome(self.folder.path, self.position.step, self.metrics, signals.exit_code)
+        model = self.folder.checkpoints / checkpoint.folder_name(self.position.step)
+        self.report.say(f"done: the model is {model}; 'evaclip report {self.folder.path}' shows the run")
         return Outcome(self.folder.path, self.position.step, self.metrics)
 
     def _part(self, signals: StopSignals, collect: Callable[[int], None]) -> bool:

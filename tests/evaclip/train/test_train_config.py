@@ -56,7 +56,7 @@ def test_unknown_keys_are_errors_with_the_nearest(run_config: Make, assignment: 
         ("parallel={mode: shard, shard_size: 2}", "no other mode has one"),
         ("ema_decay=1.0", "ema_decay=1.0: input should be less than 1"),
         ("accumulation=9", "batch_size=8 is less than accumulation=9"),
-        ("schedule.epochs=2", "schedule: set either steps or epochs, got steps=6 and epochs=2"),
+        ("schedule.epochs=2", "schedule: set either steps or epochs, and the other to null, got steps=6 and epochs=2"),
         ("schedule={steps: 9, warmup_steps: 2, warmup_share: 0.1}", "set either warmup_steps or warmup_share"),
         ("optim=5", "optim=5"),
         (
