@@ -35,6 +35,7 @@ _EXAMPLES = {
     "dropin": [
         "python -m benchmarks dropin",
         "python -m benchmarks dropin --shape 'timm/vit-b b8' --mode training --peer none",
+        "python -m benchmarks dropin --shape 'open_clip/vit-b-32 b32 t13'  # texts of 13 tokens, and padding",
     ],
     "all": [
         "python -m benchmarks all --json run.json --plot report/",

@@ -228,8 +228,11 @@ class Tower(Swapped):
         tower = self
         if _all_are_read(self) is None and _ENDING.may_be_early(self, x):
             tower = _ENDING.early(self, _pooled.Read())
-        masked = {} if attn_mask is None else {"attn_mask": attn_mask}
-        y: Tensor = super(Tower, tower).forward(x, **masked, **_causal(is_causal))
+        own = super(Tower, tower).forward
+        options = ({} if attn_mask is None else {"attn_mask": attn_mask}) | _causal(is_causal)
+        if isinstance(attn_mask, torch.fx.Proxy):  # what isn't given is one too; before 1.0.26 Eva had neither option
+            options = {name: value for name, value in options.items() if name in own.__code__.co_varnames}
+        y: Tensor = own(x, **options)
         return y
 
 

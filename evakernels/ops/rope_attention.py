@@ -139,6 +139,9 @@ def _of_turned_keys(*args: Any) -> Any:
     """The arguments without a rotation: that of the keys is made here, and tokens of the prefix have none."""
     _check_call(*args)
     q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale = args
+    refuse_gradients("rope_attention", cos, sin)
+    if type(token_index) is Tensor and not torch.compiler.is_compiling():  # which hides values
+        _check_values(q, k, v, cos, sin, token_index)
     rotation = reference.rotation_of(k, cos, sin, token_index, num_prefix)
     k = reference.turned(k.transpose(1, 2), rotation, interleaved).transpose(1, 2)
     return q, k, v, None, None, None, 0, causal, interleaved, scale

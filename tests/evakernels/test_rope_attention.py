@@ -470,26 +470,6 @@ def call(q=None, k=None, v=None, cos=None, sin=None, **options):
     return evakernels.rope_attention(*given, cos, sin, **options)
 
 
-@pytest.mark.parametrize("queries", [1, 2])
-@pytest.mark.parametrize("interleaved", [True, False])
-@pytest.mark.parametrize("kind", ["shared", "heads", "compact"])
-@pytest.mark.parametrize("dropped", [False, True])
-def test_queries_of_the_first_tokens_alone(kind, interleaved, queries, dropped):
-    patches = PATCHES if kind != "compact" else GRID**2
-    index = torch.stack([torch.randperm(patches)[:4] for _ in range(BATCH)]) if dropped else None
-    cos, sin = tables(kind)
-    qkv = packed(2, 4 if dropped else patches).to(DEVICE).requires_grad_()
-    options = {"token_index": index, "num_prefix": 2, "interleaved": interleaved}
-    options = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-
-    def attended(count):
-        q, k, v = qkv.unbind(2)
-        out = evakernels.rope_attention(q[:, :count], k, v, cos.to(DEVICE), sin.to(DEVICE), **options)[:, :queries]
-        return out, *torch.autograd.grad((out * out.detach().cos()).sum(), qkv)
-
-    torch.testing.assert_close(attended(queries), attended(qkv.shape[1]), rtol=1e-10, atol=1e-12)
-
-
 TABLE = torch.ones(4, 4)
 INDEX = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
 
@@ -523,11 +503,6 @@ INDEX = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
         ),
         ({"num_prefix": 17}, ValueError, "num_prefix is 17; accepted: 0 to 16"),
         ({"cos": TABLE, "sin": TABLE, "num_prefix": 6}, ValueError, "num_prefix is 6; .* at most M = 5"),
-        (
-            {"q": torch.ones(2, 1, 3, 8), "cos": TABLE, "sin": TABLE, "num_prefix": 1, "causal": True},
-            ValueError,
-            "cos and sin with 1 queries and 5 keys, causal; accepted",
-        ),
         ({"token_index": INDEX}, ValueError, "token_index without cos and sin"),
         ({"cos": TABLE}, ValueError, "cos without sin"),
         ({"sin": TABLE}, ValueError, "sin without cos"),
