@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -33,12 +34,14 @@ class Model:
         build: makes it with random weights on a device.
         encode: its features of images, and of texts and its temperature if it has a tower for them; so that every
             parameter has a gradient.
+        pixels: height and width of an image.
         vocabulary: token ids that it knows; 0 for a model of images.
         context: tokens of a text.
     """
 
     build: Callable[[torch.device], nn.Module]
     encode: Callable[[Any, Tensor, Tensor | None], Any]
+    pixels: int = 224
     vocabulary: int = 0
     context: int = 0
 
@@ -60,6 +63,8 @@ class ModelShape:
 def parse(name: str) -> ModelShape:
     """The shape called `name`, such as `timm/vit-b b4`, or `open_clip/vit-b-32 b4 t13` for texts of 13 tokens.
 
+    The model is one of `MODELS`, or any other of timm or open_clip by its name there.
+
     Raises:
         UserError: the name has another form, the model is unknown, or has no such texts.
     """
@@ -67,9 +72,7 @@ def parse(name: str) -> ModelShape:
     if match is None:
         forms = "'timm/vit-b b4', or 'open_clip/vit-b-32 b4 t13' for texts of 13 tokens and padding"
         raise UserError(f"unknown shape {name!r}; expected a model and a batch such as {forms}")
-    if match["model"] not in MODELS:
-        raise unknown_name("model", match["model"], MODELS)
-    tokens, context = int(match["tokens"] or 0), MODELS[match["model"]].context
+    tokens, context = int(match["tokens"] or 0), model_of(match["model"]).context
     if tokens > context:
         raise UserError(f"shape {name!r}: {match['model']} takes texts of up to {context} tokens")
     return ModelShape(match["model"], int(match["batch"]), tokens)
@@ -78,24 +81,49 @@ def parse(name: str) -> ModelShape:
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
-def _timm(name: str) -> Model:
+@cache
+def model_of(name: str) -> Model:
+    """The model of `MODELS` called `name`, or else timm's or open_clip's, as in `timm/vit_tiny_patch16_224`.
+
+    Raises:
+        UserError: neither knows it, or it isn't installed.
+    """
+    library, _, model = name.partition("/")
+    if name in MODELS:
+        return MODELS[name]
+    if library == "timm" and find_spec("timm"):
+        from timm.models import get_pretrained_cfg_value, is_model
+
+        if is_model(model):
+            return _timm(model, get_pretrained_cfg_value(model, "input_size")[-1])
+    elif library == "open_clip" and find_spec("open_clip"):
+        import open_clip
+
+        if config := open_clip.get_model_config(model):
+            texts = config["text_cfg"]
+            sizes = config["vision_cfg"]["image_size"], texts.get("vocab_size", 49_408), texts.get("context_length", 77)
+            return _open_clip(model, *sizes)
+    raise unknown_name("model", name, MODELS)
+
+
+def _timm(name: str, pixels: int = 224) -> Model:
     def build(device: torch.device) -> nn.Module:
         import timm
 
         model: nn.Module = timm.create_model(name, device=device)
         return model
 
-    return Model(build, lambda model, images, texts: model(images))
+    return Model(build, lambda model, images, texts: model(images), pixels)
 
 
-def _open_clip(name: str) -> Model:
+def _open_clip(name: str, pixels: int = 224, vocabulary: int = 49_408, context: int = 77) -> Model:
     def build(device: torch.device) -> nn.Module:
         import open_clip
 
         model: nn.Module = open_clip.create_model(name, device=device)
         return model
 
-    return Model(build, lambda model, images, texts: model(images, texts), 49_408, 77)
+    return Model(build, lambda model, images, texts: model(images, texts), pixels, vocabulary, context)
 
 
 def _transformers(kind: str, vocabulary: int, context: int) -> Model:
@@ -108,7 +136,7 @@ def _transformers(kind: str, vocabulary: int, context: int) -> Model:
             model: nn.Module = getattr(transformers, f"{kind}Model")(config)
         return model
 
-    return Model(build, _embed, vocabulary, context)
+    return Model(build, _embed, 224, vocabulary, context)
 
 
 def _embed(model: Any, images: Tensor, texts: Tensor | None) -> Any:
@@ -122,13 +150,12 @@ MODELS = {
     "timm/eva02-b": _timm("eva02_base_patch16_clip_224"),
     "timm/eva02-l": _timm("eva02_large_patch14_clip_224"),
     "timm/vit-b": _timm("vit_base_patch16_224"),
-    "timm/dinov3-b": _timm("vit_base_patch16_dinov3"),
+    "timm/dinov3-b": _timm("vit_base_patch16_dinov3", 256),
     "open_clip/eva02-b-16": _open_clip("EVA02-B-16"),
     "open_clip/vit-b-32": _open_clip("ViT-B-32"),
     "transformers/clip-b-16": _transformers("CLIP", 49_408, 77),
     "transformers/siglip-b": _transformers("Siglip", 32_000, 64),
 }
-_PIXELS = {"timm/dinov3-b": 256}
 
 
 # --- what is measured -----------------------------------------------------------------------------------------------
@@ -163,7 +190,7 @@ class _Encoder(nn.Module):
 def _pair(name: str, device: torch.device) -> Pair:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        before = _Encoder(MODELS[name].build(device).train(), MODELS[name].encode)
+        before = _Encoder(model_of(name).build(device).train(), model_of(name).encode)
     _without_chance(before)
     after = copy.deepcopy(before)
     for (owner, key), parameter in _places(before).items():
@@ -181,7 +208,7 @@ def _frozen(name: str, dtype: torch.dtype, accelerated: bool) -> "_Encoder":
     """
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        encoder = _Encoder(MODELS[name].build(torch.device("cpu")).to(dtype).eval(), MODELS[name].encode)
+        encoder = _Encoder(model_of(name).build(torch.device("cpu")).to(dtype).eval(), model_of(name).encode)
     if accelerated:
         evakernels.accelerate(encoder.model, freeze=True)
     return encoder
@@ -210,15 +237,14 @@ def _inputs(shape: ModelShape, draw: Draw) -> Inputs:
 
 
 def _samples(shape: ModelShape, draw: Draw) -> Inputs:
-    model = MODELS[shape.model]
-    pixels = _PIXELS.get(shape.model, 224)
+    model = model_of(shape.model)
     texts = None
     if model.vocabulary:
         # The largest id is the end token, for some of them the place of the pooled output.
         texts = draw.integers(model.vocabulary - 2, shape.batch, model.context)
         end = (shape.tokens or model.context) - 1
         texts[:, end], texts[:, end + 1 :] = model.vocabulary - 1, 0
-    return {"images": draw.normal(shape.batch, 3, pixels, pixels), "texts": texts}
+    return {"images": draw.normal(shape.batch, 3, model.pixels, model.pixels), "texts": texts}
 
 
 def _frozen_inputs(shape: ModelShape, draw: Draw) -> Inputs:
@@ -286,14 +312,14 @@ def _work(shape: ModelShape, itemsize: int) -> Work:
 @cache
 def _counted(name: str) -> tuple[int, int]:
     """FLOPs of one sample, and parameters."""
+    model = model_of(name)
     with (meta := torch.device("meta")):
-        model = MODELS[name].build(meta).eval()
-        pixels = _PIXELS.get(name, 224)
-        texts = torch.zeros(1, MODELS[name].context, dtype=torch.int64) if MODELS[name].vocabulary else None
-        images = torch.zeros(1, 3, pixels, pixels)
+        module = model.build(meta).eval()
+        texts = torch.zeros(1, model.context, dtype=torch.int64) if model.vocabulary else None
+        images = torch.zeros(1, 3, model.pixels, model.pixels)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        MODELS[name].encode(model, images, texts)
-    return counter.get_total_flops(), sum(parameter.numel() for parameter in model.parameters())
+        model.encode(module, images, texts)
+    return counter.get_total_flops(), sum(parameter.numel() for parameter in module.parameters())
 
 
 register(

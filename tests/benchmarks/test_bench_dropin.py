@@ -50,11 +50,11 @@ def test_models_exist_and_are_those_that_are_meant(name: str) -> None:
 
 @each_model
 def test_all_parameters_are_trained(name: str) -> None:
-    model, pixels = dropin.MODELS[name], dropin._PIXELS.get(name, 224)
+    model = dropin.MODELS[name]
     with torch.device("meta"):
         module = model.build(torch.device("meta")).train()
         texts = torch.zeros(2, model.context, dtype=torch.int64) if model.vocabulary else None
-        outputs = model.encode(module, torch.zeros(2, 3, pixels, pixels), texts)
+        outputs = model.encode(module, torch.zeros(2, 3, model.pixels, model.pixels), texts)
     total = sum(output.sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,)))
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     assert len(torch.autograd.grad(total, trained)) == len(trained)
@@ -70,6 +70,15 @@ def test_shapes_have_names() -> None:
     for name in ("timm/vit-b b4 t13", "open_clip/vit-b-32 b4 t78"):
         with pytest.raises(UserError, match=f"{name}.*takes texts of up to"):
             dropin.parse(name)
+
+
+def test_other_models_of_the_libraries_go_by_their_own_names() -> None:
+    assert dropin.model_of("timm/vit_base_patch16_dinov3").pixels == 256
+    model = dropin.model_of("open_clip/ViT-B-16-SigLIP-256")
+    assert (model.pixels, model.vocabulary, model.context) == (256, 32_000, 64)
+    assert dropin._counted("timm/vit_tiny_patch16_224")[1] == pytest.approx(5.7e6, rel=0.01)
+    with pytest.raises(UserError, match="open_clip/ViT-C-32"):
+        dropin.parse("open_clip/ViT-C-32 b4")
 
 
 def test_texts_that_end_early() -> None:
