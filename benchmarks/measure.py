@@ -70,6 +70,8 @@ def measure(case: Case, contestants: Sequence[Candidate], machine: Machine, time
             _prepare(case, contestants, machine, timer)
         _time(case, contestants, machine, timer, seconds, first_seed=one_pass * _MAX_SETS)
     except Exception as exc:  # of what all of them share: inputs, the truth, the timer
+        if not case.rows:  # an operation that can't say what its work is
+            raise
         for candidate in contestants:
             if case.rows[candidate.name].failure is None:
                 _fail(case, candidate, exc)

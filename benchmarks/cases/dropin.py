@@ -314,7 +314,8 @@ def _counted(name: str) -> tuple[int, int]:
     """FLOPs of one sample, and parameters."""
     model = model_of(name)
     with (meta := torch.device("meta")):
-        module = model.build(meta).eval()
+        # Weights that want gradients keep torch's counter from following some modules under no_grad.
+        module = model.build(meta).eval().requires_grad_(False)
         texts = torch.zeros(1, model.context, dtype=torch.int64) if model.vocabulary else None
         images = torch.zeros(1, 3, model.pixels, model.pixels)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
