@@ -85,15 +85,6 @@ class OptimConfig:
     stochastic_rounding: bool = False
     """Under precision=bf16 round updated weights up or down at random, so that steps below half a unit of bfloat16 add
     up; there are no float32 copies. Nothing but `seed` decides: neither threads nor processes."""
-    zero_processes: Count | None = None
-    """Take LAMB's trust ratios as the released models' trainer did on this many processes, DeepSpeed's ZeRO-1: one for
-    each process's equal slice of the parameters of a group. None takes one for each tensor."""
-
-    @model_validator(mode="after")
-    def _slices_are_lambs(self) -> Self:
-        if self.zero_processes is not None and self.name != "lamb":
-            raise ValueError(f"zero_processes={self.zero_processes} needs name=lamb; {self.name} has no trust ratios")
-        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)

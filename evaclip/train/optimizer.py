@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from evaclip.train.config import OptimConfig, TowerConfig
-from evaclip.train.zero_lamb import ZeroLamb
 from evakernels.optim import AdamW, Lamb
 
 Group = dict[str, Any]
@@ -65,9 +64,7 @@ def build_optimizer(groups: list[Group], config: OptimConfig, seed: int = 0) -> 
     options["seed"] = seed % _SEEDS
     if config.name == "adamw":
         return AdamW(groups, **options)
-    if config.zero_processes is None:
-        return Lamb(groups, **options, variant="deepspeed")
-    return ZeroLamb(groups, **options, zero_processes=config.zero_processes)
+    return Lamb(groups, **options, variant="deepspeed")
 
 
 def set_lr_factor(optimizer: torch.optim.Optimizer, factor: float, step: int) -> None:

@@ -103,10 +103,6 @@ class DeviceOptimizer(Optimizer):
     ) -> None:
         """Makes the step of these tensors; `options` are the shared ones."""
 
-    def parts_of(self, batch: Batch) -> Iterator[Batch]:
-        """The tensors of a batch in parts that may be stepped one after the other."""
-        return batch.parts()
-
     def check_options(self, options: dict[str, Any]) -> None:
         """Raises for options of a group that are out of range."""
         name = type(self).__name__
@@ -187,7 +183,7 @@ class DeviceOptimizer(Optimizer):
         """
         found: dict[Tensor, Tensor] = {}
         for key, batch in self._batches().items():
-            norms = torch.stack([squares for part in self.parts_of(batch) for squares in self._measured(key, part)])
+            norms = torch.stack([squares for part in batch.parts() for squares in self._measured(key, part)])
             sum_over(norms, batch.shards)
             found.update(zip(batch.owners, norms, strict=True))
         return found

@@ -85,10 +85,3 @@ def test_only_parameters_in_bfloat16_are_rounded_stochastically(name: str) -> No
     assert not found.pop("logit_bias.no_decay")
     assert all(found.values())
     assert {group["seed"] for group in optimizer.param_groups} == {5}
-
-
-def test_lamb_takes_the_ratios_of_zero() -> None:
-    model = create_model("tiny", device="meta")
-    config = OptimConfig(name="lamb", zero_processes=3)
-    optimizer = build_optimizer(groups_of(model, config), config)
-    assert {group["zero_processes"] for group in optimizer.param_groups} == {3}

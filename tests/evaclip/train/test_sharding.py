@@ -141,7 +141,7 @@ def test_other_numbers_of_processes_go_on(run_config: Callable[..., TrainConfig]
 @pytest.mark.xdist_group("processes")
 def test_sixteen_bits(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     """The first losses are those of one process but for rounding; parameters have the dtype that they should."""
-    common = [*COMMON, *TASKS["clip"].patch_dropout, "schedule.steps=2", "optim.lr=1e-4", "optim.zero_processes=3"]
+    common = [*COMMON, *TASKS["clip"].patch_dropout, "schedule.steps=2", "optim.lr=1e-4"]
     dtypes = {"amp_bf16": torch.float32, "bf16": torch.bfloat16}
     sharded = []
     for precision in dtypes:

@@ -49,7 +49,6 @@ def test_unknown_keys_are_errors_with_the_nearest(run_config: Make, assignment: 
         ("optim.name=sgd", "optim.name='sgd': input should be 'adamw' or 'lamb'"),
         ("precision=fp8", "precision='fp8': input should be 'fp32', 'amp_bf16'"),
         ("optim.stochastic_rounding=true", "optim.stochastic_rounding needs precision=bf16, got precision=fp32"),
-        ("optim.zero_processes=8", "zero_processes=8 needs name=lamb; adamw has no trust ratios"),
         ("loss={name: siglip, label_smoothing: 0.1}", "label_smoothing=0.1 needs name=clip"),
         ("parallel.offload=cpu", "offload=cpu needs mode=shard or hybrid"),
         ("parallel.mode=hybrid", "hybrid needs a shard_size"),
