@@ -19,8 +19,6 @@ from evaclip.data.tar_index import ShardFacts
 from evaclip.errors import UserError
 
 KIND = "evaclip-shards-v1"
-WIDS_KIND = "wids-shard-index-v1"
-_WIDS = "wids"
 LIST_SUFFIX = ".json"
 _TIMEOUT = 60.0
 
@@ -35,8 +33,8 @@ class Entry:
 
 
 def agree(listed: ShardFacts, found: ShardFacts) -> bool:
-    """Whether a shard is the one that is listed; lists of wids tell the number of samples alone."""
-    return listed.samples == found.samples and (listed.digest == found.digest or listed.digest.startswith(_WIDS))
+    """Whether a shard is the one that is listed."""
+    return (listed.samples, listed.digest) == (found.samples, found.digest)
 
 
 class ShardList(Sequence[Entry]):
@@ -116,15 +114,13 @@ def write_list(path: Path, entries: Iterable[Entry]) -> None:
 
 
 def read_list(location: str) -> Iterator[Entry]:
-    """Reads a list, ours or one of wids, from a file or URL; relative names in it are taken from where it lies.
+    """Reads a list from a file or URL; relative names in it are taken from where it lies.
 
     Raises UserError if it cannot be read or is none.
     """
     text = _fetch(location) if is_remote(location) else Path(location).read_text(encoding="utf-8")
     try:
         content = json.loads(text)
-        if "__kind__" in content and content["__kind__"] == WIDS_KIND:
-            content = {"kind": KIND, "shardlist": list(map(_of_wids, content["shardlist"]))}
         if content["kind"] != KIND:
             raise ValueError(f"its kind is {content['kind']!r}")
         shards = content["shardlist"]
@@ -135,13 +131,6 @@ def read_list(location: str) -> Iterator[Entry]:
         ) from exc
     if not shards:
         raise UserError(f"there are 0 shards in the list {location}")
-
-
-def _of_wids(shard: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry of webdataset's `wids`, which knows less, as one of ours."""
-    size = shard.get("filesize")
-    digest = f"{_WIDS} {shard['nsamples']} {shard.get('md5sum', size)}"
-    return {"digest": digest, "damage": "", "indexed_bytes": size or 0, "etag": "", **shard, "filesize": size}
 
 
 def _entry(shard: Mapping[str, Any], location: str) -> Entry:

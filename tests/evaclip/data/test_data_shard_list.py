@@ -97,22 +97,6 @@ def test_what_is_no_list(text, message, tmp_path):
         open_source(str(tmp_path / "list.json"))
 
 
-@pytest.mark.parametrize("remote", [False, True])
-def test_a_list_of_wids_opens_the_data_too(remote, shards, server, tmp_path):
-    shardlist = [{"url": f"{i:02d}.tar", "nsamples": n} for i, n in enumerate((20, 30, 14))]
-    shardlist[0] |= {"filesize": (tmp_path / "00.tar").stat().st_size, "md5sum": "0" * 32}
-    content = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shardlist}
-    (tmp_path / "wids.json").write_text(json.dumps(content))
-    listed = open_source(server.url("wids.json") if remote else str(tmp_path / "wids.json"))
-    source = open_source(shards)
-    assert listed.shard_sizes == source.shard_sizes
-    assert [listed[i] for i in (0, 20, 63)] == [source[i] for i in (0, 20, 63)]
-    shardlist[2]["nsamples"] = 15
-    (tmp_path / "wids.json").write_text(json.dumps(content))
-    with pytest.raises(BadSample, match="changed after it was indexed"):
-        open_source(str(tmp_path / "wids.json"))[63]
-
-
 @pytest.mark.parametrize("part", ["3", "2/2", "-1/2", "1/0", "a/b"])
 def test_what_is_no_part(part, shards, tmp_path):
     with pytest.raises(UserError, match=f"--part must be I/N, with I from 0 to N - 1, got '{part}'"):
