@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from evaclip.augmentation import Augmentation
@@ -327,6 +327,8 @@ class _WithoutValues(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.erfinv_:  # of the truncated one, in torch 2.11
+            return args[0]
         return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
 
 

@@ -14,14 +14,13 @@ from evakernels import (
     rms_norm,
     rms_norm_add,
 )
+from evakernels.ops._autocast import is_on
 
 
 def product_dtype(x: Tensor) -> torch.dtype | None:
     """That of autocast, if it is on and would cast a float32 `x` in front of a product; else None."""
     device = x.device.type
-    if x.dtype != torch.float32 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(device) if x.dtype == torch.float32 and is_on(device) else None
 
 
 class Norm(nn.Module):

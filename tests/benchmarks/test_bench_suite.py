@@ -1,6 +1,7 @@
 """Who takes part, what is run, and what the machine says of itself."""
 
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import psutil
@@ -73,7 +74,7 @@ def test_a_run_has_one_sample_list_a_pass(steady: None) -> None:
     assert all(len(row.samples_ms) == 2 and row.failure is None for row in results.rows)
     assert seen == [(done, 4) for done in range(5)]
     assert results.machine.copy_gbps == 10.0
-    assert results.machine.versions["torch"] == torch.__version__
+    assert results.machine.versions["torch"] == metadata.version("torch")
 
 
 @pytest.mark.parametrize(
