@@ -1,6 +1,7 @@
 """Forward-mode derivatives and functorch's transforms of every op, in float64, beside the same of torch's functions."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -220,52 +221,53 @@ def test_no_public_op_is_left_out():
     assert {name.partition("-")[0] for name in CASES} == set(evakernels.ops.__all__) - without
 
 
-@every_op
-def test_jvp(ours, theirs, given):
-    torch.testing.assert_close(jvp(ours, given, tangents(given)), jvp(theirs, given, tangents(given)))
+def dual_numbers(function, given, requires_grad=False):
+    with forward_ad.dual_level():
+        duals = [
+            forward_ad.make_dual(x.clone().requires_grad_(requires_grad), tangent)
+            for x, tangent in zip(given, tangents(given), strict=True)
+        ]
+        outputs = function(*duals)
+        outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+        return [tuple(forward_ad.unpack_dual(output)) for output in outputs]
 
 
-@every_op
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_dual_numbers(ours, theirs, given, requires_grad):
-    def result(function):
-        with forward_ad.dual_level():
-            duals = [
-                forward_ad.make_dual(x.clone().requires_grad_(requires_grad), tangent)
-                for x, tangent in zip(given, tangents(given), strict=True)
-            ]
-            outputs = function(*duals)
-            outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-            return [tuple(forward_ad.unpack_dual(output)) for output in outputs]
-
-    torch.testing.assert_close(result(ours), result(theirs))
+def of_one_argument_after_the_other(jacobian):
+    """So that those are mapped over and the rest isn't."""
+    return lambda function, given: [jacobian(function, i)(*given) for i in everything(given)]
 
 
-@every_op
-def test_one_argument_alone_has_a_tangent(ours, theirs, given):
+def one_tangent_alone(function, given):
+    results = []
     for i, tangent in enumerate(tangents(given)):
-        results = []
-        for function in (ours, theirs):
-            alone = lambda x, f=function, i=i: f(*given[:i], x, *given[i + 1 :])  # noqa: E731
-            results.append(jvp(alone, (given[i],), (tangent,)))
-        torch.testing.assert_close(*results)
+        alone = lambda x, i=i: function(*given[:i], x, *given[i + 1 :])  # noqa: E731
+        results.append(jvp(alone, (given[i],), (tangent,)))
+    return results
 
 
-@every_op
-def test_jacobians(ours, theirs, given):
-    """Of one argument after the other, so that those are mapped over and the rest isn't."""
-    for i in everything(given):
-        expected = jacrev(theirs, i)(*given)
-        torch.testing.assert_close(jacfwd(ours, i)(*given), expected)
-        torch.testing.assert_close(jacrev(ours, i)(*given), expected)
-
-
-@every_op
-def test_gradients_of_each_sample(ours, theirs, given):
+def gradients_of_each_sample(function, given):
     several = tuple(torch.stack([x, x.flip(0) if x.dim() else 2 * x]) for x in given)
-    arguments = everything(given)
-    expected = vmap(grad(as_one(theirs), arguments))(*several)
-    torch.testing.assert_close(vmap(grad(as_one(ours), arguments))(*several), expected)
+    return vmap(grad(as_one(function), everything(given)))(*several)
+
+
+DERIVATIVES = {
+    "jvp": lambda function, given: jvp(function, given, tangents(given)),
+    "dual numbers": dual_numbers,
+    "dual numbers of leaves": partial(dual_numbers, requires_grad=True),
+    "one tangent alone": one_tangent_alone,
+    "jacfwd": of_one_argument_after_the_other(jacfwd),
+    "jacrev": of_one_argument_after_the_other(jacrev),
+    "gradients of each sample": gradients_of_each_sample,
+    "forward mode of torch.autograd": partial(
+        torch.autograd.functional.jacobian, strategy="forward-mode", vectorize=True
+    ),
+}
+
+
+@every_op
+@pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
+def test_derivatives(derivative, ours, theirs, given):
+    torch.testing.assert_close(derivative(ours, given), derivative(theirs, given))
 
 
 @every_op
@@ -321,13 +323,6 @@ def test_backward_passes_of_several_cotangents(ours, theirs, given):
         cotangents = randn(3, *output.shape, seed=9)
         found = torch.autograd.grad(output, leaves, cotangents, is_grads_batched=True, allow_unused=True)
         results.append(found[: 5 if len(leaves) == 6 else None])  # row_scale has no gradient
-    torch.testing.assert_close(*results)
-
-
-@every_op
-def test_jacobians_of_forward_mode_by_torch_autograd(ours, theirs, given):
-    options = {"strategy": "forward-mode", "vectorize": True}
-    results = [torch.autograd.functional.jacobian(f, given, **options) for f in (ours, theirs)]
     torch.testing.assert_close(*results)
 
 
