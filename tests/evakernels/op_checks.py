@@ -113,25 +113,31 @@ def assert_as_accurate_as_torch(ours, theirs, inputs, dtype):
 
 def assert_deterministic(function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> None:
     """Two runs are bit-equal, forward and backward."""
-    first, second = with_gradients(function, inputs), with_gradients(function, inputs)
+    assert_bit_equal(*(with_gradients(function, inputs) for _ in range(2)))
+
+
+def assert_bit_equal(first, second):
     for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True):
         assert torch.equal(a, b)
 
 
-def assert_threads_change_no_bit(function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> None:
-    """One thread and three give the same, forward and backward."""
+def results_of_threads(call: Callable[[], Any]) -> list[Any]:
+    """What a call returns with one thread, and with three."""
     if DEVICE.type != "cpu":
         pytest.skip("of the CPU: its threads")
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            outputs, gradients = with_gradients(function, inputs)
-            results.append(outputs + gradients)
+            results.append(call())
     finally:
         torch.set_num_threads(before)
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+    return results
+
+
+def assert_threads_change_no_bit(function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> None:
+    """Forward and backward."""
+    assert_bit_equal(*results_of_threads(lambda: with_gradients(function, inputs)))
 
 
 def assert_compiles(function: Callable[..., Any], inputs: Sequence[Tensor | None], dynamic: bool = False) -> None:

@@ -1,14 +1,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from case_tests import *  # noqa: F403
 from on_device import DEVICE
 from op_checks import (
     DTYPES,
     OPCHECK_DTYPES,
     assert_as_accurate_as_torch,
-    assert_compiles,
-    assert_deterministic,
-    assert_gradcheck,
     assert_opcheck,
     assert_threads_change_no_bit,
     randn,
@@ -42,20 +40,12 @@ def inputs(bias, rows=(2, 3), width=WIDTH):
 
 
 EVERY = pytest.mark.parametrize("approximate", APPROXIMATIONS)
+CASES = [
+    pytest.param(pair(approximate), inputs(bias), id=f"{approximate}{'-bias' * bias}")
+    for approximate in APPROXIMATIONS
+    for bias in (True, False)
+]
 BIAS = pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
-
-
-@EVERY
-@BIAS
-def test_gradcheck(bias, approximate):
-    assert_gradcheck(pair(approximate)[0], inputs(bias))
-
-
-@EVERY
-@BIAS
-@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
-def test_compiles_without_graph_break(bias, approximate, dynamic):
-    assert_compiles(pair(approximate)[0], inputs(bias), dynamic)
 
 
 @BIAS
@@ -119,11 +109,6 @@ def test_16_bits_are_as_accurate_as_rounding_leaves_them(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_are_rounded_right_in_the_tail(dtype):
     assert_rounded_right(dtype, -6)
-
-
-@EVERY
-def test_two_runs_are_bit_equal(approximate):
-    assert_deterministic(pair(approximate)[0], [t.bfloat16() for t in inputs(True, (300,), 40)])
 
 
 @BIAS
@@ -202,21 +187,3 @@ def test_autocast_gives_the_dtype_of_the_linear(dtype):
     torch.testing.assert_close(folded, expected, rtol=0.02, atol=0.01)
     folded.float().sum().backward()
     assert layer.bias.grad.dtype == torch.float32
-
-
-ONES = torch.ones(2, 4)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "exception", "message"),
-    [
-        ((torch.tensor(1.0),), ValueError, r"x is a scalar; expected \[..., F\]"),
-        ((ONES.long(),), TypeError, "x is torch.int64; accepted: float64"),
-        ((ONES, torch.ones(3)), ValueError, r"bias has shape \(3,\); expected \[F\] = \(4,\)"),
-        ((ONES, torch.ones(4).half()), TypeError, r"bias is torch.float16; accepted: torch.float32"),
-        ((ONES, None, "erf"), ValueError, "approximate is 'erf'; accepted: 'none', 'tanh', 'sigmoid'"),
-    ],
-)
-def test_wrong_input_says_what_is_accepted(arguments, exception, message):
-    with pytest.raises(exception, match=message):
-        evakernels.gelu(*arguments)
