@@ -76,7 +76,6 @@ void drive_layer_norm(const Case& c, Shift shifted) {
                                     .rms = false};
   run(cuda::layer_norm_forward(forward, nullptr), called("layer_norm_forward"));
   compare(y, norm_of(values_of(x, size), weight, bias, c.rows, c.width), called("y"), c.dtype);
-  check(y.others_are_intact(), called("in front of y"));
 
   Buffer dy = Buffer::random(c.dtype, size, shifted(4)), dx(c.dtype, size, shifted(6));
   Buffer dweight(DType::Float32, c.width), dbias(DType::Float32, c.width);
@@ -98,7 +97,6 @@ void drive_layer_norm(const Case& c, Shift shifted) {
   run(cuda::layer_norm_backward(backward, scratch, nullptr), called("layer_norm_backward"));
   const NormGradient expected(values_of(dy, size), values_of(x, size), weight, c.rows, c.width);
   compare(dx, expected.dx, called("dx"), c.dtype);
-  check(dx.others_are_intact(), called("in front of dx"));
   compare(dweight, expected.dweight, called("dweight"), DType::Float32);
   compare(dbias, expected.dbias, called("dbias"), DType::Float32);
 }
@@ -130,7 +128,6 @@ void drive_add_norm(const Case& c, bool scaled, Shift shifted) {
   }
   compare(x, total, called("x"), c.dtype);
   compare(y, norm_of(total, parameters.weight, parameters.bias, c.rows, c.width), called("y"), c.dtype);
-  check(x.others_are_intact() && y.others_are_intact(), called("in front of x and y"));
 
   Buffer dy = Buffer::random(c.dtype, size, shifted(8)), dx = Buffer::random(c.dtype, size, shifted(10));
   Buffer dresidual(c.dtype, size, shifted(12)), dbranch(c.dtype, size, shifted(14));
@@ -157,13 +154,11 @@ void drive_add_norm(const Case& c, bool scaled, Shift shifted) {
     expected_dlayer_scale[i % c.width] += of_branch * branch.at(i);
   }
   compare(dresidual, expected_dresidual, called("dresidual"), c.dtype);
-  check(dresidual.others_are_intact(), called("in front of dresidual"));
   // The kernel has the statistics of the sum before it was rounded.
   compare(gradients.weight, expected.dweight, called("dweight"), c.dtype);
   compare(gradients.bias, expected.dbias, called("dbias"), DType::Float32);
   if (!scaled) return;
   compare(dbranch, expected_dbranch, called("dbranch"), c.dtype);
-  check(dbranch.others_are_intact(), called("in front of dbranch"));
   compare(gradients.layer_scale, expected_dlayer_scale, called("dlayer_scale"), c.dtype);
 }
 
@@ -197,7 +192,6 @@ void drive_norm_add(const Case& c, bool scaled, Shift shifted) {
     expected_dlayer_scale[i % c.width] += dx.at(i) * row_scale * normed[i];
   }
   compare(x, total, called("x"), c.dtype);
-  check(x.others_are_intact(), called("in front of x"));
 
   Gradients gradients(c);
   const NormAddBackward backward = {.dx = dx.data(),
@@ -212,7 +206,6 @@ void drive_norm_add(const Case& c, bool scaled, Shift shifted) {
   run(cuda::norm_add_backward(backward, scratch, nullptr), called("backward"));
   const NormGradient expected(upstream, values_of(branch, size), parameters.weight, c.rows, c.width);
   compare(dbranch, expected.dx, called("dbranch"), c.dtype);
-  check(dbranch.others_are_intact(), called("in front of dbranch"));
   compare(gradients.weight, expected.dweight, called("dweight"), DType::Float32);
   compare(gradients.bias, expected.dbias, called("dbias"), DType::Float32);
   if (scaled) compare(gradients.layer_scale, expected_dlayer_scale, called("dlayer_scale"), DType::Float32);
