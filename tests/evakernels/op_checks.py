@@ -77,12 +77,14 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return (actual.double() - expected.double()).abs().max().item()
 
 
-def with_gradients(function, inputs, seed=0):
+def with_gradients(function, inputs, seed=0, as_they_lie=False):
     """Outputs of `function(*inputs)` and the gradients of all inputs for one fixed random cotangent an output.
 
-    The cotangents are drawn in float64 and cast, so that runs in different dtypes see the same ones.
+    The cotangents are drawn in float64 and cast, so that runs in different dtypes see the same ones. Inputs are copied,
+    and then dense and aligned, unless they are to be read `as_they_lie` in memory.
     """
-    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
+    leaves = [None if t is None else t.detach() if as_they_lie else t.detach().clone() for t in inputs]
+    leaves = [None if t is None else t.requires_grad_() for t in leaves]
     outputs = function(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     generator = torch.Generator().manual_seed(seed)

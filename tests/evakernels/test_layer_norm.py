@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from case_tests import *  # noqa: F403
 from on_device import DEVICE
-from op_checks import OPCHECK_DTYPES, assert_opcheck, randn, with_gradients
+from op_checks import DTYPES, OPCHECK_DTYPES, assert_opcheck, randn, with_gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -95,17 +95,20 @@ QUICK = {
 
 
 @pytest.mark.parametrize("kind", NORMS)
-def test_no_columns(kind):
-    x, parameter = torch.ones(3, 0), torch.ones(0)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 0), (0, 8), (3, 0, 8)])
+def test_no_columns_and_no_rows(shape, dtype, kind):
+    x, parameter = torch.ones(shape, dtype=dtype), torch.ones(shape[-1], dtype=dtype)
     outputs, gradients = with_gradients(plain(kind)[0], (x, parameter, None if kind == "rms" else parameter))
     assert outputs[0].shape == gradients[0].shape == x.shape
-    assert all(t.numel() == 0 for t in gradients)
+    assert all(torch.equal(gradient, torch.zeros_like(parameter)) for gradient in gradients[1:])
 
 
 @pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
 def test_opcheck(dtype, rms):
-    x, branch = (randn(2, 3, 8, seed=s).to(dtype).requires_grad_() for s in (0, 1))
+    """Of inputs whose strides are permuted: results are contiguous."""
+    x, branch = (randn(3, 2, 8, seed=s).to(dtype).transpose(0, 1).requires_grad_() for s in (0, 1))
     weight, bias, layer_scale = (randn(8, seed=s).to(dtype).requires_grad_() for s in (2, 3, 4))
     row_scale = torch.tensor([0.0, 2.0], dtype=dtype)
     bias = None if rms else bias
@@ -290,15 +293,6 @@ def test_a_dropped_sample_keeps_its_residual_and_passes_no_gradient():
     x.sum().backward()
     assert torch.equal(x[0], residual[0])
     assert not branch.grad[0].any()
-
-
-@pytest.mark.parametrize("rms", [False, True])
-def test_permuted_strides_give_contiguous_results(rms):
-    x, branch = (randn(3, 2, 8, seed=s).transpose(0, 1).requires_grad_() for s in (0, 1))
-    weight = randn(8, seed=2).requires_grad_()
-    assert_opcheck(OPS.layer_norm_forward.default, (x, weight, None, EPS, rms))
-    assert_opcheck(OPS.add_layer_norm_forward.default, (x, branch, weight, None, None, None, EPS, rms))
-    assert_opcheck(OPS.layer_norm_add_forward.default, (x, branch, weight, None, None, None, EPS, rms))
 
 
 def test_runs_on_the_meta_device_under_any_autocast():

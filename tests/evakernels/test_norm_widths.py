@@ -52,9 +52,8 @@ def test_rows_at_odd_addresses_give_the_formula(form, dtype, offset, width):
         return torch.cat([tensor.new_zeros(offset), tensor.flatten()])[offset:].view(tensor.shape)
 
     aligned = [t.to(dtype) for t in inputs_of(7, width)]
-    expected, actual = with_gradients(ours(form), aligned), with_gradients(ours(form), [at_offset(t) for t in aligned])
-    for e, a in zip(expected[0] + expected[1], actual[0] + actual[1], strict=True):
-        torch.testing.assert_close(a, e, rtol=2 * torch.finfo(dtype).eps, atol=2e-5)
+    actual = with_gradients(ours(form), [at_offset(t) for t in aligned], as_they_lie=True)
+    torch.testing.assert_close(actual, with_gradients(ours(form), aligned), rtol=2 * torch.finfo(dtype).eps, atol=2e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
