@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from op_checks import randn
+from test_contrastive import differentiable_statistics, sigmoid_losses, smoothed, statistics_of_matrix
+from test_token_dropout import pair as of_token_dropout
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -49,11 +51,6 @@ def add_rms_norm(residual, branch, weight):
     return rms_norm(residual + branch, weight), residual + branch
 
 
-def swiglu(gate, up, weight=None, bias=None):
-    hidden = F.silu(gate) * up
-    return hidden if weight is None else layer_norm(hidden, weight, bias)
-
-
 def attention(q, k, v, causal=False):
     """Of heads `[..., N, H, D]`."""
     scores = torch.einsum("...qhd,...khd->...hqk", q, k) * q.shape[-1] ** -0.5
@@ -83,27 +80,6 @@ def packed_attention(q, k, v):
     return torch.cat([attention(*(x[a:b] for x in (q, k, v)), causal=True) for a, b in parts])
 
 
-def token_dropout(patches, prefix, pos_embed):
-    tokens = patches + pos_embed[1:]
-    kept = torch.stack([tokens[b, rows] for b, rows in enumerate(INDEX)])
-    return torch.cat(((prefix + pos_embed[:1]).expand(2, -1, -1), kept), 1)
-
-
-def statistics(image, text, scale):
-    logits = scale * image @ text.T
-    return logits.logsumexp(1), logits.logsumexp(0), logits.diagonal(1)
-
-
-def clip_loss(image, text, scale, smoothing=0.0):
-    logits, labels = scale * image @ text.T, torch.arange(len(image))
-    return sum(F.cross_entropy(s, labels, label_smoothing=smoothing) for s in (logits, logits.T)) / 2
-
-
-def siglip_loss(image, text, scale, bias):
-    logits = scale * image @ text.T + bias
-    return -F.logsigmoid(logits * (2 * torch.eye(len(image)).double() - 1)).sum() / len(image)
-
-
 # --- every op that returns something --------------------------------------------------------------------------------
 
 BATCH = (2, 3, 4)
@@ -126,8 +102,12 @@ CASES = {
         lambda r, b, w: r + rms_norm(b, w),
         inputs(BATCH, BATCH, (4,)),
     ),
-    "swiglu": (evakernels.swiglu, swiglu, inputs(BATCH, BATCH)),
-    "swiglu-norm": (lambda *t: evakernels.swiglu(*t, EPS), swiglu, inputs(BATCH, BATCH, (4,), (4,))),
+    "swiglu": (evakernels.swiglu, lambda gate, up: F.silu(gate) * up, inputs(BATCH, BATCH)),
+    "swiglu-norm": (
+        lambda *t: evakernels.swiglu(*t, EPS),
+        lambda gate, up, weight, bias: layer_norm(F.silu(gate) * up, weight, bias),
+        inputs(BATCH, BATCH, (4,), (4,)),
+    ),
     "gelu": (evakernels.gelu, lambda x, b: F.gelu(x + b), inputs(BATCH, (4,))),
     "gelu-tanh": (
         lambda x: evakernels.gelu(x, approximate="tanh"),
@@ -166,27 +146,11 @@ CASES = {
         packed_attention,
         inputs(*[(5, 2, 4)] * 3),
     ),
-    "token_dropout": (
-        lambda x, prefix, pos_embed: evakernels.token_dropout(x, INDEX, prefix=prefix, pos_embed=pos_embed),
-        token_dropout,
-        inputs((2, 4, 3), (1, 3), (5, 3)),
-    ),
-    "contrastive_statistics": (
-        lambda *t: evakernels.contrastive_statistics(*t, offset=1)[:3],
-        statistics,
-        inputs((3, 4), (5, 4), ()),
-    ),
-    "clip_loss": (
-        lambda *t: evakernels.clip_loss(*t, label_smoothing=0.1),
-        lambda *t: clip_loss(*t, smoothing=0.1),
-        inputs((3, 4), (3, 4), ()),
-    ),
-    "clip_loss-logits-not-kept": (
-        lambda *t: evakernels.clip_loss(*t, memory_budget=0),
-        clip_loss,
-        inputs((3, 4), (3, 4), ()),
-    ),
-    "siglip_loss": (evakernels.siglip_loss, siglip_loss, inputs((3, 4), (3, 4), (), ())),
+    "token_dropout": (*of_token_dropout(INDEX), inputs((2, 4, 3), (1, 3), (5, 3))),
+    "contrastive_statistics": (differentiable_statistics, statistics_of_matrix, inputs((3, 4), (5, 4), ())),
+    "clip_loss": (*smoothed(0.1), inputs((3, 4), (3, 4), ())),
+    "clip_loss-logits-not-kept": (*smoothed(0.0, memory_budget=0), inputs((3, 4), (3, 4), ())),
+    "siglip_loss": (evakernels.siglip_loss, sigmoid_losses, inputs((3, 4), (3, 4), (), ())),
     "gradient_norm": (
         lambda *t: evakernels.gradient_norm(t),
         lambda *t: torch.cat([x.flatten() for x in t]).norm(),

@@ -9,6 +9,8 @@ from optimizer_checks import (
     LRS,
     VARIANTS,
     assert_compiles_in_place,
+    everything,
+    lists,
     optimizer_of,
     parameters,
     step,
@@ -105,23 +107,19 @@ def test_shards_reduce_their_norms_between_the_phases(variant):
 def test_one_call_is_both_phases_to_the_bit(variant, dtype, skipped):
     """Also where a backend makes the step of a few tensors after that of others: these have one of 70,000."""
 
-    def inputs():
-        draw = torch.Generator().manual_seed(0)
-        sizes = [(70_000,), (3, 5), (0,), (9_001,), (50_000,)]
-        params, grads = ([torch.randn(size, generator=draw).to(dtype) for size in sizes] for _ in range(2))
-        moments = [[torch.rand(size, generator=draw) for size in sizes] for _ in range(2)]
-        return [params, grads, *moments, [torch.full((), 3.0) for _ in sizes]]
-
     lrs, decays = [0.1, 0.2, 0.1, 0.3, 0.1], [0.1, 0.0, 0.1, 0.05, 0.1]
     options = {"betas": BETAS, "eps": EPS, "variant": variant, "found_inf": torch.tensor(float(skipped))}
-    scale = torch.tensor(4.0)
-    at_once, apart = inputs(), inputs()
+    dtypes, sizes, scale = (
+        (dtype, dtype, torch.float32, torch.float32),
+        [70_000, 15, 0, 9_001, 50_000],
+        torch.tensor(4.0),
+    )
+    before, at_once, apart = (lists(dtypes, sizes) for _ in range(3))
     evakernels.lamb_step(*at_once, lrs, decays, grad_scale=scale, **options)
     norms = evakernels.lamb_update(*apart, decays, grad_scale=scale, **options)
     evakernels.lamb_apply(apart[0], *apart[2:], norms, lrs, decays, **options)
-    pairs = [pair for lists in zip(at_once, apart, strict=True) for pair in zip(*lists, strict=True)]
-    assert all(torch.equal(a, b) for a, b in pairs)
-    assert skipped == torch.equal(at_once[0][0], inputs()[0][0])
+    assert all(map(torch.equal, everything(at_once), everything(apart)))
+    assert skipped == torch.equal(at_once[0][0], before[0][0])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -330,17 +330,18 @@ def test_a_batch_may_be_empty():
 
 
 @pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
-@pytest.mark.parametrize("token_index", [None, KEPT])
-def test_opcheck(dtype, token_index):
-    cos, sin = tables("shared")
-    qkv = packed(patches=PATCHES if token_index is None else 3, dtype=dtype)
-    op_checks.assert_opcheck_of_attention("rope_attention", *qkv.unbind(2), (cos, sin, token_index, 1, True, True, 0.5))
-
-
-@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
-def test_opcheck_of_shared_heads(dtype):
-    given = (randn(2, n, heads, 8).to(dtype) for n, heads in ((3, 4), (5, 2), (5, 2)))
-    op_checks.assert_opcheck_of_attention("rope_attention", *given, (None, None, None, 0, True, True, 0.5))
+@pytest.mark.parametrize(
+    ("qkv", "index"),
+    [
+        (packed().unbind(2), (*tables("shared"), None, 1)),
+        (packed(patches=3).unbind(2), (*tables("shared"), KEPT, 1)),
+        ([randn(2, n, heads, 8) for n, heads in ((3, 4), (5, 2), (5, 2))], (None, None, None, 0)),
+    ],
+    ids=["all patches", "kept patches", "shared heads"],
+)
+def test_opcheck(qkv, index, dtype):
+    given = (t.to(dtype) for t in qkv)
+    op_checks.assert_opcheck_of_attention("rope_attention", *given, (*index, True, True, 0.5))
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
