@@ -17,7 +17,7 @@ struct Shift {
 
 // The parameters of a norm that is joined with a residual connection; those that scale may be missing.
 struct Parameters {
-  Buffer weight, bias, layer_scale, row_scale;
+  Buffer weight, bias, layer_scale, row_scale, dweight, dbias, dlayer_scale;
   bool scaled;
 
   Parameters(const Case& c, bool scaled)
@@ -25,6 +25,9 @@ struct Parameters {
         bias(vector_of(c.width)),
         layer_scale(vector_of(c.width)),
         row_scale(vector_of(c.rows)),
+        dweight(DType::Float32, c.width),
+        dbias(DType::Float32, c.width),
+        dlayer_scale(DType::Float32, c.width),
         scaled(scaled) {}
 
   ResidualNormParameters pointers() {
@@ -35,24 +38,15 @@ struct Parameters {
             {if_scaled(row_scale), DType::Float32}};
   }
 
+  // What a backward pass writes for them.
+  ResidualNormGradients gradients() {
+    return {{dweight.data(), DType::Float32},
+            {dbias.data(), DType::Float32},
+            {scaled ? dlayer_scale.data() : nullptr, DType::Float32}};
+  }
+
   double row_scale_at(int64_t row) const { return scaled ? row_scale.at(row) : 1.0; }
   double layer_scale_at(int64_t column) const { return scaled ? layer_scale.at(column) : 1.0; }
-};
-
-// What a backward pass writes for the parameters.
-struct Gradients {
-  Buffer weight, bias, layer_scale;
-
-  explicit Gradients(const Case& c)
-      : weight(DType::Float32, c.width),
-        bias(DType::Float32, c.width),
-        layer_scale(DType::Float32, c.width) {}
-
-  ResidualNormGradients pointers(bool scaled) {
-    return {{weight.data(), DType::Float32},
-            {bias.data(), DType::Float32},
-            {scaled ? layer_scale.data() : nullptr, DType::Float32}};
-  }
 };
 
 void drive_layer_norm(const Case& c, Shift shifted) {
@@ -131,7 +125,6 @@ void drive_add_norm(const Case& c, bool scaled, Shift shifted) {
 
   Buffer dy = Buffer::random(c.dtype, size, shifted(8)), dx = Buffer::random(c.dtype, size, shifted(10));
   Buffer dresidual(c.dtype, size, shifted(12)), dbranch(c.dtype, size, shifted(14));
-  Gradients gradients(c);
   const AddNormBackward backward = {.dy = dy.data(),
                                     .dx = dx.data(),
                                     .x = x.data(),
@@ -141,7 +134,7 @@ void drive_add_norm(const Case& c, bool scaled, Shift shifted) {
                                     .dresidual = dresidual.data(),
                                     .dbranch = scaled ? dbranch.data() : nullptr,
                                     .parameters = parameters.pointers(),
-                                    .gradients = gradients.pointers(scaled),
+                                    .gradients = parameters.gradients(),
                                     .shape = shape};
   Scratch scratch;
   run(cuda::add_norm_backward(backward, scratch, nullptr), called("backward"));
@@ -155,11 +148,11 @@ void drive_add_norm(const Case& c, bool scaled, Shift shifted) {
   }
   compare(dresidual, expected_dresidual, called("dresidual"), c.dtype);
   // The kernel has the statistics of the sum before it was rounded.
-  compare(gradients.weight, expected.dweight, called("dweight"), c.dtype);
-  compare(gradients.bias, expected.dbias, called("dbias"), DType::Float32);
+  compare(parameters.dweight, expected.dweight, called("dweight"), c.dtype);
+  compare(parameters.dbias, expected.dbias, called("dbias"), DType::Float32);
   if (!scaled) return;
   compare(dbranch, expected_dbranch, called("dbranch"), c.dtype);
-  compare(gradients.layer_scale, expected_dlayer_scale, called("dlayer_scale"), c.dtype);
+  compare(parameters.dlayer_scale, expected_dlayer_scale, called("dlayer_scale"), c.dtype);
 }
 
 void drive_norm_add(const Case& c, bool scaled, Shift shifted) {
@@ -193,22 +186,21 @@ void drive_norm_add(const Case& c, bool scaled, Shift shifted) {
   }
   compare(x, total, called("x"), c.dtype);
 
-  Gradients gradients(c);
   const NormAddBackward backward = {.dx = dx.data(),
                                     .branch = branch.data(),
                                     .mean = mean.floats(),
                                     .rstd = rstd.floats(),
                                     .dbranch = dbranch.data(),
                                     .parameters = parameters.pointers(),
-                                    .gradients = gradients.pointers(scaled),
+                                    .gradients = parameters.gradients(),
                                     .shape = shape};
   Scratch scratch;
   run(cuda::norm_add_backward(backward, scratch, nullptr), called("backward"));
   const NormGradient expected(upstream, values_of(branch, size), parameters.weight, c.rows, c.width);
   compare(dbranch, expected.dx, called("dbranch"), c.dtype);
-  compare(gradients.weight, expected.dweight, called("dweight"), DType::Float32);
-  compare(gradients.bias, expected.dbias, called("dbias"), DType::Float32);
-  if (scaled) compare(gradients.layer_scale, expected_dlayer_scale, called("dlayer_scale"), DType::Float32);
+  compare(parameters.dweight, expected.dweight, called("dweight"), DType::Float32);
+  compare(parameters.dbias, expected.dbias, called("dbias"), DType::Float32);
+  if (scaled) compare(parameters.dlayer_scale, expected_dlayer_scale, called("dlayer_scale"), DType::Float32);
 }
 
 }  // namespace

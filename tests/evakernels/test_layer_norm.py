@@ -127,10 +127,10 @@ def given_as(x, dtype):
     return x if x.dtype == torch.float64 else x.to(dtype)
 
 
-def with_out_dtype(form, half):
+def with_out_dtype(form, half, width=None):
     """Our function, torch's and inputs that the dtypes bear. Widths that GPUs read by 4 and by 2 elements, and by 1."""
-    kind, layer_scale = ("rms", None) if form == "add, rms" else ("layer", randn(24, seed=5))
-    width = {"to half": 24, "to float32": 10, "add": 24, "add, rms": 7}[form]
+    width = width or {"to half": 24, "to float32": 10, "add": 24, "add, rms": 7}[form]
+    kind, layer_scale = ("rms", None) if form == "add, rms" else ("layer", randn(width, seed=5))
     x_dtype, y_dtype = (half, torch.float32) if form == "to float32" else (torch.float32, half)
     x = randn(2, 3, width).to(half).double()
     inputs = x, *parameters(kind, width, True)
@@ -164,9 +164,10 @@ OUT_FORMS = ["to half", "to float32", "add", "add, rms"]
 
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("form", OUT_FORMS)
-def test_out_dtype_is_as_accurate_as_torch(form, half):
-    """As the norm of float32 that is cast, where one is cast."""
-    ours, theirs, inputs = with_out_dtype(form, half)
+@pytest.mark.parametrize("width", [None, 13, 250, 768, 2048])
+def test_out_dtype_is_as_accurate_as_torch(width, form, half):
+    """As the norm of float32 that is cast, where one is cast. Also of rows of one warp, of several, and odd ones."""
+    ours, theirs, inputs = with_out_dtype(form, half, width)
     op_checks.assert_as_accurate_as_torch(ours, theirs, inputs, torch.float32)
 
 

@@ -196,12 +196,17 @@ def test_two_runs_with_other_numbers_of_threads_are_bit_equal(kind):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_found_inf_writes_nothing_and_a_gradient_that_is_not_finite_stays_visible(kind, backend):
+@pytest.mark.parametrize(("seeds", "scale"), [(None, None), (None, float("nan")), ((), float("nan"))])
+def test_found_inf_writes_nothing_and_a_gradient_that_is_not_finite_stays_visible(kind, backend, seeds, scale):
+    """Rounded stochastically or to the nearest; also in the first step."""
     skipped, before, bad = (lists(MIXED, [0, 5, 1061]) for _ in range(3))
-    step(skipped, kind, backend, found_inf=1.0)
+    for state in (skipped, before):
+        state[1][1][2] = torch.inf
+        state[4][1].zero_()
+    step(skipped, kind, backend, seeds, found_inf=1.0, scale=scale)
     assert all(torch.equal(a, b) for a, b in zip(everything(skipped), everything(before), strict=True))
     bad[1][2][7] = torch.nan
-    step(bad, kind, backend)
+    step(bad, kind, backend, seeds)
     assert bad[0][2][7].isnan()
     assert bad[0][1].isfinite().all()
 
