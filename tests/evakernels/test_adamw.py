@@ -11,7 +11,6 @@ from optimizer_checks import (
     DECAYS,
     EPS,
     LRS,
-    everything,
     lists,
     optimizer_of,
     parameters,
@@ -45,16 +44,6 @@ def by_torch(state, scale=1.0):
     optimizer.step()
     moments = [[optimizer.state[leaf][name] for leaf in leaves] for name in ("exp_avg", "exp_avg_sq", "step")]
     return [[leaf.detach() for leaf in leaves], [g.double() for g in grads], *moments]
-
-
-@pytest.mark.parametrize("scale", [None, 8.0, 3.0])
-def test_the_reference_equals_the_formula_of_torch(scale):
-    state = lists(sizes=[3, 1061])
-    state[:4] = ([t.double() for t in buffers] for buffers in state[:4])
-    expected = by_torch(state, scale or 1.0)
-    update(state, "adamw", "reference", scale=scale)
-    for a, b in zip(everything(state), everything(expected), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 
 
 @NATIVE

@@ -71,14 +71,23 @@ def attention(q, k, v, cos=None, sin=None, token_index=None, num_prefix=0, causa
     return F.pad(out, (0, 0, blind, 0)).transpose(1, 2)
 
 
-def pair(kind="shared", token_index=None, num_prefix=1, causal=False, interleaved=True, scale=None):
-    """Our function and torch's, over one packed projection [B, N, 3, H, D]."""
+def functions(kind="shared", token_index=None, num_prefix=1, **options):
+    """Our function and torch's, over q, k and v with tables of a kind."""
     cos, sin = tables(kind)
     full = (expanded(cos), expanded(sin)) if kind == "compact" else (cos, sin)
-    options = {"num_prefix": num_prefix, "causal": causal, "interleaved": interleaved, "scale": scale}
-    options["token_index"] = token_index
-    ours, theirs = both(cos=cos, sin=sin, **options)[0], both(cos=full[0], sin=full[1], **options)[1]
-    return of_packed(ours), of_packed(theirs)
+    options |= {"token_index": token_index, "num_prefix": num_prefix}
+    return both(cos=cos, sin=sin, **options)[0], both(cos=full[0], sin=full[1], **options)[1]
+
+
+def pair(*args, **options):
+    """The same over one packed projection `[B, N, 3, H, D]`."""
+    return tuple(map(of_packed, functions(*args, **options)))
+
+
+def of_first_queries(count, *args, **options):
+    """Attention of the first tokens' queries alone, which no kernel rotates: beside that of all queries."""
+    ours, theirs = functions(*args, num_prefix=2, **options)
+    return of_packed(lambda q, k, v: ours(q[:, :count], k, v)), of_packed(lambda *qkv: theirs(*qkv)[:, :count])
 
 
 def both(**options):
@@ -122,6 +131,11 @@ CASES = [
     pytest.param(pair("compact"), [packed(patches=GRID**2)], id="compact"),
     pytest.param(pair("compact", KEPT + 3, interleaved=False), [packed(patches=3)], id="dropout-compact"),
     pytest.param(pair(token_index=UNTURNED, interleaved=False), [packed(patches=4)], id="tokens-not-rotated"),
+    pytest.param(of_first_queries(1, "shared"), [packed(2)], id="first-query"),
+    pytest.param(of_first_queries(2, "heads", interleaved=False), [packed(2)], id="first-queries-table-a-head"),
+    pytest.param(of_first_queries(1, "compact", interleaved=False), [packed(2, GRID**2)], id="first-query-compact"),
+    pytest.param(of_first_queries(2, "shared", UNTURNED), [packed(2, 4)], id="first-queries-not-all-rotated"),
+    pytest.param(of_first_queries(2, "compact", KEPT + 3), [packed(2, 3)], id="first-queries-dropout-compact"),
     pytest.param(shared(4, kind="shared", num_prefix=1), [randn(BATCH, 7, 8, HEAD_DIM)], id="heads-share-keys"),
     pytest.param(shared(3, causal=True, scale=0.7), [randn(BATCH, 6, 5, HEAD_DIM)], id="all-heads-share-keys"),
     pytest.param(shared(3, 2, 5), [randn(BATCH, 5, 9, HEAD_DIM)], id="more-keys"),
@@ -130,7 +144,13 @@ CASES = [
 ]
 QUICK = {
     "test_gradcheck": ["registers-causal-scaled", "dropout-table-a-head", "heads-share-keys", "fewer-keys-causal"],
-    "test_compiles_without_graph_break": ["text", "table-a-head", "dropout", "more-keys-causal"],
+    "test_compiles_without_graph_break": [
+        "text",
+        "table-a-head",
+        "dropout",
+        "first-queries-not-all-rotated",
+        "more-keys-causal",
+    ],
 }
 
 # Sizes around the tiles of the kernels: a prefix that stands apart from a full tile, of one token and of several;
