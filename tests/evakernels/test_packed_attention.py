@@ -122,15 +122,14 @@ QUICK = dict.fromkeys(("test_gradcheck", "test_compiles_without_graph_break"), (
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_as_accurate_as_torch_at_the_size_of_a_tower(dtype):
-    lengths = [77, 1, 30, 64]
-    op_checks.assert_as_accurate_as_torch(*pair(lengths), [packed(lengths, heads=1, head_dim=64)], dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("head_dim", "causal"), [(20, True), (64, False)])
-def test_as_accurate_as_torch_at_lengths_around_those_of_tiles(head_dim, causal, dtype):
-    lengths = [1, 4, 7, 8, 9, 48, 49, 97]
+@pytest.mark.parametrize(
+    ("lengths", "head_dim", "causal"),
+    [
+        pytest.param([77, 1, 30, 64], 64, True, id="size_of_a_tower"),
+        *(([1, 4, 7, 8, 9, 48, 49, 97], head_dim, causal) for head_dim, causal in ((20, True), (64, False))),
+    ],
+)
+def test_as_accurate_as_torch_at_lengths_around_those_of_tiles(lengths, head_dim, causal, dtype):
     given = [packed(lengths, heads=1, head_dim=head_dim)]
     op_checks.assert_as_accurate_as_torch(*pair(lengths, causal=causal), given, dtype)
 

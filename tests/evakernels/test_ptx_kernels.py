@@ -58,7 +58,7 @@ FILES = {
 # every mask and dtype.
 SERVED = "not several_tiles and (plain or not (4100 or 8199 or 8200 or 16390)) and not (30 and 24) and not negative"
 SMALL = "not (size_of_a_tower or several_chunks or of_bfloat16_products)"
-SMALL += " and (not around_a_tile or 67) and (dtype1 or not shapes_of)"
+SMALL += " and (not around-a-tile or tile-67) and (dtype1 or not shapes_of or tile-67)"
 # The tiles are the reference's.
 SMALL += " and not (many and tiles)"
 CHOSEN = f"({CHOICE}) and {SERVED} and {SMALL} and (accurate or not dtype2)"

@@ -153,24 +153,6 @@ QUICK = {
     ],
 }
 
-# Sizes around the tiles of the kernels: a prefix that stands apart from a full tile, of one token and of several;
-# one that doesn't; head dimensions that are no powers of two.
-TILED = [
-    pytest.param(64, 1, {}, id="65-tokens"),
-    pytest.param(64, 4, {"interleaved": False}, id="68-tokens"),
-    pytest.param(70, 1, {"causal": True}, id="71-tokens-causal"),
-    pytest.param(64, 3, {"causal": True}, id="67-tokens-causal"),
-]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("patches", "num_prefix", "options"), TILED)
-def test_sizes_around_a_tile_are_as_accurate_as_torch(patches, num_prefix, options, dtype):
-    angles = randn(patches, 44, seed=1)
-    cos, sin = angles.cos().float(), angles.sin().float()
-    functions = map(of_packed, both(cos=cos, sin=sin, num_prefix=num_prefix, **options))
-    op_checks.assert_as_accurate_as_torch(*functions, [randn(1, num_prefix + patches, 3, 1, 88)], dtype)
-
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -249,6 +231,11 @@ def test_several_chunks_of_an_odd_size_are_as_accurate_as_torch(head_dim, causal
         pytest.param((1, 49, 2, 80), 1, {"interleaved": False}, id="49-tokens"),
         pytest.param((1, 97, 2, 48), 0, {"causal": True}, id="97-tokens-causal"),
         pytest.param((1, 129, 1, 36), 1, {"causal": True}, id="129-tokens-causal"),
+        # A prefix that stands apart from a full tile, of one token and of several; one that doesn't.
+        pytest.param((1, 65, 1, 88), 1, {}, id="around-a-tile-65"),
+        pytest.param((1, 68, 1, 88), 4, {"interleaved": False}, id="around-a-tile-68"),
+        pytest.param((1, 71, 1, 88), 1, {"causal": True}, id="around-a-tile-71"),
+        pytest.param((1, 67, 1, 88), 3, {"causal": True}, id="around-a-tile-67"),
     ],
 )
 def test_shapes_of_towers_are_as_accurate_as_torch(shape, num_prefix, options, dtype):
