@@ -168,7 +168,10 @@ WRONG = {
         ({"bias": HALF}, TypeError, "bias is torch.float16; accepted: torch.float32"),
         ({"approximate": "erf"}, ValueError, "approximate is 'erf'; accepted: 'none', 'tanh', 'sigmoid'"),
     ],
-    "gradient_norm": [({"grads": [C, C.long()]}, TypeError, r"grads\[1\] is torch.int64")],
+    "gradient_norm": [
+        ({"grads": [C, C.long()]}, TypeError, r"grads\[1\] is torch.int64"),
+        ({"grads": [C, C.to("meta")]}, ValueError, r".*grads\[1\] on meta"),
+    ],
     "swiglu": [
         ({"gate": ONE, "up": ONE}, ValueError, r"gate is a scalar; expected \[..., F\]"),
         ({"up": X.half()}, TypeError, r"up is torch.float16; accepted: torch.float32 \(as gate\)"),
