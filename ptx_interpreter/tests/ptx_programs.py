@@ -36,7 +36,7 @@ def run(
     program: Kernel,
     arrays: Sequence[np.ndarray],
     *,
-    grid: int = 1,
+    grid: int | tuple[int, ...] = 1,
     block: int | tuple[int, ...] = 32,
     shared: int = 0,
     check: bool = True,
@@ -44,8 +44,8 @@ def run(
     """Launches it with the addresses of these arrays, which it may touch and nothing else."""
     memory = GlobalMemory()
     params = b"".join(memory.add(array, f"p{n}").to_bytes(8, "little") for n, array in enumerate(arrays))
-    sizes = block if isinstance(block, tuple) else (block,)
-    return launch(program, (grid,), sizes, params, memory, shared, check=check)
+    sizes = (size if isinstance(size, tuple) else (size,) for size in (grid, block))
+    return launch(program, *sizes, params, memory, shared, check=check)
 
 
 def faults(program: Kernel, arrays: Sequence[np.ndarray], **options: Any) -> list[str]:

@@ -96,33 +96,20 @@ def test_a_guarded_value_of_another_block_is_kept():
 
 def test_threads_and_blocks_have_their_numbers():
     """A grid and blocks of three dimensions; more blocks than run together, the last ones by themselves."""
-    names = ["tid.x", "tid.y", "tid.z", "ctaid.x", "ntid.x", "ntid.y", "ntid.z", "nctaid.x", "laneid"]
-    body = "mov.u32 %r1, %tid.x; mov.u32 %r2, %tid.y; mov.u32 %r3, %tid.z; mov.u32 %r4, %ctaid.x;\n"
-    body += "mad.lo.s32 %r5, %r3, 5, %r2; mad.lo.s32 %r5, %r5, 7, %r1; mad.lo.s32 %r5, %r4, 70, %r5;\n"
-    body += f"mul.wide.u32 %d1, %r5, {4 * len(names)}; add.s64 %d2, %d1, %d30;\n"
+    names = [f"{name}.{axis}" for name in ("tid", "ctaid", "ntid", "nctaid") for axis in "xyz"] + ["laneid"]
+    grid, block = (launching.LANES // 96 // 6 + 2, 3, 2), (7, 5, 2)
+    body = "".join(f"mov.u32 %r{n}, %{name};" for n, name in enumerate(names[:6])) + "mov.u32 %r10, 0;\n"
+    for n, size in zip((5, 4, 3, 2, 1, 0), (*grid[::-1], *block[::-1]), strict=True):
+        body += f"mad.lo.s32 %r10, %r10, {size}, %r{n};\n"
+    body += f"mul.wide.u32 %d1, %r10, {4 * len(names)}; add.s64 %d2, %d1, %d30;\n"
     for n, name in enumerate(names):
         body += f"mov.u32 %r10, %{name}; st.global.u32 [%d2+{4 * n}], %r10;\n"
-    grid = launching.LANES // 96 + 3
-    found = np.zeros((grid, 2, 5, 7, len(names)), np.uint32)
-    run(kernel(body), [found], grid=grid, block=(7, 5, 2))
-    z, y, x = np.meshgrid(*map(np.arange, (2, 5, 7)), indexing="ij")
-    lane = (x + 7 * y + 35 * z) % 32
-    for block in range(grid):
-        wanted = [x, y, z, np.full_like(x, block), *(np.full_like(x, n) for n in (7, 5, 2, grid)), lane]
-        assert (found[block] == np.stack(wanted, -1)).all()
-
-
-def test_grids_of_several_dimensions():
-    body = """
-    mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ctaid.y; mov.u32 %r3, %ctaid.z;
-    mad.lo.s32 %r4, %r3, 3, %r2; mad.lo.s32 %r4, %r4, 2, %r1; mul.wide.u32 %d1, %r4, 4; add.s64 %d2, %d1, %d30;
-    st.global.u32 [%d2], %r4;
-    """
-    found = np.zeros(24, np.uint32)
-    memory = launching.GlobalMemory()
-    params = memory.add(found).to_bytes(8, "little")
-    launching.launch(kernel(body), (2, 3, 4), (1,), params, memory)
-    assert found.tolist() == list(range(24))
+    found = np.zeros((*grid[::-1], *block[::-1], len(names)), np.uint32)
+    run(kernel(body), [found], grid=grid, block=block)
+    numbers = np.meshgrid(*(np.arange(size) for size in found.shape[:-1]), indexing="ij")[::-1]
+    x, y, z = numbers[:3]
+    sizes = [np.full_like(x, size) for size in (*block, *grid)]
+    assert (found == np.stack([*numbers, *sizes, (x + 7 * y + 35 * z) % 32], -1)).all()
 
 
 @pytest.mark.parametrize("segment", [0, 24, 28])

@@ -146,35 +146,15 @@ xor.b32 %r4, %r1, {distance}; shl.b32 %r4, %r4, 2; ld.shared.u32 %r2, [%r4];
 
 
 @pytest.mark.parametrize(
-    ("barrier", "distance", "wanted"),
-    [
-        ("", 0, []),
-        ("", 1, ["race"]),
-        ("", 32, ["race"]),
-        ("bar.warp.sync -1;", 1, []),
-        ("bar.warp.sync -1;", 32, ["race"]),
-        ("bar.sync 0;", 1, []),
-        ("bar.sync 0;", 32, []),
-    ],
+    ("barrier", "of_warp", "of_another"),
+    [("", ["race"], ["race"]), ("bar.warp.sync -1;", [], ["race"]), ("bar.sync 0;", [], [])],
 )
-def test_reads_race_with_writes(barrier, distance, wanted):
-    """Of another lane of the warp (1), of another warp (32), and of the thread itself (0)."""
-    assert of_body(EXCHANGE.format(barrier=barrier, distance=distance)) == wanted
-
-
-@pytest.mark.parametrize(
-    ("barrier", "distance", "wanted"),
-    [
-        ("", 1, ["race"]),
-        ("", 32, ["race"]),
-        ("bar.warp.sync -1;", 1, []),
-        ("bar.warp.sync -1;", 32, ["race"]),
-        ("bar.sync 0;", 32, []),
-    ],
-)
-def test_writes_race_with_reads(barrier, distance, wanted):
-    body = EXCHANGE.format(barrier="bar.sync 0;", distance=distance) + barrier + "st.shared.u32 [%r3], %r2;"
-    assert of_body(body) == wanted
+def test_reads_race_with_writes_and_writes_with_reads(barrier, of_warp, of_another):
+    """Of another lane of the warp (1), of another warp (32); a thread (0) doesn't with itself."""
+    for distance, wanted in ((0, []), (1, of_warp), (32, of_another)):
+        assert of_body(EXCHANGE.format(barrier=barrier, distance=distance)) == wanted
+        body = EXCHANGE.format(barrier="bar.sync 0;", distance=distance) + barrier + "st.shared.u32 [%r3], %r2;"
+        assert of_body(body) == wanted
 
 
 def test_a_race_is_told_with_both_threads():

@@ -45,18 +45,20 @@ def fragment(matrix, transposed):
     return words
 
 
+def rows_anywhere(number):
+    """Rows in shared memory in an order of their own: lane 8 m + r brings the address of row r of matrix m, and the
+    addresses of the other lanes aren't looked at."""
+    order = random.permutation(number * 8).astype(np.uint32)
+    return order, np.concatenate([order * 16, np.full(32 - len(order), 1 << 20)]).astype(np.uint32)
+
+
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "trans"])
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_ldmatrix(number, transposed):
-    """The rows lie in shared memory in an order of their own: lane 8 m + r brings the address of row r of matrix m."""
-    found = np.zeros((number, 32), np.uint32)
-    data, order = matrices(number), random.permutation(number * 8).astype(np.uint32)
+    found, data = np.zeros((number, 32), np.uint32), matrices(number)
+    order, given = rows_anywhere(number)
     rows = np.empty((32, 8), np.uint16)
     rows[order] = data.reshape(-1, 8)
-    given = np.concatenate([order * 16, np.full(32 - len(order), 1 << 20)]).astype(
-        np.uint32
-    )  # the rest isn't looked at
-    trans = ".trans" if transposed else ""
     body = f"""{FILL}
     mul.wide.u32 %d1, %r1, 16; add.s64 %d2, %d1, %d30;
     ld.global.v4.u32 {{%r2, %r3, %r4, %r5}}, [%d2];
@@ -64,7 +66,7 @@ def test_ldmatrix(number, transposed):
     st.shared.v4.u32 [%r6], {{%r2, %r3, %r4, %r5}};
     bar.warp.sync -1;
     mul.wide.u32 %d3, %r1, 4; add.s64 %d4, %d3, %d31; ld.global.u32 %r7, [%d4];
-    ldmatrix.sync.aligned.m8n8.x{number}{trans}.shared.b16 {{{listed("%r", number, 10)}}}, [%r7];
+    ldmatrix.sync.aligned.m8n8.x{number}{".trans" * transposed}.shared.b16 {{{listed("%r", number, 10)}}}, [%r7];
     add.s64 %d5, %d3, %d32;
     """
     body += "\n".join(f"st.global.u32 [%d5+{128 * n}], %r{10 + n};" for n in range(number))
@@ -75,18 +77,15 @@ def test_ldmatrix(number, transposed):
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "trans"])
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_stmatrix(number, transposed):
-    data = matrices(number)
+    found, data = np.zeros((number * 8, 8), np.uint16), matrices(number)
+    order, given = rows_anywhere(number)
     words = np.array([fragment(matrix, transposed) for matrix in data])
-    order = random.permutation(number * 8).astype(np.uint32)
-    given = np.concatenate([order * 16, np.full(32 - len(order), 1 << 20)]).astype(np.uint32)
-    found = np.zeros((number * 8, 8), np.uint16)
-    trans = ".trans" if transposed else ""
     loads = "\n".join(f"ld.global.u32 %r{10 + n}, [%d5+{128 * n}];" for n in range(number))
     body = f"""{FILL}
     mul.wide.u32 %d3, %r1, 4; add.s64 %d4, %d3, %d31; ld.global.u32 %r7, [%d4];
     add.s64 %d5, %d3, %d30;
     {loads}
-    stmatrix.sync.aligned.m8n8.x{number}{trans}.shared.b16 [%r7], {{{listed("%r", number, 10)}}};
+    stmatrix.sync.aligned.m8n8.x{number}{".trans" * transposed}.shared.b16 [%r7], {{{listed("%r", number, 10)}}};
     bar.warp.sync -1;
     setp.ge.s32 %p1, %r1, {8 * number};
     @%p1 bra END;
@@ -133,28 +132,6 @@ def packed(matrix, place, elements, kind):
     return words
 
 
-@pytest.mark.parametrize("kind", ["bf16", "f16"])
-def test_mma(kind):
-    a, b, c = small_numbers(16, 16), small_numbers(16, 8), small_numbers(16, 8)
-    start = np.array([[c[place_in_c(lane, i)] for i in range(4)] for lane in range(32)], np.float32)
-    found = np.zeros((32, 4), np.float32)
-    body = f"""{FILL}
-    mul.wide.u32 %d1, %r1, 16; mul.wide.u32 %d2, %r1, 8;
-    add.s64 %d3, %d1, %d30; ld.global.v4.u32 {{{listed("%r", 4, 10)}}}, [%d3];
-    add.s64 %d4, %d2, %d31; ld.global.v2.u32 {{%r20, %r21}}, [%d4];
-    add.s64 %d5, %d1, %d32; ld.global.v4.f32 {{{listed("%f", 4)}}}, [%d5];
-    mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32
-        {{{listed("%f", 4)}}}, {{{listed("%r", 4, 10)}}}, {{%r20, %r21}}, {{{listed("%f", 4)}}};
-    add.s64 %d6, %d1, %d33; st.global.v4.f32 [%d6], {{{listed("%f", 4)}}};
-    """
-    arrays = [packed(a, place_in_a, 8, kind), packed(b, place_in_b, 4, kind), start, found]
-    run(kernel(body, 4), arrays)
-    exact = a @ b + c
-    for lane in range(32):
-        for i in range(4):
-            assert found[lane, i] == exact[place_in_c(lane, i)]
-
-
 def place_in_a_of_tf32(lane, i):
     """Element a_i of 4, of m16n8k8: row groupID, + 8 for i = 1 and 3; column threadID, + 4 for i >= 2."""
     group, thread = lane >> 2, lane % 4
@@ -172,21 +149,30 @@ def words_of(matrix, place, elements, lanes=32):
     return bits.view(np.uint32) | random.integers(0, 1 << 13, bits.shape).astype(np.uint32)
 
 
-def test_mma_of_tf32():
-    a, b, c = small_numbers(16, 8), small_numbers(8, 8), small_numbers(16, 8)
+def factors(kind):
+    """Of C [16, 8] = A B in 16 bits or in TF32: the shape and types of the instruction, A, B, and the words of both."""
+    if kind == "tf32":
+        a, b = small_numbers(16, 8), small_numbers(8, 8)
+        return "k8.row.col.f32.tf32.tf32", a, b, words_of(a, place_in_a_of_tf32, 4), words_of(b, place_in_b_of_tf32, 2)
+    a, b = small_numbers(16, 16), small_numbers(16, 8)
+    return f"k16.row.col.f32.{kind}.{kind}", a, b, packed(a, place_in_a, 8, kind), packed(b, place_in_b, 4, kind)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f16", "tf32"])
+def test_mma(kind):
+    types, a, b, *words = factors(kind)
+    c, found = small_numbers(16, 8), np.zeros((32, 4), np.float32)
     start = np.array([[c[place_in_c(lane, i)] for i in range(4)] for lane in range(32)], np.float32)
-    found = np.zeros((32, 4), np.float32)
     body = f"""{FILL}
     mul.wide.u32 %d1, %r1, 16; mul.wide.u32 %d2, %r1, 8;
     add.s64 %d3, %d1, %d30; ld.global.v4.u32 {{{listed("%r", 4, 10)}}}, [%d3];
     add.s64 %d4, %d2, %d31; ld.global.v2.u32 {{%r20, %r21}}, [%d4];
     add.s64 %d5, %d1, %d32; ld.global.v4.f32 {{{listed("%f", 4)}}}, [%d5];
-    mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32
+    mma.sync.aligned.m16n8{types}.f32
         {{{listed("%f", 4)}}}, {{{listed("%r", 4, 10)}}}, {{%r20, %r21}}, {{{listed("%f", 4)}}};
     add.s64 %d6, %d1, %d33; st.global.v4.f32 [%d6], {{{listed("%f", 4)}}};
     """
-    arrays = [words_of(a, place_in_a_of_tf32, 4), words_of(b, place_in_b_of_tf32, 2), start, found]
-    run(kernel(body, 4), arrays)
+    run(kernel(body, 4), [*words, start, found])
     exact = a @ b + c
     assert (found == [[exact[place_in_c(lane, i)] for i in range(4)] for lane in range(32)]).all()
 

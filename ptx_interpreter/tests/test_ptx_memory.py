@@ -6,23 +6,11 @@ from ptx_programs import kernel, run
 
 random = np.random.default_rng(4)
 HEAD = "mov.u32 %r1, %tid.x;\n"
-WIDTHS = [
-    ("u8", 1),
-    ("u16", 1),
-    ("u32", 1),
-    ("u64", 1),
-    ("v2.u16", 2),
-    ("v4.u8", 4),
-    ("v2.u32", 2),
-    ("v4.u32", 4),
-    ("v4.f32", 4),
-]
 
 
-@pytest.mark.parametrize(("kind", "count"), WIDTHS)
-@pytest.mark.parametrize("watched", [True, False])
-def test_every_width_through_shared_memory(kind, count, watched):
-    size = int(kind[-2:].lstrip("u")) // 8
+@pytest.mark.parametrize("kind", ["u8", "u16", "u32", "u64", "v2.u16", "v4.u8", "v2.u32", "v4.u32", "v4.f32"])
+def test_every_width_through_shared_memory(kind):
+    size, count = int(kind[-2:].lstrip("u")) // 8, int(kind[1]) if kind[0] == "v" else 1
     whole = size * count
     letter = "d" if size == 8 else "f" if kind.endswith("f32") else "h" if size <= 2 else "r"
     names = ", ".join(f"%{letter}{10 + n}" for n in range(count))
@@ -80,27 +68,30 @@ def test_sectors_of_some_threads():
 
 
 @pytest.mark.parametrize(
-    ("stride", "width", "cycles"),
+    ("stride", "width", "ways"),
     [
-        (4, 4, 1),
-        (8, 4, 2),
-        (128, 4, 32),
-        (132, 4, 1),
-        (0, 4, 1),
-        (16, 16, 4),
-        (32, 16, 8),
-        (8, 8, 2),
-        (128, 16, 32),
-        (0, 8, 2),
-        (0, 16, 4),
-        (2, 2, 1),
+        *[(2, 2, 1), (4, 4, 1), (0, 4, 1), (8, 4, 2), (128, 4, 32), (132, 4, 1)],
+        *[(8, 8, 1), (0, 8, 1), (16, 8, 2), (128, 8, 16)],
+        *[(16, 16, 1), (0, 16, 1), (32, 16, 2), (128, 16, 8), (144, 16, 1)],
     ],
 )
-def test_cycles_of_shared_memory(stride, width, cycles):
-    """32 banks of 4 bytes. Accesses of 8 and 16 bytes are served by halves and quarters of a warp."""
-    kind = {2: "u16 %h1", 4: "u32 %r5", 8: "v2.u32 {%r5, %r6}", 16: "v4.u32 {%r5, %r6, %r7, %r8}"}[width]
-    body = f"mul.lo.s32 %r2, %r1, {stride}; ld.shared.{kind}, [%r2];"
-    assert traffic(body, "shared") == (1, cycles, 32 * width)
+@pytest.mark.parametrize("op", ["ld", "st"])
+def test_cycles_and_conflicts_of_shared_memory(op, stride, width, ways):
+    """32 banks of 4 bytes; accesses of 8 and 16 bytes are served by halves and quarters of a warp. Cycles over those
+    without conflicts, and the worst of the parts of a warp that are served at once."""
+    kind, names = {
+        2: ("u16", "%h1"),
+        4: ("u32", "%r5"),
+        8: ("v2.u32", "{%r5, %r6}"),
+        16: ("v4.u32", "{%r5, %r6, %r7, %r8}"),
+    }[width]
+    access = f"ld.shared.{kind} {names}, [%r2];" if op == "ld" else f"st.shared.{kind} [%r2], {names};"
+    body = f"{HEAD} mov.u16 %h1, 0; mov.u32 %r5, 0; mov.u32 %r6, 0; mov.u32 %r7, 0; mov.u32 %r8, 0;"
+    program = kernel(f"{body} mul.lo.s32 %r2, %r1, {stride}; {access}")
+    report = run(program, [np.zeros(1)], shared=1 << 13, check=False)
+    total, least = report.total("shared" if op == "ld" else "shared store"), max(width // 4, 1)
+    assert (total.requests, total.bytes) == (1, 32 * width)
+    assert (total.least, total.sectors, total.worst) == (least, least * ways, ways)
 
 
 @pytest.mark.parametrize(("pitch", "cycles"), [(16, 4), (128, 32), (144, 4)])
@@ -108,29 +99,6 @@ def test_cycles_of_ldmatrix(pitch, cycles):
     """Each matrix is served at once: 8 rows of 16 bytes."""
     body = f"mul.lo.s32 %r2, %r1, {pitch}; ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%r5, %r6, %r7, %r8}}, [%r2];"
     assert traffic(body, "shared") == (1, cycles, 512)
-
-
-@pytest.mark.parametrize(
-    ("stride", "width", "ways"),
-    [
-        *[(4, 4, 1), (0, 4, 1), (8, 4, 2), (128, 4, 32), (132, 4, 1)],
-        *[(8, 8, 1), (16, 8, 2), (128, 8, 16)],
-        *[(16, 16, 1), (32, 16, 2), (128, 16, 8), (144, 16, 1)],
-    ],
-)
-def test_conflicts_of_shared_memory(stride, width, ways):
-    """Cycles over those without conflicts, and the worst of the parts of a warp that are served at once."""
-    kind = {4: "u32", 8: "v2.u32", 16: "v4.u32"}[width]
-    names = ", ".join("%r1" for _ in range(width // 4))
-    names = f"{{{names}}}" if width > 4 else names
-    report = run(
-        kernel(f"{HEAD} mul.lo.s32 %r2, %r1, {stride}; st.shared.{kind} [%r2], {names};"),
-        [np.zeros(1)],
-        shared=1 << 13,
-        check=False,
-    )
-    total = report.total("shared store")
-    assert (total.least, total.sectors, total.worst) == (width // 4, width // 4 * ways, ways)
 
 
 @pytest.mark.parametrize(("stride", "words", "ways"), [(144, 8, 1), (208, 12, 2), (192, 12, 1)])

@@ -129,7 +129,7 @@ inline std::string name_of(const Case& c, const char* what) {
          ", dtype " + std::to_string(static_cast<int>(c.dtype));
 }
 
-// To the precision of `dtype`; infinities as they are.
+// To the precision of `dtype`; infinities as they are. What lies in front of the numbers is untouched.
 inline void compare(const Buffer& actual, const std::vector<double>& expected, const std::string& what,
                     DType dtype) {
   const double eps = dtype == DType::Float32 ? 1e-5 : dtype == DType::BFloat16 ? 8e-3 : 1e-3;
@@ -143,6 +143,7 @@ inline void compare(const Buffer& actual, const std::vector<double>& expected, c
     worst = std::isnan(error) ? INFINITY : std::fmax(worst, error);
   }
   check(worst <= eps * largest, what + ": error " + std::to_string(worst));
+  check(actual.others_are_intact(), "in front of " + what);
 }
 
 struct Statistics {

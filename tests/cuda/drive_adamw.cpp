@@ -16,35 +16,29 @@ std::vector<double> expected_of(const OptimizerState& state) {
   return w;
 }
 
-void drive_gradient_norm(const std::vector<OptimizerState>& states,
-                         const std::vector<OptimizedTensor>& tensors) {
+void drive_gradient_norm(const OptimizerStep& step) {
   double squares = 0.0;
-  for (const OptimizerState& state : states) {
+  for (const OptimizerState& state : step.states) {
     for (int64_t i = 0; i < state.size(); ++i) squares += state.gradient(i) * state.gradient(i);
   }
   Buffer norm(DType::Float32, 1);
-  const GradientNorm params = {tensors.data(), static_cast<int64_t>(tensors.size()), norm.floats()};
   Scratch scratch;
-  run(cuda::gradient_norm(params, scratch, nullptr), "gradient_norm");
+  run(cuda::gradient_norm({step.tensors.data(), step.count(), norm.floats()}, scratch, nullptr),
+      "gradient_norm");
   compare(norm, {std::sqrt(squares)}, "the norm of the gradients", DType::Float32);
 }
 
 }  // namespace
 
 void drive_adamw() {
-  std::vector<OptimizerState> states = optimizer_states();
-  const std::vector<OptimizedTensor> tensors = tensors_of(states);
-  drive_gradient_norm(states, tensors);
-
-  std::vector<std::vector<double>> expected;
-  for (const OptimizerState& state : states) expected.push_back(expected_of(state));
-  Buffer grad_scale = Buffer::of(kGradScale), found_inf = Buffer::of(0.0f);
-  const AdamwUpdate update = {
-      tensors.data(),    static_cast<int64_t>(tensors.size()), kBeta1, kBeta2, kEps, grad_scale.floats(),
-      found_inf.floats()};
+  OptimizerStep step;
+  drive_gradient_norm(step);
+  for (const OptimizerState& state : step.states) step.expected.push_back(expected_of(state));
+  const AdamwUpdate update = {step.tensors.data(),      step.count(),           kBeta1, kBeta2, kEps,
+                              step.grad_scale.floats(), step.found_inf.floats()};
   Scratch scratch;
   run(cuda::adamw_update(update, scratch, nullptr), "adamw_update");
-  for (size_t i = 0; i < states.size(); ++i) states[i].check_result(expected[i], "adamw");
+  step.check_results("adamw");
 }
 
 }  // namespace evakernels::drive

@@ -21,47 +21,42 @@ std::vector<double> expected_of(const OptimizerState& state, double* squared_nor
   return w;
 }
 
-void drive_lamb_step(bool nvlamb) {
-  std::vector<OptimizerState> states = optimizer_states();
-  const std::vector<OptimizedTensor> tensors = tensors_of(states);
-  const int64_t count = static_cast<int64_t>(tensors.size());
-  std::vector<double> norms(2 * count);
-  std::vector<std::vector<double>> expected;
-  for (int64_t i = 0; i < count; ++i) expected.push_back(expected_of(states[i], &norms[2 * i], nvlamb));
+struct Lamb : OptimizerStep {
+  LambOptions options;
+  std::vector<double> norms;
 
-  Buffer grad_scale = Buffer::of(kGradScale), found_inf = Buffer::of(0.0f);
-  const LambStep step = {
-      tensors.data(), count, {kBeta1, kBeta2, kEps, nvlamb}, grad_scale.floats(), found_inf.floats()};
-  Scratch scratch;
-  run(cuda::lamb_step(step, scratch, nullptr), "lamb_step");
-  for (int64_t i = 0; i < count; ++i) states[i].check_result(expected[i], "lamb_step");
-}
+  explicit Lamb(bool nvlamb) : options{kBeta1, kBeta2, kEps, nvlamb}, norms(2 * count()) {
+    for (int64_t i = 0; i < count(); ++i) expected.push_back(expected_of(states[i], &norms[2 * i], nvlamb));
+  }
+};
 
 }  // namespace
 
 void drive_lamb() {
-  for (const bool nvlamb : {false, true}) drive_lamb_step(nvlamb);
-  std::vector<OptimizerState> states = optimizer_states();
-  std::vector<OptimizedTensor> tensors = tensors_of(states);
-  const int64_t count = static_cast<int64_t>(tensors.size());
-  std::vector<double> norms(2 * count);
-  std::vector<std::vector<double>> expected;
-  for (int64_t i = 0; i < count; ++i) expected.push_back(expected_of(states[i], &norms[2 * i], false));
-
-  Buffer squared_norms(DType::Float32, 2 * count);
-  const LambOptions options = {kBeta1, kBeta2, kEps, false};
-  Buffer grad_scale = Buffer::of(kGradScale), found_inf = Buffer::of(0.0f);
-  const LambUpdate update = {tensors.data(),    count, options, squared_norms.floats(), grad_scale.floats(),
-                             found_inf.floats()};
+  for (const bool nvlamb : {false, true}) {
+    Lamb step(nvlamb);
+    Scratch scratch;
+    run(cuda::lamb_step({step.tensors.data(), step.count(), step.options, step.grad_scale.floats(),
+                         step.found_inf.floats()},
+                        scratch, nullptr),
+        "lamb_step");
+    step.check_results("lamb_step");
+  }
+  Lamb phases(false);
+  Buffer squared_norms(DType::Float32, 2 * phases.count());
+  const LambUpdate update = {
+      phases.tensors.data(),      phases.count(),           phases.options, squared_norms.floats(),
+      phases.grad_scale.floats(), phases.found_inf.floats()};
   Scratch update_scratch;
   run(cuda::lamb_update(update, update_scratch, nullptr), "lamb_update");
-  compare(squared_norms, norms, "the squared norms", DType::Float32);
+  compare(squared_norms, phases.norms, "the squared norms", DType::Float32);
 
-  for (OptimizedTensor& tensor : tensors) tensor.grad = {};
-  const LambApply apply = {tensors.data(), count, options, squared_norms.floats(), found_inf.floats()};
+  for (OptimizedTensor& tensor : phases.tensors) tensor.grad = {};
+  const LambApply apply = {phases.tensors.data(), phases.count(), phases.options, squared_norms.floats(),
+                           phases.found_inf.floats()};
   Scratch apply_scratch;
   run(cuda::lamb_apply(apply, apply_scratch, nullptr), "lamb_apply");
-  for (int64_t i = 0; i < count; ++i) states[i].check_result(expected[i], "lamb");
+  phases.check_results("lamb");
 }
 
 }  // namespace evakernels::drive

@@ -80,11 +80,23 @@ inline std::vector<OptimizerState> optimizer_states() {
   return {std::begin(cases), std::end(cases)};
 }
 
-inline std::vector<OptimizedTensor> tensors_of(std::vector<OptimizerState>& states) {
+// The tensors of a step, its flags, and what it is to make of each parameter.
+struct OptimizerStep {
+  std::vector<OptimizerState> states = optimizer_states();
   std::vector<OptimizedTensor> tensors;
-  for (OptimizerState& state : states) tensors.push_back(state.tensor());
-  return tensors;
-}
+  Buffer grad_scale = Buffer::of(kGradScale), found_inf = Buffer::of(0.0f);
+  std::vector<std::vector<double>> expected;
+
+  OptimizerStep() {
+    for (OptimizerState& state : states) tensors.push_back(state.tensor());
+  }
+
+  int64_t count() const { return static_cast<int64_t>(tensors.size()); }
+
+  void check_results(const std::string& optimizer) const {
+    for (size_t i = 0; i < states.size(); ++i) states[i].check_result(expected[i], optimizer);
+  }
+};
 
 // 1 - beta^t in the step that is made.
 inline double bias_of(double beta) { return 1.0 - std::pow(beta, kStepsMade + 1.0); }

@@ -279,6 +279,7 @@ void drive_rope_attention() {
   // by element, and twice the tiles that a warp has at a time; compact tables; sequences, one of them empty.
   // Fewer keys than queries, of which some see none: tiles of them, in several rounds too, and all of them;
   // more keys, in stages and rounds; no queries; heads of keys for several of queries; rotated sequences.
+  const Vector<int64_t> several = {0, 17, 17, 18, 60}, two = {0, 5, 30};
   const Attention cases[] = {
       {{2, 17, 17, 2, 2, 64, 1, 0.125f, false, kBFloat16}, Tables::Shared, true, true, true},
       {{2, 37, 37, 1, 1, 32, 5, 0.2f, true, kFloat16}, Tables::OfHeads, false, false, true},
@@ -293,8 +294,8 @@ void drive_rope_attention() {
       {{1, 113, 113, 1, 1, 8, 0, 0.3f, true, kBFloat16}, Tables::None, true, false, true},
       {{2, 26, 26, 1, 1, 64, 1, 0.125f, false, kBFloat16}, Tables::Compact, true, true, true},
       {{1, 26, 26, 1, 1, 24, 1, 0.2f, false, kFloat16}, Tables::Compact, false, false, true},
-      {{0, 0, 0, 2, 2, 64, 0, 0.125f, true, kBFloat16}, Tables::None, true, false, true, {0, 17, 17, 18, 60}},
-      {{0, 0, 0, 1, 1, 32, 0, 0.2f, false, kFloat16}, Tables::None, true, false, true, {0, 5, 30}},
+      {{0, 0, 0, 2, 2, 64, 0, 0.125f, true, kBFloat16}, Tables::None, true, false, true, several},
+      {{0, 0, 0, 1, 1, 32, 0, 0.2f, false, kFloat16}, Tables::None, true, false, true, two},
       {{2, 50, 13, 4, 2, 64, 0, 0.125f, true, kBFloat16}, Tables::None, true, false, false},
       {{1, 70, 35, 1, 1, 112, 0, 0.1f, true, kFloat16}, Tables::None, true, false, false},
       {{1, 170, 150, 1, 1, 128, 0, 0.1f, true, kBFloat16}, Tables::None, true, false, false},
@@ -303,13 +304,8 @@ void drive_rope_attention() {
       {{1, 3, 90, 1, 1, 18, 0, 0.2f, false, kBFloat16}, Tables::None, true, false, false},
       {{1, 0, 20, 1, 1, 32, 0, 0.2f, false, kFloat16}, Tables::None, true, false, false},
       {{2, 17, 17, 6, 2, 64, 1, 0.125f, false, kBFloat16}, Tables::Shared, true, true, false},
-      {{0, 0, 0, 2, 2, 64, 0, 0.125f, true, kBFloat16},
-       Tables::Compact,
-       true,
-       true,
-       true,
-       {0, 17, 17, 18, 60}},
-      {{0, 0, 0, 4, 2, 18, 0, 0.2f, false, kFloat16}, Tables::Shared, false, false, false, {0, 5, 30}},
+      {{0, 0, 0, 2, 2, 64, 0, 0.125f, true, kBFloat16}, Tables::Compact, true, true, true, several},
+      {{0, 0, 0, 4, 2, 18, 0, 0.2f, false, kFloat16}, Tables::Shared, false, false, false, two},
   };
   for (const Attention& a : cases) drive(a);
 }

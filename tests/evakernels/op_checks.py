@@ -77,12 +77,14 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return (actual.double() - expected.double()).abs().max().item()
 
 
-def with_gradients(function, inputs, seed=0):
+def with_gradients(function, inputs, seed=0, as_they_lie=False):
     """Outputs of `function(*inputs)` and the gradients of all inputs for one fixed random cotangent an output.
 
-    The cotangents are drawn in float64 and cast, so that runs in different dtypes see the same ones.
+    The cotangents are drawn in float64 and cast, so that runs in different dtypes see the same ones. Inputs are copied,
+    and then dense and aligned, unless they are to be read `as_they_lie` in memory.
     """
-    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
+    leaves = [None if t is None else t.detach() if as_they_lie else t.detach().clone() for t in inputs]
+    leaves = [None if t is None else t.requires_grad_() for t in leaves]
     outputs = function(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     generator = torch.Generator().manual_seed(seed)
@@ -113,25 +115,31 @@ def assert_as_accurate_as_torch(ours, theirs, inputs, dtype):
 
 def assert_deterministic(function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> None:
     """Two runs are bit-equal, forward and backward."""
-    first, second = with_gradients(function, inputs), with_gradients(function, inputs)
+    assert_bit_equal(*(with_gradients(function, inputs) for _ in range(2)))
+
+
+def assert_bit_equal(first, second):
     for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True):
         assert torch.equal(a, b)
 
 
-def assert_threads_change_no_bit(function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> None:
-    """One thread and three give the same, forward and backward."""
+def results_of_threads(call: Callable[[], Any]) -> list[Any]:
+    """What a call returns with one thread, and with three."""
     if DEVICE.type != "cpu":
         pytest.skip("of the CPU: its threads")
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            outputs, gradients = with_gradients(function, inputs)
-            results.append(outputs + gradients)
+            results.append(call())
     finally:
         torch.set_num_threads(before)
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+    return results
+
+
+def assert_threads_change_no_bit(function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> None:
+    """Forward and backward."""
+    assert_bit_equal(*results_of_threads(lambda: with_gradients(function, inputs)))
 
 
 def assert_compiles(function: Callable[..., Any], inputs: Sequence[Tensor | None], dynamic: bool = False) -> None:

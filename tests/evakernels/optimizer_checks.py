@@ -1,8 +1,12 @@
 """Lists of tensors for the optimizers' tests, and steps on them."""
 
+from contextlib import nullcontext
+
 import torch
+from on_device import COMPILED
 from torch import nn
 
+import evakernels
 from evakernels.optim import AdamW
 
 SHAPES = [(4, 3), (5,), (), (2, 3, 2)]
@@ -12,6 +16,7 @@ FLOAT32 = (torch.float32,) * 4
 SIZES = [1, 7, 37, 0, 1024, 1061, 16384, 3 * 16384 + 5]
 BUFFERS = ("params", "grads", "exp_avgs", "exp_avg_sqs")
 BETAS, EPS = (0.9, 0.98), 1e-6
+VARIANTS = ("deepspeed", "nvlamb")
 LRS, DECAYS = [0.1, 0.02, 0.3, 0.05], [0.05, 0.0, 0.0, 0.2]
 
 
@@ -47,6 +52,29 @@ def lists(dtypes=FLOAT32, sizes=SIZES):
     ]
     buffers[3] = [v.abs() for v in buffers[3]]
     return [*buffers, [torch.tensor(float(3 + i)) for i in range(len(sizes))]]
+
+
+def update(
+    state, kind, backend=COMPILED, lrs=None, decays=None, betas=BETAS, eps=EPS, scale=None, found_inf=None, **rounding
+):
+    """One step of the lists by "adamw", "lamb_step", or both phases of LAMB, whose squared norms it returns.
+
+    Unless rates are given every tensor has its own, the second no decay. `backend` of None is the best there is.
+    """
+    numbers = range(len(state[0]))
+    lrs, decays = lrs or [0.01 * (i + 1) for i in numbers], decays or [0.0 if i == 1 else 0.05 for i in numbers]
+    scale, found_inf = (None if value is None else torch.tensor(value) for value in (scale, found_inf))
+    options = {"betas": betas, "eps": eps, "found_inf": found_inf} | ({"variant": kind} if kind in VARIANTS else {})
+    with nullcontext() if backend is None else evakernels.use_backend(backend):
+        if kind == "adamw":
+            evakernels.adamw_update(*state, lrs, decays, grad_scale=scale, **options, **rounding)
+            return torch.zeros(())
+        if kind == "lamb_step":
+            evakernels.lamb_step(*state, lrs, decays, grad_scale=scale, **options, **rounding)
+            return torch.zeros(())
+        norms = evakernels.lamb_update(*state, decays, grad_scale=scale, **options)
+        evakernels.lamb_apply(state[0], *state[2:], norms, lrs, decays, **options, **rounding)
+    return norms
 
 
 def everything(state, *more):

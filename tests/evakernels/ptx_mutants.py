@@ -234,24 +234,26 @@ def outcomes_of(library: Path, kinds: Mapping[str, int]) -> list[Outcome]:
 
 def listed() -> dict[Outcome, str]:
     """Why nothing notices these."""
-    entries = json.loads(LIST.read_text()) if LIST.exists() else []
+    reasons = json.loads(LIST.read_text()) if LIST.exists() else {}
     return {
-        Outcome(*(entry[name] for name in Outcome._fields[:5]), number): entry["reason"]
-        for entry in entries
-        for number in map(int, entry["numbers"].split())
+        Outcome(*site, number): reason
+        for reason, sites in reasons.items()
+        for *site, numbers in sites
+        for number in map(int, numbers.split())
     }
 
 
 def write_list(reasons: Mapping[Outcome, str]) -> None:
-    entries: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    """By reason a line for each place: kernel, kind, file, source, caller, and the numbers of the mutants there."""
+    entries: dict[str, dict[tuple[Any, ...], list[int]]] = defaultdict(lambda: defaultdict(list))
     for outcome in sorted(reasons):
-        entries[*outcome[:5], reasons[outcome]].append(outcome.number)
-    fields = (*Outcome._fields[:5], "reason")
-    made = [
-        dict(zip(fields, entry, strict=True)) | {"numbers": " ".join(map(str, numbers))}
-        for entry, numbers in entries.items()
-    ]
-    LIST.write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n")
+        entries[reasons[outcome]][outcome[:5]].append(outcome.number)
+    made = []
+    for reason, places in entries.items():
+        lines = ([*place, " ".join(map(str, numbers))] for place, numbers in places.items())
+        rows = ",\n".join(f"    {json.dumps(line, ensure_ascii=False)}" for line in lines)
+        made.append(f"  {json.dumps(reason, ensure_ascii=False)}: [\n{rows}\n  ]")
+    LIST.write_text("{\n" + ",\n".join(made) + "\n}\n")
 
 
 def compared(outcomes: Iterable[Outcome]) -> tuple[list[Outcome], list[Outcome]]:

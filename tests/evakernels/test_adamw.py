@@ -5,20 +5,18 @@ import inspect
 import optimizer_checks
 import pytest
 import torch
-from on_device import COMPILED
-from op_checks import assert_opcheck
 from optimizer_checks import (
     BETAS,
     BUFFERS,
     DECAYS,
     EPS,
     LRS,
-    everything,
     lists,
     optimizer_of,
     parameters,
     step,
     tensors,
+    update,
 )
 from torch import nn
 
@@ -26,21 +24,10 @@ import evakernels
 from evakernels import _native
 from evakernels.optim import AdamW
 
-UPDATE = torch.ops.evakernels.adamw_update.default
 NATIVE = pytest.mark.skipif(not _native.LOADED, reason="the native library is not built")
 
 
 # --- the op ---------------------------------------------------------------------------------------------------------
-
-
-def update(state, backend=COMPILED, scale=None, found_inf=None, eps=EPS):
-    """One step in place on the lists; every tensor has a rate of its own, the second no decay."""
-    count = len(state[0])
-    lrs, decays = [0.01 * (i + 1) for i in range(count)], [0.0 if i == 1 else 0.05 for i in range(count)]
-    flags = {"grad_scale": scale, "found_inf": found_inf}
-    flags = {name: None if value is None else torch.tensor(value) for name, value in flags.items()}
-    with evakernels.use_backend(backend):
-        evakernels.adamw_update(*state, lrs, decays, betas=BETAS, eps=eps, **flags)
 
 
 def by_torch(state, scale=1.0):
@@ -59,22 +46,12 @@ def by_torch(state, scale=1.0):
     return [[leaf.detach() for leaf in leaves], [g.double() for g in grads], *moments]
 
 
-@pytest.mark.parametrize("scale", [None, 8.0, 3.0])
-def test_the_reference_equals_the_formula_of_torch(scale):
-    state = lists(sizes=[3, 1061])
-    state[:4] = ([t.double() for t in buffers] for buffers in state[:4])
-    expected = by_torch(state, scale or 1.0)
-    update(state, "reference", scale)
-    for a, b in zip(everything(state), everything(expected), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
-
-
 @NATIVE
 @pytest.mark.parametrize("flags", [{}, {"scale": 3.0}, {"scale": 8.0, "found_inf": 0.0}])
 def test_kernels_equal_the_formula_of_torch(flags):
     state = lists()
     expected = by_torch(state, flags.get("scale", 1.0))
-    update(state, **flags)
+    update(state, "adamw", **flags)
     optimizer_checks.assert_states_close(state, [[t.float() for t in buffers] for buffers in expected])
 
 
@@ -82,7 +59,7 @@ def test_kernels_equal_the_formula_of_torch(flags):
 def test_kernels_are_as_accurate_as_torch():
     state, peer = lists(sizes=[100_003]), lists(sizes=[100_003])
     exact = by_torch(state)
-    update(state)
+    update(state, "adamw")
     params, grads, exp_avgs, exp_avg_sqs, steps = peer
     torch._fused_adamw_(
         params, grads, exp_avgs, exp_avg_sqs, [], steps, lr=0.01, beta1=BETAS[0], beta2=BETAS[1], weight_decay=0.05,
@@ -93,26 +70,6 @@ def test_kernels_are_as_accurate_as_torch():
         # One unit in the last place of the largest value, as in op_checks.
         slack = torch.finfo(torch.float32).eps * truth[0].abs().max().item()
         assert error <= 2 * torchs + slack, (name, error, torchs)
-
-
-@pytest.mark.parametrize("backend", ["reference", pytest.param(COMPILED, marks=NATIVE)])
-@pytest.mark.parametrize("scale", [None, float("nan")])
-def test_found_inf_writes_nothing_that_is_not_finite(backend, scale):
-    state, before = lists(sizes=[0, 5, 1061]), lists(sizes=[0, 5, 1061])
-    for one in (state, before):
-        one[1][1][2] = torch.inf
-        one[4][1].zero_()
-    update(state, backend, scale, found_inf=1.0)
-    assert all(torch.equal(a, b) for a, b in zip(everything(state), everything(before), strict=True))
-
-
-@pytest.mark.parametrize("flagged", [True, False])
-def test_opcheck(flagged):
-    params, grads = tensors(0, torch.float32), tensors(1, torch.bfloat16)
-    moments = [[torch.rand(p.shape, dtype=torch.bfloat16) for p in params] for _ in range(2)]
-    steps = [torch.ones(()) for _ in params]
-    flags = (torch.tensor(2.0), torch.tensor(0.0)) if flagged else (None, None)
-    assert_opcheck(UPDATE, (params, grads, *moments, steps, LRS, DECAYS, (*BETAS, EPS), *flags, [], []))
 
 
 def test_compiles_without_graph_break():
@@ -189,20 +146,6 @@ def test_switches_of_torch_that_say_how_a_step_is_made_are_accepted(options):
     assert_same_state(ours, plain, 0)
 
 
-@pytest.mark.parametrize("grad_scale", [None, 4.0])
-def test_maximize_is_that_of_torch(grad_scale):
-    """Of one group; the others go down."""
-    ours, theirs = (optimizer_of(tensors(0), kind) for kind in (AdamW, torch.optim.AdamW))
-    for optimizer in (ours, theirs):
-        optimizer.param_groups[1]["maximize"] = True
-    if grad_scale is not None:
-        ours.grad_scale = torch.tensor(grad_scale)
-    for seed in (1, 2):
-        step(ours, [g * (grad_scale or 1.0) for g in tensors(seed)])
-        step(theirs, tensors(seed))
-    assert_same_state(ours, theirs, 1e-12)
-
-
 def test_a_state_dict_of_torch_brings_maximize_along():
     params = [nn.Parameter(torch.ones(3))]
     ours = AdamW(params)
@@ -225,74 +168,7 @@ def test_a_rate_may_be_a_tensor_which_schedulers_write():
     assert_same_state(ours, theirs, 1e-12)
 
 
-def test_clipping_on_the_device_equals_torchs():
-    ours, theirs = optimizer_of(tensors(0)), optimizer_of(tensors(0), torch.optim.AdamW)
-    for seed in (1, 2):
-        grads = tensors(seed)
-        ours.grad_scale = (evakernels.gradient_norm(grads) / 0.5).clamp(min=1.0)
-        step(ours, grads)
-        assert all(torch.equal(p.grad, g) for p, g in zip(parameters(ours), grads, strict=True))
-        for p, g in zip(parameters(theirs), tensors(seed), strict=True):
-            p.grad = g
-        torch.nn.utils.clip_grad_norm_(parameters(theirs), 0.5)
-        theirs.step()
-    assert_same_state(ours, theirs, 1e-5)  # torch adds 1e-6 to the norm
-
-
 def test_moments_of_16_bit_parameters_are_float32():
     optimizer = optimizer_of(tensors(0, torch.bfloat16))
     step(optimizer, tensors(1))
     assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
-
-
-ONE = [nn.Parameter(torch.ones(3))]
-
-
-def with_gradient(grad: torch.Tensor) -> AdamW:
-    param = nn.Parameter(torch.ones(grad.shape))
-    param.grad = grad
-    return AdamW([param])
-
-
-def call(**changes):
-    one = {name: [torch.ones(3)] for name in BUFFERS}
-    arguments = {**one, "steps": [torch.zeros(())], "lrs": [0.1], "weight_decays": [0.0], **changes}
-    return evakernels.adamw_update(**arguments, betas=BETAS, eps=EPS)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "exception", "message"),
-    [
-        (lambda: AdamW(ONE, lr=-1.0), ValueError, "AdamW: lr is -1.0; accepted: 0 or more"),
-        (lambda: AdamW(ONE, lr=torch.ones(2)), TypeError, r"AdamW: lr is a tensor of shape \(2,\) on cpu; accepted: a"),
-        (
-            lambda: AdamW(ONE, lr=torch.ones((), device="meta")),
-            TypeError,
-            "on meta; accepted: .* one element on the CPU",
-        ),
-        (lambda: AdamW(ONE, lr=torch.tensor(-1.0)), ValueError, "AdamW: lr is -1.0; accepted: 0 or more"),
-        (
-            lambda: AdamW(ONE, weight_decay=torch.ones(())),
-            TypeError,
-            "AdamW: weight_decay is a tensor; accepted: a num",
-        ),
-        (lambda: AdamW(ONE, amsgrad=True), ValueError, "AdamW: amsgrad is True; accepted: False"),
-        (lambda: AdamW(ONE, differentiable=True), ValueError, "AdamW: differentiable is True; accepted: False"),
-        (lambda: AdamW(ONE, betas=(0.9, 1.0)), ValueError, r"AdamW: betas are \(0.9, 1.0\)"),
-        (lambda: AdamW([{"params": ONE, "amsgrad": True}]), ValueError, "AdamW: amsgrad is True; accepted: False"),
-        (
-            lambda: AdamW(ONE).load_state_dict(torch.optim.AdamW(ONE, amsgrad=True).state_dict()),
-            ValueError,
-            "AdamW: amsgrad is True; accepted: False",
-        ),
-        (with_gradient(torch.eye(3).to_sparse()).step, TypeError, r"grads\[0\] is torch.sparse_coo; accepted: dense"),
-        (lambda: call(params=[]), ValueError, "adamw_update: params is empty"),
-        (lambda: call(lrs=[0.1, 0.2]), ValueError, "lrs has 2 entries; expected one for each of the 1 params"),
-        (lambda: call(exp_avgs=[torch.ones(4)]), ValueError, r"exp_avgs\[0\] has shape \(4,\)"),
-        (lambda: call(steps=[torch.tensor(1)]), TypeError, r"steps\[0\] is torch.int64 \(\)"),
-        (lambda: call(found_inf=torch.zeros(2)), ValueError, r"found_inf has shape \(2,\); expected one element"),
-    ],
-)
-def test_wrong_input_says_what_is_accepted(wrong, exception, message):
-    with pytest.raises(exception, match=message):
-        wrong()

@@ -66,18 +66,12 @@ def test_flash_attn_is_attention(scale, causal):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_flash_attn_of_packed_sequences(scale, causal):
-    q, k, v = heads(sum(LENGTHS), H, D)
+@pytest.mark.parametrize("kv_heads", [H, 1])
+def test_flash_attn_of_packed_sequences(kv_heads, scale, causal):
+    q, k, v = (randn(sum(LENGTHS), h, D, seed=seed).requires_grad_() for seed, h in enumerate((H, kv_heads, kv_heads)))
     for keys in (OFFSETS, OFFSETS.clone()):
         out = flash_attn.flash_attn_varlen_func(q, k, v, OFFSETS, keys, 7, 7, 0.0, scale, causal)
         assert_same(out, packed_by_torch(q, k, v, causal, scale), [q, k, v])
-
-
-def test_flash_attn_of_keys_and_values_in_one_tensor():
-    q, k, v = randn(B, N, H, D), *(randn(B, N + 3, 1, D, seed=seed) for seed in (1, 2))
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = flash_attn.flash_attn_kvpacked_func(q, torch.stack((k, v), 2), causal=True, softmax_scale=0.3)
-    assert_same(out, by_torch(q, k, v, True, 0.3), leaves)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -99,14 +93,11 @@ def test_flash_attn_of_packed_sequences_in_one_tensor(causal):
 def test_flash_attn_of_shared_heads_and_more_keys(keys, kv_heads, causal):
     q, k, v = randn(B, N, H, D), *(randn(B, keys, kv_heads, D, seed=seed) for seed in (1, 2))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    assert_same(flash_attn.flash_attn_func(q, k, v, causal=causal), by_torch(q, k, v, causal), leaves)
-
-
-def test_flash_attn_of_packed_sequences_with_shared_heads():
-    q, k, v = randn(sum(LENGTHS), H, D), *(randn(sum(LENGTHS), 1, D, seed=seed) for seed in (1, 2))
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = flash_attn.flash_attn_varlen_func(q, k, v, OFFSETS, OFFSETS, 7, 7, causal=True)
-    assert_same(out, packed_by_torch(q, k, v, True), leaves)
+    for given in ({}, {"softmax_scale": 0.3}):
+        out = flash_attn.flash_attn_func(q, k, v, causal=causal, **given)
+        assert_same(out, by_torch(q, k, v, causal, given.get("softmax_scale")), leaves)
+        in_one = flash_attn.flash_attn_kvpacked_func(q, torch.stack((k, v), 2), causal=causal, **given)
+        assert_same(in_one, by_torch(q, k, v, causal, given.get("softmax_scale")), leaves)
 
 
 def test_flash_attn_returns_lse_where_probabilities_are_asked_for():

@@ -355,21 +355,17 @@ def test_sums_beyond_float64_are_formed_relative_to_the_largest(ranks, name):
             torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
-def test_unequal_widths_are_named_on_every_rank(ranks):
-    for rank in range(WORLD):
-        assert "text_features has shape [4, 6] on rank 0, [4, 5] on rank 1, [4, 4] on rank 2" in ranks[rank]["unequal"]
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_batch_that_is_empty_everywhere_is_an_error_everywhere(ranks, name):
-    for rank in range(WORLD):
-        assert "text_features has no rows on any of 4 ranks; expected a batch on one" in ranks[rank][name, "nowhere"]
-
-
-def test_features_that_some_processes_alone_train_are_named_on_every_rank(ranks):
-    """The backward pass of the others would wait for them."""
-    for rank in range(WORLD):
-        assert "text_features requires a gradient on rank 1, 2 alone; expected that on all" in ranks[rank]["wanting"]
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("unequal", "text_features has shape [4, 6] on rank 0, [4, 5] on rank 1, [4, 4] on rank 2"),
+        *(((name, "nowhere"), "no rows on any of 4 ranks; expected a batch on one") for name in LOSSES),
+        # The backward pass of the others would wait for them.
+        ("wanting", "text_features requires a gradient on rank 1, 2 alone; expected that on all"),
+    ],
+)
+def test_what_does_not_fit_is_named_on_every_rank(ranks, key, message):
+    assert all(message in rank[key] for rank in ranks)
 
 
 def test_the_dtype_of_the_scalars_is_not_that_of_an_empty_batchs_loss(ranks):

@@ -129,11 +129,6 @@ def test_a_change_is_refused(change):
     assert torch.equal(froze(torch.ones(2, 96)), before)
 
 
-def test_loading_into_a_frozen_model_is_refused():
-    with pytest.raises(RuntimeError, match=r"frozen; change it before `evakernels\.nn\.freeze`"):
-        freeze(model()).load_state_dict(model().state_dict())
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -141,9 +136,10 @@ def test_loading_into_a_frozen_model_is_refused():
         (lambda m: m(torch.ones(2, 96, dtype=torch.bfloat16)), "frozen in torch.float32 got torch.bfloat16"),
         (lambda m: m(torch.ones(2, 95)), r"x has shape \[2, 95\]; expected \[..., 96\]"),
         (lambda m: torch.autocast("cpu")(m)(torch.ones(2, 96)), "under autocast too"),
+        (lambda m: m.load_state_dict(model().state_dict()), r"frozen; change it before `evakernels\.nn\.freeze`"),
     ],
 )
-def test_products_that_are_refused(call, message):
+def test_what_a_frozen_model_refuses(call, message):
     with pytest.raises(RuntimeError, match=message):
         call(freeze(model()))
 

@@ -1,11 +1,14 @@
 """Forward-mode derivatives and functorch's transforms of every op, in float64, beside the same of torch's functions."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from op_checks import randn
+from test_contrastive import differentiable_statistics, sigmoid_losses, smoothed, statistics_of_matrix
+from test_token_dropout import pair as of_token_dropout
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -48,11 +51,6 @@ def add_rms_norm(residual, branch, weight):
     return rms_norm(residual + branch, weight), residual + branch
 
 
-def swiglu(gate, up, weight=None, bias=None):
-    hidden = F.silu(gate) * up
-    return hidden if weight is None else layer_norm(hidden, weight, bias)
-
-
 def attention(q, k, v, causal=False):
     """Of heads `[..., N, H, D]`."""
     scores = torch.einsum("...qhd,...khd->...hqk", q, k) * q.shape[-1] ** -0.5
@@ -82,27 +80,6 @@ def packed_attention(q, k, v):
     return torch.cat([attention(*(x[a:b] for x in (q, k, v)), causal=True) for a, b in parts])
 
 
-def token_dropout(patches, prefix, pos_embed):
-    tokens = patches + pos_embed[1:]
-    kept = torch.stack([tokens[b, rows] for b, rows in enumerate(INDEX)])
-    return torch.cat(((prefix + pos_embed[:1]).expand(2, -1, -1), kept), 1)
-
-
-def statistics(image, text, scale):
-    logits = scale * image @ text.T
-    return logits.logsumexp(1), logits.logsumexp(0), logits.diagonal(1)
-
-
-def clip_loss(image, text, scale, smoothing=0.0):
-    logits, labels = scale * image @ text.T, torch.arange(len(image))
-    return sum(F.cross_entropy(s, labels, label_smoothing=smoothing) for s in (logits, logits.T)) / 2
-
-
-def siglip_loss(image, text, scale, bias):
-    logits = scale * image @ text.T + bias
-    return -F.logsigmoid(logits * (2 * torch.eye(len(image)).double() - 1)).sum() / len(image)
-
-
 # --- every op that returns something --------------------------------------------------------------------------------
 
 BATCH = (2, 3, 4)
@@ -125,8 +102,12 @@ CASES = {
         lambda r, b, w: r + rms_norm(b, w),
         inputs(BATCH, BATCH, (4,)),
     ),
-    "swiglu": (evakernels.swiglu, swiglu, inputs(BATCH, BATCH)),
-    "swiglu-norm": (lambda *t: evakernels.swiglu(*t, EPS), swiglu, inputs(BATCH, BATCH, (4,), (4,))),
+    "swiglu": (evakernels.swiglu, lambda gate, up: F.silu(gate) * up, inputs(BATCH, BATCH)),
+    "swiglu-norm": (
+        lambda *t: evakernels.swiglu(*t, EPS),
+        lambda gate, up, weight, bias: layer_norm(F.silu(gate) * up, weight, bias),
+        inputs(BATCH, BATCH, (4,), (4,)),
+    ),
     "gelu": (evakernels.gelu, lambda x, b: F.gelu(x + b), inputs(BATCH, (4,))),
     "gelu-tanh": (
         lambda x: evakernels.gelu(x, approximate="tanh"),
@@ -165,27 +146,11 @@ CASES = {
         packed_attention,
         inputs(*[(5, 2, 4)] * 3),
     ),
-    "token_dropout": (
-        lambda x, prefix, pos_embed: evakernels.token_dropout(x, INDEX, prefix=prefix, pos_embed=pos_embed),
-        token_dropout,
-        inputs((2, 4, 3), (1, 3), (5, 3)),
-    ),
-    "contrastive_statistics": (
-        lambda *t: evakernels.contrastive_statistics(*t, offset=1)[:3],
-        statistics,
-        inputs((3, 4), (5, 4), ()),
-    ),
-    "clip_loss": (
-        lambda *t: evakernels.clip_loss(*t, label_smoothing=0.1),
-        lambda *t: clip_loss(*t, smoothing=0.1),
-        inputs((3, 4), (3, 4), ()),
-    ),
-    "clip_loss-logits-not-kept": (
-        lambda *t: evakernels.clip_loss(*t, memory_budget=0),
-        clip_loss,
-        inputs((3, 4), (3, 4), ()),
-    ),
-    "siglip_loss": (evakernels.siglip_loss, siglip_loss, inputs((3, 4), (3, 4), (), ())),
+    "token_dropout": (*of_token_dropout(INDEX), inputs((2, 4, 3), (1, 3), (5, 3))),
+    "contrastive_statistics": (differentiable_statistics, statistics_of_matrix, inputs((3, 4), (5, 4), ())),
+    "clip_loss": (*smoothed(0.1), inputs((3, 4), (3, 4), ())),
+    "clip_loss-logits-not-kept": (*smoothed(0.0, memory_budget=0), inputs((3, 4), (3, 4), ())),
+    "siglip_loss": (evakernels.siglip_loss, sigmoid_losses, inputs((3, 4), (3, 4), (), ())),
     "gradient_norm": (
         lambda *t: evakernels.gradient_norm(t),
         lambda *t: torch.cat([x.flatten() for x in t]).norm(),
@@ -220,52 +185,53 @@ def test_no_public_op_is_left_out():
     assert {name.partition("-")[0] for name in CASES} == set(evakernels.ops.__all__) - without
 
 
-@every_op
-def test_jvp(ours, theirs, given):
-    torch.testing.assert_close(jvp(ours, given, tangents(given)), jvp(theirs, given, tangents(given)))
+def dual_numbers(function, given, requires_grad=False):
+    with forward_ad.dual_level():
+        duals = [
+            forward_ad.make_dual(x.clone().requires_grad_(requires_grad), tangent)
+            for x, tangent in zip(given, tangents(given), strict=True)
+        ]
+        outputs = function(*duals)
+        outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+        return [tuple(forward_ad.unpack_dual(output)) for output in outputs]
 
 
-@every_op
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_dual_numbers(ours, theirs, given, requires_grad):
-    def result(function):
-        with forward_ad.dual_level():
-            duals = [
-                forward_ad.make_dual(x.clone().requires_grad_(requires_grad), tangent)
-                for x, tangent in zip(given, tangents(given), strict=True)
-            ]
-            outputs = function(*duals)
-            outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-            return [tuple(forward_ad.unpack_dual(output)) for output in outputs]
-
-    torch.testing.assert_close(result(ours), result(theirs))
+def of_one_argument_after_the_other(jacobian):
+    """So that those are mapped over and the rest isn't."""
+    return lambda function, given: [jacobian(function, i)(*given) for i in everything(given)]
 
 
-@every_op
-def test_one_argument_alone_has_a_tangent(ours, theirs, given):
+def one_tangent_alone(function, given):
+    results = []
     for i, tangent in enumerate(tangents(given)):
-        results = []
-        for function in (ours, theirs):
-            alone = lambda x, f=function, i=i: f(*given[:i], x, *given[i + 1 :])  # noqa: E731
-            results.append(jvp(alone, (given[i],), (tangent,)))
-        torch.testing.assert_close(*results)
+        alone = lambda x, i=i: function(*given[:i], x, *given[i + 1 :])  # noqa: E731
+        results.append(jvp(alone, (given[i],), (tangent,)))
+    return results
 
 
-@every_op
-def test_jacobians(ours, theirs, given):
-    """Of one argument after the other, so that those are mapped over and the rest isn't."""
-    for i in everything(given):
-        expected = jacrev(theirs, i)(*given)
-        torch.testing.assert_close(jacfwd(ours, i)(*given), expected)
-        torch.testing.assert_close(jacrev(ours, i)(*given), expected)
-
-
-@every_op
-def test_gradients_of_each_sample(ours, theirs, given):
+def gradients_of_each_sample(function, given):
     several = tuple(torch.stack([x, x.flip(0) if x.dim() else 2 * x]) for x in given)
-    arguments = everything(given)
-    expected = vmap(grad(as_one(theirs), arguments))(*several)
-    torch.testing.assert_close(vmap(grad(as_one(ours), arguments))(*several), expected)
+    return vmap(grad(as_one(function), everything(given)))(*several)
+
+
+DERIVATIVES = {
+    "jvp": lambda function, given: jvp(function, given, tangents(given)),
+    "dual numbers": dual_numbers,
+    "dual numbers of leaves": partial(dual_numbers, requires_grad=True),
+    "one tangent alone": one_tangent_alone,
+    "jacfwd": of_one_argument_after_the_other(jacfwd),
+    "jacrev": of_one_argument_after_the_other(jacrev),
+    "gradients of each sample": gradients_of_each_sample,
+    "forward mode of torch.autograd": partial(
+        torch.autograd.functional.jacobian, strategy="forward-mode", vectorize=True
+    ),
+}
+
+
+@every_op
+@pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
+def test_derivatives(derivative, ours, theirs, given):
+    torch.testing.assert_close(derivative(ours, given), derivative(theirs, given))
 
 
 @every_op
@@ -321,13 +287,6 @@ def test_backward_passes_of_several_cotangents(ours, theirs, given):
         cotangents = randn(3, *output.shape, seed=9)
         found = torch.autograd.grad(output, leaves, cotangents, is_grads_batched=True, allow_unused=True)
         results.append(found[: 5 if len(leaves) == 6 else None])  # row_scale has no gradient
-    torch.testing.assert_close(*results)
-
-
-@every_op
-def test_jacobians_of_forward_mode_by_torch_autograd(ours, theirs, given):
-    options = {"strategy": "forward-mode", "vectorize": True}
-    results = [torch.autograd.functional.jacobian(f, given, **options) for f in (ours, theirs)]
     torch.testing.assert_close(*results)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_checks import SIZES
+from optimizer_checks import SIZES, parameters
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 from evakernels.compat.apex import FusedLAMB
@@ -24,10 +24,6 @@ def build(kind: str, dtype: torch.dtype = torch.float32, sizes: list[int] = SIZE
     params = [torch.randn(size, generator=generator).to(dtype).requires_grad_() for size in sizes]
     groups = [{"params": params[:3], "lr": 0.1}, {"params": params[3:], "weight_decay": 0.0}]
     return KINDS[kind](groups, lr=0.01, weight_decay=0.1)
-
-
-def parameters(optimizer: Any) -> list[torch.Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def set_gradients(optimizer: Any, seed: int) -> None:

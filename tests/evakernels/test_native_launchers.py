@@ -176,39 +176,34 @@ def test_lamb(nvlamb: bool) -> None:
         assert_same(ours, tuple(other))
 
 
-@pytest.mark.parametrize(("name", "more"), [("adamw_update", ()), ("lamb_step", (False,))])
-@pytest.mark.parametrize("flags", [(None, None), (torch.tensor(4.0), torch.tensor(0.0))])
-def test_steps_in_one_call(name, more, flags):
-    beta1, beta2, rates = 0.9, 0.98, ([0.1, 0.2], [0.05, 0.0])
-    options = {"beta1": beta1, "beta2": beta2, "eps": EPS, "grad_scale": flags[0], "found_inf": flags[1]}
+RATES = [0.1, 0.2], [0.05, 0.0]
+
+
+def stepped(
+    name: str, dtype: torch.dtype, flags: Any = (None, None), seeds: Any = (), firsts: Any = ()
+) -> list[Tensor]:
+    """The parameters after a step in one call, which the operator makes of them too."""
     ours, theirs = states(), states()
-    getattr(_C, name)(*ours, *rates, **options)
-    getattr(native, name)(*theirs, *rates, (beta1, beta2, EPS), *more, *flags, [], [])
+    for state in (ours, theirs):
+        state[0] = [param.to(dtype) for param in state[0]]
+    more, numbers = ((False,) if name == "lamb_step" else ()), {"seeds": list(seeds), "first_elements": list(firsts)}
+    options = {"beta1": 0.9, "beta2": 0.98, "eps": EPS, "grad_scale": flags[0], "found_inf": flags[1]}
+    getattr(_C, name)(*ours, *RATES, **options, **numbers)
+    getattr(native, name)(*theirs, *RATES, (0.9, 0.98, EPS), *more, *flags, *numbers.values())
     for a, b in zip(ours, theirs, strict=True):
         assert_same(a, tuple(b))
+    return ours[0]
 
 
-def test_stochastic_rounding() -> None:
-    """Only where seeds are given: in bfloat16, by the same numbers."""
-    beta1, beta2, lrs, decays, seeds, firsts = 0.9, 0.98, [0.1, 0.2], [0.05, 0.0], [3, 4], [0, 1000]
-    options = {"beta1": beta1, "beta2": beta2, "eps": EPS}
-    for name, more in (("adamw_update", ()), ("lamb_step", (False,))):
-        results = []
-        for chosen in (seeds, [], None):
-            params, *rest = states()
-            params = [param.bfloat16() for param in params]
-            if chosen is None:
-                function = getattr(native, name)
-                function(params, *rest, lrs, decays, (beta1, beta2, EPS), *more, None, None, seeds, firsts)
-            else:
-                numbers = {"seeds": chosen, "first_elements": firsts if chosen else []}
-                getattr(_C, name)(params, *rest, lrs, decays, **options, **numbers)
-            results.append(params)
-        stochastic, nearest, by_torch = results
-        assert_same(stochastic, tuple(by_torch))
-        assert any(not torch.equal(a, b) for a, b in zip(stochastic, nearest, strict=True))
+@pytest.mark.parametrize("name", ["adamw_update", "lamb_step"])
+def test_steps_in_one_call(name):
+    """Rounded stochastically only where seeds are given: in bfloat16, by the same numbers."""
+    for flags in ((None, None), (torch.tensor(4.0), torch.tensor(0.0))):
+        stepped(name, torch.float32, flags)
+    nearest, stochastic = stepped(name, torch.bfloat16), stepped(name, torch.bfloat16, seeds=(3, 4), firsts=(0, 1000))
+    assert not all(map(torch.equal, stochastic, nearest))
     with pytest.raises(ValueError, match="params must be bfloat16 where there are seeds"):
-        _C.adamw_update(*states(), lrs, decays, **options, seeds=seeds, first_elements=firsts)
+        stepped(name, torch.float32, seeds=(3, 4), firsts=(0, 1000))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -121,20 +121,6 @@ def test_nan_and_infinity_spread_as_in_torch(isa: str, dtype: torch.dtype, bad: 
         assert torch.equal(ours.isnan(), theirs.isnan())
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (4, 0)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_empty(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x = torch.zeros(shape, dtype=dtype)
-    weight = torch.ones(shape[-1], dtype=dtype)
-    y, mean, rstd = native.layer_norm_forward(x, weight, weight, EPS, False)
-    assert y.shape == x.shape
-    assert mean.shape == rstd.shape == x.shape[:-1]
-    dx, dweight, dbias = native.layer_norm_backward(y, x, weight, mean, rstd, False, [True, True])
-    assert dx.shape == x.shape
-    assert torch.equal(dweight, torch.zeros_like(weight))
-    assert torch.equal(dbias, torch.zeros_like(weight))
-
-
 def test_result_does_not_depend_on_the_number_of_threads() -> None:
     assert_threads_change_no_bit(evakernels.layer_norm, norm_inputs(1500, 133))
 

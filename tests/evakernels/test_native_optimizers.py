@@ -1,43 +1,26 @@
 """The compiled steps of the optimizers against their references: lists of any sizes, dtypes and layouts."""
 
-from contextlib import nullcontext
 from itertools import product
 
 import pytest
 import torch
 from on_device import COMPILED
-from optimizer_checks import BUFFERS, DTYPES, FLOAT32, SIZES, assert_states_close, everything, lists
+from op_checks import results_of_threads
+from optimizer_checks import BUFFERS, DTYPES, FLOAT32, SIZES, VARIANTS, assert_states_close, everything, lists, update
 
 import evakernels
 from evakernels import _native
 
 pytestmark = pytest.mark.skipif(not _native.LOADED, reason="the native library is not built")
 
-VARIANTS = ["deepspeed", "nvlamb"]
 every_kind = pytest.mark.parametrize("kind", ["adamw", *VARIANTS])
-
-
-def step(state, backend=COMPILED, kind="deepspeed", scale=None, found_inf=None):
-    """One step in place, of LAMB both phases and the norms; every tensor has its own rate, the second no decay."""
-    count, moments = len(state[0]), state[2:]
-    lrs, decays = [0.01 * (i + 1) for i in range(count)], [0.0 if i == 1 else 0.05 for i in range(count)]
-    scale, found_inf = (None if value is None else torch.tensor(value) for value in (scale, found_inf))
-    options = {"betas": (0.9, 0.98), "eps": 1e-6, "found_inf": found_inf}
-    with nullcontext() if backend is None else evakernels.use_backend(backend):
-        if kind == "adamw":
-            evakernels.adamw_update(*state, lrs, decays, grad_scale=scale, **options)
-            return torch.zeros(())
-        options["variant"] = kind
-        norms = evakernels.lamb_update(*state, decays, grad_scale=scale, **options)
-        evakernels.lamb_apply(state[0], *moments, norms, lrs, decays, **options)
-    return norms
 
 
 @pytest.mark.parametrize("flags", [{}, {"scale": 3.0}, {"scale": 8.0, "found_inf": 0.0}, {"found_inf": 1.0}])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_the_reference(variant, flags):
     ours, theirs = lists(), lists()
-    norms, expected_norms = (step(s, b, variant, **flags) for s, b in ((ours, COMPILED), (theirs, "reference")))
+    norms, expected_norms = (update(s, variant, b, **flags) for s, b in ((ours, COMPILED), (theirs, "reference")))
     torch.testing.assert_close(norms, expected_norms, rtol=2e-6, atol=0)
     assert_states_close(ours, theirs)
 
@@ -46,7 +29,7 @@ def test_equals_the_reference(variant, flags):
 def test_more_tensors_than_one_launch_brings_to_the_device_change_no_formula(kind):
     sizes = [i % 3 for i in range(700)]
     ours, theirs = lists(sizes=sizes), lists(sizes=sizes)
-    norms, expected_norms = step(ours, COMPILED, kind), step(theirs, "reference", kind)
+    norms, expected_norms = update(ours, kind), update(theirs, kind, "reference")
     torch.testing.assert_close(norms, expected_norms, rtol=2e-6, atol=1e-9)  # of one element that may cancel
     assert_states_close(ours, theirs, lr_of_last=7.0)
 
@@ -57,8 +40,8 @@ def test_ratios_at_their_limits_and_beyond(variant, size):
     ours, theirs = lists(sizes=[37, 1061]), lists(sizes=[37, 1061])
     for state in (ours, theirs):
         state[0] = [size * param for param in state[0]]
-    step(ours, COMPILED, variant)
-    step(theirs, "reference", variant)
+    update(ours, variant)
+    update(theirs, variant, "reference")
     for a, b in zip(ours[0], theirs[0], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * b.abs().max().item())
 
@@ -76,7 +59,7 @@ def test_strided_parts_of_a_flat_buffer(kind, dtypes, offsets):
         for i, tensor in enumerate(tensors):
             flat.append(torch.full((offset + len(tensor) + 9,), 7.0, dtype=tensor.dtype))
             tensors[i] = flat[-1][offset : offset + len(tensor)].copy_(tensor)
-    norms, expected_norms = step(parts, COMPILED, kind), step(plain, COMPILED, kind)
+    norms, expected_norms = update(parts, kind), update(plain, kind)
     torch.testing.assert_close(norms, expected_norms, rtol=2e-6, atol=0)
     for a, b in zip(everything(parts), everything(plain), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=torch.finfo(a.dtype).eps)
@@ -90,7 +73,7 @@ def test_strided_parts_of_a_flat_buffer(kind, dtypes, offsets):
 @pytest.mark.parametrize("kind", ["adamw", "deepspeed"])
 def test_every_mix_of_dtypes(kind, dtypes):
     ours, theirs = lists(dtypes, [1061, 5]), lists(dtypes, [1061, 5])
-    norms, expected_norms = step(ours, COMPILED, kind), step(theirs, "reference", kind)
+    norms, expected_norms = update(ours, kind), update(theirs, kind, "reference")
     torch.testing.assert_close(norms, expected_norms, rtol=1e-3, atol=0)
     for name, got, expected in zip(BUFFERS, ours, theirs, strict=False):
         # A value next to the middle of two stored ones may fall to either side; a moment of LAMB that did moves its
@@ -119,8 +102,8 @@ def test_norms_are_as_accurate_as_torchs(variant):
     size = 100_003
     ours, theirs, exact = (lists(sizes=[size]) for _ in range(3))
     exact[:4] = ([t.double() for t in tensors] for tensors in exact[:4])
-    truth = step(exact, "reference", variant)
-    error, torchs = ((step(s, b, variant) / truth - 1).abs() for s, b in ((ours, COMPILED), (theirs, "reference")))
+    truth = update(exact, variant, "reference")
+    error, torchs = ((update(s, variant, b) / truth - 1).abs() for s, b in ((ours, COMPILED), (theirs, "reference")))
     assert (error <= 2 * torchs + torch.finfo(torch.float32).eps).all(), (error, torchs)
 
 
@@ -133,7 +116,7 @@ def test_tensors_that_are_strided(kind, name, dtype):
         state[:4] = ([t.view(6, 10) for t in tensors] for tensors in state[:4])
     storage = torch.full((10, 12), 7.0, dtype=dtype)
     strided[BUFFERS.index(name)] = [storage.T[::2].copy_(strided[BUFFERS.index(name)][0])]
-    results = [everything(state, step(state, COMPILED, kind)) for state in (dense, strided)]
+    results = [everything(state, update(state, kind)) for state in (dense, strided)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert (storage.T[1::2] == 7.0).all()
 
@@ -141,21 +124,19 @@ def test_tensors_that_are_strided(kind, name, dtype):
 def test_an_expanded_gradient():
     state, same = lists(sizes=[12]), lists(sizes=[12])
     state[1], same[1] = [torch.tensor(0.5).expand(12)], [torch.full((12,), 0.5)]
-    for a, b in zip(everything(state, step(state, COMPILED)), everything(same, step(same, COMPILED)), strict=True):
+    for a, b in zip(
+        everything(state, update(state, "deepspeed")), everything(same, update(same, "deepspeed")), strict=True
+    ):
         assert torch.equal(a, b)
 
 
-@pytest.mark.cpu_only("its threads")
 @every_kind
 def test_the_number_of_threads_changes_nothing(kind):
-    before, results = torch.get_num_threads(), []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
+    def step():
         state = lists()
-        results.append(everything(state, step(state, COMPILED, kind)))
-    torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        return everything(state, update(state, kind))
+
+    assert all(map(torch.equal, *results_of_threads(step)))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -164,7 +145,7 @@ def test_a_gradient_that_is_not_finite_spoils_its_own_tensor_only(kind, value):
     bad, good = lists(), lists()
     bad[1][5][3] = value
     for state in (bad, good):
-        step(state, COMPILED, kind)
+        update(state, kind)
     assert not bad[0][5].isfinite().all()
     assert all(i == 5 or torch.equal(bad[0][i], good[0][i]) for i in range(len(SIZES)))
 
@@ -182,12 +163,12 @@ def test_float64_anywhere_in_the_lists_goes_to_the_reference(kind, where):
     state = lists(sizes=[3, 4])
     state[where][1] = state[where][1].double()
     with pytest.raises(evakernels.BackendError, match="float64 is not one of float32, bfloat16, float16"):
-        step(state, COMPILED, kind)
-    assert step(state, None, kind).isfinite().all()
+        update(state, kind)
+    assert update(state, kind, None).isfinite().all()
 
 
 def test_flags_of_any_dtype():
     stepped, untouched = lists(sizes=[5]), lists(sizes=[5])
-    step(stepped, COMPILED, found_inf=True)
+    update(stepped, "deepspeed", found_inf=True)
     for got, expected in zip(stepped, untouched, strict=True):
         assert torch.equal(got[0], expected[0])

@@ -1,15 +1,11 @@
 """The norms at the widths of models, and at those where kernels change the way they lay a row over threads."""
 
-from functools import partial
-
 import pytest
 import torch
 from op_checks import DTYPES, assert_as_accurate_as_torch, with_gradients
 from test_layer_norm import plain
 from test_residual_norm import FORMS, inputs_of, ours, randn, theirs
 from torch import Tensor
-
-import evakernels
 
 WIDTHS = (1, 2, 250, 512, 768, 1024, 1280, 1408, 1792, 2730, 4096, 5120)
 # No kernel keeps all of these in registers.
@@ -52,9 +48,8 @@ def test_rows_at_odd_addresses_give_the_formula(form, dtype, offset, width):
         return torch.cat([tensor.new_zeros(offset), tensor.flatten()])[offset:].view(tensor.shape)
 
     aligned = [t.to(dtype) for t in inputs_of(7, width)]
-    expected, actual = with_gradients(ours(form), aligned), with_gradients(ours(form), [at_offset(t) for t in aligned])
-    for e, a in zip(expected[0] + expected[1], actual[0] + actual[1], strict=True):
-        torch.testing.assert_close(a, e, rtol=2 * torch.finfo(dtype).eps, atol=2e-5)
+    actual = with_gradients(ours(form), [at_offset(t) for t in aligned], as_they_lie=True)
+    torch.testing.assert_close(actual, with_gradients(ours(form), aligned), rtol=2 * torch.finfo(dtype).eps, atol=2e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -69,23 +64,3 @@ def test_float32_residual_with_a_narrow_branch_gives_the_formula(form):
             for a, e in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
                 tolerance = 2 * torch.finfo(a.dtype).eps
                 torch.testing.assert_close(a.float(), e, rtol=tolerance, atol=1e-4)
-
-
-def test_out_dtype_gives_the_formula():
-    """At widths of one warp and of several, and at odd ones; the gradients are those of a norm that is cast."""
-    for width in (768, 2048, 250, 13):
-        x, branch, weight, bias, _ = (t.bfloat16().float() for t in inputs_of(13, width))
-
-        def add(y: torch.dtype, x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-            return evakernels.add_layer_norm(x, branch, weight, bias, out_dtype=y)
-
-        def norm(y: torch.dtype, x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-            norm = evakernels.layer_norm
-            return norm(x, weight, bias, out_dtype=y), norm(branch, weight, bias, out_dtype=torch.float32)
-
-        for form in (add, norm):
-            expected = with_gradients(partial(form, None), (x, branch, weight, bias))
-            actual = with_gradients(partial(form, torch.bfloat16), (x, branch.bfloat16(), weight, bias))
-            for a, e in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
-                # The cotangent of y is rounded, too.
-                torch.testing.assert_close(a.float(), e, rtol=2**-7, atol=2**-8 * e.abs().max().item())

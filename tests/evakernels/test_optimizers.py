@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 from on_device import DEVICE
-from optimizer_checks import optimizer_of, parameters, step, tensors
+from op_checks import assert_opcheck
+from optimizer_checks import BETAS, DECAYS, EPS, LRS, optimizer_of, parameters, step, tensors
 from torch import nn
 
 from evakernels.optim import AdamW, Lamb
@@ -46,6 +47,50 @@ def test_one_call_for_all_groups_and_one_more_for_other_betas(kind, op, monkeypa
 
 
 @every_optimizer
+@pytest.mark.parametrize("grad_scale", [None, 4.0])
+def test_maximize_is_a_step_down_the_negative_gradient(kind, grad_scale):
+    """Of one group; the others go down. Gradients stay as they are."""
+    up, down = (optimizer_of(tensors(0), kind) for _ in range(2))
+    up.param_groups[1]["maximize"] = True
+    if grad_scale is not None:
+        up.grad_scale = torch.tensor(grad_scale)
+    grads = [g * (grad_scale or 1.0) for g in tensors(1)]
+    step(up, grads)
+    step(down, [-g if i == 1 else g for i, g in enumerate(tensors(1))])
+    for got, expected, grad in zip(parameters(up), parameters(down), grads, strict=True):
+        assert torch.equal(got, expected)
+        assert torch.equal(got.grad, grad)
+
+
+@every_optimizer
+def test_a_parameter_without_gradient_is_left_alone(kind):
+    optimizer = optimizer_of(tensors(0), kind)
+    used, unused = parameters(optimizer)[:2]
+    before = unused.clone()
+    optimizer.step()
+    assert not optimizer.state
+    used.grad = torch.ones_like(used)
+    optimizer.step()
+    assert torch.equal(unused, before)
+    assert list(optimizer.state) == [used]
+
+
+@every_optimizer
+def test_the_closure_runs_with_gradients_and_its_loss_is_returned(kind):
+    optimizer = optimizer_of(tensors(0), kind)
+    before = [p.clone() for p in parameters(optimizer)]
+
+    def closure():
+        loss = sum(p.square().sum() for p in parameters(optimizer))
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure)
+    torch.testing.assert_close(loss.detach(), sum(p.square().sum() for p in before).detach())
+    assert not any(torch.equal(a, b) for a, b in zip(before, parameters(optimizer), strict=True))
+
+
+@every_optimizer
 def test_a_step_is_seen_by_a_graph_that_saved_the_parameter(kind):
     weight = nn.Parameter(torch.ones(3))
     loss = weight.square().sum()
@@ -53,3 +98,74 @@ def test_a_step_is_seen_by_a_graph_that_saved_the_parameter(kind):
     kind([weight]).step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("op", ["adamw_update", "lamb_update", "lamb_apply", "lamb_step"])
+@pytest.mark.parametrize(
+    ("nvlamb", "flagged", "rounded"),
+    [(True, True, False), (False, False, True), pytest.param(False, False, False, marks=pytest.mark.exhaustive)],
+)
+def test_opcheck(op, nvlamb, flagged, rounded):
+    params, grads = tensors(0, torch.bfloat16 if rounded else torch.float32), tensors(1, torch.bfloat16)
+    moments = [[torch.rand(p.shape, dtype=torch.bfloat16) for p in params] for _ in range(2)]
+    state = [*moments, [torch.ones(()) for _ in params]]
+    numbers, norms = (*BETAS, EPS), torch.rand(len(params), 2)
+    flags = (torch.tensor(2.0), torch.tensor(0.0)) if flagged else (None, None)
+    rounding = ([1, 2, 3, 4], [0, 8, 0, 0]) if rounded else ([], [])
+    arguments = {
+        "adamw_update": (params, grads, *state, LRS, DECAYS, numbers, *flags, *rounding),
+        "lamb_update": (params, grads, *state, DECAYS, numbers, nvlamb, *flags),
+        "lamb_apply": (params, *state, norms, LRS, DECAYS, numbers, nvlamb, flags[1], *rounding),
+        "lamb_step": (params, grads, *state, LRS, DECAYS, numbers, nvlamb, *flags, *rounding),
+    }
+    assert_opcheck(getattr(torch.ops.evakernels, op).default, arguments[op])
+
+
+ONE = [nn.Parameter(torch.ones(3))]
+
+
+def stepped(kind, param, grad):
+    param = nn.Parameter(param)
+    param.grad = grad
+    kind([param]).step()
+
+
+@every_optimizer
+@pytest.mark.parametrize(
+    ("wrong", "exception", "message"),
+    [
+        (lambda kind: kind(ONE, lr=-1.0), ValueError, "lr is -1.0; accepted: 0 or more"),
+        (lambda kind: kind(ONE, lr=float("nan")), ValueError, "lr is nan"),
+        (lambda kind: kind(ONE, lr=torch.ones(2)), TypeError, r"lr is a tensor of shape \(2,\) on cpu; accepted: a"),
+        (lambda kind: kind(ONE, lr=torch.ones((), device="meta")), TypeError, "lr .* on meta; accepted: "),
+        (lambda kind: kind(ONE, lr=torch.tensor(-1.0)), ValueError, "lr is -1.0; accepted: 0 or more"),
+        (lambda kind: kind(ONE, weight_decay=torch.ones(())), TypeError, "weight_decay is a tensor; accepted: a num"),
+        (lambda kind: kind([{"params": ONE, "weight_decay": -0.1}]), ValueError, "weight_decay is -0.1"),
+        (lambda kind: kind(ONE, eps=-1e-6), ValueError, "eps is -1e-06"),
+        (lambda kind: kind(ONE, betas=(0.9, 1.0)), ValueError, r"betas are \(0.9, 1.0\)"),
+        (lambda kind: kind(ONE, amsgrad=True), ValueError, "amsgrad is True; accepted: False"),
+        (lambda kind: kind([{"params": ONE, "amsgrad": True}]), ValueError, "amsgrad is True; accepted: False"),
+        (lambda kind: kind(ONE, stochastic_rounding=True), TypeError, "stochastic_rounding .*these are torch.float32"),
+        (lambda kind: kind(ONE, seed=-1), ValueError, r"seed is -1; accepted: a number from 0 to below 2\^31"),
+    ],
+)
+def test_wrong_options_say_what_is_accepted(kind, wrong, exception, message):
+    with pytest.raises(exception, match=f"^{kind.__name__}: {message}"):
+        wrong(kind)
+
+
+@every_optimizer
+def test_wrong_gradients_and_parameters_are_named(kind):
+    with pytest.raises(TypeError, match=r"grads\[0\] is torch.sparse_coo; accepted: dense"):
+        stepped(kind, torch.ones(3, 3), torch.eye(3).to_sparse())
+    with pytest.raises(TypeError, match=r"params\[0\] is torch.complex64"):
+        stepped(kind, torch.ones(3) + 0j, torch.ones(3) + 0j)
+
+
+def test_what_one_optimizer_alone_refuses():
+    with pytest.raises(ValueError, match="AdamW: differentiable is True; accepted: False"):
+        AdamW(ONE, differentiable=True)
+    with pytest.raises(ValueError, match="AdamW: amsgrad is True; accepted: False"):
+        AdamW(ONE).load_state_dict(torch.optim.AdamW(ONE, amsgrad=True).state_dict())
+    with pytest.raises(ValueError, match="accepted: 'deepspeed', 'nvlamb'; did you mean 'nvlamb'"):
+        Lamb(ONE, variant="nvlam")

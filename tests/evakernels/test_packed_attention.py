@@ -2,8 +2,9 @@ import op_checks
 import pytest
 import torch
 import torch.nn.functional as F
+from case_tests import *  # noqa: F403
 from on_device import COMPILED
-from op_checks import DTYPES, OPCHECK_DTYPES, exhaustive_but, randn
+from op_checks import DTYPES, OPCHECK_DTYPES, randn
 from test_rope_attention import attention, expanded
 
 import evakernels
@@ -101,51 +102,34 @@ def packed(lengths, heads=HEADS, head_dim=HEAD_DIM):
     return randn(sum(lengths), 3, heads, head_dim)
 
 
+SEVERAL = LENGTHS["several"]
 CASES = [
-    pytest.param(pair(LENGTHS["several"]), packed(LENGTHS["several"]), id="causal"),
-    pytest.param(pair(LENGTHS["several"], causal=False, scale=0.7), packed(LENGTHS["several"]), id="both-sides"),
-    pytest.param(pair(LENGTHS["one"], dtype=torch.int32), packed(LENGTHS["one"]), id="batch-of-one"),
-    pytest.param(
-        rotated_pair(LENGTHS["several"], 2, 2, "in order", True), shared(LENGTHS["several"], 2, 2), id="rotated"
-    ),
-    pytest.param(
-        rotated_pair(LENGTHS["several"], 2, 2, "in order, a table a head"),
-        shared(LENGTHS["several"], 2, 2),
-        id="table-a-head",
-    ),
-    pytest.param(
-        rotated_pair(LENGTHS["several"], 4, 2, "rows", interleaved=False), shared(LENGTHS["several"], 4, 2), id="rows"
-    ),
-    pytest.param(
-        rotated_pair(LENGTHS["several"], 3, 1, "grid by place"), shared(LENGTHS["several"], 3, 1), id="places"
-    ),
-    pytest.param(
-        rotated_pair(LENGTHS["several"], 2, 1, "grid by row", True), shared(LENGTHS["several"], 2, 1), id="grid-rows"
+    pytest.param(pair(SEVERAL), [packed(SEVERAL)], id="causal"),
+    pytest.param(pair(SEVERAL, causal=False, scale=0.7), [packed(SEVERAL)], id="both-sides"),
+    pytest.param(pair(LENGTHS["one"], dtype=torch.int32), [packed(LENGTHS["one"])], id="batch-of-one"),
+    *(
+        pytest.param(rotated_pair(SEVERAL, *heads, form, **options), [shared(SEVERAL, *heads)], id=name)
+        for name, heads, form, options in [
+            ("rotated", (2, 2), "in order", {"causal": True}),
+            ("table-a-head", (2, 2), "in order, a table a head", {}),
+            ("rows", (4, 2), "rows", {"interleaved": False}),
+            ("places", (3, 1), "grid by place", {}),
+            ("grid-rows", (2, 1), "grid by row", {"causal": True}),
+        ]
     ),
 ]
-
-
-@pytest.mark.parametrize(("pair", "qkv"), exhaustive_but(CASES, "causal", "places"))
-def test_gradcheck(pair, qkv):
-    op_checks.assert_gradcheck(pair[0], [qkv])
+QUICK = dict.fromkeys(("test_gradcheck", "test_compiles_without_graph_break"), ("causal", "places"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("pair", "qkv"), CASES)
-def test_as_accurate_as_torch(pair, qkv, dtype):
-    op_checks.assert_as_accurate_as_torch(*pair, [qkv], dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_as_accurate_as_torch_at_the_size_of_a_tower(dtype):
-    lengths = [77, 1, 30, 64]
-    op_checks.assert_as_accurate_as_torch(*pair(lengths), [packed(lengths, heads=1, head_dim=64)], dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("head_dim", "causal"), [(20, True), (64, False)])
-def test_as_accurate_as_torch_at_lengths_around_those_of_tiles(head_dim, causal, dtype):
-    lengths = [1, 4, 7, 8, 9, 48, 49, 97]
+@pytest.mark.parametrize(
+    ("lengths", "head_dim", "causal"),
+    [
+        pytest.param([77, 1, 30, 64], 64, True, id="size_of_a_tower"),
+        *(([1, 4, 7, 8, 9, 48, 49, 97], head_dim, causal) for head_dim, causal in ((20, True), (64, False))),
+    ],
+)
+def test_as_accurate_as_torch_at_lengths_around_those_of_tiles(lengths, head_dim, causal, dtype):
     given = [packed(lengths, heads=1, head_dim=head_dim)]
     op_checks.assert_as_accurate_as_torch(*pair(lengths, causal=causal), given, dtype)
 
@@ -216,17 +200,6 @@ def test_a_batch_may_be_empty(lengths):
     assert out.shape == q.grad.shape == q.shape
 
 
-@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize(("pair", "qkv"), exhaustive_but(CASES, "causal", "places"))
-def test_compiles_without_graph_break(pair, qkv, dynamic):
-    op_checks.assert_compiles(pair[0], [qkv.float()], dynamic)
-
-
-@pytest.mark.parametrize(("pair", "qkv"), CASES)
-def test_two_runs_are_bit_equal(pair, qkv):
-    op_checks.assert_deterministic(pair[0], [qkv.bfloat16()])
-
-
 @pytest.mark.parametrize("causal", [True, False])
 def test_lse_is_the_natural_logarithm_of_the_softmax_denominator(causal):
     q, k, v = packed([5]).unbind(1)
@@ -278,82 +251,3 @@ def test_of_a_long_table_the_rows_count_that_are_asked_for(per_head):
         for table, index in ((angles, positions), (short, own))
     ]
     assert torch.equal(*results)
-
-
-X = torch.ones(5, 3, 8)
-GRID, ROWS = torch.ones(2, 3, 2), torch.arange(5)
-TABLES = {"cos": GRID, "sin": GRID}
-PLACES = torch.tensor([[0, 0], [0, 1], [0, 2], [1, 0], [2, 2]])
-
-
-@pytest.mark.cpu_only("a GPU's kernels alone read an index, and a wrong one ends all work of the process there")
-@pytest.mark.parametrize(
-    ("arguments", "exception", "message"),
-    [
-        ({"q": torch.ones(5, 24)}, ValueError, r"q has shape \(5, 24\); expected \[T, H, D\]"),
-        (
-            {"k": torch.ones(5, 3, 4)},
-            ValueError,
-            r"k has shape \(5, 3, 4\); expected \[T, Hkv, D\] with q \[T, H, D\] = \(5, 3, 8\)",
-        ),
-        ({"v": X.half()}, TypeError, "v is torch.float16; accepted: torch.float32"),
-        ({"cu_seqlens": torch.tensor([0.0, 5.0])}, TypeError, "cu_seqlens is torch.float32; accepted: torch.int32"),
-        ({"cu_seqlens": torch.tensor([[0, 5]])}, ValueError, r"cu_seqlens has shape \(1, 2\); expected \[B \+ 1\]"),
-        ({"cu_seqlens": torch.tensor([0, 4])}, ValueError, "cu_seqlens go from 0 to 4; expected 0 to T = 5"),
-        ({"cu_seqlens": torch.tensor([1, 5])}, ValueError, "cu_seqlens go from 1 to 5; expected 0 to T = 5"),
-        ({"cu_seqlens": torch.tensor([0, 6, 5])}, ValueError, "lengths from -1 to 6; accepted: 0 to max_seqlen = 5"),
-        (
-            {"cu_seqlens": torch.tensor([0, 5, 5]), "max_seqlen": 4},
-            ValueError,
-            "lengths from 0 to 5; accepted: 0 to max_seqlen = 4",
-        ),
-        ({"max_seqlen": 4}, ValueError, "5 tokens in 1 sequences; accepted: at most max_seqlen = 4 in each"),
-        ({"max_seqlen": 5.0}, TypeError, "max_seqlen is 5.0, a float; accepted: an integer, at least 0"),
-        ({"max_seqlen": -1}, ValueError, "max_seqlen is -1; accepted: at least 0"),
-        ({"k": X[:, :2], "v": X[:, :2]}, ValueError, "k has 2 heads and q has 3; accepted: a number that divides 3"),
-        ({"positions": ROWS}, ValueError, "positions without cos and sin; they select rows of these tables"),
-        ({"positions": PLACES}, ValueError, "positions without cos and sin; they select rows of these tables"),
-        ({"cos": GRID}, ValueError, "cos without sin; give both or neither"),
-        (
-            TABLES | {"positions": ROWS[:4]},
-            ValueError,
-            r"positions has shape \(4,\); expected \[T\] or \[T, 2\] with T",
-        ),
-        (
-            TABLES | {"positions": PLACES.repeat(1, 2)},
-            ValueError,
-            r"positions has shape \(5, 4\); expected \[T\] or \[T, 2\]",
-        ),
-        (TABLES | {"positions": ROWS.int()}, TypeError, "positions is torch.int32; accepted: torch.int64"),
-        (TABLES | {"positions": PLACES.int()}, TypeError, "positions is torch.int32; accepted: torch.int64"),
-        (TABLES | {"positions": ROWS + 5}, IndexError, "positions has values from 5 to 9; accepted: -1 to 8"),
-        (TABLES | {"positions": ROWS - 2}, IndexError, "positions has values from -2 to 2; accepted: -1 to 8"),
-        (TABLES | {"positions": PLACES + 1}, IndexError, "positions has values from 4 to 9; accepted: -1 to 8"),
-        (TABLES | {"positions": PLACES - 2}, IndexError, "positions has values from 0 to 9; accepted: -1 to 8"),
-        (
-            {"cos": torch.ones(9, 4), "sin": torch.ones(9, 4), "positions": PLACES},
-            ValueError,
-            r"positions \[T, 2\] with a table of shape \(9, 4\); they are for the compact table \[2, G, D/4\]",
-        ),
-        (  # of each head, of which there are two
-            dict.fromkeys("qkv", X[:, :2])
-            | {"cos": torch.ones(2, 5, 4), "sin": torch.ones(2, 5, 4), "positions": PLACES},
-            ValueError,
-            r"positions \[T, 2\] with a table of shape \(2, 5, 4\); they are for the compact table",
-        ),
-        (
-            {"cos": torch.ones(4, 4), "sin": torch.ones(4, 4)},
-            ValueError,
-            "cos has 4 rows and max_seqlen is 5; accepted: as many rows, or more",
-        ),
-        (
-            {"cos": torch.ones(3, 5, 4), "sin": torch.ones(3, 5, 4), "k": X[:, :1], "v": X[:, :1]},
-            ValueError,
-            "cos has a table for each of 3 heads and k has 1; heads that share keys share a table",
-        ),
-    ],
-)
-def test_wrong_input_says_what_is_accepted(arguments, exception, message):
-    given = {"q": X, "k": X, "v": X, "cu_seqlens": torch.tensor([0, 5]), "max_seqlen": 5} | arguments
-    with pytest.raises(exception, match=message):
-        evakernels.packed_attention(**given)

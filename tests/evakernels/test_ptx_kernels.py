@@ -58,7 +58,7 @@ FILES = {
 # every mask and dtype.
 SERVED = "not several_tiles and (plain or not (4100 or 8199 or 8200 or 16390)) and not (30 and 24) and not negative"
 SMALL = "not (size_of_a_tower or several_chunks or of_bfloat16_products)"
-SMALL += " and (not around_a_tile or 67) and (dtype1 or not shapes_of)"
+SMALL += " and (not around-a-tile or tile-67) and (dtype1 or not shapes_of or tile-67)"
 # The tiles are the reference's.
 SMALL += " and not (many and tiles)"
 CHOSEN = f"({CHOICE}) and {SERVED} and {SMALL} and (accurate or not dtype2)"
@@ -176,41 +176,26 @@ def test_the_launchers_on_raw_buffers_leave_the_current_device_as_it_is(printed:
 
 
 @needs_nvcc
-def test_attention_of_1025_tokens_is_as_accurate_as_torch(printed: Callable[..., str]) -> None:
-    """The most that is promised: an image of 32 by 32 patches. Forward, of one head; no other test has so many stages
-    and parts of a head."""
-    code = """if True:
+@pytest.mark.parametrize(
+    ("shape", "rotated", "kb"), [((1, 1025, 1, 64), True, 99), ((1, 145, 6, 16), False, 163)], ids=["most", "rounds"]
+)
+def test_attention_of_many_tokens_is_as_accurate_as_torch(
+    printed: Callable[..., str], shape: tuple[int, ...], rotated: bool, kb: int
+) -> None:
+    """The most that is promised: a rotated image of 32 by 32 patches, forward, of one head; no other test has so many
+    stages and parts of a head. And heads that fill the GPU, with more tiles of queries than a block has warps: a warp
+    takes queries in two rounds."""
+    code = f"""if True:
         import torch, evakernels
         from op_checks import error
-        from test_rope_attention import rotate
-        generator = torch.Generator().manual_seed(0)
-        qkv = [torch.randn(1, 1025, 1, 64, generator=generator).bfloat16() for _ in range(3)]
-        cos, sin = evakernels.nn.axial_rope(32, 32, head_dim=64)
-        def theirs(dtype):
-            q, k, v = (t.to(dtype).transpose(1, 2) for t in qkv)
-            q, k = (rotate(t, cos, sin, None, 1, True) for t in (q, k))
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        exact, out = theirs(torch.float64), evakernels.rope_attention(*qkv, cos, sin, num_prefix=1)
-        print(error(out, exact), error(theirs(torch.bfloat16), exact), exact.abs().max().item())
+        from test_rope_attention import attention
+        qkv = [torch.randn({shape}, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(3)]
+        tables = (*evakernels.nn.axial_rope(32, 32, head_dim=64), None, 1) if {rotated} else ()
+        exact = attention(*(t.double() for t in qkv), *tables)
+        ours, torchs = evakernels.rope_attention(*qkv, *tables[:2], num_prefix=int({rotated})), attention(*qkv, *tables)
+        print(error(ours, exact), error(torchs, exact), exact.abs().max().item())
     """
-    ours, torchs, largest = map(float, printed(code, PTX_SHARED_KB=99).split())
-    assert ours <= 2 * torchs + 2**-8 * largest
-
-
-@needs_nvcc
-def test_a_warp_may_take_queries_several_times(printed: Callable[..., str]) -> None:
-    """Of heads that fill the GPU, with more tiles of queries than a block has warps: two rounds."""
-    code = """if True:
-        import torch, evakernels
-        from op_checks import error
-        qkv = [torch.randn(1, 145, 6, 16, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(3)]
-        def theirs(dtype):
-            q, k, v = (t.to(dtype).transpose(1, 2) for t in qkv)
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        exact, out = theirs(torch.float64), evakernels.rope_attention(*qkv)
-        print(error(out, exact), error(theirs(torch.bfloat16), exact), exact.abs().max().item())
-    """
-    ours, torchs, largest = map(float, printed(code, PTX_SHARED_KB=163).split())
+    ours, torchs, largest = map(float, printed(code, PTX_SHARED_KB=kb).split())
     assert ours <= 2 * torchs + 2**-8 * largest
 
 

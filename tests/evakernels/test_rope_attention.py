@@ -5,8 +5,9 @@ import op_checks
 import pytest
 import torch
 import torch.nn.functional as F
+from case_tests import *  # noqa: F403
 from on_device import DEVICE
-from op_checks import DTYPES, OPCHECK_DTYPES, exhaustive_but, randn, with_gradients
+from op_checks import DTYPES, OPCHECK_DTYPES, randn, with_gradients
 
 import evakernels
 from evakernels import _native, backends
@@ -70,14 +71,23 @@ def attention(q, k, v, cos=None, sin=None, token_index=None, num_prefix=0, causa
     return F.pad(out, (0, 0, blind, 0)).transpose(1, 2)
 
 
-def pair(kind="shared", token_index=None, num_prefix=1, causal=False, interleaved=True, scale=None):
-    """Our function and torch's, over one packed projection [B, N, 3, H, D]."""
+def functions(kind="shared", token_index=None, num_prefix=1, **options):
+    """Our function and torch's, over q, k and v with tables of a kind."""
     cos, sin = tables(kind)
     full = (expanded(cos), expanded(sin)) if kind == "compact" else (cos, sin)
-    options = {"num_prefix": num_prefix, "causal": causal, "interleaved": interleaved, "scale": scale}
-    options["token_index"] = token_index
-    ours, theirs = both(cos=cos, sin=sin, **options)[0], both(cos=full[0], sin=full[1], **options)[1]
-    return of_packed(ours), of_packed(theirs)
+    options |= {"token_index": token_index, "num_prefix": num_prefix}
+    return both(cos=cos, sin=sin, **options)[0], both(cos=full[0], sin=full[1], **options)[1]
+
+
+def pair(*args, **options):
+    """The same over one packed projection `[B, N, 3, H, D]`."""
+    return tuple(map(of_packed, functions(*args, **options)))
+
+
+def of_first_queries(count, *args, **options):
+    """Attention of the first tokens' queries alone, which no kernel rotates: beside that of all queries."""
+    ours, theirs = functions(*args, num_prefix=2, **options)
+    return of_packed(lambda q, k, v: ours(q[:, :count], k, v)), of_packed(lambda *qkv: theirs(*qkv)[:, :count])
 
 
 def both(**options):
@@ -110,41 +120,38 @@ def shared(heads, *sizes, kind="none", **options):
 UNTURNED = torch.tensor([[-1, 0, -1, 3], [5, 5, 2, -1]])
 KEPT = torch.tensor([[5, 0, 3], [1, 4, 2]])
 CASES = [
-    pytest.param(pair("none", num_prefix=0, causal=True), packed(0), id="text"),
-    pytest.param(pair(), packed(), id="shared"),
-    pytest.param(pair(num_prefix=0), packed(0), id="no-prefix"),
-    pytest.param(pair(num_prefix=5, causal=True, scale=0.7), packed(5), id="registers-causal-scaled"),
-    pytest.param(pair(interleaved=False), packed(), id="rotate-half"),
-    pytest.param(pair("heads"), packed(), id="table-a-head"),
-    pytest.param(pair(token_index=KEPT), packed(patches=3), id="dropout"),
-    pytest.param(pair("heads", KEPT, interleaved=False), packed(patches=3), id="dropout-table-a-head"),
-    pytest.param(pair("compact"), packed(patches=GRID**2), id="compact"),
-    pytest.param(pair("compact", KEPT + 3, interleaved=False), packed(patches=3), id="dropout-compact"),
-    pytest.param(pair(token_index=UNTURNED, interleaved=False), packed(patches=4), id="tokens-not-rotated"),
-    pytest.param(shared(4, kind="shared", num_prefix=1), randn(BATCH, 7, 8, HEAD_DIM), id="heads-share-keys"),
-    pytest.param(shared(3, causal=True, scale=0.7), randn(BATCH, 6, 5, HEAD_DIM), id="all-heads-share-keys"),
-    pytest.param(shared(3, 2, 5), randn(BATCH, 5, 9, HEAD_DIM), id="more-keys"),
-    pytest.param(shared(4, 3, 7, causal=True), randn(BATCH, 7, 8, HEAD_DIM), id="more-keys-causal"),
-    pytest.param(shared(2, 7, 3, causal=True), randn(BATCH, 7, 6, HEAD_DIM), id="fewer-keys-causal"),
+    pytest.param(pair("none", num_prefix=0, causal=True), [packed(0)], id="text"),
+    pytest.param(pair(), [packed()], id="shared"),
+    pytest.param(pair(num_prefix=0), [packed(0)], id="no-prefix"),
+    pytest.param(pair(num_prefix=5, causal=True, scale=0.7), [packed(5)], id="registers-causal-scaled"),
+    pytest.param(pair(interleaved=False), [packed()], id="rotate-half"),
+    pytest.param(pair("heads"), [packed()], id="table-a-head"),
+    pytest.param(pair(token_index=KEPT), [packed(patches=3)], id="dropout"),
+    pytest.param(pair("heads", KEPT, interleaved=False), [packed(patches=3)], id="dropout-table-a-head"),
+    pytest.param(pair("compact"), [packed(patches=GRID**2)], id="compact"),
+    pytest.param(pair("compact", KEPT + 3, interleaved=False), [packed(patches=3)], id="dropout-compact"),
+    pytest.param(pair(token_index=UNTURNED, interleaved=False), [packed(patches=4)], id="tokens-not-rotated"),
+    pytest.param(of_first_queries(1, "shared"), [packed(2)], id="first-query"),
+    pytest.param(of_first_queries(2, "heads", interleaved=False), [packed(2)], id="first-queries-table-a-head"),
+    pytest.param(of_first_queries(1, "compact", interleaved=False), [packed(2, GRID**2)], id="first-query-compact"),
+    pytest.param(of_first_queries(2, "shared", UNTURNED), [packed(2, 4)], id="first-queries-not-all-rotated"),
+    pytest.param(of_first_queries(2, "compact", KEPT + 3), [packed(2, 3)], id="first-queries-dropout-compact"),
+    pytest.param(shared(4, kind="shared", num_prefix=1), [randn(BATCH, 7, 8, HEAD_DIM)], id="heads-share-keys"),
+    pytest.param(shared(3, causal=True, scale=0.7), [randn(BATCH, 6, 5, HEAD_DIM)], id="all-heads-share-keys"),
+    pytest.param(shared(3, 2, 5), [randn(BATCH, 5, 9, HEAD_DIM)], id="more-keys"),
+    pytest.param(shared(4, 3, 7, causal=True), [randn(BATCH, 7, 8, HEAD_DIM)], id="more-keys-causal"),
+    pytest.param(shared(2, 7, 3, causal=True), [randn(BATCH, 7, 6, HEAD_DIM)], id="fewer-keys-causal"),
 ]
-
-# Sizes around the tiles of the kernels: a prefix that stands apart from a full tile, of one token and of several;
-# one that doesn't; head dimensions that are no powers of two.
-TILED = [
-    pytest.param(64, 1, {}, id="65-tokens"),
-    pytest.param(64, 4, {"interleaved": False}, id="68-tokens"),
-    pytest.param(70, 1, {"causal": True}, id="71-tokens-causal"),
-    pytest.param(64, 3, {"causal": True}, id="67-tokens-causal"),
-]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("patches", "num_prefix", "options"), TILED)
-def test_sizes_around_a_tile_are_as_accurate_as_torch(patches, num_prefix, options, dtype):
-    angles = randn(patches, 44, seed=1)
-    cos, sin = angles.cos().float(), angles.sin().float()
-    functions = map(of_packed, both(cos=cos, sin=sin, num_prefix=num_prefix, **options))
-    op_checks.assert_as_accurate_as_torch(*functions, [randn(1, num_prefix + patches, 3, 1, 88)], dtype)
+QUICK = {
+    "test_gradcheck": ["registers-causal-scaled", "dropout-table-a-head", "heads-share-keys", "fewer-keys-causal"],
+    "test_compiles_without_graph_break": [
+        "text",
+        "table-a-head",
+        "dropout",
+        "first-queries-not-all-rotated",
+        "more-keys-causal",
+    ],
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -182,20 +189,6 @@ def test_keys_without_queries_get_gradients_of_zero(causal):
     evakernels.rope_attention(q, k, v, causal=causal).sum().backward()
     assert torch.equal(k.grad, torch.zeros_like(k))
     assert torch.equal(v.grad, torch.zeros_like(v))
-
-
-@pytest.mark.parametrize(
-    ("pair", "qkv"),
-    exhaustive_but(CASES, "registers-causal-scaled", "dropout-table-a-head", "heads-share-keys", "fewer-keys-causal"),
-)
-def test_gradcheck(pair, qkv):
-    op_checks.assert_gradcheck(pair[0], [qkv])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("pair", "qkv"), CASES)
-def test_as_accurate_as_torch(pair, qkv, dtype):
-    op_checks.assert_as_accurate_as_torch(*pair, [qkv], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -238,6 +231,11 @@ def test_several_chunks_of_an_odd_size_are_as_accurate_as_torch(head_dim, causal
         pytest.param((1, 49, 2, 80), 1, {"interleaved": False}, id="49-tokens"),
         pytest.param((1, 97, 2, 48), 0, {"causal": True}, id="97-tokens-causal"),
         pytest.param((1, 129, 1, 36), 1, {"causal": True}, id="129-tokens-causal"),
+        # A prefix that stands apart from a full tile, of one token and of several; one that doesn't.
+        pytest.param((1, 65, 1, 88), 1, {}, id="around-a-tile-65"),
+        pytest.param((1, 68, 1, 88), 4, {"interleaved": False}, id="around-a-tile-68"),
+        pytest.param((1, 71, 1, 88), 1, {"causal": True}, id="around-a-tile-71"),
+        pytest.param((1, 67, 1, 88), 3, {"causal": True}, id="around-a-tile-67"),
     ],
 )
 def test_shapes_of_towers_are_as_accurate_as_torch(shape, num_prefix, options, dtype):
@@ -338,29 +336,19 @@ def test_a_batch_may_be_empty():
     assert out.shape == q.grad.shape == q.shape
 
 
-@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize(("pair", "qkv"), exhaustive_but(CASES, "text", "table-a-head", "dropout", "more-keys-causal"))
-def test_compiles_without_graph_break(pair, qkv, dynamic):
-    op_checks.assert_compiles(pair[0], [qkv.float()], dynamic)
-
-
-@pytest.mark.parametrize(("pair", "qkv"), CASES)
-def test_two_runs_are_bit_equal(pair, qkv):
-    op_checks.assert_deterministic(pair[0], [qkv.bfloat16()])
-
-
 @pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
-@pytest.mark.parametrize("token_index", [None, KEPT])
-def test_opcheck(dtype, token_index):
-    cos, sin = tables("shared")
-    qkv = packed(patches=PATCHES if token_index is None else 3, dtype=dtype)
-    op_checks.assert_opcheck_of_attention("rope_attention", *qkv.unbind(2), (cos, sin, token_index, 1, True, True, 0.5))
-
-
-@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
-def test_opcheck_of_shared_heads(dtype):
-    given = (randn(2, n, heads, 8).to(dtype) for n, heads in ((3, 4), (5, 2), (5, 2)))
-    op_checks.assert_opcheck_of_attention("rope_attention", *given, (None, None, None, 0, True, True, 0.5))
+@pytest.mark.parametrize(
+    ("qkv", "index"),
+    [
+        (packed().unbind(2), (*tables("shared"), None, 1)),
+        (packed(patches=3).unbind(2), (*tables("shared"), KEPT, 1)),
+        ([randn(2, n, heads, 8) for n, heads in ((3, 4), (5, 2), (5, 2))], (None, None, None, 0)),
+    ],
+    ids=["all patches", "kept patches", "shared heads"],
+)
+def test_opcheck(qkv, index, dtype):
+    given = (t.to(dtype) for t in qkv)
+    op_checks.assert_opcheck_of_attention("rope_attention", *given, (*index, True, True, 0.5))
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
@@ -462,105 +450,6 @@ def test_results_are_contiguous_and_inputs_untouched():
     gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
     assert all(g.is_contiguous() for g in gradients)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
-
-
-def call(q=None, k=None, v=None, cos=None, sin=None, **options):
-    x = torch.ones(2, 5, 3, 8)
-    given = (x if t is None else t for t in (q, k, v))
-    return evakernels.rope_attention(*given, cos, sin, **options)
-
-
-TABLE = torch.ones(4, 4)
-INDEX = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
-
-
-@pytest.mark.cpu_only("a GPU's kernels alone read an index, and a wrong one ends all work of the process there")
-@pytest.mark.parametrize(
-    ("arguments", "exception", "message"),
-    [
-        ({"q": torch.ones(2, 5, 24)}, ValueError, r"q has shape \(2, 5, 24\); expected \[B, N, H, D\]"),
-        ({"q": torch.ones(2, 5, 3, 8).long()}, TypeError, "q is torch.int64; accepted: float64"),
-        ({"k": torch.ones(2, 5, 3, 4)}, ValueError, r"k has shape \(2, 5, 3, 4\); expected \[B, M, Hkv, D\] with q"),
-        ({"v": torch.ones(2, 5, 3, 8).half()}, TypeError, "v is torch.float16; accepted: torch.float32"),
-        ({"k": torch.ones(2, 5, 2, 8)}, ValueError, "k has 2 heads and q has 3; accepted: a number that divides 3"),
-        ({"k": torch.ones(2, 5, 0, 8)}, ValueError, "k has 0 heads and q has 3"),
-        ({"v": torch.ones(2, 4, 3, 8)}, ValueError, r"v has shape \(2, 4, 3, 8\); expected the shape of k"),
-        (
-            {"k": torch.ones(2, 6, 3, 8), "v": torch.ones(2, 6, 3, 8), "cos": TABLE, "sin": TABLE, "num_prefix": 1},
-            ValueError,
-            "cos and sin with 5 queries and 6 keys; accepted: as many of each, or queries of the num_prefix = 1 first",
-        ),
-        (
-            {"k": torch.ones(2, 5, 1, 8), "v": torch.ones(2, 5, 1, 8), "num_prefix": 1}
-            | {"cos": TABLE.expand(3, 4, 4), "sin": TABLE.expand(3, 4, 4)},
-            ValueError,
-            "cos has a table for each of 3 heads and k has 1; heads that share keys share a table",
-        ),
-        (
-            dict.fromkeys("qkv", torch.ones(2, 5, 3, 7)) | {"cos": TABLE, "sin": TABLE, "num_prefix": 1},
-            ValueError,
-            "head_dim 7 is odd",
-        ),
-        ({"num_prefix": 17}, ValueError, "num_prefix is 17; accepted: 0 to 16"),
-        ({"cos": TABLE, "sin": TABLE, "num_prefix": 6}, ValueError, "num_prefix is 6; .* at most M = 5"),
-        ({"token_index": INDEX}, ValueError, "token_index without cos and sin"),
-        ({"cos": TABLE}, ValueError, "cos without sin"),
-        ({"sin": TABLE}, ValueError, "sin without cos"),
-        ({"cos": TABLE, "sin": TABLE}, ValueError, r"cos has shape \(4, 4\); expected \[P, D/2\] = \(5, 4\)"),
-        ({"cos": TABLE, "sin": TABLE[:3], "num_prefix": 1}, ValueError, r"sin has shape \(3, 4\)"),
-        (
-            {"cos": TABLE.expand(2, 4, 4), "sin": TABLE, "num_prefix": 1},
-            ValueError,
-            r"expected \[H, P, D/2\] = \(3, 4, 4\)",
-        ),
-        ({"cos": torch.ones(4, 8), "sin": TABLE, "num_prefix": 1}, ValueError, r"expected \[P, D/2\] = \(4, 4\)"),
-        ({"cos": TABLE.clone().requires_grad_(), "sin": TABLE, "num_prefix": 1}, ValueError, "the tables get none"),
-        (
-            {"cos": TABLE, "sin": TABLE, "num_prefix": 1, "token_index": INDEX.int()},
-            TypeError,
-            "token_index is torch.int32; accepted: torch.int64",
-        ),
-        (
-            {"cos": TABLE, "sin": TABLE, "num_prefix": 1, "token_index": INDEX[:, :3]},
-            ValueError,
-            r"token_index has shape \(2, 3\); expected \[B, M - num_prefix\] = \(2, 4\)",
-        ),
-        (
-            {"cos": TABLE, "sin": TABLE, "num_prefix": 1, "token_index": INDEX + 1},
-            IndexError,
-            "token_index has values from 1 to 4; accepted: -1 to 3",
-        ),
-        (
-            {"cos": TABLE, "sin": TABLE, "num_prefix": 1, "token_index": INDEX - 2},
-            IndexError,
-            "token_index has values from -2 to 1; accepted: -1 to 3",
-        ),
-    ],
-)
-def test_wrong_input_says_what_is_accepted(arguments, exception, message):
-    with pytest.raises(exception, match=message):
-        call(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("shape", "patches", "message"),
-    [
-        ((2, 3, 2), 4, "the compact table is of 3 x 3 patches; given: N - num_prefix = 4"),
-        ((3, 2, 2), 4, r"cos has shape \(3, 2, 2\); expected \[2, G, D/4\] = \(2, 2, 2\)"),
-    ],
-)
-def test_a_compact_table_must_fit(shape, patches, message):
-    x, table = torch.ones(1, patches, 1, 8), torch.ones(shape)
-    with pytest.raises(ValueError, match=message):
-        evakernels.rope_attention(x, x, x, table, table)
-
-
-@pytest.mark.cpu_only("a GPU's kernels alone read an index, and a wrong one ends all work of the process there")
-def test_a_compact_table_bounds_the_token_index():
-    x, table = torch.ones(1, 2, 1, 8), torch.ones(2, 3, 2)
-    evakernels.rope_attention(x, x, x, table, table, token_index=torch.tensor([[0, 8]]))
-    with pytest.raises(IndexError, match="token_index has values from 0 to 9; accepted: -1 to 8"):
-        evakernels.rope_attention(x, x, x, table, table, token_index=torch.tensor([[0, 9]]))
 
 
 GPU_FLOAT32 = "float32; the GPU kernels serve float16 and bfloat16, Triton's and the reference float32 too"

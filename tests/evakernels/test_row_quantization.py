@@ -2,19 +2,10 @@
 
 import pytest
 import torch
-from op_checks import DTYPES, assert_opcheck, randn
+from op_checks import DTYPES, assert_opcheck, randn, results_of_threads
 
 from evakernels import backends
 from evakernels.ops.row_quantization import dequantize_rows, quantize_rows
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpu"])
 WIDTHS = pytest.mark.parametrize("width", [1, 7, 64, 131])
@@ -69,12 +60,10 @@ def test_ops():
     assert_opcheck(torch.ops.evakernels.dequantize_rows, (x, scale, bias))
 
 
-def test_threads_change_no_bit(one_thread):
+def test_threads_change_no_bit():
     x = randn(300, 512).float()
-    alone = *quantize_rows(x), dequantize_rows(x, quantize_rows(x)[1], None)
-    torch.set_num_threads(3)
-    again = *quantize_rows(x), dequantize_rows(x, quantize_rows(x)[1], None)
-    assert all(map(torch.equal, alone, again))
+    results = results_of_threads(lambda: (*quantize_rows(x), dequantize_rows(x, quantize_rows(x)[1], None)))
+    assert all(map(torch.equal, *results))
 
 
 def test_wrong_sizes_are_refused():

@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 from on_device import COMPILED, DEVICE
-from op_checks import assert_opcheck
-from optimizer_checks import SIZES, everything, lists
+from op_checks import results_of_threads
+from optimizer_checks import SIZES, everything, lists, update
 from torch import nn
 
 import evakernels
@@ -14,7 +14,6 @@ from evakernels import _native
 from evakernels.optim import AdamW, Lamb
 from evakernels.reference._stochastic_rounding import random_bits, round_stochastically
 
-OPS = torch.ops.evakernels
 NATIVE = pytest.mark.skipif(not _native.LOADED, reason="the native library is not built")
 BACKENDS = ["reference", pytest.param(COMPILED, marks=NATIVE)]
 OPTIONS = {"betas": (0.9, 0.98), "eps": 1e-6}
@@ -23,21 +22,12 @@ MIXED, ALL_HALF = (HALF, HALF, FLOAT, FLOAT), (HALF,) * 4
 KINDS = ["adamw", "lamb_step", "lamb_phases"]
 
 
-def step(state, kind, backend=COMPILED, seeds=None, firsts=None, found_inf=None, lr=0.01, decay=0.05, **options):
-    """One step in place on the lists."""
+def step(state, kind, backend=COMPILED, seeds=None, firsts=(), lr=0.01, decay=0.05, **options):
+    """One step in place on the lists, at the same rates for all."""
     count = len(state[0])
-    lrs, decays = [lr] * count, [decay] * count
     seeds = [5 << 32 | i for i in range(count)] if seeds is None else seeds
-    options = {**OPTIONS, **options, "found_inf": None if found_inf is None else torch.tensor(found_inf)}
-    rounding = {"seeds": seeds, "first_elements": firsts or ()}
-    with evakernels.use_backend(backend):
-        if kind == "adamw":
-            evakernels.adamw_update(*state, lrs, decays, **options, **rounding)
-        elif kind == "lamb_step":
-            evakernels.lamb_step(*state, lrs, decays, **options, **rounding)
-        else:
-            norms = evakernels.lamb_update(*state, decays, **options)
-            evakernels.lamb_apply(state[0], *state[2:], norms, lrs, decays, **options, **rounding)
+    rates = {"lrs": [lr] * count, "decays": [decay] * count}
+    update(state, kind, backend, **rates, **options, seeds=seeds, first_elements=firsts)
 
 
 # --- the random numbers ---------------------------------------------------------------------------------------------
@@ -193,39 +183,32 @@ def test_parts_are_rounded_as_the_whole_is(backend):
     assert torch.equal(torch.cat(parts[0]), whole[0][0])
 
 
-@pytest.mark.cpu_only("its threads")
 @NATIVE
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_runs_with_other_numbers_of_threads_are_bit_equal(kind):
-    before, results = torch.get_num_threads(), []
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
-        results.append(lists(MIXED))
-        step(results[-1], kind)
-    torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*map(everything, results), strict=True))
+    def stepped():
+        state = lists(MIXED)
+        step(state, kind)
+        return everything(state)
+
+    assert all(map(torch.equal, *results_of_threads(stepped)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_found_inf_writes_nothing_and_a_gradient_that_is_not_finite_stays_visible(kind, backend):
+@pytest.mark.parametrize(("seeds", "scale"), [(None, None), (None, float("nan")), ((), float("nan"))])
+def test_found_inf_writes_nothing_and_a_gradient_that_is_not_finite_stays_visible(kind, backend, seeds, scale):
+    """Rounded stochastically or to the nearest; also in the first step."""
     skipped, before, bad = (lists(MIXED, [0, 5, 1061]) for _ in range(3))
-    step(skipped, kind, backend, found_inf=1.0)
+    for state in (skipped, before):
+        state[1][1][2] = torch.inf
+        state[4][1].zero_()
+    step(skipped, kind, backend, seeds, found_inf=1.0, scale=scale)
     assert all(torch.equal(a, b) for a, b in zip(everything(skipped), everything(before), strict=True))
     bad[1][2][7] = torch.nan
-    step(bad, kind, backend)
+    step(bad, kind, backend, seeds)
     assert bad[0][2][7].isnan()
     assert bad[0][1].isfinite().all()
-
-
-def test_opcheck():
-    params, grads, exp_avgs, exp_avg_sqs, steps = lists(MIXED, [3, 5])
-    state, numbers = (exp_avgs, exp_avg_sqs, steps), ([0.1, 0.2], [0.0, 0.1], (0.9, 0.98, 1e-6))
-    rounding = ([1, 2], [0, 8])
-    assert_opcheck(OPS.adamw_update.default, (params, grads, *state, *numbers, None, None, *rounding))
-    assert_opcheck(OPS.lamb_step.default, (params, grads, *state, *numbers, False, None, None, *rounding))
-    norms = torch.rand(2, 2)
-    assert_opcheck(OPS.lamb_apply.default, (params, *state, norms, *numbers, False, None, *rounding))
 
 
 # --- the optimizers -------------------------------------------------------------------------------------------------
@@ -298,30 +281,3 @@ def test_a_state_dict_without_the_options_gets_the_defaults():
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["stochastic_rounding"]
     assert optimizer.param_groups[0]["seed"] == 4
-
-
-def call(**changes):
-    one = {name: [torch.ones(3, dtype=HALF)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
-    arguments = {**one, "steps": [torch.zeros(())], "lrs": [0.1], "weight_decays": [0.0], "seeds": [1], **changes}
-    return evakernels.adamw_update(**arguments, **OPTIONS)
-
-
-ONE = [nn.Parameter(torch.ones(3))]
-
-
-@pytest.mark.parametrize(
-    ("wrong", "exception", "message"),
-    [
-        (lambda: call(params=[torch.ones(3)]), TypeError, r"params\[0\] is torch.float32; accepted with seeds: torch"),
-        (lambda: call(seeds=[1, 2]), ValueError, "seeds has 2 entries; expected one for each of the 1 params"),
-        (lambda: call(first_elements=[1, 2]), ValueError, "first_elements has 2 entries"),
-        (lambda: call(seeds=[], first_elements=[1]), ValueError, "first_elements are given without seeds"),
-        (lambda: call(seeds=[-1]), ValueError, r"seeds are \[-1\]; expected numbers from 0 to below 2\^63"),
-        (lambda: AdamW(ONE, stochastic_rounding=True), TypeError, "AdamW: stochastic_rounding is for .*, and these"),
-        (lambda: Lamb(ONE, stochastic_rounding=True), TypeError, "Lamb: .*these are torch.float32; set stochastic"),
-        (lambda: Lamb(ONE, seed=-1), ValueError, r"Lamb: seed is -1; accepted: a number from 0 to below 2\^31"),
-    ],
-)
-def test_wrong_input_says_what_is_accepted(wrong, exception, message):
-    with pytest.raises(exception, match=message):
-        wrong()

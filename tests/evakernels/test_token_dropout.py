@@ -4,8 +4,9 @@ import math
 import op_checks
 import pytest
 import torch
+from case_tests import *  # noqa: F403
 from on_device import DEVICE
-from op_checks import DTYPES, OPCHECK_DTYPES, assert_opcheck, exhaustive_but, randn, with_gradients
+from op_checks import DTYPES, OPCHECK_DTYPES, assert_opcheck, randn, with_gradients
 
 import evakernels
 from evakernels import _native
@@ -34,46 +35,25 @@ def pair(token_index):
     return ours, theirs
 
 
-def cases():
-    for dropped, with_prefix, with_pos_embed in itertools.product([True, False], repeat=3):
-        prefix = randn(PREFIX, CHANNELS, seed=1) if with_prefix else None
-        rows = TOKENS + (PREFIX if with_prefix else 0)
-        pos_embed = randn(rows, CHANNELS, seed=2) if with_pos_embed else None
-        given = (randn(BATCH, TOKENS, CHANNELS), prefix, pos_embed)
-        names = zip(("dropped", "prefix", "pos_embed"), (dropped, with_prefix, with_pos_embed), strict=True)
-        name = "-".join(name for name, present in names if present) or "plain"
-        yield pytest.param(KEPT if dropped else None, given, id=name)
+def inputs(with_prefix=True, with_pos_embed=True):
+    prefix = randn(PREFIX, CHANNELS, seed=1) if with_prefix else None
+    pos_embed = randn(TOKENS + PREFIX * with_prefix, CHANNELS, seed=2) if with_pos_embed else None
+    return randn(BATCH, TOKENS, CHANNELS), prefix, pos_embed
 
 
-CASES = list(cases())
-
-
-@pytest.mark.parametrize(("token_index", "inputs"), CASES)
-def test_gradcheck(token_index, inputs):
-    op_checks.assert_gradcheck(pair(token_index)[0], inputs)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("token_index", "inputs"), CASES)
-def test_as_accurate_as_torch(token_index, inputs, dtype):
-    op_checks.assert_as_accurate_as_torch(*pair(token_index), inputs, dtype)
-
-
-@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize(("token_index", "inputs"), exhaustive_but(CASES, "dropped-prefix-pos_embed"))
-def test_compiles_without_graph_break(token_index, inputs, dynamic):
-    op_checks.assert_compiles(pair(token_index)[0], inputs, dynamic)
-
-
-@pytest.mark.parametrize(("token_index", "inputs"), CASES)
-def test_two_runs_are_bit_equal(token_index, inputs):
-    op_checks.assert_deterministic(pair(token_index)[0], [None if t is None else t.bfloat16() for t in inputs])
+VARIANTS = list(itertools.product([KEPT, None], [True, False], [True, False]))
+CASES = [
+    pytest.param(pair(index), inputs(*given), id=f"{'dropped' if index is not None else 'all'}-{given[0]}-{given[1]}")
+    for index, *given in VARIANTS
+]
+QUICK = {"test_compiles_without_graph_break": ["dropped-True-True"]}
 
 
 @pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
-@pytest.mark.parametrize(("token_index", "inputs"), exhaustive_but(CASES, "dropped-prefix-pos_embed", "plain"))
-def test_opcheck(token_index, inputs, dtype):
-    patches, prefix, pos_embed = (None if t is None else t.to(dtype).requires_grad_() for t in inputs)
+@pytest.mark.parametrize(("token_index", "with_prefix", "with_pos_embed"), VARIANTS)
+def test_opcheck(token_index, with_prefix, with_pos_embed, dtype):
+    given = inputs(with_prefix, with_pos_embed)
+    patches, prefix, pos_embed = (None if t is None else t.to(dtype).requires_grad_() for t in given)
     assert_opcheck(OPS.token_dropout_forward.default, (patches, token_index, prefix, pos_embed))
     dout = torch.ones_like(OPS.token_dropout_forward(patches, token_index, prefix, pos_embed))
     num_prefix = 0 if prefix is None else PREFIX
@@ -113,34 +93,6 @@ def test_parameters_may_be_wider_than_the_patches(token_index):
 
 
 PATCHES = torch.ones(2, 6, 5)
-
-
-@pytest.mark.cpu_only("a GPU's kernels alone read an index, and a wrong one ends all work of the process there")
-@pytest.mark.parametrize(
-    ("patches", "token_index", "options", "exception", "message"),
-    [
-        (torch.ones(6, 5), None, {}, ValueError, r"patches has shape \(6, 5\); expected \[B, N, C\]"),
-        (PATCHES.long(), None, {}, TypeError, "patches is torch.int64"),
-        (PATCHES, KEPT.int(), {}, TypeError, "token_index is torch.int32; accepted: torch.int64"),
-        (PATCHES, KEPT[:1], {}, ValueError, r"token_index has shape \(1, 3\); expected \[B, K\] = \(2, 3\)"),
-        (PATCHES, KEPT[0], {}, ValueError, r"token_index has shape \(3,\); expected \[B, K\]"),
-        (PATCHES, KEPT + 1, {}, IndexError, "token_index has values from 1 to 6; accepted: 0 to 5"),
-        (PATCHES, KEPT - 1, {}, IndexError, "token_index has values from -1 to 4; accepted: 0 to 5"),
-        (PATCHES, torch.tensor([[0, 1], [3, 3]]), {}, IndexError, "names a token twice in sample 1"),
-        (
-            PATCHES,
-            None,
-            {"prefix": torch.ones(5)},
-            ValueError,
-            r"prefix has shape \(5,\); expected \[P, C\] = \(5, 5\)",
-        ),
-        (PATCHES, None, {"prefix": torch.ones(1, 4)}, ValueError, r"prefix has shape \(1, 4\)"),
-        (PATCHES, None, {"pos_embed": torch.ones(7, 5)}, ValueError, r"expected \[P \+ N, C\] = \(6, 5\)"),
-    ],
-)
-def test_wrong_input_says_what_is_accepted(patches, token_index, options, exception, message):
-    with pytest.raises(exception, match=message):
-        evakernels.token_dropout(patches, token_index, **options)
 
 
 def wide_inputs(batch: int, tokens: int, channels: int):
