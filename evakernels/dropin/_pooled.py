@@ -78,10 +78,12 @@ class Ending:
             if is_watched(part):
                 return False
         last = part[-1]
+        parameter = next(last.parameters(), None)  # none where FSDP1 has flattened them
         return (
             isinstance(last, Swapped)
             and isinstance(last.attn, self.attention)
-            and next(last.parameters()).dtype in DTYPES
+            and parameter is not None
+            and parameter.dtype in DTYPES
             and role(tower._modules[self.norm]) in ("layer_norm", "rms_norm", "identity")
             and all(_is_of_each_token(module) for module in last.modules())
         )

@@ -111,6 +111,15 @@ def test_both_towers_of_open_clip(name, lengths, ends):
     assert 12 not in ends or max(lengths) == 12
 
 
+def test_blocks_that_are_compiled_on_their_own_compute_all_tokens():
+    untouched = OPEN_CLIP["open-clip"].build()
+    model = accelerated(untouched)
+    for block in (*model.transformer.resblocks, *model.visual.transformer.resblocks):
+        block.compile(backend="eager")
+    pair = torch.randn(4, 3, 32, 32), torch.randint(1, END, (4, 12))
+    close(features(model, 1, *pair), features(untouched, 1, *pair))
+
+
 def test_a_gate_of_attention(ends):
     untouched = vit()
     for block in untouched.blocks:
