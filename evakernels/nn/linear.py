@@ -50,7 +50,8 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         y = _product(x, weight, bias)
         # oneDNN gives a view of rows, which autograd wouldn't let an activation change in place.
-        return torch.ops.aten._unsafe_view(y, y.shape)
+        own: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+        return own
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
