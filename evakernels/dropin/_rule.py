@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evakernels.dropin import _form, _swap
-from evakernels.dropin._gate import DEVICES, is_served
+from evakernels.dropin import _form, _pooled, _swap
+from evakernels.dropin._gate import DEVICES, DTYPES, is_served
 from evakernels.dropin._serve import ROLES
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -43,7 +43,7 @@ class Rule:
         hook: tells whether a class asks a public interface of its library, `target`, that serves it, whatever its
             source reads like.
         calls: arguments to try the module with, made of tokens `[2, N, C]` that fit it; all but the first may fail.
-            None for a whole model, which isn't tried.
+        ending: how a tower ends, which isn't tried.
     """
 
     forward: type[_swap.Swapped]
@@ -54,7 +54,8 @@ class Rule:
     reason: Callable[[Any], str | None] = field(default=_fits)
     any_class: bool = False
     hook: Callable[[type], bool] | None = None
-    calls: Callable[[Any, Tensor], list[Call]] | None = field(default=_tokens_alone)
+    calls: Callable[[Any, Tensor], list[Call]] = field(default=_tokens_alone)
+    ending: _pooled.Ending | None = None
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -77,7 +78,7 @@ class Rule:
             return "of its later device"
         name = self.gate if isinstance(self.gate, str) else self.gate(module)
         if name == "torch":
-            return "torch"
+            return "torch" if dtype in DTYPES else None
         if name == "linear":
             return "oneDNN" if device == "cpu" and dtype in _linear_dtypes(forced) else None
         if not is_served(name, device, dtype, forced):

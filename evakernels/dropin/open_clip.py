@@ -86,9 +86,7 @@ class Attention(Swapped):
 
 
 def _has_dot_products(module: Any) -> str | None:
-    if not getattr(module, "batch_first", True):
-        return "its sequences come first"
-    return None if module.logit_scale is None else "its scores are cosines"
+    return _first(module) or (None if module.logit_scale is None else "its scores are cosines")
 
 
 # --- towers ---------------------------------------------------------------------------------------------------------
@@ -113,16 +111,11 @@ class VisionTower(Swapped):
 def _all_are_read(module: Any) -> str | None:
     """Why the last block has to compute all patches."""
     read = module.pool_type == "tok" and module.attn_pool is None and not module.output_tokens
-    return _unserved_block(module.transformer) if read else "all of its tokens are read"
+    return _first(module.transformer) if read else "all of its tokens are read"
 
 
-def _unserved_block(transformer: Any) -> str | None:
-    """Why its last block can't end with one token."""
-    if not getattr(transformer, "batch_first", True):
-        return "its sequences come first"
-    last = transformer.resblocks[-1] if len(getattr(transformer, "resblocks", ())) else None
-    served = isinstance(getattr(last, "attn", None), torch.nn.MultiheadAttention)
-    return None if served else f"its last block is {type(last).__name__}"
+def _first(module: Any) -> str | None:
+    return None if getattr(module, "batch_first", True) else "its sequences come first"
 
 
 class TextTower(Swapped):
@@ -168,7 +161,7 @@ def _reads_more(module: Any) -> str | None:
     pool = getattr(module, "text_pool_type", getattr(module, "pool_type", None))
     of_class = getattr(module, "cls_emb", None) is not None or getattr(module, "use_pad_mask", False)
     read = pool in ("argmax", "last") and not of_class and not getattr(module, "output_tokens", False)
-    return _unserved_block(module.transformer) if read else "all of its tokens are read"
+    return _first(module.transformer) if read else "all of its tokens are read"
 
 
 class PatchDropout(Swapped):
@@ -320,7 +313,7 @@ RULES = (
             for name in ("VisionTransformer._pool", "VisionTransformer._global_pool", "Transformer.forward")
         ),
         reason=_all_are_read,
-        calls=None,
+        ending=_VISION,
     ),
     Rule(
         TextTower,
@@ -331,7 +324,7 @@ RULES = (
             f"{_TRANSFORMER}.{name}" for name in ("TextTransformer._embeds", "text_global_pool", "Transformer.forward")
         ),
         reason=_reads_more,
-        calls=None,
+        ending=_TEXT,
     ),
     Rule(
         Clip,
@@ -344,7 +337,7 @@ RULES = (
             f"{_TRANSFORMER}.Transformer.forward",
         ),
         reason=_reads_more,
-        calls=None,
+        ending=_TEXT,
     ),
     Rule(
         ClipLoss,

@@ -217,8 +217,6 @@ def _block_gate(module: Any) -> str:
 
 _METHODS = ("forward_features", "forward_head", "pool")
 _ENDING = _pooled.Ending(("blocks",), "norm", _Attention, _METHODS)
-_BLOCKS = frozenset({"Block", "ResPostBlock", "EvaBlock", "EvaBlockPostNorm"})
-_ATTENTIONS = frozenset({"Attention", "AttentionRope", "EvaAttention"})
 
 
 class Tower(Swapped):
@@ -238,11 +236,8 @@ class Tower(Swapped):
 
 def _all_are_read(module: Any) -> str | None:
     """Why the last block has to compute all tokens."""
-    if module.global_pool != "token" or module.attn_pool is not None or module.num_prefix_tokens == 0:
-        return "all of its tokens are read"
-    last: Any = module.blocks[-1] if len(module.blocks) else None
-    served = type(last).__name__ in _BLOCKS and type(last.attn).__name__ in _ATTENTIONS
-    return None if served else f"its last block is {type(last).__name__}"
+    read = module.global_pool == "token" and module.attn_pool is None and module.num_prefix_tokens > 0
+    return None if read else "all of its tokens are read"
 
 
 # --- patch dropout --------------------------------------------------------------------------------------------------
@@ -359,7 +354,7 @@ RULES = (
                 f"{_LAYERS}.mlp.Mlp.forward",
             ),
             reason=_all_are_read,
-            calls=None,
+            ending=_ENDING,
         )
         for name in (f"{_VIT}.VisionTransformer", f"{_EVA}.Eva")
     ),
