@@ -266,6 +266,15 @@ def test_a_second_watch_starts_anew_and_a_call_outside_does_not_count():
         assert report.ran == [Ran("", "GELU", "gelu", "cpu", 1)]
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda report: pickle.loads(pickle.dumps(report))])
+def test_a_report_can_be_copied_and_saved(copied):
+    model = nn.Linear(2, 2)
+    report = evakernels.accelerate(model)
+    assert copied(report) == report
+    with pytest.raises(RuntimeError, match="doesn't exist any more"), copied(report).watch():
+        pass
+
+
 def test_a_report_does_not_keep_its_model():
     report = evakernels.accelerate(nn.GELU("tanh"))
     with pytest.raises(RuntimeError, match="the model of this report doesn't exist any more"), report.watch():
