@@ -66,12 +66,6 @@ def _causal(is_causal: bool) -> dict[str, bool]:
     return {} if is_causal is False else {"is_causal": is_causal}
 
 
-def _head_dim(module: Any) -> int:
-    """Channels of a head, which modules hold since 1.0.26."""
-    width, heads = int(module.proj.in_features), int(module.num_heads)
-    return width // heads
-
-
 class _Attention(Swapped):
     """What the attention modules share."""
 
@@ -103,7 +97,8 @@ class _Attention(Swapped):
             bias = self._bias()
             projected = self.qkv(x) + bias if self.qkv_bias_separate else linear(x, self.qkv.weight, bias)
             parts = projected.chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, _head_dim(self))) for part in parts)
+        head_dim = parts[0].shape[-1] // self.num_heads
+        q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in parts)
         return [self.q_norm(q), self.k_norm(k), v]
 
     def _bias(self) -> Tensor | None:
@@ -287,7 +282,8 @@ def _masked(module: Any, x: Tensor, **options: Any) -> list[Call]:
 def _rotated(module: Any, x: Tensor) -> list[Call]:
     """With a table that holds each angle twice, as timm's."""
     attention = getattr(module, "attn", module)
-    patches, pairs = x.shape[1] - attention.num_prefix_tokens, _head_dim(attention) // 2
+    width = int(attention.proj.in_features)
+    patches, pairs = x.shape[1] - attention.num_prefix_tokens, width // attention.num_heads // 2
     angles, half = x.new_empty(patches, pairs).uniform_(-3, 3), getattr(attention, "rotate_half", False)
     twice = torch.cat((angles, angles), -1) if half else angles.repeat_interleave(2, -1)
     return [*_masked(module, x, rope=torch.cat((twice.sin(), twice.cos()), -1)), ((x,), {})]
