@@ -143,11 +143,12 @@ def _of_end(tower: Any, text: Tensor, pool: str) -> tuple[Any, Tensor]:
     cut there.
     """
     mask = tower.attn_mask
-    of_text = text.dim() == 2 and len(text) > 0 and (mask is None or mask.shape[-1] == text.shape[1])
-    if _reads_more(tower) or not of_text or not _TEXT.may_be_early(tower, text):
+    if _reads_more(tower) or not _TEXT.may_be_early(tower, text) or text.dim() != 2 or text.shape[0] == 0:
+        return tower, text
+    if mask is not None and mask.shape[-1] != text.shape[1]:
         return tower, text
     of_end, length = getattr(tower, pool) == "argmax", text.shape[1]
-    rows = text.argmax(-1) if of_end else torch.full((len(text),), length - 1, device=text.device)
+    rows = text.argmax(-1) if of_end else torch.full(text.shape[:1], length - 1, device=text.device)
     changes: dict[str, Any] = {pool: "first"}
     if of_end and mask is not None and is_causal_mask(mask):
         length = int(rows.max()) + 1

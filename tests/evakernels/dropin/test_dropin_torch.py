@@ -219,6 +219,16 @@ def test_a_compiled_model_may_be_accelerated_before_its_first_call_and_after(cal
     close(actual, run(family, untouched, 1))
 
 
+@pytest.mark.parametrize("name", ["eva02", "open-clip", "clip"])
+def test_a_program_is_exported_for_batches_of_any_size(name):
+    family, model, untouched = _pair(name)
+    inputs = family.inputs(1)
+    batches = {key: {0: torch.export.Dim.AUTO} for key in inputs}
+    program = torch.export.export(model, (), inputs, dynamic_shapes=batches).module()
+    twice = {key: torch.cat((value, value)) for key, value in inputs.items()}
+    close(family.features(program, twice), family.features(untouched, twice))
+
+
 # --- checkpointing and sharding -------------------------------------------------------------------------------------
 
 
