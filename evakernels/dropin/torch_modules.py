@@ -18,6 +18,8 @@ from evakernels.ops import gelu, layer_norm, rms_norm, rope_attention
 class Linear(Swapped):
     """On a CPU, by oneDNN where that is faster."""
 
+    linear_weights = ("weight",)
+
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias, forced=self.is_forced)
 

@@ -169,10 +169,11 @@ def freeze(model: Model, *, int8: bool | Callable[[str], bool] = False) -> Model
     itself (`freezing`).
 
     Args:
-        model: in evaluation mode, on a CPU. Of each `torch.nn.Linear` the weight is frozen, and of other modules the
-            parameters that their class names in `linear_weights`. No parameter wants a gradient afterwards but those
-            of a `torch.nn.MultiheadAttention` that `evakernels.accelerate` doesn't serve. It stays as it is: torch
-            takes several times as long for it in bfloat16 where its weights have no gradient.
+        model: in evaluation mode, on a CPU. Of each `torch.nn.Linear` the weight is frozen, unless its class has a
+            forward of its own, and of other modules the parameters that their class names in `linear_weights`. No
+            parameter wants a gradient afterwards but those of a `torch.nn.MultiheadAttention` that
+            `evakernels.accelerate` doesn't serve. It stays as it is: torch takes several times as long for it in
+            bfloat16 where its weights have no gradient.
         int8: compute in 8 bits: weights with a scale for each output, inputs with one for each row, sums in 32 bits. A
             function tells of the name of a parameter, as in `named_parameters`, whether to.
 
@@ -276,7 +277,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     """Modules, and name in the model and value of their parameters that products of linear layers take."""
     closed = _parts_of_torch_attention(model)
     for path, module in model.named_modules():
-        names: tuple[str, ...] = getattr(module, "linear_weights", ("weight",) if isinstance(module, nn.Linear) else ())
+        of_torch = ("weight",) if type(module).forward is nn.Linear.forward else ()
+        names: tuple[str, ...] = getattr(module, "linear_weights", of_torch)
         for name in names if module not in closed else ():
             weight = module._parameters.get(name)
             if weight is not None:

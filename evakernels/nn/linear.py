@@ -40,6 +40,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, forced: boo
 class Linear(nn.Linear):
     """`torch.nn.Linear`, computed by `evakernels.nn.linear`."""
 
+    linear_weights = ("weight",)
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 

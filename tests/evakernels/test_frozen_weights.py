@@ -205,6 +205,19 @@ def test_a_weight_that_an_embedding_has_too_stays_as_it_is():
     assert not tied[1].weight.requires_grad
 
 
+def test_a_forward_of_its_own_keeps_its_weight():
+    """As FalconLinear, which reads a view of it."""
+
+    class Transposed(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T
+
+    layer, x = Transposed(4, 8).eval(), torch.randn(2, 4)
+    expected = layer(x)
+    evakernels.accelerate(layer, freeze=True)
+    assert torch.equal(layer(x), expected)
+
+
 def test_what_was_trained_is_again():
     partly = model()
     partly[0].weight.requires_grad_(False)
