@@ -58,15 +58,19 @@ class Ending:
         norm: name of the norm behind them.
         attention: class of the attention in the last of them.
         methods: of the tower, those that its own code calls.
+        more: tells why a tower needs more tokens of its last block than one, or None.
     """
 
     path: tuple[str, ...]
     norm: str
     attention: type
     methods: tuple[str, ...]
+    more: Callable[[Any], str | None]
 
     def reason(self, tower: Any, class_of: Callable[[Any], type] = type) -> str | None:
         """Why the last block of a tower can't end with fewer tokens, where `class_of` tells the classes of modules."""
+        if (more := self.more(tower)) is not None:
+            return more
         *_, blocks = self._path(tower)
         if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks):
             return "it has no list of blocks"

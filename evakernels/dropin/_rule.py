@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evakernels.dropin import _form, _pooled, _swap
-from evakernels.dropin._gate import DEVICES, DTYPES, is_served
+from evakernels.dropin._gate import DEVICES, DTYPES, OPS, is_served
 from evakernels.dropin._serve import ROLES
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -34,9 +34,9 @@ class Rule:
     Args:
         forward: class with the forward.
         target: the class, `package.module.Class`; its forward must have a known form.
-        op: what runs instead, as the report names it.
-        gate: name of the op in `_gate`, or a function of the module that tells it; `"torch"` for what torch's own
-            operators do everywhere.
+        gate: name in `_gate` of what runs instead, or a function of the module that tells it; `"linear"` for oneDNN's
+            products, `"torch"` for what torch's own operators do everywhere.
+        op: what runs instead, as the report names it, where that isn't the op of the gate.
         helpers: functions that the class's forward calls and the new one stands for; their forms are known too.
         reason: tells why this module isn't for the rule, such as an option that the forward doesn't have.
         any_class: serve every class whose forward reads like that of `target`.
@@ -48,8 +48,8 @@ class Rule:
 
     forward: type[_swap.Swapped]
     target: str
-    op: str
     gate: str | Callable[[Any], str]
+    op: str = ""
     helpers: tuple[str, ...] = ()
     reason: Callable[[Any], str | None] = field(default=_fits)
     any_class: bool = False
@@ -76,7 +76,7 @@ class Rule:
         dtype = torch.float32 if parameter is None else parameter.dtype
         if device == "meta":
             return "of its later device"
-        name = self.gate if isinstance(self.gate, str) else self.gate(module)
+        name = self._gate_of(module)
         if name == "torch":
             return "torch" if dtype in DTYPES else None
         if name == "linear":
@@ -84,6 +84,13 @@ class Rule:
         if not is_served(name, device, dtype, forced):
             return None
         return "cpu" if device == "cpu" else "cuda or triton"
+
+    def op_of(self, module: Any) -> str:
+        """What runs instead of the module's own code, as the report names it."""
+        return self.op or OPS[self._gate_of(module)].removesuffix("_forward")
+
+    def _gate_of(self, module: Any) -> str:
+        return self.gate if isinstance(self.gate, str) else self.gate(module)
 
 
 def _linear_dtypes(forced: bool) -> frozenset[torch.dtype]:

@@ -210,8 +210,8 @@ class _Plan:
         forced = (self.force and included) or getattr(current, "is_forced", False)
         rule, verified, reason = self._settle(module, cls, known)
         reason = reason or rule.reason(module)
-        if rule.ending is not None and reason is None:
-            reason = rule.ending.reason(module, self._class_of)
+        if rule.ending is not None:
+            reason = reason or rule.ending.reason(module, self._class_of)
         if reason is not None:
             library = known.library if reason.startswith("unknown version") else ""
             return Left(name, cls.__name__, reason, library), current
@@ -219,20 +219,18 @@ class _Plan:
         backend = rule.backend(module, forced)
         if backend is None:
             return Left(name, cls.__name__, _rule.why_not_here(module, forced)), served
-        return Replaced(name, cls.__name__, rule.op, backend, verified), served
+        return Replaced(name, cls.__name__, rule.op_of(module), backend, verified), served
 
     def _class_of(self, module: Any) -> type:
         return self.classes.get(module) or type(module)
 
     def learn_roles(self, modules: list[tuple[str, nn.Module, type]]) -> None:
         """Tries the children that fused steps would read, before the modules that hold them."""
+        if self.trials is None:
+            return
         for _, module, cls in modules:
-            role = None if self.trials is None else _rule.doubtful_role(cls)
-            if (
-                role is not None
-                and self.trials is not None
-                and self.trials.difference(module, cls, ROLE_RULES[role]) is None
-            ):
+            role = _rule.doubtful_role(cls)
+            if role is not None and self.trials.difference(module, cls, ROLE_RULES[role]) is None:
                 ROLES[cls] = role
 
     def _settle(self, module: nn.Module, cls: type, known: _Known) -> tuple[_rule.Rule, bool, str | None]:

@@ -12,7 +12,7 @@ from evakernels.dropin._gate import serves
 from evakernels.dropin._rule import Call, Rule
 from evakernels.dropin._serve import add, add_norm, drops
 from evakernels.dropin._swap import Swapped
-from evakernels.dropin.timm import LayerNorm
+from evakernels.dropin.timm import LayerNorm, block_gate, masked
 from evakernels.dropin.torch_modules import QuickGELU as _QuickGELU
 from evakernels.dropin.torch_modules import is_causal_mask, last_dimension
 from evakernels.nn import linear
@@ -91,21 +91,9 @@ def _has_dot_products(module: Any) -> str | None:
 
 # --- towers ---------------------------------------------------------------------------------------------------------
 
-_VISION, _TEXT = (
-    _pooled.Ending(("transformer", "resblocks"), norm, torch.nn.MultiheadAttention, methods)
-    for norm, methods in (("ln_post", ("_pool", "_global_pool")), ("ln_final", ("_embeds",)))
-)
 
-
-class VisionTower(Swapped):
-    """Of which the class token is read."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        tower = self
-        if _all_are_read(self) is None and _VISION.may_be_early(self, x):
-            tower = _VISION.early(self, _pooled.Read())
-        features: Tensor = super(VisionTower, tower).forward(x)
-        return features
+def _first(module: Any) -> str | None:
+    return None if getattr(module, "batch_first", True) else "its sequences come first"
 
 
 def _all_are_read(module: Any) -> str | None:
@@ -114,8 +102,26 @@ def _all_are_read(module: Any) -> str | None:
     return _first(module.transformer) if read else "all of its tokens are read"
 
 
-def _first(module: Any) -> str | None:
-    return None if getattr(module, "batch_first", True) else "its sequences come first"
+def _reads_more(module: Any) -> str | None:
+    """Why a text tower has to compute more tokens than one."""
+    pool = getattr(module, "text_pool_type", getattr(module, "pool_type", None))
+    of_class = getattr(module, "cls_emb", None) is not None or getattr(module, "use_pad_mask", False)
+    read = pool in ("argmax", "last") and not of_class and not getattr(module, "output_tokens", False)
+    return _first(module.transformer) if read else "all of its tokens are read"
+
+
+_PATH = ("transformer", "resblocks")
+_VISION = _pooled.Ending(_PATH, "ln_post", torch.nn.MultiheadAttention, ("_pool", "_global_pool"), _all_are_read)
+_TEXT = _pooled.Ending(_PATH, "ln_final", torch.nn.MultiheadAttention, ("_embeds",), _reads_more)
+
+
+class VisionTower(Swapped):
+    """Of which the class token is read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tower: Any = _VISION.early(self, _pooled.Read()) if _VISION.may_be_early(self, x) else self
+        features: Tensor = super(VisionTower, tower).forward(x)
+        return features
 
 
 class TextTower(Swapped):
@@ -143,7 +149,7 @@ def _of_end(tower: Any, text: Tensor, pool: str) -> tuple[Any, Tensor]:
     cut there.
     """
     mask = tower.attn_mask
-    if _reads_more(tower) or not _TEXT.may_be_early(tower, text) or text.dim() != 2 or text.shape[0] == 0:
+    if not _TEXT.may_be_early(tower, text) or text.dim() != 2 or text.shape[0] == 0:
         return tower, text
     if mask is not None and mask.shape[-1] != text.shape[1]:
         return tower, text
@@ -155,14 +161,6 @@ def _of_end(tower: Any, text: Tensor, pool: str) -> tuple[Any, Tensor]:
         positions = tower.positional_embedding[:length]
         changes.update(attn_mask=mask[:length, :length], positional_embedding=positions)
     return _TEXT.early(tower, _pooled.Read(rows), **changes), text[:, :length]
-
-
-def _reads_more(module: Any) -> str | None:
-    """Why a text tower has to compute more tokens than one."""
-    pool = getattr(module, "text_pool_type", getattr(module, "pool_type", None))
-    of_class = getattr(module, "cls_emb", None) is not None or getattr(module, "use_pad_mask", False)
-    read = pool in ("argmax", "last") and not of_class and not getattr(module, "output_tokens", False)
-    return _first(module.transformer) if read else "all of its tokens are read"
 
 
 class PatchDropout(Swapped):
@@ -256,16 +254,7 @@ def _loss_dtype(image: Tensor, logit_scale: Tensor) -> torch.dtype:
     return torch.float32 if is_on(image.device.type) else torch.result_type(image, logit_scale)
 
 
-def _gate(module: Any) -> str:
-    scaled = type(module.ls_1) is not torch.nn.Identity
-    return "scaled_add_norm" if scaled else "add_norm"
-
-
 # --- what to try a module of an unknown form with --------------------------------------------------------------------
-
-
-def _masked(module: Any, x: Tensor) -> list[Call]:
-    return [((x,), {}), ((x,), {"attn_mask": torch.randn_like(x @ x.mT)[0]})]
 
 
 def _pairs(module: Any, x: Tensor) -> list[Call]:
@@ -279,81 +268,52 @@ def _pairs(module: Any, x: Tensor) -> list[Call]:
 
 
 _TRANSFORMER, _LOSS = "open_clip.transformer", "open_clip.loss"
+_SCALE = (f"{_TRANSFORMER}.LayerScale.forward",)
+
+
+def _tower(forward: type[Swapped], name: str, token: str, ending: _pooled.Ending, *helpers: str) -> Rule:
+    forms = *helpers, "open_clip.transformer.Transformer.forward"
+    return Rule(forward, name, "torch", f"last block, {token}", forms, ending=ending)
+
+
+def _loss(forward: type[Swapped], gate: str, *helpers: str) -> Rule:
+    name = forward.__name__
+    return Rule(forward, f"{_LOSS}.{name}", gate, gate, tuple(f"{_LOSS}.{part}" for part in helpers), calls=_pairs)
+
 
 RULES = (
-    Rule(LayerNorm, f"{_TRANSFORMER}.LayerNorm", "layer_norm", "layer_norm", reason=last_dimension),
-    Rule(LayerNorm, f"{_TRANSFORMER}.LayerNormFp32", "layer_norm", "layer_norm", reason=last_dimension),
-    Rule(QuickGELU, f"{_TRANSFORMER}.QuickGELU", "gelu", "quick_gelu"),
-    Rule(
-        ResidualAttentionBlock,
-        f"{_TRANSFORMER}.ResidualAttentionBlock",
-        "add_layer_norm",
-        _gate,
-        helpers=(f"{_TRANSFORMER}.LayerScale.forward",),
-        calls=_masked,
+    Rule(LayerNorm, f"{_TRANSFORMER}.LayerNorm", "layer_norm", reason=last_dimension),
+    Rule(LayerNorm, f"{_TRANSFORMER}.LayerNormFp32", "layer_norm", reason=last_dimension),
+    Rule(QuickGELU, f"{_TRANSFORMER}.QuickGELU", "quick_gelu"),
+    *(
+        Rule(forward, f"{_TRANSFORMER}.{forward.__name__}", block_gate, helpers=_SCALE, calls=masked)
+        for forward in (ResidualAttentionBlock, CustomResidualAttentionBlock)
     ),
-    Rule(
-        CustomResidualAttentionBlock,
-        f"{_TRANSFORMER}.CustomResidualAttentionBlock",
-        "add_layer_norm",
-        _gate,
-        helpers=(f"{_TRANSFORMER}.LayerScale.forward",),
-        calls=_masked,
-    ),
-    Rule(
-        Attention, f"{_TRANSFORMER}.Attention", "rope_attention", "attention", reason=_has_dot_products, calls=_masked
-    ),
-    Rule(PatchDropout, f"{_TRANSFORMER}.PatchDropout", "token_dropout", "token_dropout"),
-    Rule(
+    Rule(Attention, f"{_TRANSFORMER}.Attention", "attention", reason=_has_dot_products, calls=masked),
+    Rule(PatchDropout, f"{_TRANSFORMER}.PatchDropout", "token_dropout"),
+    _tower(
         VisionTower,
         f"{_TRANSFORMER}.VisionTransformer",
-        "last block, class token",
-        "torch",
-        helpers=tuple(
-            f"{_TRANSFORMER}.{name}"
-            for name in ("VisionTransformer._pool", "VisionTransformer._global_pool", "Transformer.forward")
-        ),
-        reason=_all_are_read,
-        ending=_VISION,
+        "class token",
+        _VISION,
+        *(f"{_TRANSFORMER}.VisionTransformer.{name}" for name in _VISION.methods),
     ),
-    Rule(
+    _tower(
         TextTower,
         f"{_TRANSFORMER}.TextTransformer",
-        "last block, end token",
-        "torch",
-        helpers=tuple(
-            f"{_TRANSFORMER}.{name}" for name in ("TextTransformer._embeds", "text_global_pool", "Transformer.forward")
-        ),
-        reason=_reads_more,
-        ending=_TEXT,
+        "end token",
+        _TEXT,
+        f"{_TRANSFORMER}.TextTransformer._embeds",
+        f"{_TRANSFORMER}.text_global_pool",
     ),
-    Rule(
+    _tower(
         Clip,
         "open_clip.model.CLIP",
-        "last block, end token",
-        "torch",
-        helpers=(
-            "open_clip.model.CLIP.encode_text",
-            f"{_TRANSFORMER}.text_global_pool",
-            f"{_TRANSFORMER}.Transformer.forward",
-        ),
-        reason=_reads_more,
-        ending=_TEXT,
+        "end token",
+        _TEXT,
+        "open_clip.model.CLIP.encode_text",
+        f"{_TRANSFORMER}.text_global_pool",
     ),
-    Rule(
-        ClipLoss,
-        f"{_LOSS}.ClipLoss",
-        "clip_loss",
-        "clip_loss",
-        helpers=tuple(f"{_LOSS}.{n}" for n in ("ClipLoss.get_logits", "ClipLoss.get_ground_truth", "gather_features")),
-        calls=_pairs,
-    ),
-    Rule(
-        SigLipLoss,
-        f"{_LOSS}.SigLipLoss",
-        "siglip_loss",
-        "siglip_loss",
-        helpers=tuple(f"{_LOSS}.SigLipLoss.{n}" for n in ("get_ground_truth", "get_logits", "_loss")),
-        calls=_pairs,
-    ),
+    _loss(ClipLoss, "clip_loss", "ClipLoss.get_logits", "ClipLoss.get_ground_truth", "gather_features"),
+    _loss(SigLipLoss, "siglip_loss", *(f"SigLipLoss.{name}" for name in ("get_ground_truth", "get_logits", "_loss"))),
 )

@@ -50,23 +50,21 @@ class RMSNorm(Swapped):
 
 
 class GELU(Swapped):
-    """By tanh, the only one that some classes have, or exact."""
+    """By tanh, the only one that some classes have, or as torch's module says."""
+
+    approximate = "tanh"
 
     def forward(self, input: Tensor) -> Tensor:
         if serves(_gelu_gate(self), input, forced=self.is_forced):
-            return gelu(input, approximate=getattr(self, "approximate", "tanh"))
+            return gelu(input, approximate=self.approximate)
         y: Tensor = super().forward(input)
         return y
 
 
-class QuickGELU(Swapped):
+class QuickGELU(GELU):
     """CLIP's, of three libraries."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if serves("quick_gelu", input, forced=self.is_forced):
-            return gelu(input, approximate="sigmoid")
-        y: Tensor = super().forward(input)
-        return y
+    approximate = "sigmoid"
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -197,21 +195,21 @@ def by_silu(module: Any) -> str | None:
 
 
 def _gelu_gate(module: Any) -> str:
-    return "gelu" if getattr(module, "approximate", "tanh") == "tanh" else "exact_gelu"
+    return {"tanh": "gelu", "none": "exact_gelu", "sigmoid": "quick_gelu"}[module.approximate]
 
 
 _NORMS = "torch.nn.modules.normalization"
 
 RULES = (
     Rule(Linear, "torch.nn.modules.linear.Linear", "linear", "linear"),
-    Rule(LayerNorm, f"{_NORMS}.LayerNorm", "layer_norm", "layer_norm", reason=last_dimension),
+    Rule(LayerNorm, f"{_NORMS}.LayerNorm", "layer_norm", reason=last_dimension),
     Rule(RMSNorm, f"{_NORMS}.RMSNorm", "rms_norm", "rms_norm", reason=last_dimension),
-    Rule(GELU, "torch.nn.modules.activation.GELU", "gelu", _gelu_gate),
+    Rule(GELU, "torch.nn.modules.activation.GELU", _gelu_gate),
     Rule(
         MultiheadAttention,
         "torch.nn.modules.activation.MultiheadAttention",
-        "linear, rope_attention",
         "multi_head",
+        "linear, rope_attention",
         reason=_packs_all,
         calls=_with_itself_and_others,
     ),
