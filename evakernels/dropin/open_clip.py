@@ -10,7 +10,7 @@ from torch import Tensor
 from evakernels.dropin import _pooled
 from evakernels.dropin._gate import serves
 from evakernels.dropin._rule import Call, Rule
-from evakernels.dropin._serve import add, add_norm, drops
+from evakernels.dropin._serve import add, add_norm, drops, is_watched
 from evakernels.dropin._swap import Swapped
 from evakernels.dropin.timm import LayerNorm, block_gate, masked
 from evakernels.dropin.torch_modules import QuickGELU as _QuickGELU
@@ -156,7 +156,8 @@ def _of_end(tower: Any, text: Tensor, pool: str) -> tuple[Any, Tensor]:
     of_end, length = getattr(tower, pool) == "argmax", text.shape[1]
     rows = text.argmax(-1) if of_end else torch.full(text.shape[:1], length - 1, device=text.device)
     changes: dict[str, Any] = {pool: "first"}
-    if of_end and mask is not None and is_causal_mask(mask):
+    parts = tower.token_embedding, *tower.transformer.modules()
+    if of_end and mask is not None and is_causal_mask(mask) and not any(map(is_watched, parts)):
         length = int(rows.max()) + 1
         positions = tower.positional_embedding[:length]
         changes.update(attn_mask=mask[:length, :length], positional_embedding=positions)

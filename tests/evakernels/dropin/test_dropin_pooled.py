@@ -112,6 +112,16 @@ def test_both_towers_of_open_clip(name, lengths, ends):
     assert 12 not in ends or max(lengths) == 12
 
 
+@pytest.mark.parametrize("name", ["token_embedding", "transformer.resblocks.0", "transformer.resblocks.0.ln_1"])
+def test_who_watches_a_text_tower_sees_the_whole_text(name):
+    model, seen = accelerated(OPEN_CLIP["open-clip"].build()), []
+    model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    text = torch.zeros(4, 12, dtype=torch.long)
+    text[:, 3] = END
+    model.encode_text(text)
+    assert seen == [(4, 12, 64)]
+
+
 def test_blocks_that_are_compiled_on_their_own_compute_all_tokens():
     untouched = OPEN_CLIP["open-clip"].build()
     model = accelerated(untouched)
