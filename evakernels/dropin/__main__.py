@@ -4,10 +4,10 @@ A folder is a site-packages or an unpacked sdist or wheel. The forms of another 
 pass with it.
 """
 
+import argparse
 import ast
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,13 @@ from evakernels.dropin._form import FORMS, fingerprint
 from evakernels.dropin._rule import form_names
 
 
-def add(known: dict[str, dict[str, str]], names: list[str], folder: Path) -> None:
-    """Adds the forms of `names` that the sources in `folder` have, a site-packages or an unpacked sdist or wheel."""
+def add(known: dict[str, dict[str, str]], names: list[str], folder: Path) -> int:
+    """Adds the forms of `names` that the sources in `folder` have, a site-packages or an unpacked sdist or wheel.
+
+    Returns:
+        How many it has, known before or not.
+    """
+    count = 0
     for name in names:
         source, version = _source(folder, name), _version(folder, name.partition(".")[0])
         form = None if source is None else fingerprint(source)
@@ -24,6 +29,8 @@ def add(known: dict[str, dict[str, str]], names: list[str], folder: Path) -> Non
             of_name = known.setdefault(name, {})
             versions = {*of_name.get(form, "").split(), version}
             of_name[form] = " ".join(sorted(versions, key=lambda v: [int(n) for n in re.findall(r"\d+", v)]))
+            count += 1
+    return count
 
 
 def _version(folder: Path, library: str) -> str | None:
@@ -56,14 +63,17 @@ def _definition(text: str, path: list[str]) -> str | None:
     return ast.unparse(scope)
 
 
-def main(folders: list[str]) -> None:
-    """Reads the folders' sources and rewrites `forms.json`."""
+def main(arguments: list[str] | None = None) -> None:
+    """Reads the folders' sources and rewrites `forms.json`, unless one of them has no form."""
+    parser = argparse.ArgumentParser(prog="python -m evakernels.dropin", description="Adds known forms of libraries.")
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a site-packages, or an unpacked sdist or wheel")
     names = form_names()
     known = {name: forms for name, forms in json.loads(FORMS.read_text()).items() if name in names}
-    for folder in folders:
-        add(known, names, Path(folder))
+    for folder in parser.parse_args(arguments).folders:
+        if not add(known, names, Path(folder)):
+            parser.error(f"no release of timm, open_clip or transformers is in {folder}, or none with its version")
     FORMS.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

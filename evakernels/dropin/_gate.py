@@ -19,7 +19,7 @@ _HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *_HALF)
 """Those that any op serves."""
 
-_OPS = {
+OPS = {
     "layer_norm": "layer_norm_forward",
     "rms_norm": "layer_norm_forward",
     "add_norm": "add_layer_norm_forward",
@@ -106,7 +106,7 @@ _GPU = {name: dict.fromkeys(DTYPES, 0) for name in _CPU if name not in (*_PRODUC
 
 def _is_live(name: str, device: str) -> bool:
     """Whether compiled or Triton kernels serve the op on this type of device; the reference would be slower."""
-    op = _OPS[name]
+    op = OPS[name]
     if _native.implemented(op, device):
         return True
     of_triton = any(op in ops for ops in triton.FAMILIES.values())
@@ -134,7 +134,7 @@ _SERVED: dict[tuple[str, str, torch.dtype], int] = {
 
 
 _FORCED: dict[tuple[str, str, torch.dtype], int] = {
-    (name, device, dtype): 0 for device in DEVICES for name in _OPS if _is_live(name, device) for dtype in DTYPES
+    (name, device, dtype): 0 for device in DEVICES for name in OPS if _is_live(name, device) for dtype in DTYPES
 }
 """The same for modules that are to run on the ops whether that is worth it or not."""
 

@@ -5,6 +5,7 @@ of which that is certain runs its own forward on a view of itself, whose last bl
 doesn't change, so whatever else is asked of it, such as all tokens, comes out as before.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from evakernels.dropin._gate import DTYPES, is_ordinary
-from evakernels.dropin._serve import is_watched, role
+from evakernels.dropin._serve import ROLES, is_watched
 from evakernels.dropin._swap import Swapped
 
 _OF_EACH_TOKEN = frozenset(
@@ -57,12 +58,29 @@ class Ending:
         norm: name of the norm behind them.
         attention: class of the attention in the last of them.
         methods: of the tower, those that its own code calls.
+        more: tells why a tower needs more tokens of its last block than one, or None.
     """
 
     path: tuple[str, ...]
     norm: str
     attention: type
     methods: tuple[str, ...]
+    more: Callable[[Any], str | None]
+
+    def reason(self, tower: Any, class_of: Callable[[Any], type] = type) -> str | None:
+        """Why the last block of a tower can't end with fewer tokens, where `class_of` tells the classes of modules."""
+        if (more := self.more(tower)) is not None:
+            return more
+        *_, blocks = self._path(tower)
+        if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks):
+            return "it has no list of blocks"
+        last, norm = blocks[-1], tower._modules[self.norm]
+        attention = getattr(last, "attn", None)
+        if not issubclass(class_of(last), Swapped) or not issubclass(class_of(attention), self.attention):
+            return f"its last block, {class_of(last).__name__}, computes all tokens"
+        strange = [part for part in last.modules() if not _is_of_each_token(class_of(part))]
+        strange += [norm] if ROLES.get(class_of(norm)) not in ("layer_norm", "rms_norm", "identity") else []
+        return f"{class_of(strange[0]).__name__} may need all tokens" if strange else None
 
     def may_be_early(self, tower: Any, x: Tensor) -> bool:
         """Whether for the input `x` nothing behind the last attention needs, or shows, other tokens than are read.
@@ -70,40 +88,36 @@ class Ending:
         Not where somebody watches, nor where dropout would draw other random numbers, nor in float64, of which no bit
         is to change.
         """
-        if not is_ordinary(x) or any(name in tower.__dict__ for name in self.methods):
+        if not is_ordinary(x) or any(name in tower.__dict__ for name in self.methods) or self.reason(tower) is not None:
             return False
-        part = tower
-        for name in self.path:
-            part = part._modules[name]
-            if is_watched(part):
-                return False
-        last = part[-1]
+        _, *path = self._path(tower)
+        parameter = next(path[-1][-1].parameters(), None)  # none where FSDP1 has flattened them
+        parts = (*path, tower._modules[self.norm], *path[-1][-1].modules())
         return (
-            isinstance(last, Swapped)
-            and isinstance(last.attn, self.attention)
-            and next(last.parameters()).dtype in DTYPES
-            and role(tower._modules[self.norm]) in ("layer_norm", "rms_norm", "identity")
-            and all(_is_of_each_token(module) for module in last.modules())
+            parameter is not None
+            and parameter.dtype in DTYPES
+            and not any(is_watched(part) or (part.training and _dropout(part) > 0) for part in parts)
         )
 
     def early(self, tower: Any, read: Read, **changes: Any) -> Any:
         """A view of the tower, with `changes`, whose last block ends with the tokens that are read."""
-        lists = [tower]
-        for name in self.path:
-            lists.append(lists[-1]._modules[name])
-        blocks = lists.pop()
+        *parts, blocks = self._path(tower)
         seen = view(blocks, **{str(len(blocks) - 1): view(blocks[-1], read=read)})
-        for part, name in zip(reversed(lists[1:]), reversed(self.path[1:]), strict=True):
+        for part, name in zip(reversed(parts[1:]), reversed(self.path[1:]), strict=True):
             seen = view(part, **{name: seen})
         return view(tower, **{self.path[0]: seen}, **changes)
 
+    def _path(self, tower: Any) -> list[Any]:
+        """The tower, and what leads from it to the list of its blocks."""
+        parts = [tower]
+        for name in self.path:
+            parts.append(getattr(parts[-1], "_modules", {}).get(name))
+        return parts
 
-def _is_of_each_token(module: nn.Module) -> bool:
-    if is_watched(module) or (module.training and _dropout(module) > 0):
-        return False
-    cls = type(module)
+
+def _is_of_each_token(cls: type) -> bool:
     known = cls in _OF_EACH_TOKEN or f"{cls.__module__}.{cls.__qualname__}" in _OF_EACH_TOKEN_BY_NAME
-    return known or isinstance(module, Swapped) or role(module) is not None
+    return known or issubclass(cls, Swapped) or cls in ROLES
 
 
 def _dropout(module: nn.Module) -> float:

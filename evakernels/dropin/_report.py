@@ -80,6 +80,10 @@ class Report:
     attentions: frozenset[str] = frozenset()
     tried: bool = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy and a pickle are of no model: nothing copies or pickles a weak reference."""
+        return {**self.__dict__, "model": None}
+
     @property
     def unknown(self) -> list[Left]:
         """What was left because its form isn't known."""

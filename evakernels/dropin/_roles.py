@@ -41,4 +41,4 @@ _FORWARDS = {
     "drop_path": DropPath,
     "silu": SiLU,
 }
-ROLE_RULES = {role: Rule(forward, f"{role}.", "", "") for role, forward in _FORWARDS.items()}
+ROLE_RULES = {role: Rule(forward, f"{role}.", "") for role, forward in _FORWARDS.items()}

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evakernels.dropin import _form, _swap
-from evakernels.dropin._gate import DEVICES, is_served
+from evakernels.dropin import _form, _pooled, _swap
+from evakernels.dropin._gate import DEVICES, DTYPES, OPS, is_served
 from evakernels.dropin._serve import ROLES
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -34,27 +34,28 @@ class Rule:
     Args:
         forward: class with the forward.
         target: the class, `package.module.Class`; its forward must have a known form.
-        op: what runs instead, as the report names it.
-        gate: name of the op in `_gate`, or a function of the module that tells it; `"torch"` for what torch's own
-            operators do everywhere.
+        gate: name in `_gate` of what runs instead, or a function of the module that tells it; `"linear"` for oneDNN's
+            products, `"torch"` for what torch's own operators do everywhere.
+        op: what runs instead, as the report names it, where that isn't the op of the gate.
         helpers: functions that the class's forward calls and the new one stands for; their forms are known too.
         reason: tells why this module isn't for the rule, such as an option that the forward doesn't have.
         any_class: serve every class whose forward reads like that of `target`.
         hook: tells whether a class asks a public interface of its library, `target`, that serves it, whatever its
             source reads like.
         calls: arguments to try the module with, made of tokens `[2, N, C]` that fit it; all but the first may fail.
-            None for a whole model, which isn't tried.
+        ending: how a tower ends, which isn't tried.
     """
 
     forward: type[_swap.Swapped]
     target: str
-    op: str
     gate: str | Callable[[Any], str]
+    op: str = ""
     helpers: tuple[str, ...] = ()
     reason: Callable[[Any], str | None] = field(default=_fits)
     any_class: bool = False
     hook: Callable[[type], bool] | None = None
-    calls: Callable[[Any, Tensor], list[Call]] | None = field(default=_tokens_alone)
+    calls: Callable[[Any, Tensor], list[Call]] = field(default=_tokens_alone)
+    ending: _pooled.Ending | None = None
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -75,14 +76,21 @@ class Rule:
         dtype = torch.float32 if parameter is None else parameter.dtype
         if device == "meta":
             return "of its later device"
-        name = self.gate if isinstance(self.gate, str) else self.gate(module)
+        name = self._gate_of(module)
         if name == "torch":
-            return "torch"
+            return "torch" if dtype in DTYPES else None
         if name == "linear":
             return "oneDNN" if device == "cpu" and dtype in _linear_dtypes(forced) else None
         if not is_served(name, device, dtype, forced):
             return None
         return "cpu" if device == "cpu" else "cuda or triton"
+
+    def op_of(self, module: Any) -> str:
+        """What runs instead of the module's own code, as the report names it."""
+        return self.op or OPS[self._gate_of(module)].removesuffix("_forward")
+
+    def _gate_of(self, module: Any) -> str:
+        return self.gate if isinstance(self.gate, str) else self.gate(module)
 
 
 def _linear_dtypes(forced: bool) -> frozenset[torch.dtype]:

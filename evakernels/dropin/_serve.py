@@ -35,6 +35,7 @@ def is_watched(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or module._compiled_call_impl is not None  # what `module.compile()` sets, which has its own idea of the module
         or "forward" in module.__dict__
     )
 

@@ -44,9 +44,11 @@ class Swapped(nn.Module):
 
 
 def own_class(module: nn.Module) -> type:
-    """The module's class, seen through the one that FSDP2 puts in front of it."""
+    """The module's class, seen through those that FSDP2 and parametrizations put in front of it."""
     cls = type(module)
-    return cls.__bases__[-1] if _is_wrapper(cls) else cls
+    while _is_wrapper(cls):
+        cls = cls.__bases__[-1]
+    return cls
 
 
 def original_class(cls: type) -> type | None:
@@ -67,20 +69,27 @@ def served_class(original: type, forward: type[Swapped], forced: bool = False) -
 
 
 def set_class(module: nn.Module, cls: type) -> None:
-    """Gives the module the class `cls`, behind FSDP2's if that is there."""
-    current = type(module)
-    if _is_wrapper(current):
-        # Its forward isn't FSDP2's: transformers' layers put one into every subclass, with that of `current` inside.
-        left = "__dict__", "__weakref__", "forward"
-        kept = {name: value for name, value in vars(current).items() if name not in left}
-        cls = type(current.__name__, (*current.__bases__[:-1], cls), kept)
-    module.__class__ = cls
+    """Gives the module the class `cls`, behind what FSDP2 or a parametrization has put there."""
+    module.__class__ = _behind(type(module), cls)
+
+
+def _behind(current: type, cls: type) -> type:
+    if not _is_wrapper(current):
+        return cls
+    # Its forward isn't FSDP2's: transformers' layers put one into every subclass, with that of `current` inside.
+    left = "__dict__", "__weakref__", "forward"
+    kept = {name: value for name, value in vars(current).items() if name not in left}
+    *others, last = current.__bases__
+    return type(current.__name__, (*others, _behind(last, cls)), kept)
 
 
 def _is_wrapper(cls: type) -> bool:
-    """Such a class is made at run time, of a class of torch.distributed and the module's own."""
-    bases = cls.__bases__
-    return len(bases) == 2 and bases[0].__module__.startswith("torch.distributed.")
+    """Such a class is made at run time, of the module's own and, if it is FSDP2's, one of torch.distributed."""
+    of_fsdp = len(cls.__bases__) == 2 and cls.__bases__[0].__module__.startswith("torch.distributed.")
+    return of_fsdp or (cls.__module__ == _PARAMETRIZE and cls.__name__.startswith("Parametrized"))
+
+
+_PARAMETRIZE = "torch.nn.utils.parametrize"
 
 
 def _rebuild(original: type, forced: bool = False, forward: Any = None) -> Any:

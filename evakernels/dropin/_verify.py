@@ -144,7 +144,6 @@ def _values(parameter: Tensor) -> Tensor:
 def _calls(rule: Rule, module: nn.Module, dtype: torch.dtype) -> list[Call]:
     torch.manual_seed(1)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    assert rule.calls is not None
     return rule.calls(module, torch.randn(2, 20, _width(module), device=device, dtype=dtype, requires_grad=True))
 
 

@@ -4,7 +4,7 @@ import warnings
 import weakref
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -44,8 +44,9 @@ def accelerate(
 
     Args:
         model: any module; a loss is one too.
-        include: a pattern, or several, of what to serve: `fnmatch`'s, of a module's name in the model or its class, as
-            `"visual.*"` or `"EvaBlock"`. Other modules stay as they are; all are served by default.
+        include: a pattern, or several, of what to serve: `fnmatch`'s, of a module's class, as `"EvaBlock"`, or of its
+            name in the model, which stands for all that is below it, as `"visual"`. Other modules stay as they are;
+            all are served by default.
         exclude: the same of modules that keep their own code, or get it back. A module that isn't excluded may still
             read the parameters of an excluded child in one step with its own work.
         force: serve also what is left only because its own code is as fast, at every size, until `restore`.
@@ -55,16 +56,17 @@ def accelerate(
             and without a graph, in float32 (to 1e-5 of the largest value), float64, 16 bit and under autocast. That
             holds for these inputs; options of a call that weren't tried may still differ. It also tries subclasses.
         strict: raise where modules of an unknown form are left, instead of warning.
-        freeze: lay out the weights of linear layers for this CPU, by `evakernels.nn.freeze`: for inference alone.
+        freeze: lay out the weights of linear layers for this CPU, by `evakernels.nn.freeze`: for inference alone. Of
+            the whole model, whatever is included.
 
     Returns:
         What runs on which op and backend, and what was left and why; in its `watch` what then ran. `str` of it is a
         line such as "12 of 12 blocks, 109 of 110 modules" and a table.
 
     Raises:
-        TypeError: for what isn't an `nn.Module`.
-        ValueError: for a pattern that matches no module, which names the nearest, another `unknown`, or what `freeze`
-            can't take: a model in training mode or on a GPU.
+        TypeError: for what isn't an `nn.Module`, and a pattern that isn't a str.
+        ValueError: for a pattern that matches no module or, in `include`, none that there is a rule for, which names
+            the nearest; another `unknown`; or what `freeze` can't take: a model in training mode or on a GPU.
         RuntimeError: under `strict`, where modules of an unknown form are left.
 
     Warns:
@@ -77,16 +79,15 @@ def accelerate(
         frozen.check(model)
     _rule.prepare()
     named = [(name, module, _class_of(module)) for name, module in model.named_modules()]
-    choice = Choice([(name, cls.__name__) for name, _, cls in named], include, exclude)
+    plan = _Plan(force, Trials() if unknown == "verify" else None, [cls for *_, cls in named])
+    modules = [(name, cls.__name__) for name, _, cls in named]
+    known = [(name, cls.__name__) for name, _, cls in named if plan.known(cls).rule is not None]
+    plan.choice = Choice(modules, known, include, exclude)
     report = Report(model=weakref.ref(model), blocks=blocks(model), tried=unknown == "verify")
     report.attentions = attentions(model, report.blocks)
-    plan = _Plan(choice, force, Trials() if unknown == "verify" else None, [cls for *_, cls in named])
     plan.learn_roles(named)
-    classes: list[tuple[nn.Module, type]] = []
-    for name, module, _ in named:
-        found, cls = plan.step(name, module)
-        if cls is not _swap.own_class(module):
-            classes.append((module, cls))
+    steps = [(name, module, plan.step(name, module)) for name, module, _ in reversed(named)]
+    for name, module, found in reversed(steps):
         if isinstance(found, Replaced):
             report.replaced.append(found)
         elif found is not None:
@@ -97,7 +98,7 @@ def accelerate(
         raise RuntimeError(f"accelerate: {report.headline}; {report.unknown[0].reason}")
     if report.unknown:  # a filter may make an error of it, so before anything is changed
         warnings.warn(f"{report.headline} ({report.unknown[0].reason})", UnknownFormWarning, stacklevel=2)
-    _set_classes(classes)
+    _set_classes([(module, cls) for module, cls in plan.classes.items() if cls is not _swap.own_class(module)])
     if freeze:
         frozen.freeze(model)
     return report
@@ -163,7 +164,7 @@ def _known(cls: type, gone: list[str]) -> _Known:
         if changed is None:
             return _Known(rule)
         changed = f"{changed} reads differently"
-        if rule.calls is None:
+        if rule.ending is not None:
             return _Known(rule, changed)
         return _Known(rule, *_rule.stranger(rule.target, changed), hooked)
     if hooked is not None:
@@ -179,14 +180,21 @@ def _known(cls: type, gone: list[str]) -> _Known:
 
 
 class _Plan:
-    """What becomes of each module, without changing any."""
+    """What becomes of each module, without changing any; `classes` has the class that each is to have."""
 
-    def __init__(self, choice: Choice, force: bool, trials: Trials | None, classes: list[type]) -> None:
-        self.choice, self.force, self.trials = choice, force, trials
+    choice: Choice
+
+    def __init__(self, force: bool, trials: Trials | None, classes: list[type]) -> None:
+        self.force, self.trials = force, trials
         self.known = cache(partial(_known, gone=_rule.gone(classes)))
+        self.classes: dict[nn.Module, type] = {}
 
-    def step(self, name: str, module: nn.Module) -> tuple[Replaced | Left | None, type]:
-        """What to report of a module, and the class that it is to have."""
+    def step(self, name: str, module: nn.Module) -> Replaced | Left | None:
+        """What to report of a module, whose children had their steps before."""
+        found, self.classes[module] = self._step(name, module)
+        return found
+
+    def _step(self, name: str, module: nn.Module) -> tuple[Replaced | Left | None, type]:
         cls, current = _class_of(module), _swap.own_class(module)
         known = self.known(cls)
         if known.rule is None:
@@ -202,6 +210,8 @@ class _Plan:
         forced = (self.force and included) or getattr(current, "is_forced", False)
         rule, verified, reason = self._settle(module, cls, known)
         reason = reason or rule.reason(module)
+        if rule.ending is not None:
+            reason = reason or rule.ending.reason(module, self._class_of)
         if reason is not None:
             library = known.library if reason.startswith("unknown version") else ""
             return Left(name, cls.__name__, reason, library), current
@@ -209,17 +219,18 @@ class _Plan:
         backend = rule.backend(module, forced)
         if backend is None:
             return Left(name, cls.__name__, _rule.why_not_here(module, forced)), served
-        return Replaced(name, cls.__name__, rule.op, backend, verified), served
+        return Replaced(name, cls.__name__, rule.op_of(module), backend, verified), served
+
+    def _class_of(self, module: Any) -> type:
+        return self.classes.get(module) or type(module)
 
     def learn_roles(self, modules: list[tuple[str, nn.Module, type]]) -> None:
         """Tries the children that fused steps would read, before the modules that hold them."""
+        if self.trials is None:
+            return
         for _, module, cls in modules:
-            role = None if self.trials is None else _rule.doubtful_role(cls)
-            if (
-                role is not None
-                and self.trials is not None
-                and self.trials.difference(module, cls, ROLE_RULES[role]) is None
-            ):
+            role = _rule.doubtful_role(cls)
+            if role is not None and self.trials.difference(module, cls, ROLE_RULES[role]) is None:
                 ROLES[cls] = role
 
     def _settle(self, module: nn.Module, cls: type, known: _Known) -> tuple[_rule.Rule, bool, str | None]:
@@ -230,7 +241,7 @@ class _Plan:
             return rule, False, None
         if rule.forward in type(module).__mro__:  # an earlier call has tried it
             return rule, True, None
-        if self.trials is not None and rule.calls is not None:
+        if self.trials is not None and rule.ending is None:
             found = _tried(self.trials, module, cls, rule)
             if found is None:
                 return rule, True, None

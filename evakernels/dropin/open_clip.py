@@ -10,9 +10,9 @@ from torch import Tensor
 from evakernels.dropin import _pooled
 from evakernels.dropin._gate import serves
 from evakernels.dropin._rule import Call, Rule
-from evakernels.dropin._serve import add, add_norm, drops
+from evakernels.dropin._serve import add, add_norm, drops, is_watched
 from evakernels.dropin._swap import Swapped
-from evakernels.dropin.timm import LayerNorm
+from evakernels.dropin.timm import LayerNorm, block_gate, masked
 from evakernels.dropin.torch_modules import QuickGELU as _QuickGELU
 from evakernels.dropin.torch_modules import is_causal_mask, last_dimension
 from evakernels.nn import linear
@@ -86,43 +86,42 @@ class Attention(Swapped):
 
 
 def _has_dot_products(module: Any) -> str | None:
-    if not getattr(module, "batch_first", True):
-        return "its sequences come first"
-    return None if module.logit_scale is None else "its scores are cosines"
+    return _first(module) or (None if module.logit_scale is None else "its scores are cosines")
 
 
 # --- towers ---------------------------------------------------------------------------------------------------------
 
-_VISION, _TEXT = (
-    _pooled.Ending(("transformer", "resblocks"), norm, torch.nn.MultiheadAttention, methods)
-    for norm, methods in (("ln_post", ("_pool", "_global_pool")), ("ln_final", ("_embeds",)))
-)
+
+def _first(module: Any) -> str | None:
+    return None if getattr(module, "batch_first", True) else "its sequences come first"
+
+
+def _all_are_read(module: Any) -> str | None:
+    """Why the last block has to compute all patches."""
+    read = module.pool_type == "tok" and module.attn_pool is None and not module.output_tokens
+    return _first(module.transformer) if read else "all of its tokens are read"
+
+
+def _reads_more(module: Any) -> str | None:
+    """Why a text tower has to compute more tokens than one."""
+    pool = getattr(module, "text_pool_type", getattr(module, "pool_type", None))
+    of_class = getattr(module, "cls_emb", None) is not None or getattr(module, "use_pad_mask", False)
+    read = pool in ("argmax", "last") and not of_class and not getattr(module, "output_tokens", False)
+    return _first(module.transformer) if read else "all of its tokens are read"
+
+
+_PATH = ("transformer", "resblocks")
+_VISION = _pooled.Ending(_PATH, "ln_post", torch.nn.MultiheadAttention, ("_pool", "_global_pool"), _all_are_read)
+_TEXT = _pooled.Ending(_PATH, "ln_final", torch.nn.MultiheadAttention, ("_embeds",), _reads_more)
 
 
 class VisionTower(Swapped):
     """Of which the class token is read."""
 
     def forward(self, x: Tensor) -> Tensor:
-        tower = self
-        if _all_are_read(self) is None and _VISION.may_be_early(self, x):
-            tower = _VISION.early(self, _pooled.Read())
+        tower: Any = _VISION.early(self, _pooled.Read()) if _VISION.may_be_early(self, x) else self
         features: Tensor = super(VisionTower, tower).forward(x)
         return features
-
-
-def _all_are_read(module: Any) -> str | None:
-    """Why the last block has to compute all patches."""
-    read = module.pool_type == "tok" and module.attn_pool is None and not module.output_tokens
-    return _unserved_block(module.transformer) if read else "all of its tokens are read"
-
-
-def _unserved_block(transformer: Any) -> str | None:
-    """Why its last block can't end with one token."""
-    if not getattr(transformer, "batch_first", True):
-        return "its sequences come first"
-    last = transformer.resblocks[-1] if len(getattr(transformer, "resblocks", ())) else None
-    served = isinstance(getattr(last, "attn", None), torch.nn.MultiheadAttention)
-    return None if served else f"its last block is {type(last).__name__}"
 
 
 class TextTower(Swapped):
@@ -150,25 +149,19 @@ def _of_end(tower: Any, text: Tensor, pool: str) -> tuple[Any, Tensor]:
     cut there.
     """
     mask = tower.attn_mask
-    of_text = text.dim() == 2 and len(text) > 0 and (mask is None or mask.shape[-1] == text.shape[1])
-    if _reads_more(tower) or not of_text or not _TEXT.may_be_early(tower, text):
+    if not _TEXT.may_be_early(tower, text) or text.dim() != 2 or text.shape[0] == 0:
+        return tower, text
+    if mask is not None and mask.shape[-1] != text.shape[1]:
         return tower, text
     of_end, length = getattr(tower, pool) == "argmax", text.shape[1]
-    rows = text.argmax(-1) if of_end else torch.full((len(text),), length - 1, device=text.device)
+    rows = text.argmax(-1) if of_end else torch.full(text.shape[:1], length - 1, device=text.device)
     changes: dict[str, Any] = {pool: "first"}
-    if of_end and mask is not None and is_causal_mask(mask):
+    parts = tower.token_embedding, *tower.transformer.modules()
+    if of_end and mask is not None and is_causal_mask(mask) and not any(map(is_watched, parts)):
         length = int(rows.max()) + 1
         positions = tower.positional_embedding[:length]
         changes.update(attn_mask=mask[:length, :length], positional_embedding=positions)
     return _TEXT.early(tower, _pooled.Read(rows), **changes), text[:, :length]
-
-
-def _reads_more(module: Any) -> str | None:
-    """Why a text tower has to compute more tokens than one."""
-    pool = getattr(module, "text_pool_type", getattr(module, "pool_type", None))
-    of_class = getattr(module, "cls_emb", None) is not None or getattr(module, "use_pad_mask", False)
-    read = pool in ("argmax", "last") and not of_class and not getattr(module, "output_tokens", False)
-    return _unserved_block(module.transformer) if read else "all of its tokens are read"
 
 
 class PatchDropout(Swapped):
@@ -262,16 +255,7 @@ def _loss_dtype(image: Tensor, logit_scale: Tensor) -> torch.dtype:
     return torch.float32 if is_on(image.device.type) else torch.result_type(image, logit_scale)
 
 
-def _gate(module: Any) -> str:
-    scaled = type(module.ls_1) is not torch.nn.Identity
-    return "scaled_add_norm" if scaled else "add_norm"
-
-
 # --- what to try a module of an unknown form with --------------------------------------------------------------------
-
-
-def _masked(module: Any, x: Tensor) -> list[Call]:
-    return [((x,), {}), ((x,), {"attn_mask": torch.randn_like(x @ x.mT)[0]})]
 
 
 def _pairs(module: Any, x: Tensor) -> list[Call]:
@@ -285,81 +269,52 @@ def _pairs(module: Any, x: Tensor) -> list[Call]:
 
 
 _TRANSFORMER, _LOSS = "open_clip.transformer", "open_clip.loss"
+_SCALE = (f"{_TRANSFORMER}.LayerScale.forward",)
+
+
+def _tower(forward: type[Swapped], name: str, token: str, ending: _pooled.Ending, *helpers: str) -> Rule:
+    forms = *helpers, "open_clip.transformer.Transformer.forward"
+    return Rule(forward, name, "torch", f"last block, {token}", forms, ending=ending)
+
+
+def _loss(forward: type[Swapped], gate: str, *helpers: str) -> Rule:
+    name = forward.__name__
+    return Rule(forward, f"{_LOSS}.{name}", gate, gate, tuple(f"{_LOSS}.{part}" for part in helpers), calls=_pairs)
+
 
 RULES = (
-    Rule(LayerNorm, f"{_TRANSFORMER}.LayerNorm", "layer_norm", "layer_norm", reason=last_dimension),
-    Rule(LayerNorm, f"{_TRANSFORMER}.LayerNormFp32", "layer_norm", "layer_norm", reason=last_dimension),
-    Rule(QuickGELU, f"{_TRANSFORMER}.QuickGELU", "gelu", "quick_gelu"),
-    Rule(
-        ResidualAttentionBlock,
-        f"{_TRANSFORMER}.ResidualAttentionBlock",
-        "add_layer_norm",
-        _gate,
-        helpers=(f"{_TRANSFORMER}.LayerScale.forward",),
-        calls=_masked,
+    Rule(LayerNorm, f"{_TRANSFORMER}.LayerNorm", "layer_norm", reason=last_dimension),
+    Rule(LayerNorm, f"{_TRANSFORMER}.LayerNormFp32", "layer_norm", reason=last_dimension),
+    Rule(QuickGELU, f"{_TRANSFORMER}.QuickGELU", "quick_gelu"),
+    *(
+        Rule(forward, f"{_TRANSFORMER}.{forward.__name__}", block_gate, helpers=_SCALE, calls=masked)
+        for forward in (ResidualAttentionBlock, CustomResidualAttentionBlock)
     ),
-    Rule(
-        CustomResidualAttentionBlock,
-        f"{_TRANSFORMER}.CustomResidualAttentionBlock",
-        "add_layer_norm",
-        _gate,
-        helpers=(f"{_TRANSFORMER}.LayerScale.forward",),
-        calls=_masked,
-    ),
-    Rule(
-        Attention, f"{_TRANSFORMER}.Attention", "rope_attention", "attention", reason=_has_dot_products, calls=_masked
-    ),
-    Rule(PatchDropout, f"{_TRANSFORMER}.PatchDropout", "token_dropout", "token_dropout"),
-    Rule(
+    Rule(Attention, f"{_TRANSFORMER}.Attention", "attention", reason=_has_dot_products, calls=masked),
+    Rule(PatchDropout, f"{_TRANSFORMER}.PatchDropout", "token_dropout"),
+    _tower(
         VisionTower,
         f"{_TRANSFORMER}.VisionTransformer",
-        "last block, class token",
-        "torch",
-        helpers=tuple(
-            f"{_TRANSFORMER}.{name}"
-            for name in ("VisionTransformer._pool", "VisionTransformer._global_pool", "Transformer.forward")
-        ),
-        reason=_all_are_read,
-        calls=None,
+        "class token",
+        _VISION,
+        *(f"{_TRANSFORMER}.VisionTransformer.{name}" for name in _VISION.methods),
     ),
-    Rule(
+    _tower(
         TextTower,
         f"{_TRANSFORMER}.TextTransformer",
-        "last block, end token",
-        "torch",
-        helpers=tuple(
-            f"{_TRANSFORMER}.{name}" for name in ("TextTransformer._embeds", "text_global_pool", "Transformer.forward")
-        ),
-        reason=_reads_more,
-        calls=None,
+        "end token",
+        _TEXT,
+        f"{_TRANSFORMER}.TextTransformer._embeds",
+        f"{_TRANSFORMER}.text_global_pool",
     ),
-    Rule(
+    _tower(
         Clip,
         "open_clip.model.CLIP",
-        "last block, end token",
-        "torch",
-        helpers=(
-            "open_clip.model.CLIP.encode_text",
-            f"{_TRANSFORMER}.text_global_pool",
-            f"{_TRANSFORMER}.Transformer.forward",
-        ),
-        reason=_reads_more,
-        calls=None,
+        "end token",
+        _TEXT,
+        "open_clip.model.CLIP.encode_text",
+        f"{_TRANSFORMER}.text_global_pool",
     ),
-    Rule(
-        ClipLoss,
-        f"{_LOSS}.ClipLoss",
-        "clip_loss",
-        "clip_loss",
-        helpers=tuple(f"{_LOSS}.{n}" for n in ("ClipLoss.get_logits", "ClipLoss.get_ground_truth", "gather_features")),
-        calls=_pairs,
-    ),
-    Rule(
-        SigLipLoss,
-        f"{_LOSS}.SigLipLoss",
-        "siglip_loss",
-        "siglip_loss",
-        helpers=tuple(f"{_LOSS}.SigLipLoss.{n}" for n in ("get_ground_truth", "get_logits", "_loss")),
-        calls=_pairs,
-    ),
+    _loss(ClipLoss, "clip_loss", "ClipLoss.get_logits", "ClipLoss.get_ground_truth", "gather_features"),
+    _loss(SigLipLoss, "siglip_loss", *(f"SigLipLoss.{name}" for name in ("get_ground_truth", "get_logits", "_loss"))),
 )

@@ -66,12 +66,6 @@ def _causal(is_causal: bool) -> dict[str, bool]:
     return {} if is_causal is False else {"is_causal": is_causal}
 
 
-def _head_dim(module: Any) -> int:
-    """Channels of a head, which modules hold since 1.0.26."""
-    width, heads = int(module.proj.in_features), int(module.num_heads)
-    return width // heads
-
-
 class _Attention(Swapped):
     """What the attention modules share."""
 
@@ -103,7 +97,8 @@ class _Attention(Swapped):
             bias = self._bias()
             projected = self.qkv(x) + bias if self.qkv_bias_separate else linear(x, self.qkv.weight, bias)
             parts = projected.chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, _head_dim(self))) for part in parts)
+        head_dim = parts[0].shape[-1] // self.num_heads
+        q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in parts)
         return [self.q_norm(q), self.k_norm(k), v]
 
     def _bias(self) -> Tensor | None:
@@ -208,41 +203,37 @@ class PostNormBlock(_Block):
         return norm_add(x, self.mlp(x), self.norm2, self.drop_path2, forced=self.is_forced)
 
 
-def _block_gate(module: Any) -> str:
-    scale = getattr(module, "gamma_1", getattr(module, "ls1", None))
+def block_gate(module: Any) -> str:
+    """What a block with a layer scale, or without, runs."""
+    scales = (getattr(module, name, None) for name in ("gamma_1", "ls1", "ls_1"))
+    scale = next((scale for scale in scales if scale is not None), None)
     return "add_norm" if scale is None or role(scale) == "identity" else "scaled_add_norm"
 
 
 # --- towers ---------------------------------------------------------------------------------------------------------
 
+
+def _all_are_read(module: Any) -> str | None:
+    """Why the last block has to compute all tokens."""
+    read = module.global_pool == "token" and module.attn_pool is None and module.num_prefix_tokens > 0
+    return None if read else "all of its tokens are read"
+
+
 _METHODS = ("forward_features", "forward_head", "pool")
-_ENDING = _pooled.Ending(("blocks",), "norm", _Attention, _METHODS)
-_BLOCKS = frozenset({"Block", "ResPostBlock", "EvaBlock", "EvaBlockPostNorm"})
-_ATTENTIONS = frozenset({"Attention", "AttentionRope", "EvaAttention"})
+_ENDING = _pooled.Ending(("blocks",), "norm", _Attention, _METHODS, _all_are_read)
 
 
 class Tower(Swapped):
     """Of which the class token is read."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        tower = self
-        if _all_are_read(self) is None and _ENDING.may_be_early(self, x):
-            tower = _ENDING.early(self, _pooled.Read())
+        tower: Any = _ENDING.early(self, _pooled.Read()) if _ENDING.may_be_early(self, x) else self
         own = super(Tower, tower).forward
         options = ({} if attn_mask is None else {"attn_mask": attn_mask}) | _causal(is_causal)
         if isinstance(attn_mask, torch.fx.Proxy):  # what isn't given is one too; before 1.0.26 Eva had neither option
             options = {name: value for name, value in options.items() if name in own.__code__.co_varnames}
         y: Tensor = own(x, **options)
         return y
-
-
-def _all_are_read(module: Any) -> str | None:
-    """Why the last block has to compute all tokens."""
-    if module.global_pool != "token" or module.attn_pool is not None or module.num_prefix_tokens == 0:
-        return "all of its tokens are read"
-    last: Any = module.blocks[-1] if len(module.blocks) else None
-    served = type(last).__name__ in _BLOCKS and type(last.attn).__name__ in _ATTENTIONS
-    return None if served else f"its last block is {type(last).__name__}"
 
 
 # --- patch dropout --------------------------------------------------------------------------------------------------
@@ -284,7 +275,8 @@ def _drop_patches(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 # --- what to try a module of an unknown form with --------------------------------------------------------------------
 
 
-def _masked(module: Any, x: Tensor, **options: Any) -> list[Call]:
+def masked(module: Any, x: Tensor, **options: Any) -> list[Call]:
+    """With a mask and a causal one, for modules that take these."""
     mask = torch.randn_like(x @ x.mT)[0]
     return [((x,), {**options, **further}) for further in ({}, {"attn_mask": mask}, {"is_causal": True})]
 
@@ -292,10 +284,11 @@ def _masked(module: Any, x: Tensor, **options: Any) -> list[Call]:
 def _rotated(module: Any, x: Tensor) -> list[Call]:
     """With a table that holds each angle twice, as timm's."""
     attention = getattr(module, "attn", module)
-    patches, pairs = x.shape[1] - attention.num_prefix_tokens, _head_dim(attention) // 2
+    width = int(attention.proj.in_features)
+    patches, pairs = x.shape[1] - attention.num_prefix_tokens, width // attention.num_heads // 2
     angles, half = x.new_empty(patches, pairs).uniform_(-3, 3), getattr(attention, "rotate_half", False)
     twice = torch.cat((angles, angles), -1) if half else angles.repeat_interleave(2, -1)
-    return [*_masked(module, x, rope=torch.cat((twice.sin(), twice.cos()), -1)), ((x,), {})]
+    return [*masked(module, x, rope=torch.cat((twice.sin(), twice.cos()), -1)), ((x,), {})]
 
 
 def _biased(module: Any, x: Tensor) -> list[Call]:
@@ -313,68 +306,35 @@ _ROTATION = tuple(
     for name in ("apply_rot_embed_cat", "apply_rot_embed", "rot", "rope_rotate_half")
 )
 _DROP_PATH = (f"{_LAYERS}.drop.DropPath.forward", f"{_LAYERS}.drop.drop_path")
-_DROP_PATCHES = (f"{_LAYERS}.patch_dropout.patch_dropout_forward",)
+_DROP = f"{_LAYERS}.patch_dropout"
+_DROP_PATCHES = (f"{_DROP}.patch_dropout_forward",)
+
+_TOKEN = "last block, class token"
+_TOWER = (f"{_LAYERS}.pool1d.global_pool_nlc", f"{_LAYERS}.mlp.Mlp.forward")
+
+
+def _tower(name: str) -> Rule:
+    return Rule(Tower, name, "torch", _TOKEN, (*(f"{name}.{part}" for part in _METHODS), *_TOWER), ending=_ENDING)
+
 
 RULES = (
-    Rule(LayerNorm, f"{_LAYERS}.norm.LayerNorm", "layer_norm", "layer_norm", reason=last_dimension),
+    Rule(LayerNorm, f"{_LAYERS}.norm.LayerNorm", "layer_norm", reason=last_dimension),
     Rule(RMSNorm, f"{_LAYERS}.norm.RmsNorm", "rms_norm", "rms_norm", reason=last_dimension),
-    Rule(GELU, f"{_ACTIVATIONS}.GELUTanh", "gelu", "gelu"),
-    Rule(QuickGELU, f"{_ACTIVATIONS}.QuickGELU", "gelu", "quick_gelu", helpers=(f"{_ACTIVATIONS}.quick_gelu",)),
-    Rule(SwiGLU, f"{_LAYERS}.mlp.SwiGLU", "swiglu", "swiglu_norm", reason=by_silu),
-    Rule(GluMlp, f"{_LAYERS}.mlp.GluMlp", "swiglu", "swiglu", reason=_packed_by_silu),
-    Rule(Attention, f"{_LAYERS}.attention.Attention", "rope_attention", "attention", calls=_masked),
-    Rule(
-        RotaryAttention,
-        f"{_LAYERS}.attention.AttentionRope",
-        "rope_attention",
-        "rope_attention",
-        helpers=_ROTATION,
-        calls=_rotated,
-    ),
-    Rule(
-        RotaryAttention, f"{_EVA}.EvaAttention", "rope_attention", "rope_attention", helpers=_ROTATION, calls=_rotated
-    ),
-    Rule(Block, f"{_VIT}.Block", "add_layer_norm", _block_gate, helpers=_DROP_PATH, calls=_masked),
-    Rule(PostNormBlock, f"{_VIT}.ResPostBlock", "layer_norm_add", "norm_add", helpers=_DROP_PATH, calls=_masked),
-    Rule(PostNormBlock, f"{_EVA}.EvaBlockPostNorm", "layer_norm_add", "norm_add", helpers=_DROP_PATH, calls=_rotated),
-    Rule(Block, f"{_RELATIVE}.RelPosBlock", "add_layer_norm", _block_gate, helpers=_DROP_PATH, calls=_biased),
-    Rule(
-        PostNormBlock,
-        f"{_RELATIVE}.ResPostRelPosBlock",
-        "layer_norm_add",
-        "norm_add",
-        helpers=_DROP_PATH,
-        calls=_biased,
-    ),
-    Rule(EvaBlock, f"{_EVA}.EvaBlock", "add_layer_norm", _block_gate, helpers=_DROP_PATH, calls=_rotated),
-    *(
-        Rule(
-            Tower,
-            name,
-            "last block, class token",
-            "torch",
-            helpers=(
-                *(f"{name}.{part}" for part in _METHODS),
-                f"{_LAYERS}.pool1d.global_pool_nlc",
-                f"{_LAYERS}.mlp.Mlp.forward",
-            ),
-            reason=_all_are_read,
-            calls=None,
-        )
-        for name in (f"{_VIT}.VisionTransformer", f"{_EVA}.Eva")
-    ),
-    Rule(
-        PatchDropout,
-        f"{_LAYERS}.patch_dropout.PatchDropout",
-        "token_dropout",
-        "token_dropout",
-        helpers=_DROP_PATCHES,
-    ),
-    Rule(
-        PatchDropoutWithIndices,
-        f"{_LAYERS}.patch_dropout.PatchDropoutWithIndices",
-        "token_dropout",
-        "token_dropout",
-        helpers=_DROP_PATCHES,
-    ),
+    Rule(GELU, f"{_ACTIVATIONS}.GELUTanh", "gelu"),
+    Rule(QuickGELU, f"{_ACTIVATIONS}.QuickGELU", "quick_gelu", helpers=(f"{_ACTIVATIONS}.quick_gelu",)),
+    Rule(SwiGLU, f"{_LAYERS}.mlp.SwiGLU", "swiglu_norm", reason=by_silu),
+    Rule(GluMlp, f"{_LAYERS}.mlp.GluMlp", "swiglu", reason=_packed_by_silu),
+    Rule(Attention, f"{_LAYERS}.attention.Attention", "attention", calls=masked),
+    Rule(RotaryAttention, f"{_LAYERS}.attention.AttentionRope", "rope_attention", helpers=_ROTATION, calls=_rotated),
+    Rule(RotaryAttention, f"{_EVA}.EvaAttention", "rope_attention", helpers=_ROTATION, calls=_rotated),
+    Rule(Block, f"{_VIT}.Block", block_gate, helpers=_DROP_PATH, calls=masked),
+    Rule(Block, f"{_RELATIVE}.RelPosBlock", block_gate, helpers=_DROP_PATH, calls=_biased),
+    Rule(EvaBlock, f"{_EVA}.EvaBlock", block_gate, helpers=_DROP_PATH, calls=_rotated),
+    Rule(PostNormBlock, f"{_VIT}.ResPostBlock", "norm_add", helpers=_DROP_PATH, calls=masked),
+    Rule(PostNormBlock, f"{_EVA}.EvaBlockPostNorm", "norm_add", helpers=_DROP_PATH, calls=_rotated),
+    Rule(PostNormBlock, f"{_RELATIVE}.ResPostRelPosBlock", "norm_add", helpers=_DROP_PATH, calls=_biased),
+    _tower(f"{_VIT}.VisionTransformer"),
+    _tower(f"{_EVA}.Eva"),
+    Rule(PatchDropout, f"{_DROP}.PatchDropout", "token_dropout", helpers=_DROP_PATCHES),
+    Rule(PatchDropoutWithIndices, f"{_DROP}.PatchDropoutWithIndices", "token_dropout", helpers=_DROP_PATCHES),
 )

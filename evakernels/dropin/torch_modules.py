@@ -9,14 +9,17 @@ from torch import Tensor
 
 from evakernels.dropin._gate import serves
 from evakernels.dropin._rule import Call, Rule
-from evakernels.dropin._serve import own_norm_parameters, role
+from evakernels.dropin._serve import add, add_norm, own_norm_parameters, role
 from evakernels.dropin._swap import Swapped
 from evakernels.nn import FrozenWeight, linear
 from evakernels.ops import gelu, layer_norm, rms_norm, rope_attention
+from evakernels.ops._autocast import is_on
 
 
 class Linear(Swapped):
     """On a CPU, by oneDNN where that is faster."""
+
+    linear_weights = ("weight",)
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias, forced=self.is_forced)
@@ -48,23 +51,21 @@ class RMSNorm(Swapped):
 
 
 class GELU(Swapped):
-    """By tanh, the only one that some classes have, or exact."""
+    """By tanh, the only one that some classes have, or as torch's module says."""
+
+    approximate = "tanh"
 
     def forward(self, input: Tensor) -> Tensor:
         if serves(_gelu_gate(self), input, forced=self.is_forced):
-            return gelu(input, approximate=getattr(self, "approximate", "tanh"))
+            return gelu(input, approximate=self.approximate)
         y: Tensor = super().forward(input)
         return y
 
 
-class QuickGELU(Swapped):
+class QuickGELU(GELU):
     """CLIP's, of three libraries."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if serves("quick_gelu", input, forced=self.is_forced):
-            return gelu(input, approximate="sigmoid")
-        y: Tensor = super().forward(input)
-        return y
+    approximate = "sigmoid"
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -179,6 +180,44 @@ def _with_itself_and_others(module: Any, x: Tensor) -> list[Call]:
     ]
 
 
+class TransformerEncoderLayer(Swapped):
+    """Without torch's path for inference, which reads the weights of all children and asks none of them."""
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        if not self._takes(src, src_mask) or src_key_padding_mask is not None:
+            y: Tensor = super().forward(src, src_mask, src_key_padding_mask, is_causal)
+            return y
+        x, forced = src, self.is_forced
+        if self.norm_first:
+            y, x = add_norm(x, self._sa_block(self.norm1(x), src_mask, None), self.norm2, forced=forced)
+            return add(x, self._ff_block(y))
+        x, _ = add_norm(x, self._sa_block(x, src_mask, None), self.norm1, forced=forced)
+        y, _ = add_norm(x, self._ff_block(x), self.norm2, forced=forced)
+        return y
+
+    def _takes(self, src: Tensor, mask: Tensor | None) -> bool:
+        if not serves("multi_head", src, of_product=True, forced=self.is_forced) or src.is_nested:
+            return False
+        if is_on("cpu") and not self.training:  # torch's path gives another dtype then
+            return False
+        return isinstance(self.self_attn, MultiheadAttention) and (mask is None or mask.is_floating_point())
+
+
+def _attends(module: Any) -> str | None:
+    return _packs_all(module.self_attn)
+
+
+def _masked(module: Any, x: Tensor) -> list[Call]:
+    # Of other masks of floats torch's path for inference makes NaN.
+    return [((x,), {}), ((x,), {"src_mask": _causal_mask(x.shape[1], x.dtype).to(x.device)})]
+
+
 # --- which modules --------------------------------------------------------------------------------------------------
 
 
@@ -195,22 +234,24 @@ def by_silu(module: Any) -> str | None:
 
 
 def _gelu_gate(module: Any) -> str:
-    return "gelu" if getattr(module, "approximate", "tanh") == "tanh" else "exact_gelu"
+    return {"tanh": "gelu", "none": "exact_gelu", "sigmoid": "quick_gelu"}[module.approximate]
 
 
 _NORMS = "torch.nn.modules.normalization"
+_LAYER = "torch.nn.modules.transformer.TransformerEncoderLayer"
 
 RULES = (
     Rule(Linear, "torch.nn.modules.linear.Linear", "linear", "linear"),
-    Rule(LayerNorm, f"{_NORMS}.LayerNorm", "layer_norm", "layer_norm", reason=last_dimension),
+    Rule(LayerNorm, f"{_NORMS}.LayerNorm", "layer_norm", reason=last_dimension),
     Rule(RMSNorm, f"{_NORMS}.RMSNorm", "rms_norm", "rms_norm", reason=last_dimension),
-    Rule(GELU, "torch.nn.modules.activation.GELU", "gelu", _gelu_gate),
+    Rule(GELU, "torch.nn.modules.activation.GELU", _gelu_gate),
     Rule(
         MultiheadAttention,
         "torch.nn.modules.activation.MultiheadAttention",
-        "linear, rope_attention",
         "multi_head",
+        "linear, rope_attention",
         reason=_packs_all,
         calls=_with_itself_and_others,
     ),
+    Rule(TransformerEncoderLayer, _LAYER, "multi_head", "add_layer_norm", reason=_attends, calls=_masked),
 )

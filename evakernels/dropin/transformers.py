@@ -15,7 +15,7 @@ from evakernels.dropin._rule import Call, Rule
 from evakernels.dropin._serve import add, add_norm, gated, own_norm_parameters
 from evakernels.dropin._swap import Swapped
 from evakernels.dropin.torch_modules import GELU, QuickGELU, by_silu
-from evakernels.ops import gelu, rms_norm, rope_attention
+from evakernels.ops import rms_norm, rope_attention
 from evakernels.ops.rope_attention import MAX_PREFIX
 
 ROLES = {
@@ -45,14 +45,10 @@ class GatedMLP(Swapped):
         return y
 
 
-class ExactGELU(Swapped):
+class ExactGELU(GELU):
     """The one of DINOv3 and of ViTs."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if serves("exact_gelu", input, forced=self.is_forced):
-            return gelu(input)
-        y: Tensor = super().forward(input)
-        return y
+    approximate = "none"
 
 
 def _by_torch(module: Any) -> str | None:
@@ -221,23 +217,22 @@ _CLIP, _SIGLIP = (f"{_MODELS}.{name}.modeling_{name}" for name in ("clip", "sigl
 _DINOV3, _LLAMA = f"{_MODELS}.dinov3_vit.modeling_dinov3_vit", f"{_MODELS}.llama.modeling_llama"
 
 RULES = (
-    Rule(ExactGELU, "transformers.activations.GELUActivation", "gelu", "exact_gelu", reason=_by_torch),
-    Rule(GELU, "transformers.activations.GELUTanh", "gelu", "gelu"),
-    Rule(GELU, "transformers.activations.NewGELUActivation", "gelu", "gelu"),
-    Rule(QuickGELU, "transformers.activations.QuickGELUActivation", "gelu", "quick_gelu"),
+    Rule(ExactGELU, "transformers.activations.GELUActivation", "exact_gelu", reason=_by_torch),
+    Rule(GELU, "transformers.activations.GELUTanh", "gelu"),
+    Rule(GELU, "transformers.activations.NewGELUActivation", "gelu"),
+    Rule(QuickGELU, "transformers.activations.QuickGELUActivation", "quick_gelu"),
     Rule(RMSNorm, f"{_LLAMA}.LlamaRMSNorm", "rms_norm", "rms_norm", any_class=True),
-    Rule(GatedMLP, f"{_LLAMA}.LlamaMLP", "swiglu", "swiglu", reason=by_silu, any_class=True),
+    Rule(GatedMLP, f"{_LLAMA}.LlamaMLP", "swiglu", reason=by_silu, any_class=True),
     Rule(
         DINOv3Attention,
         f"{_DINOV3}.DINOv3ViTAttention",
-        "rope_attention",
         "rope_attention",
         helpers=(f"{_DINOV3}.apply_rotary_pos_emb", f"{_DINOV3}.rotate_half"),
         reason=_by_sdpa,
         calls=_rotated,
     ),
-    Rule(EncoderLayer, f"{_CLIP}.CLIPEncoderLayer", "add_layer_norm", "add_norm", any_class=True, calls=_masked),
-    Rule(EncoderLayer, f"{_SIGLIP}.SiglipEncoderLayer", "add_layer_norm", "add_norm", any_class=True, calls=_masked),
-    Rule(DINOv3Layer, f"{_DINOV3}.DINOv3ViTLayer", "add_layer_norm", "scaled_add_norm", calls=_rotated),
-    Rule(HookedAttention, _INTERFACE, "rope_attention", "attention", reason=_by_sdpa, hook=asks_the_interface),
+    Rule(EncoderLayer, f"{_CLIP}.CLIPEncoderLayer", "add_norm", any_class=True, calls=_masked),
+    Rule(EncoderLayer, f"{_SIGLIP}.SiglipEncoderLayer", "add_norm", any_class=True, calls=_masked),
+    Rule(DINOv3Layer, f"{_DINOV3}.DINOv3ViTLayer", "scaled_add_norm", calls=_rotated),
+    Rule(HookedAttention, _INTERFACE, "attention", reason=_by_sdpa, hook=asks_the_interface),
 )

@@ -1,5 +1,6 @@
 """Weights of linear layers, laid out once for the products of a CPU, or in 8 bits: for inference."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, Self, TypeVar
@@ -164,13 +165,15 @@ def freeze(model: Model, *, int8: bool | Callable[[str], bool] = False) -> Model
     Zen 5, 2 threads, 2026-11-28). Weights become `FrozenWeight`, which nothing can change: load before, and `unfreeze`
     to change them, their dtype or their device. State dicts have dense ones. A weight stays as it is where torch has no
     layout of its own for this processor, or one that isn't faster: float16, and float32 on all but AMD's processors
-    with AVX-512. `torch.compile` has such layouts itself (`freezing`).
+    with AVX-512; and where another module has it too, such as a tied embedding. `torch.compile` has such layouts
+    itself (`freezing`).
 
     Args:
-        model: in evaluation mode, on a CPU. Of each `torch.nn.Linear` the weight is frozen, and of other modules the
-            parameters that their class names in `linear_weights`. No parameter wants a gradient afterwards but those
-            of a `torch.nn.MultiheadAttention` that `evakernels.accelerate` doesn't serve. It stays as it is: torch
-            takes several times as long for it in bfloat16 where its weights have no gradient.
+        model: in evaluation mode, on a CPU. Of each `torch.nn.Linear` the weight is frozen, unless its class has a
+            forward of its own, and of other modules the parameters that their class names in `linear_weights`. No
+            parameter wants a gradient afterwards but those of a `torch.nn.MultiheadAttention` that
+            `evakernels.accelerate` doesn't serve. It stays as it is: torch takes several times as long for it in
+            bfloat16 where its weights have no gradient.
         int8: compute in 8 bits: weights with a scale for each output, inputs with one for each row, sums in 32 bits. A
             function tells of the name of a parameter, as in `named_parameters`, whether to.
 
@@ -190,22 +193,40 @@ def freeze(model: Model, *, int8: bool | Callable[[str], bool] = False) -> Model
     if int8 and (reason := why_not_int8()):
         raise RuntimeError(f"freeze: int8 {reason}")
     frozen: dict[Tensor, nn.Parameter] = {}
-    for module, name, weight in _weights(model):
+    weights = list(_weights(model))
+    of_linear = Counter(weight for *_, weight in weights)
+    of_all = Counter(weight for module in model.modules() for weight in module._parameters.values())
+    _want_no_gradients(model)
+    for module, name, weight in weights:
         in_int8 = int8(name) if callable(int8) else int8
         if isinstance(weight, FrozenWeight) and weight.is_int8 != in_int8:
             raise ValueError(f"freeze: {name} is frozen {'in' if weight.is_int8 else 'not in'} int8; unfreeze it first")
-        if isinstance(weight, FrozenWeight) or weight.dtype not in _frozen_dtypes(in_int8):
+        is_tied = of_all[weight] > of_linear[weight]
+        if isinstance(weight, FrozenWeight) or is_tied or weight.dtype not in _frozen_dtypes(in_int8):
             continue
         if weight not in frozen:
             frozen[weight] = nn.Parameter(FrozenWeight.of(weight, int8=in_int8), requires_grad=False)
         module.register_parameter(name.rpartition(".")[2], frozen[weight])
         if _with_dense_weights not in module._state_dict_hooks.values():
             module.register_state_dict_post_hook(_with_dense_weights)
-    closed = _parts_of_torch_attention(model)
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False) if module not in closed else ():
-            parameter.requires_grad_(False)
     return model
+
+
+def _want_no_gradients(model: nn.Module) -> None:
+    """Notes for `unfreeze`, in each module, which of its parameters have wanted one."""
+    closed = _parts_of_torch_attention(model)
+    wanted = [
+        (module, name)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad and module not in closed
+    ]
+    for module, name in wanted:  # all are noted before a tied one changes
+        module.__dict__.setdefault(_WANTED, set()).add(name)
+        module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
+
+
+_WANTED = "_evakernels_wanted_gradients"
 
 
 def check(model: nn.Module) -> None:
@@ -218,11 +239,20 @@ def check(model: nn.Module) -> None:
 
 
 def unfreeze(model: Model) -> Model:
-    """Makes the weights dense again that `freeze` has laid out, in place; returns the model."""
+    """Makes the weights dense again that `freeze` has laid out, in place; returns the model.
+
+    Parameters want gradients if they did before.
+    """
+    dense: dict[Tensor, nn.Parameter] = {}  # what is tied stays so
     for module in model.modules():
+        wanted = module.__dict__.pop(_WANTED, ())
         for name, weight in list(module.named_parameters(recurse=False)):
             if isinstance(weight, FrozenWeight):
-                module.register_parameter(name, nn.Parameter(weight.dense(), requires_grad=False))
+                if weight not in dense:
+                    dense[weight] = nn.Parameter(weight.dense(), requires_grad=False)
+                module.register_parameter(name, dense[weight])
+            if name in wanted:
+                module._parameters[name].requires_grad_()  # type: ignore[union-attr]
     return model
 
 
@@ -247,7 +277,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     """Modules, and name in the model and value of their parameters that products of linear layers take."""
     closed = _parts_of_torch_attention(model)
     for path, module in model.named_modules():
-        names: tuple[str, ...] = getattr(module, "linear_weights", ("weight",) if isinstance(module, nn.Linear) else ())
+        of_torch = ("weight",) if type(module).forward is nn.Linear.forward else ()
+        names: tuple[str, ...] = getattr(module, "linear_weights", of_torch)
         for name in names if module not in closed else ():
             weight = module._parameters.get(name)
             if weight is not None:
@@ -279,6 +310,10 @@ def _split(weight: FrozenWeight, sizes: int | list[int], dim: int = 0) -> Any:
     return weight.rows(tuple(sizes)) if dim == 0 and not isinstance(sizes, int) else NotImplemented
 
 
+def _refuse_sharing(weight: FrozenWeight) -> None:
+    raise TypeError("a frozen weight isn't shared between processes; share the model's memory before it is frozen")
+
+
 def _attend_densely(*args: Any, **kwargs: Any) -> Any:
     # What `evakernels.accelerate` doesn't serve of a torch.nn.MultiheadAttention, such as a mask of padding.
     args, kwargs = tree_map_only(FrozenWeight, FrozenWeight.dense, (args, kwargs))
@@ -302,5 +337,6 @@ _SERVED: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: _attend_densely,
     Tensor.split: _split,
     Tensor.__setitem__: _refuse_item,
+    Tensor.share_memory_: _refuse_sharing,
     Tensor.data.__set__: _refuse_data,  # type: ignore[attr-defined]
 }

@@ -40,6 +40,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, forced: boo
 class Linear(nn.Linear):
     """`torch.nn.Linear`, computed by `evakernels.nn.linear`."""
 
+    linear_weights = ("weight",)
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
@@ -48,7 +50,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        y = _product(x, weight, bias)
+        # oneDNN gives a view of rows, which autograd wouldn't let an activation change in place.
+        own: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+        return own
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:

@@ -119,6 +119,7 @@ def test_a_model_can_be_read_copied_and_saved(dtype, int8):
         lambda m: torch.add(torch.ones(200, 96), 1, out=m[0].weight),
         lambda m: nn.init.ones_(m[0].weight),
         lambda m: m.double(),
+        lambda m: m.share_memory(),
     ],
 )
 def test_a_change_is_refused(change):
@@ -186,6 +187,42 @@ def test_tied_weights_stay_tied():
     tied[1].weight = tied[0].weight
     freeze(tied)
     assert tied[0].weight is tied[1].weight
+    unfreeze(tied)
+    assert tied[0].weight is tied[1].weight
+    assert tied[0].weight.requires_grad
+
+
+def test_a_weight_that_an_embedding_has_too_stays_as_it_is():
+    tied = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8)).eval()
+    tied[1].weight = tied[0].weight
+    freeze(tied)
+    assert tied[0].weight is tied[1].weight
+    assert type(tied[1].weight) is nn.Parameter
+    assert not tied[1].weight.requires_grad
+
+
+def test_a_forward_of_its_own_keeps_its_weight():
+    """As FalconLinear, which reads a view of it."""
+
+    class Transposed(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T
+
+    layer, x = Transposed(4, 8).eval(), torch.randn(2, 4)
+    expected = layer(x)
+    evakernels.accelerate(layer, freeze=True)
+    assert torch.equal(layer(x), expected)
+
+
+def test_what_was_trained_is_again():
+    partly = model()
+    partly[0].weight.requires_grad_(False)
+    partly[2].bias.requires_grad_(False)
+    wanted = [p.requires_grad for p in partly.parameters()]
+    froze = freeze(freeze(partly))
+    assert not any(p.requires_grad for p in froze.parameters())
+    for thawed in (unfreeze(copy.deepcopy(froze)), unfreeze(pickle.loads(pickle.dumps(froze))), unfreeze(froze)):
+        assert [p.requires_grad for p in thawed.parameters()] == wanted
 
 
 @pytest.mark.parametrize(("dtype", "int8"), KINDS)

@@ -51,6 +51,14 @@ def test_rows_that_are_apart_and_columns_that_are(direct):
     assert len(direct) == 2
 
 
+def test_an_activation_may_change_the_result_in_place(direct):
+    leaves = [t.requires_grad_() for t in _inputs(3, 5, 4)]
+    ours, theirs = (
+        torch.autograd.grad(function(*leaves).relu_().square().sum(), leaves) for function in (linear, F.linear)
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_linear_has_a_second_derivative(direct):
     leaves = [t.requires_grad_() for t in _inputs(3, 5, 4)]
 

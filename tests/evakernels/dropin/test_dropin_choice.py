@@ -43,16 +43,27 @@ def _reasons(report):
 def test_what_is_included_alone_is_served():
     model = FAMILIES["eva02"].build()
     report = evakernels.accelerate(model, include=["EvaAttention", "blocks.1.mlp"])
-    assert _swapped(model) == {"blocks.0.attn", "blocks.1.attn", "blocks.1.mlp"}
+    below = {f"blocks.1.mlp.{name}" for name in ("fc1_g", "fc1_x", "fc2", "norm")}
+    assert _swapped(model) == {"blocks.0.attn", "blocks.1.attn", "blocks.1.mlp", *below}
     assert {done.name for done in report.replaced} == _swapped(model)
     assert _reasons(report) == {"not included"}
     assert ops_of(FAMILIES["eva02"], model) == {"rope_attention", "swiglu"}
 
 
 @everything_served
+def test_the_name_of_a_part_stands_for_all_that_is_below():
+    part, all_below = (FAMILIES["eva02"].build() for _ in range(2))
+    evakernels.accelerate(part, include="blocks")
+    evakernels.accelerate(all_below, include="blocks.*")
+    assert _swapped(part) == _swapped(all_below) >= {"blocks.0", "blocks.1.mlp.fc2"}
+    evakernels.accelerate(part, include="blocks", exclude="blocks.1")
+    assert _swapped(part) == {name for name in _swapped(all_below) if not name.startswith("blocks.1")}
+
+
+@everything_served
 def test_what_is_excluded_keeps_its_own_code():
     model = FAMILIES["eva02"].build()
-    report = evakernels.accelerate(model, exclude="*.attn")
+    report = evakernels.accelerate(model, exclude="EvaAttention")
     assert _everything() - _swapped(model) == {"blocks.0.attn", "blocks.1.attn"}
     assert [left.name for left in report.left if left.reason == "excluded"] == ["blocks.0.attn", "blocks.1.attn"]
     assert type(model.blocks[0].attn) is EvaAttention
@@ -85,16 +96,28 @@ def test_excluded_later_a_module_gets_its_own_code_back():
         ("EvaAttentoin", "EvaAttention"),
         ("blocks.*.atn", r"blocks\.\*\.attn"),
         ("evablock", "EvaBlock"),
-        ("zzzz", "Conv2d, DropPath, Dropout, Eva"),
+        ("zzzz", "Eva"),
     ],
 )
 def test_a_pattern_that_matches_nothing_names_what_is_near(argument, pattern, near):
     model = FAMILIES["eva02"].build()
     with pytest.raises(
-        ValueError, match=rf"accelerate: {argument}='.*' matches no module's name or class; near.*{near}"
+        ValueError, match=rf"accelerate: {argument}='.*' matches the name or class of no module.*; near.*{near}"
     ):
         evakernels.accelerate(model, **{argument: ["EvaBlock", pattern]})
     assert _swapped(model) == set()
+
+
+@pytest.mark.parametrize("pattern", ["Conv2d", "patch_embed"])
+def test_what_no_rule_knows_can_not_be_included(pattern):
+    with pytest.raises(ValueError, match="matches the name or class of no module that there is a rule for; near are"):
+        evakernels.accelerate(FAMILIES["eva02"].build(), include=pattern)
+
+
+@pytest.mark.parametrize("pattern", [nn.Linear, [nn.Linear], 3])
+def test_only_patterns_are_taken(pattern):
+    with pytest.raises(TypeError, match=r"include=.*; accepted: patterns of names and classes, each a str"):
+        evakernels.accelerate(nn.Linear(2, 2), include=pattern)
 
 
 # --- force -----------------------------------------------------------------------------------------------------------
@@ -241,6 +264,15 @@ def test_a_second_watch_starts_anew_and_a_call_outside_does_not_count():
             model(x)
         model(x)
         assert report.ran == [Ran("", "GELU", "gelu", "cpu", 1)]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda report: pickle.loads(pickle.dumps(report))])
+def test_a_report_can_be_copied_and_saved(copied):
+    model = nn.Linear(2, 2)
+    report = evakernels.accelerate(model)
+    assert copied(report) == report
+    with pytest.raises(RuntimeError, match="doesn't exist any more"), copied(report).watch():
+        pass
 
 
 def test_a_report_does_not_keep_its_model():

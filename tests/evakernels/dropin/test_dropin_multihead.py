@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import evakernels
+from evakernels.dropin import _rule, _verify
 from evakernels.nn import FrozenWeight, linear
 
 everything_served = pytest.mark.usefixtures("everything_served")
@@ -145,3 +146,61 @@ def test_small_calls_of_frozen_weights_are_served_too(monkeypatch):
 def test_sequences_that_come_first_are_left():
     report = evakernels.accelerate(nn.MultiheadAttention(WIDTH, HEADS))
     assert "its sequences come first" in {left.reason for left in report.left}
+
+
+# --- torch's encoder layer -------------------------------------------------------------------------------------------
+
+_PADDING = torch.arange(KEYS).expand(2, -1) > torch.tensor([[KEYS], [KEYS - 3]])
+
+
+@everything_served
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize(
+    ("options", "served"),
+    [
+        ({}, True),
+        ({"mask": causal(KEYS)}, True),
+        ({"mask": causal(KEYS), "is_causal": True}, True),
+        ({"mask": causal(KEYS) < 0}, True),
+        ({"src_key_padding_mask": _PADDING}, False),
+    ],
+    ids=["no mask", "causal", "hint", "bool", "padding"],
+)
+def test_an_encoder_layer_runs_on_the_ops_in_inference_too(norm_first, options, served):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 96, activation="gelu", batch_first=True, norm_first=norm_first)
+    untouched = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first)
+    ours = copy.deepcopy(untouched)
+    report = evakernels.accelerate(ours)
+    assert report.headline == "2 of 2 blocks, 12 of 14 modules"
+    x, kept = tokens(KEYS), ~options.get("src_key_padding_mask", torch.zeros(2, KEYS, dtype=torch.bool))
+    with torch.no_grad(), report.watch():
+        expected = untouched.eval()(x, **options)
+        torch.testing.assert_close(ours.eval()(x, **options)[kept], expected[kept])
+    assert ({ran.op for ran in report.ran} >= {"add_layer_norm", "rope_attention"}) == served
+    outputs = []
+    for module in (ours.train(), untouched.train()):
+        torch.manual_seed(1)
+        outputs.append(module(x, **options)[kept])
+        outputs[-1].square().sum().backward()
+    torch.testing.assert_close(*outputs)
+    for parameter, theirs in zip(ours.parameters(), untouched.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+@everything_served
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_dtypes_of_an_encoder_layer_under_autocast(graph, training):
+    untouched = nn.TransformerEncoderLayer(WIDTH, 2, 96, dropout=0.0, batch_first=True).train(training)
+    ours = copy.deepcopy(untouched)
+    evakernels.accelerate(ours)
+    with torch.set_grad_enabled(graph), torch.autocast("cpu", torch.bfloat16):
+        found, expected = ours(tokens(KEYS)), untouched(tokens(KEYS))
+    torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
+
+
+def test_what_an_encoder_layer_does_without_a_known_form_is_tried():
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 96, batch_first=True)
+    rule = _rule.find(nn.TransformerEncoderLayer)
+    assert _verify.Trials().difference(layer, nn.TransformerEncoderLayer, rule) is None

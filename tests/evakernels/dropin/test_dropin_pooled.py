@@ -11,6 +11,7 @@ from dropin_timm import TIMM, images
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import evakernels
 from evakernels.dropin import open_clip, timm
@@ -111,6 +112,25 @@ def test_both_towers_of_open_clip(name, lengths, ends):
     assert 12 not in ends or max(lengths) == 12
 
 
+@pytest.mark.parametrize("name", ["token_embedding", "transformer.resblocks.0", "transformer.resblocks.0.ln_1"])
+def test_who_watches_a_text_tower_sees_the_whole_text(name):
+    model, seen = accelerated(OPEN_CLIP["open-clip"].build()), []
+    model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    text = torch.zeros(4, 12, dtype=torch.long)
+    text[:, 3] = END
+    model.encode_text(text)
+    assert seen == [(4, 12, 64)]
+
+
+def test_blocks_that_are_compiled_on_their_own_compute_all_tokens():
+    untouched = OPEN_CLIP["open-clip"].build()
+    model = accelerated(untouched)
+    for block in (*model.transformer.resblocks, *model.visual.transformer.resblocks):
+        block.compile(backend="eager")
+    pair = torch.randn(4, 3, 32, 32), torch.randint(1, END, (4, 12))
+    close(features(model, 1, *pair), features(untouched, 1, *pair))
+
+
 def test_a_gate_of_attention(ends):
     untouched = vit()
     for block in untouched.blocks:
@@ -133,6 +153,45 @@ def test_who_watches_sees_all_tokens(name):
     model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output.shape))
     model(images(1)["x"])
     assert seen == [(4, 17, 64)]
+
+
+class Adapter(nn.Linear):
+    def forward(self, x):
+        return super().forward(x)
+
+
+def _with_an_adapter(model):
+    model.blocks[-1].mlp.fc1 = Adapter(64, 256)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "reason"),
+    [
+        (lambda model: None, {"exclude": "blocks.1"}, "its last block, Block, computes all tokens"),
+        (lambda model: None, {"exclude": "Attention"}, "its last block, Block, computes all tokens"),
+        (_with_an_adapter, {}, "Adapter may need all tokens"),
+        (lambda model: setattr(model, "norm", nn.BatchNorm1d(17)), {}, "BatchNorm1d may need all tokens"),
+        (lambda model: setattr(model, "blocks", nn.Sequential()), {}, "it has no list of blocks"),
+        (lambda model: model.double(), {}, "its own float64 on cpu is as fast"),
+    ],
+)
+def test_a_tower_that_computes_all_tokens_is_left(change, options, reason, ends):
+    model = vit()
+    change(model)
+    report = evakernels.accelerate(model, **options)
+    assert ("", reason) in [(left.name, left.reason) for left in report.left]
+    assert not any(done.name == "" for done in report.replaced)
+    model(images(1)["x"].to(model.head.weight.dtype))
+    assert 1 not in ends
+
+
+def test_blocks_behind_a_wrapper_compute_all_tokens():
+    untouched = OPEN_CLIP["open-clip"].build()
+    model = accelerated(untouched)
+    for tower in (model, model.visual):
+        tower.transformer = checkpoint_wrapper(tower.transformer)
+    pair = torch.randn(4, 3, 32, 32), torch.randint(1, END, (4, 12))
+    close(features(model, 1, *pair), features(untouched, 1, *pair))
 
 
 def test_a_method_that_was_replaced_gets_all_tokens(ends):

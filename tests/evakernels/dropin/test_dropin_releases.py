@@ -1,10 +1,15 @@
 """Every kind of model in the table that `tools/dropin_releases.py` writes, and the table."""
 
+import json
 import runpy
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import timm
+
+from evakernels.dropin import __main__ as add_forms
 
 TOOLS = Path(__file__).parents[3] / "tools"
 models = runpy.run_path(str(TOOLS / "dropin_models.py"))
@@ -63,3 +68,17 @@ def test_the_page_in_the_documentation_has_every_kind():
     assert not [f"{library}: {name}" for library, name in KINDS if f"| {library}: {name} |" not in page]
     assert all(f"| {library} " in page for library in dropin_releases.PACKAGES)
     assert ": differs" not in page
+
+
+def test_the_forms_of_a_folder_are_added_and_a_folder_without_any_is_refused(tmp_path, monkeypatch, capsys):
+    written = tmp_path / "forms.json"
+    written.write_bytes(add_forms.FORMS.read_bytes())
+    monkeypatch.setattr(add_forms, "FORMS", written)
+    add_forms.main([str(Path(timm.__file__).parents[1])])
+    assert metadata.version("timm") in json.loads(written.read_text())["timm.layers.mlp.SwiGLU.forward"].popitem()[1]
+    written.write_text("{}")
+    for arguments in ([], ["--forms"], [str(tmp_path)]):
+        with pytest.raises(SystemExit, match="2"):
+            add_forms.main(arguments)
+    assert f"no release of timm, open_clip or transformers is in {tmp_path}" in capsys.readouterr().err
+    assert written.read_text() == "{}"

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from dropin_families import FAMILIES, close, pair
 from dropin_family import ops_of, run
-from timm.layers import GluMlp
+from timm.layers import GluMlp, LayerNorm
 from timm.models.eva import EvaAttention, EvaBlock
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from transformers.activations import GELUActivation
 
@@ -130,7 +131,32 @@ def test_a_child_that_was_replaced_is_called():
     family, model, untouched = pair("eva02")
     for m in (model, untouched):
         m.blocks[0].norm2, m.blocks[1].mlp.act, m.blocks[1].mlp.norm = Doubled(), nn.ReLU(), nn.Identity()
+        m.blocks[0].attn.q_proj, m.blocks[0].attn.proj = Doubled(), Doubled()
     close(run(family, model, 1), run(family, untouched, 1))
+
+
+@everything_served
+@pytest.mark.parametrize("first", ["parametrize", "accelerate"])
+def test_parametrized_modules_are_served_and_restored(first):
+    family, _, untouched = pair("eva02")
+    layers = "blocks.0.attn.proj", "blocks.0.mlp.fc2", "blocks.1.attn.q_proj", "blocks.1.norm2"
+    for name in layers:
+        register_parametrization(untouched.get_submodule(name), "weight", nn.Tanh())
+    model = copy.deepcopy(untouched)
+    if first == "accelerate":
+        model = FAMILIES["eva02"].build()
+        evakernels.accelerate(model)
+        for name in layers:
+            register_parametrization(model.get_submodule(name), "weight", nn.Tanh())
+    report = evakernels.accelerate(model)
+    assert {done.module for done in report.replaced if done.name in layers} == {"Linear", "LayerNorm"}
+    close(run(family, model, 1), run(family, untouched, 1))
+    close(run(family, copy.deepcopy(model), 1), run(family, untouched, 1))
+    evakernels.restore(model)
+    assert [type(m).__mro__[1:] for m in model.modules()] == [type(m).__mro__[1:] for m in untouched.modules()]
+    for name in layers:
+        remove_parametrizations(model.get_submodule(name), "weight")
+        assert type(model.get_submodule(name)) in (nn.Linear, LayerNorm)
 
 
 @everything_served

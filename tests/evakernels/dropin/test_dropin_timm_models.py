@@ -13,7 +13,10 @@ OPTIONS = {"sapiens2": {"num_heads": 8, "num_kv_heads": (8, 4)}}
 LEFT = {
     ("GELU", "its own is as fast"),  # without AVX-512
     *((name, "all of its tokens are read") for name in ("Eva", "VisionTransformer")),
-    *(("VisionTransformer", f"its last block is Parallel{kind}Block") for kind in ("Things", "Scaling")),
+    *(
+        ("VisionTransformer", f"its last block, Parallel{kind}Block, computes all tokens")
+        for kind in ("Things", "Scaling")
+    ),
     *((name, "no rule is for it") for name in ("AttentionPoolLatent", "RelPosAttention", "DiffAttention")),
     # Its attention is in the block itself.
     *((name, "no rule is for it") for name in ("ParallelScalingBlock", "DiffParallelScalingBlock")),

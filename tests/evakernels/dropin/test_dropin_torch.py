@@ -12,7 +12,7 @@ from dropin_families import assert_same_gradients, close, pair
 from dropin_family import gradients, log_ops, ops_of, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -219,6 +219,16 @@ def test_a_compiled_model_may_be_accelerated_before_its_first_call_and_after(cal
     close(actual, run(family, untouched, 1))
 
 
+@pytest.mark.parametrize("name", ["eva02", "open-clip", "clip"])
+def test_a_program_is_exported_for_batches_of_any_size(name):
+    family, model, untouched = _pair(name)
+    inputs = family.inputs(1)
+    batches = {key: {0: torch.export.Dim.AUTO} for key in inputs}
+    program = torch.export.export(model, (), inputs, dynamic_shapes=batches).module()
+    twice = {key: torch.cat((value, value)) for key, value in inputs.items()}
+    close(family.features(program, twice), family.features(untouched, twice))
+
+
 # --- checkpointing and sharding -------------------------------------------------------------------------------------
 
 
@@ -293,6 +303,12 @@ def test_fsdp2_before_and_after(name, whole_blocks, first, one_process):
     evakernels.restore(model)
     assert isinstance(block, FSDPModule)
     assert ops_of(family, model) == set()
+
+
+def test_fsdp1_takes_the_parameters_out_of_the_modules(one_process):
+    family, model, untouched = _pair("vit")
+    sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    close(run(family, sharded, 1), run(family, untouched, 1))
 
 
 def test_a_model_on_meta_may_be_accelerated_then_sharded_then_filled(one_process):

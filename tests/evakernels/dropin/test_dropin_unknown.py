@@ -229,7 +229,7 @@ def test_modules_that_are_built_alike_are_tried_once(gated, monkeypatch):
     monkeypatch.setattr(_verify, "_difference", lambda *args: tried.append(args[0]) or difference(*args))
     model = gated(_same).extend([SwiGLU(8, 16)])
     evakernels.accelerate(model, unknown="verify")
-    assert [module.fc2.in_features for module in tried] == [12, 16]
+    assert sorted(module.fc2.in_features for module in tried) == [12, 16]
 
 
 def test_a_model_on_meta_is_tried_with_values_of_its_copy(gated):
@@ -343,8 +343,8 @@ def test_models_without_what_is_gone_are_known(rename):
 def test_a_block_counts_if_it_or_its_attention_was_replaced():
     build = FAMILIES["vit"].build
     assert evakernels.accelerate(build(), include="*.mlp.fc1").headline.startswith("0 of 2 blocks, ")
-    assert evakernels.accelerate(build(), include="*.attn", force=True).headline.startswith("2 of 2 blocks, 2 of ")
-    report = evakernels.accelerate(build(), include="blocks.0")
+    assert evakernels.accelerate(build(), include="Attention", force=True).headline.startswith("2 of 2 blocks, 2 of ")
+    report = evakernels.accelerate(build(), include="blocks.0", exclude="blocks.0.*")
     assert report.headline == f"1 of 2 blocks, 1 of {1 + len(report.left)} modules"
 
 

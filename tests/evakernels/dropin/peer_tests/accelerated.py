@@ -37,7 +37,7 @@ def _accelerated(build):
 
 
 def _serve_every_size() -> None:
-    for name in _gate._OPS:
+    for name in _gate.OPS:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             _gate._SERVED[name, "cpu", dtype] = 0
     module = sys.modules[linear.__module__]
