@@ -327,7 +327,7 @@ class _WithoutValues(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is Tensor.erfinv_:  # of the truncated one, in torch 2.11
+        if func in (Tensor.erfinv_, Tensor.clamp_):  # of the truncated one, in torch 2.11
             return args[0]
         return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
 
