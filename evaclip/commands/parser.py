@@ -18,6 +18,13 @@ class CommandParser(argparse.ArgumentParser):
         print(f"error: {message} (see '{self.prog} --help')", file=sys.stderr)
         raise SystemExit(2)
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Python's own names all choices and, before 3.14, none that may be meant."""
+        if action.choices is not None and value not in action.choices:
+            from evakernels._names import unknown  # and with it torch
+
+            raise argparse.ArgumentError(action, unknown("choice", value, map(str, action.choices)))
+
 
 def leaf(subparsers: Any, name: str, *, help: str, examples: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Adds the parser of one command, with `--debug` and its examples in `--help`."""
@@ -66,8 +73,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
 
 def _unknown_arguments(unknown: Sequence[str], parser: argparse.ArgumentParser) -> str:
     """What nobody asked for, and the option that the first one may mean."""
-    # Imported here as it brings torch along.
-    from evakernels._names import hint
+    from evakernels._names import hint  # and with it torch
 
     option = unknown[0].partition("=")[0]
     known = parser._option_string_actions if option.startswith("-") else ()
