@@ -312,16 +312,12 @@ def _embedded_pictures(args: argparse.Namespace) -> tuple[list[str], Any]:
 def _encoder(model: str, args: argparse.Namespace, **otherwise: Any) -> "Encoder":
     import torch
 
-    from evaclip.loading import RANDOM
     from evaclip.runtime.encoder import Encoder
 
     device = args.device
     if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         device = f"cuda:{_local_rank()}"  # each process has its own
-    encoder = Encoder(model, **{"device": device, "precision": args.precision, **_options(args), **otherwise})
-    if encoder.origin == RANDOM:
-        raise UserError(f"the model {model!r} has random weights, whose embeddings find nothing: give NAME:WEIGHTS")
-    return encoder
+    return Encoder(model, **{"device": device, "precision": args.precision, **_options(args), **otherwise})
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
