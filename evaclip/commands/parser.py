@@ -1,8 +1,10 @@
 """What all commands share: how a parser is made, and how a mistake becomes one line."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from evaclip.errors import Refused, UserError
@@ -24,6 +26,14 @@ class CommandParser(argparse.ArgumentParser):
             from evakernels._names import unknown  # and with it torch
 
             raise argparse.ArgumentError(action, unknown("choice", value, map(str, action.choices)))
+
+
+def positive(text: str) -> float:
+    """A number above 0, as the `type` of an argument."""
+    with suppress(ValueError):
+        if 0 < (number := float(text)) < math.inf:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
 
 
 def leaf(subparsers: Any, name: str, *, help: str, examples: Sequence[str] = ()) -> argparse.ArgumentParser:

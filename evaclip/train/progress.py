@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from evaclip.atomic import write_text
+from evaclip.atomic import reading, write_text
 from evaclip.errors import UserError
 from evaclip.machine import machine, versions
 from evaclip.outputs import silence
@@ -224,8 +224,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines log; a last line that was cut off is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    with reading(path):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _without_nan(values: Mapping[str, float]) -> dict[str, float | None]:
