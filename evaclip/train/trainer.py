@@ -128,7 +128,9 @@ def _report(parts: Parts, folder: RunFolder | None, start_step: int) -> Report:
     if not parts.world.is_main:
         return Report([])
     config = parts.config
-    report = open_report(config.log, folder and folder.path, start_step, parts.total_steps, parts.world.size)
+    report = open_report(
+        config.log, None if folder is None else folder.path, start_step, parts.total_steps, parts.world.size
+    )
     if folder:
         report.add(trackers.open_trackers(config.log, folder.path, config.name, to_tree(config), report.say))
     return report
