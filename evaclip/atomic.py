@@ -52,6 +52,15 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {reason}{where}") from exc
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what a missing or damaged file raises into a UserError that names it."""
+    try:
+        yield
+    except (OSError, ValueError, EOFError) as exc:
+        raise UserError(f"{path} can't be read: {getattr(exc, 'strerror', None) or exc}") from exc
+
+
 def require_space(path: Path, size: int) -> None:
     """Raises UserError now where `size` bytes don't fit on the disk of `path`: torch ends the process on a full one."""
     free = shutil.disk_usage(path.parent).free

@@ -1,7 +1,8 @@
 """Models, transforms and tokenizers by name."""
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from evaclip.model.masked_image import MaskedImageModel
 from evaclip.model.savings import Savings
 from evaclip.model.vision_model import VisionModel
 from evaclip.model.vision_names import RELEASES, split_name, vision_config
+from evaclip.run_files import MODEL_CONFIG_FILE
 from evaclip.tokenizer import Tokenizer
 from evaclip.transforms import EvalTransform, TrainTransform
 from evaclip.weights import find_weights, materialize, read_preprocess, start_image_tower, start_text_tower
@@ -69,6 +71,7 @@ def create_model(
     precision: str = "fp32",
     savings: Savings | None = None,
     prepare: Callable[[CLIP], None] | None = None,
+    as_trained: bool = True,
     **overrides: Any,
 ) -> CLIP:
     """A model in training mode, with random or pretrained weights.
@@ -85,6 +88,9 @@ def create_model(
         precision: fp32, bf16 or fp16, the dtype of the parameters; or open_clip's name of it.
         savings: what the model leaves out without changing a result; by default all that costs nothing.
         prepare: called with the model before it has memory or values, such as to shard it.
+        as_trained: whether a run or checkpoint of this very model that `pretrained` names decides its options, such as
+            the image size, but for `overrides`; else the name does, and positions of another image size are resized,
+            with a warning.
         overrides: options of the configuration to change, such as `vision={"patch_dropout": 0.5}`; or open_clip's
             names: force_image_size, force_patch_dropout, force_context_length, image_mean, image_std,
             image_interpolation, image_resize_mode.
@@ -97,7 +103,8 @@ def create_model(
     """
     dtype, target = _dtype(precision), _device(device)
     options = _options(overrides)
-    config = override(_described(model_name), options)
+    described = _described(model_name)
+    config = override(described, options)
     if model_name.startswith((HUB, LOCAL)) and not (pretrained or pretrained_image or pretrained_text):
         pretrained = model_name
     if pretrained and (pretrained_image or pretrained_text):
@@ -105,6 +112,8 @@ def create_model(
     known_name = find_model(model_name) or model_name
     weights = find_weights(pretrained, known_name) if pretrained else None
     if weights is not None:
+        if as_trained:
+            config = override(override(described, _options_beside(weights, known_name)), options)
         config = _with_stored_preprocess(config, weights, options)
         if target.type != "meta" and config.init_logit_bias is None and holds(weights, "logit_bias"):
             config = replace(config, init_logit_bias=0.0)  # which the weights replace
@@ -137,6 +146,7 @@ def create_vision_model(
     savings: Savings | None = None,
     prepare: Callable[[VisionModel], None] | None = None,
     antialias: bool = False,
+    as_trained: bool = True,
     **overrides: Any,
 ) -> VisionModel:
     """An image model of the EVA series in training mode, with random or pretrained weights.
@@ -151,6 +161,7 @@ def create_vision_model(
             that of the weights gets start values.
         device, precision, savings, prepare: as for `create_model`.
         antialias: resize the positions of weights of another image size as timm does, not as the authors do.
+        as_trained: as for `create_model`.
         overrides: options of `VisionConfig` to change, such as `image_size=(448, 672)`.
 
     Raises:
@@ -171,6 +182,10 @@ def create_vision_model(
     weights = find_weights(source, model_name) if source and target.type != "meta" else None
     if weights is not None and pretrained:
         stored, preprocess = classifier_size(weights), read_preprocess(weights) or preprocess
+        if as_trained:
+            beside = _options_beside(weights, architecture)
+            known = {field.name: beside[field.name] for field in fields(config) if field.name in beside}
+            config = override(override(vision_config(architecture), known), overrides)
     classes = stored or release.num_classes if num_classes is None else num_classes
     with torch.device("meta"), _WithoutValues():
         model = VisionModel(config, classes, preprocess, savings)
@@ -348,6 +363,16 @@ def _options(overrides: Mapping[str, Any]) -> dict[str, Any]:
         if overrides.get(name) is not None:
             options[part] = {**options.get(part, {}), option: overrides[name]}
     return options
+
+
+def _options_beside(weights: Path, model_name: str) -> dict[str, Any]:
+    """The options that a training has left beside its weights, if they are of this model."""
+    try:
+        options: dict[str, Any] = json.loads(weights.with_name(MODEL_CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    name = str(options.pop("name"))
+    return options if (find_model(name) or name.partition(".")[0]) == model_name else {}
 
 
 def _with_stored_preprocess(config: CLIPConfig, weights: Path, options: Mapping[str, Any]) -> CLIPConfig:

@@ -18,6 +18,7 @@ from evaclip.weights import find_weights
 from evaclip.weights.files import classifier_size
 from evaclip.weights.hub import HUB, LOCAL
 from evaclip.weights.parts import is_there
+from evaclip.zoo import list_pretrained_tags_by_model
 
 RANDOM = "random weights"
 """The origin of the weights of a model that is named without any."""
@@ -148,7 +149,7 @@ def load_features(given: str, *, device: str = "cpu", average: bool = True) -> "
     return load_model(given, device=device, average=average)
 
 
-def load_model(given: str, *, device: str = "cpu", average: bool = True) -> LoadedModel:
+def load_model(given: str, *, device: str = "cpu", average: bool = True, random: bool = True) -> LoadedModel:
     """Loads what `given` names, in fp32.
 
     Args:
@@ -157,9 +158,10 @@ def load_model(given: str, *, device: str = "cpu", average: bool = True) -> Load
             weights.
         device: where the model runs.
         average: of a checkpoint that holds averaged weights too, take those.
+        random: whether random weights are meant by a NAME alone.
 
     Raises:
-        UserError: it is none of these.
+        UserError: it is none of these, or a NAME alone that isn't to have random weights.
     """
     path = Path(given).expanduser()
     if path.is_dir():
@@ -169,6 +171,12 @@ def load_model(given: str, *, device: str = "cpu", average: bool = True) -> Load
     name, _, weights = given.partition(":")
     if find_model(name) is None and len(path.parts) > 1:
         raise UserError(f"there is no folder {given!r}; give a run folder, a checkpoint folder or NAME[:WEIGHTS]")
+    if not (weights or random) and find_model(name):
+        tags = ", ".join(list_pretrained_tags_by_model(name)) or "none"
+        raise UserError(
+            f"the model {given!r} has random weights, whose embeddings find nothing: give NAME:WEIGHTS or a run;"
+            f" released weights of {name}: {tags}"
+        )
     model = create_model(name, pretrained=weights or None, device=device)
     return _loaded(name, weights or RANDOM, model)
 

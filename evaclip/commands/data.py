@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaclip.commands.parser import leaf
+from evaclip.commands.parser import leaf, positive
 from evaclip.commands.reading import add_reading, open_data
 from evaclip.errors import UserError
 from evaclip.slurm import take_over
@@ -101,11 +101,16 @@ def _add_bench(verbs: Any) -> None:
     add = parser.add_argument
     add("--batch-size", type=int, default=64, help="samples per batch (default: 64)")
     add("--image-size", type=int, help="side of the tensors (default: the model's, else 224)")
-    add("--seconds", type=float, default=10.0, help="how long to measure (default: 10)")
+    add("--seconds", type=positive, default=10.0, help="how long to measure (default: 10)")
     add("--model", metavar="NAME", help="with --gpu: the model that is trained")
     add("--gpu", metavar="KIND", help="which kind of GPU, as in `evaclip plan`")
     add("--mfu", type=float, default=0.5, help="share of its peak in 16 bits that the GPU reaches (default: 0.5)")
-    add("--images-per-second", type=float, metavar="N", help="that a GPU trains, where it is known, in place of --gpu")
+    add(
+        "--images-per-second",
+        type=positive,
+        metavar="N",
+        help="that a GPU trains, where it is known, in place of --gpu",
+    )
     add("--gpus", type=int, default=8, metavar="N", help="of a node (default: 8)")
     parser.set_defaults(run=_run_bench)
 
@@ -216,15 +221,15 @@ def _run_bench(args: argparse.Namespace) -> None:
     from evaclip.model.config import get_config
     from evaclip.transforms import TrainTransform
 
-    if args.seconds <= 0:
-        raise UserError(f"--seconds must be more than 0, got {args.seconds}")
+    if args.image_size is not None and args.image_size < 1:
+        raise UserError(f"--image-size must be 1 or more, got {args.image_size}")
     rate = _training_rate(args)
     console = Console()
     began = time.perf_counter()
     source = open_data(args.path, args)
     opened = time.perf_counter() - began
-    size = (args.image_size or 224,) * 2
-    if args.model and not args.image_size:
+    size = (224, 224) if args.image_size is None else (args.image_size, args.image_size)
+    if args.model and args.image_size is None:
         size = get_config(args.model).vision.image_shape
     transform = TrainTransform(size).levels
     loader = bench.make_loader(source, transform, args.batch_size, args.workers)
@@ -255,9 +260,7 @@ def _training_rate(args: argparse.Namespace) -> float | None:
     """Images that a GPU trains a second; None where nothing says so."""
     if args.gpus < 1:
         raise UserError(f"--gpus must be 1 or more, got {args.gpus}")
-    if args.images_per_second is not None:
-        if args.images_per_second <= 0:
-            raise UserError(f"--images-per-second must be more than 0, got {args.images_per_second}")
+    if args.images_per_second:
         rate: float = args.images_per_second
         return rate
     if not args.gpu:

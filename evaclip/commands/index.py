@@ -41,6 +41,7 @@ def _add_index(subparsers: Any) -> None:
             "evaclip index photos.store --images ~/Pictures --model EVA02-CLIP-B-16:merged2b_s8b_b131k",
             "evaclip index cc3m.store --images 'cc3m/{00000..00331}.tar' --model runs/b16 --thumbnails 128",
             "evaclip index photos.store --images ~/Pictures     # later: what is new or changed, by the same model",
+            "evaclip index photos.store --images ~/Pictures --prune",
             "evaclip index photos.store --merge photos.store-0 photos.store-1    # what two machines have embedded",
         ],
     )
@@ -53,6 +54,9 @@ def _add_index(subparsers: Any) -> None:
     add_reading(parser, decoding=False)
     parser.add_argument(
         "--thumbnails", type=int, default=0, metavar="PIXELS", help="keep small copies of this side (default: none)"
+    )
+    parser.add_argument(
+        "--prune", action="store_true", help="also remove the rows of pictures that are gone from the folder PATH"
     )
     parser.add_argument("--approximate", action="store_true", help="make what 'search --approximate' looks into, too")
     compute = _add_model(parser, "of a store that exists, by default its own")
@@ -123,7 +127,13 @@ def _run_index(args: argparse.Namespace) -> None:
         model = _lasting(args.model) if args.model else Store.exists(folder) and Store.open(folder).model["given"]
         if not model:
             raise UserError(f"there is no store {str(folder)!r} yet: --model says whose embeddings it is to hold")
-        store = _ENGINES[args.engine](open_data(_absolute(args.images), args, captions=False), folder, str(model), args)
+        source = open_data(_absolute(args.images), args, captions=False)
+        gone = _gone(source, folder, args)  # which may refuse, before the work
+        store = _ENGINES[args.engine](source, folder, str(model), args)
+        if args.prune and _is_first(folder, args):
+            print(f"{store.remove(gone):,} rows of pictures that are gone were removed")
+        elif gone:
+            print(f"{len(gone):,} rows are of pictures that are gone from {args.images}: --prune removes them")
     if args.approximate:
         from evaclip.runtime.approximate import build_approximate
 
@@ -142,6 +152,34 @@ def _node_folder(store: Path) -> tuple[Path, str]:
     return store.with_name(f"{store.name}-{node}"), f"when all are done, evaclip index {store} --merge {store}-*"
 
 
+def _is_first(folder: Path, args: argparse.Namespace) -> bool:
+    """Whether this process makes the store; where there are several machines, each has one."""
+    return (int(os.environ.get("RANK", "0")) if folder == args.store else _local_rank()) == 0
+
+
+def _gone(source: "Source", folder: Path, args: argparse.Namespace) -> list[str]:
+    """Ids of the store's rows whose pictures, of this folder, are no longer there."""
+    from evaclip.data.image_folder import PictureFolder
+    from evaclip.runtime.indexing import empty_folders, gone
+    from evaclip.runtime.store import Store
+
+    if not isinstance(source, PictureFolder):
+        if args.prune:
+            raise UserError(f"--prune looks for what is gone from a folder of pictures, which {args.images} is not")
+        return []
+    if not (Store.exists(folder) and _is_first(folder, args)):
+        return []
+    root = Path(source.description)
+    with Store.open(folder) as store:
+        found = gone(root, store)
+    if args.prune and (empty := empty_folders(root, found)):
+        raise UserError(
+            f"{empty[0]} is empty, and the store has rows of pictures in it: mount what belongs there, or delete the "
+            "folder; nothing was removed"
+        )
+    return found
+
+
 def _index_here(source: "Source", folder: Path, model: str, args: argparse.Namespace) -> "Store":
     from evaclip.runtime.indexing import UNREADABLE_FILE, Progress, index
 
@@ -149,8 +187,7 @@ def _index_here(source: "Source", folder: Path, model: str, args: argparse.Names
         raise UserError("--workers is for --engine ray; here torchrun --nproc-per-node starts several processes")
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     encoder = _encoder(model, args)
-    # Where there are several machines, each has a store, which its own first process makes.
-    store = _ready_store(folder, model, encoder, first=(rank if folder == args.store else _local_rank()) == 0)
+    store = _ready_store(folder, model, encoder, first=_is_first(folder, args))
     progress = Progress(len(source) * (rank + 1) // size - len(source) * rank // size)
     with _shown(progress):
         index(source, encoder, store, thumbnail=args.thumbnails, part=(rank, size), progress=progress)
@@ -186,7 +223,7 @@ def _merged(args: argparse.Namespace) -> "Store":
     from evaclip.runtime.store import Store
     from evaclip.runtime.text import copy_text_tower
 
-    if unused := [name for name in ("model", "thumbnails", "workers") if getattr(args, name)]:
+    if unused := [name for name in ("model", "thumbnails", "workers", "prune") if getattr(args, name)]:
         raise UserError(f"--merge takes rows as they are: --{unused[0]} is for --images")
     others = [Store.open(folder) for folder in args.merge]
     store = Store.open(args.store) if Store.exists(args.store) else Store.create(args.store, others[0].model)
@@ -275,16 +312,12 @@ def _embedded_pictures(args: argparse.Namespace) -> tuple[list[str], Any]:
 def _encoder(model: str, args: argparse.Namespace, **otherwise: Any) -> "Encoder":
     import torch
 
-    from evaclip.loading import RANDOM
     from evaclip.runtime.encoder import Encoder
 
     device = args.device
     if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         device = f"cuda:{_local_rank()}"  # each process has its own
-    encoder = Encoder(model, **{"device": device, "precision": args.precision, **_options(args), **otherwise})
-    if encoder.origin == RANDOM:
-        raise UserError(f"the model {model!r} has random weights, whose embeddings find nothing: give NAME:WEIGHTS")
-    return encoder
+    return Encoder(model, **{"device": device, "precision": args.precision, **_options(args), **otherwise})
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

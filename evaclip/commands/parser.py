@@ -1,8 +1,10 @@
 """What all commands share: how a parser is made, and how a mistake becomes one line."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from evaclip.errors import Refused, UserError
@@ -17,6 +19,21 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         print(f"error: {message} (see '{self.prog} --help')", file=sys.stderr)
         raise SystemExit(2)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Python's own names all choices and, before 3.14, none that may be meant."""
+        if action.choices is not None and value not in action.choices:
+            from evakernels._names import unknown  # and with it torch
+
+            raise argparse.ArgumentError(action, unknown("choice", value, map(str, action.choices)))
+
+
+def positive(text: str) -> float:
+    """A number above 0, as the `type` of an argument."""
+    with suppress(ValueError):
+        if 0 < (number := float(text)) < math.inf:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
 
 
 def leaf(subparsers: Any, name: str, *, help: str, examples: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -66,8 +83,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
 
 def _unknown_arguments(unknown: Sequence[str], parser: argparse.ArgumentParser) -> str:
     """What nobody asked for, and the option that the first one may mean."""
-    # Imported here as it brings torch along.
-    from evakernels._names import hint
+    from evakernels._names import hint  # and with it torch
 
     option = unknown[0].partition("=")[0]
     known = parser._option_string_actions if option.startswith("-") else ()

@@ -6,8 +6,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from evaclip.commands.configuration import add_configuration, configure
-from evaclip.commands.parser import leaf
-from evaclip.errors import UserError
+from evaclip.commands.parser import leaf, positive
 
 _EXAMPLES = (
     "evaclip plan eva02-e-14-plus --gpus 144 --gpu a100-80g --savings",
@@ -28,9 +27,16 @@ def add_commands(subparsers: Any) -> None:
     add("--gpu", default="a100-80g", metavar="KIND", help="which kind (a100-80g)")
     add("--caption-tokens", type=int, metavar="N", help="mean length of captions, with start and end (15)")
     add("--state-dtype", default="fp32", choices=("fp32", "bf16"), help="of the moments (fp32)")
-    add("--beside", type=float, metavar="GIB", help="what a GPU holds besides tensors, as 'train --dry-run' finds")
-    add("--images-per-core", type=float, metavar="N", help="that one core decodes a second ('data bench'), for cores")
-    add("--storage-gbps", type=float, metavar="GB/S", help="at which all GPUs write together, for a checkpoint's time")
+    add("--beside", type=positive, metavar="GIB", help="what a GPU holds besides tensors, as 'train --dry-run' finds")
+    add(
+        "--images-per-core", type=positive, metavar="N", help="that one core decodes a second ('data bench'), for cores"
+    )
+    add(
+        "--storage-gbps",
+        type=positive,
+        metavar="GB/S",
+        help="at which all GPUs write together, for a checkpoint's time",
+    )
     add("--savings", action="store_true", help="say what each saving is worth")
     add("--fit", action="store_true", help="search the largest batch, the cheapest policy and the fewest GPUs")
     add("--json", action="store_true", help="print everything as one JSON object")
@@ -40,10 +46,6 @@ def add_commands(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the plan that the command line asks for."""
-    for name in ("beside", "images_per_core", "storage_gbps"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} is {value:g}; expected more than 0")
     # Imported here so that `evaclip --help` does not wait for torch.
     from evaclip.plan import tables, time_tables
     from evaclip.plan.fit import fit

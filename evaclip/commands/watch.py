@@ -5,8 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from evaclip.commands.parser import leaf
-from evaclip.errors import UserError
+from evaclip.commands.parser import leaf, positive
 
 
 def add_commands(subparsers: Any) -> None:
@@ -20,7 +19,7 @@ def add_commands(subparsers: Any) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the folder of a run, on this machine or mounted")
     parser.add_argument("--once", action="store_true", help="print the present state and stop")
     parser.add_argument(
-        "--seconds", type=float, default=2.0, metavar="S", help="between updates (default: %(default)s)"
+        "--seconds", type=positive, default=2.0, metavar="S", help="between updates (default: %(default)s)"
     )
     parser.set_defaults(run=_run)
 
@@ -31,8 +30,6 @@ def _run(args: argparse.Namespace) -> None:
 
     from evaclip.report.live import render
 
-    if args.seconds <= 0:
-        raise UserError(f"--seconds must be above 0, got {args.seconds:g}")
     console = Console()
     if args.once or not console.is_terminal:
         console.print(render(args.run_dir, console.width))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from evaclip.commands.parser import leaf
+from evaclip.errors import UserError
 
 
 def add_commands(subparsers: Any) -> None:
@@ -25,11 +26,13 @@ def add_commands(subparsers: Any) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     # Imported here so that `evaclip --help` doesn't wait for torch.
-    from evaclip.run_files import EMA_FILE
+    from evaclip.run_files import EMA_FILE, MODEL_FILE
     from evaclip.weights.files import find_weights
     from evaclip.weights.parts import is_there, joined
 
     model = find_weights(args.source, "")
+    if model.name != MODEL_FILE:
+        raise UserError(f"{str(args.source)!r} is no run or checkpoint folder, which alone has weights in parts")
     for path in (model, model.with_name(EMA_FILE)):
         if is_there(path):
             print(joined(path))

@@ -18,6 +18,8 @@ def read_csv(path: Path, columns: Columns, separator: str | None = None) -> RowR
     `separator` None takes the one of tab, comma, semicolon and pipe that gives these columns. Raises UserError, on
     reading, for a missing column and for what is no text.
     """
+    if separator is not None and len(separator) != 1:
+        raise UserError(f"the separator of columns must be one character, got {separator!r}")
     encoding, doubtful = text_encoding(path)
     note = f"read as {encoding}"
     if separator is None:

@@ -149,11 +149,11 @@ def build_emoji(
 
     A sample is KEY.png, KEY.large.png (the same, up to twice as large), KEY.txt (its main name) and KEY.json
     (`caption`, `captions` with all names, `codepoints`, `character`, `style`, `label`: the line of `classes.txt`
-    counted from 0). Raises UserError for an unknown style, a size below 8, a missing package or a folder that can't be
-    made.
+    counted from 0). Raises UserError for an unknown style, a size that isn't 8 to 4096, a missing package or a folder
+    that can't be made.
     """
-    if size < 8:
-        raise UserError(f"the picture size must be 8 pixels or more, not {size}")
+    if not 8 <= size <= 4096:
+        raise UserError(f"the picture size must be 8 to 4096 pixels, not {size}")
     drawings = {style: style_drawings(style) for style in styles}
     concepts = load_concepts(skin_tones)
     with writing(folder):

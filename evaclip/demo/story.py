@@ -1,5 +1,6 @@
 """The whole story: real shards, training, evaluation on a style never seen, the report, and a store to search in."""
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +54,7 @@ def run_demo(
     from evaclip.report import write_report
     from evaclip.train.trainer import train
 
-    if minutes <= 0:
+    if not 0 < minutes < math.inf:
         raise UserError(f"the budget must be more than 0 minutes, got {minutes:g}")
     _check_replaceable(out)
     with _phase("drawings", say):

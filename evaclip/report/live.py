@@ -127,7 +127,7 @@ def _title(
 ) -> str:
     from evaclip.report.state import what_stands_still
 
-    total = config["schedule"]["steps"]
+    total = (config.get("schedule") or {}).get("steps")
     step, seconds = (records[-1]["step"], records[-1]["seconds"]) if records else (0, 0.0)
     parts = [folder.name, f"step {step:,}" + (f" of {total:,}" if total else "")]
     if records:

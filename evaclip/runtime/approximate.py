@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from evaclip.atomic import replacing, write_json, writing
+from evaclip.atomic import reading, replacing, write_json, writing
 from evaclip.errors import UserError
 from evaclip.extras import with_remedy
 from evaclip.runtime.codes import Floats, Numbers
@@ -143,7 +143,10 @@ class _Index:
     def load(cls, store: Store) -> tuple[Self, int]:
         """The index of a store, mapped into memory, and how many of the store's numbers it covers."""
         path = store.folder / _ABOUT
-        about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"generation": None}
+        about: dict[str, Any] = {"generation": None}
+        if path.is_file():
+            with reading(path):
+                about = json.loads(path.read_text(encoding="utf-8"))
         if about["generation"] != store.generation:
             command = "`evaclip index --approximate` makes one"
             raise UserError(f"{store.folder} has no approximate index of its rows: {command}")
@@ -154,4 +157,5 @@ class _Index:
 @lru_cache(8)
 def _mapped(path: Path) -> NDArray[Any]:
     # Kept, as each page that is touched for the first time costs a fault. A file of this name never changes.
-    return np.asarray(np.load(path, mmap_mode="r"))
+    with reading(path):
+        return np.asarray(np.load(path, mmap_mode="r"))

@@ -76,7 +76,8 @@ class Encoder:
 
     Args:
         model: what `evaclip eval` takes, `NAME[:WEIGHTS]`, a run or checkpoint folder, `hf-hub:OWNER/NAME`; or a model
-            that is loaded already, which then is this object's alone.
+            that is loaded already, which then is this object's alone. A NAME alone, without weights, is refused; an
+            `Encoder(load_model(NAME))` has random ones.
         device: `auto` for a GPU if there is one, else the CPU.
         precision: of the weights and of what is computed between them. `auto` is bf16 where the device has
             instructions for it, else fp32. In fp32 embeddings differ by less than 1e-5 from the model's own. `int8`, on
@@ -87,7 +88,7 @@ class Encoder:
         compile: let torch.compile make the image tower's code, which takes minutes for each size of batch, once.
 
     Raises:
-        UserError: for a model, device or number that doesn't exist.
+        UserError: for a model, device or number that doesn't exist, and for a model without weights.
 
     Example:
         ```python
@@ -113,7 +114,7 @@ class Encoder:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.precision = chosen_precision(precision, device)
-        loaded = load_model(model, device=device) if isinstance(model, str) else model
+        loaded = load_model(model, device=device, random=False) if isinstance(model, str) else model
         self.name, self.origin = loaded.name, loaded.origin
         self.tokenizer, self.transform = loaded.tokenizer, loaded.transform
         self.device = torch.device(device)

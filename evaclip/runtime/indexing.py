@@ -3,10 +3,12 @@
 import hashlib
 import io
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -98,6 +100,36 @@ def embedded(source: Source, encoder: Encoder, progress: Progress) -> Parts:
     """The rows of all pictures of a source that can be read, with their embeddings, float32 `[n, dim]`."""
     yield from Work(source).embedded(range(len(source)), encoder, progress)
     progress.faults += source.faults
+
+
+def gone(root: Path, store: Store) -> list[str]:
+    """Ids of the rows of pictures below a folder that aren't there any more; what can't be told counts as there."""
+    inside = f"{str(root).rstrip('/')}/"
+    return [id for id in store.contents() if id.startswith(inside) and not any(map(_is_there, _files_of(id)))]
+
+
+def empty_folders(root: Path, ids: Iterable[str]) -> list[Path]:
+    """Empty folders below `root` that files of these names, which are gone, were in: disks that aren't mounted leave
+    such."""
+    parents = {next(parent for parent in Path(id).parents if _is_there(str(parent))) for id in ids} - {root}
+    return sorted(folder for folder in parents if folder.is_dir() and not os.listdir(folder))  # noqa: PTH208
+
+
+def _files_of(id: str) -> Iterator[str]:
+    """What may be the file of a row: all of the id, or the shard before a key."""
+    parts = id.split(":")
+    return (":".join(parts[:count]) for count in range(len(parts), 0, -1))
+
+
+def _is_there(path: str) -> bool:
+    # Path.exists takes what may not be looked at, or a server that doesn't answer, for what is gone.
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def describe(encoder: Encoder) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from evaclip.atomic import replacing, writing
+from evaclip.atomic import reading, replacing, writing
 from evaclip.errors import UserError
 from evaclip.runtime.codes import encode, random_rotation
 from evaclip.runtime.matrix import map_rows, write_header, write_rows
@@ -268,7 +268,9 @@ class Store:
     @cached_property
     def rotation(self) -> NDArray[np.float32]:
         """What vectors are turned by before they are rounded to codes, float32 `[dim, dim]`."""
-        matrix: NDArray[np.float32] = np.load(self.folder / _ROTATION_FILE)
+        path = self.folder / _ROTATION_FILE
+        with reading(path):
+            matrix: NDArray[np.float32] = np.load(path)
         return matrix
 
     @property
@@ -377,7 +379,8 @@ class Store:
     def _mapped(self, name: str) -> NDArray[Any]:
         # Kept, as each page that is touched for the first time costs a fault.
         if name not in self._maps:
-            self._maps[name] = map_rows(self._path(name), _KINDS[name], self._slots, _columns(name, self.dim))
+            with reading(self._path(name)):
+                self._maps[name] = map_rows(self._path(name), _KINDS[name], self._slots, _columns(name, self.dim))
         return self._maps[name]
 
 

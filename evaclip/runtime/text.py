@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaclip.atomic import replacing, write_json, writing
+from evaclip.atomic import reading, replacing, write_json, writing
 from evaclip.errors import UserError
 from evaclip.runtime.store import Store
 
@@ -82,7 +82,8 @@ class _Program:
     """The tower in ONNX Runtime. It is loaded while the tokenizer is made."""
 
     def __init__(self, folder: Path) -> None:
-        sizes = json.loads((folder / TOKENS_FILE).read_text(encoding="utf-8"))
+        with reading(folder / TOKENS_FILE):
+            sizes = json.loads((folder / TOKENS_FILE).read_text(encoding="utf-8"))
         with ThreadPoolExecutor(1) as pool:
             loading = pool.submit(_session, folder / PROGRAM_FILE)
             from evaclip.tokenizer import Tokenizer

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
 from evaclip.data.config import DataConfig
@@ -17,6 +18,16 @@ Rate = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Measure = Literal["classify", "retrieval", "loss", "linear_probe", "knn"]
+
+
+def _inside(name: str) -> str:
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError("expected a folder inside of `output`; output=FOLDER puts runs elsewhere")
+    return name
+
+
+RunName = Annotated[str, AfterValidator(_inside)]
 SetName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 
 _STRICT_KEYS = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
@@ -448,7 +459,7 @@ class EvalConfig:
 class TrainConfig:
     """A whole run."""
 
-    name: str
+    name: RunName
     """The run's folder inside `output`."""
     batch_size: Count
     """Samples of one optimizer step, over all processes: the contrastive batch."""

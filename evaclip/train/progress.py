@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from textwrap import fill
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,7 +14,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from evaclip.atomic import write_text
+from evaclip.atomic import reading, write_text
 from evaclip.errors import UserError
 from evaclip.machine import machine, versions
 from evaclip.outputs import silence
@@ -82,7 +83,7 @@ class PlainLines(Sink):
         self._total = total_steps
 
     def record(self, record: Record) -> None:
-        self.say(f"step {record.step}/{self._total}  {summary(record)}  eta {_eta(record, self._total)}")
+        self.say(f"step {record.step}/{self._total}  {'  '.join(summary(record))}  eta {_eta(record, self._total)}")
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         self.say(f"step {step}/{self._total}  {_metrics_line(metrics)}")
@@ -102,7 +103,8 @@ class _BarAndNumbers(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
         if self.numbers:
-            yield Text(self.numbers)
+            # Where they take several lines none is broken: textwrap, unlike rich, breaks at no other space.
+            yield Text(fill(self.numbers, self.console.width).replace("\xa0", " "))
 
 
 class LiveDisplay(Sink):
@@ -117,7 +119,7 @@ class LiveDisplay(Sink):
         self._progress.start()
 
     def record(self, record: Record) -> None:
-        self._progress.numbers = summary(record)
+        self._progress.numbers = "  ".join(number.replace(" ", "\xa0") for number in summary(record))
         self._progress.update(self._task, completed=record.step, eta=_eta(record, self._total))
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -203,25 +205,28 @@ class TensorBoard(Sink):
         self._writer.close()
 
 
-def summary(record: Record) -> str:
+def summary(record: Record) -> list[str]:
     """The numbers that a person watches."""
-    skipped = f"  skipped {record.skipped}" if record.skipped else ""
-    bad = f"  bad samples {record.bad_samples}" if record.bad_samples else ""
     rates = dict.fromkeys(f"{rate:.2e}" for name, rate in record.more.items() if name.startswith("lr_"))
-    accuracy = f"accuracy {record.more['accuracy']:.1%}  " if "accuracy" in record.more else ""
-    return (
-        f"loss {record.loss:.4f}  {accuracy}lr {'/'.join(rates)}  "
-        f"{record.samples_per_second:,.1f} samples/s  data wait {record.data_wait:.0%}  MFU {record.mfu:.1%}"
-        f"{skipped}{bad}"
-    )
+    return [
+        f"loss {record.loss:.4f}",
+        *([f"accuracy {record.more['accuracy']:.1%}"] if "accuracy" in record.more else []),
+        f"lr {'/'.join(rates)}",
+        f"{record.samples_per_second:,.1f} samples/s",
+        f"data wait {record.data_wait:.0%}",
+        f"MFU {record.mfu:.1%}",
+        *([f"skipped {record.skipped}"] if record.skipped else []),
+        *([f"bad samples {record.bad_samples}"] if record.bad_samples else []),
+    ]
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines log; a last line that was cut off is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    with reading(path):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _without_nan(values: Mapping[str, float]) -> dict[str, float | None]:

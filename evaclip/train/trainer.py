@@ -1,5 +1,6 @@
 """The loop: fetch, step, report, evaluate, save; stopping, resuming and going back when it must."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, nullcontext
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from evaclip.data import Batch
-from evaclip.run_files import STOPPED
+from evaclip.run_files import CONFIG_FILE, STOPPED
 from evaclip.train import checkpoint, host, snapshot, trackers
 from evaclip.train.build import Parts, build
 from evaclip.train.communication import CommunicationSampler
@@ -20,7 +21,8 @@ from evaclip.train.evaluation import Metrics
 from evaclip.train.host import peak_memory, slow_precision
 from evaclip.train.meter import Meter
 from evaclip.train.optimizer import set_lr_factor, tower_rate
-from evaclip.train.progress import Report, open_report
+from evaclip.train.overrides import load_yaml
+from evaclip.train.progress import Report, open_report, read_log
 from evaclip.train.run_folder import RunFolder, locate, permit
 from evaclip.train.run_lock import RunLock, RunTaken
 from evaclip.train.saver import Saver
@@ -58,7 +60,7 @@ class Outcome:
 
 
 def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False, steal: bool = False) -> Outcome:
-    """Runs a training to its end, or until Ctrl-C or SIGTERM.
+    """Runs a training to its end, or until Ctrl-C or SIGTERM; of a run that is at its end it says so, and no more.
 
     Args:
         resume: none, auto, latest, the path of a checkpoint folder or `weights:PATH`; see `run_folder.locate`.
@@ -88,22 +90,49 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
         messages += parts.remarks
         position, remarks = snapshot.begin(start, parts)
         messages += remarks
+        metrics = world.from_main(_final_metrics(parts, folder, position.step) if world.is_main else None)
         with folder.writing():
-            if world.is_main:
+            if world.is_main and metrics is None:
                 folder.create(config, overwrite)
-            report = _report(parts, folder, position.step)
+            report = _report(parts, folder if metrics is None else None, position.step)
         with report:
             for message in messages:
                 report.say(message)
-            return Trainer(parts, folder, report, position, lock).run()
+            if metrics is None:
+                return Trainer(parts, folder, report, position, lock).run()
+            report.say(f"the run is finished: {_told(folder, position.step)}")
+            return Outcome(folder.path, position.step, metrics)
 
 
-def _report(parts: Parts, folder: RunFolder, start_step: int) -> Report:
+def _final_metrics(parts: Parts, folder: RunFolder, step: int) -> Metrics | None:
+    """What a run that is at its end was measured to be there; None if something is left to do."""
+    if step < parts.total_steps or not folder.exists:
+        return None
+    if parts.evaluation is None:
+        return {}
+    if load_yaml(folder.path / CONFIG_FILE).get("eval") != to_tree(parts.config)["eval"]:
+        return None  # it is to be measured otherwise now
+    found = [record["eval"] for record in read_log(folder.log) if "eval" in record and record["step"] == step]
+    if not found:
+        return None
+    return {name: math.nan if value is None else value for name, value in found[-1].items() if name != "seconds"}
+
+
+def _told(folder: RunFolder, step: int) -> str:
+    model = folder.checkpoints / checkpoint.folder_name(step)
+    return f"the model is {model}; 'evaclip report {folder.path}' shows the run"
+
+
+def _report(parts: Parts, folder: RunFolder | None, start_step: int) -> Report:
+    """The terminal, and where there is a folder all that is written."""
     if not parts.world.is_main:
         return Report([])
     config = parts.config
-    report = open_report(config.log, folder.path, start_step, parts.total_steps, parts.world.size)
-    report.add(trackers.open_trackers(config.log, folder.path, config.name, to_tree(config), report.say))
+    report = open_report(
+        config.log, None if folder is None else folder.path, start_step, parts.total_steps, parts.world.size
+    )
+    if folder:
+        report.add(trackers.open_trackers(config.log, folder.path, config.name, to_tree(config), report.say))
     return report
 
 
@@ -157,8 +186,7 @@ class Trainer:
         if stopped:
             self.report.say(f"{STOPPED}; --resume auto goes on from step {self.position.step}")
             return Outcome(self.folder.path, self.position.step, self.metrics, signals.exit_code)
-        model = self.folder.checkpoints / checkpoint.folder_name(self.position.step)
-        self.report.say(f"done: the model is {model}; 'evaclip report {self.folder.path}' shows the run")
+        self.report.say(f"done: {_told(self.folder, self.position.step)}")
         return Outcome(self.folder.path, self.position.step, self.metrics)
 
     def _part(self, signals: StopSignals, collect: Callable[[int], None]) -> bool:

@@ -120,7 +120,9 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], antialias: bool =
 def _fitted_kernel(kernel: Tensor, shape: torch.Size) -> Tensor:
     if kernel.ndim != 4 or kernel.shape == shape or kernel.shape[:2] != shape[:2]:
         return kernel
-    _log.info("resizing the patch kernel from %d to %d pixels", kernel.shape[-1], shape[-1])
+    _log.warning(
+        "weights of another patch size: the kernel is resized from %d to %d pixels", kernel.shape[-1], shape[-1]
+    )
     # Bicubic as the position embedding, without regard to its norm: so the released B/16 came from patches of 14.
     resized = F.interpolate(kernel.float(), size=shape[2:], mode="bicubic", align_corners=False, antialias=False)
     return resized.to(kernel.dtype)
@@ -131,7 +133,7 @@ def _fitted(pos_embed: Tensor, grid: tuple[int, int], antialias: bool) -> Tensor
     old = math.isqrt(max(patches, 0))
     if patches < 1 or (old, old) == grid or old**2 != patches:
         return pos_embed
-    _log.info("resizing the position embedding from %d to %d patches", patches, math.prod(grid))
+    _log.warning("weights of another image size: positions are resized from %dx%d to %dx%d patches", old, old, *grid)
     return resize_pos_embed(pos_embed, grid, antialias)
 
 

@@ -72,7 +72,7 @@ def test_a_file_of_ones_own_adds_a_candidate(tmp_path: Path) -> None:
         (["op", "tanh", "--installed"], "--installed: no evakernels is installed for"),
         (["op", "tanh", "--page", "missing.md"], "can't read missing.md"),
         (["report", "missing.json"], "--out FOLDER or --page FILE is missing"),
-        (["op", "tanh", "--dtype", "float31"], "invalid choice: 'float31'"),
+        (["op", "tanh", "--dtype", "float31"], "unknown choice 'float31'"),
         (["compare", "missing.json", "missing.json"], "can't read missing.json"),
         (["report", "missing.json", "--out", "x"], "can't read missing.json"),
     ],

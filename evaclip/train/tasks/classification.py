@@ -62,6 +62,7 @@ class Classification(ImageModelTask):
             pretrained_image=given.pretrained_image,
             num_classes=len(classes_for(config).names),
             savings=given.savings,
+            as_trained=False,
             **how,
             **options,
         )

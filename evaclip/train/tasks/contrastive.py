@@ -76,6 +76,7 @@ class Contrastive(Task):
             pretrained_image=given.pretrained_image,
             pretrained_text=given.pretrained_text,
             savings=given.savings,
+            as_trained=False,
             **how,
             **options,
         )

@@ -208,7 +208,12 @@ def open_teacher(config: TeacherConfig, run: TrainConfig, world: World, model: V
     mode, cut = _fake_mode(model), config.shard and world.size > 1
     precision = config.precision or _LIKE_THE_RUN.get(run.precision, "fp32")
     cut_up = partial(_cut_up, parallel=replace(run.parallel, offload="none"), world=world)
-    how: dict[str, Any] = {"device": world.device if mode is None else "meta", "precision": precision, **config.options}
+    how: dict[str, Any] = {
+        "device": world.device if mode is None else "meta",
+        "precision": precision,
+        "as_trained": False,
+        **config.options,
+    }
     pretrained = config.pretrained if mode is None else None
     # One of random weights is the same in all processes, and whatever the student is.
     rng.seed_all(run.seed, 0)

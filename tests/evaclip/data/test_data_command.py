@@ -175,7 +175,7 @@ def test_bench_says_how_many_cores_a_node_needs(shards, capsys, monkeypatch, rat
         (["--gpu", "h100-80g"], "--gpu needs --model NAME"),
         (["--gpu", "h100", "--model", "tiny"], "unknown GPU"),
         (["--gpu", "h100-80g", "--model", "tiny", "--mfu", "40"], "--mfu must be more than 0 and at most 1, got 40"),
-        (["--images-per-second", "0"], "--images-per-second must be more than 0, got 0"),
+        (["--image-size", "-3"], "--image-size must be 1 or more, got -3"),
         (["--images-per-second", "9", "--gpus", "0"], "--gpus must be 1 or more, got 0"),
     ],
 )
@@ -184,9 +184,13 @@ def test_bench_of_an_impossible_node(shards, options, message):
         evaclip("data", "bench", shards, *options)
 
 
-def test_bench_mistakes(shards):
-    with pytest.raises(UserError, match="--seconds must be more than 0, got 0"):
-        evaclip("data", "bench", shards, "--seconds", "0")
+def test_mistakes(shards, tmp_path, capsys):
+    for option in ("--seconds", "--images-per-second"):
+        with pytest.raises(SystemExit):
+            evaclip("data", "bench", shards, option, "nan")
+        assert f"argument {option}: 'nan' is no number above 0" in capsys.readouterr().err
+    with pytest.raises(UserError, match="the picture size must be 8 to 4096 pixels, not 100000"):
+        evaclip("data", "emoji", str(tmp_path), "--size", "100000")
     with pytest.raises(UserError, match="64 samples are too few for one global batch of 65"):
         evaclip("data", "bench", shards, "--batch-size", "65", "--workers", "0")
 

@@ -47,6 +47,9 @@ def test_other_columns_another_separator_quotes_and_absolute_paths(pictures):
         assert source[0].caption == 'one; "two"\nthree'
     with pytest.raises(UserError, match=r"unknown column of .* 'url'"):
         open_source(path, "csv", image_key="url", caption_key="text", csv_separator=",")
+    for separator in ("", ";;"):
+        with pytest.raises(UserError, match=f"must be one character, got '{separator}'"):
+            open_source(path, "csv", image_key="url", caption_key="text", csv_separator=separator)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Models, transforms and tokenizers by name."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 from small_models import random_images, small_model
 
 import evaclip
-from evaclip import CLIP, create_model, create_model_and_transforms, get_config, get_tokenizer
+from evaclip import CLIP, create_model, create_model_and_transforms, create_vision_model, get_config, get_tokenizer
 from evaclip.errors import UserError
 from evaclip.weights import describe_preprocess
 
@@ -40,6 +41,28 @@ def test_a_checkpoint_restores_weights_and_preprocessing(form: str, tmp_path: Pa
     assert evaluate.size == 32
     with torch.no_grad():
         assert torch.equal(again.eval().encode_image(random_images(2)), model.encode_image(random_images(2)))
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "options", "told"),
+    [
+        (create_model, "tiny", {"vision": {"image_size": 64}}, {"vision": {"image_size": 48}}),
+        (create_vision_model, "eva02_tiny_patch14_224", {"image_size": 56, "num_classes": 3}, {"image_size": 70}),
+    ],
+)
+def test_a_checkpoints_model_is_as_trained_unless_told_otherwise(make, name, options, told, tmp_path, caplog):
+    model = make(name, **options)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    stored = tmp_path / "model.json"
+    stored.write_text(json.dumps({"name": name, **asdict(model.config)}))
+    assert make(name, tmp_path).config == model.config
+    assert not caplog.records
+    for otherwise, config in ((told, make(name, **told).config), ({"as_trained": False}, make(name).config)):
+        assert make(name, tmp_path, **otherwise).config == config
+        assert "weights of another image size: positions are resized from" in caplog.text
+        caplog.clear()
+    stored.write_text(json.dumps({"name": "another", **asdict(model.config)}))
+    assert make(name, tmp_path).config == make(name).config
 
 
 def test_transforms_fit_the_model() -> None:

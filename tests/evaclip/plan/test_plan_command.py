@@ -103,12 +103,21 @@ def test_what_does_not_fit_is_said(plan: Any) -> None:
         (["tiny", "--gpus", "64"], "less than one sample for each of 64 chunks"),
         (["tiny", "--caption-tokens", "-1"], "caption_tokens is -1; expected 2 to"),
         (["tiny", "--set", "schedule.resolutions=[{image_size: 30, steps: 2}]"], "image_size 30 isn't a multiple of"),
-        (["tiny", "--beside", "0"], "--beside is 0; expected more than 0"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: Any) -> None:
     assert main(["plan", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--beside", "--images-per-core", "--storage-gbps"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "x"])
+def test_a_size_that_is_none_is_one_line(option: str, value: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", "tiny", option, value])
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"argument {option}: {value!r} is no number above 0" in line
 
 
 def test_gpus_are_complete() -> None:

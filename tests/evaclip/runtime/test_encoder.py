@@ -241,7 +241,12 @@ def test_what_is_no_picture_is_said(encoder, given, error, says):
 )
 def test_wrong_options_are_refused(options, says):
     with pytest.raises(UserError, match=says):
-        Encoder("tiny", **{"device": "cpu", **options})
+        Encoder("tiny:nowhere.safetensors", **{"device": "cpu", **options})
+
+
+def test_a_name_alone_is_refused_as_its_weights_would_be_random():
+    with pytest.raises(UserError, match=r"'tiny' has random weights, .* give NAME:WEIGHTS or a run; .* of tiny: none"):
+        Encoder("tiny", device="cpu")
 
 
 def test_broken_weights_are_said(loaded, pictures):

@@ -1,5 +1,7 @@
 """`evaclip index` and `evaclip embed` on the command line."""
 
+import tarfile
+
 import numpy as np
 import pytest
 from safetensors.torch import save_file
@@ -38,6 +40,42 @@ def test_a_folder_is_indexed_and_later_what_is_new(model, folder, pictures, tmp_
     assert main(["index", "a.store", "--images", "pictures", "--precision", "fp32"]) == 0
     assert "1 embedded, 7 unchanged, 1 unreadable" in capsys.readouterr().out
     assert len(Store.open(store)) == 8
+
+
+def test_rows_of_pictures_that_are_gone_are_told_and_with_prune_removed(model, folder, pictures, tmp_path, capsys):
+    """Those of this folder alone: not of another, nor of a shard in it that is there."""
+    store, other = tmp_path / "a.store", tmp_path / "pictures more"
+    other.mkdir()
+    (folder / "disk").mkdir()
+    for place in (folder / "disk" / "x.png", folder / "disk" / "y.png", other / "z.png"):
+        pictures[0].save(place)
+    shard = folder / "disk" / "s.tar"
+    with tarfile.open(shard, "w") as tar:
+        tar.add(folder / "0.png", "0.png")
+    index = ["index", str(store), "--precision", "fp32", "--model", model, "--images"]
+    for source in (folder, other, shard):
+        assert main([*index, str(source)]) == 0
+    rows = set(Store.open(store).contents())
+    assert len(rows) == 11
+    for place in (folder / "3.png", folder / "disk" / "x.png", other / "z.png"):
+        place.unlink()
+    pictures[1].save(other / "new.png")
+    capsys.readouterr()
+    assert main([*index, str(folder)]) == 0
+    assert f"2 rows are of pictures that are gone from {folder}: --prune removes them" in capsys.readouterr().out
+    assert set(Store.open(store).contents()) == rows
+    for name in ("s.tar", "y.png"):
+        (folder / "disk" / name).rename(tmp_path / name)
+    assert main([*index, str(folder), "--prune"]) == 2  # as if a disk were not mounted
+    assert f"{folder / 'disk'} is empty, and the store has rows of pictures in it" in capsys.readouterr().err
+    assert set(Store.open(store).contents()) == rows
+    for name in ("s.tar", "y.png"):
+        (tmp_path / name).rename(folder / "disk" / name)
+    assert main([*index, str(folder), "--prune"]) == 0
+    assert "2 rows of pictures that are gone were removed" in capsys.readouterr().out
+    assert set(Store.open(store).contents()) == rows - {str(folder / "3.png"), str(folder / "disk" / "x.png")}
+    assert main([*index, str(shard), "--prune"]) == 2
+    assert f"gone from a folder of pictures, which {shard} is not" in capsys.readouterr().err
 
 
 def test_processes_of_torchrun_share_the_work(model, folder, tmp_path, capsys, monkeypatch):
@@ -112,6 +150,7 @@ def test_embeddings_of_pictures_and_texts_in_a_file(model, loaded, folder, pictu
         (["index", "a.store", "--images", "pictures", "--model", "MODEL", "--thumbnails", "-1"], "got -1"),
         (["index", "a.store", "--merge", "pictures"], "pictures isn't a store"),
         (["index", "a.store", "--merge", "pictures", "--model", "MODEL"], "--model is for --images"),
+        (["index", "a.store", "--merge", "pictures", "--prune"], "--prune is for --images"),
         (["index", "pictures", "--images", "pictures", "--model", "MODEL"], "it isn't an empty folder"),
         (["embed", "a.npy", "--images", "pictures", "--model", "MODEL"], "expected .npz"),
         (["embed", "a.npz", "--texts", "nowhere.txt", "--model", "MODEL"], "cannot read nowhere.txt"),

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +60,18 @@ def test_table_and_page_show_names_as_they_are(folder, tmp_path, capsys):
     text = page.read_text()
     assert text.count("data:image/jpeg;base64,/9g=") == 2
     assert "<b>" not in text
+
+
+@pytest.mark.parametrize("name", ["rotation.npy", "codes-0.npy", "scales-0.npy", "embeddings-0.npy", TOKENS_FILE])
+def test_a_damaged_file_of_the_store_is_named(name, folder, tmp_path, capsys):
+    store = tmp_path / "store"
+    shutil.copytree(folder, store)
+    damages = (lambda path: path.write_bytes(b"no such thing"), Path.unlink)
+    for damage in damages[: 1 if name == TOKENS_FILE else 2]:  # without its tower a store asks its model
+        damage(store / name)
+        assert main(["search", str(store), "x"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{store / name} can't be read: " in line
 
 
 def test_minus_turns_the_order_round(folder, capsys):

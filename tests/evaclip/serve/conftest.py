@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from serve_files import as_file
 
+from evaclip.loading import load_model
 from evaclip.runtime.encoder import Encoder
 from evaclip.runtime.indexing import describe
 from evaclip.runtime.store import Row, Store
@@ -14,7 +15,7 @@ from evaclip.runtime.store import Row, Store
 @pytest.fixture(scope="session")
 def encoder():
     torch.manual_seed(0)
-    return Encoder("tiny", device="cpu", precision="fp32", batch_size=8, threads=2)
+    return Encoder(load_model("tiny"), device="cpu", precision="fp32", batch_size=8, threads=2)
 
 
 @pytest.fixture(scope="session")

@@ -248,6 +248,13 @@ def test_a_damaged_part_is_noticed(harm: str, sharded: Path, capsys: pytest.Capt
     assert [path.name for path in sharded.iterdir() if path.is_file()] == ["meta.json"]
 
 
+def test_what_has_no_parts_is_not_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "notes.txt"
+    file.touch()
+    assert main(["weights", "join", str(file)]) == 2
+    assert f"{str(file)!r} is no run or checkpoint folder" in capsys.readouterr().err
+
+
 def test_damage_to_what_was_joined_is_noticed(sharded: Path) -> None:
     path = parts.joined(sharded / "model.safetensors")
     assert checkpoint.check_weights(sharded) is None

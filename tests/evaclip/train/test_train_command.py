@@ -56,6 +56,23 @@ def test_a_wrong_command_line_is_one_line(arguments: list[str], message: str, ca
     assert message in line
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "unknown choice 'trian'; did you mean 'train'? (see 'evaclip --help')"),
+        (["data", "chek", "x"], "unknown choice 'chek'; did you mean 'check'? (see 'evaclip data --help')"),
+        (["export", "a", "b", "--tower", "imge"], "argument --tower: unknown choice 'imge'; did you mean 'image'?"),
+        (["weights", "xyz"], "unknown choice 'xyz'; known: join"),
+    ],
+)
+def test_of_a_wrong_word_the_nearest_is_told(arguments: list[str], message: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
 def test_who_reads_the_output_may_go(tmp_path: Path) -> None:
     """As `head` does: a list ends without a word, a training goes on."""
     reader, writer = os.pipe()

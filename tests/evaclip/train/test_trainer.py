@@ -25,6 +25,7 @@ from evaclip.train.checkpoint import Lost, NotWritten
 from evaclip.train.config import TrainConfig
 from evaclip.train.progress import read_log
 from evaclip.train.step import StepResult, TrainStep
+from evaclip.train.tasks import task_class
 from evaclip.train.trainer import TrainingDiverged, train
 
 Make = Callable[..., TrainConfig]
@@ -92,8 +93,12 @@ def test_a_run_leaves_what_it_should(run_config: Make) -> None:
     # As readable for others as any file that is made here.
     assert len({path.stat().st_mode for path in [*checkpoint.rglob("*.*"), folder / "config.yaml"]}) == 1
     assert json.loads((checkpoint / "preprocess.json").read_text())["image_size"] == 16
-    model = create_model("tiny", pretrained=folder, **config.model.options)
-    averaged = create_model("tiny", pretrained=checkpoint / "ema.safetensors", **config.model.options)
+    model = create_model("tiny", pretrained=folder)
+    averaged = create_model("tiny", pretrained=checkpoint / "ema.safetensors")
+    larger = run_config(f"model.pretrained={folder}", "model.options.vision.image_size=24")
+    assert task_class("contrastive").create_model(larger).config.vision.image_size == 24
+    del larger.model.options["vision"]["image_size"]
+    assert task_class("contrastive").create_model(larger).config.vision.image_size == 32  # as the name says
     assert not torch.equal(model.visual.head.weight, averaged.visual.head.weight)
 
 

@@ -65,8 +65,8 @@ def test_other_image_and_patch_sizes_are_resized_as_the_authors_did(caplog: pyte
     with caplog.at_level(logging.INFO, logger="evaclip"):
         start_image_tower(model.visual, source.state_dict())
         start_image_tower(large.visual, source.state_dict())
-    assert "patch kernel from 7 to 8 pixels" in caplog.text
-    assert "position embedding from 16 to 36 patches" in caplog.text
+    assert "the kernel is resized from 7 to 8 pixels" in caplog.text
+    assert "positions are resized from 4x4 to 6x6 patches" in caplog.text
     kernel = source.visual.patch_embed.proj.weight
     assert torch.equal(model.visual.patch_embed.proj.weight, F.interpolate(kernel, size=(8, 8), mode="bicubic"))
     assert torch.equal(model.visual.pos_embed, source.visual.pos_embed)

@@ -1,7 +1,6 @@
 """Reading weights files, and putting them into a model all or nothing."""
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -123,9 +122,8 @@ def test_position_embedding_is_resized_without_antialiasing(old: int, new: int) 
 def test_resizing_is_said(caplog: pytest.LogCaptureFixture) -> None:
     model = create_model("tiny", vision={"image_size": 48})
     state = _state()
-    with caplog.at_level(logging.INFO, logger="evaclip"):
-        load_weights(model, state)
-    assert "from 16 to 36 patches" in caplog.text
+    load_weights(model, state)
+    assert "positions are resized from 4x4 to 6x6 patches" in caplog.text
     assert state["visual.pos_embed"].shape == (1, 17, 128)
     assert torch.equal(model.visual.pos_embed.data, resize_pos_embed(state["visual.pos_embed"], (6, 6)))
 
