@@ -95,7 +95,8 @@ def model_of(name: str) -> Model:
         from timm.models import get_pretrained_cfg_value, is_model
 
         if is_model(model):
-            return _timm(model, get_pretrained_cfg_value(model, "input_size")[-1])
+            size: Any = get_pretrained_cfg_value(model, "input_size")
+            return _timm(model, size[-1])
     elif library == "open_clip" and find_spec("open_clip"):
         import open_clip
 
