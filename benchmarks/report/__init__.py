@@ -2,9 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.results import Results
 from evaclip.atomic import replacing, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Imports are inside: the command line should not wait for matplotlib.
 
@@ -19,21 +23,16 @@ def write_report(results: Results, folder: Path) -> Path:
     It leaves `index.html` and a page for each operation, each complete in itself, and `roofline.png`, without anything
     measured none; of whole models before and after `accelerate` there is `speedups.png` too.
     """
-    from benchmarks.report.colours import colour_names
-    from benchmarks.report.drawing import Paint
-    from benchmarks.report.page import INDEX, Book, index_page, op_page
-    from benchmarks.report.roofline import page_name
-    from benchmarks.report.speedups import write_speedups
+    from benchmarks.report.page import INDEX, index_page, op_page
+    from benchmarks.report.speedups import speedups
+    from benchmarks.report.tables import page_name
 
     folder.mkdir(parents=True, exist_ok=True)
-    book = Book(results, Paint(colour_names(results.rows)), tuple(dict.fromkeys(row.op for row in results.rows)))
-    for op in book.ops:
-        write_text(folder / page_name(op), op_page(book, op))
-    _write_picture(results, folder)
-    if _WHOLE_MODELS in book.ops:
-        with replacing(folder / SPEEDUPS_FILE) as temporary:
-            write_speedups(results, _WHOLE_MODELS, book.paint, temporary)
-    write_text(folder / INDEX, index_page(book))
+    for op in dict.fromkeys(row.op for row in results.rows):
+        write_text(folder / page_name(op), op_page(results, op))
+    _write_overview(results, folder / ROOFLINE_FILE)
+    _write_picture(speedups(results, _WHOLE_MODELS), folder / SPEEDUPS_FILE)
+    write_text(folder / INDEX, index_page(results))
     return folder / INDEX
 
 
@@ -62,18 +61,20 @@ def write_section(results: Results, page: Path, picture: str = ROOFLINE_FILE) ->
     """
     from benchmarks.report.markdown import write_page
 
-    write_page(results, page, picture=_write_picture(results, page.parent, picture))
+    drawn = _write_overview(results, page.parent / picture)
+    write_page(results, page, picture=picture if drawn else "")
     return page
 
 
-def _write_picture(results: Results, folder: Path, name: str = ROOFLINE_FILE) -> str:
-    """The name of the picture; empty if nothing was measured."""
-    from benchmarks.report.colours import colour_names
-    from benchmarks.report.drawing import Paint
-    from benchmarks.report.posters import write_roofline
+def _write_overview(results: Results, path: Path) -> bool:
+    from benchmarks.report.overview import overview
 
-    if all(row.failure is not None for row in results.rows):
-        return ""
-    with replacing(folder / name) as temporary:
-        write_roofline(results, Paint(colour_names(results.rows)), temporary)
-    return name
+    return _write_picture(overview(results), path)
+
+
+def _write_picture(figure: "Figure | None", path: Path) -> bool:
+    """Whether there is one."""
+    if figure is not None:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png")
+    return figure is not None

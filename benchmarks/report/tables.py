@@ -20,8 +20,6 @@ from benchmarks.columns import (
     verdict_text,
 )
 from benchmarks.contests import Contest, verdict
-from benchmarks.report.drawing import Paint
-from benchmarks.report.roofline import page_name
 from benchmarks.results import Row
 
 
@@ -34,7 +32,12 @@ class Cell:
     kind: str = ""
 
 
-def summary_table(found: Sequence[Contest], paint: Paint) -> str:
+def page_name(op: str) -> str:
+    """The file of an operation's page."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in op) + ".html"
+
+
+def summary_table(found: Sequence[Contest]) -> str:
     """One line for each contest: this library's best against the best of the others."""
     headings = [
         ("operation", ""),
@@ -47,18 +50,18 @@ def summary_table(found: Sequence[Contest], paint: Paint) -> str:
         (SPEEDUP.title, SPEEDUP.meaning),
         (ROOFLINE.title, ROOFLINE.meaning),
     ]
-    return table("cases", headings, (_summary_line(contest, paint) for contest in found), texts=4)
+    return table("cases", headings, (_summary_line(contest) for contest in found), texts=4)
 
 
-def _summary_line(contest: Contest, paint: Paint) -> list[Cell]:
+def _summary_line(contest: Contest) -> list[Cell]:
     ours = contest.ours
     speedup = contest.speedup(ours) if ours else None
     roofline = ours.roofline if ours else None
     return [
         Cell(f'<a href="{page_name(contest.op)}">{escape(contest.op)}</a>', contest.op),
         *(Cell(escape(text), text) for text in (contest.mode, contest.shape, contest.dtype)),
-        _best(contest, paint, "ours"),
-        _best(contest, paint, "baseline", "peer"),
+        _best(contest, "ours"),
+        _best(contest, "baseline", "peer"),
         verdict_cell(contest),
         Cell(NOTHING if speedup is None else significant(speedup), speedup),
         Cell(NOTHING if roofline is None else percent(roofline), roofline),
@@ -74,28 +77,28 @@ def verdict_cell(contest: Contest) -> Cell:
     return Cell(verdict_text(contest), found.ratio, colour)
 
 
-def _best(contest: Contest, paint: Paint, *kinds: str) -> Cell:
+def _best(contest: Contest, *kinds: str) -> Cell:
     row = contest.fastest(*kinds)
     if row is None:
         text = time_text(contest, *kinds)
         return Cell(text, None, "" if text == NOTHING else "bad")
     name = row.candidate.removeprefix(f"{OURS} ")
-    text = f"<small>{escape(name)}</small> {_dot(row, paint)}{significant(row.median_ms or 0.0)}"
+    text = f"<small>{escape(name)}</small> {significant(row.median_ms or 0.0)}"
     return Cell(text, row.median_ms, "best" if row.median_ms == contest.fastest_ms else "")
 
 
-def rows_table(found: Sequence[Contest], paint: Paint) -> str:
+def rows_table(found: Sequence[Contest]) -> str:
     """Every row of one operation with all its numbers."""
     texts = [("candidate", ""), ("mode", ""), ("shape", ""), ("dtype", "")]
     headings = [*texts, *((column.title, column.meaning) for column in COLUMNS), ("version", "of the candidate")]
-    lines = (_row_line(contest, row, paint) for contest in found for row in contest.rows)
+    lines = (_row_line(contest, row) for contest in found for row in contest.rows)
     return table("rows", headings, lines, texts=len(texts))
 
 
-def _row_line(contest: Contest, row: Row, paint: Paint) -> list[Cell]:
+def _row_line(contest: Contest, row: Row) -> list[Cell]:
     texts = (row.mode, row.shape, row.dtype)
     return [
-        Cell(_dot(row, paint) + escape(row.candidate), row.candidate),
+        Cell(escape(row.candidate), row.candidate),
         *(Cell(escape(text), text) for text in texts),
         *(_number(contest, row, column) for column in COLUMNS),
         Cell(escape(row.version), row.version),
@@ -111,10 +114,6 @@ def _number(contest: Contest, row: Row, column: Column) -> Cell:
     elif column in (ERROR, ERROR_RATIO) and row.breaks_error_rule:
         kind = "bad"
     return Cell(column.show(contest, row), column.value(contest, row), kind)
-
-
-def _dot(row: Row, paint: Paint) -> str:
-    return f'<i style="--colour: var(--{paint.names[row.candidate]})"></i>'
 
 
 def table(name: str, headings: Sequence[tuple[str, str]], lines: Iterable[list[Cell]], texts: int) -> str:
