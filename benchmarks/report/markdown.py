@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.columns import LEVEL, NOTHING, machine_facts, time_text, verdict_text
-from benchmarks.contests import Contest, contests, tally
+from benchmarks.columns import NOTHING, machine_facts, tally_text, time_text, verdict_text
+from benchmarks.contests import Contest, contests
 from benchmarks.results import Results
 from evaclip.atomic import write_text
 from evaclip.errors import UserError
@@ -45,12 +45,7 @@ def write_page(results: Results, page: Path, picture: str) -> None:
     """
     before, after = split_page(page)
     found = contests(results.rows)
-    counts = tally(found)
-    count = (
-        f"Against the fastest of all others whose results are right, plain PyTorch among them: faster in "
-        f"{counts['faster']} of {counts.total()} cases, {LEVEL} in {counts['level']}, slower in {counts['slower']}."
-    )
-    parts = [*_head(results), count, "\n".join(_lines(found))]
+    parts = [*_head(results), tally_text(found), "\n".join(_lines(found))]
     if picture:
         parts.append(f"![Speed against eager PyTorch, and the share of the roofline, of each op]({picture})")
     write_text(page, "\n\n".join([before, *parts, after]))

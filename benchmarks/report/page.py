@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from benchmarks.columns import LEVEL, machine_facts, significant
-from benchmarks.contests import Contest, contests, panels, tally
+from benchmarks.columns import machine_facts, tally_text
+from benchmarks.contests import Contest, contests, panels
 from benchmarks.operation import operations
 from benchmarks.report.charts import bars
 from benchmarks.report.drawing import svg
@@ -43,8 +43,7 @@ def index_page(results: Results) -> str:
         f'<p class="summary">{escape(_subtitle(results))}</p>',
         _navigation(results, here=None),
         notes_box(results),
-        _tiles(results, found),
-        f"<h2>Ours against the best peer</h2><p>{_VERDICT_NOTE}</p>",
+        f"<h2>Ours against the best peer</h2><p>{tally_text(found)}</p><p>{_VERDICT_NOTE}</p>",
         summary_table(found),
         _failures(found),
         f"<h2>Against torch eager and against the machine</h2>{_overview(results)}",
@@ -106,27 +105,6 @@ def notes_box(results: Results) -> str:
         return ""
     items = "".join(f"<li>{escape(note)}</li>" for note in results.machine.notes)
     return f'<div class="notes" role="note"><strong>These numbers are doubtful.</strong><ul>{items}</ul></div>'
-
-
-def _tiles(results: Results, found: Sequence[Contest]) -> str:
-    rates = {"copy, read and write": (results.machine.copy_gbps, "GB/s")}
-    rates |= {f"matrix product, {dtype}": (rate, "TFLOP/s") for dtype, rate in results.machine.matmul_tflops.items()}
-    tiles = [
-        _tile(label, f"{significant(rate)} <small>{unit}</small>", "what this machine can do")
-        for label, (rate, unit) in rates.items()
-    ]
-    counts = tally(found)
-    value = f"{counts['faster']} <small>of {counts.total()} cases</small>"
-    note = f"slower in {counts['slower']}, {LEVEL} in {counts['level']}"
-    tiles.append(_tile("faster than the best peer", value, note))
-    return f'<div class="tiles">{"".join(tiles)}</div>'
-
-
-def _tile(label: str, value: str, note: str) -> str:
-    return (
-        f'<div class="tile"><div class="label">{escape(label)}</div><div class="value">{value}</div>'
-        f'<div class="note">{escape(note)}</div></div>'
-    )
 
 
 def _overview(results: Results) -> str:

@@ -125,8 +125,7 @@ def table(name: str, headings: Sequence[tuple[str, str]], lines: Iterable[list[C
     )
     body = "\n".join(f"<tr>{_line(cells, texts)}</tr>" for cells in lines)
     return (
-        f'<input class="filter" type="search" placeholder="Only rows with …" aria-label="Only rows with these words" '
-        f'aria-controls="{name}">\n<div class="scroll" tabindex="0" role="region" aria-label="Table of {name}">'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Table of {name}">'
         f'<table id="{name}"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
     )
 

@@ -100,23 +100,13 @@ def test_texts_sort_as_texts_and_only_one_heading_is_marked(page: "Page", folder
     assert page.locator("#rows th[aria-sort]").count() == 1
 
 
-def test_the_field_above_a_table_leaves_the_rows_with_its_words(page: "Page", folder: Path) -> None:
-    page.goto((folder / "rope_attention.html").as_uri())
-    page.get_by_role("searchbox").fill("TRAINING compile")
-    visible = page.locator("#rows tbody tr:visible")
-    assert visible.count() == 4
-    assert all("torch.compile" in text and "training" in text for text in visible.all_inner_texts())
-    page.get_by_role("searchbox").fill("")
-    assert visible.count() == page.locator("#rows tbody tr").count() == 4 * 8
-
-
 @pytest.mark.parametrize("name", PAGES)
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_sticks_out(page: "Page", folder: Path, name: str, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 844})
     page.goto((folder / name).as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    wide = page.locator("svg[role=img], nav, .tiles, .notes, .scroll, h1").evaluate_all(
+    wide = page.locator("svg[role=img], nav, .notes, .scroll, h1").evaluate_all(
         "parts => parts.filter(part => part.getBoundingClientRect().right > innerWidth).map(part => part.outerHTML)"
     )
     assert wide == []
