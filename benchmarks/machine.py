@@ -48,12 +48,22 @@ def describe(device: torch.device, dtypes: Iterable[torch.dtype], packages: Iter
         matmul_tflops=matmul,
         cache_bytes=_cache_bytes(device),
         versions=_versions(packages) | {"evakernels": evakernels.__version__},
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        date=_now(),
         commit=commit(),
         command=f"python -m benchmarks {shlex.join(sys.argv[1:])}",
         package=origin.describe(),
         notes=[note] if (note := origin.warning()) else [],
     )
+
+
+def byline(device: torch.device) -> str:
+    """The machine, torch and the date in one line, for what isn't held against ceilings, with its warning."""
+    facts = f"{device_name(device)}, torch {torch.__version__}, {_now()}"
+    return facts + (f"; {note}" if (note := origin.warning()) else "")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def ceilings(device: torch.device, dtypes: Iterable[torch.dtype]) -> tuple[float, dict[str, float]]:

@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
-from benchmarks.machine import describe as describe_machine
+from benchmarks.machine import byline
 from evaclip.factory import create_model
 from evaclip.runtime.encoder import Encoder
 from evaclip.runtime.indexing import describe
@@ -77,12 +77,11 @@ def measure(load: Load) -> Answers:
 def show(load: Load, found: Answers) -> None:
     """One paragraph."""
     half, most, nearly = np.percentile(found.waited or [float("nan")], (50, 95, 99))
-    machine = describe_machine(torch.device("cpu"), (), ("torch",))
     Console().print(
         f"{load.model}, {load.clients} clients, {found.seconds:.0f} s: {len(found.waited):,} answers,"
         f" {len(found.waited) / found.seconds:.1f}/s; p50 {half:.0f} ms, p95 {most:.0f} ms, p99 {nearly:.0f} ms;"
         f" {len(found.errors)} errors {sorted(set(found.errors))}; embeddings differ from those made one by one by"
-        f" {found.apart:.1e} at most\n{machine.name}, torch {torch.__version__}, {machine.date}",
+        f" {found.apart:.1e} at most\n{byline(torch.device('cpu'))}",
         highlight=False,
     )
 

@@ -45,14 +45,6 @@ class ShufflePlan:
     buffers: tuple[int, ...] = (100_000, 20_000, 5_000)
     nodes: int = 8
 
-    def __post_init__(self) -> None:
-        samples = self.shards * self.per_shard
-        if self.shards < 2 or self.per_shard < 2 or not 2 <= self.batch <= samples:
-            raise UserError(
-                "shuffling wants at least 2 shards of 2 samples and a batch of 2 samples up to all of them, got"
-                f" {self.shards}, {self.per_shard} and {self.batch}"
-            )
-
 
 @dataclass(frozen=True)
 class MachinesPlan:

@@ -119,10 +119,10 @@ def test_the_command_shows_that_it_predicts(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # names are broken in a narrow table
     asked = []
     monkeypatch.setattr(build, "count_all", lambda *arguments: asked.append(arguments) or [COUNT])
-    arguments = ["audit", "layer_norm", "--kernels", "cuda", "--dtype", "bfloat16", "--direction", "forward"]
+    arguments = ["audit", "layer_norm", "--kernels", "cuda", "--dtype", "bfloat16"]
     arguments += ["--arch", "sm_80", "--json", str(tmp_path / "audit.json")]
     assert cli.main(arguments) == 0
-    assert asked == [(list_cases(["layer_norm"], [], ["bfloat16"], ["forward"]), "sm_80", "cuda")]
+    assert asked == [(list_cases(["layer_norm"], [], ["bfloat16"]), "sm_80", "cuda")]
     text = capsys.readouterr().out
     assert "predicted from counted instructions, not measured" in text
     assert "1.103" in text

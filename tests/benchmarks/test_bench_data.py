@@ -82,5 +82,3 @@ def test_an_order_that_loses_a_sample_is_noticed() -> None:
 def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "--shards", "0"]) == 2
     assert "shards must be at least 1, got 0" in capsys.readouterr().err
-    assert cli.main(["data", "--batch", "1"]) == 2
-    assert "a batch of 2 samples up to all of them, got 200, 1000 and 1" in capsys.readouterr().err
