@@ -1,10 +1,7 @@
 """The audit of GPU kernels but for the counting itself: what counts come to, the roofline, and occupancy."""
 
 import json
-import shutil
-import subprocess
 from dataclasses import asdict, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -160,68 +157,23 @@ def test_shared_memory_of_a_launch_leaves_room_for_fewer_blocks() -> None:
     assert occupancy(KERNEL, 128, half)["sm_90"] == 2 * 4 / WARPS
 
 
-PROGRAM = """
-#include <cuda_occupancy.h>
-#include <cstdio>
-int main() {
-  int major, shared_of_multiprocessor, threads, registers, shared;
-  while (std::scanf("%d %d %d %d %d", &major, &shared_of_multiprocessor, &threads, &registers, &shared) == 5) {
-    cudaOccDeviceProp device;
-    device.computeMajor = major;
-    device.computeMinor = 0;
-    device.maxThreadsPerBlock = 1024;
-    device.maxThreadsPerMultiprocessor = 2048;
-    device.regsPerBlock = device.regsPerMultiprocessor = 65536;
-    device.warpSize = 32;
-    device.sharedMemPerBlock = 48 * 1024;
-    device.sharedMemPerMultiprocessor = shared_of_multiprocessor;
-    device.sharedMemPerBlockOptin = shared_of_multiprocessor - 1024;
-    device.reservedSharedMemPerBlock = 1024;
-    device.numSms = 100;
-    cudaOccFuncAttributes kernel;
-    kernel.maxThreadsPerBlock = 1024;
-    kernel.numRegs = registers;
-    kernel.sharedSizeBytes = shared;
-    kernel.partitionedGCConfig = PARTITIONED_GC_OFF;
-    kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_DEFAULT;
-    kernel.maxDynamicSharedSizeBytes = 0;
-    kernel.numBlockBarriers = 1;
-    cudaOccDeviceState state;
-    cudaOccResult result;
-    if (cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel, &state, threads, 0)) return 1;
-    std::printf("%d\\n", result.activeBlocksPerMultiprocessor);
-  }
-}
-"""
-
-
-def test_the_formula_is_nvidias(tmp_path: Path) -> None:
-    """NVIDIA's header computes the same, for many kernels."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None or shutil.which("g++") is None:
-        pytest.skip("no CUDA toolkit, which has the header")
-    header = tmp_path / "where.cu"
-    header.write_text("#include <cuda_occupancy.h>\n")
-    listing = subprocess.run([nvcc, "-M", header], capture_output=True, text=True, check=True).stdout
-    found = next(word for word in listing.split() if word.endswith("cuda_occupancy.h"))
-    source, program = tmp_path / "occupancy.cpp", tmp_path / "occupancy"
-    source.write_text(PROGRAM)
-    subprocess.run(["g++", "-I", Path(found).parent, source, "-o", program], check=True)
-    cases = list(
-        product(
-            SHARED,
-            (32, 64, 96, 128, 160, 192, 256, 384, 1024),
-            (16, 40, 63, 64, 65, 96, 128, 168, 255),
-            (0, 1000, 9000, 40000),
-        )
-    )
-    majors = {"sm_80": 8, "sm_90": 9, "sm_100": 10}
-    lines = [f"{majors[arch]} {SHARED[arch]} {' '.join(map(str, numbers))}" for arch, *numbers in cases]
-    answer = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True).stdout
-    expected = [int(blocks) * numbers[0] // 32 for blocks, (_, *numbers) in zip(answer.split(), cases, strict=True)]
-    ours = [resident_warps(*case) for case in cases]
-    assert [(c, a, b) for c, a, b in zip(cases, ours, expected, strict=True) if a != b] == []
-    assert max(ours) == WARPS
+@pytest.mark.parametrize(
+    ("arch", "threads", "registers", "shared", "warps"),
+    [
+        ("sm_80", 32, 16, 0, 32),  # as many blocks as there may be
+        ("sm_80", 128, 64, 0, 32),  # registers
+        ("sm_80", 128, 41, 0, 40),  # which come in units
+        ("sm_80", 96, 40, 0, 48),  # to each quarter
+        ("sm_80", 1024, 96, 0, 0),
+        ("sm_90", 160, 63, 9000, 30),
+        ("sm_90", 96, 96, 40_000, 15),  # shared memory
+        ("sm_90", 128, 32, 14_468, 56),  # which comes in units, too
+        ("sm_100", 256, 128, 1000, 16),
+    ],
+)
+def test_the_formula_is_nvidias(arch: str, threads: int, registers: int, shared: int, warps: int) -> None:
+    """The answers of cudaOccMaxActiveBlocksPerMultiprocessor in CUDA's header."""
+    assert resident_warps(arch, threads, registers, shared) == warps
 
 
 def predictions_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
