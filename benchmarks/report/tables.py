@@ -4,18 +4,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from benchmarks.candidates import OURS
 from benchmarks.columns import (
     COLUMNS,
     ERROR,
     ERROR_RATIO,
     MEDIAN,
     NOTHING,
-    ROOFLINE,
-    SPEEDUP,
     Column,
-    percent,
-    significant,
     time_text,
     verdict_text,
 )
@@ -37,35 +32,37 @@ def page_name(op: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in op) + ".html"
 
 
+CASE = [("operation", ""), ("mode", ""), ("shape", ""), ("dtype", "")]
+"""Headings of the columns that name a case."""
+
+
 def summary_table(found: Sequence[Contest]) -> str:
     """One line for each contest: this library's best against the best of the others."""
     headings = [
-        ("operation", ""),
-        ("mode", ""),
-        ("shape", ""),
-        ("dtype", ""),
+        *CASE,
         ("ours, ms", "the fastest backend"),
         ("best peer, ms", "the fastest of the others that are right, torch eager and torch.compile among them"),
         ("verdict", "time of the best peer over ours: above 1 is faster"),
-        (SPEEDUP.title, SPEEDUP.meaning),
-        (ROOFLINE.title, ROOFLINE.meaning),
     ]
-    return table("cases", headings, (_summary_line(contest) for contest in found), texts=4)
+    return table("cases", headings, map(_summary_line, found), texts=len(CASE))
 
 
 def _summary_line(contest: Contest) -> list[Cell]:
-    ours = contest.ours
-    speedup = contest.speedup(ours) if ours else None
-    roofline = ours.roofline if ours else None
     return [
         Cell(f'<a href="{page_name(contest.op)}">{escape(contest.op)}</a>', contest.op),
         *(Cell(escape(text), text) for text in (contest.mode, contest.shape, contest.dtype)),
-        _best(contest, "ours"),
-        _best(contest, "baseline", "peer"),
+        time_cell(contest, "ours"),
+        time_cell(contest, "baseline", "peer"),
         verdict_cell(contest),
-        Cell(NOTHING if speedup is None else significant(speedup), speedup),
-        Cell(NOTHING if roofline is None else percent(roofline), roofline),
     ]
+
+
+def time_cell(contest: Contest, *kinds: str) -> Cell:
+    """The fastest of these kinds, with its name; what kept them all from a time."""
+    row, text = contest.fastest(*kinds), time_text(contest, *kinds)
+    if row is None:
+        return Cell(text, None, "" if text == NOTHING else "bad")
+    return Cell(escape(text), row.median_ms, "best" if row.median_ms == contest.fastest_ms else "")
 
 
 def verdict_cell(contest: Contest) -> Cell:
@@ -75,16 +72,6 @@ def verdict_cell(contest: Contest) -> Cell:
         return Cell(NOTHING, None)
     colour = {"faster": "good", "slower": "bad"}.get(found.word, "")
     return Cell(verdict_text(contest), found.ratio, colour)
-
-
-def _best(contest: Contest, *kinds: str) -> Cell:
-    row = contest.fastest(*kinds)
-    if row is None:
-        text = time_text(contest, *kinds)
-        return Cell(text, None, "" if text == NOTHING else "bad")
-    name = row.candidate.removeprefix(f"{OURS} ")
-    text = f"<small>{escape(name)}</small> {significant(row.median_ms or 0.0)}"
-    return Cell(text, row.median_ms, "best" if row.median_ms == contest.fastest_ms else "")
 
 
 def rows_table(found: Sequence[Contest]) -> str:

@@ -75,7 +75,7 @@ def test_a_click_sorts_by_number_and_another_one_reverses(page, folder, name, ta
     before = column(page, table, number)
 
     def numbers() -> list[float]:
-        texts = [text.split()[-1] for text in column(page, table, number)]
+        texts = [text.split()[0] for text in column(page, table, number)]
         return [float(text) if text != "failed" else float("inf") for text in texts]
 
     heading.get_by_role("button").click()
