@@ -2,16 +2,17 @@
 
     python -m benchmarks.audit.count sm_80 LIBRARY '[["layer_norm", "eva02-b16@224 b1", "bfloat16", "forward"]]'
 
-prints the counts as JSON; in place of LIBRARY `triton` counts the Triton kernels. `build.count_all` starts it.
+pickles the counts to stdout; in place of LIBRARY `triton` counts the Triton kernels. `build.count_all` starts it.
 """
 
 import gc
 import json
+import pickle
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -176,7 +177,7 @@ def main() -> None:
     with served(arch, library) as reports:
         counts = [count(reports, kernels, arch, tuple(case)) for case in json.loads(asked)]
     # A backward pass for which forward has done all has no kernels.
-    json.dump([asdict(one) for one in counts if one.launches], sys.stdout)
+    pickle.dump([one for one in counts if one.launches], sys.stdout.buffer)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 SECTOR = 32
 """Bytes of the least piece of memory that a GPU moves."""
@@ -201,17 +200,3 @@ class Count:
     def _bytes_a_request(self, direction: str) -> float:
         total = sum(self._of(self.streamed, (direction,)), Traffic())
         return total.bytes / max(1, total.requests)
-
-
-def count_from_json(stored: Mapping[str, Any]) -> Count:
-    """What `dataclasses.asdict` made of a count."""
-    launches = []
-    for launch in stored["launches"]:
-        buffers = {
-            direction: {name: Traffic(**traffic) for name, traffic in launch[direction].items()}
-            for direction in ("loads", "stores")
-        }
-        lines = tuple(Line(**{**line, "shared": Shared(**line["shared"])}) for line in launch["lines"])
-        sizes = {name: tuple(launch[name]) for name in ("grid", "block")}
-        launches.append(Launch(**{**launch, **buffers, **sizes, "lines": lines}))
-    return Count(**{**stored, "launches": tuple(launches)})

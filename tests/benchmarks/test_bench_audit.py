@@ -1,7 +1,7 @@
 """The audit of GPU kernels but for the counting itself: what counts come to, the roofline, and occupancy."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from benchmarks.audit.cases import list_cases
 from benchmarks.audit.count import spans_of
 from benchmarks.audit.occupancy import SHARED, WARPS, occupancy, resident_warps
 from benchmarks.audit.pipes import ALU, CONTROL, FMA, MEMORY, MOVES, SFU, TENSOR, flops_of, instructions_of, pipe_of
-from benchmarks.audit.result import REST, Count, Launch, Line, Shared, Traffic, count_from_json
+from benchmarks.audit.result import REST, Count, Launch, Line, Shared, Traffic
 from benchmarks.audit.roofline import DRAM, ISSUE, limiter, share_of_floor, times
 from benchmarks.audit.table import costly_lines
 from benchmarks.measure import Case
@@ -46,10 +46,6 @@ def test_large_buffers_count_each_time_and_small_ones_once() -> None:
     again = replace(COUNT, launches=(twice,))
     assert (again.traffic, again.touched) == (pytest.approx(1.5), pytest.approx(1.0))
     assert (COUNT.bytes_a_load, COUNT.bytes_a_store, COUNT.worst_ways) == (512, 256, 2)
-
-
-def test_a_count_survives_json() -> None:
-    assert count_from_json(json.loads(json.dumps(asdict(COUNT)))) == COUNT
 
 
 PIPES = [

@@ -7,7 +7,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from bench_case_checks import draw, gradients, moved, outputs
+from bench_case_checks import draw, gradients, moved
 
 from benchmarks.accuracy import as_double, relative_error
 from benchmarks.cases import models
@@ -23,14 +23,6 @@ from evaclip.tokenizer import Tokenizer
 from evaclip.weights import to_open_clip
 
 pytestmark = pytest.mark.usefixtures("few_parameters")
-
-
-@pytest.mark.parametrize("name", ["clip_loss", "siglip_loss"])
-def test_losses_are_equal_in_float64(name: str) -> None:
-    op = get_operation(name)
-    exact = as_double(draw(op, parse_shape("tiny b7")))
-    assert relative_error(outputs(op.ours, exact), outputs(op.eager, exact)) <= 1e-12
-    assert relative_error(gradients(op, op.ours, exact), gradients(op, op.eager, exact)) <= 1e-12
 
 
 @pytest.mark.parametrize("name", ["lamb_step", "adamw_step"])

@@ -169,14 +169,6 @@ def test_without_memory_for_float64_there_is_no_error() -> None:
     assert [(row.failure, row.error, row.baseline_error) for row in rows] == [(None, None, None)] * 3
 
 
-def test_without_memory_for_the_inputs_every_row_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_sets(*args: object, **options: object) -> None:
-        raise torch.OutOfMemoryError("no room")
-
-    monkeypatch.setattr("benchmarks.measure._draw_sets", no_sets)
-    assert {row.failure for row in rows_of().values()} == {"OutOfMemoryError: no room"}
-
-
 def test_a_truth_or_a_timer_that_fails_is_a_failure_of_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(changes={"eager": tanh_but_in_float64(RuntimeError("no kernel for float64"))})
     assert {row.failure for row in rows.values()} == {"RuntimeError: no kernel for float64"}

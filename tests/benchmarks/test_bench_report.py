@@ -258,13 +258,6 @@ def test_a_result_in_which_everything_failed_still_has_its_pages(tmp_path: Path)
     assert not (tmp_path / "roofline.png").exists()
 
 
-def test_two_reports_of_one_result_are_the_same(tmp_path: Path) -> None:
-    small = Results(results().machine, results().rows[:5])
-    first, second = (write_report(small, tmp_path / name) for name in "ab")
-    for path in first.parent.iterdir():
-        assert path.read_bytes() == (second.parent / path.name).read_bytes(), path.name
-
-
 def test_whole_models_get_a_picture_of_what_they_gain(tmp_path: Path) -> None:
     rows = [each for mode in ("forward", "training") for each in contest("dropin", SHAPES[0], "float32", mode)]
     write_report(results(rows=rows), tmp_path)

@@ -97,17 +97,6 @@ def test_a_narrow_terminal_gets_the_important_columns(capsys, monkeypatch):
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_colours_stand_for_something(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "120")
-    text = shown(capsys, results())
-    assert "\x1b[1;33m! busy" in text
-    line = next(line for line in text.splitlines() if "evakernels reference" in line)
-    assert "\x1b[1;31m4.0e-06" in line  # the error is beyond the rule
-    assert "\x1b[33m0.250" in line  # slower than torch eager
-    assert any("\x1b[32m 2.00" in line for line in text.splitlines() if "evakernels cpu" in line)
-
-
 def test_operations_are_listed_with_who_is_there_and_who_is_not(capsys: pytest.CaptureFixture[str]) -> None:
     with registered(tanh_operation(), mine=tanh):
         peer("tanh", "elsewhere", devices=("cuda",))(lambda shape: tanh)
