@@ -14,8 +14,8 @@ from benchmarks.gpu_check.records import Journal, Record
 from benchmarks.gpu_check.stage import key_of
 from benchmarks.operation import operations
 from benchmarks.origin import ROOT
-from benchmarks.report import write_report, write_section
-from benchmarks.report.markdown import split_page
+from benchmarks.report.markdown import split_page, write_section
+from benchmarks.report.page import write_report
 from benchmarks.results import Machine, Results, Row
 from evaclip.atomic import write_text, writing
 from evaclip.errors import UserError

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from html import escape
+from pathlib import Path
 
 from benchmarks.columns import NOTHING, TIMES, times
 from benchmarks.contests import Contest, contests
-from benchmarks.report.page import facts_list, notes_box, page_document
+from benchmarks.report.page import INDEX, facts_list, notes_box, write_page
 from benchmarks.report.tables import CASE, Cell, table, time_cell, verdict_cell
 from benchmarks.results import Results
 
@@ -18,8 +19,12 @@ Key = tuple[str, ...]
 """What makes cases of two machines the same: all but the device."""
 
 
-def beside_page(several: Mapping[str, Results]) -> str:
-    """The page of results by their names, as HTML; the first one is what the others are compared with."""
+def write_beside(several: Mapping[str, Results], folder: Path) -> Path:
+    """Writes one page, `index.html`, of results by their names, the first of which the others are compared with.
+
+    Returns:
+        Its path.
+    """
     found = {name: {_key(one): one for one in contests(results.rows)} for name, results in several.items()}
     body = [
         f"<h1>{' and '.join(map(escape, several))}</h1>",
@@ -30,7 +35,7 @@ def beside_page(several: Mapping[str, Results]) -> str:
         f"<h2>Ours against the best peer</h2><p>{_NOTE}</p>{_table(found)}",
         *(facts_list(results, f"The run of {escape(name)}") for name, results in several.items()),
     ]
-    return page_document(_TITLE, body)
+    return write_page(folder / INDEX, _TITLE, body)
 
 
 def _key(contest: Contest) -> Key:

@@ -1,5 +1,6 @@
 """What the plots share: a look, a colour for each kind of candidate, and plain axes."""
 
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from benchmarks.results import Machine
+from evaclip.atomic import replacing
 from evaclip.report.theme import PALETTE, STYLE, themed_svg
 
 LOOK: Any = {**STYLE, "font.size": 8.5}
@@ -24,6 +26,14 @@ def picture(machine: Machine, height: float, width: float = WIDTH) -> Figure:
     about = f"{machine.name}, {machine.threads} threads, {machine.date[:10]}"
     figure.suptitle(about, x=0.01, ha="left", fontsize=8, color=PALETTE.muted)
     return figure
+
+
+def save(figure: Figure | None, path: Path) -> bool:
+    """Saves a picture as PNG; tells whether there is one."""
+    if figure is not None:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png")
+    return figure is not None
 
 
 def svg(label: str, figure: Figure) -> str:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from benchmarks.columns import NOTHING, machine_facts, tally_text, time_text, verdict_text
 from benchmarks.contests import Contest, contests
+from benchmarks.report.drawing import save
+from benchmarks.report.overview import ROOFLINE_FILE, overview
 from benchmarks.results import Results
 from evaclip.atomic import write_text
 from evaclip.errors import UserError
@@ -32,13 +34,8 @@ def split_page(page: Path, section: str = SECTION) -> tuple[str, str]:
     return before + begin, end + after
 
 
-def write_page(results: Results, page: Path, picture: str) -> None:
-    """Puts machine, counts and table between a page's markers.
-
-    Args:
-        results: what was measured.
-        page: a Markdown file.
-        picture: name of a picture beside it, shown below the table; empty for none.
+def write_section(results: Results, page: Path, picture: str = ROOFLINE_FILE) -> Path:
+    """Puts machine, counts and table between a page's markers, and a picture beside the page; returns the page.
 
     Raises:
         UserError: as `split_page`.
@@ -46,9 +43,10 @@ def write_page(results: Results, page: Path, picture: str) -> None:
     before, after = split_page(page)
     found = contests(results.rows)
     parts = [*_head(results), tally_text(found), "\n".join(_lines(found))]
-    if picture:
+    if save(overview(results), page.parent / picture):
         parts.append(f"![Speed against eager PyTorch, and the share of the roofline, of each op]({picture})")
     write_text(page, "\n\n".join([before, *parts, after]))
+    return page
 
 
 def _head(results: Results) -> list[str]:

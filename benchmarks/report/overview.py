@@ -13,6 +13,7 @@ from benchmarks.report.drawing import COLOURS, LOOK, grid, number_axis, picture
 from benchmarks.results import Machine, Results, Row
 from evaclip.report.theme import PALETTE
 
+ROOFLINE_FILE = "roofline.png"
 _STRIP = 0.36
 """Height in inches of one line of a strip."""
 _NAMES = {"ours": "evakernels", "baseline": "torch eager", "peer": "the fastest peer"}

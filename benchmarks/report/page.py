@@ -8,13 +8,15 @@ from benchmarks.columns import machine_facts, tally_text
 from benchmarks.contests import Contest, contests, panels
 from benchmarks.operation import operations
 from benchmarks.report.charts import bars
-from benchmarks.report.drawing import svg
-from benchmarks.report.overview import overview
+from benchmarks.report.drawing import save, svg
+from benchmarks.report.overview import ROOFLINE_FILE, overview
+from benchmarks.report.speedups import speedups
 from benchmarks.report.tables import page_name, rows_table, summary_table
 from benchmarks.results import Results
+from evaclip.atomic import write_text
 from evaclip.report.theme import document
 
-INDEX = "index.html"
+INDEX, _WHOLE_MODELS = "index.html", "dropin"
 _KIND = "Benchmark of evakernels"
 _OVERVIEW_NOTE = (
     "Above, operations with matrix products under this machine's roofs: left of the bend the limit is its memory, "
@@ -35,8 +37,20 @@ _VERDICT_NOTE = (
 _TABLE_NOTE = "A click on a heading sorts. Errors are against float64, beside that of torch eager in the same dtype."
 
 
-def index_page(results: Results) -> str:
-    """The overview, as HTML."""
+def write_report(results: Results, folder: Path) -> Path:
+    """Writes the report of a result into `folder`; returns the path of its first page.
+
+    It leaves `index.html` and a page for each operation, each complete in itself, and `roofline.png`, without anything
+    measured none; of whole models before and after `accelerate` there is `speedups.png` too.
+    """
+    for op in dict.fromkeys(row.op for row in results.rows):
+        _write_op_page(results, op, folder / page_name(op))
+    save(overview(results), folder / ROOFLINE_FILE)
+    save(speedups(results, _WHOLE_MODELS), folder / "speedups.png")
+    return _write_index(results, folder / INDEX)
+
+
+def _write_index(results: Results, path: Path) -> Path:
     found = contests(results.rows)
     body = [
         f'<p class="kind">{_KIND}</p><h1>{escape(results.machine.name)}</h1>',
@@ -50,11 +64,10 @@ def index_page(results: Results) -> str:
         _pairs("Absent", results.absent),
         facts_list(results),
     ]
-    return page_document(f"{_KIND}: {results.machine.name}", body)
+    return write_page(path, f"{_KIND}: {results.machine.name}", body)
 
 
-def op_page(results: Results, op: str) -> str:
-    """The page of one operation, as HTML."""
+def _write_op_page(results: Results, op: str, path: Path) -> Path:
     found = contests(row for row in results.rows if row.op == op)
     known = operations().get(op)
     body = [
@@ -67,14 +80,16 @@ def op_page(results: Results, op: str) -> str:
         f"<h2>All rows</h2><p>{_TABLE_NOTE}</p>{rows_table(found)}",
         _failures(found),
     ]
-    return page_document(f"{op}: {_KIND}", body)
+    return write_page(path, f"{op}: {_KIND}", body)
 
 
-def page_document(title: str, body: Sequence[str]) -> str:
-    """A whole page, with styles and scripts inside."""
+def write_page(path: Path, title: str, body: Sequence[str]) -> Path:
+    """Writes a whole page, with styles and scripts inside; returns its path."""
     here = Path(__file__).parent
     styles, script = ((here / name).read_text(encoding="utf-8") for name in ("style.css", "sort.js"))
-    return document(title, "\n".join(part for part in body if part), styles, script)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, document(title, "\n".join(part for part in body if part), styles, script))
+    return path
 
 
 def _subtitle(results: Results, named: bool = False) -> str:

@@ -12,9 +12,11 @@ from PIL import Image
 
 from benchmarks.columns import LEVEL, time_text, verdict_text
 from benchmarks.contests import contests, verdict
-from benchmarks.report import write_beside, write_report, write_section
+from benchmarks.report.beside import write_beside
 from benchmarks.report.drawing import COLOURS
+from benchmarks.report.markdown import write_section
 from benchmarks.report.overview import draw_roofline
+from benchmarks.report.page import write_report
 from benchmarks.report.speedups import speedups
 from benchmarks.report.tables import page_name
 from benchmarks.results import Results

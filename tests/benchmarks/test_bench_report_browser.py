@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from bench_report_fakes import results
 
-from benchmarks.report import write_report
+from benchmarks.report.page import write_report
 from benchmarks.results import Results
 
 if TYPE_CHECKING:
