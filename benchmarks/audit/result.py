@@ -76,7 +76,6 @@ class Launch:
         grid, block: sizes in x, y and z. The stand-in for the CUDA runtime plays a GPU of three multiprocessors.
         dynamic_bytes: of shared memory that a block asks for at its launch.
         barriers: of a warp, on average.
-        threads: instructions of threads, by pipe.
         lines: of the source, with all that follows by line.
         loads, stores: of global memory, by buffer.
     """
@@ -86,7 +85,6 @@ class Launch:
     block: tuple[int, int, int]
     dynamic_bytes: int
     barriers: float
-    threads: Mapping[str, int]
     lines: tuple[Line, ...]
     loads: Mapping[str, Traffic]
     stores: Mapping[str, Traffic]

@@ -27,7 +27,7 @@ LINE = Line("norm.cu:7", {ALU: 4000, MEMORY: 41, MOVES: 10**9}, 0, Shared(10, 25
 OTHER = Line("rows.h:3", {ALU: 500, TENSOR: 2}, 2 * 4096, Shared(), 0, 0)
 LAUNCH = Launch(
     kernel=KERNEL, grid=(3, 1, 1), block=(32, 4, 1), dynamic_bytes=0, barriers=2.0,
-    threads={ALU: 32 * 4500, MEMORY: 32 * 41}, lines=(OTHER, LINE),
+    lines=(OTHER, LINE),
     loads={"x": Traffic(10, 5120, 160, 160), "weight": Traffic(20, 10240, 320, 32), REST: Traffic(1, 4, 1, 1)},
     stores={"out 0": Traffic(10, 2560, 160, 160)},
 )  # fmt: skip
