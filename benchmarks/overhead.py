@@ -13,7 +13,7 @@ from torch import Tensor
 import evakernels
 from benchmarks.machine import byline
 from benchmarks.table import make_console, plain_table
-from benchmarks.timing import Call, CpuTimer, Rotation
+from benchmarks.timing import Call, Rotation, Timer
 from evakernels import _native
 
 ROWS, WIDTH = 4, 64
@@ -146,5 +146,5 @@ def _measured(name: str, calls: list[Call], device: torch.device, seconds: float
 
     for call in calls:
         call()
-    ours, theirs = CpuTimer().rounds([Rotation([call], idle) for call in calls], seconds)
+    ours, theirs = Timer().rounds([Rotation([call], idle) for call in calls], seconds)
     return Overhead(name, 1e3 * median(ours), 1e3 * median(theirs))

@@ -18,14 +18,14 @@ from benchmarks.measure import Case, measure
 from benchmarks.operation import suite_operations
 from benchmarks.results import Machine
 from benchmarks.suite import DEFAULT_DTYPES, DTYPES, Plan, list_cases
-from benchmarks.timing import Call, CpuTimer, Rotation
+from benchmarks.timing import Call, Rotation, Timer
 
 __all__ = ["benchmarks"]  # imported for the operations that its cases register
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class FixtureTimer(CpuTimer):
+class FixtureTimer(Timer):
     """Lets pytest-benchmark do the timing, of one candidate, and keep the times."""
 
     def __init__(self, benchmark: Any) -> None:

@@ -17,7 +17,7 @@ from benchmarks.measure import Case, floor_ms, measure
 from benchmarks.operation import Cost, Operation
 from benchmarks.results import Row
 from benchmarks.shapes import parse_shape
-from benchmarks.timing import MIN_ROUNDS, CpuTimer, Rotation
+from benchmarks.timing import MIN_ROUNDS, Rotation, Timer
 
 CPU = torch.device("cpu")
 
@@ -213,7 +213,7 @@ def test_the_context_surrounds_every_call() -> None:
 
     case = case_of(tanh_operation(), "training")
     candidate = Candidate("watched", "ours", "1", lambda shape: watched, context)
-    measure(case, [candidate], machine(), CpuTimer(), 0.001)
+    measure(case, [candidate], machine(), Timer(), 0.001)
     assert case.rows["watched"].failure is None
     assert seen
     assert all(seen)
@@ -228,7 +228,7 @@ def test_floor_is_the_longer_of_moving_and_multiplying() -> None:
 def test_cpu_timer_measures_each_candidate_in_every_round() -> None:
     calls: list[str] = []
     rotations = [Rotation([lambda name=name: calls.append(name)]) for name in "ab"]  # type: ignore[misc]
-    samples = CpuTimer().rounds(rotations, 0.0)
+    samples = Timer().rounds(rotations, 0.0)
     assert [len(values) for values in samples] == [MIN_ROUNDS, MIN_ROUNDS]
     assert all(value > 0 for values in samples for value in values)
     turns = [name for name, _ in groupby(calls)]
