@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-import cpuinfo
 import psutil
 import torch
 
@@ -20,6 +19,7 @@ from benchmarks import origin
 from benchmarks.gpu_state import notes as gpu_notes
 from benchmarks.gpu_state import read_state
 from benchmarks.results import Machine
+from evaclip.machine import machine as host
 from evaclip.machine import version_of
 from evakernels.nn import linear
 
@@ -154,11 +154,11 @@ def device_name(device: torch.device) -> str:
     """What the processor or the GPU calls itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return str(cpuinfo.get_cpu_info().get("brand_raw", platform.machine()))
+    return str(host()["processor"])
 
 
 def _cache_bytes(device: torch.device) -> int:
-    """The last level of cache; py-cpuinfo doesn't see the third level on all processors, Linux does."""
+    """The last level of cache, of a processor as Linux tells it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [path.read_text() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]

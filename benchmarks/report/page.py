@@ -54,7 +54,6 @@ def _write_index(results: Results, path: Path) -> Path:
     found = contests(results.rows)
     body = [
         f'<p class="kind">{_KIND}</p><h1>{escape(results.machine.name)}</h1>',
-        f'<p class="summary">{escape(_subtitle(results))}</p>',
         _navigation(results, here=None),
         notes_box(results),
         f"<h2>Ours against the best peer</h2><p>{tally_text(found)}</p><p>{_VERDICT_NOTE}</p>",
@@ -73,7 +72,7 @@ def _write_op_page(results: Results, op: str, path: Path) -> Path:
     body = [
         f'<p class="kind"><a href="{INDEX}">{_KIND}</a></p><h1>{escape(op)}</h1>',
         f'<p class="summary">{escape(known.summary)}</p>' if known else "",
-        f'<p class="summary">{escape(_subtitle(results, named=True))}</p>',
+        f'<p class="summary">{escape(results.machine.name)}, {results.machine.date[:10]}</p>',
         _navigation(results, here=op),
         notes_box(results),
         f"<h2>Time</h2><p>{_BARS_NOTE}</p>{_bars(found)}",
@@ -90,16 +89,6 @@ def write_page(path: Path, title: str, body: Sequence[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, document(title, "\n".join(part for part in body if part), styles, script))
     return path
-
-
-def _subtitle(results: Results, named: bool = False) -> str:
-    machine = results.machine
-    parts = [machine.name] if named else []
-    parts.append(f"{machine.threads} CPU threads")
-    parts += [f"torch {machine.versions['torch']}"] if "torch" in machine.versions else []
-    parts += [f"commit {machine.commit}"] if machine.commit else []
-    parts += [machine.date[:10]] if machine.date else []
-    return " · ".join(parts)
 
 
 def _navigation(results: Results, here: str | None) -> str:
