@@ -98,13 +98,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
     for name, counts in summary["stages"].items():
         table.add_row(name, *(str(counts[kind] or "") for kind in KINDS), f"{counts['seconds']:.0f}")
     console.print(table)
-    if summary["predicted"]:
-        console.print(_MEANING)
-        beside = Table(*_HEADING)
-        for row in summary["predicted"]:
-            beside.add_row(*row)
-        console.print(beside)
-    for line in lines(summary):
+    for line in [*beside(summary), *lines(summary)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -86,19 +86,6 @@ def test_the_step_that_recomputes_is_the_same_step() -> None:
     assert kept[0] < 0.7 * kept[1]
 
 
-def test_towers_have_their_own_parameters() -> None:
-    shape = parse_shape("tiny b1")
-    counts = {name: len(draw(get_operation(name), shape)["parameters"]) for name in MODEL_OPERATIONS}
-    assert counts["clip_step"] == counts["encode_image"] + counts["encode_text"] + 1  # the temperature
-
-
-def test_weights_are_float32_under_autocast_and_in_the_dtype_otherwise() -> None:
-    shape = parse_shape("tiny b1")
-    for name, dtype in (("encode_image", torch.bfloat16), ("clip_step", torch.float32)):
-        inputs = draw(get_operation(name), shape, torch.bfloat16)
-        assert {values.dtype for values in inputs["parameters"]} == {dtype}, name
-
-
 @pytest.mark.parametrize("name", ["encode_image", "encode_text"])
 def test_towers_refuse_dropped_patches(name: str) -> None:
     with pytest.raises(UserError, match="dropped in training only"):

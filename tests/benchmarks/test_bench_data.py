@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from benchmarks import cli
@@ -71,12 +70,6 @@ def test_parts_of_their_own_spread_a_batch_and_spare_machines_shards() -> None:
     # Batches of 160 samples from eight GPUs, whose buffers hold 50.
     assert 8 < open_clip.shards_of_batch < 32
     assert open_clip.shards_of_machine <= 1 / 4
-
-
-def test_an_order_that_loses_a_sample_is_noticed() -> None:
-    broken = np.zeros(1000, np.int64)
-    with pytest.raises(RuntimeError, match="bad: an epoch holds each sample once"):
-        shuffle._look("bad", 1, lambda epoch: broken, SMALL)
 
 
 def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,13 +50,6 @@ def test_the_first_table_is_ours_against_the_best_peer(capsys: pytest.CaptureFix
     assert f"odd, {SHAPES[0]}: wrong: NaN among the outputs" in text
 
 
-def test_columns_without_values_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    text = shown(capsys, Results(machine(), contest("layer_norm", SHAPES[0], "float32", "forward")))
-    assert "TFLOP/s  " not in text
-    assert "saved" not in text
-    assert "GB/s" in text
-
-
 def test_there_is_one_table_for_each_operation_mode_and_dtype(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, results())
     titles = [line for line in text.splitlines() if line.endswith((" · float32", " · bfloat16"))]
