@@ -30,7 +30,6 @@ _EXAMPLES = {
         "python -m benchmarks model clip_step --shape 'eva02-b16@224 b16 drop50' --mode training",
     ],
     "dropin": [
-        "python -m benchmarks dropin",
         "python -m benchmarks dropin --shape 'timm/vit-b b8' --mode training --peer none",
         "python -m benchmarks dropin --shape 'open_clip/vit-b-32 b32 t13'  # texts of 13 tokens, and padding",
     ],
@@ -42,7 +41,6 @@ _EXAMPLES = {
     "search": ["python -m benchmarks search", "python -m benchmarks search --rows 100000 --approximate"],
     "serve": ["python -m benchmarks serve", "python -m benchmarks serve --model EVA02-CLIP-B-16 --seconds 30"],
     "infer": [
-        "python -m benchmarks infer",
         "python -m benchmarks infer --model tiny --tower both --batch 1 8 --dtype fp32 int8 --rounds 20",
         "python -m benchmarks infer --engine evaclip onnxruntime openvino --pictures Pictures --json infer.json",
     ],
@@ -52,10 +50,7 @@ _EXAMPLES = {
         "python -m benchmarks report old.json new.json --out beside/",
         "python -m benchmarks report run.json --page docs/benchmarks.md",
     ],
-    "data": [
-        "python -m benchmarks data",
-        "python -m benchmarks data --shards 20 --per-shard 2000 --json data.json --plot data.png",
-    ],
+    "data": ["python -m benchmarks data --shards 20 --per-shard 2000 --json data.json --plot data.png"],
     "metadata": ["python -m benchmarks metadata", "python -m benchmarks metadata --ranks 8 --shards 1000"],
     "audit": [
         "python -m benchmarks audit layer_norm swiglu",
@@ -309,8 +304,7 @@ def _serve(args: argparse.Namespace) -> None:
 
     if args.clients < 1 or args.seconds <= 0:
         raise UserError(f"--clients is 1 or more and --seconds above 0, got {args.clients} and {args.seconds:g}")
-    load = serve.Load(args.model, args.clients, args.seconds)
-    serve.show(load, serve.measure(load))
+    serve.show(args.model, args.clients, serve.measure(args.model, args.clients, args.seconds))
 
 
 def _infer(args: argparse.Namespace) -> None:

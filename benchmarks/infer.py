@@ -155,10 +155,9 @@ def _entries(plan: Plan, subject: Subject, absent: dict[str, str], say: Callable
         if reason := engine.absence(subject):
             absent[f"encode_{subject.tower}: {engine.name}"] = reason
             continue
-        batches = sorted(plan.batches)[: 1 if engine.single else None]
         for dtype in (dtype for dtype in plan.dtypes if dtype in engine.dtypes):
             say(f"{subject.tower}: making {engine.name} {dtype}")
-            entry = _Entry(engine, {batch: _row(engine, subject, dtype, batch) for batch in batches})
+            entry = _Entry(engine, {batch: _row(engine, subject, dtype, batch) for batch in sorted(plan.batches)})
             try:
                 entry.run = engine.build(subject, dtype)
             except Exception as exc:

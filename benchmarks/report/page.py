@@ -54,7 +54,7 @@ def _write_index(results: Results, path: Path) -> Path:
     found = contests(results.rows)
     body = [
         f'<p class="kind">{_KIND}</p><h1>{escape(results.machine.name)}</h1>',
-        _navigation(results, here=None),
+        _navigation(results, "overview"),
         notes_box(results),
         f"<h2>Ours against the best peer</h2><p>{tally_text(found)}</p><p>{_VERDICT_NOTE}</p>",
         summary_table(found),
@@ -73,7 +73,7 @@ def _write_op_page(results: Results, op: str, path: Path) -> Path:
         f'<p class="kind"><a href="{INDEX}">{_KIND}</a></p><h1>{escape(op)}</h1>',
         f'<p class="summary">{escape(known.summary)}</p>' if known else "",
         f'<p class="summary">{escape(results.machine.name)}, {results.machine.date[:10]}</p>',
-        _navigation(results, here=op),
+        _navigation(results, op),
         notes_box(results),
         f"<h2>Time</h2><p>{_BARS_NOTE}</p>{_bars(found)}",
         f"<h2>All rows</h2><p>{_TABLE_NOTE}</p>{rows_table(found)}",
@@ -91,16 +91,13 @@ def write_page(path: Path, title: str, body: Sequence[str]) -> Path:
     return path
 
 
-def _navigation(results: Results, here: str | None) -> str:
-    ops = dict.fromkeys(row.op for row in results.rows)
-    links = [_link(INDEX, "overview", here is None), *(_link(page_name(op), op, op == here) for op in ops)]
+def _navigation(results: Results, here: str) -> str:
+    pages = {"overview": INDEX} | {row.op: page_name(row.op) for row in results.rows}
+    links = [
+        f'<span aria-current="page">{escape(text)}</span>' if text == here else f'<a href="{page}">{escape(text)}</a>'
+        for text, page in pages.items()
+    ]
     return f'<nav aria-label="Pages">{"".join(links)}</nav>'
-
-
-def _link(address: str, text: str, here: bool) -> str:
-    if here:
-        return f'<span aria-current="page">{escape(text)}</span>'
-    return f'<a href="{address}">{escape(text)}</a>'
 
 
 def notes_box(results: Results) -> str:
