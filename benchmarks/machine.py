@@ -120,7 +120,8 @@ class Watch:
 
         Measures the ceilings again, and fills in the machine's clocks.
         """
-        others = self._others()
+        total, own, wall = (now - then for now, then in zip(_busy_seconds(), self._start, strict=True))
+        others = max(0.0, total - own) / (wall * (os.cpu_count() or 1))
         dtypes = [getattr(torch, name) for name in self._machine.matmul_tflops]
         copy, matmul = ceilings(self._device, dtypes)
         changes = {"copy": copy / self._machine.copy_gbps - 1}
@@ -136,10 +137,6 @@ class Watch:
         now = read_state(self._device)
         self._machine.clocks = now.clocks if now else {}
         return notes + gpu_notes(self._gpu, now)
-
-    def _others(self) -> float:
-        total, own, wall = (now - then for now, then in zip(_busy_seconds(), self._start, strict=True))
-        return max(0.0, total - own) / (wall * (os.cpu_count() or 1))
 
 
 def _busy_seconds() -> tuple[float, float, float]:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.columns import significant, times
 from benchmarks.contests import Contest
-from benchmarks.report.drawing import COLOURS, LOOK
+from benchmarks.report.drawing import COLOURS, LOOK, bare
 from benchmarks.results import Row
 from evaclip.report.theme import PALETTE
 
@@ -48,9 +48,7 @@ def _draw(axes: Axes, panel: Sequence[Contest]) -> None:
     axes.set_ylim(y - 0.3, -0.4)
     axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks])
     axes.tick_params(axis="y", labelcolor=PALETTE.ink)
-    axes.set_xticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    bare(axes)
 
 
 def _draw_bar(axes: Axes, y: float, contest: Contest, row: Row, unit: float) -> None:

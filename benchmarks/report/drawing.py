@@ -42,6 +42,13 @@ def svg(label: str, figure: Figure) -> str:
         return themed_svg(figure, label)
 
 
+def bare(axes: Axes) -> None:
+    """Takes away all but the names on the left."""
+    axes.set_xticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
 def number_axis(axis: Any) -> None:
     """Plain numbers, no minor ticks."""
     axis.set_minor_locator(NullLocator())

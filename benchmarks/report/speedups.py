@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.columns import times
 from benchmarks.contests import Contest, contests
-from benchmarks.report.drawing import COLOURS, LOOK, picture
+from benchmarks.report.drawing import COLOURS, LOOK, bare, picture
 from benchmarks.results import Results
 from evaclip.report.theme import PALETTE
 
@@ -48,6 +48,4 @@ def _draw(axes: Axes, panel: Sequence[Contest]) -> None:
     axes.set_xlim(0, 1.6 * max(contest.speedup(row) or 0 for contest in panel for row in contest.measured))
     axes.set_yticks(range(len(panel)), [contest.shape for contest in panel])
     axes.invert_yaxis()
-    axes.set_xticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    bare(axes)
