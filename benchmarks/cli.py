@@ -221,15 +221,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def _measure_data(args: argparse.Namespace) -> None:
     from benchmarks.data import machines, rate, shuffle
-    from benchmarks.data.plans import MachinesPlan, RatePlan, ShufflePlan
+    from benchmarks.data.plans import RatePlan
     from benchmarks.data.show import DataResult, print_result, save_plot
     from benchmarks.machine import describe
 
-    plan, mixing, spread = (
-        RatePlan(**{name: getattr(args, name) for name in vars(RatePlan())}),
-        ShufflePlan(),
-        MachinesPlan(),
-    )
+    plan = RatePlan(**{name: getattr(args, name) for name in vars(RatePlan())})
+    mixing, spread = shuffle.ShufflePlan(), machines.MachinesPlan()
     machine = describe(torch.device("cpu"), (), ("torch", "webdataset"))
     with tempfile.TemporaryDirectory() as folder:
         rates = rate.measure(plan, Path(folder), lambda line: print(line, file=sys.stderr, flush=True))

@@ -271,7 +271,8 @@ def print_comparison(comparison: Comparison) -> None:
         console.print(f"{name}  {machine.name}, commit {machine.commit or 'unknown'}, {machine.date}", markup=False)
     for note in comparison.notes:
         console.print(Text(f"! {note}", "bold yellow"))
-    console.print(_summary(comparison), markup=False)
+    drift = "" if comparison.other_setup else f"; the machine's drift was {comparison.drift - 1:+.0%}"
+    console.print(f"{comparison.compared} rows have times in both{drift}", markup=False)
     for shift in comparison.shifts:
         change = f"{_percent(shift.change)}, give or take {shift.error:.0%}, in the median of {shift.rows} rows"
         console.print(Text(f"{shift.op} is slower with {shift.candidate}: {change}", "bold red"))
@@ -284,11 +285,6 @@ def print_comparison(comparison: Comparison) -> None:
         for op, count in Counter(row.op for row in rows).items():
             console.print(Text(f"only {name}: {count} {'row' if count == 1 else 'rows'} of {op}", "dim"))
     console.print(_verdict(comparison))
-
-
-def _summary(comparison: Comparison) -> str:
-    drift = "" if comparison.other_setup else f"; the machine's drift was {comparison.drift - 1:+.0%}"
-    return f"{comparison.compared} rows have times in both{drift}"
 
 
 def _verdict(comparison: Comparison) -> Text:

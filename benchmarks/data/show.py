@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from rich.text import Text
 
 from benchmarks.columns import significant
-from benchmarks.data.machines import Spread
-from benchmarks.data.plans import MachinesPlan, RatePlan, ShufflePlan
+from benchmarks.data.machines import MachinesPlan, Spread
+from benchmarks.data.plans import RatePlan
 from benchmarks.data.rate import Rate
-from benchmarks.data.shuffle import QUANTILES, Shuffle
+from benchmarks.data.shuffle import QUANTILES, Shuffle, ShufflePlan
 from benchmarks.report.drawing import LOOK, grid, number_axis, picture
 from benchmarks.results import Machine
 from benchmarks.table import make_console, plain_table

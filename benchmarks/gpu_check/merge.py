@@ -3,7 +3,7 @@
 No number is typed by hand: what is there is written anew from the journals.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def _results(ends: dict[tuple[str, str, str], Record]) -> Results | None:
     absent: dict[str, str] = {}
     found = ends.get(("timing", "machine", "ceilings"), {}).get("data")
     machine = Machine(**found) if found else None
-    for data in _data_of("timing", ends):
+    for data in (record.get("data") or {} for (stage, _, _), record in ends.items() if stage == "timing"):
         for values in data.get("rows", ()):
             row = Row(**values)
             rows[row.key] = row
@@ -86,12 +86,6 @@ def _results(ends: dict[tuple[str, str, str], Record]) -> Results | None:
     machine.command = "make gpu-check"
     order = list(operations())
     return Results(machine, sorted(rows.values(), key=lambda row: (order.index(row.op), row.case)), absent)
-
-
-def _data_of(stage: str, ends: dict[tuple[str, str, str], Record]) -> Iterator[dict[str, Any]]:
-    for (name, _, _), record in ends.items():
-        if name == stage and record.get("data"):
-            yield record["data"]
 
 
 def _write_tuning(ends: dict[tuple[str, str, str], Record], folder: Path) -> list[Path]:

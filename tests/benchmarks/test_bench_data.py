@@ -8,7 +8,8 @@ import pytest
 from benchmarks import cli
 from benchmarks.data import machines as on_machines
 from benchmarks.data import rate, shuffle
-from benchmarks.data.plans import MachinesPlan, ShufflePlan
+from benchmarks.data.machines import MachinesPlan
+from benchmarks.data.shuffle import ShufflePlan
 
 SMALL = ShufflePlan(shards=20, per_shard=50, batch=100, windows=(0, 100), buffers=(100,), nodes=2)
 FEW = MachinesPlan(scale=100, shards=128, per_shard=100, batch=1280, machines=4, gpus=2, workers=2)
